@@ -1,0 +1,106 @@
+"""Names and aliases of MRI contrasts.
+
+A contrast is what a scan shows. Its canonical name follows the BIDS suffix where BIDS has one
+(BIDS 1.10, "Magnetic Resonance Imaging"); T1ce (T1-weighted after gadolinium) and the derived
+diffusion maps take the names of the field.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import PurePath
+
+from brainfound.errors import UsageError, did_you_mean
+
+UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """One contrast: canonical name, the BIDS suffixes that mean it, and file-name aliases (lower case)."""
+
+    name: str
+    bids_suffixes: tuple[str, ...]
+    aliases: tuple[str, ...]
+    description: str
+
+
+_TABLE = (
+    Contrast("T1w", ("T1w",), ("t1", "t1n", "t1w", "mprage", "spgr", "mp2rage"), "T1-weighted"),
+    Contrast(
+        "T1ce",
+        ("T1ce",),
+        ("t1c", "t1ce", "t1gd", "t1post", "t1cw", "t1wce", "t1wc", "t1km"),
+        "T1-weighted after a gadolinium contrast agent",
+    ),
+    Contrast("T2w", ("T2w",), ("t2", "t2w"), "T2-weighted"),
+    Contrast(
+        "FLAIR",
+        ("FLAIR",),
+        ("flair", "t2f", "t2flair", "flairw", "fl"),
+        "T2-weighted with fluid-attenuated inversion recovery",
+    ),
+    Contrast("PDw", ("PDw",), ("pd", "pdw"), "proton-density-weighted"),
+    Contrast("T2starw", ("T2starw", "T2star"), ("t2s", "t2star", "t2starw", "gre"), "T2*-weighted gradient echo"),
+    Contrast("SWI", ("swi",), ("swi", "swan"), "susceptibility-weighted"),
+    Contrast("DWI", ("dwi", "trace"), ("dwi", "dwib1000", "b1000", "trace"), "diffusion-weighted (b about 1000 s/mm2)"),
+    Contrast("ADC", ("ADC", "adc"), ("adc", "md"), "apparent diffusion coefficient"),
+    Contrast("MRA", ("angio",), ("mra", "tof", "angio"), "angiography"),
+    Contrast(UNKNOWN, (), ("unknown", "scan"), "not identified"),
+)
+
+CONTRASTS: dict[str, Contrast] = {contrast.name: contrast for contrast in _TABLE}
+_BY_ALIAS = {alias: c.name for c in _TABLE for alias in (c.name.lower(), *c.aliases)}
+_BY_SUFFIX = {suffix: c.name for c in _TABLE for suffix in c.bids_suffixes}
+_SUFFIXES_OF_FILES = (".nii.gz", ".nii", ".mgz", ".mgh", ".img", ".hdr")
+
+
+def _squeeze(text: str) -> str:
+    return re.sub(r"[^a-z0-9*]", "", text.lower()).replace("t2*", "t2star")
+
+
+def parse_contrast(text: str) -> str:
+    """The canonical name of a contrast written in any known way.
+
+    Raises:
+        UsageError: if the name is not known; says the nearest known one.
+
+    >>> parse_contrast("t1gd"), parse_contrast("DWI_b1000"), parse_contrast("t2*")
+    ('T1ce', 'DWI', 'T2starw')
+    """
+    found = _BY_ALIAS.get(_squeeze(text))
+    if found is None:
+        raise UsageError(
+            f"unknown contrast {text!r}",
+            remedy=did_you_mean(text, [*CONTRASTS, *_BY_ALIAS]),
+        )
+    return found
+
+
+def contrast_from_filename(path: str | PurePath) -> str:
+    """The contrast that a file's name announces, or ``"unknown"``.
+
+    A BIDS name is read by its suffix (``…_FLAIR.nii.gz``) and its ``ce-`` entity; any other name by
+    its last part that is a known alias (``patient_t1c_2.nii.gz``, ``dwi_b1000.nii.gz``, ``t2-flair.nii``).
+    """
+    name = PurePath(path).name
+    lowered = name.lower()
+    for suffix in _SUFFIXES_OF_FILES:
+        if lowered.endswith(suffix):
+            name = name[: -len(suffix)]
+            break
+    bids_suffix = name.rsplit("_", 1)[-1]
+    if bids_suffix in _BY_SUFFIX:
+        contrast = _BY_SUFFIX[bids_suffix]
+        enhanced = re.search(r"(?:^|_)ce-(?!none)[A-Za-z0-9]+", name) is not None
+        return "T1ce" if contrast == "T1w" and enhanced else contrast
+    parts = [_squeeze(part) for part in re.split(r"[_\-. ]+", name)]
+    # Two neighbouring parts first (t2_flair, dwi_b1000), then one; the last match wins, since
+    # identifiers come before the contrast in file names.
+    for width in (2, 1):
+        for end in range(len(parts), width - 1, -1):
+            joined = "".join(parts[end - width : end])
+            if joined in _BY_ALIAS and joined != "scan":
+                return _BY_ALIAS[joined]
+    return UNKNOWN
