@@ -1,0 +1,73 @@
+"""What the losses and the engine need to know about the other ranks.
+
+Every function is the identity when no process group runs, so the same code serves a laptop and a
+cluster.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def active() -> bool:
+    """Whether more than one process trains together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def world_size() -> int:
+    """The number of processes that train together."""
+    return dist.get_world_size() if active() else 1
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The element-wise sum over ranks, in place, without a gradient."""
+    if active():
+        dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+    return tensor
+
+
+def max_over_ranks(tensor: Tensor) -> Tensor:
+    """The element-wise maximum over ranks, in place, without a gradient."""
+    if active():
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor
+
+
+def any_over_ranks(*flags: bool, device: torch.device) -> tuple[bool, ...]:
+    """For each flag, whether any rank raised it; the answer is the same on all ranks."""
+    if not active():
+        return flags
+    raised = max_over_ranks(torch.tensor([float(flag) for flag in flags], device=device))
+    return tuple(bool(value) for value in raised.tolist())
+
+
+def mean_over_ranks(values: dict[str, float], device: torch.device) -> dict[str, float]:
+    """The mean of each value over ranks; the names must be the same on all ranks."""
+    if not active() or not values:
+        return values
+    total = sum_over_ranks(torch.tensor(list(values.values()), dtype=torch.float64, device=device))
+    return dict(zip(values, (total / world_size()).tolist(), strict=True))
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows: Tensor) -> Tensor:
+        ctx.rank, ctx.num_rows = dist.get_rank(), rows.shape[0]
+        pieces = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(pieces, rows.contiguous())
+        return torch.cat(pieces)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        # Summed over ranks: each rank's loss depends on every rank's rows. The average that
+        # DistributedDataParallel takes afterwards then gives the gradient of the mean loss.
+        gradient = sum_over_ranks(gradient.contiguous().clone())
+        start = ctx.rank * ctx.num_rows
+        return gradient[start : start + ctx.num_rows]
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """The rows (B, …) of all ranks in rank order, (R·B, …), with a gradient; B must be equal on all ranks."""
+    return _GatherRows.apply(rows) if active() else rows

@@ -1,0 +1,99 @@
+"""Schedules: pure functions of the step, so that a resumed run needs no scheduler state.
+
+A step counts optimiser updates from 0. Sources: DINOv2 (arXiv 2304.07193, appendix B) for the
+cosine of the teacher's momentum and the warm-up of its temperature; the head warm-up is ours, for
+starting from released weights, which come without heads.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+REFERENCE_BATCH = 128
+Shape = Literal["cosine", "linear", "constant"]
+Role = Literal["backbone", "new", "last_layer"]
+"""What a parameter is to the schedule: of the checkpoint, new (heads, mask and contrast tokens), or prototypes."""
+
+
+def cosine(step: int, start: float, end: float, num_steps: int) -> float:
+    """From `start` at step 0 to `end` at `num_steps` along half a cosine; `end` afterwards.
+
+    >>> cosine(0, 1.0, 0.0, 10), cosine(5, 1.0, 0.0, 10), cosine(10, 1.0, 0.0, 10)
+    (1.0, 0.5, 0.0)
+    """
+    if step >= num_steps:
+        return end
+    return end + 0.5 * (start - end) * (1 + math.cos(math.pi * step / num_steps))
+
+
+def linear(step: int, start: float, end: float, num_steps: int) -> float:
+    """From `start` at step 0 to `end` at `num_steps` along a line; `end` afterwards."""
+    if step >= num_steps:
+        return end
+    return start + (end - start) * step / num_steps
+
+
+def warm_up_then(
+    step: int, peak: float, final: float, warmup_steps: int, num_steps: int, shape: Shape = "cosine"
+) -> float:
+    """A line from near 0 to `peak` over `warmup_steps`, then `shape` from `peak` to `final` at the last step.
+
+    The first step of the warm-up is ``peak / warmup_steps``, not 0, so that no step is wasted.
+    """
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    if shape == "constant":
+        return peak
+    remaining = max(num_steps - 1 - warmup_steps, 1)
+    curve = cosine if shape == "cosine" else linear
+    return curve(step - warmup_steps, peak, final, remaining)
+
+
+def effective_lr(base_lr: float, global_batch: int) -> float:
+    """The peak learning rate at this batch: base_lr · sqrt(global_batch / 128).
+
+    >>> effective_lr(1e-4, 512)
+    0.0002
+    """
+    return base_lr * math.sqrt(global_batch / REFERENCE_BATCH)
+
+
+def learning_rate(
+    step: int,
+    role: Role,
+    *,
+    peak: float,
+    final: float,
+    num_steps: int,
+    warmup_steps: int,
+    head_warmup_steps: int = 0,
+    freeze_last_layer_steps: int = 0,
+    shape: Shape = "cosine",
+) -> float:
+    """The learning rate of a parameter by its role, before layer-wise decay.
+
+    What is new learns from step 0. The backbone waits `head_warmup_steps` with learning rate 0
+    and then warms up in its turn: random heads would otherwise tear a trained backbone apart. Its
+    parameters keep their gradients while they wait, which is what data-parallel training needs.
+    The last layer of the heads may wait too, as in DINO.
+    """
+    if role == "backbone":
+        if step < head_warmup_steps:
+            return 0.0
+        return warm_up_then(
+            step - head_warmup_steps, peak, final, warmup_steps, num_steps - head_warmup_steps, shape
+        )
+    if role == "last_layer" and step < freeze_last_layer_steps:
+        return 0.0
+    return warm_up_then(step, peak, final, warmup_steps, num_steps, shape)
+
+
+def momentum(step: int, start: float, end: float, num_steps: int) -> float:
+    """The momentum of the EMA teacher: a cosine from `start` to `end` over the run."""
+    return cosine(step, start, end, num_steps)
+
+
+def teacher_temperature(step: int, start: float, end: float, warmup_steps: int) -> float:
+    """The temperature of the teacher's targets: a line from `start` to `end` over the warm-up."""
+    return linear(step, start, end, warmup_steps)
