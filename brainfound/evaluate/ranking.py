@@ -1,0 +1,86 @@
+"""Ranking of systems over tasks, by the rule of the FOMO25 challenge.
+
+Per metric the systems are ranked, best first, ties sharing the mean of their ranks. A task's rank is the
+mean over its metrics; the overall rank is the mean over the tasks. A system that misses a task gets the
+rank after all systems that have a score for it, N_valid + 1. The rule was derived from the organisers'
+published tables.
+"""
+
+from __future__ import annotations
+
+import pandas as pd
+from pandas.api.types import is_bool_dtype, is_numeric_dtype
+
+from brainfound.errors import UsageError
+
+_COLUMNS = ("system", "task", "metric", "value", "higher_is_better")
+_KEY = ["system", "task", "metric"]
+
+
+def rank(scores: pd.DataFrame) -> pd.DataFrame:
+    """Overall ranks, best first.
+
+    Args:
+        scores: one row per system, task and metric, with columns system, task, metric, value,
+            higher_is_better. A value of ``nan`` is a missing score, as is a row that is not there.
+
+    Returns:
+        Columns system and overall_rank (1 is best, smaller is better), sorted by rank, then by name.
+
+    Raises:
+        UsageError: if a column is missing, a score is given twice, or a metric of a task is said to be both
+            better when higher and better when lower.
+    """
+    overall = task_ranks(scores).mean(axis=1).rename("overall_rank").reset_index()
+    return overall.sort_values(["overall_rank", "system"], kind="stable", ignore_index=True)
+
+
+def task_ranks(scores: pd.DataFrame) -> pd.DataFrame:
+    """Rank per system (rows) and task (columns): the mean over the task's metrics.
+
+    A system without any score of a task gets N_valid + 1, N_valid being the number of systems with at least
+    one. A system that has only some of a task's metrics gets, for each that it lacks, the rank after all
+    systems that have it. Raises as `rank`.
+    """
+    _check(scores)
+    systems = pd.Index(scores["system"].unique(), name="system")
+    columns = {task: _ranks_of_task(of_task, systems) for task, of_task in scores.groupby("task", sort=False)}
+    return pd.DataFrame(columns, index=systems).rename_axis(columns="task")
+
+
+def _ranks_of_task(scores: pd.DataFrame, systems: pd.Index) -> pd.Series:
+    ranks = {}
+    for metric, of_metric in scores.groupby("metric", sort=False):
+        values = of_metric.set_index("system")["value"].dropna().astype(float)
+        ascending = not bool(of_metric["higher_is_better"].iloc[0])
+        placed = values.rank(method="average", ascending=ascending)
+        ranks[metric] = placed.reindex(systems, fill_value=len(values) + 1)
+    mean = pd.DataFrame(ranks, index=systems).mean(axis=1)
+    entered = systems.isin(scores.loc[scores["value"].notna(), "system"])
+    return mean.where(entered, entered.sum() + 1)
+
+
+def _check(scores: pd.DataFrame) -> None:
+    missing = [column for column in _COLUMNS if column not in scores.columns]
+    if missing:
+        raise UsageError("a column is missing", where="scores", got=list(scores.columns), expected=", ".join(missing))
+    if scores.empty:
+        raise UsageError("there is nothing to rank", where="scores", got="no rows")
+    unnamed = [column for column in ("system", "task", "metric", "higher_is_better") if scores[column].isna().any()]
+    if unnamed:
+        raise UsageError("a cell is empty", where=f"scores: {unnamed[0]}", remedy="Fill it; only value may be missing")
+    if not is_numeric_dtype(scores["value"]) and not scores["value"].isna().all():
+        raise UsageError("values are not numbers", where="scores: value", got=scores["value"].dtype)
+    # A column of text "False" would count as true.
+    if not is_bool_dtype(scores["higher_is_better"]) and not scores["higher_is_better"].isin([True, False]).all():
+        got = scores["higher_is_better"].unique()[:4].tolist()
+        raise UsageError("not true or false", where="scores: higher_is_better", got=got)
+    twice = scores.duplicated(_KEY)
+    if twice.any():
+        first = scores.loc[twice, _KEY].iloc[0].tolist()
+        raise UsageError(
+            "a score is given twice", where="scores", got=first, remedy="Keep one row per system, task and metric"
+        )
+    directions = scores.groupby(["task", "metric"], sort=False)["higher_is_better"].nunique()
+    if (directions > 1).any():
+        raise UsageError("a metric has two directions", where="scores: higher_is_better", got=directions.idxmax())
