@@ -1,0 +1,179 @@
+"""Aggregators: the slice embeddings of a volume → one volume embedding.
+
+Axis legend: B volumes, S slices, D width.
+
+Padding is not masked out here, it is left out: volumes with the same number of valid slices are
+gathered and pooled together, so that a padded slice is never read, and neither its content nor the
+amount of padding can change a bit of the result.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from brainfound.models.configuration import BrainFoundConfig
+
+
+class Aggregation(NamedTuple):
+    """A volume embedding, and what each slice weighed in it where the aggregator has such weights."""
+
+    embedding: Float[Tensor, "volumes width"]
+    weights: Float[Tensor, "volumes slices"] | None
+
+
+class Aggregator(nn.Module):
+    """Base: leaves padding out; a subclass pools volumes in which every slice is valid."""
+
+    has_weights = True
+
+    def pool(
+        self, slices: Float[Tensor, "volumes slices width"], positions_mm: Float[Tensor, "volumes slices"]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Volume embeddings (B, D) and slice weights (B, S) or None, of volumes without padding."""
+        raise TypeError(f"{type(self).__name__} does not define how to pool")
+
+    def forward(
+        self,
+        slice_embeddings: Float[Tensor, "volumes slices width"],
+        slice_mask: Bool[Tensor, "volumes slices"] | None = None,
+        positions_mm: Float[Tensor, "volumes slices"] | None = None,
+    ) -> Aggregation:
+        """Pool each volume over its valid slices.
+
+        Args:
+            slice_embeddings: one embedding per slice.
+            slice_mask: True where a slice is valid; None: all are. At least one per volume.
+            positions_mm: position of each slice; None: valid slices 1 mm apart, centred on 0.
+        """
+        if slice_mask is None:
+            positions_mm = _centred_positions(slice_embeddings) if positions_mm is None else positions_mm
+            return Aggregation(*self.pool(slice_embeddings, positions_mm))
+        counts = slice_mask.sum(dim=1)
+        num_volumes, num_slices, width = slice_embeddings.shape
+        embedding = slice_embeddings.new_zeros(num_volumes, width)
+        weights = slice_embeddings.new_zeros(num_volumes, num_slices) if self.has_weights else None
+        for count in counts.unique().tolist():
+            volumes = (counts == count).nonzero()[:, 0]
+            # A stable sort brings the valid slices to the front in their order.
+            order = slice_mask[volumes].to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :count]
+            valid = slice_embeddings[volumes[:, None], order]
+            positions = _centred_positions(valid) if positions_mm is None else positions_mm[volumes[:, None], order]
+            pooled, pooled_weights = self.pool(valid, positions)
+            embedding = embedding.index_copy(0, volumes, pooled.to(embedding.dtype))
+            if weights is not None and pooled_weights is not None:
+                weights = weights.index_put((volumes[:, None], order), pooled_weights.to(weights.dtype))
+        return Aggregation(embedding, weights)
+
+
+class MeanAggregator(Aggregator):
+    """The mean over slices."""
+
+    def pool(self, slices: Tensor, positions_mm: Tensor) -> tuple[Tensor, Tensor]:
+        return slices.mean(dim=1), slices.new_full(slices.shape[:2], 1.0 / slices.shape[1])
+
+
+class AttentionAggregator(Aggregator):
+    """Gated attention pooling (Ilse, Tomczak, Welling 2018, "Attention-based deep MIL", eq. 9); blind to order."""
+
+    def __init__(self, width: int, hidden_width: int) -> None:
+        super().__init__()
+        self.value = nn.Linear(width, hidden_width)
+        self.gate = nn.Linear(width, hidden_width)
+        self.score = nn.Linear(hidden_width, 1)
+
+    def pool(self, slices: Tensor, positions_mm: Tensor) -> tuple[Tensor, Tensor]:
+        scores = self.score(torch.tanh(self.value(slices)) * torch.sigmoid(self.gate(slices)))[..., 0]
+        # In float32: under bf16 the weights of 150 slices would not sum to one.
+        weights = scores.float().softmax(dim=1)
+        return torch.einsum("bs,bsd->bd", weights.to(slices.dtype), slices), weights
+
+
+class TransformerAggregator(Aggregator):
+    """A small pre-norm transformer whose class token reads the slices at their positions in mm."""
+
+    has_weights = False
+
+    def __init__(self, width: int, num_layers: int) -> None:
+        super().__init__()
+        self.class_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.input_norm = nn.LayerNorm(width)
+        self.layers = nn.ModuleList(SliceBlock(width) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(width)
+
+    def pool(self, slices: Tensor, positions_mm: Tensor) -> tuple[Tensor, None]:
+        num_volumes, _, width = slices.shape
+        slices = self.input_norm(slices)
+        slices = slices + sinusoidal_positions(positions_mm, width).to(slices.dtype)
+        tokens = torch.cat((self.class_token.to(slices.dtype).expand(num_volumes, -1, -1), slices), dim=1)
+        for layer in self.layers:
+            tokens = layer(tokens)
+        return self.norm(tokens[:, 0]), None
+
+
+class SliceBlock(nn.Module):
+    """One pre-norm transformer block over the tokens of a volume."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads_for(width)
+        self.norm1 = nn.LayerNorm(width)
+        self.query_key_value = nn.Linear(width, 3 * width)
+        self.output = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.expand = nn.Linear(width, 4 * width)
+        self.contract = nn.Linear(4 * width, width)
+
+    def forward(self, tokens: Float[Tensor, "volumes tokens width"]) -> Float[Tensor, "volumes tokens width"]:
+        projected = self.query_key_value(self.norm1(tokens))
+        query, key, value = projected.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(query, key, value)
+        tokens = tokens + self.output(attended.transpose(1, 2).flatten(2))
+        return tokens + self.contract(F.gelu(self.expand(self.norm2(tokens))))
+
+
+def num_heads_for(width: int, head_width: int = 64) -> int:
+    """The number of heads nearest to width/64 from below that divides `width`.
+
+    >>> num_heads_for(384), num_heads_for(1024), num_heads_for(32)
+    (6, 16, 1)
+    """
+    most = max(1, width // head_width)
+    return next(heads for heads in range(most, 0, -1) if width % heads == 0)
+
+
+def sinusoidal_positions(
+    positions_mm: Float[Tensor, "volumes slices"],
+    width: int,
+    shortest_mm: float = 4.0,
+    longest_mm: float = 1000.0,
+) -> Float[Tensor, "volumes slices width"]:
+    """Sines and cosines of a position, with wavelengths from `shortest_mm` to `longest_mm` (Vaswani et al. 2017, §3.5).
+
+    Continuous in mm, so one model reads 1 mm and 5 mm slices alike.
+    """
+    num_waves = (width + 1) // 2
+    exponents = torch.linspace(0.0, 1.0, num_waves, device=positions_mm.device)
+    wavelengths_mm = shortest_mm * (longest_mm / shortest_mm) ** exponents
+    angles = positions_mm.float()[..., None] * (2 * math.pi / wavelengths_mm)
+    return torch.cat((angles.sin(), angles.cos()), dim=-1)[..., :width]
+
+
+def build_aggregator(config: BrainFoundConfig) -> Aggregator:
+    """The aggregator that a configuration names."""
+    if config.aggregator == "attention":
+        return AttentionAggregator(config.hidden_size, config.aggregator_width)
+    if config.aggregator == "transformer":
+        return TransformerAggregator(config.hidden_size, config.aggregator_layers)
+    return MeanAggregator()
+
+
+def _centred_positions(slices: Tensor) -> Tensor:
+    num_volumes, num_slices, _ = slices.shape
+    positions = torch.arange(num_slices, device=slices.device, dtype=torch.float32) - (num_slices - 1) / 2
+    return positions.expand(num_volumes, -1)

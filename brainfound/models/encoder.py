@@ -1,0 +1,138 @@
+"""The slice encoder: a 2-D ViT that reads the contrasts of one slice.
+
+Axis legend: N slices, C contrasts, H W pixels, P patches, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, UInt8
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from brainfound.errors import ModelError
+from brainfound.models.backbone import build_backbone, image_size_of, patch_size_of
+from brainfound.models.configuration import BrainFoundConfig
+from brainfound.models.stem import ContrastPatchEmbeddings, inflate_kernels, pack_planes
+
+
+class SliceEncoding(NamedTuple):
+    """What the encoder gives for N slices; `cls` and `patches` are after the backbone's last layer norm."""
+
+    cls: Float[Tensor, "slices width"]
+    patches: Float[Tensor, "slices patches width"]
+    hidden: dict[int, Tensor]
+    """1-based block → its patch tokens (N, P, D), before the last layer norm."""
+
+
+class SliceEncoder(nn.Module):
+    """Normalisation, stem and backbone.
+
+    Args:
+        config: the model's configuration.
+        backbone: a loaded RGB ViT to start from; None builds one with new weights.
+    """
+
+    def __init__(self, config: BrainFoundConfig, backbone: PreTrainedModel | None = None) -> None:
+        super().__init__()
+        self.contrasts = tuple(config.contrasts)
+        self.image_mean = config.image_mean
+        self.image_std = config.image_std
+        self.patch_size = patch_size_of(config.backbone_config)
+        self.embed_dim = config.hidden_size
+        self.num_layers = int(config.backbone_config.num_hidden_layers)
+        self.backbone = build_backbone(config.backbone_config) if backbone is None else backbone
+        self._num_prefix_tokens = 1 + int(getattr(config.backbone_config, "num_register_tokens", 0))
+        stem = ContrastPatchEmbeddings(
+            len(self.contrasts), self.embed_dim, self.patch_size, image_size_of(config.backbone_config)
+        )
+        if backbone is not None:
+            _start_from_rgb(stem, backbone)
+        self.backbone.embeddings.patch_embeddings = stem
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The transformer blocks, first to last."""
+        return self.backbone.encoder.layer
+
+    def forward(
+        self,
+        pixel_values: Float[Tensor, "slices contrasts height width"] | UInt8[Tensor, "slices contrasts height width"],
+        contrast_mask: Bool[Tensor, "slices contrasts"] | None = None,
+        bool_masked_pos: Bool[Tensor, "slices patches"] | None = None,
+        layers: Sequence[int] = (),
+    ) -> SliceEncoding:
+        """Encode slices.
+
+        Args:
+            pixel_values: 0–1, or uint8.
+            contrast_mask: True where a contrast is present; None: all are.
+            bool_masked_pos: True where a patch is replaced by the mask token.
+            layers: 1-based blocks whose patch tokens are also returned.
+
+        Raises:
+            ModelError: if the shape does not fit the model.
+        """
+        self.require_shape(pixel_values)
+        planes = pack_planes(self._normalise(pixel_values), contrast_mask)
+        tokens = self.backbone.embeddings(planes, bool_masked_pos=bool_masked_pos)
+        hidden = {}
+        # The library's own loop keeps the tokens of every block when asked for one; this keeps the asked ones.
+        for number, block in enumerate(self.blocks, start=1):
+            tokens = block(tokens)
+            if number in layers:
+                hidden[number] = tokens[:, self._num_prefix_tokens :]
+        tokens = self.backbone.layernorm(tokens)
+        return SliceEncoding(tokens[:, 0], tokens[:, self._num_prefix_tokens :], hidden)
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of patches of an image of `height` × `width` pixels."""
+        return height // self.patch_size, width // self.patch_size
+
+    def require_shape(self, pixel_values: Tensor) -> None:
+        """Check (…, C, H, W) against the model.
+
+        Raises:
+            ModelError: names the shape that came.
+        """
+        num_contrasts, height, width = pixel_values.shape[-3:]
+        shape = tuple(pixel_values.shape)
+        if num_contrasts != len(self.contrasts):
+            raise ModelError(
+                f"pixel_values has {num_contrasts} contrasts",
+                got=f"shape {shape}",
+                expected=f"{len(self.contrasts)} ({', '.join(self.contrasts)})",
+                remedy="Give one channel per contrast of the model and mark absent ones in contrast_mask",
+            )
+        if height % self.patch_size or width % self.patch_size or not height or not width:
+            raise ModelError(
+                "height and width must be multiples of the patch size",
+                got=f"{height} × {width} pixels",
+                expected=f"multiples of {self.patch_size}",
+                remedy="Crop or pad the slices",
+            )
+
+    def _normalise(self, pixel_values: Tensor) -> Float[Tensor, "slices contrasts height width"]:
+        if pixel_values.dtype == torch.uint8:
+            pixel_values = pixel_values.float() / 255
+        return (pixel_values - _per_contrast(self.image_mean, pixel_values)) / _per_contrast(
+            self.image_std, pixel_values
+        )
+
+
+def _per_contrast(value: float | list[float], like: Tensor) -> float | Tensor:
+    return value if isinstance(value, (int, float)) else like.new_tensor(value)[:, None, None]
+
+
+@torch.no_grad()
+def _start_from_rgb(stem: ContrastPatchEmbeddings, backbone: PreTrainedModel) -> None:
+    """Give the stem the kernels of a loaded RGB ViT, and keep later initialisation off them."""
+    rgb = backbone.embeddings.patch_embeddings.projection
+    stem.projection.weight.copy_(inflate_kernels(rgb.weight, stem.num_channels))
+    stem.projection.bias.copy_(rgb.bias)
+    for module in stem.modules():
+        # The flag by which the library's `post_init` knows loaded weights.
+        module._is_hf_initialized = True
