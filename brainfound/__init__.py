@@ -15,7 +15,7 @@ _PUBLIC = {
     "Preprocessing": "brainfound.data.preprocessing",
     "Stack": "brainfound.data.stack",
     "Store": "brainfound.data.store",
-    "prepare": "brainfound.data.store",
+    "prepare": "brainfound.data.prepare",
     "BrainFoundConfig": "brainfound.models",
     "BrainFoundModel": "brainfound.models",
     "BrainFoundForClassification": "brainfound.models",

@@ -47,9 +47,7 @@ class BrainFoundError(Exception):
     def _one_line(self) -> str:
         text = self.what if self.where is None else f"{self.where}: {self.what}"
         facts = [
-            f"{word} {value}"
-            for word, value in (("got", self.got), ("expected", self.expected))
-            if value is not None
+            f"{word} {value}" for word, value in (("got", self.got), ("expected", self.expected)) if value is not None
         ]
         if facts:
             text += f" ({', '.join(facts)})"

@@ -74,7 +74,9 @@ def find(name_or_path: str | Path, room: Room) -> Path:
     if stem in known and path.parent == Path("."):
         return known[stem]
     if path.suffix in {".yaml", ".yml"} and path.parent != Path("."):
-        raise RecipeError("no such recipe file", where=path, remedy="Check the path, or give a name from `brainfound list recipes`")
+        raise RecipeError(
+            "no such recipe file", where=path, remedy="Check the path, or give a name from `brainfound list recipes`"
+        )
     raise RecipeError(f"no {room} recipe named {str(name_or_path)!r}", remedy=did_you_mean(stem, known))
 
 
@@ -170,7 +172,9 @@ def _recipe_error(recipe: type[Recipe], error: ValidationError, where: str) -> R
         return RecipeError("unknown key", where=f"{where}: {key}", remedy=did_you_mean(str(location[-1]), known))
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     got = None if first["type"] == "missing" else repr(first.get("input"))[:80]
-    return RecipeError(first["msg"].removeprefix("Value error, ") + more, where=f"{where}: {key}" if key else where, got=got)
+    return RecipeError(
+        first["msg"].removeprefix("Value error, ") + more, where=f"{where}: {key}" if key else where, got=got
+    )
 
 
 def _known_keys(recipe: type[BaseModel], location: tuple[Any, ...]) -> list[str]:

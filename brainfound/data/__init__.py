@@ -1,1 +1,1 @@
-"""BrainFound data."""
+"""From files to tensors: cohorts, scans, preprocessing, stacks, stores, splits, and the phantom."""

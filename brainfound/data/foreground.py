@@ -1,0 +1,84 @@
+"""Where the head or the brain is in a scan.
+
+A skull-stripped scan has an exact background value, often 0, on the faces of its volume; everything else is
+foreground (interpolation leaves small negative values around the brain: they are foreground too). A scan with
+air around the head has noise there: Otsu's threshold, the largest component, its holes filled.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Bool, Float
+from scipy import ndimage
+
+from brainfound.data.scan import Scan
+
+COARSE_MM = 3.0
+"""Air noise is separated on a grid of about this spacing: fast, and blind to single bright voxels."""
+
+
+def foreground(scan: Scan) -> Bool[np.ndarray, "X Y Z"]:
+    """The head or brain in a scan, as a mask on its grid."""
+    data = scan.data
+    exact = _exact_background(data)
+    if exact is not None:
+        return data != exact
+    return _head_in_air(data, scan.spacing_mm)
+
+
+def bounding_box(mask: Bool[np.ndarray, "X Y Z"]) -> list[tuple[int, int]]:
+    """First and last index (inclusive) of the mask along each axis; the whole axis if the mask is empty."""
+    box = []
+    for axis in range(3):
+        line = np.flatnonzero(mask.any(axis=tuple(a for a in range(3) if a != axis)))
+        box.append((int(line[0]), int(line[-1])) if line.size else (0, mask.shape[axis] - 1))
+    return box
+
+
+def _exact_background(data: Float[np.ndarray, "X Y Z"]) -> float | None:
+    """The one value that covers nearly all of most faces of the volume, if there is one."""
+    faces = [np.take(data, index, axis=axis).ravel() for axis in range(3) for index in (0, -1)]
+    values, counts = np.unique(np.concatenate(faces), return_counts=True)
+    value = values[counts.argmax()]
+    shares = [float((face == value).mean()) for face in faces]
+    # A neck or a tight crop may fill one or two faces; noise in air never leaves a face constant.
+    return float(value) if np.median(shares) >= 0.98 else None
+
+
+def _head_in_air(data: np.ndarray, spacing_mm: np.ndarray) -> np.ndarray:
+    step = np.maximum(np.rint(COARSE_MM / spacing_mm).astype(int), 1)
+    size = [max(int(s), 1) for s in step]
+    coarse = ndimage.uniform_filter(data, size=size, mode="nearest")[:: size[0], :: size[1], :: size[2]]
+    head = coarse > _otsu(coarse)
+    components, count = ndimage.label(head)
+    if count > 1:
+        sizes = np.bincount(components.ravel())
+        sizes[0] = 0
+        head = components == sizes.argmax()
+    head = ndimage.binary_dilation(ndimage.binary_closing(np.pad(head, 3), iterations=2))[3:-3, 3:-3, 3:-3]
+    head = _fill(head)
+    fine = head
+    for axis in range(3):
+        index = np.minimum((np.arange(data.shape[axis]) + size[axis] // 2) // size[axis], head.shape[axis] - 1)
+        fine = fine.take(index, axis=axis)
+    return fine
+
+
+def _fill(head: np.ndarray) -> np.ndarray:
+    """Fill holes in the volume and in each axial slice (a head cut at the neck is open below)."""
+    head = ndimage.binary_fill_holes(head)
+    return np.stack([ndimage.binary_fill_holes(head[:, :, z]) for z in range(head.shape[2])], axis=2)
+
+
+def _otsu(values: np.ndarray, bins: int = 256) -> float:
+    """Threshold that maximises the variance between two classes (Otsu, IEEE SMC 9:62, 1979)."""
+    top = np.percentile(values, 99.9)
+    counts, edges = np.histogram(np.minimum(values, top), bins=bins)
+    centres = (edges[:-1] + edges[1:]) / 2
+    weight_low = np.cumsum(counts)
+    weight_high = weight_low[-1] - weight_low
+    sum_low = np.cumsum(counts * centres)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        gap = sum_low / weight_low - (sum_low[-1] - sum_low) / weight_high
+        between = np.nan_to_num(weight_low * weight_high * gap**2)
+    return float(centres[between.argmax()])
