@@ -61,13 +61,17 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
-        # Summed over ranks: each rank's loss depends on every rank's rows. The average that
-        # DistributedDataParallel takes afterwards then gives the gradient of the mean loss.
-        gradient = sum_over_ranks(gradient.contiguous().clone())
+        # Each rank computes the same loss from the same gathered rows, so the sum over ranks of the
+        # gradients of these rows is R times this rank's own; no communication is needed. The average
+        # that DistributedDataParallel takes afterwards then gives the gradient of that loss.
         start = ctx.rank * ctx.num_rows
-        return gradient[start : start + ctx.num_rows]
+        return gradient[start : start + ctx.num_rows] * dist.get_world_size()
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """The rows (B, …) of all ranks in rank order, (R·B, …), with a gradient; B must be equal on all ranks."""
+    """The rows (B, …) of all ranks in rank order, (R·B, …).
+
+    B must be equal on all ranks. The gradient is right where every rank computes the same loss from
+    the gathered rows, as KoLeo does.
+    """
     return _GatherRows.apply(rows) if active() else rows

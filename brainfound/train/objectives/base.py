@@ -1,0 +1,95 @@
+"""What every self-supervised objective offers to the pretraining task.
+
+Axis legend: ``n`` slices of this rank's micro-batch, ``C`` contrasts, ``H W`` pixels.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int, UInt8
+from torch import Tensor, nn
+
+from brainfound.models.encoder import SliceEncoder
+
+
+@dataclass(frozen=True)
+class SliceBatch:
+    """Slices as they come from the store."""
+
+    pixels: UInt8[Tensor, "n C H W"]
+    present: Bool[Tensor, "n C"]
+    """Which contrasts the slice's session has."""
+    sessions: Int[Tensor, "n"]
+    """Index of the session a slice belongs to."""
+
+    def to(self, device: torch.device) -> SliceBatch:
+        return SliceBatch(*(part.to(device, non_blocking=True) for part in (self.pixels, self.present, self.sessions)))
+
+
+@dataclass(frozen=True)
+class StepKey:
+    """Names the randomness of one micro-batch; see `brainfound.train.randomness`."""
+
+    seed: int
+    step: int
+    micro_batch: int
+    rank: int
+
+    @property
+    def keys(self) -> tuple[int, int, int]:
+        return (self.step, self.micro_batch, self.rank)
+
+
+class Objective(ABC):
+    """A self-supervised loss with its state.
+
+    `student` holds everything that is trained, as one module whose every parameter takes part in
+    every forward pass (data-parallel training needs both). The rest of the state (a teacher, an
+    anchor) belongs to the objective and is never wrapped.
+    """
+
+    student: nn.Module
+
+    @property
+    @abstractmethod
+    def exported_encoder(self) -> SliceEncoder:
+        """The encoder that is probed and exported."""
+
+    @abstractmethod
+    def to(self, device: torch.device) -> None:
+        """Move what is not trained to the device; the engine moves the student."""
+
+    @abstractmethod
+    def loss(self, student: nn.Module, batch: SliceBatch, key: StepKey) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a micro-batch and its named parts.
+
+        Args:
+            student: `self.student`, as wrapped for data-parallel training.
+        """
+
+    @abstractmethod
+    def after_step(self, step: int) -> None:
+        """Called after an optimiser step that was taken (not after a skipped one)."""
+
+    @abstractmethod
+    def gauges(self) -> dict[str, float]:
+        """Health of the last batch, over all ranks; called on all ranks together."""
+
+    @abstractmethod
+    def schedule(self, step: int) -> dict[str, float]:
+        """The objective's own scheduled values at a step, for the log."""
+
+    @abstractmethod
+    def clip_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Sub-modules whose gradients are clipped on their own."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tensors beside the student that a checkpoint must hold."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over the tensors of `state_dict`; a missing or unknown name raises."""

@@ -1,0 +1,58 @@
+"""The head of self-distillation: embedding → scores over prototypes.
+
+Axis legend: ``N`` rows, ``D`` width, ``K`` prototypes.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from brainfound.recipes import Recipe
+
+
+class HeadRecipe(Recipe):
+    """The size of a projection head."""
+
+    prototypes: int = Field(65_536, ge=2)
+    """K, the number of prototypes."""
+    hidden: int = Field(2048, ge=1)
+    """Width of the hidden layers."""
+    bottleneck: int = Field(256, ge=1)
+    """Width in front of the prototypes."""
+    layers: int = Field(3, ge=1)
+    """Linear layers of the MLP, without the prototypes."""
+
+
+class ProjectionHead(nn.Module):
+    """MLP, L2 normalisation, and prototypes of unit length: the scores are cosines in −1…1.
+
+    Source: DINO (arXiv 2104.14294, appendix C). The prototypes' length is fixed at 1, which DINO
+    calls `norm_last_layer` and recommends for stability.
+    """
+
+    def __init__(self, width: int, recipe: HeadRecipe) -> None:
+        super().__init__()
+        widths = [width] + [recipe.hidden] * (recipe.layers - 1) + [recipe.bottleneck]
+        layers: list[nn.Module] = []
+        for index, (fan_in, fan_out) in enumerate(zip(widths, widths[1:], strict=False)):
+            layers += [nn.Linear(fan_in, fan_out)] + ([nn.GELU()] if index < recipe.layers - 1 else [])
+        self.mlp = nn.Sequential(*layers)
+        self.last_layer = nn.Linear(recipe.bottleneck, recipe.prototypes, bias=False)
+
+    def initialise(self, generator: torch.Generator) -> None:
+        """Draw all weights from `generator` (truncated normal of 0.02, biases 0), the same on all ranks."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02, generator=generator)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, embeddings: Float[Tensor, "N D"]) -> Float[Tensor, "N K"]:
+        # A larger eps than the default keeps the gradient of a near-zero bottleneck finite in bfloat16.
+        unit = F.normalize(self.mlp(embeddings), dim=-1, eps=1e-6)
+        prototypes = F.normalize(self.last_layer.weight, dim=-1)
+        return F.linear(unit, prototypes)

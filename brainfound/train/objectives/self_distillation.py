@@ -1,0 +1,343 @@
+"""Self-distillation on slices: DINO on the CLS token, iBOT on masked patches, KoLeo, and an anchor.
+
+Axis legend: ``n`` slices, ``L`` local crops per slice, ``C`` contrasts, ``P`` patch tokens of a
+global crop, ``M`` masked tokens, ``D`` width, ``K`` prototypes. Rows of crops are crop-major: crop A
+of all slices, then crop B of all slices.
+
+Sources: DINOv2 (arXiv 2304.07193, section 4) for the losses and constants; DINOv3 (2508.10104,
+section 4.2) for the Gram anchor. What is ours is made for continuing from released weights: heads are
+initialised once and copied to the teacher, the frozen starting checkpoint anchors patch and CLS
+features, and KoLeo never pushes slices of one session apart.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from pydantic import Field
+from torch import Tensor, nn
+
+from brainfound.data.augmentation import CropViews, MultiCrop, ViewsRecipe
+from brainfound.errors import RecipeError
+from brainfound.models.encoder import SliceEncoder
+from brainfound.recipes import Recipe
+from brainfound.train import losses, ranks, schedules
+from brainfound.train.guard import feature_gauges
+from brainfound.train.masking import BlockMasks, draw_masks
+from brainfound.train.objectives.base import Objective, SliceBatch, StepKey
+from brainfound.train.objectives.projection_head import HeadRecipe, ProjectionHead
+from brainfound.train.randomness import INITIALISATION, MASKS, VIEWS, numpy_generator, torch_generator
+
+
+class SelfDistillationRecipe(Recipe):
+    """Weights and constants of the self-distillation objective."""
+
+    dino_weight: float = Field(1.0, ge=0)
+    """Weight of the CLS loss."""
+    ibot_weight: float = Field(1.0, ge=0)
+    """Weight of the masked-patch loss."""
+    koleo_weight: float = Field(0.1, ge=0)
+    """Weight of KoLeo, summed over the two global crops."""
+    anchor_gram_weight: float = Field(1.0, ge=0)
+    """Weight of the distance between patch Gram matrices of student and starting checkpoint; 0 turns it off."""
+    anchor_cls_weight: float = Field(0.1, ge=0)
+    """Weight of 1 − cosine between the CLS tokens of student and starting checkpoint; 0 turns it off."""
+    head: HeadRecipe = HeadRecipe()
+    """The projection heads."""
+    shared_head: bool = False
+    """Whether CLS and patches use one head (iBOT) or two (DINOv2)."""
+    student_temperature: float = Field(0.1, gt=0)
+    """Temperature of the student's scores."""
+    teacher_temperature: tuple[float, float] = (0.04, 0.07)
+    """Temperature of the teacher's targets at the start, and after the warm-up."""
+    teacher_temperature_warmup_steps: int = Field(3000, ge=0)
+    """Steps over which it rises."""
+    sinkhorn_iterations: int = Field(3, ge=1)
+    """Iterations of Sinkhorn-Knopp."""
+    momentum: tuple[float, float] = (0.994, 1.0)
+    """Momentum of the EMA teacher at the start and at the end, along a cosine."""
+    mask_probability: float = Field(0.5, ge=0, le=1)
+    """Part of the global crops that are masked for the student."""
+    mask_ratio: tuple[float, float] = (0.1, 0.5)
+    """Range of the part of a masked crop's patches that are hidden."""
+    drop_path: float = Field(0.1, ge=0, lt=1)
+    """How often the student skips a residual branch of an image (stochastic depth)."""
+
+    @property
+    def anchored(self) -> bool:
+        """Whether a frozen copy of the starting checkpoint takes part."""
+        return self.anchor_gram_weight > 0 or self.anchor_cls_weight > 0
+
+
+class StochasticDepth(nn.Module):
+    """Drops a residual branch for a random part of the batch and scales up the rest (arXiv 1603.09382)."""
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, branch: Tensor) -> Tensor:
+        if not self.training or self.probability == 0:
+            return branch
+        kept = torch.rand(branch.shape[0], *[1] * (branch.ndim - 1), device=branch.device) >= self.probability
+        return branch * kept.to(branch.dtype) / (1 - self.probability)
+
+
+class StudentOutput(NamedTuple):
+    """What the losses need of the student."""
+
+    cls: Float[Tensor, "2·n D"]
+    patches: Float[Tensor, "2·n P D"]
+    global_scores: Float[Tensor, "2·n K"]
+    local_scores: Float[Tensor, "L·n K"]
+    masked_scores: Float[Tensor, "M K"]
+
+
+class EncoderWithHeads(nn.Module):
+    """An encoder with its DINO and iBOT heads; student and teacher are each one of these."""
+
+    def __init__(self, encoder: SliceEncoder, recipe: SelfDistillationRecipe, seed: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        names = ["dino"] if recipe.shared_head else ["dino", "ibot"]
+        self.heads = nn.ModuleDict({name: ProjectionHead(encoder.embed_dim, recipe.head) for name in names})
+        for index, name in enumerate(names):
+            self.heads[name].initialise(torch_generator(INITIALISATION, seed, index))
+
+    @property
+    def ibot_head(self) -> nn.Module:
+        return self.heads["ibot"] if "ibot" in self.heads else self.heads["dino"]
+
+    def forward(
+        self,
+        global_pixels: Float[Tensor, "2·n C H W"],
+        global_contrasts: Bool[Tensor, "2·n C"],
+        mask: Bool[Tensor, "2·n P"],
+        masked_indices: Int[Tensor, "M"],
+        local_pixels: Float[Tensor, "L·n C h w"] | None,
+        local_contrasts: Bool[Tensor, "L·n C"] | None,
+    ) -> StudentOutput:
+        """The student's pass over all views; one call, so that data-parallel training sees one forward."""
+        large = self.encoder(global_pixels, global_contrasts, bool_masked_pos=mask)
+        hidden_tokens = large.patches.flatten(0, 1).index_select(0, masked_indices)
+        global_scores = self.heads["dino"](large.cls)
+        if local_pixels is None:
+            local_scores = global_scores[:0]
+        else:
+            local_scores = self.heads["dino"](self.encoder(local_pixels, local_contrasts).cls)
+        return StudentOutput(large.cls, large.patches, global_scores, local_scores, self.ibot_head(hidden_tokens))
+
+
+class Targets(NamedTuple):
+    """What the teacher answers, and what its health is read from."""
+
+    cls: Float[Tensor, "2·n D"]
+    cls_scores: Float[Tensor, "2·n K"]
+    cls_probs: Float[Tensor, "2·n K"]
+    masked_probs: Float[Tensor, "M K"]
+    temperature: float
+
+
+class SelfDistillation(Objective):
+    """Student, EMA teacher and anchor around one starting encoder.
+
+    Args:
+        encoder: the starting checkpoint; it is copied, not changed.
+        recipe: weights and constants.
+        views: the multi-crop recipe.
+        num_steps: length of the run, for the momentum's cosine.
+        seed: initialises the heads and names the randomness of masks.
+
+    Raises:
+        RecipeError: if crops do not fit the patch size, or the anchor has no unmasked crop to look at.
+    """
+
+    def __init__(
+        self, encoder: SliceEncoder, recipe: SelfDistillationRecipe, views: ViewsRecipe, num_steps: int, seed: int
+    ) -> None:
+        if recipe.anchored and recipe.mask_probability == 1:
+            raise RecipeError(
+                "the anchor compares unmasked crops, and this recipe masks all of them",
+                where="objective.mask_probability",
+                got=recipe.mask_probability,
+                remedy="Set objective.mask_probability=0.5, or both anchor weights to 0",
+            )
+        self.recipe = recipe
+        self.num_steps = num_steps
+        self.multi_crop = MultiCrop(views, encoder.patch_size)
+        self.grid = (views.global_size // encoder.patch_size,) * 2
+        self.student = EncoderWithHeads(copy.deepcopy(encoder), recipe, seed)
+        # Copied, heads included: heads initialised apart would be two different sets of prototypes.
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
+        self.anchor = copy.deepcopy(encoder).requires_grad_(False).eval() if recipe.anchored else None
+        for block in self.student.encoder.blocks:
+            block.drop_path = StochasticDepth(recipe.drop_path)
+        self._last: tuple[Targets, dict[str, Tensor]] | None = None
+
+    @property
+    def exported_encoder(self) -> SliceEncoder:
+        """The teacher's encoder."""
+        return self.teacher.encoder
+
+    def to(self, device: torch.device) -> None:
+        self.teacher.to(device)
+        if self.anchor is not None:
+            self.anchor.to(device)
+
+    def schedule(self, step: int) -> dict[str, float]:
+        recipe = self.recipe
+        return {
+            "teacher_temperature": schedules.teacher_temperature(
+                step, *recipe.teacher_temperature, recipe.teacher_temperature_warmup_steps
+            ),
+            "momentum": schedules.momentum(step, *recipe.momentum, self.num_steps),
+        }
+
+    def loss(self, student: nn.Module, batch: SliceBatch, key: StepKey) -> tuple[Tensor, dict[str, Tensor]]:
+        device = batch.pixels.device
+        views = self.multi_crop(
+            batch.pixels,
+            batch.present,
+            torch_generator(VIEWS, key.seed, *key.keys),
+            torch_generator(VIEWS, key.seed, *key.keys, 1, device=device),
+        )
+        masks = draw_masks(
+            len(views.global_views.pixels),
+            self.grid,
+            numpy_generator(MASKS, key.seed, *key.keys),
+            self.recipe.mask_probability,
+            self.recipe.mask_ratio,
+        ).to(device)
+        temperature = self.schedule(key.step)["teacher_temperature"]
+        targets = self.targets(views, masks, temperature)
+        large, small = views.global_views, views.local_views
+        output = student(
+            large.pixels,
+            large.contrast_mask,
+            masks.mask,
+            masks.indices,
+            None if small is None else small.pixels,
+            None if small is None else small.contrast_mask,
+        )
+        parts = self.loss_parts(output, targets, masks, batch.sessions)
+        parts |= self.anchor_parts(output, views, masks)
+        total = torch.stack([self.weight(name) * part for name, part in parts.items()]).sum()
+        metrics = {f"loss_{name}": part.detach() for name, part in parts.items()}
+        self._last = targets, metrics
+        return total, metrics
+
+    def weight(self, part: str) -> float:
+        """The weight of a part of the loss."""
+        recipe = self.recipe
+        return {
+            "dino_global": recipe.dino_weight,
+            "dino_local": recipe.dino_weight,
+            "ibot": recipe.ibot_weight,
+            "koleo": recipe.koleo_weight,
+            "anchor_gram": recipe.anchor_gram_weight,
+            "anchor_cls": recipe.anchor_cls_weight,
+        }[part]
+
+    @torch.no_grad()
+    def targets(self, views: CropViews, masks: BlockMasks, temperature: float) -> Targets:
+        """The teacher's answers to the global crops, unmasked; patch scores only where the student is masked."""
+        encoding = self.teacher.encoder(views.global_views.pixels, views.global_views.contrast_mask)
+        cls_scores = self.teacher.heads["dino"](encoding.cls)
+        masked_scores = self.teacher.ibot_head(encoding.patches.flatten(0, 1).index_select(0, masks.indices))
+        iterations = self.recipe.sinkhorn_iterations
+        return Targets(
+            encoding.cls,
+            cls_scores,
+            losses.sinkhorn_knopp(cls_scores, temperature, iterations),
+            losses.sinkhorn_knopp(masked_scores, temperature, iterations),
+            temperature,
+        )
+
+    def loss_parts(
+        self, output: StudentOutput, targets: Targets, masks: BlockMasks, sessions: Int[Tensor, "n"]
+    ) -> dict[str, Tensor]:
+        """The parts that need no anchor, before weighting."""
+        num_slices = len(sessions)
+        temperature = self.recipe.student_temperature
+        dino_global, dino_local = losses.dino_loss(
+            output.global_scores.unflatten(0, (2, num_slices)),
+            output.local_scores.unflatten(0, (-1, num_slices)) if len(output.local_scores) else output.local_scores,
+            targets.cls_probs.unflatten(0, (2, num_slices)),
+            temperature,
+        )
+        groups = ranks.gather_rows(sessions)
+        koleo = torch.stack([losses.koleo(ranks.gather_rows(crop), groups) for crop in output.cls.chunk(2)]).sum()
+        ibot = losses.ibot_loss(
+            output.masked_scores, targets.masked_probs, masks.weights, len(output.cls), temperature
+        )
+        return {"dino_global": dino_global, "dino_local": dino_local, "ibot": ibot, "koleo": koleo}
+
+    def anchor_parts(self, output: StudentOutput, views: CropViews, masks: BlockMasks) -> dict[str, Tensor]:
+        """The distance to the starting checkpoint, on the crops of which the student saw everything."""
+        if self.anchor is None:
+            return {}
+        large = views.global_views
+        with torch.no_grad():
+            anchor = self.anchor(large.pixels[masks.visible], large.contrast_mask[masks.visible])
+        return {
+            "anchor_gram": losses.gram_loss(output.patches[masks.visible], anchor.patches),
+            "anchor_cls": losses.cosine_loss(output.cls[masks.visible], anchor.cls),
+        }
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        """teacher ← momentum · teacher + (1 − momentum) · student.
+
+        `lerp` leaves a weight that equals the student's exactly as it is, so a backbone that waits
+        for its heads does not drift in the teacher either.
+        """
+        weight = 1 - self.schedule(step)["momentum"]
+        for old, new in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
+            old.lerp_(new, weight)
+
+    @torch.no_grad()
+    def gauges(self) -> dict[str, float]:
+        """Gauges of the last batch; see `brainfound.train.guard`."""
+        if self._last is None:
+            return {}
+        targets, metrics = self._last
+        num_prototypes = targets.cls_scores.shape[1]
+        raw = F.softmax(targets.cls_scores.float() / targets.temperature, dim=-1).mean(dim=0)
+        raw = ranks.sum_over_ranks(raw) / ranks.world_size()
+        gauges = {
+            "teacher_entropy": _entropy(raw).item() / math.log(num_prototypes),
+            "target_entropy": _entropy(targets.cls_probs).mean().item() / math.log(num_prototypes),
+            "ln_prototypes": math.log(num_prototypes),
+            **feature_gauges(ranks.gather_rows(targets.cls.float())),
+        }
+        if "loss_anchor_gram" in metrics:
+            gauges["gram_distance"] = metrics["loss_anchor_gram"].item()
+        return gauges
+
+    def clip_groups(self) -> dict[str, list[nn.Parameter]]:
+        heads = {f"{name}_head": list(head.parameters()) for name, head in self.student.heads.items()}
+        return {"backbone": list(self.student.encoder.parameters()), **heads}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        state = {f"teacher.{name}": value for name, value in self.teacher.state_dict().items()}
+        if self.anchor is not None:
+            state |= {f"anchor.{name}": value for name, value in self.anchor.state_dict().items()}
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        _load_part(self.teacher, state, "teacher.")
+        if self.anchor is not None:
+            _load_part(self.anchor, state, "anchor.")
+
+
+def _entropy(probs: Float[Tensor, "*rows K"]) -> Float[Tensor, "*rows"]:
+    return -torch.special.xlogy(probs, probs).sum(dim=-1)
+
+
+def _load_part(module: nn.Module, state: dict[str, Tensor], prefix: str) -> None:
+    module.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
