@@ -10,6 +10,7 @@ amount of padding can change a bit of the result.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
@@ -27,16 +28,16 @@ class Aggregation(NamedTuple):
     weights: Float[Tensor, "volumes slices"] | None
 
 
-class Aggregator(nn.Module):
+class Aggregator(nn.Module, ABC):
     """Base: leaves padding out; a subclass pools volumes in which every slice is valid."""
 
     has_weights = True
 
+    @abstractmethod
     def pool(
         self, slices: Float[Tensor, "volumes slices width"], positions_mm: Float[Tensor, "volumes slices"]
     ) -> tuple[Tensor, Tensor | None]:
         """Volume embeddings (B, D) and slice weights (B, S) or None, of volumes without padding."""
-        raise TypeError(f"{type(self).__name__} does not define how to pool")
 
     def forward(
         self,

@@ -98,8 +98,10 @@ class SliceEncoder(nn.Module):
         Raises:
             ModelError: names the shape that came.
         """
-        num_contrasts, height, width = pixel_values.shape[-3:]
         shape = tuple(pixel_values.shape)
+        if len(shape) < 4:
+            raise ModelError("pixel_values lacks axes", got=f"shape {shape}", expected="(…, contrasts, height, width)")
+        num_contrasts, height, width = shape[-3:]
         if num_contrasts != len(self.contrasts):
             raise ModelError(
                 f"pixel_values has {num_contrasts} contrasts",

@@ -5,7 +5,7 @@ Axis legend: B volumes, S slices, C contrasts, H W pixels, N slices of a batch i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -17,12 +17,20 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from brainfound.errors import ModelError
 from brainfound.models.aggregators import TransformerAggregator, build_aggregator
 from brainfound.models.backbone import load_backbone
 from brainfound.models.configuration import BrainFoundConfig, require_known_fields
-from brainfound.models.encoder import SliceEncoder, SliceEncoding
+from brainfound.models.decoders import SliceMixing, build_decoder
+from brainfound.models.encoder import SliceEncoder
+from brainfound.models.heads import (
+    ClassificationHead,
+    RegressionHead,
+    classification_loss,
+    regression_loss,
+    segmentation_loss,
+)
 from brainfound.models.loading import load_checked
+from brainfound.models.slice_batch import SliceBatch, wrong_shape
 
 Pixels = Float[Tensor, "volumes slices contrasts height width"] | UInt8[Tensor, "volumes slices contrasts height width"]
 
@@ -120,6 +128,11 @@ class BrainFoundPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, TransformerAggregator):
             init.trunc_normal_(module.class_token, std=self.config.initializer_range)
+        elif isinstance(module, SliceMixing):
+            init.zeros_(module.convolution.weight)
+        elif isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+            # Decoder convolutions feed group norms; a fixed 0.02 would make narrow decoders start silent.
+            init.kaiming_normal_(module.weight, nonlinearity="relu")
 
 
 class BrainFoundModel(BrainFoundPreTrainedModel):
@@ -158,7 +171,7 @@ class BrainFoundModel(BrainFoundPreTrainedModel):
         Raises:
             ModelError: if shapes do not fit, or a volume has no valid slice or no contrast.
         """
-        batch = SliceBatch(self, pixel_values, contrast_mask, slice_mask, positions_mm)
+        batch = SliceBatch(self.encoder, self.config.slice_chunk, pixel_values, contrast_mask, slice_mask, positions_mm)
         cls_tokens, patches = [], []
         for encoding in batch.encode():
             cls_tokens.append(encoding.cls)
@@ -175,89 +188,147 @@ class BrainFoundModel(BrainFoundPreTrainedModel):
         return output.to_tuple() if return_dict is False else output
 
 
-class SliceBatch:
-    """The valid slices of a batch of volumes: checked, encoded in chunks, and put back in their places.
+@dataclass
+class BrainFoundClassifierOutput(ModelOutput):
+    """What `BrainFoundForClassification` gives."""
 
-    Padding is never encoded, so that it costs nothing and cannot change a result.
-    """
+    loss: Tensor | None = None
+    logits: Float[Tensor, "volumes classes"] | None = None
+    volume_embedding: Float[Tensor, "volumes width"] | None = None
+    slice_embeddings: Float[Tensor, "volumes slices width"] | None = None
+    slice_weights: Float[Tensor, "volumes slices"] | None = None
 
-    def __init__(
+
+@dataclass
+class BrainFoundRegressionOutput(ModelOutput):
+    """What `BrainFoundForRegression` gives."""
+
+    loss: Tensor | None = None
+    """In standardised units."""
+    predictions: Float[Tensor, "volumes"] | None = None
+    """In the unit of the target."""
+    prediction_std: Float[Tensor, "volumes"] | None = None
+    """In the unit of the target; None unless `config.regression_uncertainty`."""
+    volume_embedding: Float[Tensor, "volumes width"] | None = None
+    slice_embeddings: Float[Tensor, "volumes slices width"] | None = None
+    slice_weights: Float[Tensor, "volumes slices"] | None = None
+
+
+@dataclass
+class BrainFoundSegmentationOutput(ModelOutput):
+    """What `BrainFoundForSegmentation` gives."""
+
+    loss: Tensor | None = None
+    logits: Float[Tensor, "volumes slices classes height width"] | None = None
+    """Class scores of every pixel; zeros at padded slices."""
+
+
+class _WithHead(BrainFoundPreTrainedModel):
+    """A volume model under a head."""
+
+    def __init__(self, config: BrainFoundConfig, backbone: PreTrainedModel | None = None) -> None:
+        super().__init__(config)
+        self.brainfound = BrainFoundModel(config, backbone)
+
+    @property
+    def encoder(self) -> SliceEncoder:
+        return self.brainfound.encoder
+
+
+class BrainFoundForClassification(_WithHead):
+    """One label per volume, or several with `config.problem_type = "multi_label_classification"`."""
+
+    def __init__(self, config: BrainFoundConfig, backbone: PreTrainedModel | None = None) -> None:
+        super().__init__(config, backbone)
+        self.head = ClassificationHead(config)
+        self.post_init()
+
+    def forward(
         self,
-        model: BrainFoundModel,
-        pixel_values: Tensor,
-        contrast_mask: Tensor | None,
-        slice_mask: Tensor | None,
-        positions_mm: Tensor | None = None,
-    ) -> None:
-        self.encoder: SliceEncoder = model.encoder
-        self.chunk = model.config.slice_chunk
-        if pixel_values.dim() != 5:
-            raise ModelError(
-                "pixel_values must have five axes",
-                got=f"shape {tuple(pixel_values.shape)}",
-                expected="(volumes, slices, contrasts, height, width)",
-                remedy="Add the missing axis, for one volume with pixel_values[None]",
-            )
-        self.encoder.require_shape(pixel_values)
-        if pixel_values.dtype != torch.uint8 and not pixel_values.is_floating_point():
-            raise ModelError("pixel_values must be float in 0–1 or uint8", got=pixel_values.dtype)
-        num_volumes, num_slices, num_contrasts = pixel_values.shape[:3]
-        self.volumes_slices = (num_volumes, num_slices)
-        self.contrast_mask = _as_mask("contrast_mask", contrast_mask, (num_volumes, num_contrasts))
-        self.slice_mask = _as_mask("slice_mask", slice_mask, self.volumes_slices)
-        if positions_mm is not None and tuple(positions_mm.shape) != self.volumes_slices:
-            raise _wrong_shape("positions_mm", positions_mm, self.volumes_slices)
-        self.pixels = pixel_values.flatten(0, 1)
-        self.index = None if self.slice_mask is None else self.slice_mask.flatten().nonzero()[:, 0]
-        self._require_something_to_see()
-
-    def encode(self, layers: Sequence[int] = ()) -> Iterator[SliceEncoding]:
-        """Encode the valid slices, at most `config.slice_chunk` at once."""
-        num_slices_each = self.volumes_slices[1]
-        for rows in self._rows().split(self.chunk):
-            # All slices valid and in one chunk is the common case, and needs no copy of the pixels.
-            whole = self.index is None and len(rows) == len(self.pixels)
-            contrast_mask = None if self.contrast_mask is None else self.contrast_mask[rows // num_slices_each]
-            yield self.encoder(self.pixels if whole else self.pixels[rows], contrast_mask, layers=layers)
-
-    def scatter(self, values: Tensor) -> Tensor:
-        """Values of the valid slices (N, …) → (B, S, …), zeros at padded slices."""
-        if self.index is not None:
-            num_all = self.volumes_slices[0] * self.volumes_slices[1]
-            values = values.new_zeros(num_all, *values.shape[1:]).index_copy(0, self.index, values)
-        return values.unflatten(0, self.volumes_slices)
-
-    def select(self, values: Tensor) -> Tensor:
-        """Values (B, S, …) → those of the valid slices (N, …)."""
-        values = values.flatten(0, 1)
-        return values if self.index is None else values[self.index]
-
-    def slices_per_volume(self) -> list[int]:
-        """The number of valid slices of each volume."""
-        num_volumes, num_slices = self.volumes_slices
-        return [num_slices] * num_volumes if self.slice_mask is None else self.slice_mask.sum(dim=1).tolist()
-
-    def _rows(self) -> Tensor:
-        return torch.arange(len(self.pixels), device=self.pixels.device) if self.index is None else self.index
-
-    def _require_something_to_see(self) -> None:
-        if not all(self.volumes_slices) or (self.slice_mask is not None and not self.slice_mask.any(dim=1).all()):
-            raise ModelError(
-                "a volume has no valid slice", where="slice_mask", remedy="Leave such volumes out of the batch"
-            )
-        if self.contrast_mask is not None and not self.contrast_mask.any(dim=1).all():
-            raise ModelError(
-                "a volume has no contrast", where="contrast_mask", remedy="Leave such volumes out of the batch"
-            )
+        pixel_values: Pixels,
+        contrast_mask: Bool[Tensor, "volumes contrasts"] | None = None,
+        slice_mask: Bool[Tensor, "volumes slices"] | None = None,
+        positions_mm: Float[Tensor, "volumes slices"] | None = None,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
+    ) -> BrainFoundClassifierOutput | tuple[Tensor, ...]:
+        """Class scores of volumes. Inputs as for `BrainFoundModel`; `labels` (B,), or (B, K) for multi-label."""
+        volume = self.brainfound(pixel_values, contrast_mask, slice_mask, positions_mm)
+        logits = self.head(volume.volume_embedding)
+        output = BrainFoundClassifierOutput(
+            loss=None if labels is None else classification_loss(logits, labels, self.config.problem_type),
+            logits=logits,
+            volume_embedding=volume.volume_embedding,
+            slice_embeddings=volume.slice_embeddings,
+            slice_weights=volume.slice_weights,
+        )
+        return output.to_tuple() if return_dict is False else output
 
 
-def _as_mask(name: str, mask: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
-    if mask is None:
-        return None
-    if tuple(mask.shape) != shape:
-        raise _wrong_shape(name, mask, shape)
-    return mask.bool()
+class BrainFoundForRegression(_WithHead):
+    """One number per volume, in the unit of the target (`config.target_mean`, `config.target_std`)."""
+
+    def __init__(self, config: BrainFoundConfig, backbone: PreTrainedModel | None = None) -> None:
+        super().__init__(config, backbone)
+        self.head = RegressionHead(config)
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: Pixels,
+        contrast_mask: Bool[Tensor, "volumes contrasts"] | None = None,
+        slice_mask: Bool[Tensor, "volumes slices"] | None = None,
+        positions_mm: Float[Tensor, "volumes slices"] | None = None,
+        labels: Float[Tensor, "volumes"] | None = None,
+        return_dict: bool | None = None,
+    ) -> BrainFoundRegressionOutput | tuple[Tensor, ...]:
+        """Predictions for volumes. Inputs as for `BrainFoundModel`; `labels` (B,) in the unit of the target."""
+        volume = self.brainfound(pixel_values, contrast_mask, slice_mask, positions_mm)
+        mean, log_variance = self.head(volume.volume_embedding)
+        center, scale = self.config.target_mean, self.config.target_std
+        loss = None
+        if labels is not None:
+            loss = regression_loss(mean, log_variance, (labels.float() - center) / scale)
+        output = BrainFoundRegressionOutput(
+            loss=loss,
+            predictions=mean * scale + center,
+            prediction_std=None if log_variance is None else torch.exp(0.5 * log_variance) * scale,
+            volume_embedding=volume.volume_embedding,
+            slice_embeddings=volume.slice_embeddings,
+            slice_weights=volume.slice_weights,
+        )
+        return output.to_tuple() if return_dict is False else output
 
 
-def _wrong_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> ModelError:
-    return ModelError(f"{name} does not fit pixel_values", got=f"shape {tuple(value.shape)}", expected=f"shape {shape}")
+class BrainFoundForSegmentation(_WithHead):
+    """One class per pixel of every slice; class 0 is the background."""
+
+    def __init__(self, config: BrainFoundConfig, backbone: PreTrainedModel | None = None) -> None:
+        super().__init__(config, backbone)
+        self.decoder = build_decoder(config)
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: Pixels,
+        contrast_mask: Bool[Tensor, "volumes contrasts"] | None = None,
+        slice_mask: Bool[Tensor, "volumes slices"] | None = None,
+        positions_mm: Float[Tensor, "volumes slices"] | None = None,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
+    ) -> BrainFoundSegmentationOutput | tuple[Tensor, ...]:
+        """Class scores of pixels. Inputs as for `BrainFoundModel`; `labels` (B, S, H, W), −100 where unknown."""
+        batch = SliceBatch(self.encoder, self.config.slice_chunk, pixel_values, contrast_mask, slice_mask, positions_mm)
+        height, width = pixel_values.shape[-2:]
+        if labels is not None and labels.shape != (*pixel_values.shape[:2], height, width):
+            raise wrong_shape("labels", labels, (*pixel_values.shape[:2], height, width))
+        grid = self.encoder.grid(height, width)
+        fused = [
+            self.decoder.fuse(encoding.hidden, grid) for encoding in batch.encode(self.config.resolved_decoder_layers)
+        ]
+        logits = self.decoder(torch.cat(fused), batch.slices_per_volume(), (height, width))
+        output = BrainFoundSegmentationOutput(
+            loss=None if labels is None else segmentation_loss(logits, batch.select(labels)),
+            logits=batch.scatter(logits),
+        )
+        return output.to_tuple() if return_dict is False else output

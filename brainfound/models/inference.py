@@ -1,0 +1,109 @@
+"""One stack through a model: the one way in which training, evaluation and prediction ask for an answer.
+
+Axis legend: S slices, H W pixels, K classes, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import nn
+
+from brainfound.data.batches import collate, even_slices
+from brainfound.data.stack import Stack
+from brainfound.errors import ModelError
+from brainfound.models.model import (
+    BrainFoundForClassification,
+    BrainFoundForRegression,
+    BrainFoundForSegmentation,
+    BrainFoundModel,
+)
+
+SEGMENTATION_CHUNK = 32
+"""Slices per forward pass of a segmentation; bounds the memory of the full-resolution class scores."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model says of one stack; fields of other tasks are None."""
+
+    probabilities: Float[np.ndarray, "K"] | None = None
+    value: float | None = None
+    """Regression: in the unit of the target."""
+    value_std: float | None = None
+    classes: Int[np.ndarray, "S H W"] | None = None
+    """Segmentation: the class index of every pixel of the stack."""
+    foreground_probability: Float[np.ndarray, "S H W"] | None = None
+    """Segmentation: the probability that a pixel is not background."""
+    embedding: Float[np.ndarray, "D"] | None = None
+    slice_embeddings: Float[np.ndarray, "S D"] | None = None
+    slice_weights: Float[np.ndarray, "S"] | None = None
+    slices: Int[np.ndarray, "S"] | None = None
+    """The slices that were read, where not all were."""
+
+
+@torch.inference_mode()
+def infer(model: nn.Module, stack: Stack, num_slices: int | None = None) -> Answer:
+    """Ask a model about a stack.
+
+    Args:
+        model: one of the four BrainFound models, or a PEFT model around one; left in eval mode.
+        stack: prepared with the model's own preprocessing.
+        num_slices: evenly spaced slices to read; None for all. A segmentation always reads all.
+
+    Raises:
+        ModelError: the model is of another kind, or the stack's contrasts are not the model's.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    model.eval()
+    _require_same_contrasts(inner, stack)
+    device = next(inner.parameters()).device
+    if isinstance(inner, BrainFoundForSegmentation):
+        return _segment(model, stack, device)
+    index = even_slices(len(stack.pixels), num_slices)
+    output = model(**collate([stack], [index]).to(device).inputs())
+    common = {
+        "embedding": output.volume_embedding[0].float().cpu().numpy(),
+        "slice_embeddings": output.slice_embeddings[0].float().cpu().numpy(),
+        "slice_weights": None if output.slice_weights is None else output.slice_weights[0].float().cpu().numpy(),
+        "slices": index,
+    }
+    if isinstance(inner, BrainFoundForClassification):
+        logits = output.logits[0].float()
+        multi_label = inner.config.problem_type == "multi_label_classification"
+        return Answer(probabilities=(logits.sigmoid() if multi_label else logits.softmax(-1)).cpu().numpy(), **common)
+    if isinstance(inner, BrainFoundForRegression):
+        std = None if output.prediction_std is None else float(output.prediction_std[0])
+        return Answer(value=float(output.predictions[0]), value_std=std, **common)
+    if isinstance(inner, BrainFoundModel):
+        return Answer(**common)
+    raise ModelError(f"{type(inner).__name__} is not a BrainFound model")
+
+
+def _segment(model: nn.Module, stack: Stack, device: torch.device) -> Answer:
+    classes = np.empty(stack.grid, dtype=np.uint8)
+    foreground = np.empty(stack.grid, dtype=np.float32)
+    # Where the decoder mixes neighbouring slices a chunk would cut them apart.
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    chunk = len(stack.pixels) if inner.config.decoder_slice_mixing else SEGMENTATION_CHUNK
+    for first in range(0, len(stack.pixels), chunk):
+        index = np.arange(first, min(first + chunk, len(stack.pixels)))
+        logits = model(**collate([stack], [index]).to(device).inputs()).logits[0].float()
+        probabilities = logits.softmax(dim=1)
+        classes[index] = probabilities.argmax(dim=1).to(torch.uint8).cpu().numpy()
+        foreground[index] = (1 - probabilities[:, 0]).cpu().numpy()
+    return Answer(classes=classes, foreground_probability=foreground)
+
+
+def _require_same_contrasts(model: nn.Module, stack: Stack) -> None:
+    contrasts = tuple(model.config.contrasts)
+    if contrasts != tuple(stack.contrasts):
+        raise ModelError(
+            "the data's contrasts are not the model's",
+            got=", ".join(stack.contrasts),
+            expected=", ".join(contrasts),
+            remedy=f"Prepare the data with --contrasts {','.join(contrasts)}",
+        )

@@ -1,0 +1,112 @@
+"""The slices of a batch of volumes, as one row of images.
+
+Axis legend: B volumes, S slices, C contrasts, H W pixels, N valid slices of the batch in a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from brainfound.errors import ModelError
+from brainfound.models.encoder import SliceEncoder, SliceEncoding
+
+
+class SliceBatch:
+    """The valid slices of a batch of volumes: checked, encoded in chunks, and put back in their places.
+
+    Padding is never encoded, so that it costs nothing and cannot change a result.
+
+    Args:
+        encoder: encodes them.
+        chunk: the largest number of slices that are encoded at once.
+        pixel_values, contrast_mask, slice_mask, positions_mm: as for `BrainFoundModel`.
+
+    Raises:
+        ModelError: if shapes do not fit, or a volume has no valid slice or no contrast.
+    """
+
+    def __init__(
+        self,
+        encoder: SliceEncoder,
+        chunk: int,
+        pixel_values: Tensor,
+        contrast_mask: Tensor | None,
+        slice_mask: Tensor | None,
+        positions_mm: Tensor | None = None,
+    ) -> None:
+        self.encoder = encoder
+        self.chunk = chunk
+        if pixel_values.dim() != 5:
+            raise ModelError(
+                "pixel_values must have five axes",
+                got=f"shape {tuple(pixel_values.shape)}",
+                expected="(volumes, slices, contrasts, height, width)",
+                remedy="Add the missing axis, for one volume with pixel_values[None]",
+            )
+        self.encoder.require_shape(pixel_values)
+        if pixel_values.dtype != torch.uint8 and not pixel_values.is_floating_point():
+            raise ModelError("pixel_values must be float in 0–1 or uint8", got=pixel_values.dtype)
+        num_volumes, num_slices, num_contrasts = pixel_values.shape[:3]
+        self.volumes_slices = (num_volumes, num_slices)
+        self.contrast_mask = _as_mask("contrast_mask", contrast_mask, (num_volumes, num_contrasts))
+        self.slice_mask = _as_mask("slice_mask", slice_mask, self.volumes_slices)
+        if positions_mm is not None and tuple(positions_mm.shape) != self.volumes_slices:
+            raise wrong_shape("positions_mm", positions_mm, self.volumes_slices)
+        self.pixels = pixel_values.flatten(0, 1)
+        self.index = None if self.slice_mask is None else self.slice_mask.flatten().nonzero()[:, 0]
+        self._require_something_to_see()
+
+    def encode(self, layers: Sequence[int] = ()) -> Iterator[SliceEncoding]:
+        """Encode the valid slices, at most `chunk` at once."""
+        num_slices_each = self.volumes_slices[1]
+        for rows in self._rows().split(self.chunk):
+            # All slices valid and in one chunk is the common case, and needs no copy of the pixels.
+            whole = self.index is None and len(rows) == len(self.pixels)
+            contrast_mask = None if self.contrast_mask is None else self.contrast_mask[rows // num_slices_each]
+            yield self.encoder(self.pixels if whole else self.pixels[rows], contrast_mask, layers=layers)
+
+    def scatter(self, values: Tensor) -> Tensor:
+        """Values of the valid slices (N, …) → (B, S, …), zeros at padded slices."""
+        if self.index is not None:
+            num_all = self.volumes_slices[0] * self.volumes_slices[1]
+            values = values.new_zeros(num_all, *values.shape[1:]).index_copy(0, self.index, values)
+        return values.unflatten(0, self.volumes_slices)
+
+    def select(self, values: Tensor) -> Tensor:
+        """Values (B, S, …) → those of the valid slices (N, …)."""
+        values = values.flatten(0, 1)
+        return values if self.index is None else values[self.index]
+
+    def slices_per_volume(self) -> list[int]:
+        """The number of valid slices of each volume."""
+        num_volumes, num_slices = self.volumes_slices
+        return [num_slices] * num_volumes if self.slice_mask is None else self.slice_mask.sum(dim=1).tolist()
+
+    def _rows(self) -> Tensor:
+        return torch.arange(len(self.pixels), device=self.pixels.device) if self.index is None else self.index
+
+    def _require_something_to_see(self) -> None:
+        if not all(self.volumes_slices) or (self.slice_mask is not None and not self.slice_mask.any(dim=1).all()):
+            raise ModelError(
+                "a volume has no valid slice", where="slice_mask", remedy="Leave such volumes out of the batch"
+            )
+        if self.contrast_mask is not None and not self.contrast_mask.any(dim=1).all():
+            raise ModelError(
+                "a volume has no contrast", where="contrast_mask", remedy="Leave such volumes out of the batch"
+            )
+
+
+def _as_mask(name: str, mask: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
+    if mask is None:
+        return None
+    if tuple(mask.shape) != shape:
+        raise wrong_shape(name, mask, shape)
+    return mask.bool()
+
+
+def wrong_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> ModelError:
+    """The error for a tensor that does not go with pixel_values."""
+    return ModelError(f"{name} does not fit pixel_values", got=f"shape {tuple(value.shape)}", expected=f"shape {shape}")

@@ -1,0 +1,121 @@
+"""Slices → volume: padding, order, any number of slices."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from brainfound.models import BrainFoundConfig
+from brainfound.models.aggregators import build_aggregator, num_heads_for, sinusoidal_positions
+from brainfound.models.configuration import AGGREGATORS
+
+WIDTH = 24
+
+
+def make(name):
+    torch.manual_seed(3)
+    backbone = {"model_type": "dinov2", "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2}
+    aggregator = build_aggregator(BrainFoundConfig(backbone_config=backbone, aggregator=name, aggregator_layers=2))
+    with torch.no_grad():
+        for parameter in aggregator.parameters():
+            parameter.normal_(std=0.3)
+    return aggregator.eval()
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    name=st.sampled_from(AGGREGATORS),
+    counts=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    more=st.integers(0, 5),
+    seed=st.integers(0, 99),
+)
+def test_neither_content_nor_amount_nor_place_of_padding_changes_a_bit(name, counts, more, seed):
+    aggregator = make(name)
+    generator = torch.Generator().manual_seed(seed)
+    num_slices = max(counts) + more
+    mask = torch.zeros(len(counts), num_slices, dtype=torch.bool)
+    slices = torch.full((len(counts), num_slices, WIDTH), float("nan"))
+    positions = torch.full((len(counts), num_slices), float("nan"))
+    alone = []
+    with torch.no_grad():
+        for row, count in enumerate(counts):
+            places = torch.randperm(num_slices, generator=generator)[:count].sort().values
+            volume = torch.randn(count, WIDTH, generator=generator)
+            where = torch.randn(count, generator=generator).sort().values * 60
+            mask[row, places], slices[row, places], positions[row, places] = True, volume, where
+            alone.append((volume, where))
+        together = aggregator(slices, mask, positions)
+        for row, count in enumerate(counts):
+            # Volumes with equal numbers of slices are pooled as one batch, so their peers come along.
+            peers = [index for index, other in enumerate(counts) if other == count]
+            expected = aggregator(
+                torch.stack([alone[index][0] for index in peers]),
+                None,
+                torch.stack([alone[index][1] for index in peers]),
+            )
+            assert torch.equal(together.embedding[row], expected.embedding[peers.index(row)])
+    if together.weights is not None:
+        torch.testing.assert_close(together.weights.sum(dim=1), torch.ones(len(counts)))
+        assert not together.weights[~mask].any()
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+@pytest.mark.parametrize("num_slices", [1, 2, 33, 180])
+def test_any_number_of_slices(name, num_slices):
+    with torch.no_grad():
+        embedding = make(name)(torch.randn(2, num_slices, WIDTH)).embedding
+    assert embedding.shape == (2, WIDTH)
+    assert embedding.isfinite().all()
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+def test_slices_may_come_in_any_order_with_their_positions(name):
+    aggregator, slices, order = make(name), torch.randn(1, 7, WIDTH), torch.randperm(7)
+    positions = torch.linspace(-30, 30, 7)[None]
+    with torch.no_grad():
+        expected = aggregator(slices, None, positions).embedding
+        torch.testing.assert_close(aggregator(slices[:, order], None, positions[:, order]).embedding, expected)
+
+
+def test_only_the_transformer_sees_positions():
+    slices = torch.randn(1, 7, WIDTH)
+    near, far = torch.linspace(-3, 3, 7)[None], torch.linspace(-30, 30, 7)[None]
+    for name in AGGREGATORS:
+        aggregator = make(name)
+        with torch.no_grad():
+            same = torch.allclose(aggregator(slices, None, near).embedding, aggregator(slices, None, far).embedding)
+        assert same == (name != "transformer")
+
+
+def test_positions_default_to_a_centred_millimetre():
+    aggregator, slices = make("transformer"), torch.randn(1, 3, WIDTH)
+    with torch.no_grad():
+        given_positions = aggregator(slices, None, torch.tensor([[-1.0, 0.0, 1.0]])).embedding
+        assert torch.equal(aggregator(slices).embedding, given_positions)
+
+
+def test_the_mean_is_the_mean():
+    slices, mask = torch.randn(2, 5, WIDTH), torch.tensor([[1, 0, 1, 1, 0], [0, 0, 0, 0, 1]]).bool()
+    aggregation = make("mean")(slices, mask)
+    torch.testing.assert_close(aggregation.embedding[0], slices[0, [0, 2, 3]].mean(dim=0))
+    torch.testing.assert_close(aggregation.embedding[1], slices[1, 4])
+    torch.testing.assert_close(aggregation.weights[0], torch.tensor([1, 0, 1, 1, 0]) / 3)
+
+
+def test_attention_weights_make_the_embedding():
+    slices = torch.randn(2, 5, WIDTH)
+    with torch.no_grad():
+        aggregation = make("attention")(slices)
+    torch.testing.assert_close(aggregation.embedding, (aggregation.weights[..., None] * slices).sum(dim=1))
+    assert aggregation.weights.std() > 0
+
+
+@pytest.mark.parametrize("width", [32, 96, 384, 768, 1024, 1536, 50])
+def test_heads_divide_the_width(width):
+    assert width % num_heads_for(width) == 0
+
+
+def test_positions_are_told_apart_and_wrap_to_the_width():
+    codes = sinusoidal_positions(torch.arange(-90.0, 91.0)[None], 25)[0]
+    assert codes.shape == (181, 25)
+    assert torch.cdist(codes, codes).add(torch.eye(181) * 9).min() > 0.1
