@@ -1,0 +1,167 @@
+"""Checkpoints: complete or absent, and never older than needed to go on exactly.
+
+    checkpoints/step-000100/
+        model.safetensors   the trained weights
+        task.safetensors    the task's other tensors (teacher, anchor)
+        optimizer.pt        the optimiser's state (tensors and plain values)
+        state.json          step, versions, the task's counters, and the size and SHA-256 of each file
+
+A checkpoint is written into a temporary folder and renamed, so a killed process leaves none or a whole
+one. A disk may still tear a file after that: `state.json` lets `latest_valid` find out and go on with
+the checkpoint before.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from brainfound.errors import TrainingError
+
+STATE_FILE = "state.json"
+_PREFIX = "step-"
+_TEMPORARY = ".writing-"
+_FREE_SPACE_FACTOR = 1.05
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint in memory."""
+
+    step: int
+    model: dict[str, Tensor]
+    task: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    state: dict[str, Any]
+    """Plain values: the engine's and the task's counters, versions, world size."""
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
+    """Write a checkpoint into `folder`, then remove all but the newest `keep`.
+
+    Raises:
+        TrainingError: if the disk has no room for it; nothing is written then.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(folder)
+    _require_space(folder, checkpoint)
+    final = folder / f"{_PREFIX}{checkpoint.step:06d}"
+    temporary = folder / f"{_TEMPORARY}{final.name}"
+    temporary.mkdir()
+    save_file(_for_saving(checkpoint.model), temporary / "model.safetensors")
+    save_file(_for_saving(checkpoint.task), temporary / "task.safetensors")
+    torch.save(checkpoint.optimizer, temporary / "optimizer.pt")
+    files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
+    state = {"step": checkpoint.step, **checkpoint.state, "files": files}
+    write_atomically(temporary / STATE_FILE, json.dumps(state, indent=2))
+    for path in temporary.iterdir():
+        _flush(path)
+    if final.exists():
+        shutil.rmtree(final)
+    temporary.rename(final)
+    _flush(folder)
+    for old in list_checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint that `latest_valid` has found to be whole; tensors come on the CPU."""
+    state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+    return Checkpoint(
+        step=state["step"],
+        model=load_file(path / "model.safetensors"),
+        task=load_file(path / "task.safetensors"),
+        optimizer=torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True),
+        state=state,
+    )
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first, whole or not."""
+    return sorted(folder.glob(f"{_PREFIX}*"), key=lambda path: int(path.name.removeprefix(_PREFIX)))
+
+
+def latest_valid(folder: Path) -> Path | None:
+    """The newest checkpoint whose files are as they were written; warns about each torn one it passes over."""
+    for path in reversed(list_checkpoints(folder)):
+        fault = find_fault(path)
+        if fault is None:
+            return path
+        warnings.warn(f"the checkpoint {path.name} is torn ({fault}); going back to the one before", stacklevel=2)
+    return None
+
+
+def find_fault(path: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None."""
+    try:
+        files: Mapping[str, Any] = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError):
+        return f"{STATE_FILE} cannot be read"
+    for name, expected in files.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != expected["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes of {expected['bytes']}"
+        if _fingerprint(file) != expected:
+            return f"{name} has changed"
+    return None
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a killed process left half-written."""
+    for path in folder.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(path)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that a reader sees the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(text, encoding="utf-8")
+    _flush(temporary)
+    temporary.replace(path)
+
+
+def _for_saving(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _require_space(folder: Path, checkpoint: Checkpoint) -> None:
+    moments = [value for state in checkpoint.optimizer.get("state", {}).values() for value in state.values()]
+    tensors = [*checkpoint.model.values(), *checkpoint.task.values(), *(t for t in moments if isinstance(t, Tensor))]
+    needed = int(sum(tensor.numel() * tensor.element_size() for tensor in tensors) * _FREE_SPACE_FACTOR)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise TrainingError(
+            "the disk has no room for the next checkpoint",
+            where=folder,
+            got=f"{free / 2**30:.2f} GiB free",
+            expected=f"{needed / 2**30:.2f} GiB",
+            remedy="Free some space and continue with --resume",
+        )
