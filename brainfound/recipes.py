@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from brainfound.errors import RecipeError, did_you_mean
 
-Room = Literal["train", "adapters"]
+Room = Literal["train", "adapters", "model_cards"]
 SUFFIX = ".yaml"
 
 

@@ -31,6 +31,9 @@ def test_a_call_reaches_the_function_with_its_arguments(monkeypatch):
 
 
 def test_scores_can_be_computed_without_torch():
-    program = "import sys, brainfound.evaluate, brainfound.predict; assert callable(brainfound.predict); print('torch' in sys.modules)"
+    program = (
+        "import sys, brainfound.evaluate, brainfound.predict; "
+        "assert callable(brainfound.predict); print('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -65,7 +65,7 @@ def test_empty_masks_follow_the_named_convention(score):
     for convention in ("one", "nan", "zero"):
         assert score(empty, full, empty=convention) == 0.0
         assert score(full, empty, empty=convention) == 0.0
-    with pytest.raises(UsageError, match="one, zero|Known names|Did you mean"):
+    with pytest.raises(UsageError, match="unknown convention"):
         score(full, full, empty="skip")
 
 
@@ -183,7 +183,7 @@ def test_auroc_refuses_what_it_cannot_score(labels, scores):
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=30))
-@pytest.mark.filterwarnings("ignore:y_pred contains classes")
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_balanced_accuracy_is_that_of_scikit_learn(cases):
     labels, predictions = np.array(cases).T
     assert balanced_accuracy(labels, predictions) == pytest.approx(sk.balanced_accuracy_score(labels, predictions))

@@ -1,0 +1,190 @@
+"""Model cards: a README.md with the front matter that the Hugging Face Hub reads.
+
+The text is `model_cards/template.md`; this module fills it with what a run recorded. What was not recorded
+is written as "not recorded": a card must not say more than is known.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import yaml
+
+from brainfound.errors import UsageError
+from brainfound.recipes import recipe_folder
+
+NOT_RECORDED = "not recorded"
+CARD_FILE = "README.md"
+TEMPLATE_FILE = "template.md"
+_SUMMARY = "A 2-D vision transformer adapted to 3-D brain MRI, slice by slice."
+_TAGS = ("brainfound", "brain", "mri", "neuroimaging", "medical-imaging")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+# The facts with a place of their own in the template; any other fact is listed under "Also recorded".
+_TABLE_FACTS = (
+    "kind", "backbone", "stem", "aggregator", "adapter", "objective", "labels", "recipe", "steps", "training_data",
+    "data_hash", "num_sessions", "num_subjects", "num_slices", "seed", "device", "versions",
+)  # fmt: skip
+_OTHER_FACTS = (
+    "name", "summary", "license", "tags", "base_model", "base_model_relation", "datasets", "pipeline_tag", "contrasts",
+    "preprocessing", "metrics", "model_class", "repo_id",
+)  # fmt: skip
+
+
+def write_model_card(folder: str | Path, facts: Mapping[str, Any]) -> Path:
+    """Write README.md into the folder of a model.
+
+    Args:
+        folder: the model's folder (`export/`, a bundle); made if needed. An existing README.md is replaced.
+        facts: what is known, any of: name, summary, kind, base_model (Hub id or folder), base_model_relation,
+            backbone, stem, aggregator, adapter, objective, labels, contrasts (list), preprocessing (mapping),
+            recipe, steps, training_data, data_hash, num_sessions, num_subjects, num_slices, seed, device,
+            versions (mapping), license (Hub identifier), tags, datasets (Hub ids), pipeline_tag, model_class,
+            repo_id, metrics. `metrics` is a mapping name → value, or a list of mappings with at least metric
+            and value (more keys, such as data, contrasts, low and high, are more columns). A fact that is
+            missing or None reads "not recorded"; a fact of another name is listed as it is.
+
+    Returns:
+        The path of the card.
+
+    Raises:
+        UsageError: if `metrics` has neither form, or a name or tag is not text.
+    """
+    folder = Path(folder)
+    facts = {key: value for key, value in facts.items() if value is not None}
+    name = _one_line(facts.get("name", folder.resolve().name))
+    values = {key: _cell(facts.get(key)) for key in _TABLE_FACTS}
+    values |= {
+        "front_matter": _front_matter(facts),
+        "name": name,
+        "summary": str(facts.get("summary", _SUMMARY)).strip(),
+        "base_model": _base_model(facts),
+        "contrasts": ", ".join(facts["contrasts"]) if facts.get("contrasts") else NOT_RECORDED,
+        "preprocessing": _mapping_table(facts.get("preprocessing"), ("setting", "value")),
+        "metrics": _metrics_table(facts.get("metrics")),
+        "other": _other(facts),
+        "load_from": facts.get("repo_id") or "path/to/this/folder",
+        "example_scans": _example_scans(facts.get("contrasts")),
+        "model_class": facts.get("model_class", "BrainFoundModel"),
+        "license_text": _cell(facts.get("license")),
+    }
+    template = Template((recipe_folder("model_cards") / TEMPLATE_FILE).read_text(encoding="utf-8"))
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / CARD_FILE
+    path.write_text(template.substitute(values), encoding="utf-8")
+    return path
+
+
+def read_front_matter(card: str | Path) -> dict[str, Any]:
+    """The YAML mapping at the head of a card.
+
+    Raises:
+        UsageError: if the card has no front matter.
+    """
+    text = Path(card).read_text(encoding="utf-8")
+    found = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
+    content = yaml.safe_load(found.group(1)) if found else None
+    if not isinstance(content, dict):
+        raise UsageError("the card has no front matter", where=card, expected="YAML between two lines of ---")
+    return content
+
+
+def _front_matter(facts: Mapping[str, Any]) -> str:
+    content: dict[str, Any] = {"library_name": "brainfound"}
+    content["license"] = _one_line(facts["license"]) if "license" in facts else "other"
+    if "license" not in facts:
+        # The Hub has no word for an unknown licence; "other" asks for a name.
+        content["license_name"] = "not-recorded"
+    tags = facts.get("tags", ())
+    if isinstance(tags, str) or not all(isinstance(tag, str) for tag in tags):
+        raise UsageError("tags must be a list of text", where="tags", got=tags)
+    content["tags"] = list(dict.fromkeys([*_TAGS, *tags]))
+    if _hub_base_model(facts):
+        content["base_model"] = facts["base_model"]
+    for key in ("base_model_relation", "pipeline_tag"):
+        if key in facts:
+            content[key] = _one_line(facts[key])
+    if facts.get("datasets"):
+        content["datasets"] = [_one_line(dataset) for dataset in facts["datasets"]]
+    return "---\n" + yaml.safe_dump(content, sort_keys=False, allow_unicode=True) + "---\n"
+
+
+def _hub_base_model(facts: Mapping[str, Any]) -> bool:
+    base = str(facts.get("base_model", ""))
+    # runs/teacher looks like an id of the Hub; a folder that exists is a folder.
+    return bool(_HUB_ID.fullmatch(base)) and not Path(base).exists()
+
+
+def _base_model(facts: Mapping[str, Any]) -> str:
+    if "base_model" not in facts:
+        return NOT_RECORDED
+    if _hub_base_model(facts):
+        return f"[{facts['base_model']}](https://huggingface.co/{facts['base_model']})"
+    # Of a folder only the name: where it lay is nobody's business and helps no reader.
+    return f"{_cell(Path(str(facts['base_model'])).name)} (a local folder)"
+
+
+def _example_scans(contrasts: Sequence[str] | None) -> str:
+    """Keyword arguments of an example call, with two of the model's own contrasts."""
+    return ", ".join(f'{contrast}="sub-01_{contrast}.nii.gz"' for contrast in (contrasts or ("T1w",))[:2])
+
+
+def _other(facts: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in facts.items() if key not in (*_TABLE_FACTS, *_OTHER_FACTS)}
+    return "## Also recorded\n\n" + _mapping_table(rest, ("fact", "value")) + "\n" if rest else ""
+
+
+def _metrics_table(metrics: Any) -> str:
+    if not metrics:
+        return NOT_RECORDED
+    if isinstance(metrics, Mapping):
+        metrics = [{"metric": name, "value": value} for name, value in metrics.items()]
+    if isinstance(metrics, str) or not isinstance(metrics, Sequence):
+        raise UsageError("metrics must be a mapping or a list of mappings", where="metrics", got=type(metrics).__name__)
+    for row in metrics:
+        if not isinstance(row, Mapping) or not {"metric", "value"} <= row.keys():
+            raise UsageError("a row of metrics must have metric and value", where="metrics", got=row)
+    columns = list(dict.fromkeys(["metric", "value", *(key for row in metrics for key in row)]))
+    return _table(columns, [[_cell(row.get(column)) for column in columns] for row in metrics])
+
+
+def _mapping_table(content: Mapping[str, Any] | None, header: tuple[str, str]) -> str:
+    if not content:
+        return NOT_RECORDED
+    return _table(header, [[_escaped(key), _escaped(_text(value))] for key, value in content.items()])
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    """A fact as the text of one table cell."""
+    if value is None or value == "" or value == [] or value == {}:
+        return NOT_RECORDED
+    return _escaped(_text(value))
+
+
+def _text(value: Any) -> str:
+    """A value as text. Inside a fact, None is a setting, not a missing fact."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_text(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(_text(item) for item in value)
+    if value is None:
+        return "null"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _escaped(text: str) -> str:
+    """As one line that does not end its table cell."""
+    return _one_line(text).replace("|", "\\|")
+
+
+def _one_line(value: Any) -> str:
+    return " ".join(str(value).split())

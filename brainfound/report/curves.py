@@ -1,0 +1,255 @@
+"""curves.png: what a run did, as small multiples over the steps.
+
+Every number that was logged has a panel. The panels of known gauges carry their healthy and alarming
+values, so that a collapse is seen without knowing the literature.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
+
+from brainfound.report.run_folder import CURVES_FILE, RunFolder
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666")
+_ALARM, _BEST = "#B00020", "#D55E00"
+_NUM_COLUMNS = 3
+_MOST_PANELS = 30
+_SMOOTH_FROM = 200
+_LN_K_KEYS = ("ln_k", "ln_K", "lnK", "log_k", "log_prototypes", "loss/ln_k")
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """One gauge: its keys (an entry ending in * is a prefix), title, and what to mark."""
+
+    title: str
+    keys: tuple[str, ...]
+    alarm: tuple[float, ...] = ()
+    alarm_side: Literal["below", "above"] = "below"
+    best: Literal["highest", "lowest"] | None = None
+    log_scale: bool = False
+    smooth: bool = True
+    mark_ln_k: bool = False
+
+
+# Alarms: the collapse gauges of self-distillation. Normalised entropy 0.7–1 is healthy and below 0.1 is
+# collapse; an effective rank below 10 is a soft and below 2 a hard alarm; so is a mean cosine of 0.995.
+_PANELS = (
+    _Panel("Loss", ("loss", "train/loss"), mark_ln_k=True),
+    _Panel("Parts of the loss", ("loss/*", "loss_*", "*_loss"), mark_ln_k=True),
+    _Panel("Learning rate", ("lr", "lr/*", "learning_rate"), smooth=False),
+    _Panel("Teacher entropy (share of ln K)", ("teacher_entropy", "teacher_entropy/*"), alarm=(0.1,)),
+    _Panel("Effective rank of CLS", ("effective_rank", "effective_rank/*"), alarm=(10.0, 2.0)),
+    _Panel("Mean cosine between CLS", ("mean_cosine", "mean_cosine/*"), alarm=(0.995,), alarm_side="above"),
+    _Panel("Gram distance to the anchor", ("gram_distance", "gram_distance/*")),
+    _Panel("Gradient norm", ("grad_norm", "grad_norm/*"), log_scale=True),
+    _Panel("Probe of the teacher", ("probe", "probe/*"), best="highest", smooth=False),
+    _Panel("Skipped steps", ("skipped_steps",), smooth=False),
+)
+
+
+def plot_curves(run_folder: str | Path) -> Path:
+    """Draw curves.png into a run folder, from whatever its log holds.
+
+    The loss and its parts show ln K when it was logged (a cross-entropy that stays at ln K means a uniform
+    output); a probe carries a mark at its best value. Each ``validation/…`` key and
+    each unknown number has a panel of its own. Folds are drawn as lines of one panel.
+
+    Returns:
+        The path of the picture. A log without numbers gives a picture that says so, since a run that just
+        ended should not fail on its report.
+
+    Raises:
+        UsageError, BrainFoundError: as `RunFolder.read`.
+    """
+    run = RunFolder.read(run_folder)
+    panels = _panels_of(run)
+    left_out = panels[_MOST_PANELS:]
+    panels = panels[:_MOST_PANELS]
+    num_columns = max(1, min(_NUM_COLUMNS, len(panels)))
+    num_rows = max(1, math.ceil(len(panels) / num_columns))
+    figure = Figure(figsize=(4.4 * num_columns, 2.75 * num_rows + 0.5), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(_title(run, left_out), fontsize=11, x=0.01, ha="left", fontweight="bold")
+    if not panels:
+        figure.text(0.5, 0.45, "No numbers have been logged yet.", ha="center", color="#666666")
+    for i, (panel, keys) in enumerate(panels):
+        axes = figure.add_subplot(num_rows, num_columns, i + 1)
+        _draw(axes, run, panel, keys)
+        if i >= len(panels) - num_columns:
+            axes.set_xlabel("step", fontsize=9)
+    path = run.path / CURVES_FILE
+    # Written beside and renamed, so that a reader never sees half a picture.
+    partial = path.with_name(f".{path.name}.partial")
+    figure.savefig(partial, format="png")
+    partial.replace(path)
+    return path
+
+
+def _title(run: RunFolder, left_out: Sequence[tuple[_Panel, list[str]]]) -> str:
+    name = run.recipe.get("name") or run.path.resolve().name
+    last = max((record["step"] for record in run.records), default=0)
+    title = f"{name} · to step {last:g}"
+    if left_out:
+        title += f" · {len(left_out)} more panels not shown: " + ", ".join(keys[0] for _, keys in left_out[:3]) + " …"
+    return title
+
+
+def _panels_of(run: RunFolder) -> list[tuple[_Panel, list[str]]]:
+    """The panels that have something to show, with the keys of each."""
+    remaining = [key for key in run.numeric_keys() if key not in _LN_K_KEYS]
+    found = []
+    for panel in _PANELS:
+        keys = [key for pattern in panel.keys for key in remaining if _matches(key, pattern)]
+        keys = list(dict.fromkeys(keys))
+        if keys:
+            found.append((panel, keys))
+            remaining = [key for key in remaining if key not in keys]
+    validation = [key for key in remaining if key.startswith(("validation/", "val/"))]
+    others = [key for key in remaining if key not in validation]
+    found += [(_Panel(_words(key), (key,), best=_better(key)), [key]) for key in validation]
+    found += [(_Panel(_words(key), (key,)), [key]) for key in others]
+    return found
+
+
+def _matches(key: str, pattern: str) -> bool:
+    if key.startswith(("validation/", "val/")):
+        return False
+    if pattern.endswith("*"):
+        return key.startswith(pattern[:-1])
+    if pattern.startswith("*"):
+        return key.endswith(pattern[1:])
+    return key == pattern
+
+
+def _words(key: str) -> str:
+    group, slash, name = key.rpartition("/")
+    words = name.replace("_", " ")
+    return f"{group.replace('_', ' ').replace('/', ' · ').capitalize()} · {words}" if slash else words.capitalize()
+
+
+def _better(key: str) -> Literal["highest", "lowest"] | None:
+    name = key.rpartition("/")[2]
+    if any(word in name for word in ("loss", "mae", "mse", "error")):
+        return "lowest"
+    if any(word in name for word in ("auroc", "auc", "dice", "accuracy", "r2", "pearson", "f1")):
+        return "highest"
+    return None
+
+
+def _draw(axes: Axes, run: RunFolder, panel: _Panel, keys: Sequence[str]) -> None:
+    axes.set_title(panel.title, fontsize=10, loc="left")
+    folds = run.folds()
+    lines = [(key, fold, *run.series(key, fold)) for key in keys for fold in folds]
+    lines = [line for line in lines if line[2].size]
+    values = np.concatenate([line[3] for line in lines])
+    positive = values[np.isfinite(values)]
+    if panel.log_scale and positive.size and (positive > 0).all() and positive.max() > 20 * positive.min():
+        axes.set_yscale("log")
+    for i, (key, fold, steps, of_line) in enumerate(lines):
+        _draw_line(axes, steps, of_line, _COLOURS[i % len(_COLOURS)], _label(key, fold, len(keys)), panel.smooth)
+    marked_ln_k = _mark_reference(axes, run, panel)
+    if panel.best and len(lines) == 1:
+        _mark_best(axes, panel.best, lines[0][2], lines[0][3])
+    if len(lines) > 1 or marked_ln_k:
+        axes.legend(fontsize=7, frameon=False, ncols=2 if len(lines) > 4 else 1)
+    num_bad = int((~np.isfinite(values)).sum())
+    if num_bad:
+        axes.text(0.99, 0.02, f"{num_bad} not finite", transform=axes.transAxes, fontsize=8, ha="right", color=_ALARM)
+    _tidy(axes)
+
+
+def _label(key: str, fold: int | None, num_keys: int) -> str:
+    if fold is None:
+        return key
+    return f"fold {fold}" if num_keys == 1 else f"{key}, fold {fold}"
+
+
+def _draw_line(axes: Axes, steps: np.ndarray, values: np.ndarray, colour: str, label: str, smooth: bool) -> None:
+    values = np.where(np.isfinite(values), values, np.nan)
+    if len(values) < _SMOOTH_FROM or not smooth:
+        axes.plot(steps, values, color=colour, linewidth=1.4, marker="o", markersize=_dot(len(values)), label=label)
+        return
+    # Long logs: the raw line pale, and over it the running mean of about one fiftieth of the run.
+    axes.plot(steps, values, color=colour, linewidth=0.6, alpha=0.3)
+    axes.plot(steps, _running_mean(values, max(5, len(values) // 50)), color=colour, linewidth=1.5, label=label)
+
+
+def _dot(num_points: int) -> float:
+    return 3.5 if num_points <= 30 else 0.0
+
+
+def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
+    """Mean of the finite values in a centred window; shorter windows at the ends, so nothing is invented."""
+    kernel = np.ones(width)
+    finite = np.isfinite(values)
+    total = np.convolve(np.where(finite, values, 0.0), kernel, mode="same")
+    count = np.convolve(finite.astype(float), kernel, mode="same")
+    return np.where(finite, total / np.maximum(count, 1), np.nan)
+
+
+def _mark_reference(axes: Axes, run: RunFolder, panel: _Panel) -> bool:
+    """Draw ln K or the alarms of a panel; says whether ln K was drawn."""
+    if panel.mark_ln_k:
+        for key in _LN_K_KEYS:
+            _, values = run.series(key, run.folds()[0])
+            if values.size:
+                text = f"ln K = {values[-1]:.2f}"
+                axes.axhline(values[-1], color=_ALARM, linewidth=1, linestyle="--", label=text)
+                return True
+    for level in panel.alarm:
+        low, high = axes.get_ylim()
+        axes.axhline(level, color=_ALARM, linewidth=0.9, linestyle="--")
+        axes.annotate(
+            f"alarm {panel.alarm_side} {level:g}",
+            (1, level),
+            xycoords=("axes fraction", "data"),
+            xytext=(-2, 2 if panel.alarm_side == "below" else -9),
+            textcoords="offset points",
+            fontsize=7,
+            ha="right",
+            color=_ALARM,
+        )
+        # Keep the alarm in view: the distance to it is what the panel is for.
+        margin = 0.08 * (max(high, level) - min(low, level))
+        axes.set_ylim(min(low, level - margin), max(high, level + margin))
+    return False
+
+
+def _mark_best(axes: Axes, best: Literal["highest", "lowest"], steps: np.ndarray, values: np.ndarray) -> None:
+    steps, values = steps[np.isfinite(values)], values[np.isfinite(values)]
+    if not values.size:
+        return
+    at = int(values.argmax() if best == "highest" else values.argmin())
+    axes.plot(steps[at], values[at], marker="*", markersize=10, color=_BEST, linestyle="none", zorder=5)
+    axes.text(
+        0.99,
+        0.04 if best == "highest" else 0.93,
+        f"best {values[at]:.4g} at step {steps[at]:g}",
+        transform=axes.transAxes,
+        fontsize=8,
+        ha="right",
+        va="bottom" if best == "highest" else "top",
+        color=_BEST,
+    )
+
+
+def _tidy(axes: Axes) -> None:
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.tick_params(labelsize=8)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    if axes.get_yscale() == "linear":
+        # Plain labels such as 2e-05 instead of a factor above the axis, which is easily overlooked.
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:.4g}"))

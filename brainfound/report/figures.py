@@ -1,0 +1,195 @@
+"""Contact sheets of stacks: slices by contrasts, with outlines of masks.
+
+Axis legend: S slices, C contrasts, H rows, W columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from brainfound.errors import UsageError
+
+_REFERENCE, _PREDICTION = "#FFD000", "#00E5FF"
+_TILE_INCHES, _ABSENT_INCHES, _SIDE_INCHES = 1.7, 0.3, 0.6
+_DPI = 140
+_MARGIN_PIXELS = 4
+
+
+def overlay_png(
+    stack_pixels: Any,
+    contrasts: Sequence[str],
+    present: Sequence[bool],
+    mask: Any = None,
+    prediction: Any = None,
+    *,
+    path: str | Path,
+    num_slices: int = 6,
+    title: str | None = None,
+) -> Path:
+    """Write a contact sheet of a stack: one row per contrast, one column per slice, inferior at the left.
+
+    Slices are spread over the outlined object where there is one, otherwise over the brain. A contrast that
+    the session lacks is a thin row that says so, so that it is not taken for a black scan. The
+    left of each tile is the subject's left and its top is anterior, as in a stack.
+
+    Args:
+        stack_pixels: (S, C, H, W) uint8.
+        contrasts: (C,) names.
+        present: (C,) whether the session has the contrast.
+        mask: (S, H, W) reference labels, outlined in yellow; 0 is background.
+        prediction: (S, H, W) predicted labels, outlined in cyan, dashed.
+        path: the PNG to write.
+        num_slices: most columns.
+        title: text above the sheet.
+
+    Raises:
+        UsageError: if shapes do not fit, or pixels are not uint8.
+    """
+    pixels = np.asarray(stack_pixels)
+    _check(pixels, contrasts, present, num_slices)
+    labels = [_labels(mask, pixels, "mask"), _labels(prediction, pixels, "prediction")]
+    slices = choose_slices(pixels, labels[0], labels[1], num_slices)
+    rows, columns = _window(pixels)
+
+    head, foot = (0.45 if title else 0.25), 0.3
+    full_height = _TILE_INCHES * (rows.stop - rows.start) / (columns.stop - columns.start)
+    heights = [full_height if there else _ABSENT_INCHES for there in present]
+    width, height = _TILE_INCHES * len(slices) + _SIDE_INCHES, sum(heights) + head + foot
+    figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="black")
+    FigureCanvasAgg(figure)
+    for row, contrast in enumerate(contrasts):
+        bottom = (foot + sum(heights[row + 1 :])) / height
+        for column, index in enumerate(slices):
+            left = (_SIDE_INCHES + column * _TILE_INCHES) / width
+            axes = figure.add_axes((left, bottom, _TILE_INCHES / width, heights[row] / height))
+            axes.set_axis_off()
+            if present[row]:
+                _draw_tile(axes, pixels[index, row, rows, columns])
+                _outline(axes, labels[0], (index, rows, columns), _REFERENCE, 1.3, "solid")
+                _outline(axes, labels[1], (index, rows, columns), _PREDICTION, 0.9, "dashed")
+            else:
+                axes.text(0.5, 0.5, "absent", color="#888888", fontsize=8, ha="center", va="center")
+            if row == 0:
+                axes.set_title(f"slice {index}", fontsize=7, color="#BBBBBB", pad=2)
+        middle = bottom + heights[row] / height / 2
+        name = figure.text(_SIDE_INCHES / 2 / width, middle, contrast, va="center", ha="center", color="white")
+        name.set_rotation(90 if present[row] else 0)
+    _annotate(figure, title, labels)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    figure.savefig(partial, format="png", facecolor="black")
+    partial.replace(path)
+    return path
+
+
+def choose_slices(
+    pixels: np.ndarray, mask: np.ndarray | None = None, prediction: np.ndarray | None = None, num_slices: int = 6
+) -> list[int]:
+    """Indices of the slices to show, rising: spread over the labelled slices if any, else over the brain.
+
+    Args:
+        pixels: (S, C, H, W) uint8.
+        mask: (S, H, W) or None.
+        prediction: (S, H, W) or None.
+        num_slices: most indices.
+    """
+    for labels in (mask, prediction):
+        if labels is not None and labels.any():
+            shown = np.flatnonzero(np.any(labels, axis=(1, 2)))
+            break
+    else:
+        area = np.any(pixels > 0, axis=1).sum(axis=(1, 2))
+        # Slices with a good part of the brain: the vertex and the neck say little.
+        shown = np.flatnonzero(area > 0.25 * area.max()) if area.any() else np.arange(len(pixels))
+    num_shown = min(num_slices, len(shown))
+    # The middles of equal parts: evenly spread, and not the first and the last slice.
+    places = (np.arange(num_shown) + 0.5) * len(shown) / num_shown
+    return [int(index) for index in shown[places.astype(int)]]
+
+
+def _check(pixels: np.ndarray, contrasts: Sequence[str], present: Sequence[bool], num_slices: int) -> None:
+    if pixels.ndim != 4 or pixels.dtype != np.uint8 or 0 in pixels.shape:
+        got = f"{pixels.dtype} {pixels.shape}"
+        raise UsageError("not the pixels of a stack", where="stack_pixels", got=got, expected="uint8 (S, C, H, W)")
+    for values, where in ((contrasts, "contrasts"), (present, "present")):
+        if len(values) != pixels.shape[1]:
+            raise UsageError("does not fit the stack", where=where, got=len(values), expected=pixels.shape[1])
+    if num_slices < 1:
+        raise UsageError("nothing to show", where="num_slices", got=num_slices, expected="1 or more")
+
+
+def _labels(labels: Any, pixels: np.ndarray, where: str) -> np.ndarray | None:
+    if labels is None:
+        return None
+    array = np.asarray(labels)
+    expected = (pixels.shape[0], *pixels.shape[2:])
+    if array.shape != expected:
+        raise UsageError("does not fit the stack", where=where, got=array.shape, expected=expected)
+    whole = array.astype(np.int64)
+    if not np.array_equal(whole, array):
+        remedy = "Apply a threshold or an argmax first"
+        raise UsageError("labels must be whole numbers", where=where, got=array.dtype, remedy=remedy)
+    return whole
+
+
+def _window(pixels: np.ndarray) -> tuple[slice, slice]:
+    """Rows and columns that hold something in any slice, with a margin; the whole image if it is black."""
+    filled = np.any(pixels > 0, axis=(0, 1))
+    if not filled.any():
+        return slice(0, filled.shape[0]), slice(0, filled.shape[1])
+    windows = []
+    for axis in (0, 1):
+        at = np.flatnonzero(np.any(filled, axis=1 - axis))
+        windows.append(slice(max(0, at[0] - _MARGIN_PIXELS), min(filled.shape[axis], at[-1] + 1 + _MARGIN_PIXELS)))
+    return windows[0], windows[1]
+
+
+def _draw_tile(axes: Axes, image: np.ndarray) -> None:
+    axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest", aspect="auto")
+
+
+def _outline(
+    axes: Axes,
+    volume: np.ndarray | None,
+    window: tuple[int, slice, slice],
+    colour: str,
+    line_width: float,
+    style: str,
+) -> None:
+    if volume is None:
+        return
+    labels = volume[window]
+    height, width = labels.shape
+    for label in np.unique(labels[labels != 0]):
+        # One pixel of background around, so that an object at the edge is closed there.
+        framed = np.pad(labels == label, 1).astype(float)
+        axes.contour(
+            np.arange(-1, width + 1),
+            np.arange(-1, height + 1),
+            framed,
+            levels=[0.5],
+            colors=[colour],
+            linewidths=line_width,
+            linestyles=style,
+        )
+    axes.set_xlim(-0.5, width - 0.5)
+    axes.set_ylim(height - 0.5, -0.5)
+
+
+def _annotate(figure: Figure, title: str | None, labels: Sequence[np.ndarray | None]) -> None:
+    if title:
+        figure.text(0.01, 0.995, title, color="white", fontsize=10, va="top", ha="left")
+    figure.text(0.01, 0.01, "left of the picture = subject's left, top = anterior", color="#888888", fontsize=6.5)
+    x = 0.99
+    for of, name, colour in ((labels[1], "- - prediction", _PREDICTION), (labels[0], "— reference", _REFERENCE)):
+        if of is not None:
+            figure.text(x, 0.01, name, color=colour, fontsize=8, ha="right")
+            x -= 1.15 / figure.get_figwidth()

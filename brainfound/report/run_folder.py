@@ -1,0 +1,143 @@
+"""Typed reading of a run folder: recipe.yaml, run.json, log.jsonl.
+
+`log.jsonl` holds one JSON object per line with a `step` and any numbers. Its last line may be torn, when
+the machine stopped while writing it; that line is left out. Any other line that cannot be read is an
+error, since something else than the trainer has written to the file.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from brainfound.errors import BrainFoundError, UsageError
+
+RECIPE_FILE = "recipe.yaml"
+FACTS_FILE = "run.json"
+LOG_FILE = "log.jsonl"
+CURVES_FILE = "curves.png"
+EXPORT_FOLDER = "export"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The readable part of a run folder.
+
+    `records` are the lines of the log in order, without those that a resumed run has done again;
+    `torn_last_line` says that the log ended in the middle of a line.
+    """
+
+    path: Path
+    recipe: dict[str, Any]
+    facts: dict[str, Any]
+    records: tuple[dict[str, Any], ...]
+    torn_last_line: bool = False
+
+    @classmethod
+    def read(cls, path: str | Path) -> RunFolder:
+        """Read a run folder. recipe.yaml and run.json may be absent (empty then); log.jsonl may not.
+
+        Raises:
+            UsageError: if `path` is not a run folder.
+            BrainFoundError: if one of its files cannot be read; names the file and the line.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            raise UsageError("no such run folder", where=path, remedy="Give the folder that --out named")
+        if not (path / LOG_FILE).is_file():
+            raise UsageError(f"not a run folder: it has no {LOG_FILE}", where=path)
+        records, torn = _read_log(path / LOG_FILE)
+        return cls(
+            path=path,
+            recipe=_read_mapping(path / RECIPE_FILE),
+            facts=_read_mapping(path / FACTS_FILE),
+            records=tuple(_without_repeated_steps(records)),
+            torn_last_line=torn,
+        )
+
+    def numeric_keys(self) -> list[str]:
+        """The keys that hold a number in some line, in order of first appearance; without `step` and `fold`."""
+        keys: dict[str, None] = {}
+        for record in self.records:
+            keys.update({key: None for key, value in record.items() if _is_number(value)})
+        return [key for key in keys if key not in ("step", "fold")]
+
+    def folds(self) -> list[int | None]:
+        """The folds that were logged, in order; ``[None]`` for a run without folds."""
+        return list(dict.fromkeys(record.get("fold") for record in self.records))
+
+    def series(self, key: str, fold: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Steps (T,) and values (T,) of a key, where it was logged. Values may be ``nan`` or infinite."""
+        points = [
+            (record["step"], record[key])
+            for record in self.records
+            if record.get("fold") == fold and _is_number(record.get(key))
+        ]
+        steps, values = zip(*points, strict=True) if points else ((), ())
+        return np.array(steps, dtype=float), np.array(values, dtype=float)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise BrainFoundError(f"cannot be read: {error}", where=path) from error
+    if not isinstance(content, dict):
+        raise BrainFoundError("must hold a mapping", where=path, got=type(content).__name__)
+    return content
+
+
+def _read_log(path: Path) -> tuple[list[dict[str, Any]], bool]:
+    # Bytes, because the line may be torn in the middle of a character.
+    lines = path.read_bytes().split(b"\n")
+    complete, rest = lines[:-1], lines[-1]
+    records = []
+    for number, line in enumerate(complete, start=1):
+        if line.strip():
+            records.append(_read_line(line, f"{path}:{number}"))
+    if not rest.strip():
+        return records, False
+    try:
+        records.append(_read_line(rest, f"{path}:{len(lines)}"))
+    except BrainFoundError:
+        return records, True
+    return records, False
+
+
+def _read_line(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise BrainFoundError(f"not a line of JSON: {error}", where=where, remedy="Remove the line") from error
+    if not isinstance(record, dict) or not _is_number(record.get("step")):
+        raise BrainFoundError("not a log line", where=where, got=line[:60], expected='{"step": …}')
+    return record
+
+
+def _without_repeated_steps(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Drop what a resumed run has done again.
+
+    A run that stopped at step 15 and resumed from its checkpoint of step 10 logs 11 … 15 twice; the
+    earlier lines belong to weights that no longer exist. Each fold counts its own steps.
+    """
+    kept: list[dict[str, Any]] = []
+    last_step: dict[Any, float] = {}
+    for record in records:
+        fold, step = record.get("fold"), record["step"]
+        if step < last_step.get(fold, step):
+            kept = [old for old in kept if old.get("fold") != fold or old["step"] < step]
+        last_step[fold] = step
+        kept.append(record)
+    return kept
