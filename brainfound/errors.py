@@ -103,6 +103,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     known = list(known)
     lower = {k.lower(): k for k in known}
     close = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.6)
+    close += [k for k in lower if len(name) > 2 and k.startswith(name.lower())]
     if close:
         return f"Did you mean {lower[close[0]]}?"
     return f"Known names: {', '.join(sorted(known))}"

@@ -33,14 +33,15 @@ def _root(version: bool = typer.Option(False, "--version", help="Print the versi
 
 
 for _verb in VERBS:
-    _module = importlib.import_module(f"brainfound.cli.{_verb}_command")
-    app.command(_verb)(getattr(_module, f"{_verb}_command"))
+    _module = importlib.import_module(f"brainfound.cli.{_verb}")
+    app.command(_verb)(getattr(_module, "list_" if _verb == "list" else _verb))
 
 
 def main() -> None:
     """Run the command line; errors that are the user's to fix end in one line and their exit code."""
     try:
-        result = app(standalone_mode=False)
+        # Without click's standalone mode `typer.Exit(code)` comes back as the return value.
+        code = app(standalone_mode=False)
     except BrainFoundError as error:
         print(f"brainfound: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
@@ -52,3 +53,4 @@ def main() -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(EXIT_FAILED)
+    sys.exit(code if isinstance(code, int) else 0)

@@ -19,7 +19,7 @@ from brainfound.data.foreground import bounding_box, foreground
 from brainfound.data.grids import resample, resample_labels, smooth_before_downsampling
 from brainfound.data.scan import Scan
 from brainfound.data.stack import Stack
-from brainfound.errors import ModelError, ScanError
+from brainfound.errors import ModelError, ScanError, UsageError
 from brainfound.recipes import Recipe, validate
 
 FILE_NAME = "preprocessing.json"
@@ -50,7 +50,11 @@ class Preprocessing(Recipe):
     @classmethod
     def _known_contrasts(cls, value: Any) -> Any:
         names = value.split(",") if isinstance(value, str) else value
-        names = tuple(parse_contrast(str(name)) for name in names)
+        try:
+            names = tuple(parse_contrast(str(name)) for name in names)
+        except UsageError as error:
+            # As a ValueError it reaches the user with the recipe and key around it.
+            raise ValueError(str(error)) from None
         if not names or len(set(names)) != len(names):
             raise ValueError("contrasts must be one or more different names")
         return names

@@ -11,7 +11,7 @@ from brainfound.cli.terminal import Overrides, Quiet, progress_bar
 from brainfound.errors import EXIT_SOME_REJECTED
 
 
-def prepare_command(
+def prepare(
     source: Annotated[Path, typer.Argument(help="A BIDS folder, or a manifest (.tsv, .csv, .parquet).")],
     store: Annotated[Path, typer.Argument(help="The folder to make.")],
     contrasts: Annotated[str | None, typer.Option(help="Comma-separated, for example T1w,T2w,FLAIR.")] = None,
@@ -26,7 +26,7 @@ def prepare_command(
     Exit code 3 if some files were rejected; STORE/rejected.tsv says which and why.
     """
     from brainfound.data.cohort import Cohort
-    from brainfound.data.prepare import prepare
+    from brainfound.data import prepare as preparing
     from brainfound.data.preprocessing import Preprocessing
     from brainfound.recipes import validate
 
@@ -36,7 +36,7 @@ def prepare_command(
     preprocessing = validate(Preprocessing, {}, overrides, where="preprocessing")
     cohort = Cohort.read(source)
     with progress_bar("preparing sessions", quiet) as progress:
-        made = prepare(
+        made = preparing.prepare(
             cohort, store, preprocessing, workers, mask=mask, overwrite=overwrite, progress=progress
         )
     print(made)

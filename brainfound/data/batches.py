@@ -1,0 +1,100 @@
+"""Stacks → the tensors that a model reads.
+
+Axis legend: B volumes, S slices, C contrasts, H W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor
+
+from brainfound.data.stack import Stack
+
+
+@dataclass(frozen=True)
+class VolumeBatch:
+    """A batch of volumes, padded to the longest; the names are those of the models' arguments."""
+
+    pixel_values: UInt8[Tensor, "B S C H W"] | Float[Tensor, "B S C H W"]
+    contrast_mask: Bool[Tensor, "B C"]
+    slice_mask: Bool[Tensor, "B S"]
+    positions_mm: Float[Tensor, "B S"]
+    masks: Int[Tensor, "B S H W"] | None = None
+
+    def to(self, device: torch.device | str) -> VolumeBatch:
+        """The same batch on a device."""
+        moved = {
+            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
+
+    def inputs(self) -> dict[str, Tensor]:
+        """The keyword arguments of a model's forward pass."""
+        return {
+            "pixel_values": self.pixel_values,
+            "contrast_mask": self.contrast_mask,
+            "slice_mask": self.slice_mask,
+            "positions_mm": self.positions_mm,
+        }
+
+
+def even_slices(num_slices: int, wanted: int | None, margin: float = 0.0) -> Int[np.ndarray, "S"]:
+    """Indices of up to ``wanted`` evenly spaced slices, each in the middle of its share of the stack.
+
+    Args:
+        num_slices: slices of the stack.
+        wanted: how many; None takes all.
+        margin: part of the stack left out at each end.
+    """
+    if wanted is None or wanted >= num_slices:
+        return np.arange(num_slices)
+    first, span = num_slices * margin, num_slices * (1 - 2 * margin)
+    centres = first + (np.arange(wanted) + 0.5) * span / wanted
+    return np.clip(np.floor(centres).astype(int), 0, num_slices - 1)
+
+
+def collate(stacks: Sequence[Stack], slices: Sequence[np.ndarray] | None = None) -> VolumeBatch:
+    """Stacks of any length → one batch; shorter ones are padded with zeros and ``slice_mask`` False.
+
+    Args:
+        stacks: all with the same contrasts and slice size.
+        slices: which slices of each stack; all if None.
+    """
+    chosen = [np.arange(len(stack.pixels)) for stack in stacks] if slices is None else list(slices)
+    length = max(len(index) for index in chosen)
+    batch, (_, num_contrasts, height, width) = len(stacks), stacks[0].pixels.shape
+    pixels = np.zeros((batch, length, num_contrasts, height, width), dtype=np.uint8)
+    slice_mask = np.zeros((batch, length), dtype=bool)
+    positions = np.zeros((batch, length), dtype=np.float32)
+    masks = np.zeros((batch, length, height, width), dtype=np.int64) if all(s.mask is not None for s in stacks) else None
+    for row, (stack, index) in enumerate(zip(stacks, chosen, strict=True)):
+        pixels[row, : len(index)] = stack.pixels[index]
+        slice_mask[row, : len(index)] = True
+        positions[row, : len(index)] = stack.positions_mm[index]
+        if masks is not None and stack.mask is not None:
+            masks[row, : len(index)] = stack.mask[index]
+    return VolumeBatch(
+        pixel_values=torch.from_numpy(pixels),
+        contrast_mask=torch.from_numpy(np.stack([stack.present for stack in stacks])),
+        slice_mask=torch.from_numpy(slice_mask),
+        positions_mm=torch.from_numpy(positions),
+        masks=None if masks is None else torch.from_numpy(masks),
+    )
+
+
+def without_contrasts(stack: Stack, absent: Sequence[str]) -> Stack:
+    """The stack as if some contrasts had not been scanned.
+
+    Raises:
+        ValueError: if no contrast would be left.
+    """
+    keep = stack.present & np.array([contrast not in absent for contrast in stack.contrasts])
+    if not keep.any():
+        raise ValueError(f"no contrast is left of {stack.contrasts} without {tuple(absent)}")
+    pixels = np.where(keep[None, :, None, None], stack.pixels, np.uint8(0))
+    return replace(stack, pixels=pixels, present=keep)

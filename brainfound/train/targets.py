@@ -1,0 +1,173 @@
+"""What is to be learnt: a covariate column or the mask of a store, as numbers.
+
+A target is resolved on the training part alone (classes, mean, standard deviation, label codes) and then applied
+to every part; a session whose label is missing is left out, and counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from brainfound.data.store import Store
+from brainfound.errors import UsageError
+
+Task = Literal["classification", "regression", "segmentation"]
+MASK = "mask"
+MAX_CLASSES = 50
+
+
+@dataclass(frozen=True)
+class Target:
+    """A task's labels.
+
+    Attributes:
+        task: classification, regression or segmentation.
+        column: the covariate, or ``"mask"``.
+        names: class names in the order of their indices (classification, segmentation; 0 is background there).
+        codes: segmentation: the mask's code of each class; code 0 is background. With ``merge`` any code but 0 is class 1.
+        mean, std: regression: of the training part, in the unit of the column.
+    """
+
+    task: Task
+    column: str
+    names: tuple[str, ...] = ()
+    codes: tuple[int, ...] = ()
+    merge: bool = False
+    mean: float = 0.0
+    std: float = 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> Target:
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in content.items()})
+
+    def values(self, store: Store, sessions: Sequence[int]) -> np.ndarray:
+        """Class indices or numbers of sessions that `labelled_sessions` kept.
+
+        Raises:
+            UsageError: a class that the training part did not have.
+        """
+        labels = store.covariate(self.column).iloc[list(sessions)]
+        if self.task == "regression":
+            return labels.to_numpy(dtype=np.float64)
+        index = {name: k for k, name in enumerate(self.names)}
+        unknown = sorted({_class_name(label) for label in labels} - set(index))
+        if unknown:
+            raise UsageError(
+                f"the class {unknown[0]!r} is not among those that the model was trained on",
+                where=f"column {self.column}",
+                expected=", ".join(self.names),
+            )
+        return np.array([index[_class_name(label)] for label in labels])
+
+    def encode_mask(self, mask: np.ndarray) -> np.ndarray:
+        """Label codes → class indices; codes that the training part did not have become background."""
+        if self.merge:
+            return (mask != 0).astype(np.uint8)
+        table = np.zeros(max(int(mask.max()), max(self.codes)) + 1, dtype=np.uint8)
+        table[list(self.codes)] = np.arange(len(self.codes))
+        return table[mask]
+
+    def decode_mask(self, classes: np.ndarray) -> np.ndarray:
+        """Class indices → label codes."""
+        codes = np.array(self.codes, dtype=np.uint8 if max(self.codes) <= 255 else np.uint16)
+        return codes[classes]
+
+
+def labelled_sessions(store: Store, column: str) -> np.ndarray:
+    """Indices of the sessions that have a label (or a mask).
+
+    Raises:
+        UsageError: there is no such column, or it is empty.
+    """
+    if column == MASK:
+        known = (store.sessions["mask_dtype"] != "").to_numpy()
+    else:
+        labels = store.covariate(column)
+        numbers = pd.to_numeric(labels, errors="coerce")
+        known = labels.notna().to_numpy() & ~np.isinf(numbers.to_numpy(dtype=np.float64, na_value=0.0))
+    if not known.any():
+        what = "no session has a mask" if column == MASK else f"the column {column!r} is empty"
+        raise UsageError(what, where=f"store {store.path.name}", remedy="Add labels to the cohort and prepare it again")
+    return np.flatnonzero(known)
+
+
+def guess_task(store: Store, column: str) -> Task:
+    """Segmentation for the mask, regression for numbers with many values, else classification."""
+    if column == MASK:
+        return "segmentation"
+    labels = store.covariate(column).dropna()
+    numeric = pd.to_numeric(labels, errors="coerce").notna().all()
+    return "regression" if numeric and labels.nunique() > 10 else "classification"
+
+
+def resolve_target(store: Store, train: Sequence[int], task: Task, column: str, merge_codes: bool = False) -> Target:
+    """Learn a target's classes or scale from the training part.
+
+    Raises:
+        UsageError: one class only, a constant or non-numeric regression target, no code but 0 in any mask.
+    """
+    if task == "segmentation":
+        return _mask_target(store, train, merge_codes)
+    labels = store.covariate(column).iloc[list(train)]
+    if task == "regression":
+        numbers = pd.to_numeric(labels, errors="coerce")
+        if numbers.isna().any():
+            raise UsageError(
+                "a regression target must be numeric",
+                where=f"column {column}",
+                got=repr(labels[numbers.isna()].iloc[0]),
+                remedy="Use --task classification, or another column",
+            )
+        std = float(numbers.std(ddof=0))
+        if not std > 0:
+            raise UsageError("the target is constant", where=f"column {column}", got=float(numbers.iloc[0]))
+        return Target("regression", column, mean=float(numbers.mean()), std=std)
+    names = tuple(sorted({_class_name(label) for label in labels}))
+    if not 2 <= len(names) <= MAX_CLASSES:
+        raise UsageError(
+            "a classification needs at least two classes in the training part",
+            where=f"column {column}",
+            got=f"{len(names)} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})",
+            expected=f"2 to {MAX_CLASSES}",
+            remedy="Choose another column, or --task regression for numbers",
+        )
+    return Target("classification", column, names=names)
+
+
+def _mask_target(store: Store, train: Sequence[int], merge: bool) -> Target:
+    codes: set[int] = set()
+    for session in train:
+        mask = store.read_masks(int(session))
+        if mask is not None:
+            codes |= set(np.unique(mask).tolist())
+    codes.discard(0)
+    if not codes:
+        raise UsageError(
+            "every mask of the training part is empty", where=f"store {store.path.name}", remedy="Check the masks"
+        )
+    if merge:
+        return Target("segmentation", MASK, names=("background", "foreground"), codes=(0, 1), merge=True)
+    if len(codes) >= MAX_CLASSES:
+        raise UsageError(
+            "too many label codes",
+            where="mask",
+            got=len(codes),
+            expected=f"fewer than {MAX_CLASSES}",
+            remedy="Merge them with --set merge_codes=true, or give coarser masks",
+        )
+    ordered = (0, *sorted(codes))
+    return Target("segmentation", MASK, names=("background", *(f"label {code}" for code in ordered[1:])), codes=ordered)
+
+
+def _class_name(label: Any) -> str:
+    if isinstance(label, (float, np.floating)) and float(label).is_integer():
+        return str(int(label))
+    return str(label)

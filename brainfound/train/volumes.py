@@ -1,0 +1,170 @@
+"""Training batches of volumes: which slices of which sessions at which step, and their augmentation.
+
+Everything random is a function of (seed, step), see `brainfound.train.randomness`.
+
+Axis legend: B volumes, S slices, C contrasts, H W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from pydantic import Field
+from torch import Tensor
+
+from brainfound.data.augmentation import IntensityRecipe, ViewsRecipe, drop_contrasts, random_affine, vary_intensity
+from brainfound.data.batches import VolumeBatch, collate
+from brainfound.data.store import Store
+from brainfound.recipes import Recipe
+from brainfound.train.randomness import ORDER, VIEWS, numpy_generator, torch_generator
+
+
+class VolumeAugmentation(Recipe):
+    """Random changes of a training volume; all its slices change alike."""
+
+    rotation_degrees: float = Field(10.0, ge=0, le=45)
+    """Largest in-plane rotation, to either side."""
+    scale: float = Field(0.1, ge=0, lt=1)
+    """The volume is shown at a size of 1 ± this."""
+    shear: float = Field(0.05, ge=0, lt=1)
+    """Largest in-plane shear, to either side."""
+    flip_left_right: float = Field(0.0, ge=0, le=1)
+    """How often left and right are exchanged. 0 by default: the side of a lesion is information."""
+    contrast_dropout: float = Field(0.2, ge=0, lt=1)
+    """How often a present contrast is withheld; one always stays."""
+    intensity: IntensityRecipe = IntensityRecipe(gamma_probability=0.3, contrast_probability=0.3, blur_probability=0.1)
+
+
+def session_order(num_sessions: int, epoch: int, seed: int) -> np.ndarray:
+    """The order of the training sessions in an epoch."""
+    return numpy_generator(ORDER, seed, epoch).permutation(num_sessions)
+
+
+def sessions_of_step(num_sessions: int, batch_size: int, step: int, seed: int) -> np.ndarray:
+    """Positions (in the training part) of the sessions of a global batch; batches run on across epochs."""
+    first = step * batch_size
+    wanted = np.arange(first, first + batch_size)
+    epochs = wanted // num_sessions
+    orders = {int(epoch): session_order(num_sessions, int(epoch), seed) for epoch in np.unique(epochs)}
+    return np.array([orders[int(epoch)][place % num_sessions] for place, epoch in zip(wanted, epochs, strict=True)])
+
+
+def jittered_slices(num_slices: int, wanted: int, rng: np.random.Generator) -> np.ndarray:
+    """One random slice of each of ``wanted`` equal stretches of the stack; all slices if there are not more."""
+    if wanted >= num_slices:
+        return np.arange(num_slices)
+    edges = np.arange(wanted) * num_slices / wanted
+    return np.floor(edges + rng.uniform(size=wanted) * num_slices / wanted).astype(int)
+
+
+def slices_with_foreground(
+    mask: np.ndarray, wanted: int, foreground_share: float, rng: np.random.Generator
+) -> np.ndarray:
+    """Random slices for a segmentation, about ``foreground_share`` of them through the structure.
+
+    The result rises, so neighbours stay neighbours; slices may repeat where few show the structure.
+    """
+    marked = np.flatnonzero(mask.any(axis=(1, 2)))
+    num_marked = round(wanted * foreground_share) if marked.size else 0
+    chosen = [
+        rng.choice(marked, num_marked) if num_marked else np.empty(0, int),
+        rng.choice(len(mask), wanted - num_marked),
+    ]
+    return np.sort(np.concatenate(chosen).astype(int))
+
+
+class VolumeSampler:
+    """Training batches from a store.
+
+    Args:
+        store: the data.
+        sessions: indices of the training part.
+        batch_size: volumes per batch on this rank.
+        num_slices: slices per volume.
+        seed: of the run.
+        foreground_share: for segmentation, share of the slices that show the structure; None for other tasks.
+        rank, world_size: this process takes its part of each global batch.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        sessions: Sequence[int],
+        batch_size: int,
+        num_slices: int,
+        seed: int,
+        foreground_share: float | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.store, self.sessions = store, np.asarray(sessions)
+        self.batch_size, self.num_slices, self.seed = batch_size, num_slices, seed
+        self.foreground_share = foreground_share
+        self.rank, self.world_size = rank, world_size
+
+    def __call__(self, step: int) -> tuple[VolumeBatch, np.ndarray]:
+        """The batch of a step, and the store's session index of each volume."""
+        everything = sessions_of_step(len(self.sessions), self.batch_size * self.world_size, step, self.seed)
+        mine = self.sessions[everything[self.rank :: self.world_size]]
+        stacks, slices = [], []
+        for place, session in enumerate(mine):
+            rng = numpy_generator(VIEWS, self.seed, step, self.rank, place)
+            stack = self.store[int(session)]
+            stacks.append(stack)
+            if self.foreground_share is None or stack.mask is None:
+                slices.append(jittered_slices(len(stack.pixels), self.num_slices, rng))
+            else:
+                slices.append(slices_with_foreground(stack.mask, self.num_slices, self.foreground_share, rng))
+        return collate(stacks, slices), mine
+
+
+def augment_volumes(batch: VolumeBatch, recipe: VolumeAugmentation, seed: int, step: int, rank: int) -> VolumeBatch:
+    """A random variant of each volume, on the batch's device; masks move with the pixels.
+
+    One affine per volume, sampled once (bilinear for pixels, nearest for masks); intensities vary per volume
+    and contrast.
+    """
+    generator = torch_generator(VIEWS, seed, step, rank, 1)
+    pixels = batch.pixel_values.float() / 255 if batch.pixel_values.dtype == torch.uint8 else batch.pixel_values
+    num_volumes, num_slices, _, height, width = pixels.shape
+    matrices = _affines(num_volumes, (height, width), recipe, generator).to(pixels.device)
+    grid = F.affine_grid(matrices, [num_volumes, 1, height, width], align_corners=False)
+    flat = rearrange(pixels, "b s c h w -> b (s c) h w")
+    moved = F.grid_sample(flat, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    # Slices stacked into one tall image per contrast, so that a volume's slices share their random intensities.
+    tall = rearrange(moved, "b (s c) h w -> b c (s h) w", s=num_slices)
+    noise_generator = torch_generator(VIEWS, seed, step, rank, 2, device=pixels.device)
+    tall = vary_intensity(tall, recipe.intensity, generator, noise_generator)
+    contrast_mask = drop_contrasts(batch.contrast_mask.cpu(), recipe.contrast_dropout, generator).to(pixels.device)
+    return replace(
+        batch,
+        pixel_values=rearrange(tall, "b c (s h) w -> b s c h w", s=num_slices) * contrast_mask[:, None, :, None, None],
+        contrast_mask=contrast_mask,
+        masks=None if batch.masks is None else _move_masks(batch.masks, grid),
+    )
+
+
+def _affines(
+    count: int, size: tuple[int, int], recipe: VolumeAugmentation, generator: torch.Generator
+) -> Tensor:
+    """One matrix per volume; `random_affine` with crops of the whole image, then scaled."""
+    whole = ViewsRecipe(
+        aspect=(1.0, 1.0),
+        rotation_degrees=recipe.rotation_degrees,
+        shear=recipe.shear,
+        flip_left_right=recipe.flip_left_right,
+    )
+    matrices = random_affine(count, size, (1.0, 1.0), whole, generator)
+    factor = 1 + recipe.scale * (2 * torch.rand(count, generator=generator) - 1)
+    matrices[:, :, :2] *= factor[:, None, None]
+    return matrices
+
+
+def _move_masks(masks: Tensor, grid: Tensor) -> Tensor:
+    moved = F.grid_sample(masks.float(), grid, mode="nearest", padding_mode="zeros", align_corners=False)
+    return moved.round().long()

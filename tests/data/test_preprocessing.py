@@ -1,0 +1,227 @@
+"""Geometry and intensities of the stack, and the way back."""
+
+from __future__ import annotations
+
+import nibabel as nib
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.spatial.transform import Rotation
+
+from brainfound.data.preprocessing import Preprocessing
+from brainfound.data.scan import Scan, load_scan
+from brainfound.errors import ModelError, RecipeError, ScanError, UsageError
+from brainfound.recipes import validate
+
+
+def as_scan(data: np.ndarray, affine: np.ndarray, axes: str = "RAS") -> Scan:
+    """A scan as `load_scan` would give it, for an image stored in the given axis order."""
+    image = nib.Nifti1Image(data.astype(np.float32), affine)
+    turn = nib.orientations.ornt_transform(nib.io_orientation(affine), nib.orientations.axcodes2ornt(axes))
+    stored = image.as_reoriented(turn)
+    canonical = nib.as_closest_canonical(stored)
+    return Scan(
+        np.asarray(canonical.dataobj), canonical.affine, tuple(map(int, stored.shape)), np.asarray(stored.affine)
+    )
+
+
+def dice(a: np.ndarray, b: np.ndarray) -> float:
+    return 2 * (a & b).sum() / (a.sum() + b.sum())
+
+
+CASES = {
+    "1 mm RAS": ((1, 1, 1), (0, 0, 0), "RAS"),
+    "flipped LPI": ((1, 1, 1), (0, 0, 0), "LPI"),
+    "permuted PSR": ((1.2, 1.0, 1.1), (0, 0, 0), "PSR"),
+    "anisotropic 1×1×6 oblique": ((1, 1, 6), (25, 0, 0), "RPI"),
+    "oblique ASL": ((0.9, 0.9, 1.2), (18, -12, 9), "ASL"),
+    "coarse": ((2, 2, 2), (5, 5, -5), "SAR"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_mask_comes_back_to_its_own_grid(head, centred, case):
+    spacing, angles, axes = CASES[case]
+    turn = Rotation.from_euler("xyz", angles, degrees=True).as_matrix()
+    shape = tuple(int(np.ceil(extent / s)) for extent, s in zip((120, 140, 110), spacing, strict=True))
+    affine = centred(shape, turn @ np.diag(spacing))
+    scan = as_scan(head.image(shape, affine), affine, axes)
+    lesion = as_scan(head.lesion(shape, affine), affine, axes)
+    stack = Preprocessing(contrasts=("T1w",)).apply({"T1w": scan}, lesion)
+    back = stack.to_native(stack.mask)
+    assert back.shape == scan.native_shape
+    np.testing.assert_array_equal(back.affine, scan.native_affine)
+    canonical = np.asarray(nib.as_closest_canonical(back).dataobj) > 0
+    assert dice(canonical, lesion.data > 0) >= 0.98
+
+
+def test_rows_columns_and_slices_run_as_documented(centred):
+    """Row 0 anterior, column 0 left, slices inferior → superior, whatever the storage."""
+    shape, affine = (41, 41, 41), centred((41, 41, 41), np.eye(3) * 2)
+    data = np.zeros(shape)
+    data[3:38, 3:38, 3:38] = 10
+    data[3:9, 18:23, 18:23] = 100  # left
+    data[18:23, 32:38, 18:23] = 60  # anterior
+    data[18:23, 18:23, 32:38] = 30  # superior
+    for axes in ("RAS", "LPS", "PIR"):
+        recipe = Preprocessing(contrasts=("T1w",), spacing_mm=(2, 2, 2), size=(40, 40), percentiles=(0, 100))
+        pixels = recipe.apply({"T1w": as_scan(data, affine, axes)}).pixels[:, 0].astype(float)
+        s, r, c = (np.argwhere(np.abs(pixels - value) < 3).mean(0) for value in (
+            (30 - 10) / 90 * 255, (60 - 10) / 90 * 255, 255
+        ))
+        assert s[0] > len(pixels) * 0.75
+        assert r[1] < 10
+        assert c[2] < 10
+
+
+def test_stack_affine_and_positions_are_in_millimetres(head, centred):
+    shape = (40, 48, 36)
+    affine = centred(shape, np.eye(3) * 3)
+    stack = Preprocessing(contrasts=("T1w",), spacing_mm=(1.5, 1.5, 2)).apply({"T1w": as_scan(head.image(shape, affine), affine)})
+    np.testing.assert_allclose(stack.spacing_mm, (2, 1.5, 1.5))
+    assert np.diff(stack.positions_mm) == pytest.approx(2.0)
+    assert stack.positions_mm.mean() == pytest.approx(0, abs=1e-4)
+    s, r, c = np.argwhere(stack.pixels[:, 0] > 0).mean(0)
+    centre_mm = (stack.affine @ [s, r, c, 1])[:3]
+    np.testing.assert_allclose(centre_mm, 0, atol=1.5)
+
+
+def test_native_slices_are_kept_on_request(head, centred):
+    shape = (60, 70, 15)
+    affine = centred(shape, np.diag([2.0, 2.0, 6.0]))
+    recipe = Preprocessing(contrasts=("T1w",), spacing_mm=(1, 1, None))
+    stack = recipe.apply({"T1w": as_scan(head.image(shape, affine), affine)})
+    assert np.diff(stack.positions_mm) == pytest.approx(6.0)
+    assert len(stack.pixels) <= 15
+
+
+def test_other_grids_are_brought_to_the_reference_scan(head, centred):
+    """A scan on its own oblique grid lands on the reference's anatomy: the lesions agree in the stack."""
+    reference_shape, other_shape = (120, 140, 110), (130, 130, 40)
+    reference = centred(reference_shape, np.eye(3))
+    turn = Rotation.from_euler("xyz", (10, 5, -8), degrees=True).as_matrix()
+    other = centred(other_shape, turn @ np.diag([1.1, 1.2, 3.0]))
+    t1, flair = head.image(reference_shape, reference), head.image(other_shape, other)
+    t1[head.lesion(reference_shape, reference) > 0] = 400
+    flair[head.lesion(other_shape, other) > 0] = 400
+    stack = Preprocessing(contrasts=("T1w", "FLAIR")).apply(
+        {"T1w": as_scan(t1, reference), "FLAIR": as_scan(flair, other, "LPS")}
+    )
+    assert stack.present.all()
+    assert dice(stack.pixels[:, 0] > 200, stack.pixels[:, 1] > 200) > 0.9
+
+
+def test_absent_contrast_is_zero_and_marked(head, centred):
+    shape = (40, 48, 36)
+    affine = centred(shape, np.eye(3) * 3)
+    stack = Preprocessing(contrasts=("T1w", "T2w")).apply({"T2w": as_scan(head.image(shape, affine), affine)})
+    assert stack.present.tolist() == [False, True]
+    assert not stack.pixels[:, 0].any()
+    assert stack.pixels[:, 1].any()
+
+
+def test_a_scan_elsewhere_in_space_is_refused_but_not_the_session(head, centred):
+    shape = (40, 48, 36)
+    near, far = centred(shape, np.eye(3) * 3), centred(shape, np.eye(3) * 3)
+    far[:3, 3] += 400
+    scans = {"T1w": as_scan(head.image(shape, near), near), "T2w": as_scan(head.image(shape, near), far)}
+    recipe = Preprocessing(contrasts=("T1w", "T2w"))
+    with pytest.raises(ScanError, match="does not overlap"):
+        recipe.apply(scans)
+    refused: dict[str, ScanError] = {}
+    stack = recipe.apply(scans, refused=refused)
+    assert stack.present.tolist() == [True, False]
+    assert set(refused) == {"T2w"}
+
+
+def test_intensities_follow_the_foreground_percentiles(head, centred):
+    shape = (60, 70, 56)
+    affine = centred(shape, np.eye(3) * 2)
+    image = head.image(shape, affine)
+    recipe = Preprocessing(contrasts=("T1w",), spacing_mm=(2, 2, 2))
+    pixels = recipe.apply({"T1w": as_scan(image, affine)}).pixels
+    rescaled = recipe.apply({"T1w": as_scan(image * 37 , affine)}).pixels
+    np.testing.assert_array_equal(pixels, rescaled)
+    low, high = np.percentile(image[image > 0], (0.5, 99.5))
+    expected = np.clip((image - low) / (high - low), 0, 1) * 255
+    inside = pixels[pixels > 0]
+    assert abs(np.median(inside) - np.median(expected[image > low])) < 4
+    assert pixels.max() == 255
+
+
+def test_negative_rims_and_air_noise_are_not_foreground_of_the_box(head, centred):
+    shape = (80, 90, 76)
+    affine = centred(shape, np.eye(3) * 2)
+    clean = Preprocessing(contrasts=("T1w",), spacing_mm=(2, 2, 2)).apply({"T1w": as_scan(head.image(shape, affine), affine)})
+    noisy = Preprocessing(contrasts=("T1w",), spacing_mm=(2, 2, 2)).apply(
+        {"T1w": as_scan(head.image(shape, affine, noise=4.0), affine)}
+    )
+    assert abs(len(noisy.pixels) - len(clean.pixels)) <= 6
+    corner = noisy.pixels[:, 0, :20, :20]
+    assert not corner.any()
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    spacing=st.tuples(*[st.floats(1.0, 3.0)] * 3),
+    angles=st.tuples(*[st.floats(-40, 40)] * 3),
+    axes=st.sampled_from(["RAS", "LPS", "PSR", "SLA", "IRP"]),
+)
+def test_round_trip_property(spacing, angles, axes):
+    """Any grid of 1 mm or coarser: a 15-mm ball survives the way there and back."""
+    turn = Rotation.from_euler("xyz", angles, degrees=True).as_matrix()
+    shape = tuple(int(np.ceil(70 / s)) for s in spacing)
+    linear = turn @ np.diag(spacing)
+    affine = np.eye(4)
+    affine[:3, :3], affine[:3, 3] = linear, -linear @ ((np.array(shape) - 1) / 2)
+    index = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1)
+    mm = index @ linear.T + affine[:3, 3]
+    image = np.where((mm**2).sum(-1) < 30**2, 100 + mm[..., 0], 0)
+    ball = ((mm - 3) ** 2).sum(-1) < 15**2
+    stack = Preprocessing(contrasts=("T1w",), size=(96, 96)).apply(
+        {"T1w": as_scan(image, affine, axes)}, as_scan(ball, affine, axes)
+    )
+    back = nib.as_closest_canonical(stack.to_native(stack.mask))
+    reference = as_scan(ball, affine, axes).data > 0
+    assert dice(np.asarray(back.dataobj) > 0, reference) >= 0.98
+
+
+def test_to_native_refuses_another_grid(head, centred):
+    shape = (40, 48, 36)
+    affine = centred(shape, np.eye(3) * 3)
+    stack = Preprocessing(contrasts=("T1w",)).apply({"T1w": as_scan(head.image(shape, affine), affine)})
+    with pytest.raises(UsageError, match="not on the stack's grid"):
+        stack.to_native(np.zeros((3, 4, 5)))
+
+
+def test_saved_and_loaded_settings_are_equal(tmp_path):
+    recipe = Preprocessing(contrasts=("flair", "t1gd"), spacing_mm=(1, 1, None), size=(112, 128))
+    assert recipe.contrasts == ("FLAIR", "T1ce")
+    recipe.save(tmp_path)
+    assert Preprocessing.load(tmp_path) == recipe
+    (tmp_path / "preprocessing.json").unlink()
+    with pytest.raises(ModelError, match="missing"):
+        Preprocessing.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("spaccing_mm=[1,1,1]", "Did you mean spacing_mm"), ("contrasts=[T9w]", "T9w"), ("percentiles=[99,1]", "rise")],
+)
+def test_settings_refuse_what_they_do_not_know(override, message):
+    with pytest.raises(RecipeError, match=message):
+        validate(Preprocessing, {}, [override])
+
+
+def test_real_scans_on_three_grids(real_data):
+    recipe = Preprocessing()
+    folder = real_data / "ms_raw" / "patient01"
+    scans = {c: load_scan(folder / f"study1_{f}.nii.gz") for c, f in (("T1w", "T1W"), ("T2w", "T2W"), ("FLAIR", "FLAIR"))}
+    stack = recipe.apply(scans)
+    assert stack.present.all()
+    mask = (stack.pixels[:, 0] > 60).astype(np.uint8)
+    back = stack.to_native(mask)
+    assert back.shape == scans["T1w"].native_shape
+    # The three contrasts show the same head.
+    assert dice(stack.pixels[:, 0] > 20, stack.pixels[:, 1] > 20) > 0.8

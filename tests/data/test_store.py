@@ -1,0 +1,215 @@
+"""Cohorts and stores: what goes in comes out, once, also after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+
+from brainfound.data import prepare as preparing
+from brainfound.data.cohort import Cohort
+from brainfound.data.prepare import prepare
+from brainfound.data.preprocessing import Preprocessing
+from brainfound.data.scan import load_scan
+from brainfound.data.store import Store
+from brainfound.errors import CohortError, StoreError, UsageError
+
+SETTINGS = Preprocessing(spacing_mm=(4, 4, 4), size=(32, 32))
+
+
+@pytest.fixture
+def cohort_folder(tmp_path, make_cohort):
+    return make_cohort(tmp_path / "cohort")
+
+
+def test_manifest_is_read_with_its_columns(cohort_folder):
+    cohort = Cohort.read(cohort_folder)
+    assert len(cohort) == 6
+    assert len(cohort.table) == 18
+    assert list(cohort.table.columns[:9]) == [
+        "subject", "session", "contrast", "path", "mask", "age_years", "sex", "site", "diagnosis",
+    ]
+    assert len(Cohort.read(cohort_folder / "manifest.tsv")) == 6
+
+
+def test_csv_and_parquet_manifests_say_the_same(cohort_folder):
+    table = pd.read_csv(cohort_folder / "manifest.tsv", sep="\t", dtype={"session": str})
+    table.to_csv(cohort_folder / "other.csv", index=False)
+    table.to_parquet(cohort_folder / "other.parquet")
+    expected = Cohort.read(cohort_folder).table
+    for name in ("other.csv", "other.parquet"):
+        pd.testing.assert_frame_equal(Cohort.read(cohort_folder / name).table, expected, check_dtype=False)
+
+
+def test_bids_folder_with_sessions_masks_and_participants(tmp_path, write_scan):
+    for name in (
+        "sub-01/ses-a/anat/sub-01_ses-a_T1w.nii.gz",
+        "sub-01/ses-a/anat/sub-01_ses-a_ce-gd_T1w.nii.gz",
+        "sub-01/ses-b/anat/sub-01_ses-b_FLAIR.nii.gz",
+        "sub-02/anat/sub-02_T2w.nii.gz",
+        "sub-02/func/sub-02_task-rest_bold.nii.gz",
+        "derivatives/masks/sub-01/ses-a/anat/sub-01_ses-a_label-lesion_mask.nii.gz",
+        "derivatives/masks/sub-01/ses-a/anat/sub-01_ses-a_desc-brain_mask.nii.gz",
+    ):
+        write_scan(name)
+    (tmp_path / "participants.tsv").write_text("participant_id\tage\tsex\tdiagnosis\nsub-01\t40\tF\tms\nsub-02\t89+\tM\tn/a\n")
+    cohort = Cohort.read(tmp_path)
+    assert len(cohort) == 3
+    table = cohort.table.set_index(["subject", "session", "contrast"])
+    assert set(table.index) == {("sub-01", "a", "T1w"), ("sub-01", "a", "T1ce"), ("sub-01", "b", "FLAIR"), ("sub-02", "1", "T2w")}
+    assert table.loc[("sub-01", "a", "T1w"), "mask"].endswith("label-lesion_mask.nii.gz")
+    assert pd.isna(table.loc[("sub-01", "b", "FLAIR"), "mask"])
+    assert table.loc[("sub-02", "1", "T2w"), "age_years"] == 89
+    assert pd.isna(table.loc[("sub-02", "1", "T2w"), "diagnosis"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("subject\tpath\n1\ta.nii\n", "no column 'contrast'"),
+        ("subject\tcontrast\tpath\n1\tT1x\ta.nii\n", "line 2: unknown contrast 'T1x'. Did you mean"),
+        ("subject\tcontrast\tpath\n1\tT1w\t\n", "'path' is empty"),
+        ("subject\tcontrast\tpath\tage_years\n1\tT1w\ta.nii\told\n", "not a number"),
+        ("subject\tcontrast\tpath\n", "no rows"),
+    ],
+)
+def test_faulty_manifests_are_refused(tmp_path, content, message):
+    (tmp_path / "manifest.tsv").write_text(content)
+    with pytest.raises(CohortError, match=message):
+        Cohort.read(tmp_path)
+
+
+def test_folders_without_scans_are_refused(tmp_path):
+    with pytest.raises(CohortError, match="no scans found"):
+        Cohort.read(tmp_path)
+    with pytest.raises(CohortError, match="no such file or folder"):
+        Cohort.read(tmp_path / "none")
+
+
+def test_store_holds_what_preprocessing_makes(cohort_folder, tmp_path):
+    store = prepare(cohort_folder, tmp_path / "store", SETTINGS)
+    assert len(store) == 6
+    assert store.num_slices == len(store.slices) == len(store.slice_sessions) == len(store.slice_positions_mm)
+    session = next(iter(Cohort.read(cohort_folder).sessions()))
+    scans = {contrast: load_scan(path) for contrast, path in session.scans.items()}
+    expected = SETTINGS.apply(scans, load_scan(session.masks["mask"], labels=True))
+    stack = store[0]
+    np.testing.assert_array_equal(stack.pixels, expected.pixels)
+    np.testing.assert_array_equal(stack.mask, expected.mask)
+    np.testing.assert_allclose(stack.affine, expected.affine)
+    np.testing.assert_allclose(stack.positions_mm, expected.positions_mm)
+    assert stack.covariates["age_years"] == pytest.approx(session.covariates["age_years"])
+    assert store.preprocessing == SETTINGS
+    row = store.slices[3]
+    np.testing.assert_array_equal(np.frombuffer(row["pixels"], np.uint8).reshape(3, 32, 32), stack.pixels[3])
+
+
+def test_slices_are_read_in_the_asked_order_and_across_processes(small_store):
+    rows = np.array([small_store.num_slices - 1, 0, 57, 0, 130])
+    pixels = pickle.loads(pickle.dumps(small_store)).read_slices(rows)
+    everything = np.concatenate([small_store[i].pixels for i in range(len(small_store))])
+    np.testing.assert_array_equal(pixels, everything[rows])
+    with pytest.raises(StoreError, match="out of range"):
+        small_store.read_slices(np.array([small_store.num_slices]))
+
+
+def test_workers_do_not_change_the_store(tmp_path, make_cohort):
+    cohort = make_cohort(tmp_path / "cohort", num_subjects=10)
+    one = prepare(cohort, tmp_path / "one", SETTINGS)
+    two = prepare(cohort, tmp_path / "two", SETTINGS, workers=2)
+    assert one.content_hash == two.content_hash
+
+
+def test_preparing_again_is_a_no_op_and_changes_are_noticed(cohort_folder, tmp_path):
+    store = prepare(cohort_folder, tmp_path / "store", SETTINGS)
+    before = (tmp_path / "store" / "store.json").stat().st_mtime_ns
+    assert prepare(cohort_folder, tmp_path / "store", SETTINGS).content_hash == store.content_hash
+    assert (tmp_path / "store" / "store.json").stat().st_mtime_ns == before
+    with pytest.raises(StoreError, match="another source or preprocessing"):
+        prepare(cohort_folder, tmp_path / "store", SETTINGS.model_copy(update={"size": (40, 40)}))
+    os.utime(cohort_folder / "s00_T1w.nii.gz", ns=(1, 1))
+    with pytest.raises(StoreError, match="--overwrite"):
+        prepare(cohort_folder, tmp_path / "store", SETTINGS)
+    assert prepare(cohort_folder, tmp_path / "store", SETTINGS, overwrite=True).content_hash == store.content_hash
+
+
+def test_an_unfinished_store_is_gone_on_with(tmp_path, make_cohort, monkeypatch):
+    cohort = make_cohort(tmp_path / "cohort", num_subjects=20, contrasts=("T1w",))
+    settings = SETTINGS.model_copy(update={"contrasts": ("T1w",)})
+    expected = prepare(cohort, tmp_path / "expected", settings).content_hash
+    code = (
+        "import sys; from brainfound.data.prepare import prepare; from brainfound.data.preprocessing import Preprocessing;"
+        "prepare(sys.argv[1], sys.argv[2], Preprocessing(contrasts=('T1w',), spacing_mm=(4,4,4), size=(32,32)))"
+    )
+    run = subprocess.Popen([sys.executable, "-c", code, str(cohort), str(tmp_path / "store")])
+    first = tmp_path / "store.partial" / "shard-00000.json"
+    deadline = time.monotonic() + 60
+    while not first.exists() and run.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    assert not (tmp_path / "store").exists(), "killed too late to test anything"
+    with pytest.raises(StoreError, match="not complete"):
+        Store.open(tmp_path / "store")
+    written = []
+    write_shard = preparing._write_shard
+    monkeypatch.setattr(preparing, "_write_shard", lambda number, *rest: (written.append(number), write_shard(number, *rest)))
+    assert prepare(cohort, tmp_path / "store", settings).content_hash == expected
+    assert 0 not in written
+
+
+def test_faulty_scans_are_listed_and_the_rest_goes_on(cohort_folder, tmp_path):
+    truncated = cohort_folder / "s00_T1w.nii.gz"
+    truncated.write_bytes(truncated.read_bytes()[:500])
+    nib.save(nib.Nifti1Image(np.random.rand(5, 5, 5, 4), np.eye(4)), cohort_folder / "s01_T2w.nii.gz")
+    for contrast in ("T1w", "T2w", "FLAIR"):
+        nib.save(nib.Nifti1Image(np.zeros((9, 9, 9)), np.eye(4)), cohort_folder / f"s02_{contrast}.nii.gz")
+    (cohort_folder / "s03_mask.nii.gz").unlink()
+    store = prepare(cohort_folder, tmp_path / "store", SETTINGS)
+    assert len(store) == 5
+    assert store.present[0].tolist() == [False, True, True]
+    assert store.present[1].tolist() == [True, False, True]
+    assert store[2].mask is None
+    reasons = store.rejected.set_index("file")["reason"]
+    assert len(reasons) == 6
+    assert "cannot be read" in reasons["s00_T1w.nii.gz"]
+    assert "not a 3-D volume" in reasons["s01_T2w.nii.gz"]
+    assert "all voxels are zero" in reasons["s02_FLAIR.nii.gz"]
+    assert "no such file" in reasons["s03_mask.nii.gz"]
+
+
+def test_a_cohort_without_one_usable_session_is_an_error(tmp_path, make_cohort):
+    cohort = make_cohort(tmp_path / "cohort", num_subjects=2, contrasts=("T1w",))
+    with pytest.raises(StoreError, match="not one session could be used"):
+        prepare(cohort, tmp_path / "store", Preprocessing(contrasts=("DWI",)))
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_foreign_folder_is_never_touched(cohort_folder, tmp_path):
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "thesis.txt").write_text("mine")
+    with pytest.raises(StoreError, match="not empty"):
+        prepare(cohort_folder, tmp_path / "store", SETTINGS, overwrite=True)
+    assert (tmp_path / "store" / "thesis.txt").read_text() == "mine"
+
+
+def test_other_schemas_and_unknown_columns_are_refused(small_store, tmp_path):
+    with pytest.raises(UsageError, match="no column 'age'. Did you mean age_years"):
+        small_store.covariate("age")
+    with pytest.raises(StoreError, match="not a store"):
+        Store.open(tmp_path)
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    (copy / "store.json").write_text(json.dumps({**small_store.facts, "schema_version": 99}))
+    (copy / "sessions.parquet").write_bytes((small_store.path / "sessions.parquet").read_bytes())
+    with pytest.raises(StoreError, match="version 99"):
+        Store.open(copy)
