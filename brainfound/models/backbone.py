@@ -116,6 +116,19 @@ def list_keys(keys: Iterable[str]) -> str:
     return ", ".join(keys[:_NUM_KEYS_SHOWN]) + more
 
 
+def require_findable(source: str) -> None:
+    """Refuse a path that is not there before the Hub is asked for it: a Hub id reads owner/name.
+
+    Raises:
+        ModelError: if `source` can only be a path, and no such folder exists.
+    """
+    path = Path(source)
+    is_hub_id = source.count("/") == 1 and not path.is_absolute() and not source.startswith((".", "~"))
+    if not is_hub_id and not path.is_dir():
+        what = "this is a file, not a model folder" if path.is_file() else "no such model folder"
+        raise ModelError(what, where=source, remedy="Give a folder with config.json and safetensors, or a Hub id")
+
+
 def unreadable(source: str, error: Exception) -> ModelError:
     """One line for a model that cannot be read, with the remedy that fits what `source` looks like."""
     folder = Path(source)
@@ -132,8 +145,6 @@ def unreadable(source: str, error: Exception) -> ModelError:
         return ModelError(
             f"the model cannot be read: {first_line}", where=source, remedy="Check that the files are whole"
         )
-    if folder.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1 or folder.suffix:
-        return ModelError("no such model folder", where=source, remedy="Check the path")
     return ModelError(
         "neither a folder nor a model that can be fetched from the Hugging Face Hub",
         where=source,
@@ -143,6 +154,7 @@ def unreadable(source: str, error: Exception) -> ModelError:
 
 
 def _load_config(source: str, hub_options: dict[str, Any]) -> PreTrainedConfig:
+    require_findable(source)
     try:
         return AutoConfig.from_pretrained(source, **hub_options)
     except LOAD_FAILURES as error:

@@ -24,12 +24,13 @@ class BrainFoundConfig(PreTrainedConfig):
 
     model_type = "brainfound"
     sub_configs = {"backbone_config": AutoConfig}  # noqa: RUF012  (the base class declares it so)
-    keys_to_ignore_at_inference = (
+    # The library's Trainer adds this to a list of its own.
+    keys_to_ignore_at_inference = [  # noqa: RUF012
         "volume_embedding",
         "slice_embeddings",
         "patch_embeddings",
         "slice_weights",
-    )
+    ]
 
     backbone_config: dict[str, Any] | PreTrainedConfig | None = None
     """Configuration of the 2-D ViT: Dinov2 or Dinov2WithRegisters."""

@@ -59,24 +59,26 @@ class Decoder(nn.Module, ABC):
         return torch.cat(scores)
 
 
-class SliceMixing(nn.Module):
+class SliceMixing(nn.Conv1d):
     """A residual depthwise convolution along the slices of one volume. It starts as the identity.
 
     Its border is the volume's first and last valid slice, so padding is never mixed in.
     """
 
     def __init__(self, channels: int, kernel_size: int = 3) -> None:
-        super().__init__()
-        self.convolution = nn.Conv1d(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
-        nn.init.zeros_(self.convolution.weight)
-        nn.init.zeros_(self.convolution.bias)
+        super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(
         self, volume: Float[Tensor, "slices channels rows columns"]
     ) -> Float[Tensor, "slices channels rows columns"]:
         rows = volume.shape[2]
         along_slices = rearrange(volume, "s f h w -> (h w) f s")
-        return volume + rearrange(self.convolution(along_slices), "(h w) f s -> s f h w", h=rows)
+        return volume + rearrange(super().forward(along_slices), "(h w) f s -> s f h w", h=rows)
 
 
 class LinearDecoder(Decoder):

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from brainfound.errors import ModelError
-from brainfound.models.backbone import LOAD_FAILURES, list_keys, require_coverage, unreadable
+from brainfound.models.backbone import LOAD_FAILURES, list_keys, require_coverage, require_findable, unreadable
 from brainfound.models.configuration import BrainFoundConfig
 
 AnyModel = TypeVar("AnyModel", bound=PreTrainedModel)
@@ -56,10 +56,24 @@ def load_checked(
             where=source,
             remedy="Load it with the class and the configuration that it was saved with",
         )
+    _move_off_the_file(model)
     return (model, info) if wants_info else model
 
 
+@torch.no_grad()
+def _move_off_the_file(model: PreTrainedModel) -> None:
+    """Give each weight that is a view into the mapped file memory of its own.
+
+    In the file weights lie at any multiple of four bytes, and matrix products round differently there:
+    a reloaded model would differ in the last bit. A model must also outlive an overwritten file.
+    """
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
+
+
 def _saved_config(source: str, options: dict[str, Any]) -> BrainFoundConfig:
+    require_findable(source)
     names = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
     hub_options = {name: options[name] for name in names if name in options}
     try:

@@ -125,11 +125,12 @@ class BrainFoundPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # Reached by the aggregator, decoder and head only: the backbone is a model of its own and has its own.
+        # The library calls this for modules that hold weights themselves, not for those that only hold modules.
         super()._init_weights(module)
         if isinstance(module, TransformerAggregator):
             init.trunc_normal_(module.class_token, std=self.config.initializer_range)
         elif isinstance(module, SliceMixing):
-            init.zeros_(module.convolution.weight)
+            init.zeros_(module.weight)
         elif isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
             # Decoder convolutions feed group norms; a fixed 0.02 would make narrow decoders start silent.
             init.kaiming_normal_(module.weight, nonlinearity="relu")

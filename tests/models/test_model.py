@@ -54,7 +54,7 @@ def test_padding_never_changes_a_volume_embedding(backbone_folder, aggregator):
 def test_padding_never_changes_a_segmentation(backbone_folder):
     model = BrainFoundForSegmentation.from_backbone(backbone_folder, decoder_slice_mixing=True, decoder_width=8)
     with torch.no_grad():
-        model.decoder.slice_mixing.convolution.weight.normal_()
+        model.decoder.slice_mixing.weight.normal_()
     pixels, positions = torch.rand(2, 4, 3, 16, 16), torch.zeros(2, 4)
     logits = []
     for num_more, content in ((0, 0.0), (5, float("nan"))):

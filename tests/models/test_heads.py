@@ -1,0 +1,172 @@
+"""Losses against independent formulas, units, and heads that learn."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import Trainer, TrainingArguments
+
+from brainfound.errors import ModelError
+from brainfound.models import BrainFoundForClassification, BrainFoundForRegression, BrainFoundForSegmentation
+from brainfound.models.decoders import build_decoder, pyramid_factors
+from brainfound.models.heads import regression_loss, segmentation_loss
+
+
+def test_segmentation_loss_against_numpy():
+    logits, labels = torch.randn(3, 4, 6, 5), torch.randint(0, 4, (3, 6, 5))
+    labels[0, :2] = -100
+    scores = np.exp(logits.double().numpy())
+    probabilities = np.moveaxis(scores / scores.sum(axis=1, keepdims=True), 1, -1)
+    known = labels.numpy() >= 0
+    probabilities, truth = probabilities[known], np.eye(4)[labels.numpy()[known]]
+    cross_entropy = -np.log((probabilities * truth).sum(axis=1)).mean()
+    overlap, total = (probabilities * truth).sum(axis=0), (probabilities + truth).sum(axis=0)
+    dice = ((2 * overlap + 1) / (total + 1))[1:]
+    expected = cross_entropy + (1 - dice).mean()
+    assert segmentation_loss(logits, labels).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_unlabelled_pixels_do_not_count():
+    logits, labels = torch.randn(2, 3, 4, 4), torch.randint(0, 3, (2, 4, 4))
+    labels[1] = -100
+    changed = logits.clone()
+    changed[1] = torch.randn(3, 4, 4) * 50
+    assert torch.equal(segmentation_loss(logits, labels), segmentation_loss(changed, labels))
+    assert segmentation_loss(logits, torch.full_like(labels, -100)).isfinite()
+
+
+def test_a_perfect_segmentation_costs_nothing():
+    labels = torch.randint(0, 3, (2, 8, 8))
+    logits = F.one_hot(labels, 3).movedim(-1, 1) * 50.0
+    assert segmentation_loss(logits, labels) < 1e-3
+    assert segmentation_loss(-logits, labels) > 1
+
+
+def test_padded_slices_do_not_count_in_the_loss(backbone_folder):
+    model = BrainFoundForSegmentation.from_backbone(backbone_folder, num_labels=3, decoder_width=8)
+    pixels, labels = torch.rand(1, 4, 3, 16, 16), torch.randint(0, 3, (1, 4, 16, 16))
+    mask = torch.tensor([[True, True, False, False]])
+    with torch.no_grad():
+        loss = model(pixels, slice_mask=mask, labels=labels).loss
+        torch.testing.assert_close(loss, model(pixels[:, :2], labels=labels[:, :2]).loss)
+
+
+def test_regression_answers_in_the_unit_of_the_target(backbone_folder):
+    pixels = torch.rand(3, 2, 3, 16, 16)
+    plain = BrainFoundForRegression.from_backbone(backbone_folder)
+    aged = BrainFoundForRegression.from_backbone(backbone_folder, target_mean=60.0, target_std=15.0)
+    aged.load_state_dict(plain.state_dict())
+    with torch.no_grad():
+        standardised, years = plain(pixels).predictions, aged(pixels, labels=torch.tensor([60.0, 75.0, 30.0]))
+        torch.testing.assert_close(years.predictions, standardised * 15 + 60)
+        torch.testing.assert_close(years.loss, F.smooth_l1_loss(standardised, torch.tensor([0.0, 1.0, -2.0])))
+    assert years.prediction_std is None
+
+
+def test_uncertainty_is_a_gaussian_likelihood(backbone_folder):
+    mean, log_variance, target = torch.randn(3, 6)
+    expected = F.gaussian_nll_loss(mean, target, log_variance.exp())
+    torch.testing.assert_close(regression_loss(mean, log_variance, target), expected)
+    model = BrainFoundForRegression.from_backbone(backbone_folder, regression_uncertainty=True, target_std=10.0)
+    assert (model(torch.rand(2, 2, 3, 16, 16)).prediction_std > 0).all()
+
+
+def test_multi_label_uses_independent_labels(backbone_folder):
+    model = BrainFoundForClassification.from_backbone(
+        backbone_folder, num_labels=3, problem_type="multi_label_classification"
+    )
+    labels = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
+    output = model(torch.rand(2, 2, 3, 16, 16), labels=labels)
+    torch.testing.assert_close(output.loss, F.binary_cross_entropy_with_logits(output.logits, labels))
+
+
+@pytest.mark.parametrize("kind", [BrainFoundForClassification, BrainFoundForRegression, BrainFoundForSegmentation])
+def test_labels_of_the_wrong_shape_are_named(backbone_folder, kind):
+    model = kind.from_backbone(backbone_folder, decoder_width=8)
+    with pytest.raises(ModelError, match=r"labels.*shape \(2, 7\)"):
+        model(torch.rand(2, 2, 3, 16, 16), labels=torch.zeros(2, 7, dtype=torch.long))
+
+
+@pytest.mark.parametrize("decoder", ["linear", "fpn"])
+def test_a_decoder_reaches_every_pixel(backbone_folder, decoder):
+    model = BrainFoundForSegmentation.from_backbone(backbone_folder, num_labels=4, decoder=decoder, decoder_width=8)
+    output = model(torch.rand(2, 3, 3, 24, 40), labels=torch.zeros(2, 3, 24, 40, dtype=torch.long))
+    assert output.logits.shape == (2, 3, 4, 24, 40)
+    output.loss.backward()
+    # The last block's CLS path ends before the decoder, and the body's aggregator is not used.
+    unused = [name for name, parameter in model.decoder.named_parameters() if parameter.grad is None]
+    assert unused == []
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 3, 4, 6])
+def test_the_pyramid_ends_at_a_quarter_of_a_patch(write_backbone, tmp_path, num_layers):
+    from brainfound.models import BrainFoundConfig
+
+    backbone = {"model_type": "dinov2", "hidden_size": 16, "num_hidden_layers": 6, "num_attention_heads": 2}
+    config = BrainFoundConfig(
+        backbone_config=backbone, decoder_layers=list(range(1, num_layers + 1)), decoder_width=12, num_labels=3
+    )
+    decoder = build_decoder(config)
+    fused = decoder.fuse({layer: torch.rand(2, 6, 16) for layer in decoder.layers}, (2, 3))
+    assert decoder.refine(fused).shape == (2, 3, 8, 12)
+    assert len(pyramid_factors(num_layers)) == num_layers
+
+
+def test_the_pyramid_tells_pixels_of_one_patch_apart(backbone_folder):
+    """A mask with an edge inside patches is learned better than one class per patch could."""
+    model = BrainFoundForSegmentation.from_backbone(backbone_folder, decoder_width=16).train()
+    pixels = torch.rand(1, 2, 3, 16, 16)
+    labels = torch.zeros(1, 2, 16, 16, dtype=torch.long)
+    labels[..., :4], labels[..., 8:12] = 1, 1
+    for parameter in model.encoder.parameters():
+        parameter.requires_grad_(False)
+    optimizer = torch.optim.Adam(model.decoder.parameters(), lr=1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        model(pixels, labels=labels).loss.backward()
+        optimizer.step()
+    correct = (model.eval()(pixels).logits.argmax(dim=2) == labels).float().mean()
+    assert correct > 0.9
+
+
+def test_slice_mixing_reads_the_neighbours_of_its_own_volume(backbone_folder):
+    model = BrainFoundForSegmentation.from_backbone(backbone_folder, decoder_width=8, decoder_slice_mixing=True)
+    with torch.no_grad():
+        model.decoder.slice_mixing.weight.normal_()
+    pixels = torch.rand(2, 3, 3, 16, 16)
+    changed = pixels.clone()
+    changed[0, 2] = torch.rand(3, 16, 16)
+    with torch.no_grad():
+        same = (model(pixels).logits == model(changed).logits).flatten(2).all(dim=2)
+    assert same.tolist() == [[True, False, False], [True, True, True]]
+
+
+def test_a_transformers_trainer_trains_and_evaluates(backbone_folder, tmp_path):
+    torch.manual_seed(0)
+    model = BrainFoundForClassification.from_backbone(backbone_folder, aggregator="attention")
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    volumes = [
+        {
+            "pixel_values": torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8),
+            "contrast_mask": torch.tensor([True, False, True]),
+            "slice_mask": torch.tensor([True, True, index > 0]),
+            "positions_mm": torch.arange(3.0),
+            "labels": index % 2,
+        }
+        for index in range(4)
+    ]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=2,
+        per_device_train_batch_size=2,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=volumes, eval_dataset=volumes)
+    assert np.isfinite(trainer.train().training_loss)
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert {"head.score.weight", "brainfound.aggregator.score.weight"} <= changed
+    assert any("encoder.backbone.encoder.layer.0" in name for name in changed)
+    prediction = trainer.predict(volumes)
+    assert prediction.predictions.shape == (4, 2)

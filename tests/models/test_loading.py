@@ -1,0 +1,245 @@
+"""Saving and loading: every weight comes back, or the load is refused."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForSemanticSegmentation,
+    ViTConfig,
+    ViTModel,
+)
+
+from brainfound.errors import ModelError
+from brainfound.models import (
+    BrainFoundConfig,
+    BrainFoundForClassification,
+    BrainFoundForRegression,
+    BrainFoundForSegmentation,
+    BrainFoundModel,
+)
+from brainfound.models.configuration import AGGREGATORS, DECODERS
+
+HEADS = (BrainFoundForClassification, BrainFoundForRegression, BrainFoundForSegmentation)
+
+
+def answers(model, pixels):
+    with torch.no_grad():
+        return [value for value in model.eval()(pixels).to_tuple() if value is not None]
+
+
+def assert_equal_answers(first, second, num_contrasts=3):
+    pixels = torch.rand(2, 3, num_contrasts, 16, 24)
+    for one, other in zip(answers(first, pixels), answers(second, pixels), strict=True):
+        assert torch.equal(one, other)
+
+
+def drop_keys(folder, drop):
+    """Rewrite a folder's weights without the keys that `drop` says."""
+    weights = load_file(folder / "model.safetensors")
+    kept = {key: value for key, value in weights.items() if not drop(key)}
+    assert 0 < len(kept) < len(weights)
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("kind", [BrainFoundModel, *HEADS])
+@pytest.mark.parametrize("aggregator", AGGREGATORS)
+def test_a_saved_model_answers_the_same(any_backbone, tmp_path, kind, aggregator):
+    model = kind.from_backbone(any_backbone[0], aggregator=aggregator, decoder_width=8, decoder_slice_mixing=True)
+    model.save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    loaded = kind.from_pretrained(tmp_path)
+    assert_equal_answers(model, loaded)
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    known, back = model.config.to_dict(), loaded.config.to_dict()
+    assert {key for key in known if known[key] != back[key]} <= {"_name_or_path", "architectures"}
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("num_contrasts", [1, 2, 4])
+def test_any_number_of_contrasts_comes_back(backbone_folder, tmp_path, decoder, num_contrasts):
+    contrasts = ("T1w", "T2w", "FLAIR", "SWI")[:num_contrasts]
+    model = BrainFoundForSegmentation.from_backbone(
+        backbone_folder, contrasts, decoder=decoder, id2label={0: "background", 1: "lesion", 2: "oedema"}
+    )
+    model.save_pretrained(tmp_path)
+    loaded = BrainFoundForSegmentation.from_pretrained(tmp_path)
+    assert tuple(loaded.config.contrasts) == contrasts
+    assert loaded.config.id2label == {0: "background", 1: "lesion", 2: "oedema"}
+    assert_equal_answers(model, loaded, num_contrasts)
+
+
+@pytest.mark.parametrize(
+    ("auto", "kind"),
+    [
+        (AutoModel, BrainFoundModel),
+        (AutoModelForImageClassification, BrainFoundForClassification),
+        (AutoModelForSemanticSegmentation, BrainFoundForSegmentation),
+    ],
+)
+def test_auto_classes_know_the_models(backbone_folder, tmp_path, auto, kind):
+    model = kind.from_backbone(backbone_folder, decoder_width=8)
+    model.save_pretrained(tmp_path)
+    loaded = auto.from_pretrained(tmp_path)
+    assert type(loaded) is kind
+    assert isinstance(AutoConfig.from_pretrained(tmp_path), BrainFoundConfig)
+    assert_equal_answers(model, loaded)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_head_starts_from_a_saved_model(backbone_folder, tmp_path, kind):
+    base = BrainFoundModel.from_backbone(backbone_folder, aggregator="attention")
+    base.save_pretrained(tmp_path)
+    model = kind.from_pretrained(tmp_path, num_labels=4, decoder_width=8)
+    assert_equal_answers(base, model.brainfound)
+    if kind is not BrainFoundForRegression:
+        assert model.config.num_labels == 4
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    decoder_or_head = model.decoder if kind is BrainFoundForSegmentation else model.head
+    assert any(parameter.std() > 0 for parameter in decoder_or_head.parameters() if parameter.dim() > 1)
+
+
+def test_the_body_of_a_head_model_loads_alone(backbone_folder, tmp_path):
+    model = BrainFoundForClassification.from_backbone(backbone_folder)
+    model.save_pretrained(tmp_path)
+    assert_equal_answers(model.brainfound, BrainFoundModel.from_pretrained(tmp_path))
+
+
+def test_another_aggregator_may_be_asked_for(backbone_folder, tmp_path):
+    BrainFoundModel.from_backbone(backbone_folder, aggregator="mean").save_pretrained(tmp_path)
+    model = BrainFoundModel.from_pretrained(tmp_path, aggregator="transformer")
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert model.aggregator.class_token.std() > 0
+
+
+def test_new_parts_start_the_same_way_loaded_or_built(backbone_folder, tmp_path):
+    """Weights that a file lacks are initialised, not left as memory happened to be."""
+    BrainFoundModel.from_backbone(backbone_folder).save_pretrained(tmp_path)
+    for model in (
+        BrainFoundForSegmentation.from_pretrained(tmp_path, decoder_slice_mixing=True, decoder_width=16),
+        BrainFoundForSegmentation.from_backbone(backbone_folder, decoder_slice_mixing=True, decoder_width=16),
+    ):
+        assert not model.decoder.slice_mixing.weight.any()
+        smoothing = model.decoder.smoothing[0]
+        assert 0.03 < smoothing[0].weight.std() < 0.3
+        assert torch.equal(smoothing[1].weight, torch.ones(16))
+
+
+def test_weights_are_float32_unless_asked(backbone_folder, tmp_path):
+    BrainFoundModel.from_backbone(backbone_folder).to(torch.bfloat16).save_pretrained(tmp_path)
+    assert BrainFoundModel.from_pretrained(tmp_path).dtype == torch.float32
+    assert BrainFoundModel.from_pretrained(tmp_path, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", [BrainFoundModel, BrainFoundForClassification])
+def test_missing_weights_are_refused_by_name(backbone_folder, tmp_path, kind):
+    kind.from_backbone(backbone_folder).save_pretrained(tmp_path)
+    drop_keys(tmp_path, lambda key: ".layer.1." in key)
+    with pytest.raises(ModelError, match=r"lacks 18 of the model's \d+ weights: .*encoder\.layer\.1\."):
+        kind.from_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"encoder\.layer\.1\."):
+        BrainFoundForSegmentation.from_pretrained(tmp_path)
+
+
+def test_a_missing_head_is_refused(backbone_folder, tmp_path):
+    BrainFoundForClassification.from_backbone(backbone_folder).save_pretrained(tmp_path)
+    drop_keys(tmp_path, lambda key: key.startswith("head"))
+    with pytest.raises(ModelError, match=r"head\.norm"):
+        BrainFoundForClassification.from_pretrained(tmp_path)
+
+
+def test_left_over_weights_are_refused_by_name(backbone_folder, tmp_path):
+    BrainFoundModel.from_backbone(backbone_folder).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({**weights, "encoder.secret.weight": torch.ones(2)}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"encoder\.secret\.weight"):
+        BrainFoundModel.from_pretrained(tmp_path)
+
+
+def test_other_contrasts_than_saved_are_refused(backbone_folder, tmp_path):
+    BrainFoundModel.from_backbone(backbone_folder).save_pretrained(tmp_path)
+    with pytest.raises(ModelError):
+        BrainFoundModel.from_pretrained(tmp_path, contrasts=["T1w"])
+
+
+def test_a_backbone_with_missing_weights_is_refused_by_name(write_backbone, tmp_path):
+    folder = write_backbone(tmp_path / "half")
+    drop_keys(folder, lambda key: "layer.2" in key or "mask_token" in key)
+    with pytest.raises(ModelError, match=r"lacks 18 of the model's \d+ weights: encoder\.layer\.2"):
+        BrainFoundModel.from_backbone(folder)
+
+
+def test_a_backbone_may_lack_its_mask_token(write_backbone, tmp_path):
+    folder = write_backbone(tmp_path / "no_mask_token")
+    drop_keys(folder, lambda key: "mask_token" in key)
+    model = BrainFoundModel.from_backbone(folder)
+    assert not model.encoder.backbone.embeddings.mask_token.any()
+
+
+def test_another_family_is_refused_with_the_known_ones(tmp_path):
+    ViTModel(ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"'vit' .*expected one of dinov2, dinov2_with_registers"):
+        BrainFoundModel.from_backbone(tmp_path)
+    with pytest.raises(ModelError, match="from_backbone"):
+        BrainFoundModel.from_pretrained(tmp_path)
+
+
+def test_a_brainfound_folder_is_not_a_backbone(backbone_folder, tmp_path):
+    BrainFoundModel.from_backbone(backbone_folder).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="from_pretrained"):
+        BrainFoundModel.from_backbone(tmp_path)
+
+
+def pickled(folder):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def truncated(folder):
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+
+
+def not_json(folder):
+    (folder / "config.json").write_text("{")
+
+
+def without_config(folder):
+    (folder / "config.json").unlink()
+
+
+def unknown_type(folder):
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**content, "model_type": "nothing-like-this"}))
+
+
+@pytest.mark.parametrize("damage", [pickled, truncated, not_json, without_config, unknown_type])
+def test_a_damaged_folder_is_one_line(backbone_folder, write_backbone, tmp_path, damage):
+    saved = tmp_path / "saved"
+    BrainFoundModel.from_backbone(backbone_folder).save_pretrained(saved)
+    plain = write_backbone(tmp_path / "plain")
+    for folder, load in ((saved, BrainFoundModel.from_pretrained), (plain, BrainFoundModel.from_backbone)):
+        damage(folder)
+        with pytest.raises(ModelError) as error:
+            load(folder)
+        assert str(folder) in str(error.value)
+        assert "\n" not in str(error.value)
+        if damage is pickled:
+            assert "safetensors" in str(error.value)
+
+
+@pytest.mark.parametrize("load", [BrainFoundModel.from_pretrained, BrainFoundModel.from_backbone])
+def test_a_folder_that_does_not_exist_is_one_line(tmp_path, load):
+    for name in (tmp_path / "nothing", "./nothing", "nothing"):
+        with pytest.raises(ModelError, match="no such model folder"):
+            load(name)
+
+
+def test_pickles_cannot_be_asked_for(backbone_folder, tmp_path):
+    BrainFoundModel.from_backbone(backbone_folder).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="pickled"):
+        BrainFoundModel.from_pretrained(tmp_path, use_safetensors=False)
