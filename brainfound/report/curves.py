@@ -49,12 +49,12 @@ _PANELS = (
     _Panel("Loss", ("loss", "train/loss"), mark_ln_k=True),
     _Panel("Parts of the loss", ("loss/*", "loss_*", "*_loss"), mark_ln_k=True),
     _Panel("Learning rate", ("lr", "lr/*", "learning_rate"), smooth=False),
-    _Panel("Teacher entropy (share of ln K)", ("teacher_entropy", "teacher_entropy/*"), alarm=(0.1,)),
-    _Panel("Effective rank of CLS", ("effective_rank", "effective_rank/*"), alarm=(10.0, 2.0)),
-    _Panel("Mean cosine between CLS", ("mean_cosine", "mean_cosine/*"), alarm=(0.995,), alarm_side="above"),
-    _Panel("Gram distance to the anchor", ("gram_distance", "gram_distance/*")),
+    _Panel("Entropy (share of ln K)", ("teacher_entropy", "target_entropy"), alarm=(0.1,)),
+    _Panel("Effective rank of CLS", ("effective_rank",), alarm=(10.0, 2.0)),
+    _Panel("Mean cosine between CLS", ("mean_cosine",), alarm=(0.995,), alarm_side="above"),
+    _Panel("Gram distance to the anchor", ("gram_distance",)),
     _Panel("Gradient norm", ("grad_norm", "grad_norm/*"), log_scale=True),
-    _Panel("Probe of the teacher", ("probe", "probe/*"), best="highest", smooth=False),
+    _Panel("Probe of the teacher", ("probe", "probe/*", "probe_*"), best="highest", smooth=False),
     _Panel("Skipped steps", ("skipped_steps",), smooth=False),
 )
 

@@ -44,7 +44,7 @@ def test_every_key_has_a_panel(tmp_path, drawn):
     assert path == tmp_path / "curves.png"
     assert imread(path).shape[0] > 500
     assert _titles(drawn[0]) == [
-        "Loss", "Parts of the loss", "Learning rate", "Teacher entropy (share of ln K)", "Effective rank of CLS",
+        "Loss", "Parts of the loss", "Learning rate", "Entropy (share of ln K)", "Effective rank of CLS",
         "Mean cosine between CLS", "Gram distance to the anchor", "Gradient norm", "Probe of the teacher",
         "Skipped steps", "Validation · auroc", "Validation · loss", "Images per second",
     ]  # fmt: skip
