@@ -231,9 +231,7 @@ def random_crops(
     return rearrange(sampled, "n c (views h) w -> (views n) c h w", views=num_views)
 
 
-def drop_contrasts(
-    present: Bool[Tensor, "n C"], probability: float, generator: torch.Generator
-) -> Bool[Tensor, "n C"]:
+def drop_contrasts(present: Bool[Tensor, "n C"], probability: float, generator: torch.Generator) -> Bool[Tensor, "n C"]:
     """Withhold each present contrast with `probability`; one present contrast of each row always stays."""
     order = torch.rand(present.shape, generator=generator).masked_fill(~present, -1.0)
     survivor = F.one_hot(order.argmax(dim=1), present.shape[1]).bool()
@@ -258,7 +256,9 @@ def vary_intensity(
     gamma = draw(_log_uniform(shape, recipe.gamma, generator), recipe.gamma_probability, 1.0)
     # The power is taken of clamped values: the gradient is not needed, but 0 ** gamma must be 0.
     views = views.clamp(0, 1).pow(gamma)
-    gain = draw(_uniform(shape, 1 - recipe.brightness, 1 + recipe.brightness, generator), recipe.contrast_probability, 1)
+    gain = draw(
+        _uniform(shape, 1 - recipe.brightness, 1 + recipe.brightness, generator), recipe.contrast_probability, 1
+    )
     spread = draw(_uniform(shape, 1 - recipe.contrast, 1 + recipe.contrast, generator), recipe.contrast_probability, 1)
     count = foreground.sum(dim=(2, 3), keepdim=True).clamp(min=1)
     mean = views.sum(dim=(2, 3), keepdim=True) / count
@@ -273,7 +273,7 @@ def vary_intensity(
 
 def gaussian_blur(images: Float[Tensor, "n C H W"], sigma_pixels: Float[Tensor, "n"]) -> Float[Tensor, "n C H W"]:
     """Blur each image by its own sigma (0 leaves it as it is), as two one-dimensional convolutions."""
-    num_images, num_contrasts, height, width = images.shape
+    num_images, num_contrasts = images.shape[:2]
     offsets = torch.arange(-MAX_BLUR_RADIUS, MAX_BLUR_RADIUS + 1, device=images.device, dtype=images.dtype)
     # A sigma of 0 would divide by 0; at 1e-3 pixels the kernel is the identity in float32.
     kernel = (-0.5 * (offsets / sigma_pixels.clamp(min=1e-3)[:, None]) ** 2).exp()

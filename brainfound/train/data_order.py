@@ -67,16 +67,17 @@ class RankBatches:
         first_step: int,
         num_steps: int,
     ) -> None:
-        if batch_size % (world_size * accumulation):
+        parts = world_size * accumulation
+        if batch_size % parts:
             raise RecipeError(
                 "the batch is shared equally by all ranks and micro-batches",
                 where="engine.batch_size",
                 got=batch_size,
                 expected=f"a multiple of {world_size} ranks × {accumulation} micro-batches",
-                remedy=f"Set engine.batch_size={max(1, batch_size // (world_size * accumulation)) * world_size * accumulation}",
+                remedy=f"Set engine.batch_size={max(1, batch_size // parts) * parts}",
             )
         self.order, self.rank, self.accumulation = order, rank, accumulation
-        self.batch_size, self.per_rank = batch_size, batch_size // (world_size * accumulation)
+        self.batch_size, self.per_rank = batch_size, batch_size // parts
         self.per_micro_batch = self.per_rank * world_size
         self.first_step, self.num_steps = first_step, num_steps
 

@@ -13,7 +13,6 @@ checkpoint.
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import threading
@@ -179,8 +178,8 @@ class Engine:
         self.skipped_in_a_row = saved.state["engine"]["skipped_in_a_row"]
         self.log.forget_after(saved.step)
 
-    def run(self) -> None:
-        """Train to the last step.
+    def run(self, save: bool = True) -> None:
+        """Train to the last step; without `save`, a trial that leaves no checkpoint.
 
         Raises:
             TrainingError: too many steps in a row were not finite, the task asked to stop, or the
@@ -201,7 +200,7 @@ class Engine:
                     self._log(metrics, time.perf_counter() - started)
                 if task.evaluate_every and (self.step % task.evaluate_every == 0 or last):
                     self._evaluate()
-                if self.step % recipe.checkpoint_every == 0 or last or self._asked_to_stop:
+                if save and (self.step % recipe.checkpoint_every == 0 or last or self._asked_to_stop):
                     self.save()
                 if self._asked_to_stop and not last:
                     raise TrainingError(
@@ -228,7 +227,8 @@ class Engine:
             for name, value in {"loss": loss.detach(), **parts}.items():
                 sums[name] = sums.get(name, 0.0) + value / num_micro_batches
         norms = {
-            name: nn.utils.clip_grad_norm_(parameters, task.clip_norm) for name, parameters in task.clip_groups().items()
+            name: nn.utils.clip_grad_norm_(parameters, task.clip_norm)
+            for name, parameters in task.clip_groups().items()
         }
         finite = bool(torch.isfinite(torch.stack([sums["loss"].float(), *norms.values()])).all())
         # One answer for all ranks: a rank that skipped alone would wait for the others for ever.
@@ -290,22 +290,31 @@ class Engine:
         """Write a checkpoint of this moment, unless the newest one is of it already."""
         if self._saved_step == self.step:
             return
+        failure: TrainingError | None = None
         if self.accelerator.is_main_process:
-            saved = checkpoints.Checkpoint(
-                step=self.step,
-                model=self.accelerator.unwrap_model(self.model).state_dict(),
-                task=self.task.state_tensors(),
-                optimizer=self.optimizer.state_dict(),
-                state={
-                    "versions": {"brainfound": brainfound.__version__, "torch": torch.__version__},
-                    "world_size": ranks.world_size(),
-                    "engine": {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row},
-                    "task": self.task.state_dict(),
-                },
-            )
-            checkpoints.save_checkpoint(self.checkpoint_folder, saved, self.recipe.keep_checkpoints)
-        self.accelerator.wait_for_everyone()
+            try:
+                checkpoints.save_checkpoint(self.checkpoint_folder, self._snapshot(), self.recipe.keep_checkpoints)
+            except TrainingError as error:
+                failure = error
+        # Also the barrier: nobody goes on before the checkpoint is whole, and all stop if it cannot be.
+        (failed,) = ranks.any_over_ranks(failure is not None, device=self.accelerator.device)
+        if failed:
+            raise failure or TrainingError("rank 0 could not save a checkpoint", where=f"step {self.step}")
         self._saved_step = self.step
+
+    def _snapshot(self) -> checkpoints.Checkpoint:
+        return checkpoints.Checkpoint(
+            step=self.step,
+            model=self.accelerator.unwrap_model(self.model).state_dict(),
+            task=self.task.state_tensors(),
+            optimizer=self.optimizer.state_dict(),
+            state={
+                "versions": {"brainfound": brainfound.__version__, "torch": torch.__version__},
+                "world_size": ranks.world_size(),
+                "engine": {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row},
+                "task": self.task.state_dict(),
+            },
+        )
 
     @contextmanager
     def _polite_signals(self) -> Iterator[None]:
@@ -350,6 +359,8 @@ def device_and_reason(device: torch.device) -> tuple[str, str]:
     if device.type == "cuda":
         return str(device), f"{torch.cuda.device_count()} CUDA device(s) visible: {torch.cuda.get_device_name(device)}"
     if device.type == "cpu":
-        reason = "CUDA devices are visible but Accelerate was told to use the CPU" if torch.cuda.is_available() else None
+        reason = (
+            "CUDA devices are visible but Accelerate was told to use the CPU" if torch.cuda.is_available() else None
+        )
         return "cpu", reason or "this PyTorch sees no GPU"
     return str(device), f"chosen by Accelerate ({device.type})"

@@ -113,7 +113,7 @@ class Guard:
             found.append(f"effective rank {rank:.3g}, below {recipe.min_effective_rank:g}")
         if cosine is not None and not cosine < recipe.max_mean_cosine:
             found.append(f"mean cosine {cosine:.4f}, from {recipe.max_mean_cosine:g} on")
-        loss, ln_k = line.get("loss_dino"), line.get("ln_prototypes")
+        loss, ln_k = line.get("loss_dino"), line.get("ln_k")
         if loss is not None and ln_k is not None and abs(loss - ln_k) <= recipe.ln_k_tolerance * ln_k:
             found.append(f"CLS loss {loss:.4f} equals ln K ({ln_k:.4f})")
         return found
@@ -136,11 +136,15 @@ class Guard:
             raise TrainingError(
                 f"the features collapsed: {'; '.join(symptoms)}, in {self.state.collapsed_looks} log lines in a row",
                 where=f"step {step}",
-                remedy="Lower optim.lr or lengthen schedule.head_warmup_steps; the best teacher was exported",
+                remedy="Lower optim.lr or lengthen schedule.head_warmup_steps; export/ holds the teacher that was kept",
             )
 
-    def judge(self, step: int, score: float, standard_error: float) -> bool:
-        """Take note of a probe's score; True if it is the best so far.
+    def is_best(self, score: float) -> bool:
+        """Whether a score would be the best so far."""
+        return math.isfinite(score) and (self.state.best_score is None or score > self.state.best_score)
+
+    def judge(self, step: int, score: float, standard_error: float) -> None:
+        """Take note of a probe's score.
 
         Raises:
             TrainingError: if the score has been below the best by a drop in `probe_patience` probes in a row.
@@ -150,9 +154,9 @@ class Guard:
         state.last_margin = max(self.recipe.probe_drop, 2 * standard_error)
         if state.first_score is None:
             state.first_score = score
-        if state.best_score is None or score > state.best_score:
+        if self.is_best(score):
             state.best_score, state.best_step, state.dropped_probes = score, step, 0
-            return True
+            return
         state.dropped_probes = state.dropped_probes + 1 if self._dropped() else 0
         if self.recipe.enabled and state.dropped_probes >= self.recipe.probe_patience:
             raise TrainingError(
@@ -161,16 +165,17 @@ class Guard:
                 where=f"step {step}",
                 remedy="Lower optim.lr; the teacher of the best probe was exported",
             )
-        return False
 
     def _dropped(self) -> bool:
         state = self.state
-        assert state.best_score is not None and state.last_score is not None
-        return state.last_score < state.best_score - state.last_margin
+        if state.best_score is None or state.last_score is None:
+            return False
+        # A score that is not a number is below every score.
+        return not state.last_score >= state.best_score - state.last_margin
 
     def exports_best(self) -> bool:
         """Whether an earlier teacher is to be exported: it was better by more than the probe's noise."""
-        return self.recipe.export == "best" and self.state.best_score is not None and self._dropped()
+        return self.recipe.export == "best" and self._dropped()
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self.state)

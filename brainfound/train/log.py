@@ -71,5 +71,3 @@ class TrainingLog:
         if self._file is not None:
             self._file.close()
         self._file = self._bar = None
-
-

@@ -31,9 +31,7 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def sinkhorn_knopp(
-    logits: Float[Tensor, "B K"], temperature: float, num_iterations: int = 3
-) -> Float[Tensor, "B K"]:
+def sinkhorn_knopp(logits: Float[Tensor, "B K"], temperature: float, num_iterations: int = 3) -> Float[Tensor, "B K"]:
     """Teacher targets: assignments of rows to prototypes that use all prototypes equally.
 
     Starting from ``exp(logits / temperature)``, each iteration scales the prototypes to equal
@@ -158,4 +156,3 @@ def gram_loss(student: Float[Tensor, "N P D"], anchor: Float[Tensor, "N P D"]) -
 def cosine_loss(student: Float[Tensor, "N D"], anchor: Float[Tensor, "N D"]) -> Float[Tensor, ""]:
     """1 − mean cosine between matching rows."""
     return 1 - F.cosine_similarity(_at_least_float32(student), _at_least_float32(anchor), dim=-1).mean()
-

@@ -10,10 +10,29 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+from pydantic import Field
+
+from brainfound.recipes import Recipe
+
 REFERENCE_BATCH = 128
 Shape = Literal["cosine", "linear", "constant"]
 Role = Literal["backbone", "new", "last_layer"]
 """What a parameter is to the schedule: of the checkpoint, new (heads, mask and contrast tokens), or prototypes."""
+
+
+class ScheduleRecipe(Recipe):
+    """How learning rates move over the run."""
+
+    shape: Shape = "cosine"
+    """The curve after the warm-up."""
+    warmup_steps: int = Field(500, ge=0)
+    """Steps of the linear warm-up; the backbone's begins when `head_warmup_steps` end."""
+    head_warmup_steps: int = Field(1000, ge=0)
+    """Steps in which only heads, mask token and contrast embeddings learn. 0 when training from scratch."""
+    freeze_last_layer_steps: int = Field(0, ge=0)
+    """Steps in which the prototypes of the heads wait."""
+    final_lr_ratio: float = Field(0.01, ge=0, le=1)
+    """Learning rate of the last step, as a part of the peak."""
 
 
 def cosine(step: int, start: float, end: float, num_steps: int) -> float:
@@ -61,7 +80,7 @@ def effective_lr(base_lr: float, global_batch: int) -> float:
 
 def learning_rate(
     step: int,
-    role: Role,
+    role: Role | str,
     *,
     peak: float,
     final: float,
@@ -81,9 +100,7 @@ def learning_rate(
     if role == "backbone":
         if step < head_warmup_steps:
             return 0.0
-        return warm_up_then(
-            step - head_warmup_steps, peak, final, warmup_steps, num_steps - head_warmup_steps, shape
-        )
+        return warm_up_then(step - head_warmup_steps, peak, final, warmup_steps, num_steps - head_warmup_steps, shape)
     if role == "last_layer" and step < freeze_last_layer_steps:
         return 0.0
     return warm_up_then(step, peak, final, warmup_steps, num_steps, shape)

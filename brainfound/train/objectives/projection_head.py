@@ -5,6 +5,8 @@ Axis legend: ``N`` rows, ``D`` width, ``K`` prototypes.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -38,7 +40,7 @@ class ProjectionHead(nn.Module):
         super().__init__()
         widths = [width] + [recipe.hidden] * (recipe.layers - 1) + [recipe.bottleneck]
         layers: list[nn.Module] = []
-        for index, (fan_in, fan_out) in enumerate(zip(widths, widths[1:], strict=False)):
+        for index, (fan_in, fan_out) in enumerate(pairwise(widths)):
             layers += [nn.Linear(fan_in, fan_out)] + ([nn.GELU()] if index < recipe.layers - 1 else [])
         self.mlp = nn.Sequential(*layers)
         self.last_layer = nn.Linear(recipe.bottleneck, recipe.prototypes, bias=False)

@@ -228,6 +228,7 @@ class SelfDistillation(Objective):
         parts |= self.anchor_parts(output, views, masks)
         total = torch.stack([self.weight(name) * part for name, part in parts.items()]).sum()
         metrics = {f"loss_{name}": part.detach() for name, part in parts.items()}
+        metrics["loss_dino"] = metrics["loss_dino_global"] + metrics["loss_dino_local"]
         self._last = targets, metrics
         return total, metrics
 
@@ -272,9 +273,7 @@ class SelfDistillation(Objective):
         )
         groups = ranks.gather_rows(sessions)
         koleo = torch.stack([losses.koleo(ranks.gather_rows(crop), groups) for crop in output.cls.chunk(2)]).sum()
-        ibot = losses.ibot_loss(
-            output.masked_scores, targets.masked_probs, masks.weights, len(output.cls), temperature
-        )
+        ibot = losses.ibot_loss(output.masked_scores, targets.masked_probs, masks.weights, len(output.cls), temperature)
         return {"dino_global": dino_global, "dino_local": dino_local, "ibot": ibot, "koleo": koleo}
 
     def anchor_parts(self, output: StudentOutput, views: CropViews, masks: BlockMasks) -> dict[str, Tensor]:
@@ -312,7 +311,7 @@ class SelfDistillation(Objective):
         gauges = {
             "teacher_entropy": _entropy(raw).item() / math.log(num_prototypes),
             "target_entropy": _entropy(targets.cls_probs).mean().item() / math.log(num_prototypes),
-            "ln_prototypes": math.log(num_prototypes),
+            "ln_k": math.log(num_prototypes),
             **feature_gauges(ranks.gather_rows(targets.cls.float())),
         }
         if "loss_anchor_gram" in metrics:

@@ -1,0 +1,33 @@
+"""``brainfound pretrain``: continue the self-supervised pretraining of a 2-D ViT on a store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from brainfound.cli.terminal import Overrides, Quiet
+
+
+def pretrain(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name (`brainfound list recipes`) or file.")],
+    data: Annotated[Path | None, typer.Option(help="The store; default: `data` of the recipe.")] = None,
+    init: Annotated[
+        str | None, typer.Option(help='A Hub id, a folder, or "none" for new weights; default: of the recipe.')
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The run folder; default: runs/RECIPE.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the run folder.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Two steps, then report speed and memory.")] = False,
+    set_: Overrides = None,
+    quiet: Quiet = False,
+) -> None:
+    """Pretrain on the slices of a store; on many GPUs with `accelerate launch -m brainfound pretrain …`.
+
+    The run folder gets the recipe, the log, curves, checkpoints, and the teacher under export/.
+    """
+    from brainfound.train.pretrain import pretrain as run
+
+    folder = run(recipe, data, init, out, resume=resume, overrides=set_ or (), quiet=quiet, dry_run=dry_run)
+    if not dry_run:
+        print(folder / "export")

@@ -1,0 +1,282 @@
+"""Continued self-supervised pretraining: from a recipe, a store and a starting model to a run folder.
+
+The run folder:
+
+    recipe.yaml   the resolved recipe
+    run.json      versions, device and why, data hash, seed, world size, effective learning rate
+    log.jsonl     one JSON object per line
+    curves.png    the log as pictures
+    checkpoints/  for --resume
+    export/       the teacher as a model folder, with preprocessing and card
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+from rich.console import Console
+
+from brainfound.data.augmentation import ViewsRecipe
+from brainfound.data.store import Store
+from brainfound.errors import RecipeError, TrainingError, UsageError
+from brainfound.models import BrainFoundModel
+from brainfound.recipes import Recipe, load, validate
+from brainfound.train import run_files
+from brainfound.train.checkpoint import latest_valid, list_checkpoints
+from brainfound.train.engine import Engine, EngineRecipe, device_and_reason, make_accelerator
+from brainfound.train.guard import Guard, GuardRecipe
+from brainfound.train.objectives.self_distillation import SelfDistillation, SelfDistillationRecipe
+from brainfound.train.optim import OptimRecipe
+from brainfound.train.pretrain_task import PretrainTask
+from brainfound.train.probes import Probe, ProbeRecipe
+from brainfound.train.schedules import ScheduleRecipe, effective_lr
+from brainfound.train.starting_model import FROM_SCRATCH, InitRecipe, build_model
+
+DRY_RUN_STEPS = 2
+
+
+class PretrainRecipe(Recipe):
+    """Everything that a pretraining run is made of."""
+
+    name: str = "pretrain"
+    """Name of the run; also of its default folder."""
+    seed: int = Field(0, ge=0)
+    """Of initialisation, order, views, masks and dropout."""
+    data: str | None = None
+    """The store; `--data` on the command line goes before it."""
+    init: InitRecipe = InitRecipe()
+    views: ViewsRecipe = ViewsRecipe()
+    objective: SelfDistillationRecipe = SelfDistillationRecipe()
+    optim: OptimRecipe = OptimRecipe()
+    schedule: ScheduleRecipe = ScheduleRecipe()
+    guard: GuardRecipe = GuardRecipe()
+    probe: ProbeRecipe = ProbeRecipe()
+    engine: EngineRecipe = EngineRecipe()
+
+
+# What may change between a run and its continuation: nothing in here touches a weight.
+FREE_ON_RESUME = (
+    "name",
+    "data",
+    "guard",
+    "engine.log_every",
+    "engine.checkpoint_every",
+    "engine.keep_checkpoints",
+    "engine.max_skipped_in_a_row",
+    "engine.num_workers",
+)
+
+
+def pretrain(
+    recipe: PretrainRecipe | str | Path,
+    data: str | Path | Store | None = None,
+    init: str | Path | None = None,
+    out: str | Path | None = None,
+    *,
+    resume: bool = False,
+    overrides: Iterable[str] = (),
+    quiet: bool = False,
+    dry_run: bool = False,
+) -> Path:
+    """Pretrain on the slices of a store.
+
+    Args:
+        recipe: a recipe, its name or its file.
+        data: a store or its folder; None takes ``data`` of the recipe.
+        init: overrides ``init.source``: a Hub id, a folder, or "none".
+        out: the run folder; None: ``runs/<name of the recipe>``.
+        resume: go on from the newest whole checkpoint in `out`.
+        overrides: ``"a.b=c"`` strings.
+        quiet: no progress bar and no notes.
+        dry_run: two real steps in a temporary folder, then a report on speed and memory; `out` is not touched.
+
+    Returns:
+        The run folder (of a dry run: the folder that a real run would use).
+
+    Raises:
+        RecipeError: a bad recipe, or one that differs from that of the run to be resumed.
+        UsageError: `out` holds a run already, or there is nothing to resume.
+        TrainingError: the guard stopped the run (the best teacher is exported), or it was interrupted.
+    """
+    content, notes = _resolve(recipe, init, overrides)
+    store = _open_store(content, data)
+    folder = Path(out) if out is not None else Path("runs") / content.name
+    if dry_run:
+        _dry_run(content, store, quiet)
+        return folder
+    return _run(content, store, folder, resume, quiet, notes)
+
+
+def _dry_run(recipe: PretrainRecipe, store: Store, quiet: bool) -> None:
+    """Two real steps that leave nothing behind, and what they say about the whole run."""
+    short = recipe.engine.model_copy(update={"steps": DRY_RUN_STEPS, "log_every": 1})
+    no_probe = recipe.probe.model_copy(update={"every": 0})
+    trial = recipe.model_copy(update={"engine": short, "probe": no_probe})
+    accelerator = make_accelerator(recipe.engine.precision)
+    with tempfile.TemporaryDirectory(prefix="brainfound-dry-run-") as temporary:
+        folder = Path(temporary)
+        task = _make_task(
+            trial, store, build_model(trial.init, store, trial.views.global_size, trial.seed), folder, accelerator
+        )
+        Engine(task, short, folder, accelerator, trial.seed, quiet).run(save=False)
+        if accelerator.is_main_process:
+            for line in run_files.dry_run_report(folder, recipe, task.effective_lr, accelerator.device):
+                print(line)
+
+
+def _resolve(
+    recipe: PretrainRecipe | str | Path, init: str | Path | None, overrides: Iterable[str]
+) -> tuple[PretrainRecipe, list[str]]:
+    """The recipe with overrides and with what follows from them, and notes on what was changed."""
+    overrides = list(overrides)
+    if isinstance(recipe, PretrainRecipe):
+        content = validate(PretrainRecipe, recipe.model_dump(mode="json"), overrides)
+    else:
+        content = load(PretrainRecipe, recipe, "train", overrides)
+        if content.name == PretrainRecipe.model_fields["name"].default:
+            content = content.model_copy(update={"name": Path(recipe).stem})
+    if init is not None:
+        content = content.model_copy(update={"init": content.init.model_copy(update={"source": str(init)})})
+    notes: list[str] = []
+    if content.init.source == FROM_SCRATCH:
+        content, notes = _from_scratch(content)
+    if content.schedule.head_warmup_steps >= content.engine.steps:
+        raise RecipeError(
+            "the backbone would never learn",
+            where="schedule.head_warmup_steps",
+            got=content.schedule.head_warmup_steps,
+            expected=f"less than engine.steps={content.engine.steps}",
+            remedy="Set schedule.head_warmup_steps to a tenth of the steps",
+        )
+    return content, notes
+
+
+def _from_scratch(recipe: PretrainRecipe) -> tuple[PretrainRecipe, list[str]]:
+    """New weights are nothing to be anchored to, and need no waiting for their heads."""
+    content = recipe.model_dump(mode="json")
+    notes = []
+    for group, key in (
+        ("objective", "anchor_gram_weight"),
+        ("objective", "anchor_cls_weight"),
+        ("schedule", "head_warmup_steps"),
+    ):
+        if content[group][key]:
+            notes.append(f"init.source is none: {group}.{key} {content[group][key]:g} → 0")
+            content[group][key] = 0
+    return validate(PretrainRecipe, content), notes
+
+
+def _open_store(recipe: PretrainRecipe, data: str | Path | Store | None) -> Store:
+    if isinstance(data, Store):
+        return data
+    path = data if data is not None else recipe.data
+    if path is None:
+        raise UsageError("no store was given", remedy="Give --data STORE, or data: in the recipe")
+    return Store.open(path)
+
+
+def _run(recipe: PretrainRecipe, store: Store, folder: Path, resume: bool, quiet: bool, notes: list[str]) -> Path:
+    accelerator = make_accelerator(recipe.engine.precision)
+    is_main = accelerator.is_main_process
+    console = Console(stderr=True, quiet=quiet or not is_main, highlight=False)
+    recipe = recipe.model_copy(
+        update={"engine": recipe.engine.model_copy(update={"precision": accelerator.mixed_precision})}
+    )
+    for note in notes:
+        console.print(note)
+    checkpoint = _prepare_folder(recipe, store, folder, resume, accelerator)
+    model = build_model(recipe.init, store, recipe.views.global_size, recipe.seed)
+    task = _make_task(recipe, store, model, folder, accelerator)
+    device, reason = device_and_reason(accelerator.device)
+    facts = {
+        "device": device,
+        "device_reason": reason,
+        "world_size": accelerator.num_processes,
+        "precision": accelerator.mixed_precision,
+        "seed": recipe.seed,
+        "data_hash": store.content_hash,
+        "num_sessions": len(store),
+        "num_slices": len(task.dataset),
+        "effective_lr": task.effective_lr,
+        "steps": recipe.engine.steps,
+    }
+    console.print(
+        f"learning rate {recipe.optim.lr:g} at batch 128 → {task.effective_lr:.3g} at batch {recipe.engine.batch_size};"
+        f" {device} ({reason}); {len(task.dataset)} slices of {len(store)} sessions"
+    )
+    engine = Engine(task, recipe.engine, folder, accelerator, recipe.seed, quiet)
+    if is_main:
+        run_files.start(folder, recipe, facts)
+    if checkpoint is not None:
+        engine.resume(checkpoint)
+        console.print(f"going on from {checkpoint.name}")
+    else:
+        engine.log.forget_after(-1)  # of a run that was killed before its first checkpoint
+    accelerator.wait_for_everyone()
+    stopped: TrainingError | None = None
+    try:
+        engine.run()
+    except TrainingError as error:
+        # The same on all ranks. What was learnt before the stop is still worth having.
+        stopped = error
+    if is_main:
+        best_step, weights = task.export_weights()
+        exported_step = engine.step if best_step is None else best_step
+        run_files.export(folder, recipe, store, model, weights, exported_step, task.guard.state)
+        run_files.finish(folder, "done" if stopped is None else f"stopped: {stopped}", exported_step, engine.step)
+    accelerator.wait_for_everyone()
+    if stopped is not None:
+        raise stopped
+    return folder
+
+
+def _prepare_folder(recipe: PretrainRecipe, store: Store, folder: Path, resume: bool, accelerator: Any) -> Path | None:
+    """Check the run folder on all ranks alike; the checkpoint to go on from, or None."""
+    has_run = run_files.holds_run(folder)
+    has_checkpoint = bool(list_checkpoints(folder / "checkpoints"))
+    accelerator.wait_for_everyone()
+    if not resume:
+        if has_run:
+            raise UsageError(
+                "this folder already holds a run", where=folder, remedy="Give --resume to go on, or another --out"
+            )
+        return None
+    if not has_run:
+        raise UsageError("there is no run to resume", where=folder, remedy="Leave out --resume to start one")
+    run_files.require_same(folder, recipe, store, FREE_ON_RESUME)
+    if not has_checkpoint:
+        return None  # killed before the first checkpoint: the same run from its first step
+    checkpoint = latest_valid(folder / "checkpoints")
+    if checkpoint is None:
+        raise TrainingError(
+            "no checkpoint of this run is whole", where=folder / "checkpoints", remedy="Start again with another --out"
+        )
+    return checkpoint
+
+
+def _make_task(
+    recipe: PretrainRecipe, store: Store, model: BrainFoundModel, folder: Path, accelerator: Any
+) -> PretrainTask:
+    objective = SelfDistillation(model.encoder, recipe.objective, recipe.views, recipe.engine.steps, recipe.seed)
+    objective.to(accelerator.device)
+    return PretrainTask(
+        objective,
+        store,
+        engine=recipe.engine,
+        optim=recipe.optim,
+        schedule=recipe.schedule,
+        guard=Guard(recipe.guard),
+        probe=Probe(store, recipe.probe, recipe.seed) if recipe.probe.every else None,
+        evaluate_every=recipe.probe.every,
+        slice_margin=recipe.views.slice_margin,
+        best_folder=folder / "checkpoints" / "best",
+        effective_lr=effective_lr(recipe.optim.lr, recipe.engine.batch_size),
+        seed=recipe.seed,
+        device=accelerator.device,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+    )

@@ -1,0 +1,169 @@
+"""The pretraining task: an objective, its data, its probe and its guard, as the engine wants them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from brainfound.data.store import Store
+from brainfound.train import schedules
+from brainfound.train.data_order import EpochOrder, RankBatches, SliceRows, slice_loader, usable_rows
+from brainfound.train.engine import EngineRecipe, TrainTask
+from brainfound.train.guard import Guard
+from brainfound.train.objectives.base import Objective, SliceBatch, StepKey
+from brainfound.train.optim import OptimRecipe, make_optimizer, parameter_groups
+from brainfound.train.probes import Probe
+from brainfound.train.schedules import ScheduleRecipe
+
+
+class PretrainTask(TrainTask):
+    """Self-supervised pretraining on the slices of a store.
+
+    Args:
+        objective: on `device` already, except for its student.
+        store: where slices come from.
+        probe: tests the exported encoder; None turns that off.
+        guard: stops the run and remembers the best encoder.
+        best_folder: where the weights of the best encoder are kept.
+        effective_lr: peak learning rate at this batch.
+        rank, world_size: of this process.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        store: Store,
+        *,
+        engine: EngineRecipe,
+        optim: OptimRecipe,
+        schedule: ScheduleRecipe,
+        guard: Guard,
+        probe: Probe | None,
+        evaluate_every: int,
+        slice_margin: float,
+        best_folder: Path,
+        effective_lr: float,
+        seed: int,
+        device: torch.device,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        self.objective, self.store, self.probe, self.guard = objective, store, probe, guard
+        self.engine, self.optim, self.schedule, self.effective_lr = engine, optim, schedule, effective_lr
+        self.seed, self.device, self.rank, self.world_size = seed, device, rank, world_size
+        self.best_folder = best_folder
+        self.model = objective.student
+        self.clip_norm = optim.clip_norm
+        self.evaluate_every = evaluate_every if probe is not None else 0
+        self.dataset = SliceRows(store, usable_rows(store, slice_margin))
+        self.order = EpochOrder(len(self.dataset), seed)
+        self._rank_batches(0)  # refuses a batch that cannot be shared, before anything is made
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        num_layers = self.objective.exported_encoder.num_layers
+        return make_optimizer(parameter_groups(self.model.named_parameters(), num_layers, self.optim), self.optim)
+
+    def _rank_batches(self, first_step: int) -> RankBatches:
+        engine = self.engine
+        return RankBatches(
+            self.order, engine.batch_size, engine.accumulation, self.rank, self.world_size, first_step, engine.steps
+        )
+
+    def batches(self, first_step: int) -> Iterator[SliceBatch]:
+        loader = slice_loader(self.dataset, self._rank_batches(first_step), self.engine.num_workers)
+        return (batch.to(self.device) for batch in loader)
+
+    def loss(
+        self, model: nn.Module, batch: SliceBatch, step: int, micro_batch: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.objective.loss(model, batch, StepKey(self.seed, step, micro_batch, self.rank))
+
+    def learning_rate(self, step: int, role: str) -> float:
+        return schedules.learning_rate(
+            step,
+            role,
+            peak=self.effective_lr,
+            final=self.effective_lr * self.schedule.final_lr_ratio,
+            num_steps=self.engine.steps,
+            warmup_steps=self.schedule.warmup_steps,
+            head_warmup_steps=self.schedule.head_warmup_steps,
+            freeze_last_layer_steps=self.schedule.freeze_last_layer_steps,
+            shape=self.schedule.shape,
+        )
+
+    def weight_decay(self, step: int) -> float:
+        return self.optim.weight_decay
+
+    def clip_groups(self) -> dict[str, list[nn.Parameter]]:
+        return self.objective.clip_groups()
+
+    def after_step(self, step: int) -> None:
+        self.objective.after_step(step)
+
+    def scheduled(self, step: int) -> dict[str, float]:
+        return self.objective.schedule(step)
+
+    def gauges(self) -> dict[str, float]:
+        return self.objective.gauges()
+
+    def evaluate(self, step: int) -> dict[str, Any]:
+        assert self.probe is not None
+        scores = asdict(self.probe.run(self.objective.exported_encoder, self.device))
+        names = {"metric": "probe_metric", "target": "probe_target", "standard_error": "probe_standard_error"}
+        method = self.probe.recipe.method
+        return {"probe": scores[method], **{names.get(name, f"probe/{name}"): v for name, v in scores.items()}}
+
+    def look(self, step: int, line: Mapping[str, Any]) -> None:
+        if "loss" in line:
+            self.guard.look(step, line)
+            return
+        # The best encoder is kept before the guard may stop the run because of a later one.
+        if self.guard.is_best(line["probe"]) and self.rank == 0:
+            self._keep_best(step)
+        self.guard.judge(step, line["probe"], line["probe_standard_error"])
+
+    def best_file(self, step: int) -> Path:
+        """Where the encoder of a best probe is kept."""
+        return self.best_folder / f"step-{step:06d}.safetensors"
+
+    def _keep_best(self, step: int) -> None:
+        self.best_folder.mkdir(parents=True, exist_ok=True)
+        weights = {
+            name: t.detach().cpu().contiguous() for name, t in self.objective.exported_encoder.state_dict().items()
+        }
+        temporary = self.best_folder / ".writing"
+        save_file(weights, temporary)
+        kept = self.best_file(step)
+        temporary.replace(kept)
+        for old in self.best_folder.glob("step-*.safetensors"):
+            if old != kept:
+                old.unlink()
+
+    def export_weights(self) -> tuple[int | None, dict[str, Tensor]]:
+        """The encoder to export: (step of an earlier, better one or None for the present one, its weights)."""
+        best = self.guard.state.best_step
+        if self.guard.exports_best() and best is not None:
+            if self.best_file(best).is_file():
+                return best, load_file(self.best_file(best))
+            warnings.warn(f"{self.best_file(best)} is missing; the last teacher is exported", stacklevel=2)
+        encoder = self.objective.exported_encoder
+        return None, {name: tensor.detach().cpu() for name, tensor in encoder.state_dict().items()}
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        return self.objective.state_dict()
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        self.objective.load_state_dict(tensors)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"guard": self.guard.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.guard.load_state_dict(state["guard"])

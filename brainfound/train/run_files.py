@@ -1,0 +1,189 @@
+"""What a pretraining run writes besides its log and checkpoints: recipe, facts, export, card, curves."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+import brainfound
+from brainfound.data.store import Store
+from brainfound.errors import RecipeError, TrainingError
+from brainfound.models import BrainFoundModel
+from brainfound.recipes import Recipe
+from brainfound.report.cards import write_model_card
+from brainfound.report.curves import plot_curves
+from brainfound.train.checkpoint import write_atomically
+from brainfound.train.guard import GuardState
+
+RECIPE_FILE = "recipe.yaml"
+FACTS_FILE = "run.json"
+EXPORT_FOLDER = "export"
+_LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    found = {name: version(name) for name in _LIBRARIES}
+    return {"brainfound": brainfound.__version__, "python": platform.python_version(), **found}
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a folder holds a run, finished or not."""
+    return (folder / RECIPE_FILE).is_file()
+
+
+def start(folder: Path, recipe: Recipe, facts: Mapping[str, Any]) -> None:
+    """Write recipe.yaml and run.json; of a resumed run, keep when it was first started."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {**facts, "status": "running", "started": _now(), "versions": versions()}
+    if (folder / FACTS_FILE).is_file():
+        before = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
+        content |= {"started": before["started"], "resumed": [*before.get("resumed", []), _now()]}
+    write_atomically(folder / FACTS_FILE, json.dumps(content, indent=2) + "\n")
+    # Last: its presence says that there is a run to resume.
+    write_atomically(folder / RECIPE_FILE, recipe.to_yaml())
+
+
+def finish(folder: Path, status: str, exported_step: int, step: int) -> None:
+    """Write how the run ended, and draw its curves."""
+    facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
+    facts |= {"status": status, "ended": _now(), "step": step, "exported_step": exported_step}
+    write_atomically(folder / FACTS_FILE, json.dumps(facts, indent=2) + "\n")
+    plot_curves(folder)
+
+
+def require_same(folder: Path, recipe: Recipe, store: Store, free: Sequence[str]) -> None:
+    """Refuse to resume with a recipe or data that would make another run.
+
+    Args:
+        free: keys (or groups) that may differ.
+
+    Raises:
+        RecipeError: names the first key that differs, with both values.
+        TrainingError: if the store holds other data.
+    """
+    before = _flat(yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8")))
+    now = _flat(recipe.model_dump(mode="json"))
+    for key in [*before, *(key for key in now if key not in before)]:
+        is_free = any(key == name or key.startswith(f"{name}.") for name in free)
+        if not is_free and before.get(key) != now.get(key):
+            raise RecipeError(
+                "differs from the run that is to be resumed",
+                where=key,
+                got=now.get(key),
+                expected=before.get(key),
+                remedy="Set it back, or give another --out",
+            )
+    data_hash = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))["data_hash"]
+    if data_hash != store.content_hash:
+        raise TrainingError(
+            "the store holds other data than the run began with",
+            where=store.path,
+            got=store.content_hash[:12],
+            expected=data_hash[:12],
+            remedy="Give the first store, or another --out",
+        )
+
+
+def export(
+    folder: Path,
+    recipe: Any,
+    store: Store,
+    model: BrainFoundModel,
+    weights: Mapping[str, Tensor],
+    step: int,
+    guard: GuardState,
+) -> Path:
+    """Write export/: the encoder's weights in a model folder, with preprocessing and card.
+
+    It is written beside and renamed, so that export/ is always whole.
+    """
+    model.encoder.load_state_dict(weights)
+    target = folder / EXPORT_FOLDER
+    temporary = folder / f".{EXPORT_FOLDER}.writing"
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.eval().save_pretrained(temporary)
+    store.preprocessing.save(temporary)
+    write_model_card(temporary, _card_facts(recipe, store, model, step, guard))
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.rename(target)
+    return target
+
+
+def _card_facts(recipe: Any, store: Store, model: BrainFoundModel, step: int, guard: GuardState) -> dict[str, Any]:
+    source = recipe.init.source
+    scores = {"first": guard.first_score, "best": guard.best_score, "last": guard.last_score}
+    return {
+        "name": recipe.name,
+        "summary": "The EMA teacher of self-distillation on brain MRI slices (an encoder; it has no task head).",
+        "kind": "self-supervised encoder",
+        "base_model": None if source == "none" else source,
+        "backbone": model.config.backbone_config.model_type,
+        "stem": model.config.stem,
+        "aggregator": model.config.aggregator,
+        "objective": "self-distillation (DINO + iBOT + KoLeo)",
+        "contrasts": list(store.contrasts),
+        "preprocessing": store.preprocessing.model_dump(mode="json"),
+        "recipe": recipe.name,
+        "steps": step,
+        "data_hash": store.content_hash,
+        "num_sessions": len(store),
+        "num_subjects": int(store.sessions["subject"].nunique()),
+        "num_slices": store.num_slices,
+        "seed": recipe.seed,
+        "versions": versions(),
+        "metrics": [
+            {
+                "metric": f"{name} probe of the teacher",
+                "value": value,
+                "data": "the pretraining store, split by subject",
+            }
+            for name, value in scores.items()
+            if value is not None
+        ],
+        "guard": {key: value for key, value in asdict(guard).items() if value is not None and "step" in key},
+    }
+
+
+def dry_run_report(folder: Path, recipe: Any, effective_lr: float, device: torch.device) -> Iterator[str]:
+    """Lines about speed and memory, from the log of a dry run; the first step, which warms up, is left out."""
+    lines = [json.loads(text) for text in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    seconds = lines[-1]["seconds_per_step"]
+    steps, batch = recipe.engine.steps, recipe.engine.batch_size
+    yield f"effective learning rate  {effective_lr:.3g}  ({recipe.optim.lr:g} at batch 128, this batch {batch})"
+    yield f"speed                    {batch / seconds:.1f} images/s, {seconds:.2f} s per step"
+    yield f"memory                   {_memory_gib(device):.2f} GiB at most, on {device}"
+    yield f"whole run                {steps} steps, about {steps * seconds / 3600:.2f} h without probes"
+    yield f"loss                     {lines[-1]['loss']:.4f}  (ln K = {lines[-1]['ln_k']:.4f})"
+
+
+def _memory_gib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    # Linux counts in KiB, macOS in bytes.
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

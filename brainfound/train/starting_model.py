@@ -1,0 +1,95 @@
+"""The model that pretraining starts from: a Hub ViT, a BrainFound model, or new weights."""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from transformers import AutoConfig
+
+from brainfound.data.store import Store
+from brainfound.errors import RecipeError, UsageError
+from brainfound.models import BrainFoundConfig, BrainFoundModel
+from brainfound.models.backbone import LOAD_FAILURES
+from brainfound.models.configuration import SUPPORTED_BACKBONES
+from brainfound.recipes import Recipe
+from brainfound.train.randomness import INITIALISATION, seed_of
+
+FROM_SCRATCH = "none"
+_MODEL_STREAM = 1000  # apart from the streams of the heads, which count from 0
+
+
+class ScratchRecipe(Recipe):
+    """The new ViT of ``init.source: none``."""
+
+    hidden_size: int = Field(384, ge=1)
+    """Width."""
+    num_layers: int = Field(12, ge=1)
+    """Transformer blocks."""
+    num_heads: int = Field(6, ge=1)
+    """Attention heads; the width is a multiple of them."""
+    patch_size: int = Field(14, ge=1)
+    """Side of a patch in pixels."""
+    layer_scale: float = Field(1.0, gt=0)
+    """Initial scale of each residual branch."""
+
+
+class InitRecipe(Recipe):
+    """Where the weights come from."""
+
+    source: str = "facebook/dinov2-small"
+    """A Hub id or a folder of a ViT, a BrainFound export folder, or "none" for new weights."""
+    scratch: ScratchRecipe = ScratchRecipe()
+    """The size of the new ViT when the source is "none"."""
+
+
+def build_model(recipe: InitRecipe, store: Store, image_size: int, seed: int) -> BrainFoundModel:
+    """The starting model, on the CPU, the same on all ranks.
+
+    Raises:
+        ModelError: if the source cannot be used.
+        UsageError: if a BrainFound export has other contrasts than the store.
+    """
+    source = recipe.source
+    # New weights (a whole ViT, or an aggregator) are drawn from the global generator by the library.
+    torch.manual_seed(seed_of(INITIALISATION, seed, _MODEL_STREAM))
+    if source == FROM_SCRATCH:
+        return BrainFoundModel(_scratch_config(recipe.scratch, store, image_size))
+    if _model_type(source) == BrainFoundConfig.model_type:
+        model = BrainFoundModel.from_pretrained(source)
+        if tuple(model.config.contrasts) != tuple(store.contrasts):
+            raise UsageError(
+                "the model and the store have other contrasts",
+                where=source,
+                got=", ".join(model.config.contrasts),
+                expected=", ".join(store.contrasts),
+                remedy="Prepare the store with the model's contrasts: --contrasts " + ",".join(model.config.contrasts),
+            )
+        return model
+    return BrainFoundModel.from_backbone(source, contrasts=store.contrasts)
+
+
+def _scratch_config(scratch: ScratchRecipe, store: Store, image_size: int) -> BrainFoundConfig:
+    if scratch.hidden_size % scratch.num_heads:
+        raise RecipeError(
+            "the width must be a multiple of the attention heads",
+            where="init.scratch.hidden_size",
+            got=scratch.hidden_size,
+            expected=f"a multiple of {scratch.num_heads}",
+        )
+    backbone = AutoConfig.for_model(
+        SUPPORTED_BACKBONES[0],
+        hidden_size=scratch.hidden_size,
+        num_hidden_layers=scratch.num_layers,
+        num_attention_heads=scratch.num_heads,
+        patch_size=scratch.patch_size,
+        image_size=image_size,
+        layerscale_value=scratch.layer_scale,
+    )
+    return BrainFoundConfig(backbone_config=backbone, contrasts=store.contrasts, backbone_source=None)
+
+
+def _model_type(source: str) -> str | None:
+    try:
+        return AutoConfig.from_pretrained(source).model_type
+    except LOAD_FAILURES:
+        return None  # `from_backbone` says in one line what is wrong with it
