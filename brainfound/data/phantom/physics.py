@@ -1,0 +1,166 @@
+"""From tissue to signal: relaxation, diffusion, contrast agent, and the sequences' equations.
+
+Relaxation times in seconds, diffusivity in mm²/s, proton density relative to cerebrospinal fluid.
+
+Sources of the table. T1 of white, cortical and deep grey matter, both fields: Wright et al. 2008 (Magn
+Reson Mater Phy 21:121), MPRAGE values. T2 of white and grey matter, T1 and T2 of muscle and of blood's
+T1: Stanisz et al. 2005 (Magn Reson Med 54:507). Proton density: water content as in Whittall et al. 1997
+(Magn Reson Med 37:34). Diffusivity: Pierpaoli et al. 1996 (Radiology 201:637), about 0.7·10⁻³ in
+parenchyma; 3·10⁻³ is that of free water at 37 °C. Cerebrospinal fluid, lesions, bone, marrow and fat
+take round values inside the ranges that are reported for them. Relaxivity of gadobutrol in plasma: r1
+from Szomolanyi et al. 2019 (Invest Radiol 54:559), r2 from Rohrer et al. 2005 (Invest Radiol 40:715).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+SIMULATED_CONTRASTS = ("T1w", "T1ce", "T2w", "FLAIR", "DWI", "ADC")
+
+B_VALUE_S_PER_MM2 = 1000.0
+RELAXIVITY_R1 = {1.5: 4.8, 3.0: 5.0}  # L/(mmol·s)
+RELAXIVITY_R2 = {1.5: 6.1, 3.0: 7.1}
+
+
+@dataclass(frozen=True)
+class Tissue:
+    """What one tissue brings to the signal; T1 and T2 are (at 1.5 T, at 3 T)."""
+
+    name: str
+    t1_s: tuple[float, float]
+    t2_s: tuple[float, float]
+    proton_density: float
+    diffusivity_mm2_per_s: float
+    gadolinium_mmol_per_l: float = 0.0
+    """Concentration some minutes after injection; nearly none behind the blood-brain barrier."""
+
+
+# The order is the order of the tissue axis (T) of every fraction array.
+TISSUES: tuple[Tissue, ...] = (
+    Tissue("air", (1.0, 1.0), (0.001, 0.001), 0.0, 0.0),
+    Tissue("csf", (4.0, 4.2), (1.8, 1.6), 1.0, 3.0e-3),
+    Tissue("ventricle", (4.0, 4.2), (1.8, 1.6), 1.0, 3.0e-3),
+    Tissue("cortex", (1.197, 1.607), (0.095, 0.099), 0.83, 0.83e-3, 0.03),
+    Tissue("white_matter", (0.646, 0.838), (0.072, 0.069), 0.71, 0.70e-3, 0.015),
+    Tissue("deep_grey", (1.000, 1.320), (0.084, 0.080), 0.80, 0.75e-3, 0.03),
+    Tissue("pallidum", (0.780, 1.000), (0.068, 0.058), 0.75, 0.75e-3, 0.02),
+    Tissue("cerebellar_cortex", (1.150, 1.500), (0.095, 0.097), 0.83, 0.78e-3, 0.03),
+    Tissue("cerebellar_white", (0.670, 0.860), (0.074, 0.071), 0.71, 0.68e-3, 0.015),
+    Tissue("brain_stem", (0.720, 0.930), (0.076, 0.072), 0.73, 0.72e-3, 0.02),
+    Tissue("bone", (0.4, 0.45), (0.0006, 0.0005), 0.15, 0.3e-3),
+    Tissue("marrow", (0.38, 0.45), (0.055, 0.050), 0.42, 0.3e-3, 0.02),
+    Tissue("fat", (0.30, 0.37), (0.075, 0.068), 0.90, 0.1e-3),
+    Tissue("soft_tissue", (1.008, 1.412), (0.044, 0.050), 0.72, 1.2e-3, 0.15),
+    Tissue("vessel", (1.441, 1.932), (0.020, 0.020), 0.70, 2.0e-3, 1.5),
+    Tissue("choroid_plexus", (1.500, 1.900), (0.110, 0.105), 0.88, 1.4e-3, 0.8),
+    Tissue("oedema", (1.200, 1.450), (0.150, 0.145), 0.86, 1.35e-3),
+    Tissue("enhancing_tumour", (1.250, 1.450), (0.115, 0.110), 0.86, 1.05e-3, 0.9),
+    Tissue("necrosis", (2.300, 2.500), (0.260, 0.240), 0.95, 2.0e-3, 0.02),
+    Tissue("infarct", (1.250, 1.450), (0.135, 0.130), 0.85, 0.42e-3, 0.02),
+    Tissue("plaque", (1.150, 1.350), (0.145, 0.140), 0.85, 1.10e-3, 0.02),
+    Tissue("active_plaque", (1.150, 1.350), (0.145, 0.140), 0.85, 1.00e-3, 0.5),
+    Tissue("hyperintensity", (0.920, 1.150), (0.120, 0.116), 0.79, 0.95e-3, 0.015),
+)
+TISSUE_INDEX = {tissue.name: index for index, tissue in enumerate(TISSUES)}
+PARENCHYMA = tuple(
+    TISSUE_INDEX[name]
+    for name in (
+        "cortex",
+        "white_matter",
+        "deep_grey",
+        "pallidum",
+        "cerebellar_cortex",
+        "cerebellar_white",
+        "brain_stem",
+    )
+)
+_IRON_RICH = ("pallidum", "deep_grey")
+_FAT_LEFT_BY_SUPPRESSION = 0.08
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """Timing of one contrast at one site; `inversion_time_s` is None for a plain spin echo."""
+
+    repetition_time_s: float
+    echo_time_s: float
+    inversion_time_s: float | None = None
+
+
+def spin_echo(proton_density, t1_s, t2_s, repetition_time_s: float, echo_time_s: float):
+    """Spin-echo signal, PD (1 − e^(−TR/T1)) e^(−TE/T2), for TE ≪ TR (Bernstein, Handbook of MRI Pulse Sequences)."""
+    return proton_density * (1 - np.exp(-repetition_time_s / t1_s)) * np.exp(-echo_time_s / t2_s)
+
+
+def inversion_recovery(
+    proton_density, t1_s, t2_s, repetition_time_s: float, echo_time_s: float, inversion_time_s: float
+):
+    """Inversion-recovery spin echo, PD (1 − 2e^(−TI/T1) + e^(−TR/T1)) e^(−TE/T2).
+
+    Signed: the magnitude is taken after the tissues of a voxel are added, since spins cancel before
+    the receiver sees them.
+    """
+    recovered = 1 - 2 * np.exp(-inversion_time_s / t1_s) + np.exp(-repetition_time_s / t1_s)
+    return proton_density * recovered * np.exp(-echo_time_s / t2_s)
+
+
+def diffusion_attenuation(diffusivity_mm2_per_s, b_value_s_per_mm2: float = B_VALUE_S_PER_MM2):
+    """e^(−bD) (Stejskal and Tanner 1965, J Chem Phys 42:288)."""
+    return np.exp(-b_value_s_per_mm2 * diffusivity_mm2_per_s)
+
+
+def nulling_inversion_time_s(t1_s: float, repetition_time_s: float) -> float:
+    """The inversion time that removes a tissue: TI = T1 ln(2 / (1 + e^(−TR/T1)))."""
+    return float(t1_s * np.log(2 / (1 + np.exp(-repetition_time_s / t1_s))))
+
+
+def with_gadolinium(tissue: Tissue, field_tesla: float) -> Tissue:
+    """The tissue after contrast agent: 1/T → 1/T + r·C for T1 and T2."""
+    concentration = tissue.gadolinium_mmol_per_l
+    r1, r2 = RELAXIVITY_R1[field_tesla], RELAXIVITY_R2[field_tesla]
+    return replace(
+        tissue,
+        t1_s=tuple(1 / (1 / t1 + r1 * concentration) for t1 in tissue.t1_s),
+        t2_s=tuple(1 / (1 / t2 + r2 * concentration) for t2 in tissue.t2_s),
+    )
+
+
+def subject_tissues(rng: np.random.Generator, iron: float = 1.0) -> tuple[Tissue, ...]:
+    """The table as one subject has it: every T1 and T2 within a few per cent, iron shortens T2 of the basal ganglia."""
+    drawn = []
+    for tissue in TISSUES:
+        t1_factor, t2_factor = np.exp(0.02 * rng.standard_normal(2))
+        if tissue.name in _IRON_RICH:
+            t2_factor /= 1 + (0.35 if tissue.name == "pallidum" else 0.15) * (iron - 1)
+        drawn.append(
+            replace(
+                tissue,
+                t1_s=tuple(float(t1 * t1_factor) for t1 in tissue.t1_s),
+                t2_s=tuple(float(t2 * t2_factor) for t2 in tissue.t2_s),
+            )
+        )
+    return tuple(drawn)
+
+
+def tissue_signal(contrast: str, tissue: Tissue, sequence: Sequence, field_tesla: float) -> float:
+    """The (signed) signal of one tissue in one contrast, relative to fully relaxed cerebrospinal fluid.
+
+    `contrast` is one of T1w, T1ce, T2w, FLAIR, DWI, or "b0" (DWI without diffusion weighting). An
+    echo-planar scan suppresses fat.
+    """
+    if contrast == "T1ce":
+        tissue = with_gadolinium(tissue, field_tesla)
+    column = 0 if field_tesla < 2.0 else 1
+    t1, t2 = tissue.t1_s[column], tissue.t2_s[column]
+    timing = (sequence.repetition_time_s, sequence.echo_time_s)
+    if sequence.inversion_time_s is None:
+        signal = spin_echo(tissue.proton_density, t1, t2, *timing)
+    else:
+        signal = inversion_recovery(tissue.proton_density, t1, t2, *timing, sequence.inversion_time_s)
+    if contrast in ("DWI", "b0") and tissue.name in ("fat", "marrow"):
+        signal *= _FAT_LEFT_BY_SUPPRESSION
+    if contrast == "DWI":
+        signal *= diffusion_attenuation(tissue.diffusivity_mm2_per_s)
+    return float(signal)

@@ -1,0 +1,65 @@
+"""Shapes as depth fields: positive inside, negative outside, in mm near the surface.
+
+A depth field divided by the voxel size gives the fraction of a voxel that lies inside, so edges carry
+partial volume instead of stairs. Depths combine by smooth minimum (both) and maximum (either).
+
+`points` is (3, …) coordinates in mm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def ellipsoid(points: np.ndarray, center: Sequence[float], radii: Sequence[float], exponent: float = 2.0) -> np.ndarray:
+    """Depth of a superellipsoid, to first order: (1 − F)/|∇F|."""
+    scaled = [np.abs((points[axis] - np.float32(center[axis])) * np.float32(1 / radii[axis])) for axis in range(3)]
+    powers = scaled if exponent == 2.0 else [s ** np.float32(exponent - 1) for s in scaled]
+    total = sum(s * power for s, power in zip(scaled, powers, strict=True)) + np.float32(1e-6)
+    level = np.sqrt(total) if exponent == 2.0 else total ** np.float32(1 / exponent)
+    slope = np.sqrt(sum((power * np.float32(1 / radius)) ** 2 for power, radius in zip(powers, radii, strict=True)))
+    # F = total^(1/k), so |∇F| = slope · F / total.
+    return ((1 - level) * total / (slope * level + np.float32(1e-4) * total)).astype(np.float32, copy=False)
+
+
+def tube(points: np.ndarray, path: Sequence[Sequence[float]], radii: Sequence[float]) -> np.ndarray:
+    """Depth of a chain of tapered capsules through the points of `path` (mm), with a radius at each."""
+    depth = None
+    for start, end, first, last in zip(path[:-1], path[1:], radii[:-1], radii[1:], strict=True):
+        along = np.subtract(end, start)
+        offset = [points[axis] - start[axis] for axis in range(3)]
+        position = sum(o * a for o, a in zip(offset, along, strict=True)) / float(along @ along)
+        position = np.clip(position, 0.0, 1.0)
+        distance = np.sqrt(sum((o - position * a) ** 2 for o, a in zip(offset, along, strict=True)))
+        segment = (first + (last - first) * position - distance).astype(np.float32)
+        depth = segment if depth is None else either(depth, segment, 1.0)
+    return depth
+
+
+def both(first: np.ndarray, second: np.ndarray, blend_mm: float = 0.0) -> np.ndarray:
+    """Intersection; `blend_mm` rounds the edge (polynomial smooth minimum)."""
+    smaller = np.minimum(first, second)
+    if blend_mm <= 0:
+        return smaller
+    overlap = np.maximum(blend_mm - np.abs(first - second), 0) / blend_mm
+    return smaller - overlap**2 * (blend_mm / 4)
+
+
+def either(first: np.ndarray, second: np.ndarray, blend_mm: float = 0.0) -> np.ndarray:
+    """Union; `blend_mm` fillets the joint."""
+    return -both(-first, -second, blend_mm)
+
+
+def ramp(values: np.ndarray, start: float, end: float) -> np.ndarray:
+    """Smooth step from 0 at `start` to 1 at `end`."""
+    t = np.clip((values - start) / (end - start), 0, 1)
+    return t * t * (3 - 2 * t)
+
+
+def inside_fraction(depth_mm: np.ndarray, voxel_mm: float) -> np.ndarray:
+    """The fraction of a voxel of that width that lies inside a surface at that depth."""
+    fraction = depth_mm * np.float32(1 / voxel_mm)
+    fraction += 0.5
+    return np.clip(fraction, 0.0, 1.0, out=fraction)
