@@ -54,7 +54,7 @@ _PANELS = (
     _Panel("Mean cosine between CLS", ("mean_cosine",), alarm=(0.995,), alarm_side="above"),
     _Panel("Gram distance to the anchor", ("gram_distance",)),
     _Panel("Gradient norm", ("grad_norm", "grad_norm/*"), log_scale=True),
-    _Panel("Probe of the teacher", ("probe", "probe/*", "probe_*"), best="highest", smooth=False),
+    _Panel("Probe of the teacher", ("probe", "probe/*"), best="highest", smooth=False),
     _Panel("Skipped steps", ("skipped_steps",), smooth=False),
 )
 
@@ -157,13 +157,17 @@ def _draw(axes: Axes, run: RunFolder, panel: _Panel, keys: Sequence[str]) -> Non
     positive = values[np.isfinite(values)]
     if panel.log_scale and positive.size and (positive > 0).all() and positive.max() > 20 * positive.min():
         axes.set_yscale("log")
-    for i, (key, fold, steps, of_line) in enumerate(lines):
+    # The first line is the headline: it is drawn last, over its parts.
+    for i, (key, fold, steps, of_line) in reversed(list(enumerate(lines))):
         _draw_line(axes, steps, of_line, _COLOURS[i % len(_COLOURS)], _label(key, fold, len(keys)), panel.smooth)
-    marked_ln_k = _mark_reference(axes, run, panel)
-    if panel.best and len(lines) == 1:
+    # The sum of several cross-entropies has another level than ln K; its parts have their own panel.
+    is_sum = panel is _PANELS[0] and any(_matches(key, part) for key in run.numeric_keys() for part in _PANELS[1].keys)
+    marked_ln_k = panel.mark_ln_k and not is_sum and _mark_ln_k(axes, run)
+    _mark_alarms(axes, panel)
+    if panel.best and len(folds) == 1:
         _mark_best(axes, panel.best, lines[0][2], lines[0][3])
     if len(lines) > 1 or marked_ln_k:
-        axes.legend(fontsize=7, frameon=False, ncols=2 if len(lines) > 4 else 1)
+        axes.legend(fontsize=7, framealpha=0.8, edgecolor="none", reverse=True, ncols=2 if len(lines) > 4 else 1)
     num_bad = int((~np.isfinite(values)).sum())
     if num_bad:
         axes.text(0.99, 0.02, f"{num_bad} not finite", transform=axes.transAxes, fontsize=8, ha="right", color=_ALARM)
@@ -199,15 +203,17 @@ def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
     return np.where(finite, total / np.maximum(count, 1), np.nan)
 
 
-def _mark_reference(axes: Axes, run: RunFolder, panel: _Panel) -> bool:
-    """Draw ln K or the alarms of a panel; says whether ln K was drawn."""
-    if panel.mark_ln_k:
-        for key in _LN_K_KEYS:
-            _, values = run.series(key, run.folds()[0])
-            if values.size:
-                text = f"ln K = {values[-1]:.2f}"
-                axes.axhline(values[-1], color=_ALARM, linewidth=1, linestyle="--", label=text)
-                return True
+def _mark_ln_k(axes: Axes, run: RunFolder) -> bool:
+    """Draw the level of ln K; False if it was not logged."""
+    for key in _LN_K_KEYS:
+        _, values = run.series(key, run.folds()[0])
+        if values.size:
+            axes.axhline(values[-1], color=_ALARM, linewidth=1, linestyle="--", label=f"ln K = {values[-1]:.2f}")
+            return True
+    return False
+
+
+def _mark_alarms(axes: Axes, panel: _Panel) -> None:
     for level in panel.alarm:
         low, high = axes.get_ylim()
         axes.axhline(level, color=_ALARM, linewidth=0.9, linestyle="--")
@@ -224,7 +230,6 @@ def _mark_reference(axes: Axes, run: RunFolder, panel: _Panel) -> bool:
         # Keep the alarm in view: the distance to it is what the panel is for.
         margin = 0.08 * (max(high, level) - min(low, level))
         axes.set_ylim(min(low, level - margin), max(high, level + margin))
-    return False
 
 
 def _mark_best(axes: Axes, best: Literal["highest", "lowest"], steps: np.ndarray, values: np.ndarray) -> None:
@@ -233,16 +238,8 @@ def _mark_best(axes: Axes, best: Literal["highest", "lowest"], steps: np.ndarray
         return
     at = int(values.argmax() if best == "highest" else values.argmin())
     axes.plot(steps[at], values[at], marker="*", markersize=10, color=_BEST, linestyle="none", zorder=5)
-    axes.text(
-        0.99,
-        0.04 if best == "highest" else 0.93,
-        f"best {values[at]:.4g} at step {steps[at]:g}",
-        transform=axes.transAxes,
-        fontsize=8,
-        ha="right",
-        va="bottom" if best == "highest" else "top",
-        color=_BEST,
-    )
+    text = f"best {values[at]:.4g} at step {steps[at]:g}"
+    axes.set_title(text, loc="right", fontsize=8, color=_BEST)
 
 
 def _tidy(axes: Axes) -> None:

@@ -78,6 +78,14 @@ def test_ln_k_is_drawn_with_the_loss(tmp_path, drawn):
     assert len(drawn[0].axes) == 1  # ln K has no panel of its own
 
 
+def test_ln_k_is_drawn_with_the_parts_of_a_loss_and_not_with_their_sum(tmp_path, drawn):
+    _log(tmp_path, ("loss", "loss_dino", "loss_ibot"), ln_k=math.log(65536))
+    plot_curves(tmp_path)
+    labels = [[line.get_label() for line in axes.get_lines()] for axes in drawn[0].axes]
+    assert "ln K = 11.09" not in labels[0]
+    assert "ln K = 11.09" in labels[1]
+
+
 def test_alarms_of_the_gauges_are_in_view(tmp_path, drawn):
     _log(tmp_path, ("mean_cosine",))
     plot_curves(tmp_path)
@@ -88,19 +96,19 @@ def test_alarms_of_the_gauges_are_in_view(tmp_path, drawn):
 
 def test_values_that_are_not_finite_are_counted_and_the_best_is_found(tmp_path, drawn):
     probes = [0.5, math.nan, 0.7, math.inf, 0.6]
-    lines = [json.dumps({"step": 10 * i, "probe": value}) for i, value in enumerate(probes)]
+    lines = [json.dumps({"step": 10 * i, "probe": value, "probe/knn": 0.9}) for i, value in enumerate(probes)]
     (tmp_path / "log.jsonl").write_text("\n".join(lines) + "\n")
     plot_curves(tmp_path)
     texts = [text.get_text() for text in drawn[0].axes[0].texts]
     assert "2 not finite" in texts
-    assert "best 0.7 at step 20" in texts
+    assert drawn[0].axes[0].get_title(loc="right") == "best 0.7 at step 20"
 
 
 def test_folds_are_lines_of_one_panel(tmp_path, drawn):
     lines = [{"step": s, "fold": fold, "validation/auroc": 0.5 + 0.1 * s} for fold in range(3) for s in range(4)]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     plot_curves(tmp_path)
-    assert [line.get_label() for line in drawn[0].axes[0].get_lines()] == ["fold 0", "fold 1", "fold 2"]
+    assert [line.get_label() for line in drawn[0].axes[0].get_lines()] == ["fold 2", "fold 1", "fold 0"]
 
 
 def test_long_logs_are_smoothed_without_shifting(tmp_path, drawn):
