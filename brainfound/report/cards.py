@@ -34,6 +34,8 @@ _OTHER_FACTS = (
     "preprocessing", "metrics", "model_class", "repo_id",
 )  # fmt: skip
 
+_KNOWN_FACTS = {*_TABLE_FACTS, *_OTHER_FACTS}
+
 
 def write_model_card(folder: str | Path, facts: Mapping[str, Any]) -> Path:
     """Write README.md into the folder of a model.
@@ -134,7 +136,7 @@ def _example_scans(contrasts: Sequence[str] | None) -> str:
 
 
 def _other(facts: Mapping[str, Any]) -> str:
-    rest = {key: value for key, value in facts.items() if key not in (*_TABLE_FACTS, *_OTHER_FACTS)}
+    rest = {key: value for key, value in facts.items() if key not in _KNOWN_FACTS and value not in ("", [], {})}
     return "## Also recorded\n\n" + _mapping_table(rest, ("fact", "value")) + "\n" if rest else ""
 
 

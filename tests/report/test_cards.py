@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
+import yaml
 
 from brainfound.errors import UsageError
-from brainfound.recipes import recipe_folder
+from brainfound.recipes import find, recipe_folder
 from brainfound.report.cards import NOT_RECORDED, read_front_matter, write_model_card
 
 _FACTS = {
@@ -25,6 +28,7 @@ _FACTS = {
     ],
     "versions": {"torch": "2.13.0", "transformers": "5.23"},
     "spent_joules": 12.0,
+    "warnings": {},
 }
 
 
@@ -48,6 +52,7 @@ def test_a_full_card(tmp_path):
     assert "| AUROC | 0.8123 | held out | 0.7 |" in text
     assert f"| Dice | {NOT_RECORDED} | a\\|b | {NOT_RECORDED} |" in text
     assert "| spent_joules | 12 |" in text
+    assert "warnings" not in text
     assert 'predictor.predict(T1w="sub-01_T1w.nii.gz", FLAIR="sub-01_FLAIR.nii.gz")' in text
     assert "BrainFoundModel.from_pretrained(" in text
     assert "$" not in text
@@ -105,6 +110,10 @@ def test_cards_of_configurations_claim_no_weights(card):
     assert "No weights of this configuration have been published yet" in text
     assert "not a medical device" in text
     assert "independent implementation" in text
+    # The card names a recipe that ships and that starts from the same model.
+    (name,) = set(re.findall(r"pretrain-\w+-\dgpu", text))
+    recipe = yaml.safe_load(find(name, "train").read_text())
+    assert recipe["init"]["source"] == front["base_model"]
 
 
 def test_a_file_without_front_matter_is_refused(tmp_path):
