@@ -1,6 +1,7 @@
 """BrainFound: 2-D vision transformers adapted to 3-D brain MRI, slice by slice.
 
 The public face. Names are loaded on first use, so that ``import brainfound`` does not import torch.
+`evaluate` and `predict` are rooms that can be called, see `brainfound.callable_room`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,44 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_PUBLIC = {
+if TYPE_CHECKING:
+    from brainfound import evaluate, predict
+    from brainfound.data.cohort import Cohort
+    from brainfound.data.prepare import prepare
+    from brainfound.data.preprocessing import Preprocessing
+    from brainfound.data.stack import Stack
+    from brainfound.data.store import Store
+    from brainfound.models import (
+        BrainFoundConfig,
+        BrainFoundForClassification,
+        BrainFoundForRegression,
+        BrainFoundForSegmentation,
+        BrainFoundModel,
+    )
+    from brainfound.predict.predictor import load
+    from brainfound.train.finetune import finetune
+    from brainfound.train.pretrain import pretrain
+
+__all__ = [
+    "BrainFoundConfig",
+    "BrainFoundForClassification",
+    "BrainFoundForRegression",
+    "BrainFoundForSegmentation",
+    "BrainFoundModel",
+    "Cohort",
+    "Preprocessing",
+    "Stack",
+    "Store",
+    "__version__",
+    "evaluate",
+    "finetune",
+    "load",
+    "predict",
+    "prepare",
+    "pretrain",
+]
+
+_MODULES = {
     "Cohort": "brainfound.data.cohort",
     "Preprocessing": "brainfound.data.preprocessing",
     "Stack": "brainfound.data.stack",
@@ -23,20 +61,16 @@ _PUBLIC = {
     "BrainFoundForSegmentation": "brainfound.models",
     "pretrain": "brainfound.train.pretrain",
     "finetune": "brainfound.train.finetune",
-    "evaluate_model": "brainfound.predict.evaluation",
-    "predict": "brainfound.predict.predictor",
     "load": "brainfound.predict.predictor",
 }
-
-__all__ = ["__version__", *_PUBLIC]
-
-if TYPE_CHECKING:
-    pass
+_ROOMS = ("evaluate", "predict")
 
 
 def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    if name in _ROOMS:
+        return importlib.import_module(f"brainfound.{name}")
+    if name in _MODULES:
+        value = getattr(importlib.import_module(_MODULES[name]), name)
         globals()[name] = value
         return value
     raise AttributeError(f"module 'brainfound' has no attribute {name!r}")

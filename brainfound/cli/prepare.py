@@ -17,6 +17,7 @@ def prepare(
     contrasts: Annotated[str | None, typer.Option(help="Comma-separated, for example T1w,T2w,FLAIR.")] = None,
     mask: Annotated[str, typer.Option(help="The label-map column that becomes the mask (mask, dseg, …).")] = "mask",
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+    like: Annotated[Path | None, typer.Option(help="Prepare exactly as a model's training data: its folder.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a store made of something else.")] = False,
     set_: Overrides = None,
     quiet: Quiet = False,
@@ -33,7 +34,9 @@ def prepare(
     overrides = list(set_ or [])
     if contrasts:
         overrides.insert(0, f"contrasts=[{contrasts}]")
-    preprocessing = validate(Preprocessing, {}, overrides, where="preprocessing")
+    base = {} if like is None else Preprocessing.load(like / "export" if (like / "export").is_dir() else like)
+    content = base if isinstance(base, dict) else base.model_dump(mode="json")
+    preprocessing = validate(Preprocessing, content, overrides, where="preprocessing")
     cohort = Cohort.read(source)
     with progress_bar("preparing sessions", quiet) as progress:
         made = preparing.prepare(

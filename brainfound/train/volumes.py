@@ -21,7 +21,11 @@ from brainfound.data.augmentation import IntensityRecipe, ViewsRecipe, drop_cont
 from brainfound.data.batches import VolumeBatch, collate
 from brainfound.data.store import Store
 from brainfound.recipes import Recipe
-from brainfound.train.randomness import ORDER, VIEWS, numpy_generator, torch_generator
+from brainfound.train.objectives.base import StepKey
+from brainfound.train.randomness import VIEWS, numpy_generator, torch_generator
+
+AUGMENTATION, NOISE = 1_000_000, 1_000_001
+"""Keys of streams beside those of the single volumes, which are numbered from 0."""
 
 
 class VolumeAugmentation(Recipe):
@@ -38,20 +42,6 @@ class VolumeAugmentation(Recipe):
     contrast_dropout: float = Field(0.2, ge=0, lt=1)
     """How often a present contrast is withheld; one always stays."""
     intensity: IntensityRecipe = IntensityRecipe(gamma_probability=0.3, contrast_probability=0.3, blur_probability=0.1)
-
-
-def session_order(num_sessions: int, epoch: int, seed: int) -> np.ndarray:
-    """The order of the training sessions in an epoch."""
-    return numpy_generator(ORDER, seed, epoch).permutation(num_sessions)
-
-
-def sessions_of_step(num_sessions: int, batch_size: int, step: int, seed: int) -> np.ndarray:
-    """Positions (in the training part) of the sessions of a global batch; batches run on across epochs."""
-    first = step * batch_size
-    wanted = np.arange(first, first + batch_size)
-    epochs = wanted // num_sessions
-    orders = {int(epoch): session_order(num_sessions, int(epoch), seed) for epoch in np.unique(epochs)}
-    return np.array([orders[int(epoch)][place % num_sessions] for place, epoch in zip(wanted, epochs, strict=True)])
 
 
 def jittered_slices(num_slices: int, wanted: int, rng: np.random.Generator) -> np.ndarray:
@@ -78,42 +68,28 @@ def slices_with_foreground(
     return np.sort(np.concatenate(chosen).astype(int))
 
 
-class VolumeSampler:
-    """Training batches from a store.
+class VolumeReader:
+    """Reads the training volumes of a micro-batch from a store.
 
     Args:
         store: the data.
-        sessions: indices of the training part.
-        batch_size: volumes per batch on this rank.
+        sessions: store indices of the training part.
         num_slices: slices per volume.
-        seed: of the run.
         foreground_share: for segmentation, share of the slices that show the structure; None for other tasks.
-        rank, world_size: this process takes its part of each global batch.
     """
 
     def __init__(
-        self,
-        store: Store,
-        sessions: Sequence[int],
-        batch_size: int,
-        num_slices: int,
-        seed: int,
-        foreground_share: float | None = None,
-        rank: int = 0,
-        world_size: int = 1,
+        self, store: Store, sessions: Sequence[int], num_slices: int, foreground_share: float | None = None
     ) -> None:
         self.store, self.sessions = store, np.asarray(sessions)
-        self.batch_size, self.num_slices, self.seed = batch_size, num_slices, seed
-        self.foreground_share = foreground_share
-        self.rank, self.world_size = rank, world_size
+        self.num_slices, self.foreground_share = num_slices, foreground_share
 
-    def __call__(self, step: int) -> tuple[VolumeBatch, np.ndarray]:
-        """The batch of a step, and the store's session index of each volume."""
-        everything = sessions_of_step(len(self.sessions), self.batch_size * self.world_size, step, self.seed)
-        mine = self.sessions[everything[self.rank :: self.world_size]]
+    def read(self, positions: Sequence[int], key: StepKey) -> tuple[VolumeBatch, np.ndarray]:
+        """The volumes at some positions of the training part, and the store's session index of each."""
+        mine = self.sessions[list(positions)]
         stacks, slices = [], []
         for place, session in enumerate(mine):
-            rng = numpy_generator(VIEWS, self.seed, step, self.rank, place)
+            rng = numpy_generator(VIEWS, key.seed, *key.keys, place)
             stack = self.store[int(session)]
             stacks.append(stack)
             if self.foreground_share is None or stack.mask is None:
@@ -123,13 +99,13 @@ class VolumeSampler:
         return collate(stacks, slices), mine
 
 
-def augment_volumes(batch: VolumeBatch, recipe: VolumeAugmentation, seed: int, step: int, rank: int) -> VolumeBatch:
+def augment_volumes(batch: VolumeBatch, recipe: VolumeAugmentation, key: StepKey) -> VolumeBatch:
     """A random variant of each volume, on the batch's device; masks move with the pixels.
 
     One affine per volume, sampled once (bilinear for pixels, nearest for masks); intensities vary per volume
     and contrast.
     """
-    generator = torch_generator(VIEWS, seed, step, rank, 1)
+    generator = torch_generator(VIEWS, key.seed, *key.keys, AUGMENTATION)
     pixels = batch.pixel_values.float() / 255 if batch.pixel_values.dtype == torch.uint8 else batch.pixel_values
     num_volumes, num_slices, _, height, width = pixels.shape
     matrices = _affines(num_volumes, (height, width), recipe, generator).to(pixels.device)
@@ -138,7 +114,7 @@ def augment_volumes(batch: VolumeBatch, recipe: VolumeAugmentation, seed: int, s
     moved = F.grid_sample(flat, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     # Slices stacked into one tall image per contrast, so that a volume's slices share their random intensities.
     tall = rearrange(moved, "b (s c) h w -> b c (s h) w", s=num_slices)
-    noise_generator = torch_generator(VIEWS, seed, step, rank, 2, device=pixels.device)
+    noise_generator = torch_generator(VIEWS, key.seed, *key.keys, NOISE, device=pixels.device)
     tall = vary_intensity(tall, recipe.intensity, generator, noise_generator)
     contrast_mask = drop_contrasts(batch.contrast_mask.cpu(), recipe.contrast_dropout, generator).to(pixels.device)
     return replace(

@@ -1,0 +1,311 @@
+"""From files to answers: a bundle or an encoder, loaded once, asked many times.
+
+Axis legend: S slices, H W pixels, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from torch import nn
+
+from brainfound.adapters.bundle import load_bundle
+from brainfound.contrasts import UNKNOWN, contrast_from_filename, parse_contrast
+from brainfound.data.cohort import Cohort, Session
+from brainfound.data.prepare import prepare_session
+from brainfound.data.preprocessing import Preprocessing
+from brainfound.data.scan import load_scan
+from brainfound.data.stack import Stack
+from brainfound.errors import BrainFoundError, ScanError, UsageError
+from brainfound.models import BrainFoundModel
+from brainfound.models.inference import infer
+from brainfound.predict.native_space import (
+    probability_image,
+    segmentation_image,
+    volumes_mm3,
+    write_image,
+    write_json,
+)
+from brainfound.train.targets import Target
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A model's answer about one session.
+
+    Attributes:
+        task: classification, regression, segmentation or embedding.
+        answer: plain values: class and probabilities, value, label volumes in mm³, …
+        image: for a segmentation, the label codes on the reference scan's own grid and affine.
+        probability: for a segmentation, the probability of not being background, on the same grid.
+        embedding: for an encoder, the volume embedding ``(D,)``.
+        contrasts, missing: the contrasts that were read, and those of the model that were not there.
+    """
+
+    task: str
+    answer: dict[str, Any]
+    contrasts: tuple[str, ...]
+    missing: tuple[str, ...]
+    image: nib.Nifti1Image | None = None
+    probability: nib.Nifti1Image | None = None
+    embedding: np.ndarray | None = None
+    subject: str = ""
+    session: str = ""
+    notes: tuple[str, ...] = field(default=())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The answer and how it came about, for JSON."""
+        return {
+            "task": self.task,
+            "subject": self.subject,
+            "session": self.session,
+            **self.answer,
+            "contrasts": list(self.contrasts),
+            "missing_contrasts": list(self.missing),
+            "notes": list(self.notes),
+            "not_a_medical_device": True,
+        }
+
+    def save(self, folder: str | Path, name: str | None = None) -> list[Path]:
+        """Write ``NAME.json`` and, where there is one, ``NAME_dseg.nii.gz`` or ``NAME_embedding.npy``."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        name = name or "_".join(part for part in (self.subject, self.session and f"ses-{self.session}") if part) or "prediction"
+        written = []
+        if self.image is not None:
+            written.append(folder / f"{name}_dseg.nii.gz")
+            write_image(self.image, written[-1])
+        if self.embedding is not None:
+            written.append(folder / f"{name}_embedding.npy")
+            np.save(written[-1], self.embedding)
+        written.append(folder / f"{name}.json")
+        write_json(self.to_dict(), written[-1])
+        return written
+
+
+class Predictor:
+    """A model with its own preprocessing, ready to be asked.
+
+    Args:
+        model: a BrainFound model, or a PEFT model around one.
+        preprocessing: the one that the model was trained with.
+        target: how its answers read; None for an encoder.
+        num_slices: slices to read per session; None for all.
+        device: where it runs; None: the first GPU that there is, else the CPU.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        preprocessing: Preprocessing,
+        target: Target | None = None,
+        num_slices: int | None = None,
+        device: str | torch.device | None = None,
+    ) -> None:
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.model = model.to(self.device).eval()
+        self.preprocessing, self.target, self.num_slices = preprocessing, target, num_slices
+
+    @property
+    def task(self) -> str:
+        return "embedding" if self.target is None else self.target.task
+
+    def predict(self, *paths: str | Path, **contrast_paths: str | Path) -> Prediction:
+        """Ask about one session.
+
+        Args:
+            paths: scans whose file names say their contrast (``…_T1w.nii.gz``, ``flair.nii.gz``).
+            contrast_paths: scans by contrast: ``predict("a.nii.gz", flair="b.nii.gz")``. One single path whose name
+                says nothing is taken for the model's contrast if it has only one.
+
+        Raises:
+            UsageError: a contrast is given twice, is not one of the model's, or cannot be told from the name.
+            ScanError: a scan cannot be used.
+        """
+        files: dict[str, Path] = {}
+        for path in paths:
+            self._add(files, self._contrast_of(Path(path), alone=len(paths) == 1), Path(path))
+        for name, path in contrast_paths.items():
+            self._add(files, parse_contrast(name), Path(path))
+        if not files:
+            raise UsageError("no scan was given", where="predict", expected=", ".join(self.preprocessing.contrasts))
+        scans = {contrast: load_scan(path) for contrast, path in files.items()}
+        return self.predict_stack(self.preprocessing.apply(scans))
+
+    def predict_session(self, session: Session) -> Prediction:
+        """Ask about a session of a cohort; scans that cannot be used are treated as absent and noted.
+
+        Raises:
+            ScanError: no scan of the session can be used.
+        """
+        stack, refused = prepare_session(Session(session.subject, session.session, session.scans, {}, {}), self.preprocessing)
+        notes = tuple(f"{contrast}: {reason}" for _, contrast, reason in refused)
+        if stack is None:
+            raise ScanError(f"no scan can be used; {notes[0] if notes else 'none is there'}", where=session.subject)
+        return self.predict_stack(stack, notes)
+
+    def predict_stack(self, stack: Stack, notes: tuple[str, ...] = ()) -> Prediction:
+        """Ask about a stack that this predictor's preprocessing made."""
+        answer = infer(self.model, stack, self.num_slices)
+        present = tuple(c for c, here in zip(stack.contrasts, stack.present, strict=True) if here)
+        common: dict[str, Any] = {
+            "task": self.task,
+            "contrasts": present,
+            "missing": tuple(c for c in stack.contrasts if c not in present),
+            "subject": stack.subject,
+            "session": stack.session,
+            "notes": notes,
+        }
+        target = self.target
+        if target is None:
+            return Prediction(answer={"dimensions": len(answer.embedding)}, embedding=answer.embedding, **common)
+        if target.task == "regression":
+            values = {"target": target.column, "value": answer.value}
+            values |= {} if answer.value_std is None else {"standard_deviation": answer.value_std}
+            return Prediction(answer=values, **common)
+        if target.task == "classification":
+            probabilities = {name: float(p) for name, p in zip(target.names, answer.probabilities, strict=True)}
+            best = max(probabilities, key=probabilities.__getitem__)
+            values = {"target": target.column, "class": best, "probabilities": probabilities}
+            return Prediction(answer=values, **common)
+        image = segmentation_image(stack, target.decode_mask(answer.classes))
+        names = dict(zip(target.codes, target.names, strict=True))
+        return Prediction(
+            answer={"labels": {str(code): name for code, name in names.items()}, "volumes_mm3": volumes_mm3(image, names)},
+            image=image,
+            probability=probability_image(stack, answer.foreground_probability),
+            **common,
+        )
+
+    def _contrast_of(self, path: Path, alone: bool) -> str:
+        contrast = contrast_from_filename(path)
+        if contrast != UNKNOWN:
+            return contrast
+        if alone and len(self.preprocessing.contrasts) == 1:
+            return self.preprocessing.contrasts[0]
+        raise UsageError(
+            "the contrast cannot be told from the file name",
+            where=path.name,
+            expected=", ".join(self.preprocessing.contrasts),
+            remedy=f"Say it: {self.preprocessing.contrasts[-1]}={path.name}",
+        )
+
+    def _add(self, files: dict[str, Path], contrast: str, path: Path) -> None:
+        if contrast not in self.preprocessing.contrasts:
+            raise UsageError(
+                f"the model was not trained with {contrast}",
+                where=path.name,
+                expected=", ".join(self.preprocessing.contrasts),
+                remedy="Leave this scan out, or use a model that knows it",
+            )
+        if contrast in files:
+            raise UsageError(f"two scans of {contrast}", got=f"{files[contrast].name} and {path.name}", remedy="Give one")
+        files[contrast] = path
+
+
+def load(path_or_id: str | Path, device: str | torch.device | None = None) -> Predictor:
+    """Load a bundle (the ``export`` of a fine-tuning run) or an encoder (the ``export`` of a pretraining run).
+
+    Args:
+        path_or_id: a run folder, its export folder, or for an encoder a Hub id.
+        device: where it runs; None: the first GPU that there is, else the CPU.
+
+    Raises:
+        ModelError: there is nothing that can be loaded, or it is damaged.
+    """
+    path = Path(path_or_id)
+    if (path / "export").is_dir():
+        path = path / "export"
+    if (path / "bundle.json").is_file():
+        bundle = load_bundle(path)
+        target = Target.from_dict(bundle.labels)
+        return Predictor(bundle.model, bundle.preprocessing, target, bundle.metadata["num_slices"], device)
+    source = str(path) if path.exists() else str(path_or_id)
+    model = BrainFoundModel.from_pretrained(source)
+    return Predictor(model, Preprocessing.load(local_folder(source)), None, None, device)
+
+
+def local_folder(source: str) -> Path:
+    """The folder of a model's files; for a Hub id the cached snapshot."""
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(source, allow_patterns=["*.json"]))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one session: a prediction, or the reason why there is none."""
+
+    subject: str
+    session: str
+    prediction: Prediction | None
+    reason: str = ""
+
+
+def predict(
+    model: str | Path | Predictor,
+    source: str | Path | Cohort,
+    out: str | Path | None = None,
+    *,
+    probabilities: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Outcome]:
+    """Predict every session of a cohort; the model is loaded once, and a session that fails stops no other.
+
+    Args:
+        model: a predictor, or what `load` reads.
+        source: a cohort, or what `Cohort.read` recognises.
+        out: where each session's files go as it is done; None writes nothing.
+        probabilities: also write ``…_probability.nii.gz`` of a segmentation.
+        overwrite: do again what is there; otherwise sessions with a JSON in ``out`` are skipped.
+        progress: called with (sessions done, sessions in all).
+    """
+    predictor = model if isinstance(model, Predictor) else load(model)
+    cohort = source if isinstance(source, Cohort) else Cohort.read(source)
+    sessions = list(cohort.sessions())
+    outcomes = []
+    for done, session in enumerate(sessions, start=1):
+        outcome = _predict_one(predictor, session, None if out is None else Path(out), probabilities, overwrite)
+        outcomes.append(outcome)
+        if progress:
+            progress(done, len(sessions))
+    return outcomes
+
+
+def _predict_one(
+    predictor: Predictor, session: Session, out: Path | None, probabilities: bool, overwrite: bool
+) -> Outcome:
+    name = f"{session.subject}_ses-{session.session}"
+    if out is not None and (out / f"{name}.json").is_file() and not overwrite:
+        return Outcome(session.subject, session.session, None, "already done")
+    try:
+        prediction = predictor.predict_session(session)
+    except BrainFoundError as error:
+        return Outcome(session.subject, session.session, None, str(error))
+    if out is not None:
+        if probabilities and prediction.probability is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            write_image(prediction.probability, out / f"{name}_probability.nii.gz")
+        prediction.save(out, name)
+    return Outcome(session.subject, session.session, prediction)
+
+
+def parse_inputs(inputs: Iterable[str]) -> tuple[list[Path], dict[str, Path]]:
+    """``FILE`` and ``CONTRAST=FILE`` arguments → paths, and paths by contrast."""
+    paths, named = [], {}
+    for text in inputs:
+        name, equals, path = text.partition("=")
+        if equals and not Path(text).exists():
+            named[parse_contrast(name)] = Path(path)
+        else:
+            paths.append(Path(text))
+    return paths, named

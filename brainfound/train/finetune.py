@@ -1,0 +1,377 @@
+"""Fine-tuning: a backbone, an adapter and a head learn one target of a store.
+
+The run folder:
+
+    recipe.yaml, run.json, log.jsonl, curves.png, checkpoints/   as in pretraining
+    splits.json   the subjects of each part
+    scores.json   the scores on the test part, beside the trivial baseline
+    cases.tsv     one row per test session
+    export/       the bundle: adapter, head, preprocessing and labels as one unit
+
+Axis legend: B volumes, S slices, C contrasts, H W pixels.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from rich.console import Console
+from torch import Tensor, nn
+
+from brainfound.adapters.attach import AdapterRecipe, attach_adapter
+from brainfound.adapters.bundle import save_bundle
+from brainfound.data.splits import require_disjoint, split_by_subject
+from brainfound.data.store import Store
+from brainfound.errors import RecipeError, UsageError
+from brainfound.models import (
+    BrainFoundForClassification,
+    BrainFoundForRegression,
+    BrainFoundForSegmentation,
+)
+from brainfound.models.configuration import AGGREGATORS
+from brainfound.models.start import start_from
+from brainfound.recipes import Recipe, load, validate
+from brainfound.train import run_files
+from brainfound.train.data_order import EpochOrder, RankBatches
+from brainfound.train.engine import Engine, EngineRecipe, TrainTask, make_accelerator
+from brainfound.train.objectives.base import StepKey
+from brainfound.train.randomness import INITIALISATION, seed_of
+from brainfound.train.resuming import checkpoint_to_resume, common_facts
+from brainfound.train.schedules import warm_up_then
+from brainfound.train.session_scores import SessionScores, score_sessions
+from brainfound.train.targets import Target, guess_task, labelled_sessions, resolve_target
+from brainfound.train.volumes import VolumeAugmentation, VolumeReader, augment_volumes
+
+CLASSES = {
+    "classification": BrainFoundForClassification,
+    "regression": BrainFoundForRegression,
+    "segmentation": BrainFoundForSegmentation,
+}
+
+
+class SplitRecipe(Recipe):
+    """How subjects are divided. Nothing is ever chosen on the test part."""
+
+    train: float = Field(0.7, gt=0, lt=1)
+    """Share of the subjects to learn from."""
+    validation: float = Field(0.1, gt=0, lt=1)
+    """Share to watch while learning."""
+    test: float = Field(0.2, gt=0, lt=1)
+    """Share that is scored once, at the end."""
+    seed: int = Field(0, ge=0)
+    """Of the division; the same seed divides the same subjects alike in every run."""
+    stratify: bool = True
+    """Give each part about the same mix of labels."""
+
+
+class FinetuneOptimRecipe(Recipe):
+    """AdamW with a warm-up and a cosine."""
+
+    lr: float = Field(5e-4, gt=0)
+    """Peak learning rate of adapters (or of the backbone in full fine-tuning)."""
+    head_lr: float = Field(1e-3, gt=0)
+    """Peak learning rate of what is new: aggregator, decoder, head."""
+    weight_decay: float = Field(0.01, ge=0)
+    """Of matrices; none on biases, norms and tokens."""
+    warmup: float = Field(0.05, ge=0, lt=1)
+    """Share of the steps over which the rate rises."""
+    clip_norm: float = Field(1.0, gt=0)
+    """Largest gradient norm."""
+
+
+class FinetuneRecipe(Recipe):
+    """Everything that a fine-tuning run is made of."""
+
+    name: str = "finetune"
+    """Name of the run; also of its default folder."""
+    seed: int = Field(0, ge=0)
+    """Of new weights, order, slices, augmentation and dropout."""
+    task: Literal["auto", "classification", "regression", "segmentation"] = "auto"
+    """auto: segmentation for the mask, regression for numbers with many values, else classification."""
+    adapter: str = "lora-r8"
+    """A recipe of the adapters room, by name or file."""
+    aggregator: str = "attention"
+    """Slice embeddings → volume embedding: mean, attention or transformer (not used by segmentation)."""
+    decoder: str = "fpn"
+    """Patch embeddings → pixels (segmentation only)."""
+    decoder_width: int = Field(128, ge=8)
+    """Channels of the decoder."""
+    num_slices: int = Field(32, ge=1)
+    """Slices read per volume, in training and, but for segmentation, in prediction."""
+    foreground_share: float = Field(0.5, ge=0, le=1)
+    """Segmentation: share of the training slices that show the structure."""
+    merge_codes: bool = False
+    """Segmentation: any label code but 0 is one class."""
+    evaluate_every: int = Field(100, ge=0)
+    """Steps between two looks at the validation part; 0: never."""
+    split: SplitRecipe = SplitRecipe()
+    optim: FinetuneOptimRecipe = FinetuneOptimRecipe()
+    augmentation: VolumeAugmentation = VolumeAugmentation()
+    engine: EngineRecipe = EngineRecipe(steps=500, batch_size=4, num_workers=0)
+
+
+# What may change between a run and its continuation: nothing in here touches a weight.
+FREE_ON_RESUME = (
+    "name",
+    "engine.log_every",
+    "engine.checkpoint_every",
+    "engine.keep_checkpoints",
+    "engine.max_skipped_in_a_row",
+    "engine.num_workers",
+)
+
+
+class FinetuneTask(TrainTask):
+    """What the engine trains: a model with an adapter and a head, on the training part."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        store: Store,
+        parts: dict[str, np.ndarray],
+        target: Target,
+        recipe: FinetuneRecipe,
+        device: torch.device,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        self.model, self.store, self.parts, self.target, self.recipe = model, store, parts, target, recipe
+        self.device, self.rank, self.world_size = device, rank, world_size
+        self.clip_norm = recipe.optim.clip_norm
+        self.evaluate_every = recipe.evaluate_every
+        segmenting = target.task == "segmentation"
+        share = recipe.foreground_share if segmenting else None
+        self.reader = VolumeReader(store, parts["train"], recipe.num_slices, share)
+        values = [] if segmenting else target.values(store, parts["train"]).tolist()
+        self.train_labels = values
+        self.labels = dict(zip(parts["train"].tolist(), values, strict=True)) if values else {}
+        self.eval_slices = None if segmenting else recipe.num_slices
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        groups: dict[tuple[str, bool], dict[str, Any]] = {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                role = "backbone" if ".backbone." in name else "new"
+                decays = parameter.ndim > 1 and not any(word in name for word in ("token", "embedding"))
+                group = groups.setdefault(
+                    (role, decays), {"params": [], "role": role, "lr_scale": 1.0, "decays": decays}
+                )
+                group["params"].append(parameter)
+        return torch.optim.AdamW(list(groups.values()), lr=self.recipe.optim.lr, foreach=True)
+
+    def batches(self, first_step: int) -> Iterator[tuple[Any, np.ndarray, StepKey]]:
+        recipe = self.recipe
+        order = EpochOrder(len(self.parts["train"]), recipe.seed)
+        micro_batches = RankBatches(
+            order,
+            recipe.engine.batch_size,
+            recipe.engine.accumulation,
+            self.rank,
+            self.world_size,
+            first_step,
+            recipe.engine.steps,
+        )
+        for number, positions in enumerate(micro_batches):
+            step, micro_batch = divmod(number, recipe.engine.accumulation)
+            key = StepKey(recipe.seed, first_step + step, micro_batch, self.rank)
+            yield *self.reader.read(positions, key), key
+
+    def loss(self, model: nn.Module, batch: Any, step: int, micro_batch: int) -> tuple[Tensor, dict[str, Tensor]]:
+        volumes, sessions, key = batch
+        volumes = augment_volumes(volumes.to(self.device), self.recipe.augmentation, key)
+        if self.target.task == "segmentation":
+            codes = volumes.masks.cpu().numpy()
+            labels = torch.from_numpy(self.target.encode_mask(codes).astype(np.int64)).to(self.device)
+        else:
+            kind = torch.long if self.target.task == "classification" else torch.float32
+            labels = torch.tensor([self.labels[int(s)] for s in sessions], dtype=kind, device=self.device)
+        return model(**volumes.inputs(), labels=labels).loss, {}
+
+    def learning_rate(self, step: int, role: str) -> float:
+        recipe, steps = self.recipe.optim, self.recipe.engine.steps
+        peak = recipe.lr if role == "backbone" else recipe.head_lr
+        return warm_up_then(step, peak, 0.01 * peak, round(recipe.warmup * steps), steps)
+
+    def weight_decay(self, step: int) -> float:
+        return self.recipe.optim.weight_decay
+
+    def evaluate(self, step: int) -> dict[str, Any]:
+        scored = self.score("validation")
+        return {f"validation/{name}": value for name, value in scored.scores.items() if np.isfinite(value)}
+
+    def score(self, part: str) -> SessionScores:
+        """Score one part of the split."""
+        return score_sessions(
+            self.model, self.store, self.parts[part], self.target, self.eval_slices, self.train_labels
+        )
+
+
+def finetune(
+    recipe: FinetuneRecipe | str | Path,
+    data: str | Path | Store,
+    model: str | Path,
+    target: str,
+    out: str | Path | None = None,
+    *,
+    adapter: str | Path | None = None,
+    split: str | Path | None = None,
+    resume: bool = False,
+    overrides: Iterable[str] = (),
+    quiet: bool = False,
+) -> Path:
+    """Fine-tune a model on a target of a store.
+
+    Args:
+        recipe: a recipe, its name or its file.
+        data: a store or its folder.
+        model: a Hub id or folder of a plain ViT, or a BrainFound folder (the export of a pretraining run).
+        target: a covariate column of the store, or ``"mask"``.
+        out: the run folder; None: ``runs/<name of the recipe>``.
+        adapter: overrides the recipe's adapter.
+        split: the splits.json of another run, to learn and test on the same subjects.
+        resume: go on from the newest whole checkpoint.
+        overrides: ``"a.b=c"`` strings.
+        quiet: no progress bar and no notes.
+
+    Returns:
+        The run folder; its ``export/`` is the bundle that `brainfound.load` reads.
+
+    Raises:
+        RecipeError, UsageError, ModelError, TrainingError.
+    """
+    content = _resolve(recipe, adapter, overrides)
+    store = data if isinstance(data, Store) else Store.open(data)
+    folder = Path(out) if out is not None else Path("runs") / content.name
+    accelerator = make_accelerator(content.engine.precision)
+    console = Console(stderr=True, quiet=quiet or not accelerator.is_main_process, highlight=False)
+    engine_recipe = content.engine.model_copy(update={"precision": accelerator.mixed_precision})
+    content = content.model_copy(update={"engine": engine_recipe})
+    checkpoint = checkpoint_to_resume(folder, content, store, resume, FREE_ON_RESUME, accelerator)
+    parts = _split(content, store, target, split)
+    task_name = guess_task(store, target) if content.task == "auto" else content.task
+    resolved = resolve_target(store, parts["train"], task_name, target, content.merge_codes)
+    network = _build(content, store, str(model), resolved)
+    network.to(accelerator.device)
+    task = FinetuneTask(
+        network, store, parts, resolved, content, accelerator.device, accelerator.process_index, accelerator.num_processes
+    )
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    everything = sum(p.numel() for p in network.parameters())
+    counts = ", ".join(f"{part} {len(index)}" for part, index in parts.items())
+    console.print(f"{resolved.task} of {target}: {counts}; training {trained:,} of {everything:,} parameters")
+    engine = Engine(task, content.engine, folder, accelerator, content.seed, quiet)
+    facts = common_facts(store, accelerator, content.seed) | {
+        "kind": "finetune",
+        "model": str(model),
+        "target": resolved.to_dict(),
+        "num_trained_parameters": trained,
+    }
+    if accelerator.is_main_process:
+        run_files.start(folder, content, facts)
+        _write_split(folder, store, parts)
+    if checkpoint is not None:
+        engine.resume(checkpoint)
+        console.print(f"going on from {checkpoint.name}")
+    else:
+        engine.log.forget_after(-1)  # of a run that was killed before its first checkpoint
+    accelerator.wait_for_everyone()
+    engine.run()
+    if accelerator.is_main_process:
+        _finish(folder, task, engine.step)
+    accelerator.wait_for_everyone()
+    return folder
+
+
+def _resolve(recipe: FinetuneRecipe | str | Path, adapter: str | Path | None, overrides: Iterable[str]) -> FinetuneRecipe:
+    overrides = list(overrides)
+    if isinstance(recipe, FinetuneRecipe):
+        content = validate(FinetuneRecipe, recipe.model_dump(mode="json"), overrides)
+    else:
+        content = load(FinetuneRecipe, recipe, "train", overrides)
+        if content.name == FinetuneRecipe.model_fields["name"].default:
+            content = content.model_copy(update={"name": Path(recipe).stem})
+    if content.aggregator not in AGGREGATORS:
+        raise RecipeError(f"no aggregator {content.aggregator!r}", where="aggregator", expected=", ".join(AGGREGATORS))
+    return content if adapter is None else content.model_copy(update={"adapter": str(adapter)})
+
+
+def _split(recipe: FinetuneRecipe, store: Store, target: str, file: str | Path | None) -> dict[str, np.ndarray]:
+    """Store indices of the labelled sessions of each part."""
+    labelled = labelled_sessions(store, target)
+    subjects = store.sessions["subject"].iloc[labelled].tolist()
+    if file is not None:
+        parts = _read_split(Path(file), store, labelled)
+    else:
+        shares = {part: getattr(recipe.split, part) for part in ("train", "validation", "test")}
+        strata: Sequence[Any] | None = None
+        if recipe.split.stratify:
+            strata = _strata(store, labelled, target)
+        split = split_by_subject(subjects, shares, recipe.split.seed, strata)
+        parts = {part: labelled[index] for part, index in split.items()}
+    require_disjoint(parts, store.sessions["subject"].tolist())
+    return parts
+
+
+def _strata(store: Store, labelled: np.ndarray, target: str) -> list[Any]:
+    if target != "mask":
+        return store.covariate(target).iloc[labelled].tolist()
+    masks = [store.read_masks(int(session)) for session in labelled]
+    return ["empty" if mask is None or not mask.any() else "marked" for mask in masks]
+
+
+def _read_split(file: Path, store: Store, labelled: np.ndarray) -> dict[str, np.ndarray]:
+    try:
+        members = json.loads(file.read_text(encoding="utf-8"))["subjects"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"not a splits.json: {error}", where=file, remedy="Give the splits.json of a run") from None
+    of = store.sessions["subject"]
+    parts = {}
+    for part in ("train", "validation", "test"):
+        wanted = set(members.get(part, ()))
+        parts[part] = np.array([i for i in labelled if of.iloc[int(i)] in wanted], dtype=int)
+        if not len(parts[part]):
+            raise UsageError(f"no labelled session of the store is in the part {part!r}", where=file)
+    return parts
+
+
+def _write_split(folder: Path, store: Store, parts: dict[str, np.ndarray]) -> None:
+    subjects = {part: sorted({store.sessions["subject"].iloc[int(i)] for i in index}) for part, index in parts.items()}
+    text = json.dumps({"data_hash": store.content_hash, "subjects": subjects}, indent=1)
+    (folder / "splits.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _build(recipe: FinetuneRecipe, store: Store, source: str, target: Target) -> nn.Module:
+    """The model with its new head and its adapter, the same on all ranks."""
+    torch.manual_seed(seed_of(INITIALISATION, recipe.seed))
+    fields: dict[str, Any] = {"aggregator": recipe.aggregator}
+    if target.task == "regression":
+        fields |= {"target_mean": target.mean, "target_std": target.std}
+    else:
+        fields |= {"id2label": dict(enumerate(target.names)), "label2id": {n: k for k, n in enumerate(target.names)}}
+    if target.task == "segmentation":
+        # Segmentation reads no volume embedding; an aggregator with weights would be dead weight.
+        fields |= {"aggregator": "mean", "decoder": recipe.decoder, "decoder_width": recipe.decoder_width}
+    model = start_from(CLASSES[target.task], source, store.contrasts, **fields)
+    return attach_adapter(model, load(AdapterRecipe, recipe.adapter, "adapters"))
+
+
+def _finish(folder: Path, task: FinetuneTask, step: int) -> None:
+    """Score the test part once, and leave bundle, scores and curves behind."""
+    scored = task.score("test")
+    scored.cases.to_csv(folder / "cases.tsv", sep="\t", index=False)
+    scores = scored.to_dict() | {"part": "test", "step": step}
+    (folder / "scores.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+    save_bundle(
+        folder / "export",
+        task.model,
+        preprocessing=task.store.preprocessing,
+        labels=task.target.to_dict(),
+        metadata={"num_slices": task.eval_slices, "test": scores, "data_hash": task.store.content_hash},
+    )
+    run_files.finish(folder, "done", step, step)

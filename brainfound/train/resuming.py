@@ -1,0 +1,72 @@
+"""Starting a run in a folder, or going on with the one that is there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import accelerate
+
+from brainfound.data.store import Store
+from brainfound.errors import TrainingError, UsageError
+from brainfound.recipes import Recipe
+from brainfound.train import run_files
+from brainfound.train.checkpoint import latest_valid, list_checkpoints
+from brainfound.train.engine import device_and_reason
+
+
+def checkpoint_to_resume(
+    folder: Path,
+    recipe: Recipe,
+    store: Store,
+    resume: bool,
+    free: Sequence[str],
+    accelerator: accelerate.Accelerator,
+) -> Path | None:
+    """Check a run folder, on all ranks alike.
+
+    Args:
+        free: recipe keys (or groups) that may differ from the run that is there.
+
+    Returns:
+        The checkpoint to go on from; None to start with the first step.
+
+    Raises:
+        UsageError: the folder holds a run and ``resume`` is False, or it holds none and ``resume`` is True.
+        RecipeError, TrainingError: the run there is of another recipe or of other data, or no checkpoint is whole.
+    """
+    has_run = run_files.holds_run(folder)
+    has_checkpoint = bool(list_checkpoints(folder / "checkpoints"))
+    accelerator.wait_for_everyone()
+    if not resume:
+        if has_run:
+            raise UsageError(
+                "this folder already holds a run", where=folder, remedy="Give --resume to go on, or another --out"
+            )
+        return None
+    if not has_run:
+        raise UsageError("there is no run to resume", where=folder, remedy="Leave out --resume to start one")
+    run_files.require_same(folder, recipe, store, free)
+    if not has_checkpoint:
+        return None  # killed before the first checkpoint: the same run from its first step
+    checkpoint = latest_valid(folder / "checkpoints")
+    if checkpoint is None:
+        raise TrainingError(
+            "no checkpoint of this run is whole", where=folder / "checkpoints", remedy="Start again with another --out"
+        )
+    return checkpoint
+
+
+def common_facts(store: Store, accelerator: accelerate.Accelerator, seed: int) -> dict[str, Any]:
+    """What every run.json says: device and why, ranks, precision, seed, data."""
+    device, reason = device_and_reason(accelerator.device)
+    return {
+        "device": device,
+        "device_reason": reason,
+        "world_size": accelerator.num_processes,
+        "precision": accelerator.mixed_precision,
+        "seed": seed,
+        "data_hash": store.content_hash,
+        "num_sessions": len(store),
+    }

@@ -1,0 +1,132 @@
+"""A model's scores on sessions of a store, with one row per case and the trivial baseline beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from torch import nn
+
+from brainfound.data.batches import without_contrasts
+from brainfound.data.store import Store
+from brainfound.errors import UsageError
+from brainfound.evaluate.metrics import dice
+from brainfound.evaluate.scores import (
+    HEADLINE,
+    classification_scores,
+    regression_scores,
+    segmentation_scores,
+    trivial_scores,
+)
+from brainfound.models.inference import infer
+from brainfound.train.targets import Target
+
+
+@dataclass(frozen=True)
+class SessionScores:
+    """Scores on a set of sessions.
+
+    Attributes:
+        scores: metric → value.
+        trivial: the same of the baseline that never looks at an image.
+        cases: one row per session: subject, session, truth, prediction (or dice).
+        without: contrasts that were withheld.
+    """
+
+    task: str
+    scores: dict[str, float]
+    trivial: dict[str, float]
+    cases: pd.DataFrame
+    without: tuple[str, ...] = ()
+
+    @property
+    def headline(self) -> tuple[str, float, float]:
+        """The metric by which the task is judged, its value, and the trivial baseline's."""
+        metric = HEADLINE[self.task]
+        return metric, self.scores[metric], self.trivial[metric]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; undefined scores become None."""
+
+        def plain(scores: dict[str, float]) -> dict[str, float | None]:
+            return {name: None if np.isnan(value) else float(value) for name, value in scores.items()}
+
+        return {
+            "task": self.task,
+            "num_sessions": len(self.cases),
+            "without": list(self.without),
+            "scores": plain(self.scores),
+            "trivial": plain(self.trivial),
+        }
+
+
+def score_sessions(
+    model: nn.Module,
+    store: Store,
+    sessions: Sequence[int],
+    target: Target,
+    num_slices: int | None,
+    train_labels: Sequence[float] = (),
+    without: Sequence[str] = (),
+    progress: Callable[[int, int], None] | None = None,
+) -> SessionScores:
+    """Ask the model about every session and score the answers.
+
+    Args:
+        model: with the head of the target's task.
+        store, sessions: the labelled sessions to score.
+        target: how the labels are read.
+        num_slices: slices to read per session; None for all.
+        train_labels: class indices or values of the training part, for the trivial baseline.
+        without: contrasts to withhold. A session that has no other is left out.
+        progress: called with (sessions done, sessions in all).
+
+    Raises:
+        UsageError: if no session is left, or a withheld contrast is not one of the store's.
+    """
+    unknown = [contrast for contrast in without if contrast not in store.contrasts]
+    if unknown:
+        raise UsageError(f"{unknown[0]} is not a contrast of the store", expected=", ".join(store.contrasts))
+    withheld = np.isin(store.contrasts, list(without))
+    usable = [int(i) for i in sessions if (store.present[int(i)] & ~withheld).any()]
+    if not usable:
+        raise UsageError("no session is left to score", where=f"store {store.path.name}", got=f"without {', '.join(without)}")
+    segmenting = target.task == "segmentation"
+    truths = [None] * len(usable) if segmenting else target.values(store, usable).tolist()
+    answers: list[Any] = []
+    heads: list[np.ndarray] = []
+    rows = []
+    for done, (session, truth) in enumerate(zip(usable, truths, strict=True), start=1):
+        stack = store[session]
+        answer = infer(model, without_contrasts(stack, without) if without else stack, num_slices)
+        row = {"subject": stack.subject, "session": stack.session}
+        if segmenting:
+            reference = target.encode_mask(stack.mask)
+            answers.append((reference, answer.classes))
+            heads.append(stack.pixels.any(axis=1))
+            overlap = dice(answer.classes > 0, reference > 0, empty="nan")
+            row |= {"reference_pixels": int((reference > 0).sum()), "dice": overlap}
+        elif target.task == "classification":
+            answers.append(answer.probabilities)
+            row |= {"truth": target.names[truth]}
+            row |= {f"p({name})": float(p) for name, p in zip(target.names, answer.probabilities, strict=True)}
+        else:
+            answers.append(answer.value)
+            row |= {"truth": truth, "prediction": answer.value}
+        rows.append(row)
+        if progress:
+            progress(done, len(usable))
+    if segmenting:
+        references, predictions = zip(*answers, strict=True)
+        scores = segmentation_scores(references, predictions)
+        trivial = trivial_scores("segmentation", (), references, heads)
+    elif target.task == "classification":
+        scores = classification_scores(truths, np.stack(answers))
+        trivial = trivial_scores("classification", train_labels or truths, truths)
+    else:
+        scores = regression_scores(truths, answers)
+        trivial = trivial_scores("regression", train_labels or truths, truths)
+    return SessionScores(target.task, scores, trivial, pd.DataFrame(rows), tuple(without))
