@@ -116,6 +116,13 @@ def list_keys(keys: Iterable[str]) -> str:
     return ", ".join(keys[:_NUM_KEYS_SHOWN]) + more
 
 
+def is_hub_id(source: str) -> bool:
+    """Whether a source reads owner/name and no such folder is here."""
+    path = Path(source)
+    is_path = path.is_absolute() or source.startswith((".", "~")) or path.is_dir()
+    return source.count("/") == 1 and not is_path
+
+
 def require_findable(source: str) -> None:
     """Refuse a path that is not there before the Hub is asked for it: a Hub id reads owner/name.
 
@@ -123,8 +130,7 @@ def require_findable(source: str) -> None:
         ModelError: if `source` can only be a path, and no such folder exists.
     """
     path = Path(source)
-    is_hub_id = source.count("/") == 1 and not path.is_absolute() and not source.startswith((".", "~"))
-    if not is_hub_id and not path.is_dir():
+    if not is_hub_id(source) and not path.is_dir():
         what = "this is a file, not a model folder" if path.is_file() else "no such model folder"
         raise ModelError(what, where=source, remedy="Give a folder with config.json and safetensors, or a Hub id")
 

@@ -32,8 +32,8 @@ class BrainFoundConfig(PreTrainedConfig):
         "slice_weights",
     ]
 
-    backbone_config: dict[str, Any] | PreTrainedConfig | None = None
-    """Configuration of the 2-D ViT: Dinov2 or Dinov2WithRegisters."""
+    backbone_config: Any = None
+    """Configuration of the 2-D ViT, or its content as a dict: Dinov2 or Dinov2WithRegisters; None: Dinov2's default."""
     backbone_source: str | None = None
     """Hub id or folder that the backbone's first weights came from."""
     contrasts: Sequence[str] = ("T1w", "T2w", "FLAIR")
@@ -120,6 +120,11 @@ class BrainFoundConfig(PreTrainedConfig):
     @property
     def num_contrasts(self) -> int:
         return len(self.contrasts)
+
+    @property
+    def num_classes(self) -> int:
+        """Class scores of a head, K: `num_labels`, which is 2 until labels are named."""
+        return int(self.num_labels or 2)
 
     @property
     def hidden_size(self) -> int:

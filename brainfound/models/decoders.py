@@ -87,7 +87,7 @@ class LinearDecoder(Decoder):
     def __init__(self, config: BrainFoundConfig) -> None:
         super().__init__(config)
         self.projections = _projections(config, self.layers)
-        self.score = nn.Conv2d(config.decoder_width * len(self.layers), config.num_labels, kernel_size=1)
+        self.score = nn.Conv2d(config.decoder_width * len(self.layers), config.num_classes, kernel_size=1)
 
     def fuse(self, tokens: dict[int, Tensor], grid: tuple[int, int]) -> Tensor:
         return _project(self.projections, tokens, self.layers, grid)
@@ -110,7 +110,7 @@ class FpnDecoder(Decoder):
         self.projections = _projections(config, self.layers)
         self.levels = nn.ModuleList(_upsampling(width, factor) for factor in pyramid_factors(len(self.layers)))
         self.smoothing = nn.ModuleList(_convolution(width) for _ in self.layers)
-        self.score = nn.Conv2d(width, config.num_labels, kernel_size=1)
+        self.score = nn.Conv2d(width, config.num_classes, kernel_size=1)
 
     def fuse(self, tokens: dict[int, Tensor], grid: tuple[int, int]) -> Tensor:
         return _project(self.projections, tokens, self.layers, grid)

@@ -6,7 +6,7 @@ Axis legend: N slices, C contrasts, H W pixels, P patches, D width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, UInt8
@@ -35,6 +35,9 @@ class SliceEncoder(nn.Module):
         config: the model's configuration.
         backbone: a loaded RGB ViT to start from; None builds one with new weights.
     """
+
+    backbone: Any
+    """The library's ViT, with the stem in place of its patch embedding."""
 
     def __init__(self, config: BrainFoundConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__()
@@ -130,11 +133,12 @@ def _per_contrast(value: float | list[float], like: Tensor) -> float | Tensor:
 
 
 @torch.no_grad()
-def _start_from_rgb(stem: ContrastPatchEmbeddings, backbone: PreTrainedModel) -> None:
+def _start_from_rgb(stem: ContrastPatchEmbeddings, backbone: Any) -> None:
     """Give the stem the kernels of a loaded RGB ViT, and keep later initialisation off them."""
     rgb = backbone.embeddings.patch_embeddings.projection
     stem.projection.weight.copy_(inflate_kernels(rgb.weight, stem.num_channels))
+    assert stem.projection.bias is not None
     stem.projection.bias.copy_(rgb.bias)
     for module in stem.modules():
         # The flag by which the library's `post_init` knows loaded weights.
-        module._is_hf_initialized = True
+        module._is_hf_initialized = True  # type: ignore[assignment]

@@ -7,7 +7,7 @@ except those of parts that the caller asked to be new.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -16,16 +16,14 @@ from brainfound.errors import ModelError
 from brainfound.models.backbone import LOAD_FAILURES, list_keys, require_coverage, require_findable, unreadable
 from brainfound.models.configuration import BrainFoundConfig
 
-AnyModel = TypeVar("AnyModel", bound=PreTrainedModel)
-
 
 def load_checked(
-    kind: type[AnyModel],
+    kind: type[PreTrainedModel],
     load: Callable[..., Any],
     source: str,
     args: tuple[Any, ...],
     options: dict[str, Any],
-) -> AnyModel:
+) -> Any:
     """Load with the library's `from_pretrained`, then check what was loaded.
 
     Args:
@@ -33,6 +31,9 @@ def load_checked(
         load: the library's `from_pretrained`, bound to `kind`.
         source: a Hub id or a folder.
         args, options: the caller's further arguments.
+
+    Returns:
+        The model, or with `output_loading_info` the model and the library's account, as the library does.
 
     Raises:
         ModelError: if the model cannot be read, or weights are missing or left over.

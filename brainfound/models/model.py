@@ -55,13 +55,14 @@ class BrainFoundPreTrainedModel(PreTrainedModel):
     config: BrainFoundConfig
     base_model_prefix = "brainfound"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = "image"
     supports_gradient_checkpointing = True
+    encoder: SliceEncoder
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
 
-    def __init__(self, config: BrainFoundConfig) -> None:
+    def __init__(self, config: BrainFoundConfig, backbone: PreTrainedModel | None = None) -> None:
         # Fields may have been set one by one since the configuration was made.
         config.require_valid()
         super().__init__(config)
@@ -98,12 +99,9 @@ class BrainFoundPreTrainedModel(PreTrainedModel):
             id_or_folder, drop_path_rate=drop_path_rate, attn_implementation=attn_implementation, **(hub_options or {})
         )
         own = BrainFoundConfig(
-            backbone_config=backbone.config,
-            backbone_source=str(id_or_folder),
-            contrasts=contrasts,
-            attn_implementation=backbone.config._attn_implementation,
-            **config,
+            backbone_config=backbone.config, backbone_source=str(id_or_folder), contrasts=contrasts, **config
         )
+        own._attn_implementation = backbone.config._attn_implementation
         return cls(own, backbone=backbone).eval()
 
     @classmethod
@@ -119,8 +117,7 @@ class BrainFoundPreTrainedModel(PreTrainedModel):
         return load_checked(cls, super().from_pretrained, str(id_or_folder), args, options)
 
     def get_input_embeddings(self) -> nn.Module:
-        encoder = self.encoder if isinstance(self, BrainFoundModel) else self.brainfound.encoder
-        return encoder.backbone.embeddings.patch_embeddings
+        return self.encoder.backbone.embeddings.patch_embeddings
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -232,7 +229,7 @@ class _WithHead(BrainFoundPreTrainedModel):
         self.brainfound = BrainFoundModel(config, backbone)
 
     @property
-    def encoder(self) -> SliceEncoder:
+    def encoder(self) -> SliceEncoder:  # type: ignore[override]
         return self.brainfound.encoder
 
 

@@ -1,0 +1,126 @@
+"""Adapter recipes, and the models they make: which weights are trained, and through what."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, NamedTuple
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from pydantic import Field, field_validator
+from torch import nn
+
+from brainfound.adapters.roles import require_known_roles, resolve_targets
+from brainfound.errors import ModelError, RecipeError
+from brainfound.models import BrainFoundForSegmentation
+from brainfound.recipes import Recipe
+
+Method = Literal["none", "lora", "dora", "rslora", "full"]
+
+
+class AdapterRecipe(Recipe):
+    """What is trained when a model is adapted to a task."""
+
+    method: Method = "lora"
+    """"none" trains the head alone, "full" everything; "lora" (Hu et al. 2021), "dora" (Liu et al. 2024) and "rslora"
+    (Kalajdzievski 2023) train low-rank updates of the backbone beside the head."""
+    roles: tuple[str, ...] = ("query", "value")
+    """The weight matrices that get an update: query, key, value, output, mlp_in, mlp_out, patch."""
+    rank: Annotated[int, Field(ge=1, le=1024)] = 8
+    """Rank of each update."""
+    alpha: Annotated[float, Field(gt=0)] = 16
+    """Scale of the updates: alpha/rank, for rslora alpha/sqrt(rank)."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout before each update."""
+    layers: tuple[Annotated[int, Field(ge=1)], ...] | None = None
+    """1-based blocks that get updates; null means all."""
+    train_contrast_embedding: bool = True
+    """Also train the stem's embedding of each contrast. Only with low-rank updates; "full" always does."""
+
+    @field_validator("roles")
+    @classmethod
+    def _known_roles(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value:
+            raise ValueError("at least one role is needed")
+        try:
+            require_known_roles(value)
+        except RecipeError as error:
+            raise ValueError(str(error)) from None
+        return value
+
+
+class ParameterCount(NamedTuple):
+    """How many of a model's parameters are trained."""
+
+    trainable: int
+    total: int
+
+    def __str__(self) -> str:
+        return f"{self.trainable:,} of {self.total:,} parameters are trained ({self.trainable / self.total:.2%})"
+
+
+def attach_adapter(model: nn.Module, recipe: AdapterRecipe) -> Any:
+    """Make the trained part of a model the one that a recipe asks for; everything else is frozen.
+
+    The aggregator, head and decoder that answer the task are always trained in full. With the low-rank
+    methods the result is a `peft.PeftModel` around `model`, which at first answers exactly as before;
+    otherwise it is `model` itself.
+
+    Args:
+        model: a BrainFound model or a slice encoder, without an adapter.
+        recipe: what to train.
+
+    Raises:
+        ModelError: if the model has an adapter, or no module plays a role.
+    """
+    if isinstance(model, PeftModel) or any(isinstance(module, PeftModel) for module in model.modules()):
+        raise ModelError("the model already has an adapter", remedy="Attach to the model that it was made from")
+    task_modules = _task_modules(model)
+    if recipe.method == "full":
+        model.requires_grad_(True)
+        for name, parameter in model.named_parameters():
+            if _is_idle(model, name):
+                parameter.requires_grad_(False)
+        return model
+    model.requires_grad_(False)
+    if recipe.method == "none":
+        for name in task_modules:
+            model.get_submodule(name).requires_grad_(True)
+        return model
+    if recipe.train_contrast_embedding:
+        task_modules += [name for name, _ in model.named_modules() if name.endswith(".contrast_embedding")]
+    config = LoraConfig(
+        r=recipe.rank,
+        lora_alpha=recipe.alpha,  # type: ignore[arg-type]
+        lora_dropout=recipe.dropout,
+        use_dora=recipe.method == "dora",
+        use_rslora=recipe.method == "rslora",
+        target_modules=resolve_targets(model, recipe.roles, recipe.layers),
+        modules_to_save=task_modules or None,
+        # Typed tasks wrap the forward pass for text models and break calls with pixel_values.
+        task_type=None,
+    )
+    return get_peft_model(model, config)  # type: ignore[arg-type]
+
+
+def count_parameters(model: nn.Module) -> ParameterCount:
+    """Trained and total parameters; a weight that an adapter keeps twice, frozen and trained, counts twice."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return ParameterCount(sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes))
+
+
+def _task_modules(model: nn.Module) -> list[str]:
+    """The full names of the modules outside the encoder that take part in the answer and have weights."""
+    used = {"decoder"} if isinstance(model, BrainFoundForSegmentation) else {"aggregator", "head", "decoder"}
+    return [
+        name
+        for name, module in model.named_modules()
+        if name.removeprefix("brainfound.") in used and any(True for _ in module.parameters())
+    ]
+
+
+def _is_idle(model: nn.Module, name: str) -> bool:
+    """Weights that no answer depends on: distributed training would wait for their gradients in vain."""
+    if name.endswith("embeddings.mask_token"):
+        return True
+    if not isinstance(model, BrainFoundForSegmentation):
+        return False
+    return ".aggregator." in name or name.endswith(("backbone.layernorm.weight", "backbone.layernorm.bias"))

@@ -1,0 +1,228 @@
+"""Bundles: an adapted model as one folder, saved and loaded as one unit.
+
+A bundle holds the trained weights with the aggregator and the head, the model's configuration, the
+preprocessing, the labels, and either its base or the base's Hub id with a hash of its weights. What is
+written is loaded again at once and must answer as the model did. Nothing in a bundle is a pickle.
+
+    bundle.json            schema, task, labels, base, versions, metadata, a hash of every file
+    config.json            the model's configuration
+    preprocessing.json     what was done to the scans
+    adapter_config.json    \\ the low-rank updates and the modules trained with them
+    adapter_model.safetensors /
+    trained.safetensors    in place of an adapter: the trained weights, where the encoder is as it was
+    model.safetensors      in place of both: all weights, where the encoder itself was trained
+    base/                  the encoder that the adapter was trained on, unless it is on the Hub
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+from torch import Tensor
+
+from brainfound.adapters.bundle_reader import (
+    SCHEMA_VERSION,
+    TASKS,
+    TRAINED_FILE,
+    Bundle,
+    base_encoder_state,
+    in_encoder,
+    load_bundle,
+)
+from brainfound.adapters.fingerprint import file_hash, tensors_hash
+from brainfound.data.preprocessing import Preprocessing
+from brainfound.errors import ModelError
+from brainfound.models import BrainFoundConfig, BrainFoundModel
+from brainfound.models.backbone import is_hub_id
+
+__all__ = ["Bundle", "load_bundle", "save_bundle"]
+
+_TOLERANCE = 1e-5
+
+
+def save_bundle(
+    folder: str | Path,
+    model: Any,
+    *,
+    preprocessing: Preprocessing,
+    labels: Mapping[str, Any],
+    metadata: Mapping[str, Any] | None = None,
+    example: Mapping[str, Tensor] | None = None,
+    copy_base: bool = False,
+    overwrite: bool = False,
+) -> Path:
+    """Write a bundle, load it again and compare the answers.
+
+    Args:
+        folder: where; appears only when everything is written and checked.
+        model: a BrainFound model, with or without an adapter, in float32.
+        preprocessing: what was done to the scans that it was trained on.
+        labels: what the outputs mean, as plain values.
+        metadata: anything else worth keeping, as plain values (metrics, the data's hash).
+        example: inputs of the model on which the answers are compared; None: small random ones.
+        copy_base: put the base into the bundle even if it came from the Hub.
+        overwrite: replace a bundle that is already there.
+
+    Raises:
+        ModelError: if the model cannot be bundled, the folder is taken, or the reloaded bundle answers differently.
+    """
+    folder = Path(folder)
+    is_taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    if is_taken and not (overwrite and (folder / "bundle.json").is_file()):
+        raise ModelError("the folder is taken", where=folder, remedy="Choose a new folder, or overwrite a bundle")
+    body = _body_of(model)
+    _require_bundlable(body, preprocessing)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+    draft.mkdir()
+    try:
+        _write(draft, model, preprocessing, dict(labels), dict(metadata or {}), copy_base)
+        _require_same_answers(draft, model, example)
+        if folder.exists():
+            shutil.rmtree(folder)
+        draft.rename(folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return folder
+
+
+def _body_of(model: Any) -> Any:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _task_of(body: Any) -> str:
+    for task, kind in TASKS.items():
+        if type(body) is kind:
+            return task
+    raise ModelError(
+        f"a {type(body).__name__} cannot be bundled", expected=", ".join(kind.__name__ for kind in TASKS.values())
+    )
+
+
+def _require_bundlable(body: Any, preprocessing: Preprocessing) -> None:
+    _task_of(body)
+    contrasts = tuple(body.config.contrasts)
+    if tuple(preprocessing.contrasts) != contrasts:
+        raise ModelError(
+            "the preprocessing and the model have different contrasts",
+            got=", ".join(preprocessing.contrasts),
+            expected=", ".join(contrasts),
+            remedy="Save the preprocessing that the model was trained with",
+        )
+    other = sorted({str(parameter.dtype) for parameter in body.parameters()} - {"torch.float32"})
+    if other:
+        raise ModelError("a bundle holds float32 weights", got=", ".join(other), remedy="Convert with model.float()")
+
+
+def _weights_kind(model: Any, body: Any) -> str:
+    if isinstance(model, PeftModel):
+        return "adapter"
+    return "full" if any(parameter.requires_grad for parameter in body.encoder.parameters()) else "trained"
+
+
+def _write(
+    draft: Path,
+    model: Any,
+    preprocessing: Preprocessing,
+    labels: dict[str, Any],
+    metadata: dict[str, Any],
+    copy_base: bool,
+) -> None:
+    body = _body_of(model)
+    weights = _weights_kind(model, body)
+    preprocessing.save(draft)
+    if weights == "full":
+        body.save_pretrained(draft)
+    else:
+        body.config.architectures = [type(body).__name__]
+        body.config.save_pretrained(draft)
+    if weights == "adapter":
+        _write_adapter(draft, model)
+    elif weights == "trained":
+        own = {name: value for name, value in body.state_dict().items() if not in_encoder(name)}
+        save_file({name: value.detach().cpu().contiguous() for name, value in own.items()}, draft / TRAINED_FILE)
+    content = {
+        "schema_version": SCHEMA_VERSION,
+        "task": _task_of(body),
+        "weights": weights,
+        "labels": labels,
+        "base": None if weights == "full" else _write_base(draft, body, copy_base),
+        "versions": {name: version(name) for name in ("brainfound", "torch", "transformers", "peft")},
+        "metadata": metadata,
+        "files": {
+            path.relative_to(draft).as_posix(): file_hash(path) for path in sorted(draft.rglob("*")) if path.is_file()
+        },
+    }
+    try:
+        text = json.dumps(content, indent=2, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"labels and metadata must be plain values: {error}", where=draft.name) from error
+    (draft / "bundle.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _write_adapter(draft: Path, model: PeftModel) -> None:
+    model.save_pretrained(str(draft), safe_serialization=True, save_embedding_layers=False)
+    (draft / "README.md").unlink(missing_ok=True)
+    path = draft / "adapter_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    # The base is described in bundle.json; here it would be a path of the machine that trained.
+    settings["base_model_name_or_path"] = None
+    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_base(draft: Path, body: Any, copy_base: bool) -> dict[str, Any]:
+    """Describe the encoder under the adapter, and write it into the bundle unless the Hub has it."""
+    encoder = base_encoder_state(body)
+    record: dict[str, Any] = {"sha256": tensors_hash(encoder)}
+    loaded_from = body.config.name_or_path
+    source = loaded_from or body.config.backbone_source
+    if source and is_hub_id(source) and not copy_base:
+        return {**record, "source": "hub", "id": source, "is_brainfound": bool(loaded_from)}
+    # Without aggregator weights: those that matter are the trained ones.
+    config = BrainFoundConfig.from_dict({**body.config.to_dict(), "aggregator": "mean"})
+    with torch.device("meta"):
+        base = BrainFoundModel(config)
+    base.encoder.load_state_dict(encoder, assign=True)
+    base.save_pretrained(draft / "base")
+    return {**record, "source": "folder"}
+
+
+def _require_same_answers(draft: Path, model: Any, example: Mapping[str, Tensor] | None) -> None:
+    body = _body_of(model)
+    device = next(body.parameters()).device
+    was_training = model.training
+    inputs = _random_example(body) if example is None else {k: v.cpu() for k, v in example.items() if k != "labels"}
+    # New parts are drawn at random before they are loaded; the caller's random numbers must not notice.
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        reloaded = load_bundle(draft).model
+        model.eval().cpu()
+        try:
+            expected, got = model(**inputs), reloaded(**inputs)
+        finally:
+            model.to(device).train(was_training)
+    for name, value in expected.items():
+        if not torch.allclose(got[name], value, atol=_TOLERANCE, rtol=_TOLERANCE, equal_nan=True):
+            difference = (got[name] - value).abs().max().item()
+            raise ModelError(
+                f"the reloaded bundle answers differently in {name}",
+                where=draft.name,
+                got=f"a difference of {difference:.2g}",
+                expected=f"at most {_TOLERANCE:g}",
+                remedy="The base changed since it was loaded, or weights outside the adapter were trained; "
+                "save with copy_base=True or train with the method 'full'",
+            )
+
+
+def _random_example(body: Any) -> dict[str, Tensor]:
+    side = 4 * body.encoder.patch_size
+    generator = torch.Generator().manual_seed(0)
+    return {"pixel_values": torch.rand(1, 3, len(body.encoder.contrasts), side, side, generator=generator)}

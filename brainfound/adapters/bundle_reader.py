@@ -1,0 +1,210 @@
+"""Reading of bundles: every file and every weight accounted for, or refused. See `bundle` for what a bundle holds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
+from torch import Tensor
+
+from brainfound.adapters.fingerprint import file_hash, tensors_hash
+from brainfound.data.preprocessing import Preprocessing
+from brainfound.errors import ModelError
+from brainfound.models import (
+    BrainFoundConfig,
+    BrainFoundForClassification,
+    BrainFoundForRegression,
+    BrainFoundForSegmentation,
+    BrainFoundModel,
+)
+from brainfound.models.backbone import LOAD_FAILURES, list_keys, load_backbone
+
+SCHEMA_VERSION = 1
+TASKS: dict[str, type[Any]] = {
+    "classification": BrainFoundForClassification,
+    "regression": BrainFoundForRegression,
+    "segmentation": BrainFoundForSegmentation,
+    "embedding": BrainFoundModel,
+}
+ADAPTER_FILE = "adapter_model.safetensors"
+TRAINED_FILE = "trained.safetensors"
+MODEL_FILE = "model.safetensors"
+WEIGHTS_FILES = {"adapter": ADAPTER_FILE, "trained": TRAINED_FILE, "full": MODEL_FILE}
+_PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An adapted model with everything that its use needs."""
+
+    model: Any
+    """Ready for inference: a BrainFound model, or a `peft.PeftModel` around one."""
+    preprocessing: Preprocessing
+    labels: dict[str, Any]
+    metadata: dict[str, Any]
+    task: str
+    """classification, regression, segmentation or embedding."""
+    folder: Path
+    content: dict[str, Any] = field(repr=False)
+    """All of bundle.json."""
+
+
+def load_bundle(folder: str | Path) -> Bundle:
+    """Read a bundle that `save_bundle` wrote.
+
+    Raises:
+        ModelError: if a file is missing, damaged or a pickle, if the base is not the one that the adapter was
+            trained on, or if weights are missing or left over.
+    """
+    folder = Path(folder)
+    content = _read_description(folder)
+    _require_untouched(folder, content)
+    config = BrainFoundConfig.from_json_file(folder / "config.json")
+    kind = TASKS[content["task"]]
+    weights = content["weights"]
+    if weights == "full":
+        model = kind.from_pretrained(folder)
+    else:
+        model = _load_base(kind, config, content["base"], folder)
+        model = _load_adapter(model, folder) if weights == "adapter" else _load_trained(model, folder)
+    return Bundle(
+        model=model.eval().requires_grad_(False),
+        preprocessing=Preprocessing.load(folder),
+        labels=content["labels"],
+        metadata=content["metadata"],
+        task=content["task"],
+        folder=folder,
+        content=content,
+    )
+
+
+def base_encoder_state(body: Any) -> dict[str, Tensor]:
+    """The encoder's weights as they were before an adapter was attached, under their own names."""
+    state = {}
+    for name, value in body.encoder.state_dict().items():
+        if "lora_" in name or ".modules_to_save." in name:
+            continue
+        state[name.replace(".base_layer.", ".").replace(".original_module.", ".")] = value.detach().cpu()
+    return state
+
+
+def in_encoder(name: str) -> bool:
+    return name.removeprefix("brainfound.").startswith("encoder.")
+
+
+def _read_description(folder: Path) -> dict[str, Any]:
+    path = folder / "bundle.json"
+    if not folder.is_dir():
+        raise ModelError("no such bundle", where=folder, remedy="Check the path")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(
+            "bundle.json is missing", where=folder, remedy="Give a folder that fine-tuning exported"
+        ) from None
+    except ValueError as error:
+        raise ModelError(f"not valid JSON: {error}", where=path, remedy="Export the model again") from None
+    schema = content.get("schema_version") if isinstance(content, dict) else None
+    if schema != SCHEMA_VERSION:
+        raise ModelError(
+            "the bundle has another schema", where=path, got=schema, expected=SCHEMA_VERSION, remedy="Export it again"
+        )
+    needed = ("task", "weights", "labels", "base", "metadata", "files")
+    absent = [key for key in needed if key not in content]
+    if absent or content["task"] not in TASKS or content["weights"] not in WEIGHTS_FILES:
+        raise ModelError("the description is incomplete", where=path, got=f"without {absent}", remedy="Export it again")
+    return content
+
+
+def _require_untouched(folder: Path, content: dict[str, Any]) -> None:
+    for path in folder.rglob("*"):
+        if path.suffix in _PICKLE_SUFFIXES:
+            raise ModelError(
+                "pickled files are refused because they can run code", where=path, remedy="Remove the file"
+            )
+    needed = {"config.json", "preprocessing.json", WEIGHTS_FILES[content["weights"]]}
+    for name in sorted(needed | set(content["files"])):
+        path = folder / name
+        if not path.is_file():
+            raise ModelError(f"{name} is missing from the bundle", where=folder, remedy="Copy the whole folder again")
+        if file_hash(path) != content["files"].get(name):
+            raise ModelError(
+                f"{name} is damaged or was changed after the bundle was saved",
+                where=folder,
+                remedy="Copy the folder again, or export the model again",
+            )
+
+
+def _load_base(kind: type[Any], config: BrainFoundConfig, base: dict[str, Any], folder: Path) -> Any:
+    if base["source"] == "folder":
+        where = str(folder / "base")
+        model = kind.from_pretrained(where, config=config)
+    elif base["is_brainfound"]:
+        where = base["id"]
+        model = kind.from_pretrained(where, config=config)
+    else:
+        where = base["id"]
+        model = kind(config, backbone=load_backbone(where))
+    found = tensors_hash(base_encoder_state(model))
+    if found != base["sha256"]:
+        raise ModelError(
+            "these are not the base weights that the adapter was trained on",
+            where=where,
+            got=f"hash {found[:12]}",
+            expected=base["sha256"][:12],
+            remedy="Use the original base, or save the bundle with copy_base=True",
+        )
+    return model
+
+
+def _load_adapter(model: Any, folder: Path) -> PeftModel:
+    path = folder / ADAPTER_FILE
+    saved = _keys_of(path)
+    try:
+        adapted = PeftModel.from_pretrained(model, str(folder), use_safetensors=True, torch_device="cpu")
+    except LOAD_FAILURES as error:
+        raise _unreadable_weights(path, error) from error
+    _require_same_keys(path, saved, set(get_peft_model_state_dict(adapted, save_embedding_layers=False)))
+    return adapted
+
+
+def _load_trained(model: Any, folder: Path) -> Any:
+    path = folder / TRAINED_FILE
+    own = {name: value for name, value in model.state_dict().items() if not in_encoder(name)}
+    _require_same_keys(path, _keys_of(path), set(own))
+    with torch.no_grad(), safe_open(path, framework="pt") as weights:
+        for name, value in own.items():
+            saved = weights.get_tensor(name)
+            if saved.shape != value.shape:
+                raise ModelError(
+                    f"{name} has another shape", where=path, got=tuple(saved.shape), expected=tuple(value.shape)
+                )
+            value.copy_(saved)
+    return model
+
+
+def _keys_of(path: Path) -> set[str]:
+    try:
+        with safe_open(path, framework="pt") as weights:
+            return set(weights.keys())
+    except LOAD_FAILURES as error:
+        raise _unreadable_weights(path, error) from error
+
+
+def _unreadable_weights(path: Path, error: Exception) -> ModelError:
+    first_line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return ModelError(f"the weights cannot be read: {first_line}", where=path, remedy="Copy the bundle again")
+
+
+def _require_same_keys(path: Path, saved: set[str], expected: set[str]) -> None:
+    for words, keys in (("lacks", expected - saved), ("has no place for", saved - expected)):
+        if keys:
+            subject = "the file" if words == "lacks" else "the model"
+            raise ModelError(
+                f"{subject} {words} {len(keys)} weights: {list_keys(keys)}", where=path, remedy="Export the model again"
+            )

@@ -1,0 +1,102 @@
+"""Roles of a ViT's weight matrices, and the modules that play them.
+
+Adapter recipes name roles ("query", "mlp_in"), because module names differ between families and have
+changed between releases of the library: an adapter that says `query` fails on a model that says `q_proj`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from brainfound.errors import ModelError, RecipeError, did_you_mean
+
+# Role → how module names end, in current and former releases and in the families' own code.
+ROLES: dict[str, tuple[str, ...]] = {
+    "query": ("q_proj", "attention.query"),
+    "key": ("k_proj", "attention.key"),
+    "value": ("v_proj", "attention.value"),
+    "output": ("o_proj", "attention.output.dense"),
+    "mlp_in": ("fc1", "gate_proj", "up_proj", "weights_in", "intermediate.dense"),
+    "mlp_out": ("fc2", "down_proj", "weights_out", r"\d+.output.dense"),
+    "patch": ("patch_embeddings.projection",),
+}
+_BLOCK = re.compile(r"(?:^|\.)layers?\.(\d+)\.")
+
+
+def require_known_roles(roles: Iterable[str]) -> None:
+    """Refuse unknown roles.
+
+    Raises:
+        RecipeError: with the nearest known role.
+    """
+    for role in roles:
+        if role not in ROLES:
+            raise RecipeError(f"unknown role {role!r}", where="roles", remedy=did_you_mean(role, ROLES))
+
+
+def resolve_targets(model: nn.Module, roles: Iterable[str], layers: Iterable[int] | None = None) -> list[str]:
+    """The full names of the backbone's modules that play the given roles.
+
+    Args:
+        model: a BrainFound model, a slice encoder, or a plain ViT.
+        roles: keys of `ROLES`.
+        layers: 1-based blocks to keep; None keeps all. The patch embedding belongs to no block and is always kept.
+
+    Raises:
+        RecipeError: if a role is unknown.
+        ModelError: if a role, or a block, has no module in this model.
+    """
+    roles = list(roles)
+    require_known_roles(roles)
+    prefix = _backbone_prefix(model)
+    candidates = [
+        name
+        for name, module in model.named_modules()
+        if name.startswith(prefix) and isinstance(module, (nn.Linear, nn.Conv2d))
+    ]
+    wanted = None if layers is None else set(layers)
+    blocks = {number for name in candidates if (number := block_number(name)) is not None}
+    if wanted is not None and wanted - blocks:
+        raise ModelError(
+            f"the backbone has no block {sorted(wanted - blocks)}",
+            where="layers",
+            expected=f"1 to {max(blocks, default=0)}",
+        )
+    found: list[str] = []
+    for role in roles:
+        matches = [name for name in candidates if _plays(name, role)]
+        kept = [name for name in matches if wanted is None or block_number(name) in {None, *wanted}]
+        if not kept:
+            raise ModelError(
+                f"no module of {type(model).__name__} plays the role {role!r}",
+                where="roles",
+                remedy="Choose another role, or check that the model is a supported ViT without an adapter",
+            )
+        found += kept
+    return sorted(set(found), key=candidates.index)
+
+
+def block_number(name: str) -> int | None:
+    """The 1-based block that a module belongs to, or None.
+
+    >>> block_number("encoder.layer.0.attention.q_proj"), block_number("embeddings.cls")
+    (1, None)
+    """
+    found = _BLOCK.search(name)
+    return None if found is None else int(found.group(1)) + 1
+
+
+def _plays(name: str, role: str) -> bool:
+    return any(re.search(rf"(?:^|\.){ending}$", name) for ending in ROLES[role])
+
+
+def _backbone_prefix(model: nn.Module) -> str:
+    """Where the ViT sits: aggregators and decoders have projections of their own, which are trained in full."""
+    for name, module in model.named_modules():
+        if name.rsplit(".", 1)[-1] == "backbone" and isinstance(module, PreTrainedModel):
+            return f"{name}."
+    return ""
