@@ -40,7 +40,7 @@ class GuardRecipe(Recipe):
     """Below this the log line carries a warning; 50 and more is healthy in large batches."""
     max_mean_cosine: float = Field(0.995, gt=0, le=1)
     """Mean cosine between CLS features of different crops; from this on it is collapse."""
-    ln_k_tolerance: float = Field(1e-3, ge=0)
+    ln_k_tolerance: float = Field(1e-4, ge=0)
     """A CLS loss within this part of ln K says that the output is uniform: collapse."""
     probe_drop: float = Field(0.1, ge=0)
     """A probe this far below the best one, and by two standard errors, is a drop."""

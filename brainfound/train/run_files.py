@@ -6,6 +6,7 @@ import json
 import platform
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor
+from transformers.utils import logging as library_logging
 
 import brainfound
 from brainfound.data.store import Store
@@ -113,7 +115,8 @@ def export(
     target = folder / EXPORT_FOLDER
     temporary = folder / f".{EXPORT_FOLDER}.writing"
     shutil.rmtree(temporary, ignore_errors=True)
-    model.eval().save_pretrained(temporary)
+    with _without_library_bars():
+        model.eval().save_pretrained(temporary)
     store.preprocessing.save(temporary)
     write_model_card(temporary, _card_facts(recipe, store, model, step, guard))
     shutil.rmtree(target, ignore_errors=True)
@@ -152,6 +155,7 @@ def _card_facts(recipe: Any, store: Store, model: BrainFoundModel, step: int, gu
             for name, value in scores.items()
             if value is not None
         ],
+        "start": "new weights" if source == "none" else None,
         "guard": {key: value for key, value in asdict(guard).items() if value is not None and "step" in key},
     }
 
@@ -176,6 +180,18 @@ def _memory_gib(device: torch.device) -> float:
     # Linux counts in KiB, macOS in bytes.
     unit = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+@contextmanager
+def _without_library_bars() -> Iterator[None]:
+    """Saving takes a moment; a bar of the library's would break into ours, and into --quiet."""
+    shown = library_logging.is_progress_bar_enabled()
+    library_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            library_logging.enable_progress_bar()
 
 
 def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
