@@ -98,10 +98,12 @@ class BrainFoundPreTrainedModel(PreTrainedModel):
         backbone = load_backbone(
             id_or_folder, drop_path_rate=drop_path_rate, attn_implementation=attn_implementation, **(hub_options or {})
         )
+        # Read first: a new configuration resets the kernel of the ones inside it, and kernels differ in the last bit.
+        attention = backbone.config._attn_implementation
         own = BrainFoundConfig(
             backbone_config=backbone.config, backbone_source=str(id_or_folder), contrasts=contrasts, **config
         )
-        own._attn_implementation = backbone.config._attn_implementation
+        own._attn_implementation = attention
         return cls(own, backbone=backbone).eval()
 
     @classmethod

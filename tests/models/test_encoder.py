@@ -199,3 +199,10 @@ def patches_of(encoder, pixels, contrast_mask=None):
         encoder(pixels, contrast_mask)
     handle.remove()
     return seen[0]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_the_attention_kernel_is_the_one_asked_for(backbone_folder, attention):
+    model = BrainFoundModel.from_backbone(backbone_folder, attn_implementation=attention)
+    assert model.encoder.blocks[0].attention.config._attn_implementation == attention
+    assert BrainFoundModel.from_backbone(backbone_folder).encoder.backbone.config._attn_implementation == "sdpa"

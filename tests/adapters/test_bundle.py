@@ -1,0 +1,311 @@
+"""Bundles: one unit, the same answers in a new process, and nothing doubtful is loaded."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from brainfound.adapters import AdapterRecipe, attach_adapter, load_bundle, save_bundle
+from brainfound.adapters.fingerprint import file_hash, tensors_hash
+from brainfound.data.preprocessing import Preprocessing
+from brainfound.errors import ModelError
+from brainfound.models import (
+    BrainFoundForClassification,
+    BrainFoundForRegression,
+    BrainFoundForSegmentation,
+    BrainFoundModel,
+)
+
+KINDS = {
+    "classification": BrainFoundForClassification,
+    "regression": BrainFoundForRegression,
+    "segmentation": BrainFoundForSegmentation,
+}
+LABELS = {"0": "control", "1": "patient"}
+WEIGHTS_FILES = {"adapter": "adapter_model.safetensors", "trained": "trained.safetensors", "full": "model.safetensors"}
+
+
+def adapted(folder, task="classification", method="lora", aggregator="attention", **config):
+    """A model with every trained weight away from where it started."""
+    model = KINDS[task].from_pretrained(folder, aggregator=aggregator, decoder_width=8, **config)
+    model = attach_adapter(model, AdapterRecipe(method=method, roles=("query", "mlp_in", "patch")))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model.eval()
+
+
+def answers(model, inputs):
+    with torch.no_grad():
+        return {name: value for name, value in model.eval()(**inputs).items() if name != "loss"}
+
+
+def assert_same_answers(first, second):
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("task", KINDS)
+@pytest.mark.parametrize(
+    ("method", "weights"),
+    [("lora", "adapter"), ("dora", "adapter"), ("rslora", "adapter"), ("none", "trained"), ("full", "full")],
+)
+def test_a_bundle_answers_as_the_model_did(export_folder, preprocessing, inputs, tmp_path, task, method, weights):
+    model = adapted(export_folder, task, method, aggregator="transformer")
+    metadata = {"metrics": {"auroc": 0.9}}
+    folder = save_bundle(tmp_path / "b", model, preprocessing=preprocessing, labels=LABELS, metadata=metadata)
+    bundle = load_bundle(folder)
+    assert_same_answers(answers(model, inputs), answers(bundle.model, inputs))
+    assert (bundle.task, bundle.labels, bundle.metadata) == (task, LABELS, metadata)
+    assert bundle.preprocessing == preprocessing
+    assert bundle.content["weights"] == weights
+    assert (folder / WEIGHTS_FILES[weights]).is_file()
+    assert not bundle.model.training
+    assert not any(parameter.requires_grad for parameter in bundle.model.parameters())
+
+
+def test_saving_leaves_the_model_and_the_random_numbers_alone(export_folder, preprocessing, tmp_path):
+    model = adapted(export_folder).train()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    state = torch.get_rng_state()
+    save_bundle(tmp_path / "b", model, preprocessing=preprocessing, labels=LABELS)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trained
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+def test_an_adapter_is_small_beside_its_base(export_folder, preprocessing, tmp_path):
+    folder = save_bundle(tmp_path / "b", adapted(export_folder), preprocessing=preprocessing, labels=LABELS)
+    saved = load_file(folder / "adapter_model.safetensors")
+    base = load_file(folder / "base" / "model.safetensors")
+    assert all("lora_" in key or "aggregator" in key or "head" in key or "contrast_embedding" in key for key in saved)
+    assert all(key.startswith("encoder.") for key in base)
+    # The base is the encoder before training, not the trained one.
+    exported = load_file(export_folder / "model.safetensors")
+    assert all(torch.equal(value, exported[key]) for key, value in base.items())
+
+
+def test_no_path_of_the_training_machine_is_in_the_adapter(export_folder, preprocessing, tmp_path):
+    folder = save_bundle(tmp_path / "b", adapted(export_folder), preprocessing=preprocessing, labels=LABELS)
+    assert str(export_folder) not in (folder / "adapter_config.json").read_text()
+    assert str(export_folder) not in (folder / "bundle.json").read_text()
+    assert str(export_folder) not in (folder / "config.json").read_text()
+
+
+IN_A_NEW_PROCESS = """
+import sys, torch
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+from brainfound.adapters import AdapterRecipe, attach_adapter, load_bundle, save_bundle
+from brainfound.data.preprocessing import Preprocessing
+from brainfound.models import BrainFoundForClassification
+
+here = Path(sys.argv[1])
+inputs = load_file(here / "inputs.safetensors")
+with torch.no_grad():
+    logits = load_bundle(here / "b").model(**inputs).logits
+    model = BrainFoundForClassification.from_backbone("lab/tiny", ("T1w", "FLAIR"), aggregator="attention")
+    model = attach_adapter(model, AdapterRecipe())
+    folder = save_bundle(
+        here / "hub", model, preprocessing=Preprocessing.load(here / "b"), labels={"0": "a", "1": "b"}
+    )
+    bundle = load_bundle(folder)
+    same = torch.allclose(bundle.model(**inputs).logits, model.eval()(**inputs).logits, atol=1e-6)
+save_file({"logits": logits, "hub_same": torch.tensor(same)}, here / "out.safetensors")
+"""
+
+
+def test_a_new_process_and_a_base_on_the_hub(export_folder, backbone_folder, preprocessing, inputs, tmp_path):
+    model = adapted(export_folder)
+    save_bundle(tmp_path / "b", model, preprocessing=preprocessing, labels=LABELS, example=inputs)
+    save_file(inputs, tmp_path / "inputs.safetensors")
+    # What the Hub's client leaves behind after a download, found without a connection.
+    snapshot = tmp_path / "cache" / "models--lab--tiny" / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    for path in backbone_folder.iterdir():
+        (snapshot / path.name).write_bytes(path.read_bytes())
+    reference = tmp_path / "cache" / "models--lab--tiny" / "refs" / "main"
+    reference.parent.mkdir()
+    reference.write_text("a" * 40)
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    subprocess.run(
+        [sys.executable, "-c", IN_A_NEW_PROCESS, str(tmp_path)],
+        check=True,
+        env=environment,
+        cwd=Path(__file__).parents[2],
+    )
+    out = load_file(tmp_path / "out.safetensors")
+    torch.testing.assert_close(out["logits"], answers(model, inputs)["logits"], atol=1e-6, rtol=1e-6)
+    assert out["hub_same"]
+    base = json.loads((tmp_path / "hub" / "bundle.json").read_text())["base"]
+    assert (base["source"], base["id"]) == ("hub", "lab/tiny")
+    assert not (tmp_path / "hub" / "base").exists()
+
+
+@pytest.fixture
+def bundle_folder(export_folder, preprocessing, tmp_path):
+    return save_bundle(tmp_path / "b", adapted(export_folder), preprocessing=preprocessing, labels=LABELS)
+
+
+def rehash(folder):
+    """Make a bundle's own list of hashes agree with its files, as a careful forger would."""
+    path = folder / "bundle.json"
+    content = json.loads(path.read_text())
+    content["files"] = {name: file_hash(folder / name) for name in content["files"]}
+    path.write_text(json.dumps(content))
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "bundle.json",
+        "config.json",
+        "preprocessing.json",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "base/model.safetensors",
+        "base/config.json",
+    ],
+)
+@pytest.mark.parametrize("damage", [Path.unlink, truncate])
+def test_a_damaged_bundle_is_one_line(bundle_folder, name, damage):
+    damage(bundle_folder / name)
+    with pytest.raises(ModelError) as error:
+        load_bundle(bundle_folder)
+    assert str(bundle_folder) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "base/model.safetensors"])
+def test_truncated_weights_are_one_line_even_with_a_fitting_hash(bundle_folder, name):
+    truncate(bundle_folder / name)
+    rehash(bundle_folder)
+    with pytest.raises(ModelError, match=r"cannot be read") as error:
+        load_bundle(bundle_folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("method", ["lora", "none"])
+@pytest.mark.parametrize("change", ["missing", "extra"])
+def test_missing_and_extra_weights_are_named(export_folder, preprocessing, tmp_path, method, change):
+    model = adapted(export_folder, method=method)
+    folder = save_bundle(tmp_path / "b", model, preprocessing=preprocessing, labels=LABELS)
+    path = folder / WEIGHTS_FILES["adapter" if method == "lora" else "trained"]
+    weights = load_file(path)
+    key = next(key for key in weights if "head" in key)
+    if change == "missing":
+        del weights[key]
+    else:
+        key = key.replace("head", "tail")
+        weights[key] = torch.zeros(2)
+    save_file(weights, path)
+    rehash(folder)
+    with pytest.raises(ModelError) as error:
+        load_bundle(folder)
+    assert key in str(error.value)
+
+
+def test_another_base_is_refused(bundle_folder):
+    path = bundle_folder / "base" / "model.safetensors"
+    weights = load_file(path)
+    weights["encoder.backbone.layernorm.weight"] += 1e-6
+    save_file(weights, path, metadata={"format": "pt"})
+    rehash(bundle_folder)
+    with pytest.raises(ModelError, match="not the base weights"):
+        load_bundle(bundle_folder)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "base/pytorch_model.bin", "optimizer.pt"])
+def test_pickles_are_refused(bundle_folder, name):
+    torch.save({"weight": torch.zeros(1)}, bundle_folder / name)
+    with pytest.raises(ModelError, match="pickled"):
+        load_bundle(bundle_folder)
+
+
+def test_a_later_schema_is_refused(bundle_folder):
+    path = bundle_folder / "bundle.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "schema_version": 99}))
+    with pytest.raises(ModelError, match="got 99, expected 1"):
+        load_bundle(bundle_folder)
+
+
+def test_a_folder_without_a_bundle_is_one_line(tmp_path):
+    for folder in (tmp_path, tmp_path / "nothing"):
+        with pytest.raises(ModelError):
+            load_bundle(folder)
+
+
+def test_weights_changed_outside_the_adapter_are_kept(export_folder, preprocessing, tmp_path):
+    """A layer norm that moved is in no adapter file; the base is written from the model, so it is not lost."""
+    model = adapted(export_folder)
+    with torch.no_grad():
+        model.get_base_model().encoder.backbone.layernorm.weight.mul_(2)
+    folder = save_bundle(tmp_path / "b", model, preprocessing=preprocessing, labels=LABELS)
+    pixels = {"pixel_values": torch.rand(1, 2, 2, 16, 16)}
+    assert_same_answers(answers(model, pixels), answers(load_bundle(folder).model, pixels))
+
+
+def test_a_bundle_that_answers_differently_is_not_left_behind(export_folder, preprocessing, tmp_path):
+    model = adapted(export_folder)
+    # State that no file holds.
+    model.get_base_model().head.norm.register_forward_hook(lambda module, args, output: output + 1)
+    with pytest.raises(ModelError, match="answers differently in logits"):
+        save_bundle(tmp_path / "b", model, preprocessing=preprocessing, labels=LABELS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_folder_must_be_free(bundle_folder, export_folder, preprocessing, tmp_path):
+    model = adapted(export_folder)
+    with pytest.raises(ModelError, match="taken"):
+        save_bundle(bundle_folder, model, preprocessing=preprocessing, labels=LABELS)
+    other = {"0": "another"}
+    save_bundle(bundle_folder, model, preprocessing=preprocessing, labels=other, overwrite=True)
+    assert load_bundle(bundle_folder).labels == other
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("mine")
+    with pytest.raises(ModelError, match="taken"):
+        save_bundle(foreign, model, preprocessing=preprocessing, labels=LABELS, overwrite=True)
+    assert (foreign / "thesis.txt").read_text() == "mine"
+
+
+def test_what_cannot_be_bundled_is_refused(export_folder, preprocessing, tmp_path):
+    model = adapted(export_folder)
+    for change, told in (
+        ({"model": torch.nn.Linear(1, 1)}, "Linear cannot be bundled"),
+        ({"preprocessing": Preprocessing(contrasts=("T1w",))}, "different contrasts"),
+        ({"labels": {"0": torch.zeros(1)}}, "plain values"),
+        ({"model": BrainFoundModel.from_pretrained(export_folder).to(torch.bfloat16)}, "float32"),
+    ):
+        arguments = {"model": model, "preprocessing": preprocessing, "labels": LABELS, **change}
+        with pytest.raises(ModelError, match=told):
+            save_bundle(tmp_path / "b", arguments.pop("model"), **arguments)
+        assert not (tmp_path / "b").exists()
+
+
+def test_an_embedding_model_is_bundled_too(export_folder, preprocessing, tmp_path):
+    model = BrainFoundModel.from_pretrained(export_folder)
+    folder = save_bundle(tmp_path / "b", model, preprocessing=preprocessing, labels={})
+    bundle = load_bundle(folder)
+    assert bundle.task == "embedding"
+    pixels = {"pixel_values": torch.rand(1, 2, 2, 16, 16)}
+    assert_same_answers(answers(model, pixels), answers(bundle.model, pixels))
+
+
+def test_the_hash_is_of_the_weights_not_of_the_file():
+    first = {"a": torch.arange(4.0), "b": torch.ones(2, 2)}
+    assert tensors_hash(first) == tensors_hash(dict(reversed(first.items())))
+    assert tensors_hash(first) != tensors_hash({**first, "b": torch.ones(4)})
+    assert tensors_hash(first) != tensors_hash({**first, "a": torch.arange(4.0) + 1e-6})
