@@ -27,6 +27,7 @@ _COARSE_MM = 2.0
 _REFERENCE_VENTRICLES_ML = 18.0  # volume of the ventricles below as drawn, at ventricle scale 1
 _FAR_MM = -30.0
 _COARSE_ROWS = 6
+_TOP_OF_FACE_MM = 24.0
 
 
 class Anatomy(Protocol):
@@ -47,22 +48,27 @@ class MassEffect:
     shift_mm: float
     reach_mm: float
 
-    def source_points(self, points: np.ndarray) -> np.ndarray:
-        """Where the tissue now at `points` (3, X, Y, Z) came from."""
-        offset = points - np.asarray(self.center_mm, np.float32)[:, None, None, None]
-        distance_sq = np.sum(offset**2, axis=0) / self.reach_mm**2
-        # The scale keeps the map invertible: it moves points by shift·(r/reach)·e^(½ − r²/2reach²) at most.
-        return points - offset * (self.shift_mm / self.reach_mm * np.exp(0.5 - 0.5 * distance_sq))
+    def displacement(self, grid: Grid) -> list[np.ndarray]:
+        """Three (X, Y, Z) components: from each voxel to where its tissue came from, in mm."""
+        offset = grid.open_mm(self.center_mm)
+        distance_sq = (offset[0] ** 2 + offset[1] ** 2 + offset[2] ** 2) / np.float32(self.reach_mm**2)
+        # The displacement is largest, shift_mm, at the reach, and the map stays invertible.
+        strength = np.float32(-self.shift_mm / self.reach_mm) * np.exp(0.5 - 0.5 * distance_sq)
+        return [component * strength for component in offset]
 
 
 def individual_points(rng: np.random.Generator, grid: Grid, size: float, warp_mm: float = 2.1) -> np.ndarray:
     """(3, X, Y, Z) template coordinates of every voxel: size, proportions, tilt and a smooth warp of one person."""
-    points = grid.coordinates_mm()
+    x, y, z = grid.open_mm()
     proportions = (size * np.exp(0.018 * rng.standard_normal(3))).astype(np.float32)
     angles = np.radians(2.0) * rng.standard_normal(3)
-    warp = smooth_noise(rng, grid, 55.0, 3) * warp_mm + smooth_noise(rng, grid, 28.0, 3) * (warp_mm * 0.3)
-    rotation = rotation_matrix(angles).astype(np.float32)
-    return np.tensordot(rotation / proportions[:, None], points, 1) + warp
+    warp = smooth_noise(rng, grid, 55.0, 3)
+    warp *= np.float32(warp_mm)
+    warp += np.float32(0.3 * warp_mm) * smooth_noise(rng, grid, 28.0, 3)
+    turn = rotation_matrix(angles).astype(np.float32) / proportions[:, None]
+    for axis in range(3):
+        warp[axis] += turn[axis, 0] * x + turn[axis, 1] * y + turn[axis, 2] * z
+    return warp
 
 
 def rotation_matrix(angles_rad: np.ndarray) -> np.ndarray:
@@ -94,21 +100,24 @@ class ShapedHead:
         rng = np.random.default_rng(seed)
         points = individual_points(rng, coarse, size)
         if mass_effect is not None:
-            points = points + mass_effect.source_points(coarse.coordinates_mm()) - coarse.coordinates_mm()
+            for axis, component in enumerate(mass_effect.displacement(coarse)):
+                points[axis] += component
         ventricle_scale = (ageing.ventricle_volume_ml / (_REFERENCE_VENTRICLES_ML * size**3)) ** (1 / 1.6)
         folded = points + 1.3 * smooth_noise(rng, coarse, 20.0, 3)  # no fissure is straight
         noise = _Noise.draw(rng, coarse)
-        fields: dict[str, np.ndarray] = {}
         # A few planes at a time keep the intermediate results in the processor's cache.
+        self._names: list[str] = []
         for start in range(0, coarse.shape[0], _COARSE_ROWS):
             rows = slice(start, start + _COARSE_ROWS)
-            part = _fields_of(points[:, rows], folded[:, rows], noise.planes(rows), ventricle_scale)
-            for name, depth in part.items():
-                fields.setdefault(name, np.empty(coarse.shape, np.float32))[rows] = depth
-        fields["sulcus"] = sulcal_sheets(rng, coarse, folded, fields["brain"])
-        fields["brain"] -= ageing.brain_shrinkage_mm
-        self._names = list(fields)
-        self._stack = np.stack(list(fields.values()))
+            fields = _fields_of(points[:, rows], folded[:, rows], noise.planes(rows), ventricle_scale)
+            if not self._names:
+                self._names = [*fields, "sulcus"]
+                self._stack = np.empty((len(self._names), *coarse.shape), np.float32)
+            for row, name in enumerate(fields):
+                self._stack[row, rows] = fields[name]
+        brain = self._stack[self._names.index("brain")]
+        self._stack[-1] = sulcal_sheets(rng, coarse, folded, brain)
+        brain -= ageing.brain_shrinkage_mm
         self._matrices = resampling_matrices(coarse, grid)
 
     def _fields(self, rows: slice) -> dict[str, np.ndarray]:
@@ -210,14 +219,16 @@ class _Noise:
 
 def _fields_of(points: np.ndarray, folded: np.ndarray, noise: _Noise, ventricle_scale: float) -> dict[str, np.ndarray]:
     """Every depth field but the sulcal sheets, at the given template coordinates."""
+    mirrored = np.stack([np.abs(points[0]), points[1], points[2]])  # left and right differ by their warp
     fields = cerebrum_fields(folded, noise.sulcal_depth)
-    fields |= _deep_fields(points, ventricle_scale)
-    fields |= _hindbrain_fields(points)
-    return fields | _head_fields(points, fields, noise)
-
-
-def _mirrored(points: np.ndarray) -> np.ndarray:
-    return np.stack([np.abs(points[0]), points[1], points[2]])
+    fields |= _deep_fields(mirrored, ventricle_scale)
+    # Hindbrain and face end below this plane; above it there is nothing of them to compute.
+    low = (slice(None), slice(None), slice(0, int(np.sum(points[2].min(axis=(0, 1)) < _TOP_OF_FACE_MM))))
+    below = _hindbrain_fields(mirrored[(slice(None), *low)]) | _face_fields(
+        mirrored[(slice(None), *low)], noise.face[low]
+    )
+    fields |= {name: _embed(depth, low, points.shape[1:]) for name, depth in below.items()}
+    return fields | _head_fields(mirrored, fields, noise)
 
 
 def _deep_fields(points: np.ndarray, ventricle_scale: float) -> dict[str, np.ndarray]:
@@ -226,7 +237,7 @@ def _deep_fields(points: np.ndarray, ventricle_scale: float) -> dict[str, np.nda
     if box is None:
         far = np.full(points.shape[1:], _FAR_MM, np.float32)
         return dict.fromkeys(("ventricle", "choroid", "deep_grey", "pallidum"), far)
-    p = _mirrored(points[(slice(None), *box)])
+    p = points[(slice(None), *box)]
     s = ventricle_scale
     # Frontal horn, body, atrium; occipital and temporal horns leave the atrium.
     main = tube(
@@ -250,7 +261,7 @@ def _deep_fields(points: np.ndarray, ventricle_scale: float) -> dict[str, np.nda
     )
     turned = p.copy()  # putamen and pallidum diverge backward
     turned[0] = p[0] + 0.18 * p[1]
-    putamen = ellipsoid(turned, (26.5, 1, 1), (5.2, 16.5, 10.5), 2.4)
+    putamen = ellipsoid(turned, (26.5, 1, 1), (5.2, 16.5, 10.5), boxy=True)
     accumbens = ellipsoid(p, (10, 11, -5), (5, 5, 4))
     pallidum = ellipsoid(turned, (18.8, -3, -1), (4.4, 9.5, 6.5))
     thalamus_points = p.copy()
@@ -270,15 +281,15 @@ def _deep_fields(points: np.ndarray, ventricle_scale: float) -> dict[str, np.nda
 
 def _hindbrain_fields(points: np.ndarray) -> dict[str, np.ndarray]:
     """Brain stem and cerebellum; folia are waves around the fourth ventricle."""
-    p = _mirrored(points)
+    p = points
     stem = tube(
         p, [(0, -20, -6), (0, -25, -18), (0, -24, -31), (0, -36, -52), (0, -44, -76), (0, -48, -120)],
         [13.0, 13.0, 14.5, 8.5, 6.5, 6.0],
     )  # fmt: skip
     peduncle = tube(p, [(0, -26, -30), (18, -44, -34)], [9.0, 7.0])
     stem = either(stem, peduncle, 4.0)
-    hemisphere = ellipsoid(p, (23, -66, -34), (29, 28, 23), 2.2)
-    vermis = ellipsoid(p, (0, -66, -27), (14, 24, 22))
+    hemisphere = ellipsoid(p, (23, -65, -32), (29, 28, 25), boxy=True)
+    vermis = ellipsoid(p, (0, -66, -25), (14, 24, 24))
     cerebellum = either(hemisphere, vermis, 6.0)
     angle = np.arctan2(p[2] + 33, -(p[1] + 44))
     radius = np.hypot(p[2] + 33, p[1] + 44)
@@ -288,29 +299,17 @@ def _hindbrain_fields(points: np.ndarray) -> dict[str, np.ndarray]:
 
 def _head_fields(points: np.ndarray, fields: dict[str, np.ndarray], noise: _Noise) -> dict[str, np.ndarray]:
     """Intracranial space, skull, venous sinus, scalp, face and neck; trims the brain to fit."""
-    p = _mirrored(points)
+    p = points
     cerebrum = fields["brain"]
     # The tentorium is a film of fluid between cerebrum and cerebellum.
     fields["cerebellum"] = both(fields["cerebellum"], -cerebrum - 1.6)
     intracranial = either(either(cerebrum, fields["cerebellum"], 12.0), fields["brain_stem"], 6.0) + 2.3
     # The cranial cavity is convex: its base spans what lies between the lobes.
-    cavity = ellipsoid(p, (0, -17, 6), (62, 80, 56), 2.2)
+    cavity = ellipsoid(p, (0, -17, 6), (62, 80, 56), boxy=True)
     intracranial = either(intracranial, both(cavity, points[2] + 24 - 9 * ramp(points[1], 5, 30), 6.0), 4.0)
     skull_thickness = 6.3 + 0.9 * noise.skull
     outer = intracranial + skull_thickness
     scalp = outer + 6.0 + 0.8 * noise.scalp
-    face = ellipsoid(p, (0, 28, -64), (60, 62, 66), 2.6)
-    nose = ellipsoid(p, (0, 88, -56), (11, 16, 17))
-    neck = ellipsoid(p, (0, -34, -110), (58, 62, 90), 2.4)
-    head = either(either(either(scalp, face, 14.0), neck, 18.0), nose, 10.0)
-    airway = either(
-        both(ellipsoid(p, (0, 55, -55), (15, 30, 22)), 3.0 * noise.face + 1.5),
-        either(tube(p, [(0, 18, -62), (0, 2, -80), (0, -4, -110)], [7.0, 7.0, 8.0]),
-               ellipsoid(p, (30, 48, -64), (12, 15, 15)), 1.0),
-    )  # fmt: skip
-    airway = both(airway, -intracranial - 3.0)
-    eye = both(ellipsoid(p, (32, 62, -33), (12, 12, 12)), -intracranial - 1.0)
-    orbit = ellipsoid(p, (29, 48, -33), (18, 28, 17))
     sinus_floor = np.where(p[1] < -60, 16.0, -14.0)
     sinus = both(4.2 - np.hypot(p[0] * 0.9, intracranial - 1.0), points[2] + sinus_floor, 2.0)
     sinus = both(sinus, 25.0 - points[1] + 0.9 * points[2])
@@ -318,11 +317,29 @@ def _head_fields(points: np.ndarray, fields: dict[str, np.ndarray], noise: _Nois
     return {
         "intracranial": intracranial,
         "skull_thickness": skull_thickness,
-        "head": head,
-        "airway": airway,
-        "eye": eye,
-        "face_fat": either(orbit, 3.0 * noise.face - 1.5),
+        "head": either(scalp, fields.pop("face"), 16.0),
+        "airway": both(fields["airway"], -intracranial - 3.0),
+        "eye": both(fields["eye"], -intracranial - 1.0),
+        "face_fat": either(fields.pop("orbit"), 3.0 * noise.face - 1.5),
         "sinus": sinus,
+    }
+
+
+def _face_fields(points: np.ndarray, noise: np.ndarray) -> dict[str, np.ndarray]:
+    """Face and neck, airways with sinuses, eyes and orbits."""
+    face = ellipsoid(points, (0, 28, -64), (60, 62, 66), boxy=True)
+    nose = ellipsoid(points, (0, 88, -56), (11, 16, 17))
+    neck = ellipsoid(points, (0, -34, -110), (58, 62, 90), boxy=True)
+    airway = either(
+        both(ellipsoid(points, (0, 55, -55), (15, 30, 22)), 3.0 * noise + 1.5),
+        either(tube(points, [(0, 18, -62), (0, 2, -80), (0, -4, -110)], [7.0, 7.0, 8.0]),
+               ellipsoid(points, (30, 48, -64), (12, 15, 15)), 1.0),
+    )  # fmt: skip
+    return {
+        "face": either(either(face, neck, 16.0), nose, 10.0),
+        "airway": airway,
+        "eye": ellipsoid(points, (32, 62, -33), (12, 12, 12)),
+        "orbit": ellipsoid(points, (29, 48, -33), (18, 28, 17)),
     }
 
 

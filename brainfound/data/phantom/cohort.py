@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
@@ -19,7 +20,7 @@ from brainfound.data.phantom.label_maps import find_label_maps, read_label_map
 from brainfound.data.phantom.pathology import DIAGNOSES
 from brainfound.data.phantom.physics import SIMULATED_CONTRASTS
 from brainfound.data.phantom.subject import SEGMENTATION, CohortSettings, Person, write_json, write_subject
-from brainfound.errors import UsageError, did_you_mean
+from brainfound.errors import BrainFoundError, UsageError, did_you_mean
 
 DEFAULT_DIAGNOSES: dict[str, float] = {"healthy": 0.4, "tumour": 0.2, "infarct": 0.2, "ms": 0.2}
 _BIDS_VERSION = "1.10.0"
@@ -68,6 +69,7 @@ def write_phantom_cohort(
     Raises:
         UsageError: an argument cannot work, or `out` exists and is not empty.
         CohortError: the label maps are missing or cannot be used.
+        BrainFoundError: a worker process died, most often for want of memory.
     """
     out = Path(out)
     settings = _checked_settings(
@@ -86,6 +88,8 @@ def write_phantom_cohort(
         persons = _write_subjects(unfinished, settings, num_subjects, workers, progress)
         _write_tables(unfinished, settings, persons)
         unfinished.chmod(0o777 & ~_umask())
+        if out.exists():
+            out.rmdir()
         os.replace(unfinished, out)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -169,6 +173,11 @@ def _write_subjects(
                     persons[futures[future]] = future.result()
                     if progress is not None:
                         progress(len(persons), num_subjects)
+            except BrokenProcessPool as error:
+                raise BrainFoundError(
+                    "a worker process died", where=folder.parent, got=f"{workers} workers",
+                    remedy="Use fewer workers or a larger spacing; each worker needs about 0.7 GB at 1 mm",
+                ) from error  # fmt: skip
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise

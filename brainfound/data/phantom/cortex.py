@@ -12,11 +12,12 @@ import numpy as np
 from brainfound.data.phantom.grid import Grid
 from brainfound.data.phantom.shapes import both, either, ellipsoid, ramp
 
-_GYRAL_WAVELENGTH_MM = 21.0
+_GYRAL_WAVELENGTH_MM = 20.0
 _NUM_WAVES = 40
 _CHUNK = 8192
 _HEMISPHERE_CENTER_MM = (26.0, -16.0, 10.0)
-_SHELL_RADII_MM = (36.0, 72.0, 52.0)
+_SHELL_RADII_MM = (42.0, 82.0, 60.0)
+_MEDIAL_RADIUS_MM = 28.0
 
 
 def cerebrum_fields(points: np.ndarray, depth_noise: np.ndarray) -> dict[str, np.ndarray]:
@@ -27,6 +28,7 @@ def cerebrum_fields(points: np.ndarray, depth_noise: np.ndarray) -> dict[str, np
     center = ellipsoid(mirrored, (16, -8, 4), (24, 44, 24))
     # Sulci reach 10–24 mm and stay out of the core that holds the nuclei and ventricles.
     sulcal_depth = np.clip(16.0 + 5.5 * depth_noise, 4.0, 26.0) * ramp(-center, -8.0, 2.0)
+    sulcal_depth = sulcal_depth * (0.6 + 0.4 * ramp(mirrored[0], 8.0, 30.0))  # the medial wall's are shallow
     return {
         "brain": brain,
         "fissure": fissure,
@@ -38,12 +40,12 @@ def cerebrum_fields(points: np.ndarray, depth_noise: np.ndarray) -> dict[str, np
 
 def _outline(p: np.ndarray) -> np.ndarray:
     """The cerebrum's hull: vault, temporal lobes, flat frontal base, roof over the cerebellum."""
-    vault = ellipsoid(p, (0, -17, 13), (68, 88, 63), 2.25)
+    vault = ellipsoid(p, (0, -17, 13), (67, 87, 62), boxy=True)
     base = np.where(
         p[1] > -25, p[2] + 20 - 0.10 * (p[1] - 20), p[2] + 24.5 + 0.30 * (p[1] + 25) - 0.16 * (40 - p[0])
     ).astype(np.float32)
     upper = both(vault, base, 12.0)
-    temporal = ellipsoid(p, (45, -14, -20), (22, 44, 25), 2.2)
+    temporal = ellipsoid(p, (45, -14, -20), (22, 44, 25), boxy=True)
     inferior = ellipsoid(p, (42, -46, -12), (20, 36, 16))
     lobes = either(temporal, inferior, 10.0)
     core = ellipsoid(p, (0, -14, -2), (24, 26, 17))
@@ -86,6 +88,9 @@ def sulcal_sheets(rng: np.random.Generator, grid: Grid, points: np.ndarray, brai
     side = np.where(p[0] < 0, np.float32(-1), np.float32(1))
     offset = p - center
     offset[0] = p[0] - side * center[0, 0]
+    # The medial wall is nearer to the centre than the lateral surface.
+    radius_x = np.where(side * offset[0] < 0, np.float32(_MEDIAL_RADIUS_MM), radii[0])
+    radii = np.stack([radius_x, *(np.broadcast_to(radius, radius_x.shape) for radius in radii[1:])])
     scaled = offset / radii
     on_shell = radii * scaled / np.sqrt(np.sum(scaled**2, axis=0) + 0.02)
     on_shell += 0.35 * (offset - on_shell)  # not quite radial, or the sheets would crowd at the core

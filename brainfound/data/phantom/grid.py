@@ -32,18 +32,19 @@ class Grid:
     @classmethod
     def over_head(cls, spacing_mm: float | Sequence[float], extent_mm: Sequence[float] = HEAD_EXTENT_MM) -> Grid:
         """A grid of the given spacing that covers the head."""
-        spacing = (spacing_mm,) * 3 if isinstance(spacing_mm, int | float) else tuple(spacing_mm)
-        shape = tuple(max(round(extent / step), 4) for extent, step in zip(extent_mm, spacing, strict=True))
-        return cls(shape, tuple(float(step) for step in spacing))
+        dx, dy, dz = (spacing_mm,) * 3 if isinstance(spacing_mm, int | float) else spacing_mm
+        nx, ny, nz = (max(round(extent / step), 4) for extent, step in zip(extent_mm, (dx, dy, dz), strict=True))
+        return cls((nx, ny, nz), (float(dx), float(dy), float(dz)))
 
     def axis_mm(self, axis: int) -> np.ndarray:
         """Voxel centres along one axis, in mm."""
         index = np.arange(self.shape[axis], dtype=np.float64) - (self.shape[axis] - 1) / 2
         return index * self.spacing_mm[axis] + self.center_mm[axis]
 
-    def coordinates_mm(self) -> np.ndarray:
-        """(3, X, Y, Z) float32 world coordinates of every voxel."""
-        return np.stack(np.meshgrid(*(self.axis_mm(a).astype(np.float32) for a in range(3)), indexing="ij"))
+    def open_mm(self, origin_mm: Sequence[float] | np.ndarray = (0.0, 0.0, 0.0)) -> list[np.ndarray]:
+        """Offsets from a point along x, y and z, float32, shaped (X, 1, 1), (1, Y, 1) and (1, 1, Z) to broadcast."""
+        axes = ((self.axis_mm(a) - origin_mm[a]).astype(np.float32) for a in range(3))
+        return list(np.meshgrid(*axes, indexing="ij", sparse=True))
 
     @property
     def affine(self) -> np.ndarray:
@@ -67,7 +68,7 @@ def acquisition_matrix(source: Grid, target: Grid, axis: int) -> np.ndarray:
     both widths; on equal grids the matrix is the identity.
     """
     step = source.spacing_mm[axis]
-    width = max(target.spacing_mm[axis] - step, 0.02 * step) / step
+    width = max(target.spacing_mm[axis] - step, 1e-3 * step) / step
     offset = (target.axis_mm(axis)[:, None] - source.axis_mm(axis)[None, :]) / step
 
     def hat_integral(x: np.ndarray) -> np.ndarray:
@@ -84,7 +85,8 @@ def apply_matrices(volume: np.ndarray, matrices: Sequence[np.ndarray | None]) ->
     lead = volume.shape[:-3]
     volume = volume.reshape(-1, *volume.shape[-3:])
     # The axis that shrinks most goes first, so that the later products are small.
-    order = sorted(range(3), key=lambda a: 1.0 if matrices[a] is None else len(matrices[a]) / matrices[a].shape[1])
+    growth = [1.0 if matrix is None else matrix.shape[0] / matrix.shape[1] for matrix in matrices]
+    order = sorted(range(3), key=growth.__getitem__)
     for axis in order:
         matrix = matrices[axis]
         if matrix is None:

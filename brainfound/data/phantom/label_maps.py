@@ -116,7 +116,8 @@ def read_label_map(path: Path) -> LabelMap:
     to_voxel = np.linalg.inv(image.affine) @ from_head
     to_voxel[:3, 3] += 1.0  # the voxel of padding
     grid = Grid.over_head(_COARSE_MM)
-    points = np.tensordot(to_voxel[:3, :3], grid.coordinates_mm(), 1) + to_voxel[:3, 3, None, None, None]
+    x, y, z = grid.open_mm()
+    points = np.stack([to_voxel[a, 0] * x + to_voxel[a, 1] * y + to_voxel[a, 2] * z + to_voxel[a, 3] for a in range(3)])
     share = _tissue_share(tissue, points.astype(np.float32), _COARSE_MM / _voxel_mm(to_voxel))
     voxel_ml = float(np.prod(grid.spacing_mm)) / 1000
     ventricle = share[TISSUE_INDEX["ventricle"]] + share[TISSUE_INDEX["choroid_plexus"]]
@@ -207,7 +208,8 @@ class LabelledHead:
         coarse = Grid.over_head(_COARSE_MM)
         points = individual_points(np.random.default_rng(seed), coarse, size)
         if mass_effect is not None:
-            points = points + mass_effect.source_points(coarse.coordinates_mm()) - coarse.coordinates_mm()
+            for axis, component in enumerate(mass_effect.displacement(coarse)):
+                points[axis] += component
         index = np.stack([(points[a] - coarse.axis_mm(a)[0]) / coarse.spacing_mm[a] for a in range(3)])
         wanted_ml = ageing.ventricle_volume_ml / size**3 - label_map.ventricle_ml
         opening = label_map.ventricle_pull * wanted_ml

@@ -55,7 +55,7 @@ class Survey:
 
     grid: Grid
     white: np.ndarray
-    parenchyma: np.ndarray
+    cerebrum: np.ndarray
     depth_mm: np.ndarray
     """Distance to the brain's surface, 0 outside."""
     ventricle_mm: np.ndarray
@@ -71,7 +71,7 @@ class Survey:
         return cls(
             grid=anatomy.grid,
             white=fractions[TISSUE_INDEX["white_matter"]],
-            parenchyma=parenchyma,
+            cerebrum=fractions[[TISSUE_INDEX[name] for name in ("cortex", "white_matter")]].sum(axis=0),
             depth_mm=_distance(parenchyma + ventricle > 0.5, spacing),
             ventricle_mm=_distance(ventricle < 0.3, spacing),
         )
@@ -109,11 +109,11 @@ class Pathology:
             alpha = inside_fraction(values, max(layer.softness_mm, float(np.mean(target.spacing_mm))))
             put = np.zeros(alpha.shape, np.float32)
             for tissue, strength in layer.takes.items():
-                old = fractions[(TISSUE_INDEX[tissue], *box)]
+                old = fractions[TISSUE_INDEX[tissue]][box]
                 moved = old * (alpha * np.float32(strength))
                 old -= moved
                 put += moved
-            fractions[(TISSUE_INDEX[layer.tissue], *box)] += put
+            fractions[TISSUE_INDEX[layer.tissue]][box] += put
             if layer.in_mask:
                 share[box] += put
         return share
@@ -178,22 +178,25 @@ def _add_tumour(rng: np.random.Generator, survey: Survey, pathology: Pathology) 
             "oedema", oedema, {"white_matter": 0.92, "cerebellar_white": 0.92, "brain_stem": 0.5, "cortex": 0.15}, 5.0
         ),
     ]
-    pathology.mass_effect = MassEffect(tuple(float(c) for c in center), 0.22 * radius, 1.25 * radius)
+    pathology.mass_effect = MassEffect(
+        (float(center[0]), float(center[1]), float(center[2])), 0.22 * radius, 1.25 * radius
+    )
 
 
 def _add_infarct(rng: np.random.Generator, survey: Survey, pathology: Pathology) -> None:
     radius = float(rng.uniform(8.0, 20.0))
     # A branch's territory: from the deep white matter out to the cortex that it feeds.
-    near = (survey.parenchyma > 0.8) & (survey.depth_mm > 4.0) & (survey.depth_mm < 18.0)
-    center = survey.pick(rng, near.astype(np.float32) + 1e-9 * survey.parenchyma)
+    near = (survey.cerebrum > 0.8) & (survey.depth_mm > 4.0) & (survey.depth_mm < 18.0)
+    center = survey.pick(rng, near.astype(np.float32) + 1e-9 * survey.cerebrum)
     outward = center - np.array([np.sign(center[0]) * 12.0, -16.0, 10.0])
     outward /= np.linalg.norm(outward) + 1e-6
-    offset = pathology.grid.coordinates_mm() - center.astype(np.float32)[:, None, None, None]
-    along = np.tensordot(outward.astype(np.float32), offset, 1)
-    across = np.sqrt(np.maximum(np.sum(offset**2, axis=0) - along**2, 0.0))
+    x, y, z = pathology.grid.open_mm(center)
+    along = np.float32(outward[0]) * x + np.float32(outward[1]) * y + np.float32(outward[2]) * z
+    across = np.sqrt(np.maximum(x * x + y * y + z * z - along**2, 0.0))
     widening = np.clip(1 + 0.35 * along / radius, 0.55, 1.4)  # a wedge with its base at the cortex
     distance = np.sqrt((along / 1.15) ** 2 + (across / (0.9 * widening)) ** 2)
-    depth = radius * (1 + 0.13 * smooth_noise(rng, pathology.grid, 14.0)[0]) - distance
+    rough = 0.16 * smooth_noise(rng, pathology.grid, 16.0)[0] + 0.12 * smooth_noise(rng, pathology.grid, 7.0)[0]
+    depth = radius * (1 + rough) - distance
     same_side = (np.sign(center[0]) * pathology.grid.axis_mm(0)).astype(np.float32)[:, None, None]
     pathology.layers.append(Layer("infarct", np.minimum(depth, same_side), {**_ALL, "brain_stem": 0.0}, 1.5))
 
@@ -258,7 +261,8 @@ def _neighbourhood(grid: Grid, center: np.ndarray, reach_mm: float) -> tuple[tup
 
 
 def _distance_from(grid: Grid, center: np.ndarray) -> np.ndarray:
-    return np.linalg.norm(grid.coordinates_mm() - center.astype(np.float32)[:, None, None, None], axis=0)
+    x, y, z = grid.open_mm(center)
+    return np.sqrt(x * x + y * y + z * z)
 
 
 def _distance(mask: np.ndarray, spacing_mm: tuple[float, ...]) -> np.ndarray:

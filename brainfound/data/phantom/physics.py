@@ -13,6 +13,7 @@ from Szomolanyi et al. 2019 (Invest Radiol 54:559), r2 from Rohrer et al. 2005 (
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -51,7 +52,7 @@ TISSUES: tuple[Tissue, ...] = (
     Tissue("brain_stem", (0.720, 0.930), (0.076, 0.072), 0.73, 0.72e-3, 0.02),
     Tissue("bone", (0.4, 0.45), (0.0006, 0.0005), 0.15, 0.3e-3),
     Tissue("marrow", (0.38, 0.45), (0.055, 0.050), 0.42, 0.3e-3, 0.02),
-    Tissue("fat", (0.30, 0.37), (0.075, 0.068), 0.90, 0.1e-3),
+    Tissue("fat", (0.30, 0.37), (0.075, 0.068), 0.62, 0.1e-3),
     Tissue("soft_tissue", (1.008, 1.412), (0.044, 0.050), 0.72, 1.2e-3, 0.15),
     Tissue("vessel", (1.441, 1.932), (0.020, 0.020), 0.70, 2.0e-3, 1.5),
     Tissue("choroid_plexus", (1.500, 1.900), (0.110, 0.105), 0.88, 1.4e-3, 0.8),
@@ -116,14 +117,19 @@ def nulling_inversion_time_s(t1_s: float, repetition_time_s: float) -> float:
     return float(t1_s * np.log(2 / (1 + np.exp(-repetition_time_s / t1_s))))
 
 
+def _each(values: Iterable[float], change: Callable[[float], float]) -> tuple[float, float]:
+    at_1_5_tesla, at_3_tesla = values
+    return change(at_1_5_tesla), change(at_3_tesla)
+
+
 def with_gadolinium(tissue: Tissue, field_tesla: float) -> Tissue:
     """The tissue after contrast agent: 1/T → 1/T + r·C for T1 and T2."""
     concentration = tissue.gadolinium_mmol_per_l
     r1, r2 = RELAXIVITY_R1[field_tesla], RELAXIVITY_R2[field_tesla]
     return replace(
         tissue,
-        t1_s=tuple(1 / (1 / t1 + r1 * concentration) for t1 in tissue.t1_s),
-        t2_s=tuple(1 / (1 / t2 + r2 * concentration) for t2 in tissue.t2_s),
+        t1_s=_each(tissue.t1_s, lambda t1: 1 / (1 / t1 + r1 * concentration)),
+        t2_s=_each(tissue.t2_s, lambda t2: 1 / (1 / t2 + r2 * concentration)),
     )
 
 
@@ -134,13 +140,8 @@ def subject_tissues(rng: np.random.Generator, iron: float = 1.0) -> tuple[Tissue
         t1_factor, t2_factor = np.exp(0.02 * rng.standard_normal(2))
         if tissue.name in _IRON_RICH:
             t2_factor /= 1 + (0.35 if tissue.name == "pallidum" else 0.15) * (iron - 1)
-        drawn.append(
-            replace(
-                tissue,
-                t1_s=tuple(float(t1 * t1_factor) for t1 in tissue.t1_s),
-                t2_s=tuple(float(t2 * t2_factor) for t2 in tissue.t2_s),
-            )
-        )
+        t1_s, t2_s = np.multiply(tissue.t1_s, t1_factor), np.multiply(tissue.t2_s, t2_factor)
+        drawn.append(replace(tissue, t1_s=_each(t1_s, float), t2_s=_each(t2_s, float)))
     return tuple(drawn)
 
 

@@ -51,7 +51,7 @@ class Site:
     bias_strength: float
     """Standard deviation of the logarithm of the coil's sensitivity."""
     noise: float
-    """Noise standard deviation relative to the signal of white matter (of the T1w, which T1ce shares)."""
+    """Noise standard deviation relative to the signal of white matter in the same scan."""
     gain: float
     """Stored intensity of white matter."""
     orientation: str

@@ -9,33 +9,36 @@ partial volume instead of stairs. Depths combine by smooth minimum (both) and ma
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 
 import numpy as np
 
 
-def ellipsoid(points: np.ndarray, center: Sequence[float], radii: Sequence[float], exponent: float = 2.0) -> np.ndarray:
-    """Depth of a superellipsoid, to first order: (1 − F)/|∇F|."""
+def ellipsoid(points: np.ndarray, center: Sequence[float], radii: Sequence[float], boxy: bool = False) -> np.ndarray:
+    """Depth of an ellipsoid, or of a superellipsoid of exponent 2.5, to first order: (1 − F)/|∇F|."""
     scaled = [np.abs((points[axis] - np.float32(center[axis])) * np.float32(1 / radii[axis])) for axis in range(3)]
-    powers = scaled if exponent == 2.0 else [s ** np.float32(exponent - 1) for s in scaled]
-    total = sum(s * power for s, power in zip(scaled, powers, strict=True)) + np.float32(1e-6)
-    level = np.sqrt(total) if exponent == 2.0 else total ** np.float32(1 / exponent)
-    slope = np.sqrt(sum((power * np.float32(1 / radius)) ** 2 for power, radius in zip(powers, radii, strict=True)))
+    powers = [s * np.sqrt(s) for s in scaled] if boxy else scaled  # s^(k−1)
+    total = scaled[0] * powers[0] + scaled[1] * powers[1] + scaled[2] * powers[2] + np.float32(1e-6)
+    level = total ** np.float32(0.4) if boxy else np.sqrt(total)
+    steep = [power * np.float32(1 / radius) for power, radius in zip(powers, radii, strict=True)]
+    slope = np.sqrt(steep[0] * steep[0] + steep[1] * steep[1] + steep[2] * steep[2])
     # F = total^(1/k), so |∇F| = slope · F / total.
     return ((1 - level) * total / (slope * level + np.float32(1e-4) * total)).astype(np.float32, copy=False)
 
 
 def tube(points: np.ndarray, path: Sequence[Sequence[float]], radii: Sequence[float]) -> np.ndarray:
     """Depth of a chain of tapered capsules through the points of `path` (mm), with a radius at each."""
-    depth = None
+    segments = []
     for start, end, first, last in zip(path[:-1], path[1:], radii[:-1], radii[1:], strict=True):
         along = np.subtract(end, start)
-        offset = [points[axis] - start[axis] for axis in range(3)]
-        position = sum(o * a for o, a in zip(offset, along, strict=True)) / float(along @ along)
-        position = np.clip(position, 0.0, 1.0)
-        distance = np.sqrt(sum((o - position * a) ** 2 for o, a in zip(offset, along, strict=True)))
-        segment = (first + (last - first) * position - distance).astype(np.float32)
-        depth = segment if depth is None else either(depth, segment, 1.0)
-    return depth
+        offset = [points[axis] - np.float32(start[axis]) for axis in range(3)]
+        direction = (along / float(along @ along)).astype(np.float32)
+        position = offset[0] * direction[0] + offset[1] * direction[1] + offset[2] * direction[2]
+        position = np.clip(position, 0.0, 1.0, out=position)
+        miss = [o - position * np.float32(a) for o, a in zip(offset, along, strict=True)]
+        distance = np.sqrt(miss[0] * miss[0] + miss[1] * miss[1] + miss[2] * miss[2])
+        segments.append((first + (last - first) * position - distance).astype(np.float32, copy=False))
+    return reduce(lambda depth, segment: either(depth, segment, 1.0), segments)
 
 
 def both(first: np.ndarray, second: np.ndarray, blend_mm: float = 0.0) -> np.ndarray:

@@ -6,9 +6,9 @@ Axes: X Y Z voxels, C signals, T tissues.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -41,7 +41,7 @@ SEGMENTATION: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("scalp and soft tissue", ("fat", "soft_tissue", "vessel")),
     ("lesion", ("oedema", "enhancing_tumour", "necrosis", "infarct", "plaque", "active_plaque")),
 )
-_SURVEY_MM = 3.0
+_SURVEY_MM = 4.0
 _ROWS = 8
 # Each aspect of a subject has its own random stream, so that a change in one leaves the others.
 _STREAMS = {name: number for number, name in enumerate(
@@ -91,7 +91,7 @@ def write_subject(folder: Path, settings: CohortSettings, index: int) -> Person:
     grid = Grid.over_head(1.0 if settings.spacing_mm is None else settings.spacing_mm)
     anatomy, pathology = _build(settings, index, person, ageing, grid)
     tissues = subject_tissues(_stream(settings, index, "tissues"), ageing.iron)
-    written = _contrasts_to_write(settings, index)
+    written = contrasts_to_write(settings, index)
     simulated = [c for c in written if c != "ADC"] + (["b0"] if "ADC" in written else [])
     if "ADC" in written and "DWI" not in simulated:
         simulated.append("DWI")
@@ -126,7 +126,7 @@ def _build(
     """The head on the simulation grid with its lesions, placed by a survey on a coarse grid."""
     rng = _stream(settings, index, "label_map")
     # Men's heads are about 10 % larger in volume.
-    size = float((1.015 if person.sex == "M" else 0.982) * np.exp(0.02 * rng.standard_normal()))
+    size = float((0.985 if person.sex == "M" else 0.953) * np.exp(0.018 * rng.standard_normal()))
     seed = _seed(settings, index, "anatomy")
     label_map = None
     if settings.label_maps:
@@ -179,7 +179,7 @@ def _paint(
     return signals, segmentation, lesion
 
 
-def _contrasts_to_write(settings: CohortSettings, index: int) -> list[str]:
+def contrasts_to_write(settings: CohortSettings, index: int) -> list[str]:
     """The contrasts that this session has; at least one."""
     rng = _stream(settings, index, "missing")
     kept = [c for c in settings.contrasts if rng.random() >= settings.missing_probability]
@@ -211,7 +211,7 @@ def _write_scan(
     path = folder / scan_path(person.participant_id, contrast)
     acquisition.store(path, np.clip(volume, 0, np.iinfo(np.int16).max), acquisition.grid(contrast), np.int16)
     sequence = site.protocols["DWI" if contrast == "ADC" else contrast].sequence
-    sidecar: dict[str, object] = {
+    sidecar: dict[str, Any] = {
         "Manufacturer": "Phantom",
         "MagneticFieldStrength": site.field_tesla,
         "RepetitionTime": sequence.repetition_time_s,
@@ -262,7 +262,7 @@ def _write_derivatives(
     )
 
 
-def write_json(path: Path, content: SequenceOf[object] | dict[str, object]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes indented JSON with a final newline."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
