@@ -62,7 +62,8 @@ def sinkhorn_knopp(logits: Float[Tensor, "B K"], temperature: float, num_iterati
         row_scale = row_highest.exp()
         for _ in range(num_iterations):
             prototype_mass = ranks.sum_over_ranks(row_scale @ assignments)
-            prototype_scale = 1 / (num_prototypes * prototype_mass)
+            # The mean cancels in the row scaling; it keeps the scales near 1 over many iterations.
+            prototype_scale = prototype_mass.mean() / prototype_mass
             row_scale = 1 / (assignments @ prototype_scale)
         return assignments.mul_(prototype_scale).mul_(row_scale[:, None])
 

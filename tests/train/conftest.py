@@ -84,7 +84,7 @@ def tiny_recipe(*overrides: str) -> PretrainRecipe:
     return validate(PretrainRecipe, TINY, overrides)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def recipe():
     """A maker of tiny recipes: ``recipe("engine.steps=4", …)``."""
     return tiny_recipe

@@ -1,0 +1,84 @@
+"""Probes: what they find in good and in empty features."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from brainfound.errors import TrainingError
+from brainfound.train.probes import Probe, ProbeRecipe, choose_target
+
+
+class TableStore:
+    """A store's table without images."""
+
+    def __init__(self, table: pd.DataFrame, num_slices: int = 4) -> None:
+        self.sessions = table.assign(first_row=np.arange(len(table)) * num_slices, num_slices=num_slices)
+        self.present = np.ones((len(table), 1), dtype=bool)
+        self.slice_positions_mm = np.tile(np.linspace(-30, 30, num_slices), len(table))
+
+    def session_rows(self, session: int) -> np.ndarray:
+        row = self.sessions.iloc[session]
+        return np.arange(row["first_row"], row["first_row"] + row["num_slices"])
+
+
+def table(num: int = 24, **columns) -> pd.DataFrame:
+    return pd.DataFrame({"subject": [f"s{i:02d}" for i in range(num)], **columns})
+
+
+def test_the_target_follows_what_the_store_knows():
+    ages = np.linspace(20, 80, 24)
+    diagnosis = ["AD"] * 12 + ["CN"] * 12
+    assert choose_target(TableStore(table(age_years=ages, diagnosis=diagnosis))) == "diagnosis"
+    assert choose_target(TableStore(table(age_years=ages, diagnosis=["AD"] * 4 + ["CN"] * 20))) == "age_years"
+    assert choose_target(TableStore(table(age_years=[50.0] * 24))) == "slice_position"
+
+
+@pytest.mark.parametrize("target", ["diagnosis", "age_years", "slice_position"])
+def test_informative_features_score_high_and_noise_does_not(target):
+    ages = np.linspace(20, 80, 24)
+    store = TableStore(table(age_years=ages, diagnosis=["AD", "CN"] * 12))
+    probe = Probe(store, ProbeRecipe(target=target, slices_per_session=4), seed=0)
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=(24, 4, 6))
+    signal = noise * 0.1
+    value = {"diagnosis": np.array([0, 1] * 12)[:, None], "age_years": ages[:, None] / 20}.get(target, np.linspace(-1, 1, 4)[None])
+    signal[:, :, 0] += value * 3
+    good, bad = probe.score(signal), probe.score(noise)
+    assert good.linear > 0.9
+    assert good.knn > bad.knn + 0.3
+    assert bad.linear < 0.75
+    assert good.standard_error < bad.standard_error or good.standard_error < 0.05
+
+
+def test_no_subject_is_on_both_sides():
+    store = TableStore(table(age_years=np.linspace(20, 80, 24)))
+    store.sessions["subject"] = [f"s{i // 2}" for i in range(24)]
+    probe = Probe(store, ProbeRecipe(), seed=0)
+    for fold in probe.folds:
+        assert not set(probe.subjects[fold["train"]]) & set(probe.subjects[fold["test"]])
+    assert sorted(np.concatenate([fold["test"] for fold in probe.folds])) == list(range(24))
+
+
+def test_features_that_are_not_finite_score_nan():
+    probe = Probe(TableStore(table(age_years=np.linspace(20, 80, 24))), ProbeRecipe(), seed=0)
+    scores = probe.score(np.full((24, 8, 3), np.nan))
+    assert np.isnan(scores.linear)
+
+
+def test_one_subject_cannot_be_probed():
+    with pytest.raises(TrainingError, match=r"probe\.every=0"):
+        Probe(TableStore(pd.DataFrame({"subject": ["s0", "s0"]})), ProbeRecipe(), seed=0)
+
+
+def test_a_probe_is_repeatable_and_leaves_the_encoder_as_it_was(store, model):
+    probe = Probe(store, ProbeRecipe(slices_per_session=2, folds=3), seed=0)
+    model.encoder.train()
+    first, second = (probe.run(model.encoder, torch.device("cpu")) for _ in range(2))
+    assert dataclasses.asdict(first) == dataclasses.asdict(second)
+    assert model.encoder.training
+    assert first.target == "age_years"

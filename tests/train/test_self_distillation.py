@@ -1,0 +1,163 @@
+"""The objective: copies, targets, teacher, anchor."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from brainfound.errors import RecipeError
+from brainfound.train import losses
+from brainfound.train.objectives.base import SliceBatch, StepKey
+from brainfound.train.objectives.self_distillation import SelfDistillation, StochasticDepth
+
+
+def make(model, recipe, *overrides: str) -> SelfDistillation:
+    content = recipe("objective.anchor_gram_weight=1.0", "objective.anchor_cls_weight=0.1", *overrides)
+    return SelfDistillation(model.encoder, content.objective, content.views, num_steps=10, seed=0)
+
+
+@pytest.fixture
+def objective(model, recipe):
+    return make(model, recipe)
+
+
+@pytest.fixture
+def batch(store):
+    rows = torch.arange(0, 96, 12).numpy()
+    sessions = store.slice_sessions[rows]
+    return SliceBatch(
+        torch.from_numpy(store.read_slices(rows)),
+        torch.from_numpy(store.present[sessions]),
+        torch.from_numpy(sessions),
+    )
+
+
+KEY = StepKey(seed=0, step=0, micro_batch=0, rank=0)
+
+
+def test_teacher_and_anchor_start_as_copies_heads_included(objective, model):
+    for old, new in zip(objective.teacher.parameters(), objective.student.parameters(), strict=True):
+        assert torch.equal(old, new)
+        assert old.data_ptr() != new.data_ptr()
+    for old, new in zip(objective.anchor.parameters(), model.encoder.parameters(), strict=True):
+        assert torch.equal(old, new)
+    dino, ibot = objective.student.heads["dino"], objective.student.heads["ibot"]
+    assert not torch.equal(dino.last_layer.weight, ibot.last_layer.weight)
+
+
+def test_every_parameter_of_the_student_gets_a_gradient_and_nothing_else_does(objective, batch):
+    loss, _ = objective.loss(objective.student, batch, KEY)
+    loss.backward()
+    assert [n for n, p in objective.student.named_parameters() if p.grad is None] == []
+    for frozen in (objective.teacher, objective.anchor):
+        assert all(p.grad is None and not p.requires_grad for p in frozen.parameters())
+
+
+def test_shared_head_is_one_module_and_trains(model, recipe, batch):
+    objective = make(model, recipe, "objective.shared_head=true")
+    assert objective.student.ibot_head is objective.student.heads["dino"]
+    loss, _ = objective.loss(objective.student, batch, KEY)
+    loss.backward()
+    assert all(p.grad is not None for p in objective.student.parameters())
+
+
+def test_a_step_is_a_function_of_its_key(objective, batch):
+    def loss(step: int) -> float:
+        torch.manual_seed(0)
+        return float(objective.loss(objective.student, batch, StepKey(0, step, 0, 0))[0].detach())
+
+    assert loss(1) == loss(1)
+    assert loss(1) != loss(2)
+
+
+def test_teacher_moves_by_the_ema_formula(objective):
+    before = copy.deepcopy(objective.teacher)
+    with torch.no_grad():
+        for parameter in objective.student.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    objective.after_step(3)
+    momentum = objective.schedule(3)["momentum"]
+    assert 0.9 < momentum < 1
+    pairs = zip(before.parameters(), objective.student.parameters(), objective.teacher.parameters(), strict=True)
+    for old, student, teacher in pairs:
+        torch.testing.assert_close(teacher, momentum * old + (1 - momentum) * student, atol=1e-6, rtol=1e-5)
+
+
+def test_a_teacher_equal_to_the_student_does_not_drift(objective):
+    before = copy.deepcopy(objective.teacher)
+    for step in range(5):
+        objective.after_step(step)
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), objective.teacher.parameters(), strict=True))
+
+
+def test_parts_of_the_loss_add_up_and_match_the_teacher_targets(objective, batch):
+    loss, metrics = objective.loss(objective.student, batch, KEY)
+    names = ("dino_global", "dino_local", "ibot", "koleo", "anchor_gram", "anchor_cls")
+    total = sum(objective.weight(name) * metrics[f"loss_{name}"] for name in names)
+    torch.testing.assert_close(loss.detach(), total)
+    targets, _ = objective._last
+    torch.testing.assert_close(targets.cls_probs, losses.sinkhorn_knopp(targets.cls_scores, 0.04))
+    torch.testing.assert_close(targets.masked_probs.sum(dim=1), torch.ones(len(targets.masked_probs)))
+
+
+def test_the_anchor_is_silent_at_the_start_and_speaks_when_the_student_moves(model, recipe, batch):
+    objective = make(model, recipe, "objective.drop_path=0")
+    _, metrics = objective.loss(objective.student, batch, KEY)
+    assert metrics["loss_anchor_gram"] < 1e-10
+    assert metrics["loss_anchor_cls"].abs() < 1e-5
+    with torch.no_grad():
+        for parameter in objective.student.encoder.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)) * 0.1)
+    _, metrics = objective.loss(objective.student, batch, KEY)
+    assert metrics["loss_anchor_gram"] > 1e-3
+
+
+def test_an_anchor_without_an_unmasked_crop_is_refused(model, recipe):
+    with pytest.raises(RecipeError, match="mask_probability"):
+        make(model, recipe, "objective.mask_probability=1.0")
+
+
+def test_koleo_does_not_pair_slices_of_a_session(objective, batch):
+    output_cls = torch.randn(16, 32, generator=torch.Generator().manual_seed(0))
+    sessions = torch.zeros(8, dtype=torch.long)
+    one_session = SliceBatch(batch.pixels, batch.present, sessions)
+    _, metrics = objective.loss(objective.student, one_session, KEY)
+    assert metrics["loss_koleo"] == 0
+    assert losses.koleo(output_cls) != 0
+
+
+def test_gauges_of_a_healthy_and_a_constant_teacher(objective, batch):
+    objective.loss(objective.student, batch, KEY)
+    gauges = objective.gauges()
+    assert gauges["effective_rank"] > 2
+    assert 0.1 < gauges["teacher_entropy"] <= 1
+    with torch.no_grad():
+        objective.teacher.encoder.backbone.layernorm.weight.zero_()
+        objective.teacher.encoder.backbone.layernorm.bias.fill_(1)
+    objective.loss(objective.student, batch, KEY)
+    gauges = objective.gauges()
+    assert gauges["effective_rank"] == 0
+    assert gauges["mean_cosine"] == pytest.approx(1)
+
+
+def test_state_round_trip(model, recipe, objective):
+    with torch.no_grad():
+        for parameter in objective.teacher.parameters():
+            parameter.add_(1)
+    fresh = make(model, recipe)
+    fresh.load_state_dict({name: tensor.clone() for name, tensor in objective.state_dict().items()})
+    assert all(torch.equal(a, b) for a, b in zip(fresh.teacher.parameters(), objective.teacher.parameters(), strict=True))
+    with pytest.raises(RuntimeError, match="Missing key"):
+        fresh.load_state_dict({})
+
+
+def test_stochastic_depth_keeps_the_mean_and_rests_in_evaluation():
+    torch.manual_seed(0)
+    layer = StochasticDepth(0.25)
+    branch = torch.ones(4000, 2, 3)
+    dropped = layer(branch)
+    torch.testing.assert_close(dropped.unique(), torch.tensor([0.0, 4 / 3]))
+    assert dropped.mean() == pytest.approx(1, abs=0.05)
+    assert torch.equal(layer.eval()(branch), branch)
