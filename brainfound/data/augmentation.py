@@ -32,21 +32,21 @@ MAX_BLUR_RADIUS = 4  # pixels; kernels have 2 · 4 + 1 taps, enough for a sigma 
 class IntensityRecipe(Recipe):
     """Random intensities of a view; every contrast of a view is varied on its own."""
 
-    gamma_probability: float = Field(0.5, ge=0, le=1)
+    gamma_probability: float = Field(default=0.5, ge=0, le=1)
     """How often the grey values are raised to a random power."""
     gamma: tuple[float, float] = (0.7, 1.5)
     """Range of that power (drawn log-uniformly)."""
-    contrast_probability: float = Field(0.8, ge=0, le=1)
+    contrast_probability: float = Field(default=0.8, ge=0, le=1)
     """How often gain and contrast are varied."""
-    brightness: float = Field(0.2, ge=0, lt=1)
+    brightness: float = Field(default=0.2, ge=0, lt=1)
     """The gain is drawn from 1 ± this."""
-    contrast: float = Field(0.25, ge=0, lt=1)
+    contrast: float = Field(default=0.25, ge=0, lt=1)
     """The distance from the foreground's mean is scaled by 1 ± this."""
-    noise_probability: float = Field(0.3, ge=0, le=1)
+    noise_probability: float = Field(default=0.3, ge=0, le=1)
     """How often Gaussian noise is added to the foreground."""
-    noise_std: float = Field(0.05, ge=0)
+    noise_std: float = Field(default=0.05, ge=0)
     """Largest standard deviation of the noise, on the 0–1 scale."""
-    blur_probability: float = Field(0.3, ge=0, le=1)
+    blur_probability: float = Field(default=0.3, ge=0, le=1)
     """How often a view is blurred."""
     blur_sigma_pixels: tuple[float, float] = (0.3, 1.2)
     """Range of the Gaussian blur."""
@@ -55,11 +55,11 @@ class IntensityRecipe(Recipe):
 class ViewsRecipe(Recipe):
     """The random views that teacher and student see of each slice."""
 
-    num_local: int = Field(8, ge=0)
+    num_local: int = Field(default=8, ge=0)
     """Local crops per slice, seen by the student only. There are always two global crops."""
-    global_size: int = Field(224, ge=1)
+    global_size: int = Field(default=224, ge=1)
     """Side of a global crop in pixels; a multiple of the patch size."""
-    local_size: int = Field(98, ge=1)
+    local_size: int = Field(default=98, ge=1)
     """Side of a local crop in pixels; a multiple of the patch size."""
     global_scale: tuple[float, float] = (0.32, 1.0)
     """Range of the area of a global crop, as a part of the slice."""
@@ -67,15 +67,15 @@ class ViewsRecipe(Recipe):
     """Range of the area of a local crop, as a part of the slice."""
     aspect: tuple[float, float] = (3 / 4, 4 / 3)
     """Range of a crop's height over its width before it is resized to a square."""
-    rotation_degrees: float = Field(10.0, ge=0, le=45)
+    rotation_degrees: float = Field(default=10.0, ge=0, le=45)
     """Largest in-plane rotation, to either side."""
-    shear: float = Field(0.05, ge=0, lt=1)
+    shear: float = Field(default=0.05, ge=0, lt=1)
     """Largest in-plane shear, to either side."""
-    flip_left_right: float = Field(0.0, ge=0, le=1)
+    flip_left_right: float = Field(default=0.0, ge=0, le=1)
     """How often a view is mirrored. 0, because the side of a lesion is information."""
-    contrast_dropout: float = Field(0.1, ge=0, lt=1)
+    contrast_dropout: float = Field(default=0.1, ge=0, lt=1)
     """How often a present contrast is withheld from a view; one contrast always stays."""
-    slice_margin: float = Field(0.1, ge=0, lt=0.5)
+    slice_margin: float = Field(default=0.1, ge=0, lt=0.5)
     """Part of a session's slices left out at each end, where there is little brain."""
     intensity: IntensityRecipe = IntensityRecipe()
 

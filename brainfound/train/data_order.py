@@ -11,6 +11,7 @@ epoch, and a resumed run continues at its window without reading what came befor
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -131,8 +132,8 @@ class SliceRows(Dataset):
         )
 
 
-def _as_it_is(batch: SliceBatch) -> SliceBatch:
-    return batch
+def _as_it_is(batch: Any) -> Any:
+    return batch  # `__getitems__` has made the whole micro-batch already
 
 
 def slice_loader(dataset: SliceRows, batches: RankBatches, num_workers: int) -> DataLoader:

@@ -41,23 +41,23 @@ from brainfound.train.randomness import seed_dropout
 class EngineRecipe(Recipe):
     """Length, batch, precision, and how often to look."""
 
-    steps: int = Field(10_000, ge=1)
+    steps: int = Field(default=10_000, ge=1)
     """Optimiser steps of the whole run."""
-    batch_size: int = Field(128, ge=1)
+    batch_size: int = Field(default=128, ge=1)
     """Images of one optimiser step, over all ranks and micro-batches."""
-    accumulation: int = Field(1, ge=1)
+    accumulation: int = Field(default=1, ge=1)
     """Micro-batches that a step is divided into, to save memory."""
     precision: Literal["auto", "no", "bf16"] = "auto"
     """Computation in bfloat16 or float32; "auto" takes bfloat16 on a GPU that has it. Weights stay float32."""
-    log_every: int = Field(20, ge=1)
+    log_every: int = Field(default=20, ge=1)
     """Steps between two log lines."""
-    checkpoint_every: int = Field(500, ge=1)
+    checkpoint_every: int = Field(default=500, ge=1)
     """Steps between two checkpoints."""
-    keep_checkpoints: int = Field(2, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
     """How many of the newest checkpoints stay on disk."""
-    max_skipped_in_a_row: int = Field(20, ge=1)
+    max_skipped_in_a_row: int = Field(default=20, ge=1)
     """Steps in a row with a non-finite loss or gradient after which the run stops."""
-    num_workers: int = Field(2, ge=0)
+    num_workers: int = Field(default=2, ge=0)
     """Processes per rank that read slices; 0 reads in the training process."""
 
 
@@ -339,11 +339,7 @@ class Engine:
 
 
 def make_accelerator(precision: Literal["auto", "no", "bf16"]) -> accelerate.Accelerator:
-    """The accelerator of this process; "auto" takes bfloat16 where a GPU computes it natively.
-
-    Raises:
-        TrainingError: if the process already trains in another precision.
-    """
+    """The accelerator of this process; "auto" takes bfloat16 where a GPU computes it natively."""
     if precision == "auto":
         native = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bf16" if native else "no"
@@ -351,7 +347,9 @@ def make_accelerator(precision: Literal["auto", "no", "bf16"]) -> accelerate.Acc
     if shared and shared.get("_mixed_precision") not in (None, precision):
         # Accelerate keeps one state per process; a second run in the same process may want another precision.
         accelerate.state.AcceleratorState._reset_state(reset_partial_state=False)
-    return accelerate.Accelerator(mixed_precision=precision)
+    # Said in so many words: without it, processes that torchrun starts on a machine without a GPU do not
+    # join a process group, and each trains by itself.
+    return accelerate.Accelerator(mixed_precision=precision, cpu=not torch.accelerator.is_available())
 
 
 def device_and_reason(device: torch.device) -> tuple[str, str]:

@@ -28,23 +28,23 @@ class GuardRecipe(Recipe):
 
     enabled: bool = True
     """Whether the guard may stop the run; the gauges are logged in any case."""
-    grace_steps: int = Field(1000, ge=0)
+    grace_steps: int = Field(default=1000, ge=0)
     """Steps before collapse gauges count; new heads look collapsed at first."""
-    confirm_looks: int = Field(5, ge=1)
+    confirm_looks: int = Field(default=5, ge=1)
     """Looks (log lines) in a row that must show collapse."""
-    min_teacher_entropy: float = Field(0.1, ge=0, le=1)
+    min_teacher_entropy: float = Field(default=0.1, ge=0, le=1)
     """Entropy of the teacher's mean answer over ln K; 0.7–1 is healthy, below this is collapse."""
-    min_effective_rank: float = Field(2.0, ge=0)
+    min_effective_rank: float = Field(default=2.0, ge=0)
     """Effective rank of the CLS features; below this is collapse."""
-    warn_effective_rank: float = Field(10.0, ge=0)
+    warn_effective_rank: float = Field(default=10.0, ge=0)
     """Below this the log line carries a warning; 50 and more is healthy in large batches."""
-    max_mean_cosine: float = Field(0.995, gt=0, le=1)
+    max_mean_cosine: float = Field(default=0.995, gt=0, le=1)
     """Mean cosine between CLS features of different crops; from this on it is collapse."""
-    ln_k_tolerance: float = Field(1e-4, ge=0)
+    ln_k_tolerance: float = Field(default=1e-4, ge=0)
     """A CLS loss within this part of ln K says that the output is uniform: collapse."""
-    probe_drop: float = Field(0.1, ge=0)
+    probe_drop: float = Field(default=0.1, ge=0)
     """A probe this far below the best one, and by two standard errors, is a drop."""
-    probe_patience: int = Field(3, ge=1)
+    probe_patience: int = Field(default=3, ge=1)
     """Probes in a row that must show the drop."""
     export: Literal["best", "last"] = "best"
     """"best" exports an earlier teacher where its probe beat the last one's by a drop; "last" never does."""

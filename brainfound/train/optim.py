@@ -27,19 +27,19 @@ _HEAD = re.compile(r"(?:^|\.)heads?\.")
 class OptimRecipe(Recipe):
     """AdamW with layer-wise decay."""
 
-    lr: float = Field(1e-4, gt=0)
+    lr: float = Field(default=1e-4, gt=0)
     """Peak learning rate at a global batch of 128; the effective one is lr · sqrt(batch / 128)."""
-    layer_decay: float = Field(0.75, gt=0, le=1)
+    layer_decay: float = Field(default=0.75, gt=0, le=1)
     """Each block, from the last to the first, learns this much slower than the one above it."""
-    patch_embed_scale: float = Field(0.2, ge=0, le=1)
+    patch_embed_scale: float = Field(default=0.2, ge=0, le=1)
     """The patch convolution learns this much slower still."""
-    weight_decay: float = Field(0.04, ge=0)
+    weight_decay: float = Field(default=0.04, ge=0)
     """Constant weight decay of matrices; none on biases, norms, layer scales and tokens."""
-    beta1: float = Field(0.9, ge=0, lt=1)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay of AdamW's first moment."""
-    beta2: float = Field(0.99, ge=0, lt=1)
+    beta2: float = Field(default=0.99, ge=0, lt=1)
     """Decay of AdamW's second moment; 0.99 forgets a bad batch in 100 steps, 0.999 in 1,000."""
-    clip_norm: float = Field(3.0, gt=0)
+    clip_norm: float = Field(default=3.0, gt=0)
     """Largest gradient norm of each sub-module (backbone, each head)."""
 
 

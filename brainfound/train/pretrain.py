@@ -44,7 +44,7 @@ class PretrainRecipe(Recipe):
 
     name: str = "pretrain"
     """Name of the run; also of its default folder."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Of initialisation, order, views, masks and dropout."""
     data: str | None = None
     """The store; `--data` on the command line goes before it."""

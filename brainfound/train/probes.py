@@ -41,19 +41,19 @@ NUM_BOOTSTRAPS = 200
 class ProbeRecipe(Recipe):
     """What is probed, how often, on how much."""
 
-    every: int = Field(500, ge=0)
+    every: int = Field(default=500, ge=0)
     """Steps between two probes of the teacher; 0 turns them off."""
     target: Literal["auto", "diagnosis", "age_years", "slice_position"] = "auto"
     """What is predicted; "auto" takes the first of the three that the store can support."""
     method: Literal["linear", "knn"] = "linear"
     """Whose score guards the run; both are logged."""
-    max_sessions: int = Field(200, ge=2)
+    max_sessions: int = Field(default=200, ge=2)
     """Sessions of the fixed subset that is probed."""
-    slices_per_session: int = Field(8, ge=1)
+    slices_per_session: int = Field(default=8, ge=1)
     """Evenly spaced slices that a session is embedded from."""
-    folds: int = Field(5, ge=2)
+    folds: int = Field(default=5, ge=2)
     """Folds of the cross-validation by subject; fewer if there are fewer subjects."""
-    neighbours: int = Field(5, ge=1)
+    neighbours: int = Field(default=5, ge=1)
     """k of the k-NN probe."""
 
 

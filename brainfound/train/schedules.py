@@ -25,13 +25,13 @@ class ScheduleRecipe(Recipe):
 
     shape: Shape = "cosine"
     """The curve after the warm-up."""
-    warmup_steps: int = Field(500, ge=0)
+    warmup_steps: int = Field(default=500, ge=0)
     """Steps of the linear warm-up; the backbone's begins when `head_warmup_steps` end."""
-    head_warmup_steps: int = Field(1000, ge=0)
+    head_warmup_steps: int = Field(default=1000, ge=0)
     """Steps in which only heads, mask token and contrast embeddings learn. 0 when training from scratch."""
-    freeze_last_layer_steps: int = Field(0, ge=0)
+    freeze_last_layer_steps: int = Field(default=0, ge=0)
     """Steps in which the prototypes of the heads wait."""
-    final_lr_ratio: float = Field(0.01, ge=0, le=1)
+    final_lr_ratio: float = Field(default=0.01, ge=0, le=1)
     """Learning rate of the last step, as a part of the peak."""
 
 

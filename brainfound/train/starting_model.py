@@ -21,15 +21,15 @@ _MODEL_STREAM = 1000  # apart from the streams of the heads, which count from 0
 class ScratchRecipe(Recipe):
     """The new ViT of ``init.source: none``."""
 
-    hidden_size: int = Field(384, ge=1)
+    hidden_size: int = Field(default=384, ge=1)
     """Width."""
-    num_layers: int = Field(12, ge=1)
+    num_layers: int = Field(default=12, ge=1)
     """Transformer blocks."""
-    num_heads: int = Field(6, ge=1)
+    num_heads: int = Field(default=6, ge=1)
     """Attention heads; the width is a multiple of them."""
-    patch_size: int = Field(14, ge=1)
+    patch_size: int = Field(default=14, ge=1)
     """Side of a patch in pixels."""
-    layer_scale: float = Field(1.0, gt=0)
+    layer_scale: float = Field(default=1.0, gt=0)
     """Initial scale of each residual branch."""
 
 

@@ -15,7 +15,7 @@ from brainfound.data.preprocessing import Preprocessing
 from brainfound.data.store import Store
 from brainfound.models import BrainFoundConfig, BrainFoundModel
 from brainfound.recipes import validate
-from brainfound.train.pretrain import PretrainRecipe
+from brainfound.train.pretrain import PretrainRecipe, pretrain
 
 NUM_SUBJECTS = 12
 SIDE = 32
@@ -106,3 +106,10 @@ def tiny_model(seed: int = 0) -> BrainFoundModel:
 @pytest.fixture
 def model() -> BrainFoundModel:
     return tiny_model()
+
+
+@pytest.fixture(scope="session")
+def finished(store, recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished tiny run; tests copy it before they change it."""
+    torch.set_num_threads(1)
+    return pretrain(recipe(), store, out=tmp_path_factory.mktemp("run") / "run", quiet=True)

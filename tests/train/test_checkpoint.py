@@ -15,7 +15,11 @@ from brainfound.train import checkpoint as checkpoints
 def make(step: int) -> checkpoints.Checkpoint:
     weight = torch.full((2, 3), float(step))
     return checkpoints.Checkpoint(
-        step, {"weight": weight}, {"teacher": weight + 1}, {"state": {0: {"exp_avg": weight}}, "param_groups": []}, {"task": {}}
+        step,
+        {"weight": weight},
+        {"teacher": weight + 1},
+        {"state": {0: {"exp_avg": weight}}, "param_groups": []},
+        {"task": {}},
     )
 
 

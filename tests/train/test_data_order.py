@@ -29,7 +29,7 @@ def test_ranks_and_micro_batches_divide_the_same_global_batch():
         parts = [batches(rank, 2, accumulation=accumulation) for rank in (0, 1)]
         for step in range(6):
             micro = [parts[r][step * accumulation + a] for a in range(accumulation) for r in (0, 1)]
-            assert sorted(sum(micro, [])) == sorted(whole[step])
+            assert sorted(row for part in micro for row in part) == sorted(whole[step])
 
 
 def test_a_later_start_reads_what_an_earlier_one_would_have():

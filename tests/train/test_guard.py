@@ -10,7 +10,14 @@ import torch
 from brainfound.errors import TrainingError
 from brainfound.train.guard import Guard, GuardRecipe, effective_rank, mean_cosine
 
-HEALTHY = {"loss": 3.0, "loss_dino": 6.0, "ln_k": 6.93, "teacher_entropy": 0.9, "effective_rank": 40.0, "mean_cosine": 0.4}
+HEALTHY = {
+    "loss": 3.0,
+    "loss_dino": 6.0,
+    "ln_k": 6.93,
+    "teacher_entropy": 0.9,
+    "effective_rank": 40.0,
+    "mean_cosine": 0.4,
+}
 
 
 def test_effective_rank_counts_directions():

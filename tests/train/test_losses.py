@@ -28,7 +28,9 @@ def sinkhorn_by_loops(logits: torch.Tensor, temperature: float, num_iterations: 
     return torch.tensor(table, dtype=torch.float64) * num_rows
 
 
-@pytest.mark.parametrize(("rows", "prototypes", "scale", "temperature"), [(6, 9, 0.3, 0.05), (4, 3, 1.0, 0.07), (1, 5, 1, 1)])
+@pytest.mark.parametrize(
+    ("rows", "prototypes", "scale", "temperature"), [(6, 9, 0.3, 0.05), (4, 3, 1.0, 0.07), (1, 5, 1, 1)]
+)
 @pytest.mark.parametrize("num_iterations", [1, 3, 5])
 def test_sinkhorn_equals_the_published_loop(rows, prototypes, scale, temperature, num_iterations):
     logits = torch.randn(rows, prototypes, generator=torch.Generator().manual_seed(rows)) * scale
@@ -75,7 +77,9 @@ def test_cross_entropy_and_its_gradient():
         expected = -sum(float(p) * (s - log_total) for p, s in zip(probs[n], scaled, strict=True))
         assert result[n].item() == pytest.approx(expected, rel=1e-5)
     result.sum().backward()
-    torch.testing.assert_close(logits.grad, (torch.softmax(logits.detach() / 0.1, dim=1) - probs) / 0.1, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        logits.grad, (torch.softmax(logits.detach() / 0.1, dim=1) - probs) / 0.1, atol=1e-5, rtol=1e-5
+    )
 
 
 def koleo_by_loops(embeddings: torch.Tensor, groups: list[int] | None) -> float:
@@ -141,7 +145,9 @@ def test_dino_loss_is_the_mean_over_pairs_with_the_teacher_swapped():
     global_part, local_part = losses.dino_loss(student_global, student_local, teacher, 0.1)
     torch.testing.assert_close(global_part + local_part, expected)
     only_global = losses.dino_loss(student_global, student_local[:0], teacher, 0.1)
-    torch.testing.assert_close(sum(only_global), torch.stack([losses.cross_entropy(s, t, 0.1).mean() for s, t in pairs[:2]]).mean())
+    torch.testing.assert_close(
+        sum(only_global), torch.stack([losses.cross_entropy(s, t, 0.1).mean() for s, t in pairs[:2]]).mean()
+    )
 
 
 def test_ibot_weights_every_crop_alike():

@@ -30,7 +30,13 @@ def test_layers_learn_slower_towards_the_input(student):
     settings = OptimRecipe(layer_decay=0.5, patch_embed_scale=0.2)
     scales = {
         part: traits(student, part, settings).lr_scale
-        for part in ("backbone.layernorm.weight", "layer.1.norm1.weight", "layer.0.norm1.weight", "cls_token", "projection.weight")
+        for part in (
+            "backbone.layernorm.weight",
+            "layer.1.norm1.weight",
+            "layer.0.norm1.weight",
+            "cls_token",
+            "projection.weight",
+        )
     }
     assert scales == {
         "backbone.layernorm.weight": 1.0,
@@ -43,15 +49,16 @@ def test_layers_learn_slower_towards_the_input(student):
 
 def test_what_the_checkpoint_does_not_bring_is_new_and_learns_at_the_full_rate(student):
     for part in ("mask_token", "contrast_embedding.weight", "heads.ibot.mlp.0.weight"):
-        assert (traits(student, part, OptimRecipe()).role, traits(student, part, OptimRecipe()).lr_scale) == ("new", 1.0)
+        assert (traits(student, part, OptimRecipe()).role, traits(student, part, OptimRecipe()).lr_scale) == (
+            "new",
+            1.0,
+        )
     assert traits(student, "heads.dino.last_layer.weight", OptimRecipe()).role == "last_layer"
     assert traits(student, "layer.0.norm1.weight", OptimRecipe()).role == "backbone"
 
 
 def test_only_matrices_decay(student):
-    decaying = {
-        name for name, p in student.named_parameters() if traits_of(name, p, 2, OptimRecipe()).decays
-    }
+    decaying = {name for name, p in student.named_parameters() if traits_of(name, p, 2, OptimRecipe()).decays}
     assert "encoder.backbone.embeddings.patch_embeddings.projection.weight" in decaying
     assert "heads.dino.mlp.0.weight" in decaying
     for part in ("bias", "norm", "lambda1", "token", "position_embeddings", "contrast_embedding"):

@@ -27,9 +27,10 @@ def tensors(run: Path, step: int, file: str = "task.safetensors") -> dict[str, t
     return load_file(run / "checkpoints" / f"step-{step:06d}" / file)
 
 
-@pytest.fixture(scope="module")
-def finished(store, recipe, tmp_path_factory) -> Path:
-    return pretrain(recipe(), store, out=tmp_path_factory.mktemp("run") / "run", quiet=True)
+@pytest.fixture(autouse=True)
+def _no_curves(monkeypatch):
+    """Drawing takes longer than these runs; the shared `finished` run has its curves."""
+    monkeypatch.setattr("brainfound.train.run_files.plot_curves", lambda folder: folder)
 
 
 def test_run_folder_is_complete(finished, store):
@@ -70,7 +71,9 @@ def test_resume_is_exact(finished, store, recipe, tmp_path):
     pretrain(recipe(), store, out=run, resume=True, quiet=True)
     timing = {"seconds_per_step", "images_per_second"}
     for key in ("loss", "probe"):
-        strip = [[{k: v for k, v in line.items() if k not in timing} for line in lines(r, key)] for r in (finished, run)]
+        strip = [
+            [{k: v for k, v in line.items() if k not in timing} for line in lines(r, key)] for r in (finished, run)
+        ]
         assert strip[0] == strip[1]
     for file in ("model.safetensors", "task.safetensors"):
         first, second = tensors(finished, 6, file), tensors(run, 6, file)
@@ -117,7 +120,9 @@ def test_logging_may_change_on_resume(finished, store, recipe, tmp_path):
 def test_head_warm_up_moves_heads_and_new_tokens_only(finished, store, recipe, tmp_path):
     """From an export, with anchor and warm-up on: the backbone waits, what is new learns."""
     changes = ("schedule.head_warmup_steps=4", "engine.steps=5", "engine.checkpoint_every=2", "probe.every=0")
-    run = pretrain(recipe(*changes, "engine.keep_checkpoints=5"), store, finished / "export", tmp_path / "run", quiet=True)
+    run = pretrain(
+        recipe(*changes, "engine.keep_checkpoints=5"), store, finished / "export", tmp_path / "run", quiet=True
+    )
     start = BrainFoundModel.from_pretrained(finished / "export").encoder.state_dict()
     waiting, moving = tensors(run, 4, "model.safetensors"), tensors(run, 5, "model.safetensors")
     new = ("mask_token", "contrast_embedding")
@@ -127,14 +132,18 @@ def test_head_warm_up_moves_heads_and_new_tokens_only(finished, store, recipe, t
         else:
             assert torch.equal(waiting[f"encoder.{name}"], weight), name
             assert torch.equal(tensors(run, 4)[f"teacher.encoder.{name}"], weight), name
-    assert any(not torch.equal(moving[f"encoder.{name}"], weight) for name, weight in start.items() if "layer.1" in name)
+    assert any(
+        not torch.equal(moving[f"encoder.{name}"], weight) for name, weight in start.items() if "layer.1" in name
+    )
     assert all("loss_anchor_gram" in line and "gram_distance" in line for line in lines(run))
     anchor = {n.removeprefix("anchor."): t for n, t in tensors(run, 5).items() if n.startswith("anchor.")}
     assert all(torch.equal(anchor[name], weight) for name, weight in start.items())
 
 
 def test_from_scratch_turns_the_ladder_off_and_says_so(store, recipe, tmp_path, capsys):
-    content = recipe("objective.anchor_gram_weight=1", "schedule.head_warmup_steps=3", "engine.steps=1", "probe.every=0")
+    content = recipe(
+        "objective.anchor_gram_weight=1", "schedule.head_warmup_steps=3", "engine.steps=1", "probe.every=0"
+    )
     run = pretrain(content, store, out=tmp_path / "run")
     assert "objective.anchor_gram_weight 1 → 0" in capsys.readouterr().err
     assert yaml.safe_load((run / "recipe.yaml").read_text())["schedule"]["head_warmup_steps"] == 0
@@ -172,7 +181,11 @@ def test_a_probe_drop_stops_and_exports_the_best_teacher(store, recipe, tmp_path
     scores = iter([0.5, 0.9, 0.2, 0.1])
     monkeypatch.setattr(Probe, "run", lambda *_: ProbeScores(next(scores), 0.0, 0.01, "r2", "age_years"))
     content = recipe(
-        "probe.every=1", "guard.probe_patience=2", "engine.steps=9", "engine.checkpoint_every=1", "engine.keep_checkpoints=9"
+        "probe.every=1",
+        "guard.probe_patience=2",
+        "engine.steps=9",
+        "engine.checkpoint_every=1",
+        "engine.keep_checkpoints=9",
     )
     with pytest.raises(TrainingError, match=r"0\.900 \(step 1\)"):
         pretrain(content, store, out=tmp_path / "run", quiet=True)
@@ -203,8 +216,17 @@ def test_dry_run_leaves_nothing_and_reports(store, recipe, tmp_path, capsys):
 
 
 def test_the_loss_falls(store, recipe, tmp_path):
-    changes = ("engine.steps=60", "optim.lr=1e-2", "probe.every=0", "engine.checkpoint_every=100", "views.contrast_dropout=0")
-    losses = [line["loss_dino"] + line["loss_ibot"] for line in lines(pretrain(recipe(*changes), store, out=tmp_path / "r", quiet=True))]
+    changes = (
+        "engine.steps=60",
+        "optim.lr=1e-2",
+        "probe.every=0",
+        "engine.checkpoint_every=100",
+        "views.contrast_dropout=0",
+    )
+    losses = [
+        line["loss_dino"] + line["loss_ibot"]
+        for line in lines(pretrain(recipe(*changes), store, out=tmp_path / "r", quiet=True))
+    ]
     assert sum(losses[-10:]) < 0.95 * sum(losses[:10])
 
 
@@ -220,5 +242,3 @@ def test_errors_are_of_one_line(store, recipe, tmp_path):
         pretrain(recipe("engine.batch_size=9", "engine.accumulation=2"), store, out=tmp_path / "run", quiet=True)
     assert "\n" not in str(error.value)
     assert "engine.batch_size=8" in str(error.value)
-
-

@@ -46,7 +46,9 @@ def test_informative_features_score_high_and_noise_does_not(target):
     rng = np.random.default_rng(0)
     noise = rng.normal(size=(24, 4, 6))
     signal = noise * 0.1
-    value = {"diagnosis": np.array([0, 1] * 12)[:, None], "age_years": ages[:, None] / 20}.get(target, np.linspace(-1, 1, 4)[None])
+    value = {"diagnosis": np.array([0, 1] * 12)[:, None], "age_years": ages[:, None] / 20}.get(
+        target, np.linspace(-1, 1, 4)[None]
+    )
     signal[:, :, 0] += value * 3
     good, bad = probe.score(signal), probe.score(noise)
     assert good.linear > 0.9

@@ -148,7 +148,9 @@ def test_state_round_trip(model, recipe, objective):
             parameter.add_(1)
     fresh = make(model, recipe)
     fresh.load_state_dict({name: tensor.clone() for name, tensor in objective.state_dict().items()})
-    assert all(torch.equal(a, b) for a, b in zip(fresh.teacher.parameters(), objective.teacher.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(fresh.teacher.parameters(), objective.teacher.parameters(), strict=True)
+    )
     with pytest.raises(RuntimeError, match="Missing key"):
         fresh.load_state_dict({})
 

@@ -19,13 +19,13 @@ from brainfound.recipes import Recipe
 class HeadRecipe(Recipe):
     """The size of a projection head."""
 
-    prototypes: int = Field(65_536, ge=2)
+    prototypes: int = Field(default=65_536, ge=2)
     """K, the number of prototypes."""
-    hidden: int = Field(2048, ge=1)
+    hidden: int = Field(default=2048, ge=1)
     """Width of the hidden layers."""
-    bottleneck: int = Field(256, ge=1)
+    bottleneck: int = Field(default=256, ge=1)
     """Width in front of the prototypes."""
-    layers: int = Field(3, ge=1)
+    layers: int = Field(default=3, ge=1)
     """Linear layers of the MLP, without the prototypes."""
 
 

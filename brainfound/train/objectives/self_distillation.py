@@ -37,35 +37,35 @@ from brainfound.train.randomness import INITIALISATION, MASKS, VIEWS, numpy_gene
 class SelfDistillationRecipe(Recipe):
     """Weights and constants of the self-distillation objective."""
 
-    dino_weight: float = Field(1.0, ge=0)
+    dino_weight: float = Field(default=1.0, ge=0)
     """Weight of the CLS loss."""
-    ibot_weight: float = Field(1.0, ge=0)
+    ibot_weight: float = Field(default=1.0, ge=0)
     """Weight of the masked-patch loss."""
-    koleo_weight: float = Field(0.1, ge=0)
+    koleo_weight: float = Field(default=0.1, ge=0)
     """Weight of KoLeo, summed over the two global crops."""
-    anchor_gram_weight: float = Field(1.0, ge=0)
+    anchor_gram_weight: float = Field(default=1.0, ge=0)
     """Weight of the distance between patch Gram matrices of student and starting checkpoint; 0 turns it off."""
-    anchor_cls_weight: float = Field(0.1, ge=0)
+    anchor_cls_weight: float = Field(default=0.1, ge=0)
     """Weight of 1 − cosine between the CLS tokens of student and starting checkpoint; 0 turns it off."""
     head: HeadRecipe = HeadRecipe()
     """The projection heads."""
     shared_head: bool = False
     """Whether CLS and patches use one head (iBOT) or two (DINOv2)."""
-    student_temperature: float = Field(0.1, gt=0)
+    student_temperature: float = Field(default=0.1, gt=0)
     """Temperature of the student's scores."""
     teacher_temperature: tuple[float, float] = (0.04, 0.07)
     """Temperature of the teacher's targets at the start, and after the warm-up."""
-    teacher_temperature_warmup_steps: int = Field(3000, ge=0)
+    teacher_temperature_warmup_steps: int = Field(default=3000, ge=0)
     """Steps over which it rises."""
-    sinkhorn_iterations: int = Field(3, ge=1)
+    sinkhorn_iterations: int = Field(default=3, ge=1)
     """Iterations of Sinkhorn-Knopp."""
     momentum: tuple[float, float] = (0.994, 1.0)
     """Momentum of the EMA teacher at the start and at the end, along a cosine."""
-    mask_probability: float = Field(0.5, ge=0, le=1)
+    mask_probability: float = Field(default=0.5, ge=0, le=1)
     """Part of the global crops that are masked for the student."""
     mask_ratio: tuple[float, float] = (0.1, 0.5)
     """Range of the part of a masked crop's patches that are hidden."""
-    drop_path: float = Field(0.1, ge=0, lt=1)
+    drop_path: float = Field(default=0.1, ge=0, lt=1)
     """How often the student skips a residual branch of an image (stochastic depth)."""
 
     @property
@@ -105,9 +105,10 @@ class EncoderWithHeads(nn.Module):
         super().__init__()
         self.encoder = encoder
         names = ["dino"] if recipe.shared_head else ["dino", "ibot"]
-        self.heads = nn.ModuleDict({name: ProjectionHead(encoder.embed_dim, recipe.head) for name in names})
-        for index, name in enumerate(names):
-            self.heads[name].initialise(torch_generator(INITIALISATION, seed, index))
+        heads = {name: ProjectionHead(encoder.embed_dim, recipe.head) for name in names}
+        for index, head in enumerate(heads.values()):
+            head.initialise(torch_generator(INITIALISATION, seed, index))
+        self.heads = nn.ModuleDict(heads)
 
     @property
     def ibot_head(self) -> nn.Module:
@@ -156,6 +157,8 @@ class SelfDistillation(Objective):
     Raises:
         RecipeError: if crops do not fit the patch size, or the anchor has no unmasked crop to look at.
     """
+
+    student: EncoderWithHeads
 
     def __init__(
         self, encoder: SliceEncoder, recipe: SelfDistillationRecipe, views: ViewsRecipe, num_steps: int, seed: int
