@@ -29,7 +29,7 @@ def finetune(
     """
     from brainfound.cli.tables import scores_line
     from brainfound.train.finetune import finetune as run
-    from brainfound.train.run_files import read_scores
+    from brainfound.train.session_scores import read_scores
 
     folder = run(
         recipe, data, model, target, out, adapter=adapter, split=split, resume=resume, overrides=set_ or (), quiet=quiet

@@ -44,7 +44,7 @@ from brainfound.train.objectives.base import StepKey
 from brainfound.train.randomness import INITIALISATION, seed_of
 from brainfound.train.resuming import checkpoint_to_resume, common_facts
 from brainfound.train.schedules import warm_up_then
-from brainfound.train.session_scores import SessionScores, score_sessions
+from brainfound.train.session_scores import SessionScores, score_sessions, write_scores
 from brainfound.train.targets import Target, guess_task, labelled_sessions, resolve_target
 from brainfound.train.volumes import VolumeAugmentation, VolumeReader, augment_volumes
 
@@ -363,10 +363,7 @@ def _build(recipe: FinetuneRecipe, store: Store, source: str, target: Target) ->
 
 def _finish(folder: Path, task: FinetuneTask, step: int) -> None:
     """Score the test part once, and leave bundle, scores and curves behind."""
-    scored = task.score("test")
-    scored.cases.to_csv(folder / "cases.tsv", sep="\t", index=False)
-    scores = scored.to_dict() | {"part": "test", "step": step}
-    (folder / "scores.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+    scores = write_scores(folder, task.score("test"), part="test", step=step)
     save_bundle(
         folder / "export",
         task.model,

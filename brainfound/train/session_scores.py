@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,8 @@ from brainfound.evaluate.scores import (
 )
 from brainfound.models.inference import infer
 from brainfound.train.targets import Target
+
+SCORES_FILE = "scores.json"
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,19 @@ class SessionScores:
             "scores": plain(self.scores),
             "trivial": plain(self.trivial),
         }
+
+
+def write_scores(folder: Path, scored: SessionScores, **facts: Any) -> dict[str, Any]:
+    """Write ``scores.json`` and ``cases.tsv`` into a run folder; returns what the first one holds."""
+    content = scored.to_dict() | facts
+    scored.cases.to_csv(folder / "cases.tsv", sep="\t", index=False)
+    (folder / SCORES_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return content
+
+
+def read_scores(folder: Path) -> dict[str, Any]:
+    """Read the ``scores.json`` of a run."""
+    return json.loads((folder / SCORES_FILE).read_text(encoding="utf-8"))
 
 
 def score_sessions(
