@@ -17,6 +17,7 @@ import math
 import signal
 import threading
 import time
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -177,6 +178,12 @@ class Engine:
         self.skipped = saved.state["engine"]["skipped"]
         self.skipped_in_a_row = saved.state["engine"]["skipped_in_a_row"]
         self.log.forget_after(saved.step)
+        if saved.state["world_size"] != ranks.world_size():
+            warnings.warn(
+                f"saved by {saved.state['world_size']} processes, resumed by {ranks.world_size()}: "
+                "training goes on, but not with the same random views as before",
+                stacklevel=2,
+            )
 
     def run(self, save: bool = True) -> None:
         """Train to the last step; without `save`, a trial that leaves no checkpoint.
