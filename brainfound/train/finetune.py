@@ -40,6 +40,7 @@ from brainfound.recipes import Recipe, load, validate
 from brainfound.train import run_files
 from brainfound.train.data_order import EpochOrder, RankBatches
 from brainfound.train.engine import Engine, EngineRecipe, TrainTask, make_accelerator
+from brainfound.train.head_start import fit_head
 from brainfound.train.objectives.base import StepKey
 from brainfound.train.randomness import INITIALISATION, seed_of
 from brainfound.train.resuming import checkpoint_to_resume, common_facts
@@ -102,8 +103,13 @@ class FinetuneRecipe(Recipe):
     """Patch embeddings → pixels (segmentation only)."""
     decoder_width: int = Field(128, ge=8)
     """Channels of the decoder."""
+    head_dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout before the head's last layer."""
     num_slices: int = Field(32, ge=1)
     """Slices read per volume, in training and, but for segmentation, in prediction."""
+    head_fit_passes: int = Field(4, ge=0)
+    """Classification and regression: passes over the training part whose frozen embeddings the head is first fitted
+    to; 0 starts from a random head."""
     foreground_share: float = Field(0.5, ge=0, le=1)
     """Segmentation: share of the training slices that show the structure."""
     merge_codes: bool = False
@@ -256,10 +262,16 @@ def finetune(
     parts = _split(content, store, target, split)
     task_name = guess_task(store, target) if content.task == "auto" else content.task
     resolved = resolve_target(store, parts["train"], task_name, target, content.merge_codes)
-    network = _build(content, store, str(model), resolved)
-    network.to(accelerator.device)
+    network = _build(content, store, parts["train"], str(model), resolved, accelerator.device)
     task = FinetuneTask(
-        network, store, parts, resolved, content, accelerator.device, accelerator.process_index, accelerator.num_processes
+        network,
+        store,
+        parts,
+        resolved,
+        content,
+        accelerator.device,
+        accelerator.process_index,
+        accelerator.num_processes,
     )
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     everything = sum(p.numel() for p in network.parameters())
@@ -288,7 +300,9 @@ def finetune(
     return folder
 
 
-def _resolve(recipe: FinetuneRecipe | str | Path, adapter: str | Path | None, overrides: Iterable[str]) -> FinetuneRecipe:
+def _resolve(
+    recipe: FinetuneRecipe | str | Path, adapter: str | Path | None, overrides: Iterable[str]
+) -> FinetuneRecipe:
     overrides = list(overrides)
     if isinstance(recipe, FinetuneRecipe):
         content = validate(FinetuneRecipe, recipe.model_dump(mode="json"), overrides)
@@ -346,10 +360,12 @@ def _write_split(folder: Path, store: Store, parts: dict[str, np.ndarray]) -> No
     (folder / "splits.json").write_text(text + "\n", encoding="utf-8")
 
 
-def _build(recipe: FinetuneRecipe, store: Store, source: str, target: Target) -> nn.Module:
+def _build(
+    recipe: FinetuneRecipe, store: Store, train: np.ndarray, source: str, target: Target, device: torch.device
+) -> nn.Module:
     """The model with its new head and its adapter, the same on all ranks."""
     torch.manual_seed(seed_of(INITIALISATION, recipe.seed))
-    fields: dict[str, Any] = {"aggregator": recipe.aggregator}
+    fields: dict[str, Any] = {"aggregator": recipe.aggregator, "head_dropout": recipe.head_dropout}
     if target.task == "regression":
         fields |= {"target_mean": target.mean, "target_std": target.std}
     else:
@@ -357,7 +373,11 @@ def _build(recipe: FinetuneRecipe, store: Store, source: str, target: Target) ->
     if target.task == "segmentation":
         # Segmentation reads no volume embedding; an aggregator with weights would be dead weight.
         fields |= {"aggregator": "mean", "decoder": recipe.decoder, "decoder_width": recipe.decoder_width}
-    model = start_from(CLASSES[target.task], source, store.contrasts, **fields)
+    model = start_from(CLASSES[target.task], source, store.contrasts, **fields).to(device)
+    if recipe.head_fit_passes and target.task != "segmentation":
+        reader = VolumeReader(store, train, recipe.num_slices)
+        batch = max(recipe.engine.batch_size // recipe.engine.accumulation, 1)
+        fit_head(model, reader, recipe.augmentation, target, recipe.head_fit_passes, batch, recipe.seed)
     return attach_adapter(model, load(AdapterRecipe, recipe.adapter, "adapters"))
 
 

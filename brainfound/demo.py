@@ -1,0 +1,218 @@
+"""The whole road on a phantom cohort: simulate, prepare, pretrain, fine-tune, evaluate, predict.
+
+Every step is the one that a user runs; only the sizes are small, so that it ends in minutes on a CPU. The starting
+checkpoint is a tiny Dinov2 with random weights in the Hub's format, because no real one can be assumed to be
+reachable: what the demo shows of continued pretraining is that it runs and what it changes here, not what it is
+worth on real brains.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from brainfound.data.store import Store
+from brainfound.errors import UsageError
+
+MARKER = "demo.json"
+CONTRASTS = ("T1w", "T2w", "FLAIR")
+WITHHELD = "FLAIR"
+NUM_SUBJECTS = 100
+SEED = 7
+SPLIT = ("split.train=0.6", "split.validation=0.1", "split.test=0.3")
+
+TASKS: dict[str, dict[str, Any]] = {
+    "tumour or healthy": {
+        "recipe": "finetune-classification",
+        "target": "diagnosis",
+        "overrides": ("engine.steps=40", "engine.batch_size=8", "num_slices=8", "optim.lr=2e-4", "optim.head_lr=2e-4"),
+    },
+    "age": {
+        "recipe": "finetune-regression",
+        "target": "age_years",
+        "overrides": ("engine.steps=40", "engine.batch_size=8", "num_slices=8", "optim.lr=1e-4", "optim.head_lr=1e-4"),
+    },
+    "tumour outline": {
+        "recipe": "finetune-segmentation",
+        "target": "mask",
+        "overrides": (
+            "engine.steps=60",
+            "engine.batch_size=4",
+            "decoder_width=48",
+            "optim.lr=2e-3",
+            "optim.head_lr=3e-3",
+        ),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One task of the demo's table, all on the same held-out subjects.
+
+    ``adapted`` and ``from_start`` hold (all contrasts, one withheld): the model with continued pretraining, and the
+    same model fine-tuned from the starting checkpoint.
+    """
+
+    task: str
+    metric: str
+    num_test: int
+    trivial: float
+    from_start: tuple[float, float]
+    adapted: tuple[float, float]
+
+
+def run_demo(
+    out: Path,
+    *,
+    overwrite: bool = False,
+    workers: int = 2,
+    say: Callable[[str], None] = print,
+    quiet: bool = True,
+) -> list[Row]:
+    """Walk the road in a folder and return its table.
+
+    Args:
+        out: gets cohort/, store/, checkpoint/, pretrain/, one run per task, predictions/ and demo.json.
+        overwrite: replace an earlier demo.
+        workers: processes for simulation and preparation.
+        say: called with one line per step.
+        quiet: no progress bars.
+
+    Raises:
+        UsageError: the folder holds something else, or a demo and ``overwrite`` is False.
+    """
+    _make_room(out, overwrite)
+    started = time.perf_counter()
+    with _step(say, f"simulating {NUM_SUBJECTS} subjects"):
+        cohort = _simulate(out / "cohort", workers)
+    with _step(say, "preparing the store"):
+        store = _prepare(cohort, out / "store", workers)
+    checkpoint = make_checkpoint(out / "checkpoint", image_size=store.preprocessing.size[0])
+    with _step(say, "continued pretraining of the checkpoint"):
+        from brainfound.train.pretrain import pretrain
+
+        export = pretrain("pretrain-demo", store, checkpoint, out / "pretrain", quiet=quiet) / "export"
+    rows = [_one_task(name, store, checkpoint, export, out, say, quiet) for name in TASKS]
+    with _step(say, "predicting a held-out subject from its files"):
+        _predict(out, cohort, store)
+    seconds = time.perf_counter() - started
+    content = {"seconds": round(seconds, 1), "withheld": WITHHELD, "rows": [vars(row) for row in rows]}
+    (out / MARKER).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    say(f"done in {seconds / 60:.1f} minutes")
+    return rows
+
+
+def make_checkpoint(folder: Path, image_size: int) -> Path:
+    """A tiny Dinov2 with random weights, saved as transformers saves one for the Hub."""
+    import torch
+    from transformers import Dinov2Config, Dinov2Model
+
+    config = Dinov2Config(
+        hidden_size=96, num_hidden_layers=4, num_attention_heads=3, image_size=image_size, patch_size=8
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        Dinov2Model(config).save_pretrained(folder)
+    return folder
+
+
+def _simulate(folder: Path, workers: int) -> Path:
+    from brainfound.data.phantom import write_phantom_cohort
+
+    return write_phantom_cohort(
+        folder,
+        NUM_SUBJECTS,
+        SEED,
+        spacing_mm=2.5,
+        contrasts=CONTRASTS,
+        diagnoses={"healthy": 0.5, "tumour": 0.5},
+        num_sites=1,
+        workers=workers,
+    )
+
+
+def _prepare(cohort: Path, folder: Path, workers: int) -> Store:
+    from brainfound.data.prepare import prepare
+    from brainfound.data.preprocessing import Preprocessing
+
+    settings = Preprocessing(contrasts=CONTRASTS, spacing_mm=(2.5, 2.5, 5.0), size=(80, 80))
+    return prepare(cohort, folder, settings, workers)
+
+
+def _one_task(
+    name: str, store: Store, checkpoint: Path, export: Path, out: Path, say: Callable[[str], None], quiet: bool
+) -> Row:
+    """Fine-tune from the pretrained export and from the checkpoint, alike in all else, and score both."""
+    from brainfound.predict.evaluation import evaluate
+    from brainfound.train.finetune import finetune
+
+    choice = TASKS[name]
+    overrides = (*SPLIT, "evaluate_every=0", *choice["overrides"])
+    scores: dict[str, tuple[float, float]] = {}
+    trivial, num_test, metric = float("nan"), 0, ""
+    for kind, model in (("adapted", export), ("from_start", checkpoint)):
+        words = "with continued pretraining" if kind == "adapted" else "without"
+        with _step(say, f"{name}: fine-tuning {words}"):
+            run = finetune(
+                choice["recipe"],
+                store,
+                model,
+                choice["target"],
+                out / f"{choice['target']}-{kind.replace('_', '-')}",
+                adapter="lora-r16-all",
+                overrides=("aggregator=mean", *overrides),
+                quiet=quiet,
+            )
+            full = evaluate(run, store)[0]
+            partial = evaluate(run, store, without=(WITHHELD,))[0]
+        metric, value, trivial = full.headline
+        num_test = len(full.cases)
+        scores[kind] = (value, partial.headline[1])
+    return Row(name, metric, num_test, trivial, scores["from_start"], scores["adapted"])
+
+
+def _predict(out: Path, cohort: Path, store: Store) -> None:
+    """Outline the tumour of a held-out patient from its NIfTI files, on their own grid, with a picture."""
+    from brainfound.data.cohort import Cohort
+    from brainfound.models.inference import infer
+    from brainfound.predict.predictor import load
+    from brainfound.report.figures import overlay_png
+
+    run = out / "mask-adapted"
+    held_out = set(json.loads((run / "splits.json").read_text(encoding="utf-8"))["subjects"]["test"])
+    sessions = [s for s in Cohort.read(cohort).sessions() if s.subject in held_out]
+    session = next(s for s in sessions if s.covariates["diagnosis"] == "tumour")
+    predictor = load(run)
+    predictor.predict_session(session).save(out / "predictions")
+    index = store.sessions["subject"].tolist().index(session.subject)
+    stack = store[index]
+    classes = infer(predictor.model, stack).classes
+    overlay_png(
+        stack.pixels, stack.contrasts, stack.present, stack.mask, classes, path=out / "predictions" / "outline.png"
+    )
+
+
+def _make_room(out: Path, overwrite: bool) -> None:
+    if out.exists() and any(out.iterdir()):
+        if not (out / MARKER).is_file():
+            raise UsageError("the folder is not empty and holds no demo", where=out, remedy="Give another --out")
+        if not overwrite:
+            raise UsageError("the folder holds a demo already", where=out, remedy="Give --overwrite, or another --out")
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    # From the first moment, so that an interrupted demo can be overwritten too.
+    (out / MARKER).write_text("{}\n", encoding="utf-8")
+
+
+@contextmanager
+def _step(say: Callable[[str], None], what: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    say(f"{what:<56}{time.perf_counter() - started:6.0f} s")
