@@ -7,17 +7,22 @@ from typing import Annotated
 
 import typer
 
-from brainfound.cli.predict import Inputs, predict
+from brainfound.cli.predict import Inputs, answer
 from brainfound.cli.terminal import Quiet
 
 
 def embed(
-    model: Annotated[str, typer.Argument(help="The export of a pretraining run, or a Hub id of one.")],
+    model: Annotated[str, typer.Argument(help="A run, its export folder, or the Hub id of an encoder.")],
     inputs: Inputs,
     out: Annotated[Path, typer.Option(help="Folder for the embeddings.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Do again what is there already.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …")] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Embed one session or a whole cohort with an encoder: one vector (.npy) and a JSON each."""
-    predict(model, inputs, out, False, overwrite, device, quiet)
+    """Embed one session or a whole cohort: one vector (.npy) and a JSON each.
+
+    A classification or regression model gives the volume embedding that its head reads.
+    """
+    from brainfound.predict.predictor import load
+
+    answer(load(model, device).as_encoder(), inputs, out, False, overwrite, quiet)

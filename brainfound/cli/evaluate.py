@@ -42,5 +42,11 @@ def evaluate(
     rows = []
     for result in results:
         scores = [f"{number(result.scores.get(n))} ({number(result.trivial.get(n))})" for n in names]
-        rows.append(["without " + ", ".join(result.without) if result.without else "all contrasts", str(len(result.cases)), *scores])
+        rows.append(
+            [
+                "without " + ", ".join(result.without) if result.without else "all contrasts",
+                str(len(result.cases)),
+                *scores,
+            ]
+        )
     print_table(["input", "sessions", *(f"{name} (trivial)" for name in names)], rows, title=str(model))

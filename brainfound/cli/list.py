@@ -31,9 +31,9 @@ def list_(
 
 
 def _recipes(kind: str) -> list[dict[str, str]]:
-    from brainfound.recipes import available
+    from brainfound.recipes import Room, available
 
-    room = "train" if kind == "recipes" else "adapters"
+    room: Room = "train" if kind == "recipes" else "adapters"
     rows = []
     for name, file in available(room).items():
         first = file.read_text(encoding="utf-8").partition("\n")[0]

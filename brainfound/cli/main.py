@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
+from typing import Any
 
-import click
 import typer
 
-from brainfound.errors import EXIT_FAILED, BrainFoundError
+from brainfound.cli.terminal import note
+from brainfound.errors import EXIT_FAILED, EXIT_USAGE, BrainFoundError
 
 VERBS = ("demo", "phantom", "prepare", "pretrain", "finetune", "evaluate", "embed", "predict", "list", "show", "doctor")
+EXIT_INTERRUPTED = 130
+
+# typer brings its own copy of click from 0.26 or so on and uses the installed one before; its public `BadParameter`
+# leads to the base of whichever it raises.
+BadCommandLine: type[Any] = next(
+    kind for kind in reversed(typer.BadParameter.__mro__) if hasattr(kind, "format_message")
+)
 
 app = typer.Typer(
     name="brainfound",
     help="Adapt 2-D vision transformers to 3-D brain MRI, slice by slice. Not a medical device.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -24,12 +32,15 @@ app = typer.Typer(
 
 
 @app.callback(invoke_without_command=True)
-def _root(version: bool = typer.Option(False, "--version", help="Print the version.")) -> None:
+def _root(context: typer.Context, version: bool = typer.Option(False, "--version", help="Print the version.")) -> None:
     if version:
         from brainfound import __version__
 
         print(__version__)
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help(), file=sys.stderr)
+        raise typer.Exit(EXIT_USAGE)
 
 
 for _verb in VERBS:
@@ -41,16 +52,28 @@ def main() -> None:
     """Run the command line; errors that are the user's to fix end in one line and their exit code."""
     try:
         # Without click's standalone mode `typer.Exit(code)` comes back as the return value.
-        code = app(standalone_mode=False)
+        code = app(prog_name="brainfound", standalone_mode=False)
+        sys.stdout.flush()
     except BrainFoundError as error:
-        print(f"brainfound: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        print("brainfound: interrupted", file=sys.stderr)
-        sys.exit(130)
+        _end(str(error), error.exit_code)
+    except BadCommandLine as error:
+        command = error.ctx.command_path if getattr(error, "ctx", None) else "brainfound"
+        message = error.format_message().strip()
+        _end(f"{message}{'' if message.endswith(('.', '?')) else '.'} Try: {command} --help", EXIT_USAGE)
+    except (KeyboardInterrupt, typer.Abort):
+        _end("interrupted", EXIT_INTERRUPTED)
     except BrokenPipeError:
+        # The reader has gone (`… | head`). What is still buffered must not be written when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_FAILED)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        # A full disk, a folder without write permission, a file where a folder should be.
+        _end(f"{error.filename}: {error.strerror}. Check the path, the permissions and the free space", EXIT_FAILED)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _end(line: str, code: int) -> None:
+    note(line)
+    sys.exit(code)

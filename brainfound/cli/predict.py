@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from brainfound.cli.terminal import Quiet, progress_bar
+from brainfound.cli.terminal import Quiet, note, progress_bar
 from brainfound.errors import EXIT_FAILED, EXIT_SOME_REJECTED
+
+if TYPE_CHECKING:
+    from brainfound.predict.predictor import Outcome, Predictor
+
+IMAGES = (".nii", ".nii.gz", ".mgz", ".mgh", ".img", ".hdr")
 
 Inputs = Annotated[
     list[str],
@@ -27,39 +32,59 @@ def predict(
 ) -> None:
     """Predict one session or a whole cohort: a JSON each, and for segmentations a NIfTI on the input's own grid.
 
-    Exit code 3 if some sessions could not be done; the others are.
+    Exit code 3 if some sessions could not be done, or some of their scans not be used; the others are.
     """
+    from brainfound.predict.predictor import load
+
+    answer(load(model, device), inputs, out, probabilities, overwrite, quiet)
+
+
+def answer(
+    predictor: Predictor, inputs: list[str], out: Path, probabilities: bool, overwrite: bool, quiet: bool
+) -> None:
+    """Ask a predictor about one session or a cohort, write and print its answers."""
+    from brainfound.predict.predictor import parse_inputs
+
+    paths, named = parse_inputs(inputs)
+    if not named and len(paths) == 1 and not paths[0].name.endswith(IMAGES):
+        _answer_cohort(predictor, paths[0], out, probabilities, overwrite, quiet)
+        return
+    prediction = predictor.predict(*paths, **named)
+    first = paths[0] if paths else next(iter(named.values()))
+    name = first.name.split(".")[0]
+    if probabilities and prediction.probability is not None:
+        from brainfound.predict.native_space import write_image
+
+        out.mkdir(parents=True, exist_ok=True)
+        write_image(prediction.probability, out / f"{name}_probability.nii.gz")
+    for path in prediction.save(out, name):
+        print(path)
+    for line in prediction.notes:
+        note(line)
+
+
+def _answer_cohort(
+    predictor: Predictor, source: Path, out: Path, probabilities: bool, overwrite: bool, quiet: bool
+) -> None:
     from brainfound.cli.tables import print_table
-    from brainfound.predict.predictor import load, parse_inputs
     from brainfound.predict.predictor import predict as predict_cohort
 
-    predictor = load(model, device)
-    paths, named = parse_inputs(inputs)
-    if named or len(paths) != 1 or not (paths[0].is_dir() or paths[0].suffix in (".tsv", ".csv", ".parquet")):
-        prediction = predictor.predict(*paths, **named)
-        first = paths[0] if paths else next(iter(named.values()))
-        name = first.name.split(".")[0]
-        if probabilities and prediction.probability is not None:
-            from brainfound.predict.native_space import write_image
-
-            out.mkdir(parents=True, exist_ok=True)
-            write_image(prediction.probability, out / f"{name}_probability.nii.gz")
-        for path in prediction.save(out, name):
-            print(path)
-        return
     with progress_bar("predicting sessions", quiet) as progress:
         outcomes = predict_cohort(
-            predictor, paths[0], out, probabilities=probabilities, overwrite=overwrite, progress=progress
+            predictor, source, out, probabilities=probabilities, overwrite=overwrite, progress=progress
         )
-    rows = [(o.subject, o.session, _summary(o)) for o in outcomes]
-    print_table(("subject", "session", "answer"), rows)
+    print_table(("subject", "session", "answer"), [(o.subject, o.session, _summary(o)) for o in outcomes])
     failed = [o for o in outcomes if o.prediction is None and o.reason != "already done"]
     if failed:
-        print(f"{len(failed)} of {len(outcomes)} sessions could not be done")
+        note(f"{len(failed)} of {len(outcomes)} sessions could not be done; the first: {failed[0].reason}")
         raise typer.Exit(EXIT_FAILED if len(failed) == len(outcomes) else EXIT_SOME_REJECTED)
+    rejected = [(o.subject, line) for o in outcomes if o.prediction is not None for line in o.prediction.rejected]
+    if rejected:
+        note(f"all sessions done, but {len(rejected)} scans rejected; the first: {': '.join(rejected[0])}")
+        raise typer.Exit(EXIT_SOME_REJECTED)
 
 
-def _summary(outcome) -> str:
+def _summary(outcome: Outcome) -> str:
     if outcome.prediction is None:
         return outcome.reason
     answer = outcome.prediction.answer

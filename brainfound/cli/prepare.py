@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from brainfound.cli.terminal import Overrides, Quiet, progress_bar
+from brainfound.cli.terminal import Overrides, Quiet, note, progress_bar
 from brainfound.errors import EXIT_SOME_REJECTED
 
 
@@ -26,16 +26,17 @@ def prepare(
 
     Exit code 3 if some files were rejected; STORE/rejected.tsv says which and why.
     """
-    from brainfound.data.cohort import Cohort
     from brainfound.data import prepare as preparing
+    from brainfound.data.cohort import Cohort
     from brainfound.data.preprocessing import Preprocessing
     from brainfound.recipes import validate
 
     overrides = list(set_ or [])
     if contrasts:
         overrides.insert(0, f"contrasts=[{contrasts}]")
-    base = {} if like is None else Preprocessing.load(like / "export" if (like / "export").is_dir() else like)
-    content = base if isinstance(base, dict) else base.model_dump(mode="json")
+    content: dict[str, Any] = {}
+    if like is not None:
+        content = Preprocessing.load(like / "export" if (like / "export").is_dir() else like).model_dump(mode="json")
     preprocessing = validate(Preprocessing, content, overrides, where="preprocessing")
     cohort = Cohort.read(source)
     with progress_bar("preparing sessions", quiet) as progress:
@@ -43,6 +44,10 @@ def prepare(
             cohort, store, preprocessing, workers, mask=mask, overwrite=overwrite, progress=progress
         )
     print(made)
+    if len(made.further_scans):
+        print(f"{len(made.further_scans)} further scans of a contrast not used, see {store / 'rejected.tsv'}")
     if len(made.rejected):
-        print(f"{len(made.rejected)} files rejected, see {store / 'rejected.tsv'}; the first: {made.rejected['reason'][0]}")
+        first = made.rejected.iloc[0]
+        listed = store / "rejected.tsv"
+        note(f"{len(made.rejected)} files rejected, see {listed}; the first: {first.file}: {first.reason}")
         raise typer.Exit(EXIT_SOME_REJECTED)

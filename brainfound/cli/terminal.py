@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated
@@ -13,6 +14,11 @@ Overrides = Annotated[
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, results only.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def note(line: str) -> None:
+    """One line on standard error: what the user should know beside the results."""
+    print("brainfound: " + " ".join(line.split()), file=sys.stderr)
 
 
 @contextmanager

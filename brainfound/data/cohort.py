@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from brainfound.contrasts import contrast_from_filename, parse_contrast
+from brainfound.contrasts import CONTRASTS, contrast_from_filename, parse_contrast
 from brainfound.errors import CohortError, UsageError, did_you_mean
 
 COLUMNS = ("subject", "session", "contrast", "path", "mask", "age_years", "sex", "site", "diagnosis")
@@ -35,6 +35,7 @@ class Session:
     subject: str
     session: str
     scans: dict[str, Path]
+    """A file per contrast. A contrast that a manifest spells in no known way is kept as it is spelt."""
     covariates: dict[str, Any]
     masks: dict[str, Path]
     extra_scans: tuple[tuple[str, Path], ...] = ()
@@ -143,7 +144,7 @@ def _read_manifest(path: Path) -> Cohort:
         table["session"] = "1"
     table["session"] = table["session"].fillna("1").astype(str)
     table["subject"] = table["subject"].astype(str)
-    table["contrast"] = [_contrast_of_row(path, line, name) for line, name in enumerate(table["contrast"], start=2)]
+    table["contrast"] = _contrasts_of_rows(path, table["contrast"])
     mask_columns = tuple(column for column in table.columns if column == "mask" or column.endswith("_mask")) or (
         "mask",
     )
@@ -170,11 +171,19 @@ def _read_table(path: Path) -> pd.DataFrame:
     )
 
 
-def _contrast_of_row(path: Path, line: int, name: Any) -> str:
-    try:
-        return parse_contrast(str(name))
-    except UsageError as error:
-        raise CohortError(error.what, where=f"{path.name}, line {line}", remedy=error.remedy) from None
+def _contrasts_of_rows(path: Path, names: pd.Series) -> list[str]:
+    """Canonical names. A name that is not known stays, so that its scan alone is refused, unless no name is known."""
+    contrasts: list[str] = []
+    first_error: CohortError | None = None
+    for line, name in enumerate(names.astype(str), start=2):
+        try:
+            contrasts.append(parse_contrast(name))
+        except UsageError as error:
+            contrasts.append(name)
+            first_error = first_error or CohortError(error.what, where=f"{path.name}, line {line}", remedy=error.remedy)
+    if first_error is not None and not any(contrast in CONTRASTS for contrast in contrasts):
+        raise first_error
+    return contrasts
 
 
 def _with_typed_ages(table: pd.DataFrame, path: Path) -> pd.DataFrame:

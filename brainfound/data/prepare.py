@@ -19,11 +19,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from brainfound.contrasts import CONTRASTS, parse_contrast
 from brainfound.data.cohort import Cohort, Session
 from brainfound.data.preprocessing import Preprocessing
 from brainfound.data.scan import load_scan
 from brainfound.data.stack import Stack
-from brainfound.data.store import SCHEMA_VERSION, Store
+from brainfound.data.store import FURTHER_SCAN, SCHEMA_VERSION, Store
 from brainfound.errors import ScanError, StoreError, UsageError
 
 SESSIONS_PER_SHARD = 8
@@ -82,9 +83,24 @@ def prepare_session(
     """Load and prepare one session.
 
     Returns:
-        The stack, or None if nothing of the session can be used; and the refused files as (file, contrast, reason).
+        The stack, or None if nothing of the session can be used; and the files that are refused or not used, as
+        (file, contrast, reason).
     """
-    scans, refused = {}, []
+    stack, refused = _prepare_first_scans(session, preprocessing, mask)
+    bad = {file for file, _, _ in refused}
+    further = []
+    for contrast, file in session.extra_scans:
+        if contrast in preprocessing.contrasts:
+            first = session.scans[contrast]
+            fate = "was first, and refused" if first in bad else "is used"
+            further.append((file, contrast, f"{FURTHER_SCAN} {fate}: {first.name}"))
+    return stack, refused + further
+
+
+def _prepare_first_scans(
+    session: Session, preprocessing: Preprocessing, mask: str
+) -> tuple[Stack | None, list[tuple[Path, str, str]]]:
+    scans, refused = {}, _unknown_contrasts(session)
     for contrast in preprocessing.contrasts:
         if contrast in session.scans:
             try:
@@ -98,11 +114,12 @@ def prepare_session(
         except ScanError as error:
             refused.append((session.masks[mask], "mask", str(error)))
     if not scans:
-        if not refused or all(contrast == "mask" for _, contrast, _ in refused):
+        if not any(contrast in preprocessing.contrasts for contrast in session.scans):
             wanted = ", ".join(preprocessing.contrasts)
             refused += [
                 (file, contrast, f"the session has none of the wanted contrasts ({wanted})")
                 for contrast, file in session.scans.items()
+                if contrast in CONTRASTS
             ]
         return None, refused
     late: dict[str, ScanError] = {}
@@ -117,6 +134,17 @@ def prepare_session(
         file = session.masks[mask] if contrast == "mask" else session.scans[contrast]
         refused.append((file, contrast, str(error)))
     return stack, refused
+
+
+def _unknown_contrasts(session: Session) -> list[tuple[Path, str, str]]:
+    refused = []
+    for contrast, file in [*session.scans.items(), *session.extra_scans]:
+        if contrast not in CONTRASTS:
+            try:
+                parse_contrast(contrast)
+            except UsageError as error:
+                refused.append((file, contrast, f"{file.name}: {error}"))
+    return refused
 
 
 def _existing(out: Path, fingerprint: str, overwrite: bool) -> Store | None:
@@ -145,7 +173,7 @@ def _fingerprint(cohort: Cohort, sessions: list[Session], preprocessing: Preproc
     digest = hashlib.sha256(preprocessing.model_dump_json().encode())
     digest.update(f"{SCHEMA_VERSION} {mask}".encode())
     for session in sessions:
-        files = [*sorted(session.scans.items()), *sorted(session.masks.items())]
+        files = [*sorted(session.scans.items()), *sorted(session.masks.items()), *session.extra_scans]
         facts = [session.subject, session.session, sorted((k, str(v)) for k, v in session.covariates.items())]
         for name, file in files:
             stat = file.stat() if file.is_file() else None
@@ -287,8 +315,10 @@ def _finish(partial: Path, out: Path, num_shards: int, preprocessing: Preprocess
     parts = [json.loads((partial / f"shard-{n:05d}.json").read_text()) for n in range(num_shards)]
     rows = [row for part in parts for row in part["sessions"]]
     rejected = pd.DataFrame([r for part in parts for r in part["rejected"]], columns=REJECTED_COLUMNS)
+    is_further = rejected["reason"].astype(str).str.startswith(FURTHER_SCAN)
     if not rows:
-        first = rejected["reason"].iloc[0] if len(rejected) else "no scans"
+        refused = rejected[~is_further]
+        first = f"{refused['reason'].iloc[0]} [{refused['file'].iloc[0]}]" if len(refused) else "no scans"
         shutil.rmtree(partial)
         raise StoreError(
             f"not one session could be used; first reason: {first}",
@@ -311,7 +341,7 @@ def _finish(partial: Path, out: Path, num_shards: int, preprocessing: Preprocess
             "num_sessions": len(table),
             "num_subjects": int(table["subject"].nunique()),
             "num_slices": int(table["num_slices"].sum()),
-            "num_rejected_files": len(rejected),
+            "num_rejected_files": int((~is_further).sum()),
             "content_hash": content.hexdigest(),
             "source_fingerprint": fingerprint,
         },

@@ -6,7 +6,7 @@ A store is a folder:
     sessions.parquet   one row per session: identifiers, covariates, geometry, first row, number of slices
     store.json         schema version, preprocessing, contrasts, counts, content hash
     preprocessing.json the same preprocessing by itself
-    rejected.tsv       files that were refused, with the reason
+    rejected.tsv       files that were refused or not used, with the reason
 
 Axis legend: S slices, C contrasts, H rows, W columns.
 """
@@ -27,6 +27,8 @@ from brainfound.data.stack import Stack
 from brainfound.errors import StoreError
 
 SCHEMA_VERSION = 1
+FURTHER_SCAN = "another scan of this contrast"
+"""The reason of a file that is not refused, but comes second in its session, begins so."""
 _GEOMETRY = (
     "first_row",
     "num_slices",
@@ -108,6 +110,17 @@ class Store:
     @cached_property
     def rejected(self) -> pd.DataFrame:
         """Files that were refused: file, subject, session, contrast, reason."""
+        files = self._files_not_used
+        return files[~files["reason"].str.startswith(FURTHER_SCAN)].reset_index(drop=True)
+
+    @cached_property
+    def further_scans(self) -> pd.DataFrame:
+        """Files that were not used because their session has another scan of the contrast; columns as of `rejected`."""
+        files = self._files_not_used
+        return files[files["reason"].str.startswith(FURTHER_SCAN)].reset_index(drop=True)
+
+    @cached_property
+    def _files_not_used(self) -> pd.DataFrame:
         return pd.read_csv(self.path / "rejected.tsv", sep="\t", dtype=str, keep_default_na=False)
 
     @cached_property

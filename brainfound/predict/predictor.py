@@ -6,7 +6,7 @@ Axis legend: S slices, H W pixels, D width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from brainfound.data.prepare import prepare_session
 from brainfound.data.preprocessing import Preprocessing
 from brainfound.data.scan import load_scan
 from brainfound.data.stack import Stack
-from brainfound.errors import BrainFoundError, ScanError, UsageError
+from brainfound.data.store import FURTHER_SCAN
+from brainfound.errors import BrainFoundError, ModelError, ScanError, UsageError
 from brainfound.models import BrainFoundModel
 from brainfound.models.inference import infer
 from brainfound.predict.native_space import (
@@ -32,6 +33,7 @@ from brainfound.predict.native_space import (
     write_image,
     write_json,
 )
+from brainfound.train.run_files import holds_run
 from brainfound.train.targets import Target
 
 
@@ -46,6 +48,8 @@ class Prediction:
         probability: for a segmentation, the probability of not being background, on the same grid.
         embedding: for an encoder, the volume embedding ``(D,)``.
         contrasts, missing: the contrasts that were read, and those of the model that were not there.
+        notes: what a reader should know of the scans.
+        rejected: scans of the session that could not be used, with the reason.
     """
 
     task: str
@@ -58,6 +62,7 @@ class Prediction:
     subject: str = ""
     session: str = ""
     notes: tuple[str, ...] = field(default=())
+    rejected: tuple[str, ...] = field(default=())
 
     def to_dict(self) -> dict[str, Any]:
         """The answer and how it came about, for JSON."""
@@ -68,6 +73,7 @@ class Prediction:
             **self.answer,
             "contrasts": list(self.contrasts),
             "missing_contrasts": list(self.missing),
+            "rejected": list(self.rejected),
             "notes": list(self.notes),
             "not_a_medical_device": True,
         }
@@ -76,7 +82,11 @@ class Prediction:
         """Write ``NAME.json`` and, where there is one, ``NAME_dseg.nii.gz`` or ``NAME_embedding.npy``."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        name = name or "_".join(part for part in (self.subject, self.session and f"ses-{self.session}") if part) or "prediction"
+        name = (
+            name
+            or "_".join(part for part in (self.subject, self.session and f"ses-{self.session}") if part)
+            or "prediction"
+        )
         written = []
         if self.image is not None:
             written.append(folder / f"{name}_dseg.nii.gz")
@@ -112,6 +122,21 @@ class Predictor:
         self.model = model.to(self.device).eval()
         self.preprocessing, self.target, self.num_slices = preprocessing, target, num_slices
 
+    def as_encoder(self) -> Predictor:
+        """The same model, asked for the volume embedding before its head.
+
+        Raises:
+            UsageError: a segmentation, which makes no volume embedding.
+        """
+        if self.task == "segmentation":
+            raise UsageError(
+                "a segmentation model makes no volume embedding",
+                where="embed",
+                expected="an encoder, or a classification or regression model",
+                remedy="Use predict for its answer, or embed with the encoder that it was fine-tuned from",
+            )
+        return Predictor(self.model, self.preprocessing, None, self.num_slices, self.device)
+
     @property
     def task(self) -> str:
         return "embedding" if self.target is None else self.target.task
@@ -129,14 +154,18 @@ class Predictor:
             ScanError: a scan cannot be used.
         """
         files: dict[str, Path] = {}
+        notes = []
         for path in paths:
             self._add(files, self._contrast_of(Path(path), alone=len(paths) == 1), Path(path))
         for name, path in contrast_paths.items():
-            self._add(files, parse_contrast(name), Path(path))
+            contrast, announced = parse_contrast(name), contrast_from_filename(path)
+            self._add(files, contrast, Path(path))
+            if announced not in (UNKNOWN, contrast):
+                notes.append(f"{Path(path).name} was read as {contrast}, as asked, but its name says {announced}")
         if not files:
             raise UsageError("no scan was given", where="predict", expected=", ".join(self.preprocessing.contrasts))
         scans = {contrast: load_scan(path) for contrast, path in files.items()}
-        return self.predict_stack(self.preprocessing.apply(scans))
+        return self.predict_stack(self.preprocessing.apply(scans), tuple(notes))
 
     def predict_session(self, session: Session) -> Prediction:
         """Ask about a session of a cohort; scans that cannot be used are treated as absent and noted.
@@ -144,14 +173,18 @@ class Predictor:
         Raises:
             ScanError: no scan of the session can be used.
         """
-        stack, refused = prepare_session(Session(session.subject, session.session, session.scans, {}, {}), self.preprocessing)
-        notes = tuple(f"{contrast}: {reason}" for _, contrast, reason in refused)
+        stack, refused = prepare_session(replace(session, covariates={}, masks={}), self.preprocessing)
+        lines = [f"{contrast}: {reason}" for _, contrast, reason in refused]
+        further = tuple(
+            line for line, (_, _, reason) in zip(lines, refused, strict=True) if reason.startswith(FURTHER_SCAN)
+        )
+        rejected = tuple(line for line in lines if line not in further)
         if stack is None:
-            raise ScanError(f"no scan can be used; {notes[0] if notes else 'none is there'}", where=session.subject)
-        return self.predict_stack(stack, notes)
+            raise ScanError(f"no scan can be used; {lines[0] if lines else 'none is there'}", where=session.subject)
+        return self.predict_stack(stack, further, rejected)
 
-    def predict_stack(self, stack: Stack, notes: tuple[str, ...] = ()) -> Prediction:
-        """Ask about a stack that this predictor's preprocessing made."""
+    def predict_stack(self, stack: Stack, notes: tuple[str, ...] = (), rejected: tuple[str, ...] = ()) -> Prediction:
+        """Ask about a stack that this predictor's preprocessing made; notes and rejected scans are passed on."""
         answer = infer(self.model, stack, self.num_slices)
         present = tuple(c for c, here in zip(stack.contrasts, stack.present, strict=True) if here)
         common: dict[str, Any] = {
@@ -161,6 +194,7 @@ class Predictor:
             "subject": stack.subject,
             "session": stack.session,
             "notes": notes,
+            "rejected": rejected,
         }
         target = self.target
         if target is None:
@@ -177,7 +211,10 @@ class Predictor:
         image = segmentation_image(stack, target.decode_mask(answer.classes))
         names = dict(zip(target.codes, target.names, strict=True))
         return Prediction(
-            answer={"labels": {str(code): name for code, name in names.items()}, "volumes_mm3": volumes_mm3(image, names)},
+            answer={
+                "labels": {str(code): name for code, name in names.items()},
+                "volumes_mm3": volumes_mm3(image, names),
+            },
             image=image,
             probability=probability_image(stack, answer.foreground_probability),
             **common,
@@ -187,6 +224,10 @@ class Predictor:
         contrast = contrast_from_filename(path)
         if contrast != UNKNOWN:
             return contrast
+        if not path.is_file():
+            raise ScanError(
+                "no such file", where=path, remedy="Check the path; scans are given as FILE or CONTRAST=FILE"
+            )
         if alone and len(self.preprocessing.contrasts) == 1:
             return self.preprocessing.contrasts[0]
         raise UsageError(
@@ -205,7 +246,14 @@ class Predictor:
                 remedy="Leave this scan out, or use a model that knows it",
             )
         if contrast in files:
-            raise UsageError(f"two scans of {contrast}", got=f"{files[contrast].name} and {path.name}", remedy="Give one")
+            raise UsageError(
+                f"two scans of {contrast}", got=f"{files[contrast].name} and {path.name}", remedy="Give one"
+            )
+        for other, file in files.items():
+            if file.resolve() == path.resolve():
+                raise UsageError(
+                    f"the same file is given as {other} and as {contrast}", where=path.name, remedy="Give it once"
+                )
         files[contrast] = path
 
 
@@ -226,6 +274,14 @@ def load(path_or_id: str | Path, device: str | torch.device | None = None) -> Pr
         bundle = load_bundle(path)
         target = Target.from_dict(bundle.labels)
         return Predictor(bundle.model, bundle.preprocessing, target, bundle.metadata["num_slices"], device)
+    if holds_run(path):
+        raise ModelError(
+            "the run has no export: it has not finished",
+            where=path,
+            remedy="Go on with it: the same command and --resume",
+        )
+    if (path / "store.json").is_file():
+        raise ModelError("this is a store, not a model", where=path, remedy="Give the model first, then the scans")
     source = str(path) if path.exists() else str(path_or_id)
     model = BrainFoundModel.from_pretrained(source)
     return Predictor(model, Preprocessing.load(local_folder(source)), None, None, device)
@@ -301,11 +357,15 @@ def _predict_one(
 
 def parse_inputs(inputs: Iterable[str]) -> tuple[list[Path], dict[str, Path]]:
     """``FILE`` and ``CONTRAST=FILE`` arguments → paths, and paths by contrast."""
-    paths, named = [], {}
+    paths: list[Path] = []
+    named: dict[str, Path] = {}
     for text in inputs:
         name, equals, path = text.partition("=")
         if equals and not Path(text).exists():
-            named[parse_contrast(name)] = Path(path)
+            contrast = parse_contrast(name)
+            if contrast in named:
+                raise UsageError(f"two scans of {contrast}", got=f"{named[contrast]} and {path}", remedy="Give one")
+            named[contrast] = Path(path)
         else:
             paths.append(Path(text))
     return paths, named

@@ -124,7 +124,7 @@ def resolve_target(store: Store, train: Sequence[int], task: Task, column: str, 
                 "a regression target must be numeric",
                 where=f"column {column}",
                 got=repr(labels[numbers.isna()].iloc[0]),
-                remedy="Use --task classification, or another column",
+                remedy="Use --set task=classification, or another column",
             )
         std = float(numbers.std(ddof=0))
         if not std > 0:
@@ -137,7 +137,7 @@ def resolve_target(store: Store, train: Sequence[int], task: Task, column: str, 
             where=f"column {column}",
             got=f"{len(names)} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})",
             expected=f"2 to {MAX_CLASSES}",
-            remedy="Choose another column, or --task regression for numbers",
+            remedy="Choose another column, or --set task=regression for numbers",
         )
     return Target("classification", column, names=names)
 
