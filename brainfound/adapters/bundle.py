@@ -4,7 +4,7 @@ A bundle holds the trained weights with the aggregator and the head, the model's
 preprocessing, the labels, and either its base or the base's Hub id with a hash of its weights. What is
 written is loaded again at once and must answer as the model did. Nothing in a bundle is a pickle.
 
-    bundle.json            schema, task, labels, base, versions, metadata, a hash of every file
+    bundle.json            schema, task, labels, base, versions, metadata, a hash of every other file but README.md
     config.json            the model's configuration
     preprocessing.json     what was done to the scans
     adapter_config.json    \\ the low-rank updates and the modules trained with them
@@ -12,6 +12,7 @@ written is loaded again at once and must answer as the model did. Nothing in a b
     trained.safetensors    in place of an adapter: the trained weights, where the encoder is as it was
     model.safetensors      in place of both: all weights, where the encoder itself was trained
     base/                  the encoder that the adapter was trained on, unless it is on the Hub
+    README.md              the model card, where one was asked for; it is the one file that may be edited later
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from brainfound.data.preprocessing import Preprocessing
 from brainfound.errors import ModelError
 from brainfound.models import BrainFoundConfig, BrainFoundModel
 from brainfound.models.backbone import is_hub_id
+from brainfound.report.cards import write_model_card
 
 __all__ = ["Bundle", "load_bundle", "save_bundle"]
 
@@ -56,6 +58,7 @@ def save_bundle(
     preprocessing: Preprocessing,
     labels: Mapping[str, Any],
     metadata: Mapping[str, Any] | None = None,
+    card: Mapping[str, Any] | None = None,
     example: Mapping[str, Tensor] | None = None,
     copy_base: bool = False,
     overwrite: bool = False,
@@ -68,6 +71,7 @@ def save_bundle(
         preprocessing: what was done to the scans that it was trained on.
         labels: what the outputs mean, as plain values.
         metadata: anything else worth keeping, as plain values (metrics, the data's hash).
+        card: facts for a model card (see `brainfound.report.cards`); None writes no card.
         example: inputs of the model on which the answers are compared; None: small random ones.
         copy_base: put the base into the bundle even if it came from the Hub.
         overwrite: replace a bundle that is already there.
@@ -86,6 +90,8 @@ def save_bundle(
     draft.mkdir()
     try:
         _write(draft, model, preprocessing, dict(labels), dict(metadata or {}), copy_base)
+        if card is not None:
+            write_model_card(draft, {"name": folder.resolve().parent.name, **card})
         _require_same_answers(draft, model, example)
         if folder.exists():
             shutil.rmtree(folder)

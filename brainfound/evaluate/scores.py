@@ -26,13 +26,13 @@ def classification_scores(labels: Sequence[int], probabilities: np.ndarray) -> d
         labels: ``(n,)`` class indices.
         probabilities: ``(n, K)``.
     """
-    labels = np.asarray(labels)
+    truth = np.asarray(labels)
     if probabilities.shape[1] == 2:
-        area = auroc(labels == 1, probabilities[:, 1])
+        area = auroc(truth == 1, probabilities[:, 1])
     else:
-        areas = [auroc(labels == k, probabilities[:, k]) for k in np.unique(labels)]
+        areas = [auroc(truth == k, probabilities[:, k]) for k in np.unique(truth)]
         area = float(np.mean(areas)) if areas else float("nan")
-    return {"auroc": area, "balanced_accuracy": balanced_accuracy(labels, probabilities.argmax(axis=1))}
+    return {"auroc": area, "balanced_accuracy": balanced_accuracy(truth, probabilities.argmax(axis=1))}
 
 
 def regression_scores(target: Sequence[float], prediction: Sequence[float]) -> dict[str, float]:
@@ -61,7 +61,9 @@ def segmentation_scores(references: Sequence[np.ndarray], predictions: Sequence[
     return scores
 
 
-def trivial_scores(task: str, train: Sequence[Any], test: Sequence[Any], heads: Sequence[np.ndarray] = ()) -> dict[str, float]:
+def trivial_scores(
+    task: str, train: Sequence[Any], test: Sequence[Any], heads: Sequence[np.ndarray] = ()
+) -> dict[str, float]:
     """The scores of the trivial baseline.
 
     Args:

@@ -6,6 +6,7 @@ Axis legend: S slices, H W pixels, K classes, D width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,7 +58,7 @@ def infer(model: nn.Module, stack: Stack, num_slices: int | None = None) -> Answ
     Raises:
         ModelError: the model is of another kind, or the stack's contrasts are not the model's.
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = inner_model(model)
     model.eval()
     _require_same_contrasts(inner, stack)
     device = next(inner.parameters()).device
@@ -83,11 +84,16 @@ def infer(model: nn.Module, stack: Stack, num_slices: int | None = None) -> Answ
     raise ModelError(f"{type(inner).__name__} is not a BrainFound model")
 
 
+def inner_model(model: Any) -> Any:
+    """The BrainFound model itself, of one that an adapter may be wrapped around."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def _segment(model: nn.Module, stack: Stack, device: torch.device) -> Answer:
     classes = np.empty(stack.grid, dtype=np.uint8)
     foreground = np.empty(stack.grid, dtype=np.float32)
     # Where the decoder mixes neighbouring slices a chunk would cut them apart.
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = inner_model(model)
     chunk = len(stack.pixels) if inner.config.decoder_slice_mixing else SEGMENTATION_CHUNK
     for first in range(0, len(stack.pixels), chunk):
         index = np.arange(first, min(first + chunk, len(stack.pixels)))
@@ -98,7 +104,7 @@ def _segment(model: nn.Module, stack: Stack, device: torch.device) -> Answer:
     return Answer(classes=classes, foreground_probability=foreground)
 
 
-def _require_same_contrasts(model: nn.Module, stack: Stack) -> None:
+def _require_same_contrasts(model: Any, stack: Stack) -> None:
     contrasts = tuple(model.config.contrasts)
     if contrasts != tuple(stack.contrasts):
         raise ModelError(

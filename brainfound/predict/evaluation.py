@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,8 +13,10 @@ from brainfound.data.store import Store
 from brainfound.errors import ModelError, UsageError
 from brainfound.evaluate.partial_input import non_empty_subsets
 from brainfound.predict.predictor import load
+from brainfound.train.run_files import EXPORT_FOLDER
 from brainfound.train.session_scores import SessionScores, score_sessions
-from brainfound.train.targets import labelled_sessions
+from brainfound.train.session_split import PARTS, in_parts
+from brainfound.train.targets import Target, labelled_sessions
 
 
 def evaluate(
@@ -28,7 +31,7 @@ def evaluate(
     """Score a fine-tuned model.
 
     Args:
-        model: a run folder (its split is used) or a bundle.
+        model: a run folder, or a bundle wherever it lies: it remembers its split.
         data: a store. The one that the run was trained on: only the sessions of ``part``. Any other: all labelled
             sessions but those of subjects that the run was trained on.
         without: contrasts to withhold.
@@ -53,8 +56,18 @@ def evaluate(
             got=_difference(store.preprocessing.model_dump(), predictor.preprocessing.model_dump()),
             remedy="Prepare it with the model's preprocessing: brainfound prepare SOURCE STORE --like MODEL",
         )
-    sessions = _sessions_to_score(Path(model), store, labelled_sessions(store, target.column), part)
-    train_labels = _train_labels(Path(model), store, target)
+    if part not in PARTS:
+        raise UsageError(f"a split has no part {part!r}", expected=", ".join(PARTS))
+    split, labelled = _split_of(Path(model)), labelled_sessions(store, target.column)
+    sessions = _sessions_to_score(split, store, labelled, part)
+    if not sessions:
+        raise UsageError(
+            "no labelled session of the store may be scored",
+            where=store.path,
+            got="only subjects that the model was trained on",
+            remedy="Give the store of the run, or a cohort of other subjects",
+        )
+    train_labels = _train_labels(split, store, labelled, target)
     choices: list[tuple[str, ...]] = [tuple(without)]
     if partial_input:
         choices = [
@@ -70,33 +83,27 @@ def evaluate(
     return results
 
 
-def _split_of(model: Path) -> dict | None:
-    for folder in (model, model.parent):
-        if (folder / "splits.json").is_file():
-            return json.loads((folder / "splits.json").read_text(encoding="utf-8"))
+def _split_of(model: Path) -> dict[str, Any] | None:
+    """The split that a bundle remembers, by hashes of subjects; None of a bundle that was not made by a run."""
+    for folder in (model / EXPORT_FOLDER, model):
+        if (folder / "bundle.json").is_file():
+            return json.loads((folder / "bundle.json").read_text(encoding="utf-8"))["metadata"].get("split")
     return None
 
 
-def _sessions_to_score(model: Path, store: Store, labelled: np.ndarray, part: str) -> np.ndarray:
-    split = _split_of(model)
+def _sessions_to_score(split: dict[str, Any] | None, store: Store, labelled: np.ndarray, part: str) -> list[int]:
     if split is None:
-        return labelled
-    subjects = store.sessions["subject"]
+        return labelled.tolist()
     if split["data_hash"] == store.content_hash:
-        members = set(split["subjects"][part])
-        return np.array([i for i in labelled if subjects.iloc[int(i)] in members], dtype=int)
-    seen = set(split["subjects"]["train"]) | set(split["subjects"]["validation"])
-    return np.array([i for i in labelled if subjects.iloc[int(i)] not in seen], dtype=int)
+        return labelled[in_parts(split, store, labelled.tolist(), part)].tolist()
+    return labelled[~in_parts(split, store, labelled.tolist(), "train", "validation")].tolist()
 
 
-def _train_labels(model: Path, store: Store, target) -> list[float]:
+def _train_labels(split: dict[str, Any] | None, store: Store, labelled: np.ndarray, target: Target) -> list[float]:
     """Labels of the training part, for the trivial baseline, where the run's own store is scored."""
-    split = _split_of(model)
     if split is None or split["data_hash"] != store.content_hash or target.task == "segmentation":
         return []
-    members = set(split["subjects"]["train"])
-    labelled = labelled_sessions(store, target.column)
-    train = [int(i) for i in labelled if store.sessions["subject"].iloc[int(i)] in members]
+    train = labelled[in_parts(split, store, labelled.tolist(), "train")].tolist()
     return target.values(store, train).tolist()
 
 

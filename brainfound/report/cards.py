@@ -31,7 +31,7 @@ _TABLE_FACTS = (
 )  # fmt: skip
 _OTHER_FACTS = (
     "name", "summary", "license", "tags", "base_model", "base_model_relation", "datasets", "pipeline_tag", "contrasts",
-    "preprocessing", "metrics", "model_class", "repo_id",
+    "preprocessing", "metrics", "model_class", "model_code", "repo_id",
 )  # fmt: skip
 
 _KNOWN_FACTS = {*_TABLE_FACTS, *_OTHER_FACTS}
@@ -46,9 +46,10 @@ def write_model_card(folder: str | Path, facts: Mapping[str, Any]) -> Path:
             backbone, stem, aggregator, adapter, objective, labels, contrasts (list), preprocessing (mapping),
             recipe, steps, training_data, data_hash, num_sessions, num_subjects, num_slices, seed, device,
             versions (mapping), license (Hub identifier), tags, datasets (Hub ids), pipeline_tag, model_class,
-            repo_id, metrics. `metrics` is a mapping name → value, or a list of mappings with at least metric
-            and value (more keys, such as data, contrasts, low and high, are more columns). A fact that is
-            missing or None reads "not recorded"; a fact of another name is listed as it is.
+            model_code (how the model alone is loaded), repo_id, metrics. `metrics` is a mapping name → value,
+            or a list of mappings with at least metric and value (more keys, such as data, contrasts, low and
+            high, are more columns). A fact that is missing or None reads "not recorded"; a fact of another name
+            is listed as it is.
 
     Returns:
         The path of the card.
@@ -71,7 +72,7 @@ def write_model_card(folder: str | Path, facts: Mapping[str, Any]) -> Path:
         "other": _other(facts),
         "load_from": facts.get("repo_id") or "path/to/this/folder",
         "example_scans": _example_scans(facts.get("contrasts")),
-        "model_class": facts.get("model_class", "BrainFoundModel"),
+        "model_code": facts.get("model_code") or _model_code(facts),
         "license_text": _cell(facts.get("license")),
     }
     template = Template((recipe_folder("model_cards") / TEMPLATE_FILE).read_text(encoding="utf-8"))
@@ -128,6 +129,11 @@ def _base_model(facts: Mapping[str, Any]) -> str:
         return f"[{facts['base_model']}](https://huggingface.co/{facts['base_model']})"
     # Of a folder only the name: where it lay is nobody's business and helps no reader.
     return f"{_cell(Path(str(facts['base_model'])).name)} (a local folder)"
+
+
+def _model_code(facts: Mapping[str, Any]) -> str:
+    name, source = facts.get("model_class", "BrainFoundModel"), facts.get("repo_id") or "path/to/this/folder"
+    return f'from brainfound import {name}\n\nmodel = {name}.from_pretrained("{source}")'
 
 
 def _example_scans(contrasts: Sequence[str] | None) -> str:

@@ -14,10 +14,11 @@ Axis legend: B volumes, S slices, C contrasts, H W pixels.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import accelerate
 import numpy as np
 import torch
 from pydantic import Field
@@ -26,7 +27,6 @@ from torch import Tensor, nn
 
 from brainfound.adapters.attach import AdapterRecipe, attach_adapter
 from brainfound.adapters.bundle import save_bundle
-from brainfound.data.splits import require_disjoint, split_by_subject
 from brainfound.data.store import Store
 from brainfound.errors import RecipeError, UsageError
 from brainfound.models import (
@@ -35,18 +35,28 @@ from brainfound.models import (
     BrainFoundForSegmentation,
 )
 from brainfound.models.configuration import AGGREGATORS
+from brainfound.models.inference import inner_model
 from brainfound.models.start import start_from
 from brainfound.recipes import Recipe, load, validate
 from brainfound.train import run_files
 from brainfound.train.data_order import EpochOrder, RankBatches
 from brainfound.train.engine import Engine, EngineRecipe, TrainTask, make_accelerator
+from brainfound.train.finetuned_card import finetuned_card
 from brainfound.train.head_start import fit_head
 from brainfound.train.objectives.base import StepKey
 from brainfound.train.randomness import INITIALISATION, seed_of
 from brainfound.train.resuming import checkpoint_to_resume, common_facts
 from brainfound.train.schedules import warm_up_then
 from brainfound.train.session_scores import SessionScores, score_sessions, write_scores
-from brainfound.train.targets import Target, guess_task, labelled_sessions, resolve_target
+from brainfound.train.session_split import (
+    SPLIT_FILE,
+    SplitRecipe,
+    hashed_split,
+    split_sessions,
+    split_subjects,
+    write_split,
+)
+from brainfound.train.targets import Target, guess_task, resolve_target
 from brainfound.train.volumes import VolumeAugmentation, VolumeReader, augment_volumes
 
 CLASSES = {
@@ -54,21 +64,6 @@ CLASSES = {
     "regression": BrainFoundForRegression,
     "segmentation": BrainFoundForSegmentation,
 }
-
-
-class SplitRecipe(Recipe):
-    """How subjects are divided. Nothing is ever chosen on the test part."""
-
-    train: float = Field(0.7, gt=0, lt=1)
-    """Share of the subjects to learn from."""
-    validation: float = Field(0.1, gt=0, lt=1)
-    """Share to watch while learning."""
-    test: float = Field(0.2, gt=0, lt=1)
-    """Share that is scored once, at the end."""
-    seed: int = Field(0, ge=0)
-    """Of the division; the same seed divides the same subjects alike in every run."""
-    stratify: bool = True
-    """Give each part about the same mix of labels."""
 
 
 class FinetuneOptimRecipe(Recipe):
@@ -143,18 +138,17 @@ class FinetuneTask(TrainTask):
         parts: dict[str, np.ndarray],
         target: Target,
         recipe: FinetuneRecipe,
-        device: torch.device,
-        rank: int,
-        world_size: int,
+        accelerator: accelerate.Accelerator,
     ) -> None:
         self.model, self.store, self.parts, self.target, self.recipe = model, store, parts, target, recipe
-        self.device, self.rank, self.world_size = device, rank, world_size
+        self.device, self.rank = accelerator.device, accelerator.process_index
+        self.world_size = accelerator.num_processes
         self.clip_norm = recipe.optim.clip_norm
         self.evaluate_every = recipe.evaluate_every
         segmenting = target.task == "segmentation"
         share = recipe.foreground_share if segmenting else None
-        self.reader = VolumeReader(store, parts["train"], recipe.num_slices, share)
-        values = [] if segmenting else target.values(store, parts["train"]).tolist()
+        self.reader = VolumeReader(store, parts["train"].tolist(), recipe.num_slices, share)
+        values = [] if segmenting else target.values(store, parts["train"].tolist()).tolist()
         self.train_labels = values
         self.labels = dict(zip(parts["train"].tolist(), values, strict=True)) if values else {}
         self.eval_slices = None if segmenting else recipe.num_slices
@@ -192,7 +186,7 @@ class FinetuneTask(TrainTask):
         volumes, sessions, key = batch
         volumes = augment_volumes(volumes.to(self.device), self.recipe.augmentation, key)
         if self.target.task == "segmentation":
-            codes = volumes.masks.cpu().numpy()
+            codes = np.asarray(volumes.to("cpu").masks)
             labels = torch.from_numpy(self.target.encode_mask(codes).astype(np.int64)).to(self.device)
         else:
             kind = torch.long if self.target.task == "classification" else torch.float32
@@ -214,7 +208,7 @@ class FinetuneTask(TrainTask):
     def score(self, part: str) -> SessionScores:
         """Score one part of the split."""
         return score_sessions(
-            self.model, self.store, self.parts[part], self.target, self.eval_slices, self.train_labels
+            self.model, self.store, self.parts[part].tolist(), self.target, self.eval_slices, self.train_labels
         )
 
 
@@ -259,20 +253,11 @@ def finetune(
     engine_recipe = content.engine.model_copy(update={"precision": accelerator.mixed_precision})
     content = content.model_copy(update={"engine": engine_recipe})
     checkpoint = checkpoint_to_resume(folder, content, store, resume, FREE_ON_RESUME, accelerator)
-    parts = _split(content, store, target, split)
+    parts = split_sessions(content.split, store, target, _split_file(folder, target, split, resume))
     task_name = guess_task(store, target) if content.task == "auto" else content.task
-    resolved = resolve_target(store, parts["train"], task_name, target, content.merge_codes)
+    resolved = resolve_target(store, parts["train"].tolist(), task_name, target, content.merge_codes)
     network = _build(content, store, parts["train"], str(model), resolved, accelerator.device)
-    task = FinetuneTask(
-        network,
-        store,
-        parts,
-        resolved,
-        content,
-        accelerator.device,
-        accelerator.process_index,
-        accelerator.num_processes,
-    )
+    task = FinetuneTask(network, store, parts, resolved, content, accelerator)
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     everything = sum(p.numel() for p in network.parameters())
     counts = ", ".join(f"{part} {len(index)}" for part, index in parts.items())
@@ -285,8 +270,8 @@ def finetune(
         "num_trained_parameters": trained,
     }
     if accelerator.is_main_process:
+        write_split(folder, store, parts)  # before the recipe: a run that can be resumed has its split
         run_files.start(folder, content, facts)
-        _write_split(folder, store, parts)
     if checkpoint is not None:
         engine.resume(checkpoint)
         console.print(f"going on from {checkpoint.name}")
@@ -295,7 +280,7 @@ def finetune(
     accelerator.wait_for_everyone()
     engine.run()
     if accelerator.is_main_process:
-        _finish(folder, task, engine.step)
+        _finish(folder, task, str(model), engine.step)
     accelerator.wait_for_everyone()
     return folder
 
@@ -315,49 +300,23 @@ def _resolve(
     return content if adapter is None else content.model_copy(update={"adapter": str(adapter)})
 
 
-def _split(recipe: FinetuneRecipe, store: Store, target: str, file: str | Path | None) -> dict[str, np.ndarray]:
-    """Store indices of the labelled sessions of each part."""
-    labelled = labelled_sessions(store, target)
-    subjects = store.sessions["subject"].iloc[labelled].tolist()
-    if file is not None:
-        parts = _read_split(Path(file), store, labelled)
-    else:
-        shares = {part: getattr(recipe.split, part) for part in ("train", "validation", "test")}
-        strata: Sequence[Any] | None = None
-        if recipe.split.stratify:
-            strata = _strata(store, labelled, target)
-        split = split_by_subject(subjects, shares, recipe.split.seed, strata)
-        parts = {part: labelled[index] for part, index in split.items()}
-    require_disjoint(parts, store.sessions["subject"].tolist())
-    return parts
+def _split_file(folder: Path, target: str, given: str | Path | None, resume: bool) -> Path | None:
+    """The splits.json to follow: of the run that goes on, else the one that was given, else none.
 
-
-def _strata(store: Store, labelled: np.ndarray, target: str) -> list[Any]:
-    if target != "mask":
-        return store.covariate(target).iloc[labelled].tolist()
-    masks = [store.read_masks(int(session)) for session in labelled]
-    return ["empty" if mask is None or not mask.any() else "marked" for mask in masks]
-
-
-def _read_split(file: Path, store: Store, labelled: np.ndarray) -> dict[str, np.ndarray]:
-    try:
-        members = json.loads(file.read_text(encoding="utf-8"))["subjects"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"not a splits.json: {error}", where=file, remedy="Give the splits.json of a run") from None
-    of = store.sessions["subject"]
-    parts = {}
-    for part in ("train", "validation", "test"):
-        wanted = set(members.get(part, ()))
-        parts[part] = np.array([i for i in labelled if of.iloc[int(i)] in wanted], dtype=int)
-        if not len(parts[part]):
-            raise UsageError(f"no labelled session of the store is in the part {part!r}", where=file)
-    return parts
-
-
-def _write_split(folder: Path, store: Store, parts: dict[str, np.ndarray]) -> None:
-    subjects = {part: sorted({store.sessions["subject"].iloc[int(i)] for i in index}) for part, index in parts.items()}
-    text = json.dumps({"data_hash": store.content_hash, "subjects": subjects}, indent=1)
-    (folder / "splits.json").write_text(text + "\n", encoding="utf-8")
+    Raises:
+        UsageError: the run that goes on learns another target, or on other subjects than the given split.
+    """
+    own = folder / SPLIT_FILE
+    if not (resume and own.is_file()):
+        return None if given is None else Path(given)
+    before = json.loads((folder / run_files.FACTS_FILE).read_text(encoding="utf-8"))["target"]["column"]
+    if before != target:
+        raise UsageError("the run learns another target", where=folder, got=target, expected=before)
+    if given is not None and split_subjects(Path(given)) != split_subjects(own):
+        raise UsageError(
+            "the run has another split", where=folder, got=given, remedy="Leave out --split, or give another --out"
+        )
+    return own
 
 
 def _build(
@@ -373,22 +332,31 @@ def _build(
     if target.task == "segmentation":
         # Segmentation reads no volume embedding; an aggregator with weights would be dead weight.
         fields |= {"aggregator": "mean", "decoder": recipe.decoder, "decoder_width": recipe.decoder_width}
-    model = start_from(CLASSES[target.task], source, store.contrasts, **fields).to(device)
+    model: Any = start_from(CLASSES[target.task], source, store.contrasts, **fields)
+    model.to(device)
     if recipe.head_fit_passes and target.task != "segmentation":
-        reader = VolumeReader(store, train, recipe.num_slices)
+        reader = VolumeReader(store, train.tolist(), recipe.num_slices)
         batch = max(recipe.engine.batch_size // recipe.engine.accumulation, 1)
         fit_head(model, reader, recipe.augmentation, target, recipe.head_fit_passes, batch, recipe.seed)
     return attach_adapter(model, load(AdapterRecipe, recipe.adapter, "adapters"))
 
 
-def _finish(folder: Path, task: FinetuneTask, step: int) -> None:
+def _finish(folder: Path, task: FinetuneTask, source: str, step: int) -> None:
     """Score the test part once, and leave bundle, scores and curves behind."""
+    store, parts, target = task.store, task.parts, task.target
     scores = write_scores(folder, task.score("test"), part="test", step=step)
     save_bundle(
-        folder / "export",
+        folder / run_files.EXPORT_FOLDER,
         task.model,
-        preprocessing=task.store.preprocessing,
-        labels=task.target.to_dict(),
-        metadata={"num_slices": task.eval_slices, "test": scores, "data_hash": task.store.content_hash},
+        preprocessing=store.preprocessing,
+        labels=target.to_dict(),
+        metadata={
+            "num_slices": task.eval_slices,
+            "test": scores,
+            "data_hash": store.content_hash,
+            "split": hashed_split(store, parts),
+        },
+        card=finetuned_card(task.recipe, store, parts, target, inner_model(task.model).config, source, scores, step),
+        overwrite=True,  # a run that goes on after its end writes the same again
     )
     run_files.finish(folder, "done", step, step)

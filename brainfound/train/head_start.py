@@ -3,20 +3,20 @@
 A random head sends large, aimless gradients into the backbone and distorts features that were good; a head that
 was fitted first does not (Kumar et al., "Fine-Tuning can Distort Pretrained Features and Underperform
 Out-of-Distribution", ICLR 2022). The fit is a ridge or logistic regression on the training part alone, its
-strength chosen by cross-validation within that part, all
-views of a session in one fold.
+strength chosen by cross-validation within that part, all views of a session in one fold.
 
 Axis legend: n embedded volumes (training sessions × passes), D width, K classes.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from jaxtyping import Float
 from sklearn.linear_model import LogisticRegression, LogisticRegressionCV, Ridge, RidgeCV
 from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
-from torch import nn
 
 from brainfound.train.objectives.base import StepKey
 from brainfound.train.targets import Target
@@ -29,7 +29,7 @@ HEAD_FIT_STEP = 2_000_000_000
 
 @torch.no_grad()
 def fit_head(
-    model: nn.Module,
+    model: Any,
     reader: VolumeReader,
     augmentation: VolumeAugmentation,
     target: Target,
@@ -68,7 +68,7 @@ def fit_head(
     std = np.where(std > 1e-8, std, 1.0)
     order = np.concatenate(sessions)
     fit = _ridge if target.task == "regression" else _logistic
-    weight, bias = fit((everything - mean) / std, target.values(reader.store, order), order, target)
+    weight, bias = fit((everything - mean) / std, target.values(reader.store, order.tolist()), order, target)
     weight = weight / std
     bias = bias - weight @ mean
     rows = len(weight)

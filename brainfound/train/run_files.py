@@ -1,4 +1,7 @@
-"""What a pretraining run writes besides its log and checkpoints: recipe, facts, export, card, curves."""
+"""What a run writes besides its log and checkpoints.
+
+Of any run: recipe, facts, curves. Of pretraining also the export with its card; fine-tuning exports a bundle.
+"""
 
 from __future__ import annotations
 
@@ -107,7 +110,7 @@ def export(
     step: int,
     guard: GuardState,
 ) -> Path:
-    """Write export/: the encoder's weights in a model folder, with preprocessing and card.
+    """Write export/ of pretraining: the encoder's weights in a model folder, with preprocessing and card.
 
     It is written beside and renamed, so that export/ is always whole.
     """

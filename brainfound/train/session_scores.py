@@ -110,20 +110,22 @@ def score_sessions(
     withheld = np.isin(store.contrasts, list(without))
     usable = [int(i) for i in sessions if (store.present[int(i)] & ~withheld).any()]
     if not usable:
-        raise UsageError("no session is left to score", where=f"store {store.path.name}", got=f"without {', '.join(without)}")
+        raise UsageError(
+            "no session is left to score", where=f"store {store.path.name}", got=f"without {', '.join(without)}"
+        )
     segmenting = target.task == "segmentation"
-    truths = [None] * len(usable) if segmenting else target.values(store, usable).tolist()
+    truths: list[Any] = [None] * len(usable) if segmenting else target.values(store, usable).tolist()
     answers: list[Any] = []
     heads: list[np.ndarray] = []
     rows = []
     for done, (session, truth) in enumerate(zip(usable, truths, strict=True), start=1):
         stack = store[session]
-        answer = infer(model, without_contrasts(stack, without) if without else stack, num_slices)
-        row = {"subject": stack.subject, "session": stack.session}
+        answer: Any = infer(model, without_contrasts(stack, without) if without else stack, num_slices)
+        row: dict[str, Any] = {"subject": stack.subject, "session": stack.session}
         if segmenting:
-            reference = target.encode_mask(stack.mask)
+            reference = target.encode_mask(np.asarray(stack.mask))
             answers.append((reference, answer.classes))
-            heads.append(stack.pixels.any(axis=1))
+            heads.append(np.asarray(stack.pixels.any(axis=1)))
             overlap = dice(answer.classes > 0, reference > 0, empty="nan")
             row |= {"reference_pixels": int((reference > 0).sum()), "dice": overlap}
         elif target.task == "classification":

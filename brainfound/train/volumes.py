@@ -125,9 +125,7 @@ def augment_volumes(batch: VolumeBatch, recipe: VolumeAugmentation, key: StepKey
     )
 
 
-def _affines(
-    count: int, size: tuple[int, int], recipe: VolumeAugmentation, generator: torch.Generator
-) -> Tensor:
+def _affines(count: int, size: tuple[int, int], recipe: VolumeAugmentation, generator: torch.Generator) -> Tensor:
     """One matrix per volume; `random_affine` with crops of the whole image, then scaled."""
     whole = ViewsRecipe(
         aspect=(1.0, 1.0),

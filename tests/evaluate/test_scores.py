@@ -1,0 +1,73 @@
+"""Scores and their trivial baselines, against values that can be worked out by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from brainfound.evaluate.scores import (
+    HEADLINE,
+    HIGHER_IS_BETTER,
+    classification_scores,
+    regression_scores,
+    segmentation_scores,
+    trivial_scores,
+)
+
+
+def test_two_classes():
+    probabilities = np.array([[0.9, 0.1], [0.6, 0.4], [0.7, 0.3], [0.2, 0.8]])
+    scores = classification_scores([0, 0, 1, 1], probabilities)
+    assert scores["auroc"] == pytest.approx(3 / 4)
+    assert scores["balanced_accuracy"] == pytest.approx(3 / 4)
+
+
+def test_more_classes_average_one_against_the_rest():
+    probabilities = np.eye(3)[[0, 1, 2, 2]] * 0.7 + 0.1
+    perfect = classification_scores([0, 1, 2, 2], probabilities)
+    assert perfect == {"auroc": 1.0, "balanced_accuracy": 1.0}
+    worse = classification_scores([0, 1, 2, 0], probabilities)
+    # Class 0: its two cases against two others, one of four pairs is a tie, one ... counted by hand.
+    expected = [np.mean([1, 1, 0.5, 0.5]), 1.0, np.mean([1, 1, 0.5])]
+    assert worse["auroc"] == pytest.approx(np.mean(expected))
+    assert worse["balanced_accuracy"] == pytest.approx((0.5 + 1 + 1) / 3)
+
+
+def test_regression():
+    scores = regression_scores([1.0, 2.0, 3.0], [1.0, 2.0, 4.5])
+    assert scores["mae"] == pytest.approx(0.5)
+    assert scores["r2"] == pytest.approx(1 - 2.25 / 2)
+    assert scores["pearson"] == pytest.approx(np.corrcoef([1, 2, 3], [1, 2, 4.5])[0, 1])
+
+
+def test_segmentation_averages_classes_then_cases_and_counts_clean_negatives():
+    reference = np.zeros((1, 4, 4), dtype=int)
+    reference[0, 0] = 1
+    reference[0, 1] = 2
+    prediction = reference.copy()
+    prediction[0, 1, :2] = 0  # class 2: 2 · 2 / (4 + 2)
+    empty = np.zeros_like(reference)
+    scores = segmentation_scores([reference, empty, empty], [prediction, empty, reference])
+    assert scores["dice"] == pytest.approx((1 + 2 / 3) / 2)
+    assert scores["clean_negatives"] == 0.5
+    assert "clean_negatives" not in segmentation_scores([reference], [reference])
+    assert np.isnan(segmentation_scores([empty], [empty])["dice"])
+
+
+def test_trivial_baselines_know_the_training_part_only():
+    guess = trivial_scores("classification", [0, 0, 1], [0, 1, 1])
+    assert guess == {"auroc": 0.5, "balanced_accuracy": 0.5}
+    mean = trivial_scores("regression", [10.0, 20.0], [14.0, 18.0])
+    assert mean["mae"] == pytest.approx((1 + 3) / 2)
+    assert mean["r2"] == pytest.approx(1 - (1 + 9) / 8)
+    assert np.isnan(mean["pearson"])
+    head = np.zeros((1, 4, 4), dtype=bool)
+    head[0, :2] = True
+    lesion = np.zeros((1, 4, 4), dtype=int)
+    lesion[0, 0] = 1
+    assert trivial_scores("segmentation", (), [lesion], [head])["dice"] == pytest.approx(2 * 4 / (8 + 4))
+
+
+def test_every_headline_is_a_score_with_a_direction():
+    assert set(HEADLINE.values()) <= set(HIGHER_IS_BETTER)
+    assert HIGHER_IS_BETTER["mae"] is False

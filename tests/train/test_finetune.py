@@ -1,0 +1,293 @@
+"""Fine-tuning from door to door on a small store: three tasks, exact resume, splits, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Dinov2Model
+
+from brainfound.adapters import load_bundle
+from brainfound.errors import BrainFoundError, RecipeError, TrainingError, UsageError
+from brainfound.recipes import validate
+from brainfound.train import session_split
+from brainfound.train.finetune import FinetuneRecipe, finetune
+from brainfound.train.volumes import VolumeReader
+
+LAUNCH_FILE = Path(__file__).parents[2] / "train" / "launch" / "accelerate-cpu.yaml"
+
+TINY = {
+    "name": "tiny",
+    "num_slices": 4,
+    "decoder_width": 8,
+    "head_fit_passes": 0,
+    "evaluate_every": 3,
+    "split": {"train": 0.5, "validation": 0.25, "test": 0.25},
+    "engine": {
+        "steps": 3,
+        "batch_size": 4,
+        "precision": "no",
+        "log_every": 1,
+        "checkpoint_every": 3,
+        "num_workers": 0,
+    },
+}
+COLUMNS = {"classification": "diagnosis", "regression": "age_years", "segmentation": "mask"}
+
+
+def tiny(*overrides: str) -> FinetuneRecipe:
+    return validate(FinetuneRecipe, TINY, overrides)
+
+
+def lines(run: Path, key: str = "loss") -> list[dict]:
+    return [line for text in (run / "log.jsonl").open() if key in (line := json.loads(text))]
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in lines(run)]
+
+
+def members(run: Path) -> dict[str, set[str]]:
+    return {part: set(names) for part, names in json.loads((run / "splits.json").read_text())["subjects"].items()}
+
+
+@pytest.fixture(autouse=True)
+def _no_curves(monkeypatch):
+    """Drawing takes longer than these runs."""
+    monkeypatch.setattr("brainfound.train.run_files.plot_curves", lambda folder: folder)
+
+
+@pytest.fixture(scope="module")
+def six_steps(small_store, tiny_backbone, tmp_path_factory) -> Path:
+    """A regression of six steps with a checkpoint in the middle; tests copy it before they change it."""
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("finetune") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("brainfound.train.run_files.plot_curves", lambda folder: folder)
+        return finetune(tiny("engine.steps=6"), small_store, tiny_backbone, "age_years", out, quiet=True)
+
+
+@pytest.mark.parametrize("task", COLUMNS)
+def test_each_task_trains_and_leaves_a_whole_run(small_store, tiny_backbone, tmp_path, monkeypatch, task):
+    trained_on: set[int] = set()
+    read = VolumeReader.read
+
+    def spy(self, positions, key):
+        batch, sessions = read(self, positions, key)
+        trained_on.update(int(session) for session in sessions)
+        return batch, sessions
+
+    monkeypatch.setattr(VolumeReader, "read", spy)
+    fit = "head_fit_passes=1"
+    run = finetune(tiny(fit), small_store, tiny_backbone, COLUMNS[task], tmp_path / "run", quiet=True)
+    assert len(lines(run)) == 3
+    assert all(np.isfinite(losses(run)))
+    parts = members(run)
+    assert set(parts) == {"train", "validation", "test"}
+    assert sum(map(len, parts.values())) == len(set().union(*parts.values())) == 12
+    subjects = small_store.sessions["subject"]
+    seen = {subjects.iloc[session] for session in trained_on}
+    assert seen
+    assert seen <= parts["train"]
+
+    scores = json.loads((run / "scores.json").read_text())
+    cases = pd.read_csv(run / "cases.tsv", sep="\t")
+    assert scores["task"] == task
+    assert scores["num_sessions"] == len(cases) == 3
+    assert set(cases["subject"]) == parts["test"]
+    assert set(scores["scores"]) >= set(scores["trivial"]) - {"clean_negatives"}
+    bundle = load_bundle(run / "export")
+    assert bundle.task == task
+    assert bundle.metadata["test"] == scores
+    assert json.loads((run / "run.json").read_text())["status"] == "done"
+
+
+def test_regression_learns_by_heart(small_store, tiny_backbone, tmp_path):
+    """Full training of a tiny model on the same volumes again and again."""
+    still = [f"augmentation.{key}=0" for key in ("rotation_degrees", "scale", "shear", "contrast_dropout")]
+    still += [f"augmentation.intensity.{key}_probability=0" for key in ("gamma", "contrast", "blur")]
+    recipe = tiny(
+        *still, "engine.steps=15", "engine.batch_size=6", "optim.head_lr=0.01", "optim.warmup=0", "evaluate_every=0"
+    )
+    run = finetune(recipe, small_store, tiny_backbone, "age_years", tmp_path / "run", adapter="full", quiet=True)
+    assert np.mean(losses(run)[-3:]) < 0.5 * np.mean(losses(run)[:3])
+
+
+def test_lora_leaves_the_base_as_it_was(six_steps, tiny_backbone):
+    before = Dinov2Model.from_pretrained(tiny_backbone).state_dict()
+    saved = load_file(six_steps / "checkpoints" / "step-000006" / "model.safetensors")
+    plain = {name.replace(".base_layer.", "."): value for name, value in saved.items()}
+    found = 0
+    for name, weight in before.items():
+        if name.startswith("encoder.layer") or name == "layernorm.weight":
+            matches = [value for key, value in plain.items() if key.endswith(f"backbone.{name}")]
+            assert len(matches) == 1, name
+            assert torch.equal(matches[0], weight), name
+            found += 1
+    assert found > 30
+    updates = [value for key, value in saved.items() if "lora_B" in key]
+    assert updates
+    assert all(value.abs().max() > 0 for value in updates)
+
+
+def test_card_beside_the_weights_names_the_scores(six_steps, tiny_backbone):
+    card = (six_steps / "export" / "README.md").read_text()
+    scores = json.loads((six_steps / "scores.json").read_text())
+    mae = next(line for line in card.splitlines() if line.startswith("| mae |"))
+    assert f"{scores['scores']['mae']:.4g}" in mae
+    assert f"{scores['trivial']['mae']:.4g}" in mae
+    assert "trivial baseline" in card
+    assert "train 6 sessions of 6 subjects" in card
+    assert f"| Data hash | {scores_hash(six_steps)}" in card
+    assert str(tiny_backbone.parent) not in card
+    assert "load_bundle" in card
+    assert "not a medical device" in card
+
+
+def scores_hash(run: Path) -> str:
+    return json.loads((run / "splits.json").read_text())["data_hash"]
+
+
+def test_a_card_may_be_edited_and_the_weights_may_not(six_steps, tmp_path):
+    export = shutil.copytree(six_steps / "export", tmp_path / "export")
+    (export / "README.md").write_text("a better card")
+    load_bundle(export)
+    (export / "preprocessing.json").write_text("{}")
+    with pytest.raises(BrainFoundError, match=r"preprocessing\.json"):
+        load_bundle(export)
+
+
+def test_resume_is_exact(six_steps, small_store, tiny_backbone, tmp_path):
+    run = shutil.copytree(six_steps, tmp_path / "run")
+    for name in ("checkpoints/step-000006", "export"):
+        shutil.rmtree(run / name)
+    (run / "scores.json").unlink()
+    finetune(tiny("engine.steps=6"), small_store, tiny_backbone, "age_years", run, resume=True, quiet=True)
+    assert losses(run) == losses(six_steps)
+    first, second = (
+        load_file(folder / "checkpoints" / "step-000006" / "model.safetensors") for folder in (six_steps, run)
+    )
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert (run / "scores.json").read_text() == (six_steps / "scores.json").read_text()
+
+
+def test_a_finished_run_may_be_resumed(six_steps, small_store, tiny_backbone, tmp_path):
+    run = shutil.copytree(six_steps, tmp_path / "run")
+    finetune(tiny("engine.steps=6"), small_store, tiny_backbone, "age_years", run, resume=True, quiet=True)
+    assert losses(run) == losses(six_steps)
+    assert (run / "scores.json").read_text() == (six_steps / "scores.json").read_text()
+    load_bundle(run / "export")
+
+
+def test_another_run_learns_and_tests_on_the_same_subjects(six_steps, small_store, tiny_backbone, tmp_path):
+    other = "split.seed=5"
+    fresh = session_split.split_sessions(tiny(other).split, small_store, "diagnosis", None)
+    given = session_split.split_sessions(tiny(other).split, small_store, "diagnosis", six_steps / "splits.json")
+    assert not np.array_equal(fresh["test"], given["test"])
+    run = tmp_path / "run"
+    finetune(
+        tiny(other, "engine.steps=1"), small_store, tiny_backbone, "diagnosis", run,
+        split=six_steps / "splits.json", quiet=True,
+    )  # fmt: skip
+    assert members(run) == members(six_steps)
+
+    # The continuation follows the run's own split, whether or not it is told again.
+    shutil.rmtree(run / "checkpoints")
+    finetune(tiny(other, "engine.steps=1"), small_store, tiny_backbone, "diagnosis", run, resume=True, quiet=True)
+    assert members(run) == members(six_steps)
+    moved = json.loads((run / "splits.json").read_text())
+    moved["subjects"]["train"], moved["subjects"]["test"] = moved["subjects"]["test"], moved["subjects"]["train"]
+    (tmp_path / "moved.json").write_text(json.dumps(moved))
+    with pytest.raises(UsageError, match="another split"):
+        finetune(
+            tiny(other, "engine.steps=1"), small_store, tiny_backbone, "diagnosis", run,
+            split=tmp_path / "moved.json", resume=True, quiet=True,
+        )  # fmt: skip
+
+
+def test_doors(six_steps, small_store, tiny_backbone, tmp_path):
+    def start(column="age_years", *overrides, out=tmp_path / "new", **options):
+        finetune(tiny(*overrides), small_store, tiny_backbone, column, out, quiet=True, **options)
+
+    with pytest.raises(UsageError, match="--resume"):
+        start(out=six_steps)
+    with pytest.raises(UsageError, match="no run to resume"):
+        start(resume=True)
+    with pytest.raises(RecipeError, match=r"optim\.lr"):
+        start("age_years", "engine.steps=6", "optim.lr=1", out=six_steps, resume=True)
+    with pytest.raises(UsageError, match="another target"):
+        start("diagnosis", "engine.steps=6", out=six_steps, resume=True)
+    with pytest.raises(RecipeError, match="aggregator"):
+        start("age_years", "aggregator=median")
+    with pytest.raises(UsageError, match="height_cm"):
+        start("height_cm")
+    with pytest.raises(UsageError, match="must be numeric"):
+        start("diagnosis", "task=regression")
+    (tmp_path / "no.json").write_text("[]")
+    with pytest.raises(UsageError, match="not a splits"):
+        start(split=tmp_path / "no.json")
+    assert not (tmp_path / "new").exists()
+
+
+def test_targets_with_nothing_to_learn_are_refused(small_store, tiny_backbone, tmp_path, monkeypatch):
+    def start(column, *overrides):
+        finetune(tiny(*overrides), small_store, tiny_backbone, column, tmp_path / "new", quiet=True)
+
+    monkeypatch.setitem(small_store.sessions, "constant", 3.0)
+    monkeypatch.setitem(small_store.sessions, "mask_dtype", "")
+    with pytest.raises(UsageError, match="constant") as constant:
+        start("constant", "task=regression")
+    with pytest.raises(UsageError, match="two classes") as one_class:
+        start("constant", "task=classification")
+    with pytest.raises(UsageError, match="no session has a mask") as no_mask:
+        start("mask")
+    assert all("\n" not in str(error.value) for error in (constant, one_class, no_mask))
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.slow
+def test_two_ranks_train_together(small_store, tiny_backbone, tmp_path):
+    (tmp_path / "tiny.yaml").write_text(tiny().to_yaml())
+    (tmp_path / "run.py").write_text(
+        "import sys, torch\ntorch.set_num_threads(1)\nfrom brainfound.train.finetune import finetune\n"
+        "finetune(*sys.argv[1:4], 'diagnosis', sys.argv[4], quiet=True)\n"
+    )
+    port = 20_000 + os.getpid() % 20_000
+    options = ["--config_file", LAUNCH_FILE, "--main_process_port", port]
+    arguments = [tmp_path / "run.py", tmp_path / "tiny.yaml", small_store.path, tiny_backbone, tmp_path / "run"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options, *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, timeout=240)
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["world_size"] == 2
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3]
+    load_bundle(tmp_path / "run" / "export")
+
+
+def test_a_stop_in_the_middle_is_gone_on_with(six_steps, small_store, tiny_backbone, tmp_path, monkeypatch):
+    """What really trained before the stop, not only a copied folder."""
+    from brainfound.train.finetune import FinetuneTask
+
+    def broken(self, step):
+        if step == 4:
+            raise TrainingError("pulled the plug")
+
+    run = tmp_path / "run"
+    recipe = tiny("engine.steps=6")
+    with monkeypatch.context() as patch:
+        patch.setattr(FinetuneTask, "after_step", broken)
+        with pytest.raises(TrainingError, match="plug"):
+            finetune(recipe, small_store, tiny_backbone, "age_years", run, quiet=True)
+    assert not (run / "export").exists()
+    finetune(recipe, small_store, tiny_backbone, "age_years", run, resume=True, quiet=True)
+    assert losses(run) == losses(six_steps)

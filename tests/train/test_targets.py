@@ -1,0 +1,92 @@
+"""Labels as numbers, learnt on the training part alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from brainfound.errors import UsageError
+from brainfound.train.targets import Target, guess_task, labelled_sessions, resolve_target
+
+
+@pytest.fixture
+def sessions(small_store, monkeypatch):
+    """Put columns beside the store's own ones for the time of a test."""
+
+    def put(**columns):
+        for name, values in columns.items():
+            monkeypatch.setitem(small_store.sessions, name, values)
+        return small_store
+
+    return put
+
+
+def test_tasks_are_guessed_from_the_labels(sessions):
+    store = sessions(score=[0, 1, 2] * 4)
+    assert guess_task(store, "mask") == "segmentation"
+    assert guess_task(store, "age_years") == "regression"
+    assert guess_task(store, "diagnosis") == "classification"
+    assert guess_task(store, "score") == "classification"
+
+
+def test_sessions_without_a_label_are_left_out(sessions):
+    store = sessions(score=[1.0, np.nan, np.inf, 4.0] + [np.nan] * 8, word=["a", None] * 6, nothing=[np.nan] * 12)
+    assert labelled_sessions(store, "score").tolist() == [0, 3]
+    assert labelled_sessions(store, "word").tolist() == list(range(0, 12, 2))
+    assert labelled_sessions(store, "mask").tolist() == list(range(12))
+    with pytest.raises(UsageError, match="empty"):
+        labelled_sessions(store, "nothing")
+    with pytest.raises(UsageError, match="no_such"):
+        labelled_sessions(store, "no_such")
+
+
+def test_mean_and_deviation_are_of_the_training_part(small_store):
+    target = resolve_target(small_store, [0, 1, 2], "regression", "age_years")
+    ages = small_store.sessions["age_years"].iloc[:3]
+    assert target.mean == pytest.approx(ages.mean())
+    assert target.std == pytest.approx(ages.std(ddof=0))
+    assert target.values(small_store, [2, 0]).tolist() == [ages.iloc[2], ages.iloc[0]]
+
+
+def test_classes_are_of_the_training_part(sessions):
+    store = sessions(kind=["b", "a"] * 5 + ["c", "c"], code=[1.0, 0.0] * 6)
+    target = resolve_target(store, range(10), "classification", "kind")
+    assert target.names == ("a", "b")
+    assert target.values(store, [0, 1]).tolist() == [1, 0]
+    with pytest.raises(UsageError, match="'c' is not among"):
+        target.values(store, [11])
+    assert resolve_target(store, range(10), "classification", "code").names == ("0", "1")
+    with pytest.raises(UsageError, match="two classes"):
+        resolve_target(store, [0, 2], "classification", "kind")
+
+
+def test_regression_of_words_or_of_a_constant_is_refused(sessions):
+    store = sessions(same=2.5)
+    with pytest.raises(UsageError, match="numeric"):
+        resolve_target(store, range(12), "regression", "diagnosis")
+    with pytest.raises(UsageError, match="constant"):
+        resolve_target(store, range(12), "regression", "same")
+
+
+def test_label_codes_go_to_classes_and_back():
+    target = Target("segmentation", "mask", names=("background", "label 3", "label 9"), codes=(0, 3, 9))
+    mask = np.array([[0, 3], [9, 3]], dtype=np.uint8)
+    assert target.encode_mask(mask).tolist() == [[0, 1], [2, 1]]
+    assert np.array_equal(target.decode_mask(target.encode_mask(mask)), mask)
+    # A code that training never saw is background.
+    assert target.encode_mask(np.array([5, 12, 9])).tolist() == [0, 0, 2]
+    merged = Target("segmentation", "mask", names=("background", "foreground"), codes=(0, 1), merge=True)
+    assert merged.encode_mask(np.array([0, 4, 200])).tolist() == [0, 1, 1]
+
+
+def test_masks_of_the_training_part_give_the_codes(small_store):
+    target = resolve_target(small_store, [0, 1], "segmentation", "mask")
+    assert target.codes == (0, 1)
+    with pytest.raises(UsageError, match="every mask"):
+        resolve_target(small_store, [0, 2], "segmentation", "mask")
+
+
+def test_plain_values_round_trip(small_store):
+    for task, column in (("classification", "diagnosis"), ("regression", "age_years"), ("segmentation", "mask")):
+        target = resolve_target(small_store, range(12), task, column)
+        assert Target.from_dict(target.to_dict()) == target
