@@ -26,13 +26,13 @@ from brainfound.errors import RecipeError, TrainingError, UsageError
 from brainfound.models import BrainFoundModel
 from brainfound.recipes import Recipe, load, validate
 from brainfound.train import run_files
-from brainfound.train.checkpoint import latest_valid, list_checkpoints
-from brainfound.train.engine import Engine, EngineRecipe, device_and_reason, make_accelerator
+from brainfound.train.engine import Engine, EngineRecipe, make_accelerator
 from brainfound.train.guard import Guard, GuardRecipe
 from brainfound.train.objectives.self_distillation import SelfDistillation, SelfDistillationRecipe
 from brainfound.train.optim import OptimRecipe
 from brainfound.train.pretrain_task import PretrainTask
 from brainfound.train.probes import Probe, ProbeRecipe
+from brainfound.train.resuming import checkpoint_to_resume, common_facts
 from brainfound.train.schedules import ScheduleRecipe, effective_lr
 from brainfound.train.starting_model import FROM_SCRATCH, InitRecipe, build_model
 
@@ -188,25 +188,17 @@ def _run(recipe: PretrainRecipe, store: Store, folder: Path, resume: bool, quiet
     )
     for note in notes:
         console.print(note)
-    checkpoint = _prepare_folder(recipe, store, folder, resume, accelerator)
+    checkpoint = checkpoint_to_resume(folder, recipe, store, resume, FREE_ON_RESUME, accelerator)
     model = build_model(recipe.init, store, recipe.views.global_size, recipe.seed)
     task = _make_task(recipe, store, model, folder, accelerator)
-    device, reason = device_and_reason(accelerator.device)
-    facts = {
-        "device": device,
-        "device_reason": reason,
-        "world_size": accelerator.num_processes,
-        "precision": accelerator.mixed_precision,
-        "seed": recipe.seed,
-        "data_hash": store.content_hash,
-        "num_sessions": len(store),
+    facts = common_facts(store, accelerator, recipe.seed) | {
         "num_slices": len(task.dataset),
         "effective_lr": task.effective_lr,
         "steps": recipe.engine.steps,
     }
     console.print(
         f"learning rate {recipe.optim.lr:g} at batch 128 → {task.effective_lr:.3g} at batch {recipe.engine.batch_size};"
-        f" {device} ({reason}); {len(task.dataset)} slices of {len(store)} sessions"
+        f" {facts['device']} ({facts['device_reason']}); {len(task.dataset)} slices of {len(store)} sessions"
     )
     engine = Engine(task, recipe.engine, folder, accelerator, recipe.seed, quiet)
     if is_main:
@@ -232,30 +224,6 @@ def _run(recipe: PretrainRecipe, store: Store, folder: Path, resume: bool, quiet
     if stopped is not None:
         raise stopped
     return folder
-
-
-def _prepare_folder(recipe: PretrainRecipe, store: Store, folder: Path, resume: bool, accelerator: Any) -> Path | None:
-    """Check the run folder on all ranks alike; the checkpoint to go on from, or None."""
-    has_run = run_files.holds_run(folder)
-    has_checkpoint = bool(list_checkpoints(folder / "checkpoints"))
-    accelerator.wait_for_everyone()
-    if not resume:
-        if has_run:
-            raise UsageError(
-                "this folder already holds a run", where=folder, remedy="Give --resume to go on, or another --out"
-            )
-        return None
-    if not has_run:
-        raise UsageError("there is no run to resume", where=folder, remedy="Leave out --resume to start one")
-    run_files.require_same(folder, recipe, store, FREE_ON_RESUME)
-    if not has_checkpoint:
-        return None  # killed before the first checkpoint: the same run from its first step
-    checkpoint = latest_valid(folder / "checkpoints")
-    if checkpoint is None:
-        raise TrainingError(
-            "no checkpoint of this run is whole", where=folder / "checkpoints", remedy="Start again with another --out"
-        )
-    return checkpoint
 
 
 def _make_task(

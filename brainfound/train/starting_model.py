@@ -7,10 +7,10 @@ from pydantic import Field
 from transformers import AutoConfig
 
 from brainfound.data.store import Store
-from brainfound.errors import RecipeError, UsageError
+from brainfound.errors import RecipeError
 from brainfound.models import BrainFoundConfig, BrainFoundModel
-from brainfound.models.backbone import LOAD_FAILURES
 from brainfound.models.configuration import SUPPORTED_BACKBONES
+from brainfound.models.start import start_from
 from brainfound.recipes import Recipe
 from brainfound.train.randomness import INITIALISATION, seed_of
 
@@ -46,26 +46,15 @@ def build_model(recipe: InitRecipe, store: Store, image_size: int, seed: int) ->
     """The starting model, on the CPU, the same on all ranks.
 
     Raises:
-        ModelError: if the source cannot be used.
-        UsageError: if a BrainFound export has other contrasts than the store.
+        ModelError: if the source cannot be used, or is a BrainFound model with other contrasts than the store.
+        RecipeError: if new weights cannot have the size that was asked for.
     """
     source = recipe.source
     # New weights (a whole ViT, or an aggregator) are drawn from the global generator by the library.
     torch.manual_seed(seed_of(INITIALISATION, seed, _MODEL_STREAM))
     if source == FROM_SCRATCH:
         return BrainFoundModel(_scratch_config(recipe.scratch, store, image_size))
-    if _model_type(source) == BrainFoundConfig.model_type:
-        model = BrainFoundModel.from_pretrained(source)
-        if tuple(model.config.contrasts) != tuple(store.contrasts):
-            raise UsageError(
-                "the model and the store have other contrasts",
-                where=source,
-                got=", ".join(model.config.contrasts),
-                expected=", ".join(store.contrasts),
-                remedy="Prepare the store with the model's contrasts: --contrasts " + ",".join(model.config.contrasts),
-            )
-        return model
-    return BrainFoundModel.from_backbone(source, contrasts=store.contrasts)
+    return start_from(BrainFoundModel, source, store.contrasts)
 
 
 def _scratch_config(scratch: ScratchRecipe, store: Store, image_size: int) -> BrainFoundConfig:
@@ -86,10 +75,3 @@ def _scratch_config(scratch: ScratchRecipe, store: Store, image_size: int) -> Br
         layerscale_value=scratch.layer_scale,
     )
     return BrainFoundConfig(backbone_config=backbone, contrasts=store.contrasts, backbone_source=None)
-
-
-def _model_type(source: str) -> str | None:
-    try:
-        return AutoConfig.from_pretrained(source).model_type
-    except LOAD_FAILURES:
-        return None  # `from_backbone` says in one line what is wrong with it
