@@ -71,10 +71,10 @@ def parse_contrast(text: str) -> str:
     """
     found = _BY_ALIAS.get(_squeeze(text))
     if found is None:
-        raise UsageError(
-            f"unknown contrast {text!r}",
-            remedy=did_you_mean(text, [*CONTRASTS, *_BY_ALIAS]),
-        )
+        remedy = did_you_mean(text, [*_BY_ALIAS, *CONTRASTS])
+        if not remedy.startswith("Did"):  # the aliases would make a long list
+            remedy = did_you_mean(text, set(CONTRASTS) - {UNKNOWN})
+        raise UsageError(f"unknown contrast {text!r}", remedy=remedy)
     return found
 
 

@@ -144,7 +144,12 @@ def _override(content: dict[str, Any], text: str) -> None:
         if child is None:
             child = node[parent] = {}
         if not isinstance(child, dict):
-            raise RecipeError("this key holds a value, not a group", where=f"--set {key}", got=child)
+            raise RecipeError(
+                "this key holds a value, not a group",
+                where=f"--set {text}: {parent}",
+                got=child,
+                remedy=f"Set it as a whole: --set {parent}=VALUE",
+            )
         node = child
     node[last] = _yaml_value(value)
 

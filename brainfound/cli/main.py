@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import warnings
 from typing import Any
 
 import typer
@@ -50,10 +51,15 @@ for _verb in VERBS:
 
 def main() -> None:
     """Run the command line; errors that are the user's to fix end in one line and their exit code."""
+    if not sys.warnoptions:
+        # Libraries tell programmers what will change; who types a command can do nothing about it.
+        warnings.simplefilter("ignore", FutureWarning)
     try:
         # Without click's standalone mode `typer.Exit(code)` comes back as the return value.
         code = app(prog_name="brainfound", standalone_mode=False)
         sys.stdout.flush()
+        if code == EXIT_INTERRUPTED:  # so newer typer tells of Ctrl-C, an older one raises `Abort`
+            _end("interrupted", EXIT_INTERRUPTED)
     except BrainFoundError as error:
         _end(str(error), error.exit_code)
     except BadCommandLine as error:

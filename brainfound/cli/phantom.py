@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from brainfound.cli.terminal import Quiet, progress_bar
+
 
 def phantom(
     out: Annotated[Path, typer.Argument(help="Folder to write; must not exist or be empty.")],
@@ -22,15 +24,12 @@ def phantom(
         Path | None, typer.Option("--label-maps", help="Paint these FreeSurfer-numbered label volumes instead.")
     ] = None,
     workers: Annotated[int, typer.Option(help="Processes.")] = 1,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Write a synthetic multi-contrast BIDS cohort with ages, sites, lesion masks and missing scans."""
-    from rich.progress import Progress
-
     from brainfound.data.phantom import write_phantom_cohort
 
-    with Progress(disable=quiet, transient=True) as bar:
-        task = bar.add_task("Simulating subjects", total=subjects)
+    with progress_bar("simulating subjects", quiet) as progress:
         write_phantom_cohort(
             out,
             subjects,
@@ -42,6 +41,6 @@ def phantom(
             num_sites=sites,
             label_maps=label_maps,
             workers=workers,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=progress,
         )
     typer.echo(f"{out}: {subjects} subjects")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,23 @@ import typer
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key; may be repeated.")
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, results only.")]
+
+
+def _silence_libraries(quiet: bool) -> bool:
+    """Loading bars and reports of the model library, before or after it is imported."""
+    if quiet:
+        os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
+        if "transformers" in sys.modules:
+            from transformers.utils import logging
+
+            logging.set_verbosity_error()
+            logging.disable_progress_bar()
+    return quiet
+
+
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="No progress bar, results only.", callback=_silence_libraries)
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

@@ -103,6 +103,11 @@ def _prepare_first_scans(
     scans, refused = {}, _unknown_contrasts(session)
     for contrast in preprocessing.contrasts:
         if contrast in session.scans:
+            same = [other for other in scans if session.scans[other] == session.scans[contrast]]
+            if same:
+                file = session.scans[contrast]
+                refused.append((file, contrast, f"{file.name}: the same file is listed as {same[0]}"))
+                continue
             try:
                 scans[contrast] = load_scan(session.scans[contrast])
             except ScanError as error:

@@ -117,9 +117,9 @@ def list_keys(keys: Iterable[str]) -> str:
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether a source reads owner/name and no such folder is here."""
+    """Whether a source reads owner/name and no such folder or file is here."""
     path = Path(source)
-    is_path = path.is_absolute() or source.startswith((".", "~")) or path.is_dir()
+    is_path = path.is_absolute() or source.startswith((".", "~")) or path.exists()
     return source.count("/") == 1 and not is_path
 
 
@@ -140,7 +140,15 @@ def unreadable(source: str, error: Exception) -> ModelError:
     folder = Path(source)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            return ModelError("this folder has no config.json", where=source, remedy="Give a folder that holds a model")
+            export = folder / "export"
+            remedy = f"Give its export: {export}" if export.is_dir() else "Give a folder that holds a model"
+            return ModelError("this folder has no config.json", where=source, remedy=remedy)
+        if (folder / "bundle.json").is_file():
+            return ModelError(
+                "this is what a fine-tuning exported, not a model to start from",
+                where=source,
+                remedy="Give the model that it was fine-tuned from",
+            )
         if not any(folder.glob("*.safetensors")):
             return ModelError(
                 "this folder has no safetensors weights",

@@ -81,6 +81,8 @@ def _saved_config(source: str, options: dict[str, Any]) -> BrainFoundConfig:
         content, _ = BrainFoundConfig.get_config_dict(source, **hub_options)
     except LOAD_FAILURES as error:
         raise unreadable(source, error) from error
+    if not content:  # what the library answers for a folder without config.json
+        raise unreadable(source, FileNotFoundError(source))
     if content.get("model_type") != BrainFoundConfig.model_type:
         raise ModelError(
             f"this is a {content.get('model_type')!r} model, not a BrainFound model",

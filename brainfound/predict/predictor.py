@@ -118,7 +118,7 @@ class Predictor:
         num_slices: int | None = None,
         device: str | torch.device | None = None,
     ) -> None:
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = usable_device(device)
         self.model = model.to(self.device).eval()
         self.preprocessing, self.target, self.num_slices = preprocessing, target, num_slices
 
@@ -267,6 +267,7 @@ def load(path_or_id: str | Path, device: str | torch.device | None = None) -> Pr
     Raises:
         ModelError: there is nothing that can be loaded, or it is damaged.
     """
+    device = usable_device(device)
     path = Path(path_or_id)
     if (path / "export").is_dir():
         path = path / "export"
@@ -285,6 +286,23 @@ def load(path_or_id: str | Path, device: str | torch.device | None = None) -> Pr
     source = str(path) if path.exists() else str(path_or_id)
     model = BrainFoundModel.from_pretrained(source)
     return Predictor(model, Preprocessing.load(local_folder(source)), None, None, device)
+
+
+def usable_device(device: str | torch.device | None) -> torch.device:
+    """The device that is asked for; None: the first GPU that there is, else the CPU.
+
+    Raises:
+        UsageError: there is no such device.
+    """
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError):
+        # A torch without CUDA says so with an AssertionError.
+        raise UsageError(
+            "no such device here", where="device", got=device, remedy="Give cpu, or cuda where there is a GPU"
+        ) from None
+    return chosen
 
 
 def local_folder(source: str) -> Path:

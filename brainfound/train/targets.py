@@ -64,6 +64,7 @@ class Target:
                 f"the class {unknown[0]!r} is not among those that the model was trained on",
                 where=f"column {self.column}",
                 expected=", ".join(self.names),
+                remedy="Leave such sessions out, or use a regression for numbers (--set task=regression)",
             )
         return np.array([index[_class_name(label)] for label in labels])
 
@@ -114,6 +115,13 @@ def resolve_target(store: Store, train: Sequence[int], task: Task, column: str, 
     Raises:
         UsageError: one class only, a constant or non-numeric regression target, no code but 0 in any mask.
     """
+    if (task == "segmentation") != (column == MASK):
+        raise UsageError(
+            "only the mask can be segmented" if task == "segmentation" else "the mask can only be segmented",
+            where="target",
+            got=f"{column!r} for a {task}",
+            remedy=f"Give the target {MASK!r} to a segmentation, and a column to any other task",
+        )
     if task == "segmentation":
         return _mask_target(store, train, merge_codes)
     labels = store.covariate(column).iloc[list(train)]

@@ -1,0 +1,360 @@
+"""Bad input ends in one clear line and exit code 1, 2 or 3, and never stops the other scans."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+
+AFFINE = np.diag([3.0, 3.0, 3.0, 1.0])
+COARSE = ("--set", "spacing_mm=[4,4,4]", "--set", "size=[32,32]")
+
+
+def save(path: Path, data: np.ndarray) -> None:
+    nib.save(nib.Nifti1Image(data, AFFINE), path)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:900])
+
+
+def write_text(path: Path) -> None:
+    path.write_text("not an image\n")
+
+
+def write_4d(path: Path) -> None:
+    save(path, np.ones((20, 20, 20, 3), np.float32))
+
+
+def write_nan(path: Path) -> None:
+    data = np.ones((20, 20, 20), np.float32)
+    data[3, 4, 5] = np.nan
+    save(path, data)
+
+
+def write_zeros(path: Path) -> None:
+    save(path, np.zeros((20, 20, 20), np.float32))
+
+
+BAD_SCANS = {
+    "missing": (Path.unlink, "no such file"),
+    "truncated": (truncate, "cannot be read as an image"),
+    "text": (write_text, "cannot be read as an image"),
+    "four dimensions": (write_4d, "not a 3-D volume"),
+    "NaN": (write_nan, "1 of 8000 voxels"),
+    "zeros": (write_zeros, "all voxels are zero"),
+}
+
+
+@pytest.fixture
+def source(tmp_path, make_cohort) -> Path:
+    """Three sessions with three contrasts each."""
+    return make_cohort(tmp_path / "source", num_subjects=3)
+
+
+def rows_of(source: Path) -> list[list[str]]:
+    return [line.split("\t") for line in (source / "manifest.tsv").read_text().splitlines()]
+
+
+def rewrite(source: Path, rows: list[list[str]]) -> None:
+    (source / "manifest.tsv").write_text("".join("\t".join(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("kind", BAD_SCANS)
+def test_prepare_rejects_the_bad_scan_alone(cli, source, tmp_path, kind):
+    spoil, reason = BAD_SCANS[kind]
+    spoil(source / "s01_T2w.nii.gz")
+    answer = cli("prepare", source, tmp_path / "store", *COARSE)
+    assert answer.code == 3
+    assert "s01_T2w.nii.gz" in answer.line
+    assert reason in answer.line
+    assert "rejected.tsv" in answer.line
+    rejected = pd.read_csv(tmp_path / "store" / "rejected.tsv", sep="\t")
+    assert rejected["file"].tolist() == ["s01_T2w.nii.gz"]
+    sessions = pd.read_parquet(tmp_path / "store" / "sessions.parquet")
+    assert [list(present) for present in sessions["present"]] == [[True] * 3, [True, False, True], [True] * 3]
+
+
+@pytest.mark.parametrize("kind", BAD_SCANS)
+def test_predict_refuses_a_bad_scan_in_one_line(cli, classifier, source, tmp_path, kind):
+    spoil, reason = BAD_SCANS[kind]
+    spoil(source / "s01_T2w.nii.gz")
+    answer = cli("predict", classifier, source / "s01_T2w.nii.gz", "--out", tmp_path / "answers")
+    assert answer.code == 1
+    assert "s01_T2w.nii.gz" in answer.line
+    assert reason in answer.line
+    assert not (tmp_path / "answers").exists()
+
+
+def test_predict_goes_on_where_a_session_fails(cli, classifier, source, tmp_path):
+    rows = rows_of(source)
+    rewrite(source, [row for row in rows if row[0] != "s01" or row[2] == "T1w"])
+    truncate(source / "s01_T1w.nii.gz")
+    answer = cli("predict", classifier, source, "--out", tmp_path / "answers")
+    assert answer.code == 3
+    assert "1 of 3 sessions" in answer.line
+    assert "s01_T1w.nii.gz" in answer.line
+    assert sorted(path.name for path in (tmp_path / "answers").iterdir()) == ["s00_ses-1.json", "s02_ses-1.json"]
+
+
+def test_predict_goes_on_without_a_bad_scan_and_says_so(cli, classifier, source, tmp_path):
+    truncate(source / "s01_T1w.nii.gz")
+    answer = cli("predict", classifier, source, "--out", tmp_path / "answers")
+    assert answer.code == 3
+    assert "s01_T1w.nii.gz" in answer.line
+    content = json.loads((tmp_path / "answers" / "s01_ses-1.json").read_text())
+    assert content["missing_contrasts"] == ["T1w"]
+    assert "s01_T1w.nii.gz" in content["rejected"][0]
+    assert json.loads((tmp_path / "answers" / "s00_ses-1.json").read_text())["rejected"] == []
+
+
+def test_predict_ends_with_1_where_every_session_fails(cli, classifier, source, tmp_path):
+    for file in source.glob("*w.nii.gz"):
+        truncate(file)
+    rewrite(source, [row for row in rows_of(source) if row[2] != "FLAIR"])
+    answer = cli("predict", classifier, source, "--out", tmp_path / "answers")
+    assert answer.code == 1
+    assert "3 of 3 sessions" in answer.line
+
+
+def test_an_unknown_contrast_in_a_manifest_stops_no_other_scan(cli, classifier, source, tmp_path):
+    rows = rows_of(source)
+    rows[4][2] = "T9w"
+    rewrite(source, rows)
+    answer = cli("prepare", source, tmp_path / "store", *COARSE)
+    assert answer.code == 3
+    assert "unknown contrast 'T9w'" in answer.line
+    assert "s01_T1w.nii.gz" in answer.line
+    assert len(pd.read_parquet(tmp_path / "store" / "sessions.parquet")) == 3
+    answer = cli("predict", classifier, source, "--out", tmp_path / "answers")
+    assert answer.code == 3
+    assert "unknown contrast 'T9w'" in answer.line
+    assert len(list((tmp_path / "answers").iterdir())) == 3
+
+
+def test_one_file_listed_as_two_contrasts_is_used_once(cli, source, tmp_path):
+    rows = rows_of(source)
+    rows[2][3] = rows[1][3]
+    rewrite(source, rows)
+    answer = cli("prepare", source, tmp_path / "store", *COARSE)
+    assert answer.code == 3
+    assert "s00_T1w.nii.gz: the same file is listed as T1w" in answer.line
+
+
+def test_a_second_scan_of_a_contrast_is_listed_and_is_no_failure(cli, source, tmp_path):
+    shutil.copy(source / "s00_T1w.nii.gz", source / "again_T1w.nii.gz")
+    rows = rows_of(source)
+    rewrite(source, [*rows, [*rows[1][:3], "again_T1w.nii.gz", *rows[1][4:]]])
+    answer = cli("prepare", source, tmp_path / "store", *COARSE)
+    assert answer.code == 0
+    assert answer.err == ""
+    assert "1 further scans" in answer.out
+    listed = pd.read_csv(tmp_path / "store" / "rejected.tsv", sep="\t")
+    assert listed[["file", "reason"]].to_numpy().tolist() == [
+        ["again_T1w.nii.gz", "another scan of this contrast is used: s00_T1w.nii.gz"]
+    ]
+    assert json.loads((tmp_path / "store" / "store.json").read_text())["num_rejected_files"] == 0
+
+
+def test_a_second_scan_of_a_refused_one_is_not_said_to_be_replaced(cli, source, tmp_path):
+    shutil.copy(source / "s00_T1w.nii.gz", source / "again_T1w.nii.gz")
+    truncate(source / "s00_T1w.nii.gz")
+    rows = rows_of(source)
+    rewrite(source, [*rows, [*rows[1][:3], "again_T1w.nii.gz", *rows[1][4:]]])
+    assert cli("prepare", source, tmp_path / "store", *COARSE).code == 3
+    listed = pd.read_csv(tmp_path / "store" / "rejected.tsv", sep="\t").set_index("file")["reason"]
+    assert listed["again_T1w.nii.gz"] == "another scan of this contrast was first, and refused: s00_T1w.nii.gz"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["{tmp}/nowhere", "{tmp}/store"], 1, ["nowhere", "no such file or folder", "Check the path"]),
+        (["{tmp}/empty", "{tmp}/store"], 1, ["empty", "no scans found", "manifest"]),
+        (["{store}", "{tmp}/store"], 1, ["store", "no scans found"]),
+        (["{source}", "{store}"], 1, ["another source or preprocessing", "--overwrite"]),
+        (["{source}", "{tmp}/store", "--contrasts", "T1,T9"], 2, ["contrasts", "unknown contrast 'T9'", "T1w"]),
+        (["{source}", "{tmp}/store", "--contrasts", "flare"], 2, ["Did you mean FLAIR?"]),
+        (["{source}", "{tmp}/store", "--contrasts", "SWI"], 1, ["none of the wanted contrasts", "s00_T1w.nii.gz"]),
+        (["{source}", "{tmp}/store", "--set", "sise=[32,32]"], 2, ["sise", "Did you mean size?"]),
+        (["{source}", "{tmp}/store", "--set", "a"], 2, ["--set a", "key=value"]),
+        (["{source}", "{tmp}/store", "--mask", "dseg"], 2, ["'dseg'", "expected mask"]),
+        (["{source}", "{source}/manifest.tsv/store"], 1, ["manifest.tsv/store", "Not a directory"]),
+        (["{source}", "{tmp}/store", "--workers", "none"], 2, ["--workers", "brainfound prepare --help"]),
+        (["{source}"], 2, ["Missing argument", "brainfound prepare --help"]),
+    ],
+)
+def test_prepare_says_what_is_wrong(cli, source, small_store, tmp_path, arguments, code, words):
+    (tmp_path / "empty").mkdir()
+    places = {"tmp": tmp_path, "source": source, "store": small_store.path}
+    answer = cli("prepare", *(text.format(**places) for text in arguments))
+    assert answer.code == code
+    assert [word for word in words if word not in answer.line] == []
+    assert not (tmp_path / "store").exists()
+
+
+FINETUNE = ["finetune", "finetune-classification", "--data", "{store}", "--model", "{backbone}", "--out", "{tmp}/run"]
+DIAGNOSIS = [*FINETUNE, "--target", "diagnosis"]
+PRETRAIN = ["pretrain", "pretrain-demo", "--data", "{store}", "--out", "{tmp}/run"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        ([*FINETUNE, "--target", "agee"], 2, ["no column 'agee'", "Did you mean age_years?"]),
+        ([*FINETUNE, "--target", "mask"], 2, ["the mask can only be segmented"]),
+        ([*FINETUNE], 2, ["Missing option", "--target", "brainfound finetune --help"]),
+        ([*DIAGNOSIS, "--set", "engin.steps=2"], 2, ["engin", "unknown key", "Did you mean engine?"]),
+        ([*DIAGNOSIS, "--set", "adapter.rank=4"], 2, ["adapter", "--set adapter=VALUE"]),
+        ([*DIAGNOSIS, "--set", "engine.steps=none"], 2, ["engine.steps", "'none'"]),
+        ([*DIAGNOSIS, "--set", "task=regression"], 2, ["column diagnosis", "numeric", "--set task=classification"]),
+        ([*DIAGNOSIS, "--set", "task=segmentation"], 2, ["only the mask can be segmented", "'diagnosis'"]),
+        ([*DIAGNOSIS, "--adapter", "lora-r9"], 2, ["lora-r9", "Did you mean lora-r8?"]),
+        ([*DIAGNOSIS, "--split", "{tmp}/none.json"], 2, ["none.json", "splits.json of a run"]),
+        ([*DIAGNOSIS, "--resume"], 2, ["no run to resume", "--resume"]),
+        ([*DIAGNOSIS, "--out", "{run}"], 2, ["already holds a run", "--resume"]),
+        ([*DIAGNOSIS, "--data", "{tmp}"], 1, ["not a store", "brainfound prepare"]),
+        ([*DIAGNOSIS, "--model", "{store}"], 1, ["no config.json"]),
+        ([*DIAGNOSIS, "--model", "{run}"], 1, ["no config.json", "Give its export"]),
+        ([*DIAGNOSIS, "--model", "{run}/export"], 1, ["what a fine-tuning exported"]),
+        (["finetune", "finetune-clasification", *DIAGNOSIS[2:]], 2, ["Did you mean finetune-classification?"]),
+        ([*PRETRAIN, "--set", "views.globl_size=64"], 2, ["views.globl_size", "Did you mean global_size?"]),
+        ([*PRETRAIN, "--resume"], 2, ["no run to resume"]),
+        ([*PRETRAIN, "--init", "{tmp}"], 1, ["no config.json"]),
+        ([*PRETRAIN, "--data", "{tmp}/nothing"], 1, ["nothing", "not a store"]),
+        (["pretrain", "pretrain-dem", *PRETRAIN[2:]], 2, ["Did you mean pretrain-demo?"]),
+        (["pretrain", "pretrain-demo"], 2, ["no store was given", "--data STORE"]),
+    ],
+)
+def test_training_says_what_is_wrong(cli, small_store, tiny_backbone, classifier, tmp_path, arguments, code, words):
+    places = {"tmp": tmp_path, "store": small_store.path, "backbone": tiny_backbone, "run": classifier}
+    answer = cli(*(text.format(**places) for text in arguments))
+    assert answer.code == code
+    assert [word for word in words if word not in answer.line] == []
+    assert not (tmp_path / "run" / "export").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["predict", "{source}", "{run}"], 1, ["no config.json"]),
+        (["predict", "{scan}", "{run}"], 1, ["this is a file, not a model folder"]),
+        (["predict", "{store}", "{source}"], 1, ["this is a store, not a model"]),
+        (["predict", "{unfinished}", "{source}"], 1, ["unfinished", "the run has no export: it has not finished"]),
+        (["predict", "{run}", "{tmp}/nowhere"], 1, ["nowhere", "no such file or folder"]),
+        (["predict", "{run}", "{unfinished}"], 1, ["unfinished", "no scans found"]),
+        (["predict", "{run}", "{tmp}/plain.nii.gz"], 2, ["plain.nii.gz", "FLAIR=plain.nii.gz"]),
+        (["predict", "{run}", "T9={scan}"], 2, ["unknown contrast 'T9'"]),
+        (["predict", "{run}", "SWI={scan}"], 2, ["not trained with SWI", "expected T1w, T2w, FLAIR"]),
+        (["predict", "{run}", "{scan}", "{scan}"], 2, ["two scans of T1w"]),
+        (["predict", "{run}", "T1={scan}", "t1w={tmp}/plain.nii.gz"], 2, ["two scans of T1w", "plain.nii.gz"]),
+        (["predict", "{run}", "{scan}", "FLAIR={scan}"], 2, ["s00_T1w.nii.gz", "T1w and as FLAIR"]),
+        (["predict", "{run}", "{scan}", "--device", "gpu"], 2, ["device", "got gpu"]),
+        (["predict", "{run}", "{scan}", "--out", "{scan}"], 1, ["s00_T1w.nii.gz", "File exists"]),
+        (["embed", "{segmenter}", "{scan}"], 2, ["segmentation", "no volume embedding"]),
+        (["embed", "{backbone}", "{scan}"], 1, ["not a BrainFound model"]),
+    ],
+)
+def test_predicting_says_what_is_wrong(
+    cli, classifier, segmenter, small_store, tiny_backbone, source, tmp_path, arguments, code, words
+):
+    unfinished = tmp_path / "unfinished"
+    unfinished.mkdir()
+    for name in ("recipe.yaml", "run.json"):
+        shutil.copy(classifier / name, unfinished / name)
+    shutil.copy(source / "s00_FLAIR.nii.gz", tmp_path / "plain.nii.gz")
+    places = {
+        "tmp": tmp_path, "source": source, "scan": source / "s00_T1w.nii.gz", "run": classifier,
+        "store": small_store.path, "unfinished": unfinished, "segmenter": segmenter, "backbone": tiny_backbone,
+    }  # fmt: skip
+    if "--out" not in arguments:
+        arguments = [*arguments, "--out", "{tmp}/answers"]
+    answer = cli(*(text.format(**places) for text in arguments))
+    assert answer.code == code
+    assert [word for word in words if word not in answer.line] == []
+    assert not (tmp_path / "answers").exists()
+
+
+def test_a_scan_whose_name_says_another_contrast_is_noted(cli, classifier, source, tmp_path):
+    answer = cli("predict", classifier, f"T1={source / 's00_FLAIR.nii.gz'}", "--out", tmp_path)
+    assert answer.code == 0
+    assert "s00_FLAIR.nii.gz was read as T1w" in answer.line
+    assert json.loads((tmp_path / "s00_FLAIR.json").read_text())["notes"] == [answer.line.removeprefix("brainfound: ")]
+
+
+def test_embed_gives_the_embedding_that_a_head_reads(cli, classifier, source, tmp_path):
+    answer = cli("embed", classifier, source / "s00_T1w.nii.gz", "--out", tmp_path)
+    assert answer.code == 0
+    vector = np.load(tmp_path / "s00_T1w_embedding.npy")
+    assert vector.shape == (32,)
+    assert np.isfinite(vector).all()
+    content = json.loads((tmp_path / "s00_T1w.json").read_text())
+    assert content["task"] == "embedding"
+    assert "probabilities" not in content
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["{tmp}", "--data", "{store}"], 1, ["no config.json"]),
+        (["{unfinished}", "--data", "{store}"], 1, ["the run has no export: it has not finished"]),
+        (["{run}", "--data", "{tmp}"], 1, ["not a store", "brainfound prepare"]),
+        (["{run}", "--data", "{store}", "--part", "tset"], 2, ["--part", "got tset"]),
+        (["{run}", "--data", "{store}", "--without", "T9"], 2, ["unknown contrast 'T9'"]),
+        (["{run}"], 2, ["Missing option", "--data"]),
+    ],
+)
+def test_evaluate_says_what_is_wrong(cli, classifier, small_store, tmp_path, arguments, code, words):
+    unfinished = tmp_path / "unfinished"
+    unfinished.mkdir()
+    for name in ("recipe.yaml", "run.json"):
+        shutil.copy(classifier / name, unfinished / name)
+    places = {"tmp": tmp_path, "run": classifier, "store": small_store.path, "unfinished": unfinished}
+    answer = cli("evaluate", *(text.format(**places) for text in arguments))
+    assert answer.code == code
+    assert [word for word in words if word not in answer.line] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["prdict"], ["No such command 'prdict'", "brainfound --help"]),
+        (["list", "adaptors"], ["adaptors", "Did you mean adapters?"]),
+        (["show", "pretrain-dem"], ["pretrain-dem", "Did you mean pretrain-demo?"]),
+        (["list", "--bogus"], ["No such option", "--bogus", "brainfound list --help"]),
+    ],
+)
+def test_bad_usage_is_one_line_and_exit_code_2(cli, arguments, words):
+    answer = cli(*arguments, quiet=False)
+    assert answer.code == 2
+    assert [word for word in words if word not in answer.line] == []
+
+
+def test_without_a_verb_the_help_is_shown(cli):
+    answer = cli(quiet=False)
+    assert answer.code == 2
+    assert "prepare" in answer.err
+
+
+def test_an_interrupt_ends_with_130(cli, monkeypatch, tmp_path):
+    def interrupted(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("brainfound.data.cohort.Cohort.read", interrupted)
+    answer = cli("prepare", tmp_path, tmp_path / "store")
+    assert answer.code == 130
+    assert "interrupted" in answer.line
+
+
+def test_a_fault_of_the_program_is_not_hidden(cli, monkeypatch, tmp_path):
+    def faulty(path):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("brainfound.data.cohort.Cohort.read", faulty)
+    with pytest.raises(ZeroDivisionError):
+        cli("prepare", tmp_path, tmp_path / "store")
