@@ -1,0 +1,113 @@
+"""Scores of a trained model: of subjects that it never saw, and of nobody else."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pandas as pd
+import pytest
+
+from brainfound.data.prepare import prepare
+from brainfound.data.preprocessing import Preprocessing
+from brainfound.errors import ModelError, UsageError
+from brainfound.predict.evaluation import evaluate
+from brainfound.train.session_split import subject_hash
+
+
+def members(run) -> dict[str, set[str]]:
+    return {part: set(names) for part, names in json.loads((run / "splits.json").read_text())["subjects"].items()}
+
+
+def subjects(result) -> set[str]:
+    return set(result.cases["subject"])
+
+
+@pytest.fixture(scope="module")
+def other_store(source, small_store, tmp_path_factory):
+    """A cohort of another place: all subjects of the first one but one, and two new ones."""
+    folder = tmp_path_factory.mktemp("other")
+    table = pd.read_csv(source / "manifest.tsv", sep="\t", dtype=str).query("subject != 's00'")
+    new = table.query("subject in ('s01', 's02')").assign(subject=lambda rows: "new-" + rows["subject"])
+    table = pd.concat([table, new])
+    for column in ("path", "mask"):
+        table[column] = [str(source / name) for name in table[column]]
+    table.to_csv(folder / "manifest.tsv", sep="\t", index=False)
+    return prepare(folder / "manifest.tsv", folder / "store", small_store.preprocessing)
+
+
+def test_the_test_part_gets_the_scores_that_the_run_wrote(run, small_store):
+    (result,) = evaluate(run, small_store)
+    assert subjects(result) == members(run)["test"]
+    written = json.loads((run / "scores.json").read_text())
+    assert result.to_dict()["scores"] == pytest.approx(written["scores"])
+    assert result.to_dict()["trivial"] == pytest.approx(written["trivial"])
+    metric, value, trivial = result.headline
+    assert (metric, value, trivial) == ("auroc", result.scores["auroc"], 0.5)
+    (watched,) = evaluate(run, small_store, part="validation")
+    assert subjects(watched) == members(run)["validation"]
+
+
+def test_a_bundle_remembers_its_split_wherever_it_lies(run, small_store, tmp_path):
+    moved = shutil.copytree(run / "export", tmp_path / "elsewhere")
+    (result,) = evaluate(moved, small_store)
+    assert subjects(result) == members(run)["test"]
+    assert result.to_dict() == evaluate(run, small_store)[0].to_dict()
+
+
+def test_a_bundle_names_no_subject(run):
+    text = (run / "export" / "bundle.json").read_text()
+    split = json.loads(text)["metadata"]["split"]
+    for part, names in members(run).items():
+        assert split["subjects_sha256"][part] == sorted(map(subject_hash, names))
+        assert not any(f'"{name}"' in text for name in names)
+    card = (run / "export" / "README.md").read_text()
+    assert not any(name in card for names in members(run).values() for name in names)
+
+
+def test_another_cohort_never_scores_who_was_learnt_from(run, other_store, tmp_path):
+    known = members(run)["train"] | members(run)["validation"]
+    expected = set(other_store.sessions["subject"]) - known
+    assert {"new-s01", "new-s02"} <= expected
+    moved = shutil.copytree(run / "export", tmp_path / "elsewhere")
+    for model in (run, moved):
+        (result,) = evaluate(model, other_store)
+        assert subjects(result) == expected
+    bare = json.loads((moved / "bundle.json").read_text())
+    bare["metadata"]["split"]["subjects_sha256"]["train"] += [subject_hash(name) for name in expected]
+    (moved / "bundle.json").write_text(json.dumps(bare))
+    with pytest.raises(UsageError, match="no labelled session"):
+        evaluate(moved, other_store)
+
+
+def test_partial_input_asks_about_every_subset_full_input_first(run, small_store):
+    results = evaluate(run, small_store, partial_input=True)
+    assert len(results) == 2**3 - 1
+    assert results[0].without == ()
+    assert len({result.without for result in results}) == 7
+    assert [len(result.without) for result in results] == [0, 1, 1, 1, 2, 2, 2]
+    single = evaluate(run, small_store, without=results[4].without)[0]
+    pd.testing.assert_frame_equal(single.cases, results[4].cases)
+    assert not single.cases["p(patient)"].equals(results[0].cases["p(patient)"])
+
+
+def test_questions_without_an_answer(run, small_store, encoder_export):
+    with pytest.raises(UsageError, match="SWI is not a contrast"):
+        evaluate(run, small_store, without=["SWI"])
+    with pytest.raises(UsageError, match="no session is left"):
+        evaluate(run, small_store, without=small_store.contrasts)
+    with pytest.raises(UsageError, match="no part 'tset'"):
+        evaluate(run, small_store, part="tset")
+    with pytest.raises(ModelError, match="Fine-tune it first"):
+        evaluate(encoder_export, small_store)
+
+
+def test_a_store_that_was_prepared_otherwise_is_refused_with_the_remedy(run, source, tmp_path):
+    table = pd.read_csv(source / "manifest.tsv", sep="\t", dtype=str).query("subject == 's03'")
+    for column in ("path", "mask"):
+        table[column] = [str(source / name) for name in table[column]]
+    table.to_csv(tmp_path / "manifest.tsv", sep="\t", index=False)
+    store = prepare(tmp_path / "manifest.tsv", tmp_path / "store", Preprocessing(spacing_mm=(5, 5, 5), size=(32, 32)))
+    with pytest.raises(UsageError, match="--like") as refused:
+        evaluate(run, store)
+    assert "spacing_mm" in str(refused.value)
