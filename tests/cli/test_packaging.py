@@ -76,7 +76,6 @@ def test_the_installed_command_finds_its_recipes(installed, tmp_path):
     assert any(line.startswith("pretrain-demo ") for line in listed)
 
 
-@pytest.mark.slow
 def test_a_type_checker_sees_the_installed_types(installed, tmp_path):
     pytest.importorskip("mypy")
     script = tmp_path / "use.py"
