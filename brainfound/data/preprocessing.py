@@ -187,6 +187,8 @@ class Preprocessing(Recipe):
         step = np.array(
             [1.0 if s is None else s / own for s, own in zip(self.spacing_mm, scan.spacing_mm, strict=True)]
         )
+        # A header's 2.0000002 mm is 2 mm: such a scan keeps its own voxels as well.
+        step = np.where(np.abs(step - 1) < 1e-4, 1.0, step)
         height, width = self.size
         num_slices = max(round((z1 - z0) / step[2]) + 1, 1) if step[2] != 1 else z1 - z0 + 1
         # Where the spacing stays, rows and columns fall on the scan's own voxels, so nothing is interpolated.
