@@ -114,12 +114,15 @@ def make_checkpoint(folder: Path, image_size: int) -> Path:
     import torch
     from transformers import Dinov2Config, Dinov2Model
 
+    from brainfound.models.quiet import transformers_quiet
+
     config = Dinov2Config(
         hidden_size=96, num_hidden_layers=4, num_attention_heads=3, image_size=image_size, patch_size=8
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        Dinov2Model(config).save_pretrained(folder)
+        with transformers_quiet():
+            Dinov2Model(config).save_pretrained(folder)
     return folder
 
 

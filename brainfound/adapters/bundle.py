@@ -44,6 +44,7 @@ from brainfound.data.preprocessing import Preprocessing
 from brainfound.errors import ModelError
 from brainfound.models import BrainFoundConfig, BrainFoundModel
 from brainfound.models.backbone import is_hub_id
+from brainfound.models.quiet import transformers_quiet
 from brainfound.report.cards import write_model_card
 
 __all__ = ["Bundle", "load_bundle", "save_bundle"]
@@ -89,7 +90,8 @@ def save_bundle(
     draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
     draft.mkdir()
     try:
-        _write(draft, model, preprocessing, dict(labels), dict(metadata or {}), copy_base)
+        with transformers_quiet():
+            _write(draft, model, preprocessing, dict(labels), dict(metadata or {}), copy_base)
         if card is not None:
             write_model_card(draft, {"name": folder.resolve().parent.name, **card})
         _require_same_answers(draft, model, example)

@@ -47,7 +47,8 @@ def demo(
         title=f"{rows[0].num_test} held-out subjects of a phantom cohort",
     )
     print(
-        "trivial: knows the training labels and never looks at an image. Simulated brains: no statement about real ones."
+        "trivial: knows the training labels and never looks at an image."
+        " These brains are simulated: the table says nothing of real ones."
     )
     print(f"a segmentation in native space and its picture: {out / 'predictions'}")
 

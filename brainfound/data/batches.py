@@ -71,7 +71,8 @@ def collate(stacks: Sequence[Stack], slices: Sequence[np.ndarray] | None = None)
     pixels = np.zeros((batch, length, num_contrasts, height, width), dtype=np.uint8)
     slice_mask = np.zeros((batch, length), dtype=bool)
     positions = np.zeros((batch, length), dtype=np.float32)
-    masks = np.zeros((batch, length, height, width), dtype=np.int64) if all(s.mask is not None for s in stacks) else None
+    all_have_masks = all(stack.mask is not None for stack in stacks)
+    masks = np.zeros((batch, length, height, width), dtype=np.int64) if all_have_masks else None
     for row, (stack, index) in enumerate(zip(stacks, chosen, strict=True)):
         pixels[row, : len(index)] = stack.pixels[index]
         slice_mask[row, : len(index)] = True

@@ -42,7 +42,7 @@ def split_by_subject(
             remedy="Add subjects or use fewer parts",
         )
     strata = _strata(names, subjects, stratify)
-    order = _spread_strata(names, strata, np.random.default_rng(seed))
+    order = _line_up(names, strata, np.random.default_rng(seed))
     counts = _part_sizes(len(names), list(fractions.values()))
     assigned = _deal(order, dict(zip(fractions, counts, strict=True)))
     array = np.asarray(subjects, dtype=object)
@@ -101,18 +101,10 @@ def _strata(names: list[str], subjects: Sequence[str], stratify: Sequence[Any] |
     return [str(label) for label in labels]
 
 
-def _spread_strata(names: list[str], strata: list[str], rng: np.random.Generator) -> list[str]:
-    """Shuffle, then line the subjects up so that every stretch of the line holds each stratum in proportion."""
-    shuffled = rng.permutation(len(names))
-    seen: dict[str, int] = {}
-    sizes = {stratum: strata.count(stratum) for stratum in set(strata)}
-    keys = []
-    for index in shuffled:
-        stratum = strata[index]
-        rank = seen.get(stratum, 0)
-        seen[stratum] = rank + 1
-        keys.append(((rank + rng.uniform()) / sizes[stratum], int(index)))
-    return [names[index] for _, index in sorted(keys)]
+def _line_up(names: list[str], strata: list[str], rng: np.random.Generator) -> list[str]:
+    """Stratum after stratum, shuffled within: dealt out evenly along this line, each part gets its share of each."""
+    shuffled = [int(index) for index in rng.permutation(len(names))]
+    return [names[index] for index in sorted(shuffled, key=lambda index: strata[index])]
 
 
 def _part_sizes(count: int, shares: list[float]) -> list[int]:

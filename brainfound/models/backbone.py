@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 
 from brainfound.errors import ModelError
 from brainfound.models.configuration import SUPPORTED_BACKBONES
+from brainfound.models.quiet import transformers_quiet
 
 # What the library and the file system raise for a folder or an id that cannot be read.
 LOAD_FAILURES = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError)
@@ -52,15 +53,16 @@ def load_backbone(
     if drop_path_rate is not None:
         config.drop_path_rate = float(drop_path_rate)
     try:
-        model, info = AutoModel.from_pretrained(
-            source,
-            config=config,
-            dtype=torch.float32,
-            use_safetensors=True,
-            attn_implementation=attn_implementation,
-            output_loading_info=True,
-            **hub_options,
-        )
+        with transformers_quiet():
+            model, info = AutoModel.from_pretrained(
+                source,
+                config=config,
+                dtype=torch.float32,
+                use_safetensors=True,
+                attn_implementation=attn_implementation,
+                output_loading_info=True,
+                **hub_options,
+            )
     except LOAD_FAILURES as error:
         raise unreadable(source, error) from error
     missing = [key for key in info["missing_keys"] if not any(part in key for part in _MAY_BE_MISSING)]

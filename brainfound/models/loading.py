@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from brainfound.errors import ModelError
 from brainfound.models.backbone import LOAD_FAILURES, list_keys, require_coverage, require_findable, unreadable
 from brainfound.models.configuration import BrainFoundConfig
+from brainfound.models.quiet import transformers_quiet
 
 
 def load_checked(
@@ -44,7 +45,8 @@ def load_checked(
     options = {"dtype": torch.float32, **options, "use_safetensors": True}
     saved = _saved_config(source, options)
     try:
-        model, info = load(source, *args, output_loading_info=True, **options)
+        with transformers_quiet():
+            model, info = load(source, *args, output_loading_info=True, **options)
     except LOAD_FAILURES as error:
         raise unreadable(source, error) from error
     new_parts = _new_parts(kind, model.config, saved)

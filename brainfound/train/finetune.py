@@ -297,7 +297,10 @@ def _resolve(
             content = content.model_copy(update={"name": Path(recipe).stem})
     if content.aggregator not in AGGREGATORS:
         raise RecipeError(f"no aggregator {content.aggregator!r}", where="aggregator", expected=", ".join(AGGREGATORS))
-    return content if adapter is None else content.model_copy(update={"adapter": str(adapter)})
+    if adapter is not None:
+        content = content.model_copy(update={"adapter": str(adapter)})
+    load(AdapterRecipe, content.adapter, "adapters")  # refuse a wrong name now, not after the model was built
+    return content
 
 
 def _split_file(folder: Path, target: str, given: str | Path | None, resume: bool) -> Path | None:

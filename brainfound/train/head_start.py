@@ -93,7 +93,10 @@ def _ridge(
     """Weights ``(1, D)`` and bias ``(1,)`` for the standardised value."""
     standardised = (values - target.mean) / target.std
     folds = _folds(sessions, None)
-    ridge = RidgeCV(alphas=_STRENGTHS, cv=folds) if folds else Ridge(alpha=len(features))
+    if folds:
+        ridge = RidgeCV(alphas=_STRENGTHS, cv=folds, scoring="neg_mean_squared_error")
+    else:
+        ridge = Ridge(alpha=len(features))
     ridge.fit(features, standardised)
     return ridge.coef_[None], np.array([ridge.intercept_])
 
@@ -105,7 +108,12 @@ def _logistic(
     folds = _folds(sessions, classes)
     if folds:
         fitted = LogisticRegressionCV(
-            Cs=1 / _STRENGTHS, cv=folds, scoring="neg_log_loss", max_iter=2000, use_legacy_attributes=False
+            Cs=1 / _STRENGTHS,
+            cv=folds,
+            scoring="neg_log_loss",
+            max_iter=2000,
+            l1_ratios=(0,),
+            use_legacy_attributes=False,
         )
     else:
         fitted = LogisticRegression(C=1 / len(features), max_iter=2000)

@@ -9,7 +9,6 @@ import json
 import platform
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -19,12 +18,12 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor
-from transformers.utils import logging as library_logging
 
 import brainfound
 from brainfound.data.store import Store
 from brainfound.errors import RecipeError, TrainingError
 from brainfound.models import BrainFoundModel
+from brainfound.models.quiet import transformers_quiet
 from brainfound.recipes import Recipe
 from brainfound.report.cards import write_model_card
 from brainfound.report.curves import plot_curves
@@ -118,7 +117,7 @@ def export(
     target = folder / EXPORT_FOLDER
     temporary = folder / f".{EXPORT_FOLDER}.writing"
     shutil.rmtree(temporary, ignore_errors=True)
-    with _without_library_bars():
+    with transformers_quiet():
         model.eval().save_pretrained(temporary)
     store.preprocessing.save(temporary)
     write_model_card(temporary, _card_facts(recipe, store, model, step, guard))
@@ -183,18 +182,6 @@ def _memory_gib(device: torch.device) -> float:
     # Linux counts in KiB, macOS in bytes.
     unit = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-@contextmanager
-def _without_library_bars() -> Iterator[None]:
-    """Saving takes a moment; a bar of the library's would break into ours, and into --quiet."""
-    shown = library_logging.is_progress_bar_enabled()
-    library_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            library_logging.enable_progress_bar()
 
 
 def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -29,7 +29,8 @@ class Target:
         task: classification, regression or segmentation.
         column: the covariate, or ``"mask"``.
         names: class names in the order of their indices (classification, segmentation; 0 is background there).
-        codes: segmentation: the mask's code of each class; code 0 is background. With ``merge`` any code but 0 is class 1.
+        codes: segmentation: the mask's code of each class; code 0 is background.
+        merge: segmentation: any code but 0 is class 1.
         mean, std: regression: of the training part, in the unit of the column.
     """
 
@@ -145,6 +146,13 @@ def resolve_target(store: Store, train: Sequence[int], task: Task, column: str, 
             where=f"column {column}",
             got=f"{len(names)} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})",
             expected=f"2 to {MAX_CLASSES}",
+            remedy="Choose another column, or --set task=regression for numbers",
+        )
+    if len(names) == len(labels) > 2:
+        raise UsageError(
+            "every session has a class of its own",
+            where=f"column {column}",
+            got=", ".join(names[:3]) + ", …",
             remedy="Choose another column, or --set task=regression for numbers",
         )
     return Target("classification", column, names=names)

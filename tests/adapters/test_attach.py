@@ -11,7 +11,7 @@ from brainfound.models import BrainFoundForClassification, BrainFoundForRegressi
 
 LOW_RANK = ("lora", "dora", "rslora")
 ALL_ROLES = ("query", "key", "value", "output", "mlp_in", "mlp_out", "patch")
-SHIPPED = ("dora-r8", "full", "head-only", "lora-r16-mlp", "lora-r8")
+SHIPPED = ("dora-r8", "full", "head-only", "lora-r16-all", "lora-r16-mlp", "lora-r8")
 
 
 def make(kind, folder, **config):

@@ -67,9 +67,10 @@ def test_rows_columns_and_slices_run_as_documented(centred):
     for axes in ("RAS", "LPS", "PIR"):
         recipe = Preprocessing(contrasts=("T1w",), spacing_mm=(2, 2, 2), size=(40, 40), percentiles=(0, 100))
         pixels = recipe.apply({"T1w": as_scan(data, affine, axes)}).pixels[:, 0].astype(float)
-        s, r, c = (np.argwhere(np.abs(pixels - value) < 3).mean(0) for value in (
-            (30 - 10) / 90 * 255, (60 - 10) / 90 * 255, 255
-        ))
+        s, r, c = (
+            np.argwhere(np.abs(pixels - value) < 3).mean(0)
+            for value in ((30 - 10) / 90 * 255, (60 - 10) / 90 * 255, 255)
+        )
         assert s[0] > len(pixels) * 0.75
         assert r[1] < 10
         assert c[2] < 10
@@ -78,7 +79,8 @@ def test_rows_columns_and_slices_run_as_documented(centred):
 def test_stack_affine_and_positions_are_in_millimetres(head, centred):
     shape = (40, 48, 36)
     affine = centred(shape, np.eye(3) * 3)
-    stack = Preprocessing(contrasts=("T1w",), spacing_mm=(1.5, 1.5, 2)).apply({"T1w": as_scan(head.image(shape, affine), affine)})
+    recipe = Preprocessing(contrasts=("T1w",), spacing_mm=(1.5, 1.5, 2))
+    stack = recipe.apply({"T1w": as_scan(head.image(shape, affine), affine)})
     np.testing.assert_allclose(stack.spacing_mm, (2, 1.5, 1.5))
     assert np.diff(stack.positions_mm) == pytest.approx(2.0)
     assert stack.positions_mm.mean() == pytest.approx(0, abs=1e-4)
@@ -141,7 +143,7 @@ def test_intensities_follow_the_foreground_percentiles(head, centred):
     image = head.image(shape, affine)
     recipe = Preprocessing(contrasts=("T1w",), spacing_mm=(2, 2, 2))
     pixels = recipe.apply({"T1w": as_scan(image, affine)}).pixels
-    rescaled = recipe.apply({"T1w": as_scan(image * 37 , affine)}).pixels
+    rescaled = recipe.apply({"T1w": as_scan(image * 37, affine)}).pixels
     np.testing.assert_array_equal(pixels, rescaled)
     low, high = np.percentile(image[image > 0], (0.5, 99.5))
     expected = np.clip((image - low) / (high - low), 0, 1) * 255
@@ -153,10 +155,9 @@ def test_intensities_follow_the_foreground_percentiles(head, centred):
 def test_negative_rims_and_air_noise_are_not_foreground_of_the_box(head, centred):
     shape = (80, 90, 76)
     affine = centred(shape, np.eye(3) * 2)
-    clean = Preprocessing(contrasts=("T1w",), spacing_mm=(2, 2, 2)).apply({"T1w": as_scan(head.image(shape, affine), affine)})
-    noisy = Preprocessing(contrasts=("T1w",), spacing_mm=(2, 2, 2)).apply(
-        {"T1w": as_scan(head.image(shape, affine, noise=4.0), affine)}
-    )
+    recipe = Preprocessing(contrasts=("T1w",), spacing_mm=(2, 2, 2))
+    clean = recipe.apply({"T1w": as_scan(head.image(shape, affine), affine)})
+    noisy = recipe.apply({"T1w": as_scan(head.image(shape, affine, noise=4.0), affine)})
     assert abs(len(noisy.pixels) - len(clean.pixels)) <= 6
     corner = noisy.pixels[:, 0, :20, :20]
     assert not corner.any()
@@ -217,7 +218,8 @@ def test_settings_refuse_what_they_do_not_know(override, message):
 def test_real_scans_on_three_grids(real_data):
     recipe = Preprocessing()
     folder = real_data / "ms_raw" / "patient01"
-    scans = {c: load_scan(folder / f"study1_{f}.nii.gz") for c, f in (("T1w", "T1W"), ("T2w", "T2W"), ("FLAIR", "FLAIR"))}
+    names = {"T1w": "T1W", "T2w": "T2W", "FLAIR": "FLAIR"}
+    scans = {contrast: load_scan(folder / f"study1_{name}.nii.gz") for contrast, name in names.items()}
     stack = recipe.apply(scans)
     assert stack.present.all()
     mask = (stack.pixels[:, 0] > 60).astype(np.uint8)

@@ -15,9 +15,7 @@ from brainfound.errors import ScanError
 @pytest.mark.parametrize("axes", ["RAS", "LPS", "PSR", "LIA", "SAR", "ILP"])
 def test_any_axis_order_gives_the_same_ras_volume(write_scan, axes, tmp_path):
     path = write_scan("a.nii.gz")
-    turn = nib.orientations.ornt_transform(
-        nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(axes)
-    )
+    turn = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(axes))
     nib.save(nib.load(path).as_reoriented(turn), tmp_path / "turned.nii.gz")
     scan, turned = load_scan(path), load_scan(tmp_path / "turned.nii.gz")
     np.testing.assert_array_equal(turned.data, scan.data)
@@ -29,7 +27,8 @@ def test_scaled_integers_are_scaled(tmp_path):
     image = nib.Nifti1Image(np.arange(60).reshape(3, 4, 5).astype(np.int16), np.eye(4))
     image.header.set_slope_inter(0.5, 10)
     nib.save(image, tmp_path / "a.nii")
-    assert load_scan(tmp_path / "a.nii").data.max() == pytest.approx(np.asarray(nib.load(tmp_path / "a.nii").dataobj).max())
+    expected = np.asarray(nib.load(tmp_path / "a.nii").dataobj).max()
+    assert load_scan(tmp_path / "a.nii").data.max() == pytest.approx(expected)
 
 
 def test_trailing_axis_of_one_is_dropped(write_scan):

@@ -36,7 +36,15 @@ def test_manifest_is_read_with_its_columns(cohort_folder):
     assert len(cohort) == 6
     assert len(cohort.table) == 18
     assert list(cohort.table.columns[:9]) == [
-        "subject", "session", "contrast", "path", "mask", "age_years", "sex", "site", "diagnosis",
+        "subject",
+        "session",
+        "contrast",
+        "path",
+        "mask",
+        "age_years",
+        "sex",
+        "site",
+        "diagnosis",
     ]
     assert len(Cohort.read(cohort_folder / "manifest.tsv")) == 6
 
@@ -61,11 +69,17 @@ def test_bids_folder_with_sessions_masks_and_participants(tmp_path, write_scan):
         "derivatives/masks/sub-01/ses-a/anat/sub-01_ses-a_desc-brain_mask.nii.gz",
     ):
         write_scan(name)
-    (tmp_path / "participants.tsv").write_text("participant_id\tage\tsex\tdiagnosis\nsub-01\t40\tF\tms\nsub-02\t89+\tM\tn/a\n")
+    people = ["participant_id\tage\tsex\tdiagnosis", "sub-01\t40\tF\tms", "sub-02\t89+\tM\tn/a"]
+    (tmp_path / "participants.tsv").write_text("\n".join(people) + "\n")
     cohort = Cohort.read(tmp_path)
     assert len(cohort) == 3
     table = cohort.table.set_index(["subject", "session", "contrast"])
-    assert set(table.index) == {("sub-01", "a", "T1w"), ("sub-01", "a", "T1ce"), ("sub-01", "b", "FLAIR"), ("sub-02", "1", "T2w")}
+    assert set(table.index) == {
+        ("sub-01", "a", "T1w"),
+        ("sub-01", "a", "T1ce"),
+        ("sub-01", "b", "FLAIR"),
+        ("sub-02", "1", "T2w"),
+    }
     assert table.loc[("sub-01", "a", "T1w"), "mask"].endswith("label-lesion_mask.nii.gz")
     assert pd.isna(table.loc[("sub-01", "b", "FLAIR"), "mask"])
     assert table.loc[("sub-02", "1", "T2w"), "age_years"] == 89
@@ -147,7 +161,7 @@ def test_an_unfinished_store_is_gone_on_with(tmp_path, make_cohort, monkeypatch)
     settings = SETTINGS.model_copy(update={"contrasts": ("T1w",)})
     expected = prepare(cohort, tmp_path / "expected", settings).content_hash
     code = (
-        "import sys; from brainfound.data.prepare import prepare; from brainfound.data.preprocessing import Preprocessing;"
+        "import sys; from brainfound import Preprocessing, prepare;"
         "prepare(sys.argv[1], sys.argv[2], Preprocessing(contrasts=('T1w',), spacing_mm=(4,4,4), size=(32,32)))"
     )
     run = subprocess.Popen([sys.executable, "-c", code, str(cohort), str(tmp_path / "store")])
@@ -162,7 +176,12 @@ def test_an_unfinished_store_is_gone_on_with(tmp_path, make_cohort, monkeypatch)
         Store.open(tmp_path / "store")
     written = []
     write_shard = preparing._write_shard
-    monkeypatch.setattr(preparing, "_write_shard", lambda number, *rest: (written.append(number), write_shard(number, *rest)))
+
+    def spy(number, *rest):
+        written.append(number)
+        return write_shard(number, *rest)
+
+    monkeypatch.setattr(preparing, "_write_shard", spy)
     assert prepare(cohort, tmp_path / "store", settings).content_hash == expected
     assert 0 not in written
 

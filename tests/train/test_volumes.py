@@ -75,7 +75,7 @@ def test_reading_and_varying_are_functions_of_the_key(small_store):
     reader = VolumeReader(small_store, range(12), 4)
 
     def variant(key: StepKey) -> VolumeBatch:
-        torch.manual_seed(np.random.randint(1000))  # noqa: NPY002  # nothing may hang on global generators
+        torch.manual_seed(np.random.randint(1000))  # nothing may hang on global generators
         return augment_volumes(reader.read([0, 1], key)[0], VolumeAugmentation(), key)
 
     first, again = variant(KEY), variant(KEY)
