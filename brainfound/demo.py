@@ -198,7 +198,12 @@ def _predict(out: Path, cohort: Path, store: Store) -> None:
     stack = store[index]
     classes = infer(predictor.model, stack).classes
     overlay_png(
-        stack.pixels, stack.contrasts, stack.present, stack.mask, classes, path=out / "predictions" / "outline.png"
+        stack.pixels,
+        stack.contrasts,
+        stack.present.tolist(),
+        stack.mask,
+        classes,
+        path=out / "predictions" / "outline.png",
     )
 
 

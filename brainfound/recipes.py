@@ -116,11 +116,11 @@ def validate(
     where: str = "recipe",
 ) -> AnyRecipe:
     """Apply overrides to plain content and validate it as `recipe`."""
-    content = _deep_copy(content)
+    changed: dict[str, Any] = _deep_copy(content)
     for text in overrides:
-        _override(content, text)
+        _override(changed, text)
     try:
-        return recipe.model_validate(content)
+        return recipe.model_validate(changed)
     except ValidationError as error:
         raise _recipe_error(recipe, error, where) from None
 

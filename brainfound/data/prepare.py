@@ -22,7 +22,7 @@ import pandas as pd
 from brainfound.contrasts import CONTRASTS, parse_contrast
 from brainfound.data.cohort import Cohort, Session
 from brainfound.data.preprocessing import Preprocessing
-from brainfound.data.scan import load_scan
+from brainfound.data.scan import Scan, load_scan
 from brainfound.data.stack import Stack
 from brainfound.data.store import FURTHER_SCAN, SCHEMA_VERSION, Store
 from brainfound.errors import ScanError, StoreError, UsageError
@@ -100,7 +100,8 @@ def prepare_session(
 def _prepare_first_scans(
     session: Session, preprocessing: Preprocessing, mask: str
 ) -> tuple[Stack | None, list[tuple[Path, str, str]]]:
-    scans, refused = {}, _unknown_contrasts(session)
+    scans: dict[str, Scan] = {}
+    refused = _unknown_contrasts(session)
     for contrast in preprocessing.contrasts:
         if contrast in session.scans:
             same = [other for other in scans if session.scans[other] == session.scans[contrast]]
@@ -127,18 +128,28 @@ def _prepare_first_scans(
                 if contrast in CONTRASTS
             ]
         return None, refused
-    late: dict[str, ScanError] = {}
-    try:
-        stack = preprocessing.apply(
-            scans, labels, covariates=session.covariates, subject=session.subject, session=session.session, refused=late
-        )
-    except ScanError as error:
-        contrast = preprocessing.reference_contrast(scans)
-        return None, [*refused, (session.scans[contrast], contrast, str(error))]
-    for contrast, error in late.items():
-        file = session.masks[mask] if contrast == "mask" else session.scans[contrast]
-        refused.append((file, contrast, str(error)))
-    return stack, refused
+    while scans:
+        late: dict[str, ScanError] = {}
+        try:
+            stack = preprocessing.apply(
+                scans,
+                labels,
+                covariates=session.covariates,
+                subject=session.subject,
+                session=session.session,
+                refused=late,
+            )
+        except ScanError as error:
+            # The reference scan cannot be used: the next contrast gives the grid.
+            contrast = preprocessing.reference_contrast(scans)
+            refused.append((session.scans[contrast], contrast, str(error)))
+            del scans[contrast]
+            continue
+        for contrast, reason in late.items():
+            file = session.masks[mask] if contrast == "mask" else session.scans[contrast]
+            refused.append((file, contrast, str(reason)))
+        return stack, refused
+    return None, refused
 
 
 def _unknown_contrasts(session: Session) -> list[tuple[Path, str, str]]:
@@ -179,7 +190,11 @@ def _fingerprint(cohort: Cohort, sessions: list[Session], preprocessing: Preproc
     digest.update(f"{SCHEMA_VERSION} {mask}".encode())
     for session in sessions:
         files = [*sorted(session.scans.items()), *sorted(session.masks.items()), *session.extra_scans]
-        facts = [session.subject, session.session, sorted((k, str(v)) for k, v in session.covariates.items())]
+        facts: list[Any] = [
+            session.subject,
+            session.session,
+            sorted((k, str(v)) for k, v in session.covariates.items()),
+        ]
         for name, file in files:
             stat = file.stat() if file.is_file() else None
             facts.append((name, os.path.relpath(file, cohort.root), stat and stat.st_size, stat and stat.st_mtime_ns))
@@ -361,7 +376,7 @@ def _write_datasets_index(folder: Path, shards: list[int]) -> None:
     from datasets import DatasetInfo
 
     DatasetInfo(features=_features()).write_to_directory(str(folder))
-    state = {
+    state: dict[str, Any] = {
         "_data_files": [{"filename": f"data-{n:05d}.arrow"} for n in shards],
         "_fingerprint": hashlib.sha256(repr(shards).encode()).hexdigest()[:16],
         "_format_columns": None,

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float
 from nibabel.filebasedimages import ImageFileError
 from nibabel.orientations import OrientationError, apply_orientation, inv_ornt_aff, io_orientation
-from nibabel.spatialimages import HeaderDataError
+from nibabel.spatialimages import HeaderDataError, SpatialImage
 from nibabel.wrapstruct import WrapStructError
 
 from brainfound.errors import ScanError
@@ -67,6 +67,8 @@ def load_scan(path: str | Path, *, labels: bool = False) -> Scan:
         raise ScanError("no such file", where=path.name, remedy="Check the path in the manifest or folder")
     try:
         image = nib.load(path)
+        if not isinstance(image, SpatialImage):
+            raise ImageFileError(f"a {type(image).__name__} has no voxels")
         shape = _shape_3d(image.shape, path)
         data = np.asarray(image.get_fdata(dtype=np.float32, caching="unchanged")).reshape(shape)
         affine = np.asarray(image.affine, dtype=np.float64)

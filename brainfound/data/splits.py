@@ -96,7 +96,7 @@ def _strata(names: list[str], subjects: Sequence[str], stratify: Sequence[Any] |
     labels = [first[name] for name in names]
     numbers = [label for label in labels if isinstance(label, (int, float, np.number)) and np.isfinite(label)]
     if len(set(numbers)) > 10:
-        edges = np.quantile(numbers, [0.2, 0.4, 0.6, 0.8])
+        edges = np.quantile(np.asarray(numbers, dtype=np.float64), [0.2, 0.4, 0.6, 0.8])
         return ["" if label not in numbers else str(int(np.searchsorted(edges, label))) for label in labels]
     return [str(label) for label in labels]
 

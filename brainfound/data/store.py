@@ -196,7 +196,7 @@ class Store:
             present=np.asarray(row["present"], dtype=bool),
             positions_mm=self._positions(index),
             affine=np.asarray(row["affine"], dtype=np.float64).reshape(4, 4),
-            native_shape=tuple(int(n) for n in row["native_shape"]),
+            native_shape=_shape_3d(row["native_shape"]),
             native_affine=np.asarray(row["native_affine"], dtype=np.float64).reshape(4, 4),
             mask=self.read_masks(index),
             covariates={name: _plain(row[name]) for name in self.sessions.columns if name not in geometry},
@@ -221,6 +221,11 @@ class Store:
         spacing = float(np.linalg.norm(np.asarray(row["affine"]).reshape(4, 4)[:3, 0]))
         count = int(row["num_slices"])
         return ((np.arange(count) - (count - 1) / 2) * spacing).astype(np.float32)
+
+
+def _shape_3d(values: Any) -> tuple[int, int, int]:
+    first, second, third = (int(n) for n in values)
+    return (first, second, third)
 
 
 def _plain(value: Any) -> Any:

@@ -198,16 +198,20 @@ class Predictor:
         }
         target = self.target
         if target is None:
+            assert answer.embedding is not None
             return Prediction(answer={"dimensions": len(answer.embedding)}, embedding=answer.embedding, **common)
         if target.task == "regression":
-            values = {"target": target.column, "value": answer.value}
+            values: dict[str, Any] = {"target": target.column, "value": answer.value}
             values |= {} if answer.value_std is None else {"standard_deviation": answer.value_std}
             return Prediction(answer=values, **common)
         if target.task == "classification":
+            assert answer.probabilities is not None
             probabilities = {name: float(p) for name, p in zip(target.names, answer.probabilities, strict=True)}
             best = max(probabilities, key=probabilities.__getitem__)
             values = {"target": target.column, "class": best, "probabilities": probabilities}
             return Prediction(answer=values, **common)
+        assert answer.classes is not None
+        assert answer.foreground_probability is not None
         image = segmentation_image(stack, target.decode_mask(answer.classes))
         names = dict(zip(target.codes, target.names, strict=True))
         return Prediction(

@@ -47,7 +47,8 @@ class Target:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Target:
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in content.items()})
+        plain: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in content.items()}
+        return cls(**plain)
 
     def values(self, store: Store, sessions: Sequence[int]) -> np.ndarray:
         """Class indices or numbers of sessions that `labelled_sessions` kept.
