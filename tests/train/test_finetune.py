@@ -116,7 +116,14 @@ def test_regression_learns_by_heart(small_store, tiny_backbone, tmp_path):
     still = [f"augmentation.{key}=0" for key in ("rotation_degrees", "scale", "shear", "contrast_dropout")]
     still += [f"augmentation.intensity.{key}_probability=0" for key in ("gamma", "contrast", "blur")]
     recipe = tiny(
-        *still, "engine.steps=15", "engine.batch_size=6", "optim.head_lr=0.01", "optim.warmup=0", "evaluate_every=0"
+        *still,
+        "engine.steps=40",
+        "engine.batch_size=6",
+        "num_slices=40",
+        "aggregator=mean",
+        "optim.lr=1e-3",
+        "optim.head_lr=1e-2",
+        "evaluate_every=0",
     )
     run = finetune(recipe, small_store, tiny_backbone, "age_years", tmp_path / "run", adapter="full", quiet=True)
     assert np.mean(losses(run)[-3:]) < 0.5 * np.mean(losses(run)[:3])
