@@ -31,18 +31,25 @@ TASKS: dict[str, dict[str, Any]] = {
     "tumour or healthy": {
         "recipe": "finetune-classification",
         "target": "diagnosis",
-        "overrides": ("engine.steps=40", "engine.batch_size=8", "num_slices=8", "optim.lr=2e-4", "optim.head_lr=2e-4"),
+        "overrides": ("engine.steps=25", "engine.batch_size=8", "num_slices=8"),
     },
     "age": {
         "recipe": "finetune-regression",
         "target": "age_years",
-        "overrides": ("engine.steps=40", "engine.batch_size=8", "num_slices=8", "optim.lr=1e-4", "optim.head_lr=1e-4"),
+        "overrides": (
+            "engine.steps=20",
+            "engine.batch_size=8",
+            "num_slices=12",
+            "head_fit_passes=8",
+            "optim.lr=3e-5",
+            "optim.head_lr=3e-5",
+        ),
     },
     "tumour outline": {
         "recipe": "finetune-segmentation",
         "target": "mask",
         "overrides": (
-            "engine.steps=60",
+            "engine.steps=90",
             "engine.batch_size=4",
             "decoder_width=48",
             "optim.lr=2e-3",
