@@ -1,0 +1,88 @@
+"""What a person wants to know of each scan that went into a stack, in numbers.
+
+Axis legend: X left → right, Y posterior → anterior, Z inferior → superior.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Bool
+from nibabel.orientations import aff2axcodes
+
+from brainfound.data.scan import Scan
+
+SkullState = Literal["stripped", "head", "unclear"]
+
+BRAIN_AT_MOST_ML = 2200.0
+"""Adult brains have 1,000 to 1,800 ml; a foreground of more than this is not a brain alone."""
+HEAD_AT_LEAST_ML = 2400.0
+"""Whole heads of adults have 3,000 ml and more; what lies between the two limits is called unclear."""
+
+
+@dataclass(frozen=True)
+class ScanQuality:
+    """One scan as it went into a stack.
+
+    Attributes:
+        contrast: what it shows.
+        file: its file name.
+        orientation: axis codes of the stored array, such as ``LPS``.
+        shape: of the stored array.
+        spacing_mm: of the stored array, along its own axes.
+        dtype: of the voxels on disk.
+        foreground_ml: volume of the head or brain that was found.
+        skull: ``stripped``, ``head`` or ``unclear``, see `skull_state`.
+        intensity_low, intensity_high: the values that became the lowest and the highest pixel value.
+        minimum, maximum: of all voxels.
+        overlap: share of the reference scan's foreground that the field of view covers; 1 for the reference.
+        cropped: share of the scan's foreground that lies outside of the stack.
+        num_slices: of the stack.
+        notes: what a person should look at.
+    """
+
+    contrast: str
+    file: str
+    orientation: str
+    shape: tuple[int, int, int]
+    spacing_mm: tuple[float, float, float]
+    dtype: str
+    foreground_ml: float
+    skull: SkullState
+    intensity_low: float
+    intensity_high: float
+    minimum: float
+    maximum: float
+    overlap: float
+    cropped: float
+    num_slices: int
+    notes: tuple[str, ...] = ()
+
+    def to_row(self) -> dict[str, Any]:
+        """Plain values for a table: sizes joined by ``x``, notes by ``; ``, numbers to four digits."""
+        row: dict[str, Any] = asdict(self)
+        row["shape"] = "x".join(map(str, self.shape))
+        row["spacing_mm"] = "x".join(f"{s:.4g}" for s in self.spacing_mm)
+        row["notes"] = "; ".join(self.notes)
+        return {name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in row.items()}
+
+
+def skull_state(scan: Scan, inside: Bool[np.ndarray, "X Y Z"], foreground_ml: float) -> SkullState:
+    """Whether a scan shows a brain alone or a whole head, judged by the volume of its foreground.
+
+    A brain alone stands on one exact background value and has at most `BRAIN_AT_MOST_ML`; more than
+    `HEAD_AT_LEAST_ML` is a head, whatever surrounds it. A thin slab of a head, an infant's head, or a brain in noise
+    is ``unclear``.
+    """
+    if foreground_ml > HEAD_AT_LEAST_ML:
+        return "head"
+    outside = scan.data[::3, ::3, ::3][~inside[::3, ::3, ::3]]
+    exact = outside.size > 0 and outside.min() == outside.max()
+    return "stripped" if exact and foreground_ml <= BRAIN_AT_MOST_ML else "unclear"
+
+
+def orientation_of(affine: np.ndarray) -> str:
+    """Axis codes of a stored array: the direction in which each index grows."""
+    return "".join(code or "?" for code in aff2axcodes(affine))
