@@ -1,0 +1,347 @@
+"""Files inside zip archives, read where they are: a member is a virtual path and nothing is ever extracted.
+
+``Path("…/ses-01.zip/anat/x.nii.gz")`` names the member ``anat/x.nii.gz`` of the archive ``ses-01.zip``. An archive
+may come from anyone, so its directory is checked as a whole before any member is used, and a member's bytes are
+counted and checksummed while they are read.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import stat
+import struct
+import zipfile
+import zlib
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, cast
+
+from isal import isal_zlib
+
+from brainfound.errors import ScanError
+
+MAX_DIRECTORY_BYTES = 32 * 2**20
+"""Of an archive's table of contents, which is read at once: room for some 200,000 members."""
+
+MAX_MEMBER_BYTES = 16 * 2**30
+"""Declared size of one member: the largest scan that is read (1024³ voxels) with 16 bytes per voxel."""
+
+MAX_DEFLATE_RATIO = 1032
+"""No deflate stream expands more; a member that declares more is lying (zlib's technical notes)."""
+
+FREE_BYTES = 256 * 2**20
+"""Below this a high ratio is no danger: a nearly empty label map stored as .nii truly reaches 1000 : 1."""
+
+MAX_RATIO = 250
+"""Of a member or a whole archive above `FREE_BYTES`. An image with noise reaches 3 : 1, a stripped one 20 : 1."""
+
+MAX_RATIO_COMPRESSED = 20
+"""The same for members that are compressed themselves (.gz, .mgz): much to gain is left only in a bomb."""
+
+CHUNK_BYTES = 2**18
+
+_LOCAL_HEADER = struct.Struct("<4s2B4HL2L2H")
+_InflateError = cast("type[Exception]", isal_zlib.error)  # its stubs call the class an instance
+_ENCRYPTED = 0x1 | 0x40 | 0x2000
+_REMEDY = "Unpack the archive yourself and give the folder, or pack it again"
+_ZIP_ERRORS = (
+    zipfile.BadZipFile,
+    NotImplementedError,
+    OSError,
+    EOFError,
+    ValueError,
+    OverflowError,
+    struct.error,
+    RuntimeError,
+)
+
+
+def split_archive_path(path: str | Path) -> tuple[Path, str] | None:
+    """The archive and the member that a path names, or None if no parent of the path is a zip file."""
+    path = Path(path)
+    if not any(part.lower().endswith(".zip") for part in path.parts[:-1]):
+        return None
+    for parent in reversed(path.parents):
+        if parent.suffix.lower() == ".zip" and parent.is_file():
+            return parent, path.relative_to(parent).as_posix()
+    return None
+
+
+def list_members(archive: str | Path) -> list[str]:
+    """The files in a zip archive, sorted; without folders and the ``__MACOSX`` shadow files.
+
+    Raises:
+        ScanError: not a zip, or one that is not safe or cannot be read: a name with ``..``, an absolute name, a
+            drive letter or backslash, two members of one name, a link, encryption, another compression than
+            deflate, members that overlap, or sizes and ratios that only a bomb has.
+    """
+    return sorted(_directory(Path(archive)))
+
+
+def open_binary(path: str | Path) -> BinaryIO:
+    """Open a file, or a member of a zip archive, for reading from its beginning to its end.
+
+    A member is a stream that cannot seek; its length and checksum are verified when its end is reached.
+
+    Raises:
+        ScanError: there is no such file or member, or the archive is refused (see `list_members`). Reading a
+            member raises it where the member is corrupt or gives other bytes than the archive declared.
+    """
+    path = Path(path)
+    parts = split_archive_path(path)
+    if parts is None:
+        try:
+            return path.open("rb")
+        except FileNotFoundError:
+            raise _missing(path) from None
+        except (OSError, ValueError) as error:
+            raise ScanError(f"cannot be opened: {_reason(error)}", where=path.name) from error
+    archive, name = parts
+    info = _directory(archive).get(name)
+    if info is None:
+        raise _missing(path)
+    return cast(BinaryIO, io.BufferedReader(_Member(archive, info), CHUNK_BYTES))
+
+
+def is_file(path: str | Path) -> bool:
+    """Whether there is such a file, or such a member in a zip archive that can be used."""
+    return file_facts(path) is not None
+
+
+def file_facts(path: str | Path) -> tuple[int, int] | None:
+    """Size in bytes and time of change in ns (of a member: declared size, and the archive's time); None if missing.
+
+    An archive that is refused counts as missing here; `open_binary` says why.
+    """
+    parts = split_archive_path(path)
+    try:
+        status = Path(path if parts is None else parts[0]).stat()
+    except (OSError, ValueError):
+        return None
+    if parts is None:
+        return (status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else None
+    try:
+        info = _directory(parts[0]).get(parts[1])
+    except ScanError:
+        return None
+    return None if info is None else (info.file_size, status.st_mtime_ns)
+
+
+def _missing(path: Path) -> ScanError:
+    return ScanError("no such file", where=path.name, remedy="Check the path in the manifest or folder")
+
+
+def _reason(error: BaseException) -> str:
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return (text.strip().splitlines() or [type(error).__name__])[0][:160]
+
+
+def _directory(archive: Path) -> dict[str, zipfile.ZipInfo]:
+    try:
+        status = archive.stat()
+    except (OSError, ValueError):
+        raise _missing(archive) from None
+    return _checked_directory(archive, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=16)
+def _checked_directory(archive: Path, num_bytes: int, _mtime_ns: int) -> dict[str, zipfile.ZipInfo]:
+    """Name → entry of each file; remembered, since a cohort asks for one archive many times."""
+    try:
+        with archive.open("rb") as raw, zipfile.ZipFile(cast(BinaryIO, _LimitedReads(raw, archive))) as opened:
+            entries = opened.infolist()
+    except _ZIP_ERRORS as error:
+        raise ScanError(
+            f"cannot be read as a zip archive: {_reason(error)}",
+            where=archive.name,
+            remedy="The file is truncated, corrupt or of another format; copy or download it again",
+        ) from error
+    names: set[str] = set()
+    for info in entries:
+        problem = _problem_of_name(info) or _problem_of_entry(info)
+        name = info.orig_filename.rstrip("/")
+        if problem is None and name in names:
+            problem = "two members have the same name"
+        if problem is not None:
+            shown = ascii(PurePosixPath(info.orig_filename.replace("\\", "/")).name[:80])
+            raise ScanError(f"unsafe archive: {problem}", where=archive.name, got=f"member {shown}", remedy=_REMEDY)
+        names.add(name)
+    _check_as_a_whole(archive, entries, num_bytes)
+    return {i.orig_filename: i for i in entries if not i.is_dir() and not i.orig_filename.startswith("__MACOSX/")}
+
+
+def _problem_of_name(info: zipfile.ZipInfo) -> str | None:
+    # `filename` was already shortened at a zero byte; the original says what the archive holds.
+    name = info.orig_filename
+    parts = (name[:-1] if name.endswith("/") else name).split("/")
+    if name.startswith("/"):
+        return "an absolute name"
+    if "\\" in name:
+        return "a backslash in a name"
+    if re.match(r"[A-Za-z]:", name):
+        return "a drive letter in a name"
+    if ".." in parts:
+        return "a name that leaves the archive"
+    if "" in parts or "." in parts or any(ord(letter) < 32 or ord(letter) == 127 for letter in name):
+        return "a name that no file can have"
+    return None
+
+
+def _problem_of_entry(info: zipfile.ZipInfo) -> str | None:
+    kind = stat.S_IFMT(info.external_attr >> 16)
+    if stat.S_ISLNK(kind):
+        return "a symbolic link"
+    if kind and not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
+        return "a member that is no ordinary file"
+    if info.flag_bits & _ENCRYPTED:
+        return "an encrypted member"
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        return "a compression other than deflate"
+    declared, stored = info.file_size, info.compress_size
+    if declared > MAX_MEMBER_BYTES:
+        return f"a member of more than {MAX_MEMBER_BYTES // 2**30} GiB"
+    if info.compress_type == zipfile.ZIP_STORED and declared != stored:
+        return "a stored member with two sizes"
+    if declared > MAX_DEFLATE_RATIO * stored + 64:
+        return "a member that declares more than its compression can hold"
+    compressed_before = info.orig_filename.lower().endswith((".gz", ".mgz"))
+    limit = MAX_RATIO_COMPRESSED if compressed_before else MAX_RATIO
+    free = FREE_BYTES // 16 if compressed_before else FREE_BYTES
+    if declared > free and declared > limit * stored:
+        return f"a member packed more than {limit} : 1, as only a bomb is"
+    return None
+
+
+def _check_as_a_whole(archive: Path, entries: list[zipfile.ZipInfo], num_bytes: int) -> None:
+    problem = None
+    if (total := sum(info.file_size for info in entries)) > max(FREE_BYTES, MAX_RATIO * num_bytes):
+        problem = f"its members declare {total} bytes, more than {MAX_RATIO} times its size"
+    end = 0
+    for info in sorted(entries, key=lambda info: info.header_offset):
+        # A famous bomb lets thousands of members share one compressed core.
+        if info.header_offset < end:
+            problem = "its members overlap"
+        end = info.header_offset + _LOCAL_HEADER.size + info.compress_size
+    if end > num_bytes:
+        problem = "its members lie beyond its end"
+    if problem is not None:
+        raise ScanError(f"unsafe archive: {problem}", where=archive.name, remedy=_REMEDY)
+
+
+class _LimitedReads:
+    """A file whose single reads are limited, for the table of contents that `zipfile` reads at once."""
+
+    def __init__(self, raw: BinaryIO, archive: Path) -> None:
+        self._raw = raw
+        self._name = archive.name
+        self.seek, self.tell, self.seekable = raw.seek, raw.tell, raw.seekable
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._raw.read(min(size, MAX_DIRECTORY_BYTES + 1) if size >= 0 else MAX_DIRECTORY_BYTES + 1)
+        if len(data) > MAX_DIRECTORY_BYTES:
+            raise ScanError(
+                "unsafe archive: its table of contents is too large",
+                where=self._name,
+                expected=f"at most {MAX_DIRECTORY_BYTES // 2**20} MiB",
+                remedy=_REMEDY,
+            )
+        return data
+
+
+class _Member(io.RawIOBase):
+    """The bytes of one member, decompressed in chunks, counted and checksummed."""
+
+    def __init__(self, archive: Path, info: zipfile.ZipInfo) -> None:
+        self._info = info
+        self._name = PurePosixPath(info.orig_filename).name
+        self._raw = archive.open("rb")
+        self._packed_left = info.compress_size
+        self._given = 0
+        self._crc = 0
+        self._ended = False
+        self._inflate: Any = None
+        if info.compress_type == zipfile.ZIP_DEFLATED:
+            self._inflate = isal_zlib.decompressobj(wbits=-zlib.MAX_WBITS)
+        try:
+            self._skip_local_header()
+        except ScanError:
+            self._raw.close()
+            raise
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        data = b"" if self._ended or not len(view) else self._next(len(view))
+        view[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+    def _skip_local_header(self) -> None:
+        self._raw.seek(self._info.header_offset)
+        block = self._raw.read(_LOCAL_HEADER.size)
+        if len(block) < _LOCAL_HEADER.size or block[:4] != b"PK\x03\x04":
+            raise self._corrupt("its place in the archive holds something else")
+        fields = _LOCAL_HEADER.unpack(block)
+        if fields[3] & _ENCRYPTED or fields[4] != self._info.compress_type:
+            raise self._corrupt("the archive describes it in two ways")
+        self._raw.seek(fields[10] + fields[11], io.SEEK_CUR)
+
+    def _next(self, limit: int) -> bytes:
+        if self._inflate is None:
+            data = self._packed(min(limit, self._packed_left))
+            done = self._packed_left == 0
+        else:
+            data, done = self._inflated(limit)
+        self._given += len(data)
+        self._crc = isal_zlib.crc32(data, self._crc)
+        if self._given > self._info.file_size:
+            raise self._corrupt("it holds more than the archive declares")
+        if done:
+            self._ended = True
+            if self._given != self._info.file_size:
+                raise self._corrupt("it holds less than the archive declares")
+            if self._packed_left:
+                raise self._corrupt("data follows its end")
+            if self._crc != self._info.CRC:
+                raise self._corrupt("its checksum does not match")
+        return data
+
+    def _inflated(self, limit: int) -> tuple[bytes, bool]:
+        """At least one byte and at most ``limit``, and whether the stream has ended."""
+        inflate = self._inflate
+        while True:
+            packed = inflate.unconsumed_tail or self._packed(min(CHUNK_BYTES, self._packed_left))
+            try:
+                data = inflate.decompress(packed, limit)
+            except _InflateError as error:
+                raise self._corrupt(_reason(error)) from error
+            if inflate.eof:
+                self._packed_left += len(inflate.unused_data)
+                return data, True
+            if data:
+                return data, False
+            if not packed:
+                raise self._corrupt("its compressed data end too early")
+
+    def _packed(self, count: int) -> bytes:
+        try:
+            data = self._raw.read(count)
+        except OSError as error:
+            raise self._corrupt(_reason(error)) from error
+        if len(data) < count:
+            raise self._corrupt("the archive ends within it")
+        self._packed_left -= len(data)
+        return data
+
+    def _corrupt(self, why: str) -> ScanError:
+        return ScanError(
+            f"cannot be read from its zip archive: {why}",
+            where=self._name,
+            remedy="The archive is corrupt or was tampered with; copy or download it again",
+        )
