@@ -1,0 +1,268 @@
+"""Hooks: tools run per scan, here small Python scripts in the place of a skull-stripper or a registration."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from brainfound.data.hook_runs import neutral_copy, run_hook, run_hooks, run_session_hooks
+from brainfound.data.hooks import READY, Hook, describe, load_hooks, require_tools
+from brainfound.data.scan import load_scan
+from brainfound.errors import RecipeError, ScanError, UsageError
+from brainfound.recipes import validate
+
+STRIP = """
+import sys, nibabel as nib, numpy as np
+image = nib.load(sys.argv[1])
+data = np.asarray(image.dataobj).astype(np.float32)
+middle = [n / 2 for n in data.shape]
+away = sum(((g - m) / (0.3 * n)) ** 2 for g, m, n in zip(np.indices(data.shape), middle, data.shape))
+data[away > 1] = 0
+nib.save(nib.Nifti1Image(data, image.affine), sys.argv[2])
+"""
+COPY = "import sys, shutil; shutil.copy(sys.argv[1], sys.argv[2])"
+REFERENCE = """
+import sys, nibabel as nib
+moving, reference = nib.load(sys.argv[1]), nib.load(sys.argv[2])
+nib.save(nib.Nifti1Image(moving.get_fdata() + reference.get_fdata(), reference.affine), sys.argv[3])
+"""
+
+
+def _scan(path: Path, value: float = 50.0, kind: type = nib.Nifti1Image, affine: np.ndarray | None = None) -> Path:
+    rng = np.random.default_rng(0)
+    data = (value + rng.normal(size=(12, 14, 10))).astype(np.float32)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(kind(data, np.diag([2.0, 2, 2, 1]) if affine is None else affine), path)
+    return path
+
+
+def _hook(tmp_path: Path, script: str, arguments: str = "{input} {output}", **settings) -> Hook:
+    file = tmp_path / f"tool {len(list(tmp_path.glob('tool*')))}.py"  # a space in the tool's own path
+    file.write_text(script, encoding="utf-8")
+    settings = {"name": "tool", **settings}
+    return Hook(command=f"{sys.executable} '{file}' {arguments}", **settings)
+
+
+def test_a_stripper_masks_and_the_name_of_the_scan_stays(tmp_path):
+    scan = _scan(tmp_path / "sub-01_T1w.nii.gz")
+    before = scan.read_bytes()
+    made = run_hook(scan, _hook(tmp_path, STRIP, step="skull_strip"), tmp_path / "work")
+    stripped, whole = load_scan(made), load_scan(scan)
+    assert made.name == "sub-01_T1w.nii.gz"
+    inside = stripped.data != 0
+    assert 0.05 < inside.mean() < 0.2
+    np.testing.assert_array_equal(stripped.data[inside], whole.data[inside])
+    np.testing.assert_array_equal(stripped.affine, whole.affine)
+    assert scan.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "name", ["a b.nii.gz", "x; touch PWNED.nii.gz", "$(touch PWNED).nii.gz", "-o.nii.gz", "it's.nii"]
+)
+def test_no_name_of_a_file_is_read_by_a_shell_or_reaches_the_tool(tmp_path, name):
+    scan = _scan(tmp_path / "my data; touch PWNED" / name)
+    script = f"import sys, json; open({str(tmp_path / 'seen.txt')!r}, 'w').write(' '.join(sys.argv[1:]));" + COPY
+    made = run_hook(scan, _hook(tmp_path, script), tmp_path / "work")
+    seen = (tmp_path / "seen.txt").read_text()
+    assert "PWNED" not in seen
+    assert seen.split()[0].endswith("input.nii.gz")
+    assert not list(tmp_path.rglob("PWNED"))
+    np.testing.assert_array_equal(load_scan(made).data, load_scan(scan).data)
+
+
+def test_words_of_the_command_are_not_expanded(tmp_path):
+    scan = _scan(tmp_path / "t1.nii.gz")
+    script = "import sys; assert sys.argv[3:] == ['$HOME', '*', '`id`'], sys.argv[3:];" + COPY
+    run_hook(scan, _hook(tmp_path, script, "{input} {output} $HOME * `id`"), tmp_path / "work")
+
+
+def test_a_work_folder_with_spaces_stays_one_word(tmp_path):
+    scan = _scan(tmp_path / "t1.nii.gz")
+    made = run_hook(scan, _hook(tmp_path, "import sys; assert len(sys.argv) == 3;" + COPY), tmp_path / "w o r k;")
+    assert made.is_file()
+
+
+def test_a_failing_tool_is_named_with_its_last_words(tmp_path):
+    scan = _scan(tmp_path / "t1.nii.gz")
+    script = (
+        "import sys; print('first', file=sys.stderr); print(f'no brain in {sys.argv[1]}', file=sys.stderr); sys.exit(3)"
+    )
+    with pytest.raises(ScanError, match=r"t1\.nii\.gz: the hook tool failed: no brain in input\.nii\.gz .*exit code 3"):
+        run_hook(scan, _hook(tmp_path, script), tmp_path / "work")
+
+
+def test_an_exit_code_counts_even_if_there_is_an_output(tmp_path):
+    scan = _scan(tmp_path / "t1.nii.gz")
+    with pytest.raises(ScanError, match="exit code 1"):
+        run_hook(scan, _hook(tmp_path, COPY + "; sys.exit(1)"), tmp_path / "work")
+
+
+def test_a_hanging_tool_is_ended_with_its_children(tmp_path):
+    scan = _scan(tmp_path / "t1.nii.gz")
+    # The child would write a file a while after the tool is ended.
+    child = f"import time; time.sleep(1.2); open({str(tmp_path / 'alive')!r}, 'w')"
+    script = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
+    start = time.monotonic()
+    with pytest.raises(ScanError, match=r"took too long .*more than 0\.5 s"):
+        run_hook(scan, _hook(tmp_path, script, timeout_s=0.5), tmp_path / "work")
+    assert time.monotonic() - start < 20
+    time.sleep(1.5)
+    assert not (tmp_path / "alive").exists()
+
+
+def test_no_output_and_garbage_are_refused(tmp_path):
+    scan = _scan(tmp_path / "t1.nii.gz")
+    with pytest.raises(ScanError, match=r"t1\.nii\.gz: the hook tool wrote no output"):
+        run_hook(scan, _hook(tmp_path, "pass"), tmp_path / "a")
+    garbage = "import sys; open(sys.argv[2], 'wb').write(b'not an image')"
+    with pytest.raises(ScanError, match=r"t1\.nii\.gz: what the hook tool wrote cannot be used"):
+        run_hook(scan, _hook(tmp_path, garbage), tmp_path / "b")
+    empty = STRIP.replace("away > 1", "away > -1")
+    with pytest.raises(ScanError, match="all voxels are zero"):
+        run_hook(scan, _hook(tmp_path, empty), tmp_path / "c")
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".mgz"])
+def test_every_format_reaches_the_tool_as_nifti_on_its_own_grid(tmp_path, suffix):
+    # Axes stored left → right are turned, so that a copy that reorders them is seen.
+    affine = np.array([[0.0, 0, -2, 30], [-2, 0, 0, 20], [0, 2, 0, -10], [0, 0, 0, 1]])
+    scan = _scan(tmp_path / f"t1{suffix}", kind=nib.MGHImage if suffix == ".mgz" else nib.Nifti1Image, affine=affine)
+    copied, original = nib.load(neutral_copy(scan, tmp_path / "input.nii.gz")), nib.load(scan)
+    np.testing.assert_allclose(copied.affine, original.affine, atol=1e-5)
+    np.testing.assert_array_equal(copied.get_fdata(), original.get_fdata())
+
+
+def test_a_missing_scan_is_refused(tmp_path):
+    with pytest.raises(ScanError, match=r"gone\.nii\.gz: no such file"):
+        run_hook(tmp_path / "gone.nii.gz", _hook(tmp_path, COPY), tmp_path / "work")
+
+
+def test_a_scan_in_a_zip_is_written_out_for_the_tool(tmp_path):
+    scan = _scan(tmp_path / "t1.nii.gz")
+    archive = shutil.make_archive(str(tmp_path / "ses"), "zip", tmp_path, "t1.nii.gz")
+    made = run_hook(Path(archive) / "t1.nii.gz", _hook(tmp_path, STRIP), tmp_path / "work")
+    assert made.name == "t1.nii.gz"
+    assert load_scan(made).data.shape == load_scan(scan).data.shape
+
+
+def test_hooks_follow_each_other_and_a_registration_needs_a_reference(tmp_path):
+    scan = _scan(tmp_path / "t1.nii.gz", 50)
+    reference = _scan(tmp_path / "t2.nii.gz", 100)
+    register = _hook(tmp_path, REFERENCE, "{input} {reference} {output}", name="register", step="register")
+    double = _hook(tmp_path, STRIP.replace("data[away > 1] = 0", "data = 2 * data"), name="double")
+    both = run_hooks(scan, (register, double), reference, folder=tmp_path / "a")
+    assert load_scan(both).data.mean() == pytest.approx(300, rel=0.01)
+    alone = run_hooks(scan, (register, double), folder=tmp_path / "b")
+    assert load_scan(alone).data.mean() == pytest.approx(100, rel=0.01)
+
+
+def test_a_session_is_registered_to_its_reference_as_processed_so_far(tmp_path):
+    scans = {"T1w": _scan(tmp_path / "t1.nii.gz", 50), "FLAIR": _scan(tmp_path / "flair.nii.gz", 100)}
+    double = _hook(tmp_path, STRIP.replace("data[away > 1] = 0", "data = 2 * data"), name="double", contrasts=["T1w"])
+    register = _hook(tmp_path, REFERENCE, "{input} {reference} {output}", name="register", step="register")
+    files, refused = run_session_hooks(scans, (double, register), tmp_path / "work")
+    assert refused == {}
+    assert load_scan(files["T1w"]).data.mean() == pytest.approx(100, rel=0.01), "doubled, and not registered to itself"
+    assert load_scan(files["FLAIR"]).data.mean() == pytest.approx(200, rel=0.01), (
+        "not doubled; the doubled T1w is added"
+    )
+    files, _ = run_session_hooks(scans, (), tmp_path / "other")
+    assert files == scans
+
+
+def test_a_scan_that_a_hook_refuses_leaves_the_others(tmp_path):
+    scans = {
+        "T1w": _scan(tmp_path / "t1.nii.gz"),
+        "T2w": _scan(tmp_path / "t2.nii.gz"),
+        "FLAIR": _scan(tmp_path / "f.nii"),
+    }
+    fails = _hook(tmp_path, "import sys; sys.exit('no')", name="fails", contrasts=["T1w"])
+    register = _hook(tmp_path, REFERENCE, "{input} {reference} {output}", name="register", step="register")
+    files, refused = run_session_hooks(scans, (fails, register), tmp_path / "work")
+    assert list(refused) == ["T1w"]
+    assert list(files) == ["T2w", "FLAIR"]
+    assert files["T2w"] == scans["T2w"], "the next scan is the reference now, and stays as it is"
+    assert files["FLAIR"] != scans["FLAIR"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"command": "tool {input}"}, r"must hold \{output\}"),
+        ({"command": "tool {input} {output} {folder}"}, r"unknown placeholder \{folder\}"),
+        ({"command": "tool {input} {reference} {output}"}, "set step: register"),
+        ({"command": "tool {input} {output}", "step": "register"}, r"must hold \{reference\}"),
+        ({"command": "tool {input} | other > {output}"}, "no shell reads the command"),
+        ({"command": "tool '{input} {output}"}, "cannot be split"),
+        ({"command": ""}, "empty"),
+        ({"command": "./tool {input} {output}"}, "absolute path"),
+        ({"command": "tool {input} {output}", "contrasts": ["T9w"]}, "unknown contrast"),
+        ({"command": "tool {input} {output}", "timeout_s": 0}, "greater than 0"),
+        ({"command": "tool {input} {output}", "shell": True}, "unknown key"),
+    ],
+)
+def test_a_malformed_hook_is_refused(settings, message):
+    with pytest.raises(RecipeError, match=message):
+        validate(Hook, {"name": "tool", **settings}, where="hook")
+
+
+def test_hooks_are_loaded_by_name_file_and_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    file = tmp_path / "mine.yaml"
+    file.write_text("step: skull_strip\ncommand: 'mytool --in {input} --out {output}'\ncontrasts: [t1, flair]\n")
+    ready, mine, inline = load_hooks(["synthstrip", file, "reg {input} {reference} {output}"])
+    assert ready is READY["synthstrip"]
+    assert (mine.name, mine.contrasts, mine.executable) == ("mine", ("T1w", "FLAIR"), "mytool")
+    assert (inline.name, inline.step) == ("reg", "register")
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [("syntstrip", "Did you mean synthstrip"), ("gone.yaml", "no such hook file"), ("list.yaml", "must be a mapping")],
+)
+def test_unknown_hooks_are_refused(tmp_path, monkeypatch, item, message):
+    monkeypatch.chdir(tmp_path)
+    Path("list.yaml").write_text("- a\n")
+    with pytest.raises(UsageError, match=message):
+        load_hooks([item])
+
+
+def test_a_tool_that_is_not_installed_stops_before_anything_starts(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(UsageError, match="synthstrip is not installed .*mri_synthstrip on the PATH"):
+        load_hooks(["synthstrip"])
+    with pytest.raises(UsageError, match="expected fsl on the PATH"):
+        require_tools([Hook(name="h", command="tool {input} {output}", needs="/opt/me/fsl")])
+    with pytest.raises(UsageError, match="given twice"):
+        load_hooks(["synthstrip", "synthstrip"])
+
+
+def test_the_description_has_the_version_and_no_folders(tmp_path):
+    hook = Hook(
+        name="strip",
+        step="skull_strip",
+        command="/home/ann/bin/strip --model=/home/ann/w.pt {input} {output}",
+        version_command=f"{sys.executable} -c \"print(); print('strip 1.2')\"",
+    )
+    (said,) = describe([hook])
+    assert said["command"] == "strip --model=w.pt {input} {output}"
+    assert said["version"] == "strip 1.2"
+    assert (said["name"], said["step"]) == ("strip", "skull_strip")
+    other = hook.model_copy(update={"command": "/home/bob/bin/strip --model=/home/ann/w.pt {input} {output}"})
+    assert describe([other])[0]["sha256"] != said["sha256"]
+    assert describe([hook.model_copy(update={"version_command": "no-such-tool --version"})])[0]["version"] is None
+
+
+def test_the_ready_hooks_run_the_documented_command_lines():
+    words = {name: hook.words(input=Path("i"), output=Path("o"), reference=Path("r")) for name, hook in READY.items()}
+    assert words["synthstrip"] == ["mri_synthstrip", "-i", "i", "-o", "o"]
+    assert words["hd-bet"] == ["hd-bet", "-i", "i", "-o", "o"]
+    assert words["hd-bet-cpu"] == ["hd-bet", "-i", "i", "-o", "o", "-device", "cpu", "--disable_tta"]
+    assert words["flirt-rigid"][:7] == ["flirt", "-in", "i", "-ref", "r", "-out", "o"]
+    assert READY["flirt-rigid"].step == "register"
