@@ -11,7 +11,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from brainfound.data.hook_runs import neutral_copy, run_hook, run_hooks, run_session_hooks
+from brainfound.data.hook_runner import neutral_copy, run_hook, run_hooks
 from brainfound.data.hooks import READY, Hook, describe, load_hooks, require_tools
 from brainfound.data.scan import load_scan
 from brainfound.errors import RecipeError, ScanError, UsageError
@@ -151,44 +151,30 @@ def test_a_scan_in_a_zip_is_written_out_for_the_tool(tmp_path):
     assert load_scan(made).data.shape == load_scan(scan).data.shape
 
 
-def test_hooks_follow_each_other_and_a_registration_needs_a_reference(tmp_path):
+def test_hooks_follow_each_other_and_only_further_scans_are_registered(tmp_path):
     scan = _scan(tmp_path / "t1.nii.gz", 50)
     reference = _scan(tmp_path / "t2.nii.gz", 100)
-    register = _hook(tmp_path, REFERENCE, "{input} {reference} {output}", name="register", step="register")
     double = _hook(tmp_path, STRIP.replace("data[away > 1] = 0", "data = 2 * data"), name="double")
-    both = run_hooks(scan, (register, double), reference, folder=tmp_path / "a")
-    assert load_scan(both).data.mean() == pytest.approx(300, rel=0.01)
-    alone = run_hooks(scan, (register, double), folder=tmp_path / "b")
-    assert load_scan(alone).data.mean() == pytest.approx(100, rel=0.01)
-
-
-def test_a_session_is_registered_to_its_reference_as_processed_so_far(tmp_path):
-    scans = {"T1w": _scan(tmp_path / "t1.nii.gz", 50), "FLAIR": _scan(tmp_path / "flair.nii.gz", 100)}
-    double = _hook(tmp_path, STRIP.replace("data[away > 1] = 0", "data = 2 * data"), name="double", contrasts=["T1w"])
     register = _hook(tmp_path, REFERENCE, "{input} {reference} {output}", name="register", step="register")
-    files, refused = run_session_hooks(scans, (double, register), tmp_path / "work")
-    assert refused == {}
-    assert load_scan(files["T1w"]).data.mean() == pytest.approx(100, rel=0.01), "doubled, and not registered to itself"
-    assert load_scan(files["FLAIR"]).data.mean() == pytest.approx(200, rel=0.01), (
-        "not doubled; the doubled T1w is added"
-    )
-    files, _ = run_session_hooks(scans, (), tmp_path / "other")
-    assert files == scans
+    both = run_hooks(scan, (double, register), contrast="T1w", reference=reference, folder=tmp_path)
+    assert load_scan(both).data.mean() == pytest.approx(200, rel=0.01), "doubled, and the reference is added"
+    alone = run_hooks(reference, (double, register), contrast="T2w", folder=tmp_path)
+    assert load_scan(alone).data.mean() == pytest.approx(200, rel=0.01), "doubled, and not registered to itself"
 
 
-def test_a_scan_that_a_hook_refuses_leaves_the_others(tmp_path):
-    scans = {
-        "T1w": _scan(tmp_path / "t1.nii.gz"),
-        "T2w": _scan(tmp_path / "t2.nii.gz"),
-        "FLAIR": _scan(tmp_path / "f.nii"),
-    }
-    fails = _hook(tmp_path, "import sys; sys.exit('no')", name="fails", contrasts=["T1w"])
-    register = _hook(tmp_path, REFERENCE, "{input} {reference} {output}", name="register", step="register")
-    files, refused = run_session_hooks(scans, (fails, register), tmp_path / "work")
-    assert list(refused) == ["T1w"]
-    assert list(files) == ["T2w", "FLAIR"]
-    assert files["T2w"] == scans["T2w"], "the next scan is the reference now, and stays as it is"
-    assert files["FLAIR"] != scans["FLAIR"]
+def test_a_hook_is_run_on_its_contrasts_only(tmp_path):
+    scan = _scan(tmp_path / "t1.nii.gz")
+    fails = _hook(tmp_path, "import sys; sys.exit('no')", contrasts=["FLAIR"])
+    assert run_hooks(scan, (fails,), contrast="T1w", folder=tmp_path) == scan
+    with pytest.raises(ScanError, match="the hook tool failed: no"):
+        run_hooks(scan, (fails,), contrast="FLAIR", folder=tmp_path)
+
+
+def test_registrations_come_last(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    assert [hook.step for hook in load_hooks(["synthstrip", "flirt-rigid"])] == ["skull_strip", "register"]
+    with pytest.raises(UsageError, match="registrations come after the other hooks"):
+        load_hooks(["flirt-rigid", "synthstrip"])
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ import re
 import shutil
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,46 +24,30 @@ from brainfound.errors import ScanError
 _MESSAGE_LENGTH = 300
 
 
-def run_session_hooks(
-    scans: Mapping[str, Path], hooks: Sequence[Hook], folder: Path
-) -> tuple[dict[str, Path], dict[str, ScanError]]:
-    """Run hooks on the scans of a session, hook by hook.
+def run_hooks(
+    scan_path: str | Path, hooks: Sequence[Hook], *, contrast: str, reference: Path | None = None, folder: str | Path
+) -> Path:
+    """Run hooks on one scan, one after the other.
 
     Args:
-        scans: a file per contrast; the first is the session's reference scan.
-        hooks: in the order in which they are run.
-        folder: where files are made; the caller removes it when the scans have been read.
+        scan_path: the scan, also inside a zip.
+        hooks: in the order in which they are run; those that are not for this contrast are passed over.
+        contrast: what the scan shows.
+        reference: the session's reference scan as its hooks left it; None for the reference scan itself, which no
+            registration is run on.
+        folder: an existing folder for the tools' files; the caller removes it when the result has been read.
 
     Returns:
-        The file to read for each contrast (the given one if no hook was run on it), and why the others cannot be
-        used. If the reference scan fails, the next scan becomes the reference of the hooks that follow.
-    """
-    files = dict(scans)
-    refused: dict[str, ScanError] = {}
-    for hook in hooks:
-        for contrast in list(files):
-            reference = next(iter(files))
-            if not hook.applies_to(contrast, contrast == reference):
-                continue
-            work = folder / f"{contrast}-{hook.name.replace(os.sep, '-')}"
-            try:
-                files[contrast] = run_hook(files[contrast], hook, work, files[reference])
-            except ScanError as error:
-                refused[contrast] = error
-                del files[contrast]
-    return files, refused
-
-
-def run_hooks(scan_path: str | Path, hooks: Sequence[Hook], reference: Path | None = None, *, folder: Path) -> Path:
-    """Run all hooks on one scan, one after the other; registrations only if there is a reference.
+        The file to read: the scan itself if no hook was run on it.
 
     Raises:
-        ScanError: as of `run_hook`.
+        ScanError: a tool failed, see `run_hook`.
     """
     path = Path(scan_path)
+    own = Path(tempfile.mkdtemp(dir=folder))
     for number, hook in enumerate(hooks):
-        if hook.step != "register" or reference is not None:
-            path = run_hook(path, hook, folder / f"{number}", reference)
+        if hook.applies_to(contrast, reference is None):
+            path = run_hook(path, hook, own / str(number), reference)
     return path
 
 
