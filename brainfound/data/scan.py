@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 from jaxtyping import Float
-from nibabel.filebasedimages import ImageFileError
-from nibabel.orientations import OrientationError, apply_orientation, inv_ornt_aff, io_orientation
-from nibabel.spatialimages import HeaderDataError, SpatialImage
-from nibabel.wrapstruct import WrapStructError
+from nibabel.orientations import apply_orientation, inv_ornt_aff
 
+from brainfound.data.image_file import ImageHeader, read_image_header, read_voxels
+from brainfound.data.orientation import AffineSource, axis_codes, check_affine, closest_canonical, shear_notes
 from brainfound.errors import ScanError
 
-MAX_VOXELS = 1024**3
-"""A header that claims more than this is refused before any memory is taken."""
 
-_READ_ERRORS = (ImageFileError, HeaderDataError, WrapStructError, EOFError, OSError, zlib.error, ValueError)
+@dataclass(frozen=True)
+class ScanHeader:
+    """What an image file says of itself, before its voxels are read.
+
+    Attributes:
+        shape: of the stored array, three axes.
+        dtype: numpy's name of the voxels' type in the file.
+        affine: ``(4, 4)``, index in the stored array → millimetres in RAS+.
+        orientation: the directions of the stored axes, for example ``"LPS"``.
+        spacing_mm: voxel size along the stored axes.
+        affine_source: which field of the header gave the affine.
+        notes: what a person should know, one line each.
+    """
+
+    shape: tuple[int, int, int]
+    dtype: str
+    affine: Float[np.ndarray, "4 4"]
+    orientation: str
+    spacing_mm: tuple[float, float, float]
+    affine_source: AffineSource
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -32,12 +47,16 @@ class Scan:
         affine: ``(4, 4)``, index in ``data`` → millimetres in RAS+.
         native_shape: shape of the stored array.
         native_affine: ``(4, 4)``, index in the stored array → millimetres in RAS+.
+        header: what the file says of itself, or None for a scan that was made in memory.
+        notes: what a person should know of the file, one line each.
     """
 
     data: Float[np.ndarray, "X Y Z"]
     affine: Float[np.ndarray, "4 4"]
     native_shape: tuple[int, int, int]
     native_affine: Float[np.ndarray, "4 4"]
+    header: ScanHeader | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def spacing_mm(self) -> Float[np.ndarray, "3"]:
@@ -46,74 +65,72 @@ class Scan:
 
     def __repr__(self) -> str:
         spacing = " × ".join(f"{s:.2f}" for s in self.spacing_mm)
-        stored = "".join(nib.aff2axcodes(self.native_affine))
         size = f"{self.data.nbytes / 2**20:.0f} MiB"
+        stored = axis_codes(self.native_affine)
         return f"Scan(shape={self.data.shape}, spacing_mm={spacing}, stored as {stored}, {size})"
+
+
+def read_header(path: str | Path) -> ScanHeader:
+    """Read and check an image's header; quick, since no voxel is read.
+
+    Args:
+        path: the image file, or a member of a zip archive (``…/ses-01.zip/anat/x.nii.gz``).
+
+    Raises:
+        ScanError: there is no such file, it is not an image, it is not 3-D, its header claims more than the file
+            can hold, or its affine cannot be a scan's.
+    """
+    return _scan_header(read_image_header(Path(path)))
 
 
 def load_scan(path: str | Path, *, labels: bool = False) -> Scan:
     """Read a 3-D image (NIfTI or MGH) and check that it can be used.
 
+    At most one float32 copy of the volume is in memory, and none before the header's claims were compared with
+    the size of the file.
+
     Args:
-        path: the image file.
+        path: the image file, or a member of a zip archive (``…/ses-01.zip/anat/x.nii.gz``).
         labels: the image is a label map: an all-zero one is legal, values must be whole numbers ≥ 0.
 
     Raises:
-        ScanError: the file is missing, truncated or not an image; it is not 3-D; it holds NaN or
-            infinite values; it is constant (images) or not a label map (labels); its affine is singular.
+        ScanError: the file is missing, truncated, corrupt or not an image; it is not 3-D; it holds NaN or
+            infinite values, or more data than its header says; it is constant (images) or not a label map
+            (labels); its affine cannot be a scan's.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ScanError("no such file", where=path.name, remedy="Check the path in the manifest or folder")
-    try:
-        image = nib.load(path)
-        if not isinstance(image, SpatialImage):
-            raise ImageFileError(f"a {type(image).__name__} has no voxels")
-        shape = _shape_3d(image.shape, path)
-        data = np.asarray(image.get_fdata(dtype=np.float32, caching="unchanged")).reshape(shape)
-        affine = np.asarray(image.affine, dtype=np.float64)
-    except _READ_ERRORS as error:
-        raise ScanError(
-            f"cannot be read as an image: {_first_line(error)}",
-            where=path.name,
-            remedy="The file is truncated, corrupt or of another format; copy or export it again",
-        ) from error
-    _check_values(data, path, labels)
-    orientation = _closest_canonical(affine, path)
+    image = read_image_header(path)
+    header = _scan_header(image)
+    data, low, high = read_voxels(image)
+    _check_values(data, low, high, path, labels)
+    orientation = closest_canonical(image.affine, path)
     return Scan(
         data=apply_orientation(data, orientation),
-        affine=affine @ inv_ornt_aff(orientation, shape),
-        native_shape=shape,
-        native_affine=affine,
+        affine=image.affine @ inv_ornt_aff(orientation, header.shape),
+        native_shape=header.shape,
+        native_affine=image.affine,
+        header=header,
+        notes=header.notes,
     )
 
 
-def _shape_3d(shape: tuple[int, ...], path: Path) -> tuple[int, int, int]:
-    spatial = shape
-    while len(spatial) > 3 and spatial[-1] == 1:
-        spatial = spatial[:-1]
-    if len(spatial) != 3:
-        raise ScanError(
-            "not a 3-D volume",
-            where=path.name,
-            got=f"shape {'×'.join(map(str, shape))}",
-            expected="three dimensions",
-            remedy="Extract one volume (for diffusion data the trace or b=1000 image)",
-        )
-    if min(spatial) < 2 or int(np.prod(spatial, dtype=np.float64)) > MAX_VOXELS:
-        raise ScanError(
-            "implausible size",
-            where=path.name,
-            got=f"shape {'×'.join(map(str, shape))}",
-            expected=f"at least 2 voxels along each axis and at most {MAX_VOXELS} in all",
-            remedy="Check the header",
-        )
-    return (int(spatial[0]), int(spatial[1]), int(spatial[2]))
+def _scan_header(image: ImageHeader) -> ScanHeader:
+    check_affine(image.affine, image.path)
+    closest_canonical(image.affine, image.path)
+    x, y, z = (float(size) for size in np.linalg.norm(image.affine[:3, :3], axis=0))
+    return ScanHeader(
+        shape=image.shape_3d,
+        dtype=image.dtype.name,
+        affine=image.affine,
+        orientation=axis_codes(image.affine),
+        spacing_mm=(x, y, z),
+        affine_source=image.affine_source,
+        notes=image.notes + shear_notes(image.affine),
+    )
 
 
-def _check_values(data: np.ndarray, path: Path, labels: bool) -> None:
-    # min and max carry NaN and infinities, so two passes without temporaries check everything.
-    low, high = float(data.min()), float(data.max())
+def _check_values(data: np.ndarray, low: float, high: float, path: Path, labels: bool) -> None:
+    # The smallest and largest value carry NaN and infinities, and were found while reading.
     if not (np.isfinite(low) and np.isfinite(high)):
         count = int(data.size - np.isfinite(data).sum())
         raise ScanError(
@@ -135,23 +152,3 @@ def _check_values(data: np.ndarray, path: Path, labels: bool) -> None:
     elif low == high:
         what = "all voxels are zero" if low == 0 else f"all voxels have the value {low:g}"
         raise ScanError(what, where=path.name, expected="an image", remedy="Export the scan again or leave it out")
-
-
-def _closest_canonical(affine: np.ndarray, path: Path) -> np.ndarray:
-    try:
-        orientation = io_orientation(affine)
-    except (OrientationError, np.linalg.LinAlgError, ValueError) as error:
-        raise ScanError(f"unusable affine: {_first_line(error)}", where=path.name) from error
-    if np.isnan(orientation).any() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-        raise ScanError(
-            "unusable affine: it is singular",
-            where=path.name,
-            expected="an invertible voxel-to-world matrix",
-            remedy="Repair the header's sform or qform",
-        )
-    return orientation
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return (text[0] if text else type(error).__name__)[:160]

@@ -1,0 +1,358 @@
+"""Image files, byte by byte: NIfTI-1 and -2 (``.nii``, ``.nii.gz``, ``.hdr`` + ``.img``) and MGH (``.mgz``, ``.mgh``).
+
+nibabel says what a header means: type, scaling, affine. The bytes are read here, because a header is only a claim:
+what it claims is compared with the size of the file before any memory is taken, voxels are converted to float32
+chunk by chunk while they are decompressed (so no second copy of the volume exists), and the file is read to its end,
+so that the checksum of the compression is verified and data beyond the image are noticed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import numpy as np
+from isal import igzip, isal_zlib
+from jaxtyping import Float
+from nibabel.analyze import AnalyzeHeader
+from nibabel.freesurfer.mghformat import DATA_OFFSET as MGH_OFFSET
+from nibabel.freesurfer.mghformat import MGHHeader
+from nibabel.freesurfer.mghformat import header_dtype as MGH_HEADER
+from nibabel.nifti1 import Nifti1Header, Nifti1PairHeader
+from nibabel.nifti2 import Nifti2Header, Nifti2PairHeader
+from nibabel.spm2analyze import Spm2AnalyzeHeader
+from nibabel.volumeutils import apply_read_scaling
+
+from brainfound.data.archives import file_facts, open_binary
+from brainfound.data.orientation import HEADER_ERRORS, AffineSource, header_affine
+from brainfound.errors import ScanError
+
+MAX_VOXELS = 1024**3
+"""A header that claims more is refused: four times the voxels of an ex-vivo brain at 0.25 mm; 4 GiB as float32."""
+
+MAX_OFFSET_BYTES = 64 * 2**20
+"""Of header extensions before the voxels. They are skipped, never read into memory."""
+
+MAX_GZIP_RATIO = 1032
+"""No gzip file expands more (zlib's technical notes), so a header that claims more is wrong."""
+
+MAX_TAIL_BYTES = 4096
+"""Beyond the last voxel: some writers fill up a disk block."""
+
+MAX_MGH_TAIL_BYTES = 2**20
+"""MGH files end with tags: scan parameters, the commands that made the file, a colour table."""
+
+CHUNK_VOXELS = 2**17
+"""Voxels that are read, scaled and checked at once: they stay in the processor's cache."""
+
+SUFFIXES = (".nii", ".nii.gz", ".mgz", ".mgh", ".mgh.gz", ".hdr", ".img", ".hdr.gz", ".img.gz")
+
+_STREAM_ERRORS = (OSError, EOFError, cast("type[Exception]", isal_zlib.error))
+
+
+@dataclass(frozen=True)
+class ImageHeader:
+    """What a header claims, found plausible.
+
+    Attributes:
+        path: the file as given.
+        data_path: the file that holds the voxels (another one for an ``.hdr`` + ``.img`` pair).
+        shape: as stored, with trailing axes of one.
+        shape_3d: the same without them.
+        dtype: of the voxels as stored.
+        offset: of the first voxel in the (decompressed) file, in bytes.
+        slope, inter: of the scaling, or None.
+        affine: ``(4, 4)``, index in the stored array → millimetres in RAS+.
+        affine_source: where the affine was taken from.
+        max_tail: bytes that may follow the last voxel.
+        notes: what a person should know, one line each.
+    """
+
+    path: Path
+    data_path: Path
+    shape: tuple[int, ...]
+    shape_3d: tuple[int, int, int]
+    dtype: np.dtype
+    offset: int
+    slope: Any
+    inter: Any
+    affine: Float[np.ndarray, "4 4"]
+    affine_source: AffineSource
+    max_tail: int
+    notes: tuple[str, ...]
+
+
+def unreadable(path: Path, why: object) -> ScanError:
+    """The error for a file that is no image, or a damaged one."""
+    text = (str(why).strip().splitlines() or [type(why).__name__])[0][:160]
+    return ScanError(
+        f"cannot be read as an image: {text}",
+        where=path.name,
+        remedy="The file is truncated, corrupt or of another format; copy or export it again",
+    )
+
+
+def read_image_header(path: Path) -> ImageHeader:
+    """Read and check the header of an image, without its voxels.
+
+    Raises:
+        ScanError: no such file, not an image of a known format, not 3-D, voxels that are no real numbers, or a
+            claim that the file's size cannot meet.
+    """
+    name = path.name.lower()
+    if not name.endswith(SUFFIXES):
+        raise ScanError(
+            "cannot be read as an image: not one of the formats that are read",
+            where=path.name,
+            expected="NIfTI (.nii, .nii.gz, .hdr with .img) or MGH (.mgz, .mgh)",
+            remedy="Convert it, for example with nib-convert or mri_convert",
+        )
+    data_path = path
+    if name.endswith((".hdr", ".hdr.gz", ".img", ".img.gz")):
+        path, data_path = _pair(path)
+    with _opened(path) as stream:
+        block = stream.read(Nifti2Header.template_dtype.itemsize)
+    messages = _Messages()
+    try:
+        with np.errstate(all="ignore"):
+            header = _parse(path, block, is_pair=data_path != path, messages=messages)
+            shape = tuple(int(size) for size in header.get_data_shape())
+            shape_3d = _shape_3d(shape, path)
+            dtype = _real_dtype(header.get_data_dtype(), path)
+            is_mgh = isinstance(header, MGHHeader)
+            offset = MGH_OFFSET if is_mgh else int(header.get_data_offset())
+            slope, inter = (None, None) if is_mgh else header.get_slope_inter()
+            affine, source, notes = header_affine(header, shape_3d)
+    except HEADER_ERRORS as error:
+        raise unreadable(path, error) from error
+    if not is_mgh and data_path == path and offset < header.single_vox_offset:
+        raise unreadable(path, f"the voxels would begin inside the header, at byte {offset}")
+    _check_claim(data_path, offset, shape_3d, dtype)
+    if source == "sform":
+        messages.texts = [text for text in messages.texts if "qfac" not in text]
+    return ImageHeader(
+        path=path,
+        data_path=data_path,
+        shape=shape,
+        shape_3d=shape_3d,
+        dtype=dtype,
+        offset=offset,
+        slope=slope,
+        inter=inter,
+        affine=affine,
+        affine_source=source,
+        max_tail=MAX_MGH_TAIL_BYTES if is_mgh else MAX_TAIL_BYTES,
+        notes=tuple(f"header: {text}" for text in messages.texts) + tuple(notes),
+    )
+
+
+def read_voxels(header: ImageHeader) -> tuple[Float[np.ndarray, "I J K"], float, float]:
+    """The voxels in float32, scaled as nibabel does, and their smallest and largest value.
+
+    Either value is NaN where any voxel is.
+
+    Raises:
+        ScanError: the file is truncated or corrupt, or holds more data than its header says.
+    """
+    out = np.empty(int(np.prod(header.shape_3d)), dtype=np.float32)
+    num_chunks = -(-out.size // CHUNK_VOXELS)
+    lows, highs = np.empty(num_chunks, np.float32), np.empty(num_chunks, np.float32)
+    # Native float32 without scaling needs no conversion: the bytes go where the voxels stay.
+    direct = header.dtype == np.float32 and header.dtype.isnative and _unscaled(header)
+    staging = bytearray(0 if direct else CHUNK_VOXELS * header.dtype.itemsize)
+    with _opened(header.data_path) as stream, np.errstate(all="ignore"):
+        _skip(stream, header.offset, header.data_path)
+        for number in range(num_chunks):
+            part = out[number * CHUNK_VOXELS : (number + 1) * CHUNK_VOXELS]
+            if direct:
+                _fill(stream, memoryview(cast(Any, part)).cast("B"), header.data_path)
+            else:
+                raw = memoryview(staging)[: part.size * header.dtype.itemsize]
+                _fill(stream, raw, header.data_path)
+                part[:] = _scaled(np.frombuffer(raw, header.dtype), header)
+            lows[number], highs[number] = part.min(), part.max()
+        _check_end(stream, header)
+    return out.reshape(header.shape_3d, order="F"), float(lows.min()), float(highs.max())
+
+
+def _unscaled(header: ImageHeader) -> bool:
+    return header.slope in (None, 1) and header.inter in (None, 0)
+
+
+def _scaled(values: np.ndarray, header: ImageHeader) -> np.ndarray:
+    if not _unscaled(header):
+        # As arrays they keep their own precision, float64 in NIfTI.
+        slope: Any = np.asanyarray(1.0 if header.slope is None else header.slope)
+        inter: Any = np.asanyarray(0.0 if header.inter is None else header.inter)
+        values = apply_read_scaling(values, slope, inter)
+    # 64-bit integers go to float32 by way of float64, as in nibabel.
+    return values.astype(np.promote_types(values.dtype, np.float32), copy=False)
+
+
+def _pair(path: Path) -> tuple[Path, Path]:
+    """The header's and the voxels' file of an ``.hdr`` + ``.img`` pair, whichever was given."""
+    packed = path.suffix if path.suffix.lower() == ".gz" else ""
+    base = path.name[: len(path.name) - len(packed)]
+    stem, suffix = base[:-4], base[-4:]
+    upper = suffix.isupper()
+    given_header = suffix.lower() == ".hdr"
+    other_suffix = ".img" if given_header else ".hdr"
+    other = path.with_name(stem + (other_suffix.upper() if upper else other_suffix) + packed)
+    if file_facts(other) is None:
+        raise ScanError(
+            "half of a pair is missing",
+            where=path.name,
+            expected=f"{other.name} beside it",
+            remedy="Copy both files, or convert them to one .nii.gz",
+        )
+    if file_facts(path.with_name(stem + ".mat")) is not None:
+        raise ScanError(
+            "its orientation is in an SPM .mat file, which is not read",
+            where=path.name,
+            remedy="Convert the image to .nii.gz with SPM",
+        )
+    return (path, other) if given_header else (other, path)
+
+
+def _parse(path: Path, block: bytes, is_pair: bool, messages: _Messages) -> Any:
+    """nibabel's header object for the first bytes of a file; extensions are not touched."""
+    if path.name.lower().endswith((".mgz", ".mgh", ".mgh.gz")):
+        if len(block) < MGH_HEADER.itemsize:
+            raise ValueError("the file ends within the header")
+        header = MGHHeader(block[: MGH_HEADER.itemsize], check=False)
+        header.check_fix(logger=messages, error_level=40)
+        return header
+    kinds: tuple[Any, ...] = (Nifti1Header, Nifti2Header)
+    if is_pair:
+        kinds = (Nifti1PairHeader, Nifti2PairHeader, Spm2AnalyzeHeader, AnalyzeHeader)
+    for kind in kinds:
+        if kind.may_contain_header(block):
+            break
+    else:
+        raise ValueError("the file holds no NIfTI header" if block else "the file is empty")
+    header = kind(block[: kind.template_dtype.itemsize], check=False)
+    header.check_fix(logger=messages, error_level=40)
+    if kind is Nifti2Header and 3000 <= int(header["intent_code"]) < 3100:
+        raise ValueError("it is a CIFTI file, which holds a table and no volume")
+    return header
+
+
+def _shape_3d(shape: tuple[int, ...], path: Path) -> tuple[int, int, int]:
+    spatial = shape
+    while len(spatial) > 3 and spatial[-1] == 1:
+        spatial = spatial[:-1]
+    shown = "×".join(map(str, shape))
+    if len(spatial) != 3:
+        raise ScanError(
+            "not a 3-D volume",
+            where=path.name,
+            got=f"shape {shown}",
+            expected="three dimensions",
+            remedy="Extract one volume (for diffusion data the trace or b=1000 image)",
+        )
+    if min(spatial) < 2 or spatial[0] * spatial[1] * spatial[2] > MAX_VOXELS:
+        raise ScanError(
+            "implausible size",
+            where=path.name,
+            got=f"shape {shown}",
+            expected=f"at least 2 voxels along each axis and at most {MAX_VOXELS} in all",
+            remedy="Check the header",
+        )
+    return (spatial[0], spatial[1], spatial[2])
+
+
+def _real_dtype(dtype: Any, path: Path) -> np.dtype:
+    """The stored type, which must be a real number that every machine reads alike."""
+    dtype = np.dtype(dtype)
+    if dtype.kind in "iu" or (dtype.kind == "f" and dtype.itemsize <= 8):
+        return dtype
+    if dtype.kind == "c":
+        got, remedy = "complex numbers", "Export the magnitude image"
+    elif dtype.names:
+        got, remedy = "colours", "Export the scan itself instead of a coloured picture of it"
+    else:
+        got, remedy = f"voxels of {dtype.itemsize * 8} bits", "Convert the image to float32"
+    raise ScanError(
+        "the voxels are no ordinary numbers", where=path.name, got=got, expected="integers or floats", remedy=remedy
+    )
+
+
+def _check_claim(path: Path, offset: int, shape: tuple[int, int, int], dtype: np.dtype) -> None:
+    """Refuse a header that the file cannot back, before memory is taken for it."""
+    facts = file_facts(path)
+    held = 0 if facts is None else facts[0]
+    if offset < 0 or offset > MAX_OFFSET_BYTES:
+        raise unreadable(path, f"the voxels would begin at byte {offset}")
+    claimed = offset + shape[0] * shape[1] * shape[2] * dtype.itemsize
+    if _is_gzip(path):
+        if claimed > held * MAX_GZIP_RATIO:
+            raise unreadable(path, f"its header claims {claimed} bytes, which {held} compressed bytes cannot hold")
+    elif claimed > held:
+        raise unreadable(path, f"its header claims {claimed} bytes and the file has {held}")
+
+
+class _Messages(logging.Logger):
+    """Collects what nibabel repaired in a header, so that nothing of it reaches the terminal."""
+
+    def __init__(self) -> None:
+        super().__init__("brainfound.header", level=logging.DEBUG)
+        self.texts: list[str] = []
+        self.propagate = False
+
+    def handle(self, record: logging.LogRecord) -> None:
+        text = " ".join(record.getMessage().split())
+        if text:
+            self.texts.append(text[:160])
+
+
+def _is_gzip(path: Path) -> bool:
+    return path.name.lower().endswith((".gz", ".mgz"))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """The decompressed bytes of a file or of a member of an archive."""
+    try:
+        with open_binary(path) as stored:
+            if not _is_gzip(path):
+                yield stored
+                return
+            with igzip.IGzipFile(fileobj=stored, mode="rb") as stream:
+                yield cast(BinaryIO, stream)
+    except _STREAM_ERRORS as error:
+        raise unreadable(path, error) from error
+
+
+def _skip(stream: BinaryIO, count: int, path: Path) -> None:
+    while count:
+        step = len(stream.read(min(count, CHUNK_VOXELS)))
+        if not step:
+            raise unreadable(path, "the file ends before its voxels")
+        count -= step
+
+
+def _fill(stream: Any, view: memoryview, path: Path) -> None:
+    done = 0
+    while done < len(view):
+        count = stream.readinto(view[done:])
+        if not count:
+            raise unreadable(path, "the file ends within its voxels")
+        done += count
+
+
+def _check_end(stream: BinaryIO, header: ImageHeader) -> None:
+    """Read what follows the voxels: the end verifies the checksum, and there must not be much."""
+    tail = 0
+    while step := len(stream.read(CHUNK_VOXELS)):
+        tail += step
+        if tail > header.max_tail:
+            raise ScanError(
+                "the file holds more data than its header says",
+                where=header.data_path.name,
+                expected=f"at most {header.max_tail} bytes after shape {'×'.join(map(str, header.shape))}",
+                remedy="Its header is damaged or describes a part of it; export it again",
+            )
