@@ -132,7 +132,7 @@ def _layout(cards: Sequence[Card], groups: int, tile_aspect: float) -> _Layout:
 
 def _window(cards: Sequence[Card]) -> tuple[slice, slice]:
     """Rows and columns that hold something in any shown slice, with a margin: one scale for the whole page."""
-    filled: np.ndarray | None = None
+    filled: Any = None
     for card in cards:
         for image in card.images:
             if image is not None:
@@ -161,7 +161,7 @@ def _draw_card(
     left, top = corner
     width, height = layout.tile
     colour = _FLAG if card.is_flagged else _TEXT
-    codes = () if card.outlines is None else np.unique(card.outlines[card.outlines != 0])
+    codes = [] if card.outlines is None else np.unique(card.outlines[card.outlines != 0]).tolist()
     for line, word in enumerate(card.label.split()):
         text = _fitting(word, layout.label_width - 10, 13)
         draw.text((left, top + 2 + 17 * line), text, fill=colour if line == 0 else _FAINT, font=_font(13))

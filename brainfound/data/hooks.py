@@ -155,20 +155,22 @@ READY: dict[str, Hook] = {
 """Hooks that can be asked for by name: SynthStrip, HD-BET version 2, and a rigid registration with FSL's FLIRT."""
 
 
-def load_hooks(names_or_files: Iterable[str | Path]) -> tuple[Hook, ...]:
+def load_hooks(names_or_files: Iterable[str | Path | Hook]) -> tuple[Hook, ...]:
     """Hooks by name (see `READY`), from YAML files, or written out as a command with ``{input}`` and ``{output}``.
+
+    Hooks that are loaded already are taken as they are, and checked with the others.
 
     Raises:
         UsageError: there is no such hook or file, its tool is not installed, or a registration is not the last.
         RecipeError: a file is not a hook.
     """
-    hooks = tuple(_load_hook(str(item)) for item in names_or_files)
+    hooks = tuple(item if isinstance(item, Hook) else _load_hook(str(item)) for item in names_or_files)
     names = [hook.name for hook in hooks]
     for name in names:
         if names.count(name) > 1:
             raise UsageError("the hook is given twice", where="hook", got=name, remedy="Give it once")
     steps = [hook.step for hook in hooks]
-    if "register" in steps[:-1] and set(steps[steps.index("register") :]) != {"register"}:
+    if "register" in steps and set(steps[steps.index("register") :]) != {"register"}:
         # Scans are moved onto the reference scan as all of its hooks left it, so they must be alike by then.
         raise UsageError(
             "registrations come after the other hooks", where="hook", got=", ".join(names), remedy="Change the order"

@@ -174,7 +174,7 @@ def test_registrations_come_last(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: name)
     assert [hook.step for hook in load_hooks(["synthstrip", "flirt-rigid"])] == ["skull_strip", "register"]
     with pytest.raises(UsageError, match="registrations come after the other hooks"):
-        load_hooks(["flirt-rigid", "synthstrip"])
+        load_hooks([READY["flirt-rigid"], "synthstrip"])
 
 
 @pytest.mark.parametrize(
