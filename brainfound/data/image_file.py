@@ -132,6 +132,9 @@ def read_image_header(path: Path) -> ImageHeader:
     if not is_mgh and data_path == path and offset < header.single_vox_offset:
         raise unreadable(path, f"the voxels would begin inside the header, at byte {offset}")
     _check_claim(data_path, offset, shape_3d, dtype)
+    if source != "sform" and any("non-zero" in text for text in messages.texts):
+        # nibabel would go on with 1 mm.
+        raise unreadable(path, "its header says a voxel size of 0 mm")
     if source == "sform":
         messages.texts = [text for text in messages.texts if "qfac" not in text]
     return ImageHeader(

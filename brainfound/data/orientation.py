@@ -93,7 +93,7 @@ def _compare_with_pixdim(header: Any, affine: np.ndarray) -> list[str]:
     if np.allclose(stated, sizes, rtol=0.01, atol=0.001):
         return []
     return [
-        f"the header's voxel size {_sizes(stated)} mm is not that of its affine, {_sizes(sizes)} mm, which was used"
+        f"the header's voxel size {_sizes(stated)} mm differs from the affine's, {_sizes(sizes)} mm, which was used"
     ]
 
 

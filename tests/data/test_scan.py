@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import gzip
+import re
+import subprocess
+import sys
+import tracemalloc
+import zipfile
 
 import nibabel as nib
 import numpy as np
 import pytest
 
-from brainfound.data.scan import load_scan
+from brainfound.data.scan import load_scan, read_header
 from brainfound.errors import ScanError
 
 
@@ -88,3 +93,295 @@ def test_label_maps_may_be_empty_but_must_be_whole_numbers(write_scan):
     assert load_scan(write_scan("m.nii.gz", np.zeros((4, 4, 4), np.uint8)), labels=True).data.max() == 0
     with pytest.raises(ScanError, match="not a label map"):
         load_scan(write_scan("p.nii.gz", np.random.rand(4, 4, 4)), labels=True)
+
+
+# Every stored type, byte order, scaling and format, against nibabel.
+
+# NIfTI and MGH have no 16-bit floats.
+NIFTI_TYPES = ["u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f4", "f8"]
+
+
+def _values(dtype: np.dtype) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    if dtype.kind == "f":
+        return (rng.normal(0, 100, (9, 10, 11))).astype(dtype)
+    limits = np.iinfo(dtype)
+    values = rng.integers(limits.min, limits.max, (9, 10, 11), dtype=dtype.newbyteorder("="), endpoint=True)
+    values[0, 0, :2] = limits.min, limits.max
+    return values
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".img"])
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("name", NIFTI_TYPES)
+def test_voxels_are_those_that_nibabel_reads(tmp_path, name, order, version, suffix):
+    dtype = np.dtype(order + name)
+    pair = suffix == ".img"
+    kind = {
+        (1, False): nib.Nifti1Image,
+        (2, False): nib.Nifti2Image,
+        (1, True): nib.Nifti1Pair,
+        (2, True): nib.Nifti2Pair,
+    }[version, pair]
+    header = kind.header_class(endianness=order)
+    header.set_data_shape((9, 10, 11))
+    header.set_data_dtype(dtype)
+    header.set_sform(np.diag([2.0, 2.0, 3.0, 1.0]), code=1)
+    header["vox_offset"] = 0 if pair else header.single_vox_offset
+    voxels = _values(dtype).astype(dtype).tobytes(order="F")
+    path = tmp_path / f"a{suffix}"
+    for scaling in [(1.0, 0.0), (0.25, -3.0), (1.0, 7.0), (-2.5, 0.0), (np.nan, 3.0), (0.0, 3.0)]:
+        header["scl_slope"], header["scl_inter"] = scaling
+        if pair:
+            path.with_suffix(".hdr").write_bytes(header.binaryblock)
+            path.write_bytes(voxels)
+        else:
+            content = header.binaryblock + bytes(4) + voxels
+            path.write_bytes(gzip.compress(content, 1) if suffix.endswith("gz") else content)
+        scan, image = load_scan(path), nib.load(path)
+        np.testing.assert_array_equal(scan.data, image.get_fdata(dtype=np.float32))
+        np.testing.assert_array_equal(scan.native_affine, image.affine)
+        assert scan.data.dtype == np.float32
+        assert scan.data.dtype.isnative
+        assert scan.header.dtype == dtype.name
+
+
+@pytest.mark.parametrize("suffix", [".mgh", ".mgz"])
+@pytest.mark.parametrize("name", ["u1", "i2", "i4", "f4", "u2"])
+def test_mgh_volumes_are_those_that_nibabel_reads(tmp_path, name, suffix):
+    affine = np.array([[-1.0, 0, 0, 30], [0, 0, 1.5, -20], [0, -1, 0, 40], [0, 0, 0, 1]])
+    image = nib.MGHImage(_values(np.dtype(">" + name)).astype(">" + name), affine)
+    nib.save(image, tmp_path / f"a{suffix}")
+    scan, stored = load_scan(tmp_path / f"a{suffix}"), nib.load(tmp_path / f"a{suffix}")
+    np.testing.assert_array_equal(scan.native_affine, stored.affine)
+    expected = nib.as_closest_canonical(nib.Nifti1Image(stored.get_fdata(dtype=np.float32), stored.affine))
+    np.testing.assert_array_equal(scan.data, expected.get_fdata(dtype=np.float32))
+    assert scan.header.affine_source == "mgh"
+    assert scan.header.orientation == "LIA"
+
+
+def test_a_scan_in_an_archive_is_the_scan_in_a_folder(write_scan, tmp_path):
+    files = [write_scan("a.nii.gz"), write_scan("b.nii")]
+    with zipfile.ZipFile(tmp_path / "ses.zip", "w", zipfile.ZIP_DEFLATED) as opened:
+        for file in files:
+            opened.write(file, f"anat/{file.name}")
+    for file in files:
+        inside, outside = load_scan(tmp_path / "ses.zip" / "anat" / file.name), load_scan(file)
+        np.testing.assert_array_equal(inside.data, outside.data)
+        assert repr(inside) == repr(outside)
+
+
+def test_the_header_alone_says_what_the_scan_will_be(write_scan):
+    affine = np.array([[-2.0, 0, 0, 10], [0, -2, 0, 20], [0, 0, 3, -30], [0, 0, 0, 1]])
+    path = write_scan("a.nii.gz", np.arange(210).reshape(5, 6, 7, 1).astype(np.int16), affine=affine)
+    header = read_header(path)
+    assert (header.shape, header.dtype, header.orientation) == ((5, 6, 7), "int16", "LPS")
+    assert header.spacing_mm == (2, 2, 3)
+    # nibabel stores a new image's affine as the sform with code 2.
+    assert (header.affine_source, header.notes) == ("sform", ())
+    np.testing.assert_array_equal(header.affine, affine)
+    scan = load_scan(path)
+    np.testing.assert_array_equal(scan.header.affine, header.affine)
+
+
+# Headers that claim what the file cannot hold.
+
+
+def _nifti(shape=(5, 6, 7), **fields) -> bytes:
+    """A NIfTI-1 file with fields of its header replaced after it was made."""
+    header = nib.Nifti1Header()
+    header.set_data_shape(shape)
+    header.set_data_dtype(np.int16)
+    header.set_sform(np.diag([2.0, 2.0, 2.0, 1.0]), code=1)
+    header["vox_offset"] = 352
+    for name, value in fields.items():
+        header[name] = value
+    return header.binaryblock + bytes(4) + np.arange(210, dtype=np.int16).tobytes()
+
+
+TERABYTE = {"dim": [3, 1024, 1024, 1024, 1, 1, 1, 1], "datatype": 64, "bitpix": 64}
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        (TERABYTE, "cannot be read as an image: its header claims 8589934944 bytes"),
+        ({"dim": [3, 32767, 32767, 1000, 1, 1, 1, 1]}, "implausible size"),
+        ({"dim": [3, -5, 6, 7, 1, 1, 1, 1]}, "implausible size"),
+        ({"dim": [3, -1, 1, 1, 1, 1, 1, 1], "glmin": 2**31 - 1}, "implausible size"),
+        ({"dim": [0, 5, 6, 7, 1, 1, 1, 1]}, "not a 3-D volume"),
+        ({"vox_offset": 1e9}, "would begin at byte 1000000000"),
+        ({"vox_offset": np.inf}, "cannot be read as an image"),
+        ({"vox_offset": np.nan}, "cannot be read as an image"),
+        ({"vox_offset": 0}, "inside the header"),
+        ({"vox_offset": 100}, "cannot be read as an image: vox offset 100 too low"),
+        ({"datatype": 32, "bitpix": 64}, "complex numbers.*magnitude"),
+        ({"datatype": 1792, "bitpix": 128}, "complex numbers"),
+        ({"datatype": 128, "bitpix": 24}, "got colours"),
+        ({"datatype": 2304, "bitpix": 32}, "got colours"),
+        ({"datatype": 1536, "bitpix": 128}, "no ordinary numbers|data code 1536"),
+        ({"datatype": 999}, "data code 999 not recognized"),
+        ({"datatype": 1, "bitpix": 1}, "no ordinary numbers|not supported"),
+        ({"datatype": 0}, "no ordinary numbers|not supported"),
+        ({"scl_slope": 2, "scl_inter": np.inf}, "invalid intercept"),
+        ({"magic": b"nope"}, "no NIfTI header"),
+    ],
+)
+def test_impossible_headers_are_refused(tmp_path, fields, reason, name):
+    content = _nifti(**fields)
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    tracemalloc.start()
+    for read in (load_scan, read_header):
+        with pytest.raises(ScanError, match=reason) as caught:
+            read(tmp_path / name)
+        assert "\n" not in str(caught.value)
+    assert tracemalloc.get_traced_memory()[1] < 4e6
+    tracemalloc.stop()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits on memory are set as Linux does")
+def test_a_terabyte_is_refused_within_a_limit_on_memory(tmp_path):
+    # 100 MB of zeros compress to 100 kB: as much as that may claim, and the header claims 1 TB or 8 GB.
+    header = nib.Nifti2Header()
+    for number, size in enumerate((16384, 1024)):
+        header.set_data_shape((size, size, size if size == 1024 else 4096))
+        header.set_data_dtype(np.float64 if size == 1024 else np.uint8)
+        header["vox_offset"] = 544
+        with gzip.open(tmp_path / f"{number}.nii.gz", "wb") as file:
+            file.write(header.binaryblock + bytes(10**8))
+    code = (
+        "import resource, sys\n"
+        "from brainfound.data.scan import load_scan\n"
+        "from brainfound.errors import ScanError\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + 2**26,) * 2)\n"
+        "for path in sys.argv[1:]:\n"
+        "    try: load_scan(path)\n"
+        "    except ScanError as error: print(error)\n"
+    )
+    files = [str(tmp_path / f"{number}.nii.gz") for number in range(2)]
+    done = subprocess.run([sys.executable, "-c", code, *files], capture_output=True, text=True, timeout=120)
+    first, second = done.stdout.splitlines()
+    assert "implausible size" in first
+    assert "compressed bytes cannot hold" in second
+    assert done.stderr == ""
+
+
+def test_memory_is_one_float32_volume(tmp_path):
+    data = np.random.default_rng(0).integers(0, 1000, (100, 100, 100)).astype(np.int16)
+    image = nib.Nifti1Image(data, np.eye(4))
+    image.header.set_slope_inter(0.5, 1)
+    nib.save(image, tmp_path / "a.nii.gz")
+    load_scan(tmp_path / "a.nii.gz")
+    tracemalloc.start()
+    load_scan(tmp_path / "a.nii.gz")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert 4e6 < peak < 4e6 + 4e6
+
+
+def test_an_extension_is_skipped_whatever_it_claims(tmp_path):
+    extension = np.array([1, 2**31 - 16, 6], dtype="<i4").tobytes() + bytes(24)
+    content = _nifti(vox_offset=384)
+    (tmp_path / "a.nii").write_bytes(content[:348] + extension + content[352:])
+    # 348 + 4 flag bytes + 32: the voxels follow at 384.
+    assert load_scan(tmp_path / "a.nii").data.max() == 209
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz", "a.mgz"])
+def test_more_data_than_the_header_says_are_refused(tmp_path, name):
+    if name.endswith("mgz"):
+        nib.save(nib.MGHImage(np.arange(210, dtype=np.int16).reshape(5, 6, 7), np.eye(4)), tmp_path / name)
+        content, limit = gzip.decompress((tmp_path / name).read_bytes()), 2**20
+    else:
+        content, limit = _nifti(), 4096
+    pack = gzip.compress if name.endswith("z") else bytes
+    (tmp_path / name).write_bytes(pack(content + bytes(limit - 100)))
+    assert load_scan(tmp_path / name).data.max() == 209
+    (tmp_path / name).write_bytes(pack(content + bytes(limit + 1)))
+    with pytest.raises(ScanError, match="more data than its header says"):
+        load_scan(tmp_path / name)
+
+
+@pytest.mark.parametrize("place", [-8, -6, -1, -4])
+def test_a_wrong_checksum_or_length_of_gzip_is_noticed(tmp_path, place):
+    content = bytearray(gzip.compress(_nifti()))
+    content[place] ^= 1
+    (tmp_path / "a.nii.gz").write_bytes(content)
+    with pytest.raises(ScanError, match="cannot be read as an image"):
+        load_scan(tmp_path / "a.nii.gz")
+
+
+def test_other_formats_are_named(tmp_path):
+    (tmp_path / "a.mnc").write_bytes(b"CDF")
+    with pytest.raises(ScanError, match="not one of the formats"):
+        load_scan(tmp_path / "a.mnc")
+    (tmp_path / "a.hdr").write_bytes(_nifti())
+    with pytest.raises(ScanError, match=r"half of a pair is missing.*a\.img"):
+        load_scan(tmp_path / "a.hdr")
+
+
+# What a header says of orientation.
+
+
+def _notes(tmp_path, **fields) -> tuple[str, tuple[str, ...]]:
+    (tmp_path / "a.nii").write_bytes(_nifti(**fields))
+    header = read_header(tmp_path / "a.nii")
+    assert load_scan(tmp_path / "a.nii").notes == header.notes
+    return header.affine_source, header.notes
+
+
+SIZES = [1, 2, 2, 2, 1, 1, 1, 1]
+
+
+def test_an_ordinary_header_has_no_notes(tmp_path):
+    assert _notes(tmp_path, pixdim=SIZES) == ("sform", ())
+    # A qform that says the same.
+    assert _notes(tmp_path, pixdim=SIZES, qform_code=1) == ("sform", ())
+    assert _notes(tmp_path, pixdim=SIZES, qform_code=1, sform_code=0) == ("qform", ())
+
+
+@pytest.mark.parametrize(
+    ("fields", "source", "note"),
+    [
+        ({"qform_code": 1, "qoffset_y": 7}, "sform", "disagree by up to 7.0 mm at a corner of the volume; the sform"),
+        ({"qform_code": 1, "quatern_b": 5}, "sform", "qform is not valid; the sform was used"),
+        ({"sform_code": 0}, "header size only", "no orientation in the header.*left-right may be wrong"),
+        ({"pixdim": [1, 3, 3, 3, 1, 1, 1, 1]}, "sform", r"3 × 3 × 3 mm differs from the affine's, 2 × 2 × 2 mm"),
+        ({"srow_x": [2, 0.4, 0, 0]}, "sform", r"sheared by 11\.3 degrees"),
+        ({"xyzt_units": 3}, "sform", "in micrometres; they were read as millimetres"),
+        ({"sform_code": 77, "qform_code": 1}, "qform", "sform_code 77 not valid; setting to 0"),
+        ({"bitpix": 5}, "sform", "bitpix"),
+    ],
+)
+def test_odd_headers_are_noted(tmp_path, capfd, fields, source, note):
+    found, notes = _notes(tmp_path, **({"pixdim": SIZES} | fields))
+    assert found == source
+    assert re.search(note, "; ".join(notes))
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"srow_x": [np.nan, 0, 0, 0]}, "not finite"),
+        ({"srow_x": [0, 0, 0, 0]}, "singular"),
+        ({"srow_x": [2, 2, 0, 0], "srow_y": [2, 2.01, 0, 0]}, "singular"),
+        ({"srow_x": [0.002, 0, 0, 0], "srow_y": [0, 0.002, 0, 0]}, "implausible voxel size"),
+        ({"srow_z": [0, 0, 60, 0]}, "implausible voxel size"),
+        ({"srow_z": [0, 0, 2, 1e6]}, "implausible origin"),
+        ({"sform_code": 0, "qform_code": 1, "quatern_b": 5, "pixdim": SIZES}, "cannot be read as an image"),
+        ({"sform_code": 0, "qform_code": 1, "pixdim": [1, 0, 2, 2, 1, 1, 1, 1]}, "voxel size of 0 mm"),
+    ],
+)
+def test_affines_that_cannot_be_a_scans_are_refused(tmp_path, fields, reason):
+    (tmp_path / "a.nii").write_bytes(_nifti(**fields))
+    for read in (read_header, load_scan):
+        with pytest.raises(ScanError, match=reason):
+            read(tmp_path / "a.nii")
+
+
+def test_a_left_handed_grid_needs_no_note(tmp_path):
+    assert _notes(tmp_path, pixdim=SIZES, srow_x=[-2, 0, 0, 0]) == ("sform", ())
