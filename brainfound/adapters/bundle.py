@@ -7,6 +7,7 @@ written is loaded again at once and must answer as the model did. Nothing in a b
     bundle.json            schema, task, labels, base, versions, metadata, a hash of every other file but README.md
     config.json            the model's configuration
     preprocessing.json     what was done to the scans
+    input_contract.json    what the scans were like (not in every bundle)
     adapter_config.json    \\ the low-rank updates and the modules trained with them
     adapter_model.safetensors /
     trained.safetensors    in place of an adapter: the trained weights, where the encoder is as it was
@@ -40,6 +41,7 @@ from brainfound.adapters.bundle_reader import (
     load_bundle,
 )
 from brainfound.adapters.fingerprint import file_hash, tensors_hash
+from brainfound.data.contract import InputContract
 from brainfound.data.preprocessing import Preprocessing
 from brainfound.errors import ModelError
 from brainfound.models import BrainFoundConfig, BrainFoundModel
@@ -58,6 +60,7 @@ def save_bundle(
     *,
     preprocessing: Preprocessing,
     labels: Mapping[str, Any],
+    contract: InputContract | None = None,
     metadata: Mapping[str, Any] | None = None,
     card: Mapping[str, Any] | None = None,
     example: Mapping[str, Tensor] | None = None,
@@ -71,6 +74,7 @@ def save_bundle(
         model: a BrainFound model, with or without an adapter, in float32.
         preprocessing: what was done to the scans that it was trained on.
         labels: what the outputs mean, as plain values.
+        contract: what the scans were like that it was trained on; None writes none.
         metadata: anything else worth keeping, as plain values (metrics, the data's hash).
         card: facts for a model card (see `brainfound.report.cards`); None writes no card.
         example: inputs of the model on which the answers are compared; None: small random ones.
@@ -90,6 +94,8 @@ def save_bundle(
     draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
     draft.mkdir()
     try:
+        if contract is not None:
+            contract.save(draft)
         with transformers_quiet():
             _write(draft, model, preprocessing, dict(labels), dict(metadata or {}), copy_base)
         if card is not None:

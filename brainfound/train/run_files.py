@@ -20,6 +20,7 @@ import yaml
 from torch import Tensor
 
 import brainfound
+from brainfound.data.contract import InputContract
 from brainfound.data.store import Store
 from brainfound.errors import RecipeError, TrainingError
 from brainfound.models import BrainFoundModel
@@ -109,7 +110,7 @@ def export(
     step: int,
     guard: GuardState,
 ) -> Path:
-    """Write export/ of pretraining: the encoder's weights in a model folder, with preprocessing and card.
+    """Write export/ of pretraining: the encoder's weights in a model folder, with preprocessing, contract and card.
 
     It is written beside and renamed, so that export/ is always whole.
     """
@@ -120,6 +121,7 @@ def export(
     with transformers_quiet():
         model.eval().save_pretrained(temporary)
     store.preprocessing.save(temporary)
+    InputContract.of(store).save(temporary)
     write_model_card(temporary, _card_facts(recipe, store, model, step, guard))
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)

@@ -1,0 +1,178 @@
+"""The input contract of a model: what the scans were like that it learnt from, measured on its training store.
+
+Preprocessing says what is done to scans; the contract says what kind of scans it was done to. `brainfound check`
+compares new scans with it. It holds ranges only, nothing about a single subject.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pandas as pd
+from pydantic import Field
+
+from brainfound.data.preprocessing import Preprocessing
+from brainfound.errors import ModelError
+from brainfound.recipes import Recipe, validate
+
+if TYPE_CHECKING:
+    from brainfound.data.store import Store
+
+FILE_NAME = "input_contract.json"
+
+SHARE_KNOWN = 0.5
+"""The skull state of a store is unknown if that of fewer of its scans is known."""
+SHARE_OF_OTHERS = 0.05
+"""Fewer stripped scans among heads, or heads among stripped scans, are exceptions and not a mixture."""
+
+SkullOfModel = Literal["stripped", "head", "mixed", "unknown"]
+
+
+class InputContract(Recipe):
+    """What a model expects of its input. What was not measured is None, ``unknown`` or empty."""
+
+    contrasts: tuple[str, ...]
+    """The contrasts that it reads."""
+
+    spacing_mm: tuple[float | None, float | None, float | None]
+    """Voxel size along x, y and z to which scans are brought; null: the scan's own."""
+
+    size: tuple[int, int]
+    """Rows and columns of a slice."""
+
+    num_sessions: int | None = None
+    """Sessions on which the rest was measured; None: nothing was."""
+
+    coarsest_mm: dict[str, float] = Field(default_factory=dict)
+    """Per contrast, the longest voxel edge among the scans as acquired."""
+
+    skull: SkullOfModel = "unknown"
+    """Whether its scans were skull-stripped brains or whole heads."""
+
+    age_years: tuple[float, float] | None = None
+    """Youngest and oldest."""
+
+    num_slices: tuple[int, int] | None = None
+    """Fewest and most slices of a stack."""
+
+    foreground_ml: tuple[float, float] | None = None
+    """Smallest and largest volume of the head or brain."""
+
+    negative_values: bool | None = None
+    """Whether any scan held negative values."""
+
+    hooks: tuple[str, ...] = ()
+    """What was run on each scan before, such as a skull-stripper."""
+
+    @property
+    def is_measured(self) -> bool:
+        """False for a model that was saved without a contract: only what its preprocessing says is known."""
+        return self.num_sessions is not None
+
+    @classmethod
+    def of(cls, store: Store, sessions: Sequence[int] | np.ndarray | None = None) -> InputContract:
+        """Measure a store, or some of its sessions (those that a model learns from)."""
+        rows = np.arange(len(store)) if sessions is None else np.asarray(sessions, dtype=np.int64)
+        table = store.sessions.iloc[rows]
+        quality = _of_sessions(store.quality, table)
+        slices = table["num_slices"].to_numpy()
+        longest = quality["spacing_mm"].astype(str).map(_longest_mm)
+        return cls(
+            **_asked_of(store.preprocessing),
+            num_sessions=len(table),
+            coarsest_mm={
+                contrast: float(longest[quality["contrast"] == contrast].max())
+                for contrast in store.contrasts
+                if (quality["contrast"] == contrast).any()
+            },
+            skull=_skull_of(quality["skull"].tolist()),
+            age_years=_range(table["age_years"]) if "age_years" in table else None,
+            num_slices=(int(slices.min()), int(slices.max())) if len(slices) else None,
+            foreground_ml=_range(quality["foreground_ml"]),
+            negative_values=bool((quality["minimum"] < 0).any()) if len(quality) else None,
+        )
+
+    @classmethod
+    def of_preprocessing(cls, preprocessing: Preprocessing) -> InputContract:
+        """What is known of a model that carries no contract."""
+        return cls(**_asked_of(preprocessing))
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``input_contract.json`` into a folder."""
+        path = Path(folder) / FILE_NAME
+        path.write_text(json.dumps(self.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
+        return path
+
+    @classmethod
+    def load(cls, folder: str | Path) -> InputContract:
+        """Read ``input_contract.json`` from a folder.
+
+        Raises:
+            ModelError: if the file is missing or is not valid JSON.
+            RecipeError: if a key or value is refused.
+        """
+        contract = cls.load_or_none(folder)
+        if contract is None:
+            raise ModelError(
+                f"{FILE_NAME} is missing", where=folder, remedy="The model was saved without one; export it again"
+            )
+        return contract
+
+    @classmethod
+    def load_or_none(cls, folder: str | Path) -> InputContract | None:
+        """The same, or None for a model that was saved without one."""
+        path = Path(folder) / FILE_NAME
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise ModelError(f"not valid JSON: {error}", where=path, remedy="Export the model again") from None
+        return validate(cls, content, where=str(path))
+
+
+def _asked_of(preprocessing: Preprocessing) -> dict[str, Any]:
+    return {
+        "contrasts": preprocessing.contrasts,
+        "spacing_mm": preprocessing.spacing_mm,
+        "size": preprocessing.size,
+        "hooks": preprocessing.hooks,
+    }
+
+
+def _of_sessions(quality: pd.DataFrame, sessions: pd.DataFrame) -> pd.DataFrame:
+    wanted = set(zip(sessions["subject"].astype(str), sessions["session"].astype(str), strict=True))
+    keys = zip(quality["subject"].astype(str), quality["session"].astype(str), strict=True)
+    return quality[np.array([key in wanted for key in keys], dtype=bool)]
+
+
+def _longest_mm(text: str) -> float:
+    """Of a spacing as the quality table writes it.
+
+    >>> _longest_mm("0.7x0.7x4")
+    4.0
+    """
+    return max(float(part) for part in text.split("x"))
+
+
+def _skull_of(states: list[str]) -> SkullOfModel:
+    stripped, heads = states.count("stripped"), states.count("head")
+    known = stripped + heads
+    if known == 0 or known < SHARE_KNOWN * len(states):
+        return "unknown"
+    if min(stripped, heads) > SHARE_OF_OTHERS * known:
+        return "mixed"
+    return "stripped" if stripped > heads else "head"
+
+
+def _range(values: pd.Series) -> tuple[float, float] | None:
+    known = pd.to_numeric(values, errors="coerce").dropna()
+    if known.empty:
+        return None
+    low, high = float(known.min()), float(known.max())
+    return (low, high) if math.isfinite(low) and math.isfinite(high) else None
