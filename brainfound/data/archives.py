@@ -149,7 +149,10 @@ def _directory(archive: Path) -> dict[str, zipfile.ZipInfo]:
 def _checked_directory(archive: Path, num_bytes: int, _mtime_ns: int) -> dict[str, zipfile.ZipInfo]:
     """Name → entry of each file; remembered, since a cohort asks for one archive many times."""
     try:
-        with archive.open("rb") as raw, zipfile.ZipFile(cast(BinaryIO, _LimitedReads(raw, archive))) as opened:
+        with (
+            archive.open("rb") as raw,
+            zipfile.ZipFile(cast(BinaryIO, _LimitedReads(raw, archive, num_bytes))) as opened,
+        ):
             entries = opened.infolist()
     except _ZIP_ERRORS as error:
         raise ScanError(
@@ -232,13 +235,15 @@ def _check_as_a_whole(archive: Path, entries: list[zipfile.ZipInfo], num_bytes: 
 class _LimitedReads:
     """A file whose single reads are limited, for the table of contents that `zipfile` reads at once."""
 
-    def __init__(self, raw: BinaryIO, archive: Path) -> None:
+    def __init__(self, raw: BinaryIO, archive: Path, num_bytes: int) -> None:
         self._raw = raw
+        # Python takes the memory that is asked for before it knows how much there is to read.
+        self._most = min(MAX_DIRECTORY_BYTES, num_bytes) + 1
         self._name = archive.name
         self.seek, self.tell, self.seekable = raw.seek, raw.tell, raw.seekable
 
     def read(self, size: int = -1) -> bytes:
-        data = self._raw.read(min(size, MAX_DIRECTORY_BYTES + 1) if size >= 0 else MAX_DIRECTORY_BYTES + 1)
+        data = self._raw.read(min(size, self._most) if size >= 0 else self._most)
         if len(data) > MAX_DIRECTORY_BYTES:
             raise ScanError(
                 "unsafe archive: its table of contents is too large",

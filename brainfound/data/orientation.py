@@ -112,21 +112,23 @@ def check_affine(affine: Float[np.ndarray, "4 4"], path: Path) -> None:
     linear = affine[:3, :3]
     if not np.isfinite(affine).all():
         raise ScanError("unusable affine: values that are not finite", where=path.name, remedy=remedy)
-    spacing = np.linalg.norm(linear, axis=0)
-    if spacing.min() == 0 or abs(np.linalg.det(linear / spacing)) < MIN_VOLUME_SHARE:
-        raise ScanError(
-            "unusable affine: it is singular",
-            where=path.name,
-            expected="an invertible voxel-to-world matrix",
-            remedy=remedy,
-        )
-    if spacing.min() < SPACING_MM[0] or spacing.max() > SPACING_MM[1]:
+    with np.errstate(all="ignore"):
+        spacing = np.linalg.norm(linear, axis=0)
+        share = abs(np.linalg.det(linear / spacing))
+    if spacing.min() > 0 and (spacing.min() < SPACING_MM[0] or spacing.max() > SPACING_MM[1]):
         raise ScanError(
             "unusable affine: implausible voxel size",
             where=path.name,
             got=f"{_sizes(spacing)} mm",
             expected=f"{SPACING_MM[0]:g} to {SPACING_MM[1]:g} mm",
             remedy="Check the units; lengths must be in millimetres",
+        )
+    if not share >= MIN_VOLUME_SHARE:
+        raise ScanError(
+            "unusable affine: it is singular",
+            where=path.name,
+            expected="an invertible voxel-to-world matrix",
+            remedy=remedy,
         )
     if np.abs(affine[:3, 3]).max() > MAX_ORIGIN_MM:
         raise ScanError(
