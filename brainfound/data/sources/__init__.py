@@ -1,0 +1,71 @@
+"""Every layout that a cohort can be read from, one module each, in the order in which they are tried.
+
+The first that recognises a path reads it. What a user wrote (a manifest) comes before what was found; layouts with a
+file or folder of their own name before those that are told from folder names; DICOM last. A module has ``NAME``,
+``LOOKS_LIKE`` (for the error that nothing was recognised), ``recognises(path)`` and ``read(path, work)``.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from brainfound.data.sources.folders import files_under
+from brainfound.errors import CohortError
+
+if TYPE_CHECKING:
+    from brainfound.data.cohort import Cohort
+
+_LOOKED_AT = 10_000
+
+
+@dataclass(frozen=True)
+class Source:
+    """One layout."""
+
+    name: str
+    looks_like: str
+    recognises: Callable[[Path], bool]
+    read: Callable[[Path, Path | None], Cohort]
+
+
+def _sources() -> tuple[Source, ...]:
+    modules = ("manifest", "openmind", "fomo_tasks", "fomo60k", "fomo300k", "bids", "named_files", "dicom")
+    found = [import_module(f"{__name__}.{module}") for module in modules]
+    return tuple(Source(module.NAME, module.LOOKS_LIKE, module.recognises, module.read) for module in found)
+
+
+def read_source(path: Path, work: Path | None = None) -> Cohort:
+    """Read a path with the first layout that recognises it.
+
+    Raises:
+        CohortError: there is nothing, no layout recognises it, or its reader refuses it.
+    """
+    if not path.exists():
+        raise CohortError("no such file or folder", where=path, remedy="Check the path of the source")
+    sources = _sources()
+    for source in sources:
+        if source.recognises(path):
+            return source.read(path, work)
+    raise CohortError(
+        "no scans found",
+        where=path,
+        got=_what_is_there(path),
+        expected="one of: " + "; ".join(source.looks_like for source in sources),
+        remedy="Give the folder that holds one of these, or write a manifest",
+    )
+
+
+def _what_is_there(path: Path) -> str:
+    """Counts of files by ending, and a few folders' count, so that a user sees where he is."""
+    files = list(islice(files_under(path, []), _LOOKED_AT))
+    if not files:
+        return "no files"
+    endings = Counter("".join(file.suffixes[-2:]) if file.suffix == ".gz" else file.suffix for file in files)
+    counted = ", ".join(f"{count} {ending or 'without an ending'}" for ending, count in endings.most_common(5))
+    return f"files: {counted}" + (" and more" if len(files) == _LOOKED_AT else "")

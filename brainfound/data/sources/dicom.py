@@ -1,0 +1,220 @@
+"""DICOM folders, converted series by series with dcm2niix (Li et al. 2016, J Neurosci Methods 264:47).
+
+What is converted is kept in a work folder: ``<subject>/<session>/<series>/scan.nii.gz`` with a sidecar without the
+person's data. A series is written under another name and renamed when complete, so a run that was stopped goes on, and
+``conversion.json`` marks the end, so a run that is complete does nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from brainfound.contrasts import UNKNOWN
+from brainfound.data.cohort import Cohort
+from brainfound.data.sources.dicom_contrast import contrast_of_series
+from brainfound.data.sources.dicom_series import Series, find_series, is_dicom
+from brainfound.data.sources.folders import Unused, files_under, in_order
+from brainfound.data.sources.sidecars import SCANNER_COLUMNS
+from brainfound.errors import CohortError, UsageError
+
+NAME = "DICOM"
+LOOKS_LIKE = "DICOM files"
+MARKER = "conversion.json"
+_LOOKED_AT = 500
+_LONGEST_S = 3600
+_SCHEMA = 1
+
+
+def recognises(path: Path) -> bool:
+    """A folder in which one of the first 500 files is DICOM."""
+    return path.is_dir() and any(is_dicom(file) for file in islice(files_under(path, []), _LOOKED_AT))
+
+
+def read(path: Path, work: Path | None = None) -> Cohort:
+    """The MR series of a folder, converted into ``work`` unless they are there already.
+
+    Subjects are the first folders if each holds one patient, else short hashes of PatientID; names, birth dates,
+    dates of studies and institutions are not kept. The contrast follows the rules of `dicom_contrast`.
+
+    Raises:
+        CohortError: no work folder is given, or not one series could be converted.
+        UsageError: the packages of the extra ``dicom`` are not installed.
+    """
+    if work is None:
+        raise CohortError(
+            "DICOM must be converted first",
+            where=path.name,
+            remedy='Give a folder for the converted files: Cohort.read(path, work="converted")',
+        )
+    program = _dcm2niix()
+    facts = _convert(path, work, program)
+    rows, unused = facts["rows"], [(Path(file), reason) for file, reason in facts["unused"]]
+    if not rows:
+        raise CohortError(
+            "not one series could be converted",
+            where=path.name,
+            got=unused[0][1] if unused else "no MR series",
+            remedy="Check the DICOM files",
+        )
+    table = pd.DataFrame(rows)
+    table["path"] = [str(work / file) for file in table["path"]]
+    notes = [f"{facts['num_series']} series converted by dcm2niix; nothing was registered or skull-stripped"]
+    unknown = int((table["contrast"] == UNKNOWN).sum())
+    if unknown:
+        notes.append(f"{unknown} scans are of unknown contrast; name them in a manifest if you need them")
+    return Cohort(table, work, source=NAME, notes=notes, unused=unused)
+
+
+def _dcm2niix() -> str:
+    try:
+        import dcm2niix
+        import pydicom  # noqa: F401  (the headers are read with it)
+    except ImportError as error:
+        raise UsageError(
+            f"DICOM needs the package {error.name!r}", remedy='Install it: pip install "brainfound[dicom]"'
+        ) from error
+    return str(dcm2niix.bin)
+
+
+def _convert(path: Path, work: Path, program: str) -> dict[str, Any]:
+    unused: Unused = []
+    inside = work.resolve()
+    files = [file for file in files_under(path, unused) if inside not in file.resolve().parents]
+    fingerprint = _fingerprint(path, files)
+    marker = work / MARKER
+    known = _read_json(marker)
+    unchanged = known.get("fingerprint") == fingerprint and known.get("schema") == _SCHEMA
+    if unchanged and all((work / row["path"]).is_file() for row in known["rows"]):
+        return known
+    if work.exists() and not known and not _is_ours(work):
+        raise CohortError("the work folder is not empty", where=work, remedy="Give another folder")
+    series = find_series(path, files, unused)
+    rows: list[dict[str, Any]] = []
+    for one in series:
+        folder = work / one.subject / one.session / one.key
+        if not (folder / "series.json").is_file():
+            _convert_series(one, folder, work, program)
+        outcome = _read_json(folder / "series.json")
+        rows += [_row(one, work, folder / name) for name in outcome["scans"]]
+        unused += [(one.files[0], f"dcm2niix: {line}") for line in outcome["problems"]]
+        unused += [(folder / name, reason) for name, reason in outcome["left_out"]]
+    facts = {
+        "schema": _SCHEMA,
+        "fingerprint": fingerprint,
+        "num_series": len(series),
+        "rows": rows,
+        "unused": [(str(file), reason) for file, reason in unused],
+    }
+    work.mkdir(parents=True, exist_ok=True)
+    partial = work / f"{MARKER}.{os.getpid()}"
+    partial.write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    partial.replace(marker)
+    return facts
+
+
+def _is_ours(work: Path) -> bool:
+    """Empty, or left by a conversion that was stopped."""
+    files = [file for file in work.rglob("*") if file.is_file()]
+    return all(file.name.startswith(("scan", "series.json", MARKER)) or ".converting" in str(file) for file in files)
+
+
+def _fingerprint(path: Path, files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        facts = file.stat()
+        digest.update(f"{file.relative_to(path)} {facts.st_size} {facts.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _convert_series(series: Series, folder: Path, work: Path, program: str) -> None:
+    """One series, alone, so that a fault in it touches no other; its outcome is written last and renamed whole."""
+    work.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(prefix=".converting-", dir=work))
+    try:
+        with tempfile.TemporaryDirectory() as links:
+            for number, file in enumerate(series.files):
+                (Path(links) / f"{number:06d}.dcm").symlink_to(file.resolve())
+            said = _run(program, Path(links), made)
+        images = sorted((file.name for file in made.glob("*.nii.gz")), key=in_order)
+        left_out = [
+            (name, "phase or part of a complex image, not magnitude") for name in images if _is_phase(made, name)
+        ]
+        scans = [name for name in images if name not in dict(left_out)]
+        problems = said if not images else [line for line in said if line.lower().startswith("error")]
+        outcome = {"scans": scans, "left_out": left_out, "problems": problems or ([] if images else ["no image made"])}
+        (made / "series.json").write_text(json.dumps(outcome), encoding="utf-8")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            made.rename(folder)
+        except OSError:
+            if not (folder / "series.json").is_file():  # otherwise another process was quicker
+                raise
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def _run(program: str, source: Path, out: Path) -> list[str]:
+    """What dcm2niix said of faults: its error lines, or its last line; without paths."""
+    # Anonymised sidecars (-ba), no comment in the header (-c), gzip within the program (-z i), no defaults of the user.
+    command = [program, "-b", "y", "-ba", "y", "-c", "", "-z", "i", "-g", "i", "-f", "scan", "-d", "0", "-w", "2"]
+    try:
+        done = subprocess.run(
+            [*command, "-o", str(out), str(source)],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_LONGEST_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return [f"error: not done after {_LONGEST_S} s"]
+    except OSError as error:
+        raise CohortError(f"dcm2niix cannot be started ({error.strerror})", remedy="Install it again") from error
+    lines = [line.strip() for line in (done.stdout + "\n" + done.stderr).splitlines() if line.strip()]
+    faults = [line for line in lines if re.match(r"(?:error|unable|warning)", line, re.IGNORECASE)]
+    if done.returncode and not any(line.lower().startswith("error") for line in faults):
+        faults.insert(0, f"error: exit code {done.returncode}")
+    return [re.sub(r"\S*/\S*", "(file)", line)[:200] for line in faults or lines[-1:]]
+
+
+def _is_phase(folder: Path, name: str) -> bool:
+    kinds = _sidecar(folder / name).get("ImageType")
+    said = {str(kind).upper() for kind in kinds} if isinstance(kinds, list) else set()
+    return bool(re.search(r"_(?:ph|real|imaginary)(?:\d|_|\.)", name)) or bool(said & {"PHASE", "IMAGINARY", "REAL"})
+
+
+def _sidecar(image: Path) -> dict[str, Any]:
+    return _read_json(image.with_name(image.name.removesuffix(".nii.gz") + ".json"))
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _row(series: Series, work: Path, image: Path) -> dict[str, Any]:
+    sidecar = _sidecar(image)
+    scanner = {column: sidecar[key] for key, column in SCANNER_COLUMNS.items() if sidecar.get(key)}
+    return {
+        "subject": series.subject,
+        "session": series.session,
+        "contrast": contrast_of_series(sidecar),
+        "path": str(image.relative_to(work)),
+        "age_years": series.age_years,
+        "sex": series.sex,
+        **scanner,
+    }

@@ -1,0 +1,151 @@
+"""FOMO300K: ``PT001_*/sub-XX/ses-YY.zip`` with BIDS-like names inside; unpacked sessions are read as well."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pandas as pd
+
+from brainfound.contrasts import UNKNOWN
+from brainfound.data.archives import list_members, open_binary
+from brainfound.data.cohort import Cohort
+from brainfound.data.sources.bids_names import BidsName, contrast_of, mask_column
+from brainfound.data.sources.folders import (
+    HIGHEST_B0,
+    SubjectNames,
+    Unused,
+    contrast_of_name,
+    images_under,
+    in_order,
+    is_image,
+    stem,
+    subfolders,
+)
+from brainfound.data.sources.fomo60k import join_people
+from brainfound.data.sources.tables import join, read_table
+from brainfound.errors import CohortError, ScanError
+
+NAME = "FOMO300K"
+LOOKS_LIKE = "PT001_*/sub-*/ses-*.zip (FOMO300K)"
+_PARTS = "PT[0-9]*"
+
+
+def recognises(path: Path) -> bool:
+    """The root with ``PT001_*`` folders, or one such folder with sessions as zips."""
+    return path.is_dir() and any(any(_sessions(part)) for part in _parts(path))
+
+
+def read(path: Path, work: Path | None = None) -> Cohort:
+    """The scans inside the zips, as paths such as ``…/ses-01.zip/anat/x.nii.gz``; nothing is unpacked.
+
+    A zip that is refused is listed in ``unused`` with the reason and stops no other. An image whose name says no
+    contrast is kept as ``unknown``; a diffusion scan of b ≤ 5 s/mm² only is a b0 and no DWI.
+
+    Raises:
+        CohortError: not one image.
+    """
+    unused: Unused = []
+    notes: list[str] = []
+    names = SubjectNames()
+    rows: list[dict[str, Any]] = []
+    for part in _parts(path):
+        for session in _sessions(part):
+            dataset, participant = part.name, session.parent.name
+            label = session.name.removesuffix(".zip").removeprefix("ses-")
+            for file in _files(session, unused):
+                contrast, reason = _contrast(file)
+                if reason:
+                    unused.append((file, reason))
+                    continue
+                key = {"subject": names(dataset, participant), "session": label}
+                facts = {"site": dataset, "dataset": dataset, "_participant": participant}
+                rows.append(
+                    {**key, "contrast": contrast, "path": str(file), **facts, "_order": BidsName.of(file).order}
+                )
+    if not rows:
+        raise CohortError(
+            "no images found",
+            where=path.name,
+            got=unused[0][1] if unused else "no images",
+            remedy="Check the archives",
+        )
+    rows.sort(key=lambda row: (in_order(row["subject"]), in_order(row["session"]), row["_order"], row["path"]))
+    table = pd.DataFrame(rows).drop(columns="_order")
+    root = path.parent if path in _parts(path) else path
+    if (root / "participants.tsv").is_file():
+        table = join_people(table, root, notes)
+    table = _join_scan_facts(table, root, notes)
+    return Cohort(table.drop(columns="_participant"), root, source=NAME, notes=notes, unused=unused)
+
+
+def _parts(path: Path) -> list[Path]:
+    if path.is_dir() and any(path.glob("sub-*/ses-*.zip")):
+        return [path]
+    return subfolders(path, _PARTS)
+
+
+def _sessions(part: Path) -> Iterator[Path]:
+    """Zips, and folders of zips that were unpacked beside them (then the zip alone is read)."""
+    for subject in subfolders(part, "sub-*"):
+        found = sorted(subject.glob("ses-*"), key=lambda child: in_order(child.name))
+        for child in found:
+            if (child.suffix.lower() == ".zip" and child.is_file()) or (
+                child.is_dir() and child.with_name(child.name + ".zip") not in found
+            ):
+                yield child
+
+
+def _files(session: Path, unused: Unused) -> list[Path]:
+    if session.is_dir():
+        return list(images_under(session, unused))
+    try:
+        members = list_members(session)
+    except ScanError as error:
+        unused.append((session, error.what))
+        return []
+    images = [session / member for member in members if is_image(PurePosixPath(member))]
+    if not images:
+        unused.append((session, "an archive without images"))
+    return images
+
+
+def _contrast(file: Path) -> tuple[str, str]:
+    """The contrast, and a reason if the file is not to be used at all."""
+    if mask_column(file):
+        return UNKNOWN, "a label map"
+    contrast, reason = contrast_of(BidsName.of(file))
+    if reason and not reason.startswith("no known contrast"):
+        return UNKNOWN, reason
+    if contrast == UNKNOWN:
+        contrast = contrast_of_name(file) if "-" not in file.name else UNKNOWN
+    if contrast == "DWI" and _is_b0(file):
+        contrast = UNKNOWN
+    return contrast, ""
+
+
+def _is_b0(file: Path) -> bool:
+    values = file.with_name(stem(file) + ".bval")
+    try:
+        with open_binary(values) as stream:
+            numbers = [float(word) for word in stream.read(100_000).split()]
+    except (ScanError, OSError, ValueError):
+        return False  # nothing is known of the b-values, so the name counts
+    return bool(numbers) and max(numbers) <= HIGHEST_B0
+
+
+def _join_scan_facts(table: pd.DataFrame, root: Path, notes: list[str]) -> pd.DataFrame:
+    """``mri_info.tsv``: one row per scan, joined by its file name where it has the columns for it."""
+    file = root / "mri_info.tsv"
+    if not file.is_file():
+        return table
+    facts, _ = read_table(file)
+    if not {"dataset", "subject", "session", "filename"} <= set(facts.columns):
+        notes.append("mri_info.tsv has no columns dataset, participant_id, session_id, filename and was not used")
+        return table
+    facts = facts.rename(columns={"subject": "_participant", "filename": "_file"})
+    facts["session"] = [None if name is None else str(name).removeprefix("ses-") for name in facts["session"]]
+    facts["_file"] = [None if name is None else PurePosixPath(name).name for name in facts["_file"]]
+    table["_file"] = [Path(path).name for path in table["path"]]
+    return join(table, facts, ("dataset", "_participant", "session", "_file"), file).drop(columns="_file")

@@ -1,0 +1,149 @@
+"""FOMO60K, the pretraining set of the FOMO25 challenge, in both releases.
+
+First release: ``sub_<N>/ses_<M>/<sequence>[_k].nii.gz``. Later release: ``<dataset>/<participant>/<session>/<file>``
+with ``participants.tsv`` (dataset, participant_id, session_id, group, …) and ``mapping.tsv`` (dataset, participant_id,
+session_id, filename) in the root.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from brainfound.data.cohort import Cohort
+from brainfound.data.sources.folders import (
+    SubjectNames,
+    Unused,
+    contrast_of_name,
+    images_under,
+    in_order,
+    inside,
+    is_image,
+    subfolders,
+)
+from brainfound.data.sources.tables import join, read_table, with_typed_ages
+from brainfound.errors import CohortError
+
+NAME = "FOMO60K"
+LOOKS_LIKE = "sub_<N>/ses_<M>/*.nii.gz or mapping.tsv (FOMO60K)"
+_KEYS = ("dataset", "subject", "session")
+
+
+def recognises(path: Path) -> bool:
+    """Either release in its root, or the folder above the ``fomo-60k`` of the first."""
+    return path.is_dir() and (_is_later(path) or _first_release(path) is not None)
+
+
+def read(path: Path, work: Path | None = None) -> Cohort:
+    """The scans of either release. A name that says no contrast (``scan_3``) is kept as ``unknown``.
+
+    Raises:
+        CohortError: no images, or an index that leads out of its folder.
+    """
+    unused: Unused = []
+    notes: list[str] = []
+    if _is_later(path):
+        root = path
+        table = _read_later(root, unused, notes)
+    else:
+        root = _first_release(path) or path
+        table = _read_first(root, unused)
+    if table.empty:
+        raise CohortError(
+            "no images found", where=path.name, expected="sub_<N>/ses_<M>/*.nii.gz", remedy="Unpack the release here"
+        )
+    return Cohort(table, root, source=NAME, notes=notes, unused=unused)
+
+
+def _is_later(path: Path) -> bool:
+    return (path / "mapping.tsv").is_file() and not any(path.glob("*/*/*.zip"))
+
+
+def _first_release(path: Path) -> Path | None:
+    for root in (path, path / "fomo-60k"):
+        if any(child.is_dir() for child in root.glob("sub_*/ses_*")):
+            return root
+    return None
+
+
+def _read_first(root: Path, unused: Unused) -> pd.DataFrame:
+    rows = []
+    for subject in subfolders(root, "sub_*"):
+        for session in subfolders(subject, "ses_*"):
+            for file in images_under(session, unused):
+                rows.append(_row(subject.name, session.name, file))
+    return pd.DataFrame(rows)
+
+
+def _row(subject: str, session: str, file: Path, **facts: Any) -> dict[str, Any]:
+    contrast = contrast_of_name(file)
+    return {"subject": subject, "session": session, "contrast": contrast, "path": str(file), **facts}
+
+
+def _read_later(root: Path, unused: Unused, notes: list[str]) -> pd.DataFrame:
+    """What ``mapping.tsv`` lists and is there; images that it does not list are not used."""
+    index = root / "mapping.tsv"
+    mapping, of_reading = read_table(index)
+    notes += of_reading
+    missing = [column for column in (*_KEYS, "filename") if column not in mapping]
+    if missing:
+        raise CohortError(
+            f"mapping.tsv has no column {missing[0].replace('subject', 'participant_id')!r}",
+            where=index.name,
+            got=", ".join(map(str, mapping.columns[:12])),
+            remedy="Get the file of the release again",
+        )
+    names = SubjectNames()
+    rows, listed, absent = [], set(), 0
+    for line, values in enumerate(mapping[[*_KEYS, "filename"]].itertuples(index=False), start=2):
+        if any(value is None for value in values):
+            raise CohortError("a value is missing", where=f"{index.name}, line {line}", remedy="Get the file again")
+        dataset, participant, session, _ = values
+        file = inside(root, "/".join(values), index, f"line {line}")
+        if file in listed:
+            continue
+        listed.add(file)
+        if not is_image(file):
+            unused.append((file, "not an image"))
+        elif file.is_file():
+            facts = {"site": dataset, "dataset": dataset, "_participant": participant}
+            rows.append(_row(names(dataset, participant), session, file, **facts))
+        else:
+            absent += 1
+            unused.append((file, "listed in mapping.tsv, but not there"))
+    if absent:
+        notes.append(f"{absent} of {len(listed)} files of mapping.tsv are not there (a partial download?)")
+    for dataset_folder in subfolders(root, "*"):
+        for file in images_under(dataset_folder, unused):
+            if file not in listed:
+                unused.append((file, "not listed in mapping.tsv"))
+    if not rows:
+        return pd.DataFrame()
+    rows.sort(key=lambda row: (in_order(row["subject"]), in_order(row["session"]), in_order(row["path"])))
+    return join_people(pd.DataFrame(rows), root, notes).drop(columns=["_participant"])
+
+
+def join_people(table: pd.DataFrame, root: Path, notes: list[str]) -> pd.DataFrame:
+    """``participants.tsv`` joined by data set and participant, and by session where it has rows per session.
+
+    The table needs the columns ``dataset`` and ``_participant`` beside ``session``.
+    """
+    file = root / "participants.tsv"
+    if not file.is_file():
+        notes.append("there is no participants.tsv: nothing is known of the people")
+        return table
+    people, of_reading = read_table(file)
+    notes += of_reading
+    if not {"dataset", "subject"} <= set(people.columns):
+        raise CohortError(
+            "participants.tsv has no columns 'dataset' and 'participant_id'",
+            where=file.name,
+            got=", ".join(map(str, people.columns[:12])),
+            remedy="Get the file of the release again",
+        )
+    people = with_typed_ages(people, file).rename(columns={"subject": "_participant"})
+    by_session = "session" in people and people["session"].notna().any()
+    keys = ["dataset", "_participant", "session"] if by_session else ["dataset", "_participant"]
+    return join(table, people, keys, file)

@@ -1,0 +1,159 @@
+"""Fine-tuning tasks of FOMO25 (``fomo-task1/preprocessed``, ``…/labels``) and FOMO26 (``Task_1/Task_1/…``).
+
+Each task folder holds ``preprocessed/sub_X/ses_Y/<sequence>.nii.gz`` and labels, per session or per subject:
+``labels/sub_X/[ses_Y/]label.txt`` (or ``labels.txt``) or ``seg.nii.gz``.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from brainfound.contrasts import UNKNOWN
+from brainfound.data.cohort import Cohort
+from brainfound.data.sources.folders import Unused, contrast_of_name, images_under, subfolders
+from brainfound.errors import CohortError
+
+NAME = "FOMO task"
+LOOKS_LIKE = "preprocessed/sub_*/ses_*/ with labels/ (FOMO25, FOMO26)"
+AGE_TASK = 3
+_TASK = re.compile(r"task[_-]?(\d+)$", re.IGNORECASE)
+_TEXTS = ("label.txt", "labels.txt")
+_SEGMENTATIONS = ("seg.nii.gz", "seg.nii", "label.nii.gz", "labels.nii.gz")
+
+
+def recognises(path: Path) -> bool:
+    """A task folder, its ``preprocessed``, or a folder that holds task folders."""
+    return path.is_dir() and bool(_tasks(path))
+
+
+def read(path: Path, work: Path | None = None) -> Cohort:
+    """The sessions with their labels: ``mask`` of a segmentation, the column ``label`` of a text file; of task 3
+    ``age_years``, a decimal number that is never rounded. Subjects of several tasks are other people, so then their
+    names begin with the task.
+
+    Raises:
+        CohortError: no images, or a label that is not one number.
+    """
+    unused: Unused = []
+    notes: list[str] = []
+    rows: list[dict[str, Any]] = []
+    tasks = _tasks(path)
+    without_label = 0
+    for folder in tasks:
+        number = _number(folder)
+        prefix = f"task{number}_" if number and len(tasks) > 1 else f"{folder.name}_" if len(tasks) > 1 else ""
+        for subject in subfolders(_images_folder(folder), "sub_*"):
+            sessions = subfolders(subject, "ses_*") or [subject]
+            for session in sessions:
+                name = session.name if session != subject else "ses_1"
+                known = _labels(folder, subject.name, name, session, number)
+                found = _scans(session, unused)
+                without_label += bool(found) and not known
+                rows += [{"subject": prefix + subject.name, "session": name, **scan, **known} for scan in found]
+    if not rows:
+        raise CohortError(
+            "no images of a known contrast",
+            where=path.name,
+            expected="preprocessed/sub_X/ses_1/flair.nii.gz and the like",
+            remedy="Unpack the task here",
+        )
+    if without_label:
+        notes.append(f"{without_label} sessions have no label")
+    table = pd.DataFrame(rows)
+    if "label" in table and not table["label"].isna().any():
+        whole = all(float(value).is_integer() for value in table["label"])
+        table["label"] = table["label"].astype(int if whole else float)
+    return Cohort(
+        table,
+        path,
+        source=f"{NAME} {_number(tasks[0])}".strip() if len(tasks) == 1 else f"{NAME}s",
+        notes=notes,
+        unused=unused,
+    )
+
+
+def _tasks(path: Path) -> list[Path]:
+    if path.name == "preprocessed" and any(path.glob("sub_*")):
+        return [path.resolve().parent if path.parent == path else path.parent]
+    if _is_task(path):
+        return [path]
+    found: list[Path] = []
+    for child in subfolders(path, "*"):
+        if _is_task(child):
+            found.append(child)
+        elif _TASK.search(child.name):
+            found += [inner for inner in subfolders(child, "*") if _is_task(inner)]
+    return found
+
+
+def _is_task(path: Path) -> bool:
+    named = _TASK.search(path.name) is not None and any(path.glob("sub_*"))
+    return named or any(child.is_dir() for child in (path / "preprocessed").glob("sub_*"))
+
+
+def _images_folder(task: Path) -> Path:
+    return task / "preprocessed" if (task / "preprocessed").is_dir() else task
+
+
+def _number(task: Path) -> str:
+    for name in (task.name, task.resolve().name, task.resolve().parent.name):
+        found = _TASK.search(name)
+        if found:
+            return found.group(1)
+    return ""
+
+
+def _scans(session: Path, unused: Unused) -> list[dict[str, Any]]:
+    scans = []
+    for file in images_under(session, unused):
+        if file.name in _SEGMENTATIONS:
+            continue
+        contrast = contrast_of_name(file)
+        if contrast == UNKNOWN:
+            unused.append((file, "no known contrast in the name"))
+        else:
+            scans.append({"contrast": contrast, "path": str(file)})
+    return scans
+
+
+def _labels(task: Path, subject: str, session: str, images: Path, number: str) -> dict[str, Any]:
+    """Labels of a session: of the session's folder if there are any, else of the subject's, else beside the images."""
+    for folder in (task / "labels" / subject / session, task / "labels" / subject, images):
+        known: dict[str, Any] = {}
+        for name in _SEGMENTATIONS:
+            if (folder / name).is_file():
+                known.setdefault("mask", str(folder / name))
+        for name in _TEXTS:
+            if (folder / name).is_file():
+                column = "age_years" if number == str(AGE_TASK) else "label"
+                known.setdefault(column, _number_in(folder / name, task, age=column == "age_years"))
+        if known:
+            return known
+    return {}
+
+
+def _number_in(file: Path, task: Path, *, age: bool) -> float:
+    """The one number of a label file; an age is a decimal number and must be one of a person."""
+    where = file.relative_to(task)
+    try:
+        words = file.read_text(encoding="utf-8-sig").split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CohortError(f"the label cannot be read ({error})", where=where, remedy="Get it again") from error
+    try:
+        value = float(words[0]) if len(words) == 1 else math.nan
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or (age and not 0 <= value <= 150):
+        raise CohortError(
+            "the label is not one number",
+            where=where,
+            got=repr(" ".join(words)[:40]),
+            expected="an age in years" if age else "a number",
+            remedy="Get the file again or correct it",
+        )
+    return value

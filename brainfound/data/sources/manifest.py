@@ -1,0 +1,88 @@
+"""Manifests: one scan per row, in CSV, TSV or Parquet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from brainfound.contrasts import CONTRASTS, parse_contrast
+from brainfound.data.cohort import Cohort
+from brainfound.data.sources.tables import read_table, with_typed_ages
+from brainfound.errors import CohortError, UsageError
+
+NAME = "manifest"
+LOOKS_LIKE = "manifest.tsv, .csv or .parquet with subject, contrast, path"
+_NAMES = ("manifest.tsv", "manifest.csv", "manifest.parquet")
+_REQUIRED = ("subject", "contrast", "path")
+
+
+def recognises(path: Path) -> bool:
+    """Any file but a JSON (what is no table is refused by its reader), or a folder that holds a manifest."""
+    return (path.is_file() and path.suffix.lower() != ".json") or any((path / name).is_file() for name in _NAMES)
+
+
+def read(path: Path, work: Path | None = None) -> Cohort:
+    """The manifest; its relative paths start at its own folder and may lead anywhere, since its user wrote it.
+
+    Raises:
+        CohortError: a column is missing, or a value cannot be used; says the line.
+    """
+    if path.is_dir():
+        path = next(path / name for name in _NAMES if (path / name).is_file())
+    table, notes = read_table(path)
+    _check_columns(table, path)
+    if "session" not in table:
+        table["session"] = "1"
+    table["session"] = table["session"].fillna("1").astype(str)
+    table["subject"] = table["subject"].astype(str)
+    table["contrast"] = _contrasts_of_rows(path, table["contrast"])
+    mask_columns = tuple(column for column in table.columns if column == "mask" or column.endswith("_mask")) or (
+        "mask",
+    )
+    for column in ("path", *mask_columns):
+        if column in table:
+            table[column] = [None if pd.isna(file) else str(path.parent / str(file).strip()) for file in table[column]]
+    table = with_typed_ages(table, path)
+    repeated = table.astype(str).duplicated()
+    if repeated.any():
+        table = table[~repeated]
+        notes.append(f"{repeated.sum()} rows repeat another row and were dropped")
+    shared = table.groupby("path")["subject"].nunique()
+    if (shared > 1).any():
+        notes.append(f"{(shared > 1).sum()} files are listed for more than one subject")
+    return Cohort(table, path.parent, mask_columns, source=NAME, notes=notes)
+
+
+def _check_columns(table: pd.DataFrame, path: Path) -> None:
+    for column in _REQUIRED:
+        if column not in table:
+            raise CohortError(
+                f"the manifest has no column {column!r}",
+                where=path.name,
+                got=", ".join(map(str, table.columns[:12])),
+                remedy="Add the column (subject, contrast and path are required)",
+            )
+    if table.empty:
+        raise CohortError("the manifest has no rows", where=path.name, remedy="List one scan per row")
+    for column in _REQUIRED:
+        empty = [row for row, value in enumerate(table[column]) if pd.isna(value) or not str(value).strip()]
+        if empty:
+            raise CohortError(
+                f"column {column!r} is empty", where=f"{path.name}, line {empty[0] + 2}", remedy="Fill it in"
+            )
+
+
+def _contrasts_of_rows(path: Path, names: pd.Series) -> list[str]:
+    """Canonical names. A name that is not known stays, so that its scan alone is refused, unless no name is known."""
+    contrasts: list[str] = []
+    first_error: CohortError | None = None
+    for line, name in enumerate(names.astype(str), start=2):
+        try:
+            contrasts.append(parse_contrast(name))
+        except UsageError as error:
+            contrasts.append(name)
+            first_error = first_error or CohortError(error.what, where=f"{path.name}, line {line}", remedy=error.remedy)
+    if first_error is not None and not any(contrast in CONTRASTS for contrast in contrasts):
+        raise first_error
+    return contrasts

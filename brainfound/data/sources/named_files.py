@@ -1,0 +1,232 @@
+"""A plain folder of files whose names say the contrast: ``folder/[<subject>/[<session>/]]*.nii.gz``.
+
+Who is who is read from names, and a mistake would let one person be in training and test. So whatever leaves doubt
+is an error that asks for a manifest.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NoReturn
+
+import pandas as pd
+
+from brainfound.contrasts import UNKNOWN
+from brainfound.data.cohort import Cohort
+from brainfound.data.sources.file_names import (
+    FileName,
+    Person,
+    is_contrast_name,
+    is_visit,
+    person_of,
+    read_name,
+    words_of,
+)
+from brainfound.data.sources.folders import Unused, images_under, in_order
+from brainfound.errors import CohortError
+
+NAME = "files by name"
+LOOKS_LIKE = "images whose names say the contrast (p1_T1.nii.gz, p1/flair.nii.gz)"
+_PASSED_OVER = {
+    *("anat", "brains", "data", "dataset", "derivatives", "dicom", "gz", "hgg", "images"),
+    *("imagestr", "imagests", "img", "lgg", "label", "labels", "labelstr", "labelsts", "mask"),
+    *("masks", "mr", "mri", "nifti", "niftis", "nii", "raw", "scans", "seg"),
+    *("segmentations", "test", "testing", "train", "training", "val", "validation"),
+}
+"""Folders that are no subject, whatever lies in them; folders named by a contrast are none either."""
+_LABEL_FOLDERS = {"label", "labels", "labelstr", "labelsts", "mask", "masks", "seg", "segmentations"}
+_GROUP = re.compile(r"(?:site|cent(?:er|re)|hospital|scanner|group|batch|cohort|part|fold|set)[_\-]?\w*", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class _File:
+    path: Path
+    folders: tuple[str, ...]
+    name: FileName
+
+
+def recognises(path: Path) -> bool:
+    """A folder in which the name of an image says a contrast."""
+    return path.is_dir() and any(read_name(file).contrast != UNKNOWN for file in images_under(path, []))
+
+
+def read(path: Path, work: Path | None = None) -> Cohort:
+    """Scans and label maps by name. Names of public sets and words for a visit (v2, ses-1, baseline) are known.
+
+    Raises:
+        CohortError: it cannot be told which files are of one person.
+    """
+    unused: Unused = []
+    files = []
+    for file in images_under(path, unused):
+        name = read_name(file)
+        above = {part.lower() for part in file.relative_to(path).parts[:-1]}
+        if above & _LABEL_FOLDERS and name.label_column is None:
+            name = replace(name, contrast=UNKNOWN, label_column="mask")
+        if name.contrast == UNKNOWN and name.label_column is None:
+            unused.append((file, "no known contrast in the name"))
+            continue
+        folders = tuple(part for part in file.relative_to(path).parts[:-1] if not _passed_over(part))
+        files.append(_File(file, folders, name))
+    persons = _persons(path, files)
+    _refuse_doubtful(persons)
+    rows = [
+        {
+            "subject": person.subject,
+            "session": person.session or "1",
+            "contrast": file.name.contrast,
+            "path": str(file.path),
+            "site": person.site,
+            "_order": (in_order(person.subject), in_order(person.session or "1"), file.name.order),
+        }
+        for file, person in zip(files, persons, strict=True)
+        if file.name.label_column is None
+    ]
+    rows.sort(key=lambda row: row["_order"])
+    table = pd.DataFrame(rows).drop(columns="_order")
+    columns = _join_label_maps(table, files, persons, unused)
+    notes = ["subjects and visits were read from names; write a manifest where that is wrong"]
+    return Cohort(table, path, columns, source=NAME, notes=notes, unused=unused)
+
+
+def _passed_over(folder: str) -> bool:
+    return folder.lower() in _PASSED_OVER or is_contrast_name(folder)
+
+
+def _persons(root: Path, files: list[_File]) -> list[Person]:
+    depth = {len(file.folders) for file in files}
+    if len(depth) > 1:
+        _refuse("the images lie at different depths", " and ".join(f"{d} folders down" for d in sorted(depth)))
+    if depth == {0}:
+        return _persons_of_names(root, files)
+    if depth == {1}:
+        return _persons_of_folders(files)
+    if depth == {2}:
+        return [_person_of_two_folders(file) for file in files]
+    _refuse("the images lie too deep", f"{'/'.join(files[0].folders)}/")
+
+
+def _persons_of_names(root: Path, files: list[_File]) -> list[Person]:
+    empty = [not file.name.identifier for file in files]
+    if all(empty):  # t1.nii.gz, flair.nii.gz: the folder is the person
+        return [person_of(root.resolve().name)] * len(files)
+    if any(empty):
+        _refuse("some names say a subject and others none", files[empty.index(True)].path.name)
+    return [person_of(file.name.identifier) for file in files]
+
+
+def _persons_of_folders(files: list[_File]) -> list[Person]:
+    """A folder per subject, with or without its name in the files; or groups of files that name their subjects."""
+    foreign: dict[str, set[str]] = defaultdict(set)
+    for file in files:
+        if not _belongs(file.name.identifier, file.folders[0]):
+            foreign[file.folders[0]].add(file.name.identifier)
+    with_numbers = {f: {i for i in found if re.search(r"\d", i)} for f, found in foreign.items()}
+    by_name = any(len(found) > 1 for found in foreign.values())
+    homes: dict[str, set[str]] = defaultdict(set)
+    for folder, found in with_numbers.items():
+        for identifier in found:
+            homes[person_of(identifier).subject].add(folder)
+    shared = [subject for subject, folders in homes.items() if len(folders) > 1]
+    if shared:
+        _refuse("files of one name lie in several folders", f"{shared[0]!r} in {', '.join(sorted(homes[shared[0]]))}")
+    persons = []
+    for file in files:
+        folder, identifier = file.folders[0], file.name.identifier
+        if by_name:
+            if identifier not in foreign[folder]:
+                _refuse("some files are named by their subject and others by their folder", file.path.name)
+            persons.append(person_of(identifier))
+        elif is_visit(identifier):
+            persons.append(Person(person_of(folder).subject, identifier, None, certain=True))
+        else:
+            longer = max((folder, identifier if _belongs(identifier, folder) else ""), key=len)
+            persons.append(person_of(longer))
+    return persons
+
+
+def _person_of_two_folders(file: _File) -> Person:
+    """``<subject>/<session>/``; or ``site1/<subject>/`` where the upper folder has a word for a group."""
+    upper, lower = file.folders
+    person, below = person_of(upper), person_of(lower)
+    identifier = file.name.identifier
+    if not (_belongs(identifier, lower) or _belongs(identifier, upper) or is_visit(identifier)):
+        _refuse("a file names another subject than its folders", f"{upper}/{lower}/{file.path.name}")
+    if _GROUP.fullmatch(upper) and not is_visit(lower) and not lower.isdecimal():
+        return Person(below.subject, below.session, below.site or upper, certain=True)
+    numbered = lower.isdecimal() and re.search(r"\d", upper) and not _GROUP.fullmatch(upper)
+    if is_visit(lower) or numbered:
+        return Person(person.subject, lower, person.site, certain=True)
+    if below.session and below.subject.lower() in (upper.lower(), person.subject.lower()):
+        return Person(below.subject, below.session, below.site, certain=True)
+    if lower == upper:
+        return person
+    _refuse("it cannot be told whether folders are visits or subjects", f"{upper}/{lower}/")
+
+
+def _belongs(identifier: str, folder: str) -> bool:
+    """Whether a name can be one of its folder: no name, a visit, or one begins with the words of the other."""
+    name, home = words_of(identifier), words_of(folder)
+    shorter = min(len(name), len(home))
+    return not name or is_visit(identifier) or name[:shorter] == home[:shorter]
+
+
+def _refuse_doubtful(persons: list[Person]) -> None:
+    """Names that may be two persons, or two visits of one person, are not guessed at."""
+    subjects = sorted({person.subject for person in persons}, key=in_order)
+    uncertain = sorted({person.subject for person in persons if not person.certain}, key=in_order)
+    by_letters: dict[str, str] = {}
+    for subject in subjects:
+        other = by_letters.setdefault(subject.lower(), subject)
+        if other != subject:
+            _refuse("two subjects differ in capital letters only", f"{other} and {subject}")
+    by_words = {words_of(subject): subject for subject in subjects}
+    by_rest: dict[tuple[str, ...], str] = {}
+    for subject in uncertain:
+        words = words_of(subject)
+        for length in range(1, len(words)):
+            if words[:length] in by_words:
+                _refuse("one name begins with another", f"{by_words[words[:length]]} and {subject}")
+        rest = words[:-1]
+        if rest and re.search(r"\d", words[-1]) and _may_be_a_person(rest[-1]):
+            other = by_rest.setdefault(rest, subject)
+            if other != subject:
+                _refuse("they may be two subjects or two visits of one", f"{other} and {subject}")
+
+
+def _may_be_a_person(word: str) -> bool:
+    """Whether a word with a number can be a person's name rather than a data set's (``site1``, ``study2021``)."""
+    return re.search(r"\d$", word) is not None and not _GROUP.fullmatch(word) and not re.search(r"\D(19|20)\d\d$", word)
+
+
+def _refuse(what: str, got: str) -> NoReturn:
+    raise CohortError(
+        f"the subjects cannot be told from the names: {what}",
+        got=got,
+        remedy="Write a manifest with the columns subject, session, contrast, path",
+    )
+
+
+def _join_label_maps(table: pd.DataFrame, files: list[_File], persons: list[Person], unused: Unused) -> tuple[str, ...]:
+    keys = list(zip(table["subject"], table["session"], strict=True))
+    found: dict[str, dict[tuple[str, str], str]] = {"mask": {}}
+    pairs = sorted(zip(files, persons, strict=True), key=lambda pair: (pair[0].name.order, in_order(pair[0].path)))
+    known = set(keys)
+    for file, person in pairs:
+        column = file.name.label_column
+        if column is None:
+            continue
+        key = (person.subject, person.session or "1")
+        if key not in known:
+            unused.append((file.path, "a label map of a session without scans"))
+        elif key in found.setdefault(column, {}):
+            unused.append((file.path, f"a further label map ({column}) of its session"))
+        else:
+            found[column][key] = str(file.path)
+    columns = tuple(column for column, maps in found.items() if maps or column == "mask")
+    for column in columns:
+        table[column] = [found[column].get(key) for key in keys]
+    return columns
