@@ -44,8 +44,13 @@ class BrainFoundError(Exception):
         self.remedy = remedy
         super().__init__(self._one_line())
 
-    def _one_line(self) -> str:
-        text = self.what if self.where is None else f"{self.where}: {self.what}"
+    @property
+    def reason(self) -> str:
+        """The line without where: for tables that say that in a column of its own."""
+        return self._one_line(with_where=False)
+
+    def _one_line(self, with_where: bool = True) -> str:
+        text = f"{self.where}: {self.what}" if with_where and self.where is not None else self.what
         facts = [
             f"{word} {value}" for word, value in (("got", self.got), ("expected", self.expected)) if value is not None
         ]

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from brainfound.cli.predict import Inputs, answer
-from brainfound.cli.terminal import Quiet
+from brainfound.cli.terminal import Hooks, Quiet
 
 
 def embed(
@@ -17,6 +17,7 @@ def embed(
     out: Annotated[Path, typer.Option(help="Folder for the embeddings.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Do again what is there already.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …")] = None,
+    hook: Hooks = None,
     quiet: Quiet = False,
 ) -> None:
     """Embed one session or a whole cohort: one vector (.npy) and a JSON each.
@@ -25,4 +26,4 @@ def embed(
     """
     from brainfound.predict.predictor import load
 
-    answer(load(model, device).as_encoder(), inputs, out, False, overwrite, quiet)
+    answer(load(model, device, hook or ()).as_encoder(), inputs, out, False, overwrite, quiet)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from brainfound.cli.terminal import Quiet, note, progress_bar
+from brainfound.cli.terminal import Hooks, Quiet, note, progress_bar
 from brainfound.errors import EXIT_FAILED, EXIT_SOME_REJECTED
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ def predict(
     probabilities: Annotated[bool, typer.Option("--probabilities", help="Also write probability maps.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Do again what is there already.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …")] = None,
+    hook: Hooks = None,
     quiet: Quiet = False,
 ) -> None:
     """Predict one session or a whole cohort: a JSON each, and for segmentations a NIfTI on the input's own grid.
@@ -36,7 +37,7 @@ def predict(
     """
     from brainfound.predict.predictor import load
 
-    answer(load(model, device), inputs, out, probabilities, overwrite, quiet)
+    answer(load(model, device, hook or ()), inputs, out, probabilities, overwrite, quiet)
 
 
 def answer(

@@ -3,31 +3,43 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from brainfound.cli.terminal import Overrides, Quiet, note, progress_bar
+from brainfound.cli.terminal import Hooks, KeepIds, Overrides, Quiet, note, progress_bar
 from brainfound.errors import EXIT_SOME_REJECTED
+
+if TYPE_CHECKING:
+    from brainfound.data.executors import Executor
+    from brainfound.data.store import Store
 
 
 def prepare(
-    source: Annotated[Path, typer.Argument(help="A BIDS folder, or a manifest (.tsv, .csv, .parquet).")],
+    source: Annotated[Path, typer.Argument(help="A folder of scans (BIDS, challenge layouts, DICOM), or a manifest.")],
     store: Annotated[Path, typer.Argument(help="The folder to make.")],
     contrasts: Annotated[str | None, typer.Option(help="Comma-separated, for example T1w,T2w,FLAIR.")] = None,
     mask: Annotated[str, typer.Option(help="The label-map column that becomes the mask (mask, dseg, …).")] = "mask",
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
     like: Annotated[Path | None, typer.Option(help="Prepare exactly as a model's training data: its folder.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a store made of something else.")] = False,
+    hook: Hooks = None,
+    hooks_done: Annotated[
+        bool, typer.Option("--hooks-done", help="With --like: the model's hooks were run on the files before.")
+    ] = False,
+    executor: Annotated[str, typer.Option(help="processes, or dask for a cluster.")] = "processes",
+    scheduler: Annotated[str | None, typer.Option(help="Address of dask's scheduler: tcp://HOST:8786.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a store of other settings; follow a changed source.")
+    ] = False,
+    keep_ids: KeepIds = False,
     set_: Overrides = None,
     quiet: Quiet = False,
 ) -> None:
     """Prepare a cohort: check, orient, resample, scale, and store every session as slices.
 
-    Exit code 3 if some files were rejected; STORE/rejected.tsv says which and why.
+    Repeating it does only what is new. STORE/contact_sheet.png and quality.tsv show what went in. Exit code 3 if some files were rejected; STORE/rejected.tsv says which and why.
     """
     from brainfound.data import prepare as preparing
-    from brainfound.data.cohort import Cohort
     from brainfound.data.preprocessing import Preprocessing
     from brainfound.recipes import validate
 
@@ -38,16 +50,36 @@ def prepare(
     if like is not None:
         content = Preprocessing.load(like / "export" if (like / "export").is_dir() else like).model_dump(mode="json")
     preprocessing = validate(Preprocessing, content, overrides, where="preprocessing")
-    cohort = Cohort.read(source)
     with progress_bar("preparing sessions", quiet) as progress:
         made = preparing.prepare(
-            cohort, store, preprocessing, workers, mask=mask, overwrite=overwrite, progress=progress
+            source,
+            store,
+            preprocessing,
+            workers,
+            mask=mask,
+            hooks=hook or (),
+            hooks_done=hooks_done,
+            overwrite=overwrite,
+            keep_ids=keep_ids,
+            executor=cast("Executor", executor),
+            scheduler=scheduler,
+            progress=progress,
         )
     print(made)
+    _report(made, store, keep_ids)
+
+
+def _report(made: Store, folder: Path, keep_ids: bool) -> None:
+    """What a person should look at, on standard error."""
     if len(made.further_scans):
-        print(f"{len(made.further_scans)} further scans of a contrast not used, see {store / 'rejected.tsv'}")
+        print(f"{len(made.further_scans)} further scans of a contrast not used, see {folder / 'rejected.tsv'}")
+    noted = int((made.quality["notes"] != "").sum())
+    if noted:
+        note(f"{noted} scans with notes, see {folder / 'quality.tsv'} and contact_sheet.png")
+    for group in made.duplicates:
+        note(f"the sessions {', '.join(map(str, group))} have the same images: keep them in one part of a split")
     if len(made.rejected):
         first = made.rejected.iloc[0]
-        listed = store / "rejected.tsv"
-        note(f"{len(made.rejected)} files rejected, see {listed}; the first: {first.file}: {first.reason}")
+        which = f"{first.file}: " if keep_ids else ""
+        note(f"{len(made.rejected)} files rejected, see {folder / 'rejected.tsv'}; the first: {which}{first.reason}")
         raise typer.Exit(EXIT_SOME_REJECTED)

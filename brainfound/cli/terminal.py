@@ -30,6 +30,13 @@ def _silence_libraries(quiet: bool) -> bool:
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="No progress bar, results only.", callback=_silence_libraries)
 ]
+Hooks = Annotated[
+    list[str] | None,
+    typer.Option("--hook", help="A tool to run on each scan first: synthstrip, hd-bet, or a YAML file; repeatable."),
+]
+KeepIds = Annotated[
+    bool, typer.Option("--keep-ids", help="Show identifiers and file names in messages and pictures.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float, UInt8
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from brainfound.data.batches import unit_range
 from brainfound.errors import RecipeError
 from brainfound.recipes import Recipe
 
@@ -144,12 +145,12 @@ class MultiCrop:
         """Views of a batch.
 
         Args:
-            pixels: uint8 slices on the device where the views are to be made.
+            pixels: slices, uint8 or float in 0–1, on the device where the views are to be made.
             present: which contrasts each slice has.
             generator: on the CPU; draws everything that is small (the same on every device).
             noise_generator: on the device of `pixels`; draws the pixels' noise. By default `generator`.
         """
-        images = pixels.float() / 255 * present[:, :, None, None]
+        images = unit_range(pixels) * present[:, :, None, None]
         noise_generator = noise_generator or generator
         recipe = self.recipe
 

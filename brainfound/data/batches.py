@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, Num, UInt8
 from torch import Tensor
 
 from brainfound.data.stack import Stack
@@ -43,6 +43,18 @@ class VolumeBatch:
         }
 
 
+def as_tensor(pixels: Num[np.ndarray, "..."]) -> Tensor:
+    """Pixels of a stack or store as models take them: uint8 as they are, 16-bit ones as float32 in 0–1."""
+    if pixels.dtype == np.uint16:
+        return torch.from_numpy(pixels.astype(np.float32) / np.float32(65535))
+    return torch.from_numpy(pixels)
+
+
+def unit_range(pixels: Tensor) -> Float[Tensor, "..."]:
+    """Pixels that models take, uint8 or float in 0–1, as floats in 0–1."""
+    return pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
+
+
 def even_slices(num_slices: int, wanted: int | None, margin: float = 0.0) -> Int[np.ndarray, "S"]:
     """Indices of up to ``wanted`` evenly spaced slices, each in the middle of its share of the stack.
 
@@ -68,7 +80,7 @@ def collate(stacks: Sequence[Stack], slices: Sequence[np.ndarray] | None = None)
     chosen = [np.arange(len(stack.pixels)) for stack in stacks] if slices is None else list(slices)
     length = max(len(index) for index in chosen)
     batch, (_, num_contrasts, height, width) = len(stacks), stacks[0].pixels.shape
-    pixels = np.zeros((batch, length, num_contrasts, height, width), dtype=np.uint8)
+    pixels = np.zeros((batch, length, num_contrasts, height, width), dtype=stacks[0].pixels.dtype)
     slice_mask = np.zeros((batch, length), dtype=bool)
     positions = np.zeros((batch, length), dtype=np.float32)
     all_have_masks = all(stack.mask is not None for stack in stacks)
@@ -80,7 +92,7 @@ def collate(stacks: Sequence[Stack], slices: Sequence[np.ndarray] | None = None)
         if masks is not None and stack.mask is not None:
             masks[row, : len(index)] = stack.mask[index]
     return VolumeBatch(
-        pixel_values=torch.from_numpy(pixels),
+        pixel_values=as_tensor(pixels),
         contrast_mask=torch.from_numpy(np.stack([stack.present for stack in stacks])),
         slice_mask=torch.from_numpy(slice_mask),
         positions_mm=torch.from_numpy(positions),
@@ -97,5 +109,5 @@ def without_contrasts(stack: Stack, absent: Sequence[str]) -> Stack:
     keep = stack.present & np.array([contrast not in absent for contrast in stack.contrasts])
     if not keep.any():
         raise ValueError(f"no contrast is left of {stack.contrasts} without {tuple(absent)}")
-    pixels = np.where(keep[None, :, None, None], stack.pixels, np.uint8(0))
+    pixels = np.where(keep[None, :, None, None], stack.pixels, stack.pixels.dtype.type(0))
     return replace(stack, pixels=pixels, present=keep)

@@ -7,18 +7,17 @@ S slices, C contrasts, H rows, W columns (a stack).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field, field_validator
 
 from brainfound.contrasts import parse_contrast
-from brainfound.data.foreground import bounding_box, foreground
-from brainfound.data.grids import resample, resample_labels, smooth_before_downsampling
 from brainfound.data.scan import Scan
 from brainfound.data.stack import Stack
+from brainfound.data.stack_builder import StackBuilder
 from brainfound.errors import ModelError, ScanError, UsageError
 from brainfound.recipes import Recipe, validate
 
@@ -38,13 +37,23 @@ class Preprocessing(Recipe):
     """Rows and columns after centre cropping or padding around the foreground."""
 
     percentiles: tuple[float, float] = Field(default=(0.5, 99.5))
-    """Foreground percentiles of each scan that become 0 and 255."""
+    """Foreground percentiles of each scan that become the lowest and the highest pixel value."""
+
+    ranges: dict[str, tuple[float, float]] = Field(default_factory=dict)
+    """Contrast → the two values that become the lowest and the highest pixel value, in place of the percentiles: for
+    quantitative maps, whose values mean the same in every scan."""
+
+    bits: Literal[8, 16] = 8
+    """Of a pixel. 16 keeps the steps of quantitative maps apart, and makes the store twice as large."""
 
     min_overlap: float = Field(default=0.2, ge=0, le=1)
     """A scan whose field of view covers less than this share of the reference scan's foreground is refused."""
 
     min_slices: int = Field(default=1, ge=1)
     """A session with fewer slices inside the foreground is refused."""
+
+    hooks: tuple[str, ...] = ()
+    """What ran on each scan before this (skull-strip, registration), by name: a record, nothing is run from it."""
 
     @field_validator("contrasts", mode="before")
     @classmethod
@@ -58,6 +67,17 @@ class Preprocessing(Recipe):
         if not names or len(set(names)) != len(names):
             raise ValueError("contrasts must be one or more different names")
         return names
+
+    @field_validator("ranges")
+    @classmethod
+    def _rising_ranges(cls, value: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+        try:
+            named = {parse_contrast(name): limits for name, limits in value.items()}
+        except UsageError as error:
+            raise ValueError(str(error)) from None
+        if any(not (np.isfinite(limits).all() and limits[0] < limits[1]) for limits in named.values()):
+            raise ValueError("ranges must be two finite, rising values per contrast")
+        return named
 
     @field_validator("spacing_mm")
     @classmethod
@@ -79,6 +99,44 @@ class Preprocessing(Recipe):
         if not 0 <= value[0] < value[1] <= 100:
             raise ValueError("percentiles must rise within 0 to 100")
         return value
+
+    @property
+    def pixel_dtype(self) -> type[np.uint8] | type[np.uint16]:
+        """Of the pixels of a stack."""
+        return np.uint8 if self.bits == 8 else np.uint16
+
+    @property
+    def top_value(self) -> int:
+        """The highest pixel value."""
+        return 2**self.bits - 1
+
+    def values_of(self, contrast: str, pixels: np.ndarray) -> np.ndarray:
+        """Pixels of a contrast with a range of its own, back in its own unit (float32); 0 is also background.
+
+        Raises:
+            UsageError: the contrast was scaled by its percentiles, which differ from scan to scan.
+        """
+        if contrast not in self.ranges:
+            raise UsageError(
+                f"{contrast} has no range of its own", where="ranges", got=sorted(self.ranges), remedy="Set its range"
+            )
+        low, high = self.ranges[contrast]
+        return np.float32(low) + pixels.astype(np.float32) * np.float32((high - low) / self.top_value)
+
+    def require_hooks(self, names: Sequence[str]) -> None:
+        """Refuse hooks that are not those of this preprocessing: what a model learnt from would differ from what it gets.
+
+        Raises:
+            UsageError: says which ones it goes with.
+        """
+        if self.hooks != tuple(names):
+            raise UsageError(
+                "the preprocessing goes with other hooks",
+                where="hooks",
+                got=", ".join(names) or "none",
+                expected=", ".join(self.hooks) or "none",
+                remedy=f"Give --hook {' --hook '.join(self.hooks)}" if self.hooks else "Leave the hooks out",
+            )
 
     def save(self, folder: str | Path) -> Path:
         """Write ``preprocessing.json`` into a folder."""
@@ -127,7 +185,6 @@ class Preprocessing(Recipe):
         covariates: Mapping[str, Any] | None = None,
         subject: str = "",
         session: str = "",
-        refused: dict[str, ScanError] | None = None,
     ) -> Stack:
         """Bring the scans of one session onto one grid.
 
@@ -135,147 +192,15 @@ class Preprocessing(Recipe):
             scans: contrast → scan; contrasts that are not wanted are ignored.
             mask: label map in the same world space as the scans.
             covariates, subject, session: carried along.
-            refused: if given, a scan (not the reference) or mask that cannot be used is recorded here under its
-                contrast (``"mask"`` for the mask) and treated as absent; otherwise it raises.
 
         Raises:
             ScanError: no wanted contrast is there, too few slices, or a scan that does not overlap the reference.
         """
-        reference = scans[self.reference_contrast(scans)]
-        inside = foreground(reference)
-        to_scan, grid = self._grid_of(reference, inside)
-        affine = reference.affine @ to_scan
-        if grid[0] < self.min_slices:
-            raise ScanError(
-                "too few slices inside the foreground",
-                got=grid[0],
-                expected=f"at least {self.min_slices}",
-                remedy="Lower min_slices or leave the session out",
-            )
-        pixels = np.zeros((grid[0], len(self.contrasts), *grid[1:]), dtype=np.uint8)
-        present = np.zeros(len(self.contrasts), dtype=bool)
-        for channel, contrast in enumerate(self.contrasts):
-            scan = scans.get(contrast)
-            if scan is None:
-                continue
-            try:
-                self._require_overlap(scan, reference, inside)
-                pixels[:, channel] = self._channel(scan, affine, grid, inside if scan is reference else None)
-            except ScanError as error:
-                if refused is None or scan is reference:
-                    raise
-                refused[contrast] = error
-                continue
-            present[channel] = True
-        return Stack(
-            pixels=pixels,
-            contrasts=self.contrasts,
-            present=present,
-            positions_mm=_positions_mm(grid[0], float(np.linalg.norm(affine[:3, 0]))),
-            affine=affine,
-            native_shape=reference.native_shape,
-            native_affine=reference.native_affine,
-            mask=self._mask(mask, reference, inside, affine, grid, refused),
-            covariates=dict(covariates or {}),
-            subject=subject,
-            session=session,
-        )
-
-    def _grid_of(self, scan: Scan, inside: np.ndarray) -> tuple[np.ndarray, tuple[int, int, int]]:
-        """The stack's grid: ``(4, 4)`` (slice, row, column) → index in the scan, and its shape (S, H, W)."""
-        (x0, x1), (y0, y1), (z0, z1) = bounding_box(inside)
-        step = np.array(
-            [1.0 if s is None else s / own for s, own in zip(self.spacing_mm, scan.spacing_mm, strict=True)]
-        )
-        # A header's 2.0000002 mm is 2 mm: such a scan keeps its own voxels as well.
-        step = np.where(np.abs(step - 1) < 1e-4, 1.0, step)
-        height, width = self.size
-        num_slices = max(round((z1 - z0) / step[2]) + 1, 1) if step[2] != 1 else z1 - z0 + 1
-        # Where the spacing stays, rows and columns fall on the scan's own voxels, so nothing is interpolated.
-        x_first = _first_index((x0 + x1) / 2, width, step[0])
-        y_last = -_first_index(-(y0 + y1) / 2, height, step[1])
-        z_first = (z0 + z1) / 2 - (num_slices - 1) / 2 * step[2]
-        if step[2] == 1:
-            z_first = z0
-        to_scan = np.array(
-            [
-                [0.0, 0.0, step[0], x_first],
-                [0.0, -step[1], 0.0, y_last],
-                [step[2], 0.0, 0.0, z_first],
-                [0.0, 0.0, 0.0, 1.0],
-            ]
-        )
-        return to_scan, (num_slices, height, width)
-
-    def _channel(
-        self, scan: Scan, affine: np.ndarray, grid: tuple[int, int, int], inside: np.ndarray | None
-    ) -> np.ndarray:
-        """One scan as ``(S, H, W)`` uint8 on the stack's grid."""
-        inside = foreground(scan) if inside is None else inside
-        values = scan.data[inside]
-        if values.size == 0:
-            raise ScanError("no foreground found", remedy="Check that the scan shows a head or brain")
-        low, high = np.percentile(values, self.percentiles)
-        if not high > low:
-            raise ScanError(
-                "the foreground has one value only",
-                got=f"percentiles {self.percentiles} both {low:g}",
-                remedy="Check that the file is an image and not a mask",
-            )
-        scaled = (scan.data - np.float32(low)) * np.float32(255 / (high - low))
-        np.clip(scaled, 0, 255, out=scaled)
-        scaled[~inside] = 0
-        to_scan = np.linalg.inv(scan.affine) @ affine
-        # How far one step on the stack's grid reaches along each of the scan's axes, in its voxels.
-        ratios = np.abs(to_scan[:3, :3]).max(axis=1)
-        volume = resample(smooth_before_downsampling(scaled, ratios), to_scan, grid, order=1)
-        return np.rint(volume).astype(np.uint8)
-
-    def _mask(
-        self,
-        mask: Scan | None,
-        reference: Scan,
-        inside: np.ndarray,
-        affine: np.ndarray,
-        grid: tuple[int, int, int],
-        refused: dict[str, ScanError] | None,
-    ) -> np.ndarray | None:
-        if mask is None:
-            return None
-        try:
-            self._require_overlap(mask, reference, inside)
-        except ScanError as error:
-            if refused is None:
-                raise
-            refused["mask"] = error
-            return None
-        labels = mask.data.astype(np.uint8 if mask.data.max() <= 255 else np.uint16)
-        return resample_labels(labels, np.linalg.inv(mask.affine) @ affine, grid)
-
-    def _require_overlap(self, scan: Scan, reference: Scan, inside: np.ndarray) -> None:
-        """Refuse a scan whose field of view misses the reference scan's foreground."""
-        if scan is reference:
-            return
-        step = [max(n // 32, 1) for n in inside.shape]
-        points = np.argwhere(inside[:: step[0], :: step[1], :: step[2]]) * step
-        to_scan = np.linalg.inv(scan.affine) @ reference.affine
-        mapped = points @ to_scan[:3, :3].T + to_scan[:3, 3]
-        covered = ((mapped >= -0.5) & (mapped <= np.array(scan.data.shape) - 0.5)).all(axis=1)
-        share = float(covered.mean()) if len(covered) else 0.0
-        if share < self.min_overlap:
-            raise ScanError(
-                "the scan does not overlap the session's reference scan",
-                got=f"{share:.0%} of its foreground covered",
-                expected=f"at least {self.min_overlap:.0%}",
-                remedy="Check that the files belong together and that their affines are right",
-            )
-
-
-def _first_index(centre: float, count: int, step: float) -> float:
-    """Index of the first of ``count`` samples, ``step`` apart, centred on ``centre``."""
-    first = centre - (count - 1) / 2 * step
-    return float(np.floor(first)) if step == 1 else first
-
-
-def _positions_mm(num_slices: int, spacing_mm: float) -> np.ndarray:
-    return ((np.arange(num_slices) - (num_slices - 1) / 2) * spacing_mm).astype(np.float32)
+        first = self.reference_contrast(scans)
+        builder = StackBuilder(self, first, scans[first])
+        for contrast in self.contrasts:
+            if contrast != first and contrast in scans:
+                builder.add(contrast, scans[contrast])
+        if mask is not None:
+            builder.add_mask(mask)
+        return builder.build(covariates, subject, session)

@@ -10,7 +10,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-from jaxtyping import Bool, Float, Num, UInt8
+from jaxtyping import Bool, Float, Num, UInt
 
 from brainfound.data.grids import resample, resample_labels
 from brainfound.errors import UsageError
@@ -21,7 +21,7 @@ class Stack:
     """A session's co-registered scans, prepared for the model.
 
     Attributes:
-        pixels: ``(S, C, H, W)`` uint8. Row 0 is anterior, column 0 is the subject's left; 0 is background.
+        pixels: ``(S, C, H, W)`` uint8, or uint16 where the preprocessing says 16 bits. Row 0 is anterior, column 0 is the subject's left; 0 is background.
         contrasts: the contrast of each channel.
         present: ``(C,)`` whether a contrast was scanned; an absent channel holds zeros.
         positions_mm: ``(S,)`` position of each slice along the slice axis, 0 in the middle of the stack.
@@ -33,7 +33,7 @@ class Stack:
         subject, session: identifiers.
     """
 
-    pixels: UInt8[np.ndarray, "S C H W"]
+    pixels: UInt[np.ndarray, "S C H W"]
     contrasts: tuple[str, ...]
     present: Bool[np.ndarray, "C"]
     positions_mm: Float[np.ndarray, "S"]

@@ -3,10 +3,13 @@
 A store is a folder:
 
     slices/            a Hugging Face ``datasets`` folder, one row per slice, contiguous per session
-    sessions.parquet   one row per session: identifiers, covariates, geometry, first row, number of slices
-    store.json         schema version, preprocessing, contrasts, counts, content hash
+    sessions.parquet   one row per session: identifiers, covariates, geometry, and where its bytes are
+    store.json         schema version, preprocessing, what was done before it, counts, content hash
     preprocessing.json the same preprocessing by itself
+    quality.tsv        one row per scan: how it was stored, and what was found in it
     rejected.tsv       files that were refused or not used, with the reason
+    sources.parquet    what each session was made of, so that preparing again does only what is new
+    contact_sheet.png  the sessions at a glance
 
 Axis legend: S slices, C contrasts, H rows, W columns.
 """
@@ -14,44 +17,47 @@ Axis legend: S slices, C contrasts, H rows, W columns.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import UInt8
+from jaxtyping import Num
 
+from brainfound.data.prepare_session import FURTHER_SCAN
 from brainfound.data.preprocessing import Preprocessing
+from brainfound.data.session_table import SessionTable, content_hash, hashes_of
+from brainfound.data.slice_files import SliceFiles
 from brainfound.data.stack import Stack
-from brainfound.errors import StoreError
+from brainfound.data.stack_builder import positions_mm
+from brainfound.errors import StoreError, UsageError
 
-SCHEMA_VERSION = 1
-FURTHER_SCAN = "another scan of this contrast"
-"""The reason of a file that is not refused, but comes second in its session, begins so."""
-_GEOMETRY = (
-    "first_row",
-    "num_slices",
-    "present",
-    "affine",
-    "native_shape",
-    "native_affine",
-    "mask_dtype",
-    "content_hash",
-)
+SCHEMA_VERSION = 2
 
 
 class Store:
-    """A prepared cohort. ``len`` counts sessions; ``store[i]`` is a `Stack`."""
+    """A prepared cohort, or some sessions of one, or of several. ``len`` counts sessions; ``store[i]`` is a `Stack`.
 
-    def __init__(self, path: Path, facts: dict[str, Any], sessions: pd.DataFrame) -> None:
-        self.path = path
-        self.facts = facts
-        self.sessions = sessions
-        self.preprocessing = Preprocessing.load(path)
+    Attributes:
+        sessions: one row per session, ordered by subject and session: ``subject``, ``session``, covariates,
+            ``first_row``, ``num_slices``, ``mask_dtype`` (empty without a mask), ``image_hash`` and ``content_hash``.
+        preprocessing: how the stacks were made.
+        contrasts: the contrast of each channel.
+        content_hash: SHA-256 of everything that training sees: pixels, masks, geometry, covariates, preprocessing.
+        facts: what store.json says; of several stores, of the first.
+        path: the folder; of several stores, the first one.
+    """
+
+    def __init__(self, folders: Sequence[StoreFolder], table: SessionTable) -> None:
+        self.folders = tuple(folders)
+        self.table = table
+        first = folders[0]
+        self.path, self.facts, self.preprocessing = first.path, first.facts, first.preprocessing
         self.contrasts: tuple[str, ...] = self.preprocessing.contrasts
-        self.content_hash: str = facts["content_hash"]
-        self.num_slices = int(sessions["num_slices"].sum())
+        self.sessions = table.sessions
+        self.num_slices = int(table.num_slices.sum())
 
     @classmethod
     def open(cls, path: str | Path) -> Store:
@@ -60,52 +66,83 @@ class Store:
         Raises:
             StoreError: there is no complete store at the path, or it is of another schema.
         """
-        path = Path(path)
-        file = path / "store.json"
-        if not file.is_file():
-            unfinished = path.with_name(path.name + ".partial").is_dir()
-            what = "the store is not complete" if unfinished else "not a store"
-            raise StoreError(
-                what,
-                where=path,
-                expected="a folder with store.json",
-                remedy="Make it with: brainfound prepare SOURCE STORE",
-            )
-        try:
-            facts = json.loads(file.read_text(encoding="utf-8"))
-            version = facts["schema_version"]
-            sessions = pd.read_parquet(path / "sessions.parquet")
-        except (ValueError, KeyError, OSError) as error:
-            raise StoreError(f"damaged: {error}", where=path, remedy="Prepare the store again") from error
-        if version != SCHEMA_VERSION:
-            raise StoreError(
-                "the store has another schema",
-                where=path,
-                got=f"version {version}",
-                expected=f"version {SCHEMA_VERSION}",
-                remedy="Prepare the store again",
-            )
-        return cls(path, facts, sessions)
+        folder = StoreFolder(Path(path))
+        return cls([folder], folder.table)
 
     def __reduce__(self):
         # A worker process opens the store by itself: the memory map is shared, nothing is copied.
-        return (Store.open, (self.path,))
+        return (_reopen, (tuple(folder.path for folder in self.folders), self.table.origin))
 
     def __len__(self) -> int:
         return len(self.sessions)
 
     def __repr__(self) -> str:
+        names = " + ".join(repr(folder.path.name) for folder in self.folders)
         return (
-            f"Store({str(self.path.name)!r}: {len(self)} sessions, {self.num_slices} slices of "
+            f"Store({names}: {len(self)} sessions, {self.num_slices} slices of "
             f"{'×'.join(map(str, self.preprocessing.size))}, contrasts {', '.join(self.contrasts)})"
         )
 
     @cached_property
+    def content_hash(self) -> str:
+        """SHA-256 of everything that training sees."""
+        if self._is_whole:
+            return str(self.facts["content_hash"])
+        return content_hash(self.table, self.preprocessing)
+
+    @property
+    def _is_whole(self) -> bool:
+        return len(self.folders) == 1 and len(self) == len(self.folders[0].table)
+
+    def filter(self, keep: str | Sequence[bool] | Callable[[pd.Series], bool]) -> Store:
+        """The store of some sessions; nothing is copied.
+
+        Args:
+            keep: a pandas query on `sessions` (``"age_years > 60 and site == 'A'"``; the columns ``has_T1w`` and so
+                on say which contrasts are there, and ``has_mask``), one bool per session, or a function of a row.
+
+        Raises:
+            UsageError: the query cannot be read, or no session is left.
+        """
+        table = self.sessions.assign(
+            **{f"has_{name}": self.present[:, channel] for channel, name in enumerate(self.contrasts)},
+            has_mask=self.sessions["mask_dtype"] != "",
+        )
+        if isinstance(keep, str):
+            try:
+                chosen = table.eval(keep, engine="python", parser="pandas", local_dict={}, global_dict={})
+            except (SyntaxError, ValueError, TypeError, LookupError, AttributeError, NameError) as error:
+                raise UsageError(
+                    f"the query cannot be read: {str(error).splitlines()[0]}",
+                    where="filter",
+                    got=keep,
+                    expected="a pandas query on " + ", ".join(map(str, table.columns)),
+                ) from None
+        else:
+            chosen = table.apply(keep, axis=1) if callable(keep) else keep
+        chosen = np.asarray(chosen)
+        if chosen.shape != (len(self),) or chosen.dtype != bool:
+            raise UsageError("not one yes or no per session", where="filter", got=f"{chosen.dtype} {chosen.shape}")
+        if not chosen.any():
+            raise UsageError("no session is left", where="filter", remedy="Loosen the query")
+        return Store(self.folders, self.table.take(np.flatnonzero(chosen)))
+
+    @cached_property
     def slices(self):
         """The `datasets.Dataset`, one row per slice."""
-        from datasets import load_from_disk
+        from datasets import concatenate_datasets, load_from_disk
 
-        return load_from_disk(str(self.path / "slices"))
+        parts = [load_from_disk(str(folder.path / "slices")) for folder in self.folders]
+        joined = parts[0] if len(parts) == 1 else concatenate_datasets(parts)
+        starts = np.concatenate([[0], np.cumsum([len(part) for part in parts])])[:-1]
+        first = self.table.row_on_disk + starts[self.table.origin[:, 0]]
+        rows = np.concatenate([np.arange(a, a + n) for a, n in zip(first, self.table.num_slices, strict=True)])
+        return joined if np.array_equal(rows, np.arange(len(joined))) else joined.select(rows)
+
+    @cached_property
+    def quality(self) -> pd.DataFrame:
+        """One row per scan that is in a stack: subject, session and the columns of `ScanQuality`."""
+        return self._rows_of_sessions("quality.tsv", text=("notes", "subject", "session", "file", "shape"))
 
     @cached_property
     def rejected(self) -> pd.DataFrame:
@@ -121,88 +158,97 @@ class Store:
 
     @cached_property
     def _files_not_used(self) -> pd.DataFrame:
-        return pd.read_csv(self.path / "rejected.tsv", sep="\t", dtype=str, keep_default_na=False)
+        parts = [pd.read_csv(f.path / "rejected.tsv", sep="\t", dtype=str, keep_default_na=False) for f in self.folders]
+        return pd.concat(parts, ignore_index=True)
 
-    @cached_property
+    def _rows_of_sessions(self, name: str, text: Sequence[str]) -> pd.DataFrame:
+        parts = []
+        for number, folder in enumerate(self.folders):
+            table = pd.read_csv(folder.path / name, sep="\t", dtype=dict.fromkeys(text, str), na_values=[""])
+            table[list(text)] = table[list(text)].fillna("")
+            here = self.sessions[self.table.origin[:, 0] == number]
+            keys = set(zip(here["subject"], here["session"], strict=True))
+            kept = [key in keys for key in zip(table["subject"], table["session"], strict=True)]
+            parts.append(table[kept])
+        return pd.concat(parts, ignore_index=True)
+
+    @property
+    def duplicates(self) -> list[list[int]]:
+        """Groups of sessions whose pixels are the same to the last bit: one scan under several names."""
+        groups = self.sessions.groupby("image_hash", sort=False).indices.values()
+        return sorted(sorted(int(i) for i in group) for group in groups if len(group) > 1)
+
+    @property
     def present(self) -> np.ndarray:
         """``(sessions, C)`` bool: which contrasts each session has."""
-        return np.stack(self.sessions["present"].to_list()).astype(bool)
+        return self.table.present
 
     @cached_property
     def slice_sessions(self) -> np.ndarray:
         """``(num_slices,)`` the session index of each slice row."""
-        return np.repeat(np.arange(len(self)), self.sessions["num_slices"].to_numpy())
+        return np.repeat(np.arange(len(self), dtype=np.int32), self.table.num_slices)
 
     @cached_property
     def slice_positions_mm(self) -> np.ndarray:
         """``(num_slices,)`` position along the slice axis, 0 in the middle of each stack."""
         return np.concatenate([self._positions(i) for i in range(len(self))])
 
-    @cached_property
-    def _blocks(self) -> tuple[np.ndarray, list[np.ndarray]]:
-        """First row of each Arrow chunk, and its pixels as a ``(rows, C, H, W)`` view on the memory map."""
-        views: list[np.ndarray] = []
-        firsts = [0]
-        shape = (len(self.contrasts), *self.preprocessing.size)
-        for chunk in self.slices.data.column("pixels").chunks:
-            offsets = np.frombuffer(chunk.buffers()[1], dtype=np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
-            data = np.frombuffer(chunk.buffers()[2], dtype=np.uint8)[offsets[0] : offsets[-1]]
-            views.append(data.reshape(len(chunk), *shape))
-            firsts.append(firsts[-1] + len(chunk))
-        return np.array(firsts[:-1]), views
-
-    def read_slices(self, rows: np.ndarray) -> UInt8[np.ndarray, "n C H W"]:
+    def read_slices(self, rows: np.ndarray) -> Num[np.ndarray, "n C H W"]:
         """The pixels of the given slice rows, in the given order."""
-        firsts, views = self._blocks
         rows = np.asarray(rows, dtype=np.int64)
         if rows.size and (rows.min() < 0 or rows.max() >= self.num_slices):
             raise StoreError(
                 "slice row out of range",
-                where=self.path,
+                where=self.path.name,
                 got=f"{rows.min()}…{rows.max()}",
                 expected=f"0…{self.num_slices - 1}",
             )
-        out = np.empty((len(rows), len(self.contrasts), *self.preprocessing.size), dtype=np.uint8)
-        blocks = np.searchsorted(firsts, rows, side="right") - 1
-        for position, (row, block) in enumerate(zip(rows, blocks, strict=True)):
-            out[position] = views[block][row - firsts[block]]
+        first_rows = self.table.first_row
+        out = np.empty((len(rows), len(self.contrasts), *self.preprocessing.size), self.preprocessing.pixel_dtype)
+        of = np.searchsorted(first_rows, rows, side="right") - 1
+        for position, (row, session) in enumerate(zip(rows.tolist(), of.tolist(), strict=True)):
+            out[position] = self._pixels(session)[row - first_rows[session]]
         return out
 
     def read_masks(self, session: int, slices: np.ndarray | None = None) -> np.ndarray | None:
         """The label map of a session ``(S, H, W)``, or of some of its slices; None where the session has none."""
-        row = self.sessions.iloc[session]
-        if not row["mask_dtype"]:
+        table = self.table
+        dtype = str(self.sessions["mask_dtype"].iloc[session])
+        if not dtype:
             return None
-        index = np.arange(row["num_slices"]) if slices is None else np.asarray(slices)
-        cells = self.slices.data.column("mask").take((row["first_row"] + index).tolist())
-        return np.stack(
-            [np.frombuffer(cell.as_py(), dtype=row["mask_dtype"]).reshape(self.preprocessing.size) for cell in cells]
-        )
+        files = self.folders[table.origin[session, 0]].files
+        masks = files.masks(table.file_of(session), int(table.mask_at[session]), int(table.num_slices[session]), dtype)
+        return np.array(masks if slices is None else masks[np.asarray(slices)])
 
     def session_rows(self, session: int) -> np.ndarray:
         """The slice rows of a session, inferior → superior."""
-        row = self.sessions.iloc[session]
-        return np.arange(row["first_row"], row["first_row"] + row["num_slices"])
+        first = self.table.first_row[session]
+        return np.arange(first, first + self.table.num_slices[session])
 
     def __getitem__(self, index: int) -> Stack:
         if not -len(self) <= index < len(self):
             raise IndexError(f"session {index} of a store of {len(self)}")
         index = index % len(self)
+        table = self.table
         row = self.sessions.iloc[index]
-        geometry = {"subject", "session", *_GEOMETRY}
         return Stack(
-            pixels=self.read_slices(self.session_rows(index)),
+            pixels=np.array(self._pixels(index)),
             contrasts=self.contrasts,
-            present=np.asarray(row["present"], dtype=bool),
+            present=np.array(table.present[index]),
             positions_mm=self._positions(index),
-            affine=np.asarray(row["affine"], dtype=np.float64).reshape(4, 4),
-            native_shape=_shape_3d(row["native_shape"]),
-            native_affine=np.asarray(row["native_affine"], dtype=np.float64).reshape(4, 4),
+            affine=np.array(table.affine[index]),
+            native_shape=_shape_3d(table.native_shape[index]),
+            native_affine=np.array(table.native_affine[index]),
             mask=self.read_masks(index),
-            covariates={name: _plain(row[name]) for name in self.sessions.columns if name not in geometry},
+            covariates={name: _plain(row[name]) for name in table.covariates},
             subject=row["subject"],
             session=row["session"],
         )
+
+    @property
+    def covariates(self) -> list[str]:
+        """Names of the columns of `sessions` that came with the cohort."""
+        return self.table.covariates
 
     def covariate(self, name: str) -> pd.Series:
         """One covariate of every session.
@@ -212,18 +258,150 @@ class Store:
         """
         from brainfound.data.cohort import require_column
 
-        known = [c for c in self.sessions.columns if c not in {"subject", "session", *_GEOMETRY}]
-        require_column(known, name, where=f"store {self.path.name}")
+        require_column(self.covariates, name, where=f"store {self.path.name}")
         return self.sessions[name]
 
+    def verify(self) -> str:
+        """Read every byte and compare it with the hashes that were taken when it was written.
+
+        Returns:
+            The content hash.
+
+        Raises:
+            StoreError: something was changed or lost; names the session by its row.
+        """
+        table = self.table
+        for index in range(len(self)):
+            stack = self[index]
+            if hashes_of(stack) != tuple(self.sessions[["image_hash", "content_hash"]].iloc[index]):
+                raise StoreError(
+                    "the bytes of a session are not those that were written",
+                    where=self.path.name,
+                    got=f"session {index}",
+                    remedy="Copy the store again, or prepare it again with --overwrite",
+                )
+        proved = content_hash(table, self.preprocessing)
+        if proved != self.content_hash:
+            raise StoreError(
+                "the table of sessions is not the one that was written",
+                where=self.path.name,
+                got=proved[:12],
+                expected=self.content_hash[:12],
+                remedy="Copy the store again, or prepare it again with --overwrite",
+            )
+        return proved
+
+    def save(self, folder: str | Path, *, keep_ids: bool = True) -> Store:
+        """Write the sessions of this store (filtered, or of several stores) as a store of their own.
+
+        Args:
+            keep_ids: False numbers the subjects and sessions in a random order, and leaves out file names.
+        """
+        from brainfound.data.store_writer import copy_store
+
+        return copy_store(self, Path(folder), keep_ids=keep_ids)
+
+    def push_to_hub(self, repo_id: str, *, private: bool = True, keep_ids: bool = False, **options: Any) -> str:
+        """Put the store on the Hugging Face Hub, see `brainfound.data.store_hub.push`."""
+        from brainfound.data.store_hub import push
+
+        return push(self, repo_id, private=private, keep_ids=keep_ids, **options)
+
+    @classmethod
+    def from_hub(cls, repo_id: str, **options: Any) -> Store:
+        """Download a store that was pushed and open it, see `brainfound.data.store_hub.download`."""
+        from brainfound.data.store_hub import download
+
+        return cls.open(download(repo_id, **options))
+
+    def _pixels(self, session: int) -> np.ndarray:
+        table = self.table
+        files = self.folders[table.origin[session, 0]].files
+        return files.pixels(table.file_of(session), int(table.pixels_at[session]), int(table.num_slices[session]))
+
     def _positions(self, index: int) -> np.ndarray:
-        row = self.sessions.iloc[index]
-        spacing = float(np.linalg.norm(np.asarray(row["affine"]).reshape(4, 4)[:3, 0]))
-        count = int(row["num_slices"])
-        return ((np.arange(count) - (count - 1) / 2) * spacing).astype(np.float32)
+        spacing = float(np.linalg.norm(self.table.affine[index][:3, 0]))
+        return positions_mm(int(self.table.num_slices[index]), spacing)
 
 
-def _shape_3d(values: Any) -> tuple[int, int, int]:
+def concatenate(stores: Sequence[Store]) -> Store:
+    """Several stores as one; nothing is copied.
+
+    Raises:
+        UsageError: none is given, they were prepared in different ways, or a session is in two of them.
+    """
+    if not stores:
+        raise UsageError("nothing to concatenate", where="concatenate")
+    for other in stores[1:]:
+        if other.preprocessing != stores[0].preprocessing:
+            raise UsageError(
+                "the stores were prepared in different ways",
+                where="concatenate",
+                got=f"{stores[0].path.name}, {other.path.name}",
+                remedy="Prepare one like the other: brainfound prepare SOURCE STORE --like OTHER_STORE",
+            )
+    folders = [folder for store in stores for folder in store.folders]
+    table = SessionTable.join([store.table for store in stores], [len(store.folders) for store in stores])
+    repeated = table.sessions.duplicated(["subject", "session"])
+    if repeated.any():
+        raise UsageError(
+            "a session is in two of the stores",
+            where="concatenate",
+            got=f"{int(repeated.sum())} sessions with the same subject and session",
+            remedy="If they are different people, give the subjects of each cohort a prefix in its manifest",
+        )
+    return Store(folders, table)
+
+
+class StoreFolder:
+    """A store's folder on disk.
+
+    Raises:
+        StoreError: there is no complete store at the path, or it is of another schema.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        file = path / "store.json"
+        if not file.is_file():
+            raise _no_store(path)
+        try:
+            self.facts: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            version = self.facts["schema_version"]
+        except (ValueError, KeyError, OSError) as error:
+            raise StoreError(f"damaged: {error}", where=path, remedy="Prepare the store again") from error
+        if version != SCHEMA_VERSION:
+            raise StoreError(
+                "the store has another schema",
+                where=path,
+                got=f"version {version}",
+                expected=f"version {SCHEMA_VERSION}",
+                remedy="Prepare the store again",
+            )
+        self.preprocessing = Preprocessing.load(path)
+        self.table = SessionTable.read(path / "sessions.parquet")
+        shape = (len(self.preprocessing.contrasts), *self.preprocessing.size)
+        self.files = SliceFiles(path / "slices", shape, self.preprocessing.pixel_dtype)
+
+
+def _no_store(path: Path) -> StoreError:
+    remedy = "Make it with: brainfound prepare SOURCE STORE"
+    what = "not a store"
+    if path.with_name(path.name + ".partial").is_dir():
+        what, remedy = "the store is not complete", "Finish it with the same brainfound prepare command"
+    elif path.with_name(path.name + ".old").is_dir():
+        what, remedy = "an update of the store was cut off", "Repeat the brainfound prepare command: nothing is lost"
+    return StoreError(what, where=path, expected="a folder with store.json", remedy=remedy)
+
+
+def _reopen(paths: tuple[Path, ...], origin: np.ndarray) -> Store:
+    folders = [StoreFolder(path) for path in paths]
+    table = SessionTable.join([folder.table for folder in folders], [1] * len(folders))
+    index = {(int(part), int(row)): at for at, (part, row) in enumerate(table.origin)}
+    return Store(folders, table.take(np.array([index[int(part), int(row)] for part, row in origin])))
+
+
+def _shape_3d(values: np.ndarray) -> tuple[int, int, int]:
     first, second, third = (int(n) for n in values)
     return (first, second, third)
 

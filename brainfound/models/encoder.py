@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from brainfound.data.batches import unit_range
 from brainfound.errors import ModelError
 from brainfound.models.backbone import build_backbone, image_size_of, patch_size_of
 from brainfound.models.configuration import BrainFoundConfig
@@ -121,8 +122,7 @@ class SliceEncoder(nn.Module):
             )
 
     def _normalise(self, pixel_values: Tensor) -> Float[Tensor, "slices contrasts height width"]:
-        if pixel_values.dtype == torch.uint8:
-            pixel_values = pixel_values.float() / 255
+        pixel_values = unit_range(pixel_values)
         return (pixel_values - _per_contrast(self.image_mean, pixel_values)) / _per_contrast(
             self.image_std, pixel_values
         )

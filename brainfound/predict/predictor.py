@@ -5,7 +5,7 @@ Axis legend: S slices, H W pixels, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,10 @@ from torch import nn
 from brainfound.adapters.bundle import load_bundle
 from brainfound.contrasts import UNKNOWN, contrast_from_filename, parse_contrast
 from brainfound.data.cohort import Cohort, Session
-from brainfound.data.prepare import prepare_session
+from brainfound.data.hooks import Hook, load_hooks
+from brainfound.data.prepare_session import PreparedSession, prepare_session
 from brainfound.data.preprocessing import Preprocessing
-from brainfound.data.scan import load_scan
 from brainfound.data.stack import Stack
-from brainfound.data.store import FURTHER_SCAN
 from brainfound.errors import BrainFoundError, ModelError, ScanError, UsageError
 from brainfound.models import BrainFoundModel
 from brainfound.models.inference import infer
@@ -108,6 +107,10 @@ class Predictor:
         target: how its answers read; None for an encoder.
         num_slices: slices to read per session; None for all.
         device: where it runs; None: the first GPU that there is, else the CPU.
+        hooks: tools that are run on each scan first, as they were on the training scans.
+
+    Raises:
+        UsageError: the model's scans went through other hooks.
     """
 
     def __init__(
@@ -117,7 +120,11 @@ class Predictor:
         target: Target | None = None,
         num_slices: int | None = None,
         device: str | torch.device | None = None,
+        hooks: Sequence[Hook] = (),
     ) -> None:
+        if hooks:
+            preprocessing.require_hooks([hook.name for hook in hooks])
+        self.hooks = tuple(hooks)
         self.device = usable_device(device)
         self.model = model.to(self.device).eval()
         self.preprocessing, self.target, self.num_slices = preprocessing, target, num_slices
@@ -135,7 +142,7 @@ class Predictor:
                 expected="an encoder, or a classification or regression model",
                 remedy="Use predict for its answer, or embed with the encoder that it was fine-tuned from",
             )
-        return Predictor(self.model, self.preprocessing, None, self.num_slices, self.device)
+        return Predictor(self.model, self.preprocessing, None, self.num_slices, self.device, self.hooks)
 
     @property
     def task(self) -> str:
@@ -164,8 +171,11 @@ class Predictor:
                 notes.append(f"{Path(path).name} was read as {contrast}, as asked, but its name says {announced}")
         if not files:
             raise UsageError("no scan was given", where="predict", expected=", ".join(self.preprocessing.contrasts))
-        scans = {contrast: load_scan(path) for contrast, path in files.items()}
-        return self.predict_stack(self.preprocessing.apply(scans), tuple(notes))
+        prepared = prepare_session(Session("", "", files, {}, {}), self.preprocessing, hooks=self.hooks)
+        for entry in prepared.refused:
+            raise ScanError(entry.reason, where=entry.file.name)
+        assert prepared.stack is not None, "nothing was refused, so there is a stack"
+        return self.predict_stack(prepared.stack, (*notes, *self._notes_on(prepared)))
 
     def predict_session(self, session: Session) -> Prediction:
         """Ask about a session of a cohort; scans that cannot be used are treated as absent and noted.
@@ -173,15 +183,19 @@ class Predictor:
         Raises:
             ScanError: no scan of the session can be used.
         """
-        stack, refused = prepare_session(replace(session, covariates={}, masks={}), self.preprocessing)
-        lines = [f"{contrast}: {reason}" for _, contrast, reason in refused]
-        further = tuple(
-            line for line, (_, _, reason) in zip(lines, refused, strict=True) if reason.startswith(FURTHER_SCAN)
-        )
-        rejected = tuple(line for line in lines if line not in further)
-        if stack is None:
-            raise ScanError(f"no scan can be used; {lines[0] if lines else 'none is there'}", where=session.subject)
-        return self.predict_stack(stack, further, rejected)
+        prepared = prepare_session(replace(session, covariates={}, masks={}), self.preprocessing, hooks=self.hooks)
+        further = [f"{entry.contrast}: {entry.reason}" for entry in prepared.further_scans]
+        rejected = tuple(f"{entry.contrast}: {entry.file.name}: {entry.reason}" for entry in prepared.refused)
+        if prepared.stack is None:
+            raise ScanError(f"no scan can be used; {[*rejected, *further, 'none is there'][0]}", where=session.subject)
+        return self.predict_stack(prepared.stack, (*further, *self._notes_on(prepared)), rejected)
+
+    def _notes_on(self, prepared: PreparedSession) -> list[str]:
+        notes = [f"{quality.contrast}: {note}" for quality in prepared.quality for note in quality.notes]
+        if self.preprocessing.hooks and not self.hooks:
+            names = ", ".join(self.preprocessing.hooks)
+            notes.append(f"the model learnt from scans that went through {names}; these were taken as they are")
+        return notes
 
     def predict_stack(self, stack: Stack, notes: tuple[str, ...] = (), rejected: tuple[str, ...] = ()) -> Prediction:
         """Ask about a stack that this predictor's preprocessing made; notes and rejected scans are passed on."""
@@ -261,24 +275,29 @@ class Predictor:
         files[contrast] = path
 
 
-def load(path_or_id: str | Path, device: str | torch.device | None = None) -> Predictor:
+def load(
+    path_or_id: str | Path, device: str | torch.device | None = None, hooks: Iterable[str | Path] = ()
+) -> Predictor:
     """Load a bundle (the ``export`` of a fine-tuning run) or an encoder (the ``export`` of a pretraining run).
 
     Args:
         path_or_id: a run folder, its export folder, or for an encoder a Hub id.
         device: where it runs; None: the first GPU that there is, else the CPU.
+        hooks: tools to run on each scan first (``"synthstrip"``, …), see `brainfound.data.hooks.load_hooks`.
 
     Raises:
+        UsageError: a hook is not installed, or not the one that the model's scans went through.
         ModelError: there is nothing that can be loaded, or it is damaged.
     """
     device = usable_device(device)
+    tools = load_hooks(hooks)
     path = Path(path_or_id)
     if (path / "export").is_dir():
         path = path / "export"
     if (path / "bundle.json").is_file():
         bundle = load_bundle(path)
         target = Target.from_dict(bundle.labels)
-        return Predictor(bundle.model, bundle.preprocessing, target, bundle.metadata["num_slices"], device)
+        return Predictor(bundle.model, bundle.preprocessing, target, bundle.metadata["num_slices"], device, tools)
     if holds_run(path):
         raise ModelError(
             "the run has no export: it has not finished",
@@ -289,7 +308,7 @@ def load(path_or_id: str | Path, device: str | torch.device | None = None) -> Pr
         raise ModelError("this is a store, not a model", where=path, remedy="Give the model first, then the scans")
     source = str(path) if path.exists() else str(path_or_id)
     model = BrainFoundModel.from_pretrained(source)
-    return Predictor(model, Preprocessing.load(local_folder(source)), None, None, device)
+    return Predictor(model, Preprocessing.load(local_folder(source)), None, None, device, tools)
 
 
 def usable_device(device: str | torch.device | None) -> torch.device:

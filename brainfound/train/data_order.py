@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from brainfound.data.batches import as_tensor
 from brainfound.data.store import Store
 from brainfound.errors import RecipeError, StoreError
 from brainfound.train.objectives.base import SliceBatch
@@ -126,9 +127,9 @@ class SliceRows(Dataset):
         rows = self.rows[indices]
         sessions = self.store.slice_sessions[rows]
         return SliceBatch(
-            torch.from_numpy(self.store.read_slices(rows)),
+            as_tensor(self.store.read_slices(rows)),
             torch.from_numpy(self.store.present[sessions]),
-            torch.from_numpy(sessions),
+            torch.from_numpy(sessions.astype(np.int64)),
         )
 
 

@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from brainfound.data.augmentation import IntensityRecipe, ViewsRecipe, drop_contrasts, random_affine, vary_intensity
-from brainfound.data.batches import VolumeBatch, collate
+from brainfound.data.batches import VolumeBatch, collate, unit_range
 from brainfound.data.store import Store
 from brainfound.recipes import Recipe
 from brainfound.train.objectives.base import StepKey
@@ -106,7 +106,7 @@ def augment_volumes(batch: VolumeBatch, recipe: VolumeAugmentation, key: StepKey
     and contrast.
     """
     generator = torch_generator(VIEWS, key.seed, *key.keys, AUGMENTATION)
-    pixels = batch.pixel_values.float() / 255 if batch.pixel_values.dtype == torch.uint8 else batch.pixel_values
+    pixels = unit_range(batch.pixel_values)
     num_volumes, num_slices, _, height, width = pixels.shape
     matrices = _affines(num_volumes, (height, width), recipe, generator).to(pixels.device)
     grid = F.affine_grid(matrices, [num_volumes, 1, height, width], align_corners=False)

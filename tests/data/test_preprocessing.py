@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
 from brainfound.data.preprocessing import Preprocessing
+from brainfound.data.stack_builder import StackBuilder
 from brainfound.data.scan import Scan, load_scan
 from brainfound.errors import ModelError, RecipeError, ScanError, UsageError
 from brainfound.recipes import validate
@@ -131,10 +132,10 @@ def test_a_scan_elsewhere_in_space_is_refused_but_not_the_session(head, centred)
     recipe = Preprocessing(contrasts=("T1w", "T2w"))
     with pytest.raises(ScanError, match="does not overlap"):
         recipe.apply(scans)
-    refused: dict[str, ScanError] = {}
-    stack = recipe.apply(scans, refused=refused)
-    assert stack.present.tolist() == [True, False]
-    assert set(refused) == {"T2w"}
+    builder = StackBuilder(recipe, "T1w", scans["T1w"])
+    with pytest.raises(ScanError, match="does not overlap"):
+        builder.add("T2w", scans["T2w"])
+    assert builder.build().present.tolist() == [True, False]
 
 
 def test_intensities_follow_the_foreground_percentiles(head, centred):

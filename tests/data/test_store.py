@@ -69,7 +69,7 @@ def test_preparing_again_is_a_no_op_and_changes_are_noticed(cohort_folder, tmp_p
     before = (tmp_path / "store" / "store.json").stat().st_mtime_ns
     assert prepare(cohort_folder, tmp_path / "store", SETTINGS).content_hash == store.content_hash
     assert (tmp_path / "store" / "store.json").stat().st_mtime_ns == before
-    with pytest.raises(StoreError, match="another source or preprocessing"):
+    with pytest.raises(StoreError, match="other preprocessing"):
         prepare(cohort_folder, tmp_path / "store", SETTINGS.model_copy(update={"size": (40, 40)}))
     os.utime(cohort_folder / "s00_T1w.nii.gz", ns=(1, 1))
     with pytest.raises(StoreError, match="--overwrite"):
@@ -96,13 +96,13 @@ def test_an_unfinished_store_is_gone_on_with(tmp_path, make_cohort, monkeypatch)
     with pytest.raises(StoreError, match="not complete"):
         Store.open(tmp_path / "store")
     written = []
-    write_shard = preparing._write_shard
+    write_shard = preparing.write_shard
 
-    def spy(number, *rest):
-        written.append(number)
-        return write_shard(number, *rest)
+    def spy(job):
+        written.append(job.shard.number)
+        write_shard(job)
 
-    monkeypatch.setattr(preparing, "_write_shard", spy)
+    monkeypatch.setattr(preparing, "write_shard", spy)
     assert prepare(cohort, tmp_path / "store", settings).content_hash == expected
     assert 0 not in written
 

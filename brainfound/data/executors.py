@@ -1,0 +1,109 @@
+"""Where shards are written: in this process, in processes of this machine, or on a dask cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from typing import TYPE_CHECKING, Literal, get_args
+
+from brainfound.errors import StoreError, UsageError
+
+if TYPE_CHECKING:
+    from brainfound.data.store_writer import ShardJob
+
+Executor = Literal["processes", "dask"]
+Write = Callable[["ShardJob"], None]
+
+_DASK_RETRIES = 3
+_CONNECT_TIMEOUT_S = 30
+
+
+def run_jobs(
+    jobs: Sequence[ShardJob],
+    write: Write,
+    *,
+    workers: int = 1,
+    executor: Executor = "processes",
+    scheduler: str | None = None,
+) -> Iterator[ShardJob]:
+    """Write shards; yields each as it is done, in any order.
+
+    A shard may be written twice when a worker is lost: both times alike, and under its name only when complete.
+
+    Args:
+        workers: processes of this machine.
+        executor: ``processes`` or ``dask``.
+        scheduler: address of a dask scheduler, such as ``tcp://host:8786``; its workers see the same folders.
+
+    Raises:
+        UsageError: no such executor, dask is not installed, or no scheduler answers.
+        StoreError: a worker died and could not be replaced.
+    """
+    if executor not in get_args(Executor):
+        raise UsageError("no such executor", where="executor", got=executor, expected=" or ".join(get_args(Executor)))
+    if executor == "dask":
+        yield from _on_dask(jobs, write, scheduler)
+    elif scheduler is not None:
+        raise UsageError("a scheduler is for dask", where="scheduler", got=scheduler, remedy="Add --executor dask")
+    elif workers <= 1 or len(jobs) <= 1:
+        for job in jobs:
+            write(job)
+            yield job
+    else:
+        yield from _in_processes(jobs, write, workers)
+
+
+def _in_processes(jobs: Sequence[ShardJob], write: Write, workers: int) -> Iterator[ShardJob]:
+    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=get_context("spawn")) as pool:
+        futures = {pool.submit(write, job): job for job in jobs}
+        try:
+            for future in as_completed(futures):
+                future.result()
+                yield futures[future]
+        except BrokenProcessPool:
+            raise StoreError(
+                "a worker process was ended from outside, perhaps for want of memory",
+                remedy="Repeat the command with fewer workers: what was done is kept",
+            ) from None
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _on_dask(jobs: Sequence[ShardJob], write: Write, scheduler: str | None) -> Iterator[ShardJob]:
+    try:
+        from dask.distributed import Client, as_completed
+        from distributed.scheduler import KilledWorker
+    except ImportError:
+        raise UsageError(
+            "dask is not installed", where="executor", remedy='Install it: pip install "brainfound[dask]"'
+        ) from None
+    if not scheduler:
+        raise UsageError(
+            "which dask scheduler?", where="scheduler", remedy="Give its address: --scheduler tcp://HOST:8786"
+        )
+    try:
+        client = Client(scheduler, timeout=_CONNECT_TIMEOUT_S, set_as_default=False)
+    except (OSError, TimeoutError, ValueError) as error:
+        raise UsageError(
+            f"no dask scheduler answers: {str(error).splitlines()[0]}",
+            where="scheduler",
+            got=scheduler,
+            remedy="Start one with: dask scheduler",
+        ) from None
+    with client:
+        jobs_of = {job.key: job for job in jobs}
+        # Held until all are done: the cluster forgets a result that nobody holds.
+        futures = [
+            client.submit(write, job, pure=False, retries=_DASK_RETRIES, key=key) for key, job in jobs_of.items()
+        ]
+        try:
+            for future in as_completed(futures):
+                future.result()
+                yield jobs_of[future.key]
+        except KilledWorker:
+            raise StoreError(
+                "several dask workers were ended while they wrote the same sessions, perhaps for want of memory",
+                remedy="Repeat the command with more memory per worker: what was done is kept",
+            ) from None

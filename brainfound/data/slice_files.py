@@ -1,0 +1,205 @@
+"""The Arrow files of a store: one session a record batch, written once, and read by their place in the file.
+
+An Arrow stream file keeps the pixels of a session as one run of bytes. The table of sessions remembers where each run
+begins, so reading a slice is a copy from the memory map: no file is opened that is not asked for, and what a store
+needs of memory does not grow with the cohort.
+
+Axis legend: S slices, C contrasts, H rows, W columns.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Num
+
+from brainfound.errors import ScanError, StoreError
+
+MAX_BATCH_BYTES = 2**31 - 1
+"""Arrow's binary columns count bytes in 32 bits."""
+
+
+def features():
+    """The columns of a store's slices, as `datasets` describes them."""
+    from datasets import Features, Value
+
+    return Features(
+        {
+            "subject": Value("string"),
+            "session": Value("string"),
+            "slice_index": Value("int32"),
+            "position_mm": Value("float32"),
+            "pixels": Value("binary"),
+            "mask": Value("binary"),
+        }
+    )
+
+
+@dataclass(frozen=True)
+class Block:
+    """The slices of one session, as they are written.
+
+    Attributes:
+        pixels: ``(S, C, H, W)``.
+        mask: ``(S, H, W)`` or None.
+        positions_mm: ``(S,)``.
+    """
+
+    subject: str
+    session: str
+    pixels: Num[np.ndarray, "S C H W"]
+    mask: Num[np.ndarray, "S H W"] | None
+    positions_mm: np.ndarray
+
+
+class SliceFileWriter:
+    """Writes one Arrow stream file, a record batch per session. Use as a context."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.schema = features().arrow_schema
+
+    def __enter__(self) -> SliceFileWriter:
+        self._sink = pa.OSFile(str(self.path), "wb")
+        self._writer = pa.ipc.new_stream(self._sink, self.schema)
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._writer.close()
+        self._sink.close()
+
+    def write(self, block: Block) -> None:
+        """Append a session.
+
+        Raises:
+            ScanError: it has more bytes than a record batch can hold.
+        """
+        count = len(block.pixels)
+        if block.pixels.nbytes > MAX_BATCH_BYTES:
+            raise ScanError(
+                "the session is too large for a store",
+                got=f"{block.pixels.nbytes / 2**30:.1f} GiB",
+                expected="less than 2 GiB",
+                remedy="Lower size, or raise spacing_mm",
+            )
+        arrays = [
+            pa.array([block.subject] * count, pa.string()),
+            pa.array([block.session] * count, pa.string()),
+            pa.array(np.arange(count, dtype=np.int32)),
+            pa.array(np.asarray(block.positions_mm, dtype=np.float32)),
+            _rows_of_bytes(block.pixels),
+            pa.nulls(count, pa.binary()) if block.mask is None else _rows_of_bytes(block.mask),
+        ]
+        self._writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=self.schema))
+
+
+def _rows_of_bytes(values: np.ndarray) -> pa.Array:
+    """``(S, …)`` → S cells of bytes, without a copy."""
+    values = np.ascontiguousarray(values)
+    size = values[0].nbytes
+    offsets = np.arange(len(values) + 1, dtype=np.int32) * np.int32(size)
+    return pa.BinaryArray.from_buffers(pa.binary(), len(values), [None, pa.py_buffer(offsets), pa.py_buffer(values)])
+
+
+def places_in_file(path: Path) -> list[dict[str, int]]:
+    """Where each session's bytes begin in a file: ``pixels_at`` and ``mask_at`` (−1 without a mask), in file order.
+
+    Raises:
+        StoreError: the file is no whole Arrow stream.
+    """
+    places = []
+    try:
+        with pa.memory_map(str(path)) as source:
+            base = source.read_buffer().address if source.size() else 0
+            source.seek(0)
+            for batch in pa.ipc.open_stream(source):
+                pixels, mask = batch.column("pixels"), batch.column("mask")
+                has_mask = mask.null_count == 0
+                places.append(
+                    {
+                        "pixels_at": pixels.buffers()[2].address - base,
+                        "mask_at": mask.buffers()[2].address - base if has_mask else -1,
+                    }
+                )
+    except (pa.ArrowInvalid, OSError) as error:
+        raise StoreError(f"a file of slices is damaged: {error}", where=path.name, remedy="Prepare again") from None
+    return places
+
+
+class SliceFiles:
+    """The slices of one store folder, mapped file by file when they are first asked for.
+
+    Args:
+        folder: ``STORE/slices``.
+        slice_shape: ``(C, H, W)``.
+        dtype: of the pixels.
+    """
+
+    def __init__(self, folder: Path, slice_shape: tuple[int, int, int], dtype: Any) -> None:
+        self.folder, self.slice_shape, self.dtype = folder, slice_shape, np.dtype(dtype)
+        self._maps: dict[str, np.ndarray] = {}
+
+    @cached_property
+    def slice_bytes(self) -> int:
+        """Of the pixels of one slice."""
+        return int(np.prod(self.slice_shape)) * self.dtype.itemsize
+
+    def pixels(self, file: str, at: int, num_slices: int) -> np.ndarray:
+        """A session's pixels ``(S, C, H, W)``, as a view on the file."""
+        return self._view(file, at, self.dtype, (num_slices, *self.slice_shape))
+
+    def masks(self, file: str, at: int, num_slices: int, dtype: str) -> np.ndarray:
+        """A session's label map ``(S, H, W)``, as a view on the file."""
+        return self._view(file, at, np.dtype(dtype), (num_slices, *self.slice_shape[1:]))
+
+    def _view(self, file: str, at: int, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+        bytes_ = self._map(file)
+        size = int(np.prod(shape)) * dtype.itemsize
+        if at < 0 or at + size > len(bytes_):
+            raise StoreError(
+                "a file of slices is shorter than the table of sessions says",
+                where=file,
+                got=f"{len(bytes_)} bytes",
+                expected=f"at least {at + size}",
+                remedy="Copy the store again, or prepare it again",
+            )
+        return np.frombuffer(bytes_.data, dtype=dtype, count=int(np.prod(shape)), offset=at).reshape(shape)
+
+    def _map(self, file: str) -> np.ndarray:
+        found = self._maps.get(file)
+        if found is None:
+            try:
+                with (self.folder / file).open("rb") as handle:
+                    mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+            except (OSError, ValueError) as error:
+                raise StoreError(
+                    f"a file of slices cannot be read: {error}", where=file, remedy="Prepare the store again"
+                ) from None
+            found = self._maps[file] = np.frombuffer(mapped, dtype=np.uint8)
+        return found
+
+
+def write_datasets_index(folder: Path, files: Sequence[str], fingerprint: str) -> None:
+    """The two files that make a folder of Arrow files a saved `datasets.Dataset`."""
+    import json
+
+    from datasets import DatasetInfo
+
+    DatasetInfo(features=features()).write_to_directory(str(folder))
+    state: dict[str, Any] = {
+        "_data_files": [{"filename": name} for name in files],
+        "_fingerprint": fingerprint[:16],
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": None,
+    }
+    (folder / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")

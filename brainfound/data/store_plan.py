@@ -1,0 +1,266 @@
+"""What a store is made of, so that preparing again does only what is new: fingerprints, the plan of a run, the lock."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from filelock import FileLock, Timeout
+
+from brainfound.data.archives import file_facts
+from brainfound.data.cohort import Session
+from brainfound.data.hooks import Hook
+from brainfound.data.preprocessing import Preprocessing
+from brainfound.data.scan import read_header
+from brainfound.data.store import SCHEMA_VERSION, StoreFolder
+from brainfound.errors import ScanError, StoreError
+
+SOURCES_FILE = "sources.parquet"
+MIN_SESSIONS_PER_SHARD = 8
+MAX_SHARDS = 400
+"""Every shard is a file that readers keep open; many systems allow a process about a thousand."""
+_SAMPLED_SESSIONS = 64
+
+log = logging.getLogger("brainfound")
+
+Key = tuple[str, str]
+"""Subject and session."""
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What a store would be made of.
+
+    Attributes:
+        settings: hash of the preprocessing, the mask column and the hooks.
+        files: session → hash of its files' names, sizes and times.
+        covariates: session → hash of what is known of it.
+    """
+
+    settings: str
+    files: dict[Key, str]
+    covariates: dict[Key, str]
+
+    @classmethod
+    def of(
+        cls, sessions: Sequence[Session], root: Path, preprocessing: Preprocessing, mask: str, hooks: Sequence[Hook]
+    ) -> Sources:
+        """The sources of a cohort with these settings."""
+        settings = [SCHEMA_VERSION, preprocessing.model_dump_json(), mask, [hook.model_dump_json() for hook in hooks]]
+        return cls(
+            settings=_hash(settings),
+            files={_key(session): _hash(_file_facts(session, root)) for session in sessions},
+            covariates={
+                _key(session): _hash(sorted((k, str(v)) for k, v in session.covariates.items())) for session in sessions
+            },
+        )
+
+    def write(self, folder: Path) -> None:
+        """Write ``sources.parquet``."""
+        rows = [(*key, self.files[key], self.covariates[key]) for key in sorted(self.files)]
+        pd.DataFrame(rows, columns=["subject", "session", "files", "covariates"]).to_parquet(folder / SOURCES_FILE)
+
+    @classmethod
+    def read(cls, folder: Path, settings: str) -> Sources:
+        """Read ``sources.parquet`` of a store with these settings."""
+        table = pd.read_parquet(folder / SOURCES_FILE)
+        keys = list(zip(table["subject"], table["session"], strict=True))
+        return cls(
+            settings,
+            dict(zip(keys, table["files"], strict=True)),
+            dict(zip(keys, table["covariates"], strict=True)),
+        )
+
+
+def _key(session: Session) -> Key:
+    return (session.subject, session.session)
+
+
+def _file_facts(session: Session, root: Path) -> list[Any]:
+    files = [*sorted(session.scans.items()), *sorted(session.masks.items()), *session.extra_scans]
+    return [(name, os.path.relpath(file, root), file_facts(file)) for name, file in files]
+
+
+def _hash(facts: Any) -> str:
+    return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()
+
+
+def existing_store(out: Path, sources: Sources, overwrite: bool) -> StoreFolder | None:
+    """The finished store at a path that can be gone on with; None if there is nothing, or it is to be replaced.
+
+    Raises:
+        StoreError: what is there is not a store, was prepared in another way, or would lose sessions.
+    """
+    old = out.with_name(out.name + ".old")
+    if old.is_dir() and not out.exists():
+        old.rename(out)  # an update was cut off between its two renames
+    if not out.exists():
+        return None
+    if not (out / "store.json").is_file():
+        if not out.is_dir() or any(out.iterdir()):
+            raise StoreError("not a store, and not empty", where=out, remedy="Give another folder")
+        return None
+    try:
+        folder = StoreFolder(out)
+    except StoreError:
+        if overwrite:
+            return None
+        raise
+    if folder.facts["settings"] != sources.settings:
+        if overwrite:
+            return None
+        raise StoreError(
+            "a store with other preprocessing is there",
+            where=out,
+            remedy="Give another folder, or --overwrite to replace it",
+        )
+    known = Sources.read(out, sources.settings)
+    gone = len(known.files.keys() - sources.files.keys())
+    changed = sum(known.files[key] != sources.files[key] for key in known.files.keys() & sources.files.keys())
+    if (gone or changed) and not overwrite:
+        raise StoreError(
+            "the source is not the one that the store was made of",
+            where=out,
+            got=f"{gone} sessions gone, {changed} with other files",
+            remedy="Give another folder, or --overwrite to follow the source",
+        )
+    return folder
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Sessions that are written together, as one file; it is there as a whole or not."""
+
+    number: int
+    keys: tuple[Key, ...]
+
+    def done_in(self, partial: Path) -> bool:
+        """Whether it was written."""
+        return self.report(partial).is_file()
+
+    def report(self, partial: Path) -> Path:
+        """What became of its sessions."""
+        return partial / f"shard-{self.number:05d}.json"
+
+    @property
+    def file(self) -> str:
+        """Its name in the folder ``slices``."""
+        return f"data-{self.number:05d}.arrow"
+
+
+def plan_shards(partial: Path, sources: Sources, todo: Sequence[Key], first_number: int) -> list[Shard]:
+    """Divide sessions into shards; what an earlier, unfinished run wrote of them is kept.
+
+    Args:
+        todo: the sessions that are not in the store yet.
+        first_number: of the shards, if nothing was begun.
+    """
+    plan = partial / "plan.json"
+    begun = json.loads(plan.read_text(encoding="utf-8")) if plan.is_file() else {}
+    shards: list[Shard] = []
+    next_number = first_number
+    if begun.get("settings") == sources.settings and begun.get("first_number") == first_number:
+        wanted = set(todo)
+        for number, keys, files in begun["shards"]:
+            shard = Shard(number, tuple((subject, session) for subject, session in keys))
+            same = [key in wanted and sources.files[key] == file for key, file in zip(shard.keys, files, strict=True)]
+            if all(same):
+                shards.append(shard)
+            else:
+                shard.report(partial).unlink(missing_ok=True)
+                (partial / "slices" / shard.file).unlink(missing_ok=True)
+        next_number = max([first_number, *(number + 1 for number, _, _ in begun["shards"])])
+    elif partial.exists():
+        shutil.rmtree(partial)
+    (partial / "slices").mkdir(parents=True, exist_ok=True)
+    planned = {key for shard in shards for key in shard.keys}
+    rest = [key for key in todo if key not in planned]
+    size = max(MIN_SESSIONS_PER_SHARD, -(-len(rest) // MAX_SHARDS))
+    for start in range(0, len(rest), size):
+        shards.append(Shard(next_number + start // size, tuple(rest[start : start + size])))
+    write_json(
+        plan,
+        {
+            "settings": sources.settings,
+            "first_number": first_number,
+            "shards": [[s.number, s.keys, [sources.files[key] for key in s.keys]] for s in shards],
+        },
+    )
+    return shards
+
+
+@contextmanager
+def only_one_writer(out: Path) -> Iterator[None]:
+    """Let one process write a store; another one waits, and finds it finished.
+
+    The operating system frees the lock when its process ends, however it ends.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out.with_name(f".{out.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.warning("another process is preparing %s: waiting for it", out.name)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def require_disk_space(out: Path, sessions: Sequence[Session], preprocessing: Preprocessing) -> None:
+    """Refuse to start when the disk will not hold the store; judged by the headers of up to 64 sessions.
+
+    Raises:
+        StoreError: says how much is needed and how much is free.
+    """
+    sample = sessions[:: max(len(sessions) // _SAMPLED_SESSIONS, 1)]
+    sizes = [size for size in (_bytes_of(session, preprocessing) for session in sample) if size]
+    if not sizes:
+        return
+    needed = sum(sizes) / len(sizes) * len(sessions)
+    free = shutil.disk_usage(out.parent).free
+    if needed > free:
+        raise StoreError(
+            "the disk will not hold the store",
+            where=out,
+            got=f"{free / 1e9:.1f} GB free",
+            expected=f"about {needed / 1e9:.1f} GB for {len(sessions)} sessions",
+            remedy="Free some space, give a folder on another disk, or prepare fewer contrasts or a smaller size",
+        )
+
+
+def _bytes_of(session: Session, preprocessing: Preprocessing) -> int:
+    """Of a session's slices, if its reference scan is filled from its lowest to its highest slice; 0 if unreadable."""
+    for contrast in preprocessing.contrasts:
+        if contrast in session.scans:
+            try:
+                header = read_header(session.scans[contrast])
+            except ScanError:
+                continue
+            upward = int(abs(header.affine[2, :3] / header.spacing_mm).argmax())
+            own_mm = header.spacing_mm[upward]
+            slices = header.shape[upward] * own_mm / (preprocessing.spacing_mm[2] or own_mm)
+            pixel_bytes = len(preprocessing.contrasts) * preprocessing.bits // 8 + bool(session.masks)
+            return int(slices * preprocessing.size[0] * preprocessing.size[1] * pixel_bytes)
+    return 0
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON under another name, and rename it."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=1, default=_json_value) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def _json_value(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") else str(value)

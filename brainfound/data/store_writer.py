@@ -1,0 +1,374 @@
+"""Writing stores: a shard of sessions, the assembly of shards into a store, and the copy of a store.
+
+A shard is renamed into place when it is complete, and so is the store. A run that was killed goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from brainfound.data.cohort import Session
+from brainfound.data.contact_sheet import write_contact_sheet
+from brainfound.data.hooks import Hook
+from brainfound.data.prepare_session import FURTHER_SCAN, FileNotUsed, PreparedSession, prepare_session
+from brainfound.data.preprocessing import Preprocessing
+from brainfound.data.quality import ScanQuality
+from brainfound.data.session_table import SessionTable, content_hash, session_row, write_sessions
+from brainfound.data.slice_files import Block, SliceFileWriter, places_in_file, write_datasets_index
+from brainfound.data.stack import Stack
+from brainfound.data.store import SCHEMA_VERSION, Store, StoreFolder
+from brainfound.data.store_plan import MAX_SHARDS, MIN_SESSIONS_PER_SHARD, Key, Shard, Sources, write_json
+from brainfound.errors import ScanError, StoreError
+
+REJECTED_COLUMNS = ["file", "subject", "session", "contrast", "reason"]
+QUALITY_COLUMNS = ["subject", "session", *(field.name for field in fields(ScanQuality))]
+SAFE_COVARIATES = ("age_years", "sex", "site", "diagnosis")
+"""What a copy without identifiers keeps of the covariates, unless it is told to keep more."""
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """All that a worker needs to write a shard."""
+
+    shard: Shard
+    sessions: tuple[Session, ...]
+    partial: Path
+    preprocessing: Preprocessing
+    mask: str
+    root: Path
+    hooks: tuple[Hook, ...]
+    key: str
+    """Unique to this run."""
+
+
+def write_shard(job: ShardJob) -> None:
+    """Prepare the sessions of a shard and write them; files that cannot be used are listed in its report.
+
+    Raises:
+        StoreError: the store's folder is not there (a worker on another machine).
+    """
+    if not (job.partial / "slices").is_dir():
+        raise StoreError(
+            "the worker does not see the store's folder",
+            where=job.partial,
+            remedy="Use a folder that all workers share under the same path",
+        )
+    report = _Report(job.root)
+    # Two workers may write the same shard when one was taken for dead: each has a file of its own.
+    unfinished = job.partial / "slices" / f"{job.shard.file}.{uuid.uuid4().hex[:8]}.unfinished"
+    try:
+        with SliceFileWriter(unfinished) as writer:
+            for session in job.sessions:
+                prepared = prepare_session(session, job.preprocessing, job.mask, job.hooks)
+                if prepared.stack is not None:
+                    prepared = _write_stack(writer, session, prepared, prepared.stack)
+                report.add(session, prepared)
+        for row, place in zip(report.rows, places_in_file(unfinished), strict=True):
+            row |= {"file": job.shard.file, **place}
+        if report.rows:
+            unfinished.replace(job.partial / "slices" / job.shard.file)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    write_json(
+        job.shard.report(job.partial),
+        {"sessions": report.rows, "not_used": report.not_used, "quality": report.quality},
+    )
+
+
+def _write_stack(writer: SliceFileWriter, session: Session, prepared: PreparedSession, stack: Stack) -> PreparedSession:
+    try:
+        writer.write(Block(stack.subject, stack.session, stack.pixels, stack.mask, stack.positions_mm))
+    except ScanError as error:
+        refused = [FileNotUsed(file, contrast, error.reason) for contrast, file in session.scans.items()]
+        return PreparedSession(None, [*prepared.not_used, *refused])
+    return prepared
+
+
+class _Report:
+    """What became of the sessions of a shard, as plain values."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.rows: list[dict[str, Any]] = []
+        self.not_used: list[dict[str, str]] = []
+        self.quality: list[dict[str, Any]] = []
+
+    def add(self, session: Session, prepared: PreparedSession) -> None:
+        who = {"subject": session.subject, "session": session.session}
+        for entry in prepared.not_used:
+            file = os.path.relpath(entry.file, self.root)
+            self.not_used.append({"file": file, **who, "contrast": entry.contrast, "reason": entry.reason})
+        if prepared.stack is not None:
+            self.rows.append(session_row(prepared.stack))
+            self.quality += [{**who, **quality.to_row()} for quality in prepared.quality]
+
+
+@dataclass
+class Parts:
+    """What a store is assembled from."""
+
+    rows: list[dict[str, Any]]
+    """`session_row` and the place of each session."""
+    not_used: pd.DataFrame
+    quality: pd.DataFrame
+
+    @classmethod
+    def of_shards(cls, shards: Iterable[Shard], partial: Path) -> Parts:
+        """From the reports of shards."""
+        reports = [json.loads(shard.report(partial).read_text(encoding="utf-8")) for shard in shards]
+        return cls(
+            rows=[row for report in reports for row in report["sessions"]],
+            not_used=pd.DataFrame([r for report in reports for r in report["not_used"]], columns=REJECTED_COLUMNS),
+            quality=pd.DataFrame([r for report in reports for r in report["quality"]], columns=QUALITY_COLUMNS),
+        )
+
+    @classmethod
+    def kept_of(cls, folder: StoreFolder, keep: set[Key], slices: Path) -> Parts:
+        """The sessions of a store that stay; their files are linked, or copied without what goes."""
+        store = Store([folder], folder.table)
+        keys = list(zip(store.sessions["subject"], store.sessions["session"], strict=True))
+        stays = np.array([key in keep for key in keys], dtype=bool)
+        rows: list[dict[str, Any]] = []
+        for number, file in enumerate(folder.table.files):
+            inside = np.flatnonzero(folder.table.file == number)
+            chosen = inside[stays[inside]]
+            if len(chosen) == len(inside):
+                _link_or_copy(folder.path / "slices" / file, slices / file)
+                rows += [_stored_row(store, int(index)) | _place(folder.table, int(index)) for index in chosen]
+            elif len(chosen):
+                in_file_order = chosen[np.argsort(folder.table.pixels_at[chosen])]
+                rows += write_blocks(slices / f"{Path(file).stem}-kept.arrow", store, in_file_order.tolist())
+        text = {"dtype": str, "keep_default_na": False, "sep": "\t"}
+        not_used = pd.read_csv(folder.path / "rejected.tsv", **text)
+        quality = pd.read_csv(folder.path / "quality.tsv", **text)
+        return cls(rows, _of_sessions(not_used, keep), _of_sessions(quality, keep))
+
+    def __add__(self, other: Parts) -> Parts:
+        return Parts(
+            self.rows + other.rows,
+            pd.concat([self.not_used, other.not_used], ignore_index=True),
+            pd.concat([self.quality, other.quality], ignore_index=True),
+        )
+
+
+def _of_sessions(table: pd.DataFrame, keep: set[Key]) -> pd.DataFrame:
+    rows = [key in keep for key in zip(table["subject"], table["session"], strict=True)]
+    return table[rows]
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # some file systems have no links
+        shutil.copyfile(source, target)
+
+
+def _stored_row(store: Store, index: int) -> dict[str, Any]:
+    table, row = store.table, store.sessions.iloc[index]
+    return {
+        **{name: row[name] for name in ("subject", "session", "num_slices", "mask_dtype")},
+        **{name: row[name] for name in ("image_hash", "content_hash")},
+        "present": table.present[index].tolist(),
+        "affine": table.affine[index].ravel().tolist(),
+        "native_shape": table.native_shape[index].tolist(),
+        "native_affine": table.native_affine[index].ravel().tolist(),
+    }
+
+
+def _place(table: SessionTable, index: int) -> dict[str, Any]:
+    return {
+        "file": table.file_of(index),
+        "pixels_at": int(table.pixels_at[index]),
+        "mask_at": int(table.mask_at[index]),
+    }
+
+
+def write_blocks(
+    path: Path, store: Store, sessions: Sequence[int], names: Mapping[int, Key] | None = None
+) -> list[dict[str, Any]]:
+    """Copy sessions of a store into one file, under other names if given; returns their rows with their places."""
+    rows = []
+    with SliceFileWriter(path) as writer:
+        for index in sessions:
+            stack = store[index]
+            if names is not None:
+                stack = replace(stack, subject=names[index][0], session=names[index][1])
+            writer.write(Block(stack.subject, stack.session, stack.pixels, stack.mask, stack.positions_mm))
+            rows.append(session_row(stack))
+    return [row | {"file": path.name, **place} for row, place in zip(rows, places_in_file(path), strict=True)]
+
+
+def assemble(
+    parts: Parts,
+    covariates: Mapping[Key, Mapping[str, Any]],
+    partial: Path,
+    preprocessing: Preprocessing,
+    facts: Mapping[str, Any],
+    *,
+    keep_ids: bool = False,
+) -> None:
+    """Make a folder of slice files a whole store.
+
+    Args:
+        covariates: of each session.
+        facts: what else store.json says.
+        keep_ids: name subjects on the contact sheet.
+    """
+    rows = sorted(parts.rows, key=lambda row: (row["file"], row["pixels_at"]))
+    counts = np.array([row["num_slices"] for row in rows], dtype=np.int64)
+    for row, first in zip(rows, np.cumsum(counts) - counts, strict=True):
+        row["first_row"] = int(first)
+    write_sessions(
+        partial / "sessions.parquet", rows, [dict(covariates[row["subject"], row["session"]]) for row in rows]
+    )
+    files = sorted({row["file"] for row in rows})
+    for leftover in set(os.listdir(partial / "slices")) - set(files):
+        (partial / "slices" / leftover).unlink()
+    order = ["subject", "session", "contrast"]
+    parts.not_used.sort_values([*order, "file"]).to_csv(partial / "rejected.tsv", sep="\t", index=False)
+    parts.quality.sort_values(order).to_csv(partial / "quality.tsv", sep="\t", index=False)
+    preprocessing.save(partial)
+    table = SessionTable.read(partial / "sessions.parquet")
+    proof = content_hash(table, preprocessing)
+    write_datasets_index(partial / "slices", files, proof)
+    refused = ~parts.not_used["reason"].astype(str).str.startswith(FURTHER_SCAN)
+    write_json(
+        partial / "store.json",
+        {
+            "schema_version": SCHEMA_VERSION,
+            "contrasts": list(preprocessing.contrasts),
+            "preprocessing": preprocessing.model_dump(mode="json"),
+            "num_sessions": len(table),
+            "num_subjects": int(table.sessions["subject"].nunique()),
+            "num_slices": int(table.num_slices.sum()),
+            "num_rejected_files": int(refused.sum()),
+            "content_hash": proof,
+            **facts,
+        },
+    )
+    write_contact_sheet(Store.open(partial), partial / "contact_sheet.png", keep_ids=keep_ids)
+
+
+def put_in_place(partial: Path, out: Path) -> None:
+    """Give a finished store its name; a store that it replaces is removed last."""
+    for leftover in [*partial.glob("shard-*.json"), *partial.glob("*.tmp"), partial / "plan.json"]:
+        leftover.unlink(missing_ok=True)
+    old = out.with_name(out.name + ".old")
+    if old.exists():
+        shutil.rmtree(old)
+    if out.exists():
+        out.rename(old)
+    partial.rename(out)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def copy_store(store: Store, out: Path, *, keep_ids: bool = True, columns: Sequence[str] | None = None) -> Store:
+    """Write the sessions of a store as a store of its own.
+
+    Args:
+        keep_ids: False numbers subjects and sessions anew in a random order, keeps no file names and no rejected
+            files, and of the covariates only ``age_years``, ``sex``, ``site`` and ``diagnosis``.
+        columns: the covariates to keep.
+
+    Raises:
+        StoreError: something is there.
+        UsageError: no such column.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise StoreError("something is there", where=out, remedy="Give another folder")
+    if columns is None:
+        columns = store.covariates if keep_ids else [name for name in SAFE_COVARIATES if name in store.covariates]
+    for name in columns:
+        store.covariate(name)
+    names = _same_names(store) if keep_ids else _new_names(store)
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    (partial / "slices").mkdir(parents=True)
+    rows: list[dict[str, Any]] = []
+    # In the order of the new names, so that the old order does not show.
+    order = sorted(range(len(store)), key=names.__getitem__)
+    size = max(MIN_SESSIONS_PER_SHARD, -(-len(store) // MAX_SHARDS))
+    for number, chosen in enumerate(_chunks(order, size)):
+        rows += write_blocks(partial / "slices" / f"data-{number:05d}.arrow", store, chosen, names)
+    covariates = {
+        names[index]: {name: store.sessions[name].iloc[index] for name in columns} for index in range(len(store))
+    }
+    parts = Parts(rows, _files_of_sessions(store, keep_ids), _quality_of_sessions(store, names, keep_ids))
+    facts = {key: value for key, value in store.facts.items() if key in ("hooks", "converted_by")}
+    # It was not made of files, so preparing into it is refused.
+    facts |= {"settings": "copy", "copied_from": store.content_hash if keep_ids else None}
+    Sources("copy", {}, {}).write(partial)
+    assemble(parts, covariates, partial, store.preprocessing, facts, keep_ids=False)
+    if out.exists():
+        out.rmdir()
+    put_in_place(partial, out)
+    return Store.open(out)
+
+
+def _chunks(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def _same_names(store: Store) -> dict[int, Key]:
+    keys = zip(store.sessions["subject"], store.sessions["session"], strict=True)
+    return {index: (str(subject), str(session)) for index, (subject, session) in enumerate(keys)}
+
+
+def _new_names(store: Store) -> dict[int, Key]:
+    """Numbers in place of identifiers: subjects in an order of chance, the visits of a subject in theirs."""
+    subjects = store.sessions["subject"].astype(str)
+    unique = sorted(set(subjects))
+    width = len(str(len(unique)))
+    shuffled = np.random.default_rng().permutation(len(unique))
+    number = {name: int(place) + 1 for name, place in zip(unique, shuffled, strict=True)}
+    visits = subjects.groupby(subjects).cumcount() + 1
+    return {
+        index: (f"subject-{number[name]:0{width}d}", f"{visits.iloc[index]:02d}") for index, name in enumerate(subjects)
+    }
+
+
+def _files_of_sessions(store: Store, keep_ids: bool) -> pd.DataFrame:
+    if not keep_ids:
+        return pd.DataFrame(columns=REJECTED_COLUMNS)
+    return pd.concat([store.rejected, store.further_scans], ignore_index=True)[REJECTED_COLUMNS]
+
+
+def _quality_of_sessions(store: Store, names: Mapping[int, Key], keep_ids: bool) -> pd.DataFrame:
+    quality = store.quality.copy()
+    new = {key: names[index] for index, key in _same_names(store).items()}
+    renamed = [new[key] for key in zip(quality["subject"], quality["session"], strict=True)]
+    quality["subject"] = [subject for subject, _ in renamed]
+    quality["session"] = [session for _, session in renamed]
+    if not keep_ids:
+        quality["file"] = ""
+    return quality[QUALITY_COLUMNS]
+
+
+def require_sessions(parts: Parts, out: Path) -> None:
+    """Refuse a store without a session.
+
+    Raises:
+        StoreError: says the first reason.
+    """
+    if parts.rows:
+        return
+    refused = parts.not_used[~parts.not_used["reason"].astype(str).str.startswith(FURTHER_SCAN)]
+    first = f"{refused['reason'].iloc[0]} [{refused['file'].iloc[0]}]" if len(refused) else "no scans"
+    raise StoreError(
+        f"not one session could be used; first reason: {first}",
+        where=out,
+        remedy="Check the files, or choose other contrasts with --set contrasts=[…]",
+    )
