@@ -295,7 +295,12 @@ class _Member(io.RawIOBase):
         fields = _LOCAL_HEADER.unpack(block)
         if fields[3] & _ENCRYPTED or fields[4] != self._info.compress_type:
             raise self._corrupt("the archive describes it in two ways")
-        self._raw.seek(fields[10] + fields[11], io.SEEK_CUR)
+        # The name stands in both places, in the encoding that the entry says.
+        encoding = "utf-8" if self._info.flag_bits & 0x800 else "cp437"
+        name = self._raw.read(fields[10])
+        if name.decode(encoding, errors="replace") != self._info.orig_filename:
+            raise self._corrupt("the archive gives it two names")
+        self._raw.seek(fields[11], io.SEEK_CUR)
 
     def _next(self, limit: int) -> bytes:
         if self._inflate is None:

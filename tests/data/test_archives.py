@@ -194,6 +194,9 @@ def test_a_wrong_checksum_and_a_wrong_place_are_noticed(tmp_path):
     _patch(path, "a.nii", 16, "<L", 1234)
     with pytest.raises(ScanError, match="checksum"):
         open_binary(path / "a.nii").read()
+    path.write_bytes(good.replace(b"a.nii", b"b.nii", 1))
+    with pytest.raises(ScanError, match="two names"):
+        open_binary(path / "a.nii")
     path.write_bytes(b"XX" + good[2:])
     with pytest.raises(ScanError, match="something else"):
         open_binary(path / "a.nii")
@@ -244,3 +247,9 @@ def test_a_stream_of_a_member_is_an_ordinary_binary_stream(archive):
     assert isinstance(stream, io.BufferedReader)
     stream.close()
     assert stream.closed
+
+
+def test_names_beyond_ascii_are_read(tmp_path):
+    path = write_zip(tmp_path / "a.zip", {"sub-01/Kopf-Übersicht.nii": TEXT})
+    with open_binary(path / "sub-01/Kopf-Übersicht.nii") as stream:
+        assert stream.read() == TEXT
