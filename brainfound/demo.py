@@ -191,12 +191,13 @@ def _one_task(
 def _predict(out: Path, cohort: Path, store: Store) -> None:
     """Outline the tumour of a held-out patient from its NIfTI files, on their own grid, with a picture."""
     from brainfound.data.cohort import Cohort
+    from brainfound.data.split_file import Split
     from brainfound.models.inference import infer
     from brainfound.predict.predictor import load
     from brainfound.report.figures import overlay_png
 
     run = out / "mask-adapted"
-    held_out = set(json.loads((run / "splits.json").read_text(encoding="utf-8"))["subjects"]["test"])
+    held_out = set(Split.load(run / "splits.json").parts()["test"])
     sessions = [s for s in Cohort.read(cohort).sessions() if s.subject in held_out]
     session = next(s for s in sessions if s.covariates["diagnosis"] == "tumour")
     predictor = load(run)

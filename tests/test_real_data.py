@@ -20,6 +20,7 @@ import torch
 from brainfound.data.cohort import Cohort
 from brainfound.data.prepare import prepare, prepare_session
 from brainfound.data.preprocessing import Preprocessing
+from brainfound.data.split_file import Split
 from brainfound.data.stack import Stack
 from brainfound.data.store import Store
 from brainfound.evaluate.metrics import dice
@@ -151,13 +152,13 @@ def test_pretraining_learns_from_real_slices(pretrained):
 
 
 def test_a_segmenter_is_scored_on_the_patient_left_out(tuned):
-    split = json.loads((tuned / "splits.json").read_text())["subjects"]
+    split = Split.load(tuned / "splits.json").parts()
     assert [len(split[part]) for part in ("train", "validation", "test")] == [1, 1, 1]
     scores = json.loads((tuned / "scores.json").read_text())
     assert 0 <= scores["scores"]["dice"] <= 1
     assert 0 < scores["trivial"]["dice"] < 1
     cases = pd.read_csv(tuned / "cases.tsv", sep="\t")
-    assert cases["subject"].tolist() == split["test"]
+    assert tuple(cases["subject"]) == split["test"]
 
 
 def test_files_as_acquired_are_answered_on_the_grid_of_the_first(predictor, real_data, tmp_path):

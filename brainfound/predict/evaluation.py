@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from brainfound.data.split_file import PARTS
 from brainfound.data.store import Store
 from brainfound.errors import ModelError, UsageError
 from brainfound.evaluate.partial_input import non_empty_subsets
 from brainfound.predict.predictor import load
 from brainfound.train.run_files import EXPORT_FOLDER
 from brainfound.train.session_scores import SessionScores, score_sessions
-from brainfound.train.session_split import PARTS, in_parts
+from brainfound.train.session_split import in_parts, learnt_from
 from brainfound.train.targets import Target, labelled_sessions
 
 
@@ -33,7 +34,8 @@ def evaluate(
     Args:
         model: a run folder, or a bundle wherever it lies: it remembers its split.
         data: a store. The one that the run was trained on: only the sessions of ``part``. Any other: all labelled
-            sessions but those of subjects that the run was trained on.
+            sessions but those of subjects that the run was trained on, and those with an image of such a subject
+            under another name.
         without: contrasts to withhold.
         partial_input: score every non-empty subset of the contrasts, full input first.
         part: ``"test"``, ``"validation"`` or ``"train"``.
@@ -96,7 +98,7 @@ def _sessions_to_score(split: dict[str, Any] | None, store: Store, labelled: np.
         return labelled.tolist()
     if split["data_hash"] == store.content_hash:
         return labelled[in_parts(split, store, labelled.tolist(), part)].tolist()
-    return labelled[~in_parts(split, store, labelled.tolist(), "train", "validation")].tolist()
+    return labelled[~learnt_from(split, store, labelled.tolist())].tolist()
 
 
 def _train_labels(split: dict[str, Any] | None, store: Store, labelled: np.ndarray, target: Target) -> list[float]:

@@ -3,7 +3,7 @@
 The run folder:
 
     recipe.yaml, run.json, log.jsonl, curves.png, checkpoints/   as in pretraining
-    splits.json   the subjects of each part
+    splits.json   the subjects of each part, as a split file
     scores.json   the scores on the test part, beside the trivial baseline
     cases.tsv     one row per test session
     export/       the bundle: adapter, head, preprocessing and labels as one unit
@@ -13,7 +13,6 @@ Axis legend: B volumes, S slices, C contrasts, H W pixels.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -27,8 +26,9 @@ from torch import Tensor, nn
 
 from brainfound.adapters.attach import AdapterRecipe, attach_adapter
 from brainfound.adapters.bundle import save_bundle
+from brainfound.data.contract import InputContract
 from brainfound.data.store import Store
-from brainfound.errors import RecipeError, UsageError
+from brainfound.errors import RecipeError
 from brainfound.models import (
     BrainFoundForClassification,
     BrainFoundForRegression,
@@ -48,14 +48,7 @@ from brainfound.train.randomness import INITIALISATION, seed_of
 from brainfound.train.resuming import checkpoint_to_resume, common_facts
 from brainfound.train.schedules import warm_up_then
 from brainfound.train.session_scores import SessionScores, score_sessions, write_scores
-from brainfound.train.session_split import (
-    SPLIT_FILE,
-    SplitRecipe,
-    hashed_split,
-    split_sessions,
-    split_subjects,
-    write_split,
-)
+from brainfound.train.session_split import SplitRecipe, hashed_split, split_sessions, split_to_follow, write_split
 from brainfound.train.targets import Target, guess_task, resolve_target
 from brainfound.train.volumes import VolumeAugmentation, VolumeReader, augment_volumes
 
@@ -221,6 +214,7 @@ def finetune(
     *,
     adapter: str | Path | None = None,
     split: str | Path | None = None,
+    fold: str | None = None,
     resume: bool = False,
     overrides: Iterable[str] = (),
     quiet: bool = False,
@@ -234,7 +228,9 @@ def finetune(
         target: a covariate column of the store, or ``"mask"``.
         out: the run folder; None: ``runs/<name of the recipe>``.
         adapter: overrides the recipe's adapter.
-        split: the splits.json of another run, to learn and test on the same subjects.
+        split: a split file (of `brainfound split`, or the splits.json of another run), to learn and test on the
+            subjects that it names; any overlap of its parts, by subject or image, is refused.
+        fold: which fold of a split file that holds several.
         resume: go on from the newest whole checkpoint.
         overrides: ``"a.b=c"`` strings.
         quiet: no progress bar and no notes.
@@ -253,7 +249,8 @@ def finetune(
     engine_recipe = content.engine.model_copy(update={"precision": accelerator.mixed_precision})
     content = content.model_copy(update={"engine": engine_recipe})
     checkpoint = checkpoint_to_resume(folder, content, store, resume, FREE_ON_RESUME, accelerator)
-    parts = split_sessions(content.split, store, target, _split_file(folder, target, split, resume))
+    split_file, fold = split_to_follow(folder, store, target, split, fold, resume)
+    parts = split_sessions(content.split, store, target, split_file, fold, console.print)
     task_name = guess_task(store, target) if content.task == "auto" else content.task
     resolved = resolve_target(store, parts["train"].tolist(), task_name, target, content.merge_codes)
     network = _build(content, store, parts["train"], str(model), resolved, accelerator.device)
@@ -270,7 +267,8 @@ def finetune(
         "num_trained_parameters": trained,
     }
     if accelerator.is_main_process:
-        write_split(folder, store, parts)  # before the recipe: a run that can be resumed has its split
+        # Before the recipe: a run that can be resumed has its split.
+        write_split(folder, store, parts, target, content.split, split_file)
         run_files.start(folder, content, facts)
     if checkpoint is not None:
         engine.resume(checkpoint)
@@ -301,25 +299,6 @@ def _resolve(
         content = content.model_copy(update={"adapter": str(adapter)})
     load(AdapterRecipe, content.adapter, "adapters")  # refuse a wrong name now, not after the model was built
     return content
-
-
-def _split_file(folder: Path, target: str, given: str | Path | None, resume: bool) -> Path | None:
-    """The splits.json to follow: of the run that goes on, else the one that was given, else none.
-
-    Raises:
-        UsageError: the run that goes on learns another target, or on other subjects than the given split.
-    """
-    own = folder / SPLIT_FILE
-    if not (resume and own.is_file()):
-        return None if given is None else Path(given)
-    before = json.loads((folder / run_files.FACTS_FILE).read_text(encoding="utf-8"))["target"]["column"]
-    if before != target:
-        raise UsageError("the run learns another target", where=folder, got=target, expected=before)
-    if given is not None and split_subjects(Path(given)) != split_subjects(own):
-        raise UsageError(
-            "the run has another split", where=folder, got=given, remedy="Leave out --split, or give another --out"
-        )
-    return own
 
 
 def _build(
@@ -353,6 +332,7 @@ def _finish(folder: Path, task: FinetuneTask, source: str, step: int) -> None:
         task.model,
         preprocessing=store.preprocessing,
         labels=target.to_dict(),
+        contract=InputContract.of(store, parts["train"]),
         metadata={
             "num_slices": task.eval_slices,
             "test": scores,
@@ -360,6 +340,6 @@ def _finish(folder: Path, task: FinetuneTask, source: str, step: int) -> None:
             "split": hashed_split(store, parts),
         },
         card=finetuned_card(task.recipe, store, parts, target, inner_model(task.model).config, source, scores, step),
-        overwrite=True,  # a run that goes on after its end writes the same again
+        overwrite=True,  # a run that goes on after its end writes it again
     )
     run_files.finish(folder, "done", step, step)

@@ -3,13 +3,14 @@
 A random head sends large, aimless gradients into the backbone and distorts features that were good; a head that
 was fitted first does not (Kumar et al., "Fine-Tuning can Distort Pretrained Features and Underperform
 Out-of-Distribution", ICLR 2022). The fit is a ridge or logistic regression on the training part alone, its
-strength chosen by cross-validation within that part, all views of a session in one fold.
+strength chosen by cross-validation within that part, all views of a subject's sessions in one fold.
 
 Axis legend: n embedded volumes (training sessions × passes), D width, K classes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -68,7 +69,8 @@ def fit_head(
     std = np.where(std > 1e-8, std, 1.0)
     order = np.concatenate(sessions)
     fit = _ridge if target.task == "regression" else _logistic
-    weight, bias = fit((everything - mean) / std, target.values(reader.store, order.tolist()), order, target)
+    people = _subject_numbers(reader.store.sessions["subject"].tolist(), order)
+    weight, bias = fit((everything - mean) / std, target.values(reader.store, order.tolist()), people, target)
     weight = weight / std
     bias = bias - weight @ mean
     rows = len(weight)
@@ -76,23 +78,31 @@ def fit_head(
     model.head.score.bias[:rows] = torch.from_numpy(bias).to(model.head.score.bias)
 
 
-def _folds(sessions: np.ndarray, classes: np.ndarray | None) -> list[tuple[np.ndarray, np.ndarray]] | None:
-    """Folds that keep all passes of a session together; None where a class has one session only."""
+def _subject_numbers(subjects: Sequence[str], sessions: np.ndarray) -> np.ndarray:
+    """A number per embedded volume that is the same for all sessions of a subject: the first one's index."""
+    first: dict[str, int] = {}
+    for session in sorted(set(sessions.tolist())):
+        first.setdefault(subjects[session], session)
+    return np.array([first[subjects[session]] for session in sessions])
+
+
+def _folds(people: np.ndarray, classes: np.ndarray | None) -> list[tuple[np.ndarray, np.ndarray]] | None:
+    """Folds that keep all volumes of a subject together; None where a class has one subject only."""
     if classes is None:
-        num_folds = min(5, len(np.unique(sessions)))
-        return list(GroupKFold(num_folds).split(sessions, groups=sessions)) if num_folds > 1 else None
-    num_folds = min(5, *(len(np.unique(sessions[classes == k])) for k in np.unique(classes)))
+        num_folds = min(5, len(np.unique(people)))
+        return list(GroupKFold(num_folds).split(people, groups=people)) if num_folds > 1 else None
+    num_folds = min(5, *(len(np.unique(people[classes == k])) for k in np.unique(classes)))
     if num_folds < 2:
         return None
-    return list(StratifiedGroupKFold(num_folds).split(sessions, classes, groups=sessions))
+    return list(StratifiedGroupKFold(num_folds).split(people, classes, groups=people))
 
 
 def _ridge(
-    features: Float[np.ndarray, "n D"], values: np.ndarray, sessions: np.ndarray, target: Target
+    features: Float[np.ndarray, "n D"], values: np.ndarray, people: np.ndarray, target: Target
 ) -> tuple[np.ndarray, np.ndarray]:
     """Weights ``(1, D)`` and bias ``(1,)`` for the standardised value."""
     standardised = (values - target.mean) / target.std
-    folds = _folds(sessions, None)
+    folds = _folds(people, None)
     if folds:
         ridge = RidgeCV(alphas=_STRENGTHS, cv=folds, scoring="neg_mean_squared_error")
     else:
@@ -102,10 +112,10 @@ def _ridge(
 
 
 def _logistic(
-    features: Float[np.ndarray, "n D"], classes: np.ndarray, sessions: np.ndarray, target: Target
+    features: Float[np.ndarray, "n D"], classes: np.ndarray, people: np.ndarray, target: Target
 ) -> tuple[np.ndarray, np.ndarray]:
     """Weights ``(K, D)`` and bias ``(K,)``."""
-    folds = _folds(sessions, classes)
+    folds = _folds(people, classes)
     if folds:
         fitted = LogisticRegressionCV(
             Cs=1 / _STRENGTHS,

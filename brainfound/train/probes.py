@@ -4,7 +4,7 @@ Axis legend: ``N`` samples (sessions, or slices), ``S`` slices of a session, ``D
 
 A session's embedding is the mean CLS over a few evenly spaced slices. What is predicted is chosen from
 what the store knows: diagnosis, else age, else the position of a slice in the head, which needs no
-label at all. No subject is ever on both sides of a split.
+label at all. No subject, and no image under two names, is ever on both sides of a split.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from brainfound.data.batches import as_tensor
+from brainfound.data.split_file import require_no_shared_content, subjects_to_divide
 from brainfound.data.splits import k_folds
 from brainfound.data.store import Store
 from brainfound.errors import TrainingError
@@ -104,7 +106,7 @@ class Probe:
         sessions = self._choose_sessions()
         self.rows = np.stack([self._rows_of(session) for session in sessions])
         self.present = store.present[sessions]
-        subjects = store.sessions["subject"].to_numpy()[sessions].astype(str)
+        subjects = subjects_to_divide(store)[0][sessions].astype(str)
         if self.target == "slice_position":
             labels = store.slice_positions_mm[self.rows].ravel()
             subjects = np.repeat(subjects, self.rows.shape[1])
@@ -122,6 +124,9 @@ class Probe:
             )
         strata = None if self.target == "slice_position" else self.labels.tolist()
         self.folds = k_folds(subjects.tolist(), min(recipe.folds, num_subjects), seed, strata)
+        per_session = len(self.labels) // len(sessions)
+        for fold in self.folds:
+            require_no_shared_content(store, {part: sessions[index // per_session] for part, index in fold.items()})
 
     def _choose_sessions(self) -> np.ndarray:
         table = self.store.sessions
@@ -156,7 +161,7 @@ class Probe:
         encoder.eval()
         embeddings = []
         for rows, present in zip(self.rows, self.present, strict=True):
-            pixels = torch.from_numpy(self.store.read_slices(rows)).to(device)
+            pixels = as_tensor(self.store.read_slices(rows)).to(device)
             mask = torch.from_numpy(present).to(device).expand(len(rows), -1)
             embeddings.append(encoder(pixels, mask).cls.float().cpu().numpy())
         encoder.train(was_training)

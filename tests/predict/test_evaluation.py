@@ -10,13 +10,14 @@ import pytest
 
 from brainfound.data.prepare import prepare
 from brainfound.data.preprocessing import Preprocessing
+from brainfound.data.split_file import Split
 from brainfound.errors import ModelError, UsageError
 from brainfound.predict.evaluation import evaluate
 from brainfound.train.session_split import subject_hash
 
 
 def members(run) -> dict[str, set[str]]:
-    return {part: set(names) for part, names in json.loads((run / "splits.json").read_text())["subjects"].items()}
+    return {part: set(names) for part, names in Split.load(run / "splits.json").parts().items()}
 
 
 def subjects(result) -> set[str]:
@@ -24,14 +25,19 @@ def subjects(result) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def other_store(source, small_store, tmp_path_factory):
-    """A cohort of another place: all subjects of the first one but one, and two new ones."""
+def other_store(source, small_store, make_cohort, tmp_path_factory):
+    """A cohort of another place: all subjects of the first one but one, each a second time as new-…, and two others."""
     folder = tmp_path_factory.mktemp("other")
     table = pd.read_csv(source / "manifest.tsv", sep="\t", dtype=str).query("subject != 's00'")
-    new = table.query("subject in ('s01', 's02')").assign(subject=lambda rows: "new-" + rows["subject"])
-    table = pd.concat([table, new])
+    twins = table.assign(subject="new-" + table["subject"])
+    table = pd.concat([table, twins])
     for column in ("path", "mask"):
         table[column] = [str(source / name) for name in table[column]]
+    make_cohort(folder / "others", num_subjects=2, seed=5)
+    others = pd.read_csv(folder / "others" / "manifest.tsv", sep="\t", dtype=str)
+    for column in ("path", "mask"):
+        others[column] = [str(folder / "others" / name) for name in others[column]]
+    table = pd.concat([table, others.assign(subject="other-" + others["subject"])])
     table.to_csv(folder / "manifest.tsv", sep="\t", index=False)
     return prepare(folder / "manifest.tsv", folder / "store", small_store.preprocessing)
 
@@ -59,7 +65,7 @@ def test_a_bundle_names_no_subject(run):
     text = (run / "export" / "bundle.json").read_text()
     split = json.loads(text)["metadata"]["split"]
     for part, names in members(run).items():
-        assert split["subjects_sha256"][part] == sorted(map(subject_hash, names))
+        assert split["subjects"][part] == sorted(subject_hash(name, split["salt"], split["rounds"]) for name in names)
         assert not any(f'"{name}"' in text for name in names)
     card = (run / "export" / "README.md").read_text()
     assert not any(name in card for names in members(run).values() for name in names)
@@ -67,14 +73,16 @@ def test_a_bundle_names_no_subject(run):
 
 def test_another_cohort_never_scores_who_was_learnt_from(run, other_store, tmp_path):
     known = members(run)["train"] | members(run)["validation"]
-    expected = set(other_store.sessions["subject"]) - known
-    assert {"new-s01", "new-s02"} <= expected
+    expected = set(other_store.sessions["subject"]) - known - {f"new-{name}" for name in known}
+    assert {"other-s00", "other-s01"} <= expected
+    assert members(run)["test"] - {"s00"} <= expected
     moved = shutil.copytree(run / "export", tmp_path / "elsewhere")
     for model in (run, moved):
         (result,) = evaluate(model, other_store)
         assert subjects(result) == expected
     bare = json.loads((moved / "bundle.json").read_text())
-    bare["metadata"]["split"]["subjects_sha256"]["train"] += [subject_hash(name) for name in expected]
+    split = bare["metadata"]["split"]
+    split["subjects"]["train"] += [subject_hash(name, split["salt"], split["rounds"]) for name in expected]
     (moved / "bundle.json").write_text(json.dumps(bare))
     with pytest.raises(UsageError, match="no labelled session"):
         evaluate(moved, other_store)

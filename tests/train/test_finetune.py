@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import Dinov2Model
 
 from brainfound.adapters import load_bundle
+from brainfound.data.split_file import Split
 from brainfound.errors import BrainFoundError, RecipeError, TrainingError, UsageError
 from brainfound.recipes import validate
 from brainfound.train import session_split
@@ -57,7 +58,7 @@ def losses(run: Path) -> list[float]:
 
 
 def members(run: Path) -> dict[str, set[str]]:
-    return {part: set(names) for part, names in json.loads((run / "splits.json").read_text())["subjects"].items()}
+    return {part: set(names) for part, names in Split.load(run / "splits.json").parts().items()}
 
 
 @pytest.fixture(autouse=True)
@@ -161,7 +162,7 @@ def test_card_beside_the_weights_names_the_scores(six_steps, tiny_backbone):
 
 
 def scores_hash(run: Path) -> str:
-    return json.loads((run / "splits.json").read_text())["data_hash"]
+    return Split.load(run / "splits.json").data_hash
 
 
 def test_a_card_may_be_edited_and_the_weights_may_not(six_steps, tmp_path):
@@ -212,9 +213,14 @@ def test_another_run_learns_and_tests_on_the_same_subjects(six_steps, small_stor
     shutil.rmtree(run / "checkpoints")
     finetune(tiny(other, "engine.steps=1"), small_store, tiny_backbone, "diagnosis", run, resume=True, quiet=True)
     assert members(run) == members(six_steps)
-    moved = json.loads((run / "splits.json").read_text())
-    moved["subjects"]["train"], moved["subjects"]["test"] = moved["subjects"]["test"], moved["subjects"]["train"]
-    (tmp_path / "moved.json").write_text(json.dumps(moved))
+    own = (run / "splits.json").read_text()
+    finetune(
+        tiny(other, "engine.steps=1"), small_store, tiny_backbone, "diagnosis", run,
+        split=six_steps / "splits.json", resume=True, quiet=True,
+    )  # fmt: skip
+    assert (run / "splits.json").read_text() == own
+    parts = Split.load(run / "splits.json").parts()
+    Split({"moved": {**parts, "train": parts["test"], "test": parts["train"]}}).save(tmp_path / "moved.json")
     with pytest.raises(UsageError, match="another split"):
         finetune(
             tiny(other, "engine.steps=1"), small_store, tiny_backbone, "diagnosis", run,
@@ -241,7 +247,7 @@ def test_doors(six_steps, small_store, tiny_backbone, tmp_path):
     with pytest.raises(UsageError, match="must be numeric"):
         start("diagnosis", "task=regression")
     (tmp_path / "no.json").write_text("[]")
-    with pytest.raises(UsageError, match="not a splits"):
+    with pytest.raises(UsageError, match="not a split"):
         start(split=tmp_path / "no.json")
     assert not (tmp_path / "new").exists()
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from brainfound.models import BrainFoundForClassification, BrainFoundForRegression
-from brainfound.train.head_start import _folds, fit_head
+from brainfound.train.head_start import _folds, _subject_numbers, fit_head
 from brainfound.train.objectives.base import StepKey
 from brainfound.train.targets import resolve_target
 from brainfound.train.volumes import VolumeAugmentation, VolumeReader
@@ -94,6 +94,17 @@ def test_folds_never_split_the_passes_of_a_session(classified):
         assert not set(sessions[train]) & set(sessions[test])
         assert len(train) + len(test) == len(sessions)
     assert sorted(np.concatenate([test for _, test in folds])) == list(range(len(sessions)))
+
+
+def test_folds_never_split_the_sessions_of_a_subject():
+    subjects = [f"s{n // 2}" for n in range(12)]
+    sessions = np.tile(np.arange(12)[::-1], 3)
+    people = _subject_numbers(subjects, sessions)
+    folds = _folds(people, None)
+    assert folds is not None
+    for train, test in folds:
+        assert not {subjects[i] for i in sessions[train]} & {subjects[i] for i in sessions[test]}
+    assert _subject_numbers([f"s{n}" for n in range(12)], sessions).tolist() == sessions.tolist()
 
 
 def test_too_few_sessions_for_folds():

@@ -18,6 +18,8 @@ class TableStore:
 
     def __init__(self, table: pd.DataFrame, num_slices: int = 4) -> None:
         self.sessions = table.assign(first_row=np.arange(len(table)) * num_slices, num_slices=num_slices)
+        if "content_hash" not in table:
+            self.sessions["content_hash"] = [f"{number:04x}" for number in range(len(table))]
         self.present = np.ones((len(table), 1), dtype=bool)
         self.slice_positions_mm = np.tile(np.linspace(-30, 30, num_slices), len(table))
 
@@ -64,6 +66,19 @@ def test_no_subject_is_on_both_sides():
     for fold in probe.folds:
         assert not set(probe.subjects[fold["train"]]) & set(probe.subjects[fold["test"]])
     assert sorted(np.concatenate([fold["test"] for fold in probe.folds])) == list(range(24))
+
+
+@pytest.mark.parametrize("target", ["age_years", "slice_position"])
+def test_an_image_under_two_names_is_on_one_side(target):
+    """Every image is there twice, under another subject's name."""
+    hashes = [f"{i % 12:02x}" for i in range(24)]
+    store = TableStore(table(age_years=np.linspace(20, 80, 24), content_hash=hashes))
+    probe = Probe(store, ProbeRecipe(target=target, slices_per_session=2), seed=0)
+    per_session = 2 if target == "slice_position" else 1
+    for fold in probe.folds:
+        train, test = ({hashes[i // per_session] for i in fold[part]} for part in ("train", "test"))
+        assert train
+        assert not train & test
 
 
 def test_features_that_are_not_finite_score_nan():
