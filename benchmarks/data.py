@@ -1,82 +1,166 @@
-"""Reading slices: from a store, and by reading NIfTI files again for every slice. Side by side, in one run.
+"""The data room: reading slices, preparing sessions, memory; side by side with the alternatives, in one run.
 
-    python benchmarks/data.py [--subjects 6] [--repeats 5]
+    python benchmarks/data.py [--only reading,prepare,memory] [--subjects 6] [--rounds 5] [--out results.json]
 
-Prints medians and their ratio as JSON. Absolute numbers mean little; the ratio is what to compare.
+Prints a table of the targets and writes everything as JSON. Absolute times mean little; the ratios are what to compare.
 """
 
 from __future__ import annotations
 
+import os
+
+from rounds import THREAD_VARIABLES, figure, machine_facts, use_one_core
+
+os.environ.update(THREAD_VARIABLES)
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
 import argparse
+import importlib.util
 import json
-import platform
-import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import nibabel as nib
-import numpy as np
-
-from brainfound.data.cohort import Cohort
-from brainfound.data.phantom import write_phantom_cohort
-from brainfound.data.prepare import prepare
-from brainfound.data.preprocessing import Preprocessing
-
-CONTRASTS = ("T1w", "T2w", "FLAIR")
+SECTIONS = ("reading", "prepare", "memory")
+WORKER_CASES = {
+    "256³ float32": ((256, 256, 256), "float32"),
+    "256³ int16": ((256, 256, 256), "int16"),
+    "512 × 512 × 200 int16": ((512, 512, 200), "int16"),
+}
 
 
-def median_rate(read: Callable[[], int], repeats: int) -> float:
-    """Slices per second: the median of several runs, after one to warm up."""
-    read()
-    rates = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        count = read()
-        rates.append(count / (time.perf_counter() - started))
-    return statistics.median(rates)
-
-
-def main() -> None:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--subjects", type=int, default=6)
-    parser.add_argument("--repeats", type=int, default=5)
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        write_phantom_cohort(folder / "cohort", options.subjects, spacing_mm=1.0, contrasts=CONTRASTS)
-        started = time.perf_counter()
-        store = prepare(folder / "cohort", folder / "store", Preprocessing(contrasts=CONTRASTS))
-        seconds_to_prepare = time.perf_counter() - started
-        rng = np.random.default_rng(0)
-        rows = rng.integers(0, store.num_slices, 2000)
-        files = [list(session.scans.values()) for session in Cohort.read(folder / "cohort").sessions()]
+    parser.add_argument("--only", default=",".join(SECTIONS), help="sections, separated by commas")
+    parser.add_argument("--subjects", type=int, default=6, help="simulated sessions; a multiple of 3 (kinds of grids)")
+    parser.add_argument("--contrasts", default="T1w,T2w,FLAIR")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds after the warm-up")
+    parser.add_argument("--shape", type=int, nargs=3, default=(256, 256, 180), help="voxels of each scan")
+    parser.add_argument("--spacing-mm", type=float, default=1.0)
+    parser.add_argument("--sessions", type=int, nargs=2, default=(100, 10_000), help="sizes of the stores compared")
+    parser.add_argument("--slices-per-session", type=int, default=160)
+    parser.add_argument("--reads", type=int, default=2000, help="random slices read in the memory section")
+    parser.add_argument("--worker-shape", type=int, nargs=3, help="one int16 case of this shape, not the usual three")
+    parser.add_argument("--work", type=Path, help="where temporary files go (about 4 GiB)")
+    parser.add_argument("--out", type=Path, help="file for the JSON")
+    options = parser.parse_args(arguments)
+    options.only = options.only.split(",")
+    unknown = set(options.only) - set(SECTIONS)
+    if unknown:
+        parser.error(f"--only {', '.join(sorted(unknown))}: sections are {', '.join(SECTIONS)}")
+    if options.subjects < 3 or options.subjects % 3:
+        parser.error("--subjects: a multiple of 3")
+    return options
 
-        def from_store() -> int:
-            for batch in rows.reshape(-1, 50):
-                store.read_slices(batch)
-            return len(rows)
 
-        def from_nifti() -> int:
-            # What a data set that keeps files does for each item: three volumes are decompressed for one slice.
-            for number in rng.integers(0, len(files), 3):
-                for file in files[number]:
-                    volume = np.asarray(nib.load(file).dataobj)
-                    volume[..., volume.shape[2] // 2].astype(np.float32)
-            return 3
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    if "memory" in options.only and not Path("/proc/self/status").exists():
+        sys.exit("--only memory: memory is measured on Linux only")
+    missing = [name for name in ("torchio", "monai") if importlib.util.find_spec(name) is None]
+    if "prepare" in options.only and missing:
+        sys.exit(f"--only prepare: {' and '.join(missing)} missing; benchmarks/README.md says how to install them")
+    started = time.perf_counter()
+    result: dict[str, Any] = {"machine": machine_facts(), "settings": settings(options)}
+    with tempfile.TemporaryDirectory(dir=options.work) as temporary:
+        # Memory first: its stores are written on all cores, before the process is bound to one.
+        if "memory" in options.only:
+            result["memory"] = memory_section(Path(temporary) / "memory", options)
+        result["settings"]["bound_to_one_core"] = use_one_core() is not None
+        if {"reading", "prepare"} & set(options.only):
+            result |= time_sections(Path(temporary), options)
+    result["minutes"] = figure((time.perf_counter() - started) / 60)
+    text = json.dumps(result, indent=1, ensure_ascii=False)
+    if options.out:
+        options.out.write_text(text + "\n", encoding="utf-8")
+    else:
+        print(text)
+    print(table(result))
 
-        store_rate = median_rate(from_store, options.repeats)
-        nifti_rate = median_rate(from_nifti, options.repeats)
-        result = {
-            "machine": platform.processor() or platform.machine(),
-            "slice_shape": [len(CONTRASTS), *store.preprocessing.size],
-            "store_slices_per_second": round(store_rate),
-            "nifti_slices_per_second": round(nifti_rate, 2),
-            "ratio": round(store_rate / nifti_rate),
-            "seconds_to_prepare_one_session": round(seconds_to_prepare / len(store), 2),
-        }
-        print(json.dumps(result, indent=1))
+
+def settings(options: argparse.Namespace) -> dict[str, Any]:
+    return {name: value for name, value in vars(options).items() if name not in ("out", "work")}
+
+
+def memory_section(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    from memory import measure_store_memory, measure_worker_memory
+
+    say("memory: writing two stores and reading them")
+    small, large = options.sessions
+    stores = measure_store_memory(
+        folder / "stores", small, large, options.slices_per_session, options.reads, min(options.rounds, 3)
+    )
+    say("memory: one worker with large scans")
+    cases = WORKER_CASES
+    if options.worker_shape:
+        cases = {" × ".join(map(str, options.worker_shape)) + " int16": (tuple(options.worker_shape), "int16")}
+    return {"store": stores, "worker": measure_worker_memory(folder / "worker", cases)}
+
+
+def time_sections(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    from preparing import measure_preparing, warm_page_cache
+    from reading import measure_reading
+    from scans import write_cohorts
+
+    from brainfound.data.prepare import prepare
+    from brainfound.data.preprocessing import Preprocessing
+
+    say("simulating the scans")
+    contrasts = tuple(options.contrasts.split(","))
+    cohorts = write_cohorts(folder, options.subjects // 3, contrasts, tuple(options.shape), options.spacing_mm)
+    preprocessing = Preprocessing(contrasts=contrasts, spacing_mm=(options.spacing_mm,) * 3)
+    warm_page_cache(cohorts)
+    result = {}
+    if "reading" in options.only:
+        say("reading")
+        store = prepare(cohorts["same"], folder / "store", preprocessing)
+        result["reading"] = measure_reading(store, {"same": cohorts["same"]}, folder / "plain", options.rounds)
+    if "prepare" in options.only:
+        say("preparing")
+        result["prepare"] = measure_preparing(cohorts, folder / "prepare", preprocessing, options.rounds)
+    return result
+
+
+def say(what: str) -> None:
+    print(what, file=sys.stderr, flush=True)
+
+
+def table(result: dict[str, Any]) -> str:
+    """The targets as Markdown: what, measured, target, met or not."""
+    rows: list[tuple[str, float, str, bool]] = []
+
+    def at_least(what: str, value: float, target: float, unit: str = "×") -> None:
+        rows.append((what, value, f"≥ {target:,g} {unit}", value >= target))
+
+    def at_most(what: str, value: float, target: float, unit: str = "×") -> None:
+        rows.append((what, value, f"≤ {target:,g} {unit}", value <= target))
+
+    if "reading" in result:
+        reading = result["reading"]
+        at_least("random slices from the store", reading["slices_per_second"]["store"], 10_000, "slices/s")
+        for name, ratios in reading["store_over"].items():
+            at_least(f"slices from the store over {name}", ratios["median"], 100)
+    if "prepare" in result:
+        prepare = result["prepare"]["all_kinds"]
+        for name, ratios in prepare["throughput_over"].items():
+            at_least(f"prepare, throughput over {name}", ratios["median"], 1.5)
+        for name, ratios in prepare["time_over_floor"].items():
+            at_most(f"prepare, time over {name}", ratios["median"], 2)
+    if "memory" in result:
+        small, large = result["settings"]["sessions"]
+        stages = result["memory"]["store"]["stages"]
+        for measure, name in (("anonymous_mib", "anonymous memory"), ("rss_mib", "RSS")):
+            for stage in ("random slices read", "sampler's tables"):
+                what = f"{name} with {large:,} sessions over {small:,}: {stage}"
+                at_most(what, stages[stage][measure]["ratio"], 1.05)
+        for name, case in result["memory"]["worker"].items():
+            at_most(f"one worker, {name}: above imports", case["volumes_above_imports"], 8, "volumes")
+    lines = ["| what | measured | target | met |", "|---|---|---|---|"]
+    lines += [f"| {what} | {value:,} | {target} | {'yes' if met else 'no'} |" for what, value, target, met in rows]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
