@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from brainfound.data.cohort import Cohort
     from brainfound.data.prepare import prepare
     from brainfound.data.preprocessing import Preprocessing
+    from brainfound.data.split_file import Split
     from brainfound.data.stack import Stack
     from brainfound.data.store import Store
     from brainfound.models import (
@@ -37,6 +38,7 @@ __all__ = [
     "BrainFoundModel",
     "Cohort",
     "Preprocessing",
+    "Split",
     "Stack",
     "Store",
     "__version__",
@@ -51,6 +53,7 @@ __all__ = [
 _MODULES = {
     "Cohort": "brainfound.data.cohort",
     "Preprocessing": "brainfound.data.preprocessing",
+    "Split": "brainfound.data.split_file",
     "Stack": "brainfound.data.stack",
     "Store": "brainfound.data.store",
     "prepare": "brainfound.data.prepare",

@@ -17,7 +17,8 @@ def finetune(
     target: Annotated[str, typer.Option(help='A column of the store (age_years, diagnosis, …), or "mask".')],
     adapter: Annotated[str | None, typer.Option(help="An adapter recipe; default: of the recipe.")] = None,
     out: Annotated[Path | None, typer.Option(help="The run folder; default: runs/RECIPE.")] = None,
-    split: Annotated[Path | None, typer.Option(help="The splits.json of another run, for the same subjects.")] = None,
+    split: Annotated[Path | None, typer.Option(help="A split file, or the splits.json of another run.")] = None,
+    fold: Annotated[str | None, typer.Option(help="Which fold of a split file that holds several.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the run folder.")] = False,
     set_: Overrides = None,
     quiet: Quiet = False,
@@ -32,7 +33,17 @@ def finetune(
     from brainfound.train.session_scores import read_scores
 
     folder = run(
-        recipe, data, model, target, out, adapter=adapter, split=split, resume=resume, overrides=set_ or (), quiet=quiet
+        recipe,
+        data,
+        model,
+        target,
+        out,
+        adapter=adapter,
+        split=split,
+        fold=fold,
+        resume=resume,
+        overrides=set_ or (),
+        quiet=quiet,
     )
     print(scores_line(read_scores(folder)))
     print(folder / "export")

@@ -13,7 +13,21 @@ import typer
 from brainfound.cli.terminal import note
 from brainfound.errors import EXIT_FAILED, EXIT_USAGE, BrainFoundError
 
-VERBS = ("demo", "phantom", "prepare", "pretrain", "finetune", "evaluate", "embed", "predict", "list", "show", "doctor")
+VERBS = (
+    "demo",
+    "phantom",
+    "prepare",
+    "check",
+    "split",
+    "pretrain",
+    "finetune",
+    "evaluate",
+    "embed",
+    "predict",
+    "list",
+    "show",
+    "doctor",
+)
 EXIT_INTERRUPTED = 130
 
 # typer brings its own copy of click from 0.26 or so on and uses the installed one before; its public `BadParameter`

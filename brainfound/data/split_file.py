@@ -12,7 +12,8 @@ A split file is JSON:
     sha256            of all of the above
 
 A file has one fold (``single``) or several: ``fold-1``, …; ``shots-5``, …; ``subjects-10``, …; ``site-A``, ….
-It names subjects, so it belongs beside the data and not into a publication.
+It names subjects, so it belongs beside the data and not into a publication. The digest finds a change by hand or by
+accident; it is no signature.
 """
 
 from __future__ import annotations

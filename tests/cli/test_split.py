@@ -1,0 +1,70 @@
+"""``brainfound split`` writes a file that training takes, says what is in it, and names nobody."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from brainfound.data.split_file import Split
+
+
+def test_folds_are_written_and_shown(cli, small_store, tmp_path):
+    out = tmp_path / "folds.json"
+    answer = cli("split", small_store.path, out, "--folds", 3, "--stratify", "diagnosis,site", quiet=False)
+    assert answer.code == 0, answer.err
+    assert list(Split.load(out).folds) == ["fold-1", "fold-2", "fold-3"]
+    assert "fold-3" in answer.out
+    assert "healthy 2, patient 2" in answer.out
+    assert not any(f"s{n:02d}" in answer.out for n in range(12))
+    assert cli("split", small_store.path, out, "--folds", 3, "--stratify", "diagnosis,site", quiet=False).code == 0
+    answer = cli("split", small_store.path, out, "--folds", 4, quiet=False)
+    assert (answer.code, "--overwrite" in answer.line) == (2, True)
+    assert cli("split", small_store.path, out, "--folds", 4, "--overwrite", quiet=False).code == 0
+    assert len(Split.load(out).folds) == 4
+
+
+def test_json_has_counts_and_no_names(cli, small_store, tmp_path):
+    answer = cli(
+        "split", small_store.path, tmp_path / "a.json", "--shots", "2,1", "--target", "diagnosis", "--test", 0.25,
+        "--validation", 0.25, "--json", quiet=False,
+    )  # fmt: skip
+    content = json.loads(answer.out)
+    assert content["sha256"] == Split.load(tmp_path / "a.json").to_dict()["sha256"]
+    train = [row for row in content["parts"] if row["part"] == "train"]
+    assert [(row["fold"], row["subjects"]) for row in train] == [("shots-1", 2), ("shots-2", 4)]
+    assert train[1]["labels"] == {"diagnosis": {"healthy": 2, "patient": 2}}
+    assert not any(f"s{n:02d}" in answer.out for n in range(12))
+
+
+def test_a_file_changed_by_hand_is_made_anew(cli, small_store, tmp_path):
+    first, changed = tmp_path / "a.json", tmp_path / "b.json"
+    cli("split", small_store.path, first, quiet=False)
+    content = json.loads(first.read_text())
+    subjects = content["folds"]["single"]["subjects"]
+    subjects["test"].append(subjects["train"].pop())
+    changed.write_text(json.dumps(content))
+    answer = cli("split", small_store.path, tmp_path / "c.json", "--from", changed, "--stratify", "site", quiet=False)
+    assert answer.code == 0, answer.err
+    assert set(Split.load(tmp_path / "c.json").parts()["test"]) == set(subjects["test"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--shots", "1,many"], ["--shots", "1,many"]),
+        (["--shots", "1"], ["--target"]),
+        (["--shots", "1", "--target", "age_years"], ["column age_years", "--subjects"]),
+        (["--subjects", "50"], ["at most 9"]),
+        (["--folds", "13"], ["too few subjects"]),
+        (["--stratify", "sight"], ["'sight'", "Did you mean site?"]),
+        (["--folds", "3", "--leave-site-out"], ["exclude each other"]),
+        (["--test", "0.95"], ["sum below 1"]),
+        (["--from", "none.json", "--folds", "3"], ["--from"]),
+    ],
+)
+def test_wishes_that_cannot_be_met_are_one_line(cli, small_store, tmp_path, arguments, words):
+    answer = cli("split", small_store.path, tmp_path / "a.json", *arguments, quiet=False)
+    assert answer.code == 2
+    assert [word for word in words if word not in answer.line] == []
+    assert not (tmp_path / "a.json").exists()
