@@ -1,0 +1,240 @@
+"""``brainfound check``: is this input what a model expects?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from brainfound.cli.predict import IMAGES
+from brainfound.cli.terminal import AsJson, Quiet, note, progress_bar
+from brainfound.errors import EXIT_SOME_REJECTED, UsageError
+
+if TYPE_CHECKING:
+    from brainfound.data.check import CheckedSession
+    from brainfound.data.check_rules import Finding
+    from brainfound.data.cohort import Session
+    from brainfound.data.contact_sheet import Card
+    from brainfound.data.contract import InputContract
+    from brainfound.data.preprocessing import Preprocessing
+
+SIGNS = {"ok": "✓", "note": "·", "warn": "!", "fail": "✗", None: ""}
+MOST_CARDS = 60
+"""Sessions on the picture."""
+
+
+def check(
+    source: Annotated[
+        list[str],
+        typer.Argument(help="A cohort (folder or manifest), or the scans of one session (FILE or CONTRAST=FILE)."),
+    ],
+    model: Annotated[
+        str | None, typer.Option(help="A run, export, bundle or Hub id to check against; also a store.")
+    ] = None,
+    contrasts: Annotated[str | None, typer.Option(help="Without --model: comma-separated, such as T1w,FLAIR.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Write a picture of slices as the model will see them.")] = None,
+    keep_ids: Annotated[bool, typer.Option("--keep-ids", help="Show identifiers and file names.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Check scans against what a model expects: ✓ fine, ! look at it, ✗ not what the model was made for.
+
+    Exit code 3 if any scan has a ✗.
+    """
+    preprocessing, contract = _expected(model, contrasts)
+    sessions, are_files = _sessions(source, preprocessing)
+    report = _Report(keep_ids or are_files, are_files, with_cards=png is not None)
+    with progress_bar("checking sessions", quiet or as_json) as progress:
+        report.add_all(sessions, preprocessing, contract, progress)
+    if png is not None:
+        report.write_picture(png, preprocessing)
+    if as_json:
+        print(json.dumps(report.facts(contract), indent=1))
+    else:
+        report.show()
+    if model is not None and not contract.is_measured:
+        note("the model carries no input contract: only what its preprocessing says was checked")
+    if report.has_failed:
+        raise typer.Exit(EXIT_SOME_REJECTED)
+
+
+def _expected(model: str | None, contrasts: str | None) -> tuple[Preprocessing, InputContract]:
+    from brainfound.data.check import contract_of_model
+    from brainfound.data.contract import InputContract
+    from brainfound.data.preprocessing import Preprocessing
+    from brainfound.recipes import validate
+
+    if model is None:
+        content = {} if contrasts is None else {"contrasts": contrasts}
+        preprocessing = validate(Preprocessing, content, where="--contrasts")
+        return preprocessing, InputContract.of_preprocessing(preprocessing)
+    if contrasts is not None:
+        raise UsageError("a model has contrasts of its own", where="--contrasts", remedy="Leave --contrasts out")
+    if not Path(model).exists() and model.count("/") == 1:
+        from brainfound.predict.predictor import local_folder
+
+        return contract_of_model(local_folder(model))
+    return contract_of_model(model)
+
+
+def _sessions(source: list[str], preprocessing: Preprocessing) -> tuple[list[Session], bool]:
+    """The sessions, and whether they were given as files."""
+    from brainfound.data.check import session_of_files
+    from brainfound.data.cohort import Cohort
+
+    first = source[0]
+    is_image = first.lower().endswith(IMAGES) and not Path(first).is_dir()
+    if len(source) == 1 and not is_image and ("=" not in first or Path(first).exists()):
+        return list(Cohort.read(first).sessions()), False
+    return [session_of_files(source, preprocessing.contrasts)], True
+
+
+@dataclass
+class _Report:
+    """What was found, as text, JSON and picture."""
+
+    with_names: bool
+    are_files: bool
+    with_cards: bool
+    sessions: list[CheckedSession] = field(default_factory=list)
+    cards: dict[int, Card] = field(default_factory=dict)
+
+    def add_all(
+        self,
+        sessions: list[Session],
+        preprocessing: Preprocessing,
+        contract: InputContract,
+        progress: Callable[[int, int], None] | None,
+    ) -> None:
+        from dataclasses import replace
+
+        from brainfound.data.check import check_session
+        from brainfound.data.contact_sheet import choose_sessions
+
+        evenly = set(choose_sessions(len(sessions), (), MOST_CARDS))
+        for row, session in enumerate(sessions):
+            checked = check_session(session, preprocessing, contract)
+            flagged = checked.level in ("warn", "fail")
+            if self.with_cards and checked.stack is not None and (row in evenly or flagged):
+                self.cards[row] = self._card(row, checked)
+            self.sessions.append(replace(checked, stack=None))
+            if progress:
+                progress(row + 1, len(sessions))
+
+    @property
+    def has_failed(self) -> bool:
+        return any(session.level == "fail" for session in self.sessions)
+
+    def _label(self, row: int) -> str:
+        session = self.sessions[row] if row < len(self.sessions) else None
+        if self.are_files or session is None or not self.with_names:
+            return str(row)
+        return f"{row} {session.subject} {session.session}"
+
+    def _card(self, row: int, checked: CheckedSession) -> Card:
+        from brainfound.data.contact_sheet import card_of_stack
+
+        assert checked.stack is not None
+        label = f"{row} {checked.subject} {checked.session}" if self.with_names and not self.are_files else str(row)
+        notes = {scan.contrast: _worth_a_look(scan.findings) for scan in checked.scans if scan.is_used}
+        notes[""] = _worth_a_look(checked.findings)
+        refused = frozenset(scan.contrast for scan in checked.scans if scan.is_used and scan.quality is None)
+        return card_of_stack(checked.stack, label, notes, refused)
+
+    def show(self) -> None:
+        from brainfound.cli.tables import print_table
+        from brainfound.data.check_rules import SCAN_CHECKS, SESSION_CHECKS
+
+        names = ("file",) if self.with_names else ()
+        rows = []
+        for number, session in enumerate(self.sessions):
+            for place, scan in enumerate(session.scans):
+                signs = [SIGNS[scan.level_of(check)] for check in SCAN_CHECKS]
+                common = [_sign(session.findings, check) if place == 0 else "" for check in SESSION_CHECKS]
+                file = (scan.file.name,) if self.with_names else ()
+                label = "" if place else self._label(number)
+                rows.append((label, scan.contrast, *file, SIGNS[scan.level] if scan.is_used else "·", *signs, *common))
+        columns = ("session", "contrast", *names, "", *("read" if c == "file" else c for c in SCAN_CHECKS))
+        print_table((*columns, *SESSION_CHECKS), rows)
+        for line in self._problems():
+            print(line)
+        print(self._summary())
+
+    def _problems(self) -> list[str]:
+        """One line per distinct problem: how often, an example, and what to do; the gravest first."""
+        from brainfound.data.check_rules import LEVELS
+
+        groups: dict[tuple[str, str, str], list[str]] = {}
+        for session in self.sessions:
+            findings = [finding for scan in session.scans for finding in scan.findings] + list(session.findings)
+            for finding in findings:
+                if finding.message:
+                    key = (finding.level, finding.check, finding.remedy or finding.message)
+                    groups.setdefault(key, []).append(finding.message)
+        lines = []
+        ordered = sorted(groups.items(), key=lambda item: (-LEVELS.index(item[0][0]), item[0][1]))  # type: ignore[arg-type]
+        for (level, name, remedy), messages in ordered:
+            times = f" ({len(messages)} times, the first)" if len(messages) > 1 else ""
+            what = "" if remedy == messages[0] else f". {remedy}"
+            lines.append(f"{SIGNS[level]} {'read' if name == 'file' else name}{times}: {messages[0]}{what}")  # type: ignore[index]
+        return lines
+
+    def _summary(self) -> str:
+        used = [scan for session in self.sessions for scan in session.scans if scan.is_used or scan.level == "fail"]
+        counts = {level: sum(scan.level == level for scan in used) for level in ("ok", "note", "warn", "fail")}
+        fine = counts["ok"] + counts["note"]
+        return (
+            f"{_plural(len(used), 'scan')} of {_plural(len(self.sessions), 'session')}: "
+            f"{fine} ✓, {counts['warn']} !, {counts['fail']} ✗"
+        )
+
+    def facts(self, contract: InputContract) -> dict[str, Any]:
+        from brainfound.data.check import facts_of, facts_of_finding
+
+        listed = []
+        for row, session in enumerate(self.sessions):
+            names = {"subject": session.subject, "session": session.session}
+            listed.append(
+                {
+                    "row": row,
+                    **(names if self.with_names and not self.are_files else {}),
+                    "level": session.level,
+                    "findings": [facts_of_finding(finding) for finding in session.findings if finding.message],
+                    "scans": [facts_of(scan, self.with_names) for scan in session.scans],
+                }
+            )
+        return {
+            "level": max((s.level for s in self.sessions), key=list(SIGNS).index, default="ok"),
+            "has_contract": contract.is_measured,
+            "contract": contract.model_dump(mode="json"),
+            "sessions": listed,
+        }
+
+    def write_picture(self, path: Path, preprocessing: Preprocessing) -> None:
+        from brainfound.data.contact_sheet import choose_sessions
+        from brainfound.data.contact_sheet_page import draw_page
+
+        rows = list(self.cards)
+        flagged = [place for place, row in enumerate(rows) if self.cards[row].is_flagged]
+        shown = [self.cards[rows[place]] for place in choose_sessions(len(rows), flagged, MOST_CARDS)]
+        foot = f"{len(shown)} of {_plural(len(self.sessions), 'session')} as the model sees them."
+        draw_page(shown, preprocessing.contrasts, path, foot)
+
+
+def _worth_a_look(findings: Iterable[Finding]) -> tuple[str, ...]:
+    return tuple(finding.message for finding in findings if finding.level in ("warn", "fail") and finding.message)
+
+
+def _sign(findings: tuple[Finding, ...], name: str) -> str:
+    from brainfound.data.check_rules import worst
+
+    found = [finding for finding in findings if finding.check == name]
+    return SIGNS[worst(found)] if found else ""
+
+
+def _plural(count: int, name: str) -> str:
+    return f"{count} {name}" + ("" if count == 1 else "s")

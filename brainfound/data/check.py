@@ -1,0 +1,252 @@
+"""Is this input what a model expects? Every scan of a source, against the model's input contract.
+
+Scans are read and brought onto the model's grid as `prepare` and `predict` do it, one at a time; nothing is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from brainfound.contrasts import CONTRASTS, UNKNOWN, contrast_from_filename, parse_contrast
+from brainfound.data.check_rules import (
+    Finding,
+    Level,
+    age_finding,
+    field_findings,
+    intensity_findings,
+    orientation_findings,
+    overlap_finding,
+    seen_finding,
+    skull_finding,
+    slices_finding,
+    spacing_finding,
+    worst,
+)
+from brainfound.data.cohort import Session
+from brainfound.data.contract import InputContract
+from brainfound.data.preprocessing import Preprocessing
+from brainfound.data.quality import ScanQuality
+from brainfound.data.scan import Scan, load_scan, read_header
+from brainfound.data.stack import Stack
+from brainfound.data.stack_builder import StackBuilder
+from brainfound.errors import ModelError, ScanError, UsageError
+
+
+@dataclass(frozen=True)
+class CheckedScan:
+    """One file and what was found about it.
+
+    Attributes:
+        contrast: as the source names it.
+        file: the file.
+        findings: one or more per question that could be asked.
+        quality: numbers of the scan; None if it did not get that far.
+        is_used: False for a contrast that the model does not read, and for a second scan of one.
+    """
+
+    contrast: str
+    file: Path
+    findings: tuple[Finding, ...]
+    quality: ScanQuality | None = None
+    is_used: bool = True
+
+    @property
+    def level(self) -> Level:
+        return worst(self.findings)
+
+    def level_of(self, check: str) -> Level | None:
+        """The gravest answer to one question; None if it was not asked."""
+        found = [finding for finding in self.findings if finding.check == check]
+        return worst(found) if found else None
+
+
+@dataclass(frozen=True)
+class CheckedSession:
+    """One session: its scans, and what concerns all of them."""
+
+    subject: str
+    session: str
+    scans: tuple[CheckedScan, ...]
+    findings: tuple[Finding, ...] = ()
+    stack: Stack | None = field(default=None, repr=False)
+
+    @property
+    def level(self) -> Level:
+        return worst([*self.findings, *(finding for scan in self.scans for finding in scan.findings)])
+
+
+def check_session(session: Session, preprocessing: Preprocessing, contract: InputContract) -> CheckedSession:
+    """Check the scans of one session as the model would read them.
+
+    Args:
+        session: of a cohort, or from `session_of_files`.
+        preprocessing: the model's.
+        contract: the model's, or what is known of it.
+    """
+    return _SessionCheck(session, preprocessing, contract).run()
+
+
+class _SessionCheck:
+    def __init__(self, session: Session, preprocessing: Preprocessing, contract: InputContract) -> None:
+        self.session, self.preprocessing, self.contract = session, preprocessing, contract
+        self.builder: StackBuilder | None = None
+        self.scans: list[CheckedScan] = []
+
+    def run(self) -> CheckedSession:
+        session = self.session
+        wanted = [contrast for contrast in self.preprocessing.contrasts if contrast in session.scans]
+        for contrast in wanted:
+            self.scans.append(self._check(contrast, session.scans[contrast]))
+        for contrast, file in session.scans.items():
+            if contrast not in wanted:
+                self.scans.append(self._not_read(contrast, file, bool(wanted)))
+        for contrast, file in session.extra_scans:
+            message = "another scan of this contrast; the first one is used"
+            self.scans.append(CheckedScan(contrast, file, (Finding("contrast", "note", message),), is_used=False))
+        findings: list[Finding | None] = [age_finding(session.covariates.get("age_years"), self.contract)]
+        stack = None
+        if self.builder is not None:
+            stack = self.builder.build(subject=session.subject, session=session.session)
+            findings.insert(0, slices_finding(len(stack.pixels), self.contract))
+        return CheckedSession(session.subject, session.session, tuple(self.scans), _asked(findings), stack)
+
+    def _check(self, contrast: str, file: Path) -> CheckedScan:
+        findings: list[Finding] = [seen_finding(contrast, self.contract)]
+        same = [scan.contrast for scan in self.scans if scan.file == file]
+        if same:
+            message = f"the same file is listed as {same[0]}"
+            findings.append(Finding("contrast", "fail", message, "Name each file once"))
+            return CheckedScan(contrast, file, tuple(findings))
+        try:
+            read_header(file)
+            scan = load_scan(file)
+        except ScanError as error:
+            return CheckedScan(contrast, file, (*findings, _failed("file", error)))
+        findings += [Finding("file", "ok"), *orientation_findings(scan)]
+        try:
+            self.builder = self._with(contrast, scan, file.name)
+        except ScanError as error:
+            return CheckedScan(contrast, file, (*findings, _failed("field", error)))
+        quality = self.builder.quality[-1]
+        findings += _asked([spacing_finding(quality, self.contract)])
+        findings += intensity_findings(scan, quality, self.contract, self.preprocessing)
+        findings += _asked([skull_finding(quality, self.contract)])
+        findings += field_findings(quality, self.contract)
+        if len(self.builder.quality) > 1:  # the first is what the others are compared with
+            findings.append(overlap_finding(quality))
+        return CheckedScan(contrast, file, tuple(findings), quality)
+
+    def _with(self, contrast: str, scan: Scan, name: str) -> StackBuilder:
+        if self.builder is None:
+            return StackBuilder(self.preprocessing, contrast, scan, name)
+        self.builder.add(contrast, scan, name)
+        return self.builder
+
+    def _not_read(self, contrast: str, file: Path, has_others: bool) -> CheckedScan:
+        names = ", ".join(self.preprocessing.contrasts)
+        if contrast not in CONTRASTS:
+            finding = Finding("contrast", "fail", f"unknown contrast {contrast!r}", _remedy_of_name(contrast))
+        elif has_others:
+            finding = Finding("contrast", "note", f"the model does not read {contrast}")
+        else:
+            message = f"the session has none of the model's contrasts ({names})"
+            remedy = "Give one of them, or use a model that reads what there is"
+            finding = Finding("contrast", "fail", message, remedy)
+        return CheckedScan(contrast, file, (finding,), is_used=False)
+
+
+def _asked(findings: Iterable[Finding | None]) -> tuple[Finding, ...]:
+    return tuple(finding for finding in findings if finding is not None)
+
+
+def _failed(check: str, error: ScanError) -> Finding:
+    facts = [f"{word} {text}" for word, text in (("got", error.got), ("expected", error.expected)) if text is not None]
+    message = error.what + (f" ({', '.join(facts)})" if facts else "")
+    return Finding(check, "fail", message, error.remedy or "")
+
+
+def _remedy_of_name(contrast: str) -> str:
+    try:
+        parse_contrast(contrast)
+    except UsageError as error:
+        return error.remedy or ""
+    return ""
+
+
+def session_of_files(inputs: Iterable[str], contrasts: tuple[str, ...]) -> Session:
+    """One session from ``FILE`` and ``CONTRAST=FILE`` arguments, read as `predict` reads them.
+
+    A single file whose name says nothing is taken for the model's contrast if it has only one.
+
+    Raises:
+        UsageError: a contrast cannot be told from a name, or is given twice.
+    """
+    texts = list(inputs)
+    scans: dict[str, Path] = {}
+    for text in texts:
+        name, equals, rest = text.partition("=")
+        if equals and not Path(text).exists():
+            contrast, file = parse_contrast(name), Path(rest)
+        else:
+            file = Path(text)
+            contrast = contrast_from_filename(file)
+        if contrast == UNKNOWN and len(texts) == len(contrasts) == 1:
+            contrast = contrasts[0]
+        if contrast == UNKNOWN:
+            raise UsageError(
+                "the contrast cannot be told from the file name",
+                where=file.name,
+                expected=", ".join(contrasts),
+                remedy=f"Say it: {contrasts[-1]}={file.name}",
+            )
+        if contrast in scans:
+            got = f"{scans[contrast].name} and {file.name}"
+            raise UsageError(f"two scans of {contrast}", got=got, remedy="Give one")
+        scans[contrast] = file
+    return Session(subject="", session="", scans=scans, covariates={}, masks={})
+
+
+def contract_of_model(folder: str | Path) -> tuple[Preprocessing, InputContract]:
+    """The preprocessing and the contract of a run, an export, a bundle, or a store (measured on the spot).
+
+    Raises:
+        ModelError: the folder holds none of them.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ModelError("no such model", where=folder, remedy="Give a run folder, its export, a bundle or a store")
+    if (folder / "store.json").is_file():
+        from brainfound.data.store import Store
+
+        store = Store.open(folder)
+        return store.preprocessing, InputContract.of(store)
+    if (folder / "export").is_dir():
+        folder = folder / "export"
+    preprocessing = Preprocessing.load(folder)
+    contract = InputContract.load_or_none(folder)
+    return preprocessing, contract or InputContract.of_preprocessing(preprocessing)
+
+
+def facts_of(scan: CheckedScan, keep_ids: bool) -> dict[str, Any]:
+    """A scan as plain values, for JSON; its file name only if identifiers are kept."""
+    row: dict[str, Any] = {"contrast": scan.contrast, "level": scan.level, "is_used": scan.is_used}
+    if keep_ids:
+        row["file"] = scan.file.name
+    row["checks"] = {check: scan.level_of(check) for check in dict.fromkeys(f.check for f in scan.findings)}
+    row["findings"] = [facts_of_finding(finding) for finding in scan.findings if finding.message]
+    if scan.quality is not None:
+        row |= {name: value for name, value in scan.quality.to_row().items() if name not in ("file", "notes")}
+    return row
+
+
+def facts_of_finding(finding: Finding) -> dict[str, str]:
+    """A finding as plain values, for JSON."""
+    return {
+        "check": finding.check,
+        "level": finding.level,
+        "message": finding.message,
+        "remedy": finding.remedy,
+    }

@@ -1,0 +1,248 @@
+"""What `brainfound check` asks of a scan and of a session: one small rule per question.
+
+A rule gives a finding: ``ok``; ``note`` (nothing is wrong); ``warn`` (a person should look); ``fail`` (the model was
+not made for this). A question that cannot be asked, because the model's contract does not say, gives None.
+
+Axis legend: X left → right, Y posterior → anterior, Z inferior → superior.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from brainfound.data.contract import InputContract
+from brainfound.data.preprocessing import Preprocessing
+from brainfound.data.quality import ScanQuality
+from brainfound.data.scan import Scan
+
+Level = Literal["ok", "note", "warn", "fail"]
+LEVELS: tuple[Level, ...] = ("ok", "note", "warn", "fail")
+
+SCAN_CHECKS = ("contrast", "file", "orientation", "spacing", "intensity", "skull", "field", "overlap")
+SESSION_CHECKS = ("slices", "age")
+
+COARSER_THAN_SEEN = 1.5
+"""A voxel edge longer than the longest in training by more than this factor is worth a warning."""
+COARSER_THAN_GRID = 3.0
+"""The same for a model without a contract, against the grid that scans are brought to."""
+FEW_VALUES, MOST_VALUES_OF_MASK = 40, 12
+"""Fewer different values than the first are a coarse quantisation; no more than the second are a mask."""
+EQUAL_NEIGHBOURS_OF_LABELS = 0.8
+"""Share of neighbouring voxels with the same whole number: labels fill regions, images do not."""
+CLIPPED = 0.02
+"""Share of the foreground at the very highest value; robust scaling by others clips at most 0.5 to 1 %."""
+DEEPLY_NEGATIVE = 0.2
+"""A minimum below minus this part of the foreground's upper end is no ringing of an interpolation."""
+OUTSIDE_OF_RANGE = 0.05
+"""Share of the foreground outside of a contrast's fixed range."""
+OVERLAP, CROPPED = 0.9, 0.02
+"""Shares of the foreground: covered by the field of view; lost outside of the stack."""
+FOREGROUND_ML = (300.0, 7000.0)
+"""Plausible volumes of a brain or head, a newborn's included, for a model without a contract."""
+FOREGROUND_SLACK, SLICES_SLACK = 1.6, 1.33
+"""How far beyond the training's extremes a volume or number of slices may lie, as a factor."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The answer to one question."""
+
+    check: str
+    level: Level
+    message: str = ""
+    remedy: str = ""
+
+
+def worst(findings: tuple[Finding, ...] | list[Finding]) -> Level:
+    """The gravest level; ``ok`` of none."""
+    return max((finding.level for finding in findings), key=LEVELS.index, default="ok")
+
+
+def orientation_findings(scan: Scan) -> list[Finding]:
+    """Does the header say how the head lies, and with one voice?"""
+    if not scan.notes:
+        return [Finding("orientation", "ok")]
+    remedy = "Compare left and right with a viewer and the scanner's images; convert again from DICOM if in doubt"
+    return [Finding("orientation", "warn", note, remedy) for note in scan.notes]
+
+
+def spacing_finding(quality: ScanQuality, contract: InputContract) -> Finding | None:
+    """Are the voxels about as fine as those that the model learnt from?"""
+    longest = max(quality.spacing_mm)
+    if contract.is_measured:
+        seen = contract.coarsest_mm.get(quality.contrast)
+        if seen is None:
+            return None
+        limit, what = COARSER_THAN_SEEN * seen, f"the coarsest training scan of {quality.contrast} had {seen:.3g} mm"
+    else:
+        asked = [spacing for spacing in contract.spacing_mm if spacing is not None]
+        if not asked:
+            return None
+        limit, what = COARSER_THAN_GRID * max(asked), f"the model's grid has {max(asked):g} mm"
+    if longest <= limit:
+        return Finding("spacing", "ok")
+    return Finding(
+        "spacing",
+        "warn",
+        f"voxels are up to {longest:.3g} mm long; {what}",
+        "Expect worse answers; use a finer scan where there is one, or a model that learnt from such scans",
+    )
+
+
+def seen_finding(contrast: str, contract: InputContract) -> Finding:
+    """Is it one of the model's contrasts, and did the model ever see it?"""
+    if contract.is_measured and contrast not in contract.coarsest_mm:
+        return Finding(
+            "contrast",
+            "warn",
+            f"no training session had {contrast}: the model never learnt to read it",
+            "Leave this contrast out",
+        )
+    return Finding("contrast", "ok")
+
+
+def intensity_findings(
+    scan: Scan, quality: ScanQuality, contract: InputContract, preprocessing: Preprocessing
+) -> list[Finding]:
+    """Is it an image, with the values that an image has?"""
+    values = scan.data[::2, ::2, ::2].ravel()
+    different, counts = np.unique(values, return_counts=True)
+    if _is_label_map(scan, different, counts):
+        message = f"only {len(different)} different values, as in a mask or label map"
+        return [Finding("intensity", "fail", message, "Give the image from which the mask was drawn")]
+    found = [
+        _quantised(different),
+        _clipped(values, quality),
+        _negative(quality, contract),
+        _outside_of_range(values, quality, preprocessing),
+    ]
+    return [finding for finding in found if finding is not None] or [Finding("intensity", "ok")]
+
+
+def _quantised(different: np.ndarray) -> Finding | None:
+    if len(different) >= FEW_VALUES:
+        return None
+    message = f"only {len(different)} different values: too coarsely quantised"
+    return Finding("intensity", "warn", message, "Export the scan again with 12 or 16 bits")
+
+
+def _clipped(values: np.ndarray, quality: ScanQuality) -> Finding | None:
+    foreground = int(np.count_nonzero(values > quality.intensity_low))
+    at_top = int(np.count_nonzero(values == quality.maximum)) / max(foreground, 1)
+    if at_top <= CLIPPED:
+        return None
+    message = f"{at_top:.0%} of the foreground has the highest value, {quality.maximum:g}: it was clipped"
+    return Finding("intensity", "warn", message, "Use the scan as it was before it was windowed or rescaled")
+
+
+def _negative(quality: ScanQuality, contract: InputContract) -> Finding | None:
+    low = quality.minimum
+    if low >= 0:
+        return None
+    if low < -DEEPLY_NEGATIVE * abs(quality.intensity_high):
+        message = f"values down to {low:g}: magnitude images are not negative"
+        return Finding("intensity", "warn", message, "Check that it is no CT, phase image or z-scored copy")
+    if contract.negative_values is False:
+        message = f"small negative values down to {low:g}, which no training scan had"
+        return Finding("intensity", "note", message)
+    return None
+
+
+def _outside_of_range(values: np.ndarray, quality: ScanQuality, preprocessing: Preprocessing) -> Finding | None:
+    limits = preprocessing.ranges.get(quality.contrast)
+    if limits is None:
+        return None
+    shown = values[values != 0]
+    share = float(((shown < limits[0]) | (shown > limits[1])).mean()) if shown.size else 0.0
+    if share <= OUTSIDE_OF_RANGE:
+        return None
+    message = f"{share:.0%} of the voxels lie outside of {limits[0]:g} to {limits[1]:g}, the model's fixed range"
+    return Finding("intensity", "fail" if share > 0.5 else "warn", message, "Check the unit of the map")
+
+
+def _is_label_map(scan: Scan, different: np.ndarray, counts: np.ndarray) -> bool:
+    if len(different) <= MOST_VALUES_OF_MASK:
+        return True
+    if len(different) > 2000 or not np.array_equal(different, np.rint(different)):
+        return False
+    most = different[counts.argmax()]
+    middle = scan.data[tuple(slice(n // 4, max(n - n // 4, n // 4 + 2)) for n in scan.data.shape)]
+    here, next_ = middle[:-1], middle[1:]
+    inside = (here != most) & (next_ != most)
+    count = int(np.count_nonzero(inside))
+    return int(np.count_nonzero(inside & (here == next_))) > EQUAL_NEIGHBOURS_OF_LABELS * max(count, 1)
+
+
+def skull_finding(quality: ScanQuality, contract: InputContract) -> Finding | None:
+    """Is it stripped or whole as the model's scans were?"""
+    if contract.skull in ("mixed", "unknown"):
+        return None
+    if quality.skull == contract.skull:
+        return Finding("skull", "ok")
+    names = {"stripped": "skull-stripped brains", "head": "whole heads"}
+    if quality.skull == "unclear":
+        message = f"cannot tell whether this is a whole head; the model learnt from {names[contract.skull]}"
+        return Finding("skull", "warn", message, "Look at it: brainfound check --png")
+    message = f"{names[quality.skull]} here, but the model learnt from {names[contract.skull]}"
+    if contract.skull == "head":
+        return Finding("skull", "fail", message, "Give the scans as acquired, before skull-stripping")
+    hooks = " ".join(f"--hook {name}" for name in contract.hooks) or "--hook synthstrip"
+    return Finding("skull", "fail", message, f"Strip the skulls first, as in: brainfound prepare … {hooks}")
+
+
+def field_findings(quality: ScanQuality, contract: InputContract) -> list[Finding]:
+    """Is a whole head or brain there, and does it fit into the stack?"""
+    low, high = FOREGROUND_ML
+    if contract.foreground_ml is not None:
+        low, high = contract.foreground_ml[0] / FOREGROUND_SLACK, contract.foreground_ml[1] * FOREGROUND_SLACK
+    found = []
+    if not low <= quality.foreground_ml <= high:
+        message = f"the head or brain has {quality.foreground_ml:.0f} ml; {low:.0f} to {high:.0f} were expected"
+        remedy = "Check the voxel size, and that the whole head is in the field of view"
+        found.append(Finding("field", "warn", message, remedy))
+    if quality.cropped > CROPPED:
+        rows, columns = contract.size
+        message = f"{quality.cropped:.0%} of the head or brain falls outside of the model's {rows} × {columns} pixels"
+        remedy = "Check the position of the head; for a new model choose a larger size"
+        found.append(Finding("field", "warn", message, remedy))
+    return found or [Finding("field", "ok")]
+
+
+def overlap_finding(quality: ScanQuality) -> Finding:
+    """Does its field of view cover what the session's reference scan shows?"""
+    if quality.overlap >= OVERLAP:
+        return Finding("overlap", "ok")
+    message = f"covers {quality.overlap:.0%} of what the session's reference scan shows"
+    return Finding("overlap", "warn", message, "Check that the scans belong together; what is not covered stays black")
+
+
+def slices_finding(num_slices: int, contract: InputContract) -> Finding | None:
+    """Has the stack about as many slices as the model's?"""
+    if contract.num_slices is None:
+        return None
+    fewest, most = contract.num_slices
+    if fewest / SLICES_SLACK <= num_slices <= most * SLICES_SLACK:
+        return Finding("slices", "ok")
+    message = f"{num_slices} slices; training stacks had {fewest} to {most}"
+    return Finding("slices", "warn", message, "Check that the scan shows the whole head, and its spacing along z")
+
+
+def age_finding(age_years: Any, contract: InputContract) -> Finding | None:
+    """Is the subject as old as those that the model learnt from?"""
+    if contract.age_years is None:
+        return None
+    youngest, oldest = contract.age_years
+    try:
+        age = math.nan if age_years is None else float(age_years)
+    except (TypeError, ValueError):
+        age = math.nan
+    if math.isnan(age):
+        return Finding("age", "note", f"the age is not known; the model saw {youngest:g} to {oldest:g} years")
+    if youngest <= age <= oldest:
+        return Finding("age", "ok")
+    message = f"{age:g} years; the model saw {youngest:g} to {oldest:g}"
+    return Finding("age", "warn", message, "Do not trust answers beyond the ages that the model saw")
