@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,12 +17,22 @@ KINDS = ("recipes", "adapters", "contrasts", "cohort")
 def list_(
     kind: Annotated[str, typer.Argument(help=f"One of: {', '.join(KINDS)}.")] = "recipes",
     path: Annotated[Path | None, typer.Argument(help="With `cohort`: the source to look at.")] = None,
+    sessions: Annotated[
+        bool, typer.Option("--sessions", help="With `cohort`: also a line per session, with its names.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """List recipes, adapters, contrasts, or what a cohort holds."""
     if kind not in KINDS:
         raise UsageError(f"cannot list {kind!r}", remedy=did_you_mean(kind, KINDS))
-    rows = _cohort(path) if kind == "cohort" else _contrasts() if kind == "contrasts" else _recipes(kind)
+    if kind == "cohort":
+        from brainfound.cli.cohort_listing import list_cohort
+
+        list_cohort(path, sessions=sessions, as_json=as_json)
+        return
+    if sessions:
+        raise UsageError("--sessions goes with `cohort` only", remedy="brainfound list cohort PATH --sessions")
+    rows: list[dict[str, Any]] = list(_contrasts() if kind == "contrasts" else _recipes(kind))
     if as_json:
         print(json.dumps(rows, indent=1))
         return
@@ -48,24 +58,3 @@ def _contrasts() -> list[dict[str, str]]:
         {"name": f"{c.name:<8}", "about": c.description, "aliases": "(" + ", ".join(c.aliases) + ")"}
         for c in CONTRASTS.values()
     ]
-
-
-def _cohort(path: Path | None) -> list[dict[str, str]]:
-    from brainfound.data.cohort import Cohort
-
-    if path is None:
-        raise UsageError("which cohort?", remedy="Give its path: brainfound list cohort PATH")
-    cohort = Cohort.read(path)
-    rows = []
-    for session in cohort.sessions():
-        age = session.covariates.get("age_years")
-        rows.append(
-            {
-                "subject": session.subject,
-                "session": session.session,
-                "contrasts": ",".join(sorted(session.scans)),
-                "age_years": "" if age is None else f"{age:g}",
-                "labels": ",".join(session.masks),
-            }
-        )
-    return rows

@@ -34,6 +34,13 @@ MARKER = "conversion.json"
 _LOOKED_AT = 500
 _LONGEST_S = 3600
 _SCHEMA = 1
+_KEPT = {
+    *SCANNER_COLUMNS,
+    *("ImageType", "SeriesDescription", "ProtocolName", "ScanningSequence", "ContrastBolusIngredient"),
+    *("EchoTime", "RepetitionTime", "InversionTime", "FlipAngle", "SliceThickness", "SpacingBetweenSlices"),
+    *("ConversionSoftware", "ConversionSoftwareVersion"),
+}
+"""Keys of a sidecar that are kept: those that the rules of contrasts and the cohort's columns read."""
 
 
 def recognises(path: Path) -> bool:
@@ -146,12 +153,13 @@ def _convert_series(series: Series, folder: Path, work: Path, program: str) -> N
             for number, file in enumerate(series.files):
                 (Path(links) / f"{number:06d}.dcm").symlink_to(file.resolve())
             said = _run(program, Path(links), made)
+        _keep_what_is_needed(made)
         images = sorted((file.name for file in made.glob("*.nii.gz")), key=in_order)
         left_out = [
             (name, "phase or part of a complex image, not magnitude") for name in images if _is_phase(made, name)
         ]
         scans = [name for name in images if name not in dict(left_out)]
-        problems = said if not images else [line for line in said if line.lower().startswith("error")]
+        problems = [" · ".join(said)] if not images else [line for line in said if line.lower().startswith("error")]
         outcome = {"scans": scans, "left_out": left_out, "problems": problems or ([] if images else ["no image made"])}
         (made / "series.json").write_text(json.dumps(outcome), encoding="utf-8")
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -162,6 +170,12 @@ def _convert_series(series: Series, folder: Path, work: Path, program: str) -> N
                 raise
     finally:
         shutil.rmtree(made, ignore_errors=True)
+
+
+def _keep_what_is_needed(folder: Path) -> None:
+    """Sidecars lose what no rule reads: dcm2niix leaves the institution and the time of day in them."""
+    for file in folder.glob("*.json"):
+        file.write_text(json.dumps({k: v for k, v in _read_json(file).items() if k in _KEPT}, indent=1))
 
 
 def _run(program: str, source: Path, out: Path) -> list[str]:
@@ -182,9 +196,9 @@ def _run(program: str, source: Path, out: Path) -> list[str]:
     except OSError as error:
         raise CohortError(f"dcm2niix cannot be started ({error.strerror})", remedy="Install it again") from error
     lines = [line.strip() for line in (done.stdout + "\n" + done.stderr).splitlines() if line.strip()]
-    faults = [line for line in lines if re.match(r"(?:error|unable|warning)", line, re.IGNORECASE)]
+    faults = [line for line in lines if re.match(r"(?:error|unable|unsupported|warning)", line, re.IGNORECASE)]
     if done.returncode and not any(line.lower().startswith("error") for line in faults):
-        faults.insert(0, f"error: exit code {done.returncode}")
+        faults = [f"error: exit code {done.returncode}", *(faults or lines[-1:])]
     return [re.sub(r"\S*/\S*", "(file)", line)[:200] for line in faults or lines[-1:]]
 
 

@@ -11,14 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from brainfound.data.sources.folders import Unused, in_order, plain_name
+from brainfound.data.sources.folders import DICOM_ENDINGS, Unused, in_order, plain_name
 
 _TAGS = [
     *("PatientID", "PatientName", "PatientAge", "PatientSex", "Modality"),
     *("StudyInstanceUID", "SeriesInstanceUID", "SeriesNumber", "StudyDate", "StudyTime"),
 ]
 _NO_PATIENT = {"", "anonymous", "anonymized", "anonymised", "anon", "unknown", "none", "0", "na", "n/a"}
-_DICOM_ENDINGS = (".dcm", ".ima", ".dicom")
 _YEARS = {"Y": 1.0, "M": 1 / 12, "W": 7 / 365.25, "D": 1 / 365.25}
 
 
@@ -50,7 +49,7 @@ class Series:
 
 def is_dicom(path: Path) -> bool:
     """Whether a file has DICOM's mark at byte 128, or its usual ending."""
-    if path.suffix.lower() in _DICOM_ENDINGS:
+    if path.suffix.lower() in DICOM_ENDINGS:
         return True
     try:
         with path.open("rb") as stream:
@@ -90,7 +89,7 @@ def _read_header(file: Path) -> Any:
 
     try:
         return pydicom.dcmread(
-            file, stop_before_pixels=True, specific_tags=_TAGS, force=file.suffix.lower() in _DICOM_ENDINGS
+            file, stop_before_pixels=True, specific_tags=_TAGS, force=file.suffix.lower() in DICOM_ENDINGS
         )
     except (
         *(InvalidDicomError, OSError, EOFError, ValueError, KeyError, TypeError, AttributeError),
@@ -137,13 +136,16 @@ def _folders_are_persons(series: list[Series]) -> bool:
     folders = {one.folder for one in series}
     if len(folders) < 2 or "" in folders:
         return False
-    persons, homes, studies = defaultdict(set), defaultdict(set), defaultdict(set)
+    persons: dict[str, set[str | None]] = defaultdict(set)
+    homes: dict[str, set[str]] = defaultdict(set)
+    studies: dict[str, set[str]] = defaultdict(set)
     for one in series:
         persons[one.folder].add(one.patient)
         studies[one.study].add(one.folder)
         if one.patient is not None:
             homes[one.patient].add(one.folder)
-    return all(len(found) == 1 for found in (*persons.values(), *homes.values(), *studies.values()))
+    in_one = all(len(found) == 1 for found in (*homes.values(), *studies.values()))
+    return in_one and all(len(found) == 1 for found in persons.values())
 
 
 def _name_sessions(series: list[Series]) -> None:

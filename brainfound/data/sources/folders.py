@@ -13,6 +13,8 @@ from brainfound.errors import CohortError
 IMAGES = (".nii.gz", ".nii", ".mgz")
 """Endings of the files that a scan can be read from."""
 
+DICOM_ENDINGS = (".dcm", ".ima", ".dicom")
+
 Unused = list[tuple[Path, str]]
 """Files that are no scans of the cohort, each with the reason."""
 

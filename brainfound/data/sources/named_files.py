@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pandas as pd
 
@@ -25,7 +26,7 @@ from brainfound.data.sources.file_names import (
     read_name,
     words_of,
 )
-from brainfound.data.sources.folders import Unused, images_under, in_order
+from brainfound.data.sources.folders import DICOM_ENDINGS, Unused, files_under, images_under, in_order
 from brainfound.errors import CohortError
 
 NAME = "files by name"
@@ -61,7 +62,7 @@ def read(path: Path, work: Path | None = None) -> Cohort:
     """
     unused: Unused = []
     files = []
-    for file in images_under(path, unused):
+    for file in _images(path, unused):
         name = read_name(file)
         above = {part.lower() for part in file.relative_to(path).parts[:-1]}
         if above & _LABEL_FOLDERS and name.label_column is None:
@@ -73,7 +74,7 @@ def read(path: Path, work: Path | None = None) -> Cohort:
         files.append(_File(file, folders, name))
     persons = _persons(path, files)
     _refuse_doubtful(persons)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "subject": person.subject,
             "session": person.session or "1",
@@ -90,6 +91,12 @@ def read(path: Path, work: Path | None = None) -> Cohort:
     columns = _join_label_maps(table, files, persons, unused)
     notes = ["subjects and visits were read from names; write a manifest where that is wrong"]
     return Cohort(table, path, columns, source=NAME, notes=notes, unused=unused)
+
+
+def _images(path: Path, unused: Unused) -> Iterator[Path]:
+    yield from images_under(path, unused)
+    dicom = (file for file in files_under(path, []) if file.suffix.lower() in DICOM_ENDINGS)
+    unused.extend((file, "DICOM beside images is not read") for file in dicom)
 
 
 def _passed_over(folder: str) -> bool:
