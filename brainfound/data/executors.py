@@ -99,7 +99,7 @@ def _on_dask(jobs: Sequence[ShardJob], write: Write, scheduler: str | None) -> I
             client.submit(write, job, pure=False, retries=_DASK_RETRIES, key=key) for key, job in jobs_of.items()
         ]
         try:
-            for future in as_completed(futures):
+            for future in as_completed(futures, loop=client.loop):
                 future.result()
                 yield jobs_of[future.key]
         except KilledWorker:

@@ -1,0 +1,249 @@
+"""Stores that grow, are begun twice, run out of disk, or are prepared by a cluster: nothing lost, nothing doubled."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from brainfound.data import prepare as preparing
+from brainfound.data import store_plan
+from brainfound.data.prepare import prepare
+from brainfound.data.preprocessing import Preprocessing
+from brainfound.data.store import Store
+from brainfound.errors import StoreError, UsageError
+
+SETTINGS = Preprocessing(contrasts=("T1w", "T2w"), spacing_mm=(4, 4, 4), size=(32, 32))
+
+
+@pytest.fixture
+def source(tmp_path, make_cohort):
+    return make_cohort(tmp_path / "cohort", num_subjects=12, contrasts=("T1w", "T2w"))
+
+
+@pytest.fixture
+def prepared_sessions(monkeypatch):
+    """Counts how often each session is prepared."""
+    counts: Counter[str] = Counter()
+    write = preparing.write_shard
+
+    def spy(job):
+        counts.update(session.subject for session in job.sessions)
+        write(job)
+
+    monkeypatch.setattr(preparing, "write_shard", spy)
+    return counts
+
+
+def rows_of(source, keep):
+    """Rewrite the manifest with the subjects that `keep` says; returns the whole table."""
+    file = source / "manifest.tsv"
+    whole = source / "whole.txt"
+    if not whole.exists():
+        shutil.copy(file, whole)
+    table = pd.read_csv(whole, sep="\t", dtype={"session": str})
+    table[[keep(subject) for subject in table["subject"]]].to_csv(file, sep="\t", index=False)
+    return table
+
+
+def assert_equal_to_new(store: Store, source, tmp_path) -> None:
+    """The store is what preparing from nothing gives."""
+    new = prepare(source, tmp_path / "new", SETTINGS)
+    assert store.content_hash == new.content_hash == store.verify()
+    assert store.sessions["subject"].tolist() == new.sessions["subject"].tolist()
+    np.testing.assert_array_equal(
+        store.read_slices(np.arange(store.num_slices)), new.read_slices(np.arange(new.num_slices))
+    )
+    assert [row["subject"] for row in store.slices] == [row["subject"] for row in new.slices]
+    pd.testing.assert_frame_equal(store.rejected, new.rejected)
+    pd.testing.assert_frame_equal(store.quality, new.quality)
+
+
+def test_new_sessions_are_added_and_the_others_left_alone(source, tmp_path, prepared_sessions):
+    rows_of(source, lambda subject: subject not in ("s00", "s05", "s11"))
+    (source / "s03_T2w.nii.gz").write_bytes(b"broken")
+    first = prepare(source, tmp_path / "store", SETTINGS)
+    assert len(first) == 9
+    prepared_sessions.clear()
+    rows_of(source, lambda subject: True)
+    grown = prepare(source, tmp_path / "store", SETTINGS)
+    assert prepared_sessions == {"s00": 1, "s05": 1, "s11": 1}
+    assert len(grown) == 12
+    assert len(grown.rejected) == 1
+    assert_equal_to_new(grown, source, tmp_path)
+    assert not [name for name in os.listdir(tmp_path) if name.endswith((".old", ".partial"))]
+    prepared_sessions.clear()
+    before = (tmp_path / "store" / "store.json").stat().st_mtime_ns
+    prepare(source, tmp_path / "store", SETTINGS)
+    assert not prepared_sessions
+    assert (tmp_path / "store" / "store.json").stat().st_mtime_ns == before
+
+
+def test_a_reader_keeps_what_it_opened_while_the_store_grows(source, tmp_path):
+    rows_of(source, lambda subject: subject < "s10")
+    store = prepare(source, tmp_path / "store", SETTINGS)
+    expected = store.read_slices(np.arange(40))
+    rows_of(source, lambda subject: True)
+    prepare(source, tmp_path / "store", SETTINGS)
+    np.testing.assert_array_equal(store.read_slices(np.arange(40)), expected)
+
+
+def test_changed_labels_are_taken_over_without_reading_scans(source, tmp_path, prepared_sessions):
+    store = prepare(source, tmp_path / "store", SETTINGS)
+    prepared_sessions.clear()
+    table = rows_of(source, lambda subject: True)
+    table.assign(diagnosis="other", score=[*range(24)]).to_csv(source / "manifest.tsv", sep="\t", index=False)
+    relabelled = prepare(source, tmp_path / "store", SETTINGS)
+    assert not prepared_sessions
+    assert set(relabelled.sessions["diagnosis"]) == {"other"}
+    assert relabelled.sessions["score"].tolist() == [*range(0, 24, 2)]
+    assert relabelled.content_hash != store.content_hash == Store.open(store.path).facts.get("none", store.content_hash)
+    assert relabelled.verify() == relabelled.content_hash
+
+
+def test_sessions_that_went_or_changed_need_a_word(source, tmp_path, prepared_sessions):
+    prepare(source, tmp_path / "store", SETTINGS)
+    rows_of(source, lambda subject: subject != "s04")
+    os.utime(source / "s07_T1w.nii.gz", ns=(1, 1))
+    with pytest.raises(StoreError, match=r"1 sessions gone, 1 with other files.*--overwrite"):
+        prepare(source, tmp_path / "store", SETTINGS)
+    assert len(Store.open(tmp_path / "store")) == 12
+    prepared_sessions.clear()
+    followed = prepare(source, tmp_path / "store", SETTINGS, overwrite=True)
+    assert prepared_sessions == {"s07": 1}
+    assert_equal_to_new(followed, source, tmp_path)
+
+
+def test_an_unfinished_run_of_a_source_that_grew_is_gone_on_with(source, tmp_path, monkeypatch, prepared_sessions):
+    rows_of(source, lambda subject: subject != "s00")
+    spied = preparing.write_shard
+
+    def fails_at_the_second(job):
+        if job.shard.number == 1:
+            raise KeyboardInterrupt
+        spied(job)
+
+    monkeypatch.setattr(preparing, "write_shard", fails_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(source, tmp_path / "store", SETTINGS)
+    monkeypatch.setattr(preparing, "write_shard", spied)
+    rows_of(source, lambda subject: True)
+    store = prepare(source, tmp_path / "store", SETTINGS)
+    assert set(prepared_sessions.values()) == {1}
+    assert_equal_to_new(store, source, tmp_path)
+
+
+def test_an_update_that_was_cut_off_between_its_renames_is_mended(source, tmp_path):
+    prepare(source, tmp_path / "store", SETTINGS)
+    (tmp_path / "store").rename(tmp_path / "store.old")
+    with pytest.raises(StoreError, match="cut off.*nothing is lost"):
+        Store.open(tmp_path / "store")
+    assert len(prepare(source, tmp_path / "store", SETTINGS)) == 12
+
+
+_PREPARE = (
+    "import sys, logging; from brainfound import Preprocessing, prepare;"
+    "s = prepare(sys.argv[1], sys.argv[2], Preprocessing(contrasts=('T1w', 'T2w'), spacing_mm=(4,4,4), size=(32,32)));"
+    "print(s.content_hash)"
+)
+
+
+def test_two_processes_that_start_at_once_make_one_store(source, tmp_path):
+    command = [sys.executable, "-c", _PREPARE, str(source), str(tmp_path / "store")]
+    runs = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    answers = [run.communicate(timeout=120) for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], answers
+    assert answers[0][0] == answers[1][0]
+    assert "waiting for it" in answers[0][1] + answers[1][1]
+    assert_equal_to_new(Store.open(tmp_path / "store"), source, tmp_path)
+
+
+def test_a_full_disk_is_said_before_it_is_filled(source, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(store_plan.shutil, "disk_usage", lambda path: usage._replace(free=100_000))
+    with pytest.raises(StoreError, match=r"will not hold the store \(got 0.0 GB free.*12 sessions.*Free some space"):
+        prepare(source, tmp_path / "store", SETTINGS)
+    assert not (tmp_path / "store.partial").exists()
+
+
+def test_the_size_that_is_foreseen_is_near_the_real_one(source, tmp_path, monkeypatch):
+    seen = []
+    real = shutil.disk_usage
+
+    def usage(path):
+        seen.append(path)
+        return real(path)
+
+    monkeypatch.setattr(store_plan.shutil, "disk_usage", usage)
+    store = prepare(source, tmp_path / "store", SETTINGS)
+    from brainfound.data.cohort import Cohort
+
+    foreseen = sum(store_plan._bytes_of(session, SETTINGS) for session in Cohort.read(source).sessions())
+    written = sum(file.stat().st_size for file in (store.path / "slices").glob("*.arrow"))
+    assert seen
+    assert 0.95 < foreseen / written < 1.5
+
+
+def test_a_disk_that_fills_up_on_the_way_keeps_what_was_done(source, tmp_path, monkeypatch, prepared_sessions):
+    spied = preparing.write_shard
+
+    def fills_up(job):
+        if job.shard.number == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        spied(job)
+
+    monkeypatch.setattr(preparing, "write_shard", fills_up)
+    with pytest.raises(StoreError, match="disk is full.*what was done is kept"):
+        prepare(source, tmp_path / "store", SETTINGS)
+    monkeypatch.setattr(preparing, "write_shard", spied)
+    prepare(source, tmp_path / "store", SETTINGS)
+    assert set(prepared_sessions.values()) == {1}
+
+
+def test_executors_that_cannot_work_are_one_line(source, tmp_path):
+    with pytest.raises(UsageError, match="no such executor"):
+        prepare(source, tmp_path / "store", SETTINGS, executor="slurm")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="which dask scheduler"):
+        prepare(source, tmp_path / "store", SETTINGS, executor="dask")
+    with pytest.raises(UsageError, match="--executor dask"):
+        prepare(source, tmp_path / "store", SETTINGS, scheduler="tcp://127.0.0.1:1")
+
+
+def test_a_dask_cluster_loses_nothing_when_a_worker_is_killed(tmp_path, make_cohort):
+    distributed = pytest.importorskip("dask.distributed", reason="dask is not installed")
+    source = make_cohort(tmp_path / "cohort", num_subjects=40, contrasts=("T1w",))
+    settings = SETTINGS.model_copy(update={"contrasts": ("T1w",)})
+    expected = prepare(source, tmp_path / "expected", settings)
+    killed = []
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, host="127.0.0.1"
+    ) as cluster:
+
+        def progress(done, total):
+            if done and not killed:
+                victim = next(iter(cluster.workers.values()))
+                os.kill(victim.pid, signal.SIGKILL)
+                killed.append(time.monotonic())
+
+        store = prepare(
+            source,
+            tmp_path / "store",
+            settings,
+            executor="dask",
+            scheduler=cluster.scheduler_address,
+            progress=progress,
+        )
+    assert killed, "no worker was killed"
+    assert len(store) == 40
+    assert store.sessions["subject"].is_unique
+    assert store.verify() == expected.content_hash
+    assert not [name for name in os.listdir(store.path / "slices") if "unfinished" in name]
