@@ -7,22 +7,17 @@ Prints a table of the targets and writes everything as JSON. Absolute times mean
 
 from __future__ import annotations
 
-import os
-
-from rounds import THREAD_VARIABLES, figure, machine_facts, use_one_core
-
-os.environ.update(THREAD_VARIABLES)
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-
 import argparse
 import importlib.util
 import json
+import os
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from rounds import THREAD_VARIABLES, figure, machine_facts, use_one_core
 
 SECTIONS = ("reading", "prepare", "memory")
 WORKER_CASES = {
@@ -58,6 +53,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
+    # Before anything that makes threads is imported, which is why the sections are imported late.
+    os.environ.update(THREAD_VARIABLES, HF_HUB_OFFLINE="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
     if "memory" in options.only and not Path("/proc/self/status").exists():
         sys.exit("--only memory: memory is measured on Linux only")
     missing = [name for name in ("torchio", "monai") if importlib.util.find_spec(name) is None]
