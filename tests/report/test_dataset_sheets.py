@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import re
+import zipfile
 from pathlib import Path
 
 import pandas as pd
@@ -26,11 +28,6 @@ _LAYOUTS = {
         "PD/IXI012-HH-1211-PD.nii.gz",
         "DTI/IXI012-HH-1211-DTI-00.nii.gz",
         "T1/IXI219-Guys-0894-T1.nii.gz",
-    ),
-    "brats": tuple(
-        f"BraTS-GLI-00008-00{visit}/BraTS-GLI-00008-00{visit}-{name}.nii.gz"
-        for visit in (0, 1)
-        for name in ("t1n", "t1c", "t2w", "t2f", "seg")
     ),
     "open-ms": (
         *(f"patient01/{name}.nii.gz" for name in ("T1W", "T1WKS", "T2W", "FLAIR", "consensus_gt", "brainmask")),
@@ -83,6 +80,13 @@ _LAYOUTS = {
         for case in ("UCSF-PDGM-0004", "UCSF-PDGM-0433", "UCSF-PDGM-0433_FU007d")
         for name in ("T1", "T1c", "T2", "FLAIR", "T1_bias", "DWI", "DTI_eddy_noreg", "tumor_segmentation")
     ),
+    "burdenko-gbm": tuple(
+        f"Burdenko-GBM-001_{series}.nii.gz"
+        for series in (
+            *("20150101100000_MR_CET1", "20150101100000_MR_T2FLAIR", "20150101100000_MR_T1", "20150101100000_CT"),
+            "20150601090000_MR_CET1",
+        )
+    ),
     "feta": (
         "sub-001/anat/sub-001_rec-mial_T2w.nii.gz",
         "sub-001/anat/sub-001_rec-mial_dseg.nii.gz",
@@ -132,7 +136,6 @@ _TABLES = {
 _GLIOMA = ["FLAIR", "T1ce", "T1w", "T2w"]
 _EXPECTED = {
     "ixi": {("IXI002", "1"): ["T1w", "T2w"], ("IXI012", "1"): ["PDw"], ("IXI219", "1"): ["T1w"]},
-    "brats": {("BraTS-GLI-00008", visit): _GLIOMA for visit in ("000", "001")},
     "open-ms": {("patient01", "1"): _GLIOMA, ("patient02", "1"): ["FLAIR"]},
     "openmind": {("ds001_sub-01", "1"): ["T1w"], ("ds002_sub-01", "b"): ["T2w"]},
     "oasis": {
@@ -152,6 +155,10 @@ _EXPECTED = {
         ("UCSF-PDGM-0004", "1"): _GLIOMA,
         ("UCSF-PDGM-0433", "1"): _GLIOMA,
         ("UCSF-PDGM-0433", "FU007d"): _GLIOMA,
+    },
+    "burdenko-gbm": {
+        ("Burdenko-GBM-001", "20150101"): ["FLAIR", "T1ce", "T1w"],
+        ("Burdenko-GBM-001", "20150601"): ["T1ce"],
     },
     "feta": {("sub-001", "1"): ["T2w"], ("sub-041", "1"): ["T2w"]},
 }
@@ -189,28 +196,38 @@ _LABELS = {  # of a session: what the sheet's Python must have joined to it; Non
         ("sub-041", "1"): {"reconstruction": "irtk"},
     },
 }
-_WITH_MASKS = {"brats", "open-ms", "feta", "ucsf-pdgm"}
-_DICOM = {
-    "burdenko-gbm": (
-        "Burdenko-GBM-Progression/Burdenko-GBM-001",
-        {
-            "01-01-2015-Radiotherapy planning": ["2-MR CET1-11", "3-MR T2FLAIR-12", "1-CT-10", "4-RTSTRUCT-MR-13"],
-            "06-01-2015-Follow-up": ["1-MR CET1-20"],
-        },
-        "Burdenko-MR/Burdenko-GBM-001",
-        {
-            "01-01-2015-Radiotherapy planning": ["2-MR CET1-11", "3-MR T2FLAIR-12"],
-            "06-01-2015-Follow-up": ["1-MR CET1-20"],
-        },
+_WITH_MASKS = {"open-ms", "feta", "ucsf-pdgm"}
+_AS_DOWNLOADED = {  # files, and what is read of them without a manifest, as the sheet says: contrasts and source
+    "brats": (
+        [
+            f"BraTS-GLI-00008-00{visit}/BraTS-GLI-00008-00{visit}-{name}.nii.gz"
+            for visit in (0, 1)
+            for name in ("t1n", "t1c", "t2w", "t2f", "seg")
+        ],
+        {("BraTS-GLI-00008", visit): _GLIOMA for visit in ("000", "001")},
+        "files by name",
     ),
-    "remind": (
-        "ReMIND/ReMIND-001",
+    "ixi": (
+        ["T1/IXI002-Guys-0828-T1.nii.gz", "T2/IXI002-Guys-0828-T2.nii.gz", "PD/IXI012-HH-1211-PD.nii.gz"],
+        {("IXI002", "1"): ["T1w", "T2w"], ("IXI012", "1"): ["PDw"]},
+        "files by name",
+    ),
+    "fomo60k": (
+        [f"sub_{name}.nii.gz" for name in ("1/ses_1/t1", "1/ses_1/t1_2", "1/ses_2/flair", "2/ses_1/scan_3")],
+        {("sub_1", "ses_1"): ["T1w", "T1w"], ("sub_1", "ses_2"): ["FLAIR"], ("sub_2", "ses_1"): ["unknown"]},
+        "FOMO60K",
+    ),
+    "fomo-tasks": (
+        [
+            f"preprocessed/sub_{subject}/ses_1/{name}.nii.gz"
+            for subject, last in ((1, "swi"), (2, "t2s"))
+            for name in ("flair", "dwi_b1000", "adc", last)
+        ],
         {
-            "12-25-1982-NA-Preop-97740": ["3.000000-3DAXT1postcontrast-23243", "300.000000-tumor seg - MR ref-99"],
-            "12-25-1982-NA-Intraop-90478": ["1.000000-USpredura-64615", "5.000000-3DAXT1postcontrast-77"],
+            ("sub_1", "ses_1"): ["ADC", "DWI", "FLAIR", "SWI"],
+            ("sub_2", "ses_1"): ["ADC", "DWI", "FLAIR", "T2starw"],
         },
-        "ReMIND-preop/ReMIND-001",
-        {"12-25-1982-NA-Preop-97740": ["3.000000-3DAXT1postcontrast-23243"]},
+        "FOMO task",
     ),
 }
 
@@ -272,24 +289,48 @@ def test_the_corrected_and_the_automatic_masks_of_upenn_stay_apart(tmp_path, mon
     assert second.masks == {}
 
 
-@pytest.mark.parametrize("name", _DICOM)
-def test_a_sheet_takes_out_the_series_to_prepare_and_copies_no_byte(name, tmp_path, monkeypatch):
-    source, studies, target, expected = _DICOM[name]
-    for study, series in studies.items():
-        for one in series:
-            _touch(tmp_path / source / study / one / "1-1.dcm")
+@pytest.mark.parametrize("name", _AS_DOWNLOADED)
+def test_a_source_is_read_as_downloaded_where_its_sheet_says_so(name, tmp_path):
+    files, expected, source = _AS_DOWNLOADED[name]
+    for file in files:
+        _touch(tmp_path / file)
+    cohort = Cohort.read(tmp_path)
+    groups = cohort.table.groupby(["subject", "session"])
+    assert cohort.source == source
+    assert {key: sorted(rows["contrast"]) for key, rows in groups} == expected
+    if name == "brats":
+        for (subject, session), rows in groups:
+            assert [Path(file).name for file in set(rows["mask"])] == [f"{subject}-{session}-seg.nii.gz"]
+
+
+def test_fomo300k_is_read_in_its_zips_and_parts_do_not_share_subjects(tmp_path):
+    for part in ("PT001_ClevelandCCF", "PT021_IXI"):
+        session = tmp_path / part / "sub-01" / "ses-01.zip"
+        session.parent.mkdir(parents=True)
+        with zipfile.ZipFile(session, "w") as archive:
+            archive.writestr("anat/sub-01_ses-01_T1w.nii.gz", gzip.compress(bytes(352)))
+    cohort = Cohort.read(tmp_path)
+    assert cohort.source == "FOMO300K"
+    assert sorted(cohort.table["subject"]) == ["PT001_ClevelandCCF_sub-01", "PT021_IXI_sub-01"]
+    assert list(cohort.table["contrast"]) == ["T1w", "T1w"]
+
+
+def test_the_sheet_of_remind_leaves_the_operation_out_and_copies_no_byte(tmp_path, monkeypatch):
+    patient = tmp_path / "ReMIND" / "ReMIND-001"
+    before = Path("12-25-1982-NA-Preop-97740", "3.000000-3DAXT1postcontrast-23243", "1-1.dcm")
+    during = Path("12-25-1982-NA-Intraop-90478", "1.000000-USpredura-64615", "1-1.dcm")
+    for file in (before, during):
+        _touch(patient / file)
     monkeypatch.chdir(tmp_path)
-    _run_sheet(name)
-    found = {study.name: sorted(one.name for one in study.iterdir()) for study in (tmp_path / target).iterdir()}
-    assert found == expected
-    study, series = next((study, series[0]) for study, series in expected.items())
-    original = tmp_path / source / study / series / "1-1.dcm"
-    assert original.samefile(tmp_path / target / study / series / "1-1.dcm")
+    _run_sheet("remind")
+    made = tmp_path / "ReMIND-preop" / "ReMIND-001"
+    assert [file.relative_to(made) for file in made.rglob("*.dcm")] == [before]
+    assert (made / before).samefile(patient / before)
 
 
 def test_every_piece_of_python_in_the_sheets_is_run_here():
     with_python = {sheet.stem for sheet in _SHEETS.glob("*.md") if _python_of(sheet.stem)}
-    assert with_python == set(_LAYOUTS) | set(_DICOM)
+    assert with_python == set(_LAYOUTS) | {"remind"}
     assert all(len(_python_of(name)) == 1 for name in with_python)
 
 
