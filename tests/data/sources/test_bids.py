@@ -1,0 +1,245 @@
+"""BIDS folders: what is a scan, which is first, and what the tables and sidecars say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from brainfound.data.cohort import Cohort
+from brainfound.data.sources.bids_names import BidsName, contrast_of, mask_column
+from brainfound.errors import CohortError
+
+
+def sessions_of(root: Path) -> dict[tuple[str, str], object]:
+    return {(s.subject, s.session): s for s in Cohort.read(root).sessions()}
+
+
+def test_several_scans_of_a_contrast_are_kept_in_the_stated_order(layout):
+    names = ("space-MNI_T1w", "run-10_T1w", "run-2_T1w", "acq-x_rec-norm_T1w", "echo-2_T2starw", "echo-10_T2starw")
+    root = layout(*(f"sub-1/anat/sub-1_{name}.nii.gz" for name in names))
+    session = sessions_of(root)[("sub-1", "1")]
+    assert session.scans["T1w"].name == "sub-1_run-2_T1w.nii.gz"
+    assert [file.name.removeprefix("sub-1_") for contrast, file in session.extra_scans if contrast == "T1w"] == [
+        "run-10_T1w.nii.gz",
+        "acq-x_rec-norm_T1w.nii.gz",
+        "space-MNI_T1w.nii.gz",
+    ]
+    assert session.scans["T2starw"].name == "sub-1_echo-2_T2starw.nii.gz"
+    assert any("4 further scans" in note for note in Cohort.read(root).notes)
+
+
+@pytest.mark.parametrize(
+    ("name", "contrast"),
+    [
+        ("sub-1_T1w", "T1w"),
+        ("sub-1_ce-none_T1w", "T1w"),
+        ("sub-1_ce-gd_T1w", "T1ce"),
+        ("sub-1_part-mag_T2starw", "T2starw"),
+        ("sub-1_part-phase_T2starw", "unknown"),
+        ("sub-1_T1w_defacemask", "unknown"),
+        ("sub-1_inv-1_MP2RAGE", "unknown"),
+        ("sub-1_task-rest_bold", "unknown"),
+        ("sub-1_asl", "unknown"),
+        ("sub-1_t1", "T1w"),
+        ("sub-1_desc-preproc_T1w", "T1w"),
+        ("sub-1_adc", "ADC"),
+        ("sub-1_swi", "SWI"),
+        ("sub-1_angio", "MRA"),
+    ],
+)
+def test_only_the_suffix_says_the_contrast(name, contrast):
+    found, reason = contrast_of(BidsName.of(Path(f"{name}.nii.gz")))
+    assert found == contrast
+    assert bool(reason) == (contrast == "unknown")
+
+
+def test_what_is_not_used_is_listed_with_its_reason(layout):
+    root = layout(
+        "sub-1/anat/sub-1_T1w.nii.gz",
+        "sub-1/anat/._sub-1_T1w.nii.gz",
+        "sub-1/func/sub-1_task-rest_bold.nii.gz",
+        "sub-1/perf/sub-1_asl.nii.gz",
+        "sub-1/anat/sub-1_part-phase_T2starw.nii.gz",
+        "derivatives/strip/sub-1/anat/sub-1_desc-brain_T1w.nii.gz",
+        "derivatives/lesions/sub-2/anat/sub-2_mask.nii.gz",
+    )
+    (root / "sub-1" / "anat" / "sub-1_T2w.nii.gz").symlink_to(root / "not-downloaded")
+    cohort = Cohort.read(root)
+    assert list(cohort.table["contrast"]) == ["T1w"]
+    reasons = {file.name: reason for file, reason in cohort.unused}
+    assert reasons.keys() == {
+        "sub-1_task-rest_bold.nii.gz",
+        "sub-1_asl.nii.gz",
+        "sub-1_part-phase_T2starw.nii.gz",
+        "sub-1_desc-brain_T1w.nii.gz",
+        "sub-2_mask.nii.gz",
+        "sub-1_T2w.nii.gz",
+    }
+    assert "not there" in reasons["sub-1_T2w.nii.gz"]
+    assert "no known contrast (bold)" in reasons["sub-1_task-rest_bold.nii.gz"]
+
+
+def test_lesions_brains_and_tissues_are_different_label_maps(layout):
+    root = layout(
+        "sub-1/anat/sub-1_T1w.nii.gz",
+        "sub-1/anat/sub-1_desc-brain_mask.nii.gz",
+        "derivatives/a/sub-1/anat/sub-1_desc-brain_mask.nii.gz",
+        "derivatives/a/sub-1/anat/sub-1_desc-ribbon_mask.nii.gz",
+        "derivatives/a/sub-1/anat/sub-1_dseg.nii.gz",
+        "derivatives/b/sub-1/anat/sub-1_label-lesion_mask.nii.gz",
+        "derivatives/b/sub-1/anat/sub-1_space-MNI_label-lesion_mask.nii.gz",
+    )
+    cohort = Cohort.read(root)
+    (session,) = cohort.sessions()
+    assert {column: file.name for column, file in session.masks.items()} == {
+        "mask": "sub-1_label-lesion_mask.nii.gz",
+        "brain_mask": "sub-1_desc-brain_mask.nii.gz",
+        "dseg": "sub-1_dseg.nii.gz",
+    }
+    assert "derivatives" not in session.masks["brain_mask"].parts
+    assert set(cohort.mask_columns) == {"mask", "brain_mask", "dseg"}
+    assert mask_column(Path("sub-1_task-rest_desc-brain_mask.nii.gz")) is None
+    assert any("further label map" in reason for _, reason in cohort.unused)
+
+
+def test_a_visit_knows_its_age_better_than_the_person(layout):
+    root = layout(
+        "sub-1/ses-a/anat/sub-1_ses-a_T1w.nii.gz",
+        "sub-1/ses-b/anat/sub-1_ses-b_T1w.nii.gz",
+        "sub-2/ses-a/anat/sub-2_ses-a_T1w.nii.gz",
+        content={
+            "participants.tsv": "participant_id\tage\tsex\tsite\nsub-1\t40\tF\tX\n2\t50.5\tM\tY\nsub-9\t1\tF\tX\n",
+            "sub-1/sub-1_sessions.tsv": "session_id\tage\tdiagnosis\nses-a\tn/a\tn/a\nses-b\t42.25\tms\n",
+        },
+    )
+    cohort = Cohort.read(root)
+    found = {(s.subject, s.session): s.covariates for s in cohort.sessions()}
+    assert [found[key]["age_years"] for key in sorted(found)] == [40, 42.25, 50.5]
+    assert found[("sub-1", "b")]["diagnosis"] == "ms"
+    assert found[("sub-1", "a")]["diagnosis"] is None
+    assert found[("sub-2", "a")]["site"] == "Y"
+    assert any("1 subjects of participants.tsv have no scans" in note for note in cohort.notes)
+
+
+def test_ages_in_another_unit_become_years(layout):
+    root = layout(
+        "sub-1/anat/sub-1_T2w.nii.gz",
+        content={
+            "participants.tsv": "participant_id\tage\nsub-1\t26.1\n",
+            "participants.json": json.dumps({"age": {"Units": "weeks"}}),
+        },
+    )
+    cohort = Cohort.read(root)
+    assert cohort.table["age_years"][0] == pytest.approx(26.1 * 7 / 365.25)
+    assert any("weeks" in note for note in cohort.notes)
+
+
+def test_sidecars_are_inherited_and_the_nearest_wins(layout):
+    root = layout(
+        "sub-1/ses-a/anat/sub-1_ses-a_T1w.nii.gz",
+        "sub-1/ses-a/anat/sub-1_ses-a_T2w.nii.gz",
+        "sub-2/anat/sub-2_T1w.nii.gz",
+        "sub-3/anat/sub-3_acq-fast_T1w.nii.gz",
+        content={
+            "T1w.json": json.dumps({"MagneticFieldStrength": 3, "Manufacturer": "Siemens", "InstitutionName": "Secret"}),
+            "acq-fast_T1w.json": json.dumps({"Manufacturer": "GE"}),
+            "sub-1/sub-1_T1w.json": json.dumps({"MagneticFieldStrength": "1.5"}),
+            "sub-2/anat/sub-2_T1w.json": json.dumps({"ManufacturersModelName": "Prisma"}),
+        },
+    )
+    table = Cohort.read(root).table.set_index(["subject", "contrast"])
+    assert table.loc[("sub-1", "T1w"), "field_strength_t"] == 1.5
+    assert table.loc[("sub-1", "T1w"), "manufacturer"] == "Siemens"
+    assert pd.isna(table.loc[("sub-1", "T2w"), "manufacturer"])
+    assert table.loc[("sub-2", "T1w"), "scanner"] == "Prisma"
+    assert table.loc[("sub-3", "T1w"), "manufacturer"] == "GE"
+    assert not table.astype(str).eq("Secret").any(axis=None)
+    assert "site" in table and table["site"].isna().all()
+
+
+def test_a_broken_sidecar_is_noted_and_stops_nothing(layout):
+    root = layout(
+        "sub-1/anat/sub-1_T1w.nii.gz",
+        "sub-2/anat/sub-2_T1w.nii.gz",
+        content={
+            "sub-1/anat/sub-1_T1w.json": '{"MagneticFieldStrength": 3,',
+            "sub-2/anat/sub-2_T1w.json": '{"MagneticFieldStrength": 30000}',
+            "dataset_description.json": "nothing",
+        },
+    )
+    cohort = Cohort.read(root)
+    assert len(cohort) == 2
+    assert any("2 sidecars cannot be used" in note for note in cohort.notes)
+    assert any("dataset_description.json is not valid JSON" in note for note in cohort.notes)
+    assert {file.name for file, _ in cohort.unused} == {"sub-1_T1w.json", "sub-2_T1w.nii.gz"}
+    assert not any("sub-" in note for note in cohort.notes)
+
+
+def test_a_derivative_data_set_is_a_source_of_its_own(layout):
+    root = layout(
+        "derivatives/prep/sub-1/anat/sub-1_desc-preproc_T1w.nii.gz",
+        "derivatives/prep/sub-1/anat/sub-1_space-MNI_desc-preproc_T1w.nii.gz",
+        "derivatives/prep/sub-1/anat/sub-1_space-MNI_T2w.nii.gz",
+        "derivatives/prep/sub-1/anat/sub-1_desc-brain_mask.nii.gz",
+        content={
+            "derivatives/prep/dataset_description.json": json.dumps({"DatasetType": "derivative"}),
+            "participants.tsv": "participant_id\tage\nsub-1\t33\n",
+        },
+    )
+    cohort = Cohort.read(root / "derivatives" / "prep")
+    (session,) = cohort.sessions()
+    assert session.scans["T1w"].name == "sub-1_desc-preproc_T1w.nii.gz"
+    assert session.masks.keys() == {"brain_mask"}
+    assert session.covariates["age_years"] == 33
+    assert any("different spaces" in note for note in cohort.notes)
+
+
+def test_a_b0_is_no_diffusion_weighted_image(layout):
+    root = layout(
+        "sub-1/dwi/sub-1_acq-a_dwi.nii.gz",
+        "sub-1/dwi/sub-1_acq-b_dwi.nii.gz",
+        content={"sub-1/dwi/sub-1_acq-a_dwi.bval": "0 5 0", "sub-1/dwi/sub-1_acq-b_dwi.bval": "0 1000"},
+    )
+    cohort = Cohort.read(root)
+    assert [Path(file).name for file in cohort.table["path"]] == ["sub-1_acq-b_dwi.nii.gz"]
+    assert "b0" in cohort.unused[0][1]
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("name\tage\nsub-1\t4\n", "no column 'participant_id'"),
+        ("participant_id\tage\nsub-1\t4\nsub-1\t5\n", "lists a subject twice"),
+        ("participant_id\tage\nsub-1\t-4\n", "not one of a person"),
+    ],
+)
+def test_faulty_participants_are_one_clear_line(layout, table, message):
+    root = layout("sub-1/anat/sub-1_T1w.nii.gz", content={"participants.tsv": table})
+    with pytest.raises(CohortError, match=message):
+        Cohort.read(root)
+
+
+def test_a_folder_that_cannot_be_listed_is_not_lost_silently(layout, monkeypatch):
+    import os
+
+    root = layout("sub-1/anat/sub-1_T1w.nii.gz", "sub-2/anat/sub-2_T1w.nii.gz")
+    scandir = os.scandir
+
+    def refuse(folder):
+        if str(folder).endswith("sub-2/anat"):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    cohort = Cohort.read(root)
+    assert len(cohort) == 1
+    assert "cannot be listed" in cohort.unused[0][1]
+
+
+def test_a_link_that_leads_back_up_does_not_hang(layout):
+    root = layout("sub-1/anat/sub-1_T1w.nii.gz")
+    (root / "sub-1" / "anat" / "up").symlink_to(root / "sub-1")
+    assert len(Cohort.read(root).table) == 1

@@ -1,0 +1,112 @@
+"""Manifests as people and Excel write them."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+
+from brainfound.data.cohort import Cohort
+from brainfound.errors import CohortError
+
+ROWS = "subject{0}contrast{0}path{0}age_years\n007{0}T1w{0}a.nii{0}45.5\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "separator", "encoding"),
+    [
+        ("manifest.csv", ",", "utf-8"),
+        ("manifest.csv", ";", "utf-8-sig"),
+        ("manifest.csv", "\t", "utf-8"),
+        ("manifest.tsv", "\t", "utf-8-sig"),
+        ("manifest.tsv", "\t", "utf-16"),
+        ("manifest.tsv", ",", "utf-8"),
+        ("other.CSV", ";", "utf-8"),
+    ],
+)
+def test_tables_of_excel_are_understood(tmp_path, name, separator, encoding):
+    (tmp_path / name).write_bytes(ROWS.format(separator).encode(encoding))
+    cohort = Cohort.read(tmp_path / name)
+    (session,) = cohort.sessions()
+    assert session.subject == "007"
+    assert session.covariates["age_years"] == 45.5
+    assert session.scans["T1w"] == tmp_path / "a.nii"
+    usual = "\t" if name.endswith("tsv") else ","
+    assert bool(cohort.notes) == (separator != usual)
+
+
+def test_text_that_is_not_utf8_is_one_clear_line(tmp_path):
+    (tmp_path / "manifest.csv").write_bytes("subject,contrast,path\nMüller,T1w,a.nii\n".encode("cp1252"))
+    with pytest.raises(CohortError, match="not UTF-8.*CSV UTF-8"):
+        Cohort.read(tmp_path)
+
+
+def test_a_comma_in_an_age_says_what_to_write(tmp_path):
+    (tmp_path / "manifest.csv").write_text("subject;contrast;path;age\n1;T1w;a.nii;45,5\n")
+    with pytest.raises(CohortError, match=r"not a number \(got '45,5'\). Write a point: 45.5"):
+        Cohort.read(tmp_path)
+
+
+@pytest.mark.parametrize("values", [[7, 8], [7.0, 8.0], ["7", "8"]])
+def test_identifiers_of_parquet_are_text(tmp_path, values):
+    table = pd.DataFrame({"subject": values, "session": [1.0, None], "contrast": "T1w", "path": ["a.nii", "b.nii"]})
+    table.to_parquet(tmp_path / "manifest.parquet")
+    assert [(s.subject, s.session) for s in Cohort.read(tmp_path).sessions()] == [("7", "1"), ("8", "1")]
+
+
+def test_leading_zeros_of_text_stay(tmp_path):
+    table = pd.DataFrame({"subject": ["007", "7"], "contrast": "T1w", "path": ["a.nii", "b.nii"]})
+    for name, write in (("m.parquet", table.to_parquet), ("m.csv", lambda file: table.to_csv(file, index=False))):
+        write(tmp_path / name)
+        assert len(Cohort.read(tmp_path / name)) == 2
+
+
+def test_columns_of_several_kinds_become_text(tmp_path):
+    (tmp_path / "manifest.csv").write_text("subject,contrast,path,score\n1,T1w,a.nii,3\n2,T1w,b.nii,high\n")
+    assert [s.covariates["score"] for s in Cohort.read(tmp_path).sessions()] == ["3", "high"]
+    table = pd.DataFrame({"subject": ["1", "2"], "contrast": "T1w", "path": ["a.nii", "b.nii"]})
+    table["when"] = pd.to_datetime(["2020-01-02", None])
+    table["lists"] = [[1, 2], [3]]
+    table.to_parquet(tmp_path / "m.parquet")
+    cohort = Cohort.read(tmp_path / "m.parquet")
+    (first, second) = cohort.sessions()
+    assert first.covariates["when"].startswith("2020-01-02")
+    assert second.covariates["when"] is None
+    assert isinstance(first.covariates["lists"], str)
+    assert any("'lists'" in note for note in cohort.notes)
+
+
+def test_repeated_rows_are_dropped_and_shared_files_are_noted(tmp_path):
+    row = "1\tT1w\ta.nii\n"
+    (tmp_path / "manifest.tsv").write_text(f"subject\tcontrast\tpath\n{row}{row}1\tT1w\tb.nii\n2\tT1w\ta.nii\n")
+    cohort = Cohort.read(tmp_path)
+    assert len(cohort.table) == 3
+    assert any("1 rows repeat" in note for note in cohort.notes)
+    assert any("1 files are listed for more than one subject" in note for note in cohort.notes)
+
+
+def test_names_of_columns_are_found_in_any_case(tmp_path):
+    (tmp_path / "manifest.csv").write_text("Participant_ID, Session_ID,Contrast,Path,Age,Sex\n1,a,t1,a.nii,40,F\n")
+    (session,) = Cohort.read(tmp_path).sessions()
+    assert (session.subject, session.session) == ("1", "a")
+    assert session.covariates["age_years"] == 40
+    assert session.covariates["sex"] == "F"
+
+
+def test_a_manifest_may_lead_anywhere(tmp_path):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "manifest.tsv").write_text("subject\tcontrast\tpath\n1\tT1w\t../a.nii\n2\tT1w\t/b.nii\n")
+    paths = [str(s.scans["T1w"]) for s in Cohort.read(tmp_path / "here").sessions()]
+    assert paths == [str(tmp_path / "here" / ".." / "a.nii"), "/b.nii"]
+
+
+@pytest.mark.parametrize("content", ["", "\n", "\x00\x01", "subject\n"])
+def test_rubbish_is_one_clear_line(tmp_path, content):
+    (tmp_path / "manifest.tsv").write_text(content)
+    with pytest.raises(CohortError, match=r"manifest.tsv: [^\n]*$"):
+        Cohort.read(tmp_path)
+
+
+def test_a_blank_cell_is_empty(tmp_path):
+    (tmp_path / "manifest.tsv").write_text("subject\tcontrast\tpath\n1\tT1w\ta.nii\n  \tT1w\tb.nii\n")
+    with pytest.raises(CohortError, match="line 3: column 'subject' is empty"):
+        Cohort.read(tmp_path)
