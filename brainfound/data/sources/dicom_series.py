@@ -84,13 +84,14 @@ def find_series(root: Path, files: Iterable[Path], unused: Unused) -> list[Serie
 
 
 def _read_header(file: Path) -> Any:
-    import pydicom
+    import pydicom.config
     from pydicom.errors import InvalidDicomError
 
+    force = file.suffix.lower() in DICOM_ENDINGS
     try:
-        return pydicom.dcmread(
-            file, stop_before_pixels=True, specific_tags=_TAGS, force=file.suffix.lower() in DICOM_ENDINGS
-        )
+        # Without validation, whose warnings would print values of the header.
+        with pydicom.config.disable_value_validation():
+            return pydicom.dcmread(file, stop_before_pixels=True, specific_tags=_TAGS, force=force)
     except (
         *(InvalidDicomError, OSError, EOFError, ValueError, KeyError, TypeError, AttributeError),
         *(struct.error, NotImplementedError, RecursionError),

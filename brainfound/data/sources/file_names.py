@@ -24,7 +24,8 @@ _VARIANTS = {
     *("tra", "sag", "sagittal", "cor", "coronal", "2d", "3d", "iso", "1mm"),
     *("2mm", "ras", "lps"),
 }
-_RUN = re.compile(r"(?:run|r|rep|echo|acq)?\d{1,2}")
+_REPEAT = re.compile(r"(?:run|r|rep|echo|acq)?\d{1,2}|run|rep|echo")
+_B_VALUE = re.compile(r"b\d+")
 _VISIT = (
     r"(?:(?:ses|session|visit|vis|v|tp|timepoint|time|study|exam|month|mo|m|week|wk|w|year|yr|y|day|d|fu|fup|followup"
     r"|follow-?up|scan|mr)[_\-]?\d+[a-z]?|baseline|bl|followup|follow-up|fu|preop|postop|pre|post"
@@ -83,18 +84,15 @@ def read_name(path: PurePath) -> FileName:
     lower = [word.lower() for word, _, _ in words]
     first, last = _contrast_words(lower)
     contrast = contrast_of_name(path) if first < last else UNKNOWN
-    column = _label_column(lower, last)
-    dropped = set(range(first, last))
+    column = _label_column(lower, last if first < last else None)
+    dropped = set(range(first, last)) | {i for i in range(last, len(lower)) if _B_VALUE.fullmatch(lower[i])}
     if column:
         contrast = UNKNOWN
         dropped |= {i for i, w in enumerate(lower) if w in _LABEL_WORDS | _LESION_WORDS | _OF_LABELS}
-    variants = {i for i, word in enumerate(lower) if word in _VARIANTS and len(words) > len(dropped)}
-    has_number = any(re.search(r"\d", word) for i, word in enumerate(lower[:first]) if i not in dropped)
-    repeats = (
-        {i for i in range(last, len(words)) if first < last and (first == 0 or has_number) and _RUN.fullmatch(lower[i])}
-        if first > 0
-        else set()
-    )
+    variants = {i for i, word in enumerate(lower) if word in _VARIANTS}
+    # A number after the contrast repeats it (p1_T1_2), unless no number before it can name the person (study_T1_01).
+    named = any(re.search(r"\d", word) for i, word in enumerate(lower[:first]) if i not in dropped)
+    repeats = {i for i in range(last, len(words)) if named and _REPEAT.fullmatch(lower[i])}
     rest = [i for i in range(len(words)) if i not in dropped | variants | repeats]
     further = len(variants) + len(repeats)
     return FileName(contrast, column, _joined(name, words, rest), (further, in_order(name)))
@@ -116,11 +114,11 @@ def _is_contrast(word: str) -> bool:
         return False
 
 
-def _label_column(lower: list[str], after_contrast: int) -> str | None:
+def _label_column(lower: list[str], after_contrast: int | None) -> str | None:
     found = [i for i, word in enumerate(lower) if word in _LABEL_WORDS]
     lesions = [i for i, word in enumerate(lower) if word in _LESION_WORDS]
     # "lesion_001_T1" is a scan of a study on lesions; "001_T1_lesion" and "lesions" are outlines.
-    if not found and not any(i >= after_contrast or after_contrast == len(lower) for i in lesions):
+    if not found and not any(after_contrast is None or i >= after_contrast for i in lesions):
         return None
     if "brainmask" in lower or ("brain" in lower and {"mask", "masks"} & set(lower)):
         return "brain_mask"
@@ -160,6 +158,11 @@ def is_visit(text: str) -> bool:
 def is_contrast_name(text: str) -> bool:
     """Whether a whole name is that of a contrast."""
     return _is_contrast(re.sub(_SEPARATORS, "", text.lower()))
+
+
+def is_repeat(identifier: str) -> bool:
+    """Whether an identifier is a number of one or two digits, which below a person's folder counts repeats."""
+    return re.fullmatch(r"\d{1,2}", identifier) is not None
 
 
 def words_of(text: str) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from brainfound.data.sources.file_names import (
     FileName,
     Person,
     is_contrast_name,
+    is_repeat,
     is_visit,
     person_of,
     read_name,
@@ -71,6 +72,8 @@ def read(path: Path, work: Path | None = None) -> Cohort:
             unused.append((file, "no known contrast in the name"))
             continue
         folders = tuple(part for part in file.relative_to(path).parts[:-1] if not _passed_over(part))
+        if folders and is_repeat(name.identifier):  # p1/T1_2.nii.gz
+            name = replace(name, identifier="")
         files.append(_File(file, folders, name))
     persons = _persons(path, files)
     _refuse_doubtful(persons)

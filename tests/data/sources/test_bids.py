@@ -144,7 +144,9 @@ def test_sidecars_are_inherited_and_the_nearest_wins(layout):
         "sub-2/anat/sub-2_T1w.nii.gz",
         "sub-3/anat/sub-3_acq-fast_T1w.nii.gz",
         content={
-            "T1w.json": json.dumps({"MagneticFieldStrength": 3, "Manufacturer": "Siemens", "InstitutionName": "Secret"}),
+            "T1w.json": json.dumps(
+                {"MagneticFieldStrength": 3, "Manufacturer": "Siemens", "InstitutionName": "Secret"}
+            ),
             "acq-fast_T1w.json": json.dumps({"Manufacturer": "GE"}),
             "sub-1/sub-1_T1w.json": json.dumps({"MagneticFieldStrength": "1.5"}),
             "sub-2/anat/sub-2_T1w.json": json.dumps({"ManufacturersModelName": "Prisma"}),

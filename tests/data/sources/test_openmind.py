@@ -53,7 +53,9 @@ def test_the_tree_becomes_a_cohort(layout):
 
 
 def test_the_variable_says_where_images_are(layout, monkeypatch):
-    root = layout("far/ds/a_T1w.nii.gz", content={"index/pretrain_data.json": tree(image("$nnssl_raw/ds/a_T1w.nii.gz"))})
+    root = layout(
+        "far/ds/a_T1w.nii.gz", content={"index/pretrain_data.json": tree(image("$nnssl_raw/ds/a_T1w.nii.gz"))}
+    )
     with pytest.raises(CohortError, match=r"not one of the images is there.*Set the variable nnssl_raw"):
         Cohort.read(root / "index")
     monkeypatch.setenv("nnssl_raw", str(root / "far"))
@@ -68,7 +70,9 @@ def test_missing_images_are_counted(layout):
     assert any("1 listed files are not there" in note for note in cohort.notes)
 
 
-@pytest.mark.parametrize("path", ["$nnssl_raw/../x.nii.gz", "../x.nii.gz", "/etc/x.nii.gz", "$nnssl_raw//etc/../../x.nii"])
+@pytest.mark.parametrize(
+    "path", ["$nnssl_raw/../x.nii.gz", "../x.nii.gz", "/etc/x.nii.gz", "$nnssl_raw//etc/../../x.nii"]
+)
 def test_paths_that_leave_the_folder_are_refused(layout, path):
     root = layout(content={"set/pretrain_data.json": tree(image(path))})
     with pytest.raises(CohortError, match="leads out of the folder"):
@@ -100,8 +104,12 @@ def test_a_damaged_index_is_one_clear_line(layout, text, message):
 def test_names_that_would_become_one_are_refused(layout):
     content = json.loads(tree(image("a_T1w.nii.gz"), dataset="a"))
     content["datasets"]["a_b"] = json.loads(json.dumps(content["datasets"]["a"]))
-    content["datasets"]["a"]["subjects"] = {"b_c": content["datasets"]["a"]["subjects"]["sub-1"] | {"subject_id": "b_c"}}
+    content["datasets"]["a"]["subjects"] = {
+        "b_c": content["datasets"]["a"]["subjects"]["sub-1"] | {"subject_id": "b_c"}
+    }
     content["datasets"]["a_b"]["name"] = "a_b"
-    content["datasets"]["a_b"]["subjects"] = {"c": content["datasets"]["a_b"]["subjects"]["sub-1"] | {"subject_id": "c"}}
+    content["datasets"]["a_b"]["subjects"] = {
+        "c": content["datasets"]["a_b"]["subjects"]["sub-1"] | {"subject_id": "c"}
+    }
     with pytest.raises(CohortError, match="would have one name"):
         Cohort.read(layout("a_T1w.nii.gz", content={"pretrain_data.json": json.dumps(content)}))

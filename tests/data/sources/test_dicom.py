@@ -1,0 +1,214 @@
+"""DICOM folders: converted once, nothing lost, nobody named."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from brainfound.data.cohort import Cohort
+from brainfound.data.sources.dicom_contrast import contrast_of_series
+from brainfound.errors import CohortError, UsageError
+
+pydicom = pytest.importorskip("pydicom")
+pytest.importorskip("dcm2niix")
+
+from pydicom.dataset import Dataset, FileMetaDataset  # noqa: E402
+from pydicom.uid import ExplicitVRLittleEndian, generate_uid  # noqa: E402
+
+
+def write_series(folder: Path, *, study: str | None = None, pixels: bool = True, **header) -> str:
+    """Six slices of one series; returns the study."""
+    folder.mkdir(parents=True, exist_ok=True)
+    study, series = study or generate_uid(), generate_uid()
+    facts = {
+        "Modality": "MR",
+        "PatientID": "MRN4711",
+        "PatientName": "DOE^JANE",
+        "PatientAge": "045Y",
+        "PatientSex": "F",
+        "PatientBirthDate": "19750101",
+        "InstitutionName": "Secret Hospital",
+        "StudyDate": "20200102",
+        "StudyTime": "101010",
+        "SeriesDescription": "t1_mprage_sag",
+        "Manufacturer": "SIEMENS",
+        "ManufacturerModelName": "Prisma",
+        "MagneticFieldStrength": 3,
+        "ImageType": ["ORIGINAL", "PRIMARY", "M", "ND"],
+        "ScanningSequence": "GR",
+        "EchoTime": 2.5,
+        "RepetitionTime": 2300,
+        **header,
+    }
+    for number in range(6):
+        data = Dataset()
+        data.file_meta = FileMetaDataset()
+        data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        data.file_meta.MediaStorageSOPClassUID = data.SOPClassUID = "1.2.840.10008.5.1.4.1.1.4"
+        data.file_meta.MediaStorageSOPInstanceUID = data.SOPInstanceUID = generate_uid()
+        for key, value in facts.items():
+            setattr(data, key, value)
+        data.StudyInstanceUID, data.SeriesInstanceUID = study, series
+        data.SeriesNumber, data.InstanceNumber, data.AcquisitionNumber = 3, number + 1, 1
+        data.ImagePositionPatient = [-8, -8, 2.0 * number]
+        data.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+        data.PixelSpacing, data.SliceThickness = [1, 1], 2
+        data.Rows = data.Columns = 16
+        data.BitsAllocated = data.BitsStored = 16
+        data.HighBit, data.PixelRepresentation, data.SamplesPerPixel = 15, 0, 1
+        data.PhotometricInterpretation = "MONOCHROME2"
+        if pixels:
+            data.PixelData = np.random.default_rng(number).integers(0, 500, (16, 16)).astype("<u2").tobytes()
+        data.save_as(folder / f"im{number}", enforce_file_format=True)
+    return study
+
+
+def text_of(folder: Path) -> str:
+    """All that is written below a folder, names and contents."""
+    names = " ".join(str(file.relative_to(folder)) for file in folder.rglob("*"))
+    contents = b" ".join(file.read_bytes() for file in folder.rglob("*.json"))
+    headers = b" ".join(bytes(nib.load(file).header.binaryblock) for file in folder.rglob("*.nii.gz"))
+    return (names + contents.decode() + headers.decode("latin-1")).lower()
+
+
+def test_series_become_scans_and_nobody_is_named(tmp_path):
+    source, work = tmp_path / "in", tmp_path / "work"
+    study = write_series(source / "JaneDoe" / "s1")
+    write_series(source / "JaneDoe" / "s2", study=study, SeriesDescription="t2_tirm_dark-fluid")
+    write_series(source / "JaneDoe" / "later", StudyDate="20210101")
+    write_series(source / "case2" / "s1", PatientID="MRN4712", PatientName="ROE^RICK", PatientAge="n/a")
+    with pytest.raises(CohortError, match=r"must be converted first.*work="):
+        Cohort.read(source)
+    cohort = Cohort.read(source, work=work)
+    assert cohort.source == "DICOM"
+    sessions = list(cohort.sessions())
+    assert [sorted(session.scans) for session in sessions] == [["T1w"], ["FLAIR", "T1w"], ["T1w"]]
+    assert sessions[0].subject == "case2"
+    assert sessions[1].subject == sessions[2].subject != "JaneDoe"
+    assert [session.session for session in sessions] == ["1", "1", "2"]
+    assert sessions[1].covariates["age_years"] == 45
+    assert sessions[0].covariates["age_years"] is None
+    assert sessions[1].covariates["field_strength_t"] == 3
+    assert nib.load(sessions[0].scans["T1w"]).shape == (16, 16, 6)
+    written = text_of(work)
+    for word in ("doe", "jane", "rick", "mrn47", "secret", "19750101", "20200102", "10:10"):
+        assert word not in written, word
+
+
+def test_one_person_in_several_folders_is_one_subject(tmp_path):
+    write_series(tmp_path / "in" / "first", StudyDate="20200101")
+    write_series(tmp_path / "in" / "second", StudyDate="20210101")
+    cohort = Cohort.read(tmp_path / "in", work=tmp_path / "work")
+    assert cohort.table["subject"].nunique() == 1
+    assert list(cohort.table["session"]) == ["1", "2"]
+    assert cohort.table["subject"][0].startswith("sub-")
+    assert "4711" not in cohort.table["subject"][0]
+
+
+def test_two_persons_in_one_folder_are_two_subjects(tmp_path):
+    write_series(tmp_path / "in" / "all", PatientID="A")
+    write_series(tmp_path / "in" / "all2", PatientID="B")
+    for number, file in enumerate(sorted((tmp_path / "in" / "all2").iterdir())):
+        file.rename(tmp_path / "in" / "all" / f"other{number}")
+    (tmp_path / "in" / "all2").rmdir()
+    assert Cohort.read(tmp_path / "in", work=tmp_path / "work").table["subject"].nunique() == 2
+
+
+def test_a_faulty_series_is_listed_and_the_others_go_on(tmp_path):
+    write_series(tmp_path / "in" / "good")
+    write_series(tmp_path / "in" / "empty", pixels=False, StudyDate="20200103")
+    write_series(tmp_path / "in" / "ct", Modality="CT")
+    (tmp_path / "in" / "rubbish.dcm").write_bytes(b"x" * 200)
+    (tmp_path / "in" / "cut").write_bytes((tmp_path / "in" / "good" / "im0").read_bytes()[:140])
+    cohort = Cohort.read(tmp_path / "in", work=tmp_path / "work")
+    assert list(cohort.table["contrast"]) == ["T1w"]
+    reasons = [reason for _, reason in cohort.unused]
+    assert sum("dcm2niix: " in reason for reason in reasons) == 1
+    assert sum("modality CT" in reason for reason in reasons) == 6
+    assert {file.name for file, _ in cohort.unused} >= {"rubbish.dcm", "cut"}
+
+
+def test_a_finished_conversion_is_a_no_op_and_an_unfinished_one_goes_on(tmp_path, monkeypatch):
+    source, work = tmp_path / "in", tmp_path / "work"
+    write_series(source / "a", SeriesDescription="t1_mprage")
+    write_series(source / "b", SeriesDescription="t2_tse", StudyDate="20200103")
+    expected = Cohort.read(source, work=work).table
+    runs = []
+    run = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: runs.append(a) or run(*a, **k))
+    assert Cohort.read(source, work=work).table.equals(expected)
+    assert runs == []
+    (work / "conversion.json").unlink()
+    victim = next(work.rglob("series.json")).parent
+    for file in victim.iterdir():
+        file.unlink()
+    victim.rmdir()
+    (work / ".converting-x").mkdir()
+    (work / ".converting-x" / "scan.nii.gz").touch()
+    assert Cohort.read(source, work=work).table.equals(expected)
+    assert len(runs) == 1
+    write_series(source / "c", SeriesDescription="t2_flair", StudyDate="20200104")
+    assert len(Cohort.read(source, work=work).table) == 3
+    assert len(runs) == 2
+
+
+def test_a_work_folder_of_something_else_is_not_touched(tmp_path):
+    write_series(tmp_path / "in")
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "thesis.txt").write_text("mine")
+    with pytest.raises(CohortError, match="not empty"):
+        Cohort.read(tmp_path / "in", work=tmp_path / "work")
+
+
+def test_a_missing_package_says_what_to_install(tmp_path, monkeypatch):
+    write_series(tmp_path / "in")
+    monkeypatch.setitem(__import__("sys").modules, "dcm2niix", None)
+    with pytest.raises(UsageError, match=r'pip install "brainfound\[dicom\]"'):
+        Cohort.read(tmp_path / "in", work=tmp_path / "work")
+
+
+GR, SE = {"ScanningSequence": "GR"}, {"ScanningSequence": "SE"}
+
+
+@pytest.mark.parametrize(
+    ("sidecar", "contrast"),
+    [
+        ({"SeriesDescription": "t1_mprage_sag_p2"}, "T1w"),
+        ({"SeriesDescription": "Ax T1 FSPGR +C"}, "T1ce"),
+        ({"SeriesDescription": "t1_space_post gd"}, "T1ce"),
+        ({"SeriesDescription": "T1 pre contrast"}, "T1w"),
+        ({"SeriesDescription": "T1 w/o contrast"}, "T1w"),
+        ({"SeriesDescription": "t1_se", "ContrastBolusIngredient": "GADOLINIUM"}, "T1ce"),
+        ({"SeriesDescription": "Sag T1 FLAIR"}, "T1w"),
+        ({"SeriesDescription": "t2_space_dark-fluid"}, "FLAIR"),
+        ({"SeriesDescription": "AX T2 FLAIR"}, "FLAIR"),
+        ({"SeriesDescription": "t2_tse_tra"}, "T2w"),
+        ({"SeriesDescription": "T2* GRE"}, "T2starw"),
+        ({"SeriesDescription": "SWI_Images", "ProtocolName": "t2_swi3d"}, "SWI"),
+        ({"SeriesDescription": "ep2d_diff_b1000"}, "DWI"),
+        ({"SeriesDescription": "ep2d_diff_ADC"}, "ADC"),
+        ({"SeriesDescription": "x", "ImageType": ["DERIVED", "PRIMARY", "DIFFUSION", "ADC"]}, "ADC"),
+        ({"SeriesDescription": "x", "ImageType": ["DERIVED", "PRIMARY", "DIFFUSION", "TRACEW"]}, "DWI"),
+        ({"SeriesDescription": "ep2d_diff", "ImageType": ["DERIVED", "PRIMARY", "DIFFUSION", "FA"]}, "unknown"),
+        ({"SeriesDescription": "TOF_3D"}, "MRA"),
+        ({"SeriesDescription": "TOF", "ImageType": ["DERIVED", "SECONDARY", "MIP"]}, "unknown"),
+        ({"SeriesDescription": "localizer t1"}, "unknown"),
+        ({"SeriesDescription": "ep2d_bold_rest"}, "unknown"),
+        ({"SeriesDescription": "PD and T2"}, "unknown"),
+        ({"SeriesDescription": "T1 map"}, "unknown"),
+        ({"SeriesDescription": "series 4", "ProtocolName": "t2_tse"}, "T2w"),
+        ({**GR, "EchoTime": 0.003, "RepetitionTime": 2.3, "InversionTime": 0.9}, "T1w"),
+        ({**GR, "EchoTime": 0.003}, "unknown"),
+        ({**SE, "EchoTime": 0.1, "RepetitionTime": 4}, "T2w"),
+        ({**SE, "EchoTime": 0.1, "RepetitionTime": 9, "InversionTime": 2.5}, "FLAIR"),
+        ({"ScanningSequence": "EP_SE", "EchoTime": 0.1, "RepetitionTime": 4}, "unknown"),
+        ({}, "unknown"),
+    ],
+)
+def test_contrasts_of_series(sidecar, contrast):
+    assert contrast_of_series(json.loads(json.dumps(sidecar))) == contrast

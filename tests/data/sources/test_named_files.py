@@ -1,0 +1,199 @@
+"""Files by name: who is who, and an error wherever that leaves doubt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from brainfound.contrasts import CONTRASTS
+from brainfound.data.cohort import Cohort
+from brainfound.data.sources.file_names import person_of, read_name
+from brainfound.errors import CohortError
+
+
+@pytest.mark.parametrize(
+    ("name", "contrast", "identifier"),
+    [
+        ("BraTS2021_00000_t1ce", "T1ce", "BraTS2021_00000"),
+        ("BraTS-GLI-00000-000-t1c", "T1ce", "BraTS-GLI-00000-000"),
+        ("IXI002-Guys-0828-T1", "T1w", "IXI002-Guys-0828"),
+        ("UPENN-GBM-00001_11_T1GD", "T1ce", "UPENN-GBM-00001_11"),
+        ("UPENN-GBM-00001_11_FLAIR_unstripped", "FLAIR", "UPENN-GBM-00001_11_unstripped"),
+        ("patient1_flair", "FLAIR", "patient1"),
+        ("patient1_t2_flair", "FLAIR", "patient1"),
+        ("patient1_T1_2", "T1w", "patient1"),
+        ("patient1_T1_run-2_brain", "T1w", "patient1"),
+        ("patient1_brain_T1", "T1w", "patient1"),
+        ("T1_patient1", "T1w", "patient1"),
+        ("study_T1_01", "T1w", "study_01"),
+        ("study_T1_patient1", "T1w", "study_patient1"),
+        ("lesion_001_T1", "T1w", "lesion_001"),
+        ("dwi_b1000", "DWI", ""),
+        ("dwi_b0", "unknown", ""),
+        ("t1", "T1w", ""),
+    ],
+)
+def test_names_say_contrast_and_identifier(name, contrast, identifier):
+    found = read_name(Path(f"{name}.nii.gz"))
+    assert (found.contrast, found.identifier, found.label_column) == (contrast, identifier, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "identifier"),
+    [
+        ("BraTS-GLI-00000-000-seg", "mask", "BraTS-GLI-00000-000"),
+        ("patient1_flair_seg", "mask", "patient1"),
+        ("patient1_mask", "mask", "patient1"),
+        ("patient1_T1_lesion", "mask", "patient1"),
+        ("lesions", "mask", ""),
+        ("consensus_gt", "mask", ""),
+        ("patient1_brain_mask", "brain_mask", "patient1"),
+        ("brainmask", "brain_mask", ""),
+        ("patient1_dseg", "dseg", "patient1"),
+    ],
+)
+def test_label_maps_are_known_by_name(name, column, identifier):
+    found = read_name(Path(f"{name}.nii.gz"))
+    assert (found.contrast, found.label_column, found.identifier) == ("unknown", column, identifier)
+
+
+@pytest.mark.parametrize(
+    ("identifier", "subject", "session"),
+    [
+        ("BraTS-GLI-00000-001", "BraTS-GLI-00000", "001"),
+        ("BraTS2021_00012", "BraTS2021_00012", None),
+        ("IXI002-Guys-0828", "IXI002", None),
+        ("UPENN-GBM-00001_21", "UPENN-GBM-00001", "21"),
+        ("OAS1_0001_MR2", "OAS1_0001", "MR2"),
+        ("OAS30001_MR_d0129", "OAS30001", "d0129"),
+        ("ADNI_002_S_0413_20190301", "002_S_0413", "20190301"),
+        ("sub-01_ses-b_acq-x", "sub-01", "b"),
+        ("patient1_v2", "patient1", "v2"),
+        ("patient1_baseline", "patient1", "baseline"),
+        ("patient1_2019-03-01", "patient1", "2019-03-01"),
+        ("patient1", "patient1", None),
+    ],
+)
+def test_visits_are_told_from_persons(identifier, subject, session):
+    found = person_of(identifier)
+    assert (found.subject, found.session) == (subject, session)
+
+
+@given(
+    prefix=st.from_regex(r"[a-z]{2,5}(?<!scan)", fullmatch=True),
+    number=st.integers(0, 9999),
+    contrast=st.sampled_from([alias for c in CONTRASTS.values() if c.name != "unknown" for alias in c.aliases]),
+    repeat=st.sampled_from(["", "_2", "_run-3", "_brain"]),
+)
+def test_a_name_gives_back_what_it_was_made_of(prefix, number, contrast, repeat):
+    identifier = f"{prefix}x{number:04d}"
+    found = read_name(Path(f"{identifier}_{contrast}{repeat}.nii.gz"))
+    assert found.identifier == identifier
+    assert contrast in CONTRASTS[found.contrast].aliases
+    assert found.label_column is None
+
+
+@given(st.text(st.characters(blacklist_characters="/\x00"), min_size=1, max_size=40))
+def test_any_name_can_be_read(name):
+    found = read_name(Path(f"{name}.nii.gz"))
+    assert person_of(found.identifier).subject == person_of(found.identifier).subject.strip("/")
+
+
+def test_one_folder_of_public_names(layout, contents):
+    root = layout(
+        *(
+            f"BraTS-GLI-00000-{visit}-{word}.nii.gz"
+            for visit in ("000", "001")
+            for word in ("t1n", "t1c", "t2f", "seg")
+        ),
+        *(f"IXI{person}.nii.gz" for person in ("002-Guys-0828-T1", "002-Guys-0828-T2", "012-HH-1211-PD")),
+        "IXI012-HH-1211-DTI-00.nii.gz",
+    )
+    cohort = Cohort.read(root)
+    assert cohort.source == "files by name"
+    assert {key: sorted(found) for key, found in contents(cohort).items()} == {
+        ("BraTS-GLI-00000", "000"): ["FLAIR", "T1ce", "T1w"],
+        ("BraTS-GLI-00000", "001"): ["FLAIR", "T1ce", "T1w"],
+        ("IXI002", "1"): ["T1w", "T2w"],
+        ("IXI012", "1"): ["PDw"],
+    }
+    masks = {(s.subject, s.session): s.masks for s in cohort.sessions()}
+    assert masks[("BraTS-GLI-00000", "001")]["mask"].name == "BraTS-GLI-00000-001-seg.nii.gz"
+    assert set(cohort.table["site"].dropna()) == {"Guys", "HH"}
+    assert [file.name for file, _ in cohort.unused] == ["IXI012-HH-1211-DTI-00.nii.gz"]
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (
+            ("T1/IXI002-Guys-0828-T1", "T2/IXI002-Guys-0828-T2", "T2/IXI012-HH-1211-T2"),
+            {("IXI002", "1"): ["T1w", "T2w"], ("IXI012", "1"): ["T2w"]},
+        ),
+        (
+            ("train/BraTS2021_00000/BraTS2021_00000_t1", "train/BraTS2021_00002/BraTS2021_00002_t1"),
+            {("BraTS2021_00000", "1"): ["T1w"], ("BraTS2021_00002", "1"): ["T1w"]},
+        ),
+        (
+            ("p1/study1_T1", "p1/study2_T1", "p2/study1_T1"),
+            {("p1", "study1"): ["T1w"], ("p1", "study2"): ["T1w"], ("p2", "study1"): ["T1w"]},
+        ),
+        (("p1/T1", "p1/T1_2", "p2/t2"), {("p1", "1"): ["T1w", "T1w"], ("p2", "1"): ["T2w"]}),
+        (("p1/ses-1/T1", "p1/ses-2/T1"), {("p1", "ses-1"): ["T1w"], ("p1", "ses-2"): ["T1w"]}),
+        (("p1/2019/T1", "p1/2020/T1"), {("p1", "2019"): ["T1w"], ("p1", "2020"): ["T1w"]}),
+        (("site1/p1/T1", "site2/p2/T1"), {("p1", "1"): ["T1w"], ("p2", "1"): ["T1w"]}),
+        (("batch1/p1_T1", "batch1/p2_T1", "batch2/p3_T1"), {(f"p{i}", "1"): ["T1w"] for i in (1, 2, 3)}),
+        (("p01_v1_T1", "p01_v2_T1", "p02_T1"), {("p01", "v1"): ["T1w"], ("p01", "v2"): ["T1w"], ("p02", "1"): ["T1w"]}),
+        (
+            ("UPENN-GBM-00001/UPENN-GBM-00001_11/T1", "UPENN-GBM-00001/UPENN-GBM-00001_21/T1"),
+            {("UPENN-GBM-00001", "11"): ["T1w"], ("UPENN-GBM-00001", "21"): ["T1w"]},
+        ),
+        (("imagesTr/p1_T1", "labelsTr/p1"), {("p1", "1"): ["T1w"]}),
+    ],
+)
+def test_folders_of_subjects_visits_and_groups(layout, contents, names, expected):
+    cohort = Cohort.read(layout(*(f"{name}.nii.gz" for name in names)))
+    assert {key: sorted(found) for key, found in contents(cohort).items()} == expected
+    if "labelsTr/p1" in names:
+        assert cohort.table["mask"][0].endswith("labelsTr/p1.nii.gz")
+
+
+@pytest.mark.parametrize(
+    ("names", "why"),
+    [
+        (("p1_1_T1", "p1_2_T1"), "two subjects or two visits"),
+        (("2021_001_T1", "2021_002_T1"), "two subjects or two visits"),
+        (("p1_T1", "p1_a_T2"), "one name begins with another"),
+        (("P1_T1", "p1_T2"), "capital letters"),
+        (("siteA/p1/T1", "p2/T1"), "different depths"),
+        (("anna/one/T1", "anna/two/T1"), "visits or subjects"),
+        (("site1/001/T1", "site1/002/T1"), "visits or subjects"),
+        (("batch1/p1_T1", "batch2/p1_T2"), "in several folders"),
+        (("batch1/p1_T1", "batch1/p2_T1", "batch2/p1_T2"), "in several folders"),
+        (("p1_T1", "T1"), "some names say a subject and others none"),
+        (("a/b/c/T1",), "too deep"),
+        (("p1/ses-1/p2_T1",), "names another subject than its folders"),
+    ],
+)
+def test_what_leaves_doubt_asks_for_a_manifest(layout, names, why):
+    with pytest.raises(CohortError, match=rf"{why}.*Write a manifest"):
+        Cohort.read(layout(*(f"{name}.nii.gz" for name in names)))
+
+
+def test_dicom_beside_images_is_not_lost_silently(layout):
+    cohort = Cohort.read(layout("p1_T1.nii.gz", "p1/raw.dcm"))
+    assert [(file.name, reason) for file, reason in cohort.unused] == [("raw.dcm", "DICOM beside images is not read")]
+
+
+def test_real_brains_are_recognised_by_name_as_their_manifest_says(real_data, tmp_path):
+    for name in ("ms", "ms_raw", "glioma"):
+        (tmp_path / name).mkdir()
+        for folder in (real_data / name).iterdir():
+            if folder.is_dir():
+                (tmp_path / name / folder.name).symlink_to(folder)
+        by_hand, by_name = Cohort.read(real_data / name), Cohort.read(tmp_path / name)
+        said = [(s.subject, s.session, set(s.scans), set(s.masks)) for s in by_hand.sessions()]
+        assert [(s.subject, s.session, set(s.scans), set(s.masks)) for s in by_name.sessions()] == said
