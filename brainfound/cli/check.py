@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from brainfound.data.preprocessing import Preprocessing
 
 SIGNS = {"ok": "✓", "note": "·", "warn": "!", "fail": "✗", None: ""}
+SHORT = {"contrast": "name", "file": "read", "orientation": "orient", "intensity": "values"}
+"""What the table calls a question, where that is shorter."""
 MOST_CARDS = 60
 """Sessions on the picture."""
 
@@ -158,8 +160,8 @@ class _Report:
                 file = (scan.file.name,) if self.with_names else ()
                 label = "" if place else self._label(number)
                 rows.append((label, scan.contrast, *file, SIGNS[scan.level] if scan.is_used else "·", *signs, *common))
-        columns = ("session", "contrast", *names, "", *("read" if c == "file" else c for c in SCAN_CHECKS))
-        print_table((*columns, *SESSION_CHECKS), rows)
+        questions = [SHORT.get(check, check) for check in (*SCAN_CHECKS, *SESSION_CHECKS)]
+        print_table(("session", "contrast", *names, "", *questions), rows)
         for line in self._problems():
             print(line)
         print(self._summary())
@@ -180,7 +182,7 @@ class _Report:
         for (level, name, remedy), messages in ordered:
             times = f" ({len(messages)} times, the first)" if len(messages) > 1 else ""
             what = "" if remedy == messages[0] else f". {remedy}"
-            lines.append(f"{SIGNS[level]} {'read' if name == 'file' else name}{times}: {messages[0]}{what}")  # type: ignore[index]
+            lines.append(f"{SIGNS[level]} {SHORT.get(name, name)}{times}: {messages[0]}{what}")  # type: ignore[index]
         return lines
 
     def _summary(self) -> str:

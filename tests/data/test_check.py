@@ -1,0 +1,338 @@
+"""Checks of scans against a model's contract: each question has an input that fails it, and a good one passes all."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from brainfound.data.check import check_session, contract_of_model, facts_of, session_of_files
+from brainfound.data.check_rules import age_finding, skull_finding, slices_finding, worst
+from brainfound.data.cohort import Session
+from brainfound.data.contract import InputContract
+from brainfound.data.preprocessing import Preprocessing
+from brainfound.errors import ModelError, UsageError
+
+PREPROCESSING = Preprocessing(contrasts=("T1w", "FLAIR"), spacing_mm=(4, 4, 4), size=(48, 48))
+CONTRACT = InputContract(
+    contrasts=("T1w", "FLAIR"),
+    spacing_mm=(4, 4, 4),
+    size=(48, 48),
+    num_sessions=10,
+    coarsest_mm={"T1w": 4.0, "FLAIR": 4.0},
+    skull="stripped",
+    age_years=(20, 80),
+    num_slices=(30, 40),
+    foreground_ml=(1000, 1500),
+    negative_values=False,
+)
+RADII_MM = {"stripped": (62.0, 76.0, 64.0), "head": (85.0, 104.0, 100.0)}
+
+
+def _image(spacing=4.0, radii=RADII_MM["stripped"], shape=(56, 60, 56), seed=0):
+    """A textured ellipsoid on exact zero."""
+    scale = np.broadcast_to(spacing, 3)
+    grid = (np.indices(shape) - (np.array(shape)[:, None, None, None] - 1) / 2) * scale[:, None, None, None]
+    radius = (grid**2 / np.array(radii)[:, None, None, None] ** 2).sum(axis=0)
+    rng = np.random.default_rng(seed)
+    return np.where(radius < 1, 300 + 200 * (1 - radius) + rng.normal(0, 20, shape), 0).astype(np.float32)
+
+
+def _write(path: Path, data=None, spacing=4.0, affine=None, **header) -> Path:
+    data = _image() if data is None else data
+    if affine is None:
+        affine = np.diag([*np.broadcast_to(spacing, 3), 1.0])
+        affine[:3, 3] = -affine[:3, :3] @ ((np.array(data.shape) - 1) / 2)
+    image = nib.Nifti1Image(data, affine)
+    for name, value in header.items():
+        getattr(image, name)(*value)
+    nib.save(image, path)
+    return path
+
+
+def _check(scans, contract=CONTRACT, preprocessing=PREPROCESSING, **covariates):
+    session = Session("ann", "1", scans, {"age_years": 50, **covariates}, {})
+    return check_session(session, preprocessing, contract)
+
+
+def _t1(tmp_path, *arguments, contract=CONTRACT, preprocessing=PREPROCESSING, **settings):
+    return _check({"T1w": _write(tmp_path / "t1.nii.gz", *arguments, **settings)}, contract, preprocessing).scans[0]
+
+
+def _said(scan, check):
+    return " ".join(finding.message for finding in scan.findings if finding.check == check)
+
+
+def test_a_scan_like_the_training_scans_passes_every_question(tmp_path):
+    scans = {"T1w": _write(tmp_path / "a.nii"), "FLAIR": _write(tmp_path / "b.nii", _image(seed=1))}
+    checked = _check(scans)
+    assert [finding for scan in checked.scans for finding in scan.findings if finding.level != "ok"] == []
+    asked = [{finding.check for finding in scan.findings} for scan in checked.scans]
+    one = {"contrast", "file", "orientation", "spacing", "intensity", "skull", "field"}
+    assert asked == [one, one | {"overlap"}]
+    assert [(f.check, f.level) for f in checked.findings] == [("slices", "ok"), ("age", "ok")]
+    assert checked.level == "ok"
+    assert checked.stack.present.all()
+
+
+def test_unreadable_files_and_headers(tmp_path):
+    broken = tmp_path / "broken.nii.gz"
+    broken.write_bytes(b"no image")
+    scan = _check({"T1w": broken}).scans[0]
+    assert (scan.level, scan.level_of("file"), scan.quality) == ("fail", "fail", None)
+    assert "broken" not in _said(scan, "file"), "names of files stay out"
+    gone = _check({"T1w": tmp_path / "gone.nii.gz"}).scans[0]
+    assert "no such file" in _said(gone, "file")
+    constant = _t1(tmp_path, np.zeros((20, 20, 20), np.float32))
+    assert "all voxels are zero" in _said(constant, "file")
+
+
+def test_the_next_scan_gives_the_grid_if_the_first_is_broken(tmp_path):
+    broken = tmp_path / "broken.nii.gz"
+    broken.write_bytes(b"no image")
+    checked = _check({"T1w": broken, "FLAIR": _write(tmp_path / "b.nii")})
+    assert [scan.level for scan in checked.scans] == ["fail", "ok"]
+    assert checked.stack.present.tolist() == [False, True]
+    assert checked.level == "fail"
+
+
+def test_an_orientation_that_the_header_does_not_say(tmp_path):
+    scan = _t1(tmp_path, set_sform=(None, 0), set_qform=(None, 0))
+    assert scan.level_of("orientation") == "warn"
+    assert "no orientation" in _said(scan, "orientation")
+
+
+def test_sform_and_qform_that_disagree(tmp_path):
+    turned = np.diag([-4.0, 4, 4, 1])
+    scan = _t1(tmp_path, set_qform=(turned, 1))
+    assert scan.level_of("orientation") == "warn"
+    assert "disagree" in _said(scan, "orientation")
+
+
+@pytest.mark.parametrize(("thick", "level"), [(5.9, "ok"), (6.5, "warn")])
+def test_voxels_much_coarser_than_in_training(tmp_path, thick, level):
+    spacing = (4.0, 4.0, thick)
+    scan = _t1(tmp_path, _image(spacing, shape=(56, 60, 34)), spacing=spacing)
+    assert scan.level_of("spacing") == level
+    if level == "warn":
+        assert "6.5 mm long; the coarsest training scan of T1w had 4 mm" in _said(scan, "spacing")
+
+
+def test_without_a_contract_the_grid_is_what_spacing_is_compared_with(tmp_path):
+    contract = InputContract.of_preprocessing(PREPROCESSING)
+    assert _t1(tmp_path, contract=contract).level_of("spacing") == "ok"
+    fine = Preprocessing(contrasts=("T1w",), spacing_mm=(1, 1, None), size=(256, 256))
+    scan = _t1(tmp_path, contract=InputContract.of_preprocessing(fine), preprocessing=fine)
+    assert scan.level_of("spacing") == "warn"
+    own = Preprocessing(contrasts=("T1w",), spacing_mm=(None, None, None), size=(48, 48))
+    scan = _t1(tmp_path, contract=InputContract.of_preprocessing(own), preprocessing=own)
+    assert scan.level_of("spacing") is None
+    assert scan.level_of("skull") is None
+
+
+def test_a_contrast_that_no_training_session_had(tmp_path):
+    contract = CONTRACT.model_copy(update={"coarsest_mm": {"FLAIR": 4.0}})
+    scan = _t1(tmp_path, contract=contract)
+    assert scan.level_of("contrast") == "warn"
+    assert scan.level_of("spacing") is None
+
+
+def test_masks_and_label_maps_are_no_images(tmp_path):
+    image = _image()
+    labels = np.digitize(image, [1, 350, 400, 450]).astype(np.float32)
+    scan = _t1(tmp_path, labels)
+    assert scan.level_of("intensity") == "fail"
+    assert "as in a mask" in _said(scan, "intensity")
+    # An anatomical map: many codes, each filling a region.
+    blocks = np.indices(image.shape) // 14
+    anatomy = np.where(image > 0, 1 + blocks[0] + 10 * blocks[1] + 3 * blocks[2], 0).astype(np.int16)
+    assert len(np.unique(anatomy)) > 20
+    assert _t1(tmp_path, anatomy).level_of("intensity") == "fail"
+    bytes_ = (image / image.max() * 255).astype(np.uint8)
+    assert _t1(tmp_path, bytes_).level_of("intensity") == "ok", "whole numbers alone make no label map"
+
+
+def test_coarse_quantisation_and_clipping(tmp_path):
+    image = _image()
+    scan = _t1(tmp_path, np.round(image / 25) * 25)
+    assert scan.level_of("intensity") == "warn"
+    assert "coarsely quantised" in _said(scan, "intensity")
+    high = np.percentile(image[image > 0], 90)
+    scan = _t1(tmp_path, np.minimum(image, high))
+    assert scan.level_of("intensity") == "warn"
+    assert "10% of the foreground has the highest value" in _said(scan, "intensity")
+    little = np.minimum(image, np.percentile(image[image > 0], 99))
+    assert _t1(tmp_path, little).level_of("intensity") == "ok"
+
+
+def test_negative_values(tmp_path):
+    image = _image()
+    image[20, 20, 20:30] = -9
+    scan = _t1(tmp_path, image)
+    assert scan.level_of("intensity") == "note"
+    assert "down to -9, which no training scan had" in _said(scan, "intensity")
+    used_to = CONTRACT.model_copy(update={"negative_values": True})
+    assert _t1(tmp_path, image, contract=used_to).level_of("intensity") == "ok"
+    image[20, 20, 20:30] = -900
+    assert _t1(tmp_path, image, contract=used_to).level_of("intensity") == "warn"
+
+
+def test_a_map_in_another_unit(tmp_path):
+    preprocessing = Preprocessing(contrasts=("T1w",), spacing_mm=(4, 4, 4), size=(48, 48), ranges={"T1w": (0, 600)})
+    image = _image()
+    assert _t1(tmp_path, image, preprocessing=preprocessing).level_of("intensity") == "ok"
+    scan = _t1(tmp_path, image * 1000, preprocessing=preprocessing)
+    assert scan.level_of("intensity") == "fail"
+    assert "outside of 0 to 600" in _said(scan, "intensity")
+
+
+@pytest.mark.parametrize(
+    ("model", "scan", "level"),
+    [
+        ("stripped", "stripped", "ok"),
+        ("stripped", "head", "fail"),
+        ("head", "stripped", "fail"),
+        ("head", "head", "ok"),
+        ("head", "unclear", "warn"),
+        ("mixed", "head", None),
+        ("unknown", "stripped", None),
+    ],
+)
+def test_the_skull_must_be_as_in_training(tmp_path, model, scan, level):
+    quality = replace(_t1(tmp_path).quality, skull=scan)
+    found = skull_finding(quality, CONTRACT.model_copy(update={"skull": model, "hooks": ("mine",)}))
+    assert (found and found.level) == level
+    if (model, scan) == ("stripped", "head"):
+        assert "--hook mine" in found.remedy
+    if (model, scan) == ("head", "stripped"):
+        assert "before skull-stripping" in found.remedy
+
+
+def test_a_whole_head_for_a_model_of_brains(tmp_path):
+    scan = _t1(tmp_path, _image(radii=RADII_MM["head"]))
+    assert scan.quality.skull == "head"
+    assert scan.level_of("skull") == "fail"
+    assert scan.level_of("field") == "warn", "its volume is far from that of the training's brains"
+
+
+def test_a_brain_that_is_too_small_or_outside_of_the_field(tmp_path):
+    small = _t1(tmp_path, _image(radii=(40, 40, 40)))
+    assert "ml; 625 to 2400 were expected" in _said(small, "field")
+    narrow = PREPROCESSING.model_copy(update={"size": (24, 24)})
+    contract = CONTRACT.model_copy(update={"size": (24, 24)})
+    cropped = _t1(tmp_path, preprocessing=narrow, contract=contract)
+    assert cropped.level_of("field") == "warn"
+    assert "outside of the model's 24 × 24 pixels" in _said(cropped, "field")
+    assert "were expected" not in _said(cropped, "field")
+    unmeasured = InputContract.of_preprocessing(PREPROCESSING)
+    tiny = _t1(tmp_path, _image(radii=(30, 30, 30)), contract=unmeasured)
+    assert "300 to 7000 were expected" in _said(tiny, "field")
+
+
+def test_scans_that_hardly_overlap(tmp_path):
+    first = _write(tmp_path / "a.nii")
+    moved = np.array(nib.load(first).affine)
+    moved[0, 3] += 80
+    checked = _check({"T1w": first, "FLAIR": _write(tmp_path / "b.nii", _image(seed=1), affine=moved)})
+    assert checked.scans[1].level_of("overlap") == "warn"
+    moved[0, 3] += 400
+    checked = _check({"T1w": first, "FLAIR": _write(tmp_path / "b.nii", _image(seed=1), affine=moved)})
+    assert checked.scans[1].level == "fail"
+    assert "does not overlap" in _said(checked.scans[1], "field")
+    assert checked.stack.present.tolist() == [True, False]
+
+
+@pytest.mark.parametrize(("count", "level"), [(22, "warn"), (23, "ok"), (53, "ok"), (54, "warn")])
+def test_the_number_of_slices(count, level):
+    assert slices_finding(count, CONTRACT).level == level
+    assert slices_finding(count, InputContract.of_preprocessing(PREPROCESSING)) is None
+
+
+def test_a_short_stack_is_seen(tmp_path):
+    short = _image()
+    short[:, :, :20] = short[:, :, 36:] = 0
+    checked = _check({"T1w": _write(tmp_path / "a.nii", short)})
+    assert (checked.findings[0].check, checked.findings[0].level) == ("slices", "warn")
+    assert "16 slices; training stacks had 30 to 40" in checked.findings[0].message
+
+
+@pytest.mark.parametrize(
+    ("age", "level"),
+    [(20, "ok"), (80.0, "ok"), (19.9, "warn"), (81, "warn"), (None, "note"), (float("nan"), "note"), ("?", "note")],
+)
+def test_the_age(age, level):
+    assert age_finding(age, CONTRACT).level == level
+    assert age_finding(age, InputContract.of_preprocessing(PREPROCESSING)) is None
+
+
+def test_names_of_contrasts(tmp_path):
+    file = _write(tmp_path / "a.nii")
+    checked = _check({"T1w": file, "SWI": _write(tmp_path / "b.nii"), "flare": _write(tmp_path / "c.nii")})
+    used, other, unknown = checked.scans
+    assert used.level == "ok"
+    assert (other.level, other.is_used) == ("note", False)
+    assert unknown.level == "fail"
+    assert "FLAIR" in unknown.findings[0].remedy.upper()
+    none = _check({"SWI": file})
+    assert none.scans[0].level == "fail"
+    assert "none of the model's contrasts (T1w, FLAIR)" in _said(none.scans[0], "contrast")
+    assert none.stack is None
+
+
+def test_the_same_file_twice_and_further_scans(tmp_path):
+    file = _write(tmp_path / "a.nii")
+    checked = _check({"T1w": file, "FLAIR": file})
+    assert checked.scans[1].level == "fail"
+    assert "listed as T1w" in _said(checked.scans[1], "contrast")
+    session = Session("s", "1", {"T1w": file}, {}, {}, extra_scans=(("T1w", tmp_path / "other.nii"),))
+    further = check_session(session, PREPROCESSING, CONTRACT).scans[1]
+    assert (further.level, further.is_used) == ("note", False)
+
+
+def test_files_become_a_session_as_in_predict(tmp_path):
+    t1, odd = _write(tmp_path / "x_T1w.nii.gz"), _write(tmp_path / "odd.nii.gz")
+    session = session_of_files([str(t1), f"flair={odd}"], ("T1w", "FLAIR"))
+    assert session.scans == {"T1w": t1, "FLAIR": odd}
+    assert session_of_files([str(odd)], ("FLAIR",)).scans == {"FLAIR": odd}
+    with pytest.raises(UsageError, match="cannot be told from the file name"):
+        session_of_files([str(odd)], ("T1w", "FLAIR"))
+    with pytest.raises(UsageError, match="two scans of T1w"):
+        session_of_files([str(t1), f"T1w={odd}"], ("T1w", "FLAIR"))
+
+
+def test_plain_values_keep_names_only_if_asked(tmp_path):
+    scan = _t1(tmp_path, _image(radii=RADII_MM["head"]))
+    facts = facts_of(scan, keep_ids=False)
+    assert "t1.nii" not in str(facts)
+    assert facts["checks"]["skull"] == "fail"
+    assert facts["skull"] == "head"
+    assert [found["check"] for found in facts["findings"]][:2] == ["skull", "field"]
+    assert all(found["message"] and found["remedy"] for found in facts["findings"])
+    assert facts_of(scan, keep_ids=True)["file"] == "t1.nii.gz"
+
+
+def test_models_stores_and_old_models(tmp_path, small_store):
+    with pytest.raises(ModelError, match="no such model"):
+        contract_of_model(tmp_path / "gone")
+    export = tmp_path / "run" / "export"
+    export.mkdir(parents=True)
+    PREPROCESSING.save(export)
+    preprocessing, contract = contract_of_model(tmp_path / "run")
+    assert preprocessing == PREPROCESSING
+    assert not contract.is_measured
+    CONTRACT.save(export)
+    assert contract_of_model(export) == (PREPROCESSING, CONTRACT)
+    preprocessing, contract = contract_of_model(small_store.path)
+    assert preprocessing == small_store.preprocessing
+    assert contract == InputContract.of(small_store)
+    assert contract.num_sessions == len(small_store)
+
+
+def test_the_gravest_level_counts():
+    finding = slices_finding(1, CONTRACT)
+    assert worst([]) == "ok"
+    assert worst([replace(finding, level=level) for level in ("note", "fail", "warn")]) == "fail"
+    assert worst([replace(finding, level=level) for level in ("warn", "note", "ok")]) == "warn"
