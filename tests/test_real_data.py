@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from brainfound.data.cohort import Cohort
-from brainfound.data.prepare import prepare, prepare_session
+from brainfound.data.prepare import prepare
+from brainfound.data.prepare_session import prepare_session
 from brainfound.data.preprocessing import Preprocessing
 from brainfound.data.split_file import Split
 from brainfound.data.stack import Stack
@@ -102,10 +103,10 @@ def log_lines(run: Path) -> list[dict]:
 
 def prepare_first(cohort: Path, preprocessing: Preprocessing) -> tuple[Stack, Cohort]:
     source = Cohort.read(cohort)
-    stack, refused = prepare_session(next(source.sessions()), preprocessing)
-    assert refused == []
-    assert stack is not None
-    return stack, source
+    prepared = prepare_session(next(source.sessions()), preprocessing)
+    assert prepared.not_used == []
+    assert prepared.stack is not None
+    return prepared.stack, source
 
 
 def test_cohorts_of_two_sources_become_one_store(store):
@@ -137,7 +138,7 @@ def test_lesions_keep_their_volume_at_another_spacing(real_data):
     """Half a voxel lies between the 1 mm and the 2 mm grid, so many borders are ties; they must not all go one way."""
     session = next(s for s in Cohort.read(real_data / "ms").sessions() if s.subject == "patient19")
     preprocessing = Preprocessing(contrasts=("T1w",), spacing_mm=(2, 2, 2), size=(112, 112))
-    stack, _ = prepare_session(session, preprocessing)
+    stack = prepare_session(session, preprocessing).stack
     volume_mm3 = int((np.asarray(nib.load(session.masks["mask"]).dataobj) > 0).sum())
     assert (stack.mask > 0).sum() * 8 == pytest.approx(volume_mm3, rel=0.03)
 

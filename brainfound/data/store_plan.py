@@ -204,7 +204,10 @@ def only_one_writer(out: Path) -> Iterator[None]:
 
     The operating system frees the lock when its process ends, however it ends.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise StoreError("a file is in the way of the folder", where=out, remedy="Give another folder") from None
     lock = FileLock(out.with_name(f".{out.name}.lock"))
     try:
         lock.acquire(timeout=0)

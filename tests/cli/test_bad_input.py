@@ -71,9 +71,10 @@ def test_prepare_rejects_the_bad_scan_alone(cli, source, tmp_path, kind):
     spoil(source / "s01_T2w.nii.gz")
     answer = cli("prepare", source, tmp_path / "store", *COARSE)
     assert answer.code == 3
-    assert "s01_T2w.nii.gz" in answer.line
     assert reason in answer.line
     assert "rejected.tsv" in answer.line
+    assert "s01_T2w" not in answer.line, "file names are kept out of messages"
+    assert "s01_T2w.nii.gz" in cli("prepare", source, tmp_path / "store", *COARSE, "--keep-ids").line
     rejected = pd.read_csv(tmp_path / "store" / "rejected.tsv", sep="\t")
     assert rejected["file"].tolist() == ["s01_T2w.nii.gz"]
     sessions = pd.read_parquet(tmp_path / "store" / "sessions.parquet")
@@ -126,7 +127,7 @@ def test_an_unknown_contrast_in_a_manifest_stops_no_other_scan(cli, classifier, 
     rows = rows_of(source)
     rows[4][2] = "T9w"
     rewrite(source, rows)
-    answer = cli("prepare", source, tmp_path / "store", *COARSE)
+    answer = cli("prepare", source, tmp_path / "store", *COARSE, "--keep-ids")
     assert answer.code == 3
     assert "unknown contrast 'T9w'" in answer.line
     assert "s01_T1w.nii.gz" in answer.line
@@ -141,7 +142,7 @@ def test_one_file_listed_as_two_contrasts_is_used_once(cli, source, tmp_path):
     rows = rows_of(source)
     rows[2][3] = rows[1][3]
     rewrite(source, rows)
-    answer = cli("prepare", source, tmp_path / "store", *COARSE)
+    answer = cli("prepare", source, tmp_path / "store", *COARSE, "--keep-ids")
     assert answer.code == 3
     assert "s00_T1w.nii.gz: the same file is listed as T1w" in answer.line
 
@@ -177,14 +178,14 @@ def test_a_second_scan_of_a_refused_one_is_not_said_to_be_replaced(cli, source, 
         (["{tmp}/nowhere", "{tmp}/store"], 1, ["nowhere", "no such file or folder", "Check the path"]),
         (["{tmp}/empty", "{tmp}/store"], 1, ["empty", "no scans found", "manifest"]),
         (["{store}", "{tmp}/store"], 1, ["store", "no scans found"]),
-        (["{source}", "{store}"], 1, ["another source or preprocessing", "--overwrite"]),
+        (["{source}", "{store}"], 1, ["other preprocessing", "--overwrite"]),
         (["{source}", "{tmp}/store", "--contrasts", "T1,T9"], 2, ["contrasts", "unknown contrast 'T9'", "T1w"]),
         (["{source}", "{tmp}/store", "--contrasts", "flare"], 2, ["Did you mean FLAIR?"]),
         (["{source}", "{tmp}/store", "--contrasts", "SWI"], 1, ["none of the wanted contrasts", "s00_T1w.nii.gz"]),
         (["{source}", "{tmp}/store", "--set", "sise=[32,32]"], 2, ["sise", "Did you mean size?"]),
         (["{source}", "{tmp}/store", "--set", "a"], 2, ["--set a", "key=value"]),
         (["{source}", "{tmp}/store", "--mask", "dseg"], 2, ["'dseg'", "expected mask"]),
-        (["{source}", "{source}/manifest.tsv/store"], 1, ["manifest.tsv/store", "Not a directory"]),
+        (["{source}", "{source}/manifest.tsv/store"], 1, ["manifest.tsv/store", "a file is in the way"]),
         (["{source}", "{tmp}/store", "--workers", "none"], 2, ["--workers", "brainfound prepare --help"]),
         (["{source}"], 2, ["Missing argument", "brainfound prepare --help"]),
     ],
@@ -342,7 +343,7 @@ def test_without_a_verb_the_help_is_shown(cli):
 
 
 def test_an_interrupt_ends_with_130(cli, monkeypatch, tmp_path):
-    def interrupted(path):
+    def interrupted(path, **_options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("brainfound.data.cohort.Cohort.read", interrupted)
@@ -352,7 +353,7 @@ def test_an_interrupt_ends_with_130(cli, monkeypatch, tmp_path):
 
 
 def test_a_fault_of_the_program_is_not_hidden(cli, monkeypatch, tmp_path):
-    def faulty(path):
+    def faulty(path, **_options):
         raise ZeroDivisionError
 
     monkeypatch.setattr("brainfound.data.cohort.Cohort.read", faulty)
