@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from brainfound.cli.predict import IMAGES
-from brainfound.cli.terminal import AsJson, Quiet, note, progress_bar
+from brainfound.cli.terminal import AsJson, Hooks, KeepIds, Quiet, note, progress_bar
 from brainfound.errors import EXIT_SOME_REJECTED, UsageError
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from brainfound.data.cohort import Session
     from brainfound.data.contact_sheet import Card
     from brainfound.data.contract import InputContract
+    from brainfound.data.hooks import Hook
     from brainfound.data.preprocessing import Preprocessing
 
 SIGNS = {"ok": "✓", "note": "·", "warn": "!", "fail": "✗", None: ""}
@@ -39,7 +40,8 @@ def check(
     ] = None,
     contrasts: Annotated[str | None, typer.Option(help="Without --model: comma-separated, such as T1w,FLAIR.")] = None,
     png: Annotated[Path | None, typer.Option(help="Write a picture of slices as the model will see them.")] = None,
-    keep_ids: Annotated[bool, typer.Option("--keep-ids", help="Show identifiers and file names.")] = False,
+    hook: Hooks = None,
+    keep_ids: KeepIds = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -47,11 +49,14 @@ def check(
 
     Exit code 3 if any scan has a ✗.
     """
+    from brainfound.data.hooks import load_hooks
+
+    hooks = load_hooks(hook or ())
     preprocessing, contract = _expected(model, contrasts)
     sessions, are_files = _sessions(source, preprocessing)
     report = _Report(keep_ids or are_files, are_files, with_cards=png is not None)
     with progress_bar("checking sessions", quiet or as_json) as progress:
-        report.add_all(sessions, preprocessing, contract, progress)
+        report.add_all(sessions, preprocessing, contract, hooks, progress)
     if png is not None:
         report.write_picture(png, preprocessing)
     if as_json:
@@ -60,6 +65,8 @@ def check(
         report.show()
     if model is not None and not contract.is_measured:
         note("the model carries no input contract: only what its preprocessing says was checked")
+    if contract.hooks and not hooks:
+        note(f"the model's scans went through {', '.join(contract.hooks)} first; these were checked as they are")
     if report.has_failed:
         raise typer.Exit(EXIT_SOME_REJECTED)
 
@@ -110,6 +117,7 @@ class _Report:
         sessions: list[Session],
         preprocessing: Preprocessing,
         contract: InputContract,
+        hooks: tuple[Hook, ...],
         progress: Callable[[int, int], None] | None,
     ) -> None:
         from dataclasses import replace
@@ -119,7 +127,7 @@ class _Report:
 
         evenly = set(choose_sessions(len(sessions), (), MOST_CARDS))
         for row, session in enumerate(sessions):
-            checked = check_session(session, preprocessing, contract)
+            checked = check_session(session, preprocessing, contract, hooks)
             flagged = checked.level in ("warn", "fail")
             if self.with_cards and checked.stack is not None and (row in evenly or flagged):
                 self.cards[row] = self._card(row, checked)

@@ -1,11 +1,14 @@
 """Is this input what a model expects? Every scan of a source, against the model's input contract.
 
-Scans are read and brought onto the model's grid as `prepare` and `predict` do it, one at a time; nothing is written.
+Scans go through the hooks that are given, are read and brought onto the model's grid, as `prepare` and `predict` do
+it; nothing is written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,8 @@ from brainfound.data.check_rules import (
 )
 from brainfound.data.cohort import Session
 from brainfound.data.contract import InputContract
+from brainfound.data.hook_runner import run_hooks
+from brainfound.data.hooks import Hook
 from brainfound.data.preprocessing import Preprocessing
 from brainfound.data.quality import ScanQuality
 from brainfound.data.scan import Scan, load_scan, read_header
@@ -78,20 +83,33 @@ class CheckedSession:
         return worst([*self.findings, *(finding for scan in self.scans for finding in scan.findings)])
 
 
-def check_session(session: Session, preprocessing: Preprocessing, contract: InputContract) -> CheckedSession:
+def check_session(
+    session: Session, preprocessing: Preprocessing, contract: InputContract, hooks: Sequence[Hook] = ()
+) -> CheckedSession:
     """Check the scans of one session as the model would read them.
 
     Args:
         session: of a cohort, or from `session_of_files`.
         preprocessing: the model's.
         contract: the model's, or what is known of it.
+        hooks: tools to run on each scan first.
     """
-    return _SessionCheck(session, preprocessing, contract).run()
+    with tempfile.TemporaryDirectory() if hooks else nullcontext("") as folder:
+        return _SessionCheck(session, preprocessing, contract, hooks, Path(folder)).run()
 
 
 class _SessionCheck:
-    def __init__(self, session: Session, preprocessing: Preprocessing, contract: InputContract) -> None:
+    def __init__(
+        self,
+        session: Session,
+        preprocessing: Preprocessing,
+        contract: InputContract,
+        hooks: Sequence[Hook],
+        folder: Path,
+    ) -> None:
         self.session, self.preprocessing, self.contract = session, preprocessing, contract
+        self.hooks, self.folder = hooks, folder
+        self.reference: Path | None = None
         self.builder: StackBuilder | None = None
         self.scans: list[CheckedScan] = []
 
@@ -122,7 +140,8 @@ class _SessionCheck:
             return CheckedScan(contrast, file, tuple(findings))
         try:
             read_header(file)
-            scan = load_scan(file)
+            processed = self._after_hooks(contrast, file)
+            scan = load_scan(processed)
         except ScanError as error:
             return CheckedScan(contrast, file, (*findings, _failed("file", error)))
         findings += [Finding("file", "ok"), *orientation_findings(scan)]
@@ -130,6 +149,7 @@ class _SessionCheck:
             self.builder = self._with(contrast, scan, file.name)
         except ScanError as error:
             return CheckedScan(contrast, file, (*findings, _failed("field", error)))
+        self.reference = self.reference or processed
         quality = self.builder.quality[-1]
         findings += _asked([spacing_finding(quality, self.contract)])
         findings += intensity_findings(scan, quality, self.contract, self.preprocessing)
@@ -138,6 +158,11 @@ class _SessionCheck:
         if len(self.builder.quality) > 1:  # the first is what the others are compared with
             findings.append(overlap_finding(quality))
         return CheckedScan(contrast, file, tuple(findings), quality)
+
+    def _after_hooks(self, contrast: str, file: Path) -> Path:
+        if not self.hooks:
+            return file
+        return run_hooks(file, self.hooks, contrast=contrast, reference=self.reference, folder=self.folder)
 
     def _with(self, contrast: str, scan: Scan, name: str) -> StackBuilder:
         if self.builder is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from brainfound.data.check import check_session, contract_of_model, facts_of, se
 from brainfound.data.check_rules import age_finding, skull_finding, slices_finding, worst
 from brainfound.data.cohort import Session
 from brainfound.data.contract import InputContract
+from brainfound.data.hooks import Hook
 from brainfound.data.preprocessing import Preprocessing
 from brainfound.errors import ModelError, UsageError
 
@@ -243,6 +245,25 @@ def test_scans_that_hardly_overlap(tmp_path):
     assert checked.scans[1].level == "fail"
     assert "does not overlap" in _said(checked.scans[1], "field")
     assert checked.stack.present.tolist() == [True, False]
+
+
+def test_hooks_run_before_the_questions_are_asked(tmp_path):
+    script = tmp_path / "strip.py"
+    script.write_text(
+        "import sys, nibabel as nib, numpy as np\n"
+        "image = nib.load(sys.argv[1]); data = np.asarray(image.dataobj)\n"
+        "axes = np.indices(data.shape) - (np.array(data.shape)[:, None, None, None] - 1) / 2\n"
+        "inside = ((axes * 4 / np.array([62, 76, 64])[:, None, None, None]) ** 2).sum(0) < 1\n"
+        "nib.save(nib.Nifti1Image(np.where(inside, data, 0).astype('f4'), image.affine), sys.argv[2])\n"
+    )
+    hook = Hook(name="strip", step="skull_strip", command=f"{sys.executable} {script} {{input}} {{output}}")
+    session = Session("s", "1", {"T1w": _write(tmp_path / "a.nii", _image(radii=RADII_MM["head"]))}, {}, {})
+    assert check_session(session, PREPROCESSING, CONTRACT).level == "fail"
+    stripped = check_session(session, PREPROCESSING, CONTRACT, (hook,))
+    assert [(scan.level, scan.quality.skull) for scan in stripped.scans] == [("ok", "stripped")]
+    missing = hook.model_copy(update={"command": f"{sys.executable} gone.py {{input}} {{output}}"})
+    failed = check_session(session, PREPROCESSING, CONTRACT, (missing,)).scans[0]
+    assert "the hook strip failed" in _said(failed, "file")
 
 
 @pytest.mark.parametrize(("count", "level"), [(22, "warn"), (23, "ok"), (53, "ok"), (54, "warn")])
