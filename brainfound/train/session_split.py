@@ -121,8 +121,9 @@ def write_split(
     """Write the split file of a run into its folder; a run that goes on keeps the one that it has."""
     if given == folder / SPLIT_FILE:
         return
-    made: dict[str, Any] = {"kind": "taken from a file", "target": target}
-    if given is None:
+    if given is not None:
+        made: dict[str, Any] = {"kind": "taken from a file", "target": target, "sha256": _sha256_of(given)}
+    else:
         made = {"kind": "made by a run", "target": target, **recipe.model_dump(mode="json", exclude={"seed"})}
     seed = recipe.seed if given is None else None
     columns = [] if target == MASK else [target]
@@ -183,6 +184,10 @@ def _hash_as(split: Mapping[str, Any], subject: str) -> str:
 
 def _image_hash(content_hash: str, salt: str) -> str:
     return hashlib.sha256(f"{salt} {content_hash}".encode()).hexdigest()[:32]
+
+
+def _sha256_of(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _strata(recipe: SplitRecipe, store: Store, labelled: np.ndarray, target: str) -> dict[str, list[Any]]:

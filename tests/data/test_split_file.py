@@ -180,7 +180,7 @@ def test_an_image_under_two_names_is_a_leak(split, store):
     require_no_shared_content(store, PARTS)
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.text(min_size=1, max_size=6), min_size=4, max_size=20, unique=True), st.data())
 def test_any_names_survive_the_file_and_any_overlap_is_found(tmp_path_factory, names, data):
     path = tmp_path_factory.getbasetemp() / "any.json"

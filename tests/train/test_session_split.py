@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +14,6 @@ import pytest
 from brainfound.data.split_file import Split
 from brainfound.errors import UsageError
 from brainfound.recipes import validate
-from brainfound.train import session_split
 from brainfound.train.finetune import finetune
 from brainfound.train.make_split import adopt_split, make_split
 from brainfound.train.session_split import (
@@ -226,8 +225,6 @@ def test_a_known_image_is_known_under_another_name(table_store):
 
 
 def test_bundles_made_before_salts_are_read(table_store):
-    import hashlib
-
     digests = {
         part: [hashlib.sha256(name.encode()).hexdigest() for name in names]
         for part, names in {"train": ["sub-01"], "validation": ["sub-02"], "test": ["sub-03"]}.items()
@@ -237,8 +234,15 @@ def test_bundles_made_before_salts_are_read(table_store):
     assert np.flatnonzero(learnt_from(split, table_store, range(80))).tolist() == [2, 3, 4, 5]
 
 
-def test_asking_about_a_subject_costs_little():
-    started = time.process_time()
-    for number in range(20):
-        session_split.subject_hash(f"cost-{number}", "00" * 16)
-    assert (time.process_time() - started) / 20 < 0.01
+def test_a_run_says_which_file_it_followed_and_how_many_it_left_out(table_store, tmp_path):
+    given = tmp_path / "few.json"
+    make_split(table_store, num_subjects=[4], seed=1).save(given)
+    parts = split_sessions(RECIPE, table_store, "diagnosis", given)
+    write_split(tmp_path / "run", table_store, parts, "diagnosis", RECIPE, given)
+    split = Split.load(tmp_path / "run" / "splits.json")
+    assert split.made["sha256"] == hashlib.sha256(given.read_bytes()).hexdigest()
+    assert split.seed is None
+    assert split.num_left_out == {"single": 24}
+    written = (tmp_path / "run" / "splits.json").read_bytes()
+    write_split(tmp_path / "run", table_store, parts, "diagnosis", RECIPE, tmp_path / "run" / "splits.json")
+    assert (tmp_path / "run" / "splits.json").read_bytes() == written
