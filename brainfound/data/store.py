@@ -17,7 +17,7 @@ Axis legend: S slices, C contrasts, H rows, W columns.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -126,6 +126,35 @@ class Store:
         if not chosen.any():
             raise UsageError("no session is left", where="filter", remedy="Loosen the query")
         return Store(self.folders, self.table.take(np.flatnonzero(chosen)))
+
+    @staticmethod
+    def concatenate(stores: Sequence[Store]) -> Store:
+        """Several stores as one; nothing is copied.
+
+        Raises:
+            UsageError: none is given, they were prepared in different ways, or a session is in two of them.
+        """
+        if not stores:
+            raise UsageError("nothing to concatenate", where="concatenate")
+        for other in stores[1:]:
+            if other.preprocessing != stores[0].preprocessing:
+                raise UsageError(
+                    "the stores were prepared in different ways",
+                    where="concatenate",
+                    got=f"{stores[0].path.name}, {other.path.name}",
+                    remedy="Prepare one like the other: brainfound prepare SOURCE STORE --like OTHER_STORE",
+                )
+        folders = [folder for store in stores for folder in store.folders]
+        table = SessionTable.join([store.table for store in stores], [len(store.folders) for store in stores])
+        repeated = table.sessions.duplicated(["subject", "session"])
+        if repeated.any():
+            raise UsageError(
+                "a session is in two of the stores",
+                where="concatenate",
+                got=f"{int(repeated.sum())} sessions with the same subject and session",
+                remedy="If they are different people, give the subjects of each cohort a prefix in its manifest",
+            )
+        return Store(folders, table)
 
     @cached_property
     def slices(self):
@@ -314,6 +343,13 @@ class Store:
 
         return cls.open(download(repo_id, **options))
 
+    @staticmethod
+    def stream(source: str | Path, **options: Any) -> Iterator[dict[str, Any]]:
+        """Slices one after the other, from a folder or the Hub, see `brainfound.data.store_hub.stream`."""
+        from brainfound.data.store_hub import stream
+
+        return stream(source, **options)
+
     def _pixels(self, session: int) -> np.ndarray:
         table = self.table
         files = self.folders[table.origin[session, 0]].files
@@ -322,35 +358,6 @@ class Store:
     def _positions(self, index: int) -> np.ndarray:
         spacing = float(np.linalg.norm(self.table.affine[index][:3, 0]))
         return positions_mm(int(self.table.num_slices[index]), spacing)
-
-
-def concatenate(stores: Sequence[Store]) -> Store:
-    """Several stores as one; nothing is copied.
-
-    Raises:
-        UsageError: none is given, they were prepared in different ways, or a session is in two of them.
-    """
-    if not stores:
-        raise UsageError("nothing to concatenate", where="concatenate")
-    for other in stores[1:]:
-        if other.preprocessing != stores[0].preprocessing:
-            raise UsageError(
-                "the stores were prepared in different ways",
-                where="concatenate",
-                got=f"{stores[0].path.name}, {other.path.name}",
-                remedy="Prepare one like the other: brainfound prepare SOURCE STORE --like OTHER_STORE",
-            )
-    folders = [folder for store in stores for folder in store.folders]
-    table = SessionTable.join([store.table for store in stores], [len(store.folders) for store in stores])
-    repeated = table.sessions.duplicated(["subject", "session"])
-    if repeated.any():
-        raise UsageError(
-            "a session is in two of the stores",
-            where="concatenate",
-            got=f"{int(repeated.sum())} sessions with the same subject and session",
-            remedy="If they are different people, give the subjects of each cohort a prefix in its manifest",
-        )
-    return Store(folders, table)
 
 
 class StoreFolder:

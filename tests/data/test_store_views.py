@@ -14,7 +14,7 @@ import pytest
 from brainfound.data import store_hub
 from brainfound.data.prepare import prepare
 from brainfound.data.preprocessing import Preprocessing
-from brainfound.data.store import Store, concatenate
+from brainfound.data.store import Store
 from brainfound.errors import StoreError, UsageError
 
 SETTINGS = Preprocessing(spacing_mm=(4, 4, 4), size=(32, 32))
@@ -81,7 +81,7 @@ def test_stores_become_one(tmp_path, make_cohort):
         table[table["subject"].isin(subjects)].to_csv(source / f"{name}.tsv", sep="\t", index=False)
         parts.append(prepare(source / f"{name}.tsv", tmp_path / name, SETTINGS))
     whole = prepare(source, tmp_path / "whole", SETTINGS)
-    joined = concatenate(parts)
+    joined = Store.concatenate(parts)
     assert_same_stacks(joined, whole)
     assert joined.content_hash == whole.content_hash, "the hash depends on how a store lies on disk"
     assert joined.sessions["subject"].tolist() == whole.sessions["subject"].tolist()
@@ -93,10 +93,10 @@ def test_stores_become_one(tmp_path, make_cohort):
     some = joined.filter("subject in ['s01', 's02']")
     assert_same_stacks(pickle.loads(pickle.dumps(some)), whole.filter("subject in ['s01', 's02']"))
     with pytest.raises(UsageError, match="in two of the stores"):
-        concatenate([whole, parts[0]])
+        Store.concatenate([whole, parts[0]])
     other = prepare(source / "b.tsv", tmp_path / "other", SETTINGS.model_copy(update={"size": (40, 40)}))
     with pytest.raises(UsageError, match="prepared in different ways"):
-        concatenate([parts[1], other])
+        Store.concatenate([parts[1], other])
 
 
 def test_verify_finds_one_changed_byte_and_a_changed_label(small_store, tmp_path):
@@ -151,7 +151,7 @@ def test_a_copy_without_identifiers_names_nobody(small_store, tmp_path):
 
 
 def test_slices_stream_from_a_folder(small_store):
-    rows = list(store_hub.stream(small_store.path))
+    rows = list(Store.stream(small_store.path))
     assert len(rows) == small_store.num_slices
     np.testing.assert_array_equal(rows[40]["pixels"], small_store.read_slices(np.array([40]))[0])
     first = small_store[0]
