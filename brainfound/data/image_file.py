@@ -34,6 +34,9 @@ from brainfound.errors import ScanError
 MAX_VOXELS = 1024**3
 """A header that claims more is refused: four times the voxels of an ex-vivo brain at 0.25 mm; 4 GiB as float32."""
 
+MAX_AXIS_VOXELS = 4096
+"""Along one axis; no scanner makes more, and a long thin volume would become as many slices."""
+
 MAX_OFFSET_BYTES = 64 * 2**20
 """Of header extensions before the voxels. They are skipped, never read into memory."""
 
@@ -257,12 +260,12 @@ def _shape_3d(shape: tuple[int, ...], path: Path) -> tuple[int, int, int]:
             expected="three dimensions",
             remedy="Extract one volume (for diffusion data the trace or b=1000 image)",
         )
-    if min(spatial) < 2 or spatial[0] * spatial[1] * spatial[2] > MAX_VOXELS:
+    if min(spatial) < 2 or max(spatial) > MAX_AXIS_VOXELS or spatial[0] * spatial[1] * spatial[2] > MAX_VOXELS:
         raise ScanError(
             "implausible size",
             where=path.name,
             got=f"shape {shown}",
-            expected=f"at least 2 voxels along each axis and at most {MAX_VOXELS} in all",
+            expected=f"2 to {MAX_AXIS_VOXELS} voxels along each axis and at most {MAX_VOXELS} in all",
             remedy="Check the header",
         )
     return (spatial[0], spatial[1], spatial[2])

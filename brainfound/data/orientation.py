@@ -28,6 +28,9 @@ SPACING_MM = (0.05, 50.0)
 MAX_ORIGIN_MM = 1e5
 """Of the first voxel from the world's origin. No scanner is 100 m long, and float32 headers lose millimetres there."""
 
+MAX_EXTENT_MM = 2000.0
+"""Of a volume along one axis: a person. What is longer would become thousands of slices of nothing."""
+
 MIN_VOLUME_SHARE = 0.02
 """Volume of a voxel over the product of its edges (1 for right angles): below it the axes nearly fall together."""
 
@@ -101,12 +104,12 @@ def _sizes(values: np.ndarray) -> str:
     return " × ".join(f"{value:.4g}" for value in values)
 
 
-def check_affine(affine: Float[np.ndarray, "4 4"], path: Path) -> None:
+def check_affine(affine: Float[np.ndarray, "4 4"], shape: tuple[int, int, int], path: Path) -> None:
     """Refuse an affine that cannot be a scan's.
 
     Raises:
         ScanError: values that are not finite, a voxel size of zero or outside of `SPACING_MM`, axes that (nearly)
-            fall together, or an origin beyond `MAX_ORIGIN_MM`.
+            fall together, a volume longer than `MAX_EXTENT_MM`, or an origin beyond `MAX_ORIGIN_MM`.
     """
     remedy = "Repair the header's sform or qform"
     linear = affine[:3, :3]
@@ -129,6 +132,14 @@ def check_affine(affine: Float[np.ndarray, "4 4"], path: Path) -> None:
             where=path.name,
             expected="an invertible voxel-to-world matrix",
             remedy=remedy,
+        )
+    if (spacing * shape).max() > MAX_EXTENT_MM:
+        raise ScanError(
+            "unusable affine: implausible length of the volume",
+            where=path.name,
+            got=f"{_sizes(spacing * shape)} mm",
+            expected=f"at most {MAX_EXTENT_MM:g} mm",
+            remedy="Check the voxel size in the header",
         )
     if np.abs(affine[:3, 3]).max() > MAX_ORIGIN_MM:
         raise ScanError(

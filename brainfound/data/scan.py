@@ -115,7 +115,7 @@ def load_scan(path: str | Path, *, labels: bool = False) -> Scan:
 
 
 def _scan_header(image: ImageHeader) -> ScanHeader:
-    check_affine(image.affine, image.path)
+    check_affine(image.affine, image.shape_3d, image.path)
     closest_canonical(image.affine, image.path)
     x, y, z = (float(size) for size in np.linalg.norm(image.affine[:3, :3], axis=0))
     return ScanHeader(

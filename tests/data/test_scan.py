@@ -209,6 +209,7 @@ TERABYTE = {"dim": [3, 1024, 1024, 1024, 1, 1, 1, 1], "datatype": 64, "bitpix": 
     [
         (TERABYTE, "cannot be read as an image: its header claims 8589934944 bytes"),
         ({"dim": [3, 32767, 32767, 1000, 1, 1, 1, 1]}, "implausible size"),
+        ({"dim": [3, 4097, 6, 7, 1, 1, 1, 1]}, "implausible size"),
         ({"dim": [3, -5, 6, 7, 1, 1, 1, 1]}, "implausible size"),
         ({"dim": [3, -1, 1, 1, 1, 1, 1, 1], "glmin": 2**31 - 1}, "implausible size"),
         ({"dim": [0, 5, 6, 7, 1, 1, 1, 1]}, "not a 3-D volume"),
@@ -372,6 +373,7 @@ def test_odd_headers_are_noted(tmp_path, capfd, fields, source, note):
         ({"srow_x": [0.002, 0, 0, 0], "srow_y": [0, 0.002, 0, 0]}, "implausible voxel size"),
         ({"srow_z": [0, 0, 60, 0]}, "implausible voxel size"),
         ({"srow_z": [0, 0, 2, 1e6]}, "implausible origin"),
+        ({"dim": [3, 2, 2, 51, 1, 1, 1, 1], "srow_z": [0, 0, 45, 0]}, "implausible length"),
         ({"sform_code": 0, "qform_code": 1, "quatern_b": 5, "pixdim": SIZES}, "cannot be read as an image"),
         ({"sform_code": 0, "qform_code": 1, "pixdim": [1, 0, 2, 2, 1, 1, 1, 1]}, "voxel size of 0 mm"),
     ],
