@@ -35,7 +35,7 @@ class Source:
 
 
 def _sources() -> tuple[Source, ...]:
-    modules = ("manifest", "openmind", "fomo_tasks", "fomo60k", "fomo300k", "bids", "named_files", "dicom")
+    modules = ("manifest", "openmind", "fomo_tasks", "fomo300k", "fomo60k", "bids", "named_files", "dicom")
     found = [import_module(f"{__name__}.{module}") for module in modules]
     return tuple(Source(module.NAME, module.LOOKS_LIKE, module.recognises, module.read) for module in found)
 

@@ -78,6 +78,8 @@ def mask_column(path: PurePath) -> str | None:
         return "dseg"
     if re.search(r"[_-](brainmask|skull-?stripped_mask)$", name):
         return "brain_mask"
+    if "sub" not in BidsName.of(path).entities:  # deface_mask.nii.gz in a folder beside its scan
+        return None
     if name.endswith(("_mask", "_roi")) and "_task-" not in name and not _TISSUE.search(name):
         return "brain_mask" if _BRAIN.search(name) else "mask"
     if name.endswith("_defacemask"):

@@ -122,6 +122,8 @@ def _label_column(lower: list[str], after_contrast: int | None) -> str | None:
         return None
     if "brainmask" in lower or ("brain" in lower and {"mask", "masks"} & set(lower)):
         return "brain_mask"
+    if {"deface", "defaced", "defacing", "face", "anon", "anonymization"} & set(lower):
+        return "deface_mask"
     return "dseg" if "dseg" in lower else "mask"
 
 

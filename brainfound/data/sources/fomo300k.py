@@ -1,8 +1,12 @@
-"""FOMO300K: ``PT001_*/sub-XX/ses-YY.zip`` with BIDS-like names inside; unpacked sessions are read as well."""
+"""FOMO300K: ``PT001_*/sub-XX/ses-YY.zip`` with BIDS-like names inside; unpacked sessions are read as well.
+
+``PT030_OpenNeuro`` has a level more, the OpenNeuro data set: ``PT030_OpenNeuro/ds000001/sub-XX/ses-YY.zip``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -23,8 +27,8 @@ from brainfound.data.sources.folders import (
     stem,
     subfolders,
 )
-from brainfound.data.sources.fomo60k import join_people
-from brainfound.data.sources.tables import join, read_table
+from brainfound.data.sources.fomo60k import join_by_names, join_people
+from brainfound.data.sources.tables import read_table
 from brainfound.errors import CohortError, ScanError
 
 NAME = "FOMO300K"
@@ -34,7 +38,7 @@ _PARTS = "PT[0-9]*"
 
 def recognises(path: Path) -> bool:
     """The root with ``PT001_*`` folders, or one such folder with sessions as zips."""
-    return path.is_dir() and any(any(_sessions(part)) for part in _parts(path))
+    return path.is_dir() and any(any(_sessions(part)) for part, _ in _parts(path))
 
 
 def read(path: Path, work: Path | None = None) -> Cohort:
@@ -50,9 +54,9 @@ def read(path: Path, work: Path | None = None) -> Cohort:
     notes: list[str] = []
     names = SubjectNames()
     rows: list[dict[str, Any]] = []
-    for part in _parts(path):
+    for part, dataset in _parts(path):
         for session in _sessions(part):
-            dataset, participant = part.name, session.parent.name
+            participant = session.parent.name
             label = session.name.removesuffix(".zip").removeprefix("ses-")
             for file in _files(session, unused):
                 contrast, reason = _contrast(file)
@@ -73,17 +77,33 @@ def read(path: Path, work: Path | None = None) -> Cohort:
         )
     rows.sort(key=lambda row: (in_order(row["subject"]), in_order(row["session"]), row["_order"], row["path"]))
     table = pd.DataFrame(rows).drop(columns="_order")
-    root = path.parent if path in _parts(path) else path
+    root = _root(path)
     if (root / "participants.tsv").is_file():
         table = join_people(table, root, notes)
     table = _join_scan_facts(table, root, notes)
     return Cohort(table.drop(columns="_participant"), root, source=NAME, notes=notes, unused=unused)
 
 
-def _parts(path: Path) -> list[Path]:
-    if path.is_dir() and any(path.glob("sub-*/ses-*.zip")):
-        return [path]
-    return subfolders(path, _PARTS)
+def _parts(path: Path) -> list[tuple[Path, str]]:
+    """The folders of data sets with their names, ``PT001_x`` or ``PT030_OpenNeuro/ds000001``."""
+    if any(path.glob("sub-*/ses-*.zip")):
+        above = path.resolve().parent.name
+        return [(path, f"{above}/{path.resolve().name}" if fnmatch(above, _PARTS) else path.resolve().name)]
+    tops = [path] if fnmatch(path.resolve().name, _PARTS) else subfolders(path, _PARTS)
+    parts = []
+    for top in tops:
+        name = top.resolve().name
+        parts.append((top, name))
+        parts += [(inner, f"{name}/{inner.name}") for inner in subfolders(top, "ds*")]
+    return parts
+
+
+def _root(path: Path) -> Path:
+    """The folder with the tables: the path, or one above it if the path is a part."""
+    here = path.resolve()
+    above = [here.parents[number] for number in (0, 1) if number < len(here.parents)]
+    is_part = fnmatch(here.name, _PARTS) or fnmatch(here.parent.name, _PARTS)
+    return next((folder for folder in above if is_part and (folder / "participants.tsv").is_file()), path)
 
 
 def _sessions(part: Path) -> Iterator[Path]:
@@ -144,8 +164,7 @@ def _join_scan_facts(table: pd.DataFrame, root: Path, notes: list[str]) -> pd.Da
     if not {"dataset", "subject", "session", "filename"} <= set(facts.columns):
         notes.append("mri_info.tsv has no columns dataset, participant_id, session_id, filename and was not used")
         return table
-    facts = facts.rename(columns={"subject": "_participant", "filename": "_file"})
-    facts["session"] = [None if name is None else str(name).removeprefix("ses-") for name in facts["session"]]
+    facts = facts.rename(columns={"filename": "_file"})
     facts["_file"] = [None if name is None else PurePosixPath(name).name for name in facts["_file"]]
     table["_file"] = [Path(path).name for path in table["path"]]
-    return join(table, facts, ("dataset", "_participant", "session", "_file"), file).drop(columns="_file")
+    return join_by_names(table, facts, ("session", "_file"), file, notes).drop(columns="_file")

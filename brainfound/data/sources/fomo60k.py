@@ -58,7 +58,7 @@ def read(path: Path, work: Path | None = None) -> Cohort:
 
 
 def _is_later(path: Path) -> bool:
-    return (path / "mapping.tsv").is_file() and not any(path.glob("*/*/*.zip"))
+    return (path / "mapping.tsv").is_file()
 
 
 def _first_release(path: Path) -> Path | None:
@@ -143,7 +143,35 @@ def join_people(table: pd.DataFrame, root: Path, notes: list[str]) -> pd.DataFra
             got=", ".join(map(str, people.columns[:12])),
             remedy="Get the file of the release again",
         )
-    people = with_typed_ages(people, file).rename(columns={"subject": "_participant"})
+    people = with_typed_ages(people, file)
     by_session = "session" in people and people["session"].notna().any()
-    keys = ["dataset", "_participant", "session"] if by_session else ["dataset", "_participant"]
-    return join(table, people, keys, file)
+    return join_by_names(table, people, ("session",) if by_session else (), file, notes)
+
+
+def join_by_names(
+    table: pd.DataFrame, facts: pd.DataFrame, further: tuple[str, ...], file: Path, notes: list[str]
+) -> pd.DataFrame:
+    """Facts joined by data set, participant and further columns, as an index of a release names them.
+
+    Rows that say different things of one name are not used, since whose they are cannot be known.
+    """
+    facts = facts.rename(columns={"dataset": "_dataset", "subject": "_participant", "session": "_session"})
+    keys = ["_dataset", "_participant", *("_session" if column == "session" else column for column in further)]
+    if "_session" in keys:
+        facts["_session"] = [None if name is None else str(name).removeprefix("ses-") for name in facts["_session"]]
+        table["_session"] = [name.removeprefix("ses-") for name in table["session"]]
+    facts = facts.drop_duplicates()
+    doubtful = facts.duplicated(subset=keys, keep=False)
+    if doubtful.any():
+        notes.append(f"{doubtful.sum()} rows of {file.name} are not used: they say different things of one name")
+        facts = facts[~doubtful]
+    known = set(facts["_dataset"])
+    table["_dataset"] = [_name_in(known, dataset) for dataset in table["dataset"]]
+    joined = join(table, facts, keys, file)
+    return joined.drop(columns=[column for column in ("_dataset", "_session") if column in joined])
+
+
+def _name_in(known: set[str], dataset: str) -> str:
+    """How a table calls a data set: ``PT030_OpenNeuro/ds000001`` whole, or by its last or its first part."""
+    first, _, rest = dataset.partition("/")
+    return next((name for name in (dataset, rest, first) if name in known), dataset)

@@ -159,7 +159,14 @@ def test_sidecars_are_inherited_and_the_nearest_wins(layout):
     assert table.loc[("sub-2", "T1w"), "scanner"] == "Prisma"
     assert table.loc[("sub-3", "T1w"), "manufacturer"] == "GE"
     assert not table.astype(str).eq("Secret").any(axis=None)
-    assert "site" in table and table["site"].isna().all()
+    assert table["site"].isna().all()
+
+
+def test_masks_beside_a_scan_of_openmind_are_no_lesions(layout):
+    root = layout("sub-1/anat/sub-1_T1w.nii.gz", "sub-1/anat/sub-1_T1w__Data/deface_mask.nii.gz")
+    cohort = Cohort.read(root)
+    assert cohort.table["mask"].isna().all()
+    assert [file.name for file, _ in cohort.unused] == ["deface_mask.nii.gz"]
 
 
 def test_a_broken_sidecar_is_noted_and_stops_nothing(layout):

@@ -81,7 +81,7 @@ def test_series_become_scans_and_nobody_is_named(tmp_path):
     study = write_series(source / "JaneDoe" / "s1")
     write_series(source / "JaneDoe" / "s2", study=study, SeriesDescription="t2_tirm_dark-fluid")
     write_series(source / "JaneDoe" / "later", StudyDate="20210101")
-    write_series(source / "case2" / "s1", PatientID="MRN4712", PatientName="ROE^RICK", PatientAge="n/a")
+    write_series(source / "case2" / "s1", PatientID="MRN4712", PatientName="ROE^RICK", PatientAge="")
     with pytest.raises(CohortError, match=r"must be converted first.*work="):
         Cohort.read(source)
     cohort = Cohort.read(source, work=work)

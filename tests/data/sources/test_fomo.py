@@ -128,6 +128,30 @@ def test_one_data_set_of_fomo300k_has_the_same_subjects(tmp_path):
     assert list(whole.table["subject"]) == list(part.table["subject"]) == ["PT001_A_sub-01"]
 
 
+@pytest.mark.parametrize("pointed_at", ["", "PT030_OpenNeuro", "PT030_OpenNeuro/ds000002"])
+def test_openneuro_in_fomo300k_has_a_level_more(tmp_path, contents, pointed_at):
+    for dataset in ("ds000001", "ds000002"):
+        zip_of(tmp_path / "PT030_OpenNeuro" / dataset / "sub-01" / "ses-01.zip", "anat/sub-01_ses-01_T1w.nii.gz")
+    (tmp_path / "mapping.tsv").write_text("dataset\tparticipant_id\tsession_id\tfilename\n")
+    row = "PT030_OpenNeuro/{0}\tsub-01\tses-01\t{1}\tc\n"
+    (tmp_path / "participants.tsv").write_text(PEOPLE + row.format("ds000001", 30) + row.format("ds000002", 40))
+    cohort = Cohort.read(tmp_path / pointed_at)
+    assert cohort.source == "FOMO300K"
+    found = {s.subject: s.covariates["age_years"] for s in cohort.sessions()}
+    expected = {"PT030_OpenNeuro-ds000001_sub-01": 30, "PT030_OpenNeuro-ds000002_sub-01": 40}
+    assert found == {k: v for k, v in expected.items() if not pointed_at.endswith("2") or v == 40}
+
+
+def test_rows_that_cannot_be_told_apart_are_not_used(tmp_path):
+    for dataset in ("ds000001", "ds000002"):
+        zip_of(tmp_path / "PT030_OpenNeuro" / dataset / "sub-01" / "ses-01.zip", "anat/sub-01_ses-01_T1w.nii.gz")
+    rows = "".join(f"PT030_OpenNeuro\tsub-01\tses-01\t{age}\tc\n" for age in (30, 40))
+    (tmp_path / "participants.tsv").write_text(PEOPLE + rows)
+    cohort = Cohort.read(tmp_path)
+    assert cohort.table["age_years"].isna().all()
+    assert any("2 rows of participants.tsv are not used" in note for note in cohort.notes)
+
+
 def test_only_faulty_zips_are_one_clear_line(tmp_path):
     (tmp_path / "PT001_A" / "sub-01").mkdir(parents=True)
     (tmp_path / "PT001_A" / "sub-01" / "ses-01.zip").write_bytes(b"no zip")

@@ -102,6 +102,9 @@ def test_any_name_can_be_read(name):
     assert person_of(found.identifier).subject == person_of(found.identifier).subject.strip("/")
 
 
+WORDS = ("t1n", "t1c", "t2f", "seg")
+
+
 def test_one_folder_of_public_names(layout, contents):
     root = layout(
         *(
