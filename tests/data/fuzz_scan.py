@@ -43,7 +43,7 @@ MAX_BYTES = 24 * 2**20
 """Beside the file's own voxels: chunks, and nibabel's tables. A header may claim terabytes."""
 
 SHAPE = (5, 6, 7)
-FORMATS = {"nii": ".nii", "nii.gz": ".nii.gz", "mgh": ".mgh", "mgz": ".mgz", "zip": ".zip"}
+FORMATS = (".nii", ".nii.gz", ".mgh", ".mgz", ".zip")
 
 
 def plain_files() -> dict[str, bytes]:
@@ -174,30 +174,30 @@ class _Heard(logging.Handler):
         self.records.append(record.getMessage())
 
 
-def check_bytes(layout: int, content: bytes, folder: Path) -> bool:
-    """Write bytes as a file in one of the layouts, and `check` it.
+def write(layout: int, content: bytes, folder: Path) -> Path:
+    """Write bytes as a file ``x.…`` in one of the layouts.
 
     Args:
         layout: 0 to 4 the bytes are a whole file (`FORMATS`); above, they are packed first: 5 as ``.nii.gz``,
-            6 as ``.mgz``, 7 and 8 as a member ``x.nii`` or ``x.nii.gz`` of an archive.
-        content: the bytes.
-        folder: an empty folder for the file.
+            6 as ``.mgz``, 7 and 8 as a member ``anat/x.nii`` or ``anat/x.nii.gz`` of an archive.
     """
-    if layout < 5:
-        suffix = list(FORMATS.values())[layout]
-    else:
-        suffix = (".nii.gz", ".mgz", ".zip", ".zip")[layout - 5]
-        if layout in (5, 6):
-            content = gzip.compress(content, 1, mtime=0)
-        elif layout == 7:
-            content = zipped("x.nii", content)
-        else:
-            content = zipped("x.nii.gz", gzip.compress(content, 1, mtime=0))
+    suffix = FORMATS[layout] if layout < 5 else (".nii.gz", ".mgz", ".zip", ".zip")[layout - 5]
+    if layout in (5, 6):
+        content = gzip.compress(content, 1, mtime=0)
+    elif layout == 7:
+        content = zipped("x.nii", content)
+    elif layout == 8:
+        content = zipped("x.nii.gz", gzip.compress(content, 1, mtime=0))
     path = folder / f"x{suffix}"
     path.write_bytes(content)
-    if suffix == ".zip":
-        members = [path / "anat/x.nii", path / "anat/x.nii.gz"]
-        return any([check(member) for member in members])
+    return path
+
+
+def check_bytes(layout: int, content: bytes, folder: Path) -> bool:
+    """Hold a file of these bytes against the rule; True if it was read."""
+    path = write(layout, content, folder)
+    if path.suffix == ".zip":
+        return any([check(path / "anat/x.nii"), check(path / "anat/x.nii.gz")])
     return check(path)
 
 
