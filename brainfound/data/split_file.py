@@ -230,7 +230,7 @@ def require_no_shared_content(store: Store, parts: Mapping[str, Sequence[int] | 
     Raises:
         UsageError: names the rows of ``store.sessions``, not the subjects.
     """
-    hashes = store.sessions["content_hash"].tolist()
+    hashes = store.sessions["image_hash"].tolist()
     first: dict[str, tuple[str, int]] = {}
     for part, index in parts.items():
         for row in map(int, index):
@@ -251,7 +251,7 @@ def subjects_to_divide(store: Store) -> tuple[np.ndarray, int]:
     Those are subjects who share an image: they stay in one part.
     """
     subjects = [str(name) for name in store.sessions["subject"]]
-    names = linked_subjects(subjects, store.sessions["content_hash"].tolist())
+    names = linked_subjects(subjects, store.sessions["image_hash"].tolist())
     return np.array(names, dtype=object), len(set(subjects)) - len(set(names))
 
 

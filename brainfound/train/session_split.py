@@ -136,7 +136,7 @@ def hashed_split(store: Store, parts: Mapping[str, np.ndarray]) -> dict[str, Any
     The salt is drawn anew for each bundle, so that two bundles cannot be compared and no table helps to guess.
     """
     salt = os.urandom(16).hex()
-    names, images = store.sessions["subject"], store.sessions["content_hash"]
+    names, images = store.sessions["subject"], store.sessions["image_hash"]
     subjects = {part: {str(names.iloc[int(i)]) for i in index} for part, index in parts.items()}
     content = {part: {str(images.iloc[int(i)]) for i in index} for part, index in parts.items()}
     return {
@@ -166,7 +166,7 @@ def learnt_from(split: Mapping[str, Any], store: Store, sessions: Sequence[int])
     images = {digest for part in ("train", "validation") for digest in split.get("images", {}).get(part, ())}
     if not images:  # a bundle made before images were remembered
         return known
-    hashes = store.sessions["content_hash"]
+    hashes = store.sessions["image_hash"]
     return known | np.array([_image_hash(str(hashes.iloc[int(i)]), split["salt"]) in images for i in sessions])
 
 
@@ -182,8 +182,8 @@ def _hash_as(split: Mapping[str, Any], subject: str) -> str:
     return subject_hash(subject, split["salt"], split["rounds"])
 
 
-def _image_hash(content_hash: str, salt: str) -> str:
-    return hashlib.sha256(f"{salt} {content_hash}".encode()).hexdigest()[:32]
+def _image_hash(image_hash: str, salt: str) -> str:
+    return hashlib.sha256(f"{salt} {image_hash}".encode()).hexdigest()[:32]
 
 
 def _sha256_of(file: Path) -> str:

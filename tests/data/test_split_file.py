@@ -36,7 +36,7 @@ def store() -> TableStore:
         pd.DataFrame(
             {
                 "subject": subjects,
-                "content_hash": [f"{n:04x}" for n in range(24)],
+                "image_hash": [f"{n:04x}" for n in range(24)],
                 "diagnosis": ["ill" if n // 2 % 2 else None for n in range(24)],
                 "age_years": [20.0 + n // 2 for n in range(24)],
             }
@@ -167,7 +167,7 @@ def test_splits_of_earlier_runs_are_read(tmp_path):
 
 def test_an_image_under_two_names_is_a_leak(split, store):
     require_no_shared_content(store, PARTS)
-    store.sessions.loc[17, "content_hash"] = store.sessions.loc[3, "content_hash"]
+    store.sessions.loc[17, "image_hash"] = store.sessions.loc[3, "image_hash"]
     with pytest.raises(UsageError, match="share an image") as error:
         require_no_shared_content(store, PARTS)
     assert "rows 3 and 17" in str(error.value)
@@ -176,7 +176,7 @@ def test_an_image_under_two_names_is_a_leak(split, store):
         split.sessions(store, "fold-1")
     with pytest.raises(UsageError, match="share an image"):
         Split.of_store(store, {"single": PARTS}, seed=0, made={})
-    store.sessions.loc[17, "content_hash"] = store.sessions.loc[18, "content_hash"]  # within one part
+    store.sessions.loc[17, "image_hash"] = store.sessions.loc[18, "image_hash"]  # within one part
     require_no_shared_content(store, PARTS)
 
 

@@ -18,8 +18,8 @@ class TableStore:
 
     def __init__(self, table: pd.DataFrame, num_slices: int = 4) -> None:
         self.sessions = table.assign(first_row=np.arange(len(table)) * num_slices, num_slices=num_slices)
-        if "content_hash" not in table:
-            self.sessions["content_hash"] = [f"{number:04x}" for number in range(len(table))]
+        if "image_hash" not in table:
+            self.sessions["image_hash"] = [f"{number:04x}" for number in range(len(table))]
         self.present = np.ones((len(table), 1), dtype=bool)
         self.slice_positions_mm = np.tile(np.linspace(-30, 30, num_slices), len(table))
 
@@ -72,7 +72,7 @@ def test_no_subject_is_on_both_sides():
 def test_an_image_under_two_names_is_on_one_side(target):
     """Every image is there twice, under another subject's name."""
     hashes = [f"{i % 12:02x}" for i in range(24)]
-    store = TableStore(table(age_years=np.linspace(20, 80, 24), content_hash=hashes))
+    store = TableStore(table(age_years=np.linspace(20, 80, 24), image_hash=hashes))
     probe = Probe(store, ProbeRecipe(target=target, slices_per_session=2), seed=0)
     per_session = 2 if target == "slice_position" else 1
     for fold in probe.folds:

@@ -32,7 +32,7 @@ def table_store():
     subjects = [f"sub-{n // 2:02d}" for n in range(80)]
     columns = {
         "subject": subjects,
-        "content_hash": [f"{n:04x}" for n in range(80)],
+        "image_hash": [f"{n:04x}" for n in range(80)],
         "mask_dtype": "",
         "diagnosis": ["ill" if n // 2 % 3 == 0 else "well" for n in range(80)],
         "age_years": [20.0 + n / 2 for n in range(80)],
@@ -136,9 +136,9 @@ def test_training_fails_closed_on_a_split_that_leaks(small_store, tiny_backbone,
         split_sessions(RECIPE, small_store, "diagnosis", None, "fold-1")
 
     first, last = (made.sessions(small_store)[part][0] for part in ("train", "test"))
-    hashes = small_store.sessions["content_hash"].copy()
+    hashes = small_store.sessions["image_hash"].copy()
     hashes[int(last)] = hashes[int(first)]
-    monkeypatch.setitem(small_store.sessions, "content_hash", hashes)
+    monkeypatch.setitem(small_store.sessions, "image_hash", hashes)
     line = start(file)
     assert "share an image" in line
     assert f"rows {first} and {last}" in line
@@ -146,11 +146,11 @@ def test_training_fails_closed_on_a_split_that_leaks(small_store, tiny_backbone,
 
 def test_new_divisions_keep_subjects_with_one_image_together(table_store):
     said: list[str] = []
-    table_store.sessions["content_hash"] = [f"{n % 40:04x}" for n in range(80)]  # everybody is there twice
+    table_store.sessions["image_hash"] = [f"{n % 40:04x}" for n in range(80)]  # everybody is there twice
     for seed in range(5):
         recipe = RECIPE.model_copy(update={"seed": seed})
         parts = split_sessions(recipe, table_store, "diagnosis", None, say=said.append)
-        images = [set(table_store.sessions["content_hash"].iloc[index]) for index in parts.values()]
+        images = [set(table_store.sessions["image_hash"].iloc[index]) for index in parts.values()]
         assert sum(map(len, images)) == len(set().union(*images)) == 40
     assert "20 subjects have an image of another" in said[0]
     for wishes in ({"folds": 3}, {"num_subjects": [3]}, {"leave_site_out": True}):
@@ -204,7 +204,7 @@ def test_a_bundle_knows_its_subjects_again_and_names_none(table_store):
     split = hashed_split(table_store, parts)
     text = json.dumps(split)
     assert not any(name in text for name in table_store.sessions["subject"])
-    assert not any(f'"{content}"' in text for content in table_store.sessions["content_hash"])
+    assert not any(f'"{content}"' in text for content in table_store.sessions["image_hash"])
     other = hashed_split(table_store, parts)
     assert not set(split["subjects"]["train"]) & set(other["subjects"]["train"])  # a salt of its own
     everybody = np.arange(80)
