@@ -21,6 +21,10 @@ from brainfound.errors import CohortError
 if TYPE_CHECKING:
     from brainfound.data.cohort import Cohort
 
+_MODULES = (
+    *("manifest", "openmind", "fomo_tasks", "fomo300k", "fomo60k"),
+    *("bids", "bids_collection", "named_files", "dicom"),
+)
 _LOOKED_AT = 10_000
 
 
@@ -35,7 +39,17 @@ class Source:
 
 
 def _sources() -> tuple[Source, ...]:
-    modules = ("manifest", "openmind", "fomo_tasks", "fomo300k", "fomo60k", "bids", "named_files", "dicom")
+    modules = (
+        "manifest",
+        "openmind",
+        "fomo_tasks",
+        "fomo300k",
+        "fomo60k",
+        "bids",
+        "bids_collection",
+        "named_files",
+        "dicom",
+    )
     found = [import_module(f"{__name__}.{module}") for module in modules]
     return tuple(Source(module.NAME, module.LOOKS_LIKE, module.recognises, module.read) for module in found)
 

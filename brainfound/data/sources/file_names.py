@@ -28,7 +28,7 @@ _REPEAT = re.compile(r"(?:run|r|rep|echo|acq)?\d{1,2}|run|rep|echo")
 _B_VALUE = re.compile(r"b\d+")
 _VISIT = (
     r"(?:(?:ses|session|visit|vis|v|tp|timepoint|time|study|exam|month|mo|m|week|wk|w|year|yr|y|day|d|fu|fup|followup"
-    r"|follow-?up|scan|mr)[_\-]?\d+[a-z]?|baseline|bl|followup|follow-up|fu|preop|postop|pre|post"
+    r"|follow-?up|scan|mr)[_\-]?\d+[a-z]?|baseline|bl|followup|follow-up|fu|preop|postop"
     r"|(?:19|20)\d{2}-?[01]\d-?[0-3]\d)"
 )
 _FAMILIES = tuple(

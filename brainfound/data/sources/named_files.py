@@ -40,7 +40,9 @@ _PASSED_OVER = {
 }
 """Folders that are no subject, whatever lies in them; folders named by a contrast are none either."""
 _LABEL_FOLDERS = {"label", "labels", "labelstr", "labelsts", "mask", "masks", "seg", "segmentations"}
-_GROUP = re.compile(r"(?:site|cent(?:er|re)|hospital|scanner|group|batch|cohort|part|fold|set)[_\-]?\w*", re.IGNORECASE)
+_GROUP = re.compile(
+    r"(?:site|cent(?:er|re)|hospital|scanner|group|batch|cohort|part|fold|set)[_\-]?(?:\d+|[a-z])?", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -134,12 +136,12 @@ def _persons_of_folders(files: list[_File]) -> list[Person]:
     for file in files:
         if not _belongs(file.name.identifier, file.folders[0]):
             foreign[file.folders[0]].add(file.name.identifier)
-    with_numbers = {f: {i for i in found if re.search(r"\d", i)} for f, found in foreign.items()}
     by_name = any(len(found) > 1 for found in foreign.values())
     homes: dict[str, set[str]] = defaultdict(set)
-    for folder, found in with_numbers.items():
+    for folder, found in foreign.items():
         for identifier in found:
-            homes[person_of(identifier).subject].add(folder)
+            if by_name or re.search(r"\d", identifier):  # a word in every folder (brain_T1) is no person
+                homes[person_of(identifier).subject].add(folder)
     shared = [subject for subject, folders in homes.items() if len(folders) > 1]
     if shared:
         _refuse("files of one name lie in several folders", f"{shared[0]!r} in {', '.join(sorted(homes[shared[0]]))}")
@@ -197,6 +199,8 @@ def _refuse_doubtful(persons: list[Person]) -> None:
     by_rest: dict[tuple[str, ...], str] = {}
     for subject in uncertain:
         words = words_of(subject)
+        if words and words[-1] in ("pre", "post"):
+            _refuse("pre and post may mean visits or a contrast agent", subject)
         for length in range(1, len(words)):
             if words[:length] in by_words:
                 _refuse("one name begins with another", f"{by_words[words[:length]]} and {subject}")
@@ -208,8 +212,8 @@ def _refuse_doubtful(persons: list[Person]) -> None:
 
 
 def _may_be_a_person(word: str) -> bool:
-    """Whether a word with a number can be a person's name rather than a data set's (``site1``, ``study2021``)."""
-    return re.search(r"\d$", word) is not None and not _GROUP.fullmatch(word) and not re.search(r"\D(19|20)\d\d$", word)
+    """Whether a word with a number can be a person's name rather than a group's (``site1``)."""
+    return re.search(r"\d$", word) is not None and not _GROUP.fullmatch(word)
 
 
 def _refuse(what: str, got: str) -> NoReturn:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import math
 import re
+import warnings
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
@@ -58,7 +60,7 @@ def read_table(path: Path, *, renamed: bool = True) -> tuple[pd.DataFrame, list[
             )
     except UnicodeDecodeError as error:
         raise CohortError("the text is not UTF-8", where=path.name, remedy='Save it as "CSV UTF-8"') from error
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, csv.Error) as error:
         raise CohortError(f"cannot be read as a table: {error}", where=path.name, remedy="Check the file") from error
     if renamed:
         table = with_known_names(table)
@@ -80,13 +82,31 @@ def _read_text(path: Path, notes: list[str]) -> pd.DataFrame:
     if separator != expected:
         word = {",": "commas", "\t": "tabs", ";": "semicolons"}[separator]
         notes.append(f"{path.name}: the columns are separated by {word}")
+    _check_fields(text, separator, path)
     header = [column.strip() for column in pd.read_csv(io.StringIO(first), sep=separator).columns]
     kinds = {index: str for index, name in enumerate(header) if _known_name(name) in _TEXT}
-    table = pd.read_csv(
-        io.StringIO(text), sep=separator, dtype=kinds, na_values=["n/a"], low_memory=False, index_col=False
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", pd.errors.ParserWarning)  # empty fields at the end of a row, checked above
+        table = pd.read_csv(
+            io.StringIO(text), sep=separator, dtype=kinds, na_values=["n/a"], low_memory=False, index_col=False
+        )
     table.columns = [str(column).strip() for column in table.columns]
     return table
+
+
+def _check_fields(text: str, separator: str, path: Path) -> None:
+    """A row with more fields than the header (``45,5`` in a table with commas) would lose or shift its values."""
+    rows = csv.reader(io.StringIO(text), delimiter=separator)
+    header = next(rows, [])
+    for row in rows:
+        if any(field.strip() for field in row[len(header) :]):
+            raise CohortError(
+                "a row has more fields than the header",
+                where=f"{path.name}, line {rows.line_num}",
+                got=f"{len(row)} fields",
+                expected=f"{len(header)}",
+                remedy="Put values that hold a separator in quotes",
+            )
 
 
 def _known_name(column: str) -> str:

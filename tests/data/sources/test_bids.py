@@ -252,3 +252,32 @@ def test_a_link_that_leads_back_up_does_not_hang(layout):
     root = layout("sub-1/anat/sub-1_T1w.nii.gz")
     (root / "sub-1" / "anat" / "up").symlink_to(root / "sub-1")
     assert len(Cohort.read(root).table) == 1
+
+
+def test_several_data_sets_in_one_folder_keep_their_people_apart(layout, contents):
+    root = layout(
+        "ds1/sub-01/anat/sub-01_T1w.nii.gz",
+        "ds2/sub-01/ses-b/anat/sub-01_ses-b_T2w.nii.gz",
+        "ds2/sub-01/ses-b/anat/sub-01_ses-b_mask.nii.gz",
+        "ds3/sub-01/func/sub-01_bold.nii.gz",
+        content={"ds1/participants.tsv": "participant_id\tage\tsite\nsub-01\t20\tX\n"},
+    )
+    cohort = Cohort.read(root)
+    assert cohort.source == "BIDS data sets"
+    assert contents(cohort) == {("ds1_sub-01", "1"): ["T1w"], ("ds2_sub-01", "b"): ["T2w"]}
+    sessions = list(cohort.sessions())
+    assert [session.covariates["site"] for session in sessions] == ["X", "ds2"]
+    assert sessions[0].covariates["age_years"] == 20
+    assert sessions[1].masks["mask"].name == "sub-01_ses-b_mask.nii.gz"
+    assert "ds3" in {file.name for file, _ in cohort.unused}
+
+
+@pytest.mark.parametrize("above", ["derivatives", "mine"])
+def test_derivatives_of_the_same_people_are_not_taken_for_others(layout, above):
+    described = json.dumps({"DatasetType": "derivative"})
+    root = layout(
+        *(f"{above}/{name}/sub-01/anat/sub-01_T1w.nii.gz" for name in ("a", "b")),
+        content={f"{above}/a/dataset_description.json": described},
+    )
+    with pytest.raises(CohortError, match="may hold the same people"):
+        Cohort.read(root / above)

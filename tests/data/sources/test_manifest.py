@@ -46,6 +46,14 @@ def test_a_comma_in_an_age_says_what_to_write(tmp_path):
         Cohort.read(tmp_path)
 
 
+def test_a_row_with_too_many_fields_is_refused_and_not_cut(tmp_path):
+    (tmp_path / "manifest.csv").write_text("subject,contrast,path,age\n1,T1w,a.nii,45\n2,T1w,b.nii,45,5\n")
+    with pytest.raises(CohortError, match=r"line 3: a row has more fields .*got 5 fields, expected 4"):
+        Cohort.read(tmp_path)
+    (tmp_path / "manifest.csv").write_text("subject,contrast,path,age\n1,T1w,a.nii,45,,\n")
+    assert Cohort.read(tmp_path).table["age_years"][0] == 45
+
+
 @pytest.mark.parametrize("values", [[7, 8], [7.0, 8.0], ["7", "8"]])
 def test_identifiers_of_parquet_are_text(tmp_path, values):
     table = pd.DataFrame({"subject": values, "session": [1.0, None], "contrast": "T1w", "path": ["a.nii", "b.nii"]})

@@ -178,6 +178,10 @@ def test_folders_of_subjects_visits_and_groups(layout, contents, names, expected
         (("batch1/p1_T1", "batch1/p2_T1", "batch2/p1_T2"), "in several folders"),
         (("p1_T1", "T1"), "some names say a subject and others none"),
         (("a/b/c/T1",), "too deep"),
+        (("p1_pre_T1", "p1_post_T1"), "visits or a contrast agent"),
+        (("study2021_001_T1", "study2021_002_T1"), "two subjects or two visits"),
+        (("participant1_1_T1", "participant1_2_T1"), "two subjects or two visits"),
+        (("p1/left_T1", "p1/right_T1", "p2/left_T1"), "in several folders"),
         (("p1/ses-1/p2_T1",), "names another subject than its folders"),
     ],
 )

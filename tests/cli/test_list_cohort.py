@@ -1,0 +1,81 @@
+"""``brainfound list cohort``: the summary names nobody, the rows name everybody, JSON holds all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from brainfound.cli.main import app
+from brainfound.errors import BrainFoundError
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Two persons in three sessions, one age missing, one functional scan."""
+    for name in (
+        "sub-anna/ses-a/anat/sub-anna_ses-a_T1w.nii.gz",
+        "sub-anna/ses-a/anat/sub-anna_ses-a_run-2_T1w.nii.gz",
+        "sub-anna/ses-a/anat/sub-anna_ses-a_FLAIR.nii.gz",
+        "sub-anna/ses-b/anat/sub-anna_ses-b_T1w.nii.gz",
+        "sub-ben/ses-a/anat/sub-ben_ses-a_T1w.nii.gz",
+        "sub-ben/ses-a/func/sub-ben_ses-a_task-rest_bold.nii.gz",
+        "derivatives/x/sub-anna/ses-a/anat/sub-anna_ses-a_label-lesion_mask.nii.gz",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "participants.tsv").write_text("participant_id\tage\tsex\nsub-anna\t40.5\tF\nsub-ben\tn/a\tM\n")
+    return tmp_path
+
+
+def run(*arguments: object) -> str:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0
+    return result.output
+
+
+def test_the_summary_counts_and_names_nobody(source):
+    text = run("list", "cohort", source)
+    for words in (
+        "BIDS",
+        "2, in 3 sessions with 5 scans",
+        "T1w 4, FLAIR 1",
+        "T1w 2, FLAIR+T1w 1",
+        "1 of a contrast that is there already",
+        "40.5–40.5 years",
+        "1 sessions without",
+        "mask 1",
+        "F 2, M 1",
+        "1 × no known contrast (bold)",
+    ):
+        assert words in " ".join(text.split()), words
+    assert "anna" not in text
+    assert "ben" not in text
+
+
+def test_rows_are_given_when_asked_for(source):
+    lines = run("list", "cohort", source, "--sessions").splitlines()
+    assert lines[-3:] == ["sub-anna  a  FLAIR,T1w  1  40.5  F  mask", "sub-anna  b  T1w  40.5  F", "sub-ben  a  T1w  M"]
+
+
+def test_json_holds_all_of_it(source):
+    facts = json.loads(run("list", "cohort", source, "--json"))
+    assert facts["layout"] == "BIDS"
+    assert facts["scans_of_contrast"] == {"T1w": 4, "FLAIR": 1}
+    assert facts["age_years"] == {"min": 40.5, "median": 40.5, "max": 40.5}
+    assert facts["sessions_without_age"] == 1
+    assert [row["subject"] for row in facts["sessions"]] == ["sub-anna", "sub-anna", "sub-ben"]
+    assert facts["unused_files"][0]["file"].endswith("bold.nii.gz")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["list", "cohort"], "which cohort"), (["list", "recipes", "--sessions"], "goes with `cohort` only")],
+)
+def test_misuse_is_one_clear_line(arguments, message):
+    with pytest.raises(BrainFoundError, match=message):
+        run(*arguments)
