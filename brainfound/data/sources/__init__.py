@@ -39,18 +39,7 @@ class Source:
 
 
 def _sources() -> tuple[Source, ...]:
-    modules = (
-        "manifest",
-        "openmind",
-        "fomo_tasks",
-        "fomo300k",
-        "fomo60k",
-        "bids",
-        "bids_collection",
-        "named_files",
-        "dicom",
-    )
-    found = [import_module(f"{__name__}.{module}") for module in modules]
+    found = [import_module(f"{__name__}.{module}") for module in _MODULES]
     return tuple(Source(module.NAME, module.LOOKS_LIKE, module.recognises, module.read) for module in found)
 
 
