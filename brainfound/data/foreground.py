@@ -37,18 +37,25 @@ def bounding_box(mask: Bool[np.ndarray, "X Y Z"]) -> list[tuple[int, int]]:
 
 def _exact_background(data: Float[np.ndarray, "X Y Z"]) -> float | None:
     """The one value that covers nearly all of most faces of the volume, if there is one."""
-    faces = [np.take(data, index, axis=axis).ravel() for axis in range(3) for index in (0, -1)]
-    values, counts = np.unique(np.concatenate(faces), return_counts=True)
-    value = values[counts.argmax()]
-    shares = [float((face == value).mean()) for face in faces]
+    faces = [data[(slice(None),) * axis + (index,)] for axis in range(3) for index in (0, -1)]
+    # A value that fills most of a face is its median; one that fills most faces, the median of those.
+    middles = [np.partition(face, face.size // 2, axis=None)[face.size // 2] for face in faces]
+    value = sorted(middles)[len(middles) // 2]
+    counts = [int(np.count_nonzero(face == value)) for face in faces]
     # A neck or a tight crop may fill one or two faces; noise in air never leaves a face constant.
-    return float(value) if np.median(shares) >= 0.98 else None
+    if np.median([count / face.size for count, face in zip(counts, faces, strict=True)]) < 0.98:
+        return None
+    if 2 * sum(counts) > sum(face.size for face in faces):
+        return float(value)
+    # Two large faces may outweigh the four others: then the commonest value of all of them decides.
+    values, totals = np.unique(np.concatenate([face.ravel() for face in faces]), return_counts=True)
+    return float(value) if values[totals.argmax()] == value else None
 
 
 def _head_in_air(data: np.ndarray, spacing_mm: np.ndarray) -> np.ndarray:
     step = np.maximum(np.rint(COARSE_MM / spacing_mm).astype(int), 1)
     size = [max(int(s), 1) for s in step]
-    coarse = ndimage.uniform_filter(data, size=size, mode="nearest")[:: size[0], :: size[1], :: size[2]]
+    coarse = _means_of_blocks(data, size)
     head = coarse > _otsu(coarse)
     components, count = ndimage.label(head)
     if count > 1:
@@ -62,6 +69,28 @@ def _head_in_air(data: np.ndarray, spacing_mm: np.ndarray) -> np.ndarray:
         index = np.minimum((np.arange(data.shape[axis]) + size[axis] // 2) // size[axis], head.shape[axis] - 1)
         fine = fine.take(index, axis=axis)
     return fine
+
+
+def _means_of_blocks(data: np.ndarray, size: list[int]) -> np.ndarray:
+    """The mean of each block of ``size`` voxels, centred on every ``size``-th voxel; faces are continued outwards."""
+    # The axis whose neighbours lie farthest apart in memory comes first: what is added then lies in one piece.
+    for axis in sorted(range(3), key=lambda axis: -abs(data.strides[axis])):
+        if size[axis] > 1:
+            data = np.moveaxis(_block_means(np.moveaxis(data, axis, 0), size[axis]), 0, axis)
+    return data
+
+
+def _block_means(rows: np.ndarray, size: int) -> np.ndarray:
+    num_blocks = -(-len(rows) // size)
+    total = np.zeros_like(rows, shape=(num_blocks, *rows.shape[1:]))
+    for offset in range(-(size // 2), size - size // 2):
+        first = 1 if offset < 0 else 0
+        part = rows[first * size + offset :: size][: num_blocks - first]
+        total[first : first + len(part)] += part
+        total[:first] += rows[0]
+        total[first + len(part) :] += rows[-1]
+    total *= np.float32(1 / size)
+    return total
 
 
 def _fill(head: np.ndarray) -> np.ndarray:
