@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from brainfound.adapters import AdapterRecipe, attach_adapter, load_bundle, save_bundle
 from brainfound.adapters.fingerprint import file_hash, tensors_hash
+from brainfound.data.contract import InputContract
 from brainfound.data.preprocessing import Preprocessing
 from brainfound.errors import ModelError
 from brainfound.models import (
@@ -69,6 +70,17 @@ def test_a_bundle_answers_as_the_model_did(export_folder, preprocessing, inputs,
     assert (folder / WEIGHTS_FILES[weights]).is_file()
     assert not bundle.model.training
     assert not any(parameter.requires_grad for parameter in bundle.model.parameters())
+
+
+def test_the_input_contract_is_part_of_the_bundle(export_folder, preprocessing, tmp_path):
+    contract = InputContract.of_preprocessing(preprocessing).model_copy(update={"age_years": (20.0, 80.0)})
+    settings = {"preprocessing": preprocessing, "labels": LABELS}
+    folder = save_bundle(tmp_path / "b", adapted(export_folder), contract=contract, **settings)
+    assert InputContract.load(folder) == contract
+    contract.model_copy(update={"age_years": (0.0, 99.0)}).save(folder)
+    with pytest.raises(ModelError, match=r"input_contract\.json is damaged or was changed"):
+        load_bundle(folder)
+    assert InputContract.load_or_none(save_bundle(tmp_path / "c", adapted(export_folder), **settings)) is None
 
 
 def test_saving_leaves_the_model_and_the_random_numbers_alone(export_folder, preprocessing, tmp_path):

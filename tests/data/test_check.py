@@ -266,6 +266,21 @@ def test_hooks_run_before_the_questions_are_asked(tmp_path):
     assert "the hook strip failed" in _said(failed, "file")
 
 
+def test_further_scans_are_registered_to_the_reference(tmp_path):
+    script = tmp_path / "register.py"
+    script.write_text("import sys, shutil; shutil.copy(sys.argv[2], sys.argv[3])")
+    command = f"{sys.executable} {script} {{input}} {{reference}} {{output}}"
+    hook = Hook(name="register", step="register", command=command)
+    first = _write(tmp_path / "a.nii")
+    away = np.array(nib.load(first).affine)
+    away[0, 3] += 400
+    scans = {"T1w": first, "FLAIR": _write(tmp_path / "b.nii", _image(seed=1), affine=away)}
+    session = Session("s", "1", scans, {}, {})
+    assert [scan.level for scan in check_session(session, PREPROCESSING, CONTRACT).scans] == ["ok", "fail"]
+    registered = check_session(session, PREPROCESSING, CONTRACT, (hook,))
+    assert [scan.level for scan in registered.scans] == ["ok", "ok"]
+
+
 @pytest.mark.parametrize(("count", "level"), [(22, "warn"), (23, "ok"), (53, "ok"), (54, "warn")])
 def test_the_number_of_slices(count, level):
     assert slices_finding(count, CONTRACT).level == level
