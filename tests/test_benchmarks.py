@@ -43,7 +43,7 @@ def test_reading_and_memory_at_tiny_size(tmp_path):
     assert stages["random slices read"]["anonymous_mib"].keys() == {"4", "12", "ratio"}
     (case,) = result["memory"]["worker"].values()
     assert case["peak_mib"] >= case["before_mib"] > 50
-    assert "| random slices from the store |" in done.stdout
+    assert "| random slices from the store, per second |" in done.stdout
     assert "anonymous memory with 12 sessions over 4" in done.stdout
 
 
@@ -76,11 +76,12 @@ def test_the_table_says_whether_a_target_is_met(module):
     data = module("data")
     reading = {
         "slices_per_second": {"store": 9_999.0},
-        "store_over": {"nifti, whole volumes": {"median": 100.0}},
+        "store_over": {"nifti, whole volumes": {"median": 100.0}, "nifti, only the slice": {"median": 7.0}},
     }
     lines = data.table({"reading": reading}).splitlines()
     assert lines[2].endswith("| no |")
-    assert lines[3].endswith("| yes |")
+    assert lines[3].endswith("| ≥ 100 | yes |")
+    assert lines[4].endswith("| 7.0 |  |  |")
 
 
 def test_the_breakdown_adds_up_and_names_the_work(module, write_scan):
