@@ -28,7 +28,7 @@ def list_cohort(path: Path | None, *, sessions: bool, as_json: bool) -> None:
     with tempfile.TemporaryDirectory() as work:  # DICOM is converted to be looked at, and then forgotten
         cohort = Cohort.read(path, work=Path(work) / "converted")
         summary = summarise(cohort)
-        rows = session_rows(cohort)
+        rows = session_rows(cohort) if sessions or as_json else []
     if as_json:
         unused = [{"file": str(file), "reason": reason} for file, reason in cohort.unused]
         print(json.dumps({**summary, "sessions": rows, "unused_files": unused}, indent=1))

@@ -88,22 +88,26 @@ class Cohort:
 
     def sessions(self) -> Iterator[Session]:
         """The sessions, ordered by subject and session."""
-        skip = _PER_SCAN | set(self.mask_columns)
-        for (subject, session), rows in self.table.groupby(["subject", "session"], sort=True):
+        columns = {str(column): self.table[column].tolist() for column in self.table.columns}
+        rows_of: dict[tuple[Any, Any], list[int]] = {}
+        for row, key in enumerate(zip(columns["subject"], columns["session"], strict=True)):
+            rows_of.setdefault(key, []).append(row)
+        facts = [column for column in columns if column not in _PER_SCAN and column not in self.mask_columns]
+        for (subject, session), rows in sorted(rows_of.items(), key=lambda item: item[0]):
             scans: dict[str, Path] = {}
             extra: list[tuple[str, Path]] = []
-            for contrast, file in zip(rows["contrast"], rows["path"], strict=True):
+            for row in rows:
+                contrast, file = columns["contrast"][row], Path(columns["path"][row])
                 if contrast in scans:
-                    extra.append((contrast, Path(file)))
+                    extra.append((contrast, file))
                 else:
-                    scans[contrast] = Path(file)
-            covariates = {column: _first_known(rows[column]) for column in rows.columns if column not in skip}
-            masks = {column: _first_known(rows[column]) for column in self.mask_columns if column in rows}
+                    scans[contrast] = file
+            masks = {c: _first_known(columns[c], rows) for c in self.mask_columns if c in columns}
             yield Session(
                 subject=str(subject),
                 session=str(session),
                 scans=scans,
-                covariates=covariates,
+                covariates={column: _first_known(columns[column], rows) for column in facts},
                 masks={column: Path(file) for column, file in masks.items() if file is not None},
                 extra_scans=tuple(extra),
             )
@@ -115,12 +119,12 @@ class Cohort:
         return f"Cohort({self.source}, {len(self)} sessions of {subjects} subjects: {counts}{unused})"
 
 
-def _first_known(values: pd.Series) -> Any:
-    known = values.dropna()
-    if known.empty:
-        return None
-    value = known.iloc[0]
-    return value.item() if hasattr(value, "item") else value
+def _first_known(values: list[Any], rows: list[int]) -> Any:
+    for row in rows:
+        value = values[row]
+        if value is not None and value is not pd.NA and value is not pd.NaT and value == value:  # NaN is not itself
+            return value.item() if hasattr(value, "item") else value
+    return None
 
 
 def require_column(columns: list[str], wanted: str, where: str) -> None:

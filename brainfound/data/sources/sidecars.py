@@ -16,6 +16,8 @@ SCANNER_COLUMNS = {
 }
 """What is kept of a sidecar. Institution, station, serial number and dates are not: they can point to a person."""
 
+_B_VALUES = ("DiffusionBValue", "bvalue", "bval")
+_READ = (*SCANNER_COLUMNS, *_B_VALUES)
 _STRONGEST_T = 20.0
 
 
@@ -67,7 +69,7 @@ class Sidecars:
         """Whether all b-values that are known of a diffusion scan are 5 s/mm² or less."""
         values = self._b_values(scan.with_name(stem(scan) + ".bval"))
         if not values:
-            known = next((v for k, v in self.of(scan).items() if k in ("DiffusionBValue", "bvalue", "bval")), None)
+            known = next((v for k, v in self.of(scan).items() if k in _B_VALUES), None)
             values = [float(known)] if isinstance(known, int | float) and not isinstance(known, bool) else []
         return bool(values) and max(values) <= HIGHEST_B0
 
@@ -97,7 +99,7 @@ class Sidecars:
                 self._blame(file, f"not a valid JSON sidecar ({type(error).__name__})")
             else:
                 if isinstance(content, dict):
-                    self._content[file] = content
+                    self._content[file] = {key: content[key] for key in _READ if key in content}
                 else:
                     self._blame(file, "not a valid JSON sidecar (no object)")
         return self._content[file]
