@@ -152,14 +152,14 @@ def test_pretraining_learns_from_real_slices(pretrained):
     assert (pretrained / "export" / "preprocessing.json").is_file()
 
 
-def test_a_segmenter_is_scored_on_the_patient_left_out(tuned):
+def test_a_segmenter_is_scored_on_the_patient_left_out(tuned, store):
     split = Split.load(tuned / "splits.json").parts()
     assert [len(split[part]) for part in ("train", "validation", "test")] == [1, 1, 1]
     scores = json.loads((tuned / "scores.json").read_text())
     assert 0 <= scores["scores"]["dice"] <= 1
     assert 0 < scores["trivial"]["dice"] < 1
     cases = pd.read_csv(tuned / "cases.tsv", sep="\t")
-    assert tuple(cases["subject"]) == split["test"]
+    assert tuple(Store.open(store.path).sessions["subject"].iloc[cases["row"]]) == split["test"]
 
 
 def test_files_as_acquired_are_answered_on_the_grid_of_the_first(predictor, real_data, tmp_path):

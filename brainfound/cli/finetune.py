@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from brainfound.cli.terminal import Overrides, Quiet
+from brainfound.cli.terminal import KeepIds, Overrides, Quiet
 
 
 def finetune(
@@ -20,6 +20,7 @@ def finetune(
     split: Annotated[Path | None, typer.Option(help="A split file, or the splits.json of another run.")] = None,
     fold: Annotated[str | None, typer.Option(help="Which fold of a split file that holds several.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the run folder.")] = False,
+    keep_ids: KeepIds = False,
     set_: Overrides = None,
     quiet: Quiet = False,
 ) -> None:
@@ -42,6 +43,7 @@ def finetune(
         split=split,
         fold=fold,
         resume=resume,
+        keep_ids=keep_ids,
         overrides=set_ or (),
         quiet=quiet,
     )

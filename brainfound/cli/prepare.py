@@ -37,7 +37,8 @@ def prepare(
 ) -> None:
     """Prepare a cohort: check, orient, resample, scale, and store every session as slices.
 
-    Repeating it does only what is new. STORE/contact_sheet.png and quality.tsv show what went in. Exit code 3 if some files were rejected; STORE/rejected.tsv says which and why.
+    Repeating it does only what is new. STORE/contact_sheet.png and quality.tsv show what went in. Exit code 3 if some
+    files were rejected; STORE/rejected.tsv says which and why.
     """
     from brainfound.data import prepare as preparing
     from brainfound.data.preprocessing import Preprocessing

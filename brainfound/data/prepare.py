@@ -70,7 +70,7 @@ def prepare(
     """
     out = Path(out)
     cohort = source if isinstance(source, Cohort) else Cohort.read(source, work=out.with_name(out.name + ".nifti"))
-    loaded = tuple(hook for item in hooks for hook in ((item,) if isinstance(item, Hook) else load_hooks([item])))
+    loaded = load_hooks(hooks)
     preprocessing = _with_hooks(preprocessing or Preprocessing(), loaded, hooks_done)
     if mask != "mask" and mask not in cohort.mask_columns:
         raise UsageError(f"no label maps named {mask!r}", where="mask", expected=", ".join(cohort.mask_columns))

@@ -124,7 +124,7 @@ class Preprocessing(Recipe):
         return np.float32(low) + pixels.astype(np.float32) * np.float32((high - low) / self.top_value)
 
     def require_hooks(self, names: Sequence[str]) -> None:
-        """Refuse hooks that are not those of this preprocessing: what a model learnt from would differ from what it gets.
+        """Refuse other hooks than those of this preprocessing: a model would get other scans than it learnt from.
 
         Raises:
             UsageError: says which ones it goes with.

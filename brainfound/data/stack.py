@@ -21,7 +21,8 @@ class Stack:
     """A session's co-registered scans, prepared for the model.
 
     Attributes:
-        pixels: ``(S, C, H, W)`` uint8, or uint16 where the preprocessing says 16 bits. Row 0 is anterior, column 0 is the subject's left; 0 is background.
+        pixels: ``(S, C, H, W)`` uint8, or uint16 where the preprocessing says 16 bits. Row 0 is anterior, column 0 is
+            the subject's left; 0 is background.
         contrasts: the contrast of each channel.
         present: ``(C,)`` whether a contrast was scanned; an absent channel holds zeros.
         positions_mm: ``(S,)`` position of each slice along the slice axis, 0 in the middle of the stack.

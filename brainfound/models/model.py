@@ -101,7 +101,11 @@ class BrainFoundPreTrainedModel(PreTrainedModel):
         # Read first: a new configuration resets the kernel of the ones inside it, and kernels differ in the last bit.
         attention = backbone.config._attn_implementation
         own = BrainFoundConfig(
-            backbone_config=backbone.config, backbone_source=str(id_or_folder), contrasts=contrasts, **config
+            backbone_config=backbone.config,
+            # A folder of this machine means nothing elsewhere, and may name people.
+            backbone_source=None if Path(id_or_folder).exists() else str(id_or_folder),
+            contrasts=contrasts,
+            **config,
         )
         own._attn_implementation = attention
         return cls(own, backbone=backbone).eval()

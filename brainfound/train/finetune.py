@@ -216,6 +216,7 @@ def finetune(
     split: str | Path | None = None,
     fold: str | None = None,
     resume: bool = False,
+    keep_ids: bool = False,
     overrides: Iterable[str] = (),
     quiet: bool = False,
 ) -> Path:
@@ -232,6 +233,7 @@ def finetune(
             subjects that it names; any overlap of its parts, by subject or image, is refused.
         fold: which fold of a split file that holds several.
         resume: go on from the newest whole checkpoint.
+        keep_ids: name subjects and sessions in cases.tsv.
         overrides: ``"a.b=c"`` strings.
         quiet: no progress bar and no notes.
 
@@ -262,7 +264,7 @@ def finetune(
     engine = Engine(task, content.engine, folder, accelerator, content.seed, quiet)
     facts = common_facts(store, accelerator, content.seed) | {
         "kind": "finetune",
-        "model": str(model),
+        "model": Path(model).name if Path(model).exists() else str(model),
         "target": resolved.to_dict(),
         "num_trained_parameters": trained,
     }
@@ -278,7 +280,7 @@ def finetune(
     accelerator.wait_for_everyone()
     engine.run()
     if accelerator.is_main_process:
-        _finish(folder, task, str(model), engine.step)
+        _finish(folder, task, str(model), engine.step, keep_ids)
     accelerator.wait_for_everyone()
     return folder
 
@@ -323,10 +325,10 @@ def _build(
     return attach_adapter(model, load(AdapterRecipe, recipe.adapter, "adapters"))
 
 
-def _finish(folder: Path, task: FinetuneTask, source: str, step: int) -> None:
+def _finish(folder: Path, task: FinetuneTask, source: str, step: int, keep_ids: bool) -> None:
     """Score the test part once, and leave bundle, scores and curves behind."""
     store, parts, target = task.store, task.parts, task.target
-    scores = write_scores(folder, task.score("test"), part="test", step=step)
+    scores = write_scores(folder, task.score("test"), keep_ids=keep_ids, part="test", step=step)
     save_bundle(
         folder / run_files.EXPORT_FOLDER,
         task.model,

@@ -36,7 +36,7 @@ class SessionScores:
     Attributes:
         scores: metric → value.
         trivial: the same of the baseline that never looks at an image.
-        cases: one row per session: subject, session, truth, prediction (or dice).
+        cases: one row per session: row in the store, subject, session, truth, prediction (or dice).
         without: contrasts that were withheld.
     """
 
@@ -67,10 +67,15 @@ class SessionScores:
         }
 
 
-def write_scores(folder: Path, scored: SessionScores, **facts: Any) -> dict[str, Any]:
-    """Write ``scores.json`` and ``cases.tsv`` into a run folder; returns what the first one holds."""
+def write_scores(folder: Path, scored: SessionScores, *, keep_ids: bool = False, **facts: Any) -> dict[str, Any]:
+    """Write ``scores.json`` and ``cases.tsv`` into a run folder; returns what the first one holds.
+
+    Args:
+        keep_ids: name subjects and sessions in ``cases.tsv``; otherwise their row in ``store.sessions`` says who it is.
+    """
     content = scored.to_dict() | facts
-    scored.cases.to_csv(folder / "cases.tsv", sep="\t", index=False)
+    cases = scored.cases if keep_ids else scored.cases.drop(columns=["subject", "session"])
+    cases.to_csv(folder / "cases.tsv", sep="\t", index=False)
     (folder / SCORES_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return content
 
@@ -121,7 +126,7 @@ def score_sessions(
     for done, (session, truth) in enumerate(zip(usable, truths, strict=True), start=1):
         stack = store[session]
         answer: Any = infer(model, without_contrasts(stack, without) if without else stack, num_slices)
-        row: dict[str, Any] = {"subject": stack.subject, "session": stack.session}
+        row: dict[str, Any] = {"row": session, "subject": stack.subject, "session": stack.session}
         if segmenting:
             reference = target.encode_mask(np.asarray(stack.mask))
             answers.append((reference, answer.classes))

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
 from brainfound.data.preprocessing import Preprocessing
-from brainfound.data.stack_builder import StackBuilder
 from brainfound.data.scan import Scan, load_scan
+from brainfound.data.stack_builder import StackBuilder
 from brainfound.errors import ModelError, RecipeError, ScanError, UsageError
 from brainfound.recipes import validate
 

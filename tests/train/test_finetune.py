@@ -104,7 +104,8 @@ def test_each_task_trains_and_leaves_a_whole_run(small_store, tiny_backbone, tmp
     cases = pd.read_csv(run / "cases.tsv", sep="\t")
     assert scores["task"] == task
     assert scores["num_sessions"] == len(cases) == 3
-    assert set(cases["subject"]) == parts["test"]
+    assert {subjects.iloc[row] for row in cases["row"]} == parts["test"]
+    assert not {"subject", "session"} & set(cases.columns), "names only with keep_ids"
     assert set(scores["scores"]) >= set(scores["trivial"]) - {"clean_negatives"}
     bundle = load_bundle(run / "export")
     assert bundle.task == task
