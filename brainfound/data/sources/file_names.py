@@ -16,20 +16,20 @@ from brainfound.errors import UsageError
 _SEPARATORS = r"[_\-. ]+"
 _LABEL_WORDS = {"seg", "segm", "segmentation", "mask", "masks", "label", "labels", "gt", "roi", "dseg", "brainmask"}
 _LESION_WORDS = {"lesion", "lesions"}
-_OF_LABELS = {"consensus", "manual", "automatic", "auto", "expert", "ground", "truth", "final"}
+_OF_LABELS = {"consensus", "manual", "automatic", "auto", "expert", "ground", "truth", "final", "tumor", "tumour"}
 _VARIANTS = {
     *("brain", "stripped", "skullstripped", "ss", "bet", "defaced", "defacing", "reg", "registered"),
     *("coreg", "coregistered", "bias", "corrected", "n4", "mni", "preproc", "preprocessed", "norm"),
     *("normalized", "normalised", "crop", "cropped", "raw", "orig", "original", "ax", "axial"),
     *("tra", "sag", "sagittal", "cor", "coronal", "2d", "3d", "iso", "1mm"),
-    *("2mm", "ras", "lps"),
+    *("2mm", "ras", "lps", "unstripped", "native"),
 }
 _REPEAT = re.compile(r"(?:run|r|rep|echo|acq)?\d{1,2}|run|rep|echo")
 _B_VALUE = re.compile(r"b\d+")
 _VISIT = (
     r"(?:(?:ses|session|visit|vis|v|tp|timepoint|time|study|exam|month|mo|m|week|wk|w|year|yr|y|day|d|fu|fup|followup"
     r"|follow-?up|scan|mr)[_\-]?\d+[a-z]?|baseline|bl|followup|follow-up|fu|preop|postop"
-    r"|(?:19|20)\d{2}-?[01]\d-?[0-3]\d)"
+    r"|(?:19|20)\d{2}[-.]?[01]\d[-.]?[0-3]\d|\d{2}[-.]\d{2}[-.](?:19|20)\d{2})"
 )
 _FAMILIES = tuple(
     re.compile(pattern, re.IGNORECASE)
@@ -38,7 +38,7 @@ _FAMILIES = tuple(
         r"(?P<subject>BraTS(?:20)?\d\d_.+)",
         r"(?P<subject>IXI\d{3})-(?P<site>Guys|HH|IOP)-\d{4}",
         r"(?P<subject>UPENN-GBM-\d{5})_(?P<session>\d{2})",
-        r"(?P<subject>UCSF-PDGM-\d{3,5})(?:_(?P<session>FU\w+))?",
+        r"(?P<subject>UCSF-PDGM-\d{3,5})(?:_(?P<session>FU[A-Z0-9]+))?(?:_nifti)?",
         r"(?P<subject>OAS[12]_\d{4})_(?P<session>MR\d+)",
         r"(?P<subject>OAS[34]\d{4})_(?:[A-Z]+_)?(?P<session>d\d{4})",
         r"(?:ADNI_)?(?P<subject>\d{3}_S_\d{4})(?:_(?P<session>.+))?",
@@ -120,7 +120,7 @@ def _label_column(lower: list[str], after_contrast: int | None) -> str | None:
     # "lesion_001_T1" is a scan of a study on lesions; "001_T1_lesion" and "lesions" are outlines.
     if not found and not any(after_contrast is None or i >= after_contrast for i in lesions):
         return None
-    if "brainmask" in lower or ("brain" in lower and {"mask", "masks"} & set(lower)):
+    if "brainmask" in lower or ("brain" in lower and found):
         return "brain_mask"
     if {"deface", "defaced", "defacing", "face", "anon", "anonymization"} & set(lower):
         return "deface_mask"

@@ -78,7 +78,7 @@ def read(path: Path, work: Path | None = None) -> Cohort:
             name = replace(name, identifier="")
         files.append(_File(file, folders, name))
     persons = _persons(path, files)
-    _refuse_doubtful(persons)
+    _refuse_doubtful([person for file, person in zip(files, persons, strict=True) if file.name.label_column is None])
     rows: list[dict[str, Any]] = [
         {
             "subject": person.subject,
@@ -134,7 +134,7 @@ def _persons_of_folders(files: list[_File]) -> list[Person]:
     """A folder per subject, with or without its name in the files; or groups of files that name their subjects."""
     foreign: dict[str, set[str]] = defaultdict(set)
     for file in files:
-        if not _belongs(file.name.identifier, file.folders[0]):
+        if file.name.label_column is None and not _belongs(file.name.identifier, file.folders[0]):
             foreign[file.folders[0]].add(file.name.identifier)
     by_name = any(len(found) > 1 for found in foreign.values())
     homes: dict[str, set[str]] = defaultdict(set)
@@ -149,7 +149,7 @@ def _persons_of_folders(files: list[_File]) -> list[Person]:
     for file in files:
         folder, identifier = file.folders[0], file.name.identifier
         if by_name:
-            if identifier not in foreign[folder]:
+            if identifier not in foreign[folder] and file.name.label_column is None:
                 _refuse("some files are named by their subject and others by their folder", file.path.name)
             persons.append(person_of(identifier))
         elif is_visit(identifier):

@@ -21,7 +21,8 @@ from brainfound.errors import CohortError
         ("BraTS-GLI-00000-000-t1c", "T1ce", "BraTS-GLI-00000-000"),
         ("IXI002-Guys-0828-T1", "T1w", "IXI002-Guys-0828"),
         ("UPENN-GBM-00001_11_T1GD", "T1ce", "UPENN-GBM-00001_11"),
-        ("UPENN-GBM-00001_11_FLAIR_unstripped", "FLAIR", "UPENN-GBM-00001_11_unstripped"),
+        ("UPENN-GBM-00001_11_FLAIR_unstripped", "FLAIR", "UPENN-GBM-00001_11"),
+        ("TCGA-02-0003_1996.06.08_t1Gd", "T1ce", "TCGA-02-0003_1996.06.08"),
         ("patient1_flair", "FLAIR", "patient1"),
         ("patient1_t2_flair", "FLAIR", "patient1"),
         ("patient1_T1_2", "T1w", "patient1"),
@@ -50,6 +51,8 @@ def test_names_say_contrast_and_identifier(name, contrast, identifier):
         ("patient1_T1_lesion", "mask", "patient1"),
         ("lesions", "mask", ""),
         ("consensus_gt", "mask", ""),
+        ("UCSF-PDGM-0004_tumor_segmentation", "mask", "UCSF-PDGM-0004"),
+        ("UCSF-PDGM-0004_brain_segmentation", "brain_mask", "UCSF-PDGM-0004"),
         ("patient1_brain_mask", "brain_mask", "patient1"),
         ("brainmask", "brain_mask", ""),
         ("patient1_dseg", "dseg", "patient1"),
@@ -73,6 +76,10 @@ def test_label_maps_are_known_by_name(name, column, identifier):
         ("sub-01_ses-b_acq-x", "sub-01", "b"),
         ("patient1_v2", "patient1", "v2"),
         ("patient1_baseline", "patient1", "baseline"),
+        ("UCSF-PDGM-0004_nifti", "UCSF-PDGM-0004", None),
+        ("UCSF-PDGM-0004_FU003d_nifti", "UCSF-PDGM-0004", "FU003d"),
+        ("TCGA-02-0003_1996.06.08", "TCGA-02-0003", "1996.06.08"),
+        ("case1_06-08-1996", "case1", "06-08-1996"),
         ("patient1_2019-03-01", "patient1", "2019-03-01"),
         ("patient1", "patient1", None),
     ],
@@ -188,6 +195,32 @@ def test_folders_of_subjects_visits_and_groups(layout, contents, names, expected
 def test_what_leaves_doubt_asks_for_a_manifest(layout, names, why):
     with pytest.raises(CohortError, match=rf"{why}.*Write a manifest"):
         Cohort.read(layout(*(f"{name}.nii.gz" for name in names)))
+
+
+def test_a_label_map_of_nobody_is_listed_and_stops_nothing(layout):
+    cohort = Cohort.read(layout("p1_T1.nii.gz", "p1_oedema_seg.nii.gz", "p1_seg.nii.gz"))
+    assert cohort.table["mask"][0].endswith("p1_seg.nii.gz")
+    assert [(file.name, reason) for file, reason in cohort.unused] == [
+        ("p1_oedema_seg.nii.gz", "a label map of a session without scans")
+    ]
+
+
+def test_public_sets_in_their_folders(layout, contents):
+    upenn = [f"UPENN-GBM-00001_11_{word}{rest}" for word in ("T1", "FLAIR") for rest in ("", "_unstripped")]
+    ucsf = [f"UCSF-PDGM-0004_{word}" for word in ("T1", "T1_bias", "T1c", "ASL", "tumor_segmentation")]
+    cohort = Cohort.read(
+        layout(
+            *(f"UPENN-GBM-00001_11/{name}.nii.gz" for name in upenn),
+            *(f"UCSF-PDGM-0004_nifti/{name}.nii.gz" for name in ucsf),
+        )
+    )
+    assert contents(cohort) == {
+        ("UCSF-PDGM-0004", "1"): ["T1w", "T1ce", "T1w"],
+        ("UPENN-GBM-00001", "11"): ["FLAIR", "T1w", "FLAIR", "T1w"],
+    }
+    sessions = {session.subject: session for session in cohort.sessions()}
+    assert sessions["UPENN-GBM-00001"].scans["T1w"].name == "UPENN-GBM-00001_11_T1.nii.gz"
+    assert sessions["UCSF-PDGM-0004"].masks["mask"].name == "UCSF-PDGM-0004_tumor_segmentation.nii.gz"
 
 
 def test_dicom_beside_images_is_not_lost_silently(layout):
