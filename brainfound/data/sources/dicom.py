@@ -62,7 +62,7 @@ def read(path: Path, work: Path | None = None) -> Cohort:
         raise CohortError(
             "DICOM must be converted first",
             where=path.name,
-            remedy='Give a folder for the converted files: Cohort.read(path, work="converted")',
+            remedy='Prepare it (brainfound prepare), or give a folder for it: Cohort.read(path, work="converted")',
         )
     program = _dcm2niix()
     facts = _convert(path, work, program)

@@ -172,6 +172,27 @@ def test_a_missing_package_says_what_to_install(tmp_path, monkeypatch):
         Cohort.read(tmp_path / "in", work=tmp_path / "work")
 
 
+def test_listing_converts_for_the_moment_only(tmp_path):
+    from typer.testing import CliRunner
+
+    from brainfound.cli.main import app
+
+    write_series(tmp_path / "in")
+    before = sorted(tmp_path.rglob("*"))
+    result = CliRunner().invoke(app, ["list", "cohort", str(tmp_path / "in")])
+    assert result.exit_code == 0
+    assert "DICOM" in result.output
+    assert "T1w 1" in result.output
+    assert "4711" not in result.output
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_nothing_but_faulty_series_is_one_clear_line(tmp_path):
+    write_series(tmp_path / "in", Modality="CT")
+    with pytest.raises(CohortError, match=r"not one series could be converted \(got modality CT"):
+        Cohort.read(tmp_path / "in", work=tmp_path / "work")
+
+
 GR, SE = {"ScanningSequence": "GR"}, {"ScanningSequence": "SE"}
 
 
