@@ -29,17 +29,21 @@ def resample(
         shape: the output grid.
         order: 0 nearest voxel, 1 trilinear.
     """
-    linear, offset = matrix[:3, :3], matrix[:3, 3]
-    axes = _permutation(linear)
+    axes = _permutation(matrix[:3, :3])
     if axes is None:
-        return ndimage.affine_transform(volume, linear, offset, output_shape=shape, order=order, mode="constant")
+        return _sample_obliquely(volume, matrix, shape, order)
     # Grids with parallel axes: reordered, the matrix is diagonal, and each axis is sampled by itself.
     volume = np.transpose(volume, axes)
-    scale = linear[axes, range(3)]
-    offset = offset[list(axes)]
+    inside = []
     for axis in range(3):
-        volume = _sample_axis(volume, axis, scale[axis], offset[axis], shape[axis], order)
-    return np.ascontiguousarray(volume)
+        scale, offset = float(matrix[axes[axis], axis]), float(matrix[axes[axis], 3])
+        volume, part = _sample_axis(volume, axis, scale, offset, shape[axis], order)
+        inside.append(part)
+    if volume.shape == tuple(shape):
+        return np.ascontiguousarray(volume)
+    out = np.zeros(shape, dtype=volume.dtype)
+    out[tuple(inside)] = volume
+    return out
 
 
 def smooth_before_downsampling(volume: np.ndarray, ratios: np.ndarray) -> np.ndarray:
@@ -119,40 +123,78 @@ def _permutation(linear: np.ndarray) -> tuple[int, int, int] | None:
     return (int(axes[0]), int(axes[1]), int(axes[2]))
 
 
-def _sample_axis(volume: np.ndarray, axis: int, scale: float, offset: float, length: int, order: int) -> np.ndarray:
-    """Sample one axis at ``scale · i + offset``; outside is 0."""
+def _sample_obliquely(volume: np.ndarray, matrix: np.ndarray, shape: tuple[int, int, int], order: int) -> np.ndarray:
+    """Sample all axes at once, and only where the output can see something other than 0."""
+    out = np.zeros(shape, dtype=volume.dtype)
+    lines = [np.flatnonzero(np.any(volume, axis=others)) for others in ((1, 2), (0, 2), (0, 1))]
+    if not len(lines[0]):
+        return out
+    box = tuple(slice(int(line[0]), int(line[-1]) + 1) for line in lines)
+    region = _image_of_box(box, np.linalg.inv(matrix), shape)
+    size = tuple(part.stop - part.start for part in region)
+    if min(size) <= 0:
+        return out
+    # One voxel of margin, so that what fades to 0 at the border of the box fades as it did.
+    padded = tuple(slice(max(part.start - 1, 0), part.stop + 1) for part in box)
+    linear = matrix[:3, :3]
+    offset = matrix[:3, 3] + linear @ [part.start for part in region] - [part.start for part in padded]
+    ndimage.affine_transform(
+        volume[padded], linear, offset, output_shape=size, output=out[region], order=order, mode="constant"
+    )
+    return out
+
+
+def _sample_axis(
+    volume: np.ndarray, axis: int, scale: float, offset: float, length: int, order: int
+) -> tuple[np.ndarray, slice]:
+    """Sample one axis at ``scale · i + offset``: the samples inside of the volume, and which they are; others are 0."""
     size = volume.shape[axis]
     position = scale * np.arange(length) + offset
     # Positions that miss a voxel centre only by rounding error are taken as that centre, so equal grids copy.
     nearest = np.rint(position)
     position = np.where(np.abs(position - nearest) < 1e-6, nearest, position)
     if order == 0:
-        index = np.floor(position + 0.5).astype(int)
-        valid = (index >= 0) & (index < size)
-        return _take(volume, np.clip(index, 0, size - 1), valid, axis)
-    lower = np.floor(position).astype(int)
-    weight = (position - lower).astype(np.float32)
-    if not weight.any():
-        return _take(volume, np.clip(lower, 0, size - 1), (lower >= 0) & (lower < size), axis)
+        position = np.floor(position + 0.5)
     # As scipy's mode="constant": a position outside of the outermost voxel centres is 0, up to half a voxel
     # beyond them the outermost voxel still answers, so a resampled field of view does not lose its faces.
-    valid = (position >= -0.5) & (position <= size - 0.5)
+    valid = np.flatnonzero((position >= -0.5) & (position <= size - 0.5))
+    inside = slice(int(valid[0]), int(valid[-1]) + 1) if len(valid) else slice(0, 0)
+    position = position[inside]
+    lower = np.floor(position).astype(int)
+    weight = (position - lower).astype(np.float32)
     upper = np.clip(lower + 1, 0, size - 1)
     lower = np.clip(lower, 0, size - 1)
-    column = [1, 1, 1]
-    column[axis] = length
-    weight = (weight * valid).reshape(column)
-    complement = ((1 - weight.reshape(-1)) * valid).astype(np.float32).reshape(column)
-    out = volume.take(lower, axis=axis) * complement
-    out += volume.take(upper, axis=axis) * weight
-    return out.astype(volume.dtype, copy=False)
+    if not weight.any():
+        return _take(volume, lower, axis), inside
+    return _between(volume, lower, upper, weight, axis), inside
 
 
-def _take(volume: np.ndarray, index: np.ndarray, valid: np.ndarray, axis: int) -> np.ndarray:
+def _take(volume: np.ndarray, index: np.ndarray, axis: int) -> np.ndarray:
+    """Voxels by their index along an axis; a view where they follow each other in either direction."""
     steps = {b - a for a, b in pairwise(index.tolist())}
-    if valid.all() and steps == {1}:
-        return volume[(slice(None),) * axis + (slice(int(index[0]), int(index[-1]) + 1),)]
-    out = volume.take(index, axis=axis)
-    if not valid.all():
-        out[(slice(None),) * axis + (~valid,)] = 0
-    return out
+    if len(index) > 1 and steps in ({1}, {-1}):
+        step = steps.pop()
+        stop = int(index[-1]) + step
+        part = slice(int(index[0]), stop if stop >= 0 else None, step)
+        return volume[(slice(None),) * axis + (part,)]
+    return volume.take(index, axis=axis)
+
+
+def _between(volume: np.ndarray, lower: np.ndarray, upper: np.ndarray, weight: np.ndarray, axis: int) -> np.ndarray:
+    """Interpolate along an axis, plane by plane, so that what is worked on stays in the processor's cache."""
+    dtype = np.result_type(volume.dtype, np.float32)
+    shape = [*volume.shape]
+    shape[axis] = len(lower)
+    out = np.empty(shape, dtype=dtype)
+    complement = 1 - weight
+    if axis == 0:
+        for plane, below, above, far, near in zip(out, lower, upper, weight, complement, strict=True):
+            np.multiply(volume[below], near, out=plane)
+            plane += volume[above] * far
+    else:
+        column = (-1, 1) if axis == 1 else (1, -1)
+        weight, complement = weight.reshape(column), complement.reshape(column)
+        for plane, source in zip(out, volume, strict=True):
+            np.multiply(_take(source, lower, axis - 1), complement, out=plane)
+            plane += _take(source, upper, axis - 1) * weight
+    return out.astype(volume.dtype, copy=False)
