@@ -31,8 +31,8 @@ MAX_ORIGIN_MM = 1e5
 MAX_EXTENT_MM = 2000.0
 """Of a volume along one axis: a person. What is longer would become thousands of slices of nothing."""
 
-MIN_VOLUME_SHARE = 0.02
-"""Volume of a voxel over the product of its edges (1 for right angles): below it the axes nearly fall together."""
+MIN_VOLUME_SHARE = 0.5
+"""Volume of a voxel over the product of its edges: 1 for right angles, 0.87 for a gantry tilted by 30 degrees."""
 
 HEADER_ERRORS = (HeaderDataError, WrapStructError, MGHError, ArithmeticError, LookupError, ValueError, TypeError)
 """What nibabel raises for a header that it cannot make sense of."""
@@ -128,7 +128,7 @@ def check_affine(affine: Float[np.ndarray, "4 4"], shape: tuple[int, int, int], 
         )
     if not share >= MIN_VOLUME_SHARE:
         raise ScanError(
-            "unusable affine: it is singular",
+            "unusable affine: it is singular, or its axes nearly fall together",
             where=path.name,
             expected="an invertible voxel-to-world matrix",
             remedy=remedy,

@@ -13,6 +13,12 @@ from brainfound.data.image_file import ImageHeader, read_image_header, read_voxe
 from brainfound.data.orientation import AffineSource, axis_codes, check_affine, closest_canonical, shear_notes
 from brainfound.errors import ScanError
 
+MAX_VALUE = 1e30
+"""Of a voxel, either sign. No scanner writes it, and sums of larger values leave the range of float32."""
+
+MIN_RANGE = 1e-30
+"""Of an image's values: what varies less cannot be scaled in float32. Diffusivities in m²/s vary by 1e-9."""
+
 
 @dataclass(frozen=True)
 class ScanHeader:
@@ -149,6 +155,14 @@ def _check_values(data: np.ndarray, low: float, high: float, path: Path, labels:
                 expected="whole numbers from 0 to 65535",
                 remedy="Give a hard segmentation",
             )
+    elif max(-low, high) > MAX_VALUE or 0 < high - low < MIN_RANGE:
+        raise ScanError(
+            "implausible values",
+            where=path.name,
+            got=f"{low:g} to {high:g}",
+            expected=f"at most {MAX_VALUE:g}, and a range of at least {MIN_RANGE:g}",
+            remedy="The file or its scaling is damaged; export it again",
+        )
     elif low == high:
         what = "all voxels are zero" if low == 0 else f"all voxels have the value {low:g}"
         raise ScanError(what, where=path.name, expected="an image", remedy="Export the scan again or leave it out")

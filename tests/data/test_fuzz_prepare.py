@@ -56,10 +56,13 @@ def check_prepared(cases: list[tuple[int, bytes]]) -> None:
         assert refused.str.len().min() > 10 if len(refused) else True
         assert "sound" in kept
         for subject, stack in kept.items():
-            expected = SETTINGS.apply({"T1w": load_scan(files[subject])})
+            scan = load_scan(files[subject])
+            expected = SETTINGS.apply({"T1w": scan})
             np.testing.assert_array_equal(stack.pixels, expected.pixels)
             assert np.isfinite(stack.affine).all()
-            assert stack.pixels.any()
+            # What is thinner than a pixel of the stack may fall between two of them.
+            if (scan.spacing_mm * scan.data.shape).min() > 2 * 4:
+                assert stack.pixels.any()
 
 
 cases = st.lists(st.one_of(damage.files_with_other_headers(), damage.any_damage), min_size=20, max_size=20)

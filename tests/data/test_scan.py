@@ -66,6 +66,8 @@ def test_broken_files_are_refused_in_one_line(write_scan, break_file):
         (np.where(np.arange(210).reshape(5, 6, 7) == 9, np.nan, 1.0), "NaN or infinite"),
         (np.where(np.arange(210).reshape(5, 6, 7) == 9, np.inf, 1.0), "NaN or infinite"),
         (np.random.rand(1, 6, 7), "implausible size"),
+        (np.where(np.arange(210).reshape(5, 6, 7) == 9, -1e31, 1.0), "implausible values"),
+        (np.float32(1e-38) * np.arange(210, dtype=np.float32).reshape(5, 6, 7), "implausible values"),
     ],
 )
 def test_unusable_content_is_refused(write_scan, data, reason):
@@ -370,6 +372,7 @@ def test_odd_headers_are_noted(tmp_path, capfd, fields, source, note):
         ({"srow_x": [np.nan, 0, 0, 0]}, "not finite"),
         ({"srow_x": [0, 0, 0, 0]}, "singular"),
         ({"srow_x": [2, 2, 0, 0], "srow_y": [2, 2.01, 0, 0]}, "singular"),
+        ({"srow_x": [2, 2, 0, 0], "srow_y": [0, 0.1, 0, 0]}, "axes nearly fall together"),
         ({"srow_x": [0.002, 0, 0, 0], "srow_y": [0, 0.002, 0, 0]}, "implausible voxel size"),
         ({"srow_z": [0, 0, 60, 0]}, "implausible voxel size"),
         ({"srow_z": [0, 0, 2, 1e6]}, "implausible origin"),
