@@ -186,15 +186,17 @@ def _between(volume: np.ndarray, lower: np.ndarray, upper: np.ndarray, weight: n
     shape = [*volume.shape]
     shape[axis] = len(lower)
     out = np.empty(shape, dtype=dtype)
-    complement = 1 - weight
+    complement, part = 1 - weight, np.empty(shape[1:], dtype=dtype)
     if axis == 0:
         for plane, below, above, far, near in zip(out, lower, upper, weight, complement, strict=True):
             np.multiply(volume[below], near, out=plane)
-            plane += volume[above] * far
+            np.multiply(volume[above], far, out=part)
+            plane += part
     else:
         column = (-1, 1) if axis == 1 else (1, -1)
         weight, complement = weight.reshape(column), complement.reshape(column)
         for plane, source in zip(out, volume, strict=True):
             np.multiply(_take(source, lower, axis - 1), complement, out=plane)
-            plane += _take(source, upper, axis - 1) * weight
+            np.multiply(_take(source, upper, axis - 1), weight, out=part)
+            plane += part
     return out.astype(volume.dtype, copy=False)
