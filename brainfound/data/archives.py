@@ -92,9 +92,10 @@ def open_binary(path: str | Path) -> BinaryIO:
     parts = split_archive_path(path)
     if parts is None:
         try:
+            # Opening a pipe would wait for someone to write into it.
+            if not path.is_file():
+                raise _missing(path)
             return path.open("rb")
-        except FileNotFoundError:
-            raise _missing(path) from None
         except (OSError, ValueError) as error:
             raise ScanError(f"cannot be opened: {_reason(error)}", where=path.name) from error
     archive, name = parts

@@ -164,7 +164,7 @@ def read_voxels(header: ImageHeader) -> tuple[Float[np.ndarray, "I J K"], float,
     Raises:
         ScanError: the file is truncated or corrupt, or holds more data than its header says.
     """
-    out = np.empty(int(np.prod(header.shape_3d)), dtype=np.float32)
+    out = _room_for(header)
     num_chunks = -(-out.size // CHUNK_VOXELS)
     lows, highs = np.empty(num_chunks, np.float32), np.empty(num_chunks, np.float32)
     # Native float32 without scaling needs no conversion: the bytes go where the voxels stay.
@@ -183,6 +183,19 @@ def read_voxels(header: ImageHeader) -> tuple[Float[np.ndarray, "I J K"], float,
             lows[number], highs[number] = part.min(), part.max()
         _check_end(stream, header)
     return out.reshape(header.shape_3d, order="F"), float(lows.min()), float(highs.max())
+
+
+def _room_for(header: ImageHeader) -> np.ndarray:
+    num_voxels = int(np.prod(header.shape_3d))
+    try:
+        return np.empty(num_voxels, dtype=np.float32)
+    except MemoryError as error:
+        raise ScanError(
+            "not enough memory for the volume",
+            where=header.path.name,
+            got=f"shape {'×'.join(map(str, header.shape))}, which takes {num_voxels / 2**28:.1f} GiB",
+            remedy="Use fewer workers, a larger machine, or a coarser copy of the image",
+        ) from error
 
 
 def _unscaled(header: ImageHeader) -> bool:

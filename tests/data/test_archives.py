@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import random
 import stat
 import struct
@@ -71,6 +72,9 @@ def test_what_is_missing_is_missing(archive, tmp_path):
         with pytest.raises(ScanError, match="no such file"):
             open_binary(path)
     assert file_facts(tmp_path) is None
+    os.mkfifo(tmp_path / "pipe.nii")
+    with pytest.raises(ScanError, match="no such file"):
+        open_binary(tmp_path / "pipe.nii")
 
 
 @pytest.mark.parametrize(

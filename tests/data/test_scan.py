@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import re
 import subprocess
@@ -95,6 +96,10 @@ def test_label_maps_may_be_empty_but_must_be_whole_numbers(write_scan):
     assert load_scan(write_scan("m.nii.gz", np.zeros((4, 4, 4), np.uint8)), labels=True).data.max() == 0
     with pytest.raises(ScanError, match="not a label map"):
         load_scan(write_scan("p.nii.gz", np.random.rand(4, 4, 4)), labels=True)
+    data = np.zeros((4, 4, 4))
+    data[3, 3, 3] = 0.5
+    with pytest.raises(ScanError, match="not a label map"):
+        load_scan(write_scan("q.nii.gz", data), labels=True)
 
 
 # Every stored type, byte order, scaling and format, against nibabel.
@@ -279,10 +284,23 @@ def test_memory_is_one_float32_volume(tmp_path):
     nib.save(image, tmp_path / "a.nii.gz")
     load_scan(tmp_path / "a.nii.gz")
     tracemalloc.start()
-    load_scan(tmp_path / "a.nii.gz")
+    for labels in (False, True):
+        with contextlib.suppress(ScanError):
+            load_scan(tmp_path / "a.nii.gz", labels=labels)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert 4e6 < peak < 4e6 + 4e6
+
+
+def test_too_little_memory_is_said_in_one_line(write_scan, monkeypatch):
+    path = write_scan("a.nii.gz")
+
+    def refuse(*args, **kwargs):
+        raise MemoryError
+
+    monkeypatch.setattr(np, "empty", refuse)
+    with pytest.raises(ScanError, match="not enough memory.*40×48×36"):
+        load_scan(path)
 
 
 def test_an_extension_is_skipped_whatever_it_claims(tmp_path):
@@ -324,6 +342,19 @@ def test_other_formats_are_named(tmp_path):
     (tmp_path / "a.hdr").write_bytes(_nifti())
     with pytest.raises(ScanError, match=r"half of a pair is missing.*a\.img"):
         load_scan(tmp_path / "a.hdr")
+
+
+def test_an_analyze_pair_is_read_with_a_warning_and_never_without_its_orientation(tmp_path):
+    data = np.arange(210, dtype=np.int16).reshape(5, 6, 7)
+    nib.save(nib.AnalyzeImage(data, None), tmp_path / "a.img")
+    scan, image = load_scan(tmp_path / "a.img"), nib.load(tmp_path / "a.img")
+    np.testing.assert_array_equal(scan.native_affine, image.affine)
+    np.testing.assert_array_equal(scan.data, nib.as_closest_canonical(image).get_fdata(dtype=np.float32))
+    assert "left-right may be wrong" in "; ".join(scan.notes)
+    assert repr(load_scan(tmp_path / "a.hdr")) == repr(scan)
+    (tmp_path / "a.mat").write_bytes(b"an affine of SPM")
+    with pytest.raises(ScanError, match=r"SPM \.mat file, which is not read"):
+        load_scan(tmp_path / "a.img")
 
 
 # What a header says of orientation.
