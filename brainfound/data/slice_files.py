@@ -1,20 +1,20 @@
 """The Arrow files of a store: one session a record batch, written once, and read by their place in the file.
 
 An Arrow stream file keeps the pixels of a session as one run of bytes. The table of sessions remembers where each run
-begins, so reading a slice is a copy from the memory map: no file is opened that is not asked for, and what a store
-needs of memory does not grow with the cohort.
+begins, so a slice is read in one step: no file is opened that is not asked for, and what a store needs of memory does
+not grow with the cohort.
 
 Axis legend: S slices, C contrasts, H rows, W columns.
 """
 
 from __future__ import annotations
 
-import mmap
+import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -134,7 +134,10 @@ def places_in_file(path: Path) -> list[dict[str, int]]:
 
 
 class SliceFiles:
-    """The slices of one store folder, mapped file by file when they are first asked for.
+    """The slices of one store folder; a file is opened when it is first asked for.
+
+    Bytes are read straight into the array that is wanted. Reading them through a memory map is no faster, and counts
+    every page that was ever touched as the process's own memory.
 
     Args:
         folder: ``STORE/slices``.
@@ -144,52 +147,66 @@ class SliceFiles:
 
     def __init__(self, folder: Path, slice_shape: tuple[int, int, int], dtype: Any) -> None:
         self.folder, self.slice_shape, self.dtype = folder, slice_shape, np.dtype(dtype)
-        self._maps: dict[str, np.ndarray] = {}
+        self.slice_bytes = int(np.prod(slice_shape)) * self.dtype.itemsize
+        self._open: dict[str, BinaryIO] = {}
 
-    @cached_property
-    def slice_bytes(self) -> int:
-        """Of the pixels of one slice."""
-        return int(np.prod(self.slice_shape)) * self.dtype.itemsize
+    def __del__(self) -> None:
+        for handle in self._open.values():
+            handle.close()
 
     def pixels(self, file: str, at: int, num_slices: int) -> np.ndarray:
-        """A session's pixels ``(S, C, H, W)``, as a view on the file."""
-        return self._view(file, at, self.dtype, (num_slices, *self.slice_shape))
+        """A session's pixels ``(S, C, H, W)``."""
+        out = np.empty((num_slices, *self.slice_shape), self.dtype)
+        self.read_into(out, file, at)
+        return out
 
     def masks(self, file: str, at: int, num_slices: int, dtype: str) -> np.ndarray:
-        """A session's label map ``(S, H, W)``, as a view on the file."""
-        return self._view(file, at, np.dtype(dtype), (num_slices, *self.slice_shape[1:]))
+        """A session's label map ``(S, H, W)``."""
+        out = np.empty((num_slices, *self.slice_shape[1:]), dtype)
+        self.read_into(out, file, at)
+        return out
 
-    def _view(self, file: str, at: int, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-        bytes_ = self._map(file)
-        size = int(np.prod(shape)) * dtype.itemsize
-        if at < 0 or at + size > len(bytes_):
+    def read_into(self, out: np.ndarray, file: str, at: int) -> None:
+        """Fill an array with the bytes at a place of a file; several threads and processes may do so at once.
+
+        Raises:
+            StoreError: the file is missing or too short.
+        """
+        handle = self._open.get(file) or self._opened(file)
+        if _read_at(handle, out.data.cast("B"), at) != out.nbytes:
             raise StoreError(
                 "a file of slices is shorter than the table of sessions says",
                 where=file,
-                got=f"{len(bytes_)} bytes",
-                expected=f"at least {at + size}",
+                got=f"{os.fstat(handle.fileno()).st_size} bytes",
+                expected=f"at least {at + out.nbytes}",
                 remedy="Copy the store again, or prepare it again",
             )
-        return np.frombuffer(bytes_.data, dtype=dtype, count=int(np.prod(shape)), offset=at).reshape(shape)
 
-    def _map(self, file: str) -> np.ndarray:
-        found = self._maps.get(file)
-        if found is None:
-            try:
-                with (self.folder / file).open("rb") as handle:
-                    mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
-            except (OSError, ValueError) as error:
-                raise StoreError(
-                    f"a file of slices cannot be read: {error}", where=file, remedy="Prepare the store again"
-                ) from None
-            found = self._maps[file] = np.frombuffer(mapped, dtype=np.uint8)
-        return found
+    def _opened(self, file: str) -> BinaryIO:
+        try:
+            handle = (self.folder / file).open("rb", buffering=0)
+        except OSError as error:
+            raise StoreError(
+                f"a file of slices cannot be read: {error.strerror}", where=file, remedy="Prepare the store again"
+            ) from None
+        self._open[file] = handle
+        return handle
+
+
+def _read_at(handle: BinaryIO, out: memoryview, at: int) -> int:
+    """Read without a place of its own in the file, so that threads and forked processes do not disturb each other."""
+    done = 0
+    while done < len(out):
+        # One call gives 2 GiB at the most.
+        count = os.preadv(handle.fileno(), [out[done:]], at + done)
+        if count == 0:
+            break
+        done += count
+    return done
 
 
 def write_datasets_index(folder: Path, files: Sequence[str], fingerprint: str) -> None:
     """The two files that make a folder of Arrow files a saved `datasets.Dataset`."""
-    import json
-
     from datasets import DatasetInfo
 
     DatasetInfo(features=features()).write_to_directory(str(folder))

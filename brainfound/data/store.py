@@ -1,9 +1,9 @@
-"""The store: a prepared cohort on disk, one row per slice, memory-mapped.
+"""The store: a prepared cohort on disk, one row per slice, read in place.
 
 A store is a folder:
 
     slices/            a Hugging Face ``datasets`` folder, one row per slice, contiguous per session
-    sessions.parquet   one row per session: identifiers, covariates, geometry, and where its bytes are
+    sessions.arrow   one row per session: identifiers, covariates, geometry, and where its bytes are
     store.json         schema version, preprocessing, what was done before it, counts, content hash
     preprocessing.json the same preprocessing by itself
     quality.tsv        one row per scan: how it was stored, and what was found in it
@@ -232,11 +232,13 @@ class Store:
                 got=f"{rows.min()}…{rows.max()}",
                 expected=f"0…{self.num_slices - 1}",
             )
-        first_rows = self.table.first_row
+        table = self.table
         out = np.empty((len(rows), len(self.contrasts), *self.preprocessing.size), self.preprocessing.pixel_dtype)
-        of = np.searchsorted(first_rows, rows, side="right") - 1
-        for position, (row, session) in enumerate(zip(rows.tolist(), of.tolist(), strict=True)):
-            out[position] = self._pixels(session)[row - first_rows[session]]
+        sessions = np.searchsorted(table.first_row, rows, side="right") - 1
+        slice_bytes = self.folders[0].files.slice_bytes
+        places = table.pixels_at[sessions] + (rows - table.first_row[sessions]) * slice_bytes
+        for position, (session, place) in enumerate(zip(sessions.tolist(), places.tolist(), strict=True)):
+            self._files(session).read_into(out[position], table.file_of(session), place)
         return out
 
     def read_masks(self, session: int, slices: np.ndarray | None = None) -> np.ndarray | None:
@@ -245,9 +247,10 @@ class Store:
         dtype = str(self.sessions["mask_dtype"].iloc[session])
         if not dtype:
             return None
-        files = self.folders[table.origin[session, 0]].files
-        masks = files.masks(table.file_of(session), int(table.mask_at[session]), int(table.num_slices[session]), dtype)
-        return np.array(masks if slices is None else masks[np.asarray(slices)])
+        masks = self._files(session).masks(
+            table.file_of(session), int(table.mask_at[session]), int(table.num_slices[session]), dtype
+        )
+        return masks if slices is None else masks[np.asarray(slices)]
 
     def session_rows(self, session: int) -> np.ndarray:
         """The slice rows of a session, inferior → superior."""
@@ -261,7 +264,7 @@ class Store:
         table = self.table
         row = self.sessions.iloc[index]
         return Stack(
-            pixels=np.array(self._pixels(index)),
+            pixels=self._pixels(index),
             contrasts=self.contrasts,
             present=np.array(table.present[index]),
             positions_mm=self._positions(index),
@@ -352,8 +355,12 @@ class Store:
 
     def _pixels(self, session: int) -> np.ndarray:
         table = self.table
-        files = self.folders[table.origin[session, 0]].files
-        return files.pixels(table.file_of(session), int(table.pixels_at[session]), int(table.num_slices[session]))
+        return self._files(session).pixels(
+            table.file_of(session), int(table.pixels_at[session]), int(table.num_slices[session])
+        )
+
+    def _files(self, session: int) -> SliceFiles:
+        return self.folders[self.table.origin[session, 0]].files
 
     def _positions(self, index: int) -> np.ndarray:
         spacing = float(np.linalg.norm(self.table.affine[index][:3, 0]))
@@ -386,7 +393,7 @@ class StoreFolder:
                 remedy="Prepare the store again",
             )
         self.preprocessing = Preprocessing.load(path)
-        self.table = SessionTable.read(path / "sessions.parquet")
+        self.table = SessionTable.read(path / "sessions.arrow")
         shape = (len(self.preprocessing.contrasts), *self.preprocessing.size)
         self.files = SliceFiles(path / "slices", shape, self.preprocessing.pixel_dtype)
 

@@ -40,7 +40,7 @@ store = brainfound.Store.from_hub("{repo_id}")
 Who shares it is responsible for being allowed to: check the terms of the cohort.
 """
 
-_SMALL_FILES = ["store.json", "preprocessing.json", "sessions.parquet"]
+_SMALL_FILES = ["store.json", "preprocessing.json", "sessions.arrow"]
 
 
 def push(

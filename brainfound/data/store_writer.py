@@ -230,7 +230,7 @@ def assemble(
     for row, first in zip(rows, np.cumsum(counts) - counts, strict=True):
         row["first_row"] = int(first)
     write_sessions(
-        partial / "sessions.parquet", rows, [dict(covariates[row["subject"], row["session"]]) for row in rows]
+        partial / "sessions.arrow", rows, [dict(covariates[row["subject"], row["session"]]) for row in rows]
     )
     files = sorted({row["file"] for row in rows})
     for leftover in set(os.listdir(partial / "slices")) - set(files):
@@ -239,7 +239,7 @@ def assemble(
     parts.not_used.sort_values([*order, "file"]).to_csv(partial / "rejected.tsv", sep="\t", index=False)
     parts.quality.sort_values(order).to_csv(partial / "quality.tsv", sep="\t", index=False)
     preprocessing.save(partial)
-    table = SessionTable.read(partial / "sessions.parquet")
+    table = SessionTable.read(partial / "sessions.arrow")
     proof = content_hash(table, preprocessing)
     write_datasets_index(partial / "slices", files, proof)
     refused = ~parts.not_used["reason"].astype(str).str.startswith(FURTHER_SCAN)

@@ -77,7 +77,7 @@ def test_prepare_rejects_the_bad_scan_alone(cli, source, tmp_path, kind):
     assert "s01_T2w.nii.gz" in cli("prepare", source, tmp_path / "store", *COARSE, "--keep-ids").line
     rejected = pd.read_csv(tmp_path / "store" / "rejected.tsv", sep="\t")
     assert rejected["file"].tolist() == ["s01_T2w.nii.gz"]
-    sessions = pd.read_parquet(tmp_path / "store" / "sessions.parquet")
+    sessions = pd.read_feather(tmp_path / "store" / "sessions.arrow")
     assert [list(present) for present in sessions["present"]] == [[True] * 3, [True, False, True], [True] * 3]
 
 
@@ -131,7 +131,7 @@ def test_an_unknown_contrast_in_a_manifest_stops_no_other_scan(cli, classifier, 
     assert answer.code == 3
     assert "unknown contrast 'T9w'" in answer.line
     assert "s01_T1w.nii.gz" in answer.line
-    assert len(pd.read_parquet(tmp_path / "store" / "sessions.parquet")) == 3
+    assert len(pd.read_feather(tmp_path / "store" / "sessions.arrow")) == 3
     answer = cli("predict", classifier, source, "--out", tmp_path / "answers")
     assert answer.code == 3
     assert "unknown contrast 'T9w'" in answer.line

@@ -150,7 +150,7 @@ def test_other_schemas_and_unknown_columns_are_refused(small_store, tmp_path):
     copy = tmp_path / "copy"
     copy.mkdir()
     (copy / "store.json").write_text(json.dumps({**small_store.facts, "schema_version": 99}))
-    (copy / "sessions.parquet").write_bytes((small_store.path / "sessions.parquet").read_bytes())
+    (copy / "sessions.arrow").write_bytes((small_store.path / "sessions.arrow").read_bytes())
     with pytest.raises(StoreError, match="version 99"):
         Store.open(copy)
 

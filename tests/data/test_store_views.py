@@ -113,9 +113,9 @@ def test_verify_finds_one_changed_byte_and_a_changed_label(small_store, tmp_path
         Store.open(copy).verify()
     content[at] ^= 1
     file.write_bytes(content)
-    table = pd.read_parquet(copy / "sessions.parquet")
+    table = pd.read_feather(copy / "sessions.arrow")
     table.loc[3, "age_years"] += 1
-    table.to_parquet(copy / "sessions.parquet")
+    table.to_feather(copy / "sessions.arrow", compression="uncompressed")
     with pytest.raises(StoreError, match="table of sessions"):
         Store.open(copy).verify()
     file.write_bytes(content[: at - 5000])
