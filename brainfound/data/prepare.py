@@ -96,7 +96,7 @@ def prepare(
                 done += len(job.sessions)
                 if progress:
                     progress(done, total)
-            parts = Parts.of_shards(shards, partial)
+            parts = Parts.of_shards(shards, partial) + Parts.of_source(cohort)
             if existing is not None:
                 parts = Parts.kept_of(existing, kept, partial / "slices") + parts
             _finish(parts, sessions, partial, out, preprocessing, sources, loaded, cohort, keep_ids)

@@ -21,6 +21,8 @@ from brainfound.errors import ScanError, UsageError
 
 FURTHER_SCAN = "another scan of this contrast"
 """The reason of a file that is not refused, but comes second in its session, begins so."""
+NO_PART = "no part of the cohort"
+"""The reason of a file that is not refused, but that the source does not make a scan of, begins so."""
 
 
 @dataclass(frozen=True)

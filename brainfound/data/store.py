@@ -26,7 +26,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Num
 
-from brainfound.data.prepare_session import FURTHER_SCAN
+from brainfound.data.prepare_session import FURTHER_SCAN, NO_PART
 from brainfound.data.preprocessing import Preprocessing
 from brainfound.data.session_table import SessionTable, content_hash, hashes_of
 from brainfound.data.slice_files import SliceFiles
@@ -177,13 +177,19 @@ class Store:
     def rejected(self) -> pd.DataFrame:
         """Files that were refused: file, subject, session, contrast, reason."""
         files = self._files_not_used
-        return files[~files["reason"].str.startswith(FURTHER_SCAN)].reset_index(drop=True)
+        return files[~files["reason"].str.startswith((FURTHER_SCAN, NO_PART))].reset_index(drop=True)
 
     @cached_property
     def further_scans(self) -> pd.DataFrame:
         """Files that were not used because their session has another scan of the contrast; columns as of `rejected`."""
         files = self._files_not_used
         return files[files["reason"].str.startswith(FURTHER_SCAN)].reset_index(drop=True)
+
+    @cached_property
+    def unused_files(self) -> pd.DataFrame:
+        """Files of the source that are no scans of the cohort; columns as of `rejected`, those of the session empty."""
+        files = self._files_not_used
+        return files[files["reason"].str.startswith(NO_PART)].reset_index(drop=True)
 
     @cached_property
     def _files_not_used(self) -> pd.DataFrame:

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from brainfound.data.cohort import Session
+from brainfound.data.cohort import Cohort, Session
 from brainfound.data.contact_sheet import write_contact_sheet
 from brainfound.data.hooks import Hook
-from brainfound.data.prepare_session import FURTHER_SCAN, FileNotUsed, PreparedSession, prepare_session
+from brainfound.data.prepare_session import FURTHER_SCAN, NO_PART, FileNotUsed, PreparedSession, prepare_session
 from brainfound.data.preprocessing import Preprocessing
 from brainfound.data.quality import ScanQuality
 from brainfound.data.session_table import SessionTable, content_hash, session_row, write_sessions
@@ -133,6 +133,12 @@ class Parts:
         )
 
     @classmethod
+    def of_source(cls, cohort: Cohort) -> Parts:
+        """The files of a source that are no scans of its cohort."""
+        rows = [(os.path.relpath(file, cohort.root), "", "", "", f"{NO_PART}: {why}") for file, why in cohort.unused]
+        return cls([], pd.DataFrame(rows, columns=REJECTED_COLUMNS), pd.DataFrame(columns=QUALITY_COLUMNS))
+
+    @classmethod
     def kept_of(cls, folder: StoreFolder, keep: set[Key], slices: Path) -> Parts:
         """The sessions of a store that stay; their files are linked, or copied without what goes."""
         store = Store([folder], folder.table)
@@ -156,14 +162,18 @@ class Parts:
     def __add__(self, other: Parts) -> Parts:
         return Parts(
             self.rows + other.rows,
-            pd.concat([self.not_used, other.not_used], ignore_index=True),
-            pd.concat([self.quality, other.quality], ignore_index=True),
+            _joined(self.not_used, other.not_used),
+            _joined(self.quality, other.quality),
         )
+
+
+def _joined(one: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
+    return pd.concat([table for table in (one, other) if len(table)] or [one], ignore_index=True)
 
 
 def _of_sessions(table: pd.DataFrame, keep: set[Key]) -> pd.DataFrame:
     rows = [key in keep for key in zip(table["subject"], table["session"], strict=True)]
-    return table[rows]
+    return table[np.array(rows, dtype=bool)]
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
@@ -229,9 +239,7 @@ def assemble(
     counts = np.array([row["num_slices"] for row in rows], dtype=np.int64)
     for row, first in zip(rows, np.cumsum(counts) - counts, strict=True):
         row["first_row"] = int(first)
-    write_sessions(
-        partial / "sessions.arrow", rows, [dict(covariates[row["subject"], row["session"]]) for row in rows]
-    )
+    write_sessions(partial / "sessions.arrow", rows, [dict(covariates[row["subject"], row["session"]]) for row in rows])
     files = sorted({row["file"] for row in rows})
     for leftover in set(os.listdir(partial / "slices")) - set(files):
         (partial / "slices" / leftover).unlink()
@@ -242,7 +250,7 @@ def assemble(
     table = SessionTable.read(partial / "sessions.arrow")
     proof = content_hash(table, preprocessing)
     write_datasets_index(partial / "slices", files, proof)
-    refused = ~parts.not_used["reason"].astype(str).str.startswith(FURTHER_SCAN)
+    refused = ~parts.not_used["reason"].astype(str).str.startswith((FURTHER_SCAN, NO_PART))
     write_json(
         partial / "store.json",
         {
@@ -343,7 +351,7 @@ def _new_names(store: Store) -> dict[int, Key]:
 def _files_of_sessions(store: Store, keep_ids: bool) -> pd.DataFrame:
     if not keep_ids:
         return pd.DataFrame(columns=REJECTED_COLUMNS)
-    return pd.concat([store.rejected, store.further_scans], ignore_index=True)[REJECTED_COLUMNS]
+    return pd.concat([store.rejected, store.further_scans, store.unused_files], ignore_index=True)[REJECTED_COLUMNS]
 
 
 def _quality_of_sessions(store: Store, names: Mapping[int, Key], keep_ids: bool) -> pd.DataFrame:
@@ -365,7 +373,7 @@ def require_sessions(parts: Parts, out: Path) -> None:
     """
     if parts.rows:
         return
-    refused = parts.not_used[~parts.not_used["reason"].astype(str).str.startswith(FURTHER_SCAN)]
+    refused = parts.not_used[~parts.not_used["reason"].astype(str).str.startswith((FURTHER_SCAN, NO_PART))]
     first = f"{refused['reason'].iloc[0]} [{refused['file'].iloc[0]}]" if len(refused) else "no scans"
     raise StoreError(
         f"not one session could be used; first reason: {first}",

@@ -165,3 +165,17 @@ def test_a_reference_scan_that_cannot_be_used_does_not_stop_the_others(cohort_fo
     assert len(store) == 6
     assert store.present[0].tolist() == [False, True, True]
     assert "one value only" in store.rejected.set_index("file")["reason"]["s00_T1w.nii.gz"]
+
+
+def test_files_that_are_no_scans_of_the_cohort_are_listed_and_no_failure(write_scan, tmp_path):
+    for name in ("sub-01/anat/sub-01_T1w.nii.gz", "sub-02/anat/sub-02_T1w.nii.gz", "sub-02/func/sub-02_bold.nii.gz"):
+        write_scan(f"bids/{name}")
+    settings = SETTINGS.model_copy(update={"contrasts": ("T1w",)})
+    store = prepare(tmp_path / "bids", tmp_path / "store", settings)
+    assert len(store) == 2
+    assert store.rejected.empty
+    assert store.unused_files["file"].tolist() == ["sub-02/func/sub-02_bold.nii.gz"]
+    write_scan("bids/sub-03/anat/sub-03_T1w.nii.gz")
+    assert prepare(tmp_path / "bids", tmp_path / "store", settings).unused_files.equals(store.unused_files)
+    # The same head three times: one scan under three names.
+    assert Store.open(tmp_path / "store").duplicates == [[0, 1, 2]]
