@@ -203,7 +203,7 @@ class Store:
             table[list(text)] = table[list(text)].fillna("")
             here = self.sessions[self.table.origin[:, 0] == number]
             keys = set(zip(here["subject"], here["session"], strict=True))
-            kept = [key in keys for key in zip(table["subject"], table["session"], strict=True)]
+            kept = np.array([key in keys for key in zip(table["subject"], table["session"], strict=True)], dtype=bool)
             parts.append(table[kept])
         return pd.concat(parts, ignore_index=True)
 
