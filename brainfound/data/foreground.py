@@ -2,7 +2,8 @@
 
 A skull-stripped scan has an exact background value, often 0, on the faces of its volume; everything else is
 foreground (interpolation leaves small negative values around the brain: they are foreground too). A scan with
-air around the head has noise there: Otsu's threshold, the largest component, its holes filled.
+air around the head has noise there: Otsu's threshold, the largest component, its holes filled. So has one that was
+padded with an exact value afterwards: what differs from that value is then a box, and too much for a head.
 """
 
 from __future__ import annotations
@@ -13,6 +14,10 @@ from scipy import ndimage
 
 from brainfound.data.scan import Scan
 
+LARGEST_HEAD_ML = 5500.0
+"""More than an adult's head and neck."""
+LARGEST_SHARE_OF_BOX = 0.75
+"""An ellipsoid fills 52 % of its box, a head and neck about 60 %."""
 COARSE_MM = 3.0
 """Air noise is separated on a grid of about this spacing: fast, and blind to single bright voxels."""
 
@@ -22,8 +27,19 @@ def foreground(scan: Scan) -> Bool[np.ndarray, "X Y Z"]:
     data = scan.data
     exact = _exact_background(data)
     if exact is not None:
-        return data != exact
+        inside = data != exact
+        if not _is_padded_air(inside, scan):
+            return inside
     return _head_in_air(data, scan.spacing_mm)
+
+
+def _is_padded_air(inside: Bool[np.ndarray, "X Y Z"], scan: Scan) -> bool:
+    """Whether this is the former field of view with its air, and not a head: too large, and filling its box."""
+    count = np.count_nonzero(inside)
+    if count * abs(np.linalg.det(scan.affine[:3, :3])) <= LARGEST_HEAD_ML * 1000:
+        return False
+    box = np.prod([last - first + 1 for first, last in bounding_box(inside)])
+    return bool(count > LARGEST_SHARE_OF_BOX * box)
 
 
 def bounding_box(mask: Bool[np.ndarray, "X Y Z"]) -> list[tuple[int, int]]:

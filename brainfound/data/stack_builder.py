@@ -116,12 +116,19 @@ class StackBuilder:
         volume = resample(smooth_before_downsampling(scaled, ratios), to_scan, self.grid, order=1)
         del scaled
         np.rint(volume, out=volume)
+        if not volume.any():
+            raise ScanError(
+                "nothing of the scan reaches the stack",
+                expected="a volume thicker than the stack's spacing, with values above the lowest",
+                remedy="Check its affine, and spacing_mm and ranges of the preprocessing",
+            )
         self._pixels[:, channel] = volume
         self._present[channel] = True
         self.quality.append(self._quality_of(contrast, scan, inside, (low, high), overlap, file))
 
     def _intensity_range(self, contrast: str, scan: Scan, inside: np.ndarray) -> tuple[float, float]:
-        values = scan.data[inside]
+        # Volumes are stored with x first: transposed, they and the mask are read in one piece.
+        values = scan.data.T[inside.T]
         if values.size == 0:
             raise ScanError("no foreground found", remedy="Check that the scan shows a head or brain")
         fixed = self.preprocessing.ranges.get(contrast)

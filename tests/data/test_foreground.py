@@ -62,3 +62,15 @@ def test_the_head_is_found_in_air_and_in_an_exact_background(head, centred, nois
         line = np.flatnonzero(truth.any(axis=tuple(a for a in range(3) if a != axis)))
         assert line[0] - 8 <= low <= line[0]
         assert line[-1] <= high <= line[-1] + 8
+
+
+def test_air_that_was_padded_with_zeros_is_not_the_head(head, centred):
+    shape, affine = (110, 120, 110), centred((110, 120, 110), np.eye(3) * 2)
+    truth = head.image(shape, affine) > 0
+    image = np.abs(head.image(shape, affine, noise=8.0)) + 1
+    padded = np.zeros_like(image)
+    padded[4:-4, 4:-4, 4:-4] = image[4:-4, 4:-4, 4:-4]
+    assert _exact_background(padded) == 0
+    found = foreground(Scan(padded, affine, shape, affine))
+    assert (found & truth).sum() > 0.99 * truth.sum()
+    assert found.sum() < 1.5 * truth.sum()
