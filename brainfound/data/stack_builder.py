@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Num
 
 from brainfound.data.foreground import bounding_box, foreground
 from brainfound.data.grids import resample, resample_labels, smooth_before_downsampling
@@ -135,14 +135,14 @@ class StackBuilder:
         if fixed is not None:
             return fixed
         percentiles = self.preprocessing.percentiles
-        low, high = np.percentile(values, percentiles, overwrite_input=True)
+        low, high = two_percentiles(values, percentiles)
         if not high > low:
             raise ScanError(
                 "the foreground has one value only",
                 got=f"percentiles {percentiles} both {low:g}",
                 remedy="Check that the file is an image and not a mask",
             )
-        return float(low), float(high)
+        return low, high
 
     def _require_overlap(self, scan: Scan) -> float:
         """The share of the reference scan's foreground that a scan's field of view covers."""
@@ -224,6 +224,30 @@ def grid_of(
         ]
     )
     return to_scan, (num_slices, height, width)
+
+
+def two_percentiles(values: Num[np.ndarray, "n"], percentiles: tuple[float, float]) -> tuple[float, float]:
+    """Two rising percentiles, as `numpy.percentile` interpolates them, in a fifth of its time.
+
+    Each is a partition of its own, the second of what lies above the first; asked for both at once, numpy partitions
+    around four places.
+
+    Args:
+        values: not empty; put into another order.
+    """
+    found = []
+    above, passed = values, 0
+    for percentile in percentiles:
+        place = percentile / 100 * (len(values) - 1)
+        rank = int(place) - passed
+        above.partition(rank)
+        value = float(above[rank])
+        if place > int(place):
+            following = float(above[rank + 1 :].min())
+            value += (following - value) * (place - int(place))
+        found.append(value)
+        above, passed = above[rank:], passed + rank
+    return found[0], found[1]
 
 
 def positions_mm(num_slices: int, spacing_mm: float) -> np.ndarray:

@@ -11,7 +11,7 @@ from scipy.spatial.transform import Rotation
 
 from brainfound.data.preprocessing import Preprocessing
 from brainfound.data.scan import Scan, load_scan
-from brainfound.data.stack_builder import StackBuilder
+from brainfound.data.stack_builder import StackBuilder, two_percentiles
 from brainfound.errors import ModelError, RecipeError, ScanError, UsageError
 from brainfound.recipes import validate
 
@@ -228,3 +228,14 @@ def test_real_scans_on_three_grids(real_data):
     assert back.shape == scans["T1w"].native_shape
     # The three contrasts show the same head.
     assert dice(stack.pixels[:, 0] > 20, stack.pixels[:, 1] > 20) > 0.8
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.floats(-1e6, 1e6, width=32) | st.integers(0, 5).map(float), min_size=1, max_size=60),
+    st.tuples(st.floats(0, 100), st.floats(0, 100)).map(sorted).map(tuple),
+)
+def test_two_percentiles_are_those_of_numpy(values, percentiles):
+    array = np.array(values, dtype=np.float32)
+    expected = np.percentile(array.astype(np.float64), percentiles)
+    np.testing.assert_allclose(two_percentiles(array, percentiles), expected, rtol=1e-6, atol=1e-3)
