@@ -14,22 +14,18 @@ from typing import Any
 
 _BY_FILE = {
     "/data/scan.py": "reading",
-    "/data/orientation.py": "reading",
-    "/data/image_file.py": "reading",
-    "/data/archives.py": "reading",
+    "/data/reading/": "reading",
     "/nibabel/": "reading",
     "/data/foreground.py": "head mask",
     "/data/grids.py": "resampling",
     "/data/preprocessing.py": "percentiles and scaling",
     "/data/stack_builder.py": "percentiles and scaling",
-    "/data/quality.py": "quality facts",
-    "/data/contact_sheet": "contact sheet",
+    "/data/checking/quality.py": "quality facts",
+    "/data/checking/contact_sheet": "contact sheet",
     "/data/cohort.py": "cohort and file facts",
     "/data/sources/": "cohort and file facts",
-    "/data/store_plan.py": "cohort and file facts",
-    "/data/slice_files.py": "writing",
-    "/data/session_table.py": "writing",
-    "/data/store": "writing",
+    "/data/store/plan.py": "cohort and file facts",
+    "/data/store/": "writing",
     "/datasets/": "writing",
 }
 _BY_C_MODULE = {"_hashlib": "hashing", "_sha2": "hashing", "_blake2": "hashing"}

@@ -41,7 +41,7 @@ from brainfound.adapters.bundle_reader import (
     load_bundle,
 )
 from brainfound.adapters.fingerprint import file_hash, tensors_hash
-from brainfound.data.contract import InputContract
+from brainfound.data.checking.contract import InputContract
 from brainfound.data.preprocessing import Preprocessing
 from brainfound.errors import ModelError
 from brainfound.models import BrainFoundConfig, BrainFoundModel

@@ -15,11 +15,11 @@ from brainfound.cli.terminal import AsJson, Hooks, KeepIds, Quiet, note, progres
 from brainfound.errors import EXIT_SOME_REJECTED, UsageError
 
 if TYPE_CHECKING:
-    from brainfound.data.check import CheckedSession
-    from brainfound.data.check_rules import Finding
+    from brainfound.data.checking.check import CheckedSession
+    from brainfound.data.checking.contact_sheet import Card
+    from brainfound.data.checking.contract import InputContract
+    from brainfound.data.checking.rules import Finding
     from brainfound.data.cohort import Session
-    from brainfound.data.contact_sheet import Card
-    from brainfound.data.contract import InputContract
     from brainfound.data.hooks import Hook
     from brainfound.data.preprocessing import Preprocessing
 
@@ -72,8 +72,8 @@ def check(
 
 
 def _expected(model: str | None, contrasts: str | None) -> tuple[Preprocessing, InputContract]:
-    from brainfound.data.check import contract_of_model
-    from brainfound.data.contract import InputContract
+    from brainfound.data.checking.check import contract_of_model
+    from brainfound.data.checking.contract import InputContract
     from brainfound.data.preprocessing import Preprocessing
     from brainfound.recipes import validate
 
@@ -92,7 +92,7 @@ def _expected(model: str | None, contrasts: str | None) -> tuple[Preprocessing, 
 
 def _sessions(source: list[str], preprocessing: Preprocessing) -> tuple[list[Session], bool]:
     """The sessions, and whether they were given as files."""
-    from brainfound.data.check import session_of_files
+    from brainfound.data.checking.check import session_of_files
     from brainfound.data.cohort import Cohort
 
     first = source[0]
@@ -122,8 +122,8 @@ class _Report:
     ) -> None:
         from dataclasses import replace
 
-        from brainfound.data.check import check_session
-        from brainfound.data.contact_sheet import choose_sessions
+        from brainfound.data.checking.check import check_session
+        from brainfound.data.checking.contact_sheet import choose_sessions
 
         evenly = set(choose_sessions(len(sessions), (), MOST_CARDS))
         for row, session in enumerate(sessions):
@@ -146,7 +146,7 @@ class _Report:
         return f"{row} {session.subject} {session.session}"
 
     def _card(self, row: int, checked: CheckedSession) -> Card:
-        from brainfound.data.contact_sheet import card_of_stack
+        from brainfound.data.checking.contact_sheet import card_of_stack
 
         assert checked.stack is not None
         label = f"{row} {checked.subject} {checked.session}" if self.with_names and not self.are_files else str(row)
@@ -157,7 +157,7 @@ class _Report:
 
     def show(self) -> None:
         from brainfound.cli.tables import print_table
-        from brainfound.data.check_rules import SCAN_CHECKS, SESSION_CHECKS
+        from brainfound.data.checking.rules import SCAN_CHECKS, SESSION_CHECKS
 
         names = ("file",) if self.with_names else ()
         rows = []
@@ -176,7 +176,7 @@ class _Report:
 
     def _problems(self) -> list[str]:
         """One line per distinct problem: how often, an example, and what to do; the gravest first."""
-        from brainfound.data.check_rules import LEVELS
+        from brainfound.data.checking.rules import LEVELS
 
         groups: dict[tuple[str, str, str], list[str]] = {}
         for session in self.sessions:
@@ -203,7 +203,7 @@ class _Report:
         )
 
     def facts(self, contract: InputContract) -> dict[str, Any]:
-        from brainfound.data.check import facts_of, facts_of_finding
+        from brainfound.data.checking.check import facts_of, facts_of_finding
 
         listed = []
         for row, session in enumerate(self.sessions):
@@ -225,8 +225,8 @@ class _Report:
         }
 
     def write_picture(self, path: Path, preprocessing: Preprocessing) -> None:
-        from brainfound.data.contact_sheet import choose_sessions
-        from brainfound.data.contact_sheet_page import draw_page
+        from brainfound.data.checking.contact_sheet import choose_sessions
+        from brainfound.data.checking.contact_sheet_page import draw_page
 
         rows = list(self.cards)
         flagged = [place for place, row in enumerate(rows) if self.cards[row].is_flagged]
@@ -240,7 +240,7 @@ def _worth_a_look(findings: Iterable[Finding]) -> tuple[str, ...]:
 
 
 def _sign(findings: tuple[Finding, ...], name: str) -> str:
-    from brainfound.data.check_rules import worst
+    from brainfound.data.checking.rules import worst
 
     found = [finding for finding in findings if finding.check == name]
     return SIGNS[worst(found)] if found else ""

@@ -11,8 +11,8 @@ from brainfound.cli.terminal import Hooks, KeepIds, Overrides, Quiet, note, prog
 from brainfound.errors import EXIT_SOME_REJECTED
 
 if TYPE_CHECKING:
-    from brainfound.data.executors import Executor
     from brainfound.data.store import Store
+    from brainfound.data.store.executors import Executor
 
 
 def prepare(

@@ -25,7 +25,7 @@ class Session:
     session: str
     scans: dict[str, Path]
     """A file per contrast. A contrast that a manifest spells in no known way is kept as it is spelt. A path may
-    lie inside a zip (``…/ses-01.zip/anat/x.nii.gz``); `brainfound.data.archives` opens both kinds."""
+    lie inside a zip (``…/ses-01.zip/anat/x.nii.gz``); `brainfound.data.reading.archives` opens both kinds."""
     covariates: dict[str, Any]
     masks: dict[str, Path]
     extra_scans: tuple[tuple[str, Path], ...] = ()

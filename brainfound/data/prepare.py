@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from brainfound.data.cohort import Cohort, Session
-from brainfound.data.executors import Executor, run_jobs
 from brainfound.data.hooks import Hook, describe, load_hooks
 from brainfound.data.preprocessing import Preprocessing
 from brainfound.data.store import Store, StoreFolder
-from brainfound.data.store_plan import (
+from brainfound.data.store.executors import Executor, run_jobs
+from brainfound.data.store.plan import (
     Key,
     Shard,
     Sources,
@@ -23,7 +23,7 @@ from brainfound.data.store_plan import (
     plan_shards,
     require_disk_space,
 )
-from brainfound.data.store_writer import Parts, ShardJob, assemble, put_in_place, require_sessions, write_shard
+from brainfound.data.store.writer import Parts, ShardJob, assemble, put_in_place, require_sessions, write_shard
 from brainfound.errors import StoreError, UsageError
 
 Progress = Callable[[int, int], None]

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from brainfound.contrasts import CONTRASTS, parse_contrast
+from brainfound.data.checking.quality import ScanQuality
 from brainfound.data.cohort import Session
-from brainfound.data.hook_runner import run_hooks
 from brainfound.data.hooks import Hook
+from brainfound.data.hooks.runner import run_hooks
 from brainfound.data.preprocessing import Preprocessing
-from brainfound.data.quality import ScanQuality
 from brainfound.data.scan import load_scan
 from brainfound.data.stack import Stack
 from brainfound.data.stack_builder import StackBuilder

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool, Num
 
+from brainfound.data.checking.quality import ScanQuality, orientation_of, skull_state
 from brainfound.data.foreground import bounding_box, foreground
 from brainfound.data.grids import resample, resample_labels, smooth_before_downsampling
-from brainfound.data.quality import ScanQuality, orientation_of, skull_state
 from brainfound.data.scan import Scan
 from brainfound.data.stack import Stack
 from brainfound.errors import ScanError

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from brainfound.adapters.attach import AdapterRecipe, attach_adapter
 from brainfound.adapters.bundle import save_bundle
-from brainfound.data.contract import InputContract
+from brainfound.data.checking.contract import InputContract
 from brainfound.data.store import Store
 from brainfound.errors import RecipeError
 from brainfound.models import (

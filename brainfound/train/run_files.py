@@ -20,7 +20,7 @@ import yaml
 from torch import Tensor
 
 import brainfound
-from brainfound.data.contract import InputContract
+from brainfound.data.checking.contract import InputContract
 from brainfound.data.store import Store
 from brainfound.errors import RecipeError, TrainingError
 from brainfound.models import BrainFoundModel

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from brainfound.adapters import AdapterRecipe, attach_adapter, load_bundle, save_bundle
 from brainfound.adapters.fingerprint import file_hash, tensors_hash
-from brainfound.data.contract import InputContract
+from brainfound.data.checking.contract import InputContract
 from brainfound.data.preprocessing import Preprocessing
 from brainfound.errors import ModelError
 from brainfound.models import (

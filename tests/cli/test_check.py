@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from brainfound.data.contract import InputContract
+from brainfound.data.checking.contract import InputContract
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from brainfound.data.hook_runner import neutral_copy, run_hook, run_hooks
 from brainfound.data.hooks import READY, Hook, describe, load_hooks, require_tools
+from brainfound.data.hooks.runner import neutral_copy, run_hook, run_hooks
 from brainfound.data.scan import load_scan
 from brainfound.errors import RecipeError, ScanError, UsageError
 from brainfound.recipes import validate

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from brainfound.data.contract import InputContract
+from brainfound.data.checking.contract import InputContract
 
 
 def test_a_pretraining_export_has_the_contract_of_its_store(finished, store):

@@ -13,8 +13,8 @@ from typing import Any
 import pandas as pd
 
 from brainfound.contrasts import UNKNOWN
-from brainfound.data.archives import list_members, open_binary
 from brainfound.data.cohort import Cohort
+from brainfound.data.reading.archives import list_members, open_binary
 from brainfound.data.sources.bids_names import BidsName, contrast_of, mask_column
 from brainfound.data.sources.folders import (
     HIGHEST_B0,

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from brainfound.contrasts import CONTRASTS, UNKNOWN, contrast_from_filename, parse_contrast
-from brainfound.data.check_rules import (
+from brainfound.data.checking.contract import InputContract
+from brainfound.data.checking.quality import ScanQuality
+from brainfound.data.checking.rules import (
     Finding,
     Level,
     age_finding,
@@ -29,11 +31,9 @@ from brainfound.data.check_rules import (
     worst,
 )
 from brainfound.data.cohort import Session
-from brainfound.data.contract import InputContract
-from brainfound.data.hook_runner import run_hooks
 from brainfound.data.hooks import Hook
+from brainfound.data.hooks.runner import run_hooks
 from brainfound.data.preprocessing import Preprocessing
-from brainfound.data.quality import ScanQuality
 from brainfound.data.scan import Scan, load_scan, read_header
 from brainfound.data.stack import Stack
 from brainfound.data.stack_builder import StackBuilder

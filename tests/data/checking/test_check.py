@@ -10,10 +10,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from brainfound.data.check import check_session, contract_of_model, facts_of, session_of_files
-from brainfound.data.check_rules import age_finding, skull_finding, slices_finding, worst
+from brainfound.data.checking.check import check_session, contract_of_model, facts_of, session_of_files
+from brainfound.data.checking.contract import InputContract
+from brainfound.data.checking.rules import age_finding, skull_finding, slices_finding, worst
 from brainfound.data.cohort import Session
-from brainfound.data.contract import InputContract
 from brainfound.data.hooks import Hook
 from brainfound.data.preprocessing import Preprocessing
 from brainfound.errors import ModelError, UsageError

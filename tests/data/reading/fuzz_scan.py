@@ -5,7 +5,7 @@ The rule: `load_scan` raises `ScanError`, or returns exactly what nibabel reads 
 
 Run the fuzzer by hand (``pip install atheris``), here for 20,000 executions::
 
-    python tests/data/fuzz_scan.py -runs=20000
+    python tests/data/reading/fuzz_scan.py -runs=20000
 
 What it finds is written as ``crash-…`` into the current folder; give that file as the argument to repeat it.
 """

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from brainfound.errors import StoreError, UsageError
 
 if TYPE_CHECKING:
-    from brainfound.data.store_writer import ShardJob
+    from brainfound.data.store.writer import ShardJob
 
 Executor = Literal["processes", "dask"]
 Write = Callable[["ShardJob"], None]

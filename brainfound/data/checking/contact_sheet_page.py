@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from brainfound.data.contact_sheet import Card
+from brainfound.data.checking.contact_sheet import Card
 
 _PAPER, _FRAME, _TEXT, _FAINT = "#0B0C0E", "#26292E", "#E8E8E8", "#8A8F98"
 _FLAG, _REFUSED, _OUTLINE = "#FF9D2E", "#FF5A4F", (255, 208, 0)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-from brainfound.data.contract import FILE_NAME, InputContract
+from brainfound.data.checking.contract import FILE_NAME, InputContract
 from brainfound.data.preprocessing import Preprocessing
 from brainfound.errors import ModelError, RecipeError
 

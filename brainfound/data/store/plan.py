@@ -16,10 +16,10 @@ from typing import Any
 import pandas as pd
 from filelock import FileLock, Timeout
 
-from brainfound.data.archives import file_facts
 from brainfound.data.cohort import Session
 from brainfound.data.hooks import Hook
 from brainfound.data.preprocessing import Preprocessing
+from brainfound.data.reading.archives import file_facts
 from brainfound.data.scan import read_header
 from brainfound.data.store import SCHEMA_VERSION, StoreFolder
 from brainfound.errors import ScanError, StoreError

@@ -16,8 +16,8 @@ from pathlib import Path
 import nibabel as nib
 from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
 
-from brainfound.data.archives import is_file, open_binary
 from brainfound.data.hooks import Hook
+from brainfound.data.reading.archives import is_file, open_binary
 from brainfound.data.scan import load_scan
 from brainfound.errors import ScanError
 

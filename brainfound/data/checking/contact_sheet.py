@@ -64,7 +64,7 @@ def write_contact_sheet(store: Store, path: str | Path, *, keep_ids: bool = Fals
         keep_ids: write subject and session beside the row number.
         max_sessions: most sessions on the page.
     """
-    from brainfound.data.contact_sheet_page import draw_page
+    from brainfound.data.checking.contact_sheet_page import draw_page
 
     notes, refused = _notes_of(store), _refused_of(store)
     keys = list(zip(store.sessions["subject"], store.sessions["session"], strict=True))

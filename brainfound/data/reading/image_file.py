@@ -27,8 +27,8 @@ from nibabel.nifti2 import Nifti2Header, Nifti2PairHeader
 from nibabel.spm2analyze import Spm2AnalyzeHeader
 from nibabel.volumeutils import apply_read_scaling
 
-from brainfound.data.archives import file_facts, open_binary
-from brainfound.data.orientation import HEADER_ERRORS, AffineSource, header_affine
+from brainfound.data.reading.archives import file_facts, open_binary
+from brainfound.data.reading.orientation import HEADER_ERRORS, AffineSource, header_affine
 from brainfound.errors import ScanError
 
 MAX_VOXELS = 1024**3

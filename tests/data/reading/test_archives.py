@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from brainfound.data import archives
-from brainfound.data.archives import file_facts, is_file, list_members, open_binary, split_archive_path
+from brainfound.data.reading import archives
+from brainfound.data.reading.archives import file_facts, is_file, list_members, open_binary, split_archive_path
 from brainfound.errors import ScanError
 
 TEXT = b"some bytes of a scan " * 500

@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from brainfound.data.contract import InputContract
+from brainfound.data.checking.contract import InputContract
+from brainfound.data.checking.quality import ScanQuality
 from brainfound.data.preprocessing import Preprocessing
-from brainfound.data.quality import ScanQuality
 from brainfound.data.scan import Scan
 
 Level = Literal["ok", "note", "warn", "fail"]

@@ -17,17 +17,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from brainfound.data.checking.contact_sheet import write_contact_sheet
+from brainfound.data.checking.quality import ScanQuality
 from brainfound.data.cohort import Cohort, Session
-from brainfound.data.contact_sheet import write_contact_sheet
 from brainfound.data.hooks import Hook
 from brainfound.data.prepare_session import FURTHER_SCAN, NO_PART, FileNotUsed, PreparedSession, prepare_session
 from brainfound.data.preprocessing import Preprocessing
-from brainfound.data.quality import ScanQuality
-from brainfound.data.session_table import SessionTable, content_hash, session_row, write_sessions
-from brainfound.data.slice_files import Block, SliceFileWriter, places_in_file, write_datasets_index
 from brainfound.data.stack import Stack
 from brainfound.data.store import SCHEMA_VERSION, Store, StoreFolder
-from brainfound.data.store_plan import MAX_SHARDS, MIN_SESSIONS_PER_SHARD, Key, Shard, Sources, write_json
+from brainfound.data.store.plan import MAX_SHARDS, MIN_SESSIONS_PER_SHARD, Key, Shard, Sources, write_json
+from brainfound.data.store.session_table import SessionTable, content_hash, session_row, write_sessions
+from brainfound.data.store.slice_files import Block, SliceFileWriter, places_in_file, write_datasets_index
 from brainfound.errors import ScanError, StoreError
 
 REJECTED_COLUMNS = ["file", "subject", "session", "contrast", "reason"]
