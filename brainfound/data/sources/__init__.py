@@ -7,6 +7,7 @@ file or folder of their own name before those that are told from folder names; D
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,6 +52,8 @@ def read_source(path: Path, work: Path | None = None) -> Cohort:
     """
     if not path.exists():
         raise CohortError("no such file or folder", where=path, remedy="Check the path of the source")
+    if path.name in ("", ".."):  # layouts are told from names too, and "." has none
+        path = Path(os.path.abspath(path))
     sources = _sources()
     for source in sources:
         if source.recognises(path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,21 +14,28 @@ import pandas as pd
 from brainfound.contrasts import UNKNOWN
 from brainfound.data.cohort import Cohort
 from brainfound.data.sources.bids_names import BidsName, contrast_of, mask_column
-from brainfound.data.sources.folders import Unused, images_under, in_order, subfolders
+from brainfound.data.sources.folders import Unused, holds_image, images_under, in_order, stem, subfolders
+from brainfound.data.sources.label_maps import SessionKey as _Key
+from brainfound.data.sources.label_maps import join_label_maps
 from brainfound.data.sources.sidecars import Sidecars
-from brainfound.data.sources.tables import ages_in_years, join, read_table, with_typed_ages
+from brainfound.data.sources.tables import ages_in_years, join, read_table, with_typed_ages, without_ses
 from brainfound.errors import CohortError
 
 NAME = "BIDS"
 LOOKS_LIKE = "sub-*/ folders (BIDS)"
 DEFAULT_SESSION = "1"
 
-_Key = tuple[str, str]
+_VISITS = "sub-*_sessions.tsv"
+_NATIVE = {"", "orig", "native", "individual", "t1w", "t2w", "flair"}
+"""Spaces in which a scan lies as the scanner took it, or is aligned to another scan of its person."""
 
 
 def recognises(path: Path) -> bool:
-    """A folder with ``sub-*`` folders."""
-    return path.is_dir() and any(child.is_dir() for child in path.glob("sub-*"))
+    """A folder with ``sub-*`` folders that hold an image or are described as BIDS; with DICOM alone it is none."""
+    if not path.is_dir():
+        return False
+    people = subfolders(path, "sub-*")
+    return bool(people) and ((path / "dataset_description.json").is_file() or holds_image(people))
 
 
 def read(root: Path, work: Path | None = None) -> Cohort:
@@ -43,6 +51,9 @@ def read(root: Path, work: Path | None = None) -> Cohort:
     label_maps: list[tuple[str, _Key, tuple, Path]] = []
     for file in _images(root, unused):
         key = subject_and_session(root, file)
+        if _is_named_for_another(file, key):
+            unused.append((file, "its name is that of another subject or session than its folder's"))
+            continue
         column = mask_column(file)
         if column is not None:
             label_maps.append((column, key, BidsName.of(file).order, file))
@@ -68,7 +79,7 @@ def read(root: Path, work: Path | None = None) -> Cohort:
             remedy="Check the suffixes, or write a manifest",
         )
     rows.sort(key=lambda row: row["_order"])
-    notes += _notes_on_choices(rows)
+    notes += _notes_on_choices(rows) + _note_on_zeros({row["subject"] for row in rows})
     table = pd.DataFrame(rows).drop(columns="_order")
     _add_derivatives(root, label_maps, unused)
     mask_columns = _join_label_maps(table, label_maps, unused)
@@ -86,6 +97,13 @@ def subject_and_session(root: Path, file: Path) -> _Key:
         found = re.search(r"_ses-([A-Za-z0-9]+)", file.name)
         session = found.group(1) if found else DEFAULT_SESSION
     return next(part for part in parts if part.startswith("sub-")), session
+
+
+def _is_named_for_another(file: Path, key: _Key) -> bool:
+    said = BidsName.of(file).entities
+    name = f"{stem(file)}_"
+    other = "sub" in said and not name.startswith(f"{key[0]}_")
+    return other or ("ses" in said and f"_ses-{key[1]}_" not in name)
 
 
 def _images(root: Path, unused: Unused) -> Iterator[Path]:
@@ -130,12 +148,21 @@ def _notes_on_choices(rows: list[dict[str, Any]]) -> list[str]:
     return notes
 
 
+def _note_on_zeros(subjects: set[str]) -> list[str]:
+    """``sub-1`` beside ``sub-01`` may be one person."""
+    plain = Counter(re.sub(r"(?<!\d)0+(?=\d)", "", subject) for subject in subjects)
+    alike = sum(count for count in plain.values() if count > 1)
+    return [f"{alike} subjects differ from another in leading zeros only; they are taken as others"] if alike else []
+
+
 def _add_derivatives(root: Path, label_maps: list[tuple[str, _Key, tuple, Path]], unused: Unused) -> None:
     for pipeline in subfolders(root / "derivatives", "*"):
         for subject in subfolders(pipeline, "sub-*"):
             for file in images_under(subject, unused):
                 column = mask_column(file)
-                if column is None:
+                if _is_named_for_another(file, subject_and_session(pipeline, file)):
+                    unused.append((file, "its name is that of another subject or session than its folder's"))
+                elif column is None:
                     unused.append((file, "an image of derivatives/ (give that folder itself to use it)"))
                 else:
                     label_maps.append((column, subject_and_session(pipeline, file), BidsName.of(file).order, file))
@@ -144,21 +171,27 @@ def _add_derivatives(root: Path, label_maps: list[tuple[str, _Key, tuple, Path]]
 def _join_label_maps(
     table: pd.DataFrame, label_maps: list[tuple[str, _Key, tuple, Path]], unused: Unused
 ) -> tuple[str, ...]:
-    """One label map per session and column: raw folders before derivatives, then the order of scans."""
-    keys = list(zip(table["subject"], table["session"], strict=True))
-    found: dict[str, dict[_Key, Path]] = {"mask": {}}
-    known = set(keys)
+    """One label map per session and column: raw folders before derivatives, then the order of scans.
+
+    A map in the space of a template is not one of a scan in its own space, nor the reverse: its voxels would be wrong.
+    """
+    spaces: dict[_Key, set[str]] = {}
+    used = table.drop_duplicates(["subject", "session", "contrast"])
+    for subject, session, path in zip(used["subject"], used["session"], used["path"], strict=True):
+        spaces.setdefault((subject, session), set()).add(_space(Path(path)))
+    usable = []
     for column, key, _, file in sorted(label_maps, key=lambda item: ("derivatives" in item[3].parts, item[2])):
-        if key not in known:
-            unused.append((file, "a label map of a session without scans"))
-        elif key in found.setdefault(column, {}):
-            unused.append((file, f"a further label map ({column}) of its session"))
+        if key in spaces and _space(file) not in spaces[key]:
+            unused.append((file, f"a label map in another space ({_space(file) or 'native'}) than the scans"))
         else:
-            found[column][key] = file
-    columns = tuple(column for column, files in found.items() if files or column == "mask")
-    for column in columns:
-        table[column] = [str(found[column][key]) if key in found[column] else None for key in keys]
-    return columns
+            usable.append((column, key, file))
+    return join_label_maps(table, usable, unused)
+
+
+def _space(file: Path) -> str:
+    """The template's name, or "" for a space of the person himself."""
+    space = BidsName.of(file).entities.get("space", "")
+    return "" if space.lower() in _NATIVE else space
 
 
 def _join_tables(table: pd.DataFrame, root: Path, notes: list[str]) -> pd.DataFrame:
@@ -172,20 +205,22 @@ def _join_tables(table: pd.DataFrame, root: Path, notes: list[str]) -> pd.DataFr
         table = _join_participants(table, people, notes)
     visits = []
     for file in sorted(root.glob("sub-*/sub-*_sessions.tsv"), key=lambda file: in_order(file.name)):
-        facts, _ = read_table(file)
+        facts, of_reading = read_table(file, of_ids=True)
+        of_reading = [note.replace(file.name, _VISITS) for note in of_reading]  # notes name nobody
+        notes += [note for note in of_reading if note not in notes]
         if "session" not in facts:
             raise CohortError("a table of sessions has no column 'session_id'", where=file.name, remedy="Add it")
         facts["subject"] = file.parent.name
-        facts["session"] = [str(name).removeprefix("ses-") for name in facts["session"]]
-        visits.append(with_typed_ages(ages_in_years(facts, file, notes), file))
+        facts["session"] = without_ses(facts["session"])
+        above = (root / "sessions.json", root / "participants.json")
+        visits.append(with_typed_ages(ages_in_years(facts, file, notes, above, _VISITS), file))
     if visits:
-        file = root / "sub-*_sessions.tsv"
-        table = join(table, pd.concat(visits, ignore_index=True), ("subject", "session"), file)
+        table = join(table, pd.concat(visits, ignore_index=True), ("subject", "session"), root / _VISITS, notes)
     return table
 
 
 def _join_participants(table: pd.DataFrame, file: Path, notes: list[str]) -> pd.DataFrame:
-    people, of_reading = read_table(file)
+    people, of_reading = read_table(file, of_ids=True)
     notes += of_reading
     if "subject" not in people:
         raise CohortError("participants.tsv has no column 'participant_id'", where=file.name, remedy="Add it")
@@ -193,7 +228,7 @@ def _join_participants(table: pd.DataFrame, file: Path, notes: list[str]) -> pd.
     people["subject"] = [name if name.startswith("sub-") else f"sub-{name}" for name in people["subject"]]
     keys = ["subject"]
     if "session" in people and people["subject"].duplicated().any():
-        people["session"] = [None if name is None else str(name).removeprefix("ses-") for name in people["session"]]
+        people["session"] = without_ses(people["session"])
         keys = ["subject", "session"]
     people = with_typed_ages(ages_in_years(people, file, notes), file)
     with_scans, listed = set(table["subject"]), set(people["subject"])
@@ -201,4 +236,4 @@ def _join_participants(table: pd.DataFrame, file: Path, notes: list[str]) -> pd.
         notes.append(f"{len(listed - with_scans)} subjects of participants.tsv have no scans")
     if with_scans - listed:
         notes.append(f"{len(with_scans - listed)} subjects with scans are not in participants.tsv")
-    return join(table, people, keys, file)
+    return join(table, people, keys, file, notes if len(keys) > 1 else None)

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
+from itertools import combinations
 from pathlib import Path
 
 import pandas as pd
 
 from brainfound.data.cohort import Cohort
 from brainfound.data.sources import bids
+from brainfound.data.sources.file_names import is_visit, words_of
 from brainfound.data.sources.folders import SubjectNames, Unused, subfolders
 from brainfound.errors import CohortError
 
 NAME = "BIDS data sets"
 _MOST_NOTES = 20
+_COPIES = {"sourcedata", "derivatives", "code"}
+"""Folders of the BIDS standard that hold the people of the data set beside them once more."""
+_PROCESSED = {
+    *("bids", "raw", "rawdata", "source", "orig", "original", "nifti", "nii", "processed", "preproc", "preprocessed"),
+    *("stripped", "skullstripped", "brain", "defaced", "registered", "coregistered", "normalised", "normalized"),
+    *("fmriprep", "smriprep", "freesurfer", "mriqc", "copy", "old", "new", "backup"),
+}
+_VISIT = re.compile(r"(?:wave|round|phase|followup)[_\-]?\w{1,3}", re.IGNORECASE)
 LOOKS_LIKE = "folders with sub-*/ in them (several BIDS data sets)"
 
 
@@ -25,16 +37,23 @@ def recognises(path: Path) -> bool:
 def read(path: Path, work: Path | None = None) -> Cohort:
     """All data sets; a subject is ``<dataset>_<subject>``, and the site is the data set where no table says one.
 
-    Data sets derived from one another hold the same people, so derivatives are refused.
+    One person in two of them would be two subjects, so folders that are visits, derivatives or versions of one data
+    set are refused. Names that are in several data sets otherwise are of different people, which a note says.
 
     Raises:
-        CohortError: the data sets are derivatives, or none holds a scan.
+        CohortError: the folders may hold the same people, or none holds a scan.
     """
     names = SubjectNames()
     tables, notes = [], []
     unused: Unused = []
     columns: list[str] = ["mask"]
-    for folder in _datasets(path):
+    folders = _datasets(path)
+    beside = [folder for folder in folders if folder.name.lower() not in _COPIES]
+    if beside:
+        unused += [(folder, "a copy of the data set beside it") for folder in folders if folder not in beside]
+        folders = beside
+    notes += _check_people(path, folders)
+    for folder in folders:
         if path.name == "derivatives" or _is_derivative(folder):
             raise CohortError(
                 "several derivatives may hold the same people", where=path.name, remedy="Give one of the folders"
@@ -61,6 +80,46 @@ def read(path: Path, work: Path | None = None) -> Cohort:
 
 def _datasets(path: Path) -> list[Path]:
     return [folder for folder in subfolders(path, "[!.]*") if bids.recognises(folder)]
+
+
+def _check_people(path: Path, folders: list[Path]) -> list[str]:
+    """A note on names that are in several data sets.
+
+    Raises:
+        CohortError: the names of the folders say that these are the same people.
+    """
+    if len(folders) > 1 and (visit := next((f for f in folders if is_visit(f.name) or _VISIT.fullmatch(f.name)), None)):
+        _refuse(path, "the folders look like visits of the same people", visit.name)
+    people = {folder: {child.name for child in subfolders(folder, "sub-*")} for folder in folders}
+    data_sets_of = Counter(name for names in people.values() for name in names)
+    shared = {name for name, count in data_sets_of.items() if count > 1}
+    if not shared:
+        return []
+    versions = [folder for folder in folders if people[folder] & shared and _words(folder)]
+    for one, other in combinations(versions, 2):
+        if people[one] & people[other] and _may_be_versions(_words(one), _words(other)):
+            _refuse(path, "the folders look like versions of one data set", f"{one.name} and {other.name}")
+    return [f"{len(shared)} names of subjects are in several data sets; they are taken as different people"]
+
+
+def _words(folder: Path) -> tuple[str, ...]:
+    return words_of(folder.name)
+
+
+def _may_be_versions(one: tuple[str, ...], other: tuple[str, ...]) -> bool:
+    """Whether a name goes on where the other ends, or both are the same but for words of processing."""
+    shorter = min(len(one), len(other))
+    rests = [[word for word in words if word not in _PROCESSED] for words in (one, other)]
+    return one[:shorter] == other[:shorter] or rests[0] == rests[1] or not all(rests)
+
+
+def _refuse(path: Path, what: str, got: str) -> None:
+    raise CohortError(
+        what,
+        where=path.name,
+        got=got,
+        remedy="Give one of the folders, or write a manifest with the columns subject, session, contrast, path",
+    )
 
 
 def _is_derivative(folder: Path) -> bool:

@@ -27,10 +27,14 @@ _VARIANTS = {
 _REPEAT = re.compile(r"(?:run|r|rep|echo|acq)?\d{1,2}|run|rep|echo")
 _B_VALUE = re.compile(r"b\d+")
 _VISIT = (
-    r"(?:(?:ses|session|visit|vis|v|tp|timepoint|time|study|exam|month|mo|m|week|wk|w|year|yr|y|day|d|fu|fup|followup"
+    r"(?:(?:ses|session|visit|vis|wave|v|tp|timepoint|time|study|exam|month|mo|m|week|wk|w|year|yr|y|day|d|fu|fup|followup"
     r"|follow-?up|scan|mr)[_\-]?\d+[a-z]?|baseline|bl|followup|follow-up|fu|preop|postop"
     r"|(?:19|20)\d{2}[-.]?[01]\d[-.]?[0-3]\d|\d{2}[-.]\d{2}[-.](?:19|20)\d{2})"
 )
+_SHORT_VISIT = re.compile(r"(?:v|m|w|y|d|mr|scan)[_\-]?\d+[a-z]?", re.IGNORECASE)
+_DOUBTFUL = {"pd", "md", "fl"}
+"""Contrasts only behind a person's number: ``PD_001`` is of a study on Parkinson's disease."""
+_NO_CONTRAST = "xx"
 _FAMILIES = tuple(
     re.compile(pattern, re.IGNORECASE)
     for pattern in (
@@ -82,8 +86,10 @@ def read_name(path: PurePath) -> FileName:
     name = stem(path)
     words = [(found.group(), found.start(), found.end()) for found in re.finditer(r"[^_\-. ]+", name)]
     lower = [word.lower() for word, _, _ in words]
-    first, last = _contrast_words(lower)
-    contrast = contrast_of_name(path) if first < last else UNKNOWN
+    doubtful = {i for i in range(len(lower)) if _is_doubtful(lower, i)}
+    first, last = _contrast_words([_NO_CONTRAST if i in doubtful else word for i, word in enumerate(lower)])
+    read = PurePath("_".join(word for i, (word, _, _) in enumerate(words) if i not in doubtful)) if doubtful else path
+    contrast = contrast_of_name(read) if first < last else UNKNOWN
     column = _label_column(lower, last if first < last else None)
     dropped = set(range(first, last)) | {i for i in range(last, len(lower)) if _B_VALUE.fullmatch(lower[i])}
     if column:
@@ -105,6 +111,12 @@ def _contrast_words(lower: list[str]) -> tuple[int, int]:
             if _is_contrast("".join(lower[end - width : end])):
                 return end - width, end
     return len(lower), len(lower)
+
+
+def _is_doubtful(lower: list[str], i: int) -> bool:
+    before = (re.search(r"\d", word) and not _is_contrast(word) for word in lower[:i])
+    alone = all(word in _VARIANTS | _LABEL_WORDS for word in [*lower[:i], *lower[i + 1 :]])
+    return lower[i] in _DOUBTFUL and not alone and not any(before)
 
 
 def _is_contrast(word: str) -> bool:
@@ -146,7 +158,7 @@ def person_of(identifier: str) -> Person:
     """
     for family in _FAMILIES:
         found = family.fullmatch(identifier)
-        if found:
+        if found and not (family is _FAMILIES[-1] and may_be_a_person(found["session"], found["subject"])):
             parts = found.groupdict()
             return Person(parts["subject"], parts.get("session"), parts.get("site"), certain=True)
     return Person(identifier, None, None, certain=False)
@@ -155,6 +167,21 @@ def person_of(identifier: str) -> Person:
 def is_visit(text: str) -> bool:
     """Whether a whole name is a word for a visit: ``ses-1``, ``baseline``, ``2019-03-01``."""
     return re.fullmatch(_VISIT, text, re.IGNORECASE) is not None
+
+
+def may_be_a_person(visit: str, before: str) -> bool:
+    """Whether a short word for a visit is maybe a person's name, as ``HC_m01`` (a man) rather than ``p1_m01``.
+
+    >>> may_be_a_person("m01", "HC"), may_be_a_person("m01", "p1"), may_be_a_person("visit1", "HC")
+    (True, False, False)
+    """
+    return _SHORT_VISIT.fullmatch(visit) is not None and not re.search(r"\d", before)
+
+
+def before_a_short_visit(identifier: str) -> str | None:
+    """``HC`` of ``HC_m01``, where the rest may be a visit or a person."""
+    found = re.fullmatch(rf"(.+?)[_\-. ]{_SHORT_VISIT.pattern}", identifier, re.IGNORECASE)
+    return found.group(1) if found and not re.search(r"\d", found.group(1)) else None
 
 
 def is_contrast_name(text: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path, PurePath
 
 from brainfound.contrasts import UNKNOWN, contrast_from_filename
@@ -19,6 +20,7 @@ Unused = list[tuple[Path, str]]
 """Files that are no scans of the cohort, each with the reason."""
 
 _B_VALUE = re.compile(r"(?:^|[_\-. ])b[-_]?(\d+)(?=$|[_\-. ])", re.IGNORECASE)
+_LOOKED_AT = 20_000
 HIGHEST_B0 = 5
 """An image of b ≤ 5 s/mm² is not diffusion-weighted but a b0 (the rule of FOMO300K)."""
 
@@ -85,6 +87,12 @@ def images_under(folder: Path, unused: Unused, *, without: Iterable[str] = ()) -
             yield file
         else:
             unused.append((file, "a link whose target is not there (download the file first)"))
+
+
+def holds_image(folders: Iterable[Path]) -> bool:
+    """Whether an image, downloaded or not, is among the first files below these folders; DICOM alone has none."""
+    files = (file for folder in folders for file in files_under(folder, []))
+    return any(is_image(file) for file in islice(files, _LOOKED_AT))
 
 
 def subfolders(folder: Path, pattern: str) -> list[Path]:

@@ -16,6 +16,7 @@ from brainfound.contrasts import UNKNOWN
 from brainfound.data.cohort import Cohort
 from brainfound.data.reading.archives import list_members, open_binary
 from brainfound.data.sources.bids_names import BidsName, contrast_of, mask_column
+from brainfound.data.sources.file_names import read_name
 from brainfound.data.sources.folders import (
     HIGHEST_B0,
     SubjectNames,
@@ -55,6 +56,7 @@ def read(path: Path, work: Path | None = None) -> Cohort:
     names = SubjectNames()
     rows: list[dict[str, Any]] = []
     for part, dataset in _parts(path):
+        unused += [(file, "not in the zip or folder of a session") for file in _loose(part, unused)]
         for session in _sessions(part):
             participant = session.parent.name
             label = session.name.removesuffix(".zip").removeprefix("ses-")
@@ -117,6 +119,11 @@ def _sessions(part: Path) -> Iterator[Path]:
                 yield child
 
 
+def _loose(part: Path, unused: Unused) -> Iterator[Path]:
+    for subject in subfolders(part, "sub-*"):
+        yield from images_under(subject, unused, without=[session.name for session in subfolders(subject, "ses-*")])
+
+
 def _files(session: Path, unused: Unused) -> list[Path]:
     if session.is_dir():
         return list(images_under(session, unused))
@@ -138,6 +145,8 @@ def _contrast(file: Path) -> tuple[str, str]:
     contrast, reason = contrast_of(BidsName.of(file))
     if reason and not reason.startswith("no known contrast"):
         return UNKNOWN, reason
+    if contrast == UNKNOWN and read_name(file).label_column:
+        return UNKNOWN, "a label map"
     if contrast == UNKNOWN:
         contrast = contrast_of_name(file) if "-" not in file.name else UNKNOWN
     if contrast == "DWI" and _is_b0(file):
@@ -160,7 +169,8 @@ def _join_scan_facts(table: pd.DataFrame, root: Path, notes: list[str]) -> pd.Da
     file = root / "mri_info.tsv"
     if not file.is_file():
         return table
-    facts, _ = read_table(file)
+    facts, of_reading = read_table(file, of_ids=True)
+    notes += of_reading
     if not {"dataset", "subject", "session", "filename"} <= set(facts.columns):
         notes.append("mri_info.tsv has no columns dataset, participant_id, session_id, filename and was not used")
         return table

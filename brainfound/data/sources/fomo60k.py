@@ -7,23 +7,28 @@ session_id, filename) in the root.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from brainfound.data.cohort import Cohort
+from brainfound.data.sources.file_names import read_name
 from brainfound.data.sources.folders import (
     SubjectNames,
     Unused,
     contrast_of_name,
+    holds_image,
     images_under,
     in_order,
     inside,
     is_image,
     subfolders,
 )
-from brainfound.data.sources.tables import join, read_table, with_typed_ages
+from brainfound.data.sources.label_maps import SessionKey, join_label_maps
+from brainfound.data.sources.tables import join, read_table, with_typed_ages, without_ses
 from brainfound.errors import CohortError
 
 NAME = "FOMO60K"
@@ -32,7 +37,7 @@ _KEYS = ("dataset", "subject", "session")
 
 
 def recognises(path: Path) -> bool:
-    """Either release in its root, or the folder above the ``fomo-60k`` of the first."""
+    """Either release in its root, or the folder above the ``fomo-60k`` of the first; DICOM in such folders is not."""
     return path.is_dir() and (_is_later(path) or _first_release(path) is not None)
 
 
@@ -44,48 +49,75 @@ def read(path: Path, work: Path | None = None) -> Cohort:
     """
     unused: Unused = []
     notes: list[str] = []
+    maps: list[tuple[str, SessionKey, Path]] = []
     if _is_later(path):
         root = path
-        table = _read_later(root, unused, notes)
+        table = _read_later(root, maps, unused, notes)
     else:
         root = _first_release(path) or path
-        table = _read_first(root, unused)
+        table = _read_first(root, maps, unused)
     if table.empty:
         raise CohortError(
             "no images found", where=path.name, expected="sub_<N>/ses_<M>/*.nii.gz", remedy="Unpack the release here"
         )
-    return Cohort(table, root, source=NAME, notes=notes, unused=unused)
+    columns = join_label_maps(table, maps, unused)
+    return Cohort(table, root, columns, source=NAME, notes=notes, unused=unused)
 
 
 def _is_later(path: Path) -> bool:
-    return (path / "mapping.tsv").is_file()
+    """Whether there is a ``mapping.tsv`` with a release's columns; other programs write files of that name too."""
+    try:
+        with (path / "mapping.tsv").open("rb") as stream:
+            header = stream.readline(10_000).decode("utf-8-sig", errors="replace")
+    except OSError:
+        return False
+    return {"dataset", "filename"} <= set(re.split(r"[\t,;]", header.strip().lower().replace('"', "")))
 
 
 def _first_release(path: Path) -> Path | None:
     for root in (path, path / "fomo-60k"):
-        if any(child.is_dir() for child in root.glob("sub_*/ses_*")):
+        sessions = (session for session in root.glob("sub_*/ses_*") if session.is_dir())
+        if holds_image(sessions):
             return root
     return None
 
 
-def _read_first(root: Path, unused: Unused) -> pd.DataFrame:
-    rows = []
+def _read_first(root: Path, maps: list[tuple[str, SessionKey, Path]], unused: Unused) -> pd.DataFrame:
+    rows: list[dict[str, Any]] = []
     for subject in subfolders(root, "sub_*"):
-        for session in subfolders(subject, "ses_*"):
-            for file in images_under(session, unused):
-                rows.append(_row(subject.name, session.name, file))
+        sessions = subfolders(subject, "ses_*")
+        loose = images_under(subject, unused, without=[session.name for session in sessions])
+        if sessions:
+            unused += [(file, "not in the folder of a session") for file in loose]
+        else:
+            _take(rows, maps, subject.name, "ses_1", loose)
+        for session in sessions:
+            _take(rows, maps, subject.name, session.name, images_under(session, unused))
     return pd.DataFrame(rows)
 
 
-def _row(subject: str, session: str, file: Path, **facts: Any) -> dict[str, Any]:
-    contrast = contrast_of_name(file)
-    return {"subject": subject, "session": session, "contrast": contrast, "path": str(file), **facts}
+def _take(
+    rows: list[dict[str, Any]],
+    maps: list[tuple[str, SessionKey, Path]],
+    subject: str,
+    session: str,
+    files: Iterable[Path],
+    **facts: Any,
+) -> None:
+    """Scans become rows; what is named as a label map (``t1_seg``) is none."""
+    for file in files:
+        column = read_name(file).label_column
+        if column:
+            maps.append((column, (subject, session), file))
+        else:
+            contrast = contrast_of_name(file)
+            rows.append({"subject": subject, "session": session, "contrast": contrast, "path": str(file), **facts})
 
 
-def _read_later(root: Path, unused: Unused, notes: list[str]) -> pd.DataFrame:
+def _read_later(root: Path, maps: list[tuple[str, SessionKey, Path]], unused: Unused, notes: list[str]) -> pd.DataFrame:
     """What ``mapping.tsv`` lists and is there; images that it does not list are not used."""
     index = root / "mapping.tsv"
-    mapping, of_reading = read_table(index)
+    mapping, of_reading = read_table(index, of_ids=True)
     notes += of_reading
     missing = [column for column in (*_KEYS, "filename") if column not in mapping]
     if missing:
@@ -96,7 +128,9 @@ def _read_later(root: Path, unused: Unused, notes: list[str]) -> pd.DataFrame:
             remedy="Get the file of the release again",
         )
     names = SubjectNames()
-    rows, listed, absent = [], set(), 0
+    rows: list[dict[str, Any]] = []
+    listed: set[Path] = set()
+    absent = 0
     for line, values in enumerate(mapping[[*_KEYS, "filename"]].itertuples(index=False), start=2):
         if any(value is None for value in values):
             raise CohortError("a value is missing", where=f"{index.name}, line {line}", remedy="Get the file again")
@@ -109,16 +143,13 @@ def _read_later(root: Path, unused: Unused, notes: list[str]) -> pd.DataFrame:
             unused.append((file, "not an image"))
         elif file.is_file():
             facts = {"site": dataset, "dataset": dataset, "_participant": participant}
-            rows.append(_row(names(dataset, participant), session, file, **facts))
+            _take(rows, maps, names(dataset, participant), session, [file], **facts)
         else:
             absent += 1
             unused.append((file, "listed in mapping.tsv, but not there"))
     if absent:
         notes.append(f"{absent} of {len(listed)} files of mapping.tsv are not there (a partial download?)")
-    for dataset_folder in subfolders(root, "*"):
-        for file in images_under(dataset_folder, unused):
-            if file not in listed:
-                unused.append((file, "not listed in mapping.tsv"))
+    unused += [(file, "not listed in mapping.tsv") for file in images_under(root, unused) if file not in listed]
     if not rows:
         return pd.DataFrame()
     rows.sort(key=lambda row: (in_order(row["subject"]), in_order(row["session"]), in_order(row["path"])))
@@ -134,7 +165,7 @@ def join_people(table: pd.DataFrame, root: Path, notes: list[str]) -> pd.DataFra
     if not file.is_file():
         notes.append("there is no participants.tsv: nothing is known of the people")
         return table
-    people, of_reading = read_table(file)
+    people, of_reading = read_table(file, of_ids=True)
     notes += of_reading
     if not {"dataset", "subject"} <= set(people.columns):
         raise CohortError(
@@ -143,7 +174,7 @@ def join_people(table: pd.DataFrame, root: Path, notes: list[str]) -> pd.DataFra
             got=", ".join(map(str, people.columns[:12])),
             remedy="Get the file of the release again",
         )
-    people = with_typed_ages(people, file)
+    people = with_typed_ages(people, file, notes)
     by_session = "session" in people and people["session"].notna().any()
     return join_by_names(table, people, ("session",) if by_session else (), file, notes)
 
@@ -158,7 +189,7 @@ def join_by_names(
     facts = facts.rename(columns={"dataset": "_dataset", "subject": "_participant", "session": "_session"})
     keys = ["_dataset", "_participant", *("_session" if column == "session" else column for column in further)]
     if "_session" in keys:
-        facts["_session"] = [None if name is None else str(name).removeprefix("ses-") for name in facts["_session"]]
+        facts["_session"] = without_ses(facts["_session"])
         table["_session"] = [name.removeprefix("ses-") for name in table["session"]]
     facts = facts.drop_duplicates()
     doubtful = facts.duplicated(subset=keys, keep=False)
@@ -167,7 +198,7 @@ def join_by_names(
         facts = facts[~doubtful]
     known = set(facts["_dataset"])
     table["_dataset"] = [_name_in(known, dataset) for dataset in table["dataset"]]
-    joined = join(table, facts, keys, file)
+    joined = join(table, facts, keys, file, notes)
     return joined.drop(columns=[column for column in ("_dataset", "_session") if column in joined])
 
 

@@ -15,6 +15,7 @@ import pandas as pd
 
 from brainfound.contrasts import UNKNOWN
 from brainfound.data.cohort import Cohort
+from brainfound.data.sources.file_names import read_name
 from brainfound.data.sources.folders import Unused, contrast_of_name, images_under, subfolders
 from brainfound.errors import CohortError
 
@@ -49,6 +50,11 @@ def read(path: Path, work: Path | None = None) -> Cohort:
         prefix = f"task{number}_" if number and len(tasks) > 1 else f"{folder.name}_" if len(tasks) > 1 else ""
         for subject in subfolders(_images_folder(folder), "sub_*"):
             sessions = subfolders(subject, "ses_*") or [subject]
+            if sessions != [subject]:
+                loose = images_under(subject, unused, without=[session.name for session in sessions])
+                unused += [
+                    (file, "not in the folder of a session") for file in loose if file.name not in _SEGMENTATIONS
+                ]
             for session in sessions:
                 name = session.name if session != subject else "ses_1"
                 known = _labels(folder, subject.name, name, session, number)
@@ -79,7 +85,7 @@ def read(path: Path, work: Path | None = None) -> Cohort:
 
 def _tasks(path: Path) -> list[Path]:
     if path.name == "preprocessed" and any(path.glob("sub_*")):
-        return [path.resolve().parent if path.parent == path else path.parent]
+        return [path.parent]
     if _is_task(path):
         return [path]
     found: list[Path] = []
@@ -114,7 +120,9 @@ def _scans(session: Path, unused: Unused) -> list[dict[str, Any]]:
         if file.name in _SEGMENTATIONS:
             continue
         contrast = contrast_of_name(file)
-        if contrast == UNKNOWN:
+        if read_name(file).label_column:
+            unused.append((file, "a label map that is not named seg.nii.gz"))
+        elif contrast == UNKNOWN:
             unused.append((file, "no known contrast in the name"))
         else:
             scans.append({"contrast": contrast, "path": str(file)})

@@ -25,6 +25,8 @@ def recognises(path: Path) -> bool:
 def read(path: Path, work: Path | None = None) -> Cohort:
     """The manifest; its relative paths start at its own folder and may lead anywhere, since its user wrote it.
 
+    The columns ``mask``, ``dseg`` and ``…_mask`` name label maps.
+
     Raises:
         CohortError: a column is missing, or a value cannot be used; says the line.
     """
@@ -37,9 +39,7 @@ def read(path: Path, work: Path | None = None) -> Cohort:
     table["session"] = table["session"].fillna("1").astype(str)
     table["subject"] = table["subject"].astype(str)
     table["contrast"] = _contrasts_of_rows(path, table["contrast"])
-    mask_columns = tuple(column for column in table.columns if column == "mask" or column.endswith("_mask")) or (
-        "mask",
-    )
+    mask_columns = tuple(c for c in table.columns if c in ("mask", "dseg") or c.endswith("_mask")) or ("mask",)
     for column in ("path", *mask_columns):
         if column in table:
             table[column] = [None if pd.isna(file) else str(path.parent / str(file).strip()) for file in table[column]]
@@ -61,7 +61,7 @@ def _check_columns(table: pd.DataFrame, path: Path) -> None:
                 f"the manifest has no column {column!r}",
                 where=path.name,
                 got=", ".join(map(str, table.columns[:12])),
-                remedy="Add the column (subject, contrast and path are required)",
+                remedy="Add the column (subject, contrast and path are needed), or rename the file if it is none",
             )
     if table.empty:
         raise CohortError("the manifest has no rows", where=path.name, remedy="List one scan per row")

@@ -17,17 +17,21 @@ import pandas as pd
 
 from brainfound.contrasts import UNKNOWN
 from brainfound.data.cohort import Cohort
+from brainfound.data.sources.dicom_series import is_dicom
 from brainfound.data.sources.file_names import (
     FileName,
     Person,
+    before_a_short_visit,
     is_contrast_name,
     is_repeat,
     is_visit,
+    may_be_a_person,
     person_of,
     read_name,
     words_of,
 )
 from brainfound.data.sources.folders import DICOM_ENDINGS, Unused, files_under, images_under, in_order
+from brainfound.data.sources.label_maps import join_label_maps
 from brainfound.errors import CohortError
 
 NAME = "files by name"
@@ -40,6 +44,11 @@ _PASSED_OVER = {
 }
 """Folders that are no subject, whatever lies in them; folders named by a contrast are none either."""
 _LABEL_FOLDERS = {"label", "labels", "labelstr", "labelsts", "mask", "masks", "seg", "segmentations"}
+_SPLITS = {
+    **dict.fromkeys(("train", "training", "imagestr", "labelstr"), "train"),
+    **dict.fromkeys(("test", "testing", "imagests", "labelsts"), "test"),
+    **dict.fromkeys(("val", "validation"), "val"),
+}
 _GROUP = re.compile(
     r"(?:site|cent(?:er|re)|hospital|scanner|group|batch|cohort|part|fold|set)[_\-]?(?:\d+|[a-z])?", re.IGNORECASE
 )
@@ -48,6 +57,8 @@ _GROUP = re.compile(
 @dataclass(frozen=True)
 class _File:
     path: Path
+    outer: tuple[str, ...]
+    """Folders above that of the person; they say nothing of him."""
     folders: tuple[str, ...]
     name: FileName
 
@@ -73,11 +84,14 @@ def read(path: Path, work: Path | None = None) -> Cohort:
         if name.contrast == UNKNOWN and name.label_column is None:
             unused.append((file, "no known contrast in the name"))
             continue
-        folders = tuple(part for part in file.relative_to(path).parts[:-1] if not _passed_over(part))
+        parts = file.relative_to(path).parts[:-1]
+        folders = tuple(part for part in parts if not _passed_over(part))
+        outer = parts[: parts.index(folders[0])] if folders else parts
         if folders and is_repeat(name.identifier):  # p1/T1_2.nii.gz
             name = replace(name, identifier="")
-        files.append(_File(file, folders, name))
+        files.append(_File(file, outer, folders, name))
     persons = _persons(path, files)
+    _refuse_shared_names(files, persons)
     _refuse_doubtful([person for file, person in zip(files, persons, strict=True) if file.name.label_column is None])
     rows: list[dict[str, Any]] = [
         {
@@ -100,8 +114,13 @@ def read(path: Path, work: Path | None = None) -> Cohort:
 
 def _images(path: Path, unused: Unused) -> Iterator[Path]:
     yield from images_under(path, unused)
-    dicom = (file for file in files_under(path, []) if file.suffix.lower() in DICOM_ENDINGS)
-    unused.extend((file, "DICOM beside images is not read") for file in dicom)
+    # DICOM files often have no ending, or the end of a number (1.2.840.113); other files need not be opened.
+    maybe = (file for file in files_under(path, []) if re.fullmatch(r"(?:\.\d*)?", file.suffix) or _ends_as_dicom(file))
+    unused.extend((file, "DICOM beside images is not read") for file in maybe if is_dicom(file))
+
+
+def _ends_as_dicom(file: Path) -> bool:
+    return file.suffix.lower() in DICOM_ENDINGS
 
 
 def _passed_over(folder: str) -> bool:
@@ -124,10 +143,32 @@ def _persons(root: Path, files: list[_File]) -> list[Person]:
 def _persons_of_names(root: Path, files: list[_File]) -> list[Person]:
     empty = [not file.name.identifier for file in files]
     if all(empty):  # t1.nii.gz, flair.nii.gz: the folder is the person
-        return [person_of(root.resolve().name)] * len(files)
+        return [_person_of_root(root.resolve())] * len(files)
     if any(empty):
         _refuse("some names say a subject and others none", files[empty.index(True)].path.name)
+    visits = [is_visit(file.name.identifier) and not may_be_a_person(file.name.identifier, "") for file in files]
+    if any(visits):  # ses-1_T1.nii.gz, ses-2_T1.nii.gz
+        if not all(visits):
+            _refuse("some names say a subject and others a visit only", files[visits.index(True)].path.name)
+        person = _person_of_root(root.resolve())
+        if person.session or not re.search(r"\d", person.subject):
+            _refuse("the names say visits, and the folder no subject", root.resolve().name)
+        return [replace(person, session=file.name.identifier) for file in files]
     return [person_of(file.name.identifier) for file in files]
+
+
+def _person_of_root(root: Path) -> Person:
+    """The person whose folder was given; in ``p1/ses-1/anat`` it is two folders up."""
+    visit = None
+    for folder in (root, *root.parents[:2]):
+        if is_visit(folder.name) and not visit:
+            visit = folder.name
+        elif not _passed_over(folder.name):
+            if folder != root and not re.search(r"\d", folder.name):
+                break
+            person = person_of(folder.name)
+            return replace(person, session=visit or person.session)
+    _refuse("the files and their folder name no subject", root.name)
 
 
 def _persons_of_folders(files: list[_File]) -> list[Person]:
@@ -153,6 +194,8 @@ def _persons_of_folders(files: list[_File]) -> list[Person]:
                 _refuse("some files are named by their subject and others by their folder", file.path.name)
             persons.append(person_of(identifier))
         elif is_visit(identifier):
+            if may_be_a_person(identifier, "" if _GROUP.fullmatch(folder) else folder):
+                _refuse("it cannot be told whether names are visits or subjects", f"{folder}/{file.path.name}")
             persons.append(Person(person_of(folder).subject, identifier, None, certain=True))
         else:
             longer = max((folder, identifier if _belongs(identifier, folder) else ""), key=len)
@@ -170,6 +213,8 @@ def _person_of_two_folders(file: _File) -> Person:
     if _GROUP.fullmatch(upper) and not is_visit(lower) and not lower.isdecimal():
         return Person(below.subject, below.session, below.site or upper, certain=True)
     numbered = lower.isdecimal() and re.search(r"\d", upper) and not _GROUP.fullmatch(upper)
+    if is_visit(lower) and may_be_a_person(lower, "" if _GROUP.fullmatch(upper) else upper):
+        _refuse("it cannot be told whether folders are visits or subjects", f"{upper}/{lower}/")
     if is_visit(lower) or numbered:
         return Person(person.subject, lower, person.site, certain=True)
     if below.session and below.subject.lower() in (upper.lower(), person.subject.lower()):
@@ -195,6 +240,12 @@ def _refuse_doubtful(persons: list[Person]) -> None:
         other = by_letters.setdefault(subject.lower(), subject)
         if other != subject:
             _refuse("two subjects differ in capital letters only", f"{other} and {subject}")
+    by_start: dict[str, str] = {}
+    for subject in uncertain:
+        start = before_a_short_visit(subject)
+        other = subject if start is None else by_start.setdefault(start.lower(), subject)
+        if other != subject:
+            _refuse("they may be two subjects or two visits of one", f"{other} and {subject}")
     by_words = {words_of(subject): subject for subject in subjects}
     by_rest: dict[tuple[str, ...], str] = {}
     for subject in uncertain:
@@ -211,6 +262,22 @@ def _refuse_doubtful(persons: list[Person]) -> None:
                 _refuse("they may be two subjects or two visits of one", f"{other} and {subject}")
 
 
+def _refuse_shared_names(files: list[_File], persons: list[Person]) -> None:
+    """``train/001_T1`` and ``test/001_T1`` may be two persons, ``raw/p1_T1`` and ``derivatives/p1_T1`` one scan."""
+    outer_of: dict[tuple[str, str, str], tuple[str, ...]] = {}
+    split_of: dict[str, str] = {}
+    for file, person in zip(files, persons, strict=True):
+        for split in {_SPLITS[part.lower()] for part in file.outer if part.lower() in _SPLITS}:
+            if split_of.setdefault(person.subject, split) != split:
+                _refuse("one name is in training and in test or validation", person.subject)
+        if file.name.label_column is None:
+            key = (person.subject, person.session or "1", file.name.contrast)
+            other = outer_of.setdefault(key, file.outer)
+            if other != file.outer:
+                folders = " and ".join(f"{'/'.join(outer)}/" for outer in (other, file.outer))
+                _refuse("the same scan of one name lies in several folders", f"{person.subject!r} in {folders}")
+
+
 def _may_be_a_person(word: str) -> bool:
     """Whether a word with a number can be a person's name rather than a group's (``site1``)."""
     return re.search(r"\d$", word) is not None and not _GROUP.fullmatch(word)
@@ -225,22 +292,10 @@ def _refuse(what: str, got: str) -> NoReturn:
 
 
 def _join_label_maps(table: pd.DataFrame, files: list[_File], persons: list[Person], unused: Unused) -> tuple[str, ...]:
-    keys = list(zip(table["subject"], table["session"], strict=True))
-    found: dict[str, dict[tuple[str, str], str]] = {"mask": {}}
     pairs = sorted(zip(files, persons, strict=True), key=lambda pair: (pair[0].name.order, in_order(pair[0].path)))
-    known = set(keys)
-    for file, person in pairs:
-        column = file.name.label_column
-        if column is None:
-            continue
-        key = (person.subject, person.session or "1")
-        if key not in known:
-            unused.append((file.path, "a label map of a session without scans"))
-        elif key in found.setdefault(column, {}):
-            unused.append((file.path, f"a further label map ({column}) of its session"))
-        else:
-            found[column][key] = str(file.path)
-    columns = tuple(column for column, maps in found.items() if maps or column == "mask")
-    for column in columns:
-        table[column] = [found[column].get(key) for key in keys]
-    return columns
+    found = [
+        (file.name.label_column, (person.subject, person.session or "1"), file.path)
+        for file, person in pairs
+        if file.name.label_column is not None
+    ]
+    return join_label_maps(table, found, unused)

@@ -20,13 +20,14 @@ from brainfound.contrasts import UNKNOWN, parse_contrast
 from brainfound.data.cohort import Cohort
 from brainfound.data.sources.folders import SubjectNames, Unused, contrast_of_name, in_order, inside
 from brainfound.data.sources.sidecars import SCANNER_COLUMNS
-from brainfound.data.sources.tables import with_known_names, with_typed_ages
+from brainfound.data.sources.tables import known_names, with_typed_ages
 from brainfound.errors import CohortError, UsageError
 
 NAME = "OpenMind"
 LOOKS_LIKE = "pretrain_data.json (OpenMind)"
 _FILE = "pretrain_data.json"
 _MASKS = ("anatomy_mask", "anonymization_mask")
+_NOTHING = {"", "n/a", "na", "nan", "none", "null", "unknown"}
 _NO_CONTRAST = {"", "mri", "mr", "image", "none", "unknown"}
 
 
@@ -47,13 +48,16 @@ def read(path: Path, work: Path | None = None) -> Cohort:
     names = SubjectNames()
     roots = _Roots(file)
     rows = []
+    without_names = 0
     for dataset, subject, session, facts, image in _images(tree, file):
         scan = roots.resolve(image.get("image_path"), f"an image of {dataset}")
         if not scan.is_file():
             unused.append((scan, f"listed in {file.name}, but not there"))
             continue
-        masks = image.get("associated_masks") or {}
-        found = {column: roots.resolve(masks[column], "a mask") for column in _MASKS if masks.get(column)}
+        masks = image.get("associated_masks")
+        named = {column: masks[column] for column in _MASKS if masks.get(column)} if isinstance(masks, dict) else {}
+        without_names += bool(masks) and not isinstance(masks, dict)
+        found = {column: roots.resolve(mask, "a mask") for column, mask in named.items()}
         for mask in [mask for mask in found.values() if not mask.is_file()]:
             unused.append((mask, f"listed in {file.name}, but not there"))
         rows.append(
@@ -69,9 +73,13 @@ def read(path: Path, work: Path | None = None) -> Cohort:
             remedy="Set the variable nnssl_raw to the folder that the paths start at (export nnssl_raw=/data)",
         )
     rows.sort(key=lambda row: (in_order(row["subject"]), in_order(row["session"]), in_order(row["path"])))
-    table = with_typed_ages(pd.DataFrame(rows), file)
+    notes: list[str] = []
+    table = with_typed_ages(pd.DataFrame(rows), file, notes)
     missing = sum("not there" in reason for _, reason in unused)
-    notes = [f"{missing} listed files are not there; if that is wrong, set the variable nnssl_raw"] if missing else []
+    if missing:
+        notes.append(f"{missing} listed files are not there; if that is wrong, set the variable nnssl_raw")
+    if without_names:
+        notes.append(f"the masks of {without_names} images are not used: the index does not say what they are")
     columns = ("mask", *(column for column in _MASKS if column in table))
     return Cohort(table, file.parent, columns, source=NAME, notes=notes, unused=unused)
 
@@ -108,21 +116,26 @@ def _images(tree: dict[str, Any], file: Path) -> Iterator[tuple[str, str, str, d
     for index, dataset in _children(tree, "datasets", "dataset_index", file):
         label = str(dataset.get("name") or index)
         for subject_id, subject in _children(dataset, "subjects", "subject_id", file):
+            person = _facts(subject.get("subject_info"))
             for session_id, session in _children(subject, "sessions", "session_id", file):
+                facts = person | _facts(session.get("session_info"))
                 for _, image in _children(session, "images", "", file):
-                    facts = _facts(subject.get("subject_info")) | _facts(session.get("session_info"))
-                    facts |= _scanner(image.get("image_info"))
-                    yield label, subject_id, session_id, facts, image
+                    yield label, subject_id, session_id, facts | _scanner(image.get("image_info")), image
 
 
 def _facts(info: Any) -> dict[str, Any]:
     """What is a number, a word or a truth value, under the names of cohort columns."""
     if not isinstance(info, dict):
         return {}
-    plain = {str(k): v for k, v in info.items() if isinstance(v, str | int | float | bool) and v != ""}
-    known = with_known_names(pd.DataFrame([plain])).iloc[0].to_dict() if plain else {}
+    plain = {str(k): v for k, v in info.items() if isinstance(v, str | int | float) and _says_something(v)}
+    new = known_names(plain)
+    known = {new.get(column, column): value for column, value in plain.items()}
     reserved = {"subject", "session", "contrast", "path", "site", "dataset", "mask", *_MASKS}
     return {column: value for column, value in known.items() if column not in reserved}
+
+
+def _says_something(value: str | float) -> bool:
+    return value.strip().lower() not in _NOTHING if isinstance(value, str) else value == value  # NaN is not itself
 
 
 def _scanner(info: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -30,16 +30,22 @@ _RENAMED = {
 }
 _KNOWN = ("subject", "session", "contrast", "path", "mask", "age_years", "sex", "site", "diagnosis", "dataset")
 _TEXT = ("subject", "session", "dataset", "filename")
+_IDENTIFIERS = {"participant_id": "subject", "session_id": "session"}
 _SEPARATORS = (",", "\t", ";")
+_MISSING = ("", "n/a", "N/A", "#N/A", "NA", "NaN", "nan", "null", "NULL")
+"""Cells that say nothing. ``None`` is not among them: it is a label in some tables."""
+_NO_AGE = {*(word.lower() for word in _MISSING), "none", "unknown"}
 _YEARS = {"year": 1.0, "month": 12.0, "week": 365.25 / 7, "day": 365.25}
 
 
-def read_table(path: Path, *, renamed: bool = True) -> tuple[pd.DataFrame, list[str]]:
+def read_table(path: Path, *, renamed: bool = True, of_ids: bool = False) -> tuple[pd.DataFrame, list[str]]:
     """A table and notes on how it had to be read.
 
     Byte-order marks, UTF-16 (Excel's "Unicode text") and another separator than the ending promises are
     understood. Names of subjects and sessions stay text (007 is not 7). Known columns are found in any case, and
-    ``age``, ``participant_id``, ``session_id``, ``group`` get their names here unless ``renamed`` is off.
+    ``age``, ``participant_id``, ``session_id``, ``group`` get their names here unless ``renamed`` is off. With
+    ``of_ids`` (tables of BIDS and FOMO) it is ``participant_id`` and ``session_id`` that name, and other columns
+    called ``subject`` or ``session`` are kept as ``subject_2`` and ``session_2``. Missing text is None.
 
     Raises:
         CohortError: the file cannot be read as a table.
@@ -62,18 +68,25 @@ def read_table(path: Path, *, renamed: bool = True) -> tuple[pd.DataFrame, list[
         raise CohortError("the text is not UTF-8", where=path.name, remedy='Save it as "CSV UTF-8"') from error
     except (ValueError, OSError, csv.Error) as error:
         raise CohortError(f"cannot be read as a table: {error}", where=path.name, remedy="Check the file") from error
+    if of_ids:
+        table = _with_ids_first(table, path, notes)
     if renamed:
-        table = with_known_names(table)
+        table = table.rename(columns=known_names(table.columns))
     for column in _TEXT:
         if column in table:
-            table[column] = [as_text(value) for value in table[column]]
+            table[column] = pd.Series([as_text(v) for v in table[column]], index=table.index, dtype=object)
     notes += _make_plain(table)
+    for column in table.columns:  # pandas would keep missing text as NaN, which is not None
+        if pd.api.types.is_string_dtype(table[column].dtype) or table[column].dtype == object:
+            values = [None if _is_missing(value) else value for value in table[column]]
+            table[column] = pd.Series(values, index=table.index, dtype=object)
     return table, notes
 
 
 def _read_text(path: Path, notes: list[str]) -> pd.DataFrame:
     content = path.read_bytes()
     text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    text, skipped = _without_blank_start(text)
     first = text.partition("\n")[0]
     expected = "," if path.suffix.lower() == ".csv" else "\t"
     separator = expected
@@ -82,19 +95,32 @@ def _read_text(path: Path, notes: list[str]) -> pd.DataFrame:
     if separator != expected:
         word = {",": "commas", "\t": "tabs", ";": "semicolons"}[separator]
         notes.append(f"{path.name}: the columns are separated by {word}")
-    _check_fields(text, separator, path)
+    _check_fields(text, separator, path, skipped)
     header = [column.strip() for column in pd.read_csv(io.StringIO(first), sep=separator).columns]
     kinds = {index: str for index, name in enumerate(header) if _known_name(name) in _TEXT}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", pd.errors.ParserWarning)  # empty fields at the end of a row, checked above
         table = pd.read_csv(
-            io.StringIO(text), sep=separator, dtype=kinds, na_values=["n/a"], low_memory=False, index_col=False
+            io.StringIO(text),
+            sep=separator,
+            dtype=kinds,
+            na_values=list(_MISSING),
+            keep_default_na=False,
+            low_memory=False,
+            index_col=False,
         )
     table.columns = [str(column).strip() for column in table.columns]
     return table
 
 
-def _check_fields(text: str, separator: str, path: Path) -> None:
+def _without_blank_start(text: str) -> tuple[str, int]:
+    """The text from its header on, and the number of blank lines before it."""
+    blank = re.match(r"(?:[ \t]*\r?\n)*", text)
+    end = blank.end() if blank else 0
+    return text[end:], text.count("\n", 0, end)
+
+
+def _check_fields(text: str, separator: str, path: Path, skipped: int) -> None:
     """A row with more fields than the header (``45,5`` in a table with commas) would lose or shift its values."""
     rows = csv.reader(io.StringIO(text), delimiter=separator)
     header = next(rows, [])
@@ -102,7 +128,7 @@ def _check_fields(text: str, separator: str, path: Path) -> None:
         if any(field.strip() for field in row[len(header) :]):
             raise CohortError(
                 "a row has more fields than the header",
-                where=f"{path.name}, line {rows.line_num}",
+                where=f"{path.name}, line {rows.line_num + skipped}",
                 got=f"{len(row)} fields",
                 expected=f"{len(header)}",
                 remedy="Put values that hold a separator in quotes",
@@ -114,14 +140,35 @@ def _known_name(column: str) -> str:
     return _RENAMED.get(lower, lower if lower in _KNOWN else column)
 
 
-def with_known_names(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with known columns under their own names; a column that has the name already is not replaced."""
+def known_names(columns: Iterable[str]) -> dict[str, str]:
+    """New names of columns that are known under another one; a column that has the name already is not replaced."""
+    columns = list(columns)
     names: dict[str, str] = {}
-    for column in table.columns:
+    for column in columns:
         known = _known_name(column)
-        if known != column and known not in table and known not in names.values():
+        if known != column and known not in columns and known not in names.values():
             names[column] = known
+    return names
+
+
+def _with_ids_first(table: pd.DataFrame, path: Path, notes: list[str]) -> pd.DataFrame:
+    names: dict[str, str] = {}
+    for identifier, known in _IDENTIFIERS.items():
+        column = next((column for column in table.columns if column.lower() == identifier), None)
+        others = [other for other in table.columns if other != column and _known_name(other) == known]
+        if column is None:
+            continue
+        names[column] = known
+        for number, other in enumerate(others, start=2):
+            names[other] = f"{known}_{number}"
+            notes.append(f"{path.name}: {identifier} names the {known}; the column {other!r} is kept as {names[other]}")
     return table.rename(columns=names)
+
+
+def without_ses(values: Iterable[Any]) -> list[str | None]:
+    """Names of sessions without ``ses-``; missing ones stay None."""
+    names = [as_text(value) for value in values]
+    return [None if name is None else name.removeprefix("ses-") for name in names]
 
 
 def as_text(value: Any) -> str | None:
@@ -158,24 +205,31 @@ def _text_of(value: Any) -> str:
     return str(as_text(value)) if isinstance(value, float) else str(value)
 
 
-def with_typed_ages(table: pd.DataFrame, path: Path) -> pd.DataFrame:
+def with_typed_ages(table: pd.DataFrame, path: Path, notes: list[str] | None = None) -> pd.DataFrame:
     """``age_years`` as float; "89+" (ages masked for privacy, BIDS) is 89.
 
+    Args:
+        table: may have no ages.
+        path: the file that the error names.
+        notes: given for an index that its user did not write and cannot mend: what is no age is then missing, and
+            a note counts it.
+
     Raises:
-        CohortError: an age is not a number, or not an age of a person.
+        CohortError: an age is not a number, or not an age of a person, and no notes are given.
     """
     if "age_years" not in table:
         return table
-    ages = pd.to_numeric(table["age_years"], errors="coerce").astype(float)
-    odd = table["age_years"][ages.isna() & table["age_years"].notna()].astype(str).str.strip()
-    masked = odd[odd.str.fullmatch(r"\d+\s*\+")]
-    ages.loc[masked.index] = masked.str.rstrip(" +").astype(float)
-    odd = odd.drop(masked.index)
+    ages, odd = _numbers(table["age_years"])
+    wrong = ages[ages.notna() & ~((ages >= 0) & (ages <= 150))]
+    if notes is not None:
+        unusable = sum(text.lower() not in _NO_AGE for text in odd) + len(wrong)
+        if unusable:
+            notes.append(f"{path.name}: {unusable} ages are not used, since they are no number of years")
+        return table.assign(age_years=ages.drop(wrong.index).reindex(ages.index))
     if not odd.empty:
         comma = re.fullmatch(r"\d+,\d+", odd.iloc[0])
         remedy = f"Write a point: {odd.iloc[0].replace(',', '.')}" if comma else "Write years or n/a"
         raise CohortError("an age is not a number", where=path.name, got=repr(odd.iloc[0]), remedy=remedy)
-    wrong = ages[ages.notna() & ~((ages >= 0) & (ages <= 150))]
     if not wrong.empty:
         raise CohortError(
             "an age is not one of a person", where=path.name, got=f"{wrong.iloc[0]:g}", remedy="Write years or n/a"
@@ -183,29 +237,66 @@ def with_typed_ages(table: pd.DataFrame, path: Path) -> pd.DataFrame:
     return table.assign(age_years=ages)
 
 
-def ages_in_years(table: pd.DataFrame, path: Path, notes: list[str]) -> pd.DataFrame:
-    """Ages in the unit that the table's JSON beside it states (BIDS: ``participants.json``), as years."""
-    described = path.with_suffix(".json")
-    if "age_years" not in table or not described.is_file():
+def _numbers(values: pd.Series) -> tuple[pd.Series, pd.Series]:
+    """Ages as float, and those that are no numbers as text; "89+" is 89."""
+    ages = pd.to_numeric(values, errors="coerce").astype(float)
+    odd = values[ages.isna() & values.notna()].astype(str).str.strip()
+    masked = odd[odd.str.fullmatch(r"\d+\s*\+")]
+    ages.loc[masked.index] = masked.str.rstrip(" +").astype(float)
+    return ages, odd.drop(masked.index)
+
+
+def ages_in_years(
+    table: pd.DataFrame, path: Path, notes: list[str], inherited: Sequence[Path] = (), name: str = ""
+) -> pd.DataFrame:
+    """Ages in the unit that the table's JSON states (BIDS: ``participants.json``), as years.
+
+    The JSON beside the table comes first, then the inherited ones (the data set's ``sessions.json``); notes call the
+    table by ``name``.
+    """
+    name = name or path.name
+    if "age_years" not in table:
         return table
-    try:
-        content = json.loads(described.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        notes.append(f"{described.name} is not valid JSON and was not used ({type(error).__name__})")
-        return table
-    columns = {str(name).lower(): about for name, about in content.items()} if isinstance(content, dict) else {}
-    about = next((columns[name] for name in ("age_years", "age", "age_at_scan", "ageatscan") if name in columns), None)
-    unit = str(about.get("Units", "years") if isinstance(about, dict) else "years").lower().strip().rstrip("s")
+    units = (_unit_of_ages(file, notes) for file in (path.with_suffix(".json"), *inherited))
+    unit = next((unit for unit in units if unit is not None), "year")
+    note = ""
     if unit in _YEARS and unit != "year":
-        table["age_years"] = pd.to_numeric(table["age_years"], errors="coerce") / _YEARS[unit]
-        notes.append(f"{path.name}: ages are given in {unit}s and were turned into years")
+        ages, odd = _numbers(table["age_years"])
+        years = (ages / _YEARS[unit]).astype(object)
+        years.loc[odd.index] = odd  # to be refused as what it is
+        table["age_years"] = years
+        note = f"{name}: ages are given in {unit}s and were turned into years"
     elif unit not in (*_YEARS, "y", "yr", "yo", ""):
-        notes.append(f"{path.name}: the unit of ages is not known ({unit!r}); taken as years")
+        note = f"{name}: the unit of ages is not known ({unit!r}); taken as years"
+    if note and note not in notes:
+        notes.append(note)
     return table
 
 
-def join(table: pd.DataFrame, facts: pd.DataFrame, keys: Sequence[str], path: Path) -> pd.DataFrame:
+def _unit_of_ages(described: Path, notes: list[str]) -> str | None:
+    """``"month"`` and the like; None where the file is not there or does not describe ages."""
+    if not described.is_file():
+        return None
+    try:
+        content = json.loads(described.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        note = f"{described.name} is not valid JSON and was not used ({type(error).__name__})"
+        if note not in notes:
+            notes.append(note)
+        return None
+    columns = {str(name).lower(): about for name, about in content.items()} if isinstance(content, dict) else {}
+    about = next((columns[name] for name in ("age_years", "age", "age_at_scan", "ageatscan") if name in columns), None)
+    if not isinstance(about, dict) or "Units" not in about:
+        return None
+    return str(about["Units"]).lower().strip().rstrip("s")
+
+
+def join(
+    table: pd.DataFrame, facts: pd.DataFrame, keys: Sequence[str], path: Path, notes: list[str] | None = None
+) -> pd.DataFrame:
     """Covariates joined to scans. Where both say something, the new facts win if they know a value.
+
+    With ``notes``, facts that no scan has the name for are counted: ``1`` in the table is not ``ses-01`` of a folder.
 
     Raises:
         CohortError: the facts have two different rows for one key.
@@ -219,6 +310,11 @@ def join(table: pd.DataFrame, facts: pd.DataFrame, keys: Sequence[str], path: Pa
             got=" ".join(str(repeated.iloc[0][key]) for key in keys),
             remedy="Keep one row each",
         )
+    if notes is not None:
+        there = set(table[list(keys)].itertuples(index=False, name=None))
+        lost = sum(key not in there for key in facts[list(keys)].itertuples(index=False, name=None))
+        if lost:
+            notes.append(f"{lost} of {len(facts)} rows of {path.name} name nothing that was read, and are not used")
     facts = facts.drop(columns=[c for c in ("contrast", "path", "mask") if c in facts and c not in keys])
     facts = facts.drop(columns=[c for c in ("subject", "session") if c in facts and c not in keys])
     joined = table.merge(facts, on=list(keys), how="left", suffixes=("", "__new"))

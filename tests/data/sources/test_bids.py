@@ -281,3 +281,129 @@ def test_derivatives_of_the_same_people_are_not_taken_for_others(layout, above):
     )
     with pytest.raises(CohortError, match="may hold the same people"):
         Cohort.read(root / above)
+
+
+def test_participant_id_names_the_person_whatever_other_columns_are_called(layout):
+    root = layout(
+        *(f"sub-{number}/anat/sub-{number}_T1w.nii.gz" for number in ("01", "02")),
+        content={"participants.tsv": "subject\tparticipant_id\tage\n02\tsub-01\t20\n01\tsub-02\t80\n"},
+    )
+    cohort = Cohort.read(root)
+    assert [(s.subject, s.covariates["age_years"]) for s in cohort.sessions()] == [("sub-01", 20), ("sub-02", 80)]
+    assert list(cohort.table["subject_2"]) == ["02", "01"]
+    assert any("participant_id names the subject" in note for note in cohort.notes)
+
+
+def test_session_id_names_the_visit_whatever_other_columns_are_called(layout):
+    root = layout(
+        *(f"sub-1/ses-{visit}/anat/sub-1_ses-{visit}_T1w.nii.gz" for visit in "ab"),
+        content={"sub-1/sub-1_sessions.tsv": "session\tsession_id\tage\nb\tses-a\t20\na\tses-b\t21\n"},
+    )
+    assert [s.covariates["age_years"] for s in Cohort.read(root).sessions()] == [20, 21]
+
+
+@pytest.mark.parametrize(
+    ("raw", "other", "why"),
+    [
+        ("wave1", "wave2", "visits of the same people"),
+        ("ses-1", "ses-2", "visits of the same people"),
+        ("bids", "bids_stripped", "versions of one data set"),
+        ("study_raw", "study_preproc", "versions of one data set"),
+        ("ds000001", "ds000001-fmriprep", "versions of one data set"),
+    ],
+)
+def test_data_sets_that_may_hold_the_same_people_are_refused(layout, raw, other, why):
+    root = layout(*(f"{name}/sub-01/anat/sub-01_T1w.nii.gz" for name in (raw, other)))
+    with pytest.raises(CohortError, match=rf"{why}.*write a manifest"):
+        Cohort.read(root)
+
+
+def test_names_in_several_data_sets_are_said_and_sourcedata_is_passed_over(layout, contents):
+    root = layout(*(f"{name}/sub-01/anat/sub-01_T1w.nii.gz" for name in ("siteA", "siteB", "sourcedata")))
+    cohort = Cohort.read(root)
+    assert sorted(contents(cohort)) == [("siteA_sub-01", "1"), ("siteB_sub-01", "1")]
+    assert any("1 names of subjects are in several data sets" in note for note in cohort.notes)
+    assert [(file.name, reason) for file, reason in cohort.unused] == [
+        ("sourcedata", "a copy of the data set beside it")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("scan", "label_map", "joined"),
+    [
+        ("T1w", "space-MNI152NLin6Asym_label-lesion_mask", False),
+        ("T1w", "space-T1w_label-lesion_mask", True),
+        ("T1w", "label-lesion_mask", True),
+        ("space-MNI_T1w", "space-MNI_label-lesion_mask", True),
+        ("space-MNI_T1w", "label-lesion_mask", False),
+    ],
+)
+def test_a_label_map_must_lie_in_the_space_of_the_scans(layout, scan, label_map, joined):
+    cohort = Cohort.read(layout(*(f"sub-1/anat/sub-1_{name}.nii.gz" for name in (scan, label_map))))
+    assert cohort.table["mask"].notna().all() == joined
+    assert ["another space" in reason for _, reason in cohort.unused] == ([] if joined else [True])
+
+
+def test_rows_of_a_table_that_find_no_scan_are_counted(layout):
+    root = layout(
+        "sub-1/ses-01/anat/sub-1_ses-01_T1w.nii.gz",
+        content={"sub-1/sub-1_sessions.tsv": "session_id\tage\n1\t20\n\t21\n"},
+    )
+    cohort = Cohort.read(root)
+    assert cohort.table["age_years"].isna().all()
+    assert any("1 of 1 rows of sub-*_sessions.tsv name nothing that was read" in note for note in cohort.notes)
+
+
+@pytest.mark.parametrize("described", ["sessions.json", "participants.json", "sub-1/sub-1_sessions.json"])
+def test_the_unit_of_ages_at_visits_is_inherited(layout, described):
+    root = layout(
+        "sub-1/ses-a/anat/sub-1_ses-a_T1w.nii.gz",
+        content={
+            described: json.dumps({"age": {"Units": "months"}}),
+            "sub-1/sub-1_sessions.tsv": "session_id\tage\nses-a\t24\n",
+        },
+    )
+    cohort = Cohort.read(root)
+    assert cohort.table["age_years"][0] == 2
+    assert any("months" in note and "sub-1" not in note for note in cohort.notes)
+
+
+def test_an_age_in_months_that_is_no_number_is_not_lost_silently(layout):
+    root = layout(
+        "sub-1/anat/sub-1_T1w.nii.gz",
+        content={
+            "participants.json": json.dumps({"age": {"Units": "months"}}),
+            "participants.tsv": "participant_id\tage\nsub-1\t24;5\n",
+        },
+    )
+    with pytest.raises(CohortError, match="an age is not a number"):
+        Cohort.read(root)
+
+
+def test_a_file_that_names_another_person_than_its_folder_is_not_used(layout, contents):
+    root = layout(
+        "sub-1/anat/sub-1_T1w.nii.gz",
+        "sub-1/anat/sub-2_T2w.nii.gz",
+        "sub-1/anat/sub-1_ses-b_FLAIR.nii.gz",
+        "sub-3/ses-a/anat/sub-3_ses-b_T1w.nii.gz",
+        "sub-01/anat/sub-01_T1w.nii.gz",
+        "derivatives/x/sub-1/anat/sub-2_mask.nii.gz",
+    )
+    cohort = Cohort.read(root)
+    assert sorted(contents(cohort)) == [("sub-01", "1"), ("sub-1", "1"), ("sub-1", "b")]
+    assert [file.name for file, reason in cohort.unused if "another subject or session" in reason] == [
+        "sub-2_T2w.nii.gz",
+        "sub-3_ses-b_T1w.nii.gz",
+        "sub-2_mask.nii.gz",
+    ]
+    assert any("2 subjects differ from another in leading zeros only" in note for note in cohort.notes)
+
+
+def test_a_folder_of_dicom_is_not_bids_for_its_names(layout):
+    from brainfound.data.sources import bids, fomo60k
+
+    root = layout("sub-01/ses-1/a.dcm", "x/sub_1/ses_1/a.dcm")
+    assert not bids.recognises(root)
+    assert not fomo60k.recognises(root / "x")
+    (root / "dataset_description.json").write_text("{}")
+    assert bids.recognises(root)

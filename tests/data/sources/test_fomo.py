@@ -218,3 +218,73 @@ def test_a_malformed_label_is_one_clear_line(layout, text):
     )
     with pytest.raises(CohortError, match=r"labels/sub_1/ses_1/label.txt: the label is not one number"):
         Cohort.read(root)
+
+
+def test_loose_files_and_label_maps_of_fomo60k_are_not_lost_and_no_scans(layout, contents):
+    root = layout(
+        *(f"sub_1/ses_1/{name}.nii.gz" for name in ("t1", "t1_seg", "brain_mask")),
+        *("sub_1/t2.nii.gz", "sub_02/t1.nii.gz"),
+    )
+    cohort = Cohort.read(root)
+    assert contents(cohort) == {("sub_1", "ses_1"): ["T1w"], ("sub_02", "ses_1"): ["T1w"]}
+    masks = {session.subject: session.masks for session in cohort.sessions()}
+    assert {column: file.name for column, file in masks["sub_1"].items()} == {
+        "mask": "t1_seg.nii.gz",
+        "brain_mask": "brain_mask.nii.gz",
+    }
+    assert [(file.name, reason) for file, reason in cohort.unused] == [("t2.nii.gz", "not in the folder of a session")]
+
+
+def test_a_mapping_of_another_program_is_not_fomo60k(layout):
+    root = layout("sub-01/anat/sub-01_T1w.nii.gz", content={"mapping.tsv": "old\tnew\na\tb\n"})
+    assert Cohort.read(root).source == "BIDS"
+
+
+@pytest.mark.parametrize("cell", ["", "n/a"])
+def test_an_empty_cell_of_an_index_is_one_clear_line(layout, cell):
+    root = layout("a/s/1/t1.nii.gz", content={"mapping.tsv": f"{MAPPING}a\ts\t1\tt1.nii.gz\na\ts\t1\t{cell}\n"})
+    with pytest.raises(CohortError, match=r"a value is missing.*|mapping.tsv, line 3: a value is missing"):
+        Cohort.read(root)
+
+
+def test_ages_and_sessions_of_an_index_that_cannot_be_used_stop_nothing(layout):
+    people = PEOPLE + "a\ts1\t1\t20-25\tc\na\ts2\t1\t40\tc\na\ts3\t\tunknown\tc\n"
+    mapping = MAPPING + "".join(f"a\ts{number}\t1\tt1.nii.gz\n" for number in (1, 2))
+    root = layout(
+        *(f"a/s{number}/1/t1.nii.gz" for number in (1, 2)), content={"mapping.tsv": mapping, "participants.tsv": people}
+    )
+    cohort = Cohort.read(root)
+    assert [s.covariates["age_years"] for s in cohort.sessions()] == [None, 40]
+    assert any("1 ages are not used" in note for note in cohort.notes)
+
+
+def test_an_empty_cell_of_the_scan_facts_stops_nothing(tmp_path):
+    zip_of(tmp_path / "PT001_A" / "sub-01" / "ses-01.zip", "anat/sub-01_ses-01_T1w.nii.gz", "anat/t1_seg.nii.gz")
+    loose = tmp_path / "PT001_A" / "sub-02" / "sub-02_T1w.nii.gz"
+    loose.parent.mkdir()
+    loose.touch()
+    (tmp_path / "mri_info.tsv").write_text(
+        "subject\tdataset\tparticipant_id\tsession_id\tfilename\tMagneticFieldStrength\n"
+        "x\tPT001_A\tsub-01\tses-01\t\t1.5\nx\tPT001_A\tsub-01\tses-01\tsub-01_ses-01_T1w.nii.gz\t3\n"
+    )
+    cohort = Cohort.read(tmp_path)
+    assert list(cohort.table["MagneticFieldStrength"]) == [3]
+    assert {(file.name, reason) for file, reason in cohort.unused} == {
+        ("t1_seg.nii.gz", "a label map"),
+        ("sub-02_T1w.nii.gz", "not in the zip or folder of a session"),
+    }
+
+
+def test_a_task_is_known_where_it_is_called_by_a_point(layout, monkeypatch):
+    root = layout(
+        "fomo-task3/preprocessed/sub_1/ses_1/t1.nii.gz",
+        "fomo-task3/preprocessed/sub_1/ses_1/t1_seg.nii.gz",
+        "fomo-task3/preprocessed/sub_1/t2.nii.gz",
+        content={"fomo-task3/labels/sub_1/ses_1/label.txt": "45.5"},
+    )
+    for folder in (root / "fomo-task3", root / "fomo-task3" / "preprocessed"):
+        monkeypatch.chdir(folder)
+        cohort = Cohort.read(".")
+        assert cohort.source == "FOMO task 3"
+        assert list(cohort.table["age_years"]) == [45.5]
+    assert [file.name for file, _ in cohort.unused] == ["t2.nii.gz", "t1_seg.nii.gz"]

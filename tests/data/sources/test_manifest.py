@@ -118,3 +118,31 @@ def test_a_blank_cell_is_empty(tmp_path):
     (tmp_path / "manifest.tsv").write_text("subject\tcontrast\tpath\n1\tT1w\ta.nii\n  \tT1w\tb.nii\n")
     with pytest.raises(CohortError, match="line 3: column 'subject' is empty"):
         Cohort.read(tmp_path)
+
+
+def test_blank_lines_before_the_header_are_passed_over(tmp_path):
+    (tmp_path / "manifest.csv").write_text("\n \r\nsubject,contrast,path,age\n1,T1w,a.nii,45\n2,T1w,b.nii,45,5\n")
+    with pytest.raises(CohortError, match="line 5: a row has more fields"):
+        Cohort.read(tmp_path)
+    (tmp_path / "manifest.csv").write_text("\n\nsubject,contrast,path,age\n1,T1w,a.nii,45\n")
+    assert Cohort.read(tmp_path).table["age_years"][0] == 45
+
+
+def test_the_word_none_is_a_label_and_not_a_missing_one(tmp_path):
+    rows = "".join(f"{n}\tT1w\t{n}.nii\t{word}\n" for n, word in enumerate(("None", "mild", "n/a", "", "NA"), start=1))
+    (tmp_path / "manifest.tsv").write_text(f"subject\tcontrast\tpath\tlabel\n{rows}")
+    assert [s.covariates["label"] for s in Cohort.read(tmp_path).sessions()] == ["None", "mild", None, None, None]
+
+
+def test_a_foreign_manifest_says_to_rename_it(tmp_path):
+    (tmp_path / "manifest.csv").write_text("file,md5\na,b\n")
+    with pytest.raises(CohortError, match="rename the file if it is none"):
+        Cohort.read(tmp_path)
+
+
+def test_tissue_maps_of_a_manifest_are_label_maps(tmp_path):
+    (tmp_path / "manifest.tsv").write_text("subject\tcontrast\tpath\tdseg\n1\tT1w\ta.nii\tb.nii\n")
+    cohort = Cohort.read(tmp_path)
+    (session,) = cohort.sessions()
+    assert session.masks == {"dseg": tmp_path / "b.nii"}
+    assert "dseg" not in session.covariates

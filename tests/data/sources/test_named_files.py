@@ -237,3 +237,79 @@ def test_real_brains_are_recognised_by_name_as_their_manifest_says(real_data, tm
         by_hand, by_name = Cohort.read(real_data / name), Cohort.read(tmp_path / name)
         said = [(s.subject, s.session, set(s.scans), set(s.masks)) for s in by_hand.sessions()]
         assert [(s.subject, s.session, set(s.scans), set(s.masks)) for s in by_name.sessions()] == said
+
+
+@pytest.mark.parametrize(
+    ("names", "why"),
+    [
+        (("train/001_T1", "test/001_T1"), "in training and in test"),
+        (("train/001_T1", "test/001_T2"), "in training and in test"),
+        (("train/001/T1", "validation/001/T1"), "in training and in test"),
+        (("raw/p1_T1", "derivatives/p1_T1"), "lies in several folders"),
+        (("raw/p1/T1", "derivatives/p1/T1"), "lies in several folders"),
+        (("HC_m01_T1", "HC_m02_T1"), "two subjects or two visits"),
+        (("anna_v1_T1", "anna_v2_T1"), "two subjects or two visits"),
+        (("HC/m01_T1", "HC/m02_T1"), "visits or subjects"),
+        (("HC/m01/T1", "HC/m02/T1"), "visits or subjects"),
+        (("site1/m01_T1", "site1/m02_T1"), "visits or subjects"),
+        (("site1/m01/T1", "site1/m02/T1"), "visits or subjects"),
+        (("ses-1_T1", "p1_T1"), "others a visit only"),
+    ],
+)
+def test_one_name_of_two_persons_or_two_names_of_one_are_refused(layout, names, why):
+    with pytest.raises(CohortError, match=rf"{why}.*Write a manifest"):
+        Cohort.read(layout(*(f"{name}.nii.gz" for name in names)))
+
+
+def test_one_man_is_no_visit(layout, contents):
+    assert list(contents(Cohort.read(layout("HC_m01_T1.nii.gz", "HC_f01_T1.nii.gz")))) == [
+        ("HC_f01", "1"),
+        ("HC_m01", "1"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("names", "root", "expected"),
+    [
+        (("p1/ses-1/T1", "p1/ses-1/flair"), "p1/ses-1", ("p1", "ses-1")),
+        (("p1/ses-1/anat/T1",), "p1/ses-1/anat", ("p1", "ses-1")),
+        (("p1/images/T1",), "p1/images", ("p1", "1")),
+        (("anna/T1",), "anna", ("anna", "1")),
+        (("p1/ses-1_T1",), "p1", ("p1", "ses-1")),
+        (("anna/images/T1",), "anna/images", None),
+        (("anna/ses-1/T1",), "anna/ses-1", None),
+        (("anna/ses-1_T1",), "anna", None),
+    ],
+)
+def test_a_folder_that_is_given_names_its_person_or_none(layout, contents, names, root, expected):
+    path = layout(*(f"{name}.nii.gz" for name in names)) / root
+    if expected is None:
+        with pytest.raises(CohortError, match=r"subject.*Write a manifest"):
+            Cohort.read(path)
+    else:
+        assert list(contents(Cohort.read(path))) == [expected]
+
+
+def test_dicom_without_an_ending_is_not_lost_silently(layout):
+    root = layout("p1_T1.nii.gz", "p1/notes", "p1/1.2.840.113", "p1/IM0001")
+    for name in ("IM0001", "1.2.840.113"):
+        (root / "p1" / name).write_bytes(bytes(128) + b"DICM")
+    cohort = Cohort.read(root)
+    assert sorted(file.name for file, _ in cohort.unused) == ["1.2.840.113", "IM0001"]
+
+
+@pytest.mark.parametrize(
+    ("name", "contrast", "identifier"),
+    [
+        ("PD_001", "unknown", "PD_001"),
+        ("MD_001_T1", "T1w", "MD_001"),
+        ("PD_T1_001", "T1w", "PD_001"),
+        ("T1_PD_001", "T1w", "PD_001"),
+        ("001_PD", "PDw", "001"),
+        ("PD", "PDw", ""),
+        ("brain_PD", "PDw", ""),
+    ],
+)
+def test_letters_that_may_name_a_disease_need_a_person_before_them(name, contrast, identifier):
+    found = read_name(Path(f"{name}.nii.gz"))
+    assert (found.contrast, found.identifier) == (contrast, identifier)

@@ -113,3 +113,21 @@ def test_names_that_would_become_one_are_refused(layout):
     }
     with pytest.raises(CohortError, match="would have one name"):
         Cohort.read(layout("a_T1w.nii.gz", content={"pretrain_data.json": json.dumps(content)}))
+
+
+def test_masks_without_names_are_not_used(layout):
+    text = tree(image("a_T1w.nii.gz", associated_masks=["x.nii.gz"]))
+    cohort = Cohort.read(layout("a_T1w.nii.gz", content={"pretrain_data.json": text}))
+    assert any("the masks of 1 images are not used" in note for note in cohort.notes)
+
+
+@pytest.mark.parametrize(
+    ("age", "noted"), [("n/a", False), ("unknown", False), (" ", False), ("NaN", False), ("20-25", True), (-4, True)]
+)
+def test_an_age_that_is_none_stops_nothing(layout, age, noted):
+    text = tree(image("a_T1w.nii.gz"), info={"age": age, "sex": "F"})
+    cohort = Cohort.read(layout("a_T1w.nii.gz", content={"pretrain_data.json": text}))
+    (session,) = cohort.sessions()
+    assert session.covariates["age_years"] is None
+    assert session.covariates["sex"] == "F"
+    assert any("1 ages are not used" in note for note in cohort.notes) == noted
