@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from brainfound.errors import UsageError
 
 if TYPE_CHECKING:
-    from brainfound.data.cohort import Cohort
+    from brainfound.data.cohort import Cohort, Session
 
 _MOST_VALUES = 12
 
@@ -44,8 +45,7 @@ def list_cohort(path: Path | None, *, sessions: bool, as_json: bool) -> None:
 def summarise(cohort: Cohort) -> dict[str, Any]:
     """Counts of a cohort, as plain values for a terminal or JSON."""
     sessions = list(cohort.sessions())
-    table = cohort.table.drop_duplicates(["subject", "session"])
-    ages = table["age_years"].dropna().astype(float)
+    ages = sorted(float(age) for age in _known(sessions, "age_years"))
     together = Counter("+".join(sorted(session.scans)) for session in sessions)
     summary: dict[str, Any] = {
         "layout": cohort.source,
@@ -55,21 +55,24 @@ def summarise(cohort: Cohort) -> dict[str, Any]:
         "scans_of_contrast": dict(Counter(cohort.table["contrast"]).most_common()),
         "sessions_with": dict(together.most_common()),
         "num_further_scans": sum(len(session.extra_scans) for session in sessions),
-        "age_years": {"min": float(ages.min()), "median": float(ages.median()), "max": float(ages.max())}
-        if len(ages)
-        else None,
-        "sessions_without_age": len(table) - len(ages),
+        "age_years": {"min": ages[0], "median": statistics.median(ages), "max": ages[-1]} if ages else None,
+        "sessions_without_age": len(sessions) - len(ages),
         "label_maps": dict(Counter(column for session in sessions for column in session.masks)),
     }
     for column in ("sex", "site", "diagnosis", "label", "field_strength_t", "manufacturer", "scanner"):
-        if column in table and table[column].notna().any():
-            counts = Counter(str(value) for value in table[column].dropna()).most_common()
-            summary[column] = dict(counts)
-            if table[column].isna().any():
-                summary[column]["not known"] = int(table[column].isna().sum())
+        known = _known(sessions, column)
+        if known:
+            summary[column] = dict(Counter(str(value) for value in known).most_common())
+            if len(known) < len(sessions):
+                summary[column]["not known"] = len(sessions) - len(known)
     summary["unused"] = dict(Counter(reason for _, reason in cohort.unused).most_common())
     summary["notes"] = list(cohort.notes)
     return summary
+
+
+def _known(sessions: list[Session], column: str) -> list[Any]:
+    values = (session.covariates.get(column) for session in sessions)
+    return [value for value in values if value is not None]
 
 
 def session_rows(cohort: Cohort) -> list[dict[str, Any]]:

@@ -79,3 +79,12 @@ def test_json_holds_all_of_it(source):
 def test_misuse_is_one_clear_line(arguments, message):
     with pytest.raises(BrainFoundError, match=message):
         run(*arguments)
+
+
+def test_what_a_later_row_of_a_session_says_counts_too(tmp_path):
+    rows = "1\tT1w\ta.nii\t\t\n1\tT2w\tb.nii\t40\tF\n2\tT1w\tc.nii\t50\t\n"
+    (tmp_path / "manifest.tsv").write_text(f"subject\tcontrast\tpath\tage\tsex\n{rows}")
+    facts = json.loads(run("list", "cohort", tmp_path, "--json"))
+    assert facts["age_years"] == {"min": 40, "median": 45, "max": 50}
+    assert facts["sessions_without_age"] == 0
+    assert facts["sex"] == {"F": 1, "not known": 1}
