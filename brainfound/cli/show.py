@@ -14,10 +14,16 @@ from brainfound.errors import RecipeError, UsageError
 
 def show(
     what: Annotated[str, typer.Argument(help="A recipe's name, a store, a run, a bundle or a model folder.")],
+    verify: Annotated[bool, typer.Option("--verify", help="A store: read every byte and prove its hash.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show what a recipe, store, run or model holds."""
     path = Path(what)
+    if verify:
+        from brainfound.data.store import Store
+
+        print(f"{Store.open(path).verify()}  every byte is as it was written")
+        return
     for name in ("store.json", "scores.json", "run.json", "bundle.json", "config.json"):
         if (path / name).is_file():
             content = json.loads((path / name).read_text(encoding="utf-8"))

@@ -72,7 +72,8 @@ class Preprocessing(Recipe):
     @classmethod
     def _rising_ranges(cls, value: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
         try:
-            named = {parse_contrast(name): limits for name, limits in value.items()}
+            # In one order: how a user lists them must not make another preprocessing.
+            named = dict(sorted((parse_contrast(name), limits) for name, limits in value.items()))
         except UsageError as error:
             raise ValueError(str(error)) from None
         if any(not (np.isfinite(limits).all() and limits[0] < limits[1]) for limits in named.values()):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import CancelledError, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from typing import TYPE_CHECKING, Literal, get_args
@@ -18,6 +21,7 @@ Write = Callable[["ShardJob"], None]
 
 _DASK_RETRIES = 3
 _CONNECT_TIMEOUT_S = 30
+_WATCH_S = 2.0
 
 
 def run_jobs(
@@ -56,7 +60,10 @@ def run_jobs(
 
 
 def _in_processes(jobs: Sequence[ShardJob], write: Write, workers: int) -> Iterator[ShardJob]:
-    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=get_context("spawn")) as pool:
+    pool_of = ProcessPoolExecutor(
+        min(workers, len(jobs)), mp_context=get_context("spawn"), initializer=_end_with, initargs=(os.getpid(),)
+    )
+    with pool_of as pool:
         futures = {pool.submit(write, job): job for job in jobs}
         try:
             for future in as_completed(futures):
@@ -69,6 +76,17 @@ def _in_processes(jobs: Sequence[ShardJob], write: Write, workers: int) -> Itera
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _end_with(parent: int) -> None:
+    """End this worker when the process that it works for is gone: killed, it cannot say so itself."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_WATCH_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _on_dask(jobs: Sequence[ShardJob], write: Write, scheduler: str | None) -> Iterator[ShardJob]:
@@ -102,6 +120,10 @@ def _on_dask(jobs: Sequence[ShardJob], write: Write, scheduler: str | None) -> I
             for future in as_completed(futures, loop=client.loop):
                 future.result()
                 yield jobs_of[future.key]
+        except CancelledError:
+            raise StoreError(
+                "the dask scheduler is gone", where="scheduler", remedy="Start it and repeat: what was done is kept"
+            ) from None
         except KilledWorker:
             raise StoreError(
                 "several dask workers were ended while they wrote the same sessions, perhaps for want of memory",

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,8 +22,8 @@ from brainfound.data.hooks import Hook
 from brainfound.data.preprocessing import Preprocessing
 from brainfound.data.reading.archives import file_facts
 from brainfound.data.scan import read_header
-from brainfound.data.store import SCHEMA_VERSION, StoreFolder
-from brainfound.errors import ScanError, StoreError
+from brainfound.data.store.store import SCHEMA_VERSION, StoreFolder, replaced_of
+from brainfound.errors import BrainFoundError, ScanError, StoreError
 
 SOURCES_FILE = "sources.parquet"
 MIN_SESSIONS_PER_SHARD = 8
@@ -58,7 +59,9 @@ class Sources:
         settings = [SCHEMA_VERSION, preprocessing.model_dump_json(), mask, [hook.model_dump_json() for hook in hooks]]
         return cls(
             settings=_hash(settings),
-            files={_key(session): _hash(_file_facts(session, root)) for session in sessions},
+            files={
+                _key(session): _hash(_file_facts(session, root, preprocessing.contrasts, mask)) for session in sessions
+            },
             covariates={
                 _key(session): _hash(sorted((k, str(v)) for k, v in session.covariates.items())) for session in sessions
             },
@@ -85,9 +88,17 @@ def _key(session: Session) -> Key:
     return (session.subject, session.session)
 
 
-def _file_facts(session: Session, root: Path) -> list[Any]:
-    files = [*sorted(session.scans.items()), *sorted(session.masks.items()), *session.extra_scans]
-    return [(name, os.path.relpath(file, root), file_facts(file)) for name, file in files]
+def _file_facts(session: Session, root: Path, contrasts: Sequence[str], mask: str) -> list[Any]:
+    """What of a session's files its slices depend on: the wanted scans and the mask; of other scans only the names."""
+    files = [(name, file) for name, file in (*sorted(session.scans.items()), *session.extra_scans)]
+    used = [(name, file) for name, file in files if name in contrasts]
+    used += [(mask, session.masks[mask])] if mask in session.masks else []
+    facts: list[Any] = []
+    for name, file in used:
+        # The voxels of a .hdr lie beside it.
+        pair = [file.with_suffix(".img")] if file.suffix == ".hdr" else []
+        facts.append((name, os.path.relpath(file, root), [file_facts(part) for part in (file, *pair)]))
+    return [facts, sorted(name for name, _ in files if name not in contrasts and not used)]
 
 
 def _hash(facts: Any) -> str:
@@ -100,9 +111,7 @@ def existing_store(out: Path, sources: Sources, overwrite: bool) -> StoreFolder 
     Raises:
         StoreError: what is there is not a store, was prepared in another way, or would lose sessions.
     """
-    old = out.with_name(out.name + ".old")
-    if old.is_dir() and not out.exists():
-        old.rename(out)  # an update was cut off between its two renames
+    _mend_cut_off_update(out)
     if not out.exists():
         return None
     if not (out / "store.json").is_file():
@@ -111,11 +120,15 @@ def existing_store(out: Path, sources: Sources, overwrite: bool) -> StoreFolder 
         return None
     try:
         folder = StoreFolder(out)
-    except StoreError:
+        same = folder.facts["settings"] == sources.settings
+        known = Sources.read(out, sources.settings)
+    except (BrainFoundError, OSError, KeyError, ValueError) as error:
         if overwrite:
             return None
-        raise
-    if folder.facts["settings"] != sources.settings:
+        if isinstance(error, StoreError):
+            raise
+        raise StoreError(f"damaged: {error}", where=out, remedy="Replace it with --overwrite") from error
+    if not same:
         if overwrite:
             return None
         raise StoreError(
@@ -123,7 +136,6 @@ def existing_store(out: Path, sources: Sources, overwrite: bool) -> StoreFolder 
             where=out,
             remedy="Give another folder, or --overwrite to replace it",
         )
-    known = Sources.read(out, sources.settings)
     gone = len(known.files.keys() - sources.files.keys())
     changed = sum(known.files[key] != sources.files[key] for key in known.files.keys() & sources.files.keys())
     if (gone or changed) and not overwrite:
@@ -136,6 +148,35 @@ def existing_store(out: Path, sources: Sources, overwrite: bool) -> StoreFolder 
     return folder
 
 
+def _mend_cut_off_update(out: Path) -> None:
+    """Undo what a run left that was ended while one store took the place of another."""
+    replaced = replaced_of(out)
+    if not replaced.is_dir():
+        return
+    if not out.exists() and (replaced / "store.json").is_file():
+        replaced.rename(out)
+    else:
+        remove_folder(replaced)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder of ours; first what makes it a store, so that half of one is never taken for a whole."""
+    if folder.is_dir():
+        (folder / "store.json").unlink(missing_ok=True)
+        shutil.rmtree(folder)
+
+
+def next_file_number(out: Path) -> int:
+    """Of the next file of slices. A number that was used is not used again: a reader may have the old file open."""
+    found = [re.match(r"data-(\d+)", file.name) for file in (out / "slices").glob("data-*.arrow")]
+    used = max((int(match[1]) + 1 for match in found if match), default=0)
+    try:
+        noted = json.loads((out / "store.json").read_text(encoding="utf-8")).get("next_file_number", 0)
+    except (OSError, ValueError, AttributeError):
+        noted = 0
+    return max(used, int(noted))
+
+
 @dataclass(frozen=True)
 class Shard:
     """Sessions that are written together, as one file; it is there as a whole or not."""
@@ -144,8 +185,12 @@ class Shard:
     keys: tuple[Key, ...]
 
     def done_in(self, partial: Path) -> bool:
-        """Whether it was written."""
-        return self.report(partial).is_file()
+        """Whether it was written, and its file is whole."""
+        try:
+            size = json.loads(self.report(partial).read_text(encoding="utf-8"))["num_bytes"]
+            return size == 0 or (partial / "slices" / self.file).stat().st_size == size
+        except (OSError, ValueError, KeyError):
+            return False
 
     def report(self, partial: Path) -> Path:
         """What became of its sessions."""
@@ -179,9 +224,11 @@ def plan_shards(partial: Path, sources: Sources, todo: Sequence[Key], first_numb
                 shard.report(partial).unlink(missing_ok=True)
                 (partial / "slices" / shard.file).unlink(missing_ok=True)
         next_number = max([first_number, *(number + 1 for number, _, _ in begun["shards"])])
-    elif partial.exists():
-        shutil.rmtree(partial)
+    else:
+        remove_folder(partial)
     (partial / "slices").mkdir(parents=True, exist_ok=True)
+    for leftover in [*(partial / "slices").glob("*.unfinished"), *partial.glob("*.tmp")]:
+        leftover.unlink(missing_ok=True)
     planned = {key for shard in shards for key in shard.keys}
     rest = [key for key in todo if key not in planned]
     size = max(MIN_SESSIONS_PER_SHARD, -(-len(rest) // MAX_SHARDS))
@@ -196,6 +243,18 @@ def plan_shards(partial: Path, sources: Sources, todo: Sequence[Key], first_numb
         },
     )
     return shards
+
+
+def require_place(out: str | Path) -> Path:
+    """Where a store can be put: the real folder behind links.
+
+    Raises:
+        StoreError: a disk is mounted there, and a store is put in place by renaming a folder.
+    """
+    place = Path(out).resolve()
+    if os.path.ismount(place):
+        raise StoreError("a disk is mounted there", where=out, remedy="Give a folder on it")
+    return place
 
 
 @contextmanager
@@ -259,9 +318,12 @@ def _bytes_of(session: Session, preprocessing: Preprocessing) -> int:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON under another name, and rename it."""
+    """Write JSON under another name, and rename it when it is on disk."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1, default=_json_value) + "\n", encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=1, default=_json_value) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)
 
 

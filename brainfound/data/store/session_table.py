@@ -147,6 +147,8 @@ class SessionTable:
             return np.concatenate([getattr(table, name) for table in tables])
 
         sessions = pd.concat([table.sessions for table in tables], ignore_index=True)
+        for name in set(sessions.columns) - set(PLAIN):
+            sessions[name] = _one_type(sessions[name])
         return SessionTable(
             sessions=sessions,
             origin=np.concatenate(shifted_origin),
@@ -204,7 +206,8 @@ def write_sessions(path: Path, rows: Sequence[dict[str, Any]], covariates: Seque
     """Write ``sessions.arrow`` from rows of `session_row` with their places, and the covariates of each."""
     known = pd.DataFrame(list(rows))
     extra = pd.DataFrame(list(covariates))
-    extra = extra.drop(columns=[name for name in extra.columns if name in known])
+    # A covariate that is called like a column of ours keeps its values under another name.
+    extra = extra.rename(columns={name: f"{name}_" for name in extra.columns if name in (*PLAIN, *_ARRAYS)})
     for name in extra.columns:
         extra[name] = _one_type(extra[name])
     plain = [name for name in PLAIN if name in known]

@@ -9,6 +9,8 @@ Axis legend: S slices, C contrasts, H rows, W columns.
 
 from __future__ import annotations
 
+import errno
+import gc
 import json
 import os
 from collections.abc import Sequence
@@ -74,6 +76,9 @@ class SliceFileWriter:
     def __exit__(self, *_exception: object) -> None:
         self._writer.close()
         self._sink.close()
+        # On disk before it gets its name: a power cut must not leave a whole name on half a file.
+        with self.path.open("rb") as handle:
+            os.fsync(handle.fileno())
 
     def write(self, block: Block) -> None:
         """Append a session.
@@ -82,10 +87,11 @@ class SliceFileWriter:
             ScanError: it has more bytes than a record batch can hold.
         """
         count = len(block.pixels)
-        if block.pixels.nbytes > MAX_BATCH_BYTES:
+        num_bytes = max(block.pixels.nbytes, 0 if block.mask is None else block.mask.nbytes)
+        if num_bytes > MAX_BATCH_BYTES:
             raise ScanError(
                 "the session is too large for a store",
-                got=f"{block.pixels.nbytes / 2**30:.1f} GiB",
+                got=f"{num_bytes / 2**30:.1f} GiB",
                 expected="less than 2 GiB",
                 remedy="Lower size, or raise spacing_mm",
             )
@@ -184,13 +190,24 @@ class SliceFiles:
 
     def _opened(self, file: str) -> BinaryIO:
         try:
-            handle = (self.folder / file).open("rb", buffering=0)
+            handle = self._open_one(file)
         except OSError as error:
             raise StoreError(
                 f"a file of slices cannot be read: {error.strerror}", where=file, remedy="Prepare the store again"
             ) from None
         self._open[file] = handle
         return handle
+
+    def _open_one(self, file: str) -> BinaryIO:
+        try:
+            return (self.folder / file).open("rb", buffering=0)
+        except OSError as error:
+            if error.errno != errno.EMFILE or not self._open:
+                raise
+            # A process may hold about a thousand files. Others may be reading: theirs close when they are done.
+            self._open.clear()
+            gc.collect()
+            return (self.folder / file).open("rb", buffering=0)
 
 
 def _read_at(handle: BinaryIO, out: memoryview, at: int) -> int:

@@ -36,6 +36,27 @@ from brainfound.errors import StoreError, UsageError
 
 SCHEMA_VERSION = 2
 
+_QUERY_ERRORS = (
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    NameError,
+    NotImplementedError,
+    ArithmeticError,
+)
+_QUALITY_NUMBERS = (
+    "foreground_ml",
+    "intensity_low",
+    "intensity_high",
+    "minimum",
+    "maximum",
+    "overlap",
+    "cropped",
+    "num_slices",
+)
+
 
 class Store:
     """A prepared cohort, or some sessions of one, or of several. ``len`` counts sessions; ``store[i]`` is a `Stack`.
@@ -71,7 +92,8 @@ class Store:
 
     def __reduce__(self):
         # A worker process opens the store by itself: the memory map is shared, nothing is copied.
-        return (_reopen, (tuple(folder.path for folder in self.folders), self.table.origin))
+        folders = tuple((folder.path, folder.facts["content_hash"]) for folder in self.folders)
+        return (_reopen, (folders, self.table.origin))
 
     def __len__(self) -> int:
         return len(self.sessions)
@@ -105,13 +127,19 @@ class Store:
             UsageError: the query cannot be read, or no session is left.
         """
         table = self.sessions.assign(
-            **{f"has_{name}": self.present[:, channel] for channel, name in enumerate(self.contrasts)},
-            has_mask=self.sessions["mask_dtype"] != "",
+            **{
+                name: values
+                for name, values in {
+                    **{f"has_{name}": self.present[:, channel] for channel, name in enumerate(self.contrasts)},
+                    "has_mask": self.sessions["mask_dtype"] != "",
+                }.items()
+                if name not in self.sessions
+            }
         )
         if isinstance(keep, str):
             try:
                 chosen = table.eval(keep, engine="python", parser="pandas", local_dict={}, global_dict={})
-            except (SyntaxError, ValueError, TypeError, LookupError, AttributeError, NameError) as error:
+            except _QUERY_ERRORS as error:
                 raise UsageError(
                     f"the query cannot be read: {str(error).splitlines()[0]}",
                     where="filter",
@@ -144,6 +172,13 @@ class Store:
                     got=f"{stores[0].path.name}, {other.path.name}",
                     remedy="Prepare one like the other: brainfound prepare SOURCE STORE --like OTHER_STORE",
                 )
+            if other.facts.get("mask") != stores[0].facts.get("mask"):
+                raise UsageError(
+                    "the masks of the stores were made of different label maps",
+                    where="concatenate",
+                    got=f"{stores[0].facts.get('mask')}, {other.facts.get('mask')}",
+                    remedy="Prepare both with the same --mask",
+                )
         folders = [folder for store in stores for folder in store.folders]
         table = SessionTable.join([store.table for store in stores], [len(store.folders) for store in stores])
         repeated = table.sessions.duplicated(["subject", "session"])
@@ -171,7 +206,9 @@ class Store:
     @cached_property
     def quality(self) -> pd.DataFrame:
         """One row per scan that is in a stack: subject, session and the columns of `ScanQuality`."""
-        return self._rows_of_sessions("quality.tsv", text=("notes", "subject", "session", "file", "shape"))
+        table = self._rows_of_sessions("quality.tsv")
+        numbers = [name for name in table.columns if name in _QUALITY_NUMBERS]
+        return table.assign(**{name: pd.to_numeric(table[name]) for name in numbers})
 
     @cached_property
     def rejected(self) -> pd.DataFrame:
@@ -193,18 +230,20 @@ class Store:
 
     @cached_property
     def _files_not_used(self) -> pd.DataFrame:
-        parts = [pd.read_csv(f.path / "rejected.tsv", sep="\t", dtype=str, keep_default_na=False) for f in self.folders]
-        return pd.concat(parts, ignore_index=True)
+        return self._rows_of_sessions("rejected.tsv")
 
-    def _rows_of_sessions(self, name: str, text: Sequence[str]) -> pd.DataFrame:
+    def _rows_of_sessions(self, name: str) -> pd.DataFrame:
+        """The rows of a table of each folder that belong to these sessions; of a whole folder all rows, as text."""
         parts = []
-        for number, folder in enumerate(self.folders):
-            table = pd.read_csv(folder.path / name, sep="\t", dtype=dict.fromkeys(text, str), na_values=[""])
-            table[list(text)] = table[list(text)].fillna("")
-            here = self.sessions[self.table.origin[:, 0] == number]
-            keys = set(zip(here["subject"], here["session"], strict=True))
-            kept = np.array([key in keys for key in zip(table["subject"], table["session"], strict=True)], dtype=bool)
-            parts.append(table[kept])
+        for folder in {folder.path: folder for folder in self.folders}.values():
+            table = pd.read_csv(folder.path / name, sep="\t", dtype=str, keep_default_na=False)
+            mine = [number for number, other in enumerate(self.folders) if other.path == folder.path]
+            here = self.sessions[np.isin(self.table.origin[:, 0], mine)]
+            if len(here) < len(folder.table):
+                keys = set(zip(here["subject"], here["session"], strict=True))
+                named = zip(table["subject"], table["session"], strict=True)
+                table = table[np.array([key in keys for key in named], dtype=bool)]
+            parts.append(table)
         return pd.concat(parts, ignore_index=True)
 
     @property
@@ -308,26 +347,40 @@ class Store:
         Raises:
             StoreError: something was changed or lost; names the session by its row.
         """
-        table = self.table
-        for index in range(len(self)):
-            stack = self[index]
-            if hashes_of(stack) != tuple(self.sessions[["image_hash", "content_hash"]].iloc[index]):
+        for folder in self.folders:
+            folder.require_sound_table()
+        damaged = self.damaged_sessions()
+        if damaged:
+            raise StoreError(
+                "the bytes of a session are not those that were written",
+                where=self.path.name,
+                got=f"session {damaged[0]}" + (f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""),
+                remedy="Copy the store again, or mend it with brainfound prepare … --overwrite",
+            )
+        names = self.slices.select_columns(["subject", "session", "slice_index"])
+        for index, first in enumerate(self.table.first_row):
+            row = self.sessions.iloc[index]
+            if names[int(first)] != {"subject": row["subject"], "session": row["session"], "slice_index": 0}:
                 raise StoreError(
-                    "the bytes of a session are not those that were written",
+                    "the rows of slices do not follow the table of sessions",
                     where=self.path.name,
                     got=f"session {index}",
-                    remedy="Copy the store again, or prepare it again with --overwrite",
+                    remedy="Copy the store again, or prepare it in a new folder",
                 )
-        proved = content_hash(table, self.preprocessing)
-        if proved != self.content_hash:
-            raise StoreError(
-                "the table of sessions is not the one that was written",
-                where=self.path.name,
-                got=proved[:12],
-                expected=self.content_hash[:12],
-                remedy="Copy the store again, or prepare it again with --overwrite",
-            )
-        return proved
+        return self.content_hash
+
+    def damaged_sessions(self) -> list[int]:
+        """Rows of the sessions whose bytes are not those that were written, or cannot be read."""
+        expected = list(zip(self.sessions["image_hash"], self.sessions["content_hash"], strict=True))
+        damaged = []
+        for index in range(len(self)):
+            try:
+                sound = hashes_of(self[index]) == expected[index]
+            except StoreError:
+                sound = False
+            if not sound:
+                damaged.append(index)
+        return damaged
 
     def save(self, folder: str | Path, *, keep_ids: bool = True) -> Store:
         """Write the sessions of this store (filtered, or of several stores) as a store of their own.
@@ -403,19 +456,46 @@ class StoreFolder:
         shape = (len(self.preprocessing.contrasts), *self.preprocessing.size)
         self.files = SliceFiles(path / "slices", shape, self.preprocessing.pixel_dtype)
 
+    def require_sound_table(self) -> None:
+        """Refuse a table of sessions or a preprocessing that is not the one that was written.
+
+        Raises:
+            StoreError: says what differs.
+        """
+        sound = self.preprocessing.model_dump(mode="json") == self.facts["preprocessing"]
+        if not sound or content_hash(self.table, self.preprocessing) != self.facts["content_hash"]:
+            raise StoreError(
+                f"the {'table of sessions' if sound else 'preprocessing'} is not the one that was written",
+                where=self.path.name,
+                remedy="Copy the store again, or prepare it in a new folder",
+            )
+
+
+def partial_of(path: Path) -> Path:
+    """Where a store is made. A name of our own: what a user calls STORE.partial is left alone."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def replaced_of(path: Path) -> Path:
+    """Where a store waits while another takes its place."""
+    return path.with_name(f".{path.name}.replaced")
+
 
 def _no_store(path: Path) -> StoreError:
     remedy = "Make it with: brainfound prepare SOURCE STORE"
     what = "not a store"
-    if path.with_name(path.name + ".partial").is_dir():
-        what, remedy = "the store is not complete", "Finish it with the same brainfound prepare command"
-    elif path.with_name(path.name + ".old").is_dir():
+    if (replaced_of(path) / "store.json").is_file():
         what, remedy = "an update of the store was cut off", "Repeat the brainfound prepare command: nothing is lost"
+    elif partial_of(path).is_dir():
+        what, remedy = "the store is not complete", "Finish it with the same brainfound prepare command"
     return StoreError(what, where=path, expected="a folder with store.json", remedy=remedy)
 
 
-def _reopen(paths: tuple[Path, ...], origin: np.ndarray) -> Store:
-    folders = [StoreFolder(path) for path in paths]
+def _reopen(known: tuple[tuple[Path, str], ...], origin: np.ndarray) -> Store:
+    folders = [StoreFolder(path) for path, _ in known]
+    for folder, (path, expected) in zip(folders, known, strict=True):
+        if folder.facts["content_hash"] != expected:
+            raise StoreError("the store was changed while it was in use", where=path.name, remedy="Open it again")
     table = SessionTable.join([folder.table for folder in folders], [1] * len(folders))
     index = {(int(part), int(row)): at for at, (part, row) in enumerate(table.origin)}
     return Store(folders, table.take(np.array([index[int(part), int(row)] for part, row in origin])))

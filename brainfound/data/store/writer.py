@@ -24,10 +24,20 @@ from brainfound.data.hooks import Hook
 from brainfound.data.prepare_session import FURTHER_SCAN, NO_PART, FileNotUsed, PreparedSession, prepare_session
 from brainfound.data.preprocessing import Preprocessing
 from brainfound.data.stack import Stack
-from brainfound.data.store import SCHEMA_VERSION, Store, StoreFolder
-from brainfound.data.store.plan import MAX_SHARDS, MIN_SESSIONS_PER_SHARD, Key, Shard, Sources, write_json
-from brainfound.data.store.session_table import SessionTable, content_hash, session_row, write_sessions
+from brainfound.data.store.plan import (
+    MAX_SHARDS,
+    MIN_SESSIONS_PER_SHARD,
+    Key,
+    Shard,
+    Sources,
+    next_file_number,
+    remove_folder,
+    require_place,
+    write_json,
+)
+from brainfound.data.store.session_table import SessionTable, content_hash, hashes_of, session_row, write_sessions
 from brainfound.data.store.slice_files import Block, SliceFileWriter, places_in_file, write_datasets_index
+from brainfound.data.store.store import SCHEMA_VERSION, Store, StoreFolder, partial_of, replaced_of
 from brainfound.errors import ScanError, StoreError
 
 REJECTED_COLUMNS = ["file", "subject", "session", "contrast", "reason"]
@@ -47,6 +57,8 @@ class ShardJob:
     mask: str
     root: Path
     hooks: tuple[Hook, ...]
+    settings: str
+    """Hash of the settings: a worker that outlived its run must not write into another."""
     key: str
     """Unique to this run."""
 
@@ -75,14 +87,30 @@ def write_shard(job: ShardJob) -> None:
                 report.add(session, prepared)
         for row, place in zip(report.rows, places_in_file(unfinished), strict=True):
             row |= {"file": job.shard.file, **place}
+        num_bytes = unfinished.stat().st_size if report.rows else 0
+        _require_same_run(job)
         if report.rows:
             unfinished.replace(job.partial / "slices" / job.shard.file)
     finally:
         unfinished.unlink(missing_ok=True)
     write_json(
         job.shard.report(job.partial),
-        {"sessions": report.rows, "not_used": report.not_used, "quality": report.quality},
+        {
+            "num_bytes": num_bytes,
+            "sessions": report.rows,
+            "not_used": report.not_used,
+            "quality": report.quality,
+        },
     )
+
+
+def _require_same_run(job: ShardJob) -> None:
+    try:
+        settings = json.loads((job.partial / "plan.json").read_text(encoding="utf-8"))["settings"]
+    except (OSError, ValueError, KeyError):
+        settings = None
+    if settings != job.settings:
+        raise StoreError("the run that this worker belongs to is over", where=job.partial.name)
 
 
 def _write_stack(writer: SliceFileWriter, session: Session, prepared: PreparedSession, stack: Stack) -> PreparedSession:
@@ -106,8 +134,8 @@ class _Report:
     def add(self, session: Session, prepared: PreparedSession) -> None:
         who = {"subject": session.subject, "session": session.session}
         for entry in prepared.not_used:
-            file = os.path.relpath(entry.file, self.root)
-            self.not_used.append({"file": file, **who, "contrast": entry.contrast, "reason": entry.reason})
+            file = printable(os.path.relpath(entry.file, self.root))
+            self.not_used.append({"file": file, **who, "contrast": entry.contrast, "reason": printable(entry.reason)})
         if prepared.stack is not None:
             self.rows.append(session_row(prepared.stack))
             self.quality += [{**who, **quality.to_row()} for quality in prepared.quality]
@@ -135,12 +163,20 @@ class Parts:
     @classmethod
     def of_source(cls, cohort: Cohort) -> Parts:
         """The files of a source that are no scans of its cohort."""
-        rows = [(os.path.relpath(file, cohort.root), "", "", "", f"{NO_PART}: {why}") for file, why in cohort.unused]
+        rows = [
+            (printable(os.path.relpath(file, cohort.root)), "", "", "", printable(f"{NO_PART}: {why}"))
+            for file, why in cohort.unused
+        ]
         return cls([], pd.DataFrame(rows, columns=REJECTED_COLUMNS), pd.DataFrame(columns=QUALITY_COLUMNS))
 
     @classmethod
-    def kept_of(cls, folder: StoreFolder, keep: set[Key], slices: Path) -> Parts:
-        """The sessions of a store that stay; their files are linked, or copied without what goes."""
+    def kept_of(cls, folder: StoreFolder, keep: set[Key], slices: Path, next_number: int) -> Parts:
+        """The sessions of a store that stay; their files are linked, or copied without what goes.
+
+        Args:
+            slices: where the files go.
+            next_number: of a file that is written anew.
+        """
         store = Store([folder], folder.table)
         keys = list(zip(store.sessions["subject"], store.sessions["session"], strict=True))
         stays = np.array([key in keep for key in keys], dtype=bool)
@@ -153,7 +189,8 @@ class Parts:
                 rows += [_stored_row(store, int(index)) | _place(folder.table, int(index)) for index in chosen]
             elif len(chosen):
                 in_file_order = chosen[np.argsort(folder.table.pixels_at[chosen])]
-                rows += write_blocks(slices / f"{Path(file).stem}-kept.arrow", store, in_file_order.tolist())
+                rows += write_blocks(slices / f"data-{next_number:05d}.arrow", store, in_file_order.tolist())
+                next_number += 1
         text = {"dtype": str, "keep_default_na": False, "sep": "\t"}
         not_used = pd.read_csv(folder.path / "rejected.tsv", **text)
         quality = pd.read_csv(folder.path / "quality.tsv", **text)
@@ -212,6 +249,14 @@ def write_blocks(
     with SliceFileWriter(path) as writer:
         for index in sessions:
             stack = store[index]
+            row = store.sessions.iloc[index]
+            if hashes_of(stack) != (row["image_hash"], row["content_hash"]):
+                raise StoreError(
+                    "the bytes of a session are not those that were written",
+                    where=store.path.name,
+                    got=f"session {index}",
+                    remedy="Copy the store again, or mend it with brainfound prepare … --overwrite",
+                )
             if names is not None:
                 stack = replace(stack, subject=names[index][0], session=names[index][1])
             writer.write(Block(stack.subject, stack.session, stack.pixels, stack.mask, stack.positions_mm))
@@ -262,6 +307,7 @@ def assemble(
             "num_slices": int(table.num_slices.sum()),
             "num_rejected_files": int(refused.sum()),
             "content_hash": proof,
+            "next_file_number": next_file_number(partial),
             **facts,
         },
     )
@@ -270,16 +316,18 @@ def assemble(
 
 def put_in_place(partial: Path, out: Path) -> None:
     """Give a finished store its name; a store that it replaces is removed last."""
-    for leftover in [*partial.glob("shard-*.json"), *partial.glob("*.tmp"), partial / "plan.json"]:
-        leftover.unlink(missing_ok=True)
-    old = out.with_name(out.name + ".old")
-    if old.exists():
-        shutil.rmtree(old)
+    replaced = replaced_of(out)
     if out.exists():
-        out.rename(old)
+        out.rename(replaced)
     partial.rename(out)
-    if old.exists():
-        shutil.rmtree(old)
+    for leftover in [*out.glob("shard-*.json"), *out.glob("*.tmp"), out / "plan.json"]:
+        leftover.unlink(missing_ok=True)
+    remove_folder(replaced)
+
+
+def printable(text: str) -> str:
+    """A name of a file as UTF-8 can hold it; what is no UTF-8 becomes an escape."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def copy_store(store: Store, out: Path, *, keep_ids: bool = True, columns: Sequence[str] | None = None) -> Store:
@@ -294,15 +342,17 @@ def copy_store(store: Store, out: Path, *, keep_ids: bool = True, columns: Seque
         StoreError: something is there.
         UsageError: no such column.
     """
+    out = require_place(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise StoreError("something is there", where=out, remedy="Give another folder")
+    _require_space_for_copy(store, out)
     if columns is None:
         columns = store.covariates if keep_ids else [name for name in SAFE_COVARIATES if name in store.covariates]
     for name in columns:
         store.covariate(name)
     names = _same_names(store) if keep_ids else _new_names(store)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = partial_of(out)
+    remove_folder(partial)
     (partial / "slices").mkdir(parents=True)
     rows: list[dict[str, Any]] = []
     # In the order of the new names, so that the old order does not show.
@@ -314,7 +364,7 @@ def copy_store(store: Store, out: Path, *, keep_ids: bool = True, columns: Seque
         names[index]: {name: store.sessions[name].iloc[index] for name in columns} for index in range(len(store))
     }
     parts = Parts(rows, _files_of_sessions(store, keep_ids), _quality_of_sessions(store, names, keep_ids))
-    facts = {key: value for key, value in store.facts.items() if key in ("hooks", "converted_by")}
+    facts = {key: value for key, value in store.facts.items() if key in ("hooks", "mask")}
     # It was not made of files, so preparing into it is refused.
     facts |= {"settings": "copy", "copied_from": store.content_hash if keep_ids else None}
     Sources("copy", {}, {}).write(partial)
@@ -323,6 +373,22 @@ def copy_store(store: Store, out: Path, *, keep_ids: bool = True, columns: Seque
         out.rmdir()
     put_in_place(partial, out)
     return Store.open(out)
+
+
+def _require_space_for_copy(store: Store, out: Path) -> None:
+    height, width = store.preprocessing.size
+    pixel_bytes = len(store.contrasts) * store.preprocessing.bits // 8 + 1
+    needed = store.num_slices * height * width * pixel_bytes
+    out.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(out.parent).free
+    if needed > free:
+        raise StoreError(
+            "the disk will not hold the copy",
+            where=out,
+            got=f"{free / 1e9:.1f} GB free",
+            expected=f"about {needed / 1e9:.1f} GB",
+            remedy="Free some space, or give a folder on another disk",
+        )
 
 
 def _chunks(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
@@ -365,7 +431,7 @@ def _quality_of_sessions(store: Store, names: Mapping[int, Key], keep_ids: bool)
     return quality[QUALITY_COLUMNS]
 
 
-def require_sessions(parts: Parts, out: Path) -> None:
+def require_sessions(parts: Parts, out: Path, keep_ids: bool) -> None:
     """Refuse a store without a session.
 
     Raises:
@@ -374,7 +440,9 @@ def require_sessions(parts: Parts, out: Path) -> None:
     if parts.rows:
         return
     refused = parts.not_used[~parts.not_used["reason"].astype(str).str.startswith((FURTHER_SCAN, NO_PART))]
-    first = f"{refused['reason'].iloc[0]} [{refused['file'].iloc[0]}]" if len(refused) else "no scans"
+    first = refused["reason"].iloc[0] if len(refused) else "no scans"
+    if keep_ids and len(refused):
+        first += f" [{refused['file'].iloc[0]}]"
     raise StoreError(
         f"not one session could be used; first reason: {first}",
         where=out,

@@ -86,7 +86,7 @@ def test_an_unfinished_store_is_gone_on_with(tmp_path, make_cohort, monkeypatch)
         "prepare(sys.argv[1], sys.argv[2], Preprocessing(contrasts=('T1w',), spacing_mm=(4,4,4), size=(32,32)))"
     )
     run = subprocess.Popen([sys.executable, "-c", code, str(cohort), str(tmp_path / "store")])
-    first = tmp_path / "store.partial" / "shard-00000.json"
+    first = tmp_path / ".store.partial" / "shard-00000.json"
     deadline = time.monotonic() + 60
     while not first.exists() and run.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)

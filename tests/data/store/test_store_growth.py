@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -80,7 +81,7 @@ def test_new_sessions_are_added_and_the_others_left_alone(source, tmp_path, prep
     assert len(grown) == 12
     assert len(grown.rejected) == 1
     assert_equal_to_new(grown, source, tmp_path)
-    assert not [name for name in os.listdir(tmp_path) if name.endswith((".old", ".partial"))]
+    assert not [name for name in os.listdir(tmp_path) if name.endswith((".replaced", ".partial"))]
     prepared_sessions.clear()
     before = (tmp_path / "store" / "store.json").stat().st_mtime_ns
     prepare(source, tmp_path / "store", SETTINGS)
@@ -143,11 +144,145 @@ def test_an_unfinished_run_of_a_source_that_grew_is_gone_on_with(source, tmp_pat
 
 
 def test_an_update_that_was_cut_off_between_its_renames_is_mended(source, tmp_path):
-    prepare(source, tmp_path / "store", SETTINGS)
-    (tmp_path / "store").rename(tmp_path / "store.old")
+    store = prepare(source, tmp_path / "store", SETTINGS)
+    replaced = tmp_path / ".store.replaced"
+    store.path.rename(replaced)
     with pytest.raises(StoreError, match="cut off.*nothing is lost"):
         Store.open(tmp_path / "store")
     assert len(prepare(source, tmp_path / "store", SETTINGS)) == 12
+    # Ended later, while the old one was removed: it is never taken for a store, and goes.
+    shutil.copytree(store.path, replaced)
+    (replaced / "store.json").unlink()
+    prepare(source, tmp_path / "store", SETTINGS)
+    assert not replaced.exists()
+
+
+def test_folders_of_the_user_with_names_like_ours_are_left_alone(source, tmp_path):
+    for name in ("store.old", "store.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").write_text("mine")
+    prepare(source, tmp_path / "store", SETTINGS)
+    rows_of(source, lambda subject: subject != "s00")
+    prepare(source, tmp_path / "store", SETTINGS, overwrite=True)
+    assert [(tmp_path / name / "thesis.txt").read_text() for name in ("store.old", "store.partial")] == ["mine"] * 2
+
+
+def test_a_store_that_could_not_be_put_in_place_is_not_made_again(source, tmp_path, monkeypatch, prepared_sessions):
+    def busy(partial, out):
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    put_in_place = preparing.put_in_place
+    monkeypatch.setattr(preparing, "put_in_place", busy)
+    with pytest.raises(OSError, match="busy"):
+        prepare(source, tmp_path / "store", SETTINGS)
+    monkeypatch.setattr(preparing, "put_in_place", put_in_place)
+    prepared_sessions.clear()
+    store = prepare(source, tmp_path / "store", SETTINGS)
+    assert not prepared_sessions
+    assert_equal_to_new(store, source, tmp_path)
+
+
+def test_overwrite_mends_what_is_damaged_and_tries_again_what_was_refused(source, tmp_path, prepared_sessions):
+    good = (source / "s03_T1w.nii.gz").read_bytes()
+    stamp = (source / "s03_T1w.nii.gz").stat()
+    (source / "s03_T1w.nii.gz").write_bytes(good[:100] + b"!" + good[101:])
+    os.utime(source / "s03_T1w.nii.gz", ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    store = prepare(source, tmp_path / "store", SETTINGS)
+    assert store.rejected["file"].tolist() == ["s03_T1w.nii.gz"]
+    (source / "s03_T1w.nii.gz").write_bytes(good)  # a passing failure: the same size and time
+    os.utime(source / "s03_T1w.nii.gz", ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    file = store.path / "slices" / store.table.file_of(7)
+    content = bytearray(file.read_bytes())
+    content[int(store.table.pixels_at[7]) + 1500] ^= 4
+    file.write_bytes(content)
+    with pytest.raises(StoreError, match=r"session 7\b.*--overwrite"):
+        store.verify()
+    with pytest.raises(StoreError, match="session 7"):
+        store.save(tmp_path / "copy")
+    prepared_sessions.clear()
+    mended = prepare(source, tmp_path / "store", SETTINGS, overwrite=True)
+    assert prepared_sessions == {"s03": 1, "s07": 1}
+    assert mended.rejected.empty
+    assert_equal_to_new(mended, source, tmp_path)
+
+
+def test_a_store_behind_a_link_stays_there(source, tmp_path):
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "scratch" / "store")
+    rows_of(source, lambda subject: subject != "s00")
+    prepare(source, tmp_path / "link", SETTINGS)
+    rows_of(source, lambda subject: True)
+    prepare(source, tmp_path / "link", SETTINGS)
+    assert (tmp_path / "link").is_symlink()
+    assert len(Store.open(tmp_path / "scratch" / "store")) == 12
+
+
+def test_workers_get_paths_that_mean_the_same_everywhere(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    seen = []
+    write = preparing.write_shard
+
+    def spy(job):
+        seen.extend([job.partial, job.root, *job.sessions[0].scans.values(), *job.sessions[0].masks.values()])
+        write(job)
+
+    monkeypatch.setattr(preparing, "write_shard", spy)
+    prepare("cohort", "store", SETTINGS)
+    assert seen
+    assert all(path.is_absolute() for path in seen)
+    assert prepare(source, tmp_path / "store", SETTINGS).content_hash, "the same source under another path"
+
+
+def test_a_worker_of_a_run_that_is_over_writes_nothing(source, tmp_path, monkeypatch):
+    jobs = []
+    write = preparing.write_shard
+    monkeypatch.setattr(preparing, "write_shard", lambda job: (jobs.append(job), write(job)))
+    prepare(source, tmp_path / "store", SETTINGS)
+    partial = jobs[0].partial
+    (partial / "slices").mkdir(parents=True)
+    (partial / "plan.json").write_text('{"settings": "of another run"}')
+    with pytest.raises(StoreError, match="is over"):
+        write(jobs[0])
+    assert os.listdir(partial / "slices") == []
+
+
+def test_a_resumed_run_is_asked_only_for_the_space_that_is_missing(source, tmp_path, monkeypatch):
+    spied = preparing.write_shard
+
+    def fails_at_the_second(job):
+        if job.shard.number == 1:
+            raise KeyboardInterrupt
+        spied(job)
+
+    monkeypatch.setattr(preparing, "write_shard", fails_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(source, tmp_path / "store", SETTINGS)
+    monkeypatch.setattr(preparing, "write_shard", spied)
+    usage = shutil.disk_usage(tmp_path)
+    from brainfound.data.cohort import Cohort
+
+    whole = sum(store_plan._bytes_of(session, SETTINGS) for session in Cohort.read(source).sessions())
+    # Eight of twelve sessions are done: half of the whole is enough.
+    monkeypatch.setattr(store_plan.shutil, "disk_usage", lambda path: usage._replace(free=whole // 2))
+    assert len(prepare(source, tmp_path / "store", SETTINGS)) == 12
+
+
+def test_a_pickled_store_that_was_changed_since_is_refused(source, tmp_path):
+    rows_of(source, lambda subject: subject != "s00")
+    pickled = pickle.dumps(prepare(source, tmp_path / "store", SETTINGS))
+    rows_of(source, lambda subject: True)
+    prepare(source, tmp_path / "store", SETTINGS)
+    with pytest.raises(StoreError, match="changed while it was in use"):
+        pickle.loads(pickled)
+
+
+def test_scans_that_are_not_wanted_do_not_matter(source, tmp_path, prepared_sessions):
+    settings = SETTINGS.model_copy(update={"contrasts": ("T1w",)})
+    prepare(source, tmp_path / "store", settings)
+    prepared_sessions.clear()
+    os.utime(source / "s02_T2w.nii.gz", ns=(1, 1))
+    prepare(source, tmp_path / "store", settings)
+    assert not prepared_sessions
 
 
 _PREPARE = (
@@ -172,7 +307,7 @@ def test_a_full_disk_is_said_before_it_is_filled(source, tmp_path, monkeypatch):
     monkeypatch.setattr(store_plan.shutil, "disk_usage", lambda path: usage._replace(free=100_000))
     with pytest.raises(StoreError, match=r"will not hold the store \(got 0.0 GB free.*12 sessions.*Free some space"):
         prepare(source, tmp_path / "store", SETTINGS)
-    assert not (tmp_path / "store.partial").exists()
+    assert not (tmp_path / ".store.partial").exists()
 
 
 def test_the_size_that_is_foreseen_is_near_the_real_one(source, tmp_path, monkeypatch):

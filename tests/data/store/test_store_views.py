@@ -61,6 +61,8 @@ def test_sessions_are_chosen_by_bools_and_functions_too(small_store):
 @pytest.mark.parametrize(
     ("query", "message"),
     [
+        ("1/0 > age_years", "cannot be read"),
+        ("{1: 2}", "cannot be read"),
         ("age > 50", "cannot be read.*age_years"),
         ("age_years >", "cannot be read"),
         ("age_years", "not one yes or no per session"),
@@ -121,6 +123,62 @@ def test_verify_finds_one_changed_byte_and_a_changed_label(small_store, tmp_path
     file.write_bytes(content[: at - 5000])
     with pytest.raises(StoreError, match="shorter than the table"):
         Store.open(copy)[8]
+
+
+def test_show_verifies_a_store(small_store, tmp_path, monkeypatch, capsys):
+    from brainfound.cli.main import main
+
+    shutil.copytree(small_store.path, tmp_path / "copy")
+    for damage, code in ((False, 0), (True, 1)):
+        if damage:
+            file = next((tmp_path / "copy" / "slices").glob("*.arrow"))
+            file.write_bytes(file.read_bytes()[:-4000])
+        monkeypatch.setattr("sys.argv", ["brainfound", "show", str(tmp_path / "copy"), "--verify"])
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert end.value.code == code
+        out, err = capsys.readouterr()
+        assert (small_store.content_hash in out) != damage
+        assert ("shorter than the table" in err or "not those that were written" in err) == damage
+
+
+def test_parts_of_a_store_know_only_their_own_files(tmp_path, make_cohort):
+    source = make_cohort(tmp_path / "cohort", num_subjects=4)
+    for name in ("s00_T2w", "s03_FLAIR"):
+        (source / f"{name}.nii.gz").write_bytes(b"broken")
+    store = prepare(source, tmp_path / "store", SETTINGS)
+    first = store.filter("subject == 's00'")
+    assert first.rejected["file"].tolist() == ["s00_T2w.nii.gz"]
+    saved = first.save(tmp_path / "saved")
+    assert saved.rejected["subject"].tolist() == ["s00"]
+    assert saved.facts["num_rejected_files"] == 1
+    both = Store.concatenate([first, store.filter("subject == 's03'")])
+    assert sorted(both.rejected["file"]) == ["s00_T2w.nii.gz", "s03_FLAIR.nii.gz"]
+
+
+def test_subjects_and_columns_with_awkward_names_keep_their_values(tmp_path, make_cohort):
+    source = make_cohort(tmp_path / "cohort", num_subjects=3, contrasts=("T1w",))
+    table = pd.read_csv(source / "manifest.tsv", sep="\t", dtype={"session": str})
+    table["subject"] = ["NA-1", "None", "x1"]
+    table["file"] = [3, 2, 1]
+    table["has_T1w"] = ["a", "b", "c"]
+    table.to_csv(source / "manifest.tsv", sep="\t", index=False)
+    store = prepare(source, tmp_path / "store", SETTINGS.model_copy(update={"contrasts": ("T1w",)}))
+    assert len(store.quality) == len(store)
+    assert store.sessions["file_"].tolist() == [3, 2, 1]
+    assert len(store.filter("has_T1w == 'b'")) == 1
+
+
+def test_masks_of_other_label_maps_are_not_joined(tmp_path, make_cohort):
+    source = make_cohort(tmp_path / "cohort", num_subjects=4)
+    table = pd.read_csv(source / "manifest.tsv", sep="\t", dtype={"session": str})
+    table["tissue_mask"] = table["mask"]
+    stores = []
+    for name, subjects in (("mask", ["s00", "s01"]), ("tissue_mask", ["s02", "s03"])):
+        table[table["subject"].isin(subjects)].to_csv(source / f"{name}.tsv", sep="\t", index=False)
+        stores.append(prepare(source / f"{name}.tsv", tmp_path / name, SETTINGS, mask=name))
+    with pytest.raises(UsageError, match="different label maps"):
+        Store.concatenate(stores)
 
 
 def test_a_filtered_store_is_saved_as_one_of_its_own(small_store, tmp_path):
