@@ -76,6 +76,8 @@ def _report(made: Store, folder: Path, keep_ids: bool) -> None:
         print(f"{len(made.further_scans)} further scans of a contrast not used, see {folder / 'rejected.tsv'}")
     if len(made.unused_files):
         print(f"{len(made.unused_files)} files of the source are no scans of the cohort, see {folder / 'rejected.tsv'}")
+    for line in made.facts.get("source_notes", ()):
+        note(f"the source: {line}")
     noted = int((made.quality["notes"] != "").sum())
     if noted:
         note(f"{noted} scans with notes, see {folder / 'quality.tsv'} and contact_sheet.png")

@@ -123,6 +123,7 @@ def prepare(
             facts: dict[str, Any] = {
                 "settings": sources.settings,
                 "source": cohort.source,
+                "source_notes": list(cohort.notes),
                 "mask": mask,
                 "hooks": describe(loaded) or [{"name": name, "done_before": True} for name in preprocessing.hooks],
             }

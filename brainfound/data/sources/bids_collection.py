@@ -52,6 +52,8 @@ def read(path: Path, work: Path | None = None) -> Cohort:
     if beside:
         unused += [(folder, "a copy of the data set beside it") for folder in folders if folder not in beside]
         folders = beside
+    others = [folder for folder in subfolders(path, "[!.]*") if folder not in (*folders, *(file for file, _ in unused))]
+    unused += [(folder, "a folder that is no BIDS data set (read it by itself)") for folder in others]
     notes += _check_people(path, folders)
     for folder in folders:
         if path.name == "derivatives" or _is_derivative(folder):

@@ -92,3 +92,13 @@ def test_every_cohort_can_be_described_without_reading_voxels(layout):
         cohort = Cohort.read(layout(content=content))
         assert len(cohort) == len(list(cohort.sessions())) >= 1
         assert set(cohort.mask_columns) >= {"mask"}
+
+
+def test_folders_beside_bids_data_sets_are_not_lost_in_silence(tmp_path, write_scan):
+    write_scan("one/sub-01/anat/sub-01_T1w.nii.gz")
+    write_scan("two/patient_T1w.nii.gz")
+    cohort = Cohort.read(tmp_path)
+    assert len(cohort) == 1
+    assert [(path.name, reason.split(" (")[0]) for path, reason in cohort.unused] == [
+        ("two", "a folder that is no BIDS data set")
+    ]
