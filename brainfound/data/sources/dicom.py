@@ -23,7 +23,14 @@ import pandas as pd
 from brainfound.contrasts import UNKNOWN
 from brainfound.data.cohort import Cohort
 from brainfound.data.sources.dicom_contrast import contrast_of_series
-from brainfound.data.sources.dicom_series import Series, find_series, is_dicom
+from brainfound.data.sources.dicom_series import (
+    MOST_FOLDERS_OF_ONE,
+    Series,
+    find_series,
+    is_dicom,
+    most_folders_of_one_person,
+    readable,
+)
 from brainfound.data.sources.folders import Unused, files_under, in_order
 from brainfound.data.sources.sidecars import SCANNER_COLUMNS
 from brainfound.errors import CohortError, UsageError
@@ -33,7 +40,7 @@ LOOKS_LIKE = "DICOM files"
 MARKER = "conversion.json"
 _LOOKED_AT = 500
 _LONGEST_S = 3600
-_SCHEMA = 1
+_SCHEMA = 2
 _KEPT = {
     *SCANNER_COLUMNS,
     *("ImageType", "SeriesDescription", "ProtocolName", "ScanningSequence", "ContrastBolusIngredient"),
@@ -51,11 +58,13 @@ def recognises(path: Path) -> bool:
 def read(path: Path, work: Path | None = None) -> Cohort:
     """The MR series of a folder, converted into ``work`` unless they are there already.
 
-    Subjects are the first folders if each holds one patient, else short hashes of PatientID; names, birth dates,
-    dates of studies and institutions are not kept. The contrast follows the rules of `dicom_contrast`.
+    Subjects are the first folders if each holds one patient and is not called by the patient's name, else short
+    hashes of PatientID, or of StudyInstanceUID where there is none; names, birth dates, dates of studies and
+    institutions are not kept. The contrast follows the rules of `dicom_contrast`.
 
     Raises:
-        CohortError: no work folder is given, or not one series could be converted.
+        CohortError: no work folder is given, one PatientID seems to stand for everybody, or not one series could be
+            converted.
         UsageError: the packages of the extra ``dicom`` are not installed.
     """
     if work is None:
@@ -77,6 +86,8 @@ def read(path: Path, work: Path | None = None) -> Cohort:
     table = pd.DataFrame(rows)
     table["path"] = [str(work / file) for file in table["path"]]
     notes = [f"{facts['num_series']} series converted by dcm2niix; nothing was registered or skull-stripped"]
+    if facts["most_folders"] > MOST_FOLDERS_OF_ONE:
+        notes.append(f"up to {facts['most_folders']} folders have one PatientID, and are one subject")
     unknown = int((table["contrast"] == UNKNOWN).sum())
     if unknown:
         notes.append(f"{unknown} scans are of unknown contrast; name them in a manifest if you need them")
@@ -98,6 +109,9 @@ def _convert(path: Path, work: Path, program: str) -> dict[str, Any]:
     unused: Unused = []
     inside = work.resolve()
     files = [file for file in files_under(path, unused) if inside not in file.resolve().parents]
+    gone = {file for file in files if not file.is_file()}
+    unused += [(file, "a link whose target is not there (download the file first)") for file in files if file in gone]
+    files = [file for file in files if file not in gone]
     fingerprint = _fingerprint(path, files)
     marker = work / MARKER
     known = _read_json(marker)
@@ -120,8 +134,9 @@ def _convert(path: Path, work: Path, program: str) -> dict[str, Any]:
         "schema": _SCHEMA,
         "fingerprint": fingerprint,
         "num_series": len(series),
+        "most_folders": most_folders_of_one_person(series),
         "rows": rows,
-        "unused": [(str(file), reason) for file, reason in unused],
+        "unused": [(readable(str(file)), reason) for file, reason in unused],
     }
     work.mkdir(parents=True, exist_ok=True)
     partial = work / f"{MARKER}.{os.getpid()}"
@@ -140,7 +155,7 @@ def _fingerprint(path: Path, files: list[Path]) -> str:
     digest = hashlib.sha256()
     for file in files:
         facts = file.stat()
-        digest.update(f"{file.relative_to(path)} {facts.st_size} {facts.st_mtime_ns}\n".encode())
+        digest.update(os.fsencode(f"{file.relative_to(path)} {facts.st_size} {facts.st_mtime_ns}\n"))
     return digest.hexdigest()
 
 

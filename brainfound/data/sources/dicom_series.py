@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import struct
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from brainfound.data.sources.folders import DICOM_ENDINGS, Unused, in_order, plain_name
+from brainfound.errors import CohortError
 
 _TAGS = [
     *("PatientID", "PatientName", "PatientAge", "PatientSex", "Modality"),
     *("StudyInstanceUID", "SeriesInstanceUID", "SeriesNumber", "StudyDate", "StudyTime"),
 ]
-_NO_PATIENT = {"", "anonymous", "anonymized", "anonymised", "anon", "unknown", "none", "0", "na", "n/a"}
+_NO_PATIENT = {
+    *("", "anonymous", "anonymized", "anonymised", "anon", "unknown", "none", "na", "n/a", "removed", "redacted"),
+    *("deidentified", "de-identified", "patient", "subject", "test", "default", "null"),
+}
+_FILLED_WITH_ONE_SIGN = re.compile(r"0+|(\D)\1{2,}")
+"""000000, XXXX, ----: what some anonymisers write."""
+MOST_FOLDERS_OF_ONE, MOST_SHARE_OF_ONE = 2, 0.1
+"""A PatientID in more folders than the first, and in more than the second part of all, is no person's alone."""
 _YEARS = {"Y": 1.0, "M": 1 / 12, "W": 7 / 365.25, "D": 1 / 365.25}
 
 
@@ -44,7 +52,7 @@ class Series:
     def key(self) -> str:
         """A short name that says nothing: a hash of the series and of the sizes of its files."""
         text = self.uid + "".join(f"{file.name} {file.stat().st_size}" for file in self.files)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        return hashlib.sha256(os.fsencode(text)).hexdigest()[:12]
 
 
 def is_dicom(path: Path) -> bool:
@@ -59,39 +67,51 @@ def is_dicom(path: Path) -> bool:
 
 
 def find_series(root: Path, files: Iterable[Path], unused: Unused) -> list[Series]:
-    """The MR series of a folder, with ``subject`` and ``session`` set; everything else goes into ``unused``."""
+    """The MR series of a folder, with ``subject`` and ``session`` set; everything else goes into ``unused``.
+
+    Raises:
+        CohortError: one PatientID stands in so many folders that it may be an anonymiser's word for everybody.
+    """
     found: dict[str, Series] = {}
     for file in files:
         if file.name.upper() == "DICOMDIR" or not is_dicom(file):
             continue
         header = _read_header(file)
-        uid = str(header.get("SeriesInstanceUID", "")) if header is not None else ""
+        uid = header["SeriesInstanceUID"] if header is not None else ""
         if header is None or not uid:
             unused.append((file, "no DICOM header that can be read" if header is None else "no series in the header"))
             continue
-        modality = str(header.get("Modality", "") or "unknown")
+        modality = header["Modality"] or "unknown"
         if modality != "MR":
             unused.append((file, f"modality {plain_name(modality)[:8]}, not MR"))
             continue
         if uid not in found:
             parts = file.relative_to(root).parts
-            found[uid] = _series(uid, header, parts[0] if len(parts) > 1 else "")
+            found[uid] = _series(uid, header, readable(parts[0]) if len(parts) > 1 else "")
         found[uid].files.append(file)
     series = list(found.values())
+    _refuse_a_name_for_everybody(series)
     _name_subjects(series)
     _name_sessions(series)
     return sorted(series, key=lambda one: (in_order(one.subject), in_order(one.session), one.number, one.uid))
 
 
-def _read_header(file: Path) -> Any:
+def most_folders_of_one_person(series: Iterable[Series]) -> int:
+    """In how many folders the PatientID stands that stands in most; folders that share a study are one."""
+    return max((len(homes) for homes in _homes(series).values()), default=0)
+
+
+def _read_header(file: Path) -> dict[str, str] | None:
+    """The tags as text, "" where there is none; None for what is no DICOM."""
     import pydicom.config
     from pydicom.errors import InvalidDicomError
 
     force = file.suffix.lower() in DICOM_ENDINGS
     try:
-        # Without validation, whose warnings would print values of the header.
+        # Without validation, whose warnings would print values of the header; values are read when asked for.
         with pydicom.config.disable_value_validation():
-            return pydicom.dcmread(file, stop_before_pixels=True, specific_tags=_TAGS, force=force)
+            header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=_TAGS, force=force)
+            return {tag: "" if (value := header.get(tag)) is None else str(value).strip() for tag in _TAGS}
     except (
         *(InvalidDicomError, OSError, EOFError, ValueError, KeyError, TypeError, AttributeError),
         *(struct.error, NotImplementedError, RecursionError),
@@ -99,19 +119,28 @@ def _read_header(file: Path) -> Any:
         return None
 
 
-def _series(uid: str, header: Any, folder: str) -> Series:
-    patient = str(header.get("PatientID", "") or "").strip()
-    words = frozenset(re.findall(r"[^\W\d_]{3,}", str(header.get("PatientName", "") or "").lower()))
-    age = re.fullmatch(r"(\d{1,3})([YMWD])", str(header.get("PatientAge", "") or "").strip().upper())
-    sex = str(header.get("PatientSex", "") or "").strip().upper()
-    number = str(header.get("SeriesNumber", "") or "")
+def readable(name: str) -> str:
+    """A file name that is not UTF-8 as Latin-1, so that it can be written into a table."""
+    try:
+        return os.fsencode(name).decode("utf-8")
+    except UnicodeDecodeError:
+        return os.fsencode(name).decode("latin-1")
+
+
+def _series(uid: str, header: dict[str, str], folder: str) -> Series:
+    patient = header["PatientID"]
+    words = frozenset(re.findall(r"[^\W\d_]{2,}", header["PatientName"].lower()))
+    age = re.fullmatch(r"(\d{1,3})([YMWD])", header["PatientAge"].upper())
+    sex = header["PatientSex"].upper()
+    number = header["SeriesNumber"]
+    is_nobody = patient.lower() in _NO_PATIENT or _FILLED_WITH_ONE_SIGN.fullmatch(patient) is not None
     return Series(
         uid=uid,
-        study=str(header.get("StudyInstanceUID", "")),
+        study=header["StudyInstanceUID"],
         number=int(number) if number.isdecimal() else 0,
-        patient=None if patient.lower() in _NO_PATIENT else patient,
+        patient=None if is_nobody else patient,
         named=words,
-        when=f"{header.get('StudyDate', '') or ''} {header.get('StudyTime', '') or ''}",
+        when=f"{header['StudyDate']} {header['StudyTime']}",
         folder=folder,
         age_years=int(age.group(1)) * _YEARS[age.group(2)] if age else None,
         sex=sex if sex in ("F", "M") else None,
@@ -122,15 +151,59 @@ def _name_subjects(series: list[Series]) -> None:
     """Folders are the subjects if each holds one person and each person lies in one; otherwise PatientID's hash is.
 
     Without a PatientID a study is a person, since nothing else can be known. A folder that holds a word of the
-    person's name is not used as a name either.
+    person's name is not used as a name either: who has a list of names could look up its hash.
     """
     if _folders_are_persons(series):
+        of_folder: dict[str, list[Series]] = defaultdict(list)
         for one in series:
-            named = any(word in one.folder.lower() for word in one.named)
-            one.subject = f"sub-{_short_hash(one.folder)}" if named else plain_name(one.folder)
+            of_folder[one.folder].append(one)
+        for folder, inside in of_folder.items():
+            first = min(inside, key=lambda one: (one.when, one.study))
+            named = _holds_a_name(folder, frozenset[str]().union(*(one.named for one in inside)))
+            subject = f"sub-{_short_hash(first.patient or first.study)}" if named else plain_name(folder)
+            for one in inside:
+                one.subject = subject
         return
     for one in series:
         one.subject = f"sub-{_short_hash(one.patient if one.patient is not None else one.study)}"
+
+
+def _holds_a_name(folder: str, names: frozenset[str]) -> bool:
+    """Whether a folder is called by a word of a name; words of two letters count where they stand alone.
+
+    >>> _holds_a_name("LI_WU", frozenset({"li", "wu"})), _holds_a_name("clinic", frozenset({"li", "wu"}))
+    (True, False)
+    """
+    apart = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", folder).lower()
+    words = set(re.findall(r"[^\W\d_]+", apart))
+    return any(name in words or (len(name) > 2 and name in folder.lower()) for name in names)
+
+
+def _homes(series: Iterable[Series]) -> dict[str, set[str]]:
+    """Per PatientID one folder for each group of folders that share a study."""
+    homes: dict[str, set[str]] = defaultdict(set)
+    of_study: dict[str, str] = {}
+    for one in series:
+        home = of_study.setdefault(one.study, one.folder) if one.study else one.folder
+        if one.patient is not None:
+            homes[one.patient].add(home)
+    return homes
+
+
+def _refuse_a_name_for_everybody(series: list[Series]) -> None:
+    """A cohort must not become one subject because an anonymiser gave everybody one PatientID.
+
+    Series and visits of a person may lie in folders of their own, so two folders, and a small part of many folders,
+    are believed.
+    """
+    most, folders = most_folders_of_one_person(series), len({one.folder for one in series})
+    if most > MOST_FOLDERS_OF_ONE and most > MOST_SHARE_OF_ONE * folders:
+        raise CohortError(
+            "one PatientID stands in many folders: one person, or an anonymiser's word for everybody",
+            got=f"{most} of {folders} folders",
+            remedy="If it is one person, put these folders into one; otherwise anonymise again with a PatientID for "
+            "each person, or convert the series and write a manifest",
+        )
 
 
 def _folders_are_persons(series: list[Series]) -> bool:

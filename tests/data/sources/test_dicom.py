@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -12,6 +13,14 @@ import pytest
 
 from brainfound.data.cohort import Cohort
 from brainfound.data.sources.dicom_contrast import contrast_of_series
+from brainfound.data.sources.dicom_series import (
+    Series,
+    _holds_a_name,
+    _name_subjects,
+    _refuse_a_name_for_everybody,
+    _short_hash,
+    most_folders_of_one_person,
+)
 from brainfound.errors import CohortError, UsageError
 
 pydicom = pytest.importorskip("pydicom")
@@ -110,6 +119,88 @@ def test_one_person_in_several_folders_is_one_subject(tmp_path):
     assert "4711" not in cohort.table["subject"][0]
 
 
+def test_the_series_of_one_person_may_lie_in_many_folders(tmp_path):
+    study = write_series(tmp_path / "in" / "s1")
+    for number in range(2, 6):
+        write_series(tmp_path / "in" / f"s{number}", study=study)
+    cohort = Cohort.read(tmp_path / "in", work=tmp_path / "work")
+    assert cohort.table["subject"].nunique() == 1
+
+
+def test_one_patient_id_for_everybody_does_not_make_them_one_person(tmp_path):
+    for number in range(3):
+        write_series(tmp_path / "in" / f"case{number}", PatientID="STUDYX", PatientName="STUDYX")
+    with pytest.raises(
+        CohortError, match=r"anonymiser's word for everybody \(got 3 of 3 folders\).*manifest"
+    ) as caught:
+        Cohort.read(tmp_path / "in", work=tmp_path / "work")
+    assert "STUDYX" not in str(caught.value)
+
+
+@pytest.mark.parametrize("word", ["REMOVED", "DEIDENTIFIED", "000000", "XXXX", "Anonymous", ""])
+def test_known_words_of_anonymisers_are_no_patient(tmp_path, word):
+    for number in range(3):
+        write_series(tmp_path / "in" / f"case{number}", PatientID=word, PatientName=word)
+    cohort = Cohort.read(tmp_path / "in", work=tmp_path / "work")
+    assert list(cohort.table["subject"]) == ["case0", "case1", "case2"]
+
+
+def series_of(folder: str, patient: str | None, study: str, named: tuple[str, ...] = (), when: str = "") -> Series:
+    return Series(f"{folder}{study}", study, 1, patient, frozenset(named), when, folder, None, None)
+
+
+def test_a_person_with_many_visits_among_many_others_is_believed():
+    series = [series_of(f"f{number}", f"id{number}", f"study{number}") for number in range(60)]
+    series += [series_of(f"g{number}", "often", f"other{number}") for number in range(5)]
+    _refuse_a_name_for_everybody(series)
+    assert most_folders_of_one_person(series) == 5
+    with pytest.raises(CohortError, match="got 5 of 15 folders"):
+        _refuse_a_name_for_everybody(series[50:])
+
+
+def test_a_folder_with_the_name_becomes_a_hash_that_the_name_does_not_give():
+    for patient in ("MRN1", None):
+        series = [
+            series_of("LI_WU", patient, "1.2.3", ("li", "wu"), "20200101"),
+            series_of("LI_WU", patient, "1.2.4", (), "20210101"),
+            series_of("clinic", "MRN2", "1.2.5", ("li",)),
+        ]
+        _name_subjects(series)
+        assert series[0].subject == series[1].subject == f"sub-{_short_hash(patient or '1.2.3')}"
+        assert series[2].subject == "clinic"
+
+
+@pytest.mark.parametrize(
+    ("folder", "found"),
+    [("LI_WU", True), ("LiWu01", True), ("wu-2020", True), ("clinic", False), ("xDOEx", True), ("case7", False)],
+)
+def test_names_in_folders(folder, found):
+    assert _holds_a_name(folder, frozenset({"li", "wu", "doe"})) is found
+
+
+def test_links_to_nothing_and_names_in_another_encoding(tmp_path):
+    write_series(tmp_path / "in" / "a", PatientName="")
+    os.rename(tmp_path / "in" / "a" / "im0", os.fsencode(tmp_path / "in" / "a") + b"/im\xfc")
+    write_series(tmp_path / "in" / "b", PatientID="B", PatientName="")
+    os.rename(tmp_path / "in" / "b", os.fsencode(tmp_path / "in") + b"/b\xfc")
+    (tmp_path / "in" / "a" / "gone.dcm").symlink_to(tmp_path / "nowhere")
+    (Path(os.fsdecode(os.fsencode(tmp_path / "in") + b"/\xfcber.dcm"))).write_bytes(b"x" * 200)
+    cohort = Cohort.read(tmp_path / "in", work=tmp_path / "work")
+    assert list(cohort.table["subject"]) == ["a", "bü"]
+    reasons = {file.name: reason for file, reason in cohort.unused}
+    assert reasons["gone.dcm"].startswith("a link whose target is not there")
+    assert "über.dcm" in reasons
+
+
+@pytest.mark.filterwarnings("error")
+def test_no_warning_tells_values_of_the_header(tmp_path, monkeypatch):
+    with pydicom.config.disable_value_validation():
+        write_series(tmp_path / "in", PatientAge="JANE DOE 45", StudyDate="DOE 1975", PatientSex="F" * 40)
+    cohort = Cohort.read(tmp_path / "in", work=tmp_path / "work")
+    assert len(cohort) == 1
+    assert cohort.table["age_years"].isna().all()
+
+
 def test_two_persons_in_one_folder_are_two_subjects(tmp_path):
     write_series(tmp_path / "in" / "all", PatientID="A")
     write_series(tmp_path / "in" / "all2", PatientID="B")
@@ -135,7 +226,7 @@ def test_a_faulty_series_is_listed_and_the_others_go_on(tmp_path):
 
 def test_a_finished_conversion_is_a_no_op_and_an_unfinished_one_goes_on(tmp_path, monkeypatch):
     source, work = tmp_path / "in", tmp_path / "work"
-    write_series(source / "a", SeriesDescription="t1_mprage")
+    study = write_series(source / "a", SeriesDescription="t1_mprage")
     write_series(source / "b", SeriesDescription="t2_tse", StudyDate="20200103")
     expected = Cohort.read(source, work=work).table
     runs = []
@@ -152,7 +243,7 @@ def test_a_finished_conversion_is_a_no_op_and_an_unfinished_one_goes_on(tmp_path
     (work / ".converting-x" / "scan.nii.gz").touch()
     assert Cohort.read(source, work=work).table.equals(expected)
     assert len(runs) == 1
-    write_series(source / "c", SeriesDescription="t2_flair", StudyDate="20200104")
+    write_series(source / "c", SeriesDescription="t2_flair", study=study)
     assert len(Cohort.read(source, work=work).table) == 3
     assert len(runs) == 2
 
