@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -114,6 +117,44 @@ def test_a_hanging_tool_is_ended_with_its_children(tmp_path):
     assert time.monotonic() - start < 20
     time.sleep(1.5)
     assert not (tmp_path / "alive").exists()
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGKILL])
+def test_a_tool_ends_with_the_process_that_runs_it(tmp_path, kind):
+    scan = _scan(tmp_path / "t1.nii.gz")
+    started, alive = tmp_path / "started", tmp_path / "alive"
+    child = f"import time; time.sleep(2); open({str(alive)!r}, 'w')"
+    script = (
+        f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); "
+        f"open({str(started)!r}, 'w'); time.sleep(60)"
+    )
+    hook = _hook(tmp_path, script)
+    worker = (
+        "import sys; from pathlib import Path; from brainfound.data.hooks import Hook; "
+        "from brainfound.data.hooks.runner import run_hook; "
+        "run_hook(Path(sys.argv[1]), Hook.model_validate_json(sys.argv[2]), Path(sys.argv[3]))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", worker, str(scan), hook.model_dump_json(), str(tmp_path / "work")],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    deadline = time.monotonic() + 60
+    while not started.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert started.exists()
+    process.send_signal(kind)
+    process.wait(20)
+    time.sleep(2.5)
+    assert not alive.exists()
+
+
+def test_a_tool_that_cannot_be_started_or_is_ended_by_a_signal(tmp_path):
+    scan = _scan(tmp_path / "t1.nii.gz")
+    with pytest.raises(ScanError, match="it cannot be started: No such file or directory"):
+        run_hook(scan, Hook(name="h", command="/gone/tool {input} {output}"), tmp_path / "a")
+    hook = _hook(tmp_path, "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
+    with pytest.raises(ScanError, match="exit code 139"):
+        run_hook(scan, hook, tmp_path / "b")
 
 
 def test_no_output_and_garbage_are_refused(tmp_path):

@@ -1,4 +1,9 @@
-"""Running hooks: a tool in a temporary folder, with files under neutral names, ended when it takes too long."""
+"""Running hooks: a tool in a temporary folder, with files under neutral names, ended when it takes too long.
+
+A tool is also ended when the process that runs it dies, however that happens: a guard, a small process of its own,
+starts the tool and reads from a pipe that nobody writes to. When the pipe ends, its other end has died, and the guard
+ends its process group: the tool, what the tool started, and itself.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +13,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
@@ -22,6 +28,20 @@ from brainfound.data.scan import load_scan
 from brainfound.errors import ScanError
 
 _MESSAGE_LENGTH = 300
+_GUARD = """
+import os, signal, subprocess, sys, threading
+def end_with_parent():
+    os.read(0, 1)
+    os.killpg(0, signal.SIGKILL)
+try:
+    tool = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
+except OSError as error:
+    sys.exit("it cannot be started: " + str(error.strerror))
+threading.Thread(target=end_with_parent, daemon=True).start()
+code = tool.wait()
+os._exit(code if code >= 0 else 128 - code)
+"""
+"""Of a tool that was ended by a signal the exit code is 128 and the signal's number, as in shells."""
 
 
 def run_hooks(
@@ -129,9 +149,10 @@ def _execute(hook: Hook, words: list[str], folder: Path, name: str) -> None:
     errors = folder / "stderr.txt"
     with log.open("wb") as out, errors.open("wb") as err:
         try:
+            # Isolated and without site packages: the hook's environment is for the tool, and the guard starts fast.
             process = subprocess.Popen(
-                words,
-                stdin=subprocess.DEVNULL,
+                [sys.executable, "-I", "-S", "-c", _GUARD, *words],
+                stdin=subprocess.PIPE,
                 stdout=out,
                 stderr=err,
                 cwd=folder,
@@ -166,10 +187,12 @@ def _execute(hook: Hook, words: list[str], folder: Path, name: str) -> None:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a tool and whatever it started: it has a process group of its own."""
+    """End a tool, whatever it started, and its guard: they have a process group of their own."""
     with suppress(ProcessLookupError, PermissionError):  # all of it has ended
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    assert process.stdin is not None
+    process.stdin.close()
 
 
 def _last_line(file: Path, folder: Path) -> str:
