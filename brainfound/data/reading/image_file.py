@@ -225,7 +225,7 @@ def _pair(path: Path) -> tuple[Path, Path]:
         raise ScanError(
             "half of a pair is missing",
             where=path.name,
-            expected=f"{other.name} beside it",
+            expected=f"the {other_suffix} file of the same name beside it",
             remedy="Copy both files, or convert them to one .nii.gz",
         )
     if file_facts(path.with_name(stem + ".mat")) is not None:
