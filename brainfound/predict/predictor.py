@@ -5,6 +5,9 @@ Axis legend: S slices, H W pixels, D width.
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,6 +37,9 @@ from brainfound.predict.native_space import (
 )
 from brainfound.train.run_files import holds_run
 from brainfound.train.targets import Target
+
+_LONGEST_NAME = 200
+"""Bytes of a file name before its ending; file systems allow 255 with it."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +87,7 @@ class Prediction:
         """Write ``NAME.json`` and, where there is one, ``NAME_dseg.nii.gz`` or ``NAME_embedding.npy``."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        name = (
-            name
-            or "_".join(part for part in (self.subject, self.session and f"ses-{self.session}") if part)
-            or "prediction"
-        )
+        name = name or file_stem(self.subject, self.session) or "prediction"
         written = []
         if self.image is not None:
             written.append(folder / f"{name}_dseg.nii.gz")
@@ -381,7 +383,7 @@ def predict(
 def _predict_one(
     predictor: Predictor, session: Session, out: Path | None, probabilities: bool, overwrite: bool
 ) -> Outcome:
-    name = f"{session.subject}_ses-{session.session}"
+    name = file_stem(session.subject, session.session)
     if out is not None and (out / f"{name}.json").is_file() and not overwrite:
         return Outcome(session.subject, session.session, None, "already done")
     try:
@@ -394,6 +396,22 @@ def _predict_one(
             write_image(prediction.probability, out / f"{name}_probability.nii.gz")
         prediction.save(out, name)
     return Outcome(session.subject, session.session, prediction)
+
+
+def file_stem(subject: str, session: str) -> str:
+    """The name of a session's files, ``SUBJECT_ses-SESSION``.
+
+    A name that a table gives may be no file name, such as ``../x``: it becomes a plain one, with a hash of the two so
+    that others that become the same plain name do not overwrite it.
+
+    >>> file_stem("sub-01", "1"), file_stem("../x", "1")
+    ('sub-01_ses-1', '-x_ses-1-3c2f0059')
+    """
+    said = "_".join(part for part in (subject, session and f"ses-{session}") if part)
+    plain = re.sub(r"[^\w .+=@-]", "-", said).lstrip(".")
+    if plain == said and "_ses-" not in subject and len(said.encode()) <= _LONGEST_NAME:
+        return said
+    return f"{plain[:50]}-{hashlib.sha256(json.dumps([subject, session]).encode()).hexdigest()[:8]}"
 
 
 def parse_inputs(inputs: Iterable[str]) -> tuple[list[Path], dict[str, Path]]:

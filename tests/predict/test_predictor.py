@@ -12,7 +12,7 @@ import pytest
 
 from brainfound.errors import ModelError, ScanError, UsageError
 from brainfound.models.inference import Answer
-from brainfound.predict.predictor import load, parse_inputs, predict
+from brainfound.predict.predictor import file_stem, load, parse_inputs, predict
 
 CONTRASTS = ("T1w", "T2w", "FLAIR")
 
@@ -151,6 +151,44 @@ def test_a_cohort_goes_past_failures_and_skips_what_is_done(predictor, source, t
     assert asked == ["s01"]
     predict(predictor, tmp_path, tmp_path / "out", overwrite=True)
     assert asked == ["s01", "s00", "s01", "s02"]
+
+
+def test_names_of_files_stay_inside_and_apart(predictor, source, tmp_path):
+    table = pd.read_csv(source / "manifest.tsv", sep="\t", dtype=str).query("subject == 's00'").drop(columns="mask")
+    for file in table["path"]:
+        shutil.copy(source / file, tmp_path / file)
+    names = ["../x", "a/b", "a?b", "a b"]
+    pd.concat([table.assign(subject=name) for name in names]).to_csv(tmp_path / "manifest.tsv", sep="\t", index=False)
+    before = set(tmp_path.iterdir())
+    outcomes = predict(predictor, tmp_path, tmp_path / "out" / "here")
+    assert sorted(outcome.subject for outcome in outcomes) == sorted(names)
+    assert all(outcome.prediction for outcome in outcomes)
+    written = {file.name: json.loads(file.read_text())["subject"] for file in (tmp_path / "out" / "here").iterdir()}
+    assert sorted(written.values()) == sorted(names)
+    assert written["a b_ses-1.json"] == "a b"
+    assert {name.rsplit("-", 1)[0] for name in written} >= {"-x_ses-1", "a-b_ses-1"}
+    assert set(tmp_path.iterdir()) - before == {tmp_path / "out"}
+    again = predict(predictor, tmp_path, tmp_path / "out" / "here")
+    assert {outcome.reason for outcome in again} == {"already done"}
+
+
+def test_two_sessions_never_have_one_file_name():
+    pairs = [
+        ("a/b", "1"),
+        ("a-b", "1"),
+        ("a?b", "1"),
+        ("a", "1_ses-2"),
+        ("a_ses-1", "2"),
+        ("é" * 300, "1"),
+        ("\udcff", ""),
+    ]
+    stems = [file_stem(*pair) for pair in pairs]
+    assert len(set(stems)) == len(pairs)
+    assert file_stem("sub-01", "baseline") == "sub-01_ses-baseline"
+    assert file_stem("", "") == ""
+    for stem in stems:
+        assert "/" not in stem
+        assert len(stem.encode()) <= 200
 
 
 def test_an_encoder_embeds(encoder_export, source, small_store):
