@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -29,6 +30,8 @@ VERBS = (
     "doctor",
 )
 EXIT_INTERRUPTED = 130
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""Faults of a disk that come from writing into an open file, and so without its name."""
 
 # typer brings its own copy of click from 0.26 or so on and uses the installed one before; its public `BadParameter`
 # leads to the base of whichever it raises.
@@ -88,7 +91,9 @@ def main() -> None:
         sys.exit(EXIT_FAILED)
     except OSError as error:
         if error.filename is None:
-            raise
+            if error.errno not in NO_ROOM:
+                raise
+            _end(f"{error.strerror}. Check the free space and the quota of where you write", EXIT_FAILED)
         # A full disk, a folder without write permission, a file where a folder should be.
         _end(f"{error.filename}: {error.strerror}. Check the path, the permissions and the free space", EXIT_FAILED)
     sys.exit(code if isinstance(code, int) else 0)

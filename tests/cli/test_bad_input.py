@@ -352,6 +352,17 @@ def test_an_interrupt_ends_with_130(cli, monkeypatch, tmp_path):
     assert "interrupted" in answer.line
 
 
+def test_a_full_disk_is_one_line(cli, monkeypatch, tmp_path):
+    def full(path, **_options):
+        with open("/dev/full", "wb", buffering=0) as stream:
+            stream.write(b"x")
+
+    monkeypatch.setattr("brainfound.data.cohort.Cohort.read", full)
+    answer = cli("prepare", tmp_path, tmp_path / "store")
+    assert answer.code == 1
+    assert "No space left on device" in answer.line
+
+
 def test_a_fault_of_the_program_is_not_hidden(cli, monkeypatch, tmp_path):
     def faulty(path, **_options):
         raise ZeroDivisionError
