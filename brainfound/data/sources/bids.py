@@ -101,9 +101,9 @@ def subject_and_session(root: Path, file: Path) -> _Key:
 
 def _is_named_for_another(file: Path, key: _Key) -> bool:
     said = BidsName.of(file).entities
-    name = f"{stem(file)}_"
-    other = "sub" in said and not name.startswith(f"{key[0]}_")
-    return other or ("ses" in said and f"_ses-{key[1]}_" not in name)
+    name = f"{stem(file)}_".lower()
+    other = "sub" in said and not name.startswith(f"{key[0]}_".lower())
+    return other or ("ses" in said and f"_ses-{key[1]}_".lower() not in name)
 
 
 def _images(root: Path, unused: Unused) -> Iterator[Path]:

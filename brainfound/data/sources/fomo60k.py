@@ -84,15 +84,17 @@ def _first_release(path: Path) -> Path | None:
 
 def _read_first(root: Path, maps: list[tuple[str, SessionKey, Path]], unused: Unused) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
-    for subject in subfolders(root, "sub_*"):
+    subjects = subfolders(root, "sub_*")
+    for subject in subjects:
         sessions = subfolders(subject, "ses_*")
-        loose = images_under(subject, unused, without=[session.name for session in sessions])
-        if sessions:
-            unused += [(file, "not in the folder of a session") for file in loose]
-        else:
-            _take(rows, maps, subject.name, "ses_1", loose)
+        loose = list(images_under(subject, unused, without=[session.name for session in sessions]))
+        only = [] if sessions else [file for file in loose if file.parent == subject]  # then it is the one session
+        unused += [(file, "not in the folder of a session") for file in loose if file not in only]
+        _take(rows, maps, subject.name, "ses_1", only)
         for session in sessions:
             _take(rows, maps, subject.name, session.name, images_under(session, unused))
+    others = images_under(root, unused, without=[subject.name for subject in subjects])
+    unused += [(file, "not in the folder of a subject") for file in others]
     return pd.DataFrame(rows)
 
 

@@ -386,11 +386,12 @@ def test_a_file_that_names_another_person_than_its_folder_is_not_used(layout, co
         "sub-1/anat/sub-2_T2w.nii.gz",
         "sub-1/anat/sub-1_ses-b_FLAIR.nii.gz",
         "sub-3/ses-a/anat/sub-3_ses-b_T1w.nii.gz",
+        "sub-HC4/ses-a/anat/sub-hc4_ses-A_T1w.nii.gz",
         "sub-01/anat/sub-01_T1w.nii.gz",
         "derivatives/x/sub-1/anat/sub-2_mask.nii.gz",
     )
     cohort = Cohort.read(root)
-    assert sorted(contents(cohort)) == [("sub-01", "1"), ("sub-1", "1"), ("sub-1", "b")]
+    assert sorted(contents(cohort)) == [("sub-01", "1"), ("sub-1", "1"), ("sub-1", "b"), ("sub-HC4", "a")]
     assert [file.name for file, reason in cohort.unused if "another subject or session" in reason] == [
         "sub-2_T2w.nii.gz",
         "sub-3_ses-b_T1w.nii.gz",

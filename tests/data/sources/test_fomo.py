@@ -223,7 +223,7 @@ def test_a_malformed_label_is_one_clear_line(layout, text):
 def test_loose_files_and_label_maps_of_fomo60k_are_not_lost_and_no_scans(layout, contents):
     root = layout(
         *(f"sub_1/ses_1/{name}.nii.gz" for name in ("t1", "t1_seg", "brain_mask")),
-        *("sub_1/t2.nii.gz", "sub_02/t1.nii.gz"),
+        *("sub_1/t2.nii.gz", "sub_02/t1.nii.gz", "sub_02/visit2/t1.nii.gz", "p3/t1.nii.gz"),
     )
     cohort = Cohort.read(root)
     assert contents(cohort) == {("sub_1", "ses_1"): ["T1w"], ("sub_02", "ses_1"): ["T1w"]}
@@ -232,7 +232,11 @@ def test_loose_files_and_label_maps_of_fomo60k_are_not_lost_and_no_scans(layout,
         "mask": "t1_seg.nii.gz",
         "brain_mask": "brain_mask.nii.gz",
     }
-    assert [(file.name, reason) for file, reason in cohort.unused] == [("t2.nii.gz", "not in the folder of a session")]
+    assert {(file.parent.name, reason) for file, reason in cohort.unused} == {
+        ("sub_1", "not in the folder of a session"),
+        ("visit2", "not in the folder of a session"),
+        ("p3", "not in the folder of a subject"),
+    }
 
 
 def test_a_mapping_of_another_program_is_not_fomo60k(layout):
