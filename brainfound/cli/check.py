@@ -126,11 +126,14 @@ class _Report:
         from brainfound.data.checking.contact_sheet import choose_sessions
 
         evenly = set(choose_sessions(len(sessions), (), MOST_CARDS))
+        num_flagged = 0
         for row, session in enumerate(sessions):
             checked = check_session(session, preprocessing, contract, hooks)
-            flagged = checked.level in ("warn", "fail")
+            # No more flagged sessions are kept than the picture has room for: there may be thousands.
+            flagged = checked.level in ("warn", "fail") and num_flagged < MOST_CARDS
             if self.with_cards and checked.stack is not None and (row in evenly or flagged):
                 self.cards[row] = self._card(row, checked)
+                num_flagged += flagged
             self.sessions.append(replace(checked, stack=None))
             if progress:
                 progress(row + 1, len(sessions))

@@ -46,7 +46,8 @@ def test_a_broken_scan_ends_with_3_and_a_remedy(cli, cohort, classifier):
 
 
 def test_equal_problems_are_one_line(cli, cohort, small_store, tmp_path):
-    InputContract.of(small_store).model_copy(update={"skull": "head"}).save(tmp_path)
+    heads = dict.fromkeys(small_store.contrasts, "head")
+    InputContract.of(small_store).model_copy(update={"skull": heads}).save(tmp_path)
     small_store.preprocessing.save(tmp_path)
     answer = cli("check", cohort, "--model", tmp_path)
     lines = [line for line in answer.out.splitlines() if line.startswith("✗")]
@@ -130,3 +131,24 @@ def test_a_head_is_seen_in_a_file_on_a_turned_grid(cli, tmp_path, head, centred)
     nib.save(nib.Nifti1Image(head.image((40, 48, 36), affine), affine), tmp_path / "a_T1w.nii")
     content = json.loads(cli("check", tmp_path / "a_T1w.nii", "--json").out)
     assert content["sessions"][0]["scans"][0]["orientation"] == "PSL"
+
+
+def test_no_more_cards_are_kept_than_the_picture_has_room_for(cli, make_cohort, tmp_path, monkeypatch):
+    from brainfound.cli import check as module
+
+    kept, draw = [], module._Report.write_picture
+
+    def count(report, *arguments):
+        kept.append(sorted(report.cards))
+        draw(report, *arguments)
+
+    monkeypatch.setattr(module._Report, "write_picture", count)
+    monkeypatch.setattr(module, "MOST_CARDS", 2)
+    cohort = make_cohort(tmp_path / "seven", num_subjects=7, contrasts=("T1w", "FLAIR"))
+    for file in cohort.glob("*FLAIR*"):
+        file.write_bytes(b"broken")
+    answer = cli("check", cohort, "--contrasts", "T1w,FLAIR", "--png", tmp_path / "seen.png")
+    assert answer.code == 3
+    assert "of 7 sessions" in answer.out
+    # The first two that want a look, and two evenly spread for the case that nothing does.
+    assert kept == [[0, 1, 5]]

@@ -80,9 +80,9 @@ def write_contact_sheet(store: Store, path: str | Path, *, keep_ids: bool = Fals
         )
         for row in shown
     ]
-    foot = f"{len(shown)} of {len(store)} sessions"
+    foot = f"{len(shown)} of {len(store)} sessions shown"
     if flagged:
-        foot += f", of them {len(set(shown) & set(flagged))} of the {len(flagged)} with notes or refused scans (orange)"
+        foot += f"; {len(set(shown) & set(flagged))} of {len(flagged)} with notes or refused scans (orange)"
     foot += f". Numbers are rows of the store, from 0; spacing {_spacing_text(store)}."
     return draw_page(cards, store.contrasts, path, foot)
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from brainfound.data.preprocessing import Preprocessing
 from brainfound.errors import ModelError
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 FILE_NAME = "input_contract.json"
 
 SHARE_KNOWN = 0.5
-"""The skull state of a store is unknown if that of fewer of its scans is known."""
+"""The skull state of a contrast is unknown if that of fewer of its scans is known."""
 SHARE_OF_OTHERS = 0.05
 """Fewer stripped scans among heads, or heads among stripped scans, are exceptions and not a mixture."""
 
@@ -51,8 +51,8 @@ class InputContract(Recipe):
     coarsest_mm: dict[str, float] = Field(default_factory=dict)
     """Per contrast, the longest voxel edge among the scans as acquired."""
 
-    skull: SkullOfModel = "unknown"
-    """Whether its scans were skull-stripped brains or whole heads."""
+    skull: dict[str, SkullOfModel] = Field(default_factory=dict)
+    """Per contrast, whether its scans were skull-stripped brains or whole heads."""
 
     age_years: tuple[float, float] | None = None
     """Youngest and oldest."""
@@ -68,6 +68,15 @@ class InputContract(Recipe):
 
     hooks: tuple[str, ...] = ()
     """What was run on each scan before, such as a skull-stripper."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _skull_of_all(cls, content: Any) -> Any:
+        """Early contracts had one skull state for all contrasts."""
+        if isinstance(content, Mapping) and isinstance(content.get("skull"), str):
+            names = content.get("coarsest_mm") or ()
+            return {**content, "skull": {name: content["skull"] for name in names}}
+        return content
 
     @property
     def is_measured(self) -> bool:
@@ -90,7 +99,11 @@ class InputContract(Recipe):
                 for contrast in store.contrasts
                 if (quality["contrast"] == contrast).any()
             },
-            skull=_skull_of(quality["skull"].tolist()),
+            skull={
+                contrast: _skull_of(quality["skull"][quality["contrast"] == contrast].tolist())
+                for contrast in store.contrasts
+                if (quality["contrast"] == contrast).any()
+            },
             age_years=_range(table["age_years"]) if "age_years" in table else None,
             num_slices=(int(slices.min()), int(slices.max())) if len(slices) else None,
             foreground_ml=_range(quality["foreground_ml"]),

@@ -178,17 +178,18 @@ def _is_label_map(scan: Scan, different: np.ndarray, counts: np.ndarray) -> bool
 
 
 def skull_finding(quality: ScanQuality, contract: InputContract) -> Finding | None:
-    """Is it stripped or whole as the model's scans were?"""
-    if contract.skull in ("mixed", "unknown"):
+    """Is it stripped or whole as the model's scans of its contrast were?"""
+    learnt = contract.skull.get(quality.contrast, "unknown")
+    if learnt in ("mixed", "unknown"):
         return None
-    if quality.skull == contract.skull:
+    if quality.skull == learnt:
         return Finding("skull", "ok")
     names = {"stripped": "skull-stripped brains", "head": "whole heads"}
     if quality.skull == "unclear":
-        message = f"cannot tell whether this is a whole head; the model learnt from {names[contract.skull]}"
+        message = f"cannot tell whether this is a whole head; the model learnt from {names[learnt]}"
         return Finding("skull", "warn", message, "Look at it: brainfound check --png")
-    message = f"{names[quality.skull]} here, but the model learnt from {names[contract.skull]}"
-    if contract.skull == "head":
+    message = f"{names[quality.skull]} here, but the model learnt from {names[learnt]}"
+    if learnt == "head":
         return Finding("skull", "fail", message, "Give the scans as acquired, before skull-stripping")
     hooks = " ".join(f"--hook {name}" for name in contract.hooks) or "--hook synthstrip"
     return Finding("skull", "fail", message, f"Strip the skulls first, as in: brainfound prepare … {hooks}")

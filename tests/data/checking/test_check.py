@@ -25,7 +25,7 @@ CONTRACT = InputContract(
     size=(48, 48),
     num_sessions=10,
     coarsest_mm={"T1w": 4.0, "FLAIR": 4.0},
-    skull="stripped",
+    skull={"T1w": "stripped", "FLAIR": "stripped"},
     age_years=(20, 80),
     num_slices=(30, 40),
     foreground_ml=(1000, 1500),
@@ -86,6 +86,10 @@ def test_unreadable_files_and_headers(tmp_path):
     scan = _check({"T1w": broken}).scans[0]
     assert (scan.level, scan.level_of("file"), scan.quality) == ("fail", "fail", None)
     assert "broken" not in _said(scan, "file"), "names of files stay out"
+    (tmp_path / "jane.hdr").write_bytes(b"x")
+    half = _check({"T1w": tmp_path / "jane.hdr"}).scans[0]
+    assert "the .img file of the same name" in _said(half, "file")
+    assert "jane" not in _said(half, "file")
     gone = _check({"T1w": tmp_path / "gone.nii.gz"}).scans[0]
     assert "no such file" in _said(gone, "file")
     constant = _t1(tmp_path, np.zeros((20, 20, 20), np.float32))
@@ -205,12 +209,42 @@ def test_a_map_in_another_unit(tmp_path):
 )
 def test_the_skull_must_be_as_in_training(tmp_path, model, scan, level):
     quality = replace(_t1(tmp_path).quality, skull=scan)
-    found = skull_finding(quality, CONTRACT.model_copy(update={"skull": model, "hooks": ("mine",)}))
+    contract = CONTRACT.model_copy(update={"skull": {"T1w": model}, "hooks": ("mine",)})
+    found = skull_finding(quality, contract)
     assert (found and found.level) == level
     if (model, scan) == ("stripped", "head"):
         assert "--hook mine" in found.remedy
     if (model, scan) == ("head", "stripped"):
         assert "before skull-stripping" in found.remedy
+    assert skull_finding(replace(quality, contrast="FLAIR"), contract) is None, "of which nothing is known"
+
+
+@pytest.mark.parametrize(
+    ("shape", "spacing", "state"),
+    [
+        ((56, 60, 56), 4.0, "stripped"),
+        ((56, 60, 32), 4.0, "stripped"),  # a tight crop: small caps on two faces
+        ((56, 60, 31), 4.0, "stripped"),  # 2 mm are cut off above and below
+        ((56, 60, 20), (4.0, 4.0, 5.0), "unclear"),  # a slab of 20 slices
+        ((20, 60, 56), 4.0, "unclear"),
+    ],
+)
+def test_what_goes_on_beyond_the_volume_is_not_called_stripped(tmp_path, shape, spacing, state):
+    file = _write(tmp_path / "t1.nii", _image(spacing, shape=shape), spacing=spacing)
+    quality = _check({"T1w": file}).scans[0].quality
+    assert quality.foreground_ml < 2200
+    assert quality.skull == state
+
+
+def test_the_head_of_an_infant_with_its_neck_is_not_called_stripped(tmp_path):
+    shape = (56, 60, 56)
+    head = _image(radii=(60, 75, 70), shape=shape)
+    x, y, z = ((np.arange(n) - (n - 1) / 2) * 4 for n in shape)
+    neck = (x[:, None, None] ** 2 + y[None, :, None] ** 2 < 34**2) & (z < 0)
+    assert _t1(tmp_path, head).quality.skull == "stripped", "an ellipsoid of a brain's size ends within the volume"
+    with_neck = _t1(tmp_path, np.where(neck & (head == 0), 250, head).astype(np.float32))
+    assert with_neck.quality.foreground_ml < 2200
+    assert with_neck.quality.skull == "unclear"
 
 
 def test_a_whole_head_for_a_model_of_brains(tmp_path):

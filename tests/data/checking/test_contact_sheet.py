@@ -180,7 +180,7 @@ def test_the_foot_counts_what_is_shown(tmp_path, monkeypatch):
     store = _Store(20, spacing=(2, 2, None))
     store.quality.loc[[2, 3], "notes"] = "a note"
     write_contact_sheet(store, tmp_path / "a.png", max_sessions=5)
-    assert feet[0].startswith("5 of 20 sessions, of them 2 of the 2 with notes")
+    assert feet[0].startswith("5 of 20 sessions shown; 2 of 2 with notes or refused scans (orange). ")
     assert "2 × 2 × own mm" in feet[0]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import pandas as pd
@@ -88,14 +89,27 @@ def test_only_the_sessions_that_are_learnt_from_count():
 def test_the_skull_state_is_what_most_scans_show(skulls, state):
     store = _store(skulls=skulls)
     store.quality = store.quality[store.quality["contrast"] == "T1w"]
-    assert InputContract.of(store).skull == state
+    assert InputContract.of(store).skull == {"T1w": state}
 
 
 def test_a_rare_exception_is_no_mixture():
     store = _store()
     store.quality = pd.concat([store.quality] * 10, ignore_index=True)
     store.quality.loc[0, "skull"] = "head"
-    assert InputContract.of(store).skull == "stripped"
+    assert InputContract.of(store).skull == {"T1w": "stripped", "FLAIR": "stripped"}
+
+
+def test_each_contrast_has_a_skull_state_of_its_own():
+    store = _store()
+    store.quality.loc[store.quality["contrast"] == "FLAIR", "skull"] = "head"
+    assert InputContract.of(store).skull == {"T1w": "stripped", "FLAIR": "head"}
+
+
+def test_a_contract_with_one_skull_state_for_all_is_still_read(tmp_path):
+    contract = InputContract.of(_store())
+    content = {**contract.model_dump(mode="json"), "skull": "stripped"}
+    (tmp_path / FILE_NAME).write_text(json.dumps(content))
+    assert InputContract.load(tmp_path) == contract
 
 
 def test_nothing_about_a_single_subject_is_kept():
@@ -125,5 +139,5 @@ def test_a_missing_or_broken_file(tmp_path):
 def test_a_model_without_a_contract_says_what_its_preprocessing_says():
     contract = InputContract.of_preprocessing(Preprocessing(contrasts=("T1w",), size=(96, 96)))
     assert not contract.is_measured
-    assert (contract.contrasts, contract.size, contract.skull) == (("T1w",), (96, 96), "unknown")
+    assert (contract.contrasts, contract.size, contract.skull) == (("T1w",), (96, 96), {})
     assert contract.age_years is contract.num_slices is contract.foreground_ml is contract.negative_values is None
