@@ -13,6 +13,7 @@ from brainfound.data.cohort import Cohort, Session
 from brainfound.data.hooks import Hook, describe, load_hooks
 from brainfound.data.preprocessing import Preprocessing
 from brainfound.data.store.executors import Executor, run_jobs
+from brainfound.data.store.folder import StoreFolder, partial_of
 from brainfound.data.store.plan import (
     Key,
     Shard,
@@ -25,7 +26,7 @@ from brainfound.data.store.plan import (
     require_disk_space,
     require_place,
 )
-from brainfound.data.store.store import Store, StoreFolder, partial_of
+from brainfound.data.store.store import Store
 from brainfound.data.store.writer import Parts, ShardJob, assemble, put_in_place, require_sessions, write_shard
 from brainfound.errors import StoreError, UsageError
 

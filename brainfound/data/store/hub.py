@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from brainfound.data.store import Store, StoreFolder
+from brainfound.data.store.folder import StoreFolder
 from brainfound.data.store.session_table import SessionTable
+from brainfound.data.store.store import Store
 from brainfound.errors import StoreError
 
 _CARD = """---
@@ -59,7 +60,7 @@ def push(
         private: make the repository private.
         keep_ids: keep subjects, sessions, file names and the list of rejected files; otherwise subjects are numbered
             anew in a random order.
-        columns: covariates to keep, see `brainfound.data.store.writer.copy_store`.
+        columns: covariates to keep, see `brainfound.data.store.copies.copy_store`.
         token: of the Hub; by default the one that is logged in.
 
     Returns:
@@ -67,7 +68,7 @@ def push(
     """
     from huggingface_hub import HfApi
 
-    from brainfound.data.store.writer import copy_store
+    from brainfound.data.store.copies import copy_store
 
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as temporary:

@@ -22,7 +22,7 @@ from brainfound.data.hooks import Hook
 from brainfound.data.preprocessing import Preprocessing
 from brainfound.data.reading.archives import file_facts
 from brainfound.data.scan import read_header
-from brainfound.data.store.store import SCHEMA_VERSION, StoreFolder, replaced_of
+from brainfound.data.store.folder import SCHEMA_VERSION, StoreFolder, replaced_of
 from brainfound.errors import BrainFoundError, ScanError, StoreError
 
 SOURCES_FILE = "sources.parquet"
