@@ -5,12 +5,12 @@ Both directions of the road, into the stack and back to the native grid, use thi
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import numpy as np
 from jaxtyping import Num
 from scipy import ndimage
 
+_FITS_THE_CACHE = 2**17
+"""Voxels; of smaller volumes, such as one label's box, the loop over planes would cost more than it saves."""
 _TIE_BREAKING_SHIFT = np.array([1.0e-3, 1.3e-3, 1.7e-3])
 """In voxels of the input; far below what a border can be known to."""
 
@@ -171,32 +171,50 @@ def _sample_axis(
 
 def _take(volume: np.ndarray, index: np.ndarray, axis: int) -> np.ndarray:
     """Voxels by their index along an axis; a view where they follow each other in either direction."""
-    steps = {b - a for a, b in pairwise(index.tolist())}
-    if len(index) > 1 and steps in ({1}, {-1}):
-        step = steps.pop()
-        stop = int(index[-1]) + step
-        part = slice(int(index[0]), stop if stop >= 0 else None, step)
-        return volume[(slice(None),) * axis + (part,)]
-    return volume.take(index, axis=axis)
+    return _pick(volume, _as_slice(index), axis)
+
+
+def _as_slice(index: np.ndarray) -> slice | np.ndarray:
+    """Indices that follow each other as a slice."""
+    if len(index) > 1:
+        step = int(index[1] - index[0])
+        if step in (1, -1) and (np.diff(index) == step).all():
+            stop = int(index[-1]) + step
+            return slice(int(index[0]), stop if stop >= 0 else None, step)
+    return index
+
+
+def _pick(volume: np.ndarray, chosen: slice | np.ndarray, axis: int) -> np.ndarray:
+    if isinstance(chosen, slice):
+        return volume[(slice(None),) * axis + (chosen,)]
+    return volume.take(chosen, axis=axis)
 
 
 def _between(volume: np.ndarray, lower: np.ndarray, upper: np.ndarray, weight: np.ndarray, axis: int) -> np.ndarray:
-    """Interpolate along an axis, plane by plane, so that what is worked on stays in the processor's cache."""
+    """Interpolate along an axis; large volumes plane by plane, so that what is worked on stays in the cache."""
     dtype = np.result_type(volume.dtype, np.float32)
     shape = [*volume.shape]
     shape[axis] = len(lower)
+    complement = 1 - weight
+    below, above = _as_slice(lower), _as_slice(upper)
+    if np.prod(shape) <= _FITS_THE_CACHE:
+        along = [1, 1, 1]
+        along[axis] = len(lower)
+        out = _pick(volume, below, axis) * complement.reshape(along).astype(dtype, copy=False)
+        out += _pick(volume, above, axis) * weight.reshape(along).astype(dtype, copy=False)
+        return out.astype(volume.dtype, copy=False)
     out = np.empty(shape, dtype=dtype)
-    complement, part = 1 - weight, np.empty(shape[1:], dtype=dtype)
+    part = np.empty(shape[1:], dtype=dtype)
     if axis == 0:
-        for plane, below, above, far, near in zip(out, lower, upper, weight, complement, strict=True):
-            np.multiply(volume[below], near, out=plane)
-            np.multiply(volume[above], far, out=part)
+        for plane, first, second, far, near in zip(out, lower, upper, weight, complement, strict=True):
+            np.multiply(volume[first], near, out=plane)
+            np.multiply(volume[second], far, out=part)
             plane += part
     else:
         column = (-1, 1) if axis == 1 else (1, -1)
         weight, complement = weight.reshape(column), complement.reshape(column)
         for plane, source in zip(out, volume, strict=True):
-            np.multiply(_take(source, lower, axis - 1), complement, out=plane)
-            np.multiply(_take(source, upper, axis - 1), weight, out=part)
+            np.multiply(_pick(source, below, axis - 1), complement, out=plane)
+            np.multiply(_pick(source, above, axis - 1), weight, out=part)
             plane += part
     return out.astype(volume.dtype, copy=False)
