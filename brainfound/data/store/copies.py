@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from brainfound.data.store.plan import (
     Key,
     Sources,
     remove_folder,
+    require_free_space,
     require_place,
 )
 from brainfound.data.store.store import Store
@@ -82,17 +82,8 @@ def copy_store(store: Store, out: Path, *, keep_ids: bool = True, columns: Seque
 def _require_space_for_copy(store: Store, out: Path) -> None:
     height, width = store.preprocessing.size
     pixel_bytes = len(store.contrasts) * store.preprocessing.bits // 8 + 1
-    needed = store.num_slices * height * width * pixel_bytes
     out.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(out.parent).free
-    if needed > free:
-        raise StoreError(
-            "the disk will not hold the copy",
-            where=out,
-            got=f"{free / 1e9:.1f} GB free",
-            expected=f"about {needed / 1e9:.1f} GB",
-            remedy="Free some space, or give a folder on another disk",
-        )
+    require_free_space(out, store.num_slices * height * width * pixel_bytes, "for the copy")
 
 
 def _chunks(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:

@@ -289,15 +289,23 @@ def require_disk_space(out: Path, sessions: Sequence[Session], preprocessing: Pr
     sizes = [size for size in (_bytes_of(session, preprocessing) for session in sample) if size]
     if not sizes:
         return
-    needed = sum(sizes) / len(sizes) * len(sessions)
+    require_free_space(out, sum(sizes) / len(sizes) * len(sessions), f"for {len(sessions)} sessions")
+
+
+def require_free_space(out: Path, num_bytes: float, what_for: str) -> None:
+    """Refuse to start writing what the disk will not hold.
+
+    Raises:
+        StoreError: says how much is needed and how much is free.
+    """
     free = shutil.disk_usage(out.parent).free
-    if needed > free:
+    if num_bytes > free:
         raise StoreError(
             "the disk will not hold the store",
             where=out,
             got=f"{free / 1e9:.1f} GB free",
-            expected=f"about {needed / 1e9:.1f} GB for {len(sessions)} sessions",
-            remedy="Free some space, give a folder on another disk, or prepare fewer contrasts or a smaller size",
+            expected=f"about {num_bytes / 1e9:.1f} GB {what_for}",
+            remedy="Free some space, give a folder on another disk, or take fewer contrasts or a smaller size",
         )
 
 

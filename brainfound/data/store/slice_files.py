@@ -13,6 +13,7 @@ import errno
 import gc
 import json
 import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from jaxtyping import Num
 
 from brainfound.errors import ScanError, StoreError
 
+_one_reader = threading.Lock()
+"""Where the system cannot read without a place in the file (Windows)."""
 MAX_BATCH_BYTES = 2**31 - 1
 """Arrow's binary columns count bytes in 32 bits."""
 
@@ -77,7 +80,7 @@ class SliceFileWriter:
         self._writer.close()
         self._sink.close()
         # On disk before it gets its name: a power cut must not leave a whole name on half a file.
-        with self.path.open("rb") as handle:
+        with self.path.open("r+b") as handle:
             os.fsync(handle.fileno())
 
     def write(self, block: Block) -> None:
@@ -215,8 +218,13 @@ def _read_at(handle: BinaryIO, out: memoryview, at: int) -> int:
     done = 0
     while done < len(out):
         # One call gives 2 GiB at the most.
-        count = os.preadv(handle.fileno(), [out[done:]], at + done)
-        if count == 0:
+        if hasattr(os, "preadv"):
+            count = os.preadv(handle.fileno(), [out[done:]], at + done)
+        else:
+            with _one_reader:
+                handle.seek(at + done)
+                count = handle.readinto(out[done:])  # type: ignore[attr-defined]
+        if not count:
             break
         done += count
     return done

@@ -283,3 +283,22 @@ def test_a_store_of_sixteen_bits_keeps_the_values_of_a_map(tmp_path, make_cohort
     np.testing.assert_allclose(unit_range(as_tensor(stack.pixels)).numpy(), stack.pixels / 65535, rtol=1e-6)
     rows = list(store_hub.stream(store.path))
     np.testing.assert_array_equal(rows[5]["pixels"], store.read_slices(np.array([5]))[0])
+
+
+def test_slices_are_read_where_the_system_has_no_positioned_reading(small_store, monkeypatch):
+    import os
+
+    rows = np.array([5, 0, 97])
+    expected = small_store.read_slices(rows)
+    monkeypatch.delattr(os, "preadv")
+    np.testing.assert_array_equal(Store.open(small_store.path).read_slices(rows), expected)
+
+
+def test_a_copy_that_the_disk_will_not_hold_is_not_begun(small_store, tmp_path, monkeypatch):
+    from brainfound.data.store import plan
+
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(StoreError, match="will not hold the store.*for the copy"):
+        small_store.save(tmp_path / "copy")
+    assert list(tmp_path.iterdir()) == []
