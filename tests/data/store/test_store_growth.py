@@ -56,6 +56,21 @@ def rows_of(source, keep):
     return table
 
 
+def stop_after_the_first_shard(source, out, monkeypatch) -> None:
+    """A run that is ended when eight of the twelve sessions are done."""
+    write = preparing.write_shard
+
+    def fails_at_the_second(job):
+        if job.shard.number == 1:
+            raise KeyboardInterrupt
+        write(job)
+
+    monkeypatch.setattr(preparing, "write_shard", fails_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(source, out, SETTINGS)
+    monkeypatch.setattr(preparing, "write_shard", write)
+
+
 def assert_equal_to_new(store: Store, source, tmp_path) -> None:
     """The store is what preparing from nothing gives."""
     new = prepare(source, tmp_path / "new", SETTINGS)
@@ -126,17 +141,7 @@ def test_sessions_that_went_or_changed_need_a_word(source, tmp_path, prepared_se
 
 def test_an_unfinished_run_of_a_source_that_grew_is_gone_on_with(source, tmp_path, monkeypatch, prepared_sessions):
     rows_of(source, lambda subject: subject != "s00")
-    spied = preparing.write_shard
-
-    def fails_at_the_second(job):
-        if job.shard.number == 1:
-            raise KeyboardInterrupt
-        spied(job)
-
-    monkeypatch.setattr(preparing, "write_shard", fails_at_the_second)
-    with pytest.raises(KeyboardInterrupt):
-        prepare(source, tmp_path / "store", SETTINGS)
-    monkeypatch.setattr(preparing, "write_shard", spied)
+    stop_after_the_first_shard(source, tmp_path / "store", monkeypatch)
     rows_of(source, lambda subject: True)
     store = prepare(source, tmp_path / "store", SETTINGS)
     assert set(prepared_sessions.values()) == {1}
@@ -247,17 +252,7 @@ def test_a_worker_of_a_run_that_is_over_writes_nothing(source, tmp_path, monkeyp
 
 
 def test_a_resumed_run_is_asked_only_for_the_space_that_is_missing(source, tmp_path, monkeypatch):
-    spied = preparing.write_shard
-
-    def fails_at_the_second(job):
-        if job.shard.number == 1:
-            raise KeyboardInterrupt
-        spied(job)
-
-    monkeypatch.setattr(preparing, "write_shard", fails_at_the_second)
-    with pytest.raises(KeyboardInterrupt):
-        prepare(source, tmp_path / "store", SETTINGS)
-    monkeypatch.setattr(preparing, "write_shard", spied)
+    stop_after_the_first_shard(source, tmp_path / "store", monkeypatch)
     usage = shutil.disk_usage(tmp_path)
     from brainfound.data.cohort import Cohort
 
