@@ -138,7 +138,7 @@ class Store:
                 chosen = table.eval(keep, engine="python", parser="pandas", local_dict={}, global_dict={})
             except _QUERY_ERRORS as error:
                 raise UsageError(
-                    f"the query cannot be read: {str(error).splitlines()[0]}",
+                    f"the query cannot be read: {(str(error) or type(error).__name__).splitlines()[0]}",
                     where="filter",
                     got=keep,
                     expected="a pandas query on " + ", ".join(map(str, table.columns)),

@@ -75,6 +75,15 @@ def test_queries_that_cannot_work_are_one_line(small_store, query, message):
         small_store.filter(query)
 
 
+def test_a_query_whose_error_says_nothing_is_one_line_too(small_store, monkeypatch):
+    def silent(*_arguments, **_options):
+        raise NotImplementedError
+
+    monkeypatch.setattr(pd.DataFrame, "eval", silent)
+    with pytest.raises(UsageError, match="cannot be read: NotImplementedError"):
+        small_store.filter("age_years > 50")
+
+
 def test_stores_become_one(tmp_path, make_cohort):
     source = make_cohort(tmp_path / "cohort", num_subjects=6)
     table = pd.read_csv(source / "manifest.tsv", sep="\t", dtype={"session": str})
