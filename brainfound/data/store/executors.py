@@ -105,7 +105,7 @@ def _on_dask(jobs: Sequence[ShardJob], write: Write, scheduler: str | None) -> I
         client = Client(scheduler, timeout=_CONNECT_TIMEOUT_S, set_as_default=False)
     except (OSError, TimeoutError, ValueError) as error:
         raise UsageError(
-            f"no dask scheduler answers: {str(error).splitlines()[0]}",
+            f"no dask scheduler answers: {(str(error) or type(error).__name__).splitlines()[0]}",
             where="scheduler",
             got=scheduler,
             remedy="Start one with: dask scheduler",
