@@ -23,6 +23,18 @@ from brainfound.errors import TrainingError
 from brainfound.recipes import Recipe
 
 
+class RollBack(TrainingError):
+    """The run is to go back to a kept checkpoint, and on from there with a lower learning rate.
+
+    Args:
+        step: of the kept checkpoint that is to be restored.
+    """
+
+    def __init__(self, what: str, *, step: int, where: object | None = None, remedy: str | None = None) -> None:
+        super().__init__(what, where=where, remedy=remedy)
+        self.step = step
+
+
 class GuardRecipe(Recipe):
     """When to warn, when to stop, and which teacher to export."""
 
@@ -46,6 +58,13 @@ class GuardRecipe(Recipe):
     """A probe this far below the best one, and by two standard errors, is a drop."""
     probe_patience: int = Field(default=3, ge=1)
     """Probes in a row that must show the drop."""
+    on_failure: Literal["stop", "roll_back"] = "stop"
+    """What a confirmed drop or collapse leads to: the end of the run, or the checkpoint of the best probe
+    once more, with a lower learning rate."""
+    max_rollbacks: int = Field(default=2, ge=1)
+    """Times that a run may be rolled back; the next failure stops it."""
+    rollback_lr_factor: float = Field(default=0.3, gt=0, lt=1)
+    """What all learning rates are multiplied by at each rollback."""
     export: Literal["best", "last"] = "best"
     """"best" exports an earlier teacher where its probe beat the last one's by a drop; "last" never does."""
 
@@ -93,6 +112,12 @@ class GuardState:
     last_step: int | None = None
     last_margin: float = 0.0
     """How far below the best score a drop begins, at the last probe."""
+    kept_step: int | None = None
+    """Step of the checkpoint that a rollback would restore."""
+    rollbacks: int = 0
+    """Times that the run was rolled back."""
+    lr_scale: float = 1.0
+    """What the learning rates are multiplied by, after the rollbacks so far."""
 
 
 @dataclass
