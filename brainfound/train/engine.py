@@ -99,8 +99,13 @@ class TrainTask(ABC):
         """Named sets of parameters whose gradients are clipped apart from each other."""
         return {"model": [p for p in self.model.parameters() if p.requires_grad]}
 
-    def after_step(self, step: int) -> None:
-        """Called after the optimiser moved; not after a skipped step."""
+    def after_step(self, step: int, taken: Tensor) -> None:
+        """Called after every step.
+
+        Args:
+            taken: a 0-dim float on the device, 1 where the optimiser moved and 0 where it skipped the step,
+                alike on all ranks; nothing here may wait for its value.
+        """
         return
 
     def scheduled(self, step: int) -> dict[str, float]:
@@ -242,7 +247,7 @@ class Engine:
         broken, self._asked_to_stop = ranks.any_over_ranks(not finite, self._asked_to_stop, device=accelerator.device)
         if not broken:
             self.optimizer.step()
-            task.after_step(step)
+        task.after_step(step, torch.tensor(float(not broken), device=accelerator.device))
         self.optimizer.zero_grad(set_to_none=True)
         self._count_skipped(broken)
         return {**sums, **rates, **{f"grad_norm/{name}": norm for name, norm in norms.items()}}

@@ -104,8 +104,8 @@ class PretrainTask(TrainTask):
     def clip_groups(self) -> dict[str, list[nn.Parameter]]:
         return self.objective.clip_groups()
 
-    def after_step(self, step: int) -> None:
-        self.objective.after_step(step)
+    def after_step(self, step: int, taken: Tensor) -> None:
+        self.objective.after_step(step, taken)
 
     def scheduled(self, step: int) -> dict[str, float]:
         return self.objective.schedule(step)

@@ -42,8 +42,9 @@ class Line(TrainTask):
     def learning_rate(self, step, role):
         return 0.1 * (step + 1)
 
-    def after_step(self, step):
-        self.moved.append(step)
+    def after_step(self, step, taken):
+        if taken:
+            self.moved.append(step)
 
     def look(self, step, line):
         self.seen.append(dict(line))
@@ -86,8 +87,8 @@ def test_too_many_poisoned_steps_stop_the_run(tmp_path):
 
 def test_sigterm_saves_a_checkpoint_and_resume_ends_the_same(tmp_path):
     class Terminated(Line):
-        def after_step(self, step):
-            super().after_step(step)
+        def after_step(self, step, taken):
+            super().after_step(step, taken)
             if step == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
 

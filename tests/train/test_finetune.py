@@ -292,7 +292,7 @@ def test_a_stop_in_the_middle_is_gone_on_with(six_steps, small_store, tiny_backb
     """What really trained before the stop, not only a copied folder."""
     from brainfound.train.finetune import FinetuneTask
 
-    def broken(self, step):
+    def broken(self, step, taken):
         if step == 4:
             raise TrainingError("pulled the plug")
 

@@ -22,8 +22,8 @@ TIMING = {"seconds_per_step", "images_per_second"}
 
 KILLED_AFTER_A_STEP = """
 from brainfound.train.pretrain_task import PretrainTask
-def after_step(self, step):
-    self.objective.after_step(step)
+def after_step(self, step, taken):
+    self.objective.after_step(step, taken)
     if step == 4:
         os.kill(os.getpid(), signal.SIGKILL)
 PretrainTask.after_step = after_step

@@ -77,7 +77,7 @@ def test_teacher_moves_by_the_ema_formula(objective):
     with torch.no_grad():
         for parameter in objective.student.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-    objective.after_step(3)
+    objective.after_step(3, torch.tensor(1.0))
     momentum = objective.schedule(3)["momentum"]
     assert 0.9 < momentum < 1
     pairs = zip(before.parameters(), objective.student.parameters(), objective.teacher.parameters(), strict=True)
@@ -88,7 +88,7 @@ def test_teacher_moves_by_the_ema_formula(objective):
 def test_a_teacher_equal_to_the_student_does_not_drift(objective):
     before = copy.deepcopy(objective.teacher)
     for step in range(5):
-        objective.after_step(step)
+        objective.after_step(step, torch.tensor(1.0))
     assert all(torch.equal(a, b) for a, b in zip(before.parameters(), objective.teacher.parameters(), strict=True))
 
 

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
 from brainfound.models.encoder import SliceEncoder
@@ -71,8 +71,13 @@ class Objective(ABC):
         """
 
     @abstractmethod
-    def after_step(self, step: int) -> None:
-        """Called after an optimiser step that was taken (not after a skipped one)."""
+    def after_step(self, step: int, taken: Float[Tensor, ""]) -> None:
+        """Called after every step.
+
+        Args:
+            taken: on the device, 1 where the optimiser moved and 0 where it skipped the step; nothing here
+                may wait for its value.
+        """
 
     @abstractmethod
     def gauges(self) -> dict[str, float]:

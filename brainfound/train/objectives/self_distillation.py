@@ -292,13 +292,13 @@ class SelfDistillation(Objective):
         }
 
     @torch.no_grad()
-    def after_step(self, step: int) -> None:
-        """teacher ← momentum · teacher + (1 − momentum) · student.
+    def after_step(self, step: int, taken: Float[Tensor, ""]) -> None:
+        """teacher ← momentum · teacher + (1 − momentum) · student; as it was, where the step was skipped.
 
         `lerp` leaves a weight that equals the student's exactly as it is, so a backbone that waits
         for its heads does not drift in the teacher either.
         """
-        weight = 1 - self.schedule(step)["momentum"]
+        weight = (1 - self.schedule(step)["momentum"]) * taken
         for old, new in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
             old.lerp_(new, weight)
 
