@@ -14,12 +14,16 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from brainfound.errors import ModelError
 from brainfound.models.configuration import SUPPORTED_BACKBONES
 from brainfound.models.quiet import transformers_quiet
+from brainfound.models.supervised_vit import MODEL_TYPE as SUPERVISED_VIT
+from brainfound.models.supervised_vit import as_dinov2, input_statistics, load_supervised_vit
 
 # What the library and the file system raise for a folder or an id that cannot be read.
 LOAD_FAILURES = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError)
 # A pretrained ViT may lack these: masking starts from zeros, and no pooler is used.
 _MAY_BE_MISSING = ("mask_token", "pooler.")
 _NUM_KEYS_SHOWN = 4
+# What a model may start from; a supervised ViT becomes a Dinov2.
+STARTING_FAMILIES = (*SUPPORTED_BACKBONES, SUPERVISED_VIT)
 
 
 def load_backbone(
@@ -30,6 +34,8 @@ def load_backbone(
     **hub_options: Any,
 ) -> PreTrainedModel:
     """A Hub ViT with float32 weights, every one of them read from its file.
+
+    A supervised ViT (model type "vit") comes back as a Dinov2 model that computes the same.
 
     Args:
         id_or_folder: a Hub id, or a folder with config.json and safetensors.
@@ -42,14 +48,16 @@ def load_backbone(
     """
     source = str(id_or_folder)
     config = _load_config(source, hub_options)
-    if config.model_type not in SUPPORTED_BACKBONES:
+    if config.model_type not in STARTING_FAMILIES:
         is_ours = config.model_type == "brainfound"
         raise ModelError(
             f"a {config.model_type!r} model is not a supported backbone",
             where=source,
-            expected=f"one of {', '.join(SUPPORTED_BACKBONES)}",
+            expected=f"one of {', '.join(STARTING_FAMILIES)}",
             remedy="Load it with BrainFoundModel.from_pretrained" if is_ours else "Give the id of a DINOv2 model",
         )
+    if config.model_type == SUPERVISED_VIT:
+        return _load_converted(source, config, drop_path_rate, attn_implementation, hub_options)
     if drop_path_rate is not None:
         config.drop_path_rate = float(drop_path_rate)
     try:
@@ -65,8 +73,7 @@ def load_backbone(
             )
     except LOAD_FAILURES as error:
         raise unreadable(source, error) from error
-    missing = [key for key in info["missing_keys"] if not any(part in key for part in _MAY_BE_MISSING)]
-    require_coverage(source, missing, total=len(model.state_dict()))
+    _require_whole(source, model, info)
     # Kept in `backbone_source`; here it would travel inside every saved configuration as a path of this machine.
     model.config.name_or_path = ""
     with torch.no_grad():
@@ -76,6 +83,20 @@ def load_backbone(
         elif any("mask_token" in key for key in info["missing_keys"]):
             mask_token.zero_()
     return model
+
+
+def statistics_of(id_or_folder: str | Path, **hub_options: Any) -> dict[str, float]:
+    """`image_mean` and `image_std` that a checkpoint asks for, where they are not the default of `BrainFoundConfig`.
+
+    A DINOv2 asks for the default; a supervised ViT for what its images were normalised with.
+
+    Raises:
+        ModelError: if the checkpoint's configuration or preprocessor cannot be read.
+    """
+    source = str(id_or_folder)
+    if _load_config(source, hub_options).model_type != SUPERVISED_VIT:
+        return {}
+    return input_statistics(source, hub_options)
 
 
 def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
@@ -175,6 +196,30 @@ def _load_config(source: str, hub_options: dict[str, Any]) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(source, **hub_options)
     except LOAD_FAILURES as error:
         raise unreadable(source, error) from error
+
+
+def _load_converted(
+    source: str,
+    config: PreTrainedConfig,
+    drop_path_rate: float | None,
+    attn_implementation: str | None,
+    hub_options: dict[str, Any],
+) -> PreTrainedModel:
+    patch_size_of(config)
+    try:
+        vit, info = load_supervised_vit(source, config, attn_implementation, hub_options)
+    except LOAD_FAILURES as error:
+        raise unreadable(source, error) from error
+    _require_whole(source, vit, info)
+    if any("mask_token" in key for key in info["missing_keys"]):
+        with torch.no_grad():
+            vit.embeddings.mask_token.zero_()
+    return as_dinov2(vit, drop_path_rate)
+
+
+def _require_whole(source: str, model: PreTrainedModel, info: dict[str, Any]) -> None:
+    missing = [key for key in info["missing_keys"] if not any(part in key for part in _MAY_BE_MISSING)]
+    require_coverage(source, missing, total=len(model.state_dict()))
 
 
 def _pair(value: int | Iterable[int]) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from brainfound.models.aggregators import TransformerAggregator, build_aggregator
-from brainfound.models.backbone import load_backbone
+from brainfound.models.backbone import load_backbone, statistics_of
 from brainfound.models.configuration import BrainFoundConfig, require_known_fields
 from brainfound.models.decoders import SliceMixing, build_decoder
 from brainfound.models.encoder import SliceEncoder
@@ -78,12 +78,14 @@ class BrainFoundPreTrainedModel(PreTrainedModel):
         attn_implementation: str | None = None,
         **config: Any,
     ) -> Self:
-        """Start from a plain 2-D ViT.
+        """Start from a plain 2-D ViT: a DINOv2, with or without registers, or a supervised ViT.
 
-        With three contrasts, each slice's embedding equals the Hub model's CLS token to the last bit.
+        With three contrasts, each slice's embedding equals the Hub model's CLS token to the last bit. A supervised
+        ViT is carried into the architecture of DINOv2, and its images are normalised as its preprocessor says.
 
         Args:
-            id_or_folder: a Hub id (`facebook/dinov2-small`) or a folder with config.json and safetensors.
+            id_or_folder: a Hub id (`facebook/dinov2-small`, `google/vit-base-patch16-224`) or a folder with
+                config.json and safetensors.
             contrasts: the contrasts of axis C, in order.
             drop_path_rate: stochastic depth while training; None keeps the checkpoint's.
             hub_options: `revision`, `token`, `cache_dir`, `local_files_only`.
@@ -100,12 +102,13 @@ class BrainFoundPreTrainedModel(PreTrainedModel):
         )
         # Read first: a new configuration resets the kernel of the ones inside it, and kernels differ in the last bit.
         attention = backbone.config._attn_implementation
+        fields = {**statistics_of(id_or_folder, **(hub_options or {})), **config}
         own = BrainFoundConfig(
             backbone_config=backbone.config,
             # A folder of this machine means nothing elsewhere, and may name people.
             backbone_source=None if Path(id_or_folder).exists() else str(id_or_folder),
             contrasts=contrasts,
-            **config,
+            **fields,
         )
         own._attn_implementation = attention
         return cls(own, backbone=backbone).eval()

@@ -10,8 +10,8 @@ from transformers import (
     AutoModel,
     AutoModelForImageClassification,
     AutoModelForSemanticSegmentation,
-    ViTConfig,
-    ViTModel,
+    BeitConfig,
+    BeitModel,
 )
 
 from brainfound.errors import ModelError
@@ -181,8 +181,8 @@ def test_a_backbone_may_lack_its_mask_token(write_backbone, tmp_path):
 
 
 def test_another_family_is_refused_with_the_known_ones(tmp_path):
-    ViTModel(ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r"'vit' .*expected one of dinov2, dinov2_with_registers"):
+    BeitModel(BeitConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"'beit' .*expected one of dinov2, dinov2_with_registers, vit"):
         BrainFoundModel.from_backbone(tmp_path)
     with pytest.raises(ModelError, match="from_backbone"):
         BrainFoundModel.from_pretrained(tmp_path)
