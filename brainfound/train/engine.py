@@ -34,7 +34,7 @@ import brainfound
 from brainfound.errors import TrainingError
 from brainfound.recipes import Recipe
 from brainfound.train import checkpoint as checkpoints
-from brainfound.train import ranks
+from brainfound.train import ranks, sharding
 from brainfound.train.log import TrainingLog
 from brainfound.train.randomness import seed_dropout
 
@@ -50,6 +50,8 @@ class EngineRecipe(Recipe):
     """Micro-batches that a step is divided into, to save memory."""
     precision: Literal["auto", "no", "bf16"] = "auto"
     """Computation in bfloat16 or float32; "auto" takes bfloat16 on a GPU that has it. Weights stay float32."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """How many processes share a model: "ddp" keeps all of it on each GPU, "fsdp" a slice of each weight (FSDP2)."""
     log_every: int = Field(default=20, ge=1)
     """Steps between two log lines."""
     checkpoint_every: int = Field(default=500, ge=1)
@@ -117,7 +119,11 @@ class TrainTask(ABC):
         return {}
 
     def evaluate(self, step: int) -> dict[str, Any]:
-        """Scores for the log, after `step` steps. Called on rank 0 only: nothing here may wait for other ranks."""
+        """Scores for the log, after `step` steps.
+
+        Called on rank 0 only, where nothing may wait for other ranks; of a sharded model on all ranks,
+        which then look at the same data together. Rank 0's scores count.
+        """
         return {}
 
     def look(self, step: int, line: Mapping[str, Any]) -> None:
@@ -164,7 +170,20 @@ class Engine:
     ) -> None:
         self.task, self.recipe, self.accelerator, self.seed = task, recipe, accelerator, seed
         self.checkpoint_folder = run_folder / "checkpoints"
-        self.model, self.optimizer = accelerator.prepare(task.model, task.make_optimizer())
+        self.sharded = sharding.is_sharded(task.model)
+        if recipe.parallel == "fsdp" and ranks.active() and not self.sharded:
+            raise TrainingError(
+                "this training cannot be sharded",
+                where="engine.parallel",
+                got="fsdp",
+                expected="ddp",
+                remedy="Set engine.parallel=ddp",
+            )
+        optimizer = task.make_optimizer()
+        if self.sharded:
+            self.model, self.optimizer = task.model, accelerator.prepare(optimizer)
+        else:
+            self.model, self.optimizer = accelerator.prepare(task.model, optimizer)
         self.log = TrainingLog(run_folder / "log.jsonl", recipe.steps, quiet, accelerator.is_main_process)
         self.step = 0
         self.skipped = 0
@@ -175,9 +194,10 @@ class Engine:
     def resume(self, path: Path) -> None:
         """Take over a checkpoint; `run` then goes on from its step."""
         saved = checkpoints.load_checkpoint(path)
-        self.accelerator.unwrap_model(self.model).load_state_dict(saved.model)
-        self.optimizer.load_state_dict(saved.optimizer)
-        self.task.load_state_tensors(saved.task)
+        model = self.accelerator.unwrap_model(self.model)
+        model.load_state_dict(sharding.cut_like(saved.model, model.state_dict()))
+        self.optimizer.load_state_dict(sharding.cut_optimizer_state(saved.optimizer, self.optimizer))
+        self.task.load_state_tensors(sharding.cut_like(saved.task, self.task.state_tensors()))
         self.task.load_state_dict(saved.state["task"])
         self.step = self._saved_step = saved.step
         self.skipped = saved.state["engine"]["skipped"]
@@ -239,7 +259,7 @@ class Engine:
             for name, value in {"loss": loss.detach(), **parts}.items():
                 sums[name] = sums.get(name, 0.0) + value / num_micro_batches
         norms = {
-            name: nn.utils.clip_grad_norm_(parameters, task.clip_norm)
+            name: sharding.whole(nn.utils.clip_grad_norm_(parameters, task.clip_norm))
             for name, parameters in task.clip_groups().items()
         }
         finite = bool(torch.isfinite(torch.stack([sums["loss"].float(), *norms.values()])).all())
@@ -289,7 +309,9 @@ class Engine:
     def _evaluate(self) -> None:
         if not self.task.evaluate_every:
             return
-        scores = self.task.evaluate(self.step) if self.accelerator.is_main_process else {}
+        # A rank that held its slices back would leave the others waiting for them.
+        takes_part = self.accelerator.is_main_process or self.sharded
+        scores = self.task.evaluate(self.step) if takes_part else {}
         self.model.train()
         self._publish({"step": self.step, **scores})
 
@@ -303,9 +325,11 @@ class Engine:
         if self._saved_step == self.step:
             return
         failure: TrainingError | None = None
-        if self.accelerator.is_main_process:
+        is_main = self.accelerator.is_main_process
+        snapshot = self._snapshot(keep=is_main) if is_main or self.sharded else None
+        if is_main and snapshot is not None:
             try:
-                checkpoints.save_checkpoint(self.checkpoint_folder, self._snapshot(), self.recipe.keep_checkpoints)
+                checkpoints.save_checkpoint(self.checkpoint_folder, snapshot, self.recipe.keep_checkpoints)
             except TrainingError as error:
                 failure = error
         # Also the barrier: nobody goes on before the checkpoint is whole, and all stop if it cannot be.
@@ -314,12 +338,13 @@ class Engine:
             raise failure or TrainingError("rank 0 could not save a checkpoint", where=f"step {self.step}")
         self._saved_step = self.step
 
-    def _snapshot(self) -> checkpoints.Checkpoint:
+    def _snapshot(self, keep: bool = True) -> checkpoints.Checkpoint:
+        """This moment in whole tensors; without `keep`, only to help rank 0 make its own of a sharded model."""
         return checkpoints.Checkpoint(
             step=self.step,
-            model=self.accelerator.unwrap_model(self.model).state_dict(),
-            task=self.task.state_tensors(),
-            optimizer=self.optimizer.state_dict(),
+            model=sharding.gather(self.accelerator.unwrap_model(self.model).state_dict(), keep),
+            task=sharding.gather(self.task.state_tensors(), keep),
+            optimizer=sharding.gather(self.optimizer.state_dict(), keep),
             state={
                 "versions": {"brainfound": brainfound.__version__, "torch": torch.__version__},
                 "world_size": ranks.world_size(),

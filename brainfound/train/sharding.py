@@ -1,0 +1,139 @@
+"""Fully sharded training (FSDP2): each rank holds a slice of every weight, and gathers a layer when it is needed.
+
+For models whose weights, gradients, optimiser state, teacher and anchor do not fit on each GPU. What is
+trained and what is frozen are cut alike: along the first axis, over one mesh of all ranks. A teacher's
+slice on a rank therefore belongs to the same rows as the student's, and the EMA needs no communication.
+
+    unit                                gathered in      given up again
+    attention, MLP of each block        bf16 | float32   after its forward pass
+    the rest of an encoder              float32          after its forward pass
+    each head, and the trained module   float32          trained: after the backward pass; frozen: after the forward
+
+The rest of an encoder is its stem, tokens, norms and layer scales. They are small, and float32 keeps the
+residual stream as wide as it is without sharding. Gradients are summed in float32 at every micro-batch:
+sharded gradients are what sharding is for, and whole ones would have to be kept to save the sums.
+
+A checkpoint has whole tensors (`gather`), so that a run may go on with another number of ranks, or
+unsharded, and the export is the same.
+
+Source: PyTorch FSDP (arXiv 2304.11277), in its second form, `torch.distributed.fsdp.fully_shard`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from brainfound.models.encoder import SliceEncoder
+from brainfound.train import ranks
+from brainfound.train.objectives.projection_head import ProjectionHead
+
+# The parts of a block that hold its matrices; a block is entered through them, whoever loops over the blocks.
+BRANCHES = ("attention", "mlp")
+# Ways into an encoder besides calling it.
+ENTRANCES = ("embed", "transform")
+
+
+def shard(trained: nn.Module, frozen: Sequence[nn.Module], device: torch.device, precision: str) -> None:
+    """Cut modules over all ranks, in place; each rank must hold the same weights before, on any device.
+
+    Args:
+        trained: what the optimiser moves; it is entered by calling it.
+        frozen: what is only looked through (teacher, anchor); their encoders and heads may be called
+            on their own, by all ranks together.
+        device: of this rank.
+        precision: "bf16" gathers the blocks' matrices in bfloat16; anything else in float32.
+    """
+    mesh = init_device_mesh(device.type, (ranks.world_size(),))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    blocks = {"mesh": mesh, "mp_policy": policy} if precision == "bf16" else {"mesh": mesh}
+    for root in (trained, *frozen):
+        stays = root is trained
+        for encoder in [module for module in root.modules() if isinstance(module, SliceEncoder)]:
+            for block in encoder.blocks:
+                for branch in BRANCHES:
+                    fully_shard(block.get_submodule(branch), reshard_after_forward=True, **blocks)
+            fully_shard(encoder, mesh=mesh, reshard_after_forward=True)
+            for entrance in ENTRANCES:
+                if hasattr(encoder, entrance):
+                    register_fsdp_forward_method(encoder, entrance)
+        for head in [module for module in root.modules() if isinstance(module, ProjectionHead)]:
+            fully_shard(head, mesh=mesh, reshard_after_forward=not stays)
+        if not isinstance(root, FSDPModule):
+            fully_shard(root, mesh=mesh, reshard_after_forward=not stays)
+        root.to(device)  # buffers
+        _enter_once(root)
+
+
+def _enter_once(root: nn.Module) -> None:
+    """Let `root` know that it is the outermost sharded module before one of its parts is called on its own."""
+    root.enter = lambda: None  # type: ignore[assignment]
+    register_fsdp_forward_method(root, "enter")
+    root.enter()
+    del root.enter
+    root.reshard()  # type: ignore[operator]
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether `shard` has cut this module."""
+    return isinstance(module, FSDPModule)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be cut; all ranks call it together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """This rank's slices, as plain tensors that share memory with what they are slices of."""
+    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+
+
+def gather(tree: Any, keep: bool = True) -> Any:
+    """Nested dicts, lists and tuples with each cut tensor made whole, on the CPU; all ranks call it together.
+
+    Args:
+        keep: False leaves an empty tensor in the place of each cut one, for ranks that write nothing.
+            One tensor is whole at a time on the device, whatever the size of the model.
+    """
+    if isinstance(tree, DTensor):
+        full = tree.full_tensor()
+        return full.detach().cpu() if keep else full.new_empty(0, device="cpu")
+    if isinstance(tree, Mapping):
+        return {name: gather(value, keep) for name, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(gather(value, keep) for value in tree)
+    return tree
+
+
+def cut_like(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Whole tensors cut as those of the same name in `like` are; nothing is sent, as every rank has the whole."""
+    return {name: _cut(tensor, like[name]) if name in like else tensor for name, tensor in tensors.items()}
+
+
+def cut_optimizer_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The whole state of an optimiser (`gather` of its ``state_dict()``), cut as its parameters are."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    moments = {
+        index: {
+            name: _cut(value, parameters[index])
+            if isinstance(value, Tensor) and value.shape == parameters[index].shape
+            else value
+            for name, value in values.items()
+        }
+        for index, values in state["state"].items()
+    }
+    return {**state, "state": moments}
+
+
+def _cut(tensor: Tensor, like: Tensor) -> Tensor:
+    if not isinstance(like, DTensor) or isinstance(tensor, DTensor):
+        return tensor
+    whole_here = tensor.to(like.device)
+    return distribute_tensor(whole_here, like.device_mesh, like.placements, src_data_rank=None)
