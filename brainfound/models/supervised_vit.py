@@ -34,7 +34,7 @@ _RENAMED = {"layernorm_before.": "norm1.", "layernorm_after.": "norm2."}
 
 def load_supervised_vit(
     source: str, config: PreTrainedConfig, attn_implementation: str | None, hub_options: Mapping[str, Any]
-) -> tuple[PreTrainedModel, dict[str, Any]]:
+) -> tuple[Any, dict[str, Any]]:
     """The library's model of a supervised ViT, and the library's account of what was loaded.
 
     Raises:
@@ -42,8 +42,10 @@ def load_supervised_vit(
             configuration has (the keys are named).
     """
     require_convertible(source, config)
+    # With the account of what was loaded the library gives two things, which its types do not say.
+    load: Any = ViTModel.from_pretrained
     with transformers_quiet():
-        model, info = ViTModel.from_pretrained(
+        model, info = load(
             source,
             config=config,
             dtype=torch.float32,

@@ -39,6 +39,13 @@ from brainfound.train.starting_model import FROM_SCRATCH, InitRecipe, build_mode
 DRY_RUN_STEPS = 2
 
 
+class PretrainEngineRecipe(EngineRecipe):
+    """The engine of pretraining, which may also leave the starting checkpoint as it is."""
+
+    steps: int = Field(default=10_000, ge=0)
+    """Optimiser steps of the whole run; 0 probes and exports the starting checkpoint untouched."""
+
+
 class PretrainRecipe(Recipe):
     """Everything that a pretraining run is made of."""
 
@@ -55,7 +62,7 @@ class PretrainRecipe(Recipe):
     schedule: ScheduleRecipe = ScheduleRecipe()
     guard: GuardRecipe = GuardRecipe()
     probe: ProbeRecipe = ProbeRecipe()
-    engine: EngineRecipe = EngineRecipe()
+    engine: PretrainEngineRecipe = PretrainEngineRecipe()
 
 
 # What may change between a run and its continuation: nothing in here touches a weight.
@@ -144,7 +151,7 @@ def _resolve(
     notes: list[str] = []
     if content.init.source == FROM_SCRATCH:
         content, notes = _from_scratch(content)
-    if content.schedule.head_warmup_steps >= content.engine.steps:
+    if content.schedule.head_warmup_steps >= content.engine.steps > 0:
         raise RecipeError(
             "the backbone would never learn",
             where="schedule.head_warmup_steps",

@@ -131,15 +131,18 @@ def export(
 def _card_facts(recipe: Any, store: Store, model: BrainFoundModel, step: int, guard: GuardState) -> dict[str, Any]:
     source = recipe.init.source
     scores = {"first": guard.first_score, "best": guard.best_score, "last": guard.last_score}
+    untouched = recipe.engine.steps == 0
     return {
         "name": recipe.name,
-        "summary": "The EMA teacher of self-distillation on brain MRI slices (an encoder; it has no task head).",
-        "kind": "self-supervised encoder",
+        "summary": "The starting checkpoint, untouched, as a BrainFound encoder (it has no task head)."
+        if untouched
+        else "The EMA teacher of self-distillation on brain MRI slices (an encoder; it has no task head).",
+        "kind": "encoder as it was before any training here" if untouched else "self-supervised encoder",
         "base_model": None if source == "none" else source,
         "backbone": model.config.backbone_config.model_type,
         "stem": model.config.stem,
         "aggregator": model.config.aggregator,
-        "objective": "self-distillation (DINO + iBOT + KoLeo)",
+        "objective": "none" if untouched else "self-distillation (DINO + iBOT + KoLeo)",
         "contrasts": list(store.contrasts),
         "preprocessing": store.preprocessing.model_dump(mode="json"),
         "recipe": recipe.name,
