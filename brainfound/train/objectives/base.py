@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
 from brainfound.models.encoder import SliceEncoder
+from brainfound.train.trained_part import plain_state
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,10 @@ class Objective(ABC):
     @abstractmethod
     def exported_encoder(self) -> SliceEncoder:
         """The encoder that is probed and exported."""
+
+    def exported_state(self) -> dict[str, Tensor]:
+        """The weights to export: those of `exported_encoder`, under the names of a plain encoder."""
+        return plain_state(self.exported_encoder, self.exported_encoder.state_dict())
 
     @abstractmethod
     def to(self, device: torch.device) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,11 +32,14 @@ from brainfound.train.masking import BlockMasks, draw_masks
 from brainfound.train.objectives.base import Objective, SliceBatch, StepKey
 from brainfound.train.objectives.projection_head import HeadRecipe, ProjectionHead
 from brainfound.train.randomness import INITIALISATION, MASKS, VIEWS, numpy_generator, torch_generator
+from brainfound.train.trained_part import without_adapters
 
 
 class SelfDistillationRecipe(Recipe):
     """Weights and constants of the self-distillation objective."""
 
+    kind: Literal["self_distillation"] = "self_distillation"
+    """Names the objective."""
     dino_weight: float = Field(default=1.0, ge=0)
     """Weight of the CLS loss."""
     ibot_weight: float = Field(default=1.0, ge=0)
@@ -148,7 +151,7 @@ class SelfDistillation(Objective):
     """Student, EMA teacher and anchor around one starting encoder.
 
     Args:
-        encoder: the starting checkpoint; it is copied, not changed.
+        encoder: the starting checkpoint, with its trained part chosen; it is copied, not changed.
         recipe: weights and constants.
         views: the multi-crop recipe.
         num_steps: length of the run, for the momentum's cosine.
@@ -177,7 +180,7 @@ class SelfDistillation(Objective):
         self.student = EncoderWithHeads(copy.deepcopy(encoder), recipe, seed)
         # Copied, heads included: heads initialised apart would be two different sets of prototypes.
         self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
-        self.anchor = copy.deepcopy(encoder).requires_grad_(False).eval() if recipe.anchored else None
+        self.anchor = without_adapters(encoder).requires_grad_(False).eval() if recipe.anchored else None
         for block in self.student.encoder.blocks:
             block.drop_path = StochasticDepth(recipe.drop_path)
         self._last: tuple[Targets, dict[str, Tensor]] | None = None
@@ -296,11 +299,12 @@ class SelfDistillation(Objective):
         """teacher ← momentum · teacher + (1 − momentum) · student; as it was, where the step was skipped.
 
         `lerp` leaves a weight that equals the student's exactly as it is, so a backbone that waits
-        for its heads does not drift in the teacher either.
+        for its heads does not drift in the teacher either. What is never trained is not touched.
         """
         weight = (1 - self.schedule(step)["momentum"]) * taken
         for old, new in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
-            old.lerp_(new, weight)
+            if new.requires_grad:
+                old.lerp_(new, weight)
 
     @torch.no_grad()
     def gauges(self) -> dict[str, float]:

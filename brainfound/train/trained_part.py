@@ -1,0 +1,149 @@
+"""Which part of the encoder pretraining moves: all of it, the last blocks, or low-rank updates (ExPLoRA).
+
+Axis legend: ``R`` rank, ``I`` width into a matrix, ``O`` width out of it.
+
+Sources: LoRA (arXiv 2106.09685) for the updates; ExPLoRA (2406.10973, section 4) for continuing
+self-supervised pretraining with them: the last blocks and all norms are trained as they are, the
+attention of the frozen blocks through updates.
+
+What the checkpoint does not bring (mask token and contrast embeddings here, heads in the objectives)
+is always trained: frozen noise is of no use.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+
+from brainfound.adapters.roles import require_known_roles, resolve_targets
+from brainfound.errors import RecipeError
+from brainfound.models.encoder import SliceEncoder
+from brainfound.recipes import Recipe
+from brainfound.train.randomness import INITIALISATION, torch_generator
+
+NEW_PARTS = ("mask_token", "contrast_embedding")
+_ADAPTER = "default"
+_ADAPTER_STREAM = 2000  # apart from the streams of heads, decoders and the model
+
+
+class TrainedPartRecipe(Recipe):
+    """What of the encoder is trained."""
+
+    part: Literal["full", "last_blocks", "lora"] = "full"
+    """"full" trains everything; "last_blocks" the last `blocks` and the last norm; "lora" the last `blocks`, all norms,
+    and low-rank updates of the frozen blocks (ExPLoRA). Mask token, contrast embeddings and heads always learn."""
+    blocks: int = Field(default=1, ge=0)
+    """How many blocks, counted from the last one, are trained in full; not read when the part is "full"."""
+    rank: int = Field(default=64, ge=1, le=1024)
+    """Rank of each update."""
+    alpha: float = Field(default=64.0, gt=0)
+    """Scale of the updates: alpha / rank."""
+    roles: tuple[str, ...] = ("query", "value")
+    """The matrices of the frozen blocks that get an update: query, key, value, output, mlp_in, mlp_out."""
+
+    @field_validator("roles")
+    @classmethod
+    def _known_roles(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value:
+            raise ValueError("at least one role is needed")
+        try:
+            require_known_roles(value)
+        except RecipeError as error:
+            raise ValueError(str(error)) from None
+        if "patch" in value:
+            raise ValueError("the patch embedding belongs to no block; leave out patch")
+        return value
+
+
+def choose_trained_part(encoder: SliceEncoder, recipe: TrainedPartRecipe, seed: int) -> SliceEncoder:
+    """A copy of an encoder in which what is to be trained, and nothing else, requires gradients.
+
+    With "lora" the copy has updates, and answers as the encoder does until they have learnt: of each
+    product B·A, B starts at 0 and A is drawn from `seed`, the same on all ranks.
+
+    Raises:
+        RecipeError: if there are fewer blocks than the recipe trains, or "lora" leaves none to update.
+    """
+    encoder = copy.deepcopy(encoder).requires_grad_(recipe.part == "full")
+    if recipe.part == "full":
+        return encoder
+    num_frozen = encoder.num_layers - recipe.blocks
+    if num_frozen < (1 if recipe.part == "lora" else 0):
+        raise RecipeError(
+            f"the encoder has {encoder.num_layers} blocks, which leaves none to freeze",
+            where="trained.blocks",
+            got=recipe.blocks,
+            expected=f"at most {encoder.num_layers - (recipe.part == 'lora')}",
+            remedy="Lower trained.blocks, or set trained.part=full",
+        )
+    if recipe.part == "lora":
+        _inject(encoder, recipe, num_frozen, seed)
+    for block in encoder.blocks[num_frozen:]:
+        block.requires_grad_(True)
+    encoder.backbone.layernorm.requires_grad_(True)
+    if recipe.part == "lora":
+        for module in encoder.modules():
+            if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+                module.requires_grad_(True)
+    for name, parameter in encoder.named_parameters():
+        if any(part in name for part in NEW_PARTS):
+            parameter.requires_grad_(True)
+    return encoder
+
+
+def without_adapters(encoder: SliceEncoder) -> SliceEncoder:
+    """A copy of an encoder with its updates added into plain matrices; of a plain encoder, a copy."""
+    plain = copy.deepcopy(encoder)
+    for name, layer in _adapted(plain).items():
+        parent, _, child = name.rpartition(".")
+        setattr(plain.get_submodule(parent), child, layer.get_base_layer())
+    plain.load_state_dict(plain_state(encoder, encoder.state_dict()))
+    return plain
+
+
+@torch.no_grad()
+def plain_state(encoder: SliceEncoder, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state of an encoder under the names of one without updates: W + (alpha / rank) · B·A.
+
+    Args:
+        encoder: says which of its matrices have updates.
+        state: its ``state_dict()``, or one of the same names that was gathered from several ranks.
+    """
+    adapted = _adapted(encoder)
+    merged: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if ".lora_" in name:
+            continue
+        target, _, kind = name.rpartition(".base_layer.")
+        if target in adapted and kind == "weight":
+            down, up = (state[f"{target}.lora_{part}.{_ADAPTER}.weight"] for part in "AB")  # (R, I), (O, R)
+            tensor = tensor + adapted[target].scaling[_ADAPTER] * (up @ down)
+        merged[f"{target}.{kind}" if target in adapted else name] = tensor
+    return merged
+
+
+def _adapted(encoder: nn.Module) -> dict[str, Any]:
+    return {name: module for name, module in encoder.named_modules() if isinstance(module, LoraLayer)}
+
+
+def _inject(encoder: SliceEncoder, recipe: TrainedPartRecipe, num_frozen: int, seed: int) -> None:
+    """Give the first `num_frozen` blocks updates, in place; the encoder keeps its class and its other names."""
+    config = LoraConfig(
+        r=recipe.rank,
+        lora_alpha=recipe.alpha,  # type: ignore[arg-type]
+        target_modules=resolve_targets(encoder, recipe.roles, range(1, num_frozen + 1)),
+        task_type=None,
+    )
+    inject_adapter_in_model(config, encoder, _ADAPTER)
+    generator = torch_generator(INITIALISATION, seed, _ADAPTER_STREAM)
+    for layer in _adapted(encoder).values():
+        # As the library draws it, but not from the global generator, whose state differs between ranks.
+        nn.init.kaiming_uniform_(layer.lora_A[_ADAPTER].weight, a=math.sqrt(5), generator=generator)
