@@ -135,9 +135,7 @@ class PretrainTask(TrainTask):
 
     def _keep_best(self, step: int) -> None:
         self.best_folder.mkdir(parents=True, exist_ok=True)
-        weights = {
-            name: t.detach().cpu().contiguous() for name, t in self.objective.exported_encoder.state_dict().items()
-        }
+        weights = {name: t.detach().cpu().contiguous() for name, t in self.objective.exported_state().items()}
         temporary = self.best_folder / ".writing"
         save_file(weights, temporary)
         kept = self.best_file(step)
@@ -153,8 +151,7 @@ class PretrainTask(TrainTask):
             if self.best_file(best).is_file():
                 return best, load_file(self.best_file(best))
             warnings.warn(f"{self.best_file(best)} is missing; the last teacher is exported", stacklevel=2)
-        encoder = self.objective.exported_encoder
-        return None, {name: tensor.detach().cpu() for name, tensor in encoder.state_dict().items()}
+        return None, {name: tensor.detach().cpu() for name, tensor in self.objective.exported_state().items()}
 
     def state_tensors(self) -> dict[str, Tensor]:
         return self.objective.state_dict()
