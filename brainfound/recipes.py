@@ -7,7 +7,7 @@ overrides, validates it, and turns every failure into one line with a "did you m
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
 
 from brainfound.errors import RecipeError, did_you_mean
 
@@ -170,11 +171,17 @@ def _yaml_value(text: str) -> Any:
 
 def _recipe_error(recipe: type[Recipe], error: ValidationError, where: str) -> RecipeError:
     first = error.errors()[0]
-    location = tuple(part for part in first["loc"] if not str(part).startswith("function-"))
-    key = ".".join(str(part) for part in location)
+    location, models = _walk(recipe, [part for part in first["loc"] if not str(part).startswith("function-")])
+    key = ".".join(location)
     if first["type"] == "extra_forbidden":
-        known = _known_keys(recipe, location[:-1])
-        return RecipeError("unknown key", where=f"{where}: {key}", remedy=did_you_mean(str(location[-1]), known))
+        known = [name for model in models for name in model.model_fields]
+        return RecipeError("unknown key", where=f"{where}: {key}", remedy=did_you_mean(location[-1], known))
+    if first["type"] == "union_tag_invalid":
+        tag, choice = first["ctx"]["tag"], first["ctx"]["discriminator"].strip("'")
+        known = [kind.strip(" '") for kind in first["ctx"]["expected_tags"].split(",")]
+        return RecipeError(
+            f"unknown {choice} {tag!r}", where=f"{where}: {key}.{choice}", remedy=did_you_mean(tag, known)
+        )
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     got = None if first["type"] == "missing" else repr(first.get("input"))[:80]
     return RecipeError(
@@ -182,16 +189,38 @@ def _recipe_error(recipe: type[Recipe], error: ValidationError, where: str) -> R
     )
 
 
-def _known_keys(recipe: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
-    """The field names at a nested location; union members are searched too."""
+def _walk(recipe: type[BaseModel], location: Sequence[Any]) -> tuple[list[str], list[type[BaseModel]]]:
+    """Where an error is, in keys that a user writes, and the models that its last key belongs to.
+
+    A validator puts the tag of a discriminated union into the location, as if it were a key; here it
+    chooses among the union's members. The members of other unions are all searched.
+    """
+    shown: list[str] = []
     models: list[type[BaseModel]] = [recipe]
-    for part in location:
-        children: list[type[BaseModel]] = []
-        for model in models:
-            field = model.model_fields.get(str(part))
-            children += [] if field is None else _models_in(field.annotation)
-        models = children or models
-    return [name for model in models for name in model.model_fields]
+    last: list[type[BaseModel]] = [recipe]
+    tags: dict[str, type[BaseModel]] = {}
+    for part in map(str, location):
+        if part in tags:
+            models, tags = [tags[part]], {}
+            continue
+        shown.append(part)
+        last = models
+        fields = [model.model_fields[part] for model in models if part in model.model_fields]
+        tags = {tag: model for field in fields for tag, model in _tagged(field).items()}
+        models = [model for field in fields for model in _models_in(field.annotation)] or models
+    return shown, last
+
+
+def _tagged(field: FieldInfo) -> dict[str, type[BaseModel]]:
+    """The members of a discriminated union by their tags; nothing for any other field."""
+    name = field.discriminator
+    if not isinstance(name, str):
+        return {}
+    return {
+        str(tag): model
+        for model in _models_in(field.annotation)
+        for tag in get_args(model.model_fields[name].annotation)
+    }
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

@@ -1,0 +1,254 @@
+"""Masked autoencoding: the encoder sees a quarter of a crop's patches, a light decoder draws the rest.
+
+Axis legend: ``n`` crops (one per slice), ``C`` contrasts, ``H W`` pixels, ``P`` patches, ``V`` visible
+and ``M`` masked ones, ``D`` width, ``p`` side of a patch in pixels.
+
+Source: MAE (arXiv 2111.06377). What is ours is made for scans of several contrasts: the pixels of a
+patch are normalised per contrast, a contrast that a crop does not show is no target, and every crop
+weighs alike however many contrasts it shows.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from pydantic import Field
+from torch import Tensor, nn
+
+from brainfound.data.augmentation import MultiCrop, Views, ViewsRecipe
+from brainfound.models.encoder import SliceEncoder
+from brainfound.recipes import Recipe
+from brainfound.train import ranks
+from brainfound.train.guard import feature_gauges
+from brainfound.train.objectives.base import Objective, SliceBatch, StepKey
+from brainfound.train.objectives.pixel_decoder import PixelDecoder, PixelDecoderRecipe
+from brainfound.train.randomness import INITIALISATION, MASKS, VIEWS, numpy_generator, torch_generator
+
+_DECODER_STREAM = 100  # apart from the streams of projection heads, which count from 0
+_STEP_STREAM = 2  # apart from the views and masks of self-distillation, beside which this may run
+SMALLEST_VARIANCE = 1e-6  # MAE's; patches of air have none
+
+
+class ReconstructionRecipe(Recipe):
+    """What is hidden, and what draws it."""
+
+    mask_ratio: float = Field(default=0.75, gt=0, lt=1)
+    """Part of a crop's patches that the encoder does not see."""
+    normalise_targets: bool = True
+    """Whether the pixels of each patch and contrast are brought to mean 0 and variance 1 before they are compared."""
+    decoder: PixelDecoderRecipe = PixelDecoderRecipe()
+    """The decoder."""
+
+
+class MaskedAutoencoderRecipe(ReconstructionRecipe):
+    """Masked autoencoding alone."""
+
+    kind: Literal["masked_autoencoder"] = "masked_autoencoder"
+    """Names the objective."""
+
+
+class HiddenPatches(NamedTuple):
+    """Which patches of each crop the encoder sees, both in increasing order."""
+
+    kept: Int[Tensor, "n V"]
+    hidden: Int[Tensor, "n M"]
+
+
+class MaskedViews(NamedTuple):
+    """What a forward pass needs of a batch; the fields are the arguments of `reconstruct`."""
+
+    pixels: Float[Tensor, "n C H W"]
+    contrast_mask: Bool[Tensor, "n C"]
+    kept: Int[Tensor, "n V"]
+    hidden: Int[Tensor, "n M"]
+
+
+class Reconstruction(NamedTuple):
+    """What the student answers."""
+
+    cls: Float[Tensor, "n D"]
+    patches: Float[Tensor, "n M C·p²"]
+
+
+def hide_patches(num_crops: int, num_patches: int, ratio: float, rng: np.random.Generator) -> HiddenPatches:
+    """Hide the same number of patches, at random places, in each crop; at least one is hidden and one is seen."""
+    num_hidden = min(max(round(num_patches * ratio), 1), num_patches - 1)
+    order = torch.from_numpy(rng.permuted(np.tile(np.arange(num_patches), (num_crops, 1)), axis=1))
+    hidden, kept = order[:, :num_hidden], order[:, num_hidden:]
+    return HiddenPatches(kept.sort(dim=1).values, hidden.sort(dim=1).values)
+
+
+def patch_pixels(pixels: Float[Tensor, "n C H W"], patch_size: int) -> Float[Tensor, "n P C p²"]:
+    """The pixels of each patch, patches row by row as the encoder orders them."""
+    return rearrange(pixels, "n c (rows p) (cols q) -> n (rows cols) c (p q)", p=patch_size, q=patch_size)
+
+
+def reconstruction_loss(
+    predicted: Float[Tensor, "n M C·p²"],
+    target: Float[Tensor, "n M C p²"],
+    contrast_mask: Bool[Tensor, "n C"],
+    normalise: bool = True,
+) -> Float[Tensor, ""]:
+    """Mean squared error over the hidden patches of the contrasts that a crop shows, then over crops.
+
+    Source: MAE, section 3; normalised targets as in its "reconstruction target".
+    """
+    with torch.autocast(predicted.device.type, enabled=False):
+        target = target.float()
+        if normalise:
+            variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
+            target = (target - mean) / (variance + SMALLEST_VARIANCE).sqrt()
+        error = (predicted.float().view_as(target) - target).square().mean(dim=(1, 3))
+        shown = contrast_mask.to(error.dtype)
+        return ((error * shown).sum(dim=1) / shown.sum(dim=1).clamp(min=1)).mean()
+
+
+def reconstruct(
+    encoder: SliceEncoder,
+    decoder: nn.Module,
+    pixels: Float[Tensor, "n C H W"],
+    contrast_mask: Bool[Tensor, "n C"],
+    kept: Int[Tensor, "n V"],
+    hidden: Int[Tensor, "n M"],
+) -> Reconstruction:
+    """Encode the patches that are kept, and only them, and decode the hidden ones."""
+    tokens = encoder.embed(pixels, contrast_mask)
+    prefix, patches = tokens.tensor_split([encoder.num_prefix_tokens], dim=1)
+    patches = patches.gather(1, kept[..., None].expand(-1, -1, patches.shape[-1]))
+    (encoded,) = encoder.transform([torch.cat([prefix, patches], dim=1)])
+    cls, visible = encoded[:, 0], encoded[:, encoder.num_prefix_tokens :]
+    return Reconstruction(cls, decoder(cls, visible, kept, hidden))
+
+
+class EncoderWithDecoder(nn.Module):
+    """An encoder with a pixel decoder."""
+
+    def __init__(self, encoder: SliceEncoder, decoder: PixelDecoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.heads = nn.ModuleDict({"decoder": decoder})
+
+    def forward(self, *views: Tensor) -> Reconstruction:
+        return reconstruct(self.encoder, self.heads["decoder"], *views)
+
+
+class PatchHiding:
+    """Turns slices into crops with hidden patches, and compares an answer with what was hidden.
+
+    Args:
+        encoder: gives the patch size.
+        recipe: what is hidden.
+        views: how crops are made; of two global crops the first is taken, and no local ones.
+    """
+
+    def __init__(self, encoder: SliceEncoder, recipe: ReconstructionRecipe, views: ViewsRecipe) -> None:
+        self.recipe = recipe
+        self.patch_size = encoder.patch_size
+        self.grid = (views.global_size // encoder.patch_size,) * 2
+        self.crop = MultiCrop(views.model_copy(update={"num_local": 0}), encoder.patch_size)
+
+    def views(self, batch: SliceBatch, key: StepKey) -> MaskedViews:
+        """One crop of each slice, and what is hidden of it: a function of the key."""
+        device = batch.pixels.device
+        large: Views = self.crop(
+            batch.pixels,
+            batch.present,
+            torch_generator(VIEWS, key.seed, *key.keys, _STEP_STREAM),
+            torch_generator(VIEWS, key.seed, *key.keys, _STEP_STREAM + 1, device=device),
+        ).global_views
+        num_slices = len(batch.pixels)
+        patches = hide_patches(
+            num_slices,
+            self.grid[0] * self.grid[1],
+            self.recipe.mask_ratio,
+            numpy_generator(MASKS, key.seed, *key.keys, _STEP_STREAM),
+        )
+        return MaskedViews(
+            large.pixels[:num_slices],
+            large.contrast_mask[:num_slices],
+            patches.kept.to(device, non_blocking=True),
+            patches.hidden.to(device, non_blocking=True),
+        )
+
+    def loss(self, answer: Reconstruction, views: MaskedViews) -> Float[Tensor, ""]:
+        """How far an answer is from the hidden pixels."""
+        patches = patch_pixels(views.pixels, self.patch_size)
+        target = patches.gather(1, views.hidden[..., None, None].expand(-1, -1, *patches.shape[2:]))
+        return reconstruction_loss(answer.patches, target, views.contrast_mask, self.recipe.normalise_targets)
+
+    def make_decoder(self, encoder: SliceEncoder, seed: int) -> PixelDecoder:
+        """A new decoder that fits the encoder and the crops, the same on all ranks."""
+        num_outputs = len(encoder.contrasts) * self.patch_size**2
+        decoder = PixelDecoder(encoder.embed_dim, self.grid, num_outputs, self.recipe.decoder)
+        decoder.initialise(torch_generator(INITIALISATION, seed, _DECODER_STREAM))
+        return decoder
+
+
+class MaskedAutoencoder(Objective):
+    """An encoder that learns by filling in; there is no teacher, so it is the student that is exported.
+
+    Args:
+        encoder: the starting checkpoint, with its trained part chosen; it is copied, not changed.
+        recipe: what is hidden, and what draws it.
+        views: how crops are made.
+        seed: initialises the decoder.
+
+    Raises:
+        RecipeError: if crops do not fit the patch size.
+    """
+
+    student: EncoderWithDecoder
+
+    def __init__(self, encoder: SliceEncoder, recipe: ReconstructionRecipe, views: ViewsRecipe, seed: int) -> None:
+        encoder = copy.deepcopy(encoder)
+        self.hiding = PatchHiding(encoder, recipe, views)
+        self.student = EncoderWithDecoder(encoder, self.hiding.make_decoder(encoder, seed))
+        # Hidden patches do not enter the encoder, so its own mask token would wait for a gradient in vain.
+        encoder.backbone.embeddings.mask_token.requires_grad_(False)
+        self._last_cls: Tensor | None = None
+
+    @property
+    def exported_encoder(self) -> SliceEncoder:
+        """The student's encoder."""
+        return self.student.encoder
+
+    def to(self, device: torch.device) -> None:
+        """Nothing is there beside the student."""
+
+    def loss(self, student: nn.Module, batch: SliceBatch, key: StepKey) -> tuple[Tensor, dict[str, Tensor]]:
+        views = self.hiding.views(batch, key)
+        answer = student(*views)
+        loss = self.hiding.loss(answer, views)
+        self._last_cls = answer.cls.detach()
+        return loss, {"loss_reconstruction": loss.detach()}
+
+    def after_step(self, step: int, taken: Float[Tensor, ""]) -> None:
+        """There is no teacher to move."""
+
+    @torch.no_grad()
+    def gauges(self) -> dict[str, float]:
+        """Gauges of the last batch's CLS tokens; there are no prototypes, so there is no entropy and no ln K."""
+        if self._last_cls is None:
+            return {}
+        return feature_gauges(ranks.gather_rows(self._last_cls.float()))
+
+    def schedule(self, step: int) -> dict[str, float]:
+        return {}
+
+    def clip_groups(self) -> dict[str, list[nn.Parameter]]:
+        return {
+            "backbone": list(self.student.encoder.parameters()),
+            "decoder": list(self.student.heads["decoder"].parameters()),
+        }
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        if state:
+            raise KeyError(f"unknown: {', '.join(sorted(state))}")
