@@ -25,7 +25,7 @@ from brainfound.data.store import Store
 from brainfound.errors import RecipeError, TrainingError, UsageError
 from brainfound.models import BrainFoundModel
 from brainfound.recipes import Recipe, load, validate
-from brainfound.train import run_files
+from brainfound.train import run_files, sharding
 from brainfound.train.engine import Engine, EngineRecipe, make_accelerator
 from brainfound.train.guard import Guard, GuardRecipe
 from brainfound.train.objectives.self_distillation import SelfDistillation, SelfDistillationRecipe
@@ -222,8 +222,9 @@ def _run(recipe: PretrainRecipe, store: Store, folder: Path, resume: bool, quiet
     except TrainingError as error:
         # The same on all ranks. What was learnt before the stop is still worth having.
         stopped = error
-    if is_main:
+    if is_main or engine.sharded:
         best_step, weights = task.export_weights()
+    if is_main:
         exported_step = engine.step if best_step is None else best_step
         run_files.export(folder, recipe, store, model, weights, exported_step, task.guard.state)
         run_files.finish(folder, "done" if stopped is None else f"stopped: {stopped}", exported_step, engine.step)
@@ -237,6 +238,8 @@ def _make_task(
     recipe: PretrainRecipe, store: Store, model: BrainFoundModel, folder: Path, accelerator: Any
 ) -> PretrainTask:
     objective = SelfDistillation(model.encoder, recipe.objective, recipe.views, recipe.engine.steps, recipe.seed)
+    if recipe.engine.parallel == "fsdp" and accelerator.num_processes > 1:
+        sharding.shard(objective.student, objective.frozen_modules(), accelerator.device, accelerator.mixed_precision)
     objective.to(accelerator.device)
     return PretrainTask(
         objective,

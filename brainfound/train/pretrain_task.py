@@ -21,6 +21,7 @@ from brainfound.train.objectives.base import Objective, SliceBatch, StepKey
 from brainfound.train.optim import OptimRecipe, make_optimizer, parameter_groups
 from brainfound.train.probes import Probe
 from brainfound.train.schedules import ScheduleRecipe
+from brainfound.train.sharding import is_sharded
 
 
 class PretrainTask(TrainTask):
@@ -125,7 +126,7 @@ class PretrainTask(TrainTask):
             self.guard.look(step, line)
             return
         # The best encoder is kept before the guard may stop the run because of a later one.
-        if self.guard.is_best(line["probe"]) and self.rank == 0:
+        if self.guard.is_best(line["probe"]):
             self._keep_best(step)
         self.guard.judge(step, line["probe"], line["probe_standard_error"])
 
@@ -134,8 +135,12 @@ class PretrainTask(TrainTask):
         return self.best_folder / f"step-{step:06d}.safetensors"
 
     def _keep_best(self, step: int) -> None:
-        self.best_folder.mkdir(parents=True, exist_ok=True)
+        if self.rank and not is_sharded(self.model):
+            return
         weights = {name: t.detach().cpu().contiguous() for name, t in self.objective.exported_state().items()}
+        if self.rank:
+            return
+        self.best_folder.mkdir(parents=True, exist_ok=True)
         temporary = self.best_folder / ".writing"
         save_file(weights, temporary)
         kept = self.best_file(step)
@@ -145,13 +150,18 @@ class PretrainTask(TrainTask):
                 old.unlink()
 
     def export_weights(self) -> tuple[int | None, dict[str, Tensor]]:
-        """The encoder to export: (step of an earlier, better one or None for the present one, its weights)."""
+        """The encoder to export: (step of an earlier, better one or None for the present one, its weights).
+
+        All ranks call it together where the model is sharded; otherwise only rank 0 need.
+        """
+        # Before a file is looked for, which one rank may see and another not.
+        weights = {name: tensor.detach().cpu() for name, tensor in self.objective.exported_state().items()}
         best = self.guard.state.best_step
         if self.guard.exports_best() and best is not None:
             if self.best_file(best).is_file():
                 return best, load_file(self.best_file(best))
             warnings.warn(f"{self.best_file(best)} is missing; the last teacher is exported", stacklevel=2)
-        return None, {name: tensor.detach().cpu() for name, tensor in self.objective.exported_state().items()}
+        return None, weights
 
     def state_tensors(self) -> dict[str, Tensor]:
         return self.objective.state_dict()

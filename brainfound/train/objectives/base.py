@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
 from brainfound.models.encoder import SliceEncoder
+from brainfound.train.sharding import gather
 from brainfound.train.trained_part import plain_state
 
 
@@ -60,8 +61,15 @@ class Objective(ABC):
         """The encoder that is probed and exported."""
 
     def exported_state(self) -> dict[str, Tensor]:
-        """The weights to export: those of `exported_encoder`, under the names of a plain encoder."""
-        return plain_state(self.exported_encoder, self.exported_encoder.state_dict())
+        """The weights to export: those of `exported_encoder`, whole, under the names of a plain encoder.
+
+        All ranks call it together where the encoder is sharded.
+        """
+        return plain_state(self.exported_encoder, gather(self.exported_encoder.state_dict()))
+
+    def frozen_modules(self) -> list[nn.Module]:
+        """What is looked through and not trained (a teacher, an anchor): sharded as the student is."""
+        return []
 
     @abstractmethod
     def to(self, device: torch.device) -> None:

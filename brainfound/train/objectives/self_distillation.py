@@ -190,6 +190,9 @@ class SelfDistillation(Objective):
         """The teacher's encoder."""
         return self.teacher.encoder
 
+    def frozen_modules(self) -> list[nn.Module]:
+        return [self.teacher] if self.anchor is None else [self.teacher, self.anchor]
+
     def to(self, device: torch.device) -> None:
         self.teacher.to(device)
         if self.anchor is not None:
