@@ -112,14 +112,15 @@ def augment_volumes(batch: VolumeBatch, recipe: VolumeAugmentation, key: StepKey
     grid = F.affine_grid(matrices, [num_volumes, 1, height, width], align_corners=False)
     flat = rearrange(pixels, "b s c h w -> b (s c) h w")
     moved = F.grid_sample(flat, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    # Slices stacked into one tall image per contrast, so that a volume's slices share their random intensities.
-    tall = rearrange(moved, "b (s c) h w -> b c (s h) w", s=num_slices)
+    # One image per volume and contrast: its slices share their random intensities, and no filter crosses from one
+    # slice to the next.
+    images = rearrange(moved, "b (s c) h w -> b c s h w", s=num_slices).contiguous()
     noise_generator = torch_generator(VIEWS, key.seed, *key.keys, NOISE, device=pixels.device)
-    tall = vary_intensity(tall, recipe.intensity, generator, noise_generator)
+    images = vary_intensity(images, recipe.intensity, generator, noise_generator)
     contrast_mask = drop_contrasts(batch.contrast_mask.cpu(), recipe.contrast_dropout, generator).to(pixels.device)
     return replace(
         batch,
-        pixel_values=rearrange(tall, "b c (s h) w -> b s c h w", s=num_slices) * contrast_mask[:, None, :, None, None],
+        pixel_values=rearrange(images, "b c s h w -> b s c h w") * contrast_mask[:, None, :, None, None],
         contrast_mask=contrast_mask,
         masks=None if batch.masks is None else _move_masks(batch.masks, grid),
     )

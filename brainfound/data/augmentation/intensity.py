@@ -1,0 +1,191 @@
+"""How bright a view is: random grey values of the foreground; the background stays exactly 0, the range 0–1.
+
+The effects follow the way of a signal: contrast of the tissue (gamma, gain), coils (bias field), sampling (blur, thick
+pixels, Gibbs ringing), receiver (noise). What is small is drawn first, for all images together; an effect then only
+touches the images that it was drawn for.
+
+Axis legend: ``P`` images (one contrast of one view, or of one volume), ``S`` slices of an image that are treated alike
+(1 for a view), ``K`` images that an effect was drawn for, ``H W`` pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from brainfound.data.augmentation.bias_field import TERMS, multiply_by_field
+from brainfound.data.augmentation.drawing import Chosen, choose, log_uniform, onto, uniform
+from brainfound.data.augmentation.noise import add_noise
+from brainfound.data.augmentation.resolution import (
+    filter_columns,
+    filter_rows,
+    gaussian_blur,
+    sharp_cutoff,
+    thick_pixels,
+)
+from brainfound.data.augmentation.views_recipe import IntensityRecipe
+
+CACHED_PIXELS = 1 << 19
+"""Pixels that are worked on together on a CPU: their float32 and one copy fit into its cache."""
+
+
+def together(num_images: int, pixels_per_image: int, device: torch.device) -> int:
+    """How many images to work on at once: on a CPU what fits into its cache, elsewhere all, in one launch."""
+    return max(1, CACHED_PIXELS // max(1, pixels_per_image)) if device.type == "cpu" else max(1, num_images)
+
+
+@dataclass(frozen=True)
+class IntensityPlan:
+    """Everything that is drawn for the intensities of P images, except the noise itself."""
+
+    recipe: IntensityRecipe
+    gamma: Chosen
+    gain: Float[Tensor, "P"]
+    spread: Float[Tensor, "P"]
+    """Factor of the distance from the foreground's mean."""
+    bias_field: Chosen
+    blur: Chosen
+    rows: Chosen
+    """Weights of the frequencies from row to row (Gibbs ringing, thick pixels)."""
+    columns: Chosen
+    """The same from column to column."""
+    noise: Chosen
+
+    @classmethod
+    def draw(
+        cls,
+        num_images: int,
+        size: tuple[int, int],
+        recipe: IntensityRecipe,
+        generator: torch.Generator,
+        shown: Bool[Tensor, "P"] | None = None,
+    ) -> IntensityPlan:
+        """Draw for `num_images` images of `size` pixels.
+
+        Args:
+            generator: on the CPU.
+            shown: effects on the other images are drawn but not done; None for all.
+        """
+        count = (num_images,)
+
+        def chosen(probability: float) -> Bool[Tensor, "P"]:
+            drawn = choose(num_images, probability, generator)
+            return drawn if shown is None else drawn & shown
+
+        gamma = Chosen.where(chosen(recipe.gamma_probability), log_uniform(count, recipe.gamma, generator))
+        varied = choose(num_images, recipe.contrast_probability, generator)
+        gain = uniform(count, 1 - recipe.brightness, 1 + recipe.brightness, generator)
+        spread = uniform(count, 1 - recipe.contrast, 1 + recipe.contrast, generator)
+        bias_field = Chosen.where(
+            chosen(recipe.bias_field_probability),
+            torch.randn((num_images, len(TERMS)), generator=generator),
+            uniform(count, 0, recipe.bias_field, generator),
+        )
+        blur = Chosen.where(chosen(recipe.blur_probability), uniform(count, *recipe.blur_sigma_pixels, generator))
+        rows, columns = _draw_filters(
+            size, chosen(recipe.low_resolution_probability), chosen(recipe.gibbs_probability), recipe, generator
+        )
+        noise = Chosen.where(chosen(recipe.noise_probability), uniform(count, 0, recipe.noise_std, generator))
+        one = torch.ones(count)
+        return cls(
+            recipe,
+            gamma,
+            torch.where(varied, gain, one),
+            torch.where(varied, spread, one),
+            bias_field,
+            blur,
+            rows,
+            columns,
+            noise,
+        )
+
+    def apply(self, images: Float[Tensor, "P S H W"], noise_generator: torch.Generator, first: int = 0) -> None:
+        """Vary `images` in place.
+
+        Args:
+            images: images `first` … of those that this plan was drawn for; grey values 0–1, background 0.
+            noise_generator: on the images' device, or on the CPU.
+        """
+        count, device = len(images), images.device
+
+        def change(chosen: Chosen, effect: Callable[..., Tensor]) -> None:
+            if (part := chosen.part(first, count, device)) is not None:
+                index, *values = part
+                images.index_copy_(0, index, effect(images.index_select(0, index), *values))
+
+        foreground = images.sign()
+        change(self.gamma, raise_to_power)
+        self._vary_gain(images, foreground, first)
+        change(self.bias_field, multiply_by_field)
+        change(self.blur, gaussian_blur)
+        change(self.rows, filter_rows)
+        change(self.columns, filter_columns)
+        change(self.noise, lambda chosen, std: add_noise(chosen, std, self.recipe.noise, noise_generator))
+        images.mul_(foreground).clamp_(0, 1)
+
+    def _vary_gain(self, images: Tensor, foreground: Tensor, first: int) -> None:
+        """(mean + (value − mean) · spread) · gain in the foreground."""
+        gain, spread = self.gain[first : first + len(images)], self.spread[first : first + len(images)]
+        if bool((gain == 1).all() and (spread == 1).all()):
+            return
+        gain, spread = (onto(factor, images.device)[:, None, None, None] for factor in (gain, spread))
+        num_pixels = foreground.sum(dim=(1, 2, 3), keepdim=True).clamp(min=1)
+        mean = images.sum(dim=(1, 2, 3), keepdim=True) / num_pixels
+        # Filters that follow reach across the brain's border, where the background must be 0 already.
+        images.mul_(spread * gain).add_(mean * (1 - spread) * gain).mul_(foreground)
+
+
+def raise_to_power(images: Float[Tensor, "K S H W"], gamma: Float[Tensor, "K"]) -> Float[Tensor, "K S H W"]:
+    """images ** gamma, with 0 at 0; `images` is overwritten. By logarithm, which is much faster than a power."""
+    return images.log_().mul_(gamma[:, None, None, None]).exp_()
+
+
+def _draw_filters(
+    size: tuple[int, int],
+    is_thick: Bool[Tensor, "P"],
+    rings: Bool[Tensor, "P"],
+    recipe: IntensityRecipe,
+    generator: torch.Generator,
+) -> tuple[Chosen, Chosen]:
+    """Weights of the frequencies of both axes: thick pixels along one or both, ringing along one."""
+    count = (len(is_thick),)
+    factor = log_uniform(count, recipe.low_resolution, generator)
+    kept = uniform(count, *recipe.gibbs_kept, generator)
+    thick_axis = torch.randint(3, count, generator=generator)  # 2: both
+    ringing_axis = torch.randint(2, count, generator=generator)
+    axes = []
+    for axis, length in enumerate(size):
+        thick = is_thick & (thick_axis != 1 - axis)
+        ringing = rings & (ringing_axis == axis)
+        either = thick | ringing
+        window = thick_pixels(factor[either], length).where(thick[either, None], torch.ones(()))
+        cutoff = sharp_cutoff(kept[either], length).where(ringing[either, None], torch.ones(()))
+        axes.append(Chosen(either.nonzero()[:, 0].numpy(), (window * cutoff,)))
+    return axes[0], axes[1]
+
+
+@torch.no_grad()
+def vary_intensity(
+    images: Float[Tensor, "n C *S H W"],
+    recipe: IntensityRecipe,
+    generator: torch.Generator,
+    noise_generator: torch.Generator,
+) -> Float[Tensor, "n C *S H W"]:
+    """Vary each contrast of each image on its own; the slices of a volume alike. `images` is overwritten.
+
+    Args:
+        images: contiguous, grey values 0–1, background 0.
+        generator: on the CPU; draws everything that is small.
+        noise_generator: on the device of the images, or on the CPU.
+    """
+    height, width = images.shape[-2:]
+    flat = images.view(images.shape[0] * images.shape[1], -1, height, width).clamp_(0, 1)
+    plan = IntensityPlan.draw(len(flat), (height, width), recipe, generator)
+    step = together(len(flat), flat[0].numel(), images.device)
+    for first in range(0, len(flat), step):
+        plan.apply(flat[first : first + step], noise_generator, first)
+    return images

@@ -1,0 +1,145 @@
+"""The views of a batch: two global and some local random crops of each slice.
+
+Axis legend: ``n`` images (slices), ``V`` views per image, ``C`` contrasts, ``H W`` pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, UInt8
+from torch import Tensor
+
+from brainfound.data.augmentation.crops import random_affine, sample_crops
+from brainfound.data.augmentation.drawing import onto
+from brainfound.data.augmentation.intensity import IntensityPlan, together
+from brainfound.data.augmentation.shown_contrasts import shown_contrasts
+from brainfound.data.augmentation.views_recipe import ViewsRecipe
+from brainfound.data.batches import unit_range
+from brainfound.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class Views:
+    """A batch of views; rows are view-major: all images in crop 0, then all images in crop 1, …"""
+
+    pixels: Float[Tensor, "V·n C H W"]
+    """Grey values, 0–1; an absent or withheld contrast is 0."""
+    contrast_mask: Bool[Tensor, "V·n C"]
+    """Which contrasts this view shows."""
+
+
+@dataclass(frozen=True)
+class CropViews:
+    """The global and local views of the same images; `local_views` is None without local crops."""
+
+    global_views: Views
+    local_views: Views | None
+
+
+class MultiCrop:
+    """Two global and `num_local` local random views of each slice.
+
+    Args:
+        recipe: the settings.
+        patch_size: of the backbone; crop sides must be multiples of it.
+
+    Raises:
+        RecipeError: if a crop side is not a multiple of the patch size.
+    """
+
+    num_global = 2
+
+    def __init__(self, recipe: ViewsRecipe, patch_size: int) -> None:
+        for key in ("global_size", "local_size"):
+            side = getattr(recipe, key)
+            if side % patch_size and (key == "global_size" or recipe.num_local):
+                nearest = max(1, round(side / patch_size)) * patch_size
+                raise RecipeError(
+                    "a crop's side must be a multiple of the backbone's patch size",
+                    where=f"views.{key}",
+                    got=side,
+                    expected=f"a multiple of {patch_size}",
+                    remedy=f"Set views.{key}={nearest}",
+                )
+        self.recipe = recipe
+        self.patch_size = patch_size
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        pixels: UInt8[Tensor, "n C H W"],
+        present: Bool[Tensor, "n C"],
+        generator: torch.Generator,
+        noise_generator: torch.Generator | None = None,
+        neighbours: UInt8[Tensor, "n C H W"] | None = None,
+    ) -> CropViews:
+        """Views of a batch.
+
+        Args:
+            pixels: slices, uint8 or float in 0–1, on the device where the views are to be made.
+            present: which contrasts each slice has. Views are drawn on the CPU: from another device it is fetched,
+                which waits for that device.
+            generator: on the CPU; draws everything that is small (the same on every device).
+            noise_generator: on the device of `pixels`; draws the pixels' noise. By default `generator`.
+            neighbours: other slices of the same sessions, which the second global crops show; None: the same slices.
+        """
+        recipe = self.recipe
+        noise_generator = noise_generator or generator
+        large, local = shown_contrasts(
+            present.cpu(), recipe.num_local, recipe.contrast_dropout, recipe.split_contrasts, generator
+        )
+        global_sources = [(pixels, self.num_global)] if neighbours is None else [(pixels, 1), (neighbours, 1)]
+        # Convolutions and products of matrices would else lose bits where a training step runs in bf16.
+        with torch.autocast(pixels.device.type, enabled=False):
+            global_views = self._views(
+                global_sources, large, recipe.global_size, recipe.global_scale, generator, noise_generator
+            )
+            if recipe.num_local == 0:
+                return CropViews(global_views, None)
+            local_views = self._views(
+                [(pixels, recipe.num_local)], local, recipe.local_size, recipe.local_scale, generator, noise_generator
+            )
+        return CropViews(global_views, local_views)
+
+    def _views(
+        self,
+        sources: Sequence[tuple[Tensor, int]],
+        shown: Bool[Tensor, "n V C"],
+        side: int,
+        scale: tuple[float, float],
+        generator: torch.Generator,
+        noise_generator: torch.Generator,
+    ) -> Views:
+        """Crops of `sources`, each pixels and how many views show them; a few slices at a time on a CPU."""
+        num_slices, num_views, num_contrasts = shown.shape
+        device, (height, width) = sources[0][0].device, sources[0][0].shape[2:]
+        count = num_slices * num_views
+        matrices = random_affine(count, (height, width), scale, self.recipe, generator)
+        matrices = onto(matrices.unflatten(0, (num_slices, num_views)), device)
+        shown_images = rearrange(shown, "n views c -> (n c views)")
+        # On a GPU equal shapes in every step are worth more than the few images that nobody sees.
+        spared = shown_images if device.type == "cpu" else None
+        plan = IntensityPlan.draw(count * num_contrasts, (side, side), self.recipe.intensity, generator, spared)
+        mask = onto(rearrange(shown, "n views c -> (views n) c").contiguous(), device)
+        result = torch.empty(num_views, num_slices, num_contrasts, side, side, device=device)
+        step = together(num_slices, num_views * num_contrasts * side**2, device)
+        for first in range(0, num_slices, step):
+            rows = slice(first, first + step)
+            crops, view = [], 0
+            for pixels, views in sources:
+                crops.append(sample_crops(unit_range(pixels[rows]), matrices[rows, view : view + views], side))
+                view += views
+            together_crops = crops[0] if len(crops) == 1 else torch.cat(crops, dim=2)
+            # A view, not a copy: the crops themselves are varied.
+            plan.apply(together_crops.view(-1, 1, side, side), noise_generator, first * num_contrasts * num_views)
+            result[:, rows] = rearrange(together_crops, "n c views h w -> views n c h w")
+        result = result.flatten(0, 1)
+        if device.type == "cpu":
+            result[~mask] = 0
+        else:
+            result.mul_(mask[:, :, None, None])
+        return Views(result, mask)

@@ -1,0 +1,90 @@
+"""Resolution: blur, thick pixels and Gibbs ringing.
+
+Physics: a scanner samples the spectrum of the object up to a highest frequency along each axis. Nothing beyond it is
+known. Cut off sharply, edges ring (Gibbs ringing; Czervionke et al. 1988, AJNR 9:1033; Kellner et al. 2016, MRM
+76:1574). Sampled only to 1 / f of it, and faded out towards there as scanners do to avoid ringing, pixels are f times as
+thick. Both are linear and act on each axis on its own, so each is one matrix per axis. They use cosines in place of
+complex exponentials: that is the spectrum of the image continued by its mirror, since a crop's two ends are no
+neighbours and must not ring into each other.
+
+A filter like this cannot be part of the one resampling of a crop, which reads four pixels per value; it is a product of
+matrices on the images that were chosen, and moves no pixel.
+
+Axis legend: ``K`` images, ``S`` slices that are treated alike (1 for a view), ``H W`` pixels, ``L`` pixels of one axis.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from jaxtyping import Float, Int
+from torch import Tensor
+
+MAX_BLUR_RADIUS = 4  # pixels; kernels have 2 · 4 + 1 taps, enough for a sigma of 1.5 pixels
+
+
+def gaussian_blur(images: Float[Tensor, "K S H W"], sigma_pixels: Float[Tensor, "K"]) -> Float[Tensor, "K S H W"]:
+    """Blur each image by its own sigma (0 leaves it as it is), as two one-dimensional convolutions.
+
+    Beyond its border an image goes on with its outermost pixels: a crop's border lies within the head.
+    """
+    num_images, num_slices = images.shape[:2]
+    radius = MAX_BLUR_RADIUS
+    offsets = torch.arange(-radius, radius + 1, device=images.device, dtype=images.dtype)
+    # A sigma of 0 would divide by 0; at 1e-3 pixels the kernel is the identity in float32.
+    kernel = (-0.5 * (offsets / sigma_pixels.clamp(min=1e-3)[:, None]) ** 2).exp()
+    kernel = kernel / kernel.sum(dim=1, keepdim=True)
+    per_slice = repeat(kernel, "k taps -> (k s) 1 taps", s=num_slices)
+    flat = F.pad(rearrange(images, "k s h w -> 1 (k s) h w"), (radius,) * 4, mode="replicate")
+    groups = num_images * num_slices
+    flat = F.conv2d(flat, per_slice[..., :, None], groups=groups)
+    flat = F.conv2d(flat, per_slice[..., None, :], groups=groups)
+    return rearrange(flat, "1 (k s) h w -> k s h w", k=num_images)
+
+
+def sharp_cutoff(kept: Float[Tensor, "K"], length: int) -> Float[Tensor, "K L"]:
+    """Weights of an axis's frequencies that keep the lowest part of them: Gibbs ringing."""
+    return (torch.arange(length) < kept[:, None] * length).float()
+
+
+def thick_pixels(factor: Float[Tensor, "K"], length: int) -> Float[Tensor, "K L"]:
+    """Weights of an axis's frequencies for pixels `factor` times as thick: a Hann window up to the new Nyquist
+    frequency, and 0 beyond."""
+    position = torch.arange(length) * factor[:, None] / length  # 1 at the new Nyquist frequency
+    return torch.where(position < 1, 0.5 + 0.5 * (math.pi * position.clamp(max=1)).cos(), 0.0)
+
+
+def filter_rows(images: Float[Tensor, "K S H W"], weights: Float[Tensor, "K H"]) -> Float[Tensor, "K S H W"]:
+    """Scale the frequencies along the columns of pixels, that is from row to row."""
+    return _filter_matrix(weights)[:, None] @ images
+
+
+def filter_columns(images: Float[Tensor, "K S H W"], weights: Float[Tensor, "K W"]) -> Float[Tensor, "K S H W"]:
+    """Scale the frequencies along the rows of pixels, that is from column to column."""
+    return images @ _filter_matrix(weights)[:, None]
+
+
+def _filter_matrix(weights: Float[Tensor, "K L"]) -> Float[Tensor, "K L L"]:
+    """The symmetric matrix Σ_j weight_j · c_j c_jᵀ over the orthonormal cosines c_j (DCT-II).
+
+    cos a · cos b = (cos(a − b) + cos(a + b)) / 2, so an entry is the sum of two values of one kernel: that of the
+    distance of two pixels, and that of the distance to the other's mirror image.
+    """
+    cosines, distance, mirrored = _cosines(weights.shape[1], weights.device)
+    kernel = weights @ cosines
+    return kernel[:, distance] + kernel[:, mirrored]
+
+
+@cache
+def _cosines(
+    length: int, device: torch.device
+) -> tuple[Float[Tensor, "L 2·L"], Int[Tensor, "L L"], Int[Tensor, "L L"]]:
+    frequency, pixel = torch.arange(length, dtype=torch.float64), torch.arange(length)
+    table = torch.cos(math.pi / length * frequency[:, None] * torch.arange(2 * length)) / length
+    table[0] /= 2
+    distance = (pixel[:, None] - pixel).abs()
+    return table.float().to(device), distance.to(device), (pixel[:, None] + pixel + 1).to(device)

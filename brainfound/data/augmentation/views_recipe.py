@@ -1,0 +1,104 @@
+"""The settings of random views."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from brainfound.recipes import Recipe
+
+
+def _increasing(recipe: Recipe, *names: str) -> None:
+    for name in names:
+        low, high = getattr(recipe, name)
+        if not 0 < low <= high:
+            raise ValueError(f"{name} must be two increasing positive numbers, got {low}, {high}")
+
+
+class IntensityRecipe(Recipe):
+    """Random intensities of a view; every contrast of a view is varied on its own.
+
+    A probability is the part of the images of a batch that an effect is drawn for, so a step always costs the same.
+    The artefacts of a scanner (bias field, Gibbs ringing, thick pixels) are off by default.
+    """
+
+    gamma_probability: float = Field(default=0.5, ge=0, le=1)
+    """How often the grey values are raised to a random power."""
+    gamma: tuple[float, float] = (0.7, 1.5)
+    """Range of that power (drawn log-uniformly)."""
+    contrast_probability: float = Field(default=0.8, ge=0, le=1)
+    """How often gain and contrast are varied."""
+    brightness: float = Field(default=0.2, ge=0, lt=1)
+    """The gain is drawn from 1 ± this."""
+    contrast: float = Field(default=0.25, ge=0, lt=1)
+    """The distance from the foreground's mean is scaled by 1 ± this."""
+    bias_field_probability: float = Field(default=0.0, ge=0, le=1)
+    """How often the image is multiplied by a smooth field, as coils and the head's own conductivity do."""
+    bias_field: float = Field(default=0.4, ge=0, lt=2)
+    """Largest strength of the field: it is between exp(−this) and exp(this) before its mean is made 1."""
+    blur_probability: float = Field(default=0.3, ge=0, le=1)
+    """How often an image is blurred."""
+    blur_sigma_pixels: tuple[float, float] = (0.3, 1.2)
+    """Range of the Gaussian blur."""
+    low_resolution_probability: float = Field(default=0.0, ge=0, le=1)
+    """How often thick pixels are simulated, along rows, columns or both (as in a sagittal scan shown axially)."""
+    low_resolution: tuple[float, float] = (1.25, 3.0)
+    """Range of the size of a thick pixel, in pixels."""
+    gibbs_probability: float = Field(default=0.0, ge=0, le=1)
+    """How often the spectrum is cut off sharply along one axis, which rings at edges."""
+    gibbs_kept: tuple[float, float] = (0.4, 0.8)
+    """Range of the part of that axis's spectrum that is kept."""
+    noise_probability: float = Field(default=0.3, ge=0, le=1)
+    """How often noise is added to the foreground."""
+    noise_std: float = Field(default=0.05, ge=0)
+    """Largest standard deviation of the noise, on the 0–1 scale."""
+    noise: Literal["gaussian", "rician"] = "gaussian"
+    """Rician is that of a magnitude image, which brightens what is dark."""
+
+    @model_validator(mode="after")
+    def _ranges_increase(self) -> IntensityRecipe:
+        _increasing(self, "gamma", "blur_sigma_pixels", "low_resolution", "gibbs_kept")
+        if self.low_resolution[0] < 1:
+            raise ValueError(f"low_resolution must not make pixels thinner than they are, got {self.low_resolution[0]}")
+        if self.gibbs_kept[1] > 1:
+            raise ValueError(f"gibbs_kept is a part of the spectrum, at most 1, got {self.gibbs_kept[1]}")
+        return self
+
+
+class ViewsRecipe(Recipe):
+    """The random views that teacher and student see of each slice."""
+
+    num_local: int = Field(default=8, ge=0)
+    """Local crops per slice, seen by the student only. There are always two global crops."""
+    global_size: int = Field(default=224, ge=1)
+    """Side of a global crop in pixels; a multiple of the patch size."""
+    local_size: int = Field(default=98, ge=1)
+    """Side of a local crop in pixels; a multiple of the patch size."""
+    global_scale: tuple[float, float] = (0.32, 1.0)
+    """Range of the area of a global crop, as a part of the slice."""
+    local_scale: tuple[float, float] = (0.05, 0.32)
+    """Range of the area of a local crop, as a part of the slice."""
+    aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    """Range of a crop's height over its width before it is resized to a square."""
+    rotation_degrees: float = Field(default=10.0, ge=0, le=45)
+    """Largest in-plane rotation, to either side."""
+    shear: float = Field(default=0.05, ge=0, lt=1)
+    """Largest in-plane shear, to either side."""
+    flip_left_right: float = Field(default=0.0, ge=0, le=1)
+    """How often a view is mirrored. 0, because the side of a lesion is information."""
+    neighbour_mm: float = Field(default=0.0, ge=0)
+    """The second global crop shows another slice of the same session within this distance. 0: the same slice."""
+    contrast_dropout: float = Field(default=0.1, ge=0, lt=1)
+    """How often a present contrast is withheld from a view; one contrast always stays."""
+    split_contrasts: float = Field(default=0.0, ge=0, le=1)
+    """How often the two global crops share out the present contrasts between them, where there are two or more.
+    The local crops of such a slice show random ones."""
+    slice_margin: float = Field(default=0.1, ge=0, lt=0.5)
+    """Part of a session's slices left out at each end, where there is little brain."""
+    intensity: IntensityRecipe = IntensityRecipe()
+
+    @model_validator(mode="after")
+    def _ranges_increase(self) -> ViewsRecipe:
+        _increasing(self, "global_scale", "local_scale", "aspect")
+        return self
