@@ -15,7 +15,9 @@ from transformers import PreTrainedModel
 
 from brainfound.data.batches import unit_range
 from brainfound.errors import ModelError
+from brainfound.models.attention import PACKED, Kernel
 from brainfound.models.backbone import build_backbone, image_size_of, patch_size_of
+from brainfound.models.blocks import BlockRunner
 from brainfound.models.configuration import BrainFoundConfig
 from brainfound.models.stem import ContrastPatchEmbeddings, inflate_kernels, pack_planes
 
@@ -49,7 +51,8 @@ class SliceEncoder(nn.Module):
         self.embed_dim = config.hidden_size
         self.num_layers = int(config.backbone_config.num_hidden_layers)
         self.backbone = build_backbone(config.backbone_config) if backbone is None else backbone
-        self._num_prefix_tokens = 1 + int(getattr(config.backbone_config, "num_register_tokens", 0))
+        self.num_prefix_tokens = 1 + int(getattr(config.backbone_config, "num_register_tokens", 0))
+        self._runner = BlockRunner()
         stem = ContrastPatchEmbeddings(
             len(self.contrasts), self.embed_dim, self.patch_size, image_size_of(config.backbone_config)
         )
@@ -80,17 +83,57 @@ class SliceEncoder(nn.Module):
         Raises:
             ModelError: if the shape does not fit the model.
         """
-        self.require_shape(pixel_values)
-        planes = pack_planes(self._normalise(pixel_values), contrast_mask)
-        tokens = self.backbone.embeddings(planes, bool_masked_pos=bool_masked_pos)
+        tokens = self.embed(pixel_values, contrast_mask, bool_masked_pos)
         hidden = {}
         # The library's own loop keeps the tokens of every block when asked for one; this keeps the asked ones.
         for number, block in enumerate(self.blocks, start=1):
             tokens = block(tokens)
             if number in layers:
-                hidden[number] = tokens[:, self._num_prefix_tokens :]
-        tokens = self.backbone.layernorm(tokens)
-        return SliceEncoding(tokens[:, 0], tokens[:, self._num_prefix_tokens :], hidden)
+                hidden[number] = tokens[:, self.num_prefix_tokens :]
+        return self.encoding(self.backbone.layernorm(tokens))._replace(hidden=hidden)
+
+    def embed(
+        self,
+        pixel_values: Float[Tensor, "slices contrasts height width"] | UInt8[Tensor, "slices contrasts height width"],
+        contrast_mask: Bool[Tensor, "slices contrasts"] | None = None,
+        bool_masked_pos: Bool[Tensor, "slices patches"] | None = None,
+    ) -> Float[Tensor, "slices tokens width"]:
+        """Slices → tokens in front of the first block: CLS, registers, then patches row by row, with their positions.
+
+        Raises:
+            ModelError: if the shape does not fit the model.
+        """
+        self.require_shape(pixel_values)
+        planes = pack_planes(self._normalise(pixel_values), contrast_mask)
+        return self.backbone.embeddings(planes, bool_masked_pos=bool_masked_pos)
+
+    def transform(
+        self, groups: Sequence[Float[Tensor, "slices tokens width"]], drop_path: float = 0.0
+    ) -> list[Float[Tensor, "slices tokens width"]]:
+        """Tokens of groups of several lengths through all blocks and the last layer norm, packed into one sequence.
+
+        Args:
+            drop_path: stochastic depth by subset (see `brainfound.models.blocks`); not in evaluation mode.
+        """
+        # Looked up by the library's modules at every call; it stays, because checkpointing calls them again later.
+        self.backbone.config._attn_implementation = PACKED
+        groups = self._runner.run(self.blocks, groups, drop_path if self.training else 0.0)
+        return [self.backbone.layernorm(group) for group in groups]
+
+    def encoding(self, tokens: Float[Tensor, "slices tokens width"]) -> SliceEncoding:
+        """What `transform` gives for one group, by its parts."""
+        return SliceEncoding(tokens[:, 0], tokens[:, self.num_prefix_tokens :], {})
+
+    def set_running(self, kernel: Kernel = "sdpa", compiled: bool = False, checkpointing: bool = False) -> None:
+        """How `transform` runs the blocks; its result does not depend on it beyond rounding.
+
+        Args:
+            kernel: of attention; see `brainfound.models.attention.choose_kernel`.
+            compiled: compile the two branches of a block with torch.compile.
+            checkpointing: trade time for memory in the backward pass.
+        """
+        runner = BlockRunner(kernel=kernel, checkpointing=checkpointing)
+        self._runner = runner.compiled() if compiled else runner
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches of an image of `height` × `width` pixels."""

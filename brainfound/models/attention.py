@@ -1,0 +1,276 @@
+"""Attention over packed sequences: crops of several sizes in one sequence that do not see each other.
+
+Axis legend: ``H`` heads, ``T`` tokens of all sequences together, ``L`` tokens of one sequence, ``d`` width of a head.
+
+Pretraining encodes crops of two sizes. Packed into one sequence they share each matrix product, and only
+attention has to know where one crop ends. Four kernels do that; which is fastest depends on the device, on
+the pass and on the lengths, so `choose_kernel` measures. Nothing is trusted because it can be imported: a
+kernel counts as available when its answer and gradients agree with the reference here and now.
+
+- ``sdpa``: PyTorch's scaled-dot-product attention, one call per run of equal lengths. The reference; runs everywhere.
+- ``matmul``: two matrix products and a softmax per run of equal lengths. On CPUs its backward pass is faster.
+- ``varlen``: PyTorch's variable-length flash attention; CUDA, half precision.
+- ``xformers``: xFormers' memory-efficient attention with a block-diagonal mask (Lefaudeux et al. 2022); CUDA.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import AttentionInterface
+
+from brainfound.errors import ModelError
+
+Kernel = Literal["sdpa", "matmul", "varlen", "xformers"]
+PACKED = "brainfound_packed"
+"""The name under which packed attention is registered with the transformers library."""
+# What a kernel that cannot work here raises: no operator for the device, no such build, a wrong dtype.
+_KERNEL_FAILURES = (ImportError, NotImplementedError, RuntimeError, ValueError, AttributeError, TypeError)
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How sequences lie behind each other: runs of equal lengths, first to last."""
+
+    runs: tuple[tuple[int, int], ...]
+    """(number of sequences, tokens of each), in order."""
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.run_sizes)
+
+    @property
+    def longest(self) -> int:
+        return max(length for _, length in self.runs)
+
+    @property
+    def run_sizes(self) -> list[int]:
+        """Tokens of each run."""
+        return [count * length for count, length in self.runs]
+
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence."""
+        return [length for count, length in self.runs for _ in range(count)]
+
+    def cumulative_lengths(self, device: torch.device) -> Int[Tensor, "sequences_plus_one"]:
+        """0, and where each sequence ends; int32, as kernels want it. Made once per packing and device."""
+        return _cumulative_lengths(self, device)
+
+
+@lru_cache(maxsize=64)
+def _cumulative_lengths(packing: Packing, device: torch.device) -> Tensor:
+    ends = torch.tensor([0, *packing.lengths()], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return ends.to(device)
+
+
+def packed_attention(
+    query: Float[Tensor, "H T d"],
+    key: Float[Tensor, "H T d"],
+    value: Float[Tensor, "H T d"],
+    packing: Packing,
+    kernel: Kernel = "sdpa",
+    scaling: float | None = None,
+) -> Float[Tensor, "T H d"]:
+    """softmax(q kᵀ · scaling) v within each sequence of a packing.
+
+    Args:
+        scaling: of the scores; None: 1 / sqrt(d).
+
+    Raises:
+        ModelError: if the kernel is unknown, or the packing has another number of tokens.
+    """
+    if kernel not in _KERNELS:
+        raise ModelError(f"unknown attention kernel {kernel!r}", expected=f"one of {', '.join(_KERNELS)}")
+    if packing.num_tokens != query.shape[1]:
+        raise ModelError("the packing does not fit the tokens", got=query.shape[1], expected=packing.num_tokens)
+    return _KERNELS[kernel](query, key, value, packing, query.shape[-1] ** -0.5 if scaling is None else scaling)
+
+
+def _per_run(
+    attend: Callable[[Tensor, Tensor, Tensor, float], Tensor],
+) -> Callable[[Tensor, Tensor, Tensor, Packing, float], Tensor]:
+    """A kernel for equal lengths, ``(n H L d) → (n H L d)``, as one for packings."""
+
+    def packed(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float) -> Tensor:
+        heads, _, width = query.shape
+        outputs, start = [], 0
+        for count, length in packing.runs:
+            end = start + count * length
+            parts = (
+                tensor[:, start:end].unflatten(1, (count, length)).transpose(0, 1) for tensor in (query, key, value)
+            )
+            output = attend(*parts, scaling)
+            outputs.append(output.transpose(1, 2).reshape(count * length, heads, width))
+            start = end
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    return packed
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    return F.scaled_dot_product_attention(query, key, value, scale=scaling)
+
+
+def _matmul(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    # The softmax is computed in float32 and stored as the values are: half of what is kept for the backward pass.
+    scores = (query * scaling) @ key.transpose(-1, -2)
+    return F.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype) @ value
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    ends, longest = packing.cumulative_lengths(query.device), packing.longest
+    tokens = (tensor.transpose(0, 1).contiguous() for tensor in (query, key, value))
+    return varlen_attn(*tokens, ends, ends, longest, longest, scale=scaling)  # type: ignore[return-value]
+
+
+@lru_cache(maxsize=64)
+def _block_diagonal_mask(packing: Packing) -> Any:
+    from xformers.ops.fmha import BlockDiagonalMask
+
+    return BlockDiagonalMask.from_seqlens(packing.lengths())
+
+
+def _xformers(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float) -> Tensor:
+    from xformers.ops import memory_efficient_attention
+
+    tokens = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
+    return memory_efficient_attention(*tokens, attn_bias=_block_diagonal_mask(packing), scale=scaling)[0]
+
+
+_KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor, Packing, float], Tensor]] = {
+    "sdpa": _per_run(_sdpa),
+    "matmul": _per_run(_matmul),
+    "varlen": _varlen,
+    "xformers": _xformers,
+}
+
+
+def available_kernels(device: torch.device, dtype: torch.dtype, head_width: int = 64) -> dict[str, str]:
+    """Each kernel → "" if it works here, else why not: run forwards and backwards on a small packing and compared."""
+    return {kernel: _fault(kernel, device, dtype, head_width) for kernel in _KERNELS}
+
+
+def _fault(kernel: str, device: torch.device, dtype: torch.dtype, head_width: int) -> str:
+    packing = Packing(((2, 5), (3, 3)))
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(3, 2, packing.num_tokens, head_width, generator=generator).to(device, dtype)
+    try:
+        expected, given = (_with_gradients(name, inputs, packing) for name in ("sdpa", kernel))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except _KERNEL_FAILURES as error:
+        return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    difference = max((a.float() - b.float()).abs().max().item() for a, b in zip(expected, given, strict=True))
+    # Not `>`: a NaN is a fault too.
+    return "" if difference <= _TOLERANCE.get(dtype, 1e-4) else f"differs from the reference by {difference:.2g}"
+
+
+def _with_gradients(kernel: str, inputs: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
+    inputs = inputs.detach().clone().requires_grad_()
+    query, key, value = inputs.unbind(0)
+    output = packed_attention(query, key, value, packing, kernel)  # type: ignore[arg-type]
+    (gradient,) = torch.autograd.grad(output.float().square().sum(), inputs)
+    return output.detach(), gradient
+
+
+def choose_kernel(
+    packing: Packing, num_heads: int, head_width: int, device: torch.device, dtype: torch.dtype, repeats: int = 3
+) -> tuple[Kernel, dict[str, float | str]]:
+    """The fastest kernel that works here, forwards and backwards at a packing's lengths, and what was found.
+
+    Returns:
+        The kernel; and for each kernel its seconds, or the reason why it cannot be used.
+    """
+    small = Packing(tuple((min(count, 4), length) for count, length in packing.runs))
+    found: dict[str, float | str] = dict(available_kernels(device, dtype, head_width))
+    inputs = torch.randn(3, num_heads, small.num_tokens, head_width, device=device, dtype=dtype)
+    for kernel in [name for name, fault in found.items() if not fault]:
+        seconds = []
+        for _ in range(repeats + 1):
+            started = time.perf_counter()
+            _with_gradients(kernel, inputs, small)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds.append(time.perf_counter() - started)
+        found[kernel] = min(seconds[1:])
+    working = {name: value for name, value in found.items() if isinstance(value, float)}
+    return min(working, key=working.__getitem__), found  # type: ignore[return-value]
+
+
+def _packed_interface(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    packing: Packing | None = None,
+    kernel: Kernel = "sdpa",
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Packed attention behind the library's interface: q, k, v ``(1, H, T, d)`` → ``(1, T, H, d)``.
+
+    Without a packing, q, k and v are a batch ``(B, H, L, d)`` and this is plain attention.
+    """
+    _require_plain(attention_mask, dropout)
+    if packing is None:
+        output = F.scaled_dot_product_attention(query, key, value, scale=scaling)
+        return output.transpose(1, 2).contiguous(), None
+    return packed_attention(query[0], key[0], value[0], packing, kernel, scaling)[None], None
+
+
+def _xformers_interface(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """``attn_implementation="xformers"`` for a batch: q, k, v ``(B, H, L, d)`` → ``(B, L, H, d)``.
+
+    Raises:
+        ModelError: if xFormers does not work here (it has no operator for CPUs), with its own reason.
+    """
+    _require_plain(attention_mask, dropout)
+    fault = _xformers_fault(query.device, query.dtype, query.shape[-1])
+    if fault:
+        raise ModelError(
+            f"xFormers' attention does not work here: {fault}",
+            where=f"{query.device}, {query.dtype}",
+            remedy='Load the model with attn_implementation="sdpa"',
+        )
+    from xformers.ops import memory_efficient_attention
+
+    tokens = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    return memory_efficient_attention(*tokens, scale=scaling), None
+
+
+@lru_cache(maxsize=16)
+def _xformers_fault(device: torch.device, dtype: torch.dtype, head_width: int) -> str:
+    return _fault("xformers", device, dtype, head_width)
+
+
+def _require_plain(attention_mask: Tensor | None, dropout: float) -> None:
+    if attention_mask is not None or dropout:
+        raise ModelError(
+            "this attention has neither masks nor dropout", remedy='Load the model with attn_implementation="sdpa"'
+        )
+
+
+AttentionInterface.register("xformers", _xformers_interface)
+AttentionInterface.register(PACKED, _packed_interface)

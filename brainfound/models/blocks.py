@@ -1,0 +1,115 @@
+"""Our own loop over the transformer blocks of a Hub ViT.
+
+Axis legend: ``n`` sequences of a group, ``L`` tokens of each, ``T`` tokens of all groups, ``D`` width.
+
+The library's blocks are used as they are: their sub-modules are called, so adapters, sharding and hooks on
+them keep working. What the library's own loop cannot do is done here: groups of several lengths share each
+matrix product, and stochastic depth saves the work that it drops.
+
+Sources: packing of crops as in DINOv2 (arXiv 2304.07193, section 5); stochastic depth (1603.09382) by subsets of
+the batch (DINOv2, section 5): of each group a fixed number of sequences goes through a residual branch and is
+scaled up by n / kept, so that shapes stay the same in every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from brainfound.models.attention import Kernel, Packing
+
+Branch = Callable[[Any, Tensor, Packing, Kernel], Tensor]
+
+
+def attention_branch(block: Any, tokens: Float[Tensor, "1 T D"], packing: Packing, kernel: Kernel) -> Tensor:
+    """The first residual branch of a block, without the residual."""
+    output, _ = block.attention(block.norm1(tokens), packing=packing, kernel=kernel)
+    return block.layer_scale1(output)
+
+
+def mlp_branch(block: Any, tokens: Float[Tensor, "1 T D"], packing: Packing, kernel: Kernel) -> Tensor:
+    """The second residual branch of a block, without the residual."""
+    return block.layer_scale2(block.mlp(block.norm2(tokens)))
+
+
+@dataclass(frozen=True)
+class BlockRunner:
+    """How blocks are run.
+
+    Attributes:
+        kernel: of attention.
+        attention, mlp: the two branches, perhaps compiled.
+        checkpointing: compute each branch again in the backward pass instead of keeping what is inside it.
+    """
+
+    kernel: Kernel = "sdpa"
+    attention: Branch = attention_branch
+    mlp: Branch = mlp_branch
+    checkpointing: bool = False
+
+    def compiled(self) -> BlockRunner:
+        """The same with both branches compiled: one graph per shape, shared by all blocks."""
+        attention, mlp = (torch.compile(branch, dynamic=False) for branch in (attention_branch, mlp_branch))
+        return BlockRunner(self.kernel, attention, mlp, self.checkpointing)
+
+    def run(
+        self, blocks: nn.ModuleList, groups: Sequence[Float[Tensor, "n L D"]], drop_path: float = 0.0
+    ) -> list[Float[Tensor, "n L D"]]:
+        """Groups of sequences through the blocks; no sequence sees another.
+
+        Args:
+            drop_path: part of each group's sequences that a residual branch leaves out, drawn anew for every
+                branch from the global generator of the tokens' device; 0 in evaluation.
+        """
+        packing = Packing(tuple((group.shape[0], group.shape[1]) for group in groups))
+        tokens = torch.cat([group.flatten(0, 1) for group in groups])
+        for block in blocks:
+            for branch in (self.attention, self.mlp):
+                tokens = self._residual(branch, block, tokens, packing, drop_path)
+        parts = tokens.split(packing.run_sizes)
+        return [part.unflatten(0, run) for part, run in zip(parts, packing.runs, strict=True)]
+
+    def _residual(
+        self, branch: Branch, block: Any, tokens: Float[Tensor, "T D"], packing: Packing, drop_path: float
+    ) -> Float[Tensor, "T D"]:
+        if drop_path == 0:
+            return tokens + self._call(branch, block, tokens, packing)
+        kept = kept_packing(packing, drop_path)
+        index = draw_kept(packing, kept, tokens.device)
+        outputs = self._call(branch, block, tokens.index_select(0, index), kept).split(kept.run_sizes)
+        # In place: nothing keeps these tokens for the backward pass, since the branch read a copy of its part.
+        tokens = tokens if tokens.requires_grad else tokens.clone()
+        for output, rows, run, kept_run in zip(
+            outputs, index.split(kept.run_sizes), packing.runs, kept.runs, strict=True
+        ):
+            tokens = tokens.index_add_(0, rows, output.to(tokens.dtype), alpha=run[0] / kept_run[0])
+        return tokens
+
+    def _call(self, branch: Branch, block: Any, tokens: Float[Tensor, "T D"], packing: Packing) -> Float[Tensor, "T D"]:
+        if self.checkpointing and torch.is_grad_enabled():
+            output: Any = checkpoint(branch, block, tokens[None], packing, self.kernel, use_reentrant=False)
+        else:
+            output = branch(block, tokens[None], packing, self.kernel)
+        return output[0]
+
+
+def kept_packing(packing: Packing, drop_path: float) -> Packing:
+    """How many sequences of each run go through a branch: at least one, so that every weight gets a gradient."""
+    return Packing(tuple((max(1, round(count * (1 - drop_path))), length) for count, length in packing.runs))
+
+
+def draw_kept(packing: Packing, kept: Packing, device: torch.device) -> Int[Tensor, "kept_tokens"]:
+    """The positions of the tokens of a random part of the sequences, run by run, drawn on the device."""
+    pieces, start = [], 0
+    for (count, length), (num_kept, _) in zip(packing.runs, kept.runs, strict=True):
+        # The order does not matter, but which are taken must be uniform: the first of a random permutation.
+        chosen = torch.rand(count, device=device).argsort()[:num_kept]
+        pieces.append((start + chosen[:, None] * length + torch.arange(length, device=device)).flatten())
+        start += count * length
+    return torch.cat(pieces)
