@@ -21,6 +21,7 @@ Source: PyTorch FSDP (arXiv 2304.11277), in its second form, `torch.distributed.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -38,6 +39,7 @@ from brainfound.train.objectives.projection_head import ProjectionHead
 BRANCHES = ("attention", "mlp")
 # Ways into an encoder besides calling it.
 ENTRANCES = ("embed", "transform")
+_FIRST_ENTRANCE = "_first_entrance"
 
 
 def shard(trained: nn.Module, frozen: Sequence[nn.Module], device: torch.device, precision: str) -> None:
@@ -50,6 +52,8 @@ def shard(trained: nn.Module, frozen: Sequence[nn.Module], device: torch.device,
         device: of this rank.
         precision: "bf16" gathers the blocks' matrices in bfloat16; anything else in float32.
     """
+    # The library says at every pass that in-place changes of an output that is a view would be wrong. None are made.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
     mesh = init_device_mesh(device.type, (ranks.world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     blocks = {"mesh": mesh, "mp_policy": policy} if precision == "bf16" else {"mesh": mesh}
@@ -61,8 +65,7 @@ def shard(trained: nn.Module, frozen: Sequence[nn.Module], device: torch.device,
                     fully_shard(block.get_submodule(branch), reshard_after_forward=True, **blocks)
             fully_shard(encoder, mesh=mesh, reshard_after_forward=True)
             for entrance in ENTRANCES:
-                if hasattr(encoder, entrance):
-                    register_fsdp_forward_method(encoder, entrance)
+                _open_entrance(encoder, entrance)
         for head in [module for module in root.modules() if isinstance(module, ProjectionHead)]:
             fully_shard(head, mesh=mesh, reshard_after_forward=not stays)
         if not isinstance(root, FSDPModule):
@@ -71,13 +74,28 @@ def shard(trained: nn.Module, frozen: Sequence[nn.Module], device: torch.device,
         _enter_once(root)
 
 
+def _open_entrance(encoder: SliceEncoder, name: str) -> None:
+    """Let a method gather the encoder's weights as calling the encoder does, unless that has been done around it."""
+    plain = getattr(encoder, name)
+    register_fsdp_forward_method(encoder, name)
+    gathering = getattr(encoder, name)
+    norm = encoder.backbone.layernorm
+
+    def enter(*args: Any, **kwargs: Any) -> Any:
+        is_cut = isinstance(norm.weight, DTensor)
+        return gathering(*args, **kwargs) if is_cut else plain(*args, **kwargs)
+
+    setattr(encoder, name, enter)
+
+
 def _enter_once(root: nn.Module) -> None:
     """Let `root` know that it is the outermost sharded module before one of its parts is called on its own."""
-    root.enter = lambda: None  # type: ignore[assignment]
-    register_fsdp_forward_method(root, "enter")
-    root.enter()
-    del root.enter
-    root.reshard()  # type: ignore[operator]
+    assert isinstance(root, FSDPModule)
+    setattr(root, _FIRST_ENTRANCE, lambda: None)
+    register_fsdp_forward_method(root, _FIRST_ENTRANCE)
+    getattr(root, _FIRST_ENTRANCE)()
+    delattr(root, _FIRST_ENTRANCE)
+    root.reshard()
 
 
 def is_sharded(module: nn.Module) -> bool:
