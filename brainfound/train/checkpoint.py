@@ -9,6 +9,10 @@
 A checkpoint is written into a temporary folder and renamed, so a killed process leaves none or a whole
 one. A disk may still tear a file after that: `state.json` lets `latest_valid` find out and go on with
 the checkpoint before.
+
+A checkpoint may be kept for a rollback. Going back to it begins with one atomic change of its
+`state.json`, which then counts one rollback more than the checkpoints that came after it: those belong to
+steps that are to be forgotten, and count no more.
 """
 
 from __future__ import annotations
@@ -48,7 +52,7 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write a checkpoint into `folder`, then remove all but the newest `keep`.
+    """Write a checkpoint into `folder`, then remove all but the newest `keep` and the newest that is marked as kept.
 
     Raises:
         TrainingError: if the disk has no room for it; nothing is written then.
@@ -56,7 +60,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     remove_unfinished(folder)
     _require_space(folder, checkpoint)
-    final = folder / f"{_PREFIX}{checkpoint.step:06d}"
+    final = folder_of(folder, checkpoint.step)
     temporary = folder / f"{_TEMPORARY}{final.name}"
     temporary.mkdir()
     save_file(_for_saving(checkpoint.model), temporary / "model.safetensors")
@@ -71,9 +75,43 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         shutil.rmtree(final)
     temporary.rename(final)
     _flush(folder)
-    for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    everything = list_checkpoints(folder)
+    kept = [path for path in everything if _state(path).get("kept")]
+    for old in everything[:-keep]:
+        if old not in kept[-1:]:
+            shutil.rmtree(old)
     return final
+
+
+def folder_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is, or would be."""
+    return folder / f"{_PREFIX}{step:06d}"
+
+
+def num_rollbacks(state: Mapping[str, Any]) -> int:
+    """How often a run had gone back, as the state of a checkpoint tells."""
+    return int(state.get("rollbacks", 0))
+
+
+def change_state(path: Path, changes: Mapping[str, Any]) -> None:
+    """Change plain values of a checkpoint, all at once.
+
+    Raises:
+        TrainingError: if the checkpoint is not whole.
+    """
+    fault = find_fault(path)
+    if fault is not None:
+        raise TrainingError("the checkpoint to go back to is not whole", where=path, got=fault)
+    write_atomically(path / STATE_FILE, json.dumps({**_state(path), **changes}, indent=2))
+    _flush(path)
+
+
+def remove_abandoned(folder: Path, present: Checkpoint) -> None:
+    """Remove the checkpoints of steps that were forgotten by the rollback to `present`."""
+    for path in reversed(list_checkpoints(folder)):
+        is_later = path > folder_of(folder, present.step)
+        if is_later and num_rollbacks(_state(path)) < num_rollbacks(present.state):
+            shutil.rmtree(path)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -95,7 +133,8 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 def latest_valid(folder: Path) -> Path | None:
     """The newest checkpoint whose files are as they were written; warns about each torn one it passes over."""
-    for path in reversed(list_checkpoints(folder)):
+    # Sorting keeps the order of steps among equals.
+    for path in reversed(sorted(list_checkpoints(folder), key=lambda path: num_rollbacks(_state(path)))):
         fault = find_fault(path)
         if fault is None:
             return path
@@ -105,9 +144,8 @@ def latest_valid(folder: Path) -> Path | None:
 
 def find_fault(path: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None."""
-    try:
-        files: Mapping[str, Any] = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError):
+    files = _state(path).get("files")
+    if files is None:
         return f"{STATE_FILE} cannot be read"
     for name, expected in files.items():
         file = path / name
@@ -134,6 +172,15 @@ def write_atomically(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def _state(path: Path) -> dict[str, Any]:
+    """What state.json says; empty if it cannot be read."""
+    try:
+        state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return state if isinstance(state, dict) else {}
+
+
 def _for_saving(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
@@ -156,12 +203,38 @@ def _require_space(folder: Path, checkpoint: Checkpoint) -> None:
     moments = [value for state in checkpoint.optimizer.get("state", {}).values() for value in state.values()]
     tensors = [*checkpoint.model.values(), *checkpoint.task.values(), *(t for t in moments if isinstance(t, Tensor))]
     needed = int(sum(tensor.numel() * tensor.element_size() for tensor in tensors) * _FREE_SPACE_FACTOR)
+    _require_free(folder, needed, "the next checkpoint", "Free some space and continue with --resume")
+
+
+def require_space_for_run(folder: Path, num_checkpoints: int, checkpoint_bytes: int, other_bytes: int) -> None:
+    """Refuse to begin, or to go on with, a run whose files would not fit on the disk.
+
+    Args:
+        folder: of the checkpoints; those that are there already will make place for later ones.
+        num_checkpoints: how many are on the disk at the worst moment.
+        other_bytes: of what is written besides, as the export.
+
+    Raises:
+        TrainingError: if the disk has no room for all of it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    there = sum(file.stat().st_size for path in list_checkpoints(folder) for file in path.iterdir())
+    needed = int(num_checkpoints * checkpoint_bytes * _FREE_SPACE_FACTOR + other_bytes) - there
+    what = f"this run ({num_checkpoints} checkpoints of {_gib(checkpoint_bytes)}, and the export)"
+    _require_free(folder, needed, what, "Free some space, lower engine.keep_checkpoints, or give an --out elsewhere")
+
+
+def _require_free(folder: Path, needed: int, what_for: str, remedy: str) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise TrainingError(
-            "the disk has no room for the next checkpoint",
+            f"the disk has no room for {what_for}",
             where=folder,
-            got=f"{free / 2**30:.2f} GiB free",
-            expected=f"{needed / 2**30:.2f} GiB",
-            remedy="Free some space and continue with --resume",
+            got=f"{_gib(free)} free",
+            expected=_gib(needed),
+            remedy=remedy,
         )
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"

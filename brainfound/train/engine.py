@@ -2,8 +2,8 @@
 
 A `TrainTask` says what is trained and how a loss is made; the engine does what all training has in
 common: it accumulates gradients, checks them before they can do harm, clips, steps, schedules, logs,
-probes, saves, resumes exactly and stops politely. It runs on a CPU, on one GPU and, through
-Accelerate, on many.
+probes, saves, resumes exactly, goes back where the task asks for it and stops politely. It runs on a
+CPU, on one GPU and, through Accelerate, on many; between two log lines it never waits for a GPU.
 
 Resume is exact because nothing that a step depends on is hidden in generators or schedulers: the
 order of the data, augmentation, dropout, learning rates and temperatures are functions of
@@ -14,13 +14,9 @@ checkpoint.
 from __future__ import annotations
 
 import math
-import signal
-import threading
-import time
 import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,15 +24,23 @@ import accelerate
 import torch
 from accelerate.utils import broadcast_object_list
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 import brainfound
 from brainfound.errors import TrainingError
 from brainfound.recipes import Recipe
 from brainfound.train import checkpoint as checkpoints
 from brainfound.train import ranks, sharding
+from brainfound.train.guard import RollBack
 from brainfound.train.log import TrainingLog
+from brainfound.train.optim import clip_gradients
+from brainfound.train.pace import Pace
+from brainfound.train.precision import choose_precision
+from brainfound.train.prefetch import closed_at_the_end
 from brainfound.train.randomness import seed_dropout
+from brainfound.train.step_health import StepHealth, move_unless
+from brainfound.train.stopping import StopSignals
+from brainfound.train.task import TrainTask
 
 
 class EngineRecipe(Recipe):
@@ -49,7 +53,8 @@ class EngineRecipe(Recipe):
     accumulation: int = Field(default=1, ge=1)
     """Micro-batches that a step is divided into, to save memory."""
     precision: Literal["auto", "no", "bf16"] = "auto"
-    """Computation in bfloat16 or float32; "auto" takes bfloat16 on a GPU that has it. Weights stay float32."""
+    """Computation in bfloat16 or float32; "auto" tries both and takes bfloat16 where it is clearly faster.
+    Weights stay float32."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """How many processes share a model: "ddp" keeps all of it on each GPU, "fsdp" a slice of each weight (FSDP2)."""
     log_every: int = Field(default=20, ge=1)
@@ -62,89 +67,6 @@ class EngineRecipe(Recipe):
     """Steps in a row with a non-finite loss or gradient after which the run stops."""
     num_workers: int = Field(default=2, ge=0)
     """Processes per rank that read slices; 0 reads in the training process."""
-
-
-class TrainTask(ABC):
-    """What the engine trains.
-
-    All ranks call every method together, in the same order, except where a method says otherwise.
-    """
-
-    model: nn.Module
-    """Everything that is trained, as one module; each parameter takes part in each loss."""
-    clip_norm: float = 3.0
-    """Largest gradient norm of each group of `clip_groups`."""
-    evaluate_every: int = 0
-    """Steps between two evaluations; 0: never. With any other value also before the first step and after the last."""
-
-    @abstractmethod
-    def make_optimizer(self) -> torch.optim.Optimizer:
-        """The optimiser; each of its groups has ``role`` (str), ``lr_scale`` (float) and ``decays`` (bool)."""
-
-    @abstractmethod
-    def batches(self, first_step: int) -> Iterator[Any]:
-        """The micro-batches of this rank, `accumulation` per step, from `first_step` on."""
-
-    @abstractmethod
-    def loss(self, model: nn.Module, batch: Any, step: int, micro_batch: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a micro-batch, through `model` (which is `self.model`, perhaps wrapped), and named parts."""
-
-    @abstractmethod
-    def learning_rate(self, step: int, role: str) -> float:
-        """The learning rate of a role at a step, before each group's ``lr_scale``."""
-
-    def weight_decay(self, step: int) -> float:
-        """The weight decay at a step, of the groups that decay."""
-        return 0.0
-
-    def clip_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Named sets of parameters whose gradients are clipped apart from each other."""
-        return {"model": [p for p in self.model.parameters() if p.requires_grad]}
-
-    def after_step(self, step: int, taken: Tensor) -> None:
-        """Called after every step.
-
-        Args:
-            taken: a 0-dim float on the device, 1 where the optimiser moved and 0 where it skipped the step,
-                alike on all ranks; nothing here may wait for its value.
-        """
-        return
-
-    def scheduled(self, step: int) -> dict[str, float]:
-        """Scheduled values besides learning rates, for the log."""
-        return {}
-
-    def gauges(self) -> dict[str, float]:
-        """Health of the last batch, for the log."""
-        return {}
-
-    def evaluate(self, step: int) -> dict[str, Any]:
-        """Scores for the log, after `step` steps.
-
-        Called on rank 0 only, where nothing may wait for other ranks; of a sharded model on all ranks,
-        which then look at the same data together. Rank 0's scores count.
-        """
-        return {}
-
-    def look(self, step: int, line: Mapping[str, Any]) -> None:
-        """See a line of the log; all ranks see the same. A TrainingError stops the run."""
-        return
-
-    def state_tensors(self) -> dict[str, Tensor]:
-        """The tensors beside the model's and the optimiser's that a checkpoint must hold."""
-        return {}
-
-    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what `state_tensors` gave."""
-        return
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain values that a checkpoint must hold."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` gave."""
-        return
 
 
 class Engine:
@@ -185,11 +107,12 @@ class Engine:
         else:
             self.model, self.optimizer = accelerator.prepare(task.model, optimizer)
         self.log = TrainingLog(run_folder / "log.jsonl", recipe.steps, quiet, accelerator.is_main_process)
+        self.health = StepHealth(accelerator.device, recipe.max_skipped_in_a_row)
+        self.signals = StopSignals(accelerator.device, recipe.log_every)
+        self.pace = Pace()
         self.step = 0
-        self.skipped = 0
-        self.skipped_in_a_row = 0
+        self.rollbacks = 0
         self._saved_step = -1
-        self._asked_to_stop = False
 
     def resume(self, path: Path) -> None:
         """Take over a checkpoint; `run` then goes on from its step."""
@@ -199,10 +122,10 @@ class Engine:
         self.optimizer.load_state_dict(sharding.cut_optimizer_state(saved.optimizer, self.optimizer))
         self.task.load_state_tensors(sharding.cut_like(saved.task, self.task.state_tensors()))
         self.task.load_state_dict(saved.state["task"])
+        self.health.load(saved.state["engine"])
         self.step = self._saved_step = saved.step
-        self.skipped = saved.state["engine"]["skipped"]
-        self.skipped_in_a_row = saved.state["engine"]["skipped_in_a_row"]
-        self.log.forget_after(saved.step)
+        self.rollbacks = checkpoints.num_rollbacks(saved.state)
+        self._settle(saved)
         if saved.state["world_size"] != ranks.world_size():
             warnings.warn(
                 f"saved by {saved.state['world_size']} processes, resumed by {ranks.world_size()}: "
@@ -214,42 +137,59 @@ class Engine:
         """Train to the last step; without `save`, a trial that leaves no checkpoint.
 
         Raises:
-            TrainingError: too many steps in a row were not finite, the task asked to stop, or the
-                process was told to end (a checkpoint is saved then).
+            TrainingError: too many steps in a row were not finite, the task asked to stop, the disk is too
+                small, or the process was told to end (a checkpoint is saved then).
         """
+        with self.log, self.signals:
+            if save:
+                self._on_main(self._require_space)
+            while self.step < self.recipe.steps:
+                try:
+                    self._train(save)
+                except RollBack as wish:
+                    if not save:
+                        raise
+                    self._roll_back(wish)
+
+    def _train(self, save: bool) -> None:
+        """Train from the present step to the last one."""
         recipe, task = self.recipe, self.task
-        with self.log, self._polite_signals():
-            self.model.train()
-            if self.step == 0:
-                self._evaluate()
-            batches = task.batches(self.step)
+        self.model.train()
+        if self.step == 0 and self._saved_step != 0:
+            self._evaluate(save)
+        with closed_at_the_end(task.batches(self.step)) as batches:
+            self.pace = Pace()
             while self.step < recipe.steps:
-                started = time.perf_counter()
                 metrics = self._train_step(batches)
                 self.step += 1
                 last = self.step == recipe.steps
                 if self.step % recipe.log_every == 0 or last:
-                    self._log(metrics, time.perf_counter() - started)
+                    self._log(metrics)
                 if task.evaluate_every and (self.step % task.evaluate_every == 0 or last):
-                    self._evaluate()
-                if save and (self.step % recipe.checkpoint_every == 0 or last or self._asked_to_stop):
+                    self._evaluate(save)
+                stop = self.signals.stop(self.step)
+                if save and (self.step % recipe.checkpoint_every == 0 or last or stop):
                     self.save()
-                if self._asked_to_stop and not last:
+                if stop and not last:
                     raise TrainingError(
                         "stopped by a signal after saving a checkpoint",
                         where=f"step {self.step} of {recipe.steps}",
                         remedy="Continue with --resume",
                     )
-                self.log.advance(self.step, metrics.get("loss"))
+                self.log.advance(self.step)
 
     def _train_step(self, batches: Iterator[Any]) -> dict[str, Any]:
-        """One optimiser step, or none where the loss or a gradient is not finite on any rank."""
+        """One optimiser step, or none where the loss or a gradient is not finite on any rank.
+
+        On a GPU nothing here waits for it: what comes back are orders, not yet numbers.
+        """
         task, accelerator, step = self.task, self.accelerator, self.step
         rates = self._set_rates(step)
         num_micro_batches = self.recipe.accumulation
-        sums: dict[str, Tensor] = {}
+        sums: dict[str, Any] = {}
         for micro_batch in range(num_micro_batches):
-            batch = next(batches)
+            with self.pace.waiting():
+                batch = next(batches)
             seed_dropout(self.seed, step, micro_batch, accelerator.process_index)
             last = micro_batch == num_micro_batches - 1
             with nullcontext() if last else accelerator.no_sync(self.model):
@@ -258,29 +198,13 @@ class Engine:
                 accelerator.backward(loss / num_micro_batches)
             for name, value in {"loss": loss.detach(), **parts}.items():
                 sums[name] = sums.get(name, 0.0) + value / num_micro_batches
-        norms = {
-            name: sharding.whole(nn.utils.clip_grad_norm_(parameters, task.clip_norm))
-            for name, parameters in task.clip_groups().items()
-        }
-        finite = bool(torch.isfinite(torch.stack([sums["loss"].float(), *norms.values()])).all())
-        # One answer for all ranks: a rank that skipped alone would wait for the others for ever.
-        broken, self._asked_to_stop = ranks.any_over_ranks(not finite, self._asked_to_stop, device=accelerator.device)
-        if not broken:
-            self.optimizer.step()
-        task.after_step(step, torch.tensor(float(not broken), device=accelerator.device))
+        norms = clip_gradients(task.clip_groups(), task.clip_norm)
+        broken = self.health.judge([sums["loss"], *norms.values()])
+        move_unless(self.optimizer, broken)
+        task.after_step(step, 1 - broken)
         self.optimizer.zero_grad(set_to_none=True)
-        self._count_skipped(broken)
+        self.pace.count_step()
         return {**sums, **rates, **{f"grad_norm/{name}": norm for name, norm in norms.items()}}
-
-    def _count_skipped(self, broken: bool) -> None:
-        self.skipped += broken
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if broken else 0
-        if self.skipped_in_a_row >= self.recipe.max_skipped_in_a_row:
-            raise TrainingError(
-                f"the loss or its gradient was not finite in {self.skipped_in_a_row} steps in a row",
-                where=f"step {self.step}",
-                remedy="Lower the learning rate, or look for damaged input",
-            )
 
     def _set_rates(self, step: int) -> dict[str, float]:
         rates: dict[str, float] = {}
@@ -292,53 +216,58 @@ class Engine:
             rates[f"lr/{group['role']}"] = rate
         return rates | {"lr": max(rates.values())}
 
-    def _log(self, metrics: Mapping[str, Any], seconds: float) -> None:
+    def _log(self, metrics: Mapping[str, Any]) -> None:
         """Write a log line and show it to the task: tensors as means over ranks, and the same line on all ranks."""
         device = self.accelerator.device
-        measured = {name: float(value) for name, value in metrics.items() if isinstance(value, Tensor)}
+        measured = {name: value for name, value in metrics.items() if isinstance(value, Tensor)}
         line: dict[str, Any] = {"step": self.step, **ranks.mean_over_ranks(measured, device)}
         line |= {name: value for name, value in metrics.items() if not isinstance(value, Tensor)}
         line["grad_norm"] = math.hypot(*(v for name, v in line.items() if name.startswith("grad_norm/")))
         line |= self.task.scheduled(self.step - 1) | self.task.gauges()
-        line |= {"skipped_steps": self.skipped, "seconds_per_step": seconds}
-        line["images_per_second"] = self.recipe.batch_size / seconds
+        line["skipped_steps"] = self.health.read(self.step)["skipped"]
+        line |= self.pace.read(self.recipe.batch_size)
         if device.type == "cuda":
             line["memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
         self._publish(line)
 
-    def _evaluate(self) -> None:
+    def _evaluate(self, save: bool) -> None:
         if not self.task.evaluate_every:
             return
-        # A rank that held its slices back would leave the others waiting for them.
-        takes_part = self.accelerator.is_main_process or self.sharded
-        scores = self.task.evaluate(self.step) if takes_part else {}
-        self.model.train()
-        self._publish({"step": self.step, **scores})
+        with self.pace.paused():
+            # A rank that held its slices back would leave the others waiting for them.
+            takes_part = self.accelerator.is_main_process or self.sharded
+            scores = self.task.evaluate(self.step) if takes_part else {}
+            self.model.train()
+            self._publish({"step": self.step, **scores})
+        if save and self.task.keeps(self.step):
+            self.save(kept=True)
 
     def _publish(self, line: dict[str, Any]) -> None:
         (line,) = broadcast_object_list([line], from_process=0)
         self.log.write(line)
         self.task.look(self.step, line)
 
-    def save(self) -> None:
-        """Write a checkpoint of this moment, unless the newest one is of it already."""
+    def save(self, kept: bool = False) -> None:
+        """Write a checkpoint of this moment, unless the newest one is of it already.
+
+        Args:
+            kept: it stays until a newer one is kept, for a rollback.
+        """
         if self._saved_step == self.step:
             return
-        failure: TrainingError | None = None
         is_main = self.accelerator.is_main_process
-        snapshot = self._snapshot(keep=is_main) if is_main or self.sharded else None
-        if is_main and snapshot is not None:
-            try:
+        with self.pace.paused():
+            counts = self.health.read(self.step)
+            snapshot = self._snapshot(counts, kept, keep=is_main) if is_main or self.sharded else None
+
+            def write() -> None:
+                assert snapshot is not None
                 checkpoints.save_checkpoint(self.checkpoint_folder, snapshot, self.recipe.keep_checkpoints)
-            except TrainingError as error:
-                failure = error
-        # Also the barrier: nobody goes on before the checkpoint is whole, and all stop if it cannot be.
-        (failed,) = ranks.any_over_ranks(failure is not None, device=self.accelerator.device)
-        if failed:
-            raise failure or TrainingError("rank 0 could not save a checkpoint", where=f"step {self.step}")
+
+            self._on_main(write)
         self._saved_step = self.step
 
-    def _snapshot(self, keep: bool = True) -> checkpoints.Checkpoint:
+    def _snapshot(self, counts: Mapping[str, int], kept: bool, keep: bool = True) -> checkpoints.Checkpoint:
         """This moment in whole tensors; without `keep`, only to help rank 0 make its own of a sharded model."""
         return checkpoints.Checkpoint(
             step=self.step,
@@ -348,45 +277,67 @@ class Engine:
             state={
                 "versions": {"brainfound": brainfound.__version__, "torch": torch.__version__},
                 "world_size": ranks.world_size(),
-                "engine": {"skipped": self.skipped, "skipped_in_a_row": self.skipped_in_a_row},
+                "kept": kept,
+                "rollbacks": self.rollbacks,
+                "engine": dict(counts),
                 "task": self.task.state_dict(),
             },
         )
 
-    @contextmanager
-    def _polite_signals(self) -> Iterator[None]:
-        """SIGTERM and the first Ctrl-C end the run after the current step; a second Ctrl-C ends it at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        kinds = (signal.SIGTERM, signal.SIGINT)
-        before = {kind: signal.getsignal(kind) for kind in kinds}
+    def _roll_back(self, wish: RollBack) -> None:
+        """Go back to a kept checkpoint, as a process would that was killed just after deciding so."""
+        path = checkpoints.folder_of(self.checkpoint_folder, wish.step)
+        told = self.task.rolled_back(self.step, wish.what)
+        event = {"step": wish.step, "rolled_back_from": self.step, "reason": wish.what, **told}
+        state = {"rollbacks": self.rollbacks + 1, "rollback": event, "task": self.task.state_dict()}
+        # From this one atomic write on, whatever came after the kept checkpoint counts no more.
+        self._on_main(lambda: checkpoints.change_state(path, state))
+        self.resume(path)
 
-        def ask(kind: int, frame: Any) -> None:
-            self._asked_to_stop = True
-            signal.signal(signal.SIGINT, before[signal.SIGINT])
+    def _settle(self, saved: checkpoints.Checkpoint) -> None:
+        """Make folder and log agree with the checkpoint that the run goes on from."""
+        self.accelerator.wait_for_everyone()  # others may still be reading what is removed here
+        if self.accelerator.is_main_process:
+            checkpoints.remove_abandoned(self.checkpoint_folder, saved)
+            if "rollback" in saved.state:
+                self.log.roll_back(saved.state["rollback"], self.rollbacks)
+            self.log.forget_after(saved.step)
+        self.accelerator.wait_for_everyone()
 
-        for kind in kinds:
-            signal.signal(kind, ask)
-        try:
-            yield
-        finally:
-            for kind in kinds:
-                signal.signal(kind, before[kind])
+    def _require_space(self) -> None:
+        task = self.task
+        tensors = [*self.accelerator.unwrap_model(self.model).state_dict().values(), *task.state_tensors().values()]
+        moments = [parameter for group in self.optimizer.param_groups for parameter in group["params"]] * 2
+        num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in (*tensors, *moments))
+        # One more, because a new checkpoint is whole before an old one goes.
+        num_checkpoints = self.recipe.keep_checkpoints + 1 + task.may_roll_back
+        checkpoints.require_space_for_run(self.checkpoint_folder, num_checkpoints, num_bytes, task.export_bytes())
+
+    def _on_main(self, work: Callable[[], Any]) -> None:
+        """Do something on rank 0; all ranks wait for it, and all stop if it fails."""
+        failure: TrainingError | None = None
+        if self.accelerator.is_main_process:
+            try:
+                work()
+            except TrainingError as error:
+                failure = error
+        (failed,) = ranks.any_over_ranks(failure is not None, device=self.accelerator.device)
+        if failed:
+            raise failure or TrainingError("rank 0 could not go on", where=f"step {self.step}")
 
 
 def make_accelerator(precision: Literal["auto", "no", "bf16"]) -> accelerate.Accelerator:
-    """The accelerator of this process; "auto" takes bfloat16 where a GPU computes it natively."""
+    """The accelerator of this process; "auto" takes the precision that a short test finds faster."""
+    # Said in so many words: without it, processes that torchrun starts on a machine without a GPU do not
+    # join a process group, and each trains by itself.
+    on_cpu = not torch.accelerator.is_available()
     if precision == "auto":
-        native = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-        precision = "bf16" if native else "no"
+        precision = choose_precision(accelerate.PartialState(cpu=on_cpu).device)
     shared = accelerate.state.AcceleratorState._shared_state
     if shared and shared.get("_mixed_precision") not in (None, precision):
         # Accelerate keeps one state per process; a second run in the same process may want another precision.
         accelerate.state.AcceleratorState._reset_state(reset_partial_state=False)
-    # Said in so many words: without it, processes that torchrun starts on a machine without a GPU do not
-    # join a process group, and each trains by itself.
-    return accelerate.Accelerator(mixed_precision=precision, cpu=not torch.accelerator.is_available())
+    return accelerate.Accelerator(mixed_precision=precision, cpu=on_cpu)
 
 
 def device_and_reason(device: torch.device) -> tuple[str, str]:

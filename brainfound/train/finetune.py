@@ -156,7 +156,7 @@ class FinetuneTask(TrainTask):
                     (role, decays), {"params": [], "role": role, "lr_scale": 1.0, "decays": decays}
                 )
                 group["params"].append(parameter)
-        return torch.optim.AdamW(list(groups.values()), lr=self.recipe.optim.lr, foreach=True)
+        return torch.optim.AdamW(list(groups.values()), lr=self.recipe.optim.lr, fused=True)
 
     def batches(self, first_step: int) -> Iterator[tuple[Any, np.ndarray, StepKey]]:
         recipe = self.recipe

@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import IO, Any
 
-from torch import Tensor
-
 from brainfound.train.checkpoint import write_atomically
 
 
@@ -27,34 +25,68 @@ class TrainingLog:
 
     def forget_after(self, step: int) -> None:
         """Drop lines after `step`, and a torn last line: a run resumed at `step` writes them again."""
+        if self.is_main and self.path.is_file():
+            self._rewrite([line for line in self._lines() if line["step"] <= step])
+
+    def roll_back(self, event: dict[str, Any], number: int) -> None:
+        """Move the lines after the step of `event` to ``log-before-rollback-K.jsonl``, and write `event` instead.
+
+        Does nothing if that was done already, by a process that was killed then.
+
+        Args:
+            number: K, counted from 1.
+        """
         if not self.is_main or not self.path.is_file():
             return
-        kept = []
+        event = {"step": event["step"], "rollback": number, **event}
+        lines = self._lines()
+        if event in lines:
+            return
+        moved = [line for line in lines if line["step"] > event["step"]]
+        write_atomically(self.path.with_name(f"log-before-rollback-{number}.jsonl"), _as_text(moved))
+        self._rewrite([*(line for line in lines if line["step"] <= event["step"]), event])
+
+    def _lines(self) -> list[dict[str, Any]]:
+        """The lines that are whole."""
+        lines = []
         for text in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                line = json.loads(text)
+                lines.append(json.loads(text))
             except ValueError:
                 break
-            if line["step"] <= step:
-                kept.append(text + "\n")
-        write_atomically(self.path, "".join(kept))
+        return lines
+
+    def _rewrite(self, lines: list[dict[str, Any]]) -> None:
+        is_open = self._file is not None
+        self._close()
+        write_atomically(self.path, _as_text(lines))
+        if is_open:
+            self._open()
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one line."""
         if self._file is not None:
-            self._file.write(json.dumps(line) + "\n")
+            self._file.write(_as_text([line]))
             self._file.flush()
+        if self._bar is not None and "loss" in line:
+            self._bar.update(self._bar_task, loss=f"loss {line['loss']:.4f}")
 
-    def advance(self, step: int, loss: Tensor | None) -> None:
+    def advance(self, step: int) -> None:
         """Show that `step` steps are done."""
         if self._bar is not None:
-            # Reading the loss waits for the device; a terminal is not worth that at every step.
-            text = f"loss {float(loss):.4f}" if loss is not None and (step % 10 == 0 or step < 10) else None
-            self._bar.update(self._bar_task, completed=step, **({"loss": text} if text else {}))
+            self._bar.update(self._bar_task, completed=step)
 
-    def __enter__(self) -> TrainingLog:
+    def _open(self) -> None:
         if self.is_main:
             self._file = self.path.open("a", encoding="utf-8")
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        self._file = None
+
+    def __enter__(self) -> TrainingLog:
+        self._open()
         if self.shows_bar:
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -68,6 +100,9 @@ class TrainingLog:
     def __exit__(self, *error: object) -> None:
         if self._bar is not None:
             self._bar.stop()
-        if self._file is not None:
-            self._file.close()
-        self._file = self._bar = None
+        self._bar = None
+        self._close()
+
+
+def _as_text(lines: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(line) + "\n" for line in lines)

@@ -7,16 +7,17 @@ patch-embedding × 0.2 and the parameters without weight decay as in DINOv2; Ada
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from brainfound.recipes import Recipe
 from brainfound.train.schedules import Role
+from brainfound.train.sharding import whole
 
 _BLOCK = re.compile(r"(?:^|\.)layers?\.(\d+)\.")
 _TOKENS = ("cls_token", "register_tokens", "position_embeddings")
@@ -57,7 +58,8 @@ def traits_of(name: str, parameter: nn.Parameter, num_layers: int, recipe: Optim
 
     Layer 0 is the embeddings, 1 … `num_layers` the blocks, and the last norm is above them; a layer
     learns at ``layer_decay ** (num_layers + 1 − layer)``. What the checkpoint does not bring (heads,
-    mask token, contrast embeddings) is "new" and learns at the full rate from the first step.
+    mask token, contrast embeddings) is "new" and learns at the full rate from the first step. Low-rank
+    updates (LoRA) wait as the backbone does, and then learn at the full rate in every layer.
     """
     is_token = any(part in name for part in (*_TOKENS, *_NEW_TOKENS))
     decays = parameter.ndim > 1 and not is_token
@@ -65,6 +67,10 @@ def traits_of(name: str, parameter: nn.Parameter, num_layers: int, recipe: Optim
         return ParameterTraits("last_layer" if "last_layer" in name else "new", 1.0, decays)
     if any(part in name for part in _NEW_TOKENS):
         return ParameterTraits("new", 1.0, decays)
+    if ".lora_" in name:
+        # Updates start without effect, like heads, but move the backbone: they wait for the heads as it does.
+        # No layer decay: the frozen matrix beneath keeps what an early layer knows, and weight decay leads back to it.
+        return ParameterTraits("backbone", 1.0, decays)
     block = _BLOCK.search(name)
     if block:
         layer = int(block.group(1)) + 1
@@ -100,7 +106,16 @@ def parameter_groups(
 
 
 def make_optimizer(groups: list[dict[str, Any]], recipe: OptimRecipe) -> torch.optim.AdamW:
-    """AdamW over the groups; their learning rates are set by the engine before the first step."""
+    """Fused AdamW over the groups; their learning rates are set by the engine before the first step."""
     return torch.optim.AdamW(
-        groups, lr=recipe.lr, betas=(recipe.beta1, recipe.beta2), weight_decay=recipe.weight_decay, foreach=True
+        groups, lr=recipe.lr, betas=(recipe.beta1, recipe.beta2), weight_decay=recipe.weight_decay, fused=True
     )
+
+
+def clip_gradients(groups: Mapping[str, list[nn.Parameter]], max_norm: float) -> dict[str, Tensor]:
+    """Scale the gradients of each group down to `max_norm`, without waiting for the device.
+
+    Returns:
+        The norm (0-dim) of each group's gradients before that.
+    """
+    return {name: whole(nn.utils.clip_grad_norm_(parameters, max_norm)) for name, parameters in groups.items()}

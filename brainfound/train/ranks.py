@@ -6,6 +6,8 @@ cluster.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -43,11 +45,12 @@ def any_over_ranks(*flags: bool, device: torch.device) -> tuple[bool, ...]:
     return tuple(bool(value) for value in raised.tolist())
 
 
-def mean_over_ranks(values: dict[str, float], device: torch.device) -> dict[str, float]:
-    """The mean of each value over ranks; the names must be the same on all ranks."""
-    if not active() or not values:
-        return values
-    total = sum_over_ranks(torch.tensor(list(values.values()), dtype=torch.float64, device=device))
+def mean_over_ranks(values: Mapping[str, Tensor], device: torch.device) -> dict[str, float]:
+    """The mean of each 0-dim value over ranks, in one transfer; the names must be the same on all ranks."""
+    if not values:
+        return {}
+    exact = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+    total = sum_over_ranks(torch.stack([value.detach().to(device, exact) for value in values.values()]))
     return dict(zip(values, (total / world_size()).tolist(), strict=True))
 
 

@@ -29,7 +29,7 @@ class Line(TrainTask):
 
     def make_optimizer(self):
         group = {"params": list(self.model.parameters()), "role": "new", "lr_scale": 0.5, "decays": True}
-        return torch.optim.SGD([group], lr=1.0)
+        return torch.optim.SGD([group], lr=1.0, fused=True)
 
     def batches(self, first_step):
         for step in range(first_step, 1000):

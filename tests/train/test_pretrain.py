@@ -69,7 +69,7 @@ def test_resume_is_exact(finished, store, recipe, tmp_path):
     shutil.rmtree(run / "checkpoints" / "step-000006")
     shutil.rmtree(run / "export")
     pretrain(recipe(), store, out=run, resume=True, quiet=True)
-    timing = {"seconds_per_step", "images_per_second"}
+    timing = {"seconds_per_step", "images_per_second", "data_wait"}
     for key in ("loss", "probe"):
         strip = [
             [{k: v for k, v in line.items() if k not in timing} for line in lines(r, key)] for r in (finished, run)

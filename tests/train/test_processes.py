@@ -18,7 +18,7 @@ from brainfound.train import losses
 from brainfound.train.pretrain import pretrain
 
 LAUNCH_FILE = Path(__file__).parents[2] / "train" / "launch" / "accelerate-cpu.yaml"
-TIMING = {"seconds_per_step", "images_per_second"}
+TIMING = {"seconds_per_step", "images_per_second", "data_wait"}
 
 KILLED_AFTER_A_STEP = """
 from brainfound.train.pretrain_task import PretrainTask
