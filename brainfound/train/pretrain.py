@@ -28,13 +28,16 @@ from brainfound.recipes import Recipe, load, validate
 from brainfound.train import run_files, sharding
 from brainfound.train.engine import Engine, EngineRecipe, make_accelerator
 from brainfound.train.guard import Guard, GuardRecipe
-from brainfound.train.objectives.self_distillation import SelfDistillation, SelfDistillationRecipe
+from brainfound.train.objectives import making
+from brainfound.train.objectives.making import ObjectiveRecipe, make_objective
+from brainfound.train.objectives.self_distillation import SelfDistillationRecipe
 from brainfound.train.optim import OptimRecipe
 from brainfound.train.pretrain_task import PretrainTask
 from brainfound.train.probes import Probe, ProbeRecipe
 from brainfound.train.resuming import checkpoint_to_resume, common_facts
 from brainfound.train.schedules import ScheduleRecipe, effective_lr
 from brainfound.train.starting_model import FROM_SCRATCH, InitRecipe, build_model
+from brainfound.train.trained_part import TrainedPartRecipe
 
 DRY_RUN_STEPS = 2
 
@@ -57,7 +60,9 @@ class PretrainRecipe(Recipe):
     """The store; `--data` on the command line goes before it."""
     init: InitRecipe = InitRecipe()
     views: ViewsRecipe = ViewsRecipe()
-    objective: SelfDistillationRecipe = SelfDistillationRecipe()
+    objective: ObjectiveRecipe = SelfDistillationRecipe()
+    """What is learnt: `kind` is self_distillation, masked_autoencoder or hybrid; the other keys depend on it."""
+    trained: TrainedPartRecipe = TrainedPartRecipe()
     optim: OptimRecipe = OptimRecipe()
     schedule: ScheduleRecipe = ScheduleRecipe()
     guard: GuardRecipe = GuardRecipe()
@@ -70,6 +75,7 @@ FREE_ON_RESUME = (
     "name",
     "data",
     "guard",
+    "engine.parallel",
     "engine.log_every",
     "engine.checkpoint_every",
     "engine.keep_checkpoints",
@@ -139,18 +145,12 @@ def _resolve(
     recipe: PretrainRecipe | str | Path, init: str | Path | None, overrides: Iterable[str]
 ) -> tuple[PretrainRecipe, list[str]]:
     """The recipe with overrides and with what follows from them, and notes on what was changed."""
-    overrides = list(overrides)
-    if isinstance(recipe, PretrainRecipe):
-        content = validate(PretrainRecipe, recipe.model_dump(mode="json"), overrides)
-    else:
-        content = load(PretrainRecipe, recipe, "train", overrides)
-        if content.name == PretrainRecipe.model_fields["name"].default:
-            content = content.model_copy(update={"name": Path(recipe).stem})
+    content, notes = _with_overrides(recipe, list(overrides))
     if init is not None:
         content = content.model_copy(update={"init": content.init.model_copy(update={"source": str(init)})})
-    notes: list[str] = []
     if content.init.source == FROM_SCRATCH:
-        content, notes = _from_scratch(content)
+        content, more = _from_scratch(content)
+        notes += more
     if content.schedule.head_warmup_steps >= content.engine.steps > 0:
         raise RecipeError(
             "the backbone would never learn",
@@ -162,6 +162,29 @@ def _resolve(
     return content, notes
 
 
+def _with_overrides(recipe: PretrainRecipe | str | Path, overrides: list[str]) -> tuple[PretrainRecipe, list[str]]:
+    """The recipe with overrides, and notes on what they put out of use."""
+    values = {key.strip(): value.strip() for key, _, value in (text.partition("=") for text in overrides)}
+    kind = values.get("objective.kind")
+    notes: list[str] = []
+    if kind in making.RECIPES:
+        # What the recipe says of its own objective need not mean anything to another one.
+        before = recipe if isinstance(recipe, PretrainRecipe) else load(PretrainRecipe, recipe, "train")
+        content = before.model_dump(mode="json", exclude_unset=True)
+        own = {"kind": before.objective.kind, **before.objective.model_dump(mode="json", exclude_defaults=True)}
+        content["objective"], left_out = making.settings_for(kind, own)
+        if left_out:
+            notes.append(f"objective.kind is {kind}; of the recipe's objective, {', '.join(left_out)} is not used")
+        resolved = validate(PretrainRecipe, content, overrides)
+    elif isinstance(recipe, PretrainRecipe):
+        resolved = validate(PretrainRecipe, recipe.model_dump(mode="json"), overrides)
+    else:
+        resolved = load(PretrainRecipe, recipe, "train", overrides)
+    if not isinstance(recipe, PretrainRecipe) and resolved.name == PretrainRecipe.model_fields["name"].default:
+        resolved = resolved.model_copy(update={"name": Path(recipe).stem})
+    return resolved, notes
+
+
 def _from_scratch(recipe: PretrainRecipe) -> tuple[PretrainRecipe, list[str]]:
     """New weights are nothing to be anchored to, and need no waiting for their heads."""
     content = recipe.model_dump(mode="json")
@@ -171,7 +194,7 @@ def _from_scratch(recipe: PretrainRecipe) -> tuple[PretrainRecipe, list[str]]:
         ("objective", "anchor_cls_weight"),
         ("schedule", "head_warmup_steps"),
     ):
-        if content[group][key]:
+        if content[group].get(key):  # not every objective has an anchor
             notes.append(f"init.source is none: {group}.{key} {content[group][key]:g} → 0")
             content[group][key] = 0
     return validate(PretrainRecipe, content), notes
@@ -237,7 +260,8 @@ def _run(recipe: PretrainRecipe, store: Store, folder: Path, resume: bool, quiet
 def _make_task(
     recipe: PretrainRecipe, store: Store, model: BrainFoundModel, folder: Path, accelerator: Any
 ) -> PretrainTask:
-    objective = SelfDistillation(model.encoder, recipe.objective, recipe.views, recipe.engine.steps, recipe.seed)
+    steps, seed = recipe.engine.steps, recipe.seed
+    objective = make_objective(recipe.objective, recipe.trained, model.encoder, recipe.views, steps, seed)
     if recipe.engine.parallel == "fsdp" and accelerator.num_processes > 1:
         sharding.shard(objective.student, objective.frozen_modules(), accelerator.device, accelerator.mixed_precision)
     objective.to(accelerator.device)

@@ -25,11 +25,12 @@ from brainfound.data.store import Store
 from brainfound.errors import RecipeError, TrainingError
 from brainfound.models import BrainFoundModel
 from brainfound.models.quiet import transformers_quiet
-from brainfound.recipes import Recipe
+from brainfound.recipes import Recipe, validate
 from brainfound.report.cards import write_model_card
 from brainfound.report.curves import plot_curves
 from brainfound.train.checkpoint import write_atomically
 from brainfound.train.guard import GuardState
+from brainfound.train.objectives.making import in_words
 
 RECIPE_FILE = "recipe.yaml"
 FACTS_FILE = "run.json"
@@ -78,7 +79,9 @@ def require_same(folder: Path, recipe: Recipe, store: Store, free: Sequence[str]
         RecipeError: names the first key that differs, with both values.
         TrainingError: if the store holds other data.
     """
-    before = _flat(yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8")))
+    # Validated, so that keys which did not exist when the run began have the value that means what it did.
+    saved = validate(type(recipe), yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8")))
+    before = _flat(saved.model_dump(mode="json"))
     now = _flat(recipe.model_dump(mode="json"))
     for key in [*before, *(key for key in now if key not in before)]:
         is_free = any(key == name or key.startswith(f"{name}.") for name in free)
@@ -132,17 +135,20 @@ def _card_facts(recipe: Any, store: Store, model: BrainFoundModel, step: int, gu
     source = recipe.init.source
     scores = {"first": guard.first_score, "best": guard.best_score, "last": guard.last_score}
     untouched = recipe.engine.steps == 0
+    objective, exported = in_words(recipe.objective)
+    trained = recipe.trained.in_words(model.encoder.num_layers)
     return {
         "name": recipe.name,
         "summary": "The starting checkpoint, untouched, as a BrainFound encoder (it has no task head)."
         if untouched
-        else "The EMA teacher of self-distillation on brain MRI slices (an encoder; it has no task head).",
+        else f"The {exported} of {objective} on brain MRI slices (it has no task head).",
         "kind": "encoder as it was before any training here" if untouched else "self-supervised encoder",
         "base_model": None if source == "none" else source,
         "backbone": model.config.backbone_config.model_type,
         "stem": model.config.stem,
         "aggregator": model.config.aggregator,
-        "objective": "none" if untouched else "self-distillation (DINO + iBOT + KoLeo)",
+        "objective": "none" if untouched else objective,
+        "trained part": None if untouched else trained,
         "contrasts": list(store.contrasts),
         "preprocessing": store.preprocessing.model_dump(mode="json"),
         "recipe": recipe.name,
@@ -155,7 +161,7 @@ def _card_facts(recipe: Any, store: Store, model: BrainFoundModel, step: int, gu
         "versions": versions(),
         "metrics": [
             {
-                "metric": f"{name} probe of the teacher",
+                "metric": f"{name} probe of the {exported.removeprefix('EMA ')}",
                 "value": value,
                 "data": "the pretraining store, split by subject",
             }
@@ -176,7 +182,9 @@ def dry_run_report(folder: Path, recipe: Any, effective_lr: float, device: torch
     yield f"speed                    {batch / seconds:.1f} images/s, {seconds:.2f} s per step"
     yield f"memory                   {_memory_gib(device):.2f} GiB at most, on {device}"
     yield f"whole run                {steps} steps, about {steps * seconds / 3600:.2f} h without probes"
-    yield f"loss                     {lines[-1]['loss']:.4f}  (ln K = {lines[-1]['ln_k']:.4f})"
+    # Only objectives with prototypes have a K.
+    ln_k = f"  (ln K = {lines[-1]['ln_k']:.4f})" if "ln_k" in lines[-1] else ""
+    yield f"loss                     {lines[-1]['loss']:.4f}{ln_k}"
 
 
 def _memory_gib(device: torch.device) -> float:

@@ -57,10 +57,20 @@ class TrainedPartRecipe(Recipe):
         try:
             require_known_roles(value)
         except RecipeError as error:
-            raise ValueError(str(error)) from None
+            raise ValueError(error.reason) from None
         if "patch" in value:
             raise ValueError("the patch embedding belongs to no block; leave out patch")
         return value
+
+    def in_words(self, num_layers: int) -> str:
+        """What is trained of an encoder of `num_layers` blocks, for a model card."""
+        if self.part == "full":
+            return "all of the encoder"
+        kept = f"the last {self.blocks} of {num_layers} blocks"
+        if self.part == "last_blocks":
+            return f"{kept}, the last norm, mask token and contrast embeddings"
+        updates = f"updates of rank {self.rank} of {', '.join(self.roles)} in the other blocks"
+        return f"{kept}, all norms, mask token, contrast embeddings, and {updates} (ExPLoRA), merged into the weights"
 
 
 def choose_trained_part(encoder: SliceEncoder, recipe: TrainedPartRecipe, seed: int) -> SliceEncoder:

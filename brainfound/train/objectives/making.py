@@ -11,7 +11,11 @@ from brainfound.data.augmentation import ViewsRecipe
 from brainfound.models.encoder import SliceEncoder
 from brainfound.train.objectives.base import Objective
 from brainfound.train.objectives.hybrid import Hybrid, HybridRecipe
-from brainfound.train.objectives.masked_autoencoder import MaskedAutoencoder, MaskedAutoencoderRecipe
+from brainfound.train.objectives.masked_autoencoder import (
+    MaskedAutoencoder,
+    MaskedAutoencoderRecipe,
+    ReconstructionRecipe,
+)
 from brainfound.train.objectives.self_distillation import SelfDistillation, SelfDistillationRecipe
 from brainfound.train.trained_part import TrainedPartRecipe, choose_trained_part
 
@@ -73,3 +77,24 @@ def settings_for(kind: str, before: Mapping[str, Any]) -> tuple[dict[str, Any], 
     kept = [name for name in names if name in new and new[name].annotation == old[name].annotation]
     content = {"kind": kind, **{name: before[name] for name in kept}}
     return content, [name for name in names if name not in kept]
+
+
+def in_words(recipe: SelfDistillationRecipe | MaskedAutoencoderRecipe) -> tuple[str, str]:
+    """What an objective is, and what of it is exported, for a model card.
+
+    >>> in_words(MaskedAutoencoderRecipe())
+    ('masked autoencoding (75% of the patches hidden)', 'encoder')
+    """
+    if isinstance(recipe, MaskedAutoencoderRecipe):
+        return _masking_in_words(recipe), "encoder"
+    weighted = {"DINO": recipe.dino_weight, "iBOT": recipe.ibot_weight, "KoLeo": recipe.koleo_weight}
+    parts = " + ".join(name for name, weight in weighted.items() if weight)
+    anchored = ", anchored to the starting checkpoint" if recipe.anchored else ""
+    words = f"self-distillation ({parts}{anchored})"
+    if isinstance(recipe, HybridRecipe):
+        words += f" and {_masking_in_words(recipe.reconstruction)}, weighted {recipe.reconstruction_weight:g}"
+    return words, "EMA teacher"
+
+
+def _masking_in_words(recipe: ReconstructionRecipe) -> str:
+    return f"masked autoencoding ({recipe.mask_ratio:.0%} of the patches hidden)"
