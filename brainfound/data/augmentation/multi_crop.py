@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from einops import rearrange
@@ -46,14 +47,13 @@ class MultiCrop:
     Args:
         recipe: the settings.
         patch_size: of the backbone; crop sides must be multiples of it.
+        num_global: 1 makes only the first of the two global views.
 
     Raises:
         RecipeError: if a crop side is not a multiple of the patch size.
     """
 
-    num_global = 2
-
-    def __init__(self, recipe: ViewsRecipe, patch_size: int) -> None:
+    def __init__(self, recipe: ViewsRecipe, patch_size: int, num_global: Literal[1, 2] = 2) -> None:
         for key in ("global_size", "local_size"):
             side = getattr(recipe, key)
             if side % patch_size and (key == "global_size" or recipe.num_local):
@@ -67,6 +67,7 @@ class MultiCrop:
                 )
         self.recipe = recipe
         self.patch_size = patch_size
+        self.num_global = num_global
 
     @torch.no_grad()
     def __call__(
@@ -92,7 +93,11 @@ class MultiCrop:
         large, local = shown_contrasts(
             present.cpu(), recipe.num_local, recipe.contrast_dropout, recipe.split_contrasts, generator
         )
-        global_sources = [(pixels, self.num_global)] if neighbours is None else [(pixels, 1), (neighbours, 1)]
+        large = large[:, : self.num_global]
+        if neighbours is None or self.num_global == 1:
+            global_sources: list[tuple[Tensor, int]] = [(pixels, self.num_global)]
+        else:
+            global_sources = [(pixels, 1), (neighbours, 1)]
         # Convolutions and products of matrices would else lose bits where a training step runs in bf16.
         with torch.autocast(pixels.device.type, enabled=False):
             global_views = self._views(
@@ -139,7 +144,7 @@ class MultiCrop:
             result[:, rows] = rearrange(together_crops, "n c views h w -> views n c h w")
         result = result.flatten(0, 1)
         if device.type == "cpu":
-            result[~mask] = 0
+            result.flatten(0, 1).index_fill_(0, (~mask).flatten().nonzero()[:, 0], 0.0)
         else:
             result.mul_(mask[:, :, None, None])
         return Views(result, mask)

@@ -143,14 +143,14 @@ class PatchHiding:
     Args:
         encoder: gives the patch size.
         recipe: what is hidden.
-        views: how crops are made; of two global crops the first is taken, and no local ones.
+        views: how crops are made: as the global ones, one of each slice.
     """
 
     def __init__(self, encoder: SliceEncoder, recipe: ReconstructionRecipe, views: ViewsRecipe) -> None:
         self.recipe = recipe
         self.patch_size = encoder.patch_size
         self.grid = (views.global_size // encoder.patch_size,) * 2
-        self.crop = MultiCrop(views.model_copy(update={"num_local": 0}), encoder.patch_size)
+        self.crop = MultiCrop(views.model_copy(update={"num_local": 0}), encoder.patch_size, num_global=1)
 
     def views(self, batch: SliceBatch, key: StepKey) -> MaskedViews:
         """One crop of each slice, and what is hidden of it: a function of the key."""
@@ -161,16 +161,15 @@ class PatchHiding:
             torch_generator(VIEWS, key.seed, *key.keys, _STEP_STREAM),
             torch_generator(VIEWS, key.seed, *key.keys, _STEP_STREAM + 1, device=device),
         ).global_views
-        num_slices = len(batch.pixels)
         patches = hide_patches(
-            num_slices,
+            len(large.pixels),
             self.grid[0] * self.grid[1],
             self.recipe.mask_ratio,
             numpy_generator(MASKS, key.seed, *key.keys, _STEP_STREAM),
         )
         return MaskedViews(
-            large.pixels[:num_slices],
-            large.contrast_mask[:num_slices],
+            large.pixels,
+            large.contrast_mask,
             patches.kept.to(device, non_blocking=True),
             patches.hidden.to(device, non_blocking=True),
         )
