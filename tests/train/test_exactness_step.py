@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import Dinov2Model
 
