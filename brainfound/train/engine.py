@@ -141,6 +141,10 @@ class Engine:
                 small, or the process was told to end (a checkpoint is saved then).
         """
         with self.log, self.signals:
+            if self.recipe.steps == 0:
+                # Nothing is trained: the start is looked at, and there is nothing to go on from.
+                self._evaluate(save=False)
+                return
             if save:
                 self._on_main(self._require_space)
             while self.step < self.recipe.steps:
