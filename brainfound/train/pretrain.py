@@ -34,7 +34,7 @@ from brainfound.train.objectives.self_distillation import SelfDistillationRecipe
 from brainfound.train.optim import OptimRecipe
 from brainfound.train.pretrain_task import PretrainTask
 from brainfound.train.probes import Probe, ProbeRecipe
-from brainfound.train.resuming import checkpoint_to_resume, common_facts
+from brainfound.train.resuming import checkpoint_to_resume, common_facts, settled_precision
 from brainfound.train.schedules import ScheduleRecipe, effective_lr
 from brainfound.train.starting_model import FROM_SCRATCH, InitRecipe, build_model
 from brainfound.train.trained_part import TrainedPartRecipe
@@ -210,7 +210,7 @@ def _open_store(recipe: PretrainRecipe, data: str | Path | Store | None) -> Stor
 
 
 def _run(recipe: PretrainRecipe, store: Store, folder: Path, resume: bool, quiet: bool, notes: list[str]) -> Path:
-    accelerator = make_accelerator(recipe.engine.precision)
+    accelerator = make_accelerator(settled_precision(folder, recipe.engine.precision, resume))
     is_main = accelerator.is_main_process
     console = Console(stderr=True, quiet=quiet or not is_main, highlight=False)
     recipe = recipe.model_copy(

@@ -19,6 +19,7 @@ from brainfound.train.engine import EngineRecipe, TrainTask
 from brainfound.train.guard import Guard
 from brainfound.train.objectives.base import Objective, SliceBatch, StepKey
 from brainfound.train.optim import OptimRecipe, make_optimizer, parameter_groups
+from brainfound.train.prefetch import prefetched
 from brainfound.train.probes import Probe
 from brainfound.train.schedules import ScheduleRecipe
 from brainfound.train.sharding import is_sharded
@@ -63,6 +64,7 @@ class PretrainTask(TrainTask):
         self.model = objective.student
         self.clip_norm = optim.clip_norm
         self.evaluate_every = evaluate_every if probe is not None else 0
+        self.may_roll_back = guard.recipe.on_failure == "roll_back"
         self.dataset = SliceRows(store, usable_rows(store, slice_margin))
         self.order = EpochOrder(len(self.dataset), seed)
         self._rank_batches(0)  # refuses a batch that cannot be shared, before anything is made
@@ -79,7 +81,7 @@ class PretrainTask(TrainTask):
 
     def batches(self, first_step: int) -> Iterator[SliceBatch]:
         loader = slice_loader(self.dataset, self._rank_batches(first_step), self.engine.num_workers)
-        return (batch.to(self.device) for batch in loader)
+        return prefetched(loader, self.device)
 
     def loss(
         self, model: nn.Module, batch: SliceBatch, step: int, micro_batch: int
@@ -162,6 +164,10 @@ class PretrainTask(TrainTask):
                 return best, load_file(self.best_file(best))
             warnings.warn(f"{self.best_file(best)} is missing; the last teacher is exported", stacklevel=2)
         return None, weights
+
+    def export_bytes(self) -> int:
+        # The export, and the encoder of the best probe.
+        return 2 * sum(weight.numel() * weight.element_size() for weight in self.objective.exported_state().values())
 
     def state_tensors(self) -> dict[str, Tensor]:
         return self.objective.state_dict()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import accelerate
+import yaml
 
 from brainfound.data.store import Store
 from brainfound.errors import TrainingError, UsageError
@@ -14,6 +15,7 @@ from brainfound.recipes import Recipe
 from brainfound.train import run_files
 from brainfound.train.checkpoint import latest_valid, list_checkpoints
 from brainfound.train.engine import device_and_reason
+from brainfound.train.precision import Precision, probe_precision
 
 
 def checkpoint_to_resume(
@@ -58,14 +60,28 @@ def checkpoint_to_resume(
     return checkpoint
 
 
+def settled_precision(
+    folder: Path, precision: Precision | Literal["auto"], resume: bool
+) -> Precision | Literal["auto"]:
+    """The precision to ask for: where a run is resumed with "auto", what it was begun with.
+
+    A second test of the device might come out otherwise, and would make another run of it.
+    """
+    if precision != "auto" or not resume or not run_files.holds_run(folder):
+        return precision
+    recipe = yaml.safe_load((folder / run_files.RECIPE_FILE).read_text(encoding="utf-8"))
+    return recipe["engine"]["precision"]
+
+
 def common_facts(store: Store, accelerator: accelerate.Accelerator, seed: int) -> dict[str, Any]:
-    """What every run.json says: device and why, ranks, precision, seed, data."""
+    """What every run.json says: device and why, ranks, precision and how fast either would be, seed, data."""
     device, reason = device_and_reason(accelerator.device)
     return {
         "device": device,
         "device_reason": reason,
         "world_size": accelerator.num_processes,
         "precision": accelerator.mixed_precision,
+        "precision_probe": probe_precision(accelerator.device).to_dict(),
         "seed": seed,
         "data_hash": store.content_hash,
         "num_sessions": len(store),
