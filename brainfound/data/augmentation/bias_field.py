@@ -1,8 +1,8 @@
 """Bias field: a smooth multiplicative change of brightness, from coils that hear some places better than others.
 
 Physics: the signal is multiplied by the sensitivity of the receiving coils and by the inhomogeneity of the transmitted
-field, both of which vary over centimetres. Model: the exponential of a polynomial of low order over the image, as in the
-correction of Van Leemput et al. 1999 (IEEE TMI 18:885), whose inverse this is.
+field, both of which vary over centimetres. Model: the exponential of a polynomial of low order over the image, as
+in the correction of Van Leemput et al. 1999 (IEEE TMI 18:885), whose inverse this is.
 
 Axis legend: ``K`` images, ``S`` slices, ``T`` terms of the polynomial, ``H W`` pixels.
 """

@@ -29,7 +29,7 @@ from brainfound.data.augmentation.resolution import (
 )
 from brainfound.data.augmentation.views_recipe import IntensityRecipe
 
-CACHED_PIXELS = 1 << 19
+CACHED_PIXELS = 1 << 20
 """Pixels that are worked on together on a CPU: their float32 and one copy fit into its cache."""
 
 

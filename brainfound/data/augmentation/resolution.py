@@ -2,8 +2,8 @@
 
 Physics: a scanner samples the spectrum of the object up to a highest frequency along each axis. Nothing beyond it is
 known. Cut off sharply, edges ring (Gibbs ringing; Czervionke et al. 1988, AJNR 9:1033; Kellner et al. 2016, MRM
-76:1574). Sampled only to 1 / f of it, and faded out towards there as scanners do to avoid ringing, pixels are f times as
-thick. Both are linear and act on each axis on its own, so each is one matrix per axis. They use cosines in place of
+76:1574). Sampled only to 1 / f of it, and faded out towards there as scanners do to avoid ringing, pixels are f times
+as thick. Both are linear and act on each axis on its own, so each is one matrix per axis. They use cosines in place of
 complex exponentials: that is the spectrum of the image continued by its mirror, since a crop's two ends are no
 neighbours and must not ring into each other.
 
@@ -20,7 +20,6 @@ from functools import cache
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -28,22 +27,26 @@ MAX_BLUR_RADIUS = 4  # pixels; kernels have 2 · 4 + 1 taps, enough for a sigma 
 
 
 def gaussian_blur(images: Float[Tensor, "K S H W"], sigma_pixels: Float[Tensor, "K"]) -> Float[Tensor, "K S H W"]:
-    """Blur each image by its own sigma (0 leaves it as it is), as two one-dimensional convolutions.
+    """Blur each image by its own sigma (0 leaves it as it is), along rows and then along columns.
 
     Beyond its border an image goes on with its outermost pixels: a crop's border lies within the head.
+    Shifted images are added up; convolutions of one channel each are up to five times slower on a CPU.
     """
-    num_images, num_slices = images.shape[:2]
-    radius = MAX_BLUR_RADIUS
-    offsets = torch.arange(-radius, radius + 1, device=images.device, dtype=images.dtype)
+    offsets = torch.arange(MAX_BLUR_RADIUS + 1, device=images.device, dtype=images.dtype)
     # A sigma of 0 would divide by 0; at 1e-3 pixels the kernel is the identity in float32.
     kernel = (-0.5 * (offsets / sigma_pixels.clamp(min=1e-3)[:, None]) ** 2).exp()
-    kernel = kernel / kernel.sum(dim=1, keepdim=True)
-    per_slice = repeat(kernel, "k taps -> (k s) 1 taps", s=num_slices)
-    flat = F.pad(rearrange(images, "k s h w -> 1 (k s) h w"), (radius,) * 4, mode="replicate")
-    groups = num_images * num_slices
-    flat = F.conv2d(flat, per_slice[..., :, None], groups=groups)
-    flat = F.conv2d(flat, per_slice[..., None, :], groups=groups)
-    return rearrange(flat, "1 (k s) h w -> k s h w", k=num_images)
+    kernel = kernel / (2 * kernel.sum(dim=1, keepdim=True) - kernel[:, :1])
+    weights = kernel[:, :, None, None, None].unbind(dim=1)
+    for dim, padding in ((2, (0, 0, MAX_BLUR_RADIUS, MAX_BLUR_RADIUS)), (3, (MAX_BLUR_RADIUS, MAX_BLUR_RADIUS, 0, 0))):
+        length = images.shape[dim]
+        padded = F.pad(images, padding, mode="replicate")
+        images = padded.narrow(dim, MAX_BLUR_RADIUS, length) * weights[0]
+        pair = torch.empty_like(images)
+        for offset in range(1, MAX_BLUR_RADIUS + 1):
+            before = padded.narrow(dim, MAX_BLUR_RADIUS - offset, length)
+            after = padded.narrow(dim, MAX_BLUR_RADIUS + offset, length)
+            images.add_(torch.add(before, after, out=pair).mul_(weights[offset]))
+    return images
 
 
 def sharp_cutoff(kept: Float[Tensor, "K"], length: int) -> Float[Tensor, "K L"]:
