@@ -1,9 +1,22 @@
-"""The guard: gauges of collapse, a stop before a run ruins its model, and the best teacher so far.
+"""The guard: gauges of collapse, a stop or a return before a run ruins its model, and the best teacher so far.
 
 Axis legend: ``N`` rows (crops), ``D`` width.
 
-Thresholds follow public reports of DINO runs that collapsed; a single look proves nothing, so every
-stop is confirmed over several looks in a row.
+What it looks at, and why each is there:
+
+- effective rank and mean cosine: features that span few directions, or one;
+- the view margin: crops of one image must be more alike than crops of different images. Where random
+  crops are all that differs (a data set of one image, or features that have forgotten the image), rank and
+  cosine look healthy, because crops do differ, and the margin is 0;
+- the entropy of the teacher's mean answer: prototypes that are no longer used;
+- the loss beside ln K: a uniform answer costs ln K exactly, whatever the targets;
+- the probe of the teacher against its best value so far, which is at first the one before step 0.
+
+A single look proves nothing, so every stop is confirmed over several looks in a row. Features that are not
+finite are the exception to the grace of the first steps: they never come back.
+
+Thresholds follow public reports of DINO runs that collapsed. Those were large batches: the rank that a
+batch of n images can show is at most n − 1, so the thresholds of rank are at most a part of that.
 """
 
 from __future__ import annotations
@@ -15,12 +28,17 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
 from brainfound.errors import TrainingError
 from brainfound.recipes import Recipe
+
+MOST_IMAGES = 256
+"""Gauges need no more; a singular value decomposition of the rows of many ranks would take seconds."""
+UNINFORMED = 0.99
+"""From this part of ln K on, the CLS loss is no better than that of an answer that ignores the image."""
 
 
 class RollBack(TrainingError):
@@ -30,18 +48,18 @@ class RollBack(TrainingError):
         step: of the kept checkpoint that is to be restored.
     """
 
-    def __init__(self, what: str, *, step: int, where: object | None = None, remedy: str | None = None) -> None:
+    def __init__(self, what: str, *, step: int, where: object = None, remedy: str | None = None) -> None:
         super().__init__(what, where=where, remedy=remedy)
         self.step = step
 
 
 class GuardRecipe(Recipe):
-    """When to warn, when to stop, and which teacher to export."""
+    """When to warn, when to stop or go back, and which teacher to export."""
 
     enabled: bool = True
-    """Whether the guard may stop the run; the gauges are logged in any case."""
+    """Whether the guard may stop the run or roll it back; the gauges are logged in any case."""
     grace_steps: int = Field(default=1000, ge=0)
-    """Steps before collapse gauges count; new heads look collapsed at first."""
+    """Steps before collapse gauges count; new heads, and features of new weights, look collapsed at first."""
     confirm_looks: int = Field(default=5, ge=1)
     """Looks (log lines) in a row that must show collapse."""
     min_teacher_entropy: float = Field(default=0.1, ge=0, le=1)
@@ -49,12 +67,21 @@ class GuardRecipe(Recipe):
     min_effective_rank: float = Field(default=2.0, ge=0)
     """Effective rank of the CLS features; below this is collapse."""
     warn_effective_rank: float = Field(default=10.0, ge=0)
-    """Below this the log line carries a warning; 50 and more is healthy in large batches."""
+    """Below this there is a warning; 50 and more is healthy in large batches."""
+    rank_share: float = Field(default=0.25, ge=0, le=1)
+    """Both thresholds of rank are at most this part of the largest rank that the batch can show (images − 1)."""
     max_mean_cosine: float = Field(default=0.995, gt=0, le=1)
     """Mean cosine between CLS features of different crops; from this on it is collapse."""
+    min_view_margin: float = Field(default=0.1, ge=-1, le=1)
+    """How much more alike (centred cosine) two crops of one image are than crops of different images; below
+    this, with a CLS loss that is no better than ln K, the features have forgotten the image: collapse. 0.3–0.6
+    is healthy, 0 is a data set of one image."""
     ln_k_tolerance: float = Field(default=1e-4, ge=0)
-    """A CLS loss within this part of ln K says that the output is uniform: collapse."""
-    probe_drop: float = Field(default=0.1, ge=0)
+    """A CLS loss within this part of ln K in each of the looks says that the output is uniform: collapse."""
+    warn_gram_distance: float = Field(default=0.02, ge=0)
+    """Mean squared change of the cosines between patches of an image since the start; above this there is a
+    warning. It never stops a run: the probe says whether a change did harm."""
+    probe_drop: float = Field(default=0.05, ge=0)
     """A probe this far below the best one, and by two standard errors, is a drop."""
     probe_patience: int = Field(default=3, ge=1)
     """Probes in a row that must show the drop."""
@@ -70,21 +97,25 @@ class GuardRecipe(Recipe):
 
 
 def effective_rank(features: Float[Tensor, "N D"]) -> float:
-    """exp(entropy of the normalised singular values) of centred features; 0 for constant features.
+    """exp(entropy of the normalised singular values) of centred features.
 
-    Source: Roy and Vetterli 2007. At most min(N − 1, D).
+    0 for constant features, NaN where any is not finite. At most min(N − 1, D).
+
+    Source: Roy and Vetterli 2007.
     """
+    if not torch.isfinite(features).all():
+        return math.nan
     centred = features.double() - features.double().mean(dim=0)
-    singular = torch.linalg.svdvals(centred)
-    total = singular.sum()
-    if not torch.isfinite(total) or total <= 0:
+    # Beside this, differences are rounding of the features themselves.
+    if len(features) < 2 or centred.abs().max() <= 1e-6 * features.abs().max():
         return 0.0
-    share = singular / total
+    singular = torch.linalg.svdvals(centred)
+    share = singular / singular.sum()
     return math.exp(-torch.special.xlogy(share, share).sum().item())
 
 
 def mean_cosine(features: Float[Tensor, "N D"]) -> float:
-    """Mean cosine between different rows; 1 for fewer than two rows."""
+    """Mean cosine between different rows; 1 for fewer than two rows, NaN where any feature is not finite."""
     if len(features) < 2:
         return 1.0
     unit = F.normalize(features.double(), dim=-1)
@@ -92,11 +123,52 @@ def mean_cosine(features: Float[Tensor, "N D"]) -> float:
     return (total / (len(unit) * (len(unit) - 1))).item()
 
 
-def feature_gauges(features: Float[Tensor, "N D"]) -> dict[str, float]:
-    """Gauges of a batch of CLS features; all NaN if any feature is not finite."""
-    if not torch.isfinite(features).all():
-        return {"effective_rank": math.nan, "mean_cosine": math.nan}
-    return {"effective_rank": effective_rank(features), "mean_cosine": mean_cosine(features)}
+def view_margin(features: Float[Tensor, "N D"], images: Int[Tensor, "N"]) -> float:
+    """Mean cosine between centred rows of one image, less that between rows of different images.
+
+    About 0 where features say nothing of the image (also where they are constant), 1 at most. NaN where
+    there are not two images of two rows, or a feature is not finite.
+
+    Args:
+        images: which image each row is a crop of.
+    """
+    ids, place = torch.unique(images, return_inverse=True)
+    counts = torch.bincount(place).double()
+    num_same, num_all = (counts * (counts - 1)).sum(), len(images) * (len(images) - 1)
+    if len(ids) < 2 or num_same == 0:
+        return math.nan
+    unit = F.normalize(features.double() - features.double().mean(dim=0), dim=-1)
+    # Sums over pairs are squares of sums: no N × N matrix.
+    own = unit.square().sum()
+    of_images = unit.new_zeros(len(ids), unit.shape[1]).index_add(0, place, unit)
+    same = of_images.square().sum() - own
+    everything = unit.sum(dim=0).square().sum() - own
+    return (same / num_same - (everything - same) / (num_all - num_same)).item()
+
+
+def feature_gauges(features: Float[Tensor, "N D"], images: Int[Tensor, "N"] | None = None) -> dict[str, float]:
+    """Gauges of a batch of CLS features, of at most `MOST_IMAGES` images; all NaN if a feature is not finite.
+
+    Args:
+        images: which image each row is a crop of; None: each row is an image of its own, and there is no
+            view margin.
+    """
+    features = features.detach().cpu()
+    rows = torch.arange(len(features)) if images is None else images.cpu()
+    ids = torch.unique(rows)[:MOST_IMAGES]
+    if len(ids) == MOST_IMAGES:
+        chosen = rows <= ids[-1]
+        features, rows = features[chosen], rows[chosen]
+    finite = bool(torch.isfinite(features).all())
+    gauges = {
+        "effective_rank": effective_rank(features) if finite else math.nan,
+        # What rows of one image add is the difference of its crops: features that ignore it have n − 1 directions.
+        "highest_rank": float(min(len(ids) - 1, features.shape[1])),
+        "mean_cosine": mean_cosine(features) if finite else math.nan,
+    }
+    if images is not None:
+        gauges["view_margin"] = view_margin(features, rows) if finite else math.nan
+    return gauges
 
 
 @dataclass
@@ -118,6 +190,8 @@ class GuardState:
     """Times that the run was rolled back."""
     lr_scale: float = 1.0
     """What the learning rates are multiplied by, after the rollbacks so far."""
+    failed: bool = False
+    """Whether the guard ended the run."""
 
 
 @dataclass
@@ -126,6 +200,7 @@ class Guard:
 
     recipe: GuardRecipe
     state: GuardState = field(default_factory=GuardState)
+    _said: set[str] = field(default_factory=set, init=False, repr=False)
 
     def symptoms(self, line: Mapping[str, Any]) -> list[str]:
         """What in a log line says collapse, in words."""
@@ -134,45 +209,77 @@ class Guard:
         entropy, rank, cosine = (line.get(name) for name in ("teacher_entropy", "effective_rank", "mean_cosine"))
         if entropy is not None and not entropy >= recipe.min_teacher_entropy:
             found.append(f"teacher entropy {entropy:.3g} of ln K, below {recipe.min_teacher_entropy:g}")
-        if rank is not None and not rank >= recipe.min_effective_rank:
-            found.append(f"effective rank {rank:.3g}, below {recipe.min_effective_rank:g}")
+        lowest_rank = self._rank_threshold(recipe.min_effective_rank, line)
+        if rank is not None and not rank >= lowest_rank:
+            found.append(f"effective rank {rank:.3g}, below {lowest_rank:.3g}")
         if cosine is not None and not cosine < recipe.max_mean_cosine:
             found.append(f"mean cosine {cosine:.4f}, from {recipe.max_mean_cosine:g} on")
-        loss, ln_k = line.get("loss_dino"), line.get("ln_k")
-        if loss is not None and ln_k is not None and abs(loss - ln_k) <= recipe.ln_k_tolerance * ln_k:
+        return found + self._uninformed(line)
+
+    def _rank_threshold(self, threshold: float, line: Mapping[str, Any]) -> float:
+        return min(threshold, self.recipe.rank_share * line.get("highest_rank", math.inf))
+
+    def _uninformed(self, line: Mapping[str, Any]) -> list[str]:
+        """What says that answers do not depend on the image; the CLS loss is a mean over pairs of crops."""
+        recipe, loss, ln_k, margin = self.recipe, *(line.get(k) for k in ("loss_dino", "ln_k", "view_margin"))
+        if loss is None or ln_k is None:
+            return []
+        found = []
+        if abs(loss - ln_k) <= recipe.ln_k_tolerance * ln_k:
             found.append(f"CLS loss {loss:.4f} equals ln K ({ln_k:.4f})")
+        # The margin alone proves nothing: crops that show different contrasts may be unlike and yet be learnt.
+        if margin is not None and margin < recipe.min_view_margin and not loss < UNINFORMED * ln_k:
+            found.append(
+                f"crops of one image are no more alike than those of others (view margin {margin:.2f}, below"
+                f" {recipe.min_view_margin:g}), and the CLS loss {loss:.4f} is no better than ln K ({ln_k:.4f})"
+            )
         return found
 
     def warnings(self, line: Mapping[str, Any]) -> list[str]:
-        """Signs that are not yet a reason to stop."""
-        rank = line.get("effective_rank")
-        soft = self.recipe.warn_effective_rank
-        return [f"effective rank {rank:.3g}, below {soft:g}"] if rank is not None and rank < soft else []
+        """Signs that are not yet a reason to stop; each kind is told once."""
+        found = {}
+        step = line.get("step", 0)
+        rank, distance = line.get("effective_rank"), line.get("gram_distance")
+        soft = self._rank_threshold(self.recipe.warn_effective_rank, line)
+        if rank is not None and rank < soft and step > self.recipe.grace_steps:
+            found["rank"] = f"effective rank {rank:.3g}, below {soft:.3g}"
+        if distance is not None and distance > self.recipe.warn_gram_distance:
+            found["gram"] = f"Gram distance {distance:.3g} to the start, above {self.recipe.warn_gram_distance:g}"
+        if (chance := line.get("probe_chance")) is not None and not line["probe"] - chance > self.state.last_margin:
+            found["blind"] = (
+                f"the probe of {line['probe_target']} is not above chance ({line['probe']:.3f}, chance {chance:.3f}):"
+                " it cannot see a drop; another probe.target may"
+            )
+        new = [f"step {step}: {text}" for kind, text in found.items() if kind not in self._said]
+        self._said |= found.keys()
+        return new
 
     def look(self, step: int, line: Mapping[str, Any]) -> None:
         """Look at a log line.
 
         Raises:
-            TrainingError: if collapse has shown in `confirm_looks` lines in a row.
+            RollBack: if collapse has shown in `confirm_looks` lines in a row, and the run may go back.
+            TrainingError: likewise, if it may not.
         """
-        symptoms = self.symptoms(line) if step > self.recipe.grace_steps else []
-        self.state.collapsed_looks = self.state.collapsed_looks + 1 if symptoms else 0
-        if self.recipe.enabled and self.state.collapsed_looks >= self.recipe.confirm_looks:
-            raise TrainingError(
-                f"the features collapsed: {'; '.join(symptoms)}, in {self.state.collapsed_looks} log lines in a row",
-                where=f"step {step}",
-                remedy="Lower optim.lr or lengthen schedule.head_warmup_steps; export/ holds the teacher that was kept",
-            )
+        symptoms = self.symptoms(line)
+        # Features that are not finite never come back, so they need no grace.
+        counts = step > self.recipe.grace_steps or math.isnan(line.get("effective_rank", 0.0))
+        self.state.collapsed_looks = self.state.collapsed_looks + 1 if symptoms and counts else 0
+        if self.state.collapsed_looks >= self.recipe.confirm_looks:
+            what = f"the features collapsed: {'; '.join(symptoms)}, in {self.state.collapsed_looks} log lines in a row"
+            self._fail(step, what, "Lower optim.lr or lengthen schedule.head_warmup_steps")
 
     def is_best(self, score: float) -> bool:
         """Whether a score would be the best so far."""
         return math.isfinite(score) and (self.state.best_score is None or score > self.state.best_score)
 
     def judge(self, step: int, score: float, standard_error: float) -> None:
-        """Take note of a probe's score.
+        """Take note of a probe's score; one that is not a number is a drop from any other.
 
         Raises:
-            TrainingError: if the score has been below the best by a drop in `probe_patience` probes in a row.
+            RollBack: if the score was below the best by a drop in `probe_patience` probes in a row, and the
+                run may go back.
+            TrainingError: likewise, if it may not.
         """
         state = self.state
         state.last_score, state.last_step = score, step
@@ -181,15 +288,16 @@ class Guard:
             state.first_score = score
         if self.is_best(score):
             state.best_score, state.best_step, state.dropped_probes = score, step, 0
+            if self.recipe.on_failure == "roll_back":
+                state.kept_step = step
             return
         state.dropped_probes = state.dropped_probes + 1 if self._dropped() else 0
-        if self.recipe.enabled and state.dropped_probes >= self.recipe.probe_patience:
-            raise TrainingError(
+        if state.dropped_probes >= self.recipe.probe_patience:
+            what = (
                 f"the probe fell from {state.best_score:.3f} (step {state.best_step}) to {score:.3f}"
-                f" and stayed down for {state.dropped_probes} probes",
-                where=f"step {step}",
-                remedy="Lower optim.lr; the teacher of the best probe was exported",
+                f" and stayed down for {state.dropped_probes} probes"
             )
+            self._fail(step, what, "Lower optim.lr")
 
     def _dropped(self) -> bool:
         state = self.state
@@ -198,9 +306,42 @@ class Guard:
         # A score that is not a number is below every score.
         return not state.last_score >= state.best_score - state.last_margin
 
+    def _fail(self, step: int, what: str, remedy: str) -> None:
+        recipe, state = self.recipe, self.state
+        if not recipe.enabled:
+            return
+        if recipe.on_failure == "roll_back" and state.kept_step is not None and state.rollbacks < recipe.max_rollbacks:
+            raise RollBack(what, step=state.kept_step, where=f"step {step}", remedy=remedy)
+        if state.rollbacks:
+            what += f", after {state.rollbacks} rollback{'s' if state.rollbacks > 1 else ''}"
+        elif recipe.on_failure == "roll_back":
+            what += ", and no probe has named a step to go back to"
+        state.failed = True
+        exported = "the last teacher" if not self.exports_best() else f"the teacher of step {state.best_step}"
+        raise TrainingError(what, where=f"step {step}", remedy=f"{remedy}; export/ holds {exported}")
+
+    def keeps(self, step: int) -> bool:
+        """Whether a rollback would go back to this step: its checkpoint is to be kept."""
+        return self.state.kept_step == step
+
+    def rolled_back(self) -> dict[str, Any]:
+        """Be as at the kept step again, but for a lower learning rate; gives what the log is to say of it."""
+        state = self.state
+        state.rollbacks += 1
+        state.lr_scale *= self.recipe.rollback_lr_factor
+        state.collapsed_looks = state.dropped_probes = 0
+        # Only the best probe's step is kept.
+        state.last_score, state.last_step = state.best_score, state.best_step
+        return {"rollbacks": state.rollbacks, "lr_scale": state.lr_scale}
+
     def exports_best(self) -> bool:
-        """Whether an earlier teacher is to be exported: it was better by more than the probe's noise."""
-        return self.recipe.export == "best" and self._dropped()
+        """Whether the teacher of the best probe is to be exported.
+
+        It is, where it was better than the last one by more than the probe's noise, or where the run failed:
+        a collapse may have come after the last probe.
+        """
+        state = self.state
+        return self.recipe.export == "best" and (self._dropped() or (state.failed and state.best_step is not None))
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self.state)

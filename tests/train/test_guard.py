@@ -43,7 +43,7 @@ def test_mean_cosine_is_that_of_the_pairs():
         {"effective_rank": 1.5},
         {"mean_cosine": 0.997},
         {"loss_dino": 6.93},
-        {"effective_rank": math.nan},
+        {"loss_dino": 6.9, "view_margin": 0.02},
     ],
 )
 def test_collapse_stops_after_confirmation_and_only_after_the_grace(symptom):

@@ -14,23 +14,27 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
-from brainfound.data.augmentation import CropViews, MultiCrop, ViewsRecipe
+from brainfound.data.augmentation import CropViews, MultiCrop, Views, ViewsRecipe
 from brainfound.errors import RecipeError
-from brainfound.models.encoder import SliceEncoder
+from brainfound.models.encoder import SliceEncoder, SliceEncoding
 from brainfound.recipes import Recipe
 from brainfound.train import losses, ranks, schedules
+from brainfound.train.early_gradient import with_early_gradient
 from brainfound.train.guard import feature_gauges
 from brainfound.train.masking import BlockMasks, draw_masks
 from brainfound.train.objectives.base import Objective, SliceBatch, StepKey
 from brainfound.train.objectives.projection_head import HeadRecipe, ProjectionHead
+from brainfound.train.prototype_losses import Assignments, Projection, assign, cross_entropy_sum
 from brainfound.train.randomness import INITIALISATION, MASKS, VIEWS, numpy_generator, torch_generator
 from brainfound.train.trained_part import without_adapters
 
@@ -77,28 +81,17 @@ class SelfDistillationRecipe(Recipe):
         return self.anchor_gram_weight > 0 or self.anchor_cls_weight > 0
 
 
-class StochasticDepth(nn.Module):
-    """Drops a residual branch for a random part of the batch and scales up the rest (arXiv 1603.09382)."""
-
-    def __init__(self, probability: float) -> None:
-        super().__init__()
-        self.probability = probability
-
-    def forward(self, branch: Tensor) -> Tensor:
-        if not self.training or self.probability == 0:
-            return branch
-        kept = torch.rand(branch.shape[0], *[1] * (branch.ndim - 1), device=branch.device) >= self.probability
-        return branch * kept.to(branch.dtype) / (1 - self.probability)
-
-
 class StudentOutput(NamedTuple):
     """What the losses need of the student."""
 
     cls: Float[Tensor, "2·n D"]
     patches: Float[Tensor, "2·n P D"]
-    global_scores: Float[Tensor, "2·n K"]
-    local_scores: Float[Tensor, "L·n K"]
-    masked_scores: Float[Tensor, "M K"]
+    seen: Projection
+    """The CLS tokens of the global crops, through their head."""
+    guessed: Projection
+    """The masked patch tokens, through theirs."""
+    local: Float[Tensor, ""]
+    """The loss of the local crops."""
 
 
 class EncoderWithHeads(nn.Module):
@@ -107,6 +100,8 @@ class EncoderWithHeads(nn.Module):
     def __init__(self, encoder: SliceEncoder, recipe: SelfDistillationRecipe, seed: int) -> None:
         super().__init__()
         self.encoder = encoder
+        self.drop_path = recipe.drop_path
+        self.separate_local_pass = False
         names = ["dino"] if recipe.shared_head else ["dino", "ibot"]
         heads = {name: ProjectionHead(encoder.embed_dim, recipe.head) for name in names}
         for index, head in enumerate(heads.values()):
@@ -119,31 +114,44 @@ class EncoderWithHeads(nn.Module):
 
     def forward(
         self,
-        global_pixels: Float[Tensor, "2·n C H W"],
-        global_contrasts: Bool[Tensor, "2·n C"],
-        mask: Bool[Tensor, "2·n P"],
-        masked_indices: Int[Tensor, "M"],
-        local_pixels: Float[Tensor, "L·n C h w"] | None,
-        local_contrasts: Bool[Tensor, "L·n C"] | None,
+        large: Views,
+        masks: BlockMasks,
+        small: Views | None,
+        local_loss: Callable[[Projection], Float[Tensor, ""]],
     ) -> StudentOutput:
-        """The student's pass over all views; one call, so that data-parallel training sees one forward."""
-        large = self.encoder(global_pixels, global_contrasts, bool_masked_pos=mask)
-        hidden_tokens = large.patches.flatten(0, 1).index_select(0, masked_indices)
-        global_scores = self.heads["dino"](large.cls)
-        if local_pixels is None:
-            local_scores = global_scores[:0]
-        else:
-            local_scores = self.heads["dino"](self.encoder(local_pixels, local_contrasts).cls)
-        return StudentOutput(large.cls, large.patches, global_scores, local_scores, self.ibot_head(hidden_tokens))
+        """The student's pass over all views; one call, so that data-parallel training sees one forward.
+
+        Args:
+            local_loss: what the projected CLS tokens of the local crops cost.
+        """
+        encoder = self.encoder
+        local = large.pixels.new_zeros(())
+        groups = []
+        if small is not None:
+            if self.separate_local_pass:
+                local = with_early_gradient(lambda: self._local(small, local_loss), self.parameters())
+            else:
+                groups = [encoder.embed(small.pixels, small.contrast_mask)]
+        groups.append(encoder.embed(large.pixels, large.contrast_mask, bool_masked_pos=masks.mask))
+        *others, tokens = encoder.transform(groups, self.drop_path)
+        cls, patches, _ = encoder.encoding(tokens)
+        for other in others:
+            local = local_loss(self.heads["dino"](encoder.encoding(other).cls))
+        hidden = patches.flatten(0, 1).index_select(0, masks.indices)
+        return StudentOutput(cls, patches, self.heads["dino"](cls), self.ibot_head(hidden), local)
+
+    def _local(self, small: Views, local_loss: Callable[[Projection], Float[Tensor, ""]]) -> Float[Tensor, ""]:
+        (tokens,) = self.encoder.transform([self.encoder.embed(small.pixels, small.contrast_mask)], self.drop_path)
+        return local_loss(self.heads["dino"](self.encoder.encoding(tokens).cls))
 
 
 class Targets(NamedTuple):
     """What the teacher answers, and what its health is read from."""
 
     cls: Float[Tensor, "2·n D"]
-    cls_scores: Float[Tensor, "2·n K"]
-    cls_probs: Float[Tensor, "2·n K"]
-    masked_probs: Float[Tensor, "M K"]
+    seen: Projection
+    cls_targets: Assignments
+    masked_targets: Assignments
     temperature: float
 
 
@@ -181,8 +189,6 @@ class SelfDistillation(Objective):
         # Copied, heads included: heads initialised apart would be two different sets of prototypes.
         self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
         self.anchor = without_adapters(encoder).requires_grad_(False).eval() if recipe.anchored else None
-        for block in self.student.encoder.blocks:
-            block.drop_path = StochasticDepth(recipe.drop_path)
         self._last: tuple[Targets, dict[str, Tensor]] | None = None
 
     @property
@@ -224,15 +230,7 @@ class SelfDistillation(Objective):
         ).to(device)
         temperature = self.schedule(key.step)["teacher_temperature"]
         targets = self.targets(views, masks, temperature)
-        large, small = views.global_views, views.local_views
-        output = student(
-            large.pixels,
-            large.contrast_mask,
-            masks.mask,
-            masks.indices,
-            None if small is None else small.pixels,
-            None if small is None else small.contrast_mask,
-        )
+        output = student(views.global_views, masks, views.local_views, partial(self.local_loss, targets))
         parts = self.loss_parts(output, targets, masks, batch.sessions)
         parts |= self.anchor_parts(output, views, masks)
         total = torch.stack([self.weight(name) * part for name, part in parts.items()]).sum()
@@ -255,35 +253,48 @@ class SelfDistillation(Objective):
 
     @torch.no_grad()
     def targets(self, views: CropViews, masks: BlockMasks, temperature: float) -> Targets:
-        """The teacher's answers to the global crops, unmasked; patch scores only where the student is masked."""
-        encoding = self.teacher.encoder(views.global_views.pixels, views.global_views.contrast_mask)
-        cls_scores = self.teacher.heads["dino"](encoding.cls)
-        masked_scores = self.teacher.ibot_head(encoding.patches.flatten(0, 1).index_select(0, masks.indices))
+        """The teacher's answers to the global crops, unmasked; of patches only where the student is masked."""
+        large = views.global_views
+        cls, patches, _ = _encode(self.teacher.encoder, large.pixels, large.contrast_mask)
+        seen = self.teacher.heads["dino"](cls)
+        hidden = self.teacher.ibot_head(patches.flatten(0, 1).index_select(0, masks.indices))
         iterations = self.recipe.sinkhorn_iterations
         return Targets(
-            encoding.cls,
-            cls_scores,
-            losses.sinkhorn_knopp(cls_scores, temperature, iterations),
-            losses.sinkhorn_knopp(masked_scores, temperature, iterations),
-            temperature,
+            cls, seen, assign(seen, temperature, iterations), assign(hidden, temperature, iterations), temperature
         )
+
+    @property
+    def num_pairs(self) -> int:
+        """Pairs of a student's and a teacher's crop: each global crop meets the other one, each local crop both."""
+        return 2 + 2 * self.multi_crop.recipe.num_local
+
+    def local_loss(self, targets: Targets, projection: Projection) -> Float[Tensor, ""]:
+        """The CLS loss of the local crops; see `losses.dino_loss`."""
+        num_slices = len(targets.cls) // 2
+        slices = torch.arange(len(projection.unit), device=projection.unit.device) % num_slices
+        return self._cls_loss(projection, targets, torch.stack((slices, slices + num_slices), dim=1))
+
+    def _cls_loss(
+        self, projection: Projection, targets: Targets, target_rows: Int[Tensor, "N targets"]
+    ) -> Float[Tensor, ""]:
+        share = 1 / (len(targets.cls) // 2 * self.num_pairs)
+        weights = projection.unit.new_full((len(projection.unit),), share)
+        temperature = self.recipe.student_temperature
+        return cross_entropy_sum(projection, targets.cls_targets, weights, temperature, target_rows)
 
     def loss_parts(
         self, output: StudentOutput, targets: Targets, masks: BlockMasks, sessions: Int[Tensor, "n"]
     ) -> dict[str, Tensor]:
-        """The parts that need no anchor, before weighting."""
-        num_slices = len(sessions)
-        temperature = self.recipe.student_temperature
-        dino_global, dino_local = losses.dino_loss(
-            output.global_scores.unflatten(0, (2, num_slices)),
-            output.local_scores.unflatten(0, (-1, num_slices)) if len(output.local_scores) else output.local_scores,
-            targets.cls_probs.unflatten(0, (2, num_slices)),
-            temperature,
-        )
+        """The parts that need no anchor, before weighting; `brainfound.train.losses` defines them."""
+        other_crop = torch.arange(len(output.cls), device=output.cls.device).roll(len(output.cls) // 2)
+        weights = masks.weights / len(output.cls)
         groups = ranks.gather_rows(sessions)
-        koleo = torch.stack([losses.koleo(ranks.gather_rows(crop), groups) for crop in output.cls.chunk(2)]).sum()
-        ibot = losses.ibot_loss(output.masked_scores, targets.masked_probs, masks.weights, len(output.cls), temperature)
-        return {"dino_global": dino_global, "dino_local": dino_local, "ibot": ibot, "koleo": koleo}
+        return {
+            "dino_global": self._cls_loss(output.seen, targets, other_crop[:, None]),
+            "dino_local": output.local,
+            "ibot": cross_entropy_sum(output.guessed, targets.masked_targets, weights, self.recipe.student_temperature),
+            "koleo": torch.stack([losses.koleo(ranks.gather_rows(c), groups) for c in output.cls.chunk(2)]).sum(),
+        }
 
     def anchor_parts(self, output: StudentOutput, views: CropViews, masks: BlockMasks) -> dict[str, Tensor]:
         """The distance to the starting checkpoint, on the crops of which the student saw everything."""
@@ -291,7 +302,7 @@ class SelfDistillation(Objective):
             return {}
         large = views.global_views
         with torch.no_grad():
-            anchor = self.anchor(large.pixels[masks.visible], large.contrast_mask[masks.visible])
+            anchor = _encode(self.anchor, large.pixels[masks.visible], large.contrast_mask[masks.visible])
         return {
             "anchor_gram": losses.gram_loss(output.patches[masks.visible], anchor.patches),
             "anchor_cls": losses.cosine_loss(output.cls[masks.visible], anchor.cls),
@@ -315,14 +326,16 @@ class SelfDistillation(Objective):
         if self._last is None:
             return {}
         targets, metrics = self._last
-        num_prototypes = targets.cls_scores.shape[1]
-        raw = F.softmax(targets.cls_scores.float() / targets.temperature, dim=-1).mean(dim=0)
+        num_prototypes = len(targets.seen.prototypes)
+        raw = F.softmax(targets.seen.scores().float() / targets.temperature, dim=-1).mean(dim=0)
         raw = ranks.sum_over_ranks(raw) / ranks.world_size()
+        crops = [ranks.gather_rows(crop.float()) for crop in targets.cls.chunk(2)]
+        images = torch.arange(len(crops[0])).repeat(2)
         gauges = {
             "teacher_entropy": _entropy(raw).item() / math.log(num_prototypes),
-            "target_entropy": _entropy(targets.cls_probs).mean().item() / math.log(num_prototypes),
+            "target_entropy": _entropy(targets.cls_targets.take(slice(None))).mean().item() / math.log(num_prototypes),
             "ln_k": math.log(num_prototypes),
-            **feature_gauges(ranks.gather_rows(targets.cls.float())),
+            **feature_gauges(torch.cat(crops), images),
         }
         if "loss_anchor_gram" in metrics:
             gauges["gram_distance"] = metrics["loss_anchor_gram"].item()
@@ -342,6 +355,11 @@ class SelfDistillation(Objective):
         _load_part(self.teacher, state, "teacher.")
         if self.anchor is not None:
             _load_part(self.anchor, state, "anchor.")
+
+
+def _encode(encoder: SliceEncoder, pixels: Tensor, contrast_mask: Tensor) -> SliceEncoding:
+    (tokens,) = encoder.transform([encoder.embed(pixels, contrast_mask)])
+    return encoder.encoding(tokens)
 
 
 def _entropy(probs: Float[Tensor, "*rows K"]) -> Float[Tensor, "*rows"]:
