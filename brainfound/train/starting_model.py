@@ -37,7 +37,7 @@ class InitRecipe(Recipe):
     """Where the weights come from."""
 
     source: str = "facebook/dinov2-small"
-    """A Hub id or a folder of a ViT, a BrainFound export folder, or "none" for new weights."""
+    """A Hub id or a folder of a DINOv2 or a supervised ViT, a BrainFound export folder, or "none" for new weights."""
     scratch: ScratchRecipe = ScratchRecipe()
     """The size of the new ViT when the source is "none"."""
 

@@ -16,6 +16,7 @@ from transformers import (
 
 from brainfound.errors import ModelError
 from brainfound.models import BrainFoundForClassification, BrainFoundModel
+from brainfound.models.supervised_vit import input_statistics
 
 TINY = {
     "hidden_size": 24,
@@ -210,6 +211,29 @@ def test_what_the_caller_says_goes_before_the_preprocessor(tmp_path):
     write_preprocessor(folder, image_mean=[0.4] * 3, image_std=[0.3] * 3)
     model = BrainFoundModel.from_backbone(folder, image_mean=0.1)
     assert (model.config.image_mean, model.config.image_std) == (0.1, pytest.approx(0.3))
+
+
+def test_the_preprocessor_of_a_hub_id_is_asked_for(tmp_path, monkeypatch):
+    """A start from the Hub: its preprocessor, the family's values if it has none, and a warning if it is out of reach."""
+    folder = write_vit(tmp_path / "vit")
+    write_preprocessor(folder, image_mean=[0.4] * 3, image_std=[0.3] * 3)
+    asked = {}
+
+    def hub(answer):
+        def cached_file(source, name, **options):
+            asked.update(source=source, name=name, **options)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+        monkeypatch.setattr("brainfound.models.supervised_vit.cached_file", cached_file)
+        return input_statistics("google/vit-tiny", {"revision": "abc"})
+
+    assert hub(str(folder / "preprocessor_config.json")) == {"image_mean": 0.4, "image_std": 0.3}
+    assert (asked["source"], asked["name"], asked["revision"]) == ("google/vit-tiny", "preprocessor_config.json", "abc")
+    assert hub(None) == {"image_mean": 0.5, "image_std": 0.5}
+    with pytest.warns(UserWarning, match=r"google/vit-tiny cannot be fetched.*0\.5"):
+        assert hub(OSError("offline")) == {"image_mean": 0.5, "image_std": 0.5}
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"image_mean": "grey"}', '{"image_std": [0, 0, 0]}'])
