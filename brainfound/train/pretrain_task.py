@@ -64,7 +64,7 @@ class PretrainTask(TrainTask):
         self.model = objective.student
         self.clip_norm = optim.clip_norm
         self.evaluate_every = evaluate_every if probe is not None else 0
-        self.may_roll_back = guard.recipe.on_failure == "roll_back"
+        self.may_roll_back = guard.may_roll_back
         self.dataset = SliceRows(store, usable_rows(store, slice_margin))
         self.order = EpochOrder(len(self.dataset), seed)
         self._rank_batches(0)  # refuses a batch that cannot be shared, before anything is made
@@ -92,8 +92,8 @@ class PretrainTask(TrainTask):
         return schedules.learning_rate(
             step,
             role,
-            peak=self.effective_lr,
-            final=self.effective_lr * self.schedule.final_lr_ratio,
+            peak=self.effective_lr * self.guard.state.lr_scale,
+            final=self.effective_lr * self.guard.state.lr_scale * self.schedule.final_lr_ratio,
             num_steps=self.engine.steps,
             warmup_steps=self.schedule.warmup_steps,
             head_warmup_steps=self.schedule.head_warmup_steps,
@@ -124,6 +124,9 @@ class PretrainTask(TrainTask):
         return {"probe": scores[method], **{names.get(name, f"probe/{name}"): v for name, v in scores.items()}}
 
     def look(self, step: int, line: Mapping[str, Any]) -> None:
+        if self.rank == 0:
+            for text in self.guard.warnings(line):
+                warnings.warn(text, stacklevel=2)
         if "loss" in line:
             self.guard.look(step, line)
             return
@@ -131,6 +134,12 @@ class PretrainTask(TrainTask):
         if self.guard.is_best(line["probe"]):
             self._keep_best(step)
         self.guard.judge(step, line["probe"], line["probe_standard_error"])
+
+    def keeps(self, step: int) -> bool:
+        return self.guard.keeps(step)
+
+    def rolled_back(self, from_step: int, reason: str) -> dict[str, Any]:
+        return self.guard.rolled_back()
 
     def best_file(self, step: int) -> Path:
         """Where the encoder of a best probe is kept."""
@@ -166,8 +175,9 @@ class PretrainTask(TrainTask):
         return None, weights
 
     def export_bytes(self) -> int:
-        # The export, and the encoder of the best probe.
-        return 2 * sum(weight.numel() * weight.element_size() for weight in self.objective.exported_state().values())
+        # The export, and the encoder of the best probe. Counted, not gathered: rank 0 asks alone.
+        weights = self.objective.exported_encoder.state_dict().values()
+        return 2 * sum(weight.numel() * weight.element_size() for weight in weights)
 
     def state_tensors(self) -> dict[str, Tensor]:
         return self.objective.state_dict()
