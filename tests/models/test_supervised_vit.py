@@ -214,7 +214,7 @@ def test_what_the_caller_says_goes_before_the_preprocessor(tmp_path):
 
 
 def test_the_preprocessor_of_a_hub_id_is_asked_for(tmp_path, monkeypatch):
-    """A start from the Hub: its preprocessor, the family's values if it has none, and a warning if it is out of reach."""
+    """Its preprocessor, the values of the family if it has none, and a warning if it is out of reach."""
     folder = write_vit(tmp_path / "vit")
     write_preprocessor(folder, image_mean=[0.4] * 3, image_std=[0.3] * 3)
     asked = {}

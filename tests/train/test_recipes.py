@@ -154,7 +154,8 @@ def test_a_recipe_follows_the_safe_ladder(name):
     assert 0.7 <= recipe.optim.layer_decay <= 0.85
     assert recipe.optim.patch_embed_scale == 0.2
     assert recipe.objective.anchored or recipe.trained.part == "lora"
-    assert recipe.guard.enabled and 0 < recipe.probe.every <= recipe.engine.steps / 2
+    assert recipe.guard.enabled
+    assert 0 < recipe.probe.every <= recipe.engine.steps / 2
 
 
 def test_brainfound_is_the_papers_configuration():
@@ -188,7 +189,8 @@ def test_a_recipe_takes_two_steps_and_its_export_loads(name, slices, stand_in, t
     assert all(parameter.isfinite().all() for parameter in model.parameters())
     with torch.no_grad():
         embedding = model(torch.from_numpy(slices[0].pixels)[None]).volume_embedding
-    assert embedding.shape == (1, WIDTH) and embedding.isfinite().all()
+    assert embedding.shape == (1, WIDTH)
+    assert embedding.isfinite().all()
 
 
 @pytest.mark.parametrize("name", UNTOUCHED)
@@ -204,14 +206,18 @@ def test_untouched_is_untouched(name, slices, stand_in, tmp_path):
     assert exported.config.image_mean == expected.config.image_mean == (0.5 if "imagenet" in name else 0.449)
     assert Preprocessing.load(run / "export") == slices.preprocessing
     (line,) = log_of(run)
-    assert line["step"] == 0 and math.isfinite(line["probe"])
+    assert line["step"] == 0
+    assert math.isfinite(line["probe"])
     facts = json.loads((run / "run.json").read_text())
     assert (facts["status"], facts["step"], facts["exported_step"]) == ("done", 0, 0)
     assert (run / "curves.png").stat().st_size > 5000
     card = (run / "export" / "README.md").read_text()
-    assert "untouched" in card and "EMA teacher" not in card
-    # A second start is refused and a continuation has nothing to do, as of any run that is done.
+    assert "untouched" in card
+    assert "EMA teacher" not in card
+    # There is no checkpoint to go on from: a continuation looks once more, and the log has one line again.
     pretrain(tiny(name, patch_size), slices, start, run, resume=True, quiet=True)
+    assert log_of(run) == [line]
+    assert not list((run / "checkpoints").glob("step-*"))
 
 
 @pytest.mark.usefixtures("no_curves")
