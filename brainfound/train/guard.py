@@ -202,6 +202,11 @@ class Guard:
     state: GuardState = field(default_factory=GuardState)
     _said: set[str] = field(default_factory=set, init=False, repr=False)
 
+    @property
+    def may_roll_back(self) -> bool:
+        """Whether a failure may lead back to a kept checkpoint."""
+        return self.recipe.enabled and self.recipe.on_failure == "roll_back"
+
     def symptoms(self, line: Mapping[str, Any]) -> list[str]:
         """What in a log line says collapse, in words."""
         recipe = self.recipe
@@ -245,7 +250,8 @@ class Guard:
             found["rank"] = f"effective rank {rank:.3g}, below {soft:.3g}"
         if distance is not None and distance > self.recipe.warn_gram_distance:
             found["gram"] = f"Gram distance {distance:.3g} to the start, above {self.recipe.warn_gram_distance:g}"
-        if (chance := line.get("probe_chance")) is not None and not line["probe"] - chance > self.state.last_margin:
+        chance = line.get("probe_chance")
+        if chance is not None and not line["probe"] - chance > self._drop(line["probe_standard_error"]):
             found["blind"] = (
                 f"the probe of {line['probe_target']} is not above chance ({line['probe']:.3f}, chance {chance:.3f}):"
                 " it cannot see a drop; another probe.target may"
@@ -283,12 +289,12 @@ class Guard:
         """
         state = self.state
         state.last_score, state.last_step = score, step
-        state.last_margin = max(self.recipe.probe_drop, 2 * standard_error)
+        state.last_margin = self._drop(standard_error)
         if state.first_score is None:
             state.first_score = score
         if self.is_best(score):
             state.best_score, state.best_step, state.dropped_probes = score, step, 0
-            if self.recipe.on_failure == "roll_back":
+            if self.may_roll_back:
                 state.kept_step = step
             return
         state.dropped_probes = state.dropped_probes + 1 if self._dropped() else 0
@@ -298,6 +304,9 @@ class Guard:
                 f" and stayed down for {state.dropped_probes} probes"
             )
             self._fail(step, what, "Lower optim.lr")
+
+    def _drop(self, standard_error: float) -> float:
+        return max(self.recipe.probe_drop, 2 * standard_error)
 
     def _dropped(self) -> bool:
         state = self.state

@@ -50,6 +50,7 @@ class PretrainTask(TrainTask):
         probe: Probe | None,
         evaluate_every: int,
         slice_margin: float,
+        neighbour_mm: float,
         best_folder: Path,
         effective_lr: float,
         seed: int,
@@ -65,7 +66,7 @@ class PretrainTask(TrainTask):
         self.clip_norm = optim.clip_norm
         self.evaluate_every = evaluate_every if probe is not None else 0
         self.may_roll_back = guard.may_roll_back
-        self.dataset = SliceRows(store, usable_rows(store, slice_margin))
+        self.dataset = SliceRows(store, usable_rows(store, slice_margin), neighbour_mm)
         self.order = EpochOrder(len(self.dataset), seed)
         self._rank_batches(0)  # refuses a batch that cannot be shared, before anything is made
 
