@@ -10,7 +10,7 @@ epoch, and a resumed run continues at its window without reading what came befor
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from brainfound.data.batches import as_tensor
 from brainfound.data.store import Store
 from brainfound.errors import RecipeError, StoreError
 from brainfound.train.objectives.base import SliceBatch
-from brainfound.train.randomness import ORDER, numpy_generator
+from brainfound.train.randomness import NEIGHBOURS, ORDER, numbers_at, numpy_generator
 
 
 class EpochOrder:
@@ -84,10 +84,14 @@ class RankBatches:
         self.first_step, self.num_steps = first_step, num_steps
 
     def __iter__(self) -> Iterator[list[int]]:
+        for start in self.starts():
+            yield self.order.window(start, self.per_rank).tolist()
+
+    def starts(self) -> Iterator[int]:
+        """Where in the sequence each micro-batch starts; it takes `per_rank` places from there on."""
         for step in range(self.first_step, self.num_steps):
             for micro_batch in range(self.accumulation):
-                start = step * self.batch_size + micro_batch * self.per_micro_batch + self.rank * self.per_rank
-                yield self.order.window(start, self.per_rank).tolist()
+                yield step * self.batch_size + micro_batch * self.per_micro_batch + self.rank * self.per_rank
 
     def __len__(self) -> int:
         return max(0, self.num_steps - self.first_step) * self.accumulation
@@ -110,26 +114,80 @@ def usable_rows(store: Store, margin: float) -> np.ndarray:
     return rows
 
 
-class SliceRows(Dataset):
-    """Slices of a store by position in `rows`; a worker only reads bytes, views are made on the device."""
+class Neighbours:
+    """Which slices lie near which: those of the same session within a distance, the slice itself left out.
 
-    def __init__(self, store: Store, rows: np.ndarray) -> None:
+    Args:
+        store: where the slices come from.
+        rows: slice rows that may be neighbours, session by session, from inferior to superior.
+        distance_mm: between the middles of two slices.
+    """
+
+    ROUNDING_MM = 1e-3  # positions are float32; two slices at exactly the distance are neighbours
+
+    def __init__(self, store: Store, rows: np.ndarray, distance_mm: float) -> None:
+        sessions = store.slice_sessions[rows].astype(np.float64)
+        positions = store.slice_positions_mm[rows].astype(np.float64)
+        reach = distance_mm + self.ROUNDING_MM
+        # One rising line of all sessions, further apart from each other than any two neighbours.
+        line = positions - positions.min() + sessions * (np.ptp(positions) + 2 * reach)
+        self.first = np.searchsorted(line, line - reach, side="left")
+        self.num_others = np.searchsorted(line, line + reach, side="right") - self.first - 1
+
+    def draw(self, indices: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        """One neighbour of each slice, by a number in 0–1; a slice without any is its own."""
+        others = self.num_others[indices]
+        drawn = self.first[indices] + np.floor(numbers * others).astype(np.int64)
+        return np.where(others == 0, indices, drawn + (drawn >= indices))
+
+
+class PairedBatches:
+    """The micro-batches of `batches` as pairs (slice, neighbour), drawn by seed and position in the sequence alone."""
+
+    def __init__(self, batches: RankBatches, neighbours: Neighbours) -> None:
+        self.batches, self.neighbours = batches, neighbours
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order, count = self.batches.order, self.batches.per_rank
+        for start in self.batches.starts():
+            indices = order.window(start, count)
+            drawn = self.neighbours.draw(indices, numbers_at(start, count, NEIGHBOURS, order.seed))
+            yield list(zip(indices.tolist(), drawn.tolist(), strict=True))
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+class SliceRows(Dataset):
+    """Slices of a store by position in `rows`; a worker only reads bytes, views are made on the device.
+
+    Args:
+        neighbour_mm: how far away the other slice may be that comes with each slice; 0 for none.
+    """
+
+    def __init__(self, store: Store, rows: np.ndarray, neighbour_mm: float = 0.0) -> None:
         self.store, self.rows = store, rows
+        self.neighbours = Neighbours(store, rows, neighbour_mm) if neighbour_mm > 0 else None
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> SliceBatch:
+    def __getitem__(self, index: int | tuple[int, int]) -> SliceBatch:
         return self.__getitems__([index])
 
-    def __getitems__(self, indices: list[int]) -> SliceBatch:
-        """One micro-batch, read at once."""
-        rows = self.rows[indices]
+    def __getitems__(self, indices: Sequence[int | tuple[int, int]]) -> SliceBatch:
+        """One micro-batch, read at once: slices, or pairs of a slice and its neighbour."""
+        chosen = self.rows[np.asarray(indices)]
+        rows = chosen if chosen.ndim == 1 else chosen[:, 0]
+        pixels = as_tensor(self.store.read_slices(chosen.T.reshape(-1)))
         sessions = self.store.slice_sessions[rows]
+        present = self.store.present[sessions]
         return SliceBatch(
-            as_tensor(self.store.read_slices(rows)),
-            torch.from_numpy(self.store.present[sessions]),
+            pixels[: len(rows)],
+            torch.from_numpy(present),
             torch.from_numpy(sessions.astype(np.int64)),
+            pixels[len(rows) :] if chosen.ndim == 2 else None,
+            present,
         )
 
 
@@ -139,4 +197,5 @@ def _as_it_is(batch: Any) -> Any:
 
 def slice_loader(dataset: SliceRows, batches: RankBatches, num_workers: int) -> DataLoader:
     """A loader of micro-batches in order."""
-    return DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, collate_fn=_as_it_is)
+    sampler = batches if dataset.neighbours is None else PairedBatches(batches, dataset.neighbours)
+    return DataLoader(dataset, batch_sampler=sampler, num_workers=num_workers, collate_fn=_as_it_is)

@@ -275,6 +275,7 @@ def _make_task(
         probe=Probe(store, recipe.probe, recipe.seed) if recipe.probe.every else None,
         evaluate_every=recipe.probe.every,
         slice_margin=recipe.views.slice_margin,
+        neighbour_mm=recipe.views.neighbour_mm,
         best_folder=folder / "checkpoints" / "best",
         effective_lr=effective_lr(recipe.optim.lr, recipe.engine.batch_size),
         seed=recipe.seed,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-ORDER, VIEWS, MASKS, DROPOUT, INITIALISATION, PROBE = range(6)
+ORDER, VIEWS, MASKS, DROPOUT, INITIALISATION, PROBE, NEIGHBOURS = range(7)
 """What a stream of random numbers is for; streams of different purposes are independent."""
 
 
@@ -33,3 +33,13 @@ def torch_generator(purpose: int, seed: int, *keys: int, device: torch.device | 
 def seed_dropout(seed: int, step: int, *keys: int) -> None:
     """Seed the global generators, from which dropout and stochastic depth draw inside the model."""
     torch.manual_seed(seed_of(DROPOUT, seed, step, *keys))
+
+
+def numbers_at(start: int, count: int, purpose: int, seed: int) -> np.ndarray:
+    """Uniform numbers in 0–1 that belong to the positions `start` … `start + count − 1` of an endless sequence.
+
+    Each is a function of its own position: a counter-based generator (Philox; Salmon et al. 2011) is set to it. Its
+    step of the counter gives four numbers, of which the first is taken.
+    """
+    generator = np.random.Generator(np.random.Philox(key=seed_of(purpose, seed), counter=start))
+    return generator.random(4 * count)[::4]

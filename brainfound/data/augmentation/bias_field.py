@@ -4,7 +4,7 @@ Physics: the signal is multiplied by the sensitivity of the receiving coils and 
 field, both of which vary over centimetres. Model: the exponential of a polynomial of low order over the image, as
 in the correction of Van Leemput et al. 1999 (IEEE TMI 18:885), whose inverse this is.
 
-Axis legend: ``K`` images, ``S`` slices, ``T`` terms of the polynomial, ``H W`` pixels.
+Axis legend: ``K`` images, ``S`` slices, ``T`` powers of an axis, ``H W`` pixels.
 """
 
 from __future__ import annotations
@@ -16,26 +16,28 @@ from jaxtyping import Float
 from torch import Tensor
 
 ORDER = 3
-TERMS = tuple((row, column) for row in range(ORDER + 1) for column in range(ORDER + 1) if 0 < row + column <= ORDER)
-"""Powers of row and column; the constant term is left out, since the mean of a field is 1."""
+
+
+def random_coefficients(count: int, generator: torch.Generator) -> Float[Tensor, "count T T"]:
+    """Of the powers of row and column, up to a total of `ORDER`; the constant is 0, since the mean of a field is 1."""
+    power = torch.arange(ORDER + 1)
+    total = power[:, None] + power
+    return torch.randn((count, ORDER + 1, ORDER + 1), generator=generator) * ((total > 0) & (total <= ORDER))
 
 
 def bias_fields(
-    coefficients: Float[Tensor, "K T"], strength: Float[Tensor, "K"], size: tuple[int, int]
+    coefficients: Float[Tensor, "K T T"], strength: Float[Tensor, "K"], size: tuple[int, int]
 ) -> Float[Tensor, "K H W"]:
     """Fields of mean 1, of which the largest |log| is `strength` before the mean is made 1."""
-    table = torch.zeros(len(coefficients), ORDER + 1, ORDER + 1, device=coefficients.device)
-    for index, (row, column) in enumerate(TERMS):
-        table[:, row, column] = coefficients[:, index]
     rows, columns = (_powers(side, coefficients.device) for side in size)
-    field = rows @ table @ columns.T
+    field = rows @ coefficients @ columns.T
     largest = field.abs().amax(dim=(1, 2), keepdim=True).clamp(min=1e-6)
     field = field.mul_(strength[:, None, None] / largest).exp_()
     return field.div_(field.mean(dim=(1, 2), keepdim=True))
 
 
 def multiply_by_field(
-    images: Float[Tensor, "K S H W"], coefficients: Float[Tensor, "K T"], strength: Float[Tensor, "K"]
+    images: Float[Tensor, "K S H W"], coefficients: Float[Tensor, "K T T"], strength: Float[Tensor, "K"]
 ) -> Float[Tensor, "K S H W"]:
     """Each image times its field, the same for all its slices; `images` is overwritten."""
     return images.mul_(bias_fields(coefficients, strength, (images.shape[2], images.shape[3]))[:, None])

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from brainfound.data.augmentation.bias_field import TERMS, multiply_by_field
+from brainfound.data.augmentation.bias_field import multiply_by_field, random_coefficients
 from brainfound.data.augmentation.drawing import Chosen, choose, log_uniform, onto, uniform
 from brainfound.data.augmentation.noise import add_noise
 from brainfound.data.augmentation.resolution import (
@@ -82,7 +82,7 @@ class IntensityPlan:
         spread = uniform(count, 1 - recipe.contrast, 1 + recipe.contrast, generator)
         bias_field = Chosen.where(
             chosen(recipe.bias_field_probability),
-            torch.randn((num_images, len(TERMS)), generator=generator),
+            random_coefficients(num_images, generator),
             uniform(count, 0, recipe.bias_field, generator),
         )
         blur = Chosen.where(chosen(recipe.blur_probability), uniform(count, *recipe.blur_sigma_pixels, generator))

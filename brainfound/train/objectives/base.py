@@ -6,8 +6,10 @@ Axis legend: ``n`` slices of this rank's micro-batch, ``C`` contrasts, ``H W`` p
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
@@ -26,9 +28,21 @@ class SliceBatch:
     """Which contrasts the slice's session has."""
     sessions: Int[Tensor, "n"]
     """Index of the session a slice belongs to."""
+    neighbours: UInt8[Tensor, "n C H W"] | None = None
+    """Another slice of the same session for each slice, where views ask for one."""
+    known_present: Bool[np.ndarray, "n C"] | None = None
+    """`present` as an array, which stays on the CPU when the tensors move."""
 
     def to(self, device: torch.device) -> SliceBatch:
-        return SliceBatch(*(part.to(device, non_blocking=True) for part in (self.pixels, self.present, self.sessions)))
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
+
+    @property
+    def present_on_cpu(self) -> Bool[Tensor, "n C"]:
+        """`present`, without waiting for a GPU where `known_present` is there."""
+        return self.present.cpu() if self.known_present is None else torch.from_numpy(self.known_present)
 
 
 @dataclass(frozen=True)

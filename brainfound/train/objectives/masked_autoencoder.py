@@ -157,7 +157,7 @@ class PatchHiding:
         device = batch.pixels.device
         large: Views = self.crop(
             batch.pixels,
-            batch.present,
+            batch.present_on_cpu,
             torch_generator(VIEWS, key.seed, *key.keys, _STEP_STREAM),
             torch_generator(VIEWS, key.seed, *key.keys, _STEP_STREAM + 1, device=device),
         ).global_views
