@@ -217,9 +217,10 @@ class SelfDistillation(Objective):
         device = batch.pixels.device
         views = self.multi_crop(
             batch.pixels,
-            batch.present,
+            batch.present_on_cpu,
             torch_generator(VIEWS, key.seed, *key.keys),
             torch_generator(VIEWS, key.seed, *key.keys, 1, device=device),
+            batch.neighbours,
         )
         masks = draw_masks(
             len(views.global_views.pixels),
