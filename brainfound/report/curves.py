@@ -101,6 +101,8 @@ def _title(run: RunFolder, left_out: Sequence[tuple[_Panel, list[str]]]) -> str:
     name = run.recipe.get("name") or run.path.resolve().name
     last = max((record["step"] for record in run.records), default=0)
     title = f"{name} · to step {last:g}"
+    if run.rollbacks:
+        title += f" · rolled back {len(run.rollbacks)} × (dotted), last to step {run.rollbacks[-1]['step']:g}"
     if left_out:
         title += f" · {len(left_out)} more panels not shown: " + ", ".join(keys[0] for _, keys in left_out[:3]) + " …"
     return title
@@ -162,6 +164,8 @@ def _draw(axes: Axes, run: RunFolder, panel: _Panel, keys: Sequence[str]) -> Non
         _draw_line(axes, steps, of_line, _COLOURS[i % len(_COLOURS)], _label(key, fold, len(keys)), panel.smooth)
     # The sum of several cross-entropies has another level than ln K; its parts have their own panel.
     is_sum = panel is _PANELS[0] and any(_matches(key, part) for key in run.numeric_keys() for part in _PANELS[1].keys)
+    for rollback in run.rollbacks:
+        axes.axvline(rollback["step"], color=_ALARM, linewidth=0.9, linestyle=":")
     marked_ln_k = panel.mark_ln_k and not is_sum and _mark_ln_k(axes, run)
     _mark_alarms(axes, panel)
     if panel.best and len(folds) == 1:

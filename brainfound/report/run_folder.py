@@ -29,7 +29,8 @@ class RunFolder:
     """The readable part of a run folder.
 
     `records` are the lines of the log in order, without those that a resumed run has done again;
-    `torn_last_line` says that the log ended in the middle of a line.
+    `rollbacks` are the lines that tell of a return to an earlier step; `torn_last_line` says that the log
+    ended in the middle of a line.
     """
 
     path: Path
@@ -37,6 +38,7 @@ class RunFolder:
     facts: dict[str, Any]
     records: tuple[dict[str, Any], ...]
     torn_last_line: bool = False
+    rollbacks: tuple[dict[str, Any], ...] = ()
 
     @classmethod
     def read(cls, path: str | Path) -> RunFolder:
@@ -56,7 +58,8 @@ class RunFolder:
             path=path,
             recipe=_read_mapping(path / RECIPE_FILE),
             facts=_read_mapping(path / FACTS_FILE),
-            records=tuple(_without_repeated_steps(records)),
+            records=tuple(_without_repeated_steps([record for record in records if not _is_rollback(record)])),
+            rollbacks=tuple(record for record in records if _is_rollback(record)),
             torn_last_line=torn,
         )
 
@@ -80,6 +83,10 @@ class RunFolder:
         ]
         steps, values = zip(*points, strict=True) if points else ((), ())
         return np.array(steps, dtype=float), np.array(values, dtype=float)
+
+
+def _is_rollback(record: dict[str, Any]) -> bool:
+    return "rolled_back_from" in record
 
 
 def _is_number(value: Any) -> bool:

@@ -126,3 +126,14 @@ def test_panels_beyond_the_most_are_named_in_the_title(tmp_path, drawn, monkeypa
     plot_curves(tmp_path)
     assert len(drawn[0].axes) == 4
     assert "3 more panels not shown: extra_4" in drawn[0].get_suptitle()
+
+
+def test_a_rollback_is_marked_and_said(tmp_path, drawn):
+    _log(tmp_path, ("loss", "probe"))
+    with (tmp_path / "log.jsonl").open("a") as log:
+        log.write(json.dumps({"step": 3, "rollback": 1, "rolled_back_from": 5, "reason": "x", "lr_scale": 0.3}) + "\n")
+    plot_curves(tmp_path)
+    assert _titles(drawn[0]) == ["Loss", "Probe of the teacher"]
+    assert "rolled back 1 ×" in drawn[0].get_suptitle()
+    for axes in drawn[0].axes:
+        assert [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == ":"] == [3]

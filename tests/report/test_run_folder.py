@@ -87,3 +87,12 @@ def test_each_fold_counts_its_own_steps(tmp_path):
     assert run.folds() == [0, 1]
     assert run.series("loss", fold=0)[1].tolist() == [1, 2, 3]
     assert run.series("loss", fold=1)[1].tolist() == [11, 12, 13]
+
+
+def test_a_rollback_is_told_apart_from_what_was_measured(tmp_path):
+    event = {"step": 2, "rollback": 1, "rolled_back_from": 4, "reason": "the probe fell", "lr_scale": 0.3}
+    _write(tmp_path, [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5}, event, {"step": 3, "loss": 1.0}])
+    run = RunFolder.read(tmp_path)
+    assert run.rollbacks == (event,)
+    assert run.numeric_keys() == ["loss"]
+    np.testing.assert_array_equal(run.series("loss")[0], [1, 2, 3])
