@@ -23,7 +23,7 @@ SECTIONS = ("steps", "depth", "sinkhorn", "anchor", "wait", "breakdown", "gpu")
 DEFAULT_SECTIONS = ("steps", "depth", "anchor", "wait", "breakdown", "gpu")
 NEED_PEER = {"steps", "depth", "sinkhorn"}
 MODELS = {
-    # width, layers, heads, LightlyTrain's name (without registers, new weights)
+    # width, layers, heads, LightlyTrain's name (without registers, new weights); their tiny is smaller
     "vits14": (384, 12, 6, "dinov2/vits14-noreg-notpretrained"),
     "vitb14": (768, 12, 12, "dinov2/vitb14-noreg-notpretrained"),
     "tiny": (64, 2, 2, "dinov2/_vittest14"),

@@ -216,7 +216,7 @@ def measure_wait(bench: Bench) -> dict[str, Any]:
             "checkpoint_every": options.wait_steps,
         },
     }
-    file = folder / "wait.json"
+    file = folder / "wait.yaml"
     file.write_text(json.dumps(recipe), encoding="utf-8")
     command = [sys.executable, "-m", "brainfound", "pretrain", str(file), "--data", str(bench.store)]
     command += ["--out", str(folder / "run")] + [part for pair in options.set for part in ("--set", pair)]

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from step_breakdown import TEACHER
+from step_breakdown import MODEL, TEACHER
 from step_server import StepServer
 from torch.profiler import record_function
 
@@ -133,7 +133,7 @@ def train(settings: dict[str, Any], server: StepServer) -> None:
         global_batch_size=settings["batch"],
         num_input_channels=no_auto(transform_args.num_channels),
     )
-    name_the_teacher(method)
+    name_the_parts(method)
     versions = ("lightly-train", "lightly", "pytorch-lightning", "torch", "torchvision", "xformers")
     server.facts = {
         "tool": "LightlyTrain",
@@ -160,15 +160,22 @@ def peer_method_args(settings: dict[str, Any]) -> dict[str, Any]:
     return sizes | {"center_method": settings["peer_centering"]}
 
 
-def name_the_teacher(method: Any) -> None:
-    """Give the teacher's update a name in the profiler; it does what it did."""
-    finish = method.on_train_batch_end
+def name_the_parts(method: Any) -> None:
+    """Give the teacher's update and the closure of the loss names in the profiler; they do what they did."""
+    finish, step = method.on_train_batch_end, method.optimizer_step
 
     def on_train_batch_end(*args: Any, **kwargs: Any) -> None:
         with record_function(TEACHER):
             finish(*args, **kwargs)
 
-    method.on_train_batch_end = on_train_batch_end
+    def optimizer_step(epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        def closure() -> Any:
+            with record_function(MODEL):
+                return optimizer_closure()
+
+        step(epoch, batch_idx, optimizer, closure)
+
+    method.on_train_batch_end, method.optimizer_step = on_train_batch_end, optimizer_step
 
 
 def version_of(name: str) -> str | None:

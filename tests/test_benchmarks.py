@@ -98,3 +98,108 @@ def test_the_breakdown_adds_up_and_names_the_work(module, write_scan):
     whole = time.perf_counter() - started
     assert {"reading", "gunzip"} <= seconds.keys()
     assert 0 < sum(seconds.values()) <= whole
+
+
+def test_pretraining_at_tiny_size_without_the_peer(tmp_path):
+    out = tmp_path / "results.json"
+    sizes = shlex.split(
+        "--only steps,wait,breakdown,gpu --device cpu --precision fp32 --threads 1 --rounds 1 --wait-steps 3 "
+        "--model tiny --batch 2 --global-size 56 --local-size 28 --num-local 2 "
+        "--prototypes 256 --hidden 64 --bottleneck 32 --subjects 2 --spacing-mm 5"
+    )
+    command = [sys.executable, str(BENCHMARKS / "pretrain.py"), "--out", str(out), *sizes]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text(encoding="utf-8"))
+    assert {"alone", "wait", "breakdown", "gpu"} <= result.keys()
+    assert "steps" not in result
+    alone = result["alone"]
+    assert alone["mfu"]["median"] > 0
+    assert alone["images_per_second"].keys() == {"BrainFound", "BrainFound, views from uint8"}
+    assert alone["facts"]["BrainFound"]["recipe"]["objective"]["anchor_gram_weight"] == 0
+    assert 0 <= result["wait"]["data_wait"] <= 1
+    assert "matrix products" in result["breakdown"]["BrainFound"]["share_by_kind"]
+    assert "| images/s over LightlyTrain, same FLOPs | not measured: no --peer-python | ≥ 1.5 |  |" in done.stdout
+
+
+def test_counted_products_are_those_of_the_flop_counter(module):
+    torch = importlib.import_module("torch")
+    flop_counter = importlib.import_module("torch.utils.flop_counter")
+    layers = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 4, 4), torch.nn.Flatten(), torch.nn.Linear(8 * 9, 5))
+    images = torch.randn(2, 3, 12, 12)
+
+    def run() -> None:
+        (layers(images) @ torch.ones(5, 7)).square().sum().backward()
+
+    run()
+    with flop_counter.FlopCounterMode(display=False) as counter:
+        run()
+    with module("matrix_products").StepProducts() as recorded:
+        run()
+    assert recorded.flops == counter.get_total_flops() > 0
+    assert module("matrix_products").Replay(recorded.products).seconds(lambda: None) > 0
+
+
+def test_fused_attention_counts_as_the_products_it_stands_for(module):
+    torch = importlib.import_module("torch")
+    functional = importlib.import_module("torch.nn.functional")
+    products = module("matrix_products").StepProducts
+
+    def attention(query, key, value):
+        return functional.softmax(query @ key.mT, dim=-1) @ value
+
+    flops = []
+    for attend in (attention, functional.scaled_dot_product_attention):
+        query, key, value = torch.randn(3, 2, 3, 17, 8, requires_grad=True).unbind(0)
+        with products() as recorded:
+            attend(query, key, value).sum().backward()
+        flops.append(recorded.flops)
+    assert flops[0] == flops[1] == 6 * 2 * (2 * 3) * 17 * 17 * 8
+
+
+def test_a_step_is_broken_down_by_kind_of_work(module):
+    torch = importlib.import_module("torch")
+    breakdown = module("step_breakdown")
+    width, prototypes = 32, 300
+    weight = torch.randn(prototypes, width, requires_grad=True)
+    optimizer = torch.optim.AdamW([weight])
+    rows = torch.randn(8, width)
+    started = time.perf_counter()
+    with breakdown.StepProfile(prototypes) as profile:
+        with torch.profiler.record_function(breakdown.VIEWS):
+            rows = rows.sin()
+
+        def closure():
+            with torch.profiler.record_function(breakdown.MODEL):
+                loss = (rows @ weight.T).logsumexp(dim=1).sum()
+                loss.backward()
+            return loss
+
+        optimizer.step(closure)
+    whole = time.perf_counter() - started
+    by_kind = profile.shares(whole)["by_kind"]
+    assert {"views", "matrix products", "prototype losses", "optimiser, clipping and teacher"} <= by_kind.keys()
+    assert sum(by_kind.values()) == pytest.approx(whole, rel=0.2)
+    kinds = {entry["operator"]: entry["kind"] for entry in profile.shares(whole)["operators"]}
+    assert kinds["aten::mm"] == "matrix products"
+    assert kinds["aten::sin"] == "views"
+
+
+def test_the_pretraining_table_holds_targets_against_the_right_side(module):
+    ratios = {"BrainFound": {"median": 1.6}, "BrainFound, views from uint8": {"median": 1.4}}
+    steps = {
+        "rate_over_peer": ratios | {"BrainFound, depth 0.3": {"median": 1.9}},
+        "images_per_second": {"BrainFound": 2.0},
+        "flops_over_peer": 1.0,
+        "memory_over_peer": 0.7,
+        "peak_memory_gib": {"BrainFound": 4.0},
+        "mfu": {"median": 0.61},
+    }
+    depth = {"drop_path": 0.3, "rate_over_peer": {"median": 2.1}, "flops_over_peer": 1.0, "memory_over_peer": 0.5}
+    wait = {"data_wait": 0.04}
+    text = module("pretrain").table({"steps": steps, "depth": depth, "wait": wait})
+    assert "| images/s over LightlyTrain, same FLOPs | 1.6 | ≥ 1.5 | yes |" in text
+    assert "| peak memory over LightlyTrain | 0.7 | ≤ 0.6 | no |" in text
+    assert "over LightlyTrain with the same | 2.1 | ≥ 2 | yes |" in text
+    assert "over LightlyTrain without | 1.9 | ≥ 2 | no |" in text
+    assert "| data wait, share of step time | 0.04 | ≤ 0.03 | no |" in text
