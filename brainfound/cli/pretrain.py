@@ -19,6 +19,8 @@ def pretrain(
     out: Annotated[Path | None, typer.Option(help="The run folder; default: runs/RECIPE.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the run folder.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Two steps, then report speed and memory.")] = False,
+    gpus: Annotated[int | None, typer.Option(help="With --dry-run: estimate for this many GPUs of --gpu.")] = None,
+    gpu: Annotated[str | None, typer.Option(help="With --dry-run: a kind of GPU, such as A100-80GB or H100.")] = None,
     set_: Overrides = None,
     quiet: Quiet = False,
 ) -> None:
@@ -28,6 +30,17 @@ def pretrain(
     """
     from brainfound.train.pretrain import pretrain as run
 
-    folder = run(recipe, data, init, out, resume=resume, overrides=set_ or (), quiet=quiet, dry_run=dry_run)
+    folder = run(
+        recipe,
+        data,
+        init,
+        out,
+        resume=resume,
+        overrides=set_ or (),
+        quiet=quiet,
+        dry_run=dry_run,
+        gpus=gpus,
+        gpu=gpu,
+    )
     if not dry_run:
         print(folder / "export")

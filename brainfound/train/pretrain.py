@@ -25,7 +25,9 @@ from brainfound.data.store import Store
 from brainfound.errors import RecipeError, TrainingError, UsageError
 from brainfound.models import BrainFoundModel
 from brainfound.recipes import Recipe, load, validate
+from brainfound.train import dry_run as trials
 from brainfound.train import run_files, sharding
+from brainfound.train.dry_run import Machine
 from brainfound.train.engine import Engine, EngineRecipe, make_accelerator
 from brainfound.train.guard import Guard, GuardRecipe
 from brainfound.train.objectives import making
@@ -38,8 +40,6 @@ from brainfound.train.resuming import checkpoint_to_resume, common_facts, settle
 from brainfound.train.schedules import ScheduleRecipe, effective_lr
 from brainfound.train.starting_model import FROM_SCRATCH, InitRecipe, build_model
 from brainfound.train.trained_part import TrainedPartRecipe
-
-DRY_RUN_STEPS = 2
 
 
 class PretrainEngineRecipe(EngineRecipe):
@@ -94,6 +94,8 @@ def pretrain(
     overrides: Iterable[str] = (),
     quiet: bool = False,
     dry_run: bool = False,
+    gpus: int | None = None,
+    gpu: str | None = None,
 ) -> Path:
     """Pretrain on the slices of a store.
 
@@ -106,39 +108,45 @@ def pretrain(
         overrides: ``"a.b=c"`` strings.
         quiet: no progress bar and no notes.
         dry_run: two real steps in a temporary folder, then a report on speed and memory; `out` is not touched.
+        gpus, gpu: of a dry run: also an estimate for so many GPUs of a kind (`brainfound.train.gpus`); 1 of that kind
+            without `gpus`.
 
     Returns:
         The run folder (of a dry run: the folder that a real run would use).
 
     Raises:
         RecipeError: a bad recipe, or one that differs from that of the run to be resumed.
-        UsageError: `out` holds a run already, or there is nothing to resume.
+        UsageError: `out` holds a run already, there is nothing to resume, or no such kind of GPU is known.
         TrainingError: the guard stopped the run (the best teacher is exported), or it was interrupted.
     """
+    machine = Machine.of(gpus, gpu)
+    if machine is not None and not dry_run:
+        raise UsageError("an estimate for other GPUs is part of a dry run", where="--gpu", remedy="Give --dry-run too")
     content, notes = _resolve(recipe, init, overrides)
     store = _open_store(content, data)
     folder = Path(out) if out is not None else Path("runs") / content.name
     if dry_run:
-        _dry_run(content, store, quiet)
+        _dry_run(content, store, machine, quiet)
         return folder
     return _run(content, store, folder, resume, quiet, notes)
 
 
-def _dry_run(recipe: PretrainRecipe, store: Store, quiet: bool) -> None:
+def _dry_run(recipe: PretrainRecipe, store: Store, machine: Machine | None, quiet: bool) -> None:
     """Two real steps that leave nothing behind, and what they say about the whole run."""
-    short = recipe.engine.model_copy(update={"steps": DRY_RUN_STEPS, "log_every": 1})
-    no_probe = recipe.probe.model_copy(update={"every": 0})
-    trial = recipe.model_copy(update={"engine": short, "probe": no_probe})
+    if machine is not None:
+        machine.require_share(recipe.engine)
+    # Schedules that end with the trial, and no probe.
+    engine = recipe.engine.model_copy(update={"steps": trials.NUM_STEPS})
+    trial = recipe.model_copy(update={"engine": engine, "probe": recipe.probe.model_copy(update={"every": 0})})
     accelerator = make_accelerator(recipe.engine.precision)
     with tempfile.TemporaryDirectory(prefix="brainfound-dry-run-") as temporary:
         folder = Path(temporary)
-        task = _make_task(
-            trial, store, build_model(trial.init, store, trial.views.global_size, trial.seed), folder, accelerator
-        )
-        Engine(task, short, folder, accelerator, trial.seed, quiet).run(save=False)
-        if accelerator.is_main_process:
-            for line in run_files.dry_run_report(folder, recipe, task.effective_lr, accelerator.device):
-                print(line)
+        model = build_model(trial.init, store, trial.views.global_size, trial.seed)
+        task = _make_task(trial, store, model, folder, accelerator)
+        found = trials.try_out(task, trial.views, trial.engine, folder, accelerator, quiet)
+    if found is not None:
+        for line in trials.report(found, recipe.engine, recipe.optim.lr, machine):
+            print(line)
 
 
 def _resolve(

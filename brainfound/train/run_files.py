@@ -8,14 +8,13 @@ from __future__ import annotations
 import json
 import platform
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from torch import Tensor
 
@@ -171,30 +170,6 @@ def _card_facts(recipe: Any, store: Store, model: BrainFoundModel, step: int, gu
         "start": "new weights" if source == "none" else None,
         "guard": {key: value for key, value in asdict(guard).items() if value is not None and "step" in key},
     }
-
-
-def dry_run_report(folder: Path, recipe: Any, effective_lr: float, device: torch.device) -> Iterator[str]:
-    """Lines about speed and memory, from the log of a dry run; the first step, which warms up, is left out."""
-    lines = [json.loads(text) for text in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    seconds = lines[-1]["seconds_per_step"]
-    steps, batch = recipe.engine.steps, recipe.engine.batch_size
-    yield f"effective learning rate  {effective_lr:.3g}  ({recipe.optim.lr:g} at batch 128, this batch {batch})"
-    yield f"speed                    {batch / seconds:.1f} images/s, {seconds:.2f} s per step"
-    yield f"memory                   {_memory_gib(device):.2f} GiB at most, on {device}"
-    yield f"whole run                {steps} steps, about {steps * seconds / 3600:.2f} h without probes"
-    # Only objectives with prototypes have a K.
-    ln_k = f"  (ln K = {lines[-1]['ln_k']:.4f})" if "ln_k" in lines[-1] else ""
-    yield f"loss                     {lines[-1]['loss']:.4f}{ln_k}"
-
-
-def _memory_gib(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource
-
-    # Linux counts in KiB, macOS in bytes.
-    unit = 1 if platform.system() == "Darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

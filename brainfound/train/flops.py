@@ -1,0 +1,133 @@
+"""How many floating-point operations a training step needs: its matrix products, counted from the sizes.
+
+Axis legend: ``n`` slices of a micro-batch, ``P`` patches of a crop, ``T`` tokens of a crop, ``D`` width.
+
+A product of (a, b) and (b, c) counts 2·a·b·c. Backward, a matrix costs as much again for the gradient of
+its input, and once more for its own where it is trained. What is computed twice to save memory is not
+counted twice: this is the work that the model asks for, by which utilisation is measured (PaLM, arXiv
+2204.02311, appendix B). Left out, because memory and not arithmetic limits them: norms, softmaxes,
+Sinkhorn's sums, the optimiser and the EMA.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from brainfound.data.augmentation import ViewsRecipe
+from brainfound.models.attention import Packing
+from brainfound.models.blocks import kept_packing
+from brainfound.models.encoder import SliceEncoder
+from brainfound.train.masking import masked_counts
+from brainfound.train.objectives.base import Objective
+from brainfound.train.objectives.hybrid import Hybrid
+from brainfound.train.objectives.masked_autoencoder import MaskedAutoencoder, PatchHiding
+from brainfound.train.objectives.pixel_decoder import PixelDecoder
+from brainfound.train.objectives.self_distillation import SelfDistillation
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """The operations of one micro-batch by who does them; the student's are forward and backward."""
+
+    student: float
+    teacher: float = 0.0
+    anchor: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.student + self.teacher + self.anchor
+
+    def __add__(self, other: StepFlops) -> StepFlops:
+        return StepFlops(self.student + other.student, self.teacher + other.teacher, self.anchor + other.anchor)
+
+
+def step_flops(objective: Objective, views: ViewsRecipe, num_slices: int) -> StepFlops:
+    """The operations of a micro-batch of `num_slices`.
+
+    Raises:
+        TypeError: for an objective that this does not know.
+    """
+    if isinstance(objective, SelfDistillation):
+        return _self_distillation(objective, views, num_slices)
+    if isinstance(objective, MaskedAutoencoder):
+        student = objective.student
+        return StepFlops(_reconstruction(student.encoder, student.heads["decoder"], objective.hiding, num_slices))
+    if isinstance(objective, Hybrid):
+        encoder, decoder = objective.distillation.student.encoder, objective.student.heads["decoder"]
+        reconstruction = StepFlops(_reconstruction(encoder, decoder, objective.hiding, num_slices))
+        return _self_distillation(objective.distillation, views, num_slices) + reconstruction
+    raise TypeError(f"the operations of a {type(objective).__name__} are not known")
+
+
+def encoder_flops(
+    encoder: SliceEncoder,
+    num_crops: int,
+    num_patches: int,
+    *,
+    seen: int | None = None,
+    backward: bool = False,
+    drop_path: float = 0.0,
+) -> float:
+    """Crops through an encoder.
+
+    Args:
+        num_patches: of each crop, all of which are embedded.
+        seen: of them, how many go through the blocks; None: all.
+        backward: count the backward pass too.
+        drop_path: part of the crops that each residual branch leaves out.
+    """
+    num_tokens = encoder.num_prefix_tokens + (num_patches if seen is None else seen)
+    if drop_path and num_crops:
+        ((through, _),) = kept_packing(Packing(((num_crops, num_tokens),)), drop_path).runs
+    else:
+        through = num_crops
+    kernel = encoder.backbone.embeddings.patch_embeddings.projection.weight
+    # Pixels need no gradient.
+    embedding = 2 * num_crops * num_patches * kernel.numel() * (1 + (backward and kernel.requires_grad))
+    attention = 4 * num_tokens**2 * encoder.embed_dim * encoder.num_layers * through * (3 if backward else 1)
+    return embedding + attention + matrices_flops(encoder.blocks, through * num_tokens, backward)
+
+
+def matrices_flops(module: nn.Module, num_rows: int, backward: bool) -> float:
+    """`num_rows` rows through every matrix of a module once."""
+    return sum(
+        2.0 * num_rows * matrix.numel() * (1 + backward * (1 + matrix.requires_grad))
+        for matrix in module.parameters()
+        if matrix.ndim == 2
+    )
+
+
+def _self_distillation(objective: SelfDistillation, views: ViewsRecipe, num_slices: int) -> StepFlops:
+    recipe, student, teacher = objective.recipe, objective.student, objective.teacher
+    num_large, num_small = 2 * num_slices, views.num_local * num_slices
+    num_patches = objective.grid[0] * objective.grid[1]
+    small_patches = (views.local_size // student.encoder.patch_size) ** 2
+    masked = masked_counts(num_large, num_patches, recipe.mask_probability, recipe.mask_ratio)
+    num_masked, num_visible = sum(masked), masked.count(0)
+
+    own = encoder_flops(student.encoder, num_large, num_patches, backward=True, drop_path=recipe.drop_path)
+    own += encoder_flops(student.encoder, num_small, small_patches, backward=True, drop_path=recipe.drop_path)
+    own += matrices_flops(student.heads["dino"], num_large + num_small, backward=True)
+    own += matrices_flops(student.ibot_head, num_masked, backward=True)
+    answers = encoder_flops(teacher.encoder, num_large, num_patches)
+    answers += matrices_flops(teacher.heads["dino"], num_large, backward=False)
+    answers += matrices_flops(teacher.ibot_head, num_masked, backward=False)
+    if objective.anchor is None:
+        return StepFlops(own, answers)
+    gram = 2.0 * num_visible * num_patches**2 * student.encoder.embed_dim if recipe.anchor_gram_weight else 0.0
+    anchor = encoder_flops(objective.anchor, num_visible, num_patches) + gram
+    return StepFlops(own + 3 * gram, answers, anchor)
+
+
+def _reconstruction(encoder: SliceEncoder, decoder: nn.Module, hiding: PatchHiding, num_slices: int) -> float:
+    assert isinstance(decoder, PixelDecoder)
+    num_patches = decoder.num_patches
+    num_hidden = min(max(round(num_patches * hiding.recipe.mask_ratio), 1), num_patches - 1)
+    num_kept = num_patches - num_hidden
+    flops = encoder_flops(encoder, num_slices, num_patches, seen=num_kept, backward=True)
+    flops += matrices_flops(decoder.embed, num_slices * (1 + num_kept), backward=True)
+    flops += matrices_flops(decoder.blocks, num_slices * (1 + num_patches), backward=True)
+    flops += 12.0 * num_slices * (1 + num_patches) ** 2 * decoder.embed.out_features * len(decoder.blocks)
+    return flops + matrices_flops(decoder.predict, num_slices * num_hidden, backward=True)

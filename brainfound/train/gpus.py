@@ -1,0 +1,68 @@
+"""Kinds of GPU, for estimates on paper: what they compute and how much they remember. Needs no torch.
+
+Rates are peaks of dense matrix products with float32 sums, as the makers' data sheets state them; where a
+sheet states a rate with sparsity, half of it stands here. Memory is what a program can have of it.
+
+Sources: NVIDIA data sheets of V100 (2020), A10 (2021), A100 (2021), H100 (2023), H200 (2024) and HGX B200
+(2024); NVIDIA white papers of the GA102 (2021, table 9: RTX 3090) and AD102 (2023, appendix A: RTX 4090) GPUs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from brainfound.errors import UsageError, did_you_mean
+
+
+@dataclass(frozen=True)
+class GPUKind:
+    """One kind of GPU."""
+
+    name: str
+    memory_gib: float
+    """Of device memory that a program can have."""
+    bf16_tflops: float | None
+    """Peak of bfloat16 in TFLOP/s; None where the GPU does not compute in it."""
+    float32_tflops: float
+    """Peak of float32 in TFLOP/s, without TF32."""
+
+    def tflops(self, precision: str) -> tuple[float, str]:
+        """The peak at a precision ("bf16" or "no"), and the precision that is used: float32 where there is no bf16."""
+        if precision == "bf16" and self.bf16_tflops is not None:
+            return self.bf16_tflops, "bfloat16"
+        return self.float32_tflops, "float32"
+
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        GPUKind("V100-16GB", 15.7, None, 15.7),
+        GPUKind("V100-32GB", 31.7, None, 15.7),
+        GPUKind("RTX-3090", 23.6, 71.0, 35.6),
+        GPUKind("RTX-4090", 23.6, 165.2, 82.6),
+        GPUKind("A10", 22.1, 125.0, 31.2),
+        GPUKind("A100-40GB", 39.4, 312.0, 19.5),
+        GPUKind("A100-80GB", 79.2, 312.0, 19.5),
+        GPUKind("H100", 79.2, 989.0, 67.0),
+        GPUKind("H200", 139.8, 989.0, 67.0),
+        GPUKind("B200", 178.0, 2250.0, 75.0),
+    )
+}
+
+
+def find_gpu(name: str) -> GPUKind:
+    """The kind of a name, in any case and with spaces or underscores for hyphens.
+
+    Raises:
+        UsageError: if there is no such kind; names the nearest.
+
+    >>> find_gpu("rtx 4090").memory_gib
+    23.6
+    """
+    wanted = name.strip().lower().replace(" ", "-").replace("_", "-")
+    for known, kind in KINDS.items():
+        if known.lower() == wanted:
+            return kind
+    sizes = [known for known in KINDS if known.lower().startswith(f"{wanted}-")]
+    remedy = f"Say which: {' or '.join(sizes)}" if sizes else did_you_mean(wanted, KINDS)
+    raise UsageError("this kind of GPU is not in the table", where="--gpu", got=name, remedy=remedy)
