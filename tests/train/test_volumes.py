@@ -125,6 +125,21 @@ def test_nothing_changes_where_nothing_is_asked_for():
     assert torch.equal(same.masks, batch.masks)
 
 
+def test_blur_does_not_cross_from_one_slice_to_the_next():
+    """A stack of evenly grey slices must stay one, however different neighbouring slices are."""
+    greys = torch.tensor([20, 220, 60, 140], dtype=torch.uint8)
+    batch = VolumeBatch(
+        pixel_values=greys[None, :, None, None, None].expand(2, 4, 2, 24, 24).contiguous(),
+        contrast_mask=torch.ones(2, 2, dtype=torch.bool),
+        slice_mask=torch.ones(2, 4, dtype=torch.bool),
+        positions_mm=torch.arange(4.0).repeat(2, 1),
+    )
+    blur = QUIET.model_copy(update={"blur_probability": 1.0, "gibbs_probability": 1.0})
+    still = VolumeAugmentation(rotation_degrees=0, scale=0, shear=0, contrast_dropout=0, intensity=blur)
+    blurred = augment_volumes(batch, still, KEY).pixel_values
+    torch.testing.assert_close(blurred, batch.pixel_values / 255, atol=1e-4, rtol=0)
+
+
 def test_withheld_and_absent_contrasts_are_empty_and_one_always_stays():
     batch = blob_batch(num_volumes=64, side=16)
     batch.contrast_mask[::2, 1] = False

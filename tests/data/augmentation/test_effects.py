@@ -1,0 +1,141 @@
+"""Each effect of a scanner against an independent formula or a physical property."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import fft, ndimage
+
+from brainfound.data.augmentation.bias_field import bias_fields, random_coefficients
+from brainfound.data.augmentation.noise import add_noise
+from brainfound.data.augmentation.resolution import (
+    filter_columns,
+    filter_rows,
+    gaussian_blur,
+    sharp_cutoff,
+    thick_pixels,
+)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def mirrored_spectrum(image: torch.Tensor) -> np.ndarray:
+    """|FFT| down the columns of an image continued by its mirror; index k is k half periods per image height."""
+    values = image.double().numpy()
+    return np.abs(np.fft.rfft(np.concatenate([values, values[::-1]]), axis=0))
+
+
+def test_bias_fields_are_smooth_and_have_mean_one():
+    strength = torch.tensor([0.1, 0.4, 0.8])
+    fields = bias_fields(random_coefficients(3, seeded(0)), strength, (24, 36))
+    torch.testing.assert_close(fields.mean(dim=(1, 2)), torch.ones(3))
+    y, x = np.meshgrid(np.linspace(-1, 1, 24), np.linspace(-1, 1, 36), indexing="ij")
+    polynomial = np.stack([y**i * x**j for i in range(4) for j in range(4 - i)], axis=-1).reshape(-1, 10)
+    for field, most in zip(fields.double(), strength, strict=True):
+        logarithm = field.log().numpy().ravel()
+        fit, *_ = np.linalg.lstsq(polynomial, logarithm, rcond=None)
+        np.testing.assert_allclose(polynomial @ fit, logarithm, atol=1e-5)
+        assert float(most) * 0.99 <= np.ptp(logarithm) <= 2 * float(most) + 1e-5
+
+
+def test_bias_fields_differ_between_images_and_no_strength_is_no_field():
+    coefficients = random_coefficients(2, seeded(0))
+    fields = bias_fields(coefficients, torch.tensor([0.4, 0.4]), (16, 16))
+    assert (fields[0] - fields[1]).abs().max() > 0.05
+    assert torch.equal(bias_fields(coefficients, torch.zeros(2), (16, 16)), torch.ones(2, 16, 16))
+
+
+@pytest.mark.parametrize("size", [(32, 32), (27, 40)])
+def test_a_sharp_cutoff_leaves_nothing_beyond_and_everything_below(size):
+    images = torch.rand(2, 1, *size, generator=seeded(0))
+    kept = torch.tensor([0.5, 0.8])
+    filtered = filter_rows(images, sharp_cutoff(kept, size[0]))
+    for image, result, part in zip(images[:, 0], filtered[:, 0], kept.tolist(), strict=True):
+        before, after = mirrored_spectrum(image), mirrored_spectrum(result)
+        first_lost = math.ceil(part * size[0])
+        assert after[first_lost:].max() < 1e-4
+        np.testing.assert_allclose(after[:first_lost], before[:first_lost], atol=1e-4)
+    turned = filter_columns(images.mT.contiguous(), sharp_cutoff(kept, size[0])).mT
+    torch.testing.assert_close(turned, filtered, atol=1e-5, rtol=0)
+
+
+def test_filters_are_those_of_the_cosine_transform():
+    images = torch.rand(3, 2, 20, 26, generator=seeded(1))
+    rows = torch.rand(3, 20, generator=seeded(2))
+    columns = torch.rand(3, 26, generator=seeded(3))
+    result = filter_columns(filter_rows(images, rows), columns)
+    spectrum = fft.dctn(images.double().numpy(), axes=(2, 3), norm="ortho")
+    spectrum *= rows.numpy()[:, None, :, None] * columns.numpy()[:, None, None, :]
+    expected = fft.idctn(spectrum, axes=(2, 3), norm="ortho")
+    np.testing.assert_allclose(result.numpy(), expected, atol=1e-5)
+
+
+def test_an_edge_rings_by_the_gibbs_constant():
+    step = torch.zeros(1, 1, 512, 4)
+    step[:, :, 256:] = 1
+    ringing = filter_rows(step, sharp_cutoff(torch.tensor([0.06]), 512))
+    # The Wilbraham–Gibbs overshoot is 8.95% of the jump.
+    assert float(ringing.max()) - 1 == pytest.approx(0.0895, abs=0.002)
+
+
+@pytest.mark.parametrize("factor", [1.5, 2.0, 3.0])
+def test_thick_pixels_hold_nothing_beyond_their_nyquist_frequency_and_do_not_ring(factor):
+    length = 96
+    images = torch.rand(1, 1, length, 3, generator=seeded(0))
+    weights = thick_pixels(torch.tensor([factor]), length)
+    result = filter_rows(images, weights)
+    # 1 / (2 · factor) periods per pixel are length / factor half periods per image.
+    assert mirrored_spectrum(result[0, 0])[math.ceil(length / factor) :].max() < 1e-4
+    torch.testing.assert_close(result.mean(dim=2), images.mean(dim=2))
+    step = torch.zeros(1, 1, length, 1)
+    step[:, :, length // 2 :] = 1
+    edge = filter_rows(step, weights)
+    assert float(edge.max()) < 1.01
+    point = torch.zeros(1, 1, length, 1)
+    point[:, :, length // 2] = 1
+    spread = filter_rows(point, weights)[0, 0, :, 0]
+    # A Hann window of half-width 1 / (2 f) has a point response of full width 2 f at half its height.
+    fine = np.interp(np.linspace(0, length - 1, 20 * length), np.arange(length), spread.numpy())
+    assert (fine > fine.max() / 2).mean() * length == pytest.approx(2 * factor, rel=0.1)
+
+
+def test_filters_leave_an_even_image_alone():
+    even = torch.full((2, 1, 30, 40), 0.7)
+    for weights in (sharp_cutoff(torch.tensor([0.4, 0.8]), 30), thick_pixels(torch.tensor([1.3, 3.0]), 30)):
+        torch.testing.assert_close(filter_rows(even, weights), even)
+    torch.testing.assert_close(gaussian_blur(even, torch.tensor([0.5, 1.2])), even)
+
+
+def test_blur_is_gaussian_per_image():
+    images = torch.rand(3, 2, 20, 15, generator=seeded(0))
+    sigma = [0.0, 0.7, 1.2]
+    blurred = gaussian_blur(images, torch.tensor(sigma))
+    assert torch.equal(blurred[0], images[0])
+    for index in (1, 2):
+        for part in range(2):
+            expected = ndimage.gaussian_filter(
+                images[index, part].double().numpy(), sigma[index], mode="nearest", radius=4
+            )
+            np.testing.assert_allclose(blurred[index, part].numpy(), expected, atol=1e-6)
+
+
+def test_noise_is_gaussian_or_rician():
+    std = torch.tensor([0.02, 0.1])
+
+    def noisy(level: float, kind) -> torch.Tensor:
+        return add_noise(torch.full((2, 1, 200, 200), level), std, kind, seeded(0))
+
+    gaussian = noisy(0.5, "gaussian")
+    assert gaussian.mean(dim=(1, 2, 3)).tolist() == pytest.approx([0.5, 0.5], abs=2e-3)
+    assert gaussian.std(dim=(1, 2, 3)).tolist() == pytest.approx(std.tolist(), rel=0.02)
+    # Without signal it is the Rayleigh distribution, with much signal Gaussian around √(signal² + std²).
+    empty = noisy(0.0, "rician")
+    assert empty.mean(dim=(1, 2, 3)).tolist() == pytest.approx((std * math.sqrt(math.pi / 2)).tolist(), rel=0.02)
+    bright = noisy(0.8, "rician")
+    assert bright.std(dim=(1, 2, 3)).tolist() == pytest.approx(std.tolist(), rel=0.02)
+    assert bright.square().mean(dim=(1, 2, 3)).tolist() == pytest.approx((0.64 + 2 * std**2).tolist(), rel=2e-3)
