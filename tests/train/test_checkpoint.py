@@ -65,3 +65,51 @@ def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
     with pytest.raises(TrainingError, match="no room"):
         checkpoints.save_checkpoint(tmp_path, make(1), keep=1)
     assert checkpoints.list_checkpoints(tmp_path) == []
+
+
+def keep_marked(step: int, **state) -> checkpoints.Checkpoint:
+    plain = make(step)
+    return checkpoints.Checkpoint(plain.step, plain.model, plain.task, plain.optimizer, {"task": {}, **state})
+
+
+def names(folder) -> list[str]:
+    return [path.name for path in checkpoints.list_checkpoints(folder)]
+
+
+def test_the_newest_kept_checkpoint_stays_and_older_kept_ones_go(tmp_path):
+    for step in range(1, 8):
+        checkpoints.save_checkpoint(tmp_path, keep_marked(step, kept=step in (2, 4)), keep=2)
+    assert names(tmp_path) == ["step-000004", "step-000006", "step-000007"]
+
+
+def test_after_a_rollback_its_checkpoint_goes_before_later_ones_and_they_are_removed(tmp_path):
+    for step in (2, 3, 4):
+        checkpoints.save_checkpoint(tmp_path, keep_marked(step, kept=step == 2), keep=3)
+    back = checkpoints.folder_of(tmp_path, 2)
+    checkpoints.change_state(back, {"rollbacks": 1, "task": {"scale": 0.5}})
+    assert checkpoints.latest_valid(tmp_path) == back
+    present = checkpoints.load_checkpoint(back)
+    assert present.state["task"] == {"scale": 0.5}
+    assert present.state["kept"]
+    checkpoints.remove_abandoned(tmp_path, present)
+    assert names(tmp_path) == ["step-000002"]
+    later = checkpoints.save_checkpoint(tmp_path, keep_marked(3, rollbacks=1), keep=3)
+    checkpoints.remove_abandoned(tmp_path, present)
+    assert checkpoints.latest_valid(tmp_path) == later
+
+
+def test_a_torn_checkpoint_is_not_gone_back_to(tmp_path):
+    path = checkpoints.save_checkpoint(tmp_path, make(1), keep=1)
+    (path / "task.safetensors").unlink()
+    with pytest.raises(TrainingError, match=r"not whole.*task\.safetensors is missing"):
+        checkpoints.change_state(path, {"rollbacks": 1})
+
+
+def test_checkpoints_that_are_there_count_as_room_for_a_run(tmp_path, monkeypatch):
+    path = checkpoints.save_checkpoint(tmp_path, make(1), keep=1)
+    there = sum(file.stat().st_size for file in path.iterdir())
+    usage = namedtuple("usage", "total used free")(10**9, 0, 0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    checkpoints.require_space_for_run(tmp_path, 2, there // 3, 10)
+    with pytest.raises(TrainingError, match=r"no room for this run \(2 checkpoints"):
+        checkpoints.require_space_for_run(tmp_path, 2, there, 10)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from brainfound.train.objectives.self_distillation import EncoderWithHeads
-from brainfound.train.optim import OptimRecipe, make_optimizer, parameter_groups, traits_of
+from brainfound.train.optim import OptimRecipe, clip_gradients, make_optimizer, parameter_groups, traits_of
 
 
 @pytest.fixture
@@ -77,3 +77,12 @@ def test_an_optimiser_state_fits_a_second_one(student):
     second.load_state_dict(first.state_dict())
     assert [g["role"] for g in second.param_groups] == [g["role"] for g in first.param_groups]
     assert len(second.state) == len(list(student.parameters()))
+
+
+def test_each_group_is_clipped_by_its_own_norm():
+    large, small = (torch.nn.Parameter(torch.zeros(4)) for _ in range(2))
+    large.grad, small.grad = torch.full((4,), 10.0), torch.full((4,), 0.5)
+    norms = clip_gradients({"large": [large], "small": [small]}, 2.0)
+    assert {name: norm.item() for name, norm in norms.items()} == {"large": 20.0, "small": 1.0}
+    torch.testing.assert_close(large.grad, torch.full((4,), 1.0))
+    assert torch.equal(small.grad, torch.full((4,), 0.5))
