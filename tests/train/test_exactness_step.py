@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from transformers import Dinov2Model
 
+from brainfound.train import run_files
 from brainfound.train.objectives import self_distillation
 from brainfound.train.pretrain import pretrain
 from brainfound.train.pretrain_task import PretrainTask
@@ -358,6 +359,7 @@ def test_steps_are_those_of_the_reference(
     store, recipe, tiny_backbone, tmp_path, monkeypatch, dtype, tolerance, accumulation, clip
 ):
     recording = record(monkeypatch, dtype)
+    monkeypatch.setattr(run_files, "plot_curves", lambda folder: None)  # pictures take longer than these runs
     more = {"init.source": str(tiny_backbone), "engine.accumulation": accumulation, "optim.clip_norm": clip}
     overrides = [f"{key}={json.dumps(value)}" for key, value in (SETTINGS | more).items()]
     run = pretrain(recipe(*overrides), store, out=tmp_path / "run", quiet=True)
