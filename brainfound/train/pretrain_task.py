@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -119,10 +118,7 @@ class PretrainTask(TrainTask):
 
     def evaluate(self, step: int) -> dict[str, Any]:
         assert self.probe is not None
-        scores = asdict(self.probe.run(self.objective.exported_encoder, self.device))
-        names = {"metric": "probe_metric", "target": "probe_target", "standard_error": "probe_standard_error"}
-        method = self.probe.recipe.method
-        return {"probe": scores[method], **{names.get(name, f"probe/{name}"): v for name, v in scores.items()}}
+        return self.probe.run(self.objective.exported_encoder, self.device).line(self.probe.recipe.method)
 
     def look(self, step: int, line: Mapping[str, Any]) -> None:
         if self.rank == 0:

@@ -1,17 +1,18 @@
 """Probes: what frozen features are good for, measured while they are being trained.
 
-Axis legend: ``N`` samples (sessions, or slices), ``S`` slices of a session, ``D`` width.
+Axis legend: ``V`` views (a session with all its contrasts, or with one), ``S`` slices of a view, ``N``
+samples (views, or slices), ``D`` width.
 
-A session's embedding is the mean CLS over a few evenly spaced slices. What is predicted is chosen from
-what the store knows: diagnosis, else age, else the position of a slice in the head, which needs no
-label at all. No subject, and no image under two names, is ever on both sides of a split.
+A view's embedding is the mean CLS over a few evenly spaced slices. What is predicted is chosen from what
+the store knows (see `brainfound.train.probe_targets`). No subject, and no image under two names, is ever on
+both sides of a split.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -32,11 +33,17 @@ from brainfound.data.store import Store
 from brainfound.errors import TrainingError
 from brainfound.models.encoder import SliceEncoder
 from brainfound.recipes import Recipe
+from brainfound.train.patch_probe import PatchProbe
+from brainfound.train.probe_targets import (
+    CLASSES,
+    OF_SLICES,
+    Target,
+    choose_target,
+    frequent_contrasts,
+    labelled_sessions,
+)
 from brainfound.train.randomness import PROBE, numpy_generator
 
-Target = Literal["diagnosis", "age_years", "slice_position"]
-SMALLEST_CLASS = 5
-FEWEST_AGES = 10
 NUM_BOOTSTRAPS = 200
 
 
@@ -45,8 +52,9 @@ class ProbeRecipe(Recipe):
 
     every: int = Field(default=500, ge=0)
     """Steps between two probes of the teacher; 0 turns them off."""
-    target: Literal["auto", "diagnosis", "age_years", "slice_position"] = "auto"
-    """What is predicted; "auto" takes the first of the three that the store can support."""
+    target: Literal["auto"] | Target = "auto"
+    """What is predicted; "auto" takes the first that the store supports of diagnosis, age, sex, site, contrast
+    and slice position. A high score of site is no merit, but its fall is damage."""
     method: Literal["linear", "knn"] = "linear"
     """Whose score guards the run; both are logged."""
     max_sessions: int = Field(default=200, ge=2)
@@ -57,6 +65,9 @@ class ProbeRecipe(Recipe):
     """Folds of the cross-validation by subject; fewer if there are fewer subjects."""
     neighbours: int = Field(default=5, ge=1)
     """k of the k-NN probe."""
+    patch: bool = False
+    """Whether to log also how well a linear model tells the tissue of patches, where the store has masks. It does
+    not guard the run."""
 
 
 @dataclass(frozen=True)
@@ -69,20 +80,22 @@ class ProbeScores:
     """Of the guarding method's score, by bootstrap over subjects."""
     metric: str
     target: str
+    chance: float = 0.0
+    """What features without information score."""
+    patch: float | None = None
+    """Balanced accuracy of a linear model of patch tokens; None without one."""
 
-
-def choose_target(store: Store) -> Target:
-    """The first of diagnosis, age and slice position that a store has enough of."""
-    sessions = store.sessions
-    if "diagnosis" in sessions:
-        counts = sessions["diagnosis"].dropna().astype(str).value_counts()
-        if (counts >= SMALLEST_CLASS).sum() >= 2:
-            return "diagnosis"
-    if "age_years" in sessions:
-        ages = sessions["age_years"].dropna().astype(float)
-        if len(ages) >= FEWEST_AGES and ages.std() > 0:
-            return "age_years"
-    return "slice_position"
+    def line(self, method: Literal["linear", "knn"]) -> dict[str, Any]:
+        """The entries of the log; ``probe`` is the score that guards."""
+        scores = {"probe": getattr(self, method), "probe/linear": self.linear, "probe/knn": self.knn}
+        if self.patch is not None:
+            scores["probe/patch"] = self.patch
+        return scores | {
+            "probe_standard_error": self.standard_error,
+            "probe_chance": self.chance,
+            "probe_metric": self.metric,
+            "probe_target": self.target,
+        }
 
 
 class Probe:
@@ -100,21 +113,22 @@ class Probe:
 
     def __init__(self, store: Store, recipe: ProbeRecipe, seed: int) -> None:
         self.store, self.recipe, self.seed = store, recipe, seed
-        self.target: str = choose_target(store) if recipe.target == "auto" else recipe.target
-        self.classifies = self.target == "diagnosis"
+        self.target: Target = choose_target(store) if recipe.target == "auto" else recipe.target
+        self.classifies = self.target in CLASSES
         self.metric = "balanced_accuracy" if self.classifies else "r2"
         sessions = self._choose_sessions()
-        self.rows = np.stack([self._rows_of(session) for session in sessions])
-        self.present = store.present[sessions]
-        subjects = subjects_to_divide(store)[0][sessions].astype(str)
-        if self.target == "slice_position":
+        self.views, self.present, labels = self._make_views(sessions)
+        self.rows = np.stack([self._rows_of(session) for session in self.views])
+        samples = self.views
+        if self.target in OF_SLICES:
             labels = store.slice_positions_mm[self.rows].ravel()
-            subjects = np.repeat(subjects, self.rows.shape[1])
-        else:
-            labels = store.sessions[self.target].to_numpy()[sessions]
+            samples = np.repeat(self.views, self.rows.shape[1])
         self.labels = labels.astype(str) if self.classifies else labels.astype(float)
-        self.subjects = subjects
-        num_subjects = len(set(subjects))
+        if self.classifies and len(set(self.labels)) < 2:
+            raise TrainingError("a probe needs two classes", where="probe.target", got=self.target)
+        self.chance = 1 / len(set(self.labels)) if self.classifies else 0.0
+        self.subjects = subjects_to_divide(store)[0][samples].astype(str)
+        num_subjects = len(set(self.subjects))
         if num_subjects < 2:
             raise TrainingError(
                 "a probe needs sessions of at least two subjects",
@@ -122,27 +136,48 @@ class Probe:
                 got=num_subjects,
                 remedy="Set probe.every=0 to train without a probe",
             )
-        strata = None if self.target == "slice_position" else self.labels.tolist()
-        self.folds = k_folds(subjects.tolist(), min(recipe.folds, num_subjects), seed, strata)
-        per_session = len(self.labels) // len(sessions)
+        # A subject has slices everywhere, and views of several contrasts: nothing to balance over folds.
+        strata = None if self.target in ("slice_position", "contrast") else self.labels.tolist()
+        self.folds = k_folds(self.subjects.tolist(), min(recipe.folds, num_subjects), seed, strata)
         for fold in self.folds:
-            require_no_shared_content(store, {part: sessions[index // per_session] for part, index in fold.items()})
+            require_no_shared_content(store, {part: samples[index] for part, index in fold.items()})
+        self.patches = self._patch_probe(sessions) if recipe.patch else None
 
     def _choose_sessions(self) -> np.ndarray:
-        table = self.store.sessions
-        usable = np.arange(len(table))
-        if self.target != "slice_position":
-            if self.target not in table:
-                raise TrainingError("the store has no such column", where="probe.target", got=self.target)
-            usable = np.flatnonzero(table[self.target].notna().to_numpy())
-        if self.classifies:
-            labels = table["diagnosis"].astype(str)
-            frequent = labels[usable].map(labels.iloc[usable].value_counts()).to_numpy() >= SMALLEST_CLASS
-            usable = usable[frequent]
+        usable = labelled_sessions(self.store, self.target)
+        if self.target not in (*OF_SLICES, "contrast") and self.target not in self.store.sessions:
+            raise TrainingError("the store has no such column", where="probe.target", got=self.target)
         if len(usable) < 2:
             raise TrainingError("too few sessions have this column", where="probe.target", got=self.target)
         order = numpy_generator(PROBE, self.seed).permutation(usable)
         return np.sort(order[: self.recipe.max_sessions])
+
+    def _make_views(self, sessions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of each view: its session, the contrasts that it shows (bool), and its label."""
+        present = self.store.present[sessions]
+        if self.target != "contrast":
+            table = self.store.sessions
+            labels = table[self.target].to_numpy()[sessions] if self.target in table else np.zeros(len(sessions))
+            return sessions, present, labels
+        contrasts = frequent_contrasts(self.store)
+        which, column = np.nonzero(present[:, contrasts])
+        # As many embeddings as of any other target, of whole sessions.
+        most = max(2, self.recipe.max_sessions // len(contrasts))
+        which, column = which[which < most], column[which < most]
+        shown = np.zeros((len(which), present.shape[1]), dtype=bool)
+        shown[np.arange(len(which)), contrasts[column]] = True
+        return sessions[which], shown, np.array(self.store.contrasts)[contrasts[column]]
+
+    def _patch_probe(self, sessions: np.ndarray) -> PatchProbe | None:
+        """None where fewer than two subjects have a mask."""
+        table = self.store.sessions
+        masked = sessions[table["mask_dtype"].to_numpy()[sessions] != ""] if "mask_dtype" in table else sessions[:0]
+        subjects = subjects_to_divide(self.store)[0].astype(str)
+        if len(set(subjects[masked])) < 2:
+            warnings.warn("probe.patch is left out: the store has no masks of two subjects", stacklevel=2)
+            return None
+        rows = [self._rows_of(session) for session in masked]
+        return PatchProbe(self.store, masked, rows, subjects, self.recipe.folds, self.seed)
 
     def _rows_of(self, session: int) -> np.ndarray:
         rows = self.store.session_rows(session)
@@ -152,11 +187,12 @@ class Probe:
 
     def run(self, encoder: SliceEncoder, device: torch.device) -> ProbeScores:
         """Embed the subset and score it; the encoder's mode is left as it was."""
-        return self.score(self.embed(encoder, device))
+        scores = self.score(self.embed(encoder, device))
+        return scores if self.patches is None else replace(scores, patch=self.patches.run(encoder, device))
 
     @torch.no_grad()
-    def embed(self, encoder: SliceEncoder, device: torch.device) -> Float[np.ndarray, "N S D"]:
-        """CLS tokens of the subset's slices, session by session."""
+    def embed(self, encoder: SliceEncoder, device: torch.device) -> Float[np.ndarray, "V S D"]:
+        """CLS tokens of the slices, view by view."""
         was_training = encoder.training
         encoder.eval()
         embeddings = []
@@ -167,20 +203,20 @@ class Probe:
         encoder.train(was_training)
         return np.stack(embeddings)
 
-    def score(self, embeddings: Float[np.ndarray, "N S D"]) -> ProbeScores:
+    def score(self, embeddings: Float[np.ndarray, "V S D"]) -> ProbeScores:
         """Out-of-fold scores of a linear and a k-NN model; NaN where the features are not finite."""
-        if self.target == "slice_position":
-            features = embeddings.reshape(-1, embeddings.shape[-1])
-        else:
-            features = embeddings.mean(axis=1)
+        of_slices = self.target in OF_SLICES
+        features = embeddings.reshape(-1, embeddings.shape[-1]) if of_slices else embeddings.mean(axis=1)
+        features = features.astype(np.float64)  # a float32 near its end overflows when it is squared
         if not np.isfinite(features).all():
             # Told as a score, not raised: only rank 0 is here, and the guard stops all ranks together.
-            return ProbeScores(np.nan, np.nan, 0.0, self.metric, self.target)
+            return ProbeScores(np.nan, np.nan, 0.0, self.metric, self.target, self.chance)
         predicted = {name: self._out_of_fold(features, make) for name, make in self._models().items()}
         return ProbeScores(
             linear=self._measure(self.labels, predicted["linear"]),
             knn=self._measure(self.labels, predicted["knn"]),
             standard_error=self._standard_error(predicted[self.recipe.method]),
+            chance=self.chance,
             metric=self.metric,
             target=self.target,
         )
@@ -210,6 +246,9 @@ class Probe:
                 # A probe compares features; a solver that stops at 500 iterations compares them as well.
                 warnings.simplefilter("ignore", ConvergenceWarning)
                 predicted[test] = model.fit(features[train], self.labels[train]).predict(features[test])
+            if not self.classifies:
+                # Nobody is older than all that were seen: without this, one bad extrapolation is the whole score.
+                predicted[test] = predicted[test].clip(self.labels[train].min(), self.labels[train].max())
         return predicted
 
     def _measure(self, labels: np.ndarray, predicted: np.ndarray) -> float:

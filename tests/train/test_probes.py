@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from brainfound.errors import TrainingError
-from brainfound.train.probes import Probe, ProbeRecipe, choose_target
+from brainfound.train.probes import Probe, ProbeRecipe, ProbeScores, choose_target
 
 
 class TableStore:
     """A store's table without images."""
+
+    contrasts = ("T1w", "T2w")
 
     def __init__(self, table: pd.DataFrame, num_slices: int = 4) -> None:
         self.sessions = table.assign(first_row=np.arange(len(table)) * num_slices, num_slices=num_slices)
@@ -37,25 +39,34 @@ def test_the_target_follows_what_the_store_knows():
     diagnosis = ["AD"] * 12 + ["CN"] * 12
     assert choose_target(TableStore(table(age_years=ages, diagnosis=diagnosis))) == "diagnosis"
     assert choose_target(TableStore(table(age_years=ages, diagnosis=["AD"] * 4 + ["CN"] * 20))) == "age_years"
-    assert choose_target(TableStore(table(age_years=[50.0] * 24))) == "slice_position"
+    assert choose_target(TableStore(table(age_years=[50.0] * 24, sex=["F", "M"] * 12, site=["a"] * 24))) == "sex"
+    assert choose_target(TableStore(table(sex=["F"] * 24, site=["a"] * 12 + ["b"] * 12))) == "site"
+    both = TableStore(table(sex=["F"] * 20 + ["M"] * 4, site=[None] * 12 + ["b"] * 12))
+    assert choose_target(both) == "slice_position"
+    both.present = np.ones((24, 2), dtype=bool)
+    assert choose_target(both) == "contrast"
+    both.present[4:, 1] = False  # four sessions are not enough
+    assert choose_target(both) == "slice_position"
 
 
-@pytest.mark.parametrize("target", ["diagnosis", "age_years", "slice_position"])
+@pytest.mark.parametrize("target", ["diagnosis", "age_years", "sex", "site", "slice_position"])
 def test_informative_features_score_high_and_noise_does_not(target):
     ages = np.linspace(20, 80, 24)
-    store = TableStore(table(age_years=ages, diagnosis=["AD", "CN"] * 12))
+    groups = {"diagnosis": ["AD", "CN"] * 12, "sex": ["F", "M"] * 12, "site": ["a", "b"] * 12}
+    store = TableStore(table(age_years=ages, **groups))
     probe = Probe(store, ProbeRecipe(target=target, slices_per_session=4), seed=0)
     rng = np.random.default_rng(0)
     noise = rng.normal(size=(24, 4, 6))
     signal = noise * 0.1
-    value = {"diagnosis": np.array([0, 1] * 12)[:, None], "age_years": ages[:, None] / 20}.get(
-        target, np.linspace(-1, 1, 4)[None]
-    )
+    group = np.array([0, 1] * 12)[:, None]
+    values = dict.fromkeys(groups, group) | {"age_years": ages[:, None] / 20}
+    value = values.get(target, np.linspace(-1, 1, 4)[None])
     signal[:, :, 0] += value * 3
     good, bad = probe.score(signal), probe.score(noise)
     assert good.linear > 0.9
     assert good.knn > bad.knn + 0.3
     assert bad.linear < 0.75
+    assert good.chance == (0.5 if target in groups else 0)
     assert good.standard_error < bad.standard_error or good.standard_error < 0.05
 
 
@@ -99,3 +110,46 @@ def test_a_probe_is_repeatable_and_leaves_the_encoder_as_it_was(store, model):
     assert dataclasses.asdict(first) == dataclasses.asdict(second)
     assert model.encoder.training
     assert first.target == "age_years"
+
+
+def test_the_contrast_of_an_embedding_is_asked_of_one_contrast_at_a_time():
+    store = TableStore(table(8))
+    store.present = np.array([[True, True]] * 6 + [[True, False]] * 2)
+    probe = Probe(store, ProbeRecipe(target="contrast", slices_per_session=2, max_sessions=14), seed=0)
+    assert (probe.present.sum(axis=1) == 1).all()
+    assert [probe.present[:, i].sum() for i in (0, 1)] == [7, min(6, sum(probe.views < 6) // 2)]
+    assert probe.labels.tolist() == ["T1w" if shown[0] else "T2w" for shown in probe.present]
+    for fold in probe.folds:
+        assert not set(probe.views[fold["train"]]) & set(probe.views[fold["test"]])
+    signal = np.random.default_rng(0).normal(size=(len(probe.views), 2, 3)) * 0.1
+    signal[:, :, 0] += probe.present[:, :1]
+    assert probe.score(signal).linear == 1
+    store.present[:, 1] = False
+    with pytest.raises(TrainingError, match="two classes"):
+        Probe(store, ProbeRecipe(target="contrast"), seed=0)
+
+
+def test_a_prediction_stays_among_the_ages_that_were_seen():
+    """One image far from all others costs what one wrong answer can cost; unclipped, R² would be -1e6."""
+    ages = np.linspace(20, 80, 24)
+    probe = Probe(TableStore(table(age_years=ages)), ProbeRecipe(slices_per_session=1), seed=0)
+    signal = np.random.default_rng(0).normal(size=(24, 1, 3)) * 0.01
+    signal[:, 0, 0] += ages / 60
+    signal[12, 0, 0] = 1e3
+    assert probe.score(signal).linear > -1
+
+
+def test_huge_and_infinite_features_are_scored_without_an_error():
+    probe = Probe(TableStore(table(age_years=np.linspace(20, 80, 24))), ProbeRecipe(slices_per_session=1), seed=0)
+    features = np.random.default_rng(0).normal(size=(24, 1, 3)).astype(np.float32)
+    assert np.isfinite(probe.score(features * 1e37).linear)
+    features[3] = np.inf
+    assert np.isnan(probe.score(features).knn)
+
+
+def test_the_log_names_the_guarding_score():
+    scores = ProbeScores(0.6, 0.4, 0.02, "r2", "age_years", patch=0.7)
+    assert scores.line("linear")["probe"] == 0.6
+    line = scores.line("knn")
+    assert (line["probe"], line["probe/linear"], line["probe/knn"], line["probe/patch"]) == (0.4, 0.6, 0.4, 0.7)
+    assert (line["probe_chance"], line["probe_target"]) == (0.0, "age_years")
