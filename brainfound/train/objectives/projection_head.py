@@ -1,4 +1,4 @@
-"""The head of self-distillation: embedding → scores over prototypes.
+"""The head of self-distillation: embedding → a unit vector, to be compared with prototypes.
 
 Axis legend: ``N`` rows, ``D`` width, ``K`` prototypes.
 """
@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from brainfound.recipes import Recipe
+from brainfound.train.prototype_losses import Projection
 
 
 class HeadRecipe(Recipe):
@@ -58,8 +59,8 @@ class ProjectionHead(nn.Module):
                 nn.init.zeros_(layer.bias)
         nn.init.trunc_normal_(self.last_layer.weight, std=0.02, generator=generator)
 
-    def forward(self, embeddings: Float[Tensor, "N D"]) -> Float[Tensor, "N K"]:
+    def forward(self, embeddings: Float[Tensor, "N D"]) -> Projection:
         # A larger eps than the default keeps the gradient of a near-zero bottleneck finite in bfloat16.
-        unit = F.normalize(self.mlp(embeddings), dim=-1, eps=1e-6)
-        prototypes = F.normalize(self.last_layer.weight, dim=-1)
-        return F.linear(unit, prototypes)
+        narrow = self.mlp(embeddings)
+        unit = F.normalize(narrow.to(torch.promote_types(narrow.dtype, torch.float32)), dim=-1, eps=1e-6)
+        return Projection(unit, F.normalize(self.last_layer.weight, dim=-1))

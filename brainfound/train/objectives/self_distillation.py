@@ -184,6 +184,8 @@ class SelfDistillation(Objective):
         self.recipe = recipe
         self.num_steps = num_steps
         self.multi_crop = MultiCrop(views, encoder.patch_size)
+        # Of a student's and a teacher's crop: each global crop meets the other one, each local crop both.
+        self.num_pairs = 2 + 2 * views.num_local
         self.grid = (views.global_size // encoder.patch_size,) * 2
         self.student = EncoderWithHeads(copy.deepcopy(encoder), recipe, seed)
         # Copied, heads included: heads initialised apart would be two different sets of prototypes.
@@ -263,11 +265,6 @@ class SelfDistillation(Objective):
         return Targets(
             cls, seen, assign(seen, temperature, iterations), assign(hidden, temperature, iterations), temperature
         )
-
-    @property
-    def num_pairs(self) -> int:
-        """Pairs of a student's and a teacher's crop: each global crop meets the other one, each local crop both."""
-        return 2 + 2 * self.multi_crop.recipe.num_local
 
     def local_loss(self, targets: Targets, projection: Projection) -> Float[Tensor, ""]:
         """The CLS loss of the local crops; see `losses.dino_loss`."""

@@ -1,0 +1,133 @@
+"""Packed attention: sequences of one packing never see each other, and every kernel that works here agrees."""
+
+import pytest
+import torch
+from transformers import AttentionInterface, Dinov2Config, Dinov2Model
+
+from brainfound.errors import ModelError
+from brainfound.models import attention
+from brainfound.models.attention import Packing, available_kernels, choose_kernel, packed_attention
+
+PACKING = Packing(((2, 7), (3, 4), (1, 9)))
+CPU = torch.device("cpu")
+
+
+def random_inputs(packing=PACKING, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(3, 2, packing.num_tokens, 8, generator=generator, dtype=dtype)
+
+
+def one_by_one(inputs, packing, scaling):
+    """The definition, sequence by sequence."""
+    start, outputs = 0, []
+    for length in packing.lengths():
+        query, key, value = inputs[:, :, start : start + length]
+        weights = torch.softmax(torch.einsum("hqd,hkd->hqk", query, key) * scaling, dim=-1)
+        outputs.append(torch.einsum("hqk,hkd->qhd", weights, value))
+        start += length
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "matmul"])
+@pytest.mark.parametrize("scaling", [None, 0.3])
+def test_values_and_gradients_are_those_of_the_definition(kernel, scaling):
+    inputs, reference = random_inputs().requires_grad_(), random_inputs().requires_grad_()
+    output = packed_attention(*inputs.unbind(0), PACKING, kernel, scaling)
+    expected = one_by_one(reference, PACKING, 8**-0.5 if scaling is None else scaling)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-12)
+    for result in (output, expected):
+        (result * torch.arange(result.numel()).view_as(result)).sum().backward()
+    torch.testing.assert_close(inputs.grad, reference.grad, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "matmul"])
+def test_a_sequence_does_not_see_its_neighbours(kernel):
+    inputs = random_inputs()
+    before = packed_attention(*inputs, PACKING, kernel)
+    inputs[:, :, 7:] += 100  # everything but the first sequence
+    after = packed_attention(*inputs, PACKING, kernel)
+    assert torch.equal(before[:7], after[:7])
+    assert not torch.equal(before[7:], after[7:])
+
+
+def test_a_packing_counts_its_tokens():
+    assert PACKING.num_tokens == 14 + 12 + 9
+    assert PACKING.longest == 9
+    assert PACKING.cumulative_lengths(CPU).tolist() == [0, 7, 14, 18, 22, 26, 35]
+
+
+def test_a_wrong_kernel_or_packing_is_one_line():
+    inputs = random_inputs()
+    with pytest.raises(ModelError, match="unknown attention kernel 'flash'"):
+        packed_attention(*inputs, PACKING, "flash")
+    with pytest.raises(ModelError, match="does not fit"):
+        packed_attention(*inputs[:, :, :-1], PACKING)
+
+
+def test_kernels_are_tried_not_trusted(monkeypatch):
+    def wrong(query, key, value, packing, scaling):
+        return attention._KERNELS["sdpa"](query, key, value, packing, scaling) * 1.5
+
+    def broken(query, key, value, packing, scaling):
+        raise NotImplementedError("no operator for this device\nand a long explanation")
+
+    monkeypatch.setitem(attention._KERNELS, "varlen", wrong)
+    monkeypatch.setitem(attention._KERNELS, "xformers", broken)
+    found = available_kernels(CPU, torch.float32)
+    assert found["sdpa"] == found["matmul"] == ""
+    assert "differs from the reference" in found["varlen"]
+    assert found["xformers"] == "no operator for this device"
+    kernel, report = choose_kernel(PACKING, 2, 8, CPU, torch.float32, repeats=1)
+    assert kernel in ("sdpa", "matmul")
+    assert isinstance(report[kernel], float)
+    assert report["xformers"] == found["xformers"]
+
+
+def test_the_fastest_kernel_is_chosen(monkeypatch):
+    import time
+
+    def slow(query, key, value, packing, scaling):
+        time.sleep(0.05)
+        return attention._per_run(attention._sdpa)(query, key, value, packing, scaling)
+
+    for name in ("sdpa", "varlen", "xformers"):
+        monkeypatch.setitem(attention._KERNELS, name, slow)
+    assert choose_kernel(PACKING, 2, 8, CPU, torch.float32, repeats=1)[0] == "matmul"
+
+
+def tiny_vit(implementation):
+    torch.manual_seed(0)
+    config = Dinov2Config(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, patch_size=8, image_size=32,
+        attn_implementation=implementation,
+    )  # fmt: skip
+    return Dinov2Model(config).eval()
+
+
+def test_xformers_is_registered_with_the_library_and_says_why_it_cannot_run(monkeypatch):
+    assert "xformers" in AttentionInterface().valid_keys()
+    attention._xformers_fault.cache_clear()
+    monkeypatch.setattr(attention, "_fault", lambda *arguments: "no operator for a CPU")
+    with pytest.raises(ModelError, match=r"no operator for a CPU.*attn_implementation"):
+        tiny_vit("xformers")(torch.rand(1, 3, 32, 32))
+    attention._xformers_fault.cache_clear()
+
+
+def test_xformers_gets_what_the_library_hands_over(monkeypatch):
+    """With a stand-in for the missing package, a model with attn_implementation="xformers" equals one with SDPA."""
+    import sys
+    import types
+
+    def stand_in(query, key, value, attn_bias=None, scale=None):
+        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        return torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2)
+
+    module = types.ModuleType("xformers.ops")
+    module.memory_efficient_attention = stand_in
+    monkeypatch.setitem(sys.modules, "xformers", types.ModuleType("xformers"))
+    monkeypatch.setitem(sys.modules, "xformers.ops", module)
+    monkeypatch.setattr(attention, "_xformers_fault", lambda *arguments: "")
+    pixels = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = tiny_vit("sdpa")(pixels).last_hidden_state
+        torch.testing.assert_close(tiny_vit("xformers")(pixels).last_hidden_state, expected)
