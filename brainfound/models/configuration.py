@@ -41,7 +41,8 @@ class BrainFoundConfig(PreTrainedConfig):
     stem: str = "channels"
     """How contrasts enter the backbone: "channels" (one contrast per input channel)."""
     image_mean: float | list[float] = 0.449
-    """Subtracted from pixels in 0–1; one value, or one per contrast. The default is the mean of the ImageNet values."""
+    """Subtracted from pixels in 0–1; one value, or one per contrast. The default is the mean of the ImageNet values;
+    `from_backbone` of a supervised ViT takes that of its preprocessor."""
     image_std: float | list[float] = 0.226
     """Pixels are divided by it after `image_mean`; one value, or one per contrast."""
     slice_chunk: int = 64

@@ -1,7 +1,7 @@
 """Every pretraining recipe that ships is run: two real steps from a tiny stand-in of its checkpoint, then its export.
 
-What a recipe says is kept (objective, part that is trained, views, schedule, accumulation, precision of moments …);
-only sizes are replaced: of crops, batch, heads, decoder and probe.
+What a recipe says is kept (objective, part that is trained, views, schedule, accumulation, guard …); only sizes are
+replaced: of crops, batch, heads, decoder and probe.
 """
 
 from __future__ import annotations
@@ -43,7 +43,10 @@ SIZES = {
     "prototypes": 32, "hidden": 32, "bottleneck": 16, "hidden_size": WIDTH, "num_layers": NUM_LAYERS, "num_heads": 2,
     "max_sessions": 4, "slices_per_session": 1, "folds": 2, "num_workers": 0, "precision": "no", "rank": 4,
 }  # fmt: skip
-DECODER_SIZES = {"width": 16, "depth": 1, "heads": 2, "num_heads": 2, "num_layers": 1, "layers": 1, "blocks": 1}
+DECODER_SIZES = {"width": 16, "layers": 1, "heads": 2}
+
+# Features of random weights after two steps tell no ages, which the probe says.
+pytestmark = pytest.mark.filterwarnings("ignore:.*not above chance")
 
 
 @pytest.fixture(scope="module")
