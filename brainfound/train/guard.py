@@ -211,6 +211,8 @@ class Guard:
         """What in a log line says collapse, in words."""
         recipe = self.recipe
         found = []
+        if math.isnan(line.get("effective_rank", 0.0)):
+            return ["they are not finite"]
         entropy, rank, cosine = (line.get(name) for name in ("teacher_entropy", "effective_rank", "mean_cosine"))
         if entropy is not None and not entropy >= recipe.min_teacher_entropy:
             found.append(f"teacher entropy {entropy:.3g} of ln K, below {recipe.min_teacher_entropy:g}")

@@ -21,7 +21,6 @@ from jaxtyping import Float
 from pydantic import Field
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, RidgeCV
-from sklearn.metrics import balanced_accuracy_score, r2_score
 from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -124,9 +123,10 @@ class Probe:
             labels = store.slice_positions_mm[self.rows].ravel()
             samples = np.repeat(self.views, self.rows.shape[1])
         self.labels = labels.astype(str) if self.classifies else labels.astype(float)
-        if self.classifies and len(set(self.labels)) < 2:
+        self.classes = np.unique(self.labels) if self.classifies else self.labels[:0]
+        if len(self.classes) == 1:
             raise TrainingError("a probe needs two classes", where="probe.target", got=self.target)
-        self.chance = 1 / len(set(self.labels)) if self.classifies else 0.0
+        self.chance = 1 / len(self.classes) if self.classifies else 0.0
         self.subjects = subjects_to_divide(store)[0][samples].astype(str)
         num_subjects = len(set(self.subjects))
         if num_subjects < 2:
@@ -252,11 +252,12 @@ class Probe:
         return predicted
 
     def _measure(self, labels: np.ndarray, predicted: np.ndarray) -> float:
-        with warnings.catch_warnings():
-            # A bootstrap sample may lack a class; its predictions then count for nothing.
-            warnings.simplefilter("ignore", UserWarning)
-            measure = balanced_accuracy_score if self.classifies else r2_score
-            return float(measure(labels, predicted))
+        """Balanced accuracy over the classes among `labels`, or R²."""
+        if self.classifies:
+            # A bootstrap sample may lack a class; it then counts for nothing.
+            right = predicted == labels
+            return float(np.mean([right[labels == one].mean() for one in self.classes if (labels == one).any()]))
+        return float(1 - np.square(labels - predicted).sum() / np.square(labels - labels.mean()).sum())
 
     def _standard_error(self, predicted: np.ndarray) -> float:
         rng = numpy_generator(PROBE, self.seed, 1)

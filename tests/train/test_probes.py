@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from sklearn.metrics import balanced_accuracy_score, r2_score
 
 from brainfound.errors import TrainingError
 from brainfound.train.probes import Probe, ProbeRecipe, ProbeScores, choose_target
@@ -145,6 +146,19 @@ def test_huge_and_infinite_features_are_scored_without_an_error():
     assert np.isfinite(probe.score(features * 1e37).linear)
     features[3] = np.inf
     assert np.isnan(probe.score(features).knn)
+
+
+def test_the_measures_are_those_of_scikit_learn():
+    rng = np.random.default_rng(0)
+    store = TableStore(table(age_years=np.linspace(20, 80, 24), site=["a", "b", "c"] * 8))
+    sites, ages = (Probe(store, ProbeRecipe(target=target), seed=0) for target in ("site", "age_years"))
+    guessed = rng.choice(["a", "b"], 24)
+    assert sites._measure(sites.labels, guessed) == pytest.approx(balanced_accuracy_score(sites.labels, guessed))
+    some = sites.labels != "c"
+    expected = balanced_accuracy_score(sites.labels[some], guessed[some])
+    assert sites._measure(sites.labels[some], guessed[some]) == pytest.approx(expected)
+    guess = rng.normal(50, 10, 24)
+    assert ages._measure(ages.labels, guess) == pytest.approx(r2_score(ages.labels, guess))
 
 
 def test_the_log_names_the_guarding_score():
