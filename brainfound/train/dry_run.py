@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 from brainfound.data.augmentation import ViewsRecipe
 from brainfound.errors import UsageError
+from brainfound.models.encoder import SliceEncoder
 from brainfound.train.engine import Engine, EngineRecipe
 from brainfound.train.flops import StepFlops, step_flops
 from brainfound.train.gpus import GPUKind, find_gpu
@@ -101,13 +102,14 @@ class Weights:
     def of(cls, objective: Objective) -> Weights:
         """Count them; sharded ones count whole."""
         student, encoder = objective.student, objective.exported_encoder
-        frozen = [_count(module) for module in objective.frozen_modules()]
+        # An anchor is a bare encoder; a teacher has heads.
+        is_anchor = {module: isinstance(module, SliceEncoder) for module in objective.frozen_modules()}
         heads = sum(_count(module) for module in student.modules() if isinstance(module, ProjectionHead))
         return cls(
             student=_count(student),
             trained=sum(p.numel() for p in student.parameters() if p.requires_grad),
-            teacher=frozen[0] if frozen else 0,
-            anchor=sum(frozen[1:]),
+            teacher=sum(_count(module) for module, anchor in is_anchor.items() if not anchor),
+            anchor=sum(_count(module) for module, anchor in is_anchor.items() if anchor),
             encoder=_count(student) - heads,
             layer=max(_count(block.get_submodule(branch)) for block in encoder.blocks for branch in BRANCHES),
         )

@@ -52,8 +52,7 @@ def step_flops(objective: Objective, views: ViewsRecipe, num_slices: int) -> Ste
     if isinstance(objective, SelfDistillation):
         return _self_distillation(objective, views, num_slices)
     if isinstance(objective, MaskedAutoencoder):
-        student = objective.student
-        return StepFlops(_reconstruction(student.encoder, student.heads["decoder"], objective.hiding, num_slices))
+        return _masked_autoencoder(objective, num_slices)
     if isinstance(objective, Hybrid):
         encoder, decoder = objective.distillation.student.encoder, objective.student.heads["decoder"]
         reconstruction = StepFlops(_reconstruction(encoder, decoder, objective.hiding, num_slices))
@@ -121,10 +120,21 @@ def _self_distillation(objective: SelfDistillation, views: ViewsRecipe, num_slic
     return StepFlops(own + 3 * gram, answers, anchor)
 
 
+def _masked_autoencoder(objective: MaskedAutoencoder, num_slices: int) -> StepFlops:
+    encoder, decoder = objective.student.encoder, objective.student.heads["decoder"]
+    own = _reconstruction(encoder, decoder, objective.hiding, num_slices)
+    if objective.anchor is None:
+        return StepFlops(own)
+    num_patches = objective.hiding.grid[0] * objective.hiding.grid[1]
+    num_kept = num_patches - objective.hiding.num_hidden
+    gram = 2.0 * num_slices * num_kept**2 * encoder.embed_dim if objective.recipe.anchor_gram_weight else 0.0
+    anchor = encoder_flops(objective.anchor, num_slices, num_patches, seen=num_kept) + gram
+    return StepFlops(own + 3 * gram, anchor=anchor)
+
+
 def _reconstruction(encoder: SliceEncoder, decoder: nn.Module, hiding: PatchHiding, num_slices: int) -> float:
     assert isinstance(decoder, PixelDecoder)
-    num_patches = decoder.num_patches
-    num_hidden = min(max(round(num_patches * hiding.recipe.mask_ratio), 1), num_patches - 1)
+    num_patches, num_hidden = decoder.num_patches, hiding.num_hidden
     num_kept = num_patches - num_hidden
     flops = encoder_flops(encoder, num_slices, num_patches, seen=num_kept, backward=True)
     flops += matrices_flops(decoder.embed, num_slices * (1 + num_kept), backward=True)

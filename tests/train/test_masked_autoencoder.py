@@ -11,7 +11,9 @@ from brainfound.train.objectives.base import SliceBatch, StepKey
 from brainfound.train.objectives.masked_autoencoder import (
     MaskedAutoencoder,
     MaskedAutoencoderRecipe,
+    encode_visible,
     hide_patches,
+    num_hidden_of,
     patch_pixels,
     reconstruct,
     reconstruction_loss,
@@ -70,7 +72,7 @@ def test_the_loss_is_that_of_the_plain_formula(normalise):
     pixels = torch.rand(3, 2, 12, 20, generator=generator)
     pixels[0, :, :4, :4] = 0  # air, whose variance is 0
     contrast_mask = torch.tensor([[True, True], [True, False], [False, True]])
-    hidden = hide_patches(3, 15, 0.6, np.random.default_rng(0)).hidden
+    hidden = hide_patches(3, 15, 9, np.random.default_rng(0)).hidden
     predicted = torch.randn(3, hidden.shape[1], 2 * 16, generator=generator)
     patches = patch_pixels(pixels, 4)
     target = torch.stack([patches[crop, hidden[crop]] for crop in range(3)])
@@ -94,14 +96,13 @@ def test_a_contrast_that_is_not_shown_is_no_target(objective, batch):
 
 
 def test_exactly_the_asked_part_is_hidden_at_places_that_differ():
-    kept, hidden = hide_patches(8, 16, 0.75, np.random.default_rng(0))
+    kept, hidden = hide_patches(8, 16, num_hidden_of(16, 0.75), np.random.default_rng(0))
     assert kept.shape == (8, 4)
     assert hidden.shape == (8, 12)
     for row in range(8):
         assert sorted(kept[row].tolist() + hidden[row].tolist()) == list(range(16))
     assert len({tuple(row.tolist()) for row in kept}) > 1
-    assert hide_patches(2, 4, 0.99, np.random.default_rng(0)).kept.shape == (2, 1)
-    assert hide_patches(2, 4, 0.01, np.random.default_rng(0)).hidden.shape == (2, 1)
+    assert (num_hidden_of(4, 0.99), num_hidden_of(4, 0.01)) == (3, 1)
 
 
 def test_the_encoder_sees_the_visible_tokens_only(objective, batch, monkeypatch):
@@ -178,7 +179,39 @@ def test_every_parameter_that_is_trained_gets_a_gradient(objective, batch):
     trained = dict(objective.student.named_parameters())
     assert [name for name, p in trained.items() if p.requires_grad and p.grad is None] == []
     assert [name for name, p in trained.items() if not p.requires_grad] == ["encoder.backbone.embeddings.mask_token"]
-    assert metrics["loss_reconstruction"] == loss.detach()
+    parts = [metrics[f"loss_{name}"] for name in ("reconstruction", "anchor_gram", "anchor_cls")]
+    torch.testing.assert_close(loss.detach(), parts[0] + 1.0 * parts[1] + 0.1 * parts[2])
+    assert not any(p.requires_grad or p.grad is not None for p in objective.anchor.parameters())
+
+
+def test_the_anchor_is_silent_at_the_start_and_speaks_when_the_student_moves(objective, batch):
+    _, metrics = objective.loss(objective.student, batch, KEY)
+    assert metrics["loss_anchor_gram"] < 1e-10
+    assert metrics["loss_anchor_cls"].abs() < 1e-5
+    with torch.no_grad():
+        for parameter in objective.student.encoder.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)) * 0.1)
+    _, metrics = objective.loss(objective.student, batch, KEY)
+    assert metrics["loss_anchor_gram"] > 1e-3
+    assert objective.gauges()["gram_distance"] == pytest.approx(metrics["loss_anchor_gram"].item())
+
+
+def test_the_anchor_sees_the_same_patches_as_the_student(objective, batch):
+    """By loops: the Gram matrices and cosines of the visible patches of both."""
+    with torch.no_grad():
+        for parameter in objective.student.encoder.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)) * 0.1)
+        views = objective.hiding.views(batch, KEY)
+        gram, cosine = [], []
+        for row in range(len(views.pixels)):
+            one = (views.pixels[row : row + 1], views.contrast_mask[row : row + 1], views.kept[row : row + 1])
+            both = [encode_visible(encoder, *one) for encoder in (objective.student.encoder, objective.anchor)]
+            units = [(patches[0] / patches[0].norm(dim=1, keepdim=True)).double().numpy() for _, patches in both]
+            gram.append(((units[0] @ units[0].T - units[1] @ units[1].T) ** 2).mean())
+            cosine.append(torch.cosine_similarity(both[0][0], both[1][0]).item())
+    _, metrics = objective.loss(objective.student, batch, KEY)
+    assert metrics["loss_anchor_gram"].item() == pytest.approx(np.mean(gram), rel=1e-4)
+    assert metrics["loss_anchor_cls"].item() == pytest.approx(1 - np.mean(cosine), rel=1e-4)
 
 
 def test_a_step_is_a_function_of_its_key(objective, batch):
@@ -225,15 +258,26 @@ def test_it_learns(model, recipe, batch):
     assert losses[-1] < 0.8 * losses[0]
 
 
-def test_there_is_no_state_beside_the_student(objective):
-    assert objective.state_dict() == {}
-    objective.load_state_dict({})
-    with pytest.raises(KeyError, match="teacher"):
-        objective.load_state_dict({"teacher.x": torch.zeros(1)})
+def test_the_state_beside_the_student_is_the_anchor(objective, model, recipe):
+    anchored = objective.state_dict()
+    assert {name.removeprefix("anchor.") for name in anchored} == set(model.encoder.state_dict())
+    with torch.no_grad():
+        for parameter in objective.anchor.parameters():
+            parameter.add_(1)
+    fresh = make(model, recipe)
+    fresh.load_state_dict({name: tensor.clone() for name, tensor in objective.state_dict().items()})
+    assert all(torch.equal(a, b) for a, b in zip(fresh.anchor.parameters(), objective.anchor.parameters(), strict=True))
+    with pytest.raises(RuntimeError, match="Missing key"):
+        fresh.load_state_dict({})
+    free = make(model, recipe, anchor_gram_weight=0, anchor_cls_weight=0)
+    assert free.state_dict() == {}
+    assert free.frozen_modules() == []
+    with pytest.raises(KeyError, match="anchor"):
+        free.load_state_dict(anchored)
 
 
 def test_a_crop_that_does_not_fit_the_patches_is_refused(model, recipe):
-    with pytest.raises(RecipeError, match=r"views\.global_size"):
-        MaskedAutoencoder(
-            model.encoder, MaskedAutoencoderRecipe(decoder=DECODER), recipe("views.global_size=30").views, seed=0
-        )
+    for size in (30, 8):
+        views = recipe(f"views.global_size={size}").views
+        with pytest.raises(RecipeError, match=r"views\.global_size"):
+            MaskedAutoencoder(model.encoder, MaskedAutoencoderRecipe(decoder=DECODER), views, seed=0)

@@ -82,19 +82,20 @@ def settings_for(kind: str, before: Mapping[str, Any]) -> tuple[dict[str, Any], 
 def in_words(recipe: SelfDistillationRecipe | MaskedAutoencoderRecipe) -> tuple[str, str]:
     """What an objective is, and what of it is exported, for a model card.
 
-    >>> in_words(MaskedAutoencoderRecipe())
+    >>> in_words(MaskedAutoencoderRecipe(anchor_gram_weight=0, anchor_cls_weight=0))
     ('masked autoencoding (75% of the patches hidden)', 'encoder')
     """
+    anchored = ", anchored to the starting checkpoint" if recipe.anchored else ""
     if isinstance(recipe, MaskedAutoencoderRecipe):
-        return _masking_in_words(recipe), "encoder"
+        return f"masked autoencoding ({_hiding_in_words(recipe)}{anchored})", "encoder"
     weighted = {"DINO": recipe.dino_weight, "iBOT": recipe.ibot_weight, "KoLeo": recipe.koleo_weight}
     parts = " + ".join(name for name, weight in weighted.items() if weight)
-    anchored = ", anchored to the starting checkpoint" if recipe.anchored else ""
     words = f"self-distillation ({parts}{anchored})"
     if isinstance(recipe, HybridRecipe):
-        words += f" and {_masking_in_words(recipe.reconstruction)}, weighted {recipe.reconstruction_weight:g}"
+        hiding = _hiding_in_words(recipe.reconstruction)
+        words += f" and masked autoencoding ({hiding}, weighted {recipe.reconstruction_weight:g})"
     return words, "EMA teacher"
 
 
-def _masking_in_words(recipe: ReconstructionRecipe) -> str:
-    return f"masked autoencoding ({recipe.mask_ratio:.0%} of the patches hidden)"
+def _hiding_in_words(recipe: ReconstructionRecipe) -> str:
+    return f"{recipe.mask_ratio:.0%} of the patches hidden"

@@ -4,8 +4,9 @@ Axis legend: ``n`` crops (one per slice), ``C`` contrasts, ``H W`` pixels, ``P``
 and ``M`` masked ones, ``D`` width, ``p`` side of a patch in pixels.
 
 Source: MAE (arXiv 2111.06377). What is ours is made for scans of several contrasts: the pixels of a
-patch are normalised per contrast, a contrast that a crop does not show is no target, and every crop
-weighs alike however many contrasts it shows.
+patch are normalised per contrast, a contrast that a crop does not show is no target, every crop
+weighs alike however many contrasts it shows, and a run that continues from released weights is anchored
+to them: the frozen starting checkpoint looks at the same visible patches.
 """
 
 from __future__ import annotations
@@ -21,13 +22,15 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from brainfound.data.augmentation import MultiCrop, Views, ViewsRecipe
+from brainfound.errors import RecipeError
 from brainfound.models.encoder import SliceEncoder
 from brainfound.recipes import Recipe
-from brainfound.train import ranks
+from brainfound.train import losses, ranks
 from brainfound.train.guard import feature_gauges
 from brainfound.train.objectives.base import Objective, SliceBatch, StepKey
 from brainfound.train.objectives.pixel_decoder import PixelDecoder, PixelDecoderRecipe
 from brainfound.train.randomness import INITIALISATION, MASKS, VIEWS, numpy_generator, torch_generator
+from brainfound.train.trained_part import without_adapters
 
 _DECODER_STREAM = 100  # apart from the streams of projection heads, which count from 0
 _STEP_STREAM = 2  # apart from the views and masks of self-distillation, beside which this may run
@@ -50,6 +53,15 @@ class MaskedAutoencoderRecipe(ReconstructionRecipe):
 
     kind: Literal["masked_autoencoder"] = "masked_autoencoder"
     """Names the objective."""
+    anchor_gram_weight: float = Field(default=1.0, ge=0)
+    """Weight of the distance between Gram matrices of visible patches of student and starting checkpoint; 0: off."""
+    anchor_cls_weight: float = Field(default=0.1, ge=0)
+    """Weight of 1 − cosine between the CLS tokens of student and starting checkpoint; 0: off."""
+
+    @property
+    def anchored(self) -> bool:
+        """Whether a frozen copy of the starting checkpoint takes part."""
+        return self.anchor_gram_weight > 0 or self.anchor_cls_weight > 0
 
 
 class HiddenPatches(NamedTuple):
@@ -72,12 +84,17 @@ class Reconstruction(NamedTuple):
     """What the student answers."""
 
     cls: Float[Tensor, "n D"]
+    visible: Float[Tensor, "n V D"]
     patches: Float[Tensor, "n M C·p²"]
 
 
-def hide_patches(num_crops: int, num_patches: int, ratio: float, rng: np.random.Generator) -> HiddenPatches:
-    """Hide the same number of patches, at random places, in each crop; at least one is hidden and one is seen."""
-    num_hidden = min(max(round(num_patches * ratio), 1), num_patches - 1)
+def num_hidden_of(num_patches: int, ratio: float) -> int:
+    """How many patches of a crop are hidden: at least one, and not all."""
+    return min(max(round(num_patches * ratio), 1), num_patches - 1)
+
+
+def hide_patches(num_crops: int, num_patches: int, num_hidden: int, rng: np.random.Generator) -> HiddenPatches:
+    """Hide the same number of patches, at random places, in each crop."""
     order = torch.from_numpy(rng.permuted(np.tile(np.arange(num_patches), (num_crops, 1)), axis=1))
     hidden, kept = order[:, :num_hidden], order[:, num_hidden:]
     return HiddenPatches(kept.sort(dim=1).values, hidden.sort(dim=1).values)
@@ -108,6 +125,20 @@ def reconstruction_loss(
         return ((error * shown).sum(dim=1) / shown.sum(dim=1).clamp(min=1)).mean()
 
 
+def encode_visible(
+    encoder: SliceEncoder,
+    pixels: Float[Tensor, "n C H W"],
+    contrast_mask: Bool[Tensor, "n C"],
+    kept: Int[Tensor, "n V"],
+) -> tuple[Float[Tensor, "n D"], Float[Tensor, "n V D"]]:
+    """(CLS, patches) of the patches that are kept; only they go through the blocks."""
+    tokens = encoder.embed(pixels, contrast_mask)
+    prefix, patches = tokens.tensor_split([encoder.num_prefix_tokens], dim=1)
+    patches = patches.gather(1, kept[..., None].expand(-1, -1, patches.shape[-1]))
+    (encoded,) = encoder.transform([torch.cat([prefix, patches], dim=1)])
+    return encoded[:, 0], encoded[:, encoder.num_prefix_tokens :]
+
+
 def reconstruct(
     encoder: SliceEncoder,
     decoder: nn.Module,
@@ -116,13 +147,9 @@ def reconstruct(
     kept: Int[Tensor, "n V"],
     hidden: Int[Tensor, "n M"],
 ) -> Reconstruction:
-    """Encode the patches that are kept, and only them, and decode the hidden ones."""
-    tokens = encoder.embed(pixels, contrast_mask)
-    prefix, patches = tokens.tensor_split([encoder.num_prefix_tokens], dim=1)
-    patches = patches.gather(1, kept[..., None].expand(-1, -1, patches.shape[-1]))
-    (encoded,) = encoder.transform([torch.cat([prefix, patches], dim=1)])
-    cls, visible = encoded[:, 0], encoded[:, encoder.num_prefix_tokens :]
-    return Reconstruction(cls, decoder(cls, visible, kept, hidden))
+    """Encode the patches that are kept, and decode the hidden ones."""
+    cls, visible = encode_visible(encoder, pixels, contrast_mask, kept)
+    return Reconstruction(cls, visible, decoder(cls, visible, kept, hidden))
 
 
 class EncoderWithDecoder(nn.Module):
@@ -144,12 +171,24 @@ class PatchHiding:
         encoder: gives the patch size.
         recipe: what is hidden.
         views: how crops are made: as the global ones, one of each slice.
+
+    Raises:
+        RecipeError: if crops do not fit the patch size, or have one patch only.
     """
 
     def __init__(self, encoder: SliceEncoder, recipe: ReconstructionRecipe, views: ViewsRecipe) -> None:
         self.recipe = recipe
         self.patch_size = encoder.patch_size
         self.grid = (views.global_size // encoder.patch_size,) * 2
+        if self.grid == (1, 1):
+            raise RecipeError(
+                "a crop of one patch cannot be hidden in part",
+                where="views.global_size",
+                got=views.global_size,
+                expected=f"at least {2 * encoder.patch_size}",
+                remedy=f"Set views.global_size={2 * encoder.patch_size} or more",
+            )
+        self.num_hidden = num_hidden_of(self.grid[0] * self.grid[1], recipe.mask_ratio)
         self.crop = MultiCrop(views.model_copy(update={"num_local": 0}), encoder.patch_size, num_global=1)
 
     def views(self, batch: SliceBatch, key: StepKey) -> MaskedViews:
@@ -164,7 +203,7 @@ class PatchHiding:
         patches = hide_patches(
             len(large.pixels),
             self.grid[0] * self.grid[1],
-            self.recipe.mask_ratio,
+            self.num_hidden,
             numpy_generator(MASKS, key.seed, *key.keys, _STEP_STREAM),
         )
         return MaskedViews(
@@ -189,7 +228,7 @@ class PatchHiding:
 
 
 class MaskedAutoencoder(Objective):
-    """An encoder that learns by filling in; there is no teacher, so it is the student that is exported.
+    """An encoder that learns by filling in, and its anchor; there is no teacher, so the student is exported.
 
     Args:
         encoder: the starting checkpoint, with its trained part chosen; it is copied, not changed.
@@ -198,33 +237,54 @@ class MaskedAutoencoder(Objective):
         seed: initialises the decoder.
 
     Raises:
-        RecipeError: if crops do not fit the patch size.
+        RecipeError: if crops do not fit the patch size, or have one patch only.
     """
 
     student: EncoderWithDecoder
 
-    def __init__(self, encoder: SliceEncoder, recipe: ReconstructionRecipe, views: ViewsRecipe, seed: int) -> None:
-        encoder = copy.deepcopy(encoder)
-        self.hiding = PatchHiding(encoder, recipe, views)
-        self.student = EncoderWithDecoder(encoder, self.hiding.make_decoder(encoder, seed))
+    def __init__(self, encoder: SliceEncoder, recipe: MaskedAutoencoderRecipe, views: ViewsRecipe, seed: int) -> None:
+        self.recipe = recipe
+        student = copy.deepcopy(encoder)
         # Hidden patches do not enter the encoder, so its own mask token would wait for a gradient in vain.
-        encoder.backbone.embeddings.mask_token.requires_grad_(False)
-        self._last_cls: Tensor | None = None
+        student.backbone.embeddings.mask_token.requires_grad_(False)
+        self.hiding = PatchHiding(encoder, recipe, views)
+        self.student = EncoderWithDecoder(student, self.hiding.make_decoder(encoder, seed))
+        self.anchor = without_adapters(encoder).requires_grad_(False).eval() if recipe.anchored else None
+        self._last: tuple[Tensor, dict[str, Tensor]] | None = None
 
     @property
     def exported_encoder(self) -> SliceEncoder:
         """The student's encoder."""
         return self.student.encoder
 
+    def frozen_modules(self) -> list[nn.Module]:
+        return [] if self.anchor is None else [self.anchor]
+
     def to(self, device: torch.device) -> None:
-        """Nothing is there beside the student."""
+        if self.anchor is not None:
+            self.anchor.to(device)
 
     def loss(self, student: nn.Module, batch: SliceBatch, key: StepKey) -> tuple[Tensor, dict[str, Tensor]]:
         views = self.hiding.views(batch, key)
         answer = student(*views)
         loss = self.hiding.loss(answer, views)
-        self._last_cls = answer.cls.detach()
-        return loss, {"loss_reconstruction": loss.detach()}
+        metrics = {"loss_reconstruction": loss.detach()}
+        for name, (weight, part) in self.anchor_parts(answer, views).items():
+            loss = loss + weight * part
+            metrics[f"loss_{name}"] = part.detach()
+        self._last = answer.cls.detach(), metrics
+        return loss, metrics
+
+    def anchor_parts(self, answer: Reconstruction, views: MaskedViews) -> dict[str, tuple[float, Tensor]]:
+        """(Weight, distance to the starting checkpoint), which sees the same patches."""
+        if self.anchor is None:
+            return {}
+        with torch.no_grad():
+            cls, visible = encode_visible(self.anchor, views.pixels, views.contrast_mask, views.kept)
+        return {
+            "anchor_gram": (self.recipe.anchor_gram_weight, losses.gram_loss(answer.visible, visible)),
+            "anchor_cls": (self.recipe.anchor_cls_weight, losses.cosine_loss(answer.cls, cls)),
+        }
 
     def after_step(self, step: int, taken: Float[Tensor, ""]) -> None:
         """There is no teacher to move."""
@@ -232,9 +292,13 @@ class MaskedAutoencoder(Objective):
     @torch.no_grad()
     def gauges(self) -> dict[str, float]:
         """Gauges of the last batch's CLS tokens; there are no prototypes, so there is no entropy and no ln K."""
-        if self._last_cls is None:
+        if self._last is None:
             return {}
-        return feature_gauges(ranks.gather_rows(self._last_cls.float()))
+        cls, metrics = self._last
+        gauges = feature_gauges(ranks.gather_rows(cls.float()))
+        if "loss_anchor_gram" in metrics:
+            gauges["gram_distance"] = metrics["loss_anchor_gram"].item()
+        return gauges
 
     def schedule(self, step: int) -> dict[str, float]:
         return {}
@@ -246,8 +310,12 @@ class MaskedAutoencoder(Objective):
         }
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {}
+        if self.anchor is None:
+            return {}
+        return {f"anchor.{name}": tensor for name, tensor in self.anchor.state_dict().items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        if state:
+        if self.anchor is not None:
+            self.anchor.load_state_dict({name.removeprefix("anchor."): tensor for name, tensor in state.items()})
+        elif state:
             raise KeyError(f"unknown: {', '.join(sorted(state))}")
