@@ -2,7 +2,7 @@
 
 `pretrain` runs as it is shipped: store, loader, objective, engine, optimiser, teacher, log. The
 reference gets the starting weights and the views and masks of each micro-batch, and computes the rest
-on its own in double precision: the forward pass through the library's own `Dinov2Model`, teacher,
+on its own in double precision: the forward pass through the library's own ViT, teacher,
 targets, losses by the published formulas, gradients by autograd, clipping, AdamW and the moving average
 by hand, learning rates by closed formulas. It is never set back to the engine's weights, so that an
 error in one step would show in all that follow.
@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from torch import Tensor
-from transformers import Dinov2Model
+from transformers import AutoModel, Dinov2WithRegistersConfig, Dinov2WithRegistersModel, PreTrainedModel
 
 from brainfound.train import run_files
 from brainfound.train.objectives import self_distillation
@@ -52,6 +52,7 @@ SETTINGS = {
 }
 STEPS, BATCH, LAYERS = SETTINGS["engine.steps"], 8, 3
 FLOAT32 = 1e-5
+CLIPPED = ("backbone", "dino_head", "ibot_head")
 PARTS = ("dino_global", "dino_local", "ibot", "koleo", "anchor_gram", "anchor_cls")
 
 
@@ -219,7 +220,7 @@ def published_koleo(cls: Tensor, sessions: Tensor) -> Tensor:
 class Reference:
     """DINOv2's step, written out."""
 
-    def __init__(self, hub: Dinov2Model, start: Recording) -> None:
+    def __init__(self, hub: PreTrainedModel, start: Recording) -> None:
         self.hub = hub.double().eval()
         self.contrast_vector: Tensor | None = None
         # What a contrast embedding adds, the library's model does not know: it is added behind its convolution.
@@ -240,10 +241,13 @@ class Reference:
         own = {name: value for name, value in names.items() if not name.startswith("heads.")}
         self.contrast_vector = share @ own.pop("embeddings.patch_embeddings.contrast_embedding.weight")
         out = torch.func.functional_call(self.hub, own, (pixels,), {"bool_masked_pos": mask}, strict=True)
-        return out.last_hidden_state[:, 0], out.last_hidden_state[:, 1:]
+        prefix = 1 + getattr(self.hub.config, "num_register_tokens", 0)
+        return out.last_hidden_state[:, 0], out.last_hidden_state[:, prefix:]
 
     @staticmethod
     def scores(weights, head: str, rows: Tensor) -> Tensor:
+        if f"heads.{head}.mlp.0.weight" not in weights:
+            head = "dino"  # one head for both, as in iBOT
         for layer in (0, 2, 4):
             rows = rows @ weights[f"heads.{head}.mlp.{layer}.weight"].T + weights[f"heads.{head}.mlp.{layer}.bias"]
             if layer < 4:
@@ -304,6 +308,8 @@ class Reference:
         gradients = dict(zip(names, torch.autograd.grad(total, [self.student[n] for n in names]), strict=True))
         for module in ("encoder.", "heads.dino.", "heads.ibot."):
             inside = [name for name in names if name.startswith(module)]
+            if not inside:
+                continue
             norm = math.sqrt(sum(float(gradients[name].square().sum()) for name in inside))
             for name in inside:
                 gradients[name] = gradients[name] * min(1.0, clip / (norm + 1e-6))
@@ -358,13 +364,31 @@ def require_close(what: str, distances: dict[str, float], tolerance: float) -> N
 def test_steps_are_those_of_the_reference(
     store, recipe, tiny_backbone, tmp_path, monkeypatch, dtype, tolerance, accumulation, clip
 ):
+    compare(store, recipe, tiny_backbone, tmp_path, monkeypatch, dtype, tolerance, accumulation, clip)
+
+
+def test_registers_and_one_head_for_both(store, recipe, tmp_path, monkeypatch):
+    """Registers are neither patches nor masked; a shared head gets the gradients of CLS and patches."""
+    torch.manual_seed(1)
+    size = {"hidden_size": 24, "num_hidden_layers": LAYERS, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    backbone = tmp_path / "registers"
+    Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**size, num_register_tokens=2)).save_pretrained(backbone)
+    compare(
+        store, recipe, backbone, tmp_path, monkeypatch, torch.float64, 1e-6, 1, 0.5, {"objective.shared_head": True}
+    )
+
+
+def compare(store, recipe, backbone, folder, monkeypatch, dtype, tolerance, accumulation, clip, changes=None):
+    """Run, and hold every step against the reference."""
     recording = record(monkeypatch, dtype)
     monkeypatch.setattr(run_files, "plot_curves", lambda folder: None)  # pictures take longer than these runs
-    more = {"init.source": str(tiny_backbone), "engine.accumulation": accumulation, "optim.clip_norm": clip}
+    more = {"init.source": str(backbone), "engine.accumulation": accumulation, "optim.clip_norm": clip} | (
+        changes or {}
+    )
     overrides = [f"{key}={json.dumps(value)}" for key, value in (SETTINGS | more).items()]
-    run = pretrain(recipe(*overrides), store, out=tmp_path / "run", quiet=True)
+    run = pretrain(recipe(*overrides), store, out=folder / "run", quiet=True)
     lines = [json.loads(text) for text in (run / "log.jsonl").open()]
-    reference = Reference(Dinov2Model.from_pretrained(tiny_backbone), recording)
+    reference = Reference(AutoModel.from_pretrained(backbone), recording)
     assert len(recording.weights) == len(lines) == STEPS
     clipped = False
     for step in range(STEPS):
@@ -377,7 +401,9 @@ def test_steps_are_those_of_the_reference(
         require_close(
             f"gradient, step {step}", distance(recording.gradients[step], gradients, 1e-3 * largest), tolerance
         )
-        clipped |= any(lines[step][f"grad_norm/{name}"] > clip for name in ("backbone", "dino_head", "ibot_head"))
+        clipped |= any(
+            lines[step][f"grad_norm/{name}"] > clip for name in CLIPPED if f"grad_norm/{name}" in lines[step]
+        )
         for what, own, expected in (
             ("weights", recording.weights, reference.student),
             ("teacher", recording.teachers, reference.teacher),
