@@ -45,7 +45,7 @@ from brainfound.train.finetuned_card import finetuned_card
 from brainfound.train.head_start import fit_head
 from brainfound.train.objectives.base import StepKey
 from brainfound.train.randomness import INITIALISATION, seed_of
-from brainfound.train.resuming import checkpoint_to_resume, common_facts, settled_precision
+from brainfound.train.resuming import as_begun, checkpoint_to_resume, common_facts
 from brainfound.train.schedules import warm_up_then
 from brainfound.train.session_scores import SessionScores, score_sessions, write_scores
 from brainfound.train.session_split import SplitRecipe, hashed_split, split_sessions, split_to_follow, write_split
@@ -246,7 +246,8 @@ def finetune(
     content = _resolve(recipe, adapter, overrides)
     store = data if isinstance(data, Store) else Store.open(data)
     folder = Path(out) if out is not None else Path("runs") / content.name
-    accelerator = make_accelerator(settled_precision(folder, content.engine.precision, resume))
+    content = as_begun(folder, content, ("precision",), resume)
+    accelerator = make_accelerator(content.engine.precision)
     console = Console(stderr=True, quiet=quiet or not accelerator.is_main_process, highlight=False)
     engine_recipe = content.engine.model_copy(update={"precision": accelerator.mixed_precision})
     content = content.model_copy(update={"engine": engine_recipe})

@@ -26,9 +26,9 @@ from brainfound.errors import RecipeError, TrainingError, UsageError
 from brainfound.models import BrainFoundModel
 from brainfound.recipes import Recipe, load, validate
 from brainfound.train import dry_run as trials
-from brainfound.train import run_files, sharding
+from brainfound.train import run_files, running, sharding
 from brainfound.train.dry_run import Machine
-from brainfound.train.engine import Engine, EngineRecipe, make_accelerator
+from brainfound.train.engine import Engine, make_accelerator
 from brainfound.train.guard import Guard, GuardRecipe
 from brainfound.train.objectives import making
 from brainfound.train.objectives.making import ObjectiveRecipe, make_objective
@@ -36,17 +36,11 @@ from brainfound.train.objectives.self_distillation import SelfDistillationRecipe
 from brainfound.train.optim import OptimRecipe
 from brainfound.train.pretrain_task import PretrainTask
 from brainfound.train.probes import Probe, ProbeRecipe
-from brainfound.train.resuming import checkpoint_to_resume, common_facts, settled_precision
+from brainfound.train.resuming import as_begun, checkpoint_to_resume, common_facts
+from brainfound.train.running import PretrainEngineRecipe
 from brainfound.train.schedules import ScheduleRecipe, effective_lr
 from brainfound.train.starting_model import FROM_SCRATCH, InitRecipe, build_model
 from brainfound.train.trained_part import TrainedPartRecipe
-
-
-class PretrainEngineRecipe(EngineRecipe):
-    """The engine of pretraining, which may also leave the starting checkpoint as it is."""
-
-    steps: int = Field(default=10_000, ge=0)
-    """Optimiser steps of the whole run; 0 probes and exports the starting checkpoint untouched."""
 
 
 class PretrainRecipe(Recipe):
@@ -76,6 +70,10 @@ FREE_ON_RESUME = (
     "data",
     "guard",
     "engine.parallel",
+    "engine.attention",
+    "engine.compile",
+    "engine.gradient_checkpointing",
+    "engine.local_crops",
     "engine.log_every",
     "engine.checkpoint_every",
     "engine.keep_checkpoints",
@@ -136,12 +134,15 @@ def _dry_run(recipe: PretrainRecipe, store: Store, machine: Machine | None, quie
     if machine is not None:
         machine.require_share(recipe.engine)
     # Schedules that end with the trial, and no probe.
-    engine = recipe.engine.model_copy(update={"steps": trials.NUM_STEPS})
-    trial = recipe.model_copy(update={"engine": engine, "probe": recipe.probe.model_copy(update={"every": 0})})
     accelerator = make_accelerator(recipe.engine.precision)
+    recipe = _with_engine(recipe, precision=accelerator.mixed_precision)
+    trial = _with_engine(recipe, steps=trials.NUM_STEPS)
+    trial = trial.model_copy(update={"probe": recipe.probe.model_copy(update={"every": 0})})
     with tempfile.TemporaryDirectory(prefix="brainfound-dry-run-") as temporary:
         folder = Path(temporary)
         model = build_model(trial.init, store, trial.views.global_size, trial.seed)
+        settled, _ = running.settle(trial.engine, model.encoder, trial.views, accelerator.device)
+        trial = trial.model_copy(update={"engine": settled})
         task = _make_task(trial, store, model, folder, accelerator)
         found = trials.try_out(task, trial.views, trial.engine, folder, accelerator, quiet)
     if found is not None:
@@ -218,22 +219,27 @@ def _open_store(recipe: PretrainRecipe, data: str | Path | Store | None) -> Stor
 
 
 def _run(recipe: PretrainRecipe, store: Store, folder: Path, resume: bool, quiet: bool, notes: list[str]) -> Path:
-    accelerator = make_accelerator(settled_precision(folder, recipe.engine.precision, resume))
+    recipe = as_begun(folder, recipe, ("precision", *running.SETTLED), resume)
+    accelerator = make_accelerator(recipe.engine.precision)
     is_main = accelerator.is_main_process
     console = Console(stderr=True, quiet=quiet or not is_main, highlight=False)
-    recipe = recipe.model_copy(
-        update={"engine": recipe.engine.model_copy(update={"precision": accelerator.mixed_precision})}
-    )
     for note in notes:
         console.print(note)
+    recipe = _with_engine(recipe, precision=accelerator.mixed_precision)
     checkpoint = checkpoint_to_resume(folder, recipe, store, resume, FREE_ON_RESUME, accelerator)
     model = build_model(recipe.init, store, recipe.views.global_size, recipe.seed)
+    engine_recipe, found = running.settle(recipe.engine, model.encoder, recipe.views, accelerator.device)
+    recipe = recipe.model_copy(update={"engine": engine_recipe})
     task = _make_task(recipe, store, model, folder, accelerator)
-    facts = common_facts(store, accelerator, recipe.seed) | {
-        "num_slices": len(task.dataset),
-        "effective_lr": task.effective_lr,
-        "steps": recipe.engine.steps,
-    }
+    facts = (
+        common_facts(store, accelerator, recipe.seed)
+        | found
+        | {
+            "num_slices": len(task.dataset),
+            "effective_lr": task.effective_lr,
+            "steps": recipe.engine.steps,
+        }
+    )
     console.print(
         f"learning rate {recipe.optim.lr:g} at batch 128 → {task.effective_lr:.3g} at batch {recipe.engine.batch_size};"
         f" {facts['device']} ({facts['device_reason']}); {len(task.dataset)} slices of {len(store)} sessions"
@@ -265,6 +271,10 @@ def _run(recipe: PretrainRecipe, store: Store, folder: Path, resume: bool, quiet
     return folder
 
 
+def _with_engine(recipe: PretrainRecipe, **fields: Any) -> PretrainRecipe:
+    return recipe.model_copy(update={"engine": recipe.engine.model_copy(update=fields)})
+
+
 def _make_task(
     recipe: PretrainRecipe, store: Store, model: BrainFoundModel, folder: Path, accelerator: Any
 ) -> PretrainTask:
@@ -273,6 +283,7 @@ def _make_task(
     if recipe.engine.parallel == "fsdp" and accelerator.num_processes > 1:
         sharding.shard(objective.student, objective.frozen_modules(), accelerator.device, accelerator.mixed_precision)
     objective.to(accelerator.device)
+    running.apply(objective, recipe.engine)
     return PretrainTask(
         objective,
         store,

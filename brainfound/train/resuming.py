@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import accelerate
 import yaml
 
 from brainfound.data.store import Store
 from brainfound.errors import TrainingError, UsageError
-from brainfound.recipes import Recipe
+from brainfound.recipes import AnyRecipe, Recipe
 from brainfound.train import run_files
 from brainfound.train.checkpoint import latest_valid, list_checkpoints
 from brainfound.train.engine import device_and_reason
-from brainfound.train.precision import Precision, probe_precision
+from brainfound.train.precision import probe_precision
 
 
 def checkpoint_to_resume(
@@ -60,17 +60,18 @@ def checkpoint_to_resume(
     return checkpoint
 
 
-def settled_precision(
-    folder: Path, precision: Precision | Literal["auto"], resume: bool
-) -> Precision | Literal["auto"]:
-    """The precision to ask for: where a run is resumed with "auto", what it was begun with.
+def as_begun(folder: Path, recipe: AnyRecipe, keys: Sequence[str], resume: bool) -> AnyRecipe:
+    """A recipe with what a run to be resumed was begun with, for the keys of its engine that say "auto".
 
-    A second test of the device might come out otherwise, and would make another run of it.
+    A second trial of the device might come out otherwise, and would make another run of it.
     """
-    if precision != "auto" or not resume or not run_files.holds_run(folder):
-        return precision
-    recipe = yaml.safe_load((folder / run_files.RECIPE_FILE).read_text(encoding="utf-8"))
-    return recipe["engine"]["precision"]
+    engine: Any = recipe.engine  # type: ignore[attr-defined]
+    left_open = [key for key in keys if getattr(engine, key) == "auto"]
+    if not (left_open and resume and run_files.holds_run(folder)):
+        return recipe
+    before = yaml.safe_load((folder / run_files.RECIPE_FILE).read_text(encoding="utf-8"))["engine"]
+    settled = {key: before[key] for key in left_open if key in before}
+    return recipe.model_copy(update={"engine": engine.model_copy(update=settled)})
 
 
 def common_facts(store: Store, accelerator: accelerate.Accelerator, seed: int) -> dict[str, Any]:

@@ -1,0 +1,100 @@
+"""How models are run: settled once, written down, without effect on what is learnt."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from brainfound.errors import RecipeError
+from brainfound.models.encoder import SliceEncoder
+from brainfound.train import running
+from brainfound.train.objectives.making import make_objective
+from brainfound.train.pretrain import pretrain
+from brainfound.train.running import PretrainEngineRecipe, apply, settle
+from brainfound.train.trained_part import TrainedPartRecipe
+
+CPU = torch.device("cpu")
+
+
+def settled(model, recipe, **engine):
+    return settle(PretrainEngineRecipe(precision="no", **engine), model.encoder, recipe().views, CPU)
+
+
+def test_auto_is_settled_and_said(model, recipe):
+    engine, found = settled(model, recipe)
+    assert engine.attention in ("sdpa", "matmul")
+    assert (engine.compile, engine.local_crops) == (False, "separate")
+    assert {"sdpa", "matmul", "varlen", "xformers"} <= set(found["attention_probe"])
+    assert isinstance(found["attention_probe"]["xformers"], str)
+
+
+def test_what_was_asked_for_is_taken(model, recipe):
+    engine, found = settled(model, recipe, attention="matmul", compile=True, local_crops="packed")
+    assert (engine.attention, engine.compile, engine.local_crops) == ("matmul", True, "packed")
+    assert not found
+    assert settled(model, recipe, attention="sdpa", parallel="fsdp")[0].local_crops == "packed"
+
+
+def test_a_kernel_that_does_not_work_here_is_one_line(model, recipe):
+    with pytest.raises(RecipeError, match=r"engine.attention.*does not work here"):
+        settled(model, recipe, attention="varlen")
+
+
+def test_a_machine_without_a_compiler_is_found_out(monkeypatch):
+    def no_compiler(*arguments, **options):
+        def fail(values):
+            raise torch._dynamo.exc.TorchDynamoException("no compiler")
+
+        return fail
+
+    running._compiles.cache_clear()
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    assert not running._compiles(CPU)
+    running._compiles.cache_clear()
+
+
+def test_every_encoder_of_an_objective_is_told(model, recipe):
+    content = recipe()
+    objective = make_objective(content.objective, TrainedPartRecipe(), model.encoder, content.views, 6, 0)
+    engine = PretrainEngineRecipe(
+        attention="matmul", compile=False, gradient_checkpointing=True, local_crops="separate"
+    )
+    apply(objective, engine)
+    modules = [objective.student, *objective.frozen_modules()]
+    encoders = [part for module in modules for part in module.modules() if isinstance(part, SliceEncoder)]
+    assert len(encoders) == 3
+    assert all((e._runner.kernel, e._runner.checkpointing) == ("matmul", True) for e in encoders)
+    assert objective.student.separate_local_pass
+
+
+def test_checkpointing_and_passes_do_not_change_what_is_learnt(store, recipe, finished, tmp_path):
+    """Checkpointing repeats the same operations; separate passes add gradients in another order."""
+    teacher = "export/model.safetensors"
+    expected = load_file(finished / teacher)
+    for name, override, tolerance in (
+        ("checkpointed", "engine.gradient_checkpointing=true", 0.0),
+        ("packed", "engine.local_crops=packed", 1e-4),
+        ("matmul", "engine.attention=matmul", 1e-4),
+    ):
+        # Without dropped branches: packed and separate passes draw them in another order.
+        plain = [] if name == "checkpointed" else ["objective.drop_path=0"]
+        if plain:
+            expected = load_file(pretrain(recipe(*plain), store, out=tmp_path / f"{name}-plain", quiet=True) / teacher)
+        found = load_file(pretrain(recipe(override, *plain), store, out=tmp_path / name, quiet=True) / teacher)
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, atol=tolerance, rtol=0, msg=f"{name}: {key}")
+
+
+def test_a_resumed_run_keeps_what_was_settled(store, recipe, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    pretrain(recipe("engine.attention=auto"), store, out=out, quiet=True)
+    recorded = yaml.safe_load((out / "recipe.yaml").read_text())["engine"]
+    assert recorded["attention"] in ("sdpa", "matmul")
+    assert recorded["local_crops"] == "separate"
+    assert "attention_probe" in json.loads((out / "run.json").read_text())
+    other = "matmul" if recorded["attention"] == "sdpa" else "sdpa"
+    monkeypatch.setattr(running, "choose_kernel", lambda *arguments: (other, {}))
+    pretrain(recipe("engine.attention=auto"), store, out=out, resume=True, quiet=True)
+    assert yaml.safe_load((out / "recipe.yaml").read_text())["engine"]["attention"] == recorded["attention"]
