@@ -22,6 +22,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from brainfound.data.augmentation import MultiCrop
 from brainfound.train import losses, run_files
@@ -36,6 +37,12 @@ RUNS = {
     "anchors whole": ("float64", ["engine.accumulation=1"]),
     "anchors in two": ("float64", ["engine.accumulation=2"]),
 }
+# Precision, rows of the batch, rows of the first rank.
+SPLITS = [
+    (dtype, rows, first)
+    for dtype in (torch.float32, torch.float64)
+    for rows, first in ((8, 4), (9, 6), (9, 1), (7, 0), (7, 7), (1, 0), (0, 0))
+]
 ANCHORS_ONLY = ["objective.dino_weight=0", "objective.ibot_weight=0", "objective.koleo_weight=0"]
 SETTINGS = [
     f"engine.steps={STEPS}",
@@ -153,15 +160,19 @@ import sys
 import torch
 import torch.distributed as dist
 torch.set_num_threads(1)
-from brainfound.train import losses, ranks
+from brainfound.train import losses, prototype_losses, ranks
 
 rank, folder = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
 cases = torch.load(f"{folder}/cases.pt")
-answers = {"sinkhorn": [], "koleo": [], "gradient": []}
+answers = {"sinkhorn": [], "assign": [], "koleo": [], "gradient": []}
 for scores, first in cases["sinkhorn"]:
     own = scores[:first] if rank == 0 else scores[first:]
     answers["sinkhorn"].append(losses.sinkhorn_knopp(own, 0.05, 3))
+for unit, prototypes, first, temperature in cases["assign"]:
+    own = unit[:first] if rank == 0 else unit[first:]
+    given = prototype_losses.assign(prototype_losses.Projection(own, prototypes), temperature, 3)
+    answers["assign"].append(given.take(slice(None)))
 for rows, groups in cases["koleo"]:
     half = slice(rank * len(rows) // 2, (rank + 1) * len(rows) // 2)
     own = rows[half].clone().requires_grad_()
@@ -204,7 +215,16 @@ def test_losses_over_two_ranks_are_those_of_the_concatenated_batch(tmp_path):
     """With as many rows on each rank, with different numbers, and with none on one or both."""
     generator = torch.Generator().manual_seed(0)
     scores = (torch.randn(9, 40, generator=generator, dtype=torch.float64) * 0.3).clamp(-1, 1)
+    unit, prototypes = (
+        F.normalize(torch.randn(rows, 6, generator=generator, dtype=torch.float64), dim=1) for rows in (9, 40)
+    )
     cases = {
+        # 0.02 is so low that the shift of the exponentials is a maximum over ranks.
+        "assign": [
+            (unit.to(dtype)[:rows], prototypes.to(dtype), first, temperature)
+            for dtype, rows, first in SPLITS
+            for temperature in (0.05, 0.02)
+        ],
         "sinkhorn": [(scores.to(dtype)[:rows], first) for dtype, rows, first in SPLITS],
         "koleo": [
             (torch.randn(8, 6, generator=generator, dtype=torch.float64), torch.tensor(groups))
@@ -221,6 +241,12 @@ def test_losses_over_two_ranks_are_those_of_the_concatenated_batch(tmp_path):
         assert [len(part) for part in parts] == [first, len(table) - first]
         tolerance = 1e-5 if table.dtype == torch.float32 else 1e-12
         torch.testing.assert_close(torch.cat(parts), losses.sinkhorn_knopp(table, 0.05, 3), rtol=tolerance, atol=1e-9)
+    for number, (table, columns, first, temperature) in enumerate(cases["assign"]):
+        parts = [answer["assign"][number] for answer in answers]
+        assert [len(part) for part in parts] == [first, len(table) - first]
+        expected = losses.sinkhorn_knopp(table @ columns.T, temperature, 3)
+        tolerance = 1e-5 if table.dtype == torch.float32 else 1e-10
+        torch.testing.assert_close(torch.cat(parts), expected, rtol=tolerance, atol=tolerance)
     for number, (rows, groups) in enumerate(cases["koleo"]):
         whole = rows.clone().requires_grad_()
         loss = losses.koleo(whole, groups)
@@ -229,13 +255,6 @@ def test_losses_over_two_ranks_are_those_of_the_concatenated_batch(tmp_path):
             torch.testing.assert_close(answer["koleo"][number], loss.detach(), rtol=1e-12, atol=0)
         gradient = torch.cat([answer["gradient"][number] for answer in answers])
         torch.testing.assert_close(gradient, whole.grad, rtol=1e-10, atol=1e-12)
-
-
-SPLITS = [
-    (dtype, rows, first)
-    for dtype in (torch.float32, torch.float64)
-    for rows, first in ((8, 4), (9, 6), (9, 1), (7, 0), (7, 7), (1, 0), (0, 0))
-]
 
 
 # Whole runs
