@@ -203,9 +203,11 @@ def _from_scratch(recipe: PretrainRecipe) -> tuple[PretrainRecipe, list[str]]:
         ("objective", "anchor_cls_weight"),
         ("schedule", "head_warmup_steps"),
     ):
-        if content[group].get(key):  # not every objective has an anchor
+        if content[group][key]:
             notes.append(f"init.source is none: {group}.{key} {content[group][key]:g} → 0")
             content[group][key] = 0
+    if recipe.trained.part != "full":
+        notes.append(f"init.source is none: with trained.part={recipe.trained.part}, most new weights stay random")
     return validate(PretrainRecipe, content), notes
 
 
