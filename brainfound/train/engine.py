@@ -51,7 +51,8 @@ class EngineRecipe(Recipe):
     batch_size: int = Field(default=128, ge=1)
     """Images of one optimiser step, over all ranks and micro-batches."""
     accumulation: int = Field(default=1, ge=1)
-    """Micro-batches that a step is divided into, to save memory."""
+    """Micro-batches that a step is divided into, to save memory. Losses that compare images with each other
+    (Sinkhorn-Knopp's balance, KoLeo) see one micro-batch of all ranks, so this is not quite one large batch."""
     precision: Literal["auto", "no", "bf16"] = "auto"
     """Computation in bfloat16 or float32; "auto" tries both and takes bfloat16 where it is clearly faster.
     Weights stay float32."""

@@ -1,7 +1,9 @@
 """Parameter groups and the optimiser.
 
 Sources: layer-wise decay of the learning rate (BEiT, arXiv 2106.08254; ELECTRA, 2003.10555),
-patch-embedding × 0.2 and the parameters without weight decay as in DINOv2; AdamW (1711.05101).
+patch-embedding × 0.2 as in DINOv2; AdamW (1711.05101). No weight decay on biases, norms and layer scales
+as in DINOv2, nor on tokens and positions as in BEiT. The mask token, which released checkpoints leave at
+zero, learns like the heads and not like the embeddings.
 """
 
 from __future__ import annotations
