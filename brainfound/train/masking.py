@@ -34,7 +34,11 @@ class BlockMasks:
     """The crops of which nothing is masked."""
 
     def to(self, device: torch.device) -> BlockMasks:
-        return BlockMasks(*(part.to(device) for part in (self.mask, self.indices, self.weights, self.visible)))
+        """The same on a device; on a GPU without waiting for it."""
+        parts = (self.mask, self.indices, self.weights, self.visible)
+        if device.type == "cuda":
+            parts = tuple(part.pin_memory() for part in parts)  # type: ignore[assignment]
+        return BlockMasks(*(part.to(device, non_blocking=True) for part in parts))
 
 
 def masked_counts(num_crops: int, num_patches: int, probability: float, ratios: tuple[float, float]) -> list[int]:

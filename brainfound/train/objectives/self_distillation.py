@@ -29,6 +29,7 @@ from brainfound.errors import RecipeError
 from brainfound.models.encoder import SliceEncoder, SliceEncoding
 from brainfound.recipes import Recipe
 from brainfound.train import losses, ranks, schedules
+from brainfound.train.averaging import move_towards
 from brainfound.train.early_gradient import with_early_gradient
 from brainfound.train.guard import feature_gauges
 from brainfound.train.masking import BlockMasks, draw_masks
@@ -310,13 +311,13 @@ class SelfDistillation(Objective):
     def after_step(self, step: int, taken: Float[Tensor, ""]) -> None:
         """teacher ← momentum · teacher + (1 − momentum) · student; as it was, where the step was skipped.
 
-        `lerp` leaves a weight that equals the student's exactly as it is, so a backbone that waits
-        for its heads does not drift in the teacher either. What is never trained is not touched.
+        A backbone that waits for its heads does not drift in the teacher either. What is never trained is
+        not touched.
         """
         weight = (1 - self.schedule(step)["momentum"]) * taken
-        for old, new in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
-            if new.requires_grad:
-                old.lerp_(new, weight)
+        pairs = zip(self.teacher.parameters(), self.student.parameters(), strict=True)
+        trained = [pair for pair in pairs if pair[1].requires_grad]
+        move_towards([old for old, _ in trained], [new for _, new in trained], weight)
 
     @torch.no_grad()
     def gauges(self) -> dict[str, float]:
