@@ -131,6 +131,7 @@ class Neighbours:
         reach = distance_mm + self.ROUNDING_MM
         # One rising line of all sessions, further apart from each other than any two neighbours.
         line = positions - positions.min() + sessions * (np.ptp(positions) + 2 * reach)
+        assert (np.diff(line) >= 0).all()
         self.first = np.searchsorted(line, line - reach, side="left")
         self.num_others = np.searchsorted(line, line + reach, side="right") - self.first - 1
 

@@ -135,8 +135,9 @@ class IntensityPlan:
         gain, spread = (onto(factor, images.device)[:, None, None, None] for factor in (gain, spread))
         num_pixels = foreground.sum(dim=(1, 2, 3), keepdim=True).clamp(min=1)
         mean = images.sum(dim=(1, 2, 3), keepdim=True) / num_pixels
-        # Filters that follow reach across the brain's border, where the background must be 0 already.
-        images.mul_(spread * gain).add_(mean * (1 - spread) * gain).mul_(foreground)
+        # Filters that follow reach across the brain's border, where the background must be 0 already; and the
+        # magnitude of noise would mirror what is below 0.
+        images.mul_(spread * gain).add_(mean * (1 - spread) * gain).clamp_(min=0).mul_(foreground)
 
 
 def raise_to_power(images: Float[Tensor, "K S H W"], gamma: Float[Tensor, "K"]) -> Float[Tensor, "K S H W"]:

@@ -98,7 +98,7 @@ class MultiCrop:
             global_sources: list[tuple[Tensor, int]] = [(pixels, self.num_global)]
         else:
             global_sources = [(pixels, 1), (neighbours, 1)]
-        # Convolutions and products of matrices would else lose bits where a training step runs in bf16.
+        # Products of matrices would lose bits where a training step runs in bf16.
         with torch.autocast(pixels.device.type, enabled=False):
             global_views = self._views(
                 global_sources, large, recipe.global_size, recipe.global_scale, generator, noise_generator
@@ -134,14 +134,14 @@ class MultiCrop:
         step = together(num_slices, num_views * num_contrasts * side**2, device)
         for first in range(0, num_slices, step):
             rows = slice(first, first + step)
-            crops, view = [], 0
+            parts, view = [], 0
             for pixels, views in sources:
-                crops.append(sample_crops(unit_range(pixels[rows]), matrices[rows, view : view + views], side))
+                parts.append(sample_crops(unit_range(pixels[rows]), matrices[rows, view : view + views], side))
                 view += views
-            together_crops = crops[0] if len(crops) == 1 else torch.cat(crops, dim=2)
+            crops = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
             # A view, not a copy: the crops themselves are varied.
-            plan.apply(together_crops.view(-1, 1, side, side), noise_generator, first * num_contrasts * num_views)
-            result[:, rows] = rearrange(together_crops, "n c views h w -> views n c h w")
+            plan.apply(crops.view(-1, 1, side, side), noise_generator, first * num_contrasts * num_views)
+            result[:, rows] = rearrange(crops, "n c views h w -> views n c h w")
         result = result.flatten(0, 1)
         if device.type == "cpu":
             result.flatten(0, 1).index_fill_(0, (~mask).flatten().nonzero()[:, 0], 0.0)

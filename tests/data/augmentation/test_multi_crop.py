@@ -205,3 +205,28 @@ def test_floats_and_bytes_give_the_same_views():
 def test_a_side_that_is_no_multiple_of_the_patch_is_refused():
     with pytest.raises(RecipeError, match=r"views\.local_size=96"):
         MultiCrop(ViewsRecipe(global_size=224, local_size=98), patch_size=16)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_makes_the_views_of_a_cpu_and_is_never_waited_for():
+    effects = IntensityRecipe(
+        noise_probability=0, bias_field_probability=0.5, low_resolution_probability=0.5, gibbs_probability=0.5
+    )
+    recipe = ViewsRecipe(global_size=32, local_size=16, num_local=3, split_contrasts=0.5, intensity=effects)
+    crop, (pixels, present) = MultiCrop(recipe, 8), slices()
+    expected = crop(pixels, present, seeded(0), neighbours=pixels.flip(0))
+    on_gpu, neighbours = pixels.cuda(), pixels.flip(0).cuda()
+    noise = torch.Generator("cuda").manual_seed(0)
+    crop(on_gpu, present, seeded(0), noise, neighbours)  # tables of cosines are made once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        result = crop(on_gpu, present, seeded(0), noise, neighbours)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for one, other in (
+        (result.global_views, expected.global_views),
+        (result.local_views, expected.local_views),
+    ):
+        assert torch.equal(one.contrast_mask.cpu(), other.contrast_mask)
+        torch.testing.assert_close(one.pixels.cpu(), other.pixels, atol=1e-3, rtol=0)
