@@ -28,12 +28,13 @@ from torch.utils._pytree import tree_leaves
 from brainfound.data.augmentation import ViewsRecipe
 from brainfound.errors import UsageError
 from brainfound.models.encoder import SliceEncoder
-from brainfound.train.engine import Engine, EngineRecipe
+from brainfound.train.engine import Engine
 from brainfound.train.flops import StepFlops, step_flops
 from brainfound.train.gpus import GPUKind, find_gpu
 from brainfound.train.objectives.base import Objective
 from brainfound.train.objectives.projection_head import ProjectionHead
 from brainfound.train.pretrain_task import PretrainTask
+from brainfound.train.running import PretrainEngineRecipe
 from brainfound.train.sharding import BRANCHES
 
 NUM_STEPS = 2
@@ -67,7 +68,7 @@ class Machine:
             raise UsageError("there is no such number of GPUs", where="--gpus", got=gpus, expected="1 or more")
         return cls(find_gpu(gpu), gpus or 1)
 
-    def require_share(self, engine: EngineRecipe) -> None:
+    def require_share(self, engine: PretrainEngineRecipe) -> None:
         """Refuse a batch that the GPUs cannot share.
 
         Raises:
@@ -200,7 +201,7 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 def memory_per_gpu(
-    weights: Weights, forward_bytes: float, num_gpus: int, parallel: str, bf16: bool
+    weights: Weights, forward_bytes: float, num_gpus: int, parallel: str, bf16: bool, casts_measured: bool = False
 ) -> dict[str, float]:
     """Bytes of each kind on one of `num_gpus` that train together.
 
@@ -211,6 +212,7 @@ def memory_per_gpu(
     Args:
         forward_bytes: what the forward pass of its micro-batch takes.
         parallel: "ddp" or "fsdp".
+        casts_measured: whether that was measured in bfloat16, and so has the copies of the matrices in it.
     """
     shares = num_gpus if parallel == "fsdp" else 1
     parts = {
@@ -226,7 +228,7 @@ def memory_per_gpu(
         parts["gathered"] = 2 * width * weights.layer + 2 * FLOAT32 * heads
     else:
         buckets = FLOAT32 * weights.trained if num_gpus > 1 else 0
-        parts["copies"] = buckets + (BFLOAT16 * weights.student if bf16 else 0)
+        parts["copies"] = buckets + (BFLOAT16 * weights.student if bf16 and not casts_measured else 0)
     parts["activations"] = forward_bytes
     return parts
 
@@ -243,7 +245,12 @@ def most_memory_gib(device: torch.device) -> float:
 
 
 def try_out(
-    task: PretrainTask, views: ViewsRecipe, engine: EngineRecipe, folder: Path, accelerator: Accelerator, quiet: bool
+    task: PretrainTask,
+    views: ViewsRecipe,
+    engine: PretrainEngineRecipe,
+    folder: Path,
+    accelerator: Accelerator,
+    quiet: bool,
 ) -> Trial | None:
     """Train for two real steps; all ranks call it, and rank 0 is told what they have shown.
 
@@ -275,7 +282,7 @@ def try_out(
     )
 
 
-def report(trial: Trial, engine: EngineRecipe, lr: float, machine: Machine | None) -> Iterator[str]:
+def report(trial: Trial, engine: PretrainEngineRecipe, lr: float, machine: Machine | None) -> Iterator[str]:
     """Lines about this machine and, if one is named, about a machine on paper."""
     yield from _here(trial, engine, lr)
     if machine is not None:
@@ -283,7 +290,7 @@ def report(trial: Trial, engine: EngineRecipe, lr: float, machine: Machine | Non
         yield from _on_paper(trial, engine, machine)
 
 
-def _here(trial: Trial, engine: EngineRecipe, lr: float) -> Iterator[str]:
+def _here(trial: Trial, engine: PretrainEngineRecipe, lr: float) -> Iterator[str]:
     steps, batch, seconds = engine.steps, engine.batch_size, trial.seconds_per_step
     per_image = trial.flops.total / trial.num_images
     words = "bfloat16" if trial.precision == "bf16" else "float32"
@@ -306,7 +313,7 @@ def _here(trial: Trial, engine: EngineRecipe, lr: float) -> Iterator[str]:
     yield f"  loss                     {trial.loss:.4f}{ln_k}"
 
 
-def _on_paper(trial: Trial, engine: EngineRecipe, machine: Machine) -> Iterator[str]:
+def _on_paper(trial: Trial, engine: PretrainEngineRecipe, machine: Machine) -> Iterator[str]:
     kind, num_gpus = machine.kind, machine.num_gpus
     tflops, words = kind.tflops("no" if engine.precision == "no" else "bf16")
     per_image = trial.flops.total / trial.num_images
@@ -339,36 +346,33 @@ def _on_paper(trial: Trial, engine: EngineRecipe, machine: Machine) -> Iterator[
     yield f"  disk                     {disk_bytes(trial.weights, engine) / GIB:.2f} GiB, written by one process"
 
 
-def advice(trial: Trial, engine: EngineRecipe, machine: Machine, bf16: bool) -> str:
-    """The smallest change that lets a recipe fit into a GPU's memory, in words."""
+def advice(trial: Trial, engine: PretrainEngineRecipe, machine: Machine, bf16: bool) -> str:
+    """The smallest changes that let a recipe fit into a GPU's memory, in words."""
     per_step = engine.batch_size // machine.num_gpus
-    smaller = [a for a in range(engine.accumulation, per_step + 1) if per_step % a == 0]
+    finer = [a for a in range(engine.accumulation, per_step + 1) if per_step % a == 0]
     ways = ("ddp", "fsdp") if machine.num_gpus > 1 else ("ddp",)
-    # The way that the recipe goes comes first, then the fewest micro-batches.
-    for parallel in sorted(ways, key=lambda way: way != engine.parallel):
-        for accumulation in smaller:
+    found = []
+    for parallel in ways:
+        for accumulation in finer:
             if _fits(_parts(trial, engine, machine, parallel, accumulation, bf16), machine.kind):
                 changes = [f"engine.parallel={parallel}"] if parallel != engine.parallel else []
                 changes += [f"engine.accumulation={accumulation}"] if accumulation != engine.accumulation else []
-                return f"It would fit with {' and '.join(changes)}."
-    least = min(sum(_parts(trial, engine, machine, parallel, smaller[-1], bf16).values()) for parallel in ways)
-    fixed = f"{least / GIB:.3g} GiB with one image at a time"
-    if machine.num_gpus == 1:
-        return (
-            f"Nothing on one such GPU makes it fit ({fixed}): take more GPUs with engine.parallel=fsdp, or larger ones."
-        )
-    return (
-        f"Neither accumulation nor fsdp makes it fit ({fixed}): try gradient checkpointing, or take more GPUs, "
-        "or larger ones."
-    )
+                found.append(" and ".join(changes))
+                break
+    if found:
+        return f"It would fit with {', or '.join(found)}."
+    least = min(sum(_parts(trial, engine, machine, parallel, finer[-1], bf16).values()) for parallel in ways)
+    others = [] if engine.gradient_checkpointing else ["engine.gradient_checkpointing=true (not measured here)"]
+    others += ["more GPUs with engine.parallel=fsdp", "larger GPUs"]
+    return f"With one image at a time it still needs {least / GIB:.3g} GiB. Try {', or '.join(others)}."
 
 
-def disk_bytes(weights: Weights, engine: EngineRecipe) -> int:
+def disk_bytes(weights: Weights, engine: PretrainEngineRecipe) -> int:
     """What a run needs on disk: kept checkpoints, one that is being written, the best encoder and the export."""
     return (engine.keep_checkpoints + 1) * weights.checkpoint_bytes + 2 * FLOAT32 * weights.encoder
 
 
-def _disk_in_words(weights: Weights, engine: EngineRecipe) -> str:
+def _disk_in_words(weights: Weights, engine: PretrainEngineRecipe) -> str:
     return (
         f"{engine.keep_checkpoints} checkpoints of {weights.checkpoint_bytes / GIB:.3g} GiB and one being written, "
         "the best encoder, the export"
@@ -376,11 +380,12 @@ def _disk_in_words(weights: Weights, engine: EngineRecipe) -> str:
 
 
 def _parts(
-    trial: Trial, engine: EngineRecipe, machine: Machine, parallel: str, accumulation: int, bf16: bool
+    trial: Trial, engine: PretrainEngineRecipe, machine: Machine, parallel: str, accumulation: int, bf16: bool
 ) -> dict[str, float]:
     num_images = engine.batch_size / (machine.num_gpus * accumulation)
     forward_bytes = trial.forward_bytes / trial.num_images * num_images
-    return memory_per_gpu(trial.weights, forward_bytes, machine.num_gpus, parallel, bf16)
+    measured = trial.precision == "bf16"
+    return memory_per_gpu(trial.weights, forward_bytes, machine.num_gpus, parallel, bf16, measured)
 
 
 def _fits(parts: dict[str, float], kind: GPUKind) -> bool:
