@@ -37,7 +37,9 @@ from brainfound.train.pretrain import pretrain
 from brainfound.train.pretrain_task import PretrainTask
 
 recipe, store, out, order = sys.argv[1:5]
-die_at, term_at, die_saving = (os.environ.get(name) for name in ("DIE_AT", "TERM_AT", "DIE_SAVING"))
+die_at, term_at, die_saving, falls, die_rolling = (
+    os.environ.get(name) for name in ("DIE_AT", "TERM_AT", "DIE_SAVING", "FALLS", "DIE_ROLLING")
+)
 loss, after_step, save = PretrainTask.loss, PretrainTask.after_step, torch.save
 
 def recorded(self, model, batch, step, micro_batch):
@@ -57,7 +59,18 @@ def torn(value, path):
     if die_saving and die_saving in str(path):
         os.kill(os.getpid(), signal.SIGKILL)
 
+def scripted(self, step):
+    score = 0.1 if step >= 6 and self.guard.state.lr_scale == 1 else 0.5 + 0.1 * min(step, 2)
+    return {"probe": score, "probe_standard_error": 0.0}
+
+def die(folder, present):
+    os.kill(os.getpid(), signal.SIGKILL)
+
 PretrainTask.loss, PretrainTask.after_step, checkpoint.torch.save = recorded, mortal, torn
+if falls:
+    PretrainTask.evaluate = scripted
+if die_rolling:
+    checkpoint.remove_abandoned = die
 pretrain(recipe, store, out=out, quiet=True, resume="--resume" in sys.argv)
 """
 
@@ -87,7 +100,11 @@ def order_of(run: Path, rank: int) -> dict[int, str]:
 
 
 def require_same(whole: Path, resumed: Path, num_processes: int, story: str) -> None:
-    assert log_of(whole) == log_of(resumed), story
+    lines, others = log_of(whole), log_of(resumed)
+    assert [line["step"] for line in lines] == [line["step"] for line in others], story
+    for line, other in zip(lines, others, strict=True):
+        differing = {key for key in line.keys() | other.keys() if line.get(key) != other.get(key)}
+        assert differing == set(), (line["step"], story)
     one, other = (run / "checkpoints" / LAST for run in (whole, resumed))
     for file in ("model.safetensors", "task.safetensors"):
         tensors, others = load_file(one / file), load_file(other / file)
@@ -173,4 +190,27 @@ def test_a_signal_to_one_of_two_processes_stops_both_after_a_checkpoint(store, r
     stopped = start(tmp_path, store, run, 2, TERM_AT=3)
     assert stopped.returncode != 0
     assert "stopped by a signal after saving a checkpoint" in stopped.stderr
-    assert [path.name for path in (run / "checkpoints").glob("step-*")] == ["step-000003"]
+    assert sorted(path.name for path in (run / "checkpoints").glob("step-*"))[-1] == "step-000003"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_rollback_that_is_killed_ends_bit_for_bit_as_an_undisturbed_one(store, recipe, tmp_path, num_processes):
+    settings = ("probe.every=2", "guard.on_failure=roll_back", "guard.probe_patience=1", "engine.checkpoint_every=1")
+    (tmp_path / "tiny.yaml").write_text(recipe(*SETTINGS, *settings).to_yaml())
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    done = start(tmp_path, store, whole, num_processes, FALLS=1)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (event,) = [line for line in log_of(whole) if "rolled_back_from" in line]
+    assert (event["step"], event["rolled_back_from"], event["lr_scale"]) == (2, 6, 0.3)
+    assert (whole / "log-before-rollback-1.jsonl").is_file()
+    killed = start(tmp_path, store, run, num_processes, FALLS=1, DIE_ROLLING=1)
+    assert killed.returncode != 0
+    # The decision is on the disk, and nothing that follows from it.
+    assert (run / "checkpoints" / "step-000005").is_dir()
+    assert log_of(run)[-1]["step"] == 6, killed.stderr[-3000:]
+    done = start(tmp_path, store, run, num_processes, "--resume", FALLS=1)
+    assert done.returncode == 0, done.stderr[-3000:]
+    require_same(whole, run, num_processes, "killed while it rolled back")
+    names = [sorted(path.name for path in (folder / "checkpoints").glob("step-*")) for folder in (whole, run)]
+    assert names[0] == names[1] == ["step-000002", "step-000007", LAST]
