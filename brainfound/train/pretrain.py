@@ -240,11 +240,13 @@ def _run(recipe: PretrainRecipe, store: Store, folder: Path, resume: bool, quiet
             "num_slices": len(task.dataset),
             "effective_lr": task.effective_lr,
             "steps": recipe.engine.steps,
+            "num_trained_parameters": sum(p.numel() for p in task.model.parameters() if p.requires_grad),
         }
     )
     console.print(
         f"learning rate {recipe.optim.lr:g} at batch 128 → {task.effective_lr:.3g} at batch {recipe.engine.batch_size};"
-        f" {facts['device']} ({facts['device_reason']}); {len(task.dataset)} slices of {len(store)} sessions"
+        f" {facts['device']} ({facts['device_reason']}); {len(task.dataset)} slices of {len(store)} sessions;"
+        f" {facts['num_trained_parameters']:,} parameters are trained"
     )
     engine = Engine(task, recipe.engine, folder, accelerator, recipe.seed, quiet)
     if is_main:

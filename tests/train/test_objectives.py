@@ -83,6 +83,8 @@ def test_two_steps(finished, store, make_recipe, tmp_path, kind, source, part):
     before = start(content, store)
     after = tensors(run, 2)
     assert before.student.state_dict().keys() == after.keys()
+    num_trained = sum(p.numel() for p in before.student.parameters() if p.requires_grad)
+    assert json.loads((run / "run.json").read_text())["num_trained_parameters"] == num_trained
     for name, parameter in before.student.named_parameters():
         assert torch.equal(parameter, after[name]) != parameter.requires_grad, name
     saved = tensors(run, 2, "task.safetensors")
