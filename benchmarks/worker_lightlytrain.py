@@ -73,34 +73,57 @@ class ViewsInMemory:
 
 
 def train(settings: dict[str, Any], server: StepServer) -> None:
-    from lightly_train._callbacks import callback_helpers
+    """What LightlyTrain's `pretrain` does, up to the end of the process."""
     from lightly_train._commands import train_helpers
     from lightly_train._configs.validate import no_auto
-    from lightly_train._license import LICENSE_INFO
-    from lightly_train._loggers import logger_helpers
-    from lightly_train._methods import method_helpers
     from lightly_train._models import package_helpers
 
-    out = Path(settings["out"])
     transform_args = train_helpers.get_transform_args(method=METHOD, transform_args=None)
+    num_channels = no_auto(transform_args.num_channels)
     wrapped_model = package_helpers.get_wrapped_model(
         model=settings["peer_model"],
         model_args={"drop_path_rate": settings["drop_path"]},
-        num_input_channels=no_auto(transform_args.num_channels),
+        num_input_channels=num_channels,
         load_weights=False,
     )
     embedding_model = train_helpers.get_embedding_model(wrapped_model=wrapped_model)
+    trainer = make_trainer(settings, wrapped_model, embedding_model, transform_args.normalize)
+    method = make_method(settings, wrapped_model, embedding_model, num_channels)
+    name_the_parts(method)
+    versions = ("lightly-train", "lightly", "pytorch-lightning", "torch", "torchvision", "xformers")
+    server.facts = {
+        "tool": "LightlyTrain",
+        "versions": {name: version_of(name) for name in versions},
+        "model": settings["peer_model"],
+        "drop_path_rate": settings["drop_path"],
+        "method_args": method.method_args.model_dump(mode="json"),
+        "optimizer_args": method.optimizer_args.model_dump(mode="json"),
+        "precision": str(trainer.precision),
+        "callbacks": [type(callback).__name__ for callback in trainer.callbacks],
+        "loggers": [type(logger).__name__ for logger in trainer.loggers],
+    }
+    trainer.fit(model=method, train_dataloaders=ViewsInMemory(settings, server))
+
+
+def make_trainer(settings: dict[str, Any], wrapped_model: Any, embedding_model: Any, normalize: Any) -> Any:
+    """Lightning's trainer with the loggers and callbacks that a user gets."""
+    from lightly_train._callbacks import callback_helpers
+    from lightly_train._commands import train_helpers
+    from lightly_train._license import LICENSE_INFO
+    from lightly_train._loggers import logger_helpers
+
+    out = Path(settings["out"])
     loggers = logger_helpers.get_loggers(logger_args=logger_helpers.get_logger_args(loggers=None), out=out)
     callbacks = callback_helpers.get_callbacks(
         callback_args=callback_helpers.get_callback_args(callback_args=None),
         out=out,
         wrapped_model=wrapped_model,
         embedding_model=embedding_model,
-        normalize_args=transform_args.normalize,
+        normalize_args=normalize,
         loggers=loggers,
         license_info=LICENSE_INFO,
     )
-    trainer = train_helpers.get_trainer(
+    return train_helpers.get_trainer(
         out=out,
         epochs=1,
         gradient_accumulation_steps=1,
@@ -114,6 +137,13 @@ def train(settings: dict[str, Any], server: StepServer) -> None:
         callbacks=callbacks,
         trainer_args=None,
     )
+
+
+def make_method(settings: dict[str, Any], wrapped_model: Any, embedding_model: Any, num_channels: int) -> Any:
+    """The method with its optimiser's settings; all that is not a size stays at its default."""
+    from lightly_train._commands import train_helpers
+    from lightly_train._methods import method_helpers
+
     method_class = method_helpers.get_method_cls(method=METHOD)
     optimizer_args = train_helpers.get_optimizer_args(
         optim_type="auto", optim_args=None, method_cls=method_class, wrapped_model=wrapped_model
@@ -125,27 +155,14 @@ def train(settings: dict[str, Any], server: StepServer) -> None:
         optimizer_args=optimizer_args,
         wrapped_model=wrapped_model,
     )
-    method = train_helpers.get_method(
+    return train_helpers.get_method(
         method_cls=method_class,
         method_args=method_args,
         optimizer_args=optimizer_args,
         embedding_model=embedding_model,
         global_batch_size=settings["batch"],
-        num_input_channels=no_auto(transform_args.num_channels),
+        num_input_channels=num_channels,
     )
-    name_the_parts(method)
-    versions = ("lightly-train", "lightly", "pytorch-lightning", "torch", "torchvision", "xformers")
-    server.facts = {
-        "tool": "LightlyTrain",
-        "versions": {name: version_of(name) for name in versions},
-        "model": settings["peer_model"],
-        "method_args": method_args.model_dump(mode="json"),
-        "optimizer_args": optimizer_args.model_dump(mode="json"),
-        "precision": str(trainer.precision),
-        "callbacks": [type(callback).__name__ for callback in trainer.callbacks],
-        "loggers": [type(logger).__name__ for logger in loggers],
-    }
-    trainer.fit(model=method, train_dataloaders=ViewsInMemory(settings, server))
 
 
 def peer_method_args(settings: dict[str, Any]) -> dict[str, Any]:
