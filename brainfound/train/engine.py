@@ -229,11 +229,18 @@ class Engine:
         line |= {name: value for name, value in metrics.items() if not isinstance(value, Tensor)}
         line["grad_norm"] = math.hypot(*(v for name, v in line.items() if name.startswith("grad_norm/")))
         line |= self.task.scheduled(self.step - 1) | self.task.gauges()
-        line["skipped_steps"] = self.health.read(self.step)["skipped"]
+        line["skipped_steps"] = self._counts()["skipped"]
         line |= self.pace.read(self.recipe.batch_size)
         if device.type == "cuda":
             line["memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
         self._publish(line)
+
+    def _counts(self) -> dict[str, int]:
+        try:
+            return self.health.read(self.step)
+        except TrainingError as error:
+            self.task.not_finite(self.step, error)
+            raise
 
     def _evaluate(self, save: bool) -> None:
         if not self.task.evaluate_every:
@@ -262,7 +269,7 @@ class Engine:
             return
         is_main = self.accelerator.is_main_process
         with self.pace.paused():
-            counts = self.health.read(self.step)
+            counts = self._counts()
             snapshot = self._snapshot(counts, kept, keep=is_main) if is_main or self.sharded else None
 
             def write() -> None:

@@ -252,7 +252,7 @@ class Guard:
             found["rank"] = f"effective rank {rank:.3g}, below {soft:.3g}"
         if distance is not None and distance > self.recipe.warn_gram_distance:
             found["gram"] = f"Gram distance {distance:.3g} to the start, above {self.recipe.warn_gram_distance:g}"
-        chance = line.get("probe_chance")
+        chance = line.get("probe_chance") if self.state.first_score is None else None
         if chance is not None and not line["probe"] - chance > self._drop(line["probe_standard_error"]):
             found["blind"] = (
                 f"the probe of {line['probe_target']} is not above chance ({line['probe']:.3f}, chance {chance:.3f}):"
@@ -275,7 +275,7 @@ class Guard:
         self.state.collapsed_looks = self.state.collapsed_looks + 1 if symptoms and counts else 0
         if self.state.collapsed_looks >= self.recipe.confirm_looks:
             what = f"the features collapsed: {'; '.join(symptoms)}, in {self.state.collapsed_looks} log lines in a row"
-            self._fail(step, what, "Lower optim.lr or lengthen schedule.head_warmup_steps")
+            self.fail(step, what, "Lower optim.lr or lengthen schedule.head_warmup_steps")
 
     def is_best(self, score: float) -> bool:
         """Whether a score would be the best so far."""
@@ -305,7 +305,7 @@ class Guard:
                 f"the probe fell from {state.best_score:.3f} (step {state.best_step}) to {score:.3f}"
                 f" and stayed down for {state.dropped_probes} probes"
             )
-            self._fail(step, what, "Lower optim.lr")
+            self.fail(step, what, "Lower optim.lr")
 
     def _drop(self, standard_error: float) -> float:
         return max(self.recipe.probe_drop, 2 * standard_error)
@@ -317,15 +317,22 @@ class Guard:
         # A score that is not a number is below every score.
         return not state.last_score >= state.best_score - state.last_margin
 
-    def _fail(self, step: int, what: str, remedy: str) -> None:
+    def fail(self, step: int, what: str, remedy: str | None) -> None:
+        """Act on a failure that is confirmed; nothing where the guard is disabled.
+
+        Raises:
+            RollBack: if the run may go back.
+            TrainingError: if it may not.
+        """
         recipe, state = self.recipe, self.state
         if not recipe.enabled:
             return
-        if recipe.on_failure == "roll_back" and state.kept_step is not None and state.rollbacks < recipe.max_rollbacks:
+        remedy = remedy or "Lower optim.lr"
+        if self.may_roll_back and state.kept_step is not None and state.rollbacks < recipe.max_rollbacks:
             raise RollBack(what, step=state.kept_step, where=f"step {step}", remedy=remedy)
         if state.rollbacks:
             what += f", after {state.rollbacks} rollback{'s' if state.rollbacks > 1 else ''}"
-        elif recipe.on_failure == "roll_back":
+        elif self.may_roll_back:
             what += ", and no probe has named a step to go back to"
         state.failed = True
         exported = "the last teacher" if not self.exports_best() else f"the teacher of step {state.best_step}"

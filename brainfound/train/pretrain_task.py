@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from brainfound.data.store import Store
+from brainfound.errors import TrainingError
 from brainfound.train import schedules
 from brainfound.train.data_order import EpochOrder, RankBatches, SliceRows, slice_loader, usable_rows
 from brainfound.train.engine import EngineRecipe, TrainTask
@@ -131,6 +132,9 @@ class PretrainTask(TrainTask):
         if self.guard.is_best(line["probe"]):
             self._keep_best(step)
         self.guard.judge(step, line["probe"], line["probe_standard_error"])
+
+    def not_finite(self, step: int, error: TrainingError) -> None:
+        self.guard.fail(step, error.what, error.remedy)
 
     def keeps(self, step: int) -> bool:
         return self.guard.keeps(step)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from brainfound.errors import TrainingError
+
 
 class TrainTask(ABC):
     """What the engine trains.
@@ -90,6 +92,15 @@ class TrainTask(ABC):
         give the same answer.
         """
         return False
+
+    def not_finite(self, step: int, error: TrainingError) -> None:
+        """Called before too many skipped steps in a row end the run with `error`; all ranks alike.
+
+        Raises:
+            RollBack: the run goes back instead.
+            TrainingError: ends the run in the place of `error`.
+        """
+        return
 
     def rolled_back(self, from_step: int, reason: str) -> Mapping[str, Any]:
         """Called between a `RollBack` and the return to its checkpoint.

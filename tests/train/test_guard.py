@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from brainfound.errors import TrainingError
-from brainfound.train.guard import Guard, GuardRecipe, effective_rank, mean_cosine
+from brainfound.train.guard import (
+    Guard,
+    GuardRecipe,
+    RollBack,
+    effective_rank,
+    feature_gauges,
+    mean_cosine,
+    view_margin,
+)
+from brainfound.train.losses import dino_loss
 
 HEALTHY = {
     "loss": 3.0,
@@ -36,6 +45,76 @@ def test_mean_cosine_is_that_of_the_pairs():
     assert mean_cosine(torch.ones(4, 3)) == pytest.approx(1)
 
 
+def test_gauges_of_what_is_not_finite_are_not_numbers():
+    for value in (math.nan, math.inf):
+        features = torch.ones(6, 3)
+        features[2, 1] = value
+        gauges = feature_gauges(features, torch.arange(3).repeat(2))
+        assert all(math.isnan(gauges[name]) for name in ("effective_rank", "mean_cosine", "view_margin"))
+        assert math.isnan(effective_rank(features))
+        assert math.isnan(mean_cosine(features))
+
+
+def test_view_margin_is_that_of_the_pairs():
+    generator = torch.Generator().manual_seed(2)
+    images = torch.tensor([7, 7, 3, 3, 3, 1])
+    features = torch.randn(6, 4, generator=generator)
+    centred = features - features.mean(dim=0)
+    same, other = [], []
+    for i in range(6):
+        for j in range(6):
+            if i != j:
+                pair = torch.cosine_similarity(centred[i], centred[j], dim=0)
+                (same if images[i] == images[j] else other).append(float(pair))
+    assert view_margin(features, images) == pytest.approx(sum(same) / len(same) - sum(other) / len(other), abs=1e-6)
+    assert view_margin(torch.ones(6, 4), images) == 0
+    assert math.isnan(view_margin(features, torch.arange(6)))
+
+
+def test_gauges_of_many_images_are_of_some_of_them():
+    features = torch.randn(600, 3, generator=torch.Generator().manual_seed(3))
+    images = torch.arange(300).repeat(2)
+    some = feature_gauges(features, images)
+    assert some == feature_gauges(features[images < 256], images[images < 256])
+    assert some["highest_rank"] == 3
+
+
+def test_thresholds_of_rank_are_those_of_the_batch():
+    """Five images can show no more than four directions: a rank of 1.5 is then no collapse, and 4 no warning."""
+    guard = Guard(GuardRecipe(grace_steps=0))
+    assert not guard.symptoms(HEALTHY | {"effective_rank": 1.5, "highest_rank": 4})
+    assert guard.symptoms(HEALTHY | {"effective_rank": 0.0, "highest_rank": 4})
+    assert guard.symptoms(HEALTHY | {"effective_rank": 1.5, "highest_rank": 127})
+    line = HEALTHY | {"step": 1, "effective_rank": 4.0}
+    assert not guard.warnings(line | {"highest_rank": 15})
+    assert "below 10" in guard.warnings(line | {"highest_rank": 127})[0]
+    assert not guard.warnings(line | {"highest_rank": 127})  # once is enough
+
+
+def test_what_is_said_and_does_not_stop():
+    guard = Guard(GuardRecipe(confirm_looks=1, grace_steps=0))
+    line = HEALTHY | {"step": 5, "gram_distance": 0.5}
+    assert "Gram distance 0.5" in guard.warnings(line)[0]
+    guard.look(5, line)
+    probe = {"step": 0, "probe_chance": 0.5, "probe_standard_error": 0.1, "probe_target": "sex"}
+    assert not guard.warnings(probe | {"probe": 0.75})
+    assert "not above chance" in guard.warnings(probe | {"probe": 0.65})[0]
+
+
+@pytest.mark.parametrize("num_local", [0, 2, 8])
+def test_a_uniform_answer_costs_ln_k_whatever_the_crops(num_local):
+    """What the guard compares the logged CLS loss with."""
+    targets = torch.softmax(torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(4)), dim=-1)
+    parts = dino_loss(torch.ones(2, 5, 7), torch.ones(num_local, 5, 7), targets, 0.1)
+    line = {"loss_dino": float(sum(parts)), "ln_k": math.log(7)}
+    assert "equals ln K" in Guard(GuardRecipe()).symptoms(line)[0]
+
+
+def test_a_low_view_margin_with_a_loss_that_is_learnt_is_no_symptom():
+    """Crops that show different contrasts may be unlike each other and yet be learnt from."""
+    assert not Guard(GuardRecipe()).symptoms(HEALTHY | {"view_margin": -0.1})
+
+
 @pytest.mark.parametrize(
     "symptom",
     [
@@ -57,6 +136,57 @@ def test_collapse_stops_after_confirmation_and_only_after_the_grace(symptom):
     guard.look(15, HEALTHY | symptom)
     with pytest.raises(TrainingError, match="collapsed"):
         guard.look(16, HEALTHY | symptom)
+
+
+def test_features_that_are_not_finite_need_no_grace():
+    guard = Guard(GuardRecipe(grace_steps=1000, confirm_looks=2))
+    broken = HEALTHY | {"effective_rank": math.nan}
+    guard.look(1, broken)
+    with pytest.raises(TrainingError, match="collapsed: they are not finite, in 2 log lines"):
+        guard.look(2, broken)
+
+
+def test_a_failure_goes_back_to_the_best_probe_and_then_stops():
+    recipe = GuardRecipe(on_failure="roll_back", max_rollbacks=2, rollback_lr_factor=0.5, probe_patience=1)
+    guard = Guard(recipe)
+    for step, score in enumerate((0.6, 0.7, 0.69)):
+        guard.judge(step, score, 0.0)
+    assert [guard.keeps(step) for step in range(3)] == [False, True, False]
+    for rollback in (1, 2):
+        with pytest.raises(RollBack) as wish:
+            guard.judge(9, 0.1, 0.0)
+        assert wish.value.step == 1
+        assert guard.rolled_back() == {"rollbacks": rollback, "lr_scale": 0.5**rollback}
+        assert (guard.state.dropped_probes, guard.state.last_score) == (0, 0.7)
+        assert not guard.exports_best()  # the run stands at the best step
+        again = Guard(recipe)
+        again.load_state_dict(guard.state_dict())
+        guard = again
+    with pytest.raises(TrainingError, match="after 2 rollbacks") as stop:
+        guard.judge(9, 0.1, 0.0)
+    assert not isinstance(stop.value, RollBack)
+    assert guard.exports_best()
+
+
+def test_there_is_no_going_back_without_a_probe():
+    guard = Guard(GuardRecipe(on_failure="roll_back", confirm_looks=1, grace_steps=0))
+    with pytest.raises(TrainingError, match="no probe has named a step") as stop:
+        guard.look(1, HEALTHY | {"mean_cosine": 1.0})
+    assert not isinstance(stop.value, RollBack)
+    assert "export/ holds the last teacher" in str(stop.value)
+    assert not Guard(GuardRecipe(on_failure="roll_back", enabled=False)).may_roll_back
+
+
+def test_after_a_collapse_the_best_probed_teacher_is_exported():
+    """It may have come after the last probe, which was still good."""
+    guard = Guard(GuardRecipe(confirm_looks=1, grace_steps=0))
+    guard.judge(0, 0.7, 0.01)
+    guard.judge(5, 0.69, 0.01)
+    assert not guard.exports_best()
+    with pytest.raises(TrainingError, match="teacher of step 0"):
+        guard.look(7, HEALTHY | {"mean_cosine": 1.0})
+    assert guard.exports_best()
+    assert not guard.keeps(0)
 
 
 def test_a_disabled_guard_only_counts():

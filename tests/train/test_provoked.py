@@ -42,9 +42,11 @@ STOCK = (
     "objective.anchor_gram_weight=0",
     "objective.anchor_cls_weight=0",
     "optim.layer_decay=1",
-    "optim.lr=1",
+    "optim.patch_embed_scale=1",
+    "objective.momentum=[0.8,0.8]",
+    "optim.lr=3",
 )
-QUICK = ("guard.probe_patience=2", "engine.steps=25")
+QUICK = ("guard.probe_patience=2", "engine.steps=30")
 
 
 def write_cohort(folder: Path, num_subjects: int, one_image: bool = False) -> Store:
@@ -79,7 +81,7 @@ def _no_curves(monkeypatch):
 
 @pytest.fixture(scope="module")
 def eggs(tmp_path_factory) -> Store:
-    return write_cohort(tmp_path_factory.mktemp("eggs"), num_subjects=16)
+    return write_cohort(tmp_path_factory.mktemp("eggs"), num_subjects=12)
 
 
 @pytest.fixture(scope="module")
@@ -114,33 +116,38 @@ def test_safe_settings_are_left_alone(eggs, trained, recipe, tmp_path, seed):
     assert facts(run)["status"] == "done"
 
 
-@pytest.mark.parametrize("lr", ["1", "1e4"])
-def test_the_settings_of_dinov2_204_are_stopped_and_the_starting_teacher_is_exported(
-    eggs, trained, recipe, tmp_path, lr
-):
-    content = recipe(*COMMON, *STOCK, *QUICK, f"optim.lr={lr}", "guard.confirm_looks=1000")
+def test_the_settings_of_dinov2_204_are_stopped_and_the_starting_teacher_is_exported(eggs, trained, recipe, tmp_path):
+    content = recipe(*COMMON, *STOCK, *QUICK, "guard.confirm_looks=1000")
     with pytest.raises(TrainingError, match=r"the probe fell from .* \(step 0\)") as stop:
         pretrain(content, eggs, trained, tmp_path / "run", quiet=True)
     assert "\n" not in str(stop.value)
     assert "export/ holds the teacher of step 0" in str(stop.value)
     first, *later = [line["probe"] for line in lines(tmp_path / "run", "probe")]
-    assert later[-1] < first - 0.15
-    assert len(later) < 5
+    assert later[-1] < first - 0.1
     assert facts(tmp_path / "run")["exported_step"] == 0
     assert same_encoder(tmp_path / "run" / "export", trained)
 
 
+def test_a_learning_rate_that_overflows_is_stopped_in_one_line(eggs, trained, recipe, tmp_path):
+    """Whichever is seen first: steps that are not finite, features that are not, or a probe that fell."""
+    content = recipe(*COMMON, *STOCK, *QUICK, "optim.lr=1e8", "engine.max_skipped_in_a_row=5")
+    with pytest.raises(TrainingError, match=r"not finite|the probe fell|collapsed") as stop:
+        pretrain(content, eggs, trained, tmp_path / "run", quiet=True)
+    assert "\n" not in str(stop.value)
+    assert same_encoder(tmp_path / "run" / "export", trained)
+
+
 def test_the_settings_of_dinov2_204_are_rolled_back_with_a_lower_rate_and_the_run_ends(eggs, trained, recipe, tmp_path):
-    going_back = ("guard.on_failure=roll_back", "guard.rollback_lr_factor=1e-3", "guard.confirm_looks=1000")
+    going_back = ("guard.on_failure=roll_back", "guard.rollback_lr_factor=1e-4", "guard.confirm_looks=1000")
     run = pretrain(recipe(*COMMON, *STOCK, *QUICK, *going_back), eggs, trained, tmp_path / "run", quiet=True)
     (event,) = lines(run, "rolled_back_from")
     assert event["step"] == 0
-    assert event["lr_scale"] == pytest.approx(1e-3)
+    assert event["lr_scale"] == pytest.approx(1e-4)
     assert "the probe fell" in event["reason"]
     before = [json.loads(text) for text in (run / "log-before-rollback-1.jsonl").open()]
     fast, slow = (next(line["lr"] for line in log if "lr" in line) for log in (before, lines(run, "lr")))
-    assert slow == pytest.approx(1e-3 * fast)
-    assert [line["step"] for line in lines(run, "loss")] == list(range(1, 26))
+    assert slow == pytest.approx(1e-4 * fast)
+    assert [line["step"] for line in lines(run, "loss")] == list(range(1, 31))
     probes = [line["probe"] for line in lines(run, "probe")]
     assert min(probes) > probes[0] - 0.05
     assert facts(run)["status"] == "done"
@@ -176,7 +183,7 @@ def test_a_constant_teacher_is_seen_and_the_one_before_is_exported(eggs, trained
 
     monkeypatch.setattr(PretrainTask, "after_step", going_constant)
     content = recipe(*COMMON, *SAFE, "engine.steps=30", "probe.every=20", "guard.confirm_looks=3")
-    with pytest.raises(TrainingError, match=r"step 9: the features collapsed: .*effective rank 0.*mean cosine 1\.0000"):
+    with pytest.raises(TrainingError, match=r"step 10: .* collapsed: .*effective rank 0.*mean cosine 1\.0000"):
         pretrain(content, eggs, trained, tmp_path / "run", quiet=True)
     assert facts(tmp_path / "run")["exported_step"] == 0
     assert same_encoder(tmp_path / "run" / "export", trained)
@@ -223,3 +230,15 @@ def test_many_such_batches_stop_the_run_in_one_line(eggs, trained, recipe, tmp_p
     assert "\n" not in str(stop.value)
     exported = BrainFoundModel.from_pretrained(tmp_path / "run" / "export").encoder
     assert all(torch.isfinite(weight).all() for weight in exported.state_dict().values())
+
+
+def test_going_back_gets_past_batches_that_are_not_numbers(eggs, trained, recipe, tmp_path, monkeypatch):
+    poison(monkeypatch, range(3, 9))
+    back = ("guard.on_failure=roll_back", "guard.confirm_looks=9", "engine.max_skipped_in_a_row=4")
+    content = recipe(*COMMON, *SAFE, *back, "engine.steps=8", "probe.every=100")
+    run = pretrain(content, eggs, trained, tmp_path / "run", quiet=True)
+    (event,) = lines(run, "rolled_back_from")
+    assert (event["step"], event["rolled_back_from"], event["lr_scale"]) == (0, 7, 0.3)
+    assert "not finite in 4 steps" in event["reason"]
+    assert [line["skipped_steps"] for line in lines(run, "loss")] == [1, 2, 2, 2, 2, 2, 2, 2]
+    assert facts(run)["status"] == "done"
