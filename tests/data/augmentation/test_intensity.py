@@ -66,6 +66,18 @@ def test_gain_scales_the_mean_and_contrast_the_distance_from_it():
     assert 0.75 <= min(spreads) < max(spreads) <= 1.25
 
 
+def test_a_change_of_contrast_does_not_reach_the_brain_by_way_of_the_air():
+    """In an even image there is no contrast to change; blur at its border must find air of 0 all the same."""
+    even = (heads() > 0) * 0.5
+    blur = OFF | {"blur_probability": 1.0, "brightness": 0.0}
+    only_blurred, both = (
+        vary_intensity(even.clone(), IntensityRecipe(**(blur | change)), seeded(0), seeded(1))
+        for change in ({}, {"contrast_probability": 1.0})
+    )
+    assert (only_blurred != even).any()
+    torch.testing.assert_close(both, only_blurred)
+
+
 def test_effects_are_not_done_on_images_that_nobody_sees():
     images = heads().view(12, 1, 24, 20)
     shown = torch.arange(12) % 3 > 0
