@@ -74,17 +74,17 @@ class TrainedPartRecipe(Recipe):
 
 
 def choose_trained_part(encoder: SliceEncoder, recipe: TrainedPartRecipe, seed: int) -> SliceEncoder:
-    """A copy of an encoder in which what is to be trained, and nothing else, requires gradients.
+    """An encoder in which what is to be trained, and nothing else, requires gradients.
 
-    With "lora" the copy has updates, and answers as the encoder does until they have learnt: of each
-    product B·A, B starts at 0 and A is drawn from `seed`, the same on all ranks.
+    For "full" it is the encoder itself, otherwise a copy. With "lora" the copy has updates, and answers as
+    the encoder does until they have learnt: of each product B·A, B starts at 0 and A is drawn from `seed`,
+    the same on all ranks.
 
     Raises:
         RecipeError: if there are fewer blocks than the recipe trains, or "lora" leaves none to update.
     """
-    encoder = copy.deepcopy(encoder).requires_grad_(recipe.part == "full")
     if recipe.part == "full":
-        return encoder
+        return encoder.requires_grad_(True)
     num_frozen = encoder.num_layers - recipe.blocks
     if num_frozen < (1 if recipe.part == "lora" else 0):
         raise RecipeError(
@@ -94,6 +94,7 @@ def choose_trained_part(encoder: SliceEncoder, recipe: TrainedPartRecipe, seed: 
             expected=f"at most {encoder.num_layers - (recipe.part == 'lora')}",
             remedy="Lower trained.blocks, or set trained.part=full",
         )
+    encoder = copy.deepcopy(encoder).requires_grad_(False)
     if recipe.part == "lora":
         _inject(encoder, recipe, num_frozen, seed)
     for block in encoder.blocks[num_frozen:]:

@@ -106,6 +106,9 @@ def test_two_steps(finished, store, make_recipe, tmp_path, kind, source, part):
         expected, got = before.exported_encoder.eval()(pixels), exported(pixels)
     torch.testing.assert_close(got.cls, expected.cls, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(got.patches, expected.patches, atol=1e-5, rtol=1e-5)
+    moved = {n for n, tensor in exported.state_dict().items() if not torch.equal(tensor, source_encoder[n])}
+    assert ("backbone.encoder.layer.0.attention.q_proj.weight" in moved) == (part != "last_blocks")
+    assert ("backbone.encoder.layer.0.attention.k_proj.weight" in moved) == (part == "full")
     assert all("lora" not in name for name in load_file(run / "export" / "model.safetensors"))
 
 
