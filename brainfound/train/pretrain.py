@@ -225,6 +225,8 @@ def _run(recipe: PretrainRecipe, store: Store, folder: Path, resume: bool, quiet
     accelerator = make_accelerator(recipe.engine.precision)
     is_main = accelerator.is_main_process
     console = Console(stderr=True, quiet=quiet or not is_main, highlight=False)
+    if recipe.engine.parallel == "fsdp" and accelerator.num_processes == 1:
+        notes = [*notes, "engine.parallel is fsdp, but one process has nobody to share with: nothing is sharded"]
     for note in notes:
         console.print(note)
     recipe = _with_engine(recipe, precision=accelerator.mixed_precision)
