@@ -14,17 +14,22 @@ scaled up by n / kept, so that shapes stay the same in every step.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from brainfound.models.attention import Kernel, Packing
 
 Branch = Callable[[Any, Tensor, Packing, Kernel], Tensor]
+Kept = Literal["all", "products", "inputs"]
+"""What of a residual branch is kept for the backward pass; the rest is computed again."""
+# Parts of the names of operations that are too much work to repeat; all others pass over memory once.
+_PRODUCTS = ("mm", "linear", "attention", "convolution")
 
 
 def attention_branch(block: Any, tokens: Float[Tensor, "1 T D"], packing: Packing, kernel: Kernel) -> Tensor:
@@ -45,18 +50,19 @@ class BlockRunner:
     Attributes:
         kernel: of attention.
         attention, mlp: the two branches, perhaps compiled.
-        checkpointing: compute each branch again in the backward pass instead of keeping what is inside it.
+        kept: for the backward pass, of the inside of a branch: "all"; "products", the results of matrix products
+            and attention, while norms, activations and softmaxes are computed again; "inputs", nothing.
     """
 
     kernel: Kernel = "sdpa"
     attention: Branch = attention_branch
     mlp: Branch = mlp_branch
-    checkpointing: bool = False
+    kept: Kept = "all"
 
     def compiled(self) -> BlockRunner:
         """The same with both branches compiled: one graph per shape, shared by all blocks."""
         attention, mlp = (torch.compile(branch, dynamic=False) for branch in (attention_branch, mlp_branch))
-        return BlockRunner(self.kernel, attention, mlp, self.checkpointing)
+        return replace(self, attention=attention, mlp=mlp)
 
     def run(
         self, blocks: nn.ModuleList, groups: Sequence[Float[Tensor, "n L D"]], drop_path: float = 0.0
@@ -92,11 +98,21 @@ class BlockRunner:
         return tokens
 
     def _call(self, branch: Branch, block: Any, tokens: Float[Tensor, "T D"], packing: Packing) -> Float[Tensor, "T D"]:
-        if self.checkpointing and torch.is_grad_enabled():
-            output: Any = checkpoint(branch, block, tokens[None], packing, self.kernel, use_reentrant=False)
-        else:
-            output = branch(block, tokens[None], packing, self.kernel)
+        if self.kept == "all" or not torch.is_grad_enabled():
+            return branch(block, tokens[None], packing, self.kernel)[0]
+        options: Any = {} if self.kept == "inputs" else {"context_fn": _KEEP_PRODUCTS}
+        output: Any = checkpoint(branch, block, tokens[None], packing, self.kernel, use_reentrant=False, **options)
         return output[0]
+
+
+def _policy(context: Any, operation: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
+    name = operation.name()
+    # Kernels from elsewhere are attention.
+    kept = not name.startswith(("aten::", "prim::")) or any(part in name for part in _PRODUCTS)
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_KEEP_PRODUCTS = partial(create_selective_checkpoint_contexts, _policy)
 
 
 def kept_packing(packing: Packing, drop_path: float) -> Packing:

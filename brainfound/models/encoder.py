@@ -17,7 +17,7 @@ from brainfound.data.batches import unit_range
 from brainfound.errors import ModelError
 from brainfound.models.attention import PACKED, Kernel
 from brainfound.models.backbone import build_backbone, image_size_of, patch_size_of
-from brainfound.models.blocks import BlockRunner
+from brainfound.models.blocks import BlockRunner, Kept
 from brainfound.models.configuration import BrainFoundConfig
 from brainfound.models.stem import ContrastPatchEmbeddings, inflate_kernels, pack_planes
 
@@ -124,15 +124,15 @@ class SliceEncoder(nn.Module):
         """What `transform` gives for one group, by its parts."""
         return SliceEncoding(tokens[:, 0], tokens[:, self.num_prefix_tokens :], {})
 
-    def set_running(self, kernel: Kernel = "sdpa", compiled: bool = False, checkpointing: bool = False) -> None:
+    def set_running(self, kernel: Kernel = "sdpa", compiled: bool = False, kept: Kept = "all") -> None:
         """How `transform` runs the blocks; its result does not depend on it beyond rounding.
 
         Args:
             kernel: of attention; see `brainfound.models.attention.choose_kernel`.
             compiled: compile the two branches of a block with torch.compile.
-            checkpointing: trade time for memory in the backward pass.
+            kept: what of a block is kept for the backward pass; see `brainfound.models.blocks.BlockRunner`.
         """
-        runner = BlockRunner(kernel=kernel, checkpointing=checkpointing)
+        runner = BlockRunner(kernel=kernel, kept=kept)
         self._runner = runner.compiled() if compiled else runner
 
     def grid(self, height: int, width: int) -> tuple[int, int]:

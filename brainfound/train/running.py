@@ -17,6 +17,7 @@ from torch import Tensor
 from brainfound.data.augmentation import ViewsRecipe
 from brainfound.errors import RecipeError
 from brainfound.models.attention import Packing, available_kernels, choose_kernel
+from brainfound.models.blocks import Kept
 from brainfound.models.encoder import SliceEncoder
 from brainfound.train.engine import EngineRecipe
 from brainfound.train.objectives.base import Objective
@@ -24,6 +25,7 @@ from brainfound.train.objectives.self_distillation import EncoderWithHeads
 
 SETTLED = ("attention", "compile", "local_crops")
 """The keys of the engine whose "auto" is settled here."""
+_KEPT: dict[bool | str, Kept] = {False: "all", "pointwise": "products", True: "inputs"}
 _NUM_TRIED = 4  # crops of each size that a kernel is timed with
 
 
@@ -36,9 +38,9 @@ class PretrainEngineRecipe(EngineRecipe):
     """The attention kernel (`brainfound.models.attention`); "auto" takes the fastest of those that work here."""
     compile: Literal["auto"] | bool = "auto"
     """Compile the blocks with torch.compile; "auto" does so on a GPU where that works."""
-    gradient_checkpointing: bool = False
-    """Keep only what enters each residual branch, and compute its inside again in the backward pass:
-    a third more work for much less memory."""
+    gradient_checkpointing: bool | Literal["pointwise"] = False
+    """What is computed again in the backward pass, to save memory: "pointwise", norms and activations, which costs
+    little time; true, everything inside a residual branch, a third more work for much less memory."""
     local_crops: Literal["auto", "packed", "separate"] = "auto"
     """"packed" encodes local and global crops together; "separate" takes the gradient of the local crops first,
     which needs about half the memory for activations. "auto": packed on a GPU."""
@@ -88,8 +90,8 @@ def apply(objective: Objective, engine: PretrainEngineRecipe) -> None:
     for module in (objective.student, *objective.frozen_modules()):
         for part in module.modules():
             if isinstance(part, SliceEncoder):
-                kernel, checkpointing = engine.attention, engine.gradient_checkpointing
-                part.set_running(kernel, compiled=bool(engine.compile), checkpointing=checkpointing)  # type: ignore[arg-type]
+                kept = _KEPT[engine.gradient_checkpointing]
+                part.set_running(engine.attention, compiled=bool(engine.compile), kept=kept)  # type: ignore[arg-type]
             if isinstance(part, EncoderWithHeads):
                 part.separate_local_pass = engine.local_crops == "separate"
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from brainfound.models import BrainFoundConfig, BrainFoundModel
 from brainfound.models.attention import Packing
@@ -51,12 +52,36 @@ def gradients(vit, drop_path=0.0, **running):
 
 
 @pytest.mark.parametrize("drop_path", [0.0, 0.4])
-def test_checkpointing_changes_no_gradient(drop_path):
+@pytest.mark.parametrize("kernel", ["sdpa", "matmul"])
+@pytest.mark.parametrize("kept", ["products", "inputs"])
+def test_checkpointing_changes_no_gradient(drop_path, kernel, kept):
     vit = encoder()
-    plain, checkpointed = gradients(vit, drop_path), gradients(vit, drop_path, checkpointing=True)
+    plain, checkpointed = gradients(vit, drop_path, kernel=kernel), gradients(vit, drop_path, kernel=kernel, kept=kept)
     assert plain.keys() == checkpointed.keys()
     for name, value in plain.items():
         assert torch.equal(value, checkpointed[name]), name
+
+
+def test_what_is_kept_is_what_was_asked_for():
+    """Bytes that the backward pass holds on to, and how many matrix products it repeats."""
+    vit = encoder(hidden_size=64).train()
+    tokens = vit.embed(pixels(LARGE)).detach().requires_grad_()
+    held, products = {}, {}
+    for kept in ("all", "products", "inputs"):
+        vit.set_running(kept=kept)
+        storages = {}
+
+        def note(tensor, storages=storages):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            (output,) = vit.transform([tokens])
+        with FlopCounterMode(display=False) as counter:
+            output.sum().backward()
+        held[kept], products[kept] = sum(storages.values()), counter.get_total_flops()
+    assert held["inputs"] < held["all"] / 3
+    assert products["products"] == products["all"] < products["inputs"]
 
 
 def test_stochastic_depth_trains_every_weight_and_rests_in_evaluation():

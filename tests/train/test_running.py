@@ -65,7 +65,7 @@ def test_every_encoder_of_an_objective_is_told(model, recipe):
     modules = [objective.student, *objective.frozen_modules()]
     encoders = [part for module in modules for part in module.modules() if isinstance(part, SliceEncoder)]
     assert len(encoders) == 3
-    assert all((e._runner.kernel, e._runner.checkpointing) == ("matmul", True) for e in encoders)
+    assert all((e._runner.kernel, e._runner.kept) == ("matmul", "inputs") for e in encoders)
     assert objective.student.separate_local_pass
 
 
@@ -75,11 +75,12 @@ def test_checkpointing_and_passes_do_not_change_what_is_learnt(store, recipe, fi
     expected = load_file(finished / teacher)
     for name, override, tolerance in (
         ("checkpointed", "engine.gradient_checkpointing=true", 0.0),
+        ("checkpointed in part", "engine.gradient_checkpointing=pointwise", 0.0),
         ("packed", "engine.local_crops=packed", 1e-4),
         ("matmul", "engine.attention=matmul", 1e-4),
     ):
         # Without dropped branches: packed and separate passes draw them in another order.
-        plain = [] if name == "checkpointed" else ["objective.drop_path=0"]
+        plain = [] if name.startswith("checkpointed") else ["objective.drop_path=0"]
         if plain:
             expected = load_file(pretrain(recipe(*plain), store, out=tmp_path / f"{name}-plain", quiet=True) / teacher)
         found = load_file(pretrain(recipe(override, *plain), store, out=tmp_path / name, quiet=True) / teacher)
