@@ -293,12 +293,20 @@ class Killed(BaseException):
     """Stands for SIGKILL: nothing in the engine catches it."""
 
 
+KEPT_THREE = {**FICKLE, "keep_checkpoints": 3}
+
+
+@pytest.fixture(scope="module")
+def rolled_back(tmp_path_factory):
+    """The folder of a run that went back twice, and was not disturbed."""
+    folder = tmp_path_factory.mktemp("rolled-back")
+    engine(Fickle(), folder, **KEPT_THREE).run()
+    return folder
+
+
 @pytest.mark.parametrize("moment", ["before", "committed", "half removed", "log moved", "later"])
-def test_a_rollback_survives_a_kill_at_any_moment(tmp_path, monkeypatch, moment):
-    whole = tmp_path / "whole"
-    whole.mkdir()
-    settings = {**FICKLE, "keep_checkpoints": 3}
-    engine(Fickle(), whole, **settings).run()
+def test_a_rollback_survives_a_kill_at_any_moment(rolled_back, tmp_path, monkeypatch, moment):
+    whole, settings = rolled_back, KEPT_THREE
     run = tmp_path / "run"
     run.mkdir()
 
