@@ -13,23 +13,20 @@ from __future__ import annotations
 
 import json
 import platform
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from brainfound.data.augmentation import ViewsRecipe
 from brainfound.errors import UsageError
 from brainfound.models.encoder import SliceEncoder
 from brainfound.train.engine import Engine
 from brainfound.train.flops import StepFlops, step_flops
+from brainfound.train.forward_memory import ForwardMemory
 from brainfound.train.gpus import GPUKind, find_gpu
 from brainfound.train.objectives.base import Objective
 from brainfound.train.objectives.projection_head import ProjectionHead
@@ -140,64 +137,6 @@ class Trial:
     loss: float
     ln_k: float | None
     """The loss of uniform answers; only objectives with prototypes have it."""
-
-
-class ForwardMemory:
-    """Measures what the first forward pass of a task takes, by standing in the place of its `loss`.
-
-    On a GPU the allocator knows; on a CPU every tensor that an operation makes is followed until it goes.
-    """
-
-    def __init__(self, loss: Callable[..., Any], device: torch.device) -> None:
-        self.loss, self.device = loss, device
-        self.most_bytes = 0
-        self._done = False
-
-    def __call__(self, *arguments: Any) -> Any:
-        if self._done:
-            return self.loss(*arguments)
-        self._done = True
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-            before = torch.cuda.memory_allocated(self.device)
-            answer = self.loss(*arguments)
-            self.most_bytes = torch.cuda.max_memory_allocated(self.device) - before
-            return answer
-        with LiveTensors() as live:
-            answer = self.loss(*arguments)
-        self.most_bytes = live.most_bytes
-        return answer
-
-
-class LiveTensors(TorchDispatchMode):
-    """Counts the bytes of tensors made inside it and still there; `most_bytes` is the most at any time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.num_bytes = self.most_bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        old = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if type(t) in _PLAIN}
-        for tensor in tree_leaves(result):
-            if type(tensor) in _PLAIN:
-                storage = tensor.untyped_storage()
-                if storage._cdata not in old:  # neither a view nor changed in place
-                    old.add(storage._cdata)
-                    self._follow(storage)
-        return result
-
-    def _follow(self, storage: torch.UntypedStorage) -> None:
-        size = storage.nbytes()
-        self.num_bytes += size
-        self.most_bytes = max(self.most_bytes, self.num_bytes)
-        weakref.finalize(storage, self._forget, size)
-
-    def _forget(self, size: int) -> None:
-        self.num_bytes -= size
-
-
-_PLAIN = (Tensor, nn.Parameter)
 
 
 def memory_per_gpu(

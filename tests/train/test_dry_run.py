@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import gc
-
 import pytest
 import torch
 
 from brainfound.errors import UsageError
 from brainfound.train import dry_run
-from brainfound.train.dry_run import LiveTensors, Machine, Trial, Weights
+from brainfound.train.dry_run import Machine, Trial, Weights
 from brainfound.train.flops import StepFlops
 from brainfound.train.gpus import KINDS, find_gpu
 from brainfound.train.pretrain import pretrain
@@ -137,36 +135,3 @@ def test_the_disk_holds_every_checkpoint_and_one_more(recipe):
     content = engine(recipe, "engine.keep_checkpoints=3")
     one = 4 * (GIANT.student + GIANT.teacher + GIANT.anchor + 2 * GIANT.trained)
     assert dry_run.disk_bytes(GIANT, content) == 4 * one + 8 * GIANT.encoder
-
-
-def test_live_tensors_are_counted_while_they_live():
-    before = torch.zeros(1000)
-    with LiveTensors() as live:
-        view = before[:10]
-        before.add_(1)
-        assert live.num_bytes == 0
-        first = before + 1
-        second = first * 2
-        del first
-        gc.collect()
-        third = second.exp()
-    assert live.num_bytes == 2 * 4000
-    assert live.most_bytes == 2 * 4000
-    assert len(view) == 10
-    assert len(third) == 1000
-
-
-def test_what_the_forward_pass_keeps_for_the_backward_pass_is_counted():
-    weight = torch.zeros(50, 50, requires_grad=True)
-
-    def loss(values):
-        return (values @ weight).exp().sum()
-
-    forward = dry_run.ForwardMemory(loss, torch.device("cpu"))
-    answer = forward(torch.zeros(10, 50))
-    # The product is needed no more once its exponential is there, but it was there.
-    assert forward.most_bytes >= 2 * 10 * 50 * 4
-    measured = forward.most_bytes
-    answer.backward()
-    forward(torch.zeros(1000, 50))
-    assert forward.most_bytes == measured

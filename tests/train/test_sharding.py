@@ -64,6 +64,23 @@ assert cut == [2], cut
 run("ddp-then-fsdp", "fsdp", start="ddp")
 run("fsdp-then-ddp", "ddp", start="fsdp")
 run("fsdp-again", "fsdp", start="fsdp")
+
+# The loss of one rank is not finite in one step: no rank moves anything in it.
+from brainfound.train.pretrain_task import PretrainTask
+loss, after_step = PretrainTask.loss, PretrainTask.after_step
+states = []
+def broken_loss(self, model, batch, step, micro_batch):
+    value, parts = loss(self, model, batch, step, micro_batch)
+    return (value * float("nan") if step == 3 and self.rank == 1 else value), parts
+def remembering_after_step(self, step, taken):
+    after_step(self, step, taken)
+    state = {**self.model.state_dict(), **self.objective.state_dict()}
+    states.append((float(taken), [tensor.to_local().clone() for tensor in state.values()]))
+PretrainTask.loss, PretrainTask.after_step = broken_loss, remembering_after_step
+run("broken-step", "fsdp")
+assert [taken for taken, _ in states] == [1, 1, 1, 0, 1, 1]
+same = [all(torch.equal(*pair) for pair in zip(states[i][1], states[i + 1][1])) for i in range(5)]
+assert same == [False, False, True, False, False], same
 """
 
 
