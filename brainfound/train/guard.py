@@ -37,6 +37,8 @@ from brainfound.recipes import Recipe
 
 MOST_IMAGES = 256
 """Gauges need no more; a singular value decomposition of the rows of many ranks would take seconds."""
+MARGIN_PER_IMAGE = 1 / 160
+"""The threshold of the margin is at most so much of each image: few images make it noisy (by 0.15 at 8 of them)."""
 UNINFORMED = 0.99
 """From this part of ln K on, the CLS loss is no better than that of an answer that ignores the image."""
 
@@ -150,8 +152,8 @@ def feature_gauges(features: Float[Tensor, "N D"], images: Int[Tensor, "N"] | No
     """Gauges of a batch of CLS features, of at most `MOST_IMAGES` images; all NaN if a feature is not finite.
 
     Args:
-        images: which image each row is a crop of; None: each row is an image of its own, and there is no
-            view margin.
+        images: which image each row is a crop of; None: each row is an image of its own. There is no view
+            margin then, and none of a single image.
     """
     features = features.detach().cpu()
     rows = torch.arange(len(features)) if images is None else images.cpu()
@@ -166,7 +168,7 @@ def feature_gauges(features: Float[Tensor, "N D"], images: Int[Tensor, "N"] | No
         "highest_rank": float(min(len(ids) - 1, features.shape[1])),
         "mean_cosine": mean_cosine(features) if finite else math.nan,
     }
-    if images is not None:
+    if len(rows) > len(ids) > 1:
         gauges["view_margin"] = view_margin(features, rows) if finite else math.nan
     return gauges
 
@@ -196,10 +198,16 @@ class GuardState:
 
 @dataclass
 class Guard:
-    """Looks at log lines and probe scores. All ranks look at the same numbers, so all stop together."""
+    """Looks at log lines and probe scores. All ranks look at the same numbers, so all stop together.
+
+    Args:
+        from_scratch: the run began with new weights. What random features score is nothing to be kept, and
+            early training often scores less: until `grace_steps` are over, each probe counts as the best.
+    """
 
     recipe: GuardRecipe
     state: GuardState = field(default_factory=GuardState)
+    from_scratch: bool = False
     _said: set[str] = field(default_factory=set, init=False, repr=False)
 
     @property
@@ -219,7 +227,8 @@ class Guard:
         lowest_rank = self._rank_threshold(recipe.min_effective_rank, line)
         if rank is not None and not rank >= lowest_rank:
             found.append(f"effective rank {rank:.3g}, below {lowest_rank:.3g}")
-        if cosine is not None and not cosine < recipe.max_mean_cosine:
+        several_images = line.get("highest_rank", math.inf) > 0  # of one image, crops are to be alike
+        if cosine is not None and several_images and not cosine < recipe.max_mean_cosine:
             found.append(f"mean cosine {cosine:.4f}, from {recipe.max_mean_cosine:g} on")
         return found + self._uninformed(line)
 
@@ -235,10 +244,11 @@ class Guard:
         if abs(loss - ln_k) <= recipe.ln_k_tolerance * ln_k:
             found.append(f"CLS loss {loss:.4f} equals ln K ({ln_k:.4f})")
         # The margin alone proves nothing: crops that show different contrasts may be unlike and yet be learnt.
-        if margin is not None and margin < recipe.min_view_margin and not loss < UNINFORMED * ln_k:
+        lowest = min(recipe.min_view_margin, MARGIN_PER_IMAGE * (line.get("highest_rank", math.inf) + 1))
+        if margin is not None and margin < lowest and not loss < UNINFORMED * ln_k:
             found.append(
                 f"crops of one image are no more alike than those of others (view margin {margin:.2f}, below"
-                f" {recipe.min_view_margin:g}), and the CLS loss {loss:.4f} is no better than ln K ({ln_k:.4f})"
+                f" {lowest:.2g}), and the CLS loss {loss:.4f} is no better than ln K ({ln_k:.4f})"
             )
         return found
 
@@ -277,9 +287,11 @@ class Guard:
             what = f"the features collapsed: {'; '.join(symptoms)}, in {self.state.collapsed_looks} log lines in a row"
             self.fail(step, what, "Lower optim.lr or lengthen schedule.head_warmup_steps")
 
-    def is_best(self, score: float) -> bool:
+    def is_best(self, step: int, score: float) -> bool:
         """Whether a score would be the best so far."""
-        return math.isfinite(score) and (self.state.best_score is None or score > self.state.best_score)
+        best = self.state.best_score
+        early = self.from_scratch and step <= self.recipe.grace_steps
+        return math.isfinite(score) and (best is None or early or score > best)
 
     def judge(self, step: int, score: float, standard_error: float) -> None:
         """Take note of a probe's score; one that is not a number is a drop from any other.
@@ -294,7 +306,7 @@ class Guard:
         state.last_margin = self._drop(standard_error)
         if state.first_score is None:
             state.first_score = score
-        if self.is_best(score):
+        if self.is_best(step, score):
             state.best_score, state.best_step, state.dropped_probes = score, step, 0
             if self.may_roll_back:
                 state.kept_step = step

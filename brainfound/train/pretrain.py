@@ -296,7 +296,7 @@ def _make_task(
         engine=recipe.engine,
         optim=recipe.optim,
         schedule=recipe.schedule,
-        guard=Guard(recipe.guard),
+        guard=Guard(recipe.guard, from_scratch=recipe.init.source == FROM_SCRATCH),
         probe=Probe(store, recipe.probe, recipe.seed) if recipe.probe.every else None,
         evaluate_every=recipe.probe.every,
         slice_margin=recipe.views.slice_margin,

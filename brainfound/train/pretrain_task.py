@@ -129,7 +129,7 @@ class PretrainTask(TrainTask):
             self.guard.look(step, line)
             return
         # The best encoder is kept before the guard may stop the run because of a later one.
-        if self.guard.is_best(line["probe"]):
+        if self.guard.is_best(step, line["probe"]):
             self._keep_best(step)
         self.guard.judge(step, line["probe"], line["probe_standard_error"])
 

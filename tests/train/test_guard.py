@@ -110,6 +110,17 @@ def test_a_uniform_answer_costs_ln_k_whatever_the_crops(num_local):
     assert "equals ln K" in Guard(GuardRecipe()).symptoms(line)[0]
 
 
+def test_few_images_make_a_noisy_margin_and_one_image_says_nothing():
+    guard = Guard(GuardRecipe())
+    line = HEALTHY | {"loss_dino": 6.9, "view_margin": 0.07}
+    assert guard.symptoms(line | {"highest_rank": 15})
+    assert not guard.symptoms(line | {"highest_rank": 7})
+    assert guard.symptoms(line | {"highest_rank": 7, "view_margin": 0.04})
+    one = feature_gauges(torch.ones(2, 3), torch.zeros(2, dtype=torch.long))
+    assert "view_margin" not in one
+    assert not guard.symptoms(HEALTHY | one)
+
+
 def test_a_low_view_margin_with_a_loss_that_is_learnt_is_no_symptom():
     """Crops that show different contrasts may be unlike each other and yet be learnt from."""
     assert not Guard(GuardRecipe()).symptoms(HEALTHY | {"view_margin": -0.1})
@@ -206,6 +217,20 @@ def test_a_probe_drop_stops_when_it_stays():
     assert guard.exports_best()
 
 
+def test_what_new_weights_score_is_nothing_to_be_kept():
+    scores = ((0, 0.5), (10, 0.1), (20, 0.05), (30, 0.2), (40, 0.1))
+    guard = Guard(GuardRecipe(grace_steps=20, probe_patience=1), from_scratch=True)
+    for step, score in scores[:4]:
+        guard.judge(step, score, 0.0)
+        assert guard.state.best_step == step
+    with pytest.raises(TrainingError, match=r"from 0\.200 \(step 30\)"):
+        guard.judge(*scores[4], 0.0)
+    continued = Guard(GuardRecipe(grace_steps=20, probe_patience=1))
+    continued.judge(*scores[0], 0.0)
+    with pytest.raises(TrainingError, match=r"from 0\.500 \(step 0\)"):
+        continued.judge(*scores[1], 0.0)
+
+
 def test_noise_is_no_drop():
     guard = Guard(GuardRecipe(probe_drop=0.05, probe_patience=1))
     guard.judge(0, 0.7, 0.2)
@@ -219,5 +244,5 @@ def test_a_guard_goes_on_from_its_state():
     again = Guard(GuardRecipe())
     again.load_state_dict(guard.state_dict())
     assert again.state == guard.state
-    assert not again.is_best(0.4)
-    assert not again.is_best(math.nan)
+    assert not again.is_best(3, 0.4)
+    assert not again.is_best(3, math.nan)

@@ -183,6 +183,7 @@ def test_a_probe_drop_stops_and_exports_the_best_teacher(store, recipe, tmp_path
     content = recipe(
         "probe.every=1",
         "guard.probe_patience=2",
+        "guard.grace_steps=0",
         "engine.steps=9",
         "engine.checkpoint_every=1",
         "engine.keep_checkpoints=9",
