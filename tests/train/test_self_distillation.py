@@ -100,8 +100,6 @@ def test_parts_of_the_loss_add_up_and_match_the_teacher_targets(objective, batch
     targets, _ = objective._last
     expected = losses.sinkhorn_knopp(targets.seen.scores(), 0.04)
     torch.testing.assert_close(targets.cls_targets.take(slice(None)), expected)
-    sums = targets.masked_targets.take(slice(None)).sum(dim=1)
-    torch.testing.assert_close(sums, torch.ones(len(sums)))
 
 
 def test_the_anchor_is_silent_at_the_start_and_speaks_when_the_student_moves(model, recipe, batch):

@@ -152,7 +152,6 @@ class Targets(NamedTuple):
     cls: Float[Tensor, "2·n D"]
     seen: Projection
     cls_targets: Assignments
-    masked_targets: Assignments
     temperature: float
 
 
@@ -233,9 +232,9 @@ class SelfDistillation(Objective):
             self.recipe.mask_ratio,
         ).to(device)
         temperature = self.schedule(key.step)["teacher_temperature"]
-        targets = self.targets(views, masks, temperature)
+        targets, masked_targets = self.targets(views, masks, temperature)
         output = student(views.global_views, masks, views.local_views, partial(self.local_loss, targets))
-        parts = self.loss_parts(output, targets, masks, batch.sessions)
+        parts = self.loss_parts(output, targets, masked_targets, masks, batch.sessions)
         parts |= self.anchor_parts(output, views, masks)
         total = torch.stack([self.weight(name) * part for name, part in parts.items()]).sum()
         metrics = {f"loss_{name}": part.detach() for name, part in parts.items()}
@@ -256,16 +255,18 @@ class SelfDistillation(Objective):
         }[part]
 
     @torch.no_grad()
-    def targets(self, views: CropViews, masks: BlockMasks, temperature: float) -> Targets:
-        """The teacher's answers to the global crops, unmasked; of patches only where the student is masked."""
+    def targets(self, views: CropViews, masks: BlockMasks, temperature: float) -> tuple[Targets, Assignments]:
+        """The teacher's answers to the global crops, unmasked; of patches only where the student is masked.
+
+        The answers to patches are the largest thing of a step: apart, so that they can be forgotten first.
+        """
         large = views.global_views
         cls, patches, _ = _encode(self.teacher.encoder, large.pixels, large.contrast_mask)
         seen = self.teacher.heads["dino"](cls)
         hidden = self.teacher.ibot_head(patches.flatten(0, 1).index_select(0, masks.indices))
         iterations = self.recipe.sinkhorn_iterations
-        return Targets(
-            cls, seen, assign(seen, temperature, iterations), assign(hidden, temperature, iterations), temperature
-        )
+        targets = Targets(cls, seen, assign(seen, temperature, iterations), temperature)
+        return targets, assign(hidden, temperature, iterations)
 
     def local_loss(self, targets: Targets, projection: Projection) -> Float[Tensor, ""]:
         """The CLS loss of the local crops; see `losses.dino_loss`."""
@@ -282,7 +283,12 @@ class SelfDistillation(Objective):
         return cross_entropy_sum(projection, targets.cls_targets, weights, temperature, target_rows)
 
     def loss_parts(
-        self, output: StudentOutput, targets: Targets, masks: BlockMasks, sessions: Int[Tensor, "n"]
+        self,
+        output: StudentOutput,
+        targets: Targets,
+        masked_targets: Assignments,
+        masks: BlockMasks,
+        sessions: Int[Tensor, "n"],
     ) -> dict[str, Tensor]:
         """The parts that need no anchor, before weighting; `brainfound.train.losses` defines them."""
         other_crop = torch.arange(len(output.cls), device=output.cls.device).roll(len(output.cls) // 2)
@@ -291,7 +297,7 @@ class SelfDistillation(Objective):
         return {
             "dino_global": self._cls_loss(output.seen, targets, other_crop[:, None]),
             "dino_local": output.local,
-            "ibot": cross_entropy_sum(output.guessed, targets.masked_targets, weights, self.recipe.student_temperature),
+            "ibot": cross_entropy_sum(output.guessed, masked_targets, weights, self.recipe.student_temperature),
             "koleo": torch.stack([losses.koleo(ranks.gather_rows(c), groups) for c in output.cls.chunk(2)]).sum(),
         }
 
