@@ -183,6 +183,12 @@ def most_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
 
 
+def as_on_gpu(engine: PretrainEngineRecipe) -> PretrainEngineRecipe:
+    """What "auto" comes to on a GPU, as far as it decides about memory: so that a CPU measures what a GPU would need."""
+    choice = {"attention": "sdpa", "local_crops": "packed"}
+    return engine.model_copy(update={key: value for key, value in choice.items() if getattr(engine, key) == "auto"})
+
+
 def try_out(
     task: PretrainTask,
     views: ViewsRecipe,
@@ -279,7 +285,7 @@ def _on_paper(trial: Trial, engine: PretrainEngineRecipe, machine: Machine) -> I
         yield f"    {name:<8} {total / GIB:7.2f} GiB  {'fits' if fits else 'does not fit'}"
         yield "             " + ", ".join(f"{part} {size / GIB:.3g}" for part, size in parts.items() if size)
     if bf16 and trial.precision != "bf16":
-        yield "    activations were measured in float32; in bfloat16 they take between half of it and all"
+        yield "    activations were measured in float32; in bfloat16 they take between half of that and all of it"
     if not fitting:
         yield f"    {advice(trial, engine, machine, bf16)}"
     yield f"  disk                     {disk_bytes(trial.weights, engine) / GIB:.2f} GiB, written by one process"

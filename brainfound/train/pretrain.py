@@ -135,8 +135,9 @@ def _dry_run(recipe: PretrainRecipe, store: Store, machine: Machine | None, quie
         machine.require_share(recipe.engine)
     # Schedules that end with the trial, and no probe.
     accelerator = make_accelerator(recipe.engine.precision)
-    recipe = _with_engine(recipe, precision=accelerator.mixed_precision)
-    trial = _with_engine(recipe, steps=trials.NUM_STEPS)
+    trial = _with_engine(recipe, steps=trials.NUM_STEPS, precision=accelerator.mixed_precision)
+    if machine is not None:
+        trial = trial.model_copy(update={"engine": trials.as_on_gpu(trial.engine)})
     trial = trial.model_copy(update={"probe": recipe.probe.model_copy(update={"every": 0})})
     with tempfile.TemporaryDirectory(prefix="brainfound-dry-run-") as temporary:
         folder = Path(temporary)

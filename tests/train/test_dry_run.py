@@ -46,12 +46,23 @@ def engine(recipe, *changes: str):
 
 
 def test_the_report_names_both_machines(store, recipe, tmp_path, capsys):
-    pretrain(recipe(), store, out=tmp_path / "run", dry_run=True, quiet=True, gpus=4, gpu="h100")
+    content = recipe("engine.precision=auto")
+    pretrain(content, store, out=tmp_path / "run", dry_run=True, quiet=True, gpus=4, gpu="h100")
     assert not (tmp_path / "run").exists()
     here, paper = capsys.readouterr().out.split("\n\n")
     for part in ("effective learning rate", "images/s", "GFLOP per image", "GiB at most", "disk", "ln K"):
         assert part in here
-    for part in ("4 × H100", "estimate", "33%", "images/s", "memory per GPU", "ddp", "fsdp", "fits", "disk"):
+    for part in (
+        "4 × H100",
+        "estimate",
+        "33% of 989 TFLOP/s (bfloat16)",
+        "images/s",
+        "memory per GPU",
+        "ddp",
+        "fsdp",
+        "fits",
+        "disk",
+    ):
         assert part in paper
 
 
@@ -135,3 +146,8 @@ def test_the_disk_holds_every_checkpoint_and_one_more(recipe):
     content = engine(recipe, "engine.keep_checkpoints=3")
     one = 4 * (GIANT.student + GIANT.teacher + GIANT.anchor + 2 * GIANT.trained)
     assert dry_run.disk_bytes(GIANT, content) == 4 * one + 8 * GIANT.encoder
+
+
+def test_memory_is_measured_as_a_gpu_would_run_unless_the_recipe_says_otherwise(recipe):
+    assert dry_run.as_on_gpu(recipe().engine).local_crops == "packed"
+    assert dry_run.as_on_gpu(recipe("engine.attention=matmul").engine).attention == "matmul"
