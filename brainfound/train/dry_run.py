@@ -184,7 +184,7 @@ def most_memory_gib(device: torch.device) -> float:
 
 
 def as_on_gpu(engine: PretrainEngineRecipe) -> PretrainEngineRecipe:
-    """What "auto" comes to on a GPU, as far as it decides about memory: so that a CPU measures what a GPU would need."""
+    """What "auto" comes to on a GPU where it decides about memory, so that a CPU measures what a GPU would need."""
     choice = {"attention": "sdpa", "local_crops": "packed"}
     return engine.model_copy(update={key: value for key, value in choice.items() if getattr(engine, key) == "auto"})
 
