@@ -1,0 +1,150 @@
+"""The pretraining runs of the benchmark: a start that knows no brains, the safe ladder, and deliberately bad settings.
+
+Every run is `brainfound.pretrain` with a recipe; a finished run is not run again, and one that was cut off is gone on
+with.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from brainfound.data.store import Store
+from brainfound.errors import TrainingError
+from brainfound.recipes import load
+from brainfound.train.pretrain import PretrainRecipe, pretrain
+
+LADDER_RECIPE = "pretrain-vits14-laptop"
+"""The ladder is as in this recipe of the project: only sizes and steps are other."""
+UPSTREAM_LR = 4e-3 * (128 / 1024) ** 0.5
+"""DINOv2's base rate, 4e-3 at batch 1,024, as `optim.lr` states it: at batch 128, by the root."""
+LOOKS = 12
+"""Probes of a run, after the one before its first step."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a run is made of besides its data; in patches, so that it fits any patch size."""
+
+    patch_size: int
+    width: int
+    layers: int
+    heads: int
+    global_patches: int
+    local_patches: int
+    num_local: int
+    prototypes: int
+    batch: int
+    steps: int
+    start_steps: int
+    probe_target: str
+
+    @property
+    def views(self) -> list[str]:
+        return [
+            f"views.global_size={self.global_patches * self.patch_size}",
+            f"views.local_size={self.local_patches * self.patch_size}",
+            f"views.num_local={self.num_local}",
+            f"objective.head.prototypes={self.prototypes}",
+            "objective.head.hidden=512",
+            "objective.head.bottleneck=128",
+            f"engine.batch_size={self.batch}",
+            'engine.precision="no"',
+            "engine.num_workers=0",
+        ]
+
+
+def from_scratch(sizes: Sizes, seed: int) -> PretrainRecipe:
+    """The starting checkpoint: new weights, our own self-distillation, rates of the demo's recipe."""
+    steps = sizes.start_steps
+    return _recipe(
+        "pretrain-demo", sizes, seed, steps,
+        f"init.scratch.hidden_size={sizes.width}", f"init.scratch.num_layers={sizes.layers}",
+        f"init.scratch.num_heads={sizes.heads}", f"init.scratch.patch_size={sizes.patch_size}",
+        f"objective.teacher_temperature_warmup_steps={steps * 2 // 5}", "objective.momentum=[0.99,1.0]",
+        f"schedule.warmup_steps={max(1, steps // 10)}", "views.slice_margin=0", "probe.every=0", "guard.enabled=false",
+        f"engine.checkpoint_every={max(1, steps // 4)}",
+    )  # fmt: skip
+
+
+def ladder(sizes: Sizes, seed: int, changes: tuple[str, ...] = ()) -> PretrainRecipe:
+    """The safe ladder; its phases keep the shares of the steps that they have in the project's recipe."""
+    recipe = load(PretrainRecipe, LADDER_RECIPE, "train")
+    share = sizes.steps / recipe.engine.steps
+
+    def scaled(steps: int) -> int:
+        return max(1, round(steps * share))
+
+    schedule, warmup = recipe.schedule, recipe.objective.teacher_temperature_warmup_steps  # type: ignore[union-attr]
+    return _recipe(
+        LADDER_RECIPE, sizes, seed, sizes.steps,
+        f"schedule.warmup_steps={scaled(schedule.warmup_steps)}",
+        f"schedule.head_warmup_steps={scaled(schedule.head_warmup_steps)}",
+        f"objective.teacher_temperature_warmup_steps={scaled(warmup)}",
+        f"guard.grace_steps={scaled(recipe.guard.grace_steps)}",
+        f"probe.every={max(1, sizes.steps // LOOKS)}", f"probe.target={sizes.probe_target}",
+        f"engine.checkpoint_every={max(1, sizes.steps // 3)}",
+        *changes,
+    )  # fmt: skip
+
+
+def unsafe(sizes: Sizes, seed: int, changes: tuple[str, ...] = ()) -> PretrainRecipe:
+    """The settings of dinov2#204: heads are warmed up, and then everything learns at the stock rate; no anchor."""
+    return ladder(
+        sizes, seed,
+        (f"optim.lr={UPSTREAM_LR}", "optim.layer_decay=1.0", "optim.patch_embed_scale=1.0", "optim.beta2=0.999",
+         "objective.anchor_gram_weight=0", "objective.anchor_cls_weight=0", *changes),
+    )  # fmt: skip
+
+
+def _recipe(name: str, sizes: Sizes, seed: int, steps: int, *changes: str) -> PretrainRecipe:
+    overrides = [*sizes.views, f"engine.steps={steps}", f"seed={seed}", "engine.log_every=5", *changes]
+    return load(PretrainRecipe, name, "train", overrides)
+
+
+def run_once(recipe: PretrainRecipe, store: Path, init: str, folder: Path, threads: int = 1) -> Path:
+    """A finished run's folder; runs it, or goes on with it, if need be. A stop by the guard is a finish too."""
+    import torch
+
+    torch.set_num_threads(threads)
+    if not _finished(folder):
+        begun = (folder / "recipe.yaml").is_file()
+        try:
+            pretrain(recipe, Store.open(store), init, folder, resume=begun, quiet=True)
+        except TrainingError:
+            if not _finished(folder):
+                raise
+    return folder
+
+
+def _finished(folder: Path) -> bool:
+    facts = folder / "run.json"
+    if not facts.is_file() or not (folder / "export" / "config.json").is_file():
+        return False
+    return json.loads(facts.read_text(encoding="utf-8"))["status"] != "running"
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """How a run went: its end, the probe of its teacher, its lr, and the last gauges."""
+    facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    probes = [line for line in lines if "probe" in line]
+    losses = [line for line in lines if "loss" in line]
+    gauges = ("loss_dino", "ln_k", "teacher_entropy", "effective_rank", "mean_cosine", "gram_distance", "view_margin")
+    return {
+        "status": facts["status"],
+        "steps_done": facts["step"],
+        "exported_step": facts["exported_step"],
+        "effective_lr": facts["effective_lr"],
+        "probe": {
+            "target": probes[0]["probe_target"] if probes else None,
+            "metric": probes[0]["probe_metric"] if probes else None,
+            "steps": [line["step"] for line in probes],
+            "linear": [line["probe/linear"] for line in probes],
+            "knn": [line["probe/knn"] for line in probes],
+            "standard_error": [line["probe_standard_error"] for line in probes],
+        },
+        "last": {name: losses[-1].get(name) for name in gauges} if losses else {},
+    }
