@@ -23,7 +23,7 @@ from typing import Any, Literal
 import accelerate
 import torch
 from accelerate.utils import broadcast_object_list
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 import brainfound
@@ -68,6 +68,11 @@ class EngineRecipe(Recipe):
     """Steps in a row with a non-finite loss or gradient after which the run stops."""
     num_workers: int = Field(default=2, ge=0)
     """Processes per rank that read slices; 0 reads in the training process."""
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _no_is_a_word(cls, value: Any) -> Any:
+        return "no" if value is False else value  # YAML reads a bare no as false
 
 
 class Engine:

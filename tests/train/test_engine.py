@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from brainfound.errors import TrainingError
+from brainfound.errors import RecipeError, TrainingError
+from brainfound.recipes import validate
 from brainfound.train import checkpoint as checkpoints
 from brainfound.train.checkpoint import latest_valid, list_checkpoints
 from brainfound.train.engine import Engine, EngineRecipe, TrainTask, make_accelerator
@@ -395,3 +396,10 @@ def test_a_disk_that_is_too_small_for_the_run_is_told_before_the_first_step(tmp_
     free["bytes"] = num_bytes
     engine(task, tmp_path, keep_checkpoints=2).run()
     assert task.moved == [0, 1, 2, 3]
+
+
+def test_a_bare_no_is_a_precision():
+    """YAML 1.1 reads it as false."""
+    assert validate(EngineRecipe, {}, ["precision=no"]).precision == "no"
+    with pytest.raises(RecipeError, match="precision"):
+        validate(EngineRecipe, {}, ["precision=yes"])
