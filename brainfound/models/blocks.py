@@ -32,15 +32,24 @@ Kept = Literal["all", "products", "inputs"]
 _PRODUCTS = ("mm", "linear", "attention", "convolution")
 
 
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """In which type products of this tensor are computed now: that of autocast, if it is on."""
+    kind = tensor.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
+
+
 def attention_branch(block: Any, tokens: Float[Tensor, "1 T D"], packing: Packing, kernel: Kernel) -> Tensor:
     """The first residual branch of a block, without the residual."""
-    output, _ = block.attention(block.norm1(tokens), packing=packing, kernel=kernel)
+    # Cast once: autocast would cast the same tokens for query, key and value, and keep all three copies.
+    tokens = block.norm1(tokens)
+    output, _ = block.attention(tokens.to(compute_dtype(tokens)), packing=packing, kernel=kernel)
     return block.layer_scale1(output)
 
 
 def mlp_branch(block: Any, tokens: Float[Tensor, "1 T D"], packing: Packing, kernel: Kernel) -> Tensor:
     """The second residual branch of a block, without the residual."""
-    return block.layer_scale2(block.mlp(block.norm2(tokens)))
+    tokens = block.norm2(tokens)
+    return block.layer_scale2(block.mlp(tokens.to(compute_dtype(tokens))))
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from brainfound.models.blocks import compute_dtype
 from brainfound.train import ranks
 
 _PIECE_BYTES = {"cpu": 64 * 2**20}
@@ -55,12 +56,6 @@ class Assignments:
     def take(self, rows: slice | Int[Tensor, "n"]) -> Float[Tensor, "n K"]:
         """The targets of some rows."""
         return (self.mass[rows] * self.prototype_scale).mul_(self.row_scale[rows, None])
-
-
-def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """In which type products of this tensor are computed now: that of autocast, if it is on."""
-    kind = tensor.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
 
 
 def _pieces(num_rows: int, num_prototypes: int, device: torch.device) -> list[slice]:

@@ -84,6 +84,15 @@ def test_what_is_kept_is_what_was_asked_for():
     assert products["products"] == products["all"] < products["inputs"]
 
 
+def test_under_autocast_the_result_is_that_of_the_library():
+    vit = encoder()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = copy.deepcopy(vit)(pixels(LARGE))
+        (tokens,) = vit.transform([vit.embed(pixels(LARGE))])
+    assert expected.cls.dtype == torch.float32
+    assert torch.equal(vit.encoding(tokens).cls, expected.cls)
+
+
 def test_stochastic_depth_trains_every_weight_and_rests_in_evaluation():
     vit = encoder()
     reached = gradients(vit, 0.9)
