@@ -81,6 +81,12 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch: pytest.MonkeyPatch):
+    """Pictures take longer than tiny runs; those of the session's finished run are drawn."""
+    monkeypatch.setattr("brainfound.train.run_files.plot_curves", lambda folder: folder)
+
+
 def tiny_recipe(*overrides: str) -> PretrainRecipe:
     return validate(PretrainRecipe, TINY, overrides)
 

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, Dinov2WithRegistersConfig, Dinov2WithRegistersModel, PreTrainedModel
 
-from brainfound.train import run_files
 from brainfound.train.objectives import self_distillation
 from brainfound.train.pretrain import pretrain
 from brainfound.train.pretrain_task import PretrainTask
@@ -381,7 +380,6 @@ def test_registers_and_one_head_for_both(store, recipe, tmp_path, monkeypatch):
 def compare(store, recipe, backbone, folder, monkeypatch, dtype, tolerance, accumulation, clip, changes=None):
     """Run, and hold every step against the reference."""
     recording = record(monkeypatch, dtype)
-    monkeypatch.setattr(run_files, "plot_curves", lambda folder: None)  # pictures take longer than these runs
     more = {"init.source": str(backbone), "engine.accumulation": accumulation, "optim.clip_norm": clip} | (
         changes or {}
     )

@@ -61,12 +61,6 @@ def members(run: Path) -> dict[str, set[str]]:
     return {part: set(names) for part, names in Split.load(run / "splits.json").parts().items()}
 
 
-@pytest.fixture(autouse=True)
-def _no_curves(monkeypatch):
-    """Drawing takes longer than these runs."""
-    monkeypatch.setattr("brainfound.train.run_files.plot_curves", lambda folder: folder)
-
-
 @pytest.fixture(scope="module")
 def six_steps(small_store, tiny_backbone, tmp_path_factory) -> Path:
     """A regression of six steps with a checkpoint in the middle; tests copy it before they change it."""

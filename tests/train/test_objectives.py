@@ -26,11 +26,6 @@ KEY = StepKey(seed=0, step=0, micro_batch=0, rank=0)
 DECODER = {"width": 16, "layers": 1, "heads": 2}
 
 
-@pytest.fixture(autouse=True)
-def _no_curves(monkeypatch):
-    monkeypatch.setattr("brainfound.train.run_files.plot_curves", lambda folder: folder)
-
-
 @pytest.fixture
 def make_recipe(recipe):
     """A maker of tiny recipes: ``make_recipe("hybrid", "lora", "engine.steps=4", …)``."""

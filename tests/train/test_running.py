@@ -69,23 +69,13 @@ def test_every_encoder_of_an_objective_is_told(model, recipe):
     assert objective.student.separate_local_pass
 
 
-def test_checkpointing_and_passes_do_not_change_what_is_learnt(store, recipe, finished, tmp_path):
-    """Checkpointing repeats the same operations; separate passes add gradients in another order."""
+@pytest.mark.parametrize("value", ["true", "pointwise"])
+def test_checkpointing_changes_no_bit(store, recipe, finished, tmp_path, value):
+    """It repeats the same operations."""
     teacher = "export/model.safetensors"
-    expected = load_file(finished / teacher)
-    for name, override, tolerance in (
-        ("checkpointed", "engine.gradient_checkpointing=true", 0.0),
-        ("checkpointed in part", "engine.gradient_checkpointing=pointwise", 0.0),
-        ("packed", "engine.local_crops=packed", 1e-4),
-        ("matmul", "engine.attention=matmul", 1e-4),
-    ):
-        # Without dropped branches: packed and separate passes draw them in another order.
-        plain = [] if name.startswith("checkpointed") else ["objective.drop_path=0"]
-        if plain:
-            expected = load_file(pretrain(recipe(*plain), store, out=tmp_path / f"{name}-plain", quiet=True) / teacher)
-        found = load_file(pretrain(recipe(override, *plain), store, out=tmp_path / name, quiet=True) / teacher)
-        for key, value in expected.items():
-            torch.testing.assert_close(found[key], value, atol=tolerance, rtol=0, msg=f"{name}: {key}")
+    run = pretrain(recipe(f"engine.gradient_checkpointing={value}"), store, out=tmp_path / "run", quiet=True)
+    expected, found = load_file(finished / teacher), load_file(run / teacher)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def test_a_resumed_run_keeps_what_was_settled(store, recipe, tmp_path, monkeypatch):
