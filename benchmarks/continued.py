@@ -54,6 +54,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--probe-target", default="auto", help="what the guard's probe looks at in the pretraining part"
     )
+    parser.add_argument("--looks", type=int, default=12, help="probes of a run, after the one before its first step")
+    parser.add_argument("--set-start", action="append", default=[], metavar="KEY=VALUE", help="of the start's recipe")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the ladder's recipe")
     parser.add_argument("--set-unsafe", action="append", default=[], metavar="KEY=VALUE", help="of the unsafe recipe")
     parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
@@ -91,6 +93,7 @@ class Experiment:
         self.sizes = Sizes(
             patch_size, options.width, options.layers, options.heads, of_global, of_local, options.num_local,
             options.prototypes, options.batch, options.steps, options.start_steps, options.probe_target,
+            options.looks,
         )  # fmt: skip
         self.seconds: dict[str, float] = {}
 
@@ -162,7 +165,7 @@ class Experiment:
             cohort = write_dead_leaves(leaves / "cohort", stacks, slices, self.side, pixel_mm, seed=7)
             spacing_mm = (pixel_mm, pixel_mm, pixel_mm)
             prepare(cohort, leaves / "store", preprocessing.model_copy(update={"spacing_mm": spacing_mm}))
-        recipe = from_scratch(self.sizes, seed=0)
+        recipe = from_scratch(self.sizes, 0, tuple(self.options.set_start))
         folder = self._folder("start", recipe, leaves=leaves.name)
         run_once(recipe, leaves / "store", "none", folder, threads=self.options.workers)
         return str(folder / "export")

@@ -203,3 +203,101 @@ def test_the_pretraining_table_holds_targets_against_the_right_side(module):
     assert "over LightlyTrain with the same | 2.1 | ≥ 2 | yes |" in text
     assert "over LightlyTrain without | 1.9 | ≥ 2 | no |" in text
     assert "| data wait, share of step time | 0.04 | ≤ 0.03 | no |" in text
+
+
+@pytest.fixture
+def continued(module, monkeypatch):
+    """The benchmark's main, in this process; it sets environment variables and PyTorch's threads."""
+    torch = importlib.import_module("torch")
+    rounds, threads = module("rounds"), torch.get_num_threads()
+    for name in (*rounds.THREAD_VARIABLES, "HF_HUB_OFFLINE", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    yield module("continued").main
+    torch.set_num_threads(threads)
+
+
+def test_continued_pretraining_at_tiny_size_and_once_more(continued, tmp_path, capsys, monkeypatch):
+    sizes = shlex.split(
+        "--sessions 6 --test-sessions 8 --spacing-mm 8 --slice-mm 20 --leaves 4 3 --patches 4 4 2 --width 16 "
+        "--layers 1 --heads 1 --num-local 1 --prototypes 16 --batch 4 --start-steps 2 --steps 6 --looks 3 "
+        "--seeds 0 1 --workers 1 --probe-target slice_position"
+    )
+    out, work = tmp_path / "results.json", tmp_path / "work"
+    continued(["--work", str(work), "--out", str(out), *sizes])
+    printed = capsys.readouterr()
+    assert "painted on label maps is left out" in printed.err
+    result = json.loads(out.read_text(encoding="utf-8"))
+    found = result["cohorts"]["the phantom's own geometry"]
+    assert found["data"]["pretraining"]["sites"].keys() <= {"site-1", "site-2"}
+    assert found["data"]["test"]["sites"] == {"site-3": 8}
+    assert list(found["scores"]) == [
+        "trivial", "random weights", "start", "continued, safe ladder", "continued, settings of dinov2#204",
+    ]  # fmt: skip
+    assert len(found["scores"]["continued, safe ladder"]["age MAE, years"]["runs"]) == 2
+    (unsafe,) = found["runs"]["unsafe"]
+    (safe, _) = found["runs"]["ladder"]
+    assert unsafe["effective_lr"] > 10 * safe["effective_lr"]
+    assert safe["probe"]["steps"][0] == 0
+    assert len(safe["probe"]["linear"]) > 2
+    assert "| gain of continued, safe ladder over start | " in printed.out
+    assert (work / "probes.png").stat().st_size > 1000
+    assert str(tmp_path) not in out.read_text(encoding="utf-8")
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise AssertionError("made again")
+
+    for name in ("shifted_cohorts.write_subject", "continued_runs.pretrain", "frozen_probes.FrozenProbes.run"):
+        monkeypatch.setattr(name, refuse)
+    continued(["--work", str(work), "--out", str(out), *sizes])
+    assert json.loads(out.read_text(encoding="utf-8"))["cohorts"] == result["cohorts"]
+
+
+def test_no_part_of_the_shifted_cohorts_shares_a_site_or_a_label_map(module):
+    parts = module("shifted_cohorts").PARTS
+    sites = [site for part in parts for site in part.sites]
+    assert len(set(sites)) == len(sites)
+    for count in range(5, 15):
+        maps = [map_ for part in parts for map_ in part.maps([Path(str(i)) for i in range(count)])]
+        assert len(set(maps)) == len(maps)
+    with pytest.raises(importlib.import_module("brainfound.errors").UsageError, match="too few label maps"):
+        [part.maps([Path("only")]) for part in parts]
+
+
+def test_paired_outcomes_find_a_gain_a_loss_and_nothing(module):
+    paired, outcome = module("paired_outcomes"), module("frozen_probes").Outcome
+    rng = np.random.default_rng(0)
+    ill = rng.integers(0, 2, 60)
+    before = outcome(rng.uniform(5, 15, 60), rng.random(60), rng.uniform(0.4, 0.6, 60))
+    runs = [
+        outcome(before.age_error_years - 2 + rng.normal(0, 1, 60), before.diagnosis_score + 0.8 * ill,
+                before.patch_accuracy - 0.1)
+        for _ in range(2)
+    ]  # fmt: skip
+    found = paired.compare(runs, [before], ill, permutations=200)
+    assert found["age MAE, years"]["gain"] == pytest.approx(2, abs=0.4)
+    assert found["diagnosis AUROC"]["gain"] > 0.2
+    assert found["tissue patch accuracy"]["gain"] == pytest.approx(-0.1)
+    assert all(of["p"] < 0.02 and of["interval"][0] * of["interval"][1] > 0 for of in found.values())
+    same = paired.compare([before], [before], ill, permutations=200)
+    assert all(of["gain"] == 0 and of["p"] == 1 for of in same.values())
+
+
+def test_several_runs_are_scored_one_by_one_and_not_as_an_ensemble(module):
+    paired, outcome = module("paired_outcomes"), module("frozen_probes").Outcome
+    ill, nothing = np.array([0, 0, 1, 1]), np.zeros(4)
+    # Each run is wrong about one pair of four; their mean would be right about all.
+    runs = [outcome(nothing, np.array(scores), nothing) for scores in ([0.0, 0.6, 0.5, 0.9], [0.6, 0.0, 0.9, 0.5])]
+    assert paired.score(runs, ill)["diagnosis AUROC"]["mean"] == 0.75
+
+
+def test_dead_leaves_cover_the_image_and_depend_on_their_seed_alone(module):
+    image_of = module("dead_leaves").dead_leaves_image
+    first, again, other = (image_of(np.random.default_rng(seed), 48) for seed in (1, 1, 2))
+    assert first.shape == (3, 48, 48)
+    assert np.array_equal(first, again)
+    assert not np.allclose(first, other)
+    assert first.min() >= 0.15
+    # Flat leaves with sharp edges over texture: most neighbours are alike, some are not.
+    steps = np.abs(np.diff(first, axis=2))
+    assert np.median(steps) < 0.1 < np.quantile(steps, 0.99)
