@@ -14,6 +14,7 @@ scaled up by n / kept, so that shapes stay the same in every step.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -28,6 +29,7 @@ from brainfound.models.attention import Kernel, Packing
 Branch = Callable[[Any, Tensor, Packing, Kernel], Tensor]
 Kept = Literal["all", "products", "inputs"]
 """What of a residual branch is kept for the backward pass; the rest is computed again."""
+_MOST_GRAPHS = 64
 # Parts of the names of operations that are too much work to repeat; all others pass over memory once.
 _PRODUCTS = ("mm", "linear", "attention", "convolution")
 
@@ -69,9 +71,15 @@ class BlockRunner:
     kept: Kept = "all"
 
     def compiled(self) -> BlockRunner:
-        """The same with both branches compiled: one graph per shape, shared by all blocks."""
+        """The same with both branches compiled: one graph per shape, shared by all blocks.
+
+        What a compiled branch keeps, the compiler decides by the same rule as "products".
+        """
+        # Student, teacher and anchor, each with its shapes, with and without adapters, share these functions.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_GRAPHS)
         attention, mlp = (torch.compile(branch, dynamic=False) for branch in (attention_branch, mlp_branch))
-        return replace(self, attention=attention, mlp=mlp)
+        kept: Kept = "inputs" if self.kept == "inputs" else "all"
+        return replace(self, attention=attention, mlp=mlp, kept=kept)
 
     def run(
         self, blocks: nn.ModuleList, groups: Sequence[Float[Tensor, "n L D"]], drop_path: float = 0.0
@@ -109,9 +117,21 @@ class BlockRunner:
     def _call(self, branch: Branch, block: Any, tokens: Float[Tensor, "T D"], packing: Packing) -> Float[Tensor, "T D"]:
         if self.kept == "all" or not torch.is_grad_enabled():
             return branch(block, tokens[None], packing, self.kernel)[0]
-        options: Any = {} if self.kept == "inputs" else {"context_fn": _KEEP_PRODUCTS}
-        output: Any = checkpoint(branch, block, tokens[None], packing, self.kernel, use_reentrant=False, **options)
-        return output[0]
+        arguments = (branch, block, tokens[None], packing, self.kernel)
+        if self.kept == "inputs":
+            return checkpoint(*arguments, use_reentrant=False)[0]  # type: ignore[index]
+        with _casts_that_are_not_remembered(tokens.device.type):
+            return checkpoint(*arguments, use_reentrant=False, context_fn=_KEEP_PRODUCTS)[0]  # type: ignore[index]
+
+
+def _casts_that_are_not_remembered(kind: str) -> AbstractContextManager[Any]:
+    """Autocast as it is, but without its memory of cast weights.
+
+    A second pass would find its weights cast already, and repeating it would meet casts that it has not seen.
+    """
+    if not torch.is_autocast_enabled(kind):
+        return nullcontext()
+    return torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), cache_enabled=False)
 
 
 def _policy(context: Any, operation: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
