@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from frozen_probes import FrozenProbes, Outcome
+from frozen_probes import FOLDS, PATCH_SLICES, REPEATS, SLICES, FrozenProbes, Outcome
 from shifted_cohorts import key_of
 from worker_processes import in_processes
 
@@ -14,6 +14,7 @@ from brainfound.data.store import Store
 from brainfound.models import BrainFoundModel
 from brainfound.models.start import start_from
 
+PROTOCOL = (SLICES, PATCH_SLICES, FOLDS, REPEATS)
 RANDOM = "random:"
 """Before a model's name: new weights in its architecture instead of its own."""
 
@@ -33,7 +34,7 @@ def _outcome(source: str, store: Path, patch_size: int) -> Outcome:
     import torch
 
     torch.set_num_threads(1)
-    kept = store.parent / f"outcome-{key_of({'model': source})}.npz"
+    kept = store.parent / f"outcome-{key_of({'model': source, 'protocol': PROTOCOL})}.npz"
     if kept.is_file():
         return Outcome.load(kept)
     opened = Store.open(store)

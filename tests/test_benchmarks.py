@@ -221,9 +221,12 @@ def test_continued_pretraining_at_tiny_size_and_once_more(continued, tmp_path, c
     sizes = shlex.split(
         "--sessions 6 --test-sessions 8 --spacing-mm 8 --slice-mm 20 --leaves 4 3 --patches 4 4 2 --width 16 "
         "--layers 1 --heads 1 --num-local 1 --prototypes 16 --batch 4 --start-steps 2 --steps 6 --looks 3 "
-        "--seeds 0 1 --workers 1 --probe-target slice_position"
+        "--seeds 0 --workers 1 --probe-target slice_position"
     )
     out, work = tmp_path / "results.json", tmp_path / "work"
+    # Each run's own curves take longer to draw than such a run takes.
+    monkeypatch.setattr("brainfound.train.run_files.plot_curves", lambda folder: None)
+    monkeypatch.setattr("frozen_probes.REPEATS", 1)
     continued(["--work", str(work), "--out", str(out), *sizes])
     printed = capsys.readouterr()
     assert "painted on label maps is left out" in printed.err
@@ -234,9 +237,9 @@ def test_continued_pretraining_at_tiny_size_and_once_more(continued, tmp_path, c
     assert list(found["scores"]) == [
         "trivial", "random weights", "start", "continued, safe ladder", "continued, settings of dinov2#204",
     ]  # fmt: skip
-    assert len(found["scores"]["continued, safe ladder"]["age MAE, years"]["runs"]) == 2
+    assert len(found["scores"]["continued, safe ladder"]["age MAE, years"]["runs"]) == 1
     (unsafe,) = found["runs"]["unsafe"]
-    (safe, _) = found["runs"]["ladder"]
+    (safe,) = found["runs"]["ladder"]
     assert unsafe["effective_lr"] > 10 * safe["effective_lr"]
     assert safe["probe"]["steps"][0] == 0
     assert len(safe["probe"]["linear"]) > 2
