@@ -68,7 +68,8 @@ class PretrainTask(TrainTask):
         self.may_roll_back = guard.may_roll_back
         self.dataset = SliceRows(store, usable_rows(store, slice_margin), neighbour_mm)
         self.order = EpochOrder(len(self.dataset), seed)
-        self._rank_batches(0)  # refuses a batch that cannot be shared, before anything is made
+        # Refuses a batch that cannot be shared or learnt from, before anything is made.
+        objective.require_batch(self._rank_batches(0).per_rank)
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         num_layers = self.objective.exported_encoder.num_layers

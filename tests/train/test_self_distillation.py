@@ -114,9 +114,47 @@ def test_the_anchor_is_silent_at_the_start_and_speaks_when_the_student_moves(mod
     assert metrics["loss_anchor_gram"] > 1e-3
 
 
-def test_an_anchor_without_an_unmasked_crop_is_refused(model, recipe):
+@pytest.mark.parametrize(("probability", "num_slices"), [(1.0, 8), (0.75, 1)])
+def test_an_anchor_without_an_unmasked_crop_is_refused(model, recipe, probability, num_slices):
+    masked = f"objective.mask_probability={probability}"
     with pytest.raises(RecipeError, match="mask_probability"):
-        make(model, recipe, "objective.mask_probability=1.0")
+        make(model, recipe, masked).require_batch(num_slices)
+    make(model, recipe, masked, "objective.anchor_gram_weight=0", "objective.anchor_cls_weight=0").require_batch(
+        num_slices
+    )
+    make(model, recipe).require_batch(num_slices)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "objective.teacher_temperature=[0,0.07]",
+        "objective.teacher_temperature=[0.04,.nan]",
+        "objective.momentum=[0.9,1.1]",
+        "objective.mask_ratio=[0.5,0.1]",
+        "objective.mask_ratio=[-1,0.5]",
+    ],
+)
+def test_ranges_that_make_no_sense_are_refused(recipe, override):
+    with pytest.raises(RecipeError, match=override.partition("=")[0].partition(".")[2]):
+        recipe(override)
+
+
+def test_something_must_be_learnt(recipe):
+    with pytest.raises(RecipeError, match="nothing to learn"):
+        recipe("objective.dino_weight=0", "objective.ibot_weight=0")
+
+
+def test_parts_without_weight_are_not_computed(model, recipe, batch, monkeypatch):
+    def refuse(*arguments):
+        raise AssertionError("computed for nothing")
+
+    for name in ("koleo", "gram_loss"):
+        monkeypatch.setattr(losses, name, refuse)
+    objective = make(model, recipe, "objective.koleo_weight=0", "objective.anchor_gram_weight=0")
+    _, metrics = objective.loss(objective.student, batch, KEY)
+    assert "loss_anchor_cls" in metrics
+    assert not {"loss_koleo", "loss_anchor_gram"} & metrics.keys()
 
 
 def test_koleo_does_not_pair_slices_of_a_session(objective, batch):

@@ -85,6 +85,14 @@ class Objective(ABC):
         """What is looked through and not trained (a teacher, an anchor): sharded as the student is."""
         return []
 
+    def require_batch(self, num_slices: int) -> None:
+        """Refuse a micro-batch of a size that this objective cannot learn from.
+
+        Raises:
+            RecipeError: names the setting.
+        """
+        return
+
     @abstractmethod
     def to(self, device: torch.device) -> None:
         """Move what is not trained to the device; the engine moves the student."""

@@ -91,6 +91,9 @@ class Hybrid(Objective):
     def frozen_modules(self) -> list[nn.Module]:
         return self.distillation.frozen_modules()
 
+    def require_batch(self, num_slices: int) -> None:
+        self.distillation.require_batch(num_slices)
+
     def to(self, device: torch.device) -> None:
         self.distillation.to(device)
 

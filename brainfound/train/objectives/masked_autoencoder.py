@@ -25,8 +25,9 @@ from brainfound.data.augmentation import MultiCrop, Views, ViewsRecipe
 from brainfound.errors import RecipeError
 from brainfound.models.encoder import SliceEncoder
 from brainfound.recipes import Recipe
-from brainfound.train import losses, ranks
+from brainfound.train import ranks
 from brainfound.train.guard import feature_gauges
+from brainfound.train.objectives.anchor import AnchorRecipe, anchor_parts
 from brainfound.train.objectives.base import Objective, SliceBatch, StepKey
 from brainfound.train.objectives.pixel_decoder import PixelDecoder, PixelDecoderRecipe
 from brainfound.train.randomness import INITIALISATION, MASKS, VIEWS, numpy_generator, torch_generator
@@ -48,20 +49,11 @@ class ReconstructionRecipe(Recipe):
     """The decoder."""
 
 
-class MaskedAutoencoderRecipe(ReconstructionRecipe):
+class MaskedAutoencoderRecipe(ReconstructionRecipe, AnchorRecipe):
     """Masked autoencoding alone."""
 
     kind: Literal["masked_autoencoder"] = "masked_autoencoder"
     """Names the objective."""
-    anchor_gram_weight: float = Field(default=1.0, ge=0)
-    """Weight of the distance between Gram matrices of visible patches of student and starting checkpoint; 0: off."""
-    anchor_cls_weight: float = Field(default=0.1, ge=0)
-    """Weight of 1 − cosine between the CLS tokens of student and starting checkpoint; 0: off."""
-
-    @property
-    def anchored(self) -> bool:
-        """Whether a frozen copy of the starting checkpoint takes part."""
-        return self.anchor_gram_weight > 0 or self.anchor_cls_weight > 0
 
 
 class HiddenPatches(NamedTuple):
@@ -269,22 +261,19 @@ class MaskedAutoencoder(Objective):
         answer = student(*views)
         loss = self.hiding.loss(answer, views)
         metrics = {"loss_reconstruction": loss.detach()}
-        for name, (weight, part) in self.anchor_parts(answer, views).items():
-            loss = loss + weight * part
+        for name, part in self._anchor_parts(answer, views).items():
+            loss = loss + getattr(self.recipe, f"{name}_weight") * part
             metrics[f"loss_{name}"] = part.detach()
         self._last = answer.cls.detach(), metrics
         return loss, metrics
 
-    def anchor_parts(self, answer: Reconstruction, views: MaskedViews) -> dict[str, tuple[float, Tensor]]:
-        """(Weight, distance to the starting checkpoint), which sees the same patches."""
+    def _anchor_parts(self, answer: Reconstruction, views: MaskedViews) -> dict[str, Tensor]:
+        """The distances to the starting checkpoint, which sees the same patches."""
         if self.anchor is None:
             return {}
         with torch.no_grad():
             cls, visible = encode_visible(self.anchor, views.pixels, views.contrast_mask, views.kept)
-        return {
-            "anchor_gram": (self.recipe.anchor_gram_weight, losses.gram_loss(answer.visible, visible)),
-            "anchor_cls": (self.recipe.anchor_cls_weight, losses.cosine_loss(answer.cls, cls)),
-        }
+        return anchor_parts(self.recipe, answer.visible, answer.cls, visible, cls)
 
     def after_step(self, step: int, taken: Float[Tensor, ""]) -> None:
         """There is no teacher to move."""

@@ -21,18 +21,18 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from brainfound.data.augmentation import CropViews, MultiCrop, Views, ViewsRecipe
 from brainfound.errors import RecipeError
 from brainfound.models.encoder import SliceEncoder, SliceEncoding
-from brainfound.recipes import Recipe
 from brainfound.train import losses, ranks, schedules
 from brainfound.train.averaging import move_towards
 from brainfound.train.early_gradient import with_early_gradient
 from brainfound.train.guard import feature_gauges
-from brainfound.train.masking import BlockMasks, draw_masks
+from brainfound.train.masking import BlockMasks, draw_masks, masked_counts
+from brainfound.train.objectives.anchor import AnchorRecipe, anchor_parts
 from brainfound.train.objectives.base import Objective, SliceBatch, StepKey
 from brainfound.train.objectives.projection_head import HeadRecipe, ProjectionHead
 from brainfound.train.prototype_losses import Assignments, Projection, assign, cross_entropy_sum
@@ -40,7 +40,7 @@ from brainfound.train.randomness import INITIALISATION, MASKS, VIEWS, numpy_gene
 from brainfound.train.trained_part import without_adapters
 
 
-class SelfDistillationRecipe(Recipe):
+class SelfDistillationRecipe(AnchorRecipe):
     """Weights and constants of the self-distillation objective."""
 
     kind: Literal["self_distillation"] = "self_distillation"
@@ -51,10 +51,6 @@ class SelfDistillationRecipe(Recipe):
     """Weight of the masked-patch loss."""
     koleo_weight: float = Field(default=0.1, ge=0)
     """Weight of KoLeo, summed over the two global crops."""
-    anchor_gram_weight: float = Field(default=1.0, ge=0)
-    """Weight of the distance between patch Gram matrices of student and starting checkpoint; 0 turns it off."""
-    anchor_cls_weight: float = Field(default=0.1, ge=0)
-    """Weight of 1 − cosine between the CLS tokens of student and starting checkpoint; 0 turns it off."""
     head: HeadRecipe = HeadRecipe()
     """The projection heads."""
     shared_head: bool = False
@@ -70,16 +66,25 @@ class SelfDistillationRecipe(Recipe):
     momentum: tuple[float, float] = (0.994, 1.0)
     """Momentum of the EMA teacher at the start and at the end, along a cosine."""
     mask_probability: float = Field(default=0.5, ge=0, le=1)
-    """Part of the global crops that are masked for the student."""
+    """Part of the global crops that are masked for the student; at least one crop always is."""
     mask_ratio: tuple[float, float] = (0.1, 0.5)
-    """Range of the part of a masked crop's patches that are hidden."""
+    """Range of the part of a masked crop's patches that are hidden; at least one patch always is."""
     drop_path: float = Field(default=0.1, ge=0, lt=1)
     """How often the student skips a residual branch of an image (stochastic depth)."""
 
-    @property
-    def anchored(self) -> bool:
-        """Whether a frozen copy of the starting checkpoint takes part."""
-        return self.anchor_gram_weight > 0 or self.anchor_cls_weight > 0
+    @model_validator(mode="after")
+    def _ranges_make_sense(self) -> SelfDistillationRecipe:
+        # Not `>`: a NaN must not pass.
+        if not all(0 < value < math.inf for value in self.teacher_temperature):
+            raise ValueError(f"teacher_temperature must be two positive numbers, got {self.teacher_temperature}")
+        if not all(0 <= value <= 1 for value in self.momentum):
+            raise ValueError(f"momentum must be two numbers from 0 to 1, got {self.momentum}")
+        low, high = self.mask_ratio
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"mask_ratio must be two increasing numbers from 0 to 1, got {low}, {high}")
+        if not self.dino_weight and not self.ibot_weight:
+            raise ValueError("dino_weight and ibot_weight are both 0: there is nothing to learn from the teacher")
+        return self
 
 
 class StudentOutput(NamedTuple):
@@ -166,7 +171,7 @@ class SelfDistillation(Objective):
         seed: initialises the heads and names the randomness of masks.
 
     Raises:
-        RecipeError: if crops do not fit the patch size, or the anchor has no unmasked crop to look at.
+        RecipeError: if crops do not fit the patch size.
     """
 
     student: EncoderWithHeads
@@ -174,13 +179,6 @@ class SelfDistillation(Objective):
     def __init__(
         self, encoder: SliceEncoder, recipe: SelfDistillationRecipe, views: ViewsRecipe, num_steps: int, seed: int
     ) -> None:
-        if recipe.anchored and recipe.mask_probability == 1:
-            raise RecipeError(
-                "the anchor compares unmasked crops, and this recipe masks all of them",
-                where="objective.mask_probability",
-                got=recipe.mask_probability,
-                remedy="Set objective.mask_probability=0.5, or both anchor weights to 0",
-            )
         self.recipe = recipe
         self.num_steps = num_steps
         self.multi_crop = MultiCrop(views, encoder.patch_size)
@@ -197,6 +195,18 @@ class SelfDistillation(Objective):
     def exported_encoder(self) -> SliceEncoder:
         """The teacher's encoder."""
         return self.teacher.encoder
+
+    def require_batch(self, num_slices: int) -> None:
+        recipe = self.recipe
+        num_patches = self.grid[0] * self.grid[1]
+        counts = masked_counts(2 * num_slices, num_patches, recipe.mask_probability, recipe.mask_ratio)
+        if recipe.anchored and 0 not in counts:
+            raise RecipeError(
+                "the anchor compares unmasked crops, and all crops of a micro-batch are masked",
+                where="objective.mask_probability",
+                got=f"{recipe.mask_probability:g} of {2 * num_slices} crops",
+                remedy="Set objective.mask_probability=0.5, a larger batch, or both anchor weights to 0",
+            )
 
     def frozen_modules(self) -> list[nn.Module]:
         return [self.teacher] if self.anchor is None else [self.teacher, self.anchor]
@@ -235,7 +245,7 @@ class SelfDistillation(Objective):
         targets, masked_targets = self.targets(views, masks, temperature)
         output = student(views.global_views, masks, views.local_views, partial(self.local_loss, targets))
         parts = self.loss_parts(output, targets, masked_targets, masks, batch.sessions)
-        parts |= self.anchor_parts(output, views, masks)
+        parts |= self._anchor_parts(output, views, masks)
         total = torch.stack([self.weight(name) * part for name, part in parts.items()]).sum()
         metrics = {f"loss_{name}": part.detach() for name, part in parts.items()}
         metrics["loss_dino"] = metrics["loss_dino_global"] + metrics["loss_dino_local"]
@@ -293,25 +303,26 @@ class SelfDistillation(Objective):
         """The parts that need no anchor, before weighting; `brainfound.train.losses` defines them."""
         other_crop = torch.arange(len(output.cls), device=output.cls.device).roll(len(output.cls) // 2)
         weights = masks.weights / len(output.cls)
-        groups = ranks.gather_rows(sessions)
-        return {
+        parts = {
             "dino_global": self._cls_loss(output.seen, targets, other_crop[:, None]),
             "dino_local": output.local,
             "ibot": cross_entropy_sum(output.guessed, masked_targets, weights, self.recipe.student_temperature),
-            "koleo": torch.stack([losses.koleo(ranks.gather_rows(c), groups) for c in output.cls.chunk(2)]).sum(),
         }
+        if self.recipe.koleo_weight:
+            groups = ranks.gather_rows(sessions)
+            spread = [losses.koleo(ranks.gather_rows(crop), groups) for crop in output.cls.chunk(2)]
+            parts["koleo"] = torch.stack(spread).sum()
+        return parts
 
-    def anchor_parts(self, output: StudentOutput, views: CropViews, masks: BlockMasks) -> dict[str, Tensor]:
+    def _anchor_parts(self, output: StudentOutput, views: CropViews, masks: BlockMasks) -> dict[str, Tensor]:
         """The distance to the starting checkpoint, on the crops of which the student saw everything."""
         if self.anchor is None:
             return {}
         large = views.global_views
         with torch.no_grad():
             anchor = _encode(self.anchor, large.pixels[masks.visible], large.contrast_mask[masks.visible])
-        return {
-            "anchor_gram": losses.gram_loss(output.patches[masks.visible], anchor.patches),
-            "anchor_cls": losses.cosine_loss(output.cls[masks.visible], anchor.cls),
-        }
+        seen = output.patches[masks.visible], output.cls[masks.visible]
+        return anchor_parts(self.recipe, *seen, anchor.patches, anchor.cls)
 
     @torch.no_grad()
     def after_step(self, step: int, taken: Float[Tensor, ""]) -> None:
