@@ -106,9 +106,17 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     'Did you mean FLAIR?'
     """
     known = list(known)
+    close = nearest(name, known)
+    return f"Did you mean {close}?" if close else f"Known names: {', '.join(sorted(known))}"
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that a user most likely meant; None if none is near.
+
+    >>> nearest("rollback", ["stop", "roll_back"])
+    'roll_back'
+    """
     lower = {k.lower(): k for k in known}
     close = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.6)
     close += [k for k in lower if len(name) > 2 and k.startswith(name.lower())]
-    if close:
-        return f"Did you mean {lower[close[0]]}?"
-    return f"Known names: {', '.join(sorted(known))}"
+    return lower[close[0]] if close else None

@@ -8,16 +8,18 @@ overrides, validates it, and turns every failure into one line with a "did you m
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
-from importlib import resources
+from importlib import import_module, resources
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from types import NoneType, UnionType
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
-from brainfound.errors import RecipeError, did_you_mean
+from brainfound.errors import RecipeError, did_you_mean, nearest
 
 Room = Literal["train", "adapters", "model_cards"]
 SUFFIX = ".yaml"
@@ -30,6 +32,9 @@ class Recipe(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    mistaken_for: ClassVar[Mapping[str, str]] = {}
+    """Other recipes of the same room, as "module:class", and what to say of a file that holds one of those."""
 
     def to_yaml(self) -> str:
         """The resolved recipe as YAML, in the order of the fields."""
@@ -107,7 +112,33 @@ def load(
         content = {}
     if not isinstance(content, dict):
         raise RecipeError("a recipe must be a mapping", where=path, got=type(content).__name__)
-    return validate(recipe, content, overrides, where=path.name)
+    try:
+        return validate(recipe, content, overrides, where=path.name)
+    except RecipeError:
+        _require_own_kind(recipe, content, path.name)
+        raise
+
+
+def _require_own_kind(recipe: type[Recipe], content: Mapping[str, Any], where: str) -> None:
+    """Refuse a file that is a recipe of another kind; called when something in it was refused."""
+    if _is_valid(recipe, content):
+        return
+    for name, what in recipe.mistaken_for.items():
+        module, _, kind = name.partition(":")
+        if _is_valid(getattr(import_module(module), kind), content):
+            raise RecipeError(what, where=where) from None
+
+
+def _is_valid(recipe: type[Recipe], content: Mapping[str, Any]) -> bool:
+    return _error_of(recipe, content) is None
+
+
+def _error_of(recipe: type[Recipe], content: Mapping[str, Any]) -> ValidationError | None:
+    try:
+        recipe.model_validate(content)
+    except ValidationError as error:
+        return error
+    return None
 
 
 def validate(
@@ -117,13 +148,15 @@ def validate(
     where: str = "recipe",
 ) -> AnyRecipe:
     """Apply overrides to plain content and validate it as `recipe`."""
+    overrides = list(overrides)
     changed: dict[str, Any] = _deep_copy(content)
     for text in overrides:
         _override(changed, text)
     try:
         return recipe.model_validate(changed)
     except ValidationError as error:
-        raise _recipe_error(recipe, error, where) from None
+        keys = [text.partition("=")[0].strip() for text in overrides]
+        raise _recipe_error(recipe, error, _Place(where, keys, _error_of(recipe, content) if keys else error)) from None
 
 
 def _deep_copy(value: Any) -> Any:
@@ -169,46 +202,116 @@ def _yaml_value(text: str) -> Any:
     return value
 
 
-def _recipe_error(recipe: type[Recipe], error: ValidationError, where: str) -> RecipeError:
-    first = error.errors()[0]
-    location, models = _walk(recipe, [part for part in first["loc"] if not str(part).startswith("function-")])
-    key = ".".join(location)
+@dataclass(frozen=True)
+class _Place:
+    """Who is to be told of an error: the author of the file, or who wrote the overrides."""
+
+    file: str
+    keys: Sequence[str]
+    """Of the overrides."""
+    before: ValidationError | None
+    """What is wrong without them."""
+
+    def of(self, location: Sequence[str], refused: Sequence[Any], known_key: bool) -> str:
+        """The place of an error at `location` (keys as users write them), which the library calls `refused`."""
+        if self.before is None or tuple(refused) not in {tuple(error["loc"]) for error in self.before.errors()}:
+            guilty = [key for key in self.keys if _one_holds_the_other(key.split("."), location)]
+            if guilty and known_key and len(location) < min(key.count(".") + 1 for key in guilty):
+                return " ".join(f"--set {key}" for key in guilty)  # a group whose values do not go together
+            if guilty:
+                return f"--set {'.'.join(location)}"
+        return ": ".join(part for part in (self.file, ".".join(location)) if part)
+
+
+def _one_holds_the_other(first: Sequence[str], second: Sequence[str]) -> bool:
+    return all(one == other for one, other in zip(first, second, strict=False))
+
+
+def _recipe_error(recipe: type[Recipe], error: ValidationError, place: _Place) -> RecipeError:
+    faults = [(fault, _walk(recipe, fault["loc"])) for fault in error.errors()]
+    first, walked = faults[0]
+    where = place.of(walked.keys, first["loc"], first["type"] != "extra_forbidden")
     if first["type"] == "extra_forbidden":
-        known = [name for model in models for name in model.model_fields]
-        return RecipeError("unknown key", where=f"{where}: {key}", remedy=did_you_mean(location[-1], known))
+        known = [name for model in walked.models for name in model.model_fields]
+        return RecipeError("unknown key", where=where, remedy=did_you_mean(walked.keys[-1], known))
     if first["type"] == "union_tag_invalid":
         tag, choice = first["ctx"]["tag"], first["ctx"]["discriminator"].strip("'")
         known = [kind.strip(" '") for kind in first["ctx"]["expected_tags"].split(",")]
-        return RecipeError(
-            f"unknown {choice} {tag!r}", where=f"{where}: {key}.{choice}", remedy=did_you_mean(tag, known)
-        )
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        where = place.of([*walked.keys, choice], first["loc"], known_key=True)
+        return RecipeError(f"unknown {choice} {tag!r}", where=where, remedy=did_you_mean(tag, known))
     got = None if first["type"] == "missing" else repr(first.get("input"))[:80]
-    return RecipeError(
-        first["msg"].removeprefix("Value error, ") + more, where=f"{where}: {key}" if key else where, got=got
-    )
+    choices = _choices(walked.annotation)
+    if choices and any(fault["type"] == "literal_error" and other.keys == walked.keys for fault, other in faults):
+        close = nearest(str(first["input"]), choices)
+        return RecipeError(
+            "no such choice",
+            where=where,
+            got=got,
+            expected=f"one of {', '.join(choices)}",
+            remedy=f"Did you mean {close}?" if close else None,
+        )
+    # The members of a union each complain about the same value.
+    elsewhere = len({other.keys for _, other in faults}) - 1
+    more = f" (and {elsewhere} more)" if elsewhere else ""
+    return RecipeError(first["msg"].removeprefix("Value error, ") + more, where=where, got=got)
 
 
-def _walk(recipe: type[BaseModel], location: Sequence[Any]) -> tuple[list[str], list[type[BaseModel]]]:
-    """Where an error is, in keys that a user writes, and the models that its last key belongs to.
+class _Walked(NamedTuple):
+    """Where an error is."""
 
-    A validator puts the tag of a discriminated union into the location, as if it were a key; here it
-    chooses among the union's members. The members of other unions are all searched.
+    keys: tuple[str, ...]
+    """As a user writes them."""
+    models: list[type[BaseModel]]
+    """To which the last key belongs."""
+    annotation: Any
+    """The type of what is there; None where it is not known."""
+
+
+def _walk(recipe: type[BaseModel], location: Sequence[Any]) -> _Walked:
+    """Follow the location of an error.
+
+    It holds more than the keys that a user writes: the tag of a discriminated union, which chooses among the
+    union's members, and the name of a member of any other union. The models of such a union are all searched.
     """
     shown: list[str] = []
     models: list[type[BaseModel]] = [recipe]
     last: list[type[BaseModel]] = [recipe]
     tags: dict[str, type[BaseModel]] = {}
-    for part in map(str, location):
+    annotation: Any = recipe
+    for part in (str(part) for part in location if not str(part).startswith("function-")):
         if part in tags:
             models, tags = [tags[part]], {}
+            annotation = models[0]
             continue
+        is_key = any(part in model.model_fields for model in models)
+        if not is_key and not tags and len(_members(annotation)) > 1:
+            continue  # the name of a member, such as "bool" or "literal['auto']"
         shown.append(part)
         last = models
         fields = [model.model_fields[part] for model in models if part in model.model_fields]
         tags = {tag: model for field in fields for tag, model in _tagged(field).items()}
+        annotation = fields[0].annotation if fields else None
         models = [model for field in fields for model in _models_in(field.annotation)] or models
-    return shown, last
+    return _Walked(tuple(shown), last, annotation)
+
+
+def _members(annotation: Any) -> list[Any]:
+    """The types that a value may have, None left out."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _members(get_args(annotation)[0])
+    if origin in (Union, UnionType):
+        return [member for part in get_args(annotation) for member in _members(part)]
+    return [] if annotation is NoneType else [annotation]
+
+
+def _choices(annotation: Any) -> list[str]:
+    """What may be written where only some values are allowed; empty where a number or any text is."""
+    members = _members(annotation)
+    if not all(member is bool or get_origin(member) is Literal for member in members):
+        return []
+    values = [value for member in members for value in ((True, False) if member is bool else get_args(member))]
+    return [str(value).lower() if isinstance(value, bool) else str(value) for value in values]
 
 
 def _tagged(field: FieldInfo) -> dict[str, type[BaseModel]]:

@@ -13,9 +13,9 @@ Axis legend: B volumes, S slices, C contrasts, H W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import accelerate
 import numpy as np
@@ -78,6 +78,10 @@ class FinetuneRecipe(Recipe):
     """Everything that a fine-tuning run is made of."""
 
     name: str = "finetune"
+    mistaken_for: ClassVar[Mapping[str, str]] = {
+        "brainfound.train.pretrain:PretrainRecipe": "this is a pretraining recipe; use `brainfound pretrain`"
+    }
+
     """Name of the run; also of its default folder."""
     seed: int = Field(0, ge=0)
     """Of new weights, order, slices, augmentation and dropout."""

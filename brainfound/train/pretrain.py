@@ -13,9 +13,9 @@ The run folder:
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 from rich.console import Console
@@ -48,6 +48,10 @@ class PretrainRecipe(Recipe):
 
     name: str = "pretrain"
     """Name of the run; also of its default folder."""
+    mistaken_for: ClassVar[Mapping[str, str]] = {
+        "brainfound.train.finetune:FinetuneRecipe": "this is a fine-tuning recipe; use `brainfound finetune`"
+    }
+
     seed: int = Field(default=0, ge=0)
     """Of initialisation, order, views, masks and dropout."""
     data: str | None = None

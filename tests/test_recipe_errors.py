@@ -1,0 +1,95 @@
+"""What is wrong with a recipe, in one line: the place, what came, what may stand there."""
+
+from __future__ import annotations
+
+import pytest
+
+from brainfound.errors import RecipeError, nearest
+from brainfound.recipes import find, load, validate
+from brainfound.train.finetune import FinetuneRecipe
+from brainfound.train.pretrain import PretrainRecipe
+
+
+def message(content: dict, *overrides: str) -> str:
+    with pytest.raises(RecipeError) as error:
+        validate(PretrainRecipe, content, overrides, where="mine.yaml")
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("engin.steps=2", "--set engin: unknown key. Did you mean engine?"),
+        ("engine.stps=2", "--set engine.stps: unknown key. Did you mean steps?"),
+        ("engine={stps: 2}", "--set engine.stps: unknown key. Did you mean steps?"),
+        ("engine.steps=many", "--set engine.steps: Input should be a valid integer"),
+        ("views.local_scale=[0.5, 0.1]", "--set views.local_scale: local_scale must be two increasing"),
+        ("objective.kind=hybird", "--set objective.kind: unknown kind 'hybird'. Did you mean hybrid?"),
+    ],
+)
+def test_an_override_is_blamed_on_itself(override, expected):
+    assert message({"seed": 3}, override).startswith(expected)
+
+
+def test_the_file_is_blamed_for_what_is_in_the_file():
+    assert message({"engin": {"steps": 2}}).startswith("mine.yaml: engin: unknown key")
+    assert message({"engin": {"steps": 2}}, "seed=1").startswith("mine.yaml: engin: unknown key")
+    # The file has the group already; the override is only one more key in it.
+    assert message({"engin": {"steps": 2}}, "engin.steps=3").startswith("mine.yaml: engin: unknown key")
+    assert message({"views": {"local_scale": [0.5, 0.1]}}, "views.shear=0").startswith("mine.yaml: views: local_scale")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (
+            {"trained": {"part": "lroa"}},
+            "mine.yaml: trained.part: no such choice (got 'lroa', expected one of full, last_blocks, lora). "
+            "Did you mean lora?",
+        ),
+        (
+            {"guard": {"on_failure": "rollback"}},
+            "mine.yaml: guard.on_failure: no such choice (got 'rollback', expected one of stop, roll_back). "
+            "Did you mean roll_back?",
+        ),
+        (
+            {"probe": {"target": "diagnoses"}},
+            "mine.yaml: probe.target: no such choice (got 'diagnoses', expected one of auto, diagnosis, age_years, sex,"
+            " site, contrast, slice_position). Did you mean diagnosis?",
+        ),
+        (
+            {"engine": {"compile": "maybe"}},
+            "mine.yaml: engine.compile: no such choice (got 'maybe', expected one of auto, true, false)",
+        ),
+        (
+            {"engine": {"gradient_checkpointing": "pointwize"}},
+            "mine.yaml: engine.gradient_checkpointing: no such choice (got 'pointwize', expected one of true, false, "
+            "pointwise). Did you mean pointwise?",
+        ),
+    ],
+)
+def test_choices_are_listed(content, expected):
+    assert message(content) == expected
+
+
+def test_errors_at_several_places_are_counted_once_each():
+    content = {"trained": {"part": "x"}, "probe": {"target": "y"}, "seed": -1}
+    assert message(content).startswith("mine.yaml: seed: Input should be greater than or equal to 0 (and 2 more)")
+
+
+def test_a_recipe_of_another_kind_is_named(tmp_path):
+    with pytest.raises(RecipeError, match=r"^finetune-classification.yaml: this is a fine-tuning recipe; use `brain"):
+        load(PretrainRecipe, "finetune-classification", "train")
+    with pytest.raises(RecipeError, match=r"^pretrain-demo.yaml: this is a pretraining recipe; use `brainfound pre"):
+        load(FinetuneRecipe, "pretrain-demo", "train", ["engine.steps=2"])
+    # A slip in a recipe of the right kind stays a slip.
+    (tmp_path / "mine.yaml").write_text(find("pretrain-demo", "train").read_text() + "\nsede: 1\n")
+    with pytest.raises(RecipeError, match=r"^mine.yaml: sede: unknown key. Did you mean seed"):
+        load(PretrainRecipe, tmp_path / "mine.yaml", "train")
+    with pytest.raises(RecipeError, match=r"^--set task: unknown key"):
+        load(PretrainRecipe, "pretrain-demo", "train", ["task=regression"])
+
+
+def test_nothing_near_is_nothing():
+    assert nearest("zzz", ["stop", "roll_back"]) is None
