@@ -77,11 +77,11 @@ class FinetuneOptimRecipe(Recipe):
 class FinetuneRecipe(Recipe):
     """Everything that a fine-tuning run is made of."""
 
-    name: str = "finetune"
     mistaken_for: ClassVar[Mapping[str, str]] = {
         "brainfound.train.pretrain:PretrainRecipe": "this is a pretraining recipe; use `brainfound pretrain`"
     }
 
+    name: str = "finetune"
     """Name of the run; also of its default folder."""
     seed: int = Field(0, ge=0)
     """Of new weights, order, slices, augmentation and dropout."""

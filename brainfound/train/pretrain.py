@@ -46,12 +46,12 @@ from brainfound.train.trained_part import TrainedPartRecipe
 class PretrainRecipe(Recipe):
     """Everything that a pretraining run is made of."""
 
-    name: str = "pretrain"
-    """Name of the run; also of its default folder."""
     mistaken_for: ClassVar[Mapping[str, str]] = {
         "brainfound.train.finetune:FinetuneRecipe": "this is a fine-tuning recipe; use `brainfound finetune`"
     }
 
+    name: str = "pretrain"
+    """Name of the run; also of its default folder."""
     seed: int = Field(default=0, ge=0)
     """Of initialisation, order, views, masks and dropout."""
     data: str | None = None
