@@ -20,14 +20,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -35,6 +38,7 @@ from brainfound.errors import TrainingError
 
 STATE_FILE = "state.json"
 _PREFIX = "step-"
+_NAME = re.compile(rf"{_PREFIX}[0-9]+")
 _TEMPORARY = ".writing-"
 _FREE_SPACE_FACTOR = 1.05
 
@@ -55,16 +59,44 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Write a checkpoint into `folder`, then remove all but the newest `keep` and the newest that is marked as kept.
 
     Raises:
-        TrainingError: if the disk has no room for it; nothing is written then.
+        TrainingError: if the disk has no room for it (nothing is written then), or if writing fails.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_unfinished(folder)
-    _require_space(folder, checkpoint)
+    model, task = _for_saving(checkpoint.model), _for_saving(checkpoint.task)
+    with told_in_one_line("the checkpoint", folder_of(folder, checkpoint.step)):
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(folder)
+        _require_space(folder, checkpoint)
+        try:
+            return _write(folder, checkpoint, model, task, keep)
+        finally:
+            # What is left of a failure takes room that the export of the run may need.
+            remove_unfinished(folder)
+
+
+@contextmanager
+def told_in_one_line(what: str, where: Path) -> Iterator[None]:
+    """Around writing: a full disk, a quota and a lost server have many exceptions; this makes them one.
+
+    Raises:
+        TrainingError: in the place of what the system, safetensors or torch.save raised.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise TrainingError(
+            f"{what} cannot be written",
+            where=where,
+            got=str(error)[:200],
+            remedy="Free some space (or ask for a larger quota) and continue with --resume",
+        ) from error
+
+
+def _write(folder: Path, checkpoint: Checkpoint, model: dict[str, Tensor], task: dict[str, Tensor], keep: int) -> Path:
     final = folder_of(folder, checkpoint.step)
     temporary = folder / f"{_TEMPORARY}{final.name}"
     temporary.mkdir()
-    save_file(_for_saving(checkpoint.model), temporary / "model.safetensors")
-    save_file(_for_saving(checkpoint.task), temporary / "task.safetensors")
+    save_file(model, temporary / "model.safetensors")
+    save_file(task, temporary / "task.safetensors")
     torch.save(checkpoint.optimizer, temporary / "optimizer.pt")
     files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
     state = {"step": checkpoint.step, **checkpoint.state, "files": files}
@@ -109,7 +141,7 @@ def change_state(path: Path, changes: Mapping[str, Any]) -> None:
 def remove_abandoned(folder: Path, present: Checkpoint) -> None:
     """Remove the checkpoints of steps that were forgotten by the rollback to `present`."""
     for path in reversed(list_checkpoints(folder)):
-        is_later = path > folder_of(folder, present.step)
+        is_later = _step_of(path) > present.step
         if is_later and num_rollbacks(_state(path)) < num_rollbacks(present.state):
             shutil.rmtree(path)
 
@@ -128,7 +160,12 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first, whole or not."""
-    return sorted(folder.glob(f"{_PREFIX}*"), key=lambda path: int(path.name.removeprefix(_PREFIX)))
+    # A folder that somebody set aside (step-000002.bak) is none.
+    return sorted((path for path in folder.glob(f"{_PREFIX}*") if _NAME.fullmatch(path.name)), key=_step_of)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix(_PREFIX))
 
 
 def latest_valid(folder: Path) -> Path | None:

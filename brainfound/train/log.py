@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -82,7 +83,9 @@ class TrainingLog:
 
     def _close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            # Each line was flushed when it was written; what a full disk did not take then has been told.
+            with suppress(OSError):
+                self._file.close()
         self._file = None
 
     def __enter__(self) -> TrainingLog:

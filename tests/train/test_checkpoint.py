@@ -113,3 +113,46 @@ def test_checkpoints_that_are_there_count_as_room_for_a_run(tmp_path, monkeypatc
     checkpoints.require_space_for_run(tmp_path, 2, there // 3, 10)
     with pytest.raises(TrainingError, match=r"no room for this run \(2 checkpoints"):
         checkpoints.require_space_for_run(tmp_path, 2, there, 10)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "task.safetensors", "optimizer.pt", "state.json"])
+def test_a_quota_is_told_in_one_line_and_leaves_no_half_of_a_checkpoint(tmp_path, file):
+    """The system refuses what is larger than 32 KiB: each writer has an exception of its own for that."""
+    resource = pytest.importorskip("resource")
+    first = checkpoints.save_checkpoint(tmp_path, make(1), keep=2)
+    large = {"weight": torch.zeros(100_000)}
+    parts = {"model": make(2).model, "task": make(2).task, "optimizer": make(2).optimizer, "state": {"task": {}}}
+    parts |= {
+        "model.safetensors": {"model": large},
+        "task.safetensors": {"task": large},
+        "optimizer.pt": {"optimizer": {"state": {0: large}, "param_groups": []}},
+        "state.json": {"state": {"task": "x" * 100_000}},
+    }[file]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**15, before[1]))
+        with pytest.raises(TrainingError, match=r"step-000002: the checkpoint cannot be written .*--resume") as told:
+            checkpoints.save_checkpoint(tmp_path, checkpoints.Checkpoint(2, **parts), keep=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "\n" not in str(told.value)
+    assert list(tmp_path.iterdir()) == [first]
+
+
+def test_a_folder_that_somebody_set_aside_is_no_checkpoint(tmp_path):
+    path = checkpoints.save_checkpoint(tmp_path, make(2), keep=2)
+    for name in ("step-000002.bak", "step-", "step-old"):
+        shutil.copytree(path, tmp_path / name)
+    assert checkpoints.latest_valid(tmp_path) == path
+    later = checkpoints.save_checkpoint(tmp_path, make(3), keep=1)
+    assert checkpoints.list_checkpoints(tmp_path) == [later]
+    assert (tmp_path / "step-000002.bak" / "model.safetensors").is_file()
+
+
+def test_steps_of_seven_digits_come_after_those_of_six(tmp_path):
+    for step in (999_999, 1_000_000):
+        checkpoints.save_checkpoint(tmp_path, keep_marked(step, kept=step == 999_999), keep=3)
+    back = checkpoints.folder_of(tmp_path, 999_999)
+    checkpoints.change_state(back, {"rollbacks": 1})
+    checkpoints.remove_abandoned(tmp_path, checkpoints.load_checkpoint(back))
+    assert names(tmp_path) == ["step-999999"]
