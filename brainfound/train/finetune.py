@@ -46,6 +46,7 @@ from brainfound.train.head_start import fit_head
 from brainfound.train.objectives.base import StepKey
 from brainfound.train.randomness import INITIALISATION, seed_of
 from brainfound.train.resuming import as_begun, checkpoint_to_resume, common_facts
+from brainfound.train.run_lock import only_one_training
 from brainfound.train.schedules import warm_up_then
 from brainfound.train.session_scores import SessionScores, score_sessions, write_scores
 from brainfound.train.session_split import SplitRecipe, hashed_split, split_sessions, split_to_follow, write_split
@@ -255,21 +256,39 @@ def finetune(
     console = Console(stderr=True, quiet=quiet or not accelerator.is_main_process, highlight=False)
     engine_recipe = content.engine.model_copy(update={"precision": accelerator.mixed_precision})
     content = content.model_copy(update={"engine": engine_recipe})
+    with only_one_training(folder, resume, accelerator):
+        return _train(content, store, str(model), target, folder, split, fold, resume, keep_ids, accelerator, console)
+
+
+def _train(
+    content: FinetuneRecipe,
+    store: Store,
+    model: str,
+    target: str,
+    folder: Path,
+    split: str | Path | None,
+    fold: str | None,
+    resume: bool,
+    keep_ids: bool,
+    accelerator: accelerate.Accelerator,
+    console: Console,
+) -> Path:
+    """A run in a folder that nobody else writes into."""
     checkpoint = checkpoint_to_resume(folder, content, store, resume, FREE_ON_RESUME, accelerator)
     split_file, fold = split_to_follow(folder, store, target, split, fold, resume)
     parts = split_sessions(content.split, store, target, split_file, fold, console.print)
     task_name = guess_task(store, target) if content.task == "auto" else content.task
     resolved = resolve_target(store, parts["train"].tolist(), task_name, target, content.merge_codes)
-    network = _build(content, store, parts["train"], str(model), resolved, accelerator.device)
+    network = _build(content, store, parts["train"], model, resolved, accelerator.device)
     task = FinetuneTask(network, store, parts, resolved, content, accelerator)
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     everything = sum(p.numel() for p in network.parameters())
     counts = ", ".join(f"{part} {len(index)}" for part, index in parts.items())
     console.print(f"{resolved.task} of {target}: {counts}; training {trained:,} of {everything:,} parameters")
-    engine = Engine(task, content.engine, folder, accelerator, content.seed, quiet)
+    engine = Engine(task, content.engine, folder, accelerator, content.seed, console.quiet)
     facts = common_facts(store, accelerator, content.seed) | {
         "kind": "finetune",
-        "model": Path(model).name if Path(model).exists() else str(model),
+        "model": Path(model).name if Path(model).exists() else model,
         "target": resolved.to_dict(),
         "num_trained_parameters": trained,
     }
@@ -285,7 +304,7 @@ def finetune(
     accelerator.wait_for_everyone()
     engine.run()
     if accelerator.is_main_process:
-        _finish(folder, task, str(model), engine.step, keep_ids)
+        _finish(folder, task, model, engine.step, keep_ids)
     accelerator.wait_for_everyone()
     return folder
 

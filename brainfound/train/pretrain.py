@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+from accelerate import Accelerator
 from pydantic import Field
 from rich.console import Console
 
@@ -37,6 +38,7 @@ from brainfound.train.optim import OptimRecipe
 from brainfound.train.pretrain_task import PretrainTask
 from brainfound.train.probes import Probe, ProbeRecipe
 from brainfound.train.resuming import as_begun, checkpoint_to_resume, common_facts
+from brainfound.train.run_lock import only_one_training
 from brainfound.train.running import PretrainEngineRecipe
 from brainfound.train.schedules import ScheduleRecipe, effective_lr
 from brainfound.train.starting_model import FROM_SCRATCH, InitRecipe, build_model
@@ -118,8 +120,10 @@ def pretrain(
 
     Raises:
         RecipeError: a bad recipe, or one that differs from that of the run to be resumed.
-        UsageError: `out` holds a run already, there is nothing to resume, or no such kind of GPU is known.
-        TrainingError: the guard stopped the run (the best teacher is exported), or it was interrupted.
+        UsageError: `out` holds a run already, or what is no run; there is nothing to resume; or no such kind of GPU
+            is known.
+        TrainingError: the guard stopped the run (the best teacher is exported), it was interrupted, or another
+            process is training in `out`.
     """
     machine = Machine.of(gpus, gpu)
     if machine is not None and not dry_run:
@@ -228,13 +232,21 @@ def _open_store(recipe: PretrainRecipe, data: str | Path | Store | None) -> Stor
 def _run(recipe: PretrainRecipe, store: Store, folder: Path, resume: bool, quiet: bool, notes: list[str]) -> Path:
     recipe = as_begun(folder, recipe, ("precision", *running.SETTLED), resume)
     accelerator = make_accelerator(recipe.engine.precision)
-    is_main = accelerator.is_main_process
-    console = Console(stderr=True, quiet=quiet or not is_main, highlight=False)
+    console = Console(stderr=True, quiet=quiet or not accelerator.is_main_process, highlight=False)
     if recipe.engine.parallel == "fsdp" and accelerator.num_processes == 1:
         notes = [*notes, "engine.parallel is fsdp, but one process has nobody to share with: nothing is sharded"]
     for note in notes:
         console.print(note)
     recipe = _with_engine(recipe, precision=accelerator.mixed_precision)
+    with only_one_training(folder, resume, accelerator):
+        return _train(recipe, store, folder, resume, accelerator, console)
+
+
+def _train(
+    recipe: PretrainRecipe, store: Store, folder: Path, resume: bool, accelerator: Accelerator, console: Console
+) -> Path:
+    """A run in a folder that nobody else writes into."""
+    is_main = accelerator.is_main_process
     checkpoint = checkpoint_to_resume(folder, recipe, store, resume, FREE_ON_RESUME, accelerator)
     model = build_model(recipe.init, store, recipe.views.global_size, recipe.seed)
     engine_recipe, found = running.settle(recipe.engine, model.encoder, recipe.views, accelerator.device)
@@ -255,7 +267,7 @@ def _run(recipe: PretrainRecipe, store: Store, folder: Path, resume: bool, quiet
         f" {facts['device']} ({facts['device_reason']}); {len(task.dataset)} slices of {len(store)} sessions;"
         f" {facts['num_trained_parameters']:,} parameters are trained"
     )
-    engine = Engine(task, recipe.engine, folder, accelerator, recipe.seed, quiet)
+    engine = Engine(task, recipe.engine, folder, accelerator, recipe.seed, console.quiet)
     if is_main:
         run_files.start(folder, recipe, facts)
     if checkpoint is not None:

@@ -10,7 +10,7 @@ import accelerate
 import yaml
 
 from brainfound.data.store import Store
-from brainfound.errors import TrainingError, UsageError
+from brainfound.errors import TrainingError
 from brainfound.recipes import AnyRecipe, Recipe
 from brainfound.train import run_files
 from brainfound.train.checkpoint import latest_valid, list_checkpoints
@@ -26,7 +26,7 @@ def checkpoint_to_resume(
     free: Sequence[str],
     accelerator: accelerate.Accelerator,
 ) -> Path | None:
-    """Check a run folder, on all ranks alike.
+    """Check the run in a folder that `only_one_training` keeps for it, on all ranks alike.
 
     Args:
         free: recipe keys (or groups) that may differ from the run that is there.
@@ -35,20 +35,12 @@ def checkpoint_to_resume(
         The checkpoint to go on from; None to start with the first step.
 
     Raises:
-        UsageError: the folder holds a run and ``resume`` is False, or it holds none and ``resume`` is True.
         RecipeError, TrainingError: the run there is of another recipe or of other data, or no checkpoint is whole.
     """
-    has_run = run_files.holds_run(folder)
     has_checkpoint = bool(list_checkpoints(folder / "checkpoints"))
     accelerator.wait_for_everyone()
     if not resume:
-        if has_run:
-            raise UsageError(
-                "this folder already holds a run", where=folder, remedy="Give --resume to go on, or another --out"
-            )
         return None
-    if not has_run:
-        raise UsageError("there is no run to resume", where=folder, remedy="Leave out --resume to start one")
     run_files.require_same(folder, recipe, store, free)
     if not has_checkpoint:
         return None  # killed before the first checkpoint: the same run from its first step
