@@ -129,19 +129,20 @@ def change_state(path: Path, changes: Mapping[str, Any]) -> None:
     """Change plain values of a checkpoint, all at once.
 
     Raises:
-        TrainingError: if the checkpoint is not whole.
+        TrainingError: if the checkpoint is not whole, or writing fails.
     """
     fault = find_fault(path)
     if fault is not None:
         raise TrainingError("the checkpoint to go back to is not whole", where=path, got=fault)
-    write_atomically(path / STATE_FILE, json.dumps({**_state(path), **changes}, indent=2))
-    _flush(path)
+    with told_in_one_line("the return to a checkpoint", path):
+        write_atomically(path / STATE_FILE, json.dumps({**_state(path), **changes}, indent=2))
+        _flush(path)
 
 
 def remove_abandoned(folder: Path, present: Checkpoint) -> None:
     """Remove the checkpoints of steps that were forgotten by the rollback to `present`."""
     for path in reversed(list_checkpoints(folder)):
-        is_later = _step_of(path) > present.step
+        is_later = step_of(path) > present.step
         if is_later and num_rollbacks(_state(path)) < num_rollbacks(present.state):
             shutil.rmtree(path)
 
@@ -161,10 +162,11 @@ def load_checkpoint(path: Path) -> Checkpoint:
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first, whole or not."""
     # A folder that somebody set aside (step-000002.bak) is none.
-    return sorted((path for path in folder.glob(f"{_PREFIX}*") if _NAME.fullmatch(path.name)), key=_step_of)
+    return sorted((path for path in folder.glob(f"{_PREFIX}*") if _NAME.fullmatch(path.name)), key=step_of)
 
 
-def _step_of(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """The step that a checkpoint is of."""
     return int(path.name.removeprefix(_PREFIX))
 
 
