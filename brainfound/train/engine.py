@@ -231,14 +231,17 @@ class Engine:
         device = self.accelerator.device
         measured = {name: value for name, value in metrics.items() if isinstance(value, Tensor)}
         line: dict[str, Any] = {"step": self.step, **ranks.mean_over_ranks(measured, device)}
-        line |= {name: value for name, value in metrics.items() if not isinstance(value, Tensor)}
-        line["grad_norm"] = math.hypot(*(v for name, v in line.items() if name.startswith("grad_norm/")))
-        line |= self.task.scheduled(self.step - 1) | self.task.gauges()
-        line["skipped_steps"] = self._counts()["skipped"]
-        line |= self.pace.read(self.recipe.batch_size)
-        if device.type == "cuda":
-            line["memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
-        self._publish(line)
+        # The means are numbers now, so the device has caught up; what follows is no part of a step.
+        pace = self.pace.read(self.recipe.batch_size)
+        with self.pace.paused():
+            line |= {name: value for name, value in metrics.items() if not isinstance(value, Tensor)}
+            line["grad_norm"] = math.hypot(*(v for name, v in line.items() if name.startswith("grad_norm/")))
+            line |= self.task.scheduled(self.step - 1) | self.task.gauges()
+            line["skipped_steps"] = self._counts()["skipped"]
+            line |= pace
+            if device.type == "cuda":
+                line["memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+            self._publish(line)
 
     def _counts(self) -> dict[str, int]:
         try:
@@ -261,7 +264,7 @@ class Engine:
 
     def _publish(self, line: dict[str, Any]) -> None:
         (line,) = broadcast_object_list([line], from_process=0)
-        self.log.write(line)
+        self._on_main(lambda: self.log.write(line))
         self.task.look(self.step, line)
 
     def save(self, kept: bool = False) -> None:
@@ -304,11 +307,18 @@ class Engine:
     def _roll_back(self, wish: RollBack) -> None:
         """Go back to a kept checkpoint, as a process would that was killed just after deciding so."""
         path = checkpoints.folder_of(self.checkpoint_folder, wish.step)
+        before = self.task.state_dict()
         told = self.task.rolled_back(self.step, wish.what)
         event = {"step": wish.step, "rolled_back_from": self.step, "reason": wish.what, **told}
         state = {"rollbacks": self.rollbacks + 1, "rollback": event, "task": self.task.state_dict()}
-        # From this one atomic write on, whatever came after the kept checkpoint counts no more.
-        self._on_main(lambda: checkpoints.change_state(path, state))
+        try:
+            # From this one atomic write on, whatever came after the kept checkpoint counts no more.
+            self._on_main(lambda: checkpoints.change_state(path, state))
+        except TrainingError as error:
+            # There is no way back: the run is where it was, and ends there.
+            self.task.load_state_dict(before)
+            self.task.cannot_roll_back(self.step, wish, error)
+            raise
         self.resume(path)
 
     def _settle(self, saved: checkpoints.Checkpoint) -> None:
@@ -331,16 +341,7 @@ class Engine:
         checkpoints.require_space_for_run(self.checkpoint_folder, num_checkpoints, num_bytes, task.export_bytes())
 
     def _on_main(self, work: Callable[[], Any]) -> None:
-        """Do something on rank 0; all ranks wait for it, and all stop if it fails."""
-        failure: TrainingError | None = None
-        if self.accelerator.is_main_process:
-            try:
-                work()
-            except TrainingError as error:
-                failure = error
-        (failed,) = ranks.any_over_ranks(failure is not None, device=self.accelerator.device)
-        if failed:
-            raise failure or TrainingError("rank 0 could not go on", where=f"step {self.step}")
+        ranks.on_main_rank(work, self.accelerator.is_main_process)
 
 
 def make_accelerator(precision: Literal["auto", "no", "bf16"]) -> accelerate.Accelerator:

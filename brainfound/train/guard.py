@@ -346,6 +346,15 @@ class Guard:
             what += f", after {state.rollbacks} rollback{'s' if state.rollbacks > 1 else ''}"
         elif self.may_roll_back:
             what += ", and no probe has named a step to go back to"
+        self.stop(step, what, remedy)
+
+    def stop(self, step: int, what: str, remedy: str) -> None:
+        """End the run, and have the best teacher exported.
+
+        Raises:
+            TrainingError: always.
+        """
+        state = self.state
         state.failed = True
         exported = "the last teacher" if not self.exports_best() else f"the teacher of step {state.best_step}"
         raise TrainingError(what, where=f"step {step}", remedy=f"{remedy}; export/ holds {exported}")

@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from brainfound.data.store import Store
 from brainfound.errors import TrainingError
-from brainfound.train import schedules
+from brainfound.train import ranks, schedules
+from brainfound.train.checkpoint import told_in_one_line
 from brainfound.train.data_order import EpochOrder, RankBatches, SliceRows, slice_loader, usable_rows
 from brainfound.train.engine import EngineRecipe, TrainTask
-from brainfound.train.guard import Guard
+from brainfound.train.guard import Guard, RollBack
 from brainfound.train.objectives.base import Objective, SliceBatch, StepKey
 from brainfound.train.optim import OptimRecipe, make_optimizer, parameter_groups
 from brainfound.train.prefetch import prefetched
@@ -143,24 +145,31 @@ class PretrainTask(TrainTask):
     def rolled_back(self, from_step: int, reason: str) -> dict[str, Any]:
         return self.guard.rolled_back()
 
+    def cannot_roll_back(self, step: int, wish: RollBack, error: TrainingError) -> None:
+        self.guard.stop(step, f"{wish.what}, and {error.what} ({error.got})", wish.remedy or "Lower optim.lr")
+
     def best_file(self, step: int) -> Path:
         """Where the encoder of a best probe is kept."""
         return self.best_folder / f"step-{step:06d}.safetensors"
 
     def _keep_best(self, step: int) -> None:
-        if self.rank and not is_sharded(self.model):
-            return
-        weights = {name: t.detach().cpu().contiguous() for name, t in self.objective.exported_state().items()}
-        if self.rank:
-            return
-        self.best_folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.best_folder / ".writing"
-        save_file(weights, temporary)
-        kept = self.best_file(step)
-        temporary.replace(kept)
-        for old in self.best_folder.glob("step-*.safetensors"):
-            if old != kept:
-                old.unlink()
+        weights: dict[str, Tensor] = {}
+        if self.rank == 0 or is_sharded(self.model):
+            weights = {name: t.detach().cpu().contiguous() for name, t in self.objective.exported_state().items()}
+        ranks.on_main_rank(lambda: self._write_best(step, weights), self.rank == 0)
+
+    def _write_best(self, step: int, weights: dict[str, Tensor]) -> None:
+        kept, temporary = self.best_file(step), self.best_folder / ".writing"
+        with told_in_one_line("the encoder of the best probe", kept):
+            self.best_folder.mkdir(parents=True, exist_ok=True)
+            try:
+                save_file(weights, temporary)
+                temporary.replace(kept)
+            finally:
+                temporary.unlink(missing_ok=True)
+            for old in self.best_folder.glob("step-*.safetensors"):
+                if old != kept:
+                    old.unlink()
 
     def export_weights(self) -> tuple[int | None, dict[str, Tensor]]:
         """The encoder to export: (step of an earlier, better one or None for the present one, its weights).
@@ -171,9 +180,11 @@ class PretrainTask(TrainTask):
         weights = {name: tensor.detach().cpu() for name, tensor in self.objective.exported_state().items()}
         best = self.guard.state.best_step
         if self.guard.exports_best() and best is not None:
-            if self.best_file(best).is_file():
+            try:
                 return best, load_file(self.best_file(best))
-            warnings.warn(f"{self.best_file(best)} is missing; the last teacher is exported", stacklevel=2)
+            except (OSError, SafetensorError) as error:
+                text = f"{self.best_file(best)} cannot be read ({error}); the last teacher is exported"
+                warnings.warn(text, stacklevel=2)
         return None, weights
 
     def export_bytes(self) -> int:

@@ -6,11 +6,14 @@ cluster.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from brainfound.errors import BrainFoundError, TrainingError
 
 
 def active() -> bool:
@@ -43,6 +46,36 @@ def any_over_ranks(*flags: bool, device: torch.device) -> tuple[bool, ...]:
         return flags
     raised = max_over_ranks(torch.tensor([float(flag) for flag in flags], device=device))
     return tuple(bool(value) for value in raised.tolist())
+
+
+def on_main_rank(work: Callable[[], Any], is_main: bool) -> None:
+    """Do something on the main rank; all ranks wait for it, and if it fails all raise the same error.
+
+    Raises:
+        TrainingError: what `work` raised, as long as that is a `BrainFoundError` or an `OSError`.
+    """
+    failure: TrainingError | None = None
+    cause: Exception | None = None
+    if is_main:
+        try:
+            work()
+        except TrainingError as error:
+            failure, cause = error, error.__cause__ if isinstance(error.__cause__, Exception) else None
+        except (BrainFoundError, OSError) as error:
+            failure, cause = _as_training_error(error), error
+    if active():
+        told = [failure]
+        dist.broadcast_object_list(told, src=0)
+        failure = failure or told[0]
+    if failure is not None:
+        raise failure from cause
+
+
+def _as_training_error(error: BrainFoundError | OSError) -> TrainingError:
+    if isinstance(error, BrainFoundError):
+        return TrainingError(error.what, where=error.where, got=error.got, expected=error.expected, remedy=error.remedy)
+    remedy = "Mend that (free space, a quota, rights), and continue with --resume"
+    return TrainingError("a file cannot be written", where=error.filename, got=error.strerror or error, remedy=remedy)
 
 
 def mean_over_ranks(values: Mapping[str, Tensor], device: torch.device) -> dict[str, float]:

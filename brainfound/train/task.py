@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from brainfound.errors import TrainingError
+from brainfound.train.guard import RollBack
 
 
 class TrainTask(ABC):
@@ -113,6 +114,16 @@ class TrainTask(ABC):
             Entries for the line of the log that tells of it.
         """
         return {}
+
+    def cannot_roll_back(self, step: int, wish: RollBack, error: TrainingError) -> None:
+        """Called where the checkpoint that `wish` names cannot be gone back to, before `error` ends the run.
+
+        All ranks call it alike; `state_dict` is as before `rolled_back` again.
+
+        Raises:
+            TrainingError: ends the run in the place of `error`.
+        """
+        return
 
     def export_bytes(self) -> int:
         """About how many bytes a run leaves besides its checkpoints."""

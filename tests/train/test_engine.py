@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from brainfound.errors import RecipeError, TrainingError
+from brainfound.errors import RecipeError, StoreError, TrainingError
 from brainfound.recipes import validate
 from brainfound.train import checkpoint as checkpoints
 from brainfound.train.checkpoint import latest_valid, list_checkpoints
@@ -365,6 +365,48 @@ def test_a_rollback_to_a_torn_checkpoint_is_one_clear_error(tmp_path):
 
     with pytest.raises(TrainingError, match="step-000002.*not whole"):
         engine(Torn(), tmp_path, **FICKLE).run()
+
+
+def test_a_task_whose_rollback_fails_is_as_before_it_and_may_end_the_run_itself(tmp_path):
+    class Torn(Fickle):
+        def evaluate(self, step):
+            if step == 6:
+                (tmp_path / "checkpoints" / "step-000002" / "model.safetensors").write_bytes(b"")
+            return super().evaluate(step)
+
+        def cannot_roll_back(self, step, wish, error):
+            raise TrainingError(f"{wish.what}; {error.what}", where=step)
+
+    task = Torn()
+    with pytest.raises(TrainingError, match=r"^6: the probe fell; the checkpoint to go back to is not whole$"):
+        engine(task, tmp_path, **FICKLE).run()
+    assert (task.rollbacks, task.scale) == (0, 1.0)
+
+
+def test_what_is_no_part_of_a_step_does_not_count_as_its_time(tmp_path):
+    class Gauged(Line):
+        def gauges(self):
+            time.sleep(0.2)
+            return {}
+
+    task = Gauged()
+    engine(task, tmp_path, steps=3, log_every=1).run()
+    assert max(line["seconds_per_step"] for line in task.seen) < 0.1
+
+
+@pytest.mark.parametrize("kind", ["log", "state", "other"])
+def test_whatever_the_disk_refuses_ends_the_run_in_one_line(tmp_path, monkeypatch, kind):
+    """A full disk may be met first by the log or by a checkpoint; other errors of the package count as well."""
+
+    def refuse(*arguments):
+        raise OSError(28, "No space left on device") if kind != "other" else StoreError("it is gone", where="store")
+
+    place = ("brainfound.train.log.TrainingLog.write",) if kind == "log" else (checkpoints, "save_checkpoint")
+    monkeypatch.setattr(*place, refuse)
+    expected = "it is gone" if kind == "other" else "No space left on device"
+    with pytest.raises(TrainingError, match=expected) as told:
+        engine(Line(), tmp_path).run()
+    assert "\n" not in str(told.value)
 
 
 def test_the_kept_checkpoint_of_the_start_can_be_gone_back_to(tmp_path):

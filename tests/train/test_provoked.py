@@ -23,6 +23,7 @@ from brainfound.data.preprocessing import Preprocessing
 from brainfound.data.store import Store
 from brainfound.errors import TrainingError
 from brainfound.models import BrainFoundModel
+from brainfound.train.guard import Guard
 from brainfound.train.pretrain import pretrain
 from brainfound.train.pretrain_task import PretrainTask
 
@@ -187,6 +188,27 @@ def test_a_constant_teacher_is_seen_and_the_one_before_is_exported(eggs, trained
         pretrain(content, eggs, trained, tmp_path / "run", quiet=True)
     assert facts(tmp_path / "run")["exported_step"] == 0
     assert same_encoder(tmp_path / "run" / "export", trained)
+
+
+@pytest.mark.parametrize("torn", ["model.safetensors", "state.json"])
+def test_where_there_is_no_way_back_the_best_teacher_is_exported(eggs, trained, recipe, tmp_path, monkeypatch, torn):
+    run, judge = tmp_path / "run", Guard.judge
+
+    def tearing(self, step, score, standard_error):
+        if step == 10:
+            (run / "checkpoints" / "step-000000" / torn).write_bytes(b"x")
+        judge(self, step, score, standard_error)
+
+    monkeypatch.setattr(Guard, "judge", tearing)
+    going_back = ("guard.on_failure=roll_back", "guard.confirm_looks=1000")
+    with pytest.raises(
+        TrainingError, match=r"the probe fell .*, and the checkpoint to go back to is not whole"
+    ) as stop:
+        pretrain(recipe(*COMMON, *STOCK, *QUICK, *going_back), eggs, trained, run, quiet=True)
+    assert "\n" not in str(stop.value)
+    assert "export/ holds the teacher of step 0" in str(stop.value)
+    assert facts(run)["exported_step"] == 0
+    assert same_encoder(run / "export", trained)
 
 
 def poison(monkeypatch, steps: range) -> None:
