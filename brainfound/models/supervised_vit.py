@@ -42,6 +42,12 @@ def load_supervised_vit(
             configuration has (the keys are named).
     """
     require_convertible(source, config)
+    if config.attention_probs_dropout_prob:
+        warnings.warn(
+            f"{source}: config.attention_probs_dropout_prob {config.attention_probs_dropout_prob:g} is taken as 0:"
+            " it is no part of what the weights compute, and training here has no dropout of attention",
+            stacklevel=4,
+        )
     # With the account of what was loaded the library gives two things, which its types do not say.
     load: Any = ViTModel.from_pretrained
     with transformers_quiet():
@@ -119,7 +125,7 @@ def as_dinov2(vit: PreTrainedModel, drop_path_rate: float | None = None) -> PreT
         num_attention_heads=config.num_attention_heads,
         mlp_ratio=config.intermediate_size // config.hidden_size,
         hidden_act=config.hidden_act,
-        attention_probs_dropout_prob=config.attention_probs_dropout_prob,
+        attention_probs_dropout_prob=0.0,  # packed crops have no dropout of attention; `load_supervised_vit` says so
         initializer_range=config.initializer_range,
         layer_norm_eps=config.layer_norm_eps,
         image_size=config.image_size,

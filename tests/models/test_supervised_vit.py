@@ -170,6 +170,15 @@ def test_what_dinov2_cannot_compute_is_refused_in_one_line(tmp_path, changes, fi
     assert "\n" not in str(error.value)
 
 
+def test_dropout_of_attention_is_said_and_left_out_so_that_it_can_be_trained(tmp_path):
+    folder = write_vit(tmp_path / "vit", attention_probs_dropout_prob=0.1)
+    with pytest.warns(UserWarning, match=r"attention_probs_dropout_prob 0\.1 is taken as 0"):
+        encoder = BrainFoundModel.from_backbone(folder, image_mean=0.0, image_std=1.0).encoder
+    pixels = torch.randn(2, 3, 40, 40)
+    (trained,) = encoder.train().transform([encoder.embed(pixels)])
+    torch.testing.assert_close(trained, reference(folder, pixels), atol=1e-5, rtol=0)
+
+
 def test_patches_that_are_not_square_are_refused(tmp_path):
     folder = write_vit(tmp_path / "vit", patch_size=[8, 4])
     with pytest.raises(ModelError, match="patches must be square"):
