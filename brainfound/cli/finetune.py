@@ -29,6 +29,8 @@ def finetune(
     Subjects are divided into train, validation and test; the test part is scored once, beside a baseline that
     never looks at an image. The run folder's export/ is what `brainfound predict` takes.
     """
+    from accelerate import PartialState
+
     from brainfound.cli.tables import scores_line
     from brainfound.train.finetune import finetune as run
     from brainfound.train.session_scores import read_scores
@@ -47,5 +49,6 @@ def finetune(
         overrides=set_ or (),
         quiet=quiet,
     )
-    print(scores_line(read_scores(folder)))
-    print(folder / "export")
+    if PartialState().is_main_process:
+        print(scores_line(read_scores(folder)))
+        print(folder / "export")

@@ -28,6 +28,8 @@ def pretrain(
 
     The run folder gets the recipe, the log, curves, checkpoints, and the teacher under export/.
     """
+    from accelerate import PartialState
+
     from brainfound.train.pretrain import pretrain as run
 
     folder = run(
@@ -42,5 +44,5 @@ def pretrain(
         gpus=gpus,
         gpu=gpu,
     )
-    if not dry_run:
+    if not dry_run and PartialState().is_main_process:
         print(folder / "export")

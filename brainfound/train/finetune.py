@@ -45,7 +45,7 @@ from brainfound.train.finetuned_card import finetuned_card
 from brainfound.train.head_start import fit_head
 from brainfound.train.objectives.base import StepKey
 from brainfound.train.randomness import INITIALISATION, seed_of
-from brainfound.train.resuming import as_begun, checkpoint_to_resume, common_facts
+from brainfound.train.resuming import as_begun, checkpoint_to_resume, common_facts, has_ended
 from brainfound.train.run_lock import only_one_training
 from brainfound.train.schedules import warm_up_then
 from brainfound.train.session_scores import SessionScores, score_sessions, write_scores
@@ -275,6 +275,9 @@ def _train(
 ) -> Path:
     """A run in a folder that nobody else writes into."""
     checkpoint = checkpoint_to_resume(folder, content, store, resume, FREE_ON_RESUME, accelerator)
+    if resume and has_ended(folder, checkpoint, content.engine.steps):
+        console.print(f"this run is finished; its export is {folder / run_files.EXPORT_FOLDER}", soft_wrap=True)
+        return folder
     split_file, fold = split_to_follow(folder, store, target, split, fold, resume)
     parts = split_sessions(content.split, store, target, split_file, fold, console.print)
     task_name = guess_task(store, target) if content.task == "auto" else content.task
@@ -368,4 +371,4 @@ def _finish(folder: Path, task: FinetuneTask, source: str, step: int, keep_ids: 
         card=finetuned_card(task.recipe, store, parts, target, inner_model(task.model).config, source, scores, step),
         overwrite=True,  # a run that goes on after its end writes it again
     )
-    run_files.finish(folder, "done", step, step)
+    run_files.finish(folder, run_files.DONE, step, step)

@@ -37,7 +37,7 @@ from brainfound.train.objectives.self_distillation import SelfDistillationRecipe
 from brainfound.train.optim import OptimRecipe
 from brainfound.train.pretrain_task import PretrainTask
 from brainfound.train.probes import Probe, ProbeRecipe
-from brainfound.train.resuming import as_begun, checkpoint_to_resume, common_facts
+from brainfound.train.resuming import as_begun, checkpoint_to_resume, common_facts, has_ended
 from brainfound.train.run_lock import only_one_training
 from brainfound.train.running import PretrainEngineRecipe
 from brainfound.train.schedules import ScheduleRecipe, effective_lr
@@ -248,7 +248,12 @@ def _train(
     """A run in a folder that nobody else writes into."""
     is_main = accelerator.is_main_process
     checkpoint = checkpoint_to_resume(folder, recipe, store, resume, FREE_ON_RESUME, accelerator)
+    if resume and has_ended(folder, checkpoint, recipe.engine.steps):
+        console.print(f"this run is finished; its export is {folder / run_files.EXPORT_FOLDER}", soft_wrap=True)
+        return folder
     model = build_model(recipe.init, store, recipe.views.global_size, recipe.seed)
+    if recipe.probe.every:
+        _require_whole_patches(store, model.encoder.patch_size)
     engine_recipe, found = running.settle(recipe.engine, model.encoder, recipe.views, accelerator.device)
     recipe = recipe.model_copy(update={"engine": engine_recipe})
     task = _make_task(recipe, store, model, folder, accelerator)
@@ -262,10 +267,14 @@ def _train(
             "num_trained_parameters": sum(p.numel() for p in task.model.parameters() if p.requires_grad),
         }
     )
+    what = "nothing is trained"
+    if recipe.engine.steps:
+        what = (
+            f"learning rate {recipe.optim.lr:g} at batch 128 → {task.effective_lr:.3g} at batch"
+            f" {recipe.engine.batch_size}; {facts['num_trained_parameters']:,} parameters are trained"
+        )
     console.print(
-        f"learning rate {recipe.optim.lr:g} at batch 128 → {task.effective_lr:.3g} at batch {recipe.engine.batch_size};"
-        f" {facts['device']} ({facts['device_reason']}); {len(task.dataset)} slices of {len(store)} sessions;"
-        f" {facts['num_trained_parameters']:,} parameters are trained"
+        f"{facts['device']} ({facts['device_reason']}); {len(task.dataset)} slices of {len(store)} sessions; {what}"
     )
     engine = Engine(task, recipe.engine, folder, accelerator, recipe.seed, console.quiet)
     if is_main:
@@ -287,11 +296,30 @@ def _train(
     if is_main:
         exported_step = engine.step if best_step is None else best_step
         run_files.export(folder, recipe, store, model, weights, exported_step, task.guard.state)
-        run_files.finish(folder, "done" if stopped is None else f"stopped: {stopped}", exported_step, engine.step)
+        status = run_files.DONE if stopped is None else f"stopped: {stopped}"
+        run_files.finish(folder, status, exported_step, engine.step)
     accelerator.wait_for_everyone()
     if stopped is not None:
         raise stopped
     return folder
+
+
+def _require_whole_patches(store: Store, patch_size: int) -> None:
+    """Refuse a store whose slices the encoder cannot read as they are: crops are resized, but a probe reads slices.
+
+    Raises:
+        UsageError: names the size to prepare the data with.
+    """
+    size = store.preprocessing.size
+    if any(side % patch_size for side in size):
+        whole = [max(side // patch_size, 1) * patch_size for side in size]
+        raise UsageError(
+            "the slices are not made of whole patches",
+            where=store.path,
+            got=" x ".join(map(str, size)),
+            expected=f"multiples of the patch size {patch_size}",
+            remedy=f"Prepare the data with --set 'size=[{whole[0]},{whole[1]}]', or set probe.every=0",
+        )
 
 
 def _with_engine(recipe: PretrainRecipe, **fields: Any) -> PretrainRecipe:

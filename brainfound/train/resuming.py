@@ -13,7 +13,7 @@ from brainfound.data.store import Store
 from brainfound.errors import TrainingError
 from brainfound.recipes import AnyRecipe, Recipe
 from brainfound.train import run_files
-from brainfound.train.checkpoint import latest_valid, list_checkpoints
+from brainfound.train.checkpoint import folder_of, latest_valid, list_checkpoints
 from brainfound.train.engine import device_and_reason
 from brainfound.train.precision import probe_precision
 
@@ -50,6 +50,16 @@ def checkpoint_to_resume(
             "no checkpoint of this run is whole", where=folder / "checkpoints", remedy="Start again with another --out"
         )
     return checkpoint
+
+
+def has_ended(folder: Path, checkpoint: Path | None, num_steps: int) -> bool:
+    """Whether a run that is to be resumed has nothing left to do; one whose last checkpoint was lost does not count.
+
+    Args:
+        checkpoint: what `checkpoint_to_resume` gave.
+    """
+    last = folder_of(folder / "checkpoints", num_steps) if num_steps else None
+    return checkpoint == last and run_files.is_finished(folder)
 
 
 def as_begun(folder: Path, recipe: AnyRecipe, keys: Sequence[str], resume: bool) -> AnyRecipe:

@@ -34,6 +34,8 @@ from brainfound.train.objectives.making import in_words
 RECIPE_FILE = "recipe.yaml"
 FACTS_FILE = "run.json"
 EXPORT_FOLDER = "export"
+DONE = "done"
+"""The status of a run that came to its end."""
 _LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "numpy")
 
 
@@ -68,6 +70,12 @@ def finish(folder: Path, status: str, exported_step: int, step: int) -> None:
     plot_curves(folder)
 
 
+def is_finished(folder: Path) -> bool:
+    """Whether the run in a folder came to its end and was exported."""
+    facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
+    return facts["status"] == DONE and (folder / EXPORT_FOLDER).is_dir()
+
+
 def require_same(folder: Path, recipe: Recipe, store: Store, free: Sequence[str]) -> None:
     """Refuse to resume with a recipe or data that would make another run.
 
@@ -90,7 +98,7 @@ def require_same(folder: Path, recipe: Recipe, store: Store, free: Sequence[str]
                 where=key,
                 got=now.get(key),
                 expected=before.get(key),
-                remedy="Set it back, or give another --out",
+                remedy=f"Set it back, give {folder / RECIPE_FILE} as the recipe, or give another --out",
             )
     data_hash = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))["data_hash"]
     if data_hash != store.content_hash:

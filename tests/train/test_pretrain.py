@@ -117,6 +117,47 @@ def test_logging_may_change_on_resume(finished, store, recipe, tmp_path):
     pretrain(recipe("engine.log_every=2", "guard.enabled=false"), store, out=run, resume=True, quiet=True)
 
 
+def test_a_finished_run_is_left_as_it_is(finished, store, recipe, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    monkeypatch.setattr("brainfound.train.pretrain.build_model", lambda *_: pytest.fail("a model was built"))
+    assert pretrain(recipe(), store, out=run, resume=True) == run
+    assert capsys.readouterr().err.strip().endswith(f"this run is finished; its export is {run / 'export'}")
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
+    with pytest.raises(RecipeError, match=r"optim\.lr"):
+        pretrain(recipe("optim.lr=2e-3"), store, out=run, resume=True, quiet=True)
+
+
+def test_the_recipe_of_the_run_is_what_resumes_it(finished, store, recipe, tmp_path):
+    file = finished / "recipe.yaml"
+    with pytest.raises(RecipeError, match="give .*recipe.yaml as the recipe") as error:
+        pretrain(recipe("optim.lr=2e-3"), store, out=finished, resume=True, quiet=True)
+    assert str(file) in str(error.value)
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    shutil.rmtree(run / "checkpoints" / "step-000006")
+    pretrain(run / "recipe.yaml", store, out=run, resume=True, quiet=True)
+    assert (run / "checkpoints" / "step-000006").is_dir()
+
+
+def test_slices_without_whole_patches_are_refused_before_anything_is_written(store, recipe, tmp_path):
+    odd = ("init.scratch.patch_size=14", "views.global_size=28", "views.local_size=14")
+    with pytest.raises(UsageError, match=r"got 32 x 32, expected multiples of the patch size 14.*size=\[28,28\]"):
+        pretrain(recipe(*odd), store, out=tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+    pretrain(recipe(*odd, "probe.every=0", "engine.steps=1"), store, out=tmp_path / "run", quiet=True)
+
+
+def test_no_steps_train_nothing_and_say_so(store, recipe, tmp_path, capsys):
+    run = pretrain(recipe("engine.steps=0", "probe.every=0"), store, out=tmp_path / "run")
+    told = capsys.readouterr().err
+    assert "nothing is trained" in " ".join(told.split())
+    assert "learning rate" not in told
+    pretrain(recipe("engine.steps=0", "probe.every=0"), store, out=run, resume=True)
+    assert "this run is finished" in capsys.readouterr().err
+
+
 def test_head_warm_up_moves_heads_and_new_tokens_only(finished, store, recipe, tmp_path):
     """From an export, with anchor and warm-up on: the backbone waits, what is new learns."""
     changes = ("schedule.head_warmup_steps=4", "engine.steps=5", "engine.checkpoint_every=2", "probe.every=0")
