@@ -15,7 +15,13 @@ from brainfound.errors import ModelError
 from brainfound.models.configuration import SUPPORTED_BACKBONES
 from brainfound.models.quiet import transformers_quiet
 from brainfound.models.supervised_vit import MODEL_TYPE as SUPERVISED_VIT
-from brainfound.models.supervised_vit import as_dinov2, input_statistics, load_supervised_vit
+from brainfound.models.supervised_vit import (
+    as_dinov2,
+    dinov2_config,
+    input_statistics,
+    load_supervised_vit,
+    require_convertible,
+)
 
 # What the library and the file system raise for a folder or an id that cannot be read.
 LOAD_FAILURES = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError)
@@ -48,14 +54,7 @@ def load_backbone(
     """
     source = str(id_or_folder)
     config = _load_config(source, hub_options)
-    if config.model_type not in STARTING_FAMILIES:
-        is_ours = config.model_type == "brainfound"
-        raise ModelError(
-            f"a {config.model_type!r} model is not a supported backbone",
-            where=source,
-            expected=f"one of {', '.join(STARTING_FAMILIES)}",
-            remedy="Load it with BrainFoundModel.from_pretrained" if is_ours else "Give the id of a DINOv2 model",
-        )
+    _require_family(source, config)
     if config.model_type == SUPERVISED_VIT:
         return _load_converted(source, config, drop_path_rate, attn_implementation, hub_options)
     if drop_path_rate is not None:
@@ -83,6 +82,21 @@ def load_backbone(
         elif any("mask_token" in key for key in info["missing_keys"]):
             mask_token.zero_()
     return model
+
+
+def config_of(id_or_folder: str | Path, **hub_options: Any) -> PreTrainedConfig:
+    """The configuration that `load_backbone`'s answer has, without the weights.
+
+    Raises:
+        ModelError: if it cannot be read, or is of another family.
+    """
+    source = str(id_or_folder)
+    config = _load_config(source, hub_options)
+    _require_family(source, config)
+    if config.model_type == SUPERVISED_VIT:
+        require_convertible(source, config)
+        return dinov2_config(config)
+    return config
 
 
 def statistics_of(id_or_folder: str | Path, **hub_options: Any) -> dict[str, float]:
@@ -196,6 +210,17 @@ def _load_config(source: str, hub_options: dict[str, Any]) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(source, **hub_options)
     except LOAD_FAILURES as error:
         raise unreadable(source, error) from error
+
+
+def _require_family(source: str, config: PreTrainedConfig) -> None:
+    if config.model_type not in STARTING_FAMILIES:
+        is_ours = config.model_type == "brainfound"
+        raise ModelError(
+            f"a {config.model_type!r} model is not a supported backbone",
+            where=source,
+            expected=f"one of {', '.join(STARTING_FAMILIES)}",
+            remedy="Load it with BrainFoundModel.from_pretrained" if is_ours else "Give the id of a DINOv2 model",
+        )
 
 
 def _load_converted(

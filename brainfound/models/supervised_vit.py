@@ -110,15 +110,9 @@ def require_convertible(source: str, config: PreTrainedConfig) -> None:
             )
 
 
-def as_dinov2(vit: PreTrainedModel, drop_path_rate: float | None = None) -> PreTrainedModel:
-    """The same function as a Dinov2 model: every weight is carried over, and layer scales are one.
-
-    Args:
-        vit: a ViTModel with mask token and without pooler, as `load_supervised_vit` gives it.
-        drop_path_rate: stochastic depth while training; None: none, as in the checkpoint.
-    """
-    config = vit.config
-    converted = AutoConfig.for_model(
+def dinov2_config(config: PreTrainedConfig, drop_path_rate: float | None = None) -> PreTrainedConfig:
+    """The configuration of the Dinov2 model that computes what a supervised ViT does."""
+    return AutoConfig.for_model(
         "dinov2",
         hidden_size=config.hidden_size,
         num_hidden_layers=config.num_hidden_layers,
@@ -135,6 +129,17 @@ def as_dinov2(vit: PreTrainedModel, drop_path_rate: float | None = None) -> PreT
         layerscale_value=1.0,
         drop_path_rate=float(drop_path_rate or 0.0),
     )
+
+
+def as_dinov2(vit: PreTrainedModel, drop_path_rate: float | None = None) -> PreTrainedModel:
+    """The same function as a Dinov2 model: every weight is carried over, and layer scales are one.
+
+    Args:
+        vit: a ViTModel with mask token and without pooler, as `load_supervised_vit` gives it.
+        drop_path_rate: stochastic depth while training; None: none, as in the checkpoint.
+    """
+    config = vit.config
+    converted = dinov2_config(config, drop_path_rate)
     weights = {_dinov2_name(name): tensor.detach().clone() for name, tensor in vit.state_dict().items()}
     weights["embeddings.mask_token"] = weights["embeddings.mask_token"].flatten(0, 1)
     for layer in range(config.num_hidden_layers):

@@ -18,27 +18,43 @@ class ForwardMemory:
     """Measures what the first forward pass of a task takes, by standing in the place of its `loss`.
 
     On a GPU the allocator knows; on a CPU every tensor that an operation makes is followed until it goes.
+
+    Args:
+        loss: called with a model, a batch and whatever follows them.
+        part: makes a smaller batch of a batch, which is measured before it; None: it is not.
     """
 
-    def __init__(self, loss: Callable[..., Any], device: torch.device) -> None:
-        self.loss, self.device = loss, device
+    def __init__(
+        self, loss: Callable[..., Any], device: torch.device, part: Callable[[Any], Any] | None = None
+    ) -> None:
+        self.loss, self.device, self.part = loss, device, part
         self.most_bytes = 0
+        self.part_bytes: int | None = None
         self._done = False
 
     def __call__(self, *arguments: Any) -> Any:
         if self._done:
             return self.loss(*arguments)
         self._done = True
+        if self.part is not None:
+            model, batch, *others = arguments
+            # What the first call leaves behind, such as the grid of a crop size, would count in one measurement only.
+            self.loss(model, self.part(batch), *others)
+            _, self.part_bytes = self._measured(model, self.part(batch), *others)
+            model.zero_grad()  # a pass over local crops by themselves has left gradients
+        answer, self.most_bytes = self._measured(*arguments)
+        return answer
+
+    def _measured(self, *arguments: Any) -> tuple[Any, int]:
+        """The loss, and the most bytes that it took at any time."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             before = torch.cuda.memory_allocated(self.device)
             answer = self.loss(*arguments)
-            self.most_bytes = torch.cuda.max_memory_allocated(self.device) - before
-            return answer
+            return answer, torch.cuda.max_memory_allocated(self.device) - before
         with LiveTensors() as live:
             answer = self.loss(*arguments)
-        self.most_bytes = live.most_bytes
-        return answer
+        return answer, live.most_bytes
 
 
 class LiveTensors(TorchDispatchMode):

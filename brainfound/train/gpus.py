@@ -4,7 +4,8 @@ Rates are peaks of dense matrix products with float32 sums, as the makers' data 
 sheet states a rate with sparsity, half of it stands here. Memory is what a program can have of it.
 
 Sources: NVIDIA data sheets of V100 (2020), A10 (2021), A100 (2021), H100 (2023), H200 (2024) and HGX B200
-(2024); NVIDIA white papers of the GA102 (2021, table 9: RTX 3090) and AD102 (2023, appendix A: RTX 4090) GPUs.
+(2024), of RTX A6000 and A40 (2021), L40 (2022), L40S, L4 and RTX 6000 Ada (2023); NVIDIA white papers of the GA102
+(2021, table 9: RTX 3090) and AD102 (2023, appendix A: RTX 4090) GPUs.
 """
 
 from __future__ import annotations
@@ -41,6 +42,12 @@ KINDS = {
         GPUKind("RTX-3090", 23.6, 71.0, 35.6),
         GPUKind("RTX-4090", 23.6, 165.2, 82.6),
         GPUKind("A10", 22.1, 125.0, 31.2),
+        GPUKind("L4", 22.0, 121.0, 30.3),
+        GPUKind("RTX-A6000", 47.5, 154.8, 38.7),
+        GPUKind("A40", 44.3, 149.7, 37.4),
+        GPUKind("L40", 44.4, 181.0, 90.5),
+        GPUKind("L40S", 44.4, 362.0, 91.6),
+        GPUKind("RTX-6000-Ada", 44.4, 364.2, 91.1),
         GPUKind("A100-40GB", 39.4, 312.0, 19.5),
         GPUKind("A100-80GB", 79.2, 312.0, 19.5),
         GPUKind("H100", 79.2, 989.0, 67.0),

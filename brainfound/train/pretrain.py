@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from accelerate import Accelerator
 from pydantic import Field
 from rich.console import Console
@@ -27,7 +28,7 @@ from brainfound.errors import RecipeError, TrainingError, UsageError
 from brainfound.models import BrainFoundModel
 from brainfound.recipes import Recipe, load, validate
 from brainfound.train import dry_run as trials
-from brainfound.train import run_files, running, sharding
+from brainfound.train import dry_run_report, ranks, run_files, running, sharding
 from brainfound.train.dry_run import Machine
 from brainfound.train.engine import Engine, make_accelerator
 from brainfound.train.guard import Guard, GuardRecipe
@@ -41,7 +42,7 @@ from brainfound.train.resuming import as_begun, checkpoint_to_resume, common_fac
 from brainfound.train.run_lock import only_one_training
 from brainfound.train.running import PretrainEngineRecipe
 from brainfound.train.schedules import ScheduleRecipe, effective_lr
-from brainfound.train.starting_model import FROM_SCRATCH, InitRecipe, build_model
+from brainfound.train.starting_model import FROM_SCRATCH, InitRecipe, build_model, outline_model
 from brainfound.train.trained_part import TrainedPartRecipe
 
 
@@ -139,24 +140,47 @@ def pretrain(
 
 def _dry_run(recipe: PretrainRecipe, store: Store, machine: Machine | None, quiet: bool) -> None:
     """Two real steps that leave nothing behind, and what they say about the whole run."""
+    precision = recipe.engine.precision
     if machine is not None:
         machine.require_share(recipe.engine)
+        # What is fast there may be hundreds of times slower here.
+        precision = "auto" if precision == "bf16" else precision
+    accelerator = make_accelerator(precision)
     # Schedules that end with the trial, and no probe.
-    accelerator = make_accelerator(recipe.engine.precision)
     trial = _with_engine(recipe, steps=trials.NUM_STEPS, precision=accelerator.mixed_precision)
-    if machine is not None:
-        trial = trial.model_copy(update={"engine": trials.as_on_gpu(trial.engine)})
     trial = trial.model_copy(update={"probe": recipe.probe.model_copy(update={"every": 0})})
+    if machine is not None:
+        few = trials.for_estimate(trial.engine, machine, accelerator.num_processes)
+        trial = trial.model_copy(update={"engine": few})
+        if _is_too_large_to_try(trial, store, recipe, machine, accelerator):
+            return
     with tempfile.TemporaryDirectory(prefix="brainfound-dry-run-") as temporary:
         folder = Path(temporary)
         model = build_model(trial.init, store, trial.views.global_size, trial.seed)
         settled, _ = running.settle(trial.engine, model.encoder, trial.views, accelerator.device)
         trial = trial.model_copy(update={"engine": settled})
         task = _make_task(trial, store, model, folder, accelerator)
-        found = trials.try_out(task, trial.views, trial.engine, folder, accelerator, quiet)
+        found = trials.try_out(task, trial.views, trial.engine, folder, accelerator, quiet, machine is not None)
     if found is not None:
-        for line in trials.report(found, recipe.engine, recipe.optim.lr, machine):
+        for line in dry_run_report.report(found, recipe.engine, recipe.optim.lr, machine):
             print(line)
+
+
+def _is_too_large_to_try(
+    trial: PretrainRecipe, store: Store, recipe: PretrainRecipe, machine: Machine, accelerator: Any
+) -> bool:
+    """Whether the weights of a trial do not fit into this machine; what can be said without one is printed then."""
+    model = outline_model(trial.init, store, trial.views.global_size)
+    with torch.device("meta"):
+        objective = make_objective(
+            trial.objective, trial.trained, model.encoder, trial.views, trial.engine.steps, trial.seed
+        )
+    sizes, free = trials.Sizes.of(objective, trial.views), trials.free_bytes(accelerator.device)
+    (too_large,) = ranks.any_over_ranks(sizes.weights.trial_bytes > free, device=accelerator.device)
+    if too_large and accelerator.is_main_process:
+        for line in dry_run_report.report_untried(sizes, free, recipe.engine, recipe.optim.lr, machine):
+            print(line)
+    return too_large
 
 
 def _resolve(

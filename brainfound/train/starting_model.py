@@ -9,8 +9,9 @@ from transformers import AutoConfig
 from brainfound.data.store import Store
 from brainfound.errors import RecipeError
 from brainfound.models import BrainFoundConfig, BrainFoundModel
+from brainfound.models.backbone import config_of
 from brainfound.models.configuration import SUPPORTED_BACKBONES
-from brainfound.models.start import start_from
+from brainfound.models.start import is_brainfound, start_from
 from brainfound.recipes import Recipe
 from brainfound.train.randomness import INITIALISATION, seed_of
 
@@ -55,6 +56,25 @@ def build_model(recipe: InitRecipe, store: Store, image_size: int, seed: int) ->
     if source == FROM_SCRATCH:
         return BrainFoundModel(_scratch_config(recipe.scratch, store, image_size))
     return start_from(BrainFoundModel, source, store.contrasts)
+
+
+def outline_model(recipe: InitRecipe, store: Store, image_size: int) -> BrainFoundModel:
+    """The starting model in its sizes only: on the meta device, where a weight takes no memory and has no value.
+
+    Raises:
+        ModelError: if the source's configuration cannot be read, or is of another family.
+        RecipeError: if new weights cannot have the size that was asked for.
+    """
+    if recipe.source == FROM_SCRATCH:
+        config = _scratch_config(recipe.scratch, store, image_size)
+    elif is_brainfound(recipe.source):
+        config = BrainFoundConfig.from_pretrained(recipe.source)
+    else:
+        config = BrainFoundConfig(
+            backbone_config=config_of(recipe.source), contrasts=store.contrasts, backbone_source=None
+        )
+    with torch.device("meta"):
+        return BrainFoundModel(config)
 
 
 def _scratch_config(scratch: ScratchRecipe, store: Store, image_size: int) -> BrainFoundConfig:

@@ -40,3 +40,19 @@ def test_what_the_forward_pass_keeps_for_the_backward_pass_is_counted():
     answer.backward()
     forward(torch.zeros(1000, 50))
     assert forward.most_bytes == measured
+
+
+def test_a_part_of_the_batch_is_measured_for_itself_and_leaves_no_gradient():
+    model = torch.nn.Linear(50, 50, bias=False)
+
+    def loss(model, values):
+        model(values).sum().backward()  # as a pass over local crops does
+        return model(values).exp().sum()
+
+    forward = ForwardMemory(loss, torch.device("cpu"), part=lambda values: values[:10])
+    forward(model, torch.ones(40, 50))
+    assert forward.part_bytes is not None
+    assert forward.part_bytes - 2 * 50 * 50 * 4 <= 4 * 10 * 50 * 4
+    assert forward.most_bytes - forward.part_bytes >= 30 * 50 * 4
+    # Of the whole batch, once.
+    assert torch.equal(model.weight.grad, torch.full((50, 50), 40.0))
