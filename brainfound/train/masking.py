@@ -17,6 +17,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from brainfound.data.augmentation.drawing import onto
+
 SMALLEST_BLOCK = 4  # patches; BEiT uses 16 on a grid of 14 × 14, DINOv2 uses 4
 ATTEMPTS_PER_BLOCK = 10
 
@@ -35,10 +37,7 @@ class BlockMasks:
 
     def to(self, device: torch.device) -> BlockMasks:
         """The same on a device; on a GPU without waiting for it."""
-        parts = (self.mask, self.indices, self.weights, self.visible)
-        if device.type == "cuda":
-            parts = tuple(part.pin_memory() for part in parts)  # type: ignore[assignment]
-        return BlockMasks(*(part.to(device, non_blocking=True) for part in parts))
+        return BlockMasks(*(onto(part, device) for part in (self.mask, self.indices, self.weights, self.visible)))
 
 
 def masked_counts(num_crops: int, num_patches: int, probability: float, ratios: tuple[float, float]) -> list[int]:

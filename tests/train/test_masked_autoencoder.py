@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from brainfound.data.augmentation.drawing import onto
 from brainfound.errors import RecipeError
 from brainfound.train.objectives.base import SliceBatch, StepKey
 from brainfound.train.objectives.masked_autoencoder import (
@@ -281,3 +282,17 @@ def test_a_crop_that_does_not_fit_the_patches_is_refused(model, recipe):
         views = recipe(f"views.global_size={size}").views
         with pytest.raises(RecipeError, match=r"views\.global_size"):
             MaskedAutoencoder(model.encoder, MaskedAutoencoderRecipe(decoder=DECODER), views, seed=0)
+
+
+def test_what_is_hidden_is_copied_as_everything_small_is(objective, batch, monkeypatch):
+    """From pinned memory: a copy from other memory makes the host wait for the GPU, whatever it is asked."""
+    copied = []
+
+    def recording(tensor, device):
+        copied.append(tensor.clone())
+        return onto(tensor, device)
+
+    monkeypatch.setattr("brainfound.train.objectives.masked_autoencoder.onto", recording)
+    views = objective.hiding.views(batch, KEY)
+    assert len(copied) == 2
+    assert all(torch.equal(one, other) for one, other in zip(copied, (views.kept, views.hidden), strict=True))

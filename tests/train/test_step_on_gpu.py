@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import nn
 
+from brainfound.models import BrainFoundConfig, BrainFoundModel
+from brainfound.recipes import validate
 from brainfound.train.engine import Engine, EngineRecipe, TrainTask, make_accelerator
 from brainfound.train.prefetch import prefetched
+from brainfound.train.pretrain import PretrainRecipe, pretrain
+
+BACKBONE = {
+    "model_type": "dinov2",
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "patch_size": 8,
+    "image_size": 32,
+}
 
 pytestmark = [
     pytest.mark.gpu,
@@ -69,6 +83,23 @@ def test_no_step_waits_for_the_gpu_and_a_poisoned_one_is_skipped(tmp_path):
     assert run.health.read(6) == {"skipped": 1, "skipped_in_a_row": 0}
     (state, *_) = run.optimizer.state.values()
     assert state["step"].item() == 5
+
+
+@pytest.mark.parametrize("kind", ["self_distillation", "masked_autoencoder", "hybrid"])
+def test_no_step_of_an_objective_waits_for_the_gpu(store, recipe, tmp_path, monkeypatch, kind):
+    """The whole step of a run: the copy of its batch, views, masks, loss, gradients, optimiser and teacher."""
+    content = recipe().model_dump(mode="json")
+    own = {"kind": kind} if kind == "masked_autoencoder" else {**content["objective"], "kind": kind}
+    content["objective"] = own | {"anchor_gram_weight": 1.0, "anchor_cls_weight": 0.1}
+    monkeypatch.setattr("brainfound.train.pretrain.Engine", Unwaiting)
+    # From a checkpoint, so that there is an anchor.
+    start = BrainFoundModel(BrainFoundConfig(backbone_config=BACKBONE))
+    start.save_pretrained(tmp_path / "start")
+    settings = ["probe.every=0", "engine.steps=4", "engine.checkpoint_every=4", "engine.precision=bf16"]
+    run = pretrain(validate(PretrainRecipe, content, settings), store, tmp_path / "start", tmp_path / "run", quiet=True)
+    losses = [json.loads(line)["loss"] for line in (run / "log.jsonl").open()]
+    assert len(losses) == 4
+    assert all(math.isfinite(loss) for loss in losses)
 
 
 def test_batches_reach_the_gpu_whole_and_in_order_however_busy_it_is():

@@ -22,6 +22,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from brainfound.data.augmentation import MultiCrop, Views, ViewsRecipe
+from brainfound.data.augmentation.drawing import onto
 from brainfound.errors import RecipeError
 from brainfound.models.encoder import SliceEncoder
 from brainfound.recipes import Recipe
@@ -201,8 +202,8 @@ class PatchHiding:
         return MaskedViews(
             large.pixels,
             large.contrast_mask,
-            patches.kept.to(device, non_blocking=True),
-            patches.hidden.to(device, non_blocking=True),
+            onto(patches.kept, device),
+            onto(patches.hidden, device),
         )
 
     def loss(self, answer: Reconstruction, views: MaskedViews) -> Float[Tensor, ""]:
