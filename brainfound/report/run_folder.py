@@ -8,6 +8,7 @@ error, since something else than the trainer has written to the file.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ class RunFolder:
         return list(dict.fromkeys(record.get("fold") for record in self.records))
 
     def series(self, key: str, fold: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Steps (T,) and values (T,) of a key, where it was logged. Values may be ``nan`` or infinite."""
+        """Steps (T,) and values (T,) of a key, where it was logged; ``nan`` where it was not finite."""
         points = [
             (record["step"], record[key])
             for record in self.records
@@ -130,7 +131,8 @@ def _read_line(line: bytes, where: str) -> dict[str, Any]:
         raise BrainFoundError(f"not a line of JSON: {error}", where=where, remedy="Remove the line") from error
     if not isinstance(record, dict) or not _is_number(record.get("step")):
         raise BrainFoundError("not a log line", where=where, got=line[:60], expected='{"step": …}')
-    return record
+    # null is a number that was not finite. Older logs say NaN, which Python reads too.
+    return {key: math.nan if value is None and key != "fold" else value for key, value in record.items()}
 
 
 def _without_repeated_steps(records: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -13,8 +15,9 @@ from brainfound.train.checkpoint import write_atomically
 class TrainingLog:
     """Appends lines to ``log.jsonl`` and moves the bar; does nothing on ranks other than the first.
 
-    Numbers are written as Python prints them, unrounded, so that two runs can be compared exactly. Each
-    line is flushed. Used as a context manager around the run.
+    Numbers are written as Python prints them, unrounded, so that two runs can be compared exactly; one that
+    is not finite is null, because JSON knows no other word for it. Each line is flushed. Used as a context
+    manager around the run.
     """
 
     def __init__(self, path: Path, num_steps: int, quiet: bool, is_main: bool) -> None:
@@ -39,7 +42,7 @@ class TrainingLog:
         """
         if not self.is_main or not self.path.is_file():
             return
-        event = {"step": event["step"], "rollback": number, **event}
+        event = _finite({"step": event["step"], "rollback": number, **event})
         lines = self._lines()
         if event in lines:
             return
@@ -71,6 +74,13 @@ class TrainingLog:
             self._file.flush()
         if self._bar is not None and "loss" in line:
             self._bar.update(self._bar_task, loss=f"loss {line['loss']:.4f}")
+
+    def say(self, text: str) -> None:
+        """Tell something on standard error, above the bar; nothing where quiet."""
+        if self._bar is not None:
+            self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        elif self.shows_bar:
+            print(text, file=sys.stderr)
 
     def advance(self, step: int) -> None:
         """Show that `step` steps are done."""
@@ -108,4 +118,10 @@ class TrainingLog:
 
 
 def _as_text(lines: list[dict[str, Any]]) -> str:
-    return "".join(json.dumps(line) + "\n" for line in lines)
+    return "".join(json.dumps(_finite(line), allow_nan=False) + "\n" for line in lines)
+
+
+def _finite(line: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()
+    }

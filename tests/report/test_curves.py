@@ -95,7 +95,7 @@ def test_alarms_of_the_gauges_are_in_view(tmp_path, drawn):
 
 
 def test_values_that_are_not_finite_are_counted_and_the_best_is_found(tmp_path, drawn):
-    probes = [0.5, math.nan, 0.7, math.inf, 0.6]
+    probes = [0.5, math.nan, 0.7, None, 0.6]  # as older logs and as new ones say it
     lines = [json.dumps({"step": 10 * i, "probe": value, "probe/knn": 0.9}) for i, value in enumerate(probes)]
     (tmp_path / "log.jsonl").write_text("\n".join(lines) + "\n")
     plot_curves(tmp_path)

@@ -96,3 +96,17 @@ def test_a_rollback_is_told_apart_from_what_was_measured(tmp_path):
     assert run.rollbacks == (event,)
     assert run.numeric_keys() == ["loss"]
     np.testing.assert_array_equal(run.series("loss")[0], [1, 2, 3])
+
+
+@pytest.mark.parametrize("word", ["null", "NaN", "Infinity"])
+def test_a_number_that_was_not_finite_is_one_of_the_series(tmp_path, word):
+    """null as logs say today, and the words of older ones."""
+    (tmp_path / "log.jsonl").write_text(
+        f'{{"step": 1, "fold": null, "loss": {word}, "rank": {word}}}\n{{"step": 2, "loss": 1.0}}\n'
+    )
+    run = RunFolder.read(tmp_path)
+    assert run.folds() == [None]
+    steps, values = run.series("loss")
+    np.testing.assert_array_equal(steps, [1, 2])
+    np.testing.assert_array_equal(np.isfinite(values), [False, True])
+    assert run.numeric_keys() == ["loss", "rank"]  # never finite, and yet a curve to be told of

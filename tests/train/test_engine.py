@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -83,6 +84,15 @@ def test_a_poisoned_step_is_skipped_and_counted(tmp_path):
     assert task.moved == [0, 2, 3]
     assert torch.isfinite(task.model.weight).all()
     assert [line["skipped_steps"] for line in task.seen] == [0, 1, 1, 1]
+
+
+def test_the_task_sees_nan_where_the_log_says_null(tmp_path):
+    task = Line(poison=(1,))
+    engine(task, tmp_path).run()
+    texts = (tmp_path / "log.jsonl").read_text()
+    assert json.loads(texts.splitlines()[1])["loss"] is None
+    assert "NaN" not in texts
+    assert math.isnan(task.seen[1]["loss"])
 
 
 def test_too_many_poisoned_steps_stop_the_run(tmp_path):
