@@ -19,6 +19,7 @@ from brainfound.errors import RecipeError
 from brainfound.models.attention import Packing, available_kernels, choose_kernel
 from brainfound.models.blocks import Kept
 from brainfound.models.encoder import SliceEncoder
+from brainfound.train import ranks
 from brainfound.train.engine import EngineRecipe
 from brainfound.train.objectives.base import Objective
 from brainfound.train.objectives.self_distillation import EncoderWithHeads
@@ -70,7 +71,7 @@ def settle(
             f"this attention kernel does not work here: {fault}",
             where="engine.attention",
             got=kernel,
-            remedy="Set engine.attention=auto",
+            remedy="Set engine.attention=sdpa",
         )
     on_gpu = device.type == "cuda"
     choice: dict[str, Any] = {
@@ -78,7 +79,7 @@ def settle(
         "compile": (on_gpu and _compiles(device)) if engine.compile == "auto" else engine.compile,
         "local_crops": ("packed" if on_gpu else "separate") if engine.local_crops == "auto" else engine.local_crops,
     }
-    if engine.parallel == "fsdp":
+    if engine.parallel == "fsdp" and ranks.active():
         # A sharded module hands its gradients over at the end of the one backward pass.
         choice["local_crops"] = "packed"
     (choice,) = broadcast_object_list([choice], from_process=0)
