@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import accelerate
-import yaml
+from accelerate.utils import broadcast_object_list
 
 from brainfound.data.store import Store
 from brainfound.errors import TrainingError
 from brainfound.recipes import AnyRecipe, Recipe
-from brainfound.train import run_files
+from brainfound.train import ranks, run_files
 from brainfound.train.checkpoint import folder_of, latest_valid, list_checkpoints
 from brainfound.train.engine import device_and_reason
 from brainfound.train.precision import probe_precision
@@ -37,19 +37,31 @@ def checkpoint_to_resume(
     Raises:
         RecipeError, TrainingError: the run there is of another recipe or of other data, or no checkpoint is whole.
     """
-    has_checkpoint = bool(list_checkpoints(folder / "checkpoints"))
     accelerator.wait_for_everyone()
     if not resume:
         return None
     run_files.require_same(folder, recipe, store, free)
+    checkpoints = folder / "checkpoints"
+    # One rank looks and chooses: a network disk may show an older folder to another, and hashing takes long.
+    has_checkpoint, name = False, None
+    if accelerator.is_main_process:
+        has_checkpoint, newest = bool(list_checkpoints(checkpoints)), latest_valid(checkpoints)
+        name = None if newest is None else newest.name
+    has_checkpoint, name = broadcast_object_list([has_checkpoint, name], from_process=0)
     if not has_checkpoint:
         return None  # killed before the first checkpoint: the same run from its first step
-    checkpoint = latest_valid(folder / "checkpoints")
-    if checkpoint is None:
+    if name is None:
         raise TrainingError(
-            "no checkpoint of this run is whole", where=folder / "checkpoints", remedy="Start again with another --out"
+            "no checkpoint of this run is whole", where=checkpoints, remedy="Start again with another --out"
         )
-    return checkpoint
+    (missing,) = ranks.any_over_ranks(not (checkpoints / name).is_dir(), device=accelerator.device)
+    if missing:
+        raise TrainingError(
+            "the newest checkpoint is not on every machine",
+            where=checkpoints / name,
+            remedy="Give an --out on a disk that all machines share, or wait until they all see it",
+        )
+    return checkpoints / name
 
 
 def has_ended(folder: Path, checkpoint: Path | None, num_steps: int) -> bool:
@@ -71,8 +83,8 @@ def as_begun(folder: Path, recipe: AnyRecipe, keys: Sequence[str], resume: bool)
     left_open = [key for key in keys if getattr(engine, key) == "auto"]
     if not (left_open and resume and run_files.holds_run(folder)):
         return recipe
-    before = yaml.safe_load((folder / run_files.RECIPE_FILE).read_text(encoding="utf-8"))["engine"]
-    settled = {key: before[key] for key in left_open if key in before}
+    before = run_files.saved_recipe(folder).get("engine")
+    settled = {key: before[key] for key in left_open if key in before} if isinstance(before, dict) else {}
     return recipe.model_copy(update={"engine": engine.model_copy(update=settled)})
 
 

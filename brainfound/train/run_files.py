@@ -76,6 +76,29 @@ def is_finished(folder: Path) -> bool:
     return facts["status"] == DONE and (folder / EXPORT_FOLDER).is_dir()
 
 
+def saved_recipe(folder: Path) -> dict[str, Any]:
+    """What the recipe of the run in a folder says.
+
+    Raises:
+        RecipeError: if it cannot be read.
+    """
+    path = folder / RECIPE_FILE
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        got = "an empty file" if content is None else f"a {type(content).__name__}"
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        content, got = None, str(error)[:200]
+    if not isinstance(content, dict):
+        raise RecipeError(
+            "the recipe of this run cannot be read",
+            where=path,
+            got=got,
+            expected="keys and values",
+            remedy="Put back the recipe that the run began with, or start again with another --out",
+        )
+    return content
+
+
 def require_same(folder: Path, recipe: Recipe, store: Store, free: Sequence[str]) -> None:
     """Refuse to resume with a recipe or data that would make another run.
 
@@ -87,7 +110,7 @@ def require_same(folder: Path, recipe: Recipe, store: Store, free: Sequence[str]
         TrainingError: if the store holds other data.
     """
     # Validated, so that keys which did not exist when the run began have the value that means what it did.
-    saved = validate(type(recipe), yaml.safe_load((folder / RECIPE_FILE).read_text(encoding="utf-8")))
+    saved = validate(type(recipe), saved_recipe(folder))
     before = _flat(saved.model_dump(mode="json"))
     now = _flat(recipe.model_dump(mode="json"))
     for key in [*before, *(key for key in now if key not in before)]:
