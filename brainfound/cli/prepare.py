@@ -45,11 +45,11 @@ def prepare(
     from brainfound.recipes import validate
 
     overrides = list(set_ or [])
-    if contrasts:
-        overrides.insert(0, f"contrasts=[{contrasts}]")
     content: dict[str, Any] = {}
     if like is not None:
         content = Preprocessing.load(like / "export" if (like / "export").is_dir() else like).model_dump(mode="json")
+    if contrasts:
+        content["contrasts"] = [name.strip() for name in contrasts.split(",")]
     preprocessing = validate(Preprocessing, content, overrides, where="preprocessing")
     with progress_bar("preparing sessions", quiet) as progress:
         made = preparing.prepare(

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
-from brainfound.errors import ModelError
-from brainfound.models.backbone import LOAD_FAILURES, unreadable
+from brainfound.errors import UsageError
+from brainfound.models.backbone import LOAD_FAILURES, STARTING_FAMILIES, patch_size_of, unreadable
 from brainfound.models.configuration import BrainFoundConfig
 from brainfound.models.model import BrainFoundPreTrainedModel
 
@@ -29,6 +29,27 @@ def is_brainfound(source: str | Path) -> bool:
     return content.get("model_type") == BrainFoundConfig.model_type
 
 
+def patch_size_to_be(source: str | Path, contrasts: Sequence[str]) -> int | None:
+    """The patch size of a model to start from, which only its configuration is read for.
+
+    Returns:
+        None where the source is of no family that a model can start from; `start_from` says so.
+
+    Raises:
+        ModelError: if the configuration cannot be read.
+        UsageError: if it is a BrainFound model of other contrasts.
+    """
+    ours = is_brainfound(source)
+    try:
+        config = (BrainFoundConfig if ours else AutoConfig).from_pretrained(str(source))
+    except LOAD_FAILURES as error:
+        raise unreadable(str(source), error) from error
+    if ours:
+        _require_contrasts(source, config.contrasts, contrasts)
+        config = config.backbone_config
+    return patch_size_of(config) if config.model_type in STARTING_FAMILIES else None
+
+
 def start_from(kind: type[AnyModel], source: str | Path, contrasts: Sequence[str], **fields: Any) -> AnyModel:
     """A model of a class, with the weights of a plain ViT or of a BrainFound model and new parts around them.
 
@@ -39,17 +60,22 @@ def start_from(kind: type[AnyModel], source: str | Path, contrasts: Sequence[str
         fields: of `BrainFoundConfig`.
 
     Raises:
-        ModelError: if the source cannot be used, or its contrasts are others.
+        ModelError: if the source cannot be used.
+        UsageError: if its contrasts are others.
     """
     if not is_brainfound(source):
         return kind.from_backbone(source, contrasts=contrasts, **fields)
     model = kind.from_pretrained(source, **fields)
-    if tuple(model.config.contrasts) != tuple(contrasts):
-        raise ModelError(
-            "the model and the data have other contrasts",
-            where=source,
-            got=", ".join(contrasts),
-            expected=", ".join(model.config.contrasts),
-            remedy=f"Prepare the data with --contrasts {','.join(model.config.contrasts)}",
-        )
+    _require_contrasts(source, model.config.contrasts, contrasts)
     return model
+
+
+def _require_contrasts(source: str | Path, own: Sequence[str], given: Sequence[str]) -> None:
+    if tuple(own) != tuple(given):
+        raise UsageError(
+            "the model and the data have other contrasts, or the same ones in another order",
+            where=source,
+            got=", ".join(given),
+            expected=", ".join(own),
+            remedy=f"Prepare the data with --contrasts {','.join(own)}",
+        )

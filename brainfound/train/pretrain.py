@@ -43,6 +43,7 @@ from brainfound.train.run_lock import only_one_training
 from brainfound.train.running import PretrainEngineRecipe
 from brainfound.train.schedules import ScheduleRecipe, effective_lr
 from brainfound.train.starting_model import FROM_SCRATCH, InitRecipe, build_model, outline_model
+from brainfound.train.suitability import require_fit
 from brainfound.train.trained_part import TrainedPartRecipe
 
 
@@ -146,6 +147,9 @@ def _dry_run(recipe: PretrainRecipe, store: Store, machine: Machine | None, quie
         # What is fast there may be hundreds of times slower here.
         precision = "auto" if precision == "bf16" else precision
     accelerator = make_accelerator(precision)
+    console = Console(stderr=True, quiet=quiet or not accelerator.is_main_process, highlight=False)
+    for note in require_fit(recipe, store, machine.num_gpus if machine else accelerator.num_processes):
+        console.print(note)
     # Schedules that end with the trial, and no probe.
     trial = _with_engine(recipe, steps=trials.NUM_STEPS, precision=accelerator.mixed_precision)
     trial = trial.model_copy(update={"probe": recipe.probe.model_copy(update={"every": 0})})
@@ -259,7 +263,7 @@ def _run(recipe: PretrainRecipe, store: Store, folder: Path, resume: bool, quiet
     console = Console(stderr=True, quiet=quiet or not accelerator.is_main_process, highlight=False)
     if recipe.engine.parallel == "fsdp" and accelerator.num_processes == 1:
         notes = [*notes, "engine.parallel is fsdp, but one process has nobody to share with: nothing is sharded"]
-    for note in notes:
+    for note in [*notes, *require_fit(recipe, store, accelerator.num_processes)]:
         console.print(note)
     recipe = _with_engine(recipe, precision=accelerator.mixed_precision)
     with only_one_training(folder, resume, accelerator):
@@ -276,8 +280,6 @@ def _train(
         console.print(f"this run is finished; its export is {folder / run_files.EXPORT_FOLDER}", soft_wrap=True)
         return folder
     model = build_model(recipe.init, store, recipe.views.global_size, recipe.seed)
-    if recipe.probe.every:
-        _require_whole_patches(store, model.encoder.patch_size)
     engine_recipe, found = running.settle(recipe.engine, model.encoder, recipe.views, accelerator.device)
     recipe = recipe.model_copy(update={"engine": engine_recipe})
     task = _make_task(recipe, store, model, folder, accelerator)
@@ -295,7 +297,8 @@ def _train(
     if recipe.engine.steps:
         what = (
             f"learning rate {recipe.optim.lr:g} at batch 128 → {task.effective_lr:.3g} at batch"
-            f" {recipe.engine.batch_size}; {facts['num_trained_parameters']:,} parameters are trained"
+            f" {recipe.engine.batch_size}; {facts['num_trained_parameters']:,} parameters are trained;"
+            f" {recipe.engine.steps * recipe.engine.batch_size / len(task.dataset):.3g} passes over the slices"
         )
     console.print(
         f"{facts['device']} ({facts['device_reason']}); {len(task.dataset)} slices of {len(store)} sessions; {what}"
@@ -326,24 +329,6 @@ def _train(
     if stopped is not None:
         raise stopped
     return folder
-
-
-def _require_whole_patches(store: Store, patch_size: int) -> None:
-    """Refuse a store whose slices the encoder cannot read as they are: crops are resized, but a probe reads slices.
-
-    Raises:
-        UsageError: names the size to prepare the data with.
-    """
-    size = store.preprocessing.size
-    if any(side % patch_size for side in size):
-        whole = [max(side // patch_size, 1) * patch_size for side in size]
-        raise UsageError(
-            "the slices are not made of whole patches",
-            where=store.path,
-            got=" x ".join(map(str, size)),
-            expected=f"multiples of the patch size {patch_size}",
-            remedy=f"Prepare the data with --set 'size=[{whole[0]},{whole[1]}]', or set probe.every=0",
-        )
 
 
 def _with_engine(recipe: PretrainRecipe, **fields: Any) -> PretrainRecipe:

@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 
 from brainfound.data.store import Store
+from brainfound.errors import RecipeError
 
 Target = Literal["diagnosis", "age_years", "sex", "site", "contrast", "slice_position"]
 ORDER: tuple[Target, ...] = ("diagnosis", "age_years", "sex", "site", "contrast", "slice_position")
@@ -28,6 +29,7 @@ OF_SLICES: tuple[Target, ...] = ("slice_position",)
 """Targets of each slice; the others are of a session."""
 SMALLEST_CLASS = 5
 FEWEST_AGES = 10
+_CLASSES_SHOWN = 5
 
 
 def choose_target(store: Store) -> Target:
@@ -54,6 +56,51 @@ def labelled_sessions(store: Store, target: Target) -> np.ndarray:
 def frequent_contrasts(store: Store) -> np.ndarray:
     """Indices of the contrasts that enough sessions have."""
     return np.flatnonzero(store.present.sum(axis=0) >= SMALLEST_CLASS)
+
+
+def require_target(store: Store, target: Target) -> None:
+    """Refuse a target that a store knows too little of to be probed at all.
+
+    Raises:
+        RecipeError: counts what there is.
+    """
+    if target in OF_SLICES:
+        return
+    remedy = f"Set probe.target=auto, which takes {choose_target(store)} in this store"
+    if target == "contrast":
+        _require_classes(target, _counts_of_contrasts(store), remedy)
+        return
+    if target not in store.sessions:
+        raise RecipeError("the store has no such column", where="probe.target", got=target, remedy=remedy)
+    known = store.sessions[target].dropna()
+    if target in CLASSES:
+        _require_classes(target, known.astype(str).value_counts().to_dict(), remedy)
+    elif len(known) < 2:
+        raise RecipeError(
+            f"too few sessions have {target}",
+            where="probe.target",
+            got=f"{len(known)} of {len(store.sessions)} sessions",
+            expected="two or more",
+            remedy=remedy,
+        )
+
+
+def _require_classes(target: Target, counts: dict[str, int], remedy: str) -> None:
+    if sum(count >= SMALLEST_CLASS for count in counts.values()) < 2:
+        # Not their names: a column may hold what identifies people.
+        sizes = ", ".join(map(str, sorted(counts.values(), reverse=True)[:_CLASSES_SHOWN])) or "none"
+        raise RecipeError(
+            f"a probe of {target} needs two classes",
+            where="probe.target",
+            got=f"{len(counts)} {'class' if len(counts) == 1 else 'classes'}, with so many sessions: {sizes}",
+            expected=f"two with {SMALLEST_CLASS} sessions or more",
+            remedy=remedy,
+        )
+
+
+def _counts_of_contrasts(store: Store) -> dict[str, int]:
+    counts = zip(store.contrasts, store.present.sum(axis=0).tolist(), strict=False)
+    return {contrast: count for contrast, count in counts if count}
 
 
 def _of_column(store: Store, target: Target) -> bool:

@@ -40,6 +40,7 @@ from brainfound.train.probe_targets import (
     choose_target,
     frequent_contrasts,
     labelled_sessions,
+    require_target,
 )
 from brainfound.train.randomness import PROBE, numpy_generator
 
@@ -107,12 +108,14 @@ class Probe:
         seed: picks the subset and the folds.
 
     Raises:
-        TrainingError: if the store cannot support the target.
+        RecipeError: if the store knows too little of the target.
+        TrainingError: if there are fewer than two subjects, or one class in what is probed.
     """
 
     def __init__(self, store: Store, recipe: ProbeRecipe, seed: int) -> None:
         self.store, self.recipe, self.seed = store, recipe, seed
         self.target: Target = choose_target(store) if recipe.target == "auto" else recipe.target
+        require_target(store, self.target)
         self.classifies = self.target in CLASSES
         self.metric = "balanced_accuracy" if self.classifies else "r2"
         sessions = self._choose_sessions()
@@ -145,10 +148,6 @@ class Probe:
 
     def _choose_sessions(self) -> np.ndarray:
         usable = labelled_sessions(self.store, self.target)
-        if self.target not in (*OF_SLICES, "contrast") and self.target not in self.store.sessions:
-            raise TrainingError("the store has no such column", where="probe.target", got=self.target)
-        if len(usable) < 2:
-            raise TrainingError("too few sessions have this column", where="probe.target", got=self.target)
         order = numpy_generator(PROBE, self.seed).permutation(usable)
         return np.sort(order[: self.recipe.max_sessions])
 

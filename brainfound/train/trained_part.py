@@ -62,6 +62,12 @@ class TrainedPartRecipe(Recipe):
             raise ValueError("the patch embedding belongs to no block; leave out patch")
         return value
 
+    def not_read(self) -> list[str]:
+        """The keys that were changed but mean nothing for this part."""
+        unread = {"full": ("blocks", "rank", "alpha", "roles"), "last_blocks": ("rank", "alpha", "roles"), "lora": ()}
+        fields = type(self).model_fields
+        return [key for key in unread[self.part] if getattr(self, key) != fields[key].default]
+
     def in_words(self, num_layers: int) -> str:
         """What is trained of an encoder of `num_layers` blocks, for a model card."""
         if self.part == "full":

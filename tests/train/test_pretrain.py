@@ -143,7 +143,7 @@ def test_the_recipe_of_the_run_is_what_resumes_it(finished, store, recipe, tmp_p
 
 def test_slices_without_whole_patches_are_refused_before_anything_is_written(store, recipe, tmp_path):
     odd = ("init.scratch.patch_size=14", "views.global_size=28", "views.local_size=14")
-    with pytest.raises(UsageError, match=r"got 32 x 32, expected multiples of the patch size 14.*size=\[28,28\]"):
+    with pytest.raises(UsageError, match=r"got 32 × 32 pixels, expected multiples of the patch size 14.*size=\[28,28\]"):
         pretrain(recipe(*odd), store, out=tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
     pretrain(recipe(*odd, "probe.every=0", "engine.steps=1"), store, out=tmp_path / "run", quiet=True)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from sklearn.metrics import balanced_accuracy_score, r2_score
 
-from brainfound.errors import TrainingError
+from brainfound.errors import RecipeError, TrainingError
 from brainfound.train.probes import Probe, ProbeRecipe, ProbeScores, choose_target
 
 
@@ -126,8 +126,22 @@ def test_the_contrast_of_an_embedding_is_asked_of_one_contrast_at_a_time():
     signal[:, :, 0] += probe.present[:, :1]
     assert probe.score(signal).linear == 1
     store.present[:, 1] = False
-    with pytest.raises(TrainingError, match="two classes"):
+    with pytest.raises(RecipeError, match=r"two classes \(got 1 class, with so many sessions: 8, expected two"):
         Probe(store, ProbeRecipe(target="contrast"), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("target", "columns", "message"),
+    [
+        ("diagnosis", {}, r"no such column.*probe\.target=auto, which takes slice_position"),
+        ("diagnosis", {"diagnosis": ["AD"] * 24}, "got 1 class, with so many sessions: 24"),
+        ("sex", {"sex": [None] * 24}, "got 0 classes, with so many sessions: none"),
+        ("age_years", {"age_years": [50.0] + [None] * 23}, "got 1 of 24 sessions, expected two or more"),
+    ],
+)
+def test_a_target_that_is_not_known_enough_is_counted(target, columns, message):
+    with pytest.raises(RecipeError, match=message):
+        Probe(TableStore(table(**columns)), ProbeRecipe(target=target), seed=0)
 
 
 def test_a_prediction_stays_among_the_ages_that_were_seen():

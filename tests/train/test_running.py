@@ -34,7 +34,13 @@ def test_what_was_asked_for_is_taken(model, recipe):
     engine, found = settled(model, recipe, attention="matmul", compile=True, local_crops="packed")
     assert (engine.attention, engine.compile, engine.local_crops) == ("matmul", True, "packed")
     assert not found
-    assert settled(model, recipe, attention="sdpa", parallel="fsdp")[0].local_crops == "packed"
+
+
+@pytest.mark.parametrize(("sharded", "local_crops"), [(True, "packed"), (False, "separate")])
+def test_only_weights_that_are_sharded_need_packed_crops(model, recipe, monkeypatch, sharded, local_crops):
+    monkeypatch.setattr(running.ranks, "active", lambda: sharded)
+    engine, _ = settled(model, recipe, attention="sdpa", parallel="fsdp", local_crops="separate")
+    assert engine.local_crops == local_crops
 
 
 def test_a_kernel_that_does_not_work_here_is_one_line(model, recipe):

@@ -145,6 +145,12 @@ def test_more_blocks_than_there_are_is_refused(model, settings, message):
         chosen(model, **settings)
 
 
+def test_what_a_part_does_not_read_is_known():
+    assert TrainedPartRecipe(blocks=2, roles=("key",)).not_read() == ["blocks", "roles"]
+    assert TrainedPartRecipe(part="last_blocks", blocks=2, rank=8).not_read() == ["rank"]
+    assert TrainedPartRecipe(part="lora", blocks=2, rank=8).not_read() == []
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

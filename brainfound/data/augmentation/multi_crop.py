@@ -50,10 +50,11 @@ class MultiCrop:
         num_global: 1 makes only the first of the two global views.
 
     Raises:
-        RecipeError: if a crop side is not a multiple of the patch size.
+        RecipeError: if a crop side is not a multiple of the patch size, or local crops are larger than global ones.
     """
 
     def __init__(self, recipe: ViewsRecipe, patch_size: int, num_global: Literal[1, 2] = 2) -> None:
+        recipe.require_smaller_local_crops()
         for key in ("global_size", "local_size"):
             side = getattr(recipe, key)
             if side % patch_size and (key == "global_size" or recipe.num_local):

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from brainfound.errors import RecipeError
 from brainfound.recipes import Recipe
 
 
@@ -102,3 +103,18 @@ class ViewsRecipe(Recipe):
     def _ranges_increase(self) -> ViewsRecipe:
         _increasing(self, "global_scale", "local_scale", "aspect")
         return self
+
+    def require_smaller_local_crops(self) -> None:
+        """Refuse local crops with more pixels than the global ones; without local crops their size is not read.
+
+        Raises:
+            RecipeError
+        """
+        if self.num_local and self.local_size > self.global_size:
+            raise RecipeError(
+                "local crops are larger than global ones",
+                where="views.local_size",
+                got=self.local_size,
+                expected=f"at most views.global_size={self.global_size}",
+                remedy="Set views.local_size to about half of views.global_size",
+            )

@@ -230,3 +230,10 @@ def test_a_gpu_makes_the_views_of_a_cpu_and_is_never_waited_for():
     ):
         assert torch.equal(one.contrast_mask.cpu(), other.contrast_mask)
         torch.testing.assert_close(one.pixels.cpu(), other.pixels, atol=1e-3, rtol=0)
+
+
+def test_local_crops_are_not_larger_than_global_ones():
+    with pytest.raises(RecipeError, match=r"views\.local_size: .*got 48, expected at most views\.global_size=32"):
+        MultiCrop(ViewsRecipe(global_size=32, local_size=48), 8)
+    MultiCrop(ViewsRecipe(global_size=32, local_size=48, num_local=0), 8)
+    MultiCrop(ViewsRecipe(global_size=32, local_size=32), 8)
