@@ -256,7 +256,6 @@ def require_space_for_run(folder: Path, num_checkpoints: int, checkpoint_bytes: 
     Raises:
         TrainingError: if the disk has no room for all of it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     there = sum(file.stat().st_size for path in list_checkpoints(folder) for file in path.iterdir())
     needed = int(num_checkpoints * checkpoint_bytes * _FREE_SPACE_FACTOR + other_bytes) - there
     what = f"this run ({num_checkpoints} checkpoints of {_gib(checkpoint_bytes)}, and the export)"
@@ -264,7 +263,10 @@ def require_space_for_run(folder: Path, num_checkpoints: int, checkpoint_bytes: 
 
 
 def _require_free(folder: Path, needed: int, what_for: str, remedy: str) -> None:
-    free = shutil.disk_usage(folder).free
+    place = folder
+    while not place.exists():  # nothing is made for a run that may be refused
+        place = place.parent
+    free = shutil.disk_usage(place).free
     if free < needed:
         raise TrainingError(
             f"the disk has no room for {what_for}",

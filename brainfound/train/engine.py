@@ -151,8 +151,6 @@ class Engine:
                 # Nothing is trained: the start is looked at, and there is nothing to go on from.
                 self._evaluate(save=False)
                 return
-            if save:
-                self._on_main(self._require_space)
             while self.step < self.recipe.steps:
                 try:
                     self._train(save)
@@ -320,6 +318,8 @@ class Engine:
             self.task.cannot_roll_back(self.step, wish, error)
             raise
         self.resume(path)
+        scale = f", learning rates × {told['lr_scale']:g}" if "lr_scale" in told else ""
+        self.log.say(f"step {event['rolled_back_from']}: {wish.what}; back to step {wish.step}{scale}")
 
     def _settle(self, saved: checkpoints.Checkpoint) -> None:
         """Make folder and log agree with the checkpoint that the run goes on from."""
@@ -330,6 +330,15 @@ class Engine:
                 self.log.roll_back(saved.state["rollback"], self.rollbacks)
             self.log.forget_after(saved.step)
         self.accelerator.wait_for_everyone()
+
+    def require_space(self) -> None:
+        """Refuse a run whose files would not fit on the disk; for before anything is written.
+
+        Raises:
+            TrainingError: on all ranks.
+        """
+        if self.recipe.steps:
+            self._on_main(self._require_space)
 
     def _require_space(self) -> None:
         task = self.task

@@ -275,10 +275,10 @@ def _train(
 ) -> Path:
     """A run in a folder that nobody else writes into."""
     checkpoint = checkpoint_to_resume(folder, content, store, resume, FREE_ON_RESUME, accelerator)
+    split_file, fold = split_to_follow(folder, store, target, split, fold, resume)
     if resume and has_ended(folder, checkpoint, content.engine.steps):
         console.print(f"this run is finished; its export is {folder / run_files.EXPORT_FOLDER}", soft_wrap=True)
         return folder
-    split_file, fold = split_to_follow(folder, store, target, split, fold, resume)
     parts = split_sessions(content.split, store, target, split_file, fold, console.print)
     task_name = guess_task(store, target) if content.task == "auto" else content.task
     resolved = resolve_target(store, parts["train"].tolist(), task_name, target, content.merge_codes)
@@ -295,6 +295,7 @@ def _train(
         "target": resolved.to_dict(),
         "num_trained_parameters": trained,
     }
+    engine.require_space()
     if accelerator.is_main_process:
         # Before the recipe: a run that can be resumed has its split.
         write_split(folder, store, parts, target, content.split, split_file)

@@ -27,7 +27,8 @@ from brainfound.models.quiet import transformers_quiet
 from brainfound.recipes import Recipe, validate
 from brainfound.report.cards import write_model_card
 from brainfound.report.curves import plot_curves
-from brainfound.train.checkpoint import write_atomically
+from brainfound.report.run_folder import RunFolder
+from brainfound.train.checkpoint import told_in_one_line, write_atomically
 from brainfound.train.guard import GuardState
 from brainfound.train.objectives.making import in_words
 
@@ -62,10 +63,12 @@ def start(folder: Path, recipe: Recipe, facts: Mapping[str, Any]) -> None:
     write_atomically(folder / RECIPE_FILE, recipe.to_yaml())
 
 
-def finish(folder: Path, status: str, exported_step: int, step: int) -> None:
+def finish(folder: Path, status: str, exported_step: int | None, step: int) -> None:
     """Write how the run ended, and draw its curves."""
     facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
     facts |= {"status": status, "ended": _now(), "step": step, "exported_step": exported_step}
+    if rollbacks := RunFolder.read(folder).rollbacks:
+        facts["rollbacks"] = [dict(event) for event in rollbacks]
     write_atomically(folder / FACTS_FILE, json.dumps(facts, indent=2) + "\n")
     plot_curves(folder)
 
@@ -146,18 +149,23 @@ def export(
     """Write export/ of pretraining: the encoder's weights in a model folder, with preprocessing, contract and card.
 
     It is written beside and renamed, so that export/ is always whole.
+
+    Raises:
+        TrainingError: if it cannot be written.
     """
     model.encoder.load_state_dict(weights)
     target = folder / EXPORT_FOLDER
     temporary = folder / f".{EXPORT_FOLDER}.writing"
     shutil.rmtree(temporary, ignore_errors=True)
-    with transformers_quiet():
-        model.eval().save_pretrained(temporary)
-    store.preprocessing.save(temporary)
-    InputContract.of(store).save(temporary)
-    write_model_card(temporary, _card_facts(recipe, store, model, step, guard))
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.rename(target)
+    card = _card_facts(recipe, store, model, step, guard)
+    with told_in_one_line("the export", target):
+        with transformers_quiet():
+            model.eval().save_pretrained(temporary)
+        store.preprocessing.save(temporary)
+        InputContract.of(store).save(temporary)
+        write_model_card(temporary, card)
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
     return target
 
 
@@ -199,7 +207,8 @@ def _card_facts(recipe: Any, store: Store, model: BrainFoundModel, step: int, gu
             if value is not None
         ],
         "start": "new weights" if source == "none" else None,
-        "guard": {key: value for key, value in asdict(guard).items() if value is not None and "step" in key},
+        "guard": {key: value for key, value in asdict(guard).items() if value is not None and "step" in key}
+        | ({"rollbacks": guard.rollbacks, "lr_scale": guard.lr_scale} if guard.rollbacks else {}),
     }
 
 

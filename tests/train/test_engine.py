@@ -442,11 +442,13 @@ def test_a_disk_that_is_too_small_for_the_run_is_told_before_the_first_step(tmp_
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, free["bytes"]))
     task = Line()
     with pytest.raises(TrainingError, match=r"3 checkpoints.*keep_checkpoints") as error:
-        engine(task, tmp_path, keep_checkpoints=2).run()
+        engine(task, tmp_path, keep_checkpoints=2).require_space()
     assert "\n" not in str(error.value)
-    assert task.moved == []
+    assert list(tmp_path.iterdir()) == []
     free["bytes"] = num_bytes
-    engine(task, tmp_path, keep_checkpoints=2).run()
+    fitting = engine(task, tmp_path, keep_checkpoints=2)
+    fitting.require_space()
+    fitting.run()
     assert task.moved == [0, 1, 2, 3]
 
 

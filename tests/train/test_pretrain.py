@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from brainfound import recipes
@@ -143,10 +145,56 @@ def test_the_recipe_of_the_run_is_what_resumes_it(finished, store, recipe, tmp_p
 
 def test_slices_without_whole_patches_are_refused_before_anything_is_written(store, recipe, tmp_path):
     odd = ("init.scratch.patch_size=14", "views.global_size=28", "views.local_size=14")
-    with pytest.raises(UsageError, match=r"got 32 × 32 pixels, expected multiples of the patch size 14.*size=\[28,28\]"):
+    with pytest.raises(UsageError, match=r"got 32 . 32.*expected multiples of the patch size 14.*size=\[28,28\]"):
         pretrain(recipe(*odd), store, out=tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
     pretrain(recipe(*odd, "probe.every=0", "engine.steps=1"), store, out=tmp_path / "run", quiet=True)
+
+
+def test_a_small_disk_is_told_before_anything_is_written(store, recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(TrainingError, match="no room for this run"):
+        pretrain(recipe(), store, out=tmp_path / "run", quiet=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_full_before_the_first_step_leaves_no_export(store, recipe, tmp_path, monkeypatch):
+    def full(weights, file):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("brainfound.train.pretrain_task.save_file", full)
+    with pytest.raises(TrainingError, match="No space left"):
+        pretrain(recipe(), store, out=tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run" / "export").exists()
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"].startswith("stopped: ")
+    monkeypatch.undo()
+    monkeypatch.setattr("brainfound.train.run_files.plot_curves", lambda folder: folder)
+    pretrain(recipe(), store, out=tmp_path / "run", resume=True, quiet=True)
+    assert (tmp_path / "run" / "export").is_dir()
+
+
+def test_an_export_that_cannot_be_written_is_one_line(store, recipe, tmp_path, monkeypatch):
+    def full(self, folder):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(BrainFoundModel, "save_pretrained", full)
+    with pytest.raises(TrainingError, match="the export cannot be written .*No space left"):
+        pretrain(recipe("engine.steps=1", "probe.every=0"), store, out=tmp_path / "run", quiet=True)
+
+
+def test_a_rollback_is_told_on_the_terminal_in_the_facts_and_in_the_card(store, recipe, tmp_path, monkeypatch, capsys):
+    from brainfound.train.probes import Probe, ProbeScores
+
+    scores = iter([0.9, 0.2, 0.1, 0.9, 0.9, 0.9, 0.9])
+    monkeypatch.setattr(Probe, "run", lambda *_: ProbeScores(next(scores), 0.0, 0.01, "r2", "age_years"))
+    settings = ("guard.on_failure=roll_back", "guard.probe_patience=2", "guard.grace_steps=0", "probe.every=1")
+    run = pretrain(recipe(*settings, "engine.steps=3", "init.scratch.layer_scale=0.5"), store, out=tmp_path / "run")
+    told = " ".join(capsys.readouterr().err.split())
+    assert "step 2: the probe fell from 0.900 (step 0) to 0.100" in told
+    assert "back to step 0, learning rates × 0.3" in told
+    (event,) = json.loads((run / "run.json").read_text())["rollbacks"]
+    assert (event["step"], event["rolled_back_from"], event["lr_scale"]) == (0, 2, 0.3)
+    assert "rollbacks 1, lr_scale 0.3" in " ".join((run / "export" / "README.md").read_text().split())
 
 
 def test_no_steps_train_nothing_and_say_so(store, recipe, tmp_path, capsys):
