@@ -47,7 +47,8 @@ def build_model(recipe: InitRecipe, store: Store, image_size: int, seed: int) ->
     """The starting model, on the CPU, the same on all ranks.
 
     Raises:
-        ModelError: if the source cannot be used, or is a BrainFound model with other contrasts than the store.
+        ModelError: if the source cannot be used.
+        UsageError: if it is a BrainFound model with other contrasts than the store.
         RecipeError: if new weights cannot have the size that was asked for.
     """
     source = recipe.source
