@@ -304,6 +304,7 @@ def _train(
         f"{facts['device']} ({facts['device_reason']}); {len(task.dataset)} slices of {len(store)} sessions; {what}"
     )
     engine = Engine(task, recipe.engine, folder, accelerator, recipe.seed, console.quiet)
+    engine.require_space()
     if is_main:
         run_files.start(folder, recipe, facts)
     if checkpoint is not None:
@@ -318,9 +319,13 @@ def _train(
     except TrainingError as error:
         # The same on all ranks. What was learnt before the stop is still worth having.
         stopped = error
-    if is_main or engine.sharded:
+    untrained = stopped is not None and engine.step == 0
+    if untrained and is_main:
+        # Stopped before the first step, as by a full disk: nothing was learnt that is worth an export.
+        run_files.finish(folder, f"stopped: {stopped}", None, 0)
+    if not untrained and (is_main or engine.sharded):
         best_step, weights = task.export_weights()
-    if is_main:
+    if not untrained and is_main:
         exported_step = engine.step if best_step is None else best_step
         run_files.export(folder, recipe, store, model, weights, exported_step, task.guard.state)
         status = run_files.DONE if stopped is None else f"stopped: {stopped}"
