@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -32,6 +33,9 @@ VERBS = (
 EXIT_INTERRUPTED = 130
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 """Faults of a disk that come from writing into an open file, and so without its name."""
+
+_PACKAGE = Path(__file__).parents[1]
+_format_warning = warnings.formatwarning
 
 # typer brings its own copy of click from 0.26 or so on and uses the installed one before; its public `BadParameter`
 # leads to the base of whichever it raises.
@@ -71,6 +75,7 @@ def main() -> None:
     if not sys.warnoptions:
         # Libraries tell programmers what will change; who types a command can do nothing about it.
         warnings.simplefilter("ignore", FutureWarning)
+    warnings.formatwarning = _formatted
     try:
         # Without click's standalone mode `typer.Exit(code)` comes back as the return value.
         code = app(prog_name="brainfound", standalone_mode=False)
@@ -97,6 +102,13 @@ def main() -> None:
         # A full disk, a folder without write permission, a file where a folder should be.
         _end(f"{error.filename}: {error.strerror}. Check the path, the permissions and the free space", EXIT_FAILED)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _formatted(message: Any, category: type[Warning], filename: str, *rest: Any) -> str:
+    """A warning of our own as a note, without the source line that a programmer would want; others as ever."""
+    if category is UserWarning and Path(filename).is_relative_to(_PACKAGE):
+        return f"brainfound: {' '.join(str(message).split())}\n"
+    return _format_warning(message, category, filename, *rest)
 
 
 def _end(line: str, code: int) -> None:

@@ -1,0 +1,44 @@
+"""Warnings of our own are notes of one line on the command line; those of others stay as they are."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from brainfound.cli.main import _formatted
+
+CODE = """
+import sys
+from pathlib import Path
+from brainfound.cli import main
+from brainfound.train import resuming, run_files
+from brainfound.train.engine import make_accelerator
+
+run_files.require_same = lambda *_: None
+accelerator = make_accelerator("no")
+main.app = lambda **_: resuming.checkpoint_to_resume(Path(sys.argv[1]), None, None, True, (), accelerator)
+main.main()
+"""
+
+
+def test_a_torn_checkpoint_is_a_note_on_the_command_line(tmp_path):
+    (tmp_path / "checkpoints" / "step-000003").mkdir(parents=True)
+    done = subprocess.run([sys.executable, "-c", CODE, tmp_path], capture_output=True, text=True, timeout=120)
+    first, second = done.stderr.splitlines()
+    assert first == (
+        "brainfound: the checkpoint step-000003 is torn (state.json cannot be read); going back to the one before"
+    )
+    assert second.startswith("brainfound: ")
+    assert "no checkpoint of this run is whole" in second
+
+
+def test_a_warning_of_ours_is_a_note():
+    ours = _formatted(UserWarning("a\n b"), UserWarning, sys.modules["brainfound.cli.main"].__file__, 7)
+    assert ours == "brainfound: a b\n"
+
+
+@pytest.mark.parametrize(("kind", "file"), [(UserWarning, "/elsewhere/x.py"), (DeprecationWarning, __file__)])
+def test_other_warnings_say_where_they_come_from(kind, file):
+    assert f"{file}:7: {kind.__name__}: a" in _formatted(kind("a"), kind, file, 7)
