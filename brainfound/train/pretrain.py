@@ -21,6 +21,7 @@ import torch
 from accelerate import Accelerator
 from pydantic import Field
 from rich.console import Console
+from torch import Tensor
 
 from brainfound.data.augmentation import ViewsRecipe
 from brainfound.data.store import Store
@@ -274,7 +275,6 @@ def _train(
     recipe: PretrainRecipe, store: Store, folder: Path, resume: bool, accelerator: Accelerator, console: Console
 ) -> Path:
     """A run in a folder that nobody else writes into."""
-    is_main = accelerator.is_main_process
     checkpoint = checkpoint_to_resume(folder, recipe, store, resume, FREE_ON_RESUME, accelerator)
     if resume and has_ended(folder, checkpoint, recipe.engine.steps):
         console.print(f"this run is finished; its export is {folder / run_files.EXPORT_FOLDER}", soft_wrap=True)
@@ -305,8 +305,7 @@ def _train(
     )
     engine = Engine(task, recipe.engine, folder, accelerator, recipe.seed, console.quiet)
     engine.require_space()
-    if is_main:
-        run_files.start(folder, recipe, facts)
+    ranks.on_main_rank(lambda: run_files.start(folder, recipe, facts), accelerator.is_main_process)
     if checkpoint is not None:
         engine.resume(checkpoint)
         console.print(f"going on from {checkpoint.name}")
@@ -319,21 +318,48 @@ def _train(
     except TrainingError as error:
         # The same on all ranks. What was learnt before the stop is still worth having.
         stopped = error
-    untrained = stopped is not None and engine.step == 0
-    if untrained and is_main:
-        # Stopped before the first step, as by a full disk: nothing was learnt that is worth an export.
-        run_files.finish(folder, f"stopped: {stopped}", None, 0)
-    if not untrained and (is_main or engine.sharded):
-        best_step, weights = task.export_weights()
-    if not untrained and is_main:
-        exported_step = engine.step if best_step is None else best_step
-        run_files.export(folder, recipe, store, model, weights, exported_step, task.guard.state)
-        status = run_files.DONE if stopped is None else f"stopped: {stopped}"
-        run_files.finish(folder, status, exported_step, engine.step)
-    accelerator.wait_for_everyone()
+    try:
+        _leave(recipe, store, folder, model, engine, task, stopped)
+    except TrainingError as error:
+        if stopped is None:
+            raise
+        what = f"{stopped.what}, and then {error.what}"
+        raise TrainingError(what, where=error.where, got=error.got, remedy=error.remedy) from stopped
     if stopped is not None:
         raise stopped
     return folder
+
+
+def _leave(
+    recipe: PretrainRecipe,
+    store: Store,
+    folder: Path,
+    model: BrainFoundModel,
+    engine: Engine,
+    task: PretrainTask,
+    stopped: TrainingError | None,
+) -> None:
+    """Write the export and how the run ended; all ranks wait for it.
+
+    Raises:
+        TrainingError: on all ranks, if a file cannot be written.
+    """
+    is_main = engine.accelerator.is_main_process
+    # Stopped before the first step, as by a full disk: nothing was learnt that is worth an export.
+    untrained = stopped is not None and engine.step == 0
+    exported_step: int | None = None
+    weights: Mapping[str, Tensor] = {}
+    if not untrained and (is_main or engine.sharded):
+        best_step, weights = task.export_weights()
+        exported_step = engine.step if best_step is None else best_step
+
+    def write() -> None:
+        if exported_step is not None:
+            run_files.export(folder, recipe, store, model, weights, exported_step, task.guard.state)
+        status = run_files.DONE if stopped is None else f"stopped: {stopped}"
+        run_files.finish(folder, status, exported_step, engine.step)
+
+    ranks.on_main_rank(write, is_main)
 
 
 def _with_engine(recipe: PretrainRecipe, **fields: Any) -> PretrainRecipe:

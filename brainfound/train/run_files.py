@@ -158,14 +158,17 @@ def export(
     temporary = folder / f".{EXPORT_FOLDER}.writing"
     shutil.rmtree(temporary, ignore_errors=True)
     card = _card_facts(recipe, store, model, step, guard)
-    with told_in_one_line("the export", target):
-        with transformers_quiet():
-            model.eval().save_pretrained(temporary)
-        store.preprocessing.save(temporary)
-        InputContract.of(store).save(temporary)
-        write_model_card(temporary, card)
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.rename(target)
+    try:
+        with told_in_one_line("the export", target):
+            with transformers_quiet():
+                model.eval().save_pretrained(temporary)
+            store.preprocessing.save(temporary)
+            InputContract.of(store).save(temporary)
+            write_model_card(temporary, card)
+            shutil.rmtree(target, ignore_errors=True)
+            temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # of a failure; a full disk needs the room
     return target
 
 
