@@ -301,7 +301,7 @@ def test_dry_run_leaves_nothing_and_reports(store, recipe, tmp_path, capsys):
     pretrain(recipe(), store, out=tmp_path / "run", dry_run=True, quiet=True)
     assert not (tmp_path / "run").exists()
     report = capsys.readouterr().out
-    for part in ("effective learning rate", "images/s", "GiB"):
+    for part in ("effective learning rate", "images/s", "iB"):
         assert part in report
 
 
