@@ -104,11 +104,13 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _formatted(message: Any, category: type[Warning], filename: str, *rest: Any) -> str:
+def _formatted(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
     """A warning of our own as a note, without the source line that a programmer would want; others as ever."""
     if category is UserWarning and Path(filename).is_relative_to(_PACKAGE):
         return f"brainfound: {' '.join(str(message).split())}\n"
-    return _format_warning(message, category, filename, *rest)
+    return _format_warning(message, category, filename, lineno, line)
 
 
 def _end(line: str, code: int) -> None:
