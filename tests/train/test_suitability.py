@@ -65,7 +65,8 @@ def test_enlarged_slices_are_said(recipe):
 
 
 def test_slices_that_cannot_be_cut_into_patches(recipe):
-    with pytest.raises(UsageError, match=r"STORE: .*got 60 × 36 pixels, expected multiples of the patch size 8.*size=\[56,32\]"):
+    line = r"STORE: .*got 60 × 36 pixels, expected multiples of the patch size 8.*size=\[56,32\]"
+    with pytest.raises(UsageError, match=line):
         fit(recipe, size=(60, 36))
     (note,) = fit(recipe, "probe.every=0", size=(60, 36))
     assert "cannot read them whole" in note
