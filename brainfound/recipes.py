@@ -239,7 +239,9 @@ def _recipe_error(recipe: type[Recipe], error: ValidationError, place: _Place) -
         known = [kind.strip(" '") for kind in first["ctx"]["expected_tags"].split(",")]
         where = place.of([*walked.keys, choice], first["loc"], known_key=True)
         return RecipeError(f"unknown {choice} {tag!r}", where=where, remedy=did_you_mean(tag, known))
-    got = None if first["type"] == "missing" else repr(first.get("input"))[:80]
+    # What is wrong with a whole group its message says; the group itself would fill the line.
+    has_value = first["type"] != "missing" and not isinstance(first.get("input"), Mapping)
+    got = repr(first.get("input"))[:80] if has_value else None
     choices = _choices(walked.annotation)
     if choices and any(fault["type"] == "literal_error" and other.keys == walked.keys for fault, other in faults):
         close = nearest(str(first["input"]), choices)

@@ -265,8 +265,8 @@ class Guard:
         chance = line.get("probe_chance") if self.state.first_score is None else None
         if chance is not None and not line["probe"] - chance > self._drop(line["probe_standard_error"]):
             found["blind"] = (
-                f"the probe of {line['probe_target']} is not above chance ({line['probe']:.3f}, chance {chance:.3f}):"
-                " it cannot see a drop; another probe.target may"
+                f"the probe of {line['probe_target']} is not clearly above chance"
+                f" ({line['probe']:.3f}, chance {chance:.3f}): it cannot see a drop; another probe.target may"
             )
         new = [f"step {step}: {text}" for kind, text in found.items() if kind not in self._said]
         self._said |= found.keys()

@@ -79,7 +79,7 @@ def assign(projection: Projection, temperature: float, num_iterations: int = 3) 
         scaled = (unit / temperature).to(dtype)
         mass = torch.empty(len(unit), len(prototypes), dtype=wide, device=unit.device)
         is_safe = 2 / temperature <= _SAFE_SPAN
-        for rows in _pieces(*mass.shape, mass.device):
+        for rows in _pieces(len(mass), len(prototypes), mass.device):
             piece = mass[rows]
             if dtype == wide:
                 torch.mm(scaled[rows], transposed, out=piece)

@@ -98,7 +98,7 @@ def test_what_is_said_and_does_not_stop():
     guard.look(5, line)
     probe = {"step": 0, "probe_chance": 0.5, "probe_standard_error": 0.1, "probe_target": "sex"}
     assert not guard.warnings(probe | {"probe": 0.75})
-    assert "not above chance" in guard.warnings(probe | {"probe": 0.65})[0]
+    assert "not clearly above chance" in guard.warnings(probe | {"probe": 0.65})[0]
 
 
 @pytest.mark.parametrize("num_local", [0, 2, 8])

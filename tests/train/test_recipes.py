@@ -47,7 +47,7 @@ SIZES = {
 DECODER_SIZES = {"width": 16, "layers": 1, "heads": 2}
 
 # Features of random weights after two steps tell no ages, which the probe says.
-pytestmark = pytest.mark.filterwarnings("ignore:.*not above chance")
+pytestmark = pytest.mark.filterwarnings("ignore:.*not clearly above chance")
 
 
 @pytest.fixture(scope="module")

@@ -153,6 +153,8 @@ except BrainFoundError as error:
     told = f"{type(error).__name__}: {error}"
 with open(f"{sys.argv[2]}.rank{accelerator.process_index}", "w") as file:
     file.write(told)
+import torch.distributed
+torch.distributed.destroy_process_group()
 """
 
 

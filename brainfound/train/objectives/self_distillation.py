@@ -82,8 +82,8 @@ class SelfDistillationRecipe(AnchorRecipe):
         low, high = self.mask_ratio
         if not 0 <= low <= high <= 1:
             raise ValueError(f"mask_ratio must be two increasing numbers from 0 to 1, got {low}, {high}")
-        if not self.dino_weight and not self.ibot_weight:
-            raise ValueError("dino_weight and ibot_weight are both 0: there is nothing to learn from the teacher")
+        if not (self.dino_weight or self.ibot_weight or self.koleo_weight or self.anchored):
+            raise ValueError("all weights are 0: there is nothing to learn")
         return self
 
 
