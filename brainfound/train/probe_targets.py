@@ -99,7 +99,7 @@ def _require_classes(target: Target, counts: dict[str, int], remedy: str) -> Non
 
 
 def _counts_of_contrasts(store: Store) -> dict[str, int]:
-    counts = zip(store.contrasts, store.present.sum(axis=0).tolist(), strict=False)
+    counts = zip(store.contrasts, store.present.sum(axis=0).tolist(), strict=True)
     return {contrast: count for contrast, count in counts if count}
 
 
