@@ -197,7 +197,9 @@ def test_a_signal_to_one_of_two_processes_stops_both_after_a_checkpoint(store, r
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_a_rollback_that_is_killed_ends_bit_for_bit_as_an_undisturbed_one(store, recipe, tmp_path, num_processes):
     more = ("engine.checkpoint_every=1", "engine.num_workers=2")
-    settings = ("probe.every=2", "guard.on_failure=roll_back", "guard.probe_patience=1", *more)
+    # The run begins with new weights, whose probes are not judged while the grace lasts.
+    guard = ("guard.grace_steps=1", "guard.on_failure=roll_back", "guard.probe_patience=1")
+    settings = ("probe.every=2", *guard, *more)
     (tmp_path / "tiny.yaml").write_text(recipe(*SETTINGS, *settings).to_yaml())
     whole, run = tmp_path / "whole", tmp_path / "run"
     done = start(tmp_path, store, whole, num_processes, FALLS=1)
