@@ -49,6 +49,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--num-local", type=int, default=4)
     parser.add_argument("--prototypes", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--objective", choices=("self_distillation", "hybrid", "masked_autoencoder"),
+                        default="self_distillation", help="of the ladder's runs")  # fmt: skip
     parser.add_argument("--start-steps", type=int, default=400)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument(
@@ -93,7 +95,7 @@ class Experiment:
         self.sizes = Sizes(
             patch_size, options.width, options.layers, options.heads, of_global, of_local, options.num_local,
             options.prototypes, options.batch, options.steps, options.start_steps, options.probe_target,
-            options.looks,
+            options.looks, options.objective,
         )  # fmt: skip
         self.seconds: dict[str, float] = {}
 

@@ -7,7 +7,7 @@ with.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ class Sizes:
     probe_target: str
     looks: int
     """Probes of a run, after the one before its first step."""
+    objective: str
+    """Of the continued runs, one of the project's kinds."""
 
     @property
     def views(self) -> list[str]:
@@ -47,13 +49,22 @@ class Sizes:
             f"views.global_size={self.global_patches * self.patch_size}",
             f"views.local_size={self.local_patches * self.patch_size}",
             f"views.num_local={self.num_local}",
-            f"objective.head.prototypes={self.prototypes}",
-            "objective.head.hidden=512",
-            "objective.head.bottleneck=128",
             f"engine.batch_size={self.batch}",
             'engine.precision="no"',
             "engine.num_workers=0",
         ]
+
+    @property
+    def projection(self) -> list[str]:
+        return [
+            f"objective.head.prototypes={self.prototypes}",
+            "objective.head.hidden=512",
+            "objective.head.bottleneck=128",
+        ]
+
+    def decoder(self, key: str) -> list[str]:
+        """Two blocks that draw the hidden patches, as wide as the encoder."""
+        return [f"{key}.width={self.width}", f"{key}.layers=2", f"{key}.heads={self.heads}"]
 
 
 def from_scratch(sizes: Sizes, seed: int, changes: tuple[str, ...] = ()) -> PretrainRecipe:
@@ -67,8 +78,7 @@ def from_scratch(sizes: Sizes, seed: int, changes: tuple[str, ...] = ()) -> Pret
         f"init.scratch.hidden_size={sizes.width}", f"init.scratch.num_layers={sizes.layers}",
         f"init.scratch.num_heads={sizes.heads}", f"init.scratch.patch_size={sizes.patch_size}",
         f"objective.teacher_temperature_warmup_steps={steps * 2 // 5}", "objective.momentum=[0.98,1.0]",
-        "objective.kind=hybrid", f"objective.reconstruction.decoder.width={sizes.width}",
-        "objective.reconstruction.decoder.layers=2", f"objective.reconstruction.decoder.heads={sizes.heads}",
+        *sizes.projection, "objective.kind=hybrid", *sizes.decoder("objective.reconstruction.decoder"),
         f"schedule.warmup_steps={max(1, steps // 10)}", "views.slice_margin=0", "probe.every=0", "guard.enabled=false",
         f"engine.checkpoint_every={max(1, steps // 4)}", *changes,
     )  # fmt: skip
@@ -83,15 +93,24 @@ def ladder(sizes: Sizes, seed: int, changes: tuple[str, ...] = ()) -> PretrainRe
         return max(1, round(steps * share))
 
     schedule, objective = recipe.schedule, recipe.objective
-    # A teacher that follows at the same pace per step would end a shorter run nearer to where it started.
-    momentum = max(0.0, 1 - (1 - objective.momentum[0]) / share)  # type: ignore[union-attr]
-    warmup = objective.teacher_temperature_warmup_steps  # type: ignore[union-attr]
+    if sizes.objective == "masked_autoencoder":
+        of_objective = ["objective={kind: masked_autoencoder}", *sizes.decoder("objective.decoder")]
+    else:
+        # A teacher that follows at the same pace per step would end a shorter run nearer to where it started.
+        momentum = max(0.0, 1 - (1 - objective.momentum[0]) / share)  # type: ignore[union-attr]
+        warmup = objective.teacher_temperature_warmup_steps  # type: ignore[union-attr]
+        of_objective = [
+            *sizes.projection,
+            f"objective.teacher_temperature_warmup_steps={scaled(warmup)}",
+            f"objective.momentum=[{momentum:.4g},1.0]",
+        ]
+        if sizes.objective == "hybrid":
+            of_objective += ["objective.kind=hybrid", *sizes.decoder("objective.reconstruction.decoder")]
     return _recipe(
         LADDER_RECIPE, sizes, seed, sizes.steps,
         f"schedule.warmup_steps={scaled(schedule.warmup_steps)}",
         f"schedule.head_warmup_steps={scaled(schedule.head_warmup_steps)}",
-        f"objective.teacher_temperature_warmup_steps={scaled(warmup)}",
-        f"objective.momentum=[{momentum:.4g},1.0]", f"guard.grace_steps={scaled(recipe.guard.grace_steps)}",
+        *of_objective, f"guard.grace_steps={scaled(recipe.guard.grace_steps)}",
         f"probe.every={max(1, sizes.steps // sizes.looks)}", f"probe.target={sizes.probe_target}",
         f"engine.checkpoint_every={max(1, sizes.steps // 3)}",
         *changes,
@@ -101,7 +120,7 @@ def ladder(sizes: Sizes, seed: int, changes: tuple[str, ...] = ()) -> PretrainRe
 def unsafe(sizes: Sizes, seed: int, changes: tuple[str, ...] = ()) -> PretrainRecipe:
     """The settings of dinov2#204: heads are warmed up, and then everything learns at the stock rate; no anchor."""
     return ladder(
-        sizes, seed,
+        replace(sizes, objective="self_distillation"), seed,
         (f"optim.lr={UPSTREAM_LR}", "optim.layer_decay=1.0", "optim.patch_embed_scale=1.0", "optim.beta2=0.999",
          "objective.anchor_gram_weight=0", "objective.anchor_cls_weight=0", *changes),
     )  # fmt: skip

@@ -119,7 +119,10 @@ def measure_steps(bench: Bench) -> dict[str, Any]:
         peaks, counts = first_steps(workers)
         seconds = interleave(
             {name: _step(worker) for name, worker in workers.items()}
-            | {OURS_UINT8: lambda: ours.ask("step", views="from uint8"), "products": lambda: ours.ask("products")},
+            | {
+                OURS_UINT8: lambda: ours.ask("step", views="from uint8"),
+                "products": lambda: ours.ask("products")["seconds"],
+            },
             bench.options.rounds,
         )
     return {
@@ -140,7 +143,7 @@ def measure_alone(bench: Bench) -> dict[str, Any]:
     with bench.ours() as ours:
         peaks, counts = first_steps({OURS: ours})
         tools = {OURS: _step(ours), OURS_UINT8: lambda: ours.ask("step", views="from uint8")}
-        seconds = interleave(tools | {"products": lambda: ours.ask("products")}, bench.options.rounds)
+        seconds = interleave(tools | {"products": lambda: ours.ask("products")["seconds"]}, bench.options.rounds)
     return {
         "images_per_second": {n: bench.images_per_second(s) for n, s in seconds.items() if n != "products"},
         "mfu": ratio(seconds["products"], seconds[OURS]),

@@ -62,6 +62,7 @@ class StepServer:
                 case "memory":
                     self._answer(peak_memory_gib())
                 case "products":
+                    # The operands are made anew and forgotten: kept, they would take memory from the other tools.
                     self._answer({"seconds": Replay(self._products).seconds(self._synchronise)})
                 case "matmul_peak":
                     self._answer({"flops_per_second": matmul_peak(self.command["side"], self._synchronise)})

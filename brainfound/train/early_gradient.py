@@ -26,8 +26,17 @@ def with_early_gradient(value: Callable[[], Tensor], parameters: Iterable[nn.Par
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     now = value()
     gradients = torch.autograd.grad(now, trained, allow_unused=True)
-    reached = [(p, g) for p, g in zip(trained, gradients, strict=True) if g is not None]
-    return _HandOn.apply(now.detach(), [gradient for _, gradient in reached], *(parameter for parameter, _ in reached))
+    reached = [parameter for parameter, gradient in zip(trained, gradients, strict=True) if gradient is not None]
+    return _HandOn.apply(now.detach(), _packed([g for g in gradients if g is not None]), *reached)
+
+
+def _packed(gradients: list[Tensor]) -> list[Tensor]:
+    """The same, next to each other in memory: scattered, they would keep the room of the pass that made them."""
+    if not gradients:
+        return []
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    parts = flat.split([gradient.numel() for gradient in gradients])
+    return [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]
 
 
 class _HandOn(torch.autograd.Function):

@@ -33,7 +33,7 @@ from brainfound.train import checkpoint as checkpoints
 from brainfound.train import ranks, sharding
 from brainfound.train.guard import RollBack
 from brainfound.train.log import TrainingLog
-from brainfound.train.optim import clip_gradients
+from brainfound.train.optim import allocate_moments, clip_gradients
 from brainfound.train.pace import Pace
 from brainfound.train.precision import choose_precision
 from brainfound.train.prefetch import closed_at_the_end
@@ -112,6 +112,7 @@ class Engine:
             self.model, self.optimizer = task.model, accelerator.prepare(optimizer)
         else:
             self.model, self.optimizer = accelerator.prepare(task.model, optimizer)
+        allocate_moments(optimizer)
         self.log = TrainingLog(run_folder / "log.jsonl", recipe.steps, quiet, accelerator.is_main_process)
         self.health = StepHealth(accelerator.device, recipe.max_skipped_in_a_row)
         self.signals = StopSignals(accelerator.device, recipe.log_every)

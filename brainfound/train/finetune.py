@@ -38,7 +38,7 @@ from brainfound.models.configuration import AGGREGATORS
 from brainfound.models.inference import inner_model
 from brainfound.models.start import start_from
 from brainfound.recipes import Recipe, load, validate
-from brainfound.train import run_files
+from brainfound.train import ranks, run_files
 from brainfound.train.data_order import EpochOrder, RankBatches
 from brainfound.train.engine import Engine, EngineRecipe, TrainTask, make_accelerator
 from brainfound.train.finetuned_card import finetuned_card
@@ -296,10 +296,13 @@ def _train(
         "num_trained_parameters": trained,
     }
     engine.require_space()
-    if accelerator.is_main_process:
+
+    def begin() -> None:
         # Before the recipe: a run that can be resumed has its split.
         write_split(folder, store, parts, target, content.split, split_file)
         run_files.start(folder, content, facts)
+
+    ranks.on_main_rank(begin, accelerator.is_main_process)
     if checkpoint is not None:
         engine.resume(checkpoint)
         console.print(f"going on from {checkpoint.name}")
@@ -307,9 +310,7 @@ def _train(
         engine.log.forget_after(-1)  # of a run that was killed before its first checkpoint
     accelerator.wait_for_everyone()
     engine.run()
-    if accelerator.is_main_process:
-        _finish(folder, task, model, engine.step, keep_ids)
-    accelerator.wait_for_everyone()
+    ranks.on_main_rank(lambda: _finish(folder, task, model, engine.step, keep_ids), accelerator.is_main_process)
     return folder
 
 

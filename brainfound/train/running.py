@@ -39,9 +39,10 @@ class PretrainEngineRecipe(EngineRecipe):
     """The attention kernel (`brainfound.models.attention`); "auto" takes the fastest of those that work here."""
     compile: Literal["auto"] | bool = "auto"
     """Compile the blocks with torch.compile; "auto" does so on a GPU where that works."""
-    gradient_checkpointing: bool | Literal["pointwise"] = False
-    """What is computed again in the backward pass, to save memory: "pointwise", norms and activations, which costs
-    little time; true, everything inside a residual branch, a third more work for much less memory."""
+    gradient_checkpointing: bool | Literal["pointwise"] = "pointwise"
+    """What is computed again in the backward pass, to save memory: false, nothing; "pointwise", norms and
+    activations, which costs next to no time (what is compiled does so anyway); true, everything inside a residual
+    branch, a third more work for much less memory."""
     local_crops: Literal["auto", "packed", "separate"] = "auto"
     """"packed" encodes local and global crops together; "separate" takes the gradient of the local crops first,
     which needs about half the memory for activations. "auto": packed on a GPU."""

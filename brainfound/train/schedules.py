@@ -111,6 +111,15 @@ def momentum(step: int, start: float, end: float, num_steps: int) -> float:
     return cosine(step, start, end, num_steps)
 
 
+def share_of_start(start: float, end: float, num_steps: int, head_warmup_steps: int = 0) -> float:
+    """The part of its first weights that the EMA teacher still holds after the run.
+
+    Args:
+        head_warmup_steps: first steps in which the student's backbone does not move.
+    """
+    return math.prod(momentum(step, start, end, num_steps) for step in range(head_warmup_steps, num_steps))
+
+
 def teacher_temperature(step: int, start: float, end: float, warmup_steps: int) -> float:
     """The temperature of the teacher's targets: a line from `start` to `end` over the warm-up."""
     return linear(step, start, end, warmup_steps)

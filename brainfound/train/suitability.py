@@ -17,6 +17,7 @@ from brainfound.models.start import patch_size_to_be
 from brainfound.train.data_order import Neighbours, usable_rows
 from brainfound.train.objectives.masked_autoencoder import MaskedAutoencoderRecipe
 from brainfound.train.probe_targets import require_target
+from brainfound.train.schedules import share_of_start
 from brainfound.train.starting_model import FROM_SCRATCH
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 ENOUGH = 0.5
 """Part of the slices that an ablation should act on; below this there is a note."""
+MUCH_OF_START = 0.05
+"""Part of its first weights that a teacher may still hold at the end; above this there is a note."""
 
 
 def require_fit(recipe: PretrainRecipe, store: Store, num_processes: int = 1) -> list[str]:
@@ -45,6 +48,7 @@ def require_fit(recipe: PretrainRecipe, store: Store, num_processes: int = 1) ->
         *_on_slices(recipe, store),
         *_on_views(recipe, store),
         *_on_batches(recipe, store),
+        *_on_teacher(recipe),
         *_on_unread_settings(recipe, num_processes),
     ]
 
@@ -138,6 +142,23 @@ def _on_batches(recipe: PretrainRecipe, store: Store) -> Iterator[str]:
         yield (
             f"engine.batch_size is {batch}, and there are {num_slices} slices: each is in a batch about"
             f" {batch / num_slices:.2g} times. Set engine.batch_size={num_slices} or less"
+        )
+
+
+def _on_teacher(recipe: PretrainRecipe) -> Iterator[str]:
+    """A teacher that follows too slowly for the length of the run is exported nearly as it began."""
+    steps, warmup = recipe.engine.steps, recipe.schedule.head_warmup_steps
+    if isinstance(recipe.objective, MaskedAutoencoderRecipe) or not steps:
+        return
+    start, end = recipe.objective.momentum
+    share = share_of_start(start, end, steps, warmup)
+    if share > MUCH_OF_START:
+        hundredths = (value / 100 for value in range(99, -1, -1))
+        enough = (m for m in hundredths if share_of_start(m, end, steps, warmup) <= MUCH_OF_START)
+        remedy = next((f", or set 'objective.momentum=[{m:g},{end:g}]'" for m in enough), "")
+        yield (
+            f"objective.momentum={_as_written((start, end))} over {steps} steps: {share:.0%} of the exported teacher"
+            f" will be the weights that it began with. Train for longer{remedy}"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -261,6 +262,16 @@ def test_targets_with_nothing_to_learn_are_refused(small_store, tiny_backbone, t
         start("mask")
     assert all("\n" not in str(error.value) for error in (constant, one_class, no_mask))
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("at", ["start", "finish"])
+def test_what_the_disk_refuses_is_one_line(small_store, tiny_backbone, tmp_path, monkeypatch, at):
+    def refused(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device", "run.json")
+
+    monkeypatch.setattr(f"brainfound.train.run_files.{at}", refused)
+    with pytest.raises(TrainingError, match=r"^run\.json: a file cannot be written \(got No space left on device\)"):
+        finetune(tiny(), small_store, tiny_backbone, "age_years", tmp_path / "run", quiet=True)
 
 
 @pytest.mark.slow

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from brainfound.train.objectives.self_distillation import EncoderWithHeads
-from brainfound.train.optim import OptimRecipe, clip_gradients, make_optimizer, parameter_groups, traits_of
+from brainfound.train.optim import (
+    OptimRecipe,
+    allocate_moments,
+    clip_gradients,
+    make_optimizer,
+    parameter_groups,
+    traits_of,
+)
 
 
 @pytest.fixture
@@ -77,6 +84,29 @@ def test_an_optimiser_state_fits_a_second_one(student):
     second.load_state_dict(first.state_dict())
     assert [g["role"] for g in second.param_groups] == [g["role"] for g in first.param_groups]
     assert len(second.state) == len(list(student.parameters()))
+
+
+def test_moments_made_beforehand_are_those_of_the_first_step():
+    def two_steps(beforehand):
+        torch.manual_seed(0)
+        layer, untouched = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+        groups = [{"params": [*layer.parameters(), *untouched.parameters()]}]
+        optimizer = make_optimizer(groups, OptimRecipe())
+        if beforehand:
+            allocate_moments(optimizer)
+        for _ in range(2):
+            layer(torch.ones(1, 3)).sum().backward()
+            optimizer.step()
+        weights = [*layer.parameters(), *untouched.parameters()]
+        return weights, [optimizer.state[parameter] for parameter in layer.parameters()]
+
+    weights, moments = two_steps(beforehand=True)
+    expected, expected_moments = two_steps(beforehand=False)
+    assert all(map(torch.equal, weights, expected))
+    assert [m.keys() for m in moments] == [m.keys() for m in expected_moments]
+    for found, wanted in zip(moments, expected_moments, strict=True):
+        for name in wanted:
+            torch.testing.assert_close(found[name], wanted[name], rtol=0, atol=0)
 
 
 def test_each_group_is_clipped_by_its_own_norm():

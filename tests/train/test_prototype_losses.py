@@ -124,3 +124,5 @@ def test_early_gradients_free_what_they_needed():
     assert weight.grad.tolist() == [2, 2]
     with torch.no_grad():
         assert not with_early_gradient(lambda: weight.sum(), [weight]).requires_grad
+    constant = with_early_gradient(lambda: torch.ones((), requires_grad=True) * 2, [weight])
+    assert constant.item() == 2

@@ -30,7 +30,10 @@ from brainfound.data.store import Store
 from brainfound.models import BrainFoundModel
 from brainfound.report.curves import plot_curves
 from brainfound.train.finetune import finetune
+from brainfound.train.objectives.masked_autoencoder import MaskedAutoencoderRecipe
 from brainfound.train.pretrain import PretrainRecipe, pretrain
+from brainfound.train.schedules import share_of_start
+from brainfound.train.suitability import MUCH_OF_START
 
 FAMILIES = ("pretrain-", "start-", "ablation-")
 RECIPES = sorted(name for name in recipes.available("train") if name.startswith(FAMILIES))
@@ -160,6 +163,9 @@ def test_a_recipe_follows_the_safe_ladder(name):
     assert recipe.objective.anchored or recipe.trained.part == "lora"
     assert recipe.guard.enabled
     assert 0 < recipe.probe.every <= recipe.engine.steps / 2
+    if not isinstance(recipe.objective, MaskedAutoencoderRecipe):
+        steps, warmup = recipe.engine.steps, recipe.schedule.head_warmup_steps
+        assert share_of_start(*recipe.objective.momentum, steps, warmup) < MUCH_OF_START
 
 
 def test_brainfound_is_the_papers_configuration():

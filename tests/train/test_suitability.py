@@ -45,12 +45,16 @@ def made_up(size=(32, 32), num_slices=4, distance_mm=3.0, several=(), diagnoses=
     )
 
 
+FOLLOWS = "objective.momentum=[0.0,1.0]"
+"""A teacher that keeps nothing of its first weights: without it there would be a note in runs of a few steps."""
+
+
 def fit(recipe, *overrides, num_processes=1, **store):
-    return require_fit(recipe(*overrides), made_up(**store), num_processes)
+    return require_fit(recipe(FOLLOWS, *overrides), made_up(**store), num_processes)
 
 
 def test_what_fits_gets_no_note(recipe, store):
-    assert require_fit(recipe(), store) == []
+    assert require_fit(recipe(FOLLOWS), store) == []
     assert fit(recipe, "views.neighbour_mm=3") == []
     assert fit(recipe, "views.split_contrasts=0.5", several=range(6)) == []
     assert fit(recipe, "trained={part: lora, rank: 8, blocks: 0}") == []
@@ -86,7 +90,7 @@ def test_few_neighbours_are_counted(recipe):
     close = near.copy()
     close[1] = 2.0
     store.slice_positions_mm = np.concatenate([close if i < 4 else near for i in range(12)]).astype(np.float32)
-    (note,) = require_fit(recipe("views.neighbour_mm=3"), store)
+    (note,) = require_fit(recipe(FOLLOWS, "views.neighbour_mm=3"), store)
     assert note.startswith("views.neighbour_mm=3: 17% of the slices have another one")
 
 
@@ -100,6 +104,19 @@ def test_contrasts_to_share_out(recipe):
 def test_a_batch_of_more_than_there_is(recipe):
     (note,) = fit(recipe, "engine.batch_size=480")
     assert note.startswith("engine.batch_size is 480, and there are 48 slices: each is in a batch about 10 times")
+
+
+def test_a_teacher_that_hardly_follows(recipe):
+    (note,) = fit(recipe, "objective.momentum=[0.994,1.0]", "engine.steps=500")
+    assert note == (
+        "objective.momentum=[0.994,1.0] over 500 steps: 22% of the exported teacher will be the weights that it began"
+        " with. Train for longer, or set 'objective.momentum=[0.98,1]'"
+    )
+    # The backbone stands still while the heads warm up.
+    (note,) = fit(recipe, "objective.momentum=[0.99,1.0]", "engine.steps=500", "schedule.head_warmup_steps=100")
+    assert "21% of the exported teacher" in note
+    assert fit(recipe, "objective.momentum=[0.994,1.0]", "engine.steps=2000") == []
+    assert fit(recipe, "objective.momentum=[0.994,1.0]", "engine.steps=0", "probe.every=0") == []
 
 
 def test_local_crops_larger_than_global_ones(recipe):
