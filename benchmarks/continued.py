@@ -15,7 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--label-maps", type=Path, help="FreeSurfer-numbered volumes; without them one cohort only")
     parser.add_argument("--init", help="a Hub id or folder to start from; default: trained here on dead leaves")
     parser.add_argument("--part", choices=("test", "development"), default="test", help="where the probes are run")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--unsafe-seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--unsafe-seeds", type=int, nargs="*", default=[0])
     parser.add_argument("--sessions", type=int, default=120, help="for pretraining")
     parser.add_argument("--test-sessions", type=int, default=100)
     parser.add_argument("--spacing-mm", type=float, default=2.5, help="of the simulation")
@@ -48,11 +48,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--num-local", type=int, default=4)
     parser.add_argument("--prototypes", type=int, default=1024)
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--start-batch", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=16, help="of the continued runs")
     parser.add_argument("--objective", choices=("self_distillation", "hybrid", "masked_autoencoder"),
                         default="self_distillation", help="of the ladder's runs")  # fmt: skip
     parser.add_argument("--start-steps", type=int, default=400)
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--unsafe-steps", type=int, default=150, help="of the runs with bad settings")
     parser.add_argument(
         "--probe-target", default="auto", help="what the guard's probe looks at in the pretraining part"
     )
@@ -167,7 +169,7 @@ class Experiment:
             cohort = write_dead_leaves(leaves / "cohort", stacks, slices, self.side, pixel_mm, seed=7)
             spacing_mm = (pixel_mm, pixel_mm, pixel_mm)
             prepare(cohort, leaves / "store", preprocessing.model_copy(update={"spacing_mm": spacing_mm}))
-        recipe = from_scratch(self.sizes, 0, tuple(self.options.set_start))
+        recipe = from_scratch(replace(self.sizes, batch=self.options.start_batch), 0, tuple(self.options.set_start))
         folder = self._folder("start", recipe, leaves=leaves.name)
         run_once(recipe, leaves / "store", "none", folder, threads=self.options.workers)
         return str(folder / "export")
@@ -184,16 +186,17 @@ class Experiment:
         from worker_processes import in_processes
 
         options = self.options
+        few_steps = replace(self.sizes, steps=options.unsafe_steps)
         kinds = {
-            "ladder": (ladder, options.seeds, options.set),
-            "unsafe": (unsafe, options.unsafe_seeds, options.set_unsafe),
+            "ladder": (ladder, self.sizes, options.seeds, options.set),
+            "unsafe": (unsafe, few_steps, options.unsafe_seeds, options.set_unsafe),
         }
         folders: dict[str, dict[str, list[Path]]] = {}
         jobs = []
         for cohort, parts in stores.items():
             store, folders[cohort] = parts["pretraining"], {}
-            for kind, (make, seeds, changes) in kinds.items():
-                recipes = [make(self.sizes, seed, tuple(changes)) for seed in seeds]
+            for kind, (make, sizes, seeds, changes) in kinds.items():
+                recipes = [make(sizes, seed, tuple(changes)) for seed in seeds]
                 folders[cohort][kind] = [
                     self._folder(f"{kind}-{recipe.seed}", recipe, store=str(store), start=start) for recipe in recipes
                 ]
@@ -214,6 +217,7 @@ class Experiment:
         models = {"random weights": [f"random:{start}"], "start": [start]} | {
             name: [str(folder / "export") for folder in runs[kind]]
             for name, kind in (("continued, safe ladder", "ladder"), ("continued, settings of dinov2#204", "unsafe"))
+            if runs[kind]
         }
         outcomes, ill = outcomes_of(models, parts[self.options.part], self.sizes.patch_size, self.options.workers)
         before = outcomes["start"]

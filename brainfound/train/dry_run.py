@@ -212,7 +212,7 @@ def for_estimate(engine: PretrainEngineRecipe, machine: Machine, num_processes: 
 
 def as_on_gpu(engine: PretrainEngineRecipe) -> PretrainEngineRecipe:
     """What "auto" comes to on a GPU where it decides about memory, so that a CPU measures what a GPU would need."""
-    choice = {"attention": "sdpa", "local_crops": "packed"}
+    choice = {"attention": "sdpa", "crops": "packed"}
     return engine.model_copy(update={key: value for key, value in choice.items() if getattr(engine, key) == "auto"})
 
 

@@ -1,13 +1,13 @@
 """Gradients that are computed as soon as a part of the loss is known.
 
-The loss of the local crops needs nothing of the student's global crops. Its gradient can therefore be taken
-before those are encoded, and what the first pass keeps for its backward pass is gone before the second begins:
-the memory of a step is that of its larger pass, not of both, at the same number of operations.
+The losses of the local crops, and of each global crop, need nothing of the student's other passes. Their
+gradients can therefore be taken before the next pass begins, and what a pass keeps for its backward pass is gone by
+then: the memory of a step is that of its largest pass, not of all, at the same number of operations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,28 +15,39 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 
-def with_early_gradient(value: Callable[[], Tensor], parameters: Iterable[nn.Parameter]) -> Float[Tensor, ""]:
-    """``value()``, with its gradients for `parameters` computed now and handed on in the backward pass.
+def with_early_gradient(
+    values: Sequence[Callable[[], Tensor]], parameters: Iterable[nn.Parameter]
+) -> Float[Tensor, ""]:
+    """The sum of ``value()``, with its gradients for `parameters` computed now and handed on in the backward pass.
 
-    What the value depends on besides `parameters` gets no gradient. Without gradients (in evaluation) it is
-    the plain value. Of a parameter that the value does not depend on nothing is handed on.
+    What a value depends on besides `parameters` gets no gradient. Without gradients (in evaluation) it is
+    the plain sum. Of a parameter that no value depends on nothing is handed on.
     """
     if not torch.is_grad_enabled():
-        return value()
+        return torch.stack([value() for value in values]).sum()
     trained = [parameter for parameter in parameters if parameter.requires_grad]
-    now = value()
-    gradients = torch.autograd.grad(now, trained, allow_unused=True)
-    reached = [parameter for parameter, gradient in zip(trained, gradients, strict=True) if gradient is not None]
-    return _HandOn.apply(now.detach(), _packed([g for g in gradients if g is not None]), *reached)
+    collected: dict[int, Tensor] = {}
+    total = torch.stack([_collect(collected, value(), trained) for value in values]).sum()
+    return _HandOn.apply(total, list(collected.values()), *(trained[place] for place in collected))
 
 
-def _packed(gradients: list[Tensor]) -> list[Tensor]:
-    """The same, next to each other in memory: scattered, they would keep the room of the pass that made them."""
-    if not gradients:
-        return []
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    parts = flat.split([gradient.numel() for gradient in gradients])
-    return [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]
+def _collect(
+    collected: dict[int, Tensor], value: Float[Tensor, ""], parameters: Sequence[nn.Parameter]
+) -> Float[Tensor, ""]:
+    """Add the gradients of a value to those collected, by the place of the parameter; gives the value alone.
+
+    What is new lies in one piece of memory: scattered, it would keep the room of its pass from the next one.
+    """
+    gradients = torch.autograd.grad(value, parameters, allow_unused=True)
+    reached = {place: gradient for place, gradient in enumerate(gradients) if gradient is not None}
+    known = [place for place in reached if place in collected]
+    new = [place for place in reached if place not in collected]
+    if known:
+        torch._foreach_add_([collected[place] for place in known], [reached[place] for place in known])
+    if new:
+        pieces = torch.cat([reached[place].flatten() for place in new]).split([reached[p].numel() for p in new])
+        collected.update({place: piece.view_as(reached[place]) for place, piece in zip(new, pieces, strict=True)})
+    return value.detach()
 
 
 class _HandOn(torch.autograd.Function):

@@ -39,6 +39,15 @@ class BlockMasks:
         """The same on a device; on a GPU without waiting for it."""
         return BlockMasks(*(onto(part, device) for part in (self.mask, self.indices, self.weights, self.visible)))
 
+    def of_crops(self, crops: slice) -> tuple[BlockMasks, slice]:
+        """The masks of some successive crops, and the place of their masked tokens among all of them."""
+        first, last = crops.start, crops.stop
+        before, inside = int(self.mask[:first].sum()), int(self.mask[crops].sum())
+        masked = slice(before, before + inside)
+        visible = self.visible[(self.visible >= first) & (self.visible < last)] - first
+        indices = self.indices[masked] - first * self.mask.shape[1]
+        return BlockMasks(self.mask[crops], indices, self.weights[masked], visible), masked
+
 
 def masked_counts(num_crops: int, num_patches: int, probability: float, ratios: tuple[float, float]) -> list[int]:
     """How many patches are masked in each crop of a batch, before they are dealt to crops.

@@ -82,7 +82,7 @@ FREE_ON_RESUME = (
     "engine.attention",
     "engine.compile",
     "engine.gradient_checkpointing",
-    "engine.local_crops",
+    "engine.crops",
     "engine.log_every",
     "engine.checkpoint_every",
     "engine.keep_checkpoints",

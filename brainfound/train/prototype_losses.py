@@ -57,6 +57,10 @@ class Assignments:
         """The targets of some rows."""
         return (self.mass[rows] * self.prototype_scale).mul_(self.row_scale[rows, None])
 
+    def of(self, rows: slice) -> Assignments:
+        """Those of some rows; the masses are not copied."""
+        return Assignments(self.mass[rows], self.row_scale[rows], self.prototype_scale)
+
 
 def _pieces(num_rows: int, num_prototypes: int, device: torch.device) -> list[slice]:
     """Rows that are worked on together."""

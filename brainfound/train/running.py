@@ -1,7 +1,8 @@
 """How the models of pretraining are run: attention kernel, compilation, and what memory is spent on.
 
-None of it changes what is learnt, beyond rounding. "auto" is settled once by trying, and what was settled is
-written into the run's recipe, so that a resumed run computes as it did before.
+None of it changes what is learnt, beyond rounding and the branches that stochastic depth happens to drop. "auto" is
+settled once by trying, and what was settled is written into the run's recipe, so that a resumed run computes as it
+did before.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from brainfound.train.engine import EngineRecipe
 from brainfound.train.objectives.base import Objective
 from brainfound.train.objectives.self_distillation import EncoderWithHeads
 
-SETTLED = ("attention", "compile", "local_crops")
+SETTLED = ("attention", "compile", "crops")
 """The keys of the engine whose "auto" is settled here."""
 _KEPT: dict[bool | str, Kept] = {False: "all", "pointwise": "products", True: "inputs"}
 _NUM_TRIED = 4  # crops of each size that a kernel is timed with
@@ -43,9 +44,10 @@ class PretrainEngineRecipe(EngineRecipe):
     """What is computed again in the backward pass, to save memory: false, nothing; "pointwise", norms and
     activations, which costs next to no time (what is compiled does so anyway); true, everything inside a residual
     branch, a third more work for much less memory."""
-    local_crops: Literal["auto", "packed", "separate"] = "auto"
-    """"packed" encodes local and global crops together; "separate" takes the gradient of the local crops first,
-    which needs about half the memory for activations. "auto": packed on a GPU."""
+    crops: Literal["auto", "packed", "separate"] = "auto"
+    """"packed" encodes all crops together; "separate" encodes local crops and each of the two global ones by
+    themselves and takes their gradients one after the other, which needs about a third of the memory for
+    activations. "auto": packed on a GPU."""
 
 
 def settle(
@@ -78,11 +80,11 @@ def settle(
     choice: dict[str, Any] = {
         "attention": kernel,
         "compile": (on_gpu and _compiles(device)) if engine.compile == "auto" else engine.compile,
-        "local_crops": ("packed" if on_gpu else "separate") if engine.local_crops == "auto" else engine.local_crops,
+        "crops": ("packed" if on_gpu else "separate") if engine.crops == "auto" else engine.crops,
     }
     if engine.parallel == "fsdp" and ranks.active():
         # A sharded module hands its gradients over at the end of the one backward pass.
-        choice["local_crops"] = "packed"
+        choice["crops"] = "packed"
     (choice,) = broadcast_object_list([choice], from_process=0)
     return engine.model_copy(update=choice), {"attention_probe": found} if found else {}
 
@@ -95,7 +97,7 @@ def apply(objective: Objective, engine: PretrainEngineRecipe) -> None:
                 kept = _KEPT[engine.gradient_checkpointing]
                 part.set_running(engine.attention, compiled=bool(engine.compile), kept=kept)  # type: ignore[arg-type]
             if isinstance(part, EncoderWithHeads):
-                part.separate_local_pass = engine.local_crops == "separate"
+                part.separate_passes = engine.crops == "separate"
 
 
 def _packing(encoder: SliceEncoder, views: ViewsRecipe) -> Packing:

@@ -169,8 +169,8 @@ def _on_unread_settings(recipe: PretrainRecipe, num_processes: int) -> Iterator[
         yield f"trained.part is {recipe.trained.part}: {named} {'has' if len(unread) == 1 else 'have'} no effect"
     if not _distils(recipe):
         yield from _on_views_of_one_crop(recipe)
-    if recipe.engine.parallel == "fsdp" and num_processes > 1 and recipe.engine.local_crops == "separate":
-        yield "engine.parallel is fsdp: local crops are packed, not separate, as sharded weights have one backward pass"
+    if recipe.engine.parallel == "fsdp" and num_processes > 1 and recipe.engine.crops == "separate":
+        yield "engine.parallel is fsdp: crops are packed, not separate, as sharded weights have one backward pass"
 
 
 def _on_views_of_one_crop(recipe: PretrainRecipe) -> Iterator[str]:

@@ -163,7 +163,7 @@ def test_the_disk_holds_every_checkpoint_and_one_more(recipe):
 
 
 def test_memory_is_measured_as_a_gpu_would_run_unless_the_recipe_says_otherwise(recipe):
-    assert dry_run.as_on_gpu(recipe().engine).local_crops == "packed"
+    assert dry_run.as_on_gpu(recipe().engine).crops == "packed"
     assert dry_run.as_on_gpu(recipe("engine.attention=matmul").engine).attention == "matmul"
 
 

@@ -92,13 +92,22 @@ def test_early_gradients_are_those_of_the_backward_pass():
     layer, unused = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
     first, second = torch.randn(4, 3), torch.randn(5, 3)
     everything = [*layer.parameters(), *unused.parameters()]
-    (layer(first).square().sum() * 0.3 + layer(second).exp().sum()).backward()
+    other, third = torch.nn.Linear(3, 2), torch.randn(5, 3)
+    everything += other.parameters()
+    (layer(first).square().sum() * 0.3 + (layer(third) * other(third)).sum() * 0.3).backward()
+    layer(second).exp().sum().backward()
+    expected_of_other = other.weight.grad.clone()
     expected = [parameter.grad.clone() for parameter in layer.parameters()]
     layer.zero_grad()
-    early = with_early_gradient(lambda: layer(first).square().sum(), everything)
+    other.zero_grad()
+    # The second reaches parameters that the first did not.
+    values = [lambda: layer(first).square().sum(), lambda: (layer(third) * other(third)).sum()]
+    early = with_early_gradient(values, everything)
+    torch.testing.assert_close(early, layer(first).square().sum() + (layer(third) * other(third)).sum())
     (early * 0.3 + layer(second).exp().sum()).backward()
     for parameter, gradient in zip(layer.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient)
+    torch.testing.assert_close(other.weight.grad, expected_of_other)
     assert unused.weight.grad is None
 
 
@@ -118,11 +127,11 @@ def test_early_gradients_free_what_they_needed():
             return gradient * 2
 
     weight = torch.nn.Parameter(torch.ones(2))
-    value = with_early_gradient(lambda: Watched.apply(weight).sum(), [weight])
+    value = with_early_gradient([lambda: Watched.apply(weight).sum()], [weight])
     assert not kept
     value.backward()
     assert weight.grad.tolist() == [2, 2]
     with torch.no_grad():
-        assert not with_early_gradient(lambda: weight.sum(), [weight]).requires_grad
-    constant = with_early_gradient(lambda: torch.ones((), requires_grad=True) * 2, [weight])
+        assert not with_early_gradient([lambda: weight.sum()], [weight]).requires_grad
+    constant = with_early_gradient([lambda: torch.ones((), requires_grad=True) * 2], [weight])
     assert constant.item() == 2

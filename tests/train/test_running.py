@@ -25,22 +25,22 @@ def settled(model, recipe, **engine):
 def test_auto_is_settled_and_said(model, recipe):
     engine, found = settled(model, recipe)
     assert engine.attention in ("sdpa", "matmul")
-    assert (engine.compile, engine.local_crops) == (False, "separate")
+    assert (engine.compile, engine.crops) == (False, "separate")
     assert {"sdpa", "matmul", "varlen", "xformers"} <= set(found["attention_probe"])
     assert isinstance(found["attention_probe"]["xformers"], str)
 
 
 def test_what_was_asked_for_is_taken(model, recipe):
-    engine, found = settled(model, recipe, attention="matmul", compile=True, local_crops="packed")
-    assert (engine.attention, engine.compile, engine.local_crops) == ("matmul", True, "packed")
+    engine, found = settled(model, recipe, attention="matmul", compile=True, crops="packed")
+    assert (engine.attention, engine.compile, engine.crops) == ("matmul", True, "packed")
     assert not found
 
 
-@pytest.mark.parametrize(("sharded", "local_crops"), [(True, "packed"), (False, "separate")])
-def test_only_weights_that_are_sharded_need_packed_crops(model, recipe, monkeypatch, sharded, local_crops):
+@pytest.mark.parametrize(("sharded", "crops"), [(True, "packed"), (False, "separate")])
+def test_only_weights_that_are_sharded_need_packed_crops(model, recipe, monkeypatch, sharded, crops):
     monkeypatch.setattr(running.ranks, "active", lambda: sharded)
-    engine, _ = settled(model, recipe, attention="sdpa", parallel="fsdp", local_crops="separate")
-    assert engine.local_crops == local_crops
+    engine, _ = settled(model, recipe, attention="sdpa", parallel="fsdp", crops="separate")
+    assert engine.crops == crops
 
 
 def test_a_kernel_that_does_not_work_here_is_one_line(model, recipe):
@@ -64,15 +64,13 @@ def test_a_machine_without_a_compiler_is_found_out(monkeypatch):
 def test_every_encoder_of_an_objective_is_told(model, recipe):
     content = recipe()
     objective = make_objective(content.objective, TrainedPartRecipe(), model.encoder, content.views, 6, 0)
-    engine = PretrainEngineRecipe(
-        attention="matmul", compile=False, gradient_checkpointing=True, local_crops="separate"
-    )
+    engine = PretrainEngineRecipe(attention="matmul", compile=False, gradient_checkpointing=True, crops="separate")
     apply(objective, engine)
     modules = [objective.student, *objective.frozen_modules()]
     encoders = [part for module in modules for part in module.modules() if isinstance(part, SliceEncoder)]
     assert len(encoders) == 3
     assert all((e._runner.kernel, e._runner.kept) == ("matmul", "inputs") for e in encoders)
-    assert objective.student.separate_local_pass
+    assert objective.student.separate_passes
 
 
 @pytest.mark.parametrize("value", ["true", "false"])
@@ -89,7 +87,7 @@ def test_a_resumed_run_keeps_what_was_settled(store, recipe, tmp_path, monkeypat
     pretrain(recipe("engine.attention=auto"), store, out=out, quiet=True)
     recorded = yaml.safe_load((out / "recipe.yaml").read_text())["engine"]
     assert recorded["attention"] in ("sdpa", "matmul")
-    assert recorded["local_crops"] == "separate"
+    assert recorded["crops"] == "separate"
     assert "attention_probe" in json.loads((out / "run.json").read_text())
     other = "matmul" if recorded["attention"] == "sdpa" else "sdpa"
     monkeypatch.setattr(running, "choose_kernel", lambda *arguments: (other, {}))

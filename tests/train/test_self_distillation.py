@@ -193,9 +193,9 @@ def test_state_round_trip(model, recipe, objective):
         fresh.load_state_dict({})
 
 
-def test_a_separate_pass_over_local_crops_changes_nothing_but_memory(objective, batch):
+def test_separate_passes_change_nothing_but_memory(objective, batch):
     def step(separate: bool):
-        objective.student.separate_local_pass = separate
+        objective.student.separate_passes = separate
         objective.student.drop_path = 0.0
         objective.student.zero_grad()
         loss, metrics = objective.loss(objective.student, batch, KEY)

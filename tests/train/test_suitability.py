@@ -147,7 +147,7 @@ def test_settings_that_one_crop_does_not_read(recipe):
 
 
 def test_sharded_weights_have_one_backward_pass(recipe):
-    settings = ("engine.parallel=fsdp", "engine.local_crops=separate")
+    settings = ("engine.parallel=fsdp", "engine.crops=separate")
     assert fit(recipe, *settings) == []
     (note,) = fit(recipe, *settings, num_processes=2)
     assert "packed, not separate" in note

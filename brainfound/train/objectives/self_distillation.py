@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -87,17 +87,38 @@ class SelfDistillationRecipe(AnchorRecipe):
         return self
 
 
-class StudentOutput(NamedTuple):
-    """What the losses need of the student."""
+class GlobalPass(NamedTuple):
+    """Global crops that the student encodes together, ``m`` of them, and what is masked in them."""
 
-    cls: Float[Tensor, "2·n D"]
-    patches: Float[Tensor, "2·n P D"]
+    crops: slice
+    masks: BlockMasks
+    """Of these crops, on their device."""
+    masked: slice
+    """Their masked tokens among those of all global crops."""
+    share_of_visible: float
+    """Their part of the crops of which nothing is masked."""
+
+
+class StudentOutput(NamedTuple):
+    """What the losses need of a pass over global crops."""
+
+    cls: Float[Tensor, "m D"]
+    patches: Float[Tensor, "m P D"]
     seen: Projection
-    """The CLS tokens of the global crops, through their head."""
+    """The CLS tokens, through their head."""
     guessed: Projection
     """The masked patch tokens, through theirs."""
-    local: Float[Tensor, ""]
-    """The loss of the local crops."""
+
+
+class StepLosses(NamedTuple):
+    """What the student's answers to the views of one step cost."""
+
+    of_local: Callable[[Projection], dict[str, Tensor]]
+    """Of the projected CLS tokens of all local crops: parts of the loss by their names."""
+    of_global: Callable[[StudentOutput, GlobalPass], dict[str, Tensor]]
+    """Of one pass over global crops; the parts of several passes add up."""
+    weigh: Callable[[dict[str, Tensor]], Float[Tensor, ""]]
+    """The weighted sum of parts."""
 
 
 class EncoderWithHeads(nn.Module):
@@ -107,7 +128,7 @@ class EncoderWithHeads(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.drop_path = recipe.drop_path
-        self.separate_local_pass = False
+        self.separate_passes = False
         names = ["dino"] if recipe.shared_head else ["dino", "ibot"]
         heads = {name: ProjectionHead(encoder.embed_dim, recipe.head) for name in names}
         for index, head in enumerate(heads.values()):
@@ -119,36 +140,68 @@ class EncoderWithHeads(nn.Module):
         return self.heads["ibot"] if "ibot" in self.heads else self.heads["dino"]
 
     def forward(
-        self,
-        large: Views,
-        masks: BlockMasks,
-        small: Views | None,
-        local_loss: Callable[[Projection], Float[Tensor, ""]],
-    ) -> StudentOutput:
+        self, large: Views, passes: Sequence[GlobalPass], small: Views | None, losses: StepLosses
+    ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """The student's pass over all views; one call, so that data-parallel training sees one forward.
 
-        Args:
-            local_loss: what the projected CLS tokens of the local crops cost.
-        """
-        encoder = self.encoder
-        local = large.pixels.new_zeros(())
-        groups = []
-        if small is not None:
-            if self.separate_local_pass:
-                local = with_early_gradient(lambda: self._local(small, local_loss), self.parameters())
-            else:
-                groups = [encoder.embed(small.pixels, small.contrast_mask)]
-        groups.append(encoder.embed(large.pixels, large.contrast_mask, bool_masked_pos=masks.mask))
-        *others, tokens = encoder.transform(groups, self.drop_path)
-        cls, patches, _ = encoder.encoding(tokens)
-        for other in others:
-            local = local_loss(self.heads["dino"](encoder.encoding(other).cls))
-        hidden = patches.flatten(0, 1).index_select(0, masks.indices)
-        return StudentOutput(cls, patches, self.heads["dino"](cls), self.ibot_head(hidden), local)
+        Where passes are separate, the gradient of each but the last is taken before the next begins.
 
-    def _local(self, small: Views, local_loss: Callable[[Projection], Float[Tensor, ""]]) -> Float[Tensor, ""]:
-        (tokens,) = self.encoder.transform([self.encoder.embed(small.pixels, small.contrast_mask)], self.drop_path)
-        return local_loss(self.heads["dino"](self.encoder.encoding(tokens).cls))
+        Returns:
+            The loss, and its parts before weighting, without gradients.
+        """
+        found: dict[str, Tensor] = {}
+
+        def weighed(parts: dict[str, Tensor]) -> Float[Tensor, ""]:
+            for name, part in parts.items():
+                found[name] = found.get(name, 0) + part.detach()
+            return losses.weigh(parts)
+
+        def of_local(crops: Views) -> Float[Tensor, ""]:
+            (tokens,) = self.encoder.transform([self._embed(crops)], self.drop_path)
+            return weighed(self._local_parts(tokens, losses))
+
+        def of_global(one: GlobalPass, packed: Sequence[Tensor] = ()) -> Float[Tensor, ""]:
+            tokens = self._embed(_rows(large, one.crops), one.masks.mask)
+            *others, tokens = self.encoder.transform([*packed, tokens], self.drop_path)
+            parts = losses.of_global(self._output(tokens, one.masks), one)
+            for other in others:
+                parts |= self._local_parts(other, losses)
+            return weighed(parts)
+
+        if not self.separate_passes:
+            (together,) = passes
+            total = of_global(together, [] if small is None else [self._embed(small)])
+            return total, found
+        *early, last = passes
+        values = [partial(of_local, crops) for crops in self._local_passes(large, small)]
+        values += [partial(of_global, one) for one in early]
+        # The last one begins when those before it have nothing left in memory but their gradients.
+        before = with_early_gradient(values, self.parameters())
+        return before + of_global(last), found
+
+    def _local_passes(self, large: Views, small: Views | None) -> list[Views]:
+        """The local crops, as many at a time as are no more tokens than one global crop of every slice."""
+        if small is None:
+            return []
+        num_slices = len(large.pixels) // 2
+        area = large.pixels.shape[-2:].numel() // small.pixels.shape[-2:].numel()
+        at_a_time = max(1, area) * num_slices
+        return [_rows(small, slice(at, at + at_a_time)) for at in range(0, len(small.pixels), at_a_time)]
+
+    def _embed(self, views: Views, masked: Bool[Tensor, "m P"] | None = None) -> Float[Tensor, "m L D"]:
+        return self.encoder.embed(views.pixels, views.contrast_mask, bool_masked_pos=masked)
+
+    def _output(self, tokens: Float[Tensor, "m L D"], masks: BlockMasks) -> StudentOutput:
+        cls, patches, _ = self.encoder.encoding(tokens)
+        hidden = patches.flatten(0, 1).index_select(0, masks.indices)
+        return StudentOutput(cls, patches, self.heads["dino"](cls), self.ibot_head(hidden))
+
+    def _local_parts(self, tokens: Float[Tensor, "m L D"], losses: StepLosses) -> dict[str, Tensor]:
+        return losses.of_local(self.heads["dino"](self.encoder.encoding(tokens).cls))
+
+
+def _rows(views: Views, rows: slice) -> Views:
+    return Views(views.pixels[rows], views.contrast_mask[rows])
 
 
 class Targets(NamedTuple):
@@ -240,17 +293,36 @@ class SelfDistillation(Objective):
             numpy_generator(MASKS, key.seed, *key.keys),
             self.recipe.mask_probability,
             self.recipe.mask_ratio,
-        ).to(device)
+        )
+        passes = self._global_passes(masks, device)
         temperature = self.schedule(key.step)["teacher_temperature"]
-        targets, masked_targets = self.targets(views, masks, temperature)
-        output = student(views.global_views, masks, views.local_views, partial(self.local_loss, targets))
-        parts = self.loss_parts(output, targets, masked_targets, masks, batch.sessions)
-        parts |= self._anchor_parts(output, views, masks)
-        total = torch.stack([self.weight(name) * part for name, part in parts.items()]).sum()
-        metrics = {f"loss_{name}": part.detach() for name, part in parts.items()}
-        metrics["loss_dino"] = metrics["loss_dino_global"] + metrics["loss_dino_local"]
+        targets, masked_targets = self.targets(views, masks.indices.to(device), temperature)
+
+        def of_global(output: StudentOutput, one: GlobalPass) -> dict[str, Tensor]:
+            parts = self.loss_parts(output, targets, masked_targets.of(one.masked), one, batch.sessions)
+            return parts | self._anchor_parts(output, views, one)
+
+        step_losses = StepLosses(partial(self.local_parts, targets), of_global, self.weigh)
+        total, parts = student(views.global_views, passes, views.local_views, step_losses)
+        metrics = {f"loss_{name}": part for name, part in parts.items()}
+        metrics["loss_dino"] = metrics["loss_dino_global"] + metrics.get("loss_dino_local", 0)
         self._last = targets, metrics
         return total, metrics
+
+    def _global_passes(self, masks: BlockMasks, device: torch.device) -> list[GlobalPass]:
+        """All global crops together, or first the one of every slice and then the other."""
+        num_crops, num_passes = len(masks.mask), 2 if self.student.separate_passes else 1
+        passes = []
+        for first in range(0, num_crops, num_crops // num_passes):
+            crops = slice(first, first + num_crops // num_passes)
+            part, masked = masks.of_crops(crops)
+            share = len(part.visible) / max(1, len(masks.visible))
+            passes.append(GlobalPass(crops, part.to(device), masked, share))
+        return passes
+
+    def weigh(self, parts: dict[str, Tensor]) -> Float[Tensor, ""]:
+        """The weighted sum of parts of the loss."""
+        return torch.stack([self.weight(name) * part for name, part in parts.items()]).sum()
 
     def weight(self, part: str) -> float:
         """The weight of a part of the loss."""
@@ -265,7 +337,7 @@ class SelfDistillation(Objective):
         }[part]
 
     @torch.no_grad()
-    def targets(self, views: CropViews, masks: BlockMasks, temperature: float) -> tuple[Targets, Assignments]:
+    def targets(self, views: CropViews, masked: Int[Tensor, "M"], temperature: float) -> tuple[Targets, Assignments]:
         """The teacher's answers to the global crops, unmasked; of patches only where the student is masked.
 
         The answers to patches are the largest thing of a step: apart, so that they can be forgotten first.
@@ -273,16 +345,17 @@ class SelfDistillation(Objective):
         large = views.global_views
         cls, patches, _ = _encode(self.teacher.encoder, large.pixels, large.contrast_mask)
         seen = self.teacher.heads["dino"](cls)
-        hidden = self.teacher.ibot_head(patches.flatten(0, 1).index_select(0, masks.indices))
+        hidden = self.teacher.ibot_head(patches.flatten(0, 1).index_select(0, masked))
         iterations = self.recipe.sinkhorn_iterations
         targets = Targets(cls, seen, assign(seen, temperature, iterations), temperature)
         return targets, assign(hidden, temperature, iterations)
 
-    def local_loss(self, targets: Targets, projection: Projection) -> Float[Tensor, ""]:
-        """The CLS loss of the local crops; see `losses.dino_loss`."""
+    def local_parts(self, targets: Targets, projection: Projection) -> dict[str, Tensor]:
+        """The CLS loss of some local crops of every slice; see `losses.dino_loss`."""
         num_slices = len(targets.cls) // 2
         slices = torch.arange(len(projection.unit), device=projection.unit.device) % num_slices
-        return self._cls_loss(projection, targets, torch.stack((slices, slices + num_slices), dim=1))
+        target_rows = torch.stack((slices, slices + num_slices), dim=1)
+        return {"dino_local": self._cls_loss(projection, targets, target_rows)}
 
     def _cls_loss(
         self, projection: Projection, targets: Targets, target_rows: Int[Tensor, "N targets"]
@@ -297,32 +370,38 @@ class SelfDistillation(Objective):
         output: StudentOutput,
         targets: Targets,
         masked_targets: Assignments,
-        masks: BlockMasks,
+        one: GlobalPass,
         sessions: Int[Tensor, "n"],
     ) -> dict[str, Tensor]:
-        """The parts that need no anchor, before weighting; `brainfound.train.losses` defines them."""
-        other_crop = torch.arange(len(output.cls), device=output.cls.device).roll(len(output.cls) // 2)
-        weights = masks.weights / len(output.cls)
+        """What a pass over global crops adds to the parts that need no anchor; `brainfound.train.losses` defines them.
+
+        Args:
+            masked_targets: of the masked tokens of this pass.
+        """
+        num_crops = len(targets.cls)
+        other_crop = torch.arange(num_crops, device=output.cls.device).roll(num_crops // 2)[one.crops]
+        weights = one.masks.weights / num_crops
         parts = {
             "dino_global": self._cls_loss(output.seen, targets, other_crop[:, None]),
-            "dino_local": output.local,
             "ibot": cross_entropy_sum(output.guessed, masked_targets, weights, self.recipe.student_temperature),
         }
         if self.recipe.koleo_weight:
             groups = ranks.gather_rows(sessions)
-            spread = [losses.koleo(ranks.gather_rows(crop), groups) for crop in output.cls.chunk(2)]
-            parts["koleo"] = torch.stack(spread).sum()
+            crops = output.cls.split(num_crops // 2)
+            parts["koleo"] = torch.stack([losses.koleo(ranks.gather_rows(crop), groups) for crop in crops]).sum()
         return parts
 
-    def _anchor_parts(self, output: StudentOutput, views: CropViews, masks: BlockMasks) -> dict[str, Tensor]:
+    def _anchor_parts(self, output: StudentOutput, views: CropViews, one: GlobalPass) -> dict[str, Tensor]:
         """The distance to the starting checkpoint, on the crops of which the student saw everything."""
-        if self.anchor is None:
+        visible = one.masks.visible
+        if self.anchor is None or not len(visible):
             return {}
-        large = views.global_views
+        large = _rows(views.global_views, one.crops)
         with torch.no_grad():
-            anchor = _encode(self.anchor, large.pixels[masks.visible], large.contrast_mask[masks.visible])
-        seen = output.patches[masks.visible], output.cls[masks.visible]
-        return anchor_parts(self.recipe, *seen, anchor.patches, anchor.cls)
+            anchor = _encode(self.anchor, large.pixels[visible], large.contrast_mask[visible])
+        parts = anchor_parts(self.recipe, output.patches[visible], output.cls[visible], anchor.patches, anchor.cls)
+        # Each part is a mean over the crops of its pass.
+        return {name: part * one.share_of_visible for name, part in parts.items()}
 
     @torch.no_grad()
     def after_step(self, step: int, taken: Float[Tensor, ""]) -> None:
