@@ -36,7 +36,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--unsafe-seeds", type=int, nargs="*", default=[0])
     parser.add_argument("--sessions", type=int, default=120, help="for pretraining")
-    parser.add_argument("--test-sessions", type=int, default=100)
+    parser.add_argument("--test-sessions", type=int, default=150)
     parser.add_argument("--spacing-mm", type=float, default=2.5, help="of the simulation")
     parser.add_argument("--slice-mm", type=float, default=5.0, help="distance of slices in the stores")
     parser.add_argument("--leaves", type=int, nargs=2, default=[240, 12], metavar=("STACKS", "SLICES"))
@@ -49,14 +49,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--num-local", type=int, default=4)
     parser.add_argument("--prototypes", type=int, default=1024)
     parser.add_argument("--start-batch", type=int, default=32)
-    parser.add_argument("--batch", type=int, default=16, help="of the continued runs")
+    parser.add_argument("--batch", type=int, default=32, help="of the continued runs")
     parser.add_argument("--objective", choices=("self_distillation", "hybrid", "masked_autoencoder"),
-                        default="self_distillation", help="of the ladder's runs")  # fmt: skip
+                        default="masked_autoencoder", help="of the ladder's runs")  # fmt: skip
     parser.add_argument("--start-steps", type=int, default=400)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--unsafe-steps", type=int, default=150, help="of the runs with bad settings")
     parser.add_argument(
-        "--probe-target", default="auto", help="what the guard's probe looks at in the pretraining part"
+        "--probe-target", default="slice_position", help="what the guard's probe looks at in the pretraining part"
     )
     parser.add_argument("--looks", type=int, default=12, help="probes of a run, after the one before its first step")
     parser.add_argument("--set-start", action="append", default=[], metavar="KEY=VALUE", help="of the start's recipe")

@@ -220,7 +220,8 @@ def continued(module, monkeypatch):
 def test_continued_pretraining_at_tiny_size_and_once_more(continued, tmp_path, capsys, monkeypatch):
     sizes = shlex.split(
         "--sessions 6 --test-sessions 8 --spacing-mm 8 --slice-mm 20 --leaves 4 3 --patches 4 4 2 --width 16 "
-        "--layers 1 --heads 1 --num-local 1 --prototypes 16 --batch 4 --start-steps 2 --steps 6 --looks 3 "
+        "--layers 1 --heads 1 --num-local 1 --prototypes 16 --batch 4 --start-batch 4 "
+        "--start-steps 2 --steps 6 --unsafe-steps 6 --looks 3 "
         "--seeds 0 --workers 1 --probe-target slice_position"
     )
     out, work = tmp_path / "results.json", tmp_path / "work"
