@@ -76,6 +76,8 @@ def main(arguments: list[str] | None = None) -> None:
                                                        for k, v in vars(options).items()}}  # fmt: skip
     for name in ("work", "out", "picture", "label_maps"):
         result["settings"].pop(name)  # a machine's paths say nothing to a reader
+    if options.init is not None:
+        result["settings"]["init"] = Path(options.init).name
     result |= Experiment(options).run()
     result["minutes"] = figure((time.perf_counter() - started) / 60)
     text = json.dumps(result, indent=1, ensure_ascii=False)
@@ -137,13 +139,16 @@ class Experiment:
         """The folder of each part's store."""
         from shifted_cohorts import PARTS, key_of, make_store
 
+        from brainfound.data.phantom.label_maps import find_label_maps
+
         options, preprocessing = self.options, self._preprocessing()
+        maps = [] if label_maps is None else [(f.name, f.stat().st_size) for f in find_label_maps(label_maps)]
         folders = {}
         for part in PARTS:
             if part.name not in ("pretraining", options.part):
                 continue
             num = options.sessions if part.name == "pretraining" else options.test_sessions
-            settings = {"part": asdict(part), "num": num, "painted": label_maps is not None,
+            settings = {"part": asdict(part), "num": num, "maps": maps,
                         "spacing_mm": options.spacing_mm, "preprocessing": preprocessing.model_dump()}  # fmt: skip
             kind = "own" if label_maps is None else "painted"
             folder = self.work / f"{kind}-{part.name}-{key_of(settings)}"
@@ -182,13 +187,14 @@ class Experiment:
 
     def _pretrain(self, stores: dict[str, dict[str, Path]], start: str) -> dict[str, dict[str, list[Path]]]:
         """Folders of the runs: cohort → kind → runs, several at a time."""
-        from continued_runs import ladder, run_once, unsafe
+        from continued_runs import SMALL_START_LR, ladder, run_once, unsafe
         from worker_processes import in_processes
 
         options = self.options
+        of_small_start = [f"optim.lr={SMALL_START_LR}"] if options.init is None else []
         few_steps = replace(self.sizes, steps=options.unsafe_steps)
         kinds = {
-            "ladder": (ladder, self.sizes, options.seeds, options.set),
+            "ladder": (ladder, self.sizes, options.seeds, of_small_start + options.set),
             "unsafe": (unsafe, few_steps, options.unsafe_seeds, options.set_unsafe),
         }
         folders: dict[str, dict[str, list[Path]]] = {}

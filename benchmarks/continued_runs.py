@@ -18,9 +18,9 @@ from brainfound.train.pretrain import PretrainRecipe, pretrain
 
 LADDER_RECIPE = "pretrain-vits14-laptop"
 """The ladder is as in this recipe of the project: only sizes and steps are other."""
-LADDER_LR = 1e-3
-"""At batch 128. The recipe's 1e-4 is for released models, which are larger and know far more; of 1e-3 and 3e-3 the one
-that did better on the development part."""
+SMALL_START_LR = 1e-3
+"""At batch 128, for a start that is trained here. The recipe's 1e-4 is for released models, which are larger and know
+far more; of 1e-3 and 3e-3 the one that did better on the development part."""
 UPSTREAM_LR = 4e-3
 """DINOv2's base rate, for its batch of 1,024, as it stands: not scaled down to the batch at hand."""
 
@@ -113,7 +113,7 @@ def ladder(sizes: Sizes, seed: int, changes: tuple[str, ...] = ()) -> PretrainRe
         LADDER_RECIPE, sizes, seed, sizes.steps,
         f"schedule.warmup_steps={scaled(schedule.warmup_steps)}",
         f"schedule.head_warmup_steps={scaled(schedule.head_warmup_steps)}",
-        *of_objective, f"optim.lr={LADDER_LR}", f"guard.grace_steps={scaled(recipe.guard.grace_steps)}",
+        *of_objective, f"guard.grace_steps={scaled(recipe.guard.grace_steps)}",
         f"probe.every={max(1, sizes.steps // sizes.looks)}", f"probe.target={sizes.probe_target}",
         f"engine.checkpoint_every={max(1, sizes.steps // 3)}",
         *changes,

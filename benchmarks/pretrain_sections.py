@@ -117,14 +117,10 @@ def measure_steps(bench: Bench) -> dict[str, Any]:
         depth = stack.enter_context(bench.ours(drop_path=bench.options.depth))
         workers = {PEER: peer, OURS: ours, depth_name: depth}
         peaks, counts = first_steps(workers)
-        seconds = interleave(
-            {name: _step(worker) for name, worker in workers.items()}
-            | {
-                OURS_UINT8: lambda: ours.ask("step", views="from uint8"),
-                "products": lambda: ours.ask("products")["seconds"],
-            },
-            bench.options.rounds,
-        )
+        tools = {name: _step(worker) for name, worker in workers.items()}
+        tools[OURS_UINT8] = lambda: ours.ask("step", views="from uint8")
+        tools["products"] = lambda: ours.ask("products")["seconds"]
+        seconds = interleave(tools, bench.options.rounds, timed_by_themselves=["products"])
     return {
         "rate_over_peer": {n: ratio(seconds[PEER], seconds[n]) for n in seconds if n not in (PEER, "products")},
         "images_per_second": {n: bench.images_per_second(s) for n, s in seconds.items() if n != "products"},
@@ -143,7 +139,8 @@ def measure_alone(bench: Bench) -> dict[str, Any]:
     with bench.ours() as ours:
         peaks, counts = first_steps({OURS: ours})
         tools = {OURS: _step(ours), OURS_UINT8: lambda: ours.ask("step", views="from uint8")}
-        seconds = interleave(tools | {"products": lambda: ours.ask("products")["seconds"]}, bench.options.rounds)
+        products = {"products": lambda: ours.ask("products")["seconds"]}
+        seconds = interleave(tools | products, bench.options.rounds, timed_by_themselves=["products"])
     return {
         "images_per_second": {n: bench.images_per_second(s) for n, s in seconds.items() if n != "products"},
         "mfu": ratio(seconds["products"], seconds[OURS]),

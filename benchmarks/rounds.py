@@ -7,7 +7,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +44,15 @@ def use_one_core() -> int | None:
     return core
 
 
-def interleave(tools: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+def interleave(
+    tools: Mapping[str, Callable[[], Any]], rounds: int, timed_by_themselves: Collection[str] = ()
+) -> dict[str, list[float]]:
     """Seconds of each tool in each round: one warm-up of all, then A B C, A B C, …
 
     What disturbs the machine for a while disturbs neighbours in a round alike, so ratios are taken within rounds.
-    A tool that prepares itself first measures its own time, and gives it back as a float.
+
+    Args:
+        timed_by_themselves: tools that prepare something first; they give back the seconds of what counts.
     """
     for run in tools.values():
         run()
@@ -57,7 +61,8 @@ def interleave(tools: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str,
         for name, run in tools.items():
             started = time.perf_counter()
             measured = run()
-            seconds[name].append(measured if isinstance(measured, float) else time.perf_counter() - started)
+            taken = time.perf_counter() - started
+            seconds[name].append(measured if name in timed_by_themselves else taken)
     return seconds
 
 

@@ -83,7 +83,11 @@ def main() -> None:
     torch.set_num_threads(settings["threads"])
     recipe = recipe_of(settings)
     server = StepServer(settings)
-    server.facts = {"tool": "BrainFound", "torch": torch.__version__, "recipe": recipe.model_dump(mode="json")}
+    server.facts = {
+        "tool": "BrainFound",
+        "torch": torch.__version__,
+        "recipe": recipe.model_dump(mode="json", exclude={"init"}),
+    }
     server.extra["save_views"] = InMemoryViews(server).save
     finish = PretrainTask.after_step
 

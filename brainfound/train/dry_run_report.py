@@ -179,6 +179,7 @@ def advice(trial: Trial, engine: PretrainEngineRecipe, machine: Machine, bf16: b
         return f"It would fit with {', or '.join(found)}."
     least = min(sum(_parts(trial, engine, machine, parallel, finer[-1], bf16).values()) for parallel in _ways(machine))
     others = [] if engine.gradient_checkpointing is True else ["engine.gradient_checkpointing=true (not measured here)"]
+    others += ["engine.crops=separate (not measured here)"] if engine.parallel == "ddp" else []
     others += ["more GPUs with engine.parallel=fsdp", "larger GPUs"]
     return f"With one image at a time it still needs {size(least)}. Try {', or '.join(others)}."
 

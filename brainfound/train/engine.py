@@ -112,7 +112,6 @@ class Engine:
             self.model, self.optimizer = task.model, accelerator.prepare(optimizer)
         else:
             self.model, self.optimizer = accelerator.prepare(task.model, optimizer)
-        allocate_moments(optimizer)
         self.log = TrainingLog(run_folder / "log.jsonl", recipe.steps, quiet, accelerator.is_main_process)
         self.health = StepHealth(accelerator.device, recipe.max_skipped_in_a_row)
         self.signals = StopSignals(accelerator.device, recipe.log_every)
@@ -163,6 +162,7 @@ class Engine:
     def _train(self, save: bool) -> None:
         """Train from the present step to the last one."""
         recipe, task = self.recipe, self.task
+        allocate_moments(self.optimizer)
         self.model.train()
         if self.step == 0 and self._saved_step != 0:
             self._evaluate(save)

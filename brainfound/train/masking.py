@@ -4,7 +4,8 @@ Axis legend: ``N`` crops, ``P`` patch tokens (rows · columns of the grid), ``M`
 
 Source: BEiT (arXiv 2106.08254, algorithm 1) for blocks; iBOT and DINOv2 for masking a part of the
 crops at ratios spread over a range. Here the ratios are the mid-points of the strata, so the number
-of masked tokens is the same in every step and tensors keep their shapes.
+of masked tokens is the same in every step and tensors keep their shapes (a part of the crops has another number
+each time).
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class BlockMasks:
         """The same on a device; on a GPU without waiting for it."""
         return BlockMasks(*(onto(part, device) for part in (self.mask, self.indices, self.weights, self.visible)))
 
-    def of_crops(self, crops: slice) -> tuple[BlockMasks, slice]:
+    def cut(self, crops: slice) -> tuple[BlockMasks, slice]:
         """The masks of some successive crops, and the place of their masked tokens among all of them."""
         first, last = crops.start, crops.stop
         before, inside = int(self.mask[:first].sum()), int(self.mask[crops].sum())

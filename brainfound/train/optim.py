@@ -114,12 +114,15 @@ def make_optimizer(groups: list[dict[str, Any]], recipe: OptimRecipe) -> torch.o
     )
 
 
-def allocate_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Give each parameter of a fused AdamW that has no state yet the moments that its first step would make.
+def allocate_moments(optimizer: Any) -> None:
+    """Give each parameter that has no state yet the moments that the first step of a fused AdamW would make.
 
-    Made then, they would lie for good in the gaps that the first backward pass leaves behind, and later passes
-    would not find room between them: a tenth of the memory of a step on a CPU.
+    Nothing happens to other optimisers. Made at the first step, they would lie for good in the gaps that the first
+    backward pass leaves behind, and later passes would not find room between them.
     """
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's is around it
+    if not isinstance(optimizer, torch.optim.AdamW):
+        return
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if not optimizer.state[parameter]:

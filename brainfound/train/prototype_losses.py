@@ -7,6 +7,8 @@ operation, they cost more time than the backbone's attention and most of the mem
 without, exactly:
 
 - Sinkhorn-Knopp only ever scales rows and columns. `Assignments` holds the exponentials once, and two vectors.
+- Prototypes are brought to length 1 once per pass; the gradient of that, written out, needs one new tensor of their
+  size in place of eight.
 - Cross-entropy is ``mass · lse(s) − ⟨t, s⟩`` and its gradient ``softmax(s) · mass − t``; both follow from a few rows
   of scores at a time, which are forgotten at once. Gradients are computed in the forward pass, so nothing is
   computed twice.
@@ -30,6 +32,34 @@ _PIECE_BYTES = {"cpu": 64 * 2**20}
 _PIECE_BYTES_ELSEWHERE = 512 * 2**20
 # exp() of anything above −80 is an ordinary float32; cosines over a temperature span 2 / temperature.
 _SAFE_SPAN = 80.0
+_SHORTEST = 1e-12  # that a row is divided by
+_ROWS_IN_CACHE = 4096
+
+
+def unit_rows(weight: Float[Tensor, "K D"]) -> Float[Tensor, "K D"]:
+    """Rows at length 1, as `torch.nn.functional.normalize` makes them, with a gradient that costs a third."""
+    return _UnitRows.apply(weight)
+
+
+class _UnitRows(torch.autograd.Function):
+    """The gradient of w / |w| is (g − w ⟨g, w⟩ / |w|²) / |w|."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        length = torch.linalg.vector_norm(weight, dim=-1, keepdim=True).clamp_min_(_SHORTEST)
+        ctx.save_for_backward(weight, length)
+        return weight / length
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        weight, length = ctx.saved_tensors
+        found = torch.empty_like(gradient)
+        size = _ROWS_IN_CACHE if gradient.device.type == "cpu" else max(1, len(gradient))
+        parts = zip(*(part.split(size) for part in (gradient, weight, length, found)), strict=True)
+        for of_gradient, of_weight, of_length, of_found in parts:
+            along = (of_gradient * of_weight).sum(dim=-1, keepdim=True) / of_length.square()
+            torch.addcmul(of_gradient, of_weight, along, value=-1, out=of_found).div_(of_length)
+        return found
 
 
 class Projection(NamedTuple):
@@ -57,7 +87,7 @@ class Assignments:
         """The targets of some rows."""
         return (self.mass[rows] * self.prototype_scale).mul_(self.row_scale[rows, None])
 
-    def of(self, rows: slice) -> Assignments:
+    def part(self, rows: slice) -> Assignments:
         """Those of some rows; the masses are not copied."""
         return Assignments(self.mass[rows], self.row_scale[rows], self.prototype_scale)
 

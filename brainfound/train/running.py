@@ -1,8 +1,8 @@
 """How the models of pretraining are run: attention kernel, compilation, and what memory is spent on.
 
-None of it changes what is learnt, beyond rounding and the branches that stochastic depth happens to drop. "auto" is
-settled once by trying, and what was settled is written into the run's recipe, so that a resumed run computes as it
-did before.
+None of it changes what is learnt, beyond rounding and what stochastic depth drops (whole sequences of a pass: of few
+slices, passes of their own drop another number). "auto" is settled once by trying, and what was settled is written into
+the run's recipe, so that a resumed run computes as it did before.
 """
 
 from __future__ import annotations

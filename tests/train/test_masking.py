@@ -63,7 +63,7 @@ def test_an_impossible_count_is_refused():
 @pytest.mark.parametrize("probability", [0.0, 0.5, 1.0])
 def test_masks_of_some_crops_are_those_of_all(probability):
     masks = draw_masks(6, (4, 4), np.random.default_rng(3), probability, (0.1, 0.6))
-    parts = [masks.of_crops(slice(first, first + 3)) for first in (0, 3)]
+    parts = [masks.cut(slice(first, first + 3)) for first in (0, 3)]
     assert [where.start for _, where in parts] == [0, parts[0][1].stop]
     assert parts[1][1].stop == len(masks.indices)
     assert torch.equal(torch.cat([part.mask for part, _ in parts]), masks.mask)

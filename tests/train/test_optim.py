@@ -109,6 +109,12 @@ def test_moments_made_beforehand_are_those_of_the_first_step():
             torch.testing.assert_close(found[name], wanted[name], rtol=0, atol=0)
 
 
+def test_moments_are_made_for_adamw_alone():
+    optimizer = torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=0.1)
+    allocate_moments(optimizer)
+    assert not optimizer.state
+
+
 def test_each_group_is_clipped_by_its_own_norm():
     large, small = (torch.nn.Parameter(torch.zeros(4)) for _ in range(2))
     large.grad, small.grad = torch.full((4,), 10.0), torch.full((4,), 0.5)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from brainfound.train import losses, prototype_losses
 from brainfound.train.early_gradient import with_early_gradient
-from brainfound.train.prototype_losses import Assignments, Projection, assign, cross_entropy_sum
+from brainfound.train.prototype_losses import Assignments, Projection, assign, cross_entropy_sum, unit_rows
 
 
 def projection(num_rows, seed, num_prototypes=37, width=8, dtype=torch.float32):
@@ -135,3 +135,24 @@ def test_early_gradients_free_what_they_needed():
         assert not with_early_gradient([lambda: weight.sum()], [weight]).requires_grad
     constant = with_early_gradient([lambda: torch.ones((), requires_grad=True) * 2], [weight])
     assert constant.item() == 2
+
+
+def test_unit_rows_are_those_of_normalize():
+    torch.manual_seed(0)
+    weight = torch.randn(37, 5, dtype=torch.float64) * torch.logspace(-3, 3, 37, dtype=torch.float64)[:, None]
+    weight = weight.requires_grad_()
+    gradient = torch.randn_like(weight)
+    expected = F.normalize(weight, dim=-1)
+    assert torch.equal(unit_rows(weight), expected)
+    (wanted,) = torch.autograd.grad(expected, weight, gradient)
+    (found,) = torch.autograd.grad(unit_rows(weight), weight, gradient)
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+    assert torch.autograd.gradcheck(unit_rows, weight[15:20].detach().requires_grad_())
+
+
+def test_unit_rows_in_pieces(monkeypatch):
+    weight, gradient = torch.randn(10, 3, requires_grad=True), torch.randn(10, 3)
+    (whole,) = torch.autograd.grad(unit_rows(weight), weight, gradient)
+    monkeypatch.setattr(prototype_losses, "_ROWS_IN_CACHE", 4)
+    (pieces,) = torch.autograd.grad(unit_rows(weight), weight, gradient)
+    assert torch.equal(whole, pieces)

@@ -193,16 +193,29 @@ def test_state_round_trip(model, recipe, objective):
         fresh.load_state_dict({})
 
 
-def test_separate_passes_change_nothing_but_memory(objective, batch):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        (),
+        ("views.num_local=0",),
+        ("views.num_local=7", "views.local_size=8"),  # pieces of several crops, the last one smaller
+        ("objective.mask_probability=0.05",),  # of few crops: one pass masks nothing
+        ("objective.mask_probability=0.95",),  # one pass shows nothing whole
+    ],
+)
+def test_separate_passes_change_nothing_but_memory(model, recipe, batch, settings):
+    objective = make(model, recipe, "objective.drop_path=0", *settings)
+
     def step(separate: bool):
         objective.student.separate_passes = separate
-        objective.student.drop_path = 0.0
         objective.student.zero_grad()
         loss, metrics = objective.loss(objective.student, batch, KEY)
         (loss * 0.5).backward()
-        return metrics, {name: p.grad for name, p in objective.student.named_parameters()}
+        return loss, metrics, {name: p.grad for name, p in objective.student.named_parameters()}
 
-    (packed, expected), (separate, found) = step(False), step(True)
+    (loss, packed, expected), (same, separate, found) = step(False), step(True)
+    torch.testing.assert_close(same, loss)
+    assert separate.keys() == packed.keys()
     for name, value in packed.items():
         torch.testing.assert_close(separate[name], value)
     for name, gradient in expected.items():

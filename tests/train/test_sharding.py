@@ -215,7 +215,7 @@ def require_close(first: Path, second: Path) -> None:
 def test_two_sharded_processes_train_as_two_that_are_not(store, recipe, tmp_path):
     """The same losses, teacher, checkpoints and export; and a run goes on the other way from its checkpoint."""
     # 36 rows over 2 ranks, and one-row tokens that only rank 0 can hold; micro-batches and an anchor take part.
-    # Packed, as sharded training always is: apart, the local crops would draw another stochastic depth.
+    # Packed, as sharded training always is: apart, crops would draw another stochastic depth.
     changes = ("init.scratch.hidden_size=36", "engine.accumulation=2", "engine.crops=packed")
     (tmp_path / "tiny.yaml").write_text(anchored(recipe(*changes), tmp_path, store).to_yaml())
     (tmp_path / "run.py").write_text(SCRIPT)

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from brainfound.recipes import Recipe
-from brainfound.train.prototype_losses import Projection
+from brainfound.train.prototype_losses import Projection, unit_rows
 
 
 class HeadRecipe(Recipe):
@@ -63,4 +63,4 @@ class ProjectionHead(nn.Module):
         # A larger eps than the default keeps the gradient of a near-zero bottleneck finite in bfloat16.
         narrow = self.mlp(embeddings)
         unit = F.normalize(narrow.to(torch.promote_types(narrow.dtype, torch.float32)), dim=-1, eps=1e-6)
-        return Projection(unit, F.normalize(self.last_layer.weight, dim=-1))
+        return Projection(unit, unit_rows(self.last_layer.weight))

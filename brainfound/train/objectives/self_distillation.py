@@ -1,7 +1,7 @@
 """Self-distillation on slices: DINO on the CLS token, iBOT on masked patches, KoLeo, and an anchor.
 
-Axis legend: ``n`` slices, ``L`` local crops per slice, ``C`` contrasts, ``P`` patch tokens of a
-global crop, ``M`` masked tokens, ``D`` width, ``K`` prototypes. Rows of crops are crop-major: crop A
+Axis legend: ``n`` slices, ``m`` crops of a pass, ``C`` contrasts, ``T`` tokens of a crop, ``P`` patch tokens of
+a global crop, ``M`` masked tokens, ``D`` width, ``K`` prototypes. Rows of crops are crop-major: crop A
 of all slices, then crop B of all slices.
 
 Sources: DINOv2 (arXiv 2304.07193, section 4) for the losses and constants; DINOv3 (2508.10104,
@@ -25,6 +25,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from brainfound.data.augmentation import CropViews, MultiCrop, Views, ViewsRecipe
+from brainfound.data.augmentation.drawing import onto
 from brainfound.errors import RecipeError
 from brainfound.models.encoder import SliceEncoder, SliceEncoding
 from brainfound.train import losses, ranks, schedules
@@ -114,9 +115,9 @@ class StepLosses(NamedTuple):
     """What the student's answers to the views of one step cost."""
 
     of_local: Callable[[Projection], dict[str, Tensor]]
-    """Of the projected CLS tokens of all local crops: parts of the loss by their names."""
+    """Of the projected CLS tokens of some local crops of every slice: parts of the loss by their names."""
     of_global: Callable[[StudentOutput, GlobalPass], dict[str, Tensor]]
-    """Of one pass over global crops; the parts of several passes add up."""
+    """Of one pass over global crops. The parts of several passes add up."""
     weigh: Callable[[dict[str, Tensor]], Float[Tensor, ""]]
     """The weighted sum of parts."""
 
@@ -160,10 +161,10 @@ class EncoderWithHeads(nn.Module):
             (tokens,) = self.encoder.transform([self._embed(crops)], self.drop_path)
             return weighed(self._local_parts(tokens, losses))
 
-        def of_global(one: GlobalPass, packed: Sequence[Tensor] = ()) -> Float[Tensor, ""]:
-            tokens = self._embed(_rows(large, one.crops), one.masks.mask)
+        def of_global(global_pass: GlobalPass, packed: Sequence[Tensor] = ()) -> Float[Tensor, ""]:
+            tokens = self._embed(_rows(large, global_pass.crops), global_pass.masks.mask)
             *others, tokens = self.encoder.transform([*packed, tokens], self.drop_path)
-            parts = losses.of_global(self._output(tokens, one.masks), one)
+            parts = losses.of_global(self._output(tokens, global_pass.masks), global_pass)
             for other in others:
                 parts |= self._local_parts(other, losses)
             return weighed(parts)
@@ -174,7 +175,7 @@ class EncoderWithHeads(nn.Module):
             return total, found
         *early, last = passes
         values = [partial(of_local, crops) for crops in self._local_passes(large, small)]
-        values += [partial(of_global, one) for one in early]
+        values += [partial(of_global, global_pass) for global_pass in early]
         # The last one begins when those before it have nothing left in memory but their gradients.
         before = with_early_gradient(values, self.parameters())
         return before + of_global(last), found
@@ -183,20 +184,22 @@ class EncoderWithHeads(nn.Module):
         """The local crops, as many at a time as are no more tokens than one global crop of every slice."""
         if small is None:
             return []
-        num_slices = len(large.pixels) // 2
-        area = large.pixels.shape[-2:].numel() // small.pixels.shape[-2:].numel()
-        at_a_time = max(1, area) * num_slices
+        large_tokens, small_tokens = (
+            self.encoder.num_prefix_tokens + views.pixels.shape[-2:].numel() // self.encoder.patch_size**2
+            for views in (large, small)
+        )
+        at_a_time = max(1, large_tokens // small_tokens) * (len(large.pixels) // 2)
         return [_rows(small, slice(at, at + at_a_time)) for at in range(0, len(small.pixels), at_a_time)]
 
-    def _embed(self, views: Views, masked: Bool[Tensor, "m P"] | None = None) -> Float[Tensor, "m L D"]:
+    def _embed(self, views: Views, masked: Bool[Tensor, "m P"] | None = None) -> Float[Tensor, "m T D"]:
         return self.encoder.embed(views.pixels, views.contrast_mask, bool_masked_pos=masked)
 
-    def _output(self, tokens: Float[Tensor, "m L D"], masks: BlockMasks) -> StudentOutput:
+    def _output(self, tokens: Float[Tensor, "m T D"], masks: BlockMasks) -> StudentOutput:
         cls, patches, _ = self.encoder.encoding(tokens)
         hidden = patches.flatten(0, 1).index_select(0, masks.indices)
         return StudentOutput(cls, patches, self.heads["dino"](cls), self.ibot_head(hidden))
 
-    def _local_parts(self, tokens: Float[Tensor, "m L D"], losses: StepLosses) -> dict[str, Tensor]:
+    def _local_parts(self, tokens: Float[Tensor, "m T D"], losses: StepLosses) -> dict[str, Tensor]:
         return losses.of_local(self.heads["dino"](self.encoder.encoding(tokens).cls))
 
 
@@ -296,11 +299,12 @@ class SelfDistillation(Objective):
         )
         passes = self._global_passes(masks, device)
         temperature = self.schedule(key.step)["teacher_temperature"]
-        targets, masked_targets = self.targets(views, masks.indices.to(device), temperature)
+        targets, masked_targets = self.targets(views, onto(masks.indices, device), temperature)
 
-        def of_global(output: StudentOutput, one: GlobalPass) -> dict[str, Tensor]:
-            parts = self.loss_parts(output, targets, masked_targets.of(one.masked), one, batch.sessions)
-            return parts | self._anchor_parts(output, views, one)
+        def of_global(output: StudentOutput, global_pass: GlobalPass) -> dict[str, Tensor]:
+            masked = masked_targets.part(global_pass.masked)
+            parts = self.loss_parts(output, targets, masked, global_pass, batch.sessions)
+            return parts | self._anchor_parts(output, views, global_pass)
 
         step_losses = StepLosses(partial(self.local_parts, targets), of_global, self.weigh)
         total, parts = student(views.global_views, passes, views.local_views, step_losses)
@@ -315,7 +319,7 @@ class SelfDistillation(Objective):
         passes = []
         for first in range(0, num_crops, num_crops // num_passes):
             crops = slice(first, first + num_crops // num_passes)
-            part, masked = masks.of_crops(crops)
+            part, masked = masks.cut(crops)
             share = len(part.visible) / max(1, len(masks.visible))
             passes.append(GlobalPass(crops, part.to(device), masked, share))
         return passes
@@ -370,7 +374,7 @@ class SelfDistillation(Objective):
         output: StudentOutput,
         targets: Targets,
         masked_targets: Assignments,
-        one: GlobalPass,
+        global_pass: GlobalPass,
         sessions: Int[Tensor, "n"],
     ) -> dict[str, Tensor]:
         """What a pass over global crops adds to the parts that need no anchor; `brainfound.train.losses` defines them.
@@ -379,8 +383,8 @@ class SelfDistillation(Objective):
             masked_targets: of the masked tokens of this pass.
         """
         num_crops = len(targets.cls)
-        other_crop = torch.arange(num_crops, device=output.cls.device).roll(num_crops // 2)[one.crops]
-        weights = one.masks.weights / num_crops
+        other_crop = torch.arange(num_crops, device=output.cls.device).roll(num_crops // 2)[global_pass.crops]
+        weights = global_pass.masks.weights / num_crops
         parts = {
             "dino_global": self._cls_loss(output.seen, targets, other_crop[:, None]),
             "ibot": cross_entropy_sum(output.guessed, masked_targets, weights, self.recipe.student_temperature),
@@ -391,17 +395,17 @@ class SelfDistillation(Objective):
             parts["koleo"] = torch.stack([losses.koleo(ranks.gather_rows(crop), groups) for crop in crops]).sum()
         return parts
 
-    def _anchor_parts(self, output: StudentOutput, views: CropViews, one: GlobalPass) -> dict[str, Tensor]:
+    def _anchor_parts(self, output: StudentOutput, views: CropViews, global_pass: GlobalPass) -> dict[str, Tensor]:
         """The distance to the starting checkpoint, on the crops of which the student saw everything."""
-        visible = one.masks.visible
+        visible = global_pass.masks.visible
         if self.anchor is None or not len(visible):
             return {}
-        large = _rows(views.global_views, one.crops)
+        large = _rows(views.global_views, global_pass.crops)
         with torch.no_grad():
             anchor = _encode(self.anchor, large.pixels[visible], large.contrast_mask[visible])
         parts = anchor_parts(self.recipe, output.patches[visible], output.cls[visible], anchor.patches, anchor.cls)
         # Each part is a mean over the crops of its pass.
-        return {name: part * one.share_of_visible for name, part in parts.items()}
+        return {name: part * global_pass.share_of_visible for name, part in parts.items()}
 
     @torch.no_grad()
     def after_step(self, step: int, taken: Float[Tensor, ""]) -> None:
