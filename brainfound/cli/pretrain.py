@@ -26,7 +26,8 @@ def pretrain(
 ) -> None:
     """Pretrain on the slices of a store; on many GPUs with `accelerate launch -m brainfound pretrain …`.
 
-    The run folder gets the recipe, the log, curves, checkpoints, and the teacher under export/.
+    The run folder gets the recipe, the log, curves, checkpoints, and under export/ the teacher (of masked autoencoding
+    alone the student).
     """
     from accelerate import PartialState
 

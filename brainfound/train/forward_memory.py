@@ -41,7 +41,7 @@ class ForwardMemory:
             # What the first call leaves behind, such as the grid of a crop size, would count in one measurement only.
             self.loss(model, self.part(batch), *others)
             _, self.part_bytes = self._measured(model, self.part(batch), *others)
-            model.zero_grad()  # a pass over local crops by themselves has left gradients
+            model.zero_grad()
         answer, self.most_bytes = self._measured(*arguments)
         return answer
 

@@ -7,7 +7,7 @@ The run folder:
     log.jsonl     one JSON object per line
     curves.png    the log as pictures
     checkpoints/  for --resume
-    export/       the teacher as a model folder, with preprocessing and card
+    export/       the teacher (of masked autoencoding alone the student) as a model folder, with preprocessing and card
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ class PretrainRecipe(Recipe):
     engine: PretrainEngineRecipe = PretrainEngineRecipe()
 
 
-# What may change between a run and its continuation: nothing in here touches a weight.
+# What may change between a run and its continuation: nothing in here is part of what is learnt, beyond rounding and
+# what stochastic depth drops.
 FREE_ON_RESUME = (
     "name",
     "data",

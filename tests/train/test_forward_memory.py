@@ -46,7 +46,7 @@ def test_a_part_of_the_batch_is_measured_for_itself_and_leaves_no_gradient():
     model = torch.nn.Linear(50, 50, bias=False)
 
     def loss(model, values):
-        model(values).sum().backward()  # as a pass over local crops does
+        model(values).sum().backward()
         return model(values).exp().sum()
 
     forward = ForwardMemory(loss, torch.device("cpu"), part=lambda values: values[:10])
