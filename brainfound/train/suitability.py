@@ -153,7 +153,7 @@ def _on_teacher(recipe: PretrainRecipe) -> Iterator[str]:
     start, end = recipe.objective.momentum
     share = share_of_start(start, end, steps, warmup)
     if share > MUCH_OF_START:
-        hundredths = (value / 100 for value in range(99, -1, -1))
+        hundredths = (value / 100 for value in range(99, 89, -1))
         enough = (m for m in hundredths if share_of_start(m, end, steps, warmup) <= MUCH_OF_START)
         remedy = next((f", or set 'objective.momentum=[{m:g},{end:g}]'" for m in enough), "")
         yield (
