@@ -53,7 +53,9 @@ def recipe_of(recipe, kind: str, part: str, parallel: str) -> PretrainRecipe:
     else:
         content["objective"] |= {"kind": kind, "reconstruction": {"decoder": DECODER}}
     content["trained"] = {"part": part, "rank": 2, "alpha": 2.0}
-    overrides = ["engine.steps=3", "probe.every=0", f"engine.parallel={parallel}", "schedule.warmup_steps=0"]
+    # Passes of their own would draw another stochastic depth; sharded crops are always packed.
+    overrides = ["engine.steps=3", "engine.crops=packed", "probe.every=0", "schedule.warmup_steps=0"]
+    overrides.append(f"engine.parallel={parallel}")
     return validate(PretrainRecipe, content, overrides)
 
 
