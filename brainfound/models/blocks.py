@@ -16,22 +16,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 from brainfound.models.attention import Kernel, Packing
+from brainfound.models.recomputation import recompute_all_but_products
 
 Branch = Callable[[Any, Tensor, Packing, Kernel], Tensor]
 Kept = Literal["all", "products", "inputs"]
 """What of a residual branch is kept for the backward pass; the rest is computed again."""
 _MOST_GRAPHS = 64
-# Parts of the names of operations that are too much work to repeat; all others pass over memory once.
-_PRODUCTS = ("mm", "linear", "attention", "convolution")
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
@@ -121,27 +119,14 @@ class BlockRunner:
         if self.kept == "inputs":
             return checkpoint(*arguments, use_reentrant=False)[0]  # type: ignore[index]
         with _casts_that_are_not_remembered(tokens.device.type):
-            return checkpoint(*arguments, use_reentrant=False, context_fn=_KEEP_PRODUCTS)[0]  # type: ignore[index]
+            return recompute_all_but_products(*arguments)[0]
 
 
 def _casts_that_are_not_remembered(kind: str) -> AbstractContextManager[Any]:
-    """Autocast as it is, but without its memory of cast weights.
-
-    A second pass would find its weights cast already, and repeating it would meet casts that it has not seen.
-    """
+    """Autocast as it is, but without its memory of cast weights, which would hold those of all blocks at once."""
     if not torch.is_autocast_enabled(kind):
         return nullcontext()
     return torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), cache_enabled=False)
-
-
-def _policy(context: Any, operation: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
-    name = operation.name()
-    # Kernels from elsewhere are attention.
-    kept = not name.startswith(("aten::", "prim::")) or any(part in name for part in _PRODUCTS)
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-_KEEP_PRODUCTS = partial(create_selective_checkpoint_contexts, _policy)
 
 
 def kept_packing(packing: Packing, drop_path: float) -> Packing:

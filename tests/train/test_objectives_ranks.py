@@ -46,7 +46,7 @@ for recipe in sorted(folder.glob("*.yaml")):
 """
 
 
-def recipe_of(recipe, kind: str, part: str, parallel: str) -> PretrainRecipe:
+def recipe_of(recipe, kind: str, part: str, again: str, parallel: str) -> PretrainRecipe:
     content = recipe().model_dump(mode="json")
     if kind == "masked_autoencoder":
         content["objective"] = {"kind": kind, "decoder": DECODER}
@@ -55,19 +55,19 @@ def recipe_of(recipe, kind: str, part: str, parallel: str) -> PretrainRecipe:
     content["trained"] = {"part": part, "rank": 2, "alpha": 2.0}
     # Passes of their own would draw another stochastic depth; sharded crops are always packed.
     overrides = ["engine.steps=3", "engine.crops=packed", "probe.every=0", "schedule.warmup_steps=0"]
-    overrides.append(f"engine.parallel={parallel}")
+    overrides += [f"engine.parallel={parallel}", f"engine.gradient_checkpointing={again}"]
     return validate(PretrainRecipe, content, overrides)
 
 
 @pytest.mark.slow
 def test_two_processes_train_one_student(store, recipe, tmp_path):
     """Both ranks hold the same weights; sharded or not, the losses and the export are the same."""
-    cases = [("hybrid", "lora"), ("masked_autoencoder", "last_blocks")]
+    cases = [("hybrid", "lora", "pointwise"), ("masked_autoencoder", "last_blocks", "true")]
     names = {}
-    for kind, part in cases:
+    for kind, part, again in cases:
         for parallel in ("ddp", "fsdp"):
             names[kind, parallel] = name = f"{kind}-{part}-{parallel}"
-            (tmp_path / f"{name}.yaml").write_text(recipe_of(recipe, kind, part, parallel).to_yaml())
+            (tmp_path / f"{name}.yaml").write_text(recipe_of(recipe, kind, part, again, parallel).to_yaml())
     (tmp_path / "run.py").write_text(SCRIPT)
     port = 20_000 + (os.getpid() + 7) % 20_000
     options = ["--config_file", LAUNCH_FILE, "--main_process_port", port]
@@ -75,7 +75,7 @@ def test_two_processes_train_one_student(store, recipe, tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, timeout=400)
     assert done.returncode == 0, done.stderr.decode()[-3000:]
-    for kind, _ in cases:
+    for kind, *_ in cases:
         losses, exports = [], []
         for parallel in ("ddp", "fsdp"):
             name = names[kind, parallel]

@@ -142,6 +142,32 @@ def test_every_way_into_a_sharded_encoder_gives_what_it_gave(objective, one_proc
     assert all(isinstance(p, DTensor) for module in objective.frozen_modules() for p in module.parameters())
 
 
+@pytest.mark.parametrize("kept", ["all", "products", "inputs"])
+def test_gradients_are_the_same_whatever_is_computed_again(objective, one_process, kept):
+    """Recomputation must gather the weights again: between the passes they are given up."""
+    pixels = torch.rand(2, 3, 32, 32)
+    encoder = objective.student.eval().encoder
+    encoder.set_running(kept=kept)
+
+    def loss() -> torch.Tensor:
+        return encoder.transform([encoder.embed(pixels)])[0].square().mean()
+
+    loss().backward()
+    expected = {name: parameter.grad for name, parameter in encoder.named_parameters()}
+    encoder.zero_grad()
+    shard(objective)
+    found = loss()
+    # The memory of the gathered weights is given to something else.
+    spoilt = [torch.full_like(sharding.whole(parameter), torch.nan) for parameter in encoder.parameters()]
+    del spoilt
+    found.backward()
+    for name, parameter in encoder.named_parameters():
+        if expected[name] is None:
+            assert parameter.grad is None
+        else:
+            torch.testing.assert_close(sharding.whole(parameter.grad), expected[name])
+
+
 def test_matrices_of_blocks_are_gathered_in_bfloat16_and_the_rest_in_float32(objective, one_process):
     seen = {}
     block = objective.teacher.encoder.blocks[0]
