@@ -92,7 +92,9 @@ def classification_scores(labels: Sequence[int], probabilities: np.ndarray) -> d
     return {name: metric(truth, probabilities) for name, metric in METRICS["classification"].items()}
 
 
-def regression_scores(target: Sequence[float], prediction: Sequence[float]) -> dict[str, float]:
+def regression_scores(
+    target: Sequence[float] | np.ndarray, prediction: Sequence[float] | np.ndarray
+) -> dict[str, float]:
     """Mean absolute and root mean squared error in the unit of the target, R², Pearson's and Spearman's correlation."""
     expected, predicted = np.asarray(target), np.asarray(prediction)
     return {name: metric(expected, predicted) for name, metric in METRICS["regression"].items()}

@@ -244,8 +244,8 @@ def _surface_distances_mm(
 def _touched(lesions: np.ndarray, other: np.ndarray, structure: np.ndarray) -> tuple[int, int]:
     """How many components of a mask have a voxel in the other mask, and how many have none."""
     components, num_components = ndimage.label(lesions, structure)
-    num_touched = np.count_nonzero(np.unique(components[other]))
-    return num_touched, num_components - num_touched
+    num_touched = int(np.count_nonzero(np.unique(components[other])))
+    return num_touched, int(num_components) - num_touched
 
 
 def _bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
