@@ -86,12 +86,15 @@ def test_cases_of_a_subject_are_exchanged_together():
     subjects = np.repeat(["x", "y", "z"], 4)
     assert paired_permutation_test(a, b, subjects=subjects) == pytest.approx(2 / 8)
     assert paired_permutation_test(a, b) == pytest.approx(2 / 2**12)
-    shuffled = np.random.default_rng(0).permutation(12)
-    mixed = np.arange(12) * 0.1
-    one = paired_permutation_test(mixed, b, subjects=subjects)
-    assert paired_permutation_test(mixed[shuffled], b, subjects=subjects[shuffled]) == pytest.approx(one)
+    # Exchanging a subject exchanges the sum of its cases, wherever they stand.
+    generator = np.random.default_rng(0)
+    a, subjects = generator.normal(0.3, 1, 30), generator.permutation(np.repeat(list("abcdef"), 5))
+    sums = np.array([a[subjects == name].sum() for name in "abcdef"])
+    expected = paired_permutation_test(sums, np.zeros(6))
+    assert 2 / 2**6 < expected < 1
+    assert paired_permutation_test(a, np.zeros(30), subjects=subjects) == pytest.approx(expected)
     with pytest.raises(UsageError, match="subjects"):
-        paired_permutation_test(a, b, subjects=["x"])
+        paired_permutation_test(a, np.zeros(30), subjects=["x"])
 
 
 def test_holm_of_a_worked_example():
