@@ -5,7 +5,7 @@ Cases are tables with one row per session, as an evaluation gives them (``result
     subject, and session or row     who it is
     truth, p(A), p(B), …            classification: the class and the probability of each class
     truth, prediction               regression
-    dice, …                         segmentation: one column per score, empty where a case has none
+    dice, dice(region), …           segmentation: one column per score, empty where a case has none
 
 The tables of a cross-validation's test folds may be put one below the other: together they are one table of all
 subjects. A rank metric such as AUROC then also compares cases that different models scored.
@@ -178,7 +178,7 @@ def _alone(metric: str, name: str, system: _Cases, drawing: _Drawing) -> dict[st
         "metric": metric,
         "system": name,
         **dict(zip(("value", "low", "high"), interval, strict=True)),
-        "higher_is_better": HIGHER_IS_BETTER[metric],
+        "higher_is_better": HIGHER_IS_BETTER[_kind(metric)],
         "num_cases": len(subjects),
         "num_subjects": len(set(subjects)),
     }
@@ -272,7 +272,7 @@ def _read(cases: pd.DataFrame, where: str) -> _Cases:
     if "prediction" in cases:
         truth, prediction = _numbers(cases, "truth", where), _numbers(cases, "prediction", where)
         return _Cases("regression", keys, subjects, truth, dict.fromkeys(METRICS["regression"], prediction))
-    found = [name for name in HIGHER_IS_BETTER if name in cases and cases[name].notna().any()]
+    found = [name for name in map(str, cases.columns) if _kind(name) in HIGHER_IS_BETTER and cases[name].notna().any()]
     if not found:
         expected = "truth and p(class), truth and prediction, or dice"
         got = ", ".join(map(str, cases.columns))
@@ -282,9 +282,16 @@ def _read(cases: pd.DataFrame, where: str) -> _Cases:
     return _Cases("segmentation", keys, subjects, sizes, scores)
 
 
+def _kind(column: str) -> str:
+    """The metric of a column: ``dice(ventricles)`` is Dice."""
+    return column.partition("(")[0]
+
+
 def _class_indices(cases: pd.DataFrame, names: Sequence[str], where: str) -> np.ndarray:
     if "truth" not in cases:
-        raise UsageError("a column is missing", where=where, expected="truth")
+        one_by_one = "Of several labels per case compare one at a time: make the columns truth, p(0) and p(1) of it"
+        several = any(str(name).startswith("truth(") for name in cases.columns)
+        raise UsageError("a column is missing", where=where, expected="truth", remedy=one_by_one if several else None)
     index = {label_text(name): k for k, name in enumerate(names)}
     truth = [label_text(label) for label in cases["truth"]]
     unknown = sorted(set(truth) - set(index))

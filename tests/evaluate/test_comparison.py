@@ -149,6 +149,20 @@ def test_segmentations_are_compared_where_there_is_something():
         compare({"a": other, "b": segmented(0.0)}, "b", **FEW)
 
 
+def test_regions_have_columns_of_their_own():
+    cases = segmented(0.0).assign(**{"dice(core)": 0.5, "volume_error_mm3(core)": 10.0})
+    found = compare({"a": cases.assign(**{"dice(core)": 0.7}), "b": cases}, "b", **FEW).set_index(["metric", "system"])
+    assert found.loc[("dice(core)", "a"), "difference"] == pytest.approx(0.2)
+    assert found.loc[("dice(core)", "a"), "higher_is_better"]
+    assert not found.loc[("volume_error_mm3(core)", "b"), "higher_is_better"]
+
+
+def test_several_labels_per_case_are_compared_one_at_a_time():
+    cases = classified(1.0, 0).rename(columns={"truth": "truth(ill)"})
+    with pytest.raises(UsageError, match="one at a time"):
+        score_intervals(cases)
+
+
 def test_what_has_no_score_is_nan_and_stops_nothing():
     cases = classified(1.0, 0).assign(truth="ill")
     found = score_intervals(cases, num_resamples=20).set_index("metric")
