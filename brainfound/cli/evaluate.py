@@ -28,6 +28,7 @@ def evaluate(
     from brainfound.cli.tables import number, print_table
     from brainfound.contrasts import parse_contrast
     from brainfound.errors import UsageError
+    from brainfound.evaluate.scores import IN_TABLES
     from brainfound.predict.evaluation import evaluate as run
 
     if part not in ("test", "validation", "train"):
@@ -38,7 +39,7 @@ def evaluate(
     if as_json:
         print(json.dumps([result.to_dict() for result in results], indent=1))
         return
-    names = list(results[0].scores)
+    names = [name for name in IN_TABLES[results[0].task] if name in results[0].scores]
     rows = []
     for result in results:
         scores = [f"{number(result.scores.get(n))} ({number(result.trivial.get(n))})" for n in names]

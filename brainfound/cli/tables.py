@@ -14,9 +14,13 @@ def number(value: float | None, digits: int = 3) -> str:
 
 def scores_line(result: Mapping[str, Any]) -> str:
     """One line for the scores of a test part and of its trivial baseline."""
+    from brainfound.evaluate.scores import IN_TABLES
+
+    shown = IN_TABLES[result["task"]]
     parts = [
         f"{name} {number(value)} (trivial {number(result['trivial'].get(name))})"
         for name, value in result["scores"].items()
+        if name in shown
     ]
     return f"{result['task']}, {result['num_sessions']} sessions: " + ", ".join(parts)
 

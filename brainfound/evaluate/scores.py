@@ -6,59 +6,148 @@ of the target, everything inside the head a lesion.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from brainfound.evaluate.metrics import auroc, balanced_accuracy, dice, mae, pearson, r2
+from brainfound.evaluate.metrics import (
+    auprc,
+    auroc,
+    balanced_accuracy,
+    dice,
+    hd95,
+    lesion_f1,
+    macro_f1,
+    mae,
+    mcc,
+    pearson,
+    r2,
+    relative_volume_error,
+    rmse,
+    spearman,
+    surface_dice,
+    volume_error_mm3,
+)
 
 HEADLINE = {"classification": "auroc", "regression": "mae", "segmentation": "dice"}
 """The metric by which a task is judged."""
 
-HIGHER_IS_BETTER = {"auroc": True, "balanced_accuracy": True, "mae": False, "r2": True, "pearson": True, "dice": True}
+IN_TABLES = {
+    "classification": ("auroc", "balanced_accuracy"),
+    "regression": ("mae", "r2", "pearson"),
+    "segmentation": ("dice", "clean_negatives"),
+}
+"""The metrics that a table on a terminal has room for; files and JSON hold all of them."""
+
+HIGHER_IS_BETTER = {
+    "auroc": True,
+    "auprc": True,
+    "balanced_accuracy": True,
+    "macro_f1": True,
+    "mcc": True,
+    "mae": False,
+    "rmse": False,
+    "r2": True,
+    "pearson": True,
+    "spearman": True,
+    "dice": True,
+    "surface_dice": True,
+    "hd95_mm": False,
+    "lesion_f1": True,
+    "volume_error_mm3": False,
+    "relative_volume_error": False,
+    "clean_negatives": True,
+}
+
+Score = Callable[[np.ndarray, np.ndarray], float]
+
+
+def _of_likeliest_class(metric: Score) -> Score:
+    return lambda labels, probabilities: metric(labels, probabilities.argmax(axis=1))
+
+
+METRICS: Mapping[str, Mapping[str, Score]] = {
+    "classification": {
+        "auroc": auroc,
+        "auprc": auprc,
+        "balanced_accuracy": _of_likeliest_class(balanced_accuracy),
+        "macro_f1": _of_likeliest_class(macro_f1),
+        "mcc": _of_likeliest_class(mcc),
+    },
+    "regression": {"mae": mae, "rmse": rmse, "r2": r2, "pearson": pearson, "spearman": spearman},
+}
+"""Metrics over all cases: of labels (n,) and probabilities (n, K), or of target (n,) and prediction (n,)."""
 
 
 def classification_scores(labels: Sequence[int], probabilities: np.ndarray) -> dict[str, float]:
-    """AUROC (for more than two classes the mean of one against the rest) and balanced accuracy.
+    """AUROC and AUPRC (for more than two classes the mean of one against the rest); of the likeliest class the
+    balanced accuracy, the F1 averaged over classes, and Matthews' correlation.
 
     Args:
         labels: ``(n,)`` class indices.
         probabilities: ``(n, K)``.
     """
     truth = np.asarray(labels)
-    if probabilities.shape[1] == 2:
-        area = auroc(truth == 1, probabilities[:, 1])
-    else:
-        areas = [auroc(truth == k, probabilities[:, k]) for k in np.unique(truth)]
-        area = float(np.mean(areas)) if areas else float("nan")
-    return {"auroc": area, "balanced_accuracy": balanced_accuracy(truth, probabilities.argmax(axis=1))}
+    return {name: metric(truth, probabilities) for name, metric in METRICS["classification"].items()}
 
 
-def regression_scores(target: Sequence[float], prediction: Sequence[float]) -> dict[str, float]:
-    """Mean absolute error in the unit of the target, R², Pearson's r."""
-    return {"mae": mae(target, prediction), "r2": r2(target, prediction), "pearson": pearson(target, prediction)}
+def regression_scores(
+    target: Sequence[float] | np.ndarray, prediction: Sequence[float] | np.ndarray
+) -> dict[str, float]:
+    """Mean absolute and root mean squared error in the unit of the target, R², Pearson's and Spearman's correlation."""
+    expected, predicted = np.asarray(target), np.asarray(prediction)
+    return {name: metric(expected, predicted) for name, metric in METRICS["regression"].items()}
+
+
+def segmentation_case_scores(
+    reference: np.ndarray, prediction: np.ndarray, spacing_mm: Sequence[float] | None = None
+) -> dict[str, float]:
+    """The scores of one case, averaged over the classes that it has.
+
+    A case without any structure has only ``clean_negatives``: 1 when nothing was marked, else 0.
+
+    Args:
+        reference, prediction: class indices ``(S, H, W)``, 0 for background.
+        spacing_mm: of the three axes. With it also surface Dice within 1 mm, HD95 (the diagonal of the array where a
+            class was missed), lesion-wise F1 and the volume error in mm³; they take many times as long.
+    """
+    present = [k for k in np.unique(reference) if k != 0]
+    if not present:
+        return {"clean_negatives": float(not np.any(prediction))}
+    of_classes: dict[str, list[float]] = {}
+    for k in present:
+        masks = (prediction == k, reference == k)
+        found = {"dice": dice(*masks), "relative_volume_error": relative_volume_error(*masks)}
+        if spacing_mm is not None:
+            found |= {
+                "surface_dice": surface_dice(*masks, spacing_mm),
+                "hd95_mm": hd95(*masks, spacing_mm, one_empty="diagonal"),
+                "lesion_f1": lesion_f1(*masks),
+                "volume_error_mm3": volume_error_mm3(*masks, spacing_mm),
+            }
+        for name, value in found.items():
+            of_classes.setdefault(name, []).append(value)
+    return {name: float(np.mean(values)) for name, values in of_classes.items()}
 
 
 def segmentation_scores(references: Sequence[np.ndarray], predictions: Sequence[np.ndarray]) -> dict[str, float]:
-    """Mean Dice over the cases that have the structure; several classes are averaged within a case.
+    """Mean Dice and mean relative volume error over the cases that have the structure; several classes are averaged
+    within a case.
 
     Also the share of cases without any structure in which nothing was marked.
 
     Args:
         references, predictions: class indices ``(S, H, W)`` per case, 0 for background.
     """
-    overlaps, clean = [], []
-    for reference, prediction in zip(references, predictions, strict=True):
-        present = [k for k in np.unique(reference) if k != 0]
-        if present:
-            overlaps.append(np.mean([dice(prediction == k, reference == k) for k in present]))
-        else:
-            clean.append(not np.any(prediction))
-    scores = {"dice": float(np.mean(overlaps)) if overlaps else float("nan")}
-    if clean:
-        scores["clean_negatives"] = float(np.mean(clean))
-    return scores
+    return mean_case_scores([segmentation_case_scores(r, p) for r, p in zip(references, predictions, strict=True)])
+
+
+def mean_case_scores(cases: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Each score's mean over the cases of a segmentation that have it; Dice is ``nan`` if none has."""
+    names = ["dice", *dict.fromkeys(name for case in cases for name in case if name != "dice")]
+    found = {name: [case[name] for case in cases if name in case] for name in names}
+    return {name: float(np.mean(values)) if values else float("nan") for name, values in found.items()}
 
 
 def trivial_scores(
@@ -77,8 +166,6 @@ def trivial_scores(
         shares = np.bincount(np.asarray(train, dtype=int), minlength=num_classes) / max(len(train), 1)
         return classification_scores(test, np.tile(shares, (len(test), 1)))
     if task == "regression":
-        mean = float(np.mean(train))
-        error = mae(test, np.full(len(test), mean))
-        return {"mae": error, "r2": r2(test, np.full(len(test), mean)), "pearson": float("nan")}
+        return regression_scores(test, np.full(len(test), float(np.mean(train))))
     labels = [np.where(head, max(int(reference.max()), 1), 0) for head, reference in zip(heads, test, strict=True)]
     return segmentation_scores(test, labels)

@@ -19,10 +19,11 @@ Metric = Callable[..., float]
 
 @dataclass(frozen=True)
 class Interval:
-    """A score with its bootstrap interval.
+    """A score with its interval.
 
     `num_undefined` counts the resamples on which the metric was ``nan`` (a resample of one class has no
-    AUROC); they are left out, and a large share of them means that the interval says little.
+    AUROC); they are left out, and a large share of them means that the interval says little. An interval by a
+    formula (`brainfound.evaluate.delong`) has no resamples.
     """
 
     estimate: float
@@ -87,7 +88,7 @@ def bootstrap_interval(
 
 
 def paired_permutation_test(
-    a: Any, b: Any, metric: Metric = np.mean, num_permutations: int = 10_000, seed: int = 0
+    a: Any, b: Any, metric: Metric = np.mean, num_permutations: int = 10_000, seed: int = 0, subjects: Any = None
 ) -> float:
     """Two-sided p value of ``metric(a) − metric(b)`` for two systems scored on the same subjects.
 
@@ -96,18 +97,20 @@ def paired_permutation_test(
     (hits + 1) / (drawn + 1), which is never 0.
 
     Args:
-        a: (N, …) the first system's values, one row per subject: scores such as Dice, or predictions with a
+        a: (N, …) the first system's values, one row per case: scores such as Dice, or predictions with a
             metric that knows the labels, ``lambda scores: auroc(labels, scores)``.
         b: the second system's values, in the same order.
         metric: takes such an array and returns a number.
         num_permutations: number of exchanges drawn when there are too many to count.
         seed: seed of the drawing.
+        subjects: (N,) the subject of each case; the cases of a subject are exchanged together. By default every
+            case is a subject.
 
     Returns:
         p in (0, 1]; ``nan`` when the metric is undefined for one of the systems.
 
     Raises:
-        UsageError: if the shapes differ or there are no subjects.
+        UsageError: if the shapes differ, there are no cases, or subjects do not fit them.
 
     Source: B. Phipson and G. K. Smyth, "Permutation P-values should never be zero", Stat Appl Genet Mol Biol 2010.
     """
@@ -117,7 +120,11 @@ def paired_permutation_test(
     observed = abs(metric(first) - metric(second))
     if np.isnan(observed):
         return float("nan")
-    num_subjects = len(first)
+    groups = _cases_by_subject(subjects, len(first))
+    of_case = np.empty(len(first), dtype=int)
+    for subject, cases in enumerate(groups):
+        of_case[cases] = subject
+    num_subjects = len(groups)
     exact = num_subjects < 63 and 2**num_subjects <= num_permutations
     if exact:
         exchanges = (np.array(bits) for bits in itertools.product((False, True), repeat=num_subjects))
@@ -130,10 +137,38 @@ def paired_permutation_test(
     at_least = observed - 1e-12 * max(1.0, observed)
     hits = 0
     for exchange in exchanges:
-        swap = exchange.reshape(-1, *[1] * (first.ndim - 1))
+        swap = exchange[of_case].reshape(-1, *[1] * (first.ndim - 1))
         difference = metric(np.where(swap, second, first)) - metric(np.where(swap, first, second))
         hits += abs(difference) >= at_least
     return hits / total if exact else (hits + 1) / (total + 1)
+
+
+def holm(p_values: Any) -> np.ndarray:
+    """p values adjusted for their number: those at most α after it are significant, all of them together at level α.
+
+    The smallest is multiplied by their number M, the next by M − 1, and so on; none falls below one before it. No
+    independence is assumed, and nothing is given away against Bonferroni.
+
+    Args:
+        p_values: (M,); ``nan`` stands for a test that could not be made, stays, and does not count in M.
+
+    Returns:
+        (M,) adjusted p values, at most 1, in the order given.
+
+    Raises:
+        UsageError: if they are not p values.
+
+    Source: S. Holm, "A simple sequentially rejective multiple test procedure", Scand J Stat 1979.
+    """
+    given = np.asarray(p_values, dtype=np.float64)
+    if given.ndim != 1 or ((given < 0) | (given > 1)).any():
+        raise UsageError("not p values", where="p_values", got=given.tolist(), expected="a list of numbers 0 to 1")
+    tests = np.flatnonzero(~np.isnan(given))
+    order = tests[np.argsort(given[tests], kind="stable")]
+    factors = len(order) - np.arange(len(order))
+    adjusted = np.full_like(given, np.nan)
+    adjusted[order] = np.minimum(np.maximum.accumulate(given[order] * factors), 1.0)
+    return adjusted
 
 
 def _aligned(values: tuple[Any, ...]) -> list[np.ndarray]:

@@ -145,7 +145,9 @@ def _better(key: str) -> Literal["highest", "lowest"] | None:
     name = key.rpartition("/")[2]
     if any(word in name for word in ("loss", "mae", "mse", "error")):
         return "lowest"
-    if any(word in name for word in ("auroc", "auc", "dice", "accuracy", "r2", "pearson", "f1")):
+    if any(
+        word in name for word in ("auroc", "auc", "auprc", "dice", "accuracy", "r2", "pearson", "spearman", "f1", "mcc")
+    ):
         return "highest"
     return None
 

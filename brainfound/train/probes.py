@@ -19,17 +19,14 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from pydantic import Field
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression, RidgeCV
 from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from brainfound.data.batches import as_tensor
 from brainfound.data.split_file import require_no_shared_content, subjects_to_divide
 from brainfound.data.splits import k_folds
 from brainfound.data.store import Store
 from brainfound.errors import TrainingError
+from brainfound.evaluate.embedding_probes import linear_classifier, linear_regressor, out_of_fold
 from brainfound.models.encoder import SliceEncoder
 from brainfound.recipes import Recipe
 from brainfound.train.patch_probe import PatchProbe
@@ -210,7 +207,9 @@ class Probe:
         if not np.isfinite(features).all():
             # Told as a score, not raised: only rank 0 is here, and the guard stops all ranks together.
             return ProbeScores(np.nan, np.nan, 0.0, self.metric, self.target, self.chance)
-        predicted = {name: self._out_of_fold(features, make) for name, make in self._models().items()}
+        predicted = {
+            name: out_of_fold(features, self.labels, self.folds, make) for name, make in self._models().items()
+        }
         return ProbeScores(
             linear=self._measure(self.labels, predicted["linear"]),
             knn=self._measure(self.labels, predicted["knn"]),
@@ -225,30 +224,13 @@ class Probe:
         k = self.recipe.neighbours
         if self.classifies:
             return {
-                "linear": lambda n: LogisticRegression(C=1.0, class_weight="balanced", max_iter=500),
+                "linear": linear_classifier,
                 "knn": lambda n: KNeighborsClassifier(min(k, n), metric="cosine"),
             }
         return {
-            "linear": lambda n: RidgeCV(alphas=np.logspace(-1, 5, 7)),
+            "linear": linear_regressor,
             "knn": lambda n: KNeighborsRegressor(min(k, n), metric="cosine"),
         }
-
-    def _out_of_fold(self, features: Float[np.ndarray, "N D"], make: Callable[[int], Any]) -> np.ndarray:
-        predicted = np.empty_like(self.labels)
-        for fold in self.folds:
-            train, test = fold["train"], fold["test"]
-            if len(set(self.labels[train])) == 1:
-                predicted[test] = self.labels[train][0]
-                continue
-            model = make_pipeline(StandardScaler(), make(len(train)))
-            with warnings.catch_warnings():
-                # A probe compares features; a solver that stops at 500 iterations compares them as well.
-                warnings.simplefilter("ignore", ConvergenceWarning)
-                predicted[test] = model.fit(features[train], self.labels[train]).predict(features[test])
-            if not self.classifies:
-                # Nobody is older than all that were seen: without this, one bad extrapolation is the whole score.
-                predicted[test] = predicted[test].clip(self.labels[train].min(), self.labels[train].max())
-        return predicted
 
     def _measure(self, labels: np.ndarray, predicted: np.ndarray) -> float:
         """Balanced accuracy over the classes among `labels`, or R²."""

@@ -15,12 +15,12 @@ from torch import nn
 from brainfound.data.batches import without_contrasts
 from brainfound.data.store import Store
 from brainfound.errors import UsageError
-from brainfound.evaluate.metrics import dice
 from brainfound.evaluate.scores import (
     HEADLINE,
     classification_scores,
+    mean_case_scores,
     regression_scores,
-    segmentation_scores,
+    segmentation_case_scores,
     trivial_scores,
 )
 from brainfound.models.inference import infer
@@ -36,7 +36,8 @@ class SessionScores:
     Attributes:
         scores: metric → value.
         trivial: the same of the baseline that never looks at an image.
-        cases: one row per session: row in the store, subject, session, truth, prediction (or dice).
+        cases: one row per session: row in the store, subject, session, truth, prediction (or dice and the
+            other scores of a segmentation; of one without the structure only `clean_negatives`).
         without: contrasts that were withheld.
     """
 
@@ -121,6 +122,7 @@ def score_sessions(
     segmenting = target.task == "segmentation"
     truths: list[Any] = [None] * len(usable) if segmenting else target.values(store, usable).tolist()
     answers: list[Any] = []
+    references: list[np.ndarray] = []
     heads: list[np.ndarray] = []
     rows = []
     for done, (session, truth) in enumerate(zip(usable, truths, strict=True), start=1):
@@ -128,11 +130,10 @@ def score_sessions(
         answer: Any = infer(model, without_contrasts(stack, without) if without else stack, num_slices)
         row: dict[str, Any] = {"row": session, "subject": stack.subject, "session": stack.session}
         if segmenting:
-            reference = target.encode_mask(np.asarray(stack.mask))
-            answers.append((reference, answer.classes))
+            references.append(target.encode_mask(np.asarray(stack.mask)))
             heads.append(np.asarray(stack.pixels.any(axis=1)))
-            overlap = dice(answer.classes > 0, reference > 0, empty="nan")
-            row |= {"reference_pixels": int((reference > 0).sum()), "dice": overlap}
+            answers.append(segmentation_case_scores(references[-1], answer.classes))
+            row |= {"reference_pixels": int((references[-1] > 0).sum()), "dice": float("nan")} | answers[-1]
         elif target.task == "classification":
             answers.append(answer.probabilities)
             row |= {"truth": target.names[truth]}
@@ -144,8 +145,7 @@ def score_sessions(
         if progress:
             progress(done, len(usable))
     if segmenting:
-        references, predictions = zip(*answers, strict=True)
-        scores = segmentation_scores(references, predictions)
+        scores = mean_case_scores(answers)
         trivial = trivial_scores("segmentation", (), references, heads)
     elif target.task == "classification":
         scores = classification_scores(truths, np.stack(answers))

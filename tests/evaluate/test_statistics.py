@@ -10,7 +10,7 @@ from scipy import stats
 
 from brainfound.errors import UsageError
 from brainfound.evaluate.metrics import auroc, mae
-from brainfound.evaluate.statistics import bootstrap_interval, paired_permutation_test
+from brainfound.evaluate.statistics import bootstrap_interval, holm, paired_permutation_test
 
 
 def test_percentile_interval_is_close_to_that_of_scipy():
@@ -80,6 +80,46 @@ def test_permutation_test_with_a_metric_of_predictions():
     assert math.isnan(paired_permutation_test([np.nan, 1], [0, 1]))
 
 
+def test_cases_of_a_subject_are_exchanged_together():
+    # Three subjects with four identical cases each: 2 of 2^3 exchanges are as extreme, not 2 of 2^12.
+    a, b = np.ones(12), np.zeros(12)
+    subjects = np.repeat(["x", "y", "z"], 4)
+    assert paired_permutation_test(a, b, subjects=subjects) == pytest.approx(2 / 8)
+    assert paired_permutation_test(a, b) == pytest.approx(2 / 2**12)
+    # Exchanging a subject exchanges the sum of its cases, wherever they stand.
+    generator = np.random.default_rng(0)
+    a, subjects = generator.normal(0.3, 1, 30), generator.permutation(np.repeat(list("abcdef"), 5))
+    sums = np.array([a[subjects == name].sum() for name in "abcdef"])
+    expected = paired_permutation_test(sums, np.zeros(6))
+    assert 2 / 2**6 < expected < 1
+    assert paired_permutation_test(a, np.zeros(30), subjects=subjects) == pytest.approx(expected)
+    with pytest.raises(UsageError, match="subjects"):
+        paired_permutation_test(a, np.zeros(30), subjects=["x"])
+
+
+def test_holm_of_a_worked_example():
+    # Sorted 0.005, 0.01, 0.03, 0.04 times 4, 3, 2, 1: 0.02, 0.03, 0.06, 0.04; the last may not fall below 0.06.
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, 0.6]) == pytest.approx([1.0, 1.0])
+    assert holm([0.02, 0.02]) == pytest.approx([0.04, 0.04])
+    assert holm([0.03]) == pytest.approx([0.03])
+    assert len(holm([])) == 0
+    # A test that could not be made does not count.
+    assert holm([0.01, math.nan, 0.04]) == pytest.approx([0.02, math.nan, 0.04], nan_ok=True)
+
+
+def test_holm_rejects_what_the_steps_of_the_paper_reject():
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        p = generator.uniform(0, 0.1, 6)
+        rejected = np.zeros(6, bool)
+        for step, index in enumerate(np.argsort(p)):
+            if p[index] > 0.05 / (6 - step):
+                break
+            rejected[index] = True
+        assert ((holm(p) <= 0.05) == rejected).all()
+
+
 def test_what_cannot_be_tested_is_refused():
     with pytest.raises(UsageError):
         bootstrap_interval(np.mean, [])
@@ -93,3 +133,6 @@ def test_what_cannot_be_tested_is_refused():
         paired_permutation_test([1, 2], [1, 2, 3])
     with pytest.raises(UsageError):
         paired_permutation_test(np.ones((2, 1)), np.ones(2))
+    for p_values in ([0.1, 1.2], [-0.1], [[0.1]]):
+        with pytest.raises(UsageError, match="p values"):
+            holm(p_values)

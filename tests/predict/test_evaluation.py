@@ -12,6 +12,7 @@ from brainfound.data.prepare import prepare
 from brainfound.data.preprocessing import Preprocessing
 from brainfound.data.split_file import Split
 from brainfound.errors import ModelError, UsageError
+from brainfound.evaluate.comparison import compare, score_intervals
 from brainfound.predict.evaluation import evaluate
 from brainfound.train.session_split import subject_hash
 
@@ -52,6 +53,16 @@ def test_the_test_part_gets_the_scores_that_the_run_wrote(run, small_store):
     assert (metric, value, trivial) == ("auroc", result.scores["auroc"], 0.5)
     (watched,) = evaluate(run, small_store, part="validation")
     assert subjects(watched) == members(run)["validation"]
+
+
+def test_cases_of_an_evaluation_are_what_a_comparison_takes(run, small_store):
+    (result,) = evaluate(run, small_store)
+    found = score_intervals(result.cases, num_resamples=20).set_index("metric")["value"]
+    assert found.to_dict() == pytest.approx(result.scores, nan_ok=True)
+    (other,) = evaluate(run, small_store, without=[small_store.contrasts[0]])
+    table = compare({"full": result.cases, "part": other.cases}, "full", num_resamples=20, num_permutations=20)
+    of_part = table[table["system"] == "part"].set_index("metric")["value"]
+    assert of_part.to_dict() == pytest.approx(other.scores, nan_ok=True)
 
 
 def test_a_bundle_remembers_its_split_wherever_it_lies(run, small_store, tmp_path):

@@ -102,6 +102,8 @@ def test_each_task_trains_and_leaves_a_whole_run(small_store, tiny_backbone, tmp
     assert {subjects.iloc[row] for row in cases["row"]} == parts["test"]
     assert not {"subject", "session"} & set(cases.columns), "names only with keep_ids"
     assert set(scores["scores"]) >= set(scores["trivial"]) - {"clean_negatives"}
+    if task == "segmentation":
+        assert cases["dice"].mean() == pytest.approx(scores["scores"]["dice"])
     bundle = load_bundle(run / "export")
     assert bundle.task == task
     assert bundle.metadata["test"] == scores

@@ -1,0 +1,140 @@
+"""What a caller hands to a metric, as numpy arrays: checked, or refused in one line.
+
+Everything that `numpy.asarray` takes is taken, torch tensors included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from brainfound.errors import UsageError, did_you_mean
+
+
+def plain_array(values: Any, where: str) -> np.ndarray:
+    """As a numpy array; a tensor is first taken off its graph and its device, which numpy refuses to do.
+
+    Raises:
+        UsageError: if it is no array of numbers or of text.
+    """
+    if hasattr(values, "detach"):
+        values = values.detach().cpu()
+    try:
+        array = np.asarray(values)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"not an array: {error}", where=where) from error
+    if array.dtype == object:
+        raise UsageError("not an array of numbers or of text", where=where, got=type(values).__name__)
+    return array
+
+
+def finite_array(values: Any, where: str) -> np.ndarray:
+    """As float64.
+
+    Raises:
+        UsageError: if there is anything but finite numbers.
+    """
+    array = plain_array(values, where)
+    if not (np.issubdtype(array.dtype, np.number) or array.dtype == bool):
+        raise UsageError("not numbers", where=where, got=array.dtype)
+    array = array.astype(np.float64, copy=False)
+    bad = int((~np.isfinite(array)).sum())
+    if bad:
+        raise UsageError(
+            f"{bad} of {array.size} values are not finite", where=where, remedy="Find out where they arise"
+        )
+    return array
+
+
+def value_pair(target: Any, prediction: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Target and prediction of a regression, ``(N,)`` each.
+
+    Raises:
+        UsageError: if the shapes differ, a value is not finite, or there is nothing to score.
+    """
+    expected, predicted = finite_array(target, "target"), finite_array(prediction, "prediction")
+    if expected.shape != predicted.shape:
+        # Said before flattening: (N,) against (N, 1) is most often a forgotten squeeze.
+        raise UsageError("target and prediction differ in shape", got=f"{expected.shape} and {predicted.shape}")
+    if expected.size == 0:
+        raise UsageError("there is nothing to score", got="no values", expected="one value per case")
+    return expected.ravel(), predicted.ravel()
+
+
+def label_pair(labels: Any, predictions: Any) -> tuple[np.ndarray, np.ndarray]:
+    """True and predicted class of each case, ``(N,)`` each, numbers or text.
+
+    Raises:
+        UsageError: if the lengths differ, a value is not finite, or there is nothing to score.
+    """
+    expected, predicted = plain_array(labels, "labels"), plain_array(predictions, "predictions")
+    if expected.ndim != 1 or expected.shape != predicted.shape or expected.size == 0:
+        raise UsageError(
+            "labels and predictions do not fit", got=f"{expected.shape} and {predicted.shape}", expected="(N,) and (N,)"
+        )
+    for values, where in ((expected, "labels"), (predicted, "predictions")):
+        if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
+            raise UsageError("a value is not finite", where=where, remedy="Leave out the cases without a label")
+    if (expected.dtype.kind in "US") != (predicted.dtype.kind in "US"):
+        raise UsageError("labels and predictions do not fit", got="text on one side, numbers on the other")
+    return expected, predicted
+
+
+def mask_pair(prediction: Any, reference: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Two binary masks of one shape, as bool.
+
+    Raises:
+        UsageError: if the shapes differ, or a mask is not binary or not finite.
+    """
+    predicted, expected = _mask(prediction, "prediction"), _mask(reference, "reference")
+    if predicted.shape != expected.shape:
+        raise UsageError("prediction and reference differ in shape", got=f"{predicted.shape} and {expected.shape}")
+    return predicted, expected
+
+
+def _mask(values: Any, where: str) -> np.ndarray:
+    array = plain_array(values, where)
+    if array.dtype == bool:
+        return array
+    if not np.issubdtype(array.dtype, np.number):
+        raise UsageError("not a mask", where=where, got=array.dtype, expected="0 and 1")
+    ones = array == 1
+    if not (ones | (array == 0)).all():
+        others = np.unique(array[~(ones | (array == 0))])[:4].tolist()
+        remedy = "Compare one label at a time (mask == label), or apply a threshold"
+        raise UsageError("not a binary mask", where=where, got=others, expected="0 and 1", remedy=remedy)
+    return ones
+
+
+def spacing_of(spacing_mm: Sequence[float], num_axes: int) -> np.ndarray:
+    """The distance between voxel centres along each axis, in mm.
+
+    Raises:
+        UsageError: if there is not one positive number per axis.
+    """
+    spacing = finite_array(spacing_mm, "spacing_mm")
+    if spacing.shape != (num_axes,):
+        raise UsageError(
+            "spacing does not fit the masks", where="spacing_mm", got=spacing.tolist(), expected=f"{num_axes} values"
+        )
+    if not (spacing > 0).all():
+        raise UsageError("spacing must be positive", where="spacing_mm", got=spacing.tolist())
+    return spacing
+
+
+def convention(name: str, choices: Mapping[str, float], where: str) -> float:
+    """The score that a named convention gives.
+
+    Raises:
+        UsageError: if there is no convention of that name.
+    """
+    if name not in choices:
+        raise UsageError(f"unknown convention {name!r}", where=where, remedy=did_you_mean(str(name), choices))
+    return choices[name]
+
+
+def is_constant(values: np.ndarray) -> bool:
+    """Whether all values are the same."""
+    return bool((values == values[0]).all())
