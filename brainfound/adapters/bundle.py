@@ -41,6 +41,7 @@ from brainfound.adapters.bundle_reader import (
     load_bundle,
 )
 from brainfound.adapters.fingerprint import file_hash, tensors_hash
+from brainfound.adapters.pissa import save_as_plain_updates
 from brainfound.data.checking.contract import InputContract
 from brainfound.data.preprocessing import Preprocessing
 from brainfound.errors import ModelError
@@ -186,10 +187,13 @@ def _write(
 def _write_adapter(draft: Path, model: PeftModel) -> None:
     model.save_pretrained(str(draft), safe_serialization=True, save_embedding_layers=False)
     (draft / "README.md").unlink(missing_ok=True)
+    save_as_plain_updates(draft, _body_of(model))
     path = draft / "adapter_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
     # The base is described in bundle.json; here it would be a path of the machine that trained.
     settings["base_model_name_or_path"] = None
+    # The library keeps a set, whose order differs from process to process.
+    settings["target_modules"] = sorted(settings["target_modules"])
     path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
