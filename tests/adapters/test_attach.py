@@ -178,7 +178,7 @@ def test_of_a_vit_s_two_percent_are_trained(name):
         adapted = attach_adapter(model, recipes.load(AdapterRecipe, name, "adapters"))
     assert 21e6 < size < 23e6
     updates = sum(p.numel() for n, p in adapted.named_parameters() if "lora_" in n and p.requires_grad)
-    assert 12 * 2 * 8 * (384 + 384) <= updates
+    assert updates >= 12 * 2 * 8 * (384 + 384)
     assert count_parameters(adapted).trainable <= 0.02 * size
 
 

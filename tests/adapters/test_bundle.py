@@ -11,15 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Dinov2Config, Dinov2Model
 
-from brainfound.adapters import AdapterRecipe, attach_adapter, load_bundle, save_bundle
+from brainfound.adapters import load_bundle, save_bundle
 from brainfound.adapters.fingerprint import file_hash, tensors_hash
 from brainfound.data.checking.contract import InputContract
 from brainfound.data.preprocessing import Preprocessing
 from brainfound.errors import ModelError
 from brainfound.models import (
-    BrainFoundForClassification,
-    BrainFoundForRegression,
-    BrainFoundForSegmentation,
     BrainFoundModel,
 )
 
