@@ -46,7 +46,8 @@ def test_a_bundle_answers_as_the_model_did(
     metadata = {"metrics": {"auroc": 0.9}}
     folder = save_bundle(tmp_path / "b", model, preprocessing=preprocessing, labels=LABELS, metadata=metadata)
     bundle = load_bundle(folder)
-    assert_same_answers(answers(model, inputs), answers(bundle.model, inputs))
+    # What pissa took out of the weights and what is put back round differently.
+    assert_same_answers(answers(model, inputs), answers(bundle.model, inputs), 1e-5 if method == "pissa" else 1e-6)
     assert (bundle.task, bundle.labels, bundle.metadata) == (task, LABELS, metadata)
     assert bundle.preprocessing == preprocessing
     assert bundle.content["weights"] == weights
