@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from pydantic import Field, field_validator, model_validator
 from torch import nn
 
-from brainfound.adapters import pissa
+from brainfound.adapters.pissa import attach_principal
 from brainfound.adapters.roles import block_number, require_known_roles, resolve_targets
 from brainfound.errors import ModelError, RecipeError
 from brainfound.models import BrainFoundForSegmentation
@@ -115,14 +115,14 @@ def _attach_updates(model: nn.Module, recipe: AdapterRecipe, task_modules: list[
         lora_dropout=recipe.dropout,
         use_dora=recipe.method == "dora",
         use_rslora=recipe.method == "rslora",
-        init_lora_weights=pissa.INITIALISATION if recipe.method == "pissa" else True,
+        init_lora_weights="pissa" if recipe.method == "pissa" else True,
         target_modules=targets,
         modules_to_save=task_modules or None,
         # Typed tasks wrap the forward pass for text models and break calls with pixel_values.
         task_type=None,
     )
     if recipe.method == "pissa":
-        return pissa.attach_principal(model, config, targets)
+        return attach_principal(model, config, targets)
     return get_peft_model(model, config)  # type: ignore[arg-type, return-value]
 
 

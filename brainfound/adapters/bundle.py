@@ -41,7 +41,7 @@ from brainfound.adapters.bundle_reader import (
     load_bundle,
 )
 from brainfound.adapters.fingerprint import file_hash, tensors_hash
-from brainfound.adapters.pissa import save_as_plain_updates
+from brainfound.adapters.pissa import principal_start, save_as_plain_updates
 from brainfound.data.checking.contract import InputContract
 from brainfound.data.preprocessing import Preprocessing
 from brainfound.errors import ModelError
@@ -53,6 +53,9 @@ from brainfound.report.cards import write_model_card
 __all__ = ["Bundle", "load_bundle", "save_bundle"]
 
 _TOLERANCE = 1e-5
+# What pissa takes out of a weight is added by the update and, after loading, is in the weight again: the same sum
+# in another order, through all blocks.
+_TOLERANCE_AFTER_PISSA = 1e-3
 
 
 def save_bundle(
@@ -227,14 +230,16 @@ def _require_same_answers(draft: Path, model: Any, example: Mapping[str, Tensor]
             expected, got = model(**inputs), reloaded(**inputs)
         finally:
             model.to(device).train(was_training)
+    resummed = any(principal_start(module) is not None for module in body.modules())
+    tolerance = _TOLERANCE_AFTER_PISSA if resummed else _TOLERANCE
     for name, value in expected.items():
-        if not torch.allclose(got[name], value, atol=_TOLERANCE, rtol=_TOLERANCE, equal_nan=True):
+        if not torch.allclose(got[name], value, atol=tolerance, rtol=tolerance, equal_nan=True):
             difference = (got[name] - value).abs().max().item()
             raise ModelError(
                 f"the reloaded bundle answers differently in {name}",
                 where=draft.name,
                 got=f"a difference of {difference:.2g}",
-                expected=f"at most {_TOLERANCE:g}",
+                expected=f"at most {tolerance:g}",
                 remedy="The base changed since it was loaded, or weights outside the adapter were trained; "
                 "save with copy_base=True or train with the method 'full'",
             )

@@ -179,7 +179,7 @@ def _load_base(kind: type[Any], config: BrainFoundConfig, base: dict[str, Any], 
         model = kind(config, backbone=load_backbone(where))
     state = base_encoder_state(model)
     found = tensors_hash(state)
-    if base["sha256"] not in {found, tensors_hash(former_state(state))}:
+    if base["sha256"] != found and base["sha256"] != tensors_hash(former_state(state)):
         raise ModelError(
             "these are not the base weights that the adapter was trained on",
             where=where,

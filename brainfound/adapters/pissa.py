@@ -27,8 +27,6 @@ from torch import Tensor, nn
 from brainfound.adapters.former_names import PEFT_PREFIX
 from brainfound.errors import RecipeError
 
-INITIALISATION = "pissa"
-"""The library's name of the method, as a way to initialise updates."""
 _ADAPTER = "default"
 _ATTRIBUTE = "principal_start"
 
