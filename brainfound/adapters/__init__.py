@@ -1,17 +1,24 @@
 """Adapters: what is trained on top of a backbone, and the bundle that it is saved in."""
 
+from brainfound.adapters.adapter_set import AdapterSet, load_adapters
 from brainfound.adapters.attach import AdapterRecipe, ParameterCount, attach_adapter, count_parameters
 from brainfound.adapters.bundle import Bundle, load_bundle, save_bundle
+from brainfound.adapters.merging import is_merged, merge, unmerge
 from brainfound.adapters.roles import ROLES, resolve_targets
 
 __all__ = [
     "ROLES",
     "AdapterRecipe",
+    "AdapterSet",
     "Bundle",
     "ParameterCount",
     "attach_adapter",
     "count_parameters",
+    "is_merged",
+    "load_adapters",
     "load_bundle",
+    "merge",
     "resolve_targets",
     "save_bundle",
+    "unmerge",
 ]

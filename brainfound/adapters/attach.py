@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from peft import LoraConfig, PeftModel, get_peft_model
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import nn
 
-from brainfound.adapters.roles import require_known_roles, resolve_targets
+from brainfound.adapters.pissa import attach_principal
+from brainfound.adapters.roles import block_number, require_known_roles, resolve_targets
 from brainfound.errors import ModelError, RecipeError
 from brainfound.models import BrainFoundForSegmentation
+from brainfound.models.encoder import SliceEncoder
 from brainfound.recipes import Recipe
 
-Method = Literal["none", "lora", "dora", "rslora", "full"]
+Method = Literal["none", "lora", "dora", "rslora", "pissa", "last_blocks", "full"]
 
 
 class AdapterRecipe(Recipe):
     """What is trained when a model is adapted to a task."""
 
     method: Method = "lora"
-    """"none" trains the head alone, "full" everything; "lora" (Hu et al. 2021), "dora" (Liu et al. 2024) and "rslora"
-    (Kalajdzievski 2023) train low-rank updates of the backbone beside the head."""
+    """"none" trains the head alone, "full" everything, "last_blocks" the last blocks and the last norm; "lora" (Hu et
+    al. 2021), "dora" (Liu et al. 2024), "rslora" (Kalajdzievski 2023) and "pissa" (Meng et al. 2024, updates that start
+    as the principal part of the weights) train low-rank updates of the backbone beside the head."""
     roles: tuple[str, ...] = ("query", "value")
     """The weight matrices that get an update: query, key, value, output, mlp_in, mlp_out, patch."""
     rank: Annotated[int, Field(ge=1, le=1024)] = 8
@@ -29,11 +32,14 @@ class AdapterRecipe(Recipe):
     alpha: Annotated[float, Field(gt=0)] = 16
     """Scale of the updates: alpha/rank, for rslora alpha/sqrt(rank)."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout before each update."""
+    """Dropout before each update; not with pissa, whose updates hold the greater part of the weights."""
     layers: tuple[Annotated[int, Field(ge=1)], ...] | None = None
     """1-based blocks that get updates; null means all."""
+    blocks: Annotated[int, Field(ge=1)] = 2
+    """How many blocks, counted from the last one, the method last_blocks trains; others do not read it."""
     train_contrast_embedding: bool = True
-    """Also train the stem's embedding of each contrast. Only with low-rank updates; "full" always does."""
+    """Also train the stem's embedding of each contrast, with low-rank updates and last_blocks; "full" always does. It
+    lies in front of the first block, so that gradients must pass all blocks."""
 
     @field_validator("roles")
     @classmethod
@@ -45,6 +51,15 @@ class AdapterRecipe(Recipe):
         except RecipeError as error:
             raise ValueError(str(error)) from None
         return value
+
+    @model_validator(mode="after")
+    def _principal_parts_exist(self) -> Self:
+        if self.method == "pissa":
+            if self.dropout:
+                raise ValueError("dropout would take out the greater part of the weights; set dropout to 0 with pissa")
+            if "patch" in self.roles:
+                raise ValueError("pissa splits matrices, and patch is a convolution; leave out patch, or use lora")
+        return self
 
 
 class ParameterCount(NamedTuple):
@@ -70,35 +85,64 @@ def attach_adapter(model: nn.Module, recipe: AdapterRecipe) -> Any:
 
     Raises:
         ModelError: if the model has an adapter, or no module plays a role.
+        RecipeError: if the model has fewer blocks, or smaller matrices, than the recipe asks for.
     """
     if isinstance(model, PeftModel) or any(isinstance(module, PeftModel) for module in model.modules()):
         raise ModelError("the model already has an adapter", remedy="Attach to the model that it was made from")
     task_modules = _task_modules(model)
     if recipe.method == "full":
         model.requires_grad_(True)
-        for name, parameter in model.named_parameters():
-            if _is_idle(model, name):
-                parameter.requires_grad_(False)
+        _freeze_idle(model)
         return model
     model.requires_grad_(False)
-    if recipe.method == "none":
-        for name in task_modules:
-            model.get_submodule(name).requires_grad_(True)
-        return model
-    if recipe.train_contrast_embedding:
+    if recipe.method != "none" and recipe.train_contrast_embedding:
         task_modules += [name for name, _ in model.named_modules() if name.endswith(".contrast_embedding")]
+    if recipe.method not in ("none", "last_blocks"):
+        return _attach_updates(model, recipe, task_modules)
+    if recipe.method == "last_blocks":
+        open_last_blocks(model if isinstance(model, SliceEncoder) else model.encoder, recipe.blocks)  # type: ignore[arg-type]
+    for name in task_modules:
+        model.get_submodule(name).requires_grad_(True)
+    _freeze_idle(model)
+    return model
+
+
+def _attach_updates(model: nn.Module, recipe: AdapterRecipe, task_modules: list[str]) -> PeftModel:
+    targets = resolve_targets(model, recipe.roles, recipe.layers)
     config = LoraConfig(
         r=recipe.rank,
         lora_alpha=recipe.alpha,  # type: ignore[arg-type]
         lora_dropout=recipe.dropout,
         use_dora=recipe.method == "dora",
         use_rslora=recipe.method == "rslora",
-        target_modules=resolve_targets(model, recipe.roles, recipe.layers),
+        init_lora_weights="pissa" if recipe.method == "pissa" else True,
+        target_modules=targets,
         modules_to_save=task_modules or None,
         # Typed tasks wrap the forward pass for text models and break calls with pixel_values.
         task_type=None,
     )
-    return get_peft_model(model, config)  # type: ignore[arg-type]
+    if recipe.method == "pissa":
+        return attach_principal(model, config, targets)
+    return get_peft_model(model, config)  # type: ignore[arg-type, return-value]
+
+
+def open_last_blocks(encoder: SliceEncoder, num_blocks: int) -> None:
+    """Let the last blocks of an encoder and its last norm learn.
+
+    Raises:
+        RecipeError: if there are fewer blocks.
+    """
+    if num_blocks > encoder.num_layers:
+        raise RecipeError(
+            "the encoder has fewer blocks",
+            where="blocks",
+            got=num_blocks,
+            expected=f"at most {encoder.num_layers}",
+            remedy="Lower blocks, or use the method full",
+        )
+    for block in encoder.blocks[encoder.num_layers - num_blocks :]:
+        block.requires_grad_(True)
+    encoder.backbone.layernorm.requires_grad_(True)
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
@@ -117,10 +161,18 @@ def _task_modules(model: nn.Module) -> list[str]:
     ]
 
 
+def _freeze_idle(model: nn.Module) -> None:
+    """Freeze weights that no answer depends on: distributed training would wait for their gradients in vain."""
+    for name, parameter in model.named_parameters():
+        if _is_idle(model, name):
+            parameter.requires_grad_(False)
+
+
 def _is_idle(model: nn.Module, name: str) -> bool:
-    """Weights that no answer depends on: distributed training would wait for their gradients in vain."""
     if name.endswith("embeddings.mask_token"):
         return True
     if not isinstance(model, BrainFoundForSegmentation):
         return False
+    if ".backbone." in name and (block_number(name) or 0) > max(model.config.resolved_decoder_layers):
+        return True
     return ".aggregator." in name or name.endswith(("backbone.layernorm.weight", "backbone.layernorm.bias"))

@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from brainfound.adapters.fingerprint import file_hash, tensors_hash
+from brainfound.adapters.former_names import former_state, present_targets, present_tensors
+from brainfound.adapters.merging import weight_before
 from brainfound.data.preprocessing import Preprocessing
 from brainfound.errors import ModelError
 from brainfound.models import (
@@ -64,7 +68,7 @@ def load_bundle(folder: str | Path) -> Bundle:
     folder = Path(folder)
     content = _read_description(folder)
     _require_untouched(folder, content)
-    config = BrainFoundConfig.from_json_file(folder / "config.json")
+    config = _read_config(folder / "config.json")
     kind = TASKS[content["task"]]
     weights = content["weights"]
     if weights == "full":
@@ -84,13 +88,27 @@ def load_bundle(folder: str | Path) -> Bundle:
 
 
 def base_encoder_state(body: Any) -> dict[str, Tensor]:
-    """The encoder's weights as they were before an adapter was attached, under their own names."""
+    """The encoder's weights as they were before an adapter was attached or merged, under their own names.
+
+    Raises:
+        ModelError: if the adapter was merged in a way that does not keep them.
+    """
     state = {}
     for name, value in body.encoder.state_dict().items():
-        if "lora_" in name or ".modules_to_save." in name:
-            continue
-        state[name.replace(".base_layer.", ".").replace(".original_module.", ".")] = value.detach().cpu()
+        plain = name_in_base(name)
+        if plain is not None:
+            state[plain] = value.detach().cpu()
+    for name, module in body.encoder.named_modules():
+        if isinstance(module, LoraLayer):
+            state[f"{name}.weight"] = weight_before(module).detach().cpu()
     return state
+
+
+def name_in_base(name: str) -> str | None:
+    """The name that a weight of an adapted encoder has without the adapter; None if it belongs to the adapter."""
+    if "lora_" in name or ".modules_to_save." in name:
+        return None
+    return name.replace(".base_layer.", ".").replace(".original_module.", ".")
 
 
 def in_encoder(name: str) -> bool:
@@ -140,6 +158,15 @@ def _require_untouched(folder: Path, content: dict[str, Any]) -> None:
             )
 
 
+def _read_config(path: Path) -> BrainFoundConfig:
+    try:
+        return BrainFoundConfig.from_json_file(path)
+    except LOAD_FAILURES as error:
+        raise ModelError(
+            f"the configuration cannot be read: {_first_line(error)}", where=path, remedy="Copy the bundle again"
+        ) from error
+
+
 def _load_base(kind: type[Any], config: BrainFoundConfig, base: dict[str, Any], folder: Path) -> Any:
     if base["source"] == "folder":
         where = str(folder / "base")
@@ -150,8 +177,9 @@ def _load_base(kind: type[Any], config: BrainFoundConfig, base: dict[str, Any], 
     else:
         where = base["id"]
         model = kind(config, backbone=load_backbone(where))
-    found = tensors_hash(base_encoder_state(model))
-    if found != base["sha256"]:
+    state = base_encoder_state(model)
+    found = tensors_hash(state)
+    if base["sha256"] != found and base["sha256"] != tensors_hash(former_state(state)):
         raise ModelError(
             "these are not the base weights that the adapter was trained on",
             where=where,
@@ -164,12 +192,17 @@ def _load_base(kind: type[Any], config: BrainFoundConfig, base: dict[str, Any], 
 
 def _load_adapter(model: Any, folder: Path) -> PeftModel:
     path = folder / ADAPTER_FILE
-    saved = _keys_of(path)
     try:
-        adapted = PeftModel.from_pretrained(model, str(folder), use_safetensors=True, torch_device="cpu")
+        saved = load_file(path)
+        settings = PeftConfig.from_pretrained(str(folder))
+        settings.target_modules = present_targets(settings.target_modules, model)
+        settings.inference_mode = True
+        tensors = present_tensors(saved, model)
+        adapted = PeftModel(model, settings)
+        _require_same_keys(path, set(tensors), set(get_peft_model_state_dict(adapted, save_embedding_layers=False)))
+        set_peft_model_state_dict(adapted, tensors)
     except LOAD_FAILURES as error:
         raise _unreadable_weights(path, error) from error
-    _require_same_keys(path, saved, set(get_peft_model_state_dict(adapted, save_embedding_layers=False)))
     return adapted
 
 
@@ -197,8 +230,11 @@ def _keys_of(path: Path) -> set[str]:
 
 
 def _unreadable_weights(path: Path, error: Exception) -> ModelError:
-    first_line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-    return ModelError(f"the weights cannot be read: {first_line}", where=path, remedy="Copy the bundle again")
+    return ModelError(f"the weights cannot be read: {_first_line(error)}", where=path, remedy="Copy the bundle again")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def _require_same_keys(path: Path, saved: set[str], expected: set[str]) -> None:

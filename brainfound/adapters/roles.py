@@ -52,12 +52,7 @@ def resolve_targets(model: nn.Module, roles: Iterable[str], layers: Iterable[int
     """
     roles = list(roles)
     require_known_roles(roles)
-    prefix = _backbone_prefix(model)
-    candidates = [
-        name
-        for name, module in model.named_modules()
-        if name.startswith(prefix) and isinstance(module, (nn.Linear, nn.Conv2d))
-    ]
+    candidates = _matrices(model)
     wanted = None if layers is None else set(layers)
     blocks = {number for name in candidates if (number := block_number(name)) is not None}
     if wanted is not None and wanted - blocks:
@@ -80,6 +75,25 @@ def resolve_targets(model: nn.Module, roles: Iterable[str], layers: Iterable[int
     return sorted(set(found), key=candidates.index)
 
 
+def players(model: nn.Module) -> dict[tuple[int | None, str], list[str]]:
+    """The full names of the backbone's modules by the block that they are in and the role that they play."""
+    found: dict[tuple[int | None, str], list[str]] = {}
+    for name in _matrices(model):
+        role = role_of(name)
+        if role is not None:
+            found.setdefault((block_number(name), role), []).append(name)
+    return found
+
+
+def role_of(name: str) -> str | None:
+    """The role of a module of a backbone, by its name in the present or in a former release; None if it plays none.
+
+    >>> role_of("layer.0.attention.attention.query"), role_of("layer.0.attention.q_proj"), role_of("layernorm")
+    ('query', 'query', None)
+    """
+    return next((role for role in ROLES if _plays(name, role)), None)
+
+
 def block_number(name: str) -> int | None:
     """The 1-based block that a module belongs to, or None.
 
@@ -88,6 +102,15 @@ def block_number(name: str) -> int | None:
     """
     found = _BLOCK.search(name)
     return None if found is None else int(found.group(1)) + 1
+
+
+def _matrices(model: nn.Module) -> list[str]:
+    prefix = _backbone_prefix(model)
+    return [
+        name
+        for name, module in model.named_modules()
+        if name.startswith(prefix) and isinstance(module, (nn.Linear, nn.Conv2d))
+    ]
 
 
 def _plays(name: str, role: str) -> bool:

@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from brainfound.adapters.attach import AdapterRecipe
 from brainfound.data.store import Store
 from brainfound.models import BrainFoundConfig
+from brainfound.recipes import load
 from brainfound.train.run_files import versions
 from brainfound.train.targets import Target
 
@@ -45,12 +47,13 @@ def finetuned_card(
         part: f"{len(index)} sessions of {subjects.iloc[index].nunique()} subjects" for part, index in parts.items()
     }
     where = f"test part ({sizes['test']})"
+    method = load(AdapterRecipe, recipe.adapter, "adapters").method
     return {
         "name": recipe.name,
         "summary": f"Fine-tuned for {target.task} of {target.column}; its scores are of subjects that it never saw.",
         "kind": f"fine-tuned for {target.task}",
         "base_model": source,
-        "base_model_relation": "finetune" if recipe.adapter == "full" else "adapter",
+        "base_model_relation": "finetune" if method in ("full", "last_blocks") else "adapter",
         "backbone": config.backbone_config.model_type,
         "stem": config.stem,
         "aggregator": None if target.task == "segmentation" else config.aggregator,

@@ -23,6 +23,7 @@ from peft.tuners.lora import LoraLayer
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
+from brainfound.adapters.attach import open_last_blocks
 from brainfound.adapters.roles import require_known_roles, resolve_targets
 from brainfound.errors import RecipeError
 from brainfound.models.encoder import SliceEncoder
@@ -103,9 +104,7 @@ def choose_trained_part(encoder: SliceEncoder, recipe: TrainedPartRecipe, seed: 
     encoder = copy.deepcopy(encoder).requires_grad_(False)
     if recipe.part == "lora":
         _inject(encoder, recipe, num_frozen, seed)
-    for block in encoder.blocks[num_frozen:]:
-        block.requires_grad_(True)
-    encoder.backbone.layernorm.requires_grad_(True)
+    open_last_blocks(encoder, recipe.blocks)
     if recipe.part == "lora":
         for module in encoder.modules():
             if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):

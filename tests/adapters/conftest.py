@@ -4,10 +4,21 @@ import pytest
 import torch
 from transformers import Dinov2Config, Dinov2Model
 
+from brainfound.adapters import AdapterRecipe, attach_adapter
 from brainfound.data.preprocessing import Preprocessing
-from brainfound.models import BrainFoundModel
+from brainfound.models import (
+    BrainFoundForClassification,
+    BrainFoundForRegression,
+    BrainFoundForSegmentation,
+    BrainFoundModel,
+)
 
 CONTRASTS = ("T1w", "FLAIR")
+KINDS = {
+    "classification": BrainFoundForClassification,
+    "regression": BrainFoundForRegression,
+    "segmentation": BrainFoundForSegmentation,
+}
 
 
 @pytest.fixture(scope="session")
@@ -51,3 +62,39 @@ def inputs():
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def adapted():
+    """A model of a task with every trained weight away from where it started."""
+
+    def make(folder, task="classification", method="lora", aggregator="attention", roles=None, **config):
+        model = KINDS[task].from_pretrained(folder, aggregator=aggregator, decoder_width=8, **config)
+        roles = roles or ("query", "mlp_in", *(() if method == "pissa" else ("patch",)))
+        model = attach_adapter(model, AdapterRecipe(method=method, roles=roles, blocks=1))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter) * 0.05)
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def answers():
+    def ask(model, inputs):
+        with torch.no_grad():
+            return {name: value for name, value in model.eval()(**inputs).items() if name != "loss"}
+
+    return ask
+
+
+@pytest.fixture(scope="session")
+def assert_same_answers():
+    def compare(first, second, tolerance=1e-6):
+        assert first.keys() == second.keys()
+        for name, value in first.items():
+            torch.testing.assert_close(second[name], value, atol=tolerance, rtol=tolerance)
+
+    return compare

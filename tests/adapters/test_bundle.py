@@ -9,61 +9,45 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import Dinov2Config, Dinov2Model
 
-from brainfound.adapters import AdapterRecipe, attach_adapter, load_bundle, save_bundle
+from brainfound.adapters import load_bundle, save_bundle
 from brainfound.adapters.fingerprint import file_hash, tensors_hash
 from brainfound.data.checking.contract import InputContract
 from brainfound.data.preprocessing import Preprocessing
 from brainfound.errors import ModelError
 from brainfound.models import (
-    BrainFoundForClassification,
-    BrainFoundForRegression,
-    BrainFoundForSegmentation,
     BrainFoundModel,
 )
 
-KINDS = {
-    "classification": BrainFoundForClassification,
-    "regression": BrainFoundForRegression,
-    "segmentation": BrainFoundForSegmentation,
-}
+TASKS = ("classification", "regression", "segmentation")
 LABELS = {"0": "control", "1": "patient"}
+METHOD_FILES = {"lora": "adapter_model.safetensors", "none": "trained.safetensors", "full": "model.safetensors"}
 WEIGHTS_FILES = {"adapter": "adapter_model.safetensors", "trained": "trained.safetensors", "full": "model.safetensors"}
 
 
-def adapted(folder, task="classification", method="lora", aggregator="attention", **config):
-    """A model with every trained weight away from where it started."""
-    model = KINDS[task].from_pretrained(folder, aggregator=aggregator, decoder_width=8, **config)
-    model = attach_adapter(model, AdapterRecipe(method=method, roles=("query", "mlp_in", "patch")))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.05)
-    return model.eval()
-
-
-def answers(model, inputs):
-    with torch.no_grad():
-        return {name: value for name, value in model.eval()(**inputs).items() if name != "loss"}
-
-
-def assert_same_answers(first, second):
-    assert first.keys() == second.keys()
-    for name, value in first.items():
-        torch.testing.assert_close(second[name], value, atol=1e-6, rtol=1e-6)
-
-
-@pytest.mark.parametrize("task", KINDS)
+@pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize(
     ("method", "weights"),
-    [("lora", "adapter"), ("dora", "adapter"), ("rslora", "adapter"), ("none", "trained"), ("full", "full")],
+    [
+        ("lora", "adapter"),
+        ("dora", "adapter"),
+        ("rslora", "adapter"),
+        ("pissa", "adapter"),
+        ("none", "trained"),
+        ("last_blocks", "full"),
+        ("full", "full"),
+    ],
 )
-def test_a_bundle_answers_as_the_model_did(export_folder, preprocessing, inputs, tmp_path, task, method, weights):
+def test_a_bundle_answers_as_the_model_did(
+    export_folder, preprocessing, inputs, tmp_path, task, method, weights, adapted, answers, assert_same_answers
+):
     model = adapted(export_folder, task, method, aggregator="transformer")
     metadata = {"metrics": {"auroc": 0.9}}
     folder = save_bundle(tmp_path / "b", model, preprocessing=preprocessing, labels=LABELS, metadata=metadata)
     bundle = load_bundle(folder)
-    assert_same_answers(answers(model, inputs), answers(bundle.model, inputs))
+    # What pissa took out of the weights and what is put back round differently.
+    assert_same_answers(answers(model, inputs), answers(bundle.model, inputs), 1e-5 if method == "pissa" else 1e-6)
     assert (bundle.task, bundle.labels, bundle.metadata) == (task, LABELS, metadata)
     assert bundle.preprocessing == preprocessing
     assert bundle.content["weights"] == weights
@@ -72,7 +56,7 @@ def test_a_bundle_answers_as_the_model_did(export_folder, preprocessing, inputs,
     assert not any(parameter.requires_grad for parameter in bundle.model.parameters())
 
 
-def test_the_input_contract_is_part_of_the_bundle(export_folder, preprocessing, tmp_path):
+def test_the_input_contract_is_part_of_the_bundle(export_folder, preprocessing, tmp_path, adapted):
     contract = InputContract.of_preprocessing(preprocessing).model_copy(update={"age_years": (20.0, 80.0)})
     settings = {"preprocessing": preprocessing, "labels": LABELS}
     folder = save_bundle(tmp_path / "b", adapted(export_folder), contract=contract, **settings)
@@ -83,7 +67,7 @@ def test_the_input_contract_is_part_of_the_bundle(export_folder, preprocessing, 
     assert InputContract.load_or_none(save_bundle(tmp_path / "c", adapted(export_folder), **settings)) is None
 
 
-def test_saving_leaves_the_model_and_the_random_numbers_alone(export_folder, preprocessing, tmp_path):
+def test_saving_leaves_the_model_and_the_random_numbers_alone(export_folder, preprocessing, tmp_path, adapted):
     model = adapted(export_folder).train()
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     state = torch.get_rng_state()
@@ -94,7 +78,7 @@ def test_saving_leaves_the_model_and_the_random_numbers_alone(export_folder, pre
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
 
-def test_an_adapter_is_small_beside_its_base(export_folder, preprocessing, tmp_path):
+def test_an_adapter_is_small_beside_its_base(export_folder, preprocessing, tmp_path, adapted):
     folder = save_bundle(tmp_path / "b", adapted(export_folder), preprocessing=preprocessing, labels=LABELS)
     saved = load_file(folder / "adapter_model.safetensors")
     base = load_file(folder / "base" / "model.safetensors")
@@ -105,7 +89,7 @@ def test_an_adapter_is_small_beside_its_base(export_folder, preprocessing, tmp_p
     assert all(torch.equal(value, exported[key]) for key, value in base.items())
 
 
-def test_no_path_of_the_training_machine_is_in_the_adapter(export_folder, preprocessing, tmp_path):
+def test_no_path_of_the_training_machine_is_in_the_adapter(export_folder, preprocessing, tmp_path, adapted):
     folder = save_bundle(tmp_path / "b", adapted(export_folder), preprocessing=preprocessing, labels=LABELS)
     assert str(export_folder) not in (folder / "adapter_config.json").read_text()
     assert str(export_folder) not in (folder / "bundle.json").read_text()
@@ -135,7 +119,9 @@ save_file({"logits": logits, "hub_same": torch.tensor(same)}, here / "out.safete
 """
 
 
-def test_a_new_process_and_a_base_on_the_hub(export_folder, backbone_folder, preprocessing, inputs, tmp_path):
+def test_a_new_process_and_a_base_on_the_hub(
+    export_folder, backbone_folder, preprocessing, inputs, tmp_path, adapted, answers
+):
     model = adapted(export_folder)
     save_bundle(tmp_path / "b", model, preprocessing=preprocessing, labels=LABELS, example=inputs)
     save_file(inputs, tmp_path / "inputs.safetensors")
@@ -162,8 +148,52 @@ def test_a_new_process_and_a_base_on_the_hub(export_folder, backbone_folder, pre
     assert not (tmp_path / "hub" / "base").exists()
 
 
+THROUGH_BOTH_WAYS = """
+import sys, torch
+from pathlib import Path
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from brainfound.adapters import load_bundle
+from brainfound.models import BrainFoundConfig, BrainFoundForClassification
+
+here = Path(sys.argv[1])
+inputs = load_file(here / "inputs.safetensors")
+out = {}
+for folder in sorted(path for path in here.iterdir() if path.is_dir()):
+    with torch.no_grad():
+        out[folder.name] = load_bundle(folder).model(**inputs).logits
+        if (folder / "adapter_config.json").is_file():
+            config = BrainFoundConfig.from_pretrained(folder)
+            base = BrainFoundForClassification.from_pretrained(folder / "base", config=config)
+            out[folder.name + " by peft"] = PeftModel.from_pretrained(base, folder).eval()(**inputs).logits
+save_file(out, here / "out.safetensors")
+"""
+
+
+def test_a_new_process_reads_each_kind_and_so_does_peft(
+    export_folder, preprocessing, inputs, tmp_path, adapted, answers
+):
+    expected = {}
+    for method in ("lora", "dora", "pissa", "none", "last_blocks"):
+        model = adapted(export_folder, method=method)
+        save_bundle(tmp_path / method, model, preprocessing=preprocessing, labels=LABELS)
+        expected[method] = answers(model, inputs)["logits"]
+    save_file(inputs, tmp_path / "inputs.safetensors")
+    subprocess.run(
+        [sys.executable, "-c", THROUGH_BOTH_WAYS, str(tmp_path)],
+        check=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        cwd=Path(__file__).parents[2],
+    )
+    out = load_file(tmp_path / "out.safetensors")
+    assert out.keys() == {*expected, "lora by peft", "dora by peft", "pissa by peft"}
+    for name, logits in out.items():
+        tolerance = 1e-5 if "pissa" in name else 1e-6
+        torch.testing.assert_close(logits, expected[name.split(" ")[0]], atol=tolerance, rtol=tolerance)
+
+
 @pytest.fixture
-def bundle_folder(export_folder, preprocessing, tmp_path):
+def bundle_folder(export_folder, preprocessing, tmp_path, adapted):
     return save_bundle(tmp_path / "b", adapted(export_folder), preprocessing=preprocessing, labels=LABELS)
 
 
@@ -211,10 +241,10 @@ def test_truncated_weights_are_one_line_even_with_a_fitting_hash(bundle_folder, 
 
 @pytest.mark.parametrize("method", ["lora", "none"])
 @pytest.mark.parametrize("change", ["missing", "extra"])
-def test_missing_and_extra_weights_are_named(export_folder, preprocessing, tmp_path, method, change):
+def test_missing_and_extra_weights_are_named(export_folder, preprocessing, tmp_path, method, change, adapted):
     model = adapted(export_folder, method=method)
     folder = save_bundle(tmp_path / "b", model, preprocessing=preprocessing, labels=LABELS)
-    path = folder / WEIGHTS_FILES["adapter" if method == "lora" else "trained"]
+    path = folder / METHOD_FILES[method]
     weights = load_file(path)
     key = next(key for key in weights if "head" in key)
     if change == "missing":
@@ -227,6 +257,45 @@ def test_missing_and_extra_weights_are_named(export_folder, preprocessing, tmp_p
     with pytest.raises(ModelError) as error:
         load_bundle(folder)
     assert key in str(error.value)
+
+
+@pytest.mark.parametrize(("method", "name"), [*METHOD_FILES.items(), ("lora", "base/model.safetensors")])
+def test_half_of_the_weights_is_refused_by_name(export_folder, preprocessing, tmp_path, method, name, adapted):
+    folder = save_bundle(
+        tmp_path / "b", adapted(export_folder, method=method), preprocessing=preprocessing, labels=LABELS
+    )
+    weights = load_file(folder / name)
+    kept = dict(sorted(weights.items())[::2])
+    save_file(kept, folder / name, metadata={"format": "pt"})
+    rehash(folder)
+    with pytest.raises(ModelError, match=rf"lacks {len(weights) - len(kept)} ") as error:
+        load_bundle(folder)
+    assert "\n" not in str(error.value)
+    assert any(key.rsplit(".", 2)[-2] in str(error.value) for key in weights.keys() - kept.keys())
+
+
+def test_a_backbone_of_another_size_is_refused(bundle_folder, tmp_path):
+    config = Dinov2Config(
+        hidden_size=48, num_hidden_layers=3, num_attention_heads=2, mlp_ratio=2, patch_size=8, image_size=40
+    )
+    Dinov2Model(config).save_pretrained(tmp_path / "wider")
+    wider = BrainFoundModel.from_backbone(tmp_path / "wider", ("T1w", "FLAIR"))
+    wider.save_pretrained(bundle_folder / "base")
+    rehash(bundle_folder)
+    with pytest.raises(ModelError) as error:
+        load_bundle(bundle_folder)
+    assert "\n" not in str(error.value)
+    assert "base" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["config.json", "adapter_config.json"])
+@pytest.mark.parametrize("content", ["{", "[]", '{"target_modules": 3, "peft_type": "LORA", "aggregator": "none"}'])
+def test_settings_that_make_no_sense_are_one_line(bundle_folder, name, content):
+    (bundle_folder / name).write_text(content)
+    rehash(bundle_folder)
+    with pytest.raises(ModelError) as error:
+        load_bundle(bundle_folder)
+    assert "\n" not in str(error.value)
 
 
 def test_another_base_is_refused(bundle_folder):
@@ -259,7 +328,9 @@ def test_a_folder_without_a_bundle_is_one_line(tmp_path):
             load_bundle(folder)
 
 
-def test_weights_changed_outside_the_adapter_are_kept(export_folder, preprocessing, tmp_path):
+def test_weights_changed_outside_the_adapter_are_kept(
+    export_folder, preprocessing, tmp_path, adapted, answers, assert_same_answers
+):
     """A layer norm that moved is in no adapter file; the base is written from the model, so it is not lost."""
     model = adapted(export_folder)
     with torch.no_grad():
@@ -269,7 +340,7 @@ def test_weights_changed_outside_the_adapter_are_kept(export_folder, preprocessi
     assert_same_answers(answers(model, pixels), answers(load_bundle(folder).model, pixels))
 
 
-def test_a_bundle_that_answers_differently_is_not_left_behind(export_folder, preprocessing, tmp_path):
+def test_a_bundle_that_answers_differently_is_not_left_behind(export_folder, preprocessing, tmp_path, adapted):
     model = adapted(export_folder)
     # State that no file holds.
     model.get_base_model().head.norm.register_forward_hook(lambda module, args, output: output + 1)
@@ -278,7 +349,7 @@ def test_a_bundle_that_answers_differently_is_not_left_behind(export_folder, pre
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_folder_must_be_free(bundle_folder, export_folder, preprocessing, tmp_path):
+def test_the_folder_must_be_free(bundle_folder, export_folder, preprocessing, tmp_path, adapted):
     model = adapted(export_folder)
     with pytest.raises(ModelError, match="taken"):
         save_bundle(bundle_folder, model, preprocessing=preprocessing, labels=LABELS)
@@ -293,7 +364,7 @@ def test_the_folder_must_be_free(bundle_folder, export_folder, preprocessing, tm
     assert (foreign / "thesis.txt").read_text() == "mine"
 
 
-def test_what_cannot_be_bundled_is_refused(export_folder, preprocessing, tmp_path):
+def test_what_cannot_be_bundled_is_refused(export_folder, preprocessing, tmp_path, adapted):
     model = adapted(export_folder)
     for change, told in (
         ({"model": torch.nn.Linear(1, 1)}, "Linear cannot be bundled"),
@@ -307,7 +378,7 @@ def test_what_cannot_be_bundled_is_refused(export_folder, preprocessing, tmp_pat
         assert not (tmp_path / "b").exists()
 
 
-def test_an_embedding_model_is_bundled_too(export_folder, preprocessing, tmp_path):
+def test_an_embedding_model_is_bundled_too(export_folder, preprocessing, tmp_path, answers, assert_same_answers):
     model = BrainFoundModel.from_pretrained(export_folder)
     folder = save_bundle(tmp_path / "b", model, preprocessing=preprocessing, labels={})
     bundle = load_bundle(folder)

@@ -1,0 +1,120 @@
+"""Several bundles on one backbone in memory, chosen per request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from brainfound.adapters.bundle_reader import Bundle, base_encoder_state, load_bundle, name_in_base
+from brainfound.adapters.fingerprint import tensors_hash
+from brainfound.adapters.merging import is_merged
+from brainfound.errors import ModelError, UsageError, did_you_mean
+from brainfound.models.inference import inner_model
+
+
+class AdapterSet:
+    """Bundles whose models share the weights of one backbone.
+
+    Each name gives a whole bundle with a model, preprocessing and labels of its own, so choosing one changes no
+    state: requests for several names may be answered in any order, or at the same time. Each answers as it does
+    when it is loaded alone.
+
+    Args:
+        bundles: by name; `load_adapters` reads and checks them.
+    """
+
+    def __init__(self, bundles: Mapping[str, Bundle]) -> None:
+        self._bundles = dict(bundles)
+
+    def __getitem__(self, name: str) -> Bundle:
+        if name not in self._bundles:
+            raise UsageError(f"no adapter named {name!r}", remedy=did_you_mean(name, self._bundles))
+        return self._bundles[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._bundles
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._bundles)
+
+    def __len__(self) -> int:
+        return len(self._bundles)
+
+    def __repr__(self) -> str:
+        parts = ", ".join(f"{name}: {bundle.task}" for name, bundle in self._bundles.items())
+        return f"AdapterSet({parts}; {self.num_parameters:,} parameters)"
+
+    @property
+    def num_parameters(self) -> int:
+        """Of all models together; what they share counts once."""
+        return sum({id(p): p.numel() for b in self._bundles.values() for p in b.model.parameters()}.values())
+
+    def to(self, device: str | torch.device) -> Self:
+        """Move all models; they go on sharing."""
+        bundles = list(self._bundles.values())
+        for bundle in bundles:
+            bundle.model.to(device)
+            # Again, for where moving a model replaces its parameters instead of their content.
+            _share_backbone(bundles[0], bundle)
+        return self
+
+
+def load_adapters(bundles: Mapping[str, str | Path | Bundle]) -> AdapterSet:
+    """Read bundles that were trained on the same backbone, and keep that backbone in memory once.
+
+    Args:
+        bundles: folders of bundles, or loaded ones, by the names that they will be asked for.
+
+    Raises:
+        UsageError: if there is none.
+        ModelError: if one cannot be read, has a backbone of its own, or is merged.
+    """
+    if not bundles:
+        raise UsageError("no bundle was given", where="load_adapters")
+    loaded: dict[str, Bundle] = {}
+    fingerprint = ""
+    for name, source in bundles.items():
+        bundle = source if isinstance(source, Bundle) else load_bundle(source)
+        if bundle.content["weights"] == "full":
+            raise ModelError(
+                "its encoder itself was trained, so it has a backbone of its own",
+                where=f"{name} ({bundle.folder})",
+                expected="an adapter, or a head on a frozen backbone",
+                remedy="Load it by itself with load_bundle",
+            )
+        if is_merged(bundle.model):
+            raise ModelError("the adapter is merged", where=f"{name} ({bundle.folder})", remedy="Call unmerge first")
+        own = tensors_hash(base_encoder_state(inner_model(bundle.model)))
+        fingerprint = fingerprint or own
+        if own != fingerprint:
+            raise ModelError(
+                f"it was trained on another backbone than {next(iter(loaded))}",
+                where=f"{name} ({bundle.folder})",
+                got=f"hash {own[:12]}",
+                expected=fingerprint[:12],
+                remedy="Load it by itself with load_bundle",
+            )
+        loaded[name] = bundle
+        # At once: when the next one is read, this one's copy of the backbone is gone.
+        _share_backbone(next(iter(loaded.values())), bundle)
+    return AdapterSet(loaded)
+
+
+def _share_backbone(first: Bundle, other: Bundle) -> None:
+    """Put the first model's encoder weights in the place of the other's, which are equal."""
+    shared = {name: getattr(module, key) for name, module, key in _base_parameters(inner_model(first.model))}
+    for name, module, key in _base_parameters(inner_model(other.model)):
+        setattr(module, key, shared[name])
+
+
+def _base_parameters(body: Any) -> Iterator[tuple[str, nn.Module, str]]:
+    """The weights of the encoder under an adapter: name without an adapter, module, and attribute of the module."""
+    for path, module in body.encoder.named_modules():
+        for key in list(module._parameters):
+            name = name_in_base(f"{path}.{key}")
+            if name is not None and module._parameters[key] is not None:
+                yield name, module, key
