@@ -40,10 +40,19 @@ def load_checked(
         ModelError: if the model cannot be read, or weights are missing or left over.
     """
     wants_info = options.pop("output_loading_info", False)
+    stem = options.pop("stem", None)
     if options.get("use_safetensors") is False:
         raise ModelError("pickled weights are refused because they can run code", where=source)
     options = {"dtype": torch.float32, **options, "use_safetensors": True}
     saved = _saved_config(source, options)
+    given = options.get("config")
+    if isinstance(given, BrainFoundConfig) and given.stem != saved.stem:
+        raise ModelError(
+            f"the model was saved with the stem {saved.stem!r}",
+            where=source,
+            got=given.stem,
+            remedy=f"Load it with its own configuration and stem={given.stem!r}",
+        )
     try:
         with transformers_quiet():
             model, info = load(source, *args, output_loading_info=True, **options)
@@ -60,6 +69,10 @@ def load_checked(
             remedy="Load it with the class and the configuration that it was saved with",
         )
     _move_off_the_file(model)
+    if stem not in (None, saved.stem):
+        model.config.stem = stem
+        model.config.require_valid()
+        model.encoder.change_stem(model.config)
     return (model, info) if wants_info else model
 
 
