@@ -6,6 +6,7 @@ except those of parts that the caller asked to be new.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -47,12 +48,10 @@ def load_checked(
     saved = _saved_config(source, options)
     given = options.get("config")
     if isinstance(given, BrainFoundConfig) and given.stem != saved.stem:
-        raise ModelError(
-            f"the model was saved with the stem {saved.stem!r}",
-            where=source,
-            got=given.stem,
-            remedy=f"Load it with its own configuration and stem={given.stem!r}",
-        )
+        stem = stem or given.stem
+        # The weights lie there under the stem that they were saved with; afterwards it is changed.
+        options["config"] = copy.deepcopy(given)
+        options["config"].stem = saved.stem
     try:
         with transformers_quiet():
             model, info = load(source, *args, output_loading_info=True, **options)

@@ -400,12 +400,17 @@ def test_equal_neighbours_look_like_one_slice_to_the_model_before(backbone_folde
 
 
 @pytest.mark.parametrize("load", [BrainFoundModel.from_pretrained, AutoModel.from_pretrained])
-def test_a_configuration_with_another_stem_than_saved_is_refused(backbone_folder, tmp_path, load):
-    model = build(backbone_folder, "channels")
-    model.save_pretrained(tmp_path)
-    config = BrainFoundConfig.from_dict({**model.config.to_dict(), "stem": "per_contrast"})
-    with pytest.raises(ModelError, match="saved with the stem 'channels'"):
-        load(tmp_path, config=config)
+def test_the_other_stem_may_be_asked_for_by_a_configuration(backbone_folder, tmp_path, load):
+    """As a bundle does, whose base is a model of another stem."""
+    saved = build(backbone_folder, "channels")
+    saved.save_pretrained(tmp_path)
+    config = BrainFoundConfig.from_dict({**saved.config.to_dict(), "stem": "per_contrast"})
+    pixels = torch.rand(1, 2, 3, 16, 16)
+    with torch.no_grad():
+        expected = BrainFoundModel.from_pretrained(tmp_path, stem="per_contrast")(pixels).volume_embedding
+        for model in (load(tmp_path, config=config), load(tmp_path, stem="per_contrast")):
+            assert model.config.stem == model.encoder.stem == "per_contrast"
+            assert torch.equal(model(pixels).volume_embedding, expected)
 
 
 @pytest.mark.parametrize(
