@@ -61,7 +61,7 @@ class SliceEncoder(nn.Module):
         self._runner = BlockRunner()
         stem = build_stem(config, self.patch_size, image_size_of(config.backbone_config))
         if backbone is not None:
-            stem.start_from(backbone.embeddings.patch_embeddings)
+            stem.start_from(self.backbone.embeddings.patch_embeddings)
             for module in stem.modules():
                 # The flag by which the library's `post_init` knows loaded weights, and leaves them alone.
                 module._is_hf_initialized = True  # type: ignore[assignment]

@@ -106,13 +106,13 @@ def test_the_order_of_slices_matters_to_the_transformer_alone(num_slices, spacin
 
 def test_thin_and_thick_slices_of_one_place_agree():
     """Positions in mm: every second of the thin slices at its own place is what thick slices are."""
-    aggregator, slices = make("transformer"), torch.randn(1, 1, WIDTH).expand(-1, 41, -1)
-    thin = torch.linspace(-40, 40, 41)[None]
+    aggregator, slices = make("transformer"), torch.randn(1, 1, WIDTH).expand(-1, 81, -1)
+    thin = torch.linspace(-40, 40, 81)[None]
     with torch.no_grad():
         whole = aggregator(slices, None, thin).embedding
         by_mm = aggregator(slices[:, ::2], None, thin[:, ::2]).embedding
         by_number = aggregator(slices[:, ::2], None, None).embedding
-    assert (by_mm - whole).norm() < 0.2 * (by_number - whole).norm()
+    assert (by_mm - whole).norm() < 0.3 * (by_number - whole).norm()
 
 
 def test_positions_default_to_a_centred_millimetre():
