@@ -130,7 +130,10 @@ class PatchStem(nn.Module):
 
     @torch.no_grad()
     def start_from(self, patch_embeddings: Any) -> None:
-        """Take over the kernels of another patch embedding: of a plain ViT, or another stem; and what else fits."""
+        """Take over what another patch embedding knows, of a plain ViT or of another stem.
+
+        Where the number of channels differs, kernels of single channels are averaged (`inflate_kernels`).
+        """
         kernels = patch_embeddings.projection
         self.projection.weight.copy_(inflate_kernels(kernels.weight, self.num_channels))
         assert self.projection.bias is not None

@@ -23,9 +23,10 @@ from brainfound.data.preprocessing import Preprocessing
 from brainfound.data.split_file import Split
 from brainfound.data.store import Store
 from brainfound.errors import BrainFoundError, ModelError, RecipeError, TrainingError, UsageError
+from brainfound.models.inference import inner_model
 from brainfound.recipes import validate
 from brainfound.train import session_split
-from brainfound.train.finetune import FinetuneRecipe, finetune
+from brainfound.train.finetune import FinetuneRecipe, FinetuneTask, finetune
 from brainfound.train.volumes import VolumeReader
 
 LAUNCH_FILE = Path(__file__).parents[2] / "train" / "launch" / "accelerate-cpu.yaml"
@@ -119,11 +120,21 @@ def test_each_task_trains_and_leaves_a_whole_run(small_store, tiny_backbone, tmp
 
 
 @pytest.mark.parametrize(("stem", "column"), [("per_contrast", "age_years"), ("slices", "mask")])
-def test_a_stem_may_be_chosen_and_blocks_computed_again(small_store, t1w_store, tiny_backbone, tmp_path, stem, column):
+def test_a_stem_may_be_chosen_and_blocks_computed_again(
+    small_store, t1w_store, tiny_backbone, tmp_path, monkeypatch, stem, column
+):
+    again_or_not, loss = [], FinetuneTask.loss
+
+    def spy(self, *arguments):
+        again_or_not.append({block.gradient_checkpointing for block in inner_model(self.model).encoder.blocks})
+        return loss(self, *arguments)
+
+    monkeypatch.setattr(FinetuneTask, "loss", spy)
     store, runs = t1w_store if stem == "slices" else small_store, []
     for again in ("false", "true"):
         recipe = tiny(f"stem={stem}", "aggregator=max", f"gradient_checkpointing={again}", "evaluate_every=0")
         runs.append(finetune(recipe, store, tiny_backbone, column, tmp_path / again, quiet=True))
+    assert again_or_not == [{False}] * 3 + [{True}] * 3
     np.testing.assert_allclose(losses(runs[0]), losses(runs[1]), rtol=1e-4)
     model = load_bundle(runs[1] / "export").model.get_base_model()
     assert (model.config.stem, model.config.aggregator) == (stem, "mean" if column == "mask" else "max")
@@ -320,7 +331,6 @@ def test_two_ranks_train_together(small_store, tiny_backbone, tmp_path):
 
 def test_a_stop_in_the_middle_is_gone_on_with(six_steps, small_store, tiny_backbone, tmp_path, monkeypatch):
     """What really trained before the stop, not only a copied folder."""
-    from brainfound.train.finetune import FinetuneTask
 
     def broken(self, step, taken):
         if step == 4:
