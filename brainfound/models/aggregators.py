@@ -79,6 +79,19 @@ class MeanAggregator(Aggregator):
         return slices.mean(dim=1), slices.new_full(slices.shape[:2], 1.0 / slices.shape[1])
 
 
+class MaxAggregator(Aggregator):
+    """The largest value over slices, for each of the D numbers by itself; blind to order.
+
+    A sign that one slice shows is kept, which a mean over many slices would thin out.
+    """
+
+    has_weights = False
+
+    def pool(self, slices: Tensor, positions_mm: Tensor) -> tuple[Tensor, None]:
+        # amax shares the gradient among equal slices, so a repeated slice leaves it blind to order.
+        return slices.amax(dim=1), None
+
+
 class AttentionAggregator(Aggregator):
     """Gated attention pooling (Ilse, Tomczak, Welling 2018, "Attention-based deep MIL", eq. 9); blind to order."""
 
@@ -171,7 +184,7 @@ def build_aggregator(config: BrainFoundConfig) -> Aggregator:
         return AttentionAggregator(config.hidden_size, config.aggregator_width)
     if config.aggregator == "transformer":
         return TransformerAggregator(config.hidden_size, config.aggregator_layers)
-    return MeanAggregator()
+    return MaxAggregator() if config.aggregator == "max" else MeanAggregator()
 
 
 def _centred_positions(slices: Tensor) -> Tensor:

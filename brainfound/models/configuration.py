@@ -7,11 +7,11 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from brainfound.errors import ModelError, UsageError, did_you_mean
+from brainfound.errors import ModelError, UsageError, did_you_mean, nearest
 
 SUPPORTED_BACKBONES = ("dinov2", "dinov2_with_registers")
-STEMS = ("channels",)
-AGGREGATORS = ("mean", "attention", "transformer")
+STEMS = ("channels", "per_contrast", "slices")
+AGGREGATORS = ("mean", "max", "attention", "transformer")
 DECODERS = ("linear", "fpn")
 
 
@@ -39,16 +39,19 @@ class BrainFoundConfig(PreTrainedConfig):
     contrasts: Sequence[str] = ("T1w", "T2w", "FLAIR")
     """The contrasts of axis C, in order."""
     stem: str = "channels"
-    """How contrasts enter the backbone: "channels" (one contrast per input channel)."""
+    """How contrasts enter the backbone: "channels" (one contrast per input channel), "per_contrast" (each present
+    contrast as a grey image of its own, the answers averaged) or "slices" (z−1, z, z+1 of a single contrast as the
+    three channels)."""
     image_mean: float | list[float] = 0.449
     """Subtracted from pixels in 0–1; one value, or one per contrast. The default is the mean of the ImageNet values;
     `from_backbone` of a supervised ViT takes that of its preprocessor."""
     image_std: float | list[float] = 0.226
     """Pixels are divided by it after `image_mean`; one value, or one per contrast."""
     slice_chunk: int = 64
-    """The largest number of slices that are encoded at once; bounds the memory of a forward pass."""
+    """The largest number of images that the backbone encodes at once; bounds the memory of a forward pass. An image is
+    a slice; with the stem "per_contrast" it is one contrast of a slice, and the contrasts of a slice stay together."""
     aggregator: str = "mean"
-    """Slice embeddings → volume embedding: "mean", "attention" or "transformer"."""
+    """Slice embeddings → volume embedding: "mean", "max", "attention" or "transformer"."""
     aggregator_layers: int = 1
     """Layers of the transformer aggregator."""
     aggregator_width: int = 128
@@ -91,6 +94,14 @@ class BrainFoundConfig(PreTrainedConfig):
             raise ModelError(
                 "contrasts must be one or more different names", where="config.contrasts", got=list(self.contrasts)
             )
+        if self.stem == "slices" and len(self.contrasts) > 1:
+            raise ModelError(
+                "the stem 'slices' reads neighbouring slices of one contrast",
+                where="config.contrasts",
+                got=", ".join(self.contrasts),
+                expected="one contrast",
+                remedy="Name one contrast, or take the stem channels or per_contrast",
+            )
         for field in ("image_mean", "image_std"):
             value = getattr(self, field)
             if isinstance(value, Iterable) and len(list(value)) != len(self.contrasts):
@@ -113,7 +124,8 @@ class BrainFoundConfig(PreTrainedConfig):
                 got=self.decoder_layers,
                 expected=f"numbers from 1 to {depth}",
             )
-        self.backbone_config.num_channels = len(self.contrasts)
+        # Input channels of the stem's patch convolution.
+        self.backbone_config.num_channels = {"per_contrast": 1, "slices": 3}.get(self.stem, len(self.contrasts))
         if hasattr(self.backbone_config, "use_mask_token"):
             # Masked-image objectives need it, and a checkpoint without one starts it at zero.
             self.backbone_config.use_mask_token = True
@@ -162,7 +174,13 @@ def require_known_fields(given: Iterable[str]) -> None:
 
 def _require_known(field: str, value: object, known: Sequence[str]) -> None:
     if value not in known:
-        raise ModelError(f"{value!r} is not available", where=f"config.{field}", expected=f"one of {', '.join(known)}")
+        close = nearest(str(value), known)
+        raise ModelError(
+            f"{value!r} is not available",
+            where=f"config.{field}",
+            expected=f"one of {', '.join(known)}",
+            remedy=f"Did you mean {close}?" if close else None,
+        )
 
 
 def _as_backbone_config(value: dict[str, Any] | PreTrainedConfig | None) -> PreTrainedConfig:

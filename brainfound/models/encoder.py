@@ -1,6 +1,6 @@
 """The slice encoder: a 2-D ViT that reads the contrasts of one slice.
 
-Axis legend: N slices, C contrasts, H W pixels, P patches, D width.
+Axis legend: N slices, C contrasts, M images given to the ViT, H W pixels, P patches, D width.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from brainfound.models.attention import PACKED, Kernel
 from brainfound.models.backbone import build_backbone, image_size_of, patch_size_of
 from brainfound.models.blocks import BlockRunner, Kept
 from brainfound.models.configuration import BrainFoundConfig
-from brainfound.models.stem import ContrastPatchEmbeddings, inflate_kernels, pack_planes
+from brainfound.models.stem import NEIGHBOURS, PresentImages, build_stem, pack_contrast_number, pack_planes
 
 
 class SliceEncoding(NamedTuple):
@@ -34,6 +34,11 @@ class SliceEncoding(NamedTuple):
 class SliceEncoder(nn.Module):
     """Normalisation, stem and backbone.
 
+    With the stem "per_contrast" the backbone sees M images for N slices, one for each present contrast, and what it
+    says of them is averaged: over the images of a slice, and after the last layer norm. An absent contrast is never
+    read and costs nothing. With the stem "slices" axis C holds three planes: the slice below, the slice, and the one
+    above.
+
     Args:
         config: the model's configuration.
         backbone: a loaded RGB ViT to start from; None builds one with new weights.
@@ -45,6 +50,7 @@ class SliceEncoder(nn.Module):
     def __init__(self, config: BrainFoundConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__()
         self.contrasts = tuple(config.contrasts)
+        self.stem = config.stem
         self.image_mean = config.image_mean
         self.image_std = config.image_std
         self.patch_size = patch_size_of(config.backbone_config)
@@ -53,12 +59,21 @@ class SliceEncoder(nn.Module):
         self.backbone = build_backbone(config.backbone_config) if backbone is None else backbone
         self.num_prefix_tokens = 1 + int(getattr(config.backbone_config, "num_register_tokens", 0))
         self._runner = BlockRunner()
-        stem = ContrastPatchEmbeddings(
-            len(self.contrasts), self.embed_dim, self.patch_size, image_size_of(config.backbone_config)
-        )
+        stem = build_stem(config, self.patch_size, image_size_of(config.backbone_config))
         if backbone is not None:
-            _start_from_rgb(stem, backbone)
+            stem.start_from(self.backbone.embeddings.patch_embeddings)
+            for module in stem.modules():
+                # The flag by which the library's `post_init` knows loaded weights, and leaves them alone.
+                module._is_hf_initialized = True  # type: ignore[assignment]
         self.backbone.embeddings.patch_embeddings = stem
+
+    def change_stem(self, config: BrainFoundConfig) -> None:
+        """Put the configuration's stem in place of the one that is there, and carry over what it has learnt."""
+        old = self.backbone.embeddings.patch_embeddings
+        stem = build_stem(config, self.patch_size, image_size_of(config.backbone_config)).to(old.projection.weight)
+        stem.start_from(old)
+        self.backbone.embeddings.patch_embeddings = stem
+        self.stem = config.stem
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -75,15 +90,40 @@ class SliceEncoder(nn.Module):
         """Encode slices.
 
         Args:
-            pixel_values: 0–1, or uint8.
+            pixel_values: 0–1, or uint8; with the stem "slices" of three planes, see `SliceBatch.encode`.
             contrast_mask: True where a contrast is present; None: all are.
-            bool_masked_pos: True where a patch is replaced by the mask token.
+            bool_masked_pos: True where a patch is replaced by the mask token, in every contrast.
             layers: 1-based blocks whose patch tokens are also returned.
 
         Raises:
-            ModelError: if the shape does not fit the model.
+            ModelError: if the shape does not fit the model, or with the stem "per_contrast" a slice has no contrast.
         """
-        tokens = self.embed(pixel_values, contrast_mask, bool_masked_pos)
+        if self.stem == "per_contrast":
+            return self._forward_per_contrast(pixel_values, contrast_mask, bool_masked_pos, layers)
+        return self._run(self.embed(pixel_values, contrast_mask, bool_masked_pos), layers)
+
+    def _forward_per_contrast(
+        self, pixel_values: Tensor, contrast_mask: Tensor | None, bool_masked_pos: Tensor | None, layers: Sequence[int]
+    ) -> SliceEncoding:
+        self.require_shape(pixel_values)
+        if contrast_mask is None:
+            contrast_mask = torch.ones(pixel_values.shape[:2], dtype=torch.bool, device=pixel_values.device)
+        present = contrast_mask.bool()
+        if not present.any(dim=1).all():
+            raise ModelError(
+                "a slice has no contrast", where="contrast_mask", remedy="Leave such slices out of the batch"
+            )
+        images = PresentImages(present)
+        # What an absent contrast holds is not even read.
+        pixels = self._normalise(pixel_values[images.slices, images.contrasts][:, None], images.contrasts)[:, 0]
+        masked = None if bool_masked_pos is None else bool_masked_pos[images.slices]
+        planes = pack_contrast_number(pixels, images.contrasts)
+        encoding = self._run(self.backbone.embeddings(planes, bool_masked_pos=masked), layers)
+        hidden = {layer: images.mean(tokens) for layer, tokens in encoding.hidden.items()}
+        return SliceEncoding(images.mean(encoding.cls), images.mean(encoding.patches), hidden)
+
+    def _run(self, tokens: Tensor, layers: Sequence[int]) -> SliceEncoding:
+        """Embedded tokens through the library's blocks, one after the other."""
         hidden = {}
         # The library's own loop keeps the tokens of every block when asked for one; this keeps the asked ones.
         for number, block in enumerate(self.blocks, start=1):
@@ -100,11 +140,21 @@ class SliceEncoder(nn.Module):
     ) -> Float[Tensor, "slices tokens width"]:
         """Slices → tokens in front of the first block: CLS, registers, then patches row by row, with their positions.
 
+        With the stem "per_contrast" a slice has one such row of tokens for each present contrast, and they meet only
+        behind the last layer norm: there is no answer here, and objectives that work on the tokens of a slice
+        (`transform`) cannot use that stem.
+
         Raises:
-            ModelError: if the shape does not fit the model.
+            ModelError: if the shape does not fit the model, or the stem is "per_contrast".
         """
-        self.require_shape(pixel_values)
-        planes = pack_planes(self._normalise(pixel_values), contrast_mask)
+        if self.stem == "per_contrast":
+            self.require_single_slices()
+        if self.stem == "slices":
+            self._require_neighbours(pixel_values)
+            planes = self._normalise(pixel_values)
+        else:
+            self.require_shape(pixel_values)
+            planes = pack_planes(self._normalise(pixel_values), contrast_mask)
         return self.backbone.embeddings(planes, bool_masked_pos=bool_masked_pos)
 
     def transform(
@@ -139,6 +189,21 @@ class SliceEncoder(nn.Module):
         """Rows and columns of patches of an image of `height` × `width` pixels."""
         return height // self.patch_size, width // self.patch_size
 
+    def require_single_slices(self) -> None:
+        """Refuse a stem that has no row of tokens for a slice by itself, which pretraining needs.
+
+        Raises:
+            ModelError: names the stem.
+        """
+        if self.stem != "channels":
+            why = "its neighbours" if self.stem == "slices" else "one row of tokens per contrast"
+            raise ModelError(
+                f"the stem {self.stem!r} cannot embed a slice by itself, since it has {why}",
+                where="config.stem",
+                expected="channels in pretraining",
+                remedy="Pretrain with channels and fine-tune with this stem",
+            )
+
     def require_shape(self, pixel_values: Tensor) -> None:
         """Check (…, C, H, W) against the model.
 
@@ -156,6 +221,20 @@ class SliceEncoder(nn.Module):
                 expected=f"{len(self.contrasts)} ({', '.join(self.contrasts)})",
                 remedy="Give one channel per contrast of the model and mark absent ones in contrast_mask",
             )
+        self._require_patches(height, width)
+
+    def _require_neighbours(self, pixel_values: Tensor) -> None:
+        shape = tuple(pixel_values.shape)
+        if len(shape) != 4 or shape[1] != NEIGHBOURS:
+            raise ModelError(
+                "the stem 'slices' reads a slice with its neighbours below and above",
+                got=f"shape {shape}",
+                expected=f"(slices, {NEIGHBOURS}, height, width)",
+                remedy="Give volumes to the model, which finds the neighbours",
+            )
+        self._require_patches(*shape[2:])
+
+    def _require_patches(self, height: int, width: int) -> None:
         if height % self.patch_size or width % self.patch_size or not height or not width:
             raise ModelError(
                 "height and width must be multiples of the patch size",
@@ -164,24 +243,17 @@ class SliceEncoder(nn.Module):
                 remedy="Crop or pad the slices",
             )
 
-    def _normalise(self, pixel_values: Tensor) -> Float[Tensor, "slices contrasts height width"]:
+    def _normalise(
+        self, pixel_values: Tensor, contrasts: Tensor | None = None
+    ) -> Float[Tensor, "slices contrasts height width"]:
+        """Pixels − mean, ÷ standard deviation; `contrasts` says of which contrast each image is, if it is of one."""
         pixel_values = unit_range(pixel_values)
-        return (pixel_values - _per_contrast(self.image_mean, pixel_values)) / _per_contrast(
-            self.image_std, pixel_values
-        )
+        mean, std = (_per_contrast(value, pixel_values, contrasts) for value in (self.image_mean, self.image_std))
+        return (pixel_values - mean) / std
 
 
-def _per_contrast(value: float | list[float], like: Tensor) -> float | Tensor:
-    return value if isinstance(value, (int, float)) else like.new_tensor(value)[:, None, None]
-
-
-@torch.no_grad()
-def _start_from_rgb(stem: ContrastPatchEmbeddings, backbone: Any) -> None:
-    """Give the stem the kernels of a loaded RGB ViT, and keep later initialisation off them."""
-    rgb = backbone.embeddings.patch_embeddings.projection
-    stem.projection.weight.copy_(inflate_kernels(rgb.weight, stem.num_channels))
-    assert stem.projection.bias is not None
-    stem.projection.bias.copy_(rgb.bias)
-    for module in stem.modules():
-        # The flag by which the library's `post_init` knows loaded weights.
-        module._is_hf_initialized = True  # type: ignore[assignment]
+def _per_contrast(value: float | list[float], like: Tensor, contrasts: Tensor | None) -> float | Tensor:
+    if isinstance(value, (int, float)):
+        return value
+    values = like.new_tensor(value)
+    return (values if contrasts is None else values[contrasts][:, None])[..., None, None]

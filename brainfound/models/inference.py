@@ -92,9 +92,10 @@ def inner_model(model: Any) -> Any:
 def _segment(model: nn.Module, stack: Stack, device: torch.device) -> Answer:
     classes = np.empty(stack.grid, dtype=np.uint8)
     foreground = np.empty(stack.grid, dtype=np.float32)
-    # Where the decoder mixes neighbouring slices a chunk would cut them apart.
+    # Where the decoder mixes neighbouring slices, or the stem reads them, a chunk would cut them apart.
     inner = inner_model(model)
-    chunk = len(stack.pixels) if inner.config.decoder_slice_mixing else SEGMENTATION_CHUNK
+    whole = inner.config.decoder_slice_mixing or inner.config.stem == "slices"
+    chunk = len(stack.pixels) if whole else SEGMENTATION_CHUNK
     for first in range(0, len(stack.pixels), chunk):
         index = np.arange(first, min(first + chunk, len(stack.pixels)))
         logits = model(**collate([stack], [index]).to(device).inputs()).logits[0].float()

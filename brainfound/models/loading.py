@@ -6,6 +6,7 @@ except those of parts that the caller asked to be new.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -40,10 +41,17 @@ def load_checked(
         ModelError: if the model cannot be read, or weights are missing or left over.
     """
     wants_info = options.pop("output_loading_info", False)
+    stem = options.pop("stem", None)
     if options.get("use_safetensors") is False:
         raise ModelError("pickled weights are refused because they can run code", where=source)
     options = {"dtype": torch.float32, **options, "use_safetensors": True}
     saved = _saved_config(source, options)
+    given = options.get("config")
+    if isinstance(given, BrainFoundConfig) and given.stem != saved.stem:
+        stem = stem or given.stem
+        # The weights lie there under the stem that they were saved with; afterwards it is changed.
+        options["config"] = copy.deepcopy(given)
+        options["config"].stem = saved.stem
     try:
         with transformers_quiet():
             model, info = load(source, *args, output_loading_info=True, **options)
@@ -60,6 +68,10 @@ def load_checked(
             remedy="Load it with the class and the configuration that it was saved with",
         )
     _move_off_the_file(model)
+    if stem not in (None, saved.stem):
+        model.config.stem = stem
+        model.config.require_valid()
+        model.encoder.change_stem(model.config)
     return (model, info) if wants_info else model
 
 

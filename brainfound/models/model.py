@@ -118,7 +118,8 @@ class BrainFoundPreTrainedModel(PreTrainedModel):
         """Load a saved BrainFound model, whole or not at all.
 
         As in the library, further keyword arguments set fields of the configuration. A head class may
-        start from a saved `BrainFoundModel`: then its head is new. Weights are float32 unless `dtype` is given.
+        start from a saved `BrainFoundModel`: then its head is new. Another `stem` starts from the kernels of the saved
+        one, as it would from those of a plain ViT. Weights are float32 unless `dtype` is given.
 
         Raises:
             ModelError: if the model cannot be read, or weights are missing or left over (the keys are named).

@@ -21,7 +21,7 @@ class SliceBatch:
 
     Args:
         encoder: encodes them.
-        chunk: the largest number of slices that are encoded at once.
+        chunk: the largest number of images that are encoded at once, see `encode`.
         pixel_values, contrast_mask, slice_mask, positions_mm: as for `BrainFoundModel`.
 
     Raises:
@@ -60,13 +60,17 @@ class SliceBatch:
         self._require_something_to_see()
 
     def encode(self, layers: Sequence[int] = ()) -> Iterator[SliceEncoding]:
-        """Encode the valid slices, at most `chunk` at once."""
+        """Encode the valid slices in their order, at most `chunk` images at once.
+
+        An image is a slice, or with the stem "per_contrast" a present contrast of a slice; the contrasts of one slice
+        stay together. With the stem "slices" each one comes with its neighbours: the next valid slices of the volume
+        that was given, below and above, in the order given and whatever their distance in mm; the first and the last
+        stand in for the neighbour that they lack.
+        """
         num_slices_each = self.volumes_slices[1]
-        for rows in self._rows().split(self.chunk):
-            # All slices valid and in one chunk is the common case, and needs no copy of the pixels.
-            whole = self.index is None and len(rows) == len(self.pixels)
+        for rows, pixels in self._chunks():
             contrast_mask = None if self.contrast_mask is None else self.contrast_mask[rows // num_slices_each]
-            yield self.encoder(self.pixels if whole else self.pixels[rows], contrast_mask, layers=layers)
+            yield self.encoder(pixels, contrast_mask, layers=layers)
 
     def scatter(self, values: Tensor) -> Tensor:
         """Values of the valid slices (N, …) → (B, S, …), zeros at padded slices."""
@@ -84,6 +88,46 @@ class SliceBatch:
         """The number of valid slices of each volume."""
         num_volumes, num_slices = self.volumes_slices
         return [num_slices] * num_volumes if self.slice_mask is None else self.slice_mask.sum(dim=1).tolist()
+
+    def _chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The rows of valid slices, chunk by chunk, and what the encoder reads of them."""
+        rows = self._rows()
+        neighbours = self._neighbours(rows) if self.encoder.stem == "slices" else None
+        start = 0
+        for count in self._chunk_sizes(rows):
+            part = slice(start, start + count)
+            start += count
+            if neighbours is not None:
+                yield rows[part], self.pixels[neighbours[part]].flatten(1, 2)
+            else:
+                # All slices valid and in one chunk is the common case, and needs no copy of the pixels.
+                whole = self.index is None and count == len(self.pixels)
+                yield rows[part], self.pixels if whole else self.pixels[rows[part]]
+
+    def _chunk_sizes(self, rows: Tensor) -> list[int]:
+        """Slices of each chunk; a slice of more contrasts than fit into a chunk is one by itself."""
+        if self.encoder.stem != "per_contrast":
+            return [len(part) for part in rows.split(self.chunk)]
+        num_volumes, num_contrasts = self.volumes_slices[0], self.pixels.shape[1]
+        each = [num_contrasts] * num_volumes if self.contrast_mask is None else self.contrast_mask.sum(dim=1).tolist()
+        sizes, num_images = [0], 0
+        for images, num_slices in zip(each, self.slices_per_volume(), strict=True):
+            for _ in range(num_slices):
+                if sizes[-1] and num_images + images > self.chunk:
+                    sizes.append(0)
+                    num_images = 0
+                sizes[-1] += 1
+                num_images += images
+        return sizes
+
+    def _neighbours(self, rows: Tensor) -> Tensor:
+        """(N, 3): the rows of the valid slice below, of the slice, and of the valid slice above."""
+        volumes = rows // self.volumes_slices[1]
+        same = volumes[1:] == volumes[:-1]
+        below, above = rows.clone(), rows.clone()
+        below[1:] = torch.where(same, rows[:-1], rows[1:])
+        above[:-1] = torch.where(same, rows[1:], rows[:-1])
+        return torch.stack((below, rows, above), dim=1)
 
     def _rows(self) -> Tensor:
         return torch.arange(len(self.pixels), device=self.pixels.device) if self.index is None else self.index

@@ -28,13 +28,13 @@ from brainfound.adapters.attach import AdapterRecipe, attach_adapter
 from brainfound.adapters.bundle import save_bundle
 from brainfound.data.checking.contract import InputContract
 from brainfound.data.store import Store
-from brainfound.errors import RecipeError
+from brainfound.errors import RecipeError, did_you_mean
 from brainfound.models import (
     BrainFoundForClassification,
     BrainFoundForRegression,
     BrainFoundForSegmentation,
 )
-from brainfound.models.configuration import AGGREGATORS
+from brainfound.models.configuration import AGGREGATORS, STEMS
 from brainfound.models.inference import inner_model
 from brainfound.models.start import start_from
 from brainfound.recipes import Recipe, load, validate
@@ -90,8 +90,11 @@ class FinetuneRecipe(Recipe):
     """auto: segmentation for the mask, regression for numbers with many values, else classification."""
     adapter: str = "lora-r8"
     """A recipe of the adapters room, by name or file."""
+    stem: str | None = None
+    """How contrasts enter the backbone: channels, per_contrast, or slices (neighbouring slices of a store's only
+    contrast). null: as the model has it; channels for a plain ViT."""
     aggregator: str = "attention"
-    """Slice embeddings → volume embedding: mean, attention or transformer (not used by segmentation)."""
+    """Slice embeddings → volume embedding: mean, max, attention or transformer (not used by segmentation)."""
     decoder: str = "fpn"
     """Patch embeddings → pixels (segmentation only)."""
     decoder_width: int = Field(128, ge=8)
@@ -105,6 +108,9 @@ class FinetuneRecipe(Recipe):
     to; 0 starts from a random head."""
     foreground_share: float = Field(0.5, ge=0, le=1)
     """Segmentation: share of the training slices that show the structure."""
+    gradient_checkpointing: bool = False
+    """Compute the backbone's blocks again in the backward pass instead of keeping what they held: less memory, more
+    time."""
     merge_codes: bool = False
     """Segmentation: any label code but 0 is one class."""
     evaluate_every: int = Field(100, ge=0)
@@ -145,7 +151,8 @@ class FinetuneTask(TrainTask):
         self.evaluate_every = recipe.evaluate_every
         segmenting = target.task == "segmentation"
         share = recipe.foreground_share if segmenting else None
-        self.reader = VolumeReader(store, parts["train"].tolist(), recipe.num_slices, share)
+        neighbours = inner_model(model).config.stem == "slices"
+        self.reader = VolumeReader(store, parts["train"].tolist(), recipe.num_slices, share, neighbours)
         values = [] if segmenting else target.values(store, parts["train"].tolist()).tolist()
         self.train_labels = values
         self.labels = dict(zip(parts["train"].tolist(), values, strict=True)) if values else {}
@@ -326,6 +333,13 @@ def _resolve(
             content = content.model_copy(update={"name": Path(recipe).stem})
     if content.aggregator not in AGGREGATORS:
         raise RecipeError(f"no aggregator {content.aggregator!r}", where="aggregator", expected=", ".join(AGGREGATORS))
+    if content.stem not in (None, *STEMS):
+        raise RecipeError(
+            f"no stem {content.stem!r}",
+            where="stem",
+            expected=", ".join(STEMS),
+            remedy=did_you_mean(str(content.stem), STEMS),
+        )
     if adapter is not None:
         content = content.model_copy(update={"adapter": str(adapter)})
     load(AdapterRecipe, content.adapter, "adapters")  # refuse a wrong name now, not after the model was built
@@ -345,13 +359,24 @@ def _build(
     if target.task == "segmentation":
         # Segmentation reads no volume embedding; an aggregator with weights would be dead weight.
         fields |= {"aggregator": "mean", "decoder": recipe.decoder, "decoder_width": recipe.decoder_width}
+    if recipe.stem is not None:
+        fields["stem"] = recipe.stem
     model: Any = start_from(CLASSES[target.task], source, store.contrasts, **fields)
     model.to(device)
+    if recipe.gradient_checkpointing:
+        _compute_blocks_again(model)
     if recipe.head_fit_passes and target.task != "segmentation":
         reader = VolumeReader(store, train.tolist(), recipe.num_slices)
         batch = max(recipe.engine.batch_size // recipe.engine.accumulation, 1)
         fit_head(model, reader, recipe.augmentation, target, recipe.head_fit_passes, batch, recipe.seed)
     return attach_adapter(model, load(AdapterRecipe, recipe.adapter, "adapters"))
+
+
+def _compute_blocks_again(model: Any) -> None:
+    # The older name warns in later releases of the library, and the newer one is not in the earliest that is allowed.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    # Without a gradient at its input, as with a frozen stem, the reentrant kind would give the adapters none.
+    enable({"use_reentrant": False})
 
 
 def _finish(folder: Path, task: FinetuneTask, source: str, step: int, keep_ids: bool) -> None:

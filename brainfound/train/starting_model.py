@@ -47,7 +47,7 @@ def build_model(recipe: InitRecipe, store: Store, image_size: int, seed: int) ->
     """The starting model, on the CPU, the same on all ranks.
 
     Raises:
-        ModelError: if the source cannot be used.
+        ModelError: if the source cannot be used, or its stem is none to pretrain with.
         UsageError: if it is a BrainFound model with other contrasts than the store.
         RecipeError: if new weights cannot have the size that was asked for.
     """
@@ -56,7 +56,9 @@ def build_model(recipe: InitRecipe, store: Store, image_size: int, seed: int) ->
     torch.manual_seed(seed_of(INITIALISATION, seed, _MODEL_STREAM))
     if source == FROM_SCRATCH:
         return BrainFoundModel(_scratch_config(recipe.scratch, store, image_size))
-    return start_from(BrainFoundModel, source, store.contrasts)
+    model = start_from(BrainFoundModel, source, store.contrasts)
+    model.encoder.require_single_slices()
+    return model
 
 
 def outline_model(recipe: InitRecipe, store: Store, image_size: int) -> BrainFoundModel:
@@ -75,7 +77,9 @@ def outline_model(recipe: InitRecipe, store: Store, image_size: int) -> BrainFou
             backbone_config=config_of(recipe.source), contrasts=store.contrasts, backbone_source=None
         )
     with torch.device("meta"):
-        return BrainFoundModel(config)
+        model = BrainFoundModel(config)
+    model.encoder.require_single_slices()
+    return model
 
 
 def _scratch_config(scratch: ScratchRecipe, store: Store, image_size: int) -> BrainFoundConfig:

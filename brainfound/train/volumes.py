@@ -68,6 +68,18 @@ def slices_with_foreground(
     return np.sort(np.concatenate(chosen).astype(int))
 
 
+def run_of_slices(mask: np.ndarray, wanted: int, foreground_share: float, rng: np.random.Generator) -> np.ndarray:
+    """A run of neighbouring slices for a segmentation; a share of the runs is laid over a slice with the structure.
+
+    Prediction reads every slice, so a model that looks at neighbours must learn from slices as close as those.
+    """
+    wanted = min(wanted, len(mask))
+    marked = np.flatnonzero(mask.any(axis=(1, 2)))
+    seen = rng.choice(marked) if marked.size and rng.uniform() < foreground_share else rng.integers(len(mask))
+    first = np.clip(seen - rng.integers(wanted), 0, len(mask) - wanted)
+    return first + np.arange(wanted)
+
+
 class VolumeReader:
     """Reads the training volumes of a micro-batch from a store.
 
@@ -76,13 +88,20 @@ class VolumeReader:
         sessions: store indices of the training part.
         num_slices: slices per volume.
         foreground_share: for segmentation, share of the slices that show the structure; None for other tasks.
+        neighbours: for segmentation, read slices that lie side by side (`run_of_slices`).
     """
 
     def __init__(
-        self, store: Store, sessions: Sequence[int], num_slices: int, foreground_share: float | None = None
+        self,
+        store: Store,
+        sessions: Sequence[int],
+        num_slices: int,
+        foreground_share: float | None = None,
+        neighbours: bool = False,
     ) -> None:
         self.store, self.sessions = store, np.asarray(sessions)
         self.num_slices, self.foreground_share = num_slices, foreground_share
+        self._draw = run_of_slices if neighbours else slices_with_foreground
 
     def read(self, positions: Sequence[int], key: StepKey) -> tuple[VolumeBatch, np.ndarray]:
         """The volumes at some positions of the training part, and the store's session index of each."""
@@ -95,7 +114,7 @@ class VolumeReader:
             if self.foreground_share is None or stack.mask is None:
                 slices.append(jittered_slices(len(stack.pixels), self.num_slices, rng))
             else:
-                slices.append(slices_with_foreground(stack.mask, self.num_slices, self.foreground_share, rng))
+                slices.append(self._draw(stack.mask, self.num_slices, self.foreground_share, rng))
         return collate(stacks, slices), mine
 
 

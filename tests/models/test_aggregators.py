@@ -87,6 +87,34 @@ def test_only_the_transformer_sees_positions():
         assert same == (name != "transformer")
 
 
+@settings(max_examples=20, deadline=None)
+@given(num_slices=st.integers(2, 60), spacing_mm=st.sampled_from([0.5, 1.0, 3.0, 6.5]), seed=st.integers(0, 99))
+def test_the_order_of_slices_matters_to_the_transformer_alone(num_slices, spacing_mm, seed):
+    """Other slices at the same places: another anatomy for the transformer, the same set for all others."""
+    generator = torch.Generator().manual_seed(seed)
+    slices = torch.randn(1, num_slices, WIDTH, generator=generator)
+    positions = ((torch.arange(num_slices) - (num_slices - 1) / 2) * spacing_mm)[None]
+    for name in AGGREGATORS:
+        aggregator = make(name)
+        with torch.no_grad():
+            upright, upside_down = aggregator(slices, None, positions), aggregator(slices.flip(1), None, positions)
+        same = torch.allclose(upright.embedding, upside_down.embedding, atol=1e-5)
+        assert same == (name != "transformer")
+        if upright.weights is not None:
+            torch.testing.assert_close(upright.weights, upside_down.weights.flip(1))
+
+
+def test_thin_and_thick_slices_of_one_place_agree():
+    """Positions in mm: every second of the thin slices at its own place is what thick slices are."""
+    aggregator, slices = make("transformer"), torch.randn(1, 1, WIDTH).expand(-1, 81, -1)
+    thin = torch.linspace(-40, 40, 81)[None]
+    with torch.no_grad():
+        whole = aggregator(slices, None, thin).embedding
+        by_mm = aggregator(slices[:, ::2], None, thin[:, ::2]).embedding
+        by_number = aggregator(slices[:, ::2], None, None).embedding
+    assert (by_mm - whole).norm() < 0.3 * (by_number - whole).norm()
+
+
 def test_positions_default_to_a_centred_millimetre():
     aggregator, slices = make("transformer"), torch.randn(1, 3, WIDTH)
     with torch.no_grad():
@@ -100,6 +128,15 @@ def test_the_mean_is_the_mean():
     torch.testing.assert_close(aggregation.embedding[0], slices[0, [0, 2, 3]].mean(dim=0))
     torch.testing.assert_close(aggregation.embedding[1], slices[1, 4])
     torch.testing.assert_close(aggregation.weights[0], torch.tensor([1, 0, 1, 1, 0]) / 3)
+
+
+def test_the_max_is_the_largest_of_the_valid_slices():
+    slices, mask = torch.randn(2, 5, WIDTH), torch.tensor([[1, 0, 1, 1, 0], [0, 0, 0, 0, 1]]).bool()
+    aggregation = make("max")(slices.masked_fill(~mask[..., None], 99.0), mask)
+    assert torch.equal(aggregation.embedding[0], slices[0, [0, 2, 3]].max(dim=0).values)
+    assert torch.equal(aggregation.embedding[1], slices[1, 4])
+    assert aggregation.weights is None
+    assert not list(make("max").parameters())
 
 
 def test_attention_weights_make_the_embedding():

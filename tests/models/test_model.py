@@ -135,8 +135,8 @@ def test_inputs_that_do_not_fit_are_named(backbone_folder, arguments, told):
     ("field", "value", "told"),
     [
         ("decoder", "unetr", "linear, fpn"),
-        ("aggregator", "max", "mean, attention, transformer"),
-        ("stem", "per_contrast", "channels"),
+        ("aggregator", "median", "mean, max, attention, transformer"),
+        ("stem", "volume", "channels, per_contrast, slices"),
         ("contrasts", ["T1w", "T1w"], "different"),
         ("image_mean", [0.1, 0.2], "3 values"),
         ("decoder_layers", [0, 4], "from 1 to 3"),

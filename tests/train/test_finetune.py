@@ -18,11 +18,15 @@ from safetensors.torch import load_file
 from transformers import Dinov2Model
 
 from brainfound.adapters import load_bundle
+from brainfound.data.prepare import prepare
+from brainfound.data.preprocessing import Preprocessing
 from brainfound.data.split_file import Split
-from brainfound.errors import BrainFoundError, RecipeError, TrainingError, UsageError
+from brainfound.data.store import Store
+from brainfound.errors import BrainFoundError, ModelError, RecipeError, TrainingError, UsageError
+from brainfound.models.inference import inner_model
 from brainfound.recipes import validate
 from brainfound.train import session_split
-from brainfound.train.finetune import FinetuneRecipe, finetune
+from brainfound.train.finetune import FinetuneRecipe, FinetuneTask, finetune
 from brainfound.train.volumes import VolumeReader
 
 LAUNCH_FILE = Path(__file__).parents[2] / "train" / "launch" / "accelerate-cpu.yaml"
@@ -72,6 +76,13 @@ def six_steps(small_store, tiny_backbone, tmp_path_factory) -> Path:
         return finetune(tiny("engine.steps=6"), small_store, tiny_backbone, "age_years", out, quiet=True)
 
 
+@pytest.fixture(scope="module")
+def t1w_store(tmp_path_factory, make_cohort) -> Store:
+    folder = tmp_path_factory.mktemp("t1w")
+    cohort = make_cohort(folder / "source", num_subjects=8)
+    return prepare(cohort, folder / "store", Preprocessing(contrasts=("T1w",), spacing_mm=(4, 4, 4), size=(32, 32)))
+
+
 @pytest.mark.parametrize("task", COLUMNS)
 def test_each_task_trains_and_leaves_a_whole_run(small_store, tiny_backbone, tmp_path, monkeypatch, task):
     trained_on: set[int] = set()
@@ -108,6 +119,27 @@ def test_each_task_trains_and_leaves_a_whole_run(small_store, tiny_backbone, tmp
     assert bundle.task == task
     assert bundle.metadata["test"] == scores
     assert json.loads((run / "run.json").read_text())["status"] == "done"
+
+
+@pytest.mark.parametrize(("stem", "column"), [("per_contrast", "age_years"), ("slices", "mask")])
+def test_a_stem_may_be_chosen_and_blocks_computed_again(
+    small_store, t1w_store, tiny_backbone, tmp_path, monkeypatch, stem, column
+):
+    again_or_not, loss = [], FinetuneTask.loss
+
+    def spy(self, *arguments):
+        again_or_not.append({block.gradient_checkpointing for block in inner_model(self.model).encoder.blocks})
+        return loss(self, *arguments)
+
+    monkeypatch.setattr(FinetuneTask, "loss", spy)
+    store, runs = t1w_store if stem == "slices" else small_store, []
+    for again in ("false", "true"):
+        recipe = tiny(f"stem={stem}", "aggregator=max", f"gradient_checkpointing={again}", "evaluate_every=0")
+        runs.append(finetune(recipe, store, tiny_backbone, column, tmp_path / again, quiet=True))
+    assert again_or_not == [{False}] * 3 + [{True}] * 3
+    np.testing.assert_allclose(losses(runs[0]), losses(runs[1]), rtol=1e-4)
+    model = load_bundle(runs[1] / "export").model.get_base_model()
+    assert (model.config.stem, model.config.aggregator) == (stem, "mean" if column == "mask" else "max")
 
 
 def test_regression_learns_by_heart(small_store, tiny_backbone, tmp_path):
@@ -240,6 +272,10 @@ def test_doors(six_steps, small_store, tiny_backbone, tmp_path):
         start("diagnosis", "engine.steps=6", out=six_steps, resume=True)
     with pytest.raises(RecipeError, match="aggregator"):
         start("age_years", "aggregator=median")
+    with pytest.raises(RecipeError, match="Did you mean per_contrast"):
+        start("age_years", "stem=per_contrasts")
+    with pytest.raises(ModelError, match="one contrast"):
+        start("age_years", "stem=slices")
     with pytest.raises(UsageError, match="height_cm"):
         start("height_cm")
     with pytest.raises(UsageError, match="must be numeric"):
@@ -297,7 +333,6 @@ def test_two_ranks_train_together(small_store, tiny_backbone, tmp_path):
 
 def test_a_stop_in_the_middle_is_gone_on_with(six_steps, small_store, tiny_backbone, tmp_path, monkeypatch):
     """What really trained before the stop, not only a copied folder."""
-    from brainfound.train.finetune import FinetuneTask
 
     def broken(self, step, taken):
         if step == 4:

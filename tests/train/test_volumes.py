@@ -16,6 +16,7 @@ from brainfound.train.volumes import (
     VolumeReader,
     augment_volumes,
     jittered_slices,
+    run_of_slices,
     slices_with_foreground,
 )
 
@@ -53,6 +54,35 @@ def test_the_asked_share_shows_the_structure(share, wanted, seed):
     assert np.isin(index, [3, 4, 11]).sum() >= round(wanted * share)
     empty = slices_with_foreground(np.zeros_like(mask), wanted, share, np.random.default_rng(seed))
     assert len(empty) == wanted
+
+
+@given(st.floats(0, 1), st.integers(1, 25), st.integers(0, 1000))
+def test_a_run_of_slices_has_no_gap_and_stays_inside(share, wanted, seed):
+    mask = np.zeros((20, 4, 4), dtype=np.uint8)
+    mask[[3, 4, 19], 1, 1] = 2
+    rng = np.random.default_rng(seed)
+    for content in (mask, np.zeros_like(mask)):
+        index = run_of_slices(content, wanted, share, rng)
+        assert len(index) == min(wanted, 20)
+        assert (np.diff(index) == 1).all()
+        assert index[0] >= 0
+        assert index[-1] < 20
+    assert np.isin(run_of_slices(mask, wanted, 1.0, rng), [3, 4, 19]).any()
+
+
+def test_every_place_of_a_run_has_its_turn():
+    rng = np.random.default_rng(0)
+    seen = np.concatenate([run_of_slices(np.zeros((10, 2, 2)), 3, 0.5, rng) for _ in range(300)])
+    assert set(seen) == set(range(10))
+
+
+def test_a_reader_may_be_asked_for_neighbours(small_store):
+    batch, sessions = VolumeReader(small_store, [1, 5], 3, 1.0, neighbours=True).read([1, 0], KEY)
+    for row, session in enumerate(sessions):
+        own = small_store[int(session)].positions_mm
+        place = int(np.flatnonzero(np.isclose(own, float(batch.positions_mm[row, 0])))[0])
+        np.testing.assert_allclose(batch.positions_mm[row], own[place : place + 3])
+        assert batch.masks[row].any()
 
 
 def test_reader_gives_sessions_of_its_part_with_their_masks(small_store):
