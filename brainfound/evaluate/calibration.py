@@ -154,7 +154,8 @@ def reliability_bins(probabilities: Any, labels: Any, num_bins: int = 15) -> Rel
 def expected_calibration_error(probabilities: Any, labels: Any, num_bins: int = 15) -> float:
     """Mean distance of confidence and accuracy over `reliability_bins`, weighted by cases; 0 is best.
 
-    Biased upwards with few cases: with 20 of them even a perfect model has about 0.1.
+    Biased upwards with few cases: in 15 bins a perfectly calibrated model of two classes has about 0.19 with 20 of
+    them, 0.09 with 100 and 0.03 with 1,000. Compare models on the same cases.
 
     Raises:
         UsageError: as `reliability_bins`.

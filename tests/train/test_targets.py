@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from brainfound.errors import UsageError
+from brainfound.train.make_split import make_split
 from brainfound.train.targets import Target, guess_task, labelled_sessions, resolve_target, target_columns
 
 
@@ -81,6 +82,16 @@ def test_several_columns_are_labels_of_their_own(sessions):
     # A column whose name has a comma is itself.
     odd = sessions(**{"edema,lesion": ["a", "b"] * 6})
     assert not resolve_target(odd, range(8), "classification", "edema,lesion").multi_label
+
+
+def test_combinations_of_labels_are_spread_over_the_parts(sessions):
+    store = sessions(edema=[0, 0, 1, 1] * 3, lesion=[0, 1, 0, 1] * 3)
+    split = make_split(store, target="edema,lesion", test=1 / 3, validation=1 / 3)
+    assert split.counts["single"]["test"]["edema"] == {"0": 2, "1": 2}
+    members = split.sessions(store)
+    pairs = store.sessions[["edema", "lesion"]].to_numpy()
+    for index in members.values():
+        assert sorted(pairs[index].tolist()) == [[0, 0], [0, 1], [1, 0], [1, 1]]
 
 
 def test_regression_of_words_or_of_a_constant_is_refused(sessions):
