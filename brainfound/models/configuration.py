@@ -89,7 +89,7 @@ class BrainFoundConfig(PreTrainedConfig):
     class_weights: list[float] | None = None
     """Classification: what a volume of each class weighs in the loss; multi-label: what a positive of each label
     weighs against a negative. None: all alike."""
-    focal_gamma: float = 0.0
+    classification_focal_gamma: float = 0.0
     """Classification: how strongly the focal loss turns away from volumes that are answered well; 0: not at all."""
     initializer_range: float = 0.02
     """Standard deviation of the normal initialisation of new linear layers."""
@@ -160,8 +160,9 @@ class BrainFoundConfig(PreTrainedConfig):
                 raise ModelError("bins need a range", where="config.regression_range", got=ends, expected="low < high")
             if self.regression_bins < 2:
                 raise ModelError("must be at least 2", where="config.regression_bins", got=self.regression_bins)
-        if not 0 <= self.focal_gamma < math.inf:
-            raise ModelError("must be 0 or more", where="config.focal_gamma", got=self.focal_gamma)
+        gamma = self.classification_focal_gamma
+        if not 0 <= gamma < math.inf:
+            raise ModelError("must be 0 or more", where="config.classification_focal_gamma", got=gamma)
         weights = self.class_weights
         if weights is not None and (len(weights) != self.num_classes or not all(0 < w < math.inf for w in weights)):
             raise ModelError(

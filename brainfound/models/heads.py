@@ -17,6 +17,8 @@ from brainfound.errors import ModelError
 from brainfound.models.configuration import BrainFoundConfig
 
 IGNORED_LABEL = -100
+# What cross-entropy leaves out unless it is told otherwise.
+_UNKNOWN = -100
 # Keeps exp(−log variance) finite while the mean is still far off.
 _LOG_VARIANCE_LIMIT = 10.0
 
@@ -134,7 +136,7 @@ def classification_loss(
     labels = labels.long()
     if plain:
         return F.cross_entropy(logits, labels)
-    known = labels != IGNORED_LABEL
+    known = labels != _UNKNOWN
     losses = F.cross_entropy(logits, labels, reduction="none")
     weights = _as_tensor(class_weights, logits)[labels.clamp(min=0)] * known
     return (weights * _focal(losses, focal_gamma)).sum() / known.sum().clamp(min=1)

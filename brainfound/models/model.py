@@ -270,7 +270,9 @@ class BrainFoundForClassification(_WithHead):
         loss = None
         if labels is not None:
             config = self.config
-            loss = classification_loss(logits, labels, config.problem_type, config.class_weights, config.focal_gamma)
+            loss = classification_loss(
+                logits, labels, config.problem_type, config.class_weights, config.classification_focal_gamma
+            )
         output = BrainFoundClassifierOutput(
             loss=loss,
             logits=logits,

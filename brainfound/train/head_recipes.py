@@ -56,7 +56,7 @@ def classification_fields(recipe: ClassificationHeadRecipe, target: Target, labe
     """
     weights = class_weights(labels, len(target.names)) if recipe.class_weights == "balanced" else None
     problem = "multi_label_classification" if target.multi_label else None
-    return {"class_weights": weights, "focal_gamma": recipe.focal_gamma, "problem_type": problem}
+    return {"class_weights": weights, "classification_focal_gamma": recipe.focal_gamma, "problem_type": problem}
 
 
 def class_weights(labels: np.ndarray, num_classes: int) -> list[float]:
@@ -110,6 +110,6 @@ def loss_name(task: str, config: Any) -> str:
             config.regression_loss
         ]
     name = "binary cross-entropy" if config.problem_type == "multi_label_classification" else "cross-entropy"
-    if config.focal_gamma:
-        name = f"focal loss (gamma {config.focal_gamma:g}) on {name}"
+    if config.classification_focal_gamma:
+        name = f"focal loss (gamma {config.classification_focal_gamma:g}) on {name}"
     return name if config.class_weights is None else f"{name}, weighted by inverse frequency"

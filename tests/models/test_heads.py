@@ -160,7 +160,7 @@ def test_the_older_word_for_a_gaussian_head(backbone_folder, tmp_path):
     model.save_pretrained(tmp_path)
     content = json.loads((tmp_path / "config.json").read_text())
     new = ("regression_head", "regression_loss", "huber_delta", "regression_bins", "regression_range")
-    new += ("regression_label_width", "class_weights", "focal_gamma")
+    new += ("regression_label_width", "class_weights", "classification_focal_gamma")
     older = {key: value for key, value in content.items() if key not in new} | {"regression_uncertainty": True}
     (tmp_path / "config.json").write_text(json.dumps(older))
     reloaded = BrainFoundForRegression.from_pretrained(tmp_path)
@@ -179,7 +179,7 @@ def test_the_older_word_for_a_gaussian_head(backbone_folder, tmp_path):
         ({**BINS, "regression_bins": 1}, "regression_bins.*at least 2"),
         ({**BINS, "regression_loss": "l1"}, "loss of its own"),
         ({"huber_delta": 0.0}, "huber_delta.*positive"),
-        ({"focal_gamma": -1.0}, "focal_gamma.*0 or more"),
+        ({"classification_focal_gamma": -1.0}, "focal_gamma.*0 or more"),
         ({"class_weights": [1.0, 2.0, 3.0]}, "class_weights.*expected 2 values"),
         ({"class_weights": [1.0, 0.0]}, "one positive weight per class"),
     ],
@@ -241,7 +241,9 @@ def test_certain_answers_have_finite_gradients(gamma):
 
 
 def test_weights_and_focus_reach_the_model(backbone_folder):
-    model = BrainFoundForClassification.from_backbone(backbone_folder, class_weights=[1.0, 3.0], focal_gamma=1.0)
+    model = BrainFoundForClassification.from_backbone(
+        backbone_folder, class_weights=[1.0, 3.0], classification_focal_gamma=1.0
+    )
     labels = torch.tensor([1, 0])
     output = model(torch.rand(2, 2, 3, 16, 16), labels=labels)
     torch.testing.assert_close(output.loss, classification_loss(output.logits, labels, None, [1.0, 3.0], 1.0))

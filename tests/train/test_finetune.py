@@ -148,7 +148,7 @@ def test_weighted_and_focal(small_store, tiny_backbone, tmp_path, monkeypatch):
     run = finetune(recipe, small_store, tiny_backbone, "diagnosis", tmp_path / "run", quiet=True)
     learnt = small_store.sessions["diagnosis"].iloc[small_store_rows(small_store, members(run)["train"])].tolist()
     config = load_bundle(run / "export").model.config
-    assert config.focal_gamma == 2
+    assert config.classification_focal_gamma == 2
     assert config.class_weights == pytest.approx([len(learnt) / (2 * learnt.count(name)) for name in "ab"])
     said = json.loads((run / "scores.json").read_text())["calibration"]
     assert 0 <= said["brier"]["raw"] <= 1
