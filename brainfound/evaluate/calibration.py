@@ -19,9 +19,12 @@ from scipy import optimize, special, stats
 from brainfound.errors import UsageError
 
 TEMPERATURE_RANGE = (0.01, 100.0)
-"""Temperatures beyond it change nothing that can be told from 20 or 2,000 cases."""
+"""A best temperature beyond it means that the cases do not hold one."""
 MIN_SLOPE = 0.1
 """A bias correction multiplies errors by 1 / slope; a model whose answers follow the target less is refused one."""
+
+MIN_CASES = 10
+"""For a line through true and predicted ages; through fewer its slope is mostly chance."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +87,9 @@ def fit_temperature(logits: Any, labels: Any) -> float:
         logits: ``(n, K)`` class scores, or log probabilities.
         labels: ``(n,)`` class indices.
 
-    Returns:
-        A number within `TEMPERATURE_RANGE`; its ends where a better one lies beyond (all answers right, or no better
-        than chance).
-
     Raises:
-        UsageError: no cases, one class only, scores that are not finite or do not differ between classes.
+        UsageError: no cases, one class only, scores that are not finite or do not differ between classes; or no best
+            temperature: every answer is right (0 would be best) or they are no better than chance (infinity).
 
     Source: C. Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, section 4.2.
     """
@@ -106,7 +106,17 @@ def fit_temperature(logits: Any, labels: Any) -> float:
     # Convex in 1/T, hence with a single minimum in log T.
     low, high = map(math.log, TEMPERATURE_RANGE)
     found = optimize.minimize_scalar(mean_loss, bounds=(low, high), method="bounded", options={"xatol": 1e-8})
-    return math.exp(min((low, float(found.x), high), key=mean_loss))
+    best = min((low, float(found.x), high), key=mean_loss)
+    if not low + 0.01 < best < high - 0.01:
+        every_right = bool((scores.argmax(axis=1) == truth).all())
+        raise UsageError(
+            "there is no best temperature: "
+            + ("every answer is right" if every_right else "the scores say too little, or too much, of the labels"),
+            where="labels",
+            got=f"{len(truth)} cases",
+            remedy="Give more cases, or leave the scores as they are",
+        )
+    return math.exp(best)
 
 
 def apply_temperature(logits: Any, temperature: float) -> np.ndarray:
@@ -199,11 +209,11 @@ def fit_bias_correction(target: Any, prediction: Any) -> BiasCorrection:
         prediction: ``(n,)`` raw predictions of it.
 
     Raises:
-        UsageError: fewer than three cases, a target that does not vary, or predictions that do not follow it.
+        UsageError: fewer than ten cases, a target that does not vary, or predictions that do not follow it.
     """
     truth, answers = _pair(target, prediction)
-    if len(truth) < 3:
-        raise UsageError("a bias correction needs more cases", got=len(truth), expected="3 or more")
+    if len(truth) < MIN_CASES:
+        raise UsageError("a bias correction needs more cases", got=len(truth), expected=f"{MIN_CASES} or more")
     if np.ptp(truth) == 0:
         raise UsageError("a bias correction needs targets that vary", where="target", got=f"all {truth[0]:g}")
     line = stats.linregress(truth, answers)

@@ -59,10 +59,14 @@ def test_temperature_mends_what_is_measured():
     assert brier_score(mended[4000:], labels[4000:]) < brier_score(raw[4000:], labels[4000:])
 
 
-def test_a_temperature_without_an_end_stops_at_the_range():
+def test_cases_without_a_best_temperature_are_refused():
+    """Of answers that are all right the likelihood rises to the end of the range: certainty out of three cases."""
     logits = np.array([[2.0, 0.0], [0.0, 2.0], [1.0, 0.0]])
-    assert fit_temperature(logits, [0, 1, 0]) == pytest.approx(TEMPERATURE_RANGE[0], rel=1e-3)
-    assert fit_temperature(logits, [1, 0, 1]) == pytest.approx(TEMPERATURE_RANGE[1], rel=1e-3)
+    with pytest.raises(UsageError, match="every answer is right .got 3 cases"):
+        fit_temperature(logits, [0, 1, 0])
+    with pytest.raises(UsageError, match="no best temperature: the scores say too little"):
+        fit_temperature(logits, [1, 0, 1])
+    assert TEMPERATURE_RANGE[0] < fit_temperature(logits, [0, 1, 1]) < TEMPERATURE_RANGE[1]
 
 
 def test_calibration_error_against_a_loop():
@@ -186,10 +190,10 @@ NOTHING = np.empty((0, 2))
         (lambda: brier_score([[1.2, -0.2]], [0]), "not probabilities"),
         (lambda: expected_calibration_error(NOTHING, []), "no cases"),
         (lambda: reliability_bins([[0.5, 0.5]], [0], num_bins=0), "a bin"),
-        (lambda: fit_bias_correction([5, 5, 5], [1, 2, 3]), "vary"),
-        (lambda: fit_bias_correction([1, 2, 3], [5, 5, 5]), "do not follow the target"),
-        (lambda: fit_bias_correction([1, 2, 3], [3, 2, 1]), "got slope -1"),
-        (lambda: fit_bias_correction([1, 2], [1, 2]), "more cases"),
+        (lambda: fit_bias_correction([5] * 10, range(10)), "vary"),
+        (lambda: fit_bias_correction(range(10), [5] * 10), "do not follow the target"),
+        (lambda: fit_bias_correction(range(10), range(9, -1, -1)), "got slope -1"),
+        (lambda: fit_bias_correction(range(9), range(9)), "got 9, expected 10 or more"),
         (lambda: fit_bias_correction([1, 2, np.inf], [1, 2, 3]), "not finite"),
         (lambda: fit_bias_correction([1, 2, 3], [[1], [2], [3]]), "do not fit"),
         (lambda: conformal_interval([1, 2], [1, 2], confidence=1.0), "not a share"),
