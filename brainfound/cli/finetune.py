@@ -14,7 +14,7 @@ def finetune(
     recipe: Annotated[str, typer.Argument(help="A recipe's name (`brainfound list recipes`) or file.")],
     data: Annotated[Path, typer.Option(help="The store.")],
     model: Annotated[str, typer.Option(help="A Hub id or folder of a ViT, or the export of a pretraining run.")],
-    target: Annotated[str, typer.Option(help='A column of the store (age_years, diagnosis, …), or "mask".')],
+    target: Annotated[str, typer.Option(help='A column of the store (age_years, …), several of 0/1 (a,b), or "mask".')],
     adapter: Annotated[str | None, typer.Option(help="An adapter recipe; default: of the recipe.")] = None,
     out: Annotated[Path | None, typer.Option(help="The run folder; default: runs/RECIPE.")] = None,
     split: Annotated[Path | None, typer.Option(help="A split file, or the splits.json of another run.")] = None,

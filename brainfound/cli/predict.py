@@ -92,8 +92,12 @@ def _summary(outcome: Outcome) -> str:
     missing = f" (without {', '.join(outcome.prediction.missing)})" if outcome.prediction.missing else ""
     if "class" in answer:
         return f"{answer['class']} {answer['probabilities'][answer['class']]:.2f}{missing}"
+    if "present" in answer:
+        return (", ".join(answer["present"]) or f"none of {answer['target']}") + missing
     if "value" in answer:
-        return f"{answer['target']} {answer['value']:.2f}{missing}"
+        ends = answer.get("interval")
+        interval = f" [{ends['low']:.2f}, {ends['high']:.2f}]" if ends else ""
+        return f"{answer['target']} {answer['value']:.2f}{interval}{missing}"
     if "volumes_mm3" in answer:
         return ", ".join(f"{name} {volume:.0f} mm³" for name, volume in answer["volumes_mm3"].items()) + missing
     return f"{answer['dimensions']} dimensions{missing}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ SUPPORTED_BACKBONES = ("dinov2", "dinov2_with_registers")
 STEMS = ("channels", "per_contrast", "slices")
 AGGREGATORS = ("mean", "max", "attention", "transformer")
 DECODERS = ("linear", "fpn")
+REGRESSION_HEADS = ("point", "gaussian", "bins")
+REGRESSION_LOSSES = ("smooth_l1", "l1", "huber")
 
 
 class BrainFoundConfig(PreTrainedConfig):
@@ -30,6 +33,7 @@ class BrainFoundConfig(PreTrainedConfig):
         "slice_embeddings",
         "patch_embeddings",
         "slice_weights",
+        "bin_probabilities",
     ]
 
     backbone_config: Any = None
@@ -70,8 +74,26 @@ class BrainFoundConfig(PreTrainedConfig):
     """Regression: mean of the target, in its unit; predictions come out in that unit."""
     target_std: float = 1.0
     """Regression: standard deviation of the target, in its unit."""
+    regression_head: str = "point"
+    """Regression: "point" (one number), "gaussian" (also a standard deviation, trained by the Gaussian likelihood) or
+    "bins" (a distribution over bins of the target, whose expectation is the prediction)."""
     regression_uncertainty: bool = False
-    """Regression: also predict a standard deviation, trained by the Gaussian likelihood."""
+    """The older way to ask for `regression_head = "gaussian"`; it is turned into that."""
+    regression_loss: str = "smooth_l1"
+    """Loss of the point head on the standardised target: "smooth_l1", "l1" or "huber"."""
+    huber_delta: float = 1.0
+    """Where the Huber loss turns from squares to absolute errors, in standard deviations of the target."""
+    regression_bins: int = 40
+    """Bins of the head "bins"."""
+    regression_range: list[float] | None = None
+    """Lower edge of the first bin and upper edge of the last one, in the unit of the target; "bins" needs it."""
+    regression_label_width: float = 1.0
+    """Standard deviation of the Gaussian soft label that trains the bins, in widths of a bin."""
+    class_weights: list[float] | None = None
+    """Classification: what a volume of each class weighs in the loss; multi-label: what a positive of each label
+    weighs against a negative. None: all alike."""
+    classification_focal_gamma: float = 0.0
+    """Classification: how strongly the focal loss turns away from volumes that are answered well; 0: not at all."""
     initializer_range: float = 0.02
     """Standard deviation of the normal initialisation of new linear layers."""
 
@@ -114,8 +136,7 @@ class BrainFoundConfig(PreTrainedConfig):
         for field in ("slice_chunk", "aggregator_layers", "aggregator_width", "decoder_width"):
             if int(getattr(self, field)) < 1:
                 raise ModelError("must be at least 1", where=f"config.{field}", got=getattr(self, field))
-        if self.target_std <= 0:
-            raise ModelError("must be positive", where="config.target_std", got=self.target_std)
+        self._require_valid_head()
         depth = self.backbone_config.num_hidden_layers
         if any(not 1 <= layer <= depth for layer in self.decoder_layers or ()):
             raise ModelError(
@@ -129,6 +150,39 @@ class BrainFoundConfig(PreTrainedConfig):
         if hasattr(self.backbone_config, "use_mask_token"):
             # Masked-image objectives need it, and a checkpoint without one starts it at zero.
             self.backbone_config.use_mask_token = True
+
+    def _require_valid_head(self) -> None:
+        if self.regression_uncertainty and self.regression_head == "point":
+            self.regression_head, self.regression_uncertainty = "gaussian", False
+        _require_known("regression_head", self.regression_head, REGRESSION_HEADS)
+        _require_known("regression_loss", self.regression_loss, REGRESSION_LOSSES)
+        for field in ("target_std", "huber_delta", "regression_label_width"):
+            if not getattr(self, field) > 0:
+                raise ModelError("must be positive", where=f"config.{field}", got=getattr(self, field))
+        if self.regression_head != "point" and self.regression_loss != "smooth_l1":
+            raise ModelError(
+                f"the head {self.regression_head!r} has a loss of its own",
+                where="config.regression_loss",
+                got=self.regression_loss,
+                remedy='Choose regression_head = "point" for this loss',
+            )
+        if self.regression_head == "bins":
+            ends = list(self.regression_range or ())
+            if len(ends) != 2 or not -math.inf < ends[0] < ends[1] < math.inf:
+                raise ModelError("bins need a range", where="config.regression_range", got=ends, expected="low < high")
+            if self.regression_bins < 2:
+                raise ModelError("must be at least 2", where="config.regression_bins", got=self.regression_bins)
+        gamma = self.classification_focal_gamma
+        if not 0 <= gamma < math.inf:
+            raise ModelError("must be 0 or more", where="config.classification_focal_gamma", got=gamma)
+        weights = self.class_weights
+        if weights is not None and (len(weights) != self.num_classes or not all(0 < w < math.inf for w in weights)):
+            raise ModelError(
+                "one positive weight per class is needed",
+                where="config.class_weights",
+                got=list(weights),
+                expected=f"{self.num_classes} values",
+            )
 
     @property
     def num_contrasts(self) -> int:

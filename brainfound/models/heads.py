@@ -5,6 +5,9 @@ Axis legend: B volumes, N slices, D width, K classes, H W pixels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -14,6 +17,8 @@ from brainfound.errors import ModelError
 from brainfound.models.configuration import BrainFoundConfig
 
 IGNORED_LABEL = -100
+# What cross-entropy leaves out unless it is told otherwise.
+_UNKNOWN = -100
 # Keeps exp(−log variance) finite while the mean is still far off.
 _LOG_VARIANCE_LIMIT = 10.0
 
@@ -31,24 +36,86 @@ class ClassificationHead(nn.Module):
         return self.score(self.dropout(self.norm(embedding)))
 
 
+class RegressionScores(NamedTuple):
+    """What a regression head says, in standardised units."""
+
+    mean: Float[Tensor, "volumes"]
+    log_variance: Float[Tensor, "volumes"] | None = None
+    """Of the head "gaussian"."""
+    bin_scores: Float[Tensor, "volumes bins"] | None = None
+    """Of the head "bins": logits of the distribution whose expectation is `mean`."""
+    std: Float[Tensor, "volumes"] | None = None
+    """Standard deviation of the answer; None of a point."""
+
+
 class RegressionHead(nn.Module):
-    """Layer norm, dropout, and one linear layer: (B, D) → standardised mean and, if asked, log variance (B,)."""
+    """Layer norm, dropout, and one linear layer: (B, D) → a number, with its uncertainty if asked (B,).
+
+    `config.regression_head` says what the layer gives: the number itself, mean and log variance of a Gaussian
+    (Nix and Weigend 1994), or scores of bins that cover the target's range, of which the expectation is taken
+    (Peng et al., "Accurate brain age prediction with lightweight deep neural networks", Med Image Anal 2021).
+    """
 
     def __init__(self, config: BrainFoundConfig) -> None:
         super().__init__()
+        self.config = config
         self.norm = nn.LayerNorm(config.hidden_size)
         self.dropout = nn.Dropout(config.head_dropout)
-        self.score = nn.Linear(config.hidden_size, 2 if config.regression_uncertainty else 1)
+        width = {"point": 1, "gaussian": 2, "bins": config.regression_bins}[config.regression_head]
+        self.score = nn.Linear(config.hidden_size, width)
 
-    def forward(self, embedding: Float[Tensor, "volumes width"]) -> tuple[Tensor, Tensor | None]:
+    def forward(self, embedding: Float[Tensor, "volumes width"]) -> RegressionScores:
         answer = self.score(self.dropout(self.norm(embedding))).float()
-        if answer.shape[1] == 1:
-            return answer[:, 0], None
-        return answer[:, 0], answer[:, 1].clamp(-_LOG_VARIANCE_LIMIT, _LOG_VARIANCE_LIMIT)
+        if self.config.regression_head == "point":
+            return RegressionScores(answer[:, 0])
+        if self.config.regression_head == "gaussian":
+            log_variance = answer[:, 1].clamp(-_LOG_VARIANCE_LIMIT, _LOG_VARIANCE_LIMIT)
+            return RegressionScores(answer[:, 0], log_variance, std=torch.exp(0.5 * log_variance))
+        edges = bin_edges(self.config).to(answer.device)
+        centres, bin_width = (edges[1:] + edges[:-1]) / 2, edges[1] - edges[0]
+        shares = answer.softmax(dim=1)
+        mean = shares @ centres
+        # The last term is the variance within a bin, over which the density is flat: no answer is certain.
+        variance = (shares * (centres - mean[:, None]) ** 2).sum(dim=1) + bin_width**2 / 12
+        return RegressionScores(mean, bin_scores=answer, std=variance.sqrt())
 
 
-def classification_loss(logits: Float[Tensor, "volumes classes"], labels: Tensor, problem_type: str | None) -> Tensor:
-    """Cross-entropy for labels (B,), or binary cross-entropy for multi-label targets (B, K).
+def bin_edges(config: BrainFoundConfig) -> Float[Tensor, "edges"]:
+    """Edges of the bins in standardised units, one more than there are bins; on the CPU."""
+    assert config.regression_range is not None, "the configuration was checked"
+    low, high = ((edge - config.target_mean) / config.target_std for edge in config.regression_range)
+    return torch.linspace(low, high, config.regression_bins + 1)
+
+
+def soft_labels(
+    target: Float[Tensor, "volumes"], edges: Float[Tensor, "edges"], label_width: float
+) -> Float[Tensor, "volumes bins"]:
+    """The mass that a Gaussian around each target has in each bin (Peng et al. 2021).
+
+    What lies beyond the range belongs to the outermost bins, so that each row has sum 1 for any target.
+
+    Args:
+        label_width: standard deviation of the Gaussian, in widths of a bin.
+    """
+    sigma = label_width * (edges[1] - edges[0])
+    below = torch.special.ndtr((edges[1:-1] - target[:, None]) / sigma)
+    return torch.diff(F.pad(F.pad(below, (1, 0), value=0.0), (0, 1), value=1.0), dim=1)
+
+
+def classification_loss(
+    logits: Float[Tensor, "volumes classes"],
+    labels: Tensor,
+    problem_type: str | None,
+    class_weights: Sequence[float] | None = None,
+    focal_gamma: float = 0.0,
+) -> Tensor:
+    """Cross-entropy for labels (B,), or binary cross-entropy for multi-label targets (B, K); a mean over volumes.
+
+    Args:
+        class_weights: (K,) what a volume of each class weighs, or for multi-label a positive of each label. The mean
+            is over volumes, not over their weights: in a small batch of one class those would cancel.
+        focal_gamma: each term is multiplied by (1 − p)^γ, p the probability of its true answer (Lin et al., "Focal
+            Loss for Dense Object Detection", ICCV 2017, eq. 4).
 
     Raises:
         ModelError: if the shape of the labels does not fit.
@@ -57,22 +124,81 @@ def classification_loss(logits: Float[Tensor, "volumes classes"], labels: Tensor
     expected = tuple(logits.shape) if multi_label else tuple(logits.shape[:1])
     if tuple(labels.shape) != expected:
         raise ModelError("labels do not fit", got=f"shape {tuple(labels.shape)}", expected=f"shape {expected}")
+    logits = logits.float()
+    plain = class_weights is None and focal_gamma == 0
     if multi_label:
-        return F.binary_cross_entropy_with_logits(logits.float(), labels.float())
-    return F.cross_entropy(logits.float(), labels.long())
+        truth = labels.float()
+        if plain:
+            return F.binary_cross_entropy_with_logits(logits, truth)
+        losses = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
+        weights = 1 + truth * (_as_tensor(class_weights, logits) - 1)
+        return (weights * _focal(losses, focal_gamma)).mean()
+    labels = labels.long()
+    if plain:
+        return F.cross_entropy(logits, labels)
+    known = labels != _UNKNOWN
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    weights = _as_tensor(class_weights, logits)[labels.clamp(min=0)] * known
+    return (weights * _focal(losses, focal_gamma)).sum() / known.sum().clamp(min=1)
 
 
-def regression_loss(mean: Tensor, log_variance: Tensor | None, target: Float[Tensor, "volumes"]) -> Tensor:
-    """Smooth L1, or with a log variance the Gaussian negative log-likelihood (Nix and Weigend 1994); all standardised.
+def _as_tensor(class_weights: Sequence[float] | None, logits: Tensor) -> Tensor:
+    return logits.new_ones(logits.shape[1]) if class_weights is None else logits.new_tensor(list(class_weights))
+
+
+def _focal(losses: Tensor, gamma: float) -> Tensor:
+    if gamma == 0:
+        return losses
+    # −log p → 1 − p without the loss of digits near p = 1; a power below 1 has no finite slope at 0.
+    missed = (-torch.expm1(-losses)).clamp(min=torch.finfo(losses.dtype).eps)
+    return missed**gamma * losses
+
+
+def regression_loss(
+    mean: Tensor,
+    log_variance: Tensor | None,
+    target: Float[Tensor, "volumes"],
+    kind: str = "smooth_l1",
+    huber_delta: float = 1.0,
+) -> Tensor:
+    """Loss of a point, or with a log variance the Gaussian negative log-likelihood (Nix and Weigend 1994).
+
+    Args:
+        mean, target: (B,) standardised.
+        kind: of a point: ``"smooth_l1"`` (Huber's with delta 1), ``"l1"`` or ``"huber"`` (Huber 1964).
+        huber_delta: up to this error Huber's loss is a square, beyond it a line.
 
     Raises:
         ModelError: if the shape of the target does not fit.
     """
     if target.shape != mean.shape:
         raise ModelError("labels do not fit", got=f"shape {tuple(target.shape)}", expected=f"shape {tuple(mean.shape)}")
-    if log_variance is None:
-        return F.smooth_l1_loss(mean, target)
-    return 0.5 * (log_variance + (target - mean) ** 2 * torch.exp(-log_variance)).mean()
+    if log_variance is not None:
+        return 0.5 * (log_variance + (target - mean) ** 2 * torch.exp(-log_variance)).mean()
+    if kind == "l1":
+        return F.l1_loss(mean, target)
+    if kind == "huber":
+        return F.huber_loss(mean, target, delta=huber_delta)
+    assert kind == "smooth_l1", "the configuration was checked"
+    return F.smooth_l1_loss(mean, target)
+
+
+def bins_loss(
+    bin_scores: Float[Tensor, "volumes bins"],
+    target: Float[Tensor, "volumes"],
+    edges: Float[Tensor, "edges"],
+    label_width: float = 1.0,
+) -> Tensor:
+    """Kullback-Leibler divergence of the soft labels from the predicted distribution (Peng et al. 2021).
+
+    Raises:
+        ModelError: if the shape of the target does not fit.
+    """
+    if target.shape != bin_scores.shape[:1]:
+        expected = f"shape {tuple(bin_scores.shape[:1])}"
+        raise ModelError("labels do not fit", got=f"shape {tuple(target.shape)}", expected=expected)
+    wanted = soft_labels(target, edges, label_width)
+    return F.kl_div(bin_scores.float().log_softmax(dim=1), wanted, reduction="batchmean")
 
 
 def segmentation_loss(

@@ -25,6 +25,9 @@ from brainfound.models.encoder import SliceEncoder
 from brainfound.models.heads import (
     ClassificationHead,
     RegressionHead,
+    RegressionScores,
+    bin_edges,
+    bins_loss,
     classification_loss,
     regression_loss,
     segmentation_loss,
@@ -216,10 +219,12 @@ class BrainFoundRegressionOutput(ModelOutput):
     predictions: Float[Tensor, "volumes"] | None = None
     """In the unit of the target."""
     prediction_std: Float[Tensor, "volumes"] | None = None
-    """In the unit of the target; None unless `config.regression_uncertainty`."""
+    """In the unit of the target; None of `config.regression_head = "point"`."""
     volume_embedding: Float[Tensor, "volumes width"] | None = None
     slice_embeddings: Float[Tensor, "volumes slices width"] | None = None
     slice_weights: Float[Tensor, "volumes slices"] | None = None
+    bin_probabilities: Float[Tensor, "volumes bins"] | None = None
+    """The distribution of `config.regression_head = "bins"`, over equal bins of `config.regression_range`."""
 
 
 @dataclass
@@ -263,8 +268,14 @@ class BrainFoundForClassification(_WithHead):
         """Class scores of volumes. Inputs as for `BrainFoundModel`; `labels` (B,), or (B, K) for multi-label."""
         volume = self.brainfound(pixel_values, contrast_mask, slice_mask, positions_mm)
         logits = self.head(volume.volume_embedding)
+        loss = None
+        if labels is not None:
+            config = self.config
+            loss = classification_loss(
+                logits, labels, config.problem_type, config.class_weights, config.classification_focal_gamma
+            )
         output = BrainFoundClassifierOutput(
-            loss=None if labels is None else classification_loss(logits, labels, self.config.problem_type),
+            loss=loss,
             logits=logits,
             volume_embedding=volume.volume_embedding,
             slice_embeddings=volume.slice_embeddings,
@@ -292,20 +303,28 @@ class BrainFoundForRegression(_WithHead):
     ) -> BrainFoundRegressionOutput | tuple[Tensor, ...]:
         """Predictions for volumes. Inputs as for `BrainFoundModel`; `labels` (B,) in the unit of the target."""
         volume = self.brainfound(pixel_values, contrast_mask, slice_mask, positions_mm)
-        mean, log_variance = self.head(volume.volume_embedding)
+        scores = self.head(volume.volume_embedding)
         center, scale = self.config.target_mean, self.config.target_std
         loss = None
         if labels is not None:
-            loss = regression_loss(mean, log_variance, (labels.float() - center) / scale)
+            loss = self._loss(scores, (labels.float() - center) / scale)
         output = BrainFoundRegressionOutput(
             loss=loss,
-            predictions=mean * scale + center,
-            prediction_std=None if log_variance is None else torch.exp(0.5 * log_variance) * scale,
+            predictions=scores.mean * scale + center,
+            prediction_std=None if scores.std is None else scores.std * scale,
+            bin_probabilities=None if scores.bin_scores is None else scores.bin_scores.softmax(dim=1),
             volume_embedding=volume.volume_embedding,
             slice_embeddings=volume.slice_embeddings,
             slice_weights=volume.slice_weights,
         )
         return output.to_tuple() if return_dict is False else output
+
+    def _loss(self, scores: RegressionScores, target: Float[Tensor, "volumes"]) -> Tensor:
+        config = self.config
+        if scores.bin_scores is not None:
+            edges = bin_edges(config).to(target.device)
+            return bins_loss(scores.bin_scores, target, edges, config.regression_label_width)
+        return regression_loss(scores.mean, scores.log_variance, target, config.regression_loss, config.huber_delta)
 
 
 class BrainFoundForSegmentation(_WithHead):

@@ -101,7 +101,7 @@ def _sessions_to_score(split: dict[str, Any] | None, store: Store, labelled: np.
     return labelled[~learnt_from(split, store, labelled.tolist())].tolist()
 
 
-def _train_labels(split: dict[str, Any] | None, store: Store, labelled: np.ndarray, target: Target) -> list[float]:
+def _train_labels(split: dict[str, Any] | None, store: Store, labelled: np.ndarray, target: Target) -> list[Any]:
     """Labels of the training part, for the trivial baseline, where the run's own store is scored."""
     if split is None or split["data_hash"] != store.content_hash or target.task == "segmentation":
         return []

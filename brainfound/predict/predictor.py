@@ -35,6 +35,7 @@ from brainfound.predict.native_space import (
     write_image,
     write_json,
 )
+from brainfound.train.answer_calibration import AnswerCalibration
 from brainfound.train.run_files import holds_run
 from brainfound.train.targets import Target
 
@@ -110,6 +111,7 @@ class Predictor:
         num_slices: slices to read per session; None for all.
         device: where it runs; None: the first GPU that there is, else the CPU.
         hooks: tools that are run on each scan first, as they were on the training scans.
+        calibration: what was fitted on the validation part; its answers stand beside the raw ones.
 
     Raises:
         UsageError: the model's scans went through other hooks.
@@ -123,7 +125,9 @@ class Predictor:
         num_slices: int | None = None,
         device: str | torch.device | None = None,
         hooks: Sequence[Hook] = (),
+        calibration: AnswerCalibration | None = None,
     ) -> None:
+        self.calibration = calibration or AnswerCalibration()
         if hooks:
             preprocessing.require_hooks([hook.name for hook in hooks])
         self.hooks = tuple(hooks)
@@ -219,12 +223,17 @@ class Predictor:
         if target.task == "regression":
             values: dict[str, Any] = {"target": target.column, "value": answer.value}
             values |= {} if answer.value_std is None else {"standard_deviation": answer.value_std}
+            values |= self.calibration.of_answer(answer, target)
             return Prediction(answer=values, **common)
         if target.task == "classification":
             assert answer.probabilities is not None
             probabilities = {name: float(p) for name, p in zip(target.names, answer.probabilities, strict=True)}
-            best = max(probabilities, key=probabilities.__getitem__)
-            values = {"target": target.column, "class": best, "probabilities": probabilities}
+            if target.multi_label:
+                said: dict[str, Any] = {"present": [name for name, p in probabilities.items() if p > 0.5]}
+            else:
+                said = {"class": max(probabilities, key=probabilities.__getitem__)}
+            values = {"target": target.column, **said, "probabilities": probabilities}
+            values |= self.calibration.of_answer(answer, target)
             return Prediction(answer=values, **common)
         assert answer.classes is not None
         assert answer.foreground_probability is not None
@@ -299,7 +308,9 @@ def load(
     if (path / "bundle.json").is_file():
         bundle = load_bundle(path)
         target = Target.from_dict(bundle.labels)
-        return Predictor(bundle.model, bundle.preprocessing, target, bundle.metadata["num_slices"], device, tools)
+        calibration = AnswerCalibration.from_dict(bundle.metadata.get("calibration"))
+        num_slices = bundle.metadata["num_slices"]
+        return Predictor(bundle.model, bundle.preprocessing, target, num_slices, device, tools, calibration)
     if holds_run(path):
         raise ModelError(
             "the run has no export: it has not finished",

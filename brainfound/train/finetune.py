@@ -4,8 +4,9 @@ The run folder:
 
     recipe.yaml, run.json, log.jsonl, curves.png, checkpoints/   as in pretraining
     splits.json   the subjects of each part, as a split file
-    scores.json   the scores on the test part, beside the trivial baseline
+    scores.json   the scores on the test part, beside the trivial baseline, and what the validation part calibrates
     cases.tsv     one row per test session
+    reliability.png   of a classification: how often it is right, over how sure it is
     export/       the bundle: adapter, head, preprocessing and labels as one unit
 
 Axis legend: B volumes, S slices, C contrasts, H W pixels.
@@ -38,10 +39,18 @@ from brainfound.models.configuration import AGGREGATORS, STEMS
 from brainfound.models.inference import inner_model
 from brainfound.models.start import start_from
 from brainfound.recipes import Recipe, load, validate
+from brainfound.report.reliability import reliability_png
 from brainfound.train import ranks, run_files
+from brainfound.train.answer_calibration import AnswerCalibration
 from brainfound.train.data_order import EpochOrder, RankBatches
 from brainfound.train.engine import Engine, EngineRecipe, TrainTask, make_accelerator
 from brainfound.train.finetuned_card import finetuned_card
+from brainfound.train.head_recipes import (
+    ClassificationHeadRecipe,
+    RegressionHeadRecipe,
+    classification_fields,
+    regression_fields,
+)
 from brainfound.train.head_start import fit_head
 from brainfound.train.objectives.base import StepKey
 from brainfound.train.randomness import INITIALISATION, seed_of
@@ -106,6 +115,10 @@ class FinetuneRecipe(Recipe):
     head_fit_passes: int = Field(4, ge=0)
     """Classification and regression: passes over the training part whose frozen embeddings the head is first fitted
     to; 0 starts from a random head."""
+    classification: ClassificationHeadRecipe = ClassificationHeadRecipe()
+    """Class weights and focal loss (classification only)."""
+    regression: RegressionHeadRecipe = RegressionHeadRecipe()
+    """The head and its loss (regression only)."""
     foreground_share: float = Field(0.5, ge=0, le=1)
     """Segmentation: share of the training slices that show the structure."""
     gradient_checkpointing: bool = False
@@ -120,6 +133,8 @@ class FinetuneRecipe(Recipe):
     augmentation: VolumeAugmentation = VolumeAugmentation()
     engine: EngineRecipe = EngineRecipe(steps=500, batch_size=4, num_workers=0)
 
+
+RELIABILITY_FILE = "reliability.png"
 
 # What may change between a run and its continuation: nothing in here touches a weight.
 FREE_ON_RESUME = (
@@ -194,7 +209,8 @@ class FinetuneTask(TrainTask):
             codes = np.asarray(volumes.to("cpu").masks)
             labels = torch.from_numpy(self.target.encode_mask(codes).astype(np.int64)).to(self.device)
         else:
-            kind = torch.long if self.target.task == "classification" else torch.float32
+            are_classes = self.target.task == "classification" and not self.target.multi_label
+            kind = torch.long if are_classes else torch.float32
             labels = torch.tensor([self.labels[int(s)] for s in sessions], dtype=kind, device=self.device)
         return model(**volumes.inputs(), labels=labels).loss, {}
 
@@ -238,7 +254,8 @@ def finetune(
         recipe: a recipe, its name or its file.
         data: a store or its folder.
         model: a Hub id or folder of a plain ViT, or a BrainFound folder (the export of a pretraining run).
-        target: a covariate column of the store, or ``"mask"``.
+        target: a covariate column of the store, ``"mask"``, or several columns of 0 and 1 that a session may have any
+            of: ``"edema,lesion"``.
         out: the run folder; None: ``runs/<name of the recipe>``.
         adapter: overrides the recipe's adapter.
         split: a split file (of `brainfound split`, or the splits.json of another run), to learn and test on the
@@ -353,12 +370,15 @@ def _build(
     torch.manual_seed(seed_of(INITIALISATION, recipe.seed))
     fields: dict[str, Any] = {"aggregator": recipe.aggregator, "head_dropout": recipe.head_dropout}
     if target.task == "regression":
-        fields |= {"target_mean": target.mean, "target_std": target.std}
+        fields |= regression_fields(recipe.regression, target, target.values(store, train.tolist()))
     else:
         fields |= {"id2label": dict(enumerate(target.names)), "label2id": {n: k for k, n in enumerate(target.names)}}
+    if target.task == "classification":
+        fields |= classification_fields(recipe.classification, target, target.values(store, train.tolist()))
     if target.task == "segmentation":
         # Segmentation reads no volume embedding; an aggregator with weights would be dead weight.
         fields |= {"aggregator": "mean", "decoder": recipe.decoder, "decoder_width": recipe.decoder_width}
+        fields |= {"class_weights": None}  # of a classification that the model may have learnt before
     if recipe.stem is not None:
         fields["stem"] = recipe.stem
     model: Any = start_from(CLASSES[target.task], source, store.contrasts, **fields)
@@ -382,7 +402,10 @@ def _compute_blocks_again(model: Any) -> None:
 def _finish(folder: Path, task: FinetuneTask, source: str, step: int, keep_ids: bool) -> None:
     """Score the test part once, and leave bundle, scores and curves behind."""
     store, parts, target = task.store, task.parts, task.target
-    scores = write_scores(folder, task.score("test"), keep_ids=keep_ids, part="test", step=step)
+    test = task.score("test")
+    calibration = None if target.task == "segmentation" else _calibrate(folder, task, test)
+    facts = {} if calibration is None else {"calibration": calibration.report(test, target)}
+    scores = write_scores(folder, test, keep_ids=keep_ids, part="test", step=step, **facts)
     save_bundle(
         folder / run_files.EXPORT_FOLDER,
         task.model,
@@ -394,8 +417,19 @@ def _finish(folder: Path, task: FinetuneTask, source: str, step: int, keep_ids: 
             "test": scores,
             "data_hash": store.content_hash,
             "split": hashed_split(store, parts),
+            "calibration": None if calibration is None else calibration.to_dict(),
         },
         card=finetuned_card(task.recipe, store, parts, target, inner_model(task.model).config, source, scores, step),
         overwrite=True,  # a run that goes on after its end writes it again
     )
     run_files.finish(folder, run_files.DONE, step, step)
+
+
+def _calibrate(folder: Path, task: FinetuneTask, test: SessionScores) -> AnswerCalibration:
+    """Fit on the validation part how far answers can be believed, and draw what that does on the test part."""
+    confidence = task.recipe.regression.interval_confidence
+    fitted = AnswerCalibration.fit(task.score("validation"), task.target, confidence)
+    if task.target.task == "classification":
+        curves = fitted.reliability(test, task.target)
+        reliability_png(curves, path=folder / RELIABILITY_FILE, title="test part")
+    return fitted

@@ -11,14 +11,9 @@ from brainfound.adapters.attach import AdapterRecipe
 from brainfound.data.store import Store
 from brainfound.models import BrainFoundConfig
 from brainfound.recipes import load
+from brainfound.train.head_recipes import loss_name
 from brainfound.train.run_files import versions
 from brainfound.train.targets import Target
-
-_LOSSES = {
-    "classification": "cross-entropy",
-    "regression": "smooth L1",
-    "segmentation": "cross-entropy + soft Dice",
-}
 
 
 def finetuned_card(
@@ -58,7 +53,7 @@ def finetuned_card(
         "stem": config.stem,
         "aggregator": None if target.task == "segmentation" else config.aggregator,
         "adapter": recipe.adapter,
-        "objective": _LOSSES[target.task],
+        "objective": loss_name(target.task, config),
         "labels": list(target.names) or f"{target.column}, {target.mean:.4g} ± {target.std:.4g} in the training part",
         "contrasts": list(store.contrasts),
         "preprocessing": store.preprocessing.model_dump(mode="json"),

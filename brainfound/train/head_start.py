@@ -3,7 +3,8 @@
 A random head sends large, aimless gradients into the backbone and distorts features that were good; a head that
 was fitted first does not (Kumar et al., "Fine-Tuning can Distort Pretrained Features and Underperform
 Out-of-Distribution", ICLR 2022). The fit is a ridge or logistic regression on the training part alone, its
-strength chosen by cross-validation within that part, all views of a subject's sessions in one fold.
+strength chosen by cross-validation within that part, all views of a subject's sessions in one fold. Class weights
+count in it as they do in training; a head over bins starts as a Gaussian around the regression's answer.
 
 Axis legend: n embedded volumes (training sessions × passes), D width, K classes.
 """
@@ -19,6 +20,7 @@ from jaxtyping import Float
 from sklearn.linear_model import LogisticRegression, LogisticRegressionCV, Ridge, RidgeCV
 from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
 
+from brainfound.models.heads import bin_edges
 from brainfound.train.objectives.base import StepKey
 from brainfound.train.targets import Target
 from brainfound.train.volumes import VolumeAugmentation, VolumeReader, augment_volumes
@@ -68,14 +70,49 @@ def fit_head(
     mean, std = everything.mean(axis=0), everything.std(axis=0)
     std = np.where(std > 1e-8, std, 1.0)
     order = np.concatenate(sessions)
-    fit = _ridge if target.task == "regression" else _logistic
     people = _subject_numbers(reader.store.sessions["subject"].tolist(), order)
-    weight, bias = fit((everything - mean) / std, target.values(reader.store, order.tolist()), people, target)
+    labels = target.values(reader.store, order.tolist())
+    weight, bias = _fit((everything - mean) / std, labels, people, target, model.config)
     weight = weight / std
     bias = bias - weight @ mean
     rows = len(weight)
     model.head.score.weight[:rows] = torch.from_numpy(weight).to(model.head.score.weight)
     model.head.score.bias[:rows] = torch.from_numpy(bias).to(model.head.score.bias)
+
+
+def _fit(
+    features: Float[np.ndarray, "n D"], labels: np.ndarray, people: np.ndarray, target: Target, config: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """Weights and biases of the head's last layer; of its first row alone where the second is a log variance."""
+    weights = config.class_weights if target.task == "classification" else None
+    if target.multi_label:
+        rows = [
+            _log_odds(features, labels[:, k], people, None if weights is None else {0: 1.0, 1: weights[k]})
+            for k in range(labels.shape[1])
+        ]
+        return np.stack([weight for weight, _ in rows]), np.array([bias for _, bias in rows])
+    if target.task == "classification":
+        return _logistic(features, labels, people, None if weights is None else dict(enumerate(weights)))
+    weight, bias, variance = _ridge(features, (labels - target.mean) / target.std, people)
+    if config.regression_head == "bins":
+        return _as_bins(weight, bias, variance, config)
+    return weight[None], np.array([bias])
+
+
+def _as_bins(weight: np.ndarray, bias: float, variance: float, config: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Scores of bins whose softmax is a Gaussian around a linear answer, cut into the bins.
+
+    −(c − m)² / 2σ² of a bin at c differs from c·m / σ² − c² / 2σ² by what is the same for all bins, and the latter
+    is linear in the answer m, hence in the features.
+
+    Args:
+        weight, bias: of the linear answer, ``(D,)`` and a number.
+        variance: of its error, σ².
+    """
+    edges = bin_edges(config).double().numpy()
+    centres = (edges[1:] + edges[:-1]) / 2
+    variance = max(variance, float(edges[1] - edges[0]) ** 2)
+    return np.outer(centres, weight) / variance, (centres * bias - centres**2 / 2) / variance
 
 
 def _subject_numbers(subjects: Sequence[str], sessions: np.ndarray) -> np.ndarray:
@@ -98,23 +135,42 @@ def _folds(people: np.ndarray, classes: np.ndarray | None) -> list[tuple[np.ndar
 
 
 def _ridge(
-    features: Float[np.ndarray, "n D"], values: np.ndarray, people: np.ndarray, target: Target
-) -> tuple[np.ndarray, np.ndarray]:
-    """Weights ``(1, D)`` and bias ``(1,)`` for the standardised value."""
-    standardised = (values - target.mean) / target.std
+    features: Float[np.ndarray, "n D"], values: np.ndarray, people: np.ndarray
+) -> tuple[np.ndarray, float, float]:
+    """Weights ``(D,)``, bias and mean squared error (of subjects left out, where folds can be made) for a value."""
     folds = _folds(people, None)
     if folds:
         ridge = RidgeCV(alphas=_STRENGTHS, cv=folds, scoring="neg_mean_squared_error")
-    else:
-        ridge = Ridge(alpha=len(features))
-    ridge.fit(features, standardised)
-    return ridge.coef_[None], np.array([ridge.intercept_])
+        ridge.fit(features, values)
+        return ridge.coef_, float(ridge.intercept_), -float(ridge.best_score_)
+    ridge = Ridge(alpha=len(features)).fit(features, values)
+    error = float(np.mean((ridge.predict(features) - values) ** 2))
+    return ridge.coef_, float(ridge.intercept_), error
 
 
 def _logistic(
-    features: Float[np.ndarray, "n D"], classes: np.ndarray, people: np.ndarray, target: Target
+    features: Float[np.ndarray, "n D"], classes: np.ndarray, people: np.ndarray, weights: dict[int, float] | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Weights ``(K, D)`` and bias ``(K,)``."""
+    fitted = _fitted_logistic(features, classes, people, weights)
+    weight, bias = np.atleast_2d(fitted.coef_), np.atleast_1d(fitted.intercept_)
+    if len(weight) == 1:
+        # Two classes: scikit-learn gives the log odds of the second; a softmax takes half for each side.
+        weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+    return weight, bias
+
+
+def _log_odds(
+    features: Float[np.ndarray, "n D"], labels: np.ndarray, people: np.ndarray, weights: dict[int, float] | None
+) -> tuple[np.ndarray, float]:
+    """Weights ``(D,)`` and bias for the log odds of one label of several."""
+    fitted = _fitted_logistic(features, labels.astype(int), people, weights)
+    return fitted.coef_[0], float(fitted.intercept_[0])
+
+
+def _fitted_logistic(
+    features: np.ndarray, classes: np.ndarray, people: np.ndarray, weights: dict[int, float] | None
+) -> Any:
     folds = _folds(people, classes)
     if folds:
         fitted = LogisticRegressionCV(
@@ -124,12 +180,8 @@ def _logistic(
             max_iter=2000,
             l1_ratios=(0,),
             use_legacy_attributes=False,
+            class_weight=weights,
         )
     else:
-        fitted = LogisticRegression(C=1 / len(features), max_iter=2000)
-    fitted.fit(features, classes)
-    weight, bias = np.atleast_2d(fitted.coef_), np.atleast_1d(fitted.intercept_)
-    if len(weight) == 1:
-        # Two classes: scikit-learn gives the log odds of the second; a softmax takes half for each side.
-        weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
-    return weight, bias
+        fitted = LogisticRegression(C=1 / len(features), max_iter=2000, class_weight=weights)
+    return fitted.fit(features, classes)

@@ -12,7 +12,7 @@ from brainfound.data.split_file import SINGLE, Members, Split, read_folds, subje
 from brainfound.data.splits import as_numbers, few_shot, k_folds, label_text, leave_one_site_out, split_by_subject
 from brainfound.data.store import Store
 from brainfound.errors import UsageError
-from brainfound.train.targets import MASK, labelled_sessions
+from brainfound.train.targets import MASK, labelled_sessions, target_columns
 
 SITE = "site"
 
@@ -102,14 +102,16 @@ def make_split(
         {name: {part: used[index] for part, index in fold.items()} for name, fold in made.items()},
         seed=seed,
         made=facts,
-        columns=[name for name in counted if name != MASK],
+        columns=[column for name in counted for column in target_columns(store, name)],
     )
 
 
 def labels_to_stratify(store: Store, sessions: np.ndarray, column: str) -> list[Any]:
     """The labels of sessions by which they are stratified; of masks, whether they mark anything."""
     if column != MASK:
-        return store.covariate(column).iloc[sessions].tolist()
+        values = [store.covariate(name).iloc[sessions].tolist() for name in target_columns(store, column)]
+        # Of several labels, which of them a session has: one stratum per combination.
+        return values[0] if len(values) == 1 else [" ".join(map(str, labels)) for labels in zip(*values, strict=True)]
     masks = [store.read_masks(int(session)) for session in sessions]
     return ["empty" if mask is None or not mask.any() else "marked" for mask in masks]
 

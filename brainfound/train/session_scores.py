@@ -15,6 +15,7 @@ from torch import nn
 from brainfound.data.batches import without_contrasts
 from brainfound.data.store import Store
 from brainfound.errors import UsageError
+from brainfound.evaluate.multi_label import multi_label_scores, trivial_multi_label_scores
 from brainfound.evaluate.scores import (
     HEADLINE,
     classification_scores,
@@ -27,6 +28,13 @@ from brainfound.models.inference import infer
 from brainfound.train.targets import Target
 
 SCORES_FILE = "scores.json"
+PREDICTION_STD = "prediction_std"
+"""The column of `SessionScores.cases` that has the standard deviation of a regression, where the head gives one."""
+
+
+def probability_column(name: str) -> str:
+    """The column of `SessionScores.cases` that has the probability of a class."""
+    return f"p({name})"
 
 
 @dataclass(frozen=True)
@@ -92,7 +100,7 @@ def score_sessions(
     sessions: Sequence[int],
     target: Target,
     num_slices: int | None,
-    train_labels: Sequence[float] = (),
+    train_labels: Sequence[Any] = (),
     without: Sequence[str] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> SessionScores:
@@ -103,7 +111,8 @@ def score_sessions(
         store, sessions: the labelled sessions to score.
         target: how the labels are read.
         num_slices: slices to read per session; None for all.
-        train_labels: class indices or values of the training part, for the trivial baseline.
+        train_labels: class indices or values of the training part, or 0 and 1 of each of several labels; for the
+            trivial baseline.
         without: contrasts to withhold. A session that has no other is left out.
         progress: called with (sessions done, sessions in all).
 
@@ -136,17 +145,25 @@ def score_sessions(
             row |= {"reference_pixels": int((references[-1] > 0).sum()), "dice": float("nan")} | answers[-1]
         elif target.task == "classification":
             answers.append(answer.probabilities)
-            row |= {"truth": target.names[truth]}
-            row |= {f"p({name})": float(p) for name, p in zip(target.names, answer.probabilities, strict=True)}
+            if target.multi_label:
+                row |= {f"truth({name})": int(label) for name, label in zip(target.names, truth, strict=True)}
+            else:
+                row |= {"truth": target.names[truth]}
+            shares = zip(target.names, answer.probabilities, strict=True)
+            row |= {probability_column(name): float(share) for name, share in shares}
         else:
             answers.append(answer.value)
             row |= {"truth": truth, "prediction": answer.value}
+            row |= {} if answer.value_std is None else {PREDICTION_STD: answer.value_std}
         rows.append(row)
         if progress:
             progress(done, len(usable))
     if segmenting:
         scores = mean_case_scores(answers)
         trivial = trivial_scores("segmentation", (), references, heads)
+    elif target.multi_label:
+        scores = multi_label_scores(truths, np.stack(answers), target.names)
+        trivial = trivial_multi_label_scores(train_labels or truths, truths, target.names)
     elif target.task == "classification":
         scores = classification_scores(truths, np.stack(answers))
         trivial = trivial_scores("classification", train_labels or truths, truths)

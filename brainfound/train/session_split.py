@@ -26,7 +26,7 @@ from brainfound.errors import UsageError
 from brainfound.recipes import Recipe
 from brainfound.train import run_files
 from brainfound.train.make_split import labels_to_stratify
-from brainfound.train.targets import MASK, labelled_sessions
+from brainfound.train.targets import labelled_sessions, target_columns
 
 SPLIT_FILE = "splits.json"
 HASH_ROUNDS = 1000
@@ -126,8 +126,9 @@ def write_split(
     else:
         made = {"kind": "made by a run", "target": target, **recipe.model_dump(mode="json", exclude={"seed"})}
     seed = recipe.seed if given is None else None
-    columns = [] if target == MASK else [target]
-    Split.of_store(store, {SINGLE: parts}, seed=seed, made=made, columns=columns).save(folder / SPLIT_FILE)
+    Split.of_store(store, {SINGLE: parts}, seed=seed, made=made, columns=target_columns(store, target)).save(
+        folder / SPLIT_FILE
+    )
 
 
 def hashed_split(store: Store, parts: Mapping[str, np.ndarray]) -> dict[str, Any]:

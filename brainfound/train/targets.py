@@ -19,6 +19,7 @@ from brainfound.errors import UsageError
 Task = Literal["classification", "regression", "segmentation"]
 MASK = "mask"
 MAX_CLASSES = 50
+_YES_OR_NO = {"0": 0.0, "1": 1.0, "false": 0.0, "true": 1.0}
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,12 @@ class Target:
 
     Attributes:
         task: classification, regression or segmentation.
-        column: the covariate, or ``"mask"``.
+        column: the covariate, or ``"mask"``; several 0/1 covariates as ``"edema,lesion"``.
         names: class names in the order of their indices (classification, segmentation; 0 is background there).
         codes: segmentation: the mask's code of each class; code 0 is background.
         merge: segmentation: any code but 0 is class 1.
         mean, std: regression: of the training part, in the unit of the column.
+        multi_label: classification: each name is a column of its own, and a session may have any of them.
     """
 
     task: Task
@@ -41,6 +43,7 @@ class Target:
     merge: bool = False
     mean: float = 0.0
     std: float = 1.0
+    multi_label: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -51,11 +54,13 @@ class Target:
         return cls(**plain)
 
     def values(self, store: Store, sessions: Sequence[int]) -> np.ndarray:
-        """Class indices or numbers of sessions that `labelled_sessions` kept.
+        """Class indices or numbers ``(n,)`` of sessions that `labelled_sessions` kept; 0 and 1 ``(n, K)`` of labels.
 
         Raises:
-            UsageError: a class that the training part did not have.
+            UsageError: a class that the training part did not have, or a label that is neither 0 nor 1.
         """
+        if self.multi_label:
+            return np.stack([_yes_or_no(store, name, sessions) for name in self.names], axis=1)
         labels = store.covariate(self.column).iloc[list(sessions)]
         if self.task == "regression":
             return labels.to_numpy(dtype=np.float64)
@@ -84,8 +89,17 @@ class Target:
         return codes[classes]
 
 
+def target_columns(store: Store, target: str) -> tuple[str, ...]:
+    """The covariates that a target names: none for the mask, several for ``"edema,lesion"``."""
+    if target == MASK:
+        return ()
+    if "," not in target or target in store.covariates:
+        return (target,)
+    return tuple(dict.fromkeys(name.strip() for name in target.split(",") if name.strip()))
+
+
 def labelled_sessions(store: Store, column: str) -> np.ndarray:
-    """Indices of the sessions that have a label (or a mask).
+    """Indices of the sessions that have a label (or a mask); of several columns, in each of them.
 
     Raises:
         UsageError: there is no such column, or it is empty.
@@ -93,11 +107,15 @@ def labelled_sessions(store: Store, column: str) -> np.ndarray:
     if column == MASK:
         known = (store.sessions["mask_dtype"] != "").to_numpy()
     else:
-        labels = store.covariate(column)
-        numbers = pd.to_numeric(labels, errors="coerce")
-        known = labels.notna().to_numpy() & ~np.isinf(numbers.to_numpy(dtype=np.float64, na_value=0.0))
+        known = np.ones(len(store), dtype=bool)
+        for name in target_columns(store, column):
+            labels = store.covariate(name)
+            numbers = pd.to_numeric(labels, errors="coerce")
+            known &= labels.notna().to_numpy() & ~np.isinf(numbers.to_numpy(dtype=np.float64, na_value=0.0))
     if not known.any():
         what = "no session has a mask" if column == MASK else f"the column {column!r} is empty"
+        if len(target_columns(store, column)) > 1:
+            what = f"no session has a value in each of the columns {column!r}"
         raise UsageError(what, where=f"store {store.path.name}", remedy="Add labels to the cohort and prepare it again")
     return np.flatnonzero(known)
 
@@ -106,6 +124,8 @@ def guess_task(store: Store, column: str) -> Task:
     """Segmentation for the mask, regression for numbers with many values, else classification."""
     if column == MASK:
         return "segmentation"
+    if len(target_columns(store, column)) > 1:
+        return "classification"
     labels = store.covariate(column).dropna()
     numeric = pd.to_numeric(labels, errors="coerce").notna().all()
     return "regression" if numeric and labels.nunique() > 10 else "classification"
@@ -126,6 +146,9 @@ def resolve_target(store: Store, train: Sequence[int], task: Task, column: str, 
         )
     if task == "segmentation":
         return _mask_target(store, train, merge_codes)
+    columns = target_columns(store, column)
+    if len(columns) > 1:
+        return _multi_label_target(store, train, task, columns)
     labels = store.covariate(column).iloc[list(train)]
     if task == "regression":
         numbers = pd.to_numeric(labels, errors="coerce")
@@ -157,6 +180,35 @@ def resolve_target(store: Store, train: Sequence[int], task: Task, column: str, 
             remedy="Choose another column, or --set task=regression for numbers",
         )
     return Target("classification", column, names=names)
+
+
+def _multi_label_target(store: Store, train: Sequence[int], task: Task, columns: tuple[str, ...]) -> Target:
+    if task != "classification":
+        raise UsageError(f"a {task} has one column", where="target", got=", ".join(columns))
+    for name in columns:
+        if len(np.unique(_yes_or_no(store, name, train))) < 2:
+            raise UsageError(
+                "a label needs sessions with it and without it in the training part",
+                where=f"column {name}",
+                got="one value",
+                remedy="Leave this column out of the target",
+            )
+    return Target("classification", ",".join(columns), names=columns, multi_label=True)
+
+
+def _yes_or_no(store: Store, column: str, sessions: Sequence[int]) -> np.ndarray:
+    """A column of 0 and 1, or of true and false, as numbers ``(n,)``."""
+    labels = store.covariate(column).iloc[list(sessions)]
+    numbers = np.array([_YES_OR_NO.get(_class_name(label).strip().lower(), -1.0) for label in labels])
+    if (numbers < 0).any():
+        raise UsageError(
+            "a label among several must be 0 or 1",
+            where=f"column {column}",
+            got=repr(labels.iloc[int(np.argmax(numbers < 0))]),
+            expected="0, 1, true or false",
+            remedy="Make one column of 0 and 1 of each class",
+        )
+    return numbers
 
 
 def _mask_target(store: Store, train: Sequence[int], merge: bool) -> Target:

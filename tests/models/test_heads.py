@@ -1,15 +1,29 @@
 """Losses against independent formulas, units, and heads that learn."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 
 from brainfound.errors import ModelError
-from brainfound.models import BrainFoundForClassification, BrainFoundForRegression, BrainFoundForSegmentation
+from brainfound.models import (
+    BrainFoundConfig,
+    BrainFoundForClassification,
+    BrainFoundForRegression,
+    BrainFoundForSegmentation,
+)
 from brainfound.models.decoders import build_decoder, pyramid_factors
-from brainfound.models.heads import regression_loss, segmentation_loss
+from brainfound.models.heads import (
+    bins_loss,
+    classification_loss,
+    regression_loss,
+    segmentation_loss,
+    soft_labels,
+)
 
 
 def test_segmentation_loss_against_numpy():
@@ -69,6 +83,170 @@ def test_uncertainty_is_a_gaussian_likelihood(backbone_folder):
     torch.testing.assert_close(regression_loss(mean, log_variance, target), expected)
     model = BrainFoundForRegression.from_backbone(backbone_folder, regression_uncertainty=True, target_std=10.0)
     assert (model(torch.rand(2, 2, 3, 16, 16)).prediction_std > 0).all()
+
+
+def test_point_losses_against_numpy(backbone_folder):
+    mean, target = torch.randn(2, 20) * 2
+    error = np.abs((mean - target).double().numpy())
+    assert regression_loss(mean, None, target, "l1").item() == pytest.approx(error.mean(), rel=1e-5)
+    huber = np.where(error <= 0.5, 0.5 * error**2, 0.5 * (error - 0.25))
+    assert regression_loss(mean, None, target, "huber", 0.5).item() == pytest.approx(huber.mean(), rel=1e-5)
+    torch.testing.assert_close(regression_loss(mean, None, target), regression_loss(mean, None, target, "huber", 1.0))
+    model = BrainFoundForRegression.from_backbone(backbone_folder, regression_loss="l1", target_std=4.0)
+    output = model(torch.rand(2, 2, 3, 16, 16), labels=torch.tensor([3.0, -9.0]))
+    torch.testing.assert_close(output.loss, ((output.predictions - torch.tensor([3.0, -9.0])) / 4).abs().mean())
+
+
+def test_soft_labels_are_the_mass_of_a_gaussian():
+    edges, target = torch.linspace(20, 80, 13), torch.tensor([37.3, 22.0, -500.0, 81.0])
+    labels = soft_labels(target, edges, 1.5)
+    for row, age in zip(labels.numpy(), target.tolist(), strict=True):
+        normal = stats.norm(age, 1.5 * 5)
+        ends = [-np.inf, *edges.tolist()[1:-1], np.inf]
+        np.testing.assert_allclose(row, np.diff(normal.cdf(ends)), atol=1e-6)
+    torch.testing.assert_close(labels.sum(dim=1), torch.ones(4))
+    # The loss is least, and zero, where the distribution is the label.
+    perfect = labels.clamp(min=1e-30).log()
+    assert bins_loss(perfect, target, edges, 1.5).item() == pytest.approx(0, abs=1e-6)
+    scores = torch.randn(4, 12)
+    logs = scores.log_softmax(dim=1)
+    expected = sum(stats.entropy(p, q) for p, q in zip(labels.double(), logs.exp().double(), strict=True)) / 4
+    assert bins_loss(scores, target, edges, 1.5).item() == pytest.approx(expected, rel=1e-4)
+
+
+BINS = {"regression_head": "bins", "regression_range": [20, 100], "regression_bins": 16}
+
+
+def test_the_answer_of_bins_is_their_expectation(backbone_folder):
+    model = BrainFoundForRegression.from_backbone(backbone_folder, **BINS, target_mean=60.0, target_std=15.0)
+    pixels, ages = torch.rand(3, 2, 3, 16, 16), torch.tensor([25.0, 60.0, 150.0])
+    with torch.no_grad():
+        model.head.score.weight.normal_()
+        output = model(pixels, labels=ages)
+    centres = np.arange(16) * 5 + 22.5
+    shares = output.bin_probabilities.double().numpy()
+    mean = shares @ centres
+    np.testing.assert_allclose(output.predictions, mean, rtol=1e-5)
+    variance = (shares * (centres - mean[:, None]) ** 2).sum(axis=1) + 25 / 12
+    np.testing.assert_allclose(output.prediction_std, np.sqrt(variance), rtol=1e-4)
+    # The unit in which the target is standardised changes nothing.
+    plain = BrainFoundForRegression.from_backbone(backbone_folder, **BINS)
+    plain.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        same = plain(pixels, labels=ages)
+    torch.testing.assert_close(same.loss, output.loss, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(same.predictions, output.predictions, rtol=1e-4, atol=1e-3)
+
+
+def test_bins_learn_and_are_saved(backbone_folder, tmp_path):
+    model = BrainFoundForRegression.from_backbone(backbone_folder, **BINS).train()
+    pixels, ages = torch.rand(4, 2, 3, 16, 16), torch.tensor([30.0, 45.0, 70.0, 90.0])
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        model(pixels, labels=ages).loss.backward()
+        optimizer.step()
+    model.eval().save_pretrained(tmp_path)
+    reloaded = BrainFoundForRegression.from_pretrained(tmp_path)
+    with torch.no_grad():
+        answers = model(pixels).predictions
+        assert (answers - ages).abs().max() < 6
+        assert torch.equal(reloaded(pixels).predictions, answers)
+
+
+def test_the_older_word_for_a_gaussian_head(backbone_folder, tmp_path):
+    model = BrainFoundForRegression.from_backbone(backbone_folder, regression_uncertainty=True)
+    assert model.config.regression_head == "gaussian"
+    model.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    new = ("regression_head", "regression_loss", "huber_delta", "regression_bins", "regression_range")
+    new += ("regression_label_width", "class_weights", "classification_focal_gamma")
+    older = {key: value for key, value in content.items() if key not in new} | {"regression_uncertainty": True}
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    reloaded = BrainFoundForRegression.from_pretrained(tmp_path)
+    pixels = torch.rand(2, 2, 3, 16, 16)
+    with torch.no_grad():
+        assert torch.equal(reloaded(pixels).prediction_std, model(pixels).prediction_std)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"regression_head": "bin"}, "regression_head.*point, gaussian, bins"),
+        ({"regression_loss": "l2"}, "regression_loss"),
+        ({"regression_head": "bins"}, "bins need a range"),
+        ({"regression_head": "bins", "regression_range": [5.0, 5.0]}, "bins need a range"),
+        ({**BINS, "regression_bins": 1}, "regression_bins.*at least 2"),
+        ({**BINS, "regression_loss": "l1"}, "loss of its own"),
+        ({"huber_delta": 0.0}, "huber_delta.*positive"),
+        ({"classification_focal_gamma": -1.0}, "focal_gamma.*0 or more"),
+        ({"class_weights": [1.0, 2.0, 3.0]}, "class_weights.*expected 2 values"),
+        ({"class_weights": [1.0, 0.0]}, "one positive weight per class"),
+    ],
+)
+def test_heads_that_cannot_be_are_named(fields, said):
+    with pytest.raises(ModelError, match=said) as refused:
+        BrainFoundConfig(**fields)
+    assert "\n" not in str(refused.value)
+
+
+def test_classification_losses_against_numpy():
+    logits, labels, weights = torch.randn(9, 3), torch.randint(0, 3, (9,)), [0.5, 1.0, 4.0]
+    shares = np.exp(F.log_softmax(logits.double(), dim=1).numpy())
+    true = shares[np.arange(9), labels.numpy()]
+    weight = np.array(weights)[labels.numpy()]
+    weighted = classification_loss(logits, labels, None, weights)
+    assert weighted.item() == pytest.approx(np.mean(-weight * np.log(true)), rel=1e-5)
+    focal = classification_loss(logits, labels, None, focal_gamma=2.0)
+    assert focal.item() == pytest.approx(np.mean(-((1 - true) ** 2) * np.log(true)), rel=1e-5)
+    both = classification_loss(logits, labels, None, weights, 0.5)
+    assert both.item() == pytest.approx(np.mean(-weight * (1 - true) ** 0.5 * np.log(true)), rel=1e-5)
+    # A batch of one rare class still weighs more: the weights do not cancel.
+    rare = torch.full((9,), 2)
+    torch.testing.assert_close(
+        classification_loss(logits, rare, None, weights), 4 * classification_loss(logits, rare, None)
+    )
+    assert torch.equal(classification_loss(logits, labels, None), F.cross_entropy(logits, labels))
+    torch.testing.assert_close(
+        classification_loss(logits, labels, None, [1.0, 1.0, 1.0]), F.cross_entropy(logits, labels)
+    )
+
+
+def test_unknown_labels_do_not_count():
+    logits, labels = torch.randn(4, 3), torch.tensor([0, -100, 2, -100])
+    for options in ({}, {"class_weights": [1.0, 1.0, 1.0]}):
+        torch.testing.assert_close(
+            classification_loss(logits, labels, None, **options), F.cross_entropy(logits[::2], labels[::2])
+        )
+
+
+def test_multi_label_losses_against_numpy():
+    logits, labels, weights = torch.randn(7, 3), torch.randint(0, 2, (7, 3)).float(), [2.0, 0.25, 9.0]
+    kind = "multi_label_classification"
+    expected = F.binary_cross_entropy_with_logits(logits, labels, pos_weight=torch.tensor(weights))
+    torch.testing.assert_close(classification_loss(logits, labels, kind, weights), expected)
+    truth = labels.numpy()
+    share = 1 / (1 + np.exp(-logits.double().numpy()))
+    true = np.where(truth == 1, share, 1 - share)
+    focal = classification_loss(logits, labels, kind, focal_gamma=2.0)
+    assert focal.item() == pytest.approx(np.mean(-((1 - true) ** 2) * np.log(true)), rel=1e-5)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
+def test_certain_answers_have_finite_gradients(gamma):
+    logits = torch.tensor([[200.0, -200.0], [-200.0, 200.0]], requires_grad=True)
+    classification_loss(logits, torch.tensor([0, 0]), None, focal_gamma=gamma).backward()
+    assert logits.grad.isfinite().all()
+    assert logits.grad[1].abs().sum() > 0
+
+
+def test_weights_and_focus_reach_the_model(backbone_folder):
+    model = BrainFoundForClassification.from_backbone(
+        backbone_folder, class_weights=[1.0, 3.0], classification_focal_gamma=1.0
+    )
+    labels = torch.tensor([1, 0])
+    output = model(torch.rand(2, 2, 3, 16, 16), labels=labels)
+    torch.testing.assert_close(output.loss, classification_loss(output.logits, labels, None, [1.0, 3.0], 1.0))
 
 
 def test_multi_label_uses_independent_labels(backbone_folder):

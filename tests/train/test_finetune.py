@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import Dinov2Model
 
+import brainfound
 from brainfound.adapters import load_bundle
 from brainfound.data.prepare import prepare
 from brainfound.data.preprocessing import Preprocessing
@@ -24,6 +25,7 @@ from brainfound.data.split_file import Split
 from brainfound.data.store import Store
 from brainfound.errors import BrainFoundError, ModelError, RecipeError, TrainingError, UsageError
 from brainfound.models.inference import inner_model
+from brainfound.predict.evaluation import evaluate
 from brainfound.recipes import validate
 from brainfound.train import session_split
 from brainfound.train.finetune import FinetuneRecipe, FinetuneTask, finetune
@@ -140,6 +142,71 @@ def test_a_stem_may_be_chosen_and_blocks_computed_again(
     np.testing.assert_allclose(losses(runs[0]), losses(runs[1]), rtol=1e-4)
     model = load_bundle(runs[1] / "export").model.get_base_model()
     assert (model.config.stem, model.config.aggregator) == (stem, "mean" if column == "mask" else "max")
+
+
+def test_what_the_validation_part_calibrates_stands_beside_the_scores(small_store, tiny_backbone, tmp_path):
+    recipe = tiny("regression.head=bins", "regression.bins=12", "regression.interval_confidence=0.5")
+    run = finetune(recipe, small_store, tiny_backbone, "age_years", tmp_path / "run", quiet=True)
+    scores = json.loads((run / "scores.json").read_text())
+    said = scores["calibration"]
+    assert (said["fitted_on"], said["num_sessions"]) == ("validation", 3)
+    cases = pd.read_csv(run / "cases.tsv", sep="\t")
+    half = said["interval"]["half_width"] * cases["prediction_std"]
+    inside = (cases["truth"] - cases["prediction"]).abs() <= half
+    assert said["interval"]["normalised"] is True
+    assert said["interval"]["coverage"] == pytest.approx(inside.mean())
+    assert said["interval"]["mean_width"] == pytest.approx(2 * half.mean())
+    assert scores["scores"]["mae"] == pytest.approx((cases["truth"] - cases["prediction"]).abs().mean()), "raw"
+    # The half-width is that of the validation part, which another look at it gives again.
+    watched = evaluate(run, small_store, part="validation")[0].cases
+    ratios = sorted((watched["truth"] - watched["prediction"]).abs() / watched["prediction_std"])
+    assert said["interval"]["half_width"] == pytest.approx(ratios[1], rel=1e-4)
+    predictor = brainfound.load(run)
+    answer = predictor.predict_stack(small_store[0]).answer
+    width = said["interval"]["half_width"] * answer["standard_deviation"]
+    low, high = answer["value"] - width, answer["value"] + width
+    assert answer["interval"] == {"low": pytest.approx(low), "high": pytest.approx(high), "confidence": 0.5}
+    ages = small_store.sessions["age_years"].to_numpy()[small_store_rows(small_store, members(run)["train"])]
+    margin = 0.1 * np.ptp(ages)
+    config = json.loads((run / "export" / "config.json").read_text())
+    assert config["regression_range"] == pytest.approx([ages.min() - margin, ages.max() + margin])
+
+
+def small_store_rows(store, subjects: set[str]) -> list[int]:
+    return [row for row, subject in enumerate(store.sessions["subject"]) if subject in subjects]
+
+
+def test_weighted_and_focal(small_store, tiny_backbone, tmp_path, monkeypatch):
+    monkeypatch.setitem(small_store.sessions, "diagnosis", ["a", "b", "b", "b"] * 3)
+    recipe = tiny("classification.class_weights=balanced", "classification.focal_gamma=2")
+    run = finetune(recipe, small_store, tiny_backbone, "diagnosis", tmp_path / "run", quiet=True)
+    learnt = small_store.sessions["diagnosis"].iloc[small_store_rows(small_store, members(run)["train"])].tolist()
+    config = load_bundle(run / "export").model.config
+    assert config.classification_focal_gamma == 2
+    assert config.class_weights == pytest.approx([len(learnt) / (2 * learnt.count(name)) for name in "ab"])
+    said = json.loads((run / "scores.json").read_text())["calibration"]
+    assert 0 <= said["brier"]["raw"] <= 1
+    assert 0 <= said["ece"]["raw"] <= 1
+    assert (run / "reliability.png").stat().st_size > 1000
+    card = (run / "export" / "README.md").read_text()
+    assert "focal loss (gamma 2) on cross-entropy, weighted by inverse frequency" in card
+
+
+def test_several_labels_from_door_to_door(small_store, tiny_backbone, tmp_path, monkeypatch):
+    for name, values in {"ill": [0, 1] * 6, "old": [0] * 6 + [1] * 6}.items():
+        monkeypatch.setitem(small_store.sessions, name, values)
+    recipe = tiny("head_fit_passes=1", "classification.class_weights=balanced")
+    run = finetune(recipe, small_store, tiny_backbone, "ill,old", tmp_path / "run", quiet=True)
+    scores = json.loads((run / "scores.json").read_text())
+    assert {"auroc", "auroc(ill)", "auroc(old)"} <= set(scores["scores"]) == set(scores["trivial"])
+    cases = pd.read_csv(run / "cases.tsv", sep="\t")
+    assert cases["truth(ill)"].tolist() == [[0, 1][row % 2] for row in cases["row"]]
+    again = evaluate(run, small_store)[0]
+    assert again.scores["balanced_accuracy"] == pytest.approx(scores["scores"]["balanced_accuracy"])
+    assert again.trivial["balanced_accuracy"] == pytest.approx(scores["trivial"]["balanced_accuracy"])
+    answer = brainfound.load(run).predict_stack(small_store[0]).answer
+    assert answer["present"] == [name for name in ("ill", "old") if answer["probabilities"][name] > 0.5]
+    assert Split.load(run / "splits.json").counts
 
 
 def test_regression_learns_by_heart(small_store, tiny_backbone, tmp_path):
@@ -270,6 +337,8 @@ def test_doors(six_steps, small_store, tiny_backbone, tmp_path):
         start("age_years", "engine.steps=6", "optim.lr=1", out=six_steps, resume=True)
     with pytest.raises(UsageError, match="another target"):
         start("diagnosis", "engine.steps=6", out=six_steps, resume=True)
+    with pytest.raises(RecipeError, match="loss of its own"):
+        start("age_years", "regression.head=bins", "regression.loss=l1")
     with pytest.raises(RecipeError, match="aggregator"):
         start("age_years", "aggregator=median")
     with pytest.raises(RecipeError, match="Did you mean per_contrast"):

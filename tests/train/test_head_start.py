@@ -83,6 +83,59 @@ def test_only_the_last_layer_changes_and_the_same_seed_gives_the_same(small_stor
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_bins_start_around_the_answer_of_a_point(small_store, tiny_backbone):
+    target, train, test = held_out(small_store, "age_years", "regression")
+    reader = VolumeReader(small_store, train, 50)
+    scale = {"target_mean": target.mean, "target_std": target.std}
+    point = BrainFoundForRegression.from_backbone(tiny_backbone, contrasts=small_store.contrasts, **scale)
+    bins = BrainFoundForRegression.from_backbone(
+        tiny_backbone, contrasts=small_store.contrasts, **scale,
+        regression_head="bins", regression_bins=60, regression_range=[-60.0, 160.0],
+    )  # fmt: skip
+    for model in (point, bins):
+        fit_head(model, reader, STILL, target, 1, 4, seed=0)
+    torch.testing.assert_close(answers(bins, small_store, test), answers(point, small_store, test), atol=0.5, rtol=0)
+
+
+def test_each_label_of_several_is_fitted(small_store, tiny_backbone, monkeypatch):
+    monkeypatch.setitem(small_store.sessions, "ill", [0, 1] * 6)
+    monkeypatch.setitem(small_store.sessions, "old", [0] * 6 + [1] * 6)
+    _, train, _ = held_out(small_store, "age_years", "regression")
+    target = resolve_target(small_store, train, "classification", "ill,old")
+    model = BrainFoundForClassification.from_backbone(
+        tiny_backbone, contrasts=small_store.contrasts, num_labels=2, problem_type="multi_label_classification"
+    )
+    reader = VolumeReader(small_store, train, 50)
+    labels = torch.tensor(target.values(small_store, train), dtype=torch.float32)
+    volumes, _ = reader.read(range(len(train)), KEY)
+
+    def loss() -> float:
+        with torch.no_grad():
+            return float(model.eval()(**volumes.inputs(), labels=labels).loss)
+
+    before = loss()
+    fit_head(model, reader, STILL, target, 2, 4, seed=0)
+    assert loss() < 0.8 * before
+
+
+def test_class_weights_count_in_the_fit(small_store, tiny_backbone, monkeypatch):
+    # A label that no image tells: all that is left is how much each class weighs.
+    monkeypatch.setitem(small_store.sessions, "coin", ["heads", "tails", "tails", "heads"] * 3)
+    train = list(range(12))
+    target = resolve_target(small_store, train, "classification", "coin")
+
+    def share_of_second(weights: list[float]) -> float:
+        torch.manual_seed(0)
+        model = BrainFoundForClassification.from_backbone(
+            tiny_backbone, contrasts=small_store.contrasts, num_labels=2, class_weights=weights
+        )
+        fit_head(model, VolumeReader(small_store, train, 50), STILL, target, 1, 4, seed=0)
+        return float(answers(model, small_store, train)[:, 1].mean())
+
+    assert share_of_second([0.5, 1.5]) > 0.6
+    assert share_of_second([1.5, 0.5]) < 0.4
+
+
 @pytest.mark.parametrize("classified", [False, True])
 def test_folds_never_split_the_passes_of_a_session(classified):
     sessions = np.tile(np.arange(12), 4)

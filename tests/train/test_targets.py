@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from brainfound.errors import UsageError
-from brainfound.train.targets import Target, guess_task, labelled_sessions, resolve_target
+from brainfound.train.make_split import make_split
+from brainfound.train.targets import Target, guess_task, labelled_sessions, resolve_target, target_columns
 
 
 @pytest.fixture
@@ -58,6 +59,39 @@ def test_classes_are_of_the_training_part(sessions):
     assert resolve_target(store, range(10), "classification", "code").names == ("0", "1")
     with pytest.raises(UsageError, match="two classes"):
         resolve_target(store, [0, 2], "classification", "kind")
+
+
+def test_several_columns_are_labels_of_their_own(sessions):
+    edema, lesion = [0, 1, 1, 0] * 3, [True, False, True, True] * 3
+    store = sessions(edema=edema, lesion=lesion, word=["a", "b"] * 6, never=0, gap=[1.0, np.nan, 0.0] * 4)
+    assert guess_task(store, "edema,lesion") == "classification"
+    target = resolve_target(store, range(8), "classification", " edema, lesion")
+    assert (target.column, target.names, target.multi_label) == ("edema,lesion", ("edema", "lesion"), True)
+    assert target.values(store, [1, 2, 3]).tolist() == [[1, 0], [1, 1], [0, 1]]
+    assert Target.from_dict(target.to_dict()) == target
+    assert labelled_sessions(store, "edema,gap").tolist() == [0, 2, 3, 5, 6, 8, 9, 11]
+    assert target_columns(store, "edema") == ("edema",)
+    with pytest.raises(UsageError, match="word: a label among several must be 0 or 1 .got 'a'"):
+        resolve_target(store, range(8), "classification", "edema,word")
+    with pytest.raises(UsageError, match="never: a label needs sessions with it"):
+        resolve_target(store, range(8), "classification", "edema,never")
+    with pytest.raises(UsageError, match="a regression has one column"):
+        resolve_target(store, range(8), "regression", "edema,lesion")
+    with pytest.raises(UsageError, match="edemma"):
+        resolve_target(store, range(8), "classification", "edemma,lesion")
+    # A column whose name has a comma is itself.
+    odd = sessions(**{"edema,lesion": ["a", "b"] * 6})
+    assert not resolve_target(odd, range(8), "classification", "edema,lesion").multi_label
+
+
+def test_combinations_of_labels_are_spread_over_the_parts(sessions):
+    store = sessions(edema=[0, 0, 1, 1] * 3, lesion=[0, 1, 0, 1] * 3)
+    split = make_split(store, target="edema,lesion", test=1 / 3, validation=1 / 3)
+    assert split.counts["single"]["test"]["edema"] == {"0": 2, "1": 2}
+    members = split.sessions(store)
+    pairs = store.sessions[["edema", "lesion"]].to_numpy()
+    for index in members.values():
+        assert sorted(pairs[index].tolist()) == [[0, 0], [0, 1], [1, 0], [1, 1]]
 
 
 def test_regression_of_words_or_of_a_constant_is_refused(sessions):

@@ -1,0 +1,51 @@
+"""Scores of several yes-or-no labels per case: each label's own, and their mean.
+
+Axes: n cases, L labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from brainfound.errors import UsageError
+from brainfound.evaluate.scores import classification_scores
+
+
+def multi_label_scores(labels: Any, probabilities: Any, names: Sequence[str]) -> dict[str, float]:
+    """The scores of a classification, as the mean over labels and of each label: ``auroc``, ``auroc(edema)``, ….
+
+    Args:
+        labels: ``(n, L)`` 0 or 1.
+        probabilities: ``(n, L)`` of each label being 1; an answer is yes above 0.5.
+        names: ``(L,)``.
+
+    Returns:
+        A label whose score is undefined (only one class among the cases) has ``nan`` and is left out of the mean.
+
+    Raises:
+        UsageError: if the shapes do not fit.
+    """
+    truth, shares = np.asarray(labels), np.asarray(probabilities)
+    if truth.ndim != 2 or truth.shape != shares.shape or truth.shape[1] != len(names) or not truth.size:
+        got = f"{truth.shape}, {shares.shape} and {len(names)} names"
+        raise UsageError("labels and probabilities do not fit", got=got, expected="(n, L), (n, L) and L")
+    of_label = {
+        name: classification_scores(truth[:, k].astype(int).tolist(), np.stack([1 - shares[:, k], shares[:, k]], 1))
+        for k, name in enumerate(names)
+    }
+    scores: dict[str, float] = {}
+    for metric in of_label[names[0]]:
+        values = np.array([of_label[name][metric] for name in names])
+        scores[metric] = float(np.nanmean(values)) if not np.isnan(values).all() else float("nan")
+    for name, own in of_label.items():
+        scores |= {f"{metric}({name})": value for metric, value in own.items()}
+    return scores
+
+
+def trivial_multi_label_scores(train: Any, test: Any, names: Sequence[str]) -> dict[str, float]:
+    """The scores of a baseline that gives every case each label's share in the training part, ``(n, L)`` both."""
+    shares = np.asarray(train, dtype=float).mean(axis=0)
+    return multi_label_scores(test, np.tile(shares, (len(test), 1)), names)
