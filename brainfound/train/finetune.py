@@ -40,6 +40,7 @@ from brainfound.models.start import start_from
 from brainfound.recipes import Recipe, load, validate
 from brainfound.train import ranks, run_files
 from brainfound.train.data_order import EpochOrder, RankBatches
+from brainfound.train.embedding_cache import EmbeddingCache
 from brainfound.train.engine import Engine, EngineRecipe, TrainTask, make_accelerator
 from brainfound.train.finetuned_card import finetuned_card
 from brainfound.train.head_start import fit_head
@@ -51,7 +52,7 @@ from brainfound.train.schedules import warm_up_then
 from brainfound.train.session_scores import SessionScores, score_sessions, write_scores
 from brainfound.train.session_split import SplitRecipe, hashed_split, split_sessions, split_to_follow, write_split
 from brainfound.train.targets import Target, guess_task, resolve_target
-from brainfound.train.volumes import VolumeAugmentation, VolumeReader, augment_volumes
+from brainfound.train.volumes import EmbeddedReader, VolumeAugmentation, VolumeReader, augment_volumes
 
 CLASSES = {
     "classification": BrainFoundForClassification,
@@ -103,6 +104,9 @@ class FinetuneRecipe(Recipe):
     head_fit_passes: int = Field(4, ge=0)
     """Classification and regression: passes over the training part whose frozen embeddings the head is first fitted
     to; 0 starts from a random head."""
+    cached_embeddings: bool = False
+    """Embed each session once and train on that: seconds for an epoch. For classification and regression with an
+    adapter that leaves the backbone as it is (head-only); nothing is augmented, and no contrast withheld."""
     foreground_share: float = Field(0.5, ge=0, le=1)
     """Segmentation: share of the training slices that show the structure."""
     merge_codes: bool = False
@@ -137,6 +141,7 @@ class FinetuneTask(TrainTask):
         target: Target,
         recipe: FinetuneRecipe,
         accelerator: accelerate.Accelerator,
+        cache: EmbeddingCache | None = None,
     ) -> None:
         self.model, self.store, self.parts, self.target, self.recipe = model, store, parts, target, recipe
         self.device, self.rank = accelerator.device, accelerator.process_index
@@ -145,7 +150,7 @@ class FinetuneTask(TrainTask):
         self.evaluate_every = recipe.evaluate_every
         segmenting = target.task == "segmentation"
         share = recipe.foreground_share if segmenting else None
-        self.reader = VolumeReader(store, parts["train"].tolist(), recipe.num_slices, share)
+        self.reader = _reader(recipe, store, parts["train"], cache, share)
         values = [] if segmenting else target.values(store, parts["train"].tolist()).tolist()
         self.train_labels = values
         self.labels = dict(zip(parts["train"].tolist(), values, strict=True)) if values else {}
@@ -222,6 +227,7 @@ def finetune(
     fold: str | None = None,
     resume: bool = False,
     keep_ids: bool = False,
+    cache: str | Path | None = None,
     overrides: Iterable[str] = (),
     quiet: bool = False,
 ) -> Path:
@@ -239,6 +245,7 @@ def finetune(
         fold: which fold of a split file that holds several.
         resume: go on from the newest whole checkpoint.
         keep_ids: name subjects and sessions in cases.tsv.
+        cache: where embeddings lie if the recipe keeps them, for several runs together; None: in the run folder.
         overrides: ``"a.b=c"`` strings.
         quiet: no progress bar and no notes.
 
@@ -257,7 +264,9 @@ def finetune(
     engine_recipe = content.engine.model_copy(update={"precision": accelerator.mixed_precision})
     content = content.model_copy(update={"engine": engine_recipe})
     with only_one_training(folder, resume, accelerator):
-        return _train(content, store, str(model), target, folder, split, fold, resume, keep_ids, accelerator, console)
+        return _train(
+            content, store, str(model), target, folder, split, fold, resume, keep_ids, cache, accelerator, console
+        )
 
 
 def _train(
@@ -270,6 +279,7 @@ def _train(
     fold: str | None,
     resume: bool,
     keep_ids: bool,
+    cache: str | Path | None,
     accelerator: accelerate.Accelerator,
     console: Console,
 ) -> Path:
@@ -282,8 +292,10 @@ def _train(
     parts = split_sessions(content.split, store, target, split_file, fold, console.print)
     task_name = guess_task(store, target) if content.task == "auto" else content.task
     resolved = resolve_target(store, parts["train"].tolist(), task_name, target, content.merge_codes)
-    network = _build(content, store, parts["train"], model, resolved, accelerator.device)
-    task = FinetuneTask(network, store, parts, resolved, content, accelerator)
+    _require_cacheable(content, resolved)
+    caches = folder / "embeddings" if cache is None else Path(cache)
+    network, embedded = _build(content, store, parts, model, resolved, accelerator, caches)
+    task = FinetuneTask(network, store, parts, resolved, content, accelerator, embedded)
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     everything = sum(p.numel() for p in network.parameters())
     counts = ", ".join(f"{part} {len(index)}" for part, index in parts.items())
@@ -332,10 +344,30 @@ def _resolve(
     return content
 
 
+def _require_cacheable(recipe: FinetuneRecipe, target: Target) -> None:
+    """Refuse to keep embeddings that training would change, or that hold no pixels."""
+    if not recipe.cached_embeddings:
+        return
+    method = load(AdapterRecipe, recipe.adapter, "adapters").method
+    if method != "none" or target.task == "segmentation":
+        raise RecipeError(
+            "embeddings can be kept for classification and regression on a frozen backbone only",
+            where="cached_embeddings",
+            got=f"a {target.task} with an adapter of the method {method!r}",
+            remedy="Use --adapter head-only, or leave cached_embeddings out",
+        )
+
+
 def _build(
-    recipe: FinetuneRecipe, store: Store, train: np.ndarray, source: str, target: Target, device: torch.device
-) -> nn.Module:
-    """The model with its new head and its adapter, the same on all ranks."""
+    recipe: FinetuneRecipe,
+    store: Store,
+    parts: Mapping[str, np.ndarray],
+    source: str,
+    target: Target,
+    accelerator: accelerate.Accelerator,
+    caches: Path,
+) -> tuple[nn.Module, EmbeddingCache | None]:
+    """The model with its new head and its adapter, the same on all ranks, and the embeddings if they are kept."""
     torch.manual_seed(seed_of(INITIALISATION, recipe.seed))
     fields: dict[str, Any] = {"aggregator": recipe.aggregator, "head_dropout": recipe.head_dropout}
     if target.task == "regression":
@@ -346,12 +378,35 @@ def _build(
         # Segmentation reads no volume embedding; an aggregator with weights would be dead weight.
         fields |= {"aggregator": "mean", "decoder": recipe.decoder, "decoder_width": recipe.decoder_width}
     model: Any = start_from(CLASSES[target.task], source, store.contrasts, **fields)
-    model.to(device)
+    model.to(accelerator.device)
+    cache = None
+    if recipe.cached_embeddings:
+        sessions = np.concatenate(list(parts.values())).tolist()
+
+        def embed() -> None:
+            EmbeddingCache(model.brainfound, store, caches, recipe.num_slices).require(sessions)
+
+        ranks.on_main_rank(embed, accelerator.is_main_process)
+        cache = EmbeddingCache(model.brainfound, store, caches, recipe.num_slices)
     if recipe.head_fit_passes and target.task != "segmentation":
-        reader = VolumeReader(store, train.tolist(), recipe.num_slices)
+        reader = _reader(recipe, store, parts["train"], cache)
+        # Embeddings that are kept are the same in every pass.
+        passes = 1 if cache else recipe.head_fit_passes
         batch = max(recipe.engine.batch_size // recipe.engine.accumulation, 1)
-        fit_head(model, reader, recipe.augmentation, target, recipe.head_fit_passes, batch, recipe.seed)
-    return attach_adapter(model, load(AdapterRecipe, recipe.adapter, "adapters"))
+        fit_head(model, reader, recipe.augmentation, target, passes, batch, recipe.seed)
+    return attach_adapter(model, load(AdapterRecipe, recipe.adapter, "adapters")), cache
+
+
+def _reader(
+    recipe: FinetuneRecipe,
+    store: Store,
+    train: np.ndarray,
+    cache: EmbeddingCache | None,
+    foreground_share: float | None = None,
+) -> VolumeReader | EmbeddedReader:
+    if cache is not None:
+        return EmbeddedReader(cache, train.tolist())
+    return VolumeReader(store, train.tolist(), recipe.num_slices, foreground_share)
 
 
 def _finish(folder: Path, task: FinetuneTask, source: str, step: int, keep_ids: bool) -> None:
