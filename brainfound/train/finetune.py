@@ -255,7 +255,7 @@ def finetune(
     Raises:
         RecipeError, UsageError, ModelError, TrainingError.
     """
-    content = _resolve(recipe, adapter, overrides)
+    content = resolve_recipe(recipe, adapter, overrides)
     store = data if isinstance(data, Store) else Store.open(data)
     folder = Path(out) if out is not None else Path("runs") / content.name
     content = as_begun(folder, content, ("precision",), resume)
@@ -326,9 +326,14 @@ def _train(
     return folder
 
 
-def _resolve(
+def resolve_recipe(
     recipe: FinetuneRecipe | str | Path, adapter: str | Path | None, overrides: Iterable[str]
 ) -> FinetuneRecipe:
+    """The recipe of a run, with its overrides, checked.
+
+    Raises:
+        RecipeError: a name or a value that there is not.
+    """
     overrides = list(overrides)
     if isinstance(recipe, FinetuneRecipe):
         content = validate(FinetuneRecipe, recipe.model_dump(mode="json"), overrides)
