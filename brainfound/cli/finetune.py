@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from brainfound.cli.terminal import KeepIds, Overrides, Quiet
+from brainfound.cli.terminal import KeepIds, Overrides, Quiet, numbers_or_all, words
+from brainfound.errors import UsageError
 
 
 def finetune(
@@ -19,6 +20,11 @@ def finetune(
     out: Annotated[Path | None, typer.Option(help="The run folder; default: runs/RECIPE.")] = None,
     split: Annotated[Path | None, typer.Option(help="A split file, or the splits.json of another run.")] = None,
     fold: Annotated[str | None, typer.Option(help="Which fold of a split file that holds several.")] = None,
+    folds: Annotated[str | None, typer.Option(help='Cross-validation: a number, or "all" of --split.')] = None,
+    shots: Annotated[str | None, typer.Option(help="Few-shot runs, training subjects per class: 1,5,all.")] = None,
+    subjects: Annotated[str | None, typer.Option(help="Runs with so many training subjects in all: 10,20,all.")] = None,
+    leave_site_out: Annotated[bool, typer.Option("--leave-site-out", help="One run per site, tested on it.")] = False,
+    seeds: Annotated[str | None, typer.Option(help="Repeat with each of these seeds: 0,1,2.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the run folder.")] = False,
     keep_ids: KeepIds = False,
     set_: Overrides = None,
@@ -27,8 +33,21 @@ def finetune(
     """Fine-tune on a target: classification, regression, or segmentation of the mask.
 
     Subjects are divided into train, validation and test; the test part is scored once, beside a baseline that
-    never looks at an image. The run folder's export/ is what `brainfound predict` takes.
+    never looks at an image. The run folder's export/ is what `brainfound predict` takes. With --folds, --shots,
+    --subjects, --leave-site-out or --seeds there are many runs, and the spread of their scores.
     """
+    if folds or shots or subjects or leave_site_out or seeds:
+        if fold is not None:
+            raise UsageError("one fold and many runs", where="--fold", got=fold, remedy="Leave one of them out")
+        wishes = {
+            "folds": _num_folds(folds, split),
+            "shots": numbers_or_all("--shots", shots),
+            "num_subjects": numbers_or_all("--subjects", subjects),
+            "leave_site_out": leave_site_out,
+        }
+        options: dict[str, Any] = {"adapter": adapter, "resume": resume, "keep_ids": keep_ids, "quiet": quiet}
+        _repeat(recipe, data, model, target, out, split, wishes, _seeds(seeds), list(set_ or ()), options)
+        return
     from accelerate import PartialState
 
     from brainfound.cli.tables import scores_line
@@ -52,3 +71,73 @@ def finetune(
     if PartialState().is_main_process:
         print(scores_line(read_scores(folder)))
         print(folder / "export")
+
+
+def _repeat(
+    recipe: str,
+    data: Path,
+    model: str,
+    target: str,
+    out: Path | None,
+    split: Path | None,
+    wishes: dict[str, Any],
+    seeds: list[int],
+    overrides: list[str],
+    options: dict[str, Any],
+) -> None:
+    from accelerate import PartialState
+
+    from brainfound.cli.tables import number, print_table
+    from brainfound.data.store import Store
+    from brainfound.train.finetune import resolve_recipe
+    from brainfound.train.repeated import finetune_over, folds_for, summarise
+
+    store = Store.open(data)
+    content = resolve_recipe(recipe, options["adapter"], overrides)
+    folder = out or Path("runs") / content.name
+    parts = folds_for(content, store, target, file=split, **wishes)
+    table = finetune_over(parts, recipe, store, model, target, folder, seeds=seeds, overrides=overrides, **options)
+    if not PartialState().is_main_process:
+        return
+
+    def text(value: float) -> str:
+        return number(None if value != value else value)
+
+    print_table(
+        ["runs on", "score", "mean", "± over folds", "± over seeds", "range", "trivial", "folds", "seeds"],
+        [
+            [
+                str(row.group),
+                str(row.score),
+                text(row.mean),
+                text(row.std_folds),
+                text(row.std_seeds),
+                f"{text(row.lowest)} to {text(row.highest)}",
+                text(row.trivial),
+                str(row.num_folds),
+                str(row.num_seeds),
+            ]
+            for row in summarise(table).itertuples()
+        ],
+        title=str(folder),
+    )
+    print(folder / "summary.json")
+
+
+def _num_folds(text: str | None, split: Path | None) -> int | None:
+    """The number of folds to make; None where those of a split file are taken, or none are asked for."""
+    if text is None or (text == "all" and split is not None):
+        return None
+    if not text.isdecimal() or int(text) < 2:
+        raise UsageError(
+            "not a number of folds", where="--folds", got=text, expected='2 or more, or "all" with --split FILE'
+        )
+    return int(text)
+
+
+def _seeds(text: str | None) -> list[int]:
+    if text is None:
+        return [0]
+    if not words(text) or not all(word.isdecimal() for word in words(text)):
+        raise UsageError("not a list of seeds", where="--seeds", got=text, expected="0,1,2")
+    return [int(word) for word in words(text)]

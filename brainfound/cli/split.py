@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from brainfound.cli.terminal import AsJson, note
+from brainfound.cli.terminal import AsJson, note, numbers_or_all, words
 from brainfound.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,8 +21,8 @@ def split(
     test: Annotated[float, typer.Option(help="Share of the subjects to test on.")] = 0.2,
     validation: Annotated[float, typer.Option(help="Share to watch while learning; 0 for none.")] = 0.1,
     folds: Annotated[int | None, typer.Option(min=2, help="Cross-validation: fold-1, fold-2, ….")] = None,
-    shots: Annotated[str | None, typer.Option(help="Training subjects per class of the target: 1,5,10.")] = None,
-    subjects: Annotated[str | None, typer.Option(help="Training subjects in all: 10,20,50.")] = None,
+    shots: Annotated[str | None, typer.Option(help="Training subjects per class of the target: 1,5,all.")] = None,
+    subjects: Annotated[str | None, typer.Option(help="Training subjects in all: 10,20,all.")] = None,
     leave_site_out: Annotated[bool, typer.Option("--leave-site-out", help="One fold per site, tested on it.")] = False,
     target: Annotated[str | None, typer.Option(help='Divide only sessions with this label, or "mask".')] = None,
     stratify: Annotated[str | None, typer.Option(help="Columns to balance, the most important first.")] = None,
@@ -42,7 +42,7 @@ def split(
     from brainfound.train.make_split import adopt_split, make_split
 
     opened = Store.open(store)
-    columns = _words(stratify)
+    columns = words(stratify)
     if from_ is not None:
         if folds or shots or subjects or leave_site_out or target:
             raise UsageError("the parts of a file are taken as they are", where="--from", remedy="Leave out the rest")
@@ -53,8 +53,8 @@ def split(
             test=test,
             validation=validation,
             folds=folds,
-            shots=_numbers("--shots", shots),
-            num_subjects=_numbers("--subjects", subjects),
+            shots=numbers_or_all("--shots", shots),
+            num_subjects=numbers_or_all("--subjects", subjects),
             leave_site_out=leave_site_out,
             target=target,
             stratify=columns,
@@ -123,14 +123,3 @@ def _label(value: dict[str, Any]) -> str:
         missing = f", {value['missing']} missing" if value["missing"] else ""
         return f"{value['min']:g} to {value['max']:g}, median {value['median']:g}{missing}"
     return ", ".join(f"{name} {count}" for name, count in value.items())
-
-
-def _words(text: str | None) -> list[str]:
-    return [word.strip() for word in (text or "").split(",") if word.strip()]
-
-
-def _numbers(option: str, text: str | None) -> list[int]:
-    try:
-        return [int(word) for word in _words(text)]
-    except ValueError:
-        raise UsageError("not a list of whole numbers", where=option, got=text, expected="1,5,10") from None

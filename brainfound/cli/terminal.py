@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from brainfound.errors import UsageError
+
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key; may be repeated.")
 ]
@@ -36,6 +38,23 @@ Hooks = Annotated[
 ]
 KeepIds = Annotated[bool, typer.Option("--keep-ids", help="Show identifiers and file names in messages and pictures.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def words(text: str | None) -> list[str]:
+    """The parts of a list with commas."""
+    return [word.strip() for word in (text or "").split(",") if word.strip()]
+
+
+def numbers_or_all(option: str, text: str | None) -> list[int | None]:
+    """``"1,5,all"`` → [1, 5, None].
+
+    Raises:
+        UsageError: a part is neither.
+    """
+    try:
+        return [None if word == "all" else int(word) for word in words(text)]
+    except ValueError:
+        raise UsageError("not a list of whole numbers", where=option, got=text, expected="1,5,10 or 1,5,all") from None
 
 
 def note(line: str) -> None:

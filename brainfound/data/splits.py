@@ -99,12 +99,12 @@ def k_folds(
 
 def few_shot(
     subjects: Sequence[str],
-    shots: Sequence[int],
+    shots: Sequence[int | None],
     seed: int,
     labels: Sequence[Any] | None = None,
     fractions: Mapping[str, float] | None = None,
     stratify: Labels | None = None,
-) -> dict[int, dict[str, np.ndarray]]:
+) -> dict[int | None, dict[str, np.ndarray]]:
     """Small training parts beside one test part.
 
     Validation and test are set aside first and are the same for every number of shots. The training subjects of
@@ -112,7 +112,7 @@ def few_shot(
 
     Args:
         subjects, seed: as in `split_by_subject`.
-        shots: numbers of training subjects: per class with ``labels``, else in all.
+        shots: numbers of training subjects: per class with ``labels``, else in all; None: all that there are.
         labels: the class of each session; a subject counts with its most frequent class, and one without a class
             is not learnt from.
         fractions: the shares from which ``train`` draws its shots; 0.7, 0.1 and 0.2 by default.
@@ -124,7 +124,8 @@ def few_shot(
     Raises:
         UsageError: no shots, or more than there are subjects (of the smallest class) beside validation and test.
     """
-    if not shots or min(shots) < 1:
+    numbers = sorted({number for number in shots if number is not None})
+    if not shots or (numbers and numbers[0] < 1):
         raise UsageError("the numbers of shots must be positive", where="shots", got=list(shots))
     stratify = labels if stratify is None else stratify
     rest = split_by_subject(subjects, fractions or {"train": 0.7, "validation": 0.1, "test": 0.2}, seed, stratify)
@@ -139,17 +140,17 @@ def few_shot(
         shuffled = [pool[i] for i in rng.permutation(len(pool))]
         groups = {kind: [name for name in shuffled if label_text(classes[name]) == kind] for kind in known}
     fewest = min(groups, key=lambda kind: len(groups[kind]))
-    if max(shots) > len(groups[fewest]):
+    if numbers and numbers[-1] > len(groups[fewest]):
         raise UsageError(
             f"more shots than subjects{'' if labels is None else f' of the class {fewest}'} to draw from",
             where="shots",
-            got=max(shots),
+            got=numbers[-1],
             expected=f"at most {len(groups[fewest])}",
             remedy="Ask for fewer shots, or give smaller validation and test parts",
         )
     return {
         number: _as_indices({"train": [n for line in groups.values() for n in line[:number]], **parts}, subjects)
-        for number in sorted(set(shots))
+        for number in [*numbers, *([None] if None in shots else [])]
     }
 
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
+from brainfound.errors import ModelError
 from brainfound.models.aggregators import TransformerAggregator, build_aggregator
 from brainfound.models.backbone import load_backbone, statistics_of
 from brainfound.models.configuration import BrainFoundConfig, require_known_fields
@@ -33,7 +34,7 @@ from brainfound.models.heads import (
     segmentation_loss,
 )
 from brainfound.models.loading import load_checked
-from brainfound.models.slice_batch import SliceBatch, wrong_shape
+from brainfound.models.slice_batch import SliceBatch, checked_embeddings, wrong_shape
 
 Pixels = Float[Tensor, "volumes slices contrasts height width"] | UInt8[Tensor, "volumes slices contrasts height width"]
 
@@ -162,12 +163,13 @@ class BrainFoundModel(BrainFoundPreTrainedModel):
 
     def forward(
         self,
-        pixel_values: Pixels,
+        pixel_values: Pixels | None = None,
         contrast_mask: Bool[Tensor, "volumes contrasts"] | None = None,
         slice_mask: Bool[Tensor, "volumes slices"] | None = None,
         positions_mm: Float[Tensor, "volumes slices"] | None = None,
         output_patch_embeddings: bool = False,
         return_dict: bool | None = None,
+        slice_embeddings: Float[Tensor, "volumes slices width"] | None = None,
     ) -> BrainFoundModelOutput | tuple[Tensor, ...]:
         """Embed volumes.
 
@@ -178,10 +180,20 @@ class BrainFoundModel(BrainFoundPreTrainedModel):
             positions_mm: position of each slice along the stack; None: 1 mm apart, centred.
             output_patch_embeddings: also return the patch tokens.
             return_dict: False returns a tuple.
+            slice_embeddings: in the place of `pixel_values`, what this model's encoder said of the slices before.
 
         Raises:
-            ModelError: if shapes do not fit, or a volume has no valid slice or no contrast.
+            ModelError: if shapes do not fit, a volume has no valid slice or no contrast, or both or neither of
+                `pixel_values` and `slice_embeddings` are given.
         """
+        if slice_embeddings is not None:
+            self._require_only_embeddings(pixel_values, contrast_mask, output_patch_embeddings)
+            slice_mask = checked_embeddings(slice_embeddings, self.config.hidden_size, slice_mask, positions_mm)
+            aggregation = self.aggregator(slice_embeddings, slice_mask, positions_mm)
+            given = BrainFoundModelOutput(aggregation.embedding, slice_embeddings, aggregation.weights)
+            return given.to_tuple() if return_dict is False else given
+        if pixel_values is None:
+            raise ModelError("there is nothing to embed", expected="pixel_values, or slice_embeddings")
         batch = SliceBatch(self.encoder, self.config.slice_chunk, pixel_values, contrast_mask, slice_mask, positions_mm)
         cls_tokens, patches = [], []
         for encoding in batch.encode():
@@ -197,6 +209,15 @@ class BrainFoundModel(BrainFoundPreTrainedModel):
             patch_embeddings=batch.scatter(torch.cat(patches)) if output_patch_embeddings else None,
         )
         return output.to_tuple() if return_dict is False else output
+
+    @staticmethod
+    def _require_only_embeddings(pixel_values: Any, contrast_mask: Any, output_patch_embeddings: bool) -> None:
+        if pixel_values is not None or contrast_mask is not None or output_patch_embeddings:
+            raise ModelError(
+                "slice_embeddings take the place of images",
+                got="pixel_values, contrast_mask or output_patch_embeddings beside them",
+                remedy="Give slice_embeddings with slice_mask and positions_mm only",
+            )
 
 
 @dataclass
@@ -258,15 +279,18 @@ class BrainFoundForClassification(_WithHead):
 
     def forward(
         self,
-        pixel_values: Pixels,
+        pixel_values: Pixels | None = None,
         contrast_mask: Bool[Tensor, "volumes contrasts"] | None = None,
         slice_mask: Bool[Tensor, "volumes slices"] | None = None,
         positions_mm: Float[Tensor, "volumes slices"] | None = None,
         labels: Tensor | None = None,
         return_dict: bool | None = None,
+        slice_embeddings: Float[Tensor, "volumes slices width"] | None = None,
     ) -> BrainFoundClassifierOutput | tuple[Tensor, ...]:
         """Class scores of volumes. Inputs as for `BrainFoundModel`; `labels` (B,), or (B, K) for multi-label."""
-        volume = self.brainfound(pixel_values, contrast_mask, slice_mask, positions_mm)
+        volume = self.brainfound(
+            pixel_values, contrast_mask, slice_mask, positions_mm, slice_embeddings=slice_embeddings
+        )
         logits = self.head(volume.volume_embedding)
         loss = None
         if labels is not None:
@@ -294,15 +318,18 @@ class BrainFoundForRegression(_WithHead):
 
     def forward(
         self,
-        pixel_values: Pixels,
+        pixel_values: Pixels | None = None,
         contrast_mask: Bool[Tensor, "volumes contrasts"] | None = None,
         slice_mask: Bool[Tensor, "volumes slices"] | None = None,
         positions_mm: Float[Tensor, "volumes slices"] | None = None,
         labels: Float[Tensor, "volumes"] | None = None,
         return_dict: bool | None = None,
+        slice_embeddings: Float[Tensor, "volumes slices width"] | None = None,
     ) -> BrainFoundRegressionOutput | tuple[Tensor, ...]:
         """Predictions for volumes. Inputs as for `BrainFoundModel`; `labels` (B,) in the unit of the target."""
-        volume = self.brainfound(pixel_values, contrast_mask, slice_mask, positions_mm)
+        volume = self.brainfound(
+            pixel_values, contrast_mask, slice_mask, positions_mm, slice_embeddings=slice_embeddings
+        )
         scores = self.head(volume.volume_embedding)
         center, scale = self.config.target_mean, self.config.target_std
         loss = None

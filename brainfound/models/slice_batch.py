@@ -134,13 +134,36 @@ class SliceBatch:
 
     def _require_something_to_see(self) -> None:
         if not all(self.volumes_slices) or (self.slice_mask is not None and not self.slice_mask.any(dim=1).all()):
-            raise ModelError(
-                "a volume has no valid slice", where="slice_mask", remedy="Leave such volumes out of the batch"
-            )
+            raise _nothing_valid()
         if self.contrast_mask is not None and not self.contrast_mask.any(dim=1).all():
             raise ModelError(
                 "a volume has no contrast", where="contrast_mask", remedy="Leave such volumes out of the batch"
             )
+
+
+def checked_embeddings(
+    slice_embeddings: Tensor, width: int, slice_mask: Tensor | None, positions_mm: Tensor | None
+) -> Tensor | None:
+    """The mask of valid slices, of embeddings that are given in the place of images.
+
+    Raises:
+        ModelError: if shapes do not fit, or a volume has no valid slice.
+    """
+    shape = tuple(slice_embeddings.shape)
+    if len(shape) != 3 or shape[2] != width or not all(shape):
+        raise ModelError(
+            "slice_embeddings do not fit", got=f"shape {shape}", expected=f"(volumes, slices, {width}), none empty"
+        )
+    mask = _as_mask("slice_mask", slice_mask, shape[:2])
+    if positions_mm is not None and tuple(positions_mm.shape) != shape[:2]:
+        raise wrong_shape("positions_mm", positions_mm, shape[:2])
+    if mask is not None and not mask.any(dim=1).all():
+        raise _nothing_valid()
+    return mask
+
+
+def _nothing_valid() -> ModelError:
+    return ModelError("a volume has no valid slice", where="slice_mask", remedy="Leave such volumes out of the batch")
 
 
 def _as_mask(name: str, mask: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:

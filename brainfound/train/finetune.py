@@ -43,6 +43,7 @@ from brainfound.report.reliability import reliability_png
 from brainfound.train import ranks, run_files
 from brainfound.train.answer_calibration import AnswerCalibration
 from brainfound.train.data_order import EpochOrder, RankBatches
+from brainfound.train.embedding_cache import EmbeddingCache
 from brainfound.train.engine import Engine, EngineRecipe, TrainTask, make_accelerator
 from brainfound.train.finetuned_card import finetuned_card
 from brainfound.train.head_recipes import (
@@ -60,7 +61,7 @@ from brainfound.train.schedules import warm_up_then
 from brainfound.train.session_scores import SessionScores, score_sessions, write_scores
 from brainfound.train.session_split import SplitRecipe, hashed_split, split_sessions, split_to_follow, write_split
 from brainfound.train.targets import Target, guess_task, resolve_target
-from brainfound.train.volumes import VolumeAugmentation, VolumeReader, augment_volumes
+from brainfound.train.volumes import EmbeddedReader, VolumeAugmentation, VolumeReader, augment_volumes
 
 CLASSES = {
     "classification": BrainFoundForClassification,
@@ -115,6 +116,9 @@ class FinetuneRecipe(Recipe):
     head_fit_passes: int = Field(4, ge=0)
     """Classification and regression: passes over the training part whose frozen embeddings the head is first fitted
     to; 0 starts from a random head."""
+    cached_embeddings: bool = False
+    """Embed each session once and train on that: seconds for an epoch. For classification and regression with an
+    adapter that leaves the backbone as it is (head-only); nothing is augmented, and no contrast withheld."""
     classification: ClassificationHeadRecipe = ClassificationHeadRecipe()
     """Class weights and focal loss (classification only)."""
     regression: RegressionHeadRecipe = RegressionHeadRecipe()
@@ -158,6 +162,7 @@ class FinetuneTask(TrainTask):
         target: Target,
         recipe: FinetuneRecipe,
         accelerator: accelerate.Accelerator,
+        cache: EmbeddingCache | None = None,
     ) -> None:
         self.model, self.store, self.parts, self.target, self.recipe = model, store, parts, target, recipe
         self.device, self.rank = accelerator.device, accelerator.process_index
@@ -167,7 +172,7 @@ class FinetuneTask(TrainTask):
         segmenting = target.task == "segmentation"
         share = recipe.foreground_share if segmenting else None
         neighbours = inner_model(model).config.stem == "slices"
-        self.reader = VolumeReader(store, parts["train"].tolist(), recipe.num_slices, share, neighbours)
+        self.reader = _reader(recipe, store, parts["train"], cache, share, neighbours)
         values = [] if segmenting else target.values(store, parts["train"].tolist()).tolist()
         self.train_labels = values
         self.labels = dict(zip(parts["train"].tolist(), values, strict=True)) if values else {}
@@ -245,6 +250,7 @@ def finetune(
     fold: str | None = None,
     resume: bool = False,
     keep_ids: bool = False,
+    cache: str | Path | None = None,
     overrides: Iterable[str] = (),
     quiet: bool = False,
 ) -> Path:
@@ -263,6 +269,7 @@ def finetune(
         fold: which fold of a split file that holds several.
         resume: go on from the newest whole checkpoint.
         keep_ids: name subjects and sessions in cases.tsv.
+        cache: where embeddings lie if the recipe keeps them, for several runs together; None: in the run folder.
         overrides: ``"a.b=c"`` strings.
         quiet: no progress bar and no notes.
 
@@ -272,7 +279,7 @@ def finetune(
     Raises:
         RecipeError, UsageError, ModelError, TrainingError.
     """
-    content = _resolve(recipe, adapter, overrides)
+    content = resolve_recipe(recipe, adapter, overrides)
     store = data if isinstance(data, Store) else Store.open(data)
     folder = Path(out) if out is not None else Path("runs") / content.name
     content = as_begun(folder, content, ("precision",), resume)
@@ -281,7 +288,9 @@ def finetune(
     engine_recipe = content.engine.model_copy(update={"precision": accelerator.mixed_precision})
     content = content.model_copy(update={"engine": engine_recipe})
     with only_one_training(folder, resume, accelerator):
-        return _train(content, store, str(model), target, folder, split, fold, resume, keep_ids, accelerator, console)
+        return _train(
+            content, store, str(model), target, folder, split, fold, resume, keep_ids, cache, accelerator, console
+        )
 
 
 def _train(
@@ -294,6 +303,7 @@ def _train(
     fold: str | None,
     resume: bool,
     keep_ids: bool,
+    cache: str | Path | None,
     accelerator: accelerate.Accelerator,
     console: Console,
 ) -> Path:
@@ -306,8 +316,10 @@ def _train(
     parts = split_sessions(content.split, store, target, split_file, fold, console.print)
     task_name = guess_task(store, target) if content.task == "auto" else content.task
     resolved = resolve_target(store, parts["train"].tolist(), task_name, target, content.merge_codes)
-    network = _build(content, store, parts["train"], model, resolved, accelerator.device)
-    task = FinetuneTask(network, store, parts, resolved, content, accelerator)
+    _require_cacheable(content, resolved)
+    caches = folder / "embeddings" if cache is None else Path(cache)
+    network, embedded = _build(content, store, parts, model, resolved, accelerator, caches)
+    task = FinetuneTask(network, store, parts, resolved, content, accelerator, embedded)
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     everything = sum(p.numel() for p in network.parameters())
     counts = ", ".join(f"{part} {len(index)}" for part, index in parts.items())
@@ -338,9 +350,14 @@ def _train(
     return folder
 
 
-def _resolve(
+def resolve_recipe(
     recipe: FinetuneRecipe | str | Path, adapter: str | Path | None, overrides: Iterable[str]
 ) -> FinetuneRecipe:
+    """The recipe of a run, with its overrides, checked.
+
+    Raises:
+        RecipeError: a name or a value that there is not.
+    """
     overrides = list(overrides)
     if isinstance(recipe, FinetuneRecipe):
         content = validate(FinetuneRecipe, recipe.model_dump(mode="json"), overrides)
@@ -363,18 +380,38 @@ def _resolve(
     return content
 
 
+def _require_cacheable(recipe: FinetuneRecipe, target: Target) -> None:
+    """Refuse to keep embeddings that training would change, or that hold no pixels."""
+    if not recipe.cached_embeddings:
+        return
+    method = load(AdapterRecipe, recipe.adapter, "adapters").method
+    if method != "none" or target.task == "segmentation":
+        raise RecipeError(
+            "embeddings can be kept for classification and regression on a frozen backbone only",
+            where="cached_embeddings",
+            got=f"a {target.task} with an adapter of the method {method!r}",
+            remedy="Use --adapter head-only, or leave cached_embeddings out",
+        )
+
+
 def _build(
-    recipe: FinetuneRecipe, store: Store, train: np.ndarray, source: str, target: Target, device: torch.device
-) -> nn.Module:
-    """The model with its new head and its adapter, the same on all ranks."""
+    recipe: FinetuneRecipe,
+    store: Store,
+    parts: Mapping[str, np.ndarray],
+    source: str,
+    target: Target,
+    accelerator: accelerate.Accelerator,
+    caches: Path,
+) -> tuple[nn.Module, EmbeddingCache | None]:
+    """The model with its new head and its adapter, the same on all ranks, and the embeddings if they are kept."""
     torch.manual_seed(seed_of(INITIALISATION, recipe.seed))
     fields: dict[str, Any] = {"aggregator": recipe.aggregator, "head_dropout": recipe.head_dropout}
     if target.task == "regression":
-        fields |= regression_fields(recipe.regression, target, target.values(store, train.tolist()))
+        fields |= regression_fields(recipe.regression, target, target.values(store, parts["train"].tolist()))
     else:
         fields |= {"id2label": dict(enumerate(target.names)), "label2id": {n: k for k, n in enumerate(target.names)}}
     if target.task == "classification":
-        fields |= classification_fields(recipe.classification, target, target.values(store, train.tolist()))
+        fields |= classification_fields(recipe.classification, target, target.values(store, parts["train"].tolist()))
     if target.task == "segmentation":
         # Segmentation reads no volume embedding; an aggregator with weights would be dead weight.
         fields |= {"aggregator": "mean", "decoder": recipe.decoder, "decoder_width": recipe.decoder_width}
@@ -382,14 +419,38 @@ def _build(
     if recipe.stem is not None:
         fields["stem"] = recipe.stem
     model: Any = start_from(CLASSES[target.task], source, store.contrasts, **fields)
-    model.to(device)
+    model.to(accelerator.device)
     if recipe.gradient_checkpointing:
         _compute_blocks_again(model)
+    cache = None
+    if recipe.cached_embeddings:
+        sessions = np.concatenate(list(parts.values())).tolist()
+
+        def embed() -> None:
+            EmbeddingCache(model.brainfound, store, caches, recipe.num_slices).require(sessions)
+
+        ranks.on_main_rank(embed, accelerator.is_main_process)
+        cache = EmbeddingCache(model.brainfound, store, caches, recipe.num_slices)
     if recipe.head_fit_passes and target.task != "segmentation":
-        reader = VolumeReader(store, train.tolist(), recipe.num_slices)
+        reader = _reader(recipe, store, parts["train"], cache)
+        # Embeddings that are kept are the same in every pass.
+        passes = 1 if cache else recipe.head_fit_passes
         batch = max(recipe.engine.batch_size // recipe.engine.accumulation, 1)
-        fit_head(model, reader, recipe.augmentation, target, recipe.head_fit_passes, batch, recipe.seed)
-    return attach_adapter(model, load(AdapterRecipe, recipe.adapter, "adapters"))
+        fit_head(model, reader, recipe.augmentation, target, passes, batch, recipe.seed)
+    return attach_adapter(model, load(AdapterRecipe, recipe.adapter, "adapters")), cache
+
+
+def _reader(
+    recipe: FinetuneRecipe,
+    store: Store,
+    train: np.ndarray,
+    cache: EmbeddingCache | None,
+    foreground_share: float | None = None,
+    neighbours: bool = False,
+) -> VolumeReader | EmbeddedReader:
+    if cache is not None:
+        return EmbeddedReader(cache, train.tolist())
+    return VolumeReader(store, train.tolist(), recipe.num_slices, foreground_share, neighbours)
 
 
 def _compute_blocks_again(model: Any) -> None:

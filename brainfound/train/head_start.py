@@ -23,7 +23,7 @@ from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
 from brainfound.models.heads import bin_edges
 from brainfound.train.objectives.base import StepKey
 from brainfound.train.targets import Target
-from brainfound.train.volumes import VolumeAugmentation, VolumeReader, augment_volumes
+from brainfound.train.volumes import EmbeddedReader, VolumeAugmentation, VolumeReader, augment_volumes
 
 _STRENGTHS = np.logspace(-1, 5, 13)
 HEAD_FIT_STEP = 2_000_000_000
@@ -33,7 +33,7 @@ HEAD_FIT_STEP = 2_000_000_000
 @torch.no_grad()
 def fit_head(
     model: Any,
-    reader: VolumeReader,
+    reader: VolumeReader | EmbeddedReader,
     augmentation: VolumeAugmentation,
     target: Target,
     num_passes: int,

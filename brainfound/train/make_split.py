@@ -23,8 +23,8 @@ def make_split(
     test: float = 0.2,
     validation: float = 0.1,
     folds: int | None = None,
-    shots: Sequence[int] = (),
-    num_subjects: Sequence[int] = (),
+    shots: Sequence[int | None] = (),
+    num_subjects: Sequence[int | None] = (),
     leave_site_out: bool = False,
     target: str | None = None,
     stratify: Sequence[str] = (),
@@ -38,8 +38,9 @@ def make_split(
         test: share of the subjects that is tested; not used by folds and sites, which test everybody once.
         validation: share of the subjects to watch while learning; 0 for none.
         folds: make folds ``fold-1``, ``fold-2``, ….
-        shots: make ``shots-1``, ``shots-5``, … with so many training subjects of each class of the target.
-        num_subjects: make ``subjects-10``, ``subjects-20``, … with so many training subjects.
+        shots: make ``shots-1``, ``shots-5``, … with so many training subjects of each class of the target; None
+            makes ``shots-all``, with all that there are.
+        num_subjects: make ``subjects-10``, ``subjects-20``, … with so many training subjects; None as for shots.
         leave_site_out: make ``site-A``, ``site-B``, …, each tested on that site.
         target: only sessions that have this label (or a mask) are divided; others are in no part.
         stratify: columns (or ``"mask"``: empty or not) of which each part gets about the same mix, the most important
@@ -75,10 +76,10 @@ def make_split(
     elif shots:
         labels = _classes(store, target, used)
         few = few_shot(names, shots, seed, labels, shares, columns or None)
-        made = {f"shots-{n}": fold for n, fold in few.items()}
+        made = {f"shots-{n or 'all'}": fold for n, fold in few.items()}
     elif num_subjects:
         few = few_shot(names, num_subjects, seed, None, shares, columns or None)
-        made = {f"subjects-{n}": fold for n, fold in few.items()}
+        made = {f"subjects-{n or 'all'}": fold for n, fold in few.items()}
     elif leave_site_out:
         sites = store.covariate(SITE).iloc[used].tolist()
         left_out = leave_one_site_out(names, sites, seed, validation, columns or None)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from brainfound.errors import BrainFoundError, TrainingError
+from brainfound.errors import BrainFoundError, RecipeError, TrainingError, UsageError
 
 
 def active() -> bool:
@@ -52,14 +52,15 @@ def on_main_rank(work: Callable[[], Any], is_main: bool) -> None:
     """Do something on the main rank; all ranks wait for it, and if it fails all raise the same error.
 
     Raises:
-        TrainingError: what `work` raised, as long as that is a `BrainFoundError` or an `OSError`.
+        UsageError, RecipeError, TrainingError: what `work` raised.
+        TrainingError: in the place of any other `BrainFoundError`, or an `OSError`.
     """
-    failure: TrainingError | None = None
+    failure: BrainFoundError | None = None
     cause: Exception | None = None
     if is_main:
         try:
             work()
-        except TrainingError as error:
+        except (TrainingError, UsageError, RecipeError) as error:
             failure, cause = error, error.__cause__ if isinstance(error.__cause__, Exception) else None
         except (BrainFoundError, OSError) as error:
             failure, cause = _as_training_error(error), error

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import overload
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from brainfound.data.augmentation import IntensityRecipe, ViewsRecipe, drop_cont
 from brainfound.data.batches import VolumeBatch, collate, unit_range
 from brainfound.data.store import Store
 from brainfound.recipes import Recipe
+from brainfound.train.embedding_cache import EmbeddedBatch, EmbeddingCache
 from brainfound.train.objectives.base import StepKey
 from brainfound.train.randomness import VIEWS, numpy_generator, torch_generator
 
@@ -118,12 +120,37 @@ class VolumeReader:
         return collate(stacks, slices), mine
 
 
-def augment_volumes(batch: VolumeBatch, recipe: VolumeAugmentation, key: StepKey) -> VolumeBatch:
+class EmbeddedReader:
+    """Reads the training volumes of a micro-batch as slice embeddings, where the backbone is frozen.
+
+    Args:
+        cache: holds the training part.
+        sessions: store indices of the training part.
+    """
+
+    def __init__(self, cache: EmbeddingCache, sessions: Sequence[int]) -> None:
+        self.cache, self.store, self.sessions = cache, cache.store, np.asarray(sessions)
+
+    def read(self, positions: Sequence[int], key: StepKey) -> tuple[EmbeddedBatch, np.ndarray]:
+        """The volumes at some positions of the training part, and the store's session index of each."""
+        mine = self.sessions[list(positions)]
+        return self.cache.batch(mine.tolist()), mine
+
+
+@overload
+def augment_volumes(batch: VolumeBatch, recipe: VolumeAugmentation, key: StepKey) -> VolumeBatch: ...
+@overload
+def augment_volumes(batch: EmbeddedBatch, recipe: VolumeAugmentation, key: StepKey) -> EmbeddedBatch: ...
+def augment_volumes(
+    batch: VolumeBatch | EmbeddedBatch, recipe: VolumeAugmentation, key: StepKey
+) -> VolumeBatch | EmbeddedBatch:
     """A random variant of each volume, on the batch's device; masks move with the pixels.
 
     One affine per volume, sampled once (bilinear for pixels, nearest for masks); intensities vary per volume
-    and contrast.
+    and contrast. Volumes that are embedded already stay as they are.
     """
+    if isinstance(batch, EmbeddedBatch):
+        return batch
     generator = torch_generator(VIEWS, key.seed, *key.keys, AUGMENTATION)
     pixels = unit_range(batch.pixel_values)
     num_volumes, num_slices, _, height, width = pixels.shape
