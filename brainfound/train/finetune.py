@@ -34,7 +34,7 @@ from brainfound.models import (
     BrainFoundForRegression,
     BrainFoundForSegmentation,
 )
-from brainfound.models.configuration import AGGREGATORS
+from brainfound.models.configuration import AGGREGATORS, DECODERS
 from brainfound.models.inference import inner_model
 from brainfound.models.start import start_from
 from brainfound.recipes import Recipe, load, validate
@@ -58,6 +58,18 @@ CLASSES = {
     "regression": BrainFoundForRegression,
     "segmentation": BrainFoundForSegmentation,
 }
+
+SEGMENTATION_FIELDS = (
+    "decoder",
+    "decoder_width",
+    "decoder_slice_mixing",
+    "segmentation_loss",
+    "tversky_alpha",
+    "tversky_beta",
+    "tversky_gamma",
+    "focal_gamma",
+)
+"""What a recipe of a segmentation says of the model, under the names of the model's configuration."""
 
 
 class FinetuneOptimRecipe(Recipe):
@@ -93,9 +105,24 @@ class FinetuneRecipe(Recipe):
     aggregator: str = "attention"
     """Slice embeddings → volume embedding: mean, attention or transformer (not used by segmentation)."""
     decoder: str = "fpn"
-    """Patch embeddings → pixels (segmentation only)."""
+    """Patch embeddings → pixels (segmentation only): linear, fpn, or unetr (with skips from the image)."""
     decoder_width: int = Field(128, ge=8)
     """Channels of the decoder."""
+    decoder_slice_mixing: bool = False
+    """Segmentation: the decoder mixes neighbouring slices."""
+    segmentation_loss: Literal["dice_cross_entropy", "dice_focal", "tversky", "focal_tversky"] = "dice_cross_entropy"
+    """Segmentation: the last three are for small structures such as lesions."""
+    tversky_alpha: float = Field(0.3, ge=0)
+    """Tversky losses: weight of false positives."""
+    tversky_beta: float = Field(0.7, ge=0)
+    """Tversky losses: weight of false negatives."""
+    tversky_gamma: float = Field(4 / 3, ge=1)
+    """focal_tversky: the Tversky loss to the power 1/this."""
+    focal_gamma: float = Field(2.0, ge=0)
+    """dice_focal: how little pixels count that are right already; 0 is the cross-entropy."""
+    regions: dict[str, list[int]] = Field(default_factory=dict)
+    """Segmentation: overlapping labels made of codes, such as {whole: [1, 2, 4], core: [1, 4]}; each is a yes or no of
+    its own. Empty: every code is a class, and a pixel has one."""
     head_dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout before the head's last layer."""
     num_slices: int = Field(32, ge=1)
@@ -281,7 +308,7 @@ def _train(
         return folder
     parts = split_sessions(content.split, store, target, split_file, fold, console.print)
     task_name = guess_task(store, target) if content.task == "auto" else content.task
-    resolved = resolve_target(store, parts["train"].tolist(), task_name, target, content.merge_codes)
+    resolved = resolve_target(store, parts["train"].tolist(), task_name, target, content.merge_codes, content.regions)
     network = _build(content, store, parts["train"], model, resolved, accelerator.device)
     task = FinetuneTask(network, store, parts, resolved, content, accelerator)
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
@@ -324,8 +351,9 @@ def _resolve(
         content = load(FinetuneRecipe, recipe, "train", overrides)
         if content.name == FinetuneRecipe.model_fields["name"].default:
             content = content.model_copy(update={"name": Path(recipe).stem})
-    if content.aggregator not in AGGREGATORS:
-        raise RecipeError(f"no aggregator {content.aggregator!r}", where="aggregator", expected=", ".join(AGGREGATORS))
+    for field, known in (("aggregator", AGGREGATORS), ("decoder", DECODERS)):
+        if getattr(content, field) not in known:
+            raise RecipeError(f"no {field} {getattr(content, field)!r}", where=field, expected=", ".join(known))
     if adapter is not None:
         content = content.model_copy(update={"adapter": str(adapter)})
     load(AdapterRecipe, content.adapter, "adapters")  # refuse a wrong name now, not after the model was built
@@ -344,7 +372,8 @@ def _build(
         fields |= {"id2label": dict(enumerate(target.names)), "label2id": {n: k for k, n in enumerate(target.names)}}
     if target.task == "segmentation":
         # Segmentation reads no volume embedding; an aggregator with weights would be dead weight.
-        fields |= {"aggregator": "mean", "decoder": recipe.decoder, "decoder_width": recipe.decoder_width}
+        fields |= {"aggregator": "mean", "overlapping_labels": bool(target.regions)}
+        fields |= {name: getattr(recipe, name) for name in SEGMENTATION_FIELDS}
     model: Any = start_from(CLASSES[target.task], source, store.contrasts, **fields)
     model.to(device)
     if recipe.head_fit_passes and target.task != "segmentation":

@@ -15,7 +15,12 @@ from brainfound.train.targets import Target
 _LOSSES = {
     "classification": "cross-entropy",
     "regression": "smooth L1",
-    "segmentation": "cross-entropy + soft Dice",
+}
+_SEGMENTATION_LOSSES = {
+    "dice_cross_entropy": "cross-entropy + soft Dice",
+    "dice_focal": "focal cross-entropy + soft Dice",
+    "tversky": "Tversky",
+    "focal_tversky": "focal Tversky",
 }
 
 
@@ -55,7 +60,7 @@ def finetuned_card(
         "stem": config.stem,
         "aggregator": None if target.task == "segmentation" else config.aggregator,
         "adapter": recipe.adapter,
-        "objective": _LOSSES[target.task],
+        "objective": _LOSSES.get(target.task) or _SEGMENTATION_LOSSES[config.segmentation_loss],
         "labels": list(target.names) or f"{target.column}, {target.mean:.4g} ± {target.std:.4g} in the training part",
         "contrasts": list(store.contrasts),
         "preprocessing": store.preprocessing.model_dump(mode="json"),

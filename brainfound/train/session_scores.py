@@ -129,10 +129,10 @@ def score_sessions(
         row: dict[str, Any] = {"row": session, "subject": stack.subject, "session": stack.session}
         if segmenting:
             reference = target.encode_mask(np.asarray(stack.mask))
-            answers.append((reference, answer.classes))
+            found = answer.labels if target.regions else answer.classes
+            answers.append((reference, found))
             heads.append(np.asarray(stack.pixels.any(axis=1)))
-            overlap = dice(answer.classes > 0, reference > 0, empty="nan")
-            row |= {"reference_pixels": int((reference > 0).sum()), "dice": overlap}
+            row |= _segmentation_case(target, reference, found)
         elif target.task == "classification":
             answers.append(answer.probabilities)
             row |= {"truth": target.names[truth]}
@@ -145,8 +145,7 @@ def score_sessions(
             progress(done, len(usable))
     if segmenting:
         references, predictions = zip(*answers, strict=True)
-        scores = segmentation_scores(references, predictions)
-        trivial = trivial_scores("segmentation", (), references, heads)
+        scores, trivial = _segmentation_scores(target, references, predictions, heads)
     elif target.task == "classification":
         scores = classification_scores(truths, np.stack(answers))
         trivial = trivial_scores("classification", train_labels or truths, truths)
@@ -154,3 +153,36 @@ def score_sessions(
         scores = regression_scores(truths, answers)
         trivial = trivial_scores("regression", train_labels or truths, truths)
     return SessionScores(target.task, scores, trivial, pd.DataFrame(rows), tuple(without))
+
+
+def _segmentation_case(target: Target, reference: np.ndarray, found: np.ndarray) -> dict[str, Any]:
+    """The row of one session: Dice of everything that is marked, and of each region where labels overlap."""
+    marked, true = (found.any(axis=1), reference.any(axis=1)) if target.regions else (found > 0, reference > 0)
+    row = {"reference_pixels": int(true.sum()), "dice": dice(marked, true, empty="nan")}
+    for k, name in enumerate(target.names if target.regions else ()):
+        row[f"dice({name})"] = dice(found[:, k], reference[:, k], empty="nan")
+    return row
+
+
+def _segmentation_scores(
+    target: Target, references: Sequence[np.ndarray], predictions: Sequence[np.ndarray], heads: Sequence[np.ndarray]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Scores, and those of the trivial baseline. Overlapping labels are scored one by one; the score is their mean."""
+    if not target.regions:
+        return segmentation_scores(references, predictions), trivial_scores("segmentation", (), references, heads)
+    of_each, trivial_of_each = {}, {}
+    for k, name in enumerate(target.names):
+        true, marked = ([labels[:, k] for labels in one] for one in (references, predictions))
+        of_each[name] = segmentation_scores(true, marked)
+        trivial_of_each[name] = trivial_scores("segmentation", (), true, heads)
+    return _mean_and_each(of_each), _mean_and_each(trivial_of_each)
+
+
+def _mean_and_each(scores: dict[str, dict[str, float]]) -> dict[str, float]:
+    """The mean of each metric over the regions that have it, and Dice of each region."""
+    metrics = dict.fromkeys(metric for one in scores.values() for metric in one)
+    means = {}
+    for metric in metrics:
+        values = np.array([one.get(metric, np.nan) for one in scores.values()])
+        means[metric] = float(values[~np.isnan(values)].mean()) if not np.isnan(values).all() else float("nan")
+    return means | {f"dice({name})": one["dice"] for name, one in scores.items()}

@@ -9,7 +9,8 @@ from transformers import Trainer, TrainingArguments
 from brainfound.errors import ModelError
 from brainfound.models import BrainFoundForClassification, BrainFoundForRegression, BrainFoundForSegmentation
 from brainfound.models.decoders import build_decoder, pyramid_factors
-from brainfound.models.heads import regression_loss, segmentation_loss
+from brainfound.models.heads import regression_loss
+from brainfound.models.segmentation_losses import segmentation_loss
 
 
 def test_segmentation_loss_against_numpy():

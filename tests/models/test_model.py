@@ -134,7 +134,7 @@ def test_inputs_that_do_not_fit_are_named(backbone_folder, arguments, told):
 @pytest.mark.parametrize(
     ("field", "value", "told"),
     [
-        ("decoder", "unetr", "linear, fpn"),
+        ("decoder", "unet", "linear, fpn, unetr"),
         ("aggregator", "max", "mean, attention, transformer"),
         ("stem", "per_contrast", "channels"),
         ("contrasts", ["T1w", "T1w"], "different"),

@@ -88,7 +88,7 @@ AXES = {
 def test_segmentation_lies_on_the_input(segmenter, write_scan, head, centred, monkeypatch, axes):
     """A model that marks what is bright must mark the bright ball of the scan itself, however it is stored."""
 
-    def bright(model, stack, num_slices):
+    def bright(model, stack, *how):
         marked = stack.pixels[:, list(stack.contrasts).index("T1w")] > 200
         return Answer(classes=marked.astype(np.uint8), foreground_probability=marked.astype(np.float32))
 
