@@ -109,7 +109,7 @@ class FinetuneRecipe(Recipe):
     decoder_width: int = Field(128, ge=8)
     """Channels of the decoder."""
     decoder_slice_mixing: bool = False
-    """Segmentation: the decoder mixes neighbouring slices."""
+    """Segmentation: the decoder mixes neighbouring slices; training then reads runs of slices."""
     segmentation_loss: Literal["dice_cross_entropy", "dice_focal", "tversky", "focal_tversky"] = "dice_cross_entropy"
     """Segmentation: the last three are for small structures such as lesions."""
     tversky_alpha: float = Field(0.3, ge=0)
@@ -131,7 +131,7 @@ class FinetuneRecipe(Recipe):
     """Classification and regression: passes over the training part whose frozen embeddings the head is first fitted
     to; 0 starts from a random head."""
     foreground_share: float = Field(0.5, ge=0, le=1)
-    """Segmentation: share of the training slices that show the structure."""
+    """Segmentation: share of the training slices (or of their runs) that show the structure."""
     merge_codes: bool = False
     """Segmentation: any label code but 0 is one class."""
     evaluate_every: int = Field(100, ge=0)
@@ -172,7 +172,8 @@ class FinetuneTask(TrainTask):
         self.evaluate_every = recipe.evaluate_every
         segmenting = target.task == "segmentation"
         share = recipe.foreground_share if segmenting else None
-        self.reader = VolumeReader(store, parts["train"].tolist(), recipe.num_slices, share)
+        neighbours = segmenting and recipe.decoder_slice_mixing
+        self.reader = VolumeReader(store, parts["train"].tolist(), recipe.num_slices, share, neighbours)
         values = [] if segmenting else target.values(store, parts["train"].tolist()).tolist()
         self.train_labels = values
         self.labels = dict(zip(parts["train"].tolist(), values, strict=True)) if values else {}

@@ -68,6 +68,17 @@ def slices_with_foreground(
     return np.sort(np.concatenate(chosen).astype(int))
 
 
+def run_of_slices(mask: np.ndarray, wanted: int, foreground_share: float, rng: np.random.Generator) -> np.ndarray:
+    """Neighbouring slices for a segmentation that mixes them; ``foreground_share`` of the runs meet the structure."""
+    if wanted >= len(mask):
+        return np.arange(len(mask))
+    marked = np.flatnonzero(mask.any(axis=(1, 2)))
+    first = rng.integers(len(mask) - wanted + 1)
+    if marked.size and rng.uniform() < foreground_share:
+        first = np.clip(rng.choice(marked) - rng.integers(wanted), 0, len(mask) - wanted)
+    return first + np.arange(wanted)
+
+
 class VolumeReader:
     """Reads the training volumes of a micro-batch from a store.
 
@@ -76,13 +87,19 @@ class VolumeReader:
         sessions: store indices of the training part.
         num_slices: slices per volume.
         foreground_share: for segmentation, share of the slices that show the structure; None for other tasks.
+        neighbours: for segmentation, read slices that follow each other, as a model that mixes them will in use.
     """
 
     def __init__(
-        self, store: Store, sessions: Sequence[int], num_slices: int, foreground_share: float | None = None
+        self,
+        store: Store,
+        sessions: Sequence[int],
+        num_slices: int,
+        foreground_share: float | None = None,
+        neighbours: bool = False,
     ) -> None:
         self.store, self.sessions = store, np.asarray(sessions)
-        self.num_slices, self.foreground_share = num_slices, foreground_share
+        self.num_slices, self.foreground_share, self.neighbours = num_slices, foreground_share, neighbours
 
     def read(self, positions: Sequence[int], key: StepKey) -> tuple[VolumeBatch, np.ndarray]:
         """The volumes at some positions of the training part, and the store's session index of each."""
@@ -95,7 +112,8 @@ class VolumeReader:
             if self.foreground_share is None or stack.mask is None:
                 slices.append(jittered_slices(len(stack.pixels), self.num_slices, rng))
             else:
-                slices.append(slices_with_foreground(stack.mask, self.num_slices, self.foreground_share, rng))
+                choose = run_of_slices if self.neighbours else slices_with_foreground
+                slices.append(choose(stack.mask, self.num_slices, self.foreground_share, rng))
         return collate(stacks, slices), mine
 
 

@@ -12,7 +12,8 @@ import pytest
 
 from brainfound.errors import ModelError, ScanError, UsageError
 from brainfound.models.inference import Answer
-from brainfound.predict.predictor import file_stem, load, parse_inputs, predict
+from brainfound.predict.prediction import file_stem
+from brainfound.predict.predictor import load, parse_inputs, predict
 
 CONTRASTS = ("T1w", "T2w", "FLAIR")
 

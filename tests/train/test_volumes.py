@@ -16,6 +16,7 @@ from brainfound.train.volumes import (
     VolumeReader,
     augment_volumes,
     jittered_slices,
+    run_of_slices,
     slices_with_foreground,
 )
 
@@ -53,6 +54,32 @@ def test_the_asked_share_shows_the_structure(share, wanted, seed):
     assert np.isin(index, [3, 4, 11]).sum() >= round(wanted * share)
     empty = slices_with_foreground(np.zeros_like(mask), wanted, share, np.random.default_rng(seed))
     assert len(empty) == wanted
+
+
+@given(st.integers(1, 25), st.integers(0, 1000))
+def test_a_run_follows_itself_and_meets_the_structure(wanted, seed):
+    mask = np.zeros((20, 4, 4), dtype=np.uint8)
+    mask[[0, 11, 19], 1, 1] = 2
+    index = run_of_slices(mask, wanted, 1.0, np.random.default_rng(seed))
+    assert np.diff(index).tolist() == [1] * (min(wanted, 20) - 1)
+    assert index[0] >= 0
+    assert index[-1] < 20
+    assert mask[index].any()
+    empty = run_of_slices(np.zeros_like(mask), wanted, 1.0, np.random.default_rng(seed))
+    assert len(empty) == len(index)
+
+
+def test_runs_meet_the_structure_as_often_as_asked():
+    mask = np.zeros((100, 2, 2), dtype=np.uint8)
+    mask[40] = 1
+    rng = np.random.default_rng(0)
+    met = np.mean([mask[run_of_slices(mask, 5, 0.6, rng)].any() for _ in range(2000)])
+    assert 0.6 < met < 0.68
+
+
+def test_a_reader_for_a_model_that_mixes_slices_reads_runs(small_store):
+    batch, _ = VolumeReader(small_store, [1, 5, 9], 4, foreground_share=0.5, neighbours=True).read([2, 0], KEY)
+    np.testing.assert_allclose(np.diff(batch.positions_mm.numpy(), axis=1), 4.0, atol=1e-4)
 
 
 def test_reader_gives_sessions_of_its_part_with_their_masks(small_store):
