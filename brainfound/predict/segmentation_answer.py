@@ -54,7 +54,7 @@ class SegmentationOptions:
 def segmentation_answer(stack: Stack, answer: Answer, target: Target, options: SegmentationOptions) -> dict[str, Any]:
     """The fields of a `Prediction` that a segmentation has: answer, image or masks, probability, probabilities."""
     assert answer.foreground_probability is not None
-    fields = {"probability": probability_image(stack, answer.foreground_probability)}
+    fields: dict[str, Any] = {"probability": probability_image(stack, answer.foreground_probability)}
     if target.regions:
         fields |= _masks(stack, answer, target, options)
     else:
