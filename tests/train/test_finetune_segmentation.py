@@ -11,9 +11,12 @@ import torch
 
 import brainfound
 from brainfound.errors import RecipeError
+from brainfound.models.inference import Answer
 from brainfound.predict.evaluation import evaluate
 from brainfound.recipes import validate
 from brainfound.train.finetune import FinetuneRecipe, finetune
+from brainfound.train.session_scores import score_sessions
+from brainfound.train.targets import Target
 
 TINY = {
     "num_slices": 4,
@@ -62,11 +65,22 @@ def test_overlapping_labels_from_recipe_to_files(small_store, tiny_backbone, tmp
     assert "focal Tversky" in card
 
 
-def test_the_score_is_the_mean_over_regions(small_store, tiny_backbone, tmp_path):
-    recipe = validate(FinetuneRecipe, TINY, ["decoder=linear", "regions={one: [1], other: [1]}", "evaluate_every=0"])
-    run = finetune(recipe, small_store, tiny_backbone, "mask", tmp_path / "run", quiet=True)
-    scores = json.loads((run / "scores.json").read_text())["scores"]
-    assert scores["dice"] == pytest.approx(np.mean([scores["dice(one)"], scores["dice(other)"]]))
+def test_each_region_is_scored_with_its_own_mask(small_store, monkeypatch):
+    """Two regions of one code: the first is found exactly, the second where it is not."""
+    target = Target("segmentation", "mask", names=("found", "missed"), regions=((1,), (1,)))
+    sessions = [index for index in range(len(small_store)) if small_store[index].mask.any()]
+
+    def answer(model, stack, num_slices):
+        labels = np.stack([stack.mask == 1, stack.mask != 1], axis=1)
+        return Answer(labels=labels, foreground_probability=labels.any(axis=1).astype(np.float32))
+
+    monkeypatch.setattr("brainfound.train.session_scores.infer", answer)
+    scored = score_sessions(torch.nn.Identity(), small_store, sessions, target, None)
+    assert scored.scores == {"dice": 0.5, "dice(found)": 1.0, "dice(missed)": 0.0}
+    assert scored.cases["dice(found)"].tolist() == [1.0] * len(sessions)
+    assert scored.cases["dice(missed)"].tolist() == [0.0] * len(sessions)
+    assert scored.cases["reference_pixels"].tolist() == [int(small_store[i].mask.sum()) for i in sessions]
+    assert scored.trivial["dice(found)"] == scored.trivial["dice(missed)"] > 0
 
 
 @pytest.mark.parametrize(
