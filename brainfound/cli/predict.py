@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,6 +28,9 @@ def predict(
     out: Annotated[Path, typer.Option(help="Folder for the answers.")],
     probabilities: Annotated[bool, typer.Option("--probabilities", help="Also write probability maps.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Do again what is there already.")] = False,
+    flip: Annotated[bool, typer.Option("--flip", help="Segmentation: average with left and right exchanged.")] = False,
+    overlap: Annotated[bool, typer.Option("--overlap", help="Segmentation: average over moved patch grids.")] = False,
+    min_volume_mm3: Annotated[float, typer.Option(help="Segmentation: remove smaller pieces; 0 keeps all.")] = 0.0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …")] = None,
     hook: Hooks = None,
     quiet: Quiet = False,
@@ -36,8 +40,10 @@ def predict(
     Exit code 3 if some sessions could not be done, or some of their scans not be used; the others are.
     """
     from brainfound.predict.predictor import load
+    from brainfound.predict.segmentation_answer import SegmentationOptions
 
-    answer(load(model, device, hook or ()), inputs, out, probabilities, overwrite, quiet)
+    options = SegmentationOptions(flips=flip, overlap=overlap, min_volume_mm3=min_volume_mm3)
+    answer(load(model, device, hook or (), options), inputs, out, probabilities, overwrite, quiet)
 
 
 def answer(
@@ -50,15 +56,11 @@ def answer(
     if not named and len(paths) == 1 and not paths[0].name.endswith(IMAGES):
         _answer_cohort(predictor, paths[0], out, probabilities, overwrite, quiet)
         return
+    if probabilities and predictor.task == "segmentation":
+        predictor = predictor.with_options(replace(predictor.options, class_probabilities=True))
     prediction = predictor.predict(*paths, **named)
     first = paths[0] if paths else next(iter(named.values()))
-    name = first.name.split(".")[0]
-    if probabilities and prediction.probability is not None:
-        from brainfound.predict.native_space import write_image
-
-        out.mkdir(parents=True, exist_ok=True)
-        write_image(prediction.probability, out / f"{name}_probability.nii.gz")
-    for path in prediction.save(out, name):
+    for path in prediction.save(out, first.name.split(".")[0], probabilities=probabilities):
         print(path)
     for line in prediction.notes:
         note(line)

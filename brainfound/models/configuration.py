@@ -13,9 +13,10 @@ from brainfound.errors import ModelError, UsageError, did_you_mean, nearest
 SUPPORTED_BACKBONES = ("dinov2", "dinov2_with_registers")
 STEMS = ("channels", "per_contrast", "slices")
 AGGREGATORS = ("mean", "max", "attention", "transformer")
-DECODERS = ("linear", "fpn")
+DECODERS = ("linear", "fpn", "unetr")
 REGRESSION_HEADS = ("point", "gaussian", "bins")
 REGRESSION_LOSSES = ("smooth_l1", "l1", "huber")
+SEGMENTATION_LOSSES = ("dice_cross_entropy", "dice_focal", "tversky", "focal_tversky")
 
 
 class BrainFoundConfig(PreTrainedConfig):
@@ -61,13 +62,27 @@ class BrainFoundConfig(PreTrainedConfig):
     aggregator_width: int = 128
     """Hidden width of the gated attention."""
     decoder: str = "fpn"
-    """Patch tokens → voxels: "linear" or "fpn"."""
+    """Patch tokens → voxels: "linear", "fpn", or "unetr" (with skips from the image)."""
     decoder_layers: list[int] | None = None
     """1-based backbone blocks whose patch tokens are decoded; None: four evenly spaced ones, fewer if shallow."""
     decoder_width: int = 128
     """Channels of the decoder's feature maps."""
     decoder_slice_mixing: bool = False
     """Mix neighbouring slices in the decoder with a depthwise convolution along the slice axis."""
+    overlapping_labels: bool = False
+    """Segmentation: each label is a yes or no of its own (sigmoid), without a background class; a pixel may have any
+    number of them."""
+    segmentation_loss: str = "dice_cross_entropy"
+    """Segmentation: "dice_cross_entropy", "dice_focal", "tversky" or "focal_tversky"; the last three are for small
+    structures."""
+    tversky_alpha: float = 0.3
+    """Weight of false positives in the Tversky losses."""
+    tversky_beta: float = 0.7
+    """Weight of false negatives in the Tversky losses."""
+    tversky_gamma: float = 4 / 3
+    """"focal_tversky" is the Tversky loss to the power 1/this."""
+    focal_gamma: float = 2.0
+    """"dice_focal": a pixel's cross-entropy is weighed with (1 − probability of the truth) to this power."""
     head_dropout: float = 0.1
     """Dropout before the head's last layer."""
     target_mean: float = 0.0
@@ -109,7 +124,12 @@ class BrainFoundConfig(PreTrainedConfig):
         Raises:
             ModelError: names the field, what came and what is known.
         """
-        for field, known in (("stem", STEMS), ("aggregator", AGGREGATORS), ("decoder", DECODERS)):
+        for field, known in (
+            ("stem", STEMS),
+            ("aggregator", AGGREGATORS),
+            ("decoder", DECODERS),
+            ("segmentation_loss", SEGMENTATION_LOSSES),
+        ):
             _require_known(field, getattr(self, field), known)
         _require_known("backbone_config.model_type", self.backbone_config.model_type, SUPPORTED_BACKBONES)
         if not self.contrasts or len(set(self.contrasts)) != len(self.contrasts):
@@ -136,6 +156,9 @@ class BrainFoundConfig(PreTrainedConfig):
         for field in ("slice_chunk", "aggregator_layers", "aggregator_width", "decoder_width"):
             if int(getattr(self, field)) < 1:
                 raise ModelError("must be at least 1", where=f"config.{field}", got=getattr(self, field))
+        for field, smallest in (("tversky_alpha", 0), ("tversky_beta", 0), ("focal_gamma", 0), ("tversky_gamma", 1)):
+            if not getattr(self, field) >= smallest:
+                raise ModelError(f"must be at least {smallest}", where=f"config.{field}", got=getattr(self, field))
         self._require_valid_head()
         depth = self.backbone_config.num_hidden_layers
         if any(not 1 <= layer <= depth for layer in self.decoder_layers or ()):

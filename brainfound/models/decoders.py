@@ -1,22 +1,29 @@
 """Decoders: the patch tokens of slices → class scores of every pixel.
 
-Axis legend: N slices, P patches, D width, h w patch rows and columns, F feature channels, K classes, H W pixels.
+Axis legend: N slices, C contrasts, P patches, D width, h w patch rows and columns, F feature channels, K classes,
+H W pixels.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import ClassVar
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from brainfound.data.batches import unit_range
+from brainfound.models.backbone import patch_size_of
 from brainfound.models.configuration import BrainFoundConfig
 
 _GROUPS = 8
+_NARROWEST = 16
+"""The fewest channels to which maps of the unetr decoder narrow."""
 
 
 class Decoder(nn.Module, ABC):
@@ -25,6 +32,9 @@ class Decoder(nn.Module, ABC):
     The three steps are separate because the first and the last see one slice at a time and can run in
     chunks; only the middle one, on the small patch grid, needs a whole volume.
     """
+
+    reads_image: ClassVar[bool] = False
+    """Whether `forward` needs the slices themselves."""
 
     def __init__(self, config: BrainFoundConfig) -> None:
         super().__init__()
@@ -39,23 +49,39 @@ class Decoder(nn.Module, ABC):
 
     @abstractmethod
     def refine(
-        self, fused: Float[Tensor, "slices channels rows columns"]
+        self,
+        fused: Float[Tensor, "slices channels rows columns"],
+        pixels: Float[Tensor, "slices contrasts height width"] | None = None,
+        presence: Bool[Tensor, "slices contrasts"] | None = None,
     ) -> Float[Tensor, "slices classes finer_rows finer_columns"]:
-        """The fused map → class scores, at the decoder's own resolution."""
+        """The fused map → class scores, at the decoder's own resolution; `pixels` where it `reads_image`."""
 
     def forward(
         self,
         fused: Float[Tensor, "slices channels rows columns"],
         slices_per_volume: Sequence[int],
         size: tuple[int, int],
+        pixels: Tensor | None = None,
+        presence: Bool[Tensor, "slices contrasts"] | None = None,
     ) -> Float[Tensor, "slices classes height width"]:
-        """Fused maps of the valid slices, volume by volume → class scores at `size` (height, width) pixels."""
+        """Fused maps of the valid slices, volume by volume → class scores at `size` (height, width) pixels.
+
+        Args:
+            fused: as `fuse` gives them.
+            slices_per_volume: how many of the slices each volume has.
+            size: of the scores.
+            pixels: where the decoder `reads_image`: the slices (N, C, H, W), 0–1 or uint8.
+            presence: which contrasts a slice has; None: all.
+        """
         if self.slice_mixing is not None:
             fused = torch.cat([self.slice_mixing(volume) for volume in fused.split(list(slices_per_volume))])
-        scores = [
-            F.interpolate(self.refine(chunk), size=size, mode="bilinear", align_corners=False)
-            for chunk in fused.split(self.chunk)
-        ]
+        scores = []
+        for first in range(0, len(fused), self.chunk):
+            rows = slice(first, first + self.chunk)
+            refined = self.refine(
+                fused[rows], None if pixels is None else pixels[rows], None if presence is None else presence[rows]
+            )
+            scores.append(F.interpolate(refined, size=size, mode="bilinear", align_corners=False))
         return torch.cat(scores)
 
 
@@ -92,7 +118,7 @@ class LinearDecoder(Decoder):
     def fuse(self, tokens: dict[int, Tensor], grid: tuple[int, int]) -> Tensor:
         return _project(self.projections, tokens, self.layers, grid)
 
-    def refine(self, fused: Tensor) -> Tensor:
+    def refine(self, fused: Tensor, pixels: Tensor | None = None, presence: Tensor | None = None) -> Tensor:
         return self.score(fused)
 
 
@@ -115,7 +141,7 @@ class FpnDecoder(Decoder):
     def fuse(self, tokens: dict[int, Tensor], grid: tuple[int, int]) -> Tensor:
         return _project(self.projections, tokens, self.layers, grid)
 
-    def refine(self, fused: Tensor) -> Tensor:
+    def refine(self, fused: Tensor, pixels: Tensor | None = None, presence: Tensor | None = None) -> Tensor:
         maps = [level(part) for level, part in zip(self.levels, fused.chunk(len(self.layers), dim=1), strict=True)]
         top = self.smoothing[-1](maps[-1])
         for level, smooth in zip(reversed(maps[:-1]), reversed(self.smoothing[:-1]), strict=True):
@@ -133,9 +159,92 @@ def pyramid_factors(num_levels: int) -> list[int]:
     return [4, 2, *[1] * num_levels][:num_levels]
 
 
+class UnetrDecoder(Decoder):
+    """Tokens of several blocks raised step by step, and the image itself (UNETR, Hatamizadeh et al. 2022, Fig. 1).
+
+    The deepest block's map is doubled again and again. On the way it meets the maps of shallower blocks, each raised
+    by transposed convolutions of its own to the resolution at which it is met, and at the end the slice's pixels,
+    which went through two convolutions and through no patch: so edges can be as sharp as the image. Widths halve with
+    each doubling. Where doubling does not end at one pixel (a patch of 14), the next finer map is interpolated.
+
+    As at the stem, absent contrasts are filled with zeros after the normalisation and the others rescaled.
+    """
+
+    reads_image: ClassVar[bool] = True
+
+    def __init__(self, config: BrainFoundConfig) -> None:
+        super().__init__(config)
+        self.image_mean, self.image_std = config.image_mean, config.image_std
+        self.doublings = doublings_of_tokens(len(self.layers), patch_size_of(config.backbone_config))
+        last = doublings_to_pixels(patch_size_of(config.backbone_config))
+        narrowest = min(config.decoder_width, _NARROWEST)
+        widths = [max(config.decoder_width // 2**step, narrowest) for step in range(last + 1)]
+        met = [self.doublings.count(step) for step in range(last + 1)]
+        self.projections = _projections(config, self.layers)
+        self.tokens = nn.ModuleList(_raising(widths, step) for step in self.doublings)
+        self.entry = _merging(met[0] * widths[0], widths[0])
+        self.doubling = nn.ModuleList(
+            nn.ConvTranspose2d(coarse, fine, kernel_size=2, stride=2) for coarse, fine in pairwise(widths)
+        )
+        self.merging = nn.ModuleList(
+            _merging((1 + num_met) * width, width) for num_met, width in zip(met[1:last], widths[1:last], strict=True)
+        )
+        self.image = _merging(config.num_contrasts, widths[last])
+        self.exit = _merging(2 * widths[last], widths[last])
+        self.score = nn.Conv2d(widths[last], config.num_classes, kernel_size=1)
+
+    def fuse(self, tokens: dict[int, Tensor], grid: tuple[int, int]) -> Tensor:
+        return _project(self.projections, tokens, self.layers, grid)
+
+    def refine(self, fused: Tensor, pixels: Tensor | None = None, presence: Tensor | None = None) -> Tensor:
+        assert pixels is not None, "this decoder reads the image"
+        image = self.image(self._seen(pixels, presence))
+        parts = fused.chunk(len(self.layers), dim=1)
+        maps: dict[int, list[Tensor]] = {}
+        for step, raise_tokens, part in zip(self.doublings, self.tokens, parts, strict=True):
+            maps.setdefault(step, []).append(raise_tokens(part))
+        features = self.entry(torch.cat(maps[0], dim=1))
+        for step, merge in enumerate(self.merging, start=1):
+            features = merge(torch.cat([self.doubling[step - 1](features), *maps.get(step, [])], dim=1))
+        features = self.doubling[-1](features)
+        if features.shape[-2:] != image.shape[-2:]:
+            features = F.interpolate(features, size=image.shape[-2:], mode="bilinear", align_corners=False)
+        return self.score(self.exit(torch.cat([features, image], dim=1)))
+
+    def _seen(self, pixels: Tensor, presence: Tensor | None) -> Float[Tensor, "slices contrasts height width"]:
+        """Normalised pixels in which absent contrasts are zero, whatever they hold."""
+        mean, std = (_per_contrast(value, pixels) for value in (self.image_mean, self.image_std))
+        image = (unit_range(pixels) - mean) / std
+        if presence is not None:
+            # Filled, not multiplied: 0 × NaN is NaN.
+            image = image.masked_fill(~presence[:, :, None, None], 0.0)
+            scale = presence.shape[1] / presence.sum(dim=1).clamp(min=1)
+            image = image * scale[:, None, None, None].to(image.dtype)
+        return image.to(self.score.weight.dtype)
+
+
+def doublings_to_pixels(patch_size: int) -> int:
+    """How often a map on the patch grid must be doubled to be at least as fine as the pixels.
+
+    >>> [doublings_to_pixels(size) for size in (8, 14, 16)]
+    [3, 4, 4]
+    """
+    return max((patch_size - 1).bit_length(), 1)
+
+
+def doublings_of_tokens(num_layers: int, patch_size: int) -> list[int]:
+    """How often the tokens of each block are doubled before the unetr decoder meets them, shallowest block first.
+
+    >>> doublings_of_tokens(4, 16), doublings_of_tokens(4, 8)
+    ([3, 2, 1, 0], [2, 2, 1, 0])
+    """
+    return [min(step, doublings_to_pixels(patch_size) - 1) for step in reversed(range(num_layers))]
+
+
 def build_decoder(config: BrainFoundConfig) -> Decoder:
     """The decoder that a configuration names."""
-    return LinearDecoder(config) if config.decoder == "linear" else FpnDecoder(config)
+    kinds: dict[str, type[Decoder]] = {"linear": LinearDecoder, "fpn": FpnDecoder, "unetr": UnetrDecoder}
+    return kinds[config.decoder](config)
 
 
 def _projections(config: BrainFoundConfig, layers: Sequence[int]) -> nn.ModuleDict:
@@ -168,8 +277,27 @@ def _upsampling(width: int, factor: int) -> nn.Sequential:
     return nn.Sequential(*steps)
 
 
-def _convolution(width: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(width, width, kernel_size=3, padding=1), _norm(width), nn.GELU())
+def _raising(widths: Sequence[int], num_doublings: int) -> nn.Sequential:
+    """Transposed convolutions, each with a convolution behind it, from the first width to that of the last doubling."""
+    steps: list[nn.Module] = []
+    for coarse, fine in pairwise(widths[: num_doublings + 1]):
+        steps += [nn.ConvTranspose2d(coarse, fine, kernel_size=2, stride=2), *_convolution(fine)]
+    return nn.Sequential(*steps)
+
+
+def _merging(channels: int, width: int) -> nn.Sequential:
+    return nn.Sequential(*_convolution(width, channels), *_convolution(width))
+
+
+def _convolution(width: int, channels: int | None = None) -> nn.Sequential:
+    """A convolution to `width` channels from as many, or from `channels`."""
+    return nn.Sequential(nn.Conv2d(channels or width, width, kernel_size=3, padding=1), _norm(width), nn.GELU())
+
+
+def _per_contrast(value: float | Sequence[float], like: Tensor) -> float | Tensor:
+    if isinstance(value, (int, float)):
+        return value
+    return torch.tensor(list(value), dtype=torch.float32, device=like.device)[:, None, None]
 
 
 def _norm(width: int) -> nn.GroupNorm:

@@ -1,6 +1,6 @@
-"""Heads: volume embeddings or pixel scores → answers, with their losses.
+"""Heads: volume embeddings → answers, with their losses.
 
-Axis legend: B volumes, N slices, D width, K classes, H W pixels.
+Axis legend: B volumes, D width, K classes.
 """
 
 from __future__ import annotations
@@ -9,14 +9,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from brainfound.errors import ModelError
 from brainfound.models.configuration import BrainFoundConfig
 
-IGNORED_LABEL = -100
 # What cross-entropy leaves out unless it is told otherwise.
 _UNKNOWN = -100
 # Keeps exp(−log variance) finite while the mean is still far off.
@@ -199,26 +198,3 @@ def bins_loss(
         raise ModelError("labels do not fit", got=f"shape {tuple(target.shape)}", expected=expected)
     wanted = soft_labels(target, edges, label_width)
     return F.kl_div(bin_scores.float().log_softmax(dim=1), wanted, reduction="batchmean")
-
-
-def segmentation_loss(
-    logits: Float[Tensor, "slices classes height width"], labels: Int[Tensor, "slices height width"]
-) -> Tensor:
-    """Cross-entropy plus soft Dice of the foreground classes (Milletari et al. 2016, eq. 3), over labelled pixels.
-
-    Dice is taken over all slices together: most slices lack most structures, and a Dice per slice would
-    then reward nothing but empty answers. Pixels labelled −100 count in neither term.
-    """
-    labels = labels.long()
-    known = labels != IGNORED_LABEL
-    logits = logits.float()
-    num_classes = logits.shape[1]
-    summed = F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction="sum")
-    cross_entropy = summed / known.sum().clamp(min=1)
-    probabilities = logits.softmax(dim=1) * known[:, None]
-    reference = F.one_hot(labels.clamp(min=0), num_classes).movedim(-1, 1) * known[:, None]
-    overlap = (probabilities * reference).sum(dim=(0, 2, 3))[1:]
-    sizes = (probabilities + reference).sum(dim=(0, 2, 3))[1:]
-    # One pixel of smoothing: a class that is neither present nor predicted scores 1.
-    dice = (2 * overlap + 1) / (sizes + 1)
-    return cross_entropy + (1 - dice).mean()

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import nn
 
 from brainfound.data.batches import collate, even_slices
@@ -22,6 +22,7 @@ from brainfound.models.model import (
     BrainFoundForSegmentation,
     BrainFoundModel,
 )
+from brainfound.models.segmenting import Readings, segment
 
 SEGMENTATION_CHUNK = 32
 """Slices per forward pass of a segmentation; bounds the memory of the full-resolution class scores."""
@@ -36,9 +37,13 @@ class Answer:
     """Regression: in the unit of the target."""
     value_std: float | None = None
     classes: Int[np.ndarray, "S H W"] | None = None
-    """Segmentation: the class index of every pixel of the stack."""
+    """Segmentation: the class index of every pixel of the stack; None where labels overlap."""
+    labels: Bool[np.ndarray, "S K H W"] | None = None
+    """Segmentation with overlapping labels: which of them every pixel has."""
     foreground_probability: Float[np.ndarray, "S H W"] | None = None
     """Segmentation: the probability that a pixel is not background."""
+    class_probabilities: Float[np.ndarray, "S K H W"] | None = None
+    """Segmentation, on request: the probability of every class or label."""
     embedding: Float[np.ndarray, "D"] | None = None
     slice_embeddings: Float[np.ndarray, "S D"] | None = None
     slice_weights: Float[np.ndarray, "S"] | None = None
@@ -47,13 +52,21 @@ class Answer:
 
 
 @torch.inference_mode()
-def infer(model: nn.Module, stack: Stack, num_slices: int | None = None) -> Answer:
+def infer(
+    model: nn.Module,
+    stack: Stack,
+    num_slices: int | None = None,
+    readings: Readings = Readings(),
+    class_probabilities: bool = False,
+) -> Answer:
     """Ask a model about a stack.
 
     Args:
         model: one of the four BrainFound models, or a PEFT model around one; left in eval mode.
         stack: prepared with the model's own preprocessing.
         num_slices: evenly spaced slices to read; None for all. A segmentation always reads all.
+        readings: how often a segmentation looks at each slice.
+        class_probabilities: whether a segmentation returns the probabilities of all classes.
 
     Raises:
         ModelError: the model is of another kind, or the stack's contrasts are not the model's.
@@ -63,7 +76,10 @@ def infer(model: nn.Module, stack: Stack, num_slices: int | None = None) -> Answ
     _require_same_contrasts(inner, stack)
     device = next(inner.parameters()).device
     if isinstance(inner, BrainFoundForSegmentation):
-        return _segment(model, stack, device)
+        found = segment(
+            model, inner.config, stack, SEGMENTATION_CHUNK, inner.encoder.patch_size, readings, class_probabilities
+        )
+        return Answer(**vars(found))
     index = even_slices(len(stack.pixels), num_slices)
     output = model(**collate([stack], [index]).to(device).inputs())
     common = {
@@ -87,22 +103,6 @@ def infer(model: nn.Module, stack: Stack, num_slices: int | None = None) -> Answ
 def inner_model(model: Any) -> Any:
     """The BrainFound model itself, of one that an adapter may be wrapped around."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _segment(model: nn.Module, stack: Stack, device: torch.device) -> Answer:
-    classes = np.empty(stack.grid, dtype=np.uint8)
-    foreground = np.empty(stack.grid, dtype=np.float32)
-    # Where the decoder mixes neighbouring slices, or the stem reads them, a chunk would cut them apart.
-    inner = inner_model(model)
-    whole = inner.config.decoder_slice_mixing or inner.config.stem == "slices"
-    chunk = len(stack.pixels) if whole else SEGMENTATION_CHUNK
-    for first in range(0, len(stack.pixels), chunk):
-        index = np.arange(first, min(first + chunk, len(stack.pixels)))
-        logits = model(**collate([stack], [index]).to(device).inputs()).logits[0].float()
-        probabilities = logits.softmax(dim=1)
-        classes[index] = probabilities.argmax(dim=1).to(torch.uint8).cpu().numpy()
-        foreground[index] = (1 - probabilities[:, 0]).cpu().numpy()
-    return Answer(classes=classes, foreground_probability=foreground)
 
 
 def _require_same_contrasts(model: Any, stack: Stack) -> None:

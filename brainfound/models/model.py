@@ -31,9 +31,9 @@ from brainfound.models.heads import (
     bins_loss,
     classification_loss,
     regression_loss,
-    segmentation_loss,
 )
 from brainfound.models.loading import load_checked
+from brainfound.models.segmentation_losses import configured_segmentation_loss
 from brainfound.models.slice_batch import SliceBatch, checked_embeddings, wrong_shape
 
 Pixels = Float[Tensor, "volumes slices contrasts height width"] | UInt8[Tensor, "volumes slices contrasts height width"]
@@ -355,7 +355,10 @@ class BrainFoundForRegression(_WithHead):
 
 
 class BrainFoundForSegmentation(_WithHead):
-    """One class per pixel of every slice; class 0 is the background."""
+    """One class per pixel of every slice, class 0 the background; or with `config.overlapping_labels` any of K labels.
+
+    `labels` are (B, S, H, W), or (B, S, K, H, W) of 0 and 1 where they overlap; −100 where unknown.
+    """
 
     def __init__(self, config: BrainFoundConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config, backbone)
@@ -371,18 +374,27 @@ class BrainFoundForSegmentation(_WithHead):
         labels: Tensor | None = None,
         return_dict: bool | None = None,
     ) -> BrainFoundSegmentationOutput | tuple[Tensor, ...]:
-        """Class scores of pixels. Inputs as for `BrainFoundModel`; `labels` (B, S, H, W), −100 where unknown."""
+        """Class scores of pixels. Inputs as for `BrainFoundModel`; `labels` (B, S, H, W) or (B, S, K, H, W)."""
         batch = SliceBatch(self.encoder, self.config.slice_chunk, pixel_values, contrast_mask, slice_mask, positions_mm)
         height, width = pixel_values.shape[-2:]
-        if labels is not None and labels.shape != (*pixel_values.shape[:2], height, width):
-            raise wrong_shape("labels", labels, (*pixel_values.shape[:2], height, width))
+        per_pixel = (self.config.num_classes,) if self.config.overlapping_labels else ()
+        expected = (*pixel_values.shape[:2], *per_pixel, height, width)
+        if labels is not None and tuple(labels.shape) != expected:
+            raise wrong_shape("labels", labels, expected)
         grid = self.encoder.grid(height, width)
         fused = [
             self.decoder.fuse(encoding.hidden, grid) for encoding in batch.encode(self.config.resolved_decoder_layers)
         ]
-        logits = self.decoder(torch.cat(fused), batch.slices_per_volume(), (height, width))
+        slices_per_volume = batch.slices_per_volume()
+        pixels = presence = None
+        if self.decoder.reads_image:
+            pixels = batch.select(pixel_values)
+            if batch.contrast_mask is not None:
+                counts = torch.tensor(slices_per_volume, device=batch.contrast_mask.device)
+                presence = batch.contrast_mask.repeat_interleave(counts, dim=0)
+        logits = self.decoder(torch.cat(fused), slices_per_volume, (height, width), pixels, presence)
         output = BrainFoundSegmentationOutput(
-            loss=None if labels is None else segmentation_loss(logits, batch.select(labels)),
+            loss=None if labels is None else configured_segmentation_loss(self.config, logits, batch.select(labels)),
             logits=batch.scatter(logits),
         )
         return output.to_tuple() if return_dict is False else output

@@ -26,12 +26,17 @@ def probability_image(stack: Stack, probability: np.ndarray) -> nib.Nifti1Image:
     return stack.to_native(probability, order=1)
 
 
+def voxel_mm3(image: nib.Nifti1Image) -> float:
+    """The volume of a voxel in cubic millimetres."""
+    return float(abs(np.linalg.det(image.affine[:3, :3])))
+
+
 def volumes_mm3(image: nib.Nifti1Image, names: dict[int, str]) -> dict[str, float]:
     """The volume of each label of a native label map in cubic millimetres."""
-    voxel_mm3 = float(abs(np.linalg.det(image.affine[:3, :3])))
     codes, counts = np.unique(np.asarray(image.dataobj), return_counts=True)
     found = dict(zip(codes.tolist(), counts.tolist(), strict=True))
-    return {name: found.get(code, 0) * voxel_mm3 for code, name in names.items() if code != 0}
+    of_one = voxel_mm3(image)
+    return {name: found.get(code, 0) * of_one for code, name in names.items() if code != 0}
 
 
 def write_image(image: nib.Nifti1Image, path: Path) -> None:

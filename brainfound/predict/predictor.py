@@ -1,20 +1,12 @@
-"""From files to answers: a bundle or an encoder, loaded once, asked many times.
-
-Axis legend: S slices, H W pixels, D width.
-"""
+"""From files to answers: a bundle or an encoder, loaded once, asked many times."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
-import numpy as np
 import torch
 from torch import nn
 
@@ -28,77 +20,11 @@ from brainfound.data.stack import Stack
 from brainfound.errors import BrainFoundError, ModelError, ScanError, UsageError
 from brainfound.models import BrainFoundModel
 from brainfound.models.inference import infer
-from brainfound.predict.native_space import (
-    probability_image,
-    segmentation_image,
-    volumes_mm3,
-    write_image,
-    write_json,
-)
+from brainfound.predict.prediction import Prediction, file_stem
+from brainfound.predict.segmentation_answer import SegmentationOptions, segmentation_answer
 from brainfound.train.answer_calibration import AnswerCalibration
 from brainfound.train.run_files import holds_run
 from brainfound.train.targets import Target
-
-_LONGEST_NAME = 200
-"""Bytes of a file name before its ending; file systems allow 255 with it."""
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """A model's answer about one session.
-
-    Attributes:
-        task: classification, regression, segmentation or embedding.
-        answer: plain values: class and probabilities, value, label volumes in mm³, …
-        image: for a segmentation, the label codes on the reference scan's own grid and affine.
-        probability: for a segmentation, the probability of not being background, on the same grid.
-        embedding: for an encoder, the volume embedding ``(D,)``.
-        contrasts, missing: the contrasts that were read, and those of the model that were not there.
-        notes: what a reader should know of the scans.
-        rejected: scans of the session that could not be used, with the reason.
-    """
-
-    task: str
-    answer: dict[str, Any]
-    contrasts: tuple[str, ...]
-    missing: tuple[str, ...]
-    image: nib.Nifti1Image | None = None
-    probability: nib.Nifti1Image | None = None
-    embedding: np.ndarray | None = None
-    subject: str = ""
-    session: str = ""
-    notes: tuple[str, ...] = field(default=())
-    rejected: tuple[str, ...] = field(default=())
-
-    def to_dict(self) -> dict[str, Any]:
-        """The answer and how it came about, for JSON."""
-        return {
-            "task": self.task,
-            "subject": self.subject,
-            "session": self.session,
-            **self.answer,
-            "contrasts": list(self.contrasts),
-            "missing_contrasts": list(self.missing),
-            "rejected": list(self.rejected),
-            "notes": list(self.notes),
-            "not_a_medical_device": True,
-        }
-
-    def save(self, folder: str | Path, name: str | None = None) -> list[Path]:
-        """Write ``NAME.json`` and, where there is one, ``NAME_dseg.nii.gz`` or ``NAME_embedding.npy``."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        name = name or file_stem(self.subject, self.session) or "prediction"
-        written = []
-        if self.image is not None:
-            written.append(folder / f"{name}_dseg.nii.gz")
-            write_image(self.image, written[-1])
-        if self.embedding is not None:
-            written.append(folder / f"{name}_embedding.npy")
-            np.save(written[-1], self.embedding)
-        written.append(folder / f"{name}.json")
-        write_json(self.to_dict(), written[-1])
-        return written
 
 
 class Predictor:
@@ -112,9 +38,10 @@ class Predictor:
         device: where it runs; None: the first GPU that there is, else the CPU.
         hooks: tools that are run on each scan first, as they were on the training scans.
         calibration: what was fitted on the validation part; its answers stand beside the raw ones.
+        options: of a segmentation: averaging, small pieces, probabilities of classes.
 
     Raises:
-        UsageError: the model's scans went through other hooks.
+        UsageError: the model's scans went through other hooks, or the options are for a segmentation and it is none.
     """
 
     def __init__(
@@ -126,11 +53,19 @@ class Predictor:
         device: str | torch.device | None = None,
         hooks: Sequence[Hook] = (),
         calibration: AnswerCalibration | None = None,
+        options: SegmentationOptions = SegmentationOptions(),
     ) -> None:
         self.calibration = calibration or AnswerCalibration()
+        if options != SegmentationOptions() and (target is None or target.task != "segmentation"):
+            raise UsageError(
+                "flips, overlap and a smallest volume are for segmentations",
+                where="options",
+                got="an encoder" if target is None else f"a {target.task} model",
+                remedy="Leave them out",
+            )
         if hooks:
             preprocessing.require_hooks([hook.name for hook in hooks])
-        self.hooks = tuple(hooks)
+        self.hooks, self.options = tuple(hooks), options
         self.device = usable_device(device)
         self.model = model.to(self.device).eval()
         self.preprocessing, self.target, self.num_slices = preprocessing, target, num_slices
@@ -149,6 +84,23 @@ class Predictor:
                 remedy="Use predict for its answer, or embed with the encoder that it was fine-tuned from",
             )
         return Predictor(self.model, self.preprocessing, None, self.num_slices, self.device, self.hooks)
+
+    def with_options(self, options: SegmentationOptions) -> Predictor:
+        """The same model with other options of a segmentation.
+
+        Raises:
+            UsageError: it is no segmentation.
+        """
+        return Predictor(
+            self.model,
+            self.preprocessing,
+            self.target,
+            self.num_slices,
+            self.device,
+            self.hooks,
+            self.calibration,
+            options,
+        )
 
     @property
     def task(self) -> str:
@@ -205,7 +157,9 @@ class Predictor:
 
     def predict_stack(self, stack: Stack, notes: tuple[str, ...] = (), rejected: tuple[str, ...] = ()) -> Prediction:
         """Ask about a stack that this predictor's preprocessing made; notes and rejected scans are passed on."""
-        answer = infer(self.model, stack, self.num_slices)
+        target, options = self.target, self.options
+        several = target is not None and (bool(target.regions) or len(target.codes) > 2)
+        answer = infer(self.model, stack, self.num_slices, options.readings, options.class_probabilities and several)
         present = tuple(c for c, here in zip(stack.contrasts, stack.present, strict=True) if here)
         common: dict[str, Any] = {
             "task": self.task,
@@ -216,7 +170,6 @@ class Predictor:
             "notes": notes,
             "rejected": rejected,
         }
-        target = self.target
         if target is None:
             assert answer.embedding is not None
             return Prediction(answer={"dimensions": len(answer.embedding)}, embedding=answer.embedding, **common)
@@ -235,19 +188,7 @@ class Predictor:
             values = {"target": target.column, **said, "probabilities": probabilities}
             values |= self.calibration.of_answer(answer, target)
             return Prediction(answer=values, **common)
-        assert answer.classes is not None
-        assert answer.foreground_probability is not None
-        image = segmentation_image(stack, target.decode_mask(answer.classes))
-        names = dict(zip(target.codes, target.names, strict=True))
-        return Prediction(
-            answer={
-                "labels": {str(code): name for code, name in names.items()},
-                "volumes_mm3": volumes_mm3(image, names),
-            },
-            image=image,
-            probability=probability_image(stack, answer.foreground_probability),
-            **common,
-        )
+        return Prediction(**segmentation_answer(stack, answer, target, options), **common)
 
     def _contrast_of(self, path: Path, alone: bool) -> str:
         contrast = contrast_from_filename(path)
@@ -287,7 +228,10 @@ class Predictor:
 
 
 def load(
-    path_or_id: str | Path, device: str | torch.device | None = None, hooks: Iterable[str | Path] = ()
+    path_or_id: str | Path,
+    device: str | torch.device | None = None,
+    hooks: Iterable[str | Path] = (),
+    options: SegmentationOptions = SegmentationOptions(),
 ) -> Predictor:
     """Load a bundle (the ``export`` of a fine-tuning run) or an encoder (the ``export`` of a pretraining run).
 
@@ -295,9 +239,11 @@ def load(
         path_or_id: a run folder, its export folder, or for an encoder a Hub id.
         device: where it runs; None: the first GPU that there is, else the CPU.
         hooks: tools to run on each scan first (``"synthstrip"``, …), see `brainfound.data.hooks.load_hooks`.
+        options: of a segmentation: averaging over flips and patch grids, the smallest piece that stays.
 
     Raises:
-        UsageError: a hook is not installed, or not the one that the model's scans went through.
+        UsageError: a hook is not installed, or not the one that the model's scans went through; options for a
+            segmentation and a model of another kind.
         ModelError: there is nothing that can be loaded, or it is damaged.
     """
     device = usable_device(device)
@@ -310,7 +256,7 @@ def load(
         target = Target.from_dict(bundle.labels)
         calibration = AnswerCalibration.from_dict(bundle.metadata.get("calibration"))
         num_slices = bundle.metadata["num_slices"]
-        return Predictor(bundle.model, bundle.preprocessing, target, num_slices, device, tools, calibration)
+        return Predictor(bundle.model, bundle.preprocessing, target, num_slices, device, tools, calibration, options)
     if holds_run(path):
         raise ModelError(
             "the run has no export: it has not finished",
@@ -321,7 +267,7 @@ def load(
         raise ModelError("this is a store, not a model", where=path, remedy="Give the model first, then the scans")
     source = str(path) if path.exists() else str(path_or_id)
     model = BrainFoundModel.from_pretrained(source)
-    return Predictor(model, Preprocessing.load(local_folder(source)), None, None, device, tools)
+    return Predictor(model, Preprocessing.load(local_folder(source)), None, None, device, tools, options=options)
 
 
 def usable_device(device: str | torch.device | None) -> torch.device:
@@ -375,11 +321,13 @@ def predict(
         model: a predictor, or what `load` reads.
         source: a cohort, or what `Cohort.read` recognises.
         out: where each session's files go as it is done; None writes nothing.
-        probabilities: also write ``…_probability.nii.gz`` of a segmentation.
+        probabilities: also write the probability maps of a segmentation.
         overwrite: do again what is there; otherwise sessions with a JSON in ``out`` are skipped.
         progress: called with (sessions done, sessions in all).
     """
     predictor = model if isinstance(model, Predictor) else load(model)
+    if probabilities and predictor.task == "segmentation":
+        predictor = predictor.with_options(replace(predictor.options, class_probabilities=True))
     cohort = source if isinstance(source, Cohort) else Cohort.read(source)
     sessions = list(cohort.sessions())
     outcomes = []
@@ -402,27 +350,8 @@ def _predict_one(
     except BrainFoundError as error:
         return Outcome(session.subject, session.session, None, str(error))
     if out is not None:
-        if probabilities and prediction.probability is not None:
-            out.mkdir(parents=True, exist_ok=True)
-            write_image(prediction.probability, out / f"{name}_probability.nii.gz")
-        prediction.save(out, name)
+        prediction.save(out, name, probabilities=probabilities)
     return Outcome(session.subject, session.session, prediction)
-
-
-def file_stem(subject: str, session: str) -> str:
-    """The name of a session's files, ``SUBJECT_ses-SESSION``.
-
-    A name that a table gives may be no file name, such as ``../x``: it becomes a plain one, with a hash of the two so
-    that others that become the same plain name do not overwrite it.
-
-    >>> file_stem("sub-01", "1"), file_stem("../x", "1")
-    ('sub-01_ses-1', '-x_ses-1-3c2f0059')
-    """
-    said = "_".join(part for part in (subject, session and f"ses-{session}") if part)
-    plain = re.sub(r"[^\w .+=@-]", "-", said).lstrip(".")
-    if plain == said and "_ses-" not in subject and len(said.encode()) <= _LONGEST_NAME:
-        return said
-    return f"{plain[:50]}-{hashlib.sha256(json.dumps([subject, session]).encode()).hexdigest()[:8]}"
 
 
 def parse_inputs(inputs: Iterable[str]) -> tuple[list[Path], dict[str, Path]]:

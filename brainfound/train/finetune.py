@@ -35,7 +35,7 @@ from brainfound.models import (
     BrainFoundForRegression,
     BrainFoundForSegmentation,
 )
-from brainfound.models.configuration import AGGREGATORS, STEMS
+from brainfound.models.configuration import AGGREGATORS, DECODERS, STEMS
 from brainfound.models.inference import inner_model
 from brainfound.models.start import start_from
 from brainfound.recipes import Recipe, load, validate
@@ -68,6 +68,18 @@ CLASSES = {
     "regression": BrainFoundForRegression,
     "segmentation": BrainFoundForSegmentation,
 }
+
+SEGMENTATION_FIELDS = (
+    "decoder",
+    "decoder_width",
+    "decoder_slice_mixing",
+    "segmentation_loss",
+    "tversky_alpha",
+    "tversky_beta",
+    "tversky_gamma",
+    "focal_gamma",
+)
+"""What a recipe of a segmentation says of the model, under the names of the model's configuration."""
 
 
 class FinetuneOptimRecipe(Recipe):
@@ -106,9 +118,24 @@ class FinetuneRecipe(Recipe):
     aggregator: str = "attention"
     """Slice embeddings → volume embedding: mean, max, attention or transformer (not used by segmentation)."""
     decoder: str = "fpn"
-    """Patch embeddings → pixels (segmentation only)."""
+    """Patch embeddings → pixels (segmentation only): linear, fpn, or unetr (with skips from the image)."""
     decoder_width: int = Field(128, ge=8)
     """Channels of the decoder."""
+    decoder_slice_mixing: bool = False
+    """Segmentation: the decoder mixes neighbouring slices; training then reads runs of slices."""
+    segmentation_loss: Literal["dice_cross_entropy", "dice_focal", "tversky", "focal_tversky"] = "dice_cross_entropy"
+    """Segmentation: the last three are for small structures such as lesions."""
+    tversky_alpha: float = Field(0.3, ge=0)
+    """Tversky losses: weight of false positives."""
+    tversky_beta: float = Field(0.7, ge=0)
+    """Tversky losses: weight of false negatives."""
+    tversky_gamma: float = Field(4 / 3, ge=1)
+    """focal_tversky: the Tversky loss to the power 1/this."""
+    focal_gamma: float = Field(2.0, ge=0)
+    """dice_focal: how little pixels count that are right already; 0 is the cross-entropy."""
+    regions: dict[str, list[int]] = Field(default_factory=dict)
+    """Segmentation: overlapping labels made of codes, such as {whole: [1, 2, 4], core: [1, 4]}; each is a yes or no of
+    its own. Empty: every code is a class, and a pixel has one."""
     head_dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout before the head's last layer."""
     num_slices: int = Field(32, ge=1)
@@ -124,7 +151,7 @@ class FinetuneRecipe(Recipe):
     regression: RegressionHeadRecipe = RegressionHeadRecipe()
     """The head and its loss (regression only)."""
     foreground_share: float = Field(0.5, ge=0, le=1)
-    """Segmentation: share of the training slices that show the structure."""
+    """Segmentation: share of the training slices (or of their runs) that show the structure."""
     gradient_checkpointing: bool = False
     """Compute the backbone's blocks again in the backward pass instead of keeping what they held: less memory, more
     time."""
@@ -171,7 +198,7 @@ class FinetuneTask(TrainTask):
         self.evaluate_every = recipe.evaluate_every
         segmenting = target.task == "segmentation"
         share = recipe.foreground_share if segmenting else None
-        neighbours = inner_model(model).config.stem == "slices"
+        neighbours = segmenting and (recipe.decoder_slice_mixing or inner_model(model).config.stem == "slices")
         self.reader = _reader(recipe, store, parts["train"], cache, share, neighbours)
         values = [] if segmenting else target.values(store, parts["train"].tolist()).tolist()
         self.train_labels = values
@@ -315,7 +342,7 @@ def _train(
         return folder
     parts = split_sessions(content.split, store, target, split_file, fold, console.print)
     task_name = guess_task(store, target) if content.task == "auto" else content.task
-    resolved = resolve_target(store, parts["train"].tolist(), task_name, target, content.merge_codes)
+    resolved = resolve_target(store, parts["train"].tolist(), task_name, target, content.merge_codes, content.regions)
     _require_cacheable(content, resolved)
     caches = folder / "embeddings" if cache is None else Path(cache)
     network, embedded = _build(content, store, parts, model, resolved, accelerator, caches)
@@ -365,8 +392,9 @@ def resolve_recipe(
         content = load(FinetuneRecipe, recipe, "train", overrides)
         if content.name == FinetuneRecipe.model_fields["name"].default:
             content = content.model_copy(update={"name": Path(recipe).stem})
-    if content.aggregator not in AGGREGATORS:
-        raise RecipeError(f"no aggregator {content.aggregator!r}", where="aggregator", expected=", ".join(AGGREGATORS))
+    for field, known in (("aggregator", AGGREGATORS), ("decoder", DECODERS)):
+        if getattr(content, field) not in known:
+            raise RecipeError(f"no {field} {getattr(content, field)!r}", where=field, expected=", ".join(known))
     if content.stem not in (None, *STEMS):
         raise RecipeError(
             f"no stem {content.stem!r}",
@@ -414,7 +442,8 @@ def _build(
         fields |= classification_fields(recipe.classification, target, target.values(store, parts["train"].tolist()))
     if target.task == "segmentation":
         # Segmentation reads no volume embedding; an aggregator with weights would be dead weight.
-        fields |= {"aggregator": "mean", "decoder": recipe.decoder, "decoder_width": recipe.decoder_width}
+        fields |= {"aggregator": "mean", "overlapping_labels": bool(target.regions)}
+        fields |= {name: getattr(recipe, name) for name in SEGMENTATION_FIELDS}
         fields |= {"class_weights": None}  # of a classification that the model may have learnt before
     if recipe.stem is not None:
         fields["stem"] = recipe.stem

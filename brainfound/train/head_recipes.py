@@ -100,7 +100,12 @@ def loss_name(task: str, config: Any) -> str:
         config: its `BrainFoundConfig`.
     """
     if task == "segmentation":
-        return "cross-entropy + soft Dice"
+        return {
+            "dice_cross_entropy": "cross-entropy + soft Dice",
+            "dice_focal": "focal cross-entropy + soft Dice",
+            "tversky": "Tversky",
+            "focal_tversky": "focal Tversky",
+        }[config.segmentation_loss]
     if task == "regression":
         if config.regression_head == "gaussian":
             return "Gaussian likelihood"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,10 +139,12 @@ def score_sessions(
         answer: Any = infer(model, without_contrasts(stack, without) if without else stack, num_slices)
         row: dict[str, Any] = {"row": session, "subject": stack.subject, "session": stack.session}
         if segmenting:
-            references.append(target.encode_mask(np.asarray(stack.mask)))
+            reference = target.encode_mask(np.asarray(stack.mask))
+            case = _segmentation_case(target, reference, answer.labels if target.regions else answer.classes)
+            references.append(reference)
             heads.append(np.asarray(stack.pixels.any(axis=1)))
-            answers.append(segmentation_case_scores(references[-1], answer.classes))
-            row |= {"reference_pixels": int((references[-1] > 0).sum()), "dice": float("nan")} | answers[-1]
+            answers.append(case)
+            row |= {"reference_pixels": int(np.count_nonzero(reference)), "dice": float("nan")} | _over_regions(case)
         elif target.task == "classification":
             answers.append(answer.probabilities)
             if target.multi_label:
@@ -159,8 +161,7 @@ def score_sessions(
         if progress:
             progress(done, len(usable))
     if segmenting:
-        scores = mean_case_scores(answers)
-        trivial = trivial_scores("segmentation", (), references, heads)
+        scores, trivial = _segmentation_scores(target, answers, references, heads)
     elif target.multi_label:
         scores = multi_label_scores(truths, np.stack(answers), target.names)
         trivial = trivial_multi_label_scores(train_labels or truths, truths, target.names)
@@ -171,3 +172,33 @@ def score_sessions(
         scores = regression_scores(truths, answers)
         trivial = trivial_scores("regression", train_labels or truths, truths)
     return SessionScores(target.task, scores, trivial, pd.DataFrame(rows), tuple(without))
+
+
+def _segmentation_case(target: Target, reference: np.ndarray, found: np.ndarray) -> dict[str, dict[str, float]]:
+    """The scores of one session by region; without overlapping labels there is one entry, without a name."""
+    if not target.regions:
+        return {"": segmentation_case_scores(reference, found)}
+    return {name: segmentation_case_scores(reference[:, k], found[:, k]) for k, name in enumerate(target.names)}
+
+
+def _segmentation_scores(
+    target: Target,
+    cases: Sequence[Mapping[str, Mapping[str, float]]],
+    references: Sequence[np.ndarray],
+    heads: Sequence[np.ndarray],
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Scores, and those of the trivial baseline. Overlapping labels are scored one by one; the score is their mean."""
+    scores = {name: mean_case_scores([case[name] for case in cases]) for name in cases[0]}
+    truths = {name: [r[:, k] for r in references] if name else references for k, name in enumerate(cases[0])}
+    trivial = {name: trivial_scores("segmentation", (), truth, heads) for name, truth in truths.items()}
+    return _over_regions(scores), _over_regions(trivial)
+
+
+def _over_regions(scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each metric over the regions that have it, and Dice of each region."""
+    metrics = dict.fromkeys(metric for one in scores.values() for metric in one)
+    means = {}
+    for metric in metrics:
+        values = np.array([one.get(metric, np.nan) for one in scores.values()])
+        means[metric] = float(values[~np.isnan(values)].mean()) if not np.isnan(values).all() else float("nan")
+    return means | {f"dice({name})": one.get("dice", float("nan")) for name, one in scores.items() if name}

@@ -6,7 +6,8 @@ to every part; a session whose label is missing is left out, and counted.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -32,6 +33,8 @@ class Target:
         names: class names in the order of their indices (classification, segmentation; 0 is background there).
         codes: segmentation: the mask's code of each class; code 0 is background.
         merge: segmentation: any code but 0 is class 1.
+        regions: segmentation with overlapping labels: the codes of each label; then there is no background among the
+            names, and no `codes`.
         mean, std: regression: of the training part, in the unit of the column.
         multi_label: classification: each name is a column of its own, and a session may have any of them.
     """
@@ -44,14 +47,14 @@ class Target:
     mean: float = 0.0
     std: float = 1.0
     multi_label: bool = False
+    regions: tuple[tuple[int, ...], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Target:
-        plain: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in content.items()}
-        return cls(**plain)
+        return cls(**{key: _as_tuples(value) for key, value in content.items()})
 
     def values(self, store: Store, sessions: Sequence[int]) -> np.ndarray:
         """Class indices or numbers ``(n,)`` of sessions that `labelled_sessions` kept; 0 and 1 ``(n, K)`` of labels.
@@ -76,7 +79,12 @@ class Target:
         return np.array([index[_class_name(label)] for label in labels])
 
     def encode_mask(self, mask: np.ndarray) -> np.ndarray:
-        """Label codes → class indices; codes that the training part did not have become background."""
+        """Label codes → class indices; codes that the training part did not have become background.
+
+        With `regions`, (…, H, W) → 0 or 1 for each label, (…, K, H, W).
+        """
+        if self.regions:
+            return np.stack([np.isin(mask, codes) for codes in self.regions], axis=-3).astype(np.uint8)
         if self.merge:
             return (mask != 0).astype(np.uint8)
         table = np.zeros(max(int(mask.max()), max(self.codes)) + 1, dtype=np.uint8)
@@ -84,7 +92,7 @@ class Target:
         return table[mask]
 
     def decode_mask(self, classes: np.ndarray) -> np.ndarray:
-        """Class indices → label codes."""
+        """Class indices → label codes; not with `regions`."""
         codes = np.array(self.codes, dtype=np.uint8 if max(self.codes) <= 255 else np.uint16)
         return codes[classes]
 
@@ -131,11 +139,25 @@ def guess_task(store: Store, column: str) -> Task:
     return "regression" if numeric and labels.nunique() > 10 else "classification"
 
 
-def resolve_target(store: Store, train: Sequence[int], task: Task, column: str, merge_codes: bool = False) -> Target:
+def resolve_target(
+    store: Store,
+    train: Sequence[int],
+    task: Task,
+    column: str,
+    merge_codes: bool = False,
+    regions: Mapping[str, Sequence[int]] | None = None,
+) -> Target:
     """Learn a target's classes or scale from the training part.
 
+    Args:
+        store, train: the data, and the sessions of the training part.
+        task, column: what is learnt.
+        merge_codes: segmentation: any code but 0 is one class.
+        regions: segmentation: overlapping labels, each made of one or more codes.
+
     Raises:
-        UsageError: one class only, a constant or non-numeric regression target, no code but 0 in any mask.
+        UsageError: one class only, a constant or non-numeric regression target, no code but 0 in any mask, a region
+            that no mask has.
     """
     if (task == "segmentation") != (column == MASK):
         raise UsageError(
@@ -144,8 +166,10 @@ def resolve_target(store: Store, train: Sequence[int], task: Task, column: str, 
             got=f"{column!r} for a {task}",
             remedy=f"Give the target {MASK!r} to a segmentation, and a column to any other task",
         )
+    if regions and task != "segmentation":
+        raise UsageError("only a segmentation has regions", where="regions", got=f"a {task}", remedy="Leave them out")
     if task == "segmentation":
-        return _mask_target(store, train, merge_codes)
+        return _mask_target(store, train, merge_codes, regions or {})
     columns = target_columns(store, column)
     if len(columns) > 1:
         return _multi_label_target(store, train, task, columns)
@@ -211,7 +235,7 @@ def _yes_or_no(store: Store, column: str, sessions: Sequence[int]) -> np.ndarray
     return numbers
 
 
-def _mask_target(store: Store, train: Sequence[int], merge: bool) -> Target:
+def _mask_target(store: Store, train: Sequence[int], merge: bool, regions: Mapping[str, Sequence[int]]) -> Target:
     codes: set[int] = set()
     for session in train:
         mask = store.read_masks(int(session))
@@ -222,6 +246,10 @@ def _mask_target(store: Store, train: Sequence[int], merge: bool) -> Target:
         raise UsageError(
             "every mask of the training part is empty", where=f"store {store.path.name}", remedy="Check the masks"
         )
+    if regions:
+        _require_regions(regions, codes, merge)
+        of_each = tuple(tuple(sorted(set(region))) for region in regions.values())
+        return Target("segmentation", MASK, names=tuple(regions), regions=of_each)
     if merge:
         return Target("segmentation", MASK, names=("background", "foreground"), codes=(0, 1), merge=True)
     if len(codes) >= MAX_CLASSES:
@@ -234,6 +262,34 @@ def _mask_target(store: Store, train: Sequence[int], merge: bool) -> Target:
         )
     ordered = (0, *sorted(codes))
     return Target("segmentation", MASK, names=("background", *(f"label {code}" for code in ordered[1:])), codes=ordered)
+
+
+def _require_regions(regions: Mapping[str, Sequence[int]], codes: set[int], merge: bool) -> None:
+    if merge:
+        raise UsageError("regions or merge_codes", where="regions", got="both", remedy="Leave merge_codes out")
+    for name, region in regions.items():
+        where = f"regions.{name}"
+        if not re.fullmatch("[A-Za-z0-9]+", name):
+            raise UsageError("a region's name is part of file names", where=where, expected="letters and digits")
+        if not region or min(region) < 1:
+            raise UsageError(
+                "a region is made of one or more codes above 0",
+                where=where,
+                got=list(region),
+                expected="such as [1, 4]",
+            )
+        if not codes & set(region):
+            raise UsageError(
+                "no mask of the training part has a code of this region",
+                where=where,
+                got=list(region),
+                expected=f"some of {', '.join(map(str, sorted(codes)[:10]))}",
+                remedy="Check the codes, or leave the region out",
+            )
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(_as_tuples(part) for part in value) if isinstance(value, list) else value
 
 
 def _class_name(label: Any) -> str:

@@ -102,8 +102,7 @@ class VolumeReader:
         neighbours: bool = False,
     ) -> None:
         self.store, self.sessions = store, np.asarray(sessions)
-        self.num_slices, self.foreground_share = num_slices, foreground_share
-        self._draw = run_of_slices if neighbours else slices_with_foreground
+        self.num_slices, self.foreground_share, self.neighbours = num_slices, foreground_share, neighbours
 
     def read(self, positions: Sequence[int], key: StepKey) -> tuple[VolumeBatch, np.ndarray]:
         """The volumes at some positions of the training part, and the store's session index of each."""
@@ -116,7 +115,8 @@ class VolumeReader:
             if self.foreground_share is None or stack.mask is None:
                 slices.append(jittered_slices(len(stack.pixels), self.num_slices, rng))
             else:
-                slices.append(self._draw(stack.mask, self.num_slices, self.foreground_share, rng))
+                choose = run_of_slices if self.neighbours else slices_with_foreground
+                slices.append(choose(stack.mask, self.num_slices, self.foreground_share, rng))
         return collate(stacks, slices), mine
 
 

@@ -17,13 +17,8 @@ from brainfound.models import (
     BrainFoundForSegmentation,
 )
 from brainfound.models.decoders import build_decoder, pyramid_factors
-from brainfound.models.heads import (
-    bins_loss,
-    classification_loss,
-    regression_loss,
-    segmentation_loss,
-    soft_labels,
-)
+from brainfound.models.heads import bins_loss, classification_loss, regression_loss, soft_labels
+from brainfound.models.segmentation_losses import segmentation_loss
 
 
 def test_segmentation_loss_against_numpy():

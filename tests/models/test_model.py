@@ -134,7 +134,7 @@ def test_inputs_that_do_not_fit_are_named(backbone_folder, arguments, told):
 @pytest.mark.parametrize(
     ("field", "value", "told"),
     [
-        ("decoder", "unetr", "linear, fpn"),
+        ("decoder", "unet", "linear, fpn, unetr"),
         ("aggregator", "median", "mean, max, attention, transformer"),
         ("stem", "volume", "channels, per_contrast, slices"),
         ("contrasts", ["T1w", "T1w"], "different"),

@@ -12,7 +12,8 @@ import pytest
 
 from brainfound.errors import ModelError, ScanError, UsageError
 from brainfound.models.inference import Answer
-from brainfound.predict.predictor import file_stem, load, parse_inputs, predict
+from brainfound.predict.prediction import file_stem
+from brainfound.predict.predictor import load, parse_inputs, predict
 
 CONTRASTS = ("T1w", "T2w", "FLAIR")
 
@@ -88,7 +89,7 @@ AXES = {
 def test_segmentation_lies_on_the_input(segmenter, write_scan, head, centred, monkeypatch, axes):
     """A model that marks what is bright must mark the bright ball of the scan itself, however it is stored."""
 
-    def bright(model, stack, num_slices):
+    def bright(model, stack, *how):
         marked = stack.pixels[:, list(stack.contrasts).index("T1w")] > 200
         return Answer(classes=marked.astype(np.uint8), foreground_probability=marked.astype(np.float32))
 

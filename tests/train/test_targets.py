@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
@@ -102,8 +104,11 @@ def test_regression_of_words_or_of_a_constant_is_refused(sessions):
         resolve_target(store, range(12), "regression", "same")
 
 
+CLASSES = Target("segmentation", "mask", names=("background", "label 3", "label 9"), codes=(0, 3, 9))
+
+
 def test_label_codes_go_to_classes_and_back():
-    target = Target("segmentation", "mask", names=("background", "label 3", "label 9"), codes=(0, 3, 9))
+    target = CLASSES
     mask = np.array([[0, 3], [9, 3]], dtype=np.uint8)
     assert target.encode_mask(mask).tolist() == [[0, 1], [2, 1]]
     assert np.array_equal(target.decode_mask(target.encode_mask(mask)), mask)
@@ -111,6 +116,42 @@ def test_label_codes_go_to_classes_and_back():
     assert target.encode_mask(np.array([5, 12, 9])).tolist() == [0, 0, 2]
     merged = Target("segmentation", "mask", names=("background", "foreground"), codes=(0, 1), merge=True)
     assert merged.encode_mask(np.array([0, 4, 200])).tolist() == [0, 1, 1]
+
+
+def test_regions_are_made_of_codes_and_may_overlap():
+    target = Target("segmentation", "mask", names=("whole", "core"), regions=((1, 2, 4), (1, 4)))
+    mask = np.array([[[0, 1], [2, 4]], [[9, 0], [2, 2]]], dtype=np.uint8)
+    encoded = target.encode_mask(mask)
+    assert encoded.shape == (2, 2, 2, 2)
+    assert encoded[:, 0].tolist() == [[[0, 1], [1, 1]], [[0, 0], [1, 1]]]
+    assert encoded[:, 1].tolist() == [[[0, 1], [0, 1]], [[0, 0], [0, 0]]]
+    assert np.array_equal(target.encode_mask(mask[None])[0], encoded)
+    assert Target.from_dict(json.loads(json.dumps(target.to_dict()))) == target
+    assert Target.from_dict({k: v for k, v in CLASSES.to_dict().items() if k != "regions"}) == CLASSES
+
+
+@pytest.mark.parametrize(
+    ("regions", "told"),
+    [
+        ({"whole": [1], "core": []}, "regions.core"),
+        ({"whole": [0, 1]}, "codes above 0"),
+        ({"whole tumour": [1]}, "letters and digits"),
+        ({"../x": [1]}, "letters and digits"),
+        ({"whole": [1], "core": [3, 4]}, "no mask of the training part"),
+    ],
+)
+def test_regions_that_cannot_be_learnt_are_named(small_store, regions, told):
+    with pytest.raises(UsageError, match=told):
+        resolve_target(small_store, [0, 1], "segmentation", "mask", regions=regions)
+
+
+def test_regions_are_for_codes_of_a_mask(small_store):
+    target = resolve_target(small_store, [0, 1], "segmentation", "mask", regions={"all": [2, 1, 1]})
+    assert (target.names, target.regions, target.codes) == (("all",), ((1, 2),), ())
+    with pytest.raises(UsageError, match="only a segmentation"):
+        resolve_target(small_store, [0, 1], "classification", "diagnosis", regions={"all": [1]})
+    with pytest.raises(UsageError, match="merge_codes"):
+        resolve_target(small_store, [0, 1], "segmentation", "mask", True, {"all": [1]})
 
 
 def test_masks_of_the_training_part_give_the_codes(small_store):

@@ -85,6 +85,19 @@ def test_a_reader_may_be_asked_for_neighbours(small_store):
         assert batch.masks[row].any()
 
 
+def test_runs_meet_the_structure_as_often_as_asked():
+    mask = np.zeros((100, 2, 2), dtype=np.uint8)
+    mask[40] = 1
+    rng = np.random.default_rng(0)
+    met = np.mean([mask[run_of_slices(mask, 5, 0.6, rng)].any() for _ in range(2000)])
+    assert 0.6 < met < 0.68
+
+
+def test_a_reader_for_a_model_that_mixes_slices_reads_runs(small_store):
+    batch, _ = VolumeReader(small_store, [1, 5, 9], 4, foreground_share=0.5, neighbours=True).read([2, 0], KEY)
+    np.testing.assert_allclose(np.diff(batch.positions_mm.numpy(), axis=1), 4.0, atol=1e-4)
+
+
 def test_reader_gives_sessions_of_its_part_with_their_masks(small_store):
     reader = VolumeReader(small_store, [1, 5, 9], 6, foreground_share=0.5)
     batch, sessions = reader.read([2, 0], KEY)

@@ -1,0 +1,147 @@
+"""Segmenting one stack: chunks of slices, readings that are averaged, and class scores → classes or labels.
+
+Axis legend: S slices, C contrasts, K classes (or overlapping labels), H W pixels, P side of a patch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from brainfound.data.batches import collate
+from brainfound.data.stack import Stack
+
+
+@dataclass(frozen=True)
+class Readings:
+    """How a segmentation looks at a stack. The probabilities of all readings are averaged; default: one reading.
+
+    Attributes:
+        flips: each slice is also read with left and right exchanged. Not for labels that name a side.
+        overlap: each slice is also read with its patch grid moved by half a patch down, right, and both. A pixel at
+            the edge of a patch in one reading is in the middle of one in another. Pixels that a move pushes out of the
+            image are averaged over the other readings.
+    """
+
+    flips: bool = False
+    overlap: bool = False
+
+    def each(self, patch_size: int) -> list[Reading]:
+        """The single readings, the plain one first: 1, 2, 4 or 8."""
+        half = patch_size // 2 if self.overlap else 0
+        moves = [(0, 0), (half, 0), (0, half), (half, half)] if half else [(0, 0)]
+        return [Reading(flip, *move) for flip in ((False, True) if self.flips else (False,)) for move in moves]
+
+
+class Reading(NamedTuple):
+    """One way to show slices (…, H, W) to a model, and the way back for its answer."""
+
+    flipped: bool = False
+    rows: int = 0
+    columns: int = 0
+
+    def show(self, images: Float[Tensor, "... height width"]) -> Float[Tensor, "... height width"]:
+        """Flip, then move down and right; what comes in is 0, which is background."""
+        images = images.flip(-1) if self.flipped else images
+        height, width = images.shape[-2:]
+        moved = torch.zeros_like(images)
+        moved[..., self.rows :, self.columns :] = images[..., : height - self.rows, : width - self.columns]
+        return moved
+
+    def undo(self, images: Float[Tensor, "... height width"]) -> Float[Tensor, "... height width"]:
+        """An answer to what was shown, in its place; 0 where the move had pushed the slice out."""
+        height, width = images.shape[-2:]
+        back = torch.zeros_like(images)
+        back[..., : height - self.rows, : width - self.columns] = images[..., self.rows :, self.columns :]
+        return back.flip(-1) if self.flipped else back
+
+
+@dataclass(frozen=True)
+class Segmented:
+    """A segmentation of a stack.
+
+    Attributes:
+        classes: the class of every pixel; None where labels overlap.
+        labels: where labels overlap, whether a pixel has each of them.
+        foreground_probability: that a pixel is not background; where labels overlap, the largest of theirs.
+        class_probabilities: on request, of every class (the background too) or label.
+    """
+
+    classes: Int[np.ndarray, "S H W"] | None
+    labels: Bool[np.ndarray, "S K H W"] | None
+    foreground_probability: Float[np.ndarray, "S H W"]
+    class_probabilities: Float[np.ndarray, "S K H W"] | None = None
+
+
+@torch.inference_mode()
+def segment(
+    model: nn.Module,
+    config: Any,
+    stack: Stack,
+    chunk: int,
+    patch_size: int,
+    readings: Readings = Readings(),
+    class_probabilities: bool = False,
+) -> Segmented:
+    """Segment a stack.
+
+    Args:
+        model: a `BrainFoundForSegmentation`, or a PEFT model around one.
+        config: its configuration.
+        stack: prepared with the model's own preprocessing.
+        chunk: slices per forward pass; the whole stack where the model looks at neighbouring slices, because a chunk
+            would cut them apart.
+        patch_size: of the backbone.
+        readings: how often to look.
+        class_probabilities: also return the probability of every class; they take K times the memory.
+    """
+    num_slices, height, width = stack.grid
+    num_classes, overlapping = config.num_classes, config.overlapping_labels
+    looks_at_neighbours = config.decoder_slice_mixing or config.stem == "slices"
+    classes = np.empty((num_slices, height, width), dtype=np.uint8)
+    labels = np.empty((num_slices, num_classes, height, width), dtype=bool) if overlapping else None
+    foreground = np.empty((num_slices, height, width), dtype=np.float32)
+    every = np.empty((num_slices, num_classes, height, width), dtype=np.float32) if class_probabilities else None
+    for index in _chunks(num_slices, num_slices if looks_at_neighbours else chunk):
+        probabilities = _probabilities(model, stack, index, readings.each(patch_size), overlapping)
+        if labels is not None:
+            labels[index] = (probabilities > 0.5).cpu().numpy()
+            foreground[index] = probabilities.amax(dim=1).cpu().numpy()
+        else:
+            classes[index] = probabilities.argmax(dim=1).to(torch.uint8).cpu().numpy()
+            foreground[index] = (1 - probabilities[:, 0]).cpu().numpy()
+        if every is not None:
+            every[index] = probabilities.cpu().numpy()
+    return Segmented(None if overlapping else classes, labels, foreground, every)
+
+
+def _chunks(num_slices: int, chunk: int) -> Iterator[np.ndarray]:
+    for first in range(0, num_slices, chunk):
+        yield np.arange(first, min(first + chunk, num_slices))
+
+
+def _probabilities(
+    model: nn.Module, stack: Stack, index: np.ndarray, readings: list[Reading], overlapping: bool
+) -> Float[Tensor, "S K H W"]:
+    """Probabilities of some slices, averaged over the readings that saw a pixel."""
+    batch = collate([stack], [index]).to(next(model.parameters()).device)
+
+    def answer(reading: Reading | None) -> Tensor:
+        shown = batch if reading is None else replace(batch, pixel_values=reading.show(batch.pixel_values))
+        logits = model(**shown.inputs()).logits[0].float()
+        return logits.sigmoid() if overlapping else logits.softmax(dim=1)
+
+    if len(readings) == 1:
+        return answer(None)
+    total = count = torch.zeros(())
+    for reading in readings:
+        probabilities = reading.undo(answer(reading))
+        seen = reading.undo(torch.ones_like(probabilities[0, 0]))
+        total, count = total.to(seen.device) + probabilities, count.to(seen.device) + seen
+    return total / count

@@ -1,0 +1,98 @@
+"""Segmentations of overlapping labels, with other decoders and losses, from training to files."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import brainfound
+from brainfound.errors import RecipeError
+from brainfound.models.inference import Answer
+from brainfound.predict.evaluation import evaluate
+from brainfound.recipes import validate
+from brainfound.train.finetune import FinetuneRecipe, finetune
+from brainfound.train.session_scores import score_sessions
+from brainfound.train.targets import Target
+
+TINY = {
+    "num_slices": 4,
+    "decoder_width": 8,
+    "evaluate_every": 2,
+    "split": {"train": 0.5, "validation": 0.25, "test": 0.25},
+    "engine": {"steps": 2, "batch_size": 4, "precision": "no", "log_every": 1, "num_workers": 0},
+}
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    torch.set_num_threads(1)
+    monkeypatch.setattr("brainfound.train.run_files.plot_curves", lambda folder: folder)
+
+
+def test_overlapping_labels_from_recipe_to_files(small_store, tiny_backbone, tmp_path):
+    overrides = [
+        "decoder=unetr",
+        "decoder_slice_mixing=true",
+        "segmentation_loss=focal_tversky",
+        "tversky_beta=0.8",
+        "regions={whole: [1, 2], core: [1]}",
+    ]
+    recipe = validate(FinetuneRecipe, TINY, overrides)
+    run = finetune(recipe, small_store, tiny_backbone, "mask", tmp_path / "run", quiet=True)
+    config = json.loads((run / "run.json").read_text())["target"]
+    assert (config["names"], config["regions"]) == (["whole", "core"], [[1, 2], [1]])
+    scores = json.loads((run / "scores.json").read_text())
+    for part in ("scores", "trivial"):
+        assert {"dice", "dice(whole)", "dice(core)"} <= set(scores[part])
+    cases = pd.read_csv(run / "cases.tsv", sep="\t")
+    assert {"dice", "dice(whole)", "dice(core)"} <= set(cases.columns)
+    # Both regions are of code 1 here: the same truth, and a baseline that gets the same.
+    assert scores["trivial"]["dice(whole)"] == scores["trivial"]["dice(core)"] == scores["trivial"]["dice"]
+    assert evaluate(run, small_store)[0].to_dict()["scores"] == pytest.approx(scores["scores"])
+
+    predictor = brainfound.load(run)
+    model = predictor.model.get_base_model().config
+    assert (model.decoder, model.segmentation_loss, model.tversky_beta) == ("unetr", "focal_tversky", 0.8)
+    assert (model.overlapping_labels, model.num_labels, model.decoder_slice_mixing) == (True, 2, True)
+    prediction = predictor.predict_stack(small_store[0])
+    assert set(prediction.masks) == {"whole", "core"}
+    assert prediction.answer["regions"] == {"whole": [1, 2], "core": [1]}
+    card = (run / "export" / "README.md").read_text()
+    assert "focal Tversky" in card
+
+
+def test_each_region_is_scored_with_its_own_mask(small_store, monkeypatch):
+    """Two regions of one code: the first is found exactly, the second where it is not."""
+    target = Target("segmentation", "mask", names=("found", "missed"), regions=((1,), (1,)))
+    sessions = [index for index in range(len(small_store)) if small_store[index].mask.any()]
+
+    def answer(model, stack, num_slices):
+        labels = np.stack([stack.mask == 1, stack.mask != 1], axis=1)
+        return Answer(labels=labels, foreground_probability=labels.any(axis=1).astype(np.float32))
+
+    monkeypatch.setattr("brainfound.train.session_scores.infer", answer)
+    scored = score_sessions(torch.nn.Identity(), small_store, sessions, target, None)
+    assert scored.scores == {"dice": 0.5, "dice(found)": 1.0, "dice(missed)": 0.0}
+    assert scored.cases["dice(found)"].tolist() == [1.0] * len(sessions)
+    assert scored.cases["dice(missed)"].tolist() == [0.0] * len(sessions)
+    assert scored.cases["reference_pixels"].tolist() == [int(small_store[i].mask.sum()) for i in sessions]
+    assert scored.trivial["dice(found)"] == scored.trivial["dice(missed)"] > 0
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("decoder=unet", "linear, fpn, unetr"),
+        ("segmentation_loss=dicee", "segmentation_loss"),
+        ("tversky_gamma=0.5", "tversky_gamma"),
+        ("regions={whole: tumour}", "regions"),
+    ],
+)
+def test_wrong_settings_are_refused_before_anything_is_written(small_store, tiny_backbone, tmp_path, override, told):
+    with pytest.raises(RecipeError, match=told):
+        finetune("finetune-segmentation", small_store, tiny_backbone, "mask", tmp_path / "run", overrides=[override])
+    assert not (tmp_path / "run").exists()
