@@ -100,6 +100,7 @@ def test_the_breakdown_adds_up_and_names_the_work(module, write_scan):
     assert 0 < sum(seconds.values()) <= whole
 
 
+@pytest.mark.slow
 def test_pretraining_at_tiny_size_without_the_peer(tmp_path):
     out = tmp_path / "results.json"
     sizes = shlex.split(

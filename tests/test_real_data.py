@@ -27,7 +27,8 @@ from brainfound.data.store import Store
 from brainfound.evaluate.metrics import dice
 from brainfound.predict.predictor import Predictor, load, predict
 from brainfound.recipes import validate
-from brainfound.train.finetune import FinetuneRecipe, finetune
+from brainfound.train.finetune import finetune
+from brainfound.train.finetune_recipe import FinetuneRecipe
 from brainfound.train.pretrain import PretrainRecipe, pretrain
 
 COARSE = Preprocessing(spacing_mm=(4, 4, 4), size=(56, 56))

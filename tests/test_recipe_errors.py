@@ -6,7 +6,7 @@ import pytest
 
 from brainfound.errors import RecipeError, nearest
 from brainfound.recipes import find, load, validate
-from brainfound.train.finetune import FinetuneRecipe
+from brainfound.train.finetune_recipe import FinetuneRecipe
 from brainfound.train.pretrain import PretrainRecipe
 
 

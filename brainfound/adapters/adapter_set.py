@@ -54,8 +54,14 @@ class AdapterSet:
         return sum({id(p): p.numel() for b in self._bundles.values() for p in b.model.parameters()}.values())
 
     def to(self, device: str | torch.device) -> Self:
-        """Move all models; they go on sharing."""
+        """Move all models; they go on sharing.
+
+        Raises:
+            ModelError: if one is merged: the weights that it shows are not those that are shared.
+        """
         bundles = list(self._bundles.values())
+        for name, bundle in self._bundles.items():
+            _require_unmerged(name, bundle)
         for bundle in bundles:
             bundle.model.to(device)
             # Again, for where moving a model replaces its parameters instead of their content.
@@ -86,8 +92,7 @@ def load_adapters(bundles: Mapping[str, str | Path | Bundle]) -> AdapterSet:
                 expected="an adapter, or a head on a frozen backbone",
                 remedy="Load it by itself with load_bundle",
             )
-        if is_merged(bundle.model):
-            raise ModelError("the adapter is merged", where=f"{name} ({bundle.folder})", remedy="Call unmerge first")
+        _require_unmerged(name, bundle)
         own = tensors_hash(base_encoder_state(inner_model(bundle.model)))
         fingerprint = fingerprint or own
         if own != fingerprint:
@@ -102,6 +107,11 @@ def load_adapters(bundles: Mapping[str, str | Path | Bundle]) -> AdapterSet:
         # At once: when the next one is read, this one's copy of the backbone is gone.
         _share_backbone(next(iter(loaded.values())), bundle)
     return AdapterSet(loaded)
+
+
+def _require_unmerged(name: str, bundle: Bundle) -> None:
+    if is_merged(bundle.model):
+        raise ModelError("the adapter is merged", where=f"{name} ({bundle.folder})", remedy="Call unmerge first")
 
 
 def _share_backbone(first: Bundle, other: Bundle) -> None:

@@ -46,7 +46,9 @@ def finetune(
             "leave_site_out": leave_site_out,
         }
         options: dict[str, Any] = {"adapter": adapter, "resume": resume, "keep_ids": keep_ids, "quiet": quiet}
-        _repeat(recipe, data, model, target, out, split, wishes, _seeds(seeds), list(set_ or ()), options)
+        _repeat(
+            recipe, data, model, target, out, split, wishes, _seeds(seeds), list(set_ or ()), folds == "all", options
+        )
         return
     from accelerate import PartialState
 
@@ -81,21 +83,24 @@ def _repeat(
     out: Path | None,
     split: Path | None,
     wishes: dict[str, Any],
-    seeds: list[int],
+    seeds: list[int] | None,
     overrides: list[str],
+    every_fold: bool,
     options: dict[str, Any],
 ) -> None:
     from accelerate import PartialState
 
     from brainfound.cli.tables import number, print_table
     from brainfound.data.store import Store
-    from brainfound.train.finetune import resolve_recipe
+    from brainfound.train.finetune_recipe import resolve_recipe
     from brainfound.train.repeated import finetune_over, folds_for, summarise
 
     store = Store.open(data)
     content = resolve_recipe(recipe, options["adapter"], overrides)
     folder = out or Path("runs") / content.name
     parts = folds_for(content, store, target, file=split, **wishes)
+    if split is not None and len(parts.folds) > 1 and not every_fold:
+        raise UsageError("the split file holds several folds", where=split, remedy="Give --folds all, or another file")
     table = finetune_over(parts, recipe, store, model, target, folder, seeds=seeds, overrides=overrides, **options)
     if not PartialState().is_main_process:
         return
@@ -135,9 +140,9 @@ def _num_folds(text: str | None, split: Path | None) -> int | None:
     return int(text)
 
 
-def _seeds(text: str | None) -> list[int]:
+def _seeds(text: str | None) -> list[int] | None:
     if text is None:
-        return [0]
+        return None
     if not words(text) or not all(word.isdecimal() for word in words(text)):
         raise UsageError("not a list of seeds", where="--seeds", got=text, expected="0,1,2")
     return [int(word) for word in words(text)]

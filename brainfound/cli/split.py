@@ -57,7 +57,7 @@ def split(
             num_subjects=numbers_or_all("--subjects", subjects),
             leave_site_out=leave_site_out,
             target=target,
-            stratify=columns,
+            stratify=columns or None,
             seed=seed,
         )
     _write(made, out, overwrite)

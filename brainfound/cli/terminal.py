@@ -51,6 +51,8 @@ def numbers_or_all(option: str, text: str | None) -> list[int | None]:
     Raises:
         UsageError: a part is neither.
     """
+    if text is not None and not words(text):
+        raise UsageError("an empty list", where=option, expected="1,5,10 or 1,5,all")
     try:
         return [None if word == "all" else int(word) for word in words(text)]
     except ValueError:

@@ -17,6 +17,7 @@ import numpy as np
 from scipy import optimize, special, stats
 
 from brainfound.errors import UsageError
+from brainfound.evaluate.checked_values import finite_array
 
 TEMPERATURE_RANGE = (0.01, 100.0)
 """A best temperature beyond it means that the cases do not hold one."""
@@ -252,7 +253,7 @@ def conformal_interval(target: Any, prediction: Any, std: Any = None, *, confide
     if std is not None:
         distances = distances / _positive(std, answers)
     # The slack undoes the rounding of products such as 10 · 0.9, which would ask for a case more.
-    rank = math.ceil((len(truth) + 1) * confidence - 1e-9)
+    rank = max(1, math.ceil((len(truth) + 1) * confidence - 1e-9))
     if rank > len(truth):
         raise UsageError(
             f"an interval of {100 * confidence:g} % needs more cases",
@@ -274,15 +275,9 @@ def coverage(target: Any, low: Any, high: Any) -> float:
 
 
 def _finite(values: Any, where: str) -> np.ndarray:
-    try:
-        array = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"not numbers: {error}", where=where) from error
+    array = finite_array(values, where)
     if array.size == 0:
         raise UsageError("there are no cases", where=where)
-    if not np.isfinite(array).all():
-        bad = int((~np.isfinite(array)).sum())
-        raise UsageError(f"{bad} of {array.size} values are not finite", where=where)
     return array
 
 

@@ -144,7 +144,9 @@ def test_retest(embeddings: Float[np.ndarray, "N D"], subjects: Sequence[Any], s
         if session in of_subject:
             raise UsageError("a session is there twice", where="sessions", got=f"{subject}, {session}")
         of_subject[session] = row
-    pairs = [[of[session] for session in sorted(of)[:2]] for _, of in sorted(visits.items()) if len(of) > 1]
+    pairs = [
+        [of[session] for session in sorted(of, key=label_text)[:2]] for _, of in sorted(visits.items()) if len(of) > 1
+    ]
     if len(pairs) < 2:
         raise UsageError(
             "test and retest need two subjects with two sessions", where="sessions", got=f"{len(pairs)} such subjects"

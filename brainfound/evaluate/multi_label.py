@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from brainfound.errors import UsageError
+from brainfound.evaluate.checked_values import finite_array
 from brainfound.evaluate.scores import classification_scores
 
 
@@ -28,10 +29,12 @@ def multi_label_scores(labels: Any, probabilities: Any, names: Sequence[str]) ->
     Raises:
         UsageError: if the shapes do not fit.
     """
-    truth, shares = np.asarray(labels), np.asarray(probabilities)
+    truth, shares = finite_array(labels, "labels"), finite_array(probabilities, "probabilities")
     if truth.ndim != 2 or truth.shape != shares.shape or truth.shape[1] != len(names) or not truth.size:
         got = f"{truth.shape}, {shares.shape} and {len(names)} names"
         raise UsageError("labels and probabilities do not fit", got=got, expected="(n, L), (n, L) and L")
+    if not np.isin(truth, (0, 1)).all():
+        raise UsageError("labels must be 0 or 1", where="labels", got=np.unique(truth)[:8].tolist())
     of_label = {
         name: classification_scores(truth[:, k].astype(int).tolist(), np.stack([1 - shares[:, k], shares[:, k]], 1))
         for k, name in enumerate(names)

@@ -157,8 +157,12 @@ class BrainFoundConfig(PreTrainedConfig):
             if int(getattr(self, field)) < 1:
                 raise ModelError("must be at least 1", where=f"config.{field}", got=getattr(self, field))
         for field, smallest in (("tversky_alpha", 0), ("tversky_beta", 0), ("focal_gamma", 0), ("tversky_gamma", 1)):
-            if not getattr(self, field) >= smallest:
+            if not smallest <= getattr(self, field) < math.inf:
                 raise ModelError(f"must be at least {smallest}", where=f"config.{field}", got=getattr(self, field))
+        if not self.tversky_alpha + self.tversky_beta > 0:
+            raise ModelError(
+                "one of tversky_alpha and tversky_beta must be positive", where="config.tversky_alpha", got=0
+            )
         self._require_valid_head()
         depth = self.backbone_config.num_hidden_layers
         if any(not 1 <= layer <= depth for layer in self.decoder_layers or ()):

@@ -73,7 +73,8 @@ class RegressionHead(nn.Module):
         edges = bin_edges(self.config).to(answer.device)
         centres, bin_width = (edges[1:] + edges[:-1]) / 2, edges[1] - edges[0]
         shares = answer.softmax(dim=1)
-        mean = shares @ centres
+        # No product of matrices: autocast would round an age of 70.2 years to 70.
+        mean = (shares * centres).sum(dim=1)
         # The last term is the variance within a bin, over which the density is flat: no answer is certain.
         variance = (shares * (centres - mean[:, None]) ** 2).sum(dim=1) + bin_width**2 / 12
         return RegressionScores(mean, bin_scores=answer, std=variance.sqrt())

@@ -5,13 +5,14 @@ Axis legend: S slices, H W pixels, K classes, D width.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import nn
+from torch import Tensor, nn
 
 from brainfound.data.batches import collate, even_slices
 from brainfound.data.stack import Stack
@@ -81,7 +82,24 @@ def infer(
         )
         return Answer(**vars(found))
     index = even_slices(len(stack.pixels), num_slices)
-    output = model(**collate([stack], [index]).to(device).inputs())
+    return _answer(inner, model(**collate([stack], [index]).to(device).inputs()), index)
+
+
+@torch.inference_mode()
+def infer_embedded(model: nn.Module, inputs: Mapping[str, Tensor]) -> Answer:
+    """Ask a model about one volume whose slices its backbone has embedded before.
+
+    Args:
+        model: a BrainFound model, but for segmentation, or a PEFT model around one; left in eval mode.
+        inputs: ``slice_embeddings (1, S, D)``, ``slice_mask`` and ``positions_mm``.
+    """
+    inner = inner_model(model)
+    model.eval()
+    device = next(inner.parameters()).device
+    return _answer(inner, model(**{name: value.to(device) for name, value in inputs.items()}), None)
+
+
+def _answer(inner: Any, output: Any, index: np.ndarray | None) -> Answer:
     common = {
         "embedding": output.volume_embedding[0].float().cpu().numpy(),
         "slice_embeddings": output.slice_embeddings[0].float().cpu().numpy(),

@@ -154,9 +154,9 @@ def checked_embeddings(
         raise ModelError(
             "slice_embeddings do not fit", got=f"shape {shape}", expected=f"(volumes, slices, {width}), none empty"
         )
-    mask = _as_mask("slice_mask", slice_mask, shape[:2])
+    mask = _as_mask("slice_mask", slice_mask, shape[:2], "slice_embeddings")
     if positions_mm is not None and tuple(positions_mm.shape) != shape[:2]:
-        raise wrong_shape("positions_mm", positions_mm, shape[:2])
+        raise wrong_shape("positions_mm", positions_mm, shape[:2], "slice_embeddings")
     if mask is not None and not mask.any(dim=1).all():
         raise _nothing_valid()
     return mask
@@ -166,14 +166,14 @@ def _nothing_valid() -> ModelError:
     return ModelError("a volume has no valid slice", where="slice_mask", remedy="Leave such volumes out of the batch")
 
 
-def _as_mask(name: str, mask: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
+def _as_mask(name: str, mask: Tensor | None, shape: tuple[int, ...], beside: str = "pixel_values") -> Tensor | None:
     if mask is None:
         return None
     if tuple(mask.shape) != shape:
-        raise wrong_shape(name, mask, shape)
+        raise wrong_shape(name, mask, shape, beside)
     return mask.bool()
 
 
-def wrong_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> ModelError:
-    """The error for a tensor that does not go with pixel_values."""
-    return ModelError(f"{name} does not fit pixel_values", got=f"shape {tuple(value.shape)}", expected=f"shape {shape}")
+def wrong_shape(name: str, value: Tensor, shape: tuple[int, ...], beside: str = "pixel_values") -> ModelError:
+    """The error for a tensor that does not go with another one."""
+    return ModelError(f"{name} does not fit {beside}", got=f"shape {tuple(value.shape)}", expected=f"shape {shape}")

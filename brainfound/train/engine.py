@@ -354,18 +354,23 @@ class Engine:
         ranks.on_main_rank(work, self.accelerator.is_main_process)
 
 
-def make_accelerator(precision: Literal["auto", "no", "bf16"]) -> accelerate.Accelerator:
-    """The accelerator of this process; "auto" takes the precision that a short test finds faster."""
+def process_state() -> accelerate.PartialState:
+    """What Accelerate knows of this process, and of the others that were started with it."""
     # Said in so many words: without it, processes that torchrun starts on a machine without a GPU do not
     # join a process group, and each trains by itself.
-    on_cpu = not torch.accelerator.is_available()
+    return accelerate.PartialState(cpu=not torch.accelerator.is_available())
+
+
+def make_accelerator(precision: Literal["auto", "no", "bf16"]) -> accelerate.Accelerator:
+    """The accelerator of this process; "auto" takes the precision that a short test finds faster."""
+    device = process_state().device
     if precision == "auto":
-        precision = choose_precision(accelerate.PartialState(cpu=on_cpu).device)
+        precision = choose_precision(device)
     shared = accelerate.state.AcceleratorState._shared_state
     if shared and shared.get("_mixed_precision") not in (None, precision):
         # Accelerate keeps one state per process; a second run in the same process may want another precision.
         accelerate.state.AcceleratorState._reset_state(reset_partial_state=False)
-    return accelerate.Accelerator(mixed_precision=precision, cpu=on_cpu)
+    return accelerate.Accelerator(mixed_precision=precision, cpu=not torch.accelerator.is_available())
 
 
 def device_and_reason(device: torch.device) -> tuple[str, str]:

@@ -27,7 +27,7 @@ def make_split(
     num_subjects: Sequence[int | None] = (),
     leave_site_out: bool = False,
     target: str | None = None,
-    stratify: Sequence[str] = (),
+    stratify: Sequence[str] | None = None,
     seed: int = 0,
 ) -> Split:
     """Divide the subjects of a store. At most one of ``folds``, ``shots``, ``num_subjects``, ``leave_site_out``.
@@ -44,7 +44,7 @@ def make_split(
         leave_site_out: make ``site-A``, ``site-B``, …, each tested on that site.
         target: only sessions that have this label (or a mask) are divided; others are in no part.
         stratify: columns (or ``"mask"``: empty or not) of which each part gets about the same mix, the most important
-            first; by default the target.
+            first; None: the target.
         seed: of the division.
 
     Raises:
@@ -63,7 +63,7 @@ def make_split(
             expected="a sum below 1",
         )
     used = np.arange(len(store)) if target is None else labelled_sessions(store, target)
-    chosen = list(stratify) or ([] if target is None else [target])
+    chosen = list(stratify) if stratify is not None else [] if target is None else [target]
     columns = {name: labels_to_stratify(store, used, name) for name in chosen}
     divided, num_linked = subjects_to_divide(store)
     names = divided[used].tolist()
@@ -142,7 +142,7 @@ def _indices(store: Store, members: Members, where: str) -> Mapping[str, np.ndar
 
 
 def _classes(store: Store, target: str | None, used: np.ndarray) -> list[Any]:
-    if target in (None, MASK):
+    if target is None or target == MASK or "," in target:
         raise UsageError(
             "shots are counted per class of a column",
             where="shots",

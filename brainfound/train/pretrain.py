@@ -52,7 +52,7 @@ class PretrainRecipe(Recipe):
     """Everything that a pretraining run is made of."""
 
     mistaken_for: ClassVar[Mapping[str, str]] = {
-        "brainfound.train.finetune:FinetuneRecipe": "this is a fine-tuning recipe; use `brainfound finetune`"
+        "brainfound.train.finetune_recipe:FinetuneRecipe": "this is a fine-tuning recipe; use `brainfound finetune`"
     }
 
     name: str = "pretrain"

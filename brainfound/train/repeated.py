@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from accelerate import PartialState
 
 from brainfound.data.split_file import Split
 from brainfound.data.store import Store
@@ -27,7 +28,9 @@ from brainfound.errors import UsageError
 from brainfound.evaluate.scores import HEADLINE
 from brainfound.train import ranks, run_files
 from brainfound.train.checkpoint import write_atomically
-from brainfound.train.finetune import FinetuneRecipe, finetune
+from brainfound.train.engine import process_state
+from brainfound.train.finetune import finetune, what_is_learnt
+from brainfound.train.finetune_recipe import FinetuneRecipe, resolve_recipe
 from brainfound.train.make_split import make_split
 from brainfound.train.session_scores import read_scores
 
@@ -63,6 +66,12 @@ def folds_for(
             )
         return Split.load(file)
     shares = recipe.split
+    if abs(shares.train + shares.validation + shares.test - 1) > 1e-6:
+        raise UsageError(
+            "the shares of the parts do not sum to 1",
+            where="split",
+            got=f"{shares.train:g}, {shares.validation:g}, {shares.test:g}",
+        )
     return make_split(
         store,
         test=shares.test,
@@ -85,7 +94,7 @@ def finetune_over(
     target: str,
     out: str | Path,
     *,
-    seeds: Sequence[int] = (0,),
+    seeds: Sequence[int] | None = None,
     adapter: str | Path | None = None,
     resume: bool = False,
     keep_ids: bool = False,
@@ -97,7 +106,7 @@ def finetune_over(
     Args:
         split: the folds; `brainfound.train.make_split` makes them of a store.
         out: the folder of all runs.
-        seeds: of new weights, order and augmentation; the split stays as it is.
+        seeds: of new weights, order and augmentation; the split stays as it is. None: the recipe's own.
         recipe, data, model, target, adapter, resume, keep_ids, overrides, quiet: as for `finetune`.
 
     Returns:
@@ -105,13 +114,21 @@ def finetune_over(
         baseline.
 
     Raises:
-        UsageError: no seed, one twice, or a folder with runs on another split. Otherwise as `finetune`.
+        UsageError: no seed, one twice, a fold whose labels cannot be learnt, or a folder with something else. All that
+            before the first run. Otherwise as `finetune`.
     """
+    overrides = list(overrides)
+    content = resolve_recipe(recipe, adapter, overrides)
+    seeds = [content.seed] if seeds is None else list(seeds)
     if not seeds or len(set(seeds)) != len(seeds):
-        raise UsageError("seeds must be given, and each once", where="seeds", got=list(seeds))
+        raise UsageError("seeds must be given, and each once", where="seeds", got=seeds)
+    _require_names(split)
     store = data if isinstance(data, Store) else Store.open(data)
-    folder, is_main = Path(out), PartialState().is_main_process
+    folder, is_main = Path(out), process_state().is_main_process
     ranks.on_main_rank(lambda: _keep_split(folder, split, resume), is_main)
+    for fold in split.folds:
+        what_is_learnt(content, store, target, folder / SPLIT_FILE, fold)
+    groups = _groups(split)
     rows = []
     for fold in split.folds:
         for seed in seeds:
@@ -127,21 +144,21 @@ def finetune_over(
                 fold=fold,
                 resume=resume and run_files.holds_run(run),
                 keep_ids=keep_ids,
-                cache=folder / "embeddings",
+                cache=folder / run_files.EMBEDDINGS_FOLDER,
                 overrides=[*overrides, f"seed={seed}"],
                 quiet=quiet,
             )
-            rows.append(_row(run, fold, seed, run.relative_to(folder)))
-    table = pd.DataFrame(rows)
-    ranks.on_main_rank(lambda: _write(folder, table, split), is_main)
-    return table
+            rows.append(_row(run, groups[fold], fold, seed, run.relative_to(folder)))
+            # After each run: what is done is told even if a later one fails.
+            ranks.on_main_rank(partial(_write, folder, pd.DataFrame(rows), split), is_main)
+    return pd.DataFrame(rows)
 
 
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
     """The spread of each score.
 
     Where the test part differs from fold to fold (k folds, sites) all folds are one group; where only what is
-    learnt from differs (shots) each fold is a group of its own.
+    learnt from differs (shots) each fold is a group of its own. Runs whose score is undefined are left out of it.
 
     Returns:
         One row per group and score: group, score, mean over runs, ``std_folds`` (standard deviation of the means over
@@ -152,7 +169,8 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for group, part in table.groupby("group", sort=False):
         for name in names:
-            by_fold = part.groupby("fold", sort=False)[name]
+            defined = part[part[name].notna()]
+            by_fold = defined.groupby("fold", sort=False)[name]
             rows.append(
                 {
                     "group": group,
@@ -164,7 +182,7 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
                     "highest": part[name].max(),
                     "trivial": part[TRIVIAL + name].mean(),
                     "num_folds": by_fold.ngroups,
-                    "num_seeds": part["seed"].nunique(),
+                    "num_seeds": defined["seed"].nunique(),
                 }
             )
     return pd.DataFrame(rows)
@@ -172,6 +190,8 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
 
 def _keep_split(folder: Path, split: Split, resume: bool) -> None:
     file = folder / SPLIT_FILE
+    if run_files.holds_run(folder):
+        raise UsageError("the folder holds a single run", where=folder, remedy="Give another --out")
     if file.is_file():
         if not resume:
             raise UsageError(
@@ -183,13 +203,31 @@ def _keep_split(folder: Path, split: Split, resume: bool) -> None:
     split.save(file)
 
 
-def _row(run: Path, fold: str, seed: int, name: Path) -> dict[str, Any]:
+def _require_names(split: Split) -> None:
+    """Refuse names of folds that would lead out of the folder, or into one that is taken."""
+    for fold in split.folds:
+        if re.search(r"[^\w .+=@-]", fold) or fold.startswith(".") or fold == run_files.EMBEDDINGS_FOLDER:
+            raise UsageError(
+                "the name of a fold cannot be that of a folder",
+                where="split",
+                got=fold,
+                remedy="Rename it: letters, digits, spaces and _.+=@-",
+            )
+
+
+def _groups(split: Split) -> dict[str, str]:
+    """Of each fold the group whose spread it belongs to; see `summarise`."""
+    tested = {frozenset(split.parts(fold)["test"]) for fold in split.folds}
+    return {fold: fold if len(tested) == 1 else "all folds" for fold in split.folds}
+
+
+def _row(run: Path, group: str, fold: str, seed: int, name: Path) -> dict[str, Any]:
     content = read_scores(run)
     parts = Split.load(run / "splits.json").counts["single"]
     scores = {key: _number(value) for key, value in content["scores"].items()}
     trivial = {TRIVIAL + key: _number(content["trivial"].get(key)) for key in scores}
     return {
-        "group": fold.split("-")[0] if fold.startswith(("fold-", "site-")) else fold,
+        "group": group,
         "fold": fold,
         "seed": seed,
         "run": name.as_posix(),
@@ -210,7 +248,7 @@ def _plain(value: Any) -> Any:
 
 
 def _write(folder: Path, table: pd.DataFrame, split: Split) -> None:
-    table.to_csv(folder / TABLE_FILE, sep="\t", index=False)
+    write_atomically(folder / TABLE_FILE, table.to_csv(sep="\t", index=False))
     spread = summarise(table).to_dict(orient="records")
     content = {
         "task": table["task"].iloc[0],

@@ -35,6 +35,8 @@ from brainfound.train.objectives.making import in_words
 RECIPE_FILE = "recipe.yaml"
 FACTS_FILE = "run.json"
 EXPORT_FOLDER = "export"
+EMBEDDINGS_FOLDER = "embeddings"
+"""Where a run keeps what a frozen backbone says of its slices."""
 DONE = "done"
 """The status of a run that came to its end."""
 _LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "numpy")

@@ -21,7 +21,7 @@ from brainfound.train import run_files
 
 LOCK_FILE = ".lock"
 # What a run writes before recipe.yaml, whose presence says that there is a run.
-_BEFORE_THE_RECIPE = {LOCK_FILE, run_files.FACTS_FILE, "splits.json"}
+_BEFORE_THE_RECIPE = {LOCK_FILE, run_files.FACTS_FILE, "splits.json", run_files.EMBEDDINGS_FOLDER}
 
 
 @contextmanager
@@ -70,7 +70,7 @@ def _require_fit(folder: Path, resume: bool) -> None:
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     foreign = {name for name in names - _BEFORE_THE_RECIPE if not name.endswith(".partial")}
     # A lock that stayed behind tells of a run that was killed before it had its recipe.
-    if foreign or (names and LOCK_FILE not in names):
+    if foreign or (names - {run_files.EMBEDDINGS_FOLDER} and LOCK_FILE not in names):
         raise UsageError(
             "the folder is not empty and holds no run",
             where=folder,

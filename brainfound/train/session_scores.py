@@ -24,7 +24,8 @@ from brainfound.evaluate.scores import (
     segmentation_case_scores,
     trivial_scores,
 )
-from brainfound.models.inference import infer
+from brainfound.models.inference import infer, infer_embedded
+from brainfound.train.embedding_cache import EmbeddingCache
 from brainfound.train.targets import Target
 
 SCORES_FILE = "scores.json"
@@ -103,6 +104,7 @@ def score_sessions(
     train_labels: Sequence[Any] = (),
     without: Sequence[str] = (),
     progress: Callable[[int, int], None] | None = None,
+    cache: EmbeddingCache | None = None,
 ) -> SessionScores:
     """Ask the model about every session and score the answers.
 
@@ -115,6 +117,7 @@ def score_sessions(
             trivial baseline.
         without: contrasts to withhold. A session that has no other is left out.
         progress: called with (sessions done, sessions in all).
+        cache: holds what the backbone says of the same slices; nothing is withheld then.
 
     Raises:
         UsageError: if no session is left, or a withheld contrast is not one of the store's.
@@ -136,7 +139,11 @@ def score_sessions(
     rows = []
     for done, (session, truth) in enumerate(zip(usable, truths, strict=True), start=1):
         stack = store[session]
-        answer: Any = infer(model, without_contrasts(stack, without) if without else stack, num_slices)
+        answer: Any
+        if cache is not None:
+            answer = infer_embedded(model, cache.batch([session]).inputs())
+        else:
+            answer = infer(model, without_contrasts(stack, without) if without else stack, num_slices)
         row: dict[str, Any] = {"row": session, "subject": stack.subject, "session": stack.session}
         if segmenting:
             reference = target.encode_mask(np.asarray(stack.mask))
@@ -144,7 +151,8 @@ def score_sessions(
             references.append(reference)
             heads.append(np.asarray(stack.pixels.any(axis=1)))
             answers.append(case)
-            row |= {"reference_pixels": int(np.count_nonzero(reference)), "dice": float("nan")} | _over_regions(case)
+            marked = reference.any(axis=1) if target.regions else reference
+            row |= {"reference_pixels": int(np.count_nonzero(marked)), "dice": float("nan")} | _over_regions(case)
         elif target.task == "classification":
             answers.append(answer.probabilities)
             if target.multi_label:

@@ -196,7 +196,7 @@ def _strata(recipe: SplitRecipe, store: Store, labelled: np.ndarray, target: str
     if recipe.stratify:
         columns[target] = labels_to_stratify(store, labelled, target)
     for name in recipe.stratify_columns or ():
-        columns[name] = store.covariate(name).iloc[labelled].tolist()
+        columns[name] = labels_to_stratify(store, labelled, name)
     return columns
 
 

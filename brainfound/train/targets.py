@@ -196,7 +196,8 @@ def resolve_target(
             expected=f"2 to {MAX_CLASSES}",
             remedy="Choose another column, or --set task=regression for numbers",
         )
-    if len(names) == len(labels) > 2:
+    everything = [_class_name(label) for label in store.covariate(column).dropna()]
+    if len(set(everything)) == len(everything) > 2:
         raise UsageError(
             "every session has a class of its own",
             where=f"column {column}",

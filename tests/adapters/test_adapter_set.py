@@ -70,6 +70,8 @@ def test_merging_one_leaves_the_others_alone(folders, inputs, answers, assert_sa
     adapters = load_adapters({name: folders[name] for name in ("age", "sex")})
     before = {name: answers(adapters[name].model, inputs) for name in adapters}
     merge(adapters["age"].model)
+    with pytest.raises(ModelError, match="merged"):
+        adapters.to("cpu")  # would give the others the merged weights
     assert_same_answers(before["age"], answers(adapters["age"].model, inputs), 1e-5)
     assert_same_answers(before["sex"], answers(adapters["sex"].model, inputs), 0)
     unmerge(adapters["age"].model)

@@ -17,7 +17,14 @@ from brainfound.models import (
     BrainFoundForSegmentation,
 )
 from brainfound.models.decoders import build_decoder, pyramid_factors
-from brainfound.models.heads import bins_loss, classification_loss, regression_loss, soft_labels
+from brainfound.models.heads import (
+    RegressionHead,
+    bin_edges,
+    bins_loss,
+    classification_loss,
+    regression_loss,
+    soft_labels,
+)
 from brainfound.models.segmentation_losses import segmentation_loss
 
 
@@ -343,3 +350,25 @@ def test_a_transformers_trainer_trains_and_evaluates(backbone_folder, tmp_path):
     assert any("encoder.backbone.encoder.layer.0" in name for name in changed)
     prediction = trainer.predict(volumes)
     assert prediction.predictions.shape == (4, 2)
+
+
+def test_an_expectation_over_bins_is_not_rounded_by_autocast():
+    """In bfloat16 an age of 70.2 years would be 70."""
+    backbone = {"model_type": "dinov2", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = BrainFoundConfig(
+        backbone_config=backbone, regression_head="bins", regression_range=(20.0, 90.0), target_mean=55, target_std=20
+    )
+    torch.manual_seed(0)
+    head = RegressionHead(config).eval()
+    embedding = torch.randn(4, config.hidden_size)
+    plain = head(embedding)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = head(embedding)
+    assert mixed.mean.dtype == torch.float32
+    assert torch.equal(mixed.mean, (mixed.bin_scores.softmax(1) * _centres(config)).sum(1))
+    torch.testing.assert_close(mixed.mean, plain.mean, atol=0.05, rtol=0)
+
+
+def _centres(config):
+    edges = bin_edges(config)
+    return (edges[1:] + edges[:-1]) / 2

@@ -24,7 +24,8 @@ from brainfound.models import (
 )
 from brainfound.models.configuration import STEMS
 from brainfound.models.slice_batch import SliceBatch
-from brainfound.train.finetune import FinetuneRecipe, finetune
+from brainfound.train.finetune import finetune
+from brainfound.train.finetune_recipe import FinetuneRecipe
 from brainfound.train.starting_model import InitRecipe, build_model
 
 THREE = ("T1w", "T2w", "FLAIR")

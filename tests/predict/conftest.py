@@ -10,7 +10,8 @@ import torch
 from brainfound.models import BrainFoundForSegmentation, BrainFoundModel
 from brainfound.predict.predictor import Predictor
 from brainfound.recipes import validate
-from brainfound.train.finetune import FinetuneRecipe, finetune
+from brainfound.train.finetune import finetune
+from brainfound.train.finetune_recipe import FinetuneRecipe
 from brainfound.train.targets import Target
 
 

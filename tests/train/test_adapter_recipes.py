@@ -11,7 +11,8 @@ from transformers import Dinov2Model
 
 from brainfound.adapters import AdapterRecipe, load_adapters, load_bundle
 from brainfound.recipes import available, load, validate
-from brainfound.train.finetune import FinetuneRecipe, finetune
+from brainfound.train.finetune import finetune
+from brainfound.train.finetune_recipe import FinetuneRecipe
 
 TINY = {
     "num_slices": 4,

@@ -13,7 +13,8 @@ from brainfound.errors import ModelError, RecipeError, TrainingError
 from brainfound.models import BrainFoundForRegression, BrainFoundModel
 from brainfound.recipes import validate
 from brainfound.train.embedding_cache import EmbeddingCache
-from brainfound.train.finetune import FinetuneRecipe, finetune
+from brainfound.train.finetune import finetune
+from brainfound.train.finetune_recipe import FinetuneRecipe
 
 TINY = {
     "name": "tiny",
@@ -133,19 +134,40 @@ def test_training_on_kept_embeddings_is_training_on_images_that_stay_as_they_are
     num_sessions = len(calls)
     assert 0 < num_sessions <= len(small_store)
     monkeypatch.setattr("brainfound.train.volumes.jittered_slices", lambda n, wanted, rng: even_slices(n, wanted))
-    monkeypatch.setattr("brainfound.train.finetune.augment_volumes", lambda batch, recipe, key: batch)
+    monkeypatch.setattr("brainfound.train.finetune_task.augment_volumes", lambda batch, recipe, key: batch)
     monkeypatch.setattr("brainfound.train.head_start.augment_volumes", lambda batch, recipe, key: batch)
     recipe = validate(FinetuneRecipe, TINY, ["cached_embeddings=false"])
     images = finetune(recipe, small_store, tiny_backbone, "age_years", tmp_path / "images", quiet=True)
+    asked = []
+    monkeypatch.setattr("brainfound.train.session_scores.infer", lambda *_: asked.append(0))
     losses = [[json.loads(line)["loss"] for line in (run / "log.jsonl").open()] for run in (kept, images)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert len(calls) == num_sessions
-    # Two runs share a cache.
+    scores = [json.loads((run / "scores.json").read_text())["scores"]["mae"] for run in (kept, images)]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-3)
+    # Two runs share a cache, and do not look at an image again to be scored.
     shared = tmp_path / "shared"
     for seed in (0, 1):
         recipe = validate(FinetuneRecipe, TINY, [f"seed={seed}"])
         finetune(recipe, small_store, tiny_backbone, "age_years", tmp_path / f"s{seed}", cache=shared, quiet=True)
     assert len(calls) == 2 * num_sessions
+    assert not asked
+
+
+def test_a_run_that_was_cut_off_while_it_embedded_is_begun_again(small_store, tiny_backbone, tmp_path, monkeypatch):
+    monkeypatch.setattr("brainfound.train.run_files.plot_curves", lambda folder: folder)
+    embed, recipe = EmbeddingCache._embed, validate(FinetuneRecipe, TINY)
+
+    def interrupted(self, session):
+        monkeypatch.setattr(EmbeddingCache, "_embed", embed)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(EmbeddingCache, "_embed", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(recipe, small_store, tiny_backbone, "age_years", tmp_path / "run", quiet=True)
+    assert (tmp_path / "run" / "embeddings").is_dir()
+    run = finetune(recipe, small_store, tiny_backbone, "age_years", tmp_path / "run", quiet=True)
+    assert (run / "export").is_dir()
 
 
 @pytest.mark.parametrize("changes", [["adapter=lora-r8"], ["task=segmentation"]])

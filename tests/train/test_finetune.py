@@ -28,7 +28,9 @@ from brainfound.models.inference import inner_model
 from brainfound.predict.evaluation import evaluate
 from brainfound.recipes import validate
 from brainfound.train import session_split
-from brainfound.train.finetune import FinetuneRecipe, FinetuneTask, finetune
+from brainfound.train.finetune import finetune
+from brainfound.train.finetune_recipe import FinetuneRecipe
+from brainfound.train.finetune_task import FinetuneTask
 from brainfound.train.volumes import VolumeReader
 
 LAUNCH_FILE = Path(__file__).parents[2] / "train" / "launch" / "accelerate-cpu.yaml"
@@ -337,6 +339,8 @@ def test_doors(six_steps, small_store, tiny_backbone, tmp_path):
         start("age_years", "engine.steps=6", "optim.lr=1", out=six_steps, resume=True)
     with pytest.raises(UsageError, match="another target"):
         start("diagnosis", "engine.steps=6", out=six_steps, resume=True)
+    with pytest.raises(RecipeError, match="settings are for a classification"):
+        start("age_years", "classification.focal_gamma=2")
     with pytest.raises(RecipeError, match="loss of its own"):
         start("age_years", "regression.head=bins", "regression.loss=l1")
     with pytest.raises(RecipeError, match="aggregator"):

@@ -14,7 +14,8 @@ from brainfound.errors import RecipeError
 from brainfound.models.inference import Answer
 from brainfound.predict.evaluation import evaluate
 from brainfound.recipes import validate
-from brainfound.train.finetune import FinetuneRecipe, finetune
+from brainfound.train.finetune import finetune
+from brainfound.train.finetune_recipe import FinetuneRecipe
 from brainfound.train.session_scores import score_sessions
 from brainfound.train.targets import Target
 

@@ -12,7 +12,7 @@ from brainfound.data.split_file import Split
 from brainfound.errors import UsageError
 from brainfound.recipes import validate
 from brainfound.train import repeated
-from brainfound.train.finetune import FinetuneRecipe
+from brainfound.train.finetune_recipe import FinetuneRecipe
 from brainfound.train.repeated import finetune_over, folds_for, summarise
 from brainfound.train.session_scores import read_scores
 
@@ -105,6 +105,75 @@ def test_the_spread_is_that_over_folds_and_over_seeds():
     (alone,) = summarise(table[:1]).to_dict(orient="records")
     assert np.isnan(alone["std_folds"])
     assert np.isnan(alone["std_seeds"])
+
+
+def test_the_seed_is_that_of_the_recipe_unless_others_are_given(small_store, tiny_backbone, tmp_path, runs):
+    split = folds_for(RECIPE, small_store, "age_years")
+    table = finetune_over(
+        split, RECIPE, small_store, tiny_backbone, "age_years", tmp_path / "a", overrides=["seed=7"], quiet=True
+    )
+    assert table["seed"].tolist() == [7]
+    assert runs == [("single", "seed-7")]
+
+
+def test_a_class_that_cannot_be_learnt_is_told_before_the_first_run(
+    small_store, tiny_backbone, tmp_path, runs, monkeypatch
+):
+    """Of a site left out that alone has a class; every run before it would have been in vain."""
+    monkeypatch.setitem(small_store.sessions, "site", ["A"] * 4 + ["B"] * 4 + ["C"] * 4)
+    monkeypatch.setitem(small_store.sessions, "diagnosis", ["x", "y"] * 4 + ["x", "y", "z", "z"])
+    recipe = validate(FinetuneRecipe, TINY, ["split.stratify=false"])
+    split = folds_for(recipe, small_store, "diagnosis", leave_site_out=True)
+    with pytest.raises(UsageError, match="'z' is not among those"):
+        finetune_over(split, recipe, small_store, tiny_backbone, "diagnosis", tmp_path / "sites", quiet=True)
+    assert not runs
+
+
+def test_one_shot_of_three_classes_can_be_learnt(small_store, tiny_backbone, tmp_path, runs, monkeypatch):
+    monkeypatch.setitem(small_store.sessions, "diagnosis", ["x", "y", "z"] * 4)
+    split = folds_for(RECIPE, small_store, "diagnosis", shots=[1])
+    table = finetune_over(split, RECIPE, small_store, tiny_backbone, "diagnosis", tmp_path / "one", quiet=True)
+    assert table["num_train"].tolist() == [3]
+
+
+def test_folds_that_are_tested_on_others_are_one_group_whatever_they_are_called(small_store, tmp_path):
+    split = folds_for(RECIPE, small_store, "age_years", folds=3)
+    renamed = Split({f"cv{n}": members for n, members in enumerate(split.folds.values())})
+    assert set(repeated._groups(renamed).values()) == {"all folds"}
+    few = folds_for(RECIPE, small_store, "age_years", num_subjects=[2, 3])
+    assert list(repeated._groups(few).values()) == ["subjects-2", "subjects-3"]
+
+
+@pytest.mark.parametrize("name", ["../x", "/tmp/x", "site-A/B", ".hidden", "embeddings"])
+def test_the_name_of_a_fold_leads_nowhere_else(small_store, tiny_backbone, tmp_path, name):
+    split = Split({name: folds_for(RECIPE, small_store, "age_years").parts()})
+    with pytest.raises(UsageError, match="cannot be that of a folder"):
+        finetune_over(split, RECIPE, small_store, tiny_backbone, "age_years", tmp_path / "cv", quiet=True)
+    assert not (tmp_path / "cv").exists()
+
+
+def test_the_folder_of_a_single_run_is_left_alone(small_store, tiny_backbone, tmp_path, runs):
+    (tmp_path / "recipe.yaml").write_text("name: other")
+    split = folds_for(RECIPE, small_store, "age_years")
+    with pytest.raises(UsageError, match="holds a single run"):
+        finetune_over(split, RECIPE, small_store, tiny_backbone, "age_years", tmp_path, quiet=True)
+
+
+def test_shares_and_strata_are_those_of_a_single_run(small_store):
+    plain = validate(FinetuneRecipe, TINY, ["split.stratify=false"])
+    assert folds_for(plain, small_store, "age_years").made["stratify"] == []
+    assert folds_for(RECIPE, small_store, "age_years").made["stratify"] == ["age_years"]
+    uneven = validate(FinetuneRecipe, TINY, ["split.train=0.3"])
+    with pytest.raises(UsageError, match="do not sum to 1"):
+        folds_for(uneven, small_store, "age_years")
+
+
+def test_a_score_that_is_undefined_is_not_counted():
+    table = pd.DataFrame(
+        {"group": "all folds", "fold": ["a", "b"], "seed": 0, "auroc": [np.nan, 0.8], "trivial auroc": [0.5, 0.5]}
+    )
+    (row,) = summarise(table).to_dict(orient="records")
+    assert (row["mean"], row["num_folds"]) == (0.8, 1)
 
 
 def test_a_split_file_brings_its_own_folds(small_store, tmp_path):

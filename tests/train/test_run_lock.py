@@ -20,7 +20,7 @@ from brainfound.train.run_lock import LOCK_FILE, only_one_training
 def no_model(monkeypatch):
     """A refusal that comes only after a model was built fails the test."""
     monkeypatch.setattr("brainfound.train.pretrain.build_model", lambda *_: pytest.fail("a model was built"))
-    monkeypatch.setattr("brainfound.train.finetune._build", lambda *_: pytest.fail("a model was built"))
+    monkeypatch.setattr("brainfound.train.finetune.build_network", lambda *_: pytest.fail("a model was built"))
 
 
 @pytest.fixture(params=["pretrain", "finetune"])

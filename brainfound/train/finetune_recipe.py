@@ -1,0 +1,182 @@
+"""What a fine-tuning run is made of, as a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from brainfound.adapters.attach import AdapterRecipe
+from brainfound.errors import RecipeError, did_you_mean
+from brainfound.models.configuration import AGGREGATORS, DECODERS, STEMS
+from brainfound.recipes import Recipe, load, validate
+from brainfound.train.engine import EngineRecipe
+from brainfound.train.head_recipes import ClassificationHeadRecipe, RegressionHeadRecipe
+from brainfound.train.session_split import SplitRecipe
+from brainfound.train.targets import Target
+from brainfound.train.volumes import VolumeAugmentation
+
+SEGMENTATION_FIELDS = (
+    "decoder",
+    "decoder_width",
+    "decoder_slice_mixing",
+    "segmentation_loss",
+    "tversky_alpha",
+    "tversky_beta",
+    "tversky_gamma",
+    "focal_gamma",
+)
+"""What a recipe of a segmentation says of the model, under the names of the model's configuration."""
+
+
+class FinetuneOptimRecipe(Recipe):
+    """AdamW with a warm-up and a cosine."""
+
+    lr: float = Field(5e-4, gt=0)
+    """Peak learning rate of adapters (or of the backbone in full fine-tuning)."""
+    head_lr: float = Field(1e-3, gt=0)
+    """Peak learning rate of what is new: aggregator, decoder, head."""
+    weight_decay: float = Field(0.01, ge=0)
+    """Of matrices; none on biases, norms and tokens."""
+    warmup: float = Field(0.05, ge=0, lt=1)
+    """Share of the steps over which the rate rises."""
+    clip_norm: float = Field(1.0, gt=0)
+    """Largest gradient norm."""
+
+
+class FinetuneRecipe(Recipe):
+    """Everything that a fine-tuning run is made of."""
+
+    mistaken_for: ClassVar[Mapping[str, str]] = {
+        "brainfound.train.pretrain:PretrainRecipe": "this is a pretraining recipe; use `brainfound pretrain`"
+    }
+
+    name: str = "finetune"
+    """Name of the run; also of its default folder."""
+    seed: int = Field(0, ge=0)
+    """Of new weights, order, slices, augmentation and dropout."""
+    task: Literal["auto", "classification", "regression", "segmentation"] = "auto"
+    """auto: segmentation for the mask, regression for numbers with many values, else classification."""
+    adapter: str = "lora-r8"
+    """A recipe of the adapters room, by name or file."""
+    stem: str | None = None
+    """How contrasts enter the backbone: channels, per_contrast, or slices (neighbouring slices of a store's only
+    contrast, of those that are read). null: as the model has it; channels for a plain ViT."""
+    aggregator: str = "attention"
+    """Slice embeddings → volume embedding: mean, max, attention or transformer (not used by segmentation)."""
+    decoder: str = "fpn"
+    """Patch embeddings → pixels (segmentation only): linear, fpn, or unetr (with skips from the image)."""
+    decoder_width: int = Field(128, ge=8)
+    """Channels of the decoder."""
+    decoder_slice_mixing: bool = False
+    """Segmentation: the decoder mixes neighbouring slices; training then reads runs of slices."""
+    segmentation_loss: Literal["dice_cross_entropy", "dice_focal", "tversky", "focal_tversky"] = "dice_cross_entropy"
+    """Segmentation: the last three are for small structures such as lesions."""
+    tversky_alpha: float = Field(0.3, ge=0)
+    """Tversky losses: weight of false positives."""
+    tversky_beta: float = Field(0.7, ge=0)
+    """Tversky losses: weight of false negatives."""
+    tversky_gamma: float = Field(4 / 3, ge=1)
+    """focal_tversky: the Tversky loss to the power 1/this."""
+    focal_gamma: float = Field(2.0, ge=0)
+    """dice_focal: how little pixels count that are right already; 0 is the cross-entropy."""
+    regions: dict[str, list[int]] = Field(default_factory=dict)
+    """Segmentation: overlapping labels made of codes, such as {whole: [1, 2, 4], core: [1, 4]}; each is a yes or no of
+    its own. Empty: every code is a class, and a pixel has one."""
+    head_dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout before the head's last layer."""
+    num_slices: int = Field(32, ge=1)
+    """Slices read per volume, in training and, but for segmentation, in prediction."""
+    head_fit_passes: int = Field(4, ge=0)
+    """Classification and regression: passes over the training part whose frozen embeddings the head is first fitted
+    to; 0 starts from a random head."""
+    cached_embeddings: bool = False
+    """Embed each session once and train on that: seconds for an epoch. For classification and regression with an
+    adapter that leaves the backbone as it is (head-only); nothing is augmented, and no contrast withheld."""
+    classification: ClassificationHeadRecipe = ClassificationHeadRecipe()
+    """Class weights and focal loss (classification only)."""
+    regression: RegressionHeadRecipe = RegressionHeadRecipe()
+    """The head and its loss (regression only)."""
+    foreground_share: float = Field(0.5, ge=0, le=1)
+    """Segmentation: share of the training slices (or of their runs) that show the structure."""
+    gradient_checkpointing: bool = False
+    """Compute the backbone's blocks again in the backward pass instead of keeping what they held: less memory, more
+    time."""
+    merge_codes: bool = False
+    """Segmentation: any label code but 0 is one class."""
+    evaluate_every: int = Field(100, ge=0)
+    """Steps between two looks at the validation part; 0: never."""
+    split: SplitRecipe = SplitRecipe()
+    optim: FinetuneOptimRecipe = FinetuneOptimRecipe()
+    augmentation: VolumeAugmentation = VolumeAugmentation()
+    engine: EngineRecipe = EngineRecipe(steps=500, batch_size=4, num_workers=0)
+
+
+# What may change between a run and its continuation: nothing in here touches a weight.
+FREE_ON_RESUME = (
+    "name",
+    "engine.log_every",
+    "engine.checkpoint_every",
+    "engine.keep_checkpoints",
+    "engine.max_skipped_in_a_row",
+    "engine.num_workers",
+)
+
+
+def resolve_recipe(
+    recipe: FinetuneRecipe | str | Path, adapter: str | Path | None, overrides: Iterable[str]
+) -> FinetuneRecipe:
+    """The recipe of a run, with its overrides, checked.
+
+    Raises:
+        RecipeError: a name or a value that there is not.
+    """
+    overrides = list(overrides)
+    if isinstance(recipe, FinetuneRecipe):
+        content = validate(FinetuneRecipe, recipe.model_dump(mode="json"), overrides)
+    else:
+        content = load(FinetuneRecipe, recipe, "train", overrides)
+        if content.name == FinetuneRecipe.model_fields["name"].default:
+            content = content.model_copy(update={"name": Path(recipe).stem})
+    for field, known in (("aggregator", AGGREGATORS), ("decoder", DECODERS)):
+        if getattr(content, field) not in known:
+            raise RecipeError(f"no {field} {getattr(content, field)!r}", where=field, expected=", ".join(known))
+    if content.stem not in (None, *STEMS):
+        raise RecipeError(
+            f"no stem {content.stem!r}",
+            where="stem",
+            expected=", ".join(STEMS),
+            remedy=did_you_mean(str(content.stem), STEMS),
+        )
+    if adapter is not None:
+        content = content.model_copy(update={"adapter": str(adapter)})
+    load(AdapterRecipe, content.adapter, "adapters")  # refuse a wrong name now, not after the model was built
+    return content
+
+
+def require_fitting(recipe: FinetuneRecipe, target: Target) -> None:
+    """Refuse settings of another task, and to keep embeddings that training would change or that hold no pixels.
+
+    Raises:
+        RecipeError: names the key.
+    """
+    for task, own in (("classification", ClassificationHeadRecipe()), ("regression", RegressionHeadRecipe())):
+        if target.task != task and getattr(recipe, task) != own:
+            raise RecipeError(
+                f"these settings are for a {task}",
+                where=task,
+                got=f"a {target.task} of {target.column}",
+                remedy=f"Leave them out, or set task={task}",
+            )
+    if not recipe.cached_embeddings:
+        return
+    method = load(AdapterRecipe, recipe.adapter, "adapters").method
+    if method != "none" or target.task == "segmentation":
+        raise RecipeError(
+            "embeddings can be kept for classification and regression on a frozen backbone only",
+            where="cached_embeddings",
+            got=f"a {target.task} with an adapter of the method {method!r}",
+            remedy="Use --adapter head-only, or leave cached_embeddings out",
+        )
