@@ -11,7 +11,11 @@ from typing import Any
 from rounds import THREAD_VARIABLES
 
 HERE = Path(__file__).parent
-SCRIPTS = {"brainfound": HERE / "worker_brainfound.py", "lightlytrain": HERE / "worker_lightlytrain.py"}
+SCRIPTS = {
+    "brainfound": HERE / "worker_brainfound.py",
+    "lightlytrain": HERE / "worker_lightlytrain.py",
+    "finetune": HERE / "worker_finetune.py",
+}
 
 
 class Worker:

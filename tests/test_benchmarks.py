@@ -306,3 +306,21 @@ def test_dead_leaves_cover_the_image_and_depend_on_their_seed_alone(module):
     # Flat leaves with sharp edges over texture: most neighbours are alike, some are not.
     steps = np.abs(np.diff(first, axis=2))
     assert np.median(steps) < 0.1 < np.quantile(steps, 0.99)
+
+
+@pytest.mark.slow
+def test_adaptation_at_tiny_size(tmp_path, module):
+    out = tmp_path / "results.json"
+    tiny = "--rounds 1 --threads 1 --model tiny --predict-model tiny --slices 4 --image 56 --spacing-mm 6"
+    command = [sys.executable, str(BENCHMARKS / "adapt.py"), "--out", str(out), *tiny.split()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text(encoding="utf-8"))
+    full = result["lora"]["facts"]["full"]
+    assert 0.99 * full["encoder"] < full["trained_in_encoder"] <= full["encoder"]
+    assert 0 < result["lora"]["trained_share"] < 1
+    assert result["cache"]["facts"]["kept"]["trained_in_encoder"] == 0
+    assert result["predict"]["num_slices"] > 4
+    module_adapt = module("adapt")
+    assert module_adapt.figures(result).keys() == module_adapt.TARGETS.keys()
+    assert done.stdout.strip() == module_adapt.table(result)

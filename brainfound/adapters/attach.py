@@ -85,7 +85,8 @@ def attach_adapter(model: nn.Module, recipe: AdapterRecipe) -> Any:
 
     Raises:
         ModelError: if the model has an adapter, or no module plays a role.
-        RecipeError: if the model has fewer blocks, or smaller matrices, than the recipe asks for.
+        RecipeError: if the model has fewer blocks, or smaller matrices, than the recipe asks for, or the blocks that
+            it opens are read by nothing.
     """
     if isinstance(model, PeftModel) or any(isinstance(module, PeftModel) for module in model.modules()):
         raise ModelError("the model already has an adapter", remedy="Attach to the model that it was made from")
@@ -104,6 +105,15 @@ def attach_adapter(model: nn.Module, recipe: AdapterRecipe) -> Any:
     for name in task_modules:
         model.get_submodule(name).requires_grad_(True)
     _freeze_idle(model)
+    if recipe.method == "last_blocks" and not any(
+        parameter.requires_grad for name, parameter in model.named_parameters() if ".encoder.layer." in name
+    ):
+        raise RecipeError(
+            "the decoder reads none of the last blocks: they would learn nothing",
+            where="blocks",
+            got=recipe.blocks,
+            remedy="Ask for more blocks, or read later ones (decoder_layers)",
+        )
     return model
 
 

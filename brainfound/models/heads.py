@@ -118,7 +118,7 @@ def classification_loss(
             Loss for Dense Object Detection", ICCV 2017, eq. 4).
 
     Raises:
-        ModelError: if the shape of the labels does not fit.
+        ModelError: if the shape of the labels does not fit, or one among several is outside of 0 to 1.
     """
     multi_label = problem_type == "multi_label_classification"
     expected = tuple(logits.shape) if multi_label else tuple(logits.shape[:1])
@@ -128,6 +128,8 @@ def classification_loss(
     plain = class_weights is None and focal_gamma == 0
     if multi_label:
         truth = labels.float()
+        if bool(((truth < 0) | (truth > 1)).any()):
+            raise ModelError("a label among several is 0, 1 or a share between them", where="labels")
         if plain:
             return F.binary_cross_entropy_with_logits(logits, truth)
         losses = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")

@@ -158,6 +158,12 @@ def test_more_blocks_than_there_are_is_refused(export_folder):
         attach_adapter(model, AdapterRecipe(method="last_blocks", blocks=4))
 
 
+def test_last_blocks_that_no_decoder_reads_are_refused(export_folder):
+    model = make(BrainFoundForSegmentation, export_folder, decoder_layers=[1])
+    with pytest.raises(RecipeError, match="would learn nothing"):
+        attach_adapter(model, AdapterRecipe(method="last_blocks", blocks=1))
+
+
 @pytest.mark.parametrize("method", LOW_RANK)
 def test_the_same_seed_gives_the_same_adapter(export_folder, method):
     states = []

@@ -372,3 +372,10 @@ def test_an_expectation_over_bins_is_not_rounded_by_autocast():
 def _centres(config):
     edges = bin_edges(config)
     return (edges[1:] + edges[:-1]) / 2
+
+
+@pytest.mark.parametrize("wrong", [-100.0, 1.5])
+def test_a_label_among_several_is_a_share(wrong):
+    labels = torch.tensor([[0.0, 1.0], [wrong, 0.5]])
+    with pytest.raises(ModelError, match="0, 1 or a share"):
+        classification_loss(torch.zeros(2, 2), labels, "multi_label_classification")

@@ -1,0 +1,184 @@
+"""Adaptation: LoRA beside full fine-tuning, a head on kept embeddings, and what a prediction adds to its backbone.
+
+    python benchmarks/adapt.py [--only lora,cache,predict] [--rounds 3] [--out FILE]
+
+Each way of training has a process of its own and takes its steps in turns with the others; ratios are taken within
+rounds. Weights are new: times and memory do not ask what was learnt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from rounds import figure, interleave, machine_facts, ratio
+from workers import Worker
+
+SECTIONS = ("lora", "cache", "predict")
+SIZES = {"vits14": (384, 12, 6), "vitb14": (768, 12, 12), "tiny": (64, 2, 2)}
+TARGETS = {
+    "lora: trained parameters of the backbone, share": ("≤", 0.02),
+    "lora: time of a step over full fine-tuning": ("≤", 0.8),
+    "lora: peak memory over full fine-tuning": ("≤", 0.7),
+    "cache: steps of a head on kept embeddings over encoding each time, per second": ("≥", 50.0),
+    "predict: time over the backbone's forward pass on the same slices": ("≤", 1.3),
+}
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default=",".join(SECTIONS), help=f"of {', '.join(SECTIONS)}; commas between")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds after the warm-up")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--model", choices=tuple(SIZES), default="vits14", help="of the sections lora and cache")
+    parser.add_argument("--predict-model", choices=tuple(SIZES), default="vitb14")
+    parser.add_argument("--batch", type=int, default=1, help="volumes of a step")
+    parser.add_argument("--slices", type=int, default=32)
+    parser.add_argument("--image", type=int, default=224, help="side of a slice in pixels")
+    parser.add_argument("--spacing-mm", type=float, default=1.0, help="of the session that is predicted")
+    parser.add_argument("--out", type=Path, help="write everything as JSON")
+    options = parser.parse_args(arguments)
+    if unknown := set(options.only.split(",")) - set(SECTIONS):
+        parser.error(f"no section {sorted(unknown)[0]}")
+    return options
+
+
+def compare_steps(options: argparse.Namespace, folder: Path, ways: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Steps of some ways of training, in turns; their facts, and their peak memory after the last step."""
+    common = {
+        "device": "cpu",
+        "threads": options.threads,
+        "size": SIZES[options.model],
+        "batch": options.batch,
+        "slices": options.slices,
+        "image": options.image,
+        "cached": False,
+    }
+    with ExitStack() as stack:
+        workers = {
+            name: stack.enter_context(Worker("finetune", sys.executable, folder / name, common | way))
+            for name, way in ways.items()
+        }
+        steps = {name: (lambda worker=worker: worker.ask("step")["seconds"]) for name, worker in workers.items()}
+        seconds = interleave(steps, options.rounds, timed_by_themselves=steps)
+        memory = {name: worker.ask("memory")["resident"] for name, worker in workers.items()}
+        facts = {name: worker.facts for name, worker in workers.items()}
+    return {"seconds": seconds, "peak_memory_gib": memory, "facts": facts}
+
+
+def lora(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """LoRA of rank 8 beside full fine-tuning of the same model on the same volumes."""
+    found = compare_steps(options, folder, {"full": {"adapter": "full"}, "lora": {"adapter": "lora-r8"}})
+    facts, memory, seconds = found["facts"]["lora"], found["peak_memory_gib"], found["seconds"]
+    return found | {
+        "trained_share": figure(facts["trained_in_encoder"] / facts["encoder"]),
+        "time_over_full": ratio(seconds["lora"], seconds["full"]),
+        "memory_over_full": figure(memory["lora"] / memory["full"]),
+    }
+
+
+def cache(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """A head on a frozen backbone: slices encoded in every step, and embeddings that were kept."""
+    ways = {"encoding": {"adapter": "head-only"}, "kept": {"adapter": "head-only", "cached": True}}
+    found = compare_steps(options, folder, ways)
+    return found | {"rate_over_encoding": ratio(found["seconds"]["encoding"], found["seconds"]["kept"])}
+
+
+def predict(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """A session from its files to its embedding, beside the backbone alone on the slices that it is asked about."""
+    import torch
+
+    from brainfound.data.batches import collate
+    from brainfound.data.cohort import Cohort
+    from brainfound.data.phantom import write_phantom_cohort
+    from brainfound.data.prepare_session import prepare_session
+    from brainfound.data.preprocessing import Preprocessing
+    from brainfound.models import BrainFoundConfig, BrainFoundModel
+    from brainfound.predict.predictor import Predictor
+
+    torch.set_num_threads(options.threads)
+    contrasts = ("T1w", "T1ce", "T2w", "FLAIR")
+    write_phantom_cohort(
+        folder / "cohort", num_subjects=1, spacing_mm=options.spacing_mm, contrasts=contrasts, missing_probability=0.0
+    )
+    (session,) = Cohort.read(folder / "cohort").sessions()
+    spacing = (options.spacing_mm,) * 3
+    preprocessing = Preprocessing(contrasts=contrasts, spacing_mm=spacing, size=(options.image, options.image))
+    width, layers, heads = SIZES[options.predict_model]
+    backbone = {"model_type": "dinov2", "hidden_size": width, "num_hidden_layers": layers}
+    backbone |= {"num_attention_heads": heads, "patch_size": 14, "image_size": 518}
+    model = BrainFoundModel(BrainFoundConfig(backbone_config=backbone, contrasts=contrasts)).eval()
+    predictor = Predictor(model, preprocessing)
+    stack = prepare_session(session, preprocessing).stack
+    assert stack is not None
+    batch = collate([stack])
+    pixels, present = batch.pixel_values[0], batch.contrast_mask.expand(len(stack.pixels), -1)
+    chunk = model.config.slice_chunk
+
+    def forward() -> None:
+        with torch.inference_mode():
+            for rows, mask in zip(pixels.split(chunk), present.split(chunk), strict=True):
+                model.encoder(rows, mask)
+
+    seconds = interleave({"predict": lambda: predictor.predict_session(session), "forward": forward}, options.rounds)
+    return {
+        "num_slices": len(stack.pixels),
+        "seconds": seconds,
+        "time_over_forward": ratio(seconds["predict"], seconds["forward"]),
+    }
+
+
+def figures(result: dict[str, Any]) -> dict[str, float]:
+    """What the targets are held against, of the sections that were run."""
+    values = {}
+    if "lora" in result:
+        found = result["lora"]
+        values |= {
+            "lora: trained parameters of the backbone, share": found["trained_share"],
+            "lora: time of a step over full fine-tuning": found["time_over_full"]["median"],
+            "lora: peak memory over full fine-tuning": found["memory_over_full"],
+        }
+    if "cache" in result:
+        name = "cache: steps of a head on kept embeddings over encoding each time, per second"
+        values[name] = result["cache"]["rate_over_encoding"]["median"]
+    if "predict" in result:
+        name = "predict: time over the backbone's forward pass on the same slices"
+        values[name] = result["predict"]["time_over_forward"]["median"]
+    return values
+
+
+def table(result: dict[str, Any]) -> str:
+    """The figures beside their targets."""
+    lines = ["| what | measured | target | met |", "|---|---|---|---|"]
+    for name, value in figures(result).items():
+        sign, target = TARGETS[name]
+        met = value <= target if sign == "≤" else value >= target
+        lines.append(f"| {name} | {value:g} | {sign} {target:g} | {'yes' if met else 'no'} |")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the sections, print the table."""
+    options = parse(arguments)
+    settings = {key: value for key, value in vars(options).items() if key != "out"}
+    result: dict[str, Any] = {"machine": machine_facts(), "settings": settings}
+    started = time.perf_counter()
+    for name in options.only.split(","):
+        print(f"section {name}", file=sys.stderr)
+        with tempfile.TemporaryDirectory() as folder:
+            result[name] = {"lora": lora, "cache": cache, "predict": predict}[name](options, Path(folder))
+    result["minutes"] = figure((time.perf_counter() - started) / 60)
+    print(table(result))
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
