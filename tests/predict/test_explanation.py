@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 
@@ -68,11 +69,18 @@ def backbones(tmp_path_factory):
     return folders
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def make(backbones):
-    """A model of a task whose aggregator and head are far from their first weights, and its target."""
+    """Copies of a model of a task, whose aggregator and head are far from their first weights, with its target."""
+    made = {}
 
-    def make(task="classification", family="dinov2", contrasts=("T1w", "T2w", "FLAIR"), **config):
+    def make(task="classification", **options):
+        key = (task, json.dumps(options))
+        if key not in made:
+            made[key] = build(task, **options)
+        return copy.deepcopy(made[key])
+
+    def build(task, family="dinov2", contrasts=("T1w", "T2w", "FLAIR"), **config):
         kind, target = KINDS[task]
         torch.manual_seed(0)
         fields = {"aggregator": "attention", "decoder_width": 8, "target_mean": 50.0, "target_std": 20.0, **config}
@@ -119,7 +127,7 @@ def rollout_by_the_formula(attentions, num_prefix):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rollout_is_the_formula_on_the_library_s_own_attention(make, backbones, stack, family):
-    model, _ = make("embedding", family, slice_chunk=4)
+    model, _ = make("embedding", family=family, slice_chunk=4)
     plain = FAMILIES[family][1].from_pretrained(backbones[family], attn_implementation="eager").eval()
     pixels = (torch.from_numpy(stack.pixels).float() / 255 - 0.449) / 0.226
     with torch.no_grad():
@@ -461,20 +469,20 @@ def test_numbers_that_are_not_finite_are_refused(make, stack):
         explain_stack(model, stack, target, method="gradient", class_name="patient")
 
 
-def test_a_cohort_is_explained_session_by_session(make, small_store, source, tmp_path):
+def test_a_cohort_is_explained_session_by_session(make, small_store, make_cohort, tmp_path):
     model, target = make()
     predictor = Predictor(model, small_store.preprocessing, target, num_slices=3)
-    seen = []
+    source, out, seen = make_cohort(tmp_path / "source", num_subjects=2), tmp_path / "maps", []
     outcomes = explain(
-        predictor, source, tmp_path, method=["rollout", "pca"], progress=lambda done, total: seen.append((done, total))
+        predictor, source, out, method=["rollout", "pca"], progress=lambda done, total: seen.append((done, total))
     )
-    assert seen == [(n, 12) for n in range(1, 13)]
-    names = {file.name for file in tmp_path.iterdir()}
+    assert seen == [(1, 2), (2, 2)]
     endings = ("rollout.nii.gz", "pca.nii.gz", "explanation.json")
-    assert names == {f"s{n:02d}_ses-1_{ending}" for n in range(12) for ending in endings}
-    content = json.loads((tmp_path / "s03_ses-1_explanation.json").read_text())
-    assert content["pca"] == outcomes[3].explanation.numbers["pca"]
+    names = {f"s{n:02d}_ses-1_{ending}" for n in range(2) for ending in endings}
+    assert {file.name for file in out.iterdir()} == names
+    content = json.loads((out / "s01_ses-1_explanation.json").read_text())
+    assert content["pca"] == outcomes[1].explanation.numbers["pca"]
     assert len(content["slices"]) == len(content["positions_mm"]) == 3
     assert "no evidence" in content["caution"]
-    again = explain(predictor, source, tmp_path)
+    again = explain(predictor, source, out)
     assert {outcome.reason for outcome in again} == {"already done"}
