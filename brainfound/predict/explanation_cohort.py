@@ -60,8 +60,9 @@ def explain(
             reason = "already done"
         else:
             try:
+                ready = predictor.prepare(session)
                 explanation = predictor.explain_stack(
-                    *predictor.read_session(session), method=methods, class_name=class_name
+                    ready.stack, ready.notes, ready.rejected, method=methods, class_name=class_name
                 )
             except BrainFoundError as error:
                 reason = str(error)

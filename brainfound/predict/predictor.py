@@ -28,6 +28,21 @@ from brainfound.train.run_files import holds_run
 from brainfound.train.targets import Target
 
 
+@dataclass(frozen=True)
+class ReadySession:
+    """A session as a predictor has read it, before the model is asked.
+
+    Attributes:
+        stack: what the model will see.
+        notes: what a reader of the answer should know of the scans.
+        rejected: scans that could not be used, with the reason.
+    """
+
+    stack: Stack
+    notes: tuple[str, ...] = ()
+    rejected: tuple[str, ...] = ()
+
+
 class Predictor:
     """A model with its own preprocessing, ready to be asked.
 
@@ -119,7 +134,7 @@ class Predictor:
             UsageError: a contrast is given twice, is not one of the model's, or cannot be told from the name.
             ScanError: a scan cannot be used.
         """
-        return self.predict_stack(*self._read(paths, contrast_paths))
+        return self.answer(self._given(paths, contrast_paths))
 
     def explain(
         self,
@@ -140,7 +155,8 @@ class Predictor:
             ScanError: a scan cannot be used.
         """
         methods = choose_methods(self.model, self.target, method, class_name)
-        return self.explain_stack(*self._read(paths, contrast_paths), method=methods, class_name=class_name)
+        ready = self._given(paths, contrast_paths)
+        return self.explain_stack(ready.stack, ready.notes, ready.rejected, method=methods, class_name=class_name)
 
     def explain_stack(
         self,
@@ -155,10 +171,8 @@ class Predictor:
         how = (method, class_name, notes, rejected)
         return explain_stack(self.model, stack, self.target, self.num_slices, *how)
 
-    def _read(
-        self, paths: tuple[str | Path, ...], contrast_paths: dict[str, str | Path]
-    ) -> tuple[Stack, tuple[str, ...]]:
-        """The stack of some files, and what a reader should know of them."""
+    def _given(self, paths: Sequence[str | Path], contrast_paths: dict[str, str | Path]) -> ReadySession:
+        """The files of one session as the model will see them."""
         files: dict[str, Path] = {}
         notes = []
         for path in paths:
@@ -174,7 +188,7 @@ class Predictor:
         for entry in prepared.refused:
             raise ScanError(entry.reason, where=entry.file.name)
         assert prepared.stack is not None, "nothing was refused, so there is a stack"
-        return prepared.stack, (*notes, *self._notes_on(prepared))
+        return ReadySession(prepared.stack, (*notes, *self._notes_on(prepared)))
 
     def predict_session(self, session: Session) -> Prediction:
         """Ask about a session of a cohort; scans that cannot be used are treated as absent and noted.
@@ -182,10 +196,10 @@ class Predictor:
         Raises:
             ScanError: no scan of the session can be used.
         """
-        return self.predict_stack(*self.read_session(session))
+        return self.answer(self.prepare(session))
 
-    def read_session(self, session: Session) -> tuple[Stack, tuple[str, ...], tuple[str, ...]]:
-        """The stack of a session, what a reader should know of it, and the scans that cannot be used.
+    def prepare(self, session: Session) -> ReadySession:
+        """Read a session of a cohort as the model will see it; the model is not asked.
 
         Raises:
             ScanError: no scan of the session can be used.
@@ -195,7 +209,11 @@ class Predictor:
         rejected = tuple(f"{entry.contrast}: {entry.file.name}: {entry.reason}" for entry in prepared.refused)
         if prepared.stack is None:
             raise ScanError(f"no scan can be used; {[*rejected, *further, 'none is there'][0]}", where=session.subject)
-        return prepared.stack, (*further, *self._notes_on(prepared)), rejected
+        return ReadySession(prepared.stack, (*further, *self._notes_on(prepared)), rejected)
+
+    def answer(self, ready: ReadySession) -> Prediction:
+        """Ask about a session that this predictor's `prepare` has read."""
+        return self.predict_stack(ready.stack, ready.notes, ready.rejected)
 
     def _notes_on(self, prepared: PreparedSession) -> list[str]:
         notes = [f"{quality.contrast}: {note}" for quality in prepared.quality for note in quality.notes]
