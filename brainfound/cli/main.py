@@ -26,6 +26,7 @@ VERBS = (
     "evaluate",
     "embed",
     "predict",
+    "explain",
     "list",
     "show",
     "doctor",

@@ -77,11 +77,21 @@ def _answer_cohort(
             predictor, source, out, probabilities=probabilities, overwrite=overwrite, progress=progress
         )
     print_table(("subject", "session", "answer"), [(o.subject, o.session, _summary(o)) for o in outcomes])
-    failed = [o for o in outcomes if o.prediction is None and o.reason != "already done"]
-    if failed:
-        note(f"{len(failed)} of {len(outcomes)} sessions could not be done; the first: {failed[0].reason}")
-        raise typer.Exit(EXIT_FAILED if len(failed) == len(outcomes) else EXIT_SOME_REJECTED)
+    failed = [o.reason for o in outcomes if o.prediction is None and o.reason != "already done"]
     rejected = [(o.subject, line) for o in outcomes if o.prediction is not None for line in o.prediction.rejected]
+    end_cohort(len(outcomes), failed, rejected)
+
+
+def end_cohort(num_sessions: int, failed: list[str], rejected: list[tuple[str, str]]) -> None:
+    """Say what a cohort lacks, and end with the exit code for it; return where it lacks nothing.
+
+    Args:
+        failed: why sessions could not be done.
+        rejected: subjects, and why scans of theirs could not be used.
+    """
+    if failed:
+        note(f"{len(failed)} of {num_sessions} sessions could not be done; the first: {failed[0]}")
+        raise typer.Exit(EXIT_FAILED if len(failed) == num_sessions else EXIT_SOME_REJECTED)
     if rejected:
         note(f"all sessions done, but {len(rejected)} scans rejected; the first: {': '.join(rejected[0])}")
         raise typer.Exit(EXIT_SOME_REJECTED)

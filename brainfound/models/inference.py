@@ -74,7 +74,7 @@ def infer(
     """
     inner = inner_model(model)
     model.eval()
-    _require_same_contrasts(inner, stack)
+    require_same_contrasts(inner, stack)
     device = next(inner.parameters()).device
     if isinstance(inner, BrainFoundForSegmentation):
         found = segment(
@@ -123,7 +123,12 @@ def inner_model(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _require_same_contrasts(model: Any, stack: Stack) -> None:
+def require_same_contrasts(model: Any, stack: Stack) -> None:
+    """Refuse a stack of other contrasts than the model's, or in another order.
+
+    Raises:
+        ModelError: names both.
+    """
     contrasts = tuple(model.config.contrasts)
     if contrasts != tuple(stack.contrasts):
         raise ModelError(

@@ -20,11 +20,27 @@ from brainfound.data.stack import Stack
 from brainfound.errors import BrainFoundError, ModelError, ScanError, UsageError
 from brainfound.models import BrainFoundModel
 from brainfound.models.inference import infer
+from brainfound.predict.explanation import Explanation, choose_methods, explain_stack
 from brainfound.predict.prediction import Prediction, file_stem
 from brainfound.predict.segmentation_answer import SegmentationOptions, segmentation_answer
 from brainfound.train.answer_calibration import AnswerCalibration
 from brainfound.train.run_files import holds_run
 from brainfound.train.targets import Target
+
+
+@dataclass(frozen=True)
+class ReadySession:
+    """A session as a predictor has read it, before the model is asked.
+
+    Attributes:
+        stack: what the model will see.
+        notes: what a reader of the answer should know of the scans.
+        rejected: scans that could not be used, with the reason.
+    """
+
+    stack: Stack
+    notes: tuple[str, ...] = ()
+    rejected: tuple[str, ...] = ()
 
 
 class Predictor:
@@ -118,6 +134,45 @@ class Predictor:
             UsageError: a contrast is given twice, is not one of the model's, or cannot be told from the name.
             ScanError: a scan cannot be used.
         """
+        return self.answer(self._given(paths, contrast_paths))
+
+    def explain(
+        self,
+        *paths: str | Path,
+        method: str | Sequence[str] | None = None,
+        class_name: str | None = None,
+        **contrast_paths: str | Path,
+    ) -> Explanation:
+        """Maps of what the model looks at in one session; see `brainfound.predict.explanation`.
+
+        Args:
+            paths, contrast_paths: as for `predict`.
+            method: one or several of `brainfound.predict.explanation.METHODS`; None: all that the model can give.
+            class_name: the class whose score the gradient follows; None: the most probable one.
+
+        Raises:
+            UsageError: as `predict`; or a method is unknown, the model cannot give it, or has no such class.
+            ScanError: a scan cannot be used.
+        """
+        methods = choose_methods(self.model, self.target, method, class_name)
+        ready = self._given(paths, contrast_paths)
+        return self.explain_stack(ready.stack, ready.notes, ready.rejected, method=methods, class_name=class_name)
+
+    def explain_stack(
+        self,
+        stack: Stack,
+        notes: tuple[str, ...] = (),
+        rejected: tuple[str, ...] = (),
+        *,
+        method: str | Sequence[str] | None = None,
+        class_name: str | None = None,
+    ) -> Explanation:
+        """Explain a stack that this predictor's preprocessing made; notes and rejected scans are passed on."""
+        how = (method, class_name, notes, rejected)
+        return explain_stack(self.model, stack, self.target, self.num_slices, *how)
+
+    def _given(self, paths: Sequence[str | Path], contrast_paths: dict[str, str | Path]) -> ReadySession:
+        """The files of one session as the model will see them."""
         files: dict[str, Path] = {}
         notes = []
         for path in paths:
@@ -133,10 +188,18 @@ class Predictor:
         for entry in prepared.refused:
             raise ScanError(entry.reason, where=entry.file.name)
         assert prepared.stack is not None, "nothing was refused, so there is a stack"
-        return self.predict_stack(prepared.stack, (*notes, *self._notes_on(prepared)))
+        return ReadySession(prepared.stack, (*notes, *self._notes_on(prepared)))
 
     def predict_session(self, session: Session) -> Prediction:
         """Ask about a session of a cohort; scans that cannot be used are treated as absent and noted.
+
+        Raises:
+            ScanError: no scan of the session can be used.
+        """
+        return self.answer(self.prepare(session))
+
+    def prepare(self, session: Session) -> ReadySession:
+        """Read a session of a cohort as the model will see it; the model is not asked.
 
         Raises:
             ScanError: no scan of the session can be used.
@@ -146,7 +209,11 @@ class Predictor:
         rejected = tuple(f"{entry.contrast}: {entry.file.name}: {entry.reason}" for entry in prepared.refused)
         if prepared.stack is None:
             raise ScanError(f"no scan can be used; {[*rejected, *further, 'none is there'][0]}", where=session.subject)
-        return self.predict_stack(prepared.stack, (*further, *self._notes_on(prepared)), rejected)
+        return ReadySession(prepared.stack, (*further, *self._notes_on(prepared)), rejected)
+
+    def answer(self, ready: ReadySession) -> Prediction:
+        """Ask about a session that this predictor's `prepare` has read."""
+        return self.predict_stack(ready.stack, ready.notes, ready.rejected)
 
     def _notes_on(self, prepared: PreparedSession) -> list[str]:
         notes = [f"{quality.contrast}: {note}" for quality in prepared.quality for note in quality.notes]

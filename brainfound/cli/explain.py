@@ -1,0 +1,76 @@
+"""``brainfound explain``: maps of what a model looks at, on the input's own grid."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from brainfound.cli.predict import IMAGES, Inputs, end_cohort
+from brainfound.cli.terminal import Hooks, Quiet, note, progress_bar, words
+
+if TYPE_CHECKING:
+    from brainfound.predict.predictor import Predictor
+
+
+def explain(
+    model: Annotated[str, typer.Argument(help="A run, its export folder, a bundle, or the Hub id of an encoder.")],
+    inputs: Inputs,
+    out: Annotated[Path, typer.Option(help="Folder for the maps.")],
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="slice-attention, rollout, gradient, pca; several with commas. Default: all that it can give."
+        ),
+    ] = None,
+    class_name: Annotated[
+        str | None, typer.Option("--class", help="Follow the score of this class; default: the most probable one.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Do again what is there already.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …")] = None,
+    hook: Hooks = None,
+    quiet: Quiet = False,
+) -> None:
+    """Explain one session or a whole cohort: maps as NIfTI on the input's own grid, and a JSON each.
+
+    Explanations are not evidence: they do not show that an answer is right. Exit codes as of predict.
+    """
+    from brainfound.predict.explanation import choose_methods
+    from brainfound.predict.predictor import load, parse_inputs
+
+    predictor = load(model, device, hook or ())
+    methods = choose_methods(predictor.model, predictor.target, None if method is None else words(method), class_name)
+    paths, named = parse_inputs(inputs)
+    if not named and len(paths) == 1 and not paths[0].name.endswith(IMAGES):
+        _explain_cohort(predictor, paths[0], out, methods, class_name, overwrite, quiet)
+        return
+    explanation = predictor.explain(*paths, method=methods, class_name=class_name, **named)
+    first = paths[0] if paths else next(iter(named.values()))
+    for path in explanation.save(out, first.name.split(".")[0]):
+        print(path)
+    for line in explanation.notes:
+        note(line)
+
+
+def _explain_cohort(
+    predictor: Predictor,
+    source: Path,
+    out: Path,
+    methods: tuple[str, ...],
+    class_name: str | None,
+    overwrite: bool,
+    quiet: bool,
+) -> None:
+    from brainfound.cli.tables import print_table
+    from brainfound.predict.explanation_cohort import explain as explain_cohort
+
+    with progress_bar("explaining sessions", quiet) as progress:
+        outcomes = explain_cohort(
+            predictor, source, out, method=methods, class_name=class_name, overwrite=overwrite, progress=progress
+        )
+    rows = [(o.subject, o.session, o.reason or ", ".join(methods)) for o in outcomes]
+    print_table(("subject", "session", "maps"), rows)
+    failed = [o.reason for o in outcomes if o.explanation is None and o.reason != "already done"]
+    rejected = [(o.subject, line) for o in outcomes if o.explanation is not None for line in o.explanation.rejected]
+    end_cohort(len(outcomes), failed, rejected)
