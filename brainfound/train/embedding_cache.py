@@ -146,12 +146,8 @@ class EmbeddingCache:
     def _rows(self, session: int) -> slice:
         return slice(int(self._first[session]), int(self._first[session + 1]))
 
-    @torch.inference_mode()
     def _embed(self, session: int) -> Float[np.ndarray, "S D"]:
-        self.model.eval()
-        device = next(self.model.parameters()).device
-        batch = collate([self.store[session]], [self._slices[session]]).to(device)
-        return self.model(**batch.inputs()).slice_embeddings[0].float().cpu().numpy()
+        return slice_embeddings(self.model, self.store, session, self.num_slices)
 
     def _facts(self) -> dict[str, Any]:
         config = self.model.config
@@ -183,6 +179,21 @@ class EmbeddingCache:
         if embeddings.shape != shape or embeddings.dtype != np.float32 or done.shape != (sessions,):
             raise ValueError(f"arrays of shape {embeddings.shape} and {done.shape}")
         return embeddings, done
+
+
+@torch.inference_mode()
+def slice_embeddings(
+    model: BrainFoundModel, store: Store, session: int, num_slices: int | None
+) -> Float[np.ndarray, "S D"]:
+    """What a model's encoder says of evenly spaced slices of a session; None: of all.
+
+    The model is left in eval mode.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    stack = store[session]
+    batch = collate([stack], [even_slices(len(stack.pixels), num_slices)]).to(device)
+    return model(**batch.inputs()).slice_embeddings[0].float().cpu().numpy()
 
 
 def _writable(file: Path) -> np.memmap:
