@@ -186,7 +186,8 @@ def _fit(
     weight, bias = _fit_shares(features, shares, weights, _best_strength(features, shares, weights, people))
     probabilities = expit(features @ weight + bias)
     marked = probabilities[:, None] > _THRESHOLDS
-    found = ((weights * shares) @ marked) * 2 / ((weights * shares).sum() + weights @ marked)
+    in_all = (weights * shares).sum() + weights @ marked  # 0 for a class that no chosen patch shows
+    found = ((weights * shares) @ marked) * 2 / np.maximum(in_all, 1e-12)
     return weight, bias, float(_THRESHOLDS[found.argmax()])
 
 
