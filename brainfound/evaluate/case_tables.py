@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -29,7 +30,7 @@ from brainfound.data.splits import label_text
 from brainfound.errors import UsageError
 from brainfound.evaluate.scores import HIGHER_IS_BETTER, METRICS, Score
 
-System = pd.DataFrame | Sequence[pd.DataFrame]
+System: TypeAlias = pd.DataFrame | Sequence[pd.DataFrame]
 """A table of cases, or one per seed."""
 
 

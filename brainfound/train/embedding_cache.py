@@ -26,11 +26,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from brainfound.adapters.fingerprint import tensors_hash
 from brainfound.data.batches import collate, even_slices
+from brainfound.data.stack import Stack
 from brainfound.data.store import Store
 from brainfound.errors import ModelError, TrainingError
 from brainfound.models import BrainFoundModel
@@ -147,7 +148,7 @@ class EmbeddingCache:
         return slice(int(self._first[session]), int(self._first[session + 1]))
 
     def _embed(self, session: int) -> Float[np.ndarray, "S D"]:
-        return slice_embeddings(self.model, self.store, session, self.num_slices)
+        return slice_embeddings(self.model, self.store[session], self._slices[session])
 
     def _facts(self) -> dict[str, Any]:
         config = self.model.config
@@ -182,17 +183,10 @@ class EmbeddingCache:
 
 
 @torch.inference_mode()
-def slice_embeddings(
-    model: BrainFoundModel, store: Store, session: int, num_slices: int | None
-) -> Float[np.ndarray, "S D"]:
-    """What a model's encoder says of evenly spaced slices of a session; None: of all.
-
-    The model is left in eval mode.
-    """
+def slice_embeddings(model: BrainFoundModel, stack: Stack, slices: Int[np.ndarray, "S"]) -> Float[np.ndarray, "S D"]:
+    """What a model's encoder says of some slices of a stack. The model is left in eval mode."""
     model.eval()
-    device = next(model.parameters()).device
-    stack = store[session]
-    batch = collate([stack], [even_slices(len(stack.pixels), num_slices)]).to(device)
+    batch = collate([stack], [slices]).to(next(model.parameters()).device)
     return model(**batch.inputs()).slice_embeddings[0].float().cpu().numpy()
 
 

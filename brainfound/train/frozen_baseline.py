@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from brainfound.data.batches import even_slices
 from brainfound.data.store import Store
 from brainfound.errors import TrainingError
 from brainfound.models.inference import Answer
@@ -74,7 +75,9 @@ def _means(
         cache.require(sessions)
         means = cache.means(sessions)
     else:
-        means = np.stack([slice_embeddings(model.brainfound, store, s, num_slices).mean(axis=0) for s in sessions])
+        stacks = (store[session] for session in sessions)
+        of_each = (slice_embeddings(model.brainfound, s, even_slices(len(s.pixels), num_slices)) for s in stacks)
+        means = np.stack([embeddings.mean(axis=0) for embeddings in of_each])
     if not np.isfinite(means).all():
         raise TrainingError(
             "the backbone that the run starts from gives embeddings that are not finite",

@@ -80,7 +80,7 @@ class PatchClassifier:
         for session in sessions:
             stack = store[int(session)]
             labels = _labels(target, np.asarray(stack.mask))
-            slices, of_slice = _choose_slices(labels.any(axis=(1, 2, 3)), num_slices)
+            slices, of_slice = _choose_slices(np.asarray(labels.any(axis=(1, 2, 3))), num_slices)
             in_patches = patch_shares(labels[slices], model.encoder.patch_size)  # (S, P, K)
             chosen, weight = _choose_patches(in_patches, of_slice, per_session, rng)
             flat = _tokens(model, stack, slices).reshape(-1, model.encoder.embed_dim)

@@ -93,8 +93,8 @@ class SessionScores:
         for row in found.to_dict(orient="records"):
             # With overlapping labels that some cases lack, a score may be none of the table of cases.
             same = np.isclose(row["value"], self.scores[row["metric"]], rtol=1e-6, atol=1e-9)
-            ends = (row["low"], row["high"]) if same else (float("nan"), float("nan"))
-            intervals[row["metric"]] = ScoreInterval(*ends, row["num_subjects"])
+            low, high = (row["low"], row["high"]) if same else (float("nan"), float("nan"))
+            intervals[row["metric"]] = ScoreInterval(low, high, row["num_subjects"])
         return replace(self, intervals=intervals)
 
     def to_dict(self) -> dict[str, Any]:

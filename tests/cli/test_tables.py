@@ -30,7 +30,10 @@ def test_the_line_of_a_classification():
 
 
 def test_intervals_and_the_frozen_baseline_stand_in_the_line():
-    ends = {"mae": {"low": 2.5, "high": 3.75, "num_subjects": 12}, "r2": {"low": None, "high": None, "num_subjects": 12}}
+    ends = {
+        "mae": {"low": 2.5, "high": 3.75, "num_subjects": 12},
+        "r2": {"low": None, "high": None, "num_subjects": 12},
+    }
     result = {
         "task": "regression",
         "num_sessions": 14,
