@@ -164,7 +164,8 @@ def _one_task(
     from brainfound.train.finetune import finetune
 
     choice = TASKS[name]
-    overrides = (*SPLIT, "evaluate_every=0", *choice["overrides"])
+    # The table has no column for the frozen baseline.
+    overrides = (*SPLIT, "evaluate_every=0", "frozen_baseline=false", *choice["overrides"])
     scores: dict[str, tuple[float, float]] = {}
     trivial, num_test, metric = float("nan"), 0, ""
     for kind, model in (("adapted", export), ("from_start", checkpoint)):

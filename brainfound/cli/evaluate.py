@@ -25,7 +25,7 @@ def evaluate(
     On the store of its own run only the test part is scored; on another store all labelled sessions but those of
     subjects that the run learnt from.
     """
-    from brainfound.cli.tables import number, print_table
+    from brainfound.cli.tables import intervals_line, number, print_table, score_with_interval
     from brainfound.contrasts import parse_contrast
     from brainfound.errors import UsageError
     from brainfound.evaluate.scores import IN_TABLES
@@ -36,18 +36,21 @@ def evaluate(
     absent = [parse_contrast(name) for name in without.split(",") if name.strip()]
     with progress_bar("scoring sessions", quiet) as progress:
         results = run(model, data, without=absent, partial_input=partial_input, part=part, progress=progress)
+    shown = [result.with_intervals().to_dict() for result in results]
     if as_json:
-        print(json.dumps([result.to_dict() for result in results], indent=1))
+        print(json.dumps(shown, indent=1))
         return
     names = [name for name in IN_TABLES[results[0].task] if name in results[0].scores]
     rows = []
-    for result in results:
-        scores = [f"{number(result.scores.get(n))} ({number(result.trivial.get(n))})" for n in names]
+    for result in shown:
+        scores = [f"{score_with_interval(result, n)} ({number(result['trivial'].get(n))})" for n in names]
         rows.append(
             [
-                "without " + ", ".join(result.without) if result.without else "all contrasts",
-                str(len(result.cases)),
+                "without " + ", ".join(result["without"]) if result["without"] else "all contrasts",
+                str(result["num_sessions"]),
                 *scores,
             ]
         )
     print_table(["input", "sessions", *(f"{name} (trivial)" for name in names)], rows, title=str(model))
+    if line := intervals_line(shown):
+        print(line)

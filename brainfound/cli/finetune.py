@@ -52,7 +52,7 @@ def finetune(
         return
     from accelerate import PartialState
 
-    from brainfound.cli.tables import scores_line
+    from brainfound.cli.tables import intervals_line, scores_line
     from brainfound.train.finetune import finetune as run
     from brainfound.train.session_scores import read_scores
 
@@ -71,7 +71,10 @@ def finetune(
         quiet=quiet,
     )
     if PartialState().is_main_process:
-        print(scores_line(read_scores(folder)))
+        scores = read_scores(folder)
+        print(scores_line(scores))
+        if line := intervals_line([scores]):
+            print(line)
         print(folder / "export")
 
 

@@ -24,6 +24,7 @@ VERBS = (
     "pretrain",
     "finetune",
     "evaluate",
+    "compare",
     "embed",
     "predict",
     "explain",

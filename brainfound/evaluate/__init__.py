@@ -6,7 +6,7 @@ The package is also a verb: ``brainfound.evaluate(model, data=…)`` scores a mo
 """
 
 from brainfound.callable_room import make_callable
-from brainfound.evaluate.comparison import compare, score_intervals
+from brainfound.evaluate.comparison import compare, compare_pairs, score_intervals
 from brainfound.evaluate.delong import DelongTest, delong_interval, delong_test
 from brainfound.evaluate.fold_test import FoldTest, fold_t_test
 from brainfound.evaluate.metrics import (
@@ -41,6 +41,7 @@ __all__ = [
     "balanced_accuracy",
     "bootstrap_interval",
     "compare",
+    "compare_pairs",
     "delong_interval",
     "delong_test",
     "dice",

@@ -68,9 +68,10 @@ def bootstrap_interval(
     groups = _cases_by_subject(subjects, len(arrays[0]))
     generator = np.random.default_rng(seed)
     resampled = np.empty(num_resamples)
+    single = np.concatenate(groups) if len(groups) == len(arrays[0]) else None
     for i in range(num_resamples):
         drawn = generator.integers(len(groups), size=len(groups))
-        cases = np.concatenate([groups[g] for g in drawn])
+        cases = np.concatenate([groups[g] for g in drawn]) if single is None else single[drawn]
         resampled[i] = metric(*(array[cases] for array in arrays))
     defined = resampled[~np.isnan(resampled)]
     if defined.size == 0:

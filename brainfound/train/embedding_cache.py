@@ -26,11 +26,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from brainfound.adapters.fingerprint import tensors_hash
 from brainfound.data.batches import collate, even_slices
+from brainfound.data.stack import Stack
 from brainfound.data.store import Store
 from brainfound.errors import ModelError, TrainingError
 from brainfound.models import BrainFoundModel
@@ -146,12 +147,8 @@ class EmbeddingCache:
     def _rows(self, session: int) -> slice:
         return slice(int(self._first[session]), int(self._first[session + 1]))
 
-    @torch.inference_mode()
     def _embed(self, session: int) -> Float[np.ndarray, "S D"]:
-        self.model.eval()
-        device = next(self.model.parameters()).device
-        batch = collate([self.store[session]], [self._slices[session]]).to(device)
-        return self.model(**batch.inputs()).slice_embeddings[0].float().cpu().numpy()
+        return slice_embeddings(self.model, self.store[session], self._slices[session])
 
     def _facts(self) -> dict[str, Any]:
         config = self.model.config
@@ -183,6 +180,14 @@ class EmbeddingCache:
         if embeddings.shape != shape or embeddings.dtype != np.float32 or done.shape != (sessions,):
             raise ValueError(f"arrays of shape {embeddings.shape} and {done.shape}")
         return embeddings, done
+
+
+@torch.inference_mode()
+def slice_embeddings(model: BrainFoundModel, stack: Stack, slices: Int[np.ndarray, "S"]) -> Float[np.ndarray, "S D"]:
+    """What a model's encoder says of some slices of a stack. The model is left in eval mode."""
+    model.eval()
+    batch = collate([stack], [slices]).to(next(model.parameters()).device)
+    return model(**batch.inputs()).slice_embeddings[0].float().cpu().numpy()
 
 
 def _writable(file: Path) -> np.memmap:

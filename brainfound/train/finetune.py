@@ -4,8 +4,9 @@ The run folder:
 
     recipe.yaml, run.json, log.jsonl, curves.png, checkpoints/   as in pretraining
     splits.json   the subjects of each part, as a split file
-    scores.json   the scores on the test part, beside the trivial baseline, and what the validation part calibrates
-    cases.tsv     one row per test session
+    scores.json   the scores on the test part with intervals, beside the trivial baseline and a linear model on the
+                  frozen backbone, and what the validation part calibrates
+    cases.tsv     one row per test session; frozen-cases.tsv the same of the linear model
     reliability.png   of a classification: how often it is right, over how sure it is
     export/       the bundle: adapter, head, preprocessing and labels as one unit
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import accelerate
@@ -36,7 +38,7 @@ from brainfound.train.finetune_task import FinetuneTask, build_network
 from brainfound.train.finetuned_card import finetuned_card
 from brainfound.train.resuming import as_begun, checkpoint_to_resume, common_facts, has_ended
 from brainfound.train.run_lock import only_one_training
-from brainfound.train.session_scores import SessionScores, write_scores
+from brainfound.train.session_scores import FROZEN_CASES_FILE, SessionScores, write_cases, write_scores
 from brainfound.train.session_split import hashed_split, split_sessions, split_to_follow, write_split
 from brainfound.train.targets import Target, guess_task, resolve_target
 
@@ -123,7 +125,11 @@ def _train(
     if resume:
         _require_same_question(folder, name, resolved)
     caches = folder / run_files.EMBEDDINGS_FOLDER if cache is None else Path(cache)
-    network, embedded = build_network(content, store, parts, model, resolved, accelerator, caches)
+    if content.frozen_baseline:
+        console.print("frozen baseline: each session of the training and the test part is read once before training")
+    network, embedded, frozen = build_network(
+        content, store, parts, model, resolved, accelerator, caches, cache is not None
+    )
     task = FinetuneTask(network, store, parts, resolved, content, accelerator, embedded)
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     everything = sum(p.numel() for p in network.parameters())
@@ -151,7 +157,7 @@ def _train(
         engine.log.forget_after(-1)  # of a run that was killed before its first checkpoint
     accelerator.wait_for_everyone()
     engine.run()
-    ranks.on_main_rank(lambda: _finish(folder, task, model, engine.step, keep_ids), accelerator.is_main_process)
+    ranks.on_main_rank(lambda: _finish(folder, task, frozen, model, engine.step, keep_ids), accelerator.is_main_process)
     return folder
 
 
@@ -198,10 +204,15 @@ def _require_same_question(folder: Path, model: str, target: Target) -> None:
         )
 
 
-def _finish(folder: Path, task: FinetuneTask, source: str, step: int, keep_ids: bool) -> None:
+def _finish(
+    folder: Path, task: FinetuneTask, frozen: SessionScores | None, source: str, step: int, keep_ids: bool
+) -> None:
     """Score the test part once, and leave bundle, scores and curves behind."""
     store, parts, target = task.store, task.parts, task.target
-    test = task.score("test")
+    test = task.score("test").with_intervals()
+    if frozen is not None:
+        test = replace(test, frozen=frozen.scores)
+        write_cases(folder / FROZEN_CASES_FILE, frozen.cases, keep_ids)
     calibration = None if target.task == "segmentation" else _calibrate(folder, task, test)
     facts = {} if calibration is None else {"calibration": calibration.report(test, target)}
     scores = write_scores(folder, test, keep_ids=keep_ids, part="test", step=step, **facts)

@@ -108,6 +108,10 @@ class FinetuneRecipe(Recipe):
     """Segmentation: any label code but 0 is one class."""
     evaluate_every: int = Field(100, ge=0)
     """Steps between two looks at the validation part; 0: never."""
+    frozen_baseline: bool = True
+    """Before training also fit a linear model to the untouched backbone (mean over slices; of a segmentation patch by
+    patch), whose scores on the test part stand beside those of the run. It embeds the training and the test part
+    once."""
     split: SplitRecipe = SplitRecipe()
     optim: FinetuneOptimRecipe = FinetuneOptimRecipe()
     augmentation: VolumeAugmentation = VolumeAugmentation()
@@ -117,6 +121,7 @@ class FinetuneRecipe(Recipe):
 # What may change between a run and its continuation: nothing in here touches a weight.
 FREE_ON_RESUME = (
     "name",
+    "frozen_baseline",
     "engine.log_every",
     "engine.checkpoint_every",
     "engine.keep_checkpoints",

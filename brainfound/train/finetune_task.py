@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import accelerate
 import numpy as np
@@ -29,6 +29,7 @@ from brainfound.train.data_order import EpochOrder, RankBatches
 from brainfound.train.embedding_cache import EmbeddingCache
 from brainfound.train.engine import TrainTask
 from brainfound.train.finetune_recipe import SEGMENTATION_FIELDS, FinetuneRecipe
+from brainfound.train.frozen_baseline import frozen_baseline
 from brainfound.train.head_recipes import classification_fields, regression_fields
 from brainfound.train.head_start import fit_head
 from brainfound.train.objectives.base import StepKey
@@ -139,6 +140,17 @@ class FinetuneTask(TrainTask):
         )
 
 
+class Network(NamedTuple):
+    """What a run begins with."""
+
+    model: nn.Module
+    """With its new head and its adapter, the same on all ranks."""
+    cache: EmbeddingCache | None
+    """The embeddings, if they are kept."""
+    frozen: SessionScores | None
+    """On the main rank, if it is asked for: what a linear model on the untouched backbone reaches on the test part."""
+
+
 def build_network(
     recipe: FinetuneRecipe,
     store: Store,
@@ -147,8 +159,15 @@ def build_network(
     target: Target,
     accelerator: accelerate.Accelerator,
     caches: Path,
-) -> tuple[nn.Module, EmbeddingCache | None]:
-    """The model with its new head and its adapter, the same on all ranks, and the embeddings if they are kept."""
+    several_runs: bool = False,
+) -> Network:
+    """Build what a run begins with.
+
+    Args:
+        source: the model to start from.
+        caches: where embeddings lie, if they are kept.
+        several_runs: others will ask for the same embeddings, so those of the frozen baseline are kept too.
+    """
     torch.manual_seed(seed_of(INITIALISATION, recipe.seed))
     fields: dict[str, Any] = {"aggregator": recipe.aggregator, "head_dropout": recipe.head_dropout}
     if target.task == "regression":
@@ -177,13 +196,26 @@ def build_network(
 
         ranks.on_main_rank(embed, accelerator.is_main_process)
         cache = EmbeddingCache(model.brainfound, store, caches, recipe.num_slices)
+    frozen: list[SessionScores] = []
+    if recipe.frozen_baseline:
+        # Now, while nothing has touched the backbone; a second one at the end might not fit beside the trained one.
+        folder = caches if several_runs else None
+
+        def fit() -> None:
+            found = frozen_baseline(
+                model, store, parts, target, recipe.num_slices, cache=cache, folder=folder, seed=recipe.split.seed
+            )
+            frozen.append(found)
+
+        ranks.on_main_rank(fit, accelerator.is_main_process)
     if recipe.head_fit_passes and target.task != "segmentation":
         reader = volume_reader(recipe, store, parts["train"], cache)
         # Embeddings that are kept are the same in every pass.
         passes = 1 if cache else recipe.head_fit_passes
         batch = max(recipe.engine.batch_size // recipe.engine.accumulation, 1)
         fit_head(model, reader, recipe.augmentation, target, passes, batch, recipe.seed)
-    return attach_adapter(model, load(AdapterRecipe, recipe.adapter, "adapters")), cache
+    adapted = attach_adapter(model, load(AdapterRecipe, recipe.adapter, "adapters"))
+    return Network(adapted, cache, frozen[0] if frozen else None)
 
 
 def volume_reader(

@@ -43,6 +43,7 @@ def finetuned_card(
     }
     where = f"test part ({sizes['test']})"
     method = load(AdapterRecipe, recipe.adapter, "adapters").method
+    baselines = [name for name in ("trivial", "frozen") if name in scores]
     return {
         "name": recipe.name,
         "summary": f"Fine-tuned for {target.task} of {target.column}; its scores are of subjects that it never saw.",
@@ -65,7 +66,7 @@ def finetuned_card(
         "seed": recipe.seed,
         "versions": versions(),
         "metrics": [
-            {"metric": name, "value": value, "trivial baseline": scores["trivial"].get(name), "data": where}
+            {"metric": name, "value": value, **{f"{b} baseline": scores[b].get(name) for b in baselines}, "data": where}
             for name, value in scores["scores"].items()
         ],
         "target": target.column,

@@ -11,21 +11,18 @@ Axis legend: n embedded volumes (training sessions × passes), D width, K classe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from sklearn.linear_model import LogisticRegression, LogisticRegressionCV, Ridge, RidgeCV
-from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
 
 from brainfound.models.heads import bin_edges
+from brainfound.train.linear_fits import fit_logistic, fit_ridge, subject_numbers
 from brainfound.train.objectives.base import StepKey
 from brainfound.train.targets import Target
 from brainfound.train.volumes import EmbeddedReader, VolumeAugmentation, VolumeReader, augment_volumes
 
-_STRENGTHS = np.logspace(-1, 5, 13)
 HEAD_FIT_STEP = 2_000_000_000
 """The step under which the fit draws its random numbers: none of training's own."""
 
@@ -70,7 +67,7 @@ def fit_head(
     mean, std = everything.mean(axis=0), everything.std(axis=0)
     std = np.where(std > 1e-8, std, 1.0)
     order = np.concatenate(sessions)
-    people = _subject_numbers(reader.store.sessions["subject"].tolist(), order)
+    people = subject_numbers(reader.store.sessions["subject"].tolist(), order)
     labels = target.values(reader.store, order.tolist())
     weight, bias = _fit((everything - mean) / std, labels, people, target, model.config)
     weight = weight / std
@@ -93,7 +90,7 @@ def _fit(
         return np.stack([weight for weight, _ in rows]), np.array([bias for _, bias in rows])
     if target.task == "classification":
         return _logistic(features, labels, people, None if weights is None else dict(enumerate(weights)))
-    weight, bias, variance = _ridge(features, (labels - target.mean) / target.std, people)
+    weight, bias, variance = fit_ridge(features, (labels - target.mean) / target.std, people)
     if config.regression_head == "bins":
         return _as_bins(weight, bias, variance, config)
     return weight[None], np.array([bias])
@@ -115,44 +112,11 @@ def _as_bins(weight: np.ndarray, bias: float, variance: float, config: Any) -> t
     return np.outer(centres, weight) / variance, (centres * bias - centres**2 / 2) / variance
 
 
-def _subject_numbers(subjects: Sequence[str], sessions: np.ndarray) -> np.ndarray:
-    """A number per embedded volume that is the same for all sessions of a subject: the first one's index."""
-    first: dict[str, int] = {}
-    for session in sorted(set(sessions.tolist())):
-        first.setdefault(subjects[session], session)
-    return np.array([first[subjects[session]] for session in sessions])
-
-
-def _folds(people: np.ndarray, classes: np.ndarray | None) -> list[tuple[np.ndarray, np.ndarray]] | None:
-    """Folds that keep all volumes of a subject together; None where a class has one subject only."""
-    if classes is None:
-        num_folds = min(5, len(np.unique(people)))
-        return list(GroupKFold(num_folds).split(people, groups=people)) if num_folds > 1 else None
-    num_folds = min(5, *(len(np.unique(people[classes == k])) for k in np.unique(classes)))
-    if num_folds < 2:
-        return None
-    return list(StratifiedGroupKFold(num_folds).split(people, classes, groups=people))
-
-
-def _ridge(
-    features: Float[np.ndarray, "n D"], values: np.ndarray, people: np.ndarray
-) -> tuple[np.ndarray, float, float]:
-    """Weights ``(D,)``, bias and mean squared error (of subjects left out, where folds can be made) for a value."""
-    folds = _folds(people, None)
-    if folds:
-        ridge = RidgeCV(alphas=_STRENGTHS, cv=folds, scoring="neg_mean_squared_error")
-        ridge.fit(features, values)
-        return ridge.coef_, float(ridge.intercept_), -float(ridge.best_score_)
-    ridge = Ridge(alpha=len(features)).fit(features, values)
-    error = float(np.mean((ridge.predict(features) - values) ** 2))
-    return ridge.coef_, float(ridge.intercept_), error
-
-
 def _logistic(
     features: Float[np.ndarray, "n D"], classes: np.ndarray, people: np.ndarray, weights: dict[int, float] | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Weights ``(K, D)`` and bias ``(K,)``."""
-    fitted = _fitted_logistic(features, classes, people, weights)
+    fitted = fit_logistic(features, classes, people, weights)
     weight, bias = np.atleast_2d(fitted.coef_), np.atleast_1d(fitted.intercept_)
     if len(weight) == 1:
         # Two classes: scikit-learn gives the log odds of the second; a softmax takes half for each side.
@@ -164,24 +128,5 @@ def _log_odds(
     features: Float[np.ndarray, "n D"], labels: np.ndarray, people: np.ndarray, weights: dict[int, float] | None
 ) -> tuple[np.ndarray, float]:
     """Weights ``(D,)`` and bias for the log odds of one label of several."""
-    fitted = _fitted_logistic(features, labels.astype(int), people, weights)
+    fitted = fit_logistic(features, labels.astype(int), people, weights)
     return fitted.coef_[0], float(fitted.intercept_[0])
-
-
-def _fitted_logistic(
-    features: np.ndarray, classes: np.ndarray, people: np.ndarray, weights: dict[int, float] | None
-) -> Any:
-    folds = _folds(people, classes)
-    if folds:
-        fitted = LogisticRegressionCV(
-            Cs=1 / _STRENGTHS,
-            cv=folds,
-            scoring="neg_log_loss",
-            max_iter=2000,
-            l1_ratios=(0,),
-            use_legacy_attributes=False,
-            class_weight=weights,
-        )
-    else:
-        fitted = LogisticRegression(C=1 / len(features), max_iter=2000, class_weight=weights)
-    return fitted.fit(features, classes)

@@ -1,34 +1,44 @@
-"""A model's scores on sessions of a store, with one row per case and the trivial baseline beside it."""
+"""A model's scores on sessions of a store, with one row per case, intervals, and the baselines beside it."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import pandas as pd
 from torch import nn
 
 from brainfound.data.batches import without_contrasts
+from brainfound.data.stack import Stack
 from brainfound.data.store import Store
 from brainfound.errors import UsageError
+from brainfound.evaluate.comparison import score_intervals
 from brainfound.evaluate.multi_label import multi_label_scores, trivial_multi_label_scores
 from brainfound.evaluate.scores import (
     HEADLINE,
+    IN_TABLES,
     classification_scores,
     mean_case_scores,
     regression_scores,
     segmentation_case_scores,
     trivial_scores,
 )
-from brainfound.models.inference import infer, infer_embedded
+from brainfound.models.inference import Answer, infer, infer_embedded
 from brainfound.train.embedding_cache import EmbeddingCache
 from brainfound.train.targets import Target
 
-SCORES_FILE = "scores.json"
+SCORES_FILE, CASES_FILE = "scores.json", "cases.tsv"
+FROZEN_CASES_FILE = "frozen-cases.tsv"
+"""The cases as a linear model on the untouched backbone answers them."""
+CONFIDENCE, NUM_RESAMPLES = 0.95, 2000
+"""Of the intervals that stand beside the scores."""
+SUBJECT_ROW = "subject_row"
+"""The column of `SessionScores.cases` that says which cases are of one subject, without a name: the row of the store
+that has the subject's first session."""
 PREDICTION_STD = "prediction_std"
 """The column of `SessionScores.cases` that has the standard deviation of a regression, where the head gives one."""
 
@@ -38,6 +48,14 @@ def probability_column(name: str) -> str:
     return f"p({name})"
 
 
+class ScoreInterval(NamedTuple):
+    """The ends of a score's interval, and how many subjects it is over; the ends are nan where it is undefined."""
+
+    low: float
+    high: float
+    num_subjects: int
+
+
 @dataclass(frozen=True)
 class SessionScores:
     """Scores on a set of sessions.
@@ -45,9 +63,12 @@ class SessionScores:
     Attributes:
         scores: metric → value.
         trivial: the same of the baseline that never looks at an image.
-        cases: one row per session: row in the store, subject, session, truth, prediction (or dice and the
-            other scores of a segmentation; of one without the structure only `clean_negatives`).
+        cases: one row per session: row in the store, row of the subject's first session in the store, subject,
+            session, truth, prediction (or dice and the other scores of a segmentation; of one without the structure
+            only `clean_negatives`).
         without: contrasts that were withheld.
+        frozen: metric → value of a linear model on the untouched backbone; None where it was not asked for.
+        intervals: metric → interval of the scores that tables show; None before `with_intervals`.
     """
 
     task: str
@@ -55,6 +76,8 @@ class SessionScores:
     trivial: dict[str, float]
     cases: pd.DataFrame
     without: tuple[str, ...] = ()
+    frozen: dict[str, float] | None = None
+    intervals: dict[str, ScoreInterval] | None = None
 
     @property
     def headline(self) -> tuple[str, float, float]:
@@ -62,19 +85,43 @@ class SessionScores:
         metric = HEADLINE[self.task]
         return metric, self.scores[metric], self.trivial[metric]
 
+    def with_intervals(self) -> Self:
+        """The same with bootstrap intervals over subjects, of the scores that tables show."""
+        defined = [name for name in IN_TABLES[self.task] if np.isfinite(self.scores.get(name, np.nan))]
+        found = score_intervals(self.cases, defined, num_resamples=NUM_RESAMPLES, confidence=CONFIDENCE)
+        intervals = {}
+        for row in found.to_dict(orient="records"):
+            # With overlapping labels that some cases lack, a score may be none of the table of cases.
+            same = np.isclose(row["value"], self.scores[row["metric"]], rtol=1e-6, atol=1e-9)
+            low, high = (row["low"], row["high"]) if same else (float("nan"), float("nan"))
+            intervals[row["metric"]] = ScoreInterval(low, high, row["num_subjects"])
+        return replace(self, intervals=intervals)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; undefined scores become None."""
 
         def plain(scores: dict[str, float]) -> dict[str, float | None]:
             return {name: None if np.isnan(value) else float(value) for name, value in scores.items()}
 
-        return {
+        content: dict[str, Any] = {
             "task": self.task,
             "num_sessions": len(self.cases),
             "without": list(self.without),
             "scores": plain(self.scores),
             "trivial": plain(self.trivial),
         }
+        if self.frozen is not None:
+            content["frozen"] = plain(self.frozen)
+        if self.intervals is not None:
+            content["intervals"] = {
+                "confidence": CONFIDENCE,
+                "num_resamples": NUM_RESAMPLES,
+                "scores": {
+                    name: {**plain({"low": found.low, "high": found.high}), "num_subjects": found.num_subjects}
+                    for name, found in self.intervals.items()
+                },
+            }
+        return content
 
 
 def write_scores(folder: Path, scored: SessionScores, *, keep_ids: bool = False, **facts: Any) -> dict[str, Any]:
@@ -84,10 +131,15 @@ def write_scores(folder: Path, scored: SessionScores, *, keep_ids: bool = False,
         keep_ids: name subjects and sessions in ``cases.tsv``; otherwise their row in ``store.sessions`` says who it is.
     """
     content = scored.to_dict() | facts
-    cases = scored.cases if keep_ids else scored.cases.drop(columns=["subject", "session"])
-    cases.to_csv(folder / "cases.tsv", sep="\t", index=False)
+    write_cases(folder / CASES_FILE, scored.cases, keep_ids)
     (folder / SCORES_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return content
+
+
+def write_cases(file: Path, cases: pd.DataFrame, keep_ids: bool) -> None:
+    """Write a table of cases, with the names of subjects and sessions or without."""
+    shown = cases if keep_ids else cases.drop(columns=["subject", "session"])
+    shown.to_csv(file, sep="\t", index=False)
 
 
 def read_scores(folder: Path) -> dict[str, Any]:
@@ -122,6 +174,33 @@ def score_sessions(
     Raises:
         UsageError: if no session is left, or a withheld contrast is not one of the store's.
     """
+
+    def ask(session: int, stack: Stack) -> Answer:
+        if cache is not None:
+            return infer_embedded(model, cache.batch([session]).inputs())
+        return infer(model, without_contrasts(stack, without) if without else stack, num_slices)
+
+    return score_answers(ask, store, sessions, target, train_labels, without, progress)
+
+
+def score_answers(
+    ask: Callable[[int, Stack], Answer],
+    store: Store,
+    sessions: Sequence[int],
+    target: Target,
+    train_labels: Sequence[Any] = (),
+    without: Sequence[str] = (),
+    progress: Callable[[int, int], None] | None = None,
+) -> SessionScores:
+    """Score whatever answers about sessions: a model, or a baseline.
+
+    Args:
+        ask: answers about a session, given its index and its stack with all contrasts.
+        store, sessions, target, train_labels, without, progress: as for `score_sessions`.
+
+    Raises:
+        UsageError: as `score_sessions`.
+    """
     unknown = [contrast for contrast in without if contrast not in store.contrasts]
     if unknown:
         raise UsageError(f"{unknown[0]} is not a contrast of the store", expected=", ".join(store.contrasts))
@@ -137,14 +216,13 @@ def score_sessions(
     references: list[np.ndarray] = []
     heads: list[np.ndarray] = []
     rows = []
+    names = store.sessions["subject"].tolist()
+    first_rows = dict(zip(reversed(names), reversed(range(len(names))), strict=True))
     for done, (session, truth) in enumerate(zip(usable, truths, strict=True), start=1):
         stack = store[session]
-        answer: Any
-        if cache is not None:
-            answer = infer_embedded(model, cache.batch([session]).inputs())
-        else:
-            answer = infer(model, without_contrasts(stack, without) if without else stack, num_slices)
-        row: dict[str, Any] = {"row": session, "subject": stack.subject, "session": stack.session}
+        answer: Any = ask(session, stack)
+        row: dict[str, Any] = {"row": session, SUBJECT_ROW: first_rows[stack.subject]}
+        row |= {"subject": stack.subject, "session": stack.session}
         if segmenting:
             reference = target.encode_mask(np.asarray(stack.mask))
             case = _segmentation_case(target, reference, answer.labels if target.regions else answer.classes)

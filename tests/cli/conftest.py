@@ -26,6 +26,14 @@ class Answer:
         return lines[0]
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _few_resamples():
+    """Intervals of 2,000 resamples take longer than tiny runs; what an interval is has tests of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("brainfound.train.session_scores.NUM_RESAMPLES", 50)
+        yield
+
+
 @pytest.fixture
 def cli(monkeypatch, capsys):
     """Call ``brainfound ARGUMENTS`` quietly; an exception that is not `SystemExit` fails the test."""
@@ -68,5 +76,6 @@ def segmenter(tmp_path_factory, small_store, tiny_backbone) -> Path:
     from brainfound.train.finetune import finetune
 
     steps = ["engine.steps=1", "engine.batch_size=2", "num_slices=4", "evaluate_every=0", "decoder_width=8"]
+    steps += ["frozen_baseline=false"]
     folder = tmp_path_factory.mktemp("runs") / "lesions"
     return finetune("finetune-segmentation", small_store, tiny_backbone, "mask", folder, overrides=steps, quiet=True)

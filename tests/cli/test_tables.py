@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from brainfound.cli.tables import number, scores_line
+from brainfound.cli.tables import intervals_line, number, scores_line
 from brainfound.evaluate.scores import classification_scores, regression_scores, trivial_scores
 
 
@@ -27,3 +27,31 @@ def test_the_line_of_a_classification():
     scores = classification_scores([0, 1], np.eye(2))
     line = scores_line({"task": "classification", "num_sessions": 2, "scores": scores, "trivial": {}})
     assert line == "classification, 2 sessions: auroc 1.000 (trivial –), balanced_accuracy 1.000 (trivial –)"
+
+
+def test_intervals_and_the_frozen_baseline_stand_in_the_line():
+    ends = {
+        "mae": {"low": 2.5, "high": 3.75, "num_subjects": 12},
+        "r2": {"low": None, "high": None, "num_subjects": 12},
+    }
+    result = {
+        "task": "regression",
+        "num_sessions": 14,
+        "scores": {"mae": 3.0, "r2": 0.5},
+        "trivial": {"mae": 9.0, "r2": 0.0},
+        "frozen": {"mae": 4.0, "r2": 0.25},
+        "intervals": {"confidence": 0.95, "num_resamples": 2000, "scores": ends},
+    }
+    assert scores_line(result) == (
+        "regression, 14 sessions: mae 3.000 [2.500, 3.750] (trivial 9.000, frozen 4.000), "
+        "r2 0.500 (trivial 0.000, frozen 0.250)"
+    )
+    line = intervals_line([result])
+    assert line is not None
+    assert line.startswith("[…]: 95% interval, bootstrap over 12 subjects, 2000 resamples")
+    assert "too few" in line
+    ends["mae"]["num_subjects"] = ends["r2"]["num_subjects"] = 20
+    enough = intervals_line([result])
+    assert enough is not None
+    assert "too few" not in enough
+    assert intervals_line([{"scores": {}}]) is None

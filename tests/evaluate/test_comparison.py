@@ -11,9 +11,10 @@ import pytest
 
 from brainfound.errors import UsageError
 from brainfound.evaluate import comparison
-from brainfound.evaluate.comparison import compare, score_intervals
+from brainfound.evaluate.comparison import compare, compare_pairs, score_intervals
 from brainfound.evaluate.delong import delong_test
 from brainfound.evaluate.metrics import auroc, mae
+from brainfound.evaluate.multi_label import multi_label_scores
 from brainfound.evaluate.scores import HIGHER_IS_BETTER, METRICS, classification_scores
 from brainfound.evaluate.statistics import bootstrap_interval, holm, paired_permutation_test
 
@@ -157,10 +158,82 @@ def test_regions_have_columns_of_their_own():
     assert not found.loc[("volume_error_mm3(core)", "b"), "higher_is_better"]
 
 
-def test_several_labels_per_case_are_compared_one_at_a_time():
-    cases = classified(1.0, 0).rename(columns={"truth": "truth(ill)"})
-    with pytest.raises(UsageError, match="one at a time"):
-        score_intervals(cases)
+def test_dice_of_regions_is_the_mean_over_regions_as_in_the_scores():
+    whole, core = np.array([0.5, 0.7, np.nan]), np.array([0.9, np.nan, np.nan])
+    cases = pd.DataFrame({"subject": names(3), "dice(whole)": whole, "dice(core)": core, "dice": [0.7, 0.7, np.nan]})
+    found = score_intervals(cases, num_resamples=20).set_index("metric")
+    assert found.loc["dice", "value"] == pytest.approx((0.6 + 0.9) / 2)
+    assert found.loc["dice", "num_cases"] == 2
+    assert found.loc["dice(core)", "value"] == 0.9
+    better = compare({"a": cases.assign(**{"dice(core)": core + 0.05}), "b": cases}, "b", ["dice"], **FEW)
+    assert better.iloc[1]["difference"] == pytest.approx(0.025)
+
+
+def several_labels(strength, seed, num=40):
+    generator = np.random.default_rng(seed)
+    table = pd.DataFrame({"subject": names(num), "row": range(num)})
+    for k, name in enumerate(("edema", "lesion")):
+        truth = np.arange(num) // (k + 1) % 2
+        table[f"truth({name})"] = truth
+        table[f"p({name})"] = 1 / (1 + np.exp(-strength * (truth - 0.5) - generator.normal(size=num)))
+    return table
+
+
+def test_several_labels_per_case_are_scored_by_their_mean():
+    cases, better = several_labels(0.3, 0), several_labels(4.0, 1)
+    found = score_intervals(cases, num_resamples=30).set_index("metric")
+    columns = [[f"{kind}({name})" for name in ("edema", "lesion")] for kind in ("truth", "p")]
+    expected = multi_label_scores(cases[columns[0]], cases[columns[1]], ("edema", "lesion"))
+    assert found["value"].to_dict() == pytest.approx({name: expected[name] for name in found.index})
+    row = compare({"a": better, "b": cases}, "b", ["auroc"], **FEW).iloc[1]
+    assert row["p"] < 0.05
+    assert math.isnan(row["p_delong"])
+    with pytest.raises(UsageError, match=r"truth\(lesion\)"):
+        score_intervals(cases.drop(columns="truth(lesion)"))
+    with pytest.raises(UsageError, match="0 or 1"):
+        score_intervals(cases.assign(**{"truth(lesion)": 2}))
+
+
+def test_the_score_of_several_runs_is_their_mean():
+    runs, base = [aged(8, k) for k in (1, 2, 3)], [aged(8, k) for k in (4, 5, 6)]
+    found = compare({"a": runs, "b": base}, "b", ["mae"], **FEW)
+    means = [np.mean([mae(t["truth"], t["prediction"]) for t in tables]) for tables in (base, runs)]
+    assert found["value"].tolist() == pytest.approx(means)
+    assert found["difference"].iloc[1] == pytest.approx(means[1] - means[0])
+    assert score_intervals(runs, ["mae"], num_resamples=60)["low"][0] == pytest.approx(found["low"].iloc[1])
+    # Three times the same run is that run, in the interval and in the test.
+    alone = compare({"a": runs[0], "b": base[0]}, "b", ["mae", "r2"], **FEW)
+    thrice = compare({"a": [runs[0]] * 3, "b": [base[0]] * 3}, "b", ["mae", "r2"], **FEW)
+    mixed = compare({"a": runs[0], "b": [base[0]] * 3}, "b", ["mae", "r2"], **FEW)
+    pd.testing.assert_frame_equal(thrice, alone)
+    pd.testing.assert_frame_equal(mixed, alone)
+    with pytest.raises(UsageError, match="different numbers of seeds"):
+        compare({"a": runs, "b": base[:2]}, "b", **FEW)
+    with pytest.raises(UsageError, match="not the cases of its first run"):
+        score_intervals([runs[0], runs[1].iloc[1:]])
+    classes = [classified(1.0, k) for k in (0, 1)]
+    assert score_intervals(classes, ["auroc"], num_resamples=20)["value"][0] == pytest.approx(
+        np.mean([score_intervals(c, ["auroc"], num_resamples=20)["value"][0] for c in classes])
+    )
+    masks = compare({"a": [segmented(0.1), segmented(0.2)], "b": [segmented(0.0)] * 2}, "b", ["dice"], **FEW)
+    assert masks["difference"].iloc[1] == pytest.approx(0.15)
+    assert masks["num_cases"].iloc[1] == 9
+
+
+def test_pairs_are_the_single_comparisons_corrected_together():
+    systems = {"a": aged(12, 0), "b": aged(9, 1), "c": aged(3, 2)}
+    found = compare_pairs(systems, ["mae", "r2"], **FEW)
+    assert found["system"].tolist() == ["b", "c", "c"] * 2
+    assert found["against"].tolist() == ["a", "a", "b"] * 2
+    for row in found.itertuples():
+        single = compare(systems, row.against, [row.metric], **FEW).set_index("system").loc[row.system]
+        assert (row.difference, row.p) == pytest.approx((single["difference"], single["p"]))
+        assert row.difference_low == pytest.approx(single["difference_low"])
+        assert row.num_subjects == 40
+    for _, of_metric in found.groupby("metric"):
+        assert of_metric["p_holm"].to_numpy() == pytest.approx(holm(of_metric["p"]))
+    with pytest.raises(UsageError, match="not the cases of a"):
+        compare_pairs({"a": aged(1, 0), "b": aged(1, 0).iloc[1:]}, **FEW)
 
 
 def test_what_has_no_score_is_nan_and_stops_nothing():

@@ -23,12 +23,21 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _few_resamples():
+    """Intervals of 2,000 resamples take longer than tiny runs; what an interval is has tests of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("brainfound.train.session_scores.NUM_RESAMPLES", 50)
+        yield
+
+
 @pytest.fixture(scope="session")
 def run(small_store, tiny_backbone, tmp_path_factory) -> Path:
     """A classification of the diagnosis, trained for two steps."""
     content = {
         "num_slices": 6,
         "head_fit_passes": 1,
+        "frozen_baseline": False,
         "evaluate_every": 0,
         "split": {"train": 0.5, "validation": 0.2, "test": 0.3},
         "engine": {"steps": 2, "batch_size": 4, "precision": "no", "num_workers": 0},

@@ -87,6 +87,14 @@ def _no_pictures(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("brainfound.train.run_files.plot_curves", lambda folder: folder)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _few_resamples():
+    """Intervals of 2,000 resamples take longer than tiny runs; what an interval is has tests of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("brainfound.train.session_scores.NUM_RESAMPLES", 50)
+        yield
+
+
 def tiny_recipe(*overrides: str) -> PretrainRecipe:
     return validate(PretrainRecipe, TINY, overrides)
 

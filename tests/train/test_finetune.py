@@ -40,6 +40,7 @@ TINY = {
     "num_slices": 4,
     "decoder_width": 8,
     "head_fit_passes": 0,
+    "frozen_baseline": False,
     "evaluate_every": 3,
     "split": {"train": 0.5, "validation": 0.25, "test": 0.25},
     "engine": {
@@ -77,7 +78,8 @@ def six_steps(small_store, tiny_backbone, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("finetune") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("brainfound.train.run_files.plot_curves", lambda folder: folder)
-        return finetune(tiny("engine.steps=6"), small_store, tiny_backbone, "age_years", out, quiet=True)
+        recipe = tiny("engine.steps=6", "frozen_baseline=true")
+        return finetune(recipe, small_store, tiny_backbone, "age_years", out, quiet=True)
 
 
 @pytest.fixture(scope="module")
@@ -115,8 +117,17 @@ def test_each_task_trains_and_leaves_a_whole_run(small_store, tiny_backbone, tmp
     assert scores["task"] == task
     assert scores["num_sessions"] == len(cases) == 3
     assert {subjects.iloc[row] for row in cases["row"]} == parts["test"]
+    assert cases["subject_row"].tolist() == cases["row"].tolist(), "every subject has one session"
     assert not {"subject", "session"} & set(cases.columns), "names only with keep_ids"
     assert set(scores["scores"]) >= set(scores["trivial"]) - {"clean_negatives"}
+    assert "frozen" not in scores, "not asked for"
+    names = {"classification": ["auroc", "balanced_accuracy"], "regression": ["mae", "r2", "pearson"]}.get(
+        task, ["dice"]
+    )
+    assert set(scores["intervals"]["scores"]) >= {n for n in names if scores["scores"][n] is not None}
+    for name, ends in scores["intervals"]["scores"].items():
+        assert ends["low"] <= ends["high"], name
+        assert 1 <= ends["num_subjects"] <= 3
     if task == "segmentation":
         assert cases["dice"].mean() == pytest.approx(scores["scores"]["dice"])
     bundle = load_bundle(run / "export")
@@ -253,6 +264,8 @@ def test_card_beside_the_weights_names_the_scores(six_steps, tiny_backbone):
     assert f"{scores['scores']['mae']:.4g}" in mae
     assert f"{scores['trivial']['mae']:.4g}" in mae
     assert "trivial baseline" in card
+    assert "frozen baseline" in card
+    assert f"{scores['frozen']['mae']:.4g}" in mae
     assert "train 6 sessions of 6 subjects" in card
     assert f"| Data hash | {scores_hash(six_steps)}" in card
     assert str(tiny_backbone.parent) not in card
@@ -278,7 +291,8 @@ def test_resume_is_exact(six_steps, small_store, tiny_backbone, tmp_path):
     for name in ("checkpoints/step-000006", "export"):
         shutil.rmtree(run / name)
     (run / "scores.json").unlink()
-    finetune(tiny("engine.steps=6"), small_store, tiny_backbone, "age_years", run, resume=True, quiet=True)
+    recipe = tiny("engine.steps=6", "frozen_baseline=true")
+    finetune(recipe, small_store, tiny_backbone, "age_years", run, resume=True, quiet=True)
     assert losses(run) == losses(six_steps)
     first, second = (
         load_file(folder / "checkpoints" / "step-000006" / "model.safetensors") for folder in (six_steps, run)
@@ -286,6 +300,7 @@ def test_resume_is_exact(six_steps, small_store, tiny_backbone, tmp_path):
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert (run / "scores.json").read_text() == (six_steps / "scores.json").read_text()
+    assert json.loads((run / "scores.json").read_text())["frozen"]["mae"] > 0
 
 
 def test_a_finished_run_may_be_resumed(six_steps, small_store, tiny_backbone, tmp_path):
@@ -387,7 +402,7 @@ def test_what_the_disk_refuses_is_one_line(small_store, tiny_backbone, tmp_path,
 
 @pytest.mark.slow
 def test_two_ranks_train_together(small_store, tiny_backbone, tmp_path):
-    (tmp_path / "tiny.yaml").write_text(tiny().to_yaml())
+    (tmp_path / "tiny.yaml").write_text(tiny("frozen_baseline=true").to_yaml())
     (tmp_path / "run.py").write_text(
         "import sys, torch\ntorch.set_num_threads(1)\nfrom brainfound.train.finetune import finetune\n"
         "finetune(*sys.argv[1:4], 'diagnosis', sys.argv[4], quiet=True)\n"

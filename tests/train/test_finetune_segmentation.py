@@ -22,6 +22,7 @@ from brainfound.train.targets import Target
 TINY = {
     "num_slices": 4,
     "decoder_width": 8,
+    "frozen_baseline": False,
     "evaluate_every": 2,
     "split": {"train": 0.5, "validation": 0.25, "test": 0.25},
     "engine": {"steps": 2, "batch_size": 4, "precision": "no", "log_every": 1, "num_workers": 0},

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from brainfound.models import BrainFoundForClassification, BrainFoundForRegression
-from brainfound.train.head_start import _folds, _subject_numbers, fit_head
+from brainfound.train.head_start import fit_head
+from brainfound.train.linear_fits import subject_folds, subject_numbers
 from brainfound.train.objectives.base import StepKey
 from brainfound.train.targets import resolve_target
 from brainfound.train.volumes import VolumeAugmentation, VolumeReader
@@ -140,7 +141,7 @@ def test_class_weights_count_in_the_fit(small_store, tiny_backbone, monkeypatch)
 def test_folds_never_split_the_passes_of_a_session(classified):
     sessions = np.tile(np.arange(12), 4)
     classes = sessions % 2 if classified else None
-    folds = _folds(sessions, classes)
+    folds = subject_folds(sessions, classes)
     assert folds is not None
     assert len(folds) == 5
     for train, test in folds:
@@ -152,14 +153,14 @@ def test_folds_never_split_the_passes_of_a_session(classified):
 def test_folds_never_split_the_sessions_of_a_subject():
     subjects = [f"s{n // 2}" for n in range(12)]
     sessions = np.tile(np.arange(12)[::-1], 3)
-    people = _subject_numbers(subjects, sessions)
-    folds = _folds(people, None)
+    people = subject_numbers(subjects, sessions)
+    folds = subject_folds(people, None)
     assert folds is not None
     for train, test in folds:
         assert not {subjects[i] for i in sessions[train]} & {subjects[i] for i in sessions[test]}
-    assert _subject_numbers([f"s{n}" for n in range(12)], sessions).tolist() == sessions.tolist()
+    assert subject_numbers([f"s{n}" for n in range(12)], sessions).tolist() == sessions.tolist()
 
 
 def test_too_few_sessions_for_folds():
-    assert _folds(np.array([3, 3, 3]), None) is None
-    assert _folds(np.array([0, 0, 1, 2]), np.array([1, 1, 0, 0])) is None
+    assert subject_folds(np.array([3, 3, 3]), None) is None
+    assert subject_folds(np.array([0, 0, 1, 2]), np.array([1, 1, 0, 0])) is None

@@ -1,0 +1,133 @@
+"""``brainfound compare``: fine-tuned systems on the same test sessions."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from brainfound.cli.terminal import AsJson, words
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+NUM_RESAMPLES, NUM_PERMUTATIONS, CONFIDENCE = 2000, 5000, 0.95
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs, of one run or of many (folds, seeds).")],
+    all_pairs: Annotated[
+        bool, typer.Option("--all-pairs", help="Each with each; default: all with the first.")
+    ] = False,
+    metrics: Annotated[
+        str | None, typer.Option(help="Which scores, comma-separated; default: those of tables.")
+    ] = None,
+    frozen: Annotated[bool, typer.Option("--frozen", help="Put the frozen baseline of the first in front.")] = False,
+    data: Annotated[Path | None, typer.Option(help="The store, for runs that do not say who is one subject.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare runs on the same test sessions: scores with intervals, differences with intervals and p values.
+
+    p is of a paired permutation test over subjects, with DeLong's beside it for AUROC, and Holm's correction over the
+    systems that are compared. Folds are put together, and of several seeds the score is the mean.
+    """
+    from brainfound.data.store import Store
+    from brainfound.evaluate.comparison import compare as against_first
+    from brainfound.evaluate.comparison import compare_pairs, score_intervals
+    from brainfound.train.compared_runs import read_systems
+
+    store = None if data is None else Store.open(data)
+    read = read_systems(runs, frozen=frozen, store=store)
+    chosen = words(metrics) if metrics else read.metrics
+    drawing: dict[str, Any] = {"num_resamples": NUM_RESAMPLES, "confidence": CONFIDENCE}
+    first = next(iter(read.systems))
+    if all_pairs:
+        tested = compare_pairs(read.systems, chosen, num_permutations=NUM_PERMUTATIONS, **drawing)
+        found = [score_intervals(seeds, chosen, **drawing).assign(system=name) for name, seeds in read.systems.items()]
+        rows = [row for table in found for row in _records(table)]
+    else:
+        tested = against_first(read.systems, first, chosen, num_permutations=NUM_PERMUTATIONS, **drawing)
+        rows = _records(tested)
+    pairs = _records(tested) if all_pairs else []
+    content = {
+        "task": read.task,
+        "target": read.target,
+        "num_seeds": {name: len(seeds) for name, seeds in read.systems.items()},
+        "against": None if all_pairs else first,
+        "confidence": CONFIDENCE,
+        "num_resamples": NUM_RESAMPLES,
+        "num_permutations": NUM_PERMUTATIONS,
+        "scores": rows,
+    } | ({"pairs": pairs} if all_pairs else {})
+    if as_json:
+        print(json.dumps(content, indent=1))
+        return
+    _print(content, rows, pairs, chosen)
+
+
+def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of a table as plain values; what is not defined is None."""
+    return [
+        {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
+        for row in table.to_dict(orient="records")
+    ]
+
+
+def _print(
+    content: dict[str, Any], rows: list[dict[str, Any]], pairs: list[dict[str, Any]], metrics: list[str]
+) -> None:
+    from brainfound.cli.tables import about_intervals, print_table
+
+    sessions = max((row["num_cases"] for row in rows), default=0)
+    subjects = [row["num_subjects"] for row in rows if row["num_subjects"]]
+    title = f"{content['task']} of {content['target']}: {sessions} sessions of {max(subjects, default=0)} subjects"
+    order = {name: k for k, name in enumerate(metrics)}
+    rows = sorted(rows, key=lambda row: order[row["metric"]])
+    if pairs:
+        print_table(["score", "system", "value", "subjects"], [_score(row) for row in rows], title)
+        columns = ["score", "system", "against", "difference", *_tests(pairs)]
+        print_table(columns, [[row["metric"], row["system"], row["against"], *_test(row, pairs)] for row in pairs])
+    else:
+        columns = ["score", "system", "value", "subjects", f"difference from {content['against']}", *_tests(rows)]
+        print_table(columns, [[*_score(row), *_test(row, rows)] for row in rows], title)
+    print(about_intervals(min(subjects, default=0), max(subjects, default=0), CONFIDENCE, NUM_RESAMPLES))
+    num_tests = len(pairs or rows) // max(len(metrics), 1) - (0 if pairs else 1)
+    print(
+        f"p: two-sided paired permutation test that exchanges systems within subjects; Holm: corrected over "
+        f"{num_tests} comparison{'s' if num_tests != 1 else ''} of a score"
+    )
+    seeds = {count for count in content["num_seeds"].values()}
+    if max(seeds) > 1:
+        print(f"scores are means over {max(seeds)} seeds")
+
+
+def _score(row: dict[str, Any]) -> list[str]:
+    from brainfound.cli.tables import with_interval
+    from brainfound.evaluate.scores import HIGHER_IS_BETTER
+
+    better = "higher" if HIGHER_IS_BETTER[row["metric"].partition("(")[0]] else "lower"
+    value = with_interval(row["value"], row["low"], row["high"])
+    return [f"{row['metric']} ({better} is better)", row["system"], value, str(row["num_subjects"])]
+
+
+def _tests(rows: list[dict[str, Any]]) -> list[str]:
+    """Columns of tests; DeLong's where there is one."""
+    delong = any(row["p_delong"] is not None for row in rows)
+    return ["p", "p (Holm)", *(["DeLong", "DeLong (Holm)"] if delong else [])]
+
+
+def _test(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
+    from brainfound.cli.tables import with_interval
+
+    names = ["p", "p_holm", *(["p_delong", "p_delong_holm"] if len(_tests(rows)) > 2 else [])]
+    difference = with_interval(row["difference"], row["difference_low"], row["difference_high"])
+    return [difference, *(_p(row[name]) for name in names)]
+
+
+def _p(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if value >= 0.001 else f"{value:.1e}"
