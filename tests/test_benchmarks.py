@@ -342,7 +342,7 @@ def test_recipes_of_the_ablation_differ_in_their_augmentation_alone(module):
         recipes = [augmentation.recipe_of(task, preset, 1, options) for preset in augmentation.PRESETS]
         assert len({recipe.augmentation.model_dump_json() for recipe in recipes}) == 3
         assert {recipe.augmentation.contrast_dropout for recipe in recipes} == {0.2}
-        assert len({recipe.model_copy(update={"augmentation": None}).model_dump_json() for recipe in recipes}) == 1
+        assert len({recipe.model_dump_json(exclude={"augmentation"}) for recipe in recipes}) == 1
 
 
 @pytest.mark.slow
