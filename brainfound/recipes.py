@@ -49,8 +49,8 @@ class Recipe(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _spell_out(cls, given: Any) -> Any:
-        presets = cls.presets()
-        if not isinstance(given, str) or not presets:
+        presets = cls.presets() if isinstance(given, str) else {}
+        if not presets:
             return given
         if given not in presets:
             raise PydanticCustomError(_NO_PRESET, "no such preset")

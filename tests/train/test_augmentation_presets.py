@@ -111,7 +111,7 @@ def test_wrong_names_and_values_are_one_line(content, overrides, expected):
 def test_none_leaves_every_volume_as_it_is():
     batch = head_batch()
     seen = augment_volumes(batch, NONE, KEY)
-    torch.testing.assert_close(seen.pixel_values, batch.pixel_values / 255, atol=1e-6, rtol=0)
+    torch.testing.assert_close(seen.pixel_values, batch.pixel_values / 255, atol=1e-5, rtol=0)
     assert torch.equal(seen.masks, batch.masks)
     assert torch.equal(seen.contrast_mask, batch.contrast_mask)
 
@@ -178,10 +178,10 @@ def test_bending_changes_nothing_else_that_is_drawn():
     """Affine, intensities and withheld contrasts are those of the same recipe without bending."""
     batch = head_batch()
     flat = PRESETS["strong"].model_copy(update={"elastic_probability": 0.0})
-    faint = flat.model_copy(update={"elastic_probability": 1.0, "elastic": 1e-7})
+    faint = flat.model_copy(update={"elastic_probability": 1.0, "elastic": 1e-30})
     plain, bent = augment_volumes(batch, flat, KEY), augment_volumes(batch, faint, KEY)
     assert torch.equal(plain.contrast_mask, bent.contrast_mask)
-    torch.testing.assert_close(plain.pixel_values, bent.pixel_values, atol=1e-2, rtol=0)
+    assert torch.equal(plain.pixel_values, bent.pixel_values)
 
 
 def test_affine_and_bending_are_one_resampling_of_what_is_seen(monkeypatch):
