@@ -60,10 +60,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--test-sessions", type=int, default=100)
     parser.add_argument("--spacing-mm", type=float, default=2.5, help="of the simulation")
     parser.add_argument("--slice-mm", type=float, default=5.0, help="distance of slices in the stores")
-    parser.add_argument("--patches", type=int, default=10, help="side of a slice, which shows 200 mm, in patches")
+    parser.add_argument("--patches", type=int, default=8, help="side of a slice, which shows 200 mm, in patches")
     parser.add_argument("--start-steps", type=int, default=200, help="of the tiny ViT's pretraining")
-    parser.add_argument("--steps", type=int, default=150, help="of a classification or a regression")
-    parser.add_argument("--segmentation-steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=120, help="of a classification or a regression")
+    parser.add_argument("--segmentation-steps", type=int, default=240)
     parser.add_argument("--slices", type=int, default=8, help="per volume, in training")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of every fine-tuning recipe")
     parser.add_argument("--permutations", type=int, default=5000)
@@ -245,7 +245,9 @@ def train_and_score(recipe: Any, learnt: Path, scored: Path, model: str, target:
     return json.loads(kept.read_text(encoding="utf-8"))
 
 
-def judge(found: Mapping[str, Mapping[str, list[dict[str, Any]]]], permutations: int) -> dict[str, Any]:
+def judge(
+    found: Mapping[str, Mapping[str, list[dict[str, Any]]]], permutations: int, resamples: int = 1000
+) -> dict[str, Any]:
     """Scores of each preset, and the gain of each over each before it, of every task.
 
     The test exchanges two presets within subjects; seeds go with them. Holm's correction is over all comparisons.
@@ -259,14 +261,14 @@ def judge(found: Mapping[str, Mapping[str, list[dict[str, Any]]]], permutations:
         truth, values = _values(task, by_preset)
         scores = {}
         for preset, of_runs in values.items():
-            interval = bootstrap_interval(metric, truth, of_runs, num_resamples=1000)
+            interval = bootstrap_interval(metric, truth, of_runs, num_resamples=resamples)
             runs = [figure(metric(truth, of_runs[:, [run]])) for run in range(of_runs.shape[1])]
             scores[preset] = {"mean": figure(interval.estimate), "interval": _ends(interval), "runs": runs}
         gains = {}
         for before, after in combinations(values, 2):
             interval = bootstrap_interval(
                 lambda labels, a, b, metric=metric, sign=sign: sign * (metric(labels, a) - metric(labels, b)),
-                truth, values[after], values[before], num_resamples=1000,
+                truth, values[after], values[before], num_resamples=resamples,
             )  # fmt: skip
             p = paired_permutation_test(
                 values[after], values[before], lambda x, metric=metric, truth=truth: metric(truth, x), permutations

@@ -318,7 +318,7 @@ def augmentation_answers(rng: np.random.Generator, strong_gains: bool) -> dict:
 
 def test_the_ablation_of_augmentation_finds_gains_and_losses_task_by_task(module):
     augmentation = module("augmentation")
-    found = augmentation.judge(augmentation_answers(np.random.default_rng(0), True), permutations=500)
+    found = augmentation.judge(augmentation_answers(np.random.default_rng(0), True), permutations=150, resamples=60)
     gains = {task: of["gains"]["strong over none"] for task, of in found.items()}
     assert gains["segmentation"]["gain"] == pytest.approx(0.1, abs=0.02)
     assert gains["regression"]["gain"] == pytest.approx(-4, abs=0.7)  # a larger error is a loss
@@ -331,7 +331,7 @@ def test_the_ablation_of_augmentation_finds_gains_and_losses_task_by_task(module
     assert len(found["classification"]["scores"]["none"]["runs"]) == 2
     printed = augmentation.table({"presets": {"none": {}, "strong": {}}, "tasks": found})
     assert "| tissue, Dice: strong over none | +0.1" in printed
-    same = augmentation.judge(augmentation_answers(np.random.default_rng(1), False), permutations=500)
+    same = augmentation.judge(augmentation_answers(np.random.default_rng(1), False), permutations=150, resamples=60)
     assert all(of["gains"]["strong over none"]["p_holm"] > 0.05 for of in same.values())
 
 
