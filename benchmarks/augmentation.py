@@ -169,7 +169,7 @@ def pretrain_start(options: argparse.Namespace, store: Any) -> str:
 
 
 def recipe_of(task: str, preset: str, seed: int, options: argparse.Namespace) -> Any:
-    """The project's recipe with another augmentation; sizes and steps are smaller, and rates higher by as much.
+    """The project's recipe with another augmentation; it has fewer steps, and higher rates by as much (at most tenfold).
 
     Contrasts are withheld as often with every preset as the recipe withholds them: what differs is what is done to
     images.
@@ -179,7 +179,7 @@ def recipe_of(task: str, preset: str, seed: int, options: argparse.Namespace) ->
 
     own = load(FinetuneRecipe, f"finetune-{task}", "train")
     steps = options.segmentation_steps if task == "segmentation" else options.steps
-    faster = own.engine.steps / steps
+    faster = min(10.0, own.engine.steps / steps)
     changes = [
         f"seed={seed}", f"augmentation={preset}",
         f"augmentation.contrast_dropout={own.augmentation.contrast_dropout}",
