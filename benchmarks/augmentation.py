@@ -169,7 +169,7 @@ def pretrain_start(options: argparse.Namespace, store: Any) -> str:
 
 
 def recipe_of(task: str, preset: str, seed: int, options: argparse.Namespace) -> Any:
-    """The project's recipe with another augmentation; it has fewer steps, and higher rates by as much (at most tenfold).
+    """The project's recipe with another augmentation; with fewer steps, and rates higher by as much (at most tenfold).
 
     Contrasts are withheld as often with every preset as the recipe withholds them: what differs is what is done to
     images.
