@@ -54,6 +54,8 @@ TASKS: dict[str, dict[str, Any]] = {
             "decoder_width=48",
             "optim.lr=2e-3",
             "optim.head_lr=3e-3",
+            # The recipe's strong augmentation is for runs that are long enough to see much of it.
+            "augmentation={rotation_degrees: 15, scale: 0.2, shear: 0.1, contrast_dropout: 0.2}",
         ),
     },
 }

@@ -16,13 +16,15 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 
 from brainfound.errors import RecipeError, did_you_mean, nearest
 
 Room = Literal["train", "adapters", "model_cards"]
 SUFFIX = ".yaml"
+_NO_PRESET = "no_preset"
 
 
 class Recipe(BaseModel):
@@ -35,6 +37,24 @@ class Recipe(BaseModel):
 
     mistaken_for: ClassVar[Mapping[str, str]] = {}
     """Other recipes of the same room, as "module:class", and what to say of a file that holds one of those."""
+
+    @classmethod
+    def presets(cls) -> Mapping[str, Mapping[str, Any]]:
+        """Names that may stand where a mapping of the fields does, and the fields that each stands for.
+
+        A resolved recipe holds the fields, so a run stays what it was if a preset changes later.
+        """
+        return {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spell_out(cls, given: Any) -> Any:
+        presets = cls.presets() if isinstance(given, str) else {}
+        if not presets:
+            return given
+        if given not in presets:
+            raise PydanticCustomError(_NO_PRESET, "no such preset")
+        return presets[given]
 
     def to_yaml(self) -> str:
         """The resolved recipe as YAML, in the order of the fields."""
@@ -151,7 +171,7 @@ def validate(
     overrides = list(overrides)
     changed: dict[str, Any] = _deep_copy(content)
     for text in overrides:
-        _override(changed, text)
+        _override(recipe, changed, text)
     try:
         return recipe.model_validate(changed)
     except ValidationError as error:
@@ -167,16 +187,20 @@ def _deep_copy(value: Any) -> Any:
     return value
 
 
-def _override(content: dict[str, Any], text: str) -> None:
+def _override(recipe: type[Recipe], content: dict[str, Any], text: str) -> None:
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise RecipeError("an override must read key=value", where=f"--set {text}", remedy="Write --set optim.lr=1e-4")
     *parents, last = key.strip().split(".")
-    node = content
+    node, kinds = content, [recipe]
     for parent in parents:
+        fields = [kind.model_fields[parent] for kind in kinds if parent in kind.model_fields]
+        kinds = [kind for field in fields for kind in _models_in(field.annotation) if issubclass(kind, Recipe)]
         child = node.setdefault(parent, {})
         if child is None:
             child = node[parent] = {}
+        if isinstance(child, str):  # a preset: what it stands for, and then one field of it otherwise
+            child = node[parent] = _fields_of_preset(kinds, child, f"--set {text}: {parent}")
         if not isinstance(child, dict):
             raise RecipeError(
                 "this key holds a value, not a group",
@@ -186,6 +210,25 @@ def _override(content: dict[str, Any], text: str) -> None:
             )
         node = child
     node[last] = _yaml_value(value)
+
+
+def _fields_of_preset(kinds: Sequence[type[Recipe]], name: str, where: str) -> Any:
+    """The fields that a group's preset stands for; the name itself where the group has no presets."""
+    presets = {known: fields for kind in kinds for known, fields in kind.presets().items()}
+    if presets and name not in presets:
+        raise _no_preset(name, presets, where)
+    return _deep_copy(presets.get(name, name))
+
+
+def _no_preset(name: str, presets: Iterable[str], where: str) -> RecipeError:
+    close = nearest(name, presets)
+    return RecipeError(
+        "no such preset",
+        where=where,
+        got=repr(name),
+        expected=f"one of {', '.join(presets)}, or a mapping",
+        remedy=f"Did you mean {close}?" if close else None,
+    )
 
 
 def _yaml_value(text: str) -> Any:
@@ -239,6 +282,11 @@ def _recipe_error(recipe: type[Recipe], error: ValidationError, place: _Place) -
         known = [kind.strip(" '") for kind in first["ctx"]["expected_tags"].split(",")]
         where = place.of([*walked.keys, choice], first["loc"], known_key=True)
         return RecipeError(f"unknown {choice} {tag!r}", where=where, remedy=did_you_mean(tag, known))
+    if first["type"] == _NO_PRESET:
+        presets = [
+            name for kind in _models_in(walked.annotation) if issubclass(kind, Recipe) for name in kind.presets()
+        ]
+        return _no_preset(first["input"], presets, where)
     # What is wrong with a whole group its message says; the group itself would fill the line.
     has_value = first["type"] != "missing" and not isinstance(first.get("input"), Mapping)
     got = repr(first.get("input"))[:80] if has_value else None

@@ -296,6 +296,87 @@ def test_several_runs_are_scored_one_by_one_and_not_as_an_ensemble(module):
     assert paired.score(runs, ill)["diagnosis AUROC"]["mean"] == 0.75
 
 
+def augmentation_answers(rng: np.random.Generator, strong_gains: bool) -> dict:
+    """Made answers of 40 subjects and two runs of each preset; "strong" is better at one task and worse at another."""
+    truth, labels = rng.uniform(20, 90, 40), rng.choice(["a", "b", "c"], 40)
+    of_task: dict = {"segmentation": {}, "regression": {}, "classification": {}}
+    for preset, shift in (("none", 0.0), ("strong", 1.0 if strong_gains else 0.0)):
+        for task, runs in of_task.items():
+            runs[preset] = []
+            for _ in range(2):
+                dice = 0.6 + 0.1 * shift + rng.normal(0, 0.02, 40)
+                error = (8 + 4 * shift + rng.normal(0, 1, 40)) * rng.choice([-1, 1], 40)
+                scores = {k: (labels == k) * (1 + shift) + rng.normal(0, 1, 40) for k in "abc"}
+                cases = {
+                    "segmentation": {"dice": dice, "reference_pixels": np.ones(40)},
+                    "regression": {"truth": truth, "prediction": truth + error},
+                    "classification": {"truth": labels} | {f"p({k})": value for k, value in scores.items()},
+                }[task]
+                runs[preset].append({"trivial": 0.5, "cases": {name: list(of) for name, of in cases.items()}})
+    return of_task
+
+
+def test_the_ablation_of_augmentation_finds_gains_and_losses_task_by_task(module):
+    augmentation = module("augmentation")
+    found = augmentation.judge(augmentation_answers(np.random.default_rng(0), True), permutations=150, resamples=60)
+    gains = {task: of["gains"]["strong over none"] for task, of in found.items()}
+    assert gains["segmentation"]["gain"] == pytest.approx(0.1, abs=0.02)
+    assert gains["regression"]["gain"] == pytest.approx(-4, abs=0.7)  # a larger error is a loss
+    assert gains["classification"]["gain"] > 0.05
+    for of in gains.values():
+        assert of["p"] <= of["p_holm"] < 0.05
+        assert of["interval"][0] <= of["gain"] <= of["interval"][1]
+    assert gains["segmentation"]["p_holm"] == pytest.approx(3 * gains["segmentation"]["p"], rel=1e-3)
+    # Each run alone, not their mean.
+    assert len(found["classification"]["scores"]["none"]["runs"]) == 2
+    printed = augmentation.table({"presets": {"none": {}, "strong": {}}, "tasks": found})
+    assert "| tissue, Dice: strong over none | +0.1" in printed
+    same = augmentation.judge(augmentation_answers(np.random.default_rng(1), False), permutations=150, resamples=60)
+    assert all(of["gains"]["strong over none"]["p_holm"] > 0.05 for of in same.values())
+
+
+def test_recipes_of_the_ablation_differ_in_their_augmentation_alone(module):
+    augmentation = module("augmentation")
+    options = augmentation.parse(["--work", "nowhere", "--steps", "50"])
+    for task in augmentation.TASKS:
+        recipes = [augmentation.recipe_of(task, preset, 1, options) for preset in augmentation.PRESETS]
+        assert len({recipe.augmentation.model_dump_json() for recipe in recipes}) == 3
+        assert {recipe.augmentation.contrast_dropout for recipe in recipes} == {0.2}
+        assert len({recipe.model_dump_json(exclude={"augmentation"}) for recipe in recipes}) == 1
+
+
+@pytest.mark.slow
+def test_augmentation_at_tiny_size_and_once_more(module, tmp_path, monkeypatch, capsys):
+    torch = importlib.import_module("torch")
+    threads = torch.get_num_threads()
+    for name in (*module("rounds").THREAD_VARIABLES, "HF_HUB_OFFLINE", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    monkeypatch.setattr("brainfound.train.run_files.plot_curves", lambda folder: folder)
+    sizes = shlex.split(
+        "--sessions 24 --test-sessions 8 --spacing-mm 8 --slice-mm 25 --patches 4 --start-steps 2 --steps 2 "
+        "--segmentation-steps 2 --slices 3 --seeds 0 --permutations 50 --workers 1 --set head_fit_passes=1"
+    )
+    work, out = tmp_path / "work", tmp_path / "results.json"
+    main = module("augmentation").main
+    try:
+        main(["--work", str(work), "--out", str(out), *sizes])
+        result = json.loads(out.read_text(encoding="utf-8"))
+        assert result["data"]["scored"]["sites"] == {"site-3": 8}
+        assert "site-3" not in result["data"]["learnt from"]["sites"]
+        assert result["presets"]["none"]["rotation_degrees"] == 0
+        for of_task in result["tasks"].values():
+            assert list(of_task["scores"]) == ["none", "mild", "strong"]
+            assert list(of_task["gains"]) == ["mild over none", "strong over none", "strong over mild"]
+        assert "| age, MAE in years: strong over mild |" in capsys.readouterr().out
+        assert str(tmp_path) not in out.read_text(encoding="utf-8")
+        monkeypatch.setattr("brainfound.train.finetune.finetune", None)  # nothing is trained again
+        main(["--work", str(work), "--out", str(out), *sizes])
+        assert json.loads(out.read_text(encoding="utf-8"))["tasks"] == result["tasks"]
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_dead_leaves_cover_the_image_and_depend_on_their_seed_alone(module):
     image_of = module("dead_leaves").dead_leaves_image
     first, again, other = (image_of(np.random.default_rng(seed), 48) for seed in (1, 1, 2))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -29,6 +29,26 @@ SEGMENTATION_FIELDS = (
     "focal_gamma",
 )
 """What a recipe of a segmentation says of the model, under the names of the model's configuration."""
+
+OF_ONE_TASK: Mapping[str, tuple[str, ...]] = {
+    "classification": ("classification",),
+    "regression": ("regression",),
+    "segmentation": (*SEGMENTATION_FIELDS, "foreground_share", "merge_codes"),
+}
+"""Keys and groups of the recipe that one task alone reads, besides the regions of a segmentation."""
+
+OF_ONE_CHOICE: Mapping[str, tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...]] = {
+    "segmentation": (
+        ("segmentation_loss", ("tversky", "focal_tversky"), ("tversky_alpha", "tversky_beta")),
+        ("segmentation_loss", ("focal_tversky",), ("tversky_gamma",)),
+        ("segmentation_loss", ("dice_focal",), ("focal_gamma",)),
+    ),
+    "regression": (
+        ("regression.loss", ("huber",), ("regression.huber_delta",)),
+        ("regression.head", ("bins",), ("regression.bins", "regression.label_width")),
+    ),
+}
+"""By task: a choice, what it must be, and the keys that nothing reads where it is something else."""
 
 
 class FinetuneOptimRecipe(Recipe):
@@ -115,6 +135,7 @@ class FinetuneRecipe(Recipe):
     split: SplitRecipe = SplitRecipe()
     optim: FinetuneOptimRecipe = FinetuneOptimRecipe()
     augmentation: VolumeAugmentation = VolumeAugmentation()
+    """none, mild (for classification and regression), strong (for segmentation), or its fields one by one."""
     engine: EngineRecipe = EngineRecipe(steps=500, batch_size=4, num_workers=0)
 
 
@@ -162,21 +183,48 @@ def resolve_recipe(
 
 
 def require_fitting(recipe: FinetuneRecipe, target: Target) -> None:
-    """Refuse settings of another task, and to keep embeddings that training would change or that hold no pixels.
+    """Refuse what would have no effect on this target, and embeddings that cannot be kept.
+
+    Nothing reads a setting of another task, or of a loss or a head that is not chosen. One that has its default value
+    is not refused.
 
     Raises:
-        RecipeError: names the key.
+        RecipeError: names the keys.
     """
-    for task, own in (("classification", ClassificationHeadRecipe()), ("regression", RegressionHeadRecipe())):
-        if target.task != task and getattr(recipe, task) != own:
-            raise RecipeError(
-                f"these settings are for a {task}",
-                where=task,
-                got=f"a {target.task} of {target.column}",
-                remedy=f"Leave them out, or set task={task}",
-            )
-    if not recipe.cached_embeddings:
-        return
+    values, defaults = (_flat(content.model_dump()) for content in (recipe, FinetuneRecipe()))
+    changed = [key for key, value in values.items() if key in defaults and value != defaults[key]]
+    for task, own in OF_ONE_TASK.items():
+        if task != target.task:
+            unread = [key for key in changed if key.partition(".")[0] in own]
+            _refuse(unread, f"for a {task}", f"a {target.task} of {target.column}", f"task={task}")
+    # A mean has no weights, and is what a segmentation has in the place of an aggregator.
+    if target.task == "segmentation" and "aggregator" in changed and recipe.aggregator != "mean":
+        _refuse(["aggregator"], "for a classification or a regression", f"a segmentation of {target.column}")
+    for choice, wanted, keys in OF_ONE_CHOICE.get(target.task, ()):
+        if values[choice] not in wanted:
+            unread = [key for key in changed if key in keys]
+            needed = f"for {choice}={' or '.join(wanted)}"
+            _refuse(unread, needed, f"{choice}={values[choice]}", f"{choice}={wanted[0]}")
+    if recipe.cached_embeddings:
+        _require_frozen(recipe, target)
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Keys as users write them, with dots, and their values."""
+    flat: dict[str, Any] = {}
+    for name, value in content.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _refuse(unread: Sequence[str], whom: str, got: str, instead: str | None = None) -> None:
+    if unread:
+        what, it = ("this setting is", "it") if len(unread) == 1 else ("these settings are", "them")
+        remedy = f"Leave {it} out" + (f", or set {instead}" if instead else "")
+        raise RecipeError(f"{what} {whom}", where=", ".join(unread), got=got, remedy=remedy)
+
+
+def _require_frozen(recipe: FinetuneRecipe, target: Target) -> None:
     method = load(AdapterRecipe, recipe.adapter, "adapters").method
     if method != "none" or target.task == "segmentation":
         raise RecipeError(

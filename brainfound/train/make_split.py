@@ -15,6 +15,8 @@ from brainfound.errors import UsageError
 from brainfound.train.targets import MASK, labelled_sessions, target_columns
 
 SITE = "site"
+FOLDS, SHOTS, FEW_SUBJECTS, SITES = "k-fold", "few shots per class", "few subjects", "leave one site out"
+"""Kinds of division besides a single one, as a split file names them."""
 
 
 def make_split(
@@ -50,46 +52,18 @@ def make_split(
     Raises:
         UsageError: wishes that exclude each other, columns that are not there, or too few subjects or sites.
     """
-    wishes = [bool(folds), bool(shots), bool(num_subjects), leave_site_out]
-    if sum(wishes) > 1:
-        raise UsageError(
-            "folds, shots, numbers of subjects and leaving a site out exclude each other",
-            remedy="Ask for one of them, and make a file of each",
-        )
-    if not 0 < test < 1 or not 0 <= validation < 1 or test + validation >= 1:
-        raise UsageError(
-            "the shares of test and validation must leave some to train on",
-            got=f"test {test:g}, validation {validation:g}",
-            expected="a sum below 1",
-        )
+    kind = _kind_of_division(folds, shots, num_subjects, leave_site_out)
+    shares = _shares(test, validation)
     used = np.arange(len(store)) if target is None else labelled_sessions(store, target)
     chosen = list(stratify) if stratify is not None else [] if target is None else [target]
-    columns = {name: labels_to_stratify(store, used, name) for name in chosen}
+    columns = {name: labels_to_stratify(store, used, name) for name in chosen} or None
     divided, num_linked = subjects_to_divide(store)
-    names = divided[used].tolist()
-    shares = {"train": 1 - test - validation, "validation": validation, "test": test}
-    shares = {part: share for part, share in shares.items() if share > 0}
-    without: list[str] = []
-    if folds:
-        parts = k_folds(names, folds, seed, columns or None, validation)
-        made = {f"fold-{n}": fold for n, fold in enumerate(parts, start=1)}
-    elif shots:
-        labels = _classes(store, target, used)
-        few = few_shot(names, shots, seed, labels, shares, columns or None)
-        made = {f"shots-{n or 'all'}": fold for n, fold in few.items()}
-    elif num_subjects:
-        few = few_shot(names, num_subjects, seed, None, shares, columns or None)
-        made = {f"subjects-{n or 'all'}": fold for n, fold in few.items()}
-    elif leave_site_out:
-        sites = store.covariate(SITE).iloc[used].tolist()
-        left_out = leave_one_site_out(names, sites, seed, validation, columns or None)
-        made = {f"site-{site}": fold for site, fold in left_out.items()}
-        without = sorted({label_text(site) for site in sites} - {"missing", *left_out})
-    else:
-        made = {SINGLE: split_by_subject(names, shares, seed, columns or None)}
-    kinds = ("k-fold", "few shots per class", "few subjects", "leave one site out")
+    labels = _classes(store, target, used) if shots else _sites(store, used) if leave_site_out else []
+    wish = folds or shots or num_subjects
+    made = _divide(kind, wish, divided[used].tolist(), labels, shares, columns, seed)
+    without = _sites_without_fold(store, used, made) if leave_site_out else []
     facts: dict[str, Any] = {
-        "kind": next((kind for kind, wish in zip(kinds, wishes, strict=True) if wish), "single"),
+        "kind": kind,
         "test": None if folds or leave_site_out else test,
         "validation": validation,
         "target": target,
@@ -105,6 +79,68 @@ def make_split(
         made=facts,
         columns=[column for name in counted for column in target_columns(store, name)],
     )
+
+
+def _kind_of_division(folds: object, shots: object, num_subjects: object, leave_site_out: bool) -> str:
+    wishes = {FOLDS: folds, SHOTS: shots, FEW_SUBJECTS: num_subjects, SITES: leave_site_out}
+    wished = [kind for kind, wish in wishes.items() if wish]
+    if len(wished) > 1:
+        raise UsageError(
+            "folds, shots, numbers of subjects and leaving a site out exclude each other",
+            remedy="Ask for one of them, and make a file of each",
+        )
+    return wished[0] if wished else "single"
+
+
+def _divide(
+    kind: str,
+    wish: Any,
+    names: list[str],
+    labels: list[Any],
+    shares: dict[str, float],
+    columns: dict[str, list[Any]] | None,
+    seed: int,
+) -> dict[str, dict[str, np.ndarray]]:
+    """Fold → part → places among ``names``, the subjects of the sessions to divide.
+
+    Args:
+        wish: how many folds, shots or subjects.
+        labels: of the sessions: classes for shots, sites to leave one out.
+        columns: labels by which the subjects are stratified.
+    """
+    validation = shares.get("validation", 0.0)
+    if kind == FOLDS:
+        parts = k_folds(names, wish, seed, columns, validation)
+        return {f"fold-{n}": fold for n, fold in enumerate(parts, start=1)}
+    if kind in (SHOTS, FEW_SUBJECTS):
+        few = few_shot(names, wish, seed, labels if kind == SHOTS else None, shares, columns)
+        what = "shots" if kind == SHOTS else "subjects"
+        return {f"{what}-{n or 'all'}": fold for n, fold in few.items()}
+    if kind == SITES:
+        left_out = leave_one_site_out(names, labels, seed, validation, columns)
+        return {f"site-{site}": fold for site, fold in left_out.items()}
+    return {SINGLE: split_by_subject(names, shares, seed, columns)}
+
+
+def _sites(store: Store, used: np.ndarray) -> list[Any]:
+    return store.covariate(SITE).iloc[used].tolist()
+
+
+def _sites_without_fold(store: Store, used: np.ndarray, made: Mapping[str, Any]) -> list[str]:
+    sites = {label_text(site) for site in _sites(store, used)} - {"missing"}
+    return sorted(site for site in sites if f"site-{site}" not in made)
+
+
+def _shares(test: float, validation: float) -> dict[str, float]:
+    """Of the parts that there are to be."""
+    if not 0 < test < 1 or not 0 <= validation < 1 or test + validation >= 1:
+        raise UsageError(
+            "the shares of test and validation must leave some to train on",
+            got=f"test {test:g}, validation {validation:g}",
+            expected="a sum below 1",
+        )
+    shares = {"train": 1 - test - validation, "validation": validation, "test": test}
+    return {part: share for part, share in shares.items() if share > 0}
 
 
 def labels_to_stratify(store: Store, sessions: np.ndarray, column: str) -> list[Any]:

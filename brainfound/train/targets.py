@@ -173,21 +173,27 @@ def resolve_target(
     columns = target_columns(store, column)
     if len(columns) > 1:
         return _multi_label_target(store, train, task, columns)
+    return (_number_target if task == "regression" else _class_target)(store, train, column)
+
+
+def _number_target(store: Store, train: Sequence[int], column: str) -> Target:
     labels = store.covariate(column).iloc[list(train)]
-    if task == "regression":
-        numbers = pd.to_numeric(labels, errors="coerce")
-        if numbers.isna().any():
-            raise UsageError(
-                "a regression target must be numeric",
-                where=f"column {column}",
-                got=repr(labels[numbers.isna()].iloc[0]),
-                remedy="Use --set task=classification, or another column",
-            )
-        std = float(numbers.std(ddof=0))
-        if not std > 0:
-            raise UsageError("the target is constant", where=f"column {column}", got=float(numbers.iloc[0]))
-        return Target("regression", column, mean=float(numbers.mean()), std=std)
-    names = tuple(sorted({_class_name(label) for label in labels}))
+    numbers = pd.to_numeric(labels, errors="coerce")
+    if numbers.isna().any():
+        raise UsageError(
+            "a regression target must be numeric",
+            where=f"column {column}",
+            got=repr(labels[numbers.isna()].iloc[0]),
+            remedy="Use --set task=classification, or another column",
+        )
+    std = float(numbers.std(ddof=0))
+    if not std > 0:
+        raise UsageError("the target is constant", where=f"column {column}", got=float(numbers.iloc[0]))
+    return Target("regression", column, mean=float(numbers.mean()), std=std)
+
+
+def _class_target(store: Store, train: Sequence[int], column: str) -> Target:
+    names = tuple(sorted({_class_name(label) for label in store.covariate(column).iloc[list(train)]}))
     if not 2 <= len(names) <= MAX_CLASSES:
         raise UsageError(
             "a classification needs at least two classes in the training part",

@@ -7,18 +7,20 @@ Axis legend: B volumes, S slices, C contrasts, H W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from brainfound.data.augmentation import IntensityRecipe, ViewsRecipe, drop_contrasts, random_affine, vary_intensity
+from brainfound.data.augmentation.drawing import Chosen, choose, uniform
+from brainfound.data.augmentation.elastic import FURTHEST, displacements, random_control_points
 from brainfound.data.batches import VolumeBatch, collate, unit_range
 from brainfound.data.store import Store
 from brainfound.recipes import Recipe
@@ -26,12 +28,15 @@ from brainfound.train.embedding_cache import EmbeddedBatch, EmbeddingCache
 from brainfound.train.objectives.base import StepKey
 from brainfound.train.randomness import VIEWS, numpy_generator, torch_generator
 
-AUGMENTATION, NOISE = 1_000_000, 1_000_001
+AUGMENTATION, NOISE, ELASTIC = 1_000_000, 1_000_001, 1_000_002
 """Keys of streams beside those of the single volumes, which are numbered from 0."""
 
 
 class VolumeAugmentation(Recipe):
-    """Random changes of a training volume; all its slices change alike."""
+    """Random changes of a training volume; all its slices change alike.
+
+    One of the `PRESETS`, by name (``augmentation: strong``), or these fields.
+    """
 
     rotation_degrees: float = Field(10.0, ge=0, le=45)
     """Largest in-plane rotation, to either side."""
@@ -39,11 +44,58 @@ class VolumeAugmentation(Recipe):
     """The volume is shown at a size of 1 ± this."""
     shear: float = Field(0.05, ge=0, lt=1)
     """Largest in-plane shear, to either side."""
+    elastic_probability: float = Field(0.0, ge=0, le=1)
+    """How often the plane is also bent smoothly, by the same resampling."""
+    elastic: float = Field(0.08, ge=0)
+    """Largest displacement of a control point of that bending along each axis, as a share of the image's side."""
+    elastic_cells: int = Field(5, ge=1, le=32)
+    """Cells of the control points' grid along each side; few cells bend smoothly."""
     flip_left_right: float = Field(0.0, ge=0, le=1)
     """How often left and right are exchanged. 0 by default: the side of a lesion is information."""
     contrast_dropout: float = Field(0.2, ge=0, lt=1)
     """How often a present contrast is withheld; one always stays."""
     intensity: IntensityRecipe = IntensityRecipe(gamma_probability=0.3, contrast_probability=0.3, blur_probability=0.1)
+
+    @classmethod
+    def presets(cls) -> Mapping[str, Mapping[str, Any]]:
+        return {name: preset.model_dump(mode="json") for name, preset in PRESETS.items()}
+
+    @model_validator(mode="after")
+    def _does_not_fold(self) -> VolumeAugmentation:
+        if self.elastic * self.elastic_cells >= FURTHEST:
+            raise ValueError(
+                f"elastic: {self.elastic:g} in {self.elastic_cells} cells would fold the image; "
+                f"it must be below {FURTHEST / self.elastic_cells:.3g}, or elastic_cells smaller"
+            )
+        return self
+
+
+PRESETS: Mapping[str, VolumeAugmentation] = {
+    "none": VolumeAugmentation(
+        rotation_degrees=0,
+        scale=0,
+        shear=0,
+        contrast_dropout=0,
+        intensity=IntensityRecipe(gamma_probability=0, contrast_probability=0, blur_probability=0, noise_probability=0),
+    ),
+    "mild": VolumeAugmentation(rotation_degrees=5, scale=0.05, shear=0),
+    "strong": VolumeAugmentation(
+        rotation_degrees=30,
+        scale=0.25,
+        shear=0.1,
+        elastic_probability=0.5,
+        intensity=IntensityRecipe(
+            gamma_probability=0.5,
+            contrast_probability=0.5,
+            bias_field_probability=0.3,
+            blur_probability=0.2,
+            low_resolution_probability=0.25,
+        ),
+    ),
+}
+"""Augmentation by name: none shows every volume as it is, mild is for classification and regression, strong for
+segmentation (the finding of the FOMO25 challenge: strong spatial augmentation helps segmentation, and much of it hurts
+the other two). No preset exchanges left and right."""
 
 
 def jittered_slices(num_slices: int, wanted: int, rng: np.random.Generator) -> np.ndarray:
@@ -146,8 +198,8 @@ def augment_volumes(
 ) -> VolumeBatch | EmbeddedBatch:
     """A random variant of each volume, on the batch's device; masks move with the pixels.
 
-    One affine per volume, sampled once (bilinear for pixels, nearest for masks); intensities vary per volume
-    and contrast. Volumes that are embedded already stay as they are.
+    One affine and, where it was drawn, one smooth bending per volume, sampled together and once (bilinear for pixels,
+    nearest for masks); intensities vary per volume and contrast. Volumes that are embedded already stay as they are.
     """
     if isinstance(batch, EmbeddedBatch):
         return batch
@@ -156,6 +208,7 @@ def augment_volumes(
     num_volumes, num_slices, _, height, width = pixels.shape
     matrices = _affines(num_volumes, (height, width), recipe, generator).to(pixels.device)
     grid = F.affine_grid(matrices, [num_volumes, 1, height, width], align_corners=False)
+    _bend(grid, matrices, recipe, key)
     flat = rearrange(pixels, "b s c h w -> b (s c) h w")
     moved = F.grid_sample(flat, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     # One image per volume and contrast: its slices share their random intensities, and no filter crosses from one
@@ -184,6 +237,28 @@ def _affines(count: int, size: tuple[int, int], recipe: VolumeAugmentation, gene
     factor = 1 + recipe.scale * (2 * torch.rand(count, generator=generator) - 1)
     matrices[:, :, :2] *= factor[:, None, None]
     return matrices
+
+
+def _bend(grid: Tensor, matrices: Tensor, recipe: VolumeAugmentation, key: StepKey) -> None:
+    """Let a part of the volumes look elsewhere by a smooth displacement; ``grid`` (B H W 2) is changed in place.
+
+    What is seen is bent, after the affine: a strong zoom makes no stronger bending. The numbers are drawn by a
+    generator of their own, so all else is drawn as if nothing were bent.
+    """
+    if not recipe.elastic_probability:
+        return
+    num_volumes, height, width = grid.shape[:3]
+    generator = torch_generator(VIEWS, key.seed, *key.keys, ELASTIC)
+    bent = Chosen.where(
+        choose(num_volumes, recipe.elastic_probability, generator),
+        random_control_points(num_volumes, recipe.elastic_cells, generator),
+        uniform((num_volumes,), 0, recipe.elastic, generator),
+    )
+    if (part := bent.part(0, num_volumes, grid.device)) is not None:
+        index, control, strength = part
+        offsets = displacements(control, strength, (height, width))
+        turned = torch.einsum("k x y, k h w y -> k h w x", matrices[index][:, :, :2], offsets)
+        grid.index_add_(0, index, turned)
 
 
 def _move_masks(masks: Tensor, grid: Tensor) -> Tensor:

@@ -38,7 +38,6 @@ LAUNCH_FILE = Path(__file__).parents[2] / "train" / "launch" / "accelerate-cpu.y
 TINY = {
     "name": "tiny",
     "num_slices": 4,
-    "decoder_width": 8,
     "head_fit_passes": 0,
     "frozen_baseline": False,
     "evaluate_every": 3,
@@ -53,6 +52,8 @@ TINY = {
     },
 }
 COLUMNS = {"classification": "diagnosis", "regression": "age_years", "segmentation": "mask"}
+OWN = {"diagnosis": "aggregator=max", "age_years": "aggregator=max", "mask": "decoder_width=8"}
+"""A setting of each column's task, which another task would refuse."""
 
 
 def tiny(*overrides: str) -> FinetuneRecipe:
@@ -100,8 +101,8 @@ def test_each_task_trains_and_leaves_a_whole_run(small_store, tiny_backbone, tmp
         return batch, sessions
 
     monkeypatch.setattr(VolumeReader, "read", spy)
-    fit = "head_fit_passes=1"
-    run = finetune(tiny(fit), small_store, tiny_backbone, COLUMNS[task], tmp_path / "run", quiet=True)
+    recipe = tiny("head_fit_passes=1", OWN[COLUMNS[task]])
+    run = finetune(recipe, small_store, tiny_backbone, COLUMNS[task], tmp_path / "run", quiet=True)
     assert len(lines(run)) == 3
     assert all(np.isfinite(losses(run)))
     parts = members(run)
@@ -149,7 +150,7 @@ def test_a_stem_may_be_chosen_and_blocks_computed_again(
     monkeypatch.setattr(FinetuneTask, "loss", spy)
     store, runs = t1w_store if stem == "slices" else small_store, []
     for again in ("false", "true"):
-        recipe = tiny(f"stem={stem}", "aggregator=max", f"gradient_checkpointing={again}", "evaluate_every=0")
+        recipe = tiny(f"stem={stem}", OWN[column], f"gradient_checkpointing={again}", "evaluate_every=0")
         runs.append(finetune(recipe, store, tiny_backbone, column, tmp_path / again, quiet=True))
     assert again_or_not == [{False}] * 3 + [{True}] * 3
     np.testing.assert_allclose(losses(runs[0]), losses(runs[1]), rtol=1e-4)
@@ -354,8 +355,10 @@ def test_doors(six_steps, small_store, tiny_backbone, tmp_path):
         start("age_years", "engine.steps=6", "optim.lr=1", out=six_steps, resume=True)
     with pytest.raises(UsageError, match="another target"):
         start("diagnosis", "engine.steps=6", out=six_steps, resume=True)
-    with pytest.raises(RecipeError, match="settings are for a classification"):
+    with pytest.raises(RecipeError, match="setting is for a classification"):
         start("age_years", "classification.focal_gamma=2")
+    with pytest.raises(RecipeError, match=r"huber_delta: this setting is for regression\.loss=huber"):
+        start("age_years", "regression.huber_delta=2")
     with pytest.raises(RecipeError, match="loss of its own"):
         start("age_years", "regression.head=bins", "regression.loss=l1")
     with pytest.raises(RecipeError, match="aggregator"):
