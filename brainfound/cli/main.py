@@ -26,6 +26,7 @@ VERBS = (
     "evaluate",
     "embed",
     "predict",
+    "report",
     "list",
     "show",
     "doctor",

@@ -84,9 +84,7 @@ def evaluate(
     train_labels = _train_labels(split, store, labelled, target)
     choices: list[tuple[str, ...]] = [tuple(without)]
     if partial_input:
-        choices = [
-            tuple(c for c in store.shown if c not in subset) for subset in non_empty_subsets(store.shown)
-        ]
+        choices = [tuple(c for c in store.shown if c not in subset) for subset in non_empty_subsets(store.shown)]
     results = []
     for absent in choices:
         results.append(

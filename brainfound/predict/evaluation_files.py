@@ -1,8 +1,8 @@
 """The folder of an evaluation: its scores and cases, and the page that `brainfound report` draws of them.
 
-    summary.json   what was scored, and the scores
-    cases.tsv      the answers, one row per session (of partial input those of full input); subjects are numbered
-    report.md      the page; report.png where there is more than one score
+summary.json   what was scored, and the scores
+cases.tsv      the answers, one row per session (of partial input those of full input); subjects are numbered
+report.md      the page; report.png where there is more than one score
 """
 
 from __future__ import annotations

@@ -101,7 +101,8 @@ class ExperimentFolder:
             one system, or a case has several labels.
         """
         cases, names = self.cases, self.system_names
-        if cases.empty or len(names) < 2 or self.kind != "comparison" or "truth" not in cases and "dice" not in cases:
+        comparable = self.kind == "comparison" and len(names) > 1
+        if not comparable or not {"truth", "dice"} & set(cases.columns):
             return pd.DataFrame()
         runs = [set(zip(part["fold"], part["seed"], strict=True)) for _, part in cases.groupby("system")]
         common = set.intersection(*runs)

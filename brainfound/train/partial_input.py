@@ -79,9 +79,7 @@ def score_absence(
     results = []
     for shown in non_empty_subsets(contrasts) if subset is None else [tuple(subset)]:
         without = [name for name in store.contrasts if name not in shown]
-        scored = score_sessions(
-            model, store, sessions, target, bundle.metadata["num_slices"], train_labels, without
-        )
+        scored = score_sessions(model, store, sessions, target, bundle.metadata["num_slices"], train_labels, without)
         absence = TRAINING if subset is not None else NONE if len(shown) == len(contrasts) else TEST
         results.append({"contrasts": list(shown), "absence": absence, "num_left_out": len(test) - len(sessions)})
         results[-1] |= scored.to_dict()

@@ -249,7 +249,9 @@ class _Experiment:
                 for system in self.systems:
                     run = self._run(system, fold, seed, is_main)
                     rows.append(
-                        experiment_files.row_of(run, self.folder, system, self.contents[system.name], groups[fold], fold, seed)
+                        experiment_files.row_of(
+                            run, self.folder, system, self.contents[system.name], groups[fold], fold, seed
+                        )
                     )
                     # After each run: what is done is told even if a later one fails.
                     write = partial(experiment_files.write, self.folder, pd.DataFrame(rows), asked)

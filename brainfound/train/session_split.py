@@ -202,9 +202,7 @@ def _strata(recipe: SplitRecipe, store: Store, labelled: np.ndarray, target: str
     return columns
 
 
-def _readable(
-    parts: Mapping[str, np.ndarray], store: Store, say: Callable[[str], None]
-) -> dict[str, np.ndarray]:
+def _readable(parts: Mapping[str, np.ndarray], store: Store, say: Callable[[str], None]) -> dict[str, np.ndarray]:
     """The sessions that have a contrast which the store shows. Parts are made before, so that they are the same
     whichever contrasts are withheld.
 

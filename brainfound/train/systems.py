@@ -81,9 +81,7 @@ def subset_systems(system: System, contrasts: Sequence[str]) -> list[System]:
         UsageError: there is one contrast only, so that nothing could be absent.
     """
     if len(contrasts) < 2:
-        raise UsageError(
-            "with one contrast nothing can be absent", where="--partial-input", got=", ".join(contrasts)
-        )
+        raise UsageError("with one contrast nothing can be absent", where="--partial-input", got=", ".join(contrasts))
     return [
         System("+".join(subset), system.model, system.adapter, system.overrides, subset, system.start)
         for subset in non_empty_subsets(contrasts)

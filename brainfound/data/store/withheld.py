@@ -1,7 +1,7 @@
 """A store that shows only some of its contrasts, as if the others had not been scanned.
 
 An experiment that asks what a model learns without a contrast takes the very same sessions, labels and split as one
-with it. So nothing is prepared anew: the store is the same, and what is withheld is absent and zero wherever it is read.
+with it. So nothing is prepared anew: the store is the same, and what is withheld is absent, and zero where it is read.
 """
 
 from __future__ import annotations
