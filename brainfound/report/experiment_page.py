@@ -87,7 +87,7 @@ def _question(summary: Mapping[str, Any]) -> str:
     if kind == "evaluation":
         if summary.get("partial_input"):
             return "What does it cost the model that contrasts are missing in the test?"
-        return "How well does the model do on sessions of subjects that it did not learn from?"
+        return "How well does the model do on these sessions, beside a baseline that never looks at an image?"
     of = {
         "few shots per class": "How many subjects of each class does it take to learn this?",
         "few subjects": "How many subjects does it take to learn this?",

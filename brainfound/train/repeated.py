@@ -142,7 +142,8 @@ def finetune_systems(
     """Compare starting points and adaptations: each is fine-tuned on the same folds, with the same seeds and budget.
 
     Args:
-        systems: of `brainfound.train.systems.systems_of`; the others are compared with the first.
+        systems: of `brainfound.train.systems.systems_of`; the others are compared with the first. One alone is
+            what `finetune_over` does.
         split, recipe, data, target, out, seeds, resume, keep_ids, overrides, command, quiet: as for `finetune_over`.
 
     Returns:
@@ -152,7 +153,8 @@ def finetune_systems(
         UsageError, RecipeError: as `finetune_over`, for all systems before the first run.
     """
     options = _Options(seeds, resume, keep_ids, tuple(overrides), command, quiet)
-    return _Experiment("comparison", split, recipe, data, systems, target, Path(out), options).run()
+    kind = "comparison" if len(systems) > 1 else "repeated"
+    return _Experiment(kind, split, recipe, data, systems, target, Path(out), options).run()
 
 
 def finetune_subsets(
