@@ -203,10 +203,10 @@ def test_systems_are_compared_on_the_same_cases_with_the_same_budget(small_store
     split = folds_for(RECIPE, small_store, "age_years", folds=2)
     systems = systems_of([str(tiny_backbone)], ["head-only", "fast=head-only,optim.head_lr=0.1"])
     arguments = (split, RECIPE, small_store, systems, "age_years", tmp_path / "grid")
-    table = finetune_systems(*arguments, seeds=(0, 1), quiet=True)
+    table = finetune_systems(*arguments, quiet=True)
     # The systems innermost: what is done is comparable, whenever it stops.
     assert table["run"].tolist()[:2] == ["head-only/fold-1/seed-0", "fast/fold-1/seed-0"]
-    assert table["system"].tolist() == ["head-only", "fast"] * 4
+    assert table["system"].tolist() == ["head-only", "fast"] * 2
     assert table["adapter"].unique().tolist() == ["head-only"]
     first, second = (table[table["system"] == name] for name in ("head-only", "fast"))
     assert first["num_test"].tolist() == second["num_test"].tolist()
@@ -237,7 +237,6 @@ def test_systems_are_compared_on_the_same_cases_with_the_same_budget(small_store
     assert "Against head-only, by mae" in page
     assert "optim.head_lr=0.1" in page
 
-    finetune_systems(*arguments, seeds=(0, 1), resume=True, quiet=True)  # does nothing again
     with pytest.raises(UsageError, match="another experiment"):
         finetune_over(
             split, RECIPE, small_store, tiny_backbone, "age_years", tmp_path / "grid", resume=True, quiet=True
