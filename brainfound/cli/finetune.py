@@ -143,7 +143,7 @@ def _print(experiment: ExperimentFolder) -> None:
     from brainfound.cli.tables import number, print_table
 
     partial = experiment.summary.get("partial_input")
-    rows = partial or experiment.summary["scores"]
+    rows = partial or experiment.rows_in_tables
     named = ["contrasts", "absence"] if partial else [*(["system"] if "system" in rows[0] else []), "group"]
     named += ["score"]
     words = {"group": "runs on", "absence": "others absent in"}

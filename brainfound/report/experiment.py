@@ -22,6 +22,7 @@ import pandas as pd
 
 from brainfound.errors import BrainFoundError, UsageError
 from brainfound.evaluate.comparison import compare
+from brainfound.evaluate.scores import IN_TABLES
 
 SCHEMA = "brainfound-experiment/1"
 SUMMARY_FILE, TABLE_FILE, CASES_FILE = "summary.json", "scores.tsv", "cases.tsv"
@@ -92,6 +93,13 @@ class ExperimentFolder:
     def system_names(self) -> list[str]:
         """The systems that are told apart; empty where there is one only."""
         return [entry["name"] for entry in self.summary.get("systems", ()) if entry["name"]]
+
+    @property
+    def rows_in_tables(self) -> list[dict[str, Any]]:
+        """The rows of the summary's scores that a table has room for, with those of single labels and regions."""
+        shown = IN_TABLES[self.summary["task"]]
+        headlines = tuple(f"{name}(" for name in shown[:1])
+        return [r for r in self.summary["scores"] if r["score"] in shown or r["score"].startswith(headlines)]
 
     def comparison(self) -> pd.DataFrame:
         """Every system against the first one, by the headline score, on the cases of the runs that both have.

@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from brainfound.evaluate.scores import HIGHER_IS_BETTER, IN_TABLES
+from brainfound.evaluate.scores import HIGHER_IS_BETTER
 from brainfound.report.experiment import COMPARISON_FILE, PAGE_FILE, ExperimentFolder
 from brainfound.report.experiment_figure import draw_figure
 from brainfound.report.markdown import count, number, p_value, table
@@ -103,7 +103,7 @@ def _scores(experiment: ExperimentFolder) -> str:
 
 
 def _score_table(experiment: ExperimentFolder) -> str:
-    rows = [row for row in experiment.summary["scores"] if _is_shown(row["score"], experiment.summary["task"])]
+    rows = experiment.rows_in_tables
     several = any("system" in row for row in rows)
     spread = experiment.kind != "evaluation"
     header = [*(["system"] if several else []), "runs on", "score", "mean" if spread else "value"]
@@ -267,12 +267,6 @@ def _made_by(summary: Mapping[str, Any]) -> str:
         f"```\n{summary['command']}\n```\n\nOf files and folders only the names are shown. "
         "`brainfound report FOLDER` writes this page again."
     )
-
-
-def _is_shown(score: str, task: str) -> bool:
-    """The scores that a table has room for, and those of single labels and regions."""
-    name, of_one, _ = score.partition("(")
-    return score in IN_TABLES[task] or (bool(of_one) and name in IN_TABLES[task][:1])
 
 
 def _higher(score: str) -> bool:

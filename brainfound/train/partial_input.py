@@ -127,4 +127,6 @@ def summarise_absence(rows: pd.DataFrame) -> pd.DataFrame:
             | {"drop": part["drop"].mean(), "std_drop": part["drop"].std(ddof=1), "num_runs": len(part)}
             | {**sizes_of(part), "num_left_out": float(part["num_left_out"].mean())}
         )
-    return pd.DataFrame(found)
+    # The two kinds of absence of a subset one below the other.
+    order = {name: place for place, name in enumerate(dict.fromkeys(rows["contrasts"]))}
+    return pd.DataFrame(sorted(found, key=lambda row: order[row["contrasts"]]))
