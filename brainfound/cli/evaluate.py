@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from brainfound.cli.terminal import AsJson, Quiet, progress_bar
+from brainfound.cli.terminal import AsJson, Quiet, progress_bar, typed_command
 
 
 def evaluate(
@@ -17,6 +17,7 @@ def evaluate(
     without: Annotated[str, typer.Option(help="Contrasts to withhold, comma-separated.")] = "",
     partial_input: Annotated[bool, typer.Option("--partial-input", help="Every subset of the contrasts.")] = False,
     part: Annotated[str, typer.Option(help="Which part of the run's own split: test, validation or train.")] = "test",
+    out: Annotated[Path | None, typer.Option(help="A folder for the page of this evaluation, report.md.")] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -25,32 +26,66 @@ def evaluate(
     On the store of its own run only the test part is scored; on another store all labelled sessions but those of
     subjects that the run learnt from.
     """
-    from brainfound.cli.tables import intervals_line, number, print_table, score_with_interval
+    from brainfound.cli.tables import intervals_line
     from brainfound.contrasts import parse_contrast
     from brainfound.errors import UsageError
-    from brainfound.evaluate.scores import IN_TABLES
     from brainfound.predict.evaluation import evaluate as run
+    from brainfound.predict.evaluation_files import drops
+    from brainfound.report.experiment import PAGE_FILE
 
     if part not in ("test", "validation", "train"):
         raise UsageError("unknown part", where="--part", got=part, expected="test, validation or train")
     absent = [parse_contrast(name) for name in without.split(",") if name.strip()]
+    options: dict[str, Any] = {"without": absent, "partial_input": partial_input, "part": part, "out": out}
     with progress_bar("scoring sessions", quiet) as progress:
-        results = run(model, data, without=absent, partial_input=partial_input, part=part, progress=progress)
+        results = run(model, data, **options, command=typed_command(), progress=progress)
     shown = [result.with_intervals().to_dict() for result in results]
     if as_json:
         print(json.dumps(shown, indent=1))
         return
-    names = [name for name in IN_TABLES[results[0].task] if name in results[0].scores]
-    rows = []
-    for result in shown:
-        scores = [f"{score_with_interval(result, n)} ({number(result['trivial'].get(n))})" for n in names]
-        rows.append(
-            [
-                "without " + ", ".join(result["without"]) if result["without"] else "all contrasts",
-                str(result["num_sessions"]),
-                *scores,
-            ]
-        )
-    print_table(["input", "sessions", *(f"{name} (trivial)" for name in names)], rows, title=str(model))
+    if partial_input:
+        _print_partial(shown, drops(results), str(model))
+    else:
+        _print(shown, str(model))
     if line := intervals_line(shown):
         print(line)
+    if out is not None:
+        print(out / PAGE_FILE)
+
+
+def _print(results: list[dict[str, Any]], title: str) -> None:
+    from brainfound.cli.tables import number, print_table, score_with_interval
+
+    names = _in_tables(results[0])
+    rows = []
+    for result in results:
+        scores = [f"{score_with_interval(result, n)} ({number(result['trivial'].get(n))})" for n in names]
+        rows.append([_input(result), str(result["num_sessions"]), *scores])
+    print_table(["input", "sessions", *(f"{name} (trivial)" for name in names)], rows, title=title)
+
+
+def _print_partial(results: list[dict[str, Any]], lost: list[float], title: str) -> None:
+    """One row per subset with the drop of the headline score against full input; below them each baseline."""
+    from brainfound.cli.tables import number, print_table, score_with_interval
+    from brainfound.evaluate.score_files import baselines_of
+    from brainfound.evaluate.scores import HEADLINE
+
+    names, full = _in_tables(results[0]), results[0]
+    rows = []
+    for result, drop in zip(results, lost, strict=True):
+        scores = [score_with_interval(result, name) for name in names]
+        rows.append([_input(result), str(result["num_sessions"]), *scores, number(drop)])
+    for name, of_baseline in baselines_of(full).items():
+        of_all = [number(of_baseline.get(metric)) for metric in names]
+        rows.append([f"({name}, all contrasts)", str(full["num_sessions"]), *of_all, number(None)])
+    print_table(["input", "sessions", *names, f"drop in {HEADLINE[full['task']]}"], rows, title=title)
+
+
+def _in_tables(result: dict[str, Any]) -> list[str]:
+    from brainfound.evaluate.scores import IN_TABLES
+
+    return [name for name in IN_TABLES[result["task"]] if name in result["scores"]]
+
+
+def _input(result: dict[str, Any]) -> str:
+    return "without " + ", ".join(result["without"]) if result["without"] else "all contrasts"

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from brainfound.cli.terminal import KeepIds, Overrides, Quiet, numbers_or_all, words
+from brainfound.cli.terminal import KeepIds, Overrides, Quiet, numbers_or_all, typed_command, words
 from brainfound.errors import UsageError
+
+if TYPE_CHECKING:
+    from brainfound.report.experiment import ExperimentFolder
+    from brainfound.train.systems import System
 
 
 def finetune(
     recipe: Annotated[str, typer.Argument(help="A recipe's name (`brainfound list recipes`) or file.")],
     data: Annotated[Path, typer.Option(help="The store.")],
-    model: Annotated[str, typer.Option(help="A Hub id or folder of a ViT, or the export of a pretraining run.")],
+    model: Annotated[
+        list[str],
+        typer.Option(help="A Hub id or folder of a ViT, or the export of a pretraining run; repeat it to compare."),
+    ],
     target: Annotated[str, typer.Option(help='A column of the store (age_years, …), several of 0/1 (a,b), or "mask".')],
-    adapter: Annotated[str | None, typer.Option(help="An adapter recipe; default: of the recipe.")] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(help="An adapter recipe (or full,optim.lr=1e-5); default: of the recipe; repeat it to compare."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="The run folder; default: runs/RECIPE.")] = None,
     split: Annotated[Path | None, typer.Option(help="A split file, or the splits.json of another run.")] = None,
     fold: Annotated[str | None, typer.Option(help="Which fold of a split file that holds several.")] = None,
@@ -25,6 +35,9 @@ def finetune(
     subjects: Annotated[str | None, typer.Option(help="Runs with so many training subjects in all: 10,20,all.")] = None,
     leave_site_out: Annotated[bool, typer.Option("--leave-site-out", help="One run per site, tested on it.")] = False,
     seeds: Annotated[str | None, typer.Option(help="Repeat with each of these seeds: 0,1,2.")] = None,
+    partial_input: Annotated[
+        bool, typer.Option("--partial-input", help="One model per subset of the contrasts, beside the full one.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the run folder.")] = False,
     keep_ids: KeepIds = False,
     set_: Overrides = None,
@@ -34,22 +47,38 @@ def finetune(
 
     Subjects are divided into train, validation and test; the test part is scored once, beside a baseline that
     never looks at an image. The run folder's export/ is what `brainfound predict` takes. With --folds, --shots,
-    --subjects, --leave-site-out or --seeds there are many runs, and the spread of their scores.
+    --subjects, --leave-site-out, --seeds, --partial-input, or several --model or --adapter there are many runs, and
+    a page, report.md, of their scores, the spread and the comparison.
     """
-    if folds or shots or subjects or leave_site_out or seeds:
+    from brainfound.train.systems import systems_of
+
+    systems = systems_of(model, adapter or ())
+    if folds or shots or subjects or leave_site_out or seeds or partial_input or len(systems) > 1:
         if fold is not None:
             raise UsageError("one fold and many runs", where="--fold", got=fold, remedy="Leave one of them out")
+        if partial_input and (shots or subjects or len(systems) > 1):
+            raise UsageError(
+                "partial input is of one start and one adapter, with all training subjects",
+                where="--partial-input",
+                remedy="Give one --model and one --adapter, and neither --shots nor --subjects",
+            )
         wishes = {
             "folds": _num_folds(folds, split),
             "shots": numbers_or_all("--shots", shots),
             "num_subjects": numbers_or_all("--subjects", subjects),
             "leave_site_out": leave_site_out,
         }
-        options: dict[str, Any] = {"adapter": adapter, "resume": resume, "keep_ids": keep_ids, "quiet": quiet}
-        _repeat(
-            recipe, data, model, target, out, split, wishes, _seeds(seeds), list(set_ or ()), folds == "all", options
-        )
+        options: dict[str, Any] = {
+            "seeds": _seeds(seeds),
+            "resume": resume,
+            "keep_ids": keep_ids,
+            "overrides": list(set_ or ()),
+            "command": typed_command(),
+            "quiet": quiet,
+        }
+        _repeat(recipe, data, systems, target, out, split, wishes, folds == "all", partial_input, options)
         return
+    (system,) = systems
     from accelerate import PartialState
 
     from brainfound.cli.tables import intervals_line, scores_line
@@ -59,15 +88,15 @@ def finetune(
     folder = run(
         recipe,
         data,
-        model,
+        system.model,
         target,
         out,
-        adapter=adapter,
+        adapter=system.adapter,
         split=split,
         fold=fold,
         resume=resume,
         keep_ids=keep_ids,
-        overrides=set_ or (),
+        overrides=[*(set_ or ()), *system.overrides],
         quiet=quiet,
     )
     if PartialState().is_main_process:
@@ -81,55 +110,65 @@ def finetune(
 def _repeat(
     recipe: str,
     data: Path,
-    model: str,
+    systems: list[System],
     target: str,
     out: Path | None,
     split: Path | None,
     wishes: dict[str, Any],
-    seeds: list[int] | None,
-    overrides: list[str],
     every_fold: bool,
+    partial_input: bool,
     options: dict[str, Any],
 ) -> None:
     from accelerate import PartialState
 
-    from brainfound.cli.tables import number, print_table
     from brainfound.data.store import Store
+    from brainfound.report.experiment import PAGE_FILE, ExperimentFolder
     from brainfound.train.finetune_recipe import resolve_recipe
-    from brainfound.train.repeated import finetune_over, folds_for, summarise
+    from brainfound.train.repeated import finetune_subsets, finetune_systems, folds_for
 
     store = Store.open(data)
-    content = resolve_recipe(recipe, options["adapter"], overrides)
+    content = resolve_recipe(recipe, systems[0].adapter, options["overrides"])
     folder = out or Path("runs") / content.name
     parts = folds_for(content, store, target, file=split, **wishes)
     if split is not None and len(parts.folds) > 1 and not every_fold:
         raise UsageError("the split file holds several folds", where=split, remedy="Give --folds all, or another file")
-    table = finetune_over(parts, recipe, store, model, target, folder, seeds=seeds, overrides=overrides, **options)
-    if not PartialState().is_main_process:
-        return
+    if partial_input:
+        finetune_subsets(parts, recipe, store, systems[0], target, folder, **options)
+    else:
+        finetune_systems(parts, recipe, store, systems, target, folder, **options)
+    if PartialState().is_main_process:
+        _print(ExperimentFolder.read(folder))
+        print(folder / PAGE_FILE)
 
-    def text(value: float) -> str:
-        return number(None if value != value else value)
 
+def _print(experiment: ExperimentFolder) -> None:
+    """The scores of an experiment as a table; the page has the rest."""
+    from brainfound.cli.tables import number, print_table
+
+    partial = experiment.summary.get("partial_input")
+    rows = partial or experiment.rows_in_tables
+    named = ["contrasts", "absence"] if partial else [*(["system"] if "system" in rows[0] else []), "group"]
+    named += ["score"]
+    words = {"group": "runs on", "absence": "others absent in"}
+    after = ["drop"] if partial else []
     print_table(
-        ["runs on", "score", "mean", "± over folds", "± over seeds", "range", "trivial", "folds", "seeds"],
+        [
+            *(words.get(name, name) for name in named),
+            *("mean", "± over folds", "± over seeds", *after, "range", *experiment.baselines, "folds", "seeds"),
+        ],
         [
             [
-                str(row.group),
-                str(row.score),
-                text(row.mean),
-                text(row.std_folds),
-                text(row.std_seeds),
-                f"{text(row.lowest)} to {text(row.highest)}",
-                text(row.trivial),
-                str(row.num_folds),
-                str(row.num_seeds),
+                *(str(row[name]) for name in named),
+                *(number(row[name]) for name in ("mean", "std_folds", "std_seeds", *after)),
+                f"{number(row['lowest'])} to {number(row['highest'])}",
+                *(number(row.get(name)) for name in experiment.baselines),
+                str(row["num_folds"]),
+                str(row["num_seeds"]),
             ]
-            for row in summarise(table).itertuples()
+            for row in rows
         ],
-        title=str(folder),
+        title=str(experiment.path),
     )
-    print(folder / "summary.json")
 
 
 def _num_folds(text: str | None, split: Path | None) -> int | None:

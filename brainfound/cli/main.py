@@ -28,6 +28,7 @@ VERBS = (
     "embed",
     "predict",
     "explain",
+    "report",
     "list",
     "show",
     "doctor",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -57,6 +59,21 @@ def numbers_or_all(option: str, text: str | None) -> list[int | None]:
         return [None if word == "all" else int(word) for word in words(text)]
     except ValueError:
         raise UsageError("not a list of whole numbers", where=option, got=text, expected="1,5,10 or 1,5,all") from None
+
+
+def typed_command() -> str:
+    """What was typed, for a page that others read: of paths only the last part."""
+    return shlex.join(["brainfound", *(_without_folders(word) for word in sys.argv[1:])])
+
+
+def _without_folders(word: str) -> str:
+    """``--model=ours=/home/me/runs/vits14/export`` → ``--model=ours=vits14/export``."""
+    before, equals, path = word.rpartition("=")
+    here = Path(path)
+    # A Hub id looks like a path of two parts; it is no folder here.
+    if not (here.is_absolute() or (here.exists() and len(here.parts) > 1)):
+        return word
+    return before + equals + "/".join(here.parts[-2:] if here.name == "export" else here.parts[-1:])
 
 
 def note(line: str) -> None:

@@ -11,12 +11,15 @@ import numpy as np
 
 from brainfound.data.split_file import PARTS
 from brainfound.data.store import Store
+from brainfound.data.store.withheld import showing
 from brainfound.errors import ModelError, UsageError
 from brainfound.evaluate.partial_input import non_empty_subsets
+from brainfound.predict.evaluation_files import require_free, write_evaluation
 from brainfound.predict.predictor import load
 from brainfound.train.run_files import EXPORT_FOLDER
 from brainfound.train.session_scores import SessionScores, score_sessions
 from brainfound.train.session_split import in_parts, learnt_from
+from brainfound.train.systems import short_name
 from brainfound.train.targets import Target, labelled_sessions
 
 
@@ -27,6 +30,8 @@ def evaluate(
     without: Sequence[str] = (),
     partial_input: bool = False,
     part: str = "test",
+    out: str | Path | None = None,
+    command: str = "",
     progress: Callable[[int, int], None] | None = None,
 ) -> list[SessionScores]:
     """Score a fine-tuned model.
@@ -37,15 +42,20 @@ def evaluate(
             sessions but those of subjects that the run was trained on, and those with an image of such a subject
             under another name.
         without: contrasts to withhold.
-        partial_input: score every non-empty subset of the contrasts, full input first.
+        partial_input: score every non-empty subset of the contrasts that the model reads, full input first.
         part: ``"test"``, ``"validation"`` or ``"train"``.
+        out: a folder that gets the page of this evaluation with its files, see `evaluation_files`.
+        command: what was typed, for the page.
+        progress: called with (sessions done, sessions in all).
 
     Returns:
         One result, or with ``partial_input`` one per subset.
 
     Raises:
-        ModelError: the model has no head. UsageError: no session is left to score.
+        ModelError: the model has no head. UsageError: no session is left to score, or ``out`` holds something else.
     """
+    if out is not None:
+        require_free(Path(out))
     store = data if isinstance(data, Store) else Store.open(data)
     predictor = load(model)
     target = predictor.target
@@ -60,7 +70,9 @@ def evaluate(
         )
     if part not in PARTS:
         raise UsageError(f"a split has no part {part!r}", expected=", ".join(PARTS))
+    store = showing(store, predictor.reads)
     split, labelled = _split_of(Path(model)), labelled_sessions(store, target.column)
+    labelled = labelled[store.present[labelled].any(axis=1)]  # all, unless the model reads only some contrasts
     sessions = _sessions_to_score(split, store, labelled, part)
     if not sessions:
         raise UsageError(
@@ -72,9 +84,7 @@ def evaluate(
     train_labels = _train_labels(split, store, labelled, target)
     choices: list[tuple[str, ...]] = [tuple(without)]
     if partial_input:
-        choices = [
-            tuple(c for c in store.contrasts if c not in subset) for subset in non_empty_subsets(store.contrasts)
-        ]
+        choices = [tuple(c for c in store.shown if c not in subset) for subset in non_empty_subsets(store.shown)]
     results = []
     for absent in choices:
         results.append(
@@ -82,6 +92,12 @@ def evaluate(
                 predictor.model, store, sessions, target, predictor.num_slices, train_labels, absent, progress
             )
         )
+    if out is not None:
+        own = split is not None and split["data_hash"] == store.content_hash
+        on = f"the {part} part of its own store" if own else "another store, but for the subjects that it learnt from"
+        if split is None:
+            on = "all labelled sessions of a store"
+        write_evaluation(Path(out), results, store, target.column, short_name(model), on, command)
     return results
 
 

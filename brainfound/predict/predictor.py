@@ -12,6 +12,7 @@ from torch import nn
 
 from brainfound.adapters.bundle import load_bundle
 from brainfound.contrasts import UNKNOWN, contrast_from_filename, parse_contrast
+from brainfound.data.batches import without_contrasts
 from brainfound.data.cohort import Cohort, Session
 from brainfound.data.hooks import Hook, load_hooks
 from brainfound.data.prepare_session import PreparedSession, prepare_session
@@ -55,6 +56,8 @@ class Predictor:
         hooks: tools that are run on each scan first, as they were on the training scans.
         calibration: what was fitted on the validation part; its answers stand beside the raw ones.
         options: of a segmentation: averaging, small pieces, probabilities of classes.
+        withheld: contrasts that the model learnt without, and that are not shown to it: its recipe's `contrasts`
+            leaves them out.
 
     Raises:
         UsageError: the model's scans went through other hooks, or the options are for a segmentation and it is none.
@@ -70,7 +73,9 @@ class Predictor:
         hooks: Sequence[Hook] = (),
         calibration: AnswerCalibration | None = None,
         options: SegmentationOptions = SegmentationOptions(),
+        withheld: Sequence[str] = (),
     ) -> None:
+        self.withheld = tuple(withheld)
         self.calibration = calibration or AnswerCalibration()
         if options != SegmentationOptions() and (target is None or target.task != "segmentation"):
             raise UsageError(
@@ -99,7 +104,9 @@ class Predictor:
                 expected="an encoder, or a classification or regression model",
                 remedy="Use predict for its answer, or embed with the encoder that it was fine-tuned from",
             )
-        return Predictor(self.model, self.preprocessing, None, self.num_slices, self.device, self.hooks)
+        return Predictor(
+            self.model, self.preprocessing, None, self.num_slices, self.device, self.hooks, withheld=self.withheld
+        )
 
     def with_options(self, options: SegmentationOptions) -> Predictor:
         """The same model with other options of a segmentation.
@@ -116,7 +123,13 @@ class Predictor:
             self.hooks,
             self.calibration,
             options,
+            self.withheld,
         )
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The contrasts that the model is shown."""
+        return tuple(name for name in self.preprocessing.contrasts if name not in self.withheld)
 
     @property
     def task(self) -> str:
@@ -183,7 +196,7 @@ class Predictor:
             if announced not in (UNKNOWN, contrast):
                 notes.append(f"{Path(path).name} was read as {contrast}, as asked, but its name says {announced}")
         if not files:
-            raise UsageError("no scan was given", where="predict", expected=", ".join(self.preprocessing.contrasts))
+            raise UsageError("no scan was given", where="predict", expected=", ".join(self.reads))
         prepared = prepare_session(Session("", "", files, {}, {}), self.preprocessing, hooks=self.hooks)
         for entry in prepared.refused:
             raise ScanError(entry.reason, where=entry.file.name)
@@ -223,15 +236,21 @@ class Predictor:
         return notes
 
     def predict_stack(self, stack: Stack, notes: tuple[str, ...] = (), rejected: tuple[str, ...] = ()) -> Prediction:
-        """Ask about a stack that this predictor's preprocessing made; notes and rejected scans are passed on."""
+        """Ask about a stack that this predictor's preprocessing made; notes and rejected scans are passed on.
+
+        Raises:
+            ScanError: it has only contrasts that the model does not read.
+        """
         target, options = self.target, self.options
+        stack, hidden = self.as_read(stack)
+        notes = (*notes, *(f"{contrast} was not read: the model learnt without it" for contrast in hidden))
         several = target is not None and (bool(target.regions) or len(target.codes) > 2)
         answer = infer(self.model, stack, self.num_slices, options.readings, options.class_probabilities and several)
         present = tuple(c for c, here in zip(stack.contrasts, stack.present, strict=True) if here)
         common: dict[str, Any] = {
             "task": self.task,
             "contrasts": present,
-            "missing": tuple(c for c in stack.contrasts if c not in present),
+            "missing": tuple(c for c in self.reads if c not in present),
             "subject": stack.subject,
             "session": stack.session,
             "notes": notes,
@@ -257,6 +276,20 @@ class Predictor:
             return Prediction(answer=values, **common)
         return Prediction(**segmentation_answer(stack, answer, target, options), **common)
 
+    def as_read(self, stack: Stack) -> tuple[Stack, tuple[str, ...]]:
+        """A stack as the model sees it, and which of its contrasts that hides.
+
+        Raises:
+            ScanError: it has only contrasts that the model does not read.
+        """
+        present = [name for name, here in zip(stack.contrasts, stack.present, strict=True) if here]
+        hidden = tuple(name for name in present if name in self.withheld)
+        if hidden and len(hidden) == len(present):
+            raise ScanError(
+                "there is no contrast that the model reads", got=", ".join(hidden), expected=", ".join(self.reads)
+            )
+        return (without_contrasts(stack, hidden) if hidden else stack), hidden
+
     def _contrast_of(self, path: Path, alone: bool) -> str:
         contrast = contrast_from_filename(path)
         if contrast != UNKNOWN:
@@ -265,21 +298,21 @@ class Predictor:
             raise ScanError(
                 "no such file", where=path, remedy="Check the path; scans are given as FILE or CONTRAST=FILE"
             )
-        if alone and len(self.preprocessing.contrasts) == 1:
-            return self.preprocessing.contrasts[0]
+        if alone and len(self.reads) == 1:
+            return self.reads[0]
         raise UsageError(
             "the contrast cannot be told from the file name",
             where=path.name,
-            expected=", ".join(self.preprocessing.contrasts),
-            remedy=f"Say it: {self.preprocessing.contrasts[-1]}={path.name}",
+            expected=", ".join(self.reads),
+            remedy=f"Say it: {self.reads[-1]}={path.name}",
         )
 
     def _add(self, files: dict[str, Path], contrast: str, path: Path) -> None:
-        if contrast not in self.preprocessing.contrasts:
+        if contrast not in self.reads:
             raise UsageError(
                 f"the model was not trained with {contrast}",
                 where=path.name,
-                expected=", ".join(self.preprocessing.contrasts),
+                expected=", ".join(self.reads),
                 remedy="Leave this scan out, or use a model that knows it",
             )
         if contrast in files:
@@ -323,7 +356,10 @@ def load(
         target = Target.from_dict(bundle.labels)
         calibration = AnswerCalibration.from_dict(bundle.metadata.get("calibration"))
         num_slices = bundle.metadata["num_slices"]
-        return Predictor(bundle.model, bundle.preprocessing, target, num_slices, device, tools, calibration, options)
+        withheld = bundle.metadata.get("withheld", ())  # bundles made before contrasts could be withheld have none
+        return Predictor(
+            bundle.model, bundle.preprocessing, target, num_slices, device, tools, calibration, options, withheld
+        )
     if holds_run(path):
         raise ModelError(
             "the run has no export: it has not finished",

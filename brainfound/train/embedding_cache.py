@@ -163,6 +163,8 @@ class EmbeddingCache:
             "contrasts": list(config.contrasts),
             "data_hash": self.store.content_hash,
             "num_slices": self.num_slices,
+            # Only where there are some: other caches keep the name that they had.
+            **({"withheld": list(self.store.withheld)} if self.store.withheld else {}),
         }
 
     def _open(self, facts: dict[str, Any]) -> tuple[np.memmap, np.memmap]:

@@ -27,6 +27,7 @@ from rich.console import Console
 from brainfound.adapters.bundle import save_bundle
 from brainfound.data.checking.contract import InputContract
 from brainfound.data.store import Store
+from brainfound.data.store.withheld import showing
 from brainfound.errors import UsageError
 from brainfound.models.inference import inner_model
 from brainfound.report.reliability import reliability_png
@@ -87,7 +88,7 @@ def finetune(
         RecipeError, UsageError, ModelError, TrainingError.
     """
     content = resolve_recipe(recipe, adapter, overrides)
-    store = data if isinstance(data, Store) else Store.open(data)
+    store = showing(data if isinstance(data, Store) else Store.open(data), content.contrasts)
     folder = Path(out) if out is not None else Path("runs") / content.name
     content = as_begun(folder, content, ("precision",), resume)
     accelerator = make_accelerator(content.engine.precision)
@@ -224,6 +225,7 @@ def _finish(
         contract=InputContract.of(store, parts["train"]),
         metadata={
             "num_slices": task.eval_slices,
+            "withheld": list(store.withheld),
             "test": scores,
             "data_hash": store.content_hash,
             "split": hashed_split(store, parts),

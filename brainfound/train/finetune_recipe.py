@@ -81,6 +81,9 @@ class FinetuneRecipe(Recipe):
     """auto: segmentation for the mask, regression for numbers with many values, else classification."""
     adapter: str = "lora-r8"
     """A recipe of the adapters room, by name or file."""
+    contrasts: tuple[str, ...] | None = None
+    """The only contrasts that the model sees, in training, scoring and prediction, whatever else a session has:
+    [T1w, FLAIR]. Sessions with none of them are left out. null: all of the store."""
     stem: str | None = None
     """How contrasts enter the backbone: channels, per_contrast, or slices (neighbouring slices of a store's only
     contrast, of those that are read). null: as the model has it; channels for a plain ViT."""

@@ -56,7 +56,7 @@ def finetuned_card(
         "adapter": recipe.adapter,
         "objective": loss_name(target.task, config),
         "labels": list(target.names) or f"{target.column}, {target.mean:.4g} ± {target.std:.4g} in the training part",
-        "contrasts": list(store.contrasts),
+        "contrasts": list(store.shown),
         "preprocessing": store.preprocessing.model_dump(mode="json"),
         "recipe": recipe.name,
         "steps": step,

@@ -1,21 +1,23 @@
-"""One fine-tuning many times: over the folds of a split, and over seeds.
+"""One fine-tuning many times: over the folds of a split, over seeds, and with each of the systems of an experiment.
 
 A score of one division says little: another division of the same subjects gives another score. The folder:
 
     split.json      who is in which part of each fold
-    fold-1/seed-0/  a run of fine-tuning, as always; fold-1/seed-1/, fold-2/seed-0/, …
+    fold-1/seed-0/  a run of fine-tuning, as always; fold-1/seed-1/, fold-2/seed-0/, …; of several systems, the folder
+                    of each run lies in that of its system: lora-r8/fold-1/seed-0/, full/fold-1/seed-0/, …
     scores.tsv      one row per run
-    summary.json    the mean of each score and its spread, over folds and over seeds
+    summary.json    what was asked, the mean of each score and its spread, over folds and over seeds
+    cases.tsv       the answers of all runs on their test sessions; subjects are numbered
+    report.md       all that on one page, see `brainfound.report.experiment_page`
 
 A run that has ended is not done again with `resume`; one that was cut off goes on from its checkpoint.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,19 +26,18 @@ import pandas as pd
 
 from brainfound.data.split_file import Split
 from brainfound.data.store import Store
+from brainfound.data.store.withheld import showing
 from brainfound.errors import UsageError
-from brainfound.evaluate.scores import HEADLINE
-from brainfound.train import ranks, run_files
-from brainfound.train.checkpoint import write_atomically
+from brainfound.evaluate.spread import summarise
+from brainfound.train import experiment_files, partial_input, ranks, run_files
 from brainfound.train.engine import process_state
+from brainfound.train.experiment_files import SPLIT_FILE, Experiment
 from brainfound.train.finetune import finetune, what_is_learnt
 from brainfound.train.finetune_recipe import FinetuneRecipe, resolve_recipe
 from brainfound.train.make_split import make_split
-from brainfound.train.session_scores import read_scores
+from brainfound.train.systems import System, subset_systems, systems_of
 
-SPLIT_FILE, TABLE_FILE, SUMMARY_FILE = "split.json", "scores.tsv", "summary.json"
-TRIVIAL = "trivial "
-"""Stands before the name of a score of the baseline that never looks at an image."""
+__all__ = ["finetune_over", "finetune_subsets", "finetune_systems", "folds_for", "summarise"]
 
 
 def folds_for(
@@ -99,6 +100,7 @@ def finetune_over(
     resume: bool = False,
     keep_ids: bool = False,
     overrides: Iterable[str] = (),
+    command: str = "",
     quiet: bool = False,
 ) -> pd.DataFrame:
     """Fine-tune on every fold of a split, with every seed.
@@ -107,88 +109,202 @@ def finetune_over(
         split: the folds; `brainfound.train.make_split` makes them of a store.
         out: the folder of all runs.
         seeds: of new weights, order and augmentation; the split stays as it is. None: the recipe's own.
+        command: what was typed, for the page.
         recipe, data, model, target, adapter, resume, keep_ids, overrides, quiet: as for `finetune`.
 
     Returns:
-        One row per run: fold, seed, folder, sessions trained and tested on, each score, and that of the trivial
-        baseline.
+        One row per run: fold, seed, folder, sessions trained and tested on, each score, and that of each baseline.
 
     Raises:
         UsageError: no seed, one twice, a fold whose labels cannot be learnt, or a folder with something else. All that
             before the first run. Otherwise as `finetune`.
     """
-    overrides = list(overrides)
-    content = resolve_recipe(recipe, adapter, overrides)
-    seeds = [content.seed] if seeds is None else list(seeds)
-    if not seeds or len(set(seeds)) != len(seeds):
-        raise UsageError("seeds must be given, and each once", where="seeds", got=seeds)
-    _require_names(split)
-    store = data if isinstance(data, Store) else Store.open(data)
-    folder, is_main = Path(out), process_state().is_main_process
-    ranks.on_main_rank(lambda: _keep_split(folder, split, resume), is_main)
-    for fold in split.folds:
-        what_is_learnt(content, store, target, folder / SPLIT_FILE, fold)
-    groups = _groups(split)
-    rows = []
-    for fold in split.folds:
-        for seed in seeds:
-            run = folder / fold / f"seed-{seed}"
-            finetune(
-                recipe,
-                store,
-                model,
-                target,
-                run,
-                adapter=adapter,
-                split=folder / SPLIT_FILE,
-                fold=fold,
-                resume=resume and run_files.holds_run(run),
-                keep_ids=keep_ids,
-                cache=folder / run_files.EMBEDDINGS_FOLDER,
-                overrides=[*overrides, f"seed={seed}"],
-                quiet=quiet,
-            )
-            rows.append(_row(run, groups[fold], fold, seed, run.relative_to(folder)))
-            # After each run: what is done is told even if a later one fails.
-            ranks.on_main_rank(partial(_write, folder, pd.DataFrame(rows), split), is_main)
-    return pd.DataFrame(rows)
+    (system,) = systems_of([str(model)], [] if adapter is None else [str(adapter)])
+    options = _Options(seeds, resume, keep_ids, tuple(overrides), command, quiet)
+    return _Experiment("repeated", split, recipe, data, [system], target, Path(out), options).run()
 
 
-def summarise(table: pd.DataFrame) -> pd.DataFrame:
-    """The spread of each score.
+def finetune_systems(
+    split: Split,
+    recipe: FinetuneRecipe | str | Path,
+    data: str | Path | Store,
+    systems: Sequence[System],
+    target: str,
+    out: str | Path,
+    *,
+    seeds: Sequence[int] | None = None,
+    resume: bool = False,
+    keep_ids: bool = False,
+    overrides: Iterable[str] = (),
+    command: str = "",
+    quiet: bool = False,
+) -> pd.DataFrame:
+    """Compare starting points and adaptations: each is fine-tuned on the same folds, with the same seeds and budget.
 
-    Where the test part differs from fold to fold (k folds, sites) all folds are one group; where only what is
-    learnt from differs (shots) each fold is a group of its own. Runs whose score is undefined are left out of it.
+    Args:
+        systems: of `brainfound.train.systems.systems_of`; the others are compared with the first. One alone is
+            what `finetune_over` does.
+        split, recipe, data, target, out, seeds, resume, keep_ids, overrides, command, quiet: as for `finetune_over`.
 
     Returns:
-        One row per group and score: group, score, mean over runs, ``std_folds`` (standard deviation of the means over
-        seeds of each fold), ``std_seeds`` (mean over folds of that over seeds), lowest, highest, the trivial
-        baseline's mean, and how many folds and seeds there are. A spread of one is NaN.
+        One row per run, as `finetune_over`; ``system``, ``model`` and ``adapter`` say of which.
+
+    Raises:
+        UsageError, RecipeError: as `finetune_over`, for all systems before the first run.
     """
-    names = [name for name in table.columns if TRIVIAL + name in table.columns]
-    rows = []
-    for group, part in table.groupby("group", sort=False):
-        for name in names:
-            defined = part[part[name].notna()]
-            by_fold = defined.groupby("fold", sort=False)[name]
-            rows.append(
-                {
-                    "group": group,
-                    "score": name,
-                    "mean": part[name].mean(),
-                    "std_folds": by_fold.mean().std(ddof=1),
-                    "std_seeds": by_fold.std(ddof=1).mean(),
-                    "lowest": part[name].min(),
-                    "highest": part[name].max(),
-                    "trivial": part[TRIVIAL + name].mean(),
-                    "num_folds": by_fold.ngroups,
-                    "num_seeds": defined["seed"].nunique(),
-                }
+    options = _Options(seeds, resume, keep_ids, tuple(overrides), command, quiet)
+    kind = "comparison" if len(systems) > 1 else "repeated"
+    return _Experiment(kind, split, recipe, data, systems, target, Path(out), options).run()
+
+
+def finetune_subsets(
+    split: Split,
+    recipe: FinetuneRecipe | str | Path,
+    data: str | Path | Store,
+    system: System,
+    target: str,
+    out: str | Path,
+    *,
+    seeds: Sequence[int] | None = None,
+    resume: bool = False,
+    keep_ids: bool = False,
+    overrides: Iterable[str] = (),
+    command: str = "",
+    quiet: bool = False,
+) -> pd.DataFrame:
+    """Absence in training beside absence in the test: one model for every non-empty subset of the contrasts.
+
+    The model of all contrasts is also asked with the others withheld. All are scored on the same sessions, the test
+    sessions that have every contrast; `brainfound.train.partial_input` writes that into ``partial_input.tsv``.
+
+    Args:
+        system: what is fine-tuned; the subsets are of the recipe's ``contrasts``, or of the store's.
+        split, recipe, data, target, out, seeds, resume, keep_ids, overrides, command, quiet: as for `finetune_over`.
+
+    Returns:
+        One row per run, as `finetune_over`, scored on its own test sessions; ``contrasts`` says what it saw.
+
+    Raises:
+        UsageError: there is one contrast only, or a fold has no test session with every contrast. Otherwise as
+            `finetune_over`.
+    """
+    overrides = tuple(overrides)
+    store = data if isinstance(data, Store) else Store.open(data)
+    content = resolve_recipe(recipe, system.adapter, (*overrides, *system.overrides))
+    systems = subset_systems(system, showing(store, content.contrasts).shown)
+    options = _Options(seeds, resume, keep_ids, overrides, command, quiet)
+    return _Experiment("partial input", split, recipe, store, systems, target, Path(out), options).run()
+
+
+@dataclass(frozen=True)
+class _Options:
+    seeds: Sequence[int] | None
+    resume: bool
+    keep_ids: bool
+    overrides: tuple[str, ...]
+    command: str
+    quiet: bool
+
+
+class _Experiment:
+    """All runs of an experiment, one after the other. The systems are innermost: whatever is done is comparable."""
+
+    def __init__(
+        self,
+        kind: str,
+        split: Split,
+        recipe: FinetuneRecipe | str | Path,
+        data: str | Path | Store,
+        systems: Sequence[System],
+        target: str,
+        folder: Path,
+        options: _Options,
+    ) -> None:
+        self.kind, self.split, self.recipe, self.systems = kind, split, recipe, list(systems)
+        self.target, self.folder, self.options = target, folder, options
+        self.contents = {
+            system.name: resolve_recipe(recipe, system.adapter, (*options.overrides, *system.all_overrides))
+            for system in self.systems
+        }
+        self.content = self.contents[self.systems[0].name]
+        seeds = [self.content.seed] if options.seeds is None else list(options.seeds)
+        if not seeds or len(set(seeds)) != len(seeds):
+            raise UsageError("seeds must be given, and each once", where="seeds", got=seeds)
+        self.seeds = seeds
+        _require_names(split.folds, "fold", "split")
+        _require_names([system.name for system in self.systems if system.name], "system", "--model and --adapter")
+        self.store = data if isinstance(data, Store) else Store.open(data)
+
+    def run(self) -> pd.DataFrame:
+        is_main = process_state().is_main_process
+        ranks.on_main_rank(lambda: _keep_split(self.folder, self.split, self.kind, self.options.resume), is_main)
+        resolved = self._check()
+        groups = _groups(self.split)
+        planned = len(self.split.folds) * len(self.seeds) * len(self.systems)
+        asked = Experiment(
+            self.kind, self.content, self.target, resolved, self.store, self.split, self.systems, self.seeds, planned,
+            self.options.command,
+        )  # fmt: skip
+        rows: list[dict[str, Any]] = []
+        for fold in self.split.folds:
+            for seed in self.seeds:
+                for system in self.systems:
+                    run = self._run(system, fold, seed, is_main)
+                    rows.append(
+                        experiment_files.row_of(
+                            run, self.folder, system, self.contents[system.name], groups[fold], fold, seed
+                        )
+                    )
+                    # After each run: what is done is told even if a later one fails.
+                    write = partial(experiment_files.write, self.folder, pd.DataFrame(rows), asked)
+                    ranks.on_main_rank(write, is_main)
+        table = pd.DataFrame(rows)
+        ranks.on_main_rank(
+            lambda: experiment_files.write_page(self.folder, table, self.store, self.options.keep_ids), is_main
+        )
+        return table
+
+    def _check(self) -> str:
+        """Everything that can be refused before the first run; returns the task."""
+        task = ""
+        for system in self.systems:
+            content = self.contents[system.name]
+            store = showing(self.store, content.contrasts)
+            for fold in self.split.folds:
+                parts, learnt = what_is_learnt(content, store, self.target, self.folder / SPLIT_FILE, fold)
+                task = learnt.task
+                if self.kind == "partial input" and system is self.systems[0]:
+                    partial_input.complete_sessions(self.store, parts["test"], store.shown, fold)
+        return task
+
+    def _run(self, system: System, fold: str, seed: int, is_main: bool) -> Path:
+        options = self.options
+        run = self.folder / system.name / fold / f"seed-{seed}"
+        finetune(
+            self.recipe,
+            self.store,
+            system.model,
+            self.target,
+            run,
+            adapter=system.adapter,
+            split=self.folder / SPLIT_FILE,
+            fold=fold,
+            resume=options.resume and run_files.holds_run(run),
+            keep_ids=options.keep_ids,
+            cache=self.folder / run_files.EMBEDDINGS_FOLDER,
+            overrides=[*options.overrides, *system.all_overrides, f"seed={seed}"],
+            quiet=options.quiet,
+        )
+        if self.kind == "partial input":
+            shown = self.systems[0].contrasts or self.store.contrasts
+            mine = system.contrasts if system is not self.systems[0] else None
+            ranks.on_main_rank(
+                lambda: partial_input.score_absence(run, self.store, self.split, fold, shown, mine), is_main
             )
-    return pd.DataFrame(rows)
+        return run
 
 
-def _keep_split(folder: Path, split: Split, resume: bool) -> None:
+def _keep_split(folder: Path, split: Split, kind: str, resume: bool) -> None:
     file = folder / SPLIT_FILE
     if run_files.holds_run(folder):
         raise UsageError("the folder holds a single run", where=folder, remedy="Give another --out")
@@ -199,18 +315,19 @@ def _keep_split(folder: Path, split: Split, resume: bool) -> None:
             )
         if Split.load(file).folds != split.folds:
             raise UsageError("the runs in the folder have another split", where=file, remedy="Give another --out")
+        experiment_files.require_same_kind(folder, kind)
         return
     split.save(file)
 
 
-def _require_names(split: Split) -> None:
-    """Refuse names of folds that would lead out of the folder, or into one that is taken."""
-    for fold in split.folds:
-        if re.search(r"[^\w .+=@-]", fold) or fold.startswith(".") or fold == run_files.EMBEDDINGS_FOLDER:
+def _require_names(names: Iterable[str], what: str, where: str) -> None:
+    """Refuse names of folds and systems that would lead out of the folder, or into one that is taken."""
+    for name in names:
+        if re.search(r"[^\w .+=@-]", name) or name.startswith(".") or name == run_files.EMBEDDINGS_FOLDER:
             raise UsageError(
-                "the name of a fold cannot be that of a folder",
-                where="split",
-                got=fold,
+                f"the name of a {what} cannot be that of a folder",
+                where=where,
+                got=name,
                 remedy="Rename it: letters, digits, spaces and _.+=@-",
             )
 
@@ -219,44 +336,3 @@ def _groups(split: Split) -> dict[str, str]:
     """Of each fold the group whose spread it belongs to; see `summarise`."""
     tested = {frozenset(split.parts(fold)["test"]) for fold in split.folds}
     return {fold: fold if len(tested) == 1 else "all folds" for fold in split.folds}
-
-
-def _row(run: Path, group: str, fold: str, seed: int, name: Path) -> dict[str, Any]:
-    content = read_scores(run)
-    parts = Split.load(run / "splits.json").counts["single"]
-    scores = {key: _number(value) for key, value in content["scores"].items()}
-    trivial = {TRIVIAL + key: _number(content["trivial"].get(key)) for key in scores}
-    return {
-        "group": group,
-        "fold": fold,
-        "seed": seed,
-        "run": name.as_posix(),
-        "task": content["task"],
-        "num_train": parts["train"]["num_sessions"],
-        "num_test": content["num_sessions"],
-        **scores,
-        **trivial,
-    }
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
-
-
-def _plain(value: Any) -> Any:
-    return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def _write(folder: Path, table: pd.DataFrame, split: Split) -> None:
-    write_atomically(folder / TABLE_FILE, table.to_csv(sep="\t", index=False))
-    spread = summarise(table).to_dict(orient="records")
-    content = {
-        "task": table["task"].iloc[0],
-        "headline": HEADLINE[table["task"].iloc[0]],
-        "split": {"kind": split.made.get("kind"), "sha256": split.to_dict()["sha256"]},
-        "num_runs": len(table),
-        "scores": [
-            {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()} for row in spread
-        ],
-    }
-    write_atomically(folder / SUMMARY_FILE, json.dumps(content, indent=1) + "\n")

@@ -257,7 +257,8 @@ def score_answers(
     else:
         scores = regression_scores(truths, answers)
         trivial = trivial_scores("regression", train_labels or truths, truths)
-    return SessionScores(target.task, scores, trivial, pd.DataFrame(rows), tuple(without))
+    absent = tuple(dict.fromkeys((*store.withheld, *without)))
+    return SessionScores(target.task, scores, trivial, pd.DataFrame(rows), absent)
 
 
 def _segmentation_case(target: Target, reference: np.ndarray, found: np.ndarray) -> dict[str, dict[str, float]]:

@@ -85,6 +85,7 @@ def split_sessions(
             names[labelled].tolist(), shares, recipe.seed, _strata(recipe, store, labelled, target) or None
         )
         parts = {part: labelled[index] for part, index in split.items()}
+    parts = _readable(parts, store, say)
     require_disjoint(parts, store.sessions["subject"].tolist())
     require_no_shared_content(store, parts)
     return parts
@@ -108,6 +109,7 @@ def split_to_follow(
         labelled = labelled_sessions(store, target)
         now = _labelled_parts(Split.load(given), fold, store, labelled, Path(given))
         then = _labelled_parts(Split.load(own), None, store, labelled, own)
+        now = _readable(now, store, lambda line: None)
         if any(not np.array_equal(now[part], then[part]) for part in PARTS):
             raise UsageError(
                 "the run has another split", where=folder, got=given, remedy="Leave out --split, or give another --out"
@@ -198,6 +200,30 @@ def _strata(recipe: SplitRecipe, store: Store, labelled: np.ndarray, target: str
     for name in recipe.stratify_columns or ():
         columns[name] = labels_to_stratify(store, labelled, name)
     return columns
+
+
+def _readable(parts: Mapping[str, np.ndarray], store: Store, say: Callable[[str], None]) -> dict[str, np.ndarray]:
+    """The sessions that have a contrast which the store shows. Parts are made before, so that they are the same
+    whichever contrasts are withheld.
+
+    Raises:
+        UsageError: a part has none.
+    """
+    if not store.withheld:
+        return dict(parts)
+    kept = {part: index[store.present[index].any(axis=1)] for part, index in parts.items()}
+    for part, index in kept.items():
+        if not len(index):
+            raise UsageError(
+                f"no session of the part {part!r} has one of the contrasts",
+                where="contrasts",
+                got=", ".join(store.shown),
+                remedy="Show another contrast, or divide the subjects otherwise",
+            )
+    placed, num_kept = (sum(map(len, found.values())) for found in (parts, kept))
+    if placed > num_kept:
+        say(f"{placed - num_kept} of {placed} sessions have none of {', '.join(store.shown)}: left out")
+    return kept
 
 
 def _labelled_parts(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -13,7 +14,9 @@ from brainfound.data.preprocessing import Preprocessing
 from brainfound.data.split_file import Split
 from brainfound.errors import ModelError, UsageError
 from brainfound.evaluate.comparison import compare, score_intervals
+from brainfound.evaluate.partial_input import headline_of_cases
 from brainfound.predict.evaluation import evaluate
+from brainfound.predict.evaluation_files import drops
 from brainfound.train.session_split import subject_hash
 
 
@@ -130,3 +133,34 @@ def test_a_store_that_was_prepared_otherwise_is_refused_with_the_remedy(run, sou
     with pytest.raises(UsageError, match="--like") as refused:
         evaluate(run, store)
     assert "spacing_mm" in str(refused.value)
+
+
+def test_the_drop_is_against_full_input_on_the_same_sessions(run, small_store):
+    results = evaluate(run, small_store, partial_input=True)
+    lost = drops(results)
+    assert lost[0] == 0
+    assert lost[1:] == pytest.approx([results[0].scores["auroc"] - r.scores["auroc"] for r in results[1:]], nan_ok=True)
+    # A row with fewer sessions is compared with full input on those.
+    few = replace(results[1], cases=results[1].cases[1:])
+    full = headline_of_cases("classification", results[0].cases[1:])
+    assert drops([results[0], few])[1] == pytest.approx(
+        full - headline_of_cases("classification", few.cases), nan_ok=True
+    )
+
+
+def test_an_evaluation_leaves_a_page_that_names_nobody(run, small_store, tmp_path):
+    results = evaluate(run, small_store, partial_input=True, out=tmp_path / "page", command="brainfound evaluate run")
+    page = (tmp_path / "page" / "report.md").read_text()
+    assert page.startswith("# diagnosis: every subset of the contrasts of run on the test part of its own store")
+    for result in results:
+        assert f"| {result.scores['auroc']:.3f} |" in page
+    assert (tmp_path / "page" / "report.png").is_file()
+    cases = pd.read_csv(tmp_path / "page" / "cases.tsv", sep="\t")
+    assert cases["row"].tolist() == results[0].cases["row"].tolist()
+    text = "".join(file.read_text() for file in (tmp_path / "page").iterdir() if file.suffix != ".png")
+    assert not any(f"{name}" in text for name in small_store.sessions["subject"])
+    assert str(tmp_path) not in text
+    evaluate(run, small_store, out=tmp_path / "page")  # replaces its own
+    (tmp_path / "page" / "summary.json").unlink()
+    with pytest.raises(UsageError, match="holds something else"):
+        evaluate(run, small_store, out=tmp_path / "page")

@@ -9,12 +9,14 @@ import pandas as pd
 import pytest
 
 from brainfound.data.split_file import Split
-from brainfound.errors import UsageError
+from brainfound.errors import RecipeError, UsageError
+from brainfound.evaluate import compare
 from brainfound.recipes import validate
 from brainfound.train import repeated
 from brainfound.train.finetune_recipe import FinetuneRecipe
-from brainfound.train.repeated import finetune_over, folds_for, summarise
+from brainfound.train.repeated import finetune_over, finetune_systems, folds_for, summarise
 from brainfound.train.session_scores import read_scores
+from brainfound.train.systems import systems_of
 
 TINY = {
     "name": "tiny",
@@ -35,6 +37,7 @@ def runs(monkeypatch):
     """The folders of the runs that were made."""
     made = []
     monkeypatch.setattr("brainfound.train.run_files.plot_curves", lambda folder: folder)
+    monkeypatch.setattr("brainfound.report.experiment_page.draw_figure", lambda experiment: None)
     finetune = repeated.finetune
 
     def noted(*arguments, **options):
@@ -195,3 +198,55 @@ def test_seeds_are_given_once_each(small_store, tiny_backbone, tmp_path, seeds):
     with pytest.raises(UsageError, match="each once"):
         finetune_over(split, RECIPE, small_store, tiny_backbone, "age_years", tmp_path / "cv", seeds=seeds)
     assert not (tmp_path / "cv").exists()
+
+
+def test_systems_are_compared_on_the_same_cases_with_the_same_budget(small_store, tiny_backbone, tmp_path, runs):
+    split = folds_for(RECIPE, small_store, "age_years", folds=2)
+    systems = systems_of([str(tiny_backbone)], ["head-only", "fast=head-only,optim.head_lr=0.1"])
+    arguments = (split, RECIPE, small_store, systems, "age_years", tmp_path / "grid")
+    table = finetune_systems(*arguments, quiet=True)
+    # The systems innermost: what is done is comparable, whenever it stops.
+    assert table["run"].tolist()[:2] == ["head-only/fold-1/seed-0", "fast/fold-1/seed-0"]
+    assert table["system"].tolist() == ["head-only", "fast"] * 2
+    assert table["adapter"].unique().tolist() == ["head-only"]
+    first, second = (table[table["system"] == name] for name in ("head-only", "fast"))
+    assert first["num_test"].tolist() == second["num_test"].tolist()
+    assert first["mae"].tolist() != second["mae"].tolist()
+
+    summary = json.loads((tmp_path / "grid" / "summary.json").read_text())
+    spread = {row["system"]: row for row in summary["scores"] if row["score"] == "mae"}
+    assert spread["fast"]["mean"] == pytest.approx(second["mae"].mean())
+    assert [(s["name"], s["overrides"]) for s in summary["systems"]][1] == ("fast", ["optim.head_lr=0.1"])
+
+    # The comparison is that of the runs' own cases, whose subjects are looked up by hand here.
+    def cases_of(name):
+        parts = []
+        for row in table[table["system"] == name].itertuples():
+            part = pd.read_csv(tmp_path / "grid" / row.run / "cases.tsv", sep="\t")
+            subject = small_store.sessions["subject"].iloc[part["row"]].to_numpy()
+            parts.append(part.assign(subject=subject, row=[f"{row.fold} {row.seed} {n}" for n in part["row"]]))
+        return pd.concat(parts)
+
+    expected = compare({name: cases_of(name) for name in ("head-only", "fast")}, "head-only", ["mae"]).iloc[1]
+    found = pd.read_csv(tmp_path / "grid" / "comparison.tsv", sep="\t").set_index("system").loc["fast"]
+    assert found["num_subjects"] == 12
+    assert found["difference"] == pytest.approx(expected["difference"])
+    assert found["difference"] == pytest.approx(spread["fast"]["mean"] - spread["head-only"]["mean"])
+    assert 0 < found["p_holm"] <= 1
+    assert "s00" not in (tmp_path / "grid" / "cases.tsv").read_text()
+    page = (tmp_path / "grid" / "report.md").read_text()
+    assert "Against head-only, by mae" in page
+    assert "optim.head_lr=0.1" in page
+
+    with pytest.raises(UsageError, match="another experiment"):
+        finetune_over(
+            split, RECIPE, small_store, tiny_backbone, "age_years", tmp_path / "grid", resume=True, quiet=True
+        )
+
+
+def test_a_system_that_cannot_be_trained_is_refused_before_the_first_run(small_store, tiny_backbone, tmp_path, runs):
+    split = folds_for(RECIPE, small_store, "age_years", folds=2)
+    systems = systems_of([str(tiny_backbone)], ["head-only", "lora-r8"])  # kept embeddings want a frozen backbone
+    with pytest.raises(RecipeError, match="embeddings can be kept"):
+        finetune_systems(split, RECIPE, small_store, systems, "age_years", tmp_path / "grid", quiet=True)
+    assert not runs

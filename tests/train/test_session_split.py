@@ -49,7 +49,7 @@ def store_of(table: pd.DataFrame):
         def covariate(self, name: str) -> pd.Series:
             return self.sessions[name]
 
-    return TableStore(sessions=table, content_hash="abc", path=Path("stores/table"))
+    return TableStore(sessions=table, content_hash="abc", path=Path("stores/table"), withheld=())
 
 
 def names_of(store, parts) -> dict[str, set[str]]:

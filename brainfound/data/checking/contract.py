@@ -92,16 +92,16 @@ class InputContract(Recipe):
         slices = table["num_slices"].to_numpy()
         longest = quality["spacing_mm"].astype(str).map(_longest_mm)
         return cls(
-            **_asked_of(store.preprocessing),
+            **(_asked_of(store.preprocessing) | {"contrasts": store.shown}),
             num_sessions=len(table),
             coarsest_mm={
                 contrast: float(longest[quality["contrast"] == contrast].max())
-                for contrast in store.contrasts
+                for contrast in store.shown
                 if (quality["contrast"] == contrast).any()
             },
             skull={
                 contrast: _skull_of(quality["skull"][quality["contrast"] == contrast].tolist())
-                for contrast in store.contrasts
+                for contrast in store.shown
                 if (quality["contrast"] == contrast).any()
             },
             age_years=_range(table["age_years"]) if "age_years" in table else None,

@@ -1,7 +1,7 @@
 """Stores: prepared cohorts on disk.
 
 `store` is what a user opens; `folder` is one on disk, with its two halves `session_table` and `slice_files`; `plan`,
-`executors` and `writer` make one; `copies` and `hub` share it.
+`executors` and `writer` make one; `copies` and `hub` share it; `withheld` shows a part of its contrasts.
 """
 
 from brainfound.data.store.folder import SCHEMA_VERSION, StoreFolder

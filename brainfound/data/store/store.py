@@ -66,7 +66,10 @@ class Store:
         content_hash: SHA-256 of everything that training sees: pixels, masks, geometry, covariates, preprocessing.
         facts: what store.json says; of several stores, of the first.
         path: the folder; of several stores, the first one.
+        withheld: contrasts that are not shown, see `brainfound.data.store.withheld.showing`; of a plain store none.
     """
+
+    withheld: tuple[str, ...] = ()
 
     def __init__(self, folders: Sequence[StoreFolder], table: SessionTable) -> None:
         self.folders = tuple(folders)
@@ -94,6 +97,11 @@ class Store:
 
     def __len__(self) -> int:
         return len(self.sessions)
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """The contrasts that can be read: all but those that are withheld."""
+        return tuple(name for name in self.contrasts if name not in self.withheld)
 
     def __repr__(self) -> str:
         names = " + ".join(repr(folder.path.name) for folder in self.folders)

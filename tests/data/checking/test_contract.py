@@ -42,6 +42,7 @@ def _store(skulls=("stripped",) * 4, minima=(0.0,) * 4):
     store = SimpleNamespace(
         preprocessing=preprocessing,
         contrasts=preprocessing.contrasts,
+        shown=preprocessing.contrasts,
         sessions=table,
         quality=pd.concat([quality, flair], ignore_index=True),
     )
