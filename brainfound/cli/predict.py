@@ -12,7 +12,8 @@ from brainfound.cli.terminal import Hooks, Quiet, note, progress_bar
 from brainfound.errors import EXIT_FAILED, EXIT_SOME_REJECTED
 
 if TYPE_CHECKING:
-    from brainfound.predict.predictor import Outcome, Predictor
+    from brainfound.predict.cohort_prediction import Outcome
+    from brainfound.predict.predictor import Predictor
 
 IMAGES = (".nii", ".nii.gz", ".mgz", ".mgh", ".img", ".hdr")
 
@@ -70,7 +71,7 @@ def _answer_cohort(
     predictor: Predictor, source: Path, out: Path, probabilities: bool, overwrite: bool, quiet: bool
 ) -> None:
     from brainfound.cli.tables import print_table
-    from brainfound.predict.predictor import predict as predict_cohort
+    from brainfound.predict.cohort_prediction import predict as predict_cohort
 
     with progress_bar("predicting sessions", quiet) as progress:
         outcomes = predict_cohort(

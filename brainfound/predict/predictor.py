@@ -2,29 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import nn
 
-from brainfound.adapters.bundle import load_bundle
-from brainfound.contrasts import UNKNOWN, contrast_from_filename, parse_contrast
-from brainfound.data.cohort import Cohort, Session
+from brainfound.adapters import load_adapters, load_bundle
+from brainfound.adapters.bundle_reader import Bundle
+from brainfound.contrasts import CONTRASTS, parse_contrast
+from brainfound.data.checking.contract import InputContract
+from brainfound.data.cohort import Session
 from brainfound.data.hooks import Hook, load_hooks
 from brainfound.data.prepare_session import PreparedSession, prepare_session
 from brainfound.data.preprocessing import Preprocessing
 from brainfound.data.stack import Stack
-from brainfound.errors import BrainFoundError, ModelError, ScanError, UsageError
+from brainfound.errors import ModelError, ScanError, UsageError
 from brainfound.models import BrainFoundModel
-from brainfound.models.inference import infer
-from brainfound.predict.prediction import Prediction, file_stem
+from brainfound.models.backbone import LOAD_FAILURES, is_hub_id, unreadable
+from brainfound.models.inference import infer, inner_model
+from brainfound.predict.given_scans import given_scans
+from brainfound.predict.prediction import Prediction
+from brainfound.predict.predictor_set import PredictorSet
 from brainfound.predict.segmentation_answer import SegmentationOptions, segmentation_answer
 from brainfound.train.answer_calibration import AnswerCalibration
 from brainfound.train.run_files import holds_run
 from brainfound.train.targets import Target
+
+WHOLE_BUNDLE = ("*.json", "*.safetensors", "README.md")
+"""The files of a bundle; what else a Hub repository holds is not downloaded."""
+
+
+@dataclass(frozen=True)
+class ReadySession:
+    """A session as a predictor has read it, before the model is asked.
+
+    Attributes:
+        stack: what the model will see.
+        notes: what a reader of the answer should know of the scans.
+        rejected: scans that could not be used, with the reason.
+    """
+
+    stack: Stack
+    notes: tuple[str, ...] = ()
+    rejected: tuple[str, ...] = ()
 
 
 class Predictor:
@@ -39,6 +62,7 @@ class Predictor:
         hooks: tools that are run on each scan first, as they were on the training scans.
         calibration: what was fitted on the validation part; its answers stand beside the raw ones.
         options: of a segmentation: averaging, small pieces, probabilities of classes.
+        contract: what the scans were like that it learnt from; None where that is not known.
 
     Raises:
         UsageError: the model's scans went through other hooks, or the options are for a segmentation and it is none.
@@ -54,7 +78,9 @@ class Predictor:
         hooks: Sequence[Hook] = (),
         calibration: AnswerCalibration | None = None,
         options: SegmentationOptions = SegmentationOptions(),
+        contract: InputContract | None = None,
     ) -> None:
+        self.contract = contract
         self.calibration = calibration or AnswerCalibration()
         if options != SegmentationOptions() and (target is None or target.task != "segmentation"):
             raise UsageError(
@@ -83,7 +109,9 @@ class Predictor:
                 expected="an encoder, or a classification or regression model",
                 remedy="Use predict for its answer, or embed with the encoder that it was fine-tuned from",
             )
-        return Predictor(self.model, self.preprocessing, None, self.num_slices, self.device, self.hooks)
+        return Predictor(
+            self.model, self.preprocessing, None, self.num_slices, self.device, self.hooks, contract=self.contract
+        )
 
     def with_options(self, options: SegmentationOptions) -> Predictor:
         """The same model with other options of a segmentation.
@@ -100,6 +128,7 @@ class Predictor:
             self.hooks,
             self.calibration,
             options,
+            self.contract,
         )
 
     @property
@@ -118,17 +147,7 @@ class Predictor:
             UsageError: a contrast is given twice, is not one of the model's, or cannot be told from the name.
             ScanError: a scan cannot be used.
         """
-        files: dict[str, Path] = {}
-        notes = []
-        for path in paths:
-            self._add(files, self._contrast_of(Path(path), alone=len(paths) == 1), Path(path))
-        for name, path in contrast_paths.items():
-            contrast, announced = parse_contrast(name), contrast_from_filename(path)
-            self._add(files, contrast, Path(path))
-            if announced not in (UNKNOWN, contrast):
-                notes.append(f"{Path(path).name} was read as {contrast}, as asked, but its name says {announced}")
-        if not files:
-            raise UsageError("no scan was given", where="predict", expected=", ".join(self.preprocessing.contrasts))
+        files, notes = given_scans(paths, contrast_paths, self.preprocessing.contrasts, self.has_seen)
         prepared = prepare_session(Session("", "", files, {}, {}), self.preprocessing, hooks=self.hooks)
         for entry in prepared.refused:
             raise ScanError(entry.reason, where=entry.file.name)
@@ -141,12 +160,38 @@ class Predictor:
         Raises:
             ScanError: no scan of the session can be used.
         """
-        prepared = prepare_session(replace(session, covariates={}, masks={}), self.preprocessing, hooks=self.hooks)
+        return self.answer(self.prepare(session))
+
+    def prepare(self, session: Session) -> ReadySession:
+        """Read a session of a cohort as the model will see it; the model is not asked.
+
+        Scans that cannot be used, and those of contrasts that the model never learnt to read, are left out and noted.
+
+        Raises:
+            ScanError: no scan of the session can be used.
+        """
+        unread = [contrast for contrast in session.scans if contrast in CONTRASTS and not self.has_seen(contrast)]
+        scans = {contrast: file for contrast, file in session.scans.items() if contrast not in unread}
+        extra = tuple((contrast, file) for contrast, file in session.extra_scans if contrast not in unread)
+        known = replace(session, scans=scans, extra_scans=extra, covariates={}, masks={})
+        prepared = prepare_session(known, self.preprocessing, hooks=self.hooks)
         further = [f"{entry.contrast}: {entry.reason}" for entry in prepared.further_scans]
+        further += [f"{contrast}: not read, the model was not trained with it" for contrast in unread]
         rejected = tuple(f"{entry.contrast}: {entry.file.name}: {entry.reason}" for entry in prepared.refused)
         if prepared.stack is None:
             raise ScanError(f"no scan can be used; {[*rejected, *further, 'none is there'][0]}", where=session.subject)
-        return self.predict_stack(prepared.stack, (*further, *self._notes_on(prepared)), rejected)
+        return ReadySession(prepared.stack, (*further, *self._notes_on(prepared)), rejected)
+
+    def answer(self, ready: ReadySession) -> Prediction:
+        """Ask about a session that this predictor's `prepare` has read."""
+        return self.predict_stack(ready.stack, ready.notes, ready.rejected)
+
+    def has_seen(self, contrast: str) -> bool:
+        """Whether the model reads a contrast and, as far as its input contract says, learnt from scans of it."""
+        if contrast not in self.preprocessing.contrasts:
+            return False
+        learnt = self.contract.coarsest_mm if self.contract else {}
+        return not learnt or contrast in learnt
 
     def _notes_on(self, prepared: PreparedSession) -> list[str]:
         notes = [f"{quality.contrast}: {note}" for quality in prepared.quality for note in quality.notes]
@@ -190,53 +235,32 @@ class Predictor:
             return Prediction(answer=values, **common)
         return Prediction(**segmentation_answer(stack, answer, target, options), **common)
 
-    def _contrast_of(self, path: Path, alone: bool) -> str:
-        contrast = contrast_from_filename(path)
-        if contrast != UNKNOWN:
-            return contrast
-        if not path.is_file():
-            raise ScanError(
-                "no such file", where=path, remedy="Check the path; scans are given as FILE or CONTRAST=FILE"
-            )
-        if alone and len(self.preprocessing.contrasts) == 1:
-            return self.preprocessing.contrasts[0]
-        raise UsageError(
-            "the contrast cannot be told from the file name",
-            where=path.name,
-            expected=", ".join(self.preprocessing.contrasts),
-            remedy=f"Say it: {self.preprocessing.contrasts[-1]}={path.name}",
-        )
 
-    def _add(self, files: dict[str, Path], contrast: str, path: Path) -> None:
-        if contrast not in self.preprocessing.contrasts:
-            raise UsageError(
-                f"the model was not trained with {contrast}",
-                where=path.name,
-                expected=", ".join(self.preprocessing.contrasts),
-                remedy="Leave this scan out, or use a model that knows it",
-            )
-        if contrast in files:
-            raise UsageError(
-                f"two scans of {contrast}", got=f"{files[contrast].name} and {path.name}", remedy="Give one"
-            )
-        for other, file in files.items():
-            if file.resolve() == path.resolve():
-                raise UsageError(
-                    f"the same file is given as {other} and as {contrast}", where=path.name, remedy="Give it once"
-                )
-        files[contrast] = path
-
-
+@overload
 def load(
     path_or_id: str | Path,
     device: str | torch.device | None = None,
     hooks: Iterable[str | Path] = (),
     options: SegmentationOptions = SegmentationOptions(),
-) -> Predictor:
+) -> Predictor: ...
+@overload
+def load(
+    path_or_id: Mapping[str, str | Path],
+    device: str | torch.device | None = None,
+    hooks: Iterable[str | Path] = (),
+    options: SegmentationOptions = SegmentationOptions(),
+) -> PredictorSet: ...
+def load(
+    path_or_id: str | Path | Mapping[str, str | Path],
+    device: str | torch.device | None = None,
+    hooks: Iterable[str | Path] = (),
+    options: SegmentationOptions = SegmentationOptions(),
+) -> Predictor | PredictorSet:
     """Load a bundle (the ``export`` of a fine-tuning run) or an encoder (the ``export`` of a pretraining run).
 
     Args:
-        path_or_id: a run folder, its export folder, or for an encoder a Hub id.
+        path_or_id: a run folder, its export folder, or a Hub id. Several bundles that were trained on one backbone,
+            by name, make a `PredictorSet`: ``load({"age": "runs/age", "tumour": "runs/tumour"})``.
         device: where it runs; None: the first GPU that there is, else the CPU.
         hooks: tools to run on each scan first (``"synthstrip"``, …), see `brainfound.data.hooks.load_hooks`.
         options: of a segmentation: averaging over flips and patch grids, the smallest piece that stays.
@@ -244,19 +268,15 @@ def load(
     Raises:
         UsageError: a hook is not installed, or not the one that the model's scans went through; options for a
             segmentation and a model of another kind.
-        ModelError: there is nothing that can be loaded, or it is damaged.
+        ModelError: there is nothing that can be loaded, or it is damaged; of several, one has a backbone of its own.
     """
     device = usable_device(device)
     tools = load_hooks(hooks)
-    path = Path(path_or_id)
-    if (path / "export").is_dir():
-        path = path / "export"
+    if isinstance(path_or_id, Mapping):
+        return _load_set(path_or_id, device, tools, options)
+    path = _bundle_folder(path_or_id)
     if (path / "bundle.json").is_file():
-        bundle = load_bundle(path)
-        target = Target.from_dict(bundle.labels)
-        calibration = AnswerCalibration.from_dict(bundle.metadata.get("calibration"))
-        num_slices = bundle.metadata["num_slices"]
-        return Predictor(bundle.model, bundle.preprocessing, target, num_slices, device, tools, calibration, options)
+        return _of_bundle(load_bundle(path), device, tools, options)
     if holds_run(path):
         raise ModelError(
             "the run has no export: it has not finished",
@@ -267,7 +287,81 @@ def load(
         raise ModelError("this is a store, not a model", where=path, remedy="Give the model first, then the scans")
     source = str(path) if path.exists() else str(path_or_id)
     model = BrainFoundModel.from_pretrained(source)
-    return Predictor(model, Preprocessing.load(local_folder(source)), None, None, device, tools, options=options)
+    kinds = [kind for kind in model.config.architectures or () if kind != BrainFoundModel.__name__]
+    if kinds:
+        raise ModelError(
+            f"this is a {kinds[0]} by itself: what its answers mean is not there",
+            where=source,
+            expected="a bundle",
+            remedy="Save it with save_bundle, which keeps labels and preprocessing with the weights",
+        )
+    preprocessing = Preprocessing.load(local_folder(source))
+    return Predictor(model, preprocessing, None, None, device, tools, options=options)
+
+
+def _bundle_folder(path_or_id: str | Path) -> Path:
+    """The folder that a bundle would be in: the export of a run, or for a Hub id what was downloaded."""
+    path = Path(path_or_id)
+    if (path / "export").is_dir():
+        return path / "export"
+    if not is_hub_id(str(path_or_id)):
+        return path
+    try:
+        folder = local_folder(str(path_or_id))
+        return local_folder(str(path_or_id), WHOLE_BUNDLE) if (folder / "bundle.json").is_file() else path
+    except LOAD_FAILURES as error:
+        raise unreadable(str(path_or_id), error) from error
+
+
+def _load_set(
+    bundles: Mapping[str, str | Path], device: torch.device, tools: Sequence[Hook], options: SegmentationOptions
+) -> PredictorSet:
+    adapters = load_adapters({name: _bundle_folder(source) for name, source in bundles.items()}).to(device)
+    segmenting = [name for name in adapters if adapters[name].task == "segmentation"]
+    if options != SegmentationOptions() and not segmenting:
+        raise UsageError(
+            "flips, overlap and a smallest volume are for segmentations", where="options", remedy="Leave them out"
+        )
+    return PredictorSet(
+        {
+            name: _of_bundle(adapters[name], device, tools, options if name in segmenting else SegmentationOptions())
+            for name in adapters
+        }
+    )
+
+
+def _of_bundle(bundle: Bundle, device: torch.device, tools: Sequence[Hook], options: SegmentationOptions) -> Predictor:
+    metadata = bundle.metadata
+    return Predictor(
+        bundle.model,
+        bundle.preprocessing,
+        _target_of(bundle),
+        metadata.get("num_slices"),
+        device,
+        tools,
+        AnswerCalibration.from_dict(metadata.get("calibration")),
+        options,
+        InputContract.load_or_none(bundle.folder),
+    )
+
+
+def _target_of(bundle: Bundle) -> Target | None:
+    """How a bundle's answers read; None of an encoder."""
+    if bundle.task == "embedding":
+        return None
+    try:
+        target = Target.from_dict(bundle.labels)
+    except TypeError:  # other fields than a target has
+        target = None
+    num_names = None if bundle.task == "regression" else inner_model(bundle.model).config.num_classes
+    if target is None or target.task != bundle.task or num_names not in (None, len(target.names)):
+        raise ModelError(
+            "the labels do not say what its answers mean",
+            where=bundle.folder,
+            expected=f"a target of a {bundle.task}" + (f" with {num_names} names" if num_names else ""),
+            remedy="Save it with save_bundle(…, labels=target.to_dict())",
+        )
+    return target
 
 
 def usable_device(device: str | torch.device | None) -> torch.device:
@@ -287,71 +381,13 @@ def usable_device(device: str | torch.device | None) -> torch.device:
     return chosen
 
 
-def local_folder(source: str) -> Path:
-    """The folder of a model's files; for a Hub id the cached snapshot."""
+def local_folder(source: str, patterns: Sequence[str] = ("*.json",)) -> Path:
+    """The folder of a model's files; for a Hub id the cached snapshot, with the files of some patterns."""
     if Path(source).is_dir():
         return Path(source)
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(source, allow_patterns=["*.json"]))
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one session: a prediction, or the reason why there is none."""
-
-    subject: str
-    session: str
-    prediction: Prediction | None
-    reason: str = ""
-
-
-def predict(
-    model: str | Path | Predictor,
-    source: str | Path | Cohort,
-    out: str | Path | None = None,
-    *,
-    probabilities: bool = False,
-    overwrite: bool = False,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[Outcome]:
-    """Predict every session of a cohort; the model is loaded once, and a session that fails stops no other.
-
-    Args:
-        model: a predictor, or what `load` reads.
-        source: a cohort, or what `Cohort.read` recognises.
-        out: where each session's files go as it is done; None writes nothing.
-        probabilities: also write the probability maps of a segmentation.
-        overwrite: do again what is there; otherwise sessions with a JSON in ``out`` are skipped.
-        progress: called with (sessions done, sessions in all).
-    """
-    predictor = model if isinstance(model, Predictor) else load(model)
-    if probabilities and predictor.task == "segmentation":
-        predictor = predictor.with_options(replace(predictor.options, class_probabilities=True))
-    cohort = source if isinstance(source, Cohort) else Cohort.read(source)
-    sessions = list(cohort.sessions())
-    outcomes = []
-    for done, session in enumerate(sessions, start=1):
-        outcome = _predict_one(predictor, session, None if out is None else Path(out), probabilities, overwrite)
-        outcomes.append(outcome)
-        if progress:
-            progress(done, len(sessions))
-    return outcomes
-
-
-def _predict_one(
-    predictor: Predictor, session: Session, out: Path | None, probabilities: bool, overwrite: bool
-) -> Outcome:
-    name = file_stem(session.subject, session.session)
-    if out is not None and (out / f"{name}.json").is_file() and not overwrite:
-        return Outcome(session.subject, session.session, None, "already done")
-    try:
-        prediction = predictor.predict_session(session)
-    except BrainFoundError as error:
-        return Outcome(session.subject, session.session, None, str(error))
-    if out is not None:
-        prediction.save(out, name, probabilities=probabilities)
-    return Outcome(session.subject, session.session, prediction)
+    return Path(snapshot_download(source, allow_patterns=list(patterns)))
 
 
 def parse_inputs(inputs: Iterable[str]) -> tuple[list[Path], dict[str, Path]]:
