@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         BrainFoundForSegmentation,
         BrainFoundModel,
     )
-    from brainfound.predict.predictor import load
+    from brainfound.predict.loading import load
     from brainfound.train.finetune import finetune
     from brainfound.train.pretrain import pretrain
 
@@ -64,7 +64,7 @@ _MODULES = {
     "BrainFoundForSegmentation": "brainfound.models",
     "pretrain": "brainfound.train.pretrain",
     "finetune": "brainfound.train.finetune",
-    "load": "brainfound.predict.predictor",
+    "load": "brainfound.predict.loading",
 }
 _ROOMS = ("evaluate", "predict")
 

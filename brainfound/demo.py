@@ -196,7 +196,7 @@ def _predict(out: Path, cohort: Path, store: Store) -> None:
     from brainfound.data.cohort import Cohort
     from brainfound.data.split_file import Split
     from brainfound.models.inference import infer
-    from brainfound.predict.predictor import load
+    from brainfound.predict.loading import load
     from brainfound.report.figures import overlay_png
 
     run = out / "mask-adapted"

@@ -208,12 +208,16 @@ def resolve(dotted: list[str]) -> tuple[str, ast.AST] | str | None:
 
 
 def signature(found: tuple[str, ast.AST] | str | None) -> ast.arguments | None:
-    """The arguments of what is called; of a room that is a verb, those of the function behind it."""
+    """The arguments of what is called; of a room that is a verb, those of the function behind it; of a class with an
+    ``__init__`` of its own, those of that."""
     if isinstance(found, str):
         calls = [node for node in ast.walk(tree_of(found)) if isinstance(node, ast.Call)]
         (call,) = [node for node in calls if chain(node.func) == ["make_callable"]]
         module, _, name = ast.literal_eval(call.args[1]).partition(":")
         found = lookup(module, name)
+    if isinstance(found, tuple) and isinstance(found[1], ast.ClassDef):
+        made = [node.args for node in found[1].body if getattr(node, "name", None) == "__init__"]
+        return made[0] if made else None  # type: ignore[union-attr]
     return found[1].args if isinstance(found, tuple) and isinstance(found[1], ast.FunctionDef) else None
 
 
@@ -248,7 +252,7 @@ def test_python_blocks_use_names_and_arguments_that_exist(page):
                 if arguments and not arguments.kwarg:
                     accepted = {a.arg for a in [*arguments.args, *arguments.kwonlyargs]}
                     assert {keyword.arg for keyword in node.keywords} <= accepted, ast.unparse(node)
-                if isinstance(found, tuple) and isinstance(found[1], ast.ClassDef):
+                if isinstance(found, tuple) and isinstance(found[1], ast.ClassDef) and not arguments:
                     for keyword in node.keywords:
                         assert member(*found, str(keyword.arg)), ast.unparse(node)
 

@@ -25,7 +25,9 @@ from brainfound.data.split_file import Split
 from brainfound.data.stack import Stack
 from brainfound.data.store import Store
 from brainfound.evaluate.metrics import dice
-from brainfound.predict.predictor import Predictor, load, predict
+from brainfound.predict.cohort_prediction import predict
+from brainfound.predict.loading import load
+from brainfound.predict.predictor import Predictor
 from brainfound.recipes import validate
 from brainfound.train.finetune import finetune
 from brainfound.train.finetune_recipe import FinetuneRecipe

@@ -73,7 +73,8 @@ def load_adapters(bundles: Mapping[str, str | Path | Bundle]) -> AdapterSet:
     """Read bundles that were trained on the same backbone, and keep that backbone in memory once.
 
     Args:
-        bundles: folders of bundles, or loaded ones, by the names that they will be asked for.
+        bundles: folders of bundles, or loaded ones, by the names that they will be asked for. All come to the device
+            of the first.
 
     Raises:
         UsageError: if there is none.
@@ -104,8 +105,11 @@ def load_adapters(bundles: Mapping[str, str | Path | Bundle]) -> AdapterSet:
                 remedy="Load it by itself with load_bundle",
             )
         loaded[name] = bundle
+        first = next(iter(loaded.values()))
         # At once: when the next one is read, this one's copy of the backbone is gone.
-        _share_backbone(next(iter(loaded.values())), bundle)
+        _share_backbone(first, bundle)
+        # Only what is its own is still elsewhere.
+        bundle.model.to(next(first.model.parameters()).device)
     return AdapterSet(loaded)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -132,11 +133,31 @@ def _read_description(folder: Path) -> dict[str, Any]:
         raise ModelError(
             "the bundle has another schema", where=path, got=schema, expected=SCHEMA_VERSION, remedy="Export it again"
         )
-    needed = ("task", "weights", "labels", "base", "metadata", "files")
-    absent = [key for key in needed if key not in content]
-    if absent or content["task"] not in TASKS or content["weights"] not in WEIGHTS_FILES:
-        raise ModelError("the description is incomplete", where=path, got=f"without {absent}", remedy="Export it again")
+    unusable = _unusable_fields(content)
+    if unusable:
+        raise ModelError(
+            f"the description lacks {', '.join(unusable)}, or has there what cannot be used",
+            where=path,
+            remedy="Copy the bundle again, or export it again",
+        )
     return content
+
+
+def _unusable_fields(content: dict[str, Any]) -> list[str]:
+    """The needed fields of a description that are not there, or are of another kind."""
+    base = content.get("base")
+    if isinstance(base, dict):
+        of_hub = isinstance(base.get("id"), str) and isinstance(base.get("is_brainfound"), bool)
+        has_base = isinstance(base.get("sha256"), str) and (base.get("source") == "folder" or of_hub)
+    else:
+        has_base = base is None and content.get("weights") == "full"
+    usable = {
+        "task": content.get("task") in tuple(TASKS),
+        "weights": content.get("weights") in tuple(WEIGHTS_FILES),
+        "base": has_base,
+        **{name: isinstance(content.get(name), dict) for name in ("labels", "metadata", "files")},
+    }
+    return [name for name, is_usable in usable.items() if not is_usable]
 
 
 def _require_untouched(folder: Path, content: dict[str, Any]) -> None:
@@ -173,7 +194,10 @@ def _load_base(kind: type[Any], config: BrainFoundConfig, base: dict[str, Any], 
         model = kind.from_pretrained(where, config=config)
     elif base["is_brainfound"]:
         where = base["id"]
-        model = kind.from_pretrained(where, config=config)
+        with warnings.catch_warnings():
+            # The head that is there, if any, gives way to the one of the bundle.
+            warnings.filterwarnings("ignore", message=".*the head begins anew")
+            model = kind.from_pretrained(where, config=config, ignore_mismatched_sizes=True)
     else:
         where = base["id"]
         model = kind(config, backbone=load_backbone(where))

@@ -84,7 +84,7 @@ def _expected(model: str | None, contrasts: str | None) -> tuple[Preprocessing, 
     if contrasts is not None:
         raise UsageError("a model has contrasts of its own", where="--contrasts", remedy="Leave --contrasts out")
     if not Path(model).exists() and model.count("/") == 1:
-        from brainfound.predict.predictor import local_folder
+        from brainfound.predict.loading import local_folder
 
         return contract_of_model(local_folder(model))
     return contract_of_model(model)

@@ -37,7 +37,8 @@ def explain(
     Explanations are not evidence: they do not show that an answer is right. Exit codes as of predict.
     """
     from brainfound.predict.explanation import choose_methods
-    from brainfound.predict.predictor import load, parse_inputs
+    from brainfound.predict.given_scans import parse_inputs
+    from brainfound.predict.loading import load
 
     predictor = load(model, device, hook or ())
     methods = choose_methods(predictor.model, predictor.target, None if method is None else words(method), class_name)

@@ -176,6 +176,12 @@ def unreadable(source: str, error: Exception) -> ModelError:
     """One line for a model that cannot be read, with the remedy that fits what `source` looks like."""
     folder = Path(source)
     if folder.is_dir():
+        if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+            return ModelError(
+                "this is an adapter without the model that it was trained on",
+                where=source,
+                remedy="Load that model and give both to peft.PeftModel.from_pretrained, or save a bundle",
+            )
         if not (folder / "config.json").is_file():
             export = folder / "export"
             remedy = f"Give its export: {export}" if export.is_dir() else "Give a folder that holds a model"

@@ -118,6 +118,16 @@ class BrainFoundConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.require_valid()
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in the library; names and weights of the saved classes go where another number of classes is asked for."""
+        content = dict(config_dict)
+        known, asked = _num_labels_of(content), _num_labels_of(kwargs)
+        if asked is not None and asked != (known or 2):
+            for name in ("class_weights", "id2label", "label2id", "num_labels"):
+                content.pop(name, None)
+        return super().from_dict(content, **kwargs)
+
     def require_valid(self) -> None:
         """Check the choices, and bring the backbone's configuration in line with them.
 
@@ -251,6 +261,13 @@ def require_known_fields(given: Iterable[str]) -> None:
     for name in given:
         if name not in known:
             raise UsageError(f"unknown configuration argument {name!r}", remedy=did_you_mean(name, known))
+
+
+def _num_labels_of(fields: dict[str, Any]) -> int | None:
+    """The number of labels that fields of a configuration name, in whichever way; None where they name none."""
+    if fields.get("id2label") is not None:
+        return len(fields["id2label"])
+    return fields.get("num_labels")
 
 
 def _require_known(field: str, value: object, known: Sequence[str]) -> None:

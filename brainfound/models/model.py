@@ -125,8 +125,13 @@ class BrainFoundPreTrainedModel(PreTrainedModel):
         start from a saved `BrainFoundModel`: then its head is new. Another `stem` starts from the kernels of the saved
         one, as it would from those of a plain ViT. Weights are float32 unless `dtype` is given.
 
+        A saved head that answers something else than what is asked for (another number of classes, another
+        `regression_head`, other bins) is refused, also where its shape would fit. With `ignore_mismatched_sizes=True`
+        its last layer begins anew, with a warning.
+
         Raises:
-            ModelError: if the model cannot be read, or weights are missing or left over (the keys are named).
+            ModelError: if the model cannot be read, weights are missing, left over or of another shape (the keys are
+                named), or the saved head answers something else.
         """
         return load_checked(cls, super().from_pretrained, str(id_or_folder), args, options)
 

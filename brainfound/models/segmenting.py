@@ -95,21 +95,24 @@ def segment(
         model: a `BrainFoundForSegmentation`, or a PEFT model around one.
         config: its configuration.
         stack: prepared with the model's own preprocessing.
-        chunk: slices per forward pass; the whole stack where the model looks at neighbouring slices, because a chunk
-            would cut them apart.
+        chunk: slices per forward pass. Where the model looks at neighbouring slices, those beside a chunk are read
+            with it, so that it sees what it would see in the whole stack.
         patch_size: of the backbone.
         readings: how often to look.
         class_probabilities: also return the probability of every class; they take K times the memory.
     """
     num_slices, height, width = stack.grid
     num_classes, overlapping = config.num_classes, config.overlapping_labels
-    looks_at_neighbours = config.decoder_slice_mixing or config.stem == "slices"
+    # One slice to either side each; a slice that is mixed in has been read with its own neighbours.
+    reach = int(config.stem == "slices") + int(config.decoder_slice_mixing)
     classes = np.empty((num_slices, height, width), dtype=np.uint8)
     labels = np.empty((num_slices, num_classes, height, width), dtype=bool) if overlapping else None
     foreground = np.empty((num_slices, height, width), dtype=np.float32)
     every = np.empty((num_slices, num_classes, height, width), dtype=np.float32) if class_probabilities else None
-    for index in _chunks(num_slices, num_slices if looks_at_neighbours else chunk):
-        probabilities = _probabilities(model, stack, index, readings.each(patch_size), overlapping)
+    for index, read in _chunks(num_slices, chunk, reach):
+        probabilities = _probabilities(model, stack, read, readings.each(patch_size), overlapping)
+        before = index[0] - read[0]
+        probabilities = probabilities[before : before + len(index)]
         if labels is not None:
             labels[index] = (probabilities > 0.5).cpu().numpy()
             foreground[index] = probabilities.amax(dim=1).cpu().numpy()
@@ -121,9 +124,11 @@ def segment(
     return Segmented(None if overlapping else classes, labels, foreground, every)
 
 
-def _chunks(num_slices: int, chunk: int) -> Iterator[np.ndarray]:
+def _chunks(num_slices: int, chunk: int, reach: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The slices of each chunk, and those to read for it: with up to `reach` more on either side."""
     for first in range(0, num_slices, chunk):
-        yield np.arange(first, min(first + chunk, num_slices))
+        last = min(first + chunk, num_slices)
+        yield np.arange(first, last), np.arange(max(first - reach, 0), min(last + reach, num_slices))
 
 
 def _probabilities(

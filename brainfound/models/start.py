@@ -65,7 +65,8 @@ def start_from(kind: type[AnyModel], source: str | Path, contrasts: Sequence[str
     """
     if not is_brainfound(source):
         return kind.from_backbone(source, contrasts=contrasts, **fields)
-    model = kind.from_pretrained(source, **fields)
+    # A head that answers something else begins anew, and says so.
+    model = kind.from_pretrained(source, ignore_mismatched_sizes=True, **fields)
     _require_contrasts(source, model.config.contrasts, contrasts)
     return model
 

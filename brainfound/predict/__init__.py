@@ -6,4 +6,4 @@ The package is also a verb: ``brainfound.predict(model, inputs, …)`` (see `bra
 from brainfound.callable_room import make_callable
 
 # Imported when it is called: the function needs torch, and the command line must answer without it.
-make_callable(__name__, "brainfound.predict.predictor:predict")
+make_callable(__name__, "brainfound.predict.cohort_prediction:predict")

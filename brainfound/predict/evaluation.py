@@ -15,7 +15,7 @@ from brainfound.data.store.withheld import showing
 from brainfound.errors import ModelError, UsageError
 from brainfound.evaluate.partial_input import non_empty_subsets
 from brainfound.predict.evaluation_files import require_free, write_evaluation
-from brainfound.predict.predictor import load
+from brainfound.predict.loading import load
 from brainfound.train.run_files import EXPORT_FOLDER
 from brainfound.train.session_scores import SessionScores, score_sessions
 from brainfound.train.session_split import in_parts, learnt_from

@@ -9,8 +9,9 @@ from pathlib import Path
 from brainfound.data.cohort import Cohort
 from brainfound.errors import BrainFoundError
 from brainfound.predict.explanation import Explanation, choose_methods
+from brainfound.predict.loading import load
 from brainfound.predict.prediction import file_stem
-from brainfound.predict.predictor import Predictor, load
+from brainfound.predict.predictor import Predictor
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,10 @@ class Prediction:
             "notes": list(self.notes),
             "not_a_medical_device": True,
         }
+
+    def without_images(self) -> Prediction:
+        """The same answer without what takes the memory of a volume."""
+        return replace(self, image=None, probability=None, masks={}, probabilities={})
 
     def save(self, folder: str | Path, name: str | None = None, *, probabilities: bool = False) -> list[Path]:
         """Write ``NAME.json`` and what there is of images and vectors; returns the files, the JSON last.

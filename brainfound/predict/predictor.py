@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,22 +10,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from brainfound.adapters.bundle import load_bundle
-from brainfound.contrasts import UNKNOWN, contrast_from_filename, parse_contrast
+from brainfound.contrasts import CONTRASTS
 from brainfound.data.batches import without_contrasts
-from brainfound.data.cohort import Cohort, Session
-from brainfound.data.hooks import Hook, load_hooks
+from brainfound.data.checking.contract import InputContract
+from brainfound.data.cohort import Session
+from brainfound.data.hooks import Hook
 from brainfound.data.prepare_session import PreparedSession, prepare_session
 from brainfound.data.preprocessing import Preprocessing
 from brainfound.data.stack import Stack
-from brainfound.errors import BrainFoundError, ModelError, ScanError, UsageError
-from brainfound.models import BrainFoundModel
+from brainfound.errors import ScanError, UsageError
 from brainfound.models.inference import infer
 from brainfound.predict.explanation import Explanation, choose_methods, explain_stack
-from brainfound.predict.prediction import Prediction, file_stem
+from brainfound.predict.given_scans import given_scans
+from brainfound.predict.prediction import Prediction
 from brainfound.predict.segmentation_answer import SegmentationOptions, segmentation_answer
 from brainfound.train.answer_calibration import AnswerCalibration
-from brainfound.train.run_files import holds_run
 from brainfound.train.targets import Target
 
 
@@ -56,6 +55,7 @@ class Predictor:
         hooks: tools that are run on each scan first, as they were on the training scans.
         calibration: what was fitted on the validation part; its answers stand beside the raw ones.
         options: of a segmentation: averaging, small pieces, probabilities of classes.
+        contract: what the scans were like that it learnt from; None where that is not known.
         withheld: contrasts that the model learnt without, and that are not shown to it: its recipe's `contrasts`
             leaves them out.
 
@@ -73,9 +73,10 @@ class Predictor:
         hooks: Sequence[Hook] = (),
         calibration: AnswerCalibration | None = None,
         options: SegmentationOptions = SegmentationOptions(),
+        contract: InputContract | None = None,
         withheld: Sequence[str] = (),
     ) -> None:
-        self.withheld = tuple(withheld)
+        self.contract, self.withheld = contract, tuple(withheld)
         self.calibration = calibration or AnswerCalibration()
         if options != SegmentationOptions() and (target is None or target.task != "segmentation"):
             raise UsageError(
@@ -105,7 +106,14 @@ class Predictor:
                 remedy="Use predict for its answer, or embed with the encoder that it was fine-tuned from",
             )
         return Predictor(
-            self.model, self.preprocessing, None, self.num_slices, self.device, self.hooks, withheld=self.withheld
+            self.model,
+            self.preprocessing,
+            None,
+            self.num_slices,
+            self.device,
+            self.hooks,
+            contract=self.contract,
+            withheld=self.withheld,
         )
 
     def with_options(self, options: SegmentationOptions) -> Predictor:
@@ -123,13 +131,16 @@ class Predictor:
             self.hooks,
             self.calibration,
             options,
+            self.contract,
             self.withheld,
         )
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """The contrasts that the model is shown."""
-        return tuple(name for name in self.preprocessing.contrasts if name not in self.withheld)
+        """The contrasts that the model is shown: those that it learnt from, as far as that is known."""
+        learnt = self.contract.coarsest_mm if self.contract else {}
+        known = (name for name in self.preprocessing.contrasts if name not in self.withheld)
+        return tuple(name for name in known if not learnt or name in learnt)
 
     @property
     def task(self) -> str:
@@ -181,22 +192,13 @@ class Predictor:
         class_name: str | None = None,
     ) -> Explanation:
         """Explain a stack that this predictor's preprocessing made; notes and rejected scans are passed on."""
-        how = (method, class_name, notes, rejected)
+        stack, told = self._as_read(stack)
+        how = (method, class_name, (*notes, *told), rejected)
         return explain_stack(self.model, stack, self.target, self.num_slices, *how)
 
     def _given(self, paths: Sequence[str | Path], contrast_paths: dict[str, str | Path]) -> ReadySession:
         """The files of one session as the model will see them."""
-        files: dict[str, Path] = {}
-        notes = []
-        for path in paths:
-            self._add(files, self._contrast_of(Path(path), alone=len(paths) == 1), Path(path))
-        for name, path in contrast_paths.items():
-            contrast, announced = parse_contrast(name), contrast_from_filename(path)
-            self._add(files, contrast, Path(path))
-            if announced not in (UNKNOWN, contrast):
-                notes.append(f"{Path(path).name} was read as {contrast}, as asked, but its name says {announced}")
-        if not files:
-            raise UsageError("no scan was given", where="predict", expected=", ".join(self.reads))
+        files, notes = given_scans(paths, contrast_paths, self.reads)
         prepared = prepare_session(Session("", "", files, {}, {}), self.preprocessing, hooks=self.hooks)
         for entry in prepared.refused:
             raise ScanError(entry.reason, where=entry.file.name)
@@ -214,11 +216,18 @@ class Predictor:
     def prepare(self, session: Session) -> ReadySession:
         """Read a session of a cohort as the model will see it; the model is not asked.
 
+        Scans that cannot be used, and those of contrasts that the model never learnt to read, are left out and noted.
+
         Raises:
             ScanError: no scan of the session can be used.
         """
-        prepared = prepare_session(replace(session, covariates={}, masks={}), self.preprocessing, hooks=self.hooks)
+        unread = [contrast for contrast in session.scans if contrast in CONTRASTS and contrast not in self.reads]
+        scans = {contrast: file for contrast, file in session.scans.items() if contrast not in unread}
+        extra = tuple((contrast, file) for contrast, file in session.extra_scans if contrast not in unread)
+        known = replace(session, scans=scans, extra_scans=extra, covariates={}, masks={})
+        prepared = prepare_session(known, self.preprocessing, hooks=self.hooks)
         further = [f"{entry.contrast}: {entry.reason}" for entry in prepared.further_scans]
+        further += [f"{contrast}: not read, the model was not trained with it" for contrast in unread]
         rejected = tuple(f"{entry.contrast}: {entry.file.name}: {entry.reason}" for entry in prepared.refused)
         if prepared.stack is None:
             raise ScanError(f"no scan can be used; {[*rejected, *further, 'none is there'][0]}", where=session.subject)
@@ -242,8 +251,8 @@ class Predictor:
             ScanError: it has only contrasts that the model does not read.
         """
         target, options = self.target, self.options
-        stack, hidden = self.as_read(stack)
-        notes = (*notes, *(f"{contrast} was not read: the model learnt without it" for contrast in hidden))
+        stack, told = self._as_read(stack)
+        notes = (*notes, *told)
         several = target is not None and (bool(target.regions) or len(target.codes) > 2)
         answer = infer(self.model, stack, self.num_slices, options.readings, options.class_probabilities and several)
         present = tuple(c for c, here in zip(stack.contrasts, stack.present, strict=True) if here)
@@ -276,101 +285,20 @@ class Predictor:
             return Prediction(answer=values, **common)
         return Prediction(**segmentation_answer(stack, answer, target, options), **common)
 
-    def as_read(self, stack: Stack) -> tuple[Stack, tuple[str, ...]]:
-        """A stack as the model sees it, and which of its contrasts that hides.
+    def _as_read(self, stack: Stack) -> tuple[Stack, tuple[str, ...]]:
+        """A stack as the model sees it, and a note on each contrast that this hides.
 
         Raises:
             ScanError: it has only contrasts that the model does not read.
         """
         present = [name for name, here in zip(stack.contrasts, stack.present, strict=True) if here]
-        hidden = tuple(name for name in present if name in self.withheld)
+        hidden = tuple(name for name in present if name not in self.reads)
         if hidden and len(hidden) == len(present):
             raise ScanError(
                 "there is no contrast that the model reads", got=", ".join(hidden), expected=", ".join(self.reads)
             )
-        return (without_contrasts(stack, hidden) if hidden else stack), hidden
-
-    def _contrast_of(self, path: Path, alone: bool) -> str:
-        contrast = contrast_from_filename(path)
-        if contrast != UNKNOWN:
-            return contrast
-        if not path.is_file():
-            raise ScanError(
-                "no such file", where=path, remedy="Check the path; scans are given as FILE or CONTRAST=FILE"
-            )
-        if alone and len(self.reads) == 1:
-            return self.reads[0]
-        raise UsageError(
-            "the contrast cannot be told from the file name",
-            where=path.name,
-            expected=", ".join(self.reads),
-            remedy=f"Say it: {self.reads[-1]}={path.name}",
-        )
-
-    def _add(self, files: dict[str, Path], contrast: str, path: Path) -> None:
-        if contrast not in self.reads:
-            raise UsageError(
-                f"the model was not trained with {contrast}",
-                where=path.name,
-                expected=", ".join(self.reads),
-                remedy="Leave this scan out, or use a model that knows it",
-            )
-        if contrast in files:
-            raise UsageError(
-                f"two scans of {contrast}", got=f"{files[contrast].name} and {path.name}", remedy="Give one"
-            )
-        for other, file in files.items():
-            if file.resolve() == path.resolve():
-                raise UsageError(
-                    f"the same file is given as {other} and as {contrast}", where=path.name, remedy="Give it once"
-                )
-        files[contrast] = path
-
-
-def load(
-    path_or_id: str | Path,
-    device: str | torch.device | None = None,
-    hooks: Iterable[str | Path] = (),
-    options: SegmentationOptions = SegmentationOptions(),
-) -> Predictor:
-    """Load a bundle (the ``export`` of a fine-tuning run) or an encoder (the ``export`` of a pretraining run).
-
-    Args:
-        path_or_id: a run folder, its export folder, or for an encoder a Hub id.
-        device: where it runs; None: the first GPU that there is, else the CPU.
-        hooks: tools to run on each scan first (``"synthstrip"``, …), see `brainfound.data.hooks.load_hooks`.
-        options: of a segmentation: averaging over flips and patch grids, the smallest piece that stays.
-
-    Raises:
-        UsageError: a hook is not installed, or not the one that the model's scans went through; options for a
-            segmentation and a model of another kind.
-        ModelError: there is nothing that can be loaded, or it is damaged.
-    """
-    device = usable_device(device)
-    tools = load_hooks(hooks)
-    path = Path(path_or_id)
-    if (path / "export").is_dir():
-        path = path / "export"
-    if (path / "bundle.json").is_file():
-        bundle = load_bundle(path)
-        target = Target.from_dict(bundle.labels)
-        calibration = AnswerCalibration.from_dict(bundle.metadata.get("calibration"))
-        num_slices = bundle.metadata["num_slices"]
-        withheld = bundle.metadata.get("withheld", ())  # bundles made before contrasts could be withheld have none
-        return Predictor(
-            bundle.model, bundle.preprocessing, target, num_slices, device, tools, calibration, options, withheld
-        )
-    if holds_run(path):
-        raise ModelError(
-            "the run has no export: it has not finished",
-            where=path,
-            remedy="Go on with it: the same command and --resume",
-        )
-    if (path / "store.json").is_file():
-        raise ModelError("this is a store, not a model", where=path, remedy="Give the model first, then the scans")
-    source = str(path) if path.exists() else str(path_or_id)
-    model = BrainFoundModel.from_pretrained(source)
-    return Predictor(model, Preprocessing.load(local_folder(source)), None, None, device, tools, options=options)
+        told = tuple(f"{contrast} was not read: the model learnt without it" for contrast in hidden)
+        return (without_contrasts(stack, hidden) if hidden else stack), told
 
 
 def usable_device(device: str | torch.device | None) -> torch.device:
@@ -388,86 +316,3 @@ def usable_device(device: str | torch.device | None) -> torch.device:
             "no such device here", where="device", got=device, remedy="Give cpu, or cuda where there is a GPU"
         ) from None
     return chosen
-
-
-def local_folder(source: str) -> Path:
-    """The folder of a model's files; for a Hub id the cached snapshot."""
-    if Path(source).is_dir():
-        return Path(source)
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(source, allow_patterns=["*.json"]))
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one session: a prediction, or the reason why there is none."""
-
-    subject: str
-    session: str
-    prediction: Prediction | None
-    reason: str = ""
-
-
-def predict(
-    model: str | Path | Predictor,
-    source: str | Path | Cohort,
-    out: str | Path | None = None,
-    *,
-    probabilities: bool = False,
-    overwrite: bool = False,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[Outcome]:
-    """Predict every session of a cohort; the model is loaded once, and a session that fails stops no other.
-
-    Args:
-        model: a predictor, or what `load` reads.
-        source: a cohort, or what `Cohort.read` recognises.
-        out: where each session's files go as it is done; None writes nothing.
-        probabilities: also write the probability maps of a segmentation.
-        overwrite: do again what is there; otherwise sessions with a JSON in ``out`` are skipped.
-        progress: called with (sessions done, sessions in all).
-    """
-    predictor = model if isinstance(model, Predictor) else load(model)
-    if probabilities and predictor.task == "segmentation":
-        predictor = predictor.with_options(replace(predictor.options, class_probabilities=True))
-    cohort = source if isinstance(source, Cohort) else Cohort.read(source)
-    sessions = list(cohort.sessions())
-    outcomes = []
-    for done, session in enumerate(sessions, start=1):
-        outcome = _predict_one(predictor, session, None if out is None else Path(out), probabilities, overwrite)
-        outcomes.append(outcome)
-        if progress:
-            progress(done, len(sessions))
-    return outcomes
-
-
-def _predict_one(
-    predictor: Predictor, session: Session, out: Path | None, probabilities: bool, overwrite: bool
-) -> Outcome:
-    name = file_stem(session.subject, session.session)
-    if out is not None and (out / f"{name}.json").is_file() and not overwrite:
-        return Outcome(session.subject, session.session, None, "already done")
-    try:
-        prediction = predictor.predict_session(session)
-    except BrainFoundError as error:
-        return Outcome(session.subject, session.session, None, str(error))
-    if out is not None:
-        prediction.save(out, name, probabilities=probabilities)
-    return Outcome(session.subject, session.session, prediction)
-
-
-def parse_inputs(inputs: Iterable[str]) -> tuple[list[Path], dict[str, Path]]:
-    """``FILE`` and ``CONTRAST=FILE`` arguments → paths, and paths by contrast."""
-    paths: list[Path] = []
-    named: dict[str, Path] = {}
-    for text in inputs:
-        name, equals, path = text.partition("=")
-        if equals and not Path(text).exists():
-            contrast = parse_contrast(name)
-            if contrast in named:
-                raise UsageError(f"two scans of {contrast}", got=f"{named[contrast]} and {path}", remedy="Give one")
-            named[contrast] = Path(path)
-        else:
-            paths.append(Path(text))
-    return paths, named

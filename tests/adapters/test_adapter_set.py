@@ -86,6 +86,35 @@ def test_bundles_that_are_loaded_already_can_be_joined(folders, inputs, answers,
     assert_same_answers(alone, answers(loaded.model, inputs), 0)
 
 
+def test_all_come_to_the_device_of_the_first(folders, monkeypatch):
+    """On a machine with one device: where each is sent, and that the backbone is shared by then."""
+    first, sent = load_bundle(folders["age"]), []
+
+    def watch(name):
+        bundle = load_bundle(folders[name])
+        move = bundle.model.to
+        shared = lambda: base_pointers(bundle.model) == base_pointers(first.model)  # noqa: E731
+        monkeypatch.setattr(bundle.model, "to", lambda device: (sent.append((name, device, shared())), move(device))[1])
+        return bundle
+
+    load_adapters({"age": first, "sex": watch("sex"), "lesion": watch("lesion")})
+    assert sent == [(name, torch.device("cpu"), True) for name in ("sex", "lesion")]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("place", ["cuda", "cpu"])
+def test_bundles_on_different_devices_can_be_joined(folders, inputs, answers, assert_same_answers, place):
+    alone = {name: answers(load_bundle(folders[name]).model, inputs) for name in ("age", "sex")}
+    first, second = load_bundle(folders["age"]), load_bundle(folders["sex"])
+    (first if place == "cuda" else second).model.to("cuda")
+    adapters = load_adapters({"age": first, "sex": second})
+    here = {name: value.to(place) for name, value in inputs.items()}
+    for name, expected in alone.items():
+        found = {key: value.cpu() for key, value in answers(adapters[name].model, here).items()}
+        assert_same_answers(expected, found, 1e-3)
+
+
 def test_another_backbone_is_refused(folders, export_folder, preprocessing, tmp_path, adapted):
     model = BrainFoundModel.from_pretrained(export_folder)
     with torch.no_grad():

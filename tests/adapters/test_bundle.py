@@ -322,6 +322,28 @@ def test_a_later_schema_is_refused(bundle_folder):
         load_bundle(bundle_folder)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("task", ["classification"]),
+        ("task", "guessing"),
+        ("weights", "some"),
+        ("labels", None),
+        ("metadata", [1]),
+        ("files", "all"),
+        ("base", None),
+        ("base", {"source": "hub", "sha256": "0"}),
+        ("base", {"source": "folder"}),
+    ],
+)
+def test_a_description_that_cannot_be_used_is_one_line(bundle_folder, field, value):
+    path = bundle_folder / "bundle.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    with pytest.raises(ModelError, match=f"lacks {field}") as error:
+        load_bundle(bundle_folder)
+    assert "\n" not in str(error.value)
+
+
 def test_a_folder_without_a_bundle_is_one_line(tmp_path):
     for folder in (tmp_path, tmp_path / "nothing"):
         with pytest.raises(ModelError):

@@ -84,7 +84,7 @@ def test_a_type_checker_sees_the_installed_types(installed, tmp_path):
         "predictor = brainfound.load('runs/age')\n"
         "reveal_type(predictor)\n"
         "reveal_type(predictor.predict('a.nii.gz').contrasts)\n"
-        "brainfound.load()\n"
+        "brainfound.pretrain()\n"
         "brainfound.prepare('source', 'store', workers='many')\n"
     )
     # Without the libraries: checking torch takes minutes, and the repository must not be found through them.
@@ -96,5 +96,5 @@ def test_a_type_checker_sees_the_installed_types(installed, tmp_path):
     assert 'Revealed type is "brainfound.predict.predictor.Predictor"' in lines[0]
     assert "tuple[" in lines[1]
     assert "str" in lines[1]
-    assert 'use.py:5: error: Missing positional argument "path_or_id"' in lines[2]
+    assert 'use.py:5: error: Missing positional argument "recipe"' in lines[2]
     assert 'use.py:6: error: Argument "workers" to "prepare" has incompatible type "str"' in lines[3]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from brainfound.cli.predict import _summary
-from brainfound.predict.predictor import Outcome, Prediction
+from brainfound.predict.cohort_prediction import Outcome
+from brainfound.predict.prediction import Prediction
 
 
 @pytest.mark.parametrize(

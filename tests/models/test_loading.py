@@ -243,3 +243,112 @@ def test_pickles_cannot_be_asked_for(backbone_folder, tmp_path):
     BrainFoundModel.from_backbone(backbone_folder).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="pickled"):
         BrainFoundModel.from_pretrained(tmp_path, use_safetensors=False)
+
+
+BINS = {"regression_head": "bins", "regression_bins": 8, "regression_range": [20.0, 90.0]}
+CLASSES = {"id2label": {0: "a", 1: "b"}}
+OTHER_ANSWERS = {
+    "another head": (BrainFoundForRegression, {}, BINS, "a point head", "8 bins from 20 to 90"),
+    "head of two numbers": (BrainFoundForRegression, {}, {"regression_head": "gaussian"}, "a point", "a gaussian"),
+    "the same shape": (BrainFoundForRegression, BINS, {"regression_range": [0.0, 100.0]}, "20 to 90", "0 to 100"),
+    "more bins": (BrainFoundForRegression, BINS, {"regression_bins": 9}, "8 bins", "9 bins"),
+    "more classes": (BrainFoundForClassification, {}, {"num_labels": 3}, "2 classes", "3 classes"),
+    "weighted classes": (
+        BrainFoundForClassification,
+        {**CLASSES, "class_weights": [1.0, 2.0]},
+        {"id2label": {0: "a", 1: "b", 2: "c"}},
+        "2 classes",
+        "3 classes",
+    ),
+    "several labels": (
+        BrainFoundForClassification,
+        CLASSES,
+        {"problem_type": "multi_label_classification"},
+        "2 classes",
+        "2 labels of yes or no",
+    ),
+    "more regions": (BrainFoundForSegmentation, {"decoder_width": 8}, {"num_labels": 4}, "2 classes", "4 classes"),
+    "overlapping regions": (
+        BrainFoundForSegmentation,
+        {"decoder_width": 8},
+        {"overlapping_labels": True},
+        "2 classes",
+        "2 overlapping labels",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_ANSWERS)
+def test_a_head_with_other_answers_is_refused_or_begins_anew(backbone_folder, tmp_path, case):
+    kind, fields, asked, has, wants = OTHER_ANSWERS[case]
+    saved = kind.from_backbone(backbone_folder, **fields)
+    layer = "decoder.score" if kind is BrainFoundForSegmentation else "head.score"
+    with torch.no_grad():
+        for parameter in saved.parameters():
+            parameter.add_(7.0)
+    saved.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=f"other answers.*got .*{wants}.*expected .*{has}.*ignore_mismatched") as error:
+        kind.from_pretrained(tmp_path, **asked)
+    assert "\n" not in str(error.value)
+    with pytest.warns(UserWarning, match=f"begins anew, because the saved one has .*{has}.* and .*{wants}"):
+        model = kind.from_pretrained(tmp_path, **asked, ignore_mismatched_sizes=True)
+    new, old = dict(model.named_parameters()), dict(saved.named_parameters())
+    assert new[f"{layer}.weight"].abs().max() < 6
+    assert not new[f"{layer}.bias"].any()
+    assert all(torch.equal(value, old[name]) for name, value in new.items() if not name.startswith(layer))
+    assert model.config.class_weights is None
+    # A configuration in the place of fields is held to the same.
+    with pytest.raises(ModelError, match="other answers"):
+        kind.from_pretrained(tmp_path, config=model.config)
+
+
+def test_the_same_answers_need_no_warning(backbone_folder, tmp_path, recwarn):
+    saved = BrainFoundForRegression.from_backbone(backbone_folder, **BINS)
+    saved.save_pretrained(tmp_path)
+    for options in (BINS, {}, {"head_dropout": 0.3}, {"ignore_mismatched_sizes": True}):
+        loaded = BrainFoundForRegression.from_pretrained(tmp_path, **options)
+        assert torch.equal(loaded.head.score.weight, saved.head.score.weight)
+    older = BrainFoundForRegression.from_backbone(backbone_folder, regression_uncertainty=True)
+    older.save_pretrained(tmp_path / "older")
+    BrainFoundForRegression.from_pretrained(tmp_path / "older", regression_head="gaussian")
+    assert not [warning for warning in recwarn if "begins anew" in str(warning.message)]
+
+
+def test_weights_of_another_shape_are_named(backbone_folder, tmp_path):
+    BrainFoundForClassification.from_backbone(backbone_folder).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    key = "brainfound.encoder.backbone.layernorm.weight"
+    save_file({**weights, key: torch.ones(5)}, tmp_path / "model.safetensors", {"format": "pt"})
+    for options in ({}, {"ignore_mismatched_sizes": True}):
+        with pytest.raises(
+            ModelError, match=r"another shape.*layernorm\.weight \(got \(5,\).*expected \(32,\)"
+        ) as error:
+            BrainFoundForClassification.from_pretrained(tmp_path, **options)
+        assert "\n" not in str(error.value)
+    with pytest.raises(ModelError, match="projection.weight"):
+        BrainFoundModel.from_pretrained(tmp_path, contrasts=["T1w"])
+
+
+def test_another_width_of_a_part_is_a_new_part(backbone_folder, tmp_path):
+    kind = BrainFoundForSegmentation
+    kind.from_backbone(backbone_folder, decoder_width=8, aggregator="attention").save_pretrained(tmp_path)
+    model = kind.from_pretrained(tmp_path, decoder_width=16, aggregator_width=64)
+    assert model.decoder.score.weight.shape[1] == 16
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_auto_classes_refuse_other_answers_too(backbone_folder, tmp_path):
+    BrainFoundForClassification.from_backbone(backbone_folder, class_weights=[1.0, 3.0]).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="3 classes"):
+        AutoModelForImageClassification.from_pretrained(tmp_path, num_labels=3)
+    with pytest.warns(UserWarning, match="begins anew"):
+        model = AutoModelForImageClassification.from_pretrained(tmp_path, num_labels=3, ignore_mismatched_sizes=True)
+    assert (model.config.num_classes, model.config.class_weights) == (3, None)
+    weighted = AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert weighted.config.class_weights == [1.0, 3.0]
+
+
+def test_an_adapter_by_itself_is_said_to_be_one(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match="an adapter without the model"):
+        BrainFoundForClassification.from_pretrained(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -123,16 +124,53 @@ def test_overlap_is_the_mean_over_four_patch_grids(model, pixels):
     np.testing.assert_allclose(probabilities(model, pixels, Readings(overlap=True)), total / count, atol=1e-5)
 
 
-@pytest.mark.parametrize("changes", [{"decoder_slice_mixing": True}, {"stem": "slices"}])
-def test_neighbours_are_never_cut_apart(pixels, changes):
-    lengths = []
+@pytest.mark.parametrize(
+    ("changes", "lengths"),
+    [
+        ({}, [2, 2, 1]),
+        ({"decoder_slice_mixing": True}, [3, 4, 2]),
+        ({"stem": "slices"}, [3, 4, 2]),
+        ({"decoder_slice_mixing": True, "stem": "slices"}, [4, 5, 3]),
+    ],
+)
+def test_slices_beside_a_chunk_are_read_with_it(pixels, changes, lengths):
+    read = []
     model = PixelByPixel()
     model.register_forward_pre_hook(
-        lambda module, args, kwargs: lengths.append(kwargs["pixel_values"].shape[1]), with_kwargs=True
+        lambda module, args, kwargs: read.append(kwargs["pixel_values"].shape[1]), with_kwargs=True
     )
-    segment(model, settings(), stack_of(pixels), 2, 8)
+    whole = segment(model, settings(), stack_of(pixels), 5, 8, Readings(), True)
+    chunked = segment(model, settings(**changes), stack_of(pixels), 2, 8, Readings(), True)
+    assert read == [5, *lengths]
+    np.testing.assert_array_equal(chunked.class_probabilities, whole.class_probabilities)
+    read.clear()
     segment(model, settings(**changes), stack_of(pixels), 2, 8, EVERY)
-    assert lengths == [2, 2, 1, *[5] * 8]
+    assert read == [length for length in lengths for _ in range(8)]
+
+
+@pytest.mark.parametrize("mixing", [False, True])
+@pytest.mark.parametrize("stem", ["slices", "channels"])
+@pytest.mark.parametrize("chunk", [1, 2, 4])
+def test_neighbours_are_never_cut_apart(backbone_folder, pixels, mixing, stem, chunk):
+    """In chunks a slice is answered as in the whole stack, also at the edges of a chunk; batches round differently."""
+    contrasts = CONTRASTS[:1]
+    model = BrainFoundForSegmentation.from_backbone(
+        backbone_folder, contrasts, num_labels=3, decoder_width=8, stem=stem, decoder_slice_mixing=mixing
+    ).eval()
+    with torch.no_grad():
+        for name, parameter in model.decoder.named_parameters():
+            if parameter.dim() > 1 or "slice_mixing" in name:
+                parameter.normal_(std=0.3)
+    stack = replace(stack_of(pixels[:, :1]), contrasts=contrasts, present=np.array([True]))
+
+    def ask(slices):
+        return segment(model, model.config, stack, slices, model.encoder.patch_size, Readings(), True)
+
+    whole, chunked = ask(5).class_probabilities, ask(chunk).class_probabilities
+    np.testing.assert_allclose(chunked, whole, atol=2e-6)
+    alone = segment(model, model.config, replace(stack, pixels=stack.pixels[2:3]), 5, 8, Readings(), True)
+    blind = np.allclose(alone.class_probabilities[0], whole[2], atol=1e-3)
+    assert blind == (stem == "channels" and not mixing)
 
 
 def test_overlapping_labels_are_independent(backbone_folder, pixels):

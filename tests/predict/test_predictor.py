@@ -12,8 +12,10 @@ import pytest
 
 from brainfound.errors import ModelError, ScanError, UsageError
 from brainfound.models.inference import Answer
+from brainfound.predict.cohort_prediction import predict
+from brainfound.predict.given_scans import parse_inputs
+from brainfound.predict.loading import load
 from brainfound.predict.prediction import file_stem
-from brainfound.predict.predictor import load, parse_inputs, predict
 
 CONTRASTS = ("T1w", "T2w", "FLAIR")
 
@@ -146,7 +148,7 @@ def test_a_cohort_goes_past_failures_and_skips_what_is_done(predictor, source, t
         asked.append(session.subject)
         raise ScanError("refused")
 
-    monkeypatch.setattr(type(predictor), "predict_session", refuse)
+    monkeypatch.setattr(type(predictor), "prepare", refuse)
     again = predict(predictor, tmp_path, tmp_path / "out")
     assert [outcome.reason for outcome in again] == ["already done", "refused", "already done"]
     assert asked == ["s01"]

@@ -13,7 +13,8 @@ from brainfound.data.stack import Stack
 from brainfound.errors import UsageError
 from brainfound.models import BrainFoundForSegmentation
 from brainfound.models.inference import Answer
-from brainfound.predict.predictor import Predictor, predict
+from brainfound.predict.cohort_prediction import predict
+from brainfound.predict.predictor import Predictor
 from brainfound.predict.segmentation_answer import SegmentationOptions, segmentation_answer
 from brainfound.train.targets import Target
 
@@ -110,10 +111,14 @@ def test_a_cohort_gets_one_file_for_each_region(small_store, tiny_backbone, tmp_
     for region in ("whole", "core"):
         mask = nib.load(tmp_path / f"s00_ses-1_label-{region}_mask.nii.gz")
         probability = nib.load(tmp_path / f"s00_ses-1_label-{region}_probability.nii.gz")
-        np.testing.assert_array_equal(mask.affine, outcomes[0].prediction.probability.affine)
+        np.testing.assert_array_equal(mask.affine, nib.load(source / "s00_T1w.nii.gz").affine)
         assert mask.shape == probability.shape
         assert content["volumes_mm3"][region] == pytest.approx(int(np.asarray(mask.dataobj).sum()) * 27.0, rel=1e-5)
-    assert outcomes[0].prediction.image is None
+    assert not any((tmp_path / f"{name}_dseg.nii.gz").exists() for name in ("s00_ses-1", "s01_ses-1"))
+    # What lies in files is not kept: the volumes of a whole cohort would fill the memory.
+    assert all(outcome.prediction.masks == outcome.prediction.probabilities == {} for outcome in outcomes)
+    assert outcomes[0].prediction.probability is None
+    assert outcomes[0].prediction.answer["volumes_mm3"] == content["volumes_mm3"]
 
 
 def test_one_class_has_one_probability(segmenter, source, tmp_path):
@@ -137,7 +142,7 @@ def test_averaging_is_done_and_said(segmenter, small_store):
 
 
 def test_options_of_a_segmentation_are_refused_elsewhere(run, encoder_export):
-    from brainfound.predict.predictor import load
+    from brainfound.predict.loading import load
 
     for model in (run, encoder_export):
         with pytest.raises(UsageError, match="are for segmentations"):

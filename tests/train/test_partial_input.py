@@ -17,7 +17,7 @@ from brainfound.errors import ScanError, UsageError
 from brainfound.evaluate.partial_input import headline_of_cases
 from brainfound.models.inference import infer
 from brainfound.predict.evaluation import evaluate
-from brainfound.predict.predictor import load
+from brainfound.predict.loading import load
 from brainfound.recipes import validate
 from brainfound.train.finetune import finetune
 from brainfound.train.finetune_recipe import FinetuneRecipe
