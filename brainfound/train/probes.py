@@ -205,7 +205,7 @@ class Probe:
 
     def _labels(self, folds: np.ndarray) -> dict[str, Label]:
         """Labels beside the target that views of several folds have."""
-        found = {}
+        found: dict[str, Label] = {}
         for name in supported_labels(self.store):
             known = np.isin(self.views, labelled_sessions(self.store, name))
             values = self.store.sessions[name].to_numpy()[self.views]
