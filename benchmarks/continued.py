@@ -34,7 +34,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--init", help="a Hub id or folder to start from; default: trained here on dead leaves")
     parser.add_argument("--part", choices=("test", "development"), default="test", help="where the probes are run")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--unsafe-seeds", type=int, nargs="*", default=[0])
+    parser.add_argument("--unsafe-seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--sessions", type=int, default=120, help="for pretraining")
     parser.add_argument("--test-sessions", type=int, default=150)
     parser.add_argument("--spacing-mm", type=float, default=2.5, help="of the simulation")
@@ -266,7 +266,18 @@ def table(result: dict[str, Any]) -> str:
         for kind, runs in found["runs"].items():
             for run in runs:
                 lines.append(f"- {kind}: {run['status']}; exported step {run['exported_step']}")
+                lines += [f"  - {name}: {told}" for name, told in _furthest(run)]
     return "\n".join(lines)
+
+
+def _furthest(run: dict[str, Any], num: int = 3) -> list[tuple[str, str]]:
+    """What of the watched ended furthest below the first look."""
+    ends = {name: (of["scores"][0], of["scores"][-1]) for name, of in run["watched"].items()}
+    falls = {name: last - first for name, (first, last) in ends.items() if last is not None}  # None: not finite
+    return [
+        (name, " → ".join(f"{run['watched'][name]['scores'][look]:.3f}" for look in (0, -1)))
+        for name in sorted(falls, key=lambda name: falls[name])[:num]
+    ]
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from brainfound.data.store import Store
 from brainfound.errors import TrainingError
 from brainfound.recipes import load
 from brainfound.train.pretrain import PretrainRecipe, pretrain
+from brainfound.train.watched import QUESTIONS
 
 LADDER_RECIPE = "pretrain-vits14-laptop"
 """The ladder is as in this recipe of the project: only sizes and steps are other."""
@@ -115,6 +116,7 @@ def ladder(sizes: Sizes, seed: int, changes: tuple[str, ...] = ()) -> PretrainRe
         f"schedule.head_warmup_steps={scaled(schedule.head_warmup_steps)}",
         *of_objective, f"guard.grace_steps={scaled(recipe.guard.grace_steps)}",
         f"probe.every={max(1, sizes.steps // sizes.looks)}", f"probe.target={sizes.probe_target}",
+        f"probe.watch=[{','.join(question for question in QUESTIONS if question != 'labels')}]",
         f"engine.checkpoint_every={max(1, sizes.steps // 3)}",
         *changes,
     )  # fmt: skip
@@ -158,7 +160,7 @@ def _finished(folder: Path) -> bool:
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """How a run went: its end, the probe of its teacher, its lr, and the last gauges."""
+    """How a run went: its end, the probe of its teacher and what is watched beside it, its lr, and the last gauges."""
     facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     probes = [line for line in lines if "probe" in line]
@@ -176,6 +178,14 @@ def read_run(folder: Path) -> dict[str, Any]:
             "linear": [line["probe/linear"] for line in probes],
             "knn": [line["probe/knn"] for line in probes],
             "standard_error": [line["probe_standard_error"] for line in probes],
+        },
+        "watched": {
+            key.removeprefix("watch/"): {
+                "scores": [line.get(key) for line in probes],
+                "standard_error": [line.get(key.replace("watch/", "watch_error/")) for line in probes],
+            }
+            for key in (probes[0] if probes else {})
+            if key.startswith("watch/")
         },
         "last": {name: losses[-1].get(name) for name in gauges} if losses else {},
     }

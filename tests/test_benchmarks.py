@@ -223,7 +223,7 @@ def test_continued_pretraining_at_tiny_size_and_once_more(continued, tmp_path, c
         "--sessions 6 --test-sessions 8 --spacing-mm 8 --slice-mm 20 --leaves 4 3 --patches 4 4 2 --width 16 "
         "--layers 1 --heads 1 --num-local 1 --prototypes 16 --batch 4 --start-batch 4 "
         "--start-steps 2 --steps 6 --unsafe-steps 6 --looks 3 "
-        "--seeds 0 --workers 1 --probe-target slice_position"
+        "--seeds 0 --unsafe-seeds 0 --workers 1 --probe-target slice_position"
     )
     out, work = tmp_path / "results.json", tmp_path / "work"
     # Each run's own curves take longer to draw than such a run takes.
@@ -245,6 +245,10 @@ def test_continued_pretraining_at_tiny_size_and_once_more(continued, tmp_path, c
     assert unsafe["effective_lr"] > 10 * safe["effective_lr"]
     assert safe["probe"]["steps"][0] == 0
     assert len(safe["probe"]["linear"]) > 2
+    for told in safe["watched"].values():
+        assert len(told["scores"]) == len(told["standard_error"]) == len(safe["probe"]["steps"])
+    assert {"slice_position_knn", "patch_texture", "kept_patches"} <= safe["watched"].keys()
+    assert "  - " in printed.out
     assert "| gain of continued, safe ladder over start | " in printed.out
     assert (work / "probes.png").stat().st_size > 1000
     assert str(tmp_path) not in out.read_text(encoding="utf-8")

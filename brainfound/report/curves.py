@@ -55,6 +55,8 @@ _PANELS = (
     _Panel("Gram distance to the anchor", ("gram_distance",)),
     _Panel("Gradient norm", ("grad_norm", "grad_norm/*"), log_scale=True),
     _Panel("Probe of the teacher", ("probe", "probe/*"), best="highest", smooth=False),
+    _Panel("Watched beside the probe", ("watch/*",), smooth=False),
+    _Panel("Errors of what is watched", ("watch_error/*",), smooth=False),
     _Panel("Skipped steps", ("skipped_steps",), smooth=False),
 )
 

@@ -1,6 +1,4 @@
-"""The guard: gauges of collapse, a stop or a return before a run ruins its model, and the best teacher so far.
-
-Axis legend: ``N`` rows (crops), ``D`` width.
+"""The guard: looks at gauges of collapse and at probes; a stop or a return before a run ruins its model.
 
 What it looks at, and why each is there:
 
@@ -10,7 +8,14 @@ What it looks at, and why each is there:
   cosine look healthy, because crops do differ, and the margin is 0;
 - the entropy of the teacher's mean answer: prototypes that are no longer used;
 - the loss beside ln K: a uniform answer costs ln K exactly, whatever the targets;
-- the probe of the teacher against its best value so far, which is at first the one before step 0.
+- the probe of the teacher against its best value so far, which is at first the one before step 0;
+- each of the other things that the probe watches (`brainfound.train.watched`), likewise. A probe sees only what
+  it asks for: one may rise while the features are ruined for others. A drop of any that lasts counts.
+
+Many are watched, so each has a wide margin, and what the target's probe finds best is the best teacher only where
+nothing that is watched was below its own. The Gram distance to the start only warns: it grows with any change of
+features. How much of the start's features can be made again linearly from the present ones (`kept_slices`,
+`kept_patches`) does not fall when features turn, are scaled or gain something: it falls when something is lost.
 
 A single look proves nothing, so every stop is confirmed over several looks in a row. Features that are not
 finite are the exception to the grace of the first steps: they never come back.
@@ -23,22 +28,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
 from pydantic import Field
-from torch import Tensor
 
 from brainfound.errors import TrainingError
 from brainfound.recipes import Recipe
 
-MOST_IMAGES = 256
-"""Gauges need no more; a singular value decomposition of the rows of many ranks would take seconds."""
 MARGIN_PER_IMAGE = 1 / 160
 """The threshold of the margin is at most so much of each image: few images make it noisy (by 0.15 at 8 of them)."""
+KEPT = ("kept_slices", "kept_patches")
+"""What is watched of the starting checkpoint's own features."""
 UNINFORMED = 0.99
 """From this part of ln K on, the CLS loss is no better than that of an answer that ignores the image."""
 
@@ -86,7 +87,16 @@ class GuardRecipe(Recipe):
     probe_drop: float = Field(default=0.05, ge=0)
     """A probe this far below the best one, and by two standard errors, is a drop."""
     probe_patience: int = Field(default=3, ge=1)
-    """Probes in a row that must show the drop."""
+    """Probes in a row that must show the drop, of the target or of one and the same thing that is watched."""
+    watch_drop: float = Field(default=0.05, ge=0)
+    """Anything watched (`probe.watch`) this far below its own best score, and by `watch_errors` standard errors of
+    its difference to the start, is a drop."""
+    kept_drop: float = Field(default=0.2, ge=0)
+    """The same for what is kept of the start (`kept_slices`, `kept_patches`). Learning changes features, so only the
+    loss of a fifth of what the start told linearly is a drop. 1 and more: how far a run goes from its start is
+    logged, and stops nothing."""
+    watch_errors: float = Field(default=3.0, ge=0)
+    """More than the two of the target, because many things are watched: three leave each one chance in 700."""
     on_failure: Literal["stop", "roll_back"] = "stop"
     """What a confirmed drop or collapse leads to: the end of the run, or the checkpoint of the best probe
     once more, with a lower learning rate."""
@@ -98,79 +108,28 @@ class GuardRecipe(Recipe):
     """"best" exports an earlier teacher where its probe beat the last one's by a drop; "last" never does."""
 
 
-def effective_rank(features: Float[Tensor, "N D"]) -> float:
-    """exp(entropy of the normalised singular values) of centred features.
+@dataclass
+class WatchState:
+    """What the guard remembers of one thing that is watched."""
 
-    0 for constant features, NaN where any is not finite. At most min(N − 1, D).
+    first_score: float
+    best_score: float
+    best_step: int
+    last_score: float
+    last_margin: float
+    """How far below the best score a drop begins, at the last probe."""
+    dropped_probes: int = 0
 
-    Source: Roy and Vetterli 2007.
-    """
-    if not torch.isfinite(features).all():
-        return math.nan
-    centred = features.double() - features.double().mean(dim=0)
-    # Beside this, differences are rounding of the features themselves.
-    if len(features) < 2 or centred.abs().max() <= 1e-6 * features.abs().max():
-        return 0.0
-    singular = torch.linalg.svdvals(centred)
-    share = singular / singular.sum()
-    return math.exp(-torch.special.xlogy(share, share).sum().item())
-
-
-def mean_cosine(features: Float[Tensor, "N D"]) -> float:
-    """Mean cosine between different rows; 1 for fewer than two rows, NaN where any feature is not finite."""
-    if len(features) < 2:
-        return 1.0
-    unit = F.normalize(features.double(), dim=-1)
-    total = unit.sum(dim=0).square().sum() - unit.square().sum()
-    return (total / (len(unit) * (len(unit) - 1))).item()
+    def dropped(self) -> bool:
+        """Whether the last score was a drop."""
+        # A score that is not a number is below every score.
+        return not self.last_score >= self.best_score - self.last_margin
 
 
-def view_margin(features: Float[Tensor, "N D"], images: Int[Tensor, "N"]) -> float:
-    """Mean cosine between centred rows of one image, less that between rows of different images.
-
-    About 0 where features say nothing of the image (also where they are constant), 1 at most. NaN where
-    there are not two images of two rows, or a feature is not finite.
-
-    Args:
-        images: which image each row is a crop of.
-    """
-    ids, place = torch.unique(images, return_inverse=True)
-    counts = torch.bincount(place).double()
-    num_same, num_all = (counts * (counts - 1)).sum(), len(images) * (len(images) - 1)
-    if len(ids) < 2 or num_same == 0:
-        return math.nan
-    unit = F.normalize(features.double() - features.double().mean(dim=0), dim=-1)
-    # Sums over pairs are squares of sums: no N × N matrix.
-    own = unit.square().sum()
-    of_images = unit.new_zeros(len(ids), unit.shape[1]).index_add(0, place, unit)
-    same = of_images.square().sum() - own
-    everything = unit.sum(dim=0).square().sum() - own
-    return (same / num_same - (everything - same) / (num_all - num_same)).item()
-
-
-def feature_gauges(features: Float[Tensor, "N D"], images: Int[Tensor, "N"] | None = None) -> dict[str, float]:
-    """Gauges of a batch of CLS features, of at most `MOST_IMAGES` images; all NaN if a feature is not finite.
-
-    Args:
-        images: which image each row is a crop of; None: each row is an image of its own. There is no view
-            margin then, and none of a single image.
-    """
-    features = features.detach().cpu()
-    rows = torch.arange(len(features)) if images is None else images.cpu()
-    ids = torch.unique(rows)[:MOST_IMAGES]
-    if len(ids) == MOST_IMAGES:
-        chosen = rows <= ids[-1]
-        features, rows = features[chosen], rows[chosen]
-    finite = bool(torch.isfinite(features).all())
-    gauges = {
-        "effective_rank": effective_rank(features) if finite else math.nan,
-        # What rows of one image add is the difference of its crops: features that ignore it have n − 1 directions.
-        "highest_rank": float(min(len(ids) - 1, features.shape[1])),
-        "mean_cosine": mean_cosine(features) if finite else math.nan,
-    }
-    if len(rows) > len(ids) > 1:
-        gauges["view_margin"] = view_margin(features, rows) if finite else math.nan
-    return gauges
+def watched_in(line: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    """What is watched, in a line of the log: name → score and standard error."""
+    names = [key.removeprefix("watch/") for key in line if key.startswith("watch/")]
+    return {name: (line[f"watch/{name}"], line[f"watch_error/{name}"]) for name in names}
 
 
 @dataclass
@@ -194,6 +153,8 @@ class GuardState:
     """What the learning rates are multiplied by, after the rollbacks so far."""
     failed: bool = False
     """Whether the guard ended the run."""
+    watched: dict[str, WatchState] = field(default_factory=dict)
+    """What is watched beside the target, by name."""
 
 
 @dataclass
@@ -287,47 +248,90 @@ class Guard:
             what = f"the features collapsed: {'; '.join(symptoms)}, in {self.state.collapsed_looks} log lines in a row"
             self.fail(step, what, "Lower optim.lr or lengthen schedule.head_warmup_steps")
 
-    def is_best(self, step: int, score: float) -> bool:
-        """Whether a score would be the best so far."""
+    def is_best(self, step: int, score: float, watched: Mapping[str, tuple[float, float]] | None = None) -> bool:
+        """Whether a teacher would be the best so far: by the target's score, where nothing watched is a drop."""
         best = self.state.best_score
-        early = self.from_scratch and step <= self.recipe.grace_steps
-        return math.isfinite(score) and (best is None or early or score > best)
+        if not math.isfinite(score) or any(one.dropped() for one in self._after(step, watched or {}).values()):
+            return False
+        return best is None or self._is_early(step) or score > best
 
-    def judge(self, step: int, score: float, standard_error: float) -> None:
+    def judge(
+        self,
+        step: int,
+        score: float,
+        standard_error: float,
+        watched: Mapping[str, tuple[float, float]] | None = None,
+    ) -> None:
         """Take note of a probe's score; one that is not a number is a drop from any other.
 
+        Args:
+            watched: name → score and standard error of what is watched beside the target.
+
         Raises:
-            RollBack: if the score was below the best by a drop in `probe_patience` probes in a row, and the
-                run may go back.
+            RollBack: if the target, or one thing that is watched, was below its best by a drop in
+                `probe_patience` probes in a row, and the run may go back.
             TrainingError: likewise, if it may not.
         """
         state = self.state
+        is_best = self.is_best(step, score, watched)
+        state.watched |= self._after(step, watched or {})
         state.last_score, state.last_step = score, step
         state.last_margin = self._drop(standard_error)
         if state.first_score is None:
             state.first_score = score
-        if self.is_best(step, score):
-            state.best_score, state.best_step, state.dropped_probes = score, step, 0
+        if is_best:
+            state.best_score, state.best_step = score, step
             if self.may_roll_back:
                 state.kept_step = step
-            return
-        state.dropped_probes = state.dropped_probes + 1 if self._dropped() else 0
-        if state.dropped_probes >= self.recipe.probe_patience:
-            what = (
-                f"the probe fell from {state.best_score:.3f} (step {state.best_step}) to {score:.3f}"
-                f" and stayed down for {state.dropped_probes} probes"
-            )
-            self.fail(step, what, "Lower optim.lr")
+        state.dropped_probes = state.dropped_probes + 1 if self._target_dropped() else 0
+        patience = self.recipe.probe_patience
+        found = []
+        if state.dropped_probes >= patience:
+            found.append(f"the probe fell from {state.best_score:.3f} (step {state.best_step}) to {score:.3f}")
+        found += [
+            f"{name} fell from {one.best_score:.3f} (step {one.best_step}) to {one.last_score:.3f}"
+            for name, one in state.watched.items()
+            if one.dropped_probes >= patience
+        ]
+        if found:
+            longest = max([state.dropped_probes, *(one.dropped_probes for one in state.watched.values())])
+            self.fail(step, f"{', '.join(found)} and stayed down for {longest} probes", "Lower optim.lr")
+
+    def _is_early(self, step: int) -> bool:
+        return self.from_scratch and step <= self.recipe.grace_steps
+
+    def _after(self, step: int, watched: Mapping[str, tuple[float, float]]) -> dict[str, WatchState]:
+        """What would be remembered of each thing that is watched; nothing changes yet."""
+        if self.from_scratch:
+            # What random features tell is nothing to be kept: learning may well cost it.
+            return {}
+        after = {}
+        for name, (score, error) in watched.items():
+            least = self.recipe.kept_drop if name in KEPT else self.recipe.watch_drop
+            margin = max(least, self.recipe.watch_errors * error)
+            before = self.state.watched.get(name)
+            if before is None:
+                after[name] = WatchState(score, score, step, score, margin)
+                continue
+            one = replace(before, last_score=score, last_margin=margin)
+            if score > one.best_score or math.isnan(one.best_score):
+                one.best_score, one.best_step = score, step
+            one.dropped_probes = before.dropped_probes + 1 if one.dropped() else 0
+            after[name] = one
+        return after
 
     def _drop(self, standard_error: float) -> float:
         return max(self.recipe.probe_drop, 2 * standard_error)
 
-    def _dropped(self) -> bool:
+    def _target_dropped(self) -> bool:
         state = self.state
         if state.best_score is None or state.last_score is None:
             return False
         # A score that is not a number is below every score.
         return not state.last_score >= state.best_score - state.last_margin
+
+    def _dropped(self) -> bool:
+        return self._target_dropped() or any(one.dropped() for one in self.state.watched.values())
 
     def fail(self, step: int, what: str, remedy: str | None) -> None:
         """Act on a failure that is confirmed; nothing where the guard is disabled.
@@ -371,13 +375,17 @@ class Guard:
         state.collapsed_looks = state.dropped_probes = 0
         # Only the best probe's step is kept.
         state.last_score, state.last_step = state.best_score, state.best_step
+        for one in state.watched.values():
+            # At the kept step nothing was a drop.
+            one.last_score, one.dropped_probes = one.best_score, 0
         return {"rollbacks": state.rollbacks, "lr_scale": state.lr_scale}
 
     def exports_best(self) -> bool:
         """Whether the teacher of the best probe is to be exported.
 
-        It is, where it was better than the last one by more than the probe's noise, or where the run failed:
-        a collapse may have come after the last probe.
+        It is, where the last probe was a drop of the target or of anything watched, or where the run failed: a
+        collapse may have come after the last probe. The best is the one that the target's probe liked best among
+        those at which nothing watched was a drop.
         """
         state = self.state
         return self.recipe.export == "best" and (self._dropped() or (state.failed and state.best_step is not None))
@@ -386,4 +394,6 @@ class Guard:
         return asdict(self.state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.state = GuardState(**state)
+        self.state = GuardState(**{**state, "watched": {}})
+        # A checkpoint of an earlier version watched nothing.
+        self.state.watched = {name: WatchState(**one) for name, one in state.get("watched", {}).items()}

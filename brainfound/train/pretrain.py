@@ -376,6 +376,8 @@ def _make_task(
         sharding.shard(objective.student, objective.frozen_modules(), accelerator.device, accelerator.mixed_precision)
     objective.to(accelerator.device)
     running.apply(objective, recipe.engine)
+    # Only rank 0's scores count.
+    start_file = folder / "checkpoints" / "start.safetensors" if accelerator.is_main_process else None
     return PretrainTask(
         objective,
         store,
@@ -383,7 +385,7 @@ def _make_task(
         optim=recipe.optim,
         schedule=recipe.schedule,
         guard=Guard(recipe.guard, from_scratch=recipe.init.source == FROM_SCRATCH),
-        probe=Probe(store, recipe.probe, recipe.seed) if recipe.probe.every else None,
+        probe=Probe(store, recipe.probe, recipe.seed, start_file) if recipe.probe.every else None,
         evaluate_every=recipe.probe.every,
         slice_margin=recipe.views.slice_margin,
         neighbour_mm=recipe.views.neighbour_mm,

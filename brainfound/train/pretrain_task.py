@@ -18,7 +18,7 @@ from brainfound.train import ranks, schedules
 from brainfound.train.checkpoint import told_in_one_line
 from brainfound.train.data_order import EpochOrder, RankBatches, SliceRows, slice_loader, usable_rows
 from brainfound.train.engine import EngineRecipe, TrainTask
-from brainfound.train.guard import Guard, RollBack
+from brainfound.train.guard import Guard, RollBack, watched_in
 from brainfound.train.objectives.base import Objective, SliceBatch, StepKey
 from brainfound.train.optim import OptimRecipe, make_optimizer, parameter_groups
 from brainfound.train.prefetch import prefetched
@@ -122,7 +122,8 @@ class PretrainTask(TrainTask):
 
     def evaluate(self, step: int) -> dict[str, Any]:
         assert self.probe is not None
-        return self.probe.run(self.objective.exported_encoder, self.device).line(self.probe.recipe.method)
+        scores = self.probe.run(self.objective.exported_encoder, self.device, step == 0)
+        return scores.line(self.probe.recipe.method)
 
     def look(self, step: int, line: Mapping[str, Any]) -> None:
         if self.rank == 0:
@@ -131,10 +132,13 @@ class PretrainTask(TrainTask):
         if "loss" in line:
             self.guard.look(step, line)
             return
+        if step == 0 and self.probe is not None:
+            ranks.on_main_rank(self.probe.save_start, self.rank == 0)
         # The best encoder is kept before the guard may stop the run because of a later one.
-        if self.guard.is_best(step, line["probe"]):
+        watched = watched_in(line)
+        if self.guard.is_best(step, line["probe"], watched):
             self._keep_best(step)
-        self.guard.judge(step, line["probe"], line["probe_standard_error"])
+        self.guard.judge(step, line["probe"], line["probe_standard_error"], watched)
 
     def not_finite(self, step: int, error: TrainingError) -> None:
         self.guard.fail(step, error.what, error.remedy)

@@ -37,6 +37,12 @@ def choose_target(store: Store) -> Target:
     return next(target for target in ORDER if _SUPPORT.get(target, _of_column)(store, target))
 
 
+def supported_labels(store: Store) -> list[Target]:
+    """What a store has enough of among what a cohort says of its sessions."""
+    of_sessions = (target for target in ORDER if target not in ("contrast", *OF_SLICES))
+    return [target for target in of_sessions if _SUPPORT.get(target, _of_column)(store, target)]
+
+
 def labelled_sessions(store: Store, target: Target) -> np.ndarray:
     """Indices of the sessions whose label is known and, of classes, frequent enough; empty without such a column."""
     everybody = np.arange(len(store.sessions))

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from brainfound.errors import TrainingError
-from brainfound.train.guard import (
-    Guard,
-    GuardRecipe,
-    RollBack,
-    effective_rank,
-    feature_gauges,
-    mean_cosine,
-    view_margin,
-)
+from brainfound.train.gauges import effective_rank, feature_gauges, mean_cosine, view_margin
+from brainfound.train.guard import Guard, GuardRecipe, RollBack, watched_in
 from brainfound.train.losses import dino_loss
 
 HEALTHY = {
@@ -215,6 +210,92 @@ def test_a_probe_drop_stops_when_it_stays():
     with pytest.raises(TrainingError, match=r"0\.700 \(step 1\)"):
         guard.judge(5, math.nan, 0.0)
     assert guard.exports_best()
+
+
+def test_a_drop_of_anything_watched_stops_when_it_stays():
+    """The target rises all the while; the best teacher is of the last probe at which nothing was down."""
+    guard = Guard(GuardRecipe(watch_drop=0.1, watch_errors=3, probe_patience=2))
+    told = [(0.5, 0.80, 0.9), (0.6, 0.82, 0.6), (0.7, 0.75, 0.9), (0.8, 0.70, 0.6), (0.9, 0.71, 0.9)]
+    for step, (target, texture, place) in enumerate(told):
+        watched = {"texture": (texture, 0.01), "place": (place, 0.2)}  # of place, 0.3 is within three errors
+        best = guard.is_best(step, target, watched)
+        assert best == (step < 3)
+        if step < 4:
+            guard.judge(step, target, 0.01, watched)
+    assert not guard.state.failed
+    assert guard.exports_best()
+    with pytest.raises(
+        TrainingError, match=r"texture fell from 0\.820 \(step 1\) to 0\.710 and stayed down for 2 p"
+    ) as stop:
+        guard.judge(4, target, 0.01, watched)
+    assert "place" not in str(stop.value)
+    assert (guard.state.best_step, guard.state.best_score) == (2, 0.7)
+    assert "the teacher of step 2" in str(stop.value)
+
+
+def test_drops_of_different_things_do_not_add_up():
+    guard = Guard(GuardRecipe(watch_drop=0.1, probe_patience=2))
+    guard.judge(0, 0.5, 0.0, {"texture": (0.8, 0.0), "place": (0.9, 0.0)})
+    for step in range(1, 7):
+        low = "texture" if step % 2 else "place"
+        guard.judge(step, 0.5, 0.0, {"texture": (0.8, 0.0), "place": (0.9, 0.0)} | {low: (0.1, 0.0)})
+    assert guard.exports_best()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_noise_of_many_things_seldom_stops_a_run(seed):
+    """400 runs of 12 probes of 12 things that did not change: most of the noise stays through a run, some does not."""
+    rng = np.random.default_rng(seed)
+    errors = np.concatenate([np.full(6, 0.005), np.full(6, 0.1)])  # of the first half, 0.05 is ten errors
+    stopped = 0
+    for _ in range(400):
+        guard = Guard(GuardRecipe())
+        lasting = rng.normal(size=12)
+        for step in range(12):
+            noise = 0.9 * lasting + 0.44 * rng.normal(size=12)  # together one standard error
+            scores = 0.6 + errors * noise * (step > 0)
+            try:
+                guard.judge(step, 0.5, 0.03, {str(i): (scores[i], errors[i]) for i in range(12)})
+            except TrainingError:
+                stopped += 1
+                break
+    assert stopped <= 8
+
+
+def test_random_features_are_watched_for_the_log_alone():
+    guard = Guard(GuardRecipe(grace_steps=0, probe_patience=1), from_scratch=True)
+    guard.judge(1, 0.5, 0.0, {"texture": (0.9, 0.0)})
+    guard.judge(2, 0.6, 0.0, {"texture": (0.1, 0.0)})
+    assert not guard.exports_best()
+
+
+def test_after_a_rollback_nothing_watched_is_down():
+    guard = Guard(GuardRecipe(on_failure="roll_back", probe_patience=1))
+    guard.judge(0, 0.5, 0.0, {"texture": (0.9, 0.0)})
+    with pytest.raises(RollBack) as wish:
+        guard.judge(1, 0.6, 0.0, {"texture": (0.4, 0.0)})
+    assert wish.value.step == 0
+    guard.rolled_back()
+    assert not guard.exports_best()
+    assert guard.state.watched["texture"].best_score == 0.9
+
+
+def test_a_checkpoint_of_before_watched_nothing():
+    guard = Guard(GuardRecipe())
+    guard.judge(0, 0.5, 0.1)
+    state = guard.state_dict()
+    del state["watched"]
+    guard.load_state_dict(state)
+    guard.judge(1, 0.5, 0.1, {"texture": (0.4, 0.0)})
+    assert guard.state.watched["texture"].best_step == 1
+    again = Guard(GuardRecipe())
+    again.load_state_dict(json.loads(json.dumps(guard.state_dict())))
+    assert again.state == guard.state
+
+
+def test_what_is_watched_is_read_from_a_line_of_the_log():
+    line = {"probe": 0.5, "watch/sex": 0.8, "watch_error/sex": 0.1, "watch/patch_texture": 0.4}
+    assert watched_in(line | {"watch_error/patch_texture": 0.0}) == {"sex": (0.8, 0.1), "patch_texture": (0.4, 0.0)}
 
 
 def test_what_new_weights_score_is_nothing_to_be_kept():

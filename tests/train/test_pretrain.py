@@ -50,6 +50,25 @@ def test_run_folder_is_complete(finished, store):
     assert [line["step"] for line in lines(finished, "probe")] == [0, 3, 6]
 
 
+def test_what_is_watched_is_logged_and_a_later_process_finds_the_start_again(finished, store, recipe):
+    from brainfound.train.guard import watched_in
+    from brainfound.train.probes import Probe
+
+    first, _, last = (watched_in(line) for line in lines(finished, "probe"))
+    assert {"patch_texture", "slice_position", "age_years_knn", "kept_patches"} <= first.keys()
+    assert all(error == 0 for _, error in first.values())
+    assert last["patch_intensity"][1] > 0
+    model = BrainFoundModel.from_pretrained(finished / "export")
+    probe = Probe(store, recipe().probe, recipe().seed, finished / "checkpoints" / "start.safetensors")
+    again = probe.run(model.encoder, torch.device("cpu")).watched
+    assert again.keys() == last.keys()
+    for name, told in again.items():
+        assert told == pytest.approx(last[name], abs=1e-6)
+    lost = Probe(store, recipe().probe, recipe().seed, finished / "no-such-file")
+    with pytest.warns(UserWarning, match="not compared with the start"):
+        assert "kept_patches" not in lost.run(model.encoder, torch.device("cpu")).watched
+
+
 def test_export_is_the_teacher_with_its_preprocessing_and_card(finished, store):
     model = BrainFoundModel.from_pretrained(finished / "export").eval()
     saved = tensors(finished, 6)

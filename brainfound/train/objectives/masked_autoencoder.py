@@ -27,7 +27,7 @@ from brainfound.errors import RecipeError
 from brainfound.models.encoder import SliceEncoder
 from brainfound.recipes import Recipe
 from brainfound.train import ranks
-from brainfound.train.guard import feature_gauges
+from brainfound.train.gauges import feature_gauges
 from brainfound.train.objectives.anchor import AnchorRecipe, anchor_parts
 from brainfound.train.objectives.base import Objective, SliceBatch, StepKey
 from brainfound.train.objectives.pixel_decoder import PixelDecoder, PixelDecoderRecipe

@@ -31,7 +31,7 @@ from brainfound.models.encoder import SliceEncoder, SliceEncoding
 from brainfound.train import losses, ranks, schedules
 from brainfound.train.averaging import move_towards
 from brainfound.train.early_gradient import with_early_gradient
-from brainfound.train.guard import feature_gauges
+from brainfound.train.gauges import feature_gauges
 from brainfound.train.masking import BlockMasks, draw_masks, masked_counts
 from brainfound.train.objectives.anchor import AnchorRecipe, anchor_parts
 from brainfound.train.objectives.base import Objective, SliceBatch, StepKey
@@ -421,7 +421,7 @@ class SelfDistillation(Objective):
 
     @torch.no_grad()
     def gauges(self) -> dict[str, float]:
-        """Gauges of the last batch; see `brainfound.train.guard`."""
+        """Gauges of the last batch; see `brainfound.train.gauges`."""
         if self._last is None:
             return {}
         targets, metrics = self._last

@@ -1,0 +1,91 @@
+"""Gauges of a batch of features, which the guard and the log are shown.
+
+Axis legend: ``N`` rows (crops), ``D`` width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+MOST_IMAGES = 256
+"""Gauges need no more; a singular value decomposition of the rows of many ranks would take seconds."""
+
+
+def effective_rank(features: Float[Tensor, "N D"]) -> float:
+    """exp(entropy of the normalised singular values) of centred features.
+
+    0 for constant features, NaN where any is not finite. At most min(N − 1, D).
+
+    Source: Roy and Vetterli 2007.
+    """
+    if not torch.isfinite(features).all():
+        return math.nan
+    centred = features.double() - features.double().mean(dim=0)
+    # Beside this, differences are rounding of the features themselves.
+    if len(features) < 2 or centred.abs().max() <= 1e-6 * features.abs().max():
+        return 0.0
+    singular = torch.linalg.svdvals(centred)
+    share = singular / singular.sum()
+    return math.exp(-torch.special.xlogy(share, share).sum().item())
+
+
+def mean_cosine(features: Float[Tensor, "N D"]) -> float:
+    """Mean cosine between different rows; 1 for fewer than two rows, NaN where any feature is not finite."""
+    if len(features) < 2:
+        return 1.0
+    unit = F.normalize(features.double(), dim=-1)
+    total = unit.sum(dim=0).square().sum() - unit.square().sum()
+    return (total / (len(unit) * (len(unit) - 1))).item()
+
+
+def view_margin(features: Float[Tensor, "N D"], images: Int[Tensor, "N"]) -> float:
+    """Mean cosine between centred rows of one image, less that between rows of different images.
+
+    About 0 where features say nothing of the image (also where they are constant), 1 at most. NaN where
+    there are not two images of two rows, or a feature is not finite.
+
+    Args:
+        images: which image each row is a crop of.
+    """
+    ids, place = torch.unique(images, return_inverse=True)
+    counts = torch.bincount(place).double()
+    num_same, num_all = (counts * (counts - 1)).sum(), len(images) * (len(images) - 1)
+    if len(ids) < 2 or num_same == 0:
+        return math.nan
+    unit = F.normalize(features.double() - features.double().mean(dim=0), dim=-1)
+    # Sums over pairs are squares of sums: no N × N matrix.
+    own = unit.square().sum()
+    of_images = unit.new_zeros(len(ids), unit.shape[1]).index_add(0, place, unit)
+    same = of_images.square().sum() - own
+    everything = unit.sum(dim=0).square().sum() - own
+    return (same / num_same - (everything - same) / (num_all - num_same)).item()
+
+
+def feature_gauges(features: Float[Tensor, "N D"], images: Int[Tensor, "N"] | None = None) -> dict[str, float]:
+    """Gauges of a batch of CLS features, of at most `MOST_IMAGES` images; all NaN if a feature is not finite.
+
+    Args:
+        images: which image each row is a crop of; None: each row is an image of its own. There is no view
+            margin then, and none of a single image.
+    """
+    features = features.detach().cpu()
+    rows = torch.arange(len(features)) if images is None else images.cpu()
+    ids = torch.unique(rows)[:MOST_IMAGES]
+    if len(ids) == MOST_IMAGES:
+        chosen = rows <= ids[-1]
+        features, rows = features[chosen], rows[chosen]
+    finite = bool(torch.isfinite(features).all())
+    gauges = {
+        "effective_rank": effective_rank(features) if finite else math.nan,
+        # What rows of one image add is the difference of its crops: features that ignore it have n − 1 directions.
+        "highest_rank": float(min(len(ids) - 1, features.shape[1])),
+        "mean_cosine": mean_cosine(features) if finite else math.nan,
+    }
+    if len(rows) > len(ids) > 1:
+        gauges["view_margin"] = view_margin(features, rows) if finite else math.nan
+    return gauges
