@@ -358,7 +358,7 @@ def test_augmentation_at_tiny_size_and_once_more(module, tmp_path, monkeypatch, 
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     monkeypatch.setattr("brainfound.train.run_files.plot_curves", lambda folder: folder)
     sizes = shlex.split(
-        "--sessions 24 --test-sessions 8 --spacing-mm 8 --slice-mm 25 --patches 4 --start-steps 2 --steps 2 "
+        "--sessions 24 --test-sessions 8 --spacing-mm 8 --slice-mm 20 --patches 4 --start-steps 2 --steps 2 "
         "--segmentation-steps 2 --slices 3 --seeds 0 --permutations 50 --workers 1 --set head_fit_passes=1"
     )
     work, out = tmp_path / "work", tmp_path / "results.json"
