@@ -27,6 +27,7 @@ def module(monkeypatch):
     return importlib.import_module
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is measured on Linux only")
 def test_reading_and_memory_at_tiny_size(tmp_path):
     out = tmp_path / "results.json"
@@ -218,6 +219,7 @@ def continued(module, monkeypatch):
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_continued_pretraining_at_tiny_size_and_once_more(continued, tmp_path, capsys, monkeypatch):
     sizes = shlex.split(
         "--sessions 6 --test-sessions 8 --spacing-mm 8 --slice-mm 20 --leaves 4 3 --patches 4 4 2 --width 16 "

@@ -40,6 +40,9 @@ def patch_size_to_be(source: str | Path, contrasts: Sequence[str]) -> int | None
         UsageError: if it is a BrainFound model of other contrasts.
     """
     ours = is_brainfound(source)
+    folder = Path(source)
+    if (folder / "bundle.json").is_file() and not (folder / "model.safetensors").is_file():
+        raise unreadable(str(source), FileNotFoundError())
     try:
         config = (BrainFoundConfig if ours else AutoConfig).from_pretrained(str(source))
     except LOAD_FAILURES as error:

@@ -29,6 +29,7 @@ from brainfound.data.store import Store
 from brainfound.data.store.withheld import showing
 from brainfound.errors import UsageError
 from brainfound.evaluate.spread import summarise
+from brainfound.models.start import patch_size_to_be
 from brainfound.train import experiment_files, partial_input, ranks, run_files
 from brainfound.train.engine import process_state
 from brainfound.train.experiment_files import SPLIT_FILE, Experiment
@@ -270,6 +271,7 @@ class _Experiment:
         for system in self.systems:
             content = self.contents[system.name]
             store = showing(self.store, content.contrasts)
+            patch_size_to_be(system.model, store.contrasts)
             for fold in self.split.folds:
                 parts, learnt = what_is_learnt(content, store, self.target, self.folder / SPLIT_FILE, fold)
                 task = learnt.task

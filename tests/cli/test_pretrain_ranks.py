@@ -23,6 +23,6 @@ def test_one_rank_prints_the_export(monkeypatch, capsys, is_main):
     monkeypatch.setattr("brainfound.train.session_scores.read_scores", lambda folder: {})
     monkeypatch.setattr("brainfound.cli.tables.scores_line", lambda scores: "scores")
     pretrain("recipe")
-    finetune("recipe", Path("store"), "model", "target")
+    finetune("recipe", Path("store"), ["model"], "target")
     expected = f"{Path('runs/a/export')}\nscores\n{Path('runs/b/export')}\n"
     assert capsys.readouterr().out == (expected if is_main else "")

@@ -26,7 +26,6 @@ from brainfound.train.targets import resolve_target
 
 TINY = {
     "num_slices": 4,
-    "decoder_width": 8,
     "head_fit_passes": 0,
     "evaluate_every": 0,
     "split": {"train": 0.5, "validation": 0.25, "test": 0.25},
@@ -36,7 +35,9 @@ PARTS = {"train": np.arange(8), "test": np.arange(8, 12)}
 
 
 def run(store, backbone, column, out, *overrides, **options):
-    return finetune(validate(FinetuneRecipe, TINY, overrides), store, backbone, column, out, quiet=True, **options)
+    own = ["decoder_width=8"] if column == "mask" else []
+    recipe = validate(FinetuneRecipe, TINY, [*own, *overrides])
+    return finetune(recipe, store, backbone, column, out, quiet=True, **options)
 
 
 def frozen_cases(folder) -> pd.DataFrame:

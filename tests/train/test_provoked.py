@@ -194,10 +194,10 @@ def test_a_constant_teacher_is_seen_and_the_one_before_is_exported(eggs, trained
 def test_where_there_is_no_way_back_the_best_teacher_is_exported(eggs, trained, recipe, tmp_path, monkeypatch, torn):
     run, judge = tmp_path / "run", Guard.judge
 
-    def tearing(self, step, score, standard_error):
+    def tearing(self, step, *scores):
         if step == 10:
             (run / "checkpoints" / "step-000000" / torn).write_bytes(b"x")
-        judge(self, step, score, standard_error)
+        judge(self, step, *scores)
 
     monkeypatch.setattr(Guard, "judge", tearing)
     going_back = ("guard.on_failure=roll_back", "guard.confirm_looks=1000")

@@ -50,7 +50,7 @@ with open(f"{sys.argv[3]}.rank{accelerator.process_index}", "w") as file:
 """
 
 
-@pytest.mark.parametrize("kind", ["stale", "missing"])
+@pytest.mark.parametrize("kind", [pytest.param("stale", marks=pytest.mark.slow), "missing"])
 def test_all_ranks_go_on_from_the_checkpoint_that_rank_0_chose(finished, tmp_path, kind):
     (tmp_path / "choose.py").write_text(CHOOSE)
     port = 20_000 + (os.getpid() + 7) % 20_000
@@ -160,7 +160,10 @@ torch.distributed.destroy_process_group()
 
 @pytest.mark.parametrize(
     ("kind", "line"),
-    [("ours", "a store: it is gone. Look for it"), ("system", "a file: a file cannot be written (got full)")],
+    [
+        pytest.param("ours", "a store: it is gone. Look for it", marks=pytest.mark.slow),
+        ("system", "a file: a file cannot be written (got full)"),
+    ],
 )
 def test_what_fails_on_rank_0_is_the_same_error_on_all(tmp_path, kind, line):
     (tmp_path / "one.py").write_text(ONE_FAILS)

@@ -348,6 +348,7 @@ def test_executors_that_cannot_work_are_one_line(source, tmp_path):
         prepare(source, tmp_path / "store", SETTINGS, scheduler="tcp://127.0.0.1:1")
 
 
+@pytest.mark.slow
 def test_a_dask_cluster_loses_nothing_when_a_worker_is_killed(tmp_path, make_cohort):
     distributed = pytest.importorskip("dask.distributed", reason="dask is not installed")
     source = make_cohort(tmp_path / "cohort", num_subjects=40, contrasts=("T1w",))
