@@ -61,7 +61,8 @@ def systems_of(models: Sequence[str], adapters: Sequence[str] = ()) -> list[Syst
         UsageError: nothing to start from, two of the same name, or a key without a value.
     """
     starts = [_start(text) for text in models]
-    adaptations = [_adaptation(text) for text in adapters] or [("", None, ())]
+    adaptations: list[tuple[str, str | None, tuple[str, ...]]] = [_adaptation(text) for text in adapters]
+    adaptations = adaptations or [("", None, ())]
     if not starts:
         raise UsageError("nothing to start from", where="--model", expected="a Hub id or a folder")
     _require_different("--model", [name for name, _ in starts], "ours=PATH")

@@ -121,6 +121,7 @@ def launch(folder: Path, *arguments: object) -> None:
     assert done.returncode == 0, done.stderr.decode()[-3000:]
 
 
+@pytest.mark.slow
 def test_two_ranks_train_as_one(store, recipe, tmp_path):
     """Through the shipped launch file: same teacher on both ranks, losses of the global batch, exact resume."""
     (tmp_path / "tiny.yaml").write_text(recipe().to_yaml())
