@@ -173,7 +173,7 @@ def what_is_learnt(
     """The sessions of each part, and the target with what the training part says of it.
 
     Args:
-        say: is told in one line what is left out.
+        say: is told in one line what is left out, and in one per part which classes it lacks.
 
     Raises:
         UsageError: no such target or split, too few labels, or a label in any part that the training part has not.
@@ -184,9 +184,18 @@ def what_is_learnt(
     resolved = resolve_target(store, parts["train"].tolist(), task, target, recipe.merge_codes, recipe.regions)
     require_fitting(recipe, resolved)
     if task != "segmentation":
-        for index in parts.values():
-            resolved.values(store, index.tolist())  # refused now, and not after training
+        for part, index in parts.items():
+            values = resolved.values(store, index.tolist())  # refused now, and not after training
+            if say and task == "classification" and (absent := _absent_classes(resolved, values)):
+                say(f"no session of the {part} part is {', '.join(absent)}: scores that need it are not defined there")
     return parts, resolved
+
+
+def _absent_classes(target: Target, values: np.ndarray) -> list[str]:
+    """The classes, or the labels of several, that nobody has."""
+    if target.multi_label:
+        return [name for name, column in zip(target.names, values.T, strict=True) if not column.any()]
+    return [name for k, name in enumerate(target.names) if not (values == k).any()]
 
 
 def _require_same_question(folder: Path, model: str, target: Target) -> None:

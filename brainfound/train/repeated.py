@@ -27,7 +27,7 @@ import pandas as pd
 from brainfound.data.split_file import Split
 from brainfound.data.store import Store
 from brainfound.data.store.withheld import showing
-from brainfound.errors import UsageError
+from brainfound.errors import BrainFoundError, UsageError
 from brainfound.evaluate.spread import summarise
 from brainfound.models.start import patch_size_to_be
 from brainfound.train import experiment_files, partial_input, ranks, run_files
@@ -238,7 +238,7 @@ class _Experiment:
 
     def run(self) -> pd.DataFrame:
         is_main = process_state().is_main_process
-        ranks.on_main_rank(lambda: _keep_split(self.folder, self.split, self.kind, self.options.resume), is_main)
+        ranks.on_main_rank(self._begin, is_main)
         resolved = self._check()
         groups = _groups(self.split)
         planned = len(self.split.folds) * len(self.seeds) * len(self.systems)
@@ -264,6 +264,16 @@ class _Experiment:
             lambda: experiment_files.write_page(self.folder, table, self.store, self.options.keep_ids), is_main
         )
         return table
+
+    def _begin(self) -> None:
+        """Write the split, which stays only if nothing is refused."""
+        is_new = _keep_split(self.folder, self.split, self.kind, self.options.resume)
+        try:
+            self._check()
+        except BrainFoundError:
+            if is_new:
+                (self.folder / SPLIT_FILE).unlink()
+            raise
 
     def _check(self) -> str:
         """Everything that can be refused before the first run; returns the task."""
@@ -306,7 +316,8 @@ class _Experiment:
         return run
 
 
-def _keep_split(folder: Path, split: Split, kind: str, resume: bool) -> None:
+def _keep_split(folder: Path, split: Split, kind: str, resume: bool) -> bool:
+    """Write the split, or refuse a folder that holds something else; returns whether it was written now."""
     file = folder / SPLIT_FILE
     if run_files.holds_run(folder):
         raise UsageError("the folder holds a single run", where=folder, remedy="Give another --out")
@@ -318,8 +329,9 @@ def _keep_split(folder: Path, split: Split, kind: str, resume: bool) -> None:
         if Split.load(file).folds != split.folds:
             raise UsageError("the runs in the folder have another split", where=file, remedy="Give another --out")
         experiment_files.require_same_kind(folder, kind)
-        return
+        return False
     split.save(file)
+    return True
 
 
 def _require_names(names: Iterable[str], what: str, where: str) -> None:

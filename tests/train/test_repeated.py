@@ -13,6 +13,7 @@ from brainfound.errors import RecipeError, UsageError
 from brainfound.evaluate import compare
 from brainfound.recipes import validate
 from brainfound.train import repeated
+from brainfound.train.finetune import what_is_learnt
 from brainfound.train.finetune_recipe import FinetuneRecipe
 from brainfound.train.repeated import finetune_over, finetune_systems, folds_for, summarise
 from brainfound.train.session_scores import read_scores
@@ -131,6 +132,17 @@ def test_a_class_that_cannot_be_learnt_is_told_before_the_first_run(
     with pytest.raises(UsageError, match="'z' is not among those"):
         finetune_over(split, recipe, small_store, tiny_backbone, "diagnosis", tmp_path / "sites", quiet=True)
     assert not runs
+    assert not any((tmp_path / "sites").iterdir()), "the same command can be given again"
+
+
+def test_a_part_without_a_class_is_told(small_store, tmp_path, monkeypatch):
+    monkeypatch.setitem(small_store.sessions, "site", ["A"] * 6 + ["B"] * 6)
+    monkeypatch.setitem(small_store.sessions, "diagnosis", ["x", "y"] * 3 + ["x"] * 6)
+    recipe, told = validate(FinetuneRecipe, TINY, ["split.stratify=false"]), []
+    folds_for(recipe, small_store, "diagnosis", leave_site_out=True).save(tmp_path / "split.json")
+    what_is_learnt(recipe, small_store, "diagnosis", tmp_path / "split.json", "site-B", told.append)
+    assert "no session of the test part is y: scores that need it are not defined there" in told
+    assert not [line for line in told if "train" in line]
 
 
 def test_one_shot_of_three_classes_can_be_learnt(small_store, tiny_backbone, tmp_path, runs, monkeypatch):
