@@ -203,6 +203,12 @@ def augment_volumes(
     """
     if isinstance(batch, EmbeddedBatch):
         return batch
+    # Filters are products of matrices, which would lose bits where a training step runs in bf16.
+    with torch.autocast(batch.pixel_values.device.type, enabled=False):
+        return _augment(batch, recipe, key)
+
+
+def _augment(batch: VolumeBatch, recipe: VolumeAugmentation, key: StepKey) -> VolumeBatch:
     generator = torch_generator(VIEWS, key.seed, *key.keys, AUGMENTATION)
     pixels = unit_range(batch.pixel_values)
     num_volumes, num_slices, _, height, width = pixels.shape
