@@ -190,6 +190,17 @@ def small_store_rows(store, subjects: set[str]) -> list[int]:
     return [row for row, subject in enumerate(store.sessions["subject"]) if subject in subjects]
 
 
+def test_a_run_in_bf16_answers_as_its_bundle_does(small_store, tiny_backbone, tmp_path):
+    # Asked for by name: "auto" takes it only where it is fast.
+    settings = ["engine.steps=1", "engine.batch_size=2", "num_slices=4", "evaluate_every=0", "engine.precision=bf16"]
+    run = finetune(
+        "finetune-regression", small_store, tiny_backbone, "age_years", tmp_path / "run", overrides=settings, quiet=True
+    )
+    written = json.loads((run / "scores.json").read_text(encoding="utf-8"))
+    again = evaluate(run, small_store)[0]
+    assert written["scores"]["mae"] == pytest.approx(again.scores["mae"], rel=1e-5)
+
+
 def test_weighted_and_focal(small_store, tiny_backbone, tmp_path, monkeypatch):
     monkeypatch.setitem(small_store.sessions, "diagnosis", ["a", "b", "b", "b"] * 3)
     recipe = tiny("classification.class_weights=balanced", "classification.focal_gamma=2")

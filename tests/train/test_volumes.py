@@ -129,6 +129,14 @@ def test_reading_and_varying_are_functions_of_the_key(small_store):
         assert not torch.equal(first.pixel_values, variant(other).pixel_values)
 
 
+def test_autocast_changes_no_view(small_store):
+    batch, _ = VolumeReader(small_store, range(12), 4).read([0, 1], KEY)
+    always = VolumeAugmentation(intensity=IntensityRecipe(low_resolution_probability=1.0, gibbs_probability=1.0))
+    plain = augment_volumes(batch, always, KEY)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(augment_volumes(batch, always, KEY).pixel_values, plain.pixel_values)
+
+
 def blob_batch(num_volumes: int = 4, side: int = 64) -> VolumeBatch:
     """A bright ellipse off the middle, and its mask."""
     rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
