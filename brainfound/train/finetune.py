@@ -158,7 +158,7 @@ def _train(
         engine.log.forget_after(-1)  # of a run that was killed before its first checkpoint
     accelerator.wait_for_everyone()
     engine.run()
-    # Scored and saved in float32, as it will be loaded: prepared for bf16, it would go on answering in that.
+    # In place: prepared for bf16 the model would go on answering in it; scored and saved, it answers as when loaded.
     accelerator.unwrap_model(engine.model, keep_fp32_wrapper=False)
     ranks.on_main_rank(lambda: _finish(folder, task, frozen, model, engine.step, keep_ids), accelerator.is_main_process)
     return folder
