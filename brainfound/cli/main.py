@@ -86,7 +86,6 @@ def main() -> None:
         if code == EXIT_INTERRUPTED:  # so newer typer tells of Ctrl-C, an older one raises `Abort`
             _end("interrupted", EXIT_INTERRUPTED)
     except BrainFoundError as error:
-        _leave_the_others()
         _end(str(error), error.exit_code)
     except BadCommandLine as error:
         command = error.ctx.command_path if getattr(error, "ctx", None) else "brainfound"
@@ -105,15 +104,7 @@ def main() -> None:
             _end(f"{error.strerror}. Check the free space and the quota of where you write", EXIT_FAILED)
         # A full disk, a folder without write permission, a file where a folder should be.
         _end(f"{error.filename}: {error.strerror}. Check the path, the permissions and the free space", EXIT_FAILED)
-    _leave_the_others()
     sys.exit(code if isinstance(code, int) else 0)
-
-
-def _leave_the_others() -> None:
-    """End the process group, if there is one: its threads would abort a process that just exits."""
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
 
 
 def _formatted(

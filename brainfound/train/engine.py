@@ -13,6 +13,7 @@ checkpoint.
 
 from __future__ import annotations
 
+import atexit
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -358,7 +359,11 @@ def process_state() -> accelerate.PartialState:
     """What Accelerate knows of this process, and of the others that were started with it."""
     # Said in so many words: without it, processes that torchrun starts on a machine without a GPU do not
     # join a process group, and each trains by itself.
-    return accelerate.PartialState(cpu=not torch.accelerator.is_available())
+    state = accelerate.PartialState(cpu=not torch.accelerator.is_available())
+    # The threads of a group that is left open now and then abort the process that exits, when all its work is done.
+    atexit.unregister(ranks.leave)  # once is enough
+    atexit.register(ranks.leave)
+    return state
 
 
 def make_accelerator(precision: Literal["auto", "no", "bf16"]) -> accelerate.Accelerator:

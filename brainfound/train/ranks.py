@@ -26,6 +26,12 @@ def world_size() -> int:
     return dist.get_world_size() if active() else 1
 
 
+def leave() -> None:
+    """End the process group, if there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def sum_over_ranks(tensor: Tensor) -> Tensor:
     """The element-wise sum over ranks, in place, without a gradient."""
     if active():

@@ -47,8 +47,6 @@ except TrainingError as error:
     told = str(error)
 with open(f"{sys.argv[3]}.rank{accelerator.process_index}", "w") as file:
     json.dump([told, hashed], file)
-import torch.distributed
-torch.distributed.destroy_process_group()  # left open, its threads now and then abort the process that exits
 """
 
 
