@@ -5,7 +5,7 @@ import torch
 from transformers import AttentionInterface, Dinov2Config, Dinov2Model
 
 from brainfound.errors import ModelError
-from brainfound.models import attention
+from brainfound.models import attention, attention_in_pieces
 from brainfound.models.attention import Packing, available_kernels, choose_kernel, packed_attention
 
 PACKING = Packing(((2, 7), (3, 4), (1, 9)))
@@ -48,6 +48,40 @@ def test_a_sequence_does_not_see_its_neighbours(kernel):
     after = packed_attention(*inputs, PACKING, kernel)
     assert torch.equal(before[:7], after[:7])
     assert not torch.equal(before[7:], after[7:])
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 2 * 7 * 7 * 8, 2**20], ids=["one by one", "a sequence of 7", "all"])
+def test_pieces_of_any_size_give_the_same(monkeypatch, piece_bytes):
+    monkeypatch.setitem(attention_in_pieces._PIECE_BYTES, "cpu", piece_bytes)
+    inputs = random_inputs().requires_grad_()
+    output = packed_attention(*inputs.unbind(0), PACKING, "matmul")
+    torch.testing.assert_close(output, one_by_one(inputs, PACKING, 8**-0.5), rtol=0, atol=1e-12)
+    small = [tensor.clone().requires_grad_() for tensor in random_inputs(Packing(((3, 2),))).detach().unbind(0)]
+    assert torch.autograd.gradcheck(lambda *given: packed_attention(*given, Packing(((3, 2),)), "matmul", 0.4), small)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_kernel_that_rounds_otherwise_is_no_fault(dtype):
+    """In bfloat16 it once counted as wrong: the reference was rounded as well, and differences were absolute."""
+    found = available_kernels(CPU, dtype, 64)
+    assert found["sdpa"] == found["matmul"] == ""
+
+
+def test_attention_in_pieces_is_one_operation_that_is_not_computed_again(monkeypatch):
+    """Its parts would be kept one by one, scores included."""
+    from brainfound.models.recomputation import recompute_all_but_products
+
+    calls = []
+    made = attention_in_pieces._probabilities
+    monkeypatch.setattr(attention_in_pieces, "_probabilities", lambda *a: calls.append(1) or made(*a))
+    inputs = random_inputs().requires_grad_()
+    packing = Packing(((5, 7),))
+    output = recompute_all_but_products(
+        lambda given: packed_attention(*(given * 2).unbind(0), packing, "matmul"), inputs
+    )
+    assert len(calls) == 1
+    output.sum().backward()
+    assert len(calls) == 2, "once more for the gradient, and not a third time for the output"
 
 
 def test_a_packing_counts_its_tokens():
