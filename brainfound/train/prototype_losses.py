@@ -18,6 +18,7 @@ The parity with the plain formulas is tested; sources of the methods are there.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -28,8 +29,11 @@ from torch import Tensor
 from brainfound.models.blocks import compute_dtype
 from brainfound.train import ranks
 
+# Scores of one product: enough rows to be worth reading all prototypes.
 _PIECE_BYTES = {"cpu": 64 * 2**20}
 _PIECE_BYTES_ELSEWHERE = 512 * 2**20
+# Rows of it that everything else is done to at a time: one pass over memory in place of a dozen.
+_BLOCK_BYTES = {"cpu": 2**20}
 # exp() of anything above −80 is an ordinary float32; cosines over a temperature span 2 / temperature.
 _SAFE_SPAN = 80.0
 _SHORTEST = 1e-12  # that a row is divided by
@@ -83,9 +87,13 @@ class Assignments:
     row_scale: Float[Tensor, "N"]
     prototype_scale: Float[Tensor, "K"]
 
-    def take(self, rows: slice | Int[Tensor, "n"]) -> Float[Tensor, "n K"]:
-        """The targets of some rows."""
-        return (self.mass[rows] * self.prototype_scale).mul_(self.row_scale[rows, None])
+    def take(self, rows: slice | Int[Tensor, "n"], out: Float[Tensor, "n K"] | None = None) -> Float[Tensor, "n K"]:
+        """The targets of some rows, perhaps written into a tensor that is there already."""
+        if isinstance(rows, slice):
+            found = torch.mul(self.mass[rows], self.prototype_scale, out=out)
+        else:
+            found = torch.index_select(self.mass, 0, rows, out=out).mul_(self.prototype_scale)
+        return found.mul_(self.row_scale[rows, None])
 
     def part(self, rows: slice) -> Assignments:
         """Those of some rows; the masses are not copied."""
@@ -93,9 +101,23 @@ class Assignments:
 
 
 def _pieces(num_rows: int, num_prototypes: int, device: torch.device) -> list[slice]:
-    """Rows that are worked on together."""
-    size = max(1, _PIECE_BYTES.get(device.type, _PIECE_BYTES_ELSEWHERE) // (4 * num_prototypes))
-    return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
+    """Rows whose scores are one product."""
+    return _slices(num_rows, _PIECE_BYTES.get(device.type, _PIECE_BYTES_ELSEWHERE) // (4 * num_prototypes))
+
+
+def _blocks(rows: slice, num_prototypes: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
+    """Rows of a piece that fit a cache: where they are among all rows, and within the piece."""
+    for within in _slices(rows.stop - rows.start, _block_rows(num_prototypes, device)):
+        yield slice(rows.start + within.start, rows.start + within.stop), within
+
+
+def _block_rows(num_prototypes: int, device: torch.device) -> int:
+    return max(1, _BLOCK_BYTES.get(device.type, _PIECE_BYTES_ELSEWHERE) // (4 * num_prototypes))
+
+
+def _slices(count: int, size: int) -> list[slice]:
+    size = max(1, size)
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 @torch.no_grad()
@@ -113,14 +135,18 @@ def assign(projection: Projection, temperature: float, num_iterations: int = 3) 
         scaled = (unit / temperature).to(dtype)
         mass = torch.empty(len(unit), len(prototypes), dtype=wide, device=unit.device)
         is_safe = 2 / temperature <= _SAFE_SPAN
-        for rows in _pieces(len(mass), len(prototypes), mass.device):
-            piece = mass[rows]
-            if dtype == wide:
-                torch.mm(scaled[rows], transposed, out=piece)
-            else:
-                piece.copy_(scaled[rows] @ transposed)
-            if is_safe:
-                piece.sub_(1 / temperature).exp_()
+        pieces = _pieces(len(mass), len(prototypes), mass.device)
+        longest = max((rows.stop - rows.start for rows in pieces), default=0)
+        buffer = _memory(0 if dtype == wide else longest, prototypes, dtype)
+        for rows in pieces:
+            scores = mass[rows] if dtype == wide else buffer[: rows.stop - rows.start]
+            torch.mm(scaled[rows], transposed, out=scores)
+            for block, within in _blocks(rows, len(prototypes), mass.device):
+                part = mass[block]
+                if dtype != wide:
+                    part.copy_(scores[within])
+                if is_safe:
+                    part.sub_(1 / temperature).exp_()
         row_scale = torch.ones(len(mass), dtype=wide, device=mass.device)
         if not is_safe:
             # A rank without rows still takes part in the maximum.
@@ -170,31 +196,32 @@ class _CrossEntropySum(torch.autograd.Function):
     ) -> Tensor:
         dtype = compute_dtype(unit)
         wide = torch.promote_types(unit.dtype, torch.float32)
-        num_targets = 1 if target_rows is None else target_rows.shape[1]
         with torch.autocast(unit.device.type, enabled=False):
             columns, scaled, weights = prototypes.to(dtype), (unit / temperature).to(dtype), weights.to(wide)
             total = torch.zeros((), dtype=wide, device=unit.device)
             wants_unit, wants_prototypes = ctx.needs_input_grad[:2]
             unit_gradient = torch.zeros_like(unit, dtype=wide) if wants_unit else None
             prototype_gradient = torch.zeros_like(prototypes, dtype=wide) if wants_prototypes else None
-            for rows in _pieces(len(unit), len(prototypes), unit.device):
-                scores = (scaled[rows] @ columns.T).to(wide)
-                target = targets.take(rows if target_rows is None else target_rows[rows, 0])
-                for column in range(1, num_targets):
-                    target += targets.take(target_rows[rows, column])  # type: ignore[index]
-                weight = weights[rows, None]
-                agreement = torch.linalg.vecdot(target, scores)
-                highest = scores.amax(dim=1, keepdim=True)
-                exponentials = scores.sub_(highest).exp_()
-                partition = exponentials.sum(dim=1, keepdim=True)
-                total += (weights[rows] * (num_targets * (highest + partition.log())[:, 0] - agreement)).sum()
-                if not (wants_unit or wants_prototypes):
-                    continue
-                gradient = exponentials.mul_(weight * num_targets / partition).addcmul_(target, -weight).to(dtype)
+            pieces = _pieces(len(unit), len(prototypes), unit.device)
+            longest = max((rows.stop - rows.start for rows in pieces), default=0)
+            buffer = _memory(longest, prototypes, dtype)
+            num_targets = 1 if target_rows is None else target_rows.shape[1]
+            block_rows = min(longest, _block_rows(len(prototypes), unit.device))
+            room = _Room.of(prototypes, block_rows, wide, num_targets, dtype != wide)
+            for rows in pieces:
+                scores = buffer[: rows.stop - rows.start]
+                torch.mm(scaled[rows], columns.T, out=scores)
+                for block, within in _blocks(rows, len(prototypes), unit.device):
+                    answered = block if target_rows is None else target_rows[block]
+                    losses = _cross_entropy(
+                        scores[within], targets, answered, weights[block], room, wants_unit or wants_prototypes
+                    )
+                    total += (weights[block] * losses).sum()
+                # They are gradients now.
                 if unit_gradient is not None:
-                    unit_gradient[rows] = (gradient @ columns).to(wide) / temperature
+                    unit_gradient[rows] = (scores @ columns).to(wide) / temperature
                 if prototype_gradient is not None:
-                    _add_product(prototype_gradient, gradient.T, scaled[rows])
+                    _add_product(prototype_gradient, scores.T, scaled[rows])
         ctx.save_for_backward(
             *(
                 None if part is None else part.to(like.dtype)
@@ -207,6 +234,54 @@ class _CrossEntropySum(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         found = [None if part is None else part * gradient for part in ctx.saved_tensors]
         return *found, None, None, None, None
+
+
+def _cross_entropy(
+    scores: Float[Tensor, "n K"],
+    targets: Assignments,
+    target_rows: slice | Int[Tensor, "n targets"],
+    weights: Float[Tensor, "n"],
+    room: _Room,
+    wants_gradient: bool,
+) -> Float[Tensor, "n"]:
+    """The cross-entropy of each row, summed over its targets; `scores` become their gradient, if it is wanted."""
+    columns = [target_rows] if isinstance(target_rows, slice) else target_rows.unbind(dim=1)
+    wide = scores if room.scores is None else room.scores[: len(scores)].copy_(scores)
+    target = targets.take(columns[0], out=room.target[: len(scores)])
+    for column in columns[1:]:
+        target += targets.take(column, out=room.another[: len(scores)])
+    agreement = torch.linalg.vecdot(target, wide)
+    highest = wide.amax(dim=1, keepdim=True)
+    exponentials = wide.sub_(highest).exp_()
+    partition = exponentials.sum(dim=1, keepdim=True)
+    if wants_gradient:
+        weight = weights[:, None]
+        gradient = exponentials.mul_(weight * len(columns) / partition).addcmul_(target, -weight)
+        if gradient is not scores:
+            scores.copy_(gradient)
+    return len(columns) * (highest + partition.log())[:, 0] - agreement
+
+
+class _Room(NamedTuple):
+    """Memory for one block of rows, used again and again: fresh pages cost as much as what is written to them."""
+
+    scores: Tensor | None
+    """None where scores are wide enough themselves."""
+    target: Tensor
+    another: Tensor
+
+    @classmethod
+    def of(cls, prototypes: Tensor, rows: int, wide: torch.dtype, num_targets: int, is_narrow: bool) -> _Room:
+        """For blocks of so many rows."""
+        return cls(
+            _memory(rows, prototypes, wide) if is_narrow else None,
+            _memory(rows, prototypes, wide),
+            _memory(rows if num_targets > 1 else 0, prototypes, wide),
+        )
+
+
+def _memory(rows: int, prototypes: Tensor, dtype: torch.dtype) -> Tensor:
+    return prototypes.new_empty((rows, len(prototypes)), dtype=dtype)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -15,10 +15,12 @@ def projection(num_rows, seed, num_prototypes=37, width=8, dtype=torch.float32):
     return Projection(F.normalize(rows, dim=1), F.normalize(prototypes, dim=1))
 
 
-@pytest.fixture(params=[None, 3], ids=["one piece", "pieces of three rows"])
+@pytest.fixture(params=[(None, None), (3, 3), (5, 2)], ids=["one piece", "pieces of three rows", "blocks of two"])
 def piece_rows(request, monkeypatch):
-    if request.param:
-        monkeypatch.setitem(prototype_losses._PIECE_BYTES, "cpu", request.param * 4 * 37)
+    piece, block = request.param
+    if piece:
+        monkeypatch.setitem(prototype_losses._PIECE_BYTES, "cpu", piece * 4 * 37)
+        monkeypatch.setitem(prototype_losses._BLOCK_BYTES, "cpu", block * 4 * 37)
 
 
 @pytest.mark.usefixtures("piece_rows")
