@@ -52,6 +52,19 @@ class Aggregator(nn.Module, ABC):
             slice_mask: True where a slice is valid; None: all are. At least one per volume.
             positions_mm: position of each slice; None: valid slices 1 mm apart, centred on 0.
         """
+        # What tells subjects apart may be less than a bfloat16 of what they share; a product per slice costs nothing.
+        with torch.autocast(slice_embeddings.device.type, enabled=False):
+            if (weight := next(self.parameters(), None)) is not None:
+                slice_embeddings = slice_embeddings.to(weight.dtype)
+            return self._pool_valid(slice_embeddings, slice_mask, positions_mm)
+
+    def _pool_valid(
+        self,
+        slice_embeddings: Float[Tensor, "volumes slices width"],
+        slice_mask: Bool[Tensor, "volumes slices"] | None,
+        positions_mm: Float[Tensor, "volumes slices"] | None,
+    ) -> Aggregation:
+        """Volumes with the same number of valid slices, together; the others apart."""
         if slice_mask is None:
             positions_mm = _centred_positions(slice_embeddings) if positions_mm is None else positions_mm
             return Aggregation(*self.pool(slice_embeddings, positions_mm))

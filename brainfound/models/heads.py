@@ -32,7 +32,7 @@ class ClassificationHead(nn.Module):
         self.score = nn.Linear(config.hidden_size, config.num_classes)
 
     def forward(self, embedding: Float[Tensor, "volumes width"]) -> Float[Tensor, "volumes classes"]:
-        return self.score(self.dropout(self.norm(embedding)))
+        return _answer(self, embedding)
 
 
 class RegressionScores(NamedTuple):
@@ -64,7 +64,7 @@ class RegressionHead(nn.Module):
         self.score = nn.Linear(config.hidden_size, width)
 
     def forward(self, embedding: Float[Tensor, "volumes width"]) -> RegressionScores:
-        answer = self.score(self.dropout(self.norm(embedding))).float()
+        answer = _answer(self, embedding).float()
         if self.config.regression_head == "point":
             return RegressionScores(answer[:, 0])
         if self.config.regression_head == "gaussian":
@@ -78,6 +78,16 @@ class RegressionHead(nn.Module):
         # The last term is the variance within a bin, over which the density is flat: no answer is certain.
         variance = (shares * (centres - mean[:, None]) ** 2).sum(dim=1) + bin_width**2 / 12
         return RegressionScores(mean, bin_scores=answer, std=variance.sqrt())
+
+
+def _answer(head: ClassificationHead | RegressionHead, embedding: Tensor) -> Tensor:
+    """What the last layer says, in the type of its weights, also under autocast.
+
+    A head that was fitted to frozen embeddings has large weights whose products cancel: rounded to bfloat16, its
+    answers are off by as much as subjects differ.
+    """
+    with torch.autocast(embedding.device.type, enabled=False):
+        return head.score(head.dropout(head.norm(embedding.to(head.score.weight.dtype))))
 
 
 def bin_edges(config: BrainFoundConfig) -> Float[Tensor, "edges"]:

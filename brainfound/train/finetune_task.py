@@ -213,7 +213,8 @@ def build_network(
         # Embeddings that are kept are the same in every pass.
         passes = 1 if cache else recipe.head_fit_passes
         batch = max(recipe.engine.batch_size // recipe.engine.accumulation, 1)
-        fit_head(model, reader, recipe.augmentation, target, passes, batch, recipe.seed)
+        with accelerator.autocast():  # as training will see them: what bfloat16 rounds away is no feature
+            fit_head(model, reader, recipe.augmentation, target, passes, batch, recipe.seed)
     adapted = attach_adapter(model, load(AdapterRecipe, recipe.adapter, "adapters"))
     return Network(adapted, cache, frozen[0] if frozen else None)
 

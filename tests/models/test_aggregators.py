@@ -122,6 +122,18 @@ def test_positions_default_to_a_centred_millimetre():
         assert torch.equal(aggregator(slices).embedding, given_positions)
 
 
+@pytest.mark.parametrize("name", AGGREGATORS)
+def test_autocast_rounds_no_aggregator(name):
+    """What subjects share is rounded by more than what tells them apart."""
+    slices = torch.randn(1, 1, WIDTH) + 0.001 * torch.randn(4, 9, WIDTH)
+    aggregator = make(name)
+    with torch.no_grad():
+        plain = aggregator(slices).embedding
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            mixed = aggregator(slices).embedding
+    torch.testing.assert_close(mixed, plain, rtol=0, atol=0)
+
+
 def test_the_mean_is_the_mean():
     slices, mask = torch.randn(2, 5, WIDTH), torch.tensor([[1, 0, 1, 1, 0], [0, 0, 0, 0, 1]]).bool()
     aggregation = make("mean")(slices, mask)
