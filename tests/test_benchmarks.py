@@ -322,9 +322,9 @@ def augmentation_answers(rng: np.random.Generator, strong_gains: bool) -> dict:
     return of_task
 
 
-def test_the_ablation_of_augmentation_finds_gains_and_losses_task_by_task(module):
-    augmentation = module("augmentation")
-    found = augmentation.judge(augmentation_answers(np.random.default_rng(0), True), permutations=150, resamples=60)
+def test_a_comparison_of_ways_finds_gains_and_losses_task_by_task(module):
+    shifted_runs = module("shifted_runs")
+    found = shifted_runs.judge(augmentation_answers(np.random.default_rng(0), True), permutations=150, resamples=60)
     gains = {task: of["gains"]["strong over none"] for task, of in found.items()}
     assert gains["segmentation"]["gain"] == pytest.approx(0.1, abs=0.02)
     assert gains["regression"]["gain"] == pytest.approx(-4, abs=0.7)  # a larger error is a loss
@@ -335,24 +335,94 @@ def test_the_ablation_of_augmentation_finds_gains_and_losses_task_by_task(module
     assert gains["segmentation"]["p_holm"] == pytest.approx(3 * gains["segmentation"]["p"], rel=1e-3)
     # Each run alone, not their mean.
     assert len(found["classification"]["scores"]["none"]["runs"]) == 2
-    printed = augmentation.table({"presets": {"none": {}, "strong": {}}, "tasks": found})
+    printed = shifted_runs.table({"tasks": found})
     assert "| tissue, Dice: strong over none | +0.1" in printed
-    same = augmentation.judge(augmentation_answers(np.random.default_rng(1), False), permutations=150, resamples=60)
+    same = shifted_runs.judge(augmentation_answers(np.random.default_rng(1), False), permutations=150, resamples=60)
     assert all(of["gains"]["strong over none"]["p_holm"] > 0.05 for of in same.values())
 
 
-def test_recipes_of_the_ablation_differ_in_their_augmentation_alone(module):
-    augmentation = module("augmentation")
-    options = augmentation.parse(["--work", "nowhere", "--steps", "50"])
-    for task in augmentation.TASKS:
-        recipes = [augmentation.recipe_of(task, preset, 1, options) for preset in augmentation.PRESETS]
+def test_ways_differ_in_what_they_are_about_alone(module):
+    shifted_runs, augmentation, precision = module("shifted_runs"), module("augmentation"), module("precision")
+    partial_input = module("partial_input")
+    parser = shifted_runs.shared_options("Nothing.")
+    options = parser.parse_args(["--work", "nowhere", "--steps", "50"])
+    for task in shifted_runs.TASKS:
+        recipes = [shifted_runs.recipe_of(task, 1, options, preset=preset) for preset in augmentation.PRESETS]
         assert len({recipe.augmentation.model_dump_json() for recipe in recipes}) == 3
         assert {recipe.augmentation.contrast_dropout for recipe in recipes} == {0.2}
         assert len({recipe.model_dump_json(exclude={"augmentation"}) for recipe in recipes}) == 1
+        recipes = [way(task, 1) for way in precision.ways(options).values()]
+        assert [recipe.engine.precision for recipe in recipes] == ["no", "bf16"]
+        assert len({recipe.model_dump_json(exclude={"engine": {"precision"}}) for recipe in recipes}) == 1
+        options.dropout = 0.4
+        recipes = [way(task, 1) for way in partial_input.ways(options).values()]
+        assert [recipe.augmentation.contrast_dropout for recipe in recipes] == [0.4, 0.0]
+        assert len({recipe.model_dump_json(exclude={"augmentation": {"contrast_dropout"}}) for recipe in recipes}) == 1
+
+
+def test_partial_input_is_judged_over_the_subsets_that_lack_a_contrast(module):
+    """Dropout that helps with T1w alone, by 2 years, and costs 1 with both, gains 2: full input is not counted."""
+    partial_input, rng = module("partial_input"), np.random.default_rng(0)
+    truth = rng.uniform(20, 90, 40)
+
+    def answers(errors: dict) -> dict:
+        made = {}
+        for subset, error in errors.items():
+            sign = rng.choice([-1, 1], 40)
+            cases = {"truth": list(truth), "prediction": list(truth + sign * (error + rng.normal(0, 0.5, 40)))}
+            made[subset] = {"trivial": 15.0, "cases": cases}
+        return made
+
+    with_dropout = [answers({"T1w+T2w": 8.0, "T1w": 9.0, "T2w": 12.0}) for _ in range(2)]
+    without = [answers({"T1w+T2w": 7.0, "T1w": 13.0, "T2w": 12.0}) for _ in range(2)]
+    found = partial_input.judge(
+        {"regression": {partial_input.WITH: with_dropout, partial_input.WITHOUT: without}}, 200, 60
+    )["regression"]
+    gain = found[partial_input.GAIN]
+    assert gain["gain"] == pytest.approx(2, abs=0.3)
+    assert gain["interval"][0] > 0
+    assert gain["p_holm"] < 0.05
+    over_trivial = found["scores"]["T1w"][partial_input.WITHOUT]["gain_over_trivial"]
+    assert over_trivial[0] == pytest.approx(2, abs=0.4)
+    assert over_trivial[1] < over_trivial[0] < over_trivial[2]
+    printed = partial_input.table({"tasks": {"regression": found}})
+    assert "\n| T1w | " in printed
+    assert f"lack a contrast: {gain['gain']:+.3g} (" in printed
+
+
+def test_tissues_of_real_brains_share_no_code(module):
+    codes = [code for members in module("real_brains").TISSUES.values() for code in members]
+    assert len(codes) == len(set(codes))
+    assert 0 not in codes
+
+
+def test_ways_on_real_brains_are_compared_with_the_first_subject_by_subject(module):
+    real_brains, rng = module("real_brains"), np.random.default_rng(0)
+    options = real_brains.parse(["--cohort", ".", "--model", "m", "--work", "w", "--seeds", "0", "1"])
+    options.permutations = 200
+    cells = [(fold, seed) for seed in options.seeds for fold in ("fold-1", "fold-2")]
+    hard = rng.uniform(0, 10, 20)
+    answers = {}
+    for way, more in ((real_brains.LORA, 2.0), (real_brains.UNET, 4.0), (real_brains.MEAN, 2.0)):
+        for fold, seed in cells:
+            rows = np.arange(0, 20, 2) + (fold == "fold-2")
+            errors = hard[rows] + more + rng.normal(0, 0.1, 10)
+            answers[way, fold, seed] = {"rows": rows.tolist(), "age": errors.tolist(), "seconds": 5.0, "steps": 7}
+    found = real_brains.judge("regression", answers, cells, 20, options)
+    gains = {way: of.get("gain of the first") for way, of in found["scores"].items()}
+    assert gains[real_brains.LORA] is None
+    assert gains[real_brains.UNET]["mean"] == pytest.approx(2, abs=0.1)
+    assert gains[real_brains.UNET]["p_holm"] < 0.05 < gains[real_brains.MEAN]["p_holm"]
+    assert found["scores"][real_brains.LORA]["age"]["mean"] == pytest.approx(hard.mean() + 2, abs=0.1)
+    assert found["unet_steps"] == [7, 7]
 
 
 @pytest.mark.slow
-def test_augmentation_at_tiny_size_and_once_more(module, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("script", "ways"),
+    [("augmentation", ["none", "mild", "strong"]), ("precision", ["float32", "bfloat16"]), ("partial_input", [])],
+)
+def test_ways_at_another_site_at_tiny_size_and_once_more(module, tmp_path, monkeypatch, capsys, script, ways):
     torch = importlib.import_module("torch")
     threads = torch.get_num_threads()
     for name in (*module("rounds").THREAD_VARIABLES, "HF_HUB_OFFLINE", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
@@ -364,17 +434,20 @@ def test_augmentation_at_tiny_size_and_once_more(module, tmp_path, monkeypatch, 
         "--segmentation-steps 2 --slices 3 --seeds 0 --permutations 50 --workers 1 --set head_fit_passes=1"
     )
     work, out = tmp_path / "work", tmp_path / "results.json"
-    main = module("augmentation").main
+    main = module(script).main
     try:
         main(["--work", str(work), "--out", str(out), *sizes])
         result = json.loads(out.read_text(encoding="utf-8"))
         assert result["data"]["scored"]["sites"] == {"site-3": 8}
         assert "site-3" not in result["data"]["learnt from"]["sites"]
-        assert result["presets"]["none"]["rotation_degrees"] == 0
         for of_task in result["tasks"].values():
-            assert list(of_task["scores"]) == ["none", "mild", "strong"]
-            assert list(of_task["gains"]) == ["mild over none", "strong over none", "strong over mild"]
-        assert "| age, MAE in years: strong over mild |" in capsys.readouterr().out
+            if ways:
+                assert list(of_task["scores"]) == ways
+                pairs = [f"{after} over {before}" for at, after in enumerate(ways) for before in ways[:at]]
+                assert sorted(of_task["gains"]) == sorted(pairs)
+            else:
+                assert len(of_task["scores"]) == 7, "every subset of three contrasts"
+        assert f"| age, MAE in years{': ' if ways else ' '}" in capsys.readouterr().out
         assert str(tmp_path) not in out.read_text(encoding="utf-8")
         monkeypatch.setattr("brainfound.train.finetune.finetune", None)  # nothing is trained again
         main(["--work", str(work), "--out", str(out), *sizes])
