@@ -46,7 +46,7 @@ FROZEN, UNET, REGIONS, MEAN = "linear on the frozen backbone", "3-D U-Net", "rid
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cohort", type=Path, required=True, help="folder with manifest.tsv, scans and masks")
-    parser.add_argument("--model", required=True, help="a BrainFound folder of T1w, T2w and FLAIR, or a plain ViT")
+    parser.add_argument("--model", required=True, help="a BrainFound folder of T1w, T2w and FLAIR")
     parser.add_argument("--work", type=Path, required=True, help="folder for what is made; kept and used again")
     parser.add_argument("--out", type=Path, help="file for the JSON")
     parser.add_argument("--tasks", nargs="+", choices=tuple(TARGETS), default=list(TARGETS))
