@@ -30,7 +30,7 @@ CHANNELS = (16, 32, 64, 128)
 HALVINGS = len(CHANNELS) - 1
 LEARNING_RATE = 1e-3
 WEIGHT_DECAY = 0.01
-BATCH = {"segmentation": 2, "regression": 2}
+BATCH = 2
 CROP = (24, 96, 96)
 """Slices, rows and columns of a training crop of a segmentation, where the stack is larger."""
 WARMUP = 0.05
@@ -71,9 +71,9 @@ def train(
         rate = LEARNING_RATE * min(1.0, done / WARMUP) * 0.5 * (1 + math.cos(math.pi * done))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        if len(order) < BATCH[target.task]:
+        if len(order) < BATCH:
             order = [*order, *rng.permutation(list(sessions)).tolist()]
-        chosen, order = order[: BATCH[target.task]], order[BATCH[target.task] :]
+        chosen, order = order[:BATCH], order[BATCH:]
         batch = augment_volumes(_whole(store, chosen), augmentation, StepKey(seed, step, 0, 0))
         images = _standardised(batch.pixel_values[:, :, channel])
         if target.task == "segmentation":
