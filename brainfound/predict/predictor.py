@@ -12,7 +12,7 @@ from torch import nn
 
 from brainfound.contrasts import CONTRASTS
 from brainfound.data.batches import without_contrasts
-from brainfound.data.checking.contract import InputContract
+from brainfound.data.checking.contract import InputContract, absence_note
 from brainfound.data.cohort import Session
 from brainfound.data.hooks import Hook
 from brainfound.data.prepare_session import PreparedSession, prepare_session
@@ -286,7 +286,7 @@ class Predictor:
         return Prediction(**segmentation_answer(stack, answer, target, options), **common)
 
     def _as_read(self, stack: Stack) -> tuple[Stack, tuple[str, ...]]:
-        """A stack as the model sees it, and a note on each contrast that this hides.
+        """A stack as the model sees it, a note on each contrast that this hides, and on each that it cannot do without.
 
         Raises:
             ScanError: it has only contrasts that the model does not read.
@@ -297,8 +297,10 @@ class Predictor:
             raise ScanError(
                 "there is no contrast that the model reads", got=", ".join(hidden), expected=", ".join(self.reads)
             )
-        told = tuple(f"{contrast} was not read: the model learnt without it" for contrast in hidden)
-        return (without_contrasts(stack, hidden) if hidden else stack), told
+        told = [f"{contrast} was not read: the model learnt without it" for contrast in hidden]
+        needed = () if self.contract is None else self.contract.never_absent
+        told += [absence_note(contrast) for contrast in needed if contrast in self.reads and contrast not in present]
+        return (without_contrasts(stack, hidden) if hidden else stack), tuple(told)
 
 
 def usable_device(device: str | torch.device | None) -> torch.device:

@@ -233,7 +233,7 @@ def _finish(
         task.model,
         preprocessing=store.preprocessing,
         labels=target.to_dict(),
-        contract=InputContract.of(store, parts["train"]),
+        contract=InputContract.of(store, parts["train"], withheld_in_training=task.withholds_contrasts),
         metadata={
             "num_slices": task.eval_slices,
             "withheld": list(store.withheld),

@@ -74,6 +74,11 @@ class FinetuneTask(TrainTask):
         self.eval_slices = None if segmenting else recipe.num_slices
         self.cache = cache
 
+    @property
+    def withholds_contrasts(self) -> bool:
+        """Whether the model learns to do without a contrast; embeddings that are kept show all of a session."""
+        return self.cache is None and self.recipe.augmentation.contrast_dropout > 0
+
     def make_optimizer(self) -> torch.optim.Optimizer:
         groups: dict[tuple[str, bool], dict[str, Any]] = {}
         for name, parameter in self.model.named_parameters():

@@ -16,6 +16,9 @@ from brainfound.predict.cohort_prediction import predict
 from brainfound.predict.given_scans import parse_inputs
 from brainfound.predict.loading import load
 from brainfound.predict.prediction import file_stem
+from brainfound.recipes import validate
+from brainfound.train.finetune import finetune
+from brainfound.train.finetune_recipe import FinetuneRecipe
 
 CONTRASTS = ("T1w", "T2w", "FLAIR")
 
@@ -51,6 +54,28 @@ def test_a_missing_contrast_is_said(predictor, source):
     assert part.missing == ("T1w", "T2w")
     assert part.to_dict()["missing_contrasts"] == ["T1w", "T2w"]
     assert part.answer["probabilities"] != full.answer["probabilities"]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_a_model_that_never_learnt_without_a_contrast_says_so(
+    small_store, tiny_backbone, source, tmp_path, monkeypatch, dropout
+):
+    """Such answers were off by up to 200 years of age on phantoms, and nothing told."""
+    monkeypatch.setattr("brainfound.train.run_files.plot_curves", lambda folder: folder)
+    content = {
+        "num_slices": 4, "head_fit_passes": 0, "frozen_baseline": False, "evaluate_every": 0,
+        "augmentation": {"contrast_dropout": dropout}, "split": {"train": 0.5, "validation": 0.2, "test": 0.3},
+        "engine": {"steps": 1, "batch_size": 4, "precision": "no", "num_workers": 0},
+    }  # fmt: skip
+    recipe = validate(FinetuneRecipe, content)
+    predictor = load(finetune(recipe, small_store, tiny_backbone, "diagnosis", tmp_path / "run", quiet=True))
+    files = scans(source)
+    needed = predictor.contract.never_absent
+    assert bool(needed) == (dropout == 0)
+    part = predictor.predict(FLAIR=files["FLAIR"])
+    said = [note for note in part.notes if "never learnt to do without" in note]
+    assert [note.split()[0] for note in said] == [contrast for contrast in needed if contrast != "FLAIR"]
+    assert not [note for note in predictor.predict(*files.values()).notes if "never learnt to do without" in note]
 
 
 def test_what_cannot_be_asked(predictor, source, tmp_path):

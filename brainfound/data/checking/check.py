@@ -19,6 +19,7 @@ from brainfound.data.checking.quality import ScanQuality
 from brainfound.data.checking.rules import (
     Finding,
     Level,
+    absence_findings,
     age_finding,
     field_findings,
     intensity_findings,
@@ -124,7 +125,10 @@ class _SessionCheck:
         for contrast, file in session.extra_scans:
             message = "another scan of this contrast; the first one is used"
             self.scans.append(CheckedScan(contrast, file, (Finding("contrast", "note", message),), is_used=False))
-        findings: list[Finding | None] = [age_finding(session.covariates.get("age_years"), self.contract)]
+        findings: list[Finding | None] = [
+            *absence_findings(session.scans, self.contract),
+            age_finding(session.covariates.get("age_years"), self.contract),
+        ]
         stack = None
         if self.builder is not None:
             stack = self.builder.build(subject=session.subject, session=session.session)

@@ -69,6 +69,10 @@ class InputContract(Recipe):
     hooks: tuple[str, ...] = ()
     """What was run on each scan before, such as a skull-stripper."""
 
+    never_absent: tuple[str, ...] = ()
+    """Contrasts that every training session had and that training never withheld: the model has not learnt to do
+    without them. Empty where that is not known."""
+
     @model_validator(mode="before")
     @classmethod
     def _skull_of_all(cls, content: Any) -> Any:
@@ -84,8 +88,14 @@ class InputContract(Recipe):
         return self.num_sessions is not None
 
     @classmethod
-    def of(cls, store: Store, sessions: Sequence[int] | np.ndarray | None = None) -> InputContract:
-        """Measure a store, or some of its sessions (those that a model learns from)."""
+    def of(
+        cls, store: Store, sessions: Sequence[int] | np.ndarray | None = None, *, withheld_in_training: bool = True
+    ) -> InputContract:
+        """Measure a store, or some of its sessions (those that a model learns from).
+
+        Args:
+            withheld_in_training: whether training hides contrasts now and then, so that each is absent at times.
+        """
         rows = np.arange(len(store)) if sessions is None else np.asarray(sessions, dtype=np.int64)
         table = store.sessions.iloc[rows]
         quality = _of_sessions(store.quality, table)
@@ -108,6 +118,7 @@ class InputContract(Recipe):
             num_slices=(int(slices.min()), int(slices.max())) if len(slices) else None,
             foreground_ml=_range(quality["foreground_ml"]),
             negative_values=bool((quality["minimum"] < 0).any()) if len(quality) else None,
+            never_absent=() if withheld_in_training else _in_all(store, rows),
         )
 
     @classmethod
@@ -147,6 +158,17 @@ class InputContract(Recipe):
         except ValueError as error:
             raise ModelError(f"not valid JSON: {error}", where=path, remedy="Export the model again") from None
         return validate(cls, content, where=str(path))
+
+
+def absence_note(contrast: str) -> str:
+    """What to know of an answer without a contrast that training always showed."""
+    return f"{contrast} is missing: the model never learnt to do without it, and its answer may mean nothing"
+
+
+def _in_all(store: Store, rows: np.ndarray) -> tuple[str, ...]:
+    """The contrasts that each of these sessions has."""
+    here = store.present[rows].all(axis=0)
+    return tuple(name for name, always in zip(store.contrasts, here, strict=True) if always and name in store.shown)
 
 
 def _asked_of(preprocessing: Preprocessing) -> dict[str, Any]:

@@ -9,12 +9,13 @@ Axis legend: X left → right, Y posterior → anterior, Z inferior → superior
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
-from brainfound.data.checking.contract import InputContract
+from brainfound.data.checking.contract import InputContract, absence_note
 from brainfound.data.checking.quality import ScanQuality
 from brainfound.data.preprocessing import Preprocessing
 from brainfound.data.scan import Scan
@@ -103,6 +104,15 @@ def seen_finding(contrast: str, contract: InputContract) -> Finding:
             "Leave this contrast out",
         )
     return Finding("contrast", "ok")
+
+
+def absence_findings(contrasts: Collection[str], contract: InputContract) -> list[Finding]:
+    """Is each contrast there that the model never learnt to do without?"""
+    absent = [contrast for contrast in contract.never_absent if contrast not in contrasts]
+    return [
+        Finding("contrast", "warn", absence_note(contrast), "Give it, or use a model trained with contrast dropout")
+        for contrast in absent
+    ]
 
 
 def intensity_findings(

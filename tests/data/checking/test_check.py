@@ -146,6 +146,14 @@ def test_a_contrast_that_no_training_session_had(tmp_path):
     assert scan.level_of("spacing") is None
 
 
+def test_a_contrast_that_training_always_showed_is_missed(tmp_path):
+    contract = CONTRACT.model_copy(update={"never_absent": ("T1w", "FLAIR")})
+    checked = _check({"T1w": _write(tmp_path / "a.nii")}, contract)
+    (finding,) = [finding for finding in checked.findings if finding.check == "contrast"]
+    assert finding.level == "warn"
+    assert finding.message.startswith("FLAIR is missing")
+
+
 def test_masks_and_label_maps_are_no_images(tmp_path):
     image = _image()
     labels = np.digitize(image, [1, 350, 400, 450]).astype(np.float32)

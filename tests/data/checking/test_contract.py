@@ -76,6 +76,15 @@ def test_only_the_sessions_that_are_learnt_from_count():
     assert InputContract.of(_store(), [1]).age_years is None
 
 
+def test_what_training_always_showed_is_known_where_nothing_was_withheld(small_store):
+    assert InputContract.of(small_store).never_absent == ()
+    everywhere = [
+        name for name, here in zip(small_store.contrasts, small_store.present.all(axis=0), strict=True) if here
+    ]
+    assert everywhere, "else nothing is tested"
+    assert InputContract.of(small_store, withheld_in_training=False).never_absent == tuple(everywhere)
+
+
 @pytest.mark.parametrize(
     ("skulls", "state"),
     [
