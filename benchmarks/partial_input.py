@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rounds import figure
+from rounds import figure, keep
 from shifted_runs import TASKS, Ways, ends_of, finish, metric_of, recipe_of, run, shared_options, subject_values
 
 WITH, WITHOUT = "contrast dropout", "none"
@@ -71,9 +71,7 @@ def train_and_score_subsets(
             )
             cases = found.cases.drop(columns=["subject", "session"]).to_dict("list")
             answers["+".join(shown)] = {"trivial": found.headline[2], "cases": cases}
-        partial = kept.with_suffix(".partial")
-        partial.write_text(json.dumps(answers), encoding="utf-8")
-        partial.rename(kept)
+        keep(kept, answers)
     return json.loads(kept.read_text(encoding="utf-8"))
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rounds import THREAD_VARIABLES, figure, machine_facts
+from rounds import THREAD_VARIABLES, figure, keep, machine_facts
 
 CONTRAST = "T1w"
 TISSUES: Mapping[str, tuple[int, ...]] = {
@@ -216,7 +216,7 @@ def fine_tune(
         if recipe.frozen_baseline:
             frozen = folder / "frozen-cases.tsv"
             answers["frozen"] = _errors(frozen) if task == "regression" else _mean_dice(frozen)
-        _keep(kept, answers)
+        keep(kept, answers)
     return json.loads(kept.read_text(encoding="utf-8"))
 
 
@@ -247,7 +247,7 @@ def train_unet(
             answers |= {"rows": scored.cases["row"].tolist(), "age": error.tolist()}
         else:
             answers |= _dice_by_tissue(store, target, found)
-        _keep(kept, answers)
+        keep(kept, answers)
     return json.loads(kept.read_text(encoding="utf-8"))
 
 
@@ -317,12 +317,6 @@ def _dice_by_tissue(store: Any, target: Any, found: Mapping[int, np.ndarray]) ->
         for number, name in enumerate(names, start=1):
             answers[name].append(dice(answered == number, truth == number))
     return answers | {"all": np.mean([answers[name] for name in names], axis=0).tolist()}
-
-
-def _keep(file: Path, content: Mapping[str, Any]) -> None:
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(content), encoding="utf-8")
-    partial.rename(file)
 
 
 def judge(

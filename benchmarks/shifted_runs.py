@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rounds import THREAD_VARIABLES, figure, machine_facts
+from rounds import THREAD_VARIABLES, figure, keep, machine_facts
 
 FIELD_OF_VIEW_MM = 200.0
 START_RECIPE = "pretrain-demo"
@@ -243,9 +243,7 @@ def train_and_score(recipe: Any, learnt: Path, scored: Path, model: str, target:
         mean = [predictor.target.mean] if recipe.task == "regression" else []
         found = score_sessions(predictor.model, store, range(len(store)), predictor.target, predictor.num_slices, mean)
         cases = found.cases.drop(columns=["subject", "session"]).to_dict("list")
-        partial = kept.with_suffix(".partial")
-        partial.write_text(json.dumps({"trivial": found.headline[2], "cases": cases}), encoding="utf-8")
-        partial.rename(kept)
+        keep(kept, {"trivial": found.headline[2], "cases": cases})
     return json.loads(kept.read_text(encoding="utf-8"))
 
 
