@@ -19,7 +19,14 @@ from brainfound.contrasts import parse_contrast
 from brainfound.data.phantom.label_maps import find_label_maps, read_label_map
 from brainfound.data.phantom.pathology import DIAGNOSES
 from brainfound.data.phantom.physics import SIMULATED_CONTRASTS
-from brainfound.data.phantom.subject import SEGMENTATION, CohortSettings, Person, write_json, write_subject
+from brainfound.data.phantom.subject import (
+    SEGMENTATION,
+    CohortSettings,
+    Person,
+    label_map_of,
+    write_json,
+    write_subject,
+)
 from brainfound.errors import BrainFoundError, UsageError, did_you_mean
 
 DEFAULT_DIAGNOSES: dict[str, float] = {"healthy": 0.4, "tumour": 0.2, "infarct": 0.2, "ms": 0.2}
@@ -159,15 +166,17 @@ def _write_subjects(
     if settings.label_maps:
         read_label_map(settings.label_maps[0])  # a folder of unusable volumes fails before any work is done
     persons: dict[int, Person] = {}
+    # A process keeps a few label maps in memory: subjects of one map come one after the other.
+    order = sorted(range(num_subjects), key=lambda index: (str(label_map_of(settings, index)), index))
     if workers == 1:
-        for index in range(num_subjects):
+        for index in order:
             persons[index] = _write_one(folder, settings, index)
             if progress is not None:
                 progress(len(persons), num_subjects)
     else:
         # "spawn" behaves the same on every platform and does not copy threads' locks.
         with ProcessPoolExecutor(min(workers, num_subjects), mp_context=get_context("spawn")) as pool:
-            futures = {pool.submit(_write_one, folder, settings, index): index for index in range(num_subjects)}
+            futures = {pool.submit(_write_one, folder, settings, index): index for index in order}
             try:
                 for future in as_completed(futures):
                     persons[futures[future]] = future.result()

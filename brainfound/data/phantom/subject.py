@@ -124,13 +124,11 @@ def _build(
     settings: CohortSettings, index: int, person: Person, ageing: Ageing, grid: Grid
 ) -> tuple[Anatomy, Pathology]:
     """The head on the simulation grid with its lesions, placed by a survey on a coarse grid."""
-    rng = _stream(settings, index, "label_map")
+    spread, path = _draw_head(settings, index)
     # Men's heads are about 10 % larger in volume.
-    size = float((0.985 if person.sex == "M" else 0.953) * np.exp(0.018 * rng.standard_normal()))
+    size = float((0.985 if person.sex == "M" else 0.953) * np.exp(0.018 * spread))
     seed = _seed(settings, index, "anatomy")
-    label_map = None
-    if settings.label_maps:
-        label_map = read_label_map(settings.label_maps[int(rng.integers(len(settings.label_maps)))])
+    label_map = None if path is None else read_label_map(path)
 
     def build(on: Grid, mass_effect: MassEffect | None = None) -> Anatomy:
         if label_map is None:
@@ -142,6 +140,19 @@ def _build(
     survey = Survey.of(build(Grid.over_head(max(_SURVEY_MM, grid.spacing_mm[0]))))
     pathology = draw_pathology(_stream(settings, index, "pathology"), person.diagnosis, survey, ageing)
     return build(grid, pathology.mass_effect), pathology
+
+
+def label_map_of(settings: CohortSettings, index: int) -> Path | None:
+    """The label volume that subject number `index` is painted on; None where heads are shaped."""
+    return _draw_head(settings, index)[1]
+
+
+def _draw_head(settings: CohortSettings, index: int) -> tuple[float, Path | None]:
+    """How far the head's size is from the mean, in standard deviations, and its label volume."""
+    rng = _stream(settings, index, "label_map")
+    spread = float(rng.standard_normal())
+    maps = settings.label_maps
+    return spread, maps[int(rng.integers(len(maps)))] if maps else None
 
 
 def _signal(contrast: str, tissue: Tissue, site: Site) -> float:
