@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from brainfound.cli.terminal import AsJson, Quiet, progress_bar, typed_command
+from brainfound.cli.terminal import AsJson, Quiet, note, progress_bar, typed_command
 
 
 def evaluate(
@@ -39,6 +39,8 @@ def evaluate(
     options: dict[str, Any] = {"without": absent, "partial_input": partial_input, "part": part, "out": out}
     with progress_bar("scoring sessions", quiet) as progress:
         results = run(model, data, **options, command=typed_command(), progress=progress)
+    for line in dict.fromkeys(line for result in results for line in result.notes):
+        note(line)
     shown = [result.with_intervals().to_dict() for result in results]
     if as_json:
         print(json.dumps(shown, indent=1))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from brainfound.data.checking.contract import InputContract, absence_note
 from brainfound.data.split_file import PARTS
 from brainfound.data.store import Store
 from brainfound.data.store.withheld import showing
@@ -87,11 +89,10 @@ def evaluate(
         choices = [tuple(c for c in store.shown if c not in subset) for subset in non_empty_subsets(store.shown)]
     results = []
     for absent in choices:
-        results.append(
-            score_sessions(
-                predictor.model, store, sessions, target, predictor.num_slices, train_labels, absent, progress
-            )
+        scored = score_sessions(
+            predictor.model, store, sessions, target, predictor.num_slices, train_labels, absent, progress
         )
+        results.append(replace(scored, notes=_absence_notes(predictor.contract, store, scored)))
     if out is not None:
         own = split is not None and split["data_hash"] == store.content_hash
         on = f"the {part} part of its own store" if own else "another store, but for the subjects that it learnt from"
@@ -115,6 +116,16 @@ def _sessions_to_score(split: dict[str, Any] | None, store: Store, labelled: np.
     if split["data_hash"] == store.content_hash:
         return labelled[in_parts(split, store, labelled.tolist(), part)].tolist()
     return labelled[~learnt_from(split, store, labelled.tolist())].tolist()
+
+
+def _absence_notes(contract: InputContract | None, store: Store, scored: SessionScores) -> tuple[str, ...]:
+    """A note on each contrast that the model never learnt to do without and that a scored session lacks."""
+    rows, notes = scored.cases["row"].to_numpy(), []
+    for contrast in () if contract is None else contract.never_absent:
+        here = store.present[rows, store.contrasts.index(contrast)] & (contrast not in scored.without)
+        if lacking := int((~here).sum()):
+            notes.append(absence_note(contrast, f"in {lacking} of {len(rows)} sessions"))
+    return tuple(notes)
 
 
 def _train_labels(split: dict[str, Any] | None, store: Store, labelled: np.ndarray, target: Target) -> list[Any]:

@@ -98,6 +98,8 @@ def write_evaluation(
         "baselines": columns_of(table)[1],
         "scores": records(summarise(table[:1])),
     }
+    if notes := list(dict.fromkeys(line for result in results for line in result.notes)):
+        content["notes"] = notes
     if len(results) > 1:
         content["partial_input"] = records(_partial_rows(table, HEADLINE[task], drops(results)))
     folder.mkdir(parents=True, exist_ok=True)

@@ -219,6 +219,7 @@ def _cautions(experiment: ExperimentFolder, compared: pd.DataFrame) -> list[str]
     if tested < _FEW_SESSIONS:
         lines.append(f"Tested on {count(tested)} sessions at a time: a few answers move the score.")
     lines += _against_trivial(experiment, rows)
+    lines += summary.get("notes", ())
     if summary["kind"] == "evaluation":
         return [*lines, "One model, one set of sessions: nothing here says how another training would have done."]
     if summary["num_runs"] < summary["num_planned"]:

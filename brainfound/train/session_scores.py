@@ -69,6 +69,7 @@ class SessionScores:
         without: contrasts that were withheld.
         frozen: metric → value of a linear model on the untouched backbone; None where it was not asked for.
         intervals: metric → interval of the scores that tables show; None before `with_intervals`.
+        notes: what to know about them.
     """
 
     task: str
@@ -78,6 +79,7 @@ class SessionScores:
     without: tuple[str, ...] = ()
     frozen: dict[str, float] | None = None
     intervals: dict[str, ScoreInterval] | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def headline(self) -> tuple[str, float, float]:
@@ -110,6 +112,8 @@ class SessionScores:
             "scores": plain(self.scores),
             "trivial": plain(self.trivial),
         }
+        if self.notes:
+            content["notes"] = list(self.notes)
         if self.frozen is not None:
             content["frozen"] = plain(self.frozen)
         if self.intervals is not None:

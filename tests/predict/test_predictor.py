@@ -13,6 +13,7 @@ import pytest
 from brainfound.errors import ModelError, ScanError, UsageError
 from brainfound.models.inference import Answer
 from brainfound.predict.cohort_prediction import predict
+from brainfound.predict.evaluation import evaluate
 from brainfound.predict.given_scans import parse_inputs
 from brainfound.predict.loading import load
 from brainfound.predict.prediction import file_stem
@@ -76,6 +77,11 @@ def test_a_model_that_never_learnt_without_a_contrast_says_so(
     said = [note for note in part.notes if "never learnt to do without" in note]
     assert [note.split()[0] for note in said] == [contrast for contrast in needed if contrast != "FLAIR"]
     assert not [note for note in predictor.predict(*files.values()).notes if "never learnt to do without" in note]
+    (scored,) = evaluate(tmp_path / "run", small_store, without=["FLAIR"], out=tmp_path / "page")
+    warning = [note for note in scored.notes if note.startswith(f"FLAIR is missing in {len(scored.cases)} of")]
+    assert bool(warning) == ("FLAIR" in needed)
+    assert all(note in (tmp_path / "page" / "report.md").read_text() for note in warning)
+    assert scored.to_dict().get("notes", []) == list(scored.notes)
 
 
 def test_what_cannot_be_asked(predictor, source, tmp_path):

@@ -160,9 +160,14 @@ class InputContract(Recipe):
         return validate(cls, content, where=str(path))
 
 
-def absence_note(contrast: str) -> str:
-    """What to know of an answer without a contrast that training always showed."""
-    return f"{contrast} is missing: the model never learnt to do without it, and its answer may mean nothing"
+def absence_note(contrast: str, where: str = "") -> str:
+    """What to know of an answer without a contrast that training always showed.
+
+    Args:
+        where: of many answers, which ones: "in 3 of 40 sessions".
+    """
+    missing = f"{contrast} is missing {where}".rstrip()
+    return f"{missing}: the model never learnt to do without it, and its answer may mean nothing"
 
 
 def _in_all(store: Store, rows: np.ndarray) -> tuple[str, ...]:
