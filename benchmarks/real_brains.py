@@ -189,12 +189,11 @@ def fine_tune(
     task: str, way: str, fold: str, seed: int, data: Path, split: Path, model: str, options: argparse.Namespace
 ) -> dict[str, Any]:
     """One run, and what it answered about the fold's test part."""
+    import pandas as pd
     import torch
     from shifted_cohorts import key_of
 
-    import brainfound
     from brainfound.data.store import Store
-    from brainfound.models.inference import infer
     from brainfound.train.finetune import finetune
 
     torch.set_num_threads(1)
@@ -207,15 +206,10 @@ def fine_tune(
         begun = (folder / "recipe.yaml").is_file()
         finetune(recipe, store, model, TARGETS[task], folder, split=split, fold=fold, resume=begun, quiet=True)
         answers: dict[str, Any] = {"seconds": time.process_time() - began}
-        if task == "regression":
-            answers |= _errors(folder / "cases.tsv")
-        else:
-            predictor = brainfound.load(folder)
-            found = {row: infer(predictor.model, store[row]).classes for row in _rows(folder / "cases.tsv")}
-            answers |= _dice_by_tissue(store, predictor.target, found)
+        read = _errors if task == "regression" else _dice_by_tissue
+        answers |= read(pd.read_csv(folder / "cases.tsv", sep="\t"))
         if recipe.frozen_baseline:
-            frozen = folder / "frozen-cases.tsv"
-            answers["frozen"] = _errors(frozen) if task == "regression" else _mean_dice(frozen)
+            answers["frozen"] = read(pd.read_csv(folder / "frozen-cases.tsv", sep="\t"))
         keep(kept, answers)
     return json.loads(kept.read_text(encoding="utf-8"))
 
@@ -239,15 +233,9 @@ def train_unet(
         target = resolve_target(store, parts["train"].tolist(), task, TARGETS[task])  # type: ignore[arg-type]
         augmentation = recipe_of(task, options.ways[0], seed, options).augmentation
         net, steps = small_unet.train(store, parts["train"].tolist(), target, CONTRAST, augmentation, seconds, seed)
-        found: dict[int, Any] = {}
-        scored = small_unet.score(net, store, parts["test"].tolist(), target, CONTRAST, found)
-        answers: dict[str, Any] = {"steps": steps, "seconds": seconds}
-        if task == "regression":
-            error = (scored.cases["prediction"] - scored.cases["truth"]).abs()
-            answers |= {"rows": scored.cases["row"].tolist(), "age": error.tolist()}
-        else:
-            answers |= _dice_by_tissue(store, target, found)
-        keep(kept, answers)
+        scored = small_unet.score(net, store, parts["test"].tolist(), target, CONTRAST)
+        read = _errors if task == "regression" else _dice_by_tissue
+        keep(kept, {"steps": steps, "seconds": seconds} | read(scored.cases))
     return json.loads(kept.read_text(encoding="utf-8"))
 
 
@@ -286,37 +274,15 @@ def mean_age(store: Any, parts: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return {"rows": parts["test"].tolist(), "age": error.tolist()}
 
 
-def _errors(cases: Path) -> dict[str, Any]:
-    import pandas as pd
-
-    table = pd.read_csv(cases, sep="\t")
-    return {"rows": table["row"].tolist(), "age": (table["prediction"] - table["truth"]).abs().tolist()}
+def _errors(cases: Any) -> dict[str, Any]:
+    """Of a table of cases the absolute error of every session, in years."""
+    return {"rows": cases["row"].tolist(), "age": (cases["prediction"] - cases["truth"]).abs().tolist()}
 
 
-def _mean_dice(cases: Path) -> dict[str, Any]:
-    import pandas as pd
-
-    table = pd.read_csv(cases, sep="\t")
-    return {"rows": table["row"].tolist(), "all": table["dice"].tolist()}
-
-
-def _rows(cases: Path) -> list[int]:
-    import pandas as pd
-
-    return pd.read_csv(cases, sep="\t")["row"].tolist()
-
-
-def _dice_by_tissue(store: Any, target: Any, found: Mapping[int, np.ndarray]) -> dict[str, Any]:
-    """Dice of every tissue of every session, and their mean, "all"."""
-    from brainfound.evaluate.segmentation_metrics import dice
-
-    names = list(TISSUES)
-    answers: dict[str, Any] = {"rows": list(found)} | {name: [] for name in names}
-    for row, classes in found.items():
-        answered, truth = target.decode_mask(classes), np.asarray(store[row].mask)
-        for number, name in enumerate(names, start=1):
-            answers[name].append(dice(answered == number, truth == number))
-    return answers | {"all": np.mean([answers[name] for name in names], axis=0).tolist()}
+def _dice_by_tissue(cases: Any) -> dict[str, Any]:
+    """Of a table of cases Dice of every tissue of every session, and their mean, "all"."""
+    answers = {name: cases[f"dice(label {number})"].tolist() for number, name in enumerate(TISSUES, start=1)}
+    return {"rows": cases["row"].tolist(), "all": cases["dice"].tolist()} | answers
 
 
 def judge(

@@ -91,10 +91,8 @@ def train(
     return net.eval(), step
 
 
-def score(
-    net: nn.Module, store: Store, sessions: Sequence[int], target: Target, contrast: str, answers: dict[int, Any]
-) -> SessionScores:
-    """Ask about whole volumes, and score as BrainFound's runs are scored; what was answered is put into `answers`."""
+def score(net: nn.Module, store: Store, sessions: Sequence[int], target: Target, contrast: str) -> SessionScores:
+    """Ask about whole volumes, and score as BrainFound's runs are scored."""
     channel = store.contrasts.index(contrast)
 
     @torch.inference_mode()
@@ -104,9 +102,7 @@ def score(
         padding = [pad for side in reversed(size) for pad in (0, -side % 2**HALVINGS)]
         found = net(F.pad(images, padding)[:, None])
         if target.task == "segmentation":
-            classes = found[0].argmax(dim=0)[: size[0], : size[1], : size[2]].numpy()
-            answers[session] = classes
-            return Answer(classes=classes)
+            return Answer(classes=found[0].argmax(dim=0)[: size[0], : size[1], : size[2]].numpy())
         return Answer(value=float(found[0, 0]) * target.std + target.mean)
 
     return score_answers(ask, store, sessions, target, [target.mean])

@@ -6,15 +6,15 @@ Cases are tables with one row per session, as an evaluation gives them (``result
     truth, p(A), p(B), …            classification: the class and the probability of each class
     truth(A), truth(B), p(A), …     several labels: 0 or 1 and the probability of each; a score is their mean
     truth, prediction               regression
-    dice, dice(region), …           segmentation: one column per score, empty where a case has none; with regions
-                                    dice is the mean over them, as in `brainfound.train.session_scores`
+    dice, dice(ventricles), …       segmentation: one column per score, empty where a case has none; of several
+                                    structures (regions or classes) each has its Dice, and the score is their mean
 
 The tables of a cross-validation's test folds may be put one below the other: together they are one table of all
 subjects. A rank metric such as AUROC then also compares cases that different models scored.
 
 A system may be several tables of the same cases, one per seed: its score is the mean over them.
 
-Axes: n cases, K classes, L labels or regions, R runs of one system.
+Axes: n cases, K classes, L labels or structures, R runs of one system.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Cases:
 
     def _of_one_run(self, name: str) -> Score:
         if self.task == "segmentation":
-            return _mean_over_regions
+            return _mean_over_structures
         score = METRICS[self.task][name]
         return _mean_over_labels(score) if self.truth.ndim == 2 else score
 
@@ -162,8 +162,8 @@ def _read(cases: pd.DataFrame, where: str) -> Cases:
         got = ", ".join(map(str, cases.columns))
         raise UsageError("nothing of the cases is scored", where=where, got=got, expected=expected)
     scores = {name: _numbers(cases, name, where, may_lack=True) for name in found}
-    if regions := [scores[name] for name in found if name.startswith("dice(")]:
-        scores = {"dice": np.stack(regions, axis=1)} | {k: v for k, v in scores.items() if k != "dice"}
+    if structures := [scores[name] for name in found if name.startswith("dice(")]:
+        scores = {"dice": np.stack(structures, axis=1)} | {k: v for k, v in scores.items() if k != "dice"}
     sizes = _numbers(cases, "reference_pixels", where) if "reference_pixels" in cases else np.zeros(len(cases))
     return Cases("segmentation", keys, subjects, sizes, scores)
 
@@ -215,8 +215,8 @@ def other_masks(where: str) -> UsageError:
     )
 
 
-def _mean_over_regions(truth: np.ndarray, scores: np.ndarray) -> float:
-    """The mean over cases, of each region ``(n, L)`` first; a region that no case has is left out."""
+def _mean_over_structures(truth: np.ndarray, scores: np.ndarray) -> float:
+    """The mean over cases, of each structure ``(n, L)`` first; one that no case has is left out."""
     if scores.ndim == 1:
         return float(scores.mean())
     known = ~np.isnan(scores)

@@ -35,8 +35,8 @@ def headline_of_cases(task: str, cases: pd.DataFrame) -> float:
     """The headline score of some of the cases that `brainfound.evaluate` returns; ``nan`` where it is not defined."""
     headline = HEADLINE[task]
     if task == "segmentation":
-        regions = [name for name in cases if str(name).startswith("dice(")] or ["dice"]
-        means = np.array([cases[name].mean() for name in regions], dtype=float)
+        structures = [name for name in cases if str(name).startswith("dice(")] or ["dice"]
+        means = np.array([cases[name].mean() for name in structures], dtype=float)
         return float(means[~np.isnan(means)].mean()) if not np.isnan(means).all() else float("nan")
     if task == "regression":
         return METRICS[task][headline](cases["truth"].to_numpy(float), cases["prediction"].to_numpy(float))

@@ -96,7 +96,7 @@ class ExperimentFolder:
 
     @property
     def rows_in_tables(self) -> list[dict[str, Any]]:
-        """The rows of the summary's scores that a table has room for, with those of single labels and regions."""
+        """The rows of the summary's scores that a table has room for, with those of single labels and structures."""
         shown = IN_TABLES[self.summary["task"]]
         headlines = tuple(f"{name}(" for name in shown[:1])
         return [r for r in self.summary["scores"] if r["score"] in shown or r["score"].startswith(headlines)]

@@ -234,7 +234,7 @@ def score_answers(
             heads.append(np.asarray(stack.pixels.any(axis=1)))
             answers.append(case)
             marked = reference.any(axis=1) if target.regions else reference
-            row |= {"reference_pixels": int(np.count_nonzero(marked)), "dice": float("nan")} | _over_regions(case)
+            row |= {"reference_pixels": int(np.count_nonzero(marked)), "dice": float("nan")} | _over_structures(case)
         elif target.task == "classification":
             answers.append(answer.probabilities)
             if target.multi_label:
@@ -265,11 +265,21 @@ def score_answers(
     return SessionScores(target.task, scores, trivial, pd.DataFrame(rows), absent)
 
 
+def _structures(target: Target, masks: np.ndarray) -> dict[str, np.ndarray]:
+    """What is scored by itself, by name: each of the overlapping labels, or each class; of one class without a name."""
+    if target.regions:
+        return {name: masks[:, k] for k, name in enumerate(target.names)}
+    if len(target.names) > 2:
+        return {name: masks == k for k, name in enumerate(target.names) if k}
+    return {"": masks}
+
+
 def _segmentation_case(target: Target, reference: np.ndarray, found: np.ndarray) -> dict[str, dict[str, float]]:
-    """The scores of one session by region; without overlapping labels there is one entry, without a name."""
-    if not target.regions:
-        return {"": segmentation_case_scores(reference, found)}
-    return {name: segmentation_case_scores(reference[:, k], found[:, k]) for k, name in enumerate(target.names)}
+    """The scores of one session by structure."""
+    of_found = _structures(target, found)
+    return {
+        name: segmentation_case_scores(mask, of_found[name]) for name, mask in _structures(target, reference).items()
+    }
 
 
 def _segmentation_scores(
@@ -278,15 +288,15 @@ def _segmentation_scores(
     references: Sequence[np.ndarray],
     heads: Sequence[np.ndarray],
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Scores, and those of the trivial baseline. Overlapping labels are scored one by one; the score is their mean."""
+    """Scores, and those of the trivial baseline. Structures are scored one by one; the score is their mean."""
+    structures = [_structures(target, reference) for reference in references]
     scores = {name: mean_case_scores([case[name] for case in cases]) for name in cases[0]}
-    truths = {name: [r[:, k] for r in references] if name else references for k, name in enumerate(cases[0])}
-    trivial = {name: trivial_scores("segmentation", (), truth, heads) for name, truth in truths.items()}
-    return _over_regions(scores), _over_regions(trivial)
+    trivial = {name: trivial_scores("segmentation", (), [of[name] for of in structures], heads) for name in cases[0]}
+    return _over_structures(scores), _over_structures(trivial)
 
 
-def _over_regions(scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """The mean of each metric over the regions that have it, and Dice of each region."""
+def _over_structures(scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each metric over the structures that have it, and Dice of each."""
     metrics = dict.fromkeys(metric for one in scores.values() for metric in one)
     means = {}
     for metric in metrics:

@@ -11,12 +11,13 @@ import torch
 
 import brainfound
 from brainfound.errors import RecipeError
+from brainfound.evaluate.partial_input import headline_of_cases
 from brainfound.models.inference import Answer
 from brainfound.predict.evaluation import evaluate
 from brainfound.recipes import validate
 from brainfound.train.finetune import finetune
 from brainfound.train.finetune_recipe import FinetuneRecipe
-from brainfound.train.session_scores import score_sessions
+from brainfound.train.session_scores import score_answers, score_sessions
 from brainfound.train.targets import Target
 
 TINY = {
@@ -84,6 +85,33 @@ def test_each_region_is_scored_with_its_own_mask(small_store, monkeypatch):
     assert scored.cases["dice(missed)"].tolist() == [0.0] * len(sessions)
     assert scored.cases["reference_pixels"].tolist() == [int(small_store[i].mask.sum()) for i in sessions]
     assert scored.trivial["dice(found)"] == scored.trivial["dice(missed)"] > 0
+
+
+def test_each_of_several_classes_is_scored_over_the_sessions_that_have_it(small_store, monkeypatch):
+    """The first class is found exactly; the second one session has, in which it is missed, and another is given."""
+    target = Target("segmentation", "mask", names=("background", "found", "missed"), codes=(0, 1, 2))
+    first, second = [index for index in range(len(small_store)) if small_store[index].mask.any()][:2]
+
+    def with_corner(mask: np.ndarray, code: int) -> np.ndarray:
+        changed = mask.copy()
+        changed[0, 0, 0] = code
+        return changed
+
+    references = iter([with_corner(small_store[first].mask, 2), small_store[second].mask])
+
+    def answer(session, stack):
+        return Answer(classes=stack.mask if session == first else with_corner(stack.mask, 2))
+
+    monkeypatch.setattr(Target, "encode_mask", lambda self, mask: next(references))
+    scored = score_answers(answer, small_store, [first, second], target)
+    overlaps = {name: value for name, value in scored.scores.items() if name.startswith("dice")}
+    assert overlaps == {"dice": 0.5, "dice(found)": 1.0, "dice(missed)": 0.0}
+    assert scored.scores["clean_negatives"] == 0.0
+    assert scored.cases["dice"].tolist() == [0.5, 1.0]
+    assert np.isnan(scored.cases["dice(missed)"]).tolist() == [False, True]
+    assert scored.trivial["dice(found)"] > scored.trivial["dice(missed)"] == 0  # that pixel is outside of the head
+    assert scored.with_intervals().intervals["dice"].num_subjects == 2
+    assert headline_of_cases("segmentation", scored.cases) == 0.5
 
 
 @pytest.mark.parametrize(
