@@ -41,6 +41,7 @@ GRIDS = {"regression": ((2.5, 2.5, 5.0), (80, 80)), "segmentation": ((2.0, 2.0, 
 """Millimetres of a voxel, and pixels of a slice."""
 LORA, FULL, NEW = "BrainFound, LoRA", "BrainFound, full", "the same from new weights, full"
 FROZEN, UNET, REGIONS, MEAN = "linear on the frozen backbone", "3-D U-Net", "ridge on regional volumes", "mean"
+MEASURED = "ridge on tissue volumes that a BrainFound segmentation measures"
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -57,6 +58,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--segmentation-steps", type=int, default=200)
     parser.add_argument("--slices", type=int, default=16, help="per volume of a regression")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of every fine-tuning recipe")
+    parser.add_argument("--segmenter", type=Path, help="a fine-tuning run on the tissues of simulated heads, whose "
+                        "volumes of these brains then stand beside those of the masks")  # fmt: skip
     parser.add_argument("--unet-seconds", type=float, help="of training; default: what the first way took, all told")
     parser.add_argument("--permutations", type=int, default=5000)
     parser.add_argument("--workers", type=int, default=2, help="processes, of one thread each")
@@ -68,7 +71,8 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.update(THREAD_VARIABLES, HF_DATASETS_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false")
     started = time.perf_counter()
     settings = {name: value for name, value in vars(options).items() if name not in ("work", "out", "cohort")}
-    settings["model"] = Path(options.model).name  # a machine's paths say nothing to a reader
+    for name in ("model", "segmenter"):  # a machine's paths say nothing to a reader
+        settings[name] = settings[name] and Path(settings[name]).name
     result: dict[str, Any] = {"machine": machine_facts(), "settings": settings, "tasks": {}}
     for task in options.tasks:
         result["tasks"][task] = run_task(task, options)
@@ -80,6 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run_task(task: str, options: argparse.Namespace) -> dict[str, Any]:
     """All ways of one task, on the same folds."""
+    from regional_volumes import mean_age, measured_shares, regional_ridge, regional_shares
     from worker_processes import in_processes
 
     from brainfound.data.store import Store
@@ -110,10 +115,13 @@ def run_task(task: str, options: argparse.Namespace) -> dict[str, Any]:
         answers[UNET, fold, seed] = of_unet
         answers[FROZEN, fold, seed] = answers[first, fold, seed]["frozen"]
     if task == "regression":
-        shares = regional_shares(store, options.cohort)
+        shares = {REGIONS: regional_shares(store, options.cohort)}
+        if options.segmenter is not None:
+            shares[MEASURED] = measured_shares(Store.open(make_store("segmentation", options)), options.segmenter)
         for fold, seed in cells:
             parts = split.sessions(store, fold)
-            answers[REGIONS, fold, seed] = regional_ridge(store, shares, parts)
+            for way, of_way in shares.items():
+                answers[way, fold, seed] = regional_ridge(store, of_way, parts)
             answers[MEAN, fold, seed] = mean_age(store, parts)
     return judge(task, answers, cells, len(store), options)
 
@@ -237,41 +245,6 @@ def train_unet(
         read = _errors if task == "regression" else _dice_by_tissue
         keep(kept, {"steps": steps, "seconds": seconds} | read(scored.cases))
     return json.loads(kept.read_text(encoding="utf-8"))
-
-
-def regional_shares(store: Any, cohort: Path) -> np.ndarray:
-    """(N, regions): the volume of every region of the masks, as a share of all regions of the session."""
-    import nibabel as nib
-    import pandas as pd
-
-    table = pd.read_csv(cohort / "manifest.tsv", sep="\t", dtype={"subject": str})
-    masks = dict(zip(table["subject"], table["mask"], strict=True))
-    counts = []
-    for subject in store.sessions["subject"]:
-        codes = np.asarray(nib.load(cohort / masks[str(subject)]).dataobj).round().astype(int)
-        counts.append(np.bincount(codes.ravel(), minlength=256)[1:256].astype(float))
-    volumes = np.stack(counts)
-    return volumes[:, volumes.any(axis=0)] / volumes.sum(axis=1, keepdims=True)
-
-
-def regional_ridge(store: Any, shares: np.ndarray, parts: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Ridge regression of age on the regions' volumes, its penalty by leave-one-out within the training part."""
-    from sklearn.linear_model import RidgeCV
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    ages = store.covariate("age_years").to_numpy(dtype=float)
-    model = make_pipeline(StandardScaler(), RidgeCV(np.logspace(-1, 5, 25)))
-    model.fit(shares[parts["train"]], ages[parts["train"]])
-    error = np.abs(model.predict(shares[parts["test"]]) - ages[parts["test"]])
-    return {"rows": parts["test"].tolist(), "age": error.tolist()}
-
-
-def mean_age(store: Any, parts: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """The mean age of the training part, for everybody."""
-    ages = store.covariate("age_years").to_numpy(dtype=float)
-    error = np.abs(ages[parts["test"]] - ages[parts["train"]].mean())
-    return {"rows": parts["test"].tolist(), "age": error.tolist()}
 
 
 def _errors(cases: Any) -> dict[str, Any]:

@@ -10,9 +10,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+
+from brainfound.errors import UsageError
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TINY = shlex.split(
@@ -394,6 +397,32 @@ def test_tissues_of_real_brains_share_no_code(module):
     codes = [code for members in module("real_brains").TISSUES.values() for code in members]
     assert len(codes) == len(set(codes))
     assert 0 not in codes
+
+
+def test_volumes_that_a_segmentation_measures_tell_an_age(module, small_store, monkeypatch):
+    volumes = module("regional_volumes")
+
+    def of(preprocessing, num_codes=11):
+        target = SimpleNamespace(codes=tuple(range(num_codes)))
+        return SimpleNamespace(model=None, preprocessing=preprocessing, target=target)
+
+    def found(model, stack):
+        return SimpleNamespace(classes=np.repeat([0, 2, 4, 8], [50, int(stack.covariates["age_years"]), 100, 30]))
+
+    monkeypatch.setattr("brainfound.load", lambda folder: of(small_store.preprocessing))
+    monkeypatch.setattr("brainfound.models.inference.infer", found)
+    shares = volumes.measured_shares(small_store, Path("run"))
+    assert shares.shape == (12, 7)
+    assert shares.sum(axis=1) == pytest.approx(1)
+    parts = {"train": np.arange(0, 12, 2), "test": np.arange(1, 12, 2)}
+    errors = [way(small_store, *given, parts)["age"] for way, given in (
+        (volumes.regional_ridge, [shares]), (volumes.mean_age, []))]  # fmt: skip
+    assert np.mean(errors[0]) < np.mean(errors[1]) / 3
+    other = small_store.preprocessing.model_copy(update={"size": (40, 40)})
+    for wrong in (of(other), of(small_store.preprocessing, num_codes=3)):
+        monkeypatch.setattr("brainfound.load", lambda folder, wrong=wrong: wrong)
+        with pytest.raises(UsageError, match="segmentation of simulated tissue"):
+            volumes.measured_shares(small_store, Path("run"))
 
 
 def test_ways_on_real_brains_are_compared_with_the_first_subject_by_subject(module):
