@@ -105,12 +105,12 @@ class ExperimentFolder:
         """Every system against the first one, by the headline score, on the cases of the runs that both have.
 
         Returns:
-            The columns of `brainfound.evaluate.compare` and ``group``; no rows where nothing can be compared: there is
-            one system, or a case has several labels.
+            The columns of `brainfound.evaluate.compare` and ``group``; no rows where there is one system only, or no
+            cases are kept.
         """
         cases, names = self.cases, self.system_names
         comparable = self.kind == "comparison" and len(names) > 1
-        if not comparable or not {"truth", "dice"} & set(cases.columns):
+        if not comparable or not any(name in ("truth", "dice") or name.startswith("truth(") for name in cases.columns):
             return pd.DataFrame()
         runs = [set(zip(part["fold"], part["seed"], strict=True)) for _, part in cases.groupby("system")]
         common = set.intersection(*runs)

@@ -155,6 +155,26 @@ def test_systems_are_compared_over_the_runs_that_all_of_them_have(tmp_path):
     assert cells(compared, "b")[-2:] == ["20", "20"]
 
 
+def test_systems_that_answer_several_labels_are_compared_by_their_mean(tmp_path):
+    table = runs(systems=("base", "better"), seeds=(0,)).rename(columns=lambda name: name.replace("mae", "auroc"))
+    folder = write(tmp_path / "grid", table, kind="comparison", task="classification", headline="auroc")
+    rng, rows = np.random.default_rng(0), []
+    for system, strength in (("base", 0.2), ("better", 3.0)):
+        for case in range(60):
+            row = {"system": system, "group": "all folds", "fold": f"fold-{case % 3 + 1}", "seed": 0, "row": case,
+                   "subject": case}  # fmt: skip
+            for k, name in enumerate(("edema", "lesion")):
+                truth = case // (k + 1) % 2
+                row |= {f"truth({name})": truth, f"p({name})": 1 / (1 + np.exp(-strength * truth - rng.normal()))}
+            rows.append(row)
+    pd.DataFrame(rows).to_csv(folder / "cases.tsv", sep="\t", index=False)
+    page = write_page(folder).read_text()
+    found = pd.read_csv(folder / "comparison.tsv", sep="\t").set_index("system")
+    assert found.loc["better", "p_holm"] < 0.05
+    assert found.loc["better", "num_cases"] == 60
+    assert "## Against base, by auroc" in page
+
+
 def test_what_is_no_experiment_is_refused_in_a_line(tmp_path):
     with pytest.raises(UsageError, match="not the folder of an experiment"):
         write_page(tmp_path)
