@@ -57,6 +57,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=100, help="of a regression")
     parser.add_argument("--segmentation-steps", type=int, default=200)
     parser.add_argument("--slices", type=int, default=16, help="per volume of a regression")
+    parser.add_argument("--faster", type=float, default=10.0, help="rates are raised as steps are fewer, at most so much")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of every fine-tuning recipe")
     parser.add_argument("--segmenter", type=Path, help="a fine-tuning run on the tissues of simulated heads, whose "
                         "volumes of these brains then stand beside those of the masks")  # fmt: skip
@@ -174,13 +175,13 @@ def _new_weights(model: str, folder: Path) -> Path:
 
 
 def recipe_of(task: str, way: str, seed: int, options: argparse.Namespace) -> Any:
-    """The project's recipe with fewer steps, and rates higher by as much (at most tenfold)."""
+    """The project's recipe with fewer steps, and rates higher by as much (at most `options.faster` times)."""
     from brainfound.recipes import load
     from brainfound.train.finetune_recipe import FinetuneRecipe
 
     own = load(FinetuneRecipe, f"finetune-{task}", "train")
     steps = options.steps if task == "regression" else options.segmentation_steps
-    faster = min(10.0, own.engine.steps / steps)
+    faster = min(options.faster, own.engine.steps / steps)
     # Of all weights a tenth of the adapters' rate, as is usual.
     backbone = own.optim.lr * faster * (1.0 if way == LORA else 0.1)
     changes = [
