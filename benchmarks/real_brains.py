@@ -57,7 +57,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=100, help="of a regression")
     parser.add_argument("--segmentation-steps", type=int, default=200)
     parser.add_argument("--slices", type=int, default=16, help="per volume of a regression")
-    parser.add_argument("--faster", type=float, default=10.0, help="rates are raised as steps are fewer, at most so much")
+    parser.add_argument(
+        "--faster", type=float, default=10.0, help="rates are raised as steps are fewer, at most so much"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of every fine-tuning recipe")
     parser.add_argument("--segmenter", type=Path, help="a fine-tuning run on the tissues of simulated heads, whose "
                         "volumes of these brains then stand beside those of the masks")  # fmt: skip

@@ -39,8 +39,8 @@ def evaluate(
     options: dict[str, Any] = {"without": absent, "partial_input": partial_input, "part": part, "out": out}
     with progress_bar("scoring sessions", quiet) as progress:
         results = run(model, data, **options, command=typed_command(), progress=progress)
-    for line in dict.fromkeys(line for result in results for line in result.notes):
-        note(line)
+    for told in dict.fromkeys(told for result in results for told in result.notes):
+        note(told)
     shown = [result.with_intervals().to_dict() for result in results]
     if as_json:
         print(json.dumps(shown, indent=1))

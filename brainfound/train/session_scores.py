@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -217,8 +218,7 @@ def score_answers(
     segmenting = target.task == "segmentation"
     truths: list[Any] = [None] * len(usable) if segmenting else target.values(store, usable).tolist()
     answers: list[Any] = []
-    references: list[np.ndarray] = []
-    heads: list[np.ndarray] = []
+    guesses: list[Mapping[str, Mapping[str, float]]] = []
     rows = []
     names = store.sessions["subject"].tolist()
     first_rows = dict(zip(reversed(names), reversed(range(len(names))), strict=True))
@@ -229,10 +229,12 @@ def score_answers(
         row |= {"subject": stack.subject, "session": stack.session}
         if segmenting:
             reference = target.encode_mask(np.asarray(stack.mask))
-            case = _segmentation_case(target, reference, answer.labels if target.regions else answer.classes)
-            references.append(reference)
-            heads.append(np.asarray(stack.pixels.any(axis=1)))
+            found, head = answer.labels if target.regions else answer.classes, np.asarray(stack.pixels.any(axis=1))
+            structures = _structures(target).items()
+            case = {name: segmentation_case_scores(of(reference), of(found)) for name, of in structures}
             answers.append(case)
+            # Without an image everything inside the head is the structure. Masks of a whole cohort are not kept.
+            guesses.append({name: segmentation_case_scores(of(reference), head) for name, of in structures})
             marked = reference.any(axis=1) if target.regions else reference
             row |= {"reference_pixels": int(np.count_nonzero(marked)), "dice": float("nan")} | _over_structures(case)
         elif target.task == "classification":
@@ -251,7 +253,7 @@ def score_answers(
         if progress:
             progress(done, len(usable))
     if segmenting:
-        scores, trivial = _segmentation_scores(target, answers, references, heads)
+        scores, trivial = _segmentation_scores(answers), _segmentation_scores(guesses)
     elif target.multi_label:
         scores = multi_label_scores(truths, np.stack(answers), target.names)
         trivial = trivial_multi_label_scores(train_labels or truths, truths, target.names)
@@ -265,34 +267,18 @@ def score_answers(
     return SessionScores(target.task, scores, trivial, pd.DataFrame(rows), absent)
 
 
-def _structures(target: Target, masks: np.ndarray) -> dict[str, np.ndarray]:
-    """What is scored by itself, by name: each of the overlapping labels, or each class; of one class without a name."""
+def _structures(target: Target) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
+    """How to find in masks what is scored by itself: each overlapping label, or each class; one class has no name."""
     if target.regions:
-        return {name: masks[:, k] for k, name in enumerate(target.names)}
+        return {name: partial(np.take, indices=k, axis=1) for k, name in enumerate(target.names)}
     if len(target.names) > 2:
-        return {name: masks == k for k, name in enumerate(target.names) if k}
-    return {"": masks}
+        return {name: partial(np.equal, k) for k, name in enumerate(target.names) if k}
+    return {"": np.asarray}
 
 
-def _segmentation_case(target: Target, reference: np.ndarray, found: np.ndarray) -> dict[str, dict[str, float]]:
-    """The scores of one session by structure."""
-    of_found = _structures(target, found)
-    return {
-        name: segmentation_case_scores(mask, of_found[name]) for name, mask in _structures(target, reference).items()
-    }
-
-
-def _segmentation_scores(
-    target: Target,
-    cases: Sequence[Mapping[str, Mapping[str, float]]],
-    references: Sequence[np.ndarray],
-    heads: Sequence[np.ndarray],
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Scores, and those of the trivial baseline. Structures are scored one by one; the score is their mean."""
-    structures = [_structures(target, reference) for reference in references]
-    scores = {name: mean_case_scores([case[name] for case in cases]) for name in cases[0]}
-    trivial = {name: trivial_scores("segmentation", (), [of[name] for of in structures], heads) for name in cases[0]}
-    return _over_structures(scores), _over_structures(trivial)
+def _segmentation_scores(cases: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, float]:
+    """Of the scores by structure of each session: each structure over the sessions, and their mean."""
+    return _over_structures({name: mean_case_scores([case[name] for case in cases]) for name in cases[0]})
 
 
 def _over_structures(scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
