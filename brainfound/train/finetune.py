@@ -92,7 +92,7 @@ def finetune(
     folder = Path(out) if out is not None else Path("runs") / content.name
     content = as_begun(folder, content, ("precision",), resume)
     accelerator = make_accelerator(content.engine.precision)
-    console = Console(stderr=True, quiet=quiet or not accelerator.is_main_process, highlight=False)
+    console = Console(stderr=True, quiet=quiet or not accelerator.is_main_process, highlight=False, soft_wrap=True)
     engine_recipe = content.engine.model_copy(update={"precision": accelerator.mixed_precision})
     content = content.model_copy(update={"engine": engine_recipe})
     with only_one_training(folder, resume, accelerator):
@@ -119,7 +119,7 @@ def _train(
     checkpoint = checkpoint_to_resume(folder, content, store, resume, FREE_ON_RESUME, accelerator)
     split_file, fold = split_to_follow(folder, store, target, split, fold, resume)
     if resume and has_ended(folder, checkpoint, content.engine.steps):
-        console.print(f"this run is finished; its export is {folder / run_files.EXPORT_FOLDER}", soft_wrap=True)
+        console.print(f"this run is finished; its export is {folder / run_files.EXPORT_FOLDER}")
         return folder
     parts, resolved = what_is_learnt(content, store, target, split_file, fold, console.print)
     name = Path(model).name if Path(model).exists() else model

@@ -149,7 +149,7 @@ def _dry_run(recipe: PretrainRecipe, store: Store, machine: Machine | None, quie
         # What is fast there may be hundreds of times slower here.
         precision = "auto" if precision == "bf16" else precision
     accelerator = make_accelerator(precision)
-    console = Console(stderr=True, quiet=quiet or not accelerator.is_main_process, highlight=False)
+    console = Console(stderr=True, quiet=quiet or not accelerator.is_main_process, highlight=False, soft_wrap=True)
     for note in require_fit(recipe, store, machine.num_gpus if machine else accelerator.num_processes):
         console.print(note)
     # Schedules that end with the trial, and no probe.
@@ -262,7 +262,7 @@ def _open_store(recipe: PretrainRecipe, data: str | Path | Store | None) -> Stor
 def _run(recipe: PretrainRecipe, store: Store, folder: Path, resume: bool, quiet: bool, notes: list[str]) -> Path:
     recipe = as_begun(folder, recipe, ("precision", *running.SETTLED), resume)
     accelerator = make_accelerator(recipe.engine.precision)
-    console = Console(stderr=True, quiet=quiet or not accelerator.is_main_process, highlight=False)
+    console = Console(stderr=True, quiet=quiet or not accelerator.is_main_process, highlight=False, soft_wrap=True)
     if recipe.engine.parallel == "fsdp" and accelerator.num_processes == 1:
         notes = [*notes, "engine.parallel is fsdp, but one process has nobody to share with: nothing is sharded"]
     for note in [*notes, *require_fit(recipe, store, accelerator.num_processes)]:
@@ -278,7 +278,7 @@ def _train(
     """A run in a folder that nobody else writes into."""
     checkpoint = checkpoint_to_resume(folder, recipe, store, resume, FREE_ON_RESUME, accelerator)
     if resume and has_ended(folder, checkpoint, recipe.engine.steps):
-        console.print(f"this run is finished; its export is {folder / run_files.EXPORT_FOLDER}", soft_wrap=True)
+        console.print(f"this run is finished; its export is {folder / run_files.EXPORT_FOLDER}")
         return folder
     model = build_model(recipe.init, store, recipe.views.global_size, recipe.seed)
     engine_recipe, found = running.settle(recipe.engine, model.encoder, recipe.views, accelerator.device)
