@@ -14,7 +14,6 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from brainfound.data.cohort import require_column
 from brainfound.data.store import Store
 from brainfound.errors import UsageError
 
@@ -118,7 +117,6 @@ def labelled_sessions(store: Store, column: str) -> np.ndarray:
     else:
         known = np.ones(len(store), dtype=bool)
         for name in target_columns(store, column):
-            require_column([*store.covariates, MASK], name, where=f"store {store.path.name}")
             labels = store.covariate(name)
             numbers = pd.to_numeric(labels, errors="coerce")
             known &= labels.notna().to_numpy() & ~np.isinf(numbers.to_numpy(dtype=np.float64, na_value=0.0))

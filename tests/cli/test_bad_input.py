@@ -209,7 +209,6 @@ PRETRAIN = ["pretrain", "pretrain-demo", "--data", "{store}", "--out", "{tmp}/ru
     ("arguments", "code", "words"),
     [
         ([*FINETUNE, "--target", "agee"], 2, ["no column 'agee'", "Did you mean age_years?"]),
-        ([*FINETUNE, "--target", "maks"], 2, ["no column 'maks'", "Did you mean mask?"]),
         ([*FINETUNE, "--target", "mask"], 2, ["the mask can only be segmented"]),
         ([*FINETUNE], 2, ["Missing option", "--target", "brainfound finetune --help"]),
         ([*DIAGNOSIS, "--set", "engin.steps=2"], 2, ["engin", "unknown key", "Did you mean engine?"]),
