@@ -26,6 +26,7 @@ from brainfound.models.start import start_from
 from brainfound.recipes import load
 from brainfound.train import ranks
 from brainfound.train.data_order import EpochOrder, RankBatches
+from brainfound.train.decoder_start import fit_decoder
 from brainfound.train.embedding_cache import EmbeddingCache
 from brainfound.train.engine import TrainTask
 from brainfound.train.finetune_recipe import SEGMENTATION_FIELDS, FinetuneRecipe
@@ -65,9 +66,7 @@ class FinetuneTask(TrainTask):
         self.clip_norm = recipe.optim.clip_norm
         self.evaluate_every = recipe.evaluate_every
         segmenting = target.task == "segmentation"
-        share = recipe.foreground_share if segmenting else None
-        neighbours = segmenting and (recipe.decoder_slice_mixing or inner_model(model).config.stem == "slices")
-        self.reader = volume_reader(recipe, store, parts["train"], cache, share, neighbours)
+        self.reader = volume_reader(recipe, store, parts["train"], inner_model(model).config, target, cache)
         values = [] if segmenting else target.values(store, parts["train"].tolist()).tolist()
         self.train_labels = values
         self.labels = dict(zip(parts["train"].tolist(), values, strict=True)) if values else {}
@@ -213,13 +212,14 @@ def build_network(
             frozen.append(found)
 
         ranks.on_main_rank(fit, accelerator.is_main_process)
-    if recipe.head_fit_passes and target.task != "segmentation":
-        reader = volume_reader(recipe, store, parts["train"], cache)
+    if recipe.head_fit_passes:
+        reader: Any = volume_reader(recipe, store, parts["train"], model.config, target, cache)
         # Embeddings that are kept are the same in every pass.
         passes = 1 if cache else recipe.head_fit_passes
         batch = max(recipe.engine.batch_size // recipe.engine.accumulation, 1)
         with accelerator.autocast():  # as training will see them: what bfloat16 rounds away is no feature
-            fit_head(model, reader, recipe.augmentation, target, passes, batch, recipe.seed)
+            fit_last_layer = fit_decoder if target.task == "segmentation" else fit_head
+            fit_last_layer(model, reader, recipe.augmentation, target, passes, batch, recipe.seed)
     adapted = attach_adapter(model, load(AdapterRecipe, recipe.adapter, "adapters"))
     return Network(adapted, cache, frozen[0] if frozen else None)
 
@@ -228,13 +228,17 @@ def volume_reader(
     recipe: FinetuneRecipe,
     store: Store,
     train: np.ndarray,
+    config: Any,
+    target: Target,
     cache: EmbeddingCache | None,
-    foreground_share: float | None = None,
-    neighbours: bool = False,
 ) -> VolumeReader | EmbeddedReader:
+    """Reads the training part for a model with a configuration."""
     if cache is not None:
         return EmbeddedReader(cache, train.tolist())
-    return VolumeReader(store, train.tolist(), recipe.num_slices, foreground_share, neighbours)
+    if target.task != "segmentation":
+        return VolumeReader(store, train.tolist(), recipe.num_slices)
+    neighbours = recipe.decoder_slice_mixing or config.stem == "slices"
+    return VolumeReader(store, train.tolist(), recipe.num_slices, recipe.foreground_share, neighbours)
 
 
 def _compute_blocks_again(model: Any) -> None:

@@ -11,6 +11,7 @@ Axis legend: n embedded volumes (training sessions × passes), D width, K classe
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -54,15 +55,10 @@ def fit_head(
     device = model.head.score.weight.device
     model.eval()
     features, sessions = [], []
-    count = len(reader.sessions)
-    for number in range(num_passes):
-        for first in range(0, count, batch_size):
-            key = StepKey(seed, HEAD_FIT_STEP, number * count + first, 0)
-            volumes, indices = reader.read(range(first, min(first + batch_size, count)), key)
-            volumes = augment_volumes(volumes.to(device), augmentation, key)
-            embeddings = model.brainfound(**volumes.inputs()).volume_embedding
-            features.append(model.head.norm(embeddings).double().cpu().numpy())
-            sessions.append(indices)
+    for volumes, indices in augmented_passes(reader, augmentation, num_passes, batch_size, seed, device):
+        embeddings = model.brainfound(**volumes.inputs()).volume_embedding
+        features.append(model.head.norm(embeddings).double().cpu().numpy())
+        sessions.append(indices)
     everything = np.concatenate(features)
     mean, std = everything.mean(axis=0), everything.std(axis=0)
     std = np.where(std > 1e-8, std, 1.0)
@@ -75,6 +71,23 @@ def fit_head(
     rows = len(weight)
     model.head.score.weight[:rows] = torch.from_numpy(weight).to(model.head.score.weight)
     model.head.score.bias[:rows] = torch.from_numpy(bias).to(model.head.score.bias)
+
+
+def augmented_passes(
+    reader: VolumeReader | EmbeddedReader,
+    augmentation: VolumeAugmentation,
+    num_passes: int,
+    batch_size: int,
+    seed: int,
+    device: torch.device,
+) -> Iterator[tuple[Any, np.ndarray]]:
+    """Batches of augmented volumes, and the session index of each; arguments as for `fit_head`."""
+    count = len(reader.sessions)
+    for number in range(num_passes):
+        for first in range(0, count, batch_size):
+            key = StepKey(seed, HEAD_FIT_STEP, number * count + first, 0)
+            volumes, indices = reader.read(range(first, min(first + batch_size, count)), key)
+            yield augment_volumes(volumes.to(device), augmentation, key), indices
 
 
 def _fit(

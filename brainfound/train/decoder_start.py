@@ -1,0 +1,172 @@
+"""A decoder whose last layer starts from the frozen model's own answer, as a head does (`brainfound.train.head_start`).
+
+The last layer of every decoder is linear in its input and is followed by nothing but an interpolation, so the best
+one for given features is a logistic regression of pixels. A part of the pixels is learnt from, as many of each class
+as there are; weights give each class its own number back.
+
+Axis legend: N slices, F feature channels of the last layer, H W pixels, n chosen pixels, K classes or labels.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from scipy.special import logsumexp
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor, nn
+
+from brainfound.errors import TrainingError
+from brainfound.train.head_start import HEAD_FIT_STEP, augmented_passes
+from brainfound.train.randomness import VIEWS, numpy_generator
+from brainfound.train.targets import Target
+from brainfound.train.volumes import VolumeAugmentation, VolumeReader
+
+MAX_PIXELS, MAX_PIXELS_PER_CLASS = 60_000, 60
+"""Pixels that are learnt from; and of them, how many of a class in one volume, where neighbours say the same."""
+_STRENGTH = 1.0  # of the penalty, against as many terms as pixels: it bounds weights that no pixel asks for
+
+
+@torch.no_grad()
+def fit_decoder(
+    model: Any,
+    reader: VolumeReader,
+    augmentation: VolumeAugmentation,
+    target: Target,
+    num_passes: int,
+    batch_size: int,
+    seed: int,
+) -> None:
+    """Set the last layer of a segmentation's decoder to the best linear answer on the features that it reads.
+
+    A class that no chosen pixel shows keeps no weight and a small share of its own.
+
+    Args:
+        model: a `BrainFoundForSegmentation`, before an adapter is attached; changed in place.
+        reader: reads the training part.
+        augmentation: of the volumes.
+        target: what is learnt.
+        num_passes: how often the training part is read, each time with other slices and augmentation.
+        batch_size: volumes per forward pass.
+        seed: of slices, augmentation and the choice of pixels.
+
+    Raises:
+        TrainingError: the features are not finite.
+    """
+    model.eval()
+    score = model.decoder.score
+    rng = numpy_generator(VIEWS, seed, HEAD_FIT_STEP)
+    num_volumes = num_passes * len(reader.sessions)
+    wanted = min(MAX_PIXELS_PER_CLASS, max(1, MAX_PIXELS // (num_volumes * len(target.names))))
+    features, truth, weights = [], [], []
+    for volumes, _ in augmented_passes(reader, augmentation, num_passes, batch_size, seed, score.weight.device):
+        maps = _read_by(score, model, volumes.inputs())
+        of_pixels = _labels(target, np.asarray(volumes.to("cpu").masks)[volumes.slice_mask.cpu().numpy()])
+        first = 0
+        for count in volumes.slice_mask.sum(dim=1).tolist():
+            own = slice(first, first + count)
+            chosen, weight = _choose_pixels(of_pixels[own], wanted, rng)
+            features.append(_at_pixels(maps[own], chosen, of_pixels.shape[1:3]))
+            truth.append(of_pixels[own][tuple(chosen)])
+            weights.append(weight)
+            first += count
+    everything = np.concatenate(features).astype(np.float64)
+    if not np.isfinite(everything).all():
+        raise TrainingError(
+            "the model that the run starts from gives features that are not finite", remedy="Start from another model"
+        )
+    mean, std = everything.mean(axis=0), everything.std(axis=0)
+    std = np.where(std > 1e-8, std, 1.0)
+    of_each = np.concatenate(weights)
+    weight, bias = _fit((everything - mean) / std, np.concatenate(truth), of_each / of_each.mean(), target)
+    weight = weight / std
+    bias = bias - weight @ mean
+    score.weight[:] = torch.from_numpy(weight)[:, :, None, None].to(score.weight)
+    score.bias[:] = torch.from_numpy(bias).to(score.bias)
+
+
+def _read_by(layer: nn.Module, model: nn.Module, inputs: dict[str, Any]) -> Float[Tensor, "N F h w"]:
+    """What a layer reads while the model answers."""
+    read: list[Tensor] = []
+    hook = layer.register_forward_pre_hook(lambda _, arguments: read.append(arguments[0]))
+    try:
+        model(**inputs)
+    finally:
+        hook.remove()
+    return torch.cat(read)
+
+
+def _labels(target: Target, masks: np.ndarray) -> Int[np.ndarray, "N H W K"]:
+    """The class of each pixel (K = 1), or 0 and 1 of each overlapping label."""
+    encoded = target.encode_mask(masks)
+    return np.moveaxis(encoded, 1, -1) if target.regions else encoded[..., None]
+
+
+def _choose_pixels(
+    labels: Int[np.ndarray, "N H W K"], wanted: int, rng: np.random.Generator
+) -> tuple[Int[np.ndarray, "3 n"], Float[np.ndarray, "n"]]:
+    """Pixels of a volume (slice, row, column), up to ``wanted`` of each class; and how many each stands for.
+
+    Where labels overlap, pixels with the same labels are of one class.
+    """
+    flat = labels.reshape(-1, labels.shape[-1])
+    _, classes = np.unique(flat, axis=0, return_inverse=True)
+    chosen, weights = [], []
+    for k in np.unique(classes):
+        members = np.flatnonzero(classes == k)
+        drawn = np.sort(rng.choice(members, min(len(members), wanted), replace=False))
+        chosen.append(drawn)
+        weights.append(np.full(len(drawn), len(members) / len(drawn)))
+    return np.stack(np.unravel_index(np.concatenate(chosen), labels.shape[:3])), np.concatenate(weights)
+
+
+def _at_pixels(
+    maps: Float[Tensor, "N F h w"], pixels: Int[np.ndarray, "3 n"], size: tuple[int, int]
+) -> Float[np.ndarray, "n F"]:
+    """Maps interpolated to pixels, as the decoder does with its scores: the two orders give the same."""
+    found = np.empty((pixels.shape[1], maps.shape[1]), dtype=np.float32)
+    for number in np.unique(pixels[0]):
+        here = pixels[0] == number
+        fine = F.interpolate(maps[number : number + 1].float(), size=size, mode="bilinear", align_corners=False)[0]
+        found[here] = fine[:, pixels[1][here], pixels[2][here]].T.cpu().numpy()
+    return found
+
+
+def _fit(
+    features: Float[np.ndarray, "n F"], truth: Int[np.ndarray, "n K"], weights: np.ndarray, target: Target
+) -> tuple[np.ndarray, np.ndarray]:
+    """Weights ``(K, F)`` and biases ``(K,)``."""
+    if target.regions:
+        rows = [_logistic(features, labels, weights, 2) for labels in truth.T]
+        # Two scores of a softmax that differ by z are one of a sigmoid.
+        return np.stack([weight[1] - weight[0] for weight, _ in rows]), np.array([b[1] - b[0] for _, b in rows])
+    return _logistic(features, truth[:, 0], weights, len(target.names))
+
+
+def _logistic(
+    features: Float[np.ndarray, "n F"], classes: Int[np.ndarray, "n"], weights: np.ndarray, num_classes: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Weights ``(K, F)`` and biases ``(K,)`` of a softmax; a class that is not there gets one pixel in n."""
+    present = np.unique(classes)
+    weight, bias = np.zeros((num_classes, features.shape[1])), np.zeros(num_classes)
+    if len(present) > 1:
+        with warnings.catch_warnings():
+            # Training goes on from here; a solver that stops at its last iteration is as good a start.
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            fitted = LogisticRegression(C=1 / _STRENGTH, max_iter=300).fit(features, classes, sample_weight=weights)
+        coefficients, intercepts = np.atleast_2d(fitted.coef_), np.atleast_1d(fitted.intercept_)
+        if len(present) == 2:
+            # scikit-learn gives the log odds of the second; a softmax takes half for each side.
+            coefficients = np.concatenate([-coefficients, coefficients]) / 2
+            intercepts = np.concatenate([-intercepts, intercepts]) / 2
+        weight[present], bias[present] = coefficients, intercepts
+    absent = np.setdiff1d(np.arange(num_classes), present)
+    # Its probability at a pixel is exp(bias) / Σ exp(scores), which shall be 1/n on average.
+    in_all = logsumexp(features @ weight[present].T + bias[present], axis=1)
+    bias[absent] = -logsumexp(-in_all)
+    return weight, bias
