@@ -22,6 +22,7 @@ from rounds import figure, machine_facts
 SECTIONS = ("steps", "depth", "sinkhorn", "anchor", "wait", "breakdown", "gpu")
 DEFAULT_SECTIONS = ("steps", "depth", "anchor", "wait", "breakdown", "gpu")
 NEED_PEER = {"steps", "depth", "sinkhorn"}
+GPU_KERNELS = ("varlen", "xformers")
 MODELS = {
     # width, layers, heads, LightlyTrain's name (without registers, new weights); their tiny is smaller
     "vits14": (384, 12, 6, "dinov2/vits14-noreg-notpretrained"),
@@ -145,7 +146,10 @@ def table(result: dict[str, Any]) -> str:
         gpu = result["gpu"]
         why = gpu.get("why", "")
         rows.row("GPU: model FLOP/s over bf16 matmul peak", gpu.get("of_peak"), at_least=0.45, why=why)
-        rows.row("GPU: attention back ends, largest difference", gpu.get("attention_difference"), at_most=0.02, why=why)
+        for kernel in GPU_KERNELS:
+            found = gpu["attention_difference"].get(kernel)
+            fault = why or gpu.get("attention", {}).get(kernel, {}).get("fault", "")
+            rows.row(f"GPU: attention by {kernel}, difference from SDPA", found, at_most=0.02, why=fault)
     return "\n".join(rows.lines)
 
 

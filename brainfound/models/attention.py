@@ -167,10 +167,14 @@ def _fault(kernel: str, device: torch.device, dtype: torch.dtype, head_width: in
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     except _KERNEL_FAILURES as error:
-        return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        return _in_short(error)
     difference = max(((a - b).abs().max() / a.abs().max()).item() for a, b in zip(expected, given, strict=True))
     # Not `>`: a NaN is a fault too.
     return "" if difference <= _TOLERANCE.get(dtype, 1e-5) else f"differs from the reference by {difference:.2g}"
+
+
+def _in_short(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def _with_gradients(kernel: str, inputs: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
@@ -196,12 +200,18 @@ def choose_kernel(
     inputs = torch.randn(3, num_heads, small.num_tokens, head_width, device=device, dtype=dtype)
     for kernel in [name for name, fault in found.items() if not fault]:
         seconds = []
-        for _ in range(repeats + 1):
-            started = time.perf_counter()
-            _with_gradients(kernel, inputs, small)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            seconds.append(time.perf_counter() - started)
+        try:
+            for _ in range(repeats + 1):
+                started = time.perf_counter()
+                _with_gradients(kernel, inputs, small)
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                seconds.append(time.perf_counter() - started)
+        except _KERNEL_FAILURES as error:
+            if kernel == "sdpa":  # the reference; without it there is nothing to fall back to
+                raise
+            found[kernel] = _in_short(error)
+            continue
         found[kernel] = min(seconds[1:])
     working: dict[str, float] = {name: value for name, value in found.items() if isinstance(value, float)}
     fastest = min(working, key=lambda name: working[name])

@@ -58,6 +58,8 @@ class Checkpoint:
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Write a checkpoint into `folder`, then remove all but the newest `keep` and the newest that is marked as kept.
 
+    Checkpoints of later steps are torn ones, over which the run went back; they stay, and none makes way for them.
+
     Raises:
         TrainingError: if the disk has no room for it (nothing is written then), or if writing fails.
     """
@@ -107,9 +109,9 @@ def _write(folder: Path, checkpoint: Checkpoint, model: dict[str, Tensor], task:
         shutil.rmtree(final)
     temporary.rename(final)
     _flush(folder)
-    everything = list_checkpoints(folder)
-    kept = [path for path in everything if _state(path).get("kept")]
-    for old in everything[:-keep]:
+    so_far = [path for path in list_checkpoints(folder) if step_of(path) <= checkpoint.step]
+    kept = [path for path in so_far if _state(path).get("kept")]
+    for old in so_far[:-keep]:
         if old not in kept[-1:]:
             shutil.rmtree(old)
     return final

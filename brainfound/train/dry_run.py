@@ -138,10 +138,13 @@ class Sizes:
     weights: Weights
     flops: Callable[[int], StepFlops]
     """The operations of a micro-batch of so many images; not quite in proportion, as whole crops are left out."""
+    may_roll_back: bool = False
+    """Whether the guard may go back to a checkpoint, which then stays."""
 
     @classmethod
-    def of(cls, objective: Objective, views: ViewsRecipe) -> Sizes:
-        return cls(Weights.of(objective), lambda num_images: step_flops(objective, views, num_images))
+    def of(cls, objective: Objective, views: ViewsRecipe, may_roll_back: bool) -> Sizes:
+        weights = Weights.of(objective)
+        return cls(weights, lambda num_images: step_flops(objective, views, num_images), may_roll_back)
 
 
 @dataclass(frozen=True)
@@ -250,7 +253,7 @@ def try_out(
         images_per_second=engine.batch_size / line["seconds_per_step"],
         forward_bytes=forward.most_bytes,
         half_bytes=forward.part_bytes,
-        sizes=Sizes.of(task.objective, views),
+        sizes=Sizes.of(task.objective, views, task.may_roll_back),
         loss=line["loss"],
         ln_k=line.get("ln_k"),
     )

@@ -22,7 +22,7 @@ def report(trial: Trial, engine: PretrainEngineRecipe, lr: float, machine: Machi
         lr: of the recipe, at batch 128.
     """
     yield from _here(trial, engine)
-    yield from _of_sizes(trial.sizes.weights, engine, lr)
+    yield from _of_sizes(trial.sizes, engine, lr)
     ln_k = "" if trial.ln_k is None else f"  (ln K = {trial.ln_k:.4f})"
     yield f"  loss                     {trial.loss:.4f}{ln_k}"
     if machine is not None:
@@ -37,7 +37,7 @@ def report_untried(
     needed = sizes.weights.trial_bytes
     yield "this machine: too little memory for a trial, so nothing was measured"
     yield f"  memory                   {size(free_bytes)} are free; weights, gradients and moments take {size(needed)}"
-    yield from _of_sizes(sizes.weights, engine, lr)
+    yield from _of_sizes(sizes, engine, lr)
     yield ""
     yield from _on_paper(sizes, None, engine, machine)
 
@@ -60,17 +60,17 @@ def _here(trial: Trial, engine: PretrainEngineRecipe) -> Iterator[str]:
     yield f"  whole run                {_length(engine, seconds)}"
 
 
-def _of_sizes(weights: Weights, engine: PretrainEngineRecipe, lr: float) -> Iterator[str]:
-    batch = engine.batch_size
+def _of_sizes(sizes: Sizes, engine: PretrainEngineRecipe, lr: float) -> Iterator[str]:
+    weights, batch = sizes.weights, engine.batch_size
     yield f"  effective learning rate  {effective_lr(lr, batch):.3g}  ({lr:g} at batch 128, this batch {batch})"
     yield (
         f"  weights                  {weights.student / 1e6:.4g} M (trained {weights.trained / 1e6:.4g} M), "
         f"teacher {weights.teacher / 1e6:.4g} M, anchor {weights.anchor / 1e6:.4g} M"
     )
     yield (
-        f"  disk                     {size(disk_bytes(weights, engine))}: "
+        f"  disk                     {size(disk_bytes(sizes, engine))}: "
         f"{count(engine.keep_checkpoints, 'checkpoint')} of {size(weights.checkpoint_bytes)} and one being written, "
-        "the best encoder, the export"
+        f"{'one to go back to, ' if sizes.may_roll_back else ''}the best encoder, the export"
     )
 
 
@@ -98,7 +98,7 @@ def _on_paper(sizes: Sizes, trial: Trial | None, engine: PretrainEngineRecipe, m
         yield from _memory_of_sizes(sizes.weights, engine, machine, words == "bfloat16")
     else:
         yield from _memory(trial, engine, machine, words == "bfloat16")
-    yield f"  disk                     {size(disk_bytes(sizes.weights, engine))}, written by one process"
+    yield f"  disk                     {size(disk_bytes(sizes, engine))}, written by one process"
 
 
 def _memory(trial: Trial, engine: PretrainEngineRecipe, machine: Machine, bf16: bool) -> Iterator[str]:
@@ -184,9 +184,10 @@ def advice(trial: Trial, engine: PretrainEngineRecipe, machine: Machine, bf16: b
     return f"With one image at a time it still needs {size(least)}. Try {', or '.join(others)}."
 
 
-def disk_bytes(weights: Weights, engine: PretrainEngineRecipe) -> int:
-    """What a run needs on disk: kept checkpoints, one that is being written, the best encoder and the export."""
-    return (engine.keep_checkpoints + 1) * weights.checkpoint_bytes + 2 * FLOAT32 * weights.encoder
+def disk_bytes(sizes: Sizes, engine: PretrainEngineRecipe) -> int:
+    """What a run needs on disk: its checkpoints, the best encoder and the export."""
+    weights = sizes.weights
+    return engine.most_checkpoints(sizes.may_roll_back) * weights.checkpoint_bytes + 2 * FLOAT32 * weights.encoder
 
 
 def _parts(

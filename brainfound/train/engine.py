@@ -70,6 +70,14 @@ class EngineRecipe(Recipe):
     num_workers: int = Field(default=2, ge=0)
     """Processes per rank that read slices; 0 reads in the training process."""
 
+    def most_checkpoints(self, may_roll_back: bool) -> int:
+        """How many are on the disk at the worst moment: a new one is whole before an old one goes.
+
+        Args:
+            may_roll_back: one more stays to go back to.
+        """
+        return self.keep_checkpoints + 1 + may_roll_back
+
     @field_validator("precision", mode="before")
     @classmethod
     def _no_is_a_word(cls, value: Any) -> Any:
@@ -347,8 +355,7 @@ class Engine:
         tensors = [*self.accelerator.unwrap_model(self.model).state_dict().values(), *task.state_tensors().values()]
         moments = [parameter for group in self.optimizer.param_groups for parameter in group["params"]] * 2
         num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in (*tensors, *moments))
-        # One more, because a new checkpoint is whole before an old one goes.
-        num_checkpoints = self.recipe.keep_checkpoints + 1 + task.may_roll_back
+        num_checkpoints = self.recipe.most_checkpoints(task.may_roll_back)
         checkpoints.require_space_for_run(self.checkpoint_folder, num_checkpoints, num_bytes, task.export_bytes())
 
     def _on_main(self, work: Callable[[], Any]) -> None:

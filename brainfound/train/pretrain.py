@@ -181,7 +181,8 @@ def _is_too_large_to_try(
         objective = make_objective(
             trial.objective, trial.trained, model.encoder, trial.views, trial.engine.steps, trial.seed
         )
-    sizes, free = trials.Sizes.of(objective, trial.views), trials.free_bytes(accelerator.device)
+    sizes = trials.Sizes.of(objective, trial.views, Guard(trial.guard).may_roll_back)
+    free = trials.free_bytes(accelerator.device)
     (too_large,) = ranks.any_over_ranks(sizes.weights.trial_bytes > free, device=accelerator.device)
     if too_large and accelerator.is_main_process:
         for line in dry_run_report.report_untried(sizes, free, recipe.engine, recipe.optim.lr, machine):

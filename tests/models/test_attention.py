@@ -1,5 +1,9 @@
 """Packed attention: sequences of one packing never see each other, and every kernel that works here agrees."""
 
+import itertools
+import sys
+import types
+
 import pytest
 import torch
 from transformers import AttentionInterface, Dinov2Config, Dinov2Model
@@ -117,6 +121,19 @@ def test_kernels_are_tried_not_trusted(monkeypatch):
     assert report["xformers"] == found["xformers"]
 
 
+def test_a_kernel_that_fails_at_the_lengths_of_the_run_is_not_chosen(monkeypatch):
+    def only_short(query, key, value, packing, scaling):
+        if packing.longest > 5:
+            raise RuntimeError("out of memory")
+        return attention._per_run(attention._sdpa)(query, key, value, packing, scaling)
+
+    monkeypatch.setitem(attention._KERNELS, "varlen", only_short)
+    assert available_kernels(CPU, torch.float32)["varlen"] == ""
+    kernel, report = choose_kernel(PACKING, 2, 8, CPU, torch.float32, repeats=1)
+    assert kernel != "varlen"
+    assert report["varlen"] == "out of memory"
+
+
 def test_the_fastest_kernel_is_chosen(monkeypatch):
     import time
 
@@ -127,6 +144,65 @@ def test_the_fastest_kernel_is_chosen(monkeypatch):
     for name in ("sdpa", "varlen", "xformers"):
         monkeypatch.setitem(attention._KERNELS, name, slow)
     assert choose_kernel(PACKING, 2, 8, CPU, torch.float32, repeats=1)[0] == "matmul"
+
+
+def attend_within(query, key, value, ends, scale):
+    """The definition for tokens ``(T, H, d)`` of sequences that end at ``ends``."""
+    outputs = []
+    for start, end in itertools.pairwise(ends):
+        of_sequence = (tensor[start:end].transpose(0, 1)[None] for tensor in (query, key, value))
+        outputs.append(torch.nn.functional.scaled_dot_product_attention(*of_sequence, scale=scale)[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("kernel", ["varlen", "xformers"])
+@pytest.mark.parametrize("scaling", [None, 0.3])
+def test_kernels_of_gpus_get_the_packing_that_they_want(monkeypatch, kernel, scaling):
+    """With stand-ins that do on a CPU what the documentation of the two libraries says."""
+
+    def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale):
+        assert cu_seq_q.dtype == torch.int32
+        assert torch.equal(cu_seq_q, cu_seq_k)
+        assert max_q == max_k == 9
+        assert query.is_contiguous()
+        return attend_within(query, key, value, cu_seq_q.tolist(), scale)
+
+    def memory_efficient_attention(query, key, value, attn_bias, scale):
+        assert query.shape[0] == 1, "all sequences lie in one"
+        ends = [0, *itertools.accumulate(attn_bias)]
+        return attend_within(query[0], key[0], value[0], ends, scale)[None]
+
+    varlen, ops, fmha = (types.ModuleType(name) for name in ("varlen", "ops", "fmha"))
+    varlen.varlen_attn, ops.memory_efficient_attention = varlen_attn, memory_efficient_attention
+    fmha.BlockDiagonalMask = types.SimpleNamespace(from_seqlens=list)
+    for name, module in {
+        "torch.nn.attention.varlen": varlen,
+        "xformers": types.ModuleType("xformers"),
+        "xformers.ops": ops,
+        "xformers.ops.fmha": fmha,
+    }.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    attention._block_diagonal_mask.cache_clear()
+    found = packed_attention(*random_inputs(), PACKING, kernel, scaling)
+    attention._block_diagonal_mask.cache_clear()
+    expected = one_by_one(random_inputs(), PACKING, 8**-0.5 if scaling is None else scaling)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kernel", ["varlen", "xformers"])
+def test_kernels_of_gpus_agree_with_sdpa(kernel):
+    """At the lengths of pretraining, in bfloat16; values and gradients."""
+    if kernel == "xformers":
+        pytest.importorskip("xformers")
+    device, packing = torch.device("cuda"), Packing(((4, 257), (16, 50)))
+    assert available_kernels(device, torch.bfloat16)[kernel] == ""
+    inputs = torch.randn(3, 6, packing.num_tokens, 64, device=device)
+    expected = attention._with_gradients("sdpa", inputs, packing)
+    found = attention._with_gradients(kernel, inputs.bfloat16(), packing)
+    for wanted, got in zip(expected, found, strict=True):
+        assert (wanted - got.float()).abs().max() <= 0.02 * wanted.abs().max()
 
 
 def tiny_vit(implementation):
@@ -149,8 +225,6 @@ def test_xformers_is_registered_with_the_library_and_says_why_it_cannot_run(monk
 
 def test_xformers_gets_what_the_library_hands_over(monkeypatch):
     """With a stand-in for the missing package, a model with attn_implementation="xformers" equals one with SDPA."""
-    import sys
-    import types
 
     def stand_in(query, key, value, attn_bias=None, scale=None):
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))

@@ -52,6 +52,22 @@ def test_a_torn_checkpoint_is_passed_over_with_a_warning(tmp_path, damage):
         assert checkpoints.latest_valid(tmp_path) == first
 
 
+@pytest.mark.parametrize("keep", [1, 2])
+def test_no_checkpoint_makes_way_for_a_later_one_that_is_torn(tmp_path, keep):
+    """The run went back over the torn one and is stopped before it has reached its step again."""
+    checkpoints.save_checkpoint(tmp_path, make(4), keep)
+    torn = checkpoints.save_checkpoint(tmp_path, make(6), keep=9)
+    (torn / "model.safetensors").write_bytes(b"")
+    new = checkpoints.save_checkpoint(tmp_path, make(5), keep)
+    with pytest.warns(UserWarning, match="step-000006 is torn"):
+        assert checkpoints.latest_valid(tmp_path) == new
+    assert len(names(tmp_path)) == keep + 1
+    # Once its step is reached again, all is as it was.
+    checkpoints.save_checkpoint(tmp_path, make(6), keep)
+    assert names(tmp_path) == ["step-000005", "step-000006"][-keep:]
+    assert checkpoints.latest_valid(tmp_path) == torn
+
+
 def test_what_a_killed_process_left_is_not_taken_for_a_checkpoint(tmp_path):
     (tmp_path / ".writing-step-000007").mkdir()
     assert checkpoints.latest_valid(tmp_path) is None

@@ -156,10 +156,22 @@ def test_what_fits_needs_no_advice(recipe):
     assert "would fit" not in text
 
 
-def test_the_disk_holds_every_checkpoint_and_one_more(recipe):
+@pytest.mark.parametrize("may_roll_back", [False, True])
+def test_the_disk_holds_every_checkpoint_and_one_more(recipe, may_roll_back):
+    """And one more to go back to, which the run asks for as well (`Engine.require_space`)."""
     content = engine(recipe, "engine.keep_checkpoints=3")
     one = 4 * (GIANT.student + GIANT.teacher + GIANT.anchor + 2 * GIANT.trained)
-    assert dry_run_report.disk_bytes(GIANT, content) == 4 * one + 8 * GIANT.encoder
+    sizes = Sizes(GIANT, flops, may_roll_back)
+    assert dry_run_report.disk_bytes(sizes, content) == (5 if may_roll_back else 4) * one + 8 * GIANT.encoder
+    assert ("one to go back to" in "\n".join(dry_run_report.report(trial(sizes=sizes), content, 1e-4, None))) == (
+        may_roll_back
+    )
+
+
+def test_a_dry_run_counts_what_the_guard_keeps_to_go_back_to(store, recipe, tmp_path, capsys):
+    content = recipe("engine.batch_size=8", "guard.on_failure=roll_back")
+    pretrain(content, store, out=tmp_path / "run", dry_run=True, quiet=True)
+    assert "one to go back to" in capsys.readouterr().out
 
 
 def test_memory_is_measured_as_a_gpu_would_run_unless_the_recipe_says_otherwise(recipe):
