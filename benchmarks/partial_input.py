@@ -62,12 +62,11 @@ def train_and_score_subsets(
     if not kept.is_file():
         finetune(recipe, learnt, model, target, folder, resume=(folder / "recipe.yaml").is_file(), quiet=True)
         store, predictor = Store.open(scored), brainfound.load(folder)
-        mean = [predictor.target.mean] if recipe.task == "regression" else []
         answers = {}
         for shown in non_empty_subsets(store.contrasts):
             absent = [contrast for contrast in store.contrasts if contrast not in shown]
             found = score_sessions(
-                predictor.model, store, range(len(store)), predictor.target, predictor.num_slices, mean, absent
+                predictor.model, store, range(len(store)), predictor.target, predictor.num_slices, absent
             )
             cases = found.cases.drop(columns=["subject", "session"]).to_dict("list")
             answers["+".join(shown)] = {"trivial": found.headline[2], "cases": cases}

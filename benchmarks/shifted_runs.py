@@ -240,8 +240,7 @@ def train_and_score(recipe: Any, learnt: Path, scored: Path, model: str, target:
         finetune(recipe, learnt, model, target, folder, resume=(folder / "recipe.yaml").is_file(), quiet=True)
         store, predictor = Store.open(scored), brainfound.load(folder)
         # Not `evaluate`: subjects of the two cohorts are other people, but are numbered alike.
-        mean = [predictor.target.mean] if recipe.task == "regression" else []
-        found = score_sessions(predictor.model, store, range(len(store)), predictor.target, predictor.num_slices, mean)
+        found = score_sessions(predictor.model, store, range(len(store)), predictor.target, predictor.num_slices)
         cases = found.cases.drop(columns=["subject", "session"]).to_dict("list")
         keep(kept, {"trivial": found.headline[2], "cases": cases})
     return json.loads(kept.read_text(encoding="utf-8"))

@@ -105,7 +105,7 @@ def score(net: nn.Module, store: Store, sessions: Sequence[int], target: Target,
             return Answer(classes=found[0].argmax(dim=0)[: size[0], : size[1], : size[2]].numpy())
         return Answer(value=float(found[0, 0]) * target.std + target.mean)
 
-    return score_answers(ask, store, sessions, target, [target.mean])
+    return score_answers(ask, store, sessions, target)
 
 
 def _whole(store: Store, sessions: Sequence[int]) -> Any:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from brainfound.cli.terminal import Hooks, Quiet, note, progress_bar
-from brainfound.errors import EXIT_FAILED, EXIT_SOME_REJECTED
+from brainfound.errors import EXIT_FAILED, EXIT_SOME_REJECTED, UsageError
 
 if TYPE_CHECKING:
     from brainfound.predict.cohort_prediction import Outcome
@@ -59,9 +59,16 @@ def answer(
         return
     if probabilities and predictor.task == "segmentation":
         predictor = predictor.with_options(replace(predictor.options, class_probabilities=True))
-    prediction = predictor.predict(*paths, **named)
     first = paths[0] if paths else next(iter(named.values()))
-    for path in prediction.save(out, first.name.split(".")[0], probabilities=probabilities):
+    name = first.name.split(".")[0]
+    if (out / f"{name}.json").exists() and not overwrite:
+        raise UsageError(
+            "an answer of this name is there already",
+            where=out / f"{name}.json",
+            remedy="Give another --out, or --overwrite",
+        )
+    prediction = predictor.predict(*paths, **named)
+    for path in prediction.save(out, name, probabilities=probabilities):
         print(path)
     for line in prediction.notes:
         note(line)

@@ -48,7 +48,6 @@ def multi_label_scores(labels: Any, probabilities: Any, names: Sequence[str]) ->
     return scores
 
 
-def trivial_multi_label_scores(train: Any, test: Any, names: Sequence[str]) -> dict[str, float]:
-    """The scores of a baseline that gives every case each label's share in the training part, ``(n, L)`` both."""
-    shares = np.asarray(train, dtype=float).mean(axis=0)
-    return multi_label_scores(test, np.tile(shares, (len(test), 1)), names)
+def trivial_multi_label_scores(shares: Any, test: Any, names: Sequence[str]) -> dict[str, float]:
+    """The scores of a baseline that gives every case ``(n, L)`` each label's share in the training part ``(L,)``."""
+    return multi_label_scores(test, np.tile(np.asarray(shares, dtype=float), (len(test), 1)), names)

@@ -150,22 +150,14 @@ def mean_case_scores(cases: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: float(np.mean(values)) if values else float("nan") for name, values in found.items()}
 
 
-def trivial_scores(
-    task: str, train: Sequence[Any], test: Sequence[Any], heads: Sequence[np.ndarray] = ()
-) -> dict[str, float]:
-    """The scores of the trivial baseline.
+def trivial_scores(task: str, answer: float | Sequence[float], test: Sequence[Any]) -> dict[str, float]:
+    """The scores of a baseline that answers alike about every case.
 
     Args:
-        task: classification, regression or segmentation.
-        train: labels of the training part (unused for segmentation).
-        test: labels of the test part; for segmentation the reference masks.
-        heads: for segmentation, the foreground of each test case.
+        task: classification or regression.
+        answer: each class's share in the training part, or the mean of its values.
+        test: class indices or values of the cases.
     """
     if task == "classification":
-        num_classes = int(max([*train, *test])) + 1
-        shares = np.bincount(np.asarray(train, dtype=int), minlength=num_classes) / max(len(train), 1)
-        return classification_scores(test, np.tile(shares, (len(test), 1)))
-    if task == "regression":
-        return regression_scores(test, np.full(len(test), float(np.mean(train))))
-    labels = [np.where(head, max(int(reference.max()), 1), 0) for head, reference in zip(heads, test, strict=True)]
-    return segmentation_scores(test, labels)
+        return classification_scores(test, np.tile(np.asarray(answer, dtype=float), (len(test), 1)))
+    return regression_scores(test, np.full(len(test), answer, dtype=float))

@@ -22,7 +22,7 @@ from brainfound.train.run_files import EXPORT_FOLDER
 from brainfound.train.session_scores import SessionScores, score_sessions
 from brainfound.train.session_split import in_parts, learnt_from
 from brainfound.train.systems import short_name
-from brainfound.train.targets import Target, labelled_sessions
+from brainfound.train.targets import labelled_sessions
 
 
 def evaluate(
@@ -83,16 +83,17 @@ def evaluate(
             got="only subjects that the model was trained on",
             remedy="Give the store of the run, or a cohort of other subjects",
         )
-    train_labels = _train_labels(split, store, labelled, target)
+    everybody = _sessions_to_score(split, store, np.flatnonzero(store.present.any(axis=1)), part)
+    missing = len(everybody) - len(sessions)
+    unlabelled = [f"{missing} of {len(everybody)} sessions have no {target.column}: not scored"] if missing else []
     choices: list[tuple[str, ...]] = [tuple(without)]
     if partial_input:
         choices = [tuple(c for c in store.shown if c not in subset) for subset in non_empty_subsets(store.shown)]
     results = []
     for absent in choices:
-        scored = score_sessions(
-            predictor.model, store, sessions, target, predictor.num_slices, train_labels, absent, progress
-        )
-        results.append(replace(scored, notes=_absence_notes(predictor.contract, store, scored)))
+        scored = score_sessions(predictor.model, store, sessions, target, predictor.num_slices, absent, progress)
+        notes = (*unlabelled, *scored.notes, *_absence_notes(predictor.contract, store, scored))
+        results.append(replace(scored, notes=notes))
     if out is not None:
         own = split is not None and split["data_hash"] == store.content_hash
         on = f"the {part} part of its own store" if own else "another store, but for the subjects that it learnt from"
@@ -126,14 +127,6 @@ def _absence_notes(contract: InputContract | None, store: Store, scored: Session
         if lacking := int((~here).sum()):
             notes.append(absence_note(contrast, f"in {lacking} of {len(rows)} sessions"))
     return tuple(notes)
-
-
-def _train_labels(split: dict[str, Any] | None, store: Store, labelled: np.ndarray, target: Target) -> list[Any]:
-    """Labels of the training part, for the trivial baseline, where the run's own store is scored."""
-    if split is None or split["data_hash"] != store.content_hash or target.task == "segmentation":
-        return []
-    train = labelled[in_parts(split, store, labelled.tolist(), "train")].tolist()
-    return target.values(store, train).tolist()
 
 
 def _difference(first: dict, second: dict) -> str:

@@ -18,7 +18,7 @@ def given_scans(
 
     Args:
         paths: scans whose file names say their contrast. A single one whose name says nothing is taken for the
-            model's contrast if there is only one.
+            model's contrast if only one is left.
         contrast_paths: scans by contrast, in any spelling.
         contrasts: those that the model reads.
 
@@ -28,13 +28,16 @@ def given_scans(
     """
     given = _Given(contrasts)
     notes = []
-    for path in paths:
-        given.add(given.contrast_of(Path(path), alone=len(paths) == 1), Path(path))
     for name, path in contrast_paths.items():
         contrast, announced = parse_contrast(name), contrast_from_filename(path)
         given.add(contrast, Path(path))
         if announced not in (UNKNOWN, contrast):
             notes.append(f"{Path(path).name} was read as {contrast}, as asked, but its name says {announced}")
+    for file in map(Path, paths):
+        contrast = given.contrast_of(file, alone=len(paths) == 1)
+        given.add(contrast, file)
+        if len(contrasts) > 1 and contrast_from_filename(file) == UNKNOWN:
+            notes.append(f"{file.name} was read as {contrast}: its name does not say, and no other contrast was left")
     if not given.files:
         raise UsageError("no scan was given", where="predict", expected=", ".join(contrasts))
     return given.files, notes
@@ -53,13 +56,14 @@ class _Given:
             raise ScanError(
                 "no such file", where=path, remedy="Check the path; scans are given as FILE or CONTRAST=FILE"
             )
-        if alone and len(self.contrasts) == 1:
-            return self.contrasts[0]
+        left = [name for name in self.contrasts if name not in self.files]
+        if alone and len(left) == 1:
+            return left[0]
         raise UsageError(
             "the contrast cannot be told from the file name",
             where=path.name,
-            expected=", ".join(self.contrasts),
-            remedy=f"Say it: {self.contrasts[-1]}={path.name}",
+            expected=", ".join(left or self.contrasts),
+            remedy=f"Say it: {(left or self.contrasts)[-1]}={path.name}",
         )
 
     def add(self, contrast: str, path: Path) -> None:

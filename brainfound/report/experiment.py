@@ -116,13 +116,19 @@ class ExperimentFolder:
         common = set.intersection(*runs)
         keys = pd.Series(list(zip(cases["fold"], cases["seed"], strict=True)), index=cases.index)
         cases = cases[keys.isin(common)]
-        # Of a session that several runs were tested on each answer is a case of its subject.
-        case = cases["fold"].astype(str) + " " + cases["seed"].astype(str) + " " + cases["row"].astype(str)
-        cases = cases.assign(row=case).drop(columns=["fold", "seed"])
+        # Of a session that is in the test part of several folds each answer is a case of its subject.
+        cases = cases.assign(row=cases["fold"].astype(str) + " " + cases["row"].astype(str)).drop(columns="fold")
         found = []
         for group, part in cases.groupby("group", sort=False):
-            tables = {name: part[part["system"] == name].drop(columns=["system", "group"]) for name in names}
-            tables = {name: table.dropna(axis=1, how="all") for name, table in tables.items() if len(table)}
+            # A system's score is the mean over its seeds, as `brainfound compare` has it.
+            tables = {
+                name: [
+                    table.drop(columns=["system", "group", "seed"]).dropna(axis=1, how="all")
+                    for _, table in part[part["system"] == name].groupby("seed", sort=False)
+                ]
+                for name in names
+            }
+            tables = {name: seeds for name, seeds in tables.items() if seeds}
             if len(tables) > 1:
                 compared = compare(tables, next(iter(tables)), [self.headline])
                 compared.insert(0, "group", group)

@@ -15,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
+from brainfound.evaluate.score_files import TRIVIAL
 from brainfound.report.experiment import FIGURE_FILE, ExperimentFolder
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
@@ -107,8 +108,11 @@ def _bars(axes: Axes, rows: pd.DataFrame, experiment: ExperimentFolder) -> None:
             y, part["mean"], height, xerr=whiskers, color=_COLOURS[k], label=_LABELS[kind], alpha=0.85,
             error_kw={"linewidth": 1, "ecolor": "#333333"},
         )  # fmt: skip
-    for k, name in enumerate(experiment.baselines):
-        axes.axvline(rows[name].mean(), color=_BASELINE, linestyle=_LINES[k % len(_LINES)], linewidth=1, label=name)
+        for baseline in experiment.baselines:
+            if baseline != TRIVIAL and baseline in part and part[baseline].notna().any():
+                label = baseline if k == 0 else "_nolegend_"
+                axes.scatter(part[baseline], y, marker="|", s=90, color="#333333", zorder=3, label=label)
+    axes.axvline(rows[TRIVIAL].mean(), color=_BASELINE, linestyle=_LINES[0], linewidth=1, label=TRIVIAL)
     axes.set_yticks(range(len(subsets)), [name.replace(", ", " + ") for name in subsets], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel(experiment.headline)

@@ -166,9 +166,9 @@ def _compared(compared: pd.DataFrame) -> str:
         lines.append([*line, str(row["num_cases"]), str(row["num_subjects"])])
     first, metric = compared["system"].iloc[0], compared["metric"].iloc[0]
     return (
-        f"## Against {first}, by {metric}\n\n{table(header, lines)}\n\nThe cases of all test parts together. Intervals "
-        "are bootstraps over subjects; p is of a permutation that exchanges two systems' answers within subjects, "
-        "corrected by Holm for the number of systems."
+        f"## Against {first}, by {metric}\n\n{table(header, lines)}\n\nThe cases of all test parts together; "
+        "scores are means over seeds. Intervals are bootstraps over subjects; p is of a permutation that exchanges two "
+        "systems' answers within subjects, corrected by Holm for the number of systems."
     )
 
 

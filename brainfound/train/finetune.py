@@ -16,7 +16,7 @@ Axis legend: B volumes, S slices, C contrasts, H W pixels.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,7 +41,7 @@ from brainfound.train.resuming import as_begun, checkpoint_to_resume, common_fac
 from brainfound.train.run_lock import only_one_training
 from brainfound.train.session_scores import FROZEN_CASES_FILE, SessionScores, write_cases, write_scores
 from brainfound.train.session_split import hashed_split, split_sessions, split_to_follow, write_split
-from brainfound.train.targets import Target, guess_task, resolve_target
+from brainfound.train.targets import Target, class_names, guess_task, resolve_target
 
 RELIABILITY_FILE = "reliability.png"
 
@@ -185,12 +185,38 @@ def what_is_learnt(
     task = guess_task(store, target) if recipe.task == "auto" else recipe.task
     resolved = resolve_target(store, parts["train"].tolist(), task, target, recipe.merge_codes, recipe.regions)
     require_fitting(recipe, resolved)
+    if task == "classification" and not resolved.multi_label:
+        _require_learnt_classes(store, parts, resolved)
+    if task == "segmentation" and say:
+        for part in ("validation", "test"):
+            masks = (store.read_masks(int(session)) for session in parts[part])
+            strange = sorted({code for mask in masks if mask is not None for code in resolved.unknown_codes(mask)})
+            if strange:
+                codes = ", ".join(map(str, strange))
+                say(f"masks of the {part} part have codes that the training part has not: {codes}. They are background")
     if task != "segmentation":
         for part, index in parts.items():
             values = resolved.values(store, index.tolist())  # refused now, and not after training
             if say and task == "classification" and (absent := _absent_classes(resolved, values)):
                 say(f"no session of the {part} part is {', '.join(absent)}: scores that need it are not defined there")
     return parts, resolved
+
+
+def _require_learnt_classes(store: Store, parts: Mapping[str, np.ndarray], target: Target) -> None:
+    """Refuse a class that somebody has and nobody of the training part."""
+    labels = store.covariate(target.column)
+    for part, index in parts.items():
+        for name in class_names(labels.iloc[index]):
+            if name not in target.names:
+                placed = np.concatenate(list(parts.values()))
+                has_it = np.array([class_names([label]) == [name] for label in labels.iloc[placed]])
+                subjects = store.sessions["subject"].iloc[placed[has_it]].nunique()
+                raise UsageError(
+                    f"the class {name!r} is in the {part} part and not in the training part",
+                    where=f"column {target.column}",
+                    got=f"{subjects} subjects have it" if subjects > 1 else "one subject has it",
+                    remedy="Leave its cells empty, join it to another class, or divide the subjects otherwise",
+                )
 
 
 def _absent_classes(target: Target, values: np.ndarray) -> list[str]:

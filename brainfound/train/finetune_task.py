@@ -68,7 +68,6 @@ class FinetuneTask(TrainTask):
         segmenting = target.task == "segmentation"
         self.reader = volume_reader(recipe, store, parts["train"], inner_model(model).config, target, cache)
         values = [] if segmenting else target.values(store, parts["train"].tolist()).tolist()
-        self.train_labels = values
         self.labels = dict(zip(parts["train"].tolist(), values, strict=True)) if values else {}
         self.eval_slices = None if segmenting else recipe.num_slices
         self.cache = cache
@@ -139,7 +138,6 @@ class FinetuneTask(TrainTask):
             self.parts[part].tolist(),
             self.target,
             self.eval_slices,
-            self.train_labels,
             cache=self.cache,
         )
 

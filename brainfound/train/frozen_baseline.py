@@ -64,7 +64,7 @@ def frozen_baseline(
     people = subject_numbers(store.sessions["subject"].tolist(), np.array(train))
     of_test = _linear_answers(means[: len(train)], means[len(train) :], labels, people, target, model.config)
     answers = dict(zip(test, of_test, strict=True))
-    return score_answers(lambda session, _: answers[session], store, test, target, labels.tolist())
+    return score_answers(lambda session, _: answers[session], store, test, target)
 
 
 def _means(

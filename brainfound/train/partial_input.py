@@ -19,15 +19,14 @@ from brainfound.adapters.bundle import load_bundle
 from brainfound.data.split_file import Split
 from brainfound.data.store import Store
 from brainfound.errors import UsageError
-from brainfound.evaluate.partial_input import drop, non_empty_subsets
+from brainfound.evaluate.partial_input import drop, headline_of_cases, non_empty_subsets
 from brainfound.evaluate.score_files import baselines_of, beside, columns_of, numbers_of
 from brainfound.evaluate.scores import HEADLINE
 from brainfound.evaluate.spread import sizes_of, spread_of
 from brainfound.train.checkpoint import write_atomically
 from brainfound.train.engine import process_state
 from brainfound.train.run_files import EXPORT_FOLDER
-from brainfound.train.session_scores import score_sessions
-from brainfound.train.session_split import SPLIT_FILE
+from brainfound.train.session_scores import FROZEN_CASES_FILE, score_sessions
 from brainfound.train.targets import Target, labelled_sessions
 
 ABSENCE_FILE = "partial_input.json"
@@ -73,17 +72,26 @@ def score_absence(
     labelled = labelled_sessions(store, target.column)
     test = np.intersect1d(split.sessions(store, fold)["test"], labelled)
     sessions = complete_sessions(store, test, contrasts, fold).tolist()
-    train = np.intersect1d(Split.load(run / SPLIT_FILE).sessions(store)["train"], labelled)
-    train_labels = [] if target.task == "segmentation" else target.values(store, train.tolist()).tolist()
     model = bundle.model.to(process_state().device)
     results = []
     for shown in non_empty_subsets(contrasts) if subset is None else [tuple(subset)]:
         without = [name for name in store.contrasts if name not in shown]
-        scored = score_sessions(model, store, sessions, target, bundle.metadata["num_slices"], train_labels, without)
+        scored = score_sessions(model, store, sessions, target, bundle.metadata["num_slices"], without)
         absence = TRAINING if subset is not None else NONE if len(shown) == len(contrasts) else TEST
         results.append({"contrasts": list(shown), "absence": absence, "num_left_out": len(test) - len(sessions)})
         results[-1] |= scored.to_dict()
+        # The frozen baseline has seen what its run has; asked with less, it has no answer.
+        if absence != TEST and (run / FROZEN_CASES_FILE).is_file():
+            results[-1]["frozen"] = _frozen_scores(run, target.task, sessions)
     write_atomically(run / ABSENCE_FILE, json.dumps(results, indent=1) + "\n")
+
+
+def _frozen_scores(run: Path, task: str, sessions: Sequence[int]) -> dict[str, float | None]:
+    """The headline score of a run's frozen baseline on some of its test sessions."""
+    # A class may be called NA, and 01 is not 1.
+    cases = pd.read_csv(run / FROZEN_CASES_FILE, sep="\t", dtype={"truth": str}, keep_default_na=False, na_values=[""])
+    score = headline_of_cases(task, cases[cases["row"].isin(sessions)])
+    return {HEADLINE[task]: None if np.isnan(score) else score}
 
 
 def absence_rows(folder: Path, table: pd.DataFrame) -> pd.DataFrame:

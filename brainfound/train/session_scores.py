@@ -158,7 +158,6 @@ def score_sessions(
     sessions: Sequence[int],
     target: Target,
     num_slices: int | None,
-    train_labels: Sequence[Any] = (),
     without: Sequence[str] = (),
     progress: Callable[[int, int], None] | None = None,
     cache: EmbeddingCache | None = None,
@@ -168,10 +167,8 @@ def score_sessions(
     Args:
         model: with the head of the target's task.
         store, sessions: the labelled sessions to score.
-        target: how the labels are read.
+        target: how the labels are read; the trivial baseline answers what it says of the training part.
         num_slices: slices to read per session; None for all.
-        train_labels: class indices or values of the training part, or 0 and 1 of each of several labels; for the
-            trivial baseline.
         without: contrasts to withhold. A session that has no other is left out.
         progress: called with (sessions done, sessions in all).
         cache: holds what the backbone says of the same slices; nothing is withheld then.
@@ -185,7 +182,7 @@ def score_sessions(
             return infer_embedded(model, cache.batch([session]).inputs())
         return infer(model, without_contrasts(stack, without) if without else stack, num_slices)
 
-    return score_answers(ask, store, sessions, target, train_labels, without, progress)
+    return score_answers(ask, store, sessions, target, without, progress)
 
 
 def score_answers(
@@ -193,7 +190,6 @@ def score_answers(
     store: Store,
     sessions: Sequence[int],
     target: Target,
-    train_labels: Sequence[Any] = (),
     without: Sequence[str] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> SessionScores:
@@ -201,7 +197,7 @@ def score_answers(
 
     Args:
         ask: answers about a session, given its index and its stack with all contrasts.
-        store, sessions, target, train_labels, without, progress: as for `score_sessions`.
+        store, sessions, target, without, progress: as for `score_sessions`.
 
     Raises:
         UsageError: as `score_sessions`.
@@ -220,6 +216,7 @@ def score_answers(
     answers: list[Any] = []
     guesses: list[Mapping[str, Mapping[str, float]]] = []
     rows = []
+    strange: dict[int, int] = {}
     names = store.sessions["subject"].tolist()
     first_rows = dict(zip(reversed(names), reversed(range(len(names))), strict=True))
     for done, (session, truth) in enumerate(zip(usable, truths, strict=True), start=1):
@@ -229,6 +226,8 @@ def score_answers(
         row |= {"subject": stack.subject, "session": stack.session}
         if segmenting:
             reference = target.encode_mask(np.asarray(stack.mask))
+            for code in target.unknown_codes(np.asarray(stack.mask)):
+                strange[code] = strange.get(code, 0) + 1
             found, head = answer.labels if target.regions else answer.classes, np.asarray(stack.pixels.any(axis=1))
             structures = _structures(target).items()
             case = {name: segmentation_case_scores(of(reference), of(found)) for name, of in structures}
@@ -256,15 +255,28 @@ def score_answers(
         scores, trivial = _segmentation_scores(answers), _segmentation_scores(guesses)
     elif target.multi_label:
         scores = multi_label_scores(truths, np.stack(answers), target.names)
-        trivial = trivial_multi_label_scores(train_labels or truths, truths, target.names)
     elif target.task == "classification":
         scores = classification_scores(truths, np.stack(answers))
-        trivial = trivial_scores("classification", train_labels or truths, truths)
     else:
         scores = regression_scores(truths, answers)
-        trivial = trivial_scores("regression", train_labels or truths, truths)
+    if not segmenting:
+        trivial = _without_an_image(target, truths) or dict.fromkeys(scores, float("nan"))
     absent = tuple(dict.fromkeys((*store.withheld, *without)))
-    return SessionScores(target.task, scores, trivial, pd.DataFrame(rows), absent)
+    notes = tuple(
+        f"mask code {code}, in {n} sessions, was not learnt: counted as background" for code, n in strange.items()
+    )
+    return SessionScores(target.task, scores, trivial, pd.DataFrame(rows), absent, notes=notes)
+
+
+def _without_an_image(target: Target, truths: Sequence[Any]) -> dict[str, float]:
+    """The scores of what the training part says of everybody; none where the target does not remember it."""
+    if target.task == "regression":
+        return trivial_scores("regression", target.mean, truths)
+    if not target.shares:
+        return {}
+    if target.multi_label:
+        return trivial_multi_label_scores(target.shares, truths, target.names)
+    return trivial_scores("classification", target.shares, truths)
 
 
 def _structures(target: Target) -> dict[str, Callable[[np.ndarray], np.ndarray]]:

@@ -78,6 +78,8 @@ def split_sessions(
         if fold is not None:
             raise UsageError("a fold of no split", where="--fold", got=fold, remedy="Give the split file with --split")
         names, num_linked = subjects_to_divide(store)
+        if unlabelled := len(store) - len(labelled):
+            say(f"{unlabelled} of {len(store)} sessions have no {target}: left out")
         if num_linked:
             say(f"{num_linked} subjects have an image of another subject: kept in one part with it")
         shares = {part: getattr(recipe, part) for part in PARTS}

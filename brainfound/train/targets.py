@@ -7,7 +7,7 @@ to every part; a session whose label is missing is left out, and counted.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -36,6 +36,8 @@ class Target:
         regions: segmentation with overlapping labels: the codes of each label; then there is no background among the
             names, and no `codes`.
         mean, std: regression: of the training part, in the unit of the column.
+        shares: classification: of the training part's sessions, in each class (or with each label); empty where it was
+            made before they were remembered.
         multi_label: classification: each name is a column of its own, and a session may have any of them.
     """
 
@@ -48,6 +50,7 @@ class Target:
     std: float = 1.0
     multi_label: bool = False
     regions: tuple[tuple[int, ...], ...] = ()
+    shares: tuple[float, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -60,13 +63,14 @@ class Target:
         """Class indices or numbers ``(n,)`` of sessions that `labelled_sessions` kept; 0 and 1 ``(n, K)`` of labels.
 
         Raises:
-            UsageError: a class that the training part did not have, or a label that is neither 0 nor 1.
+            UsageError: a class that the training part did not have, a word in the place of a number, or a label that
+                is neither 0 nor 1.
         """
         if self.multi_label:
             return np.stack([_yes_or_no(store, name, sessions) for name in self.names], axis=1)
-        labels = store.covariate(self.column).iloc[list(sessions)]
         if self.task == "regression":
-            return labels.to_numpy(dtype=np.float64)
+            return _numbers(store, self.column, sessions)
+        labels = store.covariate(self.column).iloc[list(sessions)]
         index = {name: k for k, name in enumerate(self.names)}
         unknown = sorted({_class_name(label) for label in labels} - set(index))
         if unknown:
@@ -90,6 +94,12 @@ class Target:
         table = np.zeros(max(int(mask.max()), max(self.codes)) + 1, dtype=np.uint8)
         table[list(self.codes)] = np.arange(len(self.codes))
         return table[mask]
+
+    def unknown_codes(self, mask: np.ndarray) -> list[int]:
+        """The codes of a mask that the training part did not have; with `regions` or `merge` there are none."""
+        if self.regions or self.merge:
+            return []
+        return np.setdiff1d(np.unique(mask), self.codes).tolist()
 
     def decode_mask(self, classes: np.ndarray) -> np.ndarray:
         """Class indices → label codes; not with `regions`."""
@@ -176,24 +186,30 @@ def resolve_target(
     return (_number_target if task == "regression" else _class_target)(store, train, column)
 
 
-def _number_target(store: Store, train: Sequence[int], column: str) -> Target:
-    labels = store.covariate(column).iloc[list(train)]
+def _numbers(store: Store, column: str, sessions: Sequence[int]) -> np.ndarray:
+    """The values ``(n,)`` of a column of numbers."""
+    labels = store.covariate(column).iloc[list(sessions)]
     numbers = pd.to_numeric(labels, errors="coerce")
     if numbers.isna().any():
         raise UsageError(
             "a regression target must be numeric",
             where=f"column {column}",
             got=repr(labels[numbers.isna()].iloc[0]),
-            remedy="Use --set task=classification, or another column",
+            remedy="Leave such a cell empty, use --set task=classification, or another column",
         )
-    std = float(numbers.std(ddof=0))
-    if not std > 0:
-        raise UsageError("the target is constant", where=f"column {column}", got=float(numbers.iloc[0]))
+    return numbers.to_numpy(dtype=np.float64)
+
+
+def _number_target(store: Store, train: Sequence[int], column: str) -> Target:
+    numbers = _numbers(store, column, train)
+    if not (std := float(numbers.std())) > 0:
+        raise UsageError("the target is constant", where=f"column {column}", got=float(numbers[0]))
     return Target("regression", column, mean=float(numbers.mean()), std=std)
 
 
 def _class_target(store: Store, train: Sequence[int], column: str) -> Target:
-    names = tuple(sorted({_class_name(label) for label in store.covariate(column).iloc[list(train)]}))
+    labels = [_class_name(label) for label in store.covariate(column).iloc[list(train)]]
+    names = tuple(sorted(set(labels)))
     if not 2 <= len(names) <= MAX_CLASSES:
         raise UsageError(
             "a classification needs at least two classes in the training part",
@@ -210,21 +226,22 @@ def _class_target(store: Store, train: Sequence[int], column: str) -> Target:
             got=", ".join(names[:3]) + ", …",
             remedy="Choose another column, or --set task=regression for numbers",
         )
-    return Target("classification", column, names=names)
+    return Target("classification", column, names=names, shares=tuple(labels.count(n) / len(labels) for n in names))
 
 
 def _multi_label_target(store: Store, train: Sequence[int], task: Task, columns: tuple[str, ...]) -> Target:
     if task != "classification":
         raise UsageError(f"a {task} has one column", where="target", got=", ".join(columns))
-    for name in columns:
-        if len(np.unique(_yes_or_no(store, name, train))) < 2:
+    shares = tuple(float(_yes_or_no(store, name, train).mean()) for name in columns)
+    for name, share in zip(columns, shares, strict=True):
+        if share in (0, 1):
             raise UsageError(
                 "a label needs sessions with it and without it in the training part",
                 where=f"column {name}",
                 got="one value",
                 remedy="Leave this column out of the target",
             )
-    return Target("classification", ",".join(columns), names=columns, multi_label=True)
+    return Target("classification", ",".join(columns), names=columns, multi_label=True, shares=shares)
 
 
 def _yes_or_no(store: Store, column: str, sessions: Sequence[int]) -> np.ndarray:
@@ -297,6 +314,11 @@ def _require_regions(regions: Mapping[str, Sequence[int]], codes: set[int], merg
 
 def _as_tuples(value: Any) -> Any:
     return tuple(_as_tuples(part) for part in value) if isinstance(value, list) else value
+
+
+def class_names(labels: Iterable[Any]) -> list[str]:
+    """The classes of some labels, each once, sorted."""
+    return sorted({_class_name(label) for label in labels})
 
 
 def _class_name(label: Any) -> str:

@@ -255,7 +255,7 @@ def test_training_says_what_is_wrong(cli, small_store, tiny_backbone, classifier
         (["predict", "{run}", "SWI={scan}"], 2, ["not trained with SWI", "expected T1w, T2w, FLAIR"]),
         (["predict", "{run}", "{scan}", "{scan}"], 2, ["two scans of T1w"]),
         (["predict", "{run}", "T1={scan}", "t1w={tmp}/plain.nii.gz"], 2, ["two scans of T1w", "plain.nii.gz"]),
-        (["predict", "{run}", "{scan}", "FLAIR={scan}"], 2, ["s00_T1w.nii.gz", "T1w and as FLAIR"]),
+        (["predict", "{run}", "{scan}", "FLAIR={scan}"], 2, ["s00_T1w.nii.gz", "FLAIR and as T1w"]),
         (["predict", "{run}", "{scan}", "--device", "gpu"], 2, ["device", "got gpu"]),
         (["predict", "{run}", "{scan}", "--out", "{scan}"], 1, ["s00_T1w.nii.gz", "File exists"]),
         (["embed", "{segmenter}", "{scan}"], 2, ["segmentation", "no volume embedding"]),

@@ -26,6 +26,11 @@ def test_options_reach_the_files(cli, segmenter, source, tmp_path):
         "s01_T1w_probability.nii.gz",
         "s01_T1w.json",
     ]
+    again = ("predict", segmenter, *scans, "--out", tmp_path / "plain")
+    refused = cli(*again)
+    assert refused.code == 2
+    assert "s01_T1w.json: an answer of this name is there already" in refused.line
+    assert cli(*again, "--overwrite").code == 0
     options = ["--flip", "--overlap", "--min-volume-mm3", "700", "--probabilities"]
     assert cli("predict", segmenter, *scans, "--out", tmp_path / "more", *options).code == 0
     first, second = (json.loads((tmp_path / name / "s01_T1w.json").read_text()) for name in ("plain", "more"))

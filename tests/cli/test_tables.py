@@ -14,7 +14,7 @@ def test_a_number_that_is_not_defined_is_a_dash():
 
 
 def test_the_line_of_scores_has_the_headline_and_what_there_is_room_for():
-    scores, trivial = regression_scores([1, 2, 3], [1, 2, 4]), trivial_scores("regression", [1, 2], [1, 2, 3])
+    scores, trivial = regression_scores([1, 2, 3], [1, 2, 4]), trivial_scores("regression", 1.5, [1, 2, 3])
     line = scores_line(
         {"task": "regression", "num_sessions": 3, "scores": scores, "trivial": trivial | {"pearson": None}}
     )

@@ -102,6 +102,17 @@ def test_another_cohort_never_scores_who_was_learnt_from(run, other_store, tmp_p
         evaluate(moved, other_store)
 
 
+def test_sessions_without_a_label_are_counted(run, other_store, tmp_path, monkeypatch):
+    (before,) = evaluate(run, other_store)
+    labels = other_store.sessions["diagnosis"].where(other_store.sessions["subject"] != "other-s00", None)
+    monkeypatch.setitem(other_store.sessions, "diagnosis", labels)
+    (scored,) = evaluate(run, other_store)
+    total = len(before.cases)
+    assert len(scored.cases) == total - 1
+    assert f"1 of {total} sessions have no diagnosis: not scored" in scored.notes
+    assert not [note for note in before.notes if "not scored" in note]
+
+
 def test_partial_input_asks_about_every_subset_full_input_first(run, small_store):
     results = evaluate(run, small_store, partial_input=True)
     assert len(results) == 2**3 - 1

@@ -10,6 +10,7 @@ import pytest
 from matplotlib.image import imread
 
 from brainfound.errors import BrainFoundError, UsageError
+from brainfound.evaluate import compare
 from brainfound.evaluate.score_files import records
 from brainfound.evaluate.spread import summarise
 from brainfound.report.experiment import SCHEMA
@@ -173,6 +174,32 @@ def test_systems_that_answer_several_labels_are_compared_by_their_mean(tmp_path)
     assert found.loc["better", "p_holm"] < 0.05
     assert found.loc["better", "num_cases"] == 60
     assert "## Against base, by auroc" in page
+
+
+def test_the_page_and_a_comparison_of_seeds_say_the_same(tmp_path):
+    """The seeds of a system are scored one by one; put together, scores on scales of their own would be ranked."""
+    table = runs(systems=("a", "b"), folds=("fold-1",), seeds=(0, 1)).rename(
+        columns=lambda name: name.replace("mae", "auroc")
+    )
+    folder = write(tmp_path / "grid", table, kind="comparison", task="classification", headline="auroc")
+    rng, rows, tables = np.random.default_rng(0), [], {"a": [], "b": []}
+    for system, strength in (("a", 0.1), ("b", 0.3)):
+        for seed, offset in ((0, 0.0), (1, 0.5)):
+            of_seed = []
+            for case in range(40):
+                share = float(np.clip(0.25 + offset + strength * (case % 2 - 0.5) + 0.1 * rng.normal(), 0, 1))
+                of_seed.append(
+                    {"row": case, "subject": case, "truth": "xy"[case % 2], "p(x)": 1 - share, "p(y)": share}
+                )
+            where = {"system": system, "group": "all folds", "fold": "fold-1", "seed": seed}
+            rows += [where | case for case in of_seed]
+            tables[system].append(pd.DataFrame(of_seed))
+    pd.DataFrame(rows).to_csv(folder / "cases.tsv", sep="\t", index=False)
+    write_page(folder)
+    found = pd.read_csv(folder / "comparison.tsv", sep="\t").set_index("system")
+    expected = compare(tables, "a", ["auroc"]).set_index("system")
+    for name in ("value", "difference", "p", "num_cases"):
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-6)
 
 
 def test_what_is_no_experiment_is_refused_in_a_line(tmp_path):

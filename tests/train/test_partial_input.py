@@ -36,11 +36,6 @@ TINY = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _no_figure(monkeypatch):
-    monkeypatch.setattr("brainfound.report.experiment_page.draw_figure", lambda experiment: None)
-
-
 @pytest.fixture(scope="module")
 def patchy(small_store) -> Store:
     """The small store, in which every fourth session lacks FLAIR."""
@@ -55,7 +50,6 @@ def subsets(patchy, tiny_backbone, tmp_path_factory):
     out = tmp_path_factory.mktemp("subsets") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("brainfound.train.run_files.plot_curves", lambda folder: folder)
-        patch.setattr("brainfound.report.experiment_page.draw_figure", lambda experiment: None)
         recipe = validate(FinetuneRecipe, TINY)
         split = folds_for(recipe, patchy, "age_years", folds=2)
         (system,) = systems_of([str(tiny_backbone)])
@@ -85,8 +79,20 @@ def test_all_rows_are_of_the_sessions_that_have_every_contrast(subsets, patchy):
         assert alone["training"] == pytest.approx(
             headline_of_cases("regression", other.cases[flair[other.cases["row"]]])
         )
+        # The frozen baseline stands beside what it can be asked: a model and the contrasts that it has seen.
+        frozen = pd.read_csv(subsets / "T1w" / fold / "seed-0" / "frozen-cases.tsv", sep="\t")
+        expected = headline_of_cases("regression", frozen[flair[frozen["row"]]])
+        of_frozen = part[part["contrasts"] == "T1w"].set_index("absence")["frozen mae"]
+        assert of_frozen["training"] == pytest.approx(expected)
+        assert part.set_index("absence")["frozen mae"].isna().to_dict() == {
+            "none": False,
+            "test": True,
+            "training": False,
+        }
     summary = json.loads((subsets / "summary.json").read_text())
     assert len(summary["partial_input"]) == 5
+    assert summary["baselines"] == ["trivial", "frozen"]
+    assert (subsets / "report.png").is_file()
     page = (subsets / "report.md").read_text()
     assert "in training too" in page
     assert "lack a contrast and are not scored here" in page

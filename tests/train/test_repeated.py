@@ -129,7 +129,7 @@ def test_a_class_that_cannot_be_learnt_is_told_before_the_first_run(
     monkeypatch.setitem(small_store.sessions, "diagnosis", ["x", "y"] * 4 + ["x", "y", "z", "z"])
     recipe = validate(FinetuneRecipe, TINY, ["split.stratify=false"])
     split = folds_for(recipe, small_store, "diagnosis", leave_site_out=True)
-    with pytest.raises(UsageError, match="'z' is not among those"):
+    with pytest.raises(UsageError, match="'z' is in the test part and not in.*2 subjects have it"):
         finetune_over(split, recipe, small_store, tiny_backbone, "diagnosis", tmp_path / "sites", quiet=True)
     assert not runs
     assert not any((tmp_path / "sites").iterdir()), "the same command can be given again"

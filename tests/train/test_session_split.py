@@ -56,6 +56,16 @@ def names_of(store, parts) -> dict[str, set[str]]:
     return {part: set(store.sessions["subject"].iloc[index]) for part, index in parts.items()}
 
 
+def test_sessions_without_a_label_are_counted(table_store):
+    told: list[str] = []
+    split_sessions(RECIPE, table_store, "age_years", None, say=told.append)
+    assert not told
+    table_store.sessions.loc[[3, 8, 9], "age_years"] = np.nan
+    parts = split_sessions(RECIPE, table_store, "age_years", None, say=told.append)
+    assert sum(map(len, parts.values())) == 77
+    assert told == ["3 of 80 sessions have no age_years: left out"]
+
+
 RECIPE = validate(SplitRecipe, {"train": 0.5, "validation": 0.25, "test": 0.25}, ())
 
 

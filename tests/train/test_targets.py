@@ -107,6 +107,20 @@ def test_regression_of_words_or_of_a_constant_is_refused(sessions):
 CLASSES = Target("segmentation", "mask", names=("background", "label 3", "label 9"), codes=(0, 3, 9))
 
 
+def test_a_word_among_numbers_is_told_in_any_part(sessions):
+    store = sessions(size=["1", "2", "3", "4", "5", "6", "7", "8", "9", "10", "11", "unknown"])
+    target = resolve_target(store, list(range(6)), "regression", "size")
+    assert target.values(store, [6, 7]).tolist() == [7.0, 8.0]
+    with pytest.raises(UsageError, match=r"must be numeric.*'unknown'"):
+        target.values(store, [10, 11])
+
+
+def test_what_the_training_part_says_of_everybody_is_remembered(sessions):
+    store = sessions(kind=["a"] * 3 + ["b"] * 9, ill=[0, 1] * 6, old=[0] * 9 + [1] * 3)
+    assert resolve_target(store, [0, 1, 2, 3], "classification", "kind").shares == (0.75, 0.25)
+    assert resolve_target(store, list(range(12)), "classification", "ill,old").shares == (0.5, 0.25)
+
+
 def test_label_codes_go_to_classes_and_back():
     target = CLASSES
     mask = np.array([[0, 3], [9, 3]], dtype=np.uint8)
