@@ -26,6 +26,7 @@ VERBS = (
     "evaluate",
     "compare",
     "embed",
+    "probe",
     "predict",
     "explain",
     "report",

@@ -18,6 +18,7 @@ from brainfound.errors import ModelError, UsageError
 from brainfound.evaluate.partial_input import non_empty_subsets
 from brainfound.predict.evaluation_files import require_free, write_evaluation
 from brainfound.predict.loading import load
+from brainfound.predict.predictor import Predictor
 from brainfound.train.run_files import EXPORT_FOLDER
 from brainfound.train.session_scores import SessionScores, score_sessions
 from brainfound.train.session_split import in_parts, learnt_from
@@ -63,13 +64,7 @@ def evaluate(
     target = predictor.target
     if target is None:
         raise ModelError("an encoder has nothing to be scored on", where=model, remedy="Fine-tune it first")
-    if store.preprocessing != predictor.preprocessing:
-        raise UsageError(
-            "the store was prepared in another way than the model's training data",
-            where=store.path,
-            got=_difference(store.preprocessing.model_dump(), predictor.preprocessing.model_dump()),
-            remedy="Prepare it with the model's preprocessing: brainfound prepare SOURCE STORE --like MODEL",
-        )
+    require_like(predictor, store)
     if part not in PARTS:
         raise UsageError(f"a split has no part {part!r}", expected=", ".join(PARTS))
     store = showing(store, predictor.reads)
@@ -101,6 +96,17 @@ def evaluate(
             on = "all labelled sessions of a store"
         write_evaluation(Path(out), results, store, target.column, short_name(model), on, command)
     return results
+
+
+def require_like(predictor: Predictor, store: Store) -> None:
+    """Refuse a store that was prepared in another way than the model's training data."""
+    if store.preprocessing != predictor.preprocessing:
+        raise UsageError(
+            "the store was prepared in another way than the model's training data",
+            where=store.path,
+            got=_difference(store.preprocessing.model_dump(), predictor.preprocessing.model_dump()),
+            remedy="Prepare it with the model's preprocessing: brainfound prepare SOURCE STORE --like MODEL",
+        )
 
 
 def _split_of(model: Path) -> dict[str, Any] | None:

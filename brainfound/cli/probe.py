@@ -1,0 +1,60 @@
+"""``brainfound probe``: what frozen embeddings know."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from brainfound.cli.terminal import AsJson, Quiet, progress_bar
+
+if TYPE_CHECKING:
+    from brainfound.evaluate.statistics import Interval
+
+
+def probe(
+    model: Annotated[str, typer.Argument(help="A run, its export folder, or the Hub id of an encoder.")],
+    data: Annotated[Path, typer.Option(help="The store.")],
+    label: Annotated[str | None, typer.Option(help="A column of the store (age_years, diagnosis, …).")] = None,
+    site: Annotated[str, typer.Option(help="The column that says the site or the scanner.")] = "site",
+    slices: Annotated[int, typer.Option(min=1, help="Evenly spaced slices of each session.")] = 32,
+    cache: Annotated[Path | None, typer.Option(help="A folder to keep embeddings in, for other questions.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of folds and bootstrap.")] = 0,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """What frozen embeddings know: a label beside the site, by linear models cross-validated by subject.
+
+    Where subjects have two sessions, also how alike these are (ICC), and how often the nearest other session is of the
+    same subject.
+    """
+    from brainfound.cli.tables import number, print_table
+    from brainfound.predict.embedding_probe import probe as run
+
+    with progress_bar("embedding sessions", quiet) as progress:
+        found = run(model, data, label, site=site, num_slices=slices, seed=seed, cache=cache, progress=progress)
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=1))
+        return
+    rows = []
+    if found.probed is not None:
+        of = found.probed
+        label_words = {"balanced_accuracy": "balanced accuracy", "r2": "R²"}[of.label_metric]
+        rows.append([str(label), label_words, _with_ends(of.label), number(of.label_chance), str(found.num_probed)])
+        rows.append([site, "balanced accuracy", _with_ends(of.site), number(of.site_chance), str(found.num_probed)])
+    if found.retest is not None:
+        sessions = str(2 * found.retest.num_subjects)
+        rows.append(["the subject", "nearest session", number(found.retest.identification),
+                     number(found.retest.chance), sessions])  # fmt: skip
+        rows.append(["test and retest", "median ICC", number(found.retest.median_icc), number(0.0), sessions])
+    print_table(
+        ["what they tell", "score", "value (95% interval)", "knowing nothing", "sessions"], rows, title=str(model)
+    )
+
+
+def _with_ends(interval: Interval) -> str:
+    from brainfound.cli.tables import number
+
+    return f"{number(interval.estimate)} ({number(interval.low)} to {number(interval.high)})"

@@ -1,0 +1,84 @@
+"""``brainfound probe``: what frozen embeddings know of label, site and subject."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from brainfound.errors import UsageError
+from brainfound.evaluate.embedding_probes import site_probe
+from brainfound.predict.embedding_probe import probe
+from brainfound.predict.loading import load
+from brainfound.train.embedding_cache import slice_embeddings
+
+
+def test_label_and_site_stand_beside_each_other(cli, classifier, small_store, tmp_path, monkeypatch):
+    arguments = ("probe", classifier, "--data", small_store.path, "--label", "diagnosis", "--slices", 3)
+    said = cli(*arguments, "--cache", tmp_path / "kept")
+    assert said.code == 0, said.err
+    assert "diagnosis" in said.out
+    assert "site" in said.out
+    assert "test and retest" not in said.out, "every subject has one session"
+    # A second question is about what was kept.
+    monkeypatch.setattr("brainfound.train.embedding_cache.slice_embeddings", None)
+    content = json.loads(cli(*arguments, "--cache", tmp_path / "kept", "--json").out)
+    assert (content["num_probed"], content["num_sessions"]) == (12, 12)
+    assert content["probed"]["site_chance"] == pytest.approx(1 / 3)
+    assert content["probed"]["label_metric"] == "balanced_accuracy"
+
+
+def test_embeddings_are_the_means_over_the_slices(classifier, small_store):
+    encoder = load(classifier).model.get_base_model().brainfound
+    slices = np.array([3, 10, 17])
+    means = [slice_embeddings(encoder, small_store[i], slices).mean(axis=0) for i in range(12)]
+    columns = [small_store.sessions[name].to_numpy() for name in ("site", "age_years", "subject")]
+    expected = site_probe(np.stack(means), *columns, seed=4)
+    found = probe(classifier, small_store, "age_years", num_slices=3, seed=4)
+    assert len(small_store[0].pixels) == 21, "else other slices are read"
+    assert found.probed == expected
+    assert found.probed.label_metric == "r2"
+
+
+def test_sessions_of_the_same_subject_are_found(classifier, small_store, monkeypatch):
+    monkeypatch.setitem(small_store.sessions, "subject", [f"s{n // 2}" for n in range(12)])
+    monkeypatch.setitem(small_store.sessions, "session", ["1", "2"] * 6)
+    found = probe(classifier, small_store, num_slices=3)
+    assert found.probed is None
+    assert found.retest.num_subjects == 6
+    assert found.to_dict()["retest"]["chance"] == pytest.approx(1 / 6)
+
+
+def test_sessions_without_a_label_are_not_probed(classifier, small_store, monkeypatch):
+    ages = small_store.sessions["age_years"].where(np.arange(12) != 5)
+    monkeypatch.setitem(small_store.sessions, "age_years", ages)
+    found = probe(classifier, small_store, "age_years", num_slices=3)
+    assert (found.num_probed, found.num_sessions) == (11, 12)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["nothing to ask", "Give --label COLUMN"]),
+        (["--label", "diagnosi"], ["no column 'diagnosi'", "Did you mean diagnosis?"]),
+        (["--label", "diagnosis", "--site", "scaner"], ["no column 'scaner'"]),
+    ],
+)
+def test_what_cannot_be_asked_is_one_line(cli, classifier, small_store, arguments, words):
+    said = cli("probe", classifier, "--data", small_store.path, *arguments)
+    assert said.code == 2
+    assert all(word in said.line for word in words)
+
+
+def test_a_segmentation_has_no_embedding(cli, segmenter, small_store):
+    said = cli("probe", segmenter, "--data", small_store.path, "--label", "diagnosis")
+    assert said.code == 2
+    assert "makes no volume embedding" in said.line
+
+
+def test_a_store_prepared_otherwise_is_refused(classifier, small_store, monkeypatch):
+    other = small_store.preprocessing.model_copy(update={"spacing_mm": (3.0, 3.0, 3.0)})
+    monkeypatch.setattr(small_store, "preprocessing", other)
+    with pytest.raises(UsageError, match=r"prepared in another way.*--like MODEL"):
+        probe(classifier, small_store, "diagnosis")
