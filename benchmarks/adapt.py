@@ -2,8 +2,8 @@
 
     python benchmarks/adapt.py [--only lora,cache,predict] [--rounds 3] [--out FILE]
 
-Each way of training has a process of its own and takes its steps in turns with the others; ratios are taken within
-rounds. Weights are new: times and memory do not ask what was learnt.
+The two ways of `lora` have processes of their own and take their steps in turns; those of `cache` are whole runs of
+fine-tuning in turns. Ratios are taken within rounds. Weights are new: times and memory do not ask what was learnt.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -27,7 +28,7 @@ TARGETS = {
     "lora: trained parameters of the backbone, share": ("≤", 0.02),
     "lora: time of a step over full fine-tuning": ("≤", 0.8),
     "lora: peak memory over full fine-tuning": ("≤", 0.7),
-    "cache: steps of a head on kept embeddings over encoding each time, per second": ("≥", 50.0),
+    "cache: epochs of a head on kept embeddings over encoding each time, per second": ("≥", 50.0),
     "predict: time over the backbone's forward pass on the same slices": ("≤", 1.3),
 }
 
@@ -59,7 +60,6 @@ def compare_steps(options: argparse.Namespace, folder: Path, ways: dict[str, dic
         "batch": options.batch,
         "slices": options.slices,
         "image": options.image,
-        "cached": False,
     }
     with ExitStack() as stack:
         workers = {
@@ -85,10 +85,58 @@ def lora(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def cache(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """A head on a frozen backbone: slices encoded in every step, and embeddings that were kept."""
-    ways = {"encoding": {"adapter": "head-only"}, "kept": {"adapter": "head-only", "cached": True}}
-    found = compare_steps(options, folder, ways)
-    return found | {"rate_over_encoding": ratio(found["seconds"]["encoding"], found["seconds"]["kept"])}
+    """Epochs of a head on a frozen backbone, by whole runs: slices read and encoded anew, and embeddings kept."""
+    import torch
+
+    from brainfound.data.phantom import write_phantom_cohort
+    from brainfound.data.prepare import prepare
+    from brainfound.data.preprocessing import Preprocessing
+    from brainfound.models import BrainFoundConfig, BrainFoundModel
+    from brainfound.train.finetune import finetune
+
+    torch.set_num_threads(options.threads)
+    contrasts = ("T1w", "T2w", "FLAIR")
+    cohort = write_phantom_cohort(
+        folder / "cohort", num_subjects=12, spacing_mm=4.0, contrasts=contrasts, missing_probability=0.0
+    )
+    pixel_mm = 224.0 / options.image
+    preprocessing = Preprocessing(
+        contrasts=contrasts,
+        spacing_mm=(pixel_mm, pixel_mm, min(120.0 / options.slices, 20.0)),
+        size=(options.image,) * 2,
+    )
+    store = prepare(cohort, folder / "store", preprocessing)
+    width, layers, heads = SIZES[options.model]
+    backbone = {"model_type": "dinov2", "hidden_size": width, "num_hidden_layers": layers}
+    backbone |= {"num_attention_heads": heads, "patch_size": 14, "image_size": 518}
+    torch.manual_seed(0)
+    config = BrainFoundConfig(backbone_config=backbone, contrasts=contrasts)
+    BrainFoundModel(config).save_pretrained(folder / "model")
+    common = [
+        f"num_slices={options.slices}", f"engine.batch_size={options.batch}", "engine.log_every=1",
+        'engine.precision="no"', "evaluate_every=0", "frozen_baseline=false", "head_fit_passes=0",
+        "split.train=0.5", "split.validation=0.25", "split.test=0.25",
+    ]  # fmt: skip
+    runs = iter(range(1_000))
+
+    def seconds_per_step(kept: bool) -> float:
+        """The median of an epoch's steps, or of ten epochs' of kept embeddings; not of the first, which warms up."""
+        steps = 1 + max(1, 6 // options.batch) * (10 if kept else 1)
+        settings = [f"cached_embeddings={str(kept).lower()}", f"engine.steps={steps}"]
+        run = finetune(
+            "finetune-classification", store, folder / "model", "sex", folder / f"run-{next(runs)}",
+            adapter="head-only", overrides=[*common, *settings], cache=folder / "kept", quiet=True,
+        )  # fmt: skip
+        lines = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+        return statistics.median(line["seconds_per_step"] for line in lines[1:] if "seconds_per_step" in line)
+
+    ways = {"encoding": lambda: seconds_per_step(False), "kept": lambda: seconds_per_step(True)}
+    seconds = interleave(ways, options.rounds, timed_by_themselves=ways)
+    return {
+        "seconds": seconds,
+        "num_slices": store.num_slices,
+        "rate_over_encoding": ratio(seconds["encoding"], seconds["kept"]),
+    }
 
 
 def predict(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -146,7 +194,7 @@ def figures(result: dict[str, Any]) -> dict[str, float]:
             "lora: peak memory over full fine-tuning": found["memory_over_full"],
         }
     if "cache" in result:
-        name = "cache: steps of a head on kept embeddings over encoding each time, per second"
+        name = "cache: epochs of a head on kept embeddings over encoding each time, per second"
         values[name] = result["cache"]["rate_over_encoding"]["median"]
     if "predict" in result:
         name = "predict: time over the backbone's forward pass on the same slices"

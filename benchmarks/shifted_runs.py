@@ -57,7 +57,12 @@ def shared_options(doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--part", choices=("test", "development"), default="test", help="the sites that are scored")
     parser.add_argument("--tasks", nargs="+", choices=tuple(TASKS), default=list(TASKS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--sessions", type=int, default=60, help="to learn from, a tenth of them unused validation")
+    parser.add_argument(
+        "--sessions",
+        type=int,
+        default=60,
+        help="of the sites to learn from; a fifth is validation and test parts that are not used",
+    )
     parser.add_argument("--test-sessions", type=int, default=100)
     parser.add_argument("--spacing-mm", type=float, default=2.5, help="of the simulation")
     parser.add_argument("--slice-mm", type=float, default=5.0, help="distance of slices in the stores")

@@ -51,8 +51,6 @@ def main() -> None:
     }
     volumes, slices, side = settings["batch"], settings["slices"], settings["image"]
     inputs = {"pixel_values": torch.rand(volumes, slices, 3, side, side)}
-    if settings["cached"]:
-        inputs = {"slice_embeddings": torch.randn(volumes, slices, settings["size"][0])}
     labels = torch.arange(volumes) % 2
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     while True:

@@ -215,6 +215,24 @@ def test_hd95_of_empty_masks_follows_the_named_convention():
             hd95(full, full, spacing_mm, **wrong)
 
 
+@settings(max_examples=40, deadline=None)
+@given(_MASK_PAIRS.filter(lambda masks: masks[0].any() and masks[1].any() and masks[0].ndim > 1), st.data())
+def test_surface_metrics_are_those_of_monai(masks, data):
+    """A package that others keep; it takes planes and volumes, and masks that are not empty."""
+    pytest.importorskip("monai", reason="MONAI is not installed")
+    from monai.metrics import compute_hausdorff_distance, compute_surface_dice
+
+    spacing = data.draw(st.lists(st.sampled_from([0.5, 1.0, 2.5]), min_size=masks[0].ndim, max_size=masks[0].ndim))
+    tolerance = data.draw(st.sampled_from([0.3, 1.2, 2.7]))
+    # A margin: at the border of an array the two may differ in what is outside.
+    prediction, reference = (np.pad(mask, 1) for mask in masks)
+    given_masks = [torch.from_numpy(mask)[None, None].float() for mask in (prediction, reference)]
+    theirs = compute_hausdorff_distance(*given_masks, include_background=True, percentile=95, spacing=spacing)
+    assert hd95(prediction, reference, spacing) == pytest.approx(theirs.item(), rel=1e-5)
+    theirs = compute_surface_dice(*given_masks, [tolerance], include_background=True, spacing=spacing)
+    assert surface_dice(prediction, reference, spacing, tolerance) == pytest.approx(theirs.item(), rel=1e-5)
+
+
 @settings(max_examples=80, deadline=None)
 @given(_MASK_PAIRS, st.sampled_from(["faces", "corners"]))
 def test_lesion_f1_against_flood_fill(masks, touching):

@@ -291,6 +291,11 @@ def test_recipes_of_large_machines_are_tried_out_with_a_few_images(name):
     assert few.gradient_checkpointing == content.gradient_checkpointing
 
 
+def test_the_largest_model_is_shared_between_gpus():
+    """Whole, its weights, gradients and moments leave an 80-GB GPU next to nothing."""
+    assert load(PretrainRecipe, "pretrain-vitg14-8gpu", "train").engine.parallel == "fsdp"
+
+
 @pytest.mark.parametrize("kind", KINDS.values(), ids=lambda kind: kind.name)
 def test_what_is_known_of_a_gpu_can_be(kind):
     # No GPU computes slower in bfloat16 than in float32, or gives a program all of its memory.

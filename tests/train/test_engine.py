@@ -21,6 +21,7 @@ from brainfound.train import checkpoint as checkpoints
 from brainfound.train.checkpoint import latest_valid, list_checkpoints
 from brainfound.train.engine import Engine, EngineRecipe, TrainTask, make_accelerator
 from brainfound.train.guard import RollBack
+from brainfound.train.step_health import StepHealth
 
 
 class Line(TrainTask):
@@ -84,6 +85,31 @@ def test_a_poisoned_step_is_skipped_and_counted(tmp_path):
     assert task.moved == [0, 2, 3]
     assert torch.isfinite(task.model.weight).all()
     assert [line["skipped_steps"] for line in task.seen] == [0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_a_gradient_that_is_not_finite_skips_the_step_though_the_loss_is_finite(tmp_path, value):
+    class Steep(Line):
+        def loss(self, model, batch, step, micro_batch):
+            loss, parts = super().loss(model, batch, step, micro_batch)
+            if step == 1:
+                model.weight.register_hook(lambda gradient: torch.full_like(gradient, value))
+            return loss, parts
+
+    task = Steep()
+    engine(task, tmp_path, steps=2).run()
+    assert task.moved == [0]
+    assert math.isfinite(task.seen[1]["loss"])
+    assert task.model.weight.item() == pytest.approx(0.3), "as after step 0"
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_a_value_that_is_not_finite_is_a_broken_step(value):
+    health = StepHealth(torch.device("cpu"), most_in_a_row=3)
+    assert health.judge([torch.tensor(1e30), torch.tensor(0.0)]).item() == 0
+    assert health.judge([torch.tensor(1.0), torch.tensor(value)]).item() == 1
+    assert health.judge([torch.tensor(value, dtype=torch.bfloat16), torch.tensor(1.0)]).item() == 1
+    assert health.read(3) == {"skipped": 2, "skipped_in_a_row": 2}
 
 
 def test_the_task_sees_nan_where_the_log_says_null(tmp_path):
