@@ -96,6 +96,7 @@ def save_bundle(
     _require_bundlable(body, preprocessing)
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+    former = draft.with_suffix(".former")
     draft.mkdir()
     try:
         if contract is not None:
@@ -106,10 +107,14 @@ def save_bundle(
             write_model_card(draft, {"name": folder.resolve().parent.name, **card})
         _require_same_answers(draft, model, example)
         if folder.exists():
-            shutil.rmtree(folder)
+            # Moved aside, not removed: until the new one stands there, the former one is whole.
+            folder.rename(former)
         draft.rename(folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+        if former.exists() and not folder.exists():
+            former.rename(folder)
+        shutil.rmtree(former, ignore_errors=True)
     return folder
 
 

@@ -122,9 +122,11 @@ class AttentionAggregator(Aggregator):
 
 
 class TransformerAggregator(Aggregator):
-    """A small pre-norm transformer whose class token reads the slices at their positions in mm."""
+    """A small pre-norm transformer whose class token reads the slices at their positions in mm.
 
-    has_weights = False
+    A slice's weight is what the class token draws from it by attention rollout (Abnar and Zuidema 2020, §3); with one
+    layer that is the class token's attention, as a mean over heads. No gradient goes through weights.
+    """
 
     def __init__(self, width: int, num_layers: int) -> None:
         super().__init__()
@@ -133,14 +135,18 @@ class TransformerAggregator(Aggregator):
         self.layers = nn.ModuleList(SliceBlock(width) for _ in range(num_layers))
         self.norm = nn.LayerNorm(width)
 
-    def pool(self, slices: Tensor, positions_mm: Tensor) -> tuple[Tensor, None]:
-        num_volumes, _, width = slices.shape
+    def pool(self, slices: Tensor, positions_mm: Tensor) -> tuple[Tensor, Tensor]:
+        num_volumes, num_slices, width = slices.shape
         slices = self.input_norm(slices)
         slices = slices + sinusoidal_positions(positions_mm, width).to(slices.dtype)
         tokens = torch.cat((self.class_token.to(slices.dtype).expand(num_volumes, -1, -1), slices), dim=1)
+        rollout = torch.eye(1 + num_slices, device=slices.device)
         for layer in self.layers:
-            tokens = layer(tokens)
-        return self.norm(tokens[:, 0]), None
+            tokens, attention = layer(tokens)
+            # Half of what leaves a layer has gone around its attention.
+            rollout = (attention @ rollout + rollout) / 2
+        weights = rollout[:, 0, 1:]
+        return self.norm(tokens[:, 0]), weights / weights.sum(dim=1, keepdim=True)
 
 
 class SliceBlock(nn.Module):
@@ -156,12 +162,18 @@ class SliceBlock(nn.Module):
         self.expand = nn.Linear(width, 4 * width)
         self.contract = nn.Linear(4 * width, width)
 
-    def forward(self, tokens: Float[Tensor, "volumes tokens width"]) -> Float[Tensor, "volumes tokens width"]:
+    def forward(
+        self, tokens: Float[Tensor, "volumes tokens width"]
+    ) -> tuple[Float[Tensor, "volumes tokens width"], Float[Tensor, "volumes tokens tokens"]]:
+        """The tokens after the block; and what each drew from each: sums of 1, the mean over heads, no gradient."""
         projected = self.query_key_value(self.norm1(tokens))
         query, key, value = projected.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        with torch.no_grad():
+            scores = query.float() @ key.float().transpose(-1, -2) * query.shape[-1] ** -0.5
+            attention = scores.softmax(dim=-1).mean(dim=1)
         attended = F.scaled_dot_product_attention(query, key, value)
         tokens = tokens + self.output(attended.transpose(1, 2).flatten(2))
-        return tokens + self.contract(F.gelu(self.expand(self.norm2(tokens))))
+        return tokens + self.contract(F.gelu(self.expand(self.norm2(tokens)))), attention
 
 
 def num_heads_for(width: int, head_width: int = 64) -> int:

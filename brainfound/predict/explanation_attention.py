@@ -20,7 +20,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from brainfound.models.aggregators import SliceBlock
 from brainfound.models.inference import inner_model
 
 WEIGHING_AGGREGATORS = ("attention", "transformer")
@@ -33,12 +32,6 @@ def block_attention(block: Any, tokens: Float[Tensor, "images tokens width"]) ->
     normed = block.norm1(tokens)
     query, key = attention.q_proj(normed), attention.k_proj(normed)
     return _mean_over_heads(query, key, attention.num_attention_heads, attention.scaling)
-
-
-def slice_block_attention(block: SliceBlock, tokens: Float[Tensor, "volumes tokens width"]) -> Tensor:
-    """The same of a block of the transformer aggregator."""
-    query, key, _ = block.query_key_value(block.norm1(tokens)).chunk(3, dim=-1)
-    return _mean_over_heads(query, key, block.num_heads, (tokens.shape[-1] // block.num_heads) ** -0.5)
 
 
 def _mean_over_heads(query: Tensor, key: Tensor, num_heads: int, scaling: float) -> Tensor:
@@ -89,16 +82,8 @@ class AttentionRollout:
 def slice_weights(
     model: nn.Module, embeddings: Float[Tensor, "slices width"], positions_mm: Float[Tensor, "1 slices"]
 ) -> Float[Tensor, "slices"] | None:
-    """What each slice weighs in the volume, with sum 1; None where the aggregator does not choose.
-
-    Of gated attention (Ilse et al. 2018) its weights. Of the transformer what its class token draws from the slices by
-    attention rollout; with one layer that is the class token's attention, as a mean over heads.
-    """
-    inner = inner_model(model)
-    if inner.config.aggregator not in WEIGHING_AGGREGATORS:
+    """What each slice weighs in the volume, with sum 1; None where the aggregator does not choose."""
+    if inner_model(model).config.aggregator not in WEIGHING_AGGREGATORS:
         return None
-    blocks = [module for module in inner.modules() if isinstance(module, SliceBlock)]
-    with AttentionRollout(blocks, slice_block_attention) as rollout:
-        output = model(slice_embeddings=embeddings[None], positions_mm=positions_mm)
-    weights = output.slice_weights[0] if inner.config.aggregator == "attention" else rollout.take()[0, 0, 1:]
+    weights = model(slice_embeddings=embeddings[None], positions_mm=positions_mm).slice_weights[0]
     return weights / weights.sum()

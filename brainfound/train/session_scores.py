@@ -29,6 +29,7 @@ from brainfound.evaluate.scores import (
     trivial_scores,
 )
 from brainfound.models.inference import Answer, infer, infer_embedded
+from brainfound.train.checkpoint import write_atomically
 from brainfound.train.embedding_cache import EmbeddingCache
 from brainfound.train.targets import Target
 
@@ -137,14 +138,14 @@ def write_scores(folder: Path, scored: SessionScores, *, keep_ids: bool = False,
     """
     content = scored.to_dict() | facts
     write_cases(folder / CASES_FILE, scored.cases, keep_ids)
-    (folder / SCORES_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_atomically(folder / SCORES_FILE, json.dumps(content, indent=1) + "\n")
     return content
 
 
 def write_cases(file: Path, cases: pd.DataFrame, keep_ids: bool) -> None:
     """Write a table of cases, with the names of subjects and sessions or without."""
     shown = cases if keep_ids else cases.drop(columns=["subject", "session"])
-    shown.to_csv(file, sep="\t", index=False)
+    write_atomically(file, shown.to_csv(sep="\t", index=False))
 
 
 def read_scores(folder: Path) -> dict[str, Any]:

@@ -174,7 +174,7 @@ def test_a_new_process_reads_each_kind_and_so_does_peft(
     export_folder, preprocessing, inputs, tmp_path, adapted, answers
 ):
     expected = {}
-    for method in ("lora", "dora", "pissa", "none", "last_blocks"):
+    for method in ("lora", "dora", "rslora", "pissa", "none", "last_blocks", "full"):
         model = adapted(export_folder, method=method)
         save_bundle(tmp_path / method, model, preprocessing=preprocessing, labels=LABELS)
         expected[method] = answers(model, inputs)["logits"]
@@ -186,10 +186,32 @@ def test_a_new_process_reads_each_kind_and_so_does_peft(
         cwd=Path(__file__).parents[2],
     )
     out = load_file(tmp_path / "out.safetensors")
-    assert out.keys() == {*expected, "lora by peft", "dora by peft", "pissa by peft"}
+    assert out.keys() == {*expected, "lora by peft", "dora by peft", "rslora by peft", "pissa by peft"}
     for name, logits in out.items():
         tolerance = 1e-5 if "pissa" in name else 1e-6
         torch.testing.assert_close(logits, expected[name.split(" ")[0]], atol=tolerance, rtol=tolerance)
+
+
+def test_a_bundle_that_cannot_take_the_place_of_another_leaves_it_whole(
+    export_folder, preprocessing, tmp_path, adapted, monkeypatch
+):
+    folder = save_bundle(tmp_path / "b", adapted(export_folder), preprocessing=preprocessing, labels=LABELS)
+    rename = Path.rename
+
+    def fails(path, target):
+        if Path(target) == folder and not path.name.endswith(".former"):
+            raise OSError("the disk is gone")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(OSError, match="the disk is gone"):
+        save_bundle(folder, adapted(export_folder), preprocessing=preprocessing, labels={"0": "new"}, overwrite=True)
+    monkeypatch.undo()
+    assert load_bundle(folder).labels == LABELS
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+    save_bundle(folder, adapted(export_folder), preprocessing=preprocessing, labels={"0": "new"}, overwrite=True)
+    assert load_bundle(folder).labels == {"0": "new"}
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
 
 
 @pytest.fixture
