@@ -7,6 +7,8 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from transformers import Dinov2Model
 
 from brainfound.data.split_file import Split
 from brainfound.errors import RecipeError, UsageError
@@ -254,6 +256,24 @@ def test_systems_are_compared_on_the_same_cases_with_the_same_budget(small_store
         finetune_over(
             split, RECIPE, small_store, tiny_backbone, "age_years", tmp_path / "grid", resume=True, quiet=True
         )
+
+
+def test_starting_points_are_compared_each_from_its_own_weights(small_store, tiny_backbone, tmp_path, runs):
+    model = Dinov2Model.from_pretrained(tiny_backbone)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    model.save_pretrained(tmp_path / "other")
+    recipe = validate(FinetuneRecipe, TINY, ["frozen_baseline=true"])
+    split = folds_for(recipe, small_store, "age_years")
+    systems = systems_of([f"first={tiny_backbone}", f"again={tiny_backbone}", f"other={tmp_path / 'other'}"])
+    table = finetune_systems(split, recipe, small_store, systems, "age_years", tmp_path / "grid", quiet=True)
+    assert table["system"].tolist() == ["first", "again", "other"]
+    assert table["model"].tolist() == ["first", "again", "other"]
+    first, again, other = table["mae"]
+    assert first == again != other
+    frozen = table["frozen mae"].tolist()
+    assert frozen[0] == frozen[1] != frozen[2]
 
 
 def test_a_system_that_cannot_be_trained_is_refused_before_the_first_run(small_store, tiny_backbone, tmp_path, runs):
