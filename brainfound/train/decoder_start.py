@@ -21,14 +21,16 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
+from brainfound.data.batches import even_slices
 from brainfound.errors import TrainingError
 from brainfound.train.head_start import HEAD_FIT_STEP, augmented_passes
 from brainfound.train.randomness import VIEWS, numpy_generator
 from brainfound.train.targets import Target
 from brainfound.train.volumes import VolumeAugmentation, VolumeReader
 
-MAX_PIXELS, MAX_PIXELS_PER_CLASS = 60_000, 60
-"""Pixels that are learnt from; and of them, how many of a class in one volume, where neighbours say the same."""
+MAX_VOLUMES, MAX_PIXELS, MAX_PIXELS_PER_CLASS = 500, 60_000, 60
+"""Volumes (sessions × passes) and pixels that are learnt from; and how many pixels of a class in one volume, where
+neighbours say the same. More would take long and tell little."""
 _STRENGTH = 1.0  # of the penalty, against as many terms as pixels: it bounds weights that no pixel asks for
 
 
@@ -51,7 +53,8 @@ def fit_decoder(
         reader: reads the training part.
         augmentation: of the volumes.
         target: what is learnt.
-        num_passes: how often the training part is read, each time with other slices and augmentation.
+        num_passes: how often the training part is read, each time with other slices and augmentation; fewer times, and
+            of a large cohort a part of it, where that would be more than `MAX_VOLUMES`.
         batch_size: volumes per forward pass.
         seed: of slices, augmentation and the choice of pixels.
 
@@ -61,6 +64,9 @@ def fit_decoder(
     model.eval()
     score = model.decoder.score
     rng = numpy_generator(VIEWS, seed, HEAD_FIT_STEP)
+    num_passes = min(num_passes, max(1, MAX_VOLUMES // len(reader.sessions)))
+    if len(reader.sessions) > MAX_VOLUMES:
+        reader = reader.of(reader.sessions[even_slices(len(reader.sessions), MAX_VOLUMES)])
     num_volumes = num_passes * len(reader.sessions)
     wanted = min(MAX_PIXELS_PER_CLASS, max(1, MAX_PIXELS // (num_volumes * len(target.names))))
     features, truth, weights = [], [], []
@@ -115,7 +121,8 @@ def _choose_pixels(
     Where labels overlap, pixels with the same labels are of one class.
     """
     flat = labels.reshape(-1, labels.shape[-1])
-    _, classes = np.unique(flat, axis=0, return_inverse=True)
+    # One number for what a pixel has: its class, or the sum of 2ᵏ over its labels.
+    classes = flat.astype(np.int64) @ (1 << np.arange(flat.shape[1]))
     chosen, weights = [], []
     for k in np.unique(classes):
         members = np.flatnonzero(classes == k)

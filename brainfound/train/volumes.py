@@ -156,6 +156,10 @@ class VolumeReader:
         self.store, self.sessions = store, np.asarray(sessions)
         self.num_slices, self.foreground_share, self.neighbours = num_slices, foreground_share, neighbours
 
+    def of(self, sessions: Sequence[int]) -> VolumeReader:
+        """The same of other sessions."""
+        return VolumeReader(self.store, sessions, self.num_slices, self.foreground_share, self.neighbours)
+
     def read(self, positions: Sequence[int], key: StepKey) -> tuple[VolumeBatch, np.ndarray]:
         """The volumes at some positions of the training part, and the store's session index of each."""
         mine = self.sessions[list(positions)]

@@ -109,6 +109,19 @@ def _shortened(read, session: int, num_slices: int):
     return shortened
 
 
+@pytest.mark.parametrize(("most", "read"), [(500, 27), (20, 18), (9, 9), (4, 4)])
+def test_of_a_large_cohort_a_part_is_read(small_store, tiny_backbone, monkeypatch, most, read):
+    monkeypatch.setattr(decoder_start, "MAX_VOLUMES", most)
+    model, target = make(small_store, tiny_backbone)
+    sessions = []
+    one = VolumeReader.read
+    monkeypatch.setattr(VolumeReader, "read", lambda *given: sessions.extend((made := one(*given))[1]) or made)
+    fit(model, small_store, target, num_passes=3)
+    assert len(sessions) == read
+    assert set(sessions) <= set(TRAIN)
+    assert len(set(sessions)) == min(read, len(TRAIN))
+
+
 def test_chosen_pixels_stand_for_all():
     rng = np.random.default_rng(0)
     labels = rng.choice(4, size=(5, 8, 8, 1), p=[0.9, 0.06, 0.03, 0.01])
