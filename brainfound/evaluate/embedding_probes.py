@@ -96,26 +96,37 @@ def site_probe(
     Source: the site test of B. Glocker et al., "Machine learning with multi-site imaging data", arXiv:1910.04597.
     """
     features = _embeddings(embeddings, {"site": site, "label": label, "subjects": subjects})
-    owners = np.array([label_text(subject) for subject in subjects])
-    sites = _classes(site, owners, "site")
-    numbers = as_numbers(list(label))
-    if numbers is not None and np.isnan(numbers).any():
-        raise UsageError("a value is missing", where="label", remedy="Leave out the sessions without a label")
-    labels = _classes(label, owners, "label") if numbers is None else numbers
+    owners, sites, labels, numeric = probed_columns(site, label, subjects)
     num_folds = min(num_folds, len(set(owners)))
     folds = k_folds(owners.tolist(), num_folds, seed, {"site": sites.tolist(), "label": labels.tolist()})
     told_site = out_of_fold(features, sites, folds, linear_classifier)
-    told_label = out_of_fold(features, labels, folds, linear_classifier if numbers is None else linear_regressor)
-    metric = balanced_accuracy if numbers is None else r2
+    told_label = out_of_fold(features, labels, folds, linear_regressor if numeric else linear_classifier)
+    metric = r2 if numeric else balanced_accuracy
     drawing: dict[str, Any] = {"subjects": owners, "seed": seed, "num_resamples": num_resamples}
     return SiteProbe(
         site=bootstrap_interval(balanced_accuracy, sites, told_site, **drawing),
         site_chance=1 / len(set(sites)),
         label=bootstrap_interval(metric, labels, told_label, **drawing),
         label_metric=metric.__name__,
-        label_chance=1 / len(set(labels)) if numbers is None else 0.0,
+        label_chance=0.0 if numeric else 1 / len(set(labels)),
         num_folds=num_folds,
     )
+
+
+def probed_columns(
+    site: Sequence[Any], label: Sequence[Any], subjects: Sequence[Any]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
+    """What a site probe makes of its columns: subjects, sites, labels (N,), and whether the labels are numbers.
+
+    Raises:
+        UsageError: as `site_probe`; here before anything is embedded.
+    """
+    owners = np.array([label_text(subject) for subject in subjects])
+    sites = _classes(site, owners, "site")
+    numbers = as_numbers(list(label))
+    if numbers is not None and np.isnan(numbers).any():
+        raise UsageError("a value is missing", where="label", remedy="Leave out the sessions without a label")
+    return owners, sites, _classes(label, owners, "label") if numbers is None else numbers, numbers is not None
 
 
 def test_retest(embeddings: Float[np.ndarray, "N D"], subjects: Sequence[Any], sessions: Sequence[Any]) -> TestRetest:

@@ -18,7 +18,7 @@ from brainfound.data.splits import label_text
 from brainfound.data.store import Store
 from brainfound.data.store.withheld import showing
 from brainfound.errors import TrainingError, UsageError
-from brainfound.evaluate.embedding_probes import SiteProbe, TestRetest, site_probe, test_retest
+from brainfound.evaluate.embedding_probes import SiteProbe, TestRetest, probed_columns, site_probe, test_retest
 from brainfound.models.inference import inner_model
 from brainfound.predict.evaluation import require_like
 from brainfound.predict.loading import load
@@ -93,6 +93,10 @@ def probe(
     if label is not None:
         columns = [store.covariate(name).to_numpy() for name in (label, site)]
         known = np.array([i for i in sessions if all(label_text(column[i]) != "missing" for column in columns)], int)
+        if not len(known):
+            raise UsageError("no session has a label and a site", where=f"columns {label}, {site}")
+        of_label, of_site = (column[known] for column in columns)
+        probed_columns(of_site, of_label, subjects[known])  # refused now, and not after embedding
     twice = {
         subject for subject in set(subjects[sessions]) if len(set(names[sessions][subjects[sessions] == subject])) > 1
     }
@@ -117,9 +121,6 @@ def probe(
 
     probed = None
     if label is not None:
-        of_label, of_site = (column[known] for column in columns)
-        if not len(known):
-            raise UsageError("no session has a label and a site", where=f"columns {label}, {site}")
         probed = site_probe(rows(known), of_site, of_label, subjects[known], seed)
     retest = test_retest(rows(sessions), subjects[sessions], names[sessions]) if len(twice) > 1 else None
     return ProbedEmbeddings(label, site, probed, retest, len(known), len(sessions))

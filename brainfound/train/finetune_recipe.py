@@ -113,8 +113,8 @@ class FinetuneRecipe(Recipe):
     num_slices: int = Field(32, ge=1)
     """Slices read per volume, in training and, but for segmentation, in prediction."""
     head_fit_passes: int = Field(4, ge=0)
-    """Passes over the training part whose frozen features the last layer of the head or decoder is first fitted to (of a
-    segmentation 500 volumes at most); 0 starts from a random one."""
+    """Passes over the training part whose frozen features the last layer of the head or decoder is first fitted to, of
+    a segmentation 500 volumes at most; 0 starts from a random one."""
     cached_embeddings: bool = False
     """Embed each session once and train on that: seconds for an epoch. For classification and regression with an
     adapter that leaves the backbone as it is (head-only); nothing is augmented, and no contrast withheld."""

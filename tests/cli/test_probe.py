@@ -71,6 +71,16 @@ def test_what_cannot_be_asked_is_one_line(cli, classifier, small_store, argument
     assert all(word in said.line for word in words)
 
 
+def test_one_site_is_refused_before_anything_is_embedded(cli, classifier, small_store, monkeypatch):
+    monkeypatch.setattr("brainfound.predict.embedding_probe.EmbeddingCache", None)
+    monkeypatch.setattr(
+        "brainfound.data.store.Store.covariate", lambda self, name: self.sessions["sex"].str[:0] + "one"
+    )
+    said = cli("probe", classifier, "--data", small_store.path, "--label", "diagnosis")
+    assert said.code == 2
+    assert "nothing to tell apart (got only one)" in said.line
+
+
 def test_a_segmentation_has_no_embedding(cli, segmenter, small_store):
     said = cli("probe", segmenter, "--data", small_store.path, "--label", "diagnosis")
     assert said.code == 2
