@@ -223,6 +223,27 @@ def continued(module, monkeypatch):
 
 
 @pytest.mark.slow
+def test_the_guard_elsewhere_at_tiny_size(continued, module, tmp_path, capsys, monkeypatch):
+    sizes = shlex.split(
+        "--sessions 6 --spacing-mm 8 --slice-mm 20 --leaves 4 3 --patches 4 4 2 --width 16 "
+        "--layers 1 --heads 1 --num-local 1 --prototypes 16 --batch 4 --start-batch 4 "
+        "--start-steps 2 --steps 4 --unsafe-steps 4 --looks 2 --seeds 0 --unsafe-seeds 0 1 --workers 1"
+    )
+    monkeypatch.setattr("brainfound.train.run_files.plot_curves", lambda folder: None)
+    out = tmp_path / "results.json"
+    module("guard_elsewhere").main(["--work", str(tmp_path / "work"), "--out", str(out), *sizes])
+    runs = json.loads(out.read_text(encoding="utf-8"))["runs"]
+    assert {kind: len(of_kind) for kind, of_kind in runs.items()} == {
+        "settings of dinov2#204": 2, "masked autoencoding, high rate": 2, "safe ladder": 1,
+    }  # fmt: skip
+    rates = [of_kind[0]["effective_lr"] for of_kind in runs.values()]
+    assert rates[1] == pytest.approx(50 * rates[2])
+    assert rates[0] > 10 * rates[2]
+    assert capsys.readouterr().out.count("\n| ") == 1 + 5
+    assert str(tmp_path) not in out.read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
 def test_continued_pretraining_at_tiny_size_and_once_more(continued, tmp_path, capsys, monkeypatch):
     sizes = shlex.split(
         "--sessions 6 --test-sessions 8 --spacing-mm 8 --slice-mm 20 --leaves 4 3 --patches 4 4 2 --width 16 "
