@@ -172,6 +172,11 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix(_PREFIX))
 
 
+def task_states(folder: Path) -> list[dict[str, Any]]:
+    """The task's plain values in each checkpoint of a folder whose state can be read, oldest first."""
+    return [state["task"] for path in list_checkpoints(folder) if "task" in (state := _state(path))]
+
+
 def latest_valid(folder: Path) -> Path | None:
     """The newest checkpoint whose files are as they were written; warns about each torn one it passes over."""
     # Sorting keeps the order of steps among equals.

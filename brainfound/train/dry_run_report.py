@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from brainfound.train.dry_run import BFLOAT16, FLOAT32, GIB, Machine, Sizes, Trial, Weights, most_memory_gib
 from brainfound.train.gpus import GPUKind
+from brainfound.train.pretrain_task import num_best_encoders
 from brainfound.train.running import PretrainEngineRecipe
 from brainfound.train.schedules import effective_lr
 
@@ -70,7 +71,7 @@ def _of_sizes(sizes: Sizes, engine: PretrainEngineRecipe, lr: float) -> Iterator
     yield (
         f"  disk                     {size(disk_bytes(sizes, engine))}: "
         f"{count(engine.keep_checkpoints, 'checkpoint')} of {size(weights.checkpoint_bytes)} and one being written, "
-        f"{'one to go back to, ' if sizes.may_roll_back else ''}the best encoder, the export"
+        f"{'one to go back to, ' if sizes.may_roll_back else ''}their best encoders, the export"
     )
 
 
@@ -185,9 +186,10 @@ def advice(trial: Trial, engine: PretrainEngineRecipe, machine: Machine, bf16: b
 
 
 def disk_bytes(sizes: Sizes, engine: PretrainEngineRecipe) -> int:
-    """What a run needs on disk: its checkpoints, the best encoder and the export."""
-    weights = sizes.weights
-    return engine.most_checkpoints(sizes.may_roll_back) * weights.checkpoint_bytes + 2 * FLOAT32 * weights.encoder
+    """What a run needs on disk: its checkpoints, encoders of best probes and the export."""
+    weights, may_roll_back = sizes.weights, sizes.may_roll_back
+    encoders = (num_best_encoders(engine, may_roll_back) + 1) * FLOAT32 * weights.encoder
+    return engine.most_checkpoints(may_roll_back) * weights.checkpoint_bytes + encoders
 
 
 def _parts(

@@ -13,6 +13,8 @@ bfloat16 nearest-neighbour distance loses the small differences that these losse
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -26,7 +28,8 @@ KOLEO_EPS = 1e-8
 KOLEO_STEEPEST_DISTANCE = 1e-3
 
 
-def _at_least_float32(tensor: Tensor) -> Tensor:
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """A tensor in float32, or float64 where it is."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
@@ -50,7 +53,7 @@ def sinkhorn_knopp(logits: Float[Tensor, "B K"], temperature: float, num_iterati
     """
     if temperature <= 0 or num_iterations < 1:
         raise ValueError(f"temperature {temperature} and num_iterations {num_iterations} must be positive")
-    scores = _at_least_float32(logits) / temperature
+    scores = at_least_float32(logits) / temperature
     num_rows, num_prototypes = scores.shape
     with torch.autocast(scores.device.type, enabled=False):
         # A rank without rows still takes part in the sums.
@@ -72,11 +75,13 @@ def cross_entropy(
     student_logits: Float[Tensor, "N K"], teacher_probs: Float[Tensor, "N K"], temperature: float
 ) -> Float[Tensor, "N"]:
     """−Σₖ teacher · log softmax(student / temperature), one value per row (DINO, equation 2)."""
-    log_probs = F.log_softmax(_at_least_float32(student_logits) / temperature, dim=-1)
+    log_probs = F.log_softmax(at_least_float32(student_logits) / temperature, dim=-1)
     return -(teacher_probs * log_probs).sum(dim=-1)
 
 
-def koleo(embeddings: Float[Tensor, "B D"], groups: Int[Tensor, "B"] | None = None) -> Float[Tensor, ""]:
+def koleo(
+    embeddings: Float[Tensor, "B D"], groups: Int[Tensor, "B"] | None = None, in_float32: bool = True
+) -> Float[Tensor, ""]:
     """Spread embeddings over the sphere: −mean log distance to the nearest neighbour.
 
     Args:
@@ -84,14 +89,15 @@ def koleo(embeddings: Float[Tensor, "B D"], groups: Int[Tensor, "B"] | None = No
         groups: rows of one group (slices of one session, say) are never neighbours, because pushing
             near-duplicates apart tears the features. A row without any admissible neighbour is
             left out; if that leaves nothing, the loss is 0.
+        in_float32: False leaves the search for neighbours to autocast, as published code that loses it there does.
 
     Duplicates are finite: the distance has ``1e-8`` added, and below a distance of ``1e-3`` the
     gradient stops growing (the value does not change).
 
     Source: Sablayrolles et al. 2019, equation 2, in the form of DINOv2 (neighbour by dot product).
     """
-    with torch.autocast(embeddings.device.type, enabled=False):
-        unit = F.normalize(_at_least_float32(embeddings), dim=-1, eps=KOLEO_EPS)
+    with torch.autocast(embeddings.device.type, enabled=False) if in_float32 else nullcontext():
+        unit = F.normalize(at_least_float32(embeddings) if in_float32 else embeddings, dim=-1, eps=KOLEO_EPS)
         with torch.no_grad():
             similarity = unit @ unit.T
             if groups is None:
@@ -149,11 +155,11 @@ def ibot_loss(
 def gram_loss(student: Float[Tensor, "N P D"], anchor: Float[Tensor, "N P D"]) -> Float[Tensor, ""]:
     """Mean squared difference between the Gram matrices (P, P) of L2-normalised patch tokens (DINOv3, equation 2)."""
     with torch.autocast(student.device.type, enabled=False):
-        student = F.normalize(_at_least_float32(student), dim=-1)
-        anchor = F.normalize(_at_least_float32(anchor), dim=-1)
+        student = F.normalize(at_least_float32(student), dim=-1)
+        anchor = F.normalize(at_least_float32(anchor), dim=-1)
         return F.mse_loss(student @ student.mT, anchor @ anchor.mT)
 
 
 def cosine_loss(student: Float[Tensor, "N D"], anchor: Float[Tensor, "N D"]) -> Float[Tensor, ""]:
     """1 − mean cosine between matching rows."""
-    return 1 - F.cosine_similarity(_at_least_float32(student), _at_least_float32(anchor), dim=-1).mean()
+    return 1 - F.cosine_similarity(at_least_float32(student), at_least_float32(anchor), dim=-1).mean()

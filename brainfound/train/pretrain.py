@@ -390,7 +390,7 @@ def _make_task(
         evaluate_every=recipe.probe.every,
         slice_margin=recipe.views.slice_margin,
         neighbour_mm=recipe.views.neighbour_mm,
-        best_folder=folder / "checkpoints" / "best",
+        checkpoint_folder=folder / "checkpoints",
         effective_lr=effective_lr(recipe.optim.lr, recipe.engine.batch_size),
         seed=recipe.seed,
         device=accelerator.device,

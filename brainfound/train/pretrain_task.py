@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from brainfound.data.store import Store
 from brainfound.errors import TrainingError
-from brainfound.train import ranks, schedules
+from brainfound.train import checkpoint, ranks, schedules
 from brainfound.train.checkpoint import told_in_one_line
 from brainfound.train.data_order import EpochOrder, RankBatches, SliceRows, slice_loader, usable_rows
 from brainfound.train.engine import EngineRecipe, TrainTask
@@ -27,6 +27,11 @@ from brainfound.train.schedules import ScheduleRecipe
 from brainfound.train.sharding import is_sharded
 
 
+def num_best_encoders(engine: EngineRecipe, may_roll_back: bool) -> int:
+    """How many encoders of best probes are on the disk at the worst moment: one of each checkpoint, and a new one."""
+    return engine.most_checkpoints(may_roll_back)
+
+
 class PretrainTask(TrainTask):
     """Self-supervised pretraining on the slices of a store.
 
@@ -35,7 +40,7 @@ class PretrainTask(TrainTask):
         store: where slices come from.
         probe: tests the exported encoder; None turns that off.
         guard: stops the run and remembers the best encoder.
-        best_folder: where the weights of the best encoder are kept.
+        checkpoint_folder: of the run; the weights of best encoders are kept in ``best/`` below it.
         effective_lr: peak learning rate at this batch.
         rank, world_size: of this process.
     """
@@ -53,7 +58,7 @@ class PretrainTask(TrainTask):
         evaluate_every: int,
         slice_margin: float,
         neighbour_mm: float,
-        best_folder: Path,
+        checkpoint_folder: Path,
         effective_lr: float,
         seed: int,
         device: torch.device,
@@ -63,7 +68,7 @@ class PretrainTask(TrainTask):
         self.objective, self.store, self.probe, self.guard = objective, store, probe, guard
         self.engine, self.optim, self.schedule, self.effective_lr = engine, optim, schedule, effective_lr
         self.seed, self.device, self.rank, self.world_size = seed, device, rank, world_size
-        self.best_folder = best_folder
+        self.checkpoint_folder, self.best_folder = checkpoint_folder, checkpoint_folder / "best"
         self.model = objective.student
         self.clip_norm = optim.clip_norm
         self.evaluate_every = evaluate_every if probe is not None else 0
@@ -171,9 +176,16 @@ class PretrainTask(TrainTask):
                 temporary.replace(kept)
             finally:
                 temporary.unlink(missing_ok=True)
-            for old in self.best_folder.glob("step-*.safetensors"):
-                if old != kept:
-                    old.unlink()
+            # A run that is killed goes on from a checkpoint, and may stop again before it is here: what a checkpoint
+            # takes for the best stays as long as that checkpoint.
+            known = {self.best_file(best) for best in self._best_of_checkpoints()}
+            for old in set(self.best_folder.glob("step-*.safetensors")) - known - {kept}:
+                old.unlink()
+
+    def _best_of_checkpoints(self) -> set[int]:
+        """The steps of the best probes, as the checkpoints on the disk know them."""
+        guards = [state.get("guard", {}) for state in checkpoint.task_states(self.checkpoint_folder)]
+        return {guard["best_step"] for guard in guards if guard.get("best_step") is not None}
 
     def export_weights(self) -> tuple[int | None, dict[str, Tensor]]:
         """The encoder to export: (step of an earlier, better one or None for the present one, its weights).
@@ -192,9 +204,10 @@ class PretrainTask(TrainTask):
         return None, weights
 
     def export_bytes(self) -> int:
-        # The export, and the encoder of the best probe. Counted, not gathered: rank 0 asks alone.
+        # The export, and encoders of best probes. Counted, not gathered: rank 0 asks alone.
         weights = self.objective.exported_encoder.state_dict().values()
-        return 2 * sum(weight.numel() * weight.element_size() for weight in weights)
+        num_encoders = 1 + num_best_encoders(self.engine, self.may_roll_back)
+        return num_encoders * sum(weight.numel() * weight.element_size() for weight in weights)
 
     def state_tensors(self) -> dict[str, Tensor]:
         return self.objective.state_dict()

@@ -23,7 +23,7 @@ from brainfound.models.encoder import SliceEncoder
 from brainfound.train import ranks
 from brainfound.train.engine import EngineRecipe
 from brainfound.train.objectives.base import Objective
-from brainfound.train.objectives.self_distillation import EncoderWithHeads
+from brainfound.train.objectives.encoder_with_heads import EncoderWithHeads
 
 SETTLED = ("attention", "compile", "crops")
 """The keys of the engine whose "auto" is settled here."""

@@ -18,7 +18,8 @@ from transformers import Dinov2Config, Dinov2WithRegistersConfig
 
 from brainfound.models import BrainFoundConfig, BrainFoundModel
 from brainfound.train import schedules
-from brainfound.train.objectives.self_distillation import EncoderWithHeads, SelfDistillation
+from brainfound.train.objectives.encoder_with_heads import EncoderWithHeads
+from brainfound.train.objectives.self_distillation import SelfDistillation
 from brainfound.train.optim import OptimRecipe, make_optimizer, parameter_groups
 
 PEAK, FINAL, STEPS, WARMUP, WAIT = 3e-4, 1e-6, 37, 5, 8
@@ -116,7 +117,8 @@ def backbone_config(kind: str):
 def student(request, recipe) -> EncoderWithHeads:
     torch.manual_seed(0)
     model = BrainFoundModel(BrainFoundConfig(backbone_config=backbone_config(request.param).to_dict()))
-    return EncoderWithHeads(model.encoder, recipe().objective, seed=0)
+    objective = recipe().objective
+    return EncoderWithHeads(model.encoder, objective.head, objective.shared_head, objective.drop_path, seed=0)
 
 
 def grouped(student: nn.Module, settings: OptimRecipe) -> dict[int, dict]:

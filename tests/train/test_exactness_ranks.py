@@ -5,6 +5,8 @@ pieces of a step are drawn from (step, piece), whoever computes them, with anoth
 in each, so that ranks have different numbers of masked tokens. Everything else is the shipped run:
 loader, objective, data-parallel averaging, optimiser, teacher.
 
+Filling in hidden patches (masked autoencoding, and the hybrid) has pieces likewise.
+
 What gradient accumulation may change, and what not: Sinkhorn-Knopp and KoLeo look at the micro-batch of
 all ranks, as they must when only one micro-batch is in memory. Terms of single images (the anchors) do
 not depend on how a step is divided. Both are held here.
@@ -26,14 +28,20 @@ import torch.nn.functional as F
 
 from brainfound.data.augmentation import MultiCrop
 from brainfound.train import losses, run_files
-from brainfound.train.objectives import self_distillation
+from brainfound.train.objectives import masked_autoencoder, self_distillation
 from brainfound.train.pretrain_task import PretrainTask
 
 STEPS = 3
+DECODER = "decoder: {width: 16, layers: 1, heads: 2}"
+HYBRID = ["objective.kind=hybrid", f"objective.reconstruction={{{DECODER}}}"]
+FILLING_IN = [f"objective={{kind: masked_autoencoder, anchor_gram_weight: 1, anchor_cls_weight: 0.5, {DECODER}}}"]
 # A recipe per run: precision, and what differs from the settings below.
 RUNS = {
     "whole": ("float64", ["engine.accumulation=1"]),
     "in two": ("float32", ["engine.accumulation=2"]),
+    "hybrid": ("float64", ["engine.accumulation=1", *HYBRID]),
+    "filling in": ("float64", ["engine.accumulation=1", *FILLING_IN]),
+    "filling in, in two": ("float64", ["engine.accumulation=2", *FILLING_IN]),
     "anchors whole": ("float64", ["engine.accumulation=1"]),
     "anchors in two": ("float64", ["engine.accumulation=2"]),
 }
@@ -62,41 +70,52 @@ SETTINGS = [
 
 TRAIN = """
 import dataclasses, json, os, sys
+import numpy as np
 import torch
 torch.set_num_threads(1)
 from brainfound.data.augmentation import MultiCrop
 from brainfound.train import pretrain as pretraining
 from brainfound.train import run_files
-from brainfound.train.objectives import self_distillation
+from brainfound.train.objectives import masked_autoencoder, self_distillation
 from brainfound.train.pretrain_task import PretrainTask
 
 store, folder, runs = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 crop, draw, prepare = MultiCrop.__call__, self_distillation.draw_masks, PretrainTask.make_optimizer
+hide, loss = masked_autoencoder.hide_patches, PretrainTask.loss
 state = {}
 SLICES = 2
 
+def keyed_loss(self, model, batch, step, micro_batch):
+    state.update(step=step, micro_batch=micro_batch)
+    return loss(self, model, batch, step, micro_batch)
+
 def pieces(num_slices):
-    # The numbers of this call's pieces within the step, in the order of the global micro-batch.
-    micro_batch, here = state["calls"] % state["accumulation"], num_slices // SLICES
-    first = micro_batch * here * world + rank * here
+    # The numbers of this micro-batch's pieces within the step, in the order of the global micro-batch.
+    here = num_slices // SLICES
+    first = state["micro_batch"] * here * world + rank * here
     return range(first, first + here)
 
 def generator(number, stream):
-    step = state["calls"] // state["accumulation"]
-    return torch.Generator().manual_seed(1000 * step + 10 * number + stream)
+    return torch.Generator().manual_seed(1000 * state["step"] + 10 * number + stream)
 
 def merged(parts, num_crops):
     # Crop-major again: crop A of all pieces, then crop B of all pieces.
     return torch.cat([part.unflatten(0, (num_crops, -1)) for part in parts], dim=1).flatten(0, 1)
 
 def crop_pieces(self, pixels, present, *_, **__):
+    stream = 2 if self.num_global == 1 else 0  # the crop that is filled in has draws of its own
     made = [
-        crop(self, pixels[i * SLICES:][:SLICES], present[i * SLICES:][:SLICES], generator(n, 0), generator(n, 1))
+        crop(
+            self, pixels[i * SLICES:][:SLICES], present[i * SLICES:][:SLICES],
+            generator(n, stream), generator(n, stream + 1),
+        )
         for i, n in enumerate(pieces(len(pixels)))
     ]
     def join(name):
         views = [getattr(one, name) for one in made]
+        if views[0] is None:
+            return None
         count = len(views[0].pixels) // SLICES
         dtype = state["dtype"]
         return dataclasses.replace(
@@ -107,15 +126,15 @@ def crop_pieces(self, pixels, present, *_, **__):
     return dataclasses.replace(made[0], global_views=join("global_views"), local_views=join("local_views"))
 
 def draw_pieces(num_crops, grid, rng, probability, ratios):
-    import numpy as np
-    step = state["calls"] // state["accumulation"]
     made = [
-        draw(2 * SLICES, grid, np.random.default_rng([step, n]), probability, ((0.1, 0.5), (0.4, 0.9))[n // 2])
+        draw(
+            2 * SLICES, grid, np.random.default_rng([state["step"], n]), probability,
+            ((0.1, 0.5), (0.4, 0.9))[n // 2],
+        )
         for n in pieces(num_crops // 2)
     ]
     mask = merged([one.mask for one in made], 2)
     counts = mask.sum(dim=1)
-    state["calls"] += 1
     state["masked"].append(len(mask.flatten().nonzero()))
     return dataclasses.replace(
         made[0],
@@ -125,32 +144,43 @@ def draw_pieces(num_crops, grid, rng, probability, ratios):
         visible=(counts == 0).nonzero().flatten(),
     )
 
+def hide_pieces(num_crops, num_patches, num_hidden, rng):
+    made = [
+        hide(SLICES, num_patches, num_hidden, np.random.default_rng([state["step"], n, 1]))
+        for n in pieces(num_crops)
+    ]
+    return masked_autoencoder.HiddenPatches(*map(torch.cat, zip(*made)))
+
 def make_optimizer(task):
     objective = task.objective
-    for seed, module in enumerate((objective.student, objective.teacher)):
+    # Moved apart, the student first: a teacher that is the student proves little. Masked autoencoding has none.
+    teacher = getattr(getattr(objective, "distillation", objective), "teacher", None)
+    models = {"weights": objective.student} | ({} if teacher is None else {"teachers": teacher})
+    for seed, module in enumerate(models.values()):
         source = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in module.parameters():
                 parameter.add_(torch.randn(parameter.shape, generator=source) * 0.03)
-    for module in (objective.student, objective.teacher, objective.anchor):
+    for module in (objective.student, *objective.frozen_modules()):
         module.to(state["dtype"])
     optimizer = prepare(task)
     kept = state["kept"]
     optimizer.register_step_pre_hook(lambda *_: kept["gradients"].append(
-        {n: p.grad.double().clone() for n, p in objective.student.named_parameters()}))
+        {n: p.grad.double().clone() for n, p in objective.student.named_parameters() if p.requires_grad}))
     after_step = objective.after_step
     def stepped(step, taken):
         after_step(step, taken)
-        for name, module in (("weights", objective.student), ("teachers", objective.teacher)):
+        for name, module in models.items():
             kept[name].append({n: p.detach().double().clone() for n, p in module.named_parameters()})
     objective.after_step = stepped
     return optimizer
 
 MultiCrop.__call__, self_distillation.draw_masks, PretrainTask.make_optimizer = crop_pieces, draw_pieces, make_optimizer
+masked_autoencoder.hide_patches, PretrainTask.loss = hide_pieces, keyed_loss
 run_files.plot_curves = lambda folder: None  # pictures take longer than these runs
-for name, (dtype, accumulation, recipe) in runs.items():
+for name, (dtype, recipe) in runs.items():
     kept = {"gradients": [], "weights": [], "teachers": []}
-    state.update(dtype=getattr(torch, dtype), accumulation=accumulation, calls=0, kept=kept, masked=[])
+    state.update(dtype=getattr(torch, dtype), kept=kept, masked=[])
     run = pretraining.pretrain(recipe, store, out=f"{folder}/{name}", quiet=True)
     torch.save(kept | {"masked": state["masked"]}, f"{folder}/{name}.rank{rank}.pt")
 """
@@ -262,7 +292,7 @@ def test_losses_over_two_ranks_are_those_of_the_concatenated_batch(tmp_path):
 
 @pytest.fixture(scope="module")
 def runs(store, recipe, tiny_backbone, tmp_path_factory) -> Path:
-    """Every run of `RUNS` by one process (folder "one"), and the first two by two processes (folder "two")."""
+    """Every run of `RUNS` by one process (folder "one"), and those of whole objectives by two (folder "two")."""
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "train.py").write_text(TRAIN)
     content = {}
@@ -271,10 +301,10 @@ def runs(store, recipe, tiny_backbone, tmp_path_factory) -> Path:
         settings = recipe(*SETTINGS, *overrides, *only, f"init.source={tiny_backbone}")
         file = folder / f"{name.replace(' ', '-')}.yaml"
         file.write_text(settings.to_yaml())
-        content[name] = (dtype, settings.engine.accumulation, str(file))
+        content[name] = (dtype, str(file))
     for world in ("one", "two"):
         (folder / world).mkdir()
-    both = {name: content[name] for name in ("whole", "in two")}
+    both = {name: run for name, run in content.items() if not name.startswith("anchors")}
     common = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     started = [
         start(folder / "train.py", store.path, folder / "two", json.dumps(both), RANK=r, LOCAL_RANK=r, **common)
@@ -282,9 +312,14 @@ def runs(store, recipe, tiny_backbone, tmp_path_factory) -> Path:
     ]
     # The one process is this one, which has imported everything already.
     with pytest.MonkeyPatch.context() as patch:
-        for owner, name in ((MultiCrop, "__call__"), (PretrainTask, "make_optimizer")):
-            patch.setattr(owner, name, getattr(owner, name))
-        for owner, name in ((self_distillation, "draw_masks"), (run_files, "plot_curves")):
+        for owner, name in (
+            (MultiCrop, "__call__"),
+            (PretrainTask, "make_optimizer"),
+            (PretrainTask, "loss"),
+            (masked_autoencoder, "hide_patches"),
+            (self_distillation, "draw_masks"),
+            (run_files, "plot_curves"),
+        ):
             patch.setattr(owner, name, getattr(owner, name))
         patch.setattr(sys, "argv", ["train.py", str(store.path), str(folder / "one"), json.dumps(content)])
         runpy.run_path(str(folder / "train.py"))
@@ -302,10 +337,15 @@ def loss_lines(folder: Path, name: str) -> list[dict[str, float]]:
     return [{key: value for key, value in line.items() if key.startswith(names)} for line in lines]
 
 
+def has_no_teacher(run: dict) -> bool:
+    return not run["masked"]  # of masked autoencoding alone
+
+
 def require_same(own: dict, other: dict, tolerance: float) -> None:
     """Gradients, weights and teachers of every step; tensors by their norms."""
     for what in ("gradients", "weights", "teachers"):
-        assert len(own[what]) == len(other[what]) == STEPS
+        assert len(own[what]) == len(other[what])
+        assert len(other[what]) == (0 if what == "teachers" and has_no_teacher(other) else STEPS)
         for step, (mine, theirs) in enumerate(zip(own[what], other[what], strict=True)):
             assert mine.keys() == theirs.keys()
             largest = max(float(tensor.norm()) for tensor in theirs.values())
@@ -316,23 +356,33 @@ def require_same(own: dict, other: dict, tolerance: float) -> None:
                 assert float((mine[name] - tensor).norm()) <= tolerance * scale, (what, step, name)
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("whole", 1e-9), ("in two", 1e-5)])
-def test_two_ranks_train_as_one(runs, name, tolerance):
+@pytest.mark.parametrize(
+    ("name", "tolerance", "parts"),
+    [
+        ("whole", 1e-9, {"koleo", "ibot", "anchor_gram"}),
+        ("in two", 1e-5, {"koleo", "ibot", "anchor_gram"}),
+        ("hybrid", 1e-9, {"koleo", "ibot", "anchor_gram", "reconstruction"}),
+        ("filling in", 1e-9, {"reconstruction", "anchor_gram", "anchor_cls"}),
+        ("filling in, in two", 1e-9, {"reconstruction", "anchor_gram", "anchor_cls"}),
+    ],
+)
+def test_two_ranks_train_as_one(runs, name, tolerance, parts):
     """Losses of the log, gradients after averaging and clipping, weights and teacher, on both ranks."""
     one = kept(runs / "one", name)
     two = [kept(runs / "two", name, rank) for rank in (0, 1)]
     assert [a + b for a, b in zip(two[0]["masked"], two[1]["masked"], strict=True)] == one["masked"]
-    if name == "whole":
+    if name in ("whole", "hybrid"):
         assert all(a != b for a, b in zip(two[0]["masked"], two[1]["masked"], strict=True))
     for rank in (0, 1):
         require_same(two[rank], one, tolerance)
     for mine, theirs in zip(loss_lines(runs / "two", name), loss_lines(runs / "one", name), strict=True):
         assert mine == pytest.approx(theirs, rel=tolerance, abs=tolerance)
-        assert {"loss", "loss_koleo", "loss_ibot", "loss_anchor_gram"} <= mine.keys()
+        assert {"loss", *(f"loss_{part}" for part in parts)} <= mine.keys()
 
 
 def test_accumulation_changes_nothing_where_every_image_stands_alone(runs):
     require_same(kept(runs / "one", "anchors in two"), kept(runs / "one", "anchors whole"), 1e-9)
+    require_same(kept(runs / "one", "filling in, in two"), kept(runs / "one", "filling in"), 1e-9)
 
 
 def test_accumulation_does_change_what_looks_at_a_batch(runs):

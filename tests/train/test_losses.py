@@ -127,6 +127,16 @@ def test_koleo_gradient_is_that_of_the_formula_away_from_duplicates():
     assert torch.autograd.gradcheck(losses.koleo, (embeddings,), eps=1e-6, atol=1e-5)
 
 
+def test_koleo_left_to_autocast_mistakes_near_neighbours():
+    """Rows that differ by less than bfloat16 can tell: float32 finds the nearest, and the other does not."""
+    generator = torch.Generator().manual_seed(0)
+    embeddings = torch.randn(1, 16, generator=generator) + 1e-3 * torch.randn(40, 16, generator=generator)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        exact, left = losses.koleo(embeddings), losses.koleo(embeddings, in_float32=False)
+    assert exact == losses.koleo(embeddings, in_float32=False)  # outside autocast there is nothing to be lost
+    assert left < exact - 0.1  # a wrong neighbour is farther
+
+
 def test_koleo_is_float32_under_autocast():
     embeddings = torch.randn(8, 16, generator=torch.Generator().manual_seed(7))
     with torch.autocast("cpu", dtype=torch.bfloat16):

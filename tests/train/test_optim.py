@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from brainfound.train.objectives.self_distillation import EncoderWithHeads
+from brainfound.train.objectives.encoder_with_heads import EncoderWithHeads
 from brainfound.train.optim import (
     OptimRecipe,
     allocate_moments,
@@ -18,7 +18,8 @@ from brainfound.train.optim import (
 
 @pytest.fixture
 def student(model, recipe):
-    return EncoderWithHeads(model.encoder, recipe().objective, seed=0)
+    objective = recipe().objective
+    return EncoderWithHeads(model.encoder, objective.head, objective.shared_head, objective.drop_path, seed=0)
 
 
 def traits(student, part: str, settings: OptimRecipe):

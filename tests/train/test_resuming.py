@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from brainfound.errors import RecipeError, TrainingError
 from brainfound.models import BrainFoundModel
@@ -131,6 +133,50 @@ def test_the_best_teacher_that_cannot_be_kept_ends_the_run_on_all_ranks(store, r
         pretrain(content, store, out=tmp_path / "run", quiet=True)
     assert "\n" not in str(told.value)
     assert any("_keep_best" in work.__qualname__ for work in asked)
+
+
+class Killed(BaseException):
+    """What nothing in a run catches, as nothing catches SIGKILL."""
+
+
+def test_the_best_teacher_of_the_checkpoint_outlives_a_newer_one_that_no_checkpoint_knows(
+    store, recipe, tmp_path, monkeypatch
+):
+    """Killed after a better probe, gone on with from the checkpoint before it, and stopped again before it is there."""
+    run = tmp_path / "run"
+    scores = {0: 0.5, 2: 0.8, 4: 0.9, 6: 0.95}
+    monkeypatch.setattr(PretrainTask, "evaluate", lambda self, step: {"probe": scores[step], "probe_standard_error": 0})
+    after_step, stops_at = PretrainTask.after_step, {"killed": 5, "stopped": None}
+
+    def mortal(self, step, taken):
+        after_step(self, step, taken)
+        if step + 1 == stops_at["killed"]:
+            raise Killed
+        if step + 1 == stops_at["stopped"]:
+            self.guard.fail(step + 1, "it went wrong", None)
+
+    monkeypatch.setattr(PretrainTask, "after_step", mortal)
+    content = recipe("engine.steps=6", "engine.checkpoint_every=3", "engine.keep_checkpoints=1", "probe.every=2")
+    with pytest.raises(Killed):
+        pretrain(content, store, out=run, quiet=True)
+    best = {path.name: path for path in (run / "checkpoints" / "best").iterdir()}
+    assert best.keys() == {"step-000002.safetensors", "step-000004.safetensors"}
+    of_step_2 = load_file(best["step-000002.safetensors"])
+    stops_at.update(killed=None, stopped=4)
+    with pytest.raises(TrainingError, match="export/ holds the teacher of step 2"):
+        pretrain(content, store, out=run, resume=True, quiet=True)
+    exported = BrainFoundModel.from_pretrained(run / "export").encoder.state_dict()
+    assert all(torch.equal(weight, of_step_2[name]) for name, weight in exported.items())
+    assert json.loads((run / "run.json").read_text())["exported_step"] == 2
+
+
+def test_a_best_teacher_that_no_checkpoint_knows_any_more_makes_room(store, recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(PretrainTask, "evaluate", lambda self, step: {"probe": step, "probe_standard_error": 0})
+    content = recipe("engine.steps=6", "engine.checkpoint_every=2", "engine.keep_checkpoints=2", "probe.every=1")
+    run = pretrain(content, store, out=tmp_path / "run", quiet=True)
+    names = sorted(path.name for path in (run / "checkpoints" / "best").iterdir())
+    # When step 6 was probed, the checkpoints were of steps 2 and 4.
+    assert names == [f"step-{step:06d}.safetensors" for step in (2, 4, 6)]
 
 
 ONE_FAILS = """

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from brainfound.errors import RecipeError
-from brainfound.train import losses
+from brainfound.train import losses, ranks
 from brainfound.train.objectives.base import SliceBatch, StepKey
 from brainfound.train.objectives.self_distillation import SelfDistillation
 
@@ -164,6 +164,44 @@ def test_koleo_does_not_pair_slices_of_a_session(objective, batch):
     _, metrics = objective.loss(objective.student, one_session, KEY)
     assert metrics["loss_koleo"] == 0
     assert losses.koleo(output_cls) != 0
+
+
+def test_koleo_may_pair_slices_of_a_session_where_the_recipe_says_so(model, recipe, batch):
+    one_session = SliceBatch(batch.pixels, batch.present, torch.zeros(8, dtype=torch.long))
+    objective = make(model, recipe, "objective.koleo_within_sessions=true")
+    _, metrics = objective.loss(objective.student, one_session, KEY)
+    assert metrics["loss_koleo"] != 0
+
+
+@pytest.mark.parametrize("over_ranks", [True, False])
+def test_koleo_looks_at_all_ranks_or_at_its_own(model, recipe, batch, monkeypatch, over_ranks):
+    gathered = []
+    monkeypatch.setattr(ranks, "gather_rows", lambda rows: gathered.append(rows) or rows)
+    objective = make(model, recipe, f"objective.koleo_over_ranks={over_ranks}".lower())
+    objective.loss(objective.student, batch, KEY)
+    assert bool(gathered) == over_ranks
+
+
+def test_koleo_is_told_whether_autocast_may_touch_it(model, recipe, batch, monkeypatch):
+    told = []
+    koleo = losses.koleo
+    monkeypatch.setattr(losses, "koleo", lambda cls, groups, in_float32: told.append(in_float32) or koleo(cls, groups))
+    for value in ("true", "false"):
+        objective = make(model, recipe, f"objective.koleo_in_float32={value}")
+        objective.loss(objective.student, batch, KEY)
+    assert told == [True, True, False, False]
+
+
+def test_heads_drawn_apart_differ_and_the_encoders_do_not(model, recipe):
+    objective, again = (make(model, recipe, "objective.copied_heads=false") for _ in range(2))
+    student, teacher = objective.student, objective.teacher
+    for old, new in zip(teacher.encoder.parameters(), student.encoder.parameters(), strict=True):
+        assert torch.equal(old, new)
+    prototypes = [head.last_layer.weight for one in (student, teacher) for head in one.heads.values()]
+    assert all(not torch.equal(a, b) for at, a in enumerate(prototypes) for b in prototypes[:at])
+    for old, new in zip(teacher.parameters(), again.teacher.parameters(), strict=True):
+        assert torch.equal(old, new)
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
 
 
 def test_gauges_of_a_healthy_and_a_constant_teacher(objective, batch):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from brainfound.data.augmentation import ViewsRecipe
 from brainfound.models.encoder import SliceEncoder
 from brainfound.train.objectives.base import Objective, SliceBatch, StepKey
+from brainfound.train.objectives.encoder_with_heads import EncoderWithHeads
 from brainfound.train.objectives.masked_autoencoder import (
     MaskedViews,
     PatchHiding,
@@ -28,7 +29,7 @@ from brainfound.train.objectives.masked_autoencoder import (
     reconstruct,
 )
 from brainfound.train.objectives.pixel_decoder import PixelDecoder
-from brainfound.train.objectives.self_distillation import EncoderWithHeads, SelfDistillation, SelfDistillationRecipe
+from brainfound.train.objectives.self_distillation import SelfDistillation, SelfDistillationRecipe
 
 
 class HybridRecipe(SelfDistillationRecipe):

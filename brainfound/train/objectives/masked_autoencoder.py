@@ -28,6 +28,7 @@ from brainfound.models.encoder import SliceEncoder
 from brainfound.recipes import Recipe
 from brainfound.train import ranks
 from brainfound.train.gauges import feature_gauges
+from brainfound.train.losses import at_least_float32
 from brainfound.train.objectives.anchor import AnchorRecipe, anchor_parts
 from brainfound.train.objectives.base import Objective, SliceBatch, StepKey
 from brainfound.train.objectives.pixel_decoder import PixelDecoder, PixelDecoderRecipe
@@ -109,11 +110,11 @@ def reconstruction_loss(
     Source: MAE, section 3; normalised targets as in its "reconstruction target".
     """
     with torch.autocast(predicted.device.type, enabled=False):
-        target = target.float()
+        target = at_least_float32(target)
         if normalise:
             variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
             target = (target - mean) / (variance + SMALLEST_VARIANCE).sqrt()
-        error = (predicted.float().view_as(target) - target).square().mean(dim=(1, 3))
+        error = (at_least_float32(predicted).view_as(target) - target).square().mean(dim=(1, 3))
         shown = contrast_mask.to(error.dtype)
         return ((error * shown).sum(dim=1) / shown.sum(dim=1).clamp(min=1)).mean()
 

@@ -7,37 +7,42 @@ of all slices, then crop B of all slices.
 Sources: DINOv2 (arXiv 2304.07193, section 4) for the losses and constants; DINOv3 (2508.10104,
 section 4.2) for the Gram anchor. What is ours is made for continuing from released weights: heads are
 initialised once and copied to the teacher, the frozen starting checkpoint anchors patch and CLS
-features, and KoLeo never pushes slices of one session apart.
+features, and KoLeo never pushes slices of one session apart. Each of these is a field of the recipe.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from brainfound.data.augmentation import CropViews, MultiCrop, Views, ViewsRecipe
+from brainfound.data.augmentation import CropViews, MultiCrop, ViewsRecipe
 from brainfound.data.augmentation.drawing import onto
 from brainfound.errors import RecipeError
 from brainfound.models.encoder import SliceEncoder, SliceEncoding
 from brainfound.train import losses, ranks, schedules
 from brainfound.train.averaging import move_towards
-from brainfound.train.early_gradient import with_early_gradient
 from brainfound.train.gauges import feature_gauges
 from brainfound.train.masking import BlockMasks, draw_masks, masked_counts
 from brainfound.train.objectives.anchor import AnchorRecipe, anchor_parts
 from brainfound.train.objectives.base import Objective, SliceBatch, StepKey
-from brainfound.train.objectives.projection_head import HeadRecipe, ProjectionHead
+from brainfound.train.objectives.encoder_with_heads import (
+    EncoderWithHeads,
+    GlobalPass,
+    StepLosses,
+    StudentOutput,
+    rows_of,
+)
+from brainfound.train.objectives.projection_head import HeadRecipe
 from brainfound.train.prototype_losses import Assignments, Projection, assign, cross_entropy_sum
-from brainfound.train.randomness import INITIALISATION, MASKS, VIEWS, numpy_generator, torch_generator
+from brainfound.train.randomness import MASKS, VIEWS, numpy_generator, torch_generator
 from brainfound.train.trained_part import without_adapters
 
 
@@ -52,6 +57,15 @@ class SelfDistillationRecipe(AnchorRecipe):
     """Weight of the masked-patch loss."""
     koleo_weight: float = Field(default=0.1, ge=0)
     """Weight of KoLeo, summed over the two global crops."""
+    koleo_in_float32: bool = True
+    """Whether KoLeo looks for neighbours in float32 under autocast too, where bfloat16 cannot tell near ones apart."""
+    koleo_over_ranks: bool = True
+    """Whether KoLeo's neighbours are sought in the slices of all ranks, or in those of each rank alone."""
+    koleo_within_sessions: bool = False
+    """Whether slices of one session may be neighbours and be pushed apart; they are near-duplicates."""
+    copied_heads: bool = True
+    """Whether the teacher's heads begin as copies of the student's. Heads that are drawn apart are two sets of
+    prototypes, and the student is at first taught noise."""
     head: HeadRecipe = HeadRecipe()
     """The projection heads."""
     shared_head: bool = False
@@ -88,125 +102,6 @@ class SelfDistillationRecipe(AnchorRecipe):
         return self
 
 
-class GlobalPass(NamedTuple):
-    """Global crops that the student encodes together, ``m`` of them, and what is masked in them."""
-
-    crops: slice
-    masks: BlockMasks
-    """Of these crops, on their device."""
-    masked: slice
-    """Their masked tokens among those of all global crops."""
-    share_of_visible: float
-    """Their part of the crops of which nothing is masked."""
-
-
-class StudentOutput(NamedTuple):
-    """What the losses need of a pass over global crops."""
-
-    cls: Float[Tensor, "m D"]
-    patches: Float[Tensor, "m P D"]
-    seen: Projection
-    """The CLS tokens, through their head."""
-    guessed: Projection
-    """The masked patch tokens, through theirs."""
-
-
-class StepLosses(NamedTuple):
-    """What the student's answers to the views of one step cost."""
-
-    of_local: Callable[[Projection], dict[str, Tensor]]
-    """Of the projected CLS tokens of some local crops of every slice: parts of the loss by their names."""
-    of_global: Callable[[StudentOutput, GlobalPass], dict[str, Tensor]]
-    """Of one pass over global crops. The parts of several passes add up."""
-    weigh: Callable[[dict[str, Tensor]], Float[Tensor, ""]]
-    """The weighted sum of parts."""
-
-
-class EncoderWithHeads(nn.Module):
-    """An encoder with its DINO and iBOT heads; student and teacher are each one of these."""
-
-    def __init__(self, encoder: SliceEncoder, recipe: SelfDistillationRecipe, seed: int) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.drop_path = recipe.drop_path
-        self.separate_passes = False
-        names = ["dino"] if recipe.shared_head else ["dino", "ibot"]
-        heads = {name: ProjectionHead(encoder.embed_dim, recipe.head) for name in names}
-        for index, head in enumerate(heads.values()):
-            head.initialise(torch_generator(INITIALISATION, seed, index))
-        self.heads = nn.ModuleDict(heads)
-
-    @property
-    def ibot_head(self) -> nn.Module:
-        return self.heads["ibot"] if "ibot" in self.heads else self.heads["dino"]
-
-    def forward(
-        self, large: Views, passes: Sequence[GlobalPass], small: Views | None, losses: StepLosses
-    ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-        """The student's pass over all views; one call, so that data-parallel training sees one forward.
-
-        Where passes are separate, the gradient of each but the last is taken before the next begins.
-
-        Returns:
-            The loss, and its parts before weighting, without gradients.
-        """
-        found: dict[str, Tensor] = {}
-
-        def weighed(parts: dict[str, Tensor]) -> Float[Tensor, ""]:
-            for name, part in parts.items():
-                found[name] = found.get(name, 0) + part.detach()
-            return losses.weigh(parts)
-
-        def of_local(crops: Views) -> Float[Tensor, ""]:
-            (tokens,) = self.encoder.transform([self._embed(crops)], self.drop_path)
-            return weighed(self._local_parts(tokens, losses))
-
-        def of_global(global_pass: GlobalPass, packed: Sequence[Tensor] = ()) -> Float[Tensor, ""]:
-            tokens = self._embed(_rows(large, global_pass.crops), global_pass.masks.mask)
-            *others, tokens = self.encoder.transform([*packed, tokens], self.drop_path)
-            parts = losses.of_global(self._output(tokens, global_pass.masks), global_pass)
-            for other in others:
-                parts |= self._local_parts(other, losses)
-            return weighed(parts)
-
-        if not self.separate_passes:
-            (together,) = passes
-            total = of_global(together, [] if small is None else [self._embed(small)])
-            return total, found
-        *early, last = passes
-        values = [partial(of_local, crops) for crops in self._local_passes(large, small)]
-        values += [partial(of_global, global_pass) for global_pass in early]
-        # The last one begins when those before it have nothing left in memory but their gradients.
-        before = with_early_gradient(values, self.parameters())
-        return before + of_global(last), found
-
-    def _local_passes(self, large: Views, small: Views | None) -> list[Views]:
-        """The local crops, as many at a time as are no more tokens than one global crop of every slice."""
-        if small is None:
-            return []
-        large_tokens, small_tokens = (
-            self.encoder.num_prefix_tokens + views.pixels.shape[-2:].numel() // self.encoder.patch_size**2
-            for views in (large, small)
-        )
-        at_a_time = max(1, large_tokens // small_tokens) * (len(large.pixels) // 2)
-        return [_rows(small, slice(at, at + at_a_time)) for at in range(0, len(small.pixels), at_a_time)]
-
-    def _embed(self, views: Views, masked: Bool[Tensor, "m P"] | None = None) -> Float[Tensor, "m T D"]:
-        return self.encoder.embed(views.pixels, views.contrast_mask, bool_masked_pos=masked)
-
-    def _output(self, tokens: Float[Tensor, "m T D"], masks: BlockMasks) -> StudentOutput:
-        cls, patches, _ = self.encoder.encoding(tokens)
-        hidden = patches.flatten(0, 1).index_select(0, masks.indices)
-        return StudentOutput(cls, patches, self.heads["dino"](cls), self.ibot_head(hidden))
-
-    def _local_parts(self, tokens: Float[Tensor, "m T D"], losses: StepLosses) -> dict[str, Tensor]:
-        return losses.of_local(self.heads["dino"](self.encoder.encoding(tokens).cls))
-
-
-def _rows(views: Views, rows: slice) -> Views:
-    return Views(views.pixels[rows], views.contrast_mask[rows])
-
-
 class Targets(NamedTuple):
     """What the teacher answers, and what its health is read from."""
 
@@ -241,9 +136,10 @@ class SelfDistillation(Objective):
         # Of a student's and a teacher's crop: each global crop meets the other one, each local crop both.
         self.num_pairs = 2 + 2 * views.num_local
         self.grid = (views.global_size // encoder.patch_size,) * 2
-        self.student = EncoderWithHeads(copy.deepcopy(encoder), recipe, seed)
-        # Copied, heads included: heads initialised apart would be two different sets of prototypes.
+        self.student = EncoderWithHeads(copy.deepcopy(encoder), recipe.head, recipe.shared_head, recipe.drop_path, seed)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
+        if not recipe.copied_heads:
+            self.teacher.draw_heads(seed, first_stream=len(self.teacher.heads))
         self.anchor = without_adapters(encoder).requires_grad_(False).eval() if recipe.anchored else None
         self._last: tuple[Targets, dict[str, Tensor]] | None = None
 
@@ -390,17 +286,23 @@ class SelfDistillation(Objective):
             "ibot": cross_entropy_sum(output.guessed, masked_targets, weights, self.recipe.student_temperature),
         }
         if self.recipe.koleo_weight:
-            groups = ranks.gather_rows(sessions)
-            crops = output.cls.split(num_crops // 2)
-            parts["koleo"] = torch.stack([losses.koleo(ranks.gather_rows(crop), groups) for crop in crops]).sum()
+            parts["koleo"] = torch.stack(
+                [self._koleo(crop, sessions) for crop in output.cls.split(num_crops // 2)]
+            ).sum()
         return parts
+
+    def _koleo(self, cls: Float[Tensor, "n D"], sessions: Int[Tensor, "n"]) -> Float[Tensor, ""]:
+        recipe = self.recipe
+        if recipe.koleo_over_ranks:
+            cls, sessions = ranks.gather_rows(cls), ranks.gather_rows(sessions)
+        return losses.koleo(cls, None if recipe.koleo_within_sessions else sessions, recipe.koleo_in_float32)
 
     def _anchor_parts(self, output: StudentOutput, views: CropViews, global_pass: GlobalPass) -> dict[str, Tensor]:
         """The distance to the starting checkpoint, on the crops of which the student saw everything."""
         visible = global_pass.masks.visible
         if self.anchor is None or not len(visible):
             return {}
-        large = _rows(views.global_views, global_pass.crops)
+        large = rows_of(views.global_views, global_pass.crops)
         with torch.no_grad():
             anchor = _encode(self.anchor, large.pixels[visible], large.contrast_mask[visible])
         parts = anchor_parts(self.recipe, output.patches[visible], output.cls[visible], anchor.patches, anchor.cls)
