@@ -113,7 +113,7 @@ class Experiment:
             cohorts[PAINTED] = self.options.label_maps
         stores = {name: self._timed(f"data, {name}", lambda maps=maps: self._stores(maps))
                   for name, maps in cohorts.items()}  # fmt: skip
-        start = self._timed("start", self._start)
+        start = self._timed("start", self.start)
         runs = self._timed("pretraining", lambda: self._pretrain(stores, start))
         found = {name: self._timed(f"probes, {name}", lambda name=name: self._probe(stores[name], start, runs[name]))
                  for name in cohorts}  # fmt: skip
@@ -126,7 +126,7 @@ class Experiment:
         print(f"{what}: {self.seconds[what]:.0f} s", file=sys.stderr, flush=True)
         return made
 
-    def _preprocessing(self) -> Any:
+    def preprocessing(self) -> Any:
         from shifted_cohorts import CONTRASTS
 
         from brainfound.data.preprocessing import Preprocessing
@@ -141,7 +141,7 @@ class Experiment:
 
         from brainfound.data.phantom.label_maps import find_label_maps
 
-        options, preprocessing = self.options, self._preprocessing()
+        options, preprocessing = self.options, self.preprocessing()
         maps = [] if label_maps is None else [(f.name, f.stat().st_size) for f in find_label_maps(label_maps)]
         folders = {}
         for part in PARTS:
@@ -156,7 +156,7 @@ class Experiment:
             folders[part.name] = folder / "store"
         return folders
 
-    def _start(self) -> str:
+    def start(self) -> str:
         """The starting checkpoint, trained on images without brains if none was given."""
         from continued_runs import from_scratch, run_once
         from dead_leaves import write_dead_leaves
@@ -167,7 +167,7 @@ class Experiment:
         if self.options.init is not None:
             return self.options.init
         stacks, slices = self.options.leaves
-        preprocessing = self._preprocessing()
+        preprocessing = self.preprocessing()
         leaves = self.work / f"leaves-{key_of({'stacks': stacks, 'slices': slices, 'side': self.side})}"
         if not (leaves / "store").is_dir():
             pixel_mm = FIELD_OF_VIEW_MM / self.side
@@ -175,11 +175,11 @@ class Experiment:
             spacing_mm = (pixel_mm, pixel_mm, pixel_mm)
             prepare(cohort, leaves / "store", preprocessing.model_copy(update={"spacing_mm": spacing_mm}))
         recipe = from_scratch(replace(self.sizes, batch=self.options.start_batch), 0, tuple(self.options.set_start))
-        folder = self._folder("start", recipe, leaves=leaves.name)
+        folder = self.folder("start", recipe, leaves=leaves.name)
         run_once(recipe, leaves / "store", "none", folder, threads=self.options.workers)
         return str(folder / "export")
 
-    def _folder(self, name: str, recipe: Any, **made_from: str) -> Path:
+    def folder(self, name: str, recipe: Any, **made_from: str) -> Path:
         """Of a run, named after all that it depends on."""
         from shifted_cohorts import key_of
 
@@ -204,7 +204,7 @@ class Experiment:
             for kind, (make, sizes, seeds, changes) in kinds.items():
                 recipes = [make(sizes, seed, tuple(changes)) for seed in seeds]
                 folders[cohort][kind] = [
-                    self._folder(f"{kind}-{recipe.seed}", recipe, store=str(store), start=start) for recipe in recipes
+                    self.folder(f"{kind}-{recipe.seed}", recipe, store=str(store), start=start) for recipe in recipes
                 ]
                 jobs += [(recipe, store, start, folder)
                          for recipe, folder in zip(recipes, folders[cohort][kind], strict=True)]  # fmt: skip

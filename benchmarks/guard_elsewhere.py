@@ -40,7 +40,7 @@ def measure(options: Any) -> dict[str, list[dict[str, Any]]]:
     from worker_processes import in_processes
 
     experiment = Experiment(options)
-    start, preprocessing = experiment._start(), experiment._preprocessing()
+    start, preprocessing = experiment.start(), experiment.preprocessing()
     part = Part("elsewhere", SITES, COHORT_SEED, (0.0, 1.0))
     made_of = {"num": options.sessions, "mm": options.spacing_mm, "preprocessing": preprocessing.model_dump()}
     folder = options.work / f"own-elsewhere-{key_of(made_of)}"
@@ -54,7 +54,7 @@ def measure(options: Any) -> dict[str, list[dict[str, Any]]]:
     }
     runs = {
         kind: [
-            (recipe, folder / "store", start, experiment._folder(f"elsewhere-{recipe.seed}", recipe, store=str(folder)))
+            (recipe, folder / "store", start, experiment.folder(f"elsewhere-{recipe.seed}", recipe, store=str(folder)))
             for recipe in of_kind
         ]
         for kind, of_kind in recipes.items()

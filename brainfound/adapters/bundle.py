@@ -12,6 +12,7 @@ written is loaded again at once and must answer as the model did. Nothing in a b
     adapter_model.safetensors /
     trained.safetensors    in place of an adapter: the trained weights, where the encoder is as it was
     model.safetensors      in place of both: all weights, where the encoder itself was trained
+    frozen_baseline.safetensors   the linear model on the untouched encoder (not in every bundle)
     base/                  the encoder that the adapter was trained on, unless it is on the Hub
     README.md              the model card, where one was asked for; it is the one file that may be edited later
 """
@@ -32,6 +33,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from brainfound.adapters.bundle_reader import (
+    BASELINE_FILE,
     SCHEMA_VERSION,
     TASKS,
     TRAINED_FILE,
@@ -67,6 +69,7 @@ def save_bundle(
     contract: InputContract | None = None,
     metadata: Mapping[str, Any] | None = None,
     card: Mapping[str, Any] | None = None,
+    baseline: Mapping[str, Tensor] | None = None,
     example: Mapping[str, Tensor] | None = None,
     copy_base: bool = False,
     overwrite: bool = False,
@@ -81,6 +84,7 @@ def save_bundle(
         contract: what the scans were like that it was trained on; None writes none.
         metadata: anything else worth keeping, as plain values (metrics, the data's hash).
         card: facts for a model card (see `brainfound.report.cards`); None writes no card.
+        baseline: the linear model on the untouched encoder that stands beside the scores; None writes none.
         example: inputs of the model on which the answers are compared; None: small random ones.
         copy_base: put the base into the bundle even if it came from the Hub.
         overwrite: replace a bundle that is already there.
@@ -101,6 +105,8 @@ def save_bundle(
     try:
         if contract is not None:
             contract.save(draft)
+        if baseline:
+            save_file({name: tensor.contiguous() for name, tensor in baseline.items()}, draft / BASELINE_FILE)
         with transformers_quiet():
             _write(draft, model, preprocessing, dict(labels), dict(metadata or {}), copy_base)
         if card is not None:

@@ -39,6 +39,7 @@ TASKS: dict[str, type[Any]] = {
 ADAPTER_FILE = "adapter_model.safetensors"
 TRAINED_FILE = "trained.safetensors"
 MODEL_FILE = "model.safetensors"
+BASELINE_FILE = "frozen_baseline.safetensors"
 WEIGHTS_FILES = {"adapter": ADAPTER_FILE, "trained": TRAINED_FILE, "full": MODEL_FILE}
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 
@@ -57,6 +58,21 @@ class Bundle:
     folder: Path
     content: dict[str, Any] = field(repr=False)
     """All of bundle.json."""
+    baseline: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    """The linear model on the untouched backbone; empty where none was saved."""
+
+    def untouched(self) -> Any | None:
+        """The model with the encoder that it had before training, and an aggregator and a head that mean nothing.
+
+        None where all weights were trained: the encoder of before is not in the bundle then.
+
+        Raises:
+            ModelError: as `load_bundle`.
+        """
+        if self.content["weights"] == "full":
+            return None
+        config = _read_config(self.folder / "config.json")
+        return _load_base(TASKS[self.task], config, self.content["base"], self.folder).eval().requires_grad_(False)
 
 
 def load_bundle(folder: str | Path) -> Bundle:
@@ -85,6 +101,7 @@ def load_bundle(folder: str | Path) -> Bundle:
         task=content["task"],
         folder=folder,
         content=content,
+        baseline=_read_baseline(folder),
     )
 
 
@@ -212,6 +229,16 @@ def _load_base(kind: type[Any], config: BrainFoundConfig, base: dict[str, Any], 
             remedy="Use the original base, or save the bundle with copy_base=True",
         )
     return model
+
+
+def _read_baseline(folder: Path) -> dict[str, Tensor]:
+    path = folder / BASELINE_FILE
+    if not path.is_file():
+        return {}
+    try:
+        return load_file(path)
+    except LOAD_FAILURES as error:
+        raise _unreadable_weights(path, error) from error
 
 
 def _load_adapter(model: Any, folder: Path) -> PeftModel:

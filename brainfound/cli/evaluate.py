@@ -17,11 +17,21 @@ def evaluate(
     without: Annotated[str, typer.Option(help="Contrasts to withhold, comma-separated.")] = "",
     partial_input: Annotated[bool, typer.Option("--partial-input", help="Every subset of the contrasts.")] = False,
     part: Annotated[str, typer.Option(help="Which part of the run's own split: test, validation or train.")] = "test",
+    frozen: Annotated[
+        bool, typer.Option(help="Score also the linear model on the untouched backbone; takes about as long again.")
+    ] = True,
+    surface_mm: Annotated[
+        float | None,
+        typer.Option(help="Segmentation: also surface Dice within so many mm, HD95, lesion-wise F1; slower."),
+    ] = None,
+    empty: Annotated[
+        str | None, typer.Option(help="Segmentation: Dice of an empty mask: left_out, nan, one or zero.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="A folder for the page of this evaluation, report.md.")] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Score a model beside a baseline that never looks at an image.
+    """Score a model beside a baseline that never looks at an image, and a linear model on the untouched backbone.
 
     On the store of its own run only the test part is scored; on another store all labelled sessions but those of
     subjects that the run learnt from.
@@ -36,7 +46,13 @@ def evaluate(
     if part not in ("test", "validation", "train"):
         raise UsageError("unknown part", where="--part", got=part, expected="test, validation or train")
     absent = [parse_contrast(name) for name in without.split(",") if name.strip()]
-    options: dict[str, Any] = {"without": absent, "partial_input": partial_input, "part": part, "out": out}
+    options: dict[str, Any] = {
+        "without": absent,
+        "partial_input": partial_input,
+        "part": part,
+        "out": out,
+        "frozen": frozen,
+    }
     with progress_bar("scoring sessions", quiet) as progress:
         results = run(model, data, **options, command=typed_command(), progress=progress)
     for told in dict.fromkeys(told for result in results for told in result.notes):
@@ -57,30 +73,35 @@ def evaluate(
 
 def _print(results: list[dict[str, Any]], title: str) -> None:
     from brainfound.cli.tables import number, print_table, score_with_interval
+    from brainfound.evaluate.score_files import baselines_of
 
-    names = _in_tables(results[0])
+    names, baselines = _in_tables(results[0]), list(baselines_of(results[0]))
     rows = []
     for result in results:
-        scores = [f"{score_with_interval(result, n)} ({number(result['trivial'].get(n))})" for n in names]
-        rows.append([_input(result), str(result["num_sessions"]), *scores])
-    print_table(["input", "sessions", *(f"{name} (trivial)" for name in names)], rows, title=title)
+        cells = []
+        for name in names:
+            of_baselines = "; ".join(number(result[baseline].get(name)) for baseline in baselines)
+            cells.append(f"{score_with_interval(result, name)} ({of_baselines})")
+        rows.append([_input(result), str(result["num_sessions"]), *cells])
+    columns = [f"{name} ({'; '.join(baselines)})" for name in names]
+    print_table(["input", "sessions", *columns], rows, title=title)
 
 
 def _print_partial(results: list[dict[str, Any]], lost: list[float], title: str) -> None:
-    """One row per subset with the drop of the headline score against full input; below them each baseline."""
+    """One row per subset with the drop of the headline score against full input, and what the baselines reach."""
     from brainfound.cli.tables import number, print_table, score_with_interval
     from brainfound.evaluate.score_files import baselines_of
     from brainfound.evaluate.scores import HEADLINE
 
-    names, full = _in_tables(results[0]), results[0]
+    names, baselines = _in_tables(results[0]), list(baselines_of(results[0]))
+    headline = HEADLINE[results[0]["task"]]
     rows = []
     for result, drop in zip(results, lost, strict=True):
         scores = [score_with_interval(result, name) for name in names]
-        rows.append([_input(result), str(result["num_sessions"]), *scores, number(drop)])
-    for name, of_baseline in baselines_of(full).items():
-        of_all = [number(of_baseline.get(metric)) for metric in names]
-        rows.append([f"({name}, all contrasts)", str(full["num_sessions"]), *of_all, number(None)])
-    print_table(["input", "sessions", *names, f"drop in {HEADLINE[full['task']]}"], rows, title=title)
+        of_baselines = [number(result[baseline].get(headline)) for baseline in baselines]
+        rows.append([_input(result), str(result["num_sessions"]), *scores, number(drop), *of_baselines])
+    columns = [*names, f"drop in {headline}", *(f"{baseline} {headline}" for baseline in baselines)]
+    print_table(["input", "sessions", *columns], rows, title=title)
 
 
 def _in_tables(result: dict[str, Any]) -> list[str]:

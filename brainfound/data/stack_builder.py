@@ -7,6 +7,7 @@ S slices, C contrasts, H rows, W columns (a stack).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from brainfound.data.preprocessing import Preprocessing
 
 _POINTS_PER_AXIS = 32
+_LABELS_IN_THE_HEAD = 0.8
+"""Of a map that is cropped around them; placed anywhere in the field of view, about half would lie in the head."""
 _CROPPED_WORTH_A_NOTE = 0.01
 _COARSER_WORTH_A_NOTE = 3.0
 
@@ -54,6 +57,7 @@ class StackBuilder:
         self.affine = reference.affine @ to_scan
         self.native_shape, self.native_affine = reference.native_shape, reference.native_affine
         self._points_mm = _foreground_points(reference, inside)
+        self._inside, self._reference_affine = inside, reference.affine
         slices, height, width = self.grid
         self._pixels = np.zeros((slices, len(preprocessing.contrasts), height, width), dtype=preprocessing.pixel_dtype)
         self._present = np.zeros(len(preprocessing.contrasts), dtype=bool)
@@ -73,15 +77,34 @@ class StackBuilder:
         overlap = self._require_overlap(scan)
         self._add(contrast, scan, foreground(scan), overlap, file)
 
-    def add_mask(self, mask: Scan) -> None:
+    def add_mask(self, mask: Scan, file: str = "") -> None:
         """Bring a label map in the same world space onto the grid.
+
+        A map that is cropped around its labels is taken if they lie in the foreground; outside of its field of view is
+        background. Where that is part of the head, the reference scan's notes say so.
+
+        Args:
+            file: its name, for the quality table.
 
         Raises:
             ScanError: it does not overlap the reference scan.
         """
-        self._require_overlap(mask)
+        covered = _share_within(self._points_mm, mask.affine, mask.data.shape)
+        if covered < self.preprocessing.min_overlap:
+            found = self._share_in_foreground(mask)
+            if not found >= _LABELS_IN_THE_HEAD:
+                inside = "no label" if np.isnan(found) else f"{found:.0%} of the labels in it"
+                got = f"{covered:.0%} of its foreground covered, and {inside}"
+                raise _no_overlap("the mask", got, self.preprocessing)
         labels = mask.data.astype(np.uint8 if mask.data.max() <= 255 else np.uint16)
-        self._mask = resample_labels(labels, np.linalg.inv(mask.affine) @ self.affine, self.grid)
+        affine = mask.affine
+        if 1 - covered > _CROPPED_WORTH_A_NOTE:
+            name = f"the mask {file}" if file else "the mask"
+            note = f"{name} covers {covered:.0%} of the foreground; what lies outside of it counts as background"
+            self.quality[0] = replace(self.quality[0], notes=(*self.quality[0].notes, note))
+            # So that labels at its faces end as they would in a larger map.
+            labels, affine = np.pad(labels, 1), affine @ _shift(-1)
+        self._mask = resample_labels(labels, np.linalg.inv(affine) @ self.affine, self.grid)
 
     def build(self, covariates: Mapping[str, Any] | None = None, subject: str = "", session: str = "") -> Stack:
         """The stack of what was added; covariates and identifiers are carried along."""
@@ -148,13 +171,18 @@ class StackBuilder:
         """The share of the reference scan's foreground that a scan's field of view covers."""
         share = _share_within(self._points_mm, scan.affine, scan.data.shape)
         if share < self.preprocessing.min_overlap:
-            raise ScanError(
-                "the scan does not overlap the session's reference scan",
-                got=f"{share:.0%} of its foreground covered",
-                expected=f"at least {self.preprocessing.min_overlap:.0%}",
-                remedy="Check that the files belong together and that their affines are right",
-            )
+            raise _no_overlap("the scan", f"{share:.0%} of its foreground covered", self.preprocessing)
         return share
+
+    def _share_in_foreground(self, mask: Scan) -> float:
+        """The share of a map's labelled voxels that lie in the reference scan's foreground; nan if it has none."""
+        points = np.argwhere(mask.data)
+        if not len(points):
+            return float("nan")
+        to_reference = np.linalg.inv(self._reference_affine) @ mask.affine
+        voxels = np.rint(points @ to_reference[:3, :3].T + to_reference[:3, 3]).astype(int)
+        within = ((voxels >= 0) & (voxels < self._inside.shape)).all(axis=1)
+        return float(self._inside[tuple(voxels[within].T)].sum() / len(points))
 
     def _quality_of(
         self,
@@ -271,6 +299,22 @@ def _needed_box(to_scan: np.ndarray, grid: tuple[int, int, int], shape: tuple[in
     low = np.clip(np.floor(mapped.min(axis=0) - margin), 0, np.array(shape) - 1).astype(int)
     high = np.clip(np.ceil(mapped.max(axis=0) + margin) + 1, low + 1, shape).astype(int)
     return tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
+
+
+def _shift(voxels: float) -> np.ndarray:
+    """The same step along each axis, as a ``(4, 4)`` matrix."""
+    matrix = np.eye(4)
+    matrix[:3, 3] = voxels
+    return matrix
+
+
+def _no_overlap(what: str, got: str, preprocessing: Preprocessing) -> ScanError:
+    return ScanError(
+        f"{what} does not overlap the session's reference scan",
+        got=got,
+        expected=f"at least {preprocessing.min_overlap:.0%}",
+        remedy="Check that the files belong together and that their affines are right",
+    )
 
 
 def _foreground_points(scan: Scan, inside: np.ndarray) -> np.ndarray:

@@ -7,10 +7,11 @@ of the target, everything inside the head a lesion.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
+from brainfound.evaluate.checked_values import convention
 from brainfound.evaluate.metrics import (
     auprc,
     auroc,
@@ -36,7 +37,7 @@ HEADLINE = {"classification": "auroc", "regression": "mae", "segmentation": "dic
 IN_TABLES = {
     "classification": ("auroc", "balanced_accuracy"),
     "regression": ("mae", "r2", "pearson"),
-    "segmentation": ("dice", "clean_negatives"),
+    "segmentation": ("dice", "surface_dice", "hd95_mm", "lesion_f1", "clean_negatives"),
 }
 """The metrics that a table on a terminal has room for; files and JSON hold all of them."""
 
@@ -59,6 +60,9 @@ HIGHER_IS_BETTER = {
     "relative_volume_error": False,
     "clean_negatives": True,
 }
+
+EmptyCase = Literal["left_out", "nan", "one", "zero"]
+"""What the overlap of a case without the structure is, see `segmentation_case_scores`."""
 
 Score = Callable[[np.ndarray, np.ndarray], float]
 
@@ -101,27 +105,44 @@ def regression_scores(
 
 
 def segmentation_case_scores(
-    reference: np.ndarray, prediction: np.ndarray, spacing_mm: Sequence[float] | None = None
+    reference: np.ndarray,
+    prediction: np.ndarray,
+    spacing_mm: Sequence[float] | None = None,
+    tolerance_mm: float = 1.0,
+    empty: EmptyCase = "left_out",
 ) -> dict[str, float]:
     """The scores of one case, averaged over the classes that it has.
 
-    A case without any structure has only ``clean_negatives``: 1 when nothing was marked, else 0.
+    A case without any structure has ``clean_negatives``: 1 when nothing was marked, else 0; and by the convention of
+    ``empty`` the other scores or none.
 
     Args:
         reference, prediction: class indices ``(S, H, W)``, 0 for background.
-        spacing_mm: of the three axes. With it also surface Dice within 1 mm, HD95 (the diagonal of the array where a
-            class was missed), lesion-wise F1 and the volume error in mm³; they take many times as long.
+        spacing_mm: of the three axes. With it also surface Dice within `tolerance_mm`, HD95 (the diagonal of the array
+            where a class was missed), lesion-wise F1 and the volume error in mm³; they take many times as long.
+        empty: what overlap with a structure that is not there is: ``"left_out"``, it has none, and only
+            ``clean_negatives`` tells; otherwise 0 where something was marked, and where nothing was ``"one"``
+            (fomo-metrics' Dice), ``"zero"`` or ``"nan"`` (nnU-Net, SSL3D: left out of the mean).
     """
+    convention(empty, dict.fromkeys(get_args(EmptyCase), 0.0), "empty")
     present = [k for k in np.unique(reference) if k != 0]
     if not present:
-        return {"clean_negatives": float(not np.any(prediction))}
+        clean = {"clean_negatives": float(not np.any(prediction))}
+        if empty == "left_out":
+            return clean
+        masks = (np.asarray(prediction) != 0, np.zeros(np.shape(reference), dtype=bool))
+        found = {"dice": dice(*masks, empty=empty)}
+        if spacing_mm is not None:
+            found["surface_dice"] = surface_dice(*masks, spacing_mm, tolerance_mm, empty=empty)
+            found["lesion_f1"] = lesion_f1(*masks, empty=empty)
+        return {name: value for name, value in found.items() if not np.isnan(value)} | clean
     of_classes: dict[str, list[float]] = {}
     for k in present:
         masks = (prediction == k, reference == k)
         found = {"dice": dice(*masks), "relative_volume_error": relative_volume_error(*masks)}
         if spacing_mm is not None:
             found |= {
-                "surface_dice": surface_dice(*masks, spacing_mm),
+                "surface_dice": surface_dice(*masks, spacing_mm, tolerance_mm),
                 "hd95_mm": hd95(*masks, spacing_mm, one_empty="diagonal"),
                 "lesion_f1": lesion_f1(*masks),
                 "volume_error_mm3": volume_error_mm3(*masks, spacing_mm),

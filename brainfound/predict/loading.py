@@ -66,9 +66,9 @@ def load(
     tools = load_hooks(hooks)
     if isinstance(path_or_id, Mapping):
         return _load_set(path_or_id, device, tools, options)
-    path = _bundle_folder(path_or_id)
+    path = bundle_folder(path_or_id)
     if (path / "bundle.json").is_file():
-        return _of_bundle(load_bundle(path), device, tools, options)
+        return predictor_of(load_bundle(path), device, tools, options)
     if holds_run(path):
         raise ModelError(
             "the run has no export: it has not finished",
@@ -91,7 +91,7 @@ def load(
     return Predictor(model, preprocessing, None, None, device, tools, options=options)
 
 
-def _bundle_folder(path_or_id: str | Path) -> Path:
+def bundle_folder(path_or_id: str | Path) -> Path:
     """The folder that a bundle would be in: the export of a run, or for a Hub id what was downloaded."""
     path = Path(path_or_id)
     if (path / "export").is_dir():
@@ -108,7 +108,7 @@ def _bundle_folder(path_or_id: str | Path) -> Path:
 def _load_set(
     bundles: Mapping[str, str | Path], device: torch.device, tools: Sequence[Hook], options: SegmentationOptions
 ) -> PredictorSet:
-    adapters = load_adapters({name: _bundle_folder(source) for name, source in bundles.items()}).to(device)
+    adapters = load_adapters({name: bundle_folder(source) for name, source in bundles.items()}).to(device)
     segmenting = [name for name in adapters if adapters[name].task == "segmentation"]
     if options != SegmentationOptions() and not segmenting:
         raise UsageError(
@@ -116,13 +116,19 @@ def _load_set(
         )
     return PredictorSet(
         {
-            name: _of_bundle(adapters[name], device, tools, options if name in segmenting else SegmentationOptions())
+            name: predictor_of(adapters[name], device, tools, options if name in segmenting else SegmentationOptions())
             for name in adapters
         }
     )
 
 
-def _of_bundle(bundle: Bundle, device: torch.device, tools: Sequence[Hook], options: SegmentationOptions) -> Predictor:
+def predictor_of(
+    bundle: Bundle,
+    device: torch.device,
+    tools: Sequence[Hook] = (),
+    options: SegmentationOptions = SegmentationOptions(),
+) -> Predictor:
+    """A bundle that was read already, ready to be asked."""
     metadata = bundle.metadata
     return Predictor(
         bundle.model,

@@ -101,7 +101,6 @@ class Predictor:
         if self.task == "segmentation":
             raise UsageError(
                 "a segmentation model makes no volume embedding",
-                where="embed",
                 expected="an encoder, or a classification or regression model",
                 remedy="Use predict for its answer, or embed with the encoder that it was fine-tuned from",
             )

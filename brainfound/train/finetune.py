@@ -35,7 +35,7 @@ from brainfound.train import ranks, run_files
 from brainfound.train.answer_calibration import AnswerCalibration
 from brainfound.train.engine import Engine, make_accelerator
 from brainfound.train.finetune_recipe import FREE_ON_RESUME, FinetuneRecipe, require_fitting, resolve_recipe
-from brainfound.train.finetune_task import FinetuneTask, build_network
+from brainfound.train.finetune_task import FinetuneTask, Frozen, build_network
 from brainfound.train.finetuned_card import finetuned_card
 from brainfound.train.resuming import as_begun, checkpoint_to_resume, common_facts, has_ended
 from brainfound.train.run_lock import only_one_training
@@ -242,15 +242,13 @@ def _require_same_question(folder: Path, model: str, target: Target) -> None:
         )
 
 
-def _finish(
-    folder: Path, task: FinetuneTask, frozen: SessionScores | None, source: str, step: int, keep_ids: bool
-) -> None:
+def _finish(folder: Path, task: FinetuneTask, frozen: Frozen | None, source: str, step: int, keep_ids: bool) -> None:
     """Score the test part once, and leave bundle, scores and curves behind."""
     store, parts, target = task.store, task.parts, task.target
     test = task.score("test").with_intervals()
     if frozen is not None:
-        test = replace(test, frozen=frozen.scores)
-        write_cases(folder / FROZEN_CASES_FILE, frozen.cases, keep_ids)
+        test = replace(test, frozen=frozen.scores.scores)
+        write_cases(folder / FROZEN_CASES_FILE, frozen.scores.cases, keep_ids)
     calibration = None if target.task == "segmentation" else _calibrate(folder, task, test)
     facts = {} if calibration is None else {"calibration": calibration.report(test, target)}
     scores = write_scores(folder, test, keep_ids=keep_ids, part="test", step=step, **facts)
@@ -263,12 +261,14 @@ def _finish(
         metadata={
             "num_slices": task.eval_slices,
             "withheld": list(store.withheld),
+            "scoring": task.recipe.scoring.model_dump(),
             "test": scores,
             "data_hash": store.content_hash,
             "split": hashed_split(store, parts),
             "calibration": None if calibration is None else calibration.to_dict(),
         },
         card=finetuned_card(task.recipe, store, parts, target, inner_model(task.model).config, source, scores, step),
+        baseline=None if frozen is None else frozen.tensors,
         overwrite=True,  # a run that goes on after its end writes it again
     )
     run_files.finish(folder, run_files.DONE, step, step)

@@ -14,6 +14,7 @@ from brainfound.models.configuration import AGGREGATORS, DECODERS, STEMS
 from brainfound.recipes import Recipe, load, validate
 from brainfound.train.engine import EngineRecipe
 from brainfound.train.head_recipes import ClassificationHeadRecipe, RegressionHeadRecipe
+from brainfound.train.session_scores import ScoringRecipe
 from brainfound.train.session_split import SplitRecipe
 from brainfound.train.targets import Target
 from brainfound.train.volumes import VolumeAugmentation
@@ -33,7 +34,7 @@ SEGMENTATION_FIELDS = (
 OF_ONE_TASK: Mapping[str, tuple[str, ...]] = {
     "classification": ("classification",),
     "regression": ("regression",),
-    "segmentation": (*SEGMENTATION_FIELDS, "foreground_share", "merge_codes"),
+    "segmentation": (*SEGMENTATION_FIELDS, "foreground_share", "merge_codes", "scoring"),
 }
 """Keys and groups of the recipe that one task alone reads, besides the regions of a segmentation."""
 
@@ -135,6 +136,8 @@ class FinetuneRecipe(Recipe):
     """Before training also fit a linear model to the untouched backbone (mean over slices; of a segmentation patch by
     patch), whose scores on the test part stand beside those of the run. It embeds the training and the test part
     once."""
+    scoring: ScoringRecipe = ScoringRecipe()
+    """Segmentation: further scores, and what an empty mask counts."""
     split: SplitRecipe = SplitRecipe()
     optim: FinetuneOptimRecipe = FinetuneOptimRecipe()
     augmentation: VolumeAugmentation = VolumeAugmentation()
@@ -146,6 +149,7 @@ class FinetuneRecipe(Recipe):
 FREE_ON_RESUME = (
     "name",
     "frozen_baseline",
+    "scoring",
     "engine.log_every",
     "engine.checkpoint_every",
     "engine.keep_checkpoints",

@@ -30,7 +30,7 @@ from brainfound.train.decoder_start import fit_decoder
 from brainfound.train.embedding_cache import EmbeddingCache
 from brainfound.train.engine import TrainTask
 from brainfound.train.finetune_recipe import SEGMENTATION_FIELDS, FinetuneRecipe
-from brainfound.train.frozen_baseline import frozen_baseline
+from brainfound.train.frozen_baseline import fit_frozen, score_frozen
 from brainfound.train.head_recipes import classification_fields, regression_fields
 from brainfound.train.head_start import fit_head
 from brainfound.train.objectives.base import StepKey
@@ -139,7 +139,19 @@ class FinetuneTask(TrainTask):
             self.target,
             self.eval_slices,
             cache=self.cache,
+            scoring=self.recipe.scoring
+            if part == "test"
+            else self.recipe.scoring.model_copy(update={"surface_mm": None}),
         )
+
+
+class Frozen(NamedTuple):
+    """A linear model on the untouched backbone."""
+
+    tensors: dict[str, Tensor]
+    """What has to be kept to ask it again."""
+    scores: SessionScores
+    """On the test part."""
 
 
 class Network(NamedTuple):
@@ -149,8 +161,8 @@ class Network(NamedTuple):
     """With its new head and its adapter, the same on all ranks."""
     cache: EmbeddingCache | None
     """The embeddings, if they are kept."""
-    frozen: SessionScores | None
-    """On the main rank, if it is asked for: what a linear model on the untouched backbone reaches on the test part."""
+    frozen: Frozen | None
+    """On the main rank, if it is asked for."""
 
 
 def build_network(
@@ -198,16 +210,17 @@ def build_network(
 
         ranks.on_main_rank(embed, accelerator.is_main_process)
         cache = EmbeddingCache(model.brainfound, store, caches, recipe.num_slices)
-    frozen: list[SessionScores] = []
+    frozen: list[Frozen] = []
     if recipe.frozen_baseline:
         # Now, while nothing has touched the backbone; a second one at the end might not fit beside the trained one.
         folder = caches if several_runs else None
 
         def fit() -> None:
-            found = frozen_baseline(
-                model, store, parts, target, recipe.num_slices, cache=cache, folder=folder, seed=recipe.split.seed
+            train, test = parts["train"].tolist(), parts["test"].tolist()
+            found = fit_frozen(
+                model, store, train, target, recipe.num_slices, cache=cache, folder=folder, seed=recipe.split.seed
             )
-            frozen.append(found)
+            frozen.append(Frozen(found.tensors(), score_frozen(found, store, test, scoring=recipe.scoring)))
 
         ranks.on_main_rank(fit, accelerator.is_main_process)
     if recipe.head_fit_passes:

@@ -5,45 +5,139 @@ volume is the mean of its slices' CLS embeddings, of the slices that evaluation 
 it learns from the training part, its strength chosen by cross-validation within that part. A segmentation has a linear
 classifier of patches (`brainfound.train.frozen_patches`). The test part is answered once, and scored as the run is.
 
+The linear model goes into the bundle, so that it can be asked about other sessions later, and with contrasts withheld;
+the untouched backbone is there too, unless all weights were trained.
+
 Axis legend: n sessions, D width, K classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float
+from scipy.special import expit, softmax
+from torch import Tensor
 
-from brainfound.data.batches import even_slices
+from brainfound.adapters.bundle_reader import Bundle
+from brainfound.data.batches import even_slices, without_contrasts
+from brainfound.data.stack import Stack
 from brainfound.data.store import Store
-from brainfound.errors import TrainingError
+from brainfound.errors import ModelError, TrainingError
 from brainfound.models.inference import Answer
 from brainfound.train.embedding_cache import EmbeddingCache, slice_embeddings
 from brainfound.train.frozen_patches import PatchClassifier
 from brainfound.train.linear_fits import fit_logistic, fit_ridge, subject_numbers
-from brainfound.train.session_scores import SessionScores, score_answers
+from brainfound.train.session_scores import ScoringRecipe, SessionScores, score_answers
 from brainfound.train.targets import Target
 
 
-def frozen_baseline(
+@dataclass(frozen=True)
+class VolumeModel:
+    """A linear model of a volume's mean slice embedding.
+
+    Attributes:
+        model: a BrainFound model with a head, whose backbone is asked; its head is not.
+        target: what is answered.
+        num_slices: slices read per session; None for all.
+        mean, std: (D,) of the embeddings.
+        weight, bias: (1, D) and (1,) on standardised embeddings for a value or two classes, else (K, D) and (K,).
+        cache: embeddings that are kept; None: none are.
+    """
+
+    model: Any
+    target: Target
+    num_slices: int | None
+    mean: np.ndarray
+    std: np.ndarray
+    weight: np.ndarray
+    bias: np.ndarray
+    cache: EmbeddingCache | None = None
+
+    @classmethod
+    def fit(
+        cls,
+        model: Any,
+        store: Store,
+        sessions: Sequence[int],
+        target: Target,
+        num_slices: int | None,
+        cache: EmbeddingCache | None = None,
+    ) -> VolumeModel:
+        """Learn from labelled sessions.
+
+        Raises:
+            TrainingError: the embeddings are not finite.
+        """
+        if cache is not None:
+            cache.require(sessions)
+            embedded = cache.means(sessions)
+        else:
+            embedded = np.stack([_mean_embedding(model, store[session], num_slices) for session in sessions])
+        features, labels = embedded.astype(np.float64), target.values(store, list(sessions))
+        if not np.isfinite(features).all():
+            raise TrainingError(
+                "the backbone that the run starts from gives embeddings that are not finite",
+                remedy="Start from another model",
+            )
+        mean, std = features.mean(axis=0), features.std(axis=0)
+        std = np.where(std > 1e-8, std, 1.0)
+        people = subject_numbers(store.sessions["subject"].tolist(), np.array(sessions))
+        weight, bias = _fit((features - mean) / std, labels, people, target, model.config.class_weights)
+        return cls(model, target, num_slices, mean, std, weight, bias, cache)
+
+    def answer(self, session: int, stack: Stack, without: Sequence[str] = ()) -> Answer:
+        """Of a stack, in the form of a model's answer.
+
+        Args:
+            session: its row in the store that the cache is of.
+            without: contrasts that are not to be seen.
+        """
+        if self.cache is not None and not without:
+            self.cache.require([session])
+            embedding = self.cache.means([session])[0]
+        else:
+            stack = without_contrasts(stack, without) if without else stack
+            embedding = _mean_embedding(self.model, stack, self.num_slices)
+        found = self.weight @ ((embedding.astype(np.float64) - self.mean) / self.std) + self.bias
+        if self.target.task == "regression":
+            return Answer(value=float(found[0]) * self.target.std + self.target.mean)
+        if self.target.multi_label:
+            return Answer(probabilities=expit(found))
+        if len(found) == 1:
+            return Answer(probabilities=np.array([expit(-found[0]), expit(found[0])]))
+        return Answer(probabilities=softmax(found))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What has to be kept to ask it again."""
+        return {name: torch.from_numpy(np.asarray(getattr(self, name))) for name in ("mean", "std", "weight", "bias")}
+
+
+FrozenBaseline = VolumeModel | PatchClassifier
+"""A linear model on an untouched backbone, for the tasks that it can answer."""
+
+
+def fit_frozen(
     model: Any,
     store: Store,
-    parts: Mapping[str, np.ndarray],
+    sessions: Sequence[int],
     target: Target,
     num_slices: int,
     *,
     cache: EmbeddingCache | None = None,
     folder: Path | None = None,
     seed: int = 0,
-) -> SessionScores:
-    """Fit a linear model to an untouched backbone, and score it on the test part.
+) -> FrozenBaseline:
+    """Fit a linear model to an untouched backbone.
 
     Args:
         model: a BrainFound model with a head that has not been trained and no adapter; it stays as it is.
-        store, parts: the data, and its sessions for training and testing.
+        store, sessions: the data, and its sessions for training.
         target: what is learnt; its class weights are those of the model's configuration.
         num_slices: slices read per session; of a segmentation per training session.
         cache: embeddings that the run keeps anyway.
@@ -53,62 +147,92 @@ def frozen_baseline(
     Raises:
         TrainingError: the embeddings are not finite, or cannot be kept.
     """
-    train, test = parts["train"].tolist(), parts["test"].tolist()
     if target.task == "segmentation":
-        patches = PatchClassifier.fit(model, store, train, target, num_slices, seed)
-        return score_answers(patches.answer, store, test, target)
+        return PatchClassifier.fit(model, store, sessions, target, num_slices, seed)
     if cache is None and folder is not None:
         cache = EmbeddingCache(model.brainfound, store, folder, num_slices)
-    means = _means(model, store, [*train, *test], num_slices, cache)
-    labels = target.values(store, train)
-    people = subject_numbers(store.sessions["subject"].tolist(), np.array(train))
-    of_test = _linear_answers(means[: len(train)], means[len(train) :], labels, people, target, model.config)
-    answers = dict(zip(test, of_test, strict=True))
-    return score_answers(lambda session, _: answers[session], store, test, target)
+    return VolumeModel.fit(model, store, sessions, target, num_slices, cache)
 
 
-def _means(
-    model: Any, store: Store, sessions: list[int], num_slices: int, cache: EmbeddingCache | None
-) -> Float[np.ndarray, "n D"]:
-    """Of each session the mean over its slices' embeddings."""
-    if cache is not None:
-        cache.require(sessions)
-        means = cache.means(sessions)
-    else:
-        stacks = (store[session] for session in sessions)
-        of_each = (slice_embeddings(model.brainfound, s, even_slices(len(s.pixels), num_slices)) for s in stacks)
-        means = np.stack([embeddings.mean(axis=0) for embeddings in of_each])
-    if not np.isfinite(means).all():
-        raise TrainingError(
-            "the backbone that the run starts from gives embeddings that are not finite",
-            remedy="Start from another model",
+def score_frozen(
+    baseline: FrozenBaseline,
+    store: Store,
+    sessions: Sequence[int],
+    without: Sequence[str] = (),
+    progress: Callable[[int, int], None] | None = None,
+    scoring: ScoringRecipe = ScoringRecipe(),
+) -> SessionScores:
+    """Score a baseline as a model is scored (`score_sessions`)."""
+
+    def ask(session: int, stack: Stack) -> Answer:
+        return baseline.answer(session, stack, without)
+
+    return score_answers(ask, store, sessions, baseline.target, without, progress, scoring)
+
+
+def frozen_of(bundle: Bundle, target: Target, device: torch.device) -> FrozenBaseline:
+    """The baseline that a bundle remembers, on the backbone that its run started from.
+
+    Raises:
+        ModelError: it remembers none, or not the backbone.
+    """
+    if not bundle.baseline:
+        raise ModelError(
+            "the bundle has no frozen baseline",
+            where=bundle.folder,
+            remedy="Fine-tune with frozen_baseline=true; bundles of earlier versions kept none",
         )
-    return means.astype(np.float64)
+    model = bundle.untouched()
+    if model is None:
+        raise ModelError(
+            "the bundle has no frozen baseline: all weights were trained, and those before are not in it",
+            where=bundle.folder,
+            remedy="Fine-tune with an adapter, or see scores.json of the run",
+        )
+    found = {name: tensor.numpy() for name, tensor in bundle.baseline.items()}
+    segmenting = target.task == "segmentation"
+    names = ("mean", "std", "weight", "bias", *(("thresholds",) if segmenting else ()))
+    if found.keys() != set(names):
+        raise ModelError(
+            "the frozen baseline of the bundle is of another kind",
+            where=bundle.folder,
+            got=", ".join(sorted(found)),
+            expected=", ".join(sorted(names)),
+            remedy="Copy the bundle again, or export it again",
+        )
+    mean, std, weight, bias = (found[name] for name in names[:4])
+    if segmenting:
+        return PatchClassifier(model.to(device), target, mean, std, weight, bias, found["thresholds"])
+    return VolumeModel(model.to(device), target, bundle.metadata.get("num_slices"), mean, std, weight, bias)
 
 
-def _linear_answers(
-    train: Float[np.ndarray, "n D"],
-    test: Float[np.ndarray, "m D"],
+def scoring_of(bundle: Bundle) -> ScoringRecipe:
+    """How a bundle's run scored; bundles of earlier versions scored as the recipe does by default."""
+    return ScoringRecipe.model_validate(bundle.metadata.get("scoring", {}))
+
+
+def _mean_embedding(model: Any, stack: Stack, num_slices: int | None) -> Float[np.ndarray, "D"]:
+    return slice_embeddings(model.brainfound, stack, even_slices(len(stack.pixels), num_slices)).mean(axis=0)
+
+
+def _fit(
+    features: Float[np.ndarray, "n D"],
     labels: np.ndarray,
     people: np.ndarray,
     target: Target,
-    config: Any,
-) -> list[Answer]:
-    """The answers of a linear model about the test part, in the form of a model's."""
-    mean, std = train.mean(axis=0), train.std(axis=0)
-    std = np.where(std > 1e-8, std, 1.0)
-    train, test = (train - mean) / std, (test - mean) / std
+    class_weights: Sequence[float] | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Weights and biases, one row per thing that is scored."""
     if target.task == "regression":
-        weight, bias, _ = fit_ridge(train, (labels - target.mean) / target.std, people)
-        return [Answer(value=float(value)) for value in (test @ weight + bias) * target.std + target.mean]
-    weights = config.class_weights
+        weight, bias, _ = fit_ridge(features, (labels - target.mean) / target.std, people)
+        return weight[None], np.array([bias])
     if target.multi_label:
-        columns = [
-            fit_logistic(
-                train, labels[:, k].astype(int), people, None if weights is None else {0: 1.0, 1: weights[k]}
-            ).predict_proba(test)[:, 1]
-            for k in range(labels.shape[1])
+        of_labels = [{0: 1.0, 1: w} for w in class_weights] if class_weights is not None else [None] * labels.shape[1]
+        fits = [
+            fit_logistic(features, column.astype(int), people, weights)
+            for column, weights in zip(labels.T, of_labels, strict=True)
         ]
-        return [Answer(probabilities=row) for row in np.stack(columns, axis=1)]
-    fitted = fit_logistic(train, labels, people, None if weights is None else dict(enumerate(weights)))
-    return [Answer(probabilities=row) for row in fitted.predict_proba(test)]
+        return np.concatenate([fit.coef_ for fit in fits]), np.concatenate([fit.intercept_ for fit in fits])
+    weights = None if class_weights is None else dict(enumerate(class_weights))
+    fit = fit_logistic(features, labels, people, weights)
+    return fit.coef_, fit.intercept_

@@ -23,8 +23,9 @@ from scipy.special import expit
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
+from torch import Tensor
 
-from brainfound.data.batches import collate, even_slices
+from brainfound.data.batches import collate, even_slices, without_contrasts
 from brainfound.data.stack import Stack
 from brainfound.data.store import Store
 from brainfound.errors import TrainingError
@@ -103,8 +104,18 @@ class PatchClassifier:
         rows, biases, thresholds = zip(*fits, strict=True)
         return cls(model, target, mean, std, np.stack(rows), np.array(biases), np.array(thresholds))
 
-    def answer(self, session: int, stack: Stack) -> Answer:
-        """Every pixel of a stack, in the form of a model's answer."""
+    def tensors(self) -> dict[str, Tensor]:
+        """What has to be kept to ask it again."""
+        names = ("mean", "std", "weight", "bias", "thresholds")
+        return {name: torch.from_numpy(np.asarray(getattr(self, name))) for name in names}
+
+    def answer(self, session: int, stack: Stack, without: Sequence[str] = ()) -> Answer:
+        """Every pixel of a stack, in the form of a model's answer.
+
+        Args:
+            without: contrasts that are not to be seen.
+        """
+        stack = without_contrasts(stack, without) if without else stack
         num_slices, height, width = stack.grid
         rows, columns = self.model.encoder.grid(height, width)
         marked = np.empty((num_slices, len(self.bias), height, width), dtype=bool)

@@ -9,22 +9,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from brainfound.adapters.bundle import load_bundle
+from brainfound.adapters.bundle import Bundle, load_bundle
 from brainfound.data.split_file import Split
 from brainfound.data.store import Store
-from brainfound.errors import UsageError
+from brainfound.errors import ModelError, UsageError
 from brainfound.evaluate.partial_input import drop, headline_of_cases, non_empty_subsets
 from brainfound.evaluate.score_files import baselines_of, beside, columns_of, numbers_of
 from brainfound.evaluate.scores import HEADLINE
 from brainfound.evaluate.spread import sizes_of, spread_of
 from brainfound.train.checkpoint import write_atomically
 from brainfound.train.engine import process_state
+from brainfound.train.frozen_baseline import FrozenBaseline, frozen_of, score_frozen, scoring_of
 from brainfound.train.run_files import EXPORT_FOLDER
 from brainfound.train.session_scores import FROZEN_CASES_FILE, score_sessions
 from brainfound.train.targets import Target, labelled_sessions
@@ -73,17 +75,30 @@ def score_absence(
     test = np.intersect1d(split.sessions(store, fold)["test"], labelled)
     sessions = complete_sessions(store, test, contrasts, fold).tolist()
     model = bundle.model.to(process_state().device)
+    frozen = None if subset is not None else _frozen_of(bundle, target)
     results = []
     for shown in non_empty_subsets(contrasts) if subset is None else [tuple(subset)]:
         without = [name for name in store.contrasts if name not in shown]
-        scored = score_sessions(model, store, sessions, target, bundle.metadata["num_slices"], without)
+        scored = score_sessions(
+            model, store, sessions, target, bundle.metadata["num_slices"], without, scoring=scoring_of(bundle)
+        )
         absence = TRAINING if subset is not None else NONE if len(shown) == len(contrasts) else TEST
         results.append({"contrasts": list(shown), "absence": absence, "num_left_out": len(test) - len(sessions)})
         results[-1] |= scored.to_dict()
-        # The frozen baseline has seen what its run has; asked with less, it has no answer.
         if absence != TEST and (run / FROZEN_CASES_FILE).is_file():
             results[-1]["frozen"] = _frozen_scores(run, target.task, sessions)
+        elif frozen is not None:
+            asked = score_frozen(frozen, store, sessions, without, scoring=scoring_of(bundle))
+            results[-1] = replace(scored, frozen=asked.scores).to_dict() | results[-1]
     write_atomically(run / ABSENCE_FILE, json.dumps(results, indent=1) + "\n")
+
+
+def _frozen_of(bundle: Bundle, target: Target) -> FrozenBaseline | None:
+    """The frozen baseline, where the bundle has one and the backbone that it is of."""
+    try:
+        return frozen_of(bundle, target, process_state().device)
+    except ModelError:
+        return None  # as of full fine-tuning; the page then has no such column in these rows
 
 
 def _frozen_scores(run: Path, task: str, sessions: Sequence[int]) -> dict[str, float | None]:

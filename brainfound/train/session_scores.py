@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 import pandas as pd
+from pydantic import Field
 from torch import nn
 
 from brainfound.data.batches import without_contrasts
@@ -22,6 +23,7 @@ from brainfound.evaluate.multi_label import multi_label_scores, trivial_multi_la
 from brainfound.evaluate.scores import (
     HEADLINE,
     IN_TABLES,
+    EmptyCase,
     classification_scores,
     mean_case_scores,
     regression_scores,
@@ -29,6 +31,7 @@ from brainfound.evaluate.scores import (
     trivial_scores,
 )
 from brainfound.models.inference import Answer, infer, infer_embedded
+from brainfound.recipes import Recipe
 from brainfound.train.checkpoint import write_atomically
 from brainfound.train.embedding_cache import EmbeddingCache
 from brainfound.train.targets import Target
@@ -48,6 +51,17 @@ PREDICTION_STD = "prediction_std"
 def probability_column(name: str) -> str:
     """The column of `SessionScores.cases` that has the probability of a class."""
     return f"p({name})"
+
+
+class ScoringRecipe(Recipe):
+    """How a segmentation is scored."""
+
+    surface_mm: float | None = Field(None, ge=0)
+    """With a tolerance in mm also normalised surface distance (surface Dice), HD95, lesion-wise F1 and volume error,
+    which take many times as long; null: Dice and the relative volume error."""
+    empty: EmptyCase = "left_out"
+    """What Dice (surface Dice, lesion-wise F1) is where a session has not the structure: left_out (only clean_negatives
+    tells); otherwise 0 where something was marked, and where nothing was nan (left out), one or zero."""
 
 
 class ScoreInterval(NamedTuple):
@@ -162,6 +176,7 @@ def score_sessions(
     without: Sequence[str] = (),
     progress: Callable[[int, int], None] | None = None,
     cache: EmbeddingCache | None = None,
+    scoring: ScoringRecipe = ScoringRecipe(),
 ) -> SessionScores:
     """Ask the model about every session and score the answers.
 
@@ -173,6 +188,7 @@ def score_sessions(
         without: contrasts to withhold. A session that has no other is left out.
         progress: called with (sessions done, sessions in all).
         cache: holds what the backbone says of the same slices; nothing is withheld then.
+        scoring: of a segmentation.
 
     Raises:
         UsageError: if no session is left, or a withheld contrast is not one of the store's.
@@ -183,7 +199,7 @@ def score_sessions(
             return infer_embedded(model, cache.batch([session]).inputs())
         return infer(model, without_contrasts(stack, without) if without else stack, num_slices)
 
-    return score_answers(ask, store, sessions, target, without, progress)
+    return score_answers(ask, store, sessions, target, without, progress, scoring)
 
 
 def score_answers(
@@ -193,12 +209,13 @@ def score_answers(
     target: Target,
     without: Sequence[str] = (),
     progress: Callable[[int, int], None] | None = None,
+    scoring: ScoringRecipe = ScoringRecipe(),
 ) -> SessionScores:
     """Score whatever answers about sessions: a model, or a baseline.
 
     Args:
         ask: answers about a session, given its index and its stack with all contrasts.
-        store, sessions, target, without, progress: as for `score_sessions`.
+        store, sessions, target, without, progress, scoring: as for `score_sessions`.
 
     Raises:
         UsageError: as `score_sessions`.
@@ -214,6 +231,13 @@ def score_answers(
         )
     segmenting = target.task == "segmentation"
     truths: list[Any] = [None] * len(usable) if segmenting else target.values(store, usable).tolist()
+
+    def scored(reference: np.ndarray, found: np.ndarray, spacing_mm: np.ndarray | None = None) -> dict[str, float]:
+        if scoring.surface_mm is None or spacing_mm is None:
+            return segmentation_case_scores(reference, found, empty=scoring.empty)
+        spacing = [float(step) for step in spacing_mm]
+        return segmentation_case_scores(reference, found, spacing, scoring.surface_mm, scoring.empty)
+
     answers: list[Any] = []
     guesses: list[Mapping[str, Mapping[str, float]]] = []
     rows = []
@@ -231,10 +255,11 @@ def score_answers(
                 strange[code] = strange.get(code, 0) + 1
             found, head = answer.labels if target.regions else answer.classes, np.asarray(stack.pixels.any(axis=1))
             structures = _structures(target).items()
-            case = {name: segmentation_case_scores(of(reference), of(found)) for name, of in structures}
+            case = {name: scored(of(reference), of(found), stack.spacing_mm) for name, of in structures}
             answers.append(case)
-            # Without an image everything inside the head is the structure. Masks of a whole cohort are not kept.
-            guesses.append({name: segmentation_case_scores(of(reference), head) for name, of in structures})
+            # Without an image everything inside the head is the structure; its surface, the head's, is not asked for.
+            # Masks of a whole cohort are not kept.
+            guesses.append({name: scored(of(reference), head) for name, of in structures})
             marked = reference.any(axis=1) if target.regions else reference
             row |= {"reference_pixels": int(np.count_nonzero(marked)), "dice": float("nan")} | _over_structures(case)
         elif target.task == "classification":

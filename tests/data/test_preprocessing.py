@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -122,6 +124,61 @@ def test_absent_contrast_is_zero_and_marked(head, centred):
     assert stack.present.tolist() == [False, True]
     assert not stack.pixels[:, 0].any()
     assert stack.pixels[:, 1].any()
+
+
+def cropped(scan: Scan, margin: int, shift_mm: float = 0.0) -> Scan:
+    """A label map cut to a box around its labels, perhaps put elsewhere."""
+    box = [(line.min() - margin, line.max() + 1 + margin) for line in np.nonzero(scan.data)]
+    affine = scan.affine.copy()
+    affine[:3, 3] += affine[:3, :3] @ [first for first, _ in box] + [0, 0, shift_mm]
+    data = scan.data[tuple(slice(*ends) for ends in box)]
+    return Scan(data, affine, data.shape, affine)
+
+
+@pytest.mark.parametrize("margin", [0, 2])
+def test_a_mask_that_is_cropped_around_its_labels_is_the_whole_mask(head, centred, margin):
+    shape = (60, 72, 56)
+    affine = centred(shape, np.eye(3) * 2)
+    scan, lesion = (as_scan(one(shape, affine), affine) for one in (head.image, head.lesion))
+    whole = Preprocessing(contrasts=("T1w",)).apply({"T1w": scan}, lesion)
+    builder = StackBuilder(Preprocessing(contrasts=("T1w",)), "T1w", scan)
+    builder.add_mask(cropped(lesion, margin), "lesion.nii.gz")
+    np.testing.assert_array_equal(builder.build().mask, whole.mask)
+    assert whole.mask.any()
+    (note,) = builder.quality[0].notes
+    assert re.fullmatch(r"the mask lesion.nii.gz covers \d+% of the foreground; what lies outside .* background", note)
+
+
+def test_a_cropped_mask_whose_labels_are_elsewhere_or_none_is_refused(head, centred):
+    shape = (60, 72, 56)
+    affine = centred(shape, np.eye(3) * 2)
+    scan, lesion = (as_scan(one(shape, affine), affine) for one in (head.image, head.lesion))
+    builder = StackBuilder(Preprocessing(contrasts=("T1w",)), "T1w", scan)
+    with pytest.raises(
+        ScanError, match="the mask does not overlap .*0% of its foreground covered, and 0% of the labels"
+    ):
+        builder.add_mask(cropped(lesion, 0, shift_mm=400))
+    # In the field of view, and mostly in the air beside the head.
+    with pytest.raises(ScanError, match=r"the mask does not overlap"):
+        builder.add_mask(cropped(lesion, 0, shift_mm=55))
+    small = cropped(lesion, 0)
+    with pytest.raises(ScanError, match="and no label"):
+        builder.add_mask(Scan(np.zeros_like(small.data), small.affine, small.data.shape, small.affine))
+    assert builder.build().mask is None
+    assert builder.quality[0].notes == ()
+
+
+def test_a_mask_of_part_of_the_head_is_noted_and_one_of_all_of_it_is_not(head, centred):
+    shape = (60, 72, 56)
+    affine = centred(shape, np.eye(3) * 2)
+    scan, lesion = (as_scan(one(shape, affine), affine) for one in (head.image, head.lesion))
+    upper = affine.copy()
+    upper[:3, 3] += affine[:3, :3] @ [0, 0, 20]
+    data = lesion.data[:, :, 20:]
+    for mask, noted in ((lesion, False), (Scan(data, upper, data.shape, upper), True)):
+        builder = StackBuilder(Preprocessing(contrasts=("T1w",)), "T1w", scan)
+        builder.add_mask(mask)
+        assert bool(builder.quality[0].notes) == noted
 
 
 def test_a_scan_elsewhere_in_space_is_refused_but_not_the_session(head, centred):

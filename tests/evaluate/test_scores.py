@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from brainfound.errors import UsageError
 from brainfound.evaluate.scores import (
     HEADLINE,
     HIGHER_IS_BETTER,
@@ -86,6 +87,32 @@ def test_scores_of_a_case_with_spacing():
     # A case counts only where it has a score.
     mean = mean_case_scores([plain, {"clean_negatives": 1.0}, {"dice": 1.0}])
     assert mean == {"dice": pytest.approx(0.625), "relative_volume_error": 0.5, "clean_negatives": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("empty", "clean", "marked"), [("left_out", None, None), ("nan", None, 0.0), ("one", 1.0, 0.0), ("zero", 0.0, 0.0)]
+)
+def test_a_case_without_the_structure_counts_by_a_convention_that_is_named(empty, clean, marked):
+    nothing = np.zeros((2, 6, 6), dtype=int)
+    something = nothing.copy()
+    something[0, 0, 0] = 1
+    for prediction, expected in ((nothing, clean), (something, marked)):
+        for spacing, names in ((None, ["dice"]), ((3.0, 2.0, 1.0), ["dice", "surface_dice", "lesion_f1"])):
+            found = segmentation_case_scores(nothing, prediction, spacing, empty=empty)
+            assert found.pop("clean_negatives") == float(prediction is nothing)
+            assert found == ({} if expected is None else dict.fromkeys(names, expected))
+    with pytest.raises(UsageError, match="unknown convention 'on'.*one"):
+        segmentation_case_scores(nothing, nothing, empty="on")
+
+
+def test_the_tolerance_of_surfaces_is_the_one_that_is_asked_for():
+    reference = np.zeros((1, 9, 9), dtype=int)
+    reference[0, 2:5, 2:5] = 1
+    moved = np.roll(reference, 1, axis=1)
+    strict, lenient = (
+        segmentation_case_scores(reference, moved, (1.0, 2.0, 2.0), tolerance)["surface_dice"] for tolerance in (1, 2)
+    )
+    assert strict < lenient == 1.0
 
 
 def test_trivial_baselines_know_the_training_part_only():

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import brainfound
-from brainfound.errors import RecipeError
+from brainfound.errors import RecipeError, UsageError
 from brainfound.evaluate.partial_input import headline_of_cases
-from brainfound.models.inference import Answer
+from brainfound.evaluate.scores import segmentation_case_scores
+from brainfound.models.inference import Answer, infer
 from brainfound.predict.evaluation import evaluate
 from brainfound.recipes import validate
 from brainfound.train.finetune import finetune
@@ -127,3 +128,45 @@ def test_wrong_settings_are_refused_before_anything_is_written(small_store, tiny
     with pytest.raises(RecipeError, match=told):
         finetune("finetune-segmentation", small_store, tiny_backbone, "mask", tmp_path / "run", overrides=[override])
     assert not (tmp_path / "run").exists()
+
+
+SURFACES = {"surface_dice", "hd95_mm", "lesion_f1", "volume_error_mm3"}
+
+
+def test_surfaces_and_empty_masks_are_scored_where_they_are_asked_for(small_store, tiny_backbone, tmp_path):
+    overrides = ["scoring.surface_mm=2", "scoring.empty=one", "frozen_baseline=true", "evaluate_every=0"]
+    run = finetune(
+        validate(FinetuneRecipe, TINY, overrides), small_store, tiny_backbone, "mask", tmp_path / "run", quiet=True
+    )
+    scores = json.loads((run / "scores.json").read_text())
+    for part in ("scores", "frozen"):
+        assert SURFACES | {"dice"} <= set(scores[part])
+    assert not SURFACES & set(scores["trivial"])
+    # The bundle remembers how its run scored, and an evaluation may ask for something else.
+    (again,) = evaluate(run / "export", small_store)
+    assert again.to_dict()["scores"] == pytest.approx(scores["scores"])
+    assert again.to_dict()["frozen"] == pytest.approx(scores["frozen"])
+    (left_out,) = evaluate(run, small_store, empty="left_out")
+    mine, theirs = (result.cases["dice"].notna().sum() for result in (left_out, again))
+    assert mine < theirs == len(again.cases), "sessions without a lesion are among them"
+    assert again.cases.loc[left_out.cases["dice"].isna(), "dice"].isin([0.0, 1.0]).all()
+    (strict,) = evaluate(run, small_store, surface_mm=0)
+    assert strict.scores["surface_dice"] <= again.scores["surface_dice"]
+    case = again.cases[again.cases["reference_pixels"] > 0].iloc[0]
+    stack = small_store[int(case["row"])]
+    found = infer(brainfound.load(run).model, stack).classes
+    expected = segmentation_case_scores(stack.mask, found, tuple(stack.spacing_mm), 2.0)
+    assert {name: case[name] for name in SURFACES} == pytest.approx({name: expected[name] for name in SURFACES})
+
+
+def test_surfaces_are_of_segmentations_only(small_store, tiny_backbone, tmp_path):
+    content = {name: value for name, value in TINY.items() if name != "decoder_width"}
+    recipe = validate(FinetuneRecipe, content, ["evaluate_every=0"])
+    with pytest.raises(RecipeError, match="scoring.surface_mm: this setting is for a segmentation"):
+        finetune(
+            validate(FinetuneRecipe, content, ["scoring.surface_mm=1"]), small_store, tiny_backbone, "age_years",
+            tmp_path / "refused", quiet=True,
+        )  # fmt: skip
+    run = finetune(recipe, small_store, tiny_backbone, "age_years", tmp_path / "run", quiet=True)
+    with pytest.raises(UsageError, match="surface_mm: surfaces and empty masks are of a segmentation"):
+        evaluate(run, small_store, surface_mm=1)

@@ -15,11 +15,12 @@ from transformers import Dinov2Model
 from brainfound.data.batches import collate, even_slices
 from brainfound.errors import TrainingError
 from brainfound.models import BrainFoundForSegmentation, BrainFoundModel
+from brainfound.predict.evaluation import evaluate
 from brainfound.recipes import validate
 from brainfound.train import embedding_cache, frozen_patches
 from brainfound.train.finetune import finetune
 from brainfound.train.finetune_recipe import FinetuneRecipe
-from brainfound.train.frozen_baseline import frozen_baseline
+from brainfound.train.frozen_baseline import fit_frozen, score_frozen
 from brainfound.train.frozen_patches import PatchClassifier, patch_shares
 from brainfound.train.session_scores import read_scores
 from brainfound.train.targets import resolve_target
@@ -119,13 +120,47 @@ def test_it_is_of_the_backbone_before_training_whatever_training_does(small_stor
 def test_no_label_of_the_test_part_is_learnt_from(small_store, tiny_backbone, monkeypatch):
     model = BrainFoundForSegmentation.from_backbone(tiny_backbone, contrasts=small_store.contrasts)
     target = resolve_target(small_store, PARTS["train"].tolist(), "classification", "diagnosis")
-    honest = frozen_baseline(model, small_store, PARTS, target, 4)
+    train, test = (PARTS[part].tolist() for part in ("train", "test"))
+    honest = score_frozen(fit_frozen(model, small_store, train, target, 4), small_store, test)
     shuffled = small_store.sessions["diagnosis"].to_numpy().copy()
     shuffled[PARTS["test"]] = shuffled[PARTS["test"]][::-1]
     monkeypatch.setitem(small_store.sessions, "diagnosis", shuffled)
-    other = frozen_baseline(model, small_store, PARTS, target, 4)
+    other = score_frozen(fit_frozen(model, small_store, train, target, 4), small_store, test)
     assert other.cases["truth"].tolist() != honest.cases["truth"].tolist()
     assert other.cases["p(patient)"].tolist() == honest.cases["p(patient)"].tolist()
+
+
+@pytest.mark.parametrize("adapter", ["lora-r8-patch", "pissa-r8", "head-only"])
+@pytest.mark.parametrize("column", ["age_years", "diagnosis", "ill,old", "mask"])
+def test_a_bundle_answers_for_its_baseline_as_the_run_did(
+    small_store, tiny_backbone, tmp_path, monkeypatch, column, adapter
+):
+    """Whatever training did to the weights, and with contrasts withheld it is asked without them."""
+    monkeypatch.setitem(small_store.sessions, "ill", [0, 1] * 6)
+    monkeypatch.setitem(small_store.sessions, "old", [0, 0, 1, 1] * 3)
+    folder = run(small_store, tiny_backbone, column, tmp_path / "run", f"adapter={adapter}", "optim.lr=0.01")
+    (again,) = evaluate(folder / "export", small_store)
+    written = read_scores(folder)["frozen"]
+    assert again.to_dict()["frozen"].keys() == written.keys()
+    assert again.to_dict()["frozen"] == pytest.approx(written)
+    full, *others = evaluate(folder, small_store, partial_input=True)
+    assert full.frozen == pytest.approx(again.frozen, nan_ok=True)
+    assert any(other.frozen != full.frozen for other in others)
+    (without,) = evaluate(folder, small_store, frozen=False)
+    assert without.frozen is None
+    assert without.scores == pytest.approx(again.scores, nan_ok=True)
+
+
+def test_a_baseline_whose_backbone_is_gone_or_that_was_not_asked_for_is_said(small_store, tiny_backbone, tmp_path):
+    for name, override, words in (
+        ("full", "adapter=full", "all weights were trained"),
+        ("off", "frozen_baseline=false", "Fine-tune with frozen_baseline=true"),
+    ):
+        folder = run(small_store, tiny_backbone, "age_years", tmp_path / name, override)
+        (result,) = evaluate(folder, small_store)
+        assert result.frozen is None
+        (note,) = [note for note in result.notes if "frozen baseline" in note]
+        assert words in note
 
 
 def test_runs_of_one_command_embed_each_session_once(small_store, tiny_backbone, tmp_path, embedded):

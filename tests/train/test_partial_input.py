@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from brainfound.adapters import load_bundle
 from brainfound.data.checking.contract import InputContract
@@ -21,9 +22,11 @@ from brainfound.predict.loading import load
 from brainfound.recipes import validate
 from brainfound.train.finetune import finetune
 from brainfound.train.finetune_recipe import FinetuneRecipe
+from brainfound.train.frozen_baseline import frozen_of, score_frozen
 from brainfound.train.repeated import finetune_subsets, folds_for
 from brainfound.train.session_scores import read_scores
 from brainfound.train.systems import systems_of
+from brainfound.train.targets import Target
 
 TINY = {
     "name": "tiny",
@@ -79,16 +82,13 @@ def test_all_rows_are_of_the_sessions_that_have_every_contrast(subsets, patchy):
         assert alone["training"] == pytest.approx(
             headline_of_cases("regression", other.cases[flair[other.cases["row"]]])
         )
-        # The frozen baseline stands beside what it can be asked: a model and the contrasts that it has seen.
+        # The frozen baseline of the run, about the same sessions; asked with less, it answers with less.
         frozen = pd.read_csv(subsets / "T1w" / fold / "seed-0" / "frozen-cases.tsv", sep="\t")
         expected = headline_of_cases("regression", frozen[flair[frozen["row"]]])
         of_frozen = part[part["contrasts"] == "T1w"].set_index("absence")["frozen mae"]
         assert of_frozen["training"] == pytest.approx(expected)
-        assert part.set_index("absence")["frozen mae"].isna().to_dict() == {
-            "none": False,
-            "test": True,
-            "training": False,
-        }
+        assert of_frozen["test"] == pytest.approx(score_of_complete(run, patchy, flair))
+        assert not part["frozen mae"].isna().any()
     summary = json.loads((subsets / "summary.json").read_text())
     assert len(summary["partial_input"]) == 5
     assert summary["baselines"] == ["trivial", "frozen"]
@@ -96,6 +96,14 @@ def test_all_rows_are_of_the_sessions_that_have_every_contrast(subsets, patchy):
     page = (subsets / "report.md").read_text()
     assert "in training too" in page
     assert "lack a contrast and are not scored here" in page
+
+
+def score_of_complete(run, store, complete) -> float:
+    """The error of a run's frozen baseline on the complete sessions of its test part, shown T1w only."""
+    bundle = load_bundle(run / "export")
+    frozen = frozen_of(bundle, Target.from_dict(bundle.labels), torch.device("cpu"))
+    sessions = [row for row in pd.read_csv(run / "cases.tsv", sep="\t")["row"] if complete[row]]
+    return score_frozen(frozen, store, sessions, ["T2w", "FLAIR"]).scores["mae"]
 
 
 def test_sessions_without_any_shown_contrast_are_left_out_of_training(subsets, patchy):

@@ -78,6 +78,7 @@ class EncoderWithHeads(nn.Module):
     def draw_heads(self, seed: int, first_stream: int = 0) -> None:
         """Give the heads new weights, each from a stream of its own."""
         for stream, head in enumerate(self.heads.values(), start=first_stream):
+            assert isinstance(head, ProjectionHead)
             head.initialise(torch_generator(INITIALISATION, seed, stream))
 
     @property
