@@ -206,9 +206,9 @@ def sinusoidal_positions(
 def build_aggregator(config: BrainFoundConfig) -> Aggregator:
     """The aggregator that a configuration names."""
     if config.aggregator == "attention":
-        return AttentionAggregator(config.hidden_size, config.aggregator_width)
+        return AttentionAggregator(config.embedding_size, config.aggregator_width)
     if config.aggregator == "transformer":
-        return TransformerAggregator(config.hidden_size, config.aggregator_layers)
+        return TransformerAggregator(config.embedding_size, config.aggregator_layers)
     return MaxAggregator() if config.aggregator == "max" else MeanAggregator()
 
 

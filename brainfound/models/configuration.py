@@ -12,6 +12,7 @@ from brainfound.errors import ModelError, UsageError, did_you_mean, nearest
 
 SUPPORTED_BACKBONES = ("dinov2", "dinov2_with_registers")
 STEMS = ("channels", "per_contrast", "slices")
+SLICE_FEATURES = ("cls", "patches", "cls_and_patches")
 AGGREGATORS = ("mean", "max", "attention", "transformer")
 DECODERS = ("linear", "fpn", "unetr")
 REGRESSION_HEADS = ("point", "gaussian", "bins")
@@ -55,6 +56,9 @@ class BrainFoundConfig(PreTrainedConfig):
     slice_chunk: int = 64
     """The largest number of images that the backbone encodes at once; bounds the memory of a forward pass. An image is
     a slice; with the stem "per_contrast" it is one contrast of a slice, and the contrasts of a slice stay together."""
+    slice_features: str = "cls"
+    """What a slice's embedding is: "cls" (the class token), "patches" (the mean of the patch tokens, which tells how
+    much of a slice is which tissue) or "cls_and_patches" (one after the other, as in DINOv2's linear evaluation)."""
     aggregator: str = "mean"
     """Slice embeddings → volume embedding: "mean", "max", "attention" or "transformer"."""
     aggregator_layers: int = 1
@@ -136,6 +140,7 @@ class BrainFoundConfig(PreTrainedConfig):
         """
         for field, known in (
             ("stem", STEMS),
+            ("slice_features", SLICE_FEATURES),
             ("aggregator", AGGREGATORS),
             ("decoder", DECODERS),
             ("segmentation_loss", SEGMENTATION_LOSSES),
@@ -232,8 +237,13 @@ class BrainFoundConfig(PreTrainedConfig):
 
     @property
     def hidden_size(self) -> int:
-        """Width D of every embedding."""
+        """Width D of every token."""
         return int(self.backbone_config.hidden_size)
+
+    @property
+    def embedding_size(self) -> int:
+        """Width of the embedding of a slice or a volume: D, or twice that of "cls_and_patches"."""
+        return self.hidden_size * (2 if self.slice_features == "cls_and_patches" else 1)
 
     @property
     def resolved_decoder_layers(self) -> list[int]:

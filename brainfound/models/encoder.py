@@ -30,6 +30,18 @@ class SliceEncoding(NamedTuple):
     hidden: dict[int, Tensor]
     """1-based block → its patch tokens (N, P, D), before the last layer norm."""
 
+    def embedding(self, features: str) -> Float[Tensor, "slices embedding"]:
+        """One vector per slice.
+
+        Args:
+            features: one of `brainfound.models.configuration.SLICE_FEATURES`.
+        """
+        if features == "cls":
+            return self.cls
+        # In float32: a mean over hundreds of bfloat16 tokens would lose what tells slices apart.
+        mean = self.patches.mean(dim=1, dtype=torch.promote_types(self.patches.dtype, torch.float32))
+        return mean if features == "patches" else torch.cat([self.cls.to(mean.dtype), mean], dim=1)
+
 
 class SliceEncoder(nn.Module):
     """Normalisation, stem and backbone.

@@ -27,9 +27,9 @@ class ClassificationHead(nn.Module):
 
     def __init__(self, config: BrainFoundConfig) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(config.hidden_size)
+        self.norm = nn.LayerNorm(config.embedding_size)
         self.dropout = nn.Dropout(config.head_dropout)
-        self.score = nn.Linear(config.hidden_size, config.num_classes)
+        self.score = nn.Linear(config.embedding_size, config.num_classes)
 
     def forward(self, embedding: Float[Tensor, "volumes width"]) -> Float[Tensor, "volumes classes"]:
         return _answer(self, embedding)
@@ -58,10 +58,10 @@ class RegressionHead(nn.Module):
     def __init__(self, config: BrainFoundConfig) -> None:
         super().__init__()
         self.config = config
-        self.norm = nn.LayerNorm(config.hidden_size)
+        self.norm = nn.LayerNorm(config.embedding_size)
         self.dropout = nn.Dropout(config.head_dropout)
         width = {"point": 1, "gaussian": 2, "bins": config.regression_bins}[config.regression_head]
-        self.score = nn.Linear(config.hidden_size, width)
+        self.score = nn.Linear(config.embedding_size, width)
 
     def forward(self, embedding: Float[Tensor, "volumes width"]) -> RegressionScores:
         answer = _answer(self, embedding).float()

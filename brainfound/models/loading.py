@@ -123,7 +123,13 @@ def _other_answers(kind: type, saved: BrainFoundConfig, asked: BrainFoundConfig)
 
 
 def _answers(kind: type, config: BrainFoundConfig) -> str:
-    """What the last layer of a head class gives; where the words are the same, saved scores can be used."""
+    """What the last layer of a head class gives, of what; where the words are the same, saved scores can be used."""
+    if kind.__name__ == "BrainFoundForSegmentation" or config.slice_features == "cls":
+        return _answers_alone(kind, config)
+    return f"{_answers_alone(kind, config)} on {config.slice_features}"
+
+
+def _answers_alone(kind: type, config: BrainFoundConfig) -> str:
     if kind.__name__ == "BrainFoundForRegression":
         if config.regression_head == "bins":
             assert config.regression_range is not None, "the configuration was checked"
@@ -198,6 +204,8 @@ def _new_parts(kind: type, config: BrainFoundConfig, saved: BrainFoundConfig) ->
     sizes = ("aggregator", "aggregator_layers", "aggregator_width")
     if any(getattr(config, field) != getattr(saved, field) for field in sizes):
         parts += ("aggregator",)
+    if config.embedding_size != saved.embedding_size:
+        parts += ("aggregator", "head")
     fields = ("decoder", "decoder_slice_mixing", "decoder_width", "resolved_decoder_layers")
     if any(getattr(config, field) != getattr(saved, field) for field in fields):
         parts += ("decoder",)

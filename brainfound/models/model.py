@@ -45,7 +45,7 @@ class BrainFoundModelOutput(ModelOutput):
 
     volume_embedding: Float[Tensor, "volumes width"] | None = None
     slice_embeddings: Float[Tensor, "volumes slices width"] | None = None
-    """The backbone's normalised CLS tokens; zeros at padded slices."""
+    """What `config.slice_features` says, by default the backbone's normalised CLS tokens; zeros at padded slices."""
     slice_weights: Float[Tensor, "volumes slices"] | None = None
     """What each slice weighed in the volume; None where the aggregator has no such weights."""
     patch_embeddings: Float[Tensor, "volumes slices patches width"] | None = None
@@ -193,19 +193,19 @@ class BrainFoundModel(BrainFoundPreTrainedModel):
         """
         if slice_embeddings is not None:
             self._require_only_embeddings(pixel_values, contrast_mask, output_patch_embeddings)
-            slice_mask = checked_embeddings(slice_embeddings, self.config.hidden_size, slice_mask, positions_mm)
+            slice_mask = checked_embeddings(slice_embeddings, self.config.embedding_size, slice_mask, positions_mm)
             aggregation = self.aggregator(slice_embeddings, slice_mask, positions_mm)
             given = BrainFoundModelOutput(aggregation.embedding, slice_embeddings, aggregation.weights)
             return given.to_tuple() if return_dict is False else given
         if pixel_values is None:
             raise ModelError("there is nothing to embed", expected="pixel_values, or slice_embeddings")
         batch = SliceBatch(self.encoder, self.config.slice_chunk, pixel_values, contrast_mask, slice_mask, positions_mm)
-        cls_tokens, patches = [], []
+        embeddings, patches = [], []
         for encoding in batch.encode():
-            cls_tokens.append(encoding.cls)
+            embeddings.append(encoding.embedding(self.config.slice_features))
             if output_patch_embeddings:
                 patches.append(encoding.patches)
-        slice_embeddings = batch.scatter(torch.cat(cls_tokens))
+        slice_embeddings = batch.scatter(torch.cat(embeddings))
         aggregation = self.aggregator(slice_embeddings, batch.slice_mask, positions_mm)
         output = BrainFoundModelOutput(
             volume_embedding=aggregation.embedding,

@@ -43,9 +43,10 @@ def gradient_times_input(
         pixels = unit_range(read.batch.pixel_values).detach().clone().requires_grad_()
         first = 0
         for encoding in read.encode(pixels, min(CHUNK, read.inner.config.slice_chunk)):
-            part = of_slices[first : first + len(encoding.cls)]
-            first += len(encoding.cls)
-            torch.autograd.backward(encoding.cls, part.to(encoding.cls.dtype), inputs=[pixels])
+            embedding = encoding.embedding(read.inner.config.slice_features)
+            part = of_slices[first : first + len(embedding)]
+            first += len(embedding)
+            torch.autograd.backward(embedding, part.to(embedding.dtype), inputs=[pixels])
     assert pixels.grad is not None
     products = (pixels.grad * pixels.detach())[0]
     side = read.encoder.patch_size

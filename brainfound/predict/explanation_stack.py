@@ -83,26 +83,29 @@ class ReadStack:
         """
         layer = max(self.inner.config.resolved_decoder_layers) if self.is_segmentation else None
         foreground = torch.from_numpy(self.foreground()).to(self.device).flatten(1)
-        cls, rolled, kept, first = [], [], [], 0
+        embedded, rolled, kept, first = [], [], [], 0
         with AttentionRollout(self.encoder.blocks if rollout else (), block_attention) as attention:
             for encoding in self.encode(layers=() if layer is None else (layer,)):
                 part = slice(first, first + len(encoding.cls))
                 first = part.stop
-                cls.append(encoding.cls)
+                embedded.append(encoding.embedding(self.inner.config.slice_features))
                 if rollout:
                     rolled.append(self._of_slices(attention.take(), len(encoding.cls)))
                 if features:
                     tokens = encoding.patches if layer is None else encoding.hidden[layer]
                     kept.append(tokens[foreground[part]].float().cpu().numpy())
         return Look(
-            torch.cat(cls),
+            torch.cat(embedded),
             torch.cat(rolled).unflatten(1, self.grid) if rollout else None,
             np.concatenate(kept) if features else None,
         )
 
     def _of_slices(self, rollout: Float[Tensor, "images tokens tokens"], count: int) -> Float[Tensor, "slices patches"]:
-        """What the class token draws from the patches, with sum 1; the mean over the images of a slice."""
-        patches = rollout[:, 0, self.encoder.num_prefix_tokens :]
+        """What a slice's embedding draws from the patches, with sum 1; the mean over the images of a slice."""
+        prefix = self.encoder.num_prefix_tokens
+        of_cls, of_patches = rollout[:, 0, prefix:], rollout[:, prefix:, prefix:].mean(dim=1)
+        features = self.inner.config.slice_features
+        patches = {"cls": of_cls, "patches": of_patches, "cls_and_patches": (of_cls + of_patches) / 2}[features]
         patches = patches / patches.sum(dim=1, keepdim=True)
         if self.encoder.stem == "per_contrast":
             patches = PresentImages(self.batch.contrast_mask.expand(count, -1)).mean(patches)

@@ -163,13 +163,14 @@ class EmbeddingCache:
             "contrasts": list(config.contrasts),
             "data_hash": self.store.content_hash,
             "num_slices": self.num_slices,
-            # Only where there are some: other caches keep the name that they had.
+            # Only where they are other than usual: other caches keep the name that they had.
+            **({"slice_features": config.slice_features} if config.slice_features != "cls" else {}),
             **({"withheld": list(self.store.withheld)} if self.store.withheld else {}),
         }
 
     def _open(self, facts: dict[str, Any]) -> tuple[np.memmap, np.memmap]:
         """The arrays of this cache, made where they are not there."""
-        shape, sessions = (int(self._first[-1]), int(self.model.config.hidden_size)), len(self._slices)
+        shape, sessions = (int(self._first[-1]), int(self.model.config.embedding_size)), len(self._slices)
         if not (self.path / _FACTS).is_file():
             self.path.mkdir(parents=True, exist_ok=True)
             np.lib.format.open_memmap(self.path / _EMBEDDINGS, "w+", np.float32, shape).flush()

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from brainfound.adapters.attach import AdapterRecipe
 from brainfound.errors import RecipeError, did_you_mean
-from brainfound.models.configuration import AGGREGATORS, DECODERS, STEMS
+from brainfound.models.configuration import AGGREGATORS, DECODERS, SLICE_FEATURES, STEMS
 from brainfound.recipes import Recipe, load, validate
 from brainfound.train.engine import EngineRecipe
 from brainfound.train.head_recipes import ClassificationHeadRecipe, RegressionHeadRecipe
@@ -88,6 +88,9 @@ class FinetuneRecipe(Recipe):
     stem: str | None = None
     """How contrasts enter the backbone: channels, per_contrast, or slices (neighbouring slices of a store's only
     contrast, of those that are read). null: as the model has it; channels for a plain ViT."""
+    slice_features: str | None = None
+    """What of a slice goes into a classification or a regression: cls, patches (the mean of the patch tokens) or
+    cls_and_patches. null: as the model has it; cls for a plain ViT."""
     aggregator: str = "attention"
     """Slice embeddings → volume embedding: mean, max, attention or transformer (not used by segmentation)."""
     decoder: str = "fpn"
@@ -176,13 +179,15 @@ def resolve_recipe(
     for field, known in (("aggregator", AGGREGATORS), ("decoder", DECODERS)):
         if getattr(content, field) not in known:
             raise RecipeError(f"no {field} {getattr(content, field)!r}", where=field, expected=", ".join(known))
-    if content.stem not in (None, *STEMS):
-        raise RecipeError(
-            f"no stem {content.stem!r}",
-            where="stem",
-            expected=", ".join(STEMS),
-            remedy=did_you_mean(str(content.stem), STEMS),
-        )
+    for field, known in (("stem", STEMS), ("slice_features", SLICE_FEATURES)):
+        value = getattr(content, field)
+        if value not in (None, *known):
+            raise RecipeError(
+                f"no {field} {value!r}",
+                where=field,
+                expected=", ".join(known),
+                remedy=did_you_mean(str(value), known),
+            )
     if adapter is not None:
         content = content.model_copy(update={"adapter": str(adapter)})
     load(AdapterRecipe, content.adapter, "adapters")  # refuse a wrong name now, not after the model was built
@@ -205,8 +210,10 @@ def require_fitting(recipe: FinetuneRecipe, target: Target) -> None:
             unread = [key for key in changed if key.partition(".")[0] in own]
             _refuse(unread, f"for a {task}", f"a {target.task} of {target.column}", f"task={task}")
     # A mean has no weights, and is what a segmentation has in the place of an aggregator.
-    if target.task == "segmentation" and "aggregator" in changed and recipe.aggregator != "mean":
-        _refuse(["aggregator"], "for a classification or a regression", f"a segmentation of {target.column}")
+    of_volumes = {"aggregator": recipe.aggregator != "mean", "slice_features": True}
+    if target.task == "segmentation":
+        unread = [key for key in changed if of_volumes.get(key)]
+        _refuse(unread, "for a classification or a regression", f"a segmentation of {target.column}")
     for choice, wanted, keys in OF_ONE_CHOICE.get(target.task, ()):
         if values[choice] not in wanted:
             unread = [key for key in changed if key in keys]

@@ -195,8 +195,7 @@ def build_network(
         fields |= {"aggregator": "mean", "overlapping_labels": bool(target.regions)}
         fields |= {name: getattr(recipe, name) for name in SEGMENTATION_FIELDS}
         fields |= {"class_weights": None}  # of a classification that the model may have learnt before
-    if recipe.stem is not None:
-        fields["stem"] = recipe.stem
+    fields |= {name: value for name in ("stem", "slice_features") if (value := getattr(recipe, name)) is not None}
     model: Any = start_from(CLASSES[target.task], source, store.contrasts, **fields)
     model.to(accelerator.device)
     if recipe.gradient_checkpointing:

@@ -267,6 +267,7 @@ OTHER_ANSWERS = {
         "2 classes",
         "2 labels of yes or no",
     ),
+    "other features": (BrainFoundForClassification, {}, {"slice_features": "patches"}, "2 classes", "on patches"),
     "more regions": (BrainFoundForSegmentation, {"decoder_width": 8}, {"num_labels": 4}, "2 classes", "4 classes"),
     "overlapping regions": (
         BrainFoundForSegmentation,
@@ -300,6 +301,29 @@ def test_a_head_with_other_answers_is_refused_or_begins_anew(backbone_folder, tm
     # A configuration in the place of fields is held to the same.
     with pytest.raises(ModelError, match="other answers"):
         kind.from_pretrained(tmp_path, config=model.config)
+
+
+@pytest.mark.parametrize("kind", [BrainFoundForClassification, BrainFoundForRegression])
+def test_features_of_another_width_begin_aggregator_and_head_anew(backbone_folder, tmp_path, kind):
+    saved = kind.from_backbone(backbone_folder, aggregator="attention")
+    saved.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="other answers.*on cls_and_patches"):
+        kind.from_pretrained(tmp_path, slice_features="cls_and_patches")
+    with pytest.warns(UserWarning, match="begins anew.*on cls_and_patches are wanted"):
+        model = kind.from_pretrained(tmp_path, slice_features="cls_and_patches", ignore_mismatched_sizes=True)
+    assert model.head.score.in_features == 64
+    assert not model.head.score.bias.any()
+    encoders = [one.encoder.state_dict() for one in (model, saved)]
+    assert all(torch.equal(value, encoders[1][name]) for name, value in encoders[0].items())
+    model.save_pretrained(tmp_path / "again")
+    again = kind.from_pretrained(tmp_path / "again")
+    pixels = torch.rand(1, 3, 3, 16, 16)
+    with torch.no_grad():
+        first, second = (one.eval()(pixels).to_tuple()[0] for one in (model, again))
+    assert torch.equal(first, second)
+    # A model without a head has nothing to lose.
+    body = BrainFoundModel.from_pretrained(tmp_path, slice_features="cls_and_patches")
+    assert body.config.embedding_size == 64
 
 
 def test_the_same_answers_need_no_warning(backbone_folder, tmp_path, recwarn):

@@ -12,7 +12,7 @@ from brainfound.models import (
     BrainFoundForSegmentation,
     BrainFoundModel,
 )
-from brainfound.models.configuration import AGGREGATORS
+from brainfound.models.configuration import AGGREGATORS, SLICE_FEATURES
 
 KINDS = (BrainFoundForClassification, BrainFoundForRegression, BrainFoundForSegmentation)
 
@@ -98,6 +98,25 @@ def test_outputs_have_the_promised_shapes(backbone_folder):
     assert output.patch_embeddings.shape == (2, 4, 6, 32)
     assert model(torch.rand(2, 4, 2, 16, 24)).patch_embeddings is None
     assert isinstance(model(torch.rand(1, 1, 2, 16, 16), return_dict=False), tuple)
+
+
+@pytest.mark.parametrize("aggregator", AGGREGATORS)
+@pytest.mark.parametrize("features", SLICE_FEATURES)
+def test_a_slice_is_its_class_token_the_mean_of_its_patches_or_both(backbone_folder, features, aggregator):
+    model = BrainFoundModel.from_backbone(backbone_folder, aggregator=aggregator, slice_features=features)
+    plain = BrainFoundModel.from_backbone(backbone_folder)
+    pixels, mask = torch.rand(2, 4, 3, 16, 24), torch.tensor([[True] * 4, [True, True, False, False]])
+    with torch.no_grad():
+        output, expected = model(pixels, slice_mask=mask), plain(pixels, slice_mask=mask, output_patch_embeddings=True)
+        again = model(slice_embeddings=output.slice_embeddings, slice_mask=mask)
+    patches = expected.patch_embeddings.mean(dim=2)
+    parts = {"cls": [expected.slice_embeddings], "patches": [patches]}
+    parts["cls_and_patches"] = parts["cls"] + parts["patches"]
+    torch.testing.assert_close(output.slice_embeddings, torch.cat(parts[features], dim=-1))
+    assert output.volume_embedding.shape == (2, model.config.embedding_size)
+    torch.testing.assert_close(again.volume_embedding, output.volume_embedding)
+    with pytest.raises(ModelError, match=f"expected .*{model.config.embedding_size}"):
+        model(slice_embeddings=torch.rand(2, 4, 7))
 
 
 @pytest.mark.parametrize("kind", [BrainFoundModel, *KINDS])

@@ -125,6 +125,17 @@ def rollout_by_the_formula(attentions, num_prefix):
     return np.stack(rows)
 
 
+def test_the_rollout_is_of_what_the_model_reads_of_a_slice(make, stack):
+    rolled = {}
+    for features in ("cls", "patches", "cls_and_patches"):
+        model, _ = make("embedding", slice_features=features)
+        rolled[features] = ReadStack(model, stack, np.arange(3)).look(rollout=True).rollout
+        torch.testing.assert_close(rolled[features].sum(dim=(1, 2)), torch.ones(3))
+    assert not torch.allclose(rolled["cls"], rolled["patches"], atol=1e-3)
+    low, high = torch.stack([rolled["cls"], rolled["patches"]]).aminmax(dim=0)
+    assert ((rolled["cls_and_patches"] >= low - 1e-6) & (rolled["cls_and_patches"] <= high + 1e-6)).all()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rollout_is_the_formula_on_the_library_s_own_attention(make, backbones, stack, family):
     model, _ = make("embedding", family=family, slice_chunk=4)
@@ -217,13 +228,17 @@ def full_gradient(model, stack, score):
     return products.unflatten(-1, (-1, PATCH)).unflatten(-3, (-1, PATCH)).sum(dim=(-1, -3)).numpy()
 
 
-@pytest.mark.parametrize("stem", ["channels", "per_contrast", "slices"])
-def test_gradients_in_chunks_are_those_of_the_whole_model(make, stack, monkeypatch, stem):
+@pytest.mark.parametrize(
+    ("stem", "features"),
+    [("channels", "cls"), ("per_contrast", "cls"), ("slices", "cls"), ("channels", "patches"),
+     ("per_contrast", "cls_and_patches")],
+)  # fmt: skip
+def test_gradients_in_chunks_are_those_of_the_whole_model(make, stack, monkeypatch, stem, features):
     if stem == "slices":
         model, target = make(stem=stem, contrasts=("T1w",))
         shown = only(stack, "T1w")
     else:
-        model, target = make(stem=stem)
+        model, target = make(stem=stem, slice_features=features)
         shown = without_contrasts(stack, ["T2w"])
     expected = full_gradient(model, shown, lambda output: output.logits[0, 1])
     upsampled = F.interpolate(torch.from_numpy(expected), scale_factor=PATCH, mode="bilinear").numpy()

@@ -97,7 +97,20 @@ def test_other_weights_other_slices_and_other_data_have_a_cache_of_their_own(net
     paths.add(EmbeddingCache(network, small_store, tmp_path, 3).path)
     network.config.image_mean = 0.3
     paths.add(EmbeddingCache(network, small_store, tmp_path, 3).path)
-    assert len(paths) == 4
+    network.config.slice_features = "patches"
+    paths.add(EmbeddingCache(network, small_store, tmp_path, 3).path)
+    assert len(paths) == 5
+
+
+@pytest.mark.parametrize("features", ["patches", "cls_and_patches"])
+def test_other_features_of_a_slice_are_kept_as_the_model_gives_them(tiny_backbone, small_store, tmp_path, features):
+    model = BrainFoundModel.from_backbone(tiny_backbone, contrasts=small_store.contrasts, slice_features=features)
+    cache = EmbeddingCache(model, small_store, tmp_path, num_slices=3)
+    cache.require([1])
+    stack = small_store[1]
+    with torch.no_grad():
+        expected = model(**collate([stack], [even_slices(len(stack.pixels), 3)]).inputs()).slice_embeddings[0]
+    torch.testing.assert_close(torch.from_numpy(cache.slices(1)), expected)
 
 
 def test_a_damaged_cache_is_told_of(network, small_store, tmp_path):

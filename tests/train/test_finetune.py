@@ -31,6 +31,7 @@ from brainfound.train import session_split
 from brainfound.train.finetune import finetune
 from brainfound.train.finetune_recipe import FinetuneRecipe
 from brainfound.train.finetune_task import FinetuneTask
+from brainfound.train.session_scores import read_scores
 from brainfound.train.volumes import VolumeReader
 
 LAUNCH_FILE = Path(__file__).parents[2] / "train" / "launch" / "accelerate-cpu.yaml"
@@ -135,6 +136,32 @@ def test_each_task_trains_and_leaves_a_whole_run(small_store, tiny_backbone, tmp
     assert bundle.task == task
     assert bundle.metadata["test"] == scores
     assert json.loads((run / "run.json").read_text())["status"] == "done"
+
+
+@pytest.mark.parametrize("features", ["patches", "cls_and_patches"])
+def test_what_of_a_slice_is_read_may_be_chosen(small_store, tiny_backbone, tmp_path, features):
+    """From a plain ViT, and then from a saved model that read something else; the bundle answers as the run did."""
+    first = finetune(
+        tiny(f"slice_features={features}", "frozen_baseline=true"), small_store, tiny_backbone, "age_years",
+        tmp_path / "first", quiet=True,
+    )  # fmt: skip
+    bundle = load_bundle(first / "export")
+    assert bundle.model.get_base_model().config.slice_features == features
+    (again,) = evaluate(first, small_store)
+    written = read_scores(first)
+    assert again.to_dict()["scores"] == pytest.approx(written["scores"])
+    assert again.to_dict()["frozen"] == pytest.approx(written["frozen"])
+    second = finetune(tiny("adapter=full"), small_store, tiny_backbone, "age_years", tmp_path / "cls", quiet=True)
+    with pytest.warns(UserWarning, match=f"begins anew.*on {features} are wanted"):
+        third = finetune(
+            tiny(f"slice_features={features}"), small_store, second / "export", "age_years", tmp_path / "third",
+            quiet=True,
+        )  # fmt: skip
+    assert load_bundle(third / "export").model.get_base_model().config.slice_features == features
+    with pytest.raises(RecipeError, match="slice_features: this setting is for a classification or a regression"):
+        finetune(tiny(f"slice_features={features}"), small_store, tiny_backbone, "mask", tmp_path / "no", quiet=True)
+    with pytest.raises(RecipeError, match="no slice_features 'patch'.*patches"):
+        finetune(tiny("slice_features=patch"), small_store, tiny_backbone, "age_years", tmp_path / "no", quiet=True)
 
 
 @pytest.mark.parametrize(("stem", "column"), [("per_contrast", "age_years"), ("slices", "mask")])
