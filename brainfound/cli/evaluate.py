@@ -52,6 +52,8 @@ def evaluate(
         "part": part,
         "out": out,
         "frozen": frozen,
+        "surface_mm": surface_mm,
+        "empty": empty,
     }
     with progress_bar("scoring sessions", quiet) as progress:
         results = run(model, data, **options, command=typed_command(), progress=progress)

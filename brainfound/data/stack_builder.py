@@ -94,8 +94,11 @@ class StackBuilder:
             found = self._share_in_foreground(mask)
             if not found >= _LABELS_IN_THE_HEAD:
                 inside = "no label" if np.isnan(found) else f"{found:.0%} of the labels in it"
-                got = f"{covered:.0%} of its foreground covered, and {inside}"
-                raise _no_overlap("the mask", got, self.preprocessing)
+                raise _no_overlap(
+                    "the mask",
+                    f"{covered:.0%} of its foreground covered, and {inside}",
+                    f"at least {self.preprocessing.min_overlap:.0%}, or {_LABELS_IN_THE_HEAD:.0%} of the labels in it",
+                )
         labels = mask.data.astype(np.uint8 if mask.data.max() <= 255 else np.uint16)
         affine = mask.affine
         if 1 - covered > _CROPPED_WORTH_A_NOTE:
@@ -171,7 +174,8 @@ class StackBuilder:
         """The share of the reference scan's foreground that a scan's field of view covers."""
         share = _share_within(self._points_mm, scan.affine, scan.data.shape)
         if share < self.preprocessing.min_overlap:
-            raise _no_overlap("the scan", f"{share:.0%} of its foreground covered", self.preprocessing)
+            expected = f"at least {self.preprocessing.min_overlap:.0%}"
+            raise _no_overlap("the scan", f"{share:.0%} of its foreground covered", expected)
         return share
 
     def _share_in_foreground(self, mask: Scan) -> float:
@@ -308,11 +312,11 @@ def _shift(voxels: float) -> np.ndarray:
     return matrix
 
 
-def _no_overlap(what: str, got: str, preprocessing: Preprocessing) -> ScanError:
+def _no_overlap(what: str, got: str, expected: str) -> ScanError:
     return ScanError(
         f"{what} does not overlap the session's reference scan",
         got=got,
-        expected=f"at least {preprocessing.min_overlap:.0%}",
+        expected=expected,
         remedy="Check that the files belong together and that their affines are right",
     )
 

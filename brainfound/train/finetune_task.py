@@ -36,7 +36,7 @@ from brainfound.train.head_start import fit_head
 from brainfound.train.objectives.base import StepKey
 from brainfound.train.randomness import INITIALISATION, seed_of
 from brainfound.train.schedules import warm_up_then
-from brainfound.train.session_scores import SessionScores, score_sessions
+from brainfound.train.session_scores import ScoringRecipe, SessionScores, score_sessions
 from brainfound.train.targets import Target
 from brainfound.train.volumes import EmbeddedReader, VolumeReader, augment_volumes
 
@@ -131,7 +131,8 @@ class FinetuneTask(TrainTask):
         return {f"validation/{name}": value for name, value in scored.scores.items() if np.isfinite(value)}
 
     def score(self, part: str) -> SessionScores:
-        """Score one part of the split."""
+        """Score one part of the split; surfaces of the test part only, because they take long."""
+        scoring = self.recipe.scoring if part == "test" else ScoringRecipe(empty=self.recipe.scoring.empty)
         return score_sessions(
             self.model,
             self.store,
@@ -139,9 +140,7 @@ class FinetuneTask(TrainTask):
             self.target,
             self.eval_slices,
             cache=self.cache,
-            scoring=self.recipe.scoring
-            if part == "test"
-            else self.recipe.scoring.model_copy(update={"surface_mm": None}),
+            scoring=scoring,
         )
 
 

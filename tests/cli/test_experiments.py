@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from brainfound.cli.terminal import typed_command
 
 TINY = (
@@ -29,6 +31,42 @@ def test_two_adapters_are_compared_and_the_page_is_written_again(
     (out / "report.md").unlink()
     again = cli("report", out, quiet=False)
     assert (again.code, (out / "report.md").read_text()) == (0, page)
+
+
+def test_an_evaluation_shows_what_it_was_asked_for(cli, segmenter, small_store):
+    asked = ("--surface-mm", "2", "--empty", "one", "--no-frozen")
+    plain, full = (
+        json.loads(cli("evaluate", segmenter, "--data", small_store.path, "--json", *options).out)[0]
+        for options in ((), asked)
+    )
+    surfaces = {"surface_dice", "hd95_mm", "lesion_f1", "volume_error_mm3"}
+    assert surfaces <= full["scores"].keys()
+    assert not surfaces & plain["scores"].keys()
+    answer = cli("evaluate", segmenter, "--data", small_store.path, *asked, quiet=False)
+    assert answer.code == 0, answer.err
+    assert "surface_dice" in answer.out
+    for option, value, words in (("--surface-mm", "-1", "surface_mm"), ("--empty", "on", "empty")):
+        refused = cli("evaluate", segmenter, "--data", small_store.path, option, value)
+        assert refused.code == 2
+        assert words in refused.line
+
+
+def test_the_frozen_baseline_stands_beside_an_evaluation(cli, small_store, tiny_backbone, tmp_path, monkeypatch):
+    monkeypatch.setattr("brainfound.train.run_files.plot_curves", lambda folder: folder)
+    run = tmp_path / "run"
+    made = cli(
+        *("finetune", "finetune-regression", "--data", small_store.path, "--model", tiny_backbone, "--adapter"),
+        *("head-only", "--target", "age_years", *TINY, "--out", run),
+    )
+    assert made.code == 0, made.err
+    for options in ((), ("--partial-input",)):
+        answer = cli("evaluate", run, "--data", small_store.path, *options, "--out", tmp_path / f"page{len(options)}")
+        assert answer.code == 0, answer.err
+        table = "".join(answer.out.split())
+        assert ("trivialmae" in table and "frozenmae" in table) if options else "(trivial;frozen)" in table
+        assert "frozen" in (tmp_path / f"page{len(options)}" / "report.md").read_text()
+    alone = cli("evaluate", run, "--data", small_store.path, "--no-frozen")
+    assert "mae(trivial)" in "".join(alone.out.split())
 
 
 def test_partial_input_goes_with_one_model(cli, tmp_path):
