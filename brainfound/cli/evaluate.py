@@ -20,6 +20,9 @@ def evaluate(
     frozen: Annotated[
         bool, typer.Option(help="Score also the linear model on the untouched backbone; takes about as long again.")
     ] = True,
+    base: Annotated[
+        str | None, typer.Option(help="The model that the run started from, where all weights were trained.")
+    ] = None,
     surface_mm: Annotated[
         float | None,
         typer.Option(help="Segmentation: also surface Dice within so many mm, HD95, lesion-wise F1; slower."),
@@ -52,6 +55,7 @@ def evaluate(
         "part": part,
         "out": out,
         "frozen": frozen,
+        "base": base,
         "surface_mm": surface_mm,
         "empty": empty,
     }

@@ -36,6 +36,7 @@ def evaluate(
     partial_input: bool = False,
     part: str = "test",
     frozen: bool = True,
+    base: str | Path | None = None,
     surface_mm: float | None = None,
     empty: EmptyCase | None = None,
     out: str | Path | None = None,
@@ -54,6 +55,7 @@ def evaluate(
         part: ``"test"``, ``"validation"`` or ``"train"``.
         frozen: score also the linear model on the untouched backbone that the bundle remembers, on the same sessions
             with the same contrasts; it takes about as long as the model itself.
+        base: the model that the run started from, for the linear model of a bundle whose weights were all trained.
         surface_mm: of a segmentation also surface Dice within so many mm, HD95, lesion-wise F1 and the volume error;
             None: as the run's recipe has it (`scoring.surface_mm`).
         empty: what Dice is where a session has not the structure: ``"left_out"``, ``"nan"``, ``"one"`` or ``"zero"``,
@@ -99,8 +101,10 @@ def evaluate(
     baseline = None
     if frozen:
         try:
-            baseline = frozen_of(bundle, target, predictor.device)
+            baseline = frozen_of(bundle, target, predictor.device, base)
         except ModelError as error:
+            if base is not None:
+                raise
             general.append(f"{error.what}. {error.remedy}")
     choices: list[tuple[str, ...]] = [tuple(without)]
     if partial_input:

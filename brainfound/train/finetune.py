@@ -266,6 +266,7 @@ def _finish(folder: Path, task: FinetuneTask, frozen: Frozen | None, source: str
             "data_hash": store.content_hash,
             "split": hashed_split(store, parts),
             "calibration": None if calibration is None else calibration.to_dict(),
+            "frozen_encoder": None if frozen is None else frozen.encoder,
         },
         card=finetuned_card(task.recipe, store, parts, target, inner_model(task.model).config, source, scores, step),
         baseline=None if frozen is None else frozen.tensors,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from brainfound.adapters.attach import AdapterRecipe, attach_adapter
+from brainfound.adapters.fingerprint import tensors_hash
 from brainfound.data.store import Store
 from brainfound.models import (
     BrainFoundForClassification,
@@ -149,6 +150,8 @@ class Frozen(NamedTuple):
 
     tensors: dict[str, Tensor]
     """What has to be kept to ask it again."""
+    encoder: str
+    """The hash of the backbone's weights."""
     scores: SessionScores
     """On the test part."""
 
@@ -218,7 +221,8 @@ def build_network(
             found = fit_frozen(
                 model, store, train, target, recipe.num_slices, cache=cache, folder=folder, seed=recipe.split.seed
             )
-            frozen.append(Frozen(found.tensors(), score_frozen(found, store, test, scoring=recipe.scoring)))
+            encoder = tensors_hash(model.encoder.state_dict())
+            frozen.append(Frozen(found.tensors(), encoder, score_frozen(found, store, test, scoring=recipe.scoring)))
 
         ranks.on_main_rank(fit, accelerator.is_main_process)
     if recipe.head_fit_passes:

@@ -13,6 +13,7 @@ Axis legend: n sessions, D width, K classes.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +25,15 @@ from jaxtyping import Float
 from scipy.special import expit, softmax
 from torch import Tensor
 
-from brainfound.adapters.bundle_reader import Bundle
+from brainfound.adapters.bundle_reader import TASKS, Bundle
+from brainfound.adapters.fingerprint import tensors_hash
 from brainfound.data.batches import even_slices, without_contrasts
 from brainfound.data.stack import Stack
 from brainfound.data.store import Store
 from brainfound.errors import ModelError, TrainingError
+from brainfound.models import BrainFoundModel
 from brainfound.models.inference import Answer
+from brainfound.models.start import start_from
 from brainfound.train.embedding_cache import EmbeddingCache, slice_embeddings
 from brainfound.train.frozen_patches import PatchClassifier
 from brainfound.train.linear_fits import fit_logistic, fit_ridge, subject_numbers
@@ -170,11 +174,14 @@ def score_frozen(
     return score_answers(ask, store, sessions, baseline.target, without, progress, scoring)
 
 
-def frozen_of(bundle: Bundle, target: Target, device: torch.device) -> FrozenBaseline:
+def frozen_of(bundle: Bundle, target: Target, device: torch.device, base: str | Path | None = None) -> FrozenBaseline:
     """The baseline that a bundle remembers, on the backbone that its run started from.
 
+    Args:
+        base: the model that the run started from, for a bundle that holds trained weights only; others do not read it.
+
     Raises:
-        ModelError: it remembers none, or not the backbone.
+        ModelError: it remembers none, or not the backbone, or ``base`` is another one.
     """
     if not bundle.baseline:
         raise ModelError(
@@ -184,11 +191,7 @@ def frozen_of(bundle: Bundle, target: Target, device: torch.device) -> FrozenBas
         )
     model = bundle.untouched()
     if model is None:
-        raise ModelError(
-            "the bundle has no frozen baseline: all weights were trained, and those before are not in it",
-            where=bundle.folder,
-            remedy="Fine-tune with an adapter, or see scores.json of the run",
-        )
+        model = _started_from(bundle, base)
     found = {name: tensor.numpy() for name, tensor in bundle.baseline.items()}
     segmenting = target.task == "segmentation"
     names = ("mean", "std", "weight", "bias", *(("thresholds",) if segmenting else ()))
@@ -204,6 +207,31 @@ def frozen_of(bundle: Bundle, target: Target, device: torch.device) -> FrozenBas
     if segmenting:
         return PatchClassifier(model.to(device), target, mean, std, weight, bias, found["thresholds"])
     return VolumeModel(model.to(device), target, bundle.metadata.get("num_slices"), mean, std, weight, bias)
+
+
+def _started_from(bundle: Bundle, base: str | Path | None) -> Any:
+    """The model that a run with full fine-tuning started from, if it is the one that is given."""
+    if base is None:
+        raise ModelError(
+            "the bundle has no frozen baseline: all weights were trained, and those before are not in it",
+            where=bundle.folder,
+            remedy="Give the model that the run started from as --base",
+        )
+    own = bundle.model.config
+    # A head of the start's own, if any, gives way.
+    model = start_from(BrainFoundModel, base, own.contrasts, stem=own.stem, slice_features=own.slice_features)
+    found, expected = tensors_hash(model.encoder.state_dict()), bundle.metadata.get("frozen_encoder")
+    if found != expected:
+        raise ModelError(
+            "this is not the model that the run started from",
+            where=base,
+            got=f"hash {found[:12]}",
+            expected=str(expected)[:12],
+            remedy="Give the model that the run started from as --base",
+        )
+    head = TASKS[bundle.task](copy.deepcopy(own))
+    head.brainfound.encoder = model.encoder
+    return head.eval().requires_grad_(False)
 
 
 def scoring_of(bundle: Bundle) -> ScoringRecipe:

@@ -13,7 +13,7 @@ from sklearn.model_selection import GroupKFold
 from transformers import Dinov2Model
 
 from brainfound.data.batches import collate, even_slices
-from brainfound.errors import TrainingError
+from brainfound.errors import ModelError, TrainingError
 from brainfound.models import BrainFoundForSegmentation, BrainFoundModel
 from brainfound.predict.evaluation import evaluate
 from brainfound.recipes import validate
@@ -161,6 +161,16 @@ def test_a_baseline_whose_backbone_is_gone_or_that_was_not_asked_for_is_said(sma
         assert result.frozen is None
         (note,) = [note for note in result.notes if "frozen baseline" in note]
         assert words in note
+
+
+@pytest.mark.parametrize(("column", "override"), [("age_years", "stem=per_contrast"), ("mask", "decoder_width=8")])
+def test_the_start_of_a_full_fine_tuning_may_be_given(small_store, tiny_backbone, tmp_path, column, override):
+    folder = run(small_store, tiny_backbone, column, tmp_path / "full", "adapter=full", "optim.lr=0.01", override)
+    (result,) = evaluate(folder / "export", small_store, base=tiny_backbone)
+    assert result.to_dict()["frozen"] == pytest.approx(read_scores(folder)["frozen"])
+    with pytest.raises(ModelError, match="not the model that the run started from") as refused:
+        evaluate(folder, small_store, base=folder / "export")
+    assert "\n" not in str(refused.value)
 
 
 def test_runs_of_one_command_embed_each_session_once(small_store, tiny_backbone, tmp_path, embedded):
