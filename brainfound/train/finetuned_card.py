@@ -51,6 +51,7 @@ def finetuned_card(
         "base_model": source,
         "base_model_relation": "finetune" if method in ("full", "last_blocks") else "adapter",
         "backbone": config.backbone_config.model_type,
+        **({} if config.slice_features == "cls" else {"slice features": config.slice_features}),
         "stem": config.stem,
         "aggregator": None if target.task == "segmentation" else config.aggregator,
         "adapter": recipe.adapter,

@@ -147,6 +147,7 @@ def test_what_of_a_slice_is_read_may_be_chosen(small_store, tiny_backbone, tmp_p
     )  # fmt: skip
     bundle = load_bundle(first / "export")
     assert bundle.model.get_base_model().config.slice_features == features
+    assert features in (first / "export" / "README.md").read_text()
     (again,) = evaluate(first, small_store)
     written = read_scores(first)
     assert again.to_dict()["scores"] == pytest.approx(written["scores"])
