@@ -132,7 +132,7 @@ def _scoring(bundle: Bundle, task: str, surface_mm: float | None, empty: EmptyCa
         raise UsageError(
             "surfaces and empty masks are of a segmentation", where=next(iter(asked)), got=f"a {task} model"
         )
-    return validate(ScoringRecipe, scoring_of(bundle).model_dump() | asked)
+    return validate(ScoringRecipe, scoring_of(bundle).model_dump() | asked, where="evaluate")
 
 
 def require_like(predictor: Predictor, store: Store) -> None:

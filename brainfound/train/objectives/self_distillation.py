@@ -286,9 +286,8 @@ class SelfDistillation(Objective):
             "ibot": cross_entropy_sum(output.guessed, masked_targets, weights, self.recipe.student_temperature),
         }
         if self.recipe.koleo_weight:
-            parts["koleo"] = torch.stack(
-                [self._koleo(crop, sessions) for crop in output.cls.split(num_crops // 2)]
-            ).sum()
+            crops = output.cls.split(num_crops // 2)
+            parts["koleo"] = torch.stack([self._koleo(crop, sessions) for crop in crops]).sum()
         return parts
 
     def _koleo(self, cls: Float[Tensor, "n D"], sessions: Int[Tensor, "n"]) -> Float[Tensor, ""]:
