@@ -88,11 +88,11 @@ def cache(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Epochs of a head on a frozen backbone, by whole runs: slices read and encoded anew, and embeddings kept."""
     import torch
 
-    from brainfound.data.phantom import write_phantom_cohort
-    from brainfound.data.prepare import prepare
-    from brainfound.data.preprocessing import Preprocessing
+    from brainfound.data.preprocessing.settings import Preprocessing
+    from brainfound.data.store.prepare import prepare
+    from brainfound.finetuning.finetune import finetune
     from brainfound.models import BrainFoundConfig, BrainFoundModel
-    from brainfound.train.finetune import finetune
+    from brainfound.phantom import write_phantom_cohort
 
     torch.set_num_threads(options.threads)
     contrasts = ("T1w", "T2w", "FLAIR")
@@ -145,11 +145,11 @@ def predict(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
     from brainfound.data.batches import collate
     from brainfound.data.cohort import Cohort
-    from brainfound.data.phantom import write_phantom_cohort
-    from brainfound.data.prepare_session import prepare_session
-    from brainfound.data.preprocessing import Preprocessing
+    from brainfound.data.preprocessing.session import prepare_session
+    from brainfound.data.preprocessing.settings import Preprocessing
+    from brainfound.inference.predictor import Predictor
     from brainfound.models import BrainFoundConfig, BrainFoundModel
-    from brainfound.predict.predictor import Predictor
+    from brainfound.phantom import write_phantom_cohort
 
     torch.set_num_threads(options.threads)
     contrasts = ("T1w", "T1ce", "T2w", "FLAIR")

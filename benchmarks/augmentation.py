@@ -2,8 +2,8 @@
 
     python benchmarks/augmentation.py --work FOLDER --out results.json
 
-The presets are those of `brainfound.train.volumes.PRESETS`, as they stand; nothing is chosen here. How the runs are
-made and judged is said in `shifted_runs.py`.
+The presets are those of `brainfound.finetuning.volumes.PRESETS`; nothing is chosen here. `shifted_runs.py` says how
+the runs are made and judged.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    from brainfound.train import volumes
+    from brainfound.finetuning import volumes
 
     ways = {name: partial(recipe_of, options=options, preset=name) for name in options.presets}
     result = run(options, ways)

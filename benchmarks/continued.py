@@ -129,7 +129,7 @@ class Experiment:
     def preprocessing(self) -> Any:
         from shifted_cohorts import CONTRASTS
 
-        from brainfound.data.preprocessing import Preprocessing
+        from brainfound.data.preprocessing.settings import Preprocessing
 
         pixel_mm = FIELD_OF_VIEW_MM / self.side
         spacing_mm = (pixel_mm, pixel_mm, self.options.slice_mm)
@@ -139,7 +139,7 @@ class Experiment:
         """The folder of each part's store."""
         from shifted_cohorts import PARTS, key_of, make_store
 
-        from brainfound.data.phantom.label_maps import find_label_maps
+        from brainfound.phantom.label_maps import find_label_maps
 
         options, preprocessing = self.options, self.preprocessing()
         maps = [] if label_maps is None else [(f.name, f.stat().st_size) for f in find_label_maps(label_maps)]
@@ -162,7 +162,7 @@ class Experiment:
         from dead_leaves import write_dead_leaves
         from shifted_cohorts import key_of
 
-        from brainfound.data.prepare import prepare
+        from brainfound.data.store.prepare import prepare
 
         if self.options.init is not None:
             return self.options.init

@@ -13,9 +13,9 @@ from typing import Any
 
 from brainfound.data.store import Store
 from brainfound.errors import TrainingError
+from brainfound.pretraining.monitoring.retention import QUESTIONS
+from brainfound.pretraining.pretrain import PretrainRecipe, pretrain
 from brainfound.recipes import load
-from brainfound.train.pretrain import PretrainRecipe, pretrain
-from brainfound.train.watched import QUESTIONS
 
 LADDER_RECIPE = "pretrain-vits14-laptop"
 """The ladder is as in this recipe of the project: only sizes and steps are other."""

@@ -102,8 +102,8 @@ def time_sections(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     from reading import measure_reading
     from scans import write_cohorts
 
-    from brainfound.data.prepare import prepare
-    from brainfound.data.preprocessing import Preprocessing
+    from brainfound.data.preprocessing.settings import Preprocessing
+    from brainfound.data.store.prepare import prepare
 
     say("simulating the scans")
     contrasts = tuple(options.contrasts.split(","))

@@ -21,10 +21,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from brainfound.data.batches import as_tensor
-from brainfound.data.splits import k_folds
+from brainfound.data.splits.dividing import k_folds
 from brainfound.data.store import Store
 from brainfound.models.encoder import SliceEncoder
-from brainfound.train.patch_probe import PATCHES_PER_SLICE, choose_patches, majority_labels
+from brainfound.pretraining.monitoring.probe_targets import PATCHES_PER_SLICE, choose_patches, majority_labels
 
 SLICES = 12
 PATCH_SLICES = 6

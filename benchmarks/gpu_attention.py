@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from rounds import figure
 
-from brainfound.models.attention import Packing, available_kernels, packed_attention
+from brainfound.models.kernels import Packing, available_kernels, packed_attention
 
 REFERENCE = "sdpa"
 PACKING = Packing(((32, 257), (128, 50)))

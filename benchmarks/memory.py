@@ -54,8 +54,8 @@ def write_synthetic_store(folder: Path, num_sessions: int, slices_per_session: i
     import nibabel as nib
     import numpy as np
 
-    from brainfound.data.prepare import prepare
-    from brainfound.data.preprocessing import Preprocessing
+    from brainfound.data.preprocessing.settings import Preprocessing
+    from brainfound.data.store.prepare import prepare
 
     source = folder / f"source-{num_sessions}"
     source.mkdir(parents=True)
@@ -157,8 +157,8 @@ def _prepare(cohort: str, warm_up: str, out: str) -> dict[str, float]:
     """Peak of `prepare` in this process, after a small session has made it import everything."""
     import gc
 
-    from brainfound.data.prepare import prepare
-    from brainfound.data.preprocessing import Preprocessing
+    from brainfound.data.preprocessing.settings import Preprocessing
+    from brainfound.data.store.prepare import prepare
 
     prepare(warm_up, f"{out}-warm-up", Preprocessing())
     gc.collect()

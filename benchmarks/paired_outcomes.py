@@ -12,8 +12,8 @@ import numpy as np
 from frozen_probes import Outcome
 from rounds import figure
 
-from brainfound.evaluate.metrics import auroc
-from brainfound.evaluate.statistics import bootstrap_interval, paired_permutation_test
+from brainfound.metrics import auroc
+from brainfound.metrics.statistics import bootstrap_interval, paired_permutation_test
 
 MEASURES = {"age MAE, years": "age_error_years", "diagnosis AUROC": "diagnosis_score",
             "tissue patch accuracy": "patch_accuracy"}  # fmt: skip

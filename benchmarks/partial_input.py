@@ -53,9 +53,9 @@ def train_and_score_subsets(
 
     import brainfound
     from brainfound.data.store import Store
-    from brainfound.evaluate.partial_input import non_empty_subsets
-    from brainfound.train.finetune import finetune
-    from brainfound.train.session_scores import score_sessions
+    from brainfound.finetuning.finetune import finetune
+    from brainfound.finetuning.scoring import score_sessions
+    from brainfound.metrics.summaries import non_empty_subsets
 
     torch.set_num_threads(1)
     kept = folder / "subsets.json"
@@ -82,7 +82,7 @@ def judge(
     The last is the mean gain over all subsets that lack a contrast; the test exchanges both ways within subjects, all
     subsets and seeds of a subject together. Holm's correction is over the tasks.
     """
-    from brainfound.evaluate.statistics import bootstrap_interval, holm, paired_permutation_test
+    from brainfound.metrics.statistics import bootstrap_interval, holm, paired_permutation_test
 
     judged: dict[str, Any] = {}
     for task, by_way in found.items():

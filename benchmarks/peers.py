@@ -26,9 +26,9 @@ from pathlib import Path
 
 import numpy as np
 
-from brainfound.data.foreground import foreground
-from brainfound.data.preprocessing import Preprocessing
-from brainfound.data.scan import Scan
+from brainfound.data.preprocessing.foreground import foreground
+from brainfound.data.preprocessing.settings import Preprocessing
+from brainfound.data.reading.scan import Scan
 
 FindHead = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """Takes a RAS volume and its affine, returns the head as a mask."""

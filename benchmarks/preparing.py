@@ -18,10 +18,10 @@ from rounds import figure, interleave, ratio
 from scipy import ndimage
 
 from brainfound.data.cohort import Cohort, Session
-from brainfound.data.grids import resample
-from brainfound.data.prepare import prepare
-from brainfound.data.preprocessing import Preprocessing
+from brainfound.data.preprocessing.grids import resample
+from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.store import Store
+from brainfound.data.store.prepare import prepare
 
 LEAST_CORRELATION = 0.97
 """Below this the tools would not have done the same work, and the comparison is refused."""

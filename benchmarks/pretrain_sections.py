@@ -18,11 +18,11 @@ from pretrain import MODELS
 from rounds import figure, interleave, ratio
 from workers import Worker
 
-from brainfound.data.phantom import write_phantom_cohort
-from brainfound.data.prepare import prepare
-from brainfound.data.preprocessing import Preprocessing
-from brainfound.models.quiet import transformers_quiet
-from brainfound.train.precision import probe_precision
+from brainfound.data.preprocessing.settings import Preprocessing
+from brainfound.data.store.prepare import prepare
+from brainfound.models.configuration import transformers_quiet
+from brainfound.phantom import write_phantom_cohort
+from brainfound.training.precision import probe_precision
 
 CONTRASTS = ("T1w", "T2w", "FLAIR")
 """As many as LightlyTrain's images have colours."""

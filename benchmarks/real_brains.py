@@ -91,7 +91,7 @@ def run_task(task: str, options: argparse.Namespace) -> dict[str, Any]:
     from worker_processes import in_processes
 
     from brainfound.data.store import Store
-    from brainfound.train.make_split import make_split
+    from brainfound.finetuning.splits import make_split
 
     folder = make_store(task, options)
     store = Store.open(folder)
@@ -135,8 +135,8 @@ def make_store(task: str, options: argparse.Namespace) -> Path:
     import pandas as pd
     from shifted_cohorts import CONTRASTS
 
-    from brainfound.data.prepare import prepare
-    from brainfound.data.preprocessing import Preprocessing
+    from brainfound.data.preprocessing.settings import Preprocessing
+    from brainfound.data.store.prepare import prepare
 
     folder = options.work / f"{task}-store"
     if folder.is_dir():
@@ -178,8 +178,8 @@ def _new_weights(model: str, folder: Path) -> Path:
 
 def recipe_of(task: str, way: str, seed: int, options: argparse.Namespace) -> Any:
     """The project's recipe with fewer steps, and rates higher by as much (at most `options.faster` times)."""
+    from brainfound.finetuning.recipe import FinetuneRecipe
     from brainfound.recipes import load
-    from brainfound.train.finetune_recipe import FinetuneRecipe
 
     own = load(FinetuneRecipe, f"finetune-{task}", "train")
     steps = options.steps if task == "regression" else options.segmentation_steps
@@ -205,7 +205,7 @@ def fine_tune(
     from shifted_cohorts import key_of
 
     from brainfound.data.store import Store
-    from brainfound.train.finetune import finetune
+    from brainfound.finetuning.finetune import finetune
 
     torch.set_num_threads(1)
     recipe, store = recipe_of(task, way, seed, options), Store.open(data)
@@ -232,9 +232,9 @@ def train_unet(
     import small_unet
     import torch
 
-    from brainfound.data.split_file import Split
+    from brainfound.data.splits.split_file import Split
     from brainfound.data.store import Store
-    from brainfound.train.targets import resolve_target
+    from brainfound.finetuning.targets import resolve_target
 
     kept = options.work / f"{task}-unet-{fold}-{seed}-{seconds:.0f}.json"
     if not kept.is_file():
@@ -269,7 +269,7 @@ def judge(
     options: argparse.Namespace,
 ) -> dict[str, Any]:
     """Scores of each way, and each beside the first: intervals and tests over subjects, runs scored each alone."""
-    from brainfound.evaluate.statistics import bootstrap_interval, holm, paired_permutation_test
+    from brainfound.metrics.statistics import bootstrap_interval, holm, paired_permutation_test
 
     ways = list(dict.fromkeys(way for way, _, _ in answers))
     measures = ["age"] if task == "regression" else ["all", *TISSUES]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 INSIDE_THE_SKULL = range(1, 8)
-"""Codes of the tissue segmentation of simulated heads (`brainfound.data.phantom`): fluid and brain."""
+"""Codes of the tissue segmentation of simulated heads (`brainfound.phantom`): fluid and brain."""
 
 
 def regional_shares(store: Any, cohort: Path) -> np.ndarray:
@@ -41,7 +41,7 @@ def measured_shares(store: Any, segmenter: Path) -> np.ndarray:
 
     import brainfound
     from brainfound.errors import UsageError
-    from brainfound.models.inference import infer
+    from brainfound.models.stack_inference import infer
 
     predictor = brainfound.load(segmenter)
     expected = tuple(range(max(INSIDE_THE_SKULL) + 1))

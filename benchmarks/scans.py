@@ -22,7 +22,7 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from brainfound.data.cohort import Cohort
-from brainfound.data.phantom import write_phantom_cohort
+from brainfound.phantom import write_phantom_cohort
 
 KINDS = ("same", "shifted", "oblique")
 _STORED_AS = {"same": "PSR", "shifted": "LPS", "oblique": "RAS"}

@@ -127,7 +127,7 @@ def make_stores(options: argparse.Namespace) -> dict[str, Path]:
     """The folder of each part's store; the part to learn from also pretrains the tiny ViT."""
     from shifted_cohorts import CONTRASTS, PARTS, key_of, make_store
 
-    from brainfound.data.preprocessing import Preprocessing
+    from brainfound.data.preprocessing.settings import Preprocessing
 
     side = options.patches * (8 if options.model is None else _patch_size_of(options.model))
     pixel_mm = FIELD_OF_VIEW_MM / side
@@ -158,8 +158,8 @@ def pretrain_start(options: argparse.Namespace, store: Any) -> str:
     import torch
     from shifted_cohorts import key_of
 
+    from brainfound.pretraining.pretrain import PretrainRecipe, pretrain
     from brainfound.recipes import load
-    from brainfound.train.pretrain import PretrainRecipe, pretrain
 
     torch.set_num_threads(options.workers)
     steps, patch = options.start_steps, 8
@@ -185,8 +185,8 @@ def recipe_of(
             what is done to images.
         changes: ``KEY=VALUE`` strings, of this way alone.
     """
+    from brainfound.finetuning.recipe import FinetuneRecipe
     from brainfound.recipes import load
-    from brainfound.train.finetune_recipe import FinetuneRecipe
 
     own = load(FinetuneRecipe, f"finetune-{task}", "train")
     steps = options.segmentation_steps if task == "segmentation" else options.steps
@@ -236,8 +236,8 @@ def train_and_score(recipe: Any, learnt: Path, scored: Path, model: str, target:
 
     import brainfound
     from brainfound.data.store import Store
-    from brainfound.train.finetune import finetune
-    from brainfound.train.session_scores import score_sessions
+    from brainfound.finetuning.finetune import finetune
+    from brainfound.finetuning.scoring import score_sessions
 
     torch.set_num_threads(1)
     kept = folder / "elsewhere.json"
@@ -258,7 +258,7 @@ def judge(
 
     The test exchanges two ways within subjects; seeds go with them. Holm's correction is over all comparisons.
     """
-    from brainfound.evaluate.statistics import bootstrap_interval, holm, paired_permutation_test
+    from brainfound.metrics.statistics import bootstrap_interval, holm, paired_permutation_test
 
     judged: dict[str, Any] = {}
     tests = []
@@ -319,7 +319,7 @@ def subject_values(
 
 def metric_of(task: str) -> Callable[[np.ndarray, np.ndarray], float]:
     """Of truth (N,) and values (N, R, …): the mean over runs, each scored alone: their mean would be an ensemble."""
-    from brainfound.evaluate.metrics import auroc
+    from brainfound.metrics import auroc
 
     if task != "classification":
         return lambda truth, values: float(values.mean())

@@ -20,11 +20,11 @@ from torch.nn import functional as F
 
 from brainfound.data.batches import collate
 from brainfound.data.store import Store
-from brainfound.models.inference import Answer
-from brainfound.train.objectives.base import StepKey
-from brainfound.train.session_scores import SessionScores, score_answers
-from brainfound.train.targets import Target
-from brainfound.train.volumes import VolumeAugmentation, augment_volumes
+from brainfound.finetuning.scoring import SessionScores, score_answers
+from brainfound.finetuning.targets import Target
+from brainfound.finetuning.volumes import VolumeAugmentation, augment_volumes
+from brainfound.models.stack_inference import Answer
+from brainfound.pretraining.objectives.base import StepKey
 
 CHANNELS = (16, 32, 64, 128)
 HALVINGS = len(CHANNELS) - 1

@@ -17,9 +17,9 @@ from step_server import StepServer
 from torch.profiler import record_function
 
 from brainfound.data.augmentation import MultiCrop
+from brainfound.pretraining.pretrain import PretrainRecipe, pretrain
+from brainfound.pretraining.task import PretrainTask
 from brainfound.recipes import validate
-from brainfound.train.pretrain import PretrainRecipe, pretrain
-from brainfound.train.pretrain_task import PretrainTask
 
 ENDLESS = 1_000_000
 

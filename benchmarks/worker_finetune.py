@@ -15,7 +15,7 @@ from step_server import StepServer
 
 from brainfound.adapters.attach import AdapterRecipe, attach_adapter, count_parameters
 from brainfound.models import BrainFoundConfig, BrainFoundForClassification
-from brainfound.models.inference import inner_model
+from brainfound.models.stack_inference import inner_model
 from brainfound.recipes import load
 
 

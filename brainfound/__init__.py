@@ -1,7 +1,6 @@
 """BrainFound: 2-D vision transformers adapted to 3-D brain MRI, slice by slice.
 
-The public face. Names are loaded on first use, so that ``import brainfound`` does not import torch.
-`evaluate` and `predict` are rooms that can be called, see `brainfound.callable_room`.
+Public names are loaded on first use, so that ``import brainfound`` does not import torch.
 """
 
 from __future__ import annotations
@@ -12,13 +11,17 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from brainfound import evaluate, predict
+    from brainfound import metrics
     from brainfound.data.cohort import Cohort
-    from brainfound.data.prepare import prepare
-    from brainfound.data.preprocessing import Preprocessing
-    from brainfound.data.split_file import Split
-    from brainfound.data.stack import Stack
+    from brainfound.data.preprocessing.settings import Preprocessing
+    from brainfound.data.preprocessing.stack import Stack
+    from brainfound.data.splits.split_file import Split
     from brainfound.data.store import Store
+    from brainfound.data.store.prepare import prepare
+    from brainfound.finetuning.finetune import finetune
+    from brainfound.inference.cohort import predict
+    from brainfound.inference.evaluation import evaluate
+    from brainfound.inference.loading import load
     from brainfound.models import (
         BrainFoundConfig,
         BrainFoundForClassification,
@@ -26,9 +29,7 @@ if TYPE_CHECKING:
         BrainFoundForSegmentation,
         BrainFoundModel,
     )
-    from brainfound.predict.loading import load
-    from brainfound.train.finetune import finetune
-    from brainfound.train.pretrain import pretrain
+    from brainfound.pretraining.pretrain import pretrain
 
 __all__ = [
     "BrainFoundConfig",
@@ -45,6 +46,7 @@ __all__ = [
     "evaluate",
     "finetune",
     "load",
+    "metrics",
     "predict",
     "prepare",
     "pretrain",
@@ -52,26 +54,27 @@ __all__ = [
 
 _MODULES = {
     "Cohort": "brainfound.data.cohort",
-    "Preprocessing": "brainfound.data.preprocessing",
-    "Split": "brainfound.data.split_file",
-    "Stack": "brainfound.data.stack",
+    "Preprocessing": "brainfound.data.preprocessing.settings",
+    "Split": "brainfound.data.splits.split_file",
+    "Stack": "brainfound.data.preprocessing.stack",
     "Store": "brainfound.data.store",
-    "prepare": "brainfound.data.prepare",
+    "prepare": "brainfound.data.store.prepare",
     "BrainFoundConfig": "brainfound.models",
     "BrainFoundModel": "brainfound.models",
     "BrainFoundForClassification": "brainfound.models",
     "BrainFoundForRegression": "brainfound.models",
     "BrainFoundForSegmentation": "brainfound.models",
-    "pretrain": "brainfound.train.pretrain",
-    "finetune": "brainfound.train.finetune",
-    "load": "brainfound.predict.loading",
+    "pretrain": "brainfound.pretraining.pretrain",
+    "finetune": "brainfound.finetuning.finetune",
+    "evaluate": "brainfound.inference.evaluation",
+    "load": "brainfound.inference.loading",
+    "predict": "brainfound.inference.cohort",
 }
-_ROOMS = ("evaluate", "predict")
 
 
 def __getattr__(name: str) -> Any:
-    if name in _ROOMS:
-        return importlib.import_module(f"brainfound.{name}")
+    if name == "metrics":
+        return importlib.import_module("brainfound.metrics")
     if name in _MODULES:
         value = getattr(importlib.import_module(_MODULES[name]), name)
         globals()[name] = value

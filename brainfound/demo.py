@@ -105,7 +105,7 @@ def run_demo(
         store = _prepare(cohort, out / "store", workers)
     checkpoint = make_checkpoint(out / "checkpoint", image_size=store.preprocessing.size[0])
     with _step(say, "continued pretraining of the checkpoint"):
-        from brainfound.train.pretrain import pretrain
+        from brainfound.pretraining.pretrain import pretrain
 
         export = pretrain("pretrain-demo", store, checkpoint, out / "pretrain", quiet=quiet) / "export"
     rows = [_one_task(name, store, checkpoint, export, out, say, quiet) for name in TASKS]
@@ -123,7 +123,7 @@ def make_checkpoint(folder: Path, image_size: int) -> Path:
     import torch
     from transformers import Dinov2Config, Dinov2Model
 
-    from brainfound.models.quiet import transformers_quiet
+    from brainfound.models.configuration import transformers_quiet
 
     config = Dinov2Config(
         hidden_size=96, num_hidden_layers=4, num_attention_heads=3, image_size=image_size, patch_size=8
@@ -136,7 +136,7 @@ def make_checkpoint(folder: Path, image_size: int) -> Path:
 
 
 def _simulate(folder: Path, workers: int) -> Path:
-    from brainfound.data.phantom import write_phantom_cohort
+    from brainfound.phantom import write_phantom_cohort
 
     return write_phantom_cohort(
         folder,
@@ -151,8 +151,8 @@ def _simulate(folder: Path, workers: int) -> Path:
 
 
 def _prepare(cohort: Path, folder: Path, workers: int) -> Store:
-    from brainfound.data.prepare import prepare
-    from brainfound.data.preprocessing import Preprocessing
+    from brainfound.data.preprocessing.settings import Preprocessing
+    from brainfound.data.store.prepare import prepare
 
     settings = Preprocessing(contrasts=CONTRASTS, spacing_mm=(2.5, 2.5, 5.0), size=(80, 80))
     return prepare(cohort, folder, settings, workers)
@@ -162,8 +162,8 @@ def _one_task(
     name: str, store: Store, checkpoint: Path, export: Path, out: Path, say: Callable[[str], None], quiet: bool
 ) -> Row:
     """Fine-tune from the pretrained export and from the checkpoint, alike in all else, and score both."""
-    from brainfound.predict.evaluation import evaluate
-    from brainfound.train.finetune import finetune
+    from brainfound.finetuning.finetune import finetune
+    from brainfound.inference.evaluation import evaluate
 
     choice = TASKS[name]
     # The table has no column for the frozen baseline.
@@ -196,9 +196,9 @@ def _one_task(
 def _predict(out: Path, cohort: Path, store: Store) -> None:
     """Outline the tumour of a held-out patient from its NIfTI files, on their own grid, with a picture."""
     from brainfound.data.cohort import Cohort
-    from brainfound.data.split_file import Split
-    from brainfound.models.inference import infer
-    from brainfound.predict.loading import load
+    from brainfound.data.splits.split_file import Split
+    from brainfound.inference.loading import load
+    from brainfound.models.stack_inference import infer
     from brainfound.report.figures import overlay_png
 
     run = out / "mask-adapted"

@@ -127,8 +127,8 @@ def make_cohort(head: Head):
 @pytest.fixture(scope="session")
 def small_store(tmp_path_factory, make_cohort):
     """A store of 12 sessions at 4 mm: three contrasts, 32 × 32 pixels, masks, ages, diagnoses."""
-    from brainfound.data.prepare import prepare
-    from brainfound.data.preprocessing import Preprocessing
+    from brainfound.data.preprocessing.settings import Preprocessing
+    from brainfound.data.store.prepare import prepare
 
     folder = tmp_path_factory.mktemp("cohort")
     cohort = make_cohort(folder / "source", num_subjects=12)

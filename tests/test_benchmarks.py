@@ -91,7 +91,7 @@ def test_the_table_says_whether_a_target_is_met(module):
 def test_the_breakdown_adds_up_and_names_the_work(module, write_scan):
     file = write_scan("scan.nii.gz")
     seconds_by_kind = module("breakdown").seconds_by_kind
-    scan = importlib.import_module("brainfound.data.scan")
+    scan = importlib.import_module("brainfound.data.reading.scan")
 
     def run() -> None:
         scan.load_scan(file)
@@ -229,7 +229,7 @@ def test_the_guard_elsewhere_at_tiny_size(continued, module, tmp_path, capsys, m
         "--layers 1 --heads 1 --num-local 1 --prototypes 16 --batch 4 --start-batch 4 "
         "--start-steps 2 --steps 4 --unsafe-steps 4 --looks 2 --seeds 0 --unsafe-seeds 0 1 --workers 1"
     )
-    monkeypatch.setattr("brainfound.train.run_files.plot_curves", lambda folder: None)
+    monkeypatch.setattr("brainfound.training.run_folder.plot_curves", lambda folder: None)
     out = tmp_path / "results.json"
     module("guard_elsewhere").main(["--work", str(tmp_path / "work"), "--out", str(out), *sizes])
     runs = json.loads(out.read_text(encoding="utf-8"))["runs"]
@@ -253,7 +253,7 @@ def test_continued_pretraining_at_tiny_size_and_once_more(continued, tmp_path, c
     )
     out, work = tmp_path / "results.json", tmp_path / "work"
     # Each run's own curves take longer to draw than such a run takes.
-    monkeypatch.setattr("brainfound.train.run_files.plot_curves", lambda folder: None)
+    monkeypatch.setattr("brainfound.training.run_folder.plot_curves", lambda folder: None)
     monkeypatch.setattr("frozen_probes.REPEATS", 1)
     continued(["--work", str(work), "--out", str(out), *sizes])
     printed = capsys.readouterr()
@@ -431,7 +431,7 @@ def test_volumes_that_a_segmentation_measures_tell_an_age(module, small_store, m
         return SimpleNamespace(classes=np.repeat([0, 2, 4, 8], [50, int(stack.covariates["age_years"]), 100, 30]))
 
     monkeypatch.setattr("brainfound.load", lambda folder: of(small_store.preprocessing))
-    monkeypatch.setattr("brainfound.models.inference.infer", found)
+    monkeypatch.setattr("brainfound.models.stack_inference.infer", found)
     shares = volumes.measured_shares(small_store, Path("run"))
     assert shares.shape == (12, 7)
     assert shares.sum(axis=1) == pytest.approx(1)
@@ -478,7 +478,7 @@ def test_ways_at_another_site_at_tiny_size_and_once_more(module, tmp_path, monke
     for name in (*module("rounds").THREAD_VARIABLES, "HF_HUB_OFFLINE", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    monkeypatch.setattr("brainfound.train.run_files.plot_curves", lambda folder: folder)
+    monkeypatch.setattr("brainfound.training.run_folder.plot_curves", lambda folder: folder)
     sizes = shlex.split(
         "--sessions 24 --test-sessions 8 --spacing-mm 8 --slice-mm 20 --patches 4 --start-steps 2 --steps 2 "
         "--segmentation-steps 2 --slices 3 --seeds 0 --permutations 50 --workers 1 --set head_fit_passes=1"
@@ -499,7 +499,7 @@ def test_ways_at_another_site_at_tiny_size_and_once_more(module, tmp_path, monke
                 assert len(of_task["scores"]) == 7, "every subset of three contrasts"
         assert f"| age, MAE in years{': ' if ways else ' '}" in capsys.readouterr().out
         assert str(tmp_path) not in out.read_text(encoding="utf-8")
-        monkeypatch.setattr("brainfound.train.finetune.finetune", None)  # nothing is trained again
+        monkeypatch.setattr("brainfound.finetuning.finetune.finetune", None)  # nothing is trained again
         main(["--work", str(work), "--out", str(out), *sizes])
         assert json.loads(out.read_text(encoding="utf-8"))["tasks"] == result["tasks"]
     finally:

@@ -77,7 +77,7 @@ def test_a_command_in_a_block_parses(command):
     if recipe and recipe != recipe.upper():
         assert recipe in available("train")
     for adapter in context.params.get("adapter") or ():
-        # NAME=ADAPTER,KEY=VALUE: see `brainfound.train.systems`.
+        # NAME=ADAPTER,KEY=VALUE: see `brainfound.experiments.systems`.
         assert adapter.partition(",")[0].rpartition("=")[2] in available("adapters")
 
 

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from brainfound import Store, finetune, prepare, pretrain
-from brainfound.data.preprocessing import Preprocessing
+from brainfound.data.preprocessing.settings import Preprocessing
 
 ALLOWED = {
     # Without them a split could not be repeated, nor a run be resumed; they stay beside the data.

@@ -18,20 +18,20 @@ import pytest
 import torch
 
 from brainfound.data.cohort import Cohort
-from brainfound.data.prepare import prepare
-from brainfound.data.prepare_session import prepare_session
-from brainfound.data.preprocessing import Preprocessing
-from brainfound.data.split_file import Split
-from brainfound.data.stack import Stack
+from brainfound.data.preprocessing.session import prepare_session
+from brainfound.data.preprocessing.settings import Preprocessing
+from brainfound.data.preprocessing.stack import Stack
+from brainfound.data.splits.split_file import Split
 from brainfound.data.store import Store
-from brainfound.evaluate.metrics import dice
-from brainfound.predict.cohort_prediction import predict
-from brainfound.predict.loading import load
-from brainfound.predict.predictor import Predictor
+from brainfound.data.store.prepare import prepare
+from brainfound.finetuning.finetune import finetune
+from brainfound.finetuning.recipe import FinetuneRecipe
+from brainfound.inference.cohort import predict
+from brainfound.inference.loading import load
+from brainfound.inference.predictor import Predictor
+from brainfound.metrics import dice
+from brainfound.pretraining.pretrain import PretrainRecipe, pretrain
 from brainfound.recipes import validate
-from brainfound.train.finetune import finetune
-from brainfound.train.finetune_recipe import FinetuneRecipe
-from brainfound.train.pretrain import PretrainRecipe, pretrain
 
 COARSE = Preprocessing(spacing_mm=(4, 4, 4), size=(56, 56))
 PRETRAINING = {

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from brainfound.errors import RecipeError, nearest
+from brainfound.finetuning.recipe import FinetuneRecipe
+from brainfound.pretraining.pretrain import PretrainRecipe
 from brainfound.recipes import find, load, validate
-from brainfound.train.finetune_recipe import FinetuneRecipe
-from brainfound.train.pretrain import PretrainRecipe
 
 
 def message(content: dict, *overrides: str) -> str:

@@ -9,11 +9,10 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from brainfound.adapters.bundle_reader import Bundle, base_encoder_state, load_bundle, name_in_base
-from brainfound.adapters.fingerprint import tensors_hash
-from brainfound.adapters.merging import is_merged
+from brainfound.adapters.bundle_reader import Bundle, base_encoder_state, load_bundle, name_in_base, tensors_hash
+from brainfound.adapters.updates import is_merged
 from brainfound.errors import ModelError, UsageError, did_you_mean
-from brainfound.models.inference import inner_model
+from brainfound.models.stack_inference import inner_model
 
 
 class AdapterSet:

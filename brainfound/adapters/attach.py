@@ -8,8 +8,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from pydantic import Field, field_validator, model_validator
 from torch import nn
 
-from brainfound.adapters.pissa import attach_principal
 from brainfound.adapters.roles import block_number, require_known_roles, resolve_targets
+from brainfound.adapters.updates import attach_principal
 from brainfound.errors import ModelError, RecipeError
 from brainfound.models import BrainFoundForSegmentation
 from brainfound.models.encoder import SliceEncoder

@@ -39,17 +39,18 @@ from brainfound.adapters.bundle_reader import (
     TRAINED_FILE,
     Bundle,
     base_encoder_state,
+    file_hash,
     in_encoder,
     load_bundle,
+    tensors_hash,
 )
-from brainfound.adapters.fingerprint import file_hash, tensors_hash
-from brainfound.adapters.pissa import principal_start, save_as_plain_updates
+from brainfound.adapters.updates import principal_start, save_as_plain_updates
 from brainfound.data.checking.contract import InputContract
-from brainfound.data.preprocessing import Preprocessing
+from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.errors import ModelError
 from brainfound.models import BrainFoundConfig, BrainFoundModel
-from brainfound.models.backbone import is_hub_id
-from brainfound.models.quiet import transformers_quiet
+from brainfound.models.backbones import is_hub_id
+from brainfound.models.configuration import transformers_quiet
 from brainfound.report.cards import write_model_card
 
 __all__ = ["Bundle", "load_bundle", "save_bundle"]

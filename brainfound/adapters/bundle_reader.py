@@ -1,9 +1,14 @@
-"""Reading of bundles: every file and every weight accounted for, or refused. See `bundle` for what a bundle holds."""
+"""Reading of bundles: every file and every weight accounted for, or refused. See `bundle` for what a bundle holds.
+
+Fingerprints of files and of weights (SHA-256).
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,10 +20,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from brainfound.adapters.fingerprint import file_hash, tensors_hash
 from brainfound.adapters.former_names import former_state, present_targets, present_tensors
-from brainfound.adapters.merging import weight_before
-from brainfound.data.preprocessing import Preprocessing
+from brainfound.adapters.updates import weight_before
+from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.errors import ModelError
 from brainfound.models import (
     BrainFoundConfig,
@@ -27,7 +31,24 @@ from brainfound.models import (
     BrainFoundForSegmentation,
     BrainFoundModel,
 )
-from brainfound.models.backbone import LOAD_FAILURES, list_keys, load_backbone
+from brainfound.models.backbones import LOAD_FAILURES, list_keys, load_backbone
+
+
+def file_hash(path: Path) -> str:
+    """The SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """The SHA-256 of named tensors: names, shapes, types and bytes; the same in whatever file they come."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
 
 SCHEMA_VERSION = 1
 TASKS: dict[str, type[Any]] = {

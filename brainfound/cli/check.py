@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from brainfound.data.checking.rules import Finding
     from brainfound.data.cohort import Session
     from brainfound.data.hooks import Hook
-    from brainfound.data.preprocessing import Preprocessing
+    from brainfound.data.preprocessing.settings import Preprocessing
 
 SIGNS = {"ok": "✓", "note": "·", "warn": "!", "fail": "✗", None: ""}
 SHORT = {"contrast": "name", "file": "read", "orientation": "orient", "intensity": "values"}
@@ -74,7 +74,7 @@ def check(
 def _expected(model: str | None, contrasts: str | None) -> tuple[Preprocessing, InputContract]:
     from brainfound.data.checking.check import contract_of_model
     from brainfound.data.checking.contract import InputContract
-    from brainfound.data.preprocessing import Preprocessing
+    from brainfound.data.preprocessing.settings import Preprocessing
     from brainfound.recipes import validate
 
     if model is None:
@@ -84,7 +84,7 @@ def _expected(model: str | None, contrasts: str | None) -> tuple[Preprocessing, 
     if contrasts is not None:
         raise UsageError("a model has contrasts of its own", where="--contrasts", remedy="Leave --contrasts out")
     if not Path(model).exists() and model.count("/") == 1:
-        from brainfound.predict.loading import local_folder
+        from brainfound.inference.loading import local_folder
 
         return contract_of_model(local_folder(model))
     return contract_of_model(model)
@@ -159,7 +159,7 @@ class _Report:
         return card_of_stack(checked.stack, label, notes, refused)
 
     def show(self) -> None:
-        from brainfound.cli.tables import print_table
+        from brainfound.cli.terminal import print_table
         from brainfound.data.checking.rules import SCAN_CHECKS, SESSION_CHECKS
 
         names = ("file",) if self.with_names else ()
@@ -228,8 +228,7 @@ class _Report:
         }
 
     def write_picture(self, path: Path, preprocessing: Preprocessing) -> None:
-        from brainfound.data.checking.contact_sheet import choose_sessions
-        from brainfound.data.checking.contact_sheet_page import draw_page
+        from brainfound.data.checking.contact_sheet import choose_sessions, draw_page
 
         rows = list(self.cards)
         flagged = [place for place, row in enumerate(rows) if self.cards[row].is_flagged]

@@ -35,9 +35,9 @@ def compare(
     systems that are compared. Folds are put together, and of several seeds the score is the mean.
     """
     from brainfound.data.store import Store
-    from brainfound.evaluate.comparison import compare as against_first
-    from brainfound.evaluate.comparison import compare_pairs, score_intervals
-    from brainfound.train.compared_runs import read_systems
+    from brainfound.experiments.comparison import read_systems
+    from brainfound.metrics.comparison import compare as against_first
+    from brainfound.metrics.comparison import compare_pairs, score_intervals
 
     store = None if data is None else Store.open(data)
     read = read_systems(runs, frozen=frozen, store=store)
@@ -79,7 +79,7 @@ def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
 def _print(
     content: dict[str, Any], rows: list[dict[str, Any]], pairs: list[dict[str, Any]], metrics: list[str]
 ) -> None:
-    from brainfound.cli.tables import about_intervals, print_table
+    from brainfound.cli.terminal import about_intervals, print_table
 
     sessions = max((row["num_cases"] for row in rows), default=0)
     subjects = [row["num_subjects"] for row in rows if row["num_subjects"]]
@@ -105,8 +105,8 @@ def _print(
 
 
 def _score(row: dict[str, Any]) -> list[str]:
-    from brainfound.cli.tables import with_interval
-    from brainfound.evaluate.scores import HIGHER_IS_BETTER
+    from brainfound.cli.terminal import with_interval
+    from brainfound.metrics.scores import HIGHER_IS_BETTER
 
     better = "higher" if HIGHER_IS_BETTER[row["metric"].partition("(")[0]] else "lower"
     value = with_interval(row["value"], row["low"], row["high"])
@@ -120,7 +120,7 @@ def _tests(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _test(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
-    from brainfound.cli.tables import with_interval
+    from brainfound.cli.terminal import with_interval
 
     names = ["p", "p_holm", *(["p_delong", "p_delong_holm"] if len(_tests(rows)) > 2 else [])]
     difference = with_interval(row["difference"], row["difference_low"], row["difference_high"])

@@ -17,7 +17,7 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """Walk the whole road on a phantom cohort, on a CPU, in minutes, and print one table."""
-    from brainfound.cli.tables import print_table
+    from brainfound.cli.terminal import print_table
     from brainfound.demo import WITHHELD, run_demo
 
     def say(line: str) -> None:

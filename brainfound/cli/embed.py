@@ -24,6 +24,6 @@ def embed(
 
     A classification or regression model gives the volume embedding that its head reads.
     """
-    from brainfound.predict.loading import load
+    from brainfound.inference.loading import load
 
     answer(load(model, device, hook or ()).as_encoder(), inputs, out, False, overwrite, quiet)

@@ -39,12 +39,12 @@ def evaluate(
     On the store of its own run only the test part is scored; on another store all labelled sessions but those of
     subjects that the run learnt from.
     """
-    from brainfound.cli.tables import intervals_line
+    from brainfound.cli.terminal import intervals_line
     from brainfound.contrasts import parse_contrast
     from brainfound.errors import UsageError
-    from brainfound.predict.evaluation import evaluate as run
-    from brainfound.predict.evaluation_files import drops
-    from brainfound.report.experiment import PAGE_FILE
+    from brainfound.experiments.folder import PAGE_FILE
+    from brainfound.inference.evaluation import drops
+    from brainfound.inference.evaluation import evaluate as run
 
     if part not in ("test", "validation", "train"):
         raise UsageError("unknown part", where="--part", got=part, expected="test, validation or train")
@@ -78,8 +78,8 @@ def evaluate(
 
 
 def _print(results: list[dict[str, Any]], title: str) -> None:
-    from brainfound.cli.tables import number, print_table, score_with_interval
-    from brainfound.evaluate.score_files import baselines_of
+    from brainfound.cli.terminal import number, print_table, score_with_interval
+    from brainfound.metrics.summaries import baselines_of
 
     names, baselines = _in_tables(results[0]), list(baselines_of(results[0]))
     rows = []
@@ -95,9 +95,9 @@ def _print(results: list[dict[str, Any]], title: str) -> None:
 
 def _print_partial(results: list[dict[str, Any]], lost: list[float], title: str) -> None:
     """One row per subset with the drop of the headline score against full input, and what the baselines reach."""
-    from brainfound.cli.tables import number, print_table, score_with_interval
-    from brainfound.evaluate.score_files import baselines_of
-    from brainfound.evaluate.scores import HEADLINE
+    from brainfound.cli.terminal import number, print_table, score_with_interval
+    from brainfound.metrics.scores import HEADLINE
+    from brainfound.metrics.summaries import baselines_of
 
     names, baselines = _in_tables(results[0]), list(baselines_of(results[0]))
     headline = HEADLINE[results[0]["task"]]
@@ -111,7 +111,7 @@ def _print_partial(results: list[dict[str, Any]], lost: list[float], title: str)
 
 
 def _in_tables(result: dict[str, Any]) -> list[str]:
-    from brainfound.evaluate.scores import IN_TABLES
+    from brainfound.metrics.scores import IN_TABLES
 
     return [name for name in IN_TABLES[result["task"]] if name in result["scores"]]
 

@@ -11,7 +11,7 @@ from brainfound.cli.predict import IMAGES, Inputs, end_cohort
 from brainfound.cli.terminal import Hooks, Quiet, note, progress_bar, words
 
 if TYPE_CHECKING:
-    from brainfound.predict.predictor import Predictor
+    from brainfound.inference.predictor import Predictor
 
 
 def explain(
@@ -36,9 +36,9 @@ def explain(
 
     Explanations are not evidence: they do not show that an answer is right. Exit codes as of predict.
     """
-    from brainfound.predict.explanation import choose_methods
-    from brainfound.predict.given_scans import parse_inputs
-    from brainfound.predict.loading import load
+    from brainfound.inference.explanation import choose_methods
+    from brainfound.inference.given_scans import parse_inputs
+    from brainfound.inference.loading import load
 
     predictor = load(model, device, hook or ())
     methods = choose_methods(predictor.model, predictor.target, None if method is None else words(method), class_name)
@@ -63,8 +63,8 @@ def _explain_cohort(
     overwrite: bool,
     quiet: bool,
 ) -> None:
-    from brainfound.cli.tables import print_table
-    from brainfound.predict.explanation_cohort import explain as explain_cohort
+    from brainfound.cli.terminal import print_table
+    from brainfound.inference.explanation_cohort import explain as explain_cohort
 
     with progress_bar("explaining sessions", quiet) as progress:
         outcomes = explain_cohort(

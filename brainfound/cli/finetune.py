@@ -11,8 +11,8 @@ from brainfound.cli.terminal import KeepIds, Overrides, Quiet, numbers_or_all, t
 from brainfound.errors import UsageError
 
 if TYPE_CHECKING:
-    from brainfound.report.experiment import ExperimentFolder
-    from brainfound.train.systems import System
+    from brainfound.experiments.folder import ExperimentFolder
+    from brainfound.experiments.systems import System
 
 
 def finetune(
@@ -50,7 +50,7 @@ def finetune(
     --subjects, --leave-site-out, --seeds, --partial-input, or several --model or --adapter there are many runs, and
     a page, report.md, of their scores, the spread and the comparison.
     """
-    from brainfound.train.systems import systems_of
+    from brainfound.experiments.systems import systems_of
 
     systems = systems_of(model, adapter or ())
     if folds or shots or subjects or leave_site_out or seeds or partial_input or len(systems) > 1:
@@ -81,9 +81,9 @@ def finetune(
     (system,) = systems
     from accelerate import PartialState
 
-    from brainfound.cli.tables import intervals_line, scores_line
-    from brainfound.train.finetune import finetune as run
-    from brainfound.train.session_scores import read_scores
+    from brainfound.cli.terminal import intervals_line, scores_line
+    from brainfound.finetuning.finetune import finetune as run
+    from brainfound.finetuning.scoring import read_scores
 
     folder = run(
         recipe,
@@ -122,9 +122,9 @@ def _repeat(
     from accelerate import PartialState
 
     from brainfound.data.store import Store
-    from brainfound.report.experiment import PAGE_FILE, ExperimentFolder
-    from brainfound.train.finetune_recipe import resolve_recipe
-    from brainfound.train.repeated import finetune_subsets, finetune_systems, folds_for
+    from brainfound.experiments.folder import PAGE_FILE, ExperimentFolder
+    from brainfound.experiments.runs import finetune_subsets, finetune_systems, folds_for
+    from brainfound.finetuning.recipe import resolve_recipe
 
     store = Store.open(data)
     content = resolve_recipe(recipe, systems[0].adapter, options["overrides"])
@@ -143,7 +143,7 @@ def _repeat(
 
 def _print(experiment: ExperimentFolder) -> None:
     """The scores of an experiment as a table; the page has the rest."""
-    from brainfound.cli.tables import number, print_table
+    from brainfound.cli.terminal import number, print_table
 
     partial = experiment.summary.get("partial_input")
     rows = partial or experiment.rows_in_tables

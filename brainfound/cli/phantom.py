@@ -27,7 +27,7 @@ def phantom(
     quiet: Quiet = False,
 ) -> None:
     """Write a synthetic multi-contrast BIDS cohort with ages, sites, lesion masks and missing scans."""
-    from brainfound.data.phantom import write_phantom_cohort
+    from brainfound.phantom import write_phantom_cohort
 
     with progress_bar("simulating subjects", quiet) as progress:
         write_phantom_cohort(

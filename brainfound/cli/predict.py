@@ -12,8 +12,8 @@ from brainfound.cli.terminal import Hooks, Quiet, note, progress_bar
 from brainfound.errors import EXIT_FAILED, EXIT_SOME_REJECTED, UsageError
 
 if TYPE_CHECKING:
-    from brainfound.predict.cohort_prediction import Outcome
-    from brainfound.predict.predictor import Predictor
+    from brainfound.inference.cohort import Outcome
+    from brainfound.inference.predictor import Predictor
 
 IMAGES = (".nii", ".nii.gz", ".mgz", ".mgh", ".img", ".hdr")
 
@@ -40,8 +40,8 @@ def predict(
 
     Exit code 3 if some sessions could not be done, or some of their scans not be used; the others are.
     """
-    from brainfound.predict.loading import load
-    from brainfound.predict.segmentation_answer import SegmentationOptions
+    from brainfound.inference.loading import load
+    from brainfound.inference.segmentation import SegmentationOptions
 
     options = SegmentationOptions(flips=flip, overlap=overlap, min_volume_mm3=min_volume_mm3)
     answer(load(model, device, hook or (), options), inputs, out, probabilities, overwrite, quiet)
@@ -51,7 +51,7 @@ def answer(
     predictor: Predictor, inputs: list[str], out: Path, probabilities: bool, overwrite: bool, quiet: bool
 ) -> None:
     """Ask a predictor about one session or a cohort, write and print its answers."""
-    from brainfound.predict.given_scans import parse_inputs
+    from brainfound.inference.given_scans import parse_inputs
 
     paths, named = parse_inputs(inputs)
     if not named and len(paths) == 1 and not paths[0].name.endswith(IMAGES):
@@ -77,8 +77,8 @@ def answer(
 def _answer_cohort(
     predictor: Predictor, source: Path, out: Path, probabilities: bool, overwrite: bool, quiet: bool
 ) -> None:
-    from brainfound.cli.tables import print_table
-    from brainfound.predict.cohort_prediction import predict as predict_cohort
+    from brainfound.cli.terminal import print_table
+    from brainfound.inference.cohort import predict as predict_cohort
 
     with progress_bar("predicting sessions", quiet) as progress:
         outcomes = predict_cohort(

@@ -40,8 +40,8 @@ def prepare(
     Repeating it does only what is new. STORE/contact_sheet.png and quality.tsv show what went in. Exit code 3 if some
     files were rejected; STORE/rejected.tsv says which and why.
     """
-    from brainfound.data import prepare as preparing
-    from brainfound.data.preprocessing import Preprocessing
+    from brainfound.data.preprocessing.settings import Preprocessing
+    from brainfound.data.store import prepare as preparing
     from brainfound.recipes import validate
 
     overrides = list(set_ or [])

@@ -31,7 +31,7 @@ def pretrain(
     """
     from accelerate import PartialState
 
-    from brainfound.train.pretrain import pretrain as run
+    from brainfound.pretraining.pretrain import pretrain as run
 
     folder = run(
         recipe,

@@ -11,7 +11,7 @@ import typer
 from brainfound.cli.terminal import AsJson, Quiet, progress_bar
 
 if TYPE_CHECKING:
-    from brainfound.evaluate.statistics import Interval
+    from brainfound.metrics.statistics import Interval
 
 
 def probe(
@@ -30,8 +30,8 @@ def probe(
     Where subjects have two sessions, also how alike these are (ICC), and how often the nearest other session is of the
     same subject.
     """
-    from brainfound.cli.tables import number, print_table
-    from brainfound.predict.embedding_probe import probe as run
+    from brainfound.cli.terminal import number, print_table
+    from brainfound.inference.probing import probe as run
 
     with progress_bar("embedding sessions", quiet) as progress:
         found = run(model, data, label, site=site, num_slices=slices, seed=seed, cache=cache, progress=progress)
@@ -55,6 +55,6 @@ def probe(
 
 
 def _with_ends(interval: Interval) -> str:
-    from brainfound.cli.tables import number
+    from brainfound.cli.terminal import number
 
     return f"{number(interval.estimate)} ({number(interval.low)} to {number(interval.high)})"

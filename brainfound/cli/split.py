@@ -12,7 +12,7 @@ from brainfound.cli.terminal import AsJson, note, numbers_or_all, words
 from brainfound.errors import UsageError
 
 if TYPE_CHECKING:
-    from brainfound.data.split_file import Split
+    from brainfound.data.splits.split_file import Split
 
 
 def split(
@@ -39,7 +39,7 @@ def split(
     together.
     """
     from brainfound.data.store import Store
-    from brainfound.train.make_split import adopt_split, make_split
+    from brainfound.finetuning.splits import adopt_split, make_split
 
     opened = Store.open(store)
     columns = words(stratify)
@@ -73,7 +73,7 @@ def split(
 
 
 def _write(made: Split, out: Path, overwrite: bool) -> None:
-    from brainfound.data.split_file import Split
+    from brainfound.data.splits.split_file import Split
 
     if out.exists() and not overwrite:
         try:
@@ -100,7 +100,7 @@ def _rows(made: Split) -> list[dict[str, Any]]:
 
 
 def _print(rows: list[dict[str, Any]], out: Path) -> None:
-    from brainfound.cli.tables import print_table
+    from brainfound.cli.terminal import print_table
 
     print_table(
         ["fold", "part", "subjects", "sessions", "labels"],

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Num, UInt8
 from torch import Tensor
 
-from brainfound.data.stack import Stack
+from brainfound.data.preprocessing.stack import Stack
 
 
 @dataclass(frozen=True)

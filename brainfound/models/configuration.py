@@ -1,12 +1,17 @@
-"""The configuration of every BrainFound model."""
+"""Silence for a library that talks while it loads.
+
+The configuration of every BrainFound model.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils import logging
 
 from brainfound.errors import ModelError, UsageError, did_you_mean, nearest
 
@@ -300,3 +305,20 @@ def _as_backbone_config(value: dict[str, Any] | PreTrainedConfig | None) -> PreT
     model_type = content.pop("model_type", "dinov2")
     _require_known("backbone_config.model_type", model_type, SUPPORTED_BACKBONES)
     return AutoConfig.for_model(model_type, **content)
+
+
+@contextmanager
+def transformers_quiet() -> Iterator[None]:
+    """No progress bars and no load reports of transformers inside; what was set before is set again after.
+
+    The reports would alarm where a head is meant to be new; what is missing and must not be is an error of ours.
+    """
+    verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if had_bars:
+            logging.enable_progress_bar()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from brainfound.data.batches import unit_range
-from brainfound.models.backbone import patch_size_of
+from brainfound.models.backbones import patch_size_of
 from brainfound.models.configuration import BrainFoundConfig
 
 _GROUPS = 8

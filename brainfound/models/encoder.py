@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 
 from brainfound.data.batches import unit_range
 from brainfound.errors import ModelError
-from brainfound.models.attention import PACKED, Kernel
-from brainfound.models.backbone import build_backbone, image_size_of, patch_size_of
+from brainfound.models.backbones import build_backbone, image_size_of, patch_size_of
 from brainfound.models.blocks import BlockRunner, Kept
 from brainfound.models.configuration import BrainFoundConfig
+from brainfound.models.kernels import PACKED, Kernel
 from brainfound.models.stem import NEIGHBOURS, PresentImages, build_stem, pack_contrast_number, pack_planes
 
 
@@ -190,7 +190,7 @@ class SliceEncoder(nn.Module):
         """How `transform` runs the blocks; its result does not depend on it beyond rounding.
 
         Args:
-            kernel: of attention; see `brainfound.models.attention.choose_kernel`.
+            kernel: of attention; see `brainfound.models.kernels.choose_kernel`.
             compiled: compile the two branches of a block with torch.compile.
             kept: what of a block is kept for the backward pass; see `brainfound.models.blocks.BlockRunner`.
         """

@@ -16,9 +16,8 @@ import torch
 from transformers import PreTrainedModel
 
 from brainfound.errors import ModelError
-from brainfound.models.backbone import LOAD_FAILURES, list_keys, require_coverage, require_findable, unreadable
-from brainfound.models.configuration import BrainFoundConfig, config_fields
-from brainfound.models.quiet import transformers_quiet
+from brainfound.models.backbones import LOAD_FAILURES, list_keys, require_coverage, require_findable, unreadable
+from brainfound.models.configuration import BrainFoundConfig, config_fields, transformers_quiet
 
 _ANSWER_LAYERS = {
     "BrainFoundForClassification": "head.score",

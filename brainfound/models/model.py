@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 
 from brainfound.errors import ModelError
 from brainfound.models.aggregators import TransformerAggregator, build_aggregator
-from brainfound.models.backbone import load_backbone, statistics_of
+from brainfound.models.backbones import load_backbone, statistics_of
 from brainfound.models.configuration import BrainFoundConfig, require_known_fields
 from brainfound.models.decoders import SliceMixing, build_decoder
 from brainfound.models.encoder import SliceEncoder
@@ -30,10 +30,10 @@ from brainfound.models.heads import (
     bin_edges,
     bins_loss,
     classification_loss,
+    configured_segmentation_loss,
     regression_loss,
 )
 from brainfound.models.loading import load_checked
-from brainfound.models.segmentation_losses import configured_segmentation_loss
 from brainfound.models.slice_batch import SliceBatch, checked_embeddings, wrong_shape
 
 Pixels = Float[Tensor, "volumes slices contrasts height width"] | UInt8[Tensor, "volumes slices contrasts height width"]

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from transformers import AutoConfig, PreTrainedConfig
 
 from brainfound.errors import UsageError
-from brainfound.models.backbone import LOAD_FAILURES, STARTING_FAMILIES, patch_size_of, unreadable
+from brainfound.models.backbones import LOAD_FAILURES, STARTING_FAMILIES, patch_size_of, unreadable
 from brainfound.models.configuration import BrainFoundConfig
 from brainfound.models.model import BrainFoundPreTrainedModel
 

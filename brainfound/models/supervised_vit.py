@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.utils import cached_file
 
 from brainfound.errors import ModelError
-from brainfound.models.quiet import transformers_quiet
+from brainfound.models.configuration import transformers_quiet
 
 MODEL_TYPE = "vit"
 _PREPROCESSOR_FILE = "preprocessor_config.json"

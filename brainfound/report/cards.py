@@ -1,4 +1,6 @@
-"""Model cards: a README.md with the front matter that the Hugging Face Hub reads.
+"""Small pieces of Markdown.
+
+Model cards: a README.md with the front matter that the Hugging Face Hub reads.
 
 The text is `model_cards/template.md`; this module fills it with what a run recorded. What was not recorded
 is written as "not recorded": a card must not say more than is known.
@@ -6,8 +8,9 @@ is written as "not recorded": a card must not say more than is known.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -196,3 +199,34 @@ def _escaped(text: str) -> str:
 
 def _one_line(value: Any) -> str:
     return " ".join(str(value).split())
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table; what stands in a cell cannot end it."""
+    cells = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(_markdown_cell(text) for text in line) + " |" for line in cells)
+
+
+def number(value: Any, digits: int = 3, sign: bool = False) -> str:
+    """A score as text; an undefined one as a dash."""
+    if value is None or math.isnan(float(value)):
+        return "–"
+    return f"{float(value):{'+' if sign else ''}.{digits}f}"
+
+
+def count(value: Any) -> str:
+    """A mean number of sessions: whole where it is."""
+    if value is None or math.isnan(float(value)):
+        return "–"
+    return f"{float(value):.0f}" if float(value).is_integer() else f"{float(value):.1f}"
+
+
+def p_value(value: Any) -> str:
+    """As papers write it."""
+    if value is None or math.isnan(float(value)):
+        return "–"
+    return "< 0.001" if float(value) < 0.001 else f"{float(value):.3f}"
+
+
+def _markdown_cell(text: str) -> str:
+    return " ".join(str(text).split()).replace("|", "\\|")

@@ -1,11 +1,15 @@
-"""Contact sheets of stacks: slices by contrasts, with outlines of masks.
+"""reliability.png: how often a classification is right, over how sure it is.
+
+Axis legend: M bins.
+
+Contact sheets of stacks: slices by contrasts, with outlines of masks.
 
 Axis legend: S slices, C contrasts, H rows, W columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from brainfound.errors import UsageError
+from brainfound.metrics.calibration import ReliabilityBins
 
 _REFERENCE, _PREDICTION = "#FFD000", "#00E5FF"
 _TILE_INCHES, _ABSENT_INCHES, _SIDE_INCHES = 1.7, 0.3, 0.6
@@ -193,3 +198,48 @@ def _annotate(figure: Figure, title: str | None, labels: Sequence[np.ndarray | N
         if of is not None:
             figure.text(x, 0.01, name, color=colour, fontsize=8, ha="right")
             x -= 1.15 / figure.get_figwidth()
+
+
+# Of Okabe and Ito's palette, which colour-blind readers can tell apart.
+_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7")
+_RELIABILITY_DPI = 140
+
+
+def reliability_png(curves: Mapping[str, ReliabilityBins], *, path: str | Path, title: str | None = None) -> Path:
+    """Draw accuracy over confidence, one line per name, and below it how many cases each bin has.
+
+    On the diagonal certainty is deserved; below it the model is too sure. Points of few cases say little, so a
+    point's area grows with its cases.
+
+    Args:
+        curves: name → bins of `brainfound.metrics.calibration.reliability_bins`, up to four.
+        path: the PNG to write.
+        title: text above.
+
+    Raises:
+        UsageError: nothing to draw, or more than four curves.
+    """
+    if not 1 <= len(curves) <= len(_COLOURS):
+        raise UsageError("curves cannot be drawn", where="curves", got=len(curves), expected=f"1 to {len(_COLOURS)}")
+    figure = Figure(figsize=(4.2, 5.2), dpi=_RELIABILITY_DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    above.plot([0, 1], [0, 1], color="#BBBBBB", linewidth=1)
+    for (name, bins), colour in zip(curves.items(), _COLOURS, strict=False):
+        filled = bins.count > 0
+        area = 20 + 120 * bins.count[filled] / bins.count.max()
+        above.plot(bins.confidence[filled], bins.accuracy[filled], color=colour, linewidth=1, alpha=0.6)
+        above.scatter(bins.confidence[filled], bins.accuracy[filled], s=area, color=colour, label=name, alpha=0.8)
+        heights = np.append(bins.count, bins.count[-1])
+        below.step(bins.edges, heights, where="post", color=colour, linewidth=1.2)
+    above.set(xlim=(0, 1), ylim=(-0.03, 1.03), ylabel="share of right answers")
+    below.set(xlabel="probability of the answer", ylabel="cases", ylim=(0, None))
+    above.legend(frameon=False, fontsize=8, loc="upper left")
+    if title:
+        above.set_title(title, fontsize=10)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    figure.savefig(partial, format="png")
+    partial.replace(path)
+    return path

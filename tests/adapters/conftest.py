@@ -5,7 +5,7 @@ import torch
 from transformers import Dinov2Config, Dinov2Model
 
 from brainfound.adapters import AdapterRecipe, attach_adapter
-from brainfound.data.preprocessing import Preprocessing
+from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.models import (
     BrainFoundForClassification,
     BrainFoundForRegression,

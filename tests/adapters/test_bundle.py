@@ -12,13 +12,11 @@ from safetensors.torch import load_file, save_file
 from transformers import Dinov2Config, Dinov2Model
 
 from brainfound.adapters import load_bundle, save_bundle
-from brainfound.adapters.fingerprint import file_hash, tensors_hash
+from brainfound.adapters.bundle_reader import file_hash, tensors_hash
 from brainfound.data.checking.contract import InputContract
-from brainfound.data.preprocessing import Preprocessing
+from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.errors import ModelError
-from brainfound.models import (
-    BrainFoundModel,
-)
+from brainfound.models import BrainFoundModel
 
 TASKS = ("classification", "regression", "segmentation")
 LABELS = {"0": "control", "1": "patient"}
@@ -101,7 +99,7 @@ import sys, torch
 from pathlib import Path
 from safetensors.torch import load_file, save_file
 from brainfound.adapters import AdapterRecipe, attach_adapter, load_bundle, save_bundle
-from brainfound.data.preprocessing import Preprocessing
+from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.models import BrainFoundForClassification
 
 here = Path(sys.argv[1])

@@ -9,8 +9,7 @@ from torch import nn
 from transformers import Dinov2Config, Dinov2Model
 
 from brainfound.adapters import AdapterRecipe, attach_adapter, load_adapters, load_bundle, save_bundle
-from brainfound.adapters.bundle_reader import base_encoder_state
-from brainfound.adapters.fingerprint import file_hash, tensors_hash
+from brainfound.adapters.bundle_reader import base_encoder_state, file_hash, tensors_hash
 from brainfound.adapters.former_names import former_state, present_targets, present_tensors
 from brainfound.errors import ModelError
 from brainfound.models import BrainFoundForClassification, BrainFoundModel

@@ -7,8 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from brainfound.adapters import AdapterRecipe, attach_adapter, load_bundle, merge, save_bundle, unmerge
-from brainfound.adapters.bundle_reader import base_encoder_state
-from brainfound.adapters.fingerprint import tensors_hash
+from brainfound.adapters.bundle_reader import base_encoder_state, tensors_hash
 from brainfound.errors import RecipeError
 from brainfound.models import BrainFoundForClassification
 

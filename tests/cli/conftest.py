@@ -30,7 +30,7 @@ class Answer:
 def _few_resamples():
     """Intervals of 2,000 resamples take longer than tiny runs; what an interval is has tests of its own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("brainfound.train.session_scores.NUM_RESAMPLES", 50)
+        patch.setattr("brainfound.finetuning.scoring.NUM_RESAMPLES", 50)
         yield
 
 
@@ -61,7 +61,7 @@ def cli(monkeypatch, capsys):
 @pytest.fixture(scope="session")
 def classifier(tmp_path_factory, small_store, tiny_backbone) -> Path:
     """The run folder of a classification after two steps."""
-    from brainfound.train.finetune import finetune
+    from brainfound.finetuning.finetune import finetune
 
     steps = ["engine.steps=2", "engine.batch_size=2", "num_slices=4", "evaluate_every=0", "head_fit_passes=0"]
     folder = tmp_path_factory.mktemp("runs") / "diagnosis"
@@ -73,7 +73,7 @@ def classifier(tmp_path_factory, small_store, tiny_backbone) -> Path:
 @pytest.fixture(scope="session")
 def segmenter(tmp_path_factory, small_store, tiny_backbone) -> Path:
     """The run folder of a segmentation after one step."""
-    from brainfound.train.finetune import finetune
+    from brainfound.finetuning.finetune import finetune
 
     steps = ["engine.steps=1", "engine.batch_size=2", "num_slices=4", "evaluate_every=0", "decoder_width=8"]
     steps += ["frozen_baseline=false"]

@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from brainfound.evaluate.comparison import compare
-from brainfound.evaluate.metrics import mae
+from brainfound.metrics import mae
+from brainfound.metrics.comparison import compare
 
 NUM = 30
 

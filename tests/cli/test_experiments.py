@@ -15,7 +15,7 @@ TINY = (
 def test_two_adapters_are_compared_and_the_page_is_written_again(
     cli, small_store, tiny_backbone, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("brainfound.train.run_files.plot_curves", lambda folder: folder)
+    monkeypatch.setattr("brainfound.training.run_folder.plot_curves", lambda folder: folder)
     out = tmp_path / "grid"
     adapters = ("--adapter", "head-only", "--adapter", "fast=head-only,optim.head_lr=0.1")
     answer = cli(
@@ -52,7 +52,7 @@ def test_an_evaluation_shows_what_it_was_asked_for(cli, segmenter, small_store):
 
 
 def test_the_frozen_baseline_stands_beside_an_evaluation(cli, small_store, tiny_backbone, tmp_path, monkeypatch):
-    monkeypatch.setattr("brainfound.train.run_files.plot_curves", lambda folder: folder)
+    monkeypatch.setattr("brainfound.training.run_folder.plot_curves", lambda folder: folder)
     run = tmp_path / "run"
     made = cli(
         *("finetune", "finetune-regression", "--data", small_store.path, "--model", tiny_backbone, "--adapter"),

@@ -93,7 +93,7 @@ def test_a_type_checker_sees_the_installed_types(installed, tmp_path):
     done = run(["-m", "mypy", *options, *cache, str(script)], tmp_path, MYPYPATH=str(installed))
     lines = done.stdout.splitlines()
     assert done.returncode == 1, done.stdout + done.stderr
-    assert 'Revealed type is "brainfound.predict.predictor.Predictor"' in lines[0]
+    assert 'Revealed type is "brainfound.inference.predictor.Predictor"' in lines[0]
     assert "tuple[" in lines[1]
     assert "str" in lines[1]
     assert 'use.py:5: error: Missing positional argument "recipe"' in lines[2]

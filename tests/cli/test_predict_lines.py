@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from brainfound.cli.predict import _summary
-from brainfound.predict.cohort_prediction import Outcome
-from brainfound.predict.prediction import Prediction
+from brainfound.inference.cohort import Outcome
+from brainfound.inference.prediction import Prediction
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,10 @@ class Rank:
 def test_one_rank_prints_the_export(monkeypatch, capsys, is_main):
     Rank.is_main_process = is_main
     monkeypatch.setattr("accelerate.PartialState", Rank)
-    monkeypatch.setattr("brainfound.train.pretrain.pretrain", lambda *_, **__: Path("runs/a"))
-    monkeypatch.setattr("brainfound.train.finetune.finetune", lambda *_, **__: Path("runs/b"))
-    monkeypatch.setattr("brainfound.train.session_scores.read_scores", lambda folder: {})
-    monkeypatch.setattr("brainfound.cli.tables.scores_line", lambda scores: "scores")
+    monkeypatch.setattr("brainfound.pretraining.pretrain.pretrain", lambda *_, **__: Path("runs/a"))
+    monkeypatch.setattr("brainfound.finetuning.finetune.finetune", lambda *_, **__: Path("runs/b"))
+    monkeypatch.setattr("brainfound.finetuning.scoring.read_scores", lambda folder: {})
+    monkeypatch.setattr("brainfound.cli.terminal.scores_line", lambda scores: "scores")
     pretrain("recipe")
     finetune("recipe", Path("store"), ["model"], "target")
     expected = f"{Path('runs/a/export')}\nscores\n{Path('runs/b/export')}\n"

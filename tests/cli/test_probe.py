@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from brainfound.errors import UsageError
-from brainfound.evaluate.embedding_probes import site_probe
-from brainfound.predict.embedding_probe import probe
-from brainfound.predict.loading import load
-from brainfound.train.embedding_cache import slice_embeddings
+from brainfound.finetuning.embedding_cache import slice_embeddings
+from brainfound.inference.loading import load
+from brainfound.inference.probing import probe
+from brainfound.metrics.embedding_probes import site_probe
 
 
 def test_label_and_site_stand_beside_each_other(cli, classifier, small_store, tmp_path, monkeypatch):
@@ -22,7 +22,7 @@ def test_label_and_site_stand_beside_each_other(cli, classifier, small_store, tm
     assert "site" in said.out
     assert "test and retest" not in said.out, "every subject has one session"
     # A second question is about what was kept.
-    monkeypatch.setattr("brainfound.train.embedding_cache.slice_embeddings", None)
+    monkeypatch.setattr("brainfound.finetuning.embedding_cache.slice_embeddings", None)
     content = json.loads(cli(*arguments, "--cache", tmp_path / "kept", "--json").out)
     assert (content["num_probed"], content["num_sessions"]) == (12, 12)
     assert content["probed"]["site_chance"] == pytest.approx(1 / 3)
@@ -72,7 +72,7 @@ def test_what_cannot_be_asked_is_one_line(cli, classifier, small_store, argument
 
 
 def test_one_site_is_refused_before_anything_is_embedded(cli, classifier, small_store, monkeypatch):
-    monkeypatch.setattr("brainfound.predict.embedding_probe.EmbeddingCache", None)
+    monkeypatch.setattr("brainfound.inference.probing.EmbeddingCache", None)
     monkeypatch.setattr(
         "brainfound.data.store.Store.covariate", lambda self, name: self.sessions["sex"].str[:0] + "one"
     )

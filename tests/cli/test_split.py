@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from brainfound.data.split_file import Split
+from brainfound.data.splits.split_file import Split
 
 
 def test_folds_are_written_and_shown(cli, small_store, tmp_path):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from brainfound.cli.tables import intervals_line, number, scores_line
-from brainfound.evaluate.scores import classification_scores, regression_scores, trivial_scores
+from brainfound.cli.terminal import intervals_line, number, scores_line
+from brainfound.metrics.scores import classification_scores, regression_scores, trivial_scores
 
 
 def test_a_number_that_is_not_defined_is_a_dash():

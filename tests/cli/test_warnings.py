@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from brainfound.cli import main
 from brainfound.train import resuming, run_files
-from brainfound.train.engine import make_accelerator
+from brainfound.training.engine import make_accelerator
 
 run_files.require_same = lambda *_: None
 accelerator = make_accelerator("no")

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from brainfound.data.foreground import _exact_background, _means_of_blocks, bounding_box, foreground
-from brainfound.data.scan import Scan
+from brainfound.data.preprocessing.foreground import _exact_background, _means_of_blocks, bounding_box, foreground
+from brainfound.data.reading.scan import Scan
 
 
 def plain_background(data: np.ndarray) -> float | None:

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
-from brainfound.data.preprocessing import Preprocessing
-from brainfound.data.scan import Scan, load_scan, read_header
+from brainfound.data.preprocessing.settings import Preprocessing
+from brainfound.data.reading.scan import Scan, load_scan, read_header
 from brainfound.errors import ScanError
 
 ORDERS = [

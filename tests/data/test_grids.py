@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from brainfound.data.grids import resample, resample_labels
+from brainfound.data.preprocessing.grids import resample, resample_labels
 
 
 def halving(offset: float) -> np.ndarray:

@@ -14,9 +14,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from brainfound.data.hooks import READY, Hook, describe, load_hooks, require_tools
-from brainfound.data.hooks.runner import neutral_copy, run_hook, run_hooks
-from brainfound.data.scan import load_scan
+from brainfound.data.hooks import READY, Hook, describe, load_hooks, neutral_copy, require_tools, run_hook, run_hooks
+from brainfound.data.reading.scan import load_scan
 from brainfound.errors import RecipeError, ScanError, UsageError
 from brainfound.recipes import validate
 
@@ -131,7 +130,7 @@ def test_a_tool_ends_with_the_process_that_runs_it(tmp_path, kind):
     hook = _hook(tmp_path, script)
     worker = (
         "import sys; from pathlib import Path; from brainfound.data.hooks import Hook; "
-        "from brainfound.data.hooks.runner import run_hook; "
+        "from brainfound.data.hooks import run_hook; "
         "run_hook(Path(sys.argv[1]), Hook.model_validate_json(sys.argv[2]), Path(sys.argv[3]))"
     )
     process = subprocess.Popen(

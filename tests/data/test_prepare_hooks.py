@@ -10,11 +10,11 @@ import pytest
 
 from brainfound.data.cohort import Cohort, Session
 from brainfound.data.hooks import Hook
-from brainfound.data.prepare import prepare
-from brainfound.data.prepare_session import prepare_session
-from brainfound.data.preprocessing import Preprocessing
+from brainfound.data.preprocessing.session import prepare_session
+from brainfound.data.preprocessing.settings import Preprocessing
+from brainfound.data.store.prepare import prepare
 from brainfound.errors import UsageError
-from brainfound.predict.predictor import Predictor
+from brainfound.inference.predictor import Predictor
 
 SETTINGS = Preprocessing(spacing_mm=(4, 4, 4), size=(32, 32))
 HALF = """

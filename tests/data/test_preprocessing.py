@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
-from brainfound.data.preprocessing import Preprocessing
-from brainfound.data.scan import Scan, load_scan
-from brainfound.data.stack_builder import StackBuilder, two_percentiles
+from brainfound.data.preprocessing.settings import Preprocessing
+from brainfound.data.preprocessing.stack_builder import StackBuilder, two_percentiles
+from brainfound.data.reading.scan import Scan, load_scan
 from brainfound.errors import ModelError, RecipeError, ScanError, UsageError
 from brainfound.recipes import validate
 

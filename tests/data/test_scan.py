@@ -14,7 +14,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from brainfound.data.scan import load_scan, read_header
+from brainfound.data.reading.scan import load_scan, read_header
 from brainfound.errors import ScanError
 
 
@@ -261,7 +261,7 @@ def test_a_terabyte_is_refused_within_a_limit_on_memory(tmp_path):
             file.write(header.binaryblock + bytes(10**8))
     code = (
         "import resource, sys\n"
-        "from brainfound.data.scan import load_scan\n"
+        "from brainfound.data.reading.scan import load_scan\n"
         "from brainfound.errors import ScanError\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + 2**26,) * 2)\n"

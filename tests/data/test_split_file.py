@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from brainfound.data.split_file import SCHEMA, Split, read_folds, require_no_shared_content
+from brainfound.data.splits.split_file import SCHEMA, Split, read_folds, require_no_shared_content
 from brainfound.errors import UsageError
 
 
@@ -120,7 +120,7 @@ def test_what_was_changed_by_hand_is_refused_with_the_remedy(split, tmp_path):
 
 
 def test_a_digest_does_not_save_a_false_proof(split, tmp_path):
-    from brainfound.data import split_file
+    from brainfound.data.splits import split_file
 
     content = split.to_dict()
     content["folds"]["fold-1"]["num_subjects"]["train"] = 60

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from brainfound.data.splits import (
+from brainfound.data.splits.dividing import (
     few_shot,
     k_folds,
     leave_one_site_out,

@@ -9,8 +9,9 @@ import torch
 from transformers import AttentionInterface, Dinov2Config, Dinov2Model
 
 from brainfound.errors import ModelError
-from brainfound.models import attention, attention_in_pieces
-from brainfound.models.attention import Packing, available_kernels, choose_kernel, packed_attention
+from brainfound.models import kernels as attention
+from brainfound.models import kernels as attention_in_pieces
+from brainfound.models.kernels import Packing, available_kernels, choose_kernel, packed_attention
 
 PACKING = Packing(((2, 7), (3, 4), (1, 9)))
 CPU = torch.device("cpu")
@@ -73,7 +74,7 @@ def test_a_kernel_that_rounds_otherwise_is_no_fault(dtype):
 
 def test_attention_in_pieces_is_one_operation_that_is_not_computed_again(monkeypatch):
     """Its parts would be kept one by one, scores included."""
-    from brainfound.models.recomputation import recompute_all_but_products
+    from brainfound.models.blocks import recompute_all_but_products
 
     calls = []
     made = attention_in_pieces._probabilities

@@ -7,8 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from brainfound.models import BrainFoundConfig, BrainFoundModel
-from brainfound.models.attention import Packing
 from brainfound.models.blocks import draw_kept, kept_packing
+from brainfound.models.kernels import Packing
 
 LARGE, SMALL = (3, 3, 32, 32), (5, 3, 16, 16)
 

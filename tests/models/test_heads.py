@@ -24,9 +24,9 @@ from brainfound.models.heads import (
     bins_loss,
     classification_loss,
     regression_loss,
+    segmentation_loss,
     soft_labels,
 )
-from brainfound.models.segmentation_losses import segmentation_loss
 
 
 def test_segmentation_loss_against_numpy():

@@ -8,16 +8,18 @@ import torch
 
 from brainfound.adapters import AdapterRecipe, attach_adapter
 from brainfound.data.batches import collate, even_slices
-from brainfound.data.stack import Stack
+from brainfound.data.preprocessing.stack import Stack
 from brainfound.errors import ModelError
 from brainfound.models import (
     BrainFoundForClassification,
     BrainFoundForRegression,
     BrainFoundForSegmentation,
     BrainFoundModel,
-    inference,
 )
-from brainfound.models.inference import infer
+from brainfound.models import (
+    stack_inference as inference,
+)
+from brainfound.models.stack_inference import infer
 
 CONTRASTS = ("T1w", "FLAIR")
 

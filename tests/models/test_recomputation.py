@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from brainfound.models.recomputation import recompute_all_but_products
+from brainfound.models.blocks import recompute_all_but_products
 
 
 class Seen(TorchDispatchMode):

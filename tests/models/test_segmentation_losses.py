@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from brainfound.errors import ModelError
 from brainfound.models import BrainFoundConfig, BrainFoundForSegmentation
-from brainfound.models.segmentation_losses import (
+from brainfound.models.heads import (
     configured_segmentation_loss,
     dice_loss,
     focal_loss,

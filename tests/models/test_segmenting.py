@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from brainfound.data.stack import Stack
+from brainfound.data.preprocessing.stack import Stack
 from brainfound.models import BrainFoundForSegmentation
-from brainfound.models.inference import infer
-from brainfound.models.segmenting import Reading, Readings, segment
+from brainfound.models.stack_inference import Reading, Readings, infer, segment
 
 CONTRASTS = ("T1w", "FLAIR")
 EVERY = Readings(flips=True, overlap=True)

@@ -13,20 +13,22 @@ from transformers import AutoModel, ViTConfig, ViTModel
 
 from brainfound.adapters import AdapterRecipe, attach_adapter
 from brainfound.adapters.roles import resolve_targets
-from brainfound.data.stack import Stack
+from brainfound.data.preprocessing.stack import Stack
 from brainfound.errors import ModelError, RecipeError
+from brainfound.finetuning.finetune import finetune
+from brainfound.finetuning.recipe import FinetuneRecipe
 from brainfound.models import (
     BrainFoundConfig,
     BrainFoundForClassification,
     BrainFoundForSegmentation,
     BrainFoundModel,
-    inference,
+)
+from brainfound.models import (
+    stack_inference as inference,
 )
 from brainfound.models.configuration import STEMS
 from brainfound.models.slice_batch import SliceBatch
-from brainfound.train.finetune import finetune
-from brainfound.train.finetune_recipe import FinetuneRecipe
-from brainfound.train.starting_model import InitRecipe, build_model
+from brainfound.pretraining.starting_model import InitRecipe, build_model
 
 THREE = ("T1w", "T2w", "FLAIR")
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}

@@ -7,8 +7,8 @@ import pytest
 from matplotlib.image import imread
 
 from brainfound.errors import UsageError
-from brainfound.evaluate.calibration import reliability_bins
-from brainfound.report.reliability import reliability_png
+from brainfound.metrics.calibration import reliability_bins
+from brainfound.report.figures import reliability_png
 
 
 def test_a_plot_of_each_curve(tmp_path):

@@ -13,12 +13,11 @@ Sources: multi-crop (SwAV, arXiv 2006.09882, section 3.2) with the scales of DIN
 MRI augmentation (nnU-Net, Isensee et al. 2021, supplementary note 4); those of the single effects are in their modules.
 """
 
-from brainfound.data.augmentation.crops import random_affine, sample_crops
+from brainfound.data.augmentation.geometry import random_affine, sample_crops
 from brainfound.data.augmentation.intensity import IntensityPlan, vary_intensity
-from brainfound.data.augmentation.multi_crop import CropViews, MultiCrop, Views
+from brainfound.data.augmentation.recipe import IntensityRecipe, ViewsRecipe
 from brainfound.data.augmentation.resolution import gaussian_blur
-from brainfound.data.augmentation.shown_contrasts import drop_contrasts, shown_contrasts
-from brainfound.data.augmentation.views_recipe import IntensityRecipe, ViewsRecipe
+from brainfound.data.augmentation.views import CropViews, MultiCrop, Views, drop_contrasts, shown_contrasts
 
 __all__ = [
     "CropViews",

@@ -1,4 +1,12 @@
-"""How bright a view is: random grey values of the foreground; the background stays exactly 0, the range 0–1.
+"""Noise of the receiver.
+
+Physics: real and imaginary part of the signal have independent Gaussian noise of one standard deviation. The magnitude
+image then has Rician noise (Gudbjartsson and Patz 1995, MRM 34:910), which is nearly Gaussian where the signal is three
+times the noise or more, and brightens what is darker.
+
+Axis legend: ``K`` images, ``S`` slices, ``H W`` pixels.
+
+How bright a view is: random grey values of the foreground; the background stays exactly 0, the range 0–1.
 
 The effects follow the way of a signal: contrast of the tissue (gamma, gain), coils (bias field), sampling (blur, thick
 pixels, Gibbs ringing), receiver (noise). What is small is drawn first, for all images together; an effect then only
@@ -6,20 +14,28 @@ touches the images that it was drawn for.
 
 Axis legend: ``P`` images (one contrast of one view, or of one volume), ``S`` slices of an image that are treated alike
 (1 for a view), ``K`` images that an effect was drawn for, ``H W`` pixels.
+
+Bias field: a smooth multiplicative change of brightness, from coils that hear some places better than others.
+
+Physics: the signal is multiplied by the sensitivity of the receiving coils and by the inhomogeneity of the transmitted
+field, both of which vary over centimetres. Model: the exponential of a polynomial of low order over the image, as
+in the correction of Van Leemput et al. 1999 (IEEE TMI 18:885), whose inverse this is.
+
+Axis legend: ``K`` images, ``S`` slices, ``T`` powers of an axis, ``H W`` pixels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from brainfound.data.augmentation.bias_field import multiply_by_field, random_coefficients
-from brainfound.data.augmentation.drawing import Chosen, choose, log_uniform, onto, uniform
-from brainfound.data.augmentation.noise import add_noise
+from brainfound.data.augmentation.recipe import IntensityRecipe
 from brainfound.data.augmentation.resolution import (
     filter_columns,
     filter_rows,
@@ -27,7 +43,7 @@ from brainfound.data.augmentation.resolution import (
     sharp_cutoff,
     thick_pixels,
 )
-from brainfound.data.augmentation.views_recipe import IntensityRecipe
+from brainfound.data.augmentation.sampling import Chosen, choose, log_uniform, onto, uniform
 
 CACHED_PIXELS = 1 << 20
 """Pixels that are worked on together on a CPU: their float32 and one copy fit into its cache."""
@@ -190,3 +206,55 @@ def vary_intensity(
     for first in range(0, len(flat), step):
         plan.apply(flat[first : first + step], noise_generator, first)
     return images
+
+
+ORDER = 3
+
+
+def random_coefficients(count: int, generator: torch.Generator) -> Float[Tensor, "count T T"]:
+    """Of the powers of row and column, up to a total of `ORDER`; the constant is 0, since the mean of a field is 1."""
+    power = torch.arange(ORDER + 1)
+    total = power[:, None] + power
+    return torch.randn((count, ORDER + 1, ORDER + 1), generator=generator) * ((total > 0) & (total <= ORDER))
+
+
+def bias_fields(
+    coefficients: Float[Tensor, "K T T"], strength: Float[Tensor, "K"], size: tuple[int, int]
+) -> Float[Tensor, "K H W"]:
+    """Fields of mean 1, of which the largest |log| is `strength` before the mean is made 1."""
+    rows, columns = (_powers(side, coefficients.device) for side in size)
+    field = rows @ coefficients @ columns.T
+    largest = field.abs().amax(dim=(1, 2), keepdim=True).clamp(min=1e-6)
+    field = field.mul_(strength[:, None, None] / largest).exp_()
+    return field.div_(field.mean(dim=(1, 2), keepdim=True))
+
+
+def multiply_by_field(
+    images: Float[Tensor, "K S H W"], coefficients: Float[Tensor, "K T T"], strength: Float[Tensor, "K"]
+) -> Float[Tensor, "K S H W"]:
+    """Each image times its field, the same for all its slices; `images` is overwritten."""
+    return images.mul_(bias_fields(coefficients, strength, (images.shape[2], images.shape[3]))[:, None])
+
+
+@cache
+def _powers(side: int, device: torch.device) -> Float[Tensor, "side powers"]:
+    centres = (torch.arange(side, device=device, dtype=torch.float32) * 2 + 1) / side - 1
+    return torch.stack([centres**power for power in range(ORDER + 1)], dim=1)
+
+
+def add_noise(
+    images: Float[Tensor, "K S H W"],
+    std: Float[Tensor, "K"],
+    kind: Literal["gaussian", "rician"],
+    generator: torch.Generator,
+) -> Float[Tensor, "K S H W"]:
+    """The images with noise everywhere, also in the background. `images` is overwritten."""
+    noisy = images.add_(_noise(images, std, generator))
+    if kind == "rician":
+        noisy.square_().add_(_noise(images, std, generator).square_()).sqrt_()
+    return noisy
+
+
+def _noise(like: Tensor, std: Float[Tensor, "K"], generator: torch.Generator) -> Tensor:
+    noise = torch.randn(like.shape, generator=generator, device=generator.device)
+    return noise.to(like.device).mul_(std[:, None, None, None])

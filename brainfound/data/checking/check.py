@@ -32,12 +32,11 @@ from brainfound.data.checking.rules import (
     worst,
 )
 from brainfound.data.cohort import Session
-from brainfound.data.hooks import Hook
-from brainfound.data.hooks.runner import run_hooks
-from brainfound.data.preprocessing import Preprocessing
-from brainfound.data.scan import Scan, load_scan, read_header
-from brainfound.data.stack import Stack
-from brainfound.data.stack_builder import StackBuilder
+from brainfound.data.hooks import Hook, run_hooks
+from brainfound.data.preprocessing.settings import Preprocessing
+from brainfound.data.preprocessing.stack import Stack
+from brainfound.data.preprocessing.stack_builder import StackBuilder
+from brainfound.data.reading.scan import Scan, load_scan, read_header
 from brainfound.errors import ModelError, ScanError, UsageError
 
 

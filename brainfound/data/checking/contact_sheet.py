@@ -1,4 +1,8 @@
-"""The contact sheet of a store: a few slices of every scan on one page, so that a person sees what went in.
+"""Drawing of a contact sheet: cards side by side and below each other on one black page.
+
+Axis legend: H rows (anterior → posterior), W columns (left → right).
+
+The contact sheet of a store: a few slices of every scan on one page, so that a person sees what went in.
 
 Identifiers and file names are not on it unless they are asked for: a session is called by its row in the store.
 
@@ -15,10 +19,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Num
 
-from brainfound.data.stack import Stack
+from brainfound.data.preprocessing.stack import Stack
 
 if TYPE_CHECKING:
     from brainfound.data.store import Store
+
+
+import math
+from functools import cache
+
+from PIL import Image, ImageDraw, ImageFont
 
 HEIGHTS = (1 / 3, 1 / 2, 2 / 3)
 """Where in a stack the shown slices lie, from its lowest to its highest slice."""
@@ -64,7 +74,6 @@ def write_contact_sheet(store: Store, path: str | Path, *, keep_ids: bool = Fals
         keep_ids: write subject and session beside the row number.
         max_sessions: most sessions on the page.
     """
-    from brainfound.data.checking.contact_sheet_page import draw_page
 
     notes, refused = _notes_of(store), _refused_of(store)
     keys = list(zip(store.sessions["subject"], store.sessions["session"], strict=True))
@@ -187,3 +196,240 @@ def _spread(rows: Sequence[int], count: int) -> list[int]:
     if count >= len(rows):
         return list(rows)
     return [rows[int((part + 0.5) * len(rows) / count)] for part in range(max(count, 0))]
+
+
+_PAPER, _FRAME, _TEXT, _FAINT = "#0B0C0E", "#26292E", "#E8E8E8", "#8A8F98"
+_FLAG, _REFUSED, _OUTLINE = "#FF9D2E", "#FF5A4F", (255, 208, 0)
+_TILE_WIDTHS = (176, 144, 120, 104, 88, 72, 60)
+_MOST_PIXELS = 7_000_000
+_PAGE_ASPECT = 1.4
+"""Width over height that a page aims at."""
+_MARGIN, _TILE_GAP, _GROUP_GAP, _CARD_GAP, _COLUMN_GAP = 20, 2, 8, 8, 32
+_LABEL_WIDTH, _NOTE_HEIGHT, _HEAD_HEIGHT, _EMPTY_GROUP_WIDTH = 44, 17, 26, 64
+_WINDOW_MARGIN = 3
+_MOST_OUTLINED_LABELS = 8
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Sizes of a page in pixels."""
+
+    tile: tuple[int, int]
+    """Width and height of one slice."""
+    slices: int
+    filled: tuple[bool, ...]
+    """Per contrast, whether any card has it; a contrast that none has is a narrow group."""
+    columns: int
+    label_width: int
+    heights: tuple[int, ...]
+    """Of each card."""
+
+    @property
+    def group_width(self) -> int:
+        return self.slices * self.tile[0] + (self.slices - 1) * _TILE_GAP
+
+    def width_of(self, group: int) -> int:
+        return self.group_width if self.filled[group] else _EMPTY_GROUP_WIDTH
+
+    def left_of(self, group: int) -> int:
+        """Left border of a contrast's group within its card."""
+        return self.label_width + sum(self.width_of(g) + _GROUP_GAP for g in range(group))
+
+    @property
+    def card_width(self) -> int:
+        return self.left_of(len(self.filled)) - _GROUP_GAP
+
+    @property
+    def cards_per_column(self) -> int:
+        return max(math.ceil(len(self.heights) / self.columns), 1)
+
+    def column_of(self, card: int) -> int:
+        return card // self.cards_per_column
+
+    def page(self) -> tuple[int, int]:
+        per = self.cards_per_column
+        columns = [self.heights[first : first + per] for first in range(0, max(len(self.heights), 1), per)]
+        tallest = max(sum(heights) + _CARD_GAP * len(heights) for heights in columns)
+        width = 2 * _MARGIN + len(columns) * (self.card_width + _COLUMN_GAP) - _COLUMN_GAP
+        return max(width, 640), 2 * _MARGIN + _HEAD_HEIGHT + tallest + 3 * _NOTE_HEIGHT
+
+
+def draw_page(cards: Sequence[Card], contrasts: Sequence[str], path: str | Path, foot: str) -> Path:
+    """Draw cards as a PNG.
+
+    Args:
+        cards: in the order in which they are read: down a column, then the next column.
+        contrasts: (C,) names, one group of slices each.
+        path: the PNG to write; appears only when it is whole.
+        foot: what the page shows, in a sentence.
+    """
+    window = _window(cards)
+    row_mm, column_mm = cards[0].pixel_mm if cards else (1.0, 1.0)
+    rows, columns = (part.stop - part.start for part in window)
+    layout = _layout(cards, len(contrasts), rows * row_mm / (columns * column_mm))
+    page = Image.new("RGB", layout.page(), _PAPER)
+    draw = ImageDraw.Draw(page)
+    top = _MARGIN + _HEAD_HEIGHT
+    for number, card in enumerate(cards):
+        column = layout.column_of(number)
+        left = _MARGIN + column * (layout.card_width + _COLUMN_GAP)
+        if number % layout.cards_per_column == 0:
+            top = _MARGIN + _HEAD_HEIGHT
+            for group, contrast in enumerate(contrasts):
+                middle = left + layout.left_of(group) + layout.width_of(group) / 2
+                draw.text((middle, _MARGIN + 8), contrast, fill=_TEXT, font=_font(15), anchor="mm")
+        _draw_card(page, draw, card, contrasts, layout, (left, top), window)
+        top += layout.heights[number] + _CARD_GAP
+    outlined = any(card.outlines is not None for card in cards)
+    _draw_foot(draw, page.size, foot, outlined)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    page.save(partial, format="PNG", compress_level=4)
+    partial.replace(path)
+    return path
+
+
+def _layout(cards: Sequence[Card], groups: int, tile_aspect: float) -> _Layout:
+    """The layout with the largest slices that stays below the most pixels of a page; height = width × tile_aspect."""
+    slices = max((len(card.heights_mm) for card in cards), default=1)
+    longest = max((_font(13).getlength(word) for card in cards for word in card.label.split()), default=0)
+    label_width = max(_LABEL_WIDTH, min(int(longest) + 14, 220))
+    filled = tuple(any(card.images[group] is not None for card in cards) for group in range(groups))
+    best: _Layout | None = None
+    for width in _TILE_WIDTHS:
+        tile = (width, max(round(width * tile_aspect), 8))
+        heights = tuple(tile[1] + (_NOTE_HEIGHT if card.is_flagged else 0) for card in cards)
+        layouts = [
+            _Layout(tile, slices, filled, columns, label_width, heights)
+            for columns in range(1, max(min(len(cards), 12), 1) + 1)
+        ]
+        best = min(layouts, key=lambda layout: abs(math.log(layout.page()[0] / layout.page()[1] / _PAGE_ASPECT)))
+        if math.prod(best.page()) <= _MOST_PIXELS:
+            return best
+    assert best is not None
+    return best
+
+
+def _window(cards: Sequence[Card]) -> tuple[slice, slice]:
+    """Rows and columns that hold something in any shown slice, with a margin: one scale for the whole page."""
+    filled: Any = None
+    for card in cards:
+        for image in card.images:
+            if image is not None:
+                here = (image > 0).any(axis=0)
+                filled = here if filled is None else filled | here
+    if filled is None or not filled.any():
+        size = (64, 64) if filled is None else filled.shape
+        return slice(0, size[0]), slice(0, size[1])
+    windows = []
+    for axis in (0, 1):
+        at = np.flatnonzero(filled.any(axis=1 - axis))
+        first, last = max(0, at[0] - _WINDOW_MARGIN), min(filled.shape[axis], at[-1] + 1 + _WINDOW_MARGIN)
+        windows.append(slice(int(first), int(last)))
+    return windows[0], windows[1]
+
+
+def _draw_card(
+    page: Image.Image,
+    draw: ImageDraw.ImageDraw,
+    card: Card,
+    contrasts: Sequence[str],
+    layout: _Layout,
+    corner: tuple[int, int],
+    window: tuple[slice, slice],
+) -> None:
+    left, top = corner
+    width, height = layout.tile
+    colour = _FLAG if card.is_flagged else _TEXT
+    codes = [] if card.outlines is None else np.unique(card.outlines[card.outlines != 0]).tolist()
+    for line, word in enumerate(card.label.split()):
+        text = _fitting(word, layout.label_width - 10, 13)
+        draw.text((left, top + 2 + 17 * line), text, fill=colour if line == 0 else _FAINT, font=_font(13))
+    if card.is_flagged:
+        draw.rectangle((left - 8, top, left - 5, top + height), fill=_FLAG)
+    for group, contrast in enumerate(contrasts):
+        at, group_width = left + layout.left_of(group), layout.width_of(group)
+        image = card.images[group]
+        if image is None:
+            word, ink = ("refused", _REFUSED) if contrast in card.refused else ("absent", _FAINT)
+            box = (at, top, at + group_width - 1, top + height - 1)
+            draw.rectangle(box, outline=_REFUSED if contrast in card.refused else _FRAME)
+            draw.text((at + group_width / 2, top + height / 2), word, fill=ink, font=_font(13), anchor="mm")
+            continue
+        for place, pixels in enumerate(image):
+            outline = None if card.outlines is None else card.outlines[place][window]
+            x = at + place * (width + _TILE_GAP)
+            page.paste(_tile(pixels[window], outline, codes, layout.tile), (x, top))
+            if group == 0 or all(other is None for other in card.images[:group]):
+                draw.text((x + 3, top + height - 2), _height_text(card.heights_mm[place]), **_small("ls"))
+                if place == 0:
+                    draw.text((x + 3, top + height / 2), "L", **_small("lm"))
+        if card.notes.get(contrast):
+            box = (at - 2, top - 2, at + group_width + 1, top + height + 1)
+            draw.rectangle(box, outline=_FLAG)
+    if card.is_flagged:
+        room = layout.card_width - layout.label_width
+        text = _fitting(_notes_text(card, contrasts), room, 11)
+        draw.text((left + layout.label_width, top + height + 2), text, fill=_FLAG, font=_font(11))
+
+
+def _height_text(height_mm: float) -> str:
+    return f"{round(height_mm):+d}" if round(height_mm) else "0"
+
+
+def _small(anchor: str) -> dict[str, Any]:
+    return {"fill": _FAINT, "font": _font(10), "anchor": anchor, "stroke_width": 1, "stroke_fill": "black"}
+
+
+def _notes_text(card: Card, contrasts: Sequence[str]) -> str:
+    parts = [f"{name} refused" for name in contrasts if name in card.refused]
+    parts += [
+        f"{contrast}: {', '.join(notes)}" if contrast else ", ".join(notes)
+        for contrast, notes in card.notes.items()
+        if notes
+    ]
+    return "  ·  ".join(parts)
+
+
+def _tile(pixels: np.ndarray, outline: np.ndarray | None, codes: Sequence[int], size: tuple[int, int]) -> Image.Image:
+    image = Image.fromarray(np.ascontiguousarray(pixels)).resize(size, Image.Resampling.BICUBIC).convert("RGB")
+    if outline is None or not outline.any():
+        return image
+    # Many codes are an anatomical map: its outer border says enough.
+    shapes = [outline == code for code in codes] if len(codes) <= _MOST_OUTLINED_LABELS else [outline != 0]
+    painted = np.array(image)
+    for shape in shapes:
+        smooth = Image.fromarray(shape.astype(np.uint8) * 255).resize(size, Image.Resampling.BILINEAR)
+        inside = np.pad(np.asarray(smooth) >= 128, 1)
+        core = inside[:-2, 1:-1] & inside[2:, 1:-1] & inside[1:-1, :-2] & inside[1:-1, 2:]
+        painted[inside[1:-1, 1:-1] & ~core] = _OUTLINE
+    return Image.fromarray(painted)
+
+
+def _draw_foot(draw: ImageDraw.ImageDraw, size: tuple[int, int], foot: str, outlined: bool) -> None:
+    width, height = size
+    conventions = "Left of each picture = subject's left, top = anterior. Small numbers: height in mm from the middle."
+    if outlined:
+        conventions += " Yellow: the mask."
+    for line, text in enumerate((foot, conventions)):
+        at = (_MARGIN, height - _MARGIN - (2 - line) * _NOTE_HEIGHT)
+        draw.text(at, _fitting(text, width - 2 * _MARGIN, 12), fill=_FAINT, font=_font(12))
+
+
+def _fitting(text: str, width: float, size: int) -> str:
+    """The text, cut with an ellipsis where it is wider than ``width`` pixels."""
+    font = _font(size)
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text.rstrip() + "…"
+
+
+@cache
+def _font(size: int) -> Any:
+    # The font that comes with matplotlib has most of the world's letters; Pillow's own lacks even ×.
+    import matplotlib
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool
 from nibabel.orientations import aff2axcodes
 
-from brainfound.data.scan import Scan
+from brainfound.data.reading.scan import Scan
 
 SkullState = Literal["stripped", "head", "unclear"]
 

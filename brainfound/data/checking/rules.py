@@ -17,8 +17,8 @@ import numpy as np
 
 from brainfound.data.checking.contract import InputContract, absence_note
 from brainfound.data.checking.quality import ScanQuality
-from brainfound.data.preprocessing import Preprocessing
-from brainfound.data.scan import Scan
+from brainfound.data.preprocessing.settings import Preprocessing
+from brainfound.data.reading.scan import Scan
 
 Level = Literal["ok", "note", "warn", "fail"]
 LEVELS: tuple[Level, ...] = ("ok", "note", "warn", "fail")

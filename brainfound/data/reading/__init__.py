@@ -1,1 +1,1 @@
-"""Reading image files that are not trusted: archives, headers, voxels, orientation. `brainfound.data.scan` uses it."""
+"""Reading image files that are not trusted: archives, headers, voxels, orientation, and the scan made of them."""

@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from brainfound.data.sources.folders import files_under
+from brainfound.data.sources.file_names import files_under
 from brainfound.errors import CohortError
 
 if TYPE_CHECKING:

@@ -13,12 +13,17 @@ import pandas as pd
 
 from brainfound.contrasts import UNKNOWN
 from brainfound.data.cohort import Cohort
-from brainfound.data.sources.bids_names import BidsName, contrast_of, mask_column
-from brainfound.data.sources.folders import Unused, holds_image, images_under, in_order, stem, subfolders
-from brainfound.data.sources.label_maps import SessionKey as _Key
-from brainfound.data.sources.label_maps import join_label_maps
-from brainfound.data.sources.sidecars import Sidecars
-from brainfound.data.sources.tables import ages_in_years, join, read_table, with_typed_ages, without_ses
+from brainfound.data.sources.bids_files import BidsName, Sidecars, contrast_of, mask_column
+from brainfound.data.sources.file_names import Unused, holds_image, images_under, in_order, stem, subfolders
+from brainfound.data.sources.tables import SessionKey as _Key
+from brainfound.data.sources.tables import (
+    ages_in_years,
+    join,
+    join_label_maps,
+    read_table,
+    with_typed_ages,
+    without_ses,
+)
 from brainfound.errors import CohortError
 
 NAME = "BIDS"

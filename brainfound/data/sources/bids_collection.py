@@ -12,8 +12,7 @@ import pandas as pd
 
 from brainfound.data.cohort import Cohort
 from brainfound.data.sources import bids
-from brainfound.data.sources.file_names import is_visit, words_of
-from brainfound.data.sources.folders import SubjectNames, Unused, subfolders
+from brainfound.data.sources.file_names import SubjectNames, Unused, is_visit, subfolders, words_of
 from brainfound.errors import CohortError
 
 NAME = "BIDS data sets"

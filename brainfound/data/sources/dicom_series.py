@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from brainfound.data.sources.folders import DICOM_ENDINGS, Unused, in_order, plain_name
+from brainfound.data.sources.file_names import DICOM_ENDINGS, Unused, in_order, plain_name
 from brainfound.errors import CohortError
 
 _TAGS = [

@@ -15,9 +15,8 @@ import pandas as pd
 from brainfound.contrasts import UNKNOWN
 from brainfound.data.cohort import Cohort
 from brainfound.data.reading.archives import list_members, open_binary
-from brainfound.data.sources.bids_names import BidsName, contrast_of, mask_column
-from brainfound.data.sources.file_names import read_name
-from brainfound.data.sources.folders import (
+from brainfound.data.sources.bids_files import BidsName, contrast_of, mask_column
+from brainfound.data.sources.file_names import (
     HIGHEST_B0,
     SubjectNames,
     Unused,
@@ -25,6 +24,7 @@ from brainfound.data.sources.folders import (
     images_under,
     in_order,
     is_image,
+    read_name,
     stem,
     subfolders,
 )

@@ -15,8 +15,7 @@ from typing import Any
 import pandas as pd
 
 from brainfound.data.cohort import Cohort
-from brainfound.data.sources.file_names import read_name
-from brainfound.data.sources.folders import (
+from brainfound.data.sources.file_names import (
     SubjectNames,
     Unused,
     contrast_of_name,
@@ -25,10 +24,10 @@ from brainfound.data.sources.folders import (
     in_order,
     inside,
     is_image,
+    read_name,
     subfolders,
 )
-from brainfound.data.sources.label_maps import SessionKey, join_label_maps
-from brainfound.data.sources.tables import join, read_table, with_typed_ages, without_ses
+from brainfound.data.sources.tables import SessionKey, join, join_label_maps, read_table, with_typed_ages, without_ses
 from brainfound.errors import CohortError
 
 NAME = "FOMO60K"

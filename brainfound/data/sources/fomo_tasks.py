@@ -15,8 +15,7 @@ import pandas as pd
 
 from brainfound.contrasts import UNKNOWN
 from brainfound.data.cohort import Cohort
-from brainfound.data.sources.file_names import read_name
-from brainfound.data.sources.folders import Unused, contrast_of_name, images_under, subfolders
+from brainfound.data.sources.file_names import Unused, contrast_of_name, images_under, read_name, subfolders
 from brainfound.errors import CohortError
 
 NAME = "FOMO task"

@@ -19,9 +19,14 @@ from brainfound.contrasts import UNKNOWN
 from brainfound.data.cohort import Cohort
 from brainfound.data.sources.dicom_series import is_dicom
 from brainfound.data.sources.file_names import (
+    DICOM_ENDINGS,
     FileName,
     Person,
+    Unused,
     before_a_short_visit,
+    files_under,
+    images_under,
+    in_order,
     is_contrast_name,
     is_repeat,
     is_visit,
@@ -30,8 +35,7 @@ from brainfound.data.sources.file_names import (
     read_name,
     words_of,
 )
-from brainfound.data.sources.folders import DICOM_ENDINGS, Unused, files_under, images_under, in_order
-from brainfound.data.sources.label_maps import join_label_maps
+from brainfound.data.sources.tables import join_label_maps
 from brainfound.errors import CohortError
 
 NAME = "files by name"

@@ -18,8 +18,8 @@ import pandas as pd
 
 from brainfound.contrasts import UNKNOWN, parse_contrast
 from brainfound.data.cohort import Cohort
-from brainfound.data.sources.folders import SubjectNames, Unused, contrast_of_name, in_order, inside
-from brainfound.data.sources.sidecars import SCANNER_COLUMNS
+from brainfound.data.sources.bids_files import SCANNER_COLUMNS
+from brainfound.data.sources.file_names import SubjectNames, Unused, contrast_of_name, in_order, inside
 from brainfound.data.sources.tables import known_names, with_typed_ages
 from brainfound.errors import CohortError, UsageError
 

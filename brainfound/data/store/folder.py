@@ -1,13 +1,28 @@
-"""A store's folder on disk, and the names of the folders beside it while it is made."""
+"""The table of a store's sessions: what is known of each, and where its bytes are.
+
+Covariates are a pandas table. Geometry is kept in arrays beside it, on the memory map of the file, so that ten thousand
+sessions take no more memory than a hundred.
+
+A store's folder on disk, and the names of the folders beside it while it is made.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from brainfound.data.preprocessing import Preprocessing
-from brainfound.data.store.session_table import SessionTable, content_hash
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from brainfound.data.preprocessing.settings import Preprocessing
+from brainfound.data.preprocessing.stack import Stack
 from brainfound.data.store.slice_files import SliceFiles
 from brainfound.errors import StoreError
 
@@ -77,3 +92,232 @@ def _no_store(path: Path) -> StoreError:
     elif partial_of(path).is_dir():
         what, remedy = "the store is not complete", "Finish it with the same brainfound prepare command"
     return StoreError(what, where=path, expected="a folder with store.json", remedy=remedy)
+
+
+PLAIN = ("subject", "session", "first_row", "num_slices", "mask_dtype", "image_hash", "content_hash")
+"""Columns that every table has; the covariates come after them."""
+_ARRAYS = ("present", "affine", "native_shape", "native_affine", "pixels_at", "mask_at", "file")
+
+
+@dataclass(frozen=True)
+class SessionTable:
+    """One row per session, ordered by subject and session.
+
+    Attributes:
+        sessions: the columns of `PLAIN` and the covariates; ``first_row`` counts the rows of this table's own slices.
+        origin: ``(n, 2)``, which folder a session lies in, and its row in that folder's table.
+        row_on_disk: ``(n,)``, the session's first row in its folder's ``slices``.
+        present: ``(n, C)`` bool.
+        affine, native_affine: ``(n, 4, 4)``.
+        native_shape: ``(n, 3)``.
+        pixels_at, mask_at: ``(n,)``, where the bytes begin in the session's file; −1 without a mask.
+        file: ``(n,)``, index in ``files``.
+        files: names in the folder ``slices``.
+    """
+
+    sessions: pd.DataFrame
+    origin: np.ndarray
+    row_on_disk: np.ndarray
+    present: np.ndarray
+    affine: np.ndarray
+    native_shape: np.ndarray
+    native_affine: np.ndarray
+    pixels_at: np.ndarray
+    mask_at: np.ndarray
+    file: np.ndarray
+    files: tuple[str, ...]
+
+    @classmethod
+    def read(cls, path: Path) -> SessionTable:
+        """Read ``sessions.arrow``.
+
+        Raises:
+            StoreError: it is missing or damaged.
+        """
+        try:
+            with pa.memory_map(str(path)) as source:
+                table = pa.ipc.open_file(source).read_all()
+            arrays = {name: _array(table.column(name)) for name in _ARRAYS}
+            sessions = table.drop_columns(list(_ARRAYS)).to_pandas(use_threads=False)
+        except (OSError, KeyError, pa.ArrowInvalid, ValueError) as error:
+            raise StoreError(f"damaged: {error}", where=path.name, remedy="Prepare the store again") from error
+        files, file = np.unique(arrays["file"], return_inverse=True)
+        count = len(sessions)
+        made = cls(
+            sessions=sessions,
+            origin=np.stack([np.zeros(count, np.int64), np.arange(count)], axis=1),
+            row_on_disk=sessions["first_row"].to_numpy(np.int64),
+            present=arrays["present"].astype(bool),
+            affine=arrays["affine"].reshape(-1, 4, 4),
+            native_shape=arrays["native_shape"],
+            native_affine=arrays["native_affine"].reshape(-1, 4, 4),
+            pixels_at=arrays["pixels_at"],
+            mask_at=arrays["mask_at"],
+            file=file.astype(np.int32),
+            files=tuple(str(name) for name in files),
+        )
+        return made._in_order()
+
+    def __len__(self) -> int:
+        return len(self.sessions)
+
+    @cached_property
+    def num_slices(self) -> np.ndarray:
+        """``(n,)``."""
+        return self.sessions["num_slices"].to_numpy(np.int64)
+
+    @cached_property
+    def first_row(self) -> np.ndarray:
+        """``(n,)``, of this table's own slices."""
+        return self.sessions["first_row"].to_numpy(np.int64)
+
+    @property
+    def covariates(self) -> list[str]:
+        """Names of the columns that came with the cohort."""
+        return [name for name in self.sessions.columns if name not in PLAIN]
+
+    def file_of(self, session: int) -> str:
+        """The name of the file that holds a session's bytes."""
+        return self.files[self.file[session]]
+
+    def take(self, index: np.ndarray) -> SessionTable:
+        """Some sessions, in the given order, numbered anew."""
+        sessions = self.sessions.iloc[index].reset_index(drop=True)
+        ends = np.cumsum(sessions["num_slices"].to_numpy(np.int64))
+        sessions["first_row"] = np.concatenate([[0], ends[:-1]]).astype(np.int64)
+        chosen = {
+            name: getattr(self, name)[index]
+            for name in ("origin", "row_on_disk", "present", "affine", "native_shape", "native_affine")
+        }
+        places = {name: getattr(self, name)[index] for name in ("pixels_at", "mask_at", "file")}
+        return replace(self, sessions=sessions, **chosen, **places)
+
+    def _in_order(self) -> SessionTable:
+        counted = np.cumsum(self.num_slices) - self.num_slices
+        if np.array_equal(self.first_row, counted) and all(a <= b for a, b in pairwise(self._keys())):
+            return self
+        keys = list(self._keys())
+        return self.take(np.array(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.int64))
+
+    def _keys(self) -> Iterator[tuple[str, str]]:
+        return zip(self.sessions["subject"], self.sessions["session"], strict=True)
+
+    @staticmethod
+    def join(tables: Sequence[SessionTable], num_folders: Sequence[int]) -> SessionTable:
+        """One table of several, ordered anew; ``num_folders`` says how many folders each one refers to."""
+        files: list[str] = []
+        shifted_file, shifted_origin = [], []
+        first_folder = 0
+        for table, count in zip(tables, num_folders, strict=True):
+            shifted_file.append(table.file + len(files))
+            files += table.files
+            shifted_origin.append(table.origin + np.array([first_folder, 0]))
+            first_folder += count
+
+        def joined(name: str) -> np.ndarray:
+            return np.concatenate([getattr(table, name) for table in tables])
+
+        sessions = pd.concat([table.sessions for table in tables], ignore_index=True)
+        for name in set(sessions.columns) - set(PLAIN):
+            sessions[name] = _one_type(sessions[name])
+        return SessionTable(
+            sessions=sessions,
+            origin=np.concatenate(shifted_origin),
+            row_on_disk=joined("row_on_disk"),
+            present=joined("present"),
+            affine=joined("affine"),
+            native_shape=joined("native_shape"),
+            native_affine=joined("native_affine"),
+            pixels_at=joined("pixels_at"),
+            mask_at=joined("mask_at"),
+            file=np.concatenate(shifted_file),
+            files=tuple(files),
+        )._in_order()
+
+
+def hashes_of(stack: Stack) -> tuple[str, str]:
+    """SHA-256 of a stack's pixels alone, and of all that its files gave: pixels, mask, presence, geometry."""
+    images = hashlib.sha256(np.ascontiguousarray(stack.pixels).data)
+    content = hashlib.sha256(images.digest())
+    content.update(b"" if stack.mask is None else str(stack.mask.dtype).encode())
+    content.update(b"" if stack.mask is None else np.ascontiguousarray(stack.mask).data)
+    content.update(stack.present.tobytes() + np.ascontiguousarray(stack.affine, dtype=np.float64).tobytes())
+    content.update(np.array(stack.native_shape, dtype=np.int64).tobytes())
+    content.update(np.ascontiguousarray(stack.native_affine, dtype=np.float64).tobytes())
+    return images.hexdigest(), content.hexdigest()
+
+
+def session_row(stack: Stack) -> dict[str, Any]:
+    """What the table keeps of a stack, but for its place on disk."""
+    image_hash, content = hashes_of(stack)
+    return {
+        "subject": stack.subject,
+        "session": stack.session,
+        "num_slices": len(stack.pixels),
+        "mask_dtype": "" if stack.mask is None else str(stack.mask.dtype),
+        "image_hash": image_hash,
+        "content_hash": content,
+        "present": stack.present.tolist(),
+        "affine": stack.affine.ravel().tolist(),
+        "native_shape": list(stack.native_shape),
+        "native_affine": stack.native_affine.ravel().tolist(),
+    }
+
+
+def content_hash(table: SessionTable, preprocessing: Preprocessing) -> str:
+    """SHA-256 of all that training sees of some sessions, whatever files they lie in."""
+    digest = hashlib.sha256(preprocessing.model_dump_json().encode())
+    columns = ["subject", "session", "content_hash", *sorted(table.covariates)]
+    for row in table.sessions[columns].itertuples(index=False, name=None):
+        digest.update(json.dumps([_canonical(value) for value in row]).encode())
+    return digest.hexdigest()
+
+
+def write_sessions(path: Path, rows: Sequence[dict[str, Any]], covariates: Sequence[dict[str, Any]]) -> None:
+    """Write ``sessions.arrow`` from rows of `session_row` with their places, and the covariates of each."""
+    known = pd.DataFrame(list(rows))
+    extra = pd.DataFrame(list(covariates))
+    # A covariate that is called like a column of ours keeps its values under another name.
+    extra = extra.rename(columns={name: f"{name}_" for name in extra.columns if name in (*PLAIN, *_ARRAYS)})
+    for name in extra.columns:
+        extra[name] = _one_type(extra[name])
+    plain = [name for name in PLAIN if name in known]
+    arrays = [name for name in known.columns if name not in plain]
+    joined = pd.concat([known[plain], extra, known[arrays]], axis=1)
+    table = pa.Table.from_pandas(joined, preserve_index=False).combine_chunks()
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+
+
+def _one_type(values: pd.Series) -> pd.Series:
+    """A column of mixed types becomes text; tables on disk hold one type a column."""
+    if values.dtype != object:
+        return values
+    kinds = {type(value) for value in values.dropna()}
+    if kinds <= {int, float} or len(kinds) <= 1:
+        return values
+    return values.map(lambda value: None if _is_missing(value) else str(value))
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or value is pd.NA or (isinstance(value, float) and np.isnan(value))
+
+
+def _canonical(value: Any) -> Any:
+    """The same text whatever type a table made of a value: 3 and 3.0, None and NaN."""
+    if _is_missing(value):
+        return None
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    if isinstance(value, (int, float, np.number)):
+        return float(value)
+    return str(value)
+
+
+def _array(column: pa.ChunkedArray) -> np.ndarray:
+    """A column of numbers, or of lists of one length, as an array."""
+    (column,) = column.chunks or [pa.array([], column.type)]
+    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        flat = column.flatten().to_numpy(zero_copy_only=False)
+        return flat.reshape(len(column), -1)
+    return column.to_numpy(zero_copy_only=False)

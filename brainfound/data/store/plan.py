@@ -19,9 +19,9 @@ from filelock import FileLock, Timeout
 
 from brainfound.data.cohort import Session
 from brainfound.data.hooks import Hook
-from brainfound.data.preprocessing import Preprocessing
+from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.reading.archives import file_facts
-from brainfound.data.scan import read_header
+from brainfound.data.reading.scan import read_header
 from brainfound.data.store.folder import SCHEMA_VERSION, StoreFolder, replaced_of
 from brainfound.errors import BrainFoundError, ScanError, StoreError
 

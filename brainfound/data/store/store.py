@@ -25,11 +25,10 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Num
 
-from brainfound.data.prepare_session import FURTHER_SCAN, NO_PART
-from brainfound.data.stack import Stack
-from brainfound.data.stack_builder import positions_mm
-from brainfound.data.store.folder import StoreFolder
-from brainfound.data.store.session_table import SessionTable, content_hash, hashes_of
+from brainfound.data.preprocessing.session import FURTHER_SCAN, NO_PART
+from brainfound.data.preprocessing.stack import Stack
+from brainfound.data.preprocessing.stack_builder import positions_mm
+from brainfound.data.store.folder import SessionTable, StoreFolder, content_hash, hashes_of
 from brainfound.data.store.slice_files import SliceFiles
 from brainfound.errors import StoreError, UsageError
 
@@ -393,27 +392,27 @@ class Store:
         Args:
             keep_ids: False numbers the subjects and sessions in a random order, and leaves out file names.
         """
-        from brainfound.data.store.copies import copy_store
+        from brainfound.data.store.sharing import copy_store
 
         return copy_store(self, Path(folder), keep_ids=keep_ids)
 
     def push_to_hub(self, repo_id: str, *, private: bool = True, keep_ids: bool = False, **options: Any) -> str:
-        """Put the store on the Hugging Face Hub, see `brainfound.data.store.hub.push`."""
-        from brainfound.data.store.hub import push
+        """Put the store on the Hugging Face Hub, see `brainfound.data.store.sharing.push`."""
+        from brainfound.data.store.sharing import push
 
         return push(self, repo_id, private=private, keep_ids=keep_ids, **options)
 
     @classmethod
     def from_hub(cls, repo_id: str, **options: Any) -> Store:
-        """Download a store that was pushed and open it, see `brainfound.data.store.hub.download`."""
-        from brainfound.data.store.hub import download
+        """Download a store that was pushed and open it, see `brainfound.data.store.sharing.download`."""
+        from brainfound.data.store.sharing import download
 
         return cls.open(download(repo_id, **options))
 
     @staticmethod
     def stream(source: str | Path, **options: Any) -> Iterator[dict[str, Any]]:
-        """Slices one after the other, from a folder or the Hub, see `brainfound.data.store.hub.stream`."""
-        from brainfound.data.store.hub import stream
+        """Slices one after the other, from a folder or the Hub, see `brainfound.data.store.sharing.stream`."""
+        from brainfound.data.store.sharing import stream
 
         return stream(source, **options)
 

@@ -21,18 +21,20 @@ from brainfound.data.checking.contact_sheet import write_contact_sheet
 from brainfound.data.checking.quality import ScanQuality
 from brainfound.data.cohort import Cohort, Session
 from brainfound.data.hooks import Hook
-from brainfound.data.prepare_session import FURTHER_SCAN, NO_PART, FileNotUsed, PreparedSession, prepare_session
-from brainfound.data.preprocessing import Preprocessing
-from brainfound.data.stack import Stack
-from brainfound.data.store.folder import SCHEMA_VERSION, StoreFolder, replaced_of
-from brainfound.data.store.plan import (
-    Key,
-    Shard,
-    next_file_number,
-    remove_folder,
-    write_json,
+from brainfound.data.preprocessing.session import FURTHER_SCAN, NO_PART, FileNotUsed, PreparedSession, prepare_session
+from brainfound.data.preprocessing.settings import Preprocessing
+from brainfound.data.preprocessing.stack import Stack
+from brainfound.data.store.folder import (
+    SCHEMA_VERSION,
+    SessionTable,
+    StoreFolder,
+    content_hash,
+    hashes_of,
+    replaced_of,
+    session_row,
+    write_sessions,
 )
-from brainfound.data.store.session_table import SessionTable, content_hash, hashes_of, session_row, write_sessions
+from brainfound.data.store.plan import Key, Shard, next_file_number, remove_folder, write_json
 from brainfound.data.store.slice_files import Block, SliceFileWriter, places_in_file, write_datasets_index
 from brainfound.data.store.store import Store
 from brainfound.errors import ScanError, StoreError

@@ -9,8 +9,7 @@ import pytest
 import torch
 from scipy import fft, ndimage
 
-from brainfound.data.augmentation.bias_field import bias_fields, random_coefficients
-from brainfound.data.augmentation.noise import add_noise
+from brainfound.data.augmentation.intensity import add_noise, bias_fields, random_coefficients
 from brainfound.data.augmentation.resolution import (
     filter_columns,
     filter_rows,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.interpolate import BSpline
 
-from brainfound.data.augmentation.elastic import FURTHEST, displacements, random_control_points
+from brainfound.data.augmentation.geometry import FURTHEST, displacements, random_control_points
 
 
 def pixel_centres(side: int) -> torch.Tensor:

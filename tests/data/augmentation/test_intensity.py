@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from brainfound.data.augmentation import IntensityPlan, IntensityRecipe, vary_intensity
-from brainfound.data.augmentation.drawing import choose
+from brainfound.data.augmentation.sampling import choose
 
 OFF = {f"{effect}_probability": 0.0 for effect in ("gamma", "contrast", "blur", "noise")}
 

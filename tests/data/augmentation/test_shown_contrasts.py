@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from brainfound.data.augmentation import drop_contrasts, shown_contrasts
+from brainfound.data.augmentation import drop_contrasts
+from brainfound.data.augmentation import views as shown_contrasts
 
 PRESENT = torch.tensor([[True, True, True], [True, False, False], [False, True, True], [True, True, True]])
 

@@ -15,7 +15,7 @@ from brainfound.data.checking.contract import InputContract
 from brainfound.data.checking.rules import age_finding, skull_finding, slices_finding, worst
 from brainfound.data.cohort import Session
 from brainfound.data.hooks import Hook
-from brainfound.data.preprocessing import Preprocessing
+from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.errors import ModelError, UsageError
 
 PREPROCESSING = Preprocessing(contrasts=("T1w", "FLAIR"), spacing_mm=(4, 4, 4), size=(48, 48))

@@ -9,10 +9,15 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from brainfound.data.checking.contact_sheet import card_of_stack, choose_sessions, choose_slices, write_contact_sheet
-from brainfound.data.checking.contact_sheet_page import draw_page
-from brainfound.data.preprocessing import Preprocessing
-from brainfound.data.stack import Stack
+from brainfound.data.checking.contact_sheet import (
+    card_of_stack,
+    choose_sessions,
+    choose_slices,
+    draw_page,
+    write_contact_sheet,
+)
+from brainfound.data.preprocessing.settings import Preprocessing
+from brainfound.data.preprocessing.stack import Stack
 
 YELLOW, ORANGE, RED = (255, 208, 0), (255, 157, 46), (255, 90, 79)
 
@@ -173,7 +178,7 @@ def test_identifiers_are_on_the_page_only_if_asked_for(tmp_path, monkeypatch):
 
 
 def test_the_foot_counts_what_is_shown(tmp_path, monkeypatch):
-    from brainfound.data.checking import contact_sheet_page
+    from brainfound.data.checking import contact_sheet as contact_sheet_page
 
     feet = []
     monkeypatch.setattr(contact_sheet_page, "draw_page", lambda cards, contrasts, path, foot: feet.append(foot))

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from brainfound.data.checking.contract import FILE_NAME, InputContract
-from brainfound.data.preprocessing import Preprocessing
+from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.errors import ModelError, RecipeError
 
 

@@ -28,12 +28,12 @@ if __name__ == "__main__":
 
     # Only what decides about bytes is instrumented; with all of numpy the executions would be slow.
     with atheris.instrument_imports(include=["brainfound.data", "nibabel.nifti1", "nibabel.analyze", "zipfile"]):
-        import brainfound.data.scan  # noqa: F401
+        import brainfound.data.reading.scan  # noqa: F401
 
 import nibabel as nib
 import numpy as np
 
-from brainfound.data.scan import load_scan, read_header
+from brainfound.data.reading.scan import load_scan, read_header
 from brainfound.errors import ScanError
 
 MAX_SECONDS = 5.0

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from brainfound.data.prepare import prepare
-from brainfound.data.preprocessing import Preprocessing
-from brainfound.data.scan import load_scan
+from brainfound.data.preprocessing.settings import Preprocessing
+from brainfound.data.reading.scan import load_scan
+from brainfound.data.store.prepare import prepare
 
 HERE = Path(__file__).parent
 

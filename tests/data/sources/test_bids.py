@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from brainfound.data.cohort import Cohort
-from brainfound.data.sources.bids_names import BidsName, contrast_of, mask_column
+from brainfound.data.sources.bids_files import BidsName, contrast_of, mask_column
 from brainfound.errors import CohortError
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from brainfound.data.cohort import Cohort
-from brainfound.data.sources.dicom_contrast import contrast_of_series
+from brainfound.data.sources.dicom import contrast_of_series
 from brainfound.data.sources.dicom_series import (
     Series,
     _holds_a_name,

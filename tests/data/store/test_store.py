@@ -14,12 +14,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from brainfound.data import prepare as preparing
 from brainfound.data.cohort import Cohort
-from brainfound.data.prepare import prepare
-from brainfound.data.preprocessing import Preprocessing
-from brainfound.data.scan import load_scan
+from brainfound.data.preprocessing.settings import Preprocessing
+from brainfound.data.reading.scan import load_scan
 from brainfound.data.store import Store
+from brainfound.data.store import prepare as preparing
+from brainfound.data.store.prepare import prepare
 from brainfound.errors import StoreError, UsageError
 
 SETTINGS = Preprocessing(spacing_mm=(4, 4, 4), size=(32, 32))

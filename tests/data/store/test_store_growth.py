@@ -16,11 +16,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from brainfound.data import prepare as preparing
-from brainfound.data.prepare import prepare
-from brainfound.data.preprocessing import Preprocessing
+from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.store import Store
 from brainfound.data.store import plan as store_plan
+from brainfound.data.store import prepare as preparing
+from brainfound.data.store.prepare import prepare
 from brainfound.errors import StoreError, UsageError
 
 SETTINGS = Preprocessing(contrasts=("T1w", "T2w"), spacing_mm=(4, 4, 4), size=(32, 32))

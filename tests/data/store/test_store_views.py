@@ -11,10 +11,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from brainfound.data.prepare import prepare
-from brainfound.data.preprocessing import Preprocessing
+from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.store import Store
-from brainfound.data.store import hub as store_hub
+from brainfound.data.store import sharing as store_hub
+from brainfound.data.store.prepare import prepare
 from brainfound.errors import StoreError, UsageError
 
 SETTINGS = Preprocessing(spacing_mm=(4, 4, 4), size=(32, 32))

@@ -1,0 +1,189 @@
+"""PiSSA: updates that start as the principal part of the weights (Meng et al. 2024, arXiv 2404.02948, section 3).
+
+Axis legend: ``R`` rank, ``I`` width into a matrix, ``O`` width out of it.
+
+Of W = U S Vᵀ the R largest singular values go into the update B₀ A₀, and what stays frozen is the rest
+W − s B₀ A₀ (s the scale alpha / rank). Training therefore starts from the same answers, and moves what matters
+most. The base is no longer the backbone that was loaded, though. So the start is remembered, and an adapter is
+saved as what it added to W,
+
+    s (B A − B₀ A₀) = s [B | −B₀] [A ; A₀],
+
+an ordinary update of twice the rank, which loads on the untouched backbone, beside others.
+
+Updates added into the weights they belong to, and taken out again.
+
+A merged model answers as before but has no products more than its backbone. It is meant for answering: the
+updates of a merged model get no gradients.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from brainfound.adapters.former_names import PEFT_PREFIX
+from brainfound.errors import ModelError, RecipeError
+
+_ATTRIBUTE = "before_merge"
+
+
+class _BeforeMerge(NamedTuple):
+    """The frozen weight of a layer, kept out of the module's parameters while a merged one is in its place."""
+
+    weight: nn.Parameter
+
+
+@torch.no_grad()
+def merge(model: Any) -> None:
+    """Add an adapter's updates into the weights of its model, in place.
+
+    The merged weights are copies, so a backbone that others share is left alone, and `unmerge` gives back the
+    frozen weights to the last bit. Until then both are in memory, for the matrices that have updates.
+
+    Raises:
+        ModelError: if the model has no updates, or they are merged.
+    """
+    layers = _updated_layers(model)
+    if is_merged(model):
+        raise ModelError("the adapter is already merged", where="merge", remedy="Call unmerge first")
+    for layer in layers:
+        base = layer.get_base_layer()
+        frozen = base.weight
+        base.weight = nn.Parameter(frozen.detach().clone(), requires_grad=False)
+        layer.merge()
+        setattr(layer, _ATTRIBUTE, _BeforeMerge(frozen))
+
+
+@torch.no_grad()
+def unmerge(model: Any) -> None:
+    """Undo `merge`, in place; the frozen weights are again what they were.
+
+    Raises:
+        ModelError: if the model has no updates, or they were not merged by `merge`.
+    """
+    layers = _updated_layers(model)
+    if not all(hasattr(layer, _ATTRIBUTE) for layer in layers):
+        raise ModelError("the adapter is not merged", where="unmerge", remedy="Call merge first")
+    for layer in layers:
+        base = layer.get_base_layer()
+        frozen = getattr(layer, _ATTRIBUTE).weight
+        # The library's own way out subtracts, which rounds; it is called for its bookkeeping.
+        layer.unmerge()
+        if frozen.device != base.weight.device or frozen.dtype != base.weight.dtype:
+            frozen = nn.Parameter(frozen.to(base.weight), requires_grad=False)
+        base.weight = frozen
+        delattr(layer, _ATTRIBUTE)
+
+
+def is_merged(model: nn.Module) -> bool:
+    """Whether updates are merged into the weights of a model, by `merge` or by the library."""
+    return any(isinstance(module, LoraLayer) and module.merged for module in model.modules())
+
+
+def weight_before(layer: Any) -> Tensor:
+    """The weight of an updated layer as it was before an adapter was attached or merged.
+
+    Raises:
+        ModelError: if it was merged in a way that does not keep it.
+    """
+    start = principal_start(layer)
+    if start is not None:
+        return start.weight
+    kept = getattr(layer, _ATTRIBUTE, None)
+    if kept is not None:
+        return kept.weight
+    if layer.merged:
+        raise ModelError(
+            "the adapter was merged without keeping the base", remedy="Call unmerge_adapter() on the model first"
+        )
+    return layer.get_base_layer().weight
+
+
+def _updated_layers(model: Any) -> list[Any]:
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    if not isinstance(model, PeftModel) or not layers:
+        raise ModelError("the model has no updates to merge", expected="a model with a low-rank adapter")
+    return layers
+
+
+_ADAPTER = "default"
+_PRINCIPAL_START = "principal_start"
+
+
+class PrincipalStart(NamedTuple):
+    """What an updated layer started from; on the CPU, and no part of the model's state."""
+
+    weight: Tensor
+    """The matrix before anything was taken out of it, to the last bit."""
+    down: Tensor
+    """A₀ (R, I)."""
+    up: Tensor
+    """B₀ (O, R)."""
+
+
+def attach_principal(model: nn.Module, config: LoraConfig, targets: Iterable[str]) -> PeftModel:
+    """Attach updates that start as the principal part of their matrices, and remember the start.
+
+    Args:
+        model: without an adapter.
+        config: with `init_lora_weights="pissa"`.
+        targets: full names of the matrices.
+
+    Raises:
+        RecipeError: if a matrix has fewer singular values than the rank asks for.
+    """
+    originals = {name: model.get_parameter(f"{name}.weight").detach().cpu().clone() for name in targets}
+    smallest = min(min(weight.shape) for weight in originals.values())
+    if config.r > smallest:
+        raise RecipeError(
+            "a matrix has fewer singular values than the rank",
+            where="rank",
+            got=config.r,
+            expected=f"at most {smallest}",
+            remedy="Lower rank, or use the method lora",
+        )
+    adapted = get_peft_model(model, config)  # type: ignore[arg-type]
+    for name, weight in originals.items():
+        layer: Any = model.get_submodule(name)
+        down, up = (part[_ADAPTER].weight.detach().cpu().clone() for part in (layer.lora_A, layer.lora_B))
+        setattr(layer, _PRINCIPAL_START, PrincipalStart(weight, down, up))
+    return adapted
+
+
+def principal_start(layer: nn.Module) -> PrincipalStart | None:
+    """What a layer started from; None if its update did not start from the principal part."""
+    return getattr(layer, _PRINCIPAL_START, None)
+
+
+def save_as_plain_updates(folder: Path, body: nn.Module) -> None:
+    """Turn the files of an adapter that was just saved into those of an ordinary one for the untouched backbone.
+
+    Files of other methods stay as they are.
+
+    Args:
+        folder: holds adapter_model.safetensors and adapter_config.json.
+        body: the model that the adapter was trained on.
+    """
+    starts = {name: start for name, module in body.named_modules() if (start := principal_start(module)) is not None}
+    if not starts:
+        return
+    weights_path, settings_path = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    tensors = load_file(weights_path)
+    for name, start in starts.items():
+        down, up = (f"{PEFT_PREFIX}{name}.lora_{part}.weight" for part in "AB")
+        tensors[down] = torch.cat((tensors[down], start.down))
+        tensors[up] = torch.cat((tensors[up], -start.up), dim=1)
+    save_file(tensors, weights_path, metadata={"format": "pt"})
+    settings = json.loads(settings_path.read_text(encoding="utf-8"))
+    # Twice the rank with twice alpha is the same scale.
+    settings |= {"init_lora_weights": True, "r": 2 * settings["r"], "lora_alpha": 2 * settings["lora_alpha"]}
+    settings_path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,450 @@
+"""Running hooks: a tool in a temporary folder, with files under neutral names, ended when it takes too long.
+
+A tool is also ended when the process that runs it dies, however that happens: a guard, a small process of its own,
+starts the tool and reads from a pipe that nobody writes to. When the pipe ends, its other end has died, and the guard
+ends its process group: the tool, what the tool started, and itself.
+
+Hooks: tools of others that are run on each scan before it is prepared, such as skull-strippers and registrations.
+
+Nothing is stripped or registered unless a hook is asked for, and the store says which ones were. A hook is a command
+with placeholders. It is split into words once and never goes through a shell, so a file name cannot become a command.
+Hooks come from the user alone: no store, model or bundle can bring one.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+
+import nibabel as nib
+import yaml
+from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
+from pydantic import Field, field_validator, model_validator
+
+from brainfound.contrasts import parse_contrast
+from brainfound.data.reading.archives import is_file, open_binary
+from brainfound.data.reading.scan import load_scan
+from brainfound.errors import ScanError, UsageError, did_you_mean
+from brainfound.recipes import Recipe, validate
+
+PLACEHOLDERS = ("{input}", "{output}", "{reference}")
+_SHELL_WORDS = {"|", "||", "&", "&&", ";", "<", ">", ">>", "2>", "2>&1"}
+_VERSION_TIMEOUT_S = 60
+_VERSION_LENGTH = 200
+
+
+class Hook(Recipe):
+    """One tool, and the command that runs it on one scan."""
+
+    name: str = Field(min_length=1, max_length=60)
+    """What messages and store.json call it."""
+
+    step: Literal["skull_strip", "register", "other"] = "other"
+    """What it does. A registration moves each scan onto the session's reference scan, and never runs on that one."""
+
+    command: str
+    """The command with {input} and {output}, and for a registration {reference}. All three are `.nii.gz` files in a
+    temporary folder in which the command is run. No shell reads it: pipes and variables do not work."""
+
+    contrasts: tuple[str, ...] = ()
+    """The contrasts that it is run on; empty: all."""
+
+    timeout_s: float = Field(default=1800, gt=0)
+    """A run that takes longer is ended, and its scan refused."""
+
+    needs: str | None = None
+    """The executable that must be there before anything starts; None: the first word of the command."""
+
+    environment: dict[str, str] = Field(default_factory=dict)
+    """Environment variables of the tool, beside those that are set already."""
+
+    version_command: str | None = None
+    """A command that prints the tool's version, for store.json."""
+
+    citation: str = ""
+    """What to cite when its result is used."""
+
+    licence: str = ""
+    """What to know of the tool's licence."""
+
+    @field_validator("contrasts", mode="before")
+    @classmethod
+    def _known_contrasts(cls, value: Any) -> Any:
+        names = value.split(",") if isinstance(value, str) else value
+        try:
+            return tuple(parse_contrast(str(name)) for name in names)
+        except UsageError as error:
+            raise ValueError(str(error)) from None
+
+    @field_validator("command", "version_command")
+    @classmethod
+    def _splittable(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        try:
+            words = shlex.split(value)
+        except ValueError as error:
+            raise ValueError(f"the command cannot be split into words: {error}") from None
+        if not words:
+            raise ValueError("the command is empty")
+        through_shell = sorted(_SHELL_WORDS.intersection(words))
+        if through_shell:
+            raise ValueError(f"no shell reads the command, so {through_shell[0]!r} does nothing; write a script for it")
+        if os.sep in words[0] and not os.path.isabs(words[0]):
+            raise ValueError("the command runs in a temporary folder: give the tool's absolute path, or its name alone")
+        return value
+
+    @model_validator(mode="after")
+    def _fitting_placeholders(self) -> Hook:
+        found = re.findall(r"\{[A-Za-z_]*\}", self.command)
+        unknown = [name for name in found if name not in PLACEHOLDERS]
+        if unknown:
+            raise ValueError(f"unknown placeholder {unknown[0]}; known are {', '.join(PLACEHOLDERS)}")
+        needed = PLACEHOLDERS if self.step == "register" else PLACEHOLDERS[:2]
+        for name in needed:
+            if name not in found:
+                raise ValueError(f"the command of step {self.step} must hold {name}")
+        if self.step != "register" and "{reference}" in found:
+            raise ValueError("{reference} is for registrations: set step: register")
+        return self
+
+    @property
+    def executable(self) -> str:
+        """The program that must be installed."""
+        return self.needs or shlex.split(self.command)[0]
+
+    def words(self, **files: Path) -> list[str]:
+        """The command's words with files in the place of placeholders; a file name is never split."""
+        words = shlex.split(self.command)
+        for name, file in files.items():
+            words = [word.replace("{" + name + "}", str(file)) for word in words]
+        return words
+
+    def applies_to(self, contrast: str, is_reference: bool) -> bool:
+        """Whether it is run on a scan of this contrast."""
+        return (not self.contrasts or contrast in self.contrasts) and not (self.step == "register" and is_reference)
+
+
+_HD_BET: dict[str, Any] = {
+    "step": "skull_strip",
+    "needs": "hd-bet",
+    "citation": "Isensee et al. 2019, Human Brain Mapping 40:4952",
+    "licence": "Apache-2.0",
+}
+
+READY: dict[str, Hook] = {
+    hook.name: hook
+    for hook in (
+        Hook(
+            name="synthstrip",
+            step="skull_strip",
+            command="mri_synthstrip -i {input} -o {output}",
+            citation="Hoopes et al. 2022, NeuroImage 260:119474",
+            licence="FreeSurfer software licence",
+        ),
+        Hook(name="hd-bet", command="hd-bet -i {input} -o {output}", **_HD_BET),
+        Hook(name="hd-bet-cpu", command="hd-bet -i {input} -o {output} -device cpu --disable_tta", **_HD_BET),
+        Hook(
+            name="flirt-rigid",
+            step="register",
+            command="flirt -in {input} -ref {reference} -out {output} -dof 6 -cost mutualinfo",
+            environment={"FSLOUTPUTTYPE": "NIFTI_GZ"},
+            version_command="flirt -version",
+            citation="Jenkinson et al. 2002, NeuroImage 17:825",
+            licence="FSL licence: not for commercial use",
+        ),
+    )
+}
+"""Hooks that can be asked for by name: SynthStrip, HD-BET version 2, and a rigid registration with FSL's FLIRT."""
+
+
+def load_hooks(names_or_files: Iterable[str | Path | Hook]) -> tuple[Hook, ...]:
+    """Hooks by name (see `READY`), from YAML files, or written out as a command with ``{input}`` and ``{output}``.
+
+    Hooks that are loaded already are taken as they are, and checked with the others.
+
+    Raises:
+        UsageError: there is no such hook or file, its tool is not installed, or a registration is not the last.
+        RecipeError: a file is not a hook.
+    """
+    hooks = tuple(item if isinstance(item, Hook) else _load_hook(str(item)) for item in names_or_files)
+    names = [hook.name for hook in hooks]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError("the hook is given twice", where="hook", got=name, remedy="Give it once")
+    steps = [hook.step for hook in hooks]
+    if "register" in steps and set(steps[steps.index("register") :]) != {"register"}:
+        # Scans are moved onto the reference scan as all of its hooks left it, so they must be alike by then.
+        raise UsageError(
+            "registrations come after the other hooks", where="hook", got=", ".join(names), remedy="Change the order"
+        )
+    require_tools(hooks)
+    return hooks
+
+
+def _load_hook(item: str) -> Hook:
+    if item in READY:
+        return READY[item]
+    if "{input}" in item:
+        step = "register" if "{reference}" in item else "other"
+        name = Path(item.split()[0]).name
+        return validate(Hook, {"name": name, "command": item, "step": step}, where="hook")
+    file = Path(item)
+    if file.suffix not in (".yaml", ".yml"):
+        raise UsageError(f"no hook named {item!r}", where="hook", remedy=did_you_mean(item, READY))
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError("no such hook file", where=file.name, remedy="Check the path") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"not valid YAML: {error}", where=file.name, remedy="Mend the file") from None
+    if not isinstance(content, Mapping):
+        raise UsageError("a hook must be a mapping", where=file.name, expected="name:, step:, command:")
+    return validate(Hook, {"name": file.stem, **content}, where=file.name)
+
+
+def require_tools(hooks: Iterable[Hook]) -> None:
+    """Refuse to start if a hook's program is not installed.
+
+    Raises:
+        UsageError: names the program.
+    """
+    for hook in hooks:
+        if shutil.which(hook.executable) is None:
+            raise UsageError(
+                f"the tool of the hook {hook.name} is not installed",
+                where="hook",
+                expected=f"{Path(hook.executable).name} on the PATH",
+                remedy="Install it, or load its module, and try again",
+            )
+
+
+def describe(hooks: Iterable[Hook]) -> list[dict[str, Any]]:
+    """What was done, for store.json: name, step, command, contrasts, the tool's version, citation, and a hash.
+
+    Folders are left out of the command, since they may name people; the hash is of the hook as it was given.
+    """
+    return [
+        {
+            "name": hook.name,
+            "step": hook.step,
+            "command": " ".join(_without_folder(word) for word in shlex.split(hook.command)),
+            "contrasts": list(hook.contrasts),
+            "version": _version(hook),
+            "citation": hook.citation,
+            "sha256": hashlib.sha256(hook.model_dump_json().encode()).hexdigest(),
+        }
+        for hook in hooks
+    ]
+
+
+def _without_folder(word: str) -> str:
+    return re.sub(r"(^|[=:,])/(?:[^/=:,]+/)*", r"\1", word)
+
+
+def _version(hook: Hook) -> str | None:
+    if hook.version_command is None:
+        return None
+    try:
+        done = subprocess.run(
+            shlex.split(hook.version_command),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=_VERSION_TIMEOUT_S,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    lines = done.stdout.decode(errors="replace").split("\n")
+    return next((line.strip()[:_VERSION_LENGTH] for line in lines if line.strip()), None)
+
+
+_MESSAGE_LENGTH = 300
+_GUARD = """
+import os, signal, subprocess, sys, threading
+def end_with_parent():
+    os.read(0, 1)
+    os.killpg(0, signal.SIGKILL)
+try:
+    tool = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
+except OSError as error:
+    sys.exit("it cannot be started: " + str(error.strerror))
+threading.Thread(target=end_with_parent, daemon=True).start()
+code = tool.wait()
+os._exit(code if code >= 0 else 128 - code)
+"""
+"""Of a tool that was ended by a signal the exit code is 128 and the signal's number, as in shells."""
+
+
+def run_hooks(
+    scan_path: str | Path, hooks: Sequence[Hook], *, contrast: str, reference: Path | None = None, folder: str | Path
+) -> Path:
+    """Run hooks on one scan, one after the other.
+
+    Args:
+        scan_path: the scan, also inside a zip.
+        hooks: in the order in which they are run; those that are not for this contrast are passed over.
+        contrast: what the scan shows.
+        reference: the session's reference scan as its hooks left it; None for the reference scan itself, which no
+            registration is run on.
+        folder: an existing folder for the tools' files; the caller removes it when the result has been read.
+
+    Returns:
+        The file to read: the scan itself if no hook was run on it.
+
+    Raises:
+        ScanError: a tool failed, see `run_hook`.
+    """
+    path = Path(scan_path)
+    own = Path(tempfile.mkdtemp(dir=folder))
+    for number, hook in enumerate(hooks):
+        if hook.applies_to(contrast, reference is None):
+            path = run_hook(path, hook, own / str(number), reference)
+    return path
+
+
+def run_hook(scan_path: Path, hook: Hook, folder: Path, reference: Path | None = None) -> Path:
+    """Run one hook on one scan.
+
+    Args:
+        scan_path: the scan, also inside a zip.
+        hook: what to run.
+        folder: a new folder for the tool's files.
+        reference: for a registration, the scan to move it onto.
+
+    Returns:
+        What the tool wrote, under the name of the scan.
+
+    Raises:
+        ScanError: the tool failed, took too long, wrote nothing, or wrote something that is not a scan.
+    """
+    scan_path = Path(scan_path)
+    folder.mkdir(parents=True)
+    files = {"input": neutral_copy(scan_path, folder / "input.nii.gz"), "output": folder / "output.nii.gz"}
+    if hook.step == "register":
+        assert reference is not None, "a registration needs a reference scan"
+        files["reference"] = neutral_copy(reference, folder / "reference.nii.gz")
+    _execute(hook, hook.words(**files), folder, scan_path.name)
+    output = files["output"]
+    if not output.is_file():
+        raise ScanError(
+            f"the hook {hook.name} wrote no output", where=scan_path.name, remedy="Check its command, and try it alone"
+        )
+    try:
+        load_scan(output)
+    except ScanError as error:
+        raise ScanError(
+            f"what the hook {hook.name} wrote cannot be used: {error.what}",
+            where=scan_path.name,
+            got=error.got,
+            remedy="Try the tool alone on this scan",
+        ) from error
+    for name in ("input", "reference"):
+        if name in files:
+            files[name].unlink(missing_ok=True)
+    (folder / "result").mkdir()
+    return output.rename(folder / "result" / f"{_stem(scan_path)}.nii.gz")
+
+
+def neutral_copy(source: Path, target: Path) -> Path:
+    """A scan as ``.nii.gz`` under a name that says nothing; voxels and affine stay as they are.
+
+    It is a copy, so that a tool cannot change the user's file.
+
+    Raises:
+        ScanError: the file is missing or cannot be read.
+    """
+    if not is_file(source):
+        raise ScanError("no such file", where=source.name, remedy="Check the path in the manifest or folder")
+    name = source.name.lower()
+    if name.endswith(".nii.gz"):
+        with open_binary(source) as stream, target.open("wb") as out:
+            shutil.copyfileobj(stream, out)
+    elif name.endswith(".nii"):
+        with open_binary(source) as stream, gzip.open(target, "wb", compresslevel=1) as packed:
+            shutil.copyfileobj(stream, packed)
+    else:
+        scan = load_scan(source)
+        back = ornt_transform(io_orientation(scan.affine), io_orientation(scan.native_affine))
+        image = nib.Nifti1Image(apply_orientation(scan.data, back), scan.native_affine)
+        image.header.set_xyzt_units("mm")
+        nib.save(image, target)
+    return target
+
+
+def _stem(path: Path) -> str:
+    return re.sub(r"\.(nii|mgz|mgh|img|hdr)(\.gz)?$", "", path.name, flags=re.IGNORECASE)
+
+
+def _execute(hook: Hook, words: list[str], folder: Path, name: str) -> None:
+    log = folder / "stdout.txt"
+    errors = folder / "stderr.txt"
+    with log.open("wb") as out, errors.open("wb") as err:
+        try:
+            # Isolated and without site packages: the hook's environment is for the tool, and the guard starts fast.
+            process = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", _GUARD, *words],
+                stdin=subprocess.PIPE,
+                stdout=out,
+                stderr=err,
+                cwd=folder,
+                env={**os.environ, **hook.environment},
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise ScanError(
+                f"the hook {hook.name} cannot be started: {error.strerror}",
+                where=name,
+                remedy=f"Check that {Path(hook.executable).name} is installed",
+            ) from error
+        try:
+            code = process.wait(hook.timeout_s)
+        except subprocess.TimeoutExpired:
+            raise ScanError(
+                f"the hook {hook.name} took too long",
+                where=name,
+                got=f"more than {hook.timeout_s:g} s",
+                remedy="Set a longer timeout_s in the hook's file, or leave the scan out",
+            ) from None
+        finally:
+            _end(process)
+    if code != 0:
+        said = _last_line(errors, folder) or _last_line(log, folder) or "it said nothing"
+        raise ScanError(
+            f"the hook {hook.name} failed: {said}",
+            where=name,
+            got=f"exit code {code}",
+            remedy="Try the tool alone on this scan",
+        )
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a tool, whatever it started, and its guard: they have a process group of their own."""
+    with suppress(ProcessLookupError, PermissionError):  # all of it has ended
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert process.stdin is not None
+    process.stdin.close()
+
+
+def _last_line(file: Path, folder: Path) -> str:
+    """The last line that is not empty, without the temporary folder and without control characters."""
+    with file.open("rb") as stream:
+        stream.seek(0, os.SEEK_END)
+        stream.seek(max(stream.tell() - 8192, 0))
+        text = stream.read().decode(errors="replace").replace(f"{folder}{os.sep}", "")
+    lines = [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()]
+    return "".join(c for c in lines[-1] if c.isprintable())[:_MESSAGE_LENGTH] if lines else ""

@@ -1,0 +1,129 @@
+"""Where the head or the brain is in a scan.
+
+A skull-stripped scan has an exact background value, often 0, on the faces of its volume; everything else is
+foreground (interpolation leaves small negative values around the brain: they are foreground too). A scan with
+air around the head has noise there: Otsu's threshold, the largest component, its holes filled. So has one that was
+padded with an exact value afterwards: what differs from that value is then a box, and too much for a head.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Bool, Float
+from scipy import ndimage
+
+from brainfound.data.reading.scan import Scan
+
+LARGEST_HEAD_ML = 5500.0
+"""More than an adult's head and neck."""
+LARGEST_SHARE_OF_BOX = 0.75
+"""An ellipsoid fills 52 % of its box, a head and neck about 60 %."""
+COARSE_MM = 3.0
+"""Air noise is separated on a grid of about this spacing: fast, and blind to single bright voxels."""
+
+
+def foreground(scan: Scan) -> Bool[np.ndarray, "X Y Z"]:
+    """The head or brain in a scan, as a mask on its grid."""
+    data = scan.data
+    exact = _exact_background(data)
+    if exact is not None:
+        inside = data != exact
+        if not _is_padded_air(inside, scan):
+            return inside
+    return _head_in_air(data, scan.spacing_mm)
+
+
+def _is_padded_air(inside: Bool[np.ndarray, "X Y Z"], scan: Scan) -> bool:
+    """Whether this is the former field of view with its air, and not a head: too large, and filling its box."""
+    count = np.count_nonzero(inside)
+    if count * abs(np.linalg.det(scan.affine[:3, :3])) <= LARGEST_HEAD_ML * 1000:
+        return False
+    box = np.prod([last - first + 1 for first, last in bounding_box(inside)])
+    return bool(count > LARGEST_SHARE_OF_BOX * box)
+
+
+def bounding_box(mask: Bool[np.ndarray, "X Y Z"]) -> list[tuple[int, int]]:
+    """First and last index (inclusive) of the mask along each axis; the whole axis if the mask is empty."""
+    box = []
+    for axis in range(3):
+        line = np.flatnonzero(mask.any(axis=tuple(a for a in range(3) if a != axis)))
+        box.append((int(line[0]), int(line[-1])) if line.size else (0, mask.shape[axis] - 1))
+    return box
+
+
+def _exact_background(data: Float[np.ndarray, "X Y Z"]) -> float | None:
+    """The one value that covers nearly all of most faces of the volume, if there is one."""
+    faces = [data[(slice(None),) * axis + (index,)] for axis in range(3) for index in (0, -1)]
+    # A value that fills most of a face is its median; one that fills most faces, the median of those.
+    middles = [np.partition(face, face.size // 2, axis=None)[face.size // 2] for face in faces]
+    value = sorted(middles)[len(middles) // 2]
+    counts = [int(np.count_nonzero(face == value)) for face in faces]
+    # A neck or a tight crop may fill one or two faces; noise in air never leaves a face constant.
+    if np.median([count / face.size for count, face in zip(counts, faces, strict=True)]) < 0.98:
+        return None
+    if 2 * sum(counts) > sum(face.size for face in faces):
+        return float(value)
+    # Two large faces may outweigh the four others: then the commonest value of all of them decides.
+    values, totals = np.unique(np.concatenate([face.ravel() for face in faces]), return_counts=True)
+    return float(value) if values[totals.argmax()] == value else None
+
+
+def _head_in_air(data: np.ndarray, spacing_mm: np.ndarray) -> np.ndarray:
+    step = np.maximum(np.rint(COARSE_MM / spacing_mm).astype(int), 1)
+    size = [max(int(s), 1) for s in step]
+    coarse = _means_of_blocks(data, size)
+    head = coarse > _otsu(coarse)
+    components, count = ndimage.label(head)
+    if count > 1:
+        sizes = np.bincount(components.ravel())
+        sizes[0] = 0
+        head = components == sizes.argmax()
+    head = ndimage.binary_dilation(ndimage.binary_closing(np.pad(head, 3), iterations=2))[3:-3, 3:-3, 3:-3]
+    head = _fill(head)
+    fine = head
+    for axis in range(3):
+        index = np.minimum((np.arange(data.shape[axis]) + size[axis] // 2) // size[axis], head.shape[axis] - 1)
+        fine = fine.take(index, axis=axis)
+    return fine
+
+
+def _means_of_blocks(data: np.ndarray, size: list[int]) -> np.ndarray:
+    """The mean of each block of ``size`` voxels, centred on every ``size``-th voxel; faces are continued outwards."""
+    # The axis whose neighbours lie farthest apart in memory comes first: what is added then lies in one piece.
+    for axis in sorted(range(3), key=lambda axis: -abs(data.strides[axis])):
+        if size[axis] > 1:
+            data = np.moveaxis(_block_means(np.moveaxis(data, axis, 0), size[axis]), 0, axis)
+    return data
+
+
+def _block_means(rows: np.ndarray, size: int) -> np.ndarray:
+    num_blocks = -(-len(rows) // size)
+    total = np.zeros_like(rows, shape=(num_blocks, *rows.shape[1:]))
+    for offset in range(-(size // 2), size - size // 2):
+        first = 1 if offset < 0 else 0
+        part = rows[first * size + offset :: size][: num_blocks - first]
+        total[first : first + len(part)] += part
+        total[:first] += rows[0]
+        total[first + len(part) :] += rows[-1]
+    total *= np.float32(1 / size)
+    return total
+
+
+def _fill(head: np.ndarray) -> np.ndarray:
+    """Fill holes in the volume and in each axial slice (a head cut at the neck is open below)."""
+    head = ndimage.binary_fill_holes(head)
+    return np.stack([ndimage.binary_fill_holes(head[:, :, z]) for z in range(head.shape[2])], axis=2)
+
+
+def _otsu(values: np.ndarray, bins: int = 256) -> float:
+    """Threshold that maximises the variance between two classes (Otsu, IEEE SMC 9:62, 1979)."""
+    top = np.percentile(values, 99.9)
+    counts, edges = np.histogram(np.minimum(values, top), bins=bins)
+    centres = (edges[:-1] + edges[1:]) / 2
+    weight_low = np.cumsum(counts)
+    weight_high = weight_low[-1] - weight_low
+    sum_low = np.cumsum(counts * centres)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        gap = sum_low / weight_low - (sum_low[-1] - sum_low) / weight_high
+        between = np.nan_to_num(weight_low * weight_high * gap**2)
+    return float(centres[between.argmax()])

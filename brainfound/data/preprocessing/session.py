@@ -1,0 +1,160 @@
+"""One session: its files become a stack, and every file that does not is named with the reason."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from brainfound.contrasts import CONTRASTS, parse_contrast
+from brainfound.data.checking.quality import ScanQuality
+from brainfound.data.cohort import Session
+from brainfound.data.hooks import Hook, run_hooks
+from brainfound.data.preprocessing.settings import Preprocessing
+from brainfound.data.preprocessing.stack import Stack
+from brainfound.data.preprocessing.stack_builder import StackBuilder
+from brainfound.data.reading.scan import load_scan
+from brainfound.errors import ScanError, UsageError
+
+FURTHER_SCAN = "another scan of this contrast"
+"""The reason of a file that is not refused, but comes second in its session, begins so."""
+NO_PART = "no part of the cohort"
+"""The reason of a file that is not refused, but that the source does not make a scan of, begins so."""
+
+
+@dataclass(frozen=True)
+class FileNotUsed:
+    """A file that did not go into the stack: the file, the contrast it was listed as (or ``mask``), and why."""
+
+    file: Path
+    contrast: str
+    reason: str
+
+    @property
+    def is_further_scan(self) -> bool:
+        """It is not faulty: its session has another scan of the contrast."""
+        return self.reason.startswith(FURTHER_SCAN)
+
+
+@dataclass(frozen=True)
+class PreparedSession:
+    """What became of a session.
+
+    Attributes:
+        stack: None if nothing of the session can be used.
+        not_used: files that are refused or not used.
+        quality: of each scan that is in the stack.
+    """
+
+    stack: Stack | None
+    not_used: list[FileNotUsed] = field(default_factory=list)
+    quality: list[ScanQuality] = field(default_factory=list)
+
+    @property
+    def refused(self) -> list[FileNotUsed]:
+        """Files that are faulty."""
+        return [file for file in self.not_used if not file.is_further_scan]
+
+    @property
+    def further_scans(self) -> list[FileNotUsed]:
+        """Files whose session has another scan of the contrast."""
+        return [file for file in self.not_used if file.is_further_scan]
+
+
+def prepare_session(
+    session: Session, preprocessing: Preprocessing, mask: str = "mask", hooks: Sequence[Hook] = ()
+) -> PreparedSession:
+    """Load and prepare one session; one scan at a time is in memory.
+
+    Args:
+        mask: which label map becomes the stack's mask.
+        hooks: tools to run on each scan first.
+    """
+    with tempfile.TemporaryDirectory() if hooks else nullcontext("") as folder:
+        return _Preparation(session, preprocessing, mask, hooks, Path(folder)).run()
+
+
+class _Preparation:
+    def __init__(
+        self, session: Session, preprocessing: Preprocessing, mask: str, hooks: Sequence[Hook], folder: Path
+    ) -> None:
+        self.session, self.preprocessing, self.mask = session, preprocessing, mask
+        self.hooks, self.folder = hooks, folder
+        self.not_used: list[FileNotUsed] = []
+
+    def run(self) -> PreparedSession:
+        builder: StackBuilder | None = None
+        reference: Path | None = None
+        for contrast in self._wanted():
+            source = self.session.scans[contrast]
+            try:
+                file = source
+                if self.hooks:
+                    # A further scan is registered to the reference scan as the hooks left that one.
+                    file = run_hooks(source, self.hooks, contrast=contrast, reference=reference, folder=self.folder)
+                if builder is None:
+                    # If it cannot be used, the next contrast gives the grid.
+                    builder = StackBuilder(self.preprocessing, contrast, load_scan(file), source.name)
+                    reference = file
+                else:
+                    builder.add(contrast, load_scan(file), source.name)
+            except ScanError as error:
+                self._refuse(source, contrast, error.reason)
+        if builder is not None:
+            self._add_mask(builder)
+        self._list_further_scans()
+        if builder is None:
+            return PreparedSession(None, self.not_used)
+        session = self.session
+        stack = builder.build(session.covariates, session.subject, session.session)
+        return PreparedSession(stack, self.not_used, builder.quality)
+
+    def _wanted(self) -> list[str]:
+        """The session's contrasts that the stack holds, in its order; what else is there is listed with the reason."""
+        scans = self.session.scans
+        for contrast, file in [*scans.items(), *self.session.extra_scans]:
+            if contrast not in CONTRASTS:
+                self._refuse_unknown(contrast, file)
+        wanted: list[str] = []
+        for contrast in self.preprocessing.contrasts:
+            if contrast not in scans:
+                continue
+            same = [other for other in wanted if scans[other] == scans[contrast]]
+            if same:
+                self._refuse(scans[contrast], contrast, f"the same file is listed as {same[0]}")
+            else:
+                wanted.append(contrast)
+        if not wanted:
+            names = ", ".join(self.preprocessing.contrasts)
+            for contrast, file in scans.items():
+                if contrast in CONTRASTS:
+                    self._refuse(file, contrast, f"the session has none of the wanted contrasts ({names})")
+        return wanted
+
+    def _add_mask(self, builder: StackBuilder) -> None:
+        file = self.session.masks.get(self.mask)
+        if file is None:
+            return
+        try:
+            builder.add_mask(load_scan(file, labels=True), file.name)
+        except ScanError as error:
+            self._refuse(file, "mask", error.reason)
+
+    def _list_further_scans(self) -> None:
+        bad = {entry.file for entry in self.not_used}
+        for contrast, file in self.session.extra_scans:
+            if contrast in self.preprocessing.contrasts:
+                first = self.session.scans[contrast]
+                fate = "was first, and refused" if first in bad else "is used"
+                self._refuse(file, contrast, f"{FURTHER_SCAN} {fate}: {first.name}")
+
+    def _refuse_unknown(self, contrast: str, file: Path) -> None:
+        try:
+            parse_contrast(contrast)
+        except UsageError as error:
+            self._refuse(file, contrast, error.reason)
+
+    def _refuse(self, file: Path, contrast: str, reason: str) -> None:
+        self.not_used.append(FileNotUsed(file, contrast, reason))

@@ -1,0 +1,207 @@
+"""From scans to a stack, by one object that training and prediction share.
+
+Axis legend: X left → right, Y posterior → anterior, Z inferior → superior (a scan in RAS);
+S slices, C contrasts, H rows, W columns (a stack).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field, field_validator
+
+from brainfound.contrasts import parse_contrast
+from brainfound.data.preprocessing.stack import Stack
+from brainfound.data.preprocessing.stack_builder import StackBuilder
+from brainfound.data.reading.scan import Scan
+from brainfound.errors import ModelError, ScanError, UsageError
+from brainfound.recipes import Recipe, validate
+
+FILE_NAME = "preprocessing.json"
+
+
+class Preprocessing(Recipe):
+    """How scans become a stack. Saved with every store, checkpoint and bundle."""
+
+    contrasts: tuple[str, ...] = ("T1w", "T2w", "FLAIR")
+    """The contrasts, one per channel, in this order. The first one that a session has is its reference scan."""
+
+    spacing_mm: tuple[float | None, float | None, float | None] = (1.0, 1.0, 1.0)
+    """Voxel size along x, y and z after resampling; null keeps the reference scan's own (in z: the acquired slices)."""
+
+    size: tuple[int, int] = (224, 224)
+    """Rows and columns after centre cropping or padding around the foreground."""
+
+    percentiles: tuple[float, float] = Field(default=(0.5, 99.5))
+    """Foreground percentiles of each scan that become the lowest and the highest pixel value."""
+
+    ranges: dict[str, tuple[float, float]] = Field(default_factory=dict)
+    """Contrast → the two values that become the lowest and the highest pixel value, in place of the percentiles: for
+    quantitative maps, whose values mean the same in every scan."""
+
+    bits: Literal[8, 16] = 8
+    """Of a pixel. 16 keeps the steps of quantitative maps apart, and makes the store twice as large."""
+
+    min_overlap: float = Field(default=0.2, ge=0, le=1)
+    """A scan whose field of view covers less than this share of the reference scan's foreground is refused."""
+
+    min_slices: int = Field(default=1, ge=1)
+    """A session with fewer slices inside the foreground is refused."""
+
+    hooks: tuple[str, ...] = ()
+    """What ran on each scan before this (skull-strip, registration), by name: a record, nothing is run from it."""
+
+    @field_validator("contrasts", mode="before")
+    @classmethod
+    def _known_contrasts(cls, value: Any) -> Any:
+        names = value.split(",") if isinstance(value, str) else value
+        try:
+            names = tuple(parse_contrast(str(name)) for name in names)
+        except UsageError as error:
+            # As a ValueError it reaches the user with the recipe and key around it.
+            raise ValueError(str(error)) from None
+        if not names or len(set(names)) != len(names):
+            raise ValueError("contrasts must be one or more different names")
+        return names
+
+    @field_validator("ranges")
+    @classmethod
+    def _rising_ranges(cls, value: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+        try:
+            # In one order: how a user lists them must not make another preprocessing.
+            named = dict(sorted((parse_contrast(name), limits) for name, limits in value.items()))
+        except UsageError as error:
+            raise ValueError(str(error)) from None
+        if any(not (np.isfinite(limits).all() and limits[0] < limits[1]) for limits in named.values()):
+            raise ValueError("ranges must be two finite, rising values per contrast")
+        return named
+
+    @field_validator("spacing_mm")
+    @classmethod
+    def _positive_spacing(cls, value: tuple[float | None, ...]) -> tuple[float | None, ...]:
+        if any(s is not None and not 0.1 <= s <= 20 for s in value):
+            raise ValueError("spacing_mm must lie between 0.1 and 20 mm, or be null")
+        return value
+
+    @field_validator("size")
+    @classmethod
+    def _positive_size(cls, value: tuple[int, int]) -> tuple[int, int]:
+        if min(value) < 8 or max(value) > 2048:
+            raise ValueError("size must lie between 8 and 2048 pixels")
+        return value
+
+    @field_validator("percentiles")
+    @classmethod
+    def _ordered_percentiles(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= value[0] < value[1] <= 100:
+            raise ValueError("percentiles must rise within 0 to 100")
+        return value
+
+    @property
+    def pixel_dtype(self) -> type[np.uint8] | type[np.uint16]:
+        """Of the pixels of a stack."""
+        return np.uint8 if self.bits == 8 else np.uint16
+
+    @property
+    def top_value(self) -> int:
+        """The highest pixel value."""
+        return 2**self.bits - 1
+
+    def values_of(self, contrast: str, pixels: np.ndarray) -> np.ndarray:
+        """Pixels of a contrast with a range of its own, back in its own unit (float32); 0 is also background.
+
+        Raises:
+            UsageError: the contrast was scaled by its percentiles, which differ from scan to scan.
+        """
+        if contrast not in self.ranges:
+            raise UsageError(
+                f"{contrast} has no range of its own", where="ranges", got=sorted(self.ranges), remedy="Set its range"
+            )
+        low, high = self.ranges[contrast]
+        return np.float32(low) + pixels.astype(np.float32) * np.float32((high - low) / self.top_value)
+
+    def require_hooks(self, names: Sequence[str]) -> None:
+        """Refuse other hooks than those of this preprocessing: a model would get other scans than it learnt from.
+
+        Raises:
+            UsageError: says which ones it goes with.
+        """
+        if self.hooks != tuple(names):
+            raise UsageError(
+                "the preprocessing goes with other hooks",
+                where="hooks",
+                got=", ".join(names) or "none",
+                expected=", ".join(self.hooks) or "none",
+                remedy=f"Give --hook {' --hook '.join(self.hooks)}" if self.hooks else "Leave the hooks out",
+            )
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``preprocessing.json`` into a folder."""
+        path = Path(folder) / FILE_NAME
+        path.write_text(json.dumps(self.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
+        return path
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Preprocessing:
+        """Read ``preprocessing.json`` from a folder.
+
+        Raises:
+            ModelError: if the file is missing or is not valid JSON.
+            RecipeError: if a key or value is refused.
+        """
+        path = Path(folder) / FILE_NAME
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ModelError(
+                f"{FILE_NAME} is missing",
+                where=folder,
+                remedy="Without the preprocessing a model cannot be used safely; export it again",
+            ) from None
+        except ValueError as error:
+            raise ModelError(f"not valid JSON: {error}", where=path, remedy="Export the model again") from None
+        return validate(cls, content, where=str(path))
+
+    def reference_contrast(self, available: Mapping[str, Any]) -> str:
+        """The contrast whose scan gives a session its grid: the first of `contrasts` that is there."""
+        for contrast in self.contrasts:
+            if contrast in available:
+                return contrast
+        raise ScanError(
+            "the session has none of the wanted contrasts",
+            got=", ".join(sorted(available)) or "none",
+            expected=", ".join(self.contrasts),
+            remedy="Choose other contrasts, for example --set contrasts=[T1w]",
+        )
+
+    def apply(
+        self,
+        scans: Mapping[str, Scan],
+        mask: Scan | None = None,
+        *,
+        covariates: Mapping[str, Any] | None = None,
+        subject: str = "",
+        session: str = "",
+    ) -> Stack:
+        """Bring the scans of one session onto one grid.
+
+        Args:
+            scans: contrast → scan; contrasts that are not wanted are ignored.
+            mask: label map in the same world space as the scans.
+            covariates, subject, session: carried along.
+
+        Raises:
+            ScanError: no wanted contrast is there, too few slices, or a scan that does not overlap the reference.
+        """
+        first = self.reference_contrast(scans)
+        builder = StackBuilder(self, first, scans[first])
+        for contrast in self.contrasts:
+            if contrast != first and contrast in scans:
+                builder.add(contrast, scans[contrast])
+        if mask is not None:
+            builder.add_mask(mask)
+        return builder.build(covariates, subject, session)

@@ -1,0 +1,1 @@
+"""Splits by subject: dividing sessions into parts, and the file that records a split."""

@@ -1,0 +1,382 @@
+"""Splits of sessions into parts that never share a subject.
+
+All of them depend on the seed and on who the subjects are, never on the order in which the sessions come.
+`brainfound.data.splits.split_file` keeps a split in a file.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from brainfound.errors import UsageError
+
+MOST_LABELS = 10
+"""A column of numbers with more different values than this is cut at its quintiles."""
+Labels = Sequence[Any] | Mapping[str, Sequence[Any]]
+"""A label per session; or several columns of them by name, the most important first."""
+
+
+def split_by_subject(
+    subjects: Sequence[str],
+    fractions: Mapping[str, float],
+    seed: int,
+    stratify: Labels | None = None,
+) -> dict[str, np.ndarray]:
+    """Divide sessions into named parts so that all sessions of a subject stay together.
+
+    Strata: subjects are lined up stratum after stratum, shuffled within, and dealt out one by one to the part that
+    is furthest behind its share: of all subjects and, with several columns, of the subject's label in each and of
+    their combination. So the sizes of the parts are exact, and each part's share of every label and every
+    combination is right to within about two subjects. A combination with fewer subjects than there are parts
+    cannot be in all of them; its subjects still go where their labels are short, so small strata neither gather in
+    one part nor change its size.
+
+    Args:
+        subjects: the subject of each session.
+        fractions: part → share of the subjects; the shares sum to 1.
+        seed: the same seed, subjects and fractions give the same split, whatever the order of the sessions.
+        stratify: each part gets about the same mix of these labels (of their combinations, if several columns).
+            Numbers with more than ten different values (ages) are cut at their quintiles; what is missing is a
+            stratum of its own. A subject counts with its most frequent label, of several the smallest.
+
+    Returns:
+        part → sorted indices of sessions. Every part has at least one subject.
+
+    Raises:
+        UsageError: shares that do not sum to 1, or too few subjects.
+    """
+    if abs(sum(fractions.values()) - 1) > 1e-6 or min(fractions.values()) <= 0:
+        raise UsageError("the shares of a split must be positive and sum to 1", got=dict(fractions))
+    names = sorted(set(subjects))
+    if len(names) < len(fractions):
+        raise UsageError(
+            "too few subjects to split",
+            got=len(names),
+            expected=f"at least {len(fractions)}",
+            remedy="Add subjects or use fewer parts",
+        )
+    sizes = _part_sizes(len(names), list(fractions.values()))
+    strata = _strata(subjects, stratify)
+    assigned = _divide(names, strata, dict(zip(fractions, sizes, strict=True)), np.random.default_rng(seed))
+    return _as_indices(assigned, subjects)
+
+
+def k_folds(
+    subjects: Sequence[str],
+    num_folds: int,
+    seed: int,
+    stratify: Labels | None = None,
+    validation: float = 0.0,
+) -> list[dict[str, np.ndarray]]:
+    """Folds by subject, each with the parts ``train`` and ``test``; every subject is tested once.
+
+    Args:
+        subjects, seed, stratify: as in `split_by_subject`.
+        validation: share of all subjects that each fold takes from its ``train`` into a part ``validation``; 0 for
+            none. It does not change who is tested.
+
+    Raises:
+        UsageError: fewer than two folds, fewer subjects than folds, or nobody left to train on.
+    """
+    if num_folds < 2:
+        raise UsageError("cross-validation needs at least two folds", got=num_folds, where="folds")
+    shares = {str(fold): 1 / num_folds for fold in range(num_folds)}
+    tested = split_by_subject(subjects, shares, seed, stratify)
+    everyone, strata = set(subjects), _strata(subjects, stratify)
+    folds = []
+    for number, index in enumerate(tested.values()):
+        test = sorted({subjects[i] for i in index})
+        rng = np.random.default_rng([seed, number])
+        folds.append(_as_indices(_around(sorted(everyone - set(test)), test, strata, validation, rng), subjects))
+    return folds
+
+
+def few_shot(
+    subjects: Sequence[str],
+    shots: Sequence[int | None],
+    seed: int,
+    labels: Sequence[Any] | None = None,
+    fractions: Mapping[str, float] | None = None,
+    stratify: Labels | None = None,
+) -> dict[int | None, dict[str, np.ndarray]]:
+    """Small training parts beside one test part.
+
+    Validation and test are set aside first and are the same for every number of shots. The training subjects of
+    fewer shots are among those of more.
+
+    Args:
+        subjects, seed: as in `split_by_subject`.
+        shots: numbers of training subjects: per class with ``labels``, else in all; None: all that there are.
+        labels: the class of each session; a subject counts with its most frequent class, and one without a class
+            is not learnt from.
+        fractions: the shares from which ``train`` draws its shots; 0.7, 0.1 and 0.2 by default.
+        stratify: as in `split_by_subject`; by default the labels.
+
+    Returns:
+        number of shots → part → sorted indices of sessions.
+
+    Raises:
+        UsageError: no shots, or more than there are subjects (of the smallest class) beside validation and test.
+    """
+    numbers = sorted({number for number in shots if number is not None})
+    if not shots or (numbers and numbers[0] < 1):
+        raise UsageError("the numbers of shots must be positive", where="shots", got=list(shots))
+    stratify = labels if stratify is None else stratify
+    rest = split_by_subject(subjects, fractions or {"train": 0.7, "validation": 0.1, "test": 0.2}, seed, stratify)
+    parts = {part: sorted({subjects[i] for i in index}) for part, index in rest.items()}
+    pool = parts.pop("train")
+    rng = np.random.default_rng([seed, 1])
+    if labels is None:
+        groups = {"subjects": _evenly(pool, _strata(subjects, stratify), rng)}
+    else:
+        classes = _label_per_subject(subjects, labels)
+        known = sorted({label_text(label) for label in classes.values() if not _missing(label)})
+        shuffled = [pool[i] for i in rng.permutation(len(pool))]
+        groups = {kind: [name for name in shuffled if label_text(classes[name]) == kind] for kind in known}
+    fewest = min(groups, key=lambda kind: len(groups[kind]))
+    if numbers and numbers[-1] > len(groups[fewest]):
+        raise UsageError(
+            f"more shots than subjects{'' if labels is None else f' of the class {fewest}'} to draw from",
+            where="shots",
+            got=numbers[-1],
+            expected=f"at most {len(groups[fewest])}",
+            remedy="Ask for fewer shots, or give smaller validation and test parts",
+        )
+    return {
+        number: _as_indices({"train": [n for line in groups.values() for n in line[:number]], **parts}, subjects)
+        for number in [*numbers, *([None] if None in shots else [])]
+    }
+
+
+def leave_one_site_out(
+    subjects: Sequence[str],
+    sites: Sequence[Any],
+    seed: int,
+    validation: float = 0.0,
+    stratify: Labels | None = None,
+) -> dict[str, dict[str, np.ndarray]]:
+    """One fold per site: tested on that site, learnt from all others.
+
+    A subject that was seen at the tested site and at another one is in no part of that fold: on either side its
+    sessions would bring the other side's person or scanner along. A subject with a session of unknown site is in no
+    part of any fold. A site at which nobody was seen alone has no fold.
+
+    Args:
+        subjects, seed, stratify: as in `split_by_subject`.
+        sites: the site of each session.
+        validation: share of all subjects that each fold takes from its ``train``; 0 for none.
+
+    Returns:
+        site → part → sorted indices of sessions.
+
+    Raises:
+        UsageError: fewer than two sites, or nobody left to train on.
+    """
+    seen: dict[str, set[str | None]] = {}
+    for subject, site in zip(subjects, sites, strict=True):
+        seen.setdefault(subject, set()).add(None if _missing(site) else label_text(site))
+    placed = {name: places for name, places in seen.items() if None not in places}
+    known = sorted({str(site) for places in placed.values() for site in places})
+    if len(known) < 2:
+        raise UsageError("leaving one site out needs at least two sites", where="site", got=len(known))
+    strata = _strata(subjects, stratify)
+    folds = {}
+    for number, site in enumerate(known):
+        test = sorted(name for name, places in placed.items() if places == {site})
+        rest = sorted(name for name, places in placed.items() if site not in places)
+        if test:
+            rng = np.random.default_rng([seed, number])
+            folds[site] = _as_indices(_around(rest, test, strata, validation, rng, len(seen)), subjects)
+    return folds
+
+
+def linked_subjects(subjects: Sequence[str], content_hashes: Sequence[str]) -> list[str]:
+    """For each session the name under which its subject is divided: subjects who share an image get the same one.
+
+    Two subjects with the same image are one person under two names, or a file that was copied to the wrong place.
+    Either way they must not come apart; without such images every subject keeps its own name.
+    """
+    leader = {subject: subject for subject in subjects}
+
+    def find(name: str) -> str:
+        while leader[name] != name:
+            leader[name] = leader[leader[name]]
+            name = leader[name]
+        return name
+
+    first: dict[str, str] = {}
+    for subject, content in zip(subjects, content_hashes, strict=True):
+        one, other = sorted((find(subject), find(first.setdefault(content, subject))))
+        leader[other] = one
+    return [find(subject) for subject in subjects]
+
+
+def require_disjoint(split: Mapping[str, np.ndarray], subjects: Sequence[str]) -> None:
+    """Fail if two parts share a subject.
+
+    Raises:
+        UsageError: names the parts and a subject count.
+    """
+    members = {part: {subjects[i] for i in index} for part, index in split.items()}
+    for (first, second), shared in shared_counts(members).items():
+        if shared:
+            raise UsageError(
+                f"the parts {first!r} and {second!r} of the split share subjects",
+                got=f"{shared} shared",
+                expected="none",
+                remedy="Split by subject",
+            )
+
+
+def shared_counts(members: Mapping[str, set[str]]) -> dict[tuple[str, str], int]:
+    """For each pair of parts, how many subjects are in both."""
+    return {(one, other): len(members[one] & members[other]) for one, other in combinations(members, 2)}
+
+
+def _as_indices(assigned: Mapping[str, Sequence[str]], subjects: Sequence[str]) -> dict[str, np.ndarray]:
+    part_of = {name: part for part, members in assigned.items() for name in members}
+    parts = np.array([part_of.get(subject, "") for subject in subjects], dtype=object)
+    split = {part: np.flatnonzero(parts == part) for part in assigned}
+    require_disjoint(split, subjects)
+    return split
+
+
+def _around(
+    rest: list[str],
+    test: list[str],
+    strata: Mapping[str, tuple[str, ...]],
+    validation: float,
+    rng: np.random.Generator,
+    num_subjects: int | None = None,
+) -> dict[str, list[str]]:
+    """The parts of a fold whose test part is known: a share of all subjects is taken from the rest to validate."""
+    count = 0
+    if validation:
+        count = max(1, round(validation * (num_subjects or len(rest) + len(test))))
+    if count >= len(rest) or not 0 <= validation < 1:
+        raise UsageError(
+            "no subject is left to train on", where="validation", got=validation, remedy="Ask for a smaller share"
+        )
+    if not count:
+        return {"train": rest, "test": test}
+    return {**_divide(rest, strata, {"train": len(rest) - count, "validation": count}, rng), "test": test}
+
+
+def _strata(subjects: Sequence[str], stratify: Labels | None) -> dict[str, tuple[str, ...]]:
+    """Subject → its stratum, one word per column."""
+    names = sorted(set(subjects))
+    if stratify is None:
+        return {name: () for name in names}
+    columns = list(stratify.values()) if isinstance(stratify, Mapping) else [stratify]
+    words = [_words(_label_per_subject(subjects, column)) for column in columns]
+    return {name: tuple(word[name] for word in words) for name in names}
+
+
+def _label_per_subject(subjects: Sequence[str], labels: Sequence[Any]) -> dict[str, Any]:
+    """A subject's most frequent label, of several the smallest; None where all are missing."""
+    counts: dict[str, Counter] = {subject: Counter() for subject in subjects}
+    for subject, label in zip(subjects, labels, strict=True):
+        if not _missing(label):
+            counts[subject][label] += 1
+    chosen: dict[str, Any] = {}
+    for subject, found in counts.items():
+        most = max(found.values(), default=0)
+        often = [label for label, count in found.items() if count == most]
+        numbers = all(isinstance(label, (int, float, np.number)) for label in often)
+        chosen[subject] = min(often, key=None if numbers else str) if often else None
+    return chosen
+
+
+def _words(labels: Mapping[str, Any]) -> dict[str, str]:
+    numbers = as_numbers(list(labels.values()))
+    if numbers is None:
+        return {name: "" if _missing(label) else str(label) for name, label in labels.items()}
+    edges = np.quantile(np.sort(numbers[~np.isnan(numbers)]), [0.2, 0.4, 0.6, 0.8])
+    return {
+        name: "" if np.isnan(number) else str(int(np.searchsorted(edges, number)))
+        for name, number in zip(labels, numbers, strict=True)
+    }
+
+
+def as_numbers(labels: Sequence[Any]) -> np.ndarray | None:
+    """A column as numbers, missing ones NaN; None if it has other values, or so few that they are classes."""
+    series = pd.Series(list(labels), dtype=object)
+    numbers = pd.to_numeric(series, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+    numbers = np.where(np.isfinite(numbers), numbers, np.nan)
+    odd = np.isnan(numbers) & ~np.array([_missing(label) for label in labels], dtype=bool)
+    return None if odd.any() or len(set(numbers[~np.isnan(numbers)])) <= MOST_LABELS else numbers
+
+
+def _missing(label: Any) -> bool:
+    return label is None or label is pd.NA or label == "" or label != label or label in (np.inf, -np.inf)
+
+
+def label_text(label: Any) -> str:
+    """A label as a word: 1.0 as "1", nothing as "missing"."""
+    if _missing(label):
+        return "missing"
+    if isinstance(label, (float, np.floating)) and float(label).is_integer():
+        return str(int(label))
+    return str(label)
+
+
+def _divide(
+    names: list[str], strata: Mapping[str, tuple[str, ...]], sizes: dict[str, int], rng: np.random.Generator
+) -> dict[str, list[str]]:
+    """Deal subjects to parts of these sizes: stratum after stratum, shuffled within, evenly along that line."""
+    shuffled = [names[int(index)] for index in rng.permutation(len(names))]
+    return _deal(sorted(shuffled, key=lambda name: strata[name]), sizes, strata)
+
+
+def _evenly(names: list[str], strata: Mapping[str, tuple[str, ...]], rng: np.random.Generator) -> list[str]:
+    """An order of which every beginning has about the mix of the whole."""
+    members: dict[tuple[str, ...], list[str]] = {}
+    for index in rng.permutation(len(names)):
+        members.setdefault(strata[names[int(index)]], []).append(names[int(index)])
+    place = {
+        name: ((rank + 0.5) / len(line), stratum) for stratum, line in members.items() for rank, name in enumerate(line)
+    }
+    return sorted(place, key=lambda name: place[name])
+
+
+def _part_sizes(count: int, shares: list[float]) -> list[int]:
+    """Largest-remainder rounding, at least one subject each."""
+    exact = np.asarray(shares) * count
+    sizes = np.maximum(np.floor(exact + 1e-9).astype(int), 1)
+    while sizes.sum() < count:
+        sizes[(exact - sizes).argmax()] += 1
+    while sizes.sum() > count:
+        sizes[np.where(sizes > 1, sizes - exact, -np.inf).argmax()] -= 1
+    return [int(size) for size in sizes]
+
+
+def _deal(order: list[str], sizes: dict[str, int], strata: Mapping[str, tuple[str, ...]]) -> dict[str, list[str]]:
+    """Deal the line out: each subject goes to the open part that is furthest behind its share.
+
+    A single column needs no more than the count of all: its strata lie one after the other on the line. With several
+    columns a part is also behind in each label of the subject and in their combination.
+    """
+    assigned: dict[str, list[str]] = {part: [] for part in sizes}
+    seen: Counter = Counter()
+    dealt: Counter = Counter()
+    for name in order:
+        stratum = strata[name]
+        groups: list[Any] = [()]
+        if len(stratum) > 1:
+            groups += [*enumerate(stratum), ("all", *stratum)]
+        seen.update(groups)
+        behind = {
+            part: sum(size * seen[group] / len(order) - dealt[part, group] for group in groups)
+            for part, size in sizes.items()
+            if len(assigned[part]) < size
+        }
+        part = max(behind, key=lambda part: behind[part])
+        assigned[part].append(name)
+        dealt.update((part, group) for group in groups)
+    return assigned

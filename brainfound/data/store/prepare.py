@@ -1,0 +1,208 @@
+"""Preparing a cohort: scans → stacks → a store, once, on one machine or many."""
+
+from __future__ import annotations
+
+import errno
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from brainfound.data.cohort import Cohort, Session
+from brainfound.data.hooks import Hook, describe, load_hooks
+from brainfound.data.preprocessing.settings import Preprocessing
+from brainfound.data.store.executors import Executor, run_jobs
+from brainfound.data.store.folder import StoreFolder, partial_of
+from brainfound.data.store.plan import (
+    Key,
+    Shard,
+    Sources,
+    existing_store,
+    next_file_number,
+    only_one_writer,
+    plan_shards,
+    remove_folder,
+    require_disk_space,
+    require_place,
+)
+from brainfound.data.store.store import Store
+from brainfound.data.store.writer import Parts, ShardJob, assemble, put_in_place, require_sessions, write_shard
+from brainfound.errors import StoreError, UsageError
+
+Progress = Callable[[int, int], None]
+
+
+def prepare(
+    source: str | Path | Cohort,
+    out: str | Path,
+    preprocessing: Preprocessing | None = None,
+    workers: int = 1,
+    *,
+    mask: str = "mask",
+    hooks: Sequence[str | Path | Hook] = (),
+    hooks_done: bool = False,
+    overwrite: bool = False,
+    keep_ids: bool = False,
+    executor: Executor = "processes",
+    scheduler: str | None = None,
+    progress: Progress | None = None,
+) -> Store:
+    """Prepare a cohort once, as a store.
+
+    Sessions that the store has already are not prepared again: a repeated call does nothing, new sessions are added,
+    changed covariates are taken over, and an unfinished run is gone on with.
+
+    Args:
+        source: a cohort, or what `Cohort.read` recognises. DICOM is converted into ``OUT.nifti`` first.
+        out: the store's folder.
+        preprocessing: how scans become stacks; the defaults if None.
+        workers: processes of this machine.
+        mask: which label-map column of the cohort becomes the stack's mask (``"mask"``, ``"dseg"``, …).
+        hooks: tools that are run on each scan first, such as ``"synthstrip"``, see `brainfound.data.hooks`.
+        hooks_done: the hooks that ``preprocessing`` names were run on the files before; none is run.
+        overwrite: replace a store of other preprocessing; follow a source whose sessions went or changed; prepare again
+            the sessions whose bytes are damaged or of which a file was rejected.
+        keep_ids: name subjects on the contact sheet.
+        executor: ``"processes"``, or ``"dask"`` for the workers of a dask cluster.
+        scheduler: the address of dask's scheduler.
+        progress: called with (sessions done, sessions in all).
+
+    Raises:
+        CohortError: the source is not recognised or holds no scans.
+        UsageError: no such mask, hook or executor.
+        StoreError: another store is at ``out``, the disk will not hold it, or not one session could be used.
+    """
+    out = require_place(out)
+    cohort = source if isinstance(source, Cohort) else Cohort.read(source, work=out.with_name(out.name + ".nifti"))
+    loaded = load_hooks(hooks)
+    preprocessing = _with_hooks(preprocessing or Preprocessing(), loaded, hooks_done)
+    if mask != "mask" and mask not in cohort.mask_columns:
+        raise UsageError(f"no label maps named {mask!r}", where="mask", expected=", ".join(cohort.mask_columns))
+    sessions = {(session.subject, session.session): _absolute(session) for session in cohort.sessions()}
+    partial = partial_of(out)
+    with only_one_writer(out):
+        sources = Sources.of(list(sessions.values()), cohort.root.absolute(), preprocessing, mask, loaded)
+        existing = existing_store(out, sources, overwrite)
+        if existing is None and _is_finished(partial, sources):
+            # It was made, and could not be put in place.
+            put_in_place(partial, out)
+            return Store.open(out)
+        known = None if existing is None else Sources.read(out, sources.settings)
+        kept = {key for key, files in sources.files.items() if known is not None and known.files.get(key) == files}
+        if existing is not None and overwrite:
+            kept -= _to_mend(existing)
+        todo = [key for key in sessions if key not in kept]
+        if known == sources and not todo:
+            remove_folder(partial)
+            return Store.open(out)
+        shards = plan_shards(partial, sources, todo, next_file_number(out))
+        jobs = _jobs(shards, sessions, partial, preprocessing, mask, cohort.root.absolute(), loaded, sources.settings)
+        try:
+            require_disk_space(out, [session for job in jobs for session in job.sessions], preprocessing)
+        except StoreError:
+            if len(jobs) == len(shards):
+                remove_folder(partial)
+            raise
+        total = len(sessions)
+        done = total - sum(len(job.sessions) for job in jobs)
+        if progress:
+            progress(done, total)
+        try:
+            for job in run_jobs(jobs, write_shard, workers=workers, executor=executor, scheduler=scheduler):
+                done += len(job.sessions)
+                if progress:
+                    progress(done, total)
+            parts = Parts.of_shards(shards, partial) + Parts.of_source(cohort)
+            if existing is not None:
+                number = max([next_file_number(out), *(shard.number + 1 for shard in shards)])
+                parts = Parts.kept_of(existing, kept, partial / "slices", number) + parts
+            if not parts.rows:
+                remove_folder(partial)
+            require_sessions(parts, out, keep_ids)
+            sources.write(partial)
+            facts: dict[str, Any] = {
+                "settings": sources.settings,
+                "source": cohort.source,
+                "source_notes": list(cohort.notes),
+                "mask": mask,
+                "hooks": describe(loaded) or [{"name": name, "done_before": True} for name in preprocessing.hooks],
+            }
+            covariates = {key: session.covariates for key, session in sessions.items()}
+            assemble(parts, covariates, partial, preprocessing, facts, keep_ids=keep_ids)
+            put_in_place(partial, out)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise StoreError(
+                "the disk is full", where=out, remedy="Free some space and repeat the command: what was done is kept"
+            ) from None
+    return Store.open(out)
+
+
+def _absolute(session: Session) -> Session:
+    """With paths that mean the same in every worker, wherever it was started."""
+    return replace(
+        session,
+        scans={name: file.absolute() for name, file in session.scans.items()},
+        masks={name: file.absolute() for name, file in session.masks.items()},
+        extra_scans=tuple((name, file.absolute()) for name, file in session.extra_scans),
+    )
+
+
+def _is_finished(partial: Path, sources: Sources) -> bool:
+    if not (partial / "store.json").is_file():
+        return False
+    try:
+        same = StoreFolder(partial).facts["settings"] == sources.settings
+        return bool(same and Sources.read(partial, sources.settings) == sources)
+    except (StoreError, OSError, ValueError):
+        return False
+
+
+def _to_mend(folder: StoreFolder) -> set[Key]:
+    """Sessions whose bytes were changed or lost, and those of which a file was refused: it may be readable now."""
+    store = Store([folder], folder.table)
+    rows = store.sessions.iloc[store.damaged_sessions()]
+    refused = store.rejected
+    return {
+        *zip(rows["subject"], rows["session"], strict=True),
+        *zip(refused["subject"], refused["session"], strict=True),
+    }
+
+
+def _with_hooks(preprocessing: Preprocessing, hooks: Sequence[Hook], hooks_done: bool) -> Preprocessing:
+    """The preprocessing that remembers the hooks; one that does already (of a model) must not get others."""
+    names = tuple(hook.name for hook in hooks)
+    if preprocessing.hooks and not (hooks_done and not names):
+        preprocessing.require_hooks(names)
+    return preprocessing.model_copy(update={"hooks": names or preprocessing.hooks})
+
+
+def _jobs(
+    shards: Sequence[Shard],
+    sessions: Mapping[Key, Session],
+    partial: Path,
+    preprocessing: Preprocessing,
+    mask: str,
+    root: Path,
+    hooks: tuple[Hook, ...],
+    settings: str,
+) -> list[ShardJob]:
+    run = uuid.uuid4().hex[:8]
+    # Workers need to know the files; what is known of the subjects stays here.
+    return [
+        ShardJob(
+            shard=shard,
+            sessions=tuple(sessions[key] for key in shard.keys),
+            partial=partial,
+            preprocessing=preprocessing,
+            mask=mask,
+            root=root,
+            hooks=hooks,
+            settings=settings,
+            key=f"brainfound-{run}-{shard.number}",
+        )
+        for shard in shards
+        if not shard.done_in(partial)
+    ]

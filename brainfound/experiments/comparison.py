@@ -1,0 +1,199 @@
+"""Finished fine-tuning runs as systems to compare: their tables of cases, seeds and folds put together.
+
+A folder is one run; or that of many runs (folds, seeds, several systems, with ``scores.tsv``); or of one of their folds
+(``seed-0/``, ``seed-1/``). The test parts of folds that differ in them are put one below the other; seeds stay apart,
+since a system's score is the mean over them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from brainfound.data.store import Store
+from brainfound.errors import UsageError
+from brainfound.finetuning.scoring import CASES_FILE, FROZEN_CASES_FILE, SUBJECT_ROW
+from brainfound.metrics.scores import IN_TABLES
+from brainfound.training.run_folder import FACTS_FILE
+
+RUNS_FILE = "scores.tsv"
+"""In the folder of many runs: one row per run."""
+
+
+@dataclass(frozen=True)
+class ComparedRuns:
+    """Systems that were asked the same.
+
+    Attributes:
+        systems: name → one table of cases per seed, in the order given; as `brainfound.evaluate.compare` takes them.
+        task, target: what they answer.
+        metrics: those that tables show.
+    """
+
+    systems: dict[str, list[pd.DataFrame]]
+    task: str
+    target: str
+    metrics: list[str]
+
+
+def read_systems(folders: Sequence[Path], *, frozen: bool = False, store: Store | None = None) -> ComparedRuns:
+    """Read what is to be compared.
+
+    Args:
+        folders: of runs, see above. Runs on one store are compared by the rows of their sessions, others by names,
+            which they must have kept (``--keep-ids``).
+        frozen: put the frozen baseline of the first system in front of it.
+        store: of the runs, for those whose table of cases does not say yet which sessions are of one subject.
+
+    Raises:
+        UsageError: a folder without finished runs, the same one twice, a single system, other tasks, targets or stores,
+            or a table that does not say enough.
+    """
+    places = [folder.resolve() for folder in folders]
+    twice = [folder for k, folder in enumerate(folders) if places[k] in places[:k]]
+    if twice:
+        raise UsageError("the same runs twice", where=twice[0], remedy="Give each folder once")
+    found = {name: seeds for folder in folders for name, seeds in _systems_in(folder).items()}
+    if len(found) + frozen < 2:
+        remedy = "Give two runs or more, or --frozen for the frozen baseline"
+        raise UsageError(
+            "one run has nothing to be compared with", where=folders[0] if folders else None, remedy=remedy
+        )
+    runs = {name: [run for seed in seeds for run in seed] for name, seeds in found.items()}
+    facts = {name: [_facts(run) for run in of_system] for name, of_system in runs.items()}
+    _require_one_question(facts)
+    by_name = len({fact["data_hash"] for of_system in facts.values() for fact in of_system}) > 1
+    if by_name and store is not None:
+        raise UsageError("the runs are of several stores", where="--data", remedy="Leave it out")
+    first = next(iter(found))
+    if store is not None and store.content_hash != facts[first][0]["data_hash"]:
+        raise UsageError("not the store of the runs", where=store.path, remedy="Give the store that they learnt from")
+    asked = [(f"{first}, frozen", found[first], FROZEN_CASES_FILE)] if frozen else []
+    asked += [(name, seeds, CASES_FILE) for name, seeds in found.items()]
+    systems = {
+        name: [_table([run / file for run in seed], by_name, store) for seed in seeds] for name, seeds, file in asked
+    }
+    target = facts[first][0]["target"]
+    tables = [table for seeds in systems.values() for table in seeds]
+    return ComparedRuns(systems, target["task"], target["column"], _metrics(target["task"], tables))
+
+
+def _systems_in(folder: Path) -> dict[str, list[list[Path]]]:
+    """Name → for each seed the runs of all folds."""
+    if (folder / RUNS_FILE).is_file():
+        return _systems_of_many(folder)
+    if (folder / CASES_FILE).is_file():
+        return {str(folder): [[folder]]}
+    seeds = sorted(path.parent for path in folder.glob(f"seed-*/{CASES_FILE}"))
+    if not seeds:
+        raise UsageError(
+            "there is no finished fine-tuning run",
+            where=folder,
+            expected=f"a folder with {CASES_FILE}, or with {RUNS_FILE} of many runs",
+            remedy="Give the folder that finetune wrote, and end the run with --resume if it was cut off",
+        )
+    return {str(folder): [[run] for run in seeds]}
+
+
+def _systems_of_many(folder: Path) -> dict[str, list[list[Path]]]:
+    table = pd.read_csv(folder / RUNS_FILE, sep="\t", dtype={"system": str, "group": str, "fold": str, "run": str})
+    several = "system" in table and table["system"].nunique() > 1
+    systems = {}
+    for name, of_system in table.groupby("system", sort=False) if several else [("", table)]:
+        where = f"{folder}: {name}" if name else str(folder)
+        groups = of_system["group"].unique()
+        if len(groups) > 1:
+            raise UsageError(
+                "the folder holds runs that learnt from different numbers of subjects",
+                where=where,
+                got=", ".join(groups),
+                expected="one of them",
+                remedy=f"Give {(folder / of_system['run'].iloc[0]).parent}",
+            )
+        seeds = {seed: part.sort_values("fold") for seed, part in of_system.groupby("seed")}
+        folds = {tuple(part["fold"]) for part in seeds.values()}
+        if len(folds) > 1:
+            remedy = "End them: the same finetune command with --resume"
+            raise UsageError("not every seed has all folds", where=where, remedy=remedy)
+        systems[where] = [[folder / run for run in part["run"]] for part in seeds.values()]
+    return systems
+
+
+def _facts(run: Path) -> dict[str, Any]:
+    """What run.json says of a run of fine-tuning."""
+    file = run / FACTS_FILE
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+        if facts["kind"] != "finetune":
+            raise UsageError("not a run of fine-tuning", where=run, got=facts["kind"])
+        return {"data_hash": facts["data_hash"], "target": facts["target"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            "the facts of a run cannot be read", where=file, got=f"{type(error).__name__}: {error}"
+        ) from None
+
+
+def _require_one_question(facts: dict[str, list[dict[str, Any]]]) -> None:
+    """Refuse other tasks and other targets."""
+    first, *_ = facts
+    expected = facts[first][0]["target"]
+    for name, of_system in facts.items():
+        for key, what in (("task", "another task"), ("column", "another target")):
+            other = [fact["target"][key] for fact in of_system if fact["target"][key] != expected[key]]
+            if other:
+                raise UsageError(f"{what} than {first}", where=name, got=other[0], expected=expected[key])
+
+
+def _table(files: Sequence[Path], by_name: bool, store: Store | None) -> pd.DataFrame:
+    """The cases of one seed, each known by its subject and its session."""
+    cases = pd.concat([_read(file) for file in files], ignore_index=True)
+    where = files[0]
+    if by_name:
+        if not {"subject", "session"} <= set(cases.columns):
+            raise UsageError(
+                "the runs are of different stores, and the rows of one say nothing of the other's",
+                where=where,
+                expected="the names of subjects and sessions",
+                remedy="Fine-tune with --keep-ids",
+            )
+        return cases.drop(columns=["row", SUBJECT_ROW], errors="ignore")
+    if store is not None:
+        names = store.sessions["subject"].iloc[cases["row"]]
+    elif SUBJECT_ROW in cases or "subject" in cases:
+        names = cases[SUBJECT_ROW if SUBJECT_ROW in cases else "subject"]
+    else:
+        raise UsageError(
+            "the table does not say which sessions are of one subject",
+            where=where,
+            got="a run from before it was written down",
+            remedy="Give the store of the runs with --data",
+        )
+    # A number that every table of the same cases gives the subject, whatever it calls it.
+    subjects = cases.groupby(names.to_numpy())["row"].transform("min")
+    return cases.drop(columns=["session", SUBJECT_ROW], errors="ignore").assign(subject=subjects)
+
+
+def _read(file: Path) -> pd.DataFrame:
+    if not file.is_file():
+        frozen = file.name == FROZEN_CASES_FILE
+        raise UsageError(
+            "the run has no frozen baseline" if frozen else "the run has not ended",
+            where=file.parent,
+            expected=file.name,
+            remedy="Fine-tune with frozen_baseline=true" if frozen else "End it with --resume",
+        )
+    # A class may be called NA, and 01 is not 1.
+    text = {"truth": str, "subject": str, "session": str}
+    return pd.read_csv(file, sep="\t", dtype=text, keep_default_na=False, na_values=[""])
+
+
+def _metrics(task: str, tables: Sequence[pd.DataFrame]) -> list[str]:
+    """The metrics that tables show; of a segmentation those that every system has a case for."""
+    if task != "segmentation":
+        return list(IN_TABLES[task])
+    return [name for name in IN_TABLES[task] if all(name in t and t[name].notna().any() for t in tables)]

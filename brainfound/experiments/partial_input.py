@@ -1,0 +1,163 @@
+"""Contrasts that are absent in training, beside contrasts that are absent in the test only.
+
+The model of all contrasts is asked with some withheld (absent in the test); another model never saw those (absent in
+training). Both answer about the same sessions: the test sessions that have every contrast. A session that lacks one
+would be counted for some subsets and not for others, and scores of different sessions cannot be compared.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from brainfound.adapters.bundle import Bundle, load_bundle
+from brainfound.data.splits.split_file import Split
+from brainfound.data.store import Store
+from brainfound.errors import ModelError, UsageError
+from brainfound.finetuning.frozen_baseline import FrozenBaseline, frozen_of, score_frozen, scoring_of
+from brainfound.finetuning.scoring import FROZEN_CASES_FILE, score_sessions
+from brainfound.finetuning.targets import Target, labelled_sessions
+from brainfound.metrics.scores import HEADLINE
+from brainfound.metrics.summaries import (
+    baselines_of,
+    beside,
+    columns_of,
+    drop,
+    headline_of_cases,
+    non_empty_subsets,
+    numbers_of,
+    sizes_of,
+    spread_of,
+)
+from brainfound.training.checkpoint import write_atomically
+from brainfound.training.engine import process_state
+from brainfound.training.run_folder import EXPORT_FOLDER
+
+ABSENCE_FILE = "partial_input.json"
+"""In a run's folder: the scores on the sessions that have every contrast."""
+NONE, TEST, TRAINING = "none", "test", "training"
+"""Where the other contrasts are absent."""
+
+
+def complete_sessions(store: Store, sessions: np.ndarray, contrasts: Sequence[str], fold: str) -> np.ndarray:
+    """The sessions that have every contrast.
+
+    Raises:
+        UsageError: there is none.
+    """
+    complete = sessions[store.present[sessions][:, np.isin(store.contrasts, list(contrasts))].all(axis=1)]
+    if not len(complete):
+        raise UsageError(
+            "no test session has every contrast, so that none could be withheld from all alike",
+            where=f"fold {fold}",
+            got=f"{len(sessions)} test sessions",
+            expected=f"one with {', '.join(contrasts)}",
+            remedy="Leave a contrast out: --set 'contrasts=[…]'",
+        )
+    return complete
+
+
+def score_absence(
+    run: Path, store: Store, split: Split, fold: str, contrasts: Sequence[str], subset: Sequence[str] | None
+) -> None:
+    """Score the model of a finished run on the test sessions that have every contrast; once.
+
+    Args:
+        run: its folder, which gets ``partial_input.json``.
+        store: of all contrasts.
+        split, fold: by which the run was divided.
+        contrasts: all contrasts of the experiment.
+        subset: what the model saw; None for the model of all, which is asked about every subset.
+    """
+    if (run / ABSENCE_FILE).is_file():
+        return
+    bundle = load_bundle(run / EXPORT_FOLDER)
+    target = Target.from_dict(bundle.labels)
+    labelled = labelled_sessions(store, target.column)
+    test = np.intersect1d(split.sessions(store, fold)["test"], labelled)
+    sessions = complete_sessions(store, test, contrasts, fold).tolist()
+    model = bundle.model.to(process_state().device)
+    frozen = None if subset is not None else _frozen_of(bundle, target)
+    results = []
+    for shown in non_empty_subsets(contrasts) if subset is None else [tuple(subset)]:
+        without = [name for name in store.contrasts if name not in shown]
+        scored = score_sessions(
+            model, store, sessions, target, bundle.metadata["num_slices"], without, scoring=scoring_of(bundle)
+        )
+        absence = TRAINING if subset is not None else NONE if len(shown) == len(contrasts) else TEST
+        results.append({"contrasts": list(shown), "absence": absence, "num_left_out": len(test) - len(sessions)})
+        results[-1] |= scored.to_dict()
+        if absence != TEST and (run / FROZEN_CASES_FILE).is_file():
+            results[-1]["frozen"] = _frozen_scores(run, target.task, sessions)
+        elif frozen is not None:
+            asked = score_frozen(frozen, store, sessions, without, scoring=scoring_of(bundle))
+            results[-1] = replace(scored, frozen=asked.scores).to_dict() | results[-1]
+    write_atomically(run / ABSENCE_FILE, json.dumps(results, indent=1) + "\n")
+
+
+def _frozen_of(bundle: Bundle, target: Target) -> FrozenBaseline | None:
+    """The frozen baseline, where the bundle has one and the backbone that it is of."""
+    try:
+        return frozen_of(bundle, target, process_state().device)
+    except ModelError:
+        return None  # as of full fine-tuning; the page then has no such column in these rows
+
+
+def _frozen_scores(run: Path, task: str, sessions: Sequence[int]) -> dict[str, float | None]:
+    """The headline score of a run's frozen baseline on some of its test sessions."""
+    # A class may be called NA, and 01 is not 1.
+    cases = pd.read_csv(run / FROZEN_CASES_FILE, sep="\t", dtype={"truth": str}, keep_default_na=False, na_values=[""])
+    score = headline_of_cases(task, cases[cases["row"].isin(sessions)])
+    return {HEADLINE[task]: None if np.isnan(score) else score}
+
+
+def absence_rows(folder: Path, table: pd.DataFrame) -> pd.DataFrame:
+    """The scores of `score_absence` of all runs of a table: one row per run and subset.
+
+    ``drop`` is how much worse the headline score is than that of full input, of the same fold and seed.
+    """
+    rows: list[dict[str, Any]] = []
+    full: dict[tuple[str, int], float] = {}
+    for run in table.to_dict(orient="records"):
+        for content in json.loads((folder / run["run"] / ABSENCE_FILE).read_text(encoding="utf-8")):
+            scores, key = numbers_of(content["scores"]), (run["fold"], run["seed"])
+            headline = scores[HEADLINE[content["task"]]]
+            if content["absence"] == NONE:
+                full[key] = headline  # the first of its fold and seed
+            rows.append(
+                {
+                    "contrasts": ", ".join(content["contrasts"]),
+                    "absence": content["absence"],
+                    "task": content["task"],
+                    **{name: run[name] for name in ("group", "fold", "seed", "num_train")},
+                    "num_test": content["num_sessions"],
+                    "num_left_out": content["num_left_out"],
+                    "drop": drop(content["task"], full[key], headline),
+                    **scores,
+                    **beside(baselines_of(content), list(scores)),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def summarise_absence(rows: pd.DataFrame) -> pd.DataFrame:
+    """Mean and spread of the headline score of each subset and kind of absence, with the mean drop and its spread."""
+    _, baselines = columns_of(rows)
+    headline = HEADLINE[rows["task"].iloc[0]]
+    found = []
+    for (contrasts, absence), part in rows.groupby(["contrasts", "absence"], sort=False):
+        found.append(
+            {"contrasts": contrasts, "absence": absence, "score": headline}
+            | spread_of(part, headline, baselines)
+            | {"drop": part["drop"].mean(), "std_drop": part["drop"].std(ddof=1), "num_runs": len(part)}
+            | {**sizes_of(part), "num_left_out": float(part["num_left_out"].mean())}
+        )
+    # The two kinds of absence of a subset one below the other.
+    order = {name: place for place, name in enumerate(dict.fromkeys(rows["contrasts"]))}
+    return pd.DataFrame(sorted(found, key=lambda row: order[row["contrasts"]]))

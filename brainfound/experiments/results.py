@@ -1,0 +1,167 @@
+"""What the folder of an experiment holds beside its runs: tables, summary, cases and the page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from brainfound.data.splits.split_file import Split
+from brainfound.data.store import Store
+from brainfound.errors import UsageError
+from brainfound.experiments.folder import CASES_FILE, PARTIAL_FILE, SCHEMA, SUMMARY_FILE, TABLE_FILE
+from brainfound.experiments.page import write_page as draw_page
+from brainfound.experiments.partial_input import absence_rows, summarise_absence
+from brainfound.experiments.systems import System
+from brainfound.finetuning.recipe import FinetuneRecipe
+from brainfound.finetuning.scoring import read_scores
+from brainfound.metrics.scores import HEADLINE
+from brainfound.metrics.summaries import BY, baselines_of, beside, columns_of, numbers_of, records, summarise
+from brainfound.training.checkpoint import write_atomically
+from brainfound.training.run_folder import versions
+
+SPLIT_FILE = "split.json"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What was asked: everything that the summary says beside the scores."""
+
+    kind: str
+    """``repeated``, ``comparison`` or ``partial input``."""
+    recipe: FinetuneRecipe
+    """Of the first system."""
+    target: str
+    task: str
+    store: Store
+    split: Split
+    systems: Sequence[System]
+    seeds: Sequence[int]
+    num_planned: int
+    command: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        recipe, store = self.recipe, self.store
+        return {
+            "schema": SCHEMA,
+            "kind": self.kind,
+            "target": self.target,
+            "task": self.task,
+            "headline": HEADLINE[self.task],
+            "command": self.command,
+            "recipe": {
+                "name": recipe.name,
+                "steps": recipe.engine.steps,
+                "batch_size": recipe.engine.batch_size,
+                "num_slices": recipe.num_slices,
+                "aggregator": None if self.task == "segmentation" else recipe.aggregator,
+                "decoder": recipe.decoder if self.task == "segmentation" else None,
+                "lr": recipe.optim.lr,
+                "head_lr": recipe.optim.head_lr,
+                "contrast_dropout": recipe.augmentation.contrast_dropout,
+                "cached_embeddings": recipe.cached_embeddings,
+            },
+            "systems": [
+                {
+                    "name": system.name,
+                    "model": system.start,
+                    "adapter": recipe.adapter if system.adapter is None else Path(system.adapter).stem,
+                    "overrides": list(system.overrides),
+                    "contrasts": None if system.contrasts is None else list(system.contrasts),
+                }
+                for system in self.systems
+            ],
+            "seeds": list(self.seeds),
+            "data": {
+                "data_hash": store.content_hash,
+                "num_sessions": len(store),
+                "num_subjects": int(store.sessions["subject"].nunique()),
+                "contrasts": {
+                    name: int(count) for name, count in zip(store.contrasts, store.present.sum(axis=0), strict=True)
+                },
+            },
+            "split": {
+                "kind": self.split.made.get("kind"),
+                "sha256": self.split.to_dict()["sha256"],
+                "num_folds": len(self.split.folds),
+                "seed": self.split.seed,
+            },
+            "num_planned": self.num_planned,
+            "versions": versions(),
+        }
+
+
+def row_of(
+    run: Path, folder: Path, system: System, recipe: FinetuneRecipe, group: str, fold: str, seed: int
+) -> dict[str, Any]:
+    """One run as a row of ``scores.tsv``."""
+    content = read_scores(run)
+    parts = Split.load(run / "splits.json").counts["single"]
+    scores = numbers_of(content["scores"])
+    return {
+        **({"system": system.name} if system.name else {}),
+        "model": system.start,
+        "adapter": Path(recipe.adapter).stem,
+        **({} if system.contrasts is None else {"contrasts": ", ".join(system.contrasts)}),
+        "group": group,
+        "fold": fold,
+        "seed": seed,
+        "run": run.relative_to(folder).as_posix(),
+        "task": content["task"],
+        "num_train": parts["train"]["num_sessions"],
+        "num_test": content["num_sessions"],
+        **scores,
+        **beside(baselines_of(content), list(scores)),
+    }
+
+
+def write(folder: Path, table: pd.DataFrame, asked: Experiment) -> None:
+    """Write scores.tsv and summary.json of the runs that are done."""
+    write_atomically(folder / TABLE_FILE, table.to_csv(sep="\t", index=False))
+    content = asked.to_dict() | {"num_runs": len(table), "baselines": columns_of(table)[1]}
+    content["scores"] = records(summarise(table))
+    if asked.kind == "partial input":
+        absence = absence_rows(folder, table)
+        write_atomically(folder / PARTIAL_FILE, absence.to_csv(sep="\t", index=False))
+        content["partial_input"] = records(summarise_absence(absence))
+    write_atomically(folder / SUMMARY_FILE, json.dumps(content, indent=1) + "\n")
+
+
+def write_page(folder: Path, table: pd.DataFrame, store: Store, keep_ids: bool) -> None:
+    """Write cases.tsv of all runs, and the page.
+
+    Args:
+        keep_ids: name subjects and sessions; otherwise subjects are numbered.
+    """
+    names = store.sessions["subject"].astype(str)
+    who = names if keep_ids else pd.Series(pd.factorize(names)[0], index=names.index)
+    parts = []
+    for run in table.itertuples():
+        cases = pd.read_csv(folder / str(run.run) / CASES_FILE, sep="\t", dtype={"truth": str})
+        cases = cases.drop(columns=[name for name in ("subject", "session") if name in cases])
+        cases.insert(0, "subject", who.iloc[cases["row"]].to_numpy())
+        keys = {name: getattr(run, name) for name in (*BY, "fold", "seed") if name in table}
+        parts.append(pd.concat([pd.DataFrame([keys] * len(cases)), cases], axis=1))
+    write_atomically(folder / CASES_FILE, pd.concat(parts, ignore_index=True).to_csv(sep="\t", index=False))
+    draw_page(folder)
+
+
+def require_same_kind(folder: Path, asked: str) -> None:
+    """Refuse to go on with an experiment of another kind, whose runs lie elsewhere in the folder.
+
+    Raises:
+        UsageError: names both.
+    """
+    file = folder / SUMMARY_FILE
+    if not file.is_file():
+        return
+    before = json.loads(file.read_text(encoding="utf-8")).get("kind", "repeated")
+    if before != asked:
+        raise UsageError(
+            "the folder holds another experiment", where=folder, got=asked, expected=before,
+            remedy="Give another --out",
+        )  # fmt: skip

@@ -1,0 +1,199 @@
+"""Slice embeddings of a store by a frozen encoder: computed once, kept on disk, read by memory map.
+
+A head or a probe on a frozen backbone asks for the same slice embeddings in every epoch. Kept, they make an epoch a
+matter of seconds. The folder of a cache, beside which others may lie:
+
+    slices-32-9f86d081884c7d65/     named by how many slices, and by what they were made of
+        cache.json                  what they were made of: the encoder's weights and settings, the data
+        embeddings.npy              (rows, D) float32, a session's slices in a row
+        done.npy                    (sessions,) bool, the sessions whose rows are written
+
+A session is written once, when it is first asked for, and marked afterwards: a cache that was cut off goes on where
+it was. Nothing is augmented and every contrast that a session has is shown.
+
+Axis legend: B volumes, S slices, D width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from brainfound.adapters.bundle_reader import tensors_hash
+from brainfound.data.batches import collate, even_slices
+from brainfound.data.preprocessing.stack import Stack
+from brainfound.data.store import Store
+from brainfound.errors import ModelError, TrainingError
+from brainfound.models import BrainFoundModel
+
+_SCHEMA = "brainfound-embeddings/1"
+_FACTS, _EMBEDDINGS, _DONE = "cache.json", "embeddings.npy", "done.npy"
+# Of a backbone's configuration: says where it came from or how it is computed, not what.
+_NOT_WHAT = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "_attn_implementation")
+
+
+@dataclass(frozen=True)
+class EmbeddedBatch:
+    """A batch of volumes whose slices are embedded already; the names are those of the models' arguments."""
+
+    slice_embeddings: Float[Tensor, "B S D"]
+    slice_mask: Bool[Tensor, "B S"]
+    positions_mm: Float[Tensor, "B S"]
+
+    def to(self, device: torch.device | str) -> EmbeddedBatch:
+        """The same batch on a device."""
+        return replace(self, **{name: value.to(device) for name, value in vars(self).items()})
+
+    def inputs(self) -> dict[str, Tensor]:
+        """The keyword arguments of a model's forward pass."""
+        return dict(vars(self))
+
+
+class EmbeddingCache:
+    """The slice embeddings of a store by one encoder.
+
+    Args:
+        model: its encoder embeds; it must not change while the cache is used.
+        store: the sessions.
+        folder: where caches lie; this one gets a folder of its own in it.
+        num_slices: evenly spaced slices of each session, the ones that evaluation reads; None: all.
+
+    Raises:
+        ModelError: the store's contrasts are not the model's.
+        TrainingError: what lies there is no cache, or cannot be written.
+    """
+
+    def __init__(self, model: BrainFoundModel, store: Store, folder: str | Path, num_slices: int | None = None) -> None:
+        if tuple(model.config.contrasts) != tuple(store.contrasts):
+            raise ModelError(
+                "the data's contrasts are not the model's",
+                got=", ".join(store.contrasts),
+                expected=", ".join(model.config.contrasts),
+            )
+        self.model, self.store, self.num_slices = model, store, num_slices
+        self._slices = [even_slices(int(n), num_slices) for n in store.sessions["num_slices"]]
+        self._first = np.concatenate([[0], np.cumsum([len(index) for index in self._slices])])
+        facts = self._facts()
+        key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+        self.path = Path(folder) / f"slices-{num_slices or 'all'}-{key}"
+        try:
+            self._embeddings, self._done = self._open(facts)
+        except (OSError, ValueError) as error:
+            raise TrainingError(
+                "the cache of embeddings cannot be used",
+                where=self.path,
+                got=str(error),
+                remedy="Remove this folder; it is made again",
+            ) from error
+
+    def require(self, sessions: Sequence[int], progress: Callable[[int, int], None] | None = None) -> int:
+        """Embed the sessions that are not there yet.
+
+        Args:
+            progress: called with (sessions done, sessions to do).
+
+        Returns:
+            How many were embedded now.
+        """
+        missing = [int(session) for session in sessions if not self._done[int(session)]]
+        for done, session in enumerate(missing, start=1):
+            self._embeddings[self._rows(session)] = self._embed(session)
+            # The mark is written after what it marks.
+            self._embeddings.flush()
+            self._done[session] = True
+            self._done.flush()
+            if progress:
+                progress(done, len(missing))
+        return len(missing)
+
+    def slices(self, session: int) -> Float[np.ndarray, "S D"]:
+        """The slice embeddings of a session, which `require` must have been asked for.
+
+        Raises:
+            TrainingError: it has not.
+        """
+        if not self._done[session]:
+            raise TrainingError("a session is not in the cache", where=self.path, got=f"session of row {session}")
+        return np.asarray(self._embeddings[self._rows(session)])
+
+    def means(self, sessions: Sequence[int]) -> Float[np.ndarray, "n D"]:
+        """Of each session the mean over its slices: what a frozen backbone with mean pooling gives."""
+        return np.stack([self.slices(int(session)).mean(axis=0) for session in sessions])
+
+    def batch(self, sessions: Sequence[int]) -> EmbeddedBatch:
+        """Sessions as a batch, padded to the longest."""
+        parts = [self.slices(int(session)) for session in sessions]
+        length = max(map(len, parts))
+        embeddings = np.zeros((len(parts), length, self._embeddings.shape[1]), dtype=np.float32)
+        mask = np.zeros((len(parts), length), dtype=bool)
+        positions = np.zeros((len(parts), length), dtype=np.float32)
+        for row, (session, part) in enumerate(zip(sessions, parts, strict=True)):
+            embeddings[row, : len(part)] = part
+            mask[row, : len(part)] = True
+            of_stack = self.store.slice_positions_mm[self.store.session_rows(int(session))]
+            positions[row, : len(part)] = of_stack[self._slices[int(session)]]
+        return EmbeddedBatch(torch.from_numpy(embeddings), torch.from_numpy(mask), torch.from_numpy(positions))
+
+    def _rows(self, session: int) -> slice:
+        return slice(int(self._first[session]), int(self._first[session + 1]))
+
+    def _embed(self, session: int) -> Float[np.ndarray, "S D"]:
+        return slice_embeddings(self.model, self.store[session], self._slices[session])
+
+    def _facts(self) -> dict[str, Any]:
+        config = self.model.config
+        backbone = {k: v for k, v in config.backbone_config.to_dict().items() if k not in _NOT_WHAT}
+        return {
+            "schema": _SCHEMA,
+            "encoder": tensors_hash(self.model.encoder.state_dict()),
+            "backbone": backbone,
+            "stem": config.stem,
+            "image_mean": config.image_mean,
+            "image_std": config.image_std,
+            "contrasts": list(config.contrasts),
+            "data_hash": self.store.content_hash,
+            "num_slices": self.num_slices,
+            # Only where they are other than usual: other caches keep the name that they had.
+            **({"slice_features": config.slice_features} if config.slice_features != "cls" else {}),
+            **({"withheld": list(self.store.withheld)} if self.store.withheld else {}),
+        }
+
+    def _open(self, facts: dict[str, Any]) -> tuple[np.memmap, np.memmap]:
+        """The arrays of this cache, made where they are not there."""
+        shape, sessions = (int(self._first[-1]), int(self.model.config.embedding_size)), len(self._slices)
+        if not (self.path / _FACTS).is_file():
+            self.path.mkdir(parents=True, exist_ok=True)
+            np.lib.format.open_memmap(self.path / _EMBEDDINGS, "w+", np.float32, shape).flush()
+            np.lib.format.open_memmap(self.path / _DONE, "w+", bool, (sessions,)).flush()
+            # Last: a cache that was cut off before this is made anew.
+            written = self.path / f".{_FACTS}.{os.getpid()}"
+            written.write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+            written.replace(self.path / _FACTS)
+        embeddings, done = (_writable(self.path / name) for name in (_EMBEDDINGS, _DONE))
+        if embeddings.shape != shape or embeddings.dtype != np.float32 or done.shape != (sessions,):
+            raise ValueError(f"arrays of shape {embeddings.shape} and {done.shape}")
+        return embeddings, done
+
+
+@torch.inference_mode()
+def slice_embeddings(model: BrainFoundModel, stack: Stack, slices: Int[np.ndarray, "S"]) -> Float[np.ndarray, "S D"]:
+    """What a model's encoder says of some slices of a stack. The model is left in eval mode."""
+    model.eval()
+    batch = collate([stack], [slices]).to(next(model.parameters()).device)
+    return model(**batch.inputs()).slice_embeddings[0].float().cpu().numpy()
+
+
+def _writable(file: Path) -> np.memmap:
+    # Read first: to write, a file that was cut off would be filled up with zeros.
+    np.lib.format.open_memmap(file, "r")
+    return np.lib.format.open_memmap(file, "r+")

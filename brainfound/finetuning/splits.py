@@ -1,0 +1,462 @@
+"""Which sessions a run learns from, watches and is scored on; and how a bundle remembers it.
+
+A run folder keeps the subjects of each part by name, in a split file (``splits.json``). A bundle leaves that
+folder, and may be given away: it keeps salted, slow hashes of the identifiers, by which the subjects are known
+again in any store, and hashes of the images, by which they are known under another name. Nobody can read names
+out of a bundle; who already has a list of names can ask which of them are in it, as `evaluate` does.
+
+A store's sessions divided for training: one division, folds, few shots, or one site left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from brainfound.data.splits.dividing import (
+    as_numbers,
+    few_shot,
+    k_folds,
+    label_text,
+    leave_one_site_out,
+    require_disjoint,
+    split_by_subject,
+)
+from brainfound.data.splits.split_file import (
+    PARTS,
+    SINGLE,
+    Members,
+    Split,
+    read_folds,
+    require_no_shared_content,
+    subjects_to_divide,
+)
+from brainfound.data.store import Store
+from brainfound.errors import UsageError
+from brainfound.finetuning.targets import MASK, labelled_sessions, target_columns
+from brainfound.recipes import Recipe
+from brainfound.training import run_folder as run_files
+
+SITE = "site"
+FOLDS, SHOTS, FEW_SUBJECTS, SITES = "k-fold", "few shots per class", "few subjects", "leave one site out"
+"""Kinds of division besides a single one, as a split file names them."""
+
+
+def make_split(
+    store: Store,
+    *,
+    test: float = 0.2,
+    validation: float = 0.1,
+    folds: int | None = None,
+    shots: Sequence[int | None] = (),
+    num_subjects: Sequence[int | None] = (),
+    leave_site_out: bool = False,
+    target: str | None = None,
+    stratify: Sequence[str] | None = None,
+    seed: int = 0,
+) -> Split:
+    """Divide the subjects of a store. At most one of ``folds``, ``shots``, ``num_subjects``, ``leave_site_out``.
+
+    Subjects who share an image are divided as one. The functions of `brainfound.data.splits.dividing` say more.
+
+    Args:
+        test: share of the subjects that is tested; not used by folds and sites, which test everybody once.
+        validation: share of the subjects to watch while learning; 0 for none.
+        folds: make folds ``fold-1``, ``fold-2``, ….
+        shots: make ``shots-1``, ``shots-5``, … with so many training subjects of each class of the target; None
+            makes ``shots-all``, with all that there are.
+        num_subjects: make ``subjects-10``, ``subjects-20``, … with so many training subjects; None as for shots.
+        leave_site_out: make ``site-A``, ``site-B``, …, each tested on that site.
+        target: only sessions that have this label (or a mask) are divided; others are in no part.
+        stratify: columns (or ``"mask"``: empty or not) of which each part gets about the same mix, the most important
+            first; None: the target.
+        seed: of the division.
+
+    Raises:
+        UsageError: wishes that exclude each other, columns that are not there, or too few subjects or sites.
+    """
+    kind = _kind_of_division(folds, shots, num_subjects, leave_site_out)
+    shares = _shares(test, validation)
+    used = np.arange(len(store)) if target is None else labelled_sessions(store, target)
+    chosen = list(stratify) if stratify is not None else [] if target is None else [target]
+    columns = {name: labels_to_stratify(store, used, name) for name in chosen} or None
+    divided, num_linked = subjects_to_divide(store)
+    labels = _classes(store, target, used) if shots else _sites(store, used) if leave_site_out else []
+    wish = folds or shots or num_subjects
+    made = _divide(kind, wish, divided[used].tolist(), labels, shares, columns, seed)
+    without = _sites_without_fold(store, used, made) if leave_site_out else []
+    facts: dict[str, Any] = {
+        "kind": kind,
+        "test": None if folds or leave_site_out else test,
+        "validation": validation,
+        "target": target,
+        "stratify": chosen,
+        "num_linked_subjects": num_linked,
+        **({"sites_without_fold": without} if without else {}),
+    }
+    counted = [name for name in dict.fromkeys([*chosen, target, SITE if leave_site_out else None]) if name]
+    return Split.of_store(
+        store,
+        {name: {part: used[index] for part, index in fold.items()} for name, fold in made.items()},
+        seed=seed,
+        made=facts,
+        columns=[column for name in counted for column in target_columns(store, name)],
+    )
+
+
+def _kind_of_division(folds: object, shots: object, num_subjects: object, leave_site_out: bool) -> str:
+    wishes = {FOLDS: folds, SHOTS: shots, FEW_SUBJECTS: num_subjects, SITES: leave_site_out}
+    wished = [kind for kind, wish in wishes.items() if wish]
+    if len(wished) > 1:
+        raise UsageError(
+            "folds, shots, numbers of subjects and leaving a site out exclude each other",
+            remedy="Ask for one of them, and make a file of each",
+        )
+    return wished[0] if wished else "single"
+
+
+def _divide(
+    kind: str,
+    wish: Any,
+    names: list[str],
+    labels: list[Any],
+    shares: dict[str, float],
+    columns: dict[str, list[Any]] | None,
+    seed: int,
+) -> dict[str, dict[str, np.ndarray]]:
+    """Fold → part → places among ``names``, the subjects of the sessions to divide.
+
+    Args:
+        wish: how many folds, shots or subjects.
+        labels: of the sessions: classes for shots, sites to leave one out.
+        columns: labels by which the subjects are stratified.
+    """
+    validation = shares.get("validation", 0.0)
+    if kind == FOLDS:
+        parts = k_folds(names, wish, seed, columns, validation)
+        return {f"fold-{n}": fold for n, fold in enumerate(parts, start=1)}
+    if kind in (SHOTS, FEW_SUBJECTS):
+        few = few_shot(names, wish, seed, labels if kind == SHOTS else None, shares, columns)
+        what = "shots" if kind == SHOTS else "subjects"
+        return {f"{what}-{n or 'all'}": fold for n, fold in few.items()}
+    if kind == SITES:
+        left_out = leave_one_site_out(names, labels, seed, validation, columns)
+        return {f"site-{site}": fold for site, fold in left_out.items()}
+    return {SINGLE: split_by_subject(names, shares, seed, columns)}
+
+
+def _sites(store: Store, used: np.ndarray) -> list[Any]:
+    return store.covariate(SITE).iloc[used].tolist()
+
+
+def _sites_without_fold(store: Store, used: np.ndarray, made: Mapping[str, Any]) -> list[str]:
+    sites = {label_text(site) for site in _sites(store, used)} - {"missing"}
+    return sorted(site for site in sites if f"site-{site}" not in made)
+
+
+def _shares(test: float, validation: float) -> dict[str, float]:
+    """Of the parts that there are to be."""
+    if not 0 < test < 1 or not 0 <= validation < 1 or test + validation >= 1:
+        raise UsageError(
+            "the shares of test and validation must leave some to train on",
+            got=f"test {test:g}, validation {validation:g}",
+            expected="a sum below 1",
+        )
+    shares = {"train": 1 - test - validation, "validation": validation, "test": test}
+    return {part: share for part, share in shares.items() if share > 0}
+
+
+def labels_to_stratify(store: Store, sessions: np.ndarray, column: str) -> list[Any]:
+    """The labels of sessions by which they are stratified; of masks, whether they mark anything."""
+    if column != MASK:
+        values = [store.covariate(name).iloc[sessions].tolist() for name in target_columns(store, column)]
+        # Of several labels, which of them a session has: one stratum per combination.
+        return values[0] if len(values) == 1 else [" ".join(map(str, labels)) for labels in zip(*values, strict=True)]
+    masks = [store.read_masks(int(session)) for session in sessions]
+    return ["empty" if mask is None or not mask.any() else "marked" for mask in masks]
+
+
+def adopt_split(store: Store, file: str | Path, columns: Sequence[str] = ()) -> Split:
+    """The parts of a file that a person wrote or changed, checked against a store.
+
+    Raises:
+        UsageError: it holds no parts, two parts share a subject or an image, or a part has no session in the store.
+    """
+    folds = read_folds(file)
+    found = {name: _indices(store, members, f"{file}, fold {name}") for name, members in folds.items()}
+    made = {"kind": "taken from a file", "stratify": list(columns)}
+    return Split.of_store(store, found, seed=None, made=made, columns=columns)
+
+
+def _indices(store: Store, members: Members, where: str) -> Mapping[str, np.ndarray]:
+    sessions = Split({SINGLE: members}).sessions(store)
+    for part, index in sessions.items():
+        if not len(index):
+            raise UsageError(
+                f"no session of the store is in the part {part!r}",
+                where=where,
+                remedy="Write subjects as the store's table does: store.sessions['subject']",
+            )
+    return sessions
+
+
+def _classes(store: Store, target: str | None, used: np.ndarray) -> list[Any]:
+    if target is None or target == MASK or "," in target:
+        raise UsageError(
+            "shots are counted per class of a column",
+            where="shots",
+            got=f"target {target}",
+            remedy="Give --target COLUMN, or ask for a number of subjects with --subjects",
+        )
+    labels = store.covariate(str(target)).iloc[used].tolist()
+    if as_numbers(labels) is not None:
+        raise UsageError(
+            "the target has numbers, not classes",
+            where=f"column {target}",
+            remedy="Ask for a number of subjects with --subjects",
+        )
+    return labels
+
+
+SPLIT_FILE = "splits.json"
+HASH_ROUNDS = 1000
+"""Of PBKDF2: about half a millisecond per subject, so ten thousand are checked in seconds."""
+
+
+class SplitRecipe(Recipe):
+    """How subjects are divided. Nothing is ever chosen on the test part."""
+
+    train: float = Field(0.7, gt=0, lt=1)
+    """Share of the subjects to learn from."""
+    validation: float = Field(0.1, gt=0, lt=1)
+    """Share to watch while learning."""
+    test: float = Field(0.2, gt=0, lt=1)
+    """Share that is scored once, at the end."""
+    seed: int = Field(0, ge=0)
+    """Of the division; the same seed divides the same subjects alike in every run."""
+    stratify: bool = True
+    """Give each part about the same mix of labels."""
+    stratify_columns: tuple[str, ...] | None = None
+    """More columns whose mix each part should have, after the label: [site], for one."""
+
+
+def split_sessions(
+    recipe: SplitRecipe,
+    store: Store,
+    target: str,
+    file: Path | None,
+    fold: str | None = None,
+    say: Callable[[str], None] | None = None,
+) -> dict[str, np.ndarray]:
+    """Store indices of the labelled sessions of each part.
+
+    Args:
+        target: the covariate column, or ``"mask"``.
+        file: a split file, whose parts are taken; None to divide anew.
+        fold: which fold of the file, where it has several.
+        say: is told in one line what is left out.
+
+    Raises:
+        UsageError: too few subjects, no such labels, a file that is no split of this store, or parts that share a
+            subject or an image.
+    """
+    labelled = labelled_sessions(store, target)
+    say = say or (lambda line: None)
+    if file is not None:
+        parts = _follow(file, fold, store, labelled, say)
+    else:
+        if fold is not None:
+            raise UsageError("a fold of no split", where="--fold", got=fold, remedy="Give the split file with --split")
+        names, num_linked = subjects_to_divide(store)
+        if unlabelled := len(store) - len(labelled):
+            say(f"{unlabelled} of {len(store)} sessions have no {target}: left out")
+        if num_linked:
+            say(f"{num_linked} subjects have an image of another subject: kept in one part with it")
+        shares = {part: getattr(recipe, part) for part in PARTS}
+        split = split_by_subject(
+            names[labelled].tolist(), shares, recipe.seed, _strata(recipe, store, labelled, target) or None
+        )
+        parts = {part: labelled[index] for part, index in split.items()}
+    parts = _readable(parts, store, say)
+    require_disjoint(parts, store.sessions["subject"].tolist())
+    require_no_shared_content(store, parts)
+    return parts
+
+
+def split_to_follow(
+    folder: Path, store: Store, target: str, given: str | Path | None, fold: str | None, resume: bool
+) -> tuple[Path | None, str | None]:
+    """The split file to follow, and its fold: of the run that goes on, else the given one, else none.
+
+    Raises:
+        UsageError: the run that goes on learns another target, or on other subjects than the given split.
+    """
+    own = folder / SPLIT_FILE
+    if not (resume and own.is_file()):
+        return (None if given is None else Path(given)), fold
+    before = json.loads((folder / run_files.FACTS_FILE).read_text(encoding="utf-8"))["target"]["column"]
+    if before != target:
+        raise UsageError("the run learns another target", where=folder, got=target, expected=before)
+    if given is not None:
+        labelled = labelled_sessions(store, target)
+        now = _labelled_parts(Split.load(given), fold, store, labelled, Path(given))
+        then = _labelled_parts(Split.load(own), None, store, labelled, own)
+        now = _readable(now, store, lambda line: None)
+        if any(not np.array_equal(now[part], then[part]) for part in PARTS):
+            raise UsageError(
+                "the run has another split", where=folder, got=given, remedy="Leave out --split, or give another --out"
+            )
+    return own, None
+
+
+def write_split(
+    folder: Path, store: Store, parts: Mapping[str, np.ndarray], target: str, recipe: SplitRecipe, given: Path | None
+) -> None:
+    """Write the split file of a run into its folder; a run that goes on keeps the one that it has."""
+    if given == folder / SPLIT_FILE:
+        return
+    if given is not None:
+        made: dict[str, Any] = {"kind": "taken from a file", "target": target, "sha256": _sha256_of(given)}
+    else:
+        made = {"kind": "made by a run", "target": target, **recipe.model_dump(mode="json", exclude={"seed"})}
+    seed = recipe.seed if given is None else None
+    Split.of_store(store, {SINGLE: parts}, seed=seed, made=made, columns=target_columns(store, target)).save(
+        folder / SPLIT_FILE
+    )
+
+
+def hashed_split(store: Store, parts: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """What a bundle remembers of a split: the data's hash, and hashes of each part's subjects and images.
+
+    The salt is drawn anew for each bundle, so that two bundles cannot be compared and no table helps to guess.
+    """
+    salt = os.urandom(16).hex()
+    names, images = store.sessions["subject"], store.sessions["image_hash"]
+    subjects = {part: {str(names.iloc[int(i)]) for i in index} for part, index in parts.items()}
+    content = {part: {str(images.iloc[int(i)]) for i in index} for part, index in parts.items()}
+    return {
+        "data_hash": store.content_hash,
+        "hash": "pbkdf2-sha256",
+        "rounds": HASH_ROUNDS,
+        "salt": salt,
+        "subjects": {p: sorted(subject_hash(name, salt, HASH_ROUNDS) for name in s) for p, s in subjects.items()},
+        "images": {p: sorted(_image_hash(image, salt) for image in s) for p, s in content.items()},
+    }
+
+
+def in_parts(split: Mapping[str, Any], store: Store, sessions: Sequence[int], *parts: str) -> np.ndarray:
+    """Whether the subject of each session of a store is in one of the parts of a `hashed_split`; ``(n,)`` bool."""
+    hashes = split.get("subjects_sha256") or split["subjects"]
+    members = {digest for part in parts for digest in hashes[part]}
+    of = store.sessions["subject"]
+    return np.array([_hash_as(split, str(of.iloc[int(i)])) in members for i in sessions], dtype=bool)
+
+
+def learnt_from(split: Mapping[str, Any], store: Store, sessions: Sequence[int]) -> np.ndarray:
+    """Whether a model may have learnt from or been watched on each session of a store, ``(n,)`` bool.
+
+    That is one of a subject of its train or validation part, by name, or by an image under any name.
+    """
+    known = in_parts(split, store, sessions, "train", "validation")
+    images = {digest for part in ("train", "validation") for digest in split.get("images", {}).get(part, ())}
+    if not images:  # a bundle made before images were remembered
+        return known
+    hashes = store.sessions["image_hash"]
+    return known | np.array([_image_hash(str(hashes.iloc[int(i)]), split["salt"]) in images for i in sessions])
+
+
+@lru_cache(maxsize=100_000)
+def subject_hash(subject: str, salt: str, rounds: int = HASH_ROUNDS) -> str:
+    """The salted, slow hash of a subject's identifier."""
+    return hashlib.pbkdf2_hmac("sha256", subject.encode(), bytes.fromhex(salt), rounds, 16).hex()
+
+
+def _hash_as(split: Mapping[str, Any], subject: str) -> str:
+    if "subjects_sha256" in split:  # bundles made before hashes were salted
+        return hashlib.sha256(subject.encode()).hexdigest()
+    return subject_hash(subject, split["salt"], split["rounds"])
+
+
+def _image_hash(image_hash: str, salt: str) -> str:
+    return hashlib.sha256(f"{salt} {image_hash}".encode()).hexdigest()[:32]
+
+
+def _sha256_of(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _strata(recipe: SplitRecipe, store: Store, labelled: np.ndarray, target: str) -> dict[str, list[Any]]:
+    columns: dict[str, list[Any]] = {}
+    if recipe.stratify:
+        columns[target] = labels_to_stratify(store, labelled, target)
+    for name in recipe.stratify_columns or ():
+        columns[name] = labels_to_stratify(store, labelled, name)
+    return columns
+
+
+def _readable(parts: Mapping[str, np.ndarray], store: Store, say: Callable[[str], None]) -> dict[str, np.ndarray]:
+    """The sessions that have a contrast which the store shows. Parts are made before, so that they are the same
+    whichever contrasts are withheld.
+
+    Raises:
+        UsageError: a part has none.
+    """
+    if not store.withheld:
+        return dict(parts)
+    kept = {part: index[store.present[index].any(axis=1)] for part, index in parts.items()}
+    for part, index in kept.items():
+        if not len(index):
+            raise UsageError(
+                f"no session of the part {part!r} has one of the contrasts",
+                where="contrasts",
+                got=", ".join(store.shown),
+                remedy="Show another contrast, or divide the subjects otherwise",
+            )
+    placed, num_kept = (sum(map(len, found.values())) for found in (parts, kept))
+    if placed > num_kept:
+        say(f"{placed - num_kept} of {placed} sessions have none of {', '.join(store.shown)}: left out")
+    return kept
+
+
+def _labelled_parts(
+    split: Split, fold: str | None, store: Store, labelled: np.ndarray, where: Path
+) -> dict[str, np.ndarray]:
+    """The labelled sessions of each part; each part has some.
+
+    Raises:
+        UsageError: as `split_sessions`.
+    """
+    parts = split.sessions(store, fold)
+    for part in PARTS:
+        if part not in parts:
+            remedy = "Make it with a validation part: brainfound split STORE NEW.json --validation 0.1"
+            raise UsageError(f"training needs the part {part!r}, and the split has none", where=where, remedy=remedy)
+        parts[part] = np.intersect1d(parts[part], labelled)
+        if not len(parts[part]):
+            raise UsageError(f"no labelled session of the store is in the part {part!r}", where=where)
+    return parts
+
+
+def _follow(
+    file: Path, fold: str | None, store: Store, labelled: np.ndarray, say: Callable[[str], None]
+) -> dict[str, np.ndarray]:
+    split = Split.load(file)
+    parts = _labelled_parts(split, fold, store, labelled, file)
+    listed = {name for names in split.parts(fold).values() for name in names}
+    there = {str(name) for name in store.sessions["subject"]}
+    if absent := len(listed - there):
+        say(f"{absent} of {len(listed)} subjects of the split are not in the store")
+    if left_out := len(there - listed):
+        say(f"{left_out} of {len(there)} subjects of the store are in no part of the split: left out")
+    placed = sum(map(len, split.sessions(store, fold).values()))
+    if unlabelled := placed - sum(map(len, parts.values())):
+        say(f"{unlabelled} of {placed} sessions of the split have no label: left out")
+    return parts

@@ -1,0 +1,398 @@
+"""Sessions of a store as examples for `transformers.Trainer`, or for any PyTorch training loop.
+
+The fine-tuning command has a loop of its own and does not need this; see `docs/trainer.md` for how to use it.
+
+Axis legend: S slices, C contrasts, H W pixels, K labels.
+
+Training batches of volumes: which slices of which sessions at which step, and their augmentation.
+
+Everything random is a function of (seed, step), see `brainfound.training.randomness`.
+
+Axis legend: B volumes, S slices, C contrasts, H W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, overload
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from pydantic import Field, model_validator
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from brainfound.data.augmentation import IntensityRecipe, ViewsRecipe, drop_contrasts, random_affine, vary_intensity
+from brainfound.data.augmentation.geometry import FURTHEST, displacements, random_control_points
+from brainfound.data.augmentation.sampling import Chosen, choose, uniform
+from brainfound.data.batches import VolumeBatch, collate, even_slices, unit_range
+from brainfound.data.preprocessing.stack import Stack
+from brainfound.data.store import Store
+from brainfound.errors import UsageError
+from brainfound.finetuning.embedding_cache import EmbeddedBatch, EmbeddingCache
+from brainfound.finetuning.targets import Target, labelled_sessions
+from brainfound.pretraining.objectives.base import StepKey
+from brainfound.recipes import Recipe
+from brainfound.training.randomness import VIEWS, numpy_generator, torch_generator
+
+AUGMENTATION, NOISE, ELASTIC = 1_000_000, 1_000_001, 1_000_002
+"""Keys of streams beside those of the single volumes, which are numbered from 0."""
+
+
+class VolumeAugmentation(Recipe):
+    """Random changes of a training volume; all its slices change alike.
+
+    One of the `PRESETS`, by name (``augmentation: strong``), or these fields.
+    """
+
+    rotation_degrees: float = Field(10.0, ge=0, le=45)
+    """Largest in-plane rotation, to either side."""
+    scale: float = Field(0.1, ge=0, lt=1)
+    """The volume is shown at a size of 1 ± this."""
+    shear: float = Field(0.05, ge=0, lt=1)
+    """Largest in-plane shear, to either side."""
+    elastic_probability: float = Field(0.0, ge=0, le=1)
+    """How often the plane is also bent smoothly, by the same resampling."""
+    elastic: float = Field(0.08, ge=0)
+    """Largest displacement of a control point of that bending along each axis, as a share of the image's side."""
+    elastic_cells: int = Field(5, ge=1, le=32)
+    """Cells of the control points' grid along each side; few cells bend smoothly."""
+    flip_left_right: float = Field(0.0, ge=0, le=1)
+    """How often left and right are exchanged. 0 by default: the side of a lesion is information."""
+    contrast_dropout: float = Field(0.2, ge=0, lt=1)
+    """How often a present contrast is withheld; one always stays."""
+    intensity: IntensityRecipe = IntensityRecipe(gamma_probability=0.3, contrast_probability=0.3, blur_probability=0.1)
+
+    @classmethod
+    def presets(cls) -> Mapping[str, Mapping[str, Any]]:
+        return {name: preset.model_dump(mode="json") for name, preset in PRESETS.items()}
+
+    @model_validator(mode="after")
+    def _does_not_fold(self) -> VolumeAugmentation:
+        if self.elastic * self.elastic_cells >= FURTHEST:
+            raise ValueError(
+                f"elastic: {self.elastic:g} in {self.elastic_cells} cells would fold the image; "
+                f"it must be below {FURTHEST / self.elastic_cells:.3g}, or elastic_cells smaller"
+            )
+        return self
+
+
+PRESETS: Mapping[str, VolumeAugmentation] = {
+    "none": VolumeAugmentation(
+        rotation_degrees=0,
+        scale=0,
+        shear=0,
+        contrast_dropout=0,
+        intensity=IntensityRecipe(gamma_probability=0, contrast_probability=0, blur_probability=0, noise_probability=0),
+    ),
+    "mild": VolumeAugmentation(rotation_degrees=5, scale=0.05, shear=0),
+    "strong": VolumeAugmentation(
+        rotation_degrees=30,
+        scale=0.25,
+        shear=0.1,
+        elastic_probability=0.5,
+        intensity=IntensityRecipe(
+            gamma_probability=0.5,
+            contrast_probability=0.5,
+            bias_field_probability=0.3,
+            blur_probability=0.2,
+            low_resolution_probability=0.25,
+        ),
+    ),
+}
+"""Augmentation by name: none shows every volume as it is, mild is for classification and regression, strong for
+segmentation (the finding of the FOMO25 challenge: strong spatial augmentation helps segmentation, and much of it hurts
+the other two). No preset exchanges left and right."""
+
+
+def jittered_slices(num_slices: int, wanted: int, rng: np.random.Generator) -> np.ndarray:
+    """One random slice of each of ``wanted`` equal stretches of the stack; all slices if there are not more."""
+    if wanted >= num_slices:
+        return np.arange(num_slices)
+    edges = np.arange(wanted) * num_slices / wanted
+    return np.floor(edges + rng.uniform(size=wanted) * num_slices / wanted).astype(int)
+
+
+def slices_with_foreground(
+    mask: np.ndarray, wanted: int, foreground_share: float, rng: np.random.Generator
+) -> np.ndarray:
+    """Random slices for a segmentation, about ``foreground_share`` of them through the structure.
+
+    The result rises, so neighbours stay neighbours; slices may repeat where few show the structure.
+    """
+    marked = np.flatnonzero(mask.any(axis=(1, 2)))
+    num_marked = round(wanted * foreground_share) if marked.size else 0
+    chosen = [
+        rng.choice(marked, num_marked) if num_marked else np.empty(0, int),
+        rng.choice(len(mask), wanted - num_marked),
+    ]
+    return np.sort(np.concatenate(chosen).astype(int))
+
+
+def run_of_slices(mask: np.ndarray, wanted: int, foreground_share: float, rng: np.random.Generator) -> np.ndarray:
+    """A run of neighbouring slices for a segmentation; a share of the runs is laid over a slice with the structure.
+
+    Prediction reads every slice, so a model that looks at neighbours must learn from slices as close as those.
+    """
+    wanted = min(wanted, len(mask))
+    marked = np.flatnonzero(mask.any(axis=(1, 2)))
+    seen = rng.choice(marked) if marked.size and rng.uniform() < foreground_share else rng.integers(len(mask))
+    first = np.clip(seen - rng.integers(wanted), 0, len(mask) - wanted)
+    return first + np.arange(wanted)
+
+
+class VolumeReader:
+    """Reads the training volumes of a micro-batch from a store.
+
+    Args:
+        store: the data.
+        sessions: store indices of the training part.
+        num_slices: slices per volume.
+        foreground_share: for segmentation, share of the slices that show the structure; None for other tasks.
+        neighbours: for segmentation, read slices that lie side by side (`run_of_slices`).
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        sessions: Sequence[int],
+        num_slices: int,
+        foreground_share: float | None = None,
+        neighbours: bool = False,
+    ) -> None:
+        self.store, self.sessions = store, np.asarray(sessions)
+        self.num_slices, self.foreground_share, self.neighbours = num_slices, foreground_share, neighbours
+
+    def of(self, sessions: Sequence[int]) -> VolumeReader:
+        """The same of other sessions."""
+        return VolumeReader(self.store, sessions, self.num_slices, self.foreground_share, self.neighbours)
+
+    def read(self, positions: Sequence[int], key: StepKey) -> tuple[VolumeBatch, np.ndarray]:
+        """The volumes at some positions of the training part, and the store's session index of each."""
+        mine = self.sessions[list(positions)]
+        stacks, slices = [], []
+        for place, session in enumerate(mine):
+            rng = numpy_generator(VIEWS, key.seed, *key.keys, place)
+            stack = self.store[int(session)]
+            stacks.append(stack)
+            if self.foreground_share is None or stack.mask is None:
+                slices.append(jittered_slices(len(stack.pixels), self.num_slices, rng))
+            else:
+                choose = run_of_slices if self.neighbours else slices_with_foreground
+                slices.append(choose(stack.mask, self.num_slices, self.foreground_share, rng))
+        return collate(stacks, slices), mine
+
+
+class EmbeddedReader:
+    """Reads the training volumes of a micro-batch as slice embeddings, where the backbone is frozen.
+
+    Args:
+        cache: holds the training part.
+        sessions: store indices of the training part.
+    """
+
+    def __init__(self, cache: EmbeddingCache, sessions: Sequence[int]) -> None:
+        self.cache, self.store, self.sessions = cache, cache.store, np.asarray(sessions)
+
+    def read(self, positions: Sequence[int], key: StepKey) -> tuple[EmbeddedBatch, np.ndarray]:
+        """The volumes at some positions of the training part, and the store's session index of each."""
+        mine = self.sessions[list(positions)]
+        return self.cache.batch(mine.tolist()), mine
+
+
+@overload
+def augment_volumes(batch: VolumeBatch, recipe: VolumeAugmentation, key: StepKey) -> VolumeBatch: ...
+@overload
+def augment_volumes(batch: EmbeddedBatch, recipe: VolumeAugmentation, key: StepKey) -> EmbeddedBatch: ...
+def augment_volumes(
+    batch: VolumeBatch | EmbeddedBatch, recipe: VolumeAugmentation, key: StepKey
+) -> VolumeBatch | EmbeddedBatch:
+    """A random variant of each volume, on the batch's device; masks move with the pixels.
+
+    One affine and, where it was drawn, one smooth bending per volume, sampled together and once (bilinear for pixels,
+    nearest for masks); intensities vary per volume and contrast. Volumes that are embedded already stay as they are.
+    """
+    if isinstance(batch, EmbeddedBatch):
+        return batch
+    # Filters are products of matrices, which would lose bits where a training step runs in bf16.
+    with torch.autocast(batch.pixel_values.device.type, enabled=False):
+        return _augment(batch, recipe, key)
+
+
+def _augment(batch: VolumeBatch, recipe: VolumeAugmentation, key: StepKey) -> VolumeBatch:
+    generator = torch_generator(VIEWS, key.seed, *key.keys, AUGMENTATION)
+    pixels = unit_range(batch.pixel_values)
+    num_volumes, num_slices, _, height, width = pixels.shape
+    matrices = _affines(num_volumes, (height, width), recipe, generator).to(pixels.device)
+    grid = F.affine_grid(matrices, [num_volumes, 1, height, width], align_corners=False)
+    _bend(grid, matrices, recipe, key)
+    flat = rearrange(pixels, "b s c h w -> b (s c) h w")
+    moved = F.grid_sample(flat, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    # One image per volume and contrast: its slices share their random intensities, and no filter crosses from one
+    # slice to the next.
+    images = rearrange(moved, "b (s c) h w -> b c s h w", s=num_slices).contiguous()
+    noise_generator = torch_generator(VIEWS, key.seed, *key.keys, NOISE, device=pixels.device)
+    images = vary_intensity(images, recipe.intensity, generator, noise_generator)
+    contrast_mask = drop_contrasts(batch.contrast_mask.cpu(), recipe.contrast_dropout, generator).to(pixels.device)
+    return replace(
+        batch,
+        pixel_values=rearrange(images, "b c s h w -> b s c h w") * contrast_mask[:, None, :, None, None],
+        contrast_mask=contrast_mask,
+        masks=None if batch.masks is None else _move_masks(batch.masks, grid),
+    )
+
+
+def _affines(count: int, size: tuple[int, int], recipe: VolumeAugmentation, generator: torch.Generator) -> Tensor:
+    """One matrix per volume; `random_affine` with crops of the whole image, then scaled."""
+    whole = ViewsRecipe(
+        aspect=(1.0, 1.0),
+        rotation_degrees=recipe.rotation_degrees,
+        shear=recipe.shear,
+        flip_left_right=recipe.flip_left_right,
+    )
+    matrices = random_affine(count, size, (1.0, 1.0), whole, generator)
+    factor = 1 + recipe.scale * (2 * torch.rand(count, generator=generator) - 1)
+    matrices[:, :, :2] *= factor[:, None, None]
+    return matrices
+
+
+def _bend(grid: Tensor, matrices: Tensor, recipe: VolumeAugmentation, key: StepKey) -> None:
+    """Let a part of the volumes look elsewhere by a smooth displacement; ``grid`` (B H W 2) is changed in place.
+
+    What is seen is bent, after the affine: a strong zoom makes no stronger bending. The numbers are drawn by a
+    generator of their own, so all else is drawn as if nothing were bent.
+    """
+    if not recipe.elastic_probability:
+        return
+    num_volumes, height, width = grid.shape[:3]
+    generator = torch_generator(VIEWS, key.seed, *key.keys, ELASTIC)
+    bent = Chosen.where(
+        choose(num_volumes, recipe.elastic_probability, generator),
+        random_control_points(num_volumes, recipe.elastic_cells, generator),
+        uniform((num_volumes,), 0, recipe.elastic, generator),
+    )
+    if (part := bent.part(0, num_volumes, grid.device)) is not None:
+        index, control, strength = part
+        offsets = displacements(control, strength, (height, width))
+        turned = torch.einsum("k x y, k h w y -> k h w x", matrices[index][:, :, :2], offsets)
+        grid.index_add_(0, index, turned)
+
+
+def _move_masks(masks: Tensor, grid: Tensor) -> Tensor:
+    moved = F.grid_sample(masks.float(), grid, mode="nearest", padding_mode="zeros", align_corners=False)
+    return moved.round().long()
+
+
+UNKNOWN_LABEL = -100
+"""The label of padding; losses leave it out."""
+
+
+class VolumeDataset(Dataset[dict[str, Tensor]]):
+    """Labelled sessions of a store, each as the named tensors that a model takes.
+
+    An example has `pixel_values (S, C, H, W)`, `contrast_mask (C,)`, `slice_mask (S,)`, `positions_mm (S,)` and
+    `labels`: a class index, a number in the unit of the target, 0 or 1 of each of several labels `(K,)`, or for a
+    segmentation classes `(S, H, W)`, where labels overlap 0 or 1 `(S, K, H, W)`. `collate_volumes` makes batches.
+
+    Args:
+        store: the data.
+        target: what is learnt, from `resolve_target` on the training part.
+        sessions: which sessions of the store; None: all.
+        num_slices: slices per volume; None: all.
+        augmentation: for training: random changes, of randomly chosen slices. None, for evaluation: evenly spaced
+            slices as they are. The random numbers are torch's, so a Trainer's seed decides them.
+        foreground_share: of a segmentation's training, the share of the slices that show the structure.
+        neighbours: of a segmentation's training, take slices that lie side by side; for the stem "slices" and
+            `decoder_slice_mixing`.
+
+    Attributes:
+        sessions: the rows of the store that are examples; those without a label are left out.
+        num_left_out: how many of the asked sessions these are.
+
+    Raises:
+        UsageError: no session has a label, or one has a class that the target does not know.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        target: Target,
+        sessions: Sequence[int] | np.ndarray | None = None,
+        num_slices: int | None = None,
+        *,
+        augmentation: VolumeAugmentation | None = None,
+        foreground_share: float = 0.5,
+        neighbours: bool = False,
+    ) -> None:
+        labelled = labelled_sessions(store, target.column)
+        asked = np.arange(len(store)) if sessions is None else np.asarray(sessions, dtype=int)
+        self.sessions = asked[np.isin(asked, labelled)]
+        self.num_left_out = len(asked) - len(self.sessions)
+        if not len(self.sessions):
+            raise UsageError(
+                f"none of {len(asked)} sessions has a label",
+                where=f"store {store.path.name}",
+                expected=target.column,
+                remedy="Give other sessions, or add their labels and prepare the store again",
+            )
+        self.store, self.target, self.num_slices = store, target, num_slices
+        self.augmentation, self.foreground_share, self.neighbours = augmentation, foreground_share, neighbours
+        self._labels = None if target.task == "segmentation" else target.values(store, self.sessions.tolist())
+
+    def __len__(self) -> int:
+        return len(self.sessions)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        stack = self.store[int(self.sessions[index])]
+        if self.augmentation is None:
+            batch = collate([stack], [even_slices(len(stack.pixels), self.num_slices)])
+        else:
+            seed = int(torch.randint(2**31, ()))
+            batch = collate([stack], [self._random_slices(stack, np.random.default_rng(seed))])
+            batch = augment_volumes(batch, self.augmentation, StepKey(seed, 0, 0, 0))
+        example = {name: value[0] for name, value in batch.inputs().items()}
+        return example | {"labels": self._label(index, None if batch.masks is None else batch.masks[0].numpy())}
+
+    def _label(self, index: int, mask: np.ndarray | None) -> Tensor:
+        if self._labels is None:
+            assert mask is not None, "only sessions with a mask were taken"
+            return torch.from_numpy(self.target.encode_mask(mask).astype(np.int64))
+        is_class = self.target.task == "classification" and not self.target.multi_label
+        return torch.as_tensor(self._labels[index], dtype=torch.long if is_class else torch.float32)
+
+    def _random_slices(self, stack: Stack, rng: np.random.Generator) -> np.ndarray:
+        if self.num_slices is None:
+            return np.arange(len(stack.pixels))
+        if self._labels is not None:
+            return jittered_slices(len(stack.pixels), self.num_slices, rng)
+        choose = run_of_slices if self.neighbours else slices_with_foreground
+        return choose(np.asarray(stack.mask), self.num_slices, self.foreground_share, rng)
+
+
+def collate_volumes(examples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Examples of a `VolumeDataset` → one batch, padded to the longest; a Trainer's ``data_collator``.
+
+    Padded slices hold zeros, have `slice_mask` False, and in a segmentation the label −100.
+    """
+    length = max(len(example["slice_mask"]) for example in examples)
+    batch = {}
+    for name in examples[0]:
+        values = [example[name] for example in examples]
+        if name in ("pixel_values", "slice_mask", "positions_mm"):
+            batch[name] = _padded(values, length, 0)
+        elif name == "labels" and values[0].dim() >= 3:
+            batch[name] = _padded(values, length, UNKNOWN_LABEL)
+        else:
+            batch[name] = torch.stack(values)
+    return batch
+
+
+def _padded(values: Sequence[Tensor], length: int, fill: int) -> Tensor:
+    """Tensors (S, …) as one (B, S, …), the shorter ones filled up."""
+    padded = values[0].new_full((len(values), length, *values[0].shape[1:]), fill)
+    for row, value in enumerate(values):
+        padded[row, : len(value)] = value
+    return padded

@@ -1,0 +1,1 @@
+"""Inference: predictors, predictions in native space, evaluation and explanations."""

@@ -1,0 +1,300 @@
+"""A trained model on a store: the scores of its own test part, or of an external cohort.
+
+The folder of an evaluation: its scores and cases, and the page that `brainfound report` draws of them.
+
+summary.json   what was scored, and the scores
+cases.tsv      the answers, one row per session (of partial input those of full input); subjects are numbered
+report.md      the page; report.png where there is more than one score
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from brainfound.adapters.bundle_reader import Bundle, load_bundle
+from brainfound.data.checking.contract import InputContract, absence_note
+from brainfound.data.splits.split_file import PARTS
+from brainfound.data.store import Store
+from brainfound.data.store.withheld import showing
+from brainfound.errors import ModelError, UsageError
+from brainfound.experiments.folder import CASES_FILE, SCHEMA, SUMMARY_FILE
+from brainfound.experiments.page import write_page
+from brainfound.experiments.systems import short_name
+from brainfound.finetuning.frozen_baseline import frozen_of, score_frozen, scoring_of
+from brainfound.finetuning.scoring import ScoringRecipe, SessionScores, score_sessions
+from brainfound.finetuning.splits import in_parts, learnt_from
+from brainfound.finetuning.targets import labelled_sessions
+from brainfound.inference.loading import bundle_folder, load, predictor_of
+from brainfound.inference.predictor import Predictor, usable_device
+from brainfound.metrics.scores import HEADLINE, EmptyCase
+from brainfound.metrics.summaries import (
+    baselines_of,
+    beside,
+    columns_of,
+    drop,
+    headline_of_cases,
+    non_empty_subsets,
+    numbers_of,
+    records,
+    spread_of,
+    summarise,
+)
+from brainfound.recipes import validate
+
+_KIND = "evaluation"
+
+
+def drops(results: Sequence[SessionScores]) -> list[float]:
+    """Of each result how much worse its headline score is than with full input on the very same sessions.
+
+    Args:
+        results: of `evaluate` with partial input, full input first. A session that has none of a subset's contrasts
+            is not scored with it, so what it is compared with may differ from row to row.
+    """
+    full = results[0].cases.set_index("row", drop=False)
+    found = []
+    for result in results:
+        same = headline_of_cases(result.task, full.loc[result.cases["row"]])
+        found.append(drop(result.task, same, headline_of_cases(result.task, result.cases)))
+    return found
+
+
+def require_free(folder: Path) -> None:
+    """Refuse a folder that holds anything but an earlier evaluation, which is replaced.
+
+    Raises:
+        UsageError: it does.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    file = folder / SUMMARY_FILE
+    if not file.is_file() or json.loads(file.read_text(encoding="utf-8")).get("kind") != _KIND:
+        raise UsageError("the folder holds something else", where=folder, remedy="Give another --out")
+
+
+def write_evaluation(
+    folder: Path,
+    results: Sequence[SessionScores],
+    store: Store,
+    target: str,
+    model: str,
+    on: str,
+    command: str = "",
+) -> Path:
+    """Write the folder.
+
+    Args:
+        results: of one evaluation; of several, those of partial input, full input first.
+        store: what was scored.
+        target, model, on: what was learnt, by which model, and which sessions were scored, in words.
+        command: what was typed.
+
+    Returns:
+        The page.
+    """
+    task = results[0].task
+    rows = [_row(result, store) for result in results]
+    table = pd.DataFrame(rows)
+    content: dict[str, Any] = {
+        "schema": SCHEMA,
+        "kind": _KIND,
+        "target": target,
+        "task": task,
+        "headline": HEADLINE[task],
+        "model": model,
+        "on": on,
+        "command": command,
+        "data": {
+            "data_hash": store.content_hash,
+            "num_sessions": len(store),
+            "num_subjects": int(store.sessions["subject"].nunique()),
+            "contrasts": {
+                name: int(count) for name, count in zip(store.contrasts, store.present.sum(axis=0), strict=True)
+            },
+        },
+        "baselines": columns_of(table)[1],
+        "scores": records(summarise(table[:1])),
+    }
+    if notes := list(dict.fromkeys(line for result in results for line in result.notes)):
+        content["notes"] = notes
+    if len(results) > 1:
+        content["partial_input"] = records(_partial_rows(table, HEADLINE[task], drops(results)))
+    folder.mkdir(parents=True, exist_ok=True)
+    cases = results[0].cases.drop(columns=["subject", "session"])
+    who = pd.factorize(store.sessions["subject"].astype(str))[0]
+    cases.insert(0, "subject", who[cases["row"]])
+    cases.to_csv(folder / CASES_FILE, sep="\t", index=False)
+    (folder / SUMMARY_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return write_page(folder)
+
+
+def _row(result: SessionScores, store: Store) -> dict[str, Any]:
+    content = result.to_dict()
+    scores = numbers_of(content["scores"])
+    shown = [name for name in store.shown if name not in result.without]
+    return {
+        "contrasts": ", ".join(shown),
+        "group": "all contrasts" if len(shown) == len(store.contrasts) else ", ".join(shown),
+        "fold": "",
+        "seed": 0,
+        "num_test": content["num_sessions"],
+        **scores,
+        **beside(baselines_of(content), list(scores)),
+    }
+
+
+def _partial_rows(table: pd.DataFrame, headline: str, worse: Sequence[float]) -> pd.DataFrame:
+    _, baselines = columns_of(table)
+    rows = []
+    for k, lost in enumerate(worse):
+        part = table[k : k + 1]
+        first = {"contrasts": part["contrasts"].iloc[0], "absence": "test" if k else "none", "score": headline}
+        rows.append(first | spread_of(part, headline, baselines) | {"drop": lost, "num_test": part["num_test"].iloc[0]})
+    return pd.DataFrame(rows)
+
+
+def evaluate(
+    model: str | Path,
+    data: str | Path | Store,
+    *,
+    without: Sequence[str] = (),
+    partial_input: bool = False,
+    part: str = "test",
+    frozen: bool = True,
+    base: str | Path | None = None,
+    surface_mm: float | None = None,
+    empty: EmptyCase | None = None,
+    out: str | Path | None = None,
+    command: str = "",
+    progress: Callable[[int, int], None] | None = None,
+) -> list[SessionScores]:
+    """Score a fine-tuned model.
+
+    Args:
+        model: a run folder, or a bundle wherever it lies: it remembers its split.
+        data: a store. The one that the run was trained on: only the sessions of ``part``. Any other: all labelled
+            sessions but those of subjects that the run was trained on, and those with an image of such a subject
+            under another name.
+        without: contrasts to withhold.
+        partial_input: score every non-empty subset of the contrasts that the model reads, full input first.
+        part: ``"test"``, ``"validation"`` or ``"train"``.
+        frozen: score also the linear model on the untouched backbone that the bundle remembers, on the same sessions
+            with the same contrasts; it takes about as long as the model itself.
+        base: the model that the run started from, for the linear model of a bundle whose weights were all trained.
+        surface_mm: of a segmentation also surface Dice within so many mm, HD95, lesion-wise F1 and the volume error;
+            None: as the run's recipe has it (`scoring.surface_mm`).
+        empty: what Dice is where a session has not the structure: ``"left_out"``, ``"nan"``, ``"one"`` or ``"zero"``,
+            see `brainfound.metrics.scores.segmentation_case_scores`; None: as the run's recipe has it.
+        out: a folder that gets the page of this evaluation with its files, see `evaluation_files`.
+        command: what was typed, for the page.
+        progress: called with (sessions done, sessions in all).
+
+    Returns:
+        One result, or with ``partial_input`` one per subset.
+
+    Raises:
+        ModelError: the model has no head. UsageError: no session is left to score, or ``out`` holds something else.
+    """
+    if out is not None:
+        require_free(Path(out))
+    store = data if isinstance(data, Store) else Store.open(data)
+    folder = bundle_folder(model)
+    bundle = load_bundle(folder) if (folder / "bundle.json").is_file() else None
+    predictor = load(model) if bundle is None else predictor_of(bundle, usable_device(None))
+    target = predictor.target
+    if bundle is None or target is None:
+        raise ModelError("an encoder has nothing to be scored on", where=model, remedy="Fine-tune it first")
+    scoring = _scoring(bundle, target.task, surface_mm, empty)
+    require_like(predictor, store)
+    if part not in PARTS:
+        raise UsageError(f"a split has no part {part!r}", expected=", ".join(PARTS))
+    store = showing(store, predictor.reads)
+    # None of a bundle that was not made by a run.
+    split, labelled = bundle.metadata.get("split"), labelled_sessions(store, target.column)
+    labelled = labelled[store.present[labelled].any(axis=1)]  # all, unless the model reads only some contrasts
+    sessions = _sessions_to_score(split, store, labelled, part)
+    if not sessions:
+        raise UsageError(
+            "no labelled session of the store may be scored",
+            where=store.path,
+            got="only subjects that the model was trained on",
+            remedy="Give the store of the run, or a cohort of other subjects",
+        )
+    everybody = _sessions_to_score(split, store, np.flatnonzero(store.present.any(axis=1)), part)
+    missing = len(everybody) - len(sessions)
+    general = [f"{missing} of {len(everybody)} sessions have no {target.column}: not scored"] if missing else []
+    baseline = None
+    if frozen:
+        try:
+            baseline = frozen_of(bundle, target, predictor.device, base)
+        except ModelError as error:
+            if base is not None:
+                raise
+            general.append(f"{error.what}. {error.remedy}")
+    choices: list[tuple[str, ...]] = [tuple(without)]
+    if partial_input:
+        choices = [tuple(c for c in store.shown if c not in subset) for subset in non_empty_subsets(store.shown)]
+    results = []
+    for absent in choices:
+        scored = score_sessions(
+            predictor.model, store, sessions, target, predictor.num_slices, absent, progress, scoring=scoring
+        )
+        notes = (*general, *scored.notes, *_absence_notes(predictor.contract, store, scored))
+        beside = None if baseline is None else score_frozen(baseline, store, sessions, absent, progress, scoring).scores
+        results.append(replace(scored, notes=notes, frozen=beside))
+    if out is not None:
+        own = split is not None and split["data_hash"] == store.content_hash
+        on = f"the {part} part of its own store" if own else "another store, but for the subjects that it learnt from"
+        if split is None:
+            on = "all labelled sessions of a store"
+        write_evaluation(Path(out), results, store, target.column, short_name(model), on, command)
+    return results
+
+
+def _scoring(bundle: Bundle, task: str, surface_mm: float | None, empty: EmptyCase | None) -> ScoringRecipe:
+    asked = {name: value for name, value in {"surface_mm": surface_mm, "empty": empty}.items() if value is not None}
+    if asked and task != "segmentation":
+        raise UsageError(
+            "surfaces and empty masks are of a segmentation", where=next(iter(asked)), got=f"a {task} model"
+        )
+    return validate(ScoringRecipe, scoring_of(bundle).model_dump() | asked, where="evaluate")
+
+
+def require_like(predictor: Predictor, store: Store) -> None:
+    """Refuse a store that was prepared in another way than the model's training data."""
+    if store.preprocessing != predictor.preprocessing:
+        raise UsageError(
+            "the store was prepared in another way than the model's training data",
+            where=store.path,
+            got=_difference(store.preprocessing.model_dump(), predictor.preprocessing.model_dump()),
+            remedy="Prepare it with the model's preprocessing: brainfound prepare SOURCE STORE --like MODEL",
+        )
+
+
+def _sessions_to_score(split: dict[str, Any] | None, store: Store, labelled: np.ndarray, part: str) -> list[int]:
+    if split is None:
+        return labelled.tolist()
+    if split["data_hash"] == store.content_hash:
+        return labelled[in_parts(split, store, labelled.tolist(), part)].tolist()
+    return labelled[~learnt_from(split, store, labelled.tolist())].tolist()
+
+
+def _absence_notes(contract: InputContract | None, store: Store, scored: SessionScores) -> tuple[str, ...]:
+    """A note on each contrast that the model never learnt to do without and that a scored session lacks."""
+    rows, notes = scored.cases["row"].to_numpy(), []
+    for contrast in () if contract is None else contract.never_absent:
+        here = store.present[rows, store.contrasts.index(contrast)] & (contrast not in scored.without)
+        if lacking := int((~here).sum()):
+            notes.append(absence_note(contrast, f"in {lacking} of {len(rows)} sessions"))
+    return tuple(notes)
+
+
+def _difference(first: dict, second: dict) -> str:
+    return "; ".join(f"{key} {first[key]} instead of {second[key]}" for key in first if first[key] != second[key])

@@ -1,0 +1,325 @@
+"""The slices that an explanation looks at: through the encoder, and back to the scan's own grid.
+
+Axis legend: S slices that are read, C contrasts, H W pixels, P patches of a slice, h w patch rows and columns,
+N foreground patches of all slices, D width.
+
+Where attention goes: rollout through the blocks of a transformer, and the weights of slices.
+
+Axis legend: M images (or volumes), T tokens of one, H heads, S slices, D width.
+
+Attention rollout (Abnar and Zuidema, "Quantifying attention flow in transformers", ACL 2020, section 3): with the mean
+over heads A of a block, (A + I) / 2 says how much of each token a block passes on, and the product over the blocks
+how much of each input token ends up in each output token.
+
+The kernels that models run with give no attention away, so that queries and keys are made again from the tokens that
+enter a block. The model itself, its kernel and its adapters stay as they are.
+
+What an answer hangs on: gradient × input, patch by patch and contrast by contrast.
+
+Axis legend: S slices, C contrasts, H W pixels, h w patch rows and columns, P side of a patch, D width.
+
+Source: gradient × input (Shrikumar et al., "Not just a black box", arXiv 1605.01713). Pixels are in 0–1 with background
+at 0, so that background and absent contrasts give 0. The products are summed over the pixels of a patch and a
+contrast: the model reads a patch through one linear kernel, and within a patch the signs show that kernel.
+
+What the features of patches have in common: their first principal components as colours.
+
+Axis legend: N foreground patches of a session, D width, K components, S slices, h w patch rows and columns.
+
+As DINOv2 shows its features (Oquab et al., arXiv 2304.07193, figure 1): the first three components over the foreground,
+one per colour. Foreground is what is not background in the scans, and not chosen by a first component.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from brainfound.data.batches import collate, unit_range
+from brainfound.data.preprocessing.stack import Stack
+from brainfound.errors import ModelError
+from brainfound.models.encoder import SliceEncoding
+from brainfound.models.model import BrainFoundForSegmentation
+from brainfound.models.slice_batch import SliceBatch
+from brainfound.models.stack_inference import inner_model, require_same_contrasts
+from brainfound.models.stem import PresentImages
+
+WEIGHING_AGGREGATORS = ("attention", "transformer")
+"""Aggregators that weigh slices by what they show."""
+
+
+def block_attention(block: Any, tokens: Float[Tensor, "images tokens width"]) -> Float[Tensor, "images tokens tokens"]:
+    """The attention of a backbone's block to the tokens that enter it, as a mean over heads."""
+    attention = block.attention
+    normed = block.norm1(tokens)
+    query, key = attention.q_proj(normed), attention.k_proj(normed)
+    return _mean_over_heads(query, key, attention.num_attention_heads, attention.scaling)
+
+
+def _mean_over_heads(query: Tensor, key: Tensor, num_heads: int, scaling: float) -> Tensor:
+    query, key = (part.float().unflatten(-1, (num_heads, -1)).transpose(1, 2) for part in (query, key))
+    total = query.new_zeros(len(query), query.shape[2], key.shape[2])
+    # Head by head: those of a giant ViT would together take a gigabyte.
+    for head in range(num_heads):
+        total += (query[:, head] @ key[:, head].transpose(-1, -2) * scaling).softmax(dim=-1)
+    return total / num_heads
+
+
+class AttentionRollout:
+    """Watches the blocks of a transformer while it runs; a context manager.
+
+    Args:
+        blocks: those that may run, in the order in which they do; those that do not run do not count.
+        attention: a block and the tokens that enter it → its attention (M, T, T).
+    """
+
+    def __init__(self, blocks: Iterable[nn.Module], attention: Callable[[Any, Tensor], Tensor]) -> None:
+        self._blocks, self._attention = list(blocks), attention
+        self._handles: list[Any] = []
+        self._product: Tensor | None = None
+
+    def __enter__(self) -> Self:
+        self._handles = [block.register_forward_pre_hook(self._watch) for block in self._blocks]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _watch(self, block: nn.Module, arguments: tuple[Any, ...]) -> None:
+        attention = self._attention(block, arguments[0])
+        step = (attention + torch.eye(attention.shape[-1], device=attention.device)) / 2
+        self._product = step if self._product is None else step @ self._product
+
+    def take(self) -> Float[Tensor, "images tokens tokens"]:
+        """The rollout of the pass that ended; row: output token, column: input token. The next pass starts anew."""
+        assert self._product is not None, "no block has run"
+        product, self._product = self._product, None
+        return product
+
+
+@torch.no_grad()
+def slice_weights(
+    model: nn.Module, embeddings: Float[Tensor, "slices width"], positions_mm: Float[Tensor, "1 slices"]
+) -> Float[Tensor, "slices"] | None:
+    """What each slice weighs in the volume, with sum 1; None where the aggregator does not choose."""
+    if inner_model(model).config.aggregator not in WEIGHING_AGGREGATORS:
+        return None
+    weights = model(slice_embeddings=embeddings[None], positions_mm=positions_mm).slice_weights[0]
+    return weights / weights.sum()
+
+
+CHUNK = 8
+"""Images whose graph is in memory at once."""
+
+
+def gradient_times_input(
+    read: ReadStack, embeddings: Float[Tensor, "slices width"], score: Callable[[Any], Tensor]
+) -> tuple[Float[np.ndarray, "S C h w"], float]:
+    """The first-order share of each patch and contrast in a score, and the score.
+
+    The gradient goes through the head and the aggregator once, and then back through the encoder some slices at a time,
+    so that memory does not grow with the number of slices. The model's weights get no gradients.
+
+    Args:
+        embeddings: what the encoder said of the slices.
+        score: output of the model → one number.
+    """
+    with torch.enable_grad():
+        leaves = embeddings.detach().clone().requires_grad_()
+        explained = score(read.model(slice_embeddings=leaves[None], positions_mm=read.batch.positions_mm))
+        (of_slices,) = torch.autograd.grad(explained, leaves)
+        pixels = unit_range(read.batch.pixel_values).detach().clone().requires_grad_()
+        first = 0
+        for encoding in read.encode(pixels, min(CHUNK, read.inner.config.slice_chunk)):
+            embedding = encoding.embedding(read.inner.config.slice_features)
+            part = of_slices[first : first + len(embedding)]
+            first += len(embedding)
+            torch.autograd.backward(embedding, part.to(embedding.dtype), inputs=[pixels])
+    assert pixels.grad is not None
+    products = (pixels.grad * pixels.detach())[0]
+    side = read.encoder.patch_size
+    patches = products.unfold(2, side, side).unfold(3, side, side).sum(dim=(-1, -2))
+    return patches.cpu().numpy(), float(explained.detach())
+
+
+NUM_COMPONENTS = 3
+_PERCENTILES = (1.0, 99.0)
+_ROWS = 4096
+
+
+def principal_components(
+    features: Float[np.ndarray, "N D"], num: int = NUM_COMPONENTS
+) -> tuple[Float[np.ndarray, "N K"], Float[np.ndarray, "K"]]:
+    """Scores on the first components, and the share of the variance that each explains.
+
+    The sign of a component is free; it is chosen so that the largest of its D loadings in absolute value is positive.
+
+    Raises:
+        ModelError: there are too few patches or too few numbers in a feature.
+    """
+    if min(features.shape) <= num:
+        raise ModelError(
+            "too little to find principal components in",
+            got=f"{features.shape[0]} foreground patches of width {features.shape[1]}",
+            expected=f"more than {num} of each",
+            remedy="Leave out the method pca",
+        )
+    mean = features.mean(axis=0, dtype=np.float64)
+    covariance = np.zeros((features.shape[1], features.shape[1]))
+    for first in range(0, len(features), _ROWS):
+        part = features[first : first + _ROWS] - mean
+        covariance += part.T @ part
+    values, vectors = np.linalg.eigh(covariance)
+    loadings = vectors[:, ::-1][:, :num]
+    loadings = loadings * np.where(loadings[np.abs(loadings).argmax(axis=0), np.arange(num)] < 0, -1.0, 1.0)
+    scores = (features - mean.astype(np.float32)) @ loadings.astype(np.float32)
+    total = values.sum()
+    return scores, np.clip(values[::-1][:num] / total, 0, 1) if total > 0 else np.zeros(num)
+
+
+def as_shares(scores: Float[np.ndarray, "N K"]) -> Float[np.ndarray, "N K"]:
+    """Each component in 0–1, from its 1st to its 99th percentile: a few odd patches must not take all of the range."""
+    low, high = np.percentile(scores, _PERCENTILES, axis=0)
+    span = np.where(high > low, high - low, 1.0)
+    return np.clip((scores - low) / span, 0, 1).astype(np.float32)
+
+
+def component_maps(
+    read: ReadStack, shares: Float[np.ndarray, "N K"], foreground: Bool[np.ndarray, "S h w"]
+) -> Float[np.ndarray, "X Y Z K"]:
+    """Values of the foreground patches on the scan's grid; background is 0 and does not run into the edge."""
+    weight = read.to_pixels(foreground.astype(np.float32))
+    inside = weight >= 0.5
+    maps = []
+    for values in shares.T:
+        patches = np.zeros(foreground.shape, dtype=np.float32)
+        patches[foreground] = values
+        spread = read.to_pixels(patches) / np.where(inside, weight, 1.0)
+        maps.append(read.to_native(np.where(inside, spread, 0.0)))
+    return np.stack(maps, axis=-1)
+
+
+FOREGROUND_SHARE = 0.5
+"""A patch is foreground if at least this share of its pixels is not background."""
+
+
+class Look(NamedTuple):
+    """What one pass through the encoder gives."""
+
+    embeddings: Float[Tensor, "slices width"]
+    rollout: Float[Tensor, "slices rows columns"] | None
+    """Of each slice by itself, with sum 1."""
+    features: Float[np.ndarray, "patches width"] | None
+    """Of the foreground patches, slice by slice and row by row."""
+
+
+class ReadStack:
+    """The slices of a stack that a model reads.
+
+    Args:
+        model: a BrainFound model, or a PEFT model around one, in evaluation mode.
+        stack: prepared with the model's own preprocessing.
+        index: the slices that are read, rising.
+
+    Raises:
+        ModelError: the stack's contrasts are not the model's, or its slices are no multiple of the patch size.
+    """
+
+    def __init__(self, model: nn.Module, stack: Stack, index: Int[np.ndarray, "S"]) -> None:
+        self.model, self.stack, self.index = model, stack, index
+        self.inner: Any = inner_model(model)
+        self.device = next(self.inner.parameters()).device
+        self.encoder = self.inner.encoder
+        require_same_contrasts(self.inner, stack)
+        self.batch = collate([stack], [index]).to(self.device)
+        self.encoder.require_shape(self.batch.pixel_values)
+        self.grid: tuple[int, int] = self.encoder.grid(*stack.grid[1:])
+
+    def encode(
+        self, pixels: Tensor | None = None, chunk: int | None = None, layers: tuple[int, ...] = ()
+    ) -> Iterator[SliceEncoding]:
+        """The slices through the encoder, at most `chunk` images at once; `pixels` take the place of the stack's."""
+        slices = SliceBatch(
+            self.encoder,
+            chunk or self.inner.config.slice_chunk,
+            self.batch.pixel_values if pixels is None else pixels,
+            self.batch.contrast_mask,
+            None,
+        )
+        return slices.encode(layers)
+
+    @torch.no_grad()
+    def look(self, rollout: bool = False, features: bool = False) -> Look:
+        """One pass over the slices.
+
+        Features are the normalised patch tokens; of a segmentation, the tokens of the deepest block that its decoder
+        reads.
+        """
+        layer = max(self.inner.config.resolved_decoder_layers) if self.is_segmentation else None
+        foreground = torch.from_numpy(self.foreground()).to(self.device).flatten(1)
+        embedded, rolled, kept, first = [], [], [], 0
+        with AttentionRollout(self.encoder.blocks if rollout else (), block_attention) as attention:
+            for encoding in self.encode(layers=() if layer is None else (layer,)):
+                part = slice(first, first + len(encoding.cls))
+                first = part.stop
+                embedded.append(encoding.embedding(self.inner.config.slice_features))
+                if rollout:
+                    rolled.append(self._of_slices(attention.take(), len(encoding.cls)))
+                if features:
+                    tokens = encoding.patches if layer is None else encoding.hidden[layer]
+                    kept.append(tokens[foreground[part]].float().cpu().numpy())
+        return Look(
+            torch.cat(embedded),
+            torch.cat(rolled).unflatten(1, self.grid) if rollout else None,
+            np.concatenate(kept) if features else None,
+        )
+
+    def _of_slices(self, rollout: Float[Tensor, "images tokens tokens"], count: int) -> Float[Tensor, "slices patches"]:
+        """What a slice's embedding draws from the patches, with sum 1; the mean over the images of a slice."""
+        prefix = self.encoder.num_prefix_tokens
+        of_cls, of_patches = rollout[:, 0, prefix:], rollout[:, prefix:, prefix:].mean(dim=1)
+        features = self.inner.config.slice_features
+        patches = {"cls": of_cls, "patches": of_patches, "cls_and_patches": (of_cls + of_patches) / 2}[features]
+        patches = patches / patches.sum(dim=1, keepdim=True)
+        if self.encoder.stem == "per_contrast":
+            patches = PresentImages(self.batch.contrast_mask.expand(count, -1)).mean(patches)
+        return patches
+
+    @property
+    def is_segmentation(self) -> bool:
+        return isinstance(self.inner, BrainFoundForSegmentation)
+
+    def foreground(self) -> Bool[np.ndarray, "S h w"]:
+        """Which patches are foreground in some contrast."""
+        inside = self.stack.pixels[self.index].any(axis=1)
+        rows, columns = self.grid
+        tiles = inside.reshape(len(inside), rows, self.encoder.patch_size, columns, self.encoder.patch_size)
+        return tiles.mean(axis=(2, 4)) >= FOREGROUND_SHARE
+
+    def to_pixels(self, values: Float[np.ndarray, "S h w"]) -> Float[np.ndarray, "S H W"]:
+        """Values of patches on the pixels of their slices, bilinear between the patches' middles."""
+        maps = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))[:, None]
+        return F.interpolate(maps, size=self.stack.grid[1:], mode="bilinear", align_corners=False)[:, 0].numpy()
+
+    def to_native(self, values: Float[np.ndarray, "S H W"], order: int = 1) -> Float[np.ndarray, "X Y Z"]:
+        """Values of the pixels that are read → voxels of the reference scan.
+
+        A slice that was not read shows the nearest one that was (of two, the lower).
+
+        Raises:
+            ModelError: a value is not finite.
+        """
+        if not np.isfinite(values).all():
+            raise ModelError("an explanation is not finite", remedy="Check what the model predicts of this session")
+        nearest = np.abs(np.arange(self.stack.grid[0])[:, None] - self.index).argmin(axis=1)
+        return np.asarray(self.stack.to_native(values[nearest].astype(np.float32), order=order).dataobj)

@@ -1,0 +1,236 @@
+"""From a run, a bundle, an export or a Hub id to a predictor; of several bundles, to a set of them.
+
+Several bundles on one backbone, asked by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from brainfound.errors import UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from brainfound.data.cohort import Session
+    from brainfound.data.preprocessing.stack import Stack
+    from brainfound.inference.prediction import Prediction
+    from brainfound.inference.predictor import Predictor
+
+
+from collections.abc import Iterable, Sequence
+from typing import overload
+
+import torch
+
+from brainfound.adapters import load_adapters, load_bundle
+from brainfound.adapters.bundle_reader import Bundle
+from brainfound.data.checking.contract import InputContract
+from brainfound.data.hooks import Hook, load_hooks
+from brainfound.data.preprocessing.settings import Preprocessing
+from brainfound.errors import ModelError
+from brainfound.finetuning.calibration import AnswerCalibration
+from brainfound.finetuning.targets import Target
+from brainfound.inference.predictor import Predictor, usable_device
+from brainfound.inference.segmentation import SegmentationOptions
+from brainfound.models import BrainFoundModel
+from brainfound.models.backbones import LOAD_FAILURES, is_hub_id, unreadable
+from brainfound.models.stack_inference import inner_model
+from brainfound.training.run_folder import holds_run
+
+
+class PredictorSet:
+    """Predictors that share the weights of one backbone; each request says which adapter answers.
+
+    Choosing changes no state, so requests may come in any order. ``predictors["age"]`` is a `Predictor` of its own,
+    for a cohort for example.
+
+    Args:
+        predictors: by name; `brainfound.load` makes them from bundles.
+    """
+
+    def __init__(self, predictors: Mapping[str, Predictor]) -> None:
+        self._predictors = dict(predictors)
+
+    def __getitem__(self, name: str) -> Predictor:
+        if name not in self._predictors:
+            raise UsageError(f"no adapter named {name!r}", remedy=did_you_mean(name, self._predictors))
+        return self._predictors[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._predictors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._predictors)
+
+    def __len__(self) -> int:
+        return len(self._predictors)
+
+    def __repr__(self) -> str:
+        parts = ", ".join(f"{name}: {predictor.task}" for name, predictor in self._predictors.items())
+        return f"PredictorSet({parts})"
+
+    def predict(self, *paths: str | Path, adapter: str, **contrast_paths: str | Path) -> Prediction:
+        """Ask one adapter about one session; paths as for `Predictor.predict`.
+
+        Raises:
+            UsageError: there is no such adapter, or what `Predictor.predict` raises.
+            ScanError: a scan cannot be used.
+        """
+        return self[adapter].predict(*paths, **contrast_paths)
+
+    def predict_session(self, session: Session, adapter: str) -> Prediction:
+        """Ask one adapter about a session of a cohort, see `Predictor.predict_session`."""
+        return self[adapter].predict_session(session)
+
+    def predict_stack(self, stack: Stack, adapter: str) -> Prediction:
+        """Ask one adapter about a stack that its preprocessing made."""
+        return self[adapter].predict_stack(stack)
+
+
+WHOLE_BUNDLE = ("*.json", "*.safetensors", "README.md")
+"""The files of a bundle; what else a Hub repository holds is not downloaded."""
+
+
+@overload
+def load(
+    path_or_id: str | Path,
+    device: str | torch.device | None = None,
+    hooks: Iterable[str | Path] = (),
+    options: SegmentationOptions = SegmentationOptions(),
+) -> Predictor: ...
+@overload
+def load(
+    path_or_id: Mapping[str, str | Path],
+    device: str | torch.device | None = None,
+    hooks: Iterable[str | Path] = (),
+    options: SegmentationOptions = SegmentationOptions(),
+) -> PredictorSet: ...
+def load(
+    path_or_id: str | Path | Mapping[str, str | Path],
+    device: str | torch.device | None = None,
+    hooks: Iterable[str | Path] = (),
+    options: SegmentationOptions = SegmentationOptions(),
+) -> Predictor | PredictorSet:
+    """Load a bundle (the ``export`` of a fine-tuning run) or an encoder (the ``export`` of a pretraining run).
+
+    Args:
+        path_or_id: a run folder, its export folder, or a Hub id. Several bundles that were trained on one backbone,
+            by name, make a `PredictorSet`: ``load({"age": "runs/age", "tumour": "runs/tumour"})``.
+        device: where it runs; None: the first GPU that there is, else the CPU.
+        hooks: tools to run on each scan first (``"synthstrip"``, …), see `brainfound.data.hooks.load_hooks`.
+        options: of a segmentation: averaging over flips and patch grids, the smallest piece that stays.
+
+    Raises:
+        UsageError: a hook is not installed, or not the one that the model's scans went through; options for a
+            segmentation and a model of another kind.
+        ModelError: there is nothing that can be loaded, or it is damaged; of several, one has a backbone of its own.
+    """
+    device = usable_device(device)
+    tools = load_hooks(hooks)
+    if isinstance(path_or_id, Mapping):
+        return _load_set(path_or_id, device, tools, options)
+    path = bundle_folder(path_or_id)
+    if (path / "bundle.json").is_file():
+        return predictor_of(load_bundle(path), device, tools, options)
+    if holds_run(path):
+        raise ModelError(
+            "the run has no export: it has not finished",
+            where=path,
+            remedy="Go on with it: the same command and --resume",
+        )
+    if (path / "store.json").is_file():
+        raise ModelError("this is a store, not a model", where=path, remedy="Give the model first, then the scans")
+    source = str(path) if path.exists() else str(path_or_id)
+    model = BrainFoundModel.from_pretrained(source)
+    kinds = [kind for kind in model.config.architectures or () if kind != BrainFoundModel.__name__]
+    if kinds:
+        raise ModelError(
+            f"this is a {kinds[0]} by itself: what its answers mean is not there",
+            where=source,
+            expected="a bundle",
+            remedy="Save it with save_bundle, which keeps labels and preprocessing with the weights",
+        )
+    preprocessing = Preprocessing.load(local_folder(source))
+    return Predictor(model, preprocessing, None, None, device, tools, options=options)
+
+
+def bundle_folder(path_or_id: str | Path) -> Path:
+    """The folder that a bundle would be in: the export of a run, or for a Hub id what was downloaded."""
+    path = Path(path_or_id)
+    if (path / "export").is_dir():
+        return path / "export"
+    if not is_hub_id(str(path_or_id)):
+        return path
+    try:
+        folder = local_folder(str(path_or_id))
+        return local_folder(str(path_or_id), WHOLE_BUNDLE) if (folder / "bundle.json").is_file() else path
+    except LOAD_FAILURES as error:
+        raise unreadable(str(path_or_id), error) from error
+
+
+def _load_set(
+    bundles: Mapping[str, str | Path], device: torch.device, tools: Sequence[Hook], options: SegmentationOptions
+) -> PredictorSet:
+    adapters = load_adapters({name: bundle_folder(source) for name, source in bundles.items()}).to(device)
+    segmenting = [name for name in adapters if adapters[name].task == "segmentation"]
+    if options != SegmentationOptions() and not segmenting:
+        raise UsageError(
+            "flips, overlap and a smallest volume are for segmentations", where="options", remedy="Leave them out"
+        )
+    return PredictorSet(
+        {
+            name: predictor_of(adapters[name], device, tools, options if name in segmenting else SegmentationOptions())
+            for name in adapters
+        }
+    )
+
+
+def predictor_of(
+    bundle: Bundle,
+    device: torch.device,
+    tools: Sequence[Hook] = (),
+    options: SegmentationOptions = SegmentationOptions(),
+) -> Predictor:
+    """A bundle that was read already, ready to be asked."""
+    metadata = bundle.metadata
+    return Predictor(
+        bundle.model,
+        bundle.preprocessing,
+        _target_of(bundle),
+        metadata.get("num_slices"),
+        device,
+        tools,
+        AnswerCalibration.from_dict(metadata.get("calibration")),
+        options,
+        InputContract.load_or_none(bundle.folder),
+        metadata.get("withheld", ()),  # bundles made before contrasts could be withheld have none
+    )
+
+
+def _target_of(bundle: Bundle) -> Target | None:
+    """How a bundle's answers read; None of an encoder."""
+    if bundle.task == "embedding":
+        return None
+    try:
+        target = Target.from_dict(bundle.labels)
+    except TypeError:  # other fields than a target has
+        target = None
+    num_names = None if bundle.task == "regression" else inner_model(bundle.model).config.num_classes
+    if target is None or target.task != bundle.task or num_names not in (None, len(target.names)):
+        raise ModelError(
+            "the labels do not say what its answers mean",
+            where=bundle.folder,
+            expected=f"a target of a {bundle.task}" + (f" with {num_names} names" if num_names else ""),
+            remedy="Save it with save_bundle(…, labels=target.to_dict())",
+        )
+    return target
+
+
+def local_folder(source: str, patterns: Sequence[str] = ("*.json",)) -> Path:
+    """The folder of a model's files; for a Hub id the cached snapshot, with the files of some patterns."""
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(source, allow_patterns=list(patterns)))

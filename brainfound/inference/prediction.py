@@ -1,0 +1,159 @@
+"""An answer about one session, and its files.
+
+Axis legend: D width.
+
+Answers on the input's own grid, as files.
+
+A segmentation is written on the grid and affine of the session's reference scan; beside every answer stands a
+JSON with what was read, what was missing and what was found.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+
+from brainfound.data.preprocessing.stack import Stack
+
+
+def segmentation_image(stack: Stack, labels: np.ndarray) -> nib.Nifti1Image:
+    """Label codes ``(S, H, W)`` on the stack's grid → an image on the reference scan's grid."""
+    return stack.to_native(labels, order=0)
+
+
+def probability_image(stack: Stack, probability: np.ndarray) -> nib.Nifti1Image:
+    """A probability ``(S, H, W)`` on the stack's grid → an image on the reference scan's grid."""
+    return stack.to_native(probability, order=1)
+
+
+def voxel_mm3(image: nib.Nifti1Image) -> float:
+    """The volume of a voxel in cubic millimetres."""
+    return float(abs(np.linalg.det(image.affine[:3, :3])))
+
+
+def volumes_mm3(image: nib.Nifti1Image, names: dict[int, str]) -> dict[str, float]:
+    """The volume of each label of a native label map in cubic millimetres."""
+    codes, counts = np.unique(np.asarray(image.dataobj), return_counts=True)
+    found = dict(zip(codes.tolist(), counts.tolist(), strict=True))
+    of_one = voxel_mm3(image)
+    return {name: found.get(code, 0) * of_one for code, name in names.items() if code != 0}
+
+
+def write_image(image: nib.Nifti1Image, path: Path) -> None:
+    """Write an image whole or not at all."""
+    temporary = path.with_name("." + path.name)
+    nib.save(image, temporary)
+    temporary.replace(path)
+
+
+def write_json(content: dict[str, Any], path: Path) -> None:
+    """Write a JSON file whole or not at all."""
+    temporary = path.with_name("." + path.name)
+    temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+_LONGEST_NAME = 200
+"""Bytes of a file name before its ending; file systems allow 255 with it."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A model's answer about one session.
+
+    Attributes:
+        task: classification, regression, segmentation or embedding.
+        answer: plain values: class and probabilities, value, label volumes in mm³, …
+        image: for a segmentation, the label codes on the reference scan's own grid and affine; None where labels
+            overlap.
+        masks: for a segmentation with overlapping labels, a mask of 0 and 1 of each region, on the same grid.
+        probability: for a segmentation, the probability of not being background (where labels overlap, the largest of
+            theirs), on the same grid.
+        probabilities: for a segmentation, on request, the probability of each label by its code (where there are
+            several), or of each region by its name.
+        embedding: for an encoder, the volume embedding ``(D,)``.
+        contrasts, missing: the contrasts that were read, and those of the model that were not there.
+        notes: what a reader should know of the scans.
+        rejected: scans of the session that could not be used, with the reason.
+    """
+
+    task: str
+    answer: dict[str, Any]
+    contrasts: tuple[str, ...]
+    missing: tuple[str, ...]
+    image: nib.Nifti1Image | None = None
+    probability: nib.Nifti1Image | None = None
+    embedding: np.ndarray | None = None
+    subject: str = ""
+    session: str = ""
+    notes: tuple[str, ...] = field(default=())
+    rejected: tuple[str, ...] = field(default=())
+    masks: dict[str, nib.Nifti1Image] = field(default_factory=dict)
+    probabilities: dict[str, nib.Nifti1Image] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The answer and how it came about, for JSON."""
+        return {
+            "task": self.task,
+            "subject": self.subject,
+            "session": self.session,
+            **self.answer,
+            "contrasts": list(self.contrasts),
+            "missing_contrasts": list(self.missing),
+            "rejected": list(self.rejected),
+            "notes": list(self.notes),
+            "not_a_medical_device": True,
+        }
+
+    def without_images(self) -> Prediction:
+        """The same answer without what takes the memory of a volume."""
+        return replace(self, image=None, probability=None, masks={}, probabilities={})
+
+    def save(self, folder: str | Path, name: str | None = None, *, probabilities: bool = False) -> list[Path]:
+        """Write ``NAME.json`` and what there is of images and vectors; returns the files, the JSON last.
+
+        ``NAME_dseg.nii.gz`` holds label codes; where labels overlap, ``NAME_label-REGION_mask.nii.gz`` each region.
+        With ``probabilities`` also ``NAME_probability.nii.gz``, and ``NAME_label-LABEL_probability.nii.gz`` of each
+        code or region in `probabilities`. An embedding is ``NAME_embedding.npy``.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        name = name or file_stem(self.subject, self.session) or "prediction"
+        images = {} if self.image is None else {"dseg": self.image}
+        images |= {f"label-{region}_mask": mask for region, mask in self.masks.items()}
+        if probabilities and self.probability is not None:
+            images["probability"] = self.probability
+            images |= {f"label-{label}_probability": image for label, image in self.probabilities.items()}
+        written = []
+        for ending, image in images.items():
+            written.append(folder / f"{name}_{ending}.nii.gz")
+            write_image(image, written[-1])
+        if self.embedding is not None:
+            written.append(folder / f"{name}_embedding.npy")
+            np.save(written[-1], self.embedding)
+        written.append(folder / f"{name}.json")
+        write_json(self.to_dict(), written[-1])
+        return written
+
+
+def file_stem(subject: str, session: str) -> str:
+    """The name of a session's files, ``SUBJECT_ses-SESSION``.
+
+    A name that a table gives may be no file name, such as ``../x``: it becomes a plain one, with a hash of the two so
+    that others that become the same plain name do not overwrite it.
+
+    >>> file_stem("sub-01", "1"), file_stem("../x", "1")
+    ('sub-01_ses-1', '-x_ses-1-3c2f0059')
+    """
+    said = "_".join(part for part in (subject, session and f"ses-{session}") if part)
+    plain = re.sub(r"[^\w .+=@-]", "-", said).lstrip(".")
+    if plain == said and "_ses-" not in subject and len(said.encode()) <= _LONGEST_NAME:
+        return said
+    return f"{plain[:50]}-{hashlib.sha256(json.dumps([subject, session]).encode()).hexdigest()[:8]}"

@@ -1,0 +1,126 @@
+"""What the frozen embeddings of a store know: a label, the site, and whether two sessions are of one subject.
+
+Axis legend: N sessions, D width.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from brainfound.data.splits.dividing import label_text
+from brainfound.data.store import Store
+from brainfound.data.store.withheld import showing
+from brainfound.errors import TrainingError, UsageError
+from brainfound.finetuning.embedding_cache import EmbeddingCache
+from brainfound.inference.evaluation import require_like
+from brainfound.inference.loading import load
+from brainfound.metrics.embedding_probes import SiteProbe, TestRetest, probed_columns, site_probe, test_retest
+from brainfound.models.stack_inference import inner_model
+
+
+@dataclass(frozen=True)
+class ProbedEmbeddings:
+    """What a linear model reads from embeddings, and how alike two sessions of a subject are.
+
+    Attributes:
+        label, site: the columns that were asked for.
+        probed: label beside site; None where no label was asked for.
+        retest: None where fewer than two subjects have two sessions.
+        num_probed: sessions with a label and a site, which `probed` is of.
+        num_sessions: of the store, which `retest` is of.
+    """
+
+    label: str | None
+    site: str
+    probed: SiteProbe | None
+    retest: TestRetest | None
+    num_probed: int
+    num_sessions: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; of the ICC of each dimension only the median."""
+        content: dict[str, Any] = {"label": self.label, "site": self.site, "num_sessions": self.num_sessions}
+        if self.probed is not None:
+            content |= {"num_probed": self.num_probed, "probed": asdict(self.probed)}
+        if self.retest is not None:
+            of_retest = asdict(self.retest)
+            content["retest"] = {name: value for name, value in of_retest.items() if name != "icc"}
+        return content
+
+
+def probe(
+    model: str | Path,
+    data: str | Path | Store,
+    label: str | None = None,
+    *,
+    site: str = "site",
+    num_slices: int = 32,
+    seed: int = 0,
+    cache: str | Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> ProbedEmbeddings:
+    """Ask what a model's embeddings know, each session's the mean over its slices.
+
+    Args:
+        model: an encoder, or a fine-tuned classification or regression, whose encoder is then asked.
+        data: a store, prepared as the model's own.
+        label: a column of the store; None: only test and retest.
+        site: the column that says the site or the scanner.
+        num_slices: evenly spaced slices of each session.
+        seed: of folds and bootstrap.
+        cache: a folder in which embeddings are kept, so that another question takes seconds; None: nowhere.
+        progress: called with (sessions done, sessions to do).
+
+    Raises:
+        UsageError: no such column, too few sites, classes or subjects, or nothing that can be asked.
+        ModelError: there is no such model. TrainingError: the embeddings are not finite.
+    """
+    store = data if isinstance(data, Store) else Store.open(data)
+    predictor = load(model).as_encoder()
+    require_like(predictor, store)
+    store = showing(store, predictor.reads)
+    sessions = np.flatnonzero(store.present.any(axis=1))
+    subjects = store.sessions["subject"].to_numpy()
+    names = store.sessions["session"].to_numpy()
+    known = sessions
+    if label is not None:
+        columns = [store.covariate(name).to_numpy() for name in (label, site)]
+        known = np.array([i for i in sessions if all(label_text(column[i]) != "missing" for column in columns)], int)
+        if not len(known):
+            raise UsageError("no session has a label and a site", where=f"columns {label}, {site}")
+        of_label, of_site = (column[known] for column in columns)
+        probed_columns(of_site, of_label, subjects[known])  # refused now, and not after embedding
+    twice = {
+        subject for subject in set(subjects[sessions]) if len(set(names[sessions][subjects[sessions] == subject])) > 1
+    }
+    if label is None and len(twice) < 2:
+        raise UsageError(
+            "there is nothing to ask: no label, and fewer than two subjects with two sessions",
+            where=f"store {store.path.name}",
+            got=f"{len(twice)} such subjects",
+            remedy="Give --label COLUMN",
+        )
+    with ExitStack() as stack:
+        folder = cache if cache is not None else stack.enter_context(tempfile.TemporaryDirectory())
+        asked = inner_model(predictor.model)
+        kept = EmbeddingCache(getattr(asked, "brainfound", asked), store, folder, num_slices)
+        kept.require(sessions.tolist(), progress)
+        embeddings = dict(zip(sessions.tolist(), kept.means(sessions.tolist()), strict=True))
+    if not np.isfinite(list(embeddings.values())).all():
+        raise TrainingError("the model gives embeddings that are not finite", where=model, remedy="Give another model")
+
+    def rows(of: np.ndarray) -> np.ndarray:
+        return np.stack([embeddings[int(i)] for i in of]).astype(np.float64)
+
+    probed = None
+    if label is not None:
+        probed = site_probe(rows(known), of_site, of_label, subjects[known], seed)
+    retest = test_retest(rows(sessions), subjects[sessions], names[sessions]) if len(twice) > 1 else None
+    return ProbedEmbeddings(label, site, probed, retest, len(known), len(sessions))

@@ -1,0 +1,145 @@
+"""A model's segmentation of a stack → label maps, masks, probabilities and volumes on the scan's own grid.
+
+Axis legend: S slices, K classes (or overlapping labels), H W pixels.
+
+Connected pieces of a label that are too small to be believed.
+
+Axis legend: X Y Z voxels of the scan as stored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from jaxtyping import Integer
+from scipy import ndimage
+
+from brainfound.data.preprocessing.stack import Stack
+from brainfound.errors import UsageError
+from brainfound.finetuning.targets import Target
+from brainfound.inference.prediction import probability_image, segmentation_image, volumes_mm3, voxel_mm3
+from brainfound.models.stack_inference import Answer, Readings
+
+# The volume of a voxel comes from an affine in float32, so that 27 mm³ may read as 27.000001.
+_ROUNDING = 1e-6
+
+
+def without_small_components(
+    labels: Integer[np.ndarray, "X Y Z"], voxel_mm3: float, min_volume_mm3: float
+) -> tuple[Integer[np.ndarray, "X Y Z"], dict[int, int]]:
+    """Labels without their connected pieces of less than a volume, and how many pieces each label code lost.
+
+    Voxels of one code that share a face, an edge or a corner are connected (26 neighbours). What is removed becomes 0.
+
+    Args:
+        labels: label codes, 0 for background.
+        voxel_mm3: volume of a voxel.
+        min_volume_mm3: the smallest volume that stays.
+    """
+    kept = labels.copy()
+    removed: dict[int, int] = {}
+    for code, box in enumerate(ndimage.find_objects(labels.astype(np.int32)), start=1):
+        if box is None:
+            continue
+        pieces, count = ndimage.label(labels[box] == code, structure=np.ones((3, 3, 3)))
+        volumes_mm3 = np.bincount(pieces.ravel(), minlength=count + 1) * voxel_mm3
+        small = volumes_mm3 < min_volume_mm3 * (1 - _ROUNDING)
+        small[0] = False  # what is not of this code
+        kept[box][small[pieces]] = 0
+        removed[code] = int(small.sum())
+    return kept, removed
+
+
+@dataclass(frozen=True)
+class SegmentationOptions:
+    """What is done beyond one plain look at each slice. All of it is off by default.
+
+    Attributes:
+        flips: average with a look at the slices with left and right exchanged. Not for labels that name a side.
+        overlap: average over four positions of the patch grid, half a patch apart.
+        min_volume_mm3: connected pieces of a label that are smaller are removed from label maps and masks, on the
+            scan's own grid; probabilities stay as they are.
+        class_probabilities: keep the probability of every class or label, not that of the foreground alone.
+
+    Raises:
+        UsageError: a volume below 0.
+    """
+
+    flips: bool = False
+    overlap: bool = False
+    min_volume_mm3: float = 0.0
+    class_probabilities: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_volume_mm3 < float("inf"):
+            raise UsageError(
+                "the smallest volume must be a number of at least 0", where="min_volume_mm3", got=self.min_volume_mm3
+            )
+
+    @property
+    def readings(self) -> Readings:
+        return Readings(self.flips, self.overlap)
+
+
+def segmentation_answer(stack: Stack, answer: Answer, target: Target, options: SegmentationOptions) -> dict[str, Any]:
+    """The fields of a `Prediction` that a segmentation has: answer, image or masks, probability, probabilities."""
+    assert answer.foreground_probability is not None
+    fields: dict[str, Any] = {"probability": probability_image(stack, answer.foreground_probability)}
+    if target.regions:
+        fields |= _masks(stack, answer, target, options)
+    else:
+        fields |= _label_map(stack, answer, target, options)
+    if options.flips or options.overlap:
+        fields["answer"] |= {"averaged": [name for name in ("flips", "overlap") if getattr(options, name)]}
+    return fields
+
+
+def _label_map(stack: Stack, answer: Answer, target: Target, options: SegmentationOptions) -> dict[str, Any]:
+    assert answer.classes is not None
+    names = dict(zip(target.codes, target.names, strict=True))
+    image, removed = _cleaned(segmentation_image(stack, target.decode_mask(answer.classes)), options)
+    content: dict[str, Any] = {
+        "labels": {str(code): name for code, name in names.items()},
+        "volumes_mm3": volumes_mm3(image, names),
+    }
+    if options.min_volume_mm3:
+        content |= _removal(options, {name: removed.get(code, 0) for code, name in names.items() if code != 0})
+    probabilities = {}
+    if answer.class_probabilities is not None:
+        for k, code in enumerate(target.codes[1:], start=1):
+            probabilities[str(code)] = probability_image(stack, answer.class_probabilities[:, k])
+    return {"answer": content, "image": image, "probabilities": probabilities}
+
+
+def _masks(stack: Stack, answer: Answer, target: Target, options: SegmentationOptions) -> dict[str, Any]:
+    assert answer.labels is not None
+    masks, volumes, removed = {}, {}, {}
+    for k, name in enumerate(target.names):
+        mask, lost = _cleaned(segmentation_image(stack, answer.labels[:, k].astype(np.uint8)), options)
+        masks[name], removed[name] = mask, lost.get(1, 0)
+        volumes[name] = volumes_mm3(mask, {1: name})[name]
+    content: dict[str, Any] = {
+        "regions": {name: list(codes) for name, codes in zip(target.names, target.regions, strict=True)},
+        "volumes_mm3": volumes,
+    }
+    if options.min_volume_mm3:
+        content |= _removal(options, removed)
+    probabilities = {}
+    if answer.class_probabilities is not None:
+        for k, name in enumerate(target.names):
+            probabilities[name] = probability_image(stack, answer.class_probabilities[:, k])
+    return {"answer": content, "masks": masks, "probabilities": probabilities}
+
+
+def _cleaned(image: nib.Nifti1Image, options: SegmentationOptions) -> tuple[nib.Nifti1Image, dict[int, int]]:
+    if not options.min_volume_mm3:
+        return image, {}
+    kept, removed = without_small_components(np.asarray(image.dataobj), voxel_mm3(image), options.min_volume_mm3)
+    return nib.Nifti1Image(kept, image.affine, image.header), removed
+
+
+def _removal(options: SegmentationOptions, counts: dict[str, int]) -> dict[str, Any]:
+    return {"min_volume_mm3": options.min_volume_mm3, "removed_components": counts}

@@ -1,0 +1,77 @@
+"""Metrics, their uncertainty, and the comparison and ranking of systems.
+
+Only numpy, scipy, scikit-learn and pandas are used here, so a score can be recomputed without torch.
+
+A value that cannot be scored is refused in one line (`UsageError`): non-finite values, shapes that differ, masks
+that are not binary. What has no defined score is ``nan``: AUROC of one class, R² of a constant target, Pearson's r of a
+constant. A mean over cases should then say how many it left out.
+"""
+
+from brainfound.metrics.classification import (
+    auprc,
+    auroc,
+    balanced_accuracy,
+    f1,
+    macro_f1,
+    mcc,
+    sensitivity_at_specificity,
+)
+from brainfound.metrics.comparison import compare, compare_pairs, score_intervals
+from brainfound.metrics.ranking import rank, task_ranks
+from brainfound.metrics.regression import mae, pearson, r2, rmse, spearman
+from brainfound.metrics.segmentation import (
+    Empty,
+    dice,
+    hd95,
+    lesion_f1,
+    relative_volume_error,
+    surface_dice,
+    volume_error_mm3,
+)
+from brainfound.metrics.statistics import (
+    DelongTest,
+    FoldTest,
+    Interval,
+    bootstrap_interval,
+    delong_interval,
+    delong_test,
+    fold_t_test,
+    holm,
+    paired_permutation_test,
+)
+
+__all__ = [
+    "DelongTest",
+    "Empty",
+    "FoldTest",
+    "Interval",
+    "auprc",
+    "auroc",
+    "balanced_accuracy",
+    "bootstrap_interval",
+    "compare",
+    "compare_pairs",
+    "delong_interval",
+    "delong_test",
+    "dice",
+    "f1",
+    "fold_t_test",
+    "hd95",
+    "holm",
+    "lesion_f1",
+    "macro_f1",
+    "mae",
+    "mcc",
+    "paired_permutation_test",
+    "pearson",
+    "r2",
+    "rank",
+    "relative_volume_error",
+    "rmse",
+    "score_intervals",
+    "sensitivity_at_specificity",
+    "spearman",
+    "surface_dice",
+    "task_ranks",
+    "volume_error_mm3",
+]

@@ -1,0 +1,315 @@
+"""Whether a model's certainty can be believed, and how to mend it on data that it did not learn from.
+
+What is fitted here (a temperature, a bias correction, the width of an interval) must be fitted on a validation part
+and reported on another one; these functions cannot know which part they are given. Everything takes whatever
+`numpy.asarray` takes and refuses in one line what cannot be used.
+
+Axes: n cases, K classes, M bins.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import optimize, special, stats
+
+from brainfound.errors import UsageError
+from brainfound.metrics.values import finite_array
+
+TEMPERATURE_RANGE = (0.01, 100.0)
+"""A best temperature beyond it means that the cases do not hold one."""
+MIN_SLOPE = 0.1
+"""A bias correction multiplies errors by 1 / slope; a model whose answers follow the target less is refused one."""
+
+MIN_CASES = 10
+"""For a line through true and predicted ages; through fewer its slope is mostly chance."""
+
+
+@dataclass(frozen=True)
+class ReliabilityBins:
+    """How sure a model was beside how often it was right, in M bins of equal width.
+
+    Attributes:
+        edges: ``(M + 1,)`` from 0 to 1; a bin holds its upper edge.
+        confidence: ``(M,)`` mean probability of the answered class; ``nan`` in an empty bin.
+        accuracy: ``(M,)`` share of right answers; ``nan`` in an empty bin.
+        count: ``(M,)`` cases.
+    """
+
+    edges: np.ndarray
+    confidence: np.ndarray
+    accuracy: np.ndarray
+    count: np.ndarray
+
+
+@dataclass(frozen=True)
+class BiasCorrection:
+    """The line that a brain age follows over the true age, and the way back: (prediction − intercept) / slope."""
+
+    slope: float
+    intercept: float
+
+    def apply(self, prediction: Any) -> np.ndarray:
+        """Corrected predictions ``(n,)``; the true target is not needed."""
+        return (_finite(prediction, "prediction") - self.intercept) / self.slope
+
+
+@dataclass(frozen=True)
+class ConformalInterval:
+    """Half-width of a prediction interval, or with ``normalised`` the factor of the predicted standard deviation."""
+
+    half_width: float
+    confidence: float
+    normalised: bool
+
+    def apply(self, prediction: Any, std: Any = None) -> tuple[np.ndarray, np.ndarray]:
+        """Lower and upper ends, in the unit of the prediction.
+
+        Raises:
+            UsageError: the standard deviation is missing, or was not used when the interval was fitted.
+        """
+        values = _finite(prediction, "prediction")
+        if (std is not None) != self.normalised:
+            wanted = "one per prediction" if self.normalised else "none: the interval was fitted without"
+            raise UsageError("standard deviations do not fit the interval", where="std", expected=wanted)
+        width = self.half_width * (np.ones_like(values) if std is None else _positive(std, values))
+        return values - width, values + width
+
+
+def fit_temperature(logits: Any, labels: Any) -> float:
+    """The temperature that makes ``softmax(logits / T)`` most likely; above 1 for a model that is too sure.
+
+    One number, so accuracy and AUROC of two classes stay as they are.
+
+    Args:
+        logits: ``(n, K)`` class scores, or log probabilities.
+        labels: ``(n,)`` class indices.
+
+    Raises:
+        UsageError: no cases, one class only, scores that are not finite or do not differ between classes; or no best
+            temperature: every answer is right (0 would be best) or they are no better than chance (infinity).
+
+    Source: C. Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, section 4.2.
+    """
+    scores, truth = _scores_and_labels(logits, labels, "logits")
+    if len(np.unique(truth)) < 2:
+        raise UsageError("a temperature needs cases of two classes", where="labels", got="one class")
+    if np.ptp(scores, axis=1).max() == 0:
+        raise UsageError("a temperature needs scores that differ between classes", where="logits", got="constant rows")
+
+    def mean_loss(log_temperature: float) -> float:
+        scaled = scores * math.exp(-log_temperature)
+        return float(np.mean(special.logsumexp(scaled, axis=1) - scaled[np.arange(len(truth)), truth]))
+
+    # Convex in 1/T, hence with a single minimum in log T.
+    low, high = map(math.log, TEMPERATURE_RANGE)
+    found = optimize.minimize_scalar(mean_loss, bounds=(low, high), method="bounded", options={"xatol": 1e-8})
+    best = min((low, float(found.x), high), key=mean_loss)
+    if not low + 0.01 < best < high - 0.01:
+        every_right = bool((scores.argmax(axis=1) == truth).all())
+        raise UsageError(
+            "there is no best temperature: "
+            + ("every answer is right" if every_right else "the scores say too little, or too much, of the labels"),
+            where="labels",
+            got=f"{len(truth)} cases",
+            remedy="Give more cases, or leave the scores as they are",
+        )
+    return math.exp(best)
+
+
+def apply_temperature(logits: Any, temperature: float) -> np.ndarray:
+    """``softmax(logits / temperature)``, ``(n, K)``.
+
+    Raises:
+        UsageError: the temperature is not positive, or scores are not finite.
+    """
+    if not 0 < temperature < math.inf:
+        raise UsageError("a temperature must be positive", where="temperature", got=temperature)
+    scores = _finite(logits, "logits")
+    if scores.ndim != 2:
+        raise UsageError("not the scores of classes", where="logits", got=scores.shape, expected="(n, K)")
+    return special.softmax(scores / temperature, axis=1)
+
+
+def reliability_bins(probabilities: Any, labels: Any, num_bins: int = 15) -> ReliabilityBins:
+    """Sort cases by the probability of the answered (most probable) class into bins of equal width.
+
+    Args:
+        probabilities: ``(n, K)``, rows of sum 1.
+        labels: ``(n,)`` class indices.
+
+    Raises:
+        UsageError: no cases, rows that are no probabilities, unknown classes, or no bins.
+
+    Source: Guo et al. 2017, section 2, after Niculescu-Mizil and Caruana, ICML 2005.
+    """
+    if num_bins < 1:
+        raise UsageError("there must be a bin", where="num_bins", got=num_bins)
+    shares, truth = _shares_and_labels(probabilities, labels)
+    confidence, right = shares.max(axis=1), shares.argmax(axis=1) == truth
+    edges = np.linspace(0.0, 1.0, num_bins + 1)
+    bins = np.searchsorted(edges[1:-1], confidence, side="left")
+    count = np.bincount(bins, minlength=num_bins)
+    filled = np.where(count > 0, count, np.nan)
+    return ReliabilityBins(
+        edges,
+        np.bincount(bins, confidence, num_bins) / filled,
+        np.bincount(bins, right, num_bins) / filled,
+        count,
+    )
+
+
+def expected_calibration_error(probabilities: Any, labels: Any, num_bins: int = 15) -> float:
+    """Mean distance of confidence and accuracy over `reliability_bins`, weighted by cases; 0 is best.
+
+    Biased upwards with few cases: in 15 bins a perfectly calibrated model of two classes has about 0.19 with 20 of
+    them, 0.09 with 100 and 0.03 with 1,000. Compare models on the same cases.
+
+    Raises:
+        UsageError: as `reliability_bins`.
+
+    Source: M. P. Naeini et al., "Obtaining Well Calibrated Probabilities Using Bayesian Binning", AAAI 2015;
+    Guo et al. 2017, eq. 3.
+    """
+    bins = reliability_bins(probabilities, labels, num_bins)
+    shares = bins.count / bins.count.sum()
+    return float(np.nansum(shares * np.abs(bins.confidence - bins.accuracy)))
+
+
+def brier_score(probabilities: Any, labels: Any) -> float:
+    """Mean squared distance of probabilities and truth, summed over classes; 0 is best.
+
+    For two classes half of the sum is given, (p − y)², as is usual for them (and in scikit-learn).
+
+    Raises:
+        UsageError: no cases, rows that are no probabilities, or unknown classes.
+
+    Source: G. W. Brier, "Verification of forecasts expressed in terms of probability", Mon Weather Rev 1950.
+    """
+    shares, truth = _shares_and_labels(probabilities, labels)
+    num_classes = shares.shape[1]
+    squares = ((shares - np.eye(num_classes)[truth]) ** 2).sum(axis=1)
+    return float(squares.mean() / (2 if num_classes == 2 else 1))
+
+
+def fit_bias_correction(target: Any, prediction: Any) -> BiasCorrection:
+    """Fit prediction = slope · target + intercept, whose inverse takes the regression to the mean out of a brain age.
+
+    The form of Cole et al., "Brain age predicts mortality", Mol Psychiatry 2018, which de Lange and Cole
+    ("Commentary: Correction procedures in brain-age prediction", NeuroImage Clin 2020) describe beside that of
+    Beheshti et al. (NeuroImage Clin 2019). Theirs subtracts slope · *true age*: its corrected ages contain the answer
+    and look better the less the model knows (one that says the same of everybody gets an error of 0). This one needs
+    no true age, so it can be applied to a new person. It removes the bias and multiplies the scatter by 1 / slope; its
+    error is most often larger than the raw one. Report both.
+
+    Args:
+        target: ``(n,)`` true ages of a validation part.
+        prediction: ``(n,)`` raw predictions of it.
+
+    Raises:
+        UsageError: fewer than ten cases, a target that does not vary, or predictions that do not follow it.
+    """
+    truth, answers = _pair(target, prediction)
+    if len(truth) < MIN_CASES:
+        raise UsageError("a bias correction needs more cases", got=len(truth), expected=f"{MIN_CASES} or more")
+    if np.ptp(truth) == 0:
+        raise UsageError("a bias correction needs targets that vary", where="target", got=f"all {truth[0]:g}")
+    line = stats.linregress(truth, answers)
+    if line.slope < MIN_SLOPE:
+        raise UsageError(
+            "the predictions do not follow the target, so there is no bias to correct",
+            where="prediction",
+            got=f"slope {line.slope:.3g}",
+            expected=f"{MIN_SLOPE:g} or more",
+        )
+    return BiasCorrection(float(line.slope), float(line.intercept))
+
+
+def conformal_interval(target: Any, prediction: Any, std: Any = None, *, confidence: float = 0.9) -> ConformalInterval:
+    """Split conformal prediction: an interval that holds a new case with at least the given probability.
+
+    True for any model and any distribution, on average over cases, as long as new cases come from where these come
+    from; not at another site, and not for each age. Sessions of one subject count as one case: give one of each.
+
+    Args:
+        target: ``(n,)`` of a calibration part that the model did not learn from.
+        prediction: ``(n,)``.
+        std: ``(n,)`` predicted standard deviations; then the interval of each case is a multiple of its own.
+        confidence: share of new cases that the interval should hold.
+
+    Raises:
+        UsageError: a confidence outside of 0–1, standard deviations that are not positive, or too few cases.
+
+    Source: J. Lei et al., "Distribution-Free Predictive Inference for Regression", JASA 2018, algorithm 2, and
+    section 5.2 for the normalised form.
+    """
+    if not 0 < confidence < 1:
+        raise UsageError("not a share", where="confidence", got=confidence, expected="between 0 and 1")
+    truth, answers = _pair(target, prediction)
+    distances = np.abs(truth - answers)
+    if std is not None:
+        distances = distances / _positive(std, answers)
+    # The slack undoes the rounding of products such as 10 · 0.9, which would ask for a case more.
+    rank = max(1, math.ceil((len(truth) + 1) * confidence - 1e-9))
+    if rank > len(truth):
+        raise UsageError(
+            f"an interval of {100 * confidence:g} % needs more cases",
+            got=len(truth),
+            expected=f"{math.ceil(confidence / (1 - confidence) - 1e-9)} or more",
+        )
+    return ConformalInterval(float(np.sort(distances)[rank - 1]), confidence, std is not None)
+
+
+def coverage(target: Any, low: Any, high: Any) -> float:
+    """The share of targets within their intervals, ends included.
+
+    Raises:
+        UsageError: shapes differ, no cases, or values that are not finite.
+    """
+    truth, lower = _pair(target, low)
+    _, upper = _pair(target, high)
+    return float(np.mean((lower <= truth) & (truth <= upper)))
+
+
+def _finite(values: Any, where: str) -> np.ndarray:
+    array = finite_array(values, where)
+    if array.size == 0:
+        raise UsageError("there are no cases", where=where)
+    return array
+
+
+def _pair(target: Any, prediction: Any) -> tuple[np.ndarray, np.ndarray]:
+    truth, answers = _finite(target, "target"), _finite(prediction, "prediction")
+    if truth.ndim != 1 or truth.shape != answers.shape:
+        got = f"{truth.shape} and {answers.shape}"
+        raise UsageError("target and prediction do not fit", got=got, expected="(n,) and (n,)")
+    return truth, answers
+
+
+def _positive(std: Any, values: np.ndarray) -> np.ndarray:
+    deviations = _finite(std, "std")
+    if deviations.shape != values.shape or not (deviations > 0).all():
+        got = f"shape {deviations.shape}, smallest {deviations.min():g}"
+        raise UsageError("not standard deviations", where="std", got=got, expected=f"positive, {values.shape}")
+    return deviations
+
+
+def _scores_and_labels(values: Any, labels: Any, where: str) -> tuple[np.ndarray, np.ndarray]:
+    scores, truth = _finite(values, where), _finite(labels, "labels")
+    if scores.ndim != 2 or scores.shape[1] < 2 or truth.shape != scores.shape[:1]:
+        got = f"{scores.shape} and {truth.shape}"
+        raise UsageError(f"{where} and labels do not fit", got=got, expected="(n, K) and (n,)")
+    if not np.isin(truth, np.arange(scores.shape[1])).all():
+        known = f"whole numbers 0 to {scores.shape[1] - 1}"
+        raise UsageError("unknown class label", where="labels", got=np.unique(truth)[:8].tolist(), expected=known)
+    return scores, truth.astype(int)
+
+
+def _shares_and_labels(probabilities: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
+    shares, truth = _scores_and_labels(probabilities, labels, "probabilities")
+    if shares.min() < 0 or np.abs(shares.sum(axis=1) - 1).max() > 1e-4:
+        raise UsageError("not probabilities", where="probabilities", expected="rows of sum 1 without negative values")
+    return shares, truth

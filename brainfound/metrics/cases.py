@@ -1,0 +1,237 @@
+"""Tables of cases, read: who was asked, the truth, and the answers of one run or of several.
+
+Cases are tables with one row per session, as an evaluation gives them (``result.cases``) and ``cases.tsv`` holds them:
+
+    subject, and session or row     who it is
+    truth, p(A), p(B), …            classification: the class and the probability of each class
+    truth(A), truth(B), p(A), …     several labels: 0 or 1 and the probability of each; a score is their mean
+    truth, prediction               regression
+    dice, dice(ventricles), …       segmentation: one column per score, empty where a case has none; of several
+                                    structures (regions or classes) each has its Dice, and the score is their mean
+
+The tables of a cross-validation's test folds may be put one below the other: together they are one table of all
+subjects. A rank metric such as AUROC then also compares cases that different models scored.
+
+A system may be several tables of the same cases, one per seed: its score is the mean over them.
+
+Axes: n cases, K classes, L labels or structures, R runs of one system.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import numpy as np
+import pandas as pd
+
+from brainfound.data.splits.dividing import label_text
+from brainfound.errors import UsageError
+from brainfound.metrics.scores import HIGHER_IS_BETTER, METRICS, Score
+
+System: TypeAlias = pd.DataFrame | Sequence[pd.DataFrame]
+"""A table of cases, or one per seed."""
+
+
+@dataclass(frozen=True)
+class Cases:
+    """One system's answers, sorted by case."""
+
+    task: str
+    keys: pd.MultiIndex
+    subjects: np.ndarray
+    truth: np.ndarray
+    """(n,) class indices or target values, (n, L) of several labels; for a segmentation the size of the reference,
+    where it is known."""
+    answers: Mapping[str, np.ndarray]
+    """Metric → (n,), (n, K) probabilities, or (n, L); of several runs (n, R, …)."""
+    num_runs: int = 1
+
+    def metric(self, name: str) -> Score:
+        """The score of truth and answers of some of the cases."""
+        of_run = self._of_one_run(name)
+        if self.num_runs == 1:
+            return of_run
+        return lambda truth, answers: float(np.mean([of_run(truth, answers[:, r]) for r in range(answers.shape[1])]))
+
+    def _of_one_run(self, name: str) -> Score:
+        if self.task == "segmentation":
+            return _mean_over_structures
+        score = METRICS[self.task][name]
+        return _mean_over_labels(score) if self.truth.ndim == 2 else score
+
+    def repeated(self, num_runs: int) -> Cases:
+        """The same answers as if so many runs had given them."""
+        if self.num_runs == num_runs:
+            return self
+        answers = {name: np.stack([values] * num_runs, axis=1) for name, values in self.answers.items()}
+        return replace(self, answers=answers, num_runs=num_runs)
+
+
+def _require_same_cases(base: Cases, other: Cases, base_name: str, name: str) -> None:
+    if base.task != other.task:
+        raise UsageError("the systems have different tasks", where=name, got=other.task, expected=base.task)
+    known_by, expected = ", ".join(map(str, other.keys.names)), ", ".join(map(str, base.keys.names))
+    if known_by != expected:
+        raise UsageError(f"not the cases of {base_name}", where=name, got=f"columns {known_by}", expected=expected)
+    if not base.keys.equals(other.keys):
+        raise UsageError(
+            f"not the cases of {base_name}",
+            where=name,
+            got=f"{len(base.keys.symmetric_difference(other.keys))} that only one of them has",
+            remedy="Score both on the same part of the same store",
+        )
+    if not np.array_equal(base.truth, other.truth):
+        raise UsageError(f"not the truth of {base_name}", where=name, remedy="Score both with the same labels")
+
+
+def read_alike(systems: Mapping[str, System]) -> dict[str, Cases]:
+    """Each system, the first one's cases and truth demanded of all, with as many runs of each."""
+    read = {name: read_runs(tables, name) for name, tables in systems.items()}
+    first = next(iter(read))
+    for name, other in read.items():
+        _require_same_cases(read[first], other, first, name)
+    most = max(system.num_runs for system in read.values())
+    for name, system in read.items():
+        if system.num_runs not in (1, most):
+            raise UsageError(
+                "the systems have different numbers of seeds",
+                where=name,
+                got=system.num_runs,
+                expected=f"1 or {most}",
+                remedy="Train each with the same number of seeds",
+            )
+    return {name: system.repeated(most) for name, system in read.items()}
+
+
+def read_runs(tables: System, where: str) -> Cases:
+    """One system of one or several tables of the same cases."""
+    runs = [_read(table, where) for table in ([tables] if isinstance(tables, pd.DataFrame) else tables)]
+    if not runs:
+        raise UsageError("there are no cases", where=where)
+    if len(runs) == 1:
+        return runs[0]
+    for number, run in enumerate(runs[1:], start=2):
+        _require_same_cases(runs[0], run, "its first run", f"{where}, run {number}")
+    common = [name for name in runs[0].answers if all(name in run.answers for run in runs)]
+    if runs[0].task == "segmentation":
+        for name in common:
+            missing = [np.isnan(run.answers[name]) for run in runs]
+            if any(not np.array_equal(missing[0], other) for other in missing[1:]):
+                raise other_masks(f"{where}, {name}")
+    answers = {name: np.stack([run.answers[name] for run in runs], axis=1) for name in common}
+    return replace(runs[0], answers=answers, num_runs=len(runs))
+
+
+def _read(cases: pd.DataFrame, where: str) -> Cases:
+    if "subject" not in cases:
+        raise UsageError(
+            "a column is missing",
+            where=where,
+            got=", ".join(map(str, cases.columns)),
+            expected="subject",
+            remedy="Evaluate with --keep-ids, or look the rows up in store.sessions",
+        )
+    if cases.empty:
+        raise UsageError("there are no cases", where=where)
+    key = ["subject", *[name for name in ("session", "row") if name in cases][:1]]
+    if cases[key].isna().any(axis=None):
+        raise UsageError("a case has no name", where=where, got=f"an empty cell of {' or '.join(key)}")
+    cases = cases.assign(**{name: cases[name].astype(str) for name in key}).sort_values(key, kind="stable")
+    keys = pd.MultiIndex.from_frame(cases[key])
+    if keys.has_duplicates:
+        first = ", ".join(keys[keys.duplicated()][0])
+        raise UsageError("a case is there twice", where=where, got=first, remedy="Keep one row per session")
+    subjects = cases["subject"].to_numpy()
+    columns = [name for name in map(str, cases.columns) if name.startswith("p(") and name.endswith(")")]
+    if columns:
+        names = [name[2:-1] for name in columns]
+        several = any(str(name).startswith("truth(") for name in cases.columns)
+        truth = _yes_or_no(cases, names, where) if several else _class_indices(cases, names, where)
+        probabilities = np.stack([_numbers(cases, name, where) for name in columns], axis=1)
+        return Cases("classification", keys, subjects, truth, dict.fromkeys(METRICS["classification"], probabilities))
+    if "prediction" in cases:
+        truth, prediction = _numbers(cases, "truth", where), _numbers(cases, "prediction", where)
+        return Cases("regression", keys, subjects, truth, dict.fromkeys(METRICS["regression"], prediction))
+    found = [
+        name for name in map(str, cases.columns) if kind_of(name) in HIGHER_IS_BETTER and cases[name].notna().any()
+    ]
+    if not found:
+        expected = "truth and p(class), truth and prediction, or dice"
+        got = ", ".join(map(str, cases.columns))
+        raise UsageError("nothing of the cases is scored", where=where, got=got, expected=expected)
+    scores = {name: _numbers(cases, name, where, may_lack=True) for name in found}
+    if structures := [scores[name] for name in found if name.startswith("dice(")]:
+        scores = {"dice": np.stack(structures, axis=1)} | {k: v for k, v in scores.items() if k != "dice"}
+    sizes = _numbers(cases, "reference_pixels", where) if "reference_pixels" in cases else np.zeros(len(cases))
+    return Cases("segmentation", keys, subjects, sizes, scores)
+
+
+def kind_of(column: str) -> str:
+    """The metric of a column: ``dice(ventricles)`` is Dice."""
+    return column.partition("(")[0]
+
+
+def _class_indices(cases: pd.DataFrame, names: Sequence[str], where: str) -> np.ndarray:
+    if "truth" not in cases:
+        raise UsageError("a column is missing", where=where, expected="truth")
+    index = {label_text(name): k for k, name in enumerate(names)}
+    truth = [label_text(label) for label in cases["truth"]]
+    unknown = sorted(set(truth) - set(index))
+    if unknown:
+        got, expected = ", ".join(unknown[:4]), ", ".join(names)
+        raise UsageError("a class has no probability", where=f"{where}: truth", got=got, expected=expected)
+    return np.array([index[label] for label in truth])
+
+
+def _yes_or_no(cases: pd.DataFrame, names: Sequence[str], where: str) -> np.ndarray:
+    truth = np.stack([_numbers(cases, f"truth({name})", where) for name in names], axis=1)
+    if not np.isin(truth, (0, 1)).all():
+        got = np.unique(truth)[:4].tolist()
+        raise UsageError("a label among several must be 0 or 1", where=f"{where}: truth(…)", got=got)
+    return truth.astype(int)
+
+
+def _numbers(cases: pd.DataFrame, column: str, where: str, may_lack: bool = False) -> np.ndarray:
+    if column not in cases:
+        raise UsageError("a column is missing", where=where, expected=column)
+    numbers = pd.to_numeric(cases[column], errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+    bad = ~np.isfinite(numbers)
+    if may_lack:
+        bad &= cases[column].notna().to_numpy()
+    if bad.any():
+        got = cases[column].to_numpy()[bad][:4].tolist()
+        raise UsageError("not finite numbers", where=f"{where}: {column}", got=got)
+    return numbers
+
+
+def other_masks(where: str) -> UsageError:
+    return UsageError(
+        "the systems were not scored against the same masks",
+        where=where,
+        got="a case that one of them has a score for and another has none",
+        remedy="Score them on the same store",
+    )
+
+
+def _mean_over_structures(truth: np.ndarray, scores: np.ndarray) -> float:
+    """The mean over cases, of each structure ``(n, L)`` first; one that no case has is left out."""
+    if scores.ndim == 1:
+        return float(scores.mean())
+    known = ~np.isnan(scores)
+    counts, sums = known.sum(axis=0), np.where(known, scores, 0.0).sum(axis=0)
+    return float((sums[counts > 0] / counts[counts > 0]).mean()) if counts.any() else float("nan")
+
+
+def _mean_over_labels(score: Score) -> Score:
+    """A score of two classes as the mean over several yes-or-no labels; one that is not defined is left out."""
+
+    def mean(truth: np.ndarray, shares: np.ndarray) -> float:
+        of_labels = [
+            score(truth[:, k], np.stack([1 - shares[:, k], shares[:, k]], axis=1)) for k in range(truth.shape[1])
+        ]
+        defined = [value for value in of_labels if not np.isnan(value)]
+        return float(np.mean(defined)) if defined else float("nan")
+
+    return mean

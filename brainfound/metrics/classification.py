@@ -1,0 +1,235 @@
+"""Metrics of a predicted class, and of the score that it was predicted by.
+
+What has no defined score is ``nan``: nothing can be told apart where one class is all there is. All of them are
+counted here and not by scikit-learn, whose checks cost more than the counting: a permutation test asks ten thousand
+times. The results are equal but where a docstring says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from brainfound.errors import UsageError
+from brainfound.metrics.values import finite_array, is_constant, label_pair
+
+# Shares such as 1 − 0.9 are not exact: a tenth of 20 negatives must be 2 and not 1.9999999999999996.
+_COUNT_SLACK = 1e-9
+
+
+def auroc(labels: Any, scores: Any) -> float:
+    """Area under the ROC curve; the chance that a positive scores above a negative, a tie counting one half.
+
+    Args:
+        labels: (N,) 0 or 1; with K > 2 classes, 0 … K−1.
+        scores: (N,) scores of class 1, larger is more positive; or (N, K), one column per class. With K = 2
+            columns the second is used; with more, the mean over classes of one against the rest is returned.
+
+    Returns:
+        A value in 0–1. ``nan`` when only one class is present, since no pair can be compared; with K > 2,
+        classes that are absent (or are the only one present) are left out of the mean.
+
+    Raises:
+        UsageError: if the lengths differ, or labels or scores are not as described.
+
+    Source: J. A. Hanley and B. J. McNeil, Radiology 1982.
+    """
+    return _mean_over_classes(_binary_auroc, labels, scores)
+
+
+def auprc(labels: Any, scores: Any) -> float:
+    """Average precision, the area under the precision-recall curve as a sum of steps.
+
+    Σ (Rᵢ − Rᵢ₋₁) Pᵢ over falling thresholds, without interpolation, which would flatter. Scores without information
+    reach the share of positives, not one half: name that share beside the result.
+
+    Args:
+        labels, scores: as in `auroc`.
+
+    Returns:
+        A value in 0–1; ``nan`` when only one class is present, where scikit-learn says 0 or 1. With K > 2, as in
+        `auroc`.
+
+    Raises:
+        UsageError: if the lengths differ, or labels or scores are not as described.
+
+    Source: J. Davis and M. Goadrich, "The relationship between precision-recall and ROC curves", ICML 2006.
+    """
+    return _mean_over_classes(_binary_auprc, labels, scores)
+
+
+def sensitivity_at_specificity(labels: Any, scores: Any, specificity: float = 0.9) -> float:
+    """The largest sensitivity of a threshold at which at least this share of the negatives is called negative.
+
+    Only thresholds that the scores have are looked at; nothing is interpolated. The threshold is chosen on the very
+    cases that it is scored on, so on few cases the value is optimistic.
+
+    Args:
+        labels: (N,) 0 or 1.
+        scores: (N,) scores of class 1, or (N, 2).
+        specificity: the share, 0–1.
+
+    Returns:
+        A value in 0–1; ``nan`` when only one class is present.
+
+    Raises:
+        UsageError: if the lengths differ, there are more than two classes, or the specificity is no share.
+    """
+    if not 0 <= specificity <= 1:
+        raise UsageError("not a share", where="specificity", got=specificity, expected="0 to 1")
+    of_classes = one_against_the_rest(labels, scores)
+    if len(of_classes) != 1:
+        raise UsageError("sensitivity is of two classes", where="scores", got=f"{len(of_classes)} classes")
+    positive, scores = of_classes[0]
+    if is_constant(positive):
+        return float("nan")
+    negatives = np.sort(scores[~positive])[::-1]
+    num_allowed = int((1 - specificity) * len(negatives) + _COUNT_SLACK)
+    if num_allowed >= len(negatives):
+        return 1.0
+    # Calling positive what is above the first negative that is not allowed calls no more than the allowed ones.
+    return float((scores[positive] > negatives[num_allowed]).mean())
+
+
+def balanced_accuracy(labels: Any, predictions: Any) -> float:
+    """Mean over the classes that occur in `labels` of the share of that class predicted right.
+
+    A class that is predicted but never occurs lowers the recall of the others and has no recall of its own.
+
+    Args:
+        labels: (N,) class labels, numbers or text.
+        predictions: (N,) class labels, not scores.
+
+    Raises:
+        UsageError: if the lengths differ, or there is nothing to score.
+    """
+    confusion, _ = _confusion(labels, predictions)
+    sizes = confusion.sum(axis=1)
+    return float((confusion.diagonal()[sizes > 0] / sizes[sizes > 0]).mean())
+
+
+def f1(labels: Any, predictions: Any, positive: Any = 1) -> float:
+    """F1 of one class, 2 TP / (2 TP + FP + FN): the harmonic mean of its precision and its sensitivity.
+
+    Args:
+        labels: (N,) class labels, numbers or text.
+        predictions: (N,) class labels, not scores.
+        positive: the class.
+
+    Returns:
+        A value in 0–1; ``nan`` when the class neither occurs nor is predicted.
+
+    Raises:
+        UsageError: if the lengths differ, or there is nothing to score.
+    """
+    expected, predicted = label_pair(labels, predictions)
+    num_named = int((expected == positive).sum()) + int((predicted == positive).sum())
+    if num_named == 0:
+        return float("nan")
+    return 2 * int(((expected == positive) & (predicted == positive)).sum()) / num_named
+
+
+def macro_f1(labels: Any, predictions: Any) -> float:
+    """Mean of `f1` over all classes that occur or are predicted, each counting the same.
+
+    Args:
+        labels: (N,) class labels, numbers or text.
+        predictions: (N,) class labels, not scores.
+
+    Raises:
+        UsageError: if the lengths differ, or there is nothing to score.
+    """
+    confusion, _ = _confusion(labels, predictions)
+    return float((2 * confusion.diagonal() / (confusion.sum(axis=0) + confusion.sum(axis=1))).mean())
+
+
+def mcc(labels: Any, predictions: Any) -> float:
+    """Matthews' correlation coefficient, for K classes Gorodkin's R_K; 1 is perfect, 0 is what guessing reaches.
+
+    Args:
+        labels: (N,) class labels, numbers or text.
+        predictions: (N,) class labels, not scores.
+
+    Returns:
+        A value in −1 … 1. 0 when all predictions are the same, as in scikit-learn: they tell nothing. ``nan`` when
+        all labels are the same, where scikit-learn says 0.
+
+    Raises:
+        UsageError: if the lengths differ, or there is nothing to score.
+
+    Source: J. Gorodkin, "Comparing two K-category assignments by a K-category correlation coefficient", 2004.
+    """
+    confusion, num_cases = _confusion(labels, predictions)
+    occur, predicted = confusion.sum(axis=1), confusion.sum(axis=0)
+    spread_labels = num_cases**2 - int(occur @ occur)
+    spread_predictions = num_cases**2 - int(predicted @ predicted)
+    if spread_labels == 0:
+        return float("nan")
+    if spread_predictions == 0:
+        return 0.0
+    covariance = num_cases * int(confusion.trace()) - int(occur @ predicted)
+    return covariance / float(np.sqrt(float(spread_labels) * float(spread_predictions)))
+
+
+def _confusion(labels: Any, predictions: Any) -> tuple[np.ndarray, int]:
+    """(K, K) counts of true class by predicted class, K of those that occur or are predicted; and of cases."""
+    expected, predicted = label_pair(labels, predictions)
+    classes, index = np.unique(np.concatenate([expected, predicted]), return_inverse=True)
+    cells = index[: len(expected)] * len(classes) + index[len(expected) :]
+    counts = np.bincount(cells, minlength=len(classes) ** 2)
+    return counts.reshape(len(classes), len(classes)), len(expected)
+
+
+def one_against_the_rest(labels: Any, scores: Any) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Which cases are positive, and their scores: of class 1 alone with two classes, else of each class.
+
+    Args and Raises as `auroc`.
+    """
+    scores = finite_array(scores, "scores")
+    if scores.ndim not in (1, 2):
+        raise UsageError("scores have too many axes", where="scores", got=scores.shape, expected="(N,) or (N, K)")
+    labels = finite_array(labels, "labels")
+    num_classes = 2 if scores.ndim == 1 else scores.shape[1]
+    if labels.ndim != 1 or len(labels) != len(scores) or len(labels) == 0:
+        raise UsageError(
+            "labels and scores do not fit", got=f"{labels.shape} and {scores.shape}", expected="(N,) and (N,)"
+        )
+    if not np.isin(labels, np.arange(num_classes)).all():
+        known = f"whole numbers 0 to {num_classes - 1}"
+        raise UsageError("unknown class label", where="labels", got=np.unique(labels)[:8].tolist(), expected=known)
+    if scores.ndim == 1:
+        return [(labels == 1, scores)]
+    if num_classes == 2:
+        return [(labels == 1, scores[:, 1])]
+    return [(labels == k, scores[:, k]) for k in range(num_classes)]
+
+
+def _mean_over_classes(metric: Callable[[np.ndarray, np.ndarray], float], labels: Any, scores: Any) -> float:
+    of_classes = np.array(
+        [
+            float("nan") if is_constant(positive) else metric(positive, of_class)
+            for positive, of_class in one_against_the_rest(labels, scores)
+        ]
+    )
+    defined = of_classes[~np.isnan(of_classes)]
+    return float(defined.mean()) if defined.size else float("nan")
+
+
+def _binary_auroc(positive: np.ndarray, scores: np.ndarray) -> float:
+    # The rank form of the Mann-Whitney statistic: mid-ranks give a tie one half.
+    num_positive, num_negative = int(positive.sum()), int((~positive).sum())
+    rank_sum = stats.rankdata(scores)[positive].sum()
+    return float((rank_sum - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative))
+
+
+def _binary_auprc(positive: np.ndarray, scores: np.ndarray) -> float:
+    order = np.argsort(-scores, kind="stable")
+    falling = scores[order]
+    # A threshold takes all cases of one score at once: the last of each run of equal scores.
+    thresholds = np.append(np.flatnonzero(falling[1:] != falling[:-1]), len(falling) - 1)
+    num_found = positive[order].cumsum()[thresholds]
+    precision = num_found / (thresholds + 1)
+    return float((np.diff(num_found, prepend=0) * precision).sum() / num_found[-1])

@@ -1,0 +1,247 @@
+"""Systems on the same cases: every score with its interval, and every difference with its interval and its tests.
+
+Cases are tables with one row per session, as an evaluation gives them (``result.cases``) and ``cases.tsv`` holds them;
+`brainfound.metrics.cases` says what their columns are.
+
+Axes: n cases, K classes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from brainfound.errors import UsageError, did_you_mean
+from brainfound.metrics.cases import Cases, System, kind_of, other_masks, read_alike, read_runs
+from brainfound.metrics.scores import HIGHER_IS_BETTER, Score
+from brainfound.metrics.statistics import bootstrap_interval, delong_test, holm, paired_permutation_test
+
+_OF_RANKS = ("auroc", "auprc")
+"""Metrics to which only the order of the scores matters."""
+
+_COLUMNS = [
+    *("metric", "system", "value", "low", "high", "difference", "difference_low", "difference_high"),
+    *("p", "p_holm", "p_delong", "p_delong_holm", "higher_is_better", "num_cases", "num_subjects"),
+]
+_PAIR_COLUMNS = ["metric", "system", "against", *_COLUMNS[5:]]
+
+
+def score_intervals(
+    cases: System,
+    metrics: Sequence[str] | None = None,
+    *,
+    num_resamples: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Each score of a system with its bootstrap interval over subjects.
+
+    Args:
+        cases: a table of cases, see above, or several.
+        metrics: names of `brainfound.metrics.scores.HIGHER_IS_BETTER`; by default all that the task has.
+        num_resamples, confidence, seed: as in `bootstrap_interval`.
+
+    Returns:
+        One row per metric: metric, value, low, high, num_cases, num_subjects (those that the metric is over). What
+        has no defined score is ``nan``.
+
+    Raises:
+        UsageError: if a column is missing or a value cannot be used, a case is there twice, or a metric is not one of
+            the task.
+    """
+    system, drawing = read_runs(cases, "cases"), _Drawing(num_resamples, confidence, seed)
+    rows = []
+    for name in _chosen(system, metrics):
+        truth, (answers,), subjects = _of_metric(name, system)
+        interval = drawing.interval(system.metric(name), subjects, truth, answers)
+        rows.append([name, *interval, len(subjects), len(set(subjects))])
+    return pd.DataFrame(rows, columns=["metric", "value", "low", "high", "num_cases", "num_subjects"])
+
+
+def compare(
+    systems: Mapping[str, System],
+    against: str,
+    metrics: Sequence[str] | None = None,
+    *,
+    num_resamples: int = 2000,
+    num_permutations: int = 5000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Compare systems with one of them, on the same cases.
+
+    p is of a permutation test that exchanges the two systems' answers within subjects. Where only their order matters
+    (AUROC, AUPRC) the scores become ranks first, since systems need not share a scale. AUROC of two classes also has
+    DeLong's p, if every subject has one case. Holm's correction is over the systems that are compared, metric by
+    metric: a reader who picks the best of several metrics has to correct for that as well.
+
+    Args:
+        systems: name → a table of cases, see above, or one per seed. All must have the same cases with the same truth,
+            and as many seeds; beside several seeds, a system of a single table counts as if each had given it.
+        against: the name of the system that the others are compared with.
+        metrics, num_resamples, confidence, seed: as in `score_intervals`.
+        num_permutations: as in `paired_permutation_test`.
+
+    Returns:
+        One row per metric and system, the one that is compared with first: metric, system, value, low, high,
+        difference (system − against), difference_low, difference_high, p, p_holm, p_delong, p_delong_holm,
+        higher_is_better, num_cases, num_subjects. What is not defined is ``nan``.
+
+    Raises:
+        UsageError: as `score_intervals`, and if the systems do not have the same cases or truth.
+
+    Source: A. I. Bandos, H. E. Rockette and D. Gur, "A permutation test sensitive to differences in areas for comparing
+    ROC curves from a paired design", Stat Med 2005 (exchange of ranks within cases).
+    """
+    if against not in systems:
+        raise UsageError(f"no system is called {against!r}", where="against", remedy=did_you_mean(against, systems))
+    read = read_alike({against: systems[against], **systems})
+    base, others = read[against], {name: system for name, system in read.items() if name != against}
+    drawing = _Drawing(num_resamples, confidence, seed, num_permutations)
+    rows: list[dict[str, Any]] = []
+    for metric in _chosen(base, metrics, others):
+        compared = [
+            _alone(metric, name, other, drawing) | _difference(metric, other, base, drawing)
+            for name, other in others.items()
+        ]
+        rows += [_alone(metric, against, base, drawing), *_corrected(compared)]
+    return pd.DataFrame(rows, columns=_COLUMNS)
+
+
+def compare_pairs(
+    systems: Mapping[str, System],
+    metrics: Sequence[str] | None = None,
+    *,
+    num_resamples: int = 2000,
+    num_permutations: int = 5000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Compare each system with each other one, on the same cases: as `compare`, with Holm's correction over all pairs.
+
+    Args:
+        systems, metrics, num_resamples, num_permutations, confidence, seed: as in `compare`.
+
+    Returns:
+        One row per metric and pair, in the order given: metric, system, against, difference (system − against),
+        difference_low, difference_high, p, p_holm, p_delong, p_delong_holm, higher_is_better, num_cases,
+        num_subjects. What is not defined is ``nan``.
+
+    Raises:
+        UsageError: as `compare`.
+    """
+    read = read_alike(systems)
+    drawing = _Drawing(num_resamples, confidence, seed, num_permutations)
+    first = next(iter(read.values()))
+    rows: list[dict[str, Any]] = []
+    for metric in _chosen(first, metrics, read):
+        pairs = [
+            {"metric": metric, "system": name, "against": against}
+            | _difference(metric, read[name], read[against], drawing)
+            | _counts(metric, read[name])
+            for against, name in itertools.combinations(read, 2)
+        ]
+        rows += _corrected(pairs)
+    return pd.DataFrame(rows, columns=_PAIR_COLUMNS)
+
+
+@dataclass(frozen=True)
+class _Drawing:
+    """How resamples and permutations are drawn."""
+
+    num_resamples: int
+    confidence: float
+    seed: int
+    num_permutations: int = 0
+
+    def interval(
+        self, metric: Callable[..., float], subjects: np.ndarray, *values: np.ndarray
+    ) -> tuple[float, float, float]:
+        """Value, low and high; the ends are nan where the metric has no finite value on the cases themselves."""
+        value = float(metric(*values)) if len(subjects) else float("nan")
+        if not np.isfinite(value):
+            return value, float("nan"), float("nan")
+        found = bootstrap_interval(
+            metric,
+            *values,
+            subjects=subjects,
+            num_resamples=self.num_resamples,
+            confidence=self.confidence,
+            seed=self.seed,
+        )
+        return found.estimate, found.low, found.high
+
+    def p(self, metric: Score, subjects: np.ndarray, truth: np.ndarray, a: np.ndarray, b: np.ndarray) -> float:
+        return float(
+            paired_permutation_test(a, b, lambda x: metric(truth, x), self.num_permutations, self.seed, subjects)
+        )
+
+
+def _alone(metric: str, name: str, system: Cases, drawing: _Drawing) -> dict[str, Any]:
+    truth, (answers,), subjects = _of_metric(metric, system)
+    interval = drawing.interval(system.metric(metric), subjects, truth, answers)
+    return {
+        "metric": metric,
+        "system": name,
+        **dict(zip(("value", "low", "high"), interval, strict=True)),
+        **_counts(metric, system),
+    }
+
+
+def _counts(metric: str, system: Cases) -> dict[str, Any]:
+    _, _, subjects = _of_metric(metric, system)
+    higher_is_better = HIGHER_IS_BETTER[kind_of(metric)]
+    return {"higher_is_better": higher_is_better, "num_cases": len(subjects), "num_subjects": len(set(subjects))}
+
+
+def _difference(metric: str, system: Cases, base: Cases, drawing: _Drawing) -> dict[str, float]:
+    """System − base with its interval and its p values, not corrected yet."""
+    truth, (a, b), subjects = _of_metric(metric, system, base)
+    score = base.metric(metric)
+    difference = drawing.interval(lambda t, x, y: score(t, x) - score(t, y), subjects, truth, a, b)
+    found = dict(zip(("difference", "difference_low", "difference_high"), difference, strict=True))
+    found |= {"p": float("nan"), "p_delong": float("nan")}
+    if not np.isfinite(difference[0]):
+        return found
+    two_classes = truth.ndim == 1 and a.ndim == 2 and a.shape[1] == 2 and base.num_runs == 1
+    if metric == "auroc" and two_classes and len(set(subjects)) == len(subjects):
+        found["p_delong"] = delong_test(truth, a, b).p
+    if metric in _OF_RANKS:
+        a, b = stats.rankdata(a, axis=0), stats.rankdata(b, axis=0)
+    return found | {"p": drawing.p(score, subjects, truth, a, b)}
+
+
+def _corrected(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of one metric, with Holm's correction over them."""
+    for column in ("p", "p_delong"):
+        for row, adjusted in zip(rows, holm([row[column] for row in rows]), strict=True):
+            row[f"{column}_holm"] = float(adjusted)
+    return rows
+
+
+def _of_metric(name: str, *systems: Cases) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
+    """Truth, each system's answers and subjects of the cases that the metric is over."""
+    answers = [system.answers[name] for system in systems]
+    if systems[0].task != "segmentation":
+        return systems[0].truth, answers, systems[0].subjects
+    known = ~np.isnan(answers[0])
+    if any((np.isnan(other) == known).any() for other in answers[1:]):
+        raise other_masks(name)
+    scored = known.any(axis=tuple(range(1, known.ndim)))
+    return systems[0].truth[scored], [of_system[scored] for of_system in answers], systems[0].subjects[scored]
+
+
+def _chosen(system: Cases, metrics: Sequence[str] | None, others: Mapping[str, Cases] | None = None) -> list[str]:
+    known = [name for name in system.answers if all(name in other.answers for other in (others or {}).values())]
+    for name in metrics or ():
+        if name not in known:
+            raise UsageError(
+                f"no metric {name!r} of a {system.task}", where="metrics", remedy=did_you_mean(name, known)
+            )
+    return list(known if metrics is None else metrics)

@@ -1,0 +1,358 @@
+"""The two-sided t-test over the folds of a cross-validation.
+
+Uncertainty of a score and of a difference, over subjects.
+
+Subjects, not slices or sessions, are what is drawn: sessions of one subject are not independent.
+
+DeLong's test: the uncertainty of an AUROC, and of a difference of two on the same cases, by a formula.
+
+Axes: m positives, n negatives.
+
+An AUROC is a mean over pairs of a positive and a negative; each case's own mean over its pairs is its structural
+component, and the variance of the components is that of the area. Cases must be independent: one per subject. With
+several sessions of a subject use `bootstrap_interval` and `paired_permutation_test` with ``subjects``.
+
+Source: E. R. DeLong, D. M. DeLong and D. L. Clarke-Pearson, "Comparing the areas under two or more correlated receiver
+operating characteristic curves", Biometrics 1988; components from mid-ranks: X. Sun and W. Xu, "Fast implementation of
+DeLong's algorithm", IEEE Signal Process Lett 2014.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from brainfound.errors import UsageError
+from brainfound.metrics.classification import one_against_the_rest
+from brainfound.metrics.values import finite_array, is_constant
+
+Metric = Callable[..., float]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A score with its interval.
+
+    `num_undefined` counts the resamples on which the metric was ``nan`` (a resample of one class has no
+    AUROC); they are left out, and a large share of them means that the interval says little. An interval by a
+    formula (`brainfound.metrics.statistics`) has no resamples.
+    """
+
+    estimate: float
+    low: float
+    high: float
+    confidence: float
+    num_resamples: int
+    num_undefined: int
+
+    def __str__(self) -> str:
+        return f"{self.estimate:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def bootstrap_interval(
+    metric: Metric,
+    *values: Any,
+    subjects: Any = None,
+    num_resamples: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """Percentile bootstrap interval of ``metric(*values)``.
+
+    Args:
+        metric: takes the arrays in the order given and returns a number: ``bootstrap_interval(np.mean, dices)``,
+            ``bootstrap_interval(auroc, labels, scores)``.
+        values: arrays with the cases on their first axis, all of the same length.
+        subjects: (N,) the subject of each case; the cases of a subject are drawn together. By default every
+            case is a subject.
+        num_resamples: number of resamples.
+        confidence: share of the resamples inside the interval.
+        seed: seed of the drawing; the same seed gives the same interval.
+
+    Raises:
+        UsageError: if there are no cases, the lengths differ, or no resample has a defined score.
+
+    Source: B. Efron and R. J. Tibshirani, "An Introduction to the Bootstrap" (1993), chapter 13.
+    """
+    if not 0 < confidence < 1 or num_resamples < 1:
+        raise UsageError("the bootstrap cannot be run so", got=f"confidence {confidence}, {num_resamples} resamples")
+    arrays = _aligned(values)
+    groups = _cases_by_subject(subjects, len(arrays[0]))
+    generator = np.random.default_rng(seed)
+    resampled = np.empty(num_resamples)
+    single = np.concatenate(groups) if len(groups) == len(arrays[0]) else None
+    for i in range(num_resamples):
+        drawn = generator.integers(len(groups), size=len(groups))
+        cases = np.concatenate([groups[g] for g in drawn]) if single is None else single[drawn]
+        resampled[i] = metric(*(array[cases] for array in arrays))
+    defined = resampled[~np.isnan(resampled)]
+    if defined.size == 0:
+        raise UsageError("the metric is undefined on every resample", got=f"{len(groups)} subjects")
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(defined, [tail, 1 - tail])
+    return Interval(
+        estimate=float(metric(*arrays)),
+        low=float(low),
+        high=float(high),
+        confidence=confidence,
+        num_resamples=num_resamples,
+        num_undefined=num_resamples - defined.size,
+    )
+
+
+def paired_permutation_test(
+    a: Any, b: Any, metric: Metric = np.mean, num_permutations: int = 10_000, seed: int = 0, subjects: Any = None
+) -> float:
+    """Two-sided p value of ``metric(a) − metric(b)`` for two systems scored on the same subjects.
+
+    Under the null hypothesis the two systems may be exchanged within any subject. With 2^N at most
+    `num_permutations` all exchanges are counted and p is exact; otherwise they are drawn, and p is
+    (hits + 1) / (drawn + 1), which is never 0.
+
+    Args:
+        a: (N, …) the first system's values, one row per case: scores such as Dice, or predictions with a
+            metric that knows the labels, ``lambda scores: auroc(labels, scores)``.
+        b: the second system's values, in the same order.
+        metric: takes such an array and returns a number.
+        num_permutations: number of exchanges drawn when there are too many to count.
+        seed: seed of the drawing.
+        subjects: (N,) the subject of each case; the cases of a subject are exchanged together. By default every
+            case is a subject.
+
+    Returns:
+        p in (0, 1]; ``nan`` when the metric is undefined for one of the systems.
+
+    Raises:
+        UsageError: if the shapes differ, there are no cases, or subjects do not fit them.
+
+    Source: B. Phipson and G. K. Smyth, "Permutation P-values should never be zero", Stat Appl Genet Mol Biol 2010.
+    """
+    first, second = _aligned((a, b))
+    if first.shape != second.shape:
+        raise UsageError("the two systems differ in shape", got=f"{first.shape} and {second.shape}")
+    observed = abs(metric(first) - metric(second))
+    if np.isnan(observed):
+        return float("nan")
+    groups = _cases_by_subject(subjects, len(first))
+    of_case = np.empty(len(first), dtype=int)
+    for subject, cases in enumerate(groups):
+        of_case[cases] = subject
+    num_subjects = len(groups)
+    exact = num_subjects < 63 and 2**num_subjects <= num_permutations
+    if exact:
+        exchanges = (np.array(bits) for bits in itertools.product((False, True), repeat=num_subjects))
+        total = 2**num_subjects
+    else:
+        generator = np.random.default_rng(seed)
+        exchanges = (generator.random(num_subjects) < 0.5 for _ in range(num_permutations))
+        total = num_permutations
+    # Differences that are equal but for the order of summation must count as equal.
+    at_least = observed - 1e-12 * max(1.0, observed)
+    hits = 0
+    for exchange in exchanges:
+        swap = exchange[of_case].reshape(-1, *[1] * (first.ndim - 1))
+        difference = metric(np.where(swap, second, first)) - metric(np.where(swap, first, second))
+        hits += abs(difference) >= at_least
+    return hits / total if exact else (hits + 1) / (total + 1)
+
+
+def holm(p_values: Any) -> np.ndarray:
+    """p values adjusted for their number: those at most α after it are significant, all of them together at level α.
+
+    The smallest is multiplied by their number M, the next by M − 1, and so on; none falls below one before it. No
+    independence is assumed, and nothing is given away against Bonferroni.
+
+    Args:
+        p_values: (M,); ``nan`` stands for a test that could not be made, stays, and does not count in M.
+
+    Returns:
+        (M,) adjusted p values, at most 1, in the order given.
+
+    Raises:
+        UsageError: if they are not p values.
+
+    Source: S. Holm, "A simple sequentially rejective multiple test procedure", Scand J Stat 1979.
+    """
+    given = np.asarray(p_values, dtype=np.float64)
+    if given.ndim != 1 or ((given < 0) | (given > 1)).any():
+        raise UsageError("not p values", where="p_values", got=given.tolist(), expected="a list of numbers 0 to 1")
+    tests = np.flatnonzero(~np.isnan(given))
+    order = tests[np.argsort(given[tests], kind="stable")]
+    factors = len(order) - np.arange(len(order))
+    adjusted = np.full_like(given, np.nan)
+    adjusted[order] = np.minimum(np.maximum.accumulate(given[order] * factors), 1.0)
+    return adjusted
+
+
+def _aligned(values: tuple[Any, ...]) -> list[np.ndarray]:
+    arrays = [np.asarray(value) for value in values]
+    if not arrays or any(array.ndim == 0 for array in arrays):
+        raise UsageError("no cases were given", expected="arrays with one row per case")
+    lengths = {len(array) for array in arrays}
+    if len(lengths) != 1 or 0 in lengths:
+        raise UsageError("the arrays do not have the same cases", got=[len(array) for array in arrays])
+    return arrays
+
+
+def _cases_by_subject(subjects: Any, num_cases: int) -> list[np.ndarray]:
+    if subjects is None:
+        return [np.array([i]) for i in range(num_cases)]
+    names = np.asarray(subjects)
+    if names.shape != (num_cases,):
+        raise UsageError("subjects do not fit the cases", where="subjects", got=names.shape, expected=(num_cases,))
+    _, of_case = np.unique(names, return_inverse=True)
+    return [np.flatnonzero(of_case == group) for group in range(of_case.max() + 1)]
+
+
+@dataclass(frozen=True)
+class DelongTest:
+    """Two AUROCs on the same cases.
+
+    Attributes:
+        auroc_a, auroc_b: the two areas.
+        difference: a − b.
+        standard_error: of the difference.
+        p: two-sided; 1 for equal rankings, ``nan`` where no variance can be computed.
+    """
+
+    auroc_a: float
+    auroc_b: float
+    difference: float
+    standard_error: float
+    p: float
+
+
+def delong_interval(labels: Any, scores: Any, confidence: float = 0.95) -> Interval:
+    """AUROC with its normal interval, cut to 0–1.
+
+    Where the classes are told apart without an error the variance is 0 and so is the width: that says that there are
+    few cases, not that the area is certain.
+
+    Args:
+        labels: (N,) 0 or 1.
+        scores: (N,) scores of class 1, or (N, 2).
+        confidence: share of the intervals that hold the true area.
+
+    Returns:
+        The interval; its ends are ``nan`` with fewer than two cases of a class.
+
+    Raises:
+        UsageError: as `auroc`, and if there are more than two classes or the confidence is no share.
+    """
+    if not 0 < confidence < 1:
+        raise UsageError("not a share", where="confidence", got=confidence, expected="between 0 and 1")
+    areas, covariance = _areas_and_covariance(labels, [scores])
+    reach = float(stats.norm.ppf((1 + confidence) / 2) * np.sqrt(covariance[0, 0]))
+    area = float(areas[0])
+    low, high = float(np.clip(area - reach, 0, 1)), float(np.clip(area + reach, 0, 1))
+    return Interval(area, low, high, confidence, num_resamples=0, num_undefined=0)
+
+
+def delong_test(labels: Any, a: Any, b: Any) -> DelongTest:
+    """Two-sided test of equal AUROC for two systems that scored the same cases.
+
+    Args:
+        labels: (N,) 0 or 1.
+        a, b: (N,) scores of class 1, or (N, 2); the two systems need not share a scale.
+
+    Raises:
+        UsageError: as `auroc`, and if there are more than two classes.
+    """
+    areas, covariance = _areas_and_covariance(labels, [a, b])
+    difference = float(areas[0] - areas[1])
+    # The variance is one of differences, component by component; a rounding error must not make it negative.
+    variance = max(float(covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1]), 0.0)
+    error = float("nan") if np.isnan(covariance).any() else float(np.sqrt(variance))
+    if np.isnan(error) or error < 1e-9:
+        p = 1.0 if error < 1e-9 and abs(difference) < 1e-9 else float("nan")
+    else:
+        p = float(2 * stats.norm.sf(abs(difference) / error))
+    return DelongTest(float(areas[0]), float(areas[1]), difference, error, p)
+
+
+def _areas_and_covariance(labels: Any, systems: list[Any]) -> tuple[np.ndarray, np.ndarray]:
+    """The areas of the systems, and their covariance matrix; nan with fewer than two cases of a class."""
+    of_positives, of_negatives, areas = [], [], []
+    for scores in systems:
+        of_classes = one_against_the_rest(labels, scores)
+        if len(of_classes) != 1:
+            raise UsageError("DeLong's test is of two classes", where="scores", got=f"{len(of_classes)} classes")
+        positive, values = of_classes[0]
+        if is_constant(positive):
+            nothing = np.full((len(systems), len(systems)), np.nan)
+            return nothing[0], nothing
+        m, n = int(positive.sum()), int((~positive).sum())
+        among_all = stats.rankdata(values)
+        # How many of the other class a case is above, a tie counting one half: its rank among all less that in its own.
+        of_positives.append((among_all[positive] - stats.rankdata(values[positive])) / n)
+        of_negatives.append(1 - (among_all[~positive] - stats.rankdata(values[~positive])) / m)
+        areas.append(of_positives[-1].mean())
+    if m < 2 or n < 2:
+        return np.array(areas), np.full((len(systems), len(systems)), np.nan)
+    return np.array(areas), np.atleast_2d(np.cov(of_positives)) / m + np.atleast_2d(np.cov(of_negatives)) / n
+
+
+@dataclass(frozen=True)
+class FoldTest:
+    """Two systems over the same folds.
+
+    Attributes:
+        difference: mean over folds of a − b.
+        low, high: its interval.
+        t: the statistic, with ``num_folds − 1`` degrees of freedom.
+        p: two-sided; ``nan`` where the difference is the same in all folds, and with a single fold.
+        num_folds: number of folds.
+    """
+
+    difference: float
+    low: float
+    high: float
+    t: float
+    p: float
+    num_folds: int
+
+
+def fold_t_test(a: Any, b: Any, test_to_train: float | None = None, confidence: float = 0.95) -> FoldTest:
+    """Paired two-sided t-test of two systems' scores over folds.
+
+    The plain test, which papers report, takes the folds for independent. They are not: any two training parts of a
+    k-fold cross-validation share all but 2/k of their subjects, so scores of folds differ less than those of new data
+    would, the variance is too small, and p is too optimistic. The corrected test widens the variance of the mean from
+    s²/k to s² (1/k + n_test/n_train). Neither can mend that folds are few: with subjects at hand,
+    `paired_permutation_test` on their pooled predictions says more.
+
+    Args:
+        a, b: (k,) the score of each fold, in the same order.
+        test_to_train: n_test / n_train of a fold for the corrected test: 1 / (k − 1) in a k-fold cross-validation
+            without a validation part. None for the plain test.
+        confidence: share of the intervals that hold the true difference.
+
+    Raises:
+        UsageError: if the scores are not of the same folds or not finite, or the ratio is negative.
+
+    Source: C. Nadeau and Y. Bengio, "Inference for the generalization error", Machine Learning 2003, section 3.
+    """
+    first, second = finite_array(a, "a"), finite_array(b, "b")
+    if first.ndim != 1 or first.shape != second.shape or first.size == 0:
+        raise UsageError("the systems do not have the same folds", got=f"{first.shape} and {second.shape}")
+    if test_to_train is not None and not (np.isfinite(test_to_train) and test_to_train >= 0):
+        raise UsageError("not a ratio", where="test_to_train", got=test_to_train, expected="n_test / n_train")
+    if not 0 < confidence < 1:
+        raise UsageError("not a share", where="confidence", got=confidence, expected="between 0 and 1")
+    differences = first - second
+    num_folds, mean = len(differences), float(differences.mean())
+    spread = float(differences.std(ddof=1)) if num_folds > 1 else 0.0
+    # Scores that are the same but for the last digit do not vary.
+    if spread <= 1e-12 * max(1.0, float(np.abs(first).max()), float(np.abs(second).max())):
+        undefined = float("nan")
+        return FoldTest(mean, undefined, undefined, undefined, undefined, num_folds)
+    error = spread * float(np.sqrt(1 / num_folds + (test_to_train or 0.0)))
+    reach = float(stats.t.ppf((1 + confidence) / 2, num_folds - 1)) * error
+    t = mean / error
+    p = float(2 * stats.t.sf(abs(t), num_folds - 1))
+    return FoldTest(mean, mean - reach, mean + reach, t, p, num_folds)

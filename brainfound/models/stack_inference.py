@@ -1,0 +1,277 @@
+"""One stack through a model: the one way in which training, evaluation and prediction ask for an answer.
+
+Axis legend: S slices, H W pixels, K classes, D width.
+
+Segmenting one stack: chunks of slices, readings that are averaged, and class scores → classes or labels.
+
+Axis legend: S slices, C contrasts, K classes (or overlapping labels), H W pixels, P side of a patch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from brainfound.data.batches import collate, even_slices
+from brainfound.data.preprocessing.stack import Stack
+from brainfound.errors import ModelError
+from brainfound.models.model import (
+    BrainFoundForClassification,
+    BrainFoundForRegression,
+    BrainFoundForSegmentation,
+    BrainFoundModel,
+)
+
+
+@dataclass(frozen=True)
+class Readings:
+    """How a segmentation looks at a stack. The probabilities of all readings are averaged; default: one reading.
+
+    Attributes:
+        flips: each slice is also read with left and right exchanged. Not for labels that name a side.
+        overlap: each slice is also read with its patch grid moved by half a patch down, right, and both. A pixel at
+            the edge of a patch in one reading is in the middle of one in another. Pixels that a move pushes out of the
+            image are averaged over the other readings.
+    """
+
+    flips: bool = False
+    overlap: bool = False
+
+    def each(self, patch_size: int) -> list[Reading]:
+        """The single readings, the plain one first: 1, 2, 4 or 8."""
+        half = patch_size // 2 if self.overlap else 0
+        moves = [(0, 0), (half, 0), (0, half), (half, half)] if half else [(0, 0)]
+        return [Reading(flip, *move) for flip in ((False, True) if self.flips else (False,)) for move in moves]
+
+
+class Reading(NamedTuple):
+    """One way to show slices (…, H, W) to a model, and the way back for its answer."""
+
+    flipped: bool = False
+    rows: int = 0
+    columns: int = 0
+
+    def show(self, images: Float[Tensor, "... height width"]) -> Float[Tensor, "... height width"]:
+        """Flip, then move down and right; what comes in is 0, which is background."""
+        images = images.flip(-1) if self.flipped else images
+        height, width = images.shape[-2:]
+        moved = torch.zeros_like(images)
+        moved[..., self.rows :, self.columns :] = images[..., : height - self.rows, : width - self.columns]
+        return moved
+
+    def undo(self, images: Float[Tensor, "... height width"]) -> Float[Tensor, "... height width"]:
+        """An answer to what was shown, in its place; 0 where the move had pushed the slice out."""
+        height, width = images.shape[-2:]
+        back = torch.zeros_like(images)
+        back[..., : height - self.rows, : width - self.columns] = images[..., self.rows :, self.columns :]
+        return back.flip(-1) if self.flipped else back
+
+
+@dataclass(frozen=True)
+class Segmented:
+    """A segmentation of a stack.
+
+    Attributes:
+        classes: the class of every pixel; None where labels overlap.
+        labels: where labels overlap, whether a pixel has each of them.
+        foreground_probability: that a pixel is not background; where labels overlap, the largest of theirs.
+        class_probabilities: on request, of every class (the background too) or label.
+    """
+
+    classes: Int[np.ndarray, "S H W"] | None
+    labels: Bool[np.ndarray, "S K H W"] | None
+    foreground_probability: Float[np.ndarray, "S H W"]
+    class_probabilities: Float[np.ndarray, "S K H W"] | None = None
+
+
+@torch.inference_mode()
+def segment(
+    model: nn.Module,
+    config: Any,
+    stack: Stack,
+    chunk: int,
+    patch_size: int,
+    readings: Readings = Readings(),
+    class_probabilities: bool = False,
+) -> Segmented:
+    """Segment a stack.
+
+    Args:
+        model: a `BrainFoundForSegmentation`, or a PEFT model around one.
+        config: its configuration.
+        stack: prepared with the model's own preprocessing.
+        chunk: slices per forward pass. Where the model looks at neighbouring slices, those beside a chunk are read
+            with it, so that it sees what it would see in the whole stack.
+        patch_size: of the backbone.
+        readings: how often to look.
+        class_probabilities: also return the probability of every class; they take K times the memory.
+    """
+    num_slices, height, width = stack.grid
+    num_classes, overlapping = config.num_classes, config.overlapping_labels
+    # One slice to either side each; a slice that is mixed in has been read with its own neighbours.
+    reach = int(config.stem == "slices") + int(config.decoder_slice_mixing)
+    classes = np.empty((num_slices, height, width), dtype=np.uint8)
+    labels = np.empty((num_slices, num_classes, height, width), dtype=bool) if overlapping else None
+    foreground = np.empty((num_slices, height, width), dtype=np.float32)
+    every = np.empty((num_slices, num_classes, height, width), dtype=np.float32) if class_probabilities else None
+    for index, read in _chunks(num_slices, chunk, reach):
+        probabilities = _probabilities(model, stack, read, readings.each(patch_size), overlapping)
+        before = index[0] - read[0]
+        probabilities = probabilities[before : before + len(index)]
+        if labels is not None:
+            labels[index] = (probabilities > 0.5).cpu().numpy()
+            foreground[index] = probabilities.amax(dim=1).cpu().numpy()
+        else:
+            classes[index] = probabilities.argmax(dim=1).to(torch.uint8).cpu().numpy()
+            foreground[index] = (1 - probabilities[:, 0]).cpu().numpy()
+        if every is not None:
+            every[index] = probabilities.cpu().numpy()
+    return Segmented(None if overlapping else classes, labels, foreground, every)
+
+
+def _chunks(num_slices: int, chunk: int, reach: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The slices of each chunk, and those to read for it: with up to `reach` more on either side."""
+    for first in range(0, num_slices, chunk):
+        last = min(first + chunk, num_slices)
+        yield np.arange(first, last), np.arange(max(first - reach, 0), min(last + reach, num_slices))
+
+
+def _probabilities(
+    model: nn.Module, stack: Stack, index: np.ndarray, readings: list[Reading], overlapping: bool
+) -> Float[Tensor, "S K H W"]:
+    """Probabilities of some slices, averaged over the readings that saw a pixel."""
+    batch = collate([stack], [index]).to(next(model.parameters()).device)
+
+    def answer(reading: Reading | None) -> Tensor:
+        shown = batch if reading is None else replace(batch, pixel_values=reading.show(batch.pixel_values))
+        logits = model(**shown.inputs()).logits[0].float()
+        return logits.sigmoid() if overlapping else logits.softmax(dim=1)
+
+    if len(readings) == 1:
+        return answer(None)
+    total = count = torch.zeros(())
+    for reading in readings:
+        probabilities = reading.undo(answer(reading))
+        seen = reading.undo(torch.ones_like(probabilities[0, 0]))
+        total, count = total.to(seen.device) + probabilities, count.to(seen.device) + seen
+    return total / count
+
+
+SEGMENTATION_CHUNK = 32
+"""Slices per forward pass of a segmentation; bounds the memory of the full-resolution class scores."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model says of one stack; fields of other tasks are None."""
+
+    probabilities: Float[np.ndarray, "K"] | None = None
+    value: float | None = None
+    """Regression: in the unit of the target."""
+    value_std: float | None = None
+    classes: Int[np.ndarray, "S H W"] | None = None
+    """Segmentation: the class index of every pixel of the stack; None where labels overlap."""
+    labels: Bool[np.ndarray, "S K H W"] | None = None
+    """Segmentation with overlapping labels: which of them every pixel has."""
+    foreground_probability: Float[np.ndarray, "S H W"] | None = None
+    """Segmentation: the probability that a pixel is not background."""
+    class_probabilities: Float[np.ndarray, "S K H W"] | None = None
+    """Segmentation, on request: the probability of every class or label."""
+    embedding: Float[np.ndarray, "D"] | None = None
+    slice_embeddings: Float[np.ndarray, "S D"] | None = None
+    slice_weights: Float[np.ndarray, "S"] | None = None
+    slices: Int[np.ndarray, "S"] | None = None
+    """The slices that were read, where not all were."""
+
+
+@torch.inference_mode()
+def infer(
+    model: nn.Module,
+    stack: Stack,
+    num_slices: int | None = None,
+    readings: Readings = Readings(),
+    class_probabilities: bool = False,
+) -> Answer:
+    """Ask a model about a stack.
+
+    Args:
+        model: one of the four BrainFound models, or a PEFT model around one; left in eval mode.
+        stack: prepared with the model's own preprocessing.
+        num_slices: evenly spaced slices to read; None for all. A segmentation always reads all.
+        readings: how often a segmentation looks at each slice.
+        class_probabilities: whether a segmentation returns the probabilities of all classes.
+
+    Raises:
+        ModelError: the model is of another kind, or the stack's contrasts are not the model's.
+    """
+    inner = inner_model(model)
+    model.eval()
+    require_same_contrasts(inner, stack)
+    device = next(inner.parameters()).device
+    if isinstance(inner, BrainFoundForSegmentation):
+        found = segment(
+            model, inner.config, stack, SEGMENTATION_CHUNK, inner.encoder.patch_size, readings, class_probabilities
+        )
+        return Answer(**vars(found))
+    index = even_slices(len(stack.pixels), num_slices)
+    return _answer(inner, model(**collate([stack], [index]).to(device).inputs()), index)
+
+
+@torch.inference_mode()
+def infer_embedded(model: nn.Module, inputs: Mapping[str, Tensor]) -> Answer:
+    """Ask a model about one volume whose slices its backbone has embedded before.
+
+    Args:
+        model: a BrainFound model, but for segmentation, or a PEFT model around one; left in eval mode.
+        inputs: ``slice_embeddings (1, S, D)``, ``slice_mask`` and ``positions_mm``.
+    """
+    inner = inner_model(model)
+    model.eval()
+    device = next(inner.parameters()).device
+    return _answer(inner, model(**{name: value.to(device) for name, value in inputs.items()}), None)
+
+
+def _answer(inner: Any, output: Any, index: np.ndarray | None) -> Answer:
+    common = {
+        "embedding": output.volume_embedding[0].float().cpu().numpy(),
+        "slice_embeddings": output.slice_embeddings[0].float().cpu().numpy(),
+        "slice_weights": None if output.slice_weights is None else output.slice_weights[0].float().cpu().numpy(),
+        "slices": index,
+    }
+    if isinstance(inner, BrainFoundForClassification):
+        logits = output.logits[0].float()
+        multi_label = inner.config.problem_type == "multi_label_classification"
+        return Answer(probabilities=(logits.sigmoid() if multi_label else logits.softmax(-1)).cpu().numpy(), **common)
+    if isinstance(inner, BrainFoundForRegression):
+        std = None if output.prediction_std is None else float(output.prediction_std[0])
+        return Answer(value=float(output.predictions[0]), value_std=std, **common)
+    if isinstance(inner, BrainFoundModel):
+        return Answer(**common)
+    raise ModelError(f"{type(inner).__name__} is not a BrainFound model")
+
+
+def inner_model(model: Any) -> Any:
+    """The BrainFound model itself, of one that an adapter may be wrapped around."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def require_same_contrasts(model: Any, stack: Stack) -> None:
+    """Refuse a stack of other contrasts than the model's, or in another order.
+
+    Raises:
+        ModelError: names both.
+    """
+    contrasts = tuple(model.config.contrasts)
+    if contrasts != tuple(stack.contrasts):
+        raise ModelError(
+            "the data's contrasts are not the model's",
+            got=", ".join(stack.contrasts),
+            expected=", ".join(contrasts),
+            remedy=f"Prepare the data with --contrasts {','.join(contrasts)}",
+        )

@@ -1,0 +1,423 @@
+"""A head built from shapes: folded cortex, white matter, ventricles, deep grey nuclei, skull, scalp.
+
+Every structure is a depth field (`shapes.py`) in head coordinates (mm, RAS, origin near the anterior
+commissure), evaluated on a coarse grid after a smooth individual warp, brought to the wanted grid by
+cubic interpolation, and turned into tissue fractions front to back. The folds come from the zero
+surfaces of band-limited noise that is constant along the direction from the hemisphere's centre, so
+that sulci are sheets perpendicular to the brain's surface; a cortical ribbon of even thickness follows
+every surface that cerebrospinal fluid touches.
+
+Axes: X Y Z voxels, T tissues (`physics.TISSUES`), F depth fields.
+
+What age does to a head, as numbers that the anatomy is built from.
+
+Sources: Scahill et al. 2003 (Arch Neurol 60:989): ventricles enlarge and the enlargement accelerates
+with age; Salat et al. 2004 (Cereb Cortex 14:721): the cortex thins from middle age on; Hallgren and
+Sourander 1958 (J Neurochem 3:41): iron gathers in the pallidum and putamen, which shortens T2. The
+rates below are round numbers in the range that such studies report; each subject departs from the
+mean, so that age can be estimated from an image but not read off.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from brainfound.phantom.grid import Grid, apply_matrices, resampling_matrices, smooth_noise
+from brainfound.phantom.physics import TISSUE_INDEX, TISSUES
+from brainfound.phantom.shapes import (
+    both,
+    cerebrum_fields,
+    either,
+    ellipsoid,
+    inside_fraction,
+    ramp,
+    sulcal_sheets,
+    tube,
+)
+
+
+@dataclass(frozen=True)
+class Ageing:
+    """The age-dependent quantities of one subject."""
+
+    ventricle_volume_ml: float
+    """Lateral and third ventricles together."""
+    cortical_thickness_mm: float
+    sulcal_half_width_mm: float
+    brain_shrinkage_mm: float
+    """How far the brain's surface has withdrawn from the skull."""
+    hyperintensity_mm: float
+    """Thickness of the periventricular white-matter hyperintensity."""
+    num_deep_hyperintensities: int
+    iron: float
+    """Iron in the basal ganglia relative to a 20-year-old (1 = as then)."""
+
+    @property
+    def has_hyperintensities(self) -> bool:
+        """Whether the hyperintensities of age are large enough to see."""
+        return self.hyperintensity_mm >= 0.3
+
+
+def draw_ageing(rng: np.random.Generator, age_years: float) -> Ageing:
+    """Draws what age has done to one subject.
+
+    Ventricles grow by about 1 % a year to 60 and 3.5 % a year after; the cortex thins by 0.35 % a
+    year from 2.75 mm at 20; sulci open and hyperintensities appear, mostly after 50.
+    """
+    adult = age_years - 20.0
+    late = max(age_years - 60.0, 0.0)
+    old = max(age_years - 45.0, 0.0)
+    return Ageing(
+        ventricle_volume_ml=float(16.0 * np.exp(0.01 * min(adult, 40.0) + 0.035 * late + 0.16 * rng.standard_normal())),
+        cortical_thickness_mm=float(2.75 * (1 - 0.0035 * adult) * np.exp(0.03 * rng.standard_normal())),
+        sulcal_half_width_mm=float((0.35 + 0.006 * adult + 0.010 * late) * np.exp(0.15 * rng.standard_normal())),
+        brain_shrinkage_mm=float(max(0.018 * adult + 0.03 * late + 0.25 * rng.standard_normal(), 0.0)),
+        hyperintensity_mm=float(0.085 * old * np.exp(0.4 * rng.standard_normal())),
+        num_deep_hyperintensities=int(rng.poisson(0.22 * old)),
+        iron=float((1 + 0.008 * adult) * np.exp(0.04 * rng.standard_normal())),
+    )
+
+
+_COARSE_MM = 2.0
+_REFERENCE_VENTRICLES_ML = 18.0  # volume of the ventricles below as drawn, at ventricle scale 1
+_FAR_MM = -30.0
+_COARSE_ROWS = 6
+_TOP_OF_FACE_MM = 24.0
+
+
+class Anatomy(Protocol):
+    """What a head must offer to be painted: the share of every tissue in every voxel of `grid`."""
+
+    grid: Grid
+
+    def fractions(self, rows: slice) -> np.ndarray:
+        """(T, rows, Y, Z) float32 tissue fractions, summing to 1, of some planes along the first axis."""
+        ...
+
+
+@dataclass(frozen=True)
+class MassEffect:
+    """Tissue pushed away from a growing lesion: `shift_mm` at its rim, fading over `reach_mm`."""
+
+    center_mm: tuple[float, float, float]
+    shift_mm: float
+    reach_mm: float
+
+    def displacement(self, grid: Grid) -> list[np.ndarray]:
+        """Three (X, Y, Z) components: from each voxel to where its tissue came from, in mm."""
+        offset = grid.open_mm(self.center_mm)
+        distance_sq = (offset[0] ** 2 + offset[1] ** 2 + offset[2] ** 2) / np.float32(self.reach_mm**2)
+        # The displacement is largest, shift_mm, at the reach, and the map stays invertible.
+        strength = np.float32(-self.shift_mm / self.reach_mm) * np.exp(0.5 - 0.5 * distance_sq)
+        return [component * strength for component in offset]
+
+
+def individual_points(rng: np.random.Generator, grid: Grid, size: float, warp_mm: float = 2.1) -> np.ndarray:
+    """(3, X, Y, Z) template coordinates of every voxel: size, proportions, tilt and a smooth warp of one person."""
+    x, y, z = grid.open_mm()
+    proportions = (size * np.exp(0.018 * rng.standard_normal(3))).astype(np.float32)
+    angles = np.radians(2.0) * rng.standard_normal(3)
+    warp = smooth_noise(rng, grid, 55.0, 3)
+    warp *= np.float32(warp_mm)
+    warp += np.float32(0.3 * warp_mm) * smooth_noise(rng, grid, 28.0, 3)
+    turn = rotation_matrix(angles).astype(np.float32) / proportions[:, None]
+    for axis in range(3):
+        warp[axis] += turn[axis, 0] * x + turn[axis, 1] * y + turn[axis, 2] * z
+    return warp
+
+
+def rotation_matrix(angles_rad: np.ndarray) -> np.ndarray:
+    """(3, 3) rotation about x, then y, then z."""
+    (ca, cb, cc), (sa, sb, sc) = np.cos(angles_rad), np.sin(angles_rad)
+    about_x = np.array([[1, 0, 0], [0, ca, -sa], [0, sa, ca]])
+    about_y = np.array([[cb, 0, sb], [0, 1, 0], [-sb, 0, cb]])
+    about_z = np.array([[cc, -sc, 0], [sc, cc, 0], [0, 0, 1]])
+    return about_z @ about_y @ about_x
+
+
+class ShapedHead:
+    """One person's head from shapes, on `grid`.
+
+    Args:
+        seed: what makes the person; the same seed is the same person on every grid.
+        grid: where to build it.
+        ageing: what age has done to it.
+        size: linear size relative to the template.
+        mass_effect: displacement by a lesion, if any.
+    """
+
+    def __init__(
+        self, seed: list[int], grid: Grid, ageing: Ageing, size: float = 1.0, mass_effect: MassEffect | None = None
+    ) -> None:
+        self.grid = grid
+        self.ageing = ageing
+        coarse = Grid.over_head(_COARSE_MM) if min(grid.spacing_mm) < _COARSE_MM else grid
+        rng = np.random.default_rng(seed)
+        points = individual_points(rng, coarse, size)
+        if mass_effect is not None:
+            for axis, component in enumerate(mass_effect.displacement(coarse)):
+                points[axis] += component
+        ventricle_scale = (ageing.ventricle_volume_ml / (_REFERENCE_VENTRICLES_ML * size**3)) ** (1 / 1.6)
+        folded = points + 1.3 * smooth_noise(rng, coarse, 20.0, 3)  # no fissure is straight
+        noise = _Noise.draw(rng, coarse)
+        # A few planes at a time keep the intermediate results in the processor's cache.
+        self._names: list[str] = []
+        for start in range(0, coarse.shape[0], _COARSE_ROWS):
+            rows = slice(start, start + _COARSE_ROWS)
+            fields = _fields_of(points[:, rows], folded[:, rows], noise.planes(rows), ventricle_scale)
+            if not self._names:
+                self._names = [*fields, "sulcus"]
+                self._stack = np.empty((len(self._names), *coarse.shape), np.float32)
+            for row, name in enumerate(fields):
+                self._stack[row, rows] = fields[name]
+        brain = self._stack[self._names.index("brain")]
+        self._stack[-1] = sulcal_sheets(rng, coarse, folded, brain)
+        brain -= ageing.brain_shrinkage_mm
+        self._matrices = resampling_matrices(coarse, grid)
+
+    def _fields(self, rows: slice) -> dict[str, np.ndarray]:
+        first, second, third = self._matrices
+        if first is None:
+            stack = self._stack[:, rows]
+        else:
+            first = first[rows]
+            stack = self._stack
+        return dict(zip(self._names, apply_matrices(stack, [first, second, third]), strict=True))
+
+    def fractions(self, rows: slice) -> np.ndarray:
+        """(T, rows, Y, Z) float32 tissue fractions of some planes along the first axis."""
+        depth = self._fields(rows)
+        layers = _Layers(depth["brain"].shape, float(np.mean(self.grid.spacing_mm)))
+        ageing = self.ageing
+        layers.add("vessel", depth["sinus"])
+        layers.add("choroid_plexus", both(depth["choroid"], depth["ventricle"]))
+        layers.add("ventricle", depth["ventricle"])
+        layers.add("pallidum", depth["pallidum"])
+        layers.add("deep_grey", depth["deep_grey"])
+        layers.add("brain_stem", depth["brain_stem"])
+        fluid = _distance_to_fluid(depth, ageing)
+        # The commissure spans the fissure's floor without a cortical ribbon.
+        layers.add("white_matter", either(fluid - ageing.cortical_thickness_mm, depth["callosum"]))
+        layers.add("cortex", fluid)
+        folia = depth["folia"]
+        cerebellum = depth["cerebellum"]
+        layers.add("cerebellar_white", cerebellum - 5.5 + 4.2 * folia, ceiling=inside_fraction(cerebellum, 1.0))
+        crevice = ramp(-folia, 0.75, 1.0) * ramp(-cerebellum, -9.0, -2.0)
+        layers.add("cerebellar_cortex", cerebellum, ceiling=1 - 0.55 * crevice)
+        skull = depth["intracranial"]
+        thickness = depth["skull_thickness"]
+        layers.add("csf", skull)
+        marrow = both(-skull - 1.8, skull + thickness - 1.8)
+        layers.add("marrow", marrow, ceiling=0.85)
+        layers.add("bone", skull + thickness)
+        layers.add("air", depth["airway"])
+        layers.add("csf", depth["eye"])
+        scalp = depth["head"]
+        layers.add("soft_tissue", both(scalp, 1.6 - scalp))
+        layers.add("fat", both(scalp, either(depth["face_fat"], 5.2 - scalp)))
+        layers.add("soft_tissue", scalp)
+        return layers.finish()
+
+
+class _Layers:
+    """Composes tissues front to back: each takes its share of what the ones before it left."""
+
+    def __init__(self, shape: tuple[int, ...], voxel_mm: float) -> None:
+        self.fractions = np.zeros((len(TISSUES), *shape), np.float32)
+        self.left = np.ones(shape, np.float32)
+        self.voxel_mm = voxel_mm
+
+    def add(self, tissue: str, depth_mm: np.ndarray, ceiling: np.ndarray | float = 1.0) -> None:
+        if float(depth_mm.max()) <= -0.5 * self.voxel_mm:
+            return
+        taken = inside_fraction(depth_mm, self.voxel_mm)
+        taken *= self.left
+        if not isinstance(ceiling, float) or ceiling != 1.0:
+            taken *= ceiling
+        self.fractions[TISSUE_INDEX[tissue]] += taken
+        self.left -= taken
+
+    def finish(self) -> np.ndarray:
+        self.fractions[TISSUE_INDEX["air"]] += self.left
+        return self.fractions
+
+
+def _distance_to_fluid(depth: dict[str, np.ndarray], ageing: Ageing) -> np.ndarray:
+    """Distance inside the brain to the nearest fluid-covered surface: hull, fissures and sulcal walls."""
+    surface = both(depth["brain"], depth["fissure"] - ageing.sulcal_half_width_mm * 0.6)
+    below_floor = np.maximum(surface - depth["sulcal_depth"], 0.0)
+    # Sulci gape at the surface and close toward the fundus.
+    half_width = ageing.sulcal_half_width_mm * (0.75 + 1.0 * np.exp(-np.maximum(surface, 0.0) / 5.0))
+    wall = np.sqrt(depth["sulcus"] ** 2 + below_floor**2) - half_width
+    sylvian = depth["sylvian"] - 1.5 * ageing.sulcal_half_width_mm
+    return both(both(surface, wall, 1.0), sylvian, 1.0)
+
+
+@dataclass(frozen=True)
+class _Noise:
+    """The smooth random fields of one head."""
+
+    skull: np.ndarray
+    scalp: np.ndarray
+    face: np.ndarray
+    sulcal_depth: np.ndarray
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator, grid: Grid) -> _Noise:
+        skull, scalp, face = smooth_noise(rng, grid, 40.0, 3)
+        face = face + 0.8 * smooth_noise(rng, grid, 9.0)[0]
+        return cls(skull, scalp, face, smooth_noise(rng, grid, 22.0)[0])
+
+    def planes(self, rows: slice) -> _Noise:
+        return _Noise(self.skull[rows], self.scalp[rows], self.face[rows], self.sulcal_depth[rows])
+
+
+def _fields_of(points: np.ndarray, folded: np.ndarray, noise: _Noise, ventricle_scale: float) -> dict[str, np.ndarray]:
+    """Every depth field but the sulcal sheets, at the given template coordinates."""
+    mirrored = np.stack([np.abs(points[0]), points[1], points[2]])  # left and right differ by their warp
+    fields = cerebrum_fields(folded, noise.sulcal_depth)
+    fields |= _deep_fields(mirrored, ventricle_scale)
+    # Hindbrain and face end below this plane; above it there is nothing of them to compute.
+    low = (slice(None), slice(None), slice(0, int(np.sum(points[2].min(axis=(0, 1)) < _TOP_OF_FACE_MM))))
+    below = _hindbrain_fields(mirrored[(slice(None), *low)]) | _face_fields(
+        mirrored[(slice(None), *low)], noise.face[low]
+    )
+    fields |= {name: _embed(depth, low, points.shape[1:]) for name, depth in below.items()}
+    return fields | _head_fields(mirrored, fields, noise)
+
+
+def _deep_fields(points: np.ndarray, ventricle_scale: float) -> dict[str, np.ndarray]:
+    """Ventricles, choroid plexus and the deep grey nuclei, evaluated in a box around them."""
+    box = _box_around(points, (60.0, 85.0, 55.0), (0.0, -18.0, 2.0))
+    if box is None:
+        far = np.full(points.shape[1:], _FAR_MM, np.float32)
+        return dict.fromkeys(("ventricle", "choroid", "deep_grey", "pallidum"), far)
+    p = points[(slice(None), *box)]
+    s = ventricle_scale
+    # Frontal horn, body, atrium; occipital and temporal horns leave the atrium.
+    main = tube(
+        p,
+        [(9.5, 30, 4), (9.0, 18, 12 + s), (9.5, 0, 17.5 + 1.5 * s), (13, -20, 18.5 + 2 * s), (22, -38, 13)],
+        [3.4 * s, 4.4 * s, 3.6 * s, 4.2 * s, 6.4 * s],
+    )
+    occipital = tube(p, [(22, -38, 13), (24, -56, 8), (22, -72, 6)], [5.8 * s, 3.4 * s, 1.0 * s])
+    temporal = tube(
+        p, [(23, -37, 10), (32, -30, -3), (34, -16, -14), (29, -5, -19)], [4.6 * s, 2.0 * s, 2.1 * s, 1.4 * s]
+    )
+    lateral = either(main, either(occipital, temporal, 2.0), 2.0)
+    # The septum keeps the two bodies apart.
+    lateral = both(lateral, p[0] - 1.0)
+    third = ellipsoid(p, (0, -13, 1), (1.9 * s, 14, 11))
+    choroid = tube(p, [(12, -16, 17), (20, -34, 13), (25, -36, 4)], [1.4, 2.6, 1.4])
+    caudate = either(
+        ellipsoid(p, (12.5 + 3.5 * (s - 1), 13, 6), (5.2, 10.5, 9)),
+        tube(p, [(15 + 3 * (s - 1), 6, 14), (18 + 3 * (s - 1), -12, 21), (24, -28, 18)], [4.0, 2.8, 1.6]),
+        3.0,
+    )
+    turned = p.copy()  # putamen and pallidum diverge backward
+    turned[0] = p[0] + 0.18 * p[1]
+    putamen = ellipsoid(turned, (26.5, 1, 1), (5.2, 16.5, 10.5), boxy=True)
+    accumbens = ellipsoid(p, (10, 11, -5), (5, 5, 4))
+    pallidum = ellipsoid(turned, (18.8, -3, -1), (4.4, 9.5, 6.5))
+    thalamus_points = p.copy()
+    thalamus_points[0] = p[0] + 0.28 * (p[1] + 18)
+    thalamus = both(ellipsoid(thalamus_points, (10.5, -18, 7), (9.0, 14, 9)), p[0] - 1.2)
+    hippocampus = tube(p, [(22, -8, -19), (27, -16, -17), (30, -28, -10), (26, -37, -2)], [6.0, 5.0, 4.0, 2.6])
+    deep_grey = caudate
+    for nucleus in (putamen, accumbens, thalamus, hippocampus):
+        deep_grey = np.maximum(deep_grey, nucleus)
+    # The inferior horn runs beside the hippocampus, not through it.
+    ventricle = either(lateral, third, 1.0)
+    ventricle = either(ventricle, tube(p, [(0, -28, 2), (0, -32, -12), (0, -42, -30)], [1.2, 1.0, 2.0]))
+    ventricle = either(ventricle, ellipsoid(p, (0, -43, -33), (6.5, 5.5, 9)), 2.0)
+    named = {"ventricle": ventricle, "choroid": choroid, "deep_grey": deep_grey, "pallidum": pallidum}
+    return {name: _embed(depth, box, points.shape[1:]) for name, depth in named.items()}
+
+
+def _hindbrain_fields(points: np.ndarray) -> dict[str, np.ndarray]:
+    """Brain stem and cerebellum; folia are waves around the fourth ventricle."""
+    p = points
+    stem = tube(
+        p, [(0, -20, -6), (0, -25, -18), (0, -24, -31), (0, -36, -52), (0, -44, -76), (0, -48, -120)],
+        [13.0, 13.0, 14.5, 8.5, 6.5, 6.0],
+    )  # fmt: skip
+    peduncle = tube(p, [(0, -26, -30), (18, -44, -34)], [9.0, 7.0])
+    stem = either(stem, peduncle, 4.0)
+    hemisphere = ellipsoid(p, (23, -65, -32), (29, 28, 25), boxy=True)
+    vermis = ellipsoid(p, (0, -66, -25), (14, 24, 24))
+    cerebellum = either(hemisphere, vermis, 6.0)
+    angle = np.arctan2(p[2] + 33, -(p[1] + 44))
+    radius = np.hypot(p[2] + 33, p[1] + 44)
+    folia = np.cos(angle * 19 + 0.06 * radius + 0.05 * p[0]).astype(np.float32)
+    return {"brain_stem": stem, "cerebellum": cerebellum, "folia": folia}
+
+
+def _head_fields(points: np.ndarray, fields: dict[str, np.ndarray], noise: _Noise) -> dict[str, np.ndarray]:
+    """Intracranial space, skull, venous sinus, scalp, face and neck; trims the brain to fit."""
+    p = points
+    cerebrum = fields["brain"]
+    # The tentorium is a film of fluid between cerebrum and cerebellum.
+    fields["cerebellum"] = both(fields["cerebellum"], -cerebrum - 1.6)
+    intracranial = either(either(cerebrum, fields["cerebellum"], 12.0), fields["brain_stem"], 6.0) + 2.3
+    # The cranial cavity is convex: its base spans what lies between the lobes.
+    cavity = ellipsoid(p, (0, -17, 6), (62, 80, 56), boxy=True)
+    intracranial = either(intracranial, both(cavity, points[2] + 24 - 9 * ramp(points[1], 5, 30), 6.0), 4.0)
+    skull_thickness = 6.3 + 0.9 * noise.skull
+    outer = intracranial + skull_thickness
+    scalp = outer + 6.0 + 0.8 * noise.scalp
+    sinus_floor = np.where(p[1] < -60, 16.0, -14.0)
+    sinus = both(4.2 - np.hypot(p[0] * 0.9, intracranial - 1.0), points[2] + sinus_floor, 2.0)
+    sinus = both(sinus, 25.0 - points[1] + 0.9 * points[2])
+    fields["brain_stem"] = both(fields["brain_stem"], intracranial + 40 * ramp(-points[2], 40, 60))
+    return {
+        "intracranial": intracranial,
+        "skull_thickness": skull_thickness,
+        "head": either(scalp, fields.pop("face"), 16.0),
+        "airway": both(fields["airway"], -intracranial - 3.0),
+        "eye": both(fields["eye"], -intracranial - 1.0),
+        "face_fat": either(fields.pop("orbit"), 3.0 * noise.face - 1.5),
+        "sinus": sinus,
+    }
+
+
+def _face_fields(points: np.ndarray, noise: np.ndarray) -> dict[str, np.ndarray]:
+    """Face and neck, airways with sinuses, eyes and orbits."""
+    face = ellipsoid(points, (0, 28, -64), (60, 62, 66), boxy=True)
+    nose = ellipsoid(points, (0, 88, -56), (11, 16, 17))
+    neck = ellipsoid(points, (0, -34, -110), (58, 62, 90), boxy=True)
+    airway = either(
+        both(ellipsoid(points, (0, 55, -55), (15, 30, 22)), 3.0 * noise + 1.5),
+        either(tube(points, [(0, 18, -62), (0, 2, -80), (0, -4, -110)], [7.0, 7.0, 8.0]),
+               ellipsoid(points, (30, 48, -64), (12, 15, 15)), 1.0),
+    )  # fmt: skip
+    return {
+        "face": either(either(face, neck, 16.0), nose, 10.0),
+        "airway": airway,
+        "eye": ellipsoid(points, (32, 62, -33), (12, 12, 12)),
+        "orbit": ellipsoid(points, (29, 48, -33), (18, 28, 17)),
+    }
+
+
+def _box_around(
+    points: np.ndarray, half_mm: tuple[float, ...], center_mm: tuple[float, ...]
+) -> tuple[slice, ...] | None:
+    """The smallest box of voxels that holds every point near the centre; None if there is none."""
+    near = np.ones(points.shape[1:], bool)
+    for axis in range(3):
+        near &= np.abs(points[axis] - center_mm[axis]) < half_mm[axis]
+    if not near.any():
+        return None
+    box = []
+    for axis in range(3):
+        index = np.flatnonzero(near.any(axis=tuple(a for a in range(3) if a != axis)))
+        box.append(slice(int(index[0]), int(index[-1]) + 1))
+    return tuple(box)
+
+
+def _embed(depth: np.ndarray, box: tuple[slice, ...], shape: tuple[int, ...]) -> np.ndarray:
+    whole = np.full(shape, _FAR_MM, np.float32)
+    whole[box] = np.maximum(depth, _FAR_MM)
+    return whole

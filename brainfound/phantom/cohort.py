@@ -1,0 +1,233 @@
+"""A whole phantom cohort on disk, in BIDS: the function behind `brainfound phantom`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict
+from multiprocessing import get_context
+from pathlib import Path
+
+import pandas as pd
+from threadpoolctl import threadpool_limits
+
+from brainfound.contrasts import parse_contrast
+from brainfound.errors import BrainFoundError, UsageError, did_you_mean
+from brainfound.phantom.label_maps import find_label_maps, read_label_map
+from brainfound.phantom.pathology import DIAGNOSES
+from brainfound.phantom.physics import SIMULATED_CONTRASTS
+from brainfound.phantom.subject import SEGMENTATION, CohortSettings, Person, label_map_of, write_json, write_subject
+
+DEFAULT_DIAGNOSES: dict[str, float] = {"healthy": 0.4, "tumour": 0.2, "infarct": 0.2, "ms": 0.2}
+_BIDS_VERSION = "1.10.0"
+
+
+def write_phantom_cohort(
+    out: Path,
+    num_subjects: int,
+    seed: int = 0,
+    *,
+    spacing_mm: float | None = 1.0,
+    contrasts: Sequence[str] = SIMULATED_CONTRASTS,
+    diagnoses: Mapping[str, float] | None = None,
+    missing_probability: float = 0.1,
+    age_range_years: tuple[float, float] = (20.0, 90.0),
+    num_sites: int = 3,
+    label_maps: Path | None = None,
+    workers: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Writes a BIDS cohort of simulated multi-contrast brains; the same seed gives the same bytes.
+
+    Subject number i depends on (seed, i) and on the settings, never on `num_subjects` or `workers`. The
+    cohort is written beside `out` under a temporary name and renamed when it is complete.
+
+    Args:
+        out: the folder to make; may exist if it is empty.
+        num_subjects: how many subjects, one session each.
+        seed: of everything that is random.
+        spacing_mm: the grid of the simulation, and the unit of the sites' voxels: in-plane widths are
+            0.9–2 times it, by site and contrast, and the 2-D protocols have slices of 2–5 mm (never
+            thinner than the in-plane width). None simulates at 1 mm and stores every scan on that
+            grid; sites then differ in all but their voxels.
+        contrasts: which of T1w, T1ce, T2w, FLAIR, DWI, ADC to simulate. ADC is in 10⁻⁶ mm²/s.
+        diagnoses: probabilities of healthy, tumour, infarct and ms; scaled to sum to 1.
+        missing_probability: chance of each scan to be absent; every session keeps at least one.
+        age_range_years: ages are uniform between these.
+        num_sites: how many scanners; the first three are fixed, later ones vary them.
+        label_maps: a folder of FreeSurfer-numbered label volumes to paint instead of shaped heads.
+        workers: processes.
+        progress: called with (done, total) after each subject.
+
+    Returns:
+        `out`.
+
+    Raises:
+        UsageError: an argument cannot work, or `out` exists and is not empty.
+        CohortError: the label maps are missing or cannot be used.
+        BrainFoundError: a worker process died, most often for want of memory.
+    """
+    out = Path(out)
+    settings = _checked_settings(
+        seed, spacing_mm, contrasts, diagnoses, missing_probability, age_range_years, num_sites, label_maps
+    )
+    for name, count in (("num_subjects", num_subjects), ("workers", workers)):
+        if count < 1:
+            raise UsageError("must be at least 1", where=name, got=count, remedy=f"Set {name} to 1 or more")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(
+            "exists and is not an empty folder", where=out, remedy="Choose another folder or remove this one"
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}.unfinished-", dir=out.parent))
+    try:
+        persons = _write_subjects(unfinished, settings, num_subjects, workers, progress)
+        _write_tables(unfinished, settings, persons)
+        unfinished.chmod(0o777 & ~_umask())
+        if out.exists():
+            out.rmdir()
+        os.replace(unfinished, out)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    return out
+
+
+def _checked_settings(
+    seed: int,
+    spacing_mm: float | None,
+    contrasts: Sequence[str],
+    diagnoses: Mapping[str, float] | None,
+    missing_probability: float,
+    age_range_years: tuple[float, float],
+    num_sites: int,
+    label_maps: Path | None,
+) -> CohortSettings:
+    def refuse(where: str, what: str, got: object, expected: str) -> None:
+        raise UsageError(what, where=where, got=got, expected=expected, remedy=f"Change {where}")
+
+    if seed < 0:
+        refuse("seed", "must not be negative", seed, "0 or more")
+    if spacing_mm is not None and not 0.5 <= spacing_mm <= 8.0:
+        refuse("spacing_mm", "out of range", spacing_mm, "0.5 to 8 mm")
+    if not 0.0 <= missing_probability <= 1.0:
+        refuse("missing_probability", "not a probability", missing_probability, "0 to 1")
+    youngest, oldest = age_range_years
+    if not 18.0 <= youngest <= oldest <= 110.0:
+        refuse("age_range_years", "not a range of adult ages", f"{youngest}–{oldest}", "18 ≤ youngest ≤ oldest ≤ 110")
+    if num_sites < 1:
+        refuse("num_sites", "must be at least 1", num_sites, "1 or more")
+    wanted = tuple(dict.fromkeys(parse_contrast(contrast) for contrast in contrasts))
+    for contrast in wanted:
+        if contrast not in SIMULATED_CONTRASTS:
+            raise UsageError(
+                f"the phantom has no {contrast}", where="contrasts", expected=", ".join(SIMULATED_CONTRASTS),
+                remedy=f"Leave {contrast} out",
+            )  # fmt: skip
+    if not wanted:
+        refuse("contrasts", "empty", "nothing", ", ".join(SIMULATED_CONTRASTS))
+    shares = dict(DEFAULT_DIAGNOSES if diagnoses is None else diagnoses)
+    for name in shares:
+        if name not in DIAGNOSES:
+            raise UsageError(f"unknown diagnosis {name!r}", where="diagnoses", remedy=did_you_mean(name, DIAGNOSES))
+    total = sum(shares.values())
+    if total <= 0 or min(shares.values()) < 0:
+        refuse("diagnoses", "probabilities must be positive", shares, "at least one above 0, none below")
+    return CohortSettings(
+        seed=int(seed),
+        spacing_mm=None if spacing_mm is None else float(spacing_mm),
+        contrasts=wanted,
+        diagnoses=tuple((name, shares.get(name, 0.0) / total) for name in DIAGNOSES),
+        missing_probability=float(missing_probability),
+        age_range_years=(float(youngest), float(oldest)),
+        num_sites=int(num_sites),
+        label_maps=() if label_maps is None else tuple(find_label_maps(label_maps)),
+    )
+
+
+def _write_subjects(
+    folder: Path,
+    settings: CohortSettings,
+    num_subjects: int,
+    workers: int,
+    progress: Callable[[int, int], None] | None,
+) -> list[Person]:
+    if settings.label_maps:
+        read_label_map(settings.label_maps[0])  # a folder of unusable volumes fails before any work is done
+    persons: dict[int, Person] = {}
+    # A process keeps a few label maps in memory: subjects of one map come one after the other.
+    order = sorted(range(num_subjects), key=lambda index: (str(label_map_of(settings, index)), index))
+    if workers == 1:
+        for index in order:
+            persons[index] = _write_one(folder, settings, index)
+            if progress is not None:
+                progress(len(persons), num_subjects)
+    else:
+        # "spawn" behaves the same on every platform and does not copy threads' locks.
+        with ProcessPoolExecutor(min(workers, num_subjects), mp_context=get_context("spawn")) as pool:
+            futures = {pool.submit(_write_one, folder, settings, index): index for index in order}
+            try:
+                for future in as_completed(futures):
+                    persons[futures[future]] = future.result()
+                    if progress is not None:
+                        progress(len(persons), num_subjects)
+            except BrokenProcessPool as error:
+                raise BrainFoundError(
+                    "a worker process died", where=folder.parent, got=f"{workers} workers",
+                    remedy="Use fewer workers or a larger spacing; each worker needs about 0.7 GB at 1 mm",
+                ) from error  # fmt: skip
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+    return [persons[index] for index in range(num_subjects)]
+
+
+def _write_one(folder: Path, settings: CohortSettings, index: int) -> Person:
+    # One thread per process: workers do not compete, and sums do not depend on the number of threads.
+    with threadpool_limits(1):
+        return write_subject(folder, settings, index)
+
+
+def _write_tables(folder: Path, settings: CohortSettings, persons: list[Person]) -> None:
+    """participants.tsv and the descriptions that BIDS asks for."""
+    pd.DataFrame([asdict(person) for person in persons]).to_csv(folder / "participants.tsv", sep="\t", index=False)
+    write_json(
+        folder / "participants.json",
+        {
+            "age": {"Description": "age at the scan", "Units": "years"},
+            "sex": {"Description": "sex", "Levels": {"F": "female", "M": "male"}},
+            "site": {"Description": "simulated site; each has its own scanner and protocols"},
+            "diagnosis": {"Description": "simulated diagnosis", "Levels": {name: name for name in DIAGNOSES}},
+        },
+    )
+    generated = [{"Name": "brainfound phantom", "Description": f"seed {settings.seed}"}]
+    write_json(
+        folder / "dataset_description.json",
+        {"Name": "BrainFound phantom cohort", "BIDSVersion": _BIDS_VERSION, "DatasetType": "raw",
+         "License": "CC0", "GeneratedBy": generated},
+    )  # fmt: skip
+    for name, title in (("masks", "Lesion masks"), ("tissue", "Tissue segmentation")):
+        write_json(
+            folder / "derivatives" / name / "dataset_description.json",
+            {"Name": f"{title} of a BrainFound phantom cohort", "BIDSVersion": _BIDS_VERSION,
+             "DatasetType": "derivative", "GeneratedBy": generated},
+        )  # fmt: skip
+    rows = [{"index": value, "name": name} for value, (name, _) in enumerate(SEGMENTATION)]
+    pd.DataFrame(rows).to_csv(folder / "derivatives/tissue/dseg.tsv", sep="\t", index=False)
+    (folder / ".bidsignore").write_text("*_ADC.nii.gz\n*_ADC.json\n")
+    (folder / "README").write_text(
+        "A simulated cohort of multi-contrast brain MRI; no person was scanned.\n"
+        f"Made by `brainfound phantom` with seed {settings.seed}.\n"
+        "Lesion masks and tissue segmentations are under derivatives/, on the grid of each session's T1w\n"
+        "(or its first scan). ADC maps are in 10^-6 mm^2/s.\n"
+    )
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

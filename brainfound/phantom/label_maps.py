@@ -1,0 +1,232 @@
+"""The same physics painted onto real anatomy: label volumes with FreeSurfer's numbering.
+
+A label map becomes a head of one's own: a smooth individual warp, and a displacement that opens (or
+closes) ventricles and sulci to what the drawn age asks for, whatever the age of the person whose map
+it is. Labels are read at eight points per voxel, so that tissue borders carry partial volume.
+
+Numbers: FreeSurfer's colour table, and for the head outside the brain those of SimNIBS charm (502
+artery, 506 eyes, 507 other tissue, 508 muscle, 509 mucosa, 511 skin, 512 spinal cord, 514 vein, 515
+compact bone, 516 spongy bone, 530 optic nerve). Lesion codes (25, 57, 77–79) are read as white matter:
+the drawn age and diagnosis decide about lesions.
+
+Axes: X Y Z voxels, T tissues.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from scipy import ndimage
+
+from brainfound.errors import CohortError
+from brainfound.phantom.anatomy import Ageing, MassEffect, individual_points
+from brainfound.phantom.grid import Grid, apply_matrices, resampling_matrices
+from brainfound.phantom.physics import TISSUE_INDEX, TISSUES
+
+LABELS_OF_TISSUE: dict[str, tuple[int, ...]] = {
+    "air": (0,),
+    "csf": (24, 506),
+    "ventricle": (4, 5, 14, 15, 43, 44, 72),
+    "choroid_plexus": (31, 63, 136, 137, 163, 164),
+    "cortex": (3, 42, 17, 53, 18, 54, *range(1000, 1036), *range(2000, 2036)),
+    "white_matter": (2, 41, 25, 57, 77, 78, 79, 85, 530, *range(251, 256), *range(3000, 3036), *range(4000, 4036),
+                     5001, 5002),
+    "deep_grey": (10, 49, 11, 50, 12, 51, 26, 58, 28, 60),
+    "pallidum": (13, 52),
+    "cerebellar_cortex": (8, 47),
+    "cerebellar_white": (7, 46),
+    "brain_stem": (16, 512),
+    "vessel": (30, 62, 502, 514),
+    "bone": (165, 259, 515),
+    "marrow": (516,),
+    "fat": (511,),
+    "soft_tissue": (258, 507, 508, 509),
+}  # fmt: skip
+_BRAIN = ("cortex", "white_matter", "deep_grey", "pallidum", "cerebellar_cortex", "cerebellar_white", "brain_stem")
+_BRAIN_CENTER_MM = (0.0, -21.0, 6.0)  # of the brain in head coordinates; a map's brain is put there
+_COARSE_MM = 3.0
+_LARGEST_DILATION_MM = 5.0
+_SUFFIXES = (".nii.gz", ".nii", ".mgz")
+
+
+@dataclass(frozen=True)
+class LabelMap:
+    """One label volume as tissues, with the fields along which ventricles and sulci open."""
+
+    tissue: np.ndarray
+    """(X, Y, Z) uint8 index into `physics.TISSUES`, RAS, with one voxel of air around it."""
+    to_voxel: np.ndarray
+    """(4, 4) head coordinates (mm) → voxel index of `tissue`."""
+    ventricle_ml: float
+    ventricle_pull: np.ndarray
+    """(3, X, Y, Z) on the coarse grid: displacement (mm) that adds one millilitre, to first order."""
+    sulcus_pull: np.ndarray
+    """(3, X, Y, Z) on the coarse grid: displacement of about 1 mm at the sulcal walls."""
+
+
+def find_label_maps(folder: Path) -> list[Path]:
+    """The label volumes of a folder, sorted.
+
+    Raises:
+        CohortError: if the folder is missing or holds no volume.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CohortError(
+            "the label-map folder does not exist", where=folder,
+            remedy="Give a folder of FreeSurfer-numbered label volumes with --label-maps, or leave the option out",
+        )  # fmt: skip
+    paths = sorted(path for path in folder.iterdir() if path.name.endswith(_SUFFIXES))
+    if not paths:
+        raise CohortError(
+            "no label volume found", where=folder, expected=f"files ending in {', '.join(_SUFFIXES)}",
+            remedy="Point --label-maps to the folder that holds the volumes themselves",
+        )  # fmt: skip
+    return paths
+
+
+@lru_cache(maxsize=4)
+def read_label_map(path: Path) -> LabelMap:
+    """Reads one label volume.
+
+    Raises:
+        CohortError: if the file is no 3-D volume, holds unknown codes, or no cortex and white matter.
+    """
+    try:
+        image = nib.as_closest_canonical(nib.load(path))
+        labels = np.asarray(image.dataobj)
+    except (nib.filebasedimages.ImageFileError, OSError, EOFError) as error:
+        raise CohortError(f"cannot be read ({error})", where=path, remedy="Replace or remove the file") from error
+    if labels.ndim != 3:
+        raise CohortError("not a 3-D label volume", where=path, got=f"shape {labels.shape}", remedy="Remove the file")
+    tissue = _tissue_of_labels(labels, path)
+    tissue = _with_fluid(tissue)
+    brain = np.isin(tissue, [TISSUE_INDEX[name] for name in _BRAIN])
+    tissue = np.pad(tissue, 1)
+    center = image.affine @ [*(np.mean(np.flatnonzero(brain.any(axis=tuple(b for b in range(3) if b != a)))[[0, -1]])
+                               for a in range(3)), 1.0]  # fmt: skip
+    from_head = np.eye(4)
+    from_head[:3, 3] = center[:3] - _BRAIN_CENTER_MM
+    to_voxel = np.linalg.inv(image.affine) @ from_head
+    to_voxel[:3, 3] += 1.0  # the voxel of padding
+    grid = Grid.over_head(_COARSE_MM)
+    x, y, z = grid.open_mm()
+    points = np.stack([to_voxel[a, 0] * x + to_voxel[a, 1] * y + to_voxel[a, 2] * z + to_voxel[a, 3] for a in range(3)])
+    share = _tissue_share(tissue, points.astype(np.float32), _COARSE_MM / _voxel_mm(to_voxel))
+    voxel_ml = float(np.prod(grid.spacing_mm)) / 1000
+    ventricle = share[TISSUE_INDEX["ventricle"]] + share[TISSUE_INDEX["choroid_plexus"]]
+    pull = np.stack(np.gradient(ndimage.gaussian_filter(ventricle, 5.0 / _COARSE_MM), *grid.spacing_mm))
+    # Sampling at p + k∇v instead of p adds k∫∇v·∇v to the volume, to first order.
+    gain_ml = float(np.sum(pull**2)) * voxel_ml
+    sulcus = np.stack(np.gradient(ndimage.gaussian_filter(share[TISSUE_INDEX["csf"]], 0.8), *grid.spacing_mm))
+    return LabelMap(
+        tissue=tissue,
+        to_voxel=to_voxel,
+        ventricle_ml=float(ventricle.sum()) * voxel_ml,
+        ventricle_pull=pull / max(gain_ml, 1e-6),
+        sulcus_pull=sulcus * (1 / max(float(np.percentile(np.abs(sulcus).max(axis=0), 98)), 1e-6)),
+    )
+
+
+def _tissue_of_labels(labels: np.ndarray, path: Path) -> np.ndarray:
+    known = {code: TISSUE_INDEX[name] for name, codes in LABELS_OF_TISSUE.items() for code in codes}
+    rounded = np.rint(labels).astype(np.int32)
+    codes = np.unique(rounded)
+    unknown = [int(code) for code in codes if int(code) not in known]
+    if unknown:
+        raise CohortError(
+            "unknown label codes", where=path, got=", ".join(map(str, unknown[:8])), expected="FreeSurfer numbering",
+            remedy="Renumber these labels, or set them to 0",
+        )  # fmt: skip
+    if not {2, 41, *range(3000, 3036), *range(4000, 4036)} & set(codes.tolist()) or not (
+        {3, 42, *range(1000, 1036), *range(2000, 2036)} & set(codes.tolist())
+    ):
+        raise CohortError(
+            "no usable labels: cerebral cortex or white matter is missing", where=path,
+            got=f"codes {', '.join(map(str, codes[:8].tolist()))}", expected="2, 3, 41, 42 and others",
+            remedy="Give anatomical segmentations with FreeSurfer's numbering",
+        )  # fmt: skip
+    table = np.zeros(int(codes.max()) + 1, np.uint8)
+    for code in codes:
+        table[code] = known[int(code)]
+    return table[rounded]
+
+
+def _with_fluid(tissue: np.ndarray) -> np.ndarray:
+    """Fills the sulci of a map without cerebrospinal fluid (a skull-stripped one): air near the brain turns fluid."""
+    csf, air = TISSUE_INDEX["csf"], TISSUE_INDEX["air"]
+    if (tissue == csf).any():
+        return tissue
+    brain = tissue != air
+    near = ndimage.binary_closing(np.pad(brain, 6), iterations=5)[6:-6, 6:-6, 6:-6]
+    return np.where(near & ~brain, np.uint8(csf), tissue)
+
+
+def _voxel_mm(to_voxel: np.ndarray) -> float:
+    return float(1 / np.cbrt(abs(np.linalg.det(to_voxel[:3, :3]))))
+
+
+def _tissue_share(tissue: np.ndarray, points: np.ndarray, width: float) -> np.ndarray:
+    """(T, …) shares of each tissue in cubes of `width` voxels (at least one) around `points` (3, …), voxel index."""
+    share = np.zeros((len(TISSUES), points[0].size), np.float32)
+    order = np.arange(points[0].size)
+    last = np.array(tissue.shape) - 1
+    stride = (tissue.shape[1] * tissue.shape[2], tissue.shape[2], 1)
+    step = 0.25 * max(width, 1.0)
+    lines = []
+    for axis in range(3):
+        flat = points[axis].ravel()
+        lines.append([np.clip(np.rint(flat + s * step), 0, last[axis]).astype(np.int32) * stride[axis]
+                      for s in (-1, 1)])  # fmt: skip
+    flat_tissue = tissue.ravel()
+    for i, j, k in product(range(2), repeat=3):
+        found = flat_tissue[lines[0][i] + lines[1][j] + lines[2][k]]
+        share[found, order] += np.float32(0.125)
+    return share.reshape(len(TISSUES), *points.shape[1:])
+
+
+class LabelledHead:
+    """One person's head made from a label map, on `grid`; arguments as for `ShapedHead`."""
+
+    def __init__(
+        self,
+        seed: list[int],
+        grid: Grid,
+        ageing: Ageing,
+        label_map: LabelMap,
+        size: float = 1.0,
+        mass_effect: MassEffect | None = None,
+    ) -> None:
+        self.grid = grid
+        self._map = label_map
+        coarse = Grid.over_head(_COARSE_MM)
+        points = individual_points(np.random.default_rng(seed), coarse, size)
+        if mass_effect is not None:
+            for axis, component in enumerate(mass_effect.displacement(coarse)):
+                points[axis] += component
+        index = np.stack([(points[a] - coarse.axis_mm(a)[0]) / coarse.spacing_mm[a] for a in range(3)])
+        wanted_ml = ageing.ventricle_volume_ml / size**3 - label_map.ventricle_ml
+        opening = label_map.ventricle_pull * wanted_ml
+        length = np.sqrt(np.sum(opening**2, axis=0)) + 1e-6
+        opening = opening * (_LARGEST_DILATION_MM * np.tanh(length / _LARGEST_DILATION_MM) / length)
+        # Half of the change in width at each wall; 0.65 mm is the half width in middle age.
+        opening += label_map.sulcus_pull * float(np.clip(0.8 * (ageing.sulcal_half_width_mm - 0.65), -0.5, 0.8))
+        moved = np.stack([ndimage.map_coordinates(component, index, order=1, mode="nearest") for component in opening])
+        points = points + moved
+        to_voxel = label_map.to_voxel
+        voxels = np.tensordot(to_voxel[:3, :3], points, 1) + to_voxel[:3, 3, None, None, None]
+        self._voxels = voxels.astype(np.float32)
+        self._matrices = resampling_matrices(coarse, grid)
+        self._width = float(np.mean(grid.spacing_mm)) / _voxel_mm(to_voxel)
+
+    def fractions(self, rows: slice) -> np.ndarray:
+        """(T, rows, Y, Z) float32 tissue fractions of some planes along the first axis."""
+        first, second, third = self._matrices
+        voxels = self._voxels[:, rows] if first is None else self._voxels
+        first = None if first is None else first[rows]
+        return _tissue_share(self._map.tissue, apply_matrices(voxels, [first, second, third]), self._width)

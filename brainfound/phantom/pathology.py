@@ -1,0 +1,269 @@
+"""Tumour, infarct, multiple-sclerosis lesions, and the white-matter hyperintensities of age.
+
+A lesion is a list of layers: a depth field on a coarse grid, the tissue that it puts in place, and the
+share that it takes of each tissue that was there. Layers are laid over the tissue fractions of any
+anatomy, shaped or labelled. The lesion mask holds everything but the hyperintensities of age, which
+healthy subjects have too.
+
+Axes: X Y Z voxels, T tissues.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from scipy import ndimage
+
+from brainfound.phantom.anatomy import Ageing, Anatomy, MassEffect
+from brainfound.phantom.grid import Grid, apply_matrices, cubic_matrix, resampling_matrices, smooth_noise
+from brainfound.phantom.physics import PARENCHYMA, TISSUE_INDEX
+from brainfound.phantom.shapes import inside_fraction
+
+DIAGNOSES = ("healthy", "tumour", "infarct", "ms")
+
+_LESION_GRID_MM = 2.0
+_WHITE = {"white_matter": 1.0, "cerebellar_white": 1.0}
+_ALL = {
+    "cortex": 1.0,
+    "white_matter": 1.0,
+    "deep_grey": 1.0,
+    "pallidum": 1.0,
+    "cerebellar_cortex": 1.0,
+    "cerebellar_white": 1.0,
+    "brain_stem": 1.0,
+}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One lesion tissue: where (`depth_mm` on the lesion grid), what, and how much of each old tissue it takes."""
+
+    tissue: str
+    depth_mm: np.ndarray
+    takes: Mapping[str, float]
+    softness_mm: float = 1.0
+    """Width of the transition at the border."""
+    in_mask: bool = True
+
+
+@dataclass
+class Survey:
+    """Distances in a person's head on a coarse grid: what is needed to place a lesion."""
+
+    grid: Grid
+    white: np.ndarray
+    cerebrum: np.ndarray
+    depth_mm: np.ndarray
+    """Distance to the brain's surface, 0 outside."""
+    ventricle_mm: np.ndarray
+    """Distance to the ventricles, 0 inside."""
+
+    @classmethod
+    def of(cls, anatomy: Anatomy) -> Survey:
+        """Measures a head that was built on a coarse grid."""
+        fractions = anatomy.fractions(slice(0, anatomy.grid.shape[0]))
+        parenchyma = fractions[list(PARENCHYMA)].sum(axis=0)
+        ventricle = fractions[TISSUE_INDEX["ventricle"]] + fractions[TISSUE_INDEX["choroid_plexus"]]
+        spacing = anatomy.grid.spacing_mm
+        return cls(
+            grid=anatomy.grid,
+            white=fractions[TISSUE_INDEX["white_matter"]],
+            cerebrum=fractions[[TISSUE_INDEX[name] for name in ("cortex", "white_matter")]].sum(axis=0),
+            depth_mm=_distance(parenchyma + ventricle > 0.5, spacing),
+            ventricle_mm=_distance(ventricle < 0.3, spacing),
+        )
+
+    def pick(self, rng: np.random.Generator, weight: np.ndarray) -> np.ndarray:
+        """(3,) mm: a random voxel, drawn by weight, somewhere inside it."""
+        total = np.cumsum(weight.ravel(), dtype=np.float64)
+        chosen = int(np.searchsorted(total, rng.uniform(0, total[-1])))
+        index = np.unravel_index(min(chosen, weight.size - 1), weight.shape)
+        jitter = rng.uniform(-0.5, 0.5, 3)
+        return np.array([self.grid.axis_mm(a)[i] + j * self.grid.spacing_mm[a]
+                         for a, (i, j) in enumerate(zip(index, jitter, strict=True))])  # fmt: skip
+
+    def on(self, grid: Grid, values: np.ndarray) -> np.ndarray:
+        """Values of the survey grid interpolated onto another."""
+        return apply_matrices(values.astype(np.float32), resampling_matrices(self.grid, grid))
+
+
+@dataclass
+class Pathology:
+    """The lesions of one person, to be laid over tissue fractions."""
+
+    grid: Grid
+    layers: list[Layer] = field(default_factory=list)
+    mass_effect: MassEffect | None = None
+
+    def apply(self, fractions: np.ndarray, target: Grid, rows: slice) -> np.ndarray:
+        """Lays the lesions over (T, rows, Y, Z) fractions in place; returns the lesion's share (rows, Y, Z)."""
+        share = np.zeros(fractions.shape[1:], np.float32)
+        for layer in self.layers:
+            depth = self._depth(layer, target, rows)
+            if depth is None:
+                continue
+            box, values = depth
+            alpha = inside_fraction(values, max(layer.softness_mm, float(np.mean(target.spacing_mm))))
+            put = np.zeros(alpha.shape, np.float32)
+            for tissue, strength in layer.takes.items():
+                old = fractions[TISSUE_INDEX[tissue]][box]
+                moved = old * (alpha * np.float32(strength))
+                old -= moved
+                put += moved
+            fractions[TISSUE_INDEX[layer.tissue]][box] += put
+            if layer.in_mask:
+                share[box] += put
+        return share
+
+    def _depth(self, layer: Layer, target: Grid, rows: slice) -> tuple[tuple[slice, ...], np.ndarray] | None:
+        """The layer's depth on the part of `target` that it reaches, with that part's place in the slab."""
+        reached = layer.depth_mm > -max(4.0, 2.0 * layer.softness_mm)
+        source, matrices, place = [], [], []
+        for axis in range(3):
+            index = np.flatnonzero(reached.any(axis=tuple(a for a in range(3) if a != axis)))
+            if not len(index):
+                return None
+            low, high = max(int(index[0]) - 2, 0), min(int(index[-1]) + 3, reached.shape[axis])
+            from_mm, to_mm = self.grid.axis_mm(axis)[low:high], target.axis_mm(axis)
+            wanted = np.flatnonzero((to_mm >= from_mm[0]) & (to_mm <= from_mm[-1]))
+            if axis == 0:
+                wanted = wanted[(wanted >= rows.start) & (wanted < rows.stop)]
+            if not len(wanted) or len(from_mm) < 2:
+                return None
+            source.append(slice(low, high))
+            matrices.append(cubic_matrix(from_mm, to_mm[wanted]))
+            start = int(wanted[0]) - (rows.start if axis == 0 else 0)
+            place.append(slice(start, start + len(wanted)))
+        return tuple(place), apply_matrices(layer.depth_mm[tuple(source)], matrices)
+
+
+def draw_pathology(rng: np.random.Generator, diagnosis: str, survey: Survey, ageing: Ageing) -> Pathology:
+    """Draws the lesions of one person: those of the diagnosis, and the hyperintensities of age.
+
+    Sizes: tumour radius 10–25 mm with a necrotic core, an enhancing rim of 2–4 mm and oedema; infarct
+    radius 8–20 mm; 6–16 plaques of 2–8 mm, most of them beside the ventricles, their long axis away
+    from the ventricle's wall; about one in six enhances.
+    """
+    spacing = max(_LESION_GRID_MM, min(survey.grid.spacing_mm) if min(survey.grid.spacing_mm) > 3.0 else 0.0)
+    pathology = Pathology(Grid.over_head(spacing))
+    if diagnosis == "tumour":
+        _add_tumour(rng, survey, pathology)
+    elif diagnosis == "infarct":
+        _add_infarct(rng, survey, pathology)
+    elif diagnosis == "ms":
+        _add_plaques(rng, survey, pathology)
+    _add_hyperintensities(rng, survey, ageing, pathology)
+    return pathology
+
+
+def _add_tumour(rng: np.random.Generator, survey: Survey, pathology: Pathology) -> None:
+    radius = float(rng.triangular(10.0, 13.0, 25.0))
+    fits = (survey.white > 0.7) & (survey.depth_mm > min(0.75 * radius, 14.0))
+    center = survey.pick(rng, fits.astype(np.float32) + 1e-9 * survey.white)
+    noise = smooth_noise(rng, pathology.grid, 13.0)[0]
+    distance = _distance_from(pathology.grid, center) * (1 + 0.09 * smooth_noise(rng, pathology.grid, 30.0)[0])
+    outer = radius * (1 + 0.10 * noise) - distance
+    rim = float(rng.uniform(2.0, 4.0))
+    inner = outer - rim * (1 + 0.25 * smooth_noise(rng, pathology.grid, 9.0)[0])
+    oedema = outer + float(rng.uniform(6.0, 14.0)) * (1 + 0.45 * smooth_noise(rng, pathology.grid, 18.0)[0])
+    takes_grown = {**_ALL, "ventricle": 1.0, "csf": 0.85, "choroid_plexus": 1.0}
+    pathology.layers += [
+        Layer("necrosis", inner, takes_grown, 1.5),
+        Layer("enhancing_tumour", outer, takes_grown),
+        # Vasogenic oedema spreads through white matter and spares the cortex.
+        Layer(
+            "oedema", oedema, {"white_matter": 0.92, "cerebellar_white": 0.92, "brain_stem": 0.5, "cortex": 0.15}, 5.0
+        ),
+    ]
+    pathology.mass_effect = MassEffect(
+        (float(center[0]), float(center[1]), float(center[2])), 0.22 * radius, 1.25 * radius
+    )
+
+
+def _add_infarct(rng: np.random.Generator, survey: Survey, pathology: Pathology) -> None:
+    radius = float(rng.uniform(8.0, 20.0))
+    # A branch's territory: from the deep white matter out to the cortex that it feeds.
+    near = (survey.cerebrum > 0.8) & (survey.depth_mm > 4.0) & (survey.depth_mm < 18.0)
+    center = survey.pick(rng, near.astype(np.float32) + 1e-9 * survey.cerebrum)
+    outward = center - np.array([np.sign(center[0]) * 12.0, -16.0, 10.0])
+    outward /= np.linalg.norm(outward) + 1e-6
+    x, y, z = pathology.grid.open_mm(center)
+    along = np.float32(outward[0]) * x + np.float32(outward[1]) * y + np.float32(outward[2]) * z
+    across = np.sqrt(np.maximum(x * x + y * y + z * z - along**2, 0.0))
+    widening = np.clip(1 + 0.35 * along / radius, 0.55, 1.4)  # a wedge with its base at the cortex
+    distance = np.sqrt((along / 1.15) ** 2 + (across / (0.9 * widening)) ** 2)
+    rough = 0.16 * smooth_noise(rng, pathology.grid, 16.0)[0] + 0.12 * smooth_noise(rng, pathology.grid, 7.0)[0]
+    depth = radius * (1 + rough) - distance
+    same_side = (np.sign(center[0]) * pathology.grid.axis_mm(0)).astype(np.float32)[:, None, None]
+    pathology.layers.append(Layer("infarct", np.minimum(depth, same_side), {**_ALL, "brain_stem": 0.0}, 1.5))
+
+
+def _add_plaques(rng: np.random.Generator, survey: Survey, pathology: Pathology) -> None:
+    white = (survey.white > 0.8).astype(np.float32)
+    beside_ventricle = white * ((survey.ventricle_mm > 1.0) & (survey.ventricle_mm < 11.0))
+    below_cortex = white * ((survey.depth_mm > 4.0) & (survey.depth_mm < 8.0) & (survey.ventricle_mm < 45))
+    away = np.gradient(ndimage.gaussian_filter(survey.ventricle_mm, 1.0))
+    plaques = np.full(pathology.grid.shape, -30.0, np.float32)
+    active = plaques.copy()
+    for number in range(int(rng.integers(6, 17))):
+        periventricular = number == 0 or rng.random() < 0.75
+        center = survey.pick(rng, (beside_ventricle if periventricular else below_cortex) + 1e-9 * survey.white)
+        index = tuple(
+            int(np.clip(np.rint((c - survey.grid.axis_mm(a)[0]) / survey.grid.spacing_mm[a]), 0, n - 1))
+            for a, (c, n) in enumerate(zip(center, survey.grid.shape, strict=True))
+        )
+        axis = np.array([component[index] for component in away])
+        axis = axis / np.linalg.norm(axis) if np.linalg.norm(axis) > 1e-3 else np.array([0.0, 0.0, 1.0])
+        radius = float(rng.uniform(1.6, 4.0))
+        stretch = float(rng.uniform(1.3, 2.0)) if periventricular else 1.0
+        box, offset = _neighbourhood(pathology.grid, center, 2.5 * stretch * radius + 6.0)
+        along = np.tensordot(axis.astype(np.float32), offset, 1)
+        across_sq = np.maximum(np.sum(offset**2, axis=0) - along**2, 0.0)
+        depth = radius - np.sqrt((along / stretch) ** 2 + across_sq)
+        into = active if number > 0 and rng.random() < 1 / 6 else plaques
+        into[box] = np.maximum(into[box], depth)
+    takes = {"white_matter": 1.0, "cortex": 0.4, "deep_grey": 0.6}
+    pathology.layers += [Layer("active_plaque", active, takes, 1.5), Layer("plaque", plaques, takes, 1.5)]
+
+
+def _add_hyperintensities(rng: np.random.Generator, survey: Survey, ageing: Ageing, pathology: Pathology) -> None:
+    """Caps and bands around the ventricles, thicker at the horns, and scattered deep spots; grow with age."""
+    noise = smooth_noise(rng, pathology.grid, 14.0)[0]
+    centers = [survey.pick(rng, (survey.white > 0.9) * (survey.ventricle_mm > 8.0) + 1e-9 * survey.white)
+               for _ in range(ageing.num_deep_hyperintensities)]  # fmt: skip
+    radii = rng.uniform(1.0, 2.4, len(centers))
+    if not ageing.has_hyperintensities:
+        return
+    distance = survey.on(pathology.grid, survey.ventricle_mm)
+    y_mm = pathology.grid.axis_mm(1)[None, :, None]
+    horns = (0.55 + 1.0 * np.exp(-0.5 * ((y_mm - 30) / 12) ** 2) + 0.9 * np.exp(-0.5 * ((y_mm + 45) / 14) ** 2)).astype(
+        np.float32
+    )
+    depth = ageing.hyperintensity_mm * horns * (1 + 0.6 * noise) - distance
+    for center, radius in zip(centers, radii, strict=True):
+        box, offset = _neighbourhood(pathology.grid, center, 8.0)
+        depth[box] = np.maximum(depth[box], radius - np.sqrt(np.sum(offset**2, axis=0)))
+    pathology.layers.append(Layer("hyperintensity", depth, _WHITE, 3.0, in_mask=False))
+
+
+def _neighbourhood(grid: Grid, center: np.ndarray, reach_mm: float) -> tuple[tuple[slice, ...], np.ndarray]:
+    """The box of a grid around a point, and (3, …) offsets from the point in it."""
+    box, axes = [], []
+    for axis in range(3):
+        position = grid.axis_mm(axis)
+        near = np.flatnonzero(np.abs(position - center[axis]) <= max(reach_mm, grid.spacing_mm[axis]))
+        box.append(slice(int(near[0]), int(near[-1]) + 1))
+        axes.append((position[box[-1]] - center[axis]).astype(np.float32))
+    return tuple(box), np.stack(np.meshgrid(*axes, indexing="ij"))
+
+
+def _distance_from(grid: Grid, center: np.ndarray) -> np.ndarray:
+    x, y, z = grid.open_mm(center)
+    return np.sqrt(x * x + y * y + z * z)
+
+
+def _distance(mask: np.ndarray, spacing_mm: tuple[float, ...]) -> np.ndarray:
+    """Distance (mm) from every voxel of the mask to the nearest voxel outside it."""
+    return ndimage.distance_transform_edt(mask, sampling=spacing_mm).astype(np.float32)

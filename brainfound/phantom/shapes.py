@@ -1,0 +1,180 @@
+"""The cerebrum's outline and its folds, as depth fields (see `anatomy.py`).
+
+A sulcus is a sheet: the zero surface of band-limited noise g, whose distance is |g|/|∇g| to first
+order. The noise is read on a shell around the hemisphere's centre and is therefore constant along the
+radial direction, which makes the sheets run inward from the surface as sulci do.
+
+Shapes as depth fields: positive inside, negative outside, in mm near the surface.
+
+A depth field divided by the voxel size gives the fraction of a voxel that lies inside, so edges carry
+partial volume instead of stairs. Depths combine by smooth minimum (both) and maximum (either).
+
+`points` is (3, …) coordinates in mm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+
+import numpy as np
+
+from brainfound.phantom.grid import Grid
+
+
+def ellipsoid(points: np.ndarray, center: Sequence[float], radii: Sequence[float], boxy: bool = False) -> np.ndarray:
+    """Depth of an ellipsoid, or of a superellipsoid of exponent 2.5, to first order: (1 − F)/|∇F|."""
+    scaled = [np.abs((points[axis] - np.float32(center[axis])) * np.float32(1 / radii[axis])) for axis in range(3)]
+    powers = [s * np.sqrt(s) for s in scaled] if boxy else scaled  # s^(k−1)
+    total = scaled[0] * powers[0] + scaled[1] * powers[1] + scaled[2] * powers[2] + np.float32(1e-6)
+    level = total ** np.float32(0.4) if boxy else np.sqrt(total)
+    steep = [power * np.float32(1 / radius) for power, radius in zip(powers, radii, strict=True)]
+    slope = np.sqrt(steep[0] * steep[0] + steep[1] * steep[1] + steep[2] * steep[2])
+    # F = total^(1/k), so |∇F| = slope · F / total.
+    return ((1 - level) * total / (slope * level + np.float32(1e-4) * total)).astype(np.float32, copy=False)
+
+
+def tube(points: np.ndarray, path: Sequence[Sequence[float]], radii: Sequence[float]) -> np.ndarray:
+    """Depth of a chain of tapered capsules through the points of `path` (mm), with a radius at each."""
+    segments = []
+    for start, end, first, last in zip(path[:-1], path[1:], radii[:-1], radii[1:], strict=True):
+        along = np.subtract(end, start)
+        offset = [points[axis] - np.float32(start[axis]) for axis in range(3)]
+        direction = (along / float(along @ along)).astype(np.float32)
+        position = offset[0] * direction[0] + offset[1] * direction[1] + offset[2] * direction[2]
+        position = np.clip(position, 0.0, 1.0, out=position)
+        miss = [o - position * np.float32(a) for o, a in zip(offset, along, strict=True)]
+        distance = np.sqrt(miss[0] * miss[0] + miss[1] * miss[1] + miss[2] * miss[2])
+        segments.append((first + (last - first) * position - distance).astype(np.float32, copy=False))
+    return reduce(lambda depth, segment: either(depth, segment, 1.0), segments)
+
+
+def both(first: np.ndarray, second: np.ndarray, blend_mm: float = 0.0) -> np.ndarray:
+    """Intersection; `blend_mm` rounds the edge (polynomial smooth minimum)."""
+    smaller = np.minimum(first, second)
+    if blend_mm <= 0:
+        return smaller
+    overlap = np.maximum(blend_mm - np.abs(first - second), 0) / blend_mm
+    return smaller - overlap**2 * (blend_mm / 4)
+
+
+def either(first: np.ndarray, second: np.ndarray, blend_mm: float = 0.0) -> np.ndarray:
+    """Union; `blend_mm` fillets the joint."""
+    return -both(-first, -second, blend_mm)
+
+
+def ramp(values: np.ndarray, start: float, end: float) -> np.ndarray:
+    """Smooth step from 0 at `start` to 1 at `end`."""
+    t = np.clip((values - start) / (end - start), 0, 1)
+    return t * t * (3 - 2 * t)
+
+
+def inside_fraction(depth_mm: np.ndarray, voxel_mm: float) -> np.ndarray:
+    """The fraction of a voxel of that width that lies inside a surface at that depth."""
+    fraction = depth_mm * np.float32(1 / voxel_mm)
+    fraction += 0.5
+    return np.clip(fraction, 0.0, 1.0, out=fraction)
+
+
+_GYRAL_WAVELENGTH_MM = 20.0
+_NUM_WAVES = 40
+_CHUNK = 8192
+_HEMISPHERE_CENTER_MM = (26.0, -16.0, 10.0)
+_SHELL_RADII_MM = (42.0, 82.0, 60.0)
+_MEDIAL_RADIUS_MM = 28.0
+
+
+def cerebrum_fields(points: np.ndarray, depth_noise: np.ndarray) -> dict[str, np.ndarray]:
+    """Depth below the cerebrum's hull, distances to the fissures, depth of sulci and callosum, all in mm."""
+    mirrored = np.stack([np.abs(points[0]), points[1], points[2]])
+    brain = _outline(mirrored)
+    fissure, callosum = _midline(points)
+    center = ellipsoid(mirrored, (16, -8, 4), (24, 44, 24))
+    # Sulci reach 10–24 mm and stay out of the core that holds the nuclei and ventricles.
+    sulcal_depth = np.clip(16.0 + 5.5 * depth_noise, 4.0, 26.0) * ramp(-center, -8.0, 2.0)
+    sulcal_depth = sulcal_depth * (0.6 + 0.4 * ramp(mirrored[0], 8.0, 30.0))  # the medial wall's are shallow
+    return {
+        "brain": brain,
+        "fissure": fissure,
+        "callosum": callosum,
+        "sulcal_depth": sulcal_depth,
+        "sylvian": _sylvian_fissure(mirrored),
+    }
+
+
+def _outline(p: np.ndarray) -> np.ndarray:
+    """The cerebrum's hull: vault, temporal lobes, flat frontal base, roof over the cerebellum."""
+    vault = ellipsoid(p, (0, -17, 13), (67, 87, 62), boxy=True)
+    base = np.where(
+        p[1] > -25, p[2] + 20 - 0.10 * (p[1] - 20), p[2] + 24.5 + 0.30 * (p[1] + 25) - 0.16 * (40 - p[0])
+    ).astype(np.float32)
+    upper = both(vault, base, 12.0)
+    temporal = ellipsoid(p, (45, -14, -20), (22, 44, 25), boxy=True)
+    inferior = ellipsoid(p, (42, -46, -12), (20, 36, 16))
+    lobes = either(temporal, inferior, 10.0)
+    core = ellipsoid(p, (0, -14, -2), (24, 26, 17))
+    return either(either(upper, lobes, 5.0), core, 4.0)
+
+
+def _midline(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Distance to the interhemispheric fissure, and depth of the corpus callosum that floors it."""
+    outer = ellipsoid(points * np.array([0, 1, 1], np.float32)[:, None, None, None], (0, -6, 1), (1e3, 38, 27))
+    below = ramp(-points[2], 2.0, 12.0) * ramp(-np.abs(points[1] + 8), -40, -25)
+    floor = np.maximum(outer, 40.0 * below - 20.0)
+    fissure = np.hypot(points[0], np.maximum(floor, 0.0))
+    band = both(outer, 6.5 - outer)
+    callosum = both(both(band, 13.0 - np.abs(points[0])), points[2] + 2.0, 3.0)
+    return fissure.astype(np.float32), callosum.astype(np.float32)
+
+
+def _sylvian_fissure(p: np.ndarray) -> np.ndarray:
+    """Distance to the lateral fissure: a slanted sheet that opens into a vertical one over the insula."""
+    slant = p[2] + 4.0 + 0.42 * (p[1] + 2)
+    beyond = np.maximum(np.maximum(p[1] - 24, -44 - p[1]), 0)
+    sheet = np.sqrt((0.92 * slant) ** 2 + np.maximum(37.0 - p[0], 0) ** 2 + beyond**2)
+    insula_beyond = np.maximum(np.maximum(p[1] - 22, -28 - p[1]), 0)
+    insula = np.sqrt(
+        (p[0] - 37.5 + 0.06 * np.abs(p[1])) ** 2 + np.maximum(np.abs(slant) - 11, 0) ** 2 + insula_beyond**2
+    )
+    return np.minimum(sheet, insula).astype(np.float32)
+
+
+def sulcal_sheets(rng: np.random.Generator, grid: Grid, points: np.ndarray, brain: np.ndarray) -> np.ndarray:
+    """Signed distance (mm, first order) to the nearest sulcal sheet."""
+    inside = brain > -6.0
+    box = tuple(
+        slice(int(index[0]), int(index[-1]) + 1)
+        for index in (np.flatnonzero(inside.any(axis=tuple(a for a in range(3) if a != axis))) for axis in range(3))
+    )
+    p = points[(slice(None), *box)]
+    center = np.asarray(_HEMISPHERE_CENTER_MM, np.float32)[:, None, None, None]
+    radii = np.asarray(_SHELL_RADII_MM, np.float32)[:, None, None, None]
+    side = np.where(p[0] < 0, np.float32(-1), np.float32(1))
+    offset = p - center
+    offset[0] = p[0] - side * center[0, 0]
+    # The medial wall is nearer to the centre than the lateral surface.
+    radius_x = np.where(side * offset[0] < 0, np.float32(_MEDIAL_RADIUS_MM), radii[0])
+    radii = np.stack([radius_x, *(np.broadcast_to(radius, radius_x.shape) for radius in radii[1:])])
+    scaled = offset / radii
+    on_shell = radii * scaled / np.sqrt(np.sum(scaled**2, axis=0) + 0.02)
+    on_shell += 0.35 * (offset - on_shell)  # not quite radial, or the sheets would crowd at the core
+    on_shell[0] += side * 200.0  # the two hemispheres fold independently
+    # Waves of one length in random directions: their zero surfaces lie half a wavelength apart.
+    directions = rng.standard_normal((_NUM_WAVES, 3))
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    lengths = _GYRAL_WAVELENGTH_MM * np.exp(0.13 * rng.standard_normal(_NUM_WAVES))
+    vectors = (2 * np.pi * directions / lengths[:, None]).astype(np.float32)
+    phases = rng.uniform(0, 2 * np.pi, _NUM_WAVES).astype(np.float32)
+    flat = on_shell.reshape(3, -1)
+    noise = np.zeros(flat.shape[1], np.float32)
+    for start in range(0, len(noise), _CHUNK):
+        waves = vectors @ flat[:, start : start + _CHUNK] + phases[:, None]
+        noise[start : start + _CHUNK] = np.cos(waves, out=waves).sum(axis=0)
+    noise = noise.reshape(p.shape[1:])
+    gradient = np.gradient(noise, *grid.spacing_mm)
+    # At the midplane the two hemispheres' noise meet; the fissure lies there anyway.
+    steep = np.sqrt(sum(g**2 for g in gradient) + 0.15**2)
+    distance = np.clip(noise / steep, -12.0, 12.0)
+    whole = np.full(grid.shape, 12.0, np.float32)
+    whole[box] = distance
+    return whole

@@ -1,0 +1,1 @@
+"""Continued self-supervised pretraining: objectives, monitoring and the dry run."""

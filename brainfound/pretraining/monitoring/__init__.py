@@ -1,0 +1,1 @@
+"""Monitoring of a pretraining run: collapse metrics, probes, retention and the guard."""

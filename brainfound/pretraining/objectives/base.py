@@ -1,0 +1,135 @@
+"""What every self-supervised objective offers to the pretraining task.
+
+Axis legend: ``n`` slices of this rank's micro-batch, ``C`` contrasts, ``H W`` pixels.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor, nn
+
+from brainfound.models.encoder import SliceEncoder
+from brainfound.pretraining.starting_model import plain_state
+from brainfound.training.distributed import gather
+
+
+@dataclass(frozen=True)
+class SliceBatch:
+    """Slices as they come from the store."""
+
+    pixels: UInt8[Tensor, "n C H W"]
+    present: Bool[Tensor, "n C"]
+    """Which contrasts the slice's session has."""
+    sessions: Int[Tensor, "n"]
+    """Index of the session a slice belongs to."""
+    neighbours: UInt8[Tensor, "n C H W"] | None = None
+    """Another slice of the same session for each slice, where views ask for one."""
+    known_present: Bool[np.ndarray, "n C"] | None = None
+    """`present` as an array, which stays on the CPU when the tensors move."""
+
+    def to(self, device: torch.device) -> SliceBatch:
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
+
+    @property
+    def present_on_cpu(self) -> Bool[Tensor, "n C"]:
+        """`present`, without waiting for a GPU where `known_present` is there."""
+        return self.present.cpu() if self.known_present is None else torch.from_numpy(self.known_present)
+
+
+@dataclass(frozen=True)
+class StepKey:
+    """Names the randomness of one micro-batch; see `brainfound.training.randomness`."""
+
+    seed: int
+    step: int
+    micro_batch: int
+    rank: int
+
+    @property
+    def keys(self) -> tuple[int, int, int]:
+        return (self.step, self.micro_batch, self.rank)
+
+
+class Objective(ABC):
+    """A self-supervised loss with its state.
+
+    `student` holds everything that is trained, as one module whose every parameter takes part in
+    every forward pass (data-parallel training needs both). The rest of the state (a teacher, an
+    anchor) belongs to the objective and is never wrapped.
+    """
+
+    student: nn.Module
+
+    @property
+    @abstractmethod
+    def exported_encoder(self) -> SliceEncoder:
+        """The encoder that is probed and exported."""
+
+    def exported_state(self) -> dict[str, Tensor]:
+        """The weights to export: those of `exported_encoder`, whole, under the names of a plain encoder.
+
+        All ranks call it together where the encoder is sharded.
+        """
+        return plain_state(self.exported_encoder, gather(self.exported_encoder.state_dict()))
+
+    def frozen_modules(self) -> list[nn.Module]:
+        """What is looked through and not trained (a teacher, an anchor): sharded as the student is."""
+        return []
+
+    def require_batch(self, num_slices: int) -> None:
+        """Refuse a micro-batch of a size that this objective cannot learn from.
+
+        Raises:
+            RecipeError: names the setting.
+        """
+        return
+
+    @abstractmethod
+    def to(self, device: torch.device) -> None:
+        """Move what is not trained to the device; the engine moves the student."""
+
+    @abstractmethod
+    def loss(self, student: nn.Module, batch: SliceBatch, key: StepKey) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a micro-batch and its named parts.
+
+        Args:
+            student: `self.student`, as wrapped for data-parallel training.
+        """
+
+    @abstractmethod
+    def after_step(self, step: int, taken: Float[Tensor, ""]) -> None:
+        """Called after every step.
+
+        Args:
+            taken: on the device, 1 where the optimiser moved and 0 where it skipped the step; nothing here
+                may wait for its value.
+        """
+
+    @abstractmethod
+    def gauges(self) -> dict[str, float]:
+        """Health of the last batch, over all ranks; called on all ranks together."""
+
+    @abstractmethod
+    def schedule(self, step: int) -> dict[str, float]:
+        """The objective's own scheduled values at a step, for the log."""
+
+    @abstractmethod
+    def clip_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Sub-modules whose gradients are clipped on their own."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tensors beside the student that a checkpoint must hold."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over the tensors of `state_dict`; a missing or unknown name raises."""

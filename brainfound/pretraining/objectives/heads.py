@@ -1,0 +1,166 @@
+"""The decoder of the masked autoencoder: what is seen of a crop → the pixels of what is not.
+
+Axis legend: ``n`` crops, ``P`` patches, ``V`` visible and ``M`` masked ones, ``D`` width of the
+encoder, ``W`` width of the decoder, ``C`` contrasts, ``p`` side of a patch in pixels.
+
+Source: MAE (arXiv 2111.06377, section 3 and appendix A.1).
+
+The head of self-distillation: embedding → a unit vector, to be compared with prototypes.
+
+Axis legend: ``N`` rows, ``D`` width, ``K`` prototypes.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from brainfound.pretraining.objectives.prototypes import Projection, unit_rows
+from brainfound.recipes import Recipe
+
+
+class HeadRecipe(Recipe):
+    """The size of a projection head."""
+
+    prototypes: int = Field(default=65_536, ge=2)
+    """K, the number of prototypes."""
+    hidden: int = Field(default=2048, ge=1)
+    """Width of the hidden layers."""
+    bottleneck: int = Field(default=256, ge=1)
+    """Width in front of the prototypes."""
+    layers: int = Field(default=3, ge=1)
+    """Linear layers of the MLP, without the prototypes."""
+
+
+class ProjectionHead(nn.Module):
+    """MLP, L2 normalisation, and prototypes of unit length: the scores are cosines in −1…1.
+
+    Source: DINO (arXiv 2104.14294, appendix C). The prototypes' length is fixed at 1, which DINO
+    calls `norm_last_layer` and recommends for stability.
+    """
+
+    def __init__(self, width: int, recipe: HeadRecipe) -> None:
+        super().__init__()
+        widths = [width] + [recipe.hidden] * (recipe.layers - 1) + [recipe.bottleneck]
+        layers: list[nn.Module] = []
+        for index, (fan_in, fan_out) in enumerate(pairwise(widths)):
+            layers += [nn.Linear(fan_in, fan_out)] + ([nn.GELU()] if index < recipe.layers - 1 else [])
+        self.mlp = nn.Sequential(*layers)
+        self.last_layer = nn.Linear(recipe.bottleneck, recipe.prototypes, bias=False)
+
+    def initialise(self, generator: torch.Generator) -> None:
+        """Draw all weights from `generator`, the same on all ranks.
+
+        Truncated normal of 1 / sqrt(fan-in) in the MLP, which is DINO's 0.02 at its width of 2,048 and
+        keeps the bottleneck away from 0 in narrower heads (near 0 the normalisation's gradient
+        explodes); 0.02 for the prototypes; biases 0.
+        """
+        for layer in self.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=layer.in_features**-0.5, generator=generator)
+                nn.init.zeros_(layer.bias)
+        nn.init.trunc_normal_(self.last_layer.weight, std=0.02, generator=generator)
+
+    def forward(self, embeddings: Float[Tensor, "N D"]) -> Projection:
+        # A larger eps than the default keeps the gradient of a near-zero bottleneck finite in bfloat16.
+        narrow = self.mlp(embeddings)
+        unit = F.normalize(narrow.to(torch.promote_types(narrow.dtype, torch.float32)), dim=-1, eps=1e-6)
+        return Projection(unit, unit_rows(self.last_layer.weight))
+
+
+class PixelDecoderRecipe(Recipe):
+    """The size of the decoder; it is thrown away after training."""
+
+    width: int = Field(default=512, ge=4, multiple_of=4)
+    """W; a multiple of 4, for the sines and cosines of two axes, and of the heads."""
+    layers: int = Field(default=8, ge=1)
+    """Transformer blocks."""
+    heads: int = Field(default=16, ge=1)
+    """Attention heads."""
+    mlp_ratio: float = Field(default=4.0, gt=0)
+    """Hidden width of a block's MLP over W."""
+
+    @model_validator(mode="after")
+    def _heads_divide_the_width(self) -> PixelDecoderRecipe:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}")
+        return self
+
+
+class PixelDecoder(nn.Module):
+    """A light transformer over all patches of a crop.
+
+    Args:
+        encoder_width: D.
+        grid: rows and columns of patches.
+        num_outputs: values per patch, C · p².
+        recipe: the size.
+    """
+
+    positions: Tensor
+
+    def __init__(self, encoder_width: int, grid: tuple[int, int], num_outputs: int, recipe: PixelDecoderRecipe) -> None:
+        super().__init__()
+        self.num_patches = grid[0] * grid[1]
+        self.embed = nn.Linear(encoder_width, recipe.width)
+        self.mask_token = nn.Parameter(torch.zeros(recipe.width))
+        self.register_buffer("positions", sine_cosine_positions(grid, recipe.width), persistent=False)
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(
+                recipe.width,
+                recipe.heads,
+                int(recipe.width * recipe.mlp_ratio),
+                dropout=0.0,
+                activation="gelu",
+                batch_first=True,
+                norm_first=True,
+            )
+            for _ in range(recipe.layers)
+        )
+        self.norm = nn.LayerNorm(recipe.width)
+        self.predict = nn.Linear(recipe.width, num_outputs)
+
+    def initialise(self, generator: torch.Generator) -> None:
+        """Draw all weights from `generator`, the same on all ranks: Xavier uniform, biases 0, norms 1."""
+        for name, parameter in self.named_parameters():
+            if parameter.ndim > 1:
+                nn.init.xavier_uniform_(parameter, generator=generator)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+        nn.init.normal_(self.mask_token, std=0.02, generator=generator)
+
+    def forward(
+        self,
+        cls: Float[Tensor, "n D"],
+        visible: Float[Tensor, "n V D"],
+        kept: Int[Tensor, "n V"],
+        hidden: Int[Tensor, "n M"],
+    ) -> Float[Tensor, "n M outputs"]:
+        """The values of the hidden patches, in the order of `hidden`."""
+        seen = self.embed(torch.cat([cls[:, None], visible], dim=1))
+        width = seen.shape[-1]
+        patches = self.mask_token.to(seen.dtype).expand(len(seen), self.num_patches, width)
+        patches = patches.scatter(1, kept[..., None].expand(-1, -1, width), seen[:, 1:])
+        # The CLS token has no place in the grid.
+        tokens = torch.cat([seen[:, :1], patches + self.positions.to(seen.dtype)], dim=1)
+        for block in self.blocks:
+            tokens = block(tokens)
+        # Only what is asked for is normalised and predicted; the rest would be thrown away.
+        asked = tokens[:, 1:].gather(1, hidden[..., None].expand(-1, -1, width))
+        return self.predict(self.norm(asked))
+
+
+def sine_cosine_positions(grid: tuple[int, int], width: int) -> Float[Tensor, "P W"]:
+    """Fixed positions: a quarter of the width each for sine and cosine of rows and of columns.
+
+    Frequencies fall from 1 to 1/10,000 (Vaswani et al. 2017, section 3.5), over two axes as in MAE.
+    """
+    rows, columns = torch.meshgrid(*(torch.arange(size, dtype=torch.float64) for size in grid), indexing="ij")
+    frequencies = 10_000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angles = [axis.flatten()[:, None] * frequencies for axis in (rows, columns)]
+    return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1).float()

@@ -1,0 +1,120 @@
+"""Block masks for the masked-patch loss.
+
+Axis legend: ``N`` crops, ``P`` patch tokens (rows · columns of the grid), ``M`` masked tokens.
+
+Source: BEiT (arXiv 2106.08254, algorithm 1) for blocks; iBOT and DINOv2 for masking a part of the
+crops at ratios spread over a range. Here the ratios are the mid-points of the strata, so the number
+of masked tokens is the same in every step and tensors keep their shapes (a part of the crops has another number
+each time).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from brainfound.data.augmentation.sampling import onto
+
+SMALLEST_BLOCK = 4  # patches; BEiT uses 16 on a grid of 14 × 14, DINOv2 uses 4
+ATTEMPTS_PER_BLOCK = 10
+
+
+@dataclass(frozen=True)
+class BlockMasks:
+    """Which patch tokens the student does not see."""
+
+    mask: Bool[Tensor, "N P"]
+    indices: Int[Tensor, "M"]
+    """Positions of the masked tokens in the flattened (N · P) tokens, in increasing order."""
+    weights: Float[Tensor, "M"]
+    """1 / (number of masked tokens of the crop), per masked token."""
+    visible: Int[Tensor, "V"]
+    """The crops of which nothing is masked."""
+
+    def to(self, device: torch.device) -> BlockMasks:
+        """The same on a device; on a GPU without waiting for it."""
+        return BlockMasks(*(onto(part, device) for part in (self.mask, self.indices, self.weights, self.visible)))
+
+    def cut(self, crops: slice) -> tuple[BlockMasks, slice]:
+        """The masks of some successive crops, and the place of their masked tokens among all of them."""
+        first, last = crops.start, crops.stop
+        before, inside = int(self.mask[:first].sum()), int(self.mask[crops].sum())
+        masked = slice(before, before + inside)
+        visible = self.visible[(self.visible >= first) & (self.visible < last)] - first
+        indices = self.indices[masked] - first * self.mask.shape[1]
+        return BlockMasks(self.mask[crops], indices, self.weights[masked], visible), masked
+
+
+def masked_counts(num_crops: int, num_patches: int, probability: float, ratios: tuple[float, float]) -> list[int]:
+    """How many patches are masked in each crop of a batch, before they are dealt to crops.
+
+    At least one crop has at least one masked patch, whatever the settings.
+    """
+    num_masked = min(num_crops, max(1, round(num_crops * probability)))
+    low, high = ratios
+    middles = [low + (high - low) * (index + 0.5) / num_masked for index in range(num_masked)]
+    counts = [min(num_patches, max(1, round(num_patches * middle))) for middle in middles]
+    return counts + [0] * (num_crops - num_masked)
+
+
+def block_mask(
+    grid: tuple[int, int],
+    count: int,
+    rng: np.random.Generator,
+    aspect: tuple[float, float] = (0.3, 1 / 0.3),
+) -> np.ndarray:
+    """A mask (rows, columns) with exactly `count` patches, in rectangular blocks as far as they fit."""
+    rows, columns = grid
+    if not 0 <= count <= rows * columns:
+        raise ValueError(f"cannot mask {count} of {rows * columns} patches")
+    mask = np.zeros(grid, dtype=bool)
+    missing = count
+    while missing:
+        placed = 0
+        for _ in range(ATTEMPTS_PER_BLOCK):
+            area = rng.uniform(min(SMALLEST_BLOCK, missing), missing)
+            ratio = math.exp(rng.uniform(math.log(aspect[0]), math.log(aspect[1])))
+            height, width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if not (0 < height <= rows and 0 < width <= columns):
+                continue
+            top, left = rng.integers(rows - height + 1), rng.integers(columns - width + 1)
+            block = mask[top : top + height, left : left + width]
+            placed = block.size - int(block.sum())
+            if 0 < placed <= missing:
+                block[:] = True
+                break
+            placed = 0
+        if not placed:
+            # No block fits the rest exactly: single patches make the count exact.
+            free = np.flatnonzero(~mask)
+            mask.ravel()[rng.choice(free, missing, replace=False)] = True
+            placed = missing
+        missing -= placed
+    return mask
+
+
+def draw_masks(
+    num_crops: int,
+    grid: tuple[int, int],
+    rng: np.random.Generator,
+    probability: float = 0.5,
+    ratios: tuple[float, float] = (0.1, 0.5),
+) -> BlockMasks:
+    """Block masks for a batch of crops; the counts are those of `masked_counts`, dealt at random."""
+    num_patches = grid[0] * grid[1]
+    counts = np.array(masked_counts(num_crops, num_patches, probability, ratios))
+    counts = rng.permutation(counts)
+    mask = torch.from_numpy(np.stack([block_mask(grid, int(count), rng).ravel() for count in counts]))
+    per_crop = torch.from_numpy(counts)
+    weights = (1.0 / per_crop.clamp(min=1).float())[:, None].expand_as(mask)[mask]
+    return BlockMasks(
+        mask=mask,
+        indices=mask.flatten().nonzero().flatten(),
+        weights=weights,
+        visible=(per_crop == 0).nonzero().flatten(),
+    )

@@ -1,0 +1,292 @@
+"""The losses over prototypes, computed in pieces: what `losses` defines, without its traffic.
+
+Axis legend: ``N`` rows (crops or masked tokens), ``D`` width in front of the prototypes, ``K`` prototypes.
+
+With 65,536 prototypes a row of scores is 256 KiB, and a batch has thousands of rows: written down once per
+operation, they cost more time than the backbone's attention and most of the memory. Both losses can do
+without, exactly:
+
+- Sinkhorn-Knopp only ever scales rows and columns. `Assignments` holds the exponentials once, and two vectors.
+- Prototypes are brought to length 1 once per pass; the gradient of that, written out, needs one new tensor of their
+  size in place of eight.
+- Cross-entropy is ``mass · lse(s) − ⟨t, s⟩`` and its gradient ``softmax(s) · mass − t``; both follow from a few rows
+  of scores at a time, which are forgotten at once. Gradients are computed in the forward pass, so nothing is
+  computed twice.
+
+The parity with the plain formulas is tested; sources of the methods are there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from brainfound.models.blocks import compute_dtype
+from brainfound.training import distributed as ranks
+
+# Scores of one product: enough rows to be worth reading all prototypes.
+_PIECE_BYTES = {"cpu": 64 * 2**20}
+_PIECE_BYTES_ELSEWHERE = 512 * 2**20
+# Rows of it that everything else is done to at a time: one pass over memory in place of a dozen.
+_BLOCK_BYTES = {"cpu": 2**20}
+# exp() of anything above −80 is an ordinary float32; cosines over a temperature span 2 / temperature.
+_SAFE_SPAN = 80.0
+_SHORTEST = 1e-12  # that a row is divided by
+_ROWS_IN_CACHE = 4096
+
+
+def unit_rows(weight: Float[Tensor, "K D"]) -> Float[Tensor, "K D"]:
+    """Rows at length 1, as `torch.nn.functional.normalize` makes them, with a gradient that costs a third."""
+    return _UnitRows.apply(weight)
+
+
+class _UnitRows(torch.autograd.Function):
+    """The gradient of w / |w| is (g − w ⟨g, w⟩ / |w|²) / |w|."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        length = torch.linalg.vector_norm(weight, dim=-1, keepdim=True).clamp_min_(_SHORTEST)
+        ctx.save_for_backward(weight, length)
+        return weight / length
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        weight, length = ctx.saved_tensors
+        found = torch.empty_like(gradient)
+        size = _ROWS_IN_CACHE if gradient.device.type == "cpu" else max(1, len(gradient))
+        parts = zip(*(part.split(size) for part in (gradient, weight, length, found)), strict=True)
+        for of_gradient, of_weight, of_length, of_found in parts:
+            along = (of_gradient * of_weight).sum(dim=-1, keepdim=True) / of_length.square()
+            torch.addcmul(of_gradient, of_weight, along, value=-1, out=of_found).div_(of_length)
+        return found
+
+
+class Projection(NamedTuple):
+    """What a head makes of embeddings; the scores are the cosines ``unit @ prototypes.T``."""
+
+    unit: Float[Tensor, "N D"]
+    """Rows of length 1."""
+    prototypes: Float[Tensor, "K D"]
+    """Rows of length 1."""
+
+    def scores(self) -> Float[Tensor, "N K"]:
+        """All scores at once: for a few rows."""
+        return self.unit @ self.prototypes.T
+
+
+@dataclass(frozen=True)
+class Assignments:
+    """Targets ``diag(row_scale) · mass · diag(prototype_scale)``, whose rows sum to 1."""
+
+    mass: Float[Tensor, "N K"]
+    row_scale: Float[Tensor, "N"]
+    prototype_scale: Float[Tensor, "K"]
+
+    def take(self, rows: slice | Int[Tensor, "n"], out: Float[Tensor, "n K"] | None = None) -> Float[Tensor, "n K"]:
+        """The targets of some rows, perhaps written into a tensor that is there already."""
+        if isinstance(rows, slice):
+            found = torch.mul(self.mass[rows], self.prototype_scale, out=out)
+        else:
+            found = torch.index_select(self.mass, 0, rows, out=out).mul_(self.prototype_scale)
+        return found.mul_(self.row_scale[rows, None])
+
+    def part(self, rows: slice) -> Assignments:
+        """Those of some rows; the masses are not copied."""
+        return Assignments(self.mass[rows], self.row_scale[rows], self.prototype_scale)
+
+
+def _pieces(num_rows: int, num_prototypes: int, device: torch.device) -> list[slice]:
+    """Rows whose scores are one product."""
+    return _slices(num_rows, _PIECE_BYTES.get(device.type, _PIECE_BYTES_ELSEWHERE) // (4 * num_prototypes))
+
+
+def _blocks(rows: slice, num_prototypes: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
+    """Rows of a piece that fit a cache: where they are among all rows, and within the piece."""
+    for within in _slices(rows.stop - rows.start, _block_rows(num_prototypes, device)):
+        yield slice(rows.start + within.start, rows.start + within.stop), within
+
+
+def _block_rows(num_prototypes: int, device: torch.device) -> int:
+    return max(1, _BLOCK_BYTES.get(device.type, _PIECE_BYTES_ELSEWHERE) // (4 * num_prototypes))
+
+
+def _slices(count: int, size: int) -> list[slice]:
+    size = max(1, size)
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+@torch.no_grad()
+def assign(projection: Projection, temperature: float, num_iterations: int = 3) -> Assignments:
+    """Sinkhorn-Knopp of a projection's scores, as `losses.sinkhorn_knopp` defines it, over the rows of all ranks.
+
+    The shift that keeps exponentials finite is a constant, since scores are cosines; where the temperature is
+    so low that a constant would not do, each prototype's and each row's maximum is used, as the definition does.
+    """
+    unit, prototypes = projection
+    dtype = compute_dtype(unit)
+    wide = torch.promote_types(unit.dtype, torch.float32)
+    with torch.autocast(unit.device.type, enabled=False):
+        transposed = prototypes.to(dtype).T
+        scaled = (unit / temperature).to(dtype)
+        mass = torch.empty(len(unit), len(prototypes), dtype=wide, device=unit.device)
+        is_safe = 2 / temperature <= _SAFE_SPAN
+        pieces = _pieces(len(mass), len(prototypes), mass.device)
+        longest = max((rows.stop - rows.start for rows in pieces), default=0)
+        buffer = _memory(0 if dtype == wide else longest, prototypes, dtype)
+        for rows in pieces:
+            scores = mass[rows] if dtype == wide else buffer[: rows.stop - rows.start]
+            torch.mm(scaled[rows], transposed, out=scores)
+            for block, within in _blocks(rows, len(prototypes), mass.device):
+                part = mass[block]
+                if dtype != wide:
+                    part.copy_(scores[within])
+                if is_safe:
+                    part.sub_(1 / temperature).exp_()
+        row_scale = torch.ones(len(mass), dtype=wide, device=mass.device)
+        if not is_safe:
+            # A rank without rows still takes part in the maximum.
+            floor = mass.new_full((mass.shape[1],), float("-inf"))
+            mass.sub_(ranks.max_over_ranks(mass.amax(dim=0) if len(mass) else floor))
+            highest = mass.amax(dim=1) if len(mass) else mass.new_zeros(0)
+            mass.sub_(highest[:, None]).exp_()
+            row_scale = highest.exp()
+        for _ in range(num_iterations):
+            prototype_mass = ranks.sum_over_ranks(row_scale @ mass)
+            # The mean cancels in the row scaling; it keeps the scales near 1 over many iterations.
+            prototype_scale = prototype_mass.mean() / prototype_mass
+            row_scale = 1 / (mass @ prototype_scale)
+    return Assignments(mass, row_scale, prototype_scale)
+
+
+def cross_entropy_sum(
+    projection: Projection,
+    targets: Assignments,
+    weights: Float[Tensor, "N"],
+    temperature: float,
+    target_rows: Int[Tensor, "N targets"] | None = None,
+) -> Float[Tensor, ""]:
+    """Σᵢ weightᵢ · Σⱼ CE(targets of row ``target_rows[i, j]``, softmax(scoresᵢ / temperature)).
+
+    Cross-entropy is linear in the target, so a row that answers several targets needs one pass.
+
+    Args:
+        weights: of the rows.
+        target_rows: for each row the rows of `targets` that it answers; None: row i answers target i.
+    """
+    return _CrossEntropySum.apply(*projection, targets, weights, temperature, target_rows)
+
+
+class _CrossEntropySum(torch.autograd.Function):
+    """With gradients for the unit vectors and the prototypes, made in the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        unit: Tensor,
+        prototypes: Tensor,
+        targets: Assignments,
+        weights: Tensor,
+        temperature: float,
+        target_rows: Tensor | None,
+    ) -> Tensor:
+        dtype = compute_dtype(unit)
+        wide = torch.promote_types(unit.dtype, torch.float32)
+        with torch.autocast(unit.device.type, enabled=False):
+            columns, scaled, weights = prototypes.to(dtype), (unit / temperature).to(dtype), weights.to(wide)
+            total = torch.zeros((), dtype=wide, device=unit.device)
+            wants_unit, wants_prototypes = ctx.needs_input_grad[:2]
+            unit_gradient = torch.zeros_like(unit, dtype=wide) if wants_unit else None
+            prototype_gradient = torch.zeros_like(prototypes, dtype=wide) if wants_prototypes else None
+            pieces = _pieces(len(unit), len(prototypes), unit.device)
+            longest = max((rows.stop - rows.start for rows in pieces), default=0)
+            buffer = _memory(longest, prototypes, dtype)
+            num_targets = 1 if target_rows is None else target_rows.shape[1]
+            block_rows = min(longest, _block_rows(len(prototypes), unit.device))
+            room = _Room.of(prototypes, block_rows, wide, num_targets, dtype != wide)
+            for rows in pieces:
+                scores = buffer[: rows.stop - rows.start]
+                torch.mm(scaled[rows], columns.T, out=scores)
+                for block, within in _blocks(rows, len(prototypes), unit.device):
+                    answered = block if target_rows is None else target_rows[block]
+                    losses = _cross_entropy(
+                        scores[within], targets, answered, weights[block], room, wants_unit or wants_prototypes
+                    )
+                    total += (weights[block] * losses).sum()
+                # They are gradients now.
+                if unit_gradient is not None:
+                    unit_gradient[rows] = (scores @ columns).to(wide) / temperature
+                if prototype_gradient is not None:
+                    _add_product(prototype_gradient, scores.T, scaled[rows])
+        ctx.save_for_backward(
+            *(
+                None if part is None else part.to(like.dtype)
+                for part, like in ((unit_gradient, unit), (prototype_gradient, prototypes))
+            )
+        )
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        found = [None if part is None else part * gradient for part in ctx.saved_tensors]
+        return *found, None, None, None, None
+
+
+def _cross_entropy(
+    scores: Float[Tensor, "n K"],
+    targets: Assignments,
+    target_rows: slice | Int[Tensor, "n targets"],
+    weights: Float[Tensor, "n"],
+    room: _Room,
+    wants_gradient: bool,
+) -> Float[Tensor, "n"]:
+    """The cross-entropy of each row, summed over its targets; `scores` become their gradient, if it is wanted."""
+    columns = [target_rows] if isinstance(target_rows, slice) else target_rows.unbind(dim=1)
+    wide = scores if room.scores is None else room.scores[: len(scores)].copy_(scores)
+    target = targets.take(columns[0], out=room.target[: len(scores)])
+    for column in columns[1:]:
+        target += targets.take(column, out=room.another[: len(scores)])
+    agreement = torch.linalg.vecdot(target, wide)
+    highest = wide.amax(dim=1, keepdim=True)
+    exponentials = wide.sub_(highest).exp_()
+    partition = exponentials.sum(dim=1, keepdim=True)
+    if wants_gradient:
+        weight = weights[:, None]
+        gradient = exponentials.mul_(weight * len(columns) / partition).addcmul_(target, -weight)
+        if gradient is not scores:
+            scores.copy_(gradient)
+    return len(columns) * (highest + partition.log())[:, 0] - agreement
+
+
+class _Room(NamedTuple):
+    """Memory for one block of rows, used again and again: fresh pages cost as much as what is written to them."""
+
+    scores: Tensor | None
+    """None where scores are wide enough themselves."""
+    target: Tensor
+    another: Tensor
+
+    @classmethod
+    def of(cls, prototypes: Tensor, rows: int, wide: torch.dtype, num_targets: int, is_narrow: bool) -> _Room:
+        """For blocks of so many rows."""
+        return cls(
+            _memory(rows, prototypes, wide) if is_narrow else None,
+            _memory(rows, prototypes, wide),
+            _memory(rows if num_targets > 1 else 0, prototypes, wide),
+        )
+
+
+def _memory(rows: int, prototypes: Tensor, dtype: torch.dtype) -> Tensor:
+    return prototypes.new_empty((rows, len(prototypes)), dtype=dtype)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, without a copy of the product where types allow."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right

@@ -1,0 +1,260 @@
+"""Which part of the encoder pretraining moves: all of it, the last blocks, or low-rank updates (ExPLoRA).
+
+Axis legend: ``R`` rank, ``I`` width into a matrix, ``O`` width out of it.
+
+Sources: LoRA (arXiv 2106.09685) for the updates; ExPLoRA (2406.10973, section 4) for continuing
+self-supervised pretraining with them: the last blocks and all norms are trained as they are, the
+attention of the frozen blocks through updates.
+
+What the checkpoint does not bring (mask token and contrast embeddings here, heads in the objectives)
+is always trained: frozen noise is of no use.
+
+The model that pretraining starts from: a Hub ViT, a BrainFound model, or new weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+from transformers import AutoConfig
+
+from brainfound.adapters.attach import open_last_blocks
+from brainfound.adapters.roles import require_known_roles, resolve_targets
+from brainfound.data.store import Store
+from brainfound.errors import RecipeError
+from brainfound.models import BrainFoundConfig, BrainFoundModel
+from brainfound.models.backbones import config_of
+from brainfound.models.configuration import SUPPORTED_BACKBONES
+from brainfound.models.encoder import SliceEncoder
+from brainfound.models.start import is_brainfound, start_from
+from brainfound.recipes import Recipe
+from brainfound.training.randomness import INITIALISATION, seed_of, torch_generator
+
+FROM_SCRATCH = "none"
+_MODEL_STREAM = 1000  # apart from the streams of the heads, which count from 0
+
+
+class ScratchRecipe(Recipe):
+    """The new ViT of ``init.source: none``."""
+
+    hidden_size: int = Field(default=384, ge=1)
+    """Width."""
+    num_layers: int = Field(default=12, ge=1)
+    """Transformer blocks."""
+    num_heads: int = Field(default=6, ge=1)
+    """Attention heads; the width is a multiple of them."""
+    patch_size: int = Field(default=14, ge=1)
+    """Side of a patch in pixels."""
+    layer_scale: float = Field(default=1.0, gt=0)
+    """Initial scale of each residual branch."""
+
+
+class InitRecipe(Recipe):
+    """Where the weights come from."""
+
+    source: str = "facebook/dinov2-small"
+    """A Hub id or a folder of a DINOv2 or a supervised ViT, a BrainFound export folder, or "none" for new weights."""
+    scratch: ScratchRecipe = ScratchRecipe()
+    """The size of the new ViT when the source is "none"."""
+
+
+def build_model(recipe: InitRecipe, store: Store, image_size: int, seed: int) -> BrainFoundModel:
+    """The starting model, on the CPU, the same on all ranks.
+
+    Raises:
+        ModelError: if the source cannot be used, or its stem is none to pretrain with.
+        UsageError: if it is a BrainFound model with other contrasts than the store.
+        RecipeError: if new weights cannot have the size that was asked for.
+    """
+    source = recipe.source
+    # New weights (a whole ViT, or an aggregator) are drawn from the global generator by the library.
+    torch.manual_seed(seed_of(INITIALISATION, seed, _MODEL_STREAM))
+    if source == FROM_SCRATCH:
+        return BrainFoundModel(_scratch_config(recipe.scratch, store, image_size))
+    model = start_from(BrainFoundModel, source, store.contrasts)
+    model.encoder.require_single_slices()
+    return model
+
+
+def outline_model(recipe: InitRecipe, store: Store, image_size: int) -> BrainFoundModel:
+    """The starting model in its sizes only: on the meta device, where a weight takes no memory and has no value.
+
+    Raises:
+        ModelError: if the source's configuration cannot be read, or is of another family.
+        RecipeError: if new weights cannot have the size that was asked for.
+    """
+    if recipe.source == FROM_SCRATCH:
+        config = _scratch_config(recipe.scratch, store, image_size)
+    elif is_brainfound(recipe.source):
+        config = BrainFoundConfig.from_pretrained(recipe.source)
+    else:
+        config = BrainFoundConfig(
+            backbone_config=config_of(recipe.source), contrasts=store.contrasts, backbone_source=None
+        )
+    with torch.device("meta"):
+        model = BrainFoundModel(config)
+    model.encoder.require_single_slices()
+    return model
+
+
+def _scratch_config(scratch: ScratchRecipe, store: Store, image_size: int) -> BrainFoundConfig:
+    if scratch.hidden_size % scratch.num_heads:
+        raise RecipeError(
+            "the width must be a multiple of the attention heads",
+            where="init.scratch.hidden_size",
+            got=scratch.hidden_size,
+            expected=f"a multiple of {scratch.num_heads}",
+        )
+    backbone = AutoConfig.for_model(
+        SUPPORTED_BACKBONES[0],
+        hidden_size=scratch.hidden_size,
+        num_hidden_layers=scratch.num_layers,
+        num_attention_heads=scratch.num_heads,
+        patch_size=scratch.patch_size,
+        image_size=image_size,
+        layerscale_value=scratch.layer_scale,
+    )
+    return BrainFoundConfig(backbone_config=backbone, contrasts=store.contrasts, backbone_source=None)
+
+
+NEW_PARTS = ("mask_token", "contrast_embedding")
+_ADAPTER = "default"
+_ADAPTER_STREAM = 2000  # apart from the streams of heads, decoders and the model
+
+
+class TrainedPartRecipe(Recipe):
+    """What of the encoder is trained."""
+
+    part: Literal["full", "last_blocks", "lora"] = "full"
+    """"full" trains everything; "last_blocks" the last `blocks` and the last norm; "lora" the last `blocks`, all norms,
+    and low-rank updates of the frozen blocks (ExPLoRA). Mask token, contrast embeddings and heads always learn."""
+    blocks: int = Field(default=1, ge=0)
+    """How many blocks, counted from the last one, are trained in full; not read when the part is "full"."""
+    rank: int = Field(default=64, ge=1, le=1024)
+    """Rank of each update."""
+    alpha: float = Field(default=64.0, gt=0)
+    """Scale of the updates: alpha / rank."""
+    roles: tuple[str, ...] = ("query", "value")
+    """The matrices of the frozen blocks that get an update: query, key, value, output, mlp_in, mlp_out."""
+
+    @field_validator("roles")
+    @classmethod
+    def _known_roles(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value:
+            raise ValueError("at least one role is needed")
+        try:
+            require_known_roles(value)
+        except RecipeError as error:
+            raise ValueError(error.reason) from None
+        if "patch" in value:
+            raise ValueError("the patch embedding belongs to no block; leave out patch")
+        return value
+
+    def not_read(self) -> list[str]:
+        """The keys that were changed but mean nothing for this part."""
+        unread = {"full": ("blocks", "rank", "alpha", "roles"), "last_blocks": ("rank", "alpha", "roles"), "lora": ()}
+        fields = type(self).model_fields
+        return [key for key in unread[self.part] if getattr(self, key) != fields[key].default]
+
+    def in_words(self, num_layers: int) -> str:
+        """What is trained of an encoder of `num_layers` blocks, for a model card."""
+        if self.part == "full":
+            return "all of the encoder"
+        kept = f"the last {self.blocks} of {num_layers} blocks"
+        if self.part == "last_blocks":
+            return f"{kept}, the last norm, mask token and contrast embeddings"
+        updates = f"updates of rank {self.rank} of {', '.join(self.roles)} in the other blocks"
+        return f"{kept}, all norms, mask token, contrast embeddings, and {updates} (ExPLoRA), merged into the weights"
+
+
+def choose_trained_part(encoder: SliceEncoder, recipe: TrainedPartRecipe, seed: int) -> SliceEncoder:
+    """An encoder in which what is to be trained, and nothing else, requires gradients.
+
+    For "full" it is the encoder itself, otherwise a copy. With "lora" the copy has updates, and answers as
+    the encoder does until they have learnt: of each product B·A, B starts at 0 and A is drawn from `seed`,
+    the same on all ranks.
+
+    Raises:
+        RecipeError: if there are fewer blocks than the recipe trains, or "lora" leaves none to update.
+    """
+    if recipe.part == "full":
+        return encoder.requires_grad_(True)
+    num_frozen = encoder.num_layers - recipe.blocks
+    if num_frozen < (1 if recipe.part == "lora" else 0):
+        raise RecipeError(
+            f"the encoder has {encoder.num_layers} blocks, which leaves none to freeze",
+            where="trained.blocks",
+            got=recipe.blocks,
+            expected=f"at most {encoder.num_layers - (recipe.part == 'lora')}",
+            remedy="Lower trained.blocks, or set trained.part=full",
+        )
+    encoder = copy.deepcopy(encoder).requires_grad_(False)
+    if recipe.part == "lora":
+        _inject(encoder, recipe, num_frozen, seed)
+    open_last_blocks(encoder, recipe.blocks)
+    if recipe.part == "lora":
+        for module in encoder.modules():
+            if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+                module.requires_grad_(True)
+    for name, parameter in encoder.named_parameters():
+        if any(part in name for part in NEW_PARTS):
+            parameter.requires_grad_(True)
+    return encoder
+
+
+def without_adapters(encoder: SliceEncoder) -> SliceEncoder:
+    """A copy of an encoder with its updates added into plain matrices; of a plain encoder, a copy."""
+    plain = copy.deepcopy(encoder)
+    for name, layer in _adapted(plain).items():
+        parent, _, child = name.rpartition(".")
+        setattr(plain.get_submodule(parent), child, layer.get_base_layer())
+    plain.load_state_dict(plain_state(encoder, encoder.state_dict()))
+    return plain
+
+
+@torch.no_grad()
+def plain_state(encoder: SliceEncoder, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state of an encoder under the names of one without updates: W + (alpha / rank) · B·A.
+
+    Args:
+        encoder: says which of its matrices have updates.
+        state: its ``state_dict()``, or one of the same names that was gathered from several ranks.
+    """
+    adapted = _adapted(encoder)
+    merged: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if ".lora_" in name:
+            continue
+        target, _, kind = name.rpartition(".base_layer.")
+        if target in adapted and kind == "weight":
+            down, up = (state[f"{target}.lora_{part}.{_ADAPTER}.weight"] for part in "AB")  # (R, I), (O, R)
+            tensor = tensor + adapted[target].scaling[_ADAPTER] * (up @ down)
+        merged[f"{target}.{kind}" if target in adapted else name] = tensor
+    return merged
+
+
+def _adapted(encoder: nn.Module) -> dict[str, Any]:
+    return {name: module for name, module in encoder.named_modules() if isinstance(module, LoraLayer)}
+
+
+def _inject(encoder: SliceEncoder, recipe: TrainedPartRecipe, num_frozen: int, seed: int) -> None:
+    """Give the first `num_frozen` blocks updates, in place; the encoder keeps its class and its other names."""
+    config = LoraConfig(
+        r=recipe.rank,
+        lora_alpha=recipe.alpha,  # type: ignore[arg-type]
+        target_modules=resolve_targets(encoder, recipe.roles, range(1, num_frozen + 1)),
+        task_type=None,
+    )
+    inject_adapter_in_model(config, encoder, _ADAPTER)
+    generator = torch_generator(INITIALISATION, seed, _ADAPTER_STREAM)
+    for layer in _adapted(encoder).values():
+        # As the library draws it, but not from the global generator, whose state differs between ranks.
+        nn.init.kaiming_uniform_(layer.lora_A[_ADAPTER].weight, a=math.sqrt(5), generator=generator)

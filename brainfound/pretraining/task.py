@@ -1,0 +1,223 @@
+"""The pretraining task: an objective, its data, its probe and its guard, as the engine wants them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from brainfound.data.store import Store
+from brainfound.errors import TrainingError
+from brainfound.pretraining.monitoring.guard import Guard, RollBack, watched_in
+from brainfound.pretraining.monitoring.probes import Probe
+from brainfound.pretraining.objectives.base import Objective, SliceBatch, StepKey
+from brainfound.training import checkpoint, schedules
+from brainfound.training import distributed as ranks
+from brainfound.training.checkpoint import told_in_one_line
+from brainfound.training.data_order import EpochOrder, RankBatches, SliceRows, slice_loader, usable_rows
+from brainfound.training.distributed import is_sharded
+from brainfound.training.engine import EngineRecipe, TrainTask
+from brainfound.training.optim import OptimRecipe, make_optimizer, parameter_groups
+from brainfound.training.prefetch import prefetched
+from brainfound.training.schedules import ScheduleRecipe
+
+
+def num_best_encoders(engine: EngineRecipe, may_roll_back: bool) -> int:
+    """How many encoders of best probes are on the disk at the worst moment: one of each checkpoint, and a new one."""
+    return engine.most_checkpoints(may_roll_back)
+
+
+class PretrainTask(TrainTask):
+    """Self-supervised pretraining on the slices of a store.
+
+    Args:
+        objective: on `device` already, except for its student.
+        store: where slices come from.
+        probe: tests the exported encoder; None turns that off.
+        guard: stops the run and remembers the best encoder.
+        checkpoint_folder: of the run; the weights of best encoders are kept in ``best/`` below it.
+        effective_lr: peak learning rate at this batch.
+        rank, world_size: of this process.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        store: Store,
+        *,
+        engine: EngineRecipe,
+        optim: OptimRecipe,
+        schedule: ScheduleRecipe,
+        guard: Guard,
+        probe: Probe | None,
+        evaluate_every: int,
+        slice_margin: float,
+        neighbour_mm: float,
+        checkpoint_folder: Path,
+        effective_lr: float,
+        seed: int,
+        device: torch.device,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        self.objective, self.store, self.probe, self.guard = objective, store, probe, guard
+        self.engine, self.optim, self.schedule, self.effective_lr = engine, optim, schedule, effective_lr
+        self.seed, self.device, self.rank, self.world_size = seed, device, rank, world_size
+        self.checkpoint_folder, self.best_folder = checkpoint_folder, checkpoint_folder / "best"
+        self.model = objective.student
+        self.clip_norm = optim.clip_norm
+        self.evaluate_every = evaluate_every if probe is not None else 0
+        self.may_roll_back = guard.may_roll_back
+        self.dataset = SliceRows(store, usable_rows(store, slice_margin), neighbour_mm)
+        self.order = EpochOrder(len(self.dataset), seed)
+        # Refuses a batch that cannot be shared or learnt from, before anything is made.
+        objective.require_batch(self._rank_batches(0).per_rank)
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        num_layers = self.objective.exported_encoder.num_layers
+        return make_optimizer(parameter_groups(self.model.named_parameters(), num_layers, self.optim), self.optim)
+
+    def _rank_batches(self, first_step: int) -> RankBatches:
+        engine = self.engine
+        return RankBatches(
+            self.order, engine.batch_size, engine.accumulation, self.rank, self.world_size, first_step, engine.steps
+        )
+
+    def batches(self, first_step: int) -> Iterator[SliceBatch]:
+        loader = slice_loader(self.dataset, self._rank_batches(first_step), self.engine.num_workers)
+        return prefetched(loader, self.device)
+
+    def loss(
+        self, model: nn.Module, batch: SliceBatch, step: int, micro_batch: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.objective.loss(model, batch, StepKey(self.seed, step, micro_batch, self.rank))
+
+    def learning_rate(self, step: int, role: str) -> float:
+        return schedules.learning_rate(
+            step,
+            role,
+            peak=self.effective_lr * self.guard.state.lr_scale,
+            final=self.effective_lr * self.guard.state.lr_scale * self.schedule.final_lr_ratio,
+            num_steps=self.engine.steps,
+            warmup_steps=self.schedule.warmup_steps,
+            head_warmup_steps=self.schedule.head_warmup_steps,
+            freeze_last_layer_steps=self.schedule.freeze_last_layer_steps,
+            shape=self.schedule.shape,
+        )
+
+    def weight_decay(self, step: int) -> float:
+        return self.optim.weight_decay
+
+    def clip_groups(self) -> dict[str, list[nn.Parameter]]:
+        return self.objective.clip_groups()
+
+    def after_step(self, step: int, taken: Tensor) -> None:
+        self.objective.after_step(step, taken)
+
+    def scheduled(self, step: int) -> dict[str, float]:
+        return self.objective.schedule(step)
+
+    def gauges(self) -> dict[str, float]:
+        return self.objective.gauges()
+
+    def evaluate(self, step: int) -> dict[str, Any]:
+        assert self.probe is not None
+        scores = self.probe.run(self.objective.exported_encoder, self.device, step == 0)
+        return scores.line(self.probe.recipe.method)
+
+    def look(self, step: int, line: Mapping[str, Any]) -> None:
+        if self.rank == 0:
+            for text in self.guard.warnings(line):
+                warnings.warn(text, stacklevel=2)
+        if "loss" in line:
+            self.guard.look(step, line)
+            return
+        if step == 0 and self.probe is not None:
+            ranks.on_main_rank(self.probe.save_start, self.rank == 0)
+        # The best encoder is kept before the guard may stop the run because of a later one.
+        watched = watched_in(line)
+        if self.guard.is_best(step, line["probe"], watched):
+            self._keep_best(step)
+        self.guard.judge(step, line["probe"], line["probe_standard_error"], watched)
+
+    def not_finite(self, step: int, error: TrainingError) -> None:
+        self.guard.fail(step, error.what, error.remedy)
+
+    def keeps(self, step: int) -> bool:
+        return self.guard.keeps(step)
+
+    def rolled_back(self, from_step: int, reason: str) -> dict[str, Any]:
+        return self.guard.rolled_back()
+
+    def cannot_roll_back(self, step: int, wish: RollBack, error: TrainingError) -> None:
+        self.guard.stop(step, f"{wish.what}, and {error.what} ({error.got})", wish.remedy or "Lower optim.lr")
+
+    def best_file(self, step: int) -> Path:
+        """Where the encoder of a best probe is kept."""
+        return self.best_folder / f"step-{step:06d}.safetensors"
+
+    def _keep_best(self, step: int) -> None:
+        weights: dict[str, Tensor] = {}
+        if self.rank == 0 or is_sharded(self.model):
+            weights = {name: t.detach().cpu().contiguous() for name, t in self.objective.exported_state().items()}
+        ranks.on_main_rank(lambda: self._write_best(step, weights), self.rank == 0)
+
+    def _write_best(self, step: int, weights: dict[str, Tensor]) -> None:
+        kept, temporary = self.best_file(step), self.best_folder / ".writing"
+        with told_in_one_line("the encoder of the best probe", kept):
+            self.best_folder.mkdir(parents=True, exist_ok=True)
+            try:
+                save_file(weights, temporary)
+                temporary.replace(kept)
+            finally:
+                temporary.unlink(missing_ok=True)
+            # A run that is killed goes on from a checkpoint, and may stop again before it is here: what a checkpoint
+            # takes for the best stays as long as that checkpoint.
+            known = {self.best_file(best) for best in self._best_of_checkpoints()}
+            for old in set(self.best_folder.glob("step-*.safetensors")) - known - {kept}:
+                old.unlink()
+
+    def _best_of_checkpoints(self) -> set[int]:
+        """The steps of the best probes, as the checkpoints on the disk know them."""
+        guards = [state.get("guard", {}) for state in checkpoint.task_states(self.checkpoint_folder)]
+        return {guard["best_step"] for guard in guards if guard.get("best_step") is not None}
+
+    def export_weights(self) -> tuple[int | None, dict[str, Tensor]]:
+        """The encoder to export: (step of an earlier, better one or None for the present one, its weights).
+
+        All ranks call it together where the model is sharded; otherwise only rank 0 need.
+        """
+        # Before a file is looked for, which one rank may see and another not.
+        weights = {name: tensor.detach().cpu() for name, tensor in self.objective.exported_state().items()}
+        best = self.guard.state.best_step
+        if self.guard.exports_best() and best is not None:
+            try:
+                return best, load_file(self.best_file(best))
+            except (OSError, SafetensorError) as error:
+                text = f"{self.best_file(best)} cannot be read ({error}); the last teacher is exported"
+                warnings.warn(text, stacklevel=2)
+        return None, weights
+
+    def export_bytes(self) -> int:
+        # The export, and encoders of best probes. Counted, not gathered: rank 0 asks alone.
+        weights = self.objective.exported_encoder.state_dict().values()
+        num_encoders = 1 + num_best_encoders(self.engine, self.may_roll_back)
+        return num_encoders * sum(weight.numel() * weight.element_size() for weight in weights)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        return self.objective.state_dict()
+
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        self.objective.load_state_dict(tensors)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"guard": self.guard.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.guard.load_state_dict(state["guard"])

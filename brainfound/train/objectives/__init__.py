@@ -1,1 +1,0 @@
-"""BrainFound train/objectives."""

@@ -1,0 +1,268 @@
+"""Fully sharded training (FSDP2): each rank holds a slice of every weight, and gathers a layer when it is needed.
+
+For models whose weights, gradients, optimiser state, teacher and anchor do not fit on each GPU. What is
+trained and what is frozen are cut alike: along the first axis, over one mesh of all  A teacher's
+slice on a rank therefore belongs to the same rows as the student's, and the EMA needs no communication.
+
+    unit                                gathered in      given up again
+    attention, MLP of each block        bf16 | float32   after its forward pass
+    the rest of an encoder              float32          after its forward pass
+    each head, and the trained module   float32          trained: after the backward pass; frozen: after the forward
+
+The rest of an encoder is its stem, tokens, norms and layer scales. They are small, and float32 keeps the
+residual stream as wide as it is without sharding. Gradients are summed in float32 at every micro-batch:
+sharded gradients are what sharding is for, and whole ones would have to be kept to save the sums.
+
+A checkpoint has whole tensors (`gather`), so that a run may go on with another number of ranks, or
+unsharded, and the export is the same.
+
+Source: PyTorch FSDP (arXiv 2304.11277), in its second form, `torch.distributed.fsdp.fully_shard`.
+
+What the losses and the engine need to know about the other ranks.
+
+Every function is the identity when no process group runs, so the same code serves a laptop and a
+cluster.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from brainfound.errors import BrainFoundError, RecipeError, TrainingError, UsageError
+from brainfound.models.encoder import SliceEncoder
+from brainfound.pretraining.objectives.heads import ProjectionHead
+
+
+def active() -> bool:
+    """Whether more than one process trains together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def world_size() -> int:
+    """The number of processes that train together."""
+    return dist.get_world_size() if active() else 1
+
+
+def leave() -> None:
+    """End the process group, if there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The element-wise sum over ranks, in place, without a gradient."""
+    if active():
+        dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+    return tensor
+
+
+def max_over_ranks(tensor: Tensor) -> Tensor:
+    """The element-wise maximum over ranks, in place, without a gradient."""
+    if active():
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor
+
+
+def any_over_ranks(*flags: bool, device: torch.device) -> tuple[bool, ...]:
+    """For each flag, whether any rank raised it; the answer is the same on all ranks."""
+    if not active():
+        return flags
+    raised = max_over_ranks(torch.tensor([float(flag) for flag in flags], device=device))
+    return tuple(bool(value) for value in raised.tolist())
+
+
+def on_main_rank(work: Callable[[], Any], is_main: bool) -> None:
+    """Do something on the main rank; all ranks wait for it, and if it fails all raise the same error.
+
+    Raises:
+        UsageError, RecipeError, TrainingError: what `work` raised.
+        TrainingError: in the place of any other `BrainFoundError`, or an `OSError`.
+    """
+    failure: BrainFoundError | None = None
+    cause: Exception | None = None
+    if is_main:
+        try:
+            work()
+        except (TrainingError, UsageError, RecipeError) as error:
+            failure, cause = error, error.__cause__ if isinstance(error.__cause__, Exception) else None
+        except (BrainFoundError, OSError) as error:
+            failure, cause = _as_training_error(error), error
+    if active():
+        told = [failure]
+        dist.broadcast_object_list(told, src=0)
+        failure = failure or told[0]
+    if failure is not None:
+        raise failure from cause
+
+
+def _as_training_error(error: BrainFoundError | OSError) -> TrainingError:
+    if isinstance(error, BrainFoundError):
+        return TrainingError(error.what, where=error.where, got=error.got, expected=error.expected, remedy=error.remedy)
+    remedy = "Mend that (free space, a quota, rights), and continue with --resume"
+    return TrainingError("a file cannot be written", where=error.filename, got=error.strerror or error, remedy=remedy)
+
+
+def mean_over_ranks(values: Mapping[str, Tensor], device: torch.device) -> dict[str, float]:
+    """The mean of each 0-dim value over ranks, in one transfer; the names must be the same on all ranks."""
+    if not values:
+        return {}
+    exact = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+    total = sum_over_ranks(torch.stack([value.detach().to(device, exact) for value in values.values()]))
+    return dict(zip(values, (total / world_size()).tolist(), strict=True))
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows: Tensor) -> Tensor:
+        ctx.rank, ctx.num_rows = dist.get_rank(), rows.shape[0]
+        pieces = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(pieces, rows.contiguous())
+        return torch.cat(pieces)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        # Each rank computes the same loss from the same gathered rows, so the sum over ranks of the
+        # gradients of these rows is R times this rank's own; no communication is needed. The average
+        # that DistributedDataParallel takes afterwards then gives the gradient of that loss.
+        start = ctx.rank * ctx.num_rows
+        return gradient[start : start + ctx.num_rows] * dist.get_world_size()
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """The rows (B, …) of all ranks in rank order, (R·B, …).
+
+    B must be equal on all ranks. The gradient is right where every rank computes the same loss from
+    the gathered rows, as KoLeo does.
+    """
+    return _GatherRows.apply(rows) if active() else rows
+
+
+# The parts of a block that hold its matrices; a block is entered through them, whoever loops over the blocks.
+BRANCHES = ("attention", "mlp")
+# Ways into an encoder besides calling it.
+ENTRANCES = ("embed", "transform")
+_FIRST_ENTRANCE = "_first_entrance"
+
+
+def shard(trained: nn.Module, frozen: Sequence[nn.Module], device: torch.device, precision: str) -> None:
+    """Cut modules over all ranks, in place; each rank must hold the same weights before, on any device.
+
+    Args:
+        trained: what the optimiser moves; it is entered by calling it.
+        frozen: what is only looked through (teacher, anchor); their encoders and heads may be called
+            on their own, by all ranks together.
+        device: of this rank.
+        precision: "bf16" gathers the blocks' matrices in bfloat16; anything else in float32.
+    """
+    # The library says at every pass that in-place changes of an output that is a view would be wrong. None are made.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
+    mesh = init_device_mesh(device.type, (world_size(),))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    blocks = {"mesh": mesh, "mp_policy": policy} if precision == "bf16" else {"mesh": mesh}
+    for root in (trained, *frozen):
+        stays = root is trained
+        for encoder in [module for module in root.modules() if isinstance(module, SliceEncoder)]:
+            for block in encoder.blocks:
+                for branch in BRANCHES:
+                    fully_shard(block.get_submodule(branch), reshard_after_forward=True, **blocks)
+            fully_shard(encoder, mesh=mesh, reshard_after_forward=True)
+            for entrance in ENTRANCES:
+                _open_entrance(encoder, entrance)
+        for head in [module for module in root.modules() if isinstance(module, ProjectionHead)]:
+            fully_shard(head, mesh=mesh, reshard_after_forward=not stays)
+        if not isinstance(root, FSDPModule):
+            fully_shard(root, mesh=mesh, reshard_after_forward=not stays)
+        root.to(device)  # buffers
+        _enter_once(root)
+
+
+def _open_entrance(encoder: SliceEncoder, name: str) -> None:
+    """Let a method gather the encoder's weights as calling the encoder does, unless that has been done around it."""
+    plain = getattr(encoder, name)
+    register_fsdp_forward_method(encoder, name)
+    gathering = getattr(encoder, name)
+    norm = encoder.backbone.layernorm
+
+    def enter(*args: Any, **kwargs: Any) -> Any:
+        is_cut = isinstance(norm.weight, DTensor)
+        return gathering(*args, **kwargs) if is_cut else plain(*args, **kwargs)
+
+    setattr(encoder, name, enter)
+
+
+def _enter_once(root: nn.Module) -> None:
+    """Let `root` know that it is the outermost sharded module before one of its parts is called on its own."""
+    assert isinstance(root, FSDPModule)
+    setattr(root, _FIRST_ENTRANCE, lambda: None)
+    register_fsdp_forward_method(root, _FIRST_ENTRANCE)
+    getattr(root, _FIRST_ENTRANCE)()
+    delattr(root, _FIRST_ENTRANCE)
+    root.reshard()
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether `shard` has cut this module."""
+    return isinstance(module, FSDPModule)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be cut; all ranks call it together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """This rank's slices, as plain tensors that share memory with what they are slices of."""
+    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+
+
+def gather(tree: Any, keep: bool = True) -> Any:
+    """Nested dicts, lists and tuples with each cut tensor made whole, on the CPU; all ranks call it together.
+
+    Args:
+        keep: False leaves an empty tensor in the place of each cut one, for ranks that write nothing.
+            One tensor is whole at a time on the device, whatever the size of the model.
+    """
+    if isinstance(tree, DTensor):
+        full = tree.full_tensor()
+        return full.detach().cpu() if keep else full.new_empty(0, device="cpu")
+    if isinstance(tree, Mapping):
+        return {name: gather(value, keep) for name, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(gather(value, keep) for value in tree)
+    return tree
+
+
+def cut_like(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Whole tensors cut as those of the same name in `like` are; nothing is sent, as every rank has the whole."""
+    return {name: _cut(tensor, like[name]) if name in like else tensor for name, tensor in tensors.items()}
+
+
+def cut_optimizer_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The whole state of an optimiser (`gather` of its ``state_dict()``), cut as its parameters are."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    moments = {
+        index: {
+            name: _cut(value, parameters[index])
+            if isinstance(value, Tensor) and value.shape == parameters[index].shape
+            else value
+            for name, value in values.items()
+        }
+        for index, values in state["state"].items()
+    }
+    return {**state, "state": moments}
+
+
+def _cut(tensor: Tensor, like: Tensor) -> Tensor:
+    if not isinstance(like, DTensor) or isinstance(tensor, DTensor):
+        return tensor
+    whole_here = tensor.to(like.device)
+    return distribute_tensor(whole_here, like.device_mesh, like.placements, src_data_rank=None)

@@ -1,0 +1,178 @@
+"""How fast a run goes between two lines of its log, and how much of that it waits for data.
+
+log.jsonl and the progress bar of a run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from brainfound.training.checkpoint import write_atomically
+
+
+class TrainingLog:
+    """Appends lines to ``log.jsonl`` and moves the bar; does nothing on ranks other than the first.
+
+    Numbers are written as Python prints them, unrounded, so that two runs can be compared exactly; one that
+    is not finite is null, because JSON knows no other word for it. Each line is flushed. Used as a context
+    manager around the run.
+    """
+
+    def __init__(self, path: Path, num_steps: int, quiet: bool, is_main: bool) -> None:
+        self.path, self.num_steps, self.is_main = path, num_steps, is_main
+        self.shows_bar = is_main and not quiet
+        self._file: IO[str] | None = None
+        self._bar: Any = None
+        self._bar_task: Any = None
+
+    def forget_after(self, step: int) -> None:
+        """Drop lines after `step`, and a torn last line: a run resumed at `step` writes them again."""
+        if self.is_main and self.path.is_file():
+            self._rewrite([line for line in self._lines() if line["step"] <= step])
+
+    def roll_back(self, event: dict[str, Any], number: int) -> None:
+        """Move the lines after the step of `event` to ``log-before-rollback-K.jsonl``, and write `event` instead.
+
+        Does nothing if that was done already, by a process that was killed then.
+
+        Args:
+            number: K, counted from 1.
+        """
+        if not self.is_main or not self.path.is_file():
+            return
+        event = _finite({"step": event["step"], "rollback": number, **event})
+        lines = self._lines()
+        if event in lines:
+            return
+        moved = [line for line in lines if line["step"] > event["step"]]
+        write_atomically(self.path.with_name(f"log-before-rollback-{number}.jsonl"), _as_text(moved))
+        self._rewrite([*(line for line in lines if line["step"] <= event["step"]), event])
+
+    def _lines(self) -> list[dict[str, Any]]:
+        """The lines that are whole."""
+        lines = []
+        for text in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                lines.append(json.loads(text))
+            except ValueError:
+                break
+        return lines
+
+    def _rewrite(self, lines: list[dict[str, Any]]) -> None:
+        is_open = self._file is not None
+        self._close()
+        write_atomically(self.path, _as_text(lines))
+        if is_open:
+            self._open()
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Append one line."""
+        if self._file is not None:
+            self._file.write(_as_text([line]))
+            self._file.flush()
+        if self._bar is not None and "loss" in line:
+            self._bar.update(self._bar_task, loss=f"loss {line['loss']:.4f}")
+
+    def say(self, text: str) -> None:
+        """Tell something on standard error, above the bar; nothing where quiet."""
+        if self._bar is not None:
+            self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        elif self.shows_bar:
+            print(text, file=sys.stderr)
+
+    def advance(self, step: int) -> None:
+        """Show that `step` steps are done."""
+        if self._bar is not None:
+            self._bar.update(self._bar_task, completed=step)
+
+    def _open(self) -> None:
+        if self.is_main:
+            self._file = self.path.open("a", encoding="utf-8")
+
+    def _close(self) -> None:
+        if self._file is not None:
+            # Each line was flushed when it was written; what a full disk did not take then has been told.
+            with suppress(OSError):
+                self._file.close()
+        self._file = None
+
+    def __enter__(self) -> TrainingLog:
+        self._open()
+        if self.shows_bar:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, TextColumn("{task.fields[loss]}"), console=Console(stderr=True))
+            self._bar_task = self._bar.add_task("training", total=self.num_steps, loss="")
+            self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        self._bar = None
+        self._close()
+
+
+def _as_text(lines: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(_finite(line), allow_nan=False) + "\n" for line in lines)
+
+
+def _finite(line: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()
+    }
+
+
+class Pace:
+    """Wall time of steps, without evaluations and checkpoints.
+
+    A GPU works through its orders while the host is ahead of it, so the time of a single step says
+    little; from one log line (where the host waits for the device) to the next it is true.
+    """
+
+    def __init__(self) -> None:
+        self._restart()
+
+    def _restart(self) -> None:
+        self._began = time.perf_counter()
+        self._waited = self._paused = 0.0
+        self._steps = 0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around the wait for the next batch."""
+        began = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - began
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what is not training."""
+        began = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - began
+
+    def count_step(self) -> None:
+        """One more step is done."""
+        self._steps += 1
+
+    def read(self, batch_size: int) -> dict[str, float]:
+        """The pace since the last reading, for the log; call it when the device has caught up."""
+        seconds = max(time.perf_counter() - self._began - self._paused, 1e-9)
+        steps = max(self._steps, 1)
+        pace = {
+            "seconds_per_step": seconds / steps,
+            "images_per_second": steps * batch_size / seconds,
+            "data_wait": min(self._waited / seconds, 1.0),
+        }
+        self._restart()
+        return pace

@@ -1,0 +1,124 @@
+"""What is fitted on a validation part, and what it says of another one."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import special
+
+from brainfound.finetuning.calibration import AnswerCalibration
+from brainfound.finetuning.scoring import SessionScores
+from brainfound.finetuning.targets import Target
+from brainfound.metrics.calibration import expected_calibration_error, fit_temperature
+from brainfound.models.stack_inference import Answer
+
+AGES = Target("regression", "age_years", mean=50.0, std=10.0)
+WORDS = Target("classification", "diagnosis", names=("healthy", "patient", "unsure"))
+LABELS = Target("classification", "edema,lesion", names=("edema", "lesion"), multi_label=True)
+
+
+def ages(count: int, seed: int, spread: bool = False, sessions: int = 1) -> SessionScores:
+    rng = np.random.default_rng(seed)
+    truth = rng.uniform(20, 90, count)
+    cases = pd.DataFrame({"subject": [f"s{n // sessions}" for n in range(count)], "truth": truth})
+    std = rng.uniform(1, 9, count)
+    cases["prediction"] = 0.5 * truth + 25 + rng.normal(0, 1, count) * std
+    if spread:
+        cases["prediction_std"] = std
+    return SessionScores("regression", {}, {}, cases)
+
+
+def words(count: int, seed: int) -> tuple[SessionScores, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    honest = rng.normal(0, 1.5, (count, 3))
+    index = (rng.random(count)[:, None] > special.softmax(honest, axis=1).cumsum(axis=1)).sum(axis=1).clip(max=2)
+    shares = special.softmax(3 * honest, axis=1).astype(np.float32)
+    columns = {f"p({name})": shares[:, k].astype(float) for k, name in enumerate(WORDS.names)}
+    cases = pd.DataFrame({"truth": [WORDS.names[k] for k in index], **columns})
+    return SessionScores("classification", {}, {}, cases), 3 * honest, index
+
+
+@pytest.mark.parametrize("spread", [False, True])
+def test_regression(spread):
+    fitted = AnswerCalibration.fit(ages(300, 0, spread), AGES, 0.8)
+    assert fitted.left_out == ()
+    report = fitted.report(ages(2000, 1, spread), AGES)
+    assert report["interval"]["normalised"] is spread
+    assert report["interval"]["coverage"] == pytest.approx(0.8, abs=0.06)
+    assert report["bias_correction"]["slope"] == pytest.approx(0.5, abs=0.05)
+    assert set(report["bias_correction"]["scores"]) >= {"mae", "r2", "pearson"}
+    json.dumps(report, allow_nan=False)
+
+    again = AnswerCalibration.from_dict(json.loads(json.dumps(fitted.to_dict())))
+    assert again == fitted
+    answer = again.of_answer(Answer(value=60.0, value_std=2.0 if spread else None), AGES)
+    width = fitted.interval.half_width * (2 if spread else 1)
+    assert answer["interval"] == {"low": 60 - width, "high": 60 + width, "confidence": 0.8}
+    line = fitted.bias_correction
+    assert answer["bias_corrected"] == pytest.approx((60 - line.intercept) / line.slope)
+
+
+def test_sessions_of_a_subject_are_one_case():
+    thrice = ages(12, 0, sessions=3)
+    fitted = AnswerCalibration.fit(thrice, AGES, 0.75)  # 4 subjects: the 4th of their distances
+    first = thrice.cases.iloc[::3]
+    assert fitted.interval.half_width == (first["truth"] - first["prediction"]).abs().max()
+    assert AnswerCalibration.fit(thrice, AGES, 0.9).interval is None
+
+
+def test_what_is_too_small_is_left_out_and_said():
+    few = ages(3, 0)
+    few.cases["prediction"] = 50.0
+    fitted = AnswerCalibration.fit(few, AGES)
+    assert (fitted.interval, fitted.bias_correction) == (None, None)
+    assert [line.split(":")[0] for line in fitted.left_out] == ["bias correction", "interval"]
+    report = fitted.report(ages(5, 1), AGES)
+    assert (report["interval"], report["bias_correction"], len(report["left_out"])) == (None, None, 2)
+    assert fitted.of_answer(Answer(value=1.0), AGES) == {}
+    assert AnswerCalibration.from_dict(None).of_answer(Answer(value=1.0), AGES) == {}
+    one_class = words(40, 0)[0]
+    one_class.cases["truth"] = "healthy"
+    without = AnswerCalibration.fit(one_class, WORDS)
+    assert without.temperature is None
+    report = without.report(words(40, 1)[0], WORDS)
+    assert report["ece"]["raw"] > 0
+    assert report["ece"]["calibrated"] is None
+    assert list(without.reliability(words(40, 1)[0], WORDS)) == ["raw"]
+
+
+def test_classification():
+    validation, logits, index = words(3000, 0)
+    fitted = AnswerCalibration.fit(validation, WORDS)
+    assert fitted.temperature == pytest.approx(fit_temperature(logits, index), rel=1e-3)
+    test, logits, index = words(3000, 1)
+    report = fitted.report(test, WORDS)
+    raw = expected_calibration_error(special.softmax(logits, axis=1), index)
+    assert report["ece"]["raw"] == pytest.approx(raw, abs=1e-4)
+    assert report["ece"]["calibrated"] < 0.3 * report["ece"]["raw"]
+    assert report["brier"]["calibrated"] < report["brier"]["raw"]
+    assert [bins.count.sum() for bins in fitted.reliability(test, WORDS).values()] == [3000, 3000]
+    shares = special.softmax(logits[0]).astype(np.float32)
+    answer = fitted.of_answer(Answer(probabilities=shares), WORDS)["calibrated_probabilities"]
+    expected = special.softmax(logits[0] / fitted.temperature)
+    assert list(answer.values()) == pytest.approx(expected.tolist(), abs=1e-4)
+    assert list(answer) == list(WORDS.names)
+
+
+def test_several_labels_share_a_temperature():
+    rng = np.random.default_rng(0)
+    honest = rng.normal(0, 1.5, (3000, 2))
+    truth = (rng.random((3000, 2)) < special.expit(honest)).astype(int)
+    columns = {f"truth({name})": truth[:, k] for k, name in enumerate(LABELS.names)}
+    columns |= {f"p({name})": special.expit(2 * honest[:, k]) for k, name in enumerate(LABELS.names)}
+    scored = SessionScores("classification", {}, {}, pd.DataFrame(columns))
+    fitted = AnswerCalibration.fit(scored, LABELS)
+    assert fitted.temperature == pytest.approx(2, rel=0.1)
+    report = fitted.report(scored, LABELS)
+    assert report["brier"]["calibrated"] < report["brier"]["raw"]
+    answer = fitted.of_answer(Answer(probabilities=np.array([0.9, 1.0], dtype=np.float32)), LABELS)
+    calibrated = answer["calibrated_probabilities"]
+    assert calibrated["edema"] == pytest.approx(special.expit(special.logit(0.9) / fitted.temperature), abs=1e-4)
+    assert 0.99 < calibrated["lesion"] < 1

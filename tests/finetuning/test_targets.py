@@ -1,0 +1,181 @@
+"""Labels as numbers, learnt on the training part alone."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from brainfound.errors import UsageError
+from brainfound.finetuning.splits import make_split
+from brainfound.finetuning.targets import Target, guess_task, labelled_sessions, resolve_target, target_columns
+
+
+@pytest.fixture
+def sessions(small_store, monkeypatch):
+    """Put columns beside the store's own ones for the time of a test."""
+
+    def put(**columns):
+        for name, values in columns.items():
+            monkeypatch.setitem(small_store.sessions, name, values)
+        return small_store
+
+    return put
+
+
+def test_tasks_are_guessed_from_the_labels(sessions):
+    store = sessions(score=[0, 1, 2] * 4)
+    assert guess_task(store, "mask") == "segmentation"
+    assert guess_task(store, "age_years") == "regression"
+    assert guess_task(store, "diagnosis") == "classification"
+    assert guess_task(store, "score") == "classification"
+
+
+def test_sessions_without_a_label_are_left_out(sessions):
+    store = sessions(score=[1.0, np.nan, np.inf, 4.0] + [np.nan] * 8, word=["a", None] * 6, nothing=[np.nan] * 12)
+    assert labelled_sessions(store, "score").tolist() == [0, 3]
+    assert labelled_sessions(store, "word").tolist() == list(range(0, 12, 2))
+    assert labelled_sessions(store, "mask").tolist() == list(range(12))
+    with pytest.raises(UsageError, match="empty"):
+        labelled_sessions(store, "nothing")
+    with pytest.raises(UsageError, match="no_such"):
+        labelled_sessions(store, "no_such")
+
+
+def test_mean_and_deviation_are_of_the_training_part(small_store):
+    target = resolve_target(small_store, [0, 1, 2], "regression", "age_years")
+    ages = small_store.sessions["age_years"].iloc[:3]
+    assert target.mean == pytest.approx(ages.mean())
+    assert target.std == pytest.approx(ages.std(ddof=0))
+    assert target.values(small_store, [2, 0]).tolist() == [ages.iloc[2], ages.iloc[0]]
+
+
+def test_classes_are_of_the_training_part(sessions):
+    store = sessions(kind=["b", "a"] * 5 + ["c", "c"], code=[1.0, 0.0] * 6)
+    target = resolve_target(store, range(10), "classification", "kind")
+    assert target.names == ("a", "b")
+    assert target.values(store, [0, 1]).tolist() == [1, 0]
+    with pytest.raises(UsageError, match="'c' is not among"):
+        target.values(store, [11])
+    assert resolve_target(store, range(10), "classification", "code").names == ("0", "1")
+    with pytest.raises(UsageError, match="two classes"):
+        resolve_target(store, [0, 2], "classification", "kind")
+
+
+def test_several_columns_are_labels_of_their_own(sessions):
+    edema, lesion = [0, 1, 1, 0] * 3, [True, False, True, True] * 3
+    store = sessions(edema=edema, lesion=lesion, word=["a", "b"] * 6, never=0, gap=[1.0, np.nan, 0.0] * 4)
+    assert guess_task(store, "edema,lesion") == "classification"
+    target = resolve_target(store, range(8), "classification", " edema, lesion")
+    assert (target.column, target.names, target.multi_label) == ("edema,lesion", ("edema", "lesion"), True)
+    assert target.values(store, [1, 2, 3]).tolist() == [[1, 0], [1, 1], [0, 1]]
+    assert Target.from_dict(target.to_dict()) == target
+    assert labelled_sessions(store, "edema,gap").tolist() == [0, 2, 3, 5, 6, 8, 9, 11]
+    assert target_columns(store, "edema") == ("edema",)
+    with pytest.raises(UsageError, match="word: a label among several must be 0 or 1 .got 'a'"):
+        resolve_target(store, range(8), "classification", "edema,word")
+    with pytest.raises(UsageError, match="never: a label needs sessions with it"):
+        resolve_target(store, range(8), "classification", "edema,never")
+    with pytest.raises(UsageError, match="a regression has one column"):
+        resolve_target(store, range(8), "regression", "edema,lesion")
+    with pytest.raises(UsageError, match="edemma"):
+        resolve_target(store, range(8), "classification", "edemma,lesion")
+    # A column whose name has a comma is itself.
+    odd = sessions(**{"edema,lesion": ["a", "b"] * 6})
+    assert not resolve_target(odd, range(8), "classification", "edema,lesion").multi_label
+
+
+def test_combinations_of_labels_are_spread_over_the_parts(sessions):
+    store = sessions(edema=[0, 0, 1, 1] * 3, lesion=[0, 1, 0, 1] * 3)
+    split = make_split(store, target="edema,lesion", test=1 / 3, validation=1 / 3)
+    assert split.counts["single"]["test"]["edema"] == {"0": 2, "1": 2}
+    members = split.sessions(store)
+    pairs = store.sessions[["edema", "lesion"]].to_numpy()
+    for index in members.values():
+        assert sorted(pairs[index].tolist()) == [[0, 0], [0, 1], [1, 0], [1, 1]]
+
+
+def test_regression_of_words_or_of_a_constant_is_refused(sessions):
+    store = sessions(same=2.5)
+    with pytest.raises(UsageError, match="numeric"):
+        resolve_target(store, range(12), "regression", "diagnosis")
+    with pytest.raises(UsageError, match="constant"):
+        resolve_target(store, range(12), "regression", "same")
+
+
+CLASSES = Target("segmentation", "mask", names=("background", "label 3", "label 9"), codes=(0, 3, 9))
+
+
+def test_a_word_among_numbers_is_told_in_any_part(sessions):
+    store = sessions(size=["1", "2", "3", "4", "5", "6", "7", "8", "9", "10", "11", "unknown"])
+    target = resolve_target(store, list(range(6)), "regression", "size")
+    assert target.values(store, [6, 7]).tolist() == [7.0, 8.0]
+    with pytest.raises(UsageError, match=r"must be numeric.*'unknown'"):
+        target.values(store, [10, 11])
+
+
+def test_what_the_training_part_says_of_everybody_is_remembered(sessions):
+    store = sessions(kind=["a"] * 3 + ["b"] * 9, ill=[0, 1] * 6, old=[0] * 9 + [1] * 3)
+    assert resolve_target(store, [0, 1, 2, 3], "classification", "kind").shares == (0.75, 0.25)
+    assert resolve_target(store, list(range(12)), "classification", "ill,old").shares == (0.5, 0.25)
+
+
+def test_label_codes_go_to_classes_and_back():
+    target = CLASSES
+    mask = np.array([[0, 3], [9, 3]], dtype=np.uint8)
+    assert target.encode_mask(mask).tolist() == [[0, 1], [2, 1]]
+    assert np.array_equal(target.decode_mask(target.encode_mask(mask)), mask)
+    # A code that training never saw is background.
+    assert target.encode_mask(np.array([5, 12, 9])).tolist() == [0, 0, 2]
+    merged = Target("segmentation", "mask", names=("background", "foreground"), codes=(0, 1), merge=True)
+    assert merged.encode_mask(np.array([0, 4, 200])).tolist() == [0, 1, 1]
+
+
+def test_regions_are_made_of_codes_and_may_overlap():
+    target = Target("segmentation", "mask", names=("whole", "core"), regions=((1, 2, 4), (1, 4)))
+    mask = np.array([[[0, 1], [2, 4]], [[9, 0], [2, 2]]], dtype=np.uint8)
+    encoded = target.encode_mask(mask)
+    assert encoded.shape == (2, 2, 2, 2)
+    assert encoded[:, 0].tolist() == [[[0, 1], [1, 1]], [[0, 0], [1, 1]]]
+    assert encoded[:, 1].tolist() == [[[0, 1], [0, 1]], [[0, 0], [0, 0]]]
+    assert np.array_equal(target.encode_mask(mask[None])[0], encoded)
+    assert Target.from_dict(json.loads(json.dumps(target.to_dict()))) == target
+    assert Target.from_dict({k: v for k, v in CLASSES.to_dict().items() if k != "regions"}) == CLASSES
+
+
+@pytest.mark.parametrize(
+    ("regions", "told"),
+    [
+        ({"whole": [1], "core": []}, "regions.core"),
+        ({"whole": [0, 1]}, "codes above 0"),
+        ({"whole tumour": [1]}, "letters and digits"),
+        ({"../x": [1]}, "letters and digits"),
+        ({"whole": [1], "core": [3, 4]}, "no mask of the training part"),
+    ],
+)
+def test_regions_that_cannot_be_learnt_are_named(small_store, regions, told):
+    with pytest.raises(UsageError, match=told):
+        resolve_target(small_store, [0, 1], "segmentation", "mask", regions=regions)
+
+
+def test_regions_are_for_codes_of_a_mask(small_store):
+    target = resolve_target(small_store, [0, 1], "segmentation", "mask", regions={"all": [2, 1, 1]})
+    assert (target.names, target.regions, target.codes) == (("all",), ((1, 2),), ())
+    with pytest.raises(UsageError, match="only a segmentation"):
+        resolve_target(small_store, [0, 1], "classification", "diagnosis", regions={"all": [1]})
+    with pytest.raises(UsageError, match="merge_codes"):
+        resolve_target(small_store, [0, 1], "segmentation", "mask", True, {"all": [1]})
+
+
+def test_masks_of_the_training_part_give_the_codes(small_store):
+    target = resolve_target(small_store, [0, 1], "segmentation", "mask")
+    assert target.codes == (0, 1)
+    with pytest.raises(UsageError, match="every mask"):
+        resolve_target(small_store, [0, 2], "segmentation", "mask")
+
+
+def test_plain_values_round_trip(small_store):
+    for task, column in (("classification", "diagnosis"), ("regression", "age_years"), ("segmentation", "mask")):
+        target = resolve_target(small_store, range(12), task, column)
+        assert Target.from_dict(target.to_dict()) == target

@@ -1,0 +1,46 @@
+"""Neighbouring slices and split contrasts in a real run: they act, and a run that goes on is the same run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from brainfound.pretraining.pretrain import pretrain
+
+VIEWS = ("views.neighbour_mm=13", "views.split_contrasts=0.5")
+
+
+def losses(run: Path) -> list[float]:
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def whole(store, recipe, tmp_path_factory) -> Path:
+    torch.set_num_threads(1)
+    return pretrain(recipe(*VIEWS), store, out=tmp_path_factory.mktemp("views") / "run", quiet=True)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_resumed_run_sees_the_same_neighbours(whole, store, recipe, tmp_path, num_workers):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    shutil.rmtree(run / "checkpoints" / "step-000006")
+    shutil.rmtree(run / "export")
+    pretrain(recipe(*VIEWS, f"engine.num_workers={num_workers}"), store, out=run, resume=True, quiet=True)
+    assert losses(run) == losses(whole)
+    for file in ("model.safetensors", "task.safetensors"):
+        one, other = (load_file(folder / "checkpoints" / "step-000006" / file) for folder in (whole, run))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_both_options_reach_the_loss(whole, finished, store, recipe, tmp_path):
+    without_split = pretrain(recipe(VIEWS[0], "engine.steps=1"), store, out=tmp_path / "neighbours", quiet=True)
+    firsts = {losses(run)[0] for run in (whole, finished, without_split)}
+    assert len(firsts) == 3

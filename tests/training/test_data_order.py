@@ -1,0 +1,139 @@
+"""Which slices a step reads."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from brainfound.errors import RecipeError
+from brainfound.training.data_order import (
+    EpochOrder,
+    Neighbours,
+    PairedBatches,
+    RankBatches,
+    SliceRows,
+    slice_loader,
+    usable_rows,
+)
+from brainfound.training.randomness import NEIGHBOURS, numbers_at
+
+
+def batches(rank: int = 0, world_size: int = 1, first_step: int = 0, accumulation: int = 1, num_items: int = 10):
+    order = EpochOrder(num_items, seed=3)
+    return list(RankBatches(order, 4, accumulation, rank, world_size, first_step, 6))
+
+
+def test_an_epoch_reads_every_slice_once_and_the_next_in_another_order():
+    order = EpochOrder(10, seed=0)
+    first, second = order.window(0, 10), order.window(10, 10)
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert not np.array_equal(first, second)
+    assert np.array_equal(EpochOrder(10, seed=0).window(7, 6), np.concatenate([first[7:], second[:3]]))
+
+
+def test_ranks_and_micro_batches_divide_the_same_global_batch():
+    whole = batches()
+    for accumulation in (1, 2):
+        parts = [batches(rank, 2, accumulation=accumulation) for rank in (0, 1)]
+        for step in range(6):
+            micro = [parts[r][step * accumulation + a] for a in range(accumulation) for r in (0, 1)]
+            assert sorted(row for part in micro for row in part) == sorted(whole[step])
+
+
+def test_a_later_start_reads_what_an_earlier_one_would_have():
+    assert batches(first_step=4) == batches()[4:]
+
+
+def test_a_batch_that_cannot_be_shared_is_refused():
+    with pytest.raises(RecipeError, match=r"engine\.batch_size"):
+        batches(world_size=3)
+
+
+def test_margin_cuts_both_ends_of_each_session(store):
+    rows = usable_rows(store, 0.25)
+    for session in range(len(store)):
+        own = store.session_rows(session)
+        kept = rows[store.slice_sessions[rows] == session]
+        cut = int(len(own) * 0.25)
+        assert kept.tolist() == own[cut : len(own) - cut].tolist()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_loader_gives_the_pixels_of_the_rows(store, num_workers):
+    rows = usable_rows(store, 0.0)
+    order = EpochOrder(len(rows), 0)
+    loader = slice_loader(SliceRows(store, rows), RankBatches(order, 5, 1, 0, 1, 0, 2), num_workers)
+    first, second = list(loader)
+    expected = rows[order.window(5, 5)]
+    assert torch.equal(second.pixels, torch.from_numpy(store.read_slices(expected)))
+    assert second.sessions.tolist() == store.slice_sessions[expected].tolist()
+    assert torch.equal(second.present, torch.from_numpy(store.present[store.slice_sessions[expected]]))
+    assert first.pixels.dtype == torch.uint8
+
+
+def test_numbers_belong_to_positions():
+    numbers = numbers_at(0, 4000, NEIGHBOURS, 7)
+    assert np.array_equal(numbers[1500:1600], numbers_at(1500, 100, NEIGHBOURS, 7))
+    assert not np.array_equal(numbers[:100], numbers_at(0, 100, NEIGHBOURS, 8))
+    assert len(set(numbers)) == 4000
+    counts, _ = np.histogram(numbers, bins=10, range=(0, 1))
+    assert counts.min() > 330
+    assert counts.max() < 470
+
+
+# The store's slices are 6 mm apart.
+@pytest.mark.parametrize("distance_mm", [3.0, 6.0, 13.0, 1000.0])
+@pytest.mark.parametrize("margin", [0.0, 0.2])
+def test_neighbours_are_all_others_of_the_session_within_the_distance(store, distance_mm, margin):
+    rows = usable_rows(store, margin)
+    neighbours = Neighbours(store, rows, distance_mm)
+    sessions, positions = store.slice_sessions[rows], store.slice_positions_mm[rows]
+    everyone = np.arange(len(rows))
+    drawn = np.stack([neighbours.draw(everyone, np.full(len(rows), n)) for n in np.linspace(0, 1 - 1e-9, 60)])
+    for index in everyone:
+        near = (sessions == sessions[index]) & (np.abs(positions - positions[index]) <= distance_mm + 1e-3)
+        near[index] = False
+        # A slice without another one near is its own neighbour.
+        assert set(drawn[:, index]) == (set(np.flatnonzero(near)) or {index})
+
+
+def paired(store, rank=0, world_size=1, first_step=0, seed=3, distance_mm=13.0):
+    rows = usable_rows(store, 0.0)
+    batches = RankBatches(EpochOrder(len(rows), seed), 4, 1, rank, world_size, first_step, 60)
+    return list(PairedBatches(batches, Neighbours(store, rows, distance_mm)))
+
+
+def test_neighbours_hang_on_seed_and_position_alone(store):
+    whole = paired(store)
+    assert paired(store, first_step=40) == whole[40:]
+    for step, (first, second) in enumerate(zip(paired(store, 0, 2), paired(store, 1, 2), strict=True)):
+        assert first + second == whole[step]
+    assert paired(store, seed=4) != whole
+    # The same slice meets several neighbours: another one in each epoch.
+    met: dict[int, set[int]] = {}
+    for index, neighbour in (pair for batch in whole for pair in batch):
+        met.setdefault(index, set()).add(neighbour)
+    assert max(map(len, met.values())) > 1
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_loader_gives_the_pixels_of_the_neighbours(store, num_workers):
+    rows = usable_rows(store, 0.0)
+    dataset = SliceRows(store, rows, neighbour_mm=13.0)
+    batches = RankBatches(EpochOrder(len(rows), 3), 4, 1, 0, 1, 0, 4)
+    loaded = list(slice_loader(dataset, batches, num_workers))
+    for batch, pairs in zip(loaded, paired(store), strict=False):
+        slices, neighbours = rows[np.array(pairs).T]
+        assert torch.equal(batch.pixels, torch.from_numpy(store.read_slices(slices)))
+        assert torch.equal(batch.neighbours, torch.from_numpy(store.read_slices(neighbours)))
+        assert batch.sessions.tolist() == store.slice_sessions[neighbours].tolist()
+        assert (slices != neighbours).all()
+        assert torch.equal(batch.present, batch.present_on_cpu)
+    assert slice_loader(SliceRows(store, rows), batches, 0).dataset[0].neighbours is None
+
+
+def test_what_is_present_is_known_without_asking_the_device(store):
+    batch = SliceRows(store, usable_rows(store, 0.0), neighbour_mm=13.0)[(0, 1)].to(torch.device("meta"))
+    assert batch.present.device.type == batch.neighbours.device.type == "meta"
+    assert batch.present_on_cpu.tolist() == [store.present[0].tolist()]
