@@ -13,7 +13,7 @@ from typing import Any
 
 from brainfound.data.store import Store
 from brainfound.errors import TrainingError
-from brainfound.pretraining.monitoring.retention import QUESTIONS
+from brainfound.pretraining.monitoring.retention import RETENTION_PROBES
 from brainfound.pretraining.pretrain import PretrainRecipe, pretrain
 from brainfound.recipes import load
 
@@ -116,7 +116,7 @@ def ladder(sizes: Sizes, seed: int, changes: tuple[str, ...] = ()) -> PretrainRe
         f"schedule.head_warmup_steps={scaled(schedule.head_warmup_steps)}",
         *of_objective, f"guard.grace_steps={scaled(recipe.guard.grace_steps)}",
         f"probe.every={max(1, sizes.steps // sizes.looks)}", f"probe.target={sizes.probe_target}",
-        f"probe.watch=[{','.join(question for question in QUESTIONS if question != 'labels')}]",
+        f"probe.watch=[{','.join(question for question in RETENTION_PROBES if question != 'labels')}]",
         f"engine.checkpoint_every={max(1, sizes.steps // 3)}",
         *changes,
     )  # fmt: skip

@@ -20,7 +20,7 @@ from workers import Worker
 
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.store.prepare import prepare
-from brainfound.models.configuration import transformers_quiet
+from brainfound.models.configuration import silence_transformers
 from brainfound.phantom import write_phantom_cohort
 from brainfound.training.precision import probe_precision
 
@@ -337,7 +337,7 @@ def _make_checkpoint(folder: Path, model: str) -> Path:
             layerscale_value=1e-5,
         )
         torch.manual_seed(0)
-        with transformers_quiet():
+        with silence_transformers():
             Dinov2Model(config).save_pretrained(target)
     return target
 

@@ -12,7 +12,7 @@ from worker_processes import in_processes
 
 from brainfound.data.store import Store
 from brainfound.models import BrainFoundModel
-from brainfound.models.start import start_from
+from brainfound.models.start import load_initial_model
 
 PROTOCOL = (SLICES, PATCH_SLICES, FOLDS, REPEATS)
 RANDOM = "random:"
@@ -46,7 +46,7 @@ def _outcome(source: str, store: Path, patch_size: int) -> Outcome:
 def _encoder(source: str, store: Store):
     import torch
 
-    model = start_from(BrainFoundModel, source.removeprefix(RANDOM), store.contrasts)
+    model = load_initial_model(BrainFoundModel, source.removeprefix(RANDOM), store.contrasts)
     if source.startswith(RANDOM):
         torch.manual_seed(0)
         model = BrainFoundModel(model.config)

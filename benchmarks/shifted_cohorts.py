@@ -21,7 +21,7 @@ from brainfound.data.store import Store
 from brainfound.data.store.prepare import prepare
 from brainfound.errors import UsageError
 from brainfound.phantom.label_maps import find_label_maps
-from brainfound.phantom.subject import CohortSettings, draw_person, scan_path, write_subject
+from brainfound.phantom.subject import CohortSettings, draw_participant, scan_path, write_subject
 
 CONTRASTS = ("T1w", "T2w", "FLAIR")
 DIAGNOSES = (("healthy", 0.5), ("tumour", 1 / 6), ("infarct", 1 / 6), ("ms", 1 / 6))
@@ -90,7 +90,7 @@ def _write_cohort(
     # A person's site is drawn with the person; those of other sites are left out before anything is simulated.
     chosen, index = [], 0
     while len(chosen) < num_sessions:
-        if draw_person(settings, index)[0].site in part.sites:
+        if draw_participant(settings, index)[0].site in part.sites:
             chosen.append(index)
         index += 1
     cohort.mkdir(parents=True)

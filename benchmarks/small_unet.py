@@ -20,10 +20,10 @@ from torch.nn import functional as F
 
 from brainfound.data.batches import collate
 from brainfound.data.store import Store
-from brainfound.finetuning.scoring import SessionScores, score_answers
+from brainfound.finetuning.scoring import SessionScores, score_predictions
 from brainfound.finetuning.targets import Target
 from brainfound.finetuning.volumes import VolumeAugmentation, augment_volumes
-from brainfound.models.stack_inference import Answer
+from brainfound.models.stack_inference import StackPrediction
 from brainfound.pretraining.objectives.base import StepKey
 
 CHANNELS = (16, 32, 64, 128)
@@ -96,16 +96,16 @@ def score(net: nn.Module, store: Store, sessions: Sequence[int], target: Target,
     channel = store.contrasts.index(contrast)
 
     @torch.inference_mode()
-    def ask(session: int, stack: Any) -> Answer:
+    def ask(session: int, stack: Any) -> StackPrediction:
         images = _standardised(_whole(store, [session]).pixel_values[:, :, channel].float() / 255)
         size = images.shape[1:]
         padding = [pad for side in reversed(size) for pad in (0, -side % 2**HALVINGS)]
         found = net(F.pad(images, padding)[:, None])
         if target.task == "segmentation":
-            return Answer(classes=found[0].argmax(dim=0)[: size[0], : size[1], : size[2]].numpy())
-        return Answer(value=float(found[0, 0]) * target.std + target.mean)
+            return StackPrediction(classes=found[0].argmax(dim=0)[: size[0], : size[1], : size[2]].numpy())
+        return StackPrediction(value=float(found[0, 0]) * target.std + target.mean)
 
-    return score_answers(ask, store, sessions, target)
+    return score_predictions(ask, store, sessions, target)
 
 
 def _whole(store: Store, sessions: Sequence[int]) -> Any:

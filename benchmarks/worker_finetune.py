@@ -15,7 +15,7 @@ from step_server import StepServer
 
 from brainfound.adapters.attach import AdapterRecipe, attach_adapter, count_parameters
 from brainfound.models import BrainFoundConfig, BrainFoundForClassification
-from brainfound.models.stack_inference import inner_model
+from brainfound.models.stack_inference import unwrap_peft
 from brainfound.recipes import load
 
 
@@ -42,7 +42,7 @@ def main() -> None:
     torch.set_num_threads(settings["threads"])
     server = StepServer(settings)
     model = build(settings)
-    encoder = inner_model(model).brainfound.encoder
+    encoder = unwrap_peft(model).brainfound.encoder
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     server.facts = {
         "trained": count_parameters(model).trainable,

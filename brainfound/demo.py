@@ -21,13 +21,13 @@ from brainfound.data.store import Store
 from brainfound.errors import UsageError
 
 MARKER = "demo.json"
-CONTRASTS = ("T1w", "T2w", "FLAIR")
-WITHHELD = "FLAIR"
+DEMO_CONTRASTS = ("T1w", "T2w", "FLAIR")
+WITHHELD_CONTRAST = "FLAIR"
 NUM_SUBJECTS = 100
 SEED = 7
 SPLIT = ("split.train=0.6", "split.validation=0.1", "split.test=0.3")
 
-TASKS: dict[str, dict[str, Any]] = {
+DEMO_TASKS: dict[str, dict[str, Any]] = {
     "tumour or healthy": {
         "recipe": "finetune-classification",
         "target": "diagnosis",
@@ -82,7 +82,7 @@ def run_demo(
     *,
     overwrite: bool = False,
     workers: int = 2,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
     quiet: bool = True,
 ) -> list[Row]:
     """Walk the road in a folder and return its table.
@@ -97,24 +97,24 @@ def run_demo(
     Raises:
         UsageError: the folder holds something else, or a demo and ``overwrite`` is False.
     """
-    _make_room(out, overwrite)
+    _prepare_folder(out, overwrite)
     started = time.perf_counter()
-    with _step(say, f"simulating {NUM_SUBJECTS} subjects"):
+    with _step(log, f"simulating {NUM_SUBJECTS} subjects"):
         cohort = _simulate(out / "cohort", workers)
-    with _step(say, "preparing the store"):
+    with _step(log, "preparing the store"):
         store = _prepare(cohort, out / "store", workers)
     checkpoint = make_checkpoint(out / "checkpoint", image_size=store.preprocessing.size[0])
-    with _step(say, "continued pretraining of the checkpoint"):
+    with _step(log, "continued pretraining of the checkpoint"):
         from brainfound.pretraining.pretrain import pretrain
 
         export = pretrain("pretrain-demo", store, checkpoint, out / "pretrain", quiet=quiet) / "export"
-    rows = [_one_task(name, store, checkpoint, export, out, say, quiet) for name in TASKS]
-    with _step(say, "predicting a held-out subject from its files"):
+    rows = [_run_task(name, store, checkpoint, export, out, log, quiet) for name in DEMO_TASKS]
+    with _step(log, "predicting a held-out subject from its files"):
         _predict(out, cohort, store)
     seconds = time.perf_counter() - started
-    content = {"seconds": round(seconds, 1), "withheld": WITHHELD, "rows": [vars(row) for row in rows]}
+    content = {"seconds": round(seconds, 1), "withheld": WITHHELD_CONTRAST, "rows": [vars(row) for row in rows]}
     (out / MARKER).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    say(f"done in {seconds / 60:.1f} minutes")
+    log(f"done in {seconds / 60:.1f} minutes")
     return rows
 
 
@@ -123,14 +123,14 @@ def make_checkpoint(folder: Path, image_size: int) -> Path:
     import torch
     from transformers import Dinov2Config, Dinov2Model
 
-    from brainfound.models.configuration import transformers_quiet
+    from brainfound.models.configuration import silence_transformers
 
     config = Dinov2Config(
         hidden_size=96, num_hidden_layers=4, num_attention_heads=3, image_size=image_size, patch_size=8
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        with transformers_quiet():
+        with silence_transformers():
             Dinov2Model(config).save_pretrained(folder)
     return folder
 
@@ -143,7 +143,7 @@ def _simulate(folder: Path, workers: int) -> Path:
         NUM_SUBJECTS,
         SEED,
         spacing_mm=2.5,
-        contrasts=CONTRASTS,
+        contrasts=DEMO_CONTRASTS,
         diagnoses={"healthy": 0.5, "tumour": 0.5},
         num_sites=1,
         workers=workers,
@@ -154,18 +154,18 @@ def _prepare(cohort: Path, folder: Path, workers: int) -> Store:
     from brainfound.data.preprocessing.settings import Preprocessing
     from brainfound.data.store.prepare import prepare
 
-    settings = Preprocessing(contrasts=CONTRASTS, spacing_mm=(2.5, 2.5, 5.0), size=(80, 80))
+    settings = Preprocessing(contrasts=DEMO_CONTRASTS, spacing_mm=(2.5, 2.5, 5.0), size=(80, 80))
     return prepare(cohort, folder, settings, workers)
 
 
-def _one_task(
-    name: str, store: Store, checkpoint: Path, export: Path, out: Path, say: Callable[[str], None], quiet: bool
+def _run_task(
+    name: str, store: Store, checkpoint: Path, export: Path, out: Path, log: Callable[[str], None], quiet: bool
 ) -> Row:
     """Fine-tune from the pretrained export and from the checkpoint, alike in all else, and score both."""
     from brainfound.finetuning.finetune import finetune
     from brainfound.inference.evaluation import evaluate
 
-    choice = TASKS[name]
+    choice = DEMO_TASKS[name]
     # The table has no column for the frozen baseline.
     overrides = (*SPLIT, "evaluate_every=0", "frozen_baseline=false", *choice["overrides"])
     # As its pretraining: what the table says must not hang on which precision a processor is faster in.
@@ -174,7 +174,7 @@ def _one_task(
     trivial, num_test, metric = float("nan"), 0, ""
     for kind, model in (("adapted", export), ("from_start", checkpoint)):
         words = "with continued pretraining" if kind == "adapted" else "without"
-        with _step(say, f"{name}: fine-tuning {words}"):
+        with _step(log, f"{name}: fine-tuning {words}"):
             run = finetune(
                 choice["recipe"],
                 store,
@@ -186,7 +186,7 @@ def _one_task(
                 quiet=quiet,
             )
             full = evaluate(run, store)[0]
-            partial = evaluate(run, store, without=(WITHHELD,))[0]
+            partial = evaluate(run, store, without=(WITHHELD_CONTRAST,))[0]
         metric, value, trivial = full.headline
         num_test = len(full.cases)
         scores[kind] = (value, partial.headline[1])
@@ -199,7 +199,7 @@ def _predict(out: Path, cohort: Path, store: Store) -> None:
     from brainfound.data.splits.split_file import Split
     from brainfound.inference.loading import load
     from brainfound.models.stack_inference import infer
-    from brainfound.report.figures import overlay_png
+    from brainfound.report.figures import plot_overlay
 
     run = out / "mask-adapted"
     held_out = set(Split.load(run / "splits.json").parts()["test"])
@@ -210,7 +210,7 @@ def _predict(out: Path, cohort: Path, store: Store) -> None:
     index = store.sessions["subject"].tolist().index(session.subject)
     stack = store[index]
     classes = infer(predictor.model, stack).classes
-    overlay_png(
+    plot_overlay(
         stack.pixels,
         stack.contrasts,
         stack.present.tolist(),
@@ -220,7 +220,7 @@ def _predict(out: Path, cohort: Path, store: Store) -> None:
     )
 
 
-def _make_room(out: Path, overwrite: bool) -> None:
+def _prepare_folder(out: Path, overwrite: bool) -> None:
     if out.exists() and any(out.iterdir()):
         if not (out / MARKER).is_file():
             raise UsageError("the folder is not empty and holds no demo", where=out, remedy="Give another --out")
@@ -233,7 +233,7 @@ def _make_room(out: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def _step(say: Callable[[str], None], what: str) -> Iterator[None]:
+def _step(log: Callable[[str], None], what: str) -> Iterator[None]:
     started = time.perf_counter()
     yield
-    say(f"{what:<56}{time.perf_counter() - started:6.0f} s")
+    log(f"{what:<56}{time.perf_counter() - started:6.0f} s")

@@ -106,14 +106,14 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     'Did you mean FLAIR?'
     """
     known = list(known)
-    close = nearest(name, known)
+    close = closest_name(name, known)
     return f"Did you mean {close}?" if close else f"Known names: {', '.join(sorted(known))}"
 
 
-def nearest(name: str, known: Iterable[str]) -> str | None:
+def closest_name(name: str, known: Iterable[str]) -> str | None:
     """The known name that a user most likely meant; None if none is near.
 
-    >>> nearest("rollback", ["stop", "roll_back"])
+    >>> closest_name("rollback", ["stop", "roll_back"])
     'roll_back'
     """
     lower = {k.lower(): k for k in known}

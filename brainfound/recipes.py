@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-from brainfound.errors import RecipeError, did_you_mean, nearest
+from brainfound.errors import RecipeError, closest_name, did_you_mean
 
 Room = Literal["train", "adapters", "model_cards"]
 SUFFIX = ".yaml"
@@ -35,7 +35,7 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    mistaken_for: ClassVar[Mapping[str, str]] = {}
+    lookalikes: ClassVar[Mapping[str, str]] = {}
     """Other recipes of the same room, as "module:class", and what to say of a file that holds one of those."""
 
     @classmethod
@@ -135,15 +135,15 @@ def load(
     try:
         return validate(recipe, content, overrides, where=path.name)
     except RecipeError:
-        _require_own_kind(recipe, content, path.name)
+        _reject_other_kind(recipe, content, path.name)
         raise
 
 
-def _require_own_kind(recipe: type[Recipe], content: Mapping[str, Any], where: str) -> None:
+def _reject_other_kind(recipe: type[Recipe], content: Mapping[str, Any], where: str) -> None:
     """Refuse a file that is a recipe of another kind; called when something in it was refused."""
     if _is_valid(recipe, content):
         return
-    for name, what in recipe.mistaken_for.items():
+    for name, what in recipe.lookalikes.items():
         module, _, kind = name.partition(":")
         if _is_valid(getattr(import_module(module), kind), content):
             raise RecipeError(what, where=where) from None
@@ -176,7 +176,9 @@ def validate(
         return recipe.model_validate(changed)
     except ValidationError as error:
         keys = [text.partition("=")[0].strip() for text in overrides]
-        raise _recipe_error(recipe, error, _Place(where, keys, _error_of(recipe, content) if keys else error)) from None
+        raise _recipe_error(
+            recipe, error, _ErrorLocation(where, keys, _error_of(recipe, content) if keys else error)
+        ) from None
 
 
 def _deep_copy(value: Any) -> Any:
@@ -216,12 +218,12 @@ def _fields_of_preset(kinds: Sequence[type[Recipe]], name: str, where: str) -> A
     """The fields that a group's preset stands for; the name itself where the group has no presets."""
     presets = {known: fields for kind in kinds for known, fields in kind.presets().items()}
     if presets and name not in presets:
-        raise _no_preset(name, presets, where)
+        raise _preset_error(name, presets, where)
     return _deep_copy(presets.get(name, name))
 
 
-def _no_preset(name: str, presets: Iterable[str], where: str) -> RecipeError:
-    close = nearest(name, presets)
+def _preset_error(name: str, presets: Iterable[str], where: str) -> RecipeError:
+    close = closest_name(name, presets)
     return RecipeError(
         "no such preset",
         where=where,
@@ -246,7 +248,7 @@ def _yaml_value(text: str) -> Any:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _ErrorLocation:
     """Who is to be told of an error: the author of the file, or who wrote the overrides."""
 
     file: str
@@ -270,7 +272,7 @@ def _one_holds_the_other(first: Sequence[str], second: Sequence[str]) -> bool:
     return all(one == other for one, other in zip(first, second, strict=False))
 
 
-def _recipe_error(recipe: type[Recipe], error: ValidationError, place: _Place) -> RecipeError:
+def _recipe_error(recipe: type[Recipe], error: ValidationError, place: _ErrorLocation) -> RecipeError:
     faults = [(fault, _walk(recipe, fault["loc"])) for fault in error.errors()]
     first, walked = faults[0]
     where = place.of(walked.keys, first["loc"], first["type"] != "extra_forbidden")
@@ -286,13 +288,13 @@ def _recipe_error(recipe: type[Recipe], error: ValidationError, place: _Place) -
         presets = [
             name for kind in _models_in(walked.annotation) if issubclass(kind, Recipe) for name in kind.presets()
         ]
-        return _no_preset(first["input"], presets, where)
+        return _preset_error(first["input"], presets, where)
     # What is wrong with a whole group its message says; the group itself would fill the line.
     has_value = first["type"] != "missing" and not isinstance(first.get("input"), Mapping)
     got = repr(first.get("input"))[:80] if has_value else None
     choices = _choices(walked.annotation)
     if choices and any(fault["type"] == "literal_error" and other.keys == walked.keys for fault, other in faults):
-        close = nearest(str(first["input"]), choices)
+        close = closest_name(str(first["input"]), choices)
         return RecipeError(
             "no such choice",
             where=where,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from brainfound.errors import RecipeError, nearest
+from brainfound.errors import RecipeError, closest_name
 from brainfound.finetuning.recipe import FinetuneRecipe
 from brainfound.pretraining.pretrain import PretrainRecipe
 from brainfound.recipes import find, load, validate
@@ -92,4 +92,4 @@ def test_a_recipe_of_another_kind_is_named(tmp_path):
 
 
 def test_nothing_near_is_nothing():
-    assert nearest("zzz", ["stop", "roll_back"]) is None
+    assert closest_name("zzz", ["stop", "roll_back"]) is None

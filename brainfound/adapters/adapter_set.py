@@ -9,10 +9,10 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from brainfound.adapters.bundle_reader import Bundle, base_encoder_state, load_bundle, name_in_base, tensors_hash
+from brainfound.adapters.bundle_reader import Bundle, base_encoder_state, load_bundle, strip_adapter_name, tensors_hash
 from brainfound.adapters.updates import is_merged
 from brainfound.errors import ModelError, UsageError, did_you_mean
-from brainfound.models.stack_inference import inner_model
+from brainfound.models.stack_inference import unwrap_peft
 
 
 class AdapterSet:
@@ -93,7 +93,7 @@ def load_adapters(bundles: Mapping[str, str | Path | Bundle]) -> AdapterSet:
                 remedy="Load it by itself with load_bundle",
             )
         _require_unmerged(name, bundle)
-        own = tensors_hash(base_encoder_state(inner_model(bundle.model)))
+        own = tensors_hash(base_encoder_state(unwrap_peft(bundle.model)))
         fingerprint = fingerprint or own
         if own != fingerprint:
             raise ModelError(
@@ -119,8 +119,8 @@ def _require_unmerged(name: str, bundle: Bundle) -> None:
 
 def _share_backbone(first: Bundle, other: Bundle) -> None:
     """Put the first model's encoder weights in the place of the other's, which are equal."""
-    shared = {name: getattr(module, key) for name, module, key in _base_parameters(inner_model(first.model))}
-    for name, module, key in _base_parameters(inner_model(other.model)):
+    shared = {name: getattr(module, key) for name, module, key in _base_parameters(unwrap_peft(first.model))}
+    for name, module, key in _base_parameters(unwrap_peft(other.model)):
         setattr(module, key, shared[name])
 
 
@@ -128,6 +128,6 @@ def _base_parameters(body: Any) -> Iterator[tuple[str, nn.Module, str]]:
     """The weights of the encoder under an adapter: name without an adapter, module, and attribute of the module."""
     for path, module in body.encoder.named_modules():
         for key in list(module._parameters):
-            name = name_in_base(f"{path}.{key}")
+            name = strip_adapter_name(f"{path}.{key}")
             if name is not None and module._parameters[key] is not None:
                 yield name, module, key

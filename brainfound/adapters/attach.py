@@ -101,7 +101,7 @@ def attach_adapter(model: nn.Module, recipe: AdapterRecipe) -> Any:
     if recipe.method not in ("none", "last_blocks"):
         return _attach_updates(model, recipe, task_modules)
     if recipe.method == "last_blocks":
-        open_last_blocks(model if isinstance(model, SliceEncoder) else model.encoder, recipe.blocks)  # type: ignore[arg-type]
+        unfreeze_last_blocks(model if isinstance(model, SliceEncoder) else model.encoder, recipe.blocks)  # type: ignore[arg-type]
     for name in task_modules:
         model.get_submodule(name).requires_grad_(True)
     _freeze_idle(model)
@@ -136,7 +136,7 @@ def _attach_updates(model: nn.Module, recipe: AdapterRecipe, task_modules: list[
     return get_peft_model(model, config)  # type: ignore[arg-type, return-value]
 
 
-def open_last_blocks(encoder: SliceEncoder, num_blocks: int) -> None:
+def unfreeze_last_blocks(encoder: SliceEncoder, num_blocks: int) -> None:
     """Let the last blocks of an encoder and its last norm learn.
 
     Raises:

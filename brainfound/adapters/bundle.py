@@ -34,23 +34,23 @@ from torch import Tensor
 
 from brainfound.adapters.bundle_reader import (
     BASELINE_FILE,
+    MODEL_CLASSES,
     SCHEMA_VERSION,
-    TASKS,
     TRAINED_FILE,
     Bundle,
     base_encoder_state,
     file_hash,
-    in_encoder,
+    is_encoder_key,
     load_bundle,
     tensors_hash,
 )
-from brainfound.adapters.updates import principal_start, save_as_plain_updates
+from brainfound.adapters.updates import convert_pissa_to_lora, principal_start
 from brainfound.data.checking.contract import InputContract
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.errors import ModelError
 from brainfound.models import BrainFoundConfig, BrainFoundModel
 from brainfound.models.backbones import is_hub_id
-from brainfound.models.configuration import transformers_quiet
+from brainfound.models.configuration import silence_transformers
 from brainfound.report.cards import write_model_card
 
 __all__ = ["Bundle", "load_bundle", "save_bundle"]
@@ -97,7 +97,7 @@ def save_bundle(
     is_taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if is_taken and not (overwrite and (folder / "bundle.json").is_file()):
         raise ModelError("the folder is taken", where=folder, remedy="Choose a new folder, or overwrite a bundle")
-    body = _body_of(model)
+    body = _get_base_model(model)
     _require_bundlable(body, preprocessing)
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
@@ -108,11 +108,11 @@ def save_bundle(
             contract.save(draft)
         if baseline:
             save_file({name: tensor.contiguous() for name, tensor in baseline.items()}, draft / BASELINE_FILE)
-        with transformers_quiet():
+        with silence_transformers():
             _write(draft, model, preprocessing, dict(labels), dict(metadata or {}), copy_base)
         if card is not None:
             write_model_card(draft, {"name": folder.resolve().parent.name, **card})
-        _require_same_answers(draft, model, example)
+        _require_same_outputs(draft, model, example)
         if folder.exists():
             # Moved aside, not removed: until the new one stands there, the former one is whole.
             folder.rename(former)
@@ -125,16 +125,17 @@ def save_bundle(
     return folder
 
 
-def _body_of(model: Any) -> Any:
+def _get_base_model(model: Any) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _task_of(body: Any) -> str:
-    for task, kind in TASKS.items():
+    for task, kind in MODEL_CLASSES.items():
         if type(body) is kind:
             return task
     raise ModelError(
-        f"a {type(body).__name__} cannot be bundled", expected=", ".join(kind.__name__ for kind in TASKS.values())
+        f"a {type(body).__name__} cannot be bundled",
+        expected=", ".join(kind.__name__ for kind in MODEL_CLASSES.values()),
     )
 
 
@@ -167,7 +168,7 @@ def _write(
     metadata: dict[str, Any],
     copy_base: bool,
 ) -> None:
-    body = _body_of(model)
+    body = _get_base_model(model)
     weights = _weights_kind(model, body)
     preprocessing.save(draft)
     if weights == "full":
@@ -178,7 +179,7 @@ def _write(
     if weights == "adapter":
         _write_adapter(draft, model)
     elif weights == "trained":
-        own = {name: value for name, value in body.state_dict().items() if not in_encoder(name)}
+        own = {name: value for name, value in body.state_dict().items() if not is_encoder_key(name)}
         save_file({name: value.detach().cpu().contiguous() for name, value in own.items()}, draft / TRAINED_FILE)
     content = {
         "schema_version": SCHEMA_VERSION,
@@ -202,7 +203,7 @@ def _write(
 def _write_adapter(draft: Path, model: PeftModel) -> None:
     model.save_pretrained(str(draft), safe_serialization=True, save_embedding_layers=False)
     (draft / "README.md").unlink(missing_ok=True)
-    save_as_plain_updates(draft, _body_of(model))
+    convert_pissa_to_lora(draft, _get_base_model(model))
     path = draft / "adapter_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
     # The base is described in bundle.json; here it would be a path of the machine that trained.
@@ -229,8 +230,8 @@ def _write_base(draft: Path, body: Any, copy_base: bool) -> dict[str, Any]:
     return {**record, "source": "folder"}
 
 
-def _require_same_answers(draft: Path, model: Any, example: Mapping[str, Tensor] | None) -> None:
-    body = _body_of(model)
+def _require_same_outputs(draft: Path, model: Any, example: Mapping[str, Tensor] | None) -> None:
+    body = _get_base_model(model)
     device = next(body.parameters()).device
     was_training = model.training
     inputs = _random_example(body) if example is None else {k: v.cpu() for k, v in example.items() if k != "labels"}

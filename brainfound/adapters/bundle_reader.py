@@ -20,8 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from brainfound.adapters.former_names import former_state, present_targets, present_tensors
-from brainfound.adapters.updates import weight_before
+from brainfound.adapters.former_names import to_current_targets, to_current_tensors, to_legacy_state_dict
+from brainfound.adapters.updates import get_base_weight
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.errors import ModelError
 from brainfound.models import (
@@ -51,7 +51,7 @@ def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
 
 
 SCHEMA_VERSION = 1
-TASKS: dict[str, type[Any]] = {
+MODEL_CLASSES: dict[str, type[Any]] = {
     "classification": BrainFoundForClassification,
     "regression": BrainFoundForRegression,
     "segmentation": BrainFoundForSegmentation,
@@ -82,7 +82,7 @@ class Bundle:
     baseline: dict[str, Tensor] = field(default_factory=dict, repr=False)
     """The linear model on the untouched backbone; empty where none was saved."""
 
-    def untouched(self) -> Any | None:
+    def load_pretrained(self) -> Any | None:
         """The model with the encoder that it had before training, and an aggregator and a head that mean nothing.
 
         None where all weights were trained: the encoder of before is not in the bundle then.
@@ -93,7 +93,9 @@ class Bundle:
         if self.content["weights"] == "full":
             return None
         config = _read_config(self.folder / "config.json")
-        return _load_base(TASKS[self.task], config, self.content["base"], self.folder).eval().requires_grad_(False)
+        return (
+            _load_base(MODEL_CLASSES[self.task], config, self.content["base"], self.folder).eval().requires_grad_(False)
+        )
 
 
 def load_bundle(folder: str | Path) -> Bundle:
@@ -105,9 +107,9 @@ def load_bundle(folder: str | Path) -> Bundle:
     """
     folder = Path(folder)
     content = _read_description(folder)
-    _require_untouched(folder, content)
+    _verify_files(folder, content)
     config = _read_config(folder / "config.json")
-    kind = TASKS[content["task"]]
+    kind = MODEL_CLASSES[content["task"]]
     weights = content["weights"]
     if weights == "full":
         model = kind.from_pretrained(folder)
@@ -134,23 +136,23 @@ def base_encoder_state(body: Any) -> dict[str, Tensor]:
     """
     state = {}
     for name, value in body.encoder.state_dict().items():
-        plain = name_in_base(name)
+        plain = strip_adapter_name(name)
         if plain is not None:
             state[plain] = value.detach().cpu()
     for name, module in body.encoder.named_modules():
         if isinstance(module, LoraLayer):
-            state[f"{name}.weight"] = weight_before(module).detach().cpu()
+            state[f"{name}.weight"] = get_base_weight(module).detach().cpu()
     return state
 
 
-def name_in_base(name: str) -> str | None:
+def strip_adapter_name(name: str) -> str | None:
     """The name that a weight of an adapted encoder has without the adapter; None if it belongs to the adapter."""
     if "lora_" in name or ".modules_to_save." in name:
         return None
     return name.replace(".base_layer.", ".").replace(".original_module.", ".")
 
 
-def in_encoder(name: str) -> bool:
+def is_encoder_key(name: str) -> bool:
     return name.removeprefix("brainfound.").startswith("encoder.")
 
 
@@ -190,7 +192,7 @@ def _unusable_fields(content: dict[str, Any]) -> list[str]:
     else:
         has_base = base is None and content.get("weights") == "full"
     usable = {
-        "task": content.get("task") in tuple(TASKS),
+        "task": content.get("task") in tuple(MODEL_CLASSES),
         "weights": content.get("weights") in tuple(WEIGHTS_FILES),
         "base": has_base,
         **{name: isinstance(content.get(name), dict) for name in ("labels", "metadata", "files")},
@@ -198,7 +200,7 @@ def _unusable_fields(content: dict[str, Any]) -> list[str]:
     return [name for name, is_usable in usable.items() if not is_usable]
 
 
-def _require_untouched(folder: Path, content: dict[str, Any]) -> None:
+def _verify_files(folder: Path, content: dict[str, Any]) -> None:
     for path in folder.rglob("*"):
         if path.suffix in _PICKLE_SUFFIXES:
             raise ModelError(
@@ -241,7 +243,7 @@ def _load_base(kind: type[Any], config: BrainFoundConfig, base: dict[str, Any], 
         model = kind(config, backbone=load_backbone(where))
     state = base_encoder_state(model)
     found = tensors_hash(state)
-    if base["sha256"] != found and base["sha256"] != tensors_hash(former_state(state)):
+    if base["sha256"] != found and base["sha256"] != tensors_hash(to_legacy_state_dict(state)):
         raise ModelError(
             "these are not the base weights that the adapter was trained on",
             where=where,
@@ -267,9 +269,9 @@ def _load_adapter(model: Any, folder: Path) -> PeftModel:
     try:
         saved = load_file(path)
         settings = PeftConfig.from_pretrained(str(folder))
-        settings.target_modules = present_targets(settings.target_modules, model)
+        settings.target_modules = to_current_targets(settings.target_modules, model)
         settings.inference_mode = True
-        tensors = present_tensors(saved, model)
+        tensors = to_current_tensors(saved, model)
         adapted = PeftModel(model, settings)
         _require_same_keys(path, set(tensors), set(get_peft_model_state_dict(adapted, save_embedding_layers=False)))
         set_peft_model_state_dict(adapted, tensors)
@@ -280,8 +282,8 @@ def _load_adapter(model: Any, folder: Path) -> PeftModel:
 
 def _load_trained(model: Any, folder: Path) -> Any:
     path = folder / TRAINED_FILE
-    own = {name: value for name, value in model.state_dict().items() if not in_encoder(name)}
-    _require_same_keys(path, _keys_of(path), set(own))
+    own = {name: value for name, value in model.state_dict().items() if not is_encoder_key(name)}
+    _require_same_keys(path, _read_keys(path), set(own))
     with torch.no_grad(), safe_open(path, framework="pt") as weights:
         for name, value in own.items():
             saved = weights.get_tensor(name)
@@ -293,7 +295,7 @@ def _load_trained(model: Any, folder: Path) -> Any:
     return model
 
 
-def _keys_of(path: Path) -> set[str]:
+def _read_keys(path: Path) -> set[str]:
     try:
         with safe_open(path, framework="pt") as weights:
             return set(weights.keys())

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from brainfound.adapters.roles import block_number, players, role_of
+from brainfound.adapters.roles import block_number, group_modules_by_role, infer_role
 
 _UPDATE = re.compile(r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_magnitude_vector)(?P<rest>\..+)?")
 PEFT_PREFIX = "base_model.model."
@@ -29,12 +29,12 @@ _FORMER_ENDINGS = {
 _GATE, _UP, _FORMERLY_BOTH = ".mlp.gate_proj.", ".mlp.up_proj.", ".mlp.weights_in."
 
 
-def present_targets(targets: Iterable[str], model: nn.Module) -> list[str]:
+def to_current_targets(targets: Iterable[str], model: nn.Module) -> list[str]:
     """Names of modules that an adapter was made for → those of this model; names without a match stay as they are."""
     return [name for target in targets for name in _present_modules(target, model)]
 
 
-def present_tensors(saved: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def to_current_tensors(saved: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """The tensors of an adapter's file under the names that they have in this model.
 
     Where one matrix has become two, an update is split: both share its way in and have their rows of its way out.
@@ -59,7 +59,7 @@ def present_tensors(saved: Mapping[str, Tensor], model: nn.Module) -> dict[str, 
     return present
 
 
-def former_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_legacy_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """An encoder's weights under the names that the library had before."""
     former: dict[str, Tensor] = {}
     for name, tensor in state.items():
@@ -75,8 +75,8 @@ def former_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _present_modules(name: str, model: nn.Module) -> list[str]:
-    playing = players(model)
+    playing = group_modules_by_role(model)
     if any(name in names for names in playing.values()):
         return [name]
-    role = role_of(name)
+    role = infer_role(name)
     return playing.get((block_number(name), role), [name]) if role else [name]

@@ -63,7 +63,7 @@ def resolve_targets(model: nn.Module, roles: Iterable[str], layers: Iterable[int
         )
     found: list[str] = []
     for role in roles:
-        matches = [name for name in candidates if _plays(name, role)]
+        matches = [name for name in candidates if _has_role(name, role)]
         kept = [name for name in matches if wanted is None or block_number(name) in {None, *wanted}]
         if not kept:
             raise ModelError(
@@ -75,23 +75,23 @@ def resolve_targets(model: nn.Module, roles: Iterable[str], layers: Iterable[int
     return sorted(set(found), key=candidates.index)
 
 
-def players(model: nn.Module) -> dict[tuple[int | None, str], list[str]]:
+def group_modules_by_role(model: nn.Module) -> dict[tuple[int | None, str], list[str]]:
     """The full names of the backbone's modules by the block that they are in and the role that they play."""
     found: dict[tuple[int | None, str], list[str]] = {}
     for name in _matrices(model):
-        role = role_of(name)
+        role = infer_role(name)
         if role is not None:
             found.setdefault((block_number(name), role), []).append(name)
     return found
 
 
-def role_of(name: str) -> str | None:
+def infer_role(name: str) -> str | None:
     """The role of a module of a backbone, by its name in the present or in a former release; None if it plays none.
 
-    >>> role_of("layer.0.attention.attention.query"), role_of("layer.0.attention.q_proj"), role_of("layernorm")
+    >>> infer_role("layer.0.attention.attention.query"), infer_role("layer.0.attention.q_proj"), infer_role("layernorm")
     ('query', 'query', None)
     """
-    return next((role for role in ROLES if _plays(name, role)), None)
+    return next((role for role in ROLES if _has_role(name, role)), None)
 
 
 def block_number(name: str) -> int | None:
@@ -113,7 +113,7 @@ def _matrices(model: nn.Module) -> list[str]:
     ]
 
 
-def _plays(name: str, role: str) -> bool:
+def _has_role(name: str, role: str) -> bool:
     return any(re.search(rf"(?:^|\.){ending}$", name) for ending in ROLES[role])
 
 

@@ -89,7 +89,7 @@ def is_merged(model: nn.Module) -> bool:
     return any(isinstance(module, LoraLayer) and module.merged for module in model.modules())
 
 
-def weight_before(layer: Any) -> Tensor:
+def get_base_weight(layer: Any) -> Tensor:
     """The weight of an updated layer as it was before an adapter was attached or merged.
 
     Raises:
@@ -164,7 +164,7 @@ def principal_start(layer: nn.Module) -> PrincipalStart | None:
     return getattr(layer, _PRINCIPAL_START, None)
 
 
-def save_as_plain_updates(folder: Path, body: nn.Module) -> None:
+def convert_pissa_to_lora(folder: Path, body: nn.Module) -> None:
     """Turn the files of an adapter that was just saved into those of an ordinary one for the untouched backbone.
 
     Files of other methods stay as they are.

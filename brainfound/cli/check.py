@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from brainfound.cli.predict import IMAGES
-from brainfound.cli.terminal import AsJson, Hooks, KeepIds, Quiet, note, progress_bar
+from brainfound.cli.terminal import AsJson, Hooks, KeepIds, Quiet, print_note, progress_bar
 from brainfound.errors import EXIT_SOME_REJECTED, UsageError
 
 if TYPE_CHECKING:
     from brainfound.data.checking.check import CheckedSession
-    from brainfound.data.checking.contact_sheet import Card
+    from brainfound.data.checking.contact_sheet import SessionCard
     from brainfound.data.checking.contract import InputContract
     from brainfound.data.checking.rules import Finding
     from brainfound.data.cohort import Session
     from brainfound.data.hooks import Hook
     from brainfound.data.preprocessing.settings import Preprocessing
 
-SIGNS = {"ok": "✓", "note": "·", "warn": "!", "fail": "✗", None: ""}
-SHORT = {"contrast": "name", "file": "read", "orientation": "orient", "intensity": "values"}
+LEVEL_SYMBOLS = {"ok": "✓", "note": "·", "warn": "!", "fail": "✗", None: ""}
+COLUMN_LABELS = {"contrast": "name", "file": "read", "orientation": "orient", "intensity": "values"}
 """What the table calls a question, where that is shorter."""
 MOST_CARDS = 60
 """Sessions on the picture."""
@@ -52,7 +52,7 @@ def check(
     from brainfound.data.hooks import load_hooks
 
     hooks = load_hooks(hook or ())
-    preprocessing, contract = _expected(model, contrasts)
+    preprocessing, contract = _load_contract(model, contrasts)
     sessions, are_files = _sessions(source, preprocessing)
     report = _Report(keep_ids or are_files, are_files, with_cards=png is not None)
     with progress_bar("checking sessions", quiet or as_json) as progress:
@@ -64,15 +64,15 @@ def check(
     else:
         report.show()
     if model is not None and not contract.is_measured:
-        note("the model carries no input contract: only what its preprocessing says was checked")
+        print_note("the model carries no input contract: only what its preprocessing says was checked")
     if contract.hooks and not hooks:
-        note(f"the model's scans went through {', '.join(contract.hooks)} first; these were checked as they are")
+        print_note(f"the model's scans went through {', '.join(contract.hooks)} first; these were checked as they are")
     if report.has_failed:
         raise typer.Exit(EXIT_SOME_REJECTED)
 
 
-def _expected(model: str | None, contrasts: str | None) -> tuple[Preprocessing, InputContract]:
-    from brainfound.data.checking.check import contract_of_model
+def _load_contract(model: str | None, contrasts: str | None) -> tuple[Preprocessing, InputContract]:
+    from brainfound.data.checking.check import load_model_contract
     from brainfound.data.checking.contract import InputContract
     from brainfound.data.preprocessing.settings import Preprocessing
     from brainfound.recipes import validate
@@ -80,26 +80,26 @@ def _expected(model: str | None, contrasts: str | None) -> tuple[Preprocessing, 
     if model is None:
         content = {} if contrasts is None else {"contrasts": contrasts}
         preprocessing = validate(Preprocessing, content, where="--contrasts")
-        return preprocessing, InputContract.of_preprocessing(preprocessing)
+        return preprocessing, InputContract.from_preprocessing(preprocessing)
     if contrasts is not None:
         raise UsageError("a model has contrasts of its own", where="--contrasts", remedy="Leave --contrasts out")
     if not Path(model).exists() and model.count("/") == 1:
         from brainfound.inference.loading import local_folder
 
-        return contract_of_model(local_folder(model))
-    return contract_of_model(model)
+        return load_model_contract(local_folder(model))
+    return load_model_contract(model)
 
 
 def _sessions(source: list[str], preprocessing: Preprocessing) -> tuple[list[Session], bool]:
     """The sessions, and whether they were given as files."""
-    from brainfound.data.checking.check import session_of_files
+    from brainfound.data.checking.check import session_from_files
     from brainfound.data.cohort import Cohort
 
     first = source[0]
     is_image = first.lower().endswith(IMAGES) and not Path(first).is_dir()
     if len(source) == 1 and not is_image and ("=" not in first or Path(first).exists()):
         return list(Cohort.read(first).sessions()), False
-    return [session_of_files(source, preprocessing.contrasts)], True
+    return [session_from_files(source, preprocessing.contrasts)], True
 
 
 @dataclass
@@ -110,7 +110,7 @@ class _Report:
     are_files: bool
     with_cards: bool
     sessions: list[CheckedSession] = field(default_factory=list)
-    cards: dict[int, Card] = field(default_factory=dict)
+    cards: dict[int, SessionCard] = field(default_factory=dict)
 
     def add_all(
         self,
@@ -148,15 +148,15 @@ class _Report:
             return str(row)
         return f"{row} {session.subject} {session.session}"
 
-    def _card(self, row: int, checked: CheckedSession) -> Card:
-        from brainfound.data.checking.contact_sheet import card_of_stack
+    def _card(self, row: int, checked: CheckedSession) -> SessionCard:
+        from brainfound.data.checking.contact_sheet import card_from_stack
 
         assert checked.stack is not None
         label = f"{row} {checked.subject} {checked.session}" if self.with_names and not self.are_files else str(row)
-        notes = {scan.contrast: _worth_a_look(scan.findings) for scan in checked.scans if scan.is_used}
-        notes[""] = _worth_a_look(checked.findings)
+        notes = {scan.contrast: _warning_messages(scan.findings) for scan in checked.scans if scan.is_used}
+        notes[""] = _warning_messages(checked.findings)
         refused = frozenset(scan.contrast for scan in checked.scans if scan.is_used and scan.quality is None)
-        return card_of_stack(checked.stack, label, notes, refused)
+        return card_from_stack(checked.stack, label, notes, refused)
 
     def show(self) -> None:
         from brainfound.cli.terminal import print_table
@@ -166,12 +166,14 @@ class _Report:
         rows = []
         for number, session in enumerate(self.sessions):
             for place, scan in enumerate(session.scans):
-                signs = [SIGNS[scan.level_of(check)] for check in SCAN_CHECKS]
+                signs = [LEVEL_SYMBOLS[scan.check_level(check)] for check in SCAN_CHECKS]
                 common = [_sign(session.findings, check) if place == 0 else "" for check in SESSION_CHECKS]
                 file = (scan.file.name,) if self.with_names else ()
                 label = "" if place else self._label(number)
-                rows.append((label, scan.contrast, *file, SIGNS[scan.level] if scan.is_used else "·", *signs, *common))
-        questions = [SHORT.get(check, check) for check in (*SCAN_CHECKS, *SESSION_CHECKS)]
+                rows.append(
+                    (label, scan.contrast, *file, LEVEL_SYMBOLS[scan.level] if scan.is_used else "·", *signs, *common)
+                )
+        questions = [COLUMN_LABELS.get(check, check) for check in (*SCAN_CHECKS, *SESSION_CHECKS)]
         print_table(("session", "contrast", *names, "", *questions), rows)
         for line in self._problems():
             print(line)
@@ -193,7 +195,7 @@ class _Report:
         for (level, name, remedy), messages in ordered:
             times = f" ({len(messages)} times, the first)" if len(messages) > 1 else ""
             what = "" if remedy == messages[0] else f". {remedy}"
-            lines.append(f"{SIGNS[level]} {SHORT.get(name, name)}{times}: {messages[0]}{what}")  # type: ignore[index]
+            lines.append(f"{LEVEL_SYMBOLS[level]} {COLUMN_LABELS.get(name, name)}{times}: {messages[0]}{what}")  # type: ignore[index]
         return lines
 
     def _summary(self) -> str:
@@ -206,7 +208,7 @@ class _Report:
         )
 
     def facts(self, contract: InputContract) -> dict[str, Any]:
-        from brainfound.data.checking.check import facts_of, facts_of_finding
+        from brainfound.data.checking.check import finding_to_dict, scan_to_dict
 
         listed = []
         for row, session in enumerate(self.sessions):
@@ -216,36 +218,36 @@ class _Report:
                     "row": row,
                     **(names if self.with_names and not self.are_files else {}),
                     "level": session.level,
-                    "findings": [facts_of_finding(finding) for finding in session.findings if finding.message],
-                    "scans": [facts_of(scan, self.with_names) for scan in session.scans],
+                    "findings": [finding_to_dict(finding) for finding in session.findings if finding.message],
+                    "scans": [scan_to_dict(scan, self.with_names) for scan in session.scans],
                 }
             )
         return {
-            "level": max((s.level for s in self.sessions), key=list(SIGNS).index, default="ok"),
+            "level": max((s.level for s in self.sessions), key=list(LEVEL_SYMBOLS).index, default="ok"),
             "has_contract": contract.is_measured,
             "contract": contract.model_dump(mode="json"),
             "sessions": listed,
         }
 
     def write_picture(self, path: Path, preprocessing: Preprocessing) -> None:
-        from brainfound.data.checking.contact_sheet import choose_sessions, draw_page
+        from brainfound.data.checking.contact_sheet import choose_sessions, draw_contact_sheet
 
         rows = list(self.cards)
         flagged = [place for place, row in enumerate(rows) if self.cards[row].is_flagged]
         shown = [self.cards[rows[place]] for place in choose_sessions(len(rows), flagged, MOST_CARDS)]
         foot = f"{len(shown)} of {_plural(len(self.sessions), 'session')} as the model sees them."
-        draw_page(shown, preprocessing.contrasts, path, foot)
+        draw_contact_sheet(shown, preprocessing.contrasts, path, foot)
 
 
-def _worth_a_look(findings: Iterable[Finding]) -> tuple[str, ...]:
+def _warning_messages(findings: Iterable[Finding]) -> tuple[str, ...]:
     return tuple(finding.message for finding in findings if finding.level in ("warn", "fail") and finding.message)
 
 
 def _sign(findings: tuple[Finding, ...], name: str) -> str:
-    from brainfound.data.checking.rules import worst
+    from brainfound.data.checking.rules import worst_level
 
     found = [finding for finding in findings if finding.check == name]
-    return SIGNS[worst(found)] if found else ""
+    return LEVEL_SYMBOLS[worst_level(found)] if found else ""
 
 
 def _plural(count: int, name: str) -> str:

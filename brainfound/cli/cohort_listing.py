@@ -28,7 +28,7 @@ def list_cohort(path: Path | None, *, sessions: bool, as_json: bool) -> None:
         raise UsageError("which cohort?", remedy="Give its path: brainfound list cohort PATH")
     with tempfile.TemporaryDirectory() as work:  # DICOM is converted to be looked at, and then forgotten
         cohort = Cohort.read(path, work=Path(work) / "converted")
-        summary = summarise(cohort)
+        summary = summarise_cohort(cohort)
         rows = session_rows(cohort) if sessions or as_json else []
     if as_json:
         unused = [{"file": str(file), "reason": reason} for file, reason in cohort.unused]
@@ -42,7 +42,7 @@ def list_cohort(path: Path | None, *, sessions: bool, as_json: bool) -> None:
             print("  ".join(_cell(value) for value in row.values() if value not in ("", None, [])))
 
 
-def summarise(cohort: Cohort) -> dict[str, Any]:
+def summarise_cohort(cohort: Cohort) -> dict[str, Any]:
     """Counts of a cohort, as plain values for a terminal or JSON."""
     sessions = list(cohort.sessions())
     ages = sorted(float(age) for age in _known(sessions, "age_years"))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from brainfound.cli.terminal import AsJson, words
+from brainfound.cli.terminal import AsJson, parse_list
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,13 +35,13 @@ def compare(
     systems that are compared. Folds are put together, and of several seeds the score is the mean.
     """
     from brainfound.data.store import Store
-    from brainfound.experiments.comparison import read_systems
+    from brainfound.experiments.comparison import read_compared_runs
     from brainfound.metrics.comparison import compare as against_first
     from brainfound.metrics.comparison import compare_pairs, score_intervals
 
     store = None if data is None else Store.open(data)
-    read = read_systems(runs, frozen=frozen, store=store)
-    chosen = words(metrics) if metrics else read.metrics
+    read = read_compared_runs(runs, frozen=frozen, store=store)
+    chosen = parse_list(metrics) if metrics else read.metrics
     drawing: dict[str, Any] = {"num_resamples": NUM_RESAMPLES, "confidence": CONFIDENCE}
     first = next(iter(read.systems))
     if all_pairs:
@@ -79,7 +79,7 @@ def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
 def _print(
     content: dict[str, Any], rows: list[dict[str, Any]], pairs: list[dict[str, Any]], metrics: list[str]
 ) -> None:
-    from brainfound.cli.terminal import about_intervals, print_table
+    from brainfound.cli.terminal import describe_intervals, print_table
 
     sessions = max((row["num_cases"] for row in rows), default=0)
     subjects = [row["num_subjects"] for row in rows if row["num_subjects"]]
@@ -88,12 +88,21 @@ def _print(
     rows = sorted(rows, key=lambda row: order[row["metric"]])
     if pairs:
         print_table(["score", "system", "value", "subjects"], [_score(row) for row in rows], title)
-        columns = ["score", "system", "against", "difference", *_tests(pairs)]
-        print_table(columns, [[row["metric"], row["system"], row["against"], *_test(row, pairs)] for row in pairs])
+        columns = ["score", "system", "against", "difference", *_test_columns(pairs)]
+        print_table(
+            columns, [[row["metric"], row["system"], row["against"], *_test_cells(row, pairs)] for row in pairs]
+        )
     else:
-        columns = ["score", "system", "value", "subjects", f"difference from {content['against']}", *_tests(rows)]
-        print_table(columns, [[*_score(row), *_test(row, rows)] for row in rows], title)
-    print(about_intervals(min(subjects, default=0), max(subjects, default=0), CONFIDENCE, NUM_RESAMPLES))
+        columns = [
+            "score",
+            "system",
+            "value",
+            "subjects",
+            f"difference from {content['against']}",
+            *_test_columns(rows),
+        ]
+        print_table(columns, [[*_score(row), *_test_cells(row, rows)] for row in rows], title)
+    print(describe_intervals(min(subjects, default=0), max(subjects, default=0), CONFIDENCE, NUM_RESAMPLES))
     num_tests = len(pairs or rows) // max(len(metrics), 1) - (0 if pairs else 1)
     print(
         f"p: two-sided paired permutation test that exchanges systems within subjects; Holm: corrected over "
@@ -113,16 +122,16 @@ def _score(row: dict[str, Any]) -> list[str]:
     return [f"{row['metric']} ({better} is better)", row["system"], value, str(row["num_subjects"])]
 
 
-def _tests(rows: list[dict[str, Any]]) -> list[str]:
+def _test_columns(rows: list[dict[str, Any]]) -> list[str]:
     """Columns of tests; DeLong's where there is one."""
     delong = any(row["p_delong"] is not None for row in rows)
     return ["p", "p (Holm)", *(["DeLong", "DeLong (Holm)"] if delong else [])]
 
 
-def _test(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
+def _test_cells(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
     from brainfound.cli.terminal import with_interval
 
-    names = ["p", "p_holm", *(["p_delong", "p_delong_holm"] if len(_tests(rows)) > 2 else [])]
+    names = ["p", "p_holm", *(["p_delong", "p_delong_holm"] if len(_test_columns(rows)) > 2 else [])]
     difference = with_interval(row["difference"], row["difference_low"], row["difference_high"])
     return [difference, *(_p(row[name]) for name in names)]
 

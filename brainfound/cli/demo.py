@@ -18,22 +18,22 @@ def demo(
 ) -> None:
     """Walk the whole road on a phantom cohort, on a CPU, in minutes, and print one table."""
     from brainfound.cli.terminal import print_table
-    from brainfound.demo import WITHHELD, run_demo
+    from brainfound.demo import WITHHELD_CONTRAST, run_demo
 
-    def say(line: str) -> None:
+    def log(line: str) -> None:
         if not quiet:
             print(line, flush=True)
 
-    rows = run_demo(out, overwrite=overwrite, workers=workers, say=say)
+    rows = run_demo(out, overwrite=overwrite, workers=workers, log=log)
     print_table(
         (
             "task",
             "metric",
             "trivial",
             "no pretraining",
-            f"… without {WITHHELD}",
+            f"… without {WITHHELD_CONTRAST}",
             "continued pretraining",
-            f"… without {WITHHELD}",
+            f"… without {WITHHELD_CONTRAST}",
         ),
         [
             (

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from brainfound.cli.predict import Inputs, answer
+from brainfound.cli.predict import Inputs, predict_inputs
 from brainfound.cli.terminal import Hooks, Quiet
 
 
@@ -26,4 +26,4 @@ def embed(
     """
     from brainfound.inference.loading import load
 
-    answer(load(model, device, hook or ()).as_encoder(), inputs, out, False, overwrite, quiet)
+    predict_inputs(load(model, device, hook or ()).as_encoder(), inputs, out, False, overwrite, quiet)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from brainfound.cli.terminal import AsJson, Quiet, note, progress_bar, typed_command
+from brainfound.cli.terminal import AsJson, Quiet, get_command_line, print_note, progress_bar
 
 
 def evaluate(
@@ -43,7 +43,7 @@ def evaluate(
     from brainfound.contrasts import parse_contrast
     from brainfound.errors import UsageError
     from brainfound.experiments.folder import PAGE_FILE
-    from brainfound.inference.evaluation import drops
+    from brainfound.inference.evaluation import compute_drops
     from brainfound.inference.evaluation import evaluate as run
 
     if part not in ("test", "validation", "train"):
@@ -60,15 +60,15 @@ def evaluate(
         "empty": empty,
     }
     with progress_bar("scoring sessions", quiet) as progress:
-        results = run(model, data, **options, command=typed_command(), progress=progress)
+        results = run(model, data, **options, command=get_command_line(), progress=progress)
     for told in dict.fromkeys(told for result in results for told in result.notes):
-        note(told)
+        print_note(told)
     shown = [result.with_intervals().to_dict() for result in results]
     if as_json:
         print(json.dumps(shown, indent=1))
         return
     if partial_input:
-        _print_partial(shown, drops(results), str(model))
+        _print_partial(shown, compute_drops(results), str(model))
     else:
         _print(shown, str(model))
     if line := intervals_line(shown):
@@ -78,15 +78,15 @@ def evaluate(
 
 
 def _print(results: list[dict[str, Any]], title: str) -> None:
-    from brainfound.cli.terminal import number, print_table, score_with_interval
-    from brainfound.metrics.summaries import baselines_of
+    from brainfound.cli.terminal import format_number, print_table, score_with_interval
+    from brainfound.metrics.summaries import get_baselines
 
-    names, baselines = _in_tables(results[0]), list(baselines_of(results[0]))
+    names, baselines = _select_metrics(results[0]), list(get_baselines(results[0]))
     rows = []
     for result in results:
         cells = []
         for name in names:
-            of_baselines = "; ".join(number(result[baseline].get(name)) for baseline in baselines)
+            of_baselines = "; ".join(format_number(result[baseline].get(name)) for baseline in baselines)
             cells.append(f"{score_with_interval(result, name)} ({of_baselines})")
         rows.append([_input(result), str(result["num_sessions"]), *cells])
     columns = [f"{name} ({'; '.join(baselines)})" for name in names]
@@ -95,25 +95,25 @@ def _print(results: list[dict[str, Any]], title: str) -> None:
 
 def _print_partial(results: list[dict[str, Any]], lost: list[float], title: str) -> None:
     """One row per subset with the drop of the headline score against full input, and what the baselines reach."""
-    from brainfound.cli.terminal import number, print_table, score_with_interval
-    from brainfound.metrics.scores import HEADLINE
-    from brainfound.metrics.summaries import baselines_of
+    from brainfound.cli.terminal import format_number, print_table, score_with_interval
+    from brainfound.metrics.scores import PRIMARY_METRIC
+    from brainfound.metrics.summaries import get_baselines
 
-    names, baselines = _in_tables(results[0]), list(baselines_of(results[0]))
-    headline = HEADLINE[results[0]["task"]]
+    names, baselines = _select_metrics(results[0]), list(get_baselines(results[0]))
+    headline = PRIMARY_METRIC[results[0]["task"]]
     rows = []
     for result, drop in zip(results, lost, strict=True):
         scores = [score_with_interval(result, name) for name in names]
-        of_baselines = [number(result[baseline].get(headline)) for baseline in baselines]
-        rows.append([_input(result), str(result["num_sessions"]), *scores, number(drop), *of_baselines])
+        of_baselines = [format_number(result[baseline].get(headline)) for baseline in baselines]
+        rows.append([_input(result), str(result["num_sessions"]), *scores, format_number(drop), *of_baselines])
     columns = [*names, f"drop in {headline}", *(f"{baseline} {headline}" for baseline in baselines)]
     print_table(["input", "sessions", *columns], rows, title=title)
 
 
-def _in_tables(result: dict[str, Any]) -> list[str]:
-    from brainfound.metrics.scores import IN_TABLES
+def _select_metrics(result: dict[str, Any]) -> list[str]:
+    from brainfound.metrics.scores import TABLE_METRICS
 
-    return [name for name in IN_TABLES[result["task"]] if name in result["scores"]]
+    return [name for name in TABLE_METRICS[result["task"]] if name in result["scores"]]
 
 
 def _input(result: dict[str, Any]) -> str:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from brainfound.cli.predict import IMAGES, Inputs, end_cohort
-from brainfound.cli.terminal import Hooks, Quiet, note, progress_bar, words
+from brainfound.cli.predict import IMAGES, Inputs, exit_for_cohort
+from brainfound.cli.terminal import Hooks, Quiet, parse_list, print_note, progress_bar
 
 if TYPE_CHECKING:
     from brainfound.inference.predictor import Predictor
@@ -41,7 +41,9 @@ def explain(
     from brainfound.inference.loading import load
 
     predictor = load(model, device, hook or ())
-    methods = choose_methods(predictor.model, predictor.target, None if method is None else words(method), class_name)
+    methods = choose_methods(
+        predictor.model, predictor.target, None if method is None else parse_list(method), class_name
+    )
     paths, named = parse_inputs(inputs)
     if not named and len(paths) == 1 and not paths[0].name.endswith(IMAGES):
         _explain_cohort(predictor, paths[0], out, methods, class_name, overwrite, quiet)
@@ -51,7 +53,7 @@ def explain(
     for path in explanation.save(out, first.name.split(".")[0]):
         print(path)
     for line in explanation.notes:
-        note(line)
+        print_note(line)
 
 
 def _explain_cohort(
@@ -64,7 +66,7 @@ def _explain_cohort(
     quiet: bool,
 ) -> None:
     from brainfound.cli.terminal import print_table
-    from brainfound.inference.explanation_cohort import explain as explain_cohort
+    from brainfound.inference.explanation_cohort import explain_cohort
 
     with progress_bar("explaining sessions", quiet) as progress:
         outcomes = explain_cohort(
@@ -74,4 +76,4 @@ def _explain_cohort(
     print_table(("subject", "session", "maps"), rows)
     failed = [o.reason for o in outcomes if o.explanation is None and o.reason != "already done"]
     rejected = [(o.subject, line) for o in outcomes if o.explanation is not None for line in o.explanation.rejected]
-    end_cohort(len(outcomes), failed, rejected)
+    exit_for_cohort(len(outcomes), failed, rejected)

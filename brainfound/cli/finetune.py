@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from brainfound.cli.terminal import KeepIds, Overrides, Quiet, numbers_or_all, typed_command, words
+from brainfound.cli.terminal import KeepIds, Overrides, Quiet, get_command_line, parse_counts, parse_list
 from brainfound.errors import UsageError
 
 if TYPE_CHECKING:
     from brainfound.experiments.folder import ExperimentFolder
-    from brainfound.experiments.systems import System
+    from brainfound.experiments.systems import SystemSpec
 
 
 def finetune(
@@ -50,9 +50,9 @@ def finetune(
     --subjects, --leave-site-out, --seeds, --partial-input, or several --model or --adapter there are many runs, and
     a page, report.md, of their scores, the spread and the comparison.
     """
-    from brainfound.experiments.systems import systems_of
+    from brainfound.experiments.systems import parse_systems
 
-    systems = systems_of(model, adapter or ())
+    systems = parse_systems(model, adapter or ())
     if folds or shots or subjects or leave_site_out or seeds or partial_input or len(systems) > 1:
         if fold is not None:
             raise UsageError("one fold and many runs", where="--fold", got=fold, remedy="Leave one of them out")
@@ -62,10 +62,10 @@ def finetune(
                 where="--partial-input",
                 remedy="Give one --model and one --adapter, and neither --shots nor --subjects",
             )
-        wishes = {
+        fold_options = {
             "folds": _num_folds(folds, split),
-            "shots": numbers_or_all("--shots", shots),
-            "num_subjects": numbers_or_all("--subjects", subjects),
+            "shots": parse_counts("--shots", shots),
+            "num_subjects": parse_counts("--subjects", subjects),
             "leave_site_out": leave_site_out,
         }
         options: dict[str, Any] = {
@@ -73,10 +73,10 @@ def finetune(
             "resume": resume,
             "keep_ids": keep_ids,
             "overrides": list(set_ or ()),
-            "command": typed_command(),
+            "command": get_command_line(),
             "quiet": quiet,
         }
-        _repeat(recipe, data, systems, target, out, split, wishes, folds == "all", partial_input, options)
+        _run_experiment(recipe, data, systems, target, out, split, fold_options, folds == "all", partial_input, options)
         return
     (system,) = systems
     from accelerate import PartialState
@@ -107,14 +107,14 @@ def finetune(
         print(folder / "export")
 
 
-def _repeat(
+def _run_experiment(
     recipe: str,
     data: Path,
-    systems: list[System],
+    systems: list[SystemSpec],
     target: str,
     out: Path | None,
     split: Path | None,
-    wishes: dict[str, Any],
+    fold_options: dict[str, Any],
     every_fold: bool,
     partial_input: bool,
     options: dict[str, Any],
@@ -123,13 +123,13 @@ def _repeat(
 
     from brainfound.data.store import Store
     from brainfound.experiments.folder import PAGE_FILE, ExperimentFolder
-    from brainfound.experiments.runs import finetune_subsets, finetune_systems, folds_for
+    from brainfound.experiments.runs import finetune_subsets, finetune_systems, make_folds
     from brainfound.finetuning.recipe import resolve_recipe
 
     store = Store.open(data)
     content = resolve_recipe(recipe, systems[0].adapter, options["overrides"])
     folder = out or Path("runs") / content.name
-    parts = folds_for(content, store, target, file=split, **wishes)
+    parts = make_folds(content, store, target, file=split, **fold_options)
     if split is not None and len(parts.folds) > 1 and not every_fold:
         raise UsageError("the split file holds several folds", where=split, remedy="Give --folds all, or another file")
     if partial_input:
@@ -143,25 +143,25 @@ def _repeat(
 
 def _print(experiment: ExperimentFolder) -> None:
     """The scores of an experiment as a table; the page has the rest."""
-    from brainfound.cli.terminal import number, print_table
+    from brainfound.cli.terminal import format_number, print_table
 
     partial = experiment.summary.get("partial_input")
-    rows = partial or experiment.rows_in_tables
+    rows = partial or experiment.table_rows
     named = ["contrasts", "absence"] if partial else [*(["system"] if "system" in rows[0] else []), "group"]
     named += ["score"]
-    words = {"group": "runs on", "absence": "others absent in"}
+    parse_list = {"group": "runs on", "absence": "others absent in"}
     after = ["drop"] if partial else []
     print_table(
         [
-            *(words.get(name, name) for name in named),
+            *(parse_list.get(name, name) for name in named),
             *("mean", "± over folds", "± over seeds", *after, "range", *experiment.baselines, "folds", "seeds"),
         ],
         [
             [
                 *(str(row[name]) for name in named),
-                *(number(row[name]) for name in ("mean", "std_folds", "std_seeds", *after)),
-                f"{number(row['lowest'])} to {number(row['highest'])}",
-                *(number(row.get(name)) for name in experiment.baselines),
+                *(format_number(row[name]) for name in ("mean", "std_folds", "std_seeds", *after)),
+                f"{format_number(row['lowest'])} to {format_number(row['highest'])}",
+                *(format_number(row.get(name)) for name in experiment.baselines),
                 str(row["num_folds"]),
                 str(row["num_seeds"]),
             ]
@@ -185,6 +185,6 @@ def _num_folds(text: str | None, split: Path | None) -> int | None:
 def _seeds(text: str | None) -> list[int] | None:
     if text is None:
         return None
-    if not words(text) or not all(word.isdecimal() for word in words(text)):
+    if not parse_list(text) or not all(word.isdecimal() for word in parse_list(text)):
         raise UsageError("not a list of seeds", where="--seeds", got=text, expected="0,1,2")
-    return [int(word) for word in words(text)]
+    return [int(word) for word in parse_list(text)]

@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from brainfound.cli.terminal import note
+from brainfound.cli.terminal import print_note
 from brainfound.errors import EXIT_FAILED, EXIT_USAGE, BrainFoundError
 
 VERBS = (
@@ -35,7 +35,7 @@ VERBS = (
     "doctor",
 )
 EXIT_INTERRUPTED = 130
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 """Faults of a disk that come from writing into an open file, and so without its name."""
 
 _PACKAGE = Path(__file__).parents[1]
@@ -79,36 +79,38 @@ def main() -> None:
     if not sys.warnoptions:
         # Libraries tell programmers what will change; who types a command can do nothing about it.
         warnings.simplefilter("ignore", FutureWarning)
-    warnings.formatwarning = _formatted
+    warnings.formatwarning = _format_user_warning
     try:
         # Without click's standalone mode `typer.Exit(code)` comes back as the return value.
         code = app(prog_name="brainfound", standalone_mode=False)
         sys.stdout.flush()
         if code == EXIT_INTERRUPTED:  # so newer typer tells of Ctrl-C, an older one raises `Abort`
-            _end("interrupted", EXIT_INTERRUPTED)
+            _exit_with("interrupted", EXIT_INTERRUPTED)
     except BrainFoundError as error:
-        _end(str(error), error.exit_code)
+        _exit_with(str(error), error.exit_code)
     except BadCommandLine as error:
         command = error.ctx.command_path if getattr(error, "ctx", None) else "brainfound"
         message = error.format_message().strip()
-        _end(f"{message}{'' if message.endswith(('.', '?')) else '.'} Try: {command} --help", EXIT_USAGE)
+        _exit_with(f"{message}{'' if message.endswith(('.', '?')) else '.'} Try: {command} --help", EXIT_USAGE)
     except (KeyboardInterrupt, typer.Abort):
-        _end("interrupted", EXIT_INTERRUPTED)
+        _exit_with("interrupted", EXIT_INTERRUPTED)
     except BrokenPipeError:
         # The reader has gone (`… | head`). What is still buffered must not be written when Python ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_FAILED)
     except OSError as error:
         if error.filename is None:
-            if error.errno not in NO_ROOM:
+            if error.errno not in DISK_ERRNOS:
                 raise
-            _end(f"{error.strerror}. Check the free space and the quota of where you write", EXIT_FAILED)
+            _exit_with(f"{error.strerror}. Check the free space and the quota of where you write", EXIT_FAILED)
         # A full disk, a folder without write permission, a file where a folder should be.
-        _end(f"{error.filename}: {error.strerror}. Check the path, the permissions and the free space", EXIT_FAILED)
+        _exit_with(
+            f"{error.filename}: {error.strerror}. Check the path, the permissions and the free space", EXIT_FAILED
+        )
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _formatted(
+def _format_user_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
     """A warning of our own as a note, without the source line that a programmer would want; others as ever."""
@@ -117,6 +119,6 @@ def _formatted(
     return _format_warning(message, category, filename, lineno, line)
 
 
-def _end(line: str, code: int) -> None:
-    note(line)
+def _exit_with(line: str, code: int) -> None:
+    print_note(line)
     sys.exit(code)

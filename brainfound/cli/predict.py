@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from brainfound.cli.terminal import Hooks, Quiet, note, progress_bar
+from brainfound.cli.terminal import Hooks, Quiet, print_note, progress_bar
 from brainfound.errors import EXIT_FAILED, EXIT_SOME_REJECTED, UsageError
 
 if TYPE_CHECKING:
-    from brainfound.inference.cohort import Outcome
+    from brainfound.inference.cohort import PredictionOutcome
     from brainfound.inference.predictor import Predictor
 
 IMAGES = (".nii", ".nii.gz", ".mgz", ".mgh", ".img", ".hdr")
@@ -44,10 +44,10 @@ def predict(
     from brainfound.inference.segmentation import SegmentationOptions
 
     options = SegmentationOptions(flips=flip, overlap=overlap, min_volume_mm3=min_volume_mm3)
-    answer(load(model, device, hook or (), options), inputs, out, probabilities, overwrite, quiet)
+    predict_inputs(load(model, device, hook or (), options), inputs, out, probabilities, overwrite, quiet)
 
 
-def answer(
+def predict_inputs(
     predictor: Predictor, inputs: list[str], out: Path, probabilities: bool, overwrite: bool, quiet: bool
 ) -> None:
     """Ask a predictor about one session or a cohort, write and print its answers."""
@@ -71,7 +71,7 @@ def answer(
     for path in prediction.save(out, name, probabilities=probabilities):
         print(path)
     for line in prediction.notes:
-        note(line)
+        print_note(line)
 
 
 def _answer_cohort(
@@ -87,10 +87,10 @@ def _answer_cohort(
     print_table(("subject", "session", "answer"), [(o.subject, o.session, _summary(o)) for o in outcomes])
     failed = [o.reason for o in outcomes if o.prediction is None and o.reason != "already done"]
     rejected = [(o.subject, line) for o in outcomes if o.prediction is not None for line in o.prediction.rejected]
-    end_cohort(len(outcomes), failed, rejected)
+    exit_for_cohort(len(outcomes), failed, rejected)
 
 
-def end_cohort(num_sessions: int, failed: list[str], rejected: list[tuple[str, str]]) -> None:
+def exit_for_cohort(num_sessions: int, failed: list[str], rejected: list[tuple[str, str]]) -> None:
     """Say what a cohort lacks, and end with the exit code for it; return where it lacks nothing.
 
     Args:
@@ -98,26 +98,26 @@ def end_cohort(num_sessions: int, failed: list[str], rejected: list[tuple[str, s
         rejected: subjects, and why scans of theirs could not be used.
     """
     if failed:
-        note(f"{len(failed)} of {num_sessions} sessions could not be done; the first: {failed[0]}")
+        print_note(f"{len(failed)} of {num_sessions} sessions could not be done; the first: {failed[0]}")
         raise typer.Exit(EXIT_FAILED if len(failed) == num_sessions else EXIT_SOME_REJECTED)
     if rejected:
-        note(f"all sessions done, but {len(rejected)} scans rejected; the first: {': '.join(rejected[0])}")
+        print_note(f"all sessions done, but {len(rejected)} scans rejected; the first: {': '.join(rejected[0])}")
         raise typer.Exit(EXIT_SOME_REJECTED)
 
 
-def _summary(outcome: Outcome) -> str:
+def _summary(outcome: PredictionOutcome) -> str:
     if outcome.prediction is None:
         return outcome.reason
-    answer = outcome.prediction.answer
+    predict_inputs = outcome.prediction.answer
     missing = f" (without {', '.join(outcome.prediction.missing)})" if outcome.prediction.missing else ""
-    if "class" in answer:
-        return f"{answer['class']} {answer['probabilities'][answer['class']]:.2f}{missing}"
-    if "present" in answer:
-        return (", ".join(answer["present"]) or f"none of {answer['target']}") + missing
-    if "value" in answer:
-        ends = answer.get("interval")
+    if "class" in predict_inputs:
+        return f"{predict_inputs['class']} {predict_inputs['probabilities'][predict_inputs['class']]:.2f}{missing}"
+    if "present" in predict_inputs:
+        return (", ".join(predict_inputs["present"]) or f"none of {predict_inputs['target']}") + missing
+    if "value" in predict_inputs:
+        ends = predict_inputs.get("interval")
         interval = f" [{ends['low']:.2f}, {ends['high']:.2f}]" if ends else ""
-        return f"{answer['target']} {answer['value']:.2f}{interval}{missing}"
-    if "volumes_mm3" in answer:
-        return ", ".join(f"{name} {volume:.0f} mm³" for name, volume in answer["volumes_mm3"].items()) + missing
-    return f"{answer['dimensions']} dimensions{missing}"
+        return f"{predict_inputs['target']} {predict_inputs['value']:.2f}{interval}{missing}"
+    if "volumes_mm3" in predict_inputs:
+        return ", ".join(f"{name} {volume:.0f} mm³" for name, volume in predict_inputs["volumes_mm3"].items()) + missing
+    return f"{predict_inputs['dimensions']} dimensions{missing}"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from brainfound.cli.terminal import Hooks, KeepIds, Overrides, Quiet, note, progress_bar
+from brainfound.cli.terminal import Hooks, KeepIds, Overrides, Quiet, print_note, progress_bar
 from brainfound.errors import EXIT_SOME_REJECTED
 
 if TYPE_CHECKING:
@@ -77,14 +77,16 @@ def _report(made: Store, folder: Path, keep_ids: bool) -> None:
     if len(made.unused_files):
         print(f"{len(made.unused_files)} files of the source are no scans of the cohort, see {folder / 'rejected.tsv'}")
     for line in made.facts.get("source_notes", ()):
-        note(f"the source: {line}")
+        print_note(f"the source: {line}")
     noted = int((made.quality["notes"] != "").sum())
     if noted:
-        note(f"{noted} scans with notes, see {folder / 'quality.tsv'} and contact_sheet.png")
+        print_note(f"{noted} scans with notes, see {folder / 'quality.tsv'} and contact_sheet.png")
     for group in made.duplicates:
-        note(f"the sessions {', '.join(map(str, group))} have the same images: keep them in one part of a split")
+        print_note(f"the sessions {', '.join(map(str, group))} have the same images: keep them in one part of a split")
     if len(made.rejected):
         first = made.rejected.iloc[0]
         which = f"{first.file}: " if keep_ids else ""
-        note(f"{len(made.rejected)} files rejected, see {folder / 'rejected.tsv'}; the first: {which}{first.reason}")
+        print_note(
+            f"{len(made.rejected)} files rejected, see {folder / 'rejected.tsv'}; the first: {which}{first.reason}"
+        )
         raise typer.Exit(EXIT_SOME_REJECTED)

@@ -30,7 +30,7 @@ def probe(
     Where subjects have two sessions, also how alike these are (ICC), and how often the nearest other session is of the
     same subject.
     """
-    from brainfound.cli.terminal import number, print_table
+    from brainfound.cli.terminal import format_number, print_table
     from brainfound.inference.probing import probe as run
 
     with progress_bar("embedding sessions", quiet) as progress:
@@ -42,19 +42,25 @@ def probe(
     if found.probed is not None:
         of = found.probed
         label_words = {"balanced_accuracy": "balanced accuracy", "r2": "R²"}[of.label_metric]
-        rows.append([str(label), label_words, _with_ends(of.label), number(of.label_chance), str(found.num_probed)])
-        rows.append([site, "balanced accuracy", _with_ends(of.site), number(of.site_chance), str(found.num_probed)])
+        rows.append(
+            [str(label), label_words, _with_ends(of.label), format_number(of.label_chance), str(found.num_probed)]
+        )
+        rows.append(
+            [site, "balanced accuracy", _with_ends(of.site), format_number(of.site_chance), str(found.num_probed)]
+        )
     if found.retest is not None:
         sessions = str(2 * found.retest.num_subjects)
-        rows.append(["the subject", "nearest session", number(found.retest.identification),
-                     number(found.retest.chance), sessions])  # fmt: skip
-        rows.append(["test and retest", "median ICC", number(found.retest.median_icc), number(0.0), sessions])
+        rows.append(["the subject", "nearest session", format_number(found.retest.identification),
+                     format_number(found.retest.chance), sessions])  # fmt: skip
+        rows.append(
+            ["test and retest", "median ICC", format_number(found.retest.median_icc), format_number(0.0), sessions]
+        )
     print_table(
         ["what they tell", "score", "value (95% interval)", "knowing nothing", "sessions"], rows, title=str(model)
     )
 
 
 def _with_ends(interval: Interval) -> str:
-    from brainfound.cli.terminal import number
+    from brainfound.cli.terminal import format_number
 
-    return f"{number(interval.estimate)} ({number(interval.low)} to {number(interval.high)})"
+    return f"{format_number(interval.estimate)} ({format_number(interval.low)} to {format_number(interval.high)})"

@@ -15,6 +15,6 @@ def report(
 
     No model and no store is needed. Of an experiment that is not finished the page says how far it is.
     """
-    from brainfound.experiments.page import write_page
+    from brainfound.experiments.page import write_experiment_page
 
-    print(write_page(folder))
+    print(write_experiment_page(folder))

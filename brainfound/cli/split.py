@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from brainfound.cli.terminal import AsJson, note, numbers_or_all, words
+from brainfound.cli.terminal import AsJson, parse_counts, parse_list, print_note
 from brainfound.errors import UsageError
 
 if TYPE_CHECKING:
@@ -39,22 +39,22 @@ def split(
     together.
     """
     from brainfound.data.store import Store
-    from brainfound.finetuning.splits import adopt_split, make_split
+    from brainfound.finetuning.splits import make_split, split_from_file
 
     opened = Store.open(store)
-    columns = words(stratify)
+    columns = parse_list(stratify)
     if from_ is not None:
         if folds or shots or subjects or leave_site_out or target:
             raise UsageError("the parts of a file are taken as they are", where="--from", remedy="Leave out the rest")
-        made = adopt_split(opened, from_, columns)
+        made = split_from_file(opened, from_, columns)
     else:
         made = make_split(
             opened,
             test=test,
             validation=validation,
             folds=folds,
-            shots=numbers_or_all("--shots", shots),
-            num_subjects=numbers_or_all("--subjects", subjects),
+            shots=parse_counts("--shots", shots),
+            num_subjects=parse_counts("--subjects", subjects),
             leave_site_out=leave_site_out,
             target=target,
             stratify=columns or None,
@@ -67,9 +67,9 @@ def split(
     else:
         _print(rows, out)
     for site in made.made.get("sites_without_fold", ()):
-        note(f"site {site} has no fold: all of its subjects were seen at another site too")
+        print_note(f"site {site} has no fold: all of its subjects were seen at another site too")
     if linked := made.made.get("num_linked_subjects", 0):
-        note(f"{linked} subjects have an image of another subject: kept in one part with it")
+        print_note(f"{linked} subjects have an image of another subject: kept in one part with it")
 
 
 def _write(made: Split, out: Path, overwrite: bool) -> None:

@@ -45,26 +45,26 @@ KeepIds = Annotated[bool, typer.Option("--keep-ids", help="Show identifiers and 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def words(text: str | None) -> list[str]:
+def parse_list(text: str | None) -> list[str]:
     """The parts of a list with commas."""
     return [word.strip() for word in (text or "").split(",") if word.strip()]
 
 
-def numbers_or_all(option: str, text: str | None) -> list[int | None]:
+def parse_counts(option: str, text: str | None) -> list[int | None]:
     """``"1,5,all"`` → [1, 5, None].
 
     Raises:
         UsageError: a part is neither.
     """
-    if text is not None and not words(text):
+    if text is not None and not parse_list(text):
         raise UsageError("an empty list", where=option, expected="1,5,10 or 1,5,all")
     try:
-        return [None if word == "all" else int(word) for word in words(text)]
+        return [None if word == "all" else int(word) for word in parse_list(text)]
     except ValueError:
         raise UsageError("not a list of whole numbers", where=option, got=text, expected="1,5,10 or 1,5,all") from None
 
 
-def typed_command() -> str:
+def get_command_line() -> str:
     """What was typed, for a page that others read: of paths only the last part."""
     return shlex.join(["brainfound", *(_without_folders(word) for word in sys.argv[1:])])
 
@@ -79,7 +79,7 @@ def _without_folders(word: str) -> str:
     return before + equals + "/".join(here.parts[-2:] if here.name == "export" else here.parts[-1:])
 
 
-def note(line: str) -> None:
+def print_note(line: str) -> None:
     """One line on standard error: what the user should know beside the results."""
     print("brainfound: " + " ".join(line.split()), file=sys.stderr)
 
@@ -107,7 +107,7 @@ FEW_SUBJECTS = 20
 """Below so many subjects a bootstrap interval is too narrow more often than it says."""
 
 
-def number(value: float | None, digits: int = 3) -> str:
+def format_number(value: float | None, digits: int = 3) -> str:
     """A score as text; an undefined one as a dash."""
     return "–" if value is None else f"{value:.{digits}f}"
 
@@ -115,8 +115,8 @@ def number(value: float | None, digits: int = 3) -> str:
 def with_interval(value: float | None, low: float | None, high: float | None, digits: int = 3) -> str:
     """A score with the ends of its interval, where it has one: ``0.812 [0.741, 0.880]``."""
     if low is None or high is None:
-        return number(value, digits)
-    return f"{number(value, digits)} [{number(low, digits)}, {number(high, digits)}]"
+        return format_number(value, digits)
+    return f"{format_number(value, digits)} [{format_number(low, digits)}, {format_number(high, digits)}]"
 
 
 def score_with_interval(result: Mapping[str, Any], name: str) -> str:
@@ -127,13 +127,13 @@ def score_with_interval(result: Mapping[str, Any], name: str) -> str:
 
 def scores_line(result: Mapping[str, Any]) -> str:
     """One line for the scores of a test part with their intervals and baselines."""
-    from brainfound.metrics.scores import IN_TABLES
+    from brainfound.metrics.scores import TABLE_METRICS
 
     baselines = [name for name in ("trivial", "frozen") if name in result]
     parts = []
     for name in result["scores"]:
-        if name in IN_TABLES[result["task"]]:
-            beside = ", ".join(f"{baseline} {number(result[baseline].get(name))}" for baseline in baselines)
+        if name in TABLE_METRICS[result["task"]]:
+            beside = ", ".join(f"{baseline} {format_number(result[baseline].get(name))}" for baseline in baselines)
             parts.append(f"{name} {score_with_interval(result, name)} ({beside})")
     return f"{result['task']}, {result['num_sessions']} sessions: " + ", ".join(parts)
 
@@ -144,10 +144,10 @@ def intervals_line(results: Iterable[Mapping[str, Any]]) -> str | None:
     if not found:
         return None
     counts = [ends["num_subjects"] for intervals in found for ends in intervals["scores"].values()]
-    return about_intervals(min(counts), max(counts), found[0]["confidence"], found[0]["num_resamples"])
+    return describe_intervals(min(counts), max(counts), found[0]["confidence"], found[0]["num_resamples"])
 
 
-def about_intervals(fewest: int, most: int, confidence: float, num_resamples: int) -> str:
+def describe_intervals(fewest: int, most: int, confidence: float, num_resamples: int) -> str:
     """What an interval is, and a warning where it is of few subjects."""
     subjects = str(most) if fewest == most else f"{fewest} to {most}"
     line = f"[…]: {confidence:.0%} interval, bootstrap over {subjects} subjects, {num_resamples} resamples"

@@ -50,12 +50,12 @@ def as_tensor(pixels: Num[np.ndarray, "..."]) -> Tensor:
     return torch.from_numpy(pixels)
 
 
-def unit_range(pixels: Tensor) -> Float[Tensor, "..."]:
+def to_unit_range(pixels: Tensor) -> Float[Tensor, "..."]:
     """Pixels that models take, uint8 or float in 0–1, as floats in 0–1."""
     return pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
 
 
-def even_slices(num_slices: int, wanted: int | None, margin: float = 0.0) -> Int[np.ndarray, "S"]:
+def evenly_spaced_slices(num_slices: int, wanted: int | None, margin: float = 0.0) -> Int[np.ndarray, "S"]:
     """Indices of up to ``wanted`` evenly spaced slices, each in the middle of its share of the stack.
 
     Args:
@@ -100,7 +100,7 @@ def collate(stacks: Sequence[Stack], slices: Sequence[np.ndarray] | None = None)
     )
 
 
-def without_contrasts(stack: Stack, absent: Sequence[str]) -> Stack:
+def remove_contrasts(stack: Stack, absent: Sequence[str]) -> Stack:
     """The stack as if some contrasts had not been scanned.
 
     Raises:

@@ -90,7 +90,7 @@ class Hook(Recipe):
 
     @field_validator("command", "version_command")
     @classmethod
-    def _splittable(cls, value: str | None) -> str | None:
+    def _check_command(cls, value: str | None) -> str | None:
         if value is None:
             return None
         try:
@@ -107,7 +107,7 @@ class Hook(Recipe):
         return value
 
     @model_validator(mode="after")
-    def _fitting_placeholders(self) -> Hook:
+    def _check_placeholders(self) -> Hook:
         found = re.findall(r"\{[A-Za-z_]*\}", self.command)
         unknown = [name for name in found if name not in PLACEHOLDERS]
         if unknown:
@@ -144,7 +144,7 @@ _HD_BET: dict[str, Any] = {
     "licence": "Apache-2.0",
 }
 
-READY: dict[str, Hook] = {
+BUILTIN_HOOKS: dict[str, Hook] = {
     hook.name: hook
     for hook in (
         Hook(
@@ -171,7 +171,7 @@ READY: dict[str, Hook] = {
 
 
 def load_hooks(names_or_files: Iterable[str | Path | Hook]) -> tuple[Hook, ...]:
-    """Hooks by name (see `READY`), from YAML files, or written out as a command with ``{input}`` and ``{output}``.
+    """Hooks by name (see `BUILTIN_HOOKS`), from YAML files, or written out as a command with ``{input}`` and ``{output}``.
 
     Hooks that are loaded already are taken as they are, and checked with the others.
 
@@ -195,15 +195,15 @@ def load_hooks(names_or_files: Iterable[str | Path | Hook]) -> tuple[Hook, ...]:
 
 
 def _load_hook(item: str) -> Hook:
-    if item in READY:
-        return READY[item]
+    if item in BUILTIN_HOOKS:
+        return BUILTIN_HOOKS[item]
     if "{input}" in item:
         step = "register" if "{reference}" in item else "other"
         name = Path(item.split()[0]).name
         return validate(Hook, {"name": name, "command": item, "step": step}, where="hook")
     file = Path(item)
     if file.suffix not in (".yaml", ".yml"):
-        raise UsageError(f"no hook named {item!r}", where="hook", remedy=did_you_mean(item, READY))
+        raise UsageError(f"no hook named {item!r}", where="hook", remedy=did_you_mean(item, BUILTIN_HOOKS))
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -231,7 +231,7 @@ def require_tools(hooks: Iterable[Hook]) -> None:
             )
 
 
-def describe(hooks: Iterable[Hook]) -> list[dict[str, Any]]:
+def describe_hooks(hooks: Iterable[Hook]) -> list[dict[str, Any]]:
     """What was done, for store.json: name, step, command, contrasts, the tool's version, citation, and a hash.
 
     Folders are left out of the command, since they may name people; the hash is of the hook as it was given.
@@ -333,10 +333,10 @@ def run_hook(scan_path: Path, hook: Hook, folder: Path, reference: Path | None =
     """
     scan_path = Path(scan_path)
     folder.mkdir(parents=True)
-    files = {"input": neutral_copy(scan_path, folder / "input.nii.gz"), "output": folder / "output.nii.gz"}
+    files = {"input": anonymised_copy(scan_path, folder / "input.nii.gz"), "output": folder / "output.nii.gz"}
     if hook.step == "register":
         assert reference is not None, "a registration needs a reference scan"
-        files["reference"] = neutral_copy(reference, folder / "reference.nii.gz")
+        files["reference"] = anonymised_copy(reference, folder / "reference.nii.gz")
     _execute(hook, hook.words(**files), folder, scan_path.name)
     output = files["output"]
     if not output.is_file():
@@ -359,7 +359,7 @@ def run_hook(scan_path: Path, hook: Hook, folder: Path, reference: Path | None =
     return output.rename(folder / "result" / f"{_stem(scan_path)}.nii.gz")
 
 
-def neutral_copy(source: Path, target: Path) -> Path:
+def anonymised_copy(source: Path, target: Path) -> Path:
     """A scan as ``.nii.gz`` under a name that says nothing; voxels and affine stay as they are.
 
     It is a copy, so that a tool cannot change the user's file.

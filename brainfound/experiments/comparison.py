@@ -18,7 +18,7 @@ import pandas as pd
 from brainfound.data.store import Store
 from brainfound.errors import UsageError
 from brainfound.finetuning.scoring import CASES_FILE, FROZEN_CASES_FILE, SUBJECT_ROW
-from brainfound.metrics.scores import IN_TABLES
+from brainfound.metrics.scores import TABLE_METRICS
 from brainfound.training.run_folder import FACTS_FILE
 
 RUNS_FILE = "scores.tsv"
@@ -41,7 +41,7 @@ class ComparedRuns:
     metrics: list[str]
 
 
-def read_systems(folders: Sequence[Path], *, frozen: bool = False, store: Store | None = None) -> ComparedRuns:
+def read_compared_runs(folders: Sequence[Path], *, frozen: bool = False, store: Store | None = None) -> ComparedRuns:
     """Read what is to be compared.
 
     Args:
@@ -58,7 +58,7 @@ def read_systems(folders: Sequence[Path], *, frozen: bool = False, store: Store 
     twice = [folder for k, folder in enumerate(folders) if places[k] in places[:k]]
     if twice:
         raise UsageError("the same runs twice", where=twice[0], remedy="Give each folder once")
-    found = {name: seeds for folder in folders for name, seeds in _systems_in(folder).items()}
+    found = {name: seeds for folder in folders for name, seeds in _find_systems(folder).items()}
     if len(found) + frozen < 2:
         remedy = "Give two runs or more, or --frozen for the frozen baseline"
         raise UsageError(
@@ -66,9 +66,9 @@ def read_systems(folders: Sequence[Path], *, frozen: bool = False, store: Store 
         )
     runs = {name: [run for seed in seeds for run in seed] for name, seeds in found.items()}
     facts = {name: [_facts(run) for run in of_system] for name, of_system in runs.items()}
-    _require_one_question(facts)
-    by_name = len({fact["data_hash"] for of_system in facts.values() for fact in of_system}) > 1
-    if by_name and store is not None:
+    _require_same_task_and_target(facts)
+    match_by_name = len({fact["data_hash"] for of_system in facts.values() for fact in of_system}) > 1
+    if match_by_name and store is not None:
         raise UsageError("the runs are of several stores", where="--data", remedy="Leave it out")
     first = next(iter(found))
     if store is not None and store.content_hash != facts[first][0]["data_hash"]:
@@ -76,17 +76,18 @@ def read_systems(folders: Sequence[Path], *, frozen: bool = False, store: Store 
     asked = [(f"{first}, frozen", found[first], FROZEN_CASES_FILE)] if frozen else []
     asked += [(name, seeds, CASES_FILE) for name, seeds in found.items()]
     systems = {
-        name: [_table([run / file for run in seed], by_name, store) for seed in seeds] for name, seeds, file in asked
+        name: [_table([run / file for run in seed], match_by_name, store) for seed in seeds]
+        for name, seeds, file in asked
     }
     target = facts[first][0]["target"]
     tables = [table for seeds in systems.values() for table in seeds]
     return ComparedRuns(systems, target["task"], target["column"], _metrics(target["task"], tables))
 
 
-def _systems_in(folder: Path) -> dict[str, list[list[Path]]]:
+def _find_systems(folder: Path) -> dict[str, list[list[Path]]]:
     """Name → for each seed the runs of all folds."""
     if (folder / RUNS_FILE).is_file():
-        return _systems_of_many(folder)
+        return _read_experiment_systems(folder)
     if (folder / CASES_FILE).is_file():
         return {str(folder): [[folder]]}
     seeds = sorted(path.parent for path in folder.glob(f"seed-*/{CASES_FILE}"))
@@ -100,7 +101,7 @@ def _systems_in(folder: Path) -> dict[str, list[list[Path]]]:
     return {str(folder): [[run] for run in seeds]}
 
 
-def _systems_of_many(folder: Path) -> dict[str, list[list[Path]]]:
+def _read_experiment_systems(folder: Path) -> dict[str, list[list[Path]]]:
     table = pd.read_csv(folder / RUNS_FILE, sep="\t", dtype={"system": str, "group": str, "fold": str, "run": str})
     several = "system" in table and table["system"].nunique() > 1
     systems = {}
@@ -138,7 +139,7 @@ def _facts(run: Path) -> dict[str, Any]:
         ) from None
 
 
-def _require_one_question(facts: dict[str, list[dict[str, Any]]]) -> None:
+def _require_same_task_and_target(facts: dict[str, list[dict[str, Any]]]) -> None:
     """Refuse other tasks and other targets."""
     first, *_ = facts
     expected = facts[first][0]["target"]
@@ -149,11 +150,11 @@ def _require_one_question(facts: dict[str, list[dict[str, Any]]]) -> None:
                 raise UsageError(f"{what} than {first}", where=name, got=other[0], expected=expected[key])
 
 
-def _table(files: Sequence[Path], by_name: bool, store: Store | None) -> pd.DataFrame:
+def _table(files: Sequence[Path], match_by_name: bool, store: Store | None) -> pd.DataFrame:
     """The cases of one seed, each known by its subject and its session."""
     cases = pd.concat([_read(file) for file in files], ignore_index=True)
     where = files[0]
-    if by_name:
+    if match_by_name:
         if not {"subject", "session"} <= set(cases.columns):
             raise UsageError(
                 "the runs are of different stores, and the rows of one say nothing of the other's",
@@ -195,5 +196,5 @@ def _read(file: Path) -> pd.DataFrame:
 def _metrics(task: str, tables: Sequence[pd.DataFrame]) -> list[str]:
     """The metrics that tables show; of a segmentation those that every system has a case for."""
     if task != "segmentation":
-        return list(IN_TABLES[task])
-    return [name for name in IN_TABLES[task] if all(name in t and t[name].notna().any() for t in tables)]
+        return list(TABLE_METRICS[task])
+    return [name for name in TABLE_METRICS[task] if all(name in t and t[name].notna().any() for t in tables)]

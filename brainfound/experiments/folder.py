@@ -22,7 +22,7 @@ import pandas as pd
 
 from brainfound.errors import BrainFoundError, UsageError
 from brainfound.metrics.comparison import compare
-from brainfound.metrics.scores import IN_TABLES
+from brainfound.metrics.scores import TABLE_METRICS
 
 SCHEMA = "brainfound-experiment/1"
 SUMMARY_FILE, TABLE_FILE, CASES_FILE = "summary.json", "scores.tsv", "cases.tsv"
@@ -95,9 +95,9 @@ class ExperimentFolder:
         return [entry["name"] for entry in self.summary.get("systems", ()) if entry["name"]]
 
     @property
-    def rows_in_tables(self) -> list[dict[str, Any]]:
+    def table_rows(self) -> list[dict[str, Any]]:
         """The rows of the summary's scores that a table has room for, with those of single labels and structures."""
-        shown = IN_TABLES[self.summary["task"]]
+        shown = TABLE_METRICS[self.summary["task"]]
         headlines = tuple(f"{name}(" for name in shown[:1])
         return [r for r in self.summary["scores"] if r["score"] in shown or r["score"].startswith(headlines)]
 

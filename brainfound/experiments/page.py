@@ -25,7 +25,7 @@ from matplotlib.ticker import NullFormatter
 from brainfound.experiments.folder import COMPARISON_FILE, FIGURE_FILE, PAGE_FILE, ExperimentFolder
 from brainfound.metrics.scores import HIGHER_IS_BETTER
 from brainfound.metrics.summaries import TRIVIAL
-from brainfound.report.cards import count, number, p_value, table
+from brainfound.report.cards import format_count, format_number, format_p_value, format_table
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -38,8 +38,8 @@ def draw_figure(experiment: ExperimentFolder) -> Path | None:
     """Draw report.png into the folder; None where there is nothing to see in a picture: fewer than two scores."""
     rows = pd.DataFrame(experiment.summary["scores"])
     partial = pd.DataFrame(experiment.summary.get("partial_input", []))
-    table = experiment.table
-    if partial.empty and (table.empty or table[experiment.headline].notna().sum() < 2):
+    format_table = experiment.table
+    if partial.empty and (format_table.empty or format_table[experiment.headline].notna().sum() < 2):
         return None
     figure = Figure(figsize=(6.4, 3.6), dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)
@@ -49,7 +49,7 @@ def draw_figure(experiment: ExperimentFolder) -> Path | None:
     elif rows["group"].nunique() > 1:
         _curve(figure.add_subplot(), rows[rows["score"] == experiment.headline], experiment)
     else:
-        _points(figure.add_subplot(), table, experiment)
+        _points(figure.add_subplot(), format_table, experiment)
     path = experiment.path / FIGURE_FILE
     # Written beside and renamed, so that a reader never sees half a picture.
     temporary = path.with_name(f".{path.name}.partial")
@@ -81,11 +81,11 @@ def _curve(axes: Axes, rows: pd.DataFrame, experiment: ExperimentFolder) -> None
     _finish(axes)
 
 
-def _points(axes: Axes, table: pd.DataFrame, experiment: ExperimentFolder) -> None:
+def _points(axes: Axes, format_table: pd.DataFrame, experiment: ExperimentFolder) -> None:
     """One point per run, its fold's place from left to right; a bar at the mean of each system."""
-    names = experiment.system_names if "system" in table else []
-    parts = [(name, table[table["system"] == name]) for name in names] if names else [("", table)]
-    folds = list(dict.fromkeys(table["fold"]))
+    names = experiment.system_names if "system" in format_table else []
+    parts = [(name, format_table[format_table["system"] == name]) for name in names] if names else [("", format_table)]
+    folds = list(dict.fromkeys(format_table["fold"]))
     place = dict(zip(folds, np.linspace(-0.25, 0.25, len(folds)) if len(folds) > 1 else [0.0], strict=True))
     for k, (_, part) in enumerate(parts):
         x = k + np.array([place[fold] for fold in part["fold"]])
@@ -93,7 +93,7 @@ def _points(axes: Axes, table: pd.DataFrame, experiment: ExperimentFolder) -> No
         axes.scatter(x, y, s=22, color=colour, alpha=0.75, linewidths=0, zorder=3)
         axes.hlines(np.nanmean(y) if not np.isnan(y).all() else np.nan, k - 0.35, k + 0.35, color=colour, linewidth=2)
     for k, name in enumerate(experiment.baselines):
-        level = table[f"{name} {experiment.headline}"].mean()
+        level = format_table[f"{name} {experiment.headline}"].mean()
         axes.axhline(level, color=_BASELINE, linestyle=_LINES[k % len(_LINES)], linewidth=1, label=name)
     axes.set_xticks(range(len(parts)), [name for name, _ in parts], rotation=20 if len(parts) > 4 else 0, fontsize=8)
     axes.set_xlim(-0.6, len(parts) - 0.4)
@@ -141,7 +141,7 @@ _FEW_SESSIONS = 30
 _ABSENCE = {"none": "nothing", "test": "in the test only", "training": "in training too"}
 
 
-def write_page(folder: str | Path) -> Path:
+def write_experiment_page(folder: str | Path) -> Path:
     """Write report.md into the folder of an experiment, with report.png and comparison.tsv where there is something.
 
     Returns:
@@ -160,11 +160,11 @@ def write_page(folder: str | Path) -> Path:
         _question(experiment.summary),
         "## Scores\n\n" + _scores(experiment),
         "" if picture is None else f"![scores in a picture]({picture.name})",
-        _compared(compared),
+        _comparison_section(compared),
         "## Data\n\n" + _data(experiment.summary),
         _settings(experiment.summary),
         "## What to be careful about\n\n" + "\n".join(f"- {line}" for line in _cautions(experiment, compared)),
-        _made_by(experiment.summary),
+        _command_section(experiment.summary),
     ]
     path = experiment.path / PAGE_FILE
     temporary = path.with_name(f".{path.name}.partial")
@@ -174,10 +174,10 @@ def write_page(folder: str | Path) -> Path:
 
 
 def _title(summary: Mapping[str, Any]) -> str:
-    return f"{summary['target']}: {_what(summary)}"
+    return f"{summary['target']}: {_describe_experiment(summary)}"
 
 
-def _what(summary: Mapping[str, Any]) -> str:
+def _describe_experiment(summary: Mapping[str, Any]) -> str:
     kind, split = summary["kind"], summary.get("split", {})
     if kind == "evaluation":
         which = "every subset of the contrasts" if summary.get("partial_input") else "scores"
@@ -222,7 +222,7 @@ def _scores(experiment: ExperimentFolder) -> str:
 
 
 def _score_table(experiment: ExperimentFolder) -> str:
-    rows = experiment.rows_in_tables
+    rows = experiment.table_rows
     several = any("system" in row for row in rows)
     spread = experiment.kind != "evaluation"
     header = [*(["system"] if several else []), "runs on", "score", "mean" if spread else "value"]
@@ -230,17 +230,17 @@ def _score_table(experiment: ExperimentFolder) -> str:
     header += [*experiment.baselines, "learnt from", "tested on"] if spread else [*experiment.baselines, "sessions"]
     lines = []
     for row in rows:
-        line = [*([str(row["system"])] if several else []), row["group"], row["score"], number(row["mean"])]
+        line = [*([str(row["system"])] if several else []), row["group"], row["score"], format_number(row["mean"])]
         if spread:
-            line += [number(row["std_folds"]), number(row["std_seeds"])]
-            line += [f"{number(row['lowest'])} to {number(row['highest'])}"]
-        line += [number(row.get(name)) for name in experiment.baselines]
-        line += [count(row["num_train"])] if spread else []
-        lines.append([*line, count(row["num_test"])])
-    words = [f"{name}: {'higher' if _higher(name) else 'lower'} is better." for name in _names(rows)]
+            line += [format_number(row["std_folds"]), format_number(row["std_seeds"])]
+            line += [f"{format_number(row['lowest'])} to {format_number(row['highest'])}"]
+        line += [format_number(row.get(name)) for name in experiment.baselines]
+        line += [format_count(row["num_train"])] if spread else []
+        lines.append([*line, format_count(row["num_test"])])
+    words = [f"{name}: {'higher' if _higher_is_better(name) else 'lower'} is better." for name in _names(rows)]
     if spread:
         words.append("Sessions are means over runs.")
-    return table(header, lines) + "\n\n" + " ".join(words)
+    return format_table(header, lines) + "\n\n" + " ".join(words)
 
 
 def _partial_table(rows: Sequence[Mapping[str, Any]], experiment: ExperimentFolder) -> str:
@@ -251,12 +251,12 @@ def _partial_table(rows: Sequence[Mapping[str, Any]], experiment: ExperimentFold
     header += [*(["learnt from"] if trained else []), "sessions"]
     lines = []
     for row in rows:
-        line = [row["contrasts"], *([_ABSENCE[row["absence"]]] if trained else []), number(row["mean"])]
-        line += [number(row["std_folds"]), number(row["std_seeds"])] if trained else []
-        line += [number(row["drop"], sign=True), *([number(row["std_drop"])] if trained else [])]
-        line += [number(row.get(name)) for name in experiment.baselines]
-        lines.append([*line, *([count(row["num_train"])] if trained else []), count(row["num_test"])])
-    better = "higher" if _higher(experiment.headline) else "lower"
+        line = [row["contrasts"], *([_ABSENCE[row["absence"]]] if trained else []), format_number(row["mean"])]
+        line += [format_number(row["std_folds"]), format_number(row["std_seeds"])] if trained else []
+        line += [format_number(row["drop"], sign=True), *([format_number(row["std_drop"])] if trained else [])]
+        line += [format_number(row.get(name)) for name in experiment.baselines]
+        lines.append([*line, *([format_count(row["num_train"])] if trained else []), format_count(row["num_test"])])
+    better = "higher" if _higher_is_better(experiment.headline) else "lower"
     rule = (
         "All rows are of the same sessions: the test sessions that have every contrast."
         if trained
@@ -264,12 +264,12 @@ def _partial_table(rows: Sequence[Mapping[str, Any]], experiment: ExperimentFold
         "sessions."
     )
     return (
-        f"{table(header, lines)}\n\n{experiment.headline}: {better} is better. The drop says how much worse it is than "
+        f"{format_table(header, lines)}\n\n{experiment.headline}: {better} is better. The drop says how much worse it is than "
         f"with full input (a negative one: better). {rule}"
     )
 
 
-def _compared(compared: pd.DataFrame) -> str:
+def _comparison_section(compared: pd.DataFrame) -> str:
     if compared.empty:
         return ""
     several = compared["group"].nunique() > 1
@@ -278,14 +278,25 @@ def _compared(compared: pd.DataFrame) -> str:
     lines = []
     for row in compared.to_dict(orient="records"):
         line = [str(row["group"])] if several else []
-        line += [row["system"], number(row["value"]), f"{number(row['low'])} to {number(row['high'])}"]
+        line += [
+            row["system"],
+            format_number(row["value"]),
+            f"{format_number(row['low'])} to {format_number(row['high'])}",
+        ]
         differs = not pd.isna(row["difference"])
-        interval = f"{number(row['difference_low'])} to {number(row['difference_high'])}" if differs else "–"
-        line += [number(row["difference"], sign=True), interval, p_value(row["p"]), p_value(row["p_holm"])]
+        interval = (
+            f"{format_number(row['difference_low'])} to {format_number(row['difference_high'])}" if differs else "–"
+        )
+        line += [
+            format_number(row["difference"], sign=True),
+            interval,
+            format_p_value(row["p"]),
+            format_p_value(row["p_holm"]),
+        ]
         lines.append([*line, str(row["num_cases"]), str(row["num_subjects"])])
     first, metric = compared["system"].iloc[0], compared["metric"].iloc[0]
     return (
-        f"## Against {first}, by {metric}\n\n{table(header, lines)}\n\nThe cases of all test parts together; "
+        f"## Against {first}, by {metric}\n\n{format_table(header, lines)}\n\nThe cases of all test parts together; "
         "scores are means over seeds. Intervals are bootstraps over subjects; p is of a permutation that exchanges two "
         "systems' answers within subjects, corrected by Holm for the number of systems."
     )
@@ -327,7 +338,7 @@ def _settings(summary: Mapping[str, Any]) -> str:
         for entry in summary["systems"]
     ]
     versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
-    described = table(["system", "starts from", "adapter", "contrasts", "set for it alone"], systems)
+    described = format_table(["system", "starts from", "adapter", "contrasts", "set for it alone"], systems)
     return "## Settings\n\n" + "\n".join(lines) + f"\n\n{described}\n\nMade with {versions}."
 
 
@@ -336,8 +347,8 @@ def _cautions(experiment: ExperimentFolder, compared: pd.DataFrame) -> list[str]
     rows = summary.get("partial_input") or summary["scores"]
     tested = min(row["num_test"] for row in rows)
     if tested < _FEW_SESSIONS:
-        lines.append(f"Tested on {count(tested)} sessions at a time: a few answers move the score.")
-    lines += _against_trivial(experiment, rows)
+        lines.append(f"Tested on {format_count(tested)} sessions at a time: a few answers move the score.")
+    lines += _list_not_better_than_trivial(experiment, rows)
     lines += summary.get("notes", ())
     if summary["kind"] == "evaluation":
         return [*lines, "One model, one set of sessions: nothing here says how another training would have done."]
@@ -350,7 +361,7 @@ def _cautions(experiment: ExperimentFolder, compared: pd.DataFrame) -> list[str]
         lines.append("Folds share training subjects: their spread says too little about other cohorts.")
     left_out = max((row.get("num_left_out") or 0 for row in summary.get("partial_input", ())), default=0)
     if left_out:
-        lines.append(f"Up to {count(left_out)} test sessions per fold lack a contrast and are not scored here.")
+        lines.append(f"Up to {format_count(left_out)} test sessions per fold lack a contrast and are not scored here.")
     learnt = {row["num_train"] for row in rows}
     if summary["kind"] == "partial input" and len(learnt) > 1:
         lines.append("Sessions without any contrast of a subset cannot be learnt from: see the column learnt from.")
@@ -365,13 +376,13 @@ def _cautions(experiment: ExperimentFolder, compared: pd.DataFrame) -> list[str]
     return lines
 
 
-def _against_trivial(experiment: ExperimentFolder, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _list_not_better_than_trivial(experiment: ExperimentFolder, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Who is not better than the baseline that never looks at an image."""
     worse = []
     for row in rows:
         if row["score"] != experiment.headline or row["mean"] is None or row.get("trivial") is None:
             continue
-        gain = (row["mean"] - row["trivial"]) * (1 if _higher(experiment.headline) else -1)
+        gain = (row["mean"] - row["trivial"]) * (1 if _higher_is_better(experiment.headline) else -1)
         if gain <= 0:
             absence = {"test": " (absent in the test)", "training": " (absent in training)"}
             name = f"{row['contrasts']}{absence.get(row['absence'], '')}" if "contrasts" in row else row["group"]
@@ -379,7 +390,7 @@ def _against_trivial(experiment: ExperimentFolder, rows: Sequence[Mapping[str, A
     return [f"Not better than the trivial baseline: {'; '.join(worse)}."] if worse else []
 
 
-def _made_by(summary: Mapping[str, Any]) -> str:
+def _command_section(summary: Mapping[str, Any]) -> str:
     if not summary.get("command"):
         return ""
     return (
@@ -389,7 +400,7 @@ def _made_by(summary: Mapping[str, Any]) -> str:
     )
 
 
-def _higher(score: str) -> bool:
+def _higher_is_better(score: str) -> bool:
     return HIGHER_IS_BETTER[score.partition("(")[0]]
 
 

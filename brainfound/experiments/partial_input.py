@@ -20,26 +20,31 @@ from brainfound.adapters.bundle import Bundle, load_bundle
 from brainfound.data.splits.split_file import Split
 from brainfound.data.store import Store
 from brainfound.errors import ModelError, UsageError
-from brainfound.finetuning.frozen_baseline import FrozenBaseline, frozen_of, score_frozen, scoring_of
+from brainfound.finetuning.frozen_baseline import (
+    FrozenBaseline,
+    load_frozen_baseline,
+    score_frozen_baseline,
+    scoring_from_bundle,
+)
 from brainfound.finetuning.scoring import FROZEN_CASES_FILE, score_sessions
 from brainfound.finetuning.targets import Target, labelled_sessions
-from brainfound.metrics.scores import HEADLINE
+from brainfound.metrics.scores import PRIMARY_METRIC
 from brainfound.metrics.summaries import (
-    baselines_of,
-    beside,
-    columns_of,
-    drop,
-    headline_of_cases,
+    compute_drop,
+    compute_headline_score,
+    compute_mean_sizes,
+    compute_spread,
+    get_baselines,
+    get_score_columns,
+    make_baseline_columns,
     non_empty_subsets,
-    numbers_of,
-    sizes_of,
-    spread_of,
+    parse_scores,
 )
 from brainfound.training.checkpoint import write_atomically
 from brainfound.training.engine import process_state
 from brainfound.training.run_folder import EXPORT_FOLDER
 
-ABSENCE_FILE = "partial_input.json"
+MISSING_CONTRASTS_FILE = "partial_input.json"
 """In a run's folder: the scores on the sessions that have every contrast."""
 NONE, TEST, TRAINING = "none", "test", "training"
 """Where the other contrasts are absent."""
@@ -63,7 +68,7 @@ def complete_sessions(store: Store, sessions: np.ndarray, contrasts: Sequence[st
     return complete
 
 
-def score_absence(
+def score_missing_contrasts(
     run: Path, store: Store, split: Split, fold: str, contrasts: Sequence[str], subset: Sequence[str] | None
 ) -> None:
     """Score the model of a finished run on the test sessions that have every contrast; once.
@@ -75,7 +80,7 @@ def score_absence(
         contrasts: all contrasts of the experiment.
         subset: what the model saw; None for the model of all, which is asked about every subset.
     """
-    if (run / ABSENCE_FILE).is_file():
+    if (run / MISSING_CONTRASTS_FILE).is_file():
         return
     bundle = load_bundle(run / EXPORT_FOLDER)
     target = Target.from_dict(bundle.labels)
@@ -83,12 +88,12 @@ def score_absence(
     test = np.intersect1d(split.sessions(store, fold)["test"], labelled)
     sessions = complete_sessions(store, test, contrasts, fold).tolist()
     model = bundle.model.to(process_state().device)
-    frozen = None if subset is not None else _frozen_of(bundle, target)
+    frozen = None if subset is not None else _load_frozen_baseline_if_any(bundle, target)
     results = []
     for shown in non_empty_subsets(contrasts) if subset is None else [tuple(subset)]:
         without = [name for name in store.contrasts if name not in shown]
         scored = score_sessions(
-            model, store, sessions, target, bundle.metadata["num_slices"], without, scoring=scoring_of(bundle)
+            model, store, sessions, target, bundle.metadata["num_slices"], without, scoring=scoring_from_bundle(bundle)
         )
         absence = TRAINING if subset is not None else NONE if len(shown) == len(contrasts) else TEST
         results.append({"contrasts": list(shown), "absence": absence, "num_left_out": len(test) - len(sessions)})
@@ -96,15 +101,15 @@ def score_absence(
         if absence != TEST and (run / FROZEN_CASES_FILE).is_file():
             results[-1]["frozen"] = _frozen_scores(run, target.task, sessions)
         elif frozen is not None:
-            asked = score_frozen(frozen, store, sessions, without, scoring=scoring_of(bundle))
+            asked = score_frozen_baseline(frozen, store, sessions, without, scoring=scoring_from_bundle(bundle))
             results[-1] = replace(scored, frozen=asked.scores).to_dict() | results[-1]
-    write_atomically(run / ABSENCE_FILE, json.dumps(results, indent=1) + "\n")
+    write_atomically(run / MISSING_CONTRASTS_FILE, json.dumps(results, indent=1) + "\n")
 
 
-def _frozen_of(bundle: Bundle, target: Target) -> FrozenBaseline | None:
+def _load_frozen_baseline_if_any(bundle: Bundle, target: Target) -> FrozenBaseline | None:
     """The frozen baseline, where the bundle has one and the backbone that it is of."""
     try:
-        return frozen_of(bundle, target, process_state().device)
+        return load_frozen_baseline(bundle, target, process_state().device)
     except ModelError:
         return None  # as of full fine-tuning; the page then has no such column in these rows
 
@@ -113,21 +118,21 @@ def _frozen_scores(run: Path, task: str, sessions: Sequence[int]) -> dict[str, f
     """The headline score of a run's frozen baseline on some of its test sessions."""
     # A class may be called NA, and 01 is not 1.
     cases = pd.read_csv(run / FROZEN_CASES_FILE, sep="\t", dtype={"truth": str}, keep_default_na=False, na_values=[""])
-    score = headline_of_cases(task, cases[cases["row"].isin(sessions)])
-    return {HEADLINE[task]: None if np.isnan(score) else score}
+    score = compute_headline_score(task, cases[cases["row"].isin(sessions)])
+    return {PRIMARY_METRIC[task]: None if np.isnan(score) else score}
 
 
-def absence_rows(folder: Path, table: pd.DataFrame) -> pd.DataFrame:
-    """The scores of `score_absence` of all runs of a table: one row per run and subset.
+def missing_contrast_rows(folder: Path, table: pd.DataFrame) -> pd.DataFrame:
+    """The scores of `score_missing_contrasts` of all runs of a table: one row per run and subset.
 
     ``drop`` is how much worse the headline score is than that of full input, of the same fold and seed.
     """
     rows: list[dict[str, Any]] = []
     full: dict[tuple[str, int], float] = {}
     for run in table.to_dict(orient="records"):
-        for content in json.loads((folder / run["run"] / ABSENCE_FILE).read_text(encoding="utf-8")):
-            scores, key = numbers_of(content["scores"]), (run["fold"], run["seed"])
-            headline = scores[HEADLINE[content["task"]]]
+        for content in json.loads((folder / run["run"] / MISSING_CONTRASTS_FILE).read_text(encoding="utf-8")):
+            scores, key = parse_scores(content["scores"]), (run["fold"], run["seed"])
+            headline = scores[PRIMARY_METRIC[content["task"]]]
             if content["absence"] == NONE:
                 full[key] = headline  # the first of its fold and seed
             rows.append(
@@ -138,25 +143,25 @@ def absence_rows(folder: Path, table: pd.DataFrame) -> pd.DataFrame:
                     **{name: run[name] for name in ("group", "fold", "seed", "num_train")},
                     "num_test": content["num_sessions"],
                     "num_left_out": content["num_left_out"],
-                    "drop": drop(content["task"], full[key], headline),
+                    "drop": compute_drop(content["task"], full[key], headline),
                     **scores,
-                    **beside(baselines_of(content), list(scores)),
+                    **make_baseline_columns(get_baselines(content), list(scores)),
                 }
             )
     return pd.DataFrame(rows)
 
 
-def summarise_absence(rows: pd.DataFrame) -> pd.DataFrame:
+def summarise_missing_contrasts(rows: pd.DataFrame) -> pd.DataFrame:
     """Mean and spread of the headline score of each subset and kind of absence, with the mean drop and its spread."""
-    _, baselines = columns_of(rows)
-    headline = HEADLINE[rows["task"].iloc[0]]
+    _, baselines = get_score_columns(rows)
+    headline = PRIMARY_METRIC[rows["task"].iloc[0]]
     found = []
     for (contrasts, absence), part in rows.groupby(["contrasts", "absence"], sort=False):
         found.append(
             {"contrasts": contrasts, "absence": absence, "score": headline}
-            | spread_of(part, headline, baselines)
+            | compute_spread(part, headline, baselines)
             | {"drop": part["drop"].mean(), "std_drop": part["drop"].std(ddof=1), "num_runs": len(part)}
-            | {**sizes_of(part), "num_left_out": float(part["num_left_out"].mean())}
+            | {**compute_mean_sizes(part), "num_left_out": float(part["num_left_out"].mean())}
         )
     # The two kinds of absence of a subset one below the other.
     order = {name: place for place, name in enumerate(dict.fromkeys(rows["contrasts"]))}

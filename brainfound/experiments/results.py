@@ -14,21 +14,29 @@ from brainfound.data.splits.split_file import Split
 from brainfound.data.store import Store
 from brainfound.errors import UsageError
 from brainfound.experiments.folder import CASES_FILE, PARTIAL_FILE, SCHEMA, SUMMARY_FILE, TABLE_FILE
-from brainfound.experiments.page import write_page as draw_page
-from brainfound.experiments.partial_input import absence_rows, summarise_absence
-from brainfound.experiments.systems import System
+from brainfound.experiments.page import write_experiment_page as draw_page
+from brainfound.experiments.partial_input import missing_contrast_rows, summarise_missing_contrasts
+from brainfound.experiments.systems import SystemSpec
 from brainfound.finetuning.recipe import FinetuneRecipe
 from brainfound.finetuning.scoring import read_scores
-from brainfound.metrics.scores import HEADLINE
-from brainfound.metrics.summaries import BY, baselines_of, beside, columns_of, numbers_of, records, summarise
+from brainfound.metrics.scores import PRIMARY_METRIC
+from brainfound.metrics.summaries import (
+    GROUP_COLUMNS,
+    get_baselines,
+    get_score_columns,
+    make_baseline_columns,
+    parse_scores,
+    summarise_runs,
+    to_json_records,
+)
 from brainfound.training.checkpoint import write_atomically
 from brainfound.training.run_folder import versions
 
-SPLIT_FILE = "split.json"
+EXPERIMENT_SPLIT_FILE = "split.json"
 
 
 @dataclass(frozen=True)
-class Experiment:
+class ExperimentSpec:
     """What was asked: everything that the summary says beside the scores."""
 
     kind: str
@@ -39,7 +47,7 @@ class Experiment:
     task: str
     store: Store
     split: Split
-    systems: Sequence[System]
+    systems: Sequence[SystemSpec]
     seeds: Sequence[int]
     num_planned: int
     command: str = ""
@@ -51,7 +59,7 @@ class Experiment:
             "kind": self.kind,
             "target": self.target,
             "task": self.task,
-            "headline": HEADLINE[self.task],
+            "headline": PRIMARY_METRIC[self.task],
             "command": self.command,
             "recipe": {
                 "name": recipe.name,
@@ -95,13 +103,13 @@ class Experiment:
         }
 
 
-def row_of(
-    run: Path, folder: Path, system: System, recipe: FinetuneRecipe, group: str, fold: str, seed: int
+def make_score_row(
+    run: Path, folder: Path, system: SystemSpec, recipe: FinetuneRecipe, group: str, fold: str, seed: int
 ) -> dict[str, Any]:
     """One run as a row of ``scores.tsv``."""
     content = read_scores(run)
     parts = Split.load(run / "splits.json").counts["single"]
-    scores = numbers_of(content["scores"])
+    scores = parse_scores(content["scores"])
     return {
         **({"system": system.name} if system.name else {}),
         "model": system.start,
@@ -115,23 +123,23 @@ def row_of(
         "num_train": parts["train"]["num_sessions"],
         "num_test": content["num_sessions"],
         **scores,
-        **beside(baselines_of(content), list(scores)),
+        **make_baseline_columns(get_baselines(content), list(scores)),
     }
 
 
-def write(folder: Path, table: pd.DataFrame, asked: Experiment) -> None:
+def write(folder: Path, table: pd.DataFrame, requested: ExperimentSpec) -> None:
     """Write scores.tsv and summary.json of the runs that are done."""
     write_atomically(folder / TABLE_FILE, table.to_csv(sep="\t", index=False))
-    content = asked.to_dict() | {"num_runs": len(table), "baselines": columns_of(table)[1]}
-    content["scores"] = records(summarise(table))
-    if asked.kind == "partial input":
-        absence = absence_rows(folder, table)
+    content = requested.to_dict() | {"num_runs": len(table), "baselines": get_score_columns(table)[1]}
+    content["scores"] = to_json_records(summarise_runs(table))
+    if requested.kind == "partial input":
+        absence = missing_contrast_rows(folder, table)
         write_atomically(folder / PARTIAL_FILE, absence.to_csv(sep="\t", index=False))
-        content["partial_input"] = records(summarise_absence(absence))
+        content["partial_input"] = to_json_records(summarise_missing_contrasts(absence))
     write_atomically(folder / SUMMARY_FILE, json.dumps(content, indent=1) + "\n")
 
 
-def write_page(folder: Path, table: pd.DataFrame, store: Store, keep_ids: bool) -> None:
+def write_results_page(folder: Path, table: pd.DataFrame, store: Store, keep_ids: bool) -> None:
     """Write cases.tsv of all runs, and the page.
 
     Args:
@@ -144,13 +152,13 @@ def write_page(folder: Path, table: pd.DataFrame, store: Store, keep_ids: bool) 
         cases = pd.read_csv(folder / str(run.run) / CASES_FILE, sep="\t", dtype={"truth": str})
         cases = cases.drop(columns=[name for name in ("subject", "session") if name in cases])
         cases.insert(0, "subject", who.iloc[cases["row"]].to_numpy())
-        keys = {name: getattr(run, name) for name in (*BY, "fold", "seed") if name in table}
+        keys = {name: getattr(run, name) for name in (*GROUP_COLUMNS, "fold", "seed") if name in table}
         parts.append(pd.concat([pd.DataFrame([keys] * len(cases)), cases], axis=1))
     write_atomically(folder / CASES_FILE, pd.concat(parts, ignore_index=True).to_csv(sep="\t", index=False))
     draw_page(folder)
 
 
-def require_same_kind(folder: Path, asked: str) -> None:
+def require_same_experiment_kind(folder: Path, requested: str) -> None:
     """Refuse to go on with an experiment of another kind, whose runs lie elsewhere in the folder.
 
     Raises:
@@ -160,8 +168,8 @@ def require_same_kind(folder: Path, asked: str) -> None:
     if not file.is_file():
         return
     before = json.loads(file.read_text(encoding="utf-8")).get("kind", "repeated")
-    if before != asked:
+    if before != requested:
         raise UsageError(
-            "the folder holds another experiment", where=folder, got=asked, expected=before,
+            "the folder holds another experiment", where=folder, got=requested, expected=before,
             remedy="Give another --out",
         )  # fmt: skip

@@ -26,25 +26,25 @@ import pandas as pd
 
 from brainfound.data.splits.split_file import Split
 from brainfound.data.store import Store
-from brainfound.data.store.withheld import showing
+from brainfound.data.store.withheld import restrict_contrasts
 from brainfound.errors import BrainFoundError, UsageError
 from brainfound.experiments import partial_input
 from brainfound.experiments import results as experiment_files
-from brainfound.experiments.results import SPLIT_FILE, Experiment
-from brainfound.experiments.systems import System, subset_systems, systems_of
-from brainfound.finetuning.finetune import finetune, what_is_learnt
+from brainfound.experiments.results import EXPERIMENT_SPLIT_FILE, ExperimentSpec
+from brainfound.experiments.systems import SystemSpec, make_subset_systems, parse_systems
+from brainfound.finetuning.finetune import finetune, resolve_parts_and_target
 from brainfound.finetuning.recipe import FinetuneRecipe, resolve_recipe
 from brainfound.finetuning.splits import make_split
-from brainfound.metrics.summaries import summarise
-from brainfound.models.start import patch_size_to_be
+from brainfound.metrics.summaries import summarise_runs
+from brainfound.models.start import read_patch_size
 from brainfound.training import distributed as ranks
 from brainfound.training import run_folder as run_files
 from brainfound.training.engine import process_state
 
-__all__ = ["finetune_over", "finetune_subsets", "finetune_systems", "folds_for", "summarise"]
+__all__ = ["finetune_folds", "finetune_subsets", "finetune_systems", "make_folds", "summarise_runs"]
 
 
-def folds_for(
+def make_folds(
     recipe: FinetuneRecipe,
     store: Store,
     target: str,
@@ -91,7 +91,7 @@ def folds_for(
     )
 
 
-def finetune_over(
+def finetune_folds(
     split: Split,
     recipe: FinetuneRecipe | str | Path,
     data: str | Path | Store,
@@ -123,16 +123,16 @@ def finetune_over(
         UsageError: no seed, one twice, a fold whose labels cannot be learnt, or a folder with something else. All that
             before the first run. Otherwise as `finetune`.
     """
-    (system,) = systems_of([str(model)], [] if adapter is None else [str(adapter)])
+    (system,) = parse_systems([str(model)], [] if adapter is None else [str(adapter)])
     options = _Options(seeds, resume, keep_ids, tuple(overrides), command, quiet)
-    return _Experiment("repeated", split, recipe, data, [system], target, Path(out), options).run()
+    return _ExperimentRunner("repeated", split, recipe, data, [system], target, Path(out), options).run()
 
 
 def finetune_systems(
     split: Split,
     recipe: FinetuneRecipe | str | Path,
     data: str | Path | Store,
-    systems: Sequence[System],
+    systems: Sequence[SystemSpec],
     target: str,
     out: str | Path,
     *,
@@ -146,26 +146,26 @@ def finetune_systems(
     """Compare starting points and adaptations: each is fine-tuned on the same folds, with the same seeds and budget.
 
     Args:
-        systems: of `brainfound.experiments.systems.systems_of`; the others are compared with the first. One alone is
-            what `finetune_over` does.
-        split, recipe, data, target, out, seeds, resume, keep_ids, overrides, command, quiet: as for `finetune_over`.
+        systems: of `brainfound.experiments.systems.parse_systems`; the others are compared with the first. One alone is
+            what `finetune_folds` does.
+        split, recipe, data, target, out, seeds, resume, keep_ids, overrides, command, quiet: as for `finetune_folds`.
 
     Returns:
-        One row per run, as `finetune_over`; ``system``, ``model`` and ``adapter`` say of which.
+        One row per run, as `finetune_folds`; ``system``, ``model`` and ``adapter`` say of which.
 
     Raises:
-        UsageError, RecipeError: as `finetune_over`, for all systems before the first run.
+        UsageError, RecipeError: as `finetune_folds`, for all systems before the first run.
     """
     options = _Options(seeds, resume, keep_ids, tuple(overrides), command, quiet)
     kind = "comparison" if len(systems) > 1 else "repeated"
-    return _Experiment(kind, split, recipe, data, systems, target, Path(out), options).run()
+    return _ExperimentRunner(kind, split, recipe, data, systems, target, Path(out), options).run()
 
 
 def finetune_subsets(
     split: Split,
     recipe: FinetuneRecipe | str | Path,
     data: str | Path | Store,
-    system: System,
+    system: SystemSpec,
     target: str,
     out: str | Path,
     *,
@@ -183,21 +183,21 @@ def finetune_subsets(
 
     Args:
         system: what is fine-tuned; the subsets are of the recipe's ``contrasts``, or of the store's.
-        split, recipe, data, target, out, seeds, resume, keep_ids, overrides, command, quiet: as for `finetune_over`.
+        split, recipe, data, target, out, seeds, resume, keep_ids, overrides, command, quiet: as for `finetune_folds`.
 
     Returns:
-        One row per run, as `finetune_over`, scored on its own test sessions; ``contrasts`` says what it saw.
+        One row per run, as `finetune_folds`, scored on its own test sessions; ``contrasts`` says what it saw.
 
     Raises:
         UsageError: there is one contrast only, or a fold has no test session with every contrast. Otherwise as
-            `finetune_over`.
+            `finetune_folds`.
     """
     overrides = tuple(overrides)
     store = data if isinstance(data, Store) else Store.open(data)
     content = resolve_recipe(recipe, system.adapter, (*overrides, *system.overrides))
-    systems = subset_systems(system, showing(store, content.contrasts).shown)
+    systems = make_subset_systems(system, restrict_contrasts(store, content.contrasts).shown)
     options = _Options(seeds, resume, keep_ids, overrides, command, quiet)
-    return _Experiment("partial input", split, recipe, store, systems, target, Path(out), options).run()
+    return _ExperimentRunner("partial input", split, recipe, store, systems, target, Path(out), options).run()
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ class _Options:
     quiet: bool
 
 
-class _Experiment:
+class _ExperimentRunner:
     """All runs of an experiment, one after the other. The systems are innermost: whatever is done is comparable."""
 
     def __init__(
@@ -219,7 +219,7 @@ class _Experiment:
         split: Split,
         recipe: FinetuneRecipe | str | Path,
         data: str | Path | Store,
-        systems: Sequence[System],
+        systems: Sequence[SystemSpec],
         target: str,
         folder: Path,
         options: _Options,
@@ -235,17 +235,19 @@ class _Experiment:
         if not seeds or len(set(seeds)) != len(seeds):
             raise UsageError("seeds must be given, and each once", where="seeds", got=seeds)
         self.seeds = seeds
-        _require_names(split.folds, "fold", "split")
-        _require_names([system.name for system in self.systems if system.name], "system", "--model and --adapter")
+        _require_folder_names(split.folds, "fold", "split")
+        _require_folder_names(
+            [system.name for system in self.systems if system.name], "system", "--model and --adapter"
+        )
         self.store = data if isinstance(data, Store) else Store.open(data)
 
     def run(self) -> pd.DataFrame:
         is_main = process_state().is_main_process
-        ranks.on_main_rank(self._begin, is_main)
-        resolved = self._check()
+        ranks.run_on_main_rank(self._prepare_folder, is_main)
+        resolved = self._preflight()
         groups = _groups(self.split)
         planned = len(self.split.folds) * len(self.seeds) * len(self.systems)
-        asked = Experiment(
+        asked = ExperimentSpec(
             self.kind, self.content, self.target, resolved, self.store, self.split, self.systems, self.seeds, planned,
             self.options.command,
         )  # fmt: skip
@@ -255,44 +257,46 @@ class _Experiment:
                 for system in self.systems:
                     run = self._run(system, fold, seed, is_main)
                     rows.append(
-                        experiment_files.row_of(
+                        experiment_files.make_score_row(
                             run, self.folder, system, self.contents[system.name], groups[fold], fold, seed
                         )
                     )
                     # After each run: what is done is told even if a later one fails.
                     write = partial(experiment_files.write, self.folder, pd.DataFrame(rows), asked)
-                    ranks.on_main_rank(write, is_main)
+                    ranks.run_on_main_rank(write, is_main)
         table = pd.DataFrame(rows)
-        ranks.on_main_rank(
-            lambda: experiment_files.write_page(self.folder, table, self.store, self.options.keep_ids), is_main
+        ranks.run_on_main_rank(
+            lambda: experiment_files.write_results_page(self.folder, table, self.store, self.options.keep_ids), is_main
         )
         return table
 
-    def _begin(self) -> None:
+    def _prepare_folder(self) -> None:
         """Write the split, which stays only if nothing is refused."""
-        is_new = _keep_split(self.folder, self.split, self.kind, self.options.resume)
+        is_new = _write_or_check_split(self.folder, self.split, self.kind, self.options.resume)
         try:
-            self._check()
+            self._preflight()
         except BrainFoundError:
             if is_new:
-                (self.folder / SPLIT_FILE).unlink()
+                (self.folder / EXPERIMENT_SPLIT_FILE).unlink()
             raise
 
-    def _check(self) -> str:
+    def _preflight(self) -> str:
         """Everything that can be refused before the first run; returns the task."""
         task = ""
         for system in self.systems:
             content = self.contents[system.name]
-            store = showing(self.store, content.contrasts)
-            patch_size_to_be(system.model, store.contrasts)
+            store = restrict_contrasts(self.store, content.contrasts)
+            read_patch_size(system.model, store.contrasts)
             for fold in self.split.folds:
-                parts, learnt = what_is_learnt(content, store, self.target, self.folder / SPLIT_FILE, fold)
+                parts, learnt = resolve_parts_and_target(
+                    content, store, self.target, self.folder / EXPERIMENT_SPLIT_FILE, fold
+                )
                 task = learnt.task
                 if self.kind == "partial input" and system is self.systems[0]:
                     partial_input.complete_sessions(self.store, parts["test"], store.shown, fold)
         return task
 
-    def _run(self, system: System, fold: str, seed: int, is_main: bool) -> Path:
+    def _run(self, system: SystemSpec, fold: str, seed: int, is_main: bool) -> Path:
         options = self.options
         run = self.folder / system.name / fold / f"seed-{seed}"
         finetune(
@@ -302,9 +306,9 @@ class _Experiment:
             self.target,
             run,
             adapter=system.adapter,
-            split=self.folder / SPLIT_FILE,
+            split=self.folder / EXPERIMENT_SPLIT_FILE,
             fold=fold,
-            resume=options.resume and run_files.holds_run(run),
+            resume=options.resume and run_files.is_run_folder(run),
             keep_ids=options.keep_ids,
             cache=self.folder / run_files.EMBEDDINGS_FOLDER,
             overrides=[*options.overrides, *system.all_overrides, f"seed={seed}"],
@@ -313,16 +317,16 @@ class _Experiment:
         if self.kind == "partial input":
             shown = self.systems[0].contrasts or self.store.contrasts
             mine = system.contrasts if system is not self.systems[0] else None
-            ranks.on_main_rank(
-                lambda: partial_input.score_absence(run, self.store, self.split, fold, shown, mine), is_main
+            ranks.run_on_main_rank(
+                lambda: partial_input.score_missing_contrasts(run, self.store, self.split, fold, shown, mine), is_main
             )
         return run
 
 
-def _keep_split(folder: Path, split: Split, kind: str, resume: bool) -> bool:
+def _write_or_check_split(folder: Path, split: Split, kind: str, resume: bool) -> bool:
     """Write the split, or refuse a folder that holds something else; returns whether it was written now."""
-    file = folder / SPLIT_FILE
-    if run_files.holds_run(folder):
+    file = folder / EXPERIMENT_SPLIT_FILE
+    if run_files.is_run_folder(folder):
         raise UsageError("the folder holds a single run", where=folder, remedy="Give another --out")
     if file.is_file():
         if not resume:
@@ -331,13 +335,13 @@ def _keep_split(folder: Path, split: Split, kind: str, resume: bool) -> bool:
             )
         if Split.load(file).folds != split.folds:
             raise UsageError("the runs in the folder have another split", where=file, remedy="Give another --out")
-        experiment_files.require_same_kind(folder, kind)
+        experiment_files.require_same_experiment_kind(folder, kind)
         return False
     split.save(file)
     return True
 
 
-def _require_names(names: Iterable[str], what: str, where: str) -> None:
+def _require_folder_names(names: Iterable[str], what: str, where: str) -> None:
     """Refuse names of folds and systems that would lead out of the folder, or into one that is taken."""
     for name in names:
         if re.search(r"[^\w .+=@-]", name) or name.startswith(".") or name == run_files.EMBEDDINGS_FOLDER:
@@ -350,6 +354,6 @@ def _require_names(names: Iterable[str], what: str, where: str) -> None:
 
 
 def _groups(split: Split) -> dict[str, str]:
-    """Of each fold the group whose spread it belongs to; see `summarise`."""
+    """Of each fold the group whose spread it belongs to; see `summarise_runs`."""
     tested = {frozenset(split.parts(fold)["test"]) for fold in split.folds}
     return {fold: fold if len(tested) == 1 else "all folds" for fold in split.folds}

@@ -19,7 +19,7 @@ _EXPORT = "export"
 
 
 @dataclass(frozen=True)
-class System:
+class SystemSpec:
     """One way to make a model, and its name in tables and folders.
 
     Attributes:
@@ -45,7 +45,7 @@ class System:
         return (*self.overrides, *shown)
 
 
-def systems_of(models: Sequence[str], adapters: Sequence[str] = ()) -> list[System]:
+def parse_systems(models: Sequence[str], adapters: Sequence[str] = ()) -> list[SystemSpec]:
     """Each starting point with each adaptation, starting points in the outer loop.
 
     Args:
@@ -60,22 +60,22 @@ def systems_of(models: Sequence[str], adapters: Sequence[str] = ()) -> list[Syst
     Raises:
         UsageError: nothing to start from, two of the same name, or a key without a value.
     """
-    starts = [_start(text) for text in models]
-    adaptations: list[tuple[str, str | None, tuple[str, ...]]] = [_adaptation(text) for text in adapters]
+    starts = [_parse_start(text) for text in models]
+    adaptations: list[tuple[str, str | None, tuple[str, ...]]] = [_parse_adaptation(text) for text in adapters]
     adaptations = adaptations or [("", None, ())]
     if not starts:
         raise UsageError("nothing to start from", where="--model", expected="a Hub id or a folder")
-    _require_different("--model", [name for name, _ in starts], "ours=PATH")
-    _require_different("--adapter", [name for name, _, _ in adaptations], "slow=full,optim.lr=1e-5")
+    _require_unique("--model", [name for name, _ in starts], "ours=PATH")
+    _require_unique("--adapter", [name for name, _, _ in adaptations], "slow=full,optim.lr=1e-5")
     systems = []
     for start, model in starts:
         for adaptation, adapter, overrides in adaptations:
             parts = [start if len(starts) > 1 else "", adaptation if len(adaptations) > 1 else ""]
-            systems.append(System("+".join(filter(None, parts)), model, adapter, overrides, start=start))
+            systems.append(SystemSpec("+".join(filter(None, parts)), model, adapter, overrides, start=start))
     return systems
 
 
-def subset_systems(system: System, contrasts: Sequence[str]) -> list[System]:
+def make_subset_systems(system: SystemSpec, contrasts: Sequence[str]) -> list[SystemSpec]:
     """One system per non-empty subset of the contrasts, the full set first, each named by what it sees.
 
     Raises:
@@ -84,7 +84,7 @@ def subset_systems(system: System, contrasts: Sequence[str]) -> list[System]:
     if len(contrasts) < 2:
         raise UsageError("with one contrast nothing can be absent", where="--partial-input", got=", ".join(contrasts))
     return [
-        System("+".join(subset), system.model, system.adapter, system.overrides, subset, system.start)
+        SystemSpec("+".join(subset), system.model, system.adapter, system.overrides, subset, system.start)
         for subset in non_empty_subsets(contrasts)
     ]
 
@@ -95,15 +95,15 @@ def short_name(model: str | Path) -> str:
     return path.parent.name if path.name == _EXPORT and path.parent.name else path.name
 
 
-def _start(text: str) -> tuple[str, str]:
+def _parse_start(text: str) -> tuple[str, str]:
     """``[NAME=]MODEL``: its name, and the model."""
     name, equals, model = text.partition("=")
     if equals and "/" not in name and not Path(text).exists():
-        return _sound("--model", name, text), _sound("--model", model, text)
+        return _require_non_empty("--model", name, text), _require_non_empty("--model", model, text)
     return short_name(text), text
 
 
-def _adaptation(text: str) -> tuple[str, str, tuple[str, ...]]:
+def _parse_adaptation(text: str) -> tuple[str, str, tuple[str, ...]]:
     """``[NAME=]ADAPTER[,KEY=VALUE…]``: its name, the adapter, and the overrides."""
     first, *overrides = (part.strip() for part in text.split(","))
     for override in overrides:
@@ -111,17 +111,17 @@ def _adaptation(text: str) -> tuple[str, str, tuple[str, ...]]:
             raise UsageError("not a key with its value", where="--adapter", got=text, expected="full,optim.lr=1e-5")
     name, equals, adapter = first.partition("=")
     if not equals:
-        return Path(_sound("--adapter", first, text)).stem, first, tuple(overrides)
-    return _sound("--adapter", name, text), _sound("--adapter", adapter, text), tuple(overrides)
+        return Path(_require_non_empty("--adapter", first, text)).stem, first, tuple(overrides)
+    return _require_non_empty("--adapter", name, text), _require_non_empty("--adapter", adapter, text), tuple(overrides)
 
 
-def _sound(option: str, part: str, text: str) -> str:
+def _require_non_empty(option: str, part: str, text: str) -> str:
     if not part:
         raise UsageError("a name or what it stands for is missing", where=option, got=text, expected="NAME=VALUE")
     return part
 
 
-def _require_different(option: str, names: Sequence[str], example: str) -> None:
+def _require_unique(option: str, names: Sequence[str], example: str) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise UsageError(f"two are called {twice[0]}", where=option, remedy=f"Give each a name: {option} {example}")

@@ -33,7 +33,7 @@ from brainfound.metrics.calibration import (
     reliability_bins,
 )
 from brainfound.metrics.scores import regression_scores
-from brainfound.models.stack_inference import Answer
+from brainfound.models.stack_inference import StackPrediction
 
 NUM_BINS = 15
 _FLOAT32_STEP = float(np.finfo(np.float32).eps) / 2
@@ -100,16 +100,19 @@ class AnswerCalibration:
 
     def _report_classification(self, cases: pd.DataFrame, target: Target) -> dict[str, Any]:
         measures: dict[str, Callable[..., float]] = {
-            "ece": lambda shares, truth: expected_calibration_error(shares, truth, NUM_BINS),
+            "ece": lambda probabilities, truth: expected_calibration_error(probabilities, truth, NUM_BINS),
             "brier": brier_score,
         }
-        questions = _questions(cases, target)
+        questions = _probabilities_and_truth(cases, target)
         content: dict[str, Any] = {"temperature": self.temperature}
         for name, measure in measures.items():
-            raw = float(np.mean([measure(shares, truth) for shares, truth in questions]))
+            raw = float(np.mean([measure(probabilities, truth) for probabilities, truth in questions]))
             content[name] = {"raw": raw, "calibrated": None}
             if self.temperature is not None:
-                after = [measure(_temper(shares, self.temperature), truth) for shares, truth in questions]
+                after = [
+                    measure(_apply_temperature(probabilities, self.temperature), truth)
+                    for probabilities, truth in questions
+                ]
                 content[name]["calibrated"] = float(np.mean(after))
         return content
 
@@ -128,24 +131,24 @@ class AnswerCalibration:
 
     def reliability(self, test: SessionScores, target: Target) -> dict[str, ReliabilityBins]:
         """Of a classification: how sure and how right it was on another part, raw and calibrated; labels together."""
-        questions = _questions(test.cases, target)
-        shares, truth = (np.concatenate(arrays) for arrays in zip(*questions, strict=True))
-        curves = {"raw": reliability_bins(shares, truth, NUM_BINS)}
+        questions = _probabilities_and_truth(test.cases, target)
+        probabilities, truth = (np.concatenate(arrays) for arrays in zip(*questions, strict=True))
+        curves = {"raw": reliability_bins(probabilities, truth, NUM_BINS)}
         if self.temperature is not None:
             name = f"temperature {self.temperature:.3g}"
-            curves[name] = reliability_bins(_temper(shares, self.temperature), truth, NUM_BINS)
+            curves[name] = reliability_bins(_apply_temperature(probabilities, self.temperature), truth, NUM_BINS)
         return curves
 
-    def of_answer(self, answer: Answer, target: Target) -> dict[str, Any]:
+    def calibrate_answer(self, answer: StackPrediction, target: Target) -> dict[str, Any]:
         """What one answer gains, as plain values for JSON; nothing where nothing was fitted."""
         content: dict[str, Any] = {}
         if target.task == "classification" and self.temperature is not None:
             assert answer.probabilities is not None
-            shares = np.asarray(answer.probabilities, dtype=np.float64)
+            probabilities = np.asarray(answer.probabilities, dtype=np.float64)
             if target.multi_label:
-                tempered = _temper(_no_and_yes(shares), self.temperature)[:, 1]
+                tempered = _apply_temperature(_binary_probabilities(probabilities), self.temperature)[:, 1]
             else:
-                tempered = _temper(shares[None], self.temperature)[0]
+                tempered = _apply_temperature(probabilities[None], self.temperature)[0]
             content["calibrated_probabilities"] = dict(zip(target.names, map(float, tempered), strict=True))
         if target.task == "regression":
             assert answer.value is not None
@@ -177,32 +180,38 @@ class AnswerCalibration:
 
 
 def _fit_temperature(cases: pd.DataFrame, target: Target) -> float:
-    questions = _questions(cases, target)
-    shares = np.concatenate([shares for shares, _ in questions])
-    return fit_temperature(_log(shares), np.concatenate([truth for _, truth in questions]))
+    questions = _probabilities_and_truth(cases, target)
+    probabilities = np.concatenate([probabilities for probabilities, _ in questions])
+    return fit_temperature(_log(probabilities), np.concatenate([truth for _, truth in questions]))
 
 
-def _questions(cases: pd.DataFrame, target: Target) -> list[tuple[np.ndarray, np.ndarray]]:
+def _probabilities_and_truth(cases: pd.DataFrame, target: Target) -> list[tuple[np.ndarray, np.ndarray]]:
     """Probabilities ``(n, K)`` and class indices ``(n,)``: one pair, or of several labels a yes-or-no one each."""
-    shares = cases[[probability_column(name) for name in target.names]].to_numpy(dtype=np.float64)
+    probabilities = cases[[probability_column(name) for name in target.names]].to_numpy(dtype=np.float64)
     if not target.multi_label:
         # Float32 rows have sum 1 to seven digits.
-        return [(shares / shares.sum(axis=1, keepdims=True), cases["truth"].map(target.names.index).to_numpy())]
+        return [
+            (
+                probabilities / probabilities.sum(axis=1, keepdims=True),
+                cases["truth"].map(target.names.index).to_numpy(),
+            )
+        ]
     return [
-        (_no_and_yes(shares[:, k]), cases[f"truth({name})"].to_numpy(dtype=int)) for k, name in enumerate(target.names)
+        (_binary_probabilities(probabilities[:, k]), cases[f"truth({name})"].to_numpy(dtype=int))
+        for k, name in enumerate(target.names)
     ]
 
 
-def _no_and_yes(shares: np.ndarray) -> np.ndarray:
+def _binary_probabilities(probabilities: np.ndarray) -> np.ndarray:
     # A float32 sigmoid is 1 from about 17 on: beyond that nothing is known of how sure the model was.
-    yes = np.clip(shares, _FLOAT32_STEP, 1 - _FLOAT32_STEP)
+    yes = np.clip(probabilities, _FLOAT32_STEP, 1 - _FLOAT32_STEP)
     return np.stack([1 - yes, yes], axis=1)
 
 
-def _temper(shares: np.ndarray, temperature: float) -> np.ndarray:
-    return apply_temperature(_log(shares), temperature)
+def _apply_temperature(probabilities: np.ndarray, temperature: float) -> np.ndarray:
+    return apply_temperature(_log(probabilities), temperature)
 
 
-def _log(shares: np.ndarray) -> np.ndarray:
+def _log(probabilities: np.ndarray) -> np.ndarray:
     # Log probabilities are class scores but for a constant per row, which a softmax does not see.
-    return np.log(np.clip(shares, 1e-38, None))
+    return np.log(np.clip(probabilities, 1e-38, None))

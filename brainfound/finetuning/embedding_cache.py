@@ -30,7 +30,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from brainfound.adapters.bundle_reader import tensors_hash
-from brainfound.data.batches import collate, even_slices
+from brainfound.data.batches import collate, evenly_spaced_slices
 from brainfound.data.preprocessing.stack import Stack
 from brainfound.data.store import Store
 from brainfound.errors import ModelError, TrainingError
@@ -39,7 +39,14 @@ from brainfound.models import BrainFoundModel
 _SCHEMA = "brainfound-embeddings/1"
 _FACTS, _EMBEDDINGS, _DONE = "cache.json", "embeddings.npy", "done.npy"
 # Of a backbone's configuration: says where it came from or how it is computed, not what.
-_NOT_WHAT = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "_attn_implementation")
+_IRRELEVANT_CONFIG_KEYS = (
+    "_name_or_path",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "architectures",
+    "_attn_implementation",
+)
 
 
 @dataclass(frozen=True)
@@ -81,9 +88,9 @@ class EmbeddingCache:
                 expected=", ".join(model.config.contrasts),
             )
         self.model, self.store, self.num_slices = model, store, num_slices
-        self._slices = [even_slices(int(n), num_slices) for n in store.sessions["num_slices"]]
+        self._slices = [evenly_spaced_slices(int(n), num_slices) for n in store.sessions["num_slices"]]
         self._first = np.concatenate([[0], np.cumsum([len(index) for index in self._slices])])
-        facts = self._facts()
+        facts = self._cache_metadata()
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
         self.path = Path(folder) / f"slices-{num_slices or 'all'}-{key}"
         try:
@@ -96,7 +103,7 @@ class EmbeddingCache:
                 remedy="Remove this folder; it is made again",
             ) from error
 
-    def require(self, sessions: Sequence[int], progress: Callable[[int, int], None] | None = None) -> int:
+    def ensure_embedded(self, sessions: Sequence[int], progress: Callable[[int, int], None] | None = None) -> int:
         """Embed the sessions that are not there yet.
 
         Args:
@@ -117,7 +124,7 @@ class EmbeddingCache:
         return len(missing)
 
     def slices(self, session: int) -> Float[np.ndarray, "S D"]:
-        """The slice embeddings of a session, which `require` must have been asked for.
+        """The slice embeddings of a session, which `ensure_embedded` must have been asked for.
 
         Raises:
             TrainingError: it has not.
@@ -126,7 +133,7 @@ class EmbeddingCache:
             raise TrainingError("a session is not in the cache", where=self.path, got=f"session of row {session}")
         return np.asarray(self._embeddings[self._rows(session)])
 
-    def means(self, sessions: Sequence[int]) -> Float[np.ndarray, "n D"]:
+    def mean_embeddings(self, sessions: Sequence[int]) -> Float[np.ndarray, "n D"]:
         """Of each session the mean over its slices: what a frozen backbone with mean pooling gives."""
         return np.stack([self.slices(int(session)).mean(axis=0) for session in sessions])
 
@@ -150,9 +157,9 @@ class EmbeddingCache:
     def _embed(self, session: int) -> Float[np.ndarray, "S D"]:
         return slice_embeddings(self.model, self.store[session], self._slices[session])
 
-    def _facts(self) -> dict[str, Any]:
+    def _cache_metadata(self) -> dict[str, Any]:
         config = self.model.config
-        backbone = {k: v for k, v in config.backbone_config.to_dict().items() if k not in _NOT_WHAT}
+        backbone = {k: v for k, v in config.backbone_config.to_dict().items() if k not in _IRRELEVANT_CONFIG_KEYS}
         return {
             "schema": _SCHEMA,
             "encoder": tensors_hash(self.model.encoder.state_dict()),

@@ -31,27 +31,33 @@ from brainfound.adapters.attach import AdapterRecipe
 from brainfound.adapters.bundle import save_bundle
 from brainfound.data.checking.contract import InputContract
 from brainfound.data.store import Store
-from brainfound.data.store.withheld import showing
+from brainfound.data.store.withheld import restrict_contrasts
 from brainfound.errors import UsageError
 from brainfound.finetuning.calibration import AnswerCalibration
-from brainfound.finetuning.recipe import FREE_ON_RESUME, FinetuneRecipe, loss_name, require_fitting, resolve_recipe
+from brainfound.finetuning.recipe import (
+    CHANGEABLE_ON_RESUME,
+    FinetuneRecipe,
+    describe_loss,
+    require_effective_settings,
+    resolve_recipe,
+)
 from brainfound.finetuning.scoring import FROZEN_CASES_FILE, SessionScores, write_cases, write_scores
-from brainfound.finetuning.splits import hashed_split, split_sessions, split_to_follow, write_split
-from brainfound.finetuning.targets import Target, class_names, guess_task, resolve_target
-from brainfound.finetuning.training_task import FinetuneTask, Frozen, build_network
+from brainfound.finetuning.splits import hash_split, resolve_split_file, split_sessions, write_split
+from brainfound.finetuning.targets import Target, class_names, infer_task, resolve_target
+from brainfound.finetuning.training_task import FinetuneTask, FrozenBaselineResult, build_training_setup
 from brainfound.models import BrainFoundConfig
-from brainfound.models.stack_inference import inner_model
+from brainfound.models.stack_inference import unwrap_peft
 from brainfound.recipes import load
-from brainfound.report.figures import reliability_png
+from brainfound.report.figures import plot_reliability
 from brainfound.training import distributed as ranks
 from brainfound.training import run_folder as run_files
 from brainfound.training.engine import Engine, make_accelerator
 from brainfound.training.run_folder import (
-    as_begun,
-    checkpoint_to_resume,
-    common_facts,
-    has_ended,
-    only_one_training,
+    common_run_info,
+    find_resume_checkpoint,
+    is_run_complete,
+    lock_run_folder,
+    restore_auto_settings,
     versions,
 )
 
@@ -95,7 +101,7 @@ def finetuned_card(
         "stem": config.stem,
         "aggregator": None if target.task == "segmentation" else config.aggregator,
         "adapter": recipe.adapter,
-        "objective": loss_name(target.task, config),
+        "objective": describe_loss(target.task, config),
         "labels": list(target.names) or f"{target.column}, {target.mean:.4g} ± {target.std:.4g} in the training part",
         "contrasts": list(store.shown),
         "preprocessing": store.preprocessing.model_dump(mode="json"),
@@ -164,14 +170,14 @@ def finetune(
         RecipeError, UsageError, ModelError, TrainingError.
     """
     content = resolve_recipe(recipe, adapter, overrides)
-    store = showing(data if isinstance(data, Store) else Store.open(data), content.contrasts)
+    store = restrict_contrasts(data if isinstance(data, Store) else Store.open(data), content.contrasts)
     folder = Path(out) if out is not None else Path("runs") / content.name
-    content = as_begun(folder, content, ("precision",), resume)
+    content = restore_auto_settings(folder, content, ("precision",), resume)
     accelerator = make_accelerator(content.engine.precision)
     console = Console(stderr=True, quiet=quiet or not accelerator.is_main_process, highlight=False, soft_wrap=True)
     engine_recipe = content.engine.model_copy(update={"precision": accelerator.mixed_precision})
     content = content.model_copy(update={"engine": engine_recipe})
-    with only_one_training(folder, resume, accelerator):
+    with lock_run_folder(folder, resume, accelerator):
         return _train(
             content, store, str(model), target, folder, split, fold, resume, keep_ids, cache, accelerator, console
         )
@@ -192,19 +198,19 @@ def _train(
     console: Console,
 ) -> Path:
     """A run in a folder that nobody else writes into."""
-    checkpoint = checkpoint_to_resume(folder, content, store, resume, FREE_ON_RESUME, accelerator)
-    split_file, fold = split_to_follow(folder, store, target, split, fold, resume)
-    if resume and has_ended(folder, checkpoint, content.engine.steps):
+    checkpoint = find_resume_checkpoint(folder, content, store, resume, CHANGEABLE_ON_RESUME, accelerator)
+    split_file, fold = resolve_split_file(folder, store, target, split, fold, resume)
+    if resume and is_run_complete(folder, checkpoint, content.engine.steps):
         console.print(f"this run is finished; its export is {folder / run_files.EXPORT_FOLDER}")
         return folder
-    parts, resolved = what_is_learnt(content, store, target, split_file, fold, console.print)
+    parts, resolved = resolve_parts_and_target(content, store, target, split_file, fold, console.print)
     name = Path(model).name if Path(model).exists() else model
     if resume:
-        _require_same_question(folder, name, resolved)
+        _require_same_model_and_target(folder, name, resolved)
     caches = folder / run_files.EMBEDDINGS_FOLDER if cache is None else Path(cache)
     if content.frozen_baseline:
         console.print("frozen baseline: each session of the training and the test part is read once before training")
-    network, embedded, frozen = build_network(
+    network, embedded, frozen = build_training_setup(
         content, store, parts, model, resolved, accelerator, caches, cache is not None
     )
     task = FinetuneTask(network, store, parts, resolved, content, accelerator, embedded)
@@ -213,7 +219,7 @@ def _train(
     counts = ", ".join(f"{part} {len(index)}" for part, index in parts.items())
     console.print(f"{resolved.task} of {target}: {counts}; training {trained:,} of {everything:,} parameters")
     engine = Engine(task, content.engine, folder, accelerator, content.seed, console.quiet)
-    facts = common_facts(store, accelerator, content.seed) | {
+    facts = common_run_info(store, accelerator, content.seed) | {
         "kind": "finetune",
         "model": name,
         "target": resolved.to_dict(),
@@ -226,27 +232,29 @@ def _train(
         write_split(folder, store, parts, target, content.split, split_file)
         run_files.start(folder, content, facts)
 
-    ranks.on_main_rank(begin, accelerator.is_main_process)
+    ranks.run_on_main_rank(begin, accelerator.is_main_process)
     if checkpoint is not None:
         engine.resume(checkpoint)
         console.print(f"going on from {checkpoint.name}")
     else:
-        engine.log.forget_after(-1)  # of a run that was killed before its first checkpoint
+        engine.log.truncate_after(-1)  # of a run that was killed before its first checkpoint
     accelerator.wait_for_everyone()
     engine.run()
     # In place: prepared for bf16 the model would go on answering in it; scored and saved, it answers as when loaded.
     accelerator.unwrap_model(engine.model, keep_fp32_wrapper=False)
-    ranks.on_main_rank(lambda: _finish(folder, task, frozen, model, engine.step, keep_ids), accelerator.is_main_process)
+    ranks.run_on_main_rank(
+        lambda: _score_and_export(folder, task, frozen, model, engine.step, keep_ids), accelerator.is_main_process
+    )
     return folder
 
 
-def what_is_learnt(
+def resolve_parts_and_target(
     recipe: FinetuneRecipe,
     store: Store,
     target: str,
     split: Path | None = None,
     fold: str | None = None,
-    say: Callable[[str], None] | None = None,
+    notify: Callable[[str], None] | None = None,
 ) -> tuple[dict[str, np.ndarray], Target]:
     """The sessions of each part, and the target with what the training part says of it.
 
@@ -257,28 +265,32 @@ def what_is_learnt(
         UsageError: no such target or split, too few labels, or a label in any part that the training part has not.
         RecipeError: settings of another task.
     """
-    parts = split_sessions(recipe.split, store, target, split, fold, say)
-    task = guess_task(store, target) if recipe.task == "auto" else recipe.task
+    parts = split_sessions(recipe.split, store, target, split, fold, notify)
+    task = infer_task(store, target) if recipe.task == "auto" else recipe.task
     resolved = resolve_target(store, parts["train"].tolist(), task, target, recipe.merge_codes, recipe.regions)
-    require_fitting(recipe, resolved)
+    require_effective_settings(recipe, resolved)
     if task == "classification" and not resolved.multi_label:
-        _require_learnt_classes(store, parts, resolved)
-    if task == "segmentation" and say:
+        _require_classes_in_training(store, parts, resolved)
+    if task == "segmentation" and notify:
         for part in ("validation", "test"):
             masks = (store.read_masks(int(session)) for session in parts[part])
             strange = sorted({code for mask in masks if mask is not None for code in resolved.unknown_codes(mask)})
             if strange:
                 codes = ", ".join(map(str, strange))
-                say(f"masks of the {part} part have codes that the training part has not: {codes}. They are background")
+                notify(
+                    f"masks of the {part} part have codes that the training part has not: {codes}. They are background"
+                )
     if task != "segmentation":
         for part, index in parts.items():
             values = resolved.values(store, index.tolist())  # refused now, and not after training
-            if say and task == "classification" and (absent := _absent_classes(resolved, values)):
-                say(f"no session of the {part} part is {', '.join(absent)}: scores that need it are not defined there")
+            if notify and task == "classification" and (absent := _absent_classes(resolved, values)):
+                notify(
+                    f"no session of the {part} part is {', '.join(absent)}: scores that need it are not defined there"
+                )
     return parts, resolved
 
 
-def _require_learnt_classes(store: Store, parts: Mapping[str, np.ndarray], target: Target) -> None:
+def _require_classes_in_training(store: Store, parts: Mapping[str, np.ndarray], target: Target) -> None:
     """Refuse a class that somebody has and nobody of the training part."""
     labels = store.covariate(target.column)
     for part, index in parts.items():
@@ -302,7 +314,7 @@ def _absent_classes(target: Target, values: np.ndarray) -> list[str]:
     return [name for k, name in enumerate(target.names) if not (values == k).any()]
 
 
-def _require_same_question(folder: Path, model: str, target: Target) -> None:
+def _require_same_model_and_target(folder: Path, model: str, target: Target) -> None:
     """Refuse to go on with a run that learns from another model, or reads its labels otherwise."""
     before = json.loads((folder / run_files.FACTS_FILE).read_text(encoding="utf-8"))
     if before["model"] != model:
@@ -318,7 +330,9 @@ def _require_same_question(folder: Path, model: str, target: Target) -> None:
         )
 
 
-def _finish(folder: Path, task: FinetuneTask, frozen: Frozen | None, source: str, step: int, keep_ids: bool) -> None:
+def _score_and_export(
+    folder: Path, task: FinetuneTask, frozen: FrozenBaselineResult | None, source: str, step: int, keep_ids: bool
+) -> None:
     """Score the test part once, and leave bundle, scores and curves behind."""
     store, parts, target = task.store, task.parts, task.target
     test = task.score("test").with_intervals()
@@ -340,11 +354,11 @@ def _finish(folder: Path, task: FinetuneTask, frozen: Frozen | None, source: str
             "scoring": task.recipe.scoring.model_dump(),
             "test": scores,
             "data_hash": store.content_hash,
-            "split": hashed_split(store, parts),
+            "split": hash_split(store, parts),
             "calibration": None if calibration is None else calibration.to_dict(),
             "frozen_encoder": None if frozen is None else frozen.encoder,
         },
-        card=finetuned_card(task.recipe, store, parts, target, inner_model(task.model).config, source, scores, step),
+        card=finetuned_card(task.recipe, store, parts, target, unwrap_peft(task.model).config, source, scores, step),
         baseline=None if frozen is None else frozen.tensors,
         overwrite=True,  # a run that goes on after its end writes it again
     )
@@ -357,5 +371,5 @@ def _calibrate(folder: Path, task: FinetuneTask, test: SessionScores) -> AnswerC
     fitted = AnswerCalibration.fit(task.score("validation"), task.target, confidence)
     if task.target.task == "classification":
         curves = fitted.reliability(test, task.target)
-        reliability_png(curves, path=folder / RELIABILITY_FILE, title="test part")
+        plot_reliability(curves, path=folder / RELIABILITY_FILE, title="test part")
     return fitted

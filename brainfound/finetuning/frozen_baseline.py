@@ -25,23 +25,23 @@ from jaxtyping import Float
 from scipy.special import expit, softmax
 from torch import Tensor
 
-from brainfound.adapters.bundle_reader import TASKS, Bundle, tensors_hash
-from brainfound.data.batches import even_slices, without_contrasts
+from brainfound.adapters.bundle_reader import MODEL_CLASSES, Bundle, tensors_hash
+from brainfound.data.batches import evenly_spaced_slices, remove_contrasts
 from brainfound.data.preprocessing.stack import Stack
 from brainfound.data.store import Store
 from brainfound.errors import ModelError, TrainingError
 from brainfound.finetuning.embedding_cache import EmbeddingCache, slice_embeddings
 from brainfound.finetuning.frozen_patches import PatchClassifier
-from brainfound.finetuning.linear_start import fit_logistic, fit_ridge, subject_numbers
-from brainfound.finetuning.scoring import ScoringRecipe, SessionScores, score_answers
+from brainfound.finetuning.linear_start import fit_logistic, fit_ridge, subject_group_indices
+from brainfound.finetuning.scoring import ScoringRecipe, SessionScores, score_predictions
 from brainfound.finetuning.targets import Target
 from brainfound.models import BrainFoundModel
-from brainfound.models.stack_inference import Answer
-from brainfound.models.start import start_from
+from brainfound.models.stack_inference import StackPrediction
+from brainfound.models.start import load_initial_model
 
 
 @dataclass(frozen=True)
-class VolumeModel:
+class VolumeLinearProbe:
     """A linear model of a volume's mean slice embedding.
 
     Attributes:
@@ -71,15 +71,15 @@ class VolumeModel:
         target: Target,
         num_slices: int | None,
         cache: EmbeddingCache | None = None,
-    ) -> VolumeModel:
+    ) -> VolumeLinearProbe:
         """Learn from labelled sessions.
 
         Raises:
             TrainingError: the embeddings are not finite.
         """
         if cache is not None:
-            cache.require(sessions)
-            embedded = cache.means(sessions)
+            cache.ensure_embedded(sessions)
+            embedded = cache.mean_embeddings(sessions)
         else:
             embedded = np.stack([_mean_embedding(model, store[session], num_slices) for session in sessions])
         features, labels = embedded.astype(np.float64), target.values(store, list(sessions))
@@ -90,11 +90,11 @@ class VolumeModel:
             )
         mean, std = features.mean(axis=0), features.std(axis=0)
         std = np.where(std > 1e-8, std, 1.0)
-        people = subject_numbers(store.sessions["subject"].tolist(), np.array(sessions))
-        weight, bias = _fit((features - mean) / std, labels, people, target, model.config.class_weights)
+        subject_groups = subject_group_indices(store.sessions["subject"].tolist(), np.array(sessions))
+        weight, bias = _fit((features - mean) / std, labels, subject_groups, target, model.config.class_weights)
         return cls(model, target, num_slices, mean, std, weight, bias, cache)
 
-    def answer(self, session: int, stack: Stack, without: Sequence[str] = ()) -> Answer:
+    def answer(self, session: int, stack: Stack, without: Sequence[str] = ()) -> StackPrediction:
         """Of a stack, in the form of a model's answer.
 
         Args:
@@ -102,30 +102,30 @@ class VolumeModel:
             without: contrasts that are not to be seen.
         """
         if self.cache is not None and not without:
-            self.cache.require([session])
-            embedding = self.cache.means([session])[0]
+            self.cache.ensure_embedded([session])
+            embedding = self.cache.mean_embeddings([session])[0]
         else:
-            stack = without_contrasts(stack, without) if without else stack
+            stack = remove_contrasts(stack, without) if without else stack
             embedding = _mean_embedding(self.model, stack, self.num_slices)
         found = self.weight @ ((embedding.astype(np.float64) - self.mean) / self.std) + self.bias
         if self.target.task == "regression":
-            return Answer(value=float(found[0]) * self.target.std + self.target.mean)
+            return StackPrediction(value=float(found[0]) * self.target.std + self.target.mean)
         if self.target.multi_label:
-            return Answer(probabilities=expit(found))
+            return StackPrediction(probabilities=expit(found))
         if len(found) == 1:
-            return Answer(probabilities=np.array([expit(-found[0]), expit(found[0])]))
-        return Answer(probabilities=softmax(found))
+            return StackPrediction(probabilities=np.array([expit(-found[0]), expit(found[0])]))
+        return StackPrediction(probabilities=softmax(found))
 
     def tensors(self) -> dict[str, Tensor]:
         """What has to be kept to ask it again."""
         return {name: torch.from_numpy(np.asarray(getattr(self, name))) for name in ("mean", "std", "weight", "bias")}
 
 
-FrozenBaseline = VolumeModel | PatchClassifier
+FrozenBaseline = VolumeLinearProbe | PatchClassifier
 """A linear model on an untouched backbone, for the tasks that it can answer."""
 
 
-def fit_frozen(
+def fit_frozen_baseline(
     model: Any,
     store: Store,
     sessions: Sequence[int],
@@ -154,10 +154,10 @@ def fit_frozen(
         return PatchClassifier.fit(model, store, sessions, target, num_slices, seed)
     if cache is None and folder is not None:
         cache = EmbeddingCache(model.brainfound, store, folder, num_slices)
-    return VolumeModel.fit(model, store, sessions, target, num_slices, cache)
+    return VolumeLinearProbe.fit(model, store, sessions, target, num_slices, cache)
 
 
-def score_frozen(
+def score_frozen_baseline(
     baseline: FrozenBaseline,
     store: Store,
     sessions: Sequence[int],
@@ -167,13 +167,15 @@ def score_frozen(
 ) -> SessionScores:
     """Score a baseline as a model is scored (`score_sessions`)."""
 
-    def ask(session: int, stack: Stack) -> Answer:
+    def predict_fn(session: int, stack: Stack) -> StackPrediction:
         return baseline.answer(session, stack, without)
 
-    return score_answers(ask, store, sessions, baseline.target, without, progress, scoring)
+    return score_predictions(predict_fn, store, sessions, baseline.target, without, progress, scoring)
 
 
-def frozen_of(bundle: Bundle, target: Target, device: torch.device, base: str | Path | None = None) -> FrozenBaseline:
+def load_frozen_baseline(
+    bundle: Bundle, target: Target, device: torch.device, base: str | Path | None = None
+) -> FrozenBaseline:
     """The baseline that a bundle remembers, on the backbone that its run started from.
 
     Args:
@@ -188,9 +190,9 @@ def frozen_of(bundle: Bundle, target: Target, device: torch.device, base: str | 
             where=bundle.folder,
             remedy="Fine-tune with frozen_baseline=true; bundles of earlier versions kept none",
         )
-    model = bundle.untouched()
+    model = bundle.load_pretrained()
     if model is None:
-        model = _started_from(bundle, base)
+        model = _load_starting_model(bundle, base)
     found = {name: tensor.numpy() for name, tensor in bundle.baseline.items()}
     segmenting = target.task == "segmentation"
     names = ("mean", "std", "weight", "bias", *(("thresholds",) if segmenting else ()))
@@ -205,10 +207,10 @@ def frozen_of(bundle: Bundle, target: Target, device: torch.device, base: str | 
     mean, std, weight, bias = (found[name] for name in names[:4])
     if segmenting:
         return PatchClassifier(model.to(device), target, mean, std, weight, bias, found["thresholds"])
-    return VolumeModel(model.to(device), target, bundle.metadata.get("num_slices"), mean, std, weight, bias)
+    return VolumeLinearProbe(model.to(device), target, bundle.metadata.get("num_slices"), mean, std, weight, bias)
 
 
-def _started_from(bundle: Bundle, base: str | Path | None) -> Any:
+def _load_starting_model(bundle: Bundle, base: str | Path | None) -> Any:
     """The model that a run with full fine-tuning started from, if it is the one that is given."""
     if base is None:
         raise ModelError(
@@ -218,7 +220,7 @@ def _started_from(bundle: Bundle, base: str | Path | None) -> Any:
         )
     own = bundle.model.config
     # A head of the start's own, if any, gives way.
-    model = start_from(BrainFoundModel, base, own.contrasts, stem=own.stem, slice_features=own.slice_features)
+    model = load_initial_model(BrainFoundModel, base, own.contrasts, stem=own.stem, slice_features=own.slice_features)
     found, expected = tensors_hash(model.encoder.state_dict()), bundle.metadata.get("frozen_encoder")
     if found != expected:
         raise ModelError(
@@ -228,38 +230,38 @@ def _started_from(bundle: Bundle, base: str | Path | None) -> Any:
             expected=str(expected)[:12],
             remedy="Give the model that the run started from as --base",
         )
-    head = TASKS[bundle.task](copy.deepcopy(own))
+    head = MODEL_CLASSES[bundle.task](copy.deepcopy(own))
     head.brainfound.encoder = model.encoder
     return head.eval().requires_grad_(False)
 
 
-def scoring_of(bundle: Bundle) -> ScoringRecipe:
+def scoring_from_bundle(bundle: Bundle) -> ScoringRecipe:
     """How a bundle's run scored; bundles of earlier versions scored as the recipe does by default."""
     return ScoringRecipe.model_validate(bundle.metadata.get("scoring", {}))
 
 
 def _mean_embedding(model: Any, stack: Stack, num_slices: int | None) -> Float[np.ndarray, "D"]:
-    return slice_embeddings(model.brainfound, stack, even_slices(len(stack.pixels), num_slices)).mean(axis=0)
+    return slice_embeddings(model.brainfound, stack, evenly_spaced_slices(len(stack.pixels), num_slices)).mean(axis=0)
 
 
 def _fit(
     features: Float[np.ndarray, "n D"],
     labels: np.ndarray,
-    people: np.ndarray,
+    subject_groups: np.ndarray,
     target: Target,
     class_weights: Sequence[float] | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Weights and biases, one row per thing that is scored."""
     if target.task == "regression":
-        weight, bias, _ = fit_ridge(features, (labels - target.mean) / target.std, people)
+        weight, bias, _ = fit_ridge(features, (labels - target.mean) / target.std, subject_groups)
         return weight[None], np.array([bias])
     if target.multi_label:
         of_labels = [{0: 1.0, 1: w} for w in class_weights] if class_weights is not None else [None] * labels.shape[1]
         fits = [
-            fit_logistic(features, column.astype(int), people, weights)
+            fit_logistic(features, column.astype(int), subject_groups, weights)
             for column, weights in zip(labels.T, of_labels, strict=True)
         ]
         return np.concatenate([fit.coef_ for fit in fits]), np.concatenate([fit.intercept_ for fit in fits])
     weights = None if class_weights is None else dict(enumerate(class_weights))
-    fit = fit_logistic(features, labels, people, weights)
+    fit = fit_logistic(features, labels, subject_groups, weights)
     return fit.coef_, fit.intercept_

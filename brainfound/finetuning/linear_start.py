@@ -37,7 +37,7 @@ from sklearn.linear_model import LogisticRegression, LogisticRegressionCV, Ridge
 from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
 from torch import Tensor, nn
 
-from brainfound.data.batches import even_slices
+from brainfound.data.batches import evenly_spaced_slices
 from brainfound.errors import TrainingError
 from brainfound.finetuning.targets import Target
 from brainfound.finetuning.volumes import EmbeddedReader, VolumeAugmentation, VolumeReader, augment_volumes
@@ -45,10 +45,10 @@ from brainfound.models.heads import bin_edges
 from brainfound.pretraining.objectives.base import StepKey
 from brainfound.training.randomness import VIEWS, numpy_generator
 
-_STRENGTHS = np.logspace(-1, 5, 13)
+_PENALTIES = np.logspace(-1, 5, 13)
 
 
-def subject_numbers(subjects: Sequence[str], sessions: np.ndarray) -> np.ndarray:
+def subject_group_indices(subjects: Sequence[str], sessions: np.ndarray) -> np.ndarray:
     """A number per embedded volume that is the same for all sessions of a subject: the first one's index."""
     first: dict[str, int] = {}
     for session in sorted(set(sessions.tolist())):
@@ -56,24 +56,24 @@ def subject_numbers(subjects: Sequence[str], sessions: np.ndarray) -> np.ndarray
     return np.array([first[subjects[session]] for session in sessions])
 
 
-def subject_folds(people: np.ndarray, classes: np.ndarray | None) -> list[tuple[np.ndarray, np.ndarray]] | None:
+def subject_folds(subject_groups: np.ndarray, classes: np.ndarray | None) -> list[tuple[np.ndarray, np.ndarray]] | None:
     """Folds that keep all volumes of a subject together; None where a class has one subject only."""
     if classes is None:
-        num_folds = min(5, len(np.unique(people)))
-        return list(GroupKFold(num_folds).split(people, groups=people)) if num_folds > 1 else None
-    num_folds = min(5, *(len(np.unique(people[classes == k])) for k in np.unique(classes)))
+        num_folds = min(5, len(np.unique(subject_groups)))
+        return list(GroupKFold(num_folds).split(subject_groups, groups=subject_groups)) if num_folds > 1 else None
+    num_folds = min(5, *(len(np.unique(subject_groups[classes == k])) for k in np.unique(classes)))
     if num_folds < 2:
         return None
-    return list(StratifiedGroupKFold(num_folds).split(people, classes, groups=people))
+    return list(StratifiedGroupKFold(num_folds).split(subject_groups, classes, groups=subject_groups))
 
 
 def fit_ridge(
-    features: Float[np.ndarray, "n D"], values: np.ndarray, people: np.ndarray
+    features: Float[np.ndarray, "n D"], values: np.ndarray, subject_groups: np.ndarray
 ) -> tuple[np.ndarray, float, float]:
     """Weights ``(D,)``, bias and mean squared error (of subjects left out, where folds can be made) for a value."""
-    folds = subject_folds(people, None)
+    folds = subject_folds(subject_groups, None)
     if folds:
-        ridge = RidgeCV(alphas=_STRENGTHS, cv=folds, scoring="neg_mean_squared_error")
+        ridge = RidgeCV(alphas=_PENALTIES, cv=folds, scoring="neg_mean_squared_error")
         ridge.fit(features, values)
         return ridge.coef_, float(ridge.intercept_), -float(ridge.best_score_)
     ridge = Ridge(alpha=len(features)).fit(features, values)
@@ -82,13 +82,13 @@ def fit_ridge(
 
 
 def fit_logistic(
-    features: np.ndarray, classes: np.ndarray, people: np.ndarray, weights: dict[int, float] | None
+    features: np.ndarray, classes: np.ndarray, subject_groups: np.ndarray, weights: dict[int, float] | None
 ) -> Any:
     """A fitted scikit-learn classifier of class indices; ``weights`` are of the classes."""
-    folds = subject_folds(people, classes)
+    folds = subject_folds(subject_groups, classes)
     if folds:
         fitted = LogisticRegressionCV(
-            Cs=1 / _STRENGTHS,
+            Cs=1 / _PENALTIES,
             cv=folds,
             scoring="neg_log_loss",
             max_iter=2000,
@@ -132,7 +132,7 @@ def fit_head(
     device = model.head.score.weight.device
     model.eval()
     features, sessions = [], []
-    for volumes, indices in augmented_passes(reader, augmentation, num_passes, batch_size, seed, device):
+    for volumes, indices in iterate_augmented_passes(reader, augmentation, num_passes, batch_size, seed, device):
         embeddings = model.brainfound(**volumes.inputs()).volume_embedding
         features.append(model.head.norm(embeddings).double().cpu().numpy())
         sessions.append(indices)
@@ -140,9 +140,9 @@ def fit_head(
     mean, std = everything.mean(axis=0), everything.std(axis=0)
     std = np.where(std > 1e-8, std, 1.0)
     order = np.concatenate(sessions)
-    people = subject_numbers(reader.store.sessions["subject"].tolist(), order)
+    subject_groups = subject_group_indices(reader.store.sessions["subject"].tolist(), order)
     labels = target.values(reader.store, order.tolist())
-    weight, bias = _fit((everything - mean) / std, labels, people, target, model.config)
+    weight, bias = _fit((everything - mean) / std, labels, subject_groups, target, model.config)
     weight = weight / std
     bias = bias - weight @ mean
     rows = len(weight)
@@ -150,7 +150,7 @@ def fit_head(
     model.head.score.bias[:rows] = torch.from_numpy(bias).to(model.head.score.bias)
 
 
-def augmented_passes(
+def iterate_augmented_passes(
     reader: VolumeReader | EmbeddedReader,
     augmentation: VolumeAugmentation,
     num_passes: int,
@@ -168,25 +168,29 @@ def augmented_passes(
 
 
 def _fit(
-    features: Float[np.ndarray, "n D"], labels: np.ndarray, people: np.ndarray, target: Target, config: Any
+    features: Float[np.ndarray, "n D"], labels: np.ndarray, subject_groups: np.ndarray, target: Target, config: Any
 ) -> tuple[np.ndarray, np.ndarray]:
     """Weights and biases of the head's last layer; of its first row alone where the second is a log variance."""
     weights = config.class_weights if target.task == "classification" else None
     if target.multi_label:
         rows = [
-            _log_odds(features, labels[:, k], people, None if weights is None else {0: 1.0, 1: weights[k]})
+            _fit_binary_logistic(
+                features, labels[:, k], subject_groups, None if weights is None else {0: 1.0, 1: weights[k]}
+            )
             for k in range(labels.shape[1])
         ]
         return np.stack([weight for weight, _ in rows]), np.array([bias for _, bias in rows])
     if target.task == "classification":
-        return _logistic(features, labels, people, None if weights is None else dict(enumerate(weights)))
-    weight, bias, variance = fit_ridge(features, (labels - target.mean) / target.std, people)
+        return _logistic(features, labels, subject_groups, None if weights is None else dict(enumerate(weights)))
+    weight, bias, variance = fit_ridge(features, (labels - target.mean) / target.std, subject_groups)
     if config.regression_head == "bins":
-        return _as_bins(weight, bias, variance, config)
+        return _linear_to_bin_logits(weight, bias, variance, config)
     return weight[None], np.array([bias])
 
 
-def _as_bins(weight: np.ndarray, bias: float, variance: float, config: Any) -> tuple[np.ndarray, np.ndarray]:
+def _linear_to_bin_logits(
+    weight: np.ndarray, bias: float, variance: float, config: Any
+) -> tuple[np.ndarray, np.ndarray]:
     """Scores of bins whose softmax is a Gaussian around a linear answer, cut into the bins.
 
     −(c − m)² / 2σ² of a bin at c differs from c·m / σ² − c² / 2σ² by what is the same for all bins, and the latter
@@ -203,10 +207,13 @@ def _as_bins(weight: np.ndarray, bias: float, variance: float, config: Any) -> t
 
 
 def _logistic(
-    features: Float[np.ndarray, "n D"], classes: np.ndarray, people: np.ndarray, weights: dict[int, float] | None
+    features: Float[np.ndarray, "n D"],
+    classes: np.ndarray,
+    subject_groups: np.ndarray,
+    weights: dict[int, float] | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Weights ``(K, D)`` and bias ``(K,)``."""
-    fitted = fit_logistic(features, classes, people, weights)
+    fitted = fit_logistic(features, classes, subject_groups, weights)
     weight, bias = np.atleast_2d(fitted.coef_), np.atleast_1d(fitted.intercept_)
     if len(weight) == 1:
         # Two classes: scikit-learn gives the log odds of the second; a softmax takes half for each side.
@@ -214,18 +221,18 @@ def _logistic(
     return weight, bias
 
 
-def _log_odds(
-    features: Float[np.ndarray, "n D"], labels: np.ndarray, people: np.ndarray, weights: dict[int, float] | None
+def _fit_binary_logistic(
+    features: Float[np.ndarray, "n D"], labels: np.ndarray, subject_groups: np.ndarray, weights: dict[int, float] | None
 ) -> tuple[np.ndarray, float]:
     """Weights ``(D,)`` and bias for the log odds of one label of several."""
-    fitted = fit_logistic(features, labels.astype(int), people, weights)
+    fitted = fit_logistic(features, labels.astype(int), subject_groups, weights)
     return fitted.coef_[0], float(fitted.intercept_[0])
 
 
 MAX_VOLUMES, MAX_PIXELS, MAX_PIXELS_PER_CLASS = 500, 60_000, 60
 """Volumes (sessions × passes) and pixels that are learnt from; and how many pixels of a class in one volume, where
 neighbours say the same. More would take long and tell little."""
-_STRENGTH = 1.0  # of the penalty, against as many terms as pixels: it bounds weights that no pixel asks for
+_L2_PENALTY = 1.0  # of the penalty, against as many terms as pixels: it bounds weights that no pixel asks for
 
 
 @torch.no_grad()
@@ -260,18 +267,18 @@ def fit_decoder(
     rng = numpy_generator(VIEWS, seed, HEAD_FIT_STEP)
     num_passes = min(num_passes, max(1, MAX_VOLUMES // len(reader.sessions)))
     if len(reader.sessions) > MAX_VOLUMES:
-        reader = reader.of(reader.sessions[even_slices(len(reader.sessions), MAX_VOLUMES)])
+        reader = reader.of(reader.sessions[evenly_spaced_slices(len(reader.sessions), MAX_VOLUMES)])
     num_volumes = num_passes * len(reader.sessions)
     wanted = min(MAX_PIXELS_PER_CLASS, max(1, MAX_PIXELS // (num_volumes * len(target.names))))
     features, truth, weights = [], [], []
-    for volumes, _ in augmented_passes(reader, augmentation, num_passes, batch_size, seed, score.weight.device):
-        maps = _read_by(score, model, volumes.inputs())
+    for volumes, _ in iterate_augmented_passes(reader, augmentation, num_passes, batch_size, seed, score.weight.device):
+        maps = _capture_layer_input(score, model, volumes.inputs())
         of_pixels = _labels(target, np.asarray(volumes.to("cpu").masks)[volumes.slice_mask.cpu().numpy()])
         first = 0
         for count in volumes.slice_mask.sum(dim=1).tolist():
             own = slice(first, first + count)
             chosen, weight = _choose_pixels(of_pixels[own], wanted, rng)
-            features.append(_at_pixels(maps[own], chosen, of_pixels.shape[1:3]))
+            features.append(_sample_at_pixels(maps[own], chosen, of_pixels.shape[1:3]))
             truth.append(of_pixels[own][tuple(chosen)])
             weights.append(weight)
             first += count
@@ -290,7 +297,7 @@ def fit_decoder(
     score.bias[:] = torch.from_numpy(bias).to(score.bias)
 
 
-def _read_by(layer: nn.Module, model: nn.Module, inputs: dict[str, Any]) -> Float[Tensor, "N F h w"]:
+def _capture_layer_input(layer: nn.Module, model: nn.Module, inputs: dict[str, Any]) -> Float[Tensor, "N F h w"]:
     """What a layer reads while the model answers."""
     read: list[Tensor] = []
     hook = layer.register_forward_pre_hook(lambda _, arguments: read.append(arguments[0]))
@@ -326,7 +333,7 @@ def _choose_pixels(
     return np.stack(np.unravel_index(np.concatenate(chosen), labels.shape[:3])), np.concatenate(weights)
 
 
-def _at_pixels(
+def _sample_at_pixels(
     maps: Float[Tensor, "N F h w"], pixels: Int[np.ndarray, "3 n"], size: tuple[int, int]
 ) -> Float[np.ndarray, "n F"]:
     """Maps interpolated to pixels, as the decoder does with its scores: the two orders give the same."""
@@ -359,7 +366,7 @@ def _pixel_logistic(
         with warnings.catch_warnings():
             # Training goes on from here; a solver that stops at its last iteration is as good a start.
             warnings.simplefilter("ignore", ConvergenceWarning)
-            fitted = LogisticRegression(C=1 / _STRENGTH, max_iter=300).fit(features, classes, sample_weight=weights)
+            fitted = LogisticRegression(C=1 / _L2_PENALTY, max_iter=300).fit(features, classes, sample_weight=weights)
         coefficients, intercepts = np.atleast_2d(fitted.coef_), np.atleast_1d(fitted.intercept_)
         if len(present) == 2:
             # scikit-learn gives the log odds of the second; a softmax takes half for each side.

@@ -54,13 +54,15 @@ class RegressionHeadRecipe(Recipe):
     """Share of new sessions that the prediction interval, fitted on the validation part, should hold."""
 
     @model_validator(mode="after")
-    def _loss_is_of_the_point(self) -> Self:
+    def _require_point_head_for_loss(self) -> Self:
         if self.head != "point" and self.loss != "smooth_l1":
             raise ValueError(f"the head {self.head} has a loss of its own; loss: {self.loss} needs head: point")
         return self
 
 
-def classification_fields(recipe: ClassificationHeadRecipe, target: Target, labels: np.ndarray) -> dict[str, Any]:
+def classification_config_fields(
+    recipe: ClassificationHeadRecipe, target: Target, labels: np.ndarray
+) -> dict[str, Any]:
     """Fields of `BrainFoundConfig`.
 
     Args:
@@ -84,7 +86,7 @@ def class_weights(labels: np.ndarray, num_classes: int) -> list[float]:
     return (len(labels) / (num_classes * counts)).tolist()
 
 
-def regression_fields(recipe: RegressionHeadRecipe, target: Target, values: np.ndarray) -> dict[str, Any]:
+def regression_config_fields(recipe: RegressionHeadRecipe, target: Target, values: np.ndarray) -> dict[str, Any]:
     """Fields of `BrainFoundConfig`.
 
     Args:
@@ -104,7 +106,7 @@ def regression_fields(recipe: RegressionHeadRecipe, target: Target, values: np.n
     }
 
 
-def loss_name(task: str, config: Any) -> str:
+def describe_loss(task: str, config: Any) -> str:
     """The loss of a model, in words, for its card.
 
     Args:
@@ -144,14 +146,14 @@ SEGMENTATION_FIELDS = (
 )
 """What a recipe of a segmentation says of the model, under the names of the model's configuration."""
 
-OF_ONE_TASK: Mapping[str, tuple[str, ...]] = {
+TASK_SPECIFIC_KEYS: Mapping[str, tuple[str, ...]] = {
     "classification": ("classification",),
     "regression": ("regression",),
     "segmentation": (*SEGMENTATION_FIELDS, "foreground_share", "merge_codes", "scoring"),
 }
 """Keys and groups of the recipe that one task alone reads, besides the regions of a segmentation."""
 
-OF_ONE_CHOICE: Mapping[str, tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...]] = {
+CHOICE_SPECIFIC_KEYS: Mapping[str, tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...]] = {
     "segmentation": (
         ("segmentation_loss", ("tversky", "focal_tversky"), ("tversky_alpha", "tversky_beta")),
         ("segmentation_loss", ("focal_tversky",), ("tversky_gamma",)),
@@ -183,7 +185,7 @@ class FinetuneOptimRecipe(Recipe):
 class FinetuneRecipe(Recipe):
     """Everything that a fine-tuning run is made of."""
 
-    mistaken_for: ClassVar[Mapping[str, str]] = {
+    lookalikes: ClassVar[Mapping[str, str]] = {
         "brainfound.pretraining.pretrain:PretrainRecipe": "this is a pretraining recipe; use `brainfound pretrain`"
     }
 
@@ -262,7 +264,7 @@ class FinetuneRecipe(Recipe):
 
 
 # What may change between a run and its continuation: nothing in here touches a weight.
-FREE_ON_RESUME = (
+CHANGEABLE_ON_RESUME = (
     "name",
     "frozen_baseline",
     "scoring",
@@ -307,7 +309,7 @@ def resolve_recipe(
     return content
 
 
-def require_fitting(recipe: FinetuneRecipe, target: Target) -> None:
+def require_effective_settings(recipe: FinetuneRecipe, target: Target) -> None:
     """Refuse what would have no effect on this target, and embeddings that cannot be kept.
 
     Nothing reads a setting of another task, or of a loss or a head that is not chosen. One that has its default value
@@ -316,42 +318,42 @@ def require_fitting(recipe: FinetuneRecipe, target: Target) -> None:
     Raises:
         RecipeError: names the keys.
     """
-    values, defaults = (_flat(content.model_dump()) for content in (recipe, FinetuneRecipe()))
+    values, defaults = (_flatten(content.model_dump()) for content in (recipe, FinetuneRecipe()))
     changed = [key for key, value in values.items() if key in defaults and value != defaults[key]]
-    for task, own in OF_ONE_TASK.items():
+    for task, own in TASK_SPECIFIC_KEYS.items():
         if task != target.task:
             unread = [key for key in changed if key.partition(".")[0] in own]
-            _refuse(unread, f"for a {task}", f"a {target.task} of {target.column}", f"task={task}")
+            _refuse_unused_settings(unread, f"for a {task}", f"a {target.task} of {target.column}", f"task={task}")
     # A mean has no weights, and is what a segmentation has in the place of an aggregator.
     of_volumes = {"aggregator": recipe.aggregator != "mean", "slice_features": True}
     if target.task == "segmentation":
         unread = [key for key in changed if of_volumes.get(key)]
-        _refuse(unread, "for a classification or a regression", f"a segmentation of {target.column}")
-    for choice, wanted, keys in OF_ONE_CHOICE.get(target.task, ()):
+        _refuse_unused_settings(unread, "for a classification or a regression", f"a segmentation of {target.column}")
+    for choice, wanted, keys in CHOICE_SPECIFIC_KEYS.get(target.task, ()):
         if values[choice] not in wanted:
             unread = [key for key in changed if key in keys]
             needed = f"for {choice}={' or '.join(wanted)}"
-            _refuse(unread, needed, f"{choice}={values[choice]}", f"{choice}={wanted[0]}")
+            _refuse_unused_settings(unread, needed, f"{choice}={values[choice]}", f"{choice}={wanted[0]}")
     if recipe.cached_embeddings:
-        _require_frozen(recipe, target)
+        _require_frozen_backbone(recipe, target)
 
 
-def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Keys as users write them, with dots, and their values."""
     flat: dict[str, Any] = {}
     for name, value in content.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
     return flat
 
 
-def _refuse(unread: Sequence[str], whom: str, got: str, instead: str | None = None) -> None:
+def _refuse_unused_settings(unread: Sequence[str], whom: str, got: str, instead: str | None = None) -> None:
     if unread:
         what, it = ("this setting is", "it") if len(unread) == 1 else ("these settings are", "them")
         remedy = f"Leave {it} out" + (f", or set {instead}" if instead else "")
         raise RecipeError(f"{what} {whom}", where=", ".join(unread), got=got, remedy=remedy)
 
 
-def _require_frozen(recipe: FinetuneRecipe, target: Target) -> None:
+def _require_frozen_backbone(recipe: FinetuneRecipe, target: Target) -> None:
     method = load(AdapterRecipe, recipe.adapter, "adapters").method
     if method != "none" or target.task == "segmentation":
         raise RecipeError(

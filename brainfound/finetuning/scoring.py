@@ -14,7 +14,7 @@ import pandas as pd
 from pydantic import Field
 from torch import nn
 
-from brainfound.data.batches import without_contrasts
+from brainfound.data.batches import remove_contrasts
 from brainfound.data.preprocessing.stack import Stack
 from brainfound.data.store import Store
 from brainfound.errors import UsageError
@@ -22,8 +22,8 @@ from brainfound.finetuning.embedding_cache import EmbeddingCache
 from brainfound.finetuning.targets import Target
 from brainfound.metrics.comparison import score_intervals
 from brainfound.metrics.scores import (
-    HEADLINE,
-    IN_TABLES,
+    PRIMARY_METRIC,
+    TABLE_METRICS,
     EmptyCase,
     classification_scores,
     mean_case_scores,
@@ -33,7 +33,7 @@ from brainfound.metrics.scores import (
     trivial_multi_label_scores,
     trivial_scores,
 )
-from brainfound.models.stack_inference import Answer, infer, infer_embedded
+from brainfound.models.stack_inference import StackPrediction, infer, infer_embedded
 from brainfound.recipes import Recipe
 from brainfound.training.checkpoint import write_atomically
 
@@ -101,12 +101,12 @@ class SessionScores:
     @property
     def headline(self) -> tuple[str, float, float]:
         """The metric by which the task is judged, its value, and the trivial baseline's."""
-        metric = HEADLINE[self.task]
+        metric = PRIMARY_METRIC[self.task]
         return metric, self.scores[metric], self.trivial[metric]
 
     def with_intervals(self) -> Self:
         """The same with bootstrap intervals over subjects, of the scores that tables show."""
-        defined = [name for name in IN_TABLES[self.task] if np.isfinite(self.scores.get(name, np.nan))]
+        defined = [name for name in TABLE_METRICS[self.task] if np.isfinite(self.scores.get(name, np.nan))]
         found = score_intervals(self.cases, defined, num_resamples=NUM_RESAMPLES, confidence=CONFIDENCE)
         intervals = {}
         for row in found.to_dict(orient="records"):
@@ -195,16 +195,16 @@ def score_sessions(
         UsageError: if no session is left, or a withheld contrast is not one of the store's.
     """
 
-    def ask(session: int, stack: Stack) -> Answer:
+    def predict_fn(session: int, stack: Stack) -> StackPrediction:
         if cache is not None:
             return infer_embedded(model, cache.batch([session]).inputs())
-        return infer(model, without_contrasts(stack, without) if without else stack, num_slices)
+        return infer(model, remove_contrasts(stack, without) if without else stack, num_slices)
 
-    return score_answers(ask, store, sessions, target, without, progress, scoring)
+    return score_predictions(predict_fn, store, sessions, target, without, progress, scoring)
 
 
-def score_answers(
-    ask: Callable[[int, Stack], Answer],
+def score_predictions(
+    predict_fn: Callable[[int, Stack], StackPrediction],
     store: Store,
     sessions: Sequence[int],
     target: Target,
@@ -247,7 +247,7 @@ def score_answers(
     first_rows = dict(zip(reversed(names), reversed(range(len(names))), strict=True))
     for done, (session, truth) in enumerate(zip(usable, truths, strict=True), start=1):
         stack = store[session]
-        answer: Any = ask(session, stack)
+        answer: Any = predict_fn(session, stack)
         row: dict[str, Any] = {"row": session, SUBJECT_ROW: first_rows[stack.subject]}
         row |= {"subject": stack.subject, "session": stack.session}
         if segmenting:
@@ -287,7 +287,7 @@ def score_answers(
     else:
         scores = regression_scores(truths, answers)
     if not segmenting:
-        trivial = _without_an_image(target, truths) or dict.fromkeys(scores, float("nan"))
+        trivial = _trivial_baseline_scores(target, truths) or dict.fromkeys(scores, float("nan"))
     absent = tuple(dict.fromkeys((*store.withheld, *without)))
     notes = tuple(
         f"mask code {code}, in {n} sessions, was not learnt: counted as background" for code, n in strange.items()
@@ -295,7 +295,7 @@ def score_answers(
     return SessionScores(target.task, scores, trivial, pd.DataFrame(rows), absent, notes=notes)
 
 
-def _without_an_image(target: Target, truths: Sequence[Any]) -> dict[str, float]:
+def _trivial_baseline_scores(target: Target, truths: Sequence[Any]) -> dict[str, float]:
     """The scores of what the training part says of everybody; none where the target does not remember it."""
     if target.task == "regression":
         return trivial_scores("regression", target.mean, truths)

@@ -22,22 +22,22 @@ import numpy as np
 from pydantic import Field
 
 from brainfound.data.splits.dividing import (
-    as_numbers,
     few_shot,
     k_folds,
     label_text,
     leave_one_site_out,
     require_disjoint,
     split_by_subject,
+    to_numeric_or_none,
 )
 from brainfound.data.splits.split_file import (
     PARTS,
-    SINGLE,
-    Members,
+    SINGLE_FOLD,
     Split,
+    SubjectsByPart,
+    get_split_groups,
     read_folds,
-    require_no_shared_content,
-    subjects_to_divide,
+    require_no_shared_images,
 )
 from brainfound.data.store import Store
 from brainfound.errors import UsageError
@@ -83,15 +83,15 @@ def make_split(
     Raises:
         UsageError: wishes that exclude each other, columns that are not there, or too few subjects or sites.
     """
-    kind = _kind_of_division(folds, shots, num_subjects, leave_site_out)
+    kind = _split_kind(folds, shots, num_subjects, leave_site_out)
     shares = _shares(test, validation)
     used = np.arange(len(store)) if target is None else labelled_sessions(store, target)
     chosen = list(stratify) if stratify is not None else [] if target is None else [target]
-    columns = {name: labels_to_stratify(store, used, name) for name in chosen} or None
-    divided, num_linked = subjects_to_divide(store)
+    columns = {name: stratification_labels(store, used, name) for name in chosen} or None
+    divided, num_linked = get_split_groups(store)
     labels = _classes(store, target, used) if shots else _sites(store, used) if leave_site_out else []
-    wish = folds or shots or num_subjects
-    made = _divide(kind, wish, divided[used].tolist(), labels, shares, columns, seed)
+    requested = folds or shots or num_subjects
+    made = _divide(kind, requested, divided[used].tolist(), labels, shares, columns, seed)
     without = _sites_without_fold(store, used, made) if leave_site_out else []
     facts: dict[str, Any] = {
         "kind": kind,
@@ -103,7 +103,7 @@ def make_split(
         **({"sites_without_fold": without} if without else {}),
     }
     counted = [name for name in dict.fromkeys([*chosen, target, SITE if leave_site_out else None]) if name]
-    return Split.of_store(
+    return Split.from_folds(
         store,
         {name: {part: used[index] for part, index in fold.items()} for name, fold in made.items()},
         seed=seed,
@@ -112,9 +112,9 @@ def make_split(
     )
 
 
-def _kind_of_division(folds: object, shots: object, num_subjects: object, leave_site_out: bool) -> str:
+def _split_kind(folds: object, shots: object, num_subjects: object, leave_site_out: bool) -> str:
     wishes = {FOLDS: folds, SHOTS: shots, FEW_SUBJECTS: num_subjects, SITES: leave_site_out}
-    wished = [kind for kind, wish in wishes.items() if wish]
+    wished = [kind for kind, requested in wishes.items() if requested]
     if len(wished) > 1:
         raise UsageError(
             "folds, shots, numbers of subjects and leaving a site out exclude each other",
@@ -125,7 +125,7 @@ def _kind_of_division(folds: object, shots: object, num_subjects: object, leave_
 
 def _divide(
     kind: str,
-    wish: Any,
+    requested: Any,
     names: list[str],
     labels: list[Any],
     shares: dict[str, float],
@@ -141,16 +141,16 @@ def _divide(
     """
     validation = shares.get("validation", 0.0)
     if kind == FOLDS:
-        parts = k_folds(names, wish, seed, columns, validation)
+        parts = k_folds(names, requested, seed, columns, validation)
         return {f"fold-{n}": fold for n, fold in enumerate(parts, start=1)}
     if kind in (SHOTS, FEW_SUBJECTS):
-        few = few_shot(names, wish, seed, labels if kind == SHOTS else None, shares, columns)
+        few = few_shot(names, requested, seed, labels if kind == SHOTS else None, shares, columns)
         what = "shots" if kind == SHOTS else "subjects"
         return {f"{what}-{n or 'all'}": fold for n, fold in few.items()}
     if kind == SITES:
         left_out = leave_one_site_out(names, labels, seed, validation, columns)
         return {f"site-{site}": fold for site, fold in left_out.items()}
-    return {SINGLE: split_by_subject(names, shares, seed, columns)}
+    return {SINGLE_FOLD: split_by_subject(names, shares, seed, columns)}
 
 
 def _sites(store: Store, used: np.ndarray) -> list[Any]:
@@ -174,7 +174,7 @@ def _shares(test: float, validation: float) -> dict[str, float]:
     return {part: share for part, share in shares.items() if share > 0}
 
 
-def labels_to_stratify(store: Store, sessions: np.ndarray, column: str) -> list[Any]:
+def stratification_labels(store: Store, sessions: np.ndarray, column: str) -> list[Any]:
     """The labels of sessions by which they are stratified; of masks, whether they mark anything."""
     if column != MASK:
         values = [store.covariate(name).iloc[sessions].tolist() for name in target_columns(store, column)]
@@ -184,7 +184,7 @@ def labels_to_stratify(store: Store, sessions: np.ndarray, column: str) -> list[
     return ["empty" if mask is None or not mask.any() else "marked" for mask in masks]
 
 
-def adopt_split(store: Store, file: str | Path, columns: Sequence[str] = ()) -> Split:
+def split_from_file(store: Store, file: str | Path, columns: Sequence[str] = ()) -> Split:
     """The parts of a file that a person wrote or changed, checked against a store.
 
     Raises:
@@ -193,11 +193,11 @@ def adopt_split(store: Store, file: str | Path, columns: Sequence[str] = ()) -> 
     folds = read_folds(file)
     found = {name: _indices(store, members, f"{file}, fold {name}") for name, members in folds.items()}
     made = {"kind": "taken from a file", "stratify": list(columns)}
-    return Split.of_store(store, found, seed=None, made=made, columns=columns)
+    return Split.from_folds(store, found, seed=None, made=made, columns=columns)
 
 
-def _indices(store: Store, members: Members, where: str) -> Mapping[str, np.ndarray]:
-    sessions = Split({SINGLE: members}).sessions(store)
+def _indices(store: Store, members: SubjectsByPart, where: str) -> Mapping[str, np.ndarray]:
+    sessions = Split({SINGLE_FOLD: members}).sessions(store)
     for part, index in sessions.items():
         if not len(index):
             raise UsageError(
@@ -217,7 +217,7 @@ def _classes(store: Store, target: str | None, used: np.ndarray) -> list[Any]:
             remedy="Give --target COLUMN, or ask for a number of subjects with --subjects",
         )
     labels = store.covariate(str(target)).iloc[used].tolist()
-    if as_numbers(labels) is not None:
+    if to_numeric_or_none(labels) is not None:
         raise UsageError(
             "the target has numbers, not classes",
             where=f"column {target}",
@@ -226,7 +226,7 @@ def _classes(store: Store, target: str | None, used: np.ndarray) -> list[Any]:
     return labels
 
 
-SPLIT_FILE = "splits.json"
+RUN_SPLIT_FILE = "splits.json"
 HASH_ROUNDS = 1000
 """Of PBKDF2: about half a millisecond per subject, so ten thousand are checked in seconds."""
 
@@ -254,7 +254,7 @@ def split_sessions(
     target: str,
     file: Path | None,
     fold: str | None = None,
-    say: Callable[[str], None] | None = None,
+    notify: Callable[[str], None] | None = None,
 ) -> dict[str, np.ndarray]:
     """Store indices of the labelled sessions of each part.
 
@@ -269,29 +269,29 @@ def split_sessions(
             subject or an image.
     """
     labelled = labelled_sessions(store, target)
-    say = say or (lambda line: None)
+    notify = notify or (lambda line: None)
     if file is not None:
-        parts = _follow(file, fold, store, labelled, say)
+        parts = _parts_from_file(file, fold, store, labelled, notify)
     else:
         if fold is not None:
             raise UsageError("a fold of no split", where="--fold", got=fold, remedy="Give the split file with --split")
-        names, num_linked = subjects_to_divide(store)
+        names, num_linked = get_split_groups(store)
         if unlabelled := len(store) - len(labelled):
-            say(f"{unlabelled} of {len(store)} sessions have no {target}: left out")
+            notify(f"{unlabelled} of {len(store)} sessions have no {target}: left out")
         if num_linked:
-            say(f"{num_linked} subjects have an image of another subject: kept in one part with it")
+            notify(f"{num_linked} subjects have an image of another subject: kept in one part with it")
         shares = {part: getattr(recipe, part) for part in PARTS}
         split = split_by_subject(
             names[labelled].tolist(), shares, recipe.seed, _strata(recipe, store, labelled, target) or None
         )
         parts = {part: labelled[index] for part, index in split.items()}
-    parts = _readable(parts, store, say)
+    parts = _drop_unreadable_sessions(parts, store, notify)
     require_disjoint(parts, store.sessions["subject"].tolist())
-    require_no_shared_content(store, parts)
+    require_no_shared_images(store, parts)
     return parts
 
 
-def split_to_follow(
+def resolve_split_file(
     folder: Path, store: Store, target: str, given: str | Path | None, fold: str | None, resume: bool
 ) -> tuple[Path | None, str | None]:
     """The split file to follow, and its fold: of the run that goes on, else the given one, else none.
@@ -299,7 +299,7 @@ def split_to_follow(
     Raises:
         UsageError: the run that goes on learns another target, or on other subjects than the given split.
     """
-    own = folder / SPLIT_FILE
+    own = folder / RUN_SPLIT_FILE
     if not (resume and own.is_file()):
         return (None if given is None else Path(given)), fold
     before = json.loads((folder / run_files.FACTS_FILE).read_text(encoding="utf-8"))["target"]["column"]
@@ -309,7 +309,7 @@ def split_to_follow(
         labelled = labelled_sessions(store, target)
         now = _labelled_parts(Split.load(given), fold, store, labelled, Path(given))
         then = _labelled_parts(Split.load(own), None, store, labelled, own)
-        now = _readable(now, store, lambda line: None)
+        now = _drop_unreadable_sessions(now, store, lambda line: None)
         if any(not np.array_equal(now[part], then[part]) for part in PARTS):
             raise UsageError(
                 "the run has another split", where=folder, got=given, remedy="Leave out --split, or give another --out"
@@ -321,19 +321,19 @@ def write_split(
     folder: Path, store: Store, parts: Mapping[str, np.ndarray], target: str, recipe: SplitRecipe, given: Path | None
 ) -> None:
     """Write the split file of a run into its folder; a run that goes on keeps the one that it has."""
-    if given == folder / SPLIT_FILE:
+    if given == folder / RUN_SPLIT_FILE:
         return
     if given is not None:
         made: dict[str, Any] = {"kind": "taken from a file", "target": target, "sha256": _sha256_of(given)}
     else:
         made = {"kind": "made by a run", "target": target, **recipe.model_dump(mode="json", exclude={"seed"})}
     seed = recipe.seed if given is None else None
-    Split.of_store(store, {SINGLE: parts}, seed=seed, made=made, columns=target_columns(store, target)).save(
-        folder / SPLIT_FILE
+    Split.from_folds(store, {SINGLE_FOLD: parts}, seed=seed, made=made, columns=target_columns(store, target)).save(
+        folder / RUN_SPLIT_FILE
     )
 
 
-def hashed_split(store: Store, parts: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def hash_split(store: Store, parts: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """What a bundle remembers of a split: the data's hash, and hashes of each part's subjects and images.
 
     The salt is drawn anew for each bundle, so that two bundles cannot be compared and no table helps to guess.
@@ -352,20 +352,20 @@ def hashed_split(store: Store, parts: Mapping[str, np.ndarray]) -> dict[str, Any
     }
 
 
-def in_parts(split: Mapping[str, Any], store: Store, sessions: Sequence[int], *parts: str) -> np.ndarray:
-    """Whether the subject of each session of a store is in one of the parts of a `hashed_split`; ``(n,)`` bool."""
+def is_in_parts(split: Mapping[str, Any], store: Store, sessions: Sequence[int], *parts: str) -> np.ndarray:
+    """Whether the subject of each session of a store is in one of the parts of a `hash_split`; ``(n,)`` bool."""
     hashes = split.get("subjects_sha256") or split["subjects"]
     members = {digest for part in parts for digest in hashes[part]}
     of = store.sessions["subject"]
-    return np.array([_hash_as(split, str(of.iloc[int(i)])) in members for i in sessions], dtype=bool)
+    return np.array([_hash_like_split(split, str(of.iloc[int(i)])) in members for i in sessions], dtype=bool)
 
 
-def learnt_from(split: Mapping[str, Any], store: Store, sessions: Sequence[int]) -> np.ndarray:
+def seen_in_training(split: Mapping[str, Any], store: Store, sessions: Sequence[int]) -> np.ndarray:
     """Whether a model may have learnt from or been watched on each session of a store, ``(n,)`` bool.
 
     That is one of a subject of its train or validation part, by name, or by an image under any name.
     """
-    known = in_parts(split, store, sessions, "train", "validation")
+    known = is_in_parts(split, store, sessions, "train", "validation")
     images = {digest for part in ("train", "validation") for digest in split.get("images", {}).get(part, ())}
     if not images:  # a bundle made before images were remembered
         return known
@@ -379,7 +379,7 @@ def subject_hash(subject: str, salt: str, rounds: int = HASH_ROUNDS) -> str:
     return hashlib.pbkdf2_hmac("sha256", subject.encode(), bytes.fromhex(salt), rounds, 16).hex()
 
 
-def _hash_as(split: Mapping[str, Any], subject: str) -> str:
+def _hash_like_split(split: Mapping[str, Any], subject: str) -> str:
     if "subjects_sha256" in split:  # bundles made before hashes were salted
         return hashlib.sha256(subject.encode()).hexdigest()
     return subject_hash(subject, split["salt"], split["rounds"])
@@ -396,13 +396,15 @@ def _sha256_of(file: Path) -> str:
 def _strata(recipe: SplitRecipe, store: Store, labelled: np.ndarray, target: str) -> dict[str, list[Any]]:
     columns: dict[str, list[Any]] = {}
     if recipe.stratify:
-        columns[target] = labels_to_stratify(store, labelled, target)
+        columns[target] = stratification_labels(store, labelled, target)
     for name in recipe.stratify_columns or ():
-        columns[name] = labels_to_stratify(store, labelled, name)
+        columns[name] = stratification_labels(store, labelled, name)
     return columns
 
 
-def _readable(parts: Mapping[str, np.ndarray], store: Store, say: Callable[[str], None]) -> dict[str, np.ndarray]:
+def _drop_unreadable_sessions(
+    parts: Mapping[str, np.ndarray], store: Store, notify: Callable[[str], None]
+) -> dict[str, np.ndarray]:
     """The sessions that have a contrast which the store shows. Parts are made before, so that they are the same
     whichever contrasts are withheld.
 
@@ -422,7 +424,7 @@ def _readable(parts: Mapping[str, np.ndarray], store: Store, say: Callable[[str]
             )
     placed, num_kept = (sum(map(len, found.values())) for found in (parts, kept))
     if placed > num_kept:
-        say(f"{placed - num_kept} of {placed} sessions have none of {', '.join(store.shown)}: left out")
+        notify(f"{placed - num_kept} of {placed} sessions have none of {', '.join(store.shown)}: left out")
     return kept
 
 
@@ -445,18 +447,18 @@ def _labelled_parts(
     return parts
 
 
-def _follow(
-    file: Path, fold: str | None, store: Store, labelled: np.ndarray, say: Callable[[str], None]
+def _parts_from_file(
+    file: Path, fold: str | None, store: Store, labelled: np.ndarray, notify: Callable[[str], None]
 ) -> dict[str, np.ndarray]:
     split = Split.load(file)
     parts = _labelled_parts(split, fold, store, labelled, file)
     listed = {name for names in split.parts(fold).values() for name in names}
     there = {str(name) for name in store.sessions["subject"]}
     if absent := len(listed - there):
-        say(f"{absent} of {len(listed)} subjects of the split are not in the store")
+        notify(f"{absent} of {len(listed)} subjects of the split are not in the store")
     if left_out := len(there - listed):
-        say(f"{left_out} of {len(there)} subjects of the store are in no part of the split: left out")
+        notify(f"{left_out} of {len(there)} subjects of the store are in no part of the split: left out")
     placed = sum(map(len, split.sessions(store, fold).values()))
     if unlabelled := placed - sum(map(len, parts.values())):
-        say(f"{unlabelled} of {placed} sessions of the split have no label: left out")
+        notify(f"{unlabelled} of {placed} sessions of the split have no label: left out")
     return parts

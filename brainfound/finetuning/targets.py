@@ -20,7 +20,7 @@ from brainfound.errors import UsageError
 Task = Literal["classification", "regression", "segmentation"]
 MASK = "mask"
 MAX_CLASSES = 50
-_YES_OR_NO = {"0": 0.0, "1": 1.0, "false": 0.0, "true": 1.0}
+_BINARY_VALUES = {"0": 0.0, "1": 1.0, "false": 0.0, "true": 1.0}
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Target:
                 is neither 0 nor 1.
         """
         if self.multi_label:
-            return np.stack([_yes_or_no(store, name, sessions) for name in self.names], axis=1)
+            return np.stack([_binary_labels(store, name, sessions) for name in self.names], axis=1)
         if self.task == "regression":
             return _numbers(store, self.column, sessions)
         labels = store.covariate(self.column).iloc[list(sessions)]
@@ -138,7 +138,7 @@ def labelled_sessions(store: Store, column: str) -> np.ndarray:
     return np.flatnonzero(known)
 
 
-def guess_task(store: Store, column: str) -> Task:
+def infer_task(store: Store, column: str) -> Task:
     """Segmentation for the mask, regression for numbers with many values, else classification."""
     if column == MASK:
         return "segmentation"
@@ -232,7 +232,7 @@ def _class_target(store: Store, train: Sequence[int], column: str) -> Target:
 def _multi_label_target(store: Store, train: Sequence[int], task: Task, columns: tuple[str, ...]) -> Target:
     if task != "classification":
         raise UsageError(f"a {task} has one column", where="target", got=", ".join(columns))
-    shares = tuple(float(_yes_or_no(store, name, train).mean()) for name in columns)
+    shares = tuple(float(_binary_labels(store, name, train).mean()) for name in columns)
     for name, share in zip(columns, shares, strict=True):
         if share in (0, 1):
             raise UsageError(
@@ -244,10 +244,10 @@ def _multi_label_target(store: Store, train: Sequence[int], task: Task, columns:
     return Target("classification", ",".join(columns), names=columns, multi_label=True, shares=shares)
 
 
-def _yes_or_no(store: Store, column: str, sessions: Sequence[int]) -> np.ndarray:
+def _binary_labels(store: Store, column: str, sessions: Sequence[int]) -> np.ndarray:
     """A column of 0 and 1, or of true and false, as numbers ``(n,)``."""
     labels = store.covariate(column).iloc[list(sessions)]
-    numbers = np.array([_YES_OR_NO.get(_class_name(label).strip().lower(), -1.0) for label in labels])
+    numbers = np.array([_BINARY_VALUES.get(_class_name(label).strip().lower(), -1.0) for label in labels])
     if (numbers < 0).any():
         raise UsageError(
             "a label among several must be 0 or 1",

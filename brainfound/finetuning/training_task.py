@@ -18,24 +18,29 @@ from brainfound.adapters.attach import AdapterRecipe, attach_adapter
 from brainfound.adapters.bundle_reader import tensors_hash
 from brainfound.data.store import Store
 from brainfound.finetuning.embedding_cache import EmbeddingCache
-from brainfound.finetuning.frozen_baseline import fit_frozen, score_frozen
+from brainfound.finetuning.frozen_baseline import fit_frozen_baseline, score_frozen_baseline
 from brainfound.finetuning.linear_start import fit_decoder, fit_head
-from brainfound.finetuning.recipe import SEGMENTATION_FIELDS, FinetuneRecipe, classification_fields, regression_fields
+from brainfound.finetuning.recipe import (
+    SEGMENTATION_FIELDS,
+    FinetuneRecipe,
+    classification_config_fields,
+    regression_config_fields,
+)
 from brainfound.finetuning.scoring import ScoringRecipe, SessionScores, score_sessions
 from brainfound.finetuning.targets import Target
 from brainfound.finetuning.volumes import EmbeddedReader, VolumeReader, augment_volumes
 from brainfound.models import BrainFoundForClassification, BrainFoundForRegression, BrainFoundForSegmentation
-from brainfound.models.stack_inference import inner_model
-from brainfound.models.start import start_from
+from brainfound.models.stack_inference import unwrap_peft
+from brainfound.models.start import load_initial_model
 from brainfound.pretraining.objectives.base import StepKey
 from brainfound.recipes import load
 from brainfound.training import distributed as ranks
-from brainfound.training.data_order import EpochOrder, RankBatches
+from brainfound.training.data_order import EpochOrder, RankBatchSampler
 from brainfound.training.engine import TrainTask
-from brainfound.training.randomness import INITIALISATION, seed_of
-from brainfound.training.schedules import warm_up_then
+from brainfound.training.randomness import INITIALISATION, derive_seed
+from brainfound.training.schedules import warmup_schedule
 
-CLASSES = {
+MODEL_CLASSES = {
     "classification": BrainFoundForClassification,
     "regression": BrainFoundForRegression,
     "segmentation": BrainFoundForSegmentation,
@@ -61,7 +66,7 @@ class FinetuneTask(TrainTask):
         self.clip_norm = recipe.optim.clip_norm
         self.evaluate_every = recipe.evaluate_every
         segmenting = target.task == "segmentation"
-        self.reader = volume_reader(recipe, store, parts["train"], inner_model(model).config, target, cache)
+        self.reader = make_volume_reader(recipe, store, parts["train"], unwrap_peft(model).config, target, cache)
         values = [] if segmenting else target.values(store, parts["train"].tolist()).tolist()
         self.labels = dict(zip(parts["train"].tolist(), values, strict=True)) if values else {}
         self.eval_slices = None if segmenting else recipe.num_slices
@@ -87,7 +92,7 @@ class FinetuneTask(TrainTask):
     def batches(self, first_step: int) -> Iterator[tuple[Any, np.ndarray, StepKey]]:
         recipe = self.recipe
         order = EpochOrder(len(self.parts["train"]), recipe.seed)
-        micro_batches = RankBatches(
+        micro_batches = RankBatchSampler(
             order,
             recipe.engine.batch_size,
             recipe.engine.accumulation,
@@ -116,7 +121,7 @@ class FinetuneTask(TrainTask):
     def learning_rate(self, step: int, role: str) -> float:
         recipe, steps = self.recipe.optim, self.recipe.engine.steps
         peak = recipe.lr if role == "backbone" else recipe.head_lr
-        return warm_up_then(step, peak, 0.01 * peak, round(recipe.warmup * steps), steps)
+        return warmup_schedule(step, peak, 0.01 * peak, round(recipe.warmup * steps), steps)
 
     def weight_decay(self, step: int) -> float:
         return self.recipe.optim.weight_decay
@@ -139,7 +144,7 @@ class FinetuneTask(TrainTask):
         )
 
 
-class Frozen(NamedTuple):
+class FrozenBaselineResult(NamedTuple):
     """A linear model on the untouched backbone."""
 
     tensors: dict[str, Tensor]
@@ -150,18 +155,18 @@ class Frozen(NamedTuple):
     """On the test part."""
 
 
-class Network(NamedTuple):
+class TrainingSetup(NamedTuple):
     """What a run begins with."""
 
     model: nn.Module
     """With its new head and its adapter, the same on all ranks."""
     cache: EmbeddingCache | None
     """The embeddings, if they are kept."""
-    frozen: Frozen | None
+    frozen: FrozenBaselineResult | None
     """On the main rank, if it is asked for."""
 
 
-def build_network(
+def build_training_setup(
     recipe: FinetuneRecipe,
     store: Store,
     parts: Mapping[str, np.ndarray],
@@ -169,8 +174,8 @@ def build_network(
     target: Target,
     accelerator: accelerate.Accelerator,
     caches: Path,
-    several_runs: bool = False,
-) -> Network:
+    shared_cache: bool = False,
+) -> TrainingSetup:
     """Build what a run begins with.
 
     Args:
@@ -178,49 +183,55 @@ def build_network(
         caches: where embeddings lie, if they are kept.
         several_runs: others will ask for the same embeddings, so those of the frozen baseline are kept too.
     """
-    torch.manual_seed(seed_of(INITIALISATION, recipe.seed))
+    torch.manual_seed(derive_seed(INITIALISATION, recipe.seed))
     fields: dict[str, Any] = {"aggregator": recipe.aggregator, "head_dropout": recipe.head_dropout}
     if target.task == "regression":
-        fields |= regression_fields(recipe.regression, target, target.values(store, parts["train"].tolist()))
+        fields |= regression_config_fields(recipe.regression, target, target.values(store, parts["train"].tolist()))
     else:
         fields |= {"id2label": dict(enumerate(target.names)), "label2id": {n: k for k, n in enumerate(target.names)}}
     if target.task == "classification":
-        fields |= classification_fields(recipe.classification, target, target.values(store, parts["train"].tolist()))
+        fields |= classification_config_fields(
+            recipe.classification, target, target.values(store, parts["train"].tolist())
+        )
     if target.task == "segmentation":
         # Segmentation reads no volume embedding; an aggregator with weights would be dead weight.
         fields |= {"aggregator": "mean", "overlapping_labels": bool(target.regions)}
         fields |= {name: getattr(recipe, name) for name in SEGMENTATION_FIELDS}
         fields |= {"class_weights": None}  # of a classification that the model may have learnt before
     fields |= {name: value for name in ("stem", "slice_features") if (value := getattr(recipe, name)) is not None}
-    model: Any = start_from(CLASSES[target.task], source, store.contrasts, **fields)
+    model: Any = load_initial_model(MODEL_CLASSES[target.task], source, store.contrasts, **fields)
     model.to(accelerator.device)
     if recipe.gradient_checkpointing:
-        _compute_blocks_again(model)
+        _enable_gradient_checkpointing(model)
     cache = None
     if recipe.cached_embeddings:
         sessions = np.concatenate(list(parts.values())).tolist()
 
         def embed() -> None:
-            EmbeddingCache(model.brainfound, store, caches, recipe.num_slices).require(sessions)
+            EmbeddingCache(model.brainfound, store, caches, recipe.num_slices).ensure_embedded(sessions)
 
-        ranks.on_main_rank(embed, accelerator.is_main_process)
+        ranks.run_on_main_rank(embed, accelerator.is_main_process)
         cache = EmbeddingCache(model.brainfound, store, caches, recipe.num_slices)
-    frozen: list[Frozen] = []
+    frozen: list[FrozenBaselineResult] = []
     if recipe.frozen_baseline:
         # Now, while nothing has touched the backbone; a second one at the end might not fit beside the trained one.
-        folder = caches if several_runs else None
+        folder = caches if shared_cache else None
 
         def fit() -> None:
             train, test = parts["train"].tolist(), parts["test"].tolist()
-            found = fit_frozen(
+            found = fit_frozen_baseline(
                 model, store, train, target, recipe.num_slices, cache=cache, folder=folder, seed=recipe.split.seed
             )
             encoder = tensors_hash(model.encoder.state_dict())
-            frozen.append(Frozen(found.tensors(), encoder, score_frozen(found, store, test, scoring=recipe.scoring)))
+            frozen.append(
+                FrozenBaselineResult(
+                    found.tensors(), encoder, score_frozen_baseline(found, store, test, scoring=recipe.scoring)
+                )
+            )
 
-        ranks.on_main_rank(fit, accelerator.is_main_process)
+        ranks.run_on_main_rank(fit, accelerator.is_main_process)
     if recipe.head_fit_passes:
-        reader: Any = volume_reader(recipe, store, parts["train"], model.config, target, cache)
+        reader: Any = make_volume_reader(recipe, store, parts["train"], model.config, target, cache)
         # Embeddings that are kept are the same in every pass.
         passes = 1 if cache else recipe.head_fit_passes
         batch = max(recipe.engine.batch_size // recipe.engine.accumulation, 1)
@@ -228,10 +239,10 @@ def build_network(
             fit_last_layer = fit_decoder if target.task == "segmentation" else fit_head
             fit_last_layer(model, reader, recipe.augmentation, target, passes, batch, recipe.seed)
     adapted = attach_adapter(model, load(AdapterRecipe, recipe.adapter, "adapters"))
-    return Network(adapted, cache, frozen[0] if frozen else None)
+    return TrainingSetup(adapted, cache, frozen[0] if frozen else None)
 
 
-def volume_reader(
+def make_volume_reader(
     recipe: FinetuneRecipe,
     store: Store,
     train: np.ndarray,
@@ -248,7 +259,7 @@ def volume_reader(
     return VolumeReader(store, train.tolist(), recipe.num_slices, recipe.foreground_share, neighbours)
 
 
-def _compute_blocks_again(model: Any) -> None:
+def _enable_gradient_checkpointing(model: Any) -> None:
     # The older name warns in later releases of the library, and the newer one is not in the earliest that is allowed.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     # Without a gradient at its input, as with a frozen stem, the reentrant kind would give the adapters none.

@@ -26,9 +26,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from brainfound.data.augmentation import IntensityRecipe, ViewsRecipe, drop_contrasts, random_affine, vary_intensity
-from brainfound.data.augmentation.geometry import FURTHEST, displacements, random_control_points
-from brainfound.data.augmentation.sampling import Chosen, choose, uniform
-from brainfound.data.batches import VolumeBatch, collate, even_slices, unit_range
+from brainfound.data.augmentation.geometry import MAX_DISPLACEMENT, displacement_field, random_control_points
+from brainfound.data.augmentation.sampling import EffectSelection, random_selection, uniform
+from brainfound.data.batches import VolumeBatch, collate, evenly_spaced_slices, to_unit_range
 from brainfound.data.preprocessing.stack import Stack
 from brainfound.data.store import Store
 from brainfound.errors import UsageError
@@ -71,11 +71,11 @@ class VolumeAugmentation(Recipe):
         return {name: preset.model_dump(mode="json") for name, preset in PRESETS.items()}
 
     @model_validator(mode="after")
-    def _does_not_fold(self) -> VolumeAugmentation:
-        if self.elastic * self.elastic_cells >= FURTHEST:
+    def _require_no_folding(self) -> VolumeAugmentation:
+        if self.elastic * self.elastic_cells >= MAX_DISPLACEMENT:
             raise ValueError(
                 f"elastic: {self.elastic:g} in {self.elastic_cells} cells would fold the image; "
-                f"it must be below {FURTHEST / self.elastic_cells:.3g}, or elastic_cells smaller"
+                f"it must be below {MAX_DISPLACEMENT / self.elastic_cells:.3g}, or elastic_cells smaller"
             )
         return self
 
@@ -108,7 +108,7 @@ segmentation (the finding of the FOMO25 challenge: strong spatial augmentation h
 the other two). No preset exchanges left and right."""
 
 
-def jittered_slices(num_slices: int, wanted: int, rng: np.random.Generator) -> np.ndarray:
+def sample_jittered_slices(num_slices: int, wanted: int, rng: np.random.Generator) -> np.ndarray:
     """One random slice of each of ``wanted`` equal stretches of the stack; all slices if there are not more."""
     if wanted >= num_slices:
         return np.arange(num_slices)
@@ -116,7 +116,7 @@ def jittered_slices(num_slices: int, wanted: int, rng: np.random.Generator) -> n
     return np.floor(edges + rng.uniform(size=wanted) * num_slices / wanted).astype(int)
 
 
-def slices_with_foreground(
+def sample_foreground_slices(
     mask: np.ndarray, wanted: int, foreground_share: float, rng: np.random.Generator
 ) -> np.ndarray:
     """Random slices for a segmentation, about ``foreground_share`` of them through the structure.
@@ -132,7 +132,9 @@ def slices_with_foreground(
     return np.sort(np.concatenate(chosen).astype(int))
 
 
-def run_of_slices(mask: np.ndarray, wanted: int, foreground_share: float, rng: np.random.Generator) -> np.ndarray:
+def sample_contiguous_slices(
+    mask: np.ndarray, wanted: int, foreground_share: float, rng: np.random.Generator
+) -> np.ndarray:
     """A run of neighbouring slices for a segmentation; a share of the runs is laid over a slice with the structure.
 
     Prediction reads every slice, so a model that looks at neighbours must learn from slices as close as those.
@@ -152,7 +154,7 @@ class VolumeReader:
         sessions: store indices of the training part.
         num_slices: slices per volume.
         foreground_share: for segmentation, share of the slices that show the structure; None for other tasks.
-        neighbours: for segmentation, read slices that lie side by side (`run_of_slices`).
+        neighbours: for segmentation, read slices that lie side by side (`sample_contiguous_slices`).
     """
 
     def __init__(
@@ -179,10 +181,10 @@ class VolumeReader:
             stack = self.store[int(session)]
             stacks.append(stack)
             if self.foreground_share is None or stack.mask is None:
-                slices.append(jittered_slices(len(stack.pixels), self.num_slices, rng))
+                slices.append(sample_jittered_slices(len(stack.pixels), self.num_slices, rng))
             else:
-                choose = run_of_slices if self.neighbours else slices_with_foreground
-                slices.append(choose(stack.mask, self.num_slices, self.foreground_share, rng))
+                random_selection = sample_contiguous_slices if self.neighbours else sample_foreground_slices
+                slices.append(random_selection(stack.mask, self.num_slices, self.foreground_share, rng))
         return collate(stacks, slices), mine
 
 
@@ -224,11 +226,11 @@ def augment_volumes(
 
 def _augment(batch: VolumeBatch, recipe: VolumeAugmentation, key: StepKey) -> VolumeBatch:
     generator = torch_generator(VIEWS, key.seed, *key.keys, AUGMENTATION)
-    pixels = unit_range(batch.pixel_values)
+    pixels = to_unit_range(batch.pixel_values)
     num_volumes, num_slices, _, height, width = pixels.shape
     matrices = _affines(num_volumes, (height, width), recipe, generator).to(pixels.device)
     grid = F.affine_grid(matrices, [num_volumes, 1, height, width], align_corners=False)
-    _bend(grid, matrices, recipe, key)
+    _apply_elastic(grid, matrices, recipe, key)
     flat = rearrange(pixels, "b s c h w -> b (s c) h w")
     moved = F.grid_sample(flat, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     # One image per volume and contrast: its slices share their random intensities, and no filter crosses from one
@@ -259,7 +261,7 @@ def _affines(count: int, size: tuple[int, int], recipe: VolumeAugmentation, gene
     return matrices
 
 
-def _bend(grid: Tensor, matrices: Tensor, recipe: VolumeAugmentation, key: StepKey) -> None:
+def _apply_elastic(grid: Tensor, matrices: Tensor, recipe: VolumeAugmentation, key: StepKey) -> None:
     """Let a part of the volumes look elsewhere by a smooth displacement; ``grid`` (B H W 2) is changed in place.
 
     What is seen is bent, after the affine: a strong zoom makes no stronger bending. The numbers are drawn by a
@@ -269,14 +271,14 @@ def _bend(grid: Tensor, matrices: Tensor, recipe: VolumeAugmentation, key: StepK
         return
     num_volumes, height, width = grid.shape[:3]
     generator = torch_generator(VIEWS, key.seed, *key.keys, ELASTIC)
-    bent = Chosen.where(
-        choose(num_volumes, recipe.elastic_probability, generator),
+    bent = EffectSelection.where(
+        random_selection(num_volumes, recipe.elastic_probability, generator),
         random_control_points(num_volumes, recipe.elastic_cells, generator),
         uniform((num_volumes,), 0, recipe.elastic, generator),
     )
     if (part := bent.part(0, num_volumes, grid.device)) is not None:
         index, control, strength = part
-        offsets = displacements(control, strength, (height, width))
+        offsets = displacement_field(control, strength, (height, width))
         turned = torch.einsum("k x y, k h w y -> k h w x", matrices[index][:, :, :2], offsets)
         grid.index_add_(0, index, turned)
 
@@ -286,7 +288,7 @@ def _move_masks(masks: Tensor, grid: Tensor) -> Tensor:
     return moved.round().long()
 
 
-UNKNOWN_LABEL = -100
+IGNORE_INDEX = -100
 """The label of padding; losses leave it out."""
 
 
@@ -348,7 +350,7 @@ class VolumeDataset(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         stack = self.store[int(self.sessions[index])]
         if self.augmentation is None:
-            batch = collate([stack], [even_slices(len(stack.pixels), self.num_slices)])
+            batch = collate([stack], [evenly_spaced_slices(len(stack.pixels), self.num_slices)])
         else:
             seed = int(torch.randint(2**31, ()))
             batch = collate([stack], [self._random_slices(stack, np.random.default_rng(seed))])
@@ -367,9 +369,9 @@ class VolumeDataset(Dataset[dict[str, Tensor]]):
         if self.num_slices is None:
             return np.arange(len(stack.pixels))
         if self._labels is not None:
-            return jittered_slices(len(stack.pixels), self.num_slices, rng)
-        choose = run_of_slices if self.neighbours else slices_with_foreground
-        return choose(np.asarray(stack.mask), self.num_slices, self.foreground_share, rng)
+            return sample_jittered_slices(len(stack.pixels), self.num_slices, rng)
+        random_selection = sample_contiguous_slices if self.neighbours else sample_foreground_slices
+        return random_selection(np.asarray(stack.mask), self.num_slices, self.foreground_share, rng)
 
 
 def collate_volumes(examples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -384,7 +386,7 @@ def collate_volumes(examples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tenso
         if name in ("pixel_values", "slice_mask", "positions_mm"):
             batch[name] = _padded(values, length, 0)
         elif name == "labels" and values[0].dim() >= 3:
-            batch[name] = _padded(values, length, UNKNOWN_LABEL)
+            batch[name] = _padded(values, length, IGNORE_INDEX)
         else:
             batch[name] = torch.stack(values)
     return batch

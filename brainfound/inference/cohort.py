@@ -11,12 +11,12 @@ from brainfound.data.cohort import Cohort, Session
 from brainfound.errors import BrainFoundError
 from brainfound.inference.loading import load
 from brainfound.inference.prediction import Prediction, file_stem
-from brainfound.inference.predictor import Predictor, ReadySession
-from brainfound.training.prefetch import made_ahead
+from brainfound.inference.predictor import Predictor, PredictorInput
+from brainfound.training.prefetch import map_in_background
 
 
 @dataclass(frozen=True)
-class Outcome:
+class PredictionOutcome:
     """What became of one session: a prediction, or the reason why there is none."""
 
     subject: str
@@ -33,7 +33,7 @@ def predict(
     probabilities: bool = False,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
-) -> list[Outcome]:
+) -> list[PredictionOutcome]:
     """Predict every session of a cohort; the model is loaded once, and a session that fails stops no other.
 
     While the model works on a session, a thread reads and prepares the next one, and no further one. Not with hooks:
@@ -55,23 +55,25 @@ def predict(
     sessions = list(cohort.sessions())
     folder = None if out is None else Path(out)
 
-    def prepare(session: Session) -> ReadySession | Outcome:
+    def prepare(session: Session) -> PredictorInput | PredictionOutcome:
         name = file_stem(session.subject, session.session)
         if folder is not None and (folder / f"{name}.json").is_file() and not overwrite:
-            return Outcome(session.subject, session.session, None, "already done")
+            return PredictionOutcome(session.subject, session.session, None, "already done")
         try:
             return predictor.prepare(session)
         except BrainFoundError as error:
-            return Outcome(session.subject, session.session, None, str(error))
+            return PredictionOutcome(session.subject, session.session, None, str(error))
 
     outcomes = []
-    ahead = (prepare(session) for session in sessions) if predictor.hooks else made_ahead(sessions, prepare, ahead=1)
+    ahead = (
+        (prepare(session) for session in sessions) if predictor.hooks else map_in_background(sessions, prepare, ahead=1)
+    )
     # Closed whatever happens, an interrupt too: then the thread ends with the session that it is at.
     with closing(ahead) as prepared:
         for done, session in enumerate(sessions, start=1):
             ready = next(prepared)
-            if isinstance(ready, ReadySession):
-                outcome = _answer(predictor, session, ready, folder, probabilities)
+            if isinstance(ready, PredictorInput):
+                outcome = _predict_session(predictor, session, ready, folder, probabilities)
             else:
                 outcome = ready
             # What was read must be gone before the thread begins with another session.
@@ -82,14 +84,14 @@ def predict(
     return outcomes
 
 
-def _answer(
-    predictor: Predictor, session: Session, ready: ReadySession, folder: Path | None, probabilities: bool
-) -> Outcome:
+def _predict_session(
+    predictor: Predictor, session: Session, ready: PredictorInput, folder: Path | None, probabilities: bool
+) -> PredictionOutcome:
     try:
-        prediction = predictor.answer(ready)
+        prediction = predictor.predict_prepared(ready)
     except BrainFoundError as error:
-        return Outcome(session.subject, session.session, None, str(error))
+        return PredictionOutcome(session.subject, session.session, None, str(error))
     if folder is not None:
         prediction.save(folder, file_stem(session.subject, session.session), probabilities=probabilities)
         prediction = prediction.without_images()
-    return Outcome(session.subject, session.session, prediction)
+    return PredictionOutcome(session.subject, session.session, prediction)

@@ -19,39 +19,39 @@ import numpy as np
 import pandas as pd
 
 from brainfound.adapters.bundle_reader import Bundle, load_bundle
-from brainfound.data.checking.contract import InputContract, absence_note
+from brainfound.data.checking.contract import InputContract, missing_contrast_note
 from brainfound.data.splits.split_file import PARTS
 from brainfound.data.store import Store
-from brainfound.data.store.withheld import showing
+from brainfound.data.store.withheld import restrict_contrasts
 from brainfound.errors import ModelError, UsageError
 from brainfound.experiments.folder import CASES_FILE, SCHEMA, SUMMARY_FILE
-from brainfound.experiments.page import write_page
+from brainfound.experiments.page import write_experiment_page
 from brainfound.experiments.systems import short_name
-from brainfound.finetuning.frozen_baseline import frozen_of, score_frozen, scoring_of
+from brainfound.finetuning.frozen_baseline import load_frozen_baseline, score_frozen_baseline, scoring_from_bundle
 from brainfound.finetuning.scoring import ScoringRecipe, SessionScores, score_sessions
-from brainfound.finetuning.splits import in_parts, learnt_from
+from brainfound.finetuning.splits import is_in_parts, seen_in_training
 from brainfound.finetuning.targets import labelled_sessions
-from brainfound.inference.loading import bundle_folder, load, predictor_of
-from brainfound.inference.predictor import Predictor, usable_device
-from brainfound.metrics.scores import HEADLINE, EmptyCase
+from brainfound.inference.loading import bundle_folder, load, make_predictor
+from brainfound.inference.predictor import Predictor, resolve_device
+from brainfound.metrics.scores import PRIMARY_METRIC, EmptyCase
 from brainfound.metrics.summaries import (
-    baselines_of,
-    beside,
-    columns_of,
-    drop,
-    headline_of_cases,
+    compute_drop,
+    compute_headline_score,
+    compute_spread,
+    get_baselines,
+    get_score_columns,
+    make_baseline_columns,
     non_empty_subsets,
-    numbers_of,
-    records,
-    spread_of,
-    summarise,
+    parse_scores,
+    summarise_runs,
+    to_json_records,
 )
 from brainfound.recipes import validate
 
 _KIND = "evaluation"
 
 
-def drops(results: Sequence[SessionScores]) -> list[float]:
+def compute_drops(results: Sequence[SessionScores]) -> list[float]:
     """Of each result how much worse its headline score is than with full input on the very same sessions.
 
     Args:
@@ -61,12 +61,12 @@ def drops(results: Sequence[SessionScores]) -> list[float]:
     full = results[0].cases.set_index("row", drop=False)
     found = []
     for result in results:
-        same = headline_of_cases(result.task, full.loc[result.cases["row"]])
-        found.append(drop(result.task, same, headline_of_cases(result.task, result.cases)))
+        same = compute_headline_score(result.task, full.loc[result.cases["row"]])
+        found.append(compute_drop(result.task, same, compute_headline_score(result.task, result.cases)))
     return found
 
 
-def require_free(folder: Path) -> None:
+def require_writable(folder: Path) -> None:
     """Refuse a folder that holds anything but an earlier evaluation, which is replaced.
 
     Raises:
@@ -107,7 +107,7 @@ def write_evaluation(
         "kind": _KIND,
         "target": target,
         "task": task,
-        "headline": HEADLINE[task],
+        "headline": PRIMARY_METRIC[task],
         "model": model,
         "on": on,
         "command": command,
@@ -119,25 +119,25 @@ def write_evaluation(
                 name: int(count) for name, count in zip(store.contrasts, store.present.sum(axis=0), strict=True)
             },
         },
-        "baselines": columns_of(table)[1],
-        "scores": records(summarise(table[:1])),
+        "baselines": get_score_columns(table)[1],
+        "scores": to_json_records(summarise_runs(table[:1])),
     }
     if notes := list(dict.fromkeys(line for result in results for line in result.notes)):
         content["notes"] = notes
     if len(results) > 1:
-        content["partial_input"] = records(_partial_rows(table, HEADLINE[task], drops(results)))
+        content["partial_input"] = to_json_records(_partial_rows(table, PRIMARY_METRIC[task], compute_drops(results)))
     folder.mkdir(parents=True, exist_ok=True)
     cases = results[0].cases.drop(columns=["subject", "session"])
     who = pd.factorize(store.sessions["subject"].astype(str))[0]
     cases.insert(0, "subject", who[cases["row"]])
     cases.to_csv(folder / CASES_FILE, sep="\t", index=False)
     (folder / SUMMARY_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    return write_page(folder)
+    return write_experiment_page(folder)
 
 
 def _row(result: SessionScores, store: Store) -> dict[str, Any]:
     content = result.to_dict()
-    scores = numbers_of(content["scores"])
+    scores = parse_scores(content["scores"])
     shown = [name for name in store.shown if name not in result.without]
     return {
         "contrasts": ", ".join(shown),
@@ -146,17 +146,19 @@ def _row(result: SessionScores, store: Store) -> dict[str, Any]:
         "seed": 0,
         "num_test": content["num_sessions"],
         **scores,
-        **beside(baselines_of(content), list(scores)),
+        **make_baseline_columns(get_baselines(content), list(scores)),
     }
 
 
 def _partial_rows(table: pd.DataFrame, headline: str, worse: Sequence[float]) -> pd.DataFrame:
-    _, baselines = columns_of(table)
+    _, baselines = get_score_columns(table)
     rows = []
     for k, lost in enumerate(worse):
         part = table[k : k + 1]
         first = {"contrasts": part["contrasts"].iloc[0], "absence": "test" if k else "none", "score": headline}
-        rows.append(first | spread_of(part, headline, baselines) | {"drop": lost, "num_test": part["num_test"].iloc[0]})
+        rows.append(
+            first | compute_spread(part, headline, baselines) | {"drop": lost, "num_test": part["num_test"].iloc[0]}
+        )
     return pd.DataFrame(rows)
 
 
@@ -203,23 +205,23 @@ def evaluate(
         ModelError: the model has no head. UsageError: no session is left to score, or ``out`` holds something else.
     """
     if out is not None:
-        require_free(Path(out))
+        require_writable(Path(out))
     store = data if isinstance(data, Store) else Store.open(data)
     folder = bundle_folder(model)
     bundle = load_bundle(folder) if (folder / "bundle.json").is_file() else None
-    predictor = load(model) if bundle is None else predictor_of(bundle, usable_device(None))
+    predictor = load(model) if bundle is None else make_predictor(bundle, resolve_device(None))
     target = predictor.target
     if bundle is None or target is None:
         raise ModelError("an encoder has nothing to be scored on", where=model, remedy="Fine-tune it first")
     scoring = _scoring(bundle, target.task, surface_mm, empty)
-    require_like(predictor, store)
+    require_same_preprocessing(predictor, store)
     if part not in PARTS:
         raise UsageError(f"a split has no part {part!r}", expected=", ".join(PARTS))
-    store = showing(store, predictor.reads)
+    store = restrict_contrasts(store, predictor.input_contrasts)
     # None of a bundle that was not made by a run.
     split, labelled = bundle.metadata.get("split"), labelled_sessions(store, target.column)
     labelled = labelled[store.present[labelled].any(axis=1)]  # all, unless the model reads only some contrasts
-    sessions = _sessions_to_score(split, store, labelled, part)
+    sessions = _select_sessions(split, store, labelled, part)
     if not sessions:
         raise UsageError(
             "no labelled session of the store may be scored",
@@ -227,13 +229,13 @@ def evaluate(
             got="only subjects that the model was trained on",
             remedy="Give the store of the run, or a cohort of other subjects",
         )
-    everybody = _sessions_to_score(split, store, np.flatnonzero(store.present.any(axis=1)), part)
+    everybody = _select_sessions(split, store, np.flatnonzero(store.present.any(axis=1)), part)
     missing = len(everybody) - len(sessions)
     general = [f"{missing} of {len(everybody)} sessions have no {target.column}: not scored"] if missing else []
     baseline = None
     if frozen:
         try:
-            baseline = frozen_of(bundle, target, predictor.device, base)
+            baseline = load_frozen_baseline(bundle, target, predictor.device, base)
         except ModelError as error:
             if base is not None:
                 raise
@@ -247,8 +249,12 @@ def evaluate(
             predictor.model, store, sessions, target, predictor.num_slices, absent, progress, scoring=scoring
         )
         notes = (*general, *scored.notes, *_absence_notes(predictor.contract, store, scored))
-        beside = None if baseline is None else score_frozen(baseline, store, sessions, absent, progress, scoring).scores
-        results.append(replace(scored, notes=notes, frozen=beside))
+        make_baseline_columns = (
+            None
+            if baseline is None
+            else score_frozen_baseline(baseline, store, sessions, absent, progress, scoring).scores
+        )
+        results.append(replace(scored, notes=notes, frozen=make_baseline_columns))
     if out is not None:
         own = split is not None and split["data_hash"] == store.content_hash
         on = f"the {part} part of its own store" if own else "another store, but for the subjects that it learnt from"
@@ -264,26 +270,26 @@ def _scoring(bundle: Bundle, task: str, surface_mm: float | None, empty: EmptyCa
         raise UsageError(
             "surfaces and empty masks are of a segmentation", where=next(iter(asked)), got=f"a {task} model"
         )
-    return validate(ScoringRecipe, scoring_of(bundle).model_dump() | asked, where="evaluate")
+    return validate(ScoringRecipe, scoring_from_bundle(bundle).model_dump() | asked, where="evaluate")
 
 
-def require_like(predictor: Predictor, store: Store) -> None:
+def require_same_preprocessing(predictor: Predictor, store: Store) -> None:
     """Refuse a store that was prepared in another way than the model's training data."""
     if store.preprocessing != predictor.preprocessing:
         raise UsageError(
             "the store was prepared in another way than the model's training data",
             where=store.path,
-            got=_difference(store.preprocessing.model_dump(), predictor.preprocessing.model_dump()),
+            got=_describe_difference(store.preprocessing.model_dump(), predictor.preprocessing.model_dump()),
             remedy="Prepare it with the model's preprocessing: brainfound prepare SOURCE STORE --like MODEL",
         )
 
 
-def _sessions_to_score(split: dict[str, Any] | None, store: Store, labelled: np.ndarray, part: str) -> list[int]:
+def _select_sessions(split: dict[str, Any] | None, store: Store, labelled: np.ndarray, part: str) -> list[int]:
     if split is None:
         return labelled.tolist()
     if split["data_hash"] == store.content_hash:
-        return labelled[in_parts(split, store, labelled.tolist(), part)].tolist()
-    return labelled[~learnt_from(split, store, labelled.tolist())].tolist()
+        return labelled[is_in_parts(split, store, labelled.tolist(), part)].tolist()
+    return labelled[~seen_in_training(split, store, labelled.tolist())].tolist()
 
 
 def _absence_notes(contract: InputContract | None, store: Store, scored: SessionScores) -> tuple[str, ...]:
@@ -292,9 +298,9 @@ def _absence_notes(contract: InputContract | None, store: Store, scored: Session
     for contrast in () if contract is None else contract.never_absent:
         here = store.present[rows, store.contrasts.index(contrast)] & (contrast not in scored.without)
         if lacking := int((~here).sum()):
-            notes.append(absence_note(contrast, f"in {lacking} of {len(rows)} sessions"))
+            notes.append(missing_contrast_note(contrast, f"in {lacking} of {len(rows)} sessions"))
     return tuple(notes)
 
 
-def _difference(first: dict, second: dict) -> str:
+def _describe_difference(first: dict, second: dict) -> str:
     return "; ".join(f"{key} {first[key]} instead of {second[key]}" for key in first if first[key] != second[key])

@@ -18,22 +18,22 @@ import nibabel as nib
 import numpy as np
 from torch import Tensor, nn
 
-from brainfound.data.batches import even_slices
+from brainfound.data.batches import evenly_spaced_slices
 from brainfound.data.preprocessing.stack import Stack
 from brainfound.errors import UsageError, did_you_mean
 from brainfound.finetuning.targets import Target
 from brainfound.inference.explanation_methods import (
     WEIGHING_AGGREGATORS,
-    ReadStack,
-    as_shares,
+    ExplanationInputs,
     component_maps,
     gradient_times_input,
     principal_components,
+    scale_to_unit_range,
     slice_weights,
 )
 from brainfound.inference.prediction import file_stem, write_image, write_json
 from brainfound.models.model import BrainFoundForSegmentation
-from brainfound.models.stack_inference import infer_embedded, inner_model
+from brainfound.models.stack_inference import infer_embedded, unwrap_peft
 
 METHODS = ("slice-attention", "rollout", "gradient", "pca")
 CAUTION = (
@@ -112,7 +112,7 @@ def choose_methods(
         UsageError: a method is unknown, or the model cannot give it; or the model has no such class.
     """
     if method is None:
-        chosen = tuple(name for name in METHODS if not _obstacle(name, model, target))
+        chosen = tuple(name for name in METHODS if not _unsupported_reason(name, model, target))
     else:
         chosen = tuple(dict.fromkeys([method] if isinstance(method, str) else method))
         if not chosen:
@@ -120,17 +120,17 @@ def choose_methods(
     for name in chosen:
         if name not in METHODS:
             raise UsageError(f"unknown method {name!r}", where="method", remedy=did_you_mean(name, METHODS))
-        if obstacle := _obstacle(name, model, target):
-            possible = [other for other in METHODS if not _obstacle(other, model, target)]
+        if obstacle := _unsupported_reason(name, model, target):
+            possible = [other for other in METHODS if not _unsupported_reason(other, model, target)]
             raise UsageError(obstacle, where=f"method {name}", remedy=f"This model can give: {', '.join(possible)}")
     if class_name is not None:
         _require_class(class_name, target, chosen)
     return chosen
 
 
-def _obstacle(method: str, model: nn.Module, target: Target | None) -> str:
+def _unsupported_reason(method: str, model: nn.Module, target: Target | None) -> str:
     """Why a model cannot give an explanation; empty if it can."""
-    inner: Any = inner_model(model)
+    inner: Any = unwrap_peft(model)
     if isinstance(inner, BrainFoundForSegmentation):
         return {
             "slice-attention": "a segmentation weighs no slices",
@@ -181,28 +181,30 @@ def explain_stack(
     """
     methods = choose_methods(model, target, method, class_name)
     model.eval()
-    segmentation = isinstance(inner_model(model), BrainFoundForSegmentation)
-    read = ReadStack(model, stack, even_slices(len(stack.pixels), None if segmentation else num_slices))
-    look = read.look(rollout="rollout" in methods, features="pca" in methods)
+    segmentation = isinstance(unwrap_peft(model), BrainFoundForSegmentation)
+    read = ExplanationInputs(
+        model, stack, evenly_spaced_slices(len(stack.pixels), None if segmentation else num_slices)
+    )
+    encode_all = read.encode_all(rollout="rollout" in methods, features="pca" in methods)
     maps: dict[str, np.ndarray] = {}
     numbers: dict[str, dict[str, Any]] = {}
     answer: dict[str, Any] = {}
-    weights = None if segmentation else slice_weights(model, look.embeddings, read.batch.positions_mm)
+    weights = None if segmentation else slice_weights(model, encode_all.embeddings, read.batch.positions_mm)
     if "slice-attention" in methods:
         assert weights is not None, "the methods were checked"
         maps["slice-attention"], numbers["slice-attention"] = _slice_attention(read, weights)
-    if look.rollout is not None:
-        maps["rollout"], numbers["rollout"] = _rollout(read, look.rollout, weights)
+    if encode_all.rollout is not None:
+        maps["rollout"], numbers["rollout"] = _rollout(read, encode_all.rollout, weights)
     if target is not None and not segmentation:
         said = infer_embedded(
-            model, {"slice_embeddings": look.embeddings[None], "positions_mm": read.batch.positions_mm}
+            model, {"slice_embeddings": encode_all.embeddings[None], "positions_mm": read.batch.positions_mm}
         )
-        answer = _answer(said, target)
+        answer = _format_prediction(said, target)
     if "gradient" in methods:
         assert target is not None
-        maps["gradient"], numbers["gradient"] = _gradient(read, look.embeddings, target, class_name, answer)
-    if look.features is not None:
-        maps["pca"], numbers["pca"] = _components(read, look.features)
+        maps["gradient"], numbers["gradient"] = _gradient(read, encode_all.embeddings, target, class_name, answer)
+    if encode_all.features is not None:
+        maps["pca"], numbers["pca"] = _components(read, encode_all.features)
     present = tuple(c for c, here in zip(stack.contrasts, stack.present, strict=True) if here)
     return Explanation(
         maps={name: _image(values, stack) for name, values in maps.items()},
@@ -219,7 +221,7 @@ def explain_stack(
     )
 
 
-def _slice_attention(read: ReadStack, weights: Tensor) -> tuple[np.ndarray, dict[str, Any]]:
+def _slice_attention(read: ExplanationInputs, weights: Tensor) -> tuple[np.ndarray, dict[str, Any]]:
     values = weights.float().cpu().numpy()
     _, height, width = read.stack.grid
     # The nearest voxel and no mean of two, so that every voxel has the weight of a slice.
@@ -227,7 +229,7 @@ def _slice_attention(read: ReadStack, weights: Tensor) -> tuple[np.ndarray, dict
     return image, {"weights": values.tolist()}
 
 
-def _rollout(read: ReadStack, rollout: Tensor, weights: Tensor | None) -> tuple[np.ndarray, dict[str, Any]]:
+def _rollout(read: ExplanationInputs, rollout: Tensor, weights: Tensor | None) -> tuple[np.ndarray, dict[str, Any]]:
     share = rollout.new_full((len(rollout),), 1 / len(rollout)) if weights is None else weights.to(rollout)
     # Relative to an even share of all patches that were read: 1 is neither more nor less than the others.
     values = (rollout * share[:, None, None]).cpu().numpy() * rollout.numel()
@@ -235,7 +237,7 @@ def _rollout(read: ReadStack, rollout: Tensor, weights: Tensor | None) -> tuple[
 
 
 def _gradient(
-    read: ReadStack, embeddings: Tensor, target: Target, class_name: str | None, answer: dict[str, Any]
+    read: ExplanationInputs, embeddings: Tensor, target: Target, class_name: str | None, answer: dict[str, Any]
 ) -> tuple[np.ndarray, dict[str, Any]]:
     contrasts = read.stack.contrasts
     if target.task == "regression":
@@ -252,13 +254,13 @@ def _gradient(
     return image, {**said, "score": score, "volumes": list(contrasts), "sum": total}
 
 
-def _components(read: ReadStack, features: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
+def _components(read: ExplanationInputs, features: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
     scores, ratio = principal_components(features)
-    image = component_maps(read, as_shares(scores), read.foreground())
+    image = component_maps(read, scale_to_unit_range(scores), read.foreground())
     return image, {"explained_variance_ratio": ratio.tolist(), "num_patches": len(features)}
 
 
-def _answer(said: Any, target: Target) -> dict[str, Any]:
+def _format_prediction(said: Any, target: Target) -> dict[str, Any]:
     if target.task == "regression":
         return {"target": target.column, "value": said.value}
     named = zip(target.names, said.probabilities.tolist(), strict=True)

@@ -24,7 +24,7 @@ class ExplanationOutcome:
     reason: str = ""
 
 
-def explain(
+def explain_cohort(
     model: str | Path | Predictor,
     source: str | Path | Cohort,
     out: str | Path,

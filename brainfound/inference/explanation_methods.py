@@ -42,13 +42,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from brainfound.data.batches import collate, unit_range
+from brainfound.data.batches import collate, to_unit_range
 from brainfound.data.preprocessing.stack import Stack
 from brainfound.errors import ModelError
 from brainfound.models.encoder import SliceEncoding
 from brainfound.models.model import BrainFoundForSegmentation
-from brainfound.models.slice_batch import SliceBatch
-from brainfound.models.stack_inference import inner_model, require_same_contrasts
+from brainfound.models.slice_batch import ValidSlices
+from brainfound.models.stack_inference import require_same_contrasts, unwrap_peft
 from brainfound.models.stem import PresentImages
 
 WEIGHING_AGGREGATORS = ("attention", "transformer")
@@ -112,7 +112,7 @@ def slice_weights(
     model: nn.Module, embeddings: Float[Tensor, "slices width"], positions_mm: Float[Tensor, "1 slices"]
 ) -> Float[Tensor, "slices"] | None:
     """What each slice weighs in the volume, with sum 1; None where the aggregator does not choose."""
-    if inner_model(model).config.aggregator not in WEIGHING_AGGREGATORS:
+    if unwrap_peft(model).config.aggregator not in WEIGHING_AGGREGATORS:
         return None
     weights = model(slice_embeddings=embeddings[None], positions_mm=positions_mm).slice_weights[0]
     return weights / weights.sum()
@@ -123,7 +123,7 @@ CHUNK = 8
 
 
 def gradient_times_input(
-    read: ReadStack, embeddings: Float[Tensor, "slices width"], score: Callable[[Any], Tensor]
+    read: ExplanationInputs, embeddings: Float[Tensor, "slices width"], score: Callable[[Any], Tensor]
 ) -> tuple[Float[np.ndarray, "S C h w"], float]:
     """The first-order share of each patch and contrast in a score, and the score.
 
@@ -138,7 +138,7 @@ def gradient_times_input(
         leaves = embeddings.detach().clone().requires_grad_()
         explained = score(read.model(slice_embeddings=leaves[None], positions_mm=read.batch.positions_mm))
         (of_slices,) = torch.autograd.grad(explained, leaves)
-        pixels = unit_range(read.batch.pixel_values).detach().clone().requires_grad_()
+        pixels = to_unit_range(read.batch.pixel_values).detach().clone().requires_grad_()
         first = 0
         for encoding in read.encode(pixels, min(CHUNK, read.inner.config.slice_chunk)):
             embedding = encoding.embedding(read.inner.config.slice_features)
@@ -187,7 +187,7 @@ def principal_components(
     return scores, np.clip(values[::-1][:num] / total, 0, 1) if total > 0 else np.zeros(num)
 
 
-def as_shares(scores: Float[np.ndarray, "N K"]) -> Float[np.ndarray, "N K"]:
+def scale_to_unit_range(scores: Float[np.ndarray, "N K"]) -> Float[np.ndarray, "N K"]:
     """Each component in 0–1, from its 1st to its 99th percentile: a few odd patches must not take all of the range."""
     low, high = np.percentile(scores, _PERCENTILES, axis=0)
     span = np.where(high > low, high - low, 1.0)
@@ -195,7 +195,7 @@ def as_shares(scores: Float[np.ndarray, "N K"]) -> Float[np.ndarray, "N K"]:
 
 
 def component_maps(
-    read: ReadStack, shares: Float[np.ndarray, "N K"], foreground: Bool[np.ndarray, "S h w"]
+    read: ExplanationInputs, shares: Float[np.ndarray, "N K"], foreground: Bool[np.ndarray, "S h w"]
 ) -> Float[np.ndarray, "X Y Z K"]:
     """Values of the foreground patches on the scan's grid; background is 0 and does not run into the edge."""
     weight = read.to_pixels(foreground.astype(np.float32))
@@ -213,7 +213,7 @@ FOREGROUND_SHARE = 0.5
 """A patch is foreground if at least this share of its pixels is not background."""
 
 
-class Look(NamedTuple):
+class EncodedStack(NamedTuple):
     """What one pass through the encoder gives."""
 
     embeddings: Float[Tensor, "slices width"]
@@ -223,7 +223,7 @@ class Look(NamedTuple):
     """Of the foreground patches, slice by slice and row by row."""
 
 
-class ReadStack:
+class ExplanationInputs:
     """The slices of a stack that a model reads.
 
     Args:
@@ -237,7 +237,7 @@ class ReadStack:
 
     def __init__(self, model: nn.Module, stack: Stack, index: Int[np.ndarray, "S"]) -> None:
         self.model, self.stack, self.index = model, stack, index
-        self.inner: Any = inner_model(model)
+        self.inner: Any = unwrap_peft(model)
         self.device = next(self.inner.parameters()).device
         self.encoder = self.inner.encoder
         require_same_contrasts(self.inner, stack)
@@ -249,7 +249,7 @@ class ReadStack:
         self, pixels: Tensor | None = None, chunk: int | None = None, layers: tuple[int, ...] = ()
     ) -> Iterator[SliceEncoding]:
         """The slices through the encoder, at most `chunk` images at once; `pixels` take the place of the stack's."""
-        slices = SliceBatch(
+        slices = ValidSlices(
             self.encoder,
             chunk or self.inner.config.slice_chunk,
             self.batch.pixel_values if pixels is None else pixels,
@@ -259,7 +259,7 @@ class ReadStack:
         return slices.encode(layers)
 
     @torch.no_grad()
-    def look(self, rollout: bool = False, features: bool = False) -> Look:
+    def encode_all(self, rollout: bool = False, features: bool = False) -> EncodedStack:
         """One pass over the slices.
 
         Features are the normalised patch tokens; of a segmentation, the tokens of the deepest block that its decoder
@@ -278,7 +278,7 @@ class ReadStack:
                 if features:
                     tokens = encoding.patches if layer is None else encoding.hidden[layer]
                     kept.append(tokens[foreground[part]].float().cpu().numpy())
-        return Look(
+        return EncodedStack(
             torch.cat(embedded),
             torch.cat(rolled).unflatten(1, self.grid) if rollout else None,
             np.concatenate(kept) if features else None,

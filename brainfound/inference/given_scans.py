@@ -9,7 +9,7 @@ from brainfound.contrasts import UNKNOWN, contrast_from_filename, parse_contrast
 from brainfound.errors import ScanError, UsageError
 
 
-def given_scans(
+def resolve_scans(
     paths: Sequence[str | Path],
     contrast_paths: Mapping[str, str | Path],
     contrasts: Sequence[str],
@@ -26,7 +26,7 @@ def given_scans(
         UsageError: a contrast is given twice, is not one of the model's, or cannot be told from the name.
         ScanError: a file is not there.
     """
-    given = _Given(contrasts)
+    given = _ScanSet(contrasts)
     notes = []
     for name, path in contrast_paths.items():
         contrast, announced = parse_contrast(name), contrast_from_filename(path)
@@ -34,7 +34,7 @@ def given_scans(
         if announced not in (UNKNOWN, contrast):
             notes.append(f"{Path(path).name} was read as {contrast}, as asked, but its name says {announced}")
     for file in map(Path, paths):
-        contrast = given.contrast_of(file, alone=len(paths) == 1)
+        contrast = given.infer_contrast(file, alone=len(paths) == 1)
         given.add(contrast, file)
         if len(contrasts) > 1 and contrast_from_filename(file) == UNKNOWN:
             notes.append(f"{file.name} was read as {contrast}: its name does not say, and no other contrast was left")
@@ -43,12 +43,12 @@ def given_scans(
     return given.files, notes
 
 
-class _Given:
+class _ScanSet:
     def __init__(self, contrasts: Sequence[str]) -> None:
         self.contrasts = contrasts
         self.files: dict[str, Path] = {}
 
-    def contrast_of(self, path: Path, alone: bool) -> str:
+    def infer_contrast(self, path: Path, alone: bool) -> str:
         contrast = contrast_from_filename(path)
         if contrast != UNKNOWN:
             return contrast

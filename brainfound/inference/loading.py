@@ -31,12 +31,12 @@ from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.errors import ModelError
 from brainfound.finetuning.calibration import AnswerCalibration
 from brainfound.finetuning.targets import Target
-from brainfound.inference.predictor import Predictor, usable_device
+from brainfound.inference.predictor import Predictor, resolve_device
 from brainfound.inference.segmentation import SegmentationOptions
 from brainfound.models import BrainFoundModel
-from brainfound.models.backbones import LOAD_FAILURES, is_hub_id, unreadable
-from brainfound.models.stack_inference import inner_model
-from brainfound.training.run_folder import holds_run
+from brainfound.models.backbones import LOAD_FAILURES, is_hub_id, unreadable_model_error
+from brainfound.models.stack_inference import unwrap_peft
+from brainfound.training.run_folder import is_run_folder
 
 
 class PredictorSet:
@@ -88,7 +88,7 @@ class PredictorSet:
         return self[adapter].predict_stack(stack)
 
 
-WHOLE_BUNDLE = ("*.json", "*.safetensors", "README.md")
+BUNDLE_PATTERNS = ("*.json", "*.safetensors", "README.md")
 """The files of a bundle; what else a Hub repository holds is not downloaded."""
 
 
@@ -126,14 +126,14 @@ def load(
             segmentation and a model of another kind.
         ModelError: there is nothing that can be loaded, or it is damaged; of several, one has a backbone of its own.
     """
-    device = usable_device(device)
+    device = resolve_device(device)
     tools = load_hooks(hooks)
     if isinstance(path_or_id, Mapping):
         return _load_set(path_or_id, device, tools, options)
     path = bundle_folder(path_or_id)
     if (path / "bundle.json").is_file():
-        return predictor_of(load_bundle(path), device, tools, options)
-    if holds_run(path):
+        return make_predictor(load_bundle(path), device, tools, options)
+    if is_run_folder(path):
         raise ModelError(
             "the run has no export: it has not finished",
             where=path,
@@ -164,9 +164,9 @@ def bundle_folder(path_or_id: str | Path) -> Path:
         return path
     try:
         folder = local_folder(str(path_or_id))
-        return local_folder(str(path_or_id), WHOLE_BUNDLE) if (folder / "bundle.json").is_file() else path
+        return local_folder(str(path_or_id), BUNDLE_PATTERNS) if (folder / "bundle.json").is_file() else path
     except LOAD_FAILURES as error:
-        raise unreadable(str(path_or_id), error) from error
+        raise unreadable_model_error(str(path_or_id), error) from error
 
 
 def _load_set(
@@ -180,13 +180,15 @@ def _load_set(
         )
     return PredictorSet(
         {
-            name: predictor_of(adapters[name], device, tools, options if name in segmenting else SegmentationOptions())
+            name: make_predictor(
+                adapters[name], device, tools, options if name in segmenting else SegmentationOptions()
+            )
             for name in adapters
         }
     )
 
 
-def predictor_of(
+def make_predictor(
     bundle: Bundle,
     device: torch.device,
     tools: Sequence[Hook] = (),
@@ -197,7 +199,7 @@ def predictor_of(
     return Predictor(
         bundle.model,
         bundle.preprocessing,
-        _target_of(bundle),
+        _read_target(bundle),
         metadata.get("num_slices"),
         device,
         tools,
@@ -208,7 +210,7 @@ def predictor_of(
     )
 
 
-def _target_of(bundle: Bundle) -> Target | None:
+def _read_target(bundle: Bundle) -> Target | None:
     """How a bundle's answers read; None of an encoder."""
     if bundle.task == "embedding":
         return None
@@ -216,7 +218,7 @@ def _target_of(bundle: Bundle) -> Target | None:
         target = Target.from_dict(bundle.labels)
     except TypeError:  # other fields than a target has
         target = None
-    num_names = None if bundle.task == "regression" else inner_model(bundle.model).config.num_classes
+    num_names = None if bundle.task == "regression" else unwrap_peft(bundle.model).config.num_classes
     if target is None or target.task != bundle.task or num_names not in (None, len(target.names)):
         raise ModelError(
             "the labels do not say what its answers mean",

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from brainfound.contrasts import CONTRASTS
-from brainfound.data.batches import without_contrasts
-from brainfound.data.checking.contract import InputContract, absence_note
+from brainfound.data.batches import remove_contrasts
+from brainfound.data.checking.contract import InputContract, missing_contrast_note
 from brainfound.data.cohort import Session
 from brainfound.data.hooks import Hook
 from brainfound.data.preprocessing.session import PreparedSession, prepare_session
@@ -22,14 +22,14 @@ from brainfound.errors import ScanError, UsageError
 from brainfound.finetuning.calibration import AnswerCalibration
 from brainfound.finetuning.targets import Target
 from brainfound.inference.explanation import Explanation, choose_methods, explain_stack
-from brainfound.inference.given_scans import given_scans
+from brainfound.inference.given_scans import resolve_scans
 from brainfound.inference.prediction import Prediction
-from brainfound.inference.segmentation import SegmentationOptions, segmentation_answer
+from brainfound.inference.segmentation import SegmentationOptions, build_segmentation_fields
 from brainfound.models.stack_inference import infer
 
 
 @dataclass(frozen=True)
-class ReadySession:
+class PredictorInput:
     """A session as a predictor has read it, before the model is asked.
 
     Attributes:
@@ -88,7 +88,7 @@ class Predictor:
         if hooks:
             preprocessing.require_hooks([hook.name for hook in hooks])
         self.hooks, self.options = tuple(hooks), options
-        self.device = usable_device(device)
+        self.device = resolve_device(device)
         self.model = model.to(self.device).eval()
         self.preprocessing, self.target, self.num_slices = preprocessing, target, num_slices
 
@@ -135,7 +135,7 @@ class Predictor:
         )
 
     @property
-    def reads(self) -> tuple[str, ...]:
+    def input_contrasts(self) -> tuple[str, ...]:
         """The contrasts that the model is shown: those that it learnt from, as far as that is known."""
         learnt = self.contract.coarsest_mm if self.contract else {}
         known = (name for name in self.preprocessing.contrasts if name not in self.withheld)
@@ -157,7 +157,7 @@ class Predictor:
             UsageError: a contrast is given twice, is not one of the model's, or cannot be told from the name.
             ScanError: a scan cannot be used.
         """
-        return self.answer(self._given(paths, contrast_paths))
+        return self.predict_prepared(self._prepare_files(paths, contrast_paths))
 
     def explain(
         self,
@@ -178,7 +178,7 @@ class Predictor:
             ScanError: a scan cannot be used.
         """
         methods = choose_methods(self.model, self.target, method, class_name)
-        ready = self._given(paths, contrast_paths)
+        ready = self._prepare_files(paths, contrast_paths)
         return self.explain_stack(ready.stack, ready.notes, ready.rejected, method=methods, class_name=class_name)
 
     def explain_stack(
@@ -191,18 +191,18 @@ class Predictor:
         class_name: str | None = None,
     ) -> Explanation:
         """Explain a stack that this predictor's preprocessing made; notes and rejected scans are passed on."""
-        stack, told = self._as_read(stack)
+        stack, told = self._select_contrasts(stack)
         how = (method, class_name, (*notes, *told), rejected)
         return explain_stack(self.model, stack, self.target, self.num_slices, *how)
 
-    def _given(self, paths: Sequence[str | Path], contrast_paths: dict[str, str | Path]) -> ReadySession:
+    def _prepare_files(self, paths: Sequence[str | Path], contrast_paths: dict[str, str | Path]) -> PredictorInput:
         """The files of one session as the model will see them."""
-        files, notes = given_scans(paths, contrast_paths, self.reads)
+        files, notes = resolve_scans(paths, contrast_paths, self.input_contrasts)
         prepared = prepare_session(Session("", "", files, {}, {}), self.preprocessing, hooks=self.hooks)
         for entry in prepared.refused:
             raise ScanError(entry.reason, where=entry.file.name)
         assert prepared.stack is not None, "nothing was refused, so there is a stack"
-        return ReadySession(prepared.stack, (*notes, *self._notes_on(prepared)))
+        return PredictorInput(prepared.stack, (*notes, *self._notes_on(prepared)))
 
     def predict_session(self, session: Session) -> Prediction:
         """Ask about a session of a cohort; scans that cannot be used are treated as absent and noted.
@@ -210,9 +210,9 @@ class Predictor:
         Raises:
             ScanError: no scan of the session can be used.
         """
-        return self.answer(self.prepare(session))
+        return self.predict_prepared(self.prepare(session))
 
-    def prepare(self, session: Session) -> ReadySession:
+    def prepare(self, session: Session) -> PredictorInput:
         """Read a session of a cohort as the model will see it; the model is not asked.
 
         Scans that cannot be used, and those of contrasts that the model never learnt to read, are left out and noted.
@@ -220,7 +220,9 @@ class Predictor:
         Raises:
             ScanError: no scan of the session can be used.
         """
-        unread = [contrast for contrast in session.scans if contrast in CONTRASTS and contrast not in self.reads]
+        unread = [
+            contrast for contrast in session.scans if contrast in CONTRASTS and contrast not in self.input_contrasts
+        ]
         scans = {contrast: file for contrast, file in session.scans.items() if contrast not in unread}
         extra = tuple((contrast, file) for contrast, file in session.extra_scans if contrast not in unread)
         known = replace(session, scans=scans, extra_scans=extra, covariates={}, masks={})
@@ -230,9 +232,9 @@ class Predictor:
         rejected = tuple(f"{entry.contrast}: {entry.file.name}: {entry.reason}" for entry in prepared.refused)
         if prepared.stack is None:
             raise ScanError(f"no scan can be used; {[*rejected, *further, 'none is there'][0]}", where=session.subject)
-        return ReadySession(prepared.stack, (*further, *self._notes_on(prepared)), rejected)
+        return PredictorInput(prepared.stack, (*further, *self._notes_on(prepared)), rejected)
 
-    def answer(self, ready: ReadySession) -> Prediction:
+    def predict_prepared(self, ready: PredictorInput) -> Prediction:
         """Ask about a session that this predictor's `prepare` has read."""
         return self.predict_stack(ready.stack, ready.notes, ready.rejected)
 
@@ -250,15 +252,17 @@ class Predictor:
             ScanError: it has only contrasts that the model does not read.
         """
         target, options = self.target, self.options
-        stack, told = self._as_read(stack)
+        stack, told = self._select_contrasts(stack)
         notes = (*notes, *told)
         several = target is not None and (bool(target.regions) or len(target.codes) > 2)
-        answer = infer(self.model, stack, self.num_slices, options.readings, options.class_probabilities and several)
+        answer = infer(
+            self.model, stack, self.num_slices, options.augmentation, options.class_probabilities and several
+        )
         present = tuple(c for c, here in zip(stack.contrasts, stack.present, strict=True) if here)
         common: dict[str, Any] = {
             "task": self.task,
             "contrasts": present,
-            "missing": tuple(c for c in self.reads if c not in present),
+            "missing": tuple(c for c in self.input_contrasts if c not in present),
             "subject": stack.subject,
             "session": stack.session,
             "notes": notes,
@@ -266,43 +270,55 @@ class Predictor:
         }
         if target is None:
             assert answer.embedding is not None
-            return Prediction(answer={"dimensions": len(answer.embedding)}, embedding=answer.embedding, **common)
+            return Prediction(
+                answer={"dimensions": len(answer.embedding)},
+                embedding=answer.embedding,
+                **common,
+            )
         if target.task == "regression":
             values: dict[str, Any] = {"target": target.column, "value": answer.value}
-            values |= {} if answer.value_std is None else {"standard_deviation": answer.value_std}
-            values |= self.calibration.of_answer(answer, target)
+            values |= {} if answer.value_std is None else {"standard_deviation": predict_prepared.value_std}
+            values |= self.calibration.calibrate_answer(answer, target)
             return Prediction(answer=values, **common)
         if target.task == "classification":
             assert answer.probabilities is not None
-            probabilities = {name: float(p) for name, p in zip(target.names, answer.probabilities, strict=True)}
+            probabilities = {
+                name: float(p) for name, p in zip(target.names, answer.probabilities, strict=True)
+            }
             if target.multi_label:
                 said: dict[str, Any] = {"present": [name for name, p in probabilities.items() if p > 0.5]}
             else:
                 said = {"class": max(probabilities, key=probabilities.__getitem__)}
             values = {"target": target.column, **said, "probabilities": probabilities}
-            values |= self.calibration.of_answer(answer, target)
+            values |= self.calibration.calibrate_answer(answer, target)
             return Prediction(answer=values, **common)
-        return Prediction(**segmentation_answer(stack, answer, target, options), **common)
+        return Prediction(**build_segmentation_fields(stack, answer, target, options), **common)
 
-    def _as_read(self, stack: Stack) -> tuple[Stack, tuple[str, ...]]:
+    def _select_contrasts(self, stack: Stack) -> tuple[Stack, tuple[str, ...]]:
         """A stack as the model sees it, a note on each contrast that this hides, and on each that it cannot do without.
 
         Raises:
             ScanError: it has only contrasts that the model does not read.
         """
         present = [name for name, here in zip(stack.contrasts, stack.present, strict=True) if here]
-        hidden = tuple(name for name in present if name not in self.reads)
+        hidden = tuple(name for name in present if name not in self.input_contrasts)
         if hidden and len(hidden) == len(present):
             raise ScanError(
-                "there is no contrast that the model reads", got=", ".join(hidden), expected=", ".join(self.reads)
+                "there is no contrast that the model reads",
+                got=", ".join(hidden),
+                expected=", ".join(self.input_contrasts),
             )
         told = [f"{contrast} was not read: the model learnt without it" for contrast in hidden]
         needed = () if self.contract is None else self.contract.never_absent
-        told += [absence_note(contrast) for contrast in needed if contrast in self.reads and contrast not in present]
-        return (without_contrasts(stack, hidden) if hidden else stack), tuple(told)
+        told += [
+            missing_contrast_note(contrast)
+            for contrast in needed
+            if contrast in self.input_contrasts and contrast not in present
+        ]
+        return (remove_contrasts(stack, hidden) if hidden else stack), tuple(told)
 
 
-def usable_device(device: str | torch.device | None) -> torch.device:
+def resolve_device(device: str | torch.device | None) -> torch.device:
     """The device that is asked for; None: the first GPU that there is, else the CPU.
 
     Raises:

@@ -16,13 +16,13 @@ import numpy as np
 
 from brainfound.data.splits.dividing import label_text
 from brainfound.data.store import Store
-from brainfound.data.store.withheld import showing
+from brainfound.data.store.withheld import restrict_contrasts
 from brainfound.errors import TrainingError, UsageError
 from brainfound.finetuning.embedding_cache import EmbeddingCache
-from brainfound.inference.evaluation import require_like
+from brainfound.inference.evaluation import require_same_preprocessing
 from brainfound.inference.loading import load
-from brainfound.metrics.embedding_probes import SiteProbe, TestRetest, probed_columns, site_probe, test_retest
-from brainfound.models.stack_inference import inner_model
+from brainfound.metrics.embedding_probes import SiteProbe, TestRetest, site_probe, test_retest, validate_probe_columns
+from brainfound.models.stack_inference import unwrap_peft
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ def probe(
     """
     store = data if isinstance(data, Store) else Store.open(data)
     predictor = load(model).as_encoder()
-    require_like(predictor, store)
-    store = showing(store, predictor.reads)
+    require_same_preprocessing(predictor, store)
+    store = restrict_contrasts(store, predictor.input_contrasts)
     sessions = np.flatnonzero(store.present.any(axis=1))
     subjects = store.sessions["subject"].to_numpy()
     names = store.sessions["session"].to_numpy()
@@ -96,7 +96,7 @@ def probe(
         if not len(known):
             raise UsageError("no session has a label and a site", where=f"columns {label}, {site}")
         of_label, of_site = (column[known] for column in columns)
-        probed_columns(of_site, of_label, subjects[known])  # refused now, and not after embedding
+        validate_probe_columns(of_site, of_label, subjects[known])  # refused now, and not after embedding
     twice = {
         subject for subject in set(subjects[sessions]) if len(set(names[sessions][subjects[sessions] == subject])) > 1
     }
@@ -109,10 +109,10 @@ def probe(
         )
     with ExitStack() as stack:
         folder = cache if cache is not None else stack.enter_context(tempfile.TemporaryDirectory())
-        asked = inner_model(predictor.model)
+        asked = unwrap_peft(predictor.model)
         kept = EmbeddingCache(getattr(asked, "brainfound", asked), store, folder, num_slices)
-        kept.require(sessions.tolist(), progress)
-        embeddings = dict(zip(sessions.tolist(), kept.means(sessions.tolist()), strict=True))
+        kept.ensure_embedded(sessions.tolist(), progress)
+        embeddings = dict(zip(sessions.tolist(), kept.mean_embeddings(sessions.tolist()), strict=True))
     if not np.isfinite(list(embeddings.values())).all():
         raise TrainingError("the model gives embeddings that are not finite", where=model, remedy="Give another model")
 

@@ -21,7 +21,7 @@ from brainfound.data.preprocessing.stack import Stack
 from brainfound.errors import UsageError
 from brainfound.finetuning.targets import Target
 from brainfound.inference.prediction import probability_image, segmentation_image, volumes_mm3, voxel_mm3
-from brainfound.models.stack_inference import Answer, Readings
+from brainfound.models.stack_inference import InferenceAugmentation, StackPrediction
 
 # The volume of a voxel comes from an affine in float32, so that 27 mm³ may read as 27.000001.
 _ROUNDING = 1e-6
@@ -80,11 +80,13 @@ class SegmentationOptions:
             )
 
     @property
-    def readings(self) -> Readings:
-        return Readings(self.flips, self.overlap)
+    def augmentation(self) -> InferenceAugmentation:
+        return InferenceAugmentation(self.flips, self.overlap)
 
 
-def segmentation_answer(stack: Stack, answer: Answer, target: Target, options: SegmentationOptions) -> dict[str, Any]:
+def build_segmentation_fields(
+    stack: Stack, answer: StackPrediction, target: Target, options: SegmentationOptions
+) -> dict[str, Any]:
     """The fields of a `Prediction` that a segmentation has: answer, image or masks, probability, probabilities."""
     assert answer.foreground_probability is not None
     fields: dict[str, Any] = {"probability": probability_image(stack, answer.foreground_probability)}
@@ -97,10 +99,10 @@ def segmentation_answer(stack: Stack, answer: Answer, target: Target, options: S
     return fields
 
 
-def _label_map(stack: Stack, answer: Answer, target: Target, options: SegmentationOptions) -> dict[str, Any]:
+def _label_map(stack: Stack, answer: StackPrediction, target: Target, options: SegmentationOptions) -> dict[str, Any]:
     assert answer.classes is not None
     names = dict(zip(target.codes, target.names, strict=True))
-    image, removed = _cleaned(segmentation_image(stack, target.decode_mask(answer.classes)), options)
+    image, removed = _apply_min_volume(segmentation_image(stack, target.decode_mask(answer.classes)), options)
     content: dict[str, Any] = {
         "labels": {str(code): name for code, name in names.items()},
         "volumes_mm3": volumes_mm3(image, names),
@@ -114,11 +116,11 @@ def _label_map(stack: Stack, answer: Answer, target: Target, options: Segmentati
     return {"answer": content, "image": image, "probabilities": probabilities}
 
 
-def _masks(stack: Stack, answer: Answer, target: Target, options: SegmentationOptions) -> dict[str, Any]:
+def _masks(stack: Stack, answer: StackPrediction, target: Target, options: SegmentationOptions) -> dict[str, Any]:
     assert answer.labels is not None
     masks, volumes, removed = {}, {}, {}
     for k, name in enumerate(target.names):
-        mask, lost = _cleaned(segmentation_image(stack, answer.labels[:, k].astype(np.uint8)), options)
+        mask, lost = _apply_min_volume(segmentation_image(stack, answer.labels[:, k].astype(np.uint8)), options)
         masks[name], removed[name] = mask, lost.get(1, 0)
         volumes[name] = volumes_mm3(mask, {1: name})[name]
     content: dict[str, Any] = {
@@ -134,7 +136,7 @@ def _masks(stack: Stack, answer: Answer, target: Target, options: SegmentationOp
     return {"answer": content, "masks": masks, "probabilities": probabilities}
 
 
-def _cleaned(image: nib.Nifti1Image, options: SegmentationOptions) -> tuple[nib.Nifti1Image, dict[int, int]]:
+def _apply_min_volume(image: nib.Nifti1Image, options: SegmentationOptions) -> tuple[nib.Nifti1Image, dict[int, int]]:
     if not options.min_volume_mm3:
         return image, {}
     kept, removed = without_small_components(np.asarray(image.dataobj), voxel_mm3(image), options.min_volume_mm3)

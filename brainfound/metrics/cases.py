@@ -30,7 +30,7 @@ from brainfound.data.splits.dividing import label_text
 from brainfound.errors import UsageError
 from brainfound.metrics.scores import HIGHER_IS_BETTER, METRICS, Score
 
-System: TypeAlias = pd.DataFrame | Sequence[pd.DataFrame]
+CaseTables: TypeAlias = pd.DataFrame | Sequence[pd.DataFrame]
 """A table of cases, or one per seed."""
 
 
@@ -50,18 +50,18 @@ class Cases:
 
     def metric(self, name: str) -> Score:
         """The score of truth and answers of some of the cases."""
-        of_run = self._of_one_run(name)
+        of_run = self._get_run_metric(name)
         if self.num_runs == 1:
             return of_run
         return lambda truth, answers: float(np.mean([of_run(truth, answers[:, r]) for r in range(answers.shape[1])]))
 
-    def _of_one_run(self, name: str) -> Score:
+    def _get_run_metric(self, name: str) -> Score:
         if self.task == "segmentation":
             return _mean_over_structures
         score = METRICS[self.task][name]
         return _mean_over_labels(score) if self.truth.ndim == 2 else score
 
-    def repeated(self, num_runs: int) -> Cases:
+    def repeat_runs(self, num_runs: int) -> Cases:
         """The same answers as if so many runs had given them."""
         if self.num_runs == num_runs:
             return self
@@ -86,9 +86,9 @@ def _require_same_cases(base: Cases, other: Cases, base_name: str, name: str) ->
         raise UsageError(f"not the truth of {base_name}", where=name, remedy="Score both with the same labels")
 
 
-def read_alike(systems: Mapping[str, System]) -> dict[str, Cases]:
+def read_matched_systems(systems: Mapping[str, CaseTables]) -> dict[str, Cases]:
     """Each system, the first one's cases and truth demanded of all, with as many runs of each."""
-    read = {name: read_runs(tables, name) for name, tables in systems.items()}
+    read = {name: read_system(tables, name) for name, tables in systems.items()}
     first = next(iter(read))
     for name, other in read.items():
         _require_same_cases(read[first], other, first, name)
@@ -102,10 +102,10 @@ def read_alike(systems: Mapping[str, System]) -> dict[str, Cases]:
                 expected=f"1 or {most}",
                 remedy="Train each with the same number of seeds",
             )
-    return {name: system.repeated(most) for name, system in read.items()}
+    return {name: system.repeat_runs(most) for name, system in read.items()}
 
 
-def read_runs(tables: System, where: str) -> Cases:
+def read_system(tables: CaseTables, where: str) -> Cases:
     """One system of one or several tables of the same cases."""
     runs = [_read(table, where) for table in ([tables] if isinstance(tables, pd.DataFrame) else tables)]
     if not runs:
@@ -119,7 +119,7 @@ def read_runs(tables: System, where: str) -> Cases:
         for name in common:
             missing = [np.isnan(run.answers[name]) for run in runs]
             if any(not np.array_equal(missing[0], other) for other in missing[1:]):
-                raise other_masks(f"{where}, {name}")
+                raise mask_mismatch_error(f"{where}, {name}")
     answers = {name: np.stack([run.answers[name] for run in runs], axis=1) for name in common}
     return replace(runs[0], answers=answers, num_runs=len(runs))
 
@@ -155,20 +155,22 @@ def _read(cases: pd.DataFrame, where: str) -> Cases:
         truth, prediction = _numbers(cases, "truth", where), _numbers(cases, "prediction", where)
         return Cases("regression", keys, subjects, truth, dict.fromkeys(METRICS["regression"], prediction))
     found = [
-        name for name in map(str, cases.columns) if kind_of(name) in HIGHER_IS_BETTER and cases[name].notna().any()
+        name
+        for name in map(str, cases.columns)
+        if parse_metric_name(name) in HIGHER_IS_BETTER and cases[name].notna().any()
     ]
     if not found:
         expected = "truth and p(class), truth and prediction, or dice"
         got = ", ".join(map(str, cases.columns))
         raise UsageError("nothing of the cases is scored", where=where, got=got, expected=expected)
-    scores = {name: _numbers(cases, name, where, may_lack=True) for name in found}
+    scores = {name: _numbers(cases, name, where, allow_missing=True) for name in found}
     if structures := [scores[name] for name in found if name.startswith("dice(")]:
         scores = {"dice": np.stack(structures, axis=1)} | {k: v for k, v in scores.items() if k != "dice"}
     sizes = _numbers(cases, "reference_pixels", where) if "reference_pixels" in cases else np.zeros(len(cases))
     return Cases("segmentation", keys, subjects, sizes, scores)
 
 
-def kind_of(column: str) -> str:
+def parse_metric_name(column: str) -> str:
     """The metric of a column: ``dice(ventricles)`` is Dice."""
     return column.partition("(")[0]
 
@@ -193,12 +195,12 @@ def _yes_or_no(cases: pd.DataFrame, names: Sequence[str], where: str) -> np.ndar
     return truth.astype(int)
 
 
-def _numbers(cases: pd.DataFrame, column: str, where: str, may_lack: bool = False) -> np.ndarray:
+def _numbers(cases: pd.DataFrame, column: str, where: str, allow_missing: bool = False) -> np.ndarray:
     if column not in cases:
         raise UsageError("a column is missing", where=where, expected=column)
     numbers = pd.to_numeric(cases[column], errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
     bad = ~np.isfinite(numbers)
-    if may_lack:
+    if allow_missing:
         bad &= cases[column].notna().to_numpy()
     if bad.any():
         got = cases[column].to_numpy()[bad][:4].tolist()
@@ -206,7 +208,7 @@ def _numbers(cases: pd.DataFrame, column: str, where: str, may_lack: bool = Fals
     return numbers
 
 
-def other_masks(where: str) -> UsageError:
+def mask_mismatch_error(where: str) -> UsageError:
     return UsageError(
         "the systems were not scored against the same masks",
         where=where,

@@ -80,7 +80,7 @@ def sensitivity_at_specificity(labels: Any, scores: Any, specificity: float = 0.
     """
     if not 0 <= specificity <= 1:
         raise UsageError("not a share", where="specificity", got=specificity, expected="0 to 1")
-    of_classes = one_against_the_rest(labels, scores)
+    of_classes = one_vs_rest(labels, scores)
     if len(of_classes) != 1:
         raise UsageError("sensitivity is of two classes", where="scores", got=f"{len(of_classes)} classes")
     positive, scores = of_classes[0]
@@ -183,7 +183,7 @@ def _confusion(labels: Any, predictions: Any) -> tuple[np.ndarray, int]:
     return counts.reshape(len(classes), len(classes)), len(expected)
 
 
-def one_against_the_rest(labels: Any, scores: Any) -> list[tuple[np.ndarray, np.ndarray]]:
+def one_vs_rest(labels: Any, scores: Any) -> list[tuple[np.ndarray, np.ndarray]]:
     """Which cases are positive, and their scores: of class 1 alone with two classes, else of each class.
 
     Args and Raises as `auroc`.
@@ -211,7 +211,7 @@ def _mean_over_classes(metric: Callable[[np.ndarray, np.ndarray], float], labels
     of_classes = np.array(
         [
             float("nan") if is_constant(positive) else metric(positive, of_class)
-            for positive, of_class in one_against_the_rest(labels, scores)
+            for positive, of_class in one_vs_rest(labels, scores)
         ]
     )
     defined = of_classes[~np.isnan(of_classes)]

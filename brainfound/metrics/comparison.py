@@ -18,11 +18,18 @@ import pandas as pd
 from scipy import stats
 
 from brainfound.errors import UsageError, did_you_mean
-from brainfound.metrics.cases import Cases, System, kind_of, other_masks, read_alike, read_runs
+from brainfound.metrics.cases import (
+    Cases,
+    CaseTables,
+    mask_mismatch_error,
+    parse_metric_name,
+    read_matched_systems,
+    read_system,
+)
 from brainfound.metrics.scores import HIGHER_IS_BETTER, Score
 from brainfound.metrics.statistics import bootstrap_interval, delong_test, holm, paired_permutation_test
 
-_OF_RANKS = ("auroc", "auprc")
+_RANK_METRICS = ("auroc", "auprc")
 """Metrics to which only the order of the scores matters."""
 
 _COLUMNS = [
@@ -33,7 +40,7 @@ _PAIR_COLUMNS = ["metric", "system", "against", *_COLUMNS[5:]]
 
 
 def score_intervals(
-    cases: System,
+    cases: CaseTables,
     metrics: Sequence[str] | None = None,
     *,
     num_resamples: int = 2000,
@@ -55,17 +62,17 @@ def score_intervals(
         UsageError: if a column is missing or a value cannot be used, a case is there twice, or a metric is not one of
             the task.
     """
-    system, drawing = read_runs(cases, "cases"), _Drawing(num_resamples, confidence, seed)
+    system, resampling = read_system(cases, "cases"), _Resampling(num_resamples, confidence, seed)
     rows = []
-    for name in _chosen(system, metrics):
-        truth, (answers,), subjects = _of_metric(name, system)
-        interval = drawing.interval(system.metric(name), subjects, truth, answers)
+    for name in _resolve_metrics(system, metrics):
+        truth, (answers,), subjects = _select_scored_cases(name, system)
+        interval = resampling.interval(system.metric(name), subjects, truth, answers)
         rows.append([name, *interval, len(subjects), len(set(subjects))])
     return pd.DataFrame(rows, columns=["metric", "value", "low", "high", "num_cases", "num_subjects"])
 
 
 def compare(
-    systems: Mapping[str, System],
+    systems: Mapping[str, CaseTables],
     against: str,
     metrics: Sequence[str] | None = None,
     *,
@@ -101,21 +108,21 @@ def compare(
     """
     if against not in systems:
         raise UsageError(f"no system is called {against!r}", where="against", remedy=did_you_mean(against, systems))
-    read = read_alike({against: systems[against], **systems})
+    read = read_matched_systems({against: systems[against], **systems})
     base, others = read[against], {name: system for name, system in read.items() if name != against}
-    drawing = _Drawing(num_resamples, confidence, seed, num_permutations)
+    resampling = _Resampling(num_resamples, confidence, seed, num_permutations)
     rows: list[dict[str, Any]] = []
-    for metric in _chosen(base, metrics, others):
+    for metric in _resolve_metrics(base, metrics, others):
         compared = [
-            _alone(metric, name, other, drawing) | _difference(metric, other, base, drawing)
+            _score_row(metric, name, other, resampling) | _compute_difference(metric, other, base, resampling)
             for name, other in others.items()
         ]
-        rows += [_alone(metric, against, base, drawing), *_corrected(compared)]
+        rows += [_score_row(metric, against, base, resampling), *_apply_holm(compared)]
     return pd.DataFrame(rows, columns=_COLUMNS)
 
 
 def compare_pairs(
-    systems: Mapping[str, System],
+    systems: Mapping[str, CaseTables],
     metrics: Sequence[str] | None = None,
     *,
     num_resamples: int = 2000,
@@ -136,23 +143,23 @@ def compare_pairs(
     Raises:
         UsageError: as `compare`.
     """
-    read = read_alike(systems)
-    drawing = _Drawing(num_resamples, confidence, seed, num_permutations)
+    read = read_matched_systems(systems)
+    resampling = _Resampling(num_resamples, confidence, seed, num_permutations)
     first = next(iter(read.values()))
     rows: list[dict[str, Any]] = []
-    for metric in _chosen(first, metrics, read):
+    for metric in _resolve_metrics(first, metrics, read):
         pairs = [
             {"metric": metric, "system": name, "against": against}
-            | _difference(metric, read[name], read[against], drawing)
+            | _compute_difference(metric, read[name], read[against], resampling)
             | _counts(metric, read[name])
             for against, name in itertools.combinations(read, 2)
         ]
-        rows += _corrected(pairs)
+        rows += _apply_holm(pairs)
     return pd.DataFrame(rows, columns=_PAIR_COLUMNS)
 
 
 @dataclass(frozen=True)
-class _Drawing:
+class _Resampling:
     """How resamples and permutations are drawn."""
 
     num_resamples: int
@@ -183,9 +190,9 @@ class _Drawing:
         )
 
 
-def _alone(metric: str, name: str, system: Cases, drawing: _Drawing) -> dict[str, Any]:
-    truth, (answers,), subjects = _of_metric(metric, system)
-    interval = drawing.interval(system.metric(metric), subjects, truth, answers)
+def _score_row(metric: str, name: str, system: Cases, resampling: _Resampling) -> dict[str, Any]:
+    truth, (answers,), subjects = _select_scored_cases(metric, system)
+    interval = resampling.interval(system.metric(metric), subjects, truth, answers)
     return {
         "metric": metric,
         "system": name,
@@ -195,16 +202,16 @@ def _alone(metric: str, name: str, system: Cases, drawing: _Drawing) -> dict[str
 
 
 def _counts(metric: str, system: Cases) -> dict[str, Any]:
-    _, _, subjects = _of_metric(metric, system)
-    higher_is_better = HIGHER_IS_BETTER[kind_of(metric)]
+    _, _, subjects = _select_scored_cases(metric, system)
+    higher_is_better = HIGHER_IS_BETTER[parse_metric_name(metric)]
     return {"higher_is_better": higher_is_better, "num_cases": len(subjects), "num_subjects": len(set(subjects))}
 
 
-def _difference(metric: str, system: Cases, base: Cases, drawing: _Drawing) -> dict[str, float]:
+def _compute_difference(metric: str, system: Cases, base: Cases, resampling: _Resampling) -> dict[str, float]:
     """System − base with its interval and its p values, not corrected yet."""
-    truth, (a, b), subjects = _of_metric(metric, system, base)
+    truth, (a, b), subjects = _select_scored_cases(metric, system, base)
     score = base.metric(metric)
-    difference = drawing.interval(lambda t, x, y: score(t, x) - score(t, y), subjects, truth, a, b)
+    difference = resampling.interval(lambda t, x, y: score(t, x) - score(t, y), subjects, truth, a, b)
     found = dict(zip(("difference", "difference_low", "difference_high"), difference, strict=True))
     found |= {"p": float("nan"), "p_delong": float("nan")}
     if not np.isfinite(difference[0]):
@@ -212,12 +219,12 @@ def _difference(metric: str, system: Cases, base: Cases, drawing: _Drawing) -> d
     two_classes = truth.ndim == 1 and a.ndim == 2 and a.shape[1] == 2 and base.num_runs == 1
     if metric == "auroc" and two_classes and len(set(subjects)) == len(subjects):
         found["p_delong"] = delong_test(truth, a, b).p
-    if metric in _OF_RANKS:
+    if metric in _RANK_METRICS:
         a, b = stats.rankdata(a, axis=0), stats.rankdata(b, axis=0)
-    return found | {"p": drawing.p(score, subjects, truth, a, b)}
+    return found | {"p": resampling.p(score, subjects, truth, a, b)}
 
 
-def _corrected(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _apply_holm(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows of one metric, with Holm's correction over them."""
     for column in ("p", "p_delong"):
         for row, adjusted in zip(rows, holm([row[column] for row in rows]), strict=True):
@@ -225,19 +232,21 @@ def _corrected(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def _of_metric(name: str, *systems: Cases) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
+def _select_scored_cases(name: str, *systems: Cases) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
     """Truth, each system's answers and subjects of the cases that the metric is over."""
     answers = [system.answers[name] for system in systems]
     if systems[0].task != "segmentation":
         return systems[0].truth, answers, systems[0].subjects
     known = ~np.isnan(answers[0])
     if any((np.isnan(other) == known).any() for other in answers[1:]):
-        raise other_masks(name)
+        raise mask_mismatch_error(name)
     scored = known.any(axis=tuple(range(1, known.ndim)))
     return systems[0].truth[scored], [of_system[scored] for of_system in answers], systems[0].subjects[scored]
 
 
-def _chosen(system: Cases, metrics: Sequence[str] | None, others: Mapping[str, Cases] | None = None) -> list[str]:
+def _resolve_metrics(
+    system: Cases, metrics: Sequence[str] | None, others: Mapping[str, Cases] | None = None
+) -> list[str]:
     known = [name for name in system.answers if all(name in other.answers for other in (others or {}).values())]
     for name in metrics or ():
         if name not in known:

@@ -17,7 +17,7 @@ from sklearn.linear_model import LogisticRegression, RidgeCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from brainfound.data.splits.dividing import as_numbers, k_folds, label_text
+from brainfound.data.splits.dividing import k_folds, label_text, to_numeric_or_none
 from brainfound.errors import UsageError
 from brainfound.metrics.classification import balanced_accuracy
 from brainfound.metrics.regression import r2
@@ -97,11 +97,11 @@ def site_probe(
     Source: the site test of B. Glocker et al., "Machine learning with multi-site imaging data", arXiv:1910.04597.
     """
     features = _embeddings(embeddings, {"site": site, "label": label, "subjects": subjects})
-    owners, sites, labels, numeric = probed_columns(site, label, subjects)
+    owners, sites, labels, numeric = validate_probe_columns(site, label, subjects)
     num_folds = min(num_folds, len(set(owners)))
     folds = k_folds(owners.tolist(), num_folds, seed, {"site": sites.tolist(), "label": labels.tolist()})
-    told_site = out_of_fold(features, sites, folds, linear_classifier)
-    told_label = out_of_fold(features, labels, folds, linear_regressor if numeric else linear_classifier)
+    told_site = cross_val_predict(features, sites, folds, linear_classifier)
+    told_label = cross_val_predict(features, labels, folds, linear_regressor if numeric else linear_classifier)
     metric = r2 if numeric else balanced_accuracy
     drawing: dict[str, Any] = {"subjects": owners, "seed": seed, "num_resamples": num_resamples}
     return SiteProbe(
@@ -114,7 +114,7 @@ def site_probe(
     )
 
 
-def probed_columns(
+def validate_probe_columns(
     site: Sequence[Any], label: Sequence[Any], subjects: Sequence[Any]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
     """What a site probe makes of its columns: subjects, sites, labels (N,), and whether the labels are numbers.
@@ -124,7 +124,7 @@ def probed_columns(
     """
     owners = np.array([label_text(subject) for subject in subjects])
     sites = _classes(site, owners, "site")
-    numbers = as_numbers(list(label))
+    numbers = to_numeric_or_none(list(label))
     if numbers is not None and np.isnan(numbers).any():
         raise UsageError("a value is missing", where="label", remedy="Leave out the sessions without a label")
     return owners, sites, _classes(label, owners, "label") if numbers is None else numbers, numbers is not None
@@ -188,7 +188,7 @@ def linear_regressor(num_samples: int) -> RidgeCV:
     return RidgeCV(alphas=np.logspace(-1, 5, 7))
 
 
-def out_of_fold(
+def cross_val_predict(
     features: Float[np.ndarray, "N D"],
     labels: np.ndarray,
     folds: Sequence[Mapping[str, np.ndarray]],

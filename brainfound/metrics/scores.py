@@ -19,12 +19,12 @@ from brainfound.errors import UsageError
 from brainfound.metrics.classification import auprc, auroc, balanced_accuracy, macro_f1, mcc
 from brainfound.metrics.regression import mae, pearson, r2, rmse, spearman
 from brainfound.metrics.segmentation import dice, hd95, lesion_f1, relative_volume_error, surface_dice, volume_error_mm3
-from brainfound.metrics.values import convention, finite_array
+from brainfound.metrics.values import finite_array, get_convention_score
 
-HEADLINE = {"classification": "auroc", "regression": "mae", "segmentation": "dice"}
+PRIMARY_METRIC = {"classification": "auroc", "regression": "mae", "segmentation": "dice"}
 """The metric by which a task is judged."""
 
-IN_TABLES = {
+TABLE_METRICS = {
     "classification": ("auroc", "balanced_accuracy"),
     "regression": ("mae", "r2", "pearson"),
     "segmentation": ("dice", "surface_dice", "hd95_mm", "lesion_f1", "clean_negatives"),
@@ -57,7 +57,7 @@ EmptyCase = Literal["left_out", "nan", "one", "zero"]
 Score = Callable[[np.ndarray, np.ndarray], float]
 
 
-def _of_likeliest_class(metric: Score) -> Score:
+def _on_predicted_class(metric: Score) -> Score:
     return lambda labels, probabilities: metric(labels, probabilities.argmax(axis=1))
 
 
@@ -65,9 +65,9 @@ METRICS: Mapping[str, Mapping[str, Score]] = {
     "classification": {
         "auroc": auroc,
         "auprc": auprc,
-        "balanced_accuracy": _of_likeliest_class(balanced_accuracy),
-        "macro_f1": _of_likeliest_class(macro_f1),
-        "mcc": _of_likeliest_class(mcc),
+        "balanced_accuracy": _on_predicted_class(balanced_accuracy),
+        "macro_f1": _on_predicted_class(macro_f1),
+        "mcc": _on_predicted_class(mcc),
     },
     "regression": {"mae": mae, "rmse": rmse, "r2": r2, "pearson": pearson, "spearman": spearman},
 }
@@ -114,7 +114,7 @@ def segmentation_case_scores(
             ``clean_negatives`` tells; otherwise 0 where something was marked, and where nothing was ``"one"``
             (fomo-metrics' Dice), ``"zero"`` or ``"nan"`` (nnU-Net, SSL3D: left out of the mean).
     """
-    convention(empty, dict.fromkeys(get_args(EmptyCase), 0.0), "empty")
+    get_convention_score(empty, dict.fromkeys(get_args(EmptyCase), 0.0), "empty")
     present = [k for k in np.unique(reference) if k != 0]
     if not present:
         clean = {"clean_negatives": float(not np.any(prediction))}

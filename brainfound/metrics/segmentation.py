@@ -16,7 +16,7 @@ import numpy as np
 from scipy import ndimage
 
 from brainfound.errors import UsageError
-from brainfound.metrics.values import convention, mask_pair, spacing_of
+from brainfound.metrics.values import get_convention_score, mask_pair, validate_spacing
 
 Empty = Literal["one", "nan", "zero"]
 _EMPTY_SCORE = {"one": 1.0, "nan": float("nan"), "zero": 0.0}
@@ -45,7 +45,7 @@ def dice(prediction: Any, reference: Any, empty: Empty = "one") -> float:
     Source: L. R. Dice, "Measures of the amount of ecologic association between species", Ecology 1945.
     """
     predicted, expected = mask_pair(prediction, reference)
-    empty_score = convention(empty, _EMPTY_SCORE, "empty")
+    empty_score = get_convention_score(empty, _EMPTY_SCORE, "empty")
     total = int(predicted.sum()) + int(expected.sum())
     if total == 0:
         return empty_score
@@ -85,10 +85,10 @@ def surface_dice(
     J Med Internet Res 2021 (arXiv:1809.04430), surface DSC at a tolerance.
     """
     predicted, expected = mask_pair(prediction, reference)
-    spacing = spacing_of(spacing_mm, predicted.ndim)
+    spacing = validate_spacing(spacing_mm, predicted.ndim)
     if not (np.isfinite(tolerance_mm) and tolerance_mm >= 0):
         raise UsageError("the tolerance cannot be used", where="tolerance_mm", got=tolerance_mm, expected="0 or more")
-    empty_score = convention(empty, _EMPTY_SCORE, "empty")
+    empty_score = get_convention_score(empty, _EMPTY_SCORE, "empty")
     if not predicted.any() and not expected.any():
         return empty_score
     if not predicted.any() or not expected.any():
@@ -129,13 +129,13 @@ def hd95(
     percentile, section III); A. A. Taha and A. Hanbury, BMC Med Imaging 2015.
     """
     predicted, expected = mask_pair(prediction, reference)
-    spacing = spacing_of(spacing_mm, predicted.ndim)
+    spacing = validate_spacing(spacing_mm, predicted.ndim)
     if not 0 <= percentile <= 100:
         raise UsageError("not a percentile", where="percentile", got=percentile, expected="0 to 100")
     diagonal_mm = float(np.linalg.norm(spacing * predicted.shape))
-    empty_score = convention(empty, _NO_ERROR, "empty")
+    empty_score = get_convention_score(empty, _NO_ERROR, "empty")
     missed = {"inf": float("inf"), "diagonal": diagonal_mm, "nan": float("nan")}
-    missed_score = convention(one_empty, missed, "one_empty")
+    missed_score = get_convention_score(one_empty, missed, "one_empty")
     if not predicted.any() and not expected.any():
         return empty_score
     if not predicted.any() or not expected.any():
@@ -165,13 +165,13 @@ def lesion_f1(
     Source: the matching rule of the ISLES 2022 challenge (M. R. Hernandez Petzsche et al., Sci Data 2022).
     """
     predicted, expected = mask_pair(prediction, reference)
-    empty_score = convention(empty, _EMPTY_SCORE, "empty")
-    reach = convention(touching, {"faces": 1, "corners": max(predicted.ndim, 1)}, "touching")
+    empty_score = get_convention_score(empty, _EMPTY_SCORE, "empty")
+    reach = get_convention_score(touching, {"faces": 1, "corners": max(predicted.ndim, 1)}, "touching")
     if not predicted.any() and not expected.any():
         return empty_score
     structure = ndimage.generate_binary_structure(predicted.ndim, int(reach))
-    num_found, num_missed = _touched(expected, predicted, structure)
-    num_false = _touched(predicted, expected, structure)[1]
+    num_found, num_missed = _count_detected(expected, predicted, structure)
+    num_false = _count_detected(predicted, expected, structure)[1]
     return 2 * num_found / (2 * num_found + num_false + num_missed)
 
 
@@ -191,8 +191,8 @@ def volume_error_mm3(
         UsageError: if the shapes differ, a mask is not binary, or the spacing cannot be used.
     """
     predicted, expected = mask_pair(prediction, reference)
-    voxel_mm3 = float(np.prod(spacing_of(spacing_mm, predicted.ndim)))
-    empty_score = convention(empty, _NO_ERROR, "empty")
+    voxel_mm3 = float(np.prod(validate_spacing(spacing_mm, predicted.ndim)))
+    empty_score = get_convention_score(empty, _NO_ERROR, "empty")
     num_predicted, num_expected = int(predicted.sum()), int(expected.sum())
     if num_predicted == num_expected == 0:
         return empty_score
@@ -220,8 +220,10 @@ def relative_volume_error(
         UsageError: if the shapes differ, or a mask is not binary.
     """
     predicted, expected = mask_pair(prediction, reference)
-    empty_score = convention(empty, _NO_ERROR, "empty")
-    without_reference = convention(reference_empty, {"inf": float("inf"), "nan": float("nan")}, "reference_empty")
+    empty_score = get_convention_score(empty, _NO_ERROR, "empty")
+    without_reference = get_convention_score(
+        reference_empty, {"inf": float("inf"), "nan": float("nan")}, "reference_empty"
+    )
     num_predicted, num_expected = int(predicted.sum()), int(expected.sum())
     if num_expected == 0:
         return without_reference if num_predicted else empty_score
@@ -241,7 +243,7 @@ def _surface_distances_mm(
     return to_reference, to_prediction
 
 
-def _touched(lesions: np.ndarray, other: np.ndarray, structure: np.ndarray) -> tuple[int, int]:
+def _count_detected(lesions: np.ndarray, other: np.ndarray, structure: np.ndarray) -> tuple[int, int]:
     """How many components of a mask have a voxel in the other mask, and how many have none."""
     components, num_components = ndimage.label(lesions, structure)
     num_touched = int(np.count_nonzero(np.unique(components[other])))

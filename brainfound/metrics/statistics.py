@@ -28,7 +28,7 @@ import numpy as np
 from scipy import stats
 
 from brainfound.errors import UsageError
-from brainfound.metrics.classification import one_against_the_rest
+from brainfound.metrics.classification import one_vs_rest
 from brainfound.metrics.values import finite_array, is_constant
 
 Metric = Callable[..., float]
@@ -279,7 +279,7 @@ def _areas_and_covariance(labels: Any, systems: list[Any]) -> tuple[np.ndarray, 
     """The areas of the systems, and their covariance matrix; nan with fewer than two cases of a class."""
     of_positives, of_negatives, areas = [], [], []
     for scores in systems:
-        of_classes = one_against_the_rest(labels, scores)
+        of_classes = one_vs_rest(labels, scores)
         if len(of_classes) != 1:
             raise UsageError("DeLong's test is of two classes", where="scores", got=f"{len(of_classes)} classes")
         positive, values = of_classes[0]

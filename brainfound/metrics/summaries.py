@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from brainfound.data.splits.dividing import label_text
-from brainfound.metrics.scores import HEADLINE, HIGHER_IS_BETTER, METRICS, multi_label_scores
+from brainfound.metrics.scores import HIGHER_IS_BETTER, METRICS, PRIMARY_METRIC, multi_label_scores
 
 
 def non_empty_subsets(contrasts: Sequence[str]) -> list[tuple[str, ...]]:
@@ -28,18 +28,18 @@ def non_empty_subsets(contrasts: Sequence[str]) -> list[tuple[str, ...]]:
     return [subset for size in range(len(contrasts), 0, -1) for subset in combinations(contrasts, size)]
 
 
-def drop(task: str, full: float, partial: float) -> float:
+def compute_drop(task: str, full: float, partial: float) -> float:
     """How much worse a headline score is than with full input, in its own unit; negative where it is better.
 
-    >>> drop("regression", 5.0, 7.5), drop("classification", 0.75, 0.5)
+    >>> compute_drop("regression", 5.0, 7.5), compute_drop("classification", 0.75, 0.5)
     (2.5, 0.25)
     """
-    return full - partial if HIGHER_IS_BETTER[HEADLINE[task]] else partial - full
+    return full - partial if HIGHER_IS_BETTER[PRIMARY_METRIC[task]] else partial - full
 
 
-def headline_of_cases(task: str, cases: pd.DataFrame) -> float:
+def compute_headline_score(task: str, cases: pd.DataFrame) -> float:
     """The headline score of some of the cases that `brainfound.evaluate` returns; ``nan`` where it is not defined."""
-    headline = HEADLINE[task]
+    headline = PRIMARY_METRIC[task]
     if task == "segmentation":
         structures = [name for name in cases if str(name).startswith("dice(")] or ["dice"]
         means = np.array([cases[name].mean() for name in structures], dtype=float)
@@ -55,11 +55,11 @@ def headline_of_cases(task: str, cases: pd.DataFrame) -> float:
     return METRICS[task][headline](np.array([index[label_text(label)] for label in cases["truth"]]), shares)
 
 
-BY = ("system", "group")
+GROUP_COLUMNS = ("system", "group")
 """What makes a group of runs whose spread is told; where a table has no such column it is all one."""
 
 
-def summarise(table: pd.DataFrame) -> pd.DataFrame:
+def summarise_runs(table: pd.DataFrame) -> pd.DataFrame:
     """The spread of each score.
 
     Where the test part differs from fold to fold (k folds, sites) all folds are one group; where only what is
@@ -71,19 +71,22 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
         highest, the mean of each baseline under its name, how many folds and seeds there are, and the mean of the
         sessions trained and tested on, where the table says them. A spread of one is NaN.
     """
-    metrics, baselines = columns_of(table)
-    by = [name for name in BY if name in table]
+    metrics, baselines = get_score_columns(table)
+    by = [name for name in GROUP_COLUMNS if name in table]
     rows = []
     for keys, part in table.groupby(by, sort=False):
         for name in metrics:
             rows.append(
-                dict(zip(by, keys, strict=True)) | {"score": name} | spread_of(part, name, baselines) | sizes_of(part)
+                dict(zip(by, keys, strict=True))
+                | {"score": name}
+                | compute_spread(part, name, baselines)
+                | compute_mean_sizes(part)
             )
     return pd.DataFrame(rows)
 
 
-def spread_of(part: pd.DataFrame, name: str, baselines: Sequence[str]) -> dict[str, Any]:
-    """Mean and spread of one score over runs; see `summarise`."""
+def compute_spread(part: pd.DataFrame, name: str, baselines: Sequence[str]) -> dict[str, Any]:
+    """Mean and spread of one score over runs; see `summarise_runs`."""
     defined = part[part[name].notna()]
     by_fold = defined.groupby("fold", sort=False)[name]
     return {
@@ -98,7 +101,7 @@ def spread_of(part: pd.DataFrame, name: str, baselines: Sequence[str]) -> dict[s
     }
 
 
-def sizes_of(part: pd.DataFrame) -> dict[str, float]:
+def compute_mean_sizes(part: pd.DataFrame) -> dict[str, float]:
     """Mean numbers of sessions trained and tested on, where a table says them."""
     return {name: float(np.mean(part[name])) for name in ("num_train", "num_test") if name in part}
 
@@ -107,21 +110,21 @@ TRIVIAL = "trivial"
 """The baseline that never looks at an image; every score file has it."""
 
 
-def baselines_of(content: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+def get_baselines(content: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """The baselines of a ``scores.json``: name → metric → value, each entry that has the task's headline metric.
 
-    >>> baselines_of({"task": "regression", "scores": {"mae": 5.0}, "trivial": {"mae": 9.0}, "without": []})
+    >>> get_baselines({"task": "regression", "scores": {"mae": 5.0}, "trivial": {"mae": 9.0}, "without": []})
     {'trivial': {'mae': 9.0}}
     """
-    headline = HEADLINE[content["task"]]
+    headline = PRIMARY_METRIC[content["task"]]
     return {
-        name: numbers_of(entry)
+        name: parse_scores(entry)
         for name, entry in content.items()
         if name != "scores" and isinstance(entry, Mapping) and headline in entry
     }
 
 
-def numbers_of(scores: Mapping[str, Any]) -> dict[str, float]:
+def parse_scores(scores: Mapping[str, Any]) -> dict[str, float]:
     """Scores as a file has them, where an undefined one is null, as numbers."""
     return {
         name: math.nan if value is None else float(value)
@@ -130,16 +133,16 @@ def numbers_of(scores: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def beside(baselines: Mapping[str, Mapping[str, float]], names: list[str]) -> dict[str, float]:
+def make_baseline_columns(baselines: Mapping[str, Mapping[str, float]], names: list[str]) -> dict[str, float]:
     """Baselines as columns of a table: ``trivial mae``, ….
 
-    >>> beside({"trivial": {"mae": 9.0}}, ["mae"])
+    >>> make_baseline_columns({"trivial": {"mae": 9.0}}, ["mae"])
     {'trivial mae': 9.0}
     """
     return {f"{name} {metric}": scores.get(metric, math.nan) for name, scores in baselines.items() for metric in names}
 
 
-def columns_of(table: pd.DataFrame) -> tuple[list[str], list[str]]:
+def get_score_columns(table: pd.DataFrame) -> tuple[list[str], list[str]]:
     """The metrics of a table of runs, and its baselines, the trivial one first."""
     metrics = [str(name) for name in table.columns if f"{TRIVIAL} {name}" in table.columns]
     first = metrics[0] if metrics else ""
@@ -147,7 +150,7 @@ def columns_of(table: pd.DataFrame) -> tuple[list[str], list[str]]:
     return metrics, [TRIVIAL, *(name for name in found if name != TRIVIAL)] if metrics else []
 
 
-def records(table: pd.DataFrame) -> list[dict[str, Any]]:
+def to_json_records(table: pd.DataFrame) -> list[dict[str, Any]]:
     """The rows of a table for JSON: what is not defined becomes null."""
     return [{key: _plain(value) for key, value in row.items()} for row in table.to_dict(orient="records")]
 

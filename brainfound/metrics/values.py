@@ -108,7 +108,7 @@ def _mask(values: Any, where: str) -> np.ndarray:
     return ones
 
 
-def spacing_of(spacing_mm: Sequence[float], num_axes: int) -> np.ndarray:
+def validate_spacing(spacing_mm: Sequence[float], num_axes: int) -> np.ndarray:
     """The distance between voxel centres along each axis, in mm.
 
     Raises:
@@ -124,7 +124,7 @@ def spacing_of(spacing_mm: Sequence[float], num_axes: int) -> np.ndarray:
     return spacing
 
 
-def convention(name: str, choices: Mapping[str, float], where: str) -> float:
+def get_convention_score(name: str, choices: Mapping[str, float], where: str) -> float:
     """The score that a named convention gives.
 
     Raises:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from brainfound.errors import ModelError
-from brainfound.models.configuration import SUPPORTED_BACKBONES, transformers_quiet
+from brainfound.models.configuration import SUPPORTED_BACKBONES, silence_transformers
 from brainfound.models.supervised_vit import MODEL_TYPE as SUPERVISED_VIT
 from brainfound.models.supervised_vit import (
     as_dinov2,
@@ -28,7 +28,7 @@ LOAD_FAILURES = (OSError, ValueError, RuntimeError, KeyError, TypeError, Safeten
 _MAY_BE_MISSING = ("mask_token", "pooler.")
 _NUM_KEYS_SHOWN = 4
 # What a model may start from; a supervised ViT becomes a Dinov2.
-STARTING_FAMILIES = (*SUPPORTED_BACKBONES, SUPERVISED_VIT)
+INIT_MODEL_TYPES = (*SUPPORTED_BACKBONES, SUPERVISED_VIT)
 
 
 def load_backbone(
@@ -59,7 +59,7 @@ def load_backbone(
     if drop_path_rate is not None:
         config.drop_path_rate = float(drop_path_rate)
     try:
-        with transformers_quiet():
+        with silence_transformers():
             model, info = AutoModel.from_pretrained(
                 source,
                 config=config,
@@ -70,7 +70,7 @@ def load_backbone(
                 **hub_options,
             )
     except LOAD_FAILURES as error:
-        raise unreadable(source, error) from error
+        raise unreadable_model_error(source, error) from error
     _require_whole(source, model, info)
     # Kept in `backbone_source`; here it would travel inside every saved configuration as a path of this machine.
     model.config.name_or_path = ""
@@ -83,7 +83,7 @@ def load_backbone(
     return model
 
 
-def config_of(id_or_folder: str | Path, **hub_options: Any) -> PreTrainedConfig:
+def load_backbone_config(id_or_folder: str | Path, **hub_options: Any) -> PreTrainedConfig:
     """The configuration that `load_backbone`'s answer has, without the weights.
 
     Raises:
@@ -98,7 +98,7 @@ def config_of(id_or_folder: str | Path, **hub_options: Any) -> PreTrainedConfig:
     return config
 
 
-def statistics_of(id_or_folder: str | Path, **hub_options: Any) -> dict[str, float]:
+def load_image_statistics(id_or_folder: str | Path, **hub_options: Any) -> dict[str, float]:
     """`image_mean` and `image_std` that a checkpoint asks for, where they are not the default of `BrainFoundConfig`.
 
     A DINOv2 asks for the default; a supervised ViT for what its images were normalised with.
@@ -117,7 +117,7 @@ def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
     return AutoModel.from_config(config)
 
 
-def patch_size_of(config: PreTrainedConfig) -> int:
+def get_patch_size(config: PreTrainedConfig) -> int:
     """The side of the backbone's square patches, in pixels."""
     rows, columns = _pair(config.patch_size)
     if rows != columns:
@@ -125,7 +125,7 @@ def patch_size_of(config: PreTrainedConfig) -> int:
     return rows
 
 
-def image_size_of(config: PreTrainedConfig) -> tuple[int, int]:
+def get_image_size(config: PreTrainedConfig) -> tuple[int, int]:
     """Height and width in pixels that the position grid was made for."""
     return _pair(config.image_size)
 
@@ -171,7 +171,7 @@ def require_findable(source: str) -> None:
         raise ModelError(what, where=source, remedy="Give a folder with config.json and safetensors, or a Hub id")
 
 
-def unreadable(source: str, error: Exception) -> ModelError:
+def unreadable_model_error(source: str, error: Exception) -> ModelError:
     """One line for a model that cannot be read, with the remedy that fits what `source` looks like."""
     folder = Path(source)
     if folder.is_dir():
@@ -214,16 +214,16 @@ def _load_config(source: str, hub_options: dict[str, Any]) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(source, **hub_options)
     except LOAD_FAILURES as error:
-        raise unreadable(source, error) from error
+        raise unreadable_model_error(source, error) from error
 
 
 def _require_family(source: str, config: PreTrainedConfig) -> None:
-    if config.model_type not in STARTING_FAMILIES:
+    if config.model_type not in INIT_MODEL_TYPES:
         is_ours = config.model_type == "brainfound"
         raise ModelError(
             f"a {config.model_type!r} model is not a supported backbone",
             where=source,
-            expected=f"one of {', '.join(STARTING_FAMILIES)}",
+            expected=f"one of {', '.join(INIT_MODEL_TYPES)}",
             remedy="Load it with BrainFoundModel.from_pretrained" if is_ours else "Give the id of a DINOv2 model",
         )
 
@@ -235,11 +235,11 @@ def _load_converted(
     attn_implementation: str | None,
     hub_options: dict[str, Any],
 ) -> PreTrainedModel:
-    patch_size_of(config)
+    get_patch_size(config)
     try:
         vit, info = load_supervised_vit(source, config, attn_implementation, hub_options)
     except LOAD_FAILURES as error:
-        raise unreadable(source, error) from error
+        raise unreadable_model_error(source, error) from error
     _require_whole(source, vit, info)
     if any("mask_token" in key for key in info["missing_keys"]):
         with torch.no_grad():

@@ -39,7 +39,7 @@ from torch.utils.checkpoint import checkpoint
 from brainfound.models.kernels import Kernel, Packing
 
 Branch = Callable[[Any, Tensor, Packing, Kernel], Tensor]
-Kept = Literal["all", "products", "inputs"]
+SavedActivations = Literal["all", "products", "inputs"]
 """What of a residual branch is kept for the backward pass; the rest is computed again."""
 _MOST_GRAPHS = 64
 
@@ -78,7 +78,7 @@ class BlockRunner:
     kernel: Kernel = "sdpa"
     attention: Branch = attention_branch
     mlp: Branch = mlp_branch
-    kept: Kept = "all"
+    kept: SavedActivations = "all"
 
     def compiled(self) -> BlockRunner:
         """The same with both branches compiled: one graph per shape, shared by all blocks.
@@ -88,7 +88,7 @@ class BlockRunner:
         # Student, teacher and anchor, each with its shapes, with and without adapters, share these functions.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_GRAPHS)
         attention, mlp = (torch.compile(branch, dynamic=False) for branch in (attention_branch, mlp_branch))
-        kept: Kept = "inputs" if self.kept == "inputs" else "all"
+        kept: SavedActivations = "inputs" if self.kept == "inputs" else "all"
         return replace(self, attention=attention, mlp=mlp, kept=kept)
 
     def run(
@@ -114,7 +114,7 @@ class BlockRunner:
         if drop_path == 0:
             return tokens + self._call(branch, block, tokens, packing)
         kept = kept_packing(packing, drop_path)
-        index = draw_kept(packing, kept, tokens.device)
+        index = sample_kept_tokens(packing, kept, tokens.device)
         outputs = self._call(branch, block, tokens.index_select(0, index), kept).split(kept.run_sizes)
         # In place: nothing keeps these tokens for the backward pass, since the branch read a copy of its part.
         tokens = tokens if tokens.requires_grad else tokens.clone()
@@ -130,11 +130,11 @@ class BlockRunner:
         arguments = (branch, block, tokens[None], packing, self.kernel)
         if self.kept == "inputs":
             return checkpoint(*arguments, use_reentrant=False)[0]  # type: ignore[index]
-        with _casts_that_are_not_remembered(tokens.device.type):
-            return recompute_all_but_products(*arguments)[0]
+        with _autocast_without_cache(tokens.device.type):
+            return checkpoint_except_matmuls(*arguments)[0]
 
 
-def _casts_that_are_not_remembered(kind: str) -> AbstractContextManager[Any]:
+def _autocast_without_cache(kind: str) -> AbstractContextManager[Any]:
     """Autocast as it is, but without its memory of cast weights, which would hold those of all blocks at once."""
     if not torch.is_autocast_enabled(kind):
         return nullcontext()
@@ -146,7 +146,7 @@ def kept_packing(packing: Packing, drop_path: float) -> Packing:
     return Packing(tuple((max(1, round(count * (1 - drop_path))), length) for count, length in packing.runs))
 
 
-def draw_kept(packing: Packing, kept: Packing, device: torch.device) -> Int[Tensor, "kept_tokens"]:
+def sample_kept_tokens(packing: Packing, kept: Packing, device: torch.device) -> Int[Tensor, "kept_tokens"]:
     """The positions of the tokens of a random part of the sequences, run by run, drawn on the device."""
     pieces, start = [], 0
     for (count, length), (num_kept, _) in zip(packing.runs, kept.runs, strict=True):
@@ -162,7 +162,7 @@ _PRODUCTS = ("mm", "linear", "convolution")
 _ATTENTION = ("attention", "attn", "flash", "fmha")
 
 
-def recompute_all_but_products(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+def checkpoint_except_matmuls(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
     """``function(*arguments)``; its backward pass repeats what is cheap. It may be called once.
 
     Raises:
@@ -174,11 +174,11 @@ def recompute_all_but_products(function: Callable[..., Tensor], *arguments: Any)
 
 
 def _contexts() -> tuple[TorchDispatchMode, TorchDispatchMode]:
-    kept: deque[_Kept] = deque()
-    return _Keep(kept), _Reuse(kept)
+    kept: deque[_CachedResult] = deque()
+    return _RecordMode(kept), _ReplayMode(kept)
 
 
-class _Kept:
+class _CachedResult:
     """The result of a product: tensors, and numbers such as seeds."""
 
     def __init__(self, operation: Any, result: Any) -> None:
@@ -205,21 +205,21 @@ def _without_graph(tensor: Tensor) -> Tensor:
         return tensor.detach()
 
 
-class _Keep(TorchDispatchMode):
+class _RecordMode(TorchDispatchMode):
     """Keeps the results of products, first to last."""
 
-    def __init__(self, kept: deque[_Kept]) -> None:
+    def __init__(self, kept: deque[_CachedResult]) -> None:
         super().__init__()
         self._kept = kept
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if _is_product(func):
-            self._kept.append(_Kept(func, result))
+            self._kept.append(_CachedResult(func, result))
         return result
 
 
-class _Reuse(_Keep):
+class _ReplayMode(_RecordMode):
     """Gives them back in this order instead of computing them."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import logging
 
-from brainfound.errors import ModelError, UsageError, did_you_mean, nearest
+from brainfound.errors import ModelError, UsageError, closest_name, did_you_mean
 
 SUPPORTED_BACKBONES = ("dinov2", "dinov2_with_registers")
 STEMS = ("channels", "per_contrast", "slices")
@@ -287,7 +287,7 @@ def _num_labels_of(fields: dict[str, Any]) -> int | None:
 
 def _require_known(field: str, value: object, known: Sequence[str]) -> None:
     if value not in known:
-        close = nearest(str(value), known)
+        close = closest_name(str(value), known)
         raise ModelError(
             f"{value!r} is not available",
             where=f"config.{field}",
@@ -308,7 +308,7 @@ def _as_backbone_config(value: dict[str, Any] | PreTrainedConfig | None) -> PreT
 
 
 @contextmanager
-def transformers_quiet() -> Iterator[None]:
+def silence_transformers() -> Iterator[None]:
     """No progress bars and no load reports of transformers inside; what was set before is set again after.
 
     The reports would alarm where a head is meant to be new; what is missing and must not be is an error of ours.

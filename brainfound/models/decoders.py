@@ -17,8 +17,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from brainfound.data.batches import unit_range
-from brainfound.models.backbones import patch_size_of
+from brainfound.data.batches import to_unit_range
+from brainfound.models.backbones import get_patch_size
 from brainfound.models.configuration import BrainFoundConfig
 
 _GROUPS = 8
@@ -175,22 +175,23 @@ class UnetrDecoder(Decoder):
     def __init__(self, config: BrainFoundConfig) -> None:
         super().__init__(config)
         self.image_mean, self.image_std = config.image_mean, config.image_std
-        self.doublings = doublings_of_tokens(len(self.layers), patch_size_of(config.backbone_config))
-        last = doublings_to_pixels(patch_size_of(config.backbone_config))
+        self.doublings = doublings_of_tokens(len(self.layers), get_patch_size(config.backbone_config))
+        last = doublings_to_pixels(get_patch_size(config.backbone_config))
         narrowest = min(config.decoder_width, _NARROWEST)
         widths = [max(config.decoder_width // 2**step, narrowest) for step in range(last + 1)]
         met = [self.doublings.count(step) for step in range(last + 1)]
         self.projections = _projections(config, self.layers)
-        self.tokens = nn.ModuleList(_raising(widths, step) for step in self.doublings)
-        self.entry = _merging(met[0] * widths[0], widths[0])
+        self.tokens = nn.ModuleList(_upsampling_path(widths, step) for step in self.doublings)
+        self.entry = _fusion_block(met[0] * widths[0], widths[0])
         self.doubling = nn.ModuleList(
             nn.ConvTranspose2d(coarse, fine, kernel_size=2, stride=2) for coarse, fine in pairwise(widths)
         )
         self.merging = nn.ModuleList(
-            _merging((1 + num_met) * width, width) for num_met, width in zip(met[1:last], widths[1:last], strict=True)
+            _fusion_block((1 + num_met) * width, width)
+            for num_met, width in zip(met[1:last], widths[1:last], strict=True)
         )
-        self.image = _merging(config.num_contrasts, widths[last])
-        self.exit = _merging(2 * widths[last], widths[last])
+        self.image = _fusion_block(config.num_contrasts, widths[last])
+        self.exit = _fusion_block(2 * widths[last], widths[last])
         self.score = nn.Conv2d(widths[last], config.num_classes, kernel_size=1)
 
     def fuse(self, tokens: dict[int, Tensor], grid: tuple[int, int]) -> Tensor:
@@ -198,7 +199,7 @@ class UnetrDecoder(Decoder):
 
     def refine(self, fused: Tensor, pixels: Tensor | None = None, presence: Tensor | None = None) -> Tensor:
         assert pixels is not None, "this decoder reads the image"
-        image = self.image(self._seen(pixels, presence))
+        image = self.image(self._normalise_image(pixels, presence))
         parts = fused.chunk(len(self.layers), dim=1)
         maps: dict[int, list[Tensor]] = {}
         for step, raise_tokens, part in zip(self.doublings, self.tokens, parts, strict=True):
@@ -211,10 +212,12 @@ class UnetrDecoder(Decoder):
             features = F.interpolate(features, size=image.shape[-2:], mode="bilinear", align_corners=False)
         return self.score(self.exit(torch.cat([features, image], dim=1)))
 
-    def _seen(self, pixels: Tensor, presence: Tensor | None) -> Float[Tensor, "slices contrasts height width"]:
+    def _normalise_image(
+        self, pixels: Tensor, presence: Tensor | None
+    ) -> Float[Tensor, "slices contrasts height width"]:
         """Normalised pixels in which absent contrasts are zero, whatever they hold."""
         mean, std = (_per_contrast(value, pixels) for value in (self.image_mean, self.image_std))
-        image = (unit_range(pixels) - mean) / std
+        image = (to_unit_range(pixels) - mean) / std
         if presence is not None:
             # Filled, not multiplied: 0 × NaN is NaN.
             image = image.masked_fill(~presence[:, :, None, None], 0.0)
@@ -277,7 +280,7 @@ def _upsampling(width: int, factor: int) -> nn.Sequential:
     return nn.Sequential(*steps)
 
 
-def _raising(widths: Sequence[int], num_doublings: int) -> nn.Sequential:
+def _upsampling_path(widths: Sequence[int], num_doublings: int) -> nn.Sequential:
     """Transposed convolutions, each with a convolution behind it, from the first width to that of the last doubling."""
     steps: list[nn.Module] = []
     for coarse, fine in pairwise(widths[: num_doublings + 1]):
@@ -285,7 +288,7 @@ def _raising(widths: Sequence[int], num_doublings: int) -> nn.Sequential:
     return nn.Sequential(*steps)
 
 
-def _merging(channels: int, width: int) -> nn.Sequential:
+def _fusion_block(channels: int, width: int) -> nn.Sequential:
     return nn.Sequential(*_convolution(width, channels), *_convolution(width))
 
 

@@ -13,13 +13,13 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from brainfound.data.batches import unit_range
+from brainfound.data.batches import to_unit_range
 from brainfound.errors import ModelError
-from brainfound.models.backbones import build_backbone, image_size_of, patch_size_of
-from brainfound.models.blocks import BlockRunner, Kept
+from brainfound.models.backbones import build_backbone, get_image_size, get_patch_size
+from brainfound.models.blocks import BlockRunner, SavedActivations
 from brainfound.models.configuration import BrainFoundConfig
 from brainfound.models.kernels import PACKED, Kernel
-from brainfound.models.stem import NEIGHBOURS, PresentImages, build_stem, pack_contrast_number, pack_planes
+from brainfound.models.stem import NUM_NEIGHBOUR_SLICES, PresentImages, build_stem, pack_contrast_number, pack_planes
 
 
 class SliceEncoding(NamedTuple):
@@ -65,15 +65,15 @@ class SliceEncoder(nn.Module):
         self.stem = config.stem
         self.image_mean = config.image_mean
         self.image_std = config.image_std
-        self.patch_size = patch_size_of(config.backbone_config)
+        self.patch_size = get_patch_size(config.backbone_config)
         self.embed_dim = config.hidden_size
         self.num_layers = int(config.backbone_config.num_hidden_layers)
         self.backbone = build_backbone(config.backbone_config) if backbone is None else backbone
         self.num_prefix_tokens = 1 + int(getattr(config.backbone_config, "num_register_tokens", 0))
         self._runner = BlockRunner()
-        stem = build_stem(config, self.patch_size, image_size_of(config.backbone_config))
+        stem = build_stem(config, self.patch_size, get_image_size(config.backbone_config))
         if backbone is not None:
-            stem.start_from(self.backbone.embeddings.patch_embeddings)
+            stem.init_from(self.backbone.embeddings.patch_embeddings)
             for module in stem.modules():
                 # The flag by which the library's `post_init` knows loaded weights, and leaves them alone.
                 module._is_hf_initialized = True  # type: ignore[assignment]
@@ -82,8 +82,8 @@ class SliceEncoder(nn.Module):
     def change_stem(self, config: BrainFoundConfig) -> None:
         """Put the configuration's stem in place of the one that is there, and carry over what it has learnt."""
         old = self.backbone.embeddings.patch_embeddings
-        stem = build_stem(config, self.patch_size, image_size_of(config.backbone_config)).to(old.projection.weight)
-        stem.start_from(old)
+        stem = build_stem(config, self.patch_size, get_image_size(config.backbone_config)).to(old.projection.weight)
+        stem.init_from(old)
         self.backbone.embeddings.patch_embeddings = stem
         self.stem = config.stem
 
@@ -102,7 +102,7 @@ class SliceEncoder(nn.Module):
         """Encode slices.
 
         Args:
-            pixel_values: 0–1, or uint8; with the stem "slices" of three planes, see `SliceBatch.encode`.
+            pixel_values: 0–1, or uint8; with the stem "slices" of three planes, see `ValidSlices.encode`.
             contrast_mask: True where a contrast is present; None: all are.
             bool_masked_pos: True where a patch is replaced by the mask token, in every contrast.
             layers: 1-based blocks whose patch tokens are also returned.
@@ -186,7 +186,7 @@ class SliceEncoder(nn.Module):
         """What `transform` gives for one group, by its parts."""
         return SliceEncoding(tokens[:, 0], tokens[:, self.num_prefix_tokens :], {})
 
-    def set_running(self, kernel: Kernel = "sdpa", compiled: bool = False, kept: Kept = "all") -> None:
+    def configure_blocks(self, kernel: Kernel = "sdpa", compiled: bool = False, kept: SavedActivations = "all") -> None:
         """How `transform` runs the blocks; its result does not depend on it beyond rounding.
 
         Args:
@@ -237,11 +237,11 @@ class SliceEncoder(nn.Module):
 
     def _require_neighbours(self, pixel_values: Tensor) -> None:
         shape = tuple(pixel_values.shape)
-        if len(shape) != 4 or shape[1] != NEIGHBOURS:
+        if len(shape) != 4 or shape[1] != NUM_NEIGHBOUR_SLICES:
             raise ModelError(
                 "the stem 'slices' reads a slice with its neighbours below and above",
                 got=f"shape {shape}",
-                expected=f"(slices, {NEIGHBOURS}, height, width)",
+                expected=f"(slices, {NUM_NEIGHBOUR_SLICES}, height, width)",
                 remedy="Give volumes to the model, which finds the neighbours",
             )
         self._require_patches(*shape[2:])
@@ -259,7 +259,7 @@ class SliceEncoder(nn.Module):
         self, pixel_values: Tensor, contrasts: Tensor | None = None
     ) -> Float[Tensor, "slices contrasts height width"]:
         """Pixels − mean, ÷ standard deviation; `contrasts` says of which contrast each image is, if it is of one."""
-        pixel_values = unit_range(pixel_values)
+        pixel_values = to_unit_range(pixel_values)
         mean, std = (_per_contrast(value, pixel_values, contrasts) for value in (self.image_mean, self.image_std))
         return (pixel_values - mean) / std
 

@@ -41,16 +41,16 @@ class ClassificationHead(nn.Module):
         self.score = nn.Linear(config.embedding_size, config.num_classes)
 
     def forward(self, embedding: Float[Tensor, "volumes width"]) -> Float[Tensor, "volumes classes"]:
-        return _answer(self, embedding)
+        return _compute_scores(self, embedding)
 
 
-class RegressionScores(NamedTuple):
+class RegressionHeadOutput(NamedTuple):
     """What a regression head says, in standardised units."""
 
     mean: Float[Tensor, "volumes"]
     log_variance: Float[Tensor, "volumes"] | None = None
     """Of the head "gaussian"."""
-    bin_scores: Float[Tensor, "volumes bins"] | None = None
+    bin_logits: Float[Tensor, "volumes bins"] | None = None
     """Of the head "bins": logits of the distribution whose expectation is `mean`."""
     std: Float[Tensor, "volumes"] | None = None
     """Standard deviation of the answer; None of a point."""
@@ -72,13 +72,13 @@ class RegressionHead(nn.Module):
         width = {"point": 1, "gaussian": 2, "bins": config.regression_bins}[config.regression_head]
         self.score = nn.Linear(config.embedding_size, width)
 
-    def forward(self, embedding: Float[Tensor, "volumes width"]) -> RegressionScores:
-        answer = _answer(self, embedding).float()
+    def forward(self, embedding: Float[Tensor, "volumes width"]) -> RegressionHeadOutput:
+        answer = _compute_scores(self, embedding).float()
         if self.config.regression_head == "point":
-            return RegressionScores(answer[:, 0])
+            return RegressionHeadOutput(answer[:, 0])
         if self.config.regression_head == "gaussian":
             log_variance = answer[:, 1].clamp(-_LOG_VARIANCE_LIMIT, _LOG_VARIANCE_LIMIT)
-            return RegressionScores(answer[:, 0], log_variance, std=torch.exp(0.5 * log_variance))
+            return RegressionHeadOutput(answer[:, 0], log_variance, std=torch.exp(0.5 * log_variance))
         edges = bin_edges(self.config).to(answer.device)
         centres, bin_width = (edges[1:] + edges[:-1]) / 2, edges[1] - edges[0]
         shares = answer.softmax(dim=1)
@@ -86,10 +86,10 @@ class RegressionHead(nn.Module):
         mean = (shares * centres).sum(dim=1)
         # The last term is the variance within a bin, over which the density is flat: no answer is certain.
         variance = (shares * (centres - mean[:, None]) ** 2).sum(dim=1) + bin_width**2 / 12
-        return RegressionScores(mean, bin_scores=answer, std=variance.sqrt())
+        return RegressionHeadOutput(mean, bin_logits=answer, std=variance.sqrt())
 
 
-def _answer(head: ClassificationHead | RegressionHead, embedding: Tensor) -> Tensor:
+def _compute_scores(head: ClassificationHead | RegressionHead, embedding: Tensor) -> Tensor:
     """What the last layer says, in the type of its weights, also under autocast.
 
     A head that was fitted to frozen embeddings has large weights whose products cancel: rounded to bfloat16, its
@@ -205,7 +205,7 @@ def regression_loss(
 
 
 def bins_loss(
-    bin_scores: Float[Tensor, "volumes bins"],
+    bin_logits: Float[Tensor, "volumes bins"],
     target: Float[Tensor, "volumes"],
     edges: Float[Tensor, "edges"],
     label_width: float = 1.0,
@@ -215,11 +215,11 @@ def bins_loss(
     Raises:
         ModelError: if the shape of the target does not fit.
     """
-    if target.shape != bin_scores.shape[:1]:
-        expected = f"shape {tuple(bin_scores.shape[:1])}"
+    if target.shape != bin_logits.shape[:1]:
+        expected = f"shape {tuple(bin_logits.shape[:1])}"
         raise ModelError("labels do not fit", got=f"shape {tuple(target.shape)}", expected=expected)
     wanted = soft_labels(target, edges, label_width)
-    return F.kl_div(bin_scores.float().log_softmax(dim=1), wanted, reduction="batchmean")
+    return F.kl_div(bin_logits.float().log_softmax(dim=1), wanted, reduction="batchmean")
 
 
 IGNORED_LABEL = -100
@@ -244,7 +244,7 @@ def segmentation_loss(
 
 def dice_loss(logits: Tensor, labels: Tensor, overlapping: bool = False) -> Tensor:
     """One minus the soft Dice, averaged over the foreground classes or labels; arguments as `segmentation_loss`."""
-    probabilities, reference = _answer_and_truth(logits, labels, overlapping)
+    probabilities, reference = _probabilities_and_targets(logits, labels, overlapping)
     overlap = (probabilities * reference).sum(dim=(0, 2, 3))
     sizes = (probabilities + reference).sum(dim=(0, 2, 3))
     if not overlapping:
@@ -273,7 +273,7 @@ def tversky_loss(
         beta: weight of false negatives.
         gamma: focus.
     """
-    probabilities, reference = _answer_and_truth(logits, labels, overlapping)
+    probabilities, reference = _probabilities_and_targets(logits, labels, overlapping)
     found = (probabilities * reference).sum(dim=(0, 2, 3))
     too_much = probabilities.sum(dim=(0, 2, 3)) - found
     missed = reference.sum(dim=(0, 2, 3)) - found
@@ -294,7 +294,7 @@ def focal_loss(logits: Tensor, labels: Tensor, gamma: float = 2.0, overlapping: 
     return (doubts**gamma * costs).sum() / known.sum().clamp(min=1)
 
 
-def configured_segmentation_loss(config: BrainFoundConfig, logits: Tensor, labels: Tensor) -> Tensor:
+def compute_segmentation_loss(config: BrainFoundConfig, logits: Tensor, labels: Tensor) -> Tensor:
     """The loss that `config.segmentation_loss` names; tensors as for `segmentation_loss`."""
     overlapping = config.overlapping_labels
     if config.segmentation_loss == "dice_cross_entropy":
@@ -305,7 +305,7 @@ def configured_segmentation_loss(config: BrainFoundConfig, logits: Tensor, label
     return tversky_loss(logits, labels, config.tversky_alpha, config.tversky_beta, gamma, overlapping)
 
 
-def _answer_and_truth(logits: Tensor, labels: Tensor, overlapping: bool) -> tuple[Tensor, Tensor]:
+def _probabilities_and_targets(logits: Tensor, labels: Tensor, overlapping: bool) -> tuple[Tensor, Tensor]:
     """Probabilities and truth (N, K, H, W), both zero where the label is unknown."""
     labels, logits = labels.long(), logits.float()
     known = labels != IGNORED_LABEL

@@ -267,10 +267,10 @@ _KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor, Packing, float], Tensor]] 
 
 def available_kernels(device: torch.device, dtype: torch.dtype, head_width: int = 64) -> dict[str, str]:
     """Each kernel → "" if it works here, else why not: run forwards and backwards on a small packing and compared."""
-    return {kernel: _fault(kernel, device, dtype, head_width) for kernel in _KERNELS}
+    return {kernel: _find_kernel_failure(kernel, device, dtype, head_width) for kernel in _KERNELS}
 
 
-def _fault(kernel: str, device: torch.device, dtype: torch.dtype, head_width: int) -> str:
+def _find_kernel_failure(kernel: str, device: torch.device, dtype: torch.dtype, head_width: int) -> str:
     packing = Packing(((2, 5), (3, 3)))
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(3, 2, packing.num_tokens, head_width, generator=generator).to(device, dtype)
@@ -386,7 +386,7 @@ def _xformers_interface(
 
 @lru_cache(maxsize=16)
 def _xformers_fault(device: torch.device, dtype: torch.dtype, head_width: int) -> str:
-    return _fault("xformers", device, dtype, head_width)
+    return _find_kernel_failure("xformers", device, dtype, head_width)
 
 
 def _require_plain(attention_mask: Tensor | None, dropout: float) -> None:

@@ -16,10 +16,16 @@ import torch
 from transformers import PreTrainedModel
 
 from brainfound.errors import ModelError
-from brainfound.models.backbones import LOAD_FAILURES, list_keys, require_coverage, require_findable, unreadable
-from brainfound.models.configuration import BrainFoundConfig, config_fields, transformers_quiet
+from brainfound.models.backbones import (
+    LOAD_FAILURES,
+    list_keys,
+    require_coverage,
+    require_findable,
+    unreadable_model_error,
+)
+from brainfound.models.configuration import BrainFoundConfig, config_fields, silence_transformers
 
-_ANSWER_LAYERS = {
+_OUTPUT_LAYERS = {
     "BrainFoundForClassification": "head.score",
     "BrainFoundForRegression": "head.score",
     "BrainFoundForSegmentation": "decoder.score",
@@ -61,7 +67,7 @@ def load_checked(
         # The weights lie there under the stem that they were saved with; afterwards it is changed.
         options["config"] = copy.deepcopy(given)
         options["config"].stem = saved.stem
-    difference = _other_answers(kind, saved, _asked_config(saved, options))
+    difference = _find_head_mismatch(kind, saved, _asked_config(saved, options))
     if difference and not may_begin_anew:
         raise ModelError(
             "the saved head gives other answers than those asked for",
@@ -71,15 +77,15 @@ def load_checked(
             remedy="Load it as it was saved, or give ignore_mismatched_sizes=True: then its last layer begins anew",
         )
     try:
-        with transformers_quiet():
+        with silence_transformers():
             # Weights of another shape are looked at below, where they can be named.
             model, info = load(source, *args, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     except LOAD_FAILURES as error:
-        raise unreadable(source, error) from error
+        raise unreadable_model_error(source, error) from error
     new_parts = _new_parts(kind, model.config, saved)
     if difference:
-        new_parts += (_ANSWER_LAYERS[kind.__name__],)
-        _begin_anew(model, _ANSWER_LAYERS[kind.__name__])
+        new_parts += (_OUTPUT_LAYERS[kind.__name__],)
+        _reinitialise(model, _OUTPUT_LAYERS[kind.__name__])
         warnings.warn(
             f"{source}: the head begins anew, because the saved one has {difference[0]} and {difference[1]} are wanted",
             stacklevel=3,
@@ -94,7 +100,7 @@ def load_checked(
             where=source,
             remedy="Load it with the class and the configuration that it was saved with",
         )
-    _move_off_the_file(model)
+    _copy_out_of_mmap(model)
     if stem not in (None, saved.stem):
         model.config.stem = stem
         model.config.require_valid()
@@ -113,22 +119,22 @@ def _asked_config(saved: BrainFoundConfig, options: dict[str, Any]) -> BrainFoun
     return asked
 
 
-def _other_answers(kind: type, saved: BrainFoundConfig, asked: BrainFoundConfig) -> tuple[str, str] | None:
+def _find_head_mismatch(kind: type, saved: BrainFoundConfig, asked: BrainFoundConfig) -> tuple[str, str] | None:
     """What the saved head answers and what is asked for, in words, where the two differ and the head is not new."""
-    if kind.__name__ not in (saved.architectures or ()) or kind.__name__ not in _ANSWER_LAYERS:
+    if kind.__name__ not in (saved.architectures or ()) or kind.__name__ not in _OUTPUT_LAYERS:
         return None
-    known, wanted = _answers(kind, saved), _answers(kind, asked)
+    known, wanted = _describe_head(kind, saved), _describe_head(kind, asked)
     return None if known == wanted else (known, wanted)
 
 
-def _answers(kind: type, config: BrainFoundConfig) -> str:
+def _describe_head(kind: type, config: BrainFoundConfig) -> str:
     """What the last layer of a head class gives, of what; where the words are the same, saved scores can be used."""
     if kind.__name__ == "BrainFoundForSegmentation" or config.slice_features == "cls":
-        return _answers_alone(kind, config)
-    return f"{_answers_alone(kind, config)} on {config.slice_features}"
+        return _describe_output(kind, config)
+    return f"{_describe_output(kind, config)} on {config.slice_features}"
 
 
-def _answers_alone(kind: type, config: BrainFoundConfig) -> str:
+def _describe_output(kind: type, config: BrainFoundConfig) -> str:
     if kind.__name__ == "BrainFoundForRegression":
         if config.regression_head == "bins":
             assert config.regression_range is not None, "the configuration was checked"
@@ -142,7 +148,7 @@ def _answers_alone(kind: type, config: BrainFoundConfig) -> str:
 
 
 @torch.no_grad()
-def _begin_anew(model: PreTrainedModel, layer: str) -> None:
+def _reinitialise(model: PreTrainedModel, layer: str) -> None:
     """Draw the weights of a layer as if no file had held them."""
     module = model.get_submodule(layer)
     for parameter in module.parameters():
@@ -165,7 +171,7 @@ def _require_same_shapes(source: str, mismatched: set[tuple[Any, ...]], new_part
 
 
 @torch.no_grad()
-def _move_off_the_file(model: PreTrainedModel) -> None:
+def _copy_out_of_mmap(model: PreTrainedModel) -> None:
     """Give each weight that is a view into the mapped file memory of its own.
 
     In the file weights lie at any multiple of four bytes, and matrix products round differently there:
@@ -183,9 +189,9 @@ def _saved_config(source: str, options: dict[str, Any]) -> BrainFoundConfig:
     try:
         content, _ = BrainFoundConfig.get_config_dict(source, **hub_options)
     except LOAD_FAILURES as error:
-        raise unreadable(source, error) from error
+        raise unreadable_model_error(source, error) from error
     if not content:  # what the library answers for a folder without config.json
-        raise unreadable(source, FileNotFoundError(source))
+        raise unreadable_model_error(source, FileNotFoundError(source))
     if content.get("model_type") != BrainFoundConfig.model_type:
         raise ModelError(
             f"this is a {content.get('model_type')!r} model, not a BrainFound model",

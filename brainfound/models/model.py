@@ -19,22 +19,22 @@ from transformers.utils import ModelOutput
 
 from brainfound.errors import ModelError
 from brainfound.models.aggregators import TransformerAggregator, build_aggregator
-from brainfound.models.backbones import load_backbone, statistics_of
+from brainfound.models.backbones import load_backbone, load_image_statistics
 from brainfound.models.configuration import BrainFoundConfig, require_known_fields
 from brainfound.models.decoders import SliceMixing, build_decoder
 from brainfound.models.encoder import SliceEncoder
 from brainfound.models.heads import (
     ClassificationHead,
     RegressionHead,
-    RegressionScores,
+    RegressionHeadOutput,
     bin_edges,
     bins_loss,
     classification_loss,
-    configured_segmentation_loss,
+    compute_segmentation_loss,
     regression_loss,
 )
 from brainfound.models.loading import load_checked
-from brainfound.models.slice_batch import SliceBatch, checked_embeddings, wrong_shape
+from brainfound.models.slice_batch import ValidSlices, checked_embeddings, shape_error
 
 Pixels = Float[Tensor, "volumes slices contrasts height width"] | UInt8[Tensor, "volumes slices contrasts height width"]
 
@@ -106,7 +106,7 @@ class BrainFoundPreTrainedModel(PreTrainedModel):
         )
         # Read first: a new configuration resets the kernel of the ones inside it, and kernels differ in the last bit.
         attention = backbone.config._attn_implementation
-        fields = {**statistics_of(id_or_folder, **(hub_options or {})), **config}
+        fields = {**load_image_statistics(id_or_folder, **(hub_options or {})), **config}
         own = BrainFoundConfig(
             backbone_config=backbone.config,
             # A folder of this machine means nothing elsewhere, and may name people.
@@ -199,7 +199,9 @@ class BrainFoundModel(BrainFoundPreTrainedModel):
             return given.to_tuple() if return_dict is False else given
         if pixel_values is None:
             raise ModelError("there is nothing to embed", expected="pixel_values, or slice_embeddings")
-        batch = SliceBatch(self.encoder, self.config.slice_chunk, pixel_values, contrast_mask, slice_mask, positions_mm)
+        batch = ValidSlices(
+            self.encoder, self.config.slice_chunk, pixel_values, contrast_mask, slice_mask, positions_mm
+        )
         embeddings, patches = [], []
         for encoding in batch.encode():
             embeddings.append(encoding.embedding(self.config.slice_features))
@@ -262,7 +264,7 @@ class BrainFoundSegmentationOutput(ModelOutput):
     """Class scores of every pixel; zeros at padded slices."""
 
 
-class _WithHead(BrainFoundPreTrainedModel):
+class _BrainFoundModelWithHead(BrainFoundPreTrainedModel):
     """A volume model under a head."""
 
     def __init__(self, config: BrainFoundConfig, backbone: PreTrainedModel | None = None) -> None:
@@ -274,7 +276,7 @@ class _WithHead(BrainFoundPreTrainedModel):
         return self.brainfound.encoder
 
 
-class BrainFoundForClassification(_WithHead):
+class BrainFoundForClassification(_BrainFoundModelWithHead):
     """One label per volume, or several with `config.problem_type = "multi_label_classification"`."""
 
     def __init__(self, config: BrainFoundConfig, backbone: PreTrainedModel | None = None) -> None:
@@ -313,7 +315,7 @@ class BrainFoundForClassification(_WithHead):
         return output.to_tuple() if return_dict is False else output
 
 
-class BrainFoundForRegression(_WithHead):
+class BrainFoundForRegression(_BrainFoundModelWithHead):
     """One number per volume, in the unit of the target (`config.target_mean`, `config.target_std`)."""
 
     def __init__(self, config: BrainFoundConfig, backbone: PreTrainedModel | None = None) -> None:
@@ -344,22 +346,22 @@ class BrainFoundForRegression(_WithHead):
             loss=loss,
             predictions=scores.mean * scale + center,
             prediction_std=None if scores.std is None else scores.std * scale,
-            bin_probabilities=None if scores.bin_scores is None else scores.bin_scores.softmax(dim=1),
+            bin_probabilities=None if scores.bin_logits is None else scores.bin_logits.softmax(dim=1),
             volume_embedding=volume.volume_embedding,
             slice_embeddings=volume.slice_embeddings,
             slice_weights=volume.slice_weights,
         )
         return output.to_tuple() if return_dict is False else output
 
-    def _loss(self, scores: RegressionScores, target: Float[Tensor, "volumes"]) -> Tensor:
+    def _loss(self, scores: RegressionHeadOutput, target: Float[Tensor, "volumes"]) -> Tensor:
         config = self.config
-        if scores.bin_scores is not None:
+        if scores.bin_logits is not None:
             edges = bin_edges(config).to(target.device)
-            return bins_loss(scores.bin_scores, target, edges, config.regression_label_width)
+            return bins_loss(scores.bin_logits, target, edges, config.regression_label_width)
         return regression_loss(scores.mean, scores.log_variance, target, config.regression_loss, config.huber_delta)
 
 
-class BrainFoundForSegmentation(_WithHead):
+class BrainFoundForSegmentation(_BrainFoundModelWithHead):
     """One class per pixel of every slice, class 0 the background; or with `config.overlapping_labels` any of K labels.
 
     `labels` are (B, S, H, W), or (B, S, K, H, W) of 0 and 1 where they overlap; −100 where unknown.
@@ -380,12 +382,14 @@ class BrainFoundForSegmentation(_WithHead):
         return_dict: bool | None = None,
     ) -> BrainFoundSegmentationOutput | tuple[Tensor, ...]:
         """Class scores of pixels. Inputs as for `BrainFoundModel`; `labels` (B, S, H, W) or (B, S, K, H, W)."""
-        batch = SliceBatch(self.encoder, self.config.slice_chunk, pixel_values, contrast_mask, slice_mask, positions_mm)
+        batch = ValidSlices(
+            self.encoder, self.config.slice_chunk, pixel_values, contrast_mask, slice_mask, positions_mm
+        )
         height, width = pixel_values.shape[-2:]
         per_pixel = (self.config.num_classes,) if self.config.overlapping_labels else ()
         expected = (*pixel_values.shape[:2], *per_pixel, height, width)
         if labels is not None and tuple(labels.shape) != expected:
-            raise wrong_shape("labels", labels, expected)
+            raise shape_error("labels", labels, expected)
         grid = self.encoder.grid(height, width)
         fused = [
             self.decoder.fuse(encoding.hidden, grid) for encoding in batch.encode(self.config.resolved_decoder_layers)
@@ -399,7 +403,7 @@ class BrainFoundForSegmentation(_WithHead):
                 presence = batch.contrast_mask.repeat_interleave(counts, dim=0)
         logits = self.decoder(torch.cat(fused), slices_per_volume, (height, width), pixels, presence)
         output = BrainFoundSegmentationOutput(
-            loss=None if labels is None else configured_segmentation_loss(self.config, logits, batch.select(labels)),
+            loss=None if labels is None else compute_segmentation_loss(self.config, logits, batch.select(labels)),
             logits=batch.scatter(logits),
         )
         return output.to_tuple() if return_dict is False else output

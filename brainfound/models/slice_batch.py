@@ -14,7 +14,7 @@ from brainfound.errors import ModelError
 from brainfound.models.encoder import SliceEncoder, SliceEncoding
 
 
-class SliceBatch:
+class ValidSlices:
     """The valid slices of a batch of volumes: checked, encoded in chunks, and put back in their places.
 
     Padding is never encoded, so that it costs nothing and cannot change a result.
@@ -54,10 +54,10 @@ class SliceBatch:
         self.contrast_mask = _as_mask("contrast_mask", contrast_mask, (num_volumes, num_contrasts))
         self.slice_mask = _as_mask("slice_mask", slice_mask, self.volumes_slices)
         if positions_mm is not None and tuple(positions_mm.shape) != self.volumes_slices:
-            raise wrong_shape("positions_mm", positions_mm, self.volumes_slices)
+            raise shape_error("positions_mm", positions_mm, self.volumes_slices)
         self.pixels = pixel_values.flatten(0, 1)
         self.index = None if self.slice_mask is None else self.slice_mask.flatten().nonzero()[:, 0]
-        self._require_something_to_see()
+        self._require_valid_input()
 
     def encode(self, layers: Sequence[int] = ()) -> Iterator[SliceEncoding]:
         """Encode the valid slices in their order, at most `chunk` images at once.
@@ -132,9 +132,9 @@ class SliceBatch:
     def _rows(self) -> Tensor:
         return torch.arange(len(self.pixels), device=self.pixels.device) if self.index is None else self.index
 
-    def _require_something_to_see(self) -> None:
+    def _require_valid_input(self) -> None:
         if not all(self.volumes_slices) or (self.slice_mask is not None and not self.slice_mask.any(dim=1).all()):
-            raise _nothing_valid()
+            raise _no_valid_slice_error()
         if self.contrast_mask is not None and not self.contrast_mask.any(dim=1).all():
             raise ModelError(
                 "a volume has no contrast", where="contrast_mask", remedy="Leave such volumes out of the batch"
@@ -156,24 +156,28 @@ def checked_embeddings(
         )
     mask = _as_mask("slice_mask", slice_mask, shape[:2], "slice_embeddings")
     if positions_mm is not None and tuple(positions_mm.shape) != shape[:2]:
-        raise wrong_shape("positions_mm", positions_mm, shape[:2], "slice_embeddings")
+        raise shape_error("positions_mm", positions_mm, shape[:2], "slice_embeddings")
     if mask is not None and not mask.any(dim=1).all():
-        raise _nothing_valid()
+        raise _no_valid_slice_error()
     return mask
 
 
-def _nothing_valid() -> ModelError:
+def _no_valid_slice_error() -> ModelError:
     return ModelError("a volume has no valid slice", where="slice_mask", remedy="Leave such volumes out of the batch")
 
 
-def _as_mask(name: str, mask: Tensor | None, shape: tuple[int, ...], beside: str = "pixel_values") -> Tensor | None:
+def _as_mask(
+    name: str, mask: Tensor | None, shape: tuple[int, ...], reference_name: str = "pixel_values"
+) -> Tensor | None:
     if mask is None:
         return None
     if tuple(mask.shape) != shape:
-        raise wrong_shape(name, mask, shape, beside)
+        raise shape_error(name, mask, shape, reference_name)
     return mask.bool()
 
 
-def wrong_shape(name: str, value: Tensor, shape: tuple[int, ...], beside: str = "pixel_values") -> ModelError:
+def shape_error(name: str, value: Tensor, shape: tuple[int, ...], reference_name: str = "pixel_values") -> ModelError:
     """The error for a tensor that does not go with another one."""
-    return ModelError(f"{name} does not fit {beside}", got=f"shape {tuple(value.shape)}", expected=f"shape {shape}")
+    return ModelError(
+        f"{name} does not fit {reference_name}", got=f"shape {tuple(value.shape)}", expected=f"shape {shape}"
+    )

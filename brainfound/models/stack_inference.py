@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from brainfound.data.batches import collate, even_slices
+from brainfound.data.batches import collate, evenly_spaced_slices
 from brainfound.data.preprocessing.stack import Stack
 from brainfound.errors import ModelError
 from brainfound.models.model import (
@@ -30,7 +30,7 @@ from brainfound.models.model import (
 
 
 @dataclass(frozen=True)
-class Readings:
+class InferenceAugmentation:
     """How a segmentation looks at a stack. The probabilities of all readings are averaged; default: one reading.
 
     Attributes:
@@ -43,21 +43,21 @@ class Readings:
     flips: bool = False
     overlap: bool = False
 
-    def each(self, patch_size: int) -> list[Reading]:
+    def variants(self, patch_size: int) -> list[FlipAndShift]:
         """The single readings, the plain one first: 1, 2, 4 or 8."""
         half = patch_size // 2 if self.overlap else 0
         moves = [(0, 0), (half, 0), (0, half), (half, half)] if half else [(0, 0)]
-        return [Reading(flip, *move) for flip in ((False, True) if self.flips else (False,)) for move in moves]
+        return [FlipAndShift(flip, *move) for flip in ((False, True) if self.flips else (False,)) for move in moves]
 
 
-class Reading(NamedTuple):
+class FlipAndShift(NamedTuple):
     """One way to show slices (…, H, W) to a model, and the way back for its answer."""
 
     flipped: bool = False
     rows: int = 0
     columns: int = 0
 
-    def show(self, images: Float[Tensor, "... height width"]) -> Float[Tensor, "... height width"]:
+    def apply(self, images: Float[Tensor, "... height width"]) -> Float[Tensor, "... height width"]:
         """Flip, then move down and right; what comes in is 0, which is background."""
         images = images.flip(-1) if self.flipped else images
         height, width = images.shape[-2:]
@@ -74,7 +74,7 @@ class Reading(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Segmented:
+class SegmentationOutput:
     """A segmentation of a stack.
 
     Attributes:
@@ -97,9 +97,9 @@ def segment(
     stack: Stack,
     chunk: int,
     patch_size: int,
-    readings: Readings = Readings(),
+    augmentation: InferenceAugmentation = InferenceAugmentation(),
     class_probabilities: bool = False,
-) -> Segmented:
+) -> SegmentationOutput:
     """Segment a stack.
 
     Args:
@@ -121,7 +121,7 @@ def segment(
     foreground = np.empty((num_slices, height, width), dtype=np.float32)
     every = np.empty((num_slices, num_classes, height, width), dtype=np.float32) if class_probabilities else None
     for index, read in _chunks(num_slices, chunk, reach):
-        probabilities = _probabilities(model, stack, read, readings.each(patch_size), overlapping)
+        probabilities = _probabilities(model, stack, read, augmentation.variants(patch_size), overlapping)
         before = index[0] - read[0]
         probabilities = probabilities[before : before + len(index)]
         if labels is not None:
@@ -132,7 +132,7 @@ def segment(
             foreground[index] = (1 - probabilities[:, 0]).cpu().numpy()
         if every is not None:
             every[index] = probabilities.cpu().numpy()
-    return Segmented(None if overlapping else classes, labels, foreground, every)
+    return SegmentationOutput(None if overlapping else classes, labels, foreground, every)
 
 
 def _chunks(num_slices: int, chunk: int, reach: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -143,20 +143,20 @@ def _chunks(num_slices: int, chunk: int, reach: int) -> Iterator[tuple[np.ndarra
 
 
 def _probabilities(
-    model: nn.Module, stack: Stack, index: np.ndarray, readings: list[Reading], overlapping: bool
+    model: nn.Module, stack: Stack, index: np.ndarray, augmentation: list[FlipAndShift], overlapping: bool
 ) -> Float[Tensor, "S K H W"]:
     """Probabilities of some slices, averaged over the readings that saw a pixel."""
     batch = collate([stack], [index]).to(next(model.parameters()).device)
 
-    def answer(reading: Reading | None) -> Tensor:
-        shown = batch if reading is None else replace(batch, pixel_values=reading.show(batch.pixel_values))
+    def answer(reading: FlipAndShift | None) -> Tensor:
+        shown = batch if reading is None else replace(batch, pixel_values=reading.apply(batch.pixel_values))
         logits = model(**shown.inputs()).logits[0].float()
         return logits.sigmoid() if overlapping else logits.softmax(dim=1)
 
-    if len(readings) == 1:
+    if len(augmentation) == 1:
         return answer(None)
     total = count = torch.zeros(())
-    for reading in readings:
+    for reading in augmentation:
         probabilities = reading.undo(answer(reading))
         seen = reading.undo(torch.ones_like(probabilities[0, 0]))
         total, count = total.to(seen.device) + probabilities, count.to(seen.device) + seen
@@ -168,7 +168,7 @@ SEGMENTATION_CHUNK = 32
 
 
 @dataclass(frozen=True)
-class Answer:
+class StackPrediction:
     """What a model says of one stack; fields of other tasks are None."""
 
     probabilities: Float[np.ndarray, "K"] | None = None
@@ -195,9 +195,9 @@ def infer(
     model: nn.Module,
     stack: Stack,
     num_slices: int | None = None,
-    readings: Readings = Readings(),
+    augmentation: InferenceAugmentation = InferenceAugmentation(),
     class_probabilities: bool = False,
-) -> Answer:
+) -> StackPrediction:
     """Ask a model about a stack.
 
     Args:
@@ -210,34 +210,34 @@ def infer(
     Raises:
         ModelError: the model is of another kind, or the stack's contrasts are not the model's.
     """
-    inner = inner_model(model)
+    inner = unwrap_peft(model)
     model.eval()
     require_same_contrasts(inner, stack)
     device = next(inner.parameters()).device
     if isinstance(inner, BrainFoundForSegmentation):
         found = segment(
-            model, inner.config, stack, SEGMENTATION_CHUNK, inner.encoder.patch_size, readings, class_probabilities
+            model, inner.config, stack, SEGMENTATION_CHUNK, inner.encoder.patch_size, augmentation, class_probabilities
         )
-        return Answer(**vars(found))
-    index = even_slices(len(stack.pixels), num_slices)
-    return _answer(inner, model(**collate([stack], [index]).to(device).inputs()), index)
+        return StackPrediction(**vars(found))
+    index = evenly_spaced_slices(len(stack.pixels), num_slices)
+    return _to_stack_prediction(inner, model(**collate([stack], [index]).to(device).inputs()), index)
 
 
 @torch.inference_mode()
-def infer_embedded(model: nn.Module, inputs: Mapping[str, Tensor]) -> Answer:
+def infer_embedded(model: nn.Module, inputs: Mapping[str, Tensor]) -> StackPrediction:
     """Ask a model about one volume whose slices its backbone has embedded before.
 
     Args:
         model: a BrainFound model, but for segmentation, or a PEFT model around one; left in eval mode.
         inputs: ``slice_embeddings (1, S, D)``, ``slice_mask`` and ``positions_mm``.
     """
-    inner = inner_model(model)
+    inner = unwrap_peft(model)
     model.eval()
     device = next(inner.parameters()).device
-    return _answer(inner, model(**{name: value.to(device) for name, value in inputs.items()}), None)
+    return _to_stack_prediction(inner, model(**{name: value.to(device) for name, value in inputs.items()}), None)
 
 
-def _answer(inner: Any, output: Any, index: np.ndarray | None) -> Answer:
+def _to_stack_prediction(inner: Any, output: Any, index: np.ndarray | None) -> StackPrediction:
     common = {
         "embedding": output.volume_embedding[0].float().cpu().numpy(),
         "slice_embeddings": output.slice_embeddings[0].float().cpu().numpy(),
@@ -247,16 +247,18 @@ def _answer(inner: Any, output: Any, index: np.ndarray | None) -> Answer:
     if isinstance(inner, BrainFoundForClassification):
         logits = output.logits[0].float()
         multi_label = inner.config.problem_type == "multi_label_classification"
-        return Answer(probabilities=(logits.sigmoid() if multi_label else logits.softmax(-1)).cpu().numpy(), **common)
+        return StackPrediction(
+            probabilities=(logits.sigmoid() if multi_label else logits.softmax(-1)).cpu().numpy(), **common
+        )
     if isinstance(inner, BrainFoundForRegression):
         std = None if output.prediction_std is None else float(output.prediction_std[0])
-        return Answer(value=float(output.predictions[0]), value_std=std, **common)
+        return StackPrediction(value=float(output.predictions[0]), value_std=std, **common)
     if isinstance(inner, BrainFoundModel):
-        return Answer(**common)
+        return StackPrediction(**common)
     raise ModelError(f"{type(inner).__name__} is not a BrainFound model")
 
 
-def inner_model(model: Any) -> Any:
+def unwrap_peft(model: Any) -> Any:
     """The BrainFound model itself, of one that an adapter may be wrapped around."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 

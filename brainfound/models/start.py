@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from transformers import AutoConfig, PreTrainedConfig
 
 from brainfound.errors import UsageError
-from brainfound.models.backbones import LOAD_FAILURES, STARTING_FAMILIES, patch_size_of, unreadable
+from brainfound.models.backbones import INIT_MODEL_TYPES, LOAD_FAILURES, get_patch_size, unreadable_model_error
 from brainfound.models.configuration import BrainFoundConfig
 from brainfound.models.model import BrainFoundPreTrainedModel
 
@@ -25,15 +25,15 @@ def is_brainfound(source: str | Path) -> bool:
     try:
         content, _ = PreTrainedConfig.get_config_dict(str(source))
     except LOAD_FAILURES as error:
-        raise unreadable(str(source), error) from error
+        raise unreadable_model_error(str(source), error) from error
     return content.get("model_type") == BrainFoundConfig.model_type
 
 
-def patch_size_to_be(source: str | Path, contrasts: Sequence[str]) -> int | None:
+def read_patch_size(source: str | Path, contrasts: Sequence[str]) -> int | None:
     """The patch size of a model to start from, which only its configuration is read for.
 
     Returns:
-        None where the source is of no family that a model can start from; `start_from` says so.
+        None where the source is of no family that a model can start from; `load_initial_model` says so.
 
     Raises:
         ModelError: if the configuration cannot be read.
@@ -42,18 +42,18 @@ def patch_size_to_be(source: str | Path, contrasts: Sequence[str]) -> int | None
     ours = is_brainfound(source)
     folder = Path(source)
     if (folder / "bundle.json").is_file() and not (folder / "model.safetensors").is_file():
-        raise unreadable(str(source), FileNotFoundError())
+        raise unreadable_model_error(str(source), FileNotFoundError())
     try:
         config = (BrainFoundConfig if ours else AutoConfig).from_pretrained(str(source))
     except LOAD_FAILURES as error:
-        raise unreadable(str(source), error) from error
+        raise unreadable_model_error(str(source), error) from error
     if ours:
         _require_contrasts(source, config.contrasts, contrasts)
         config = config.backbone_config
-    return patch_size_of(config) if config.model_type in STARTING_FAMILIES else None
+    return get_patch_size(config) if config.model_type in INIT_MODEL_TYPES else None
 
 
-def start_from(kind: type[AnyModel], source: str | Path, contrasts: Sequence[str], **fields: Any) -> AnyModel:
+def load_initial_model(kind: type[AnyModel], source: str | Path, contrasts: Sequence[str], **fields: Any) -> AnyModel:
     """A model of a class, with the weights of a plain ViT or of a BrainFound model and new parts around them.
 
     Args:

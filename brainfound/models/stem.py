@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from brainfound.models.configuration import BrainFoundConfig
 
-NEIGHBOURS = 3
+NUM_NEIGHBOUR_SLICES = 3
 """Planes of the stem "slices": the slice below, the slice, the slice above."""
 
 
@@ -129,7 +129,7 @@ class PatchStem(nn.Module):
         return self.projection(pixels.to(self.projection.weight.dtype)).flatten(2).transpose(1, 2)
 
     @torch.no_grad()
-    def start_from(self, patch_embeddings: Any) -> None:
+    def init_from(self, patch_embeddings: Any) -> None:
         """Take over what another patch embedding knows, of a plain ViT or of another stem.
 
         Where the number of channels differs, kernels of single channels are averaged (`inflate_kernels`).
@@ -157,8 +157,8 @@ class ContrastPatchEmbeddings(PatchStem):
         patches = self.embed(pixels * scale[:, None, None, None])
         return patches + self.contrast_embedding(presence)[:, None].to(patches.dtype)
 
-    def start_from(self, patch_embeddings: Any) -> None:
-        super().start_from(patch_embeddings)
+    def init_from(self, patch_embeddings: Any) -> None:
+        super().init_from(patch_embeddings)
         _take_over_embedding(self, patch_embeddings)
 
 
@@ -176,8 +176,8 @@ class GreyPatchEmbeddings(PatchStem):
         contrast = F.one_hot(planes[:, 1, 0, 0].long(), self.num_contrasts)
         return patches + self.contrast_embedding(contrast)[:, None].to(patches.dtype)
 
-    def start_from(self, patch_embeddings: Any) -> None:
-        super().start_from(patch_embeddings)
+    def init_from(self, patch_embeddings: Any) -> None:
+        super().init_from(patch_embeddings)
         _take_over_embedding(self, patch_embeddings)
 
 
@@ -185,7 +185,7 @@ class SlicePatchEmbeddings(PatchStem):
     """The stem "slices": patch embedding of three neighbouring slices."""
 
     def __init__(self, width: int, patch_size: int, image_size: tuple[int, int]) -> None:
-        super().__init__(NEIGHBOURS, width, patch_size, image_size)
+        super().__init__(NUM_NEIGHBOUR_SLICES, width, patch_size, image_size)
 
     def forward(self, planes: Float[Tensor, "slices 3 height width"]) -> Float[Tensor, "slices patches width"]:
         """Normalised pixels of the slice below, the slice and the slice above → patch embeddings, row by row."""

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.utils import cached_file
 
 from brainfound.errors import ModelError
-from brainfound.models.configuration import transformers_quiet
+from brainfound.models.configuration import silence_transformers
 
 MODEL_TYPE = "vit"
 _PREPROCESSOR_FILE = "preprocessor_config.json"
@@ -50,7 +50,7 @@ def load_supervised_vit(
         )
     # With the account of what was loaded the library gives two things, which its types do not say.
     load: Any = ViTModel.from_pretrained
-    with transformers_quiet():
+    with silence_transformers():
         model, info = load(
             source,
             config=config,
@@ -174,8 +174,8 @@ def input_statistics(source: str, hub_options: Mapping[str, Any]) -> dict[str, f
         content = json.loads(path.read_text(encoding="utf-8"))
         if not content.get("do_normalize", True):
             return {"image_mean": 0.0, "image_std": 1.0}
-        mean = _mean_of(content.get("image_mean", _FAMILY_MEAN))
-        std = _mean_of(content.get("image_std", _FAMILY_STD))
+        mean = _channel_mean(content.get("image_mean", _FAMILY_MEAN))
+        std = _channel_mean(content.get("image_std", _FAMILY_STD))
     except (ValueError, TypeError, AttributeError) as error:
         raise _bad_preprocessor(source, str(error)) from error
     if not std > 0:
@@ -207,7 +207,7 @@ def _preprocessor_path(source: str, hub_options: Mapping[str, Any]) -> Path | No
     return None if found is None else Path(found)
 
 
-def _mean_of(value: float | list[float]) -> float:
+def _channel_mean(value: float | list[float]) -> float:
     """One value for all channels, without the last digits that a mean of decimal fractions brings."""
     numbers = value if isinstance(value, list) else [value]
     return round(fmean(float(number) for number in numbers), 6)

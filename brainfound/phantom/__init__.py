@@ -1,6 +1,6 @@
 """Simulated multi-contrast brain MRI: anatomy, ageing, pathology, physics and scanners (numpy and scipy only)."""
 
-from brainfound.phantom.anatomy import ShapedHead
+from brainfound.phantom.anatomy import ParametricHead
 from brainfound.phantom.cohort import DEFAULT_DIAGNOSES, write_phantom_cohort
 from brainfound.phantom.label_maps import LabelledHead, LabelMap, read_label_map
 from brainfound.phantom.pathology import DIAGNOSES
@@ -15,7 +15,7 @@ __all__ = [
     "TISSUES",
     "LabelMap",
     "LabelledHead",
-    "ShapedHead",
+    "ParametricHead",
     "read_label_map",
     "tissue_signal",
     "write_phantom_cohort",

@@ -28,12 +28,12 @@ import numpy as np
 from brainfound.phantom.grid import Grid, apply_matrices, resampling_matrices, smooth_noise
 from brainfound.phantom.physics import TISSUE_INDEX, TISSUES
 from brainfound.phantom.shapes import (
-    both,
     cerebrum_fields,
-    either,
     ellipsoid,
     inside_fraction,
-    ramp,
+    smooth_intersection,
+    smooth_union,
+    smoothstep,
     sulcal_sheets,
     tube,
 )
@@ -108,16 +108,16 @@ class MassEffect:
 
     def displacement(self, grid: Grid) -> list[np.ndarray]:
         """Three (X, Y, Z) components: from each voxel to where its tissue came from, in mm."""
-        offset = grid.open_mm(self.center_mm)
+        offset = grid.offsets_mm(self.center_mm)
         distance_sq = (offset[0] ** 2 + offset[1] ** 2 + offset[2] ** 2) / np.float32(self.reach_mm**2)
         # The displacement is largest, shift_mm, at the reach, and the map stays invertible.
         strength = np.float32(-self.shift_mm / self.reach_mm) * np.exp(0.5 - 0.5 * distance_sq)
         return [component * strength for component in offset]
 
 
-def individual_points(rng: np.random.Generator, grid: Grid, size: float, warp_mm: float = 2.1) -> np.ndarray:
+def subject_coordinates(rng: np.random.Generator, grid: Grid, size: float, warp_mm: float = 2.1) -> np.ndarray:
     """(3, X, Y, Z) template coordinates of every voxel: size, proportions, tilt and a smooth warp of one person."""
-    x, y, z = grid.open_mm()
+    x, y, z = grid.offsets_mm()
     proportions = (size * np.exp(0.018 * rng.standard_normal(3))).astype(np.float32)
     angles = np.radians(2.0) * rng.standard_normal(3)
     warp = smooth_noise(rng, grid, 55.0, 3)
@@ -138,7 +138,7 @@ def rotation_matrix(angles_rad: np.ndarray) -> np.ndarray:
     return about_z @ about_y @ about_x
 
 
-class ShapedHead:
+class ParametricHead:
     """One person's head from shapes, on `grid`.
 
     Args:
@@ -154,9 +154,9 @@ class ShapedHead:
     ) -> None:
         self.grid = grid
         self.ageing = ageing
-        coarse = Grid.over_head(_COARSE_MM) if min(grid.spacing_mm) < _COARSE_MM else grid
+        coarse = Grid.covering_head(_COARSE_MM) if min(grid.spacing_mm) < _COARSE_MM else grid
         rng = np.random.default_rng(seed)
-        points = individual_points(rng, coarse, size)
+        points = subject_coordinates(rng, coarse, size)
         if mass_effect is not None:
             for axis, component in enumerate(mass_effect.displacement(coarse)):
                 points[axis] += component
@@ -193,31 +193,31 @@ class ShapedHead:
         layers = _Layers(depth["brain"].shape, float(np.mean(self.grid.spacing_mm)))
         ageing = self.ageing
         layers.add("vessel", depth["sinus"])
-        layers.add("choroid_plexus", both(depth["choroid"], depth["ventricle"]))
+        layers.add("choroid_plexus", smooth_intersection(depth["choroid"], depth["ventricle"]))
         layers.add("ventricle", depth["ventricle"])
         layers.add("pallidum", depth["pallidum"])
         layers.add("deep_grey", depth["deep_grey"])
         layers.add("brain_stem", depth["brain_stem"])
         fluid = _distance_to_fluid(depth, ageing)
         # The commissure spans the fissure's floor without a cortical ribbon.
-        layers.add("white_matter", either(fluid - ageing.cortical_thickness_mm, depth["callosum"]))
+        layers.add("white_matter", smooth_union(fluid - ageing.cortical_thickness_mm, depth["callosum"]))
         layers.add("cortex", fluid)
         folia = depth["folia"]
         cerebellum = depth["cerebellum"]
         layers.add("cerebellar_white", cerebellum - 5.5 + 4.2 * folia, ceiling=inside_fraction(cerebellum, 1.0))
-        crevice = ramp(-folia, 0.75, 1.0) * ramp(-cerebellum, -9.0, -2.0)
+        crevice = smoothstep(-folia, 0.75, 1.0) * smoothstep(-cerebellum, -9.0, -2.0)
         layers.add("cerebellar_cortex", cerebellum, ceiling=1 - 0.55 * crevice)
         skull = depth["intracranial"]
         thickness = depth["skull_thickness"]
         layers.add("csf", skull)
-        marrow = both(-skull - 1.8, skull + thickness - 1.8)
+        marrow = smooth_intersection(-skull - 1.8, skull + thickness - 1.8)
         layers.add("marrow", marrow, ceiling=0.85)
         layers.add("bone", skull + thickness)
         layers.add("air", depth["airway"])
         layers.add("csf", depth["eye"])
         scalp = depth["head"]
-        layers.add("soft_tissue", both(scalp, 1.6 - scalp))
-        layers.add("fat", both(scalp, either(depth["face_fat"], 5.2 - scalp)))
+        layers.add("soft_tissue", smooth_intersection(scalp, 1.6 - scalp))
+        layers.add("fat", smooth_intersection(scalp, smooth_union(depth["face_fat"], 5.2 - scalp)))
         layers.add("soft_tissue", scalp)
         return layers.finish()
 
@@ -247,13 +247,13 @@ class _Layers:
 
 def _distance_to_fluid(depth: dict[str, np.ndarray], ageing: Ageing) -> np.ndarray:
     """Distance inside the brain to the nearest fluid-covered surface: hull, fissures and sulcal walls."""
-    surface = both(depth["brain"], depth["fissure"] - ageing.sulcal_half_width_mm * 0.6)
+    surface = smooth_intersection(depth["brain"], depth["fissure"] - ageing.sulcal_half_width_mm * 0.6)
     below_floor = np.maximum(surface - depth["sulcal_depth"], 0.0)
     # Sulci gape at the surface and close toward the fundus.
     half_width = ageing.sulcal_half_width_mm * (0.75 + 1.0 * np.exp(-np.maximum(surface, 0.0) / 5.0))
     wall = np.sqrt(depth["sulcus"] ** 2 + below_floor**2) - half_width
     sylvian = depth["sylvian"] - 1.5 * ageing.sulcal_half_width_mm
-    return both(both(surface, wall, 1.0), sylvian, 1.0)
+    return smooth_intersection(smooth_intersection(surface, wall, 1.0), sylvian, 1.0)
 
 
 @dataclass(frozen=True)
@@ -307,12 +307,12 @@ def _deep_fields(points: np.ndarray, ventricle_scale: float) -> dict[str, np.nda
     temporal = tube(
         p, [(23, -37, 10), (32, -30, -3), (34, -16, -14), (29, -5, -19)], [4.6 * s, 2.0 * s, 2.1 * s, 1.4 * s]
     )
-    lateral = either(main, either(occipital, temporal, 2.0), 2.0)
+    lateral = smooth_union(main, smooth_union(occipital, temporal, 2.0), 2.0)
     # The septum keeps the two bodies apart.
-    lateral = both(lateral, p[0] - 1.0)
+    lateral = smooth_intersection(lateral, p[0] - 1.0)
     third = ellipsoid(p, (0, -13, 1), (1.9 * s, 14, 11))
     choroid = tube(p, [(12, -16, 17), (20, -34, 13), (25, -36, 4)], [1.4, 2.6, 1.4])
-    caudate = either(
+    caudate = smooth_union(
         ellipsoid(p, (12.5 + 3.5 * (s - 1), 13, 6), (5.2, 10.5, 9)),
         tube(p, [(15 + 3 * (s - 1), 6, 14), (18 + 3 * (s - 1), -12, 21), (24, -28, 18)], [4.0, 2.8, 1.6]),
         3.0,
@@ -324,15 +324,15 @@ def _deep_fields(points: np.ndarray, ventricle_scale: float) -> dict[str, np.nda
     pallidum = ellipsoid(turned, (18.8, -3, -1), (4.4, 9.5, 6.5))
     thalamus_points = p.copy()
     thalamus_points[0] = p[0] + 0.28 * (p[1] + 18)
-    thalamus = both(ellipsoid(thalamus_points, (10.5, -18, 7), (9.0, 14, 9)), p[0] - 1.2)
+    thalamus = smooth_intersection(ellipsoid(thalamus_points, (10.5, -18, 7), (9.0, 14, 9)), p[0] - 1.2)
     hippocampus = tube(p, [(22, -8, -19), (27, -16, -17), (30, -28, -10), (26, -37, -2)], [6.0, 5.0, 4.0, 2.6])
     deep_grey = caudate
     for nucleus in (putamen, accumbens, thalamus, hippocampus):
         deep_grey = np.maximum(deep_grey, nucleus)
     # The inferior horn runs beside the hippocampus, not through it.
-    ventricle = either(lateral, third, 1.0)
-    ventricle = either(ventricle, tube(p, [(0, -28, 2), (0, -32, -12), (0, -42, -30)], [1.2, 1.0, 2.0]))
-    ventricle = either(ventricle, ellipsoid(p, (0, -43, -33), (6.5, 5.5, 9)), 2.0)
+    ventricle = smooth_union(lateral, third, 1.0)
+    ventricle = smooth_union(ventricle, tube(p, [(0, -28, 2), (0, -32, -12), (0, -42, -30)], [1.2, 1.0, 2.0]))
+    ventricle = smooth_union(ventricle, ellipsoid(p, (0, -43, -33), (6.5, 5.5, 9)), 2.0)
     named = {"ventricle": ventricle, "choroid": choroid, "deep_grey": deep_grey, "pallidum": pallidum}
     return {name: _embed(depth, box, points.shape[1:]) for name, depth in named.items()}
 
@@ -345,10 +345,10 @@ def _hindbrain_fields(points: np.ndarray) -> dict[str, np.ndarray]:
         [13.0, 13.0, 14.5, 8.5, 6.5, 6.0],
     )  # fmt: skip
     peduncle = tube(p, [(0, -26, -30), (18, -44, -34)], [9.0, 7.0])
-    stem = either(stem, peduncle, 4.0)
+    stem = smooth_union(stem, peduncle, 4.0)
     hemisphere = ellipsoid(p, (23, -65, -32), (29, 28, 25), boxy=True)
     vermis = ellipsoid(p, (0, -66, -25), (14, 24, 24))
-    cerebellum = either(hemisphere, vermis, 6.0)
+    cerebellum = smooth_union(hemisphere, vermis, 6.0)
     angle = np.arctan2(p[2] + 33, -(p[1] + 44))
     radius = np.hypot(p[2] + 33, p[1] + 44)
     folia = np.cos(angle * 19 + 0.06 * radius + 0.05 * p[0]).astype(np.float32)
@@ -360,25 +360,27 @@ def _head_fields(points: np.ndarray, fields: dict[str, np.ndarray], noise: _Nois
     p = points
     cerebrum = fields["brain"]
     # The tentorium is a film of fluid between cerebrum and cerebellum.
-    fields["cerebellum"] = both(fields["cerebellum"], -cerebrum - 1.6)
-    intracranial = either(either(cerebrum, fields["cerebellum"], 12.0), fields["brain_stem"], 6.0) + 2.3
+    fields["cerebellum"] = smooth_intersection(fields["cerebellum"], -cerebrum - 1.6)
+    intracranial = smooth_union(smooth_union(cerebrum, fields["cerebellum"], 12.0), fields["brain_stem"], 6.0) + 2.3
     # The cranial cavity is convex: its base spans what lies between the lobes.
     cavity = ellipsoid(p, (0, -17, 6), (62, 80, 56), boxy=True)
-    intracranial = either(intracranial, both(cavity, points[2] + 24 - 9 * ramp(points[1], 5, 30), 6.0), 4.0)
+    intracranial = smooth_union(
+        intracranial, smooth_intersection(cavity, points[2] + 24 - 9 * smoothstep(points[1], 5, 30), 6.0), 4.0
+    )
     skull_thickness = 6.3 + 0.9 * noise.skull
     outer = intracranial + skull_thickness
     scalp = outer + 6.0 + 0.8 * noise.scalp
     sinus_floor = np.where(p[1] < -60, 16.0, -14.0)
-    sinus = both(4.2 - np.hypot(p[0] * 0.9, intracranial - 1.0), points[2] + sinus_floor, 2.0)
-    sinus = both(sinus, 25.0 - points[1] + 0.9 * points[2])
-    fields["brain_stem"] = both(fields["brain_stem"], intracranial + 40 * ramp(-points[2], 40, 60))
+    sinus = smooth_intersection(4.2 - np.hypot(p[0] * 0.9, intracranial - 1.0), points[2] + sinus_floor, 2.0)
+    sinus = smooth_intersection(sinus, 25.0 - points[1] + 0.9 * points[2])
+    fields["brain_stem"] = smooth_intersection(fields["brain_stem"], intracranial + 40 * smoothstep(-points[2], 40, 60))
     return {
         "intracranial": intracranial,
         "skull_thickness": skull_thickness,
-        "head": either(scalp, fields.pop("face"), 16.0),
-        "airway": both(fields["airway"], -intracranial - 3.0),
-        "eye": both(fields["eye"], -intracranial - 1.0),
-        "face_fat": either(fields.pop("orbit"), 3.0 * noise.face - 1.5),
+        "head": smooth_union(scalp, fields.pop("face"), 16.0),
+        "airway": smooth_intersection(fields["airway"], -intracranial - 3.0),
+        "eye": smooth_intersection(fields["eye"], -intracranial - 1.0),
+        "face_fat": smooth_union(fields.pop("orbit"), 3.0 * noise.face - 1.5),
         "sinus": sinus,
     }
 
@@ -388,13 +390,13 @@ def _face_fields(points: np.ndarray, noise: np.ndarray) -> dict[str, np.ndarray]
     face = ellipsoid(points, (0, 28, -64), (60, 62, 66), boxy=True)
     nose = ellipsoid(points, (0, 88, -56), (11, 16, 17))
     neck = ellipsoid(points, (0, -34, -110), (58, 62, 90), boxy=True)
-    airway = either(
-        both(ellipsoid(points, (0, 55, -55), (15, 30, 22)), 3.0 * noise + 1.5),
-        either(tube(points, [(0, 18, -62), (0, 2, -80), (0, -4, -110)], [7.0, 7.0, 8.0]),
+    airway = smooth_union(
+        smooth_intersection(ellipsoid(points, (0, 55, -55), (15, 30, 22)), 3.0 * noise + 1.5),
+        smooth_union(tube(points, [(0, 18, -62), (0, 2, -80), (0, -4, -110)], [7.0, 7.0, 8.0]),
                ellipsoid(points, (30, 48, -64), (12, 15, 15)), 1.0),
     )  # fmt: skip
     return {
-        "face": either(either(face, neck, 16.0), nose, 10.0),
+        "face": smooth_union(smooth_union(face, neck, 16.0), nose, 10.0),
         "airway": airway,
         "eye": ellipsoid(points, (32, 62, -33), (12, 12, 12)),
         "orbit": ellipsoid(points, (29, 48, -33), (18, 28, 17)),

@@ -20,7 +20,14 @@ from brainfound.errors import BrainFoundError, UsageError, did_you_mean
 from brainfound.phantom.label_maps import find_label_maps, read_label_map
 from brainfound.phantom.pathology import DIAGNOSES
 from brainfound.phantom.physics import SIMULATED_CONTRASTS
-from brainfound.phantom.subject import SEGMENTATION, CohortSettings, Person, label_map_of, write_json, write_subject
+from brainfound.phantom.subject import (
+    SEGMENTATION,
+    CohortSettings,
+    Participant,
+    get_label_map_path,
+    write_json,
+    write_subject,
+)
 
 DEFAULT_DIAGNOSES: dict[str, float] = {"healthy": 0.4, "tumour": 0.2, "infarct": 0.2, "ms": 0.2}
 _BIDS_VERSION = "1.10.0"
@@ -155,12 +162,12 @@ def _write_subjects(
     num_subjects: int,
     workers: int,
     progress: Callable[[int, int], None] | None,
-) -> list[Person]:
+) -> list[Participant]:
     if settings.label_maps:
         read_label_map(settings.label_maps[0])  # a folder of unusable volumes fails before any work is done
-    persons: dict[int, Person] = {}
+    persons: dict[int, Participant] = {}
     # A process keeps a few label maps in memory: subjects of one map come one after the other.
-    order = sorted(range(num_subjects), key=lambda index: (str(label_map_of(settings, index)), index))
+    order = sorted(range(num_subjects), key=lambda index: (str(get_label_map_path(settings, index)), index))
     if workers == 1:
         for index in order:
             persons[index] = _write_one(folder, settings, index)
@@ -186,13 +193,13 @@ def _write_subjects(
     return [persons[index] for index in range(num_subjects)]
 
 
-def _write_one(folder: Path, settings: CohortSettings, index: int) -> Person:
+def _write_one(folder: Path, settings: CohortSettings, index: int) -> Participant:
     # One thread per process: workers do not compete, and sums do not depend on the number of threads.
     with threadpool_limits(1):
         return write_subject(folder, settings, index)
 
 
-def _write_tables(folder: Path, settings: CohortSettings, persons: list[Person]) -> None:
+def _write_tables(folder: Path, settings: CohortSettings, persons: list[Participant]) -> None:
     """participants.tsv and the descriptions that BIDS asks for."""
     pd.DataFrame([asdict(person) for person in persons]).to_csv(folder / "participants.tsv", sep="\t", index=False)
     write_json(

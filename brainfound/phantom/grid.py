@@ -30,7 +30,7 @@ class Grid:
     center_mm: tuple[float, float, float] = HEAD_CENTER_MM
 
     @classmethod
-    def over_head(cls, spacing_mm: float | Sequence[float], extent_mm: Sequence[float] = HEAD_EXTENT_MM) -> Grid:
+    def covering_head(cls, spacing_mm: float | Sequence[float], extent_mm: Sequence[float] = HEAD_EXTENT_MM) -> Grid:
         """A grid of the given spacing that covers the head."""
         dx, dy, dz = (spacing_mm,) * 3 if isinstance(spacing_mm, int | float) else spacing_mm
         nx, ny, nz = (max(round(extent / step), 4) for extent, step in zip(extent_mm, (dx, dy, dz), strict=True))
@@ -41,7 +41,7 @@ class Grid:
         index = np.arange(self.shape[axis], dtype=np.float64) - (self.shape[axis] - 1) / 2
         return index * self.spacing_mm[axis] + self.center_mm[axis]
 
-    def open_mm(self, origin_mm: Sequence[float] | np.ndarray = (0.0, 0.0, 0.0)) -> list[np.ndarray]:
+    def offsets_mm(self, origin_mm: Sequence[float] | np.ndarray = (0.0, 0.0, 0.0)) -> list[np.ndarray]:
         """Offsets from a point along x, y and z, float32, shaped (X, 1, 1), (1, Y, 1) and (1, 1, Z) to broadcast."""
         axes = ((self.axis_mm(a) - origin_mm[a]).astype(np.float32) for a in range(3))
         return list(np.meshgrid(*axes, indexing="ij", sparse=True))

@@ -24,11 +24,11 @@ import numpy as np
 from scipy import ndimage
 
 from brainfound.errors import CohortError
-from brainfound.phantom.anatomy import Ageing, MassEffect, individual_points
+from brainfound.phantom.anatomy import Ageing, MassEffect, subject_coordinates
 from brainfound.phantom.grid import Grid, apply_matrices, resampling_matrices
 from brainfound.phantom.physics import TISSUE_INDEX, TISSUES
 
-LABELS_OF_TISSUE: dict[str, tuple[int, ...]] = {
+TISSUE_LABELS: dict[str, tuple[int, ...]] = {
     "air": (0,),
     "csf": (24, 506),
     "ventricle": (4, 5, 14, 15, 43, 44, 72),
@@ -63,9 +63,9 @@ class LabelMap:
     to_voxel: np.ndarray
     """(4, 4) head coordinates (mm) → voxel index of `tissue`."""
     ventricle_ml: float
-    ventricle_pull: np.ndarray
+    ventricle_displacement: np.ndarray
     """(3, X, Y, Z) on the coarse grid: displacement (mm) that adds one millilitre, to first order."""
-    sulcus_pull: np.ndarray
+    sulcus_displacement: np.ndarray
     """(3, X, Y, Z) on the coarse grid: displacement of about 1 mm at the sulcal walls."""
 
 
@@ -104,8 +104,8 @@ def read_label_map(path: Path) -> LabelMap:
         raise CohortError(f"cannot be read ({error})", where=path, remedy="Replace or remove the file") from error
     if labels.ndim != 3:
         raise CohortError("not a 3-D label volume", where=path, got=f"shape {labels.shape}", remedy="Remove the file")
-    tissue = _tissue_of_labels(labels, path)
-    tissue = _with_fluid(tissue)
+    tissue = _labels_to_tissue(labels, path)
+    tissue = _fill_sulci_with_csf(tissue)
     brain = np.isin(tissue, [TISSUE_INDEX[name] for name in _BRAIN])
     tissue = np.pad(tissue, 1)
     center = image.affine @ [*(np.mean(np.flatnonzero(brain.any(axis=tuple(b for b in range(3) if b != a)))[[0, -1]])
@@ -114,8 +114,8 @@ def read_label_map(path: Path) -> LabelMap:
     from_head[:3, 3] = center[:3] - _BRAIN_CENTER_MM
     to_voxel = np.linalg.inv(image.affine) @ from_head
     to_voxel[:3, 3] += 1.0  # the voxel of padding
-    grid = Grid.over_head(_COARSE_MM)
-    x, y, z = grid.open_mm()
+    grid = Grid.covering_head(_COARSE_MM)
+    x, y, z = grid.offsets_mm()
     points = np.stack([to_voxel[a, 0] * x + to_voxel[a, 1] * y + to_voxel[a, 2] * z + to_voxel[a, 3] for a in range(3)])
     share = _tissue_share(tissue, points.astype(np.float32), _COARSE_MM / _voxel_mm(to_voxel))
     voxel_ml = float(np.prod(grid.spacing_mm)) / 1000
@@ -128,13 +128,13 @@ def read_label_map(path: Path) -> LabelMap:
         tissue=tissue,
         to_voxel=to_voxel,
         ventricle_ml=float(ventricle.sum()) * voxel_ml,
-        ventricle_pull=pull / max(gain_ml, 1e-6),
-        sulcus_pull=sulcus * (1 / max(float(np.percentile(np.abs(sulcus).max(axis=0), 98)), 1e-6)),
+        ventricle_displacement=pull / max(gain_ml, 1e-6),
+        sulcus_displacement=sulcus * (1 / max(float(np.percentile(np.abs(sulcus).max(axis=0), 98)), 1e-6)),
     )
 
 
-def _tissue_of_labels(labels: np.ndarray, path: Path) -> np.ndarray:
-    known = {code: TISSUE_INDEX[name] for name, codes in LABELS_OF_TISSUE.items() for code in codes}
+def _labels_to_tissue(labels: np.ndarray, path: Path) -> np.ndarray:
+    known = {code: TISSUE_INDEX[name] for name, codes in TISSUE_LABELS.items() for code in codes}
     rounded = np.rint(labels).astype(np.int32)
     codes = np.unique(rounded)
     unknown = [int(code) for code in codes if int(code) not in known]
@@ -157,7 +157,7 @@ def _tissue_of_labels(labels: np.ndarray, path: Path) -> np.ndarray:
     return table[rounded]
 
 
-def _with_fluid(tissue: np.ndarray) -> np.ndarray:
+def _fill_sulci_with_csf(tissue: np.ndarray) -> np.ndarray:
     """Fills the sulci of a map without cerebrospinal fluid (a skull-stripped one): air near the brain turns fluid."""
     csf, air = TISSUE_INDEX["csf"], TISSUE_INDEX["air"]
     if (tissue == csf).any():
@@ -191,7 +191,7 @@ def _tissue_share(tissue: np.ndarray, points: np.ndarray, width: float) -> np.nd
 
 
 class LabelledHead:
-    """One person's head made from a label map, on `grid`; arguments as for `ShapedHead`."""
+    """One person's head made from a label map, on `grid`; arguments as for `ParametricHead`."""
 
     def __init__(
         self,
@@ -204,18 +204,18 @@ class LabelledHead:
     ) -> None:
         self.grid = grid
         self._map = label_map
-        coarse = Grid.over_head(_COARSE_MM)
-        points = individual_points(np.random.default_rng(seed), coarse, size)
+        coarse = Grid.covering_head(_COARSE_MM)
+        points = subject_coordinates(np.random.default_rng(seed), coarse, size)
         if mass_effect is not None:
             for axis, component in enumerate(mass_effect.displacement(coarse)):
                 points[axis] += component
         index = np.stack([(points[a] - coarse.axis_mm(a)[0]) / coarse.spacing_mm[a] for a in range(3)])
         wanted_ml = ageing.ventricle_volume_ml / size**3 - label_map.ventricle_ml
-        opening = label_map.ventricle_pull * wanted_ml
+        opening = label_map.ventricle_displacement * wanted_ml
         length = np.sqrt(np.sum(opening**2, axis=0)) + 1e-6
         opening = opening * (_LARGEST_DILATION_MM * np.tanh(length / _LARGEST_DILATION_MM) / length)
         # Half of the change in width at each wall; 0.65 mm is the half width in middle age.
-        opening += label_map.sulcus_pull * float(np.clip(0.8 * (ageing.sulcal_half_width_mm - 0.65), -0.5, 0.8))
+        opening += label_map.sulcus_displacement * float(np.clip(0.8 * (ageing.sulcal_half_width_mm - 0.65), -0.5, 0.8))
         moved = np.stack([ndimage.map_coordinates(component, index, order=1, mode="nearest") for component in opening])
         points = points + moved
         to_voxel = label_map.to_voxel

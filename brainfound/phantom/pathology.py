@@ -37,12 +37,12 @@ _ALL = {
 
 
 @dataclass(frozen=True)
-class Layer:
+class LesionLayer:
     """One lesion tissue: where (`depth_mm` on the lesion grid), what, and how much of each old tissue it takes."""
 
     tissue: str
     depth_mm: np.ndarray
-    takes: Mapping[str, float]
+    replaces: Mapping[str, float]
     softness_mm: float = 1.0
     """Width of the transition at the border."""
     in_mask: bool = True
@@ -94,7 +94,7 @@ class Pathology:
     """The lesions of one person, to be laid over tissue fractions."""
 
     grid: Grid
-    layers: list[Layer] = field(default_factory=list)
+    layers: list[LesionLayer] = field(default_factory=list)
     mass_effect: MassEffect | None = None
 
     def apply(self, fractions: np.ndarray, target: Grid, rows: slice) -> np.ndarray:
@@ -107,7 +107,7 @@ class Pathology:
             box, values = depth
             alpha = inside_fraction(values, max(layer.softness_mm, float(np.mean(target.spacing_mm))))
             put = np.zeros(alpha.shape, np.float32)
-            for tissue, strength in layer.takes.items():
+            for tissue, strength in layer.replaces.items():
                 old = fractions[TISSUE_INDEX[tissue]][box]
                 moved = old * (alpha * np.float32(strength))
                 old -= moved
@@ -117,7 +117,7 @@ class Pathology:
                 share[box] += put
         return share
 
-    def _depth(self, layer: Layer, target: Grid, rows: slice) -> tuple[tuple[slice, ...], np.ndarray] | None:
+    def _depth(self, layer: LesionLayer, target: Grid, rows: slice) -> tuple[tuple[slice, ...], np.ndarray] | None:
         """The layer's depth on the part of `target` that it reaches, with that part's place in the slab."""
         reached = layer.depth_mm > -max(4.0, 2.0 * layer.softness_mm)
         source, matrices, place = [], [], []
@@ -147,7 +147,7 @@ def draw_pathology(rng: np.random.Generator, diagnosis: str, survey: Survey, age
     from the ventricle's wall; about one in six enhances.
     """
     spacing = max(_LESION_GRID_MM, min(survey.grid.spacing_mm) if min(survey.grid.spacing_mm) > 3.0 else 0.0)
-    pathology = Pathology(Grid.over_head(spacing))
+    pathology = Pathology(Grid.covering_head(spacing))
     if diagnosis == "tumour":
         _add_tumour(rng, survey, pathology)
     elif diagnosis == "infarct":
@@ -170,10 +170,10 @@ def _add_tumour(rng: np.random.Generator, survey: Survey, pathology: Pathology) 
     oedema = outer + float(rng.uniform(6.0, 14.0)) * (1 + 0.45 * smooth_noise(rng, pathology.grid, 18.0)[0])
     takes_grown = {**_ALL, "ventricle": 1.0, "csf": 0.85, "choroid_plexus": 1.0}
     pathology.layers += [
-        Layer("necrosis", inner, takes_grown, 1.5),
-        Layer("enhancing_tumour", outer, takes_grown),
+        LesionLayer("necrosis", inner, takes_grown, 1.5),
+        LesionLayer("enhancing_tumour", outer, takes_grown),
         # Vasogenic oedema spreads through white matter and spares the cortex.
-        Layer(
+        LesionLayer(
             "oedema", oedema, {"white_matter": 0.92, "cerebellar_white": 0.92, "brain_stem": 0.5, "cortex": 0.15}, 5.0
         ),
     ]
@@ -189,7 +189,7 @@ def _add_infarct(rng: np.random.Generator, survey: Survey, pathology: Pathology)
     center = survey.pick(rng, near.astype(np.float32) + 1e-9 * survey.cerebrum)
     outward = center - np.array([np.sign(center[0]) * 12.0, -16.0, 10.0])
     outward /= np.linalg.norm(outward) + 1e-6
-    x, y, z = pathology.grid.open_mm(center)
+    x, y, z = pathology.grid.offsets_mm(center)
     along = np.float32(outward[0]) * x + np.float32(outward[1]) * y + np.float32(outward[2]) * z
     across = np.sqrt(np.maximum(x * x + y * y + z * z - along**2, 0.0))
     widening = np.clip(1 + 0.35 * along / radius, 0.55, 1.4)  # a wedge with its base at the cortex
@@ -197,7 +197,7 @@ def _add_infarct(rng: np.random.Generator, survey: Survey, pathology: Pathology)
     rough = 0.16 * smooth_noise(rng, pathology.grid, 16.0)[0] + 0.12 * smooth_noise(rng, pathology.grid, 7.0)[0]
     depth = radius * (1 + rough) - distance
     same_side = (np.sign(center[0]) * pathology.grid.axis_mm(0)).astype(np.float32)[:, None, None]
-    pathology.layers.append(Layer("infarct", np.minimum(depth, same_side), {**_ALL, "brain_stem": 0.0}, 1.5))
+    pathology.layers.append(LesionLayer("infarct", np.minimum(depth, same_side), {**_ALL, "brain_stem": 0.0}, 1.5))
 
 
 def _add_plaques(rng: np.random.Generator, survey: Survey, pathology: Pathology) -> None:
@@ -224,8 +224,11 @@ def _add_plaques(rng: np.random.Generator, survey: Survey, pathology: Pathology)
         depth = radius - np.sqrt((along / stretch) ** 2 + across_sq)
         into = active if number > 0 and rng.random() < 1 / 6 else plaques
         into[box] = np.maximum(into[box], depth)
-    takes = {"white_matter": 1.0, "cortex": 0.4, "deep_grey": 0.6}
-    pathology.layers += [Layer("active_plaque", active, takes, 1.5), Layer("plaque", plaques, takes, 1.5)]
+    replaces = {"white_matter": 1.0, "cortex": 0.4, "deep_grey": 0.6}
+    pathology.layers += [
+        LesionLayer("active_plaque", active, replaces, 1.5),
+        LesionLayer("plaque", plaques, replaces, 1.5),
+    ]
 
 
 def _add_hyperintensities(rng: np.random.Generator, survey: Survey, ageing: Ageing, pathology: Pathology) -> None:
@@ -245,7 +248,7 @@ def _add_hyperintensities(rng: np.random.Generator, survey: Survey, ageing: Agei
     for center, radius in zip(centers, radii, strict=True):
         box, offset = _neighbourhood(pathology.grid, center, 8.0)
         depth[box] = np.maximum(depth[box], radius - np.sqrt(np.sum(offset**2, axis=0)))
-    pathology.layers.append(Layer("hyperintensity", depth, _WHITE, 3.0, in_mask=False))
+    pathology.layers.append(LesionLayer("hyperintensity", depth, _WHITE, 3.0, in_mask=False))
 
 
 def _neighbourhood(grid: Grid, center: np.ndarray, reach_mm: float) -> tuple[tuple[slice, ...], np.ndarray]:
@@ -260,7 +263,7 @@ def _neighbourhood(grid: Grid, center: np.ndarray, reach_mm: float) -> tuple[tup
 
 
 def _distance_from(grid: Grid, center: np.ndarray) -> np.ndarray:
-    x, y, z = grid.open_mm(center)
+    x, y, z = grid.offsets_mm(center)
     return np.sqrt(x * x + y * y + z * z)
 
 

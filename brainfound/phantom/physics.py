@@ -78,7 +78,7 @@ PARENCHYMA = tuple(
     )
 )
 _IRON_RICH = ("pallidum", "deep_grey")
-_FAT_LEFT_BY_SUPPRESSION = 0.08
+_RESIDUAL_FAT_SIGNAL = 0.08
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def tissue_signal(contrast: str, tissue: Tissue, sequence: Sequence, field_tesla
     else:
         signal = inversion_recovery(tissue.proton_density, t1, t2, *timing, sequence.inversion_time_s)
     if contrast in ("DWI", "b0") and tissue.name in ("fat", "marrow"):
-        signal *= _FAT_LEFT_BY_SUPPRESSION
+        signal *= _RESIDUAL_FAT_SIGNAL
     if contrast == "DWI":
         signal *= diffusion_attenuation(tissue.diffusivity_mm2_per_s)
     return float(signal)

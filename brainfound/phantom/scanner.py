@@ -25,7 +25,7 @@ _LARGEST_ADC = 4000.0
 
 
 @dataclass(frozen=True)
-class Protocol:
+class ScanProtocol:
     """How one contrast is acquired at one site."""
 
     sequence: Sequence
@@ -41,7 +41,7 @@ class Site:
 
     name: str
     field_tesla: float
-    protocols: Mapping[str, Protocol]
+    protocols: Mapping[str, ScanProtocol]
     bias_strength: float
     """Standard deviation of the logarithm of the coil's sensitivity."""
     noise: float
@@ -65,33 +65,33 @@ def _three_sites() -> tuple[Site, ...]:
         Site(
             "site-1", 3.0,
             {
-                "T1w": Protocol(Sequence(2.3, 0.003, 1.0)),
-                "T1ce": Protocol(Sequence(2.3, 0.003, 1.0)),
-                "T2w": Protocol(Sequence(4.0, 0.095)),
-                "FLAIR": Protocol(_flair(3.0, 9.0, 0.110, 1.0)),
-                "DWI": Protocol(Sequence(6.0, 0.080), 1.6),
+                "T1w": ScanProtocol(Sequence(2.3, 0.003, 1.0)),
+                "T1ce": ScanProtocol(Sequence(2.3, 0.003, 1.0)),
+                "T2w": ScanProtocol(Sequence(4.0, 0.095)),
+                "FLAIR": ScanProtocol(_flair(3.0, 9.0, 0.110, 1.0)),
+                "DWI": ScanProtocol(Sequence(6.0, 0.080), 1.6),
             },
             bias_strength=0.10, noise=0.035, gain=420.0, orientation="RAS", tilt_degrees=0.0,
         ),
         Site(
             "site-2", 1.5,
             {
-                "T1w": Protocol(Sequence(0.55, 0.012), 1.0),
-                "T1ce": Protocol(Sequence(0.55, 0.012), 1.0),
-                "T2w": Protocol(Sequence(4.8, 0.100), 0.9, 3.0),
-                "FLAIR": Protocol(_flair(1.5, 8.5, 0.120, 0.97), 0.9, 4.0),
-                "DWI": Protocol(Sequence(5.0, 0.095), 1.8, 5.0),
+                "T1w": ScanProtocol(Sequence(0.55, 0.012), 1.0),
+                "T1ce": ScanProtocol(Sequence(0.55, 0.012), 1.0),
+                "T2w": ScanProtocol(Sequence(4.8, 0.100), 0.9, 3.0),
+                "FLAIR": ScanProtocol(_flair(1.5, 8.5, 0.120, 0.97), 0.9, 4.0),
+                "DWI": ScanProtocol(Sequence(5.0, 0.095), 1.8, 5.0),
             },
             bias_strength=0.06, noise=0.055, gain=260.0, orientation="LPS", tilt_degrees=4.0,
         ),
         Site(
             "site-3", 3.0,
             {
-                "T1w": Protocol(Sequence(1.9, 0.0025, 0.95), 1.1),
-                "T1ce": Protocol(Sequence(1.9, 0.0025, 0.95), 1.1),
-                "T2w": Protocol(Sequence(3.2, 0.085), 1.0, 2.0),
-                "FLAIR": Protocol(_flair(3.0, 7.5, 0.125, 1.03), 1.2),
-                "DWI": Protocol(Sequence(8.0, 0.070), 2.0),
+                "T1w": ScanProtocol(Sequence(1.9, 0.0025, 0.95), 1.1),
+                "T1ce": ScanProtocol(Sequence(1.9, 0.0025, 0.95), 1.1),
+                "T2w": ScanProtocol(Sequence(3.2, 0.085), 1.0, 2.0),
+                "FLAIR": ScanProtocol(_flair(3.0, 7.5, 0.125, 1.03), 1.2),
+                "DWI": ScanProtocol(Sequence(8.0, 0.070), 2.0),
             },
             bias_strength=0.16, noise=0.045, gain=900.0, orientation="PSR", tilt_degrees=2.0,
         ),
@@ -127,7 +127,7 @@ def make_site(index: int, seed: int) -> Site:
     )
 
 
-def acquisition_grid(protocol: Protocol, simulation: Grid, spacing_mm: float | None) -> Grid:
+def acquisition_grid(protocol: ScanProtocol, simulation: Grid, spacing_mm: float | None) -> Grid:
     """The voxels of one scan; the simulation's own grid where `spacing_mm` is None."""
     if spacing_mm is None:
         return simulation
@@ -138,7 +138,7 @@ def acquisition_grid(protocol: Protocol, simulation: Grid, spacing_mm: float | N
     # The last voxel ends inside the simulated head, or the edge would average over nothing.
     extent = [axis_extent - step for axis_extent, step in
               zip(HEAD_EXTENT_MM, (in_plane, in_plane, thickness), strict=True)]  # fmt: skip
-    return Grid.over_head((in_plane, in_plane, thickness), extent)
+    return Grid.covering_head((in_plane, in_plane, thickness), extent)
 
 
 class Acquisition:

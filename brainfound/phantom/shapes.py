@@ -46,10 +46,10 @@ def tube(points: np.ndarray, path: Sequence[Sequence[float]], radii: Sequence[fl
         miss = [o - position * np.float32(a) for o, a in zip(offset, along, strict=True)]
         distance = np.sqrt(miss[0] * miss[0] + miss[1] * miss[1] + miss[2] * miss[2])
         segments.append((first + (last - first) * position - distance).astype(np.float32, copy=False))
-    return reduce(lambda depth, segment: either(depth, segment, 1.0), segments)
+    return reduce(lambda depth, segment: smooth_union(depth, segment, 1.0), segments)
 
 
-def both(first: np.ndarray, second: np.ndarray, blend_mm: float = 0.0) -> np.ndarray:
+def smooth_intersection(first: np.ndarray, second: np.ndarray, blend_mm: float = 0.0) -> np.ndarray:
     """Intersection; `blend_mm` rounds the edge (polynomial smooth minimum)."""
     smaller = np.minimum(first, second)
     if blend_mm <= 0:
@@ -58,12 +58,12 @@ def both(first: np.ndarray, second: np.ndarray, blend_mm: float = 0.0) -> np.nda
     return smaller - overlap**2 * (blend_mm / 4)
 
 
-def either(first: np.ndarray, second: np.ndarray, blend_mm: float = 0.0) -> np.ndarray:
+def smooth_union(first: np.ndarray, second: np.ndarray, blend_mm: float = 0.0) -> np.ndarray:
     """Union; `blend_mm` fillets the joint."""
-    return -both(-first, -second, blend_mm)
+    return -smooth_intersection(-first, -second, blend_mm)
 
 
-def ramp(values: np.ndarray, start: float, end: float) -> np.ndarray:
+def smoothstep(values: np.ndarray, start: float, end: float) -> np.ndarray:
     """Smooth step from 0 at `start` to 1 at `end`."""
     t = np.clip((values - start) / (end - start), 0, 1)
     return t * t * (3 - 2 * t)
@@ -91,8 +91,8 @@ def cerebrum_fields(points: np.ndarray, depth_noise: np.ndarray) -> dict[str, np
     fissure, callosum = _midline(points)
     center = ellipsoid(mirrored, (16, -8, 4), (24, 44, 24))
     # Sulci reach 10–24 mm and stay out of the core that holds the nuclei and ventricles.
-    sulcal_depth = np.clip(16.0 + 5.5 * depth_noise, 4.0, 26.0) * ramp(-center, -8.0, 2.0)
-    sulcal_depth = sulcal_depth * (0.6 + 0.4 * ramp(mirrored[0], 8.0, 30.0))  # the medial wall's are shallow
+    sulcal_depth = np.clip(16.0 + 5.5 * depth_noise, 4.0, 26.0) * smoothstep(-center, -8.0, 2.0)
+    sulcal_depth = sulcal_depth * (0.6 + 0.4 * smoothstep(mirrored[0], 8.0, 30.0))  # the medial wall's are shallow
     return {
         "brain": brain,
         "fissure": fissure,
@@ -108,22 +108,22 @@ def _outline(p: np.ndarray) -> np.ndarray:
     base = np.where(
         p[1] > -25, p[2] + 20 - 0.10 * (p[1] - 20), p[2] + 24.5 + 0.30 * (p[1] + 25) - 0.16 * (40 - p[0])
     ).astype(np.float32)
-    upper = both(vault, base, 12.0)
+    upper = smooth_intersection(vault, base, 12.0)
     temporal = ellipsoid(p, (45, -14, -20), (22, 44, 25), boxy=True)
     inferior = ellipsoid(p, (42, -46, -12), (20, 36, 16))
-    lobes = either(temporal, inferior, 10.0)
+    lobes = smooth_union(temporal, inferior, 10.0)
     core = ellipsoid(p, (0, -14, -2), (24, 26, 17))
-    return either(either(upper, lobes, 5.0), core, 4.0)
+    return smooth_union(smooth_union(upper, lobes, 5.0), core, 4.0)
 
 
 def _midline(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Distance to the interhemispheric fissure, and depth of the corpus callosum that floors it."""
     outer = ellipsoid(points * np.array([0, 1, 1], np.float32)[:, None, None, None], (0, -6, 1), (1e3, 38, 27))
-    below = ramp(-points[2], 2.0, 12.0) * ramp(-np.abs(points[1] + 8), -40, -25)
+    below = smoothstep(-points[2], 2.0, 12.0) * smoothstep(-np.abs(points[1] + 8), -40, -25)
     floor = np.maximum(outer, 40.0 * below - 20.0)
     fissure = np.hypot(points[0], np.maximum(floor, 0.0))
-    band = both(outer, 6.5 - outer)
-    callosum = both(both(band, 13.0 - np.abs(points[0])), points[2] + 2.0, 3.0)
+    band = smooth_intersection(outer, 6.5 - outer)
+    callosum = smooth_intersection(smooth_intersection(band, 13.0 - np.abs(points[0])), points[2] + 2.0, 3.0)
     return fissure.astype(np.float32), callosum.astype(np.float32)
 
 

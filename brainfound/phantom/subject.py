@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from brainfound.phantom.anatomy import Ageing, Anatomy, MassEffect, ShapedHead, draw_ageing, rotation_matrix
+from brainfound.phantom.anatomy import Ageing, Anatomy, MassEffect, ParametricHead, draw_ageing, rotation_matrix
 from brainfound.phantom.grid import Grid, apply_matrices, resampling_matrices
 from brainfound.phantom.label_maps import LabelledHead, read_label_map
 from brainfound.phantom.pathology import Pathology, Survey, draw_pathology
@@ -62,7 +62,7 @@ class CohortSettings:
 
 
 @dataclass(frozen=True)
-class Person:
+class Participant:
     """One row of participants.tsv."""
 
     participant_id: str
@@ -72,7 +72,7 @@ class Person:
     diagnosis: str
 
 
-def draw_person(settings: CohortSettings, index: int) -> tuple[Person, Site]:
+def draw_participant(settings: CohortSettings, index: int) -> tuple[Participant, Site]:
     """Draws who subject number `index` (from 0) is; independent of how many others there are."""
     rng = _stream(settings, index, "person")
     names = [name for name, _ in settings.diagnoses]
@@ -80,22 +80,22 @@ def draw_person(settings: CohortSettings, index: int) -> tuple[Person, Site]:
     sex = "F" if rng.random() < 0.5 else "M"
     site = make_site(int(rng.integers(settings.num_sites)), settings.seed)
     diagnosis = str(rng.choice(names, p=[probability for _, probability in settings.diagnoses]))
-    return Person(f"sub-{index + 1:04d}", age, sex, site.name, diagnosis), site
+    return Participant(f"sub-{index + 1:04d}", age, sex, site.name, diagnosis), site
 
 
-def write_subject(folder: Path, settings: CohortSettings, index: int) -> Person:
+def write_subject(folder: Path, settings: CohortSettings, index: int) -> Participant:
     """Simulates one subject and writes its scans, sidecars, lesion mask and segmentation below `folder`."""
-    person, site = draw_person(settings, index)
+    person, site = draw_participant(settings, index)
     ageing = draw_ageing(_stream(settings, index, "ageing"), person.age)
-    grid = Grid.over_head(1.0 if settings.spacing_mm is None else settings.spacing_mm)
+    grid = Grid.covering_head(1.0 if settings.spacing_mm is None else settings.spacing_mm)
     anatomy, pathology = _build(settings, index, person, ageing, grid)
     tissues = subject_tissues(_stream(settings, index, "tissues"), ageing.iron)
-    written = contrasts_to_write(settings, index)
+    written = draw_contrasts(settings, index)
     simulated = [c for c in written if c != "ADC"] + (["b0"] if "ADC" in written else [])
     if "ADC" in written and "DWI" not in simulated:
         simulated.append("DWI")
     table = np.array([[_signal(c, t, site) for t in tissues] for c in simulated], np.float32)
-    signals, segmentation, lesion = _paint(anatomy, pathology, grid, table)
+    signals, segmentation, lesion = _simulate_signals(anatomy, pathology, grid, table)
 
     acquisition = Acquisition(
         site, _seed(settings, index, "scans"), grid, settings.spacing_mm, _pose(settings, index, site)
@@ -120,7 +120,7 @@ def _stream(settings: CohortSettings, index: int, stream: str) -> np.random.Gene
 
 
 def _build(
-    settings: CohortSettings, index: int, person: Person, ageing: Ageing, grid: Grid
+    settings: CohortSettings, index: int, person: Participant, ageing: Ageing, grid: Grid
 ) -> tuple[Anatomy, Pathology]:
     """The head on the simulation grid with its lesions, placed by a survey on a coarse grid."""
     spread, path = _draw_head(settings, index)
@@ -131,17 +131,17 @@ def _build(
 
     def build(on: Grid, mass_effect: MassEffect | None = None) -> Anatomy:
         if label_map is None:
-            return ShapedHead(seed, on, ageing, size, mass_effect)
+            return ParametricHead(seed, on, ageing, size, mass_effect)
         return LabelledHead(seed, on, ageing, label_map, size, mass_effect)
 
     if person.diagnosis == "healthy" and not ageing.has_hyperintensities:
         return build(grid), Pathology(grid)
-    survey = Survey.of(build(Grid.over_head(max(_SURVEY_MM, grid.spacing_mm[0]))))
+    survey = Survey.of(build(Grid.covering_head(max(_SURVEY_MM, grid.spacing_mm[0]))))
     pathology = draw_pathology(_stream(settings, index, "pathology"), person.diagnosis, survey, ageing)
     return build(grid, pathology.mass_effect), pathology
 
 
-def label_map_of(settings: CohortSettings, index: int) -> Path | None:
+def get_label_map_path(settings: CohortSettings, index: int) -> Path | None:
     """The label volume that subject number `index` is painted on; None where heads are shaped."""
     return _draw_head(settings, index)[1]
 
@@ -159,7 +159,7 @@ def _signal(contrast: str, tissue: Tissue, site: Site) -> float:
     return tissue_signal(contrast, tissue, protocol.sequence, site.field_tesla)
 
 
-def _paint(
+def _simulate_signals(
     anatomy: Anatomy, pathology: Pathology, grid: Grid, table: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Signals (C, X, Y, Z), segmentation (X, Y, Z) and the lesion's share (X, Y, Z), a few planes at a time.
@@ -189,7 +189,7 @@ def _paint(
     return signals, segmentation, lesion
 
 
-def contrasts_to_write(settings: CohortSettings, index: int) -> list[str]:
+def draw_contrasts(settings: CohortSettings, index: int) -> list[str]:
     """The contrasts that this session has; at least one."""
     rng = _stream(settings, index, "missing")
     kept = [c for c in settings.contrasts if rng.random() >= settings.missing_probability]
@@ -216,7 +216,7 @@ def scan_path(participant_id: str, contrast: str) -> str:
 
 
 def _write_scan(
-    folder: Path, person: Person, site: Site, acquisition: Acquisition, contrast: str, volume: np.ndarray
+    folder: Path, person: Participant, site: Site, acquisition: Acquisition, contrast: str, volume: np.ndarray
 ) -> None:
     path = folder / scan_path(person.participant_id, contrast)
     acquisition.store(path, np.clip(volume, 0, np.iinfo(np.int16).max), acquisition.grid(contrast), np.int16)
@@ -244,7 +244,7 @@ def _write_scan(
 
 def _write_derivatives(
     folder: Path,
-    person: Person,
+    person: Participant,
     acquisition: Acquisition,
     reference: Grid,
     segmentation: np.ndarray,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from brainfound.data.augmentation import ViewsRecipe
 from brainfound.errors import RecipeError
-from brainfound.models.blocks import Kept
+from brainfound.models.blocks import SavedActivations
 from brainfound.models.encoder import SliceEncoder
 from brainfound.models.kernels import Packing, available_kernels, choose_kernel
 from brainfound.pretraining.objectives.base import Objective
@@ -25,10 +25,10 @@ from brainfound.pretraining.objectives.encoder_with_heads import EncoderWithHead
 from brainfound.training import distributed as ranks
 from brainfound.training.engine import EngineRecipe
 
-SETTLED = ("attention", "compile", "crops")
+AUTO_KEYS = ("attention", "compile", "crops")
 """The keys of the engine whose "auto" is settled here."""
-_KEPT: dict[bool | str, Kept] = {False: "all", "pointwise": "products", True: "inputs"}
-_NUM_TRIED = 4  # crops of each size that a kernel is timed with
+_SAVED_ACTIVATIONS: dict[bool | str, SavedActivations] = {False: "all", "pointwise": "products", True: "inputs"}
+_NUM_TIMED_CROPS = 4  # crops of each size that a kernel is timed with
 
 
 class PretrainEngineRecipe(EngineRecipe):
@@ -50,7 +50,7 @@ class PretrainEngineRecipe(EngineRecipe):
     activations. "auto": packed on a GPU."""
 
 
-def settle(
+def resolve_auto_settings(
     engine: PretrainEngineRecipe, encoder: SliceEncoder, views: ViewsRecipe, device: torch.device
 ) -> tuple[PretrainEngineRecipe, dict[str, Any]]:
     """Replace each "auto" by what it comes to here, the same on all ranks, and say what was found.
@@ -79,10 +79,10 @@ def settle(
     on_gpu = device.type == "cuda"
     choice: dict[str, Any] = {
         "attention": kernel,
-        "compile": (on_gpu and _compiles(device)) if engine.compile == "auto" else engine.compile,
+        "compile": (on_gpu and _can_compile(device)) if engine.compile == "auto" else engine.compile,
         "crops": ("packed" if on_gpu else "separate") if engine.crops == "auto" else engine.crops,
     }
-    if engine.parallel == "fsdp" and ranks.active():
+    if engine.parallel == "fsdp" and ranks.is_distributed():
         # A sharded module hands its gradients over at the end of the one backward pass.
         choice["crops"] = "packed"
     (choice,) = broadcast_object_list([choice], from_process=0)
@@ -94,8 +94,8 @@ def apply(objective: Objective, engine: PretrainEngineRecipe) -> None:
     for module in (objective.student, *objective.frozen_modules()):
         for part in module.modules():
             if isinstance(part, SliceEncoder):
-                kept = _KEPT[engine.gradient_checkpointing]
-                part.set_running(engine.attention, compiled=bool(engine.compile), kept=kept)  # type: ignore[arg-type]
+                kept = _SAVED_ACTIVATIONS[engine.gradient_checkpointing]
+                part.configure_blocks(engine.attention, compiled=bool(engine.compile), kept=kept)  # type: ignore[arg-type]
             if isinstance(part, EncoderWithHeads):
                 part.separate_passes = engine.crops == "separate"
 
@@ -103,11 +103,11 @@ def apply(objective: Objective, engine: PretrainEngineRecipe) -> None:
 def _packing(encoder: SliceEncoder, views: ViewsRecipe) -> Packing:
     sides = [views.global_size] + ([views.local_size] if views.num_local else [])
     lengths = [encoder.num_prefix_tokens + (side // encoder.patch_size) ** 2 for side in sides]
-    return Packing(tuple((_NUM_TRIED, length) for length in lengths))
+    return Packing(tuple((_NUM_TIMED_CROPS, length) for length in lengths))
 
 
 @lru_cache
-def _compiles(device: torch.device) -> bool:
+def _can_compile(device: torch.device) -> bool:
     """Whether torch.compile works here; it needs a compiler, which not every machine has."""
 
     def twice(values: Tensor) -> Tensor:

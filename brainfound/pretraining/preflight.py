@@ -13,23 +13,23 @@ import numpy as np
 
 from brainfound.data.store import Store
 from brainfound.errors import RecipeError, UsageError
-from brainfound.models.start import patch_size_to_be
-from brainfound.pretraining.monitoring.probe_targets import require_target
+from brainfound.models.start import read_patch_size
+from brainfound.pretraining.monitoring.probe_targets import require_probe_target
 from brainfound.pretraining.objectives.masked_autoencoder import MaskedAutoencoderRecipe
 from brainfound.pretraining.starting_model import FROM_SCRATCH
-from brainfound.training.data_order import Neighbours, usable_rows
-from brainfound.training.schedules import share_of_start
+from brainfound.training.data_order import SliceNeighbours, usable_rows
+from brainfound.training.schedules import initial_weight_fraction
 
 if TYPE_CHECKING:
     from brainfound.pretraining.pretrain import PretrainRecipe
 
-ENOUGH = 0.5
+MIN_AFFECTED_FRACTION = 0.5
 """Part of the slices that an ablation should act on; below this there is a note."""
-MUCH_OF_START = 0.05
+MAX_INITIAL_WEIGHT_FRACTION = 0.05
 """Part of its first weights that a teacher may still hold at the end; above this there is a note."""
 
 
-def require_fit(recipe: PretrainRecipe, store: Store, num_processes: int = 1) -> list[str]:
+def run_preflight_checks(recipe: PretrainRecipe, store: Store, num_processes: int = 1) -> list[str]:
     """Refuse a recipe that cannot work with a store, and list what its author should know.
 
     Of the starting model only the configuration is read.
@@ -43,29 +43,29 @@ def require_fit(recipe: PretrainRecipe, store: Store, num_processes: int = 1) ->
         ModelError: the starting model's configuration cannot be read.
     """
     if recipe.probe.every and recipe.probe.target != "auto":
-        require_target(store, recipe.probe.target)
+        require_probe_target(store, recipe.probe.target)
     return [
-        *_on_slices(recipe, store),
-        *_on_views(recipe, store),
-        *_on_batches(recipe, store),
-        *_on_teacher(recipe),
-        *_on_unread_settings(recipe, num_processes),
+        *_check_slices(recipe, store),
+        *_check_views(recipe, store),
+        *_check_batches(recipe, store),
+        *_check_teacher(recipe),
+        *_check_ignored_settings(recipe, num_processes),
     ]
 
 
-def _distils(recipe: PretrainRecipe) -> bool:
+def _uses_distillation(recipe: PretrainRecipe) -> bool:
     return not isinstance(recipe.objective, MaskedAutoencoderRecipe)
 
 
-def _on_slices(recipe: PretrainRecipe, store: Store) -> Iterator[str]:
+def _check_slices(recipe: PretrainRecipe, store: Store) -> Iterator[str]:
     """Slices against crops and patches."""
-    if _distils(recipe):
+    if _uses_distillation(recipe):
         recipe.views.require_smaller_local_crops()
     height, width = store.preprocessing.size
     if recipe.init.source == FROM_SCRATCH:
         patch: int | None = recipe.init.scratch.patch_size
     else:
-        patch = patch_size_to_be(recipe.init.source, store.contrasts)
+        patch = read_patch_size(recipe.init.source, store.contrasts)
     if patch and (height % patch or width % patch):
         nearest = ",".join(str(max(1, side // patch) * patch) for side in (height, width))
         if recipe.probe.every:
@@ -90,14 +90,14 @@ def _on_slices(recipe: PretrainRecipe, store: Store) -> Iterator[str]:
         )
 
 
-def _on_views(recipe: PretrainRecipe, store: Store) -> Iterator[str]:
+def _check_views(recipe: PretrainRecipe, store: Store) -> Iterator[str]:
     """Ablations that need something of the store."""
     views = recipe.views
-    if not _distils(recipe):
+    if not _uses_distillation(recipe):
         return
     rows = usable_rows(store, views.slice_margin)
     if views.neighbour_mm:
-        share = float(np.mean(Neighbours(store, rows, views.neighbour_mm).num_others > 0))
+        share = float(np.mean(SliceNeighbours(store, rows, views.neighbour_mm).num_others > 0))
         if share == 0:
             nearest = _smallest_distance_mm(store, rows)
             raise RecipeError(
@@ -107,7 +107,7 @@ def _on_views(recipe: PretrainRecipe, store: Store) -> Iterator[str]:
                 expected="0, as sessions have one slice each" if nearest is None else f"{nearest:.3g} or more, or 0",
                 remedy=f"Set views.neighbour_mm={0 if nearest is None else f'{nearest:.3g}'}",
             )
-        if share < ENOUGH:
+        if share < MIN_AFFECTED_FRACTION:
             yield (
                 f"views.neighbour_mm={views.neighbour_mm:g}: {share:.0%} of the slices have another one of their"
                 " session within that distance; the others are paired with themselves"
@@ -122,7 +122,7 @@ def _on_views(recipe: PretrainRecipe, store: Store) -> Iterator[str]:
                 expected="0 for this store",
                 remedy="Set views.split_contrasts=0",
             )
-        if several.mean() < ENOUGH:
+        if several.mean() < MIN_AFFECTED_FRACTION:
             yield (
                 f"views.split_contrasts={views.split_contrasts:g}: {several.mean():.0%} of the slices are of sessions"
                 " with two or more contrasts; the others are not split"
@@ -136,7 +136,7 @@ def _smallest_distance_mm(store: Store, rows: np.ndarray) -> float | None:
     return float(distances.min()) if len(distances) else None
 
 
-def _on_batches(recipe: PretrainRecipe, store: Store) -> Iterator[str]:
+def _check_batches(recipe: PretrainRecipe, store: Store) -> Iterator[str]:
     num_slices, batch = len(usable_rows(store, recipe.views.slice_margin)), recipe.engine.batch_size
     if recipe.engine.steps and batch > num_slices:
         yield (
@@ -145,35 +145,37 @@ def _on_batches(recipe: PretrainRecipe, store: Store) -> Iterator[str]:
         )
 
 
-def _on_teacher(recipe: PretrainRecipe) -> Iterator[str]:
+def _check_teacher(recipe: PretrainRecipe) -> Iterator[str]:
     """A teacher that follows too slowly for the length of the run is exported nearly as it began."""
     steps, warmup = recipe.engine.steps, recipe.schedule.head_warmup_steps
     if isinstance(recipe.objective, MaskedAutoencoderRecipe) or not steps:
         return
     start, end = recipe.objective.momentum
-    share = share_of_start(start, end, steps, warmup)
-    if share > MUCH_OF_START:
+    share = initial_weight_fraction(start, end, steps, warmup)
+    if share > MAX_INITIAL_WEIGHT_FRACTION:
         hundredths = (value / 100 for value in range(99, 89, -1))
-        enough = (m for m in hundredths if share_of_start(m, end, steps, warmup) <= MUCH_OF_START)
+        enough = (
+            m for m in hundredths if initial_weight_fraction(m, end, steps, warmup) <= MAX_INITIAL_WEIGHT_FRACTION
+        )
         remedy = next((f", or set 'objective.momentum=[{m:g},{end:g}]'" for m in enough), "")
         yield (
-            f"objective.momentum={_as_written((start, end))} over {steps} steps: {share:.0%} of the exported teacher"
+            f"objective.momentum={_format_setting((start, end))} over {steps} steps: {share:.0%} of the exported teacher"
             f" will be the weights that it began with. Train for longer{remedy}"
         )
 
 
-def _on_unread_settings(recipe: PretrainRecipe, num_processes: int) -> Iterator[str]:
+def _check_ignored_settings(recipe: PretrainRecipe, num_processes: int) -> Iterator[str]:
     """Settings that were changed and have no effect, or another one than elsewhere."""
-    if unread := recipe.trained.not_read():
-        named = ", ".join(f"trained.{key}={_as_written(getattr(recipe.trained, key))}" for key in unread)
+    if unread := recipe.trained.ignored_keys():
+        named = ", ".join(f"trained.{key}={_format_setting(getattr(recipe.trained, key))}" for key in unread)
         yield f"trained.part is {recipe.trained.part}: {named} {'has' if len(unread) == 1 else 'have'} no effect"
-    if not _distils(recipe):
-        yield from _on_views_of_one_crop(recipe)
+    if not _uses_distillation(recipe):
+        yield from _check_single_crop_views(recipe)
     if recipe.engine.parallel == "fsdp" and num_processes > 1 and recipe.engine.crops == "separate":
         yield "engine.parallel is fsdp: crops are packed, not separate, as sharded weights have one backward pass"
 
 
-def _on_views_of_one_crop(recipe: PretrainRecipe) -> Iterator[str]:
+def _check_single_crop_views(recipe: PretrainRecipe) -> Iterator[str]:
     """Masked autoencoding sees one crop of a slice, made as the first global one of self-distillation."""
     views, default = recipe.views, type(recipe.views)()
     changed = [key for key in ("num_local", "neighbour_mm") if getattr(views, key) not in (0, getattr(default, key))]
@@ -187,5 +189,5 @@ def _on_views_of_one_crop(recipe: PretrainRecipe) -> Iterator[str]:
         )
 
 
-def _as_written(value: object) -> str:
+def _format_setting(value: object) -> str:
     return f"[{','.join(map(str, value))}]" if isinstance(value, tuple) else f"{value:g}"  # type: ignore[str-format]

@@ -30,20 +30,20 @@ from brainfound.models import BrainFoundModel
 from brainfound.pretraining import execution as running
 from brainfound.pretraining.dry_run import report as dry_run_report
 from brainfound.pretraining.dry_run import trial as trials
-from brainfound.pretraining.dry_run.trial import Machine
+from brainfound.pretraining.dry_run.trial import TargetHardware
 from brainfound.pretraining.execution import PretrainEngineRecipe
 from brainfound.pretraining.monitoring.guard import Guard, GuardRecipe
 from brainfound.pretraining.monitoring.probes import Probe, ProbeRecipe
 from brainfound.pretraining.objectives import registry as making
 from brainfound.pretraining.objectives.registry import ObjectiveRecipe, make_objective
 from brainfound.pretraining.objectives.self_distillation import SelfDistillationRecipe
-from brainfound.pretraining.preflight import require_fit
+from brainfound.pretraining.preflight import run_preflight_checks
 from brainfound.pretraining.starting_model import (
     FROM_SCRATCH,
     InitRecipe,
     TrainedPartRecipe,
+    build_meta_model,
     build_model,
-    outline_model,
 )
 from brainfound.pretraining.task import PretrainTask
 from brainfound.recipes import Recipe, load, validate
@@ -52,14 +52,20 @@ from brainfound.training import distributed as sharding
 from brainfound.training import run_folder as run_files
 from brainfound.training.engine import Engine, make_accelerator
 from brainfound.training.optim import OptimRecipe
-from brainfound.training.run_folder import as_begun, checkpoint_to_resume, common_facts, has_ended, only_one_training
+from brainfound.training.run_folder import (
+    common_run_info,
+    find_resume_checkpoint,
+    is_run_complete,
+    lock_run_folder,
+    restore_auto_settings,
+)
 from brainfound.training.schedules import ScheduleRecipe, effective_lr
 
 
 class PretrainRecipe(Recipe):
     """Everything that a pretraining run is made of."""
 
-    mistaken_for: ClassVar[Mapping[str, str]] = {
+    lookalikes: ClassVar[Mapping[str, str]] = {
         "brainfound.finetuning.recipe:FinetuneRecipe": "this is a fine-tuning recipe; use `brainfound finetune`"
     }
 
@@ -83,7 +89,7 @@ class PretrainRecipe(Recipe):
 
 # What may change between a run and its continuation: nothing in here is part of what is learnt, beyond rounding and
 # what stochastic depth drops.
-FREE_ON_RESUME = (
+CHANGEABLE_ON_RESUME = (
     "name",
     "data",
     "guard",
@@ -137,7 +143,7 @@ def pretrain(
         TrainingError: the guard stopped the run (the best teacher is exported), it was interrupted, or another
             process is training in `out`.
     """
-    machine = Machine.of(gpus, gpu)
+    machine = TargetHardware.of(gpus, gpu)
     if machine is not None and not dry_run:
         raise UsageError("an estimate for other GPUs is part of a dry run", where="--gpu", remedy="Give --dry-run too")
     content, notes = _resolve(recipe, init, overrides)
@@ -149,51 +155,53 @@ def pretrain(
     return _run(content, store, folder, resume, quiet, notes)
 
 
-def _dry_run(recipe: PretrainRecipe, store: Store, machine: Machine | None, quiet: bool) -> None:
+def _dry_run(recipe: PretrainRecipe, store: Store, machine: TargetHardware | None, quiet: bool) -> None:
     """Two real steps that leave nothing behind, and what they say about the whole run."""
     precision = recipe.engine.precision
     if machine is not None:
-        machine.require_share(recipe.engine)
+        machine.require_divisible_batch(recipe.engine)
         # What is fast there may be hundreds of times slower here.
         precision = "auto" if precision == "bf16" else precision
     accelerator = make_accelerator(precision)
     console = Console(stderr=True, quiet=quiet or not accelerator.is_main_process, highlight=False, soft_wrap=True)
-    for note in require_fit(recipe, store, machine.num_gpus if machine else accelerator.num_processes):
+    for note in run_preflight_checks(recipe, store, machine.num_gpus if machine else accelerator.num_processes):
         console.print(note)
     # Schedules that end with the trial, and no probe.
-    trial = _with_engine(recipe, steps=trials.NUM_STEPS, precision=accelerator.mixed_precision)
+    trial = _update_engine(recipe, steps=trials.NUM_STEPS, precision=accelerator.mixed_precision)
     trial = trial.model_copy(update={"probe": recipe.probe.model_copy(update={"every": 0})})
     if machine is not None:
-        few = trials.for_estimate(trial.engine, machine, accelerator.num_processes)
+        few = trials.shrink_engine_for_estimate(trial.engine, machine, accelerator.num_processes)
         trial = trial.model_copy(update={"engine": few})
-        if _is_too_large_to_try(trial, store, recipe, machine, accelerator):
+        if _exceeds_available_memory(trial, store, recipe, machine, accelerator):
             return
     with tempfile.TemporaryDirectory(prefix="brainfound-dry-run-") as temporary:
         folder = Path(temporary)
         model = build_model(trial.init, store, trial.views.global_size, trial.seed)
-        settled, _ = running.settle(trial.engine, model.encoder, trial.views, accelerator.device)
+        settled, _ = running.resolve_auto_settings(trial.engine, model.encoder, trial.views, accelerator.device)
         trial = trial.model_copy(update={"engine": settled})
         task = _make_task(trial, store, model, folder, accelerator)
-        found = trials.try_out(task, trial.views, trial.engine, folder, accelerator, quiet, machine is not None)
+        found = trials.measure_training_steps(
+            task, trial.views, trial.engine, folder, accelerator, quiet, machine is not None
+        )
     if found is not None:
         for line in dry_run_report.report(found, recipe.engine, recipe.optim.lr, machine):
             print(line)
 
 
-def _is_too_large_to_try(
-    trial: PretrainRecipe, store: Store, recipe: PretrainRecipe, machine: Machine, accelerator: Any
+def _exceeds_available_memory(
+    trial: PretrainRecipe, store: Store, recipe: PretrainRecipe, machine: TargetHardware, accelerator: Any
 ) -> bool:
     """Whether the weights of a trial do not fit into this machine; what can be said without one is printed then."""
-    model = outline_model(trial.init, store, trial.views.global_size)
+    model = build_meta_model(trial.init, store, trial.views.global_size)
     with torch.device("meta"):
         objective = make_objective(
             trial.objective, trial.trained, model.encoder, trial.views, trial.engine.steps, trial.seed
         )
-    sizes = trials.Sizes.of(objective, trial.views, Guard(trial.guard).may_roll_back)
-    free = trials.free_bytes(accelerator.device)
-    (too_large,) = ranks.any_over_ranks(sizes.weights.trial_bytes > free, device=accelerator.device)
+    sizes = trials.AnalyticCosts.of(objective, trial.views, Guard(trial.guard).may_roll_back)
+    free = trials.available_memory_bytes(accelerator.device)
+    (too_large,) = ranks.any_over_ranks(sizes.weights.dry_run_bytes > free, device=accelerator.device)
     if too_large and accelerator.is_main_process:
-        for line in dry_run_report.report_untried(sizes, free, recipe.engine, recipe.optim.lr, machine):
+        for line in dry_run_report.report_without_measurement(sizes, free, recipe.engine, recipe.optim.lr, machine):
             print(line)
     return too_large
 
@@ -206,7 +214,7 @@ def _resolve(
     if init is not None:
         content = content.model_copy(update={"init": content.init.model_copy(update={"source": str(init)})})
     if content.init.source == FROM_SCRATCH:
-        content, more = _from_scratch(content)
+        content, more = _adapt_to_scratch(content)
         notes += more
     if content.schedule.head_warmup_steps >= content.engine.steps > 0:
         raise RecipeError(
@@ -224,12 +232,12 @@ def _with_overrides(recipe: PretrainRecipe | str | Path, overrides: list[str]) -
     values = {key.strip(): value.strip() for key, _, value in (text.partition("=") for text in overrides)}
     kind = values.get("objective.kind")
     notes: list[str] = []
-    if kind in making.RECIPES:
+    if kind in making.OBJECTIVE_RECIPES:
         # What the recipe says of its own objective need not mean anything to another one.
         before = recipe if isinstance(recipe, PretrainRecipe) else load(PretrainRecipe, recipe, "train")
         content = before.model_dump(mode="json", exclude_unset=True)
         own = {"kind": before.objective.kind, **before.objective.model_dump(mode="json", exclude_defaults=True)}
-        content["objective"], left_out = making.settings_for(kind, own)
+        content["objective"], left_out = making.convert_settings(kind, own)
         if left_out:
             notes.append(f"objective.kind is {kind}; of the recipe's objective, {', '.join(left_out)} is not used")
         resolved = validate(PretrainRecipe, content, overrides)
@@ -242,7 +250,7 @@ def _with_overrides(recipe: PretrainRecipe | str | Path, overrides: list[str]) -
     return resolved, notes
 
 
-def _from_scratch(recipe: PretrainRecipe) -> tuple[PretrainRecipe, list[str]]:
+def _adapt_to_scratch(recipe: PretrainRecipe) -> tuple[PretrainRecipe, list[str]]:
     """New weights are nothing to be anchored to, and need no waiting for their heads."""
     content = recipe.model_dump(mode="json")
     notes = []
@@ -269,15 +277,15 @@ def _open_store(recipe: PretrainRecipe, data: str | Path | Store | None) -> Stor
 
 
 def _run(recipe: PretrainRecipe, store: Store, folder: Path, resume: bool, quiet: bool, notes: list[str]) -> Path:
-    recipe = as_begun(folder, recipe, ("precision", *running.SETTLED), resume)
+    recipe = restore_auto_settings(folder, recipe, ("precision", *running.AUTO_KEYS), resume)
     accelerator = make_accelerator(recipe.engine.precision)
     console = Console(stderr=True, quiet=quiet or not accelerator.is_main_process, highlight=False, soft_wrap=True)
     if recipe.engine.parallel == "fsdp" and accelerator.num_processes == 1:
         notes = [*notes, "engine.parallel is fsdp, but one process has nobody to share with: nothing is sharded"]
-    for note in [*notes, *require_fit(recipe, store, accelerator.num_processes)]:
+    for note in [*notes, *run_preflight_checks(recipe, store, accelerator.num_processes)]:
         console.print(note)
-    recipe = _with_engine(recipe, precision=accelerator.mixed_precision)
-    with only_one_training(folder, resume, accelerator):
+    recipe = _update_engine(recipe, precision=accelerator.mixed_precision)
+    with lock_run_folder(folder, resume, accelerator):
         return _train(recipe, store, folder, resume, accelerator, console)
 
 
@@ -285,16 +293,16 @@ def _train(
     recipe: PretrainRecipe, store: Store, folder: Path, resume: bool, accelerator: Accelerator, console: Console
 ) -> Path:
     """A run in a folder that nobody else writes into."""
-    checkpoint = checkpoint_to_resume(folder, recipe, store, resume, FREE_ON_RESUME, accelerator)
-    if resume and has_ended(folder, checkpoint, recipe.engine.steps):
+    checkpoint = find_resume_checkpoint(folder, recipe, store, resume, CHANGEABLE_ON_RESUME, accelerator)
+    if resume and is_run_complete(folder, checkpoint, recipe.engine.steps):
         console.print(f"this run is finished; its export is {folder / run_files.EXPORT_FOLDER}")
         return folder
     model = build_model(recipe.init, store, recipe.views.global_size, recipe.seed)
-    engine_recipe, found = running.settle(recipe.engine, model.encoder, recipe.views, accelerator.device)
+    engine_recipe, found = running.resolve_auto_settings(recipe.engine, model.encoder, recipe.views, accelerator.device)
     recipe = recipe.model_copy(update={"engine": engine_recipe})
     task = _make_task(recipe, store, model, folder, accelerator)
     facts = (
-        common_facts(store, accelerator, recipe.seed)
+        common_run_info(store, accelerator, recipe.seed)
         | found
         | {
             "num_slices": len(task.dataset),
@@ -315,12 +323,12 @@ def _train(
     )
     engine = Engine(task, recipe.engine, folder, accelerator, recipe.seed, console.quiet)
     engine.require_space()
-    ranks.on_main_rank(lambda: run_files.start(folder, recipe, facts), accelerator.is_main_process)
+    ranks.run_on_main_rank(lambda: run_files.start(folder, recipe, facts), accelerator.is_main_process)
     if checkpoint is not None:
         engine.resume(checkpoint)
         console.print(f"going on from {checkpoint.name}")
     else:
-        engine.log.forget_after(-1)  # of a run that was killed before its first checkpoint
+        engine.log.truncate_after(-1)  # of a run that was killed before its first checkpoint
     accelerator.wait_for_everyone()
     stopped: TrainingError | None = None
     try:
@@ -329,7 +337,7 @@ def _train(
         # The same on all ranks. What was learnt before the stop is still worth having.
         stopped = error
     try:
-        _leave(recipe, store, folder, model, engine, task, stopped)
+        _export_and_finish(recipe, store, folder, model, engine, task, stopped)
     except TrainingError as error:
         if stopped is None:
             raise
@@ -340,7 +348,7 @@ def _train(
     return folder
 
 
-def _leave(
+def _export_and_finish(
     recipe: PretrainRecipe,
     store: Store,
     folder: Path,
@@ -369,10 +377,10 @@ def _leave(
         status = run_files.DONE if stopped is None else f"stopped: {stopped}"
         run_files.finish(folder, status, exported_step, engine.step)
 
-    ranks.on_main_rank(write, is_main)
+    ranks.run_on_main_rank(write, is_main)
 
 
-def _with_engine(recipe: PretrainRecipe, **fields: Any) -> PretrainRecipe:
+def _update_engine(recipe: PretrainRecipe, **fields: Any) -> PretrainRecipe:
     return recipe.model_copy(update={"engine": recipe.engine.model_copy(update=fields)})
 
 

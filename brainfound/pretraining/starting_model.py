@@ -26,17 +26,17 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from brainfound.adapters.attach import open_last_blocks
+from brainfound.adapters.attach import unfreeze_last_blocks
 from brainfound.adapters.roles import require_known_roles, resolve_targets
 from brainfound.data.store import Store
 from brainfound.errors import RecipeError
 from brainfound.models import BrainFoundConfig, BrainFoundModel
-from brainfound.models.backbones import config_of
+from brainfound.models.backbones import load_backbone_config
 from brainfound.models.configuration import SUPPORTED_BACKBONES
 from brainfound.models.encoder import SliceEncoder
-from brainfound.models.start import is_brainfound, start_from
+from brainfound.models.start import is_brainfound, load_initial_model
 from brainfound.recipes import Recipe
-from brainfound.training.randomness import INITIALISATION, seed_of, torch_generator
+from brainfound.training.randomness import INITIALISATION, derive_seed, torch_generator
 
 FROM_SCRATCH = "none"
 _MODEL_STREAM = 1000  # apart from the streams of the heads, which count from 0
@@ -76,15 +76,15 @@ def build_model(recipe: InitRecipe, store: Store, image_size: int, seed: int) ->
     """
     source = recipe.source
     # New weights (a whole ViT, or an aggregator) are drawn from the global generator by the library.
-    torch.manual_seed(seed_of(INITIALISATION, seed, _MODEL_STREAM))
+    torch.manual_seed(derive_seed(INITIALISATION, seed, _MODEL_STREAM))
     if source == FROM_SCRATCH:
         return BrainFoundModel(_scratch_config(recipe.scratch, store, image_size))
-    model = start_from(BrainFoundModel, source, store.contrasts)
+    model = load_initial_model(BrainFoundModel, source, store.contrasts)
     model.encoder.require_single_slices()
     return model
 
 
-def outline_model(recipe: InitRecipe, store: Store, image_size: int) -> BrainFoundModel:
+def build_meta_model(recipe: InitRecipe, store: Store, image_size: int) -> BrainFoundModel:
     """The starting model in its sizes only: on the meta device, where a weight takes no memory and has no value.
 
     Raises:
@@ -97,7 +97,7 @@ def outline_model(recipe: InitRecipe, store: Store, image_size: int) -> BrainFou
         config = BrainFoundConfig.from_pretrained(recipe.source)
     else:
         config = BrainFoundConfig(
-            backbone_config=config_of(recipe.source), contrasts=store.contrasts, backbone_source=None
+            backbone_config=load_backbone_config(recipe.source), contrasts=store.contrasts, backbone_source=None
         )
     with torch.device("meta"):
         model = BrainFoundModel(config)
@@ -125,7 +125,7 @@ def _scratch_config(scratch: ScratchRecipe, store: Store, image_size: int) -> Br
     return BrainFoundConfig(backbone_config=backbone, contrasts=store.contrasts, backbone_source=None)
 
 
-NEW_PARTS = ("mask_token", "contrast_embedding")
+NEW_PARAMETERS = ("mask_token", "contrast_embedding")
 _ADAPTER = "default"
 _ADAPTER_STREAM = 2000  # apart from the streams of heads, decoders and the model
 
@@ -158,7 +158,7 @@ class TrainedPartRecipe(Recipe):
             raise ValueError("the patch embedding belongs to no block; leave out patch")
         return value
 
-    def not_read(self) -> list[str]:
+    def ignored_keys(self) -> list[str]:
         """The keys that were changed but mean nothing for this part."""
         unread = {"full": ("blocks", "rank", "alpha", "roles"), "last_blocks": ("rank", "alpha", "roles"), "lora": ()}
         fields = type(self).model_fields
@@ -175,7 +175,7 @@ class TrainedPartRecipe(Recipe):
         return f"{kept}, all norms, mask token, contrast embeddings, and {updates} (ExPLoRA), merged into the weights"
 
 
-def choose_trained_part(encoder: SliceEncoder, recipe: TrainedPartRecipe, seed: int) -> SliceEncoder:
+def select_trainable_part(encoder: SliceEncoder, recipe: TrainedPartRecipe, seed: int) -> SliceEncoder:
     """An encoder in which what is to be trained, and nothing else, requires gradients.
 
     For "full" it is the encoder itself, otherwise a copy. With "lora" the copy has updates, and answers as
@@ -198,37 +198,37 @@ def choose_trained_part(encoder: SliceEncoder, recipe: TrainedPartRecipe, seed: 
         )
     encoder = copy.deepcopy(encoder).requires_grad_(False)
     if recipe.part == "lora":
-        _inject(encoder, recipe, num_frozen, seed)
-    open_last_blocks(encoder, recipe.blocks)
+        _inject_lora(encoder, recipe, num_frozen, seed)
+    unfreeze_last_blocks(encoder, recipe.blocks)
     if recipe.part == "lora":
         for module in encoder.modules():
             if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
                 module.requires_grad_(True)
     for name, parameter in encoder.named_parameters():
-        if any(part in name for part in NEW_PARTS):
+        if any(part in name for part in NEW_PARAMETERS):
             parameter.requires_grad_(True)
     return encoder
 
 
-def without_adapters(encoder: SliceEncoder) -> SliceEncoder:
+def merge_adapters(encoder: SliceEncoder) -> SliceEncoder:
     """A copy of an encoder with its updates added into plain matrices; of a plain encoder, a copy."""
     plain = copy.deepcopy(encoder)
-    for name, layer in _adapted(plain).items():
+    for name, layer in _lora_layers(plain).items():
         parent, _, child = name.rpartition(".")
         setattr(plain.get_submodule(parent), child, layer.get_base_layer())
-    plain.load_state_dict(plain_state(encoder, encoder.state_dict()))
+    plain.load_state_dict(merged_state_dict(encoder, encoder.state_dict()))
     return plain
 
 
 @torch.no_grad()
-def plain_state(encoder: SliceEncoder, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def merged_state_dict(encoder: SliceEncoder, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state of an encoder under the names of one without updates: W + (alpha / rank) · B·A.
 
     Args:
         encoder: says which of its matrices have updates.
         state: its ``state_dict()``, or one of the same names that was gathered from several ranks.
     """
-    adapted = _adapted(encoder)
+    adapted = _lora_layers(encoder)
     merged: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if ".lora_" in name:
@@ -241,11 +241,11 @@ def plain_state(encoder: SliceEncoder, state: Mapping[str, Tensor]) -> dict[str,
     return merged
 
 
-def _adapted(encoder: nn.Module) -> dict[str, Any]:
+def _lora_layers(encoder: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in encoder.named_modules() if isinstance(module, LoraLayer)}
 
 
-def _inject(encoder: SliceEncoder, recipe: TrainedPartRecipe, num_frozen: int, seed: int) -> None:
+def _inject_lora(encoder: SliceEncoder, recipe: TrainedPartRecipe, num_frozen: int, seed: int) -> None:
     """Give the first `num_frozen` blocks updates, in place; the encoder keeps its class and its other names."""
     config = LoraConfig(
         r=recipe.rank,
@@ -255,6 +255,6 @@ def _inject(encoder: SliceEncoder, recipe: TrainedPartRecipe, num_frozen: int, s
     )
     inject_adapter_in_model(config, encoder, _ADAPTER)
     generator = torch_generator(INITIALISATION, seed, _ADAPTER_STREAM)
-    for layer in _adapted(encoder).values():
+    for layer in _lora_layers(encoder).values():
         # As the library draws it, but not from the global generator, whose state differs between ranks.
         nn.init.kaiming_uniform_(layer.lora_A[_ADAPTER].weight, a=math.sqrt(5), generator=generator)

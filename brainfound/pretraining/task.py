@@ -14,23 +14,23 @@ from torch import Tensor, nn
 
 from brainfound.data.store import Store
 from brainfound.errors import TrainingError
-from brainfound.pretraining.monitoring.guard import Guard, RollBack, watched_in
+from brainfound.pretraining.monitoring.guard import Guard, RollbackRequested, read_retention_scores
 from brainfound.pretraining.monitoring.probes import Probe
-from brainfound.pretraining.objectives.base import Objective, SliceBatch, StepKey
+from brainfound.pretraining.objectives.base import Objective, PretrainBatch, StepKey
 from brainfound.training import checkpoint, schedules
 from brainfound.training import distributed as ranks
-from brainfound.training.checkpoint import told_in_one_line
-from brainfound.training.data_order import EpochOrder, RankBatches, SliceRows, slice_loader, usable_rows
+from brainfound.training.checkpoint import wrap_write_errors
+from brainfound.training.data_order import EpochOrder, RankBatchSampler, SliceDataset, make_slice_loader, usable_rows
 from brainfound.training.distributed import is_sharded
 from brainfound.training.engine import EngineRecipe, TrainTask
 from brainfound.training.optim import OptimRecipe, make_optimizer, parameter_groups
-from brainfound.training.prefetch import prefetched
+from brainfound.training.prefetch import prefetch_to_device
 from brainfound.training.schedules import ScheduleRecipe
 
 
-def num_best_encoders(engine: EngineRecipe, may_roll_back: bool) -> int:
+def max_best_encoders_on_disk(engine: EngineRecipe, may_roll_back: bool) -> int:
     """How many encoders of best probes are on the disk at the worst moment: one of each checkpoint, and a new one."""
-    return engine.most_checkpoints(may_roll_back)
+    return engine.max_checkpoints_on_disk(may_roll_back)
 
 
 class PretrainTask(TrainTask):
@@ -74,27 +74,27 @@ class PretrainTask(TrainTask):
         self.clip_norm = optim.clip_norm
         self.evaluate_every = evaluate_every if probe is not None else 0
         self.may_roll_back = guard.may_roll_back
-        self.dataset = SliceRows(store, usable_rows(store, slice_margin), neighbour_mm)
+        self.dataset = SliceDataset(store, usable_rows(store, slice_margin), neighbour_mm)
         self.order = EpochOrder(len(self.dataset), seed)
         # Refuses a batch that cannot be shared or learnt from, before anything is made.
-        objective.require_batch(self._rank_batches(0).per_rank)
+        objective.require_batch_size(self._rank_batches(0).per_rank)
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         num_layers = self.objective.exported_encoder.num_layers
         return make_optimizer(parameter_groups(self.model.named_parameters(), num_layers, self.optim), self.optim)
 
-    def _rank_batches(self, first_step: int) -> RankBatches:
+    def _rank_batches(self, first_step: int) -> RankBatchSampler:
         engine = self.engine
-        return RankBatches(
+        return RankBatchSampler(
             self.order, engine.batch_size, engine.accumulation, self.rank, self.world_size, first_step, engine.steps
         )
 
-    def batches(self, first_step: int) -> Iterator[SliceBatch]:
-        loader = slice_loader(self.dataset, self._rank_batches(first_step), self.engine.num_workers)
-        return prefetched(loader, self.device)
+    def batches(self, first_step: int) -> Iterator[PretrainBatch]:
+        loader = make_slice_loader(self.dataset, self._rank_batches(first_step), self.engine.num_workers)
+        return prefetch_to_device(loader, self.device)
 
     def loss(
-        self, model: nn.Module, batch: SliceBatch, step: int, micro_batch: int
+        self, model: nn.Module, batch: PretrainBatch, step: int, micro_batch: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         return self.objective.loss(model, batch, StepKey(self.seed, step, micro_batch, self.rank))
 
@@ -120,57 +120,61 @@ class PretrainTask(TrainTask):
     def after_step(self, step: int, taken: Tensor) -> None:
         self.objective.after_step(step, taken)
 
-    def scheduled(self, step: int) -> dict[str, float]:
+    def scheduled_values(self, step: int) -> dict[str, float]:
         return self.objective.schedule(step)
 
-    def gauges(self) -> dict[str, float]:
-        return self.objective.gauges()
+    def health_metrics(self) -> dict[str, float]:
+        return self.objective.health_metrics()
 
     def evaluate(self, step: int) -> dict[str, Any]:
         assert self.probe is not None
         scores = self.probe.run(self.objective.exported_encoder, self.device, step == 0)
         return scores.line(self.probe.recipe.method)
 
-    def look(self, step: int, line: Mapping[str, Any]) -> None:
+    def on_log_line(self, step: int, line: Mapping[str, Any]) -> None:
         if self.rank == 0:
             for text in self.guard.warnings(line):
                 warnings.warn(text, stacklevel=2)
         if "loss" in line:
-            self.guard.look(step, line)
+            self.guard.on_log_line(step, line)
             return
         if step == 0 and self.probe is not None:
-            ranks.on_main_rank(self.probe.save_start, self.rank == 0)
+            ranks.run_on_main_rank(self.probe.save_start, self.rank == 0)
         # The best encoder is kept before the guard may stop the run because of a later one.
-        watched = watched_in(line)
+        watched = read_retention_scores(line)
         if self.guard.is_best(step, line["probe"], watched):
-            self._keep_best(step)
-        self.guard.judge(step, line["probe"], line["probe_standard_error"], watched)
+            self._save_best_encoder(step)
+        self.guard.record_probe(step, line["probe"], line["probe_standard_error"], watched)
 
-    def not_finite(self, step: int, error: TrainingError) -> None:
-        self.guard.fail(step, error.what, error.remedy)
+    def on_nonfinite_steps(self, step: int, error: TrainingError) -> None:
+        self.guard.handle_failure(step, error.what, error.remedy)
 
-    def keeps(self, step: int) -> bool:
-        return self.guard.keeps(step)
+    def should_keep_checkpoint(self, step: int) -> bool:
+        return self.guard.should_keep_checkpoint(step)
 
-    def rolled_back(self, from_step: int, reason: str) -> dict[str, Any]:
-        return self.guard.rolled_back()
+    def on_rollback(self, from_step: int, reason: str) -> dict[str, Any]:
+        return self.guard.on_rollback()
 
-    def cannot_roll_back(self, step: int, wish: RollBack, error: TrainingError) -> None:
-        self.guard.stop(step, f"{wish.what}, and {error.what} ({error.got})", wish.remedy or "Lower optim.lr")
+    def on_rollback_failed(self, step: int, rollback_request: RollbackRequested, error: TrainingError) -> None:
+        self.guard.stop(
+            step,
+            f"{rollback_request.what}, and {error.what} ({error.got})",
+            rollback_request.remedy or "Lower optim.lr",
+        )
 
-    def best_file(self, step: int) -> Path:
+    def best_encoder_path(self, step: int) -> Path:
         """Where the encoder of a best probe is kept."""
         return self.best_folder / f"step-{step:06d}.safetensors"
 
-    def _keep_best(self, step: int) -> None:
+    def _save_best_encoder(self, step: int) -> None:
         weights: dict[str, Tensor] = {}
         if self.rank == 0 or is_sharded(self.model):
             weights = {name: t.detach().cpu().contiguous() for name, t in self.objective.exported_state().items()}
-        ranks.on_main_rank(lambda: self._write_best(step, weights), self.rank == 0)
+        ranks.run_on_main_rank(lambda: self._write_best(step, weights), self.rank == 0)
 
     def _write_best(self, step: int, weights: dict[str, Tensor]) -> None:
-        kept, temporary = self.best_file(step), self.best_folder / ".writing"
-        with told_in_one_line("the encoder of the best probe", kept):
+        kept, temporary = self.best_encoder_path(step), self.best_folder / ".writing"
+        with wrap_write_errors("the encoder of the best probe", kept):
             self.best_folder.mkdir(parents=True, exist_ok=True)
             try:
                 save_file(weights, temporary)
@@ -179,13 +183,13 @@ class PretrainTask(TrainTask):
                 temporary.unlink(missing_ok=True)
             # A run that is killed goes on from a checkpoint, and may stop again before it is here: what a checkpoint
             # takes for the best stays as long as that checkpoint.
-            known = {self.best_file(best) for best in self._best_of_checkpoints()}
+            known = {self.best_encoder_path(best) for best in self._best_steps_in_checkpoints()}
             for old in set(self.best_folder.glob("step-*.safetensors")) - known - {kept}:
                 old.unlink()
 
-    def _best_of_checkpoints(self) -> set[int]:
+    def _best_steps_in_checkpoints(self) -> set[int]:
         """The steps of the best probes, as the checkpoints on the disk know them."""
-        guards = [state.get("guard", {}) for state in checkpoint.task_states(self.checkpoint_folder)]
+        guards = [state.get("guard", {}) for state in checkpoint.read_task_states(self.checkpoint_folder)]
         return {guard["best_step"] for guard in guards if guard.get("best_step") is not None}
 
     def export_weights(self) -> tuple[int | None, dict[str, Tensor]]:
@@ -196,18 +200,18 @@ class PretrainTask(TrainTask):
         # Before a file is looked for, which one rank may see and another not.
         weights = {name: tensor.detach().cpu() for name, tensor in self.objective.exported_state().items()}
         best = self.guard.state.best_step
-        if self.guard.exports_best() and best is not None:
+        if self.guard.should_export_best() and best is not None:
             try:
-                return best, load_file(self.best_file(best))
+                return best, load_file(self.best_encoder_path(best))
             except (OSError, SafetensorError) as error:
-                text = f"{self.best_file(best)} cannot be read ({error}); the last teacher is exported"
+                text = f"{self.best_encoder_path(best)} cannot be read ({error}); the last teacher is exported"
                 warnings.warn(text, stacklevel=2)
         return None, weights
 
     def export_bytes(self) -> int:
         # The export, and encoders of best probes. Counted, not gathered: rank 0 asks alone.
         weights = self.objective.exported_encoder.state_dict().values()
-        num_encoders = 1 + num_best_encoders(self.engine, self.may_roll_back)
+        num_encoders = 1 + max_best_encoders_on_disk(self.engine, self.may_roll_back)
         return num_encoders * sum(weight.numel() * weight.element_size() for weight in weights)
 
     def state_tensors(self) -> dict[str, Tensor]:

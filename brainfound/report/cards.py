@@ -201,27 +201,27 @@ def _one_line(value: Any) -> str:
     return " ".join(str(value).split())
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def format_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table; what stands in a cell cannot end it."""
     cells = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(_markdown_cell(text) for text in line) + " |" for line in cells)
 
 
-def number(value: Any, digits: int = 3, sign: bool = False) -> str:
+def format_number(value: Any, digits: int = 3, sign: bool = False) -> str:
     """A score as text; an undefined one as a dash."""
     if value is None or math.isnan(float(value)):
         return "–"
     return f"{float(value):{'+' if sign else ''}.{digits}f}"
 
 
-def count(value: Any) -> str:
+def format_count(value: Any) -> str:
     """A mean number of sessions: whole where it is."""
     if value is None or math.isnan(float(value)):
         return "–"
     return f"{float(value):.0f}" if float(value).is_integer() else f"{float(value):.1f}"
 
 
-def p_value(value: Any) -> str:
+def format_p_value(value: Any) -> str:
     """As papers write it."""
     if value is None or math.isnan(float(value)):
         return "–"

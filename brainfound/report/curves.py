@@ -122,8 +122,8 @@ def _panels_of(run: RunFolder) -> list[tuple[_Panel, list[str]]]:
             remaining = [key for key in remaining if key not in keys]
     validation = [key for key in remaining if key.startswith(("validation/", "val/"))]
     others = [key for key in remaining if key not in validation]
-    found += [(_Panel(_words(key), (key,), best=_better(key)), [key]) for key in validation]
-    found += [(_Panel(_words(key), (key,)), [key]) for key in others]
+    found += [(_Panel(_format_key(key), (key,), best=_better(key)), [key]) for key in validation]
+    found += [(_Panel(_format_key(key), (key,)), [key]) for key in others]
     return found
 
 
@@ -137,7 +137,7 @@ def _matches(key: str, pattern: str) -> bool:
     return key == pattern
 
 
-def _words(key: str) -> str:
+def _format_key(key: str) -> str:
     group, slash, name = key.rpartition("/")
     words = name.replace("_", " ")
     return f"{group.replace('_', ' ').replace('/', ' · ').capitalize()} · {words}" if slash else words.capitalize()

@@ -27,7 +27,7 @@ _DPI = 140
 _MARGIN_PIXELS = 4
 
 
-def overlay_png(
+def plot_overlay(
     stack_pixels: Any,
     contrasts: Sequence[str],
     present: Sequence[bool],
@@ -205,7 +205,7 @@ _COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7")
 _RELIABILITY_DPI = 140
 
 
-def reliability_png(curves: Mapping[str, ReliabilityBins], *, path: str | Path, title: str | None = None) -> Path:
+def plot_reliability(curves: Mapping[str, ReliabilityBins], *, path: str | Path, title: str | None = None) -> Path:
     """Draw accuracy over confidence, one line per name, and below it how many cases each bin has.
 
     On the diagonal certainty is deserved; below it the model is too sure. Points of few cases say little, so a

@@ -30,7 +30,7 @@ class RunFolder:
     """The readable part of a run folder.
 
     `records` are the lines of the log in order, without those that a resumed run has done again;
-    `rollbacks` are the lines that tell of a return to an earlier step; `torn_last_line` says that the log
+    `rollbacks` are the lines that tell of a return to an earlier step; `has_truncated_last_line` says that the log
     ended in the middle of a line.
     """
 
@@ -38,7 +38,7 @@ class RunFolder:
     recipe: dict[str, Any]
     facts: dict[str, Any]
     records: tuple[dict[str, Any], ...]
-    torn_last_line: bool = False
+    has_truncated_last_line: bool = False
     rollbacks: tuple[dict[str, Any], ...] = ()
 
     @classmethod
@@ -61,7 +61,7 @@ class RunFolder:
             facts=_read_mapping(path / FACTS_FILE),
             records=tuple(_without_repeated_steps([record for record in records if not _is_rollback(record)])),
             rollbacks=tuple(record for record in records if _is_rollback(record)),
-            torn_last_line=torn,
+            has_truncated_last_line=torn,
         )
 
     def numeric_keys(self) -> list[str]:

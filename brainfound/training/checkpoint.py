@@ -7,7 +7,7 @@
         state.json          step, versions, the task's counters, and the size and SHA-256 of each file
 
 A checkpoint is written into a temporary folder and renamed, so a killed process leaves none or a whole
-one. A disk may still tear a file after that: `state.json` lets `latest_valid` find out and go on with
+one. A disk may still tear a file after that: `state.json` lets `latest_valid_checkpoint` find out and go on with
 the checkpoint before.
 
 A checkpoint may be kept for a rollback. Going back to it begins with one atomic change of its
@@ -63,20 +63,20 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     Raises:
         TrainingError: if the disk has no room for it (nothing is written then), or if writing fails.
     """
-    model, task = _for_saving(checkpoint.model), _for_saving(checkpoint.task)
-    with told_in_one_line("the checkpoint", folder_of(folder, checkpoint.step)):
+    model, task = _to_contiguous_cpu(checkpoint.model), _to_contiguous_cpu(checkpoint.task)
+    with wrap_write_errors("the checkpoint", checkpoint_path(folder, checkpoint.step)):
         folder.mkdir(parents=True, exist_ok=True)
-        remove_unfinished(folder)
+        remove_partial_checkpoints(folder)
         _require_space(folder, checkpoint)
         try:
             return _write(folder, checkpoint, model, task, keep)
         finally:
             # What is left of a failure takes room that the export of the run may need.
-            remove_unfinished(folder)
+            remove_partial_checkpoints(folder)
 
 
 @contextmanager
-def told_in_one_line(what: str, where: Path) -> Iterator[None]:
+def wrap_write_errors(what: str, where: Path) -> Iterator[None]:
     """Around writing: a full disk, a quota and a lost server have many exceptions; this makes them one.
 
     Raises:
@@ -94,7 +94,7 @@ def told_in_one_line(what: str, where: Path) -> Iterator[None]:
 
 
 def _write(folder: Path, checkpoint: Checkpoint, model: dict[str, Tensor], task: dict[str, Tensor], keep: int) -> Path:
-    final = folder_of(folder, checkpoint.step)
+    final = checkpoint_path(folder, checkpoint.step)
     temporary = folder / f"{_TEMPORARY}{final.name}"
     temporary.mkdir()
     save_file(model, temporary / "model.safetensors")
@@ -104,20 +104,20 @@ def _write(folder: Path, checkpoint: Checkpoint, model: dict[str, Tensor], task:
     state = {"step": checkpoint.step, **checkpoint.state, "files": files}
     write_atomically(temporary / STATE_FILE, json.dumps(state, indent=2))
     for path in temporary.iterdir():
-        _flush(path)
+        _fsync(path)
     if final.exists():
         shutil.rmtree(final)
     temporary.rename(final)
-    _flush(folder)
-    so_far = [path for path in list_checkpoints(folder) if step_of(path) <= checkpoint.step]
-    kept = [path for path in so_far if _state(path).get("kept")]
+    _fsync(folder)
+    so_far = [path for path in list_checkpoints(folder) if checkpoint_step(path) <= checkpoint.step]
+    kept = [path for path in so_far if _read_state(path).get("kept")]
     for old in so_far[:-keep]:
         if old not in kept[-1:]:
             shutil.rmtree(old)
     return final
 
 
-def folder_of(folder: Path, step: int) -> Path:
+def checkpoint_path(folder: Path, step: int) -> Path:
     """Where the checkpoint of a step is, or would be."""
     return folder / f"{_PREFIX}{step:06d}"
 
@@ -127,30 +127,30 @@ def num_rollbacks(state: Mapping[str, Any]) -> int:
     return int(state.get("rollbacks", 0))
 
 
-def change_state(path: Path, changes: Mapping[str, Any]) -> None:
+def update_checkpoint_state(path: Path, changes: Mapping[str, Any]) -> None:
     """Change plain values of a checkpoint, all at once.
 
     Raises:
         TrainingError: if the checkpoint is not whole, or writing fails.
     """
-    fault = find_fault(path)
+    fault = find_corruption(path)
     if fault is not None:
         raise TrainingError("the checkpoint to go back to is not whole", where=path, got=fault)
-    with told_in_one_line("the return to a checkpoint", path):
-        write_atomically(path / STATE_FILE, json.dumps({**_state(path), **changes}, indent=2))
-        _flush(path)
+    with wrap_write_errors("the return to a checkpoint", path):
+        write_atomically(path / STATE_FILE, json.dumps({**_read_state(path), **changes}, indent=2))
+        _fsync(path)
 
 
-def remove_abandoned(folder: Path, present: Checkpoint) -> None:
+def remove_rolled_back_checkpoints(folder: Path, present: Checkpoint) -> None:
     """Remove the checkpoints of steps that were forgotten by the rollback to `present`."""
     for path in reversed(list_checkpoints(folder)):
-        is_later = step_of(path) > present.step
-        if is_later and num_rollbacks(_state(path)) < num_rollbacks(present.state):
+        is_later = checkpoint_step(path) > present.step
+        if is_later and num_rollbacks(_read_state(path)) < num_rollbacks(present.state):
             shutil.rmtree(path)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint that `latest_valid` has found to be whole; tensors come on the CPU."""
+    """Read a checkpoint that `latest_valid_checkpoint` has found to be whole; tensors come on the CPU."""
     state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
     return Checkpoint(
         step=state["step"],
@@ -164,33 +164,33 @@ def load_checkpoint(path: Path) -> Checkpoint:
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first, whole or not."""
     # A folder that somebody set aside (step-000002.bak) is none.
-    return sorted((path for path in folder.glob(f"{_PREFIX}*") if _NAME.fullmatch(path.name)), key=step_of)
+    return sorted((path for path in folder.glob(f"{_PREFIX}*") if _NAME.fullmatch(path.name)), key=checkpoint_step)
 
 
-def step_of(path: Path) -> int:
+def checkpoint_step(path: Path) -> int:
     """The step that a checkpoint is of."""
     return int(path.name.removeprefix(_PREFIX))
 
 
-def task_states(folder: Path) -> list[dict[str, Any]]:
+def read_task_states(folder: Path) -> list[dict[str, Any]]:
     """The task's plain values in each checkpoint of a folder whose state can be read, oldest first."""
-    return [state["task"] for path in list_checkpoints(folder) if "task" in (state := _state(path))]
+    return [state["task"] for path in list_checkpoints(folder) if "task" in (state := _read_state(path))]
 
 
-def latest_valid(folder: Path) -> Path | None:
+def latest_valid_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint whose files are as they were written; warns about each torn one it passes over."""
     # Sorting keeps the order of steps among equals.
-    for path in reversed(sorted(list_checkpoints(folder), key=lambda path: num_rollbacks(_state(path)))):
-        fault = find_fault(path)
+    for path in reversed(sorted(list_checkpoints(folder), key=lambda path: num_rollbacks(_read_state(path)))):
+        fault = find_corruption(path)
         if fault is None:
             return path
         warnings.warn(f"the checkpoint {path.name} is torn ({fault}); going back to the one before", stacklevel=2)
     return None
 
 
-def find_fault(path: Path) -> str | None:
+def find_corruption(path: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None."""
-    files = _state(path).get("files")
+    files = _read_state(path).get("files")
     if files is None:
         return f"{STATE_FILE} cannot be read"
     for name, expected in files.items():
@@ -204,7 +204,7 @@ def find_fault(path: Path) -> str | None:
     return None
 
 
-def remove_unfinished(folder: Path) -> None:
+def remove_partial_checkpoints(folder: Path) -> None:
     """Remove what a killed process left half-written."""
     for path in folder.glob(f"{_TEMPORARY}*"):
         shutil.rmtree(path)
@@ -214,11 +214,11 @@ def write_atomically(path: Path, text: str) -> None:
     """Write a text file so that a reader sees the old content or the new, never a part."""
     temporary = path.with_name(f".{path.name}.partial")
     temporary.write_text(text, encoding="utf-8")
-    _flush(temporary)
+    _fsync(temporary)
     temporary.replace(path)
 
 
-def _state(path: Path) -> dict[str, Any]:
+def _read_state(path: Path) -> dict[str, Any]:
     """What state.json says; empty if it cannot be read."""
     try:
         state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
@@ -227,7 +227,7 @@ def _state(path: Path) -> dict[str, Any]:
     return state if isinstance(state, dict) else {}
 
 
-def _for_saving(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _to_contiguous_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
@@ -237,7 +237,7 @@ def _fingerprint(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 
-def _flush(path: Path) -> None:
+def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -249,7 +249,7 @@ def _require_space(folder: Path, checkpoint: Checkpoint) -> None:
     moments = [value for state in checkpoint.optimizer.get("state", {}).values() for value in state.values()]
     tensors = [*checkpoint.model.values(), *checkpoint.task.values(), *(t for t in moments if isinstance(t, Tensor))]
     needed = int(sum(tensor.numel() * tensor.element_size() for tensor in tensors) * _FREE_SPACE_FACTOR)
-    _require_free(folder, needed, "the next checkpoint", "Free some space and continue with --resume")
+    _require_free_space(folder, needed, "the next checkpoint", "Free some space and continue with --resume")
 
 
 def require_space_for_run(folder: Path, num_checkpoints: int, checkpoint_bytes: int, other_bytes: int) -> None:
@@ -266,10 +266,12 @@ def require_space_for_run(folder: Path, num_checkpoints: int, checkpoint_bytes: 
     there = sum(file.stat().st_size for path in list_checkpoints(folder) for file in path.iterdir())
     needed = int(num_checkpoints * checkpoint_bytes * _FREE_SPACE_FACTOR + other_bytes) - there
     what = f"this run ({num_checkpoints} checkpoints of {_gib(checkpoint_bytes)}, and the export)"
-    _require_free(folder, needed, what, "Free some space, lower engine.keep_checkpoints, or give an --out elsewhere")
+    _require_free_space(
+        folder, needed, what, "Free some space, lower engine.keep_checkpoints, or give an --out elsewhere"
+    )
 
 
-def _require_free(folder: Path, needed: int, what_for: str, remedy: str) -> None:
+def _require_free_space(folder: Path, needed: int, what_for: str, remedy: str) -> None:
     place = folder
     while not place.exists():  # nothing is made for a run that may be refused
         place = place.parent

@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 from brainfound.data.batches import as_tensor
 from brainfound.data.store import Store
 from brainfound.errors import RecipeError, StoreError
-from brainfound.pretraining.objectives.base import SliceBatch
-from brainfound.training.randomness import NEIGHBOURS, ORDER, numbers_at, numpy_generator
+from brainfound.pretraining.objectives.base import PretrainBatch
+from brainfound.training.randomness import NEIGHBOURS, ORDER, numpy_generator, uniform_at_positions
 
 
 class EpochOrder:
@@ -46,7 +46,7 @@ class EpochOrder:
         return self._epochs[epoch]
 
 
-class RankBatches:
+class RankBatchSampler:
     """The micro-batches of one rank, from a step on.
 
     Args:
@@ -84,10 +84,10 @@ class RankBatches:
         self.first_step, self.num_steps = first_step, num_steps
 
     def __iter__(self) -> Iterator[list[int]]:
-        for start in self.starts():
+        for start in self.window_starts():
             yield self.order.window(start, self.per_rank).tolist()
 
-    def starts(self) -> Iterator[int]:
+    def window_starts(self) -> Iterator[int]:
         """Where in the sequence each micro-batch starts; it takes `per_rank` places from there on."""
         for step in range(self.first_step, self.num_steps):
             for micro_batch in range(self.accumulation):
@@ -114,7 +114,7 @@ def usable_rows(store: Store, margin: float) -> np.ndarray:
     return rows
 
 
-class Neighbours:
+class SliceNeighbours:
     """Which slices lie near which: those of the same session within a distance, the slice itself left out.
 
     Args:
@@ -142,24 +142,24 @@ class Neighbours:
         return np.where(others == 0, indices, drawn + (drawn >= indices))
 
 
-class PairedBatches:
+class PairedBatchSampler:
     """The micro-batches of `batches` as pairs (slice, neighbour), drawn by seed and position in the sequence alone."""
 
-    def __init__(self, batches: RankBatches, neighbours: Neighbours) -> None:
+    def __init__(self, batches: RankBatchSampler, neighbours: SliceNeighbours) -> None:
         self.batches, self.neighbours = batches, neighbours
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order, count = self.batches.order, self.batches.per_rank
-        for start in self.batches.starts():
+        for start in self.batches.window_starts():
             indices = order.window(start, count)
-            drawn = self.neighbours.draw(indices, numbers_at(start, count, NEIGHBOURS, order.seed))
+            drawn = self.neighbours.draw(indices, uniform_at_positions(start, count, NEIGHBOURS, order.seed))
             yield list(zip(indices.tolist(), drawn.tolist(), strict=True))
 
     def __len__(self) -> int:
         return len(self.batches)
 
 
-class SliceRows(Dataset):
+class SliceDataset(Dataset):
     """Slices of a store by position in `rows`; a worker only reads bytes, views are made on the device.
 
     Args:
@@ -168,22 +168,22 @@ class SliceRows(Dataset):
 
     def __init__(self, store: Store, rows: np.ndarray, neighbour_mm: float = 0.0) -> None:
         self.store, self.rows = store, rows
-        self.neighbours = Neighbours(store, rows, neighbour_mm) if neighbour_mm > 0 else None
+        self.neighbours = SliceNeighbours(store, rows, neighbour_mm) if neighbour_mm > 0 else None
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int | tuple[int, int]) -> SliceBatch:
+    def __getitem__(self, index: int | tuple[int, int]) -> PretrainBatch:
         return self.__getitems__([index])
 
-    def __getitems__(self, indices: Sequence[int | tuple[int, int]]) -> SliceBatch:
+    def __getitems__(self, indices: Sequence[int | tuple[int, int]]) -> PretrainBatch:
         """One micro-batch, read at once: slices, or pairs of a slice and its neighbour."""
         chosen = self.rows[np.asarray(indices)]
         rows = chosen if chosen.ndim == 1 else chosen[:, 0]
         pixels = as_tensor(self.store.read_slices(chosen.T.reshape(-1)))
         sessions = self.store.slice_sessions[rows]
         present = self.store.present[sessions]
-        return SliceBatch(
+        return PretrainBatch(
             pixels[: len(rows)],
             torch.from_numpy(present),
             torch.from_numpy(sessions.astype(np.int64)),
@@ -192,11 +192,11 @@ class SliceRows(Dataset):
         )
 
 
-def _as_it_is(batch: Any) -> Any:
+def _identity_collate(batch: Any) -> Any:
     return batch  # `__getitems__` has made the whole micro-batch already
 
 
-def slice_loader(dataset: SliceRows, batches: RankBatches, num_workers: int) -> DataLoader:
+def make_slice_loader(dataset: SliceDataset, batches: RankBatchSampler, num_workers: int) -> DataLoader:
     """A loader of micro-batches in order."""
-    sampler = batches if dataset.neighbours is None else PairedBatches(batches, dataset.neighbours)
-    return DataLoader(dataset, batch_sampler=sampler, num_workers=num_workers, collate_fn=_as_it_is)
+    sampler = batches if dataset.neighbours is None else PairedBatchSampler(batches, dataset.neighbours)
+    return DataLoader(dataset, batch_sampler=sampler, num_workers=num_workers, collate_fn=_identity_collate)

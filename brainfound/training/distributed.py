@@ -42,17 +42,17 @@ from brainfound.models.encoder import SliceEncoder
 from brainfound.pretraining.objectives.heads import ProjectionHead
 
 
-def active() -> bool:
+def is_distributed() -> bool:
     """Whether more than one process trains together."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def world_size() -> int:
     """The number of processes that train together."""
-    return dist.get_world_size() if active() else 1
+    return dist.get_world_size() if is_distributed() else 1
 
 
-def leave() -> None:
+def close_process_group() -> None:
     """End the process group, if there is one."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
@@ -60,27 +60,27 @@ def leave() -> None:
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
     """The element-wise sum over ranks, in place, without a gradient."""
-    if active():
+    if is_distributed():
         dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
     return tensor
 
 
 def max_over_ranks(tensor: Tensor) -> Tensor:
     """The element-wise maximum over ranks, in place, without a gradient."""
-    if active():
+    if is_distributed():
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return tensor
 
 
 def any_over_ranks(*flags: bool, device: torch.device) -> tuple[bool, ...]:
     """For each flag, whether any rank raised it; the answer is the same on all ranks."""
-    if not active():
+    if not is_distributed():
         return flags
     raised = max_over_ranks(torch.tensor([float(flag) for flag in flags], device=device))
     return tuple(bool(value) for value in raised.tolist())
 
 
-def on_main_rank(work: Callable[[], Any], is_main: bool) -> None:
+def run_on_main_rank(work: Callable[[], Any], is_main: bool) -> None:
     """Do something on the main rank; all ranks wait for it, and if it fails all raise the same error.
 
     Raises:
@@ -96,7 +96,7 @@ def on_main_rank(work: Callable[[], Any], is_main: bool) -> None:
             failure, cause = error, error.__cause__ if isinstance(error.__cause__, Exception) else None
         except (BrainFoundError, OSError) as error:
             failure, cause = _as_training_error(error), error
-    if active():
+    if is_distributed():
         told = [failure]
         dist.broadcast_object_list(told, src=0)
         failure = failure or told[0]
@@ -143,14 +143,14 @@ def gather_rows(rows: Tensor) -> Tensor:
     B must be equal on all ranks. The gradient is right where every rank computes the same loss from
     the gathered rows, as KoLeo does.
     """
-    return _GatherRows.apply(rows) if active() else rows
+    return _GatherRows.apply(rows) if is_distributed() else rows
 
 
 # The parts of a block that hold its matrices; a block is entered through them, whoever loops over the blocks.
 BRANCHES = ("attention", "mlp")
 # Ways into an encoder besides calling it.
-ENTRANCES = ("embed", "transform")
-_FIRST_ENTRANCE = "_first_entrance"
+FORWARD_METHODS = ("embed", "transform")
+_ROOT_HOOK = "_first_entrance"
 
 
 def shard(trained: nn.Module, frozen: Sequence[nn.Module], device: torch.device, precision: str) -> None:
@@ -175,17 +175,17 @@ def shard(trained: nn.Module, frozen: Sequence[nn.Module], device: torch.device,
                 for branch in BRANCHES:
                     fully_shard(block.get_submodule(branch), reshard_after_forward=True, **blocks)
             fully_shard(encoder, mesh=mesh, reshard_after_forward=True)
-            for entrance in ENTRANCES:
-                _open_entrance(encoder, entrance)
+            for entrance in FORWARD_METHODS:
+                _register_forward_method(encoder, entrance)
         for head in [module for module in root.modules() if isinstance(module, ProjectionHead)]:
             fully_shard(head, mesh=mesh, reshard_after_forward=not stays)
         if not isinstance(root, FSDPModule):
             fully_shard(root, mesh=mesh, reshard_after_forward=not stays)
         root.to(device)  # buffers
-        _enter_once(root)
+        _mark_fsdp_root(root)
 
 
-def _open_entrance(encoder: SliceEncoder, name: str) -> None:
+def _register_forward_method(encoder: SliceEncoder, name: str) -> None:
     """Let a method gather the encoder's weights as calling the encoder does, unless that has been done around it."""
     plain = getattr(encoder, name)
     register_fsdp_forward_method(encoder, name)
@@ -199,13 +199,13 @@ def _open_entrance(encoder: SliceEncoder, name: str) -> None:
     setattr(encoder, name, enter)
 
 
-def _enter_once(root: nn.Module) -> None:
+def _mark_fsdp_root(root: nn.Module) -> None:
     """Let `root` know that it is the outermost sharded module before one of its parts is called on its own."""
     assert isinstance(root, FSDPModule)
-    setattr(root, _FIRST_ENTRANCE, lambda: None)
-    register_fsdp_forward_method(root, _FIRST_ENTRANCE)
-    getattr(root, _FIRST_ENTRANCE)()
-    delattr(root, _FIRST_ENTRANCE)
+    setattr(root, _ROOT_HOOK, lambda: None)
+    register_fsdp_forward_method(root, _ROOT_HOOK)
+    getattr(root, _ROOT_HOOK)()
+    delattr(root, _ROOT_HOOK)
     root.reshard()
 
 
@@ -214,12 +214,12 @@ def is_sharded(module: nn.Module) -> bool:
     return isinstance(module, FSDPModule)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def to_full_tensor(tensor: Tensor) -> Tensor:
     """The whole of a tensor that may be cut; all ranks call it together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def local(tensors: Iterable[Tensor]) -> list[Tensor]:
+def to_local_tensors(tensors: Iterable[Tensor]) -> list[Tensor]:
     """This rank's slices, as plain tensors that share memory with what they are slices of."""
     return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
@@ -241,17 +241,17 @@ def gather(tree: Any, keep: bool = True) -> Any:
     return tree
 
 
-def cut_like(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def shard_like(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Whole tensors cut as those of the same name in `like` are; nothing is sent, as every rank has the whole."""
-    return {name: _cut(tensor, like[name]) if name in like else tensor for name, tensor in tensors.items()}
+    return {name: _shard_tensor(tensor, like[name]) if name in like else tensor for name, tensor in tensors.items()}
 
 
-def cut_optimizer_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def shard_optimizer_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The whole state of an optimiser (`gather` of its ``state_dict()``), cut as its parameters are."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     moments = {
         index: {
-            name: _cut(value, parameters[index])
+            name: _shard_tensor(value, parameters[index])
             if isinstance(value, Tensor) and value.shape == parameters[index].shape
             else value
             for name, value in values.items()
@@ -261,7 +261,7 @@ def cut_optimizer_state(state: dict[str, Any], optimizer: torch.optim.Optimizer)
     return {**state, "state": moments}
 
 
-def _cut(tensor: Tensor, like: Tensor) -> Tensor:
+def _shard_tensor(tensor: Tensor, like: Tensor) -> Tensor:
     if not isinstance(like, DTensor) or isinstance(tensor, DTensor):
         return tensor
     whole_here = tensor.to(like.device)

@@ -29,16 +29,16 @@ from torch import Tensor
 
 import brainfound
 from brainfound.errors import TrainingError
-from brainfound.pretraining.monitoring.guard import RollBack
+from brainfound.pretraining.monitoring.guard import RollbackRequested
 from brainfound.recipes import Recipe
 from brainfound.training import checkpoint as checkpoints
 from brainfound.training import distributed as ranks
 from brainfound.training import distributed as sharding
-from brainfound.training.health import StepHealth, StopSignals, move_unless
-from brainfound.training.log import Pace, TrainingLog
+from brainfound.training.health import NonfiniteStepMonitor, StopSignals, step_unless_nonfinite
+from brainfound.training.log import ThroughputMeter, TrainingLog
 from brainfound.training.optim import allocate_moments, clip_gradients
 from brainfound.training.precision import choose_precision
-from brainfound.training.prefetch import closed_at_the_end
+from brainfound.training.prefetch import closing_generator
 from brainfound.training.randomness import seed_dropout
 from brainfound.training.task import TrainTask
 
@@ -69,7 +69,7 @@ class EngineRecipe(Recipe):
     num_workers: int = Field(default=2, ge=0)
     """Processes per rank that read slices; 0 reads in the training process."""
 
-    def most_checkpoints(self, may_roll_back: bool) -> int:
+    def max_checkpoints_on_disk(self, may_roll_back: bool) -> int:
         """How many are on the disk at the worst moment: a new one is whole before an old one goes.
 
         Args:
@@ -79,7 +79,7 @@ class EngineRecipe(Recipe):
 
     @field_validator("precision", mode="before")
     @classmethod
-    def _no_is_a_word(cls, value: Any) -> Any:
+    def _parse_yaml_no(cls, value: Any) -> Any:
         return "no" if value is False else value  # YAML reads a bare no as false
 
 
@@ -107,7 +107,7 @@ class Engine:
         self.task, self.recipe, self.accelerator, self.seed = task, recipe, accelerator, seed
         self.checkpoint_folder = run_folder / "checkpoints"
         self.sharded = sharding.is_sharded(task.model)
-        if recipe.parallel == "fsdp" and ranks.active() and not self.sharded:
+        if recipe.parallel == "fsdp" and ranks.is_distributed() and not self.sharded:
             raise TrainingError(
                 "this training cannot be sharded",
                 where="engine.parallel",
@@ -121,9 +121,9 @@ class Engine:
         else:
             self.model, self.optimizer = accelerator.prepare(task.model, optimizer)
         self.log = TrainingLog(run_folder / "log.jsonl", recipe.steps, quiet, accelerator.is_main_process)
-        self.health = StepHealth(accelerator.device, recipe.max_skipped_in_a_row)
+        self.health = NonfiniteStepMonitor(accelerator.device, recipe.max_skipped_in_a_row)
         self.signals = StopSignals(accelerator.device, recipe.log_every)
-        self.pace = Pace()
+        self.throughput = ThroughputMeter()
         self.step = 0
         self.rollbacks = 0
         self._saved_step = -1
@@ -132,14 +132,14 @@ class Engine:
         """Take over a checkpoint; `run` then goes on from its step."""
         saved = checkpoints.load_checkpoint(path)
         model = self.accelerator.unwrap_model(self.model)
-        model.load_state_dict(sharding.cut_like(saved.model, model.state_dict()))
-        self.optimizer.load_state_dict(sharding.cut_optimizer_state(saved.optimizer, self.optimizer))
-        self.task.load_state_tensors(sharding.cut_like(saved.task, self.task.state_tensors()))
+        model.load_state_dict(sharding.shard_like(saved.model, model.state_dict()))
+        self.optimizer.load_state_dict(sharding.shard_optimizer_state(saved.optimizer, self.optimizer))
+        self.task.load_state_tensors(sharding.shard_like(saved.task, self.task.state_tensors()))
         self.task.load_state_dict(saved.state["task"])
         self.health.load(saved.state["engine"])
         self.step = self._saved_step = saved.step
         self.rollbacks = checkpoints.num_rollbacks(saved.state)
-        self._settle(saved)
+        self._reconcile_files(saved)
         if saved.state["world_size"] != ranks.world_size():
             warnings.warn(
                 f"saved by {saved.state['world_size']} processes, resumed by {ranks.world_size()}: "
@@ -162,10 +162,10 @@ class Engine:
             while self.step < self.recipe.steps:
                 try:
                     self._train(save)
-                except RollBack as wish:
+                except RollbackRequested as rollback_request:
                     if not save:
                         raise
-                    self._roll_back(wish)
+                    self._roll_back(rollback_request)
 
     def _train(self, save: bool) -> None:
         """Train from the present step to the last one."""
@@ -174,8 +174,8 @@ class Engine:
         self.model.train()
         if self.step == 0 and self._saved_step != 0:
             self._evaluate(save)
-        with closed_at_the_end(task.batches(self.step)) as batches:
-            self.pace = Pace()
+        with closing_generator(task.batches(self.step)) as batches:
+            self.throughput = ThroughputMeter()
             while self.step < recipe.steps:
                 metrics = self._train_step(batches)
                 self.step += 1
@@ -201,11 +201,11 @@ class Engine:
         On a GPU nothing here waits for it: what comes back are orders, not yet numbers.
         """
         task, accelerator, step = self.task, self.accelerator, self.step
-        rates = self._set_rates(step)
+        rates = self._set_learning_rates(step)
         num_micro_batches = self.recipe.accumulation
         sums: dict[str, Any] = {}
         for micro_batch in range(num_micro_batches):
-            with self.pace.waiting():
+            with self.throughput.waiting():
                 batch = next(batches)
             seed_dropout(self.seed, step, micro_batch, accelerator.process_index)
             last = micro_batch == num_micro_batches - 1
@@ -216,14 +216,14 @@ class Engine:
             for name, value in {"loss": loss.detach(), **parts}.items():
                 sums[name] = sums.get(name, 0.0) + value / num_micro_batches
         norms = clip_gradients(task.clip_groups(), task.clip_norm)
-        broken = self.health.judge([sums["loss"], *norms.values()])
-        move_unless(self.optimizer, broken)
-        task.after_step(step, 1 - broken)
+        nonfinite = self.health.check_finite([sums["loss"], *norms.values()])
+        step_unless_nonfinite(self.optimizer, nonfinite)
+        task.after_step(step, 1 - nonfinite)
         self.optimizer.zero_grad(set_to_none=True)
-        self.pace.count_step()
+        self.throughput.count_step()
         return {**sums, **rates, **{f"grad_norm/{name}": norm for name, norm in norms.items()}}
 
-    def _set_rates(self, step: int) -> dict[str, float]:
+    def _set_learning_rates(self, step: int) -> dict[str, float]:
         rates: dict[str, float] = {}
         decay = self.task.weight_decay(step)
         for group in self.optimizer.param_groups:
@@ -239,40 +239,40 @@ class Engine:
         measured = {name: value for name, value in metrics.items() if isinstance(value, Tensor)}
         line: dict[str, Any] = {"step": self.step, **ranks.mean_over_ranks(measured, device)}
         # The means are numbers now, so the device has caught up; what follows is no part of a step.
-        pace = self.pace.read(self.recipe.batch_size)
-        with self.pace.paused():
+        throughput = self.throughput.read(self.recipe.batch_size)
+        with self.throughput.paused():
             line |= {name: value for name, value in metrics.items() if not isinstance(value, Tensor)}
             line["grad_norm"] = math.hypot(*(v for name, v in line.items() if name.startswith("grad_norm/")))
-            line |= self.task.scheduled(self.step - 1) | self.task.gauges()
-            line["skipped_steps"] = self._counts()["skipped"]
-            line |= pace
+            line |= self.task.scheduled_values(self.step - 1) | self.task.health_metrics()
+            line["skipped_steps"] = self._read_step_counts()["skipped"]
+            line |= throughput
             if device.type == "cuda":
                 line["memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
-            self._publish(line)
+            self._broadcast_and_log(line)
 
-    def _counts(self) -> dict[str, int]:
+    def _read_step_counts(self) -> dict[str, int]:
         try:
             return self.health.read(self.step)
         except TrainingError as error:
-            self.task.not_finite(self.step, error)
+            self.task.on_nonfinite_steps(self.step, error)
             raise
 
     def _evaluate(self, save: bool) -> None:
         if not self.task.evaluate_every:
             return
-        with self.pace.paused():
+        with self.throughput.paused():
             # A rank that held its slices back would leave the others waiting for them.
             takes_part = self.accelerator.is_main_process or self.sharded
             scores = self.task.evaluate(self.step) if takes_part else {}
             self.model.train()
-            self._publish({"step": self.step, **scores})
-        if save and self.task.keeps(self.step):
+            self._broadcast_and_log({"step": self.step, **scores})
+        if save and self.task.should_keep_checkpoint(self.step):
             self.save(kept=True)
 
-    def _publish(self, line: dict[str, Any]) -> None:
+    def _broadcast_and_log(self, line: dict[str, Any]) -> None:
         (line,) = broadcast_object_list([line], from_process=0)
-        self._on_main(lambda: self.log.write(line))
-        self.task.look(self.step, line)
+        self._run_on_main_rank(lambda: self.log.write(line))
+        self.task.on_log_line(self.step, line)
 
     def save(self, kept: bool = False) -> None:
         """Write a checkpoint of this moment, unless the newest one is of it already.
@@ -283,15 +283,15 @@ class Engine:
         if self._saved_step == self.step:
             return
         is_main = self.accelerator.is_main_process
-        with self.pace.paused():
-            counts = self._counts()
+        with self.throughput.paused():
+            counts = self._read_step_counts()
             snapshot = self._snapshot(counts, kept, keep=is_main) if is_main or self.sharded else None
 
             def write() -> None:
                 assert snapshot is not None
                 checkpoints.save_checkpoint(self.checkpoint_folder, snapshot, self.recipe.keep_checkpoints)
 
-            self._on_main(write)
+            self._run_on_main_rank(write)
         self._saved_step = self.step
 
     def _snapshot(self, counts: Mapping[str, int], kept: bool, keep: bool = True) -> checkpoints.Checkpoint:
@@ -311,33 +311,35 @@ class Engine:
             },
         )
 
-    def _roll_back(self, wish: RollBack) -> None:
+    def _roll_back(self, rollback_request: RollbackRequested) -> None:
         """Go back to a kept checkpoint, as a process would that was killed just after deciding so."""
-        path = checkpoints.folder_of(self.checkpoint_folder, wish.step)
+        path = checkpoints.checkpoint_path(self.checkpoint_folder, rollback_request.step)
         before = self.task.state_dict()
-        told = self.task.rolled_back(self.step, wish.what)
-        event = {"step": wish.step, "rolled_back_from": self.step, "reason": wish.what, **told}
+        told = self.task.on_rollback(self.step, rollback_request.what)
+        event = {"step": rollback_request.step, "rolled_back_from": self.step, "reason": rollback_request.what, **told}
         state = {"rollbacks": self.rollbacks + 1, "rollback": event, "task": self.task.state_dict()}
         try:
             # From this one atomic write on, whatever came after the kept checkpoint counts no more.
-            self._on_main(lambda: checkpoints.change_state(path, state))
+            self._run_on_main_rank(lambda: checkpoints.update_checkpoint_state(path, state))
         except TrainingError as error:
             # There is no way back: the run is where it was, and ends there.
             self.task.load_state_dict(before)
-            self.task.cannot_roll_back(self.step, wish, error)
+            self.task.on_rollback_failed(self.step, rollback_request, error)
             raise
         self.resume(path)
         scale = f", learning rates × {told['lr_scale']:g}" if "lr_scale" in told else ""
-        self.log.say(f"step {event['rolled_back_from']}: {wish.what}; back to step {wish.step}{scale}")
+        self.log.notify(
+            f"step {event['rolled_back_from']}: {rollback_request.what}; back to step {rollback_request.step}{scale}"
+        )
 
-    def _settle(self, saved: checkpoints.Checkpoint) -> None:
+    def _reconcile_files(self, saved: checkpoints.Checkpoint) -> None:
         """Make folder and log agree with the checkpoint that the run goes on from."""
         self.accelerator.wait_for_everyone()  # others may still be reading what is removed here
         if self.accelerator.is_main_process:
-            checkpoints.remove_abandoned(self.checkpoint_folder, saved)
+            checkpoints.remove_rolled_back_checkpoints(self.checkpoint_folder, saved)
             if "rollback" in saved.state:
                 self.log.roll_back(saved.state["rollback"], self.rollbacks)
-            self.log.forget_after(saved.step)
+            self.log.truncate_after(saved.step)
         self.accelerator.wait_for_everyone()
 
     def require_space(self) -> None:
@@ -347,18 +349,18 @@ class Engine:
             TrainingError: on all ranks.
         """
         if self.recipe.steps:
-            self._on_main(self._require_space)
+            self._run_on_main_rank(self._require_space)
 
     def _require_space(self) -> None:
         task = self.task
         tensors = [*self.accelerator.unwrap_model(self.model).state_dict().values(), *task.state_tensors().values()]
         moments = [parameter for group in self.optimizer.param_groups for parameter in group["params"]] * 2
         num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in (*tensors, *moments))
-        num_checkpoints = self.recipe.most_checkpoints(task.may_roll_back)
+        num_checkpoints = self.recipe.max_checkpoints_on_disk(task.may_roll_back)
         checkpoints.require_space_for_run(self.checkpoint_folder, num_checkpoints, num_bytes, task.export_bytes())
 
-    def _on_main(self, work: Callable[[], Any]) -> None:
-        ranks.on_main_rank(work, self.accelerator.is_main_process)
+    def _run_on_main_rank(self, work: Callable[[], Any]) -> None:
+        ranks.run_on_main_rank(work, self.accelerator.is_main_process)
 
 
 def process_state() -> accelerate.PartialState:
@@ -367,8 +369,8 @@ def process_state() -> accelerate.PartialState:
     # join a process group, and each trains by itself.
     state = accelerate.PartialState(cpu=not torch.accelerator.is_available())
     # The threads of a group that is left open now and then abort the process that exits, when all its work is done.
-    atexit.unregister(ranks.leave)  # once is enough
-    atexit.register(ranks.leave)
+    atexit.unregister(ranks.close_process_group)  # once is enough
+    atexit.register(ranks.close_process_group)
     return state
 
 
@@ -384,7 +386,7 @@ def make_accelerator(precision: Literal["auto", "no", "bf16"]) -> accelerate.Acc
     return accelerate.Accelerator(mixed_precision=precision, cpu=not torch.accelerator.is_available())
 
 
-def device_and_reason(device: torch.device) -> tuple[str, str]:
+def describe_device(device: torch.device) -> tuple[str, str]:
     """The device that is used, and why, in words."""
     if device.type == "cuda":
         return str(device), f"{torch.cuda.device_count()} CUDA device(s) visible: {torch.cuda.get_device_name(device)}"

@@ -23,42 +23,42 @@ from brainfound.errors import TrainingError
 from brainfound.training import distributed as ranks
 
 
-def move_unless(optimizer: torch.optim.Optimizer, broken: Float[Tensor, ""]) -> None:
-    """One step of a fused optimiser; weights, moments and step counters stay bit for bit where `broken` is 1.
+def step_unless_nonfinite(optimizer: torch.optim.Optimizer, nonfinite: Float[Tensor, ""]) -> None:
+    """One step of a fused optimiser; weights, moments and step counters stay bit for bit where `nonfinite` is 1.
 
     Raises:
-        ValueError: if the optimiser is not fused, as others would not look at `broken`.
+        ValueError: if the optimiser is not fused, as others would not look at `nonfinite`.
     """
     inner: Any = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps the optimiser
     if not all(group.get("fused") for group in inner.param_groups):
         raise ValueError("only a fused optimiser can skip a step on the device: make it with fused=True")
-    inner.grad_scale, inner.found_inf = None, broken
+    inner.grad_scale, inner.found_inf = None, nonfinite
     optimizer.step()
 
 
-class StepHealth:
+class NonfiniteStepMonitor:
     """Counts the skipped steps of a run.
 
     Args:
         most_in_a_row: that many skipped steps in a row end the run.
     """
 
-    def __init__(self, device: torch.device, most_in_a_row: int) -> None:
-        self.most_in_a_row = most_in_a_row
+    def __init__(self, device: torch.device, max_consecutive_skips: int) -> None:
+        self.max_consecutive_skips = max_consecutive_skips
         # Skipped so far; skipped in a row now; the longest row since it was last read.
         self._counts = torch.zeros(3, dtype=torch.int64, device=device)
 
     @torch.no_grad()
-    def judge(self, values: Iterable[Tensor]) -> Float[Tensor, ""]:
+    def check_finite(self, values: Iterable[Tensor]) -> Float[Tensor, ""]:
         """1 where any of the values (the loss, gradient norms) is not finite on any rank, else 0; counts it."""
         finite = torch.isfinite(torch.stack([value.detach().float() for value in values])).all()
         # One answer for all ranks: a rank that skipped alone would have other weights from then on.
-        broken = ranks.max_over_ranks((~finite).float())
+        nonfinite = ranks.max_over_ranks((~finite).float())
         skipped, in_a_row, longest = self._counts.unbind()
-        now = broken.long()
+        now = nonfinite.long()
         in_a_row = (in_a_row + now) * now
         self._counts = torch.stack([skipped + now, in_a_row, torch.maximum(longest, in_a_row)])
-        return broken
+        return nonfinite
 
     def read(self, step: int) -> dict[str, int]:
         """The counters, as a checkpoint keeps them; waits for the device.
@@ -67,7 +67,7 @@ class StepHealth:
             TrainingError: if too many steps in a row were skipped since they were last read.
         """
         skipped, in_a_row, longest = self._counts.tolist()
-        if longest >= self.most_in_a_row:
+        if longest >= self.max_consecutive_skips:
             raise TrainingError(
                 f"the loss or its gradient was not finite in {longest} steps in a row",
                 where=f"step {step}",
@@ -82,8 +82,8 @@ class StepHealth:
         self._counts = torch.tensor([counts["skipped"], row, row], device=self._counts.device)
 
 
-_KINDS = (signal.SIGTERM, signal.SIGINT)
-_STEPS_TO_AGREE = 10
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_MAX_STEPS_BETWEEN_SYNCS = 10
 
 
 class StopSignals:
@@ -94,30 +94,30 @@ class StopSignals:
 
     def __init__(self, device: torch.device, log_every: int) -> None:
         self.device = device
-        self.asked = False
+        self.stop_requested = False
         # Agreeing over ranks makes a GPU wait, so it is done only now and then there.
-        self._agree_every = 1 if device.type == "cpu" else min(log_every, _STEPS_TO_AGREE)
-        self._before: dict[signal.Signals, Any] = {}
+        self._sync_every = 1 if device.type == "cpu" else min(log_every, _MAX_STEPS_BETWEEN_SYNCS)
+        self._previous_handlers: dict[signal.Signals, Any] = {}
 
     def stop(self, step: int) -> bool:
         """Whether to stop after `step`: all ranks say the same, if any of them was asked."""
-        if not ranks.active():
-            return self.asked
-        if step % self._agree_every:
+        if not ranks.is_distributed():
+            return self.stop_requested
+        if step % self._sync_every:
             return False
-        (self.asked,) = ranks.any_over_ranks(self.asked, device=self.device)
-        return self.asked
+        (self.stop_requested,) = ranks.any_over_ranks(self.stop_requested, device=self.device)
+        return self.stop_requested
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            self._before = {kind: signal.signal(kind, self._ask) for kind in _KINDS}
+            self._previous_handlers = {kind: signal.signal(kind, self._handle_signal) for kind in _SIGNALS}
         return self
 
     def __exit__(self, *error: object) -> None:
-        for kind, handler in self._before.items():
+        for kind, handler in self._previous_handlers.items():
             signal.signal(kind, handler)
-        self._before = {}
+        self._previous_handlers = {}
 
-    def _ask(self, kind: int, frame: Any) -> None:
-        self.asked = True
-        signal.signal(signal.SIGINT, self._before[signal.SIGINT])
+    def _handle_signal(self, kind: int, frame: Any) -> None:
+        self.stop_requested = True
+        signal.signal(signal.SIGINT, self._previous_handlers[signal.SIGINT])

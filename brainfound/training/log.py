@@ -32,7 +32,7 @@ class TrainingLog:
         self._bar: Any = None
         self._bar_task: Any = None
 
-    def forget_after(self, step: int) -> None:
+    def truncate_after(self, step: int) -> None:
         """Drop lines after `step`, and a torn last line: a run resumed at `step` writes them again."""
         if self.is_main and self.path.is_file():
             self._rewrite([line for line in self._lines() if line["step"] <= step])
@@ -47,12 +47,12 @@ class TrainingLog:
         """
         if not self.is_main or not self.path.is_file():
             return
-        event = _finite({"step": event["step"], "rollback": number, **event})
+        event = _nonfinite_to_none({"step": event["step"], "rollback": number, **event})
         lines = self._lines()
         if event in lines:
             return
         moved = [line for line in lines if line["step"] > event["step"]]
-        write_atomically(self.path.with_name(f"log-before-rollback-{number}.jsonl"), _as_text(moved))
+        write_atomically(self.path.with_name(f"log-before-rollback-{number}.jsonl"), _to_jsonl(moved))
         self._rewrite([*(line for line in lines if line["step"] <= event["step"]), event])
 
     def _lines(self) -> list[dict[str, Any]]:
@@ -68,19 +68,19 @@ class TrainingLog:
     def _rewrite(self, lines: list[dict[str, Any]]) -> None:
         is_open = self._file is not None
         self._close()
-        write_atomically(self.path, _as_text(lines))
+        write_atomically(self.path, _to_jsonl(lines))
         if is_open:
             self._open()
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one line."""
         if self._file is not None:
-            self._file.write(_as_text([line]))
+            self._file.write(_to_jsonl([line]))
             self._file.flush()
         if self._bar is not None and "loss" in line:
             self._bar.update(self._bar_task, loss=f"loss {line['loss']:.4f}")
 
-    def say(self, text: str) -> None:
+    def notify(self, text: str) -> None:
         """Tell something on standard error, above the bar; nothing where quiet."""
         if self._bar is not None:
             self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -122,17 +122,17 @@ class TrainingLog:
         self._close()
 
 
-def _as_text(lines: list[dict[str, Any]]) -> str:
-    return "".join(json.dumps(_finite(line), allow_nan=False) + "\n" for line in lines)
+def _to_jsonl(lines: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(_nonfinite_to_none(line), allow_nan=False) + "\n" for line in lines)
 
 
-def _finite(line: dict[str, Any]) -> dict[str, Any]:
+def _nonfinite_to_none(line: dict[str, Any]) -> dict[str, Any]:
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in line.items()
     }
 
 
-class Pace:
+class ThroughputMeter:
     """Wall time of steps, without evaluations and checkpoints.
 
     A GPU works through its orders while the host is ahead of it, so the time of a single step says
@@ -169,10 +169,10 @@ class Pace:
         """The pace since the last reading, for the log; call it when the device has caught up."""
         seconds = max(time.perf_counter() - self._began - self._paused, 1e-9)
         steps = max(self._steps, 1)
-        pace = {
+        throughput = {
             "seconds_per_step": seconds / steps,
             "images_per_second": steps * batch_size / seconds,
             "data_wait": min(self._waited / seconds, 1.0),
         }
         self._restart()
-        return pace
+        return throughput

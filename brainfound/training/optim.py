@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from brainfound.recipes import Recipe
-from brainfound.training.distributed import whole
+from brainfound.training.distributed import to_full_tensor
 from brainfound.training.schedules import Role
 
 _BLOCK = re.compile(r"(?:^|\.)layers?\.(\d+)\.")
@@ -47,7 +47,7 @@ class OptimRecipe(Recipe):
 
 
 @dataclass(frozen=True)
-class ParameterTraits:
+class ParameterSettings:
     """How one parameter learns."""
 
     role: Role
@@ -55,7 +55,7 @@ class ParameterTraits:
     decays: bool
 
 
-def traits_of(name: str, parameter: nn.Parameter, num_layers: int, recipe: OptimRecipe) -> ParameterTraits:
+def parameter_settings(name: str, parameter: nn.Parameter, num_layers: int, recipe: OptimRecipe) -> ParameterSettings:
     """How a parameter learns, by its name.
 
     Layer 0 is the embeddings, 1 … `num_layers` the blocks, and the last norm is above them; a layer
@@ -66,13 +66,13 @@ def traits_of(name: str, parameter: nn.Parameter, num_layers: int, recipe: Optim
     is_token = any(part in name for part in (*_TOKENS, *_NEW_TOKENS))
     decays = parameter.ndim > 1 and not is_token
     if _HEAD.search(name):
-        return ParameterTraits("last_layer" if "last_layer" in name else "new", 1.0, decays)
+        return ParameterSettings("last_layer" if "last_layer" in name else "new", 1.0, decays)
     if any(part in name for part in _NEW_TOKENS):
-        return ParameterTraits("new", 1.0, decays)
+        return ParameterSettings("new", 1.0, decays)
     if ".lora_" in name:
         # Updates start without effect, like heads, but move the backbone: they wait for the heads as it does.
         # No layer decay: the frozen matrix beneath keeps what an early layer knows, and weight decay leads back to it.
-        return ParameterTraits("backbone", 1.0, decays)
+        return ParameterSettings("backbone", 1.0, decays)
     block = _BLOCK.search(name)
     if block:
         layer = int(block.group(1)) + 1
@@ -83,7 +83,7 @@ def traits_of(name: str, parameter: nn.Parameter, num_layers: int, recipe: Optim
     scale = recipe.layer_decay ** (num_layers + 1 - layer)
     if "patch_embeddings" in name:
         scale *= recipe.patch_embed_scale
-    return ParameterTraits("backbone", scale, decays)
+    return ParameterSettings("backbone", scale, decays)
 
 
 def parameter_groups(
@@ -95,11 +95,11 @@ def parameter_groups(
     and weight decay at every step. The order is that of the first parameter of each group, so that
     a saved optimiser state fits again.
     """
-    groups: dict[ParameterTraits, dict[str, Any]] = {}
+    groups: dict[ParameterSettings, dict[str, Any]] = {}
     for name, parameter in named_parameters:
         if not parameter.requires_grad:
             continue
-        traits = traits_of(name, parameter, num_layers, recipe)
+        traits = parameter_settings(name, parameter, num_layers, recipe)
         group = groups.setdefault(
             traits, {"params": [], "role": traits.role, "lr_scale": traits.lr_scale, "decays": traits.decays}
         )
@@ -139,4 +139,4 @@ def clip_gradients(groups: Mapping[str, list[nn.Parameter]], max_norm: float) ->
     Returns:
         The norm (0-dim) of each group's gradients before that.
     """
-    return {name: whole(nn.utils.clip_grad_norm_(parameters, max_norm)) for name, parameters in groups.items()}
+    return {name: to_full_tensor(nn.utils.clip_grad_norm_(parameters, max_norm)) for name, parameters in groups.items()}

@@ -19,10 +19,10 @@ from brainfound.training import distributed as ranks
 Precision = Literal["no", "bf16"]
 
 # Rows, inner and columns of the products. The first is small enough to find a hopeless bfloat16 in a millisecond.
-_FIRST = (64, 128, 128)
+_SMALL_SHAPE = (64, 128, 128)
 _CPU, _GPU = (512, 768, 768), (8192, 1024, 1024)
-_HOPELESS = 2.0
-_WORTH_IT = 1.2
+_EARLY_EXIT_RATIO = 2.0
+_MIN_SPEEDUP = 1.2
 _REPEATS = 4
 _TOLERANCE = 0.05
 
@@ -46,13 +46,13 @@ class PrecisionProbe:
 def probe_precision(device: torch.device) -> PrecisionProbe:
     """Try bfloat16 and float32 on a device, in some ten milliseconds; the answer is remembered."""
     if not _bf16_works(device):
-        return PrecisionProbe("no", None, _gflops(device, torch.float32, _FIRST))
+        return PrecisionProbe("no", None, _gflops(device, torch.float32, _SMALL_SHAPE))
     large = _CPU if device.type == "cpu" else _GPU
-    for shape in (_FIRST, large):
+    for shape in (_SMALL_SHAPE, large):
         bf16, fp32 = (_gflops(device, kind, shape) for kind in (torch.bfloat16, torch.float32))
-        if bf16 * _HOPELESS < fp32:
+        if bf16 * _EARLY_EXIT_RATIO < fp32:
             break
-    return PrecisionProbe("bf16" if bf16 > _WORTH_IT * fp32 else "no", bf16, fp32)
+    return PrecisionProbe("bf16" if bf16 > _MIN_SPEEDUP * fp32 else "no", bf16, fp32)
 
 
 def choose_precision(device: torch.device) -> Precision:
@@ -71,7 +71,7 @@ def _operands(device: torch.device, kind: torch.dtype, shape: tuple[int, int, in
 
 def _bf16_works(device: torch.device) -> bool:
     """Whether a product and its gradient under autocast are right, to bfloat16's precision."""
-    left, right = _operands(device, torch.float32, _FIRST)
+    left, right = _operands(device, torch.float32, _SMALL_SHAPE)
     right.requires_grad_()
     try:
         with torch.autocast(device.type, torch.bfloat16):
@@ -94,14 +94,14 @@ def _gflops(device: torch.device, kind: torch.dtype, shape: tuple[int, int, int]
     left, right = _operands(device, kind, shape)
     seconds = []
     for _ in range(_REPEATS + 1):  # the first one also loads kernels
-        _wait(device)
+        _synchronize(device)
         began = time.perf_counter()
         left @ right
-        _wait(device)
+        _synchronize(device)
         seconds.append(time.perf_counter() - began)
     return 2e-9 * shape[0] * shape[1] * shape[2] / max(min(seconds[1:]), 1e-9)
 
 
-def _wait(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

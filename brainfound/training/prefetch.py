@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 Batch = TypeVar("Batch")
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 
-def prefetched(batches: Iterable[Batch], device: torch.device, ahead: int = 2) -> Generator[Batch, None, None]:
+def prefetch_to_device(batches: Iterable[Batch], device: torch.device, ahead: int = 2) -> Generator[Batch, None, None]:
     """Batches (dataclasses of tensors) in order, on the device.
 
     Args:
@@ -39,16 +39,18 @@ def prefetched(batches: Iterable[Batch], device: torch.device, ahead: int = 2) -
             moved = map_tensors(batch, lambda tensor: tensor.pin_memory().to(device, non_blocking=True))
             return moved, side.record_event()
 
-    for batch, copied in made_ahead(batches, copy, ahead):
+    for batch, copied in map_in_background(batches, copy, ahead):
         stream = torch.cuda.current_stream(device)
         stream.wait_event(copied)
         # The allocator must not give this memory to the next copy while the step still reads it.
-        for tensor in tensors_of(batch).values():
+        for tensor in tensor_fields(batch).values():
             tensor.record_stream(stream)
         yield batch
 
 
-def made_ahead(items: Iterable[Batch], make: Callable[[Batch], Made], ahead: int) -> Generator[Made, None, None]:
+def map_in_background(
+    items: Iterable[Batch], make: Callable[[Batch], Result], ahead: int
+) -> Generator[Result, None, None]:
     """`make` of each item, in order, in a thread that is at most `ahead` items in front.
 
     An error of the thread is raised where its item would have come. Closing the generator ends the thread.
@@ -71,7 +73,7 @@ def made_ahead(items: Iterable[Batch], make: Callable[[Batch], Made], ahead: int
                 future.cancel()
 
 
-def tensors_of(batch: Any) -> dict[str, Tensor]:
+def tensor_fields(batch: Any) -> dict[str, Tensor]:
     """The tensors of a dataclass by name."""
     values = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
     return {name: value for name, value in values.items() if isinstance(value, Tensor)}
@@ -79,12 +81,12 @@ def tensors_of(batch: Any) -> dict[str, Tensor]:
 
 def map_tensors(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
     """A copy of a dataclass with each of its tensors changed."""
-    changed = {name: change(tensor) for name, tensor in tensors_of(batch).items()}
+    changed = {name: change(tensor) for name, tensor in tensor_fields(batch).items()}
     return dataclasses.replace(batch, **changed)  # type: ignore[type-var]
 
 
 @contextmanager
-def closed_at_the_end(batches: Iterator[Batch]) -> Iterator[Iterator[Batch]]:
+def closing_generator(batches: Iterator[Batch]) -> Iterator[Iterator[Batch]]:
     """End a generator when it is no longer needed, and with it its threads and processes."""
     try:
         yield batches

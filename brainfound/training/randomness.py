@@ -15,7 +15,7 @@ ORDER, VIEWS, MASKS, DROPOUT, INITIALISATION, PROBE, NEIGHBOURS = range(7)
 """What a stream of random numbers is for; streams of different purposes are independent."""
 
 
-def seed_of(purpose: int, seed: int, *keys: int) -> int:
+def derive_seed(purpose: int, seed: int, *keys: int) -> int:
     """A 63-bit seed that mixes all its keys (numpy's SeedSequence)."""
     return int(np.random.SeedSequence([purpose, seed, *keys]).generate_state(1, np.uint64)[0] >> 1)
 
@@ -27,19 +27,19 @@ def numpy_generator(purpose: int, seed: int, *keys: int) -> np.random.Generator:
 
 def torch_generator(purpose: int, seed: int, *keys: int, device: torch.device | str = "cpu") -> torch.Generator:
     """A torch generator for a purpose and keys, on a device."""
-    return torch.Generator(device=device).manual_seed(seed_of(purpose, seed, *keys))
+    return torch.Generator(device=device).manual_seed(derive_seed(purpose, seed, *keys))
 
 
 def seed_dropout(seed: int, step: int, *keys: int) -> None:
     """Seed the global generators, from which dropout and stochastic depth draw inside the model."""
-    torch.manual_seed(seed_of(DROPOUT, seed, step, *keys))
+    torch.manual_seed(derive_seed(DROPOUT, seed, step, *keys))
 
 
-def numbers_at(start: int, count: int, purpose: int, seed: int) -> np.ndarray:
+def uniform_at_positions(start: int, count: int, purpose: int, seed: int) -> np.ndarray:
     """Uniform numbers in 0–1 that belong to the positions `start` … `start + count − 1` of an endless sequence.
 
     Each is a function of its own position: a counter-based generator (Philox; Salmon et al. 2011) is set to it. Its
     step of the counter gives four numbers, of which the first is taken.
     """
-    generator = np.random.Generator(np.random.Philox(key=seed_of(purpose, seed), counter=start))
+    generator = np.random.Generator(np.random.Philox(key=derive_seed(purpose, seed), counter=start))
     return generator.random(4 * count)[::4]

@@ -36,7 +36,7 @@ from brainfound.data.checking.contract import InputContract
 from brainfound.data.store import Store
 from brainfound.errors import BrainFoundError, RecipeError, TrainingError, UsageError
 from brainfound.models import BrainFoundModel
-from brainfound.models.configuration import transformers_quiet
+from brainfound.models.configuration import silence_transformers
 from brainfound.pretraining.monitoring.guard import GuardState
 from brainfound.pretraining.objectives.registry import in_words
 from brainfound.recipes import AnyRecipe, Recipe, validate
@@ -44,8 +44,14 @@ from brainfound.report.cards import write_model_card
 from brainfound.report.curves import plot_curves
 from brainfound.report.run_folder import RunFolder
 from brainfound.training import distributed as ranks
-from brainfound.training.checkpoint import folder_of, latest_valid, list_checkpoints, told_in_one_line, write_atomically
-from brainfound.training.engine import device_and_reason
+from brainfound.training.checkpoint import (
+    checkpoint_path,
+    latest_valid_checkpoint,
+    list_checkpoints,
+    wrap_write_errors,
+    write_atomically,
+)
+from brainfound.training.engine import describe_device
 from brainfound.training.precision import probe_precision
 
 RECIPE_FILE = "recipe.yaml"
@@ -64,7 +70,7 @@ def versions() -> dict[str, str]:
     return {"brainfound": brainfound.__version__, "python": platform.python_version(), **found}
 
 
-def holds_run(folder: Path) -> bool:
+def is_run_folder(folder: Path) -> bool:
     """Whether a folder holds a run, finished or not."""
     return (folder / RECIPE_FILE).is_file()
 
@@ -97,7 +103,7 @@ def is_finished(folder: Path) -> bool:
     return facts["status"] == DONE and (folder / EXPORT_FOLDER).is_dir()
 
 
-def saved_recipe(folder: Path) -> dict[str, Any]:
+def read_saved_recipe(folder: Path) -> dict[str, Any]:
     """What the recipe of the run in a folder says.
 
     Raises:
@@ -120,7 +126,7 @@ def saved_recipe(folder: Path) -> dict[str, Any]:
     return content
 
 
-def require_same(folder: Path, recipe: Recipe, store: Store, free: Sequence[str]) -> None:
+def require_same_recipe_and_data(folder: Path, recipe: Recipe, store: Store, changeable_keys: Sequence[str]) -> None:
     """Refuse to resume with a recipe or data that would make another run.
 
     Args:
@@ -131,11 +137,11 @@ def require_same(folder: Path, recipe: Recipe, store: Store, free: Sequence[str]
         TrainingError: if the store holds other data.
     """
     # Validated, so that keys which did not exist when the run began have the value that means what it did.
-    saved = validate(type(recipe), saved_recipe(folder))
-    before = _flat(saved.model_dump(mode="json"))
-    now = _flat(recipe.model_dump(mode="json"))
+    saved = validate(type(recipe), read_saved_recipe(folder))
+    before = _flatten(saved.model_dump(mode="json"))
+    now = _flatten(recipe.model_dump(mode="json"))
     for key in [*before, *(key for key in now if key not in before)]:
-        is_free = any(key == name or key.startswith(f"{name}.") for name in free)
+        is_free = any(key == name or key.startswith(f"{name}.") for name in changeable_keys)
         if not is_free and before.get(key) != now.get(key):
             raise RecipeError(
                 "differs from the run that is to be resumed",
@@ -177,8 +183,8 @@ def export(
     shutil.rmtree(temporary, ignore_errors=True)
     card = _card_facts(recipe, store, model, step, guard)
     try:
-        with told_in_one_line("the export", target):
-            with transformers_quiet():
+        with wrap_write_errors("the export", target):
+            with silence_transformers():
                 model.eval().save_pretrained(temporary)
             store.preprocessing.save(temporary)
             InputContract.of(store).save(temporary)
@@ -233,10 +239,10 @@ def _card_facts(recipe: Any, store: Store, model: BrainFoundModel, step: int, gu
     }
 
 
-def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in content.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
 
 
@@ -246,11 +252,11 @@ def _now() -> str:
 
 LOCK_FILE = ".lock"
 # What a run writes before recipe.yaml, whose presence says that there is a run.
-_BEFORE_THE_RECIPE = {LOCK_FILE, FACTS_FILE, "splits.json", EMBEDDINGS_FOLDER}
+_FILES_BEFORE_RECIPE = {LOCK_FILE, FACTS_FILE, "splits.json", EMBEDDINGS_FOLDER}
 
 
 @contextmanager
-def only_one_training(folder: Path, resume: bool, accelerator: accelerate.Accelerator) -> Iterator[None]:
+def lock_run_folder(folder: Path, resume: bool, accelerator: accelerate.Accelerator) -> Iterator[None]:
     """Keep a run folder for this training, on all ranks alike.
 
     Args:
@@ -263,9 +269,9 @@ def only_one_training(folder: Path, resume: bool, accelerator: accelerate.Accele
     lock, created, refusal = None, False, None
     if accelerator.is_main_process:
         try:
-            _require_fit(folder, resume)
+            _require_usable_folder(folder, resume)
             created = not folder.exists()
-            lock = _locked(folder)
+            lock = _acquire_lock(folder)
         except BrainFoundError as error:
             refusal = error
     (refusal,) = broadcast_object_list([refusal], from_process=0)
@@ -278,14 +284,14 @@ def only_one_training(folder: Path, resume: bool, accelerator: accelerate.Accele
             _release(lock, folder, created)
 
 
-def _require_fit(folder: Path, resume: bool) -> None:
+def _require_usable_folder(folder: Path, resume: bool) -> None:
     """Refuse a folder that this training must not write into."""
     place = folder
     while not place.exists() and place != place.parent:
         place = place.parent
     if not place.is_dir():
         raise UsageError("a file is in the way of the run folder", where=place, remedy="Give another --out")
-    if holds_run(folder):
+    if is_run_folder(folder):
         if not resume:
             remedy = "Give --resume to go on, or another --out"
             raise UsageError("this folder already holds a run", where=folder, remedy=remedy)
@@ -293,7 +299,7 @@ def _require_fit(folder: Path, resume: bool) -> None:
     if resume:
         raise UsageError("there is no run to resume", where=folder, remedy="Leave out --resume to start one")
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    foreign = {name for name in names - _BEFORE_THE_RECIPE if not name.endswith(".partial")}
+    foreign = {name for name in names - _FILES_BEFORE_RECIPE if not name.endswith(".partial")}
     # A lock that stayed behind tells of a run that was killed before it had its recipe.
     if foreign or (names - {EMBEDDINGS_FOLDER} and LOCK_FILE not in names):
         raise UsageError(
@@ -304,7 +310,7 @@ def _require_fit(folder: Path, resume: bool) -> None:
         )
 
 
-def _locked(folder: Path) -> FileLock | None:
+def _acquire_lock(folder: Path) -> FileLock | None:
     """The lock of a folder, held; None where the file system has no locks."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK_FILE
@@ -337,15 +343,15 @@ def _release(lock: FileLock, folder: Path, created: bool) -> None:
             os.rmdir(folder)
 
 
-def checkpoint_to_resume(
+def find_resume_checkpoint(
     folder: Path,
     recipe: Recipe,
     store: Store,
     resume: bool,
-    free: Sequence[str],
+    changeable_keys: Sequence[str],
     accelerator: accelerate.Accelerator,
 ) -> Path | None:
-    """Check the run in a folder that `only_one_training` keeps for it, on all ranks alike.
+    """Check the run in a folder that `lock_run_folder` keeps for it, on all ranks alike.
 
     Args:
         free: recipe keys (or groups) that may differ from the run that is there.
@@ -359,12 +365,12 @@ def checkpoint_to_resume(
     accelerator.wait_for_everyone()
     if not resume:
         return None
-    require_same(folder, recipe, store, free)
+    require_same_recipe_and_data(folder, recipe, store, changeable_keys)
     checkpoints = folder / "checkpoints"
     # One rank looks and chooses: a network disk may show an older folder to another, and hashing takes long.
     has_checkpoint, name = False, None
     if accelerator.is_main_process:
-        has_checkpoint, newest = bool(list_checkpoints(checkpoints)), latest_valid(checkpoints)
+        has_checkpoint, newest = bool(list_checkpoints(checkpoints)), latest_valid_checkpoint(checkpoints)
         name = None if newest is None else newest.name
     has_checkpoint, name = broadcast_object_list([has_checkpoint, name], from_process=0)
     if not has_checkpoint:
@@ -383,33 +389,33 @@ def checkpoint_to_resume(
     return checkpoints / name
 
 
-def has_ended(folder: Path, checkpoint: Path | None, num_steps: int) -> bool:
+def is_run_complete(folder: Path, checkpoint: Path | None, num_steps: int) -> bool:
     """Whether a run that is to be resumed has nothing left to do; one whose last checkpoint was lost does not count.
 
     Args:
-        checkpoint: what `checkpoint_to_resume` gave.
+        checkpoint: what `find_resume_checkpoint` gave.
     """
-    last = folder_of(folder / "checkpoints", num_steps) if num_steps else None
+    last = checkpoint_path(folder / "checkpoints", num_steps) if num_steps else None
     return checkpoint == last and is_finished(folder)
 
 
-def as_begun(folder: Path, recipe: AnyRecipe, keys: Sequence[str], resume: bool) -> AnyRecipe:
+def restore_auto_settings(folder: Path, recipe: AnyRecipe, keys: Sequence[str], resume: bool) -> AnyRecipe:
     """A recipe with what a run to be resumed was begun with, for the keys of its engine that say "auto".
 
     A second trial of the device might come out otherwise, and would make another run of it.
     """
     engine: Any = recipe.engine  # type: ignore[attr-defined]
     left_open = [key for key in keys if getattr(engine, key) == "auto"]
-    if not (left_open and resume and holds_run(folder)):
+    if not (left_open and resume and is_run_folder(folder)):
         return recipe
-    before = saved_recipe(folder).get("engine")
+    before = read_saved_recipe(folder).get("engine")
     settled = {key: before[key] for key in left_open if key in before} if isinstance(before, dict) else {}
     return recipe.model_copy(update={"engine": engine.model_copy(update=settled)})
 
 
-def common_facts(store: Store, accelerator: accelerate.Accelerator, seed: int) -> dict[str, Any]:
+def common_run_info(store: Store, accelerator: accelerate.Accelerator, seed: int) -> dict[str, Any]:
     """What every run.json says: device and why, ranks, precision and how fast either would be, seed, data."""
-    device, reason = device_and_reason(accelerator.device)
+    device, reason = describe_device(accelerator.device)
     return {
         "device": device,
         "device_reason": reason,

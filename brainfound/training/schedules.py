@@ -53,7 +53,7 @@ def linear(step: int, start: float, end: float, num_steps: int) -> float:
     return start + (end - start) * step / num_steps
 
 
-def warm_up_then(
+def warmup_schedule(
     step: int, peak: float, final: float, warmup_steps: int, num_steps: int, shape: Shape = "cosine"
 ) -> float:
     """A line from near 0 to `peak` over `warmup_steps`, then `shape` from `peak` to `final` at the last step.
@@ -100,10 +100,12 @@ def learning_rate(
     if role == "backbone":
         if step < head_warmup_steps:
             return 0.0
-        return warm_up_then(step - head_warmup_steps, peak, final, warmup_steps, num_steps - head_warmup_steps, shape)
+        return warmup_schedule(
+            step - head_warmup_steps, peak, final, warmup_steps, num_steps - head_warmup_steps, shape
+        )
     if role == "last_layer" and step < freeze_last_layer_steps:
         return 0.0
-    return warm_up_then(step, peak, final, warmup_steps, num_steps, shape)
+    return warmup_schedule(step, peak, final, warmup_steps, num_steps, shape)
 
 
 def momentum(step: int, start: float, end: float, num_steps: int) -> float:
@@ -111,7 +113,7 @@ def momentum(step: int, start: float, end: float, num_steps: int) -> float:
     return cosine(step, start, end, num_steps)
 
 
-def share_of_start(start: float, end: float, num_steps: int, head_warmup_steps: int = 0) -> float:
+def initial_weight_fraction(start: float, end: float, num_steps: int, head_warmup_steps: int = 0) -> float:
     """The part of its first weights that the EMA teacher still holds after the run.
 
     Args:

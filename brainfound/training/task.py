@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from brainfound.errors import TrainingError
-from brainfound.pretraining.monitoring.guard import RollBack
+from brainfound.pretraining.monitoring.guard import RollbackRequested
 
 
 class TrainTask(ABC):
@@ -26,7 +26,7 @@ class TrainTask(ABC):
     evaluate_every: int = 0
     """Steps between two evaluations; 0: never. With any other value also before the first step and after the last."""
     may_roll_back: bool = False
-    """Whether `look` may raise `RollBack`; the disk then has to hold one more checkpoint."""
+    """Whether `on_log_line` may raise `RollbackRequested`; the disk then has to hold one more checkpoint."""
 
     @abstractmethod
     def make_optimizer(self) -> torch.optim.Optimizer:
@@ -61,11 +61,11 @@ class TrainTask(ABC):
         """
         return
 
-    def scheduled(self, step: int) -> dict[str, float]:
+    def scheduled_values(self, step: int) -> dict[str, float]:
         """Scheduled values besides learning rates, for the log."""
         return {}
 
-    def gauges(self) -> dict[str, float]:
+    def health_metrics(self) -> dict[str, float]:
         """Health of the last batch, for the log."""
         return {}
 
@@ -77,7 +77,7 @@ class TrainTask(ABC):
         """
         return {}
 
-    def look(self, step: int, line: Mapping[str, Any]) -> None:
+    def on_log_line(self, step: int, line: Mapping[str, Any]) -> None:
         """See a line of the log; all ranks see the same.
 
         Raises:
@@ -86,7 +86,7 @@ class TrainTask(ABC):
         """
         return
 
-    def keeps(self, step: int) -> bool:
+    def should_keep_checkpoint(self, step: int) -> bool:
         """Asked after every evaluation: whether a checkpoint of this moment is to be made and kept.
 
         The newest kept one outlives ``keep_checkpoints``, so that a rollback has somewhere to go. All ranks
@@ -94,7 +94,7 @@ class TrainTask(ABC):
         """
         return False
 
-    def not_finite(self, step: int, error: TrainingError) -> None:
+    def on_nonfinite_steps(self, step: int, error: TrainingError) -> None:
         """Called before too many skipped steps in a row end the run with `error`; all ranks alike.
 
         Raises:
@@ -103,10 +103,10 @@ class TrainTask(ABC):
         """
         return
 
-    def rolled_back(self, from_step: int, reason: str) -> Mapping[str, Any]:
-        """Called between a `RollBack` and the return to its checkpoint.
+    def on_rollback(self, from_step: int, reason: str) -> Mapping[str, Any]:
+        """Called between a `RollbackRequested` and the return to its checkpoint.
 
-        The plain values of `state_dict` are those of the moment when `RollBack` was raised, and what this
+        The plain values of `state_dict` are those of the moment when `RollbackRequested` was raised, and what this
         leaves in them is taken along: a task can count its rollbacks and lower its learning rate here. All
         tensors are then those of the checkpoint.
 
@@ -115,10 +115,10 @@ class TrainTask(ABC):
         """
         return {}
 
-    def cannot_roll_back(self, step: int, wish: RollBack, error: TrainingError) -> None:
-        """Called where the checkpoint that `wish` names cannot be gone back to, before `error` ends the run.
+    def on_rollback_failed(self, step: int, rollback_request: RollbackRequested, error: TrainingError) -> None:
+        """Called where the checkpoint that `rollback_request` names cannot be gone back to, before `error` ends the run.
 
-        All ranks call it alike; `state_dict` is as before `rolled_back` again.
+        All ranks call it alike; `state_dict` is as before `on_rollback` again.
 
         Raises:
             TrainingError: ends the run in the place of `error`.

@@ -55,7 +55,7 @@ def test_a_bundle_answers_as_the_model_did(
 
 
 def test_the_input_contract_is_part_of_the_bundle(export_folder, preprocessing, tmp_path, adapted):
-    contract = InputContract.of_preprocessing(preprocessing).model_copy(update={"age_years": (20.0, 80.0)})
+    contract = InputContract.from_preprocessing(preprocessing).model_copy(update={"age_years": (20.0, 80.0)})
     settings = {"preprocessing": preprocessing, "labels": LABELS}
     folder = save_bundle(tmp_path / "b", adapted(export_folder), contract=contract, **settings)
     assert InputContract.load(folder) == contract

@@ -10,7 +10,7 @@ from transformers import Dinov2Config, Dinov2Model
 
 from brainfound.adapters import AdapterRecipe, attach_adapter, load_adapters, load_bundle, save_bundle
 from brainfound.adapters.bundle_reader import base_encoder_state, file_hash, tensors_hash
-from brainfound.adapters.former_names import former_state, present_targets, present_tensors
+from brainfound.adapters.former_names import to_current_targets, to_current_tensors, to_legacy_state_dict
 from brainfound.errors import ModelError
 from brainfound.models import BrainFoundForClassification, BrainFoundModel
 
@@ -113,7 +113,7 @@ def test_one_matrix_that_became_two(gated_folder, method):
             name = name.replace("up_proj", "weights_in")
         former[name.replace("down_proj", "weights_out")] = value
     base = BrainFoundForClassification.from_pretrained(gated_folder)
-    present = present_tensors(former, base)
+    present = to_current_tensors(former, base)
     assert present.keys() == {key.replace(".default", "") for key in state if "lora_" in key}
     assert all(torch.equal(value, state[_with_adapter(key)]) for key, value in present.items())
 
@@ -125,7 +125,7 @@ def _with_adapter(key):
 
 def test_the_former_names_of_a_base(gated_folder):
     model = BrainFoundForClassification.from_pretrained(gated_folder)
-    former = former_state(base_encoder_state(model))
+    former = to_legacy_state_dict(base_encoder_state(model))
     block = "backbone.encoder.layer.0"
     mlp = model.encoder.backbone.encoder.layer[0].mlp
     assert torch.equal(former[f"{block}.mlp.weights_in.weight"], torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight)))
@@ -137,14 +137,14 @@ def test_the_former_names_of_a_base(gated_folder):
 def test_targets_are_found_by_role_and_block(gated_folder):
     model = BrainFoundForClassification.from_pretrained(gated_folder)
     prefix = "brainfound.encoder.backbone.encoder.layer.1"
-    assert present_targets([f"{prefix}.mlp.weights_in", f"{prefix}.attention.output.dense"], model) == [
+    assert to_current_targets([f"{prefix}.mlp.weights_in", f"{prefix}.attention.output.dense"], model) == [
         f"{prefix}.mlp.gate_proj",
         f"{prefix}.mlp.up_proj",
         f"{prefix}.attention.o_proj",
     ]
     # The names of the present library, and of what is no ViT's, stay.
     for name in (f"{prefix}.attention.q_proj", "head.score"):
-        assert present_targets([name], model) == [name]
+        assert to_current_targets([name], model) == [name]
 
 
 def test_present_keys_stay_as_they_are(export_folder):
@@ -155,4 +155,4 @@ def test_present_keys_stay_as_they_are(export_folder):
         "base_model.model.head.score.weight",
     ]
     assert isinstance(model.get_submodule(keys[0].removeprefix("base_model.model.").split(".lora_")[0]), nn.Linear)
-    assert list(present_tensors({key: torch.zeros(4, 2) for key in keys}, model)) == keys
+    assert list(to_current_tensors({key: torch.zeros(4, 2) for key in keys}, model)) == keys

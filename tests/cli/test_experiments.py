@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from brainfound.cli.terminal import typed_command
+from brainfound.cli.terminal import get_command_line
 
 TINY = (
     *("--set", "engine.steps=1", "--set", "engine.batch_size=2", "--set", "num_slices=3", "--set", "head_fit_passes=0"),
@@ -87,6 +87,6 @@ def test_a_folder_without_an_experiment_has_no_page(cli, tmp_path):
 def test_a_typed_command_names_no_folders(monkeypatch, tmp_path):
     typed = ["brainfound", "x", "--model", f"ours={tmp_path}/runs/vits14/export", f"--data={tmp_path}/st ore"]
     monkeypatch.setattr("sys.argv", [*typed, "--model", "facebook/dinov2-small", "--set", "a.b=c"])
-    assert typed_command() == (
+    assert get_command_line() == (
         "brainfound x --model ours=vits14/export '--data=st ore' --model facebook/dinov2-small --set a.b=c"
     )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from brainfound.cli.terminal import intervals_line, number, scores_line
+from brainfound.cli.terminal import format_number, intervals_line, scores_line
 from brainfound.metrics.scores import classification_scores, regression_scores, trivial_scores
 
 
 def test_a_number_that_is_not_defined_is_a_dash():
-    assert number(None) == "–"
-    assert number(0.12345) == "0.123"
+    assert format_number(None) == "–"
+    assert format_number(0.12345) == "0.123"
 
 
 def test_the_line_of_scores_has_the_headline_and_what_there_is_room_for():

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from brainfound.cli.main import _formatted
+from brainfound.cli.main import _format_user_warning
 
 CODE = """
 import sys
@@ -35,10 +35,10 @@ def test_a_torn_checkpoint_is_a_note_on_the_command_line(tmp_path):
 
 
 def test_a_warning_of_ours_is_a_note():
-    ours = _formatted(UserWarning("a\n b"), UserWarning, sys.modules["brainfound.cli.main"].__file__, 7)
+    ours = _format_user_warning(UserWarning("a\n b"), UserWarning, sys.modules["brainfound.cli.main"].__file__, 7)
     assert ours == "brainfound: a b\n"
 
 
 @pytest.mark.parametrize(("kind", "file"), [(UserWarning, "/elsewhere/x.py"), (DeprecationWarning, __file__)])
 def test_other_warnings_say_where_they_come_from(kind, file):
-    assert f"{file}:7: {kind.__name__}: a" in _formatted(kind("a"), kind, file, 7)
+    assert f"{file}:7: {kind.__name__}: a" in _format_user_warning(kind("a"), kind, file, 7)

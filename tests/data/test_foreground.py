@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from brainfound.data.preprocessing.foreground import _exact_background, _means_of_blocks, bounding_box, foreground
+from brainfound.data.preprocessing.foreground import _block_means_3d, _constant_background, bounding_box, foreground
 from brainfound.data.reading.scan import Scan
 
 
@@ -28,13 +28,13 @@ def test_the_exact_background_is_the_commonest_value_of_the_faces(seed, shape, n
     for number, (axis, index) in enumerate((axis, index) for axis in range(3) for index in (0, -1)):
         if number >= num_noisy:
             data[(slice(None),) * axis + (index,)] = rng.integers(num_values)
-    assert _exact_background(data) == plain_background(data)
+    assert _constant_background(data) == plain_background(data)
 
 
 def test_two_large_faces_may_outweigh_four_small_ones():
     data = np.zeros((40, 40, 3), np.float32)
     data[1:-1, 1:-1, 0] = data[1:-1, 1:-1, -1] = 5
-    assert _exact_background(data) is None
+    assert _constant_background(data) is None
     assert plain_background(data) is None
 
 
@@ -43,7 +43,7 @@ def test_two_large_faces_may_outweigh_four_small_ones():
 def test_means_of_blocks_are_a_uniform_filter_sampled(shape, size, axes):
     data = np.random.default_rng(0).normal(5, 1, shape).astype(np.float32).transpose(axes)[::-1]
     expected = ndimage.uniform_filter(data, size=size, mode="nearest")[:: size[0], :: size[1], :: size[2]]
-    np.testing.assert_allclose(_means_of_blocks(data, list(size)), expected, rtol=1e-5)
+    np.testing.assert_allclose(_block_means_3d(data, list(size)), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("noise", [0.0, 8.0])
@@ -70,7 +70,7 @@ def test_air_that_was_padded_with_zeros_is_not_the_head(head, centred):
     image = np.abs(head.image(shape, affine, noise=8.0)) + 1
     padded = np.zeros_like(image)
     padded[4:-4, 4:-4, 4:-4] = image[4:-4, 4:-4, 4:-4]
-    assert _exact_background(padded) == 0
+    assert _constant_background(padded) == 0
     found = foreground(Scan(padded, affine, shape, affine))
     assert (found & truth).sum() > 0.99 * truth.sum()
     assert found.sum() < 1.5 * truth.sum()

@@ -14,7 +14,16 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from brainfound.data.hooks import READY, Hook, describe, load_hooks, neutral_copy, require_tools, run_hook, run_hooks
+from brainfound.data.hooks import (
+    BUILTIN_HOOKS,
+    Hook,
+    anonymised_copy,
+    describe_hooks,
+    load_hooks,
+    require_tools,
+    run_hook,
+    run_hooks,
+)
 from brainfound.data.reading.scan import load_scan
 from brainfound.errors import RecipeError, ScanError, UsageError
 from brainfound.recipes import validate
@@ -173,7 +182,7 @@ def test_every_format_reaches_the_tool_as_nifti_on_its_own_grid(tmp_path, suffix
     # Axes stored left → right are turned, so that a copy that reorders them is seen.
     affine = np.array([[0.0, 0, -2, 30], [-2, 0, 0, 20], [0, 2, 0, -10], [0, 0, 0, 1]])
     scan = _scan(tmp_path / f"t1{suffix}", kind=nib.MGHImage if suffix == ".mgz" else nib.Nifti1Image, affine=affine)
-    copied, original = nib.load(neutral_copy(scan, tmp_path / "input.nii.gz")), nib.load(scan)
+    copied, original = nib.load(anonymised_copy(scan, tmp_path / "input.nii.gz")), nib.load(scan)
     np.testing.assert_allclose(copied.affine, original.affine, atol=1e-5)
     np.testing.assert_array_equal(copied.get_fdata(), original.get_fdata())
 
@@ -214,7 +223,7 @@ def test_registrations_come_last(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: name)
     assert [hook.step for hook in load_hooks(["synthstrip", "flirt-rigid"])] == ["skull_strip", "register"]
     with pytest.raises(UsageError, match="registrations come after the other hooks"):
-        load_hooks([READY["flirt-rigid"], "synthstrip"])
+        load_hooks([BUILTIN_HOOKS["flirt-rigid"], "synthstrip"])
 
 
 @pytest.mark.parametrize(
@@ -243,7 +252,7 @@ def test_hooks_are_loaded_by_name_file_and_command(tmp_path, monkeypatch):
     file = tmp_path / "mine.yaml"
     file.write_text("step: skull_strip\ncommand: 'mytool --in {input} --out {output}'\ncontrasts: [t1, flair]\n")
     ready, mine, inline = load_hooks(["synthstrip", file, "reg {input} {reference} {output}"])
-    assert ready is READY["synthstrip"]
+    assert ready is BUILTIN_HOOKS["synthstrip"]
     assert (mine.name, mine.contrasts, mine.executable) == ("mine", ("T1w", "FLAIR"), "mytool")
     assert (inline.name, inline.step) == ("reg", "register")
 
@@ -276,19 +285,21 @@ def test_the_description_has_the_version_and_no_folders(tmp_path):
         command="/home/ann/bin/strip --model=/home/ann/w.pt {input} {output}",
         version_command=f"{sys.executable} -c \"print(); print('strip 1.2')\"",
     )
-    (said,) = describe([hook])
+    (said,) = describe_hooks([hook])
     assert said["command"] == "strip --model=w.pt {input} {output}"
     assert said["version"] == "strip 1.2"
     assert (said["name"], said["step"]) == ("strip", "skull_strip")
     other = hook.model_copy(update={"command": "/home/bob/bin/strip --model=/home/ann/w.pt {input} {output}"})
-    assert describe([other])[0]["sha256"] != said["sha256"]
-    assert describe([hook.model_copy(update={"version_command": "no-such-tool --version"})])[0]["version"] is None
+    assert describe_hooks([other])[0]["sha256"] != said["sha256"]
+    assert describe_hooks([hook.model_copy(update={"version_command": "no-such-tool --version"})])[0]["version"] is None
 
 
 def test_the_ready_hooks_run_the_documented_command_lines():
-    words = {name: hook.words(input=Path("i"), output=Path("o"), reference=Path("r")) for name, hook in READY.items()}
+    words = {
+        name: hook.words(input=Path("i"), output=Path("o"), reference=Path("r")) for name, hook in BUILTIN_HOOKS.items()
+    }
     assert words["synthstrip"] == ["mri_synthstrip", "-i", "i", "-o", "o"]
     assert words["hd-bet"] == ["hd-bet", "-i", "i", "-o", "o"]
     assert words["hd-bet-cpu"] == ["hd-bet", "-i", "i", "-o", "o", "-device", "cpu", "--disable_tta"]
     assert words["flirt-rigid"][:7] == ["flirt", "-in", "i", "-ref", "r", "-out", "o"]
-    assert READY["flirt-rigid"].step == "register"
+    assert BUILTIN_HOOKS["flirt-rigid"].step == "register"

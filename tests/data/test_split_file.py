@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from brainfound.data.splits.split_file import SCHEMA, Split, read_folds, require_no_shared_content
+from brainfound.data.splits.split_file import SCHEMA, Split, read_folds, require_no_shared_images
 from brainfound.errors import UsageError
 
 
@@ -50,7 +50,7 @@ PARTS = {"train": np.arange(12), "validation": np.arange(12, 16), "test": np.ara
 @pytest.fixture
 def split(store) -> Split:
     folds = {"fold-1": PARTS, "fold-2": {**PARTS, "train": PARTS["test"], "test": PARTS["train"]}}
-    return Split.of_store(store, folds, seed=4, made={"kind": "k-fold"}, columns=["diagnosis", "age_years"])
+    return Split.from_folds(store, folds, seed=4, made={"kind": "k-fold"}, columns=["diagnosis", "age_years"])
 
 
 def refused(path: Path, content: object, *words: str) -> str:
@@ -166,18 +166,18 @@ def test_splits_of_earlier_runs_are_read(tmp_path):
 
 
 def test_an_image_under_two_names_is_a_leak(split, store):
-    require_no_shared_content(store, PARTS)
+    require_no_shared_images(store, PARTS)
     store.sessions.loc[17, "image_hash"] = store.sessions.loc[3, "image_hash"]
     with pytest.raises(UsageError, match="share an image") as error:
-        require_no_shared_content(store, PARTS)
+        require_no_shared_images(store, PARTS)
     assert "rows 3 and 17" in str(error.value)
     assert "sub-" not in str(error.value)
     with pytest.raises(UsageError, match="share an image"):
         split.sessions(store, "fold-1")
     with pytest.raises(UsageError, match="share an image"):
-        Split.of_store(store, {"single": PARTS}, seed=0, made={})
+        Split.from_folds(store, {"single": PARTS}, seed=0, made={})
     store.sessions.loc[17, "image_hash"] = store.sessions.loc[18, "image_hash"]  # within one part
-    require_no_shared_content(store, PARTS)
+    require_no_shared_images(store, PARTS)
 
 
 @settings(max_examples=50, deadline=None)

@@ -11,7 +11,7 @@ from brainfound.data.splits.dividing import (
     few_shot,
     k_folds,
     leave_one_site_out,
-    linked_subjects,
+    merge_linked_subjects,
     require_disjoint,
     split_by_subject,
 )
@@ -228,5 +228,5 @@ def test_a_subject_of_two_sites_is_left_out_where_one_of_them_is_tested():
 
 def test_subjects_who_share_an_image_go_by_one_name():
     subjects = ["d", "a", "b", "b", "c", "e"]
-    assert linked_subjects(subjects, ["1", "2", "3", "2", "1", "4"]) == ["c", "a", "a", "a", "c", "e"]
-    assert linked_subjects(subjects, list("123456")) == subjects
+    assert merge_linked_subjects(subjects, ["1", "2", "3", "2", "1", "4"]) == ["c", "a", "a", "a", "c", "e"]
+    assert merge_linked_subjects(subjects, list("123456")) == subjects

@@ -11,9 +11,9 @@ from matplotlib.image import imread
 
 from brainfound.errors import BrainFoundError, UsageError
 from brainfound.experiments.folder import SCHEMA
-from brainfound.experiments.page import write_page
+from brainfound.experiments.page import write_experiment_page
 from brainfound.metrics import compare
-from brainfound.metrics.summaries import records, summarise
+from brainfound.metrics.summaries import records, summarise_runs
 
 
 def runs(systems=("",), folds=("fold-1", "fold-2", "fold-3"), seeds=(0, 1), groups=None) -> pd.DataFrame:
@@ -47,7 +47,7 @@ def write(folder, table, kind="repeated", split_kind="k-fold", **more):
         "data": {"data_hash": "ab" * 32, "num_sessions": 40, "num_subjects": 38, "contrasts": {"T1w": 40, "FLAIR": 31}},
         "split": {"kind": split_kind, "sha256": "cd" * 32, "num_folds": table["fold"].nunique(), "seed": 0},
         "num_planned": len(table), "num_runs": len(table), "versions": {"brainfound": "0.1"},
-        "baselines": ["trivial", "frozen"], "scores": records(summarise(table)),
+        "baselines": ["trivial", "frozen"], "scores": records(summarise_runs(table)),
     } | more  # fmt: skip
     folder.mkdir(exist_ok=True)
     table.to_csv(folder / "scores.tsv", sep="\t", index=False)
@@ -63,7 +63,7 @@ def cells(page: str, first: str) -> list[str]:
 
 def test_the_page_says_what_the_files_say(tmp_path):
     table = runs()
-    page = write_page(write(tmp_path / "cv", table)).read_text()
+    page = write_experiment_page(write(tmp_path / "cv", table)).read_text()
     assert page.startswith("# age_years: 3-fold cross-validation")
     row = cells(page, "all folds")
     assert row[:2] == ["all folds", "mae"]
@@ -87,13 +87,13 @@ def test_the_page_says_what_the_files_say(tmp_path):
 def test_who_is_not_better_than_trivial_is_named(tmp_path):
     table = runs(systems=("good", "bad"))
     table.loc[table["system"] == "bad", "mae"] += 5
-    page = write_page(write(tmp_path / "grid", table, kind="comparison")).read_text()
+    page = write_experiment_page(write(tmp_path / "grid", table, kind="comparison")).read_text()
     assert "Not better than the trivial baseline: bad, all folds." in page
     assert "no cases that can be compared" in page
 
 
 def test_a_cut_off_experiment_says_how_far_it_is(tmp_path):
-    page = write_page(write(tmp_path / "cv", runs(seeds=(0,)), num_planned=5)).read_text()
+    page = write_experiment_page(write(tmp_path / "cv", runs(seeds=(0,)), num_planned=5)).read_text()
     assert "Not finished: 3 of 5 runs are done." in page
     assert "One seed" in page
     assert cells(page, "all folds")[4] == "–"
@@ -103,7 +103,7 @@ def test_a_few_shot_curve_is_drawn_over_the_sessions_learnt_from(tmp_path, monke
     drawn = []
     monkeypatch.setattr("brainfound.experiments.page._curve", lambda axes, rows, of: drawn.append(rows))
     table = runs(folds=("shots-1", "shots-5"), groups=("shots-1", "shots-5"))
-    page = write_page(write(tmp_path / "few", table, split_kind="few shots per class")).read_text()
+    page = write_experiment_page(write(tmp_path / "few", table, split_kind="few shots per class")).read_text()
     assert "few-shot curve" in page
     assert drawn[0]["num_train"].tolist() == [20, 40]
     assert cells(page, "shots-5")[-2:] == ["40", "10"]
@@ -123,7 +123,7 @@ def test_absence_in_training_stands_beside_absence_in_the_test(tmp_path):
         row("T1w", "training", 5.5, 0.5, 18),
     ]
     table = runs(systems=("T1w+FLAIR", "T1w"))
-    page = write_page(write(tmp_path / "p", table, kind="partial input", partial_input=rows)).read_text()
+    page = write_experiment_page(write(tmp_path / "p", table, kind="partial input", partial_input=rows)).read_text()
     assert cells(page, "T1w, FLAIR")[1:3] == ["nothing", "5.000"]
     lines = [line for line in page.splitlines() if line.startswith("| T1w |")]
     assert "| in the test only | 7.500 | 0.500 | – | +2.500 | 0.200 | 7.000 | 6.000 | 20 | 40 |" in lines[0]
@@ -146,7 +146,7 @@ def test_systems_are_compared_over_the_runs_that_all_of_them_have(tmp_path):
                 where = {"system": system, "group": "all folds", "fold": fold, "seed": 0, "subject": n, "row": n}
                 rows.append(where | {"truth": truth, "prediction": truth + error * rng.normal()})
     pd.DataFrame(rows).to_csv(folder / "cases.tsv", sep="\t", index=False)
-    page = write_page(folder).read_text()
+    page = write_experiment_page(folder).read_text()
     found = pd.read_csv(folder / "comparison.tsv", sep="\t").set_index("system")
     assert found["num_cases"].tolist() == [20, 20]
     assert found.loc["b", "difference"] < -2
@@ -168,7 +168,7 @@ def test_systems_that_answer_several_labels_are_compared_by_their_mean(tmp_path)
                 row |= {f"truth({name})": truth, f"p({name})": 1 / (1 + np.exp(-strength * truth - rng.normal()))}
             rows.append(row)
     pd.DataFrame(rows).to_csv(folder / "cases.tsv", sep="\t", index=False)
-    page = write_page(folder).read_text()
+    page = write_experiment_page(folder).read_text()
     found = pd.read_csv(folder / "comparison.tsv", sep="\t").set_index("system")
     assert found.loc["better", "p_holm"] < 0.05
     assert found.loc["better", "num_cases"] == 60
@@ -194,7 +194,7 @@ def test_the_page_and_a_comparison_of_seeds_say_the_same(tmp_path):
             rows += [where | case for case in of_seed]
             tables[system].append(pd.DataFrame(of_seed))
     pd.DataFrame(rows).to_csv(folder / "cases.tsv", sep="\t", index=False)
-    write_page(folder)
+    write_experiment_page(folder)
     found = pd.read_csv(folder / "comparison.tsv", sep="\t").set_index("system")
     expected = compare(tables, "a", ["auroc"]).set_index("system")
     for name in ("value", "difference", "p", "num_cases"):
@@ -203,11 +203,11 @@ def test_the_page_and_a_comparison_of_seeds_say_the_same(tmp_path):
 
 def test_what_is_no_experiment_is_refused_in_a_line(tmp_path):
     with pytest.raises(UsageError, match="not the folder of an experiment"):
-        write_page(tmp_path)
+        write_experiment_page(tmp_path)
     (tmp_path / "summary.json").write_text('{"task": "regression"}')
     with pytest.raises(UsageError, match="another version"):
-        write_page(tmp_path)
+        write_experiment_page(tmp_path)
     (tmp_path / "summary.json").write_text("{")
     with pytest.raises(BrainFoundError, match="cannot be read"):
-        write_page(tmp_path)
+        write_experiment_page(tmp_path)
     assert not (tmp_path / "report.md").exists()

@@ -13,18 +13,18 @@ import torch
 from brainfound.adapters import load_bundle
 from brainfound.data.checking.contract import InputContract
 from brainfound.data.store import Store
-from brainfound.data.store.withheld import showing
+from brainfound.data.store.withheld import restrict_contrasts
 from brainfound.errors import ScanError, UsageError
-from brainfound.experiments.runs import finetune_subsets, folds_for
-from brainfound.experiments.systems import systems_of
+from brainfound.experiments.runs import finetune_subsets, make_folds
+from brainfound.experiments.systems import parse_systems
 from brainfound.finetuning.finetune import finetune
-from brainfound.finetuning.frozen_baseline import frozen_of, score_frozen
+from brainfound.finetuning.frozen_baseline import load_frozen_baseline, score_frozen_baseline
 from brainfound.finetuning.recipe import FinetuneRecipe
 from brainfound.finetuning.scoring import read_scores
 from brainfound.finetuning.targets import Target
 from brainfound.inference.evaluation import evaluate
 from brainfound.inference.loading import load
-from brainfound.metrics.summaries import headline_of_cases
+from brainfound.metrics.summaries import compute_headline_score
 from brainfound.models.stack_inference import infer
 from brainfound.recipes import validate
 
@@ -54,8 +54,8 @@ def subsets(patchy, tiny_backbone, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("brainfound.training.run_folder.plot_curves", lambda folder: folder)
         recipe = validate(FinetuneRecipe, TINY)
-        split = folds_for(recipe, patchy, "age_years", folds=2)
-        (system,) = systems_of([str(tiny_backbone)])
+        split = make_folds(recipe, patchy, "age_years", folds=2)
+        (system,) = parse_systems([str(tiny_backbone)])
         options = {"overrides": ["contrasts=[T1w, FLAIR]"], "quiet": True}
         finetune_subsets(split, recipe, patchy, system, "age_years", out, **options)
     return out
@@ -74,17 +74,17 @@ def test_all_rows_are_of_the_sessions_that_have_every_contrast(subsets, patchy):
         run = subsets / "T1w+FLAIR" / fold / "seed-0"
         (asked,) = evaluate(run, patchy, without=["FLAIR"])
         complete = asked.cases[flair[asked.cases["row"]]]
-        expected = headline_of_cases("regression", complete)
+        expected = compute_headline_score("regression", complete)
         alone = part[part["contrasts"] == "T1w"].set_index("absence")["mae"]
         assert alone["test"] == pytest.approx(expected)
         # Absence in training: the other model, about the very same ones.
         (other,) = evaluate(subsets / "T1w" / fold / "seed-0", patchy)
         assert alone["training"] == pytest.approx(
-            headline_of_cases("regression", other.cases[flair[other.cases["row"]]])
+            compute_headline_score("regression", other.cases[flair[other.cases["row"]]])
         )
         # The frozen baseline of the run, about the same sessions; asked with less, it answers with less.
         frozen = pd.read_csv(subsets / "T1w" / fold / "seed-0" / "frozen-cases.tsv", sep="\t")
-        expected = headline_of_cases("regression", frozen[flair[frozen["row"]]])
+        expected = compute_headline_score("regression", frozen[flair[frozen["row"]]])
         of_frozen = part[part["contrasts"] == "T1w"].set_index("absence")["frozen mae"]
         assert of_frozen["training"] == pytest.approx(expected)
         assert of_frozen["test"] == pytest.approx(score_of_complete(run, patchy, flair))
@@ -101,9 +101,9 @@ def test_all_rows_are_of_the_sessions_that_have_every_contrast(subsets, patchy):
 def score_of_complete(run, store, complete) -> float:
     """The error of a run's frozen baseline on the complete sessions of its test part, shown T1w only."""
     bundle = load_bundle(run / "export")
-    frozen = frozen_of(bundle, Target.from_dict(bundle.labels), torch.device("cpu"))
+    frozen = load_frozen_baseline(bundle, Target.from_dict(bundle.labels), torch.device("cpu"))
     sessions = [row for row in pd.read_csv(run / "cases.tsv", sep="\t")["row"] if complete[row]]
-    return score_frozen(frozen, store, sessions, ["T2w", "FLAIR"]).scores["mae"]
+    return score_frozen_baseline(frozen, store, sessions, ["T2w", "FLAIR"]).scores["mae"]
 
 
 def test_sessions_without_any_shown_contrast_are_left_out_of_training(subsets, patchy):
@@ -123,7 +123,7 @@ def test_the_bundle_remembers_what_it_may_see(subsets, patchy, small_store):
     assert InputContract.load(run / "export").contrasts == ("T1w",)
     predictor = load(run)
     answer = predictor.predict_stack(patchy[1])
-    alone = infer(bundle.model, showing(patchy, ["T1w"])[1], 3).value
+    alone = infer(bundle.model, restrict_contrasts(patchy, ["T1w"])[1], 3).value
     assert answer.answer["value"] == pytest.approx(alone)
     assert answer.answer["value"] != pytest.approx(infer(bundle.model, patchy[1], 3).value, abs=1e-6)
     assert (answer.contrasts, answer.missing) == (("T1w",), ())
@@ -161,8 +161,8 @@ def test_what_cannot_be_compared_is_refused_before_the_first_run(small_store, ti
     present[:, 1] = ~present[:, 0]
     never = Store(small_store.folders, replace(small_store.table, present=present))
     recipe = validate(FinetuneRecipe, TINY)
-    split = folds_for(recipe, never, "age_years")
-    (system,) = systems_of([str(tiny_backbone)])
+    split = make_folds(recipe, never, "age_years")
+    (system,) = parse_systems([str(tiny_backbone)])
     with pytest.raises(UsageError, match="no test session has every contrast"):
         finetune_subsets(split, recipe, never, system, "age_years", tmp_path / "run", quiet=True)
     assert not list(tmp_path.rglob("recipe.yaml"))

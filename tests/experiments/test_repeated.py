@@ -13,9 +13,9 @@ from transformers import Dinov2Model
 from brainfound.data.splits.split_file import Split
 from brainfound.errors import RecipeError, UsageError
 from brainfound.experiments import runs as repeated
-from brainfound.experiments.runs import finetune_over, finetune_systems, folds_for, summarise
-from brainfound.experiments.systems import systems_of
-from brainfound.finetuning.finetune import what_is_learnt
+from brainfound.experiments.runs import finetune_folds, finetune_systems, make_folds, summarise_runs
+from brainfound.experiments.systems import parse_systems
+from brainfound.finetuning.finetune import resolve_parts_and_target
 from brainfound.finetuning.recipe import FinetuneRecipe
 from brainfound.finetuning.scoring import read_scores
 from brainfound.metrics import compare
@@ -52,9 +52,9 @@ def runs(monkeypatch):
 
 
 def test_every_fold_is_run_with_every_seed_and_everybody_is_tested_once(small_store, tiny_backbone, tmp_path, runs):
-    split = folds_for(RECIPE, small_store, "age_years", folds=3)
+    split = make_folds(RECIPE, small_store, "age_years", folds=3)
     arguments = (split, RECIPE, small_store, tiny_backbone, "age_years", tmp_path / "cv")
-    table = finetune_over(*arguments, seeds=(0, 1), quiet=True)
+    table = finetune_folds(*arguments, seeds=(0, 1), quiet=True)
     assert runs == [(f"fold-{k}", f"seed-{s}") for k in (1, 2, 3) for s in (0, 1)]
     assert table[["fold", "seed"]].to_numpy().tolist() == [[f"fold-{k}", s] for k in (1, 2, 3) for s in (0, 1)]
     of_one_seed = [pd.read_csv(tmp_path / "cv" / f"fold-{k}" / "seed-0" / "cases.tsv", sep="\t") for k in (1, 2, 3)]
@@ -74,27 +74,27 @@ def test_every_fold_is_run_with_every_seed_and_everybody_is_tested_once(small_st
     assert len(list((tmp_path / "cv" / "embeddings").iterdir())) == 1
 
     with pytest.raises(UsageError, match="holds runs already"):
-        finetune_over(*arguments, seeds=(0, 1), quiet=True)
-    other = folds_for(RECIPE, small_store, "age_years", folds=4)
+        finetune_folds(*arguments, seeds=(0, 1), quiet=True)
+    other = make_folds(RECIPE, small_store, "age_years", folds=4)
     with pytest.raises(UsageError, match="another split"):
-        finetune_over(other, *arguments[1:], resume=True, quiet=True)
+        finetune_folds(other, *arguments[1:], resume=True, quiet=True)
     # Going on does only what is missing: here a third seed.
     before = (tmp_path / "cv" / "fold-1" / "seed-0" / "log.jsonl").stat().st_mtime_ns
-    longer = finetune_over(*arguments, seeds=(0, 1, 2), resume=True, quiet=True)
+    longer = finetune_folds(*arguments, seeds=(0, 1, 2), resume=True, quiet=True)
     assert len(longer) == 9
     assert (tmp_path / "cv" / "fold-1" / "seed-0" / "log.jsonl").stat().st_mtime_ns == before
     assert longer.iloc[[0, 1]]["mae"].tolist() == table.iloc[[0, 1]]["mae"].tolist()
 
 
 def test_shots_are_nested_and_tested_on_the_same_sessions(small_store, tiny_backbone, tmp_path, runs):
-    split = folds_for(RECIPE, small_store, "age_years", num_subjects=[2, 4, None])
-    table = finetune_over(split, RECIPE, small_store, tiny_backbone, "age_years", tmp_path / "few", quiet=True)
+    split = make_folds(RECIPE, small_store, "age_years", num_subjects=[2, 4, None])
+    table = finetune_folds(split, RECIPE, small_store, tiny_backbone, "age_years", tmp_path / "few", quiet=True)
     assert table["fold"].tolist() == ["subjects-2", "subjects-4", "subjects-all"]
     assert table["num_train"].tolist()[:2] == [2, 4]
     parts = [split.parts(fold) for fold in split.folds]
     assert set(parts[0]["train"]) < set(parts[1]["train"]) < set(parts[2]["train"])
     assert parts[0]["test"] == parts[1]["test"] == parts[2]["test"]
-    assert summarise(table)["group"].unique().tolist() == ["subjects-2", "subjects-4", "subjects-all"]
+    assert summarise_runs(table)["group"].unique().tolist() == ["subjects-2", "subjects-4", "subjects-all"]
 
 
 def test_the_spread_is_that_over_folds_and_over_seeds():
@@ -104,19 +104,19 @@ def test_the_spread_is_that_over_folds_and_over_seeds():
             "mae": [1.0, 3.0, 5.0, 9.0], "trivial mae": [10.0, 10.0, 20.0, 20.0],
         }
     )  # fmt: skip
-    (row,) = summarise(table).to_dict(orient="records")
+    (row,) = summarise_runs(table).to_dict(orient="records")
     assert row["mean"] == 4.5
     assert row["std_folds"] == pytest.approx(np.std([2, 7], ddof=1))
     assert row["std_seeds"] == pytest.approx(np.mean([np.std([1, 3], ddof=1), np.std([5, 9], ddof=1)]))
     assert (row["lowest"], row["highest"], row["trivial"]) == (1.0, 9.0, 15.0)
-    (alone,) = summarise(table[:1]).to_dict(orient="records")
+    (alone,) = summarise_runs(table[:1]).to_dict(orient="records")
     assert np.isnan(alone["std_folds"])
     assert np.isnan(alone["std_seeds"])
 
 
 def test_the_seed_is_that_of_the_recipe_unless_others_are_given(small_store, tiny_backbone, tmp_path, runs):
-    split = folds_for(RECIPE, small_store, "age_years")
-    table = finetune_over(
+    split = make_folds(RECIPE, small_store, "age_years")
+    table = finetune_folds(
         split, RECIPE, small_store, tiny_backbone, "age_years", tmp_path / "a", overrides=["seed=7"], quiet=True
     )
     assert table["seed"].tolist() == [7]
@@ -130,9 +130,9 @@ def test_a_class_that_cannot_be_learnt_is_told_before_the_first_run(
     monkeypatch.setitem(small_store.sessions, "site", ["A"] * 4 + ["B"] * 4 + ["C"] * 4)
     monkeypatch.setitem(small_store.sessions, "diagnosis", ["x", "y"] * 4 + ["x", "y", "z", "z"])
     recipe = validate(FinetuneRecipe, TINY, ["split.stratify=false"])
-    split = folds_for(recipe, small_store, "diagnosis", leave_site_out=True)
+    split = make_folds(recipe, small_store, "diagnosis", leave_site_out=True)
     with pytest.raises(UsageError, match="'z' is in the test part and not in.*2 subjects have it"):
-        finetune_over(split, recipe, small_store, tiny_backbone, "diagnosis", tmp_path / "sites", quiet=True)
+        finetune_folds(split, recipe, small_store, tiny_backbone, "diagnosis", tmp_path / "sites", quiet=True)
     assert not runs
     assert not any((tmp_path / "sites").iterdir()), "the same command can be given again"
 
@@ -141,82 +141,82 @@ def test_a_part_without_a_class_is_told(small_store, tmp_path, monkeypatch):
     monkeypatch.setitem(small_store.sessions, "site", ["A"] * 6 + ["B"] * 6)
     monkeypatch.setitem(small_store.sessions, "diagnosis", ["x", "y"] * 3 + ["x"] * 6)
     recipe, told = validate(FinetuneRecipe, TINY, ["split.stratify=false"]), []
-    folds_for(recipe, small_store, "diagnosis", leave_site_out=True).save(tmp_path / "split.json")
-    what_is_learnt(recipe, small_store, "diagnosis", tmp_path / "split.json", "site-B", told.append)
+    make_folds(recipe, small_store, "diagnosis", leave_site_out=True).save(tmp_path / "split.json")
+    resolve_parts_and_target(recipe, small_store, "diagnosis", tmp_path / "split.json", "site-B", told.append)
     assert "no session of the test part is y: scores that need it are not defined there" in told
     assert not [line for line in told if "train" in line]
 
 
 def test_one_shot_of_three_classes_can_be_learnt(small_store, tiny_backbone, tmp_path, runs, monkeypatch):
     monkeypatch.setitem(small_store.sessions, "diagnosis", ["x", "y", "z"] * 4)
-    split = folds_for(RECIPE, small_store, "diagnosis", shots=[1])
-    table = finetune_over(split, RECIPE, small_store, tiny_backbone, "diagnosis", tmp_path / "one", quiet=True)
+    split = make_folds(RECIPE, small_store, "diagnosis", shots=[1])
+    table = finetune_folds(split, RECIPE, small_store, tiny_backbone, "diagnosis", tmp_path / "one", quiet=True)
     assert table["num_train"].tolist() == [3]
 
 
 def test_folds_that_are_tested_on_others_are_one_group_whatever_they_are_called(small_store, tmp_path):
-    split = folds_for(RECIPE, small_store, "age_years", folds=3)
+    split = make_folds(RECIPE, small_store, "age_years", folds=3)
     renamed = Split({f"cv{n}": members for n, members in enumerate(split.folds.values())})
     assert set(repeated._groups(renamed).values()) == {"all folds"}
-    few = folds_for(RECIPE, small_store, "age_years", num_subjects=[2, 3])
+    few = make_folds(RECIPE, small_store, "age_years", num_subjects=[2, 3])
     assert list(repeated._groups(few).values()) == ["subjects-2", "subjects-3"]
 
 
 @pytest.mark.parametrize("name", ["../x", "/tmp/x", "site-A/B", ".hidden", "embeddings"])
 def test_the_name_of_a_fold_leads_nowhere_else(small_store, tiny_backbone, tmp_path, name):
-    split = Split({name: folds_for(RECIPE, small_store, "age_years").parts()})
+    split = Split({name: make_folds(RECIPE, small_store, "age_years").parts()})
     with pytest.raises(UsageError, match="cannot be that of a folder"):
-        finetune_over(split, RECIPE, small_store, tiny_backbone, "age_years", tmp_path / "cv", quiet=True)
+        finetune_folds(split, RECIPE, small_store, tiny_backbone, "age_years", tmp_path / "cv", quiet=True)
     assert not (tmp_path / "cv").exists()
 
 
 def test_the_folder_of_a_single_run_is_left_alone(small_store, tiny_backbone, tmp_path, runs):
     (tmp_path / "recipe.yaml").write_text("name: other")
-    split = folds_for(RECIPE, small_store, "age_years")
+    split = make_folds(RECIPE, small_store, "age_years")
     with pytest.raises(UsageError, match="holds a single run"):
-        finetune_over(split, RECIPE, small_store, tiny_backbone, "age_years", tmp_path, quiet=True)
+        finetune_folds(split, RECIPE, small_store, tiny_backbone, "age_years", tmp_path, quiet=True)
 
 
 def test_shares_and_strata_are_those_of_a_single_run(small_store):
     plain = validate(FinetuneRecipe, TINY, ["split.stratify=false"])
-    assert folds_for(plain, small_store, "age_years").made["stratify"] == []
-    assert folds_for(RECIPE, small_store, "age_years").made["stratify"] == ["age_years"]
+    assert make_folds(plain, small_store, "age_years").made["stratify"] == []
+    assert make_folds(RECIPE, small_store, "age_years").made["stratify"] == ["age_years"]
     uneven = validate(FinetuneRecipe, TINY, ["split.train=0.3"])
     with pytest.raises(UsageError, match="do not sum to 1"):
-        folds_for(uneven, small_store, "age_years")
+        make_folds(uneven, small_store, "age_years")
 
 
 def test_a_score_that_is_undefined_is_not_counted():
     table = pd.DataFrame(
         {"group": "all folds", "fold": ["a", "b"], "seed": 0, "auroc": [np.nan, 0.8], "trivial auroc": [0.5, 0.5]}
     )
-    (row,) = summarise(table).to_dict(orient="records")
+    (row,) = summarise_runs(table).to_dict(orient="records")
     assert (row["mean"], row["num_folds"]) == (0.8, 1)
 
 
 def test_a_split_file_brings_its_own_folds(small_store, tmp_path):
-    folds_for(RECIPE, small_store, "age_years", folds=3).save(tmp_path / "folds.json")
-    assert list(folds_for(RECIPE, small_store, "age_years", file=tmp_path / "folds.json").folds) == [
+    make_folds(RECIPE, small_store, "age_years", folds=3).save(tmp_path / "folds.json")
+    assert list(make_folds(RECIPE, small_store, "age_years", file=tmp_path / "folds.json").folds) == [
         "fold-1",
         "fold-2",
         "fold-3",
     ]
     with pytest.raises(UsageError, match="has its folds"):
-        folds_for(RECIPE, small_store, "age_years", file=tmp_path / "folds.json", folds=3)
-    assert isinstance(folds_for(RECIPE, small_store, "age_years"), Split)
+        make_folds(RECIPE, small_store, "age_years", file=tmp_path / "folds.json", folds=3)
+    assert isinstance(make_folds(RECIPE, small_store, "age_years"), Split)
 
 
 @pytest.mark.parametrize("seeds", [(), (1, 1)])
 def test_seeds_are_given_once_each(small_store, tiny_backbone, tmp_path, seeds):
-    split = folds_for(RECIPE, small_store, "age_years", folds=3)
+    split = make_folds(RECIPE, small_store, "age_years", folds=3)
     with pytest.raises(UsageError, match="each once"):
-        finetune_over(split, RECIPE, small_store, tiny_backbone, "age_years", tmp_path / "cv", seeds=seeds)
+        finetune_folds(split, RECIPE, small_store, tiny_backbone, "age_years", tmp_path / "cv", seeds=seeds)
     assert not (tmp_path / "cv").exists()
 
 
 def test_systems_are_compared_on_the_same_cases_with_the_same_budget(small_store, tiny_backbone, tmp_path, runs):
-    split = folds_for(RECIPE, small_store, "age_years", folds=2)
-    systems = systems_of([str(tiny_backbone)], ["head-only", "fast=head-only,optim.head_lr=0.1"])
+    split = make_folds(RECIPE, small_store, "age_years", folds=2)
+    systems = parse_systems([str(tiny_backbone)], ["head-only", "fast=head-only,optim.head_lr=0.1"])
     arguments = (split, RECIPE, small_store, systems, "age_years", tmp_path / "grid")
     table = finetune_systems(*arguments, quiet=True)
     # The systems innermost: what is done is comparable, whenever it stops.
@@ -253,7 +253,7 @@ def test_systems_are_compared_on_the_same_cases_with_the_same_budget(small_store
     assert "optim.head_lr=0.1" in page
 
     with pytest.raises(UsageError, match="another experiment"):
-        finetune_over(
+        finetune_folds(
             split, RECIPE, small_store, tiny_backbone, "age_years", tmp_path / "grid", resume=True, quiet=True
         )
 
@@ -265,8 +265,8 @@ def test_starting_points_are_compared_each_from_its_own_weights(small_store, tin
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
     model.save_pretrained(tmp_path / "other")
     recipe = validate(FinetuneRecipe, TINY, ["frozen_baseline=true"])
-    split = folds_for(recipe, small_store, "age_years")
-    systems = systems_of([f"first={tiny_backbone}", f"again={tiny_backbone}", f"other={tmp_path / 'other'}"])
+    split = make_folds(recipe, small_store, "age_years")
+    systems = parse_systems([f"first={tiny_backbone}", f"again={tiny_backbone}", f"other={tmp_path / 'other'}"])
     table = finetune_systems(split, recipe, small_store, systems, "age_years", tmp_path / "grid", quiet=True)
     assert table["system"].tolist() == ["first", "again", "other"]
     assert table["model"].tolist() == ["first", "again", "other"]
@@ -277,8 +277,8 @@ def test_starting_points_are_compared_each_from_its_own_weights(small_store, tin
 
 
 def test_a_system_that_cannot_be_trained_is_refused_before_the_first_run(small_store, tiny_backbone, tmp_path, runs):
-    split = folds_for(RECIPE, small_store, "age_years", folds=2)
-    systems = systems_of([str(tiny_backbone)], ["head-only", "lora-r8"])  # kept embeddings want a frozen backbone
+    split = make_folds(RECIPE, small_store, "age_years", folds=2)
+    systems = parse_systems([str(tiny_backbone)], ["head-only", "lora-r8"])  # kept embeddings want a frozen backbone
     with pytest.raises(RecipeError, match="embeddings can be kept"):
         finetune_systems(split, RECIPE, small_store, systems, "age_years", tmp_path / "grid", quiet=True)
     assert not runs

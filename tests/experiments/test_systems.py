@@ -5,20 +5,20 @@ from __future__ import annotations
 import pytest
 
 from brainfound.errors import UsageError
-from brainfound.experiments.systems import System, short_name, subset_systems, systems_of
+from brainfound.experiments.systems import SystemSpec, make_subset_systems, parse_systems, short_name
 
 
 def test_one_start_and_one_adapter_have_no_name():
-    assert systems_of(["facebook/dinov2-small"]) == [System("", "facebook/dinov2-small", start="dinov2-small")]
-    (system,) = systems_of(["runs/vits14/export"], ["full,optim.lr=1e-5,engine.steps=3"])
+    assert parse_systems(["facebook/dinov2-small"]) == [SystemSpec("", "facebook/dinov2-small", start="dinov2-small")]
+    (system,) = parse_systems(["runs/vits14/export"], ["full,optim.lr=1e-5,engine.steps=3"])
     assert (system.name, system.start, system.adapter) == ("", "vits14", "full")
     assert system.all_overrides == ("optim.lr=1e-5", "engine.steps=3")
 
 
 def test_what_differs_is_in_the_name():
-    assert [s.name for s in systems_of(["a/x", "b/y"])] == ["x", "y"]
-    assert [s.name for s in systems_of(["a/x"], ["head-only", "my/lora.yaml"])] == ["head-only", "lora"]
-    both = systems_of(["ours=a/x", "b/y"], ["head-only", "slow=full,optim.lr=1e-5"])
+    assert [s.name for s in parse_systems(["a/x", "b/y"])] == ["x", "y"]
+    assert [s.name for s in parse_systems(["a/x"], ["head-only", "my/lora.yaml"])] == ["head-only", "lora"]
+    both = parse_systems(["ours=a/x", "b/y"], ["head-only", "slow=full,optim.lr=1e-5"])
     assert [s.name for s in both] == ["ours+head-only", "ours+slow", "y+head-only", "y+slow"]
     assert [(s.model, s.adapter) for s in both[:2]] == [("a/x", "head-only"), ("a/x", "full")]
 
@@ -36,23 +36,23 @@ def test_what_differs_is_in_the_name():
 )
 def test_what_cannot_be_told_apart_is_refused(models, adapters, says):
     with pytest.raises(UsageError, match=says):
-        systems_of(models, adapters)
+        parse_systems(models, adapters)
 
 
 def test_a_folder_with_an_equals_sign_is_a_folder(tmp_path):
     folder = tmp_path / "lr=1"
     folder.mkdir()
-    assert systems_of([str(folder)])[0].model == str(folder)
+    assert parse_systems([str(folder)])[0].model == str(folder)
 
 
 def test_every_subset_is_a_system_and_the_full_one_comes_first():
-    (system,) = systems_of(["a/x"], ["head-only"])
-    subsets = subset_systems(system, ("T1w", "T2w", "FLAIR"))
+    (system,) = parse_systems(["a/x"], ["head-only"])
+    subsets = make_subset_systems(system, ("T1w", "T2w", "FLAIR"))
     assert len(subsets) == 7
     assert subsets[0].name == "T1w+T2w+FLAIR"
     assert subsets[-1].all_overrides == ("contrasts=[FLAIR]",)
     with pytest.raises(UsageError, match="one contrast"):
-        subset_systems(system, ("T1w",))
+        make_subset_systems(system, ("T1w",))
 
 
 def test_a_model_is_known_by_its_last_name():

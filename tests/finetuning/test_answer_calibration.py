@@ -13,7 +13,7 @@ from brainfound.finetuning.calibration import AnswerCalibration
 from brainfound.finetuning.scoring import SessionScores
 from brainfound.finetuning.targets import Target
 from brainfound.metrics.calibration import expected_calibration_error, fit_temperature
-from brainfound.models.stack_inference import Answer
+from brainfound.models.stack_inference import StackPrediction
 
 AGES = Target("regression", "age_years", mean=50.0, std=10.0)
 WORDS = Target("classification", "diagnosis", names=("healthy", "patient", "unsure"))
@@ -54,7 +54,7 @@ def test_regression(spread):
 
     again = AnswerCalibration.from_dict(json.loads(json.dumps(fitted.to_dict())))
     assert again == fitted
-    answer = again.of_answer(Answer(value=60.0, value_std=2.0 if spread else None), AGES)
+    answer = again.calibrate_answer(StackPrediction(value=60.0, value_std=2.0 if spread else None), AGES)
     width = fitted.interval.half_width * (2 if spread else 1)
     assert answer["interval"] == {"low": 60 - width, "high": 60 + width, "confidence": 0.8}
     line = fitted.bias_correction
@@ -77,8 +77,8 @@ def test_what_is_too_small_is_left_out_and_said():
     assert [line.split(":")[0] for line in fitted.left_out] == ["bias correction", "interval"]
     report = fitted.report(ages(5, 1), AGES)
     assert (report["interval"], report["bias_correction"], len(report["left_out"])) == (None, None, 2)
-    assert fitted.of_answer(Answer(value=1.0), AGES) == {}
-    assert AnswerCalibration.from_dict(None).of_answer(Answer(value=1.0), AGES) == {}
+    assert fitted.calibrate_answer(StackPrediction(value=1.0), AGES) == {}
+    assert AnswerCalibration.from_dict(None).calibrate_answer(StackPrediction(value=1.0), AGES) == {}
     one_class = words(40, 0)[0]
     one_class.cases["truth"] = "healthy"
     without = AnswerCalibration.fit(one_class, WORDS)
@@ -101,7 +101,7 @@ def test_classification():
     assert report["brier"]["calibrated"] < report["brier"]["raw"]
     assert [bins.count.sum() for bins in fitted.reliability(test, WORDS).values()] == [3000, 3000]
     shares = special.softmax(logits[0]).astype(np.float32)
-    answer = fitted.of_answer(Answer(probabilities=shares), WORDS)["calibrated_probabilities"]
+    answer = fitted.calibrate_answer(StackPrediction(probabilities=shares), WORDS)["calibrated_probabilities"]
     expected = special.softmax(logits[0] / fitted.temperature)
     assert list(answer.values()) == pytest.approx(expected.tolist(), abs=1e-4)
     assert list(answer) == list(WORDS.names)
@@ -118,7 +118,7 @@ def test_several_labels_share_a_temperature():
     assert fitted.temperature == pytest.approx(2, rel=0.1)
     report = fitted.report(scored, LABELS)
     assert report["brier"]["calibrated"] < report["brier"]["raw"]
-    answer = fitted.of_answer(Answer(probabilities=np.array([0.9, 1.0], dtype=np.float32)), LABELS)
+    answer = fitted.calibrate_answer(StackPrediction(probabilities=np.array([0.9, 1.0], dtype=np.float32)), LABELS)
     calibrated = answer["calibrated_probabilities"]
     assert calibrated["edema"] == pytest.approx(special.expit(special.logit(0.9) / fitted.temperature), abs=1e-4)
     assert 0.99 < calibrated["lesion"] < 1

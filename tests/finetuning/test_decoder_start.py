@@ -11,7 +11,7 @@ from scipy.special import softmax
 
 from brainfound.errors import TrainingError
 from brainfound.finetuning import linear_start as decoder_start
-from brainfound.finetuning.linear_start import augmented_passes, fit_decoder
+from brainfound.finetuning.linear_start import fit_decoder, iterate_augmented_passes
 from brainfound.finetuning.targets import Target, resolve_target
 from brainfound.finetuning.volumes import PRESETS, VolumeReader
 from brainfound.models import BrainFoundForSegmentation
@@ -83,14 +83,14 @@ def test_features_at_pixels_give_the_scores_of_the_model(small_store, tiny_backb
     monkeypatch.setattr(type(small_store), "__getitem__", _shortened(type(small_store).__getitem__, TRAIN[0], 5))
     assert len(small_store[TRAIN[0]].pixels) == 5 < len(short.pixels)
     reader = VolumeReader(small_store, TRAIN[:3], 50, foreground_share=0.5, neighbours=True)
-    volumes, _ = next(augmented_passes(reader, PRESETS["none"], 1, 3, 0, torch.device("cpu")))
+    volumes, _ = next(iterate_augmented_passes(reader, PRESETS["none"], 1, 3, 0, torch.device("cpu")))
     assert not volumes.slice_mask.all()
     with torch.no_grad():
-        maps = decoder_start._read_by(model.decoder.score, model.eval(), volumes.inputs())
+        maps = decoder_start._capture_layer_input(model.decoder.score, model.eval(), volumes.inputs())
         logits = model(**volumes.inputs()).logits[volumes.slice_mask]
     rng = np.random.default_rng(0)
     pixels = np.stack([rng.integers(0, side, 200) for side in (len(maps), 32, 32)])
-    found = torch.from_numpy(decoder_start._at_pixels(maps, pixels, (32, 32)))
+    found = torch.from_numpy(decoder_start._sample_at_pixels(maps, pixels, (32, 32)))
     scores = torch.nn.functional.linear(found, model.decoder.score.weight[:, :, 0, 0], model.decoder.score.bias)
     torch.testing.assert_close(scores, logits[pixels[0], :, pixels[1], pixels[2]], atol=1e-4, rtol=1e-4)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from brainfound.data.batches import collate, even_slices
+from brainfound.data.batches import collate, evenly_spaced_slices
 from brainfound.errors import ModelError, RecipeError, TrainingError
 from brainfound.finetuning.embedding_cache import EmbeddingCache
 from brainfound.finetuning.finetune import finetune
@@ -45,9 +45,9 @@ def calls(monkeypatch):
 
 def test_it_holds_what_the_encoder_says_of_the_slices_that_evaluation_reads(network, small_store, tmp_path):
     cache = EmbeddingCache(network, small_store, tmp_path, num_slices=3)
-    assert cache.require([0, 2]) == 2
+    assert cache.ensure_embedded([0, 2]) == 2
     stacks = [small_store[0], small_store[2]]
-    index = [even_slices(len(stack.pixels), 3) for stack in stacks]
+    index = [evenly_spaced_slices(len(stack.pixels), 3) for stack in stacks]
     inputs = collate(stacks, index)
     with torch.no_grad():
         expected = network(**inputs.inputs())
@@ -55,16 +55,18 @@ def test_it_holds_what_the_encoder_says_of_the_slices_that_evaluation_reads(netw
     torch.testing.assert_close(found.slice_embeddings, expected.slice_embeddings)
     torch.testing.assert_close(found.volume_embedding, expected.volume_embedding)
     assert torch.equal(cache.batch([0, 2]).positions_mm, inputs.positions_mm)
-    np.testing.assert_allclose(cache.means([2])[0], expected.slice_embeddings[1].mean(dim=0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        cache.mean_embeddings([2])[0], expected.slice_embeddings[1].mean(dim=0), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_volumes_of_several_lengths_are_padded_as_images_are(network, small_store, tmp_path, monkeypatch):
     lengths = iter([5, 3])
     monkeypatch.setattr(
-        "brainfound.finetuning.embedding_cache.even_slices", lambda n, wanted: np.arange(next(lengths, n))
+        "brainfound.finetuning.embedding_cache.evenly_spaced_slices", lambda n, wanted: np.arange(next(lengths, n))
     )
     cache = EmbeddingCache(network, small_store, tmp_path)
-    cache.require([0, 1])
+    cache.ensure_embedded([0, 1])
     batch = cache.batch([0, 1])
     assert batch.slice_mask.sum(dim=1).tolist() == [5, 3]
     with torch.no_grad():
@@ -75,15 +77,15 @@ def test_volumes_of_several_lengths_are_padded_as_images_are(network, small_stor
 
 def test_a_session_is_embedded_once_and_survives_a_cut(network, small_store, tmp_path, calls):
     first = EmbeddingCache(network, small_store, tmp_path, 3)
-    first.require([0, 1])
+    first.ensure_embedded([0, 1])
     again = EmbeddingCache(network, small_store, tmp_path, 3)
     assert again.path == first.path
-    again.require([1, 2])
+    again.ensure_embedded([1, 2])
     assert calls == [0, 1, 2]
     # Cut off between the numbers and their mark: the session is embedded again.
     again._done[2] = False
     again._done.flush()
-    EmbeddingCache(network, small_store, tmp_path, 3).require([2])
+    EmbeddingCache(network, small_store, tmp_path, 3).ensure_embedded([2])
     assert calls == [0, 1, 2, 2]
     with pytest.raises(TrainingError, match="not in the cache"):
         again.slices(3)
@@ -108,10 +110,10 @@ def test_other_weights_other_slices_and_other_data_have_a_cache_of_their_own(net
 def test_other_features_of_a_slice_are_kept_as_the_model_gives_them(tiny_backbone, small_store, tmp_path, features):
     model = BrainFoundModel.from_backbone(tiny_backbone, contrasts=small_store.contrasts, slice_features=features)
     cache = EmbeddingCache(model, small_store, tmp_path, num_slices=3)
-    cache.require([1])
+    cache.ensure_embedded([1])
     stack = small_store[1]
     with torch.no_grad():
-        expected = model(**collate([stack], [even_slices(len(stack.pixels), 3)]).inputs()).slice_embeddings[0]
+        expected = model(**collate([stack], [evenly_spaced_slices(len(stack.pixels), 3)]).inputs()).slice_embeddings[0]
     torch.testing.assert_close(torch.from_numpy(cache.slices(1)), expected)
 
 
@@ -149,7 +151,9 @@ def test_training_on_kept_embeddings_is_training_on_images_that_stay_as_they_are
     kept = finetune(recipe, small_store, tiny_backbone, "age_years", tmp_path / "kept", quiet=True)
     num_sessions = len(calls)
     assert 0 < num_sessions <= len(small_store)
-    monkeypatch.setattr("brainfound.finetuning.volumes.jittered_slices", lambda n, wanted, rng: even_slices(n, wanted))
+    monkeypatch.setattr(
+        "brainfound.finetuning.volumes.sample_jittered_slices", lambda n, wanted, rng: evenly_spaced_slices(n, wanted)
+    )
     monkeypatch.setattr("brainfound.finetuning.training_task.augment_volumes", lambda batch, recipe, key: batch)
     monkeypatch.setattr("brainfound.finetuning.linear_start.augment_volumes", lambda batch, recipe, key: batch)
     recipe = validate(FinetuneRecipe, TINY, ["cached_embeddings=false"])

@@ -31,7 +31,7 @@ from brainfound.finetuning.scoring import read_scores
 from brainfound.finetuning.training_task import FinetuneTask
 from brainfound.finetuning.volumes import VolumeReader
 from brainfound.inference.evaluation import evaluate
-from brainfound.models.stack_inference import inner_model
+from brainfound.models.stack_inference import unwrap_peft
 from brainfound.recipes import validate
 
 LAUNCH_FILE = Path(__file__).parents[2] / "train" / "launch" / "accelerate-cpu.yaml"
@@ -172,7 +172,7 @@ def test_a_stem_may_be_chosen_and_blocks_computed_again(
     again_or_not, loss = [], FinetuneTask.loss
 
     def spy(self, *arguments):
-        again_or_not.append({block.gradient_checkpointing for block in inner_model(self.model).encoder.blocks})
+        again_or_not.append({block.gradient_checkpointing for block in unwrap_peft(self.model).encoder.blocks})
         return loss(self, *arguments)
 
     monkeypatch.setattr(FinetuneTask, "loss", spy)

@@ -13,12 +13,12 @@ import brainfound
 from brainfound.errors import RecipeError, UsageError
 from brainfound.finetuning.finetune import finetune
 from brainfound.finetuning.recipe import FinetuneRecipe
-from brainfound.finetuning.scoring import score_answers, score_sessions
+from brainfound.finetuning.scoring import score_predictions, score_sessions
 from brainfound.finetuning.targets import Target
 from brainfound.inference.evaluation import evaluate
 from brainfound.metrics.scores import segmentation_case_scores
-from brainfound.metrics.summaries import headline_of_cases
-from brainfound.models.stack_inference import Answer, infer
+from brainfound.metrics.summaries import compute_headline_score
+from brainfound.models.stack_inference import StackPrediction, infer
 from brainfound.recipes import validate
 
 TINY = {
@@ -76,7 +76,7 @@ def test_each_region_is_scored_with_its_own_mask(small_store, monkeypatch):
 
     def answer(model, stack, num_slices):
         labels = np.stack([stack.mask == 1, stack.mask != 1], axis=1)
-        return Answer(labels=labels, foreground_probability=labels.any(axis=1).astype(np.float32))
+        return StackPrediction(labels=labels, foreground_probability=labels.any(axis=1).astype(np.float32))
 
     monkeypatch.setattr("brainfound.finetuning.scoring.infer", answer)
     scored = score_sessions(torch.nn.Identity(), small_store, sessions, target, None)
@@ -101,10 +101,10 @@ def test_each_of_several_classes_is_scored_over_the_sessions_that_have_it(small_
     references = iter([with_corner(small_store[first].mask, 2), small_store[second].mask])
 
     def answer(session, stack):
-        return Answer(classes=stack.mask if session == first else with_corner(stack.mask, 2))
+        return StackPrediction(classes=stack.mask if session == first else with_corner(stack.mask, 2))
 
     monkeypatch.setattr(Target, "encode_mask", lambda self, mask: next(references))
-    scored = score_answers(answer, small_store, [first, second], target)
+    scored = score_predictions(answer, small_store, [first, second], target)
     overlaps = {name: value for name, value in scored.scores.items() if name.startswith("dice")}
     assert overlaps == {"dice": 0.5, "dice(found)": 1.0, "dice(missed)": 0.0}
     assert scored.scores["clean_negatives"] == 0.0
@@ -112,7 +112,7 @@ def test_each_of_several_classes_is_scored_over_the_sessions_that_have_it(small_
     assert np.isnan(scored.cases["dice(missed)"]).tolist() == [False, True]
     assert scored.trivial["dice(found)"] > scored.trivial["dice(missed)"] == 0  # that pixel is outside of the head
     assert scored.with_intervals().intervals["dice"].num_subjects == 2
-    assert headline_of_cases("segmentation", scored.cases) == 0.5
+    assert compute_headline_score("segmentation", scored.cases) == 0.5
 
 
 @pytest.mark.parametrize(

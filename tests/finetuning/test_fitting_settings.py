@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from brainfound.errors import RecipeError
-from brainfound.finetuning.recipe import FinetuneRecipe, require_fitting
+from brainfound.finetuning.recipe import FinetuneRecipe, require_effective_settings
 from brainfound.finetuning.targets import Target
 from brainfound.recipes import load, validate
 
@@ -22,10 +22,10 @@ def recipe(*overrides: str) -> FinetuneRecipe:
 
 @pytest.mark.parametrize("task", TARGETS)
 def test_shipped_recipes_and_defaults_fit(task):
-    require_fitting(load(FinetuneRecipe, f"finetune-{task}", "train"), TARGETS[task])
-    require_fitting(recipe(), TARGETS[task])
+    require_effective_settings(load(FinetuneRecipe, f"finetune-{task}", "train"), TARGETS[task])
+    require_effective_settings(recipe(), TARGETS[task])
     # A resolved recipe has every key, with its default.
-    require_fitting(validate(FinetuneRecipe, recipe().model_dump(mode="json")), TARGETS[task])
+    require_effective_settings(validate(FinetuneRecipe, recipe().model_dump(mode="json")), TARGETS[task])
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_shipped_recipes_and_defaults_fit(task):
     ],
 )
 def test_what_is_read_passes(task, overrides):
-    require_fitting(recipe(*overrides), TARGETS[task])
+    require_effective_settings(recipe(*overrides), TARGETS[task])
 
 
 @pytest.mark.parametrize(
@@ -101,6 +101,6 @@ def test_what_is_read_passes(task, overrides):
 )
 def test_what_nothing_would_read_is_refused(task, overrides, expected):
     with pytest.raises(RecipeError) as error:
-        require_fitting(recipe(*overrides), TARGETS[task])
+        require_effective_settings(recipe(*overrides), TARGETS[task])
     assert str(error.value).startswith(expected)
     assert "\n" not in str(error.value)

@@ -12,12 +12,12 @@ from sklearn.linear_model import Ridge
 from sklearn.model_selection import GroupKFold
 from transformers import Dinov2Model
 
-from brainfound.data.batches import collate, even_slices
+from brainfound.data.batches import collate, evenly_spaced_slices
 from brainfound.errors import ModelError, TrainingError
 from brainfound.finetuning import embedding_cache, frozen_patches
 from brainfound.finetuning.finetune import finetune
-from brainfound.finetuning.frozen_baseline import fit_frozen, score_frozen
-from brainfound.finetuning.frozen_patches import PatchClassifier, patch_shares
+from brainfound.finetuning.frozen_baseline import fit_frozen_baseline, score_frozen_baseline
+from brainfound.finetuning.frozen_patches import PatchClassifier, patch_label_fractions
 from brainfound.finetuning.recipe import FinetuneRecipe
 from brainfound.finetuning.scoring import read_scores
 from brainfound.finetuning.targets import resolve_target
@@ -68,7 +68,7 @@ def test_it_is_a_ridge_on_the_mean_of_slices_whose_penalty_only_the_training_par
     for session in range(len(small_store)):
         stack = small_store[session]
         with torch.no_grad():
-            output = model(**collate([stack], [even_slices(len(stack.pixels), 4)]).inputs())
+            output = model(**collate([stack], [evenly_spaced_slices(len(stack.pixels), 4)]).inputs())
         means.append(output.slice_embeddings[0].mean(dim=0).double().numpy())
     cases, features, ages = frozen_cases(folder), np.stack(means), small_store.sessions["age_years"].to_numpy()
     names = json.loads((folder / "splits.json").read_text())["folds"]["single"]["subjects"]["train"]
@@ -121,11 +121,11 @@ def test_no_label_of_the_test_part_is_learnt_from(small_store, tiny_backbone, mo
     model = BrainFoundForSegmentation.from_backbone(tiny_backbone, contrasts=small_store.contrasts)
     target = resolve_target(small_store, PARTS["train"].tolist(), "classification", "diagnosis")
     train, test = (PARTS[part].tolist() for part in ("train", "test"))
-    honest = score_frozen(fit_frozen(model, small_store, train, target, 4), small_store, test)
+    honest = score_frozen_baseline(fit_frozen_baseline(model, small_store, train, target, 4), small_store, test)
     shuffled = small_store.sessions["diagnosis"].to_numpy().copy()
     shuffled[PARTS["test"]] = shuffled[PARTS["test"]][::-1]
     monkeypatch.setitem(small_store.sessions, "diagnosis", shuffled)
-    other = score_frozen(fit_frozen(model, small_store, train, target, 4), small_store, test)
+    other = score_frozen_baseline(fit_frozen_baseline(model, small_store, train, target, 4), small_store, test)
     assert other.cases["truth"].tolist() != honest.cases["truth"].tolist()
     assert other.cases["p(patient)"].tolist() == honest.cases["p(patient)"].tolist()
 
@@ -239,7 +239,7 @@ def test_what_is_left_out_of_the_sample_is_counted_by_its_weights():
     masks = np.zeros((10, 2, 8, 8), dtype=np.uint8)
     masks[2:5, 0, :4, :4] = 1
     masks[3, 1, 0, 0] = 1
-    shares = patch_shares(masks, 4)
+    shares = patch_label_fractions(masks, 4)
     assert shares.shape == (10, 4, 2)
     assert shares[3].tolist() == [[1, 1 / 16], [0, 0], [0, 0], [0, 0]]
     slices, of_slice = frozen_patches._choose_slices(masks.any(axis=(1, 2, 3)), 4)
@@ -261,7 +261,7 @@ def test_shares_are_fitted_without_bias_and_the_threshold_is_the_best():
     features = generator.normal(size=(400, 3))
     shares = np.clip(1 / (1 + np.exp(2 - 2 * features[:, 0])) + generator.normal(0, 0.05, 400), 0, 1)
     weights = generator.uniform(0.2, 1.8, 400)
-    weight, bias = frozen_patches._fit_shares(features, shares, weights, 1.0)
+    weight, bias = frozen_patches._fit_fractions(features, shares, weights, 1.0)
     probabilities = 1 / (1 + np.exp(-(features @ weight + bias)))
     assert weights @ probabilities == pytest.approx(weights @ shares, rel=1e-3)
     _, _, threshold = frozen_patches._fit(features, shares, weights, np.arange(400) // 4)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from brainfound.finetuning.linear_start import fit_head, subject_folds, subject_numbers
+from brainfound.finetuning.linear_start import fit_head, subject_folds, subject_group_indices
 from brainfound.finetuning.targets import resolve_target
 from brainfound.finetuning.volumes import VolumeAugmentation, VolumeReader
 from brainfound.models import BrainFoundForClassification, BrainFoundForRegression
@@ -152,12 +152,12 @@ def test_folds_never_split_the_passes_of_a_session(classified):
 def test_folds_never_split_the_sessions_of_a_subject():
     subjects = [f"s{n // 2}" for n in range(12)]
     sessions = np.tile(np.arange(12)[::-1], 3)
-    people = subject_numbers(subjects, sessions)
+    people = subject_group_indices(subjects, sessions)
     folds = subject_folds(people, None)
     assert folds is not None
     for train, test in folds:
         assert not {subjects[i] for i in sessions[train]} & {subjects[i] for i in sessions[test]}
-    assert subject_numbers([f"s{n}" for n in range(12)], sessions).tolist() == sessions.tolist()
+    assert subject_group_indices([f"s{n}" for n in range(12)], sessions).tolist() == sessions.tolist()
 
 
 def test_too_few_sessions_for_folds():

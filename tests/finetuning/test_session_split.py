@@ -16,11 +16,11 @@ from brainfound.errors import UsageError
 from brainfound.finetuning.finetune import finetune
 from brainfound.finetuning.splits import (
     SplitRecipe,
-    adopt_split,
-    hashed_split,
-    in_parts,
-    learnt_from,
+    hash_split,
+    is_in_parts,
     make_split,
+    seen_in_training,
+    split_from_file,
     split_sessions,
     write_split,
 )
@@ -59,10 +59,10 @@ def names_of(store, parts) -> dict[str, set[str]]:
 
 def test_sessions_without_a_label_are_counted(table_store):
     told: list[str] = []
-    split_sessions(RECIPE, table_store, "age_years", None, say=told.append)
+    split_sessions(RECIPE, table_store, "age_years", None, notify=told.append)
     assert not told
     table_store.sessions.loc[[3, 8, 9], "age_years"] = np.nan
-    parts = split_sessions(RECIPE, table_store, "age_years", None, say=told.append)
+    parts = split_sessions(RECIPE, table_store, "age_years", None, notify=told.append)
     assert sum(map(len, parts.values())) == 77
     assert told == ["3 of 80 sessions have no age_years: left out"]
 
@@ -160,7 +160,7 @@ def test_new_divisions_keep_subjects_with_one_image_together(table_store):
     table_store.sessions["image_hash"] = [f"{n % 40:04x}" for n in range(80)]  # everybody is there twice
     for seed in range(5):
         recipe = RECIPE.model_copy(update={"seed": seed})
-        parts = split_sessions(recipe, table_store, "diagnosis", None, say=said.append)
+        parts = split_sessions(recipe, table_store, "diagnosis", None, notify=said.append)
         images = [set(table_store.sessions["image_hash"].iloc[index]) for index in parts.values()]
         assert sum(map(len, images)) == len(set().union(*images)) == 40
     assert "20 subjects have an image of another" in said[0]
@@ -176,7 +176,7 @@ def test_what_is_left_out_is_told(table_store, tmp_path):
     diagnosis = table_store.sessions["diagnosis"].where(table_store.sessions["subject"] != names[7])
     other = store_of(table_store.sessions.assign(subject=renamed, diagnosis=diagnosis))
     said: list[str] = []
-    parts = split_sessions(RECIPE, other, "diagnosis", tmp_path / "split.json", say=said.append)
+    parts = split_sessions(RECIPE, other, "diagnosis", tmp_path / "split.json", notify=said.append)
     assert [line.split(" subjects")[0] for line in said[:2]] == ["2 of 40", "2 of 40"]
     assert "2 of 76 sessions" in said[2]
     used = set().union(*names_of(other, parts).values())
@@ -187,13 +187,13 @@ def test_what_is_left_out_is_told(table_store, tmp_path):
 def test_parts_written_by_hand_become_a_split_file(table_store, tmp_path):
     own = {"train": ["sub-01", "sub-02"], "validation": ["sub-03"], "test": ["sub-04", "sub-05"]}
     (tmp_path / "own.json").write_text(json.dumps(own))
-    split = adopt_split(table_store, tmp_path / "own.json", ["diagnosis"])
+    split = split_from_file(table_store, tmp_path / "own.json", ["diagnosis"])
     split.save(tmp_path / "split.json")
     assert Split.load(tmp_path / "split.json").parts() == {part: tuple(names) for part, names in own.items()}
     assert split.num_left_out == {"single": 35}
     (tmp_path / "own.json").write_text(json.dumps({**own, "test": ["sub-99"]}))
     with pytest.raises(UsageError, match="no session of the store is in the part 'test'"):
-        adopt_split(table_store, tmp_path / "own.json")
+        split_from_file(table_store, tmp_path / "own.json")
 
 
 def test_the_split_of_a_run_is_a_split_file(table_store, tmp_path):
@@ -212,25 +212,25 @@ def test_the_split_of_a_run_is_a_split_file(table_store, tmp_path):
 
 def test_a_bundle_knows_its_subjects_again_and_names_none(table_store):
     parts = split_sessions(RECIPE, table_store, "diagnosis", None)
-    split = hashed_split(table_store, parts)
+    split = hash_split(table_store, parts)
     text = json.dumps(split)
     assert not any(name in text for name in table_store.sessions["subject"])
     assert not any(f'"{content}"' in text for content in table_store.sessions["image_hash"])
-    other = hashed_split(table_store, parts)
+    other = hash_split(table_store, parts)
     assert not set(split["subjects"]["train"]) & set(other["subjects"]["train"])  # a salt of its own
     everybody = np.arange(80)
     for part, index in parts.items():
-        assert np.array_equal(np.flatnonzero(in_parts(split, table_store, everybody, part)), index)
+        assert np.array_equal(np.flatnonzero(is_in_parts(split, table_store, everybody, part)), index)
     learnt = np.sort(np.concatenate([parts["train"], parts["validation"]]))
-    assert np.array_equal(np.flatnonzero(learnt_from(split, table_store, everybody)), learnt)
+    assert np.array_equal(np.flatnonzero(seen_in_training(split, table_store, everybody)), learnt)
 
 
 def test_a_known_image_is_known_under_another_name(table_store):
     parts = split_sessions(RECIPE, table_store, "diagnosis", None)
-    split = hashed_split(table_store, parts)
+    split = hash_split(table_store, parts)
     renamed = store_of(table_store.sessions.assign(subject=[f"other-{n // 2}" for n in range(80)]))
-    assert not in_parts(split, renamed, range(80), "train", "validation").any()
-    assert np.flatnonzero(learnt_from(split, renamed, range(80))).tolist() == sorted(
+    assert not is_in_parts(split, renamed, range(80), "train", "validation").any()
+    assert np.flatnonzero(seen_in_training(split, renamed, range(80))).tolist() == sorted(
         [*parts["train"], *parts["validation"]]
     )
 
@@ -241,8 +241,8 @@ def test_bundles_made_before_salts_are_read(table_store):
         for part, names in {"train": ["sub-01"], "validation": ["sub-02"], "test": ["sub-03"]}.items()
     }
     split = {"data_hash": "abc", "subjects_sha256": digests}
-    assert np.flatnonzero(in_parts(split, table_store, range(80), "test")).tolist() == [6, 7]
-    assert np.flatnonzero(learnt_from(split, table_store, range(80))).tolist() == [2, 3, 4, 5]
+    assert np.flatnonzero(is_in_parts(split, table_store, range(80), "test")).tolist() == [6, 7]
+    assert np.flatnonzero(seen_in_training(split, table_store, range(80))).tolist() == [2, 3, 4, 5]
 
 
 def test_a_run_says_which_file_it_followed_and_how_many_it_left_out(table_store, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 
 from brainfound.errors import UsageError
 from brainfound.finetuning.splits import make_split
-from brainfound.finetuning.targets import Target, guess_task, labelled_sessions, resolve_target, target_columns
+from brainfound.finetuning.targets import Target, infer_task, labelled_sessions, resolve_target, target_columns
 
 
 @pytest.fixture
@@ -26,10 +26,10 @@ def sessions(small_store, monkeypatch):
 
 def test_tasks_are_guessed_from_the_labels(sessions):
     store = sessions(score=[0, 1, 2] * 4)
-    assert guess_task(store, "mask") == "segmentation"
-    assert guess_task(store, "age_years") == "regression"
-    assert guess_task(store, "diagnosis") == "classification"
-    assert guess_task(store, "score") == "classification"
+    assert infer_task(store, "mask") == "segmentation"
+    assert infer_task(store, "age_years") == "regression"
+    assert infer_task(store, "diagnosis") == "classification"
+    assert infer_task(store, "score") == "classification"
 
 
 def test_sessions_without_a_label_are_left_out(sessions):
@@ -66,7 +66,7 @@ def test_classes_are_of_the_training_part(sessions):
 def test_several_columns_are_labels_of_their_own(sessions):
     edema, lesion = [0, 1, 1, 0] * 3, [True, False, True, True] * 3
     store = sessions(edema=edema, lesion=lesion, word=["a", "b"] * 6, never=0, gap=[1.0, np.nan, 0.0] * 4)
-    assert guess_task(store, "edema,lesion") == "classification"
+    assert infer_task(store, "edema,lesion") == "classification"
     target = resolve_target(store, range(8), "classification", " edema, lesion")
     assert (target.column, target.names, target.multi_label) == ("edema,lesion", ("edema", "lesion"), True)
     assert target.values(store, [1, 2, 3]).tolist() == [[1, 0], [1, 1], [0, 1]]

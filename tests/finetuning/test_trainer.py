@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import Trainer, TrainingArguments
 
 from brainfound.adapters import AdapterRecipe, attach_adapter
-from brainfound.data.batches import collate, even_slices
+from brainfound.data.batches import collate, evenly_spaced_slices
 from brainfound.data.store.prepare import prepare
 from brainfound.errors import UsageError
 from brainfound.finetuning.targets import labelled_sessions, resolve_target
@@ -189,7 +189,7 @@ def test_examples_are_what_the_store_holds(store):
     assert (len(data), data.num_left_out) == (7, 1)
     sessions = [2, 5]
     stacks = [store[i] for i in sessions]
-    expected = collate(stacks, [even_slices(len(stack.pixels), 5) for stack in stacks])
+    expected = collate(stacks, [evenly_spaced_slices(len(stack.pixels), 5) for stack in stacks])
     chosen = VolumeDataset(store, target, sessions)
     assert chosen[0]["pixel_values"].shape[0] == len(store[2].pixels)
     examples = [data[i] for i in sessions]

@@ -14,9 +14,9 @@ from brainfound.finetuning.volumes import (
     VolumeAugmentation,
     VolumeReader,
     augment_volumes,
-    jittered_slices,
-    run_of_slices,
-    slices_with_foreground,
+    sample_contiguous_slices,
+    sample_foreground_slices,
+    sample_jittered_slices,
 )
 from brainfound.pretraining.objectives.base import StepKey
 
@@ -27,7 +27,7 @@ STRONG = VolumeAugmentation(rotation_degrees=30, scale=0.2, shear=0.1, contrast_
 
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(0, 1000))
 def test_one_slice_of_each_stretch(num_slices, wanted, seed):
-    index = jittered_slices(num_slices, wanted, np.random.default_rng(seed))
+    index = sample_jittered_slices(num_slices, wanted, np.random.default_rng(seed))
     if wanted >= num_slices:
         assert index.tolist() == list(range(num_slices))
         return
@@ -40,7 +40,7 @@ def test_one_slice_of_each_stretch(num_slices, wanted, seed):
 
 def test_every_slice_has_its_turn():
     rng = np.random.default_rng(0)
-    seen = np.concatenate([jittered_slices(10, 4, rng) for _ in range(200)])
+    seen = np.concatenate([sample_jittered_slices(10, 4, rng) for _ in range(200)])
     assert set(seen) == set(range(10))
 
 
@@ -48,11 +48,11 @@ def test_every_slice_has_its_turn():
 def test_the_asked_share_shows_the_structure(share, wanted, seed):
     mask = np.zeros((20, 4, 4), dtype=np.uint8)
     mask[[3, 4, 11], 1, 1] = 2
-    index = slices_with_foreground(mask, wanted, share, np.random.default_rng(seed))
+    index = sample_foreground_slices(mask, wanted, share, np.random.default_rng(seed))
     assert len(index) == wanted
     assert (np.diff(index) >= 0).all()
     assert np.isin(index, [3, 4, 11]).sum() >= round(wanted * share)
-    empty = slices_with_foreground(np.zeros_like(mask), wanted, share, np.random.default_rng(seed))
+    empty = sample_foreground_slices(np.zeros_like(mask), wanted, share, np.random.default_rng(seed))
     assert len(empty) == wanted
 
 
@@ -62,17 +62,17 @@ def test_a_run_of_slices_has_no_gap_and_stays_inside(share, wanted, seed):
     mask[[3, 4, 19], 1, 1] = 2
     rng = np.random.default_rng(seed)
     for content in (mask, np.zeros_like(mask)):
-        index = run_of_slices(content, wanted, share, rng)
+        index = sample_contiguous_slices(content, wanted, share, rng)
         assert len(index) == min(wanted, 20)
         assert (np.diff(index) == 1).all()
         assert index[0] >= 0
         assert index[-1] < 20
-    assert np.isin(run_of_slices(mask, wanted, 1.0, rng), [3, 4, 19]).any()
+    assert np.isin(sample_contiguous_slices(mask, wanted, 1.0, rng), [3, 4, 19]).any()
 
 
 def test_every_place_of_a_run_has_its_turn():
     rng = np.random.default_rng(0)
-    seen = np.concatenate([run_of_slices(np.zeros((10, 2, 2)), 3, 0.5, rng) for _ in range(300)])
+    seen = np.concatenate([sample_contiguous_slices(np.zeros((10, 2, 2)), 3, 0.5, rng) for _ in range(300)])
     assert set(seen) == set(range(10))
 
 
@@ -89,7 +89,7 @@ def test_runs_meet_the_structure_as_often_as_asked():
     mask = np.zeros((100, 2, 2), dtype=np.uint8)
     mask[40] = 1
     rng = np.random.default_rng(0)
-    met = np.mean([mask[run_of_slices(mask, 5, 0.6, rng)].any() for _ in range(2000)])
+    met = np.mean([mask[sample_contiguous_slices(mask, 5, 0.6, rng)].any() for _ in range(2000)])
     assert 0.6 < met < 0.68
 
 

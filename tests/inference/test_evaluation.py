@@ -14,9 +14,9 @@ from brainfound.data.splits.split_file import Split
 from brainfound.data.store.prepare import prepare
 from brainfound.errors import ModelError, UsageError
 from brainfound.finetuning.splits import subject_hash
-from brainfound.inference.evaluation import drops, evaluate
+from brainfound.inference.evaluation import compute_drops, evaluate
 from brainfound.metrics.comparison import compare, score_intervals
-from brainfound.metrics.summaries import headline_of_cases
+from brainfound.metrics.summaries import compute_headline_score
 
 
 def members(run) -> dict[str, set[str]]:
@@ -147,14 +147,14 @@ def test_a_store_that_was_prepared_otherwise_is_refused_with_the_remedy(run, sou
 
 def test_the_drop_is_against_full_input_on_the_same_sessions(run, small_store):
     results = evaluate(run, small_store, partial_input=True)
-    lost = drops(results)
+    lost = compute_drops(results)
     assert lost[0] == 0
     assert lost[1:] == pytest.approx([results[0].scores["auroc"] - r.scores["auroc"] for r in results[1:]], nan_ok=True)
     # A row with fewer sessions is compared with full input on those.
     few = replace(results[1], cases=results[1].cases[1:])
-    full = headline_of_cases("classification", results[0].cases[1:])
-    assert drops([results[0], few])[1] == pytest.approx(
-        full - headline_of_cases("classification", few.cases), nan_ok=True
+    full = compute_headline_score("classification", results[0].cases[1:])
+    assert compute_drops([results[0], few])[1] == pytest.approx(
+        full - compute_headline_score("classification", few.cases), nan_ok=True
     )
 
 

@@ -14,13 +14,13 @@ from torch.nn import functional as F
 from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 from brainfound.adapters import AdapterRecipe, attach_adapter, merge
-from brainfound.data.batches import collate, without_contrasts
+from brainfound.data.batches import collate, remove_contrasts
 from brainfound.errors import ModelError, UsageError
 from brainfound.finetuning.targets import Target
 from brainfound.inference import explanation_methods as explanation_gradient
 from brainfound.inference.explanation import METHODS, choose_methods, explain_stack
 from brainfound.inference.explanation_cohort import explain
-from brainfound.inference.explanation_methods import ReadStack, as_shares, principal_components
+from brainfound.inference.explanation_methods import ExplanationInputs, principal_components, scale_to_unit_range
 from brainfound.inference.predictor import Predictor
 from brainfound.models import (
     BrainFoundForClassification,
@@ -128,7 +128,7 @@ def test_the_rollout_is_of_what_the_model_reads_of_a_slice(make, stack):
     rolled = {}
     for features in ("cls", "patches", "cls_and_patches"):
         model, _ = make("embedding", slice_features=features)
-        rolled[features] = ReadStack(model, stack, np.arange(3)).look(rollout=True).rollout
+        rolled[features] = ExplanationInputs(model, stack, np.arange(3)).encode_all(rollout=True).rollout
         torch.testing.assert_close(rolled[features].sum(dim=(1, 2)), torch.ones(3))
     assert not torch.allclose(rolled["cls"], rolled["patches"], atol=1e-3)
     low, high = torch.stack([rolled["cls"], rolled["patches"]]).aminmax(dim=0)
@@ -145,7 +145,7 @@ def test_rollout_is_the_formula_on_the_library_s_own_attention(make, backbones, 
     assert len(attentions) == 3
     num_prefix = 1 if family == "dinov2" else 5
     expected = rollout_by_the_formula(attentions, num_prefix)
-    found = ReadStack(model, stack, np.arange(len(stack.pixels))).look(rollout=True).rollout
+    found = ExplanationInputs(model, stack, np.arange(len(stack.pixels))).encode_all(rollout=True).rollout
     assert found.shape == (len(stack.pixels), 4, 4)
     np.testing.assert_allclose(found.flatten(1).numpy(), expected, atol=1e-5)
     assert expected.max() > 2 * expected.mean(), "an even attention would prove nothing"
@@ -156,9 +156,9 @@ def test_rollout_of_single_contrasts_is_averaged(make, stack):
     every = np.arange(len(stack.pixels))
 
     def of(shown):
-        return ReadStack(model, shown, every).look(rollout=True).rollout.numpy()
+        return ExplanationInputs(model, shown, every).encode_all(rollout=True).rollout.numpy()
 
-    singles = [of(without_contrasts(stack, [c for c in stack.contrasts if c != name])) for name in stack.contrasts]
+    singles = [of(remove_contrasts(stack, [c for c in stack.contrasts if c != name])) for name in stack.contrasts]
     assert np.abs(singles[0] - singles[1]).max() > 1e-3
     np.testing.assert_allclose(of(stack), np.mean(singles, axis=0), atol=1e-6)
 
@@ -238,7 +238,7 @@ def test_gradients_in_chunks_are_those_of_the_whole_model(make, stack, monkeypat
         shown = only(stack, "T1w")
     else:
         model, target = make(stem=stem, slice_features=features)
-        shown = without_contrasts(stack, ["T2w"])
+        shown = remove_contrasts(stack, ["T2w"])
     expected = full_gradient(model, shown, lambda output: output.logits[0, 1])
     upsampled = F.interpolate(torch.from_numpy(expected), scale_factor=PATCH, mode="bilinear").numpy()
     for chunk in (3, 1000):
@@ -359,7 +359,7 @@ def test_components_of_almost_nothing():
     scores, ratio = principal_components(np.ones((20, 10), dtype=np.float32))
     assert not scores.any()
     assert not ratio.any()
-    assert not as_shares(scores).any()
+    assert not scale_to_unit_range(scores).any()
 
 
 @pytest.mark.parametrize("task", ["embedding", "segmentation", "classification"])

@@ -219,7 +219,7 @@ def test_a_contrast_that_training_never_saw(without_flair, source):
     assert "FLAIR: not read, the model was not trained with it" in found.notes
     with pytest.raises(ScanError, match="no scan can be used; SWI: not read"):
         without_flair.predict_session(Session("s01", "1", {"SWI": files["FLAIR"]}, {}, {}))
-    assert "FLAIR" not in without_flair.as_encoder().reads
+    assert "FLAIR" not in without_flair.as_encoder().input_contrasts
 
 
 def test_what_is_not_known_is_not_refused(small_store, encoder_export, source, tmp_path):

@@ -18,7 +18,7 @@ from brainfound.inference.evaluation import evaluate
 from brainfound.inference.given_scans import parse_inputs
 from brainfound.inference.loading import load
 from brainfound.inference.prediction import file_stem
-from brainfound.models.stack_inference import Answer
+from brainfound.models.stack_inference import StackPrediction
 from brainfound.recipes import validate
 
 CONTRASTS = ("T1w", "T2w", "FLAIR")
@@ -124,7 +124,7 @@ def test_segmentation_lies_on_the_input(segmenter, write_scan, head, centred, mo
 
     def bright(model, stack, *how):
         marked = stack.pixels[:, list(stack.contrasts).index("T1w")] > 200
-        return Answer(classes=marked.astype(np.uint8), foreground_probability=marked.astype(np.float32))
+        return StackPrediction(classes=marked.astype(np.uint8), foreground_probability=marked.astype(np.float32))
 
     shape = (42, 44, 40)
     affine = centred(shape, AXES[axes])

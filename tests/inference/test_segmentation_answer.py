@@ -14,9 +14,9 @@ from brainfound.errors import UsageError
 from brainfound.finetuning.targets import Target
 from brainfound.inference.cohort import predict
 from brainfound.inference.predictor import Predictor
-from brainfound.inference.segmentation import SegmentationOptions, segmentation_answer
+from brainfound.inference.segmentation import SegmentationOptions, build_segmentation_fields
 from brainfound.models import BrainFoundForSegmentation
-from brainfound.models.stack_inference import Answer
+from brainfound.models.stack_inference import StackPrediction
 
 CLASSES = Target("segmentation", "mask", names=("background", "label 2", "label 5"), codes=(0, 2, 5))
 REGIONS = Target("segmentation", "mask", names=("whole", "core"), regions=((2, 5), (5,)))
@@ -50,17 +50,19 @@ def blobs() -> np.ndarray:
     return classes
 
 
-def answer_of(classes) -> Answer:
+def answer_of(classes) -> StackPrediction:
     probabilities = np.moveaxis(np.eye(3, dtype=np.float32)[classes] * 0.7 + 0.1, -1, 1)
-    return Answer(classes=classes, foreground_probability=1 - probabilities[:, 0], class_probabilities=probabilities)
+    return StackPrediction(
+        classes=classes, foreground_probability=1 - probabilities[:, 0], class_probabilities=probabilities
+    )
 
 
 def test_small_pieces_leave_the_map_and_the_volumes_but_not_the_probabilities(stack, blobs):
-    whole = segmentation_answer(stack, answer_of(blobs), CLASSES, SegmentationOptions())
+    whole = build_segmentation_fields(stack, answer_of(blobs), CLASSES, SegmentationOptions())
     assert whole["answer"]["volumes_mm3"] == {"label 2": 54.0, "label 5": 30.0}
     assert "removed_components" not in whole["answer"]
     np.testing.assert_array_equal(np.asarray(whole["image"].dataobj).transpose(2, 1, 0), CLASSES.decode_mask(blobs))
-    cleaned = segmentation_answer(stack, answer_of(blobs), CLASSES, SegmentationOptions(min_volume_mm3=18.0))
+    cleaned = build_segmentation_fields(stack, answer_of(blobs), CLASSES, SegmentationOptions(min_volume_mm3=18.0))
     assert cleaned["answer"]["volumes_mm3"] == {"label 2": 48.0, "label 5": 18.0}
     assert cleaned["answer"]["removed_components"] == {"label 2": 1, "label 5": 1}
     assert cleaned["answer"]["min_volume_mm3"] == 18.0
@@ -74,7 +76,7 @@ def test_small_pieces_leave_the_map_and_the_volumes_but_not_the_probabilities(st
 
 
 def test_each_class_has_its_own_probability(stack, blobs):
-    fields = segmentation_answer(stack, answer_of(blobs), CLASSES, SegmentationOptions())
+    fields = build_segmentation_fields(stack, answer_of(blobs), CLASSES, SegmentationOptions())
     assert list(fields["probabilities"]) == ["2", "5"]
     of_two = np.asarray(fields["probabilities"]["2"].dataobj).transpose(2, 1, 0)
     np.testing.assert_allclose(of_two, np.where(blobs == 1, 0.8, 0.1), atol=1e-6)
@@ -82,8 +84,8 @@ def test_each_class_has_its_own_probability(stack, blobs):
 
 def test_overlapping_labels_become_masks(stack, blobs):
     labels = np.stack([blobs > 0, blobs == 2], axis=1)
-    answer = Answer(labels=labels, foreground_probability=labels.any(axis=1).astype(np.float32))
-    fields = segmentation_answer(stack, answer, REGIONS, SegmentationOptions(min_volume_mm3=13.0))
+    answer = StackPrediction(labels=labels, foreground_probability=labels.any(axis=1).astype(np.float32))
+    fields = build_segmentation_fields(stack, answer, REGIONS, SegmentationOptions(min_volume_mm3=13.0))
     assert "image" not in fields
     assert fields["answer"]["regions"] == {"whole": [2, 5], "core": [5]}
     assert fields["answer"]["volumes_mm3"] == {"whole": 66.0, "core": 18.0}

@@ -294,6 +294,6 @@ def test_unknown_names_are_answered_with_the_nearest():
 
 
 def test_every_metric_of_a_table_has_a_direction():
-    assert set(comparison._OF_RANKS) <= set(METRICS["classification"])
+    assert set(comparison._RANK_METRICS) <= set(METRICS["classification"])
     for metrics in METRICS.values():
         assert set(metrics) <= set(HIGHER_IS_BETTER)

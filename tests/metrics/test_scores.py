@@ -7,10 +7,10 @@ import pytest
 
 from brainfound.errors import UsageError
 from brainfound.metrics.scores import (
-    HEADLINE,
     HIGHER_IS_BETTER,
-    IN_TABLES,
     METRICS,
+    PRIMARY_METRIC,
+    TABLE_METRICS,
     classification_scores,
     mean_case_scores,
     regression_scores,
@@ -131,11 +131,11 @@ def test_trivial_baselines_know_the_training_part_only():
 
 
 def test_every_headline_is_a_score_with_a_direction():
-    assert set(HEADLINE.values()) <= set(HIGHER_IS_BETTER)
+    assert set(PRIMARY_METRIC.values()) <= set(HIGHER_IS_BETTER)
     assert HIGHER_IS_BETTER["mae"] is False
     for task, metrics in METRICS.items():
-        assert HEADLINE[task] in metrics
+        assert PRIMARY_METRIC[task] in metrics
         assert set(metrics) <= set(HIGHER_IS_BETTER)
-    for task, headline in HEADLINE.items():
-        assert headline in IN_TABLES[task]
-        assert set(IN_TABLES[task]) <= set(HIGHER_IS_BETTER)
+    for task, headline in PRIMARY_METRIC.items():
+        assert headline in TABLE_METRICS[task]
+        assert set(TABLE_METRICS[task]) <= set(HIGHER_IS_BETTER)

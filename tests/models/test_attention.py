@@ -74,14 +74,14 @@ def test_a_kernel_that_rounds_otherwise_is_no_fault(dtype):
 
 def test_attention_in_pieces_is_one_operation_that_is_not_computed_again(monkeypatch):
     """Its parts would be kept one by one, scores included."""
-    from brainfound.models.blocks import recompute_all_but_products
+    from brainfound.models.blocks import checkpoint_except_matmuls
 
     calls = []
     made = attention_in_pieces._probabilities
     monkeypatch.setattr(attention_in_pieces, "_probabilities", lambda *a: calls.append(1) or made(*a))
     inputs = random_inputs().requires_grad_()
     packing = Packing(((5, 7),))
-    output = recompute_all_but_products(
+    output = checkpoint_except_matmuls(
         lambda given: packed_attention(*(given * 2).unbind(0), packing, "matmul"), inputs
     )
     assert len(calls) == 1
@@ -218,7 +218,7 @@ def tiny_vit(implementation):
 def test_xformers_is_registered_with_the_library_and_says_why_it_cannot_run(monkeypatch):
     assert "xformers" in AttentionInterface().valid_keys()
     attention._xformers_fault.cache_clear()
-    monkeypatch.setattr(attention, "_fault", lambda *arguments: "no operator for a CPU")
+    monkeypatch.setattr(attention, "_find_kernel_failure", lambda *arguments: "no operator for a CPU")
     with pytest.raises(ModelError, match=r"no operator for a CPU.*attn_implementation"):
         tiny_vit("xformers")(torch.rand(1, 3, 32, 32))
     attention._xformers_fault.cache_clear()

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from brainfound.models import BrainFoundConfig, BrainFoundModel
-from brainfound.models.blocks import draw_kept, kept_packing
+from brainfound.models.blocks import kept_packing, sample_kept_tokens
 from brainfound.models.kernels import Packing
 
 LARGE, SMALL = (3, 3, 32, 32), (5, 3, 16, 16)
@@ -35,7 +35,7 @@ def test_packed_crops_equal_crops_one_by_one(model_type, fields, kernel):
     vit = encoder(model_type, **fields)
     large, small = pixels(LARGE), pixels(SMALL, 2)
     plain = [copy.deepcopy(vit)(part) for part in (large, small)]
-    vit.set_running(kernel)
+    vit.configure_blocks(kernel)
     for expected, tokens in zip(plain, vit.transform([vit.embed(large), vit.embed(small)]), strict=True):
         found = vit.encoding(tokens)
         torch.testing.assert_close(found.cls, expected.cls)
@@ -44,7 +44,7 @@ def test_packed_crops_equal_crops_one_by_one(model_type, fields, kernel):
 
 def gradients(vit, drop_path=0.0, **running):
     vit = copy.deepcopy(vit).train()
-    vit.set_running(**running)
+    vit.configure_blocks(**running)
     torch.manual_seed(3)
     groups = vit.transform([vit.embed(pixels(LARGE)), vit.embed(pixels(SMALL, 2))], drop_path)
     sum((group * group.detach().roll(1)).sum() for group in groups).backward()
@@ -68,7 +68,7 @@ def test_two_passes_under_autocast_may_be_computed_again(kept):
 
     def two_passes(**running):
         vit = encoder().train()
-        vit.set_running(**running)
+        vit.configure_blocks(**running)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             parts = [vit.transform([vit.embed(pixels(shape))])[0] for shape in (LARGE, SMALL)]
         sum(part.float().square().sum() for part in parts).backward()
@@ -85,7 +85,7 @@ def test_what_is_kept_is_what_was_asked_for():
     tokens = vit.embed(pixels(LARGE)).detach().requires_grad_()
     held, products = {}, {}
     for kept in ("all", "products", "inputs"):
-        vit.set_running(kept=kept)
+        vit.configure_blocks(kept=kept)
         storages = {}
 
         def note(tensor, storages=storages):
@@ -133,7 +133,7 @@ def test_stochastic_depth_is_the_plain_loop_on_the_chosen_sequences():
             torch.manual_seed(5)
             dropped = runner._residual(branch, block, tokens, packing, 0.5)
             torch.manual_seed(5)
-            kept = draw_kept(packing, kept_packing(packing, 0.5), tokens.device)
+            kept = sample_kept_tokens(packing, kept_packing(packing, 0.5), tokens.device)
             change = branch(block, tokens[None], packing, "sdpa")[0] * 2
             chosen = torch.zeros(len(tokens), dtype=torch.bool).index_fill(0, kept, True)
             torch.testing.assert_close(dropped[chosen], (tokens + change)[chosen])
@@ -147,7 +147,7 @@ def test_every_sequence_is_dropped_as_often_as_any_other():
     torch.manual_seed(0)
     counts = torch.zeros(packing.num_tokens)
     for _ in range(2000):
-        index = draw_kept(packing, kept, torch.device("cpu"))
+        index = sample_kept_tokens(packing, kept, torch.device("cpu"))
         assert len(index.unique()) == kept.num_tokens
         counts[index] += 1
     torch.testing.assert_close(counts[:12] / 2000, torch.full((12,), 0.75), atol=0.05, rtol=0)

@@ -366,7 +366,7 @@ def test_an_expectation_over_bins_is_not_rounded_by_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixed = head(embedding)
     assert mixed.mean.dtype == torch.float32
-    assert torch.equal(mixed.mean, (mixed.bin_scores.softmax(1) * _centres(config)).sum(1))
+    assert torch.equal(mixed.mean, (mixed.bin_logits.softmax(1) * _centres(config)).sum(1))
     torch.testing.assert_close(mixed.mean, plain.mean, atol=0.05, rtol=0)
 
 

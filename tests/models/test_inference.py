@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from brainfound.adapters import AdapterRecipe, attach_adapter
-from brainfound.data.batches import collate, even_slices
+from brainfound.data.batches import collate, evenly_spaced_slices
 from brainfound.data.preprocessing.stack import Stack
 from brainfound.errors import ModelError
 from brainfound.models import (
@@ -76,7 +76,7 @@ def test_segmentation_slices_keep_their_order(backbone_folder, stack):
 def test_the_read_slices_are_said_and_their_embeddings_are_in_order(backbone_folder, stack):
     model = build(BrainFoundModel, backbone_folder, aggregator="attention")
     some, every = infer(model, stack, 3), infer(model, stack)
-    assert some.slices.tolist() == even_slices(9, 3).tolist() == [1, 4, 7]
+    assert some.slices.tolist() == evenly_spaced_slices(9, 3).tolist() == [1, 4, 7]
     assert every.slices.tolist() == list(range(9))
     np.testing.assert_allclose(some.slice_embeddings, every.slice_embeddings[some.slices], atol=1e-5)
     assert some.slice_weights.sum() == pytest.approx(1, abs=1e-5)

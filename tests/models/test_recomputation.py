@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from brainfound.models.blocks import recompute_all_but_products
+from brainfound.models.blocks import checkpoint_except_matmuls
 
 
 class Seen(TorchDispatchMode):
@@ -34,7 +34,7 @@ def test_products_are_kept_and_the_rest_is_done_again(tensors):
     with Seen() as plain:
         torch.autograd.grad(branch(*tensors).sum(), tensors)
     with Seen() as again:
-        found = torch.autograd.grad(recompute_all_but_products(branch, *tensors).sum(), tensors)
+        found = torch.autograd.grad(checkpoint_except_matmuls(branch, *tensors).sum(), tensors)
     assert all(map(torch.equal, found, expected))
     assert again.names.count("aten::mm") == plain.names.count("aten::mm") == 2 + 4
     # The last operation is not done again: its result is what the function gave.
@@ -53,7 +53,7 @@ def test_what_is_no_product_may_happen_more_often_in_one_of_the_passes(tensors):
         return branch(x, first, second)
 
     expected = torch.autograd.grad(branch(*tensors).sum(), tensors)
-    found = torch.autograd.grad(recompute_all_but_products(with_something_else, *tensors).sum(), tensors)
+    found = torch.autograd.grad(checkpoint_except_matmuls(with_something_else, *tensors).sum(), tensors)
     assert len(calls) == 2
     assert all(map(torch.equal, found, expected))
 
@@ -77,7 +77,7 @@ def test_attention_of_other_libraries_is_kept_and_what_moves_weights_is_not(tens
             operations.all_gather(x)
         return branch(x, first, second)
 
-    recompute_all_but_products(function, *tensors).sum().backward()
+    checkpoint_except_matmuls(function, *tensors).sum().backward()
     assert calls == {"flash_forward": 1, "all_gather": 2}
 
 
@@ -86,7 +86,7 @@ def test_a_product_whose_result_was_changed_is_not_used_again(tensors):
         return (x @ first).mul_(2).cos() @ second
 
     with pytest.raises(RuntimeError, match="aten::mm was changed in place"):
-        recompute_all_but_products(in_place, *tensors).sum().backward()
+        checkpoint_except_matmuls(in_place, *tensors).sum().backward()
 
 
 def test_other_products_than_at_first_are_an_error(tensors):
@@ -98,7 +98,7 @@ def test_other_products_than_at_first_are_an_error(tensors):
         return (extra.cos() @ second).cos()
 
     with pytest.raises(RuntimeError, match="aten::addmm came where aten::mm had been"):
-        recompute_all_but_products(changing, *tensors).sum().backward()
+        checkpoint_except_matmuls(changing, *tensors).sum().backward()
 
 
 def test_more_products_than_at_first_are_an_error(tensors):
@@ -112,4 +112,4 @@ def test_more_products_than_at_first_are_an_error(tensors):
         return (x @ first).cos()
 
     with pytest.raises(RuntimeError, match="once more than at first"):
-        recompute_all_but_products(growing, *tensors).sum().backward()
+        checkpoint_except_matmuls(growing, *tensors).sum().backward()

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from brainfound.errors import ModelError
 from brainfound.models import BrainFoundConfig, BrainFoundForSegmentation
 from brainfound.models.heads import (
-    configured_segmentation_loss,
+    compute_segmentation_loss,
     dice_loss,
     focal_loss,
     segmentation_loss,
@@ -115,7 +115,7 @@ def test_the_configuration_chooses(case, kind):
         tversky_gamma=2.0,
         focal_gamma=3.0,
     )
-    assert torch.equal(configured_segmentation_loss(config, logits, labels), KINDS[kind](*case))
+    assert torch.equal(compute_segmentation_loss(config, logits, labels), KINDS[kind](*case))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -127,12 +127,12 @@ def test_extreme_answers_and_nothing_known_have_finite_gradients(case, kind):
     )
     for scores, truth in ((perfect, labels), (-perfect, labels), (logits, torch.full_like(labels, -100))):
         scores = scores.clone().requires_grad_()
-        loss = configured_segmentation_loss(config, scores, truth)
+        loss = compute_segmentation_loss(config, scores, truth)
         loss.backward()
         assert loss.isfinite()
         assert scores.grad.isfinite().all()
-    assert configured_segmentation_loss(config, perfect, labels) < 1e-3
-    assert configured_segmentation_loss(config, -perfect, labels) > 0.4
+    assert compute_segmentation_loss(config, perfect, labels) < 1e-3
+    assert compute_segmentation_loss(config, -perfect, labels) > 0.4
 
 
 def test_unknown_pixels_do_not_count(case):

@@ -12,10 +12,10 @@ from torch import nn
 
 from brainfound.data.preprocessing.stack import Stack
 from brainfound.models import BrainFoundForSegmentation
-from brainfound.models.stack_inference import Reading, Readings, infer, segment
+from brainfound.models.stack_inference import FlipAndShift, InferenceAugmentation, infer, segment
 
 CONTRASTS = ("T1w", "FLAIR")
-EVERY = Readings(flips=True, overlap=True)
+EVERY = InferenceAugmentation(flips=True, overlap=True)
 
 
 def stack_of(pixels) -> Stack:
@@ -40,8 +40,8 @@ def model(backbone_folder):
     return BrainFoundForSegmentation.from_backbone(backbone_folder, CONTRASTS, num_labels=3, decoder_width=8).eval()
 
 
-def probabilities(model, pixels, readings=Readings()):
-    return infer(model, stack_of(pixels), None, readings, True).class_probabilities
+def probabilities(model, pixels, augmentation=InferenceAugmentation()):
+    return infer(model, stack_of(pixels), None, augmentation, True).class_probabilities
 
 
 def mirrored(array):
@@ -49,8 +49,10 @@ def mirrored(array):
 
 
 def test_readings_are_off_unless_asked_for(model, pixels):
-    assert Readings().each(8) == [Reading()]
-    assert [len(Readings(flips, overlap).each(8)) for flips in (False, True) for overlap in (False, True)] == [
+    assert InferenceAugmentation().variants(8) == [FlipAndShift()]
+    assert [
+        len(InferenceAugmentation(flips, overlap).variants(8)) for flips in (False, True) for overlap in (False, True)
+    ] == [
         1,
         4,
         2,
@@ -64,12 +66,12 @@ def test_readings_are_off_unless_asked_for(model, pixels):
 def test_flips_are_the_mean_of_both_sides(model, pixels):
     one, other = probabilities(model, pixels), mirrored(probabilities(model, mirrored(pixels)))
     assert np.abs(one - other).max() > 1e-3
-    both = probabilities(model, pixels, Readings(flips=True))
+    both = probabilities(model, pixels, InferenceAugmentation(flips=True))
     np.testing.assert_allclose(both, (one + other) / 2, atol=1e-6)
 
 
 def test_with_flips_a_mirrored_head_gets_the_mirrored_answer(model, pixels):
-    flips = Readings(flips=True)
+    flips = InferenceAugmentation(flips=True)
     expected = mirrored(probabilities(model, pixels, flips))
     np.testing.assert_array_equal(probabilities(model, mirrored(pixels), flips), expected)
     symmetric = np.maximum(pixels, mirrored(pixels))
@@ -95,11 +97,14 @@ def settings(**changes):
 
 
 @pytest.mark.parametrize("overlapping", [False, True])
-@pytest.mark.parametrize("readings", [Readings(flips=True), Readings(overlap=True), EVERY])
-def test_readings_come_back_to_their_own_place(pixels, readings, overlapping):
+@pytest.mark.parametrize("readings", [InferenceAugmentation(flips=True), InferenceAugmentation(overlap=True), EVERY])
+def test_readings_come_back_to_their_own_place(pixels, augmentation, overlapping):
     """Also at the borders, where a moved reading saw nothing."""
     config = settings(overlapping_labels=overlapping)
-    once, often = (segment(PixelByPixel(), config, stack_of(pixels), 2, 8, how, True) for how in (Readings(), readings))
+    once, often = (
+        segment(PixelByPixel(), config, stack_of(pixels), 2, 8, how, True)
+        for how in (InferenceAugmentation(), augmentation)
+    )
     np.testing.assert_allclose(often.class_probabilities, once.class_probabilities, atol=1e-6)
     if overlapping:
         assert often.classes is None
@@ -120,7 +125,9 @@ def test_overlap_is_the_mean_over_four_patch_grids(model, pixels):
         count[: 16 - rows, : 24 - columns] += 1
     assert count[0, 0] == 4
     assert count[-1, -1] == 1
-    np.testing.assert_allclose(probabilities(model, pixels, Readings(overlap=True)), total / count, atol=1e-5)
+    np.testing.assert_allclose(
+        probabilities(model, pixels, InferenceAugmentation(overlap=True)), total / count, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -138,8 +145,8 @@ def test_slices_beside_a_chunk_are_read_with_it(pixels, changes, lengths):
     model.register_forward_pre_hook(
         lambda module, args, kwargs: read.append(kwargs["pixel_values"].shape[1]), with_kwargs=True
     )
-    whole = segment(model, settings(), stack_of(pixels), 5, 8, Readings(), True)
-    chunked = segment(model, settings(**changes), stack_of(pixels), 2, 8, Readings(), True)
+    whole = segment(model, settings(), stack_of(pixels), 5, 8, InferenceAugmentation(), True)
+    chunked = segment(model, settings(**changes), stack_of(pixels), 2, 8, InferenceAugmentation(), True)
     assert read == [5, *lengths]
     np.testing.assert_array_equal(chunked.class_probabilities, whole.class_probabilities)
     read.clear()
@@ -163,11 +170,11 @@ def test_neighbours_are_never_cut_apart(backbone_folder, pixels, mixing, stem, c
     stack = replace(stack_of(pixels[:, :1]), contrasts=contrasts, present=np.array([True]))
 
     def ask(slices):
-        return segment(model, model.config, stack, slices, model.encoder.patch_size, Readings(), True)
+        return segment(model, model.config, stack, slices, model.encoder.patch_size, InferenceAugmentation(), True)
 
     whole, chunked = ask(5).class_probabilities, ask(chunk).class_probabilities
     np.testing.assert_allclose(chunked, whole, atol=2e-6)
-    alone = segment(model, model.config, replace(stack, pixels=stack.pixels[2:3]), 5, 8, Readings(), True)
+    alone = segment(model, model.config, replace(stack, pixels=stack.pixels[2:3]), 5, 8, InferenceAugmentation(), True)
     blind = np.allclose(alone.class_probabilities[0], whole[2], atol=1e-3)
     assert blind == (stem == "channels" and not mixing)
 

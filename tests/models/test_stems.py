@@ -27,7 +27,7 @@ from brainfound.models import (
     stack_inference as inference,
 )
 from brainfound.models.configuration import STEMS
-from brainfound.models.slice_batch import SliceBatch
+from brainfound.models.slice_batch import ValidSlices
 from brainfound.pretraining.starting_model import InitRecipe, build_model
 
 THREE = ("T1w", "T2w", "FLAIR")
@@ -206,7 +206,7 @@ def test_neighbours_are_the_valid_slices_of_the_same_volume(backbone_folder):
     pixels = torch.arange(10.0).view(2, 5, 1, 1, 1).expand(-1, -1, -1, 8, 8)
     seen = []
     encoder.forward = lambda planes, *args, **kwargs: seen.append(planes[:, :, 0, 0])
-    list(SliceBatch(encoder, 64, pixels, None, mask).encode())
+    list(ValidSlices(encoder, 64, pixels, None, mask).encode())
     assert seen[0].tolist() == [[1, 1, 3], [1, 3, 4], [3, 4, 4], [5, 5, 5]]
 
 

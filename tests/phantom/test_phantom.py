@@ -16,13 +16,13 @@ from typer.testing import CliRunner
 from brainfound.cli.phantom import phantom
 from brainfound.contrasts import contrast_from_filename
 from brainfound.errors import CohortError, UsageError
-from brainfound.phantom import SEGMENTATION, TISSUES, ShapedHead, tissue_signal, write_phantom_cohort
+from brainfound.phantom import SEGMENTATION, TISSUES, ParametricHead, tissue_signal, write_phantom_cohort
 from brainfound.phantom.anatomy import draw_ageing
 from brainfound.phantom.grid import Grid, acquisition_matrix
 from brainfound.phantom.label_maps import LabelledHead, find_label_maps, read_label_map
 from brainfound.phantom.physics import TISSUE_INDEX, Sequence, inversion_recovery, nulling_inversion_time_s
 from brainfound.phantom.scanner import make_site
-from brainfound.phantom.subject import CohortSettings, contrasts_to_write, scan_path
+from brainfound.phantom.subject import CohortSettings, draw_contrasts, scan_path
 
 COARSE_MM = 3.5
 LABEL = {name: value for value, (name, _) in enumerate(SEGMENTATION)}
@@ -127,8 +127,8 @@ def test_thick_slices_average_and_equal_grids_are_untouched():
 
 
 def test_fractions_are_shares_and_volumes_are_human():
-    grid = Grid.over_head(COARSE_MM)
-    head = ShapedHead([1, 0, 2], grid, draw_ageing(np.random.default_rng(0), 30.0))
+    grid = Grid.covering_head(COARSE_MM)
+    head = ParametricHead([1, 0, 2], grid, draw_ageing(np.random.default_rng(0), 30.0))
     fractions = head.fractions(slice(0, grid.shape[0]))
     assert fractions.min() >= -1e-5
     np.testing.assert_allclose(fractions.sum(axis=0), 1.0, atol=1e-4)
@@ -146,19 +146,19 @@ def test_same_person_on_two_grids():
     brain = [TISSUE_INDEX[name] for name in ("cortex", "white_matter", "deep_grey")]
     ml = []
     for spacing in (3.0, 4.0):
-        grid = Grid.over_head(spacing)
-        fractions = ShapedHead([5, 1, 2], grid, ageing).fractions(slice(0, grid.shape[0]))
+        grid = Grid.covering_head(spacing)
+        fractions = ParametricHead([5, 1, 2], grid, ageing).fractions(slice(0, grid.shape[0]))
         ml.append(fractions[brain].sum() * np.prod(grid.spacing_mm) / 1000)
     assert ml[0] == pytest.approx(ml[1], rel=0.08)
 
 
 def test_ventricles_grow_and_cortex_shrinks_with_age_but_not_perfectly():
     ages = np.linspace(20, 90, 15)
-    grid = Grid.over_head(5.0)
+    grid = Grid.covering_head(5.0)
     ventricles, cortex = [], []
     for subject, age in enumerate(ages):
         ageing = draw_ageing(np.random.default_rng([4, subject]), age)
-        fractions = ShapedHead([4, subject], grid, ageing).fractions(slice(0, grid.shape[0]))
+        fractions = ParametricHead([4, subject], grid, ageing).fractions(slice(0, grid.shape[0]))
         ventricles.append(fractions[TISSUE_INDEX["ventricle"]].sum())
         cortex.append(fractions[TISSUE_INDEX["cortex"]].sum())
     assert 0.75 < np.corrcoef(ages, np.log(ventricles))[0, 1] < 0.999
@@ -286,9 +286,9 @@ def settings(**changes) -> CohortSettings:
 
 
 def test_scans_are_missing_at_the_stated_rate_and_a_session_never_is():
-    kept = [len(contrasts_to_write(settings(missing_probability=0.3), index)) for index in range(400)]
+    kept = [len(draw_contrasts(settings(missing_probability=0.3), index)) for index in range(400)]
     assert 1 - np.mean(kept) / len(CONTRASTS) == pytest.approx(0.3, abs=0.03)
-    assert all(len(contrasts_to_write(settings(missing_probability=1.0), index)) == 1 for index in range(20))
+    assert all(len(draw_contrasts(settings(missing_probability=1.0), index)) == 1 for index in range(20))
 
 
 def test_masks_lie_on_the_first_scan_when_t1w_is_missing(tmp_path):
@@ -341,7 +341,7 @@ def test_label_maps_are_painted_in_place_and_age(label_folder, tmp_path):
         world = np.argwhere(session.labels == LABEL["white matter"]) @ session.affine[:3, :3].T + session.affine[:3, 3]
         assert np.abs(world.mean(axis=0)).max() < 60
     label_map = read_label_map(find_label_maps(label_folder)[0])
-    grid = Grid.over_head(4.0)
+    grid = Grid.covering_head(4.0)
     young, old = (
         ventricle_ml(LabelledHead([1, 2], grid, draw_ageing(np.random.default_rng(1), age), label_map))
         for age in (25.0, 85.0)
@@ -352,7 +352,7 @@ def test_label_maps_are_painted_in_place_and_age(label_folder, tmp_path):
 def test_real_label_maps(real_data):
     paths = find_label_maps(real_data / "label_maps")
     assert len(paths) == 10
-    grid = Grid.over_head(4.0)
+    grid = Grid.covering_head(4.0)
     for path in paths[:2]:
         label_map = read_label_map(path)
         for age in (30.0, 75.0):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from brainfound.pretraining.objectives import ema as averaging
-from brainfound.pretraining.objectives.ema import move_towards
+from brainfound.pretraining.objectives.ema import ema_update
 
 
 def tensors(seed, count=70):
@@ -28,14 +28,14 @@ class Claim:
 @pytest.fixture(params=["one by one", "many at once"])
 def route(request, monkeypatch):
     if request.param == "many at once":
-        monkeypatch.setattr(averaging, "local", lambda values: SaysItIsOnAGpu(values))
+        monkeypatch.setattr(averaging, "to_local_tensors", lambda values: SaysItIsOnAGpu(values))
 
 
 @pytest.mark.usefixtures("route")
 def test_it_is_the_formula():
     old, new = tensors(0), tensors(1)
     before = [value.clone() for value in old]
-    move_towards(old, new, torch.tensor(0.3))
+    ema_update(old, new, torch.tensor(0.3))
     for average, start, value in zip(old, before, new, strict=True):
         torch.testing.assert_close(average, 0.7 * start + 0.3 * value)
 
@@ -44,5 +44,5 @@ def test_it_is_the_formula():
 @pytest.mark.parametrize(("seed", "weight"), [(0, 0.3), (1, 0.0)], ids=["equal", "no weight"])
 def test_nothing_moves_by_a_bit(seed, weight):
     old, new = tensors(0), tensors(seed)
-    move_towards(old, new, torch.tensor(weight))
+    ema_update(old, new, torch.tensor(weight))
     assert all(torch.equal(average, start) for average, start in zip(old, tensors(0), strict=True))

@@ -14,16 +14,16 @@ from brainfound.models import BrainFoundConfig, BrainFoundModel
 from brainfound.pretraining.dry_run import report as dry_run_report
 from brainfound.pretraining.dry_run import trial as dry_run
 from brainfound.pretraining.dry_run.cost import StepFlops
-from brainfound.pretraining.dry_run.gpus import KINDS, find_gpu
-from brainfound.pretraining.dry_run.trial import Machine, Sizes, Trial, Weights
+from brainfound.pretraining.dry_run.gpus import GPU_SPECS, find_gpu
+from brainfound.pretraining.dry_run.trial import AnalyticCosts, DryRunMeasurement, ParameterCounts, TargetHardware
 from brainfound.pretraining.pretrain import PretrainRecipe, pretrain
-from brainfound.pretraining.starting_model import InitRecipe, build_model, outline_model
+from brainfound.pretraining.starting_model import InitRecipe, build_meta_model, build_model
 from brainfound.recipes import load
 from brainfound.training.precision import probe_precision
 
 GIB = dry_run.GIB
 # DINOv2 ViT-g/14 with two heads: about 1.1 thousand million weights.
-GIANT = Weights(
+GIANT = ParameterCounts(
     student=1_250_000_000,
     trained=1_250_000_000,
     teacher=1_250_000_000,
@@ -37,10 +37,10 @@ def flops(num_images: int) -> StepFlops:
     return StepFlops(student=3e12 * num_images, teacher=0.5e12 * num_images, anchor=0.5e12 * num_images)
 
 
-SIZES = Sizes(GIANT, flops)
+SIZES = AnalyticCosts(GIANT, flops)
 
 
-def trial(**changes) -> Trial:
+def trial(**changes) -> DryRunMeasurement:
     facts = {
         "device": torch.device("cpu"),
         "precision": "no",
@@ -53,7 +53,7 @@ def trial(**changes) -> Trial:
         "loss": 9.0,
         "ln_k": 11.09,
     }
-    return Trial(**{**facts, **changes})
+    return DryRunMeasurement(**{**facts, **changes})
 
 
 def engine(recipe, *changes: str):
@@ -103,7 +103,7 @@ def test_an_estimate_without_a_dry_run_is_refused(store, recipe, tmp_path):
 
 
 def test_speed_follows_from_operations_peak_and_utilisation(recipe):
-    machine = Machine(find_gpu("A100-80GB"), num_gpus=8, utilisation=0.5)
+    machine = TargetHardware(find_gpu("A100-80GB"), num_gpus=8, utilisation=0.5)
     text = "\n".join(dry_run_report.report(trial(), engine(recipe), 1e-4, machine))
     # 4 TFLOP per image at half of 8 × 312 TFLOP/s.
     assert "312 images/s" in text
@@ -112,7 +112,7 @@ def test_speed_follows_from_operations_peak_and_utilisation(recipe):
 
 
 def test_a_gpu_without_bfloat16_is_counted_in_float32_and_says_so(recipe):
-    text = "\n".join(dry_run_report.report(trial(), engine(recipe), 1e-4, Machine(find_gpu("V100-32GB"))))
+    text = "\n".join(dry_run_report.report(trial(), engine(recipe), 1e-4, TargetHardware(find_gpu("V100-32GB"))))
     assert "15.7 TFLOP/s (float32)" in text
     assert "no bfloat16" in text
 
@@ -146,13 +146,15 @@ def test_a_single_gpu_sends_nothing():
 )
 def test_what_does_not_fit_is_said_with_what_would(recipe, kind, num_gpus, gib_per_image, words):
     small = trial(forward_bytes=2 * gib_per_image * GIB, precision="bf16")
-    text = "\n".join(dry_run_report.report(small, engine(recipe), 1e-4, Machine(find_gpu(kind), num_gpus)))
+    text = "\n".join(dry_run_report.report(small, engine(recipe), 1e-4, TargetHardware(find_gpu(kind), num_gpus)))
     assert "does not fit" in text
     assert words in text
 
 
 def test_what_fits_needs_no_advice(recipe):
-    text = "\n".join(dry_run_report.report(trial(precision="bf16"), engine(recipe), 1e-4, Machine(KINDS["H200"], 8)))
+    text = "\n".join(
+        dry_run_report.report(trial(precision="bf16"), engine(recipe), 1e-4, TargetHardware(GPU_SPECS["H200"], 8))
+    )
     assert "fits" in text
     assert "would fit" not in text
 
@@ -163,7 +165,7 @@ def test_the_disk_holds_every_checkpoint_and_one_more(recipe, may_roll_back):
     content = engine(recipe, "engine.keep_checkpoints=3")
     one = 4 * (GIANT.student + GIANT.teacher + GIANT.anchor + 2 * GIANT.trained)
     num = 5 if may_roll_back else 4
-    sizes = Sizes(GIANT, flops, may_roll_back)
+    sizes = AnalyticCosts(GIANT, flops, may_roll_back)
     # Each checkpoint may know a best encoder of its own; and the export.
     assert dry_run_report.disk_bytes(sizes, content) == num * one + (num + 1) * 4 * GIANT.encoder
     assert ("one to go back to" in "\n".join(dry_run_report.report(trial(sizes=sizes), content, 1e-4, None))) == (
@@ -178,8 +180,8 @@ def test_a_dry_run_counts_what_the_guard_keeps_to_go_back_to(store, recipe, tmp_
 
 
 def test_memory_is_measured_as_a_gpu_would_run_unless_the_recipe_says_otherwise(recipe):
-    assert dry_run.as_on_gpu(recipe().engine).crops == "packed"
-    assert dry_run.as_on_gpu(recipe("engine.attention=matmul").engine).attention == "matmul"
+    assert dry_run.resolve_auto_for_gpu(recipe().engine).crops == "packed"
+    assert dry_run.resolve_auto_for_gpu(recipe("engine.attention=matmul").engine).attention == "matmul"
 
 
 def test_a_few_images_stand_for_the_micro_batch_of_a_large_machine(store, recipe, tmp_path, capsys):
@@ -213,7 +215,9 @@ def test_a_bfloat16_recipe_is_tried_out_in_what_is_fast_here(store, recipe, tmp_
 
 
 def test_memory_that_does_not_grow_with_the_images_is_counted_once():
-    measured = trial(num_images=4, forward_bytes=5 * GIB, half_bytes=3 * GIB)  # 1 GiB, and 1 GiB per image
+    measured = trial(
+        num_images=4, forward_bytes=5 * GIB, half_batch_forward_bytes=3 * GIB
+    )  # 1 GiB, and 1 GiB per image
     assert measured.activation_bytes(64) == pytest.approx(65 * GIB)
     assert measured.activation_bytes(1) == pytest.approx(2 * GIB)
     assert trial(num_images=4, forward_bytes=5 * GIB).activation_bytes(64) == pytest.approx(80 * GIB)
@@ -221,16 +225,16 @@ def test_memory_that_does_not_grow_with_the_images_is_counted_once():
 
 def test_a_few_images_foretell_the_memory_of_many(store, recipe, tmp_path, monkeypatch):
     found = {}
-    inner = dry_run.try_out
+    inner = dry_run.measure_training_steps
 
     def remember(*arguments):
         trial = inner(*arguments)
         found[trial.num_images] = trial
         return trial
 
-    monkeypatch.setattr("brainfound.pretraining.dry_run.trial.try_out", remember)
+    monkeypatch.setattr("brainfound.pretraining.dry_run.trial.measure_training_steps", remember)
     for num_tried in (4, 24):
-        monkeypatch.setattr("brainfound.pretraining.dry_run.trial.NUM_TRIED", num_tried)
+        monkeypatch.setattr("brainfound.pretraining.dry_run.trial.NUM_ESTIMATE_IMAGES", num_tried)
         content = recipe("engine.batch_size=24", "objective.head.prototypes=32768", "objective.drop_path=0.3")
         pretrain(content, store, out=tmp_path / "run", dry_run=True, quiet=True, gpu="H200")
     few, many = found[4], found[24]
@@ -240,7 +244,7 @@ def test_a_few_images_foretell_the_memory_of_many(store, recipe, tmp_path, monke
 
 
 def test_where_the_weights_do_not_fit_what_needs_no_trial_is_said(store, recipe, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("brainfound.pretraining.dry_run.trial.free_bytes", lambda device: 1000)
+    monkeypatch.setattr("brainfound.pretraining.dry_run.trial.available_memory_bytes", lambda device: 1000)
     monkeypatch.setattr("brainfound.pretraining.pretrain.build_model", None)  # would fail
     content = recipe("engine.batch_size=512", "engine.keep_checkpoints=3")
     pretrain(content, store, out=tmp_path / "run", dry_run=True, quiet=True, gpus=8, gpu="A100-80GB")
@@ -254,8 +258,8 @@ def test_where_the_weights_do_not_fit_what_needs_no_trial_is_said(store, recipe,
 
 
 def test_weights_that_fit_no_gpu_are_said_without_a_trial(recipe):
-    machine = Machine(find_gpu("L4"), 8)
-    text = "\n".join(dry_run_report.report_untried(SIZES, GIB, engine(recipe), 1e-4, machine))
+    machine = TargetHardware(find_gpu("L4"), 8)
+    text = "\n".join(dry_run_report.report_without_measurement(SIZES, GIB, engine(recipe), 1e-4, machine))
     assert "does not fit, even without activations" in text  # ddp
     assert "and activations" in text  # fsdp
 
@@ -263,7 +267,7 @@ def test_weights_that_fit_no_gpu_are_said_without_a_trial(recipe):
 def test_an_outline_has_the_sizes_of_the_model(store, recipe):
     content = recipe()
     made = build_model(content.init, store, content.views.global_size, seed=0)
-    outline = outline_model(content.init, store, content.views.global_size)
+    outline = build_meta_model(content.init, store, content.views.global_size)
     assert {name: value.shape for name, value in outline.state_dict().items()} == {
         name: value.shape for name, value in made.state_dict().items()
     }
@@ -279,7 +283,7 @@ def test_an_outline_is_made_from_a_configuration_alone(store, tmp_path, source):
         BrainFoundConfig(backbone_config=backbone, contrasts=store.contrasts).save_pretrained(folder)
     else:
         AutoConfig.for_model(source, intermediate_size=128, **sizes).save_pretrained(folder)
-    outline = outline_model(InitRecipe(source=str(folder)), store, 32)
+    outline = build_meta_model(InitRecipe(source=str(folder)), store, 32)
     assert isinstance(outline, BrainFoundModel)
     assert (outline.encoder.embed_dim, outline.encoder.num_layers, outline.encoder.patch_size) == (32, 2, 8)
     assert outline.encoder.contrasts == store.contrasts
@@ -289,8 +293,8 @@ def test_an_outline_is_made_from_a_configuration_alone(store, tmp_path, source):
 @pytest.mark.parametrize("name", ["pretrain-vitl14-8gpu", "pretrain-vitg14-8gpu"])
 def test_recipes_of_large_machines_are_tried_out_with_a_few_images(name):
     content = load(PretrainRecipe, name, "train").engine
-    few = dry_run.for_estimate(content, Machine(find_gpu("A100-80GB"), 8), num_processes=1)
-    assert (few.batch_size, few.accumulation, few.num_workers) == (dry_run.NUM_TRIED, 1, 0)
+    few = dry_run.shrink_engine_for_estimate(content, TargetHardware(find_gpu("A100-80GB"), 8), num_processes=1)
+    assert (few.batch_size, few.accumulation, few.num_workers) == (dry_run.NUM_ESTIMATE_IMAGES, 1, 0)
     assert few.gradient_checkpointing == content.gradient_checkpointing
 
 
@@ -299,17 +303,20 @@ def test_the_largest_model_is_shared_between_gpus():
     assert load(PretrainRecipe, "pretrain-vitg14-8gpu", "train").engine.parallel == "fsdp"
 
 
-@pytest.mark.parametrize("kind", KINDS.values(), ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", GPU_SPECS.values(), ids=lambda kind: kind.name)
 def test_what_is_known_of_a_gpu_can_be(kind):
     # No GPU computes slower in bfloat16 than in float32, or gives a program all of its memory.
     assert kind.bf16_tflops is None or kind.bf16_tflops > kind.float32_tflops
-    sold = min((size for size in (16, 24, 32, 40, 48, 80, 141, 192) if size >= kind.memory_gib), default=0)
+    sold = min(
+        (format_bytes for format_bytes in (16, 24, 32, 40, 48, 80, 141, 192) if format_bytes >= kind.memory_gib),
+        default=0,
+    )
     assert 0.9 * sold <= kind.memory_gib < sold
 
 
 def test_the_documented_kinds_are_those_of_the_table():
     page = (Path(__file__).parents[2] / "docs" / "cluster.md").read_text(encoding="utf-8").replace("\n", " ")
-    assert f"Known kinds: {', '.join(KINDS)}." in page
+    assert f"Known kinds: {', '.join(GPU_SPECS)}." in page
 
 
 @pytest.mark.parametrize("name", ["a6000", "A40", "l40s", "L4"])
@@ -322,10 +329,10 @@ def test_gpus_with_48_gb_and_less_are_known_or_near(name):
 
 
 def test_figures_are_plain():
-    assert dry_run_report.figure(1.361e7) == "13,600,000"
-    assert dry_run_report.figure(999.6) == "1,000"
-    assert dry_run_report.figure(99.95) == "100"
-    assert dry_run_report.size(1023 * 2**20) == "1,020 MiB"
-    assert dry_run_report.size(GIB) == "1 GiB"
-    assert dry_run_report.duration(0.5) == "500 ms"
-    assert dry_run_report.duration(100 * 3600) == "4.17 days"
+    assert dry_run_report.format_number(1.361e7) == "13,600,000"
+    assert dry_run_report.format_number(999.6) == "1,000"
+    assert dry_run_report.format_number(99.95) == "100"
+    assert dry_run_report.format_bytes(1023 * 2**20) == "1,020 MiB"
+    assert dry_run_report.format_bytes(GIB) == "1 GiB"
+    assert dry_run_report.format_duration(0.5) == "500 ms"
+    assert dry_run_report.format_duration(100 * 3600) == "4.17 days"

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from brainfound.pretraining.objectives.masking import block_mask, draw_masks
+from brainfound.pretraining.objectives.masking import sample_block_mask, sample_block_masks
 
 GRID = (16, 16)
 NUM_PATCHES = 256
@@ -28,7 +28,7 @@ def counts_of(masks) -> np.ndarray:
 def test_half_of_the_crops_are_masked_and_each_stratum_of_ratios_has_one(num_crops):
     strata = np.linspace(0.1, 0.5, num_crops // 2 + 1)
     for seed in range(10):
-        counts = np.sort(counts_of(draw_masks(num_crops, GRID, np.random.default_rng(seed))))
+        counts = np.sort(counts_of(sample_block_masks(num_crops, GRID, np.random.default_rng(seed))))
         assert (counts[: num_crops // 2] == 0).all()
         for count, low, high in zip(counts[num_crops // 2 :], strata[:-1], strata[1:], strict=True):
             assert low * NUM_PATCHES - 0.5 <= count <= high * NUM_PATCHES + 0.5
@@ -37,7 +37,7 @@ def test_half_of_the_crops_are_masked_and_each_stratum_of_ratios_has_one(num_cro
 
 def test_the_mean_ratio_is_that_of_the_published_draw():
     """Uniform over 0.1 … 0.5 has the mean 0.3, for masked crops."""
-    counts = counts_of(draw_masks(64, GRID, np.random.default_rng(0)))
+    counts = counts_of(sample_block_masks(64, GRID, np.random.default_rng(0)))
     assert counts[counts > 0].mean() / NUM_PATCHES == pytest.approx(0.3, abs=0.002)
 
 
@@ -47,7 +47,7 @@ def test_every_crop_has_the_same_chance_of_every_count():
     num_crops, draws = 4, 800
     table = np.zeros((num_crops, 3))
     for _ in range(draws):
-        counts = counts_of(draw_masks(num_crops, (4, 4), rng))
+        counts = counts_of(sample_block_masks(num_crops, (4, 4), rng))
         for crop, count in enumerate(counts):
             table[crop, sorted({0, *counts.tolist()}).index(count)] += 1
     expected = np.tile([draws / 2, draws / 4, draws / 4], (num_crops, 1))
@@ -56,7 +56,7 @@ def test_every_crop_has_the_same_chance_of_every_count():
 
 
 def test_indices_and_weights_are_those_of_the_loss():
-    masks = draw_masks(12, GRID, np.random.default_rng(2))
+    masks = sample_block_masks(12, GRID, np.random.default_rng(2))
     mask = masks.mask.numpy()
     indices, weights = [], []
     for crop in range(12):
@@ -83,7 +83,7 @@ def rectangles(mask: np.ndarray) -> list[tuple[int, int]]:
 def test_blocks_keep_to_the_aspect_limits_and_use_them():
     """On a wide grid blocks lie apart; the sides are rounded, so the limits hold for some size within ±0.5."""
     rng = np.random.default_rng(3)
-    shapes = [shape for _ in range(400) for shape in rectangles(block_mask((60, 60), 120, rng))]
+    shapes = [shape for _ in range(400) for shape in rectangles(sample_block_mask((60, 60), 120, rng))]
     assert len(shapes) > 400
     broken = [s for s in shapes if (s[0] + 0.5) / (s[1] - 0.5) < 0.3 or (s[1] + 0.5) / (s[0] - 0.5) < 0.3]
     assert len(broken) <= len(shapes) / 100  # two blocks that touch may look like one
@@ -101,7 +101,7 @@ def test_no_side_and_no_axis_is_preferred(count):
     the published procedure, and so the mirror images are compared and not all patches with each other.
     """
     rng = np.random.default_rng(4)
-    masks = np.stack([block_mask(GRID, count, rng) for _ in range(1500)]).astype(float)
+    masks = np.stack([sample_block_mask(GRID, count, rng) for _ in range(1500)]).astype(float)
     for mirrored in (masks[:, ::-1], masks[:, :, ::-1], masks.transpose(0, 2, 1)):
         difference = masks - mirrored
         spread = difference.std(axis=0)
@@ -145,7 +145,7 @@ def masked_neighbours(masks: np.ndarray) -> float:
 @pytest.mark.parametrize("count", [38, 90, 128])
 def test_masks_look_like_the_published_ones(count):
     """The same coverage of every patch, and as blocky: within the noise of 1,500 masks and a few per cent."""
-    ours = np.stack([block_mask(GRID, count, np.random.default_rng([5, i])) for i in range(1500)])
+    ours = np.stack([sample_block_mask(GRID, count, np.random.default_rng([5, i])) for i in range(1500)])
     theirs = np.stack([published_mask(count, np.random.default_rng([6, i])) for i in range(1500)])
     assert theirs.sum(axis=(1, 2)).mean() > 0.97 * count  # a few patches are missing there
     assert (ours.sum(axis=(1, 2)) == count).all()

@@ -135,15 +135,15 @@ def record(monkeypatch, dtype: torch.dtype) -> Recording:
 
         objective.multi_crop, objective.loss, objective.after_step = crop, losing, stepped
 
-    draw_masks = self_distillation.draw_masks
+    sample_block_masks = self_distillation.sample_block_masks
 
     def draw(*arguments, **options):
-        masks = draw_masks(*arguments, **options)
+        masks = sample_block_masks(*arguments, **options)
         pending["mask"] = masks.mask
         return masks
 
     monkeypatch.setattr(PretrainTask, "make_optimizer", listening)
-    monkeypatch.setattr(self_distillation, "draw_masks", draw)
+    monkeypatch.setattr(self_distillation, "sample_block_masks", draw)
     return recording
 
 

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from brainfound.models import BrainFoundConfig, BrainFoundModel
 from brainfound.models.encoder import SliceEncoder
 from brainfound.pretraining.dry_run import cost as flops
-from brainfound.pretraining.objectives.base import SliceBatch, StepKey
+from brainfound.pretraining.objectives.base import PretrainBatch, StepKey
 from brainfound.pretraining.objectives.registry import make_objective
 from brainfound.pretraining.objectives.self_distillation import SelfDistillation
 from brainfound.pretraining.pretrain import PretrainRecipe
@@ -36,7 +36,7 @@ def make_model() -> BrainFoundModel:
 def count(objective) -> int:
     """The operations of a forward and a backward pass, as they happen."""
     generator = torch.Generator().manual_seed(0)
-    batch = SliceBatch(
+    batch = PretrainBatch(
         pixels=torch.randint(0, 256, (NUM_SLICES, 3, 32, 32), dtype=torch.uint8, generator=generator),
         present=torch.ones(NUM_SLICES, 3, dtype=torch.bool),
         sessions=torch.arange(NUM_SLICES),
@@ -44,7 +44,7 @@ def count(objective) -> int:
     for module in (objective.student, *objective.frozen_modules()):
         for part in module.modules():
             if isinstance(part, SliceEncoder):
-                part.set_running("matmul")  # plain products, whose backward pass is counted as what it is
+                part.configure_blocks("matmul")  # plain products, whose backward pass is counted as what it is
     with FlopCounterMode(display=False) as counter:
         loss, _ = objective.loss(objective.student, batch, StepKey(0, 0, 0, 0))
         loss.backward()
@@ -102,7 +102,7 @@ def test_prototypes_are_counted_once_forward_and_twice_backward(recipe):
         found.append(flops.step_flops(objective, content.views, NUM_SLICES))
     bottleneck = few.objective.head.bottleneck
     num_patches, num_crops, num_local = 16, 2 * NUM_SLICES, 2 * NUM_SLICES
-    masked = sum(flops.masked_counts(num_crops, num_patches, 0.5, (0.1, 0.5)))
+    masked = sum(flops.num_masked_per_crop(num_crops, num_patches, 0.5, (0.1, 0.5)))
     per_row = 2 * 100 * bottleneck
     assert found[1].teacher - found[0].teacher == (num_crops + masked) * per_row
     assert found[1].student - found[0].student == 3 * (num_crops + num_local + masked) * per_row

@@ -21,7 +21,7 @@ def test_live_tensors_are_counted_while_they_live():
         gc.collect()
         third = second.exp()
     assert live.num_bytes == 2 * 4000
-    assert live.most_bytes == 2 * 4000
+    assert live.peak_bytes == 2 * 4000
     assert len(view) == 10
     assert len(third) == 1000
 
@@ -35,11 +35,11 @@ def test_what_the_forward_pass_keeps_for_the_backward_pass_is_counted():
     forward = ForwardMemory(loss, torch.device("cpu"))
     answer = forward(torch.zeros(10, 50))
     # The product is needed no more once its exponential is there, but it was there.
-    assert forward.most_bytes >= 2 * 10 * 50 * 4
-    measured = forward.most_bytes
+    assert forward.peak_bytes >= 2 * 10 * 50 * 4
+    measured = forward.peak_bytes
     answer.backward()
     forward(torch.zeros(1000, 50))
-    assert forward.most_bytes == measured
+    assert forward.peak_bytes == measured
 
 
 def test_a_part_of_the_batch_is_measured_for_itself_and_leaves_no_gradient():
@@ -51,8 +51,8 @@ def test_a_part_of_the_batch_is_measured_for_itself_and_leaves_no_gradient():
 
     forward = ForwardMemory(loss, torch.device("cpu"), part=lambda values: values[:10])
     forward(model, torch.ones(40, 50))
-    assert forward.part_bytes is not None
-    assert forward.part_bytes - 2 * 50 * 50 * 4 <= 4 * 10 * 50 * 4
-    assert forward.most_bytes - forward.part_bytes >= 30 * 50 * 4
+    assert forward.part_peak_bytes is not None
+    assert forward.part_peak_bytes - 2 * 50 * 50 * 4 <= 4 * 10 * 50 * 4
+    assert forward.peak_bytes - forward.part_peak_bytes >= 30 * 50 * 4
     # Of the whole batch, once.
     assert torch.equal(model.weight.grad, torch.full((50, 50), 40.0))

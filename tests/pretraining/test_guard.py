@@ -12,11 +12,11 @@ import torch
 from brainfound.errors import TrainingError
 from brainfound.pretraining.monitoring.collapse_metrics import (
     effective_rank,
-    feature_gauges,
+    feature_health_metrics,
     mean_cosine,
     view_margin,
 )
-from brainfound.pretraining.monitoring.guard import Guard, GuardRecipe, RollBack, watched_in
+from brainfound.pretraining.monitoring.guard import Guard, GuardRecipe, RollbackRequested, read_retention_scores
 from brainfound.pretraining.objectives.losses import dino_loss
 
 HEALTHY = {
@@ -49,7 +49,7 @@ def test_gauges_of_what_is_not_finite_are_not_numbers():
     for value in (math.nan, math.inf):
         features = torch.ones(6, 3)
         features[2, 1] = value
-        gauges = feature_gauges(features, torch.arange(3).repeat(2))
+        gauges = feature_health_metrics(features, torch.arange(3).repeat(2))
         assert all(math.isnan(gauges[name]) for name in ("effective_rank", "mean_cosine", "view_margin"))
         assert math.isnan(effective_rank(features))
         assert math.isnan(mean_cosine(features))
@@ -74,17 +74,17 @@ def test_view_margin_is_that_of_the_pairs():
 def test_gauges_of_many_images_are_of_some_of_them():
     features = torch.randn(600, 3, generator=torch.Generator().manual_seed(3))
     images = torch.arange(300).repeat(2)
-    some = feature_gauges(features, images)
-    assert some == feature_gauges(features[images < 256], images[images < 256])
+    some = feature_health_metrics(features, images)
+    assert some == feature_health_metrics(features[images < 256], images[images < 256])
     assert some["highest_rank"] == 3
 
 
 def test_thresholds_of_rank_are_those_of_the_batch():
     """Five images can show no more than four directions: a rank of 1.5 is then no collapse, and 4 no warning."""
     guard = Guard(GuardRecipe(grace_steps=0))
-    assert not guard.symptoms(HEALTHY | {"effective_rank": 1.5, "highest_rank": 4})
-    assert guard.symptoms(HEALTHY | {"effective_rank": 0.0, "highest_rank": 4})
-    assert guard.symptoms(HEALTHY | {"effective_rank": 1.5, "highest_rank": 127})
+    assert not guard.collapse_symptoms(HEALTHY | {"effective_rank": 1.5, "highest_rank": 4})
+    assert guard.collapse_symptoms(HEALTHY | {"effective_rank": 0.0, "highest_rank": 4})
+    assert guard.collapse_symptoms(HEALTHY | {"effective_rank": 1.5, "highest_rank": 127})
     line = HEALTHY | {"step": 1, "effective_rank": 4.0}
     assert not guard.warnings(line | {"highest_rank": 15})
     assert "below 10" in guard.warnings(line | {"highest_rank": 127})[0]
@@ -95,7 +95,7 @@ def test_what_is_said_and_does_not_stop():
     guard = Guard(GuardRecipe(confirm_looks=1, grace_steps=0))
     line = HEALTHY | {"step": 5, "gram_distance": 0.5}
     assert "Gram distance 0.5" in guard.warnings(line)[0]
-    guard.look(5, line)
+    guard.on_log_line(5, line)
     probe = {"step": 0, "probe_chance": 0.5, "probe_standard_error": 0.1, "probe_target": "sex"}
     assert not guard.warnings(probe | {"probe": 0.75})
     assert "not clearly above chance" in guard.warnings(probe | {"probe": 0.65})[0]
@@ -107,23 +107,23 @@ def test_a_uniform_answer_costs_ln_k_whatever_the_crops(num_local):
     targets = torch.softmax(torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(4)), dim=-1)
     parts = dino_loss(torch.ones(2, 5, 7), torch.ones(num_local, 5, 7), targets, 0.1)
     line = {"loss_dino": float(sum(parts)), "ln_k": math.log(7)}
-    assert "equals ln K" in Guard(GuardRecipe()).symptoms(line)[0]
+    assert "equals ln K" in Guard(GuardRecipe()).collapse_symptoms(line)[0]
 
 
 def test_few_images_make_a_noisy_margin_and_one_image_says_nothing():
     guard = Guard(GuardRecipe())
     line = HEALTHY | {"loss_dino": 6.9, "view_margin": 0.07}
-    assert guard.symptoms(line | {"highest_rank": 15})
-    assert not guard.symptoms(line | {"highest_rank": 7})
-    assert guard.symptoms(line | {"highest_rank": 7, "view_margin": 0.04})
-    one = feature_gauges(torch.ones(2, 3), torch.zeros(2, dtype=torch.long))
+    assert guard.collapse_symptoms(line | {"highest_rank": 15})
+    assert not guard.collapse_symptoms(line | {"highest_rank": 7})
+    assert guard.collapse_symptoms(line | {"highest_rank": 7, "view_margin": 0.04})
+    one = feature_health_metrics(torch.ones(2, 3), torch.zeros(2, dtype=torch.long))
     assert "view_margin" not in one
-    assert not guard.symptoms(HEALTHY | one)
+    assert not guard.collapse_symptoms(HEALTHY | one)
 
 
 def test_a_low_view_margin_with_a_loss_that_is_learnt_is_no_symptom():
     """Crops that show different contrasts may be unlike each other and yet be learnt from."""
-    assert not Guard(GuardRecipe()).symptoms(HEALTHY | {"view_margin": -0.1})
+    assert not Guard(GuardRecipe()).collapse_symptoms(HEALTHY | {"view_margin": -0.1})
 
 
 @pytest.mark.parametrize(
@@ -139,51 +139,51 @@ def test_a_low_view_margin_with_a_loss_that_is_learnt_is_no_symptom():
 def test_collapse_stops_after_confirmation_and_only_after_the_grace(symptom):
     guard = Guard(GuardRecipe(grace_steps=10, confirm_looks=3))
     for step in range(1, 11):
-        guard.look(step, HEALTHY | symptom)
-    guard.look(11, HEALTHY | symptom)
-    guard.look(12, HEALTHY | symptom)
-    guard.look(13, HEALTHY)  # one healthy look starts the count again
-    guard.look(14, HEALTHY | symptom)
-    guard.look(15, HEALTHY | symptom)
+        guard.on_log_line(step, HEALTHY | symptom)
+    guard.on_log_line(11, HEALTHY | symptom)
+    guard.on_log_line(12, HEALTHY | symptom)
+    guard.on_log_line(13, HEALTHY)  # one healthy look starts the count again
+    guard.on_log_line(14, HEALTHY | symptom)
+    guard.on_log_line(15, HEALTHY | symptom)
     with pytest.raises(TrainingError, match="collapsed"):
-        guard.look(16, HEALTHY | symptom)
+        guard.on_log_line(16, HEALTHY | symptom)
 
 
 def test_features_that_are_not_finite_need_no_grace():
     guard = Guard(GuardRecipe(grace_steps=1000, confirm_looks=2))
     broken = HEALTHY | {"effective_rank": math.nan}
-    guard.look(1, broken)
+    guard.on_log_line(1, broken)
     with pytest.raises(TrainingError, match="collapsed: they are not finite, in 2 log lines"):
-        guard.look(2, broken)
+        guard.on_log_line(2, broken)
 
 
 def test_a_failure_goes_back_to_the_best_probe_and_then_stops():
     recipe = GuardRecipe(on_failure="roll_back", max_rollbacks=2, rollback_lr_factor=0.5, probe_patience=1)
     guard = Guard(recipe)
     for step, score in enumerate((0.6, 0.7, 0.69)):
-        guard.judge(step, score, 0.0)
-    assert [guard.keeps(step) for step in range(3)] == [False, True, False]
+        guard.record_probe(step, score, 0.0)
+    assert [guard.should_keep_checkpoint(step) for step in range(3)] == [False, True, False]
     for rollback in (1, 2):
-        with pytest.raises(RollBack) as wish:
-            guard.judge(9, 0.1, 0.0)
-        assert wish.value.step == 1
-        assert guard.rolled_back() == {"rollbacks": rollback, "lr_scale": 0.5**rollback}
+        with pytest.raises(RollbackRequested) as rollback_request:
+            guard.record_probe(9, 0.1, 0.0)
+        assert rollback_request.value.step == 1
+        assert guard.on_rollback() == {"rollbacks": rollback, "lr_scale": 0.5**rollback}
         assert (guard.state.dropped_probes, guard.state.last_score) == (0, 0.7)
-        assert not guard.exports_best()  # the run stands at the best step
+        assert not guard.should_export_best()  # the run stands at the best step
         again = Guard(recipe)
         again.load_state_dict(guard.state_dict())
         guard = again
     with pytest.raises(TrainingError, match="after 2 rollbacks") as stop:
-        guard.judge(9, 0.1, 0.0)
-    assert not isinstance(stop.value, RollBack)
-    assert guard.exports_best()
+        guard.record_probe(9, 0.1, 0.0)
+    assert not isinstance(stop.value, RollbackRequested)
+    assert guard.should_export_best()
 
 
 def test_there_is_no_going_back_without_a_probe():
     guard = Guard(GuardRecipe(on_failure="roll_back", confirm_looks=1, grace_steps=0))
     with pytest.raises(TrainingError, match="no probe has named a step") as stop:
-        guard.look(1, HEALTHY | {"mean_cosine": 1.0})
-    assert not isinstance(stop.value, RollBack)
+        guard.on_log_line(1, HEALTHY | {"mean_cosine": 1.0})
+    assert not isinstance(stop.value, RollbackRequested)
     assert "export/ holds the last teacher" in str(stop.value)
     assert not Guard(GuardRecipe(on_failure="roll_back", enabled=False)).may_roll_back
 
@@ -191,30 +191,30 @@ def test_there_is_no_going_back_without_a_probe():
 def test_after_a_collapse_the_best_probed_teacher_is_exported():
     """It may have come after the last probe, which was still good."""
     guard = Guard(GuardRecipe(confirm_looks=1, grace_steps=0))
-    guard.judge(0, 0.7, 0.01)
-    guard.judge(5, 0.69, 0.01)
-    assert not guard.exports_best()
+    guard.record_probe(0, 0.7, 0.01)
+    guard.record_probe(5, 0.69, 0.01)
+    assert not guard.should_export_best()
     with pytest.raises(TrainingError, match="teacher of step 0"):
-        guard.look(7, HEALTHY | {"mean_cosine": 1.0})
-    assert guard.exports_best()
-    assert not guard.keeps(0)
+        guard.on_log_line(7, HEALTHY | {"mean_cosine": 1.0})
+    assert guard.should_export_best()
+    assert not guard.should_keep_checkpoint(0)
 
 
 def test_a_disabled_guard_only_counts():
     guard = Guard(GuardRecipe(enabled=False, grace_steps=0, confirm_looks=1))
-    guard.look(1, HEALTHY | {"mean_cosine": 1.0})
+    guard.on_log_line(1, HEALTHY | {"mean_cosine": 1.0})
     assert guard.state.collapsed_looks == 1
 
 
 def test_a_probe_drop_stops_when_it_stays():
     guard = Guard(GuardRecipe(probe_drop=0.1, probe_patience=2))
     for step, score in enumerate((0.6, 0.7, 0.55, 0.65)):
-        guard.judge(step, score, 0.01)
+        guard.record_probe(step, score, 0.01)
     assert (guard.state.best_score, guard.state.best_step, guard.state.dropped_probes) == (0.7, 1, 0)
-    guard.judge(4, 0.5, 0.01)
+    guard.record_probe(4, 0.5, 0.01)
     with pytest.raises(TrainingError, match=r"0\.700 \(step 1\)"):
-        guard.judge(5, math.nan, 0.0)
-    assert guard.exports_best()
+        guard.record_probe(5, math.nan, 0.0)
+    assert guard.should_export_best()
 
 
 def test_a_drop_of_anything_watched_stops_when_it_stays():
@@ -226,13 +226,13 @@ def test_a_drop_of_anything_watched_stops_when_it_stays():
         best = guard.is_best(step, target, watched)
         assert best == (step < 3)
         if step < 4:
-            guard.judge(step, target, 0.01, watched)
+            guard.record_probe(step, target, 0.01, watched)
     assert not guard.state.failed
-    assert guard.exports_best()
+    assert guard.should_export_best()
     with pytest.raises(
         TrainingError, match=r"texture fell from 0\.820 \(step 1\) to 0\.710 and stayed down for 2 p"
     ) as stop:
-        guard.judge(4, target, 0.01, watched)
+        guard.record_probe(4, target, 0.01, watched)
     assert "place" not in str(stop.value)
     assert (guard.state.best_step, guard.state.best_score) == (2, 0.7)
     assert "the teacher of step 2" in str(stop.value)
@@ -240,11 +240,11 @@ def test_a_drop_of_anything_watched_stops_when_it_stays():
 
 def test_drops_of_different_things_do_not_add_up():
     guard = Guard(GuardRecipe(watch_drop=0.1, probe_patience=2))
-    guard.judge(0, 0.5, 0.0, {"texture": (0.8, 0.0), "place": (0.9, 0.0)})
+    guard.record_probe(0, 0.5, 0.0, {"texture": (0.8, 0.0), "place": (0.9, 0.0)})
     for step in range(1, 7):
         low = "texture" if step % 2 else "place"
-        guard.judge(step, 0.5, 0.0, {"texture": (0.8, 0.0), "place": (0.9, 0.0)} | {low: (0.1, 0.0)})
-    assert guard.exports_best()
+        guard.record_probe(step, 0.5, 0.0, {"texture": (0.8, 0.0), "place": (0.9, 0.0)} | {low: (0.1, 0.0)})
+    assert guard.should_export_best()
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -260,7 +260,7 @@ def test_noise_of_many_things_seldom_stops_a_run(seed):
             noise = 0.9 * lasting + 0.44 * rng.normal(size=12)  # together one standard error
             scores = 0.6 + errors * noise * (step > 0)
             try:
-                guard.judge(step, 0.5, 0.03, {str(i): (scores[i], errors[i]) for i in range(12)})
+                guard.record_probe(step, 0.5, 0.03, {str(i): (scores[i], errors[i]) for i in range(12)})
             except TrainingError:
                 stopped += 1
                 break
@@ -269,29 +269,29 @@ def test_noise_of_many_things_seldom_stops_a_run(seed):
 
 def test_random_features_are_watched_for_the_log_alone():
     guard = Guard(GuardRecipe(grace_steps=0, probe_patience=1), from_scratch=True)
-    guard.judge(1, 0.5, 0.0, {"texture": (0.9, 0.0)})
-    guard.judge(2, 0.6, 0.0, {"texture": (0.1, 0.0)})
-    assert not guard.exports_best()
+    guard.record_probe(1, 0.5, 0.0, {"texture": (0.9, 0.0)})
+    guard.record_probe(2, 0.6, 0.0, {"texture": (0.1, 0.0)})
+    assert not guard.should_export_best()
 
 
 def test_after_a_rollback_nothing_watched_is_down():
     guard = Guard(GuardRecipe(on_failure="roll_back", probe_patience=1))
-    guard.judge(0, 0.5, 0.0, {"texture": (0.9, 0.0)})
-    with pytest.raises(RollBack) as wish:
-        guard.judge(1, 0.6, 0.0, {"texture": (0.4, 0.0)})
-    assert wish.value.step == 0
-    guard.rolled_back()
-    assert not guard.exports_best()
+    guard.record_probe(0, 0.5, 0.0, {"texture": (0.9, 0.0)})
+    with pytest.raises(RollbackRequested) as rollback_request:
+        guard.record_probe(1, 0.6, 0.0, {"texture": (0.4, 0.0)})
+    assert rollback_request.value.step == 0
+    guard.on_rollback()
+    assert not guard.should_export_best()
     assert guard.state.watched["texture"].best_score == 0.9
 
 
 def test_a_checkpoint_of_before_watched_nothing():
     guard = Guard(GuardRecipe())
-    guard.judge(0, 0.5, 0.1)
+    guard.record_probe(0, 0.5, 0.1)
     state = guard.state_dict()
     del state["watched"]
     guard.load_state_dict(state)
-    guard.judge(1, 0.5, 0.1, {"texture": (0.4, 0.0)})
+    guard.record_probe(1, 0.5, 0.1, {"texture": (0.4, 0.0)})
     assert guard.state.watched["texture"].best_step == 1
     again = Guard(GuardRecipe())
     again.load_state_dict(json.loads(json.dumps(guard.state_dict())))
@@ -300,33 +300,36 @@ def test_a_checkpoint_of_before_watched_nothing():
 
 def test_what_is_watched_is_read_from_a_line_of_the_log():
     line = {"probe": 0.5, "watch/sex": 0.8, "watch_error/sex": 0.1, "watch/patch_texture": 0.4}
-    assert watched_in(line | {"watch_error/patch_texture": 0.0}) == {"sex": (0.8, 0.1), "patch_texture": (0.4, 0.0)}
+    assert read_retention_scores(line | {"watch_error/patch_texture": 0.0}) == {
+        "sex": (0.8, 0.1),
+        "patch_texture": (0.4, 0.0),
+    }
 
 
 def test_what_new_weights_score_is_nothing_to_be_kept():
     scores = ((0, 0.5), (10, 0.1), (20, 0.05), (30, 0.2), (40, 0.1))
     guard = Guard(GuardRecipe(grace_steps=20, probe_patience=1), from_scratch=True)
     for step, score in scores[:4]:
-        guard.judge(step, score, 0.0)
+        guard.record_probe(step, score, 0.0)
         assert guard.state.best_step == step
     with pytest.raises(TrainingError, match=r"from 0\.200 \(step 30\)"):
-        guard.judge(*scores[4], 0.0)
+        guard.record_probe(*scores[4], 0.0)
     continued = Guard(GuardRecipe(grace_steps=20, probe_patience=1))
-    continued.judge(*scores[0], 0.0)
+    continued.record_probe(*scores[0], 0.0)
     with pytest.raises(TrainingError, match=r"from 0\.500 \(step 0\)"):
-        continued.judge(*scores[1], 0.0)
+        continued.record_probe(*scores[1], 0.0)
 
 
 def test_noise_is_no_drop():
     guard = Guard(GuardRecipe(probe_drop=0.05, probe_patience=1))
-    guard.judge(0, 0.7, 0.2)
-    guard.judge(1, 0.4, 0.2)  # within two standard errors
-    assert not guard.exports_best()
+    guard.record_probe(0, 0.7, 0.2)
+    guard.record_probe(1, 0.4, 0.2)  # within two standard errors
+    assert not guard.should_export_best()
 
 
 def test_a_guard_goes_on_from_its_state():
     guard = Guard(GuardRecipe())
-    guard.judge(0, 0.5, 0.1)
+    guard.record_probe(0, 0.5, 0.1)
     again = Guard(GuardRecipe())
     again.load_state_dict(guard.state_dict())
     assert again.state == guard.state

@@ -6,19 +6,19 @@ import numpy as np
 import pytest
 import torch
 
-from brainfound.data.augmentation.sampling import onto
+from brainfound.data.augmentation.sampling import to_device
 from brainfound.errors import RecipeError
-from brainfound.pretraining.objectives.base import SliceBatch, StepKey
-from brainfound.pretraining.objectives.heads import PixelDecoder, PixelDecoderRecipe, sine_cosine_positions
+from brainfound.pretraining.objectives.base import PretrainBatch, StepKey
+from brainfound.pretraining.objectives.heads import PixelDecoder, PixelDecoderRecipe, sincos_position_embedding
 from brainfound.pretraining.objectives.masked_autoencoder import (
     MaskedAutoencoder,
     MaskedAutoencoderRecipe,
     encode_visible,
-    hide_patches,
-    num_hidden_of,
-    patch_pixels,
+    num_hidden_patches,
+    patchify,
     reconstruct,
     reconstruction_loss,
+    sample_hidden_patches,
 )
 
 KEY = StepKey(seed=0, step=0, micro_batch=0, rank=0)
@@ -39,7 +39,7 @@ def objective(model, recipe):
 def batch(store):
     rows = torch.arange(0, 96, 12).numpy()
     sessions = store.slice_sessions[rows]
-    return SliceBatch(
+    return PretrainBatch(
         torch.from_numpy(store.read_slices(rows)),
         torch.from_numpy(store.present[sessions]),
         torch.from_numpy(sessions),
@@ -73,9 +73,9 @@ def test_the_loss_is_that_of_the_plain_formula(normalise):
     pixels = torch.rand(3, 2, 12, 20, generator=generator)
     pixels[0, :, :4, :4] = 0  # air, whose variance is 0
     contrast_mask = torch.tensor([[True, True], [True, False], [False, True]])
-    hidden = hide_patches(3, 15, 9, np.random.default_rng(0)).hidden
+    hidden = sample_hidden_patches(3, 15, 9, np.random.default_rng(0)).hidden
     predicted = torch.randn(3, hidden.shape[1], 2 * 16, generator=generator)
-    patches = patch_pixels(pixels, 4)
+    patches = patchify(pixels, 4)
     target = torch.stack([patches[crop, hidden[crop]] for crop in range(3)])
     loss = reconstruction_loss(predicted, target, contrast_mask, normalise)
     assert loss.item() == pytest.approx(loss_by_hand(predicted, pixels, hidden, contrast_mask, 4, normalise), rel=1e-5)
@@ -83,13 +83,13 @@ def test_the_loss_is_that_of_the_plain_formula(normalise):
 
 def test_a_contrast_that_is_not_shown_is_no_target(objective, batch):
     """Neither its pixels nor what the decoder says of it enters the loss."""
-    views = objective.hiding.views(batch, KEY)
+    views = objective.patch_masking.views(batch, KEY)
     assert not views.contrast_mask.all()
     answer = objective.student(*views)
-    loss = objective.hiding.loss(answer, views)
+    loss = objective.patch_masking.loss(answer, views)
     absent = ~views.contrast_mask[:, :, None, None]
     other = views._replace(pixels=torch.where(absent, torch.rand_like(views.pixels), views.pixels))
-    assert objective.hiding.loss(answer, other) == loss
+    assert objective.patch_masking.loss(answer, other) == loss
     answer.patches.retain_grad()
     loss.backward()
     per_contrast = answer.patches.grad.unflatten(2, (views.pixels.shape[1], -1)).abs().sum(dim=(1, 3))
@@ -97,13 +97,13 @@ def test_a_contrast_that_is_not_shown_is_no_target(objective, batch):
 
 
 def test_exactly_the_asked_part_is_hidden_at_places_that_differ():
-    kept, hidden = hide_patches(8, 16, num_hidden_of(16, 0.75), np.random.default_rng(0))
+    kept, hidden = sample_hidden_patches(8, 16, num_hidden_patches(16, 0.75), np.random.default_rng(0))
     assert kept.shape == (8, 4)
     assert hidden.shape == (8, 12)
     for row in range(8):
         assert sorted(kept[row].tolist() + hidden[row].tolist()) == list(range(16))
     assert len({tuple(row.tolist()) for row in kept}) > 1
-    assert (num_hidden_of(4, 0.99), num_hidden_of(4, 0.01)) == (3, 1)
+    assert (num_hidden_patches(4, 0.99), num_hidden_patches(4, 0.01)) == (3, 1)
 
 
 def test_the_encoder_sees_the_visible_tokens_only(objective, batch, monkeypatch):
@@ -116,7 +116,7 @@ def test_the_encoder_sees_the_visible_tokens_only(objective, batch, monkeypatch)
         return transform(self, groups, *rest, **named)
 
     monkeypatch.setattr(type(encoder), "transform", counted)
-    views = objective.hiding.views(batch, KEY)
+    views = objective.patch_masking.views(batch, KEY)
     answer = objective.student(*views)
     assert lengths == [encoder.num_prefix_tokens + 4]  # a quarter of the 4 × 4 patches
     # What lies under hidden patches makes no difference.
@@ -163,7 +163,7 @@ def test_decoder_knows_where_each_patch_is():
 
 
 def test_sine_cosine_positions_are_those_of_the_formula():
-    positions = sine_cosine_positions((2, 3), 8)
+    positions = sincos_position_embedding((2, 3), 8)
     assert positions.shape == (6, 8)
     row, column = 1, 2
     slow = 1e-2  # 10,000 ** -(1 / 2)
@@ -194,7 +194,7 @@ def test_the_anchor_is_silent_at_the_start_and_speaks_when_the_student_moves(obj
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)) * 0.1)
     _, metrics = objective.loss(objective.student, batch, KEY)
     assert metrics["loss_anchor_gram"] > 1e-3
-    assert objective.gauges()["gram_distance"] == pytest.approx(metrics["loss_anchor_gram"].item())
+    assert objective.health_metrics()["gram_distance"] == pytest.approx(metrics["loss_anchor_gram"].item())
 
 
 def test_the_anchor_sees_the_same_patches_as_the_student(objective, batch):
@@ -202,7 +202,7 @@ def test_the_anchor_sees_the_same_patches_as_the_student(objective, batch):
     with torch.no_grad():
         for parameter in objective.student.encoder.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)) * 0.1)
-        views = objective.hiding.views(batch, KEY)
+        views = objective.patch_masking.views(batch, KEY)
         gram, cosine = [], []
         for row in range(len(views.pixels)):
             one = (views.pixels[row : row + 1], views.contrast_mask[row : row + 1], views.kept[row : row + 1])
@@ -232,16 +232,16 @@ def test_the_decoder_is_a_function_of_the_seed(model, recipe):
 
 
 def test_gauges_show_a_constant_encoder(objective, batch):
-    assert objective.gauges() == {}
+    assert objective.health_metrics() == {}
     objective.loss(objective.student, batch, KEY)
-    healthy = objective.gauges()
+    healthy = objective.health_metrics()
     assert healthy["effective_rank"] > 2
     assert not {"ln_k", "teacher_entropy"} & healthy.keys()
     with torch.no_grad():
         objective.student.encoder.backbone.layernorm.weight.zero_()
         objective.student.encoder.backbone.layernorm.bias.fill_(1)
     objective.loss(objective.student, batch, KEY)
-    constant = objective.gauges()
+    constant = objective.health_metrics()
     assert constant["effective_rank"] == 0
     assert constant["mean_cosine"] == pytest.approx(1)
 
@@ -290,9 +290,9 @@ def test_what_is_hidden_is_copied_as_everything_small_is(objective, batch, monke
 
     def recording(tensor, device):
         copied.append(tensor.clone())
-        return onto(tensor, device)
+        return to_device(tensor, device)
 
-    monkeypatch.setattr("brainfound.pretraining.objectives.masked_autoencoder.onto", recording)
-    views = objective.hiding.views(batch, KEY)
+    monkeypatch.setattr("brainfound.pretraining.objectives.masked_autoencoder.to_device", recording)
+    views = objective.patch_masking.views(batch, KEY)
     assert len(copied) == 2
     assert all(torch.equal(one, other) for one, other in zip(copied, (views.kept, views.hidden), strict=True))

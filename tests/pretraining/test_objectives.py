@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from brainfound.errors import RecipeError
 from brainfound.models import BrainFoundModel
-from brainfound.pretraining.objectives.base import SliceBatch, StepKey
+from brainfound.pretraining.objectives.base import PretrainBatch, StepKey
 from brainfound.pretraining.objectives.hybrid import Hybrid
-from brainfound.pretraining.objectives.registry import RECIPES, make_objective
+from brainfound.pretraining.objectives.registry import OBJECTIVE_RECIPES, make_objective
 from brainfound.pretraining.pretrain import PretrainRecipe, pretrain
 from brainfound.pretraining.starting_model import build_model
 from brainfound.recipes import validate
@@ -54,10 +54,10 @@ def tensors(run: Path, step: int, file: str = "model.safetensors") -> dict[str, 
     return load_file(run / "checkpoints" / f"step-{step:06d}" / file)
 
 
-def batch_of(store) -> SliceBatch:
+def batch_of(store) -> PretrainBatch:
     rows = torch.arange(0, 96, 12).numpy()
     sessions = store.slice_sessions[rows]
-    return SliceBatch(
+    return PretrainBatch(
         torch.from_numpy(store.read_slices(rows)),
         torch.from_numpy(store.present[sessions]),
         torch.from_numpy(sessions),
@@ -201,7 +201,7 @@ def test_kinds_and_their_keys_are_checked(recipe):
             validate(PretrainRecipe, {"objective": objective})
 
     assert validate(PretrainRecipe, {"objective": {"drop_path": 0.2}}).objective.kind == "self_distillation"
-    assert set(RECIPES) == set(KINDS)
+    assert set(OBJECTIVE_RECIPES) == set(KINDS)
     refuse({"kind": "masked_autoencodr"}, r"objective\.kind: unknown kind.*Did you mean masked_autoencoder\?$")
     refuse({"drop_pth": 1}, r"objective\.drop_pth: unknown key\. Did you mean drop_path\?$")
     refuse({"kind": "hybrid", "reconstruction": {"mask_ration": 1}}, r"objective\.reconstruction\.mask_ration: unknown")

@@ -51,10 +51,10 @@ def test_run_folder_is_complete(finished, store):
 
 
 def test_what_is_watched_is_logged_and_a_later_process_finds_the_start_again(finished, store, recipe):
-    from brainfound.pretraining.monitoring.guard import watched_in
+    from brainfound.pretraining.monitoring.guard import read_retention_scores
     from brainfound.pretraining.monitoring.probes import Probe
 
-    first, _, last = (watched_in(line) for line in lines(finished, "probe"))
+    first, _, last = (read_retention_scores(line) for line in lines(finished, "probe"))
     assert {"patch_texture", "slice_position", "age_years_knn", "kept_patches"} <= first.keys()
     assert all(error == 0 for _, error in first.values())
     assert last["patch_intensity"][1] > 0

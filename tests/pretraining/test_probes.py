@@ -11,7 +11,7 @@ import torch
 from sklearn.metrics import balanced_accuracy_score, r2_score
 
 from brainfound.errors import RecipeError, TrainingError
-from brainfound.pretraining.monitoring.probes import Probe, ProbeRecipe, ProbeScores, choose_target
+from brainfound.pretraining.monitoring.probes import Probe, ProbeRecipe, ProbeScores, choose_probe_target
 
 
 class TableStore:
@@ -38,16 +38,16 @@ def table(num: int = 24, **columns) -> pd.DataFrame:
 def test_the_target_follows_what_the_store_knows():
     ages = np.linspace(20, 80, 24)
     diagnosis = ["AD"] * 12 + ["CN"] * 12
-    assert choose_target(TableStore(table(age_years=ages, diagnosis=diagnosis))) == "diagnosis"
-    assert choose_target(TableStore(table(age_years=ages, diagnosis=["AD"] * 4 + ["CN"] * 20))) == "age_years"
-    assert choose_target(TableStore(table(age_years=[50.0] * 24, sex=["F", "M"] * 12, site=["a"] * 24))) == "sex"
-    assert choose_target(TableStore(table(sex=["F"] * 24, site=["a"] * 12 + ["b"] * 12))) == "site"
+    assert choose_probe_target(TableStore(table(age_years=ages, diagnosis=diagnosis))) == "diagnosis"
+    assert choose_probe_target(TableStore(table(age_years=ages, diagnosis=["AD"] * 4 + ["CN"] * 20))) == "age_years"
+    assert choose_probe_target(TableStore(table(age_years=[50.0] * 24, sex=["F", "M"] * 12, site=["a"] * 24))) == "sex"
+    assert choose_probe_target(TableStore(table(sex=["F"] * 24, site=["a"] * 12 + ["b"] * 12))) == "site"
     both = TableStore(table(sex=["F"] * 20 + ["M"] * 4, site=[None] * 12 + ["b"] * 12))
-    assert choose_target(both) == "slice_position"
+    assert choose_probe_target(both) == "slice_position"
     both.present = np.ones((24, 2), dtype=bool)
-    assert choose_target(both) == "contrast"
+    assert choose_probe_target(both) == "contrast"
     both.present[4:, 1] = False  # four sessions are not enough
-    assert choose_target(both) == "slice_position"
+    assert choose_probe_target(both) == "slice_position"
 
 
 @pytest.mark.parametrize("target", ["diagnosis", "age_years", "sex", "site", "slice_position"])

@@ -6,8 +6,14 @@ import torch.nn.functional as F
 
 from brainfound.pretraining.objectives import losses
 from brainfound.pretraining.objectives import prototypes as prototype_losses
-from brainfound.pretraining.objectives.early_gradient import with_early_gradient
-from brainfound.pretraining.objectives.prototypes import Assignments, Projection, assign, cross_entropy_sum, unit_rows
+from brainfound.pretraining.objectives.early_gradient import sum_with_eager_backward
+from brainfound.pretraining.objectives.prototypes import (
+    Assignments,
+    Projection,
+    cross_entropy_sum,
+    normalise_rows,
+    sinkhorn_assign,
+)
 
 
 def projection(num_rows, seed, num_prototypes=37, width=8, dtype=torch.float32):
@@ -28,20 +34,20 @@ def piece_rows(request, monkeypatch):
 @pytest.mark.parametrize("temperature", [0.07, 0.04, 0.01, 0.002])
 @pytest.mark.parametrize("num_iterations", [1, 3, 20])
 def test_assignments_are_sinkhorn_knopp(temperature, num_iterations):
-    found = assign(projection(11, 0), temperature, num_iterations).take(slice(None))
+    found = sinkhorn_assign(projection(11, 0), temperature, num_iterations).take(slice(None))
     expected = losses.sinkhorn_knopp(projection(11, 0).scores(), temperature, num_iterations)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=2e-4)
     torch.testing.assert_close(found.sum(dim=1), torch.ones(11))
 
 
 def test_assignments_of_no_rows_are_empty():
-    assert assign(projection(0, 0), 0.05).take(slice(None)).shape == (0, 37)
+    assert sinkhorn_assign(projection(0, 0), 0.05).take(slice(None)).shape == (0, 37)
 
 
 @pytest.mark.usefixtures("piece_rows")
 @pytest.mark.parametrize("crossed", [False, True])
 def test_cross_entropy_and_both_gradients(crossed):
-    targets = assign(projection(6, 1), 0.05)
+    targets = sinkhorn_assign(projection(6, 1), 0.05)
     dense = targets.take(slice(None))
     rows = torch.tensor([[0, 3], [1, 4], [2, 5], [0, 3], [5, 5], [4, 0]]) if crossed else None
     weights = torch.rand(6, generator=torch.Generator().manual_seed(2))
@@ -57,7 +63,7 @@ def test_cross_entropy_and_both_gradients(crossed):
 
 
 def test_gradients_in_double_precision_by_finite_differences():
-    targets = assign(projection(4, 1, dtype=torch.float64), 0.05)
+    targets = sinkhorn_assign(projection(4, 1, dtype=torch.float64), 0.05)
     weights = torch.tensor([0.1, 0.5, 0.2, 0.9], dtype=torch.float64)
     parts = [part.requires_grad_() for part in projection(4, 3, dtype=torch.float64)]
 
@@ -68,12 +74,12 @@ def test_gradients_in_double_precision_by_finite_differences():
 
 
 def test_under_autocast_scores_are_narrow_and_sums_wide():
-    targets, weights = assign(projection(6, 1), 0.05), torch.full((6,), 1 / 6)
+    targets, weights = sinkhorn_assign(projection(6, 1), 0.05), torch.full((6,), 1 / 6)
     fused = Projection(*(part.clone().requires_grad_() for part in projection(6, 3)))
     expected = cross_entropy_sum(fused, targets, weights, 0.1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = cross_entropy_sum(fused, targets, weights, 0.1)
-        narrow = assign(projection(6, 1), 0.05)
+        narrow = sinkhorn_assign(projection(6, 1), 0.05)
     assert found.dtype == narrow.mass.dtype == torch.float32
     assert found.item() != expected.item()
     torch.testing.assert_close(found, expected, rtol=0.02, atol=0)
@@ -105,7 +111,7 @@ def test_early_gradients_are_those_of_the_backward_pass():
     other.zero_grad()
     # The second reaches parameters that the first did not.
     values = [lambda: layer(first).square().sum(), lambda: (layer(third) * other(third)).sum()]
-    early = with_early_gradient(values, everything)
+    early = sum_with_eager_backward(values, everything)
     torch.testing.assert_close(early, layer(first).square().sum() + (layer(third) * other(third)).sum())
     (early * 0.3 + layer(second).exp().sum()).backward()
     for parameter, gradient in zip(layer.parameters(), expected, strict=True):
@@ -130,13 +136,13 @@ def test_early_gradients_free_what_they_needed():
             return gradient * 2
 
     weight = torch.nn.Parameter(torch.ones(2))
-    value = with_early_gradient([lambda: Watched.apply(weight).sum()], [weight])
+    value = sum_with_eager_backward([lambda: Watched.apply(weight).sum()], [weight])
     assert not kept
     value.backward()
     assert weight.grad.tolist() == [2, 2]
     with torch.no_grad():
-        assert not with_early_gradient([lambda: weight.sum()], [weight]).requires_grad
-    constant = with_early_gradient([lambda: torch.ones((), requires_grad=True) * 2], [weight])
+        assert not sum_with_eager_backward([lambda: weight.sum()], [weight]).requires_grad
+    constant = sum_with_eager_backward([lambda: torch.ones((), requires_grad=True) * 2], [weight])
     assert constant.item() == 2
 
 
@@ -146,16 +152,16 @@ def test_unit_rows_are_those_of_normalize():
     weight = weight.requires_grad_()
     gradient = torch.randn_like(weight)
     expected = F.normalize(weight, dim=-1)
-    assert torch.equal(unit_rows(weight), expected)
+    assert torch.equal(normalise_rows(weight), expected)
     (wanted,) = torch.autograd.grad(expected, weight, gradient)
-    (found,) = torch.autograd.grad(unit_rows(weight), weight, gradient)
+    (found,) = torch.autograd.grad(normalise_rows(weight), weight, gradient)
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
-    assert torch.autograd.gradcheck(unit_rows, weight[15:20].detach().requires_grad_())
+    assert torch.autograd.gradcheck(normalise_rows, weight[15:20].detach().requires_grad_())
 
 
 def test_unit_rows_in_pieces(monkeypatch):
     weight, gradient = torch.randn(10, 3, requires_grad=True), torch.randn(10, 3)
-    (whole,) = torch.autograd.grad(unit_rows(weight), weight, gradient)
+    (whole,) = torch.autograd.grad(normalise_rows(weight), weight, gradient)
     monkeypatch.setattr(prototype_losses, "_ROWS_IN_CACHE", 4)
-    (pieces,) = torch.autograd.grad(unit_rows(weight), weight, gradient)
+    (pieces,) = torch.autograd.grad(normalise_rows(weight), weight, gradient)
     assert torch.equal(whole, pieces)

@@ -192,14 +192,14 @@ def test_a_constant_teacher_is_seen_and_the_one_before_is_exported(eggs, trained
 
 @pytest.mark.parametrize("torn", ["model.safetensors", "state.json"])
 def test_where_there_is_no_way_back_the_best_teacher_is_exported(eggs, trained, recipe, tmp_path, monkeypatch, torn):
-    run, judge = tmp_path / "run", Guard.judge
+    run, record_probe = tmp_path / "run", Guard.record_probe
 
     def tearing(self, step, *scores):
         if step == 10:
             (run / "checkpoints" / "step-000000" / torn).write_bytes(b"x")
-        judge(self, step, *scores)
+        record_probe(self, step, *scores)
 
-    monkeypatch.setattr(Guard, "judge", tearing)
+    monkeypatch.setattr(Guard, "record_probe", tearing)
     going_back = ("guard.on_failure=roll_back", "guard.confirm_looks=1000")
     with pytest.raises(
         TrainingError, match=r"the probe fell .*, and the checkpoint to go back to is not whole"

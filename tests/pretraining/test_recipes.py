@@ -30,10 +30,10 @@ from brainfound.data.store.prepare import prepare
 from brainfound.finetuning.finetune import finetune
 from brainfound.models import BrainFoundModel
 from brainfound.pretraining.objectives.masked_autoencoder import MaskedAutoencoderRecipe
-from brainfound.pretraining.preflight import MUCH_OF_START
+from brainfound.pretraining.preflight import MAX_INITIAL_WEIGHT_FRACTION
 from brainfound.pretraining.pretrain import PretrainRecipe, pretrain
 from brainfound.report.curves import plot_curves
-from brainfound.training.schedules import share_of_start
+from brainfound.training.schedules import initial_weight_fraction
 
 FAMILIES = ("pretrain-", "start-", "ablation-")
 RECIPES = sorted(name for name in recipes.available("train") if name.startswith(FAMILIES))
@@ -165,7 +165,7 @@ def test_a_recipe_follows_the_safe_ladder(name):
     assert 0 < recipe.probe.every <= recipe.engine.steps / 2
     if not isinstance(recipe.objective, MaskedAutoencoderRecipe):
         steps, warmup = recipe.engine.steps, recipe.schedule.head_warmup_steps
-        assert share_of_start(*recipe.objective.momentum, steps, warmup) < MUCH_OF_START
+        assert initial_weight_fraction(*recipe.objective.momentum, steps, warmup) < MAX_INITIAL_WEIGHT_FRACTION
 
 
 def test_brainfound_is_the_papers_configuration():

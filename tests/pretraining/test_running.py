@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from brainfound.errors import RecipeError
 from brainfound.models.encoder import SliceEncoder
 from brainfound.pretraining import execution as running
-from brainfound.pretraining.execution import PretrainEngineRecipe, apply, settle
+from brainfound.pretraining.execution import PretrainEngineRecipe, apply, resolve_auto_settings
 from brainfound.pretraining.objectives.registry import make_objective
 from brainfound.pretraining.pretrain import pretrain
 from brainfound.pretraining.starting_model import TrainedPartRecipe
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 def settled(model, recipe, **engine):
-    return settle(PretrainEngineRecipe(precision="no", **engine), model.encoder, recipe().views, CPU)
+    return resolve_auto_settings(PretrainEngineRecipe(precision="no", **engine), model.encoder, recipe().views, CPU)
 
 
 def test_auto_is_settled_and_said(model, recipe):
@@ -38,7 +38,7 @@ def test_what_was_asked_for_is_taken(model, recipe):
 
 @pytest.mark.parametrize(("sharded", "crops"), [(True, "packed"), (False, "separate")])
 def test_only_weights_that_are_sharded_need_packed_crops(model, recipe, monkeypatch, sharded, crops):
-    monkeypatch.setattr(running.ranks, "active", lambda: sharded)
+    monkeypatch.setattr(running.ranks, "is_distributed", lambda: sharded)
     engine, _ = settled(model, recipe, attention="sdpa", parallel="fsdp", crops="separate")
     assert engine.crops == crops
 
@@ -55,10 +55,10 @@ def test_a_machine_without_a_compiler_is_found_out(monkeypatch):
 
         return fail
 
-    running._compiles.cache_clear()
+    running._can_compile.cache_clear()
     monkeypatch.setattr(torch, "compile", no_compiler)
-    assert not running._compiles(CPU)
-    running._compiles.cache_clear()
+    assert not running._can_compile(CPU)
+    running._can_compile.cache_clear()
 
 
 def test_every_encoder_of_an_objective_is_told(model, recipe):

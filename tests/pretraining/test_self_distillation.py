@@ -9,7 +9,7 @@ import torch
 
 from brainfound.errors import RecipeError
 from brainfound.pretraining.objectives import losses
-from brainfound.pretraining.objectives.base import SliceBatch, StepKey
+from brainfound.pretraining.objectives.base import PretrainBatch, StepKey
 from brainfound.pretraining.objectives.self_distillation import SelfDistillation
 from brainfound.training import distributed as ranks
 
@@ -28,7 +28,7 @@ def objective(model, recipe):
 def batch(store):
     rows = torch.arange(0, 96, 12).numpy()
     sessions = store.slice_sessions[rows]
-    return SliceBatch(
+    return PretrainBatch(
         torch.from_numpy(store.read_slices(rows)),
         torch.from_numpy(store.present[sessions]),
         torch.from_numpy(sessions),
@@ -99,7 +99,7 @@ def test_parts_of_the_loss_add_up_and_match_the_teacher_targets(objective, batch
     total = sum(objective.weight(name) * metrics[f"loss_{name}"] for name in names)
     torch.testing.assert_close(loss.detach(), total)
     targets, _ = objective._last
-    expected = losses.sinkhorn_knopp(targets.seen.scores(), 0.04)
+    expected = losses.sinkhorn_knopp(targets.cls_projection.scores(), 0.04)
     torch.testing.assert_close(targets.cls_targets.take(slice(None)), expected)
 
 
@@ -119,11 +119,11 @@ def test_the_anchor_is_silent_at_the_start_and_speaks_when_the_student_moves(mod
 def test_an_anchor_without_an_unmasked_crop_is_refused(model, recipe, probability, num_slices):
     masked = f"objective.mask_probability={probability}"
     with pytest.raises(RecipeError, match="mask_probability"):
-        make(model, recipe, masked).require_batch(num_slices)
-    make(model, recipe, masked, "objective.anchor_gram_weight=0", "objective.anchor_cls_weight=0").require_batch(
+        make(model, recipe, masked).require_batch_size(num_slices)
+    make(model, recipe, masked, "objective.anchor_gram_weight=0", "objective.anchor_cls_weight=0").require_batch_size(
         num_slices
     )
-    make(model, recipe).require_batch(num_slices)
+    make(model, recipe).require_batch_size(num_slices)
 
 
 @pytest.mark.parametrize(
@@ -161,14 +161,14 @@ def test_parts_without_weight_are_not_computed(model, recipe, batch, monkeypatch
 def test_koleo_does_not_pair_slices_of_a_session(objective, batch):
     output_cls = torch.randn(16, 32, generator=torch.Generator().manual_seed(0))
     sessions = torch.zeros(8, dtype=torch.long)
-    one_session = SliceBatch(batch.pixels, batch.present, sessions)
+    one_session = PretrainBatch(batch.pixels, batch.present, sessions)
     _, metrics = objective.loss(objective.student, one_session, KEY)
     assert metrics["loss_koleo"] == 0
     assert losses.koleo(output_cls) != 0
 
 
 def test_koleo_may_pair_slices_of_a_session_where_the_recipe_says_so(model, recipe, batch):
-    one_session = SliceBatch(batch.pixels, batch.present, torch.zeros(8, dtype=torch.long))
+    one_session = PretrainBatch(batch.pixels, batch.present, torch.zeros(8, dtype=torch.long))
     objective = make(model, recipe, "objective.koleo_within_sessions=true")
     _, metrics = objective.loss(objective.student, one_session, KEY)
     assert metrics["loss_koleo"] != 0
@@ -207,16 +207,16 @@ def test_heads_drawn_apart_differ_and_the_encoders_do_not(model, recipe):
 
 def test_gauges_of_a_healthy_and_a_constant_teacher(objective, batch):
     objective.loss(objective.student, batch, KEY)
-    gauges = objective.gauges()
-    assert gauges["effective_rank"] > 2
-    assert 0.1 < gauges["teacher_entropy"] <= 1
+    health_metrics = objective.health_metrics()
+    assert health_metrics["effective_rank"] > 2
+    assert 0.1 < health_metrics["teacher_entropy"] <= 1
     with torch.no_grad():
         objective.teacher.encoder.backbone.layernorm.weight.zero_()
         objective.teacher.encoder.backbone.layernorm.bias.fill_(1)
     objective.loss(objective.student, batch, KEY)
-    gauges = objective.gauges()
-    assert gauges["effective_rank"] == 0
-    assert gauges["mean_cosine"] == pytest.approx(1)
+    health_metrics = objective.health_metrics()
+    assert health_metrics["effective_rank"] == 0
+    assert health_metrics["mean_cosine"] == pytest.approx(1)
 
 
 def test_state_round_trip(model, recipe, objective):

@@ -14,7 +14,7 @@ from brainfound.models import BrainFoundConfig, BrainFoundModel
 from brainfound.pretraining.pretrain import PretrainRecipe, pretrain
 from brainfound.recipes import validate
 from brainfound.training.engine import Engine, EngineRecipe, TrainTask, make_accelerator
-from brainfound.training.prefetch import prefetched
+from brainfound.training.prefetch import prefetch_to_device
 
 BACKBONE = {
     "model_type": "dinov2",
@@ -49,7 +49,7 @@ class Line(TrainTask):
 
     def batches(self, first_step):
         values = (torch.full((8, 4), float("nan") if step == 2 else 1.0 + step) for step in range(first_step, 99))
-        return prefetched(map(Numbers, values), torch.device("cuda"))
+        return prefetch_to_device(map(Numbers, values), torch.device("cuda"))
 
     def loss(self, model, batch, step, micro_batch):
         loss = (model(batch.values) - 3).square().mean()
@@ -105,7 +105,9 @@ def test_no_step_of_an_objective_waits_for_the_gpu(store, recipe, tmp_path, monk
 def test_batches_reach_the_gpu_whole_and_in_order_however_busy_it_is():
     busy = torch.randn(2048, 2048, device="cuda")
     seen = []
-    for batch in prefetched((Numbers(torch.full((512, 512), float(i))) for i in range(50)), torch.device("cuda")):
+    for batch in prefetch_to_device(
+        (Numbers(torch.full((512, 512), float(i))) for i in range(50)), torch.device("cuda")
+    ):
         busy = (busy @ busy).clamp(-1, 1)
         assert batch.values.is_cuda
         seen.append(torch.stack([batch.values.amin(), batch.values.amax()]))

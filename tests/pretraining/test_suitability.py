@@ -12,7 +12,7 @@ import pytest
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.errors import RecipeError, UsageError
 from brainfound.models import BrainFoundConfig, BrainFoundModel
-from brainfound.pretraining.preflight import require_fit
+from brainfound.pretraining.preflight import run_preflight_checks
 from brainfound.pretraining.pretrain import pretrain
 
 MAE = (
@@ -50,11 +50,11 @@ FOLLOWS = "objective.momentum=[0.0,1.0]"
 
 
 def fit(recipe, *overrides, num_processes=1, **store):
-    return require_fit(recipe(FOLLOWS, *overrides), made_up(**store), num_processes)
+    return run_preflight_checks(recipe(FOLLOWS, *overrides), made_up(**store), num_processes)
 
 
 def test_what_fits_gets_no_note(recipe, store):
-    assert require_fit(recipe(FOLLOWS), store) == []
+    assert run_preflight_checks(recipe(FOLLOWS), store) == []
     assert fit(recipe, "views.neighbour_mm=3") == []
     assert fit(recipe, "views.split_contrasts=0.5", several=range(6)) == []
     assert fit(recipe, "trained={part: lora, rank: 8, blocks: 0}") == []
@@ -90,7 +90,7 @@ def test_few_neighbours_are_counted(recipe):
     close = near.copy()
     close[1] = 2.0
     store.slice_positions_mm = np.concatenate([close if i < 4 else near for i in range(12)]).astype(np.float32)
-    (note,) = require_fit(recipe(FOLLOWS, "views.neighbour_mm=3"), store)
+    (note,) = run_preflight_checks(recipe(FOLLOWS, "views.neighbour_mm=3"), store)
     assert note.startswith("views.neighbour_mm=3: 17% of the slices have another one")
 
 

@@ -11,18 +11,18 @@ from brainfound.errors import RecipeError
 from brainfound.models import BrainFoundModel
 from brainfound.pretraining.starting_model import (
     TrainedPartRecipe,
-    choose_trained_part,
-    plain_state,
-    without_adapters,
+    merge_adapters,
+    merged_state_dict,
+    select_trainable_part,
 )
 from brainfound.recipes import validate
-from brainfound.training.optim import OptimRecipe, traits_of
+from brainfound.training.optim import OptimRecipe, parameter_settings
 
 NEW = {"embeddings.mask_token", "embeddings.patch_embeddings.contrast_embedding.weight"}
 
 
 def chosen(model, **settings):
-    return choose_trained_part(model.encoder, TrainedPartRecipe(**settings), seed=0)
+    return select_trainable_part(model.encoder, TrainedPartRecipe(**settings), seed=0)
 
 
 def trained_names(encoder) -> set[str]:
@@ -87,7 +87,7 @@ def test_updates_change_no_answer_at_first_and_are_drawn_from_the_seed(model):
     other = chosen(model, part="lora", rank=4)
     assert torch.equal(answers(one), answers(model.encoder))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
-    third = choose_trained_part(model.encoder, TrainedPartRecipe(part="lora", rank=4), seed=1)
+    third = select_trainable_part(model.encoder, TrainedPartRecipe(part="lora", rank=4), seed=1)
     assert not all(torch.equal(a, b) for a, b in zip(one.parameters(), third.parameters(), strict=True))
 
 
@@ -97,9 +97,9 @@ def test_merged_weights_answer_as_the_adapted_encoder(model, roles):
     expected = answers(encoder)
     assert not torch.allclose(expected, answers(model.encoder), atol=1e-3)
     plain = copy.deepcopy(model.encoder)
-    plain.load_state_dict(plain_state(encoder, encoder.state_dict()))
+    plain.load_state_dict(merged_state_dict(encoder, encoder.state_dict()))
     torch.testing.assert_close(answers(plain), expected, atol=1e-5, rtol=1e-5)
-    merged = without_adapters(encoder)
+    merged = merge_adapters(encoder)
     assert [name for name, _ in merged.named_parameters()] == [name for name, _ in model.encoder.named_parameters()]
     assert torch.equal(answers(merged), answers(plain))
     assert torch.equal(answers(encoder), expected)  # not merged itself
@@ -116,14 +116,14 @@ def test_packed_blocks_use_the_updates(model):
 def test_merged_weights_load_as_a_model(model, tmp_path):
     encoder = learnt(chosen(model, part="lora", rank=4))
     expected = answers(encoder)
-    model.encoder.load_state_dict(plain_state(encoder, encoder.state_dict()))
+    model.encoder.load_state_dict(merged_state_dict(encoder, encoder.state_dict()))
     model.save_pretrained(tmp_path / "export")
     loaded = BrainFoundModel.from_pretrained(tmp_path / "export").encoder
     torch.testing.assert_close(answers(loaded), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_without_updates_the_state_is_the_encoders_own(model):
-    state = plain_state(model.encoder, model.encoder.state_dict())
+    state = merged_state_dict(model.encoder, model.encoder.state_dict())
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.encoder.state_dict().items())
     assert len(state) == len(model.encoder.state_dict())
 
@@ -131,7 +131,7 @@ def test_without_updates_the_state_is_the_encoders_own(model):
 def test_updates_wait_for_the_heads_and_learn_alike_in_every_layer(model):
     encoder = chosen(model, part="lora", blocks=0, rank=4)
     traits = {
-        traits_of(f"encoder.{name}", parameter, encoder.num_layers, OptimRecipe(layer_decay=0.5))
+        parameter_settings(f"encoder.{name}", parameter, encoder.num_layers, OptimRecipe(layer_decay=0.5))
         for name, parameter in encoder.named_parameters()
         if "lora_" in name
     }
@@ -151,9 +151,9 @@ def test_more_blocks_than_there_are_is_refused(model, settings, message):
 
 
 def test_what_a_part_does_not_read_is_known():
-    assert TrainedPartRecipe(blocks=2, roles=("key",)).not_read() == ["blocks", "roles"]
-    assert TrainedPartRecipe(part="last_blocks", blocks=2, rank=8).not_read() == ["rank"]
-    assert TrainedPartRecipe(part="lora", blocks=2, rank=8).not_read() == []
+    assert TrainedPartRecipe(blocks=2, roles=("key",)).ignored_keys() == ["blocks", "roles"]
+    assert TrainedPartRecipe(part="last_blocks", blocks=2, rank=8).ignored_keys() == ["rank"]
+    assert TrainedPartRecipe(part="lora", blocks=2, rank=8).ignored_keys() == []
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,13 @@ from sklearn.metrics import r2_score
 from sklearn.preprocessing import StandardScaler
 
 from brainfound.pretraining.monitoring.retention import (
-    PENALTY,
-    QUESTIONS,
-    Label,
-    Patches,
-    Watch,
-    main_directions,
-    told_linearly,
+    RETENTION_PROBES,
+    RIDGE_PENALTY_PER_SAMPLE,
+    PatchTargets,
+    RetentionProbes,
+    SessionLabel,
+    principal_component_scores,
+    ridge_out_of_fold,
 )
 
 NUM_VIEWS, NUM_SLICES, SIDE, PATCH = 12, 4, 32, 8
@@ -33,14 +33,14 @@ def slices(seed: int = 0) -> list[np.ndarray]:
     return views
 
 
-def watch(questions=QUESTIONS, shown: np.ndarray | None = None, **more) -> Watch:
-    owners = np.arange(NUM_VIEWS) // 2
+def watch(probe_names=RETENTION_PROBES, shown: np.ndarray | None = None, **more) -> RetentionProbes:
+    subject_index = np.arange(NUM_VIEWS) // 2
     positions = np.tile(np.linspace(-30.0, 30.0, NUM_SLICES), (NUM_VIEWS, 1))
     shown = np.ones((NUM_VIEWS, 2), bool) if shown is None else shown
-    return Watch(questions, shown, owners, owners % 3, positions, **more)
+    return RetentionProbes(probe_names, shown, subject_index, subject_index % 3, positions, **more)
 
 
-def informed(told: Patches, noise: float = 0.02) -> tuple[np.ndarray, np.ndarray]:
+def informed(told: PatchTargets, noise: float = 0.02) -> tuple[np.ndarray, np.ndarray]:
     """CLS and patch tokens that hold everything that is asked for, mixed."""
     rng = np.random.default_rng(1)
     session = np.repeat(2 * rng.normal(size=(NUM_VIEWS, 1, 3)), NUM_SLICES, axis=1)
@@ -51,14 +51,16 @@ def informed(told: Patches, noise: float = 0.02) -> tuple[np.ndarray, np.ndarray
     return tuple((values + noise * rng.normal(size=values.shape)).astype(np.float32) for values in mixed)
 
 
-def scores(asked: Watch, cls: np.ndarray, patches: np.ndarray, told: Patches) -> dict[str, tuple[float, float]]:
-    return asked.compare(asked.shares(cls, patches, told) | asked.kept(cls, patches))
+def scores(
+    asked: RetentionProbes, cls: np.ndarray, patches: np.ndarray, told: PatchTargets
+) -> dict[str, tuple[float, float]]:
+    return asked.compare(asked.subject_errors(cls, patches, told) | asked.kept(cls, patches))
 
 
 def test_what_is_in_the_features_is_told_and_what_is_not_is_not():
-    told, asked = Patches.of(slices(), PATCH, seed=0), watch()
+    told, asked = PatchTargets.of(slices(), PATCH, seed=0), watch()
     cls, patches = informed(told)
-    asked.remember(cls, patches)
+    asked.set_reference(cls, patches)
     good = scores(asked, cls, patches, told)
     rng = np.random.default_rng(2)
     empty = scores(asked, rng.normal(size=cls.shape), rng.normal(size=patches.shape), told)
@@ -73,9 +75,9 @@ def test_what_is_in_the_features_is_told_and_what_is_not_is_not():
 @pytest.mark.parametrize("lost", ["patch_texture", "patch_position"])
 def test_one_thing_may_be_lost_alone(lost):
     """Other scores stay where they were; what the start told linearly is seen to be missing."""
-    told, asked = Patches.of(slices(), PATCH, seed=0), watch()
+    told, asked = PatchTargets.of(slices(), PATCH, seed=0), watch()
     cls, patches = informed(told, noise=0.0)
-    asked.remember(cls, patches)
+    asked.set_reference(cls, patches)
     kept = {"patch_texture": (told.mean, told.place), "patch_position": (told.mean, told.texture * 9)}[lost]
     now = scores(asked, cls, np.concatenate(kept, axis=-1), told)
     others = {"patch_intensity", "patch_texture", "patch_position"} - {lost}
@@ -94,12 +96,12 @@ def test_a_score_is_the_r2_of_ridge_regression_over_folds():
         train, test = folds != fold, folds == fold
         scaler = StandardScaler().fit(features[train])
         x, y = scaler.transform(features[train]), values[train, 0]
-        weights = np.linalg.solve(x.T @ x + PENALTY * len(x) * np.eye(5), x.T @ (y - y.mean()))
+        weights = np.linalg.solve(x.T @ x + RIDGE_PENALTY_PER_SAMPLE * len(x) * np.eye(5), x.T @ (y - y.mean()))
         expected[test] = (scaler.transform(features[test]) @ weights + y.mean()).clip(y.min(), y.max())
-    assert np.allclose(told_linearly(features, values, folds)[:, 0], expected)
-    asked = Watch((), np.ones((20, 1), bool), np.arange(20), np.arange(20) % 3, np.zeros((20, 3)))
+    assert np.allclose(ridge_out_of_fold(features, values, folds)[:, 0], expected)
+    asked = RetentionProbes((), np.ones((20, 1), bool), np.arange(20), np.arange(20) % 3, np.zeros((20, 3)))
     folds = np.repeat(np.arange(20) % 3, 3)
-    r2 = r2_score(values[:, 0], told_linearly(features, values, folds)[:, 0])
+    r2 = r2_score(values[:, 0], ridge_out_of_fold(features, values, folds)[:, 0])
     assert 1 - asked._linear(features, values, 3).sum() == pytest.approx(r2)
 
 
@@ -109,22 +111,26 @@ def test_labels_are_told_of_sessions_and_unknown_ones_do_not_count():
     known = np.ones(NUM_VIEWS, bool)
     known[:2] = False
     age = np.where(known, np.linspace(20, 80, NUM_VIEWS), np.nan)
-    asked = watch(("labels",), labels={"sex": Label(sex, known, True), "age_years": Label(age, known, False)})
+    asked = watch(
+        ("labels",), labels={"sex": SessionLabel(sex, known, True), "age_years": SessionLabel(age, known, False)}
+    )
     cls = rng.normal(size=(NUM_VIEWS, NUM_SLICES, 4)) * 0.01
     cls[..., 0] += (sex == "F")[:, None]
     cls[..., 1] += np.linspace(0, 1, NUM_VIEWS)[:, None]
-    told = Patches.of(slices(), PATCH, seed=0)
-    found = asked.compare(asked.shares(cls, None, told))
+    told = PatchTargets.of(slices(), PATCH, seed=0)
+    found = asked.compare(asked.subject_errors(cls, None, told))
     assert found["sex"][0] == pytest.approx(1)
     assert found["age_years"][0] > 0.8
 
 
 def test_the_error_is_that_of_the_difference_to_the_start():
     """The same features again differ by nothing; what moved for every subject alike is known well."""
-    told, asked = Patches.of(slices(), PATCH, seed=0), watch(("patch_intensity",))
+    told, asked = PatchTargets.of(slices(), PATCH, seed=0), watch(("patch_intensity",))
     cls, patches = informed(told)
     alone = scores(asked, cls, patches + 0.5 * np.random.default_rng(5).normal(size=patches.shape), told)
-    asked.start = {f"shares/{name}": shares for name, shares in asked.shares(cls, patches, told).items()}
+    asked.start = {
+        f"shares/{name}": subject_errors for name, subject_errors in asked.subject_errors(cls, patches, told).items()
+    }
     assert scores(asked, cls, patches, told)["patch_intensity"][1] == 0
     moved = scores(asked, cls, patches + 0.5 * np.random.default_rng(5).normal(size=patches.shape), told)
     assert moved["patch_intensity"][0] == alone["patch_intensity"][0]
@@ -146,17 +152,17 @@ def test_an_absent_contrast_is_not_asked_for():
     shown[4:, 1] = False
     for view in pixels[4:]:
         view[:, 1] = 0
-    told = Patches.of(pixels, PATCH, seed=0)
+    told = PatchTargets.of(pixels, PATCH, seed=0)
     cls, patches = informed(told, noise=0.0)
     assert scores(watch(("patch_intensity",), shown), cls, patches, told)["patch_intensity"][0] > 0.9
     shown[:, 1] = False
     only = scores(watch(("patch_intensity",), shown), cls, patches, told)["patch_intensity"][0]
-    first = Patches(told.chosen, told.mean[..., :1], told.texture, told.place, told.slice_values)
+    first = PatchTargets(told.chosen, told.mean[..., :1], told.texture, told.place, told.slice_values)
     assert only == scores(watch(("patch_intensity",), shown), cls, patches, first)["patch_intensity"][0]
 
 
 def test_patches_show_something_and_are_the_same_again():
-    told, again = (Patches.of(slices(), PATCH, seed=0) for _ in range(2))
+    told, again = (PatchTargets.of(slices(), PATCH, seed=0) for _ in range(2))
     assert (told.chosen % 4 >= 2).all()  # the right half: eight of sixteen patches
     assert np.array_equal(told.chosen, again.chosen)
     pixels = slices()[3]
@@ -171,14 +177,16 @@ def test_the_main_directions_are_those_of_the_svd():
     features = np.random.default_rng(7).normal(size=(50, 20)) @ np.diag(np.linspace(1, 3, 20))
     scaled = StandardScaler().fit_transform(features)
     lengths = np.linalg.svd(scaled, compute_uv=False)[:16]
-    assert np.allclose(np.linalg.norm(main_directions(features), axis=0), lengths, rtol=1e-4)
+    assert np.allclose(np.linalg.norm(principal_component_scores(features), axis=0), lengths, rtol=1e-4)
 
 
 def test_the_start_is_remembered_by_a_file(tmp_path):
-    told, asked, later = Patches.of(slices(), PATCH, seed=0), watch(), watch()
+    told, asked, later = PatchTargets.of(slices(), PATCH, seed=0), watch(), watch()
     cls, patches = informed(told)
-    asked.remember(cls, patches)
-    asked.start |= {f"shares/{k}": v for k, v in (asked.shares(cls, patches, told) | asked.kept(cls, patches)).items()}
+    asked.set_reference(cls, patches)
+    asked.start |= {
+        f"shares/{k}": v for k, v in (asked.subject_errors(cls, patches, told) | asked.kept(cls, patches)).items()
+    }
     asked.save_start(tmp_path / "checkpoints" / "start.safetensors")
     later.load_start(tmp_path / "checkpoints" / "start.safetensors")
     assert [file.name for file in (tmp_path / "checkpoints").iterdir()] == ["start.safetensors"]

@@ -7,7 +7,7 @@ import pytest
 from matplotlib.image import imread
 
 from brainfound.errors import UsageError
-from brainfound.report.figures import choose_slices, overlay_png
+from brainfound.report.figures import choose_slices, plot_overlay
 
 
 @pytest.fixture
@@ -28,9 +28,9 @@ def _num_pixels(picture, red, green, blue):
 def test_outlines_have_their_colours(tmp_path, stack):
     pixels, mask = stack
     names, present = ("T1w", "FLAIR"), (True, True)
-    plain = imread(overlay_png(pixels, names, present, path=tmp_path / "plain.png"))
-    with_mask = imread(overlay_png(pixels, names, present, mask, path=tmp_path / "mask.png"))
-    with_both = imread(overlay_png(pixels, names, present, mask, np.roll(mask, 4, axis=2), path=tmp_path / "both.png"))
+    plain = imread(plot_overlay(pixels, names, present, path=tmp_path / "plain.png"))
+    with_mask = imread(plot_overlay(pixels, names, present, mask, path=tmp_path / "mask.png"))
+    with_both = imread(plot_overlay(pixels, names, present, mask, np.roll(mask, 4, axis=2), path=tmp_path / "both.png"))
     yellow, cyan = (255, 208, 0), (0, 229, 255)
     assert _num_pixels(plain, *yellow) == _num_pixels(plain, *cyan) == 0
     assert _num_pixels(with_mask, *yellow) > 100
@@ -40,8 +40,8 @@ def test_outlines_have_their_colours(tmp_path, stack):
 
 def test_an_absent_contrast_is_not_drawn_as_a_black_scan(tmp_path, stack):
     pixels, mask = stack
-    both = imread(overlay_png(pixels, ("T1w", "FLAIR"), (True, True), mask, path=tmp_path / "a.png"))
-    one = imread(overlay_png(pixels, ("T1w", "FLAIR"), (True, False), mask, path=tmp_path / "b.png"))
+    both = imread(plot_overlay(pixels, ("T1w", "FLAIR"), (True, True), mask, path=tmp_path / "a.png"))
+    one = imread(plot_overlay(pixels, ("T1w", "FLAIR"), (True, False), mask, path=tmp_path / "b.png"))
     assert one.shape[0] < both.shape[0]
     assert _num_pixels(one, 255, 208, 0) < _num_pixels(both, 255, 208, 0)
 
@@ -49,7 +49,7 @@ def test_an_absent_contrast_is_not_drawn_as_a_black_scan(tmp_path, stack):
 def test_the_left_of_the_picture_is_column_zero_and_the_top_is_row_zero(tmp_path):
     pixels = np.full((1, 1, 40, 40), 60, np.uint8)
     pixels[0, 0, :10, :10] = 255
-    picture = imread(overlay_png(pixels, ("T1w",), (True,), path=tmp_path / "a.png"))[..., :3].mean(-1)
+    picture = imread(plot_overlay(pixels, ("T1w",), (True,), path=tmp_path / "a.png"))[..., :3].mean(-1)
     bright_rows, bright_columns = np.nonzero(picture > 0.99)
     grey_rows, grey_columns = np.nonzero(np.abs(picture - 60 / 255) < 0.01)
     assert bright_rows.mean() < grey_rows.mean()
@@ -70,7 +70,7 @@ def test_slices_are_spread_over_the_object_or_the_brain(stack):
 def test_a_black_stack_is_drawn(tmp_path, stack):
     pixels, _ = stack
     path = tmp_path / "new" / "a.png"
-    assert overlay_png(np.zeros_like(pixels), ("T1w", "FLAIR"), (True, False), path=path).is_file()
+    assert plot_overlay(np.zeros_like(pixels), ("T1w", "FLAIR"), (True, False), path=path).is_file()
 
 
 def test_what_does_not_fit_is_refused(tmp_path, stack):
@@ -85,5 +85,5 @@ def test_what_does_not_fit_is_refused(tmp_path, stack):
         (pixels, names, present, mask * 0.4),
     ):
         with pytest.raises(UsageError):
-            overlay_png(*arguments, path=path)
+            plot_overlay(*arguments, path=path)
     assert not path.exists()

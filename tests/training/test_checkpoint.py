@@ -27,7 +27,7 @@ def test_round_trip_and_only_the_newest_stay(tmp_path):
     for step in (5, 10, 100):
         path = checkpoints.save_checkpoint(tmp_path, make(step), keep=2)
     assert [p.name for p in checkpoints.list_checkpoints(tmp_path)] == ["step-000010", "step-000100"]
-    assert checkpoints.latest_valid(tmp_path) == path
+    assert checkpoints.latest_valid_checkpoint(tmp_path) == path
     loaded = checkpoints.load_checkpoint(path)
     assert loaded.step == 100
     assert torch.equal(loaded.model["weight"], torch.full((2, 3), 100.0))
@@ -49,7 +49,7 @@ def test_a_torn_checkpoint_is_passed_over_with_a_warning(tmp_path, damage):
     else:
         file.write_bytes(content[: len(content) // 2])
     with pytest.warns(UserWarning, match="step-000002 is torn"):
-        assert checkpoints.latest_valid(tmp_path) == first
+        assert checkpoints.latest_valid_checkpoint(tmp_path) == first
 
 
 @pytest.mark.parametrize("keep", [1, 2])
@@ -60,17 +60,17 @@ def test_no_checkpoint_makes_way_for_a_later_one_that_is_torn(tmp_path, keep):
     (torn / "model.safetensors").write_bytes(b"")
     new = checkpoints.save_checkpoint(tmp_path, make(5), keep)
     with pytest.warns(UserWarning, match="step-000006 is torn"):
-        assert checkpoints.latest_valid(tmp_path) == new
+        assert checkpoints.latest_valid_checkpoint(tmp_path) == new
     assert len(names(tmp_path)) == keep + 1
     # Once its step is reached again, all is as it was.
     checkpoints.save_checkpoint(tmp_path, make(6), keep)
     assert names(tmp_path) == ["step-000005", "step-000006"][-keep:]
-    assert checkpoints.latest_valid(tmp_path) == torn
+    assert checkpoints.latest_valid_checkpoint(tmp_path) == torn
 
 
 def test_what_a_killed_process_left_is_not_taken_for_a_checkpoint(tmp_path):
     (tmp_path / ".writing-step-000007").mkdir()
-    assert checkpoints.latest_valid(tmp_path) is None
+    assert checkpoints.latest_valid_checkpoint(tmp_path) is None
     checkpoints.save_checkpoint(tmp_path, make(8), keep=1)
     assert not list(tmp_path.glob(".writing*"))
 
@@ -101,24 +101,24 @@ def test_the_newest_kept_checkpoint_stays_and_older_kept_ones_go(tmp_path):
 def test_after_a_rollback_its_checkpoint_goes_before_later_ones_and_they_are_removed(tmp_path):
     for step in (2, 3, 4):
         checkpoints.save_checkpoint(tmp_path, keep_marked(step, kept=step == 2), keep=3)
-    back = checkpoints.folder_of(tmp_path, 2)
-    checkpoints.change_state(back, {"rollbacks": 1, "task": {"scale": 0.5}})
-    assert checkpoints.latest_valid(tmp_path) == back
+    back = checkpoints.checkpoint_path(tmp_path, 2)
+    checkpoints.update_checkpoint_state(back, {"rollbacks": 1, "task": {"scale": 0.5}})
+    assert checkpoints.latest_valid_checkpoint(tmp_path) == back
     present = checkpoints.load_checkpoint(back)
     assert present.state["task"] == {"scale": 0.5}
     assert present.state["kept"]
-    checkpoints.remove_abandoned(tmp_path, present)
+    checkpoints.remove_rolled_back_checkpoints(tmp_path, present)
     assert names(tmp_path) == ["step-000002"]
     later = checkpoints.save_checkpoint(tmp_path, keep_marked(3, rollbacks=1), keep=3)
-    checkpoints.remove_abandoned(tmp_path, present)
-    assert checkpoints.latest_valid(tmp_path) == later
+    checkpoints.remove_rolled_back_checkpoints(tmp_path, present)
+    assert checkpoints.latest_valid_checkpoint(tmp_path) == later
 
 
 def test_a_torn_checkpoint_is_not_gone_back_to(tmp_path):
     path = checkpoints.save_checkpoint(tmp_path, make(1), keep=1)
     (path / "task.safetensors").unlink()
     with pytest.raises(TrainingError, match=r"not whole.*task\.safetensors is missing"):
-        checkpoints.change_state(path, {"rollbacks": 1})
+        checkpoints.update_checkpoint_state(path, {"rollbacks": 1})
 
 
 def test_checkpoints_that_are_there_count_as_room_for_a_run(tmp_path, monkeypatch):
@@ -159,7 +159,7 @@ def test_a_folder_that_somebody_set_aside_is_no_checkpoint(tmp_path):
     path = checkpoints.save_checkpoint(tmp_path, make(2), keep=2)
     for name in ("step-000002.bak", "step-", "step-old"):
         shutil.copytree(path, tmp_path / name)
-    assert checkpoints.latest_valid(tmp_path) == path
+    assert checkpoints.latest_valid_checkpoint(tmp_path) == path
     later = checkpoints.save_checkpoint(tmp_path, make(3), keep=1)
     assert checkpoints.list_checkpoints(tmp_path) == [later]
     assert (tmp_path / "step-000002.bak" / "model.safetensors").is_file()
@@ -168,7 +168,7 @@ def test_a_folder_that_somebody_set_aside_is_no_checkpoint(tmp_path):
 def test_steps_of_seven_digits_come_after_those_of_six(tmp_path):
     for step in (999_999, 1_000_000):
         checkpoints.save_checkpoint(tmp_path, keep_marked(step, kept=step == 999_999), keep=3)
-    back = checkpoints.folder_of(tmp_path, 999_999)
-    checkpoints.change_state(back, {"rollbacks": 1})
-    checkpoints.remove_abandoned(tmp_path, checkpoints.load_checkpoint(back))
+    back = checkpoints.checkpoint_path(tmp_path, 999_999)
+    checkpoints.update_checkpoint_state(back, {"rollbacks": 1})
+    checkpoints.remove_rolled_back_checkpoints(tmp_path, checkpoints.load_checkpoint(back))
     assert names(tmp_path) == ["step-999999"]

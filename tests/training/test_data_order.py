@@ -9,19 +9,19 @@ import torch
 from brainfound.errors import RecipeError
 from brainfound.training.data_order import (
     EpochOrder,
-    Neighbours,
-    PairedBatches,
-    RankBatches,
-    SliceRows,
-    slice_loader,
+    PairedBatchSampler,
+    RankBatchSampler,
+    SliceDataset,
+    SliceNeighbours,
+    make_slice_loader,
     usable_rows,
 )
-from brainfound.training.randomness import NEIGHBOURS, numbers_at
+from brainfound.training.randomness import NEIGHBOURS, uniform_at_positions
 
 
 def batches(rank: int = 0, world_size: int = 1, first_step: int = 0, accumulation: int = 1, num_items: int = 10):
     order = EpochOrder(num_items, seed=3)
-    return list(RankBatches(order, 4, accumulation, rank, world_size, first_step, 6))
+    return list(RankBatchSampler(order, 4, accumulation, rank, world_size, first_step, 6))
 
 
 def test_an_epoch_reads_every_slice_once_and_the_next_in_another_order():
@@ -63,7 +63,7 @@ def test_margin_cuts_both_ends_of_each_session(store):
 def test_loader_gives_the_pixels_of_the_rows(store, num_workers):
     rows = usable_rows(store, 0.0)
     order = EpochOrder(len(rows), 0)
-    loader = slice_loader(SliceRows(store, rows), RankBatches(order, 5, 1, 0, 1, 0, 2), num_workers)
+    loader = make_slice_loader(SliceDataset(store, rows), RankBatchSampler(order, 5, 1, 0, 1, 0, 2), num_workers)
     first, second = list(loader)
     expected = rows[order.window(5, 5)]
     assert torch.equal(second.pixels, torch.from_numpy(store.read_slices(expected)))
@@ -73,9 +73,9 @@ def test_loader_gives_the_pixels_of_the_rows(store, num_workers):
 
 
 def test_numbers_belong_to_positions():
-    numbers = numbers_at(0, 4000, NEIGHBOURS, 7)
-    assert np.array_equal(numbers[1500:1600], numbers_at(1500, 100, NEIGHBOURS, 7))
-    assert not np.array_equal(numbers[:100], numbers_at(0, 100, NEIGHBOURS, 8))
+    numbers = uniform_at_positions(0, 4000, NEIGHBOURS, 7)
+    assert np.array_equal(numbers[1500:1600], uniform_at_positions(1500, 100, NEIGHBOURS, 7))
+    assert not np.array_equal(numbers[:100], uniform_at_positions(0, 100, NEIGHBOURS, 8))
     assert len(set(numbers)) == 4000
     counts, _ = np.histogram(numbers, bins=10, range=(0, 1))
     assert counts.min() > 330
@@ -87,7 +87,7 @@ def test_numbers_belong_to_positions():
 @pytest.mark.parametrize("margin", [0.0, 0.2])
 def test_neighbours_are_all_others_of_the_session_within_the_distance(store, distance_mm, margin):
     rows = usable_rows(store, margin)
-    neighbours = Neighbours(store, rows, distance_mm)
+    neighbours = SliceNeighbours(store, rows, distance_mm)
     sessions, positions = store.slice_sessions[rows], store.slice_positions_mm[rows]
     everyone = np.arange(len(rows))
     drawn = np.stack([neighbours.draw(everyone, np.full(len(rows), n)) for n in np.linspace(0, 1 - 1e-9, 60)])
@@ -100,8 +100,8 @@ def test_neighbours_are_all_others_of_the_session_within_the_distance(store, dis
 
 def paired(store, rank=0, world_size=1, first_step=0, seed=3, distance_mm=13.0):
     rows = usable_rows(store, 0.0)
-    batches = RankBatches(EpochOrder(len(rows), seed), 4, 1, rank, world_size, first_step, 60)
-    return list(PairedBatches(batches, Neighbours(store, rows, distance_mm)))
+    batches = RankBatchSampler(EpochOrder(len(rows), seed), 4, 1, rank, world_size, first_step, 60)
+    return list(PairedBatchSampler(batches, SliceNeighbours(store, rows, distance_mm)))
 
 
 def test_neighbours_hang_on_seed_and_position_alone(store):
@@ -120,9 +120,9 @@ def test_neighbours_hang_on_seed_and_position_alone(store):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_loader_gives_the_pixels_of_the_neighbours(store, num_workers):
     rows = usable_rows(store, 0.0)
-    dataset = SliceRows(store, rows, neighbour_mm=13.0)
-    batches = RankBatches(EpochOrder(len(rows), 3), 4, 1, 0, 1, 0, 4)
-    loaded = list(slice_loader(dataset, batches, num_workers))
+    dataset = SliceDataset(store, rows, neighbour_mm=13.0)
+    batches = RankBatchSampler(EpochOrder(len(rows), 3), 4, 1, 0, 1, 0, 4)
+    loaded = list(make_slice_loader(dataset, batches, num_workers))
     for batch, pairs in zip(loaded, paired(store), strict=False):
         slices, neighbours = rows[np.array(pairs).T]
         assert torch.equal(batch.pixels, torch.from_numpy(store.read_slices(slices)))
@@ -130,10 +130,10 @@ def test_loader_gives_the_pixels_of_the_neighbours(store, num_workers):
         assert batch.sessions.tolist() == store.slice_sessions[neighbours].tolist()
         assert (slices != neighbours).all()
         assert torch.equal(batch.present, batch.present_on_cpu)
-    assert slice_loader(SliceRows(store, rows), batches, 0).dataset[0].neighbours is None
+    assert make_slice_loader(SliceDataset(store, rows), batches, 0).dataset[0].neighbours is None
 
 
 def test_what_is_present_is_known_without_asking_the_device(store):
-    batch = SliceRows(store, usable_rows(store, 0.0), neighbour_mm=13.0)[(0, 1)].to(torch.device("meta"))
+    batch = SliceDataset(store, usable_rows(store, 0.0), neighbour_mm=13.0)[(0, 1)].to(torch.device("meta"))
     assert batch.present.device.type == batch.neighbours.device.type == "meta"
     assert batch.present_on_cpu.tolist() == [store.present[0].tolist()]

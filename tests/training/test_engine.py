@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from brainfound.errors import RecipeError, StoreError, TrainingError
-from brainfound.pretraining.monitoring.guard import RollBack
+from brainfound.pretraining.monitoring.guard import RollbackRequested
 from brainfound.recipes import validate
 from brainfound.training import checkpoint as checkpoints
-from brainfound.training.checkpoint import latest_valid, list_checkpoints
+from brainfound.training.checkpoint import latest_valid_checkpoint, list_checkpoints
 from brainfound.training.engine import Engine, EngineRecipe, TrainTask, make_accelerator
-from brainfound.training.health import StepHealth
+from brainfound.training.health import NonfiniteStepMonitor
 
 
 class Line(TrainTask):
@@ -55,7 +55,7 @@ class Line(TrainTask):
         if taken:
             self.moved.append(step)
 
-    def look(self, step, line):
+    def on_log_line(self, step, line):
         self.seen.append(dict(line))
 
 
@@ -105,10 +105,10 @@ def test_a_gradient_that_is_not_finite_skips_the_step_though_the_loss_is_finite(
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
 def test_a_value_that_is_not_finite_is_a_broken_step(value):
-    health = StepHealth(torch.device("cpu"), most_in_a_row=3)
-    assert health.judge([torch.tensor(1e30), torch.tensor(0.0)]).item() == 0
-    assert health.judge([torch.tensor(1.0), torch.tensor(value)]).item() == 1
-    assert health.judge([torch.tensor(value, dtype=torch.bfloat16), torch.tensor(1.0)]).item() == 1
+    health = NonfiniteStepMonitor(torch.device("cpu"), max_consecutive_skips=3)
+    assert health.check_finite([torch.tensor(1e30), torch.tensor(0.0)]).item() == 0
+    assert health.check_finite([torch.tensor(1.0), torch.tensor(value)]).item() == 1
+    assert health.check_finite([torch.tensor(value, dtype=torch.bfloat16), torch.tensor(1.0)]).item() == 1
     assert health.read(3) == {"skipped": 2, "skipped_in_a_row": 2}
 
 
@@ -141,7 +141,7 @@ def test_sigterm_saves_a_checkpoint_and_resume_ends_the_same(tmp_path):
     with pytest.raises(TrainingError, match="--resume"):
         engine(Terminated(), stopped).run()
     assert signal.getsignal(signal.SIGTERM) is before
-    checkpoint = latest_valid(stopped / "checkpoints")
+    checkpoint = latest_valid_checkpoint(stopped / "checkpoints")
     assert checkpoint.name == "step-000002"
     resumed = Line()
     going_on = engine(resumed, stopped)
@@ -162,7 +162,7 @@ def test_the_log_is_whole_numbers_unrounded_and_a_torn_line_is_dropped(tmp_path)
     assert [json.loads(text)["loss"] for text in log.open()] == [line["loss"] for line in task.seen]
     with log.open("a") as file:
         file.write('{"step": 5, "lo')
-    first.log.forget_after(2)
+    first.log.truncate_after(2)
     assert [json.loads(text)["step"] for text in log.open()] == [1, 2]
 
 
@@ -218,7 +218,7 @@ def test_a_row_of_skipped_steps_is_remembered_over_a_resume(tmp_path):
     with pytest.raises(TrainingError, match="not finite in 3 steps"):
         engine(Line(poison=(1, 2, 3)), tmp_path, max_skipped_in_a_row=3, checkpoint_every=3).run()
     resumed = engine(Line(poison=(3,)), tmp_path, max_skipped_in_a_row=3)
-    resumed.resume(latest_valid(tmp_path / "checkpoints"))
+    resumed.resume(latest_valid_checkpoint(tmp_path / "checkpoints"))
     with pytest.raises(TrainingError, match="not finite in 3 steps"):
         resumed.run()
 
@@ -272,15 +272,15 @@ class Fickle(Line):
     def evaluate(self, step):
         return {"probe": 0.0 if step == self.falls_at and self.scale > 0.3 else 1.0}
 
-    def look(self, step, line):
-        super().look(step, line)
+    def on_log_line(self, step, line):
+        super().on_log_line(step, line)
         if line.get("probe") == 0.0:
-            raise RollBack("the probe fell", step=2)
+            raise RollbackRequested("the probe fell", step=2)
 
-    def keeps(self, step):
+    def should_keep_checkpoint(self, step):
         return step == 2
 
-    def rolled_back(self, from_step, reason):
+    def on_rollback(self, from_step, reason):
         self.rollbacks, self.scale = self.rollbacks + 1, self.scale / 2
         return {"lr_scale": self.scale}
 
@@ -334,7 +334,7 @@ KEPT_THREE = {**FICKLE, "keep_checkpoints": 3}
 
 
 @pytest.fixture(scope="module")
-def rolled_back(tmp_path_factory):
+def on_rollback(tmp_path_factory):
     """The folder of a run that went back twice, and was not disturbed."""
     folder = tmp_path_factory.mktemp("rolled-back")
     engine(Fickle(), folder, **KEPT_THREE).run()
@@ -342,8 +342,8 @@ def rolled_back(tmp_path_factory):
 
 
 @pytest.mark.parametrize("moment", ["before", "committed", "half removed", "log moved", "later"])
-def test_a_rollback_survives_a_kill_at_any_moment(rolled_back, tmp_path, monkeypatch, moment):
-    whole, settings = rolled_back, KEPT_THREE
+def test_a_rollback_survives_a_kill_at_any_moment(on_rollback, tmp_path, monkeypatch, moment):
+    whole, settings = on_rollback, KEPT_THREE
     run = tmp_path / "run"
     run.mkdir()
 
@@ -353,9 +353,9 @@ def test_a_rollback_survives_a_kill_at_any_moment(rolled_back, tmp_path, monkeyp
     task = Fickle()
     with monkeypatch.context() as patch:
         if moment == "before":
-            patch.setattr(checkpoints, "change_state", killed)
+            patch.setattr(checkpoints, "update_checkpoint_state", killed)
         elif moment == "committed":
-            patch.setattr(checkpoints, "remove_abandoned", killed)
+            patch.setattr(checkpoints, "remove_rolled_back_checkpoints", killed)
         elif moment == "half removed":
             remove, removed = shutil.rmtree, []
 
@@ -376,7 +376,7 @@ def test_a_rollback_survives_a_kill_at_any_moment(rolled_back, tmp_path, monkeyp
             engine(task, run, **settings).run()
     resumed = Fickle()
     going_on = engine(resumed, run, **settings)
-    going_on.resume(latest_valid(run / "checkpoints"))
+    going_on.resume(latest_valid_checkpoint(run / "checkpoints"))
     going_on.run()
     assert (resumed.rollbacks, resumed.scale) == (2, 0.25)
     timing = {"seconds_per_step", "images_per_second", "data_wait"}
@@ -410,8 +410,8 @@ def test_a_task_whose_rollback_fails_is_as_before_it_and_may_end_the_run_itself(
                 (tmp_path / "checkpoints" / "step-000002" / "model.safetensors").write_bytes(b"")
             return super().evaluate(step)
 
-        def cannot_roll_back(self, step, wish, error):
-            raise TrainingError(f"{wish.what}; {error.what}", where=step)
+        def on_rollback_failed(self, step, rollback_request, error):
+            raise TrainingError(f"{rollback_request.what}; {error.what}", where=step)
 
     task = Torn()
     with pytest.raises(TrainingError, match=r"^6: the probe fell; the checkpoint to go back to is not whole$"):
@@ -421,7 +421,7 @@ def test_a_task_whose_rollback_fails_is_as_before_it_and_may_end_the_run_itself(
 
 def test_what_is_no_part_of_a_step_does_not_count_as_its_time(tmp_path):
     class Gauged(Line):
-        def gauges(self):
+        def health_metrics(self):
             time.sleep(0.2)
             return {}
 
@@ -447,12 +447,12 @@ def test_whatever_the_disk_refuses_ends_the_run_in_one_line(tmp_path, monkeypatc
 
 def test_the_kept_checkpoint_of_the_start_can_be_gone_back_to(tmp_path):
     class FromTheStart(Fickle):
-        def keeps(self, step):
+        def should_keep_checkpoint(self, step):
             return step == 0
 
-        def look(self, step, line):
+        def on_log_line(self, step, line):
             if line.get("probe") == 0.0:
-                raise RollBack("the probe fell", step=0)
+                raise RollbackRequested("the probe fell", step=0)
 
     task = FromTheStart()
     engine(task, tmp_path, **FICKLE).run()

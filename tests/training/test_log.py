@@ -26,7 +26,7 @@ def test_what_is_not_finite_is_null(tmp_path):
         log.write(line)
         log.write({"step": 2, "loss": -math.inf})
         assert math.isnan(line["loss"])  # what is in memory stays as it was
-        log.forget_after(1)
+        log.truncate_after(1)
         log.write({"step": 2, "loss": 0.5})
     assert strict_lines(path) == [
         {"step": 1, "loss": None, "grad_norm": None, "lr": 0.1, "target": "age"},

@@ -12,7 +12,7 @@ from brainfound.training.optim import (
     clip_gradients,
     make_optimizer,
     parameter_groups,
-    traits_of,
+    parameter_settings,
 )
 
 
@@ -24,7 +24,7 @@ def student(model, recipe):
 
 def traits(student, part: str, settings: OptimRecipe):
     ((name, parameter),) = [(n, p) for n, p in student.named_parameters() if n.endswith(part)]
-    return traits_of(name, parameter, num_layers=2, recipe=settings)
+    return parameter_settings(name, parameter, num_layers=2, recipe=settings)
 
 
 def test_groups_hold_every_parameter_exactly_once(student):
@@ -66,7 +66,7 @@ def test_what_the_checkpoint_does_not_bring_is_new_and_learns_at_the_full_rate(s
 
 
 def test_only_matrices_decay(student):
-    decaying = {name for name, p in student.named_parameters() if traits_of(name, p, 2, OptimRecipe()).decays}
+    decaying = {name for name, p in student.named_parameters() if parameter_settings(name, p, 2, OptimRecipe()).decays}
     assert "encoder.backbone.embeddings.patch_embeddings.projection.weight" in decaying
     assert "heads.dino.mlp.0.weight" in decaying
     for part in ("bias", "norm", "lambda1", "token", "position_embeddings", "contrast_embedding"):

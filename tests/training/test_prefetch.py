@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from brainfound.training.prefetch import closed_at_the_end, made_ahead, map_tensors, prefetched
+from brainfound.training.prefetch import closing_generator, map_in_background, map_tensors, prefetch_to_device
 
 
 @dataclass(frozen=True)
@@ -28,17 +28,17 @@ def threads() -> list[str]:
 
 
 def test_every_batch_comes_once_and_in_order():
-    assert [(p.number.item(), p.name) for p in prefetched(pairs(5), torch.device("cpu"))] == [
+    assert [(p.number.item(), p.name) for p in prefetch_to_device(pairs(5), torch.device("cpu"))] == [
         (i, f"pair {i}") for i in range(5)
     ]
     for ahead in (1, 2, 9):
-        assert list(made_ahead(range(5), lambda item: item * 2, ahead)) == [0, 2, 4, 6, 8]
-    assert list(made_ahead([], str, 2)) == []
+        assert list(map_in_background(range(5), lambda item: item * 2, ahead)) == [0, 2, 4, 6, 8]
+    assert list(map_in_background([], str, 2)) == []
 
 
 def test_the_next_items_are_made_while_one_is_used():
     made = []
-    items = made_ahead(range(10), lambda item: made.append(item) or item, 2)
+    items = map_in_background(range(10), lambda item: made.append(item) or item, 2)
     assert next(items) == 0
     time.sleep(0.2)
     assert made == [0, 1, 2]  # two in front of the one in use, and no more: memory is not endless
@@ -51,7 +51,7 @@ def test_an_error_comes_where_its_item_would_have_come():
             raise OSError("the disk is gone")
         return item
 
-    items = made_ahead(range(5), make, 2)
+    items = map_in_background(range(5), make, 2)
     assert [next(items), next(items)] == [0, 1]
     with pytest.raises(OSError, match="the disk is gone"):
         next(items)
@@ -59,8 +59,8 @@ def test_an_error_comes_where_its_item_would_have_come():
 
 
 def test_closing_ends_the_thread():
-    items = made_ahead(range(1000), lambda item: item, 2)
-    with closed_at_the_end(items) as used:
+    items = map_in_background(range(1000), lambda item: item, 2)
+    with closing_generator(items) as used:
         assert next(used) == 0
         assert threads() != []
     assert threads() == []

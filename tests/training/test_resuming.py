@@ -106,10 +106,10 @@ def test_an_export_that_cannot_be_written_is_one_line_and_resume_writes_it(to_ex
 
 
 def test_a_stop_is_still_told_where_its_export_cannot_be_written(store, recipe, tmp_path, monkeypatch):
-    def look(self, step, line):
+    def on_log_line(self, step, line):
         raise TrainingError("the features collapsed", where=f"step {step}", remedy="export/ holds the last teacher")
 
-    monkeypatch.setattr(PretrainTask, "look", look)
+    monkeypatch.setattr(PretrainTask, "on_log_line", on_log_line)
     monkeypatch.setattr(BrainFoundModel, "save_pretrained", refused)
     content = recipe("engine.steps=1", "probe.every=0")
     with pytest.raises(TrainingError, match="collapsed, and then the export cannot be written") as told:
@@ -119,14 +119,14 @@ def test_a_stop_is_still_told_where_its_export_cannot_be_written(store, recipe, 
 
 
 def test_the_best_teacher_that_cannot_be_kept_ends_the_run_on_all_ranks(store, recipe, tmp_path, monkeypatch):
-    """`ranks.on_main_rank` is where the others wait and learn of it."""
-    asked, on_main_rank = [], ranks.on_main_rank
+    """`ranks.run_on_main_rank` is where the others wait and learn of it."""
+    asked, run_on_main_rank = [], ranks.run_on_main_rank
 
     def recording(work, is_main):
         asked.append(work)
-        on_main_rank(work, is_main)
+        run_on_main_rank(work, is_main)
 
-    monkeypatch.setattr(ranks, "on_main_rank", recording)
+    monkeypatch.setattr(ranks, "run_on_main_rank", recording)
     monkeypatch.setattr("brainfound.pretraining.task.save_file", refused)
     content = recipe("engine.steps=2", "probe.every=2")
     with pytest.raises(TrainingError, match="the encoder of the best probe cannot be written .*quota") as told:

@@ -14,14 +14,16 @@ from brainfound.pretraining.pretrain import pretrain
 from brainfound.report.run_folder import RunFolder
 from brainfound.training import run_folder as run_files
 from brainfound.training.engine import make_accelerator
-from brainfound.training.run_folder import LOCK_FILE, only_one_training
+from brainfound.training.run_folder import LOCK_FILE, lock_run_folder
 
 
 @pytest.fixture
 def no_model(monkeypatch):
     """A refusal that comes only after a model was built fails the test."""
     monkeypatch.setattr("brainfound.pretraining.pretrain.build_model", lambda *_: pytest.fail("a model was built"))
-    monkeypatch.setattr("brainfound.finetuning.finetune.build_network", lambda *_: pytest.fail("a model was built"))
+    monkeypatch.setattr(
+        "brainfound.finetuning.finetune.build_training_setup", lambda *_: pytest.fail("a model was built")
+    )
 
 
 @pytest.fixture(params=["pretrain", "finetune"])
@@ -106,10 +108,10 @@ def test_what_a_run_left_that_was_killed_before_its_recipe_is_no_obstacle(tmp_pa
     accelerator = make_accelerator("no")
     for name in (LOCK_FILE, run_files.FACTS_FILE, ".recipe.yaml.partial"):
         (tmp_path / name).write_text("")
-    with only_one_training(tmp_path, False, accelerator):
+    with lock_run_folder(tmp_path, False, accelerator):
         pass
     (tmp_path / LOCK_FILE).unlink(missing_ok=True)
-    with pytest.raises(UsageError, match="not empty"), only_one_training(tmp_path, False, accelerator):
+    with pytest.raises(UsageError, match="not empty"), lock_run_folder(tmp_path, False, accelerator):
         pass
 
 

@@ -56,4 +56,4 @@ def test_share_of_start_is_that_of_a_real_teacher():
     for step in range(40):
         kept = schedules.momentum(step, 0.9, 1.0, 40)
         weight = kept * weight + (1 - kept) * (1.0 if step < 10 else student)
-    assert schedules.share_of_start(0.9, 1.0, 40, 10) == pytest.approx(weight, rel=1e-12)
+    assert schedules.initial_weight_fraction(0.9, 1.0, 40, 10) == pytest.approx(weight, rel=1e-12)

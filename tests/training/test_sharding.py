@@ -114,7 +114,7 @@ def test_what_is_cut_and_gathered_is_what_there_was(objective, one_process):
     gathered = sharding.gather(after)
     assert gathered.keys() == before.keys()
     assert all(torch.equal(gathered[name], before[name]) for name in before)
-    again = sharding.cut_like(gathered, after)
+    again = sharding.shard_like(gathered, after)
     assert all(
         isinstance(value, DTensor) and value.placements == after[name].placements for name, value in again.items()
     )
@@ -147,7 +147,7 @@ def test_gradients_are_the_same_whatever_is_computed_again(objective, one_proces
     """Recomputation must gather the weights again: between the passes they are given up."""
     pixels = torch.rand(2, 3, 32, 32)
     encoder = objective.student.eval().encoder
-    encoder.set_running(kept=kept)
+    encoder.configure_blocks(kept=kept)
 
     def loss() -> torch.Tensor:
         return encoder.transform([encoder.embed(pixels)])[0].square().mean()
@@ -158,14 +158,14 @@ def test_gradients_are_the_same_whatever_is_computed_again(objective, one_proces
     shard(objective)
     found = loss()
     # The memory of the gathered weights is given to something else.
-    spoilt = [torch.full_like(sharding.whole(parameter), torch.nan) for parameter in encoder.parameters()]
+    spoilt = [torch.full_like(sharding.to_full_tensor(parameter), torch.nan) for parameter in encoder.parameters()]
     del spoilt
     found.backward()
     for name, parameter in encoder.named_parameters():
         if expected[name] is None:
             assert parameter.grad is None
         else:
-            torch.testing.assert_close(sharding.whole(parameter.grad), expected[name])
+            torch.testing.assert_close(sharding.to_full_tensor(parameter.grad), expected[name])
 
 
 def test_matrices_of_blocks_are_gathered_in_bfloat16_and_the_rest_in_float32(objective, one_process):
@@ -194,7 +194,7 @@ def test_the_state_of_an_optimiser_is_cut_as_its_parameters(objective, recipe, o
     first.step()
     saved = sharding.gather(first.state_dict())
     assert not any(isinstance(value, DTensor) for values in saved["state"].values() for value in values.values())
-    second.load_state_dict(sharding.cut_optimizer_state(saved, second))
+    second.load_state_dict(sharding.shard_optimizer_state(saved, second))
     for parameter in objective.student.parameters():
         one, other = first.state[parameter], second.state[parameter]
         assert isinstance(other["exp_avg"], DTensor)
@@ -206,7 +206,7 @@ def test_a_task_that_was_not_sharded_is_refused(tmp_path, recipe, monkeypatch):
     class Task:
         model = nn.Linear(2, 2)
 
-    monkeypatch.setattr("brainfound.training.distributed.active", lambda: True)
+    monkeypatch.setattr("brainfound.training.distributed.is_distributed", lambda: True)
     with pytest.raises(TrainingError, match=r"engine\.parallel"):
         Engine(Task(), recipe("engine.parallel=fsdp").engine, tmp_path, make_accelerator("no"))
 

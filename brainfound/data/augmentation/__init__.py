@@ -6,7 +6,7 @@ is no vertical flip, and left and right are kept unless the recipe asks otherwis
 "background is 0" is part of the input contract.
 
 `views_recipe` holds the settings, `multi_crop` makes the views. Of its parts, `crops` says where a view looks,
-`shown_contrasts` what it shows, and `intensity` how bright it is, with one module for each effect of the scanner:
+`contrast_masks` what it shows, and `intensity` how bright it is, with one module for each effect of the scanner:
 `bias_field`, `resolution` (blur, thick pixels, Gibbs ringing), `noise`.
 
 Sources: multi-crop (SwAV, arXiv 2006.09882, section 3.2) with the scales of DINOv2; gamma, noise and blur as in common
@@ -17,7 +17,7 @@ from brainfound.data.augmentation.geometry import random_affine, sample_crops
 from brainfound.data.augmentation.intensity import IntensityPlan, vary_intensity
 from brainfound.data.augmentation.recipe import IntensityRecipe, ViewsRecipe
 from brainfound.data.augmentation.resolution import gaussian_blur
-from brainfound.data.augmentation.views import CropViews, MultiCrop, Views, drop_contrasts, shown_contrasts
+from brainfound.data.augmentation.views import CropViews, MultiCrop, Views, contrast_masks, drop_contrasts
 
 __all__ = [
     "CropViews",
@@ -26,10 +26,10 @@ __all__ = [
     "MultiCrop",
     "Views",
     "ViewsRecipe",
+    "contrast_masks",
     "drop_contrasts",
     "gaussian_blur",
     "random_affine",
     "sample_crops",
-    "shown_contrasts",
     "vary_intensity",
 ]

@@ -1,7 +1,7 @@
 """Elastic deformation: a smooth bending of the plane, as heads differ in shape and tissue gives way.
 
 Model: displacements of a coarse grid of control points, made smooth by cubic B-splines (Rueckert et al. 1999, IEEE TMI
-18:712). No place is folded over another while every control point moves by less than `FURTHEST` of a cell along each
+18:712). No place is folded over another while every control point moves by less than `MAX_DISPLACEMENT` of a cell along each
 axis (Choi and Lee 2000, Graphical Models 62:411).
 
 Axis legend: ``K`` images, ``G`` control points of an axis (three more than cells), ``L`` pixels of one axis, ``H W``
@@ -81,7 +81,7 @@ def sample_crops(
     return rearrange(sampled, "n c (views h) w -> n c views h w", views=num_views)
 
 
-FURTHEST = 1 / 2.046392675
+MAX_DISPLACEMENT = 1 / 2.046392675
 """The largest displacement of a control point along an axis that cannot fold the plane, in cells."""
 
 
@@ -90,7 +90,7 @@ def random_control_points(count: int, cells: int, generator: torch.Generator) ->
     return uniform((count, 2, cells + 3, cells + 3), -1, 1, generator)
 
 
-def displacements(
+def displacement_field(
     control: Float[Tensor, "K 2 G G"], strength: Float[Tensor, "K"], size: tuple[int, int]
 ) -> Float[Tensor, "K H W 2"]:
     """Where each pixel looks instead, relative to itself, in normalised coordinates (x, y) as `grid_sample` takes them.

@@ -40,16 +40,16 @@ from brainfound.data.augmentation.resolution import (
     filter_columns,
     filter_rows,
     gaussian_blur,
-    sharp_cutoff,
-    thick_pixels,
+    kspace_hann_weights,
+    kspace_truncation_weights,
 )
-from brainfound.data.augmentation.sampling import Chosen, choose, log_uniform, onto, uniform
+from brainfound.data.augmentation.sampling import EffectSelection, log_uniform, random_selection, to_device, uniform
 
 CACHED_PIXELS = 1 << 20
 """Pixels that are worked on together on a CPU: their float32 and one copy fit into its cache."""
 
 
-def together(num_images: int, pixels_per_image: int, device: torch.device) -> int:
+def chunk_size(num_images: int, pixels_per_image: int, device: torch.device) -> int:
     """How many images to work on at once: on a CPU what fits into its cache, elsewhere all, in one launch."""
     return max(1, CACHED_PIXELS // max(1, pixels_per_image)) if device.type == "cpu" else max(1, num_images)
 
@@ -59,17 +59,17 @@ class IntensityPlan:
     """Everything that is drawn for the intensities of P images, except the noise itself."""
 
     recipe: IntensityRecipe
-    gamma: Chosen
+    gamma: EffectSelection
     gain: Float[Tensor, "P"]
     spread: Float[Tensor, "P"]
     """Factor of the distance from the foreground's mean."""
-    bias_field: Chosen
-    blur: Chosen
-    rows: Chosen
+    bias_field: EffectSelection
+    blur: EffectSelection
+    rows: EffectSelection
     """Weights of the frequencies from row to row (Gibbs ringing, thick pixels)."""
-    columns: Chosen
+    columns: EffectSelection
     """The same from column to column."""
-    noise: Chosen
+    noise: EffectSelection
 
     @classmethod
     def draw(
@@ -89,23 +89,25 @@ class IntensityPlan:
         count = (num_images,)
 
         def chosen(probability: float) -> Bool[Tensor, "P"]:
-            drawn = choose(num_images, probability, generator)
+            drawn = random_selection(num_images, probability, generator)
             return drawn if shown is None else drawn & shown
 
-        gamma = Chosen.where(chosen(recipe.gamma_probability), log_uniform(count, recipe.gamma, generator))
-        varied = choose(num_images, recipe.contrast_probability, generator)
+        gamma = EffectSelection.where(chosen(recipe.gamma_probability), log_uniform(count, recipe.gamma, generator))
+        varied = random_selection(num_images, recipe.contrast_probability, generator)
         gain = uniform(count, 1 - recipe.brightness, 1 + recipe.brightness, generator)
         spread = uniform(count, 1 - recipe.contrast, 1 + recipe.contrast, generator)
-        bias_field = Chosen.where(
+        bias_field = EffectSelection.where(
             chosen(recipe.bias_field_probability),
             random_coefficients(num_images, generator),
             uniform(count, 0, recipe.bias_field, generator),
         )
-        blur = Chosen.where(chosen(recipe.blur_probability), uniform(count, *recipe.blur_sigma_pixels, generator))
+        blur = EffectSelection.where(
+            chosen(recipe.blur_probability), uniform(count, *recipe.blur_sigma_pixels, generator)
+        )
         rows, columns = _draw_filters(
             size, chosen(recipe.low_resolution_probability), chosen(recipe.gibbs_probability), recipe, generator
         )
-        noise = Chosen.where(chosen(recipe.noise_probability), uniform(count, 0, recipe.noise_std, generator))
+        noise = EffectSelection.where(chosen(recipe.noise_probability), uniform(count, 0, recipe.noise_std, generator))
         one = torch.ones(count)
         return cls(
             recipe,
@@ -128,7 +130,7 @@ class IntensityPlan:
         """
         count, device = len(images), images.device
 
-        def change(chosen: Chosen, effect: Callable[..., Tensor]) -> None:
+        def change(chosen: EffectSelection, effect: Callable[..., Tensor]) -> None:
             if (part := chosen.part(first, count, device)) is not None:
                 index, *values = part
                 images.index_copy_(0, index, effect(images.index_select(0, index), *values))
@@ -136,7 +138,7 @@ class IntensityPlan:
         foreground = images.sign()
         change(self.gamma, raise_to_power)
         self._vary_gain(images, foreground, first)
-        change(self.bias_field, multiply_by_field)
+        change(self.bias_field, apply_bias_field)
         change(self.blur, gaussian_blur)
         change(self.rows, filter_rows)
         change(self.columns, filter_columns)
@@ -148,7 +150,7 @@ class IntensityPlan:
         gain, spread = self.gain[first : first + len(images)], self.spread[first : first + len(images)]
         if bool((gain == 1).all() and (spread == 1).all()):
             return
-        gain, spread = (onto(factor, images.device)[:, None, None, None] for factor in (gain, spread))
+        gain, spread = (to_device(factor, images.device)[:, None, None, None] for factor in (gain, spread))
         num_pixels = foreground.sum(dim=(1, 2, 3), keepdim=True).clamp(min=1)
         mean = images.sum(dim=(1, 2, 3), keepdim=True) / num_pixels
         # Filters that follow reach across the brain's border, where the background must be 0 already; and the
@@ -167,7 +169,7 @@ def _draw_filters(
     rings: Bool[Tensor, "P"],
     recipe: IntensityRecipe,
     generator: torch.Generator,
-) -> tuple[Chosen, Chosen]:
+) -> tuple[EffectSelection, EffectSelection]:
     """Weights of the frequencies of both axes: thick pixels along one or both, ringing along one."""
     count = (len(is_thick),)
     factor = log_uniform(count, recipe.low_resolution, generator)
@@ -179,9 +181,9 @@ def _draw_filters(
         thick = is_thick & (thick_axis != 1 - axis)
         ringing = rings & (ringing_axis == axis)
         either = thick | ringing
-        window = thick_pixels(factor[either], length).where(thick[either, None], torch.ones(()))
-        cutoff = sharp_cutoff(kept[either], length).where(ringing[either, None], torch.ones(()))
-        axes.append(Chosen(either.nonzero()[:, 0].numpy(), (window * cutoff,)))
+        window = kspace_hann_weights(factor[either], length).where(thick[either, None], torch.ones(()))
+        cutoff = kspace_truncation_weights(kept[either], length).where(ringing[either, None], torch.ones(()))
+        axes.append(EffectSelection(either.nonzero()[:, 0].numpy(), (window * cutoff,)))
     return axes[0], axes[1]
 
 
@@ -202,7 +204,7 @@ def vary_intensity(
     height, width = images.shape[-2:]
     flat = images.view(images.shape[0] * images.shape[1], -1, height, width).clamp_(0, 1)
     plan = IntensityPlan.draw(len(flat), (height, width), recipe, generator)
-    step = together(len(flat), flat[0].numel(), images.device)
+    step = chunk_size(len(flat), flat[0].numel(), images.device)
     for first in range(0, len(flat), step):
         plan.apply(flat[first : first + step], noise_generator, first)
     return images
@@ -229,7 +231,7 @@ def bias_fields(
     return field.div_(field.mean(dim=(1, 2), keepdim=True))
 
 
-def multiply_by_field(
+def apply_bias_field(
     images: Float[Tensor, "K S H W"], coefficients: Float[Tensor, "K T T"], strength: Float[Tensor, "K"]
 ) -> Float[Tensor, "K S H W"]:
     """Each image times its field, the same for all its slices; `images` is overwritten."""

@@ -49,12 +49,12 @@ def gaussian_blur(images: Float[Tensor, "K S H W"], sigma_pixels: Float[Tensor, 
     return images
 
 
-def sharp_cutoff(kept: Float[Tensor, "K"], length: int) -> Float[Tensor, "K L"]:
+def kspace_truncation_weights(kept: Float[Tensor, "K"], length: int) -> Float[Tensor, "K L"]:
     """Weights of an axis's frequencies that keep the lowest part of them: Gibbs ringing."""
     return (torch.arange(length) < kept[:, None] * length).float()
 
 
-def thick_pixels(factor: Float[Tensor, "K"], length: int) -> Float[Tensor, "K L"]:
+def kspace_hann_weights(factor: Float[Tensor, "K"], length: int) -> Float[Tensor, "K L"]:
     """Weights of an axis's frequencies for pixels `factor` times as thick: a Hann window up to the new Nyquist
     frequency, and 0 beyond."""
     position = torch.arange(length) * factor[:, None] / length  # 1 at the new Nyquist frequency

@@ -19,7 +19,7 @@ def log_uniform(shape: tuple[int, ...], span: tuple[float, float], generator: to
     return uniform(shape, math.log(span[0]), math.log(span[1]), generator).exp()
 
 
-def choose(count: int, probability: float, generator: torch.Generator) -> Bool[Tensor, "count"]:
+def random_selection(count: int, probability: float, generator: torch.Generator) -> Bool[Tensor, "count"]:
     """A random part of `count` things; its size is count · probability, rounded up or down at random.
 
     A part of the same size in every step costs the same in every step; each thing is chosen with the probability.
@@ -31,7 +31,7 @@ def choose(count: int, probability: float, generator: torch.Generator) -> Bool[T
     return chosen
 
 
-def onto(tensor: Tensor, device: torch.device) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A small tensor of the CPU on another device, without waiting for what that device is doing."""
     if device.type == "cpu":
         return tensor
@@ -39,7 +39,7 @@ def onto(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class EffectSelection:
     """The images that an effect was drawn for, in rising order, and its values for them."""
 
     index: Int[np.ndarray, "chosen"]
@@ -47,7 +47,7 @@ class Chosen:
     """Each with one row per chosen image."""
 
     @classmethod
-    def where(cls, chosen: Bool[Tensor, "count"], *values: Tensor) -> Chosen:
+    def where(cls, chosen: Bool[Tensor, "count"], *values: Tensor) -> EffectSelection:
         """From one mark, and one row of values, per image."""
         return cls(np.flatnonzero(chosen.numpy()), tuple(value[chosen] for value in values))
 
@@ -57,4 +57,4 @@ class Chosen:
         if low == high:
             return None
         index = torch.from_numpy(self.index[low:high] - first)
-        return tuple(onto(tensor, device) for tensor in (index, *(value[low:high] for value in self.values)))
+        return tuple(to_device(tensor, device) for tensor in (index, *(value[low:high] for value in self.values)))

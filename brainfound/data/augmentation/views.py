@@ -23,10 +23,10 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from brainfound.data.augmentation.geometry import random_affine, sample_crops
-from brainfound.data.augmentation.intensity import IntensityPlan, together
+from brainfound.data.augmentation.intensity import IntensityPlan, chunk_size
 from brainfound.data.augmentation.recipe import ViewsRecipe
-from brainfound.data.augmentation.sampling import choose, onto
-from brainfound.data.batches import unit_range
+from brainfound.data.augmentation.sampling import random_selection, to_device
+from brainfound.data.batches import to_unit_range
 from brainfound.errors import RecipeError
 
 
@@ -98,7 +98,7 @@ class MultiCrop:
         """
         recipe = self.recipe
         noise_generator = noise_generator or generator
-        large, local = shown_contrasts(
+        large, local = contrast_masks(
             present.cpu(), recipe.num_local, recipe.contrast_dropout, recipe.split_contrasts, generator
         )
         large = large[:, : self.num_global]
@@ -132,19 +132,19 @@ class MultiCrop:
         device, (height, width) = sources[0][0].device, sources[0][0].shape[2:]
         count = num_slices * num_views
         matrices = random_affine(count, (height, width), scale, self.recipe, generator)
-        matrices = onto(matrices.unflatten(0, (num_slices, num_views)), device)
+        matrices = to_device(matrices.unflatten(0, (num_slices, num_views)), device)
         shown_images = rearrange(shown, "n views c -> (n c views)")
         # On a GPU equal shapes in every step are worth more than the few images that nobody sees.
         spared = shown_images if device.type == "cpu" else None
         plan = IntensityPlan.draw(count * num_contrasts, (side, side), self.recipe.intensity, generator, spared)
-        mask = onto(rearrange(shown, "n views c -> (views n) c").contiguous(), device)
+        mask = to_device(rearrange(shown, "n views c -> (views n) c").contiguous(), device)
         result = torch.empty(num_views, num_slices, num_contrasts, side, side, device=device)
-        step = together(num_slices, num_views * num_contrasts * side**2, device)
+        step = chunk_size(num_slices, num_views * num_contrasts * side**2, device)
         for first in range(0, num_slices, step):
             rows = slice(first, first + step)
             parts, view = [], 0
             for pixels, views in sources:
-                parts.append(sample_crops(unit_range(pixels[rows]), matrices[rows, view : view + views], side))
+                parts.append(sample_crops(to_unit_range(pixels[rows]), matrices[rows, view : view + views], side))
                 view += views
             crops = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
             # A view, not a copy: the crops themselves are varied.
@@ -179,7 +179,7 @@ def random_subsets(present: Bool[Tensor, "n C"], withheld: int, generator: torch
     return present & (rank < size[:, None])
 
 
-def shown_contrasts(
+def contrast_masks(
     present: Bool[Tensor, "n C"],
     num_local: int,
     dropout: float,
@@ -198,7 +198,7 @@ def shown_contrasts(
     num_images = len(present)
     can_split = present.sum(dim=1) >= 2
     is_split = torch.zeros(num_images, dtype=torch.bool)
-    is_split[can_split] = choose(int(can_split.sum()), split, generator)
+    is_split[can_split] = random_selection(int(can_split.sum()), split, generator)
     large = present[:, None].repeat(1, 2, 1)
     local = present[:, None].repeat(1, num_local, 1)
     if is_split.any():

@@ -19,17 +19,17 @@ from brainfound.data.checking.quality import ScanQuality
 from brainfound.data.checking.rules import (
     Finding,
     Level,
-    absence_findings,
     age_finding,
-    field_findings,
+    contrast_finding,
+    field_of_view_findings,
     intensity_findings,
+    missing_contrast_findings,
     orientation_findings,
     overlap_finding,
-    seen_finding,
     skull_finding,
     slices_finding,
     spacing_finding,
-    worst,
+    worst_level,
 )
 from brainfound.data.cohort import Session
 from brainfound.data.hooks import Hook, run_hooks
@@ -60,12 +60,12 @@ class CheckedScan:
 
     @property
     def level(self) -> Level:
-        return worst(self.findings)
+        return worst_level(self.findings)
 
-    def level_of(self, check: str) -> Level | None:
+    def check_level(self, check: str) -> Level | None:
         """The gravest answer to one question; None if it was not asked."""
         found = [finding for finding in self.findings if finding.check == check]
-        return worst(found) if found else None
+        return worst_level(found) if found else None
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class CheckedSession:
 
     @property
     def level(self) -> Level:
-        return worst([*self.findings, *(finding for scan in self.scans for finding in scan.findings)])
+        return worst_level([*self.findings, *(finding for scan in self.scans for finding in scan.findings)])
 
 
 def check_session(
@@ -89,7 +89,7 @@ def check_session(
     """Check the scans of one session as the model would read them.
 
     Args:
-        session: of a cohort, or from `session_of_files`.
+        session: of a cohort, or from `session_from_files`.
         preprocessing: the model's.
         contract: the model's, or what is known of it.
         hooks: tools to run on each scan first.
@@ -120,12 +120,12 @@ class _SessionCheck:
             self.scans.append(self._check(contrast, session.scans[contrast]))
         for contrast, file in session.scans.items():
             if contrast not in wanted:
-                self.scans.append(self._not_read(contrast, file, bool(wanted)))
+                self.scans.append(self._check_unread(contrast, file, bool(wanted)))
         for contrast, file in session.extra_scans:
             message = "another scan of this contrast; the first one is used"
             self.scans.append(CheckedScan(contrast, file, (Finding("contrast", "note", message),), is_used=False))
         findings: list[Finding | None] = [
-            *absence_findings(session.scans, self.contract),
+            *missing_contrast_findings(session.scans, self.contract),
             age_finding(session.covariates.get("age_years"), self.contract),
         ]
         stack = None
@@ -135,7 +135,7 @@ class _SessionCheck:
         return CheckedSession(session.subject, session.session, tuple(self.scans), _asked(findings), stack)
 
     def _check(self, contrast: str, file: Path) -> CheckedScan:
-        findings: list[Finding] = [seen_finding(contrast, self.contract)]
+        findings: list[Finding] = [contrast_finding(contrast, self.contract)]
         same = [scan.contrast for scan in self.scans if scan.file == file]
         if same:
             message = f"the same file is listed as {same[0]}"
@@ -149,7 +149,7 @@ class _SessionCheck:
             return CheckedScan(contrast, file, (*findings, _failed("file", error)))
         findings += [Finding("file", "ok"), *orientation_findings(scan)]
         try:
-            self.builder = self._with(contrast, scan, file.name)
+            self.builder = self._add_to_builder(contrast, scan, file.name)
         except ScanError as error:
             return CheckedScan(contrast, file, (*findings, _failed("field", error)))
         self.reference = self.reference or processed
@@ -157,7 +157,7 @@ class _SessionCheck:
         findings += _asked([spacing_finding(quality, self.contract)])
         findings += intensity_findings(scan, quality, self.contract, self.preprocessing)
         findings += _asked([skull_finding(quality, self.contract)])
-        findings += field_findings(quality, self.contract)
+        findings += field_of_view_findings(quality, self.contract)
         if len(self.builder.quality) > 1:  # the first is what the others are compared with
             findings.append(overlap_finding(quality))
         return CheckedScan(contrast, file, tuple(findings), quality)
@@ -167,13 +167,13 @@ class _SessionCheck:
             return file
         return run_hooks(file, self.hooks, contrast=contrast, reference=self.reference, folder=self.folder)
 
-    def _with(self, contrast: str, scan: Scan, name: str) -> StackBuilder:
+    def _add_to_builder(self, contrast: str, scan: Scan, name: str) -> StackBuilder:
         if self.builder is None:
             return StackBuilder(self.preprocessing, contrast, scan, name)
         self.builder.add(contrast, scan, name)
         return self.builder
 
-    def _not_read(self, contrast: str, file: Path, has_others: bool) -> CheckedScan:
+    def _check_unread(self, contrast: str, file: Path, has_others: bool) -> CheckedScan:
         names = ", ".join(self.preprocessing.contrasts)
         if contrast not in CONTRASTS:
             finding = Finding("contrast", "fail", f"unknown contrast {contrast!r}", _remedy_of_name(contrast))
@@ -204,7 +204,7 @@ def _remedy_of_name(contrast: str) -> str:
     return ""
 
 
-def session_of_files(inputs: Iterable[str], contrasts: tuple[str, ...]) -> Session:
+def session_from_files(inputs: Iterable[str], contrasts: tuple[str, ...]) -> Session:
     """One session from ``FILE`` and ``CONTRAST=FILE`` arguments, read as `predict` reads them.
 
     A single file whose name says nothing is taken for the model's contrast if it has only one.
@@ -237,7 +237,7 @@ def session_of_files(inputs: Iterable[str], contrasts: tuple[str, ...]) -> Sessi
     return Session(subject="", session="", scans=scans, covariates={}, masks={})
 
 
-def contract_of_model(folder: str | Path) -> tuple[Preprocessing, InputContract]:
+def load_model_contract(folder: str | Path) -> tuple[Preprocessing, InputContract]:
     """The preprocessing and the contract of a run, an export, a bundle, or a store (measured on the spot).
 
     Raises:
@@ -255,22 +255,22 @@ def contract_of_model(folder: str | Path) -> tuple[Preprocessing, InputContract]
         folder = folder / "export"
     preprocessing = Preprocessing.load(folder)
     contract = InputContract.load_or_none(folder)
-    return preprocessing, contract or InputContract.of_preprocessing(preprocessing)
+    return preprocessing, contract or InputContract.from_preprocessing(preprocessing)
 
 
-def facts_of(scan: CheckedScan, keep_ids: bool) -> dict[str, Any]:
+def scan_to_dict(scan: CheckedScan, keep_ids: bool) -> dict[str, Any]:
     """A scan as plain values, for JSON; its file name only if identifiers are kept."""
     row: dict[str, Any] = {"contrast": scan.contrast, "level": scan.level, "is_used": scan.is_used}
     if keep_ids:
         row["file"] = scan.file.name
-    row["checks"] = {check: scan.level_of(check) for check in dict.fromkeys(f.check for f in scan.findings)}
-    row["findings"] = [facts_of_finding(finding) for finding in scan.findings if finding.message]
+    row["checks"] = {check: scan.check_level(check) for check in dict.fromkeys(f.check for f in scan.findings)}
+    row["findings"] = [finding_to_dict(finding) for finding in scan.findings if finding.message]
     if scan.quality is not None:
         row |= {name: value for name, value in scan.quality.to_row().items() if name not in ("file", "notes")}
     return row
 
 
-def facts_of_finding(finding: Finding) -> dict[str, str]:
+def finding_to_dict(finding: Finding) -> dict[str, str]:
     """A finding as plain values, for JSON."""
     return {
         "check": finding.check,

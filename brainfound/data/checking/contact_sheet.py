@@ -37,7 +37,7 @@ SHARE_FOR_QUIET = 0.25
 
 
 @dataclass(frozen=True)
-class Card:
+class SessionCard:
     """What the sheet shows of one session.
 
     Attributes:
@@ -75,12 +75,12 @@ def write_contact_sheet(store: Store, path: str | Path, *, keep_ids: bool = Fals
         max_sessions: most sessions on the page.
     """
 
-    notes, refused = _notes_of(store), _refused_of(store)
+    notes, refused = _collect_notes(store), _refused_of(store)
     keys = list(zip(store.sessions["subject"], store.sessions["session"], strict=True))
     flagged = [row for row, key in enumerate(keys) if notes.get(key) or refused.get(key)]
     shown = choose_sessions(len(store), flagged, max_sessions)
     cards = [
-        _card_of_row(
+        _card_from_row(
             store,
             row,
             f"{row} {keys[row][0]} {keys[row][1]}" if keep_ids else str(row),
@@ -93,7 +93,7 @@ def write_contact_sheet(store: Store, path: str | Path, *, keep_ids: bool = Fals
     if flagged:
         foot += f"; {len(set(shown) & set(flagged))} of {len(flagged)} with notes or refused scans (orange)"
     foot += f". Numbers are rows of the store, from 0; spacing {_spacing_text(store)}."
-    return draw_page(cards, store.contrasts, path, foot)
+    return draw_contact_sheet(cards, store.contrasts, path, foot)
 
 
 def choose_sessions(num_sessions: int, flagged: Sequence[int], max_sessions: int) -> list[int]:
@@ -119,9 +119,9 @@ def choose_slices(num_slices: int, mask: Num[np.ndarray, "S H W"] | None = None)
     return sorted(chosen)
 
 
-def card_of_stack(
+def card_from_stack(
     stack: Stack, label: str, notes: Mapping[str, tuple[str, ...]] | None = None, refused: frozenset[str] = frozenset()
-) -> Card:
+) -> SessionCard:
     """A card of a stack in memory."""
     chosen = choose_slices(len(stack.pixels), stack.mask)
     return _card(
@@ -136,9 +136,9 @@ def card_of_stack(
     )
 
 
-def _card_of_row(
+def _card_from_row(
     store: Store, row: int, label: str, notes: Mapping[str, tuple[str, ...]], refused: frozenset[str]
-) -> Card:
+) -> SessionCard:
     rows = store.session_rows(row)
     mask = store.read_masks(row)
     chosen = choose_slices(len(rows), mask)
@@ -160,14 +160,14 @@ def _card(
     label: str,
     notes: Mapping[str, tuple[str, ...]],
     refused: frozenset[str],
-) -> Card:
+) -> SessionCard:
     # Sixteen bits are for measuring; a page shows the upper eight.
     eight = (pixels >> 8).astype(np.uint8) if pixels.dtype == np.uint16 else pixels
     images = tuple(eight[:, channel] if here else None for channel, here in enumerate(present))
-    return Card(label, images, tuple(float(p) for p in positions_mm), pixel_mm, outlines, notes, refused)
+    return SessionCard(label, images, tuple(float(p) for p in positions_mm), pixel_mm, outlines, notes, refused)
 
 
-def _notes_of(store: Store) -> dict[tuple[str, str], dict[str, tuple[str, ...]]]:
+def _collect_notes(store: Store) -> dict[tuple[str, str], dict[str, tuple[str, ...]]]:
     found: dict[tuple[str, str], dict[str, tuple[str, ...]]] = {}
     table = store.quality
     columns = (table["subject"], table["session"], table["contrast"], table["notes"])
@@ -254,7 +254,7 @@ class _Layout:
         return max(width, 640), 2 * _MARGIN + _HEAD_HEIGHT + tallest + 3 * _NOTE_HEIGHT
 
 
-def draw_page(cards: Sequence[Card], contrasts: Sequence[str], path: str | Path, foot: str) -> Path:
+def draw_contact_sheet(cards: Sequence[SessionCard], contrasts: Sequence[str], path: str | Path, foot: str) -> Path:
     """Draw cards as a PNG.
 
     Args:
@@ -290,7 +290,7 @@ def draw_page(cards: Sequence[Card], contrasts: Sequence[str], path: str | Path,
     return path
 
 
-def _layout(cards: Sequence[Card], groups: int, tile_aspect: float) -> _Layout:
+def _layout(cards: Sequence[SessionCard], groups: int, tile_aspect: float) -> _Layout:
     """The layout with the largest slices that stays below the most pixels of a page; height = width × tile_aspect."""
     slices = max((len(card.heights_mm) for card in cards), default=1)
     longest = max((_font(13).getlength(word) for card in cards for word in card.label.split()), default=0)
@@ -311,7 +311,7 @@ def _layout(cards: Sequence[Card], groups: int, tile_aspect: float) -> _Layout:
     return best
 
 
-def _window(cards: Sequence[Card]) -> tuple[slice, slice]:
+def _window(cards: Sequence[SessionCard]) -> tuple[slice, slice]:
     """Rows and columns that hold something in any shown slice, with a margin: one scale for the whole page."""
     filled: Any = None
     for card in cards:
@@ -333,7 +333,7 @@ def _window(cards: Sequence[Card]) -> tuple[slice, slice]:
 def _draw_card(
     page: Image.Image,
     draw: ImageDraw.ImageDraw,
-    card: Card,
+    card: SessionCard,
     contrasts: Sequence[str],
     layout: _Layout,
     corner: tuple[int, int],
@@ -382,7 +382,7 @@ def _small(anchor: str) -> dict[str, Any]:
     return {"fill": _FAINT, "font": _font(10), "anchor": anchor, "stroke_width": 1, "stroke_fill": "black"}
 
 
-def _notes_text(card: Card, contrasts: Sequence[str]) -> str:
+def _notes_text(card: SessionCard, contrasts: Sequence[str]) -> str:
     parts = [f"{name} refused" for name in contrasts if name in card.refused]
     parts += [
         f"{contrast}: {', '.join(notes)}" if contrast else ", ".join(notes)

@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 FILE_NAME = "input_contract.json"
 
-SHARE_KNOWN = 0.5
+MIN_KNOWN_SHARE = 0.5
 """The skull state of a contrast is unknown if that of fewer of its scans is known."""
-SHARE_OF_OTHERS = 0.05
+MAX_MINORITY_SHARE = 0.05
 """Fewer stripped scans among heads, or heads among stripped scans, are exceptions and not a mixture."""
 
-SkullOfModel = Literal["stripped", "head", "mixed", "unknown"]
+ContractSkullState = Literal["stripped", "head", "mixed", "unknown"]
 
 
 class InputContract(Recipe):
@@ -51,7 +51,7 @@ class InputContract(Recipe):
     coarsest_mm: dict[str, float] = Field(default_factory=dict)
     """Per contrast, the longest voxel edge among the scans as acquired."""
 
-    skull: dict[str, SkullOfModel] = Field(default_factory=dict)
+    skull: dict[str, ContractSkullState] = Field(default_factory=dict)
     """Per contrast, whether its scans were skull-stripped brains or whole heads."""
 
     age_years: tuple[float, float] | None = None
@@ -98,11 +98,11 @@ class InputContract(Recipe):
         """
         rows = np.arange(len(store)) if sessions is None else np.asarray(sessions, dtype=np.int64)
         table = store.sessions.iloc[rows]
-        quality = _of_sessions(store.quality, table)
+        quality = _select_sessions(store.quality, table)
         slices = table["num_slices"].to_numpy()
-        longest = quality["spacing_mm"].astype(str).map(_longest_mm)
+        longest = quality["spacing_mm"].astype(str).map(_max_spacing_mm)
         return cls(
-            **(_asked_of(store.preprocessing) | {"contrasts": store.shown}),
+            **(_contract_fields(store.preprocessing) | {"contrasts": store.shown}),
             num_sessions=len(table),
             coarsest_mm={
                 contrast: float(longest[quality["contrast"] == contrast].max())
@@ -110,7 +110,7 @@ class InputContract(Recipe):
                 if (quality["contrast"] == contrast).any()
             },
             skull={
-                contrast: _skull_of(quality["skull"][quality["contrast"] == contrast].tolist())
+                contrast: _summarise_skull_states(quality["skull"][quality["contrast"] == contrast].tolist())
                 for contrast in store.shown
                 if (quality["contrast"] == contrast).any()
             },
@@ -118,13 +118,13 @@ class InputContract(Recipe):
             num_slices=(int(slices.min()), int(slices.max())) if len(slices) else None,
             foreground_ml=_range(quality["foreground_ml"]),
             negative_values=bool((quality["minimum"] < 0).any()) if len(quality) else None,
-            never_absent=() if withheld_in_training else _in_all(store, rows),
+            never_absent=() if withheld_in_training else _always_present(store, rows),
         )
 
     @classmethod
-    def of_preprocessing(cls, preprocessing: Preprocessing) -> InputContract:
+    def from_preprocessing(cls, preprocessing: Preprocessing) -> InputContract:
         """What is known of a model that carries no contract."""
-        return cls(**_asked_of(preprocessing))
+        return cls(**_contract_fields(preprocessing))
 
     def save(self, folder: str | Path) -> Path:
         """Write ``input_contract.json`` into a folder."""
@@ -160,7 +160,7 @@ class InputContract(Recipe):
         return validate(cls, content, where=str(path))
 
 
-def absence_note(contrast: str, where: str = "") -> str:
+def missing_contrast_note(contrast: str, where: str = "") -> str:
     """What to know of an answer without a contrast that training always showed.
 
     Args:
@@ -170,13 +170,13 @@ def absence_note(contrast: str, where: str = "") -> str:
     return f"{missing}: the model never learnt to do without it, and its answer may mean nothing"
 
 
-def _in_all(store: Store, rows: np.ndarray) -> tuple[str, ...]:
+def _always_present(store: Store, rows: np.ndarray) -> tuple[str, ...]:
     """The contrasts that each of these sessions has."""
     here = store.present[rows].all(axis=0)
     return tuple(name for name, always in zip(store.contrasts, here, strict=True) if always and name in store.shown)
 
 
-def _asked_of(preprocessing: Preprocessing) -> dict[str, Any]:
+def _contract_fields(preprocessing: Preprocessing) -> dict[str, Any]:
     return {
         "contrasts": preprocessing.contrasts,
         "spacing_mm": preprocessing.spacing_mm,
@@ -185,27 +185,27 @@ def _asked_of(preprocessing: Preprocessing) -> dict[str, Any]:
     }
 
 
-def _of_sessions(quality: pd.DataFrame, sessions: pd.DataFrame) -> pd.DataFrame:
+def _select_sessions(quality: pd.DataFrame, sessions: pd.DataFrame) -> pd.DataFrame:
     wanted = set(zip(sessions["subject"].astype(str), sessions["session"].astype(str), strict=True))
     keys = zip(quality["subject"].astype(str), quality["session"].astype(str), strict=True)
     return quality[np.array([key in wanted for key in keys], dtype=bool)]
 
 
-def _longest_mm(text: str) -> float:
+def _max_spacing_mm(text: str) -> float:
     """Of a spacing as the quality table writes it.
 
-    >>> _longest_mm("0.7x0.7x4")
+    >>> _max_spacing_mm("0.7x0.7x4")
     4.0
     """
     return max(float(part) for part in text.split("x"))
 
 
-def _skull_of(states: list[str]) -> SkullOfModel:
+def _summarise_skull_states(states: list[str]) -> ContractSkullState:
     stripped, heads = states.count("stripped"), states.count("head")
     known = stripped + heads
-    if known == 0 or known < SHARE_KNOWN * len(states):
+    if known == 0 or known < MIN_KNOWN_SHARE * len(states):
         return "unknown"
-    if min(stripped, heads) > SHARE_OF_OTHERS * known:
+    if min(stripped, heads) > MAX_MINORITY_SHARE * known:
         return "mixed"
     return "stripped" if stripped > heads else "head"
 

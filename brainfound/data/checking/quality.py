@@ -16,11 +16,11 @@ from brainfound.data.reading.scan import Scan
 
 SkullState = Literal["stripped", "head", "unclear"]
 
-BRAIN_AT_MOST_ML = 2200.0
+MAX_BRAIN_ML = 2200.0
 """Adult brains have 1,000 to 1,800 ml; a foreground of more than this is not a brain alone."""
-HEAD_AT_LEAST_ML = 2400.0
+MIN_HEAD_ML = 2400.0
 """Whole heads of adults have 3,000 ml and more; what lies between the two limits is called unclear."""
-CUT_AT_A_FACE = 0.15
+MIN_CUT_FACE_SHARE = 0.15
 """Share of the largest cross-section that a face of the volume shows where the head or brain goes on beyond it; a brain
 in a tight crop shows a small cap there: about 3 % per mm that lie outside of the face."""
 
@@ -75,15 +75,15 @@ class ScanQuality:
 def skull_state(scan: Scan, inside: Bool[np.ndarray, "X Y Z"], foreground_ml: float) -> SkullState:
     """Whether a scan shows a brain alone or a whole head, judged by the volume of its foreground.
 
-    A brain alone stands on one exact background value, has at most `BRAIN_AT_MOST_ML`, and ends within the volume;
-    more than `HEAD_AT_LEAST_ML` is a head, whatever surrounds it. A slab (of a head or of a brain), an infant's head
+    A brain alone stands on one exact background value, has at most `MAX_BRAIN_ML`, and ends within the volume;
+    more than `MIN_HEAD_ML` is a head, whatever surrounds it. A slab (of a head or of a brain), an infant's head
     with its neck, or a brain in noise is ``unclear``.
     """
-    if foreground_ml > HEAD_AT_LEAST_ML:
+    if foreground_ml > MIN_HEAD_ML:
         return "head"
     outside = scan.data[::3, ::3, ::3][~inside[::3, ::3, ::3]]
     exact = outside.size > 0 and outside.min() == outside.max()
-    return "stripped" if exact and foreground_ml <= BRAIN_AT_MOST_ML and not _is_cut(inside) else "unclear"
+    return "stripped" if exact and foreground_ml <= MAX_BRAIN_ML and not _is_cut(inside) else "unclear"
 
 
 def _is_cut(inside: Bool[np.ndarray, "X Y Z"]) -> bool:
@@ -91,11 +91,11 @@ def _is_cut(inside: Bool[np.ndarray, "X Y Z"]) -> bool:
     for axis in range(3):
         planes = np.moveaxis(inside, axis, 0)[:, ::3, ::3]
         areas = np.count_nonzero(planes, axis=(1, 2))
-        if max(areas[0], areas[-1]) > CUT_AT_A_FACE * areas.max():
+        if max(areas[0], areas[-1]) > MIN_CUT_FACE_SHARE * areas.max():
             return True
     return False
 
 
-def orientation_of(affine: np.ndarray) -> str:
+def get_axis_codes(affine: np.ndarray) -> str:
     """Axis codes of a stored array: the direction in which each index grows."""
     return "".join(code or "?" for code in aff2axcodes(affine))

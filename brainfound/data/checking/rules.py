@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from brainfound.data.checking.contract import InputContract, absence_note
+from brainfound.data.checking.contract import InputContract, missing_contrast_note
 from brainfound.data.checking.quality import ScanQuality
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.reading.scan import Scan
@@ -26,21 +26,21 @@ LEVELS: tuple[Level, ...] = ("ok", "note", "warn", "fail")
 SCAN_CHECKS = ("contrast", "file", "orientation", "spacing", "intensity", "skull", "field", "overlap")
 SESSION_CHECKS = ("slices", "age")
 
-COARSER_THAN_SEEN = 1.5
+MAX_SPACING_RATIO = 1.5
 """A voxel edge longer than the longest in training by more than this factor is worth a warning."""
-COARSER_THAN_GRID = 3.0
+MAX_GRID_SPACING_RATIO = 3.0
 """The same for a model without a contract, against the grid that scans are brought to."""
-FEW_VALUES, MOST_VALUES_OF_MASK = 40, 12
+FEW_VALUES, MAX_MASK_VALUES = 40, 12
 """Fewer different values than the first are a coarse quantisation; no more than the second are a mask."""
-EQUAL_NEIGHBOURS_OF_LABELS = 0.8
+MIN_LABEL_NEIGHBOUR_SHARE = 0.8
 """Share of neighbouring voxels with the same whole number: labels fill regions, images do not."""
-CLIPPED = 0.02
+MAX_CLIPPED_SHARE = 0.02
 """Share of the foreground at the very highest value; robust scaling by others clips at most 0.5 to 1 %."""
-DEEPLY_NEGATIVE = 0.2
+MAX_NEGATIVE_SHARE = 0.2
 """A minimum below minus this part of the foreground's upper end is no ringing of an interpolation."""
-OUTSIDE_OF_RANGE = 0.05
+MAX_OUT_OF_RANGE_SHARE = 0.05
 """Share of the foreground outside of a contrast's fixed range."""
-OVERLAP, CROPPED = 0.9, 0.02
+MIN_OVERLAP_SHARE, MAX_CROPPED_SHARE = 0.9, 0.02
 """Shares of the foreground: covered by the field of view; lost outside of the stack."""
 FOREGROUND_ML = (300.0, 7000.0)
 """Plausible volumes of a brain or head, a newborn's included, for a model without a contract."""
@@ -58,7 +58,7 @@ class Finding:
     remedy: str = ""
 
 
-def worst(findings: tuple[Finding, ...] | list[Finding]) -> Level:
+def worst_level(findings: tuple[Finding, ...] | list[Finding]) -> Level:
     """The gravest level; ``ok`` of none."""
     return max((finding.level for finding in findings), key=LEVELS.index, default="ok")
 
@@ -78,12 +78,12 @@ def spacing_finding(quality: ScanQuality, contract: InputContract) -> Finding | 
         seen = contract.coarsest_mm.get(quality.contrast)
         if seen is None:
             return None
-        limit, what = COARSER_THAN_SEEN * seen, f"the coarsest training scan of {quality.contrast} had {seen:.3g} mm"
+        limit, what = MAX_SPACING_RATIO * seen, f"the coarsest training scan of {quality.contrast} had {seen:.3g} mm"
     else:
         asked = [spacing for spacing in contract.spacing_mm if spacing is not None]
         if not asked:
             return None
-        limit, what = COARSER_THAN_GRID * max(asked), f"the model's grid has {max(asked):g} mm"
+        limit, what = MAX_GRID_SPACING_RATIO * max(asked), f"the model's grid has {max(asked):g} mm"
     if longest <= limit:
         return Finding("spacing", "ok")
     return Finding(
@@ -94,7 +94,7 @@ def spacing_finding(quality: ScanQuality, contract: InputContract) -> Finding | 
     )
 
 
-def seen_finding(contrast: str, contract: InputContract) -> Finding:
+def contrast_finding(contrast: str, contract: InputContract) -> Finding:
     """Is it one of the model's contrasts, and did the model ever see it?"""
     if contract.is_measured and contrast not in contract.coarsest_mm:
         return Finding(
@@ -106,11 +106,13 @@ def seen_finding(contrast: str, contract: InputContract) -> Finding:
     return Finding("contrast", "ok")
 
 
-def absence_findings(contrasts: Collection[str], contract: InputContract) -> list[Finding]:
+def missing_contrast_findings(contrasts: Collection[str], contract: InputContract) -> list[Finding]:
     """Is each contrast there that the model never learnt to do without?"""
     absent = [contrast for contrast in contract.never_absent if contrast not in contrasts]
     return [
-        Finding("contrast", "warn", absence_note(contrast), "Give it, or use a model trained with contrast dropout")
+        Finding(
+            "contrast", "warn", missing_contrast_note(contrast), "Give it, or use a model trained with contrast dropout"
+        )
         for contrast in absent
     ]
 
@@ -143,7 +145,7 @@ def _quantised(different: np.ndarray) -> Finding | None:
 def _clipped(values: np.ndarray, quality: ScanQuality) -> Finding | None:
     foreground = int(np.count_nonzero(values > quality.intensity_low))
     at_top = int(np.count_nonzero(values == quality.maximum)) / max(foreground, 1)
-    if at_top <= CLIPPED:
+    if at_top <= MAX_CLIPPED_SHARE:
         return None
     message = f"{at_top:.0%} of the foreground has the highest value, {quality.maximum:g}: it was clipped"
     return Finding("intensity", "warn", message, "Use the scan as it was before it was windowed or rescaled")
@@ -153,7 +155,7 @@ def _negative(quality: ScanQuality, contract: InputContract) -> Finding | None:
     low = quality.minimum
     if low >= 0:
         return None
-    if low < -DEEPLY_NEGATIVE * abs(quality.intensity_high):
+    if low < -MAX_NEGATIVE_SHARE * abs(quality.intensity_high):
         message = f"values down to {low:g}: magnitude images are not negative"
         return Finding("intensity", "warn", message, "Check that it is no CT, phase image or z-scored copy")
     if contract.negative_values is False:
@@ -168,14 +170,14 @@ def _outside_of_range(values: np.ndarray, quality: ScanQuality, preprocessing: P
         return None
     shown = values[values != 0]
     share = float(((shown < limits[0]) | (shown > limits[1])).mean()) if shown.size else 0.0
-    if share <= OUTSIDE_OF_RANGE:
+    if share <= MAX_OUT_OF_RANGE_SHARE:
         return None
     message = f"{share:.0%} of the voxels lie outside of {limits[0]:g} to {limits[1]:g}, the model's fixed range"
     return Finding("intensity", "fail" if share > 0.5 else "warn", message, "Check the unit of the map")
 
 
 def _is_label_map(scan: Scan, different: np.ndarray, counts: np.ndarray) -> bool:
-    if len(different) <= MOST_VALUES_OF_MASK:
+    if len(different) <= MAX_MASK_VALUES:
         return True
     if len(different) > 2000 or not np.array_equal(different, np.rint(different)):
         return False
@@ -184,7 +186,7 @@ def _is_label_map(scan: Scan, different: np.ndarray, counts: np.ndarray) -> bool
     here, next_ = middle[:-1], middle[1:]
     inside = (here != most) & (next_ != most)
     count = int(np.count_nonzero(inside))
-    return int(np.count_nonzero(inside & (here == next_))) > EQUAL_NEIGHBOURS_OF_LABELS * max(count, 1)
+    return int(np.count_nonzero(inside & (here == next_))) > MIN_LABEL_NEIGHBOUR_SHARE * max(count, 1)
 
 
 def skull_finding(quality: ScanQuality, contract: InputContract) -> Finding | None:
@@ -205,7 +207,7 @@ def skull_finding(quality: ScanQuality, contract: InputContract) -> Finding | No
     return Finding("skull", "fail", message, f"Strip the skulls first, as in: brainfound prepare … {hooks}")
 
 
-def field_findings(quality: ScanQuality, contract: InputContract) -> list[Finding]:
+def field_of_view_findings(quality: ScanQuality, contract: InputContract) -> list[Finding]:
     """Is a whole head or brain there, and does it fit into the stack?"""
     low, high = FOREGROUND_ML
     if contract.foreground_ml is not None:
@@ -215,7 +217,7 @@ def field_findings(quality: ScanQuality, contract: InputContract) -> list[Findin
         message = f"the head or brain has {quality.foreground_ml:.0f} ml; {low:.0f} to {high:.0f} were expected"
         remedy = "Check the voxel size, and that the whole head is in the field of view"
         found.append(Finding("field", "warn", message, remedy))
-    if quality.cropped > CROPPED:
+    if quality.cropped > MAX_CROPPED_SHARE:
         rows, columns = contract.size
         message = f"{quality.cropped:.0%} of the head or brain falls outside of the model's {rows} × {columns} pixels"
         remedy = "Check the position of the head; for a new model choose a larger size"
@@ -225,7 +227,7 @@ def field_findings(quality: ScanQuality, contract: InputContract) -> list[Findin
 
 def overlap_finding(quality: ScanQuality) -> Finding:
     """Does its field of view cover what the session's reference scan shows?"""
-    if quality.overlap >= OVERLAP:
+    if quality.overlap >= MIN_OVERLAP_SHARE:
         return Finding("overlap", "ok")
     message = f"covers {quality.overlap:.0%} of what the session's reference scan shows"
     return Finding("overlap", "warn", message, "Check that the scans belong together; what is not covered stays black")

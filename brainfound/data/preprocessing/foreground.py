@@ -14,9 +14,9 @@ from scipy import ndimage
 
 from brainfound.data.reading.scan import Scan
 
-LARGEST_HEAD_ML = 5500.0
+MAX_HEAD_ML = 5500.0
 """More than an adult's head and neck."""
-LARGEST_SHARE_OF_BOX = 0.75
+MAX_BOX_SHARE = 0.75
 """An ellipsoid fills 52 % of its box, a head and neck about 60 %."""
 COARSE_MM = 3.0
 """Air noise is separated on a grid of about this spacing: fast, and blind to single bright voxels."""
@@ -25,21 +25,21 @@ COARSE_MM = 3.0
 def foreground(scan: Scan) -> Bool[np.ndarray, "X Y Z"]:
     """The head or brain in a scan, as a mask on its grid."""
     data = scan.data
-    exact = _exact_background(data)
+    exact = _constant_background(data)
     if exact is not None:
         inside = data != exact
         if not _is_padded_air(inside, scan):
             return inside
-    return _head_in_air(data, scan.spacing_mm)
+    return _segment_head(data, scan.spacing_mm)
 
 
 def _is_padded_air(inside: Bool[np.ndarray, "X Y Z"], scan: Scan) -> bool:
     """Whether this is the former field of view with its air, and not a head: too large, and filling its box."""
     count = np.count_nonzero(inside)
-    if count * abs(np.linalg.det(scan.affine[:3, :3])) <= LARGEST_HEAD_ML * 1000:
+    if count * abs(np.linalg.det(scan.affine[:3, :3])) <= MAX_HEAD_ML * 1000:
         return False
     box = np.prod([last - first + 1 for first, last in bounding_box(inside)])
-    return bool(count > LARGEST_SHARE_OF_BOX * box)
+    return bool(count > MAX_BOX_SHARE * box)
 
 
 def bounding_box(mask: Bool[np.ndarray, "X Y Z"]) -> list[tuple[int, int]]:
@@ -51,7 +51,7 @@ def bounding_box(mask: Bool[np.ndarray, "X Y Z"]) -> list[tuple[int, int]]:
     return box
 
 
-def _exact_background(data: Float[np.ndarray, "X Y Z"]) -> float | None:
+def _constant_background(data: Float[np.ndarray, "X Y Z"]) -> float | None:
     """The one value that covers nearly all of most faces of the volume, if there is one."""
     faces = [data[(slice(None),) * axis + (index,)] for axis in range(3) for index in (0, -1)]
     # A value that fills most of a face is its median; one that fills most faces, the median of those.
@@ -68,10 +68,10 @@ def _exact_background(data: Float[np.ndarray, "X Y Z"]) -> float | None:
     return float(value) if values[totals.argmax()] == value else None
 
 
-def _head_in_air(data: np.ndarray, spacing_mm: np.ndarray) -> np.ndarray:
+def _segment_head(data: np.ndarray, spacing_mm: np.ndarray) -> np.ndarray:
     step = np.maximum(np.rint(COARSE_MM / spacing_mm).astype(int), 1)
     size = [max(int(s), 1) for s in step]
-    coarse = _means_of_blocks(data, size)
+    coarse = _block_means_3d(data, size)
     head = coarse > _otsu(coarse)
     components, count = ndimage.label(head)
     if count > 1:
@@ -87,7 +87,7 @@ def _head_in_air(data: np.ndarray, spacing_mm: np.ndarray) -> np.ndarray:
     return fine
 
 
-def _means_of_blocks(data: np.ndarray, size: list[int]) -> np.ndarray:
+def _block_means_3d(data: np.ndarray, size: list[int]) -> np.ndarray:
     """The mean of each block of ``size`` voxels, centred on every ``size``-th voxel; faces are continued outwards."""
     # The axis whose neighbours lie farthest apart in memory comes first: what is added then lies in one piece.
     for axis in sorted(range(3), key=lambda axis: -abs(data.strides[axis])):

@@ -18,14 +18,14 @@ from brainfound.data.preprocessing.stack_builder import StackBuilder
 from brainfound.data.reading.scan import load_scan
 from brainfound.errors import ScanError, UsageError
 
-FURTHER_SCAN = "another scan of this contrast"
+FURTHER_SCAN_REASON = "another scan of this contrast"
 """The reason of a file that is not refused, but comes second in its session, begins so."""
-NO_PART = "no part of the cohort"
+NOT_IN_COHORT_REASON = "no part of the cohort"
 """The reason of a file that is not refused, but that the source does not make a scan of, begins so."""
 
 
 @dataclass(frozen=True)
-class FileNotUsed:
+class UnusedFile:
     """A file that did not go into the stack: the file, the contrast it was listed as (or ``mask``), and why."""
 
     file: Path
@@ -35,7 +35,7 @@ class FileNotUsed:
     @property
     def is_further_scan(self) -> bool:
         """It is not faulty: its session has another scan of the contrast."""
-        return self.reason.startswith(FURTHER_SCAN)
+        return self.reason.startswith(FURTHER_SCAN_REASON)
 
 
 @dataclass(frozen=True)
@@ -49,16 +49,16 @@ class PreparedSession:
     """
 
     stack: Stack | None
-    not_used: list[FileNotUsed] = field(default_factory=list)
+    not_used: list[UnusedFile] = field(default_factory=list)
     quality: list[ScanQuality] = field(default_factory=list)
 
     @property
-    def refused(self) -> list[FileNotUsed]:
+    def refused(self) -> list[UnusedFile]:
         """Files that are faulty."""
         return [file for file in self.not_used if not file.is_further_scan]
 
     @property
-    def further_scans(self) -> list[FileNotUsed]:
+    def further_scans(self) -> list[UnusedFile]:
         """Files whose session has another scan of the contrast."""
         return [file for file in self.not_used if file.is_further_scan]
 
@@ -82,12 +82,12 @@ class _Preparation:
     ) -> None:
         self.session, self.preprocessing, self.mask = session, preprocessing, mask
         self.hooks, self.folder = hooks, folder
-        self.not_used: list[FileNotUsed] = []
+        self.not_used: list[UnusedFile] = []
 
     def run(self) -> PreparedSession:
         builder: StackBuilder | None = None
         reference: Path | None = None
-        for contrast in self._wanted():
+        for contrast in self._select_contrasts():
             source = self.session.scans[contrast]
             try:
                 file = source
@@ -111,7 +111,7 @@ class _Preparation:
         stack = builder.build(session.covariates, session.subject, session.session)
         return PreparedSession(stack, self.not_used, builder.quality)
 
-    def _wanted(self) -> list[str]:
+    def _select_contrasts(self) -> list[str]:
         """The session's contrasts that the stack holds, in its order; what else is there is listed with the reason."""
         scans = self.session.scans
         for contrast, file in [*scans.items(), *self.session.extra_scans]:
@@ -148,7 +148,7 @@ class _Preparation:
             if contrast in self.preprocessing.contrasts:
                 first = self.session.scans[contrast]
                 fate = "was first, and refused" if first in bad else "is used"
-                self._refuse(file, contrast, f"{FURTHER_SCAN} {fate}: {first.name}")
+                self._refuse(file, contrast, f"{FURTHER_SCAN_REASON} {fate}: {first.name}")
 
     def _refuse_unknown(self, contrast: str, file: Path) -> None:
         try:
@@ -157,4 +157,4 @@ class _Preparation:
             self._refuse(file, contrast, error.reason)
 
     def _refuse(self, file: Path, contrast: str, reason: str) -> None:
-        self.not_used.append(FileNotUsed(file, contrast, reason))
+        self.not_used.append(UnusedFile(file, contrast, reason))

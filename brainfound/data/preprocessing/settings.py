@@ -107,11 +107,11 @@ class Preprocessing(Recipe):
         return np.uint8 if self.bits == 8 else np.uint16
 
     @property
-    def top_value(self) -> int:
+    def max_pixel_value(self) -> int:
         """The highest pixel value."""
         return 2**self.bits - 1
 
-    def values_of(self, contrast: str, pixels: np.ndarray) -> np.ndarray:
+    def restore_values(self, contrast: str, pixels: np.ndarray) -> np.ndarray:
         """Pixels of a contrast with a range of its own, back in its own unit (float32); 0 is also background.
 
         Raises:
@@ -122,7 +122,7 @@ class Preprocessing(Recipe):
                 f"{contrast} has no range of its own", where="ranges", got=sorted(self.ranges), remedy="Set its range"
             )
         low, high = self.ranges[contrast]
-        return np.float32(low) + pixels.astype(np.float32) * np.float32((high - low) / self.top_value)
+        return np.float32(low) + pixels.astype(np.float32) * np.float32((high - low) / self.max_pixel_value)
 
     def require_hooks(self, names: Sequence[str]) -> None:
         """Refuse other hooks than those of this preprocessing: a model would get other scans than it learnt from.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool, Num
 
-from brainfound.data.checking.quality import ScanQuality, orientation_of, skull_state
+from brainfound.data.checking.quality import ScanQuality, get_axis_codes, skull_state
 from brainfound.data.preprocessing.foreground import bounding_box, foreground
 from brainfound.data.preprocessing.grids import resample, resample_labels, smooth_before_downsampling
 from brainfound.data.preprocessing.stack import Stack
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from brainfound.data.preprocessing.settings import Preprocessing
 
 _POINTS_PER_AXIS = 32
-_LABELS_IN_THE_HEAD = 0.8
+_MIN_LABELS_IN_HEAD = 0.8
 """Of a map that is cropped around them; placed anywhere in the field of view, about half would lie in the head."""
-_CROPPED_WORTH_A_NOTE = 0.01
-_COARSER_WORTH_A_NOTE = 3.0
+_NOTE_CROPPED_SHARE = 0.01
+_NOTE_SPACING_RATIO = 3.0
 
 
 class StackBuilder:
@@ -46,7 +46,7 @@ class StackBuilder:
     def __init__(self, preprocessing: Preprocessing, contrast: str, reference: Scan, file: str = "") -> None:
         self.preprocessing = preprocessing
         inside = foreground(reference)
-        to_scan, self.grid = grid_of(preprocessing, reference, inside)
+        to_scan, self.grid = compute_stack_grid(preprocessing, reference, inside)
         if self.grid[0] < preprocessing.min_slices:
             raise ScanError(
                 "too few slices inside the foreground",
@@ -92,16 +92,16 @@ class StackBuilder:
         covered = _share_within(self._points_mm, mask.affine, mask.data.shape)
         if covered < self.preprocessing.min_overlap:
             found = self._share_in_foreground(mask)
-            if not found >= _LABELS_IN_THE_HEAD:
+            if not found >= _MIN_LABELS_IN_HEAD:
                 inside = "no label" if np.isnan(found) else f"{found:.0%} of the labels in it"
                 raise _no_overlap(
                     "the mask",
                     f"{covered:.0%} of its foreground covered, and {inside}",
-                    f"at least {self.preprocessing.min_overlap:.0%}, or {_LABELS_IN_THE_HEAD:.0%} of the labels in it",
+                    f"at least {self.preprocessing.min_overlap:.0%}, or {_MIN_LABELS_IN_HEAD:.0%} of the labels in it",
                 )
         labels = mask.data.astype(np.uint8 if mask.data.max() <= 255 else np.uint16)
         affine = mask.affine
-        if 1 - covered > _CROPPED_WORTH_A_NOTE:
+        if 1 - covered > _NOTE_CROPPED_SHARE:
             name = f"the mask {file}" if file else "the mask"
             note = f"{name} covers {covered:.0%} of the foreground; what lies outside of it counts as background"
             self.quality[0] = replace(self.quality[0], notes=(*self.quality[0].notes, note))
@@ -130,7 +130,7 @@ class StackBuilder:
         low, high = self._intensity_range(contrast, scan, inside)
         to_scan = np.linalg.inv(scan.affine) @ self.affine
         box = _needed_box(to_scan, self.grid, scan.data.shape)
-        top = self.preprocessing.top_value
+        top = self.preprocessing.max_pixel_value
         # Background is 0; what is outside of the box cannot reach the stack.
         scaled = scan.data[box] - np.float32(low)
         scaled *= np.float32(top / (high - low))
@@ -150,7 +150,7 @@ class StackBuilder:
             )
         self._pixels[:, channel] = volume
         self._present[channel] = True
-        self.quality.append(self._quality_of(contrast, scan, inside, (low, high), overlap, file))
+        self.quality.append(self._measure_quality(contrast, scan, inside, (low, high), overlap, file))
 
     def _intensity_range(self, contrast: str, scan: Scan, inside: np.ndarray) -> tuple[float, float]:
         # Volumes are stored with x first: transposed, they and the mask are read in one piece.
@@ -188,7 +188,7 @@ class StackBuilder:
         within = ((voxels >= 0) & (voxels < self._inside.shape)).all(axis=1)
         return float(self._inside[tuple(voxels[within].T)].sum() / len(points))
 
-    def _quality_of(
+    def _measure_quality(
         self,
         contrast: str,
         scan: Scan,
@@ -200,15 +200,15 @@ class StackBuilder:
         millilitres = float(np.count_nonzero(inside) * np.abs(np.linalg.det(scan.affine[:3, :3])) / 1000)
         cropped = 1 - _share_within(_foreground_points(scan, inside), self.affine, self.grid)
         notes = list(scan.notes)
-        if cropped > _CROPPED_WORTH_A_NOTE:
+        if cropped > _NOTE_CROPPED_SHARE:
             notes.append(f"{cropped:.0%} of the foreground is outside of the stack")
         coarser = float((scan.spacing_mm / np.linalg.norm(self.affine[:3, [2, 1, 0]], axis=0)).max())
-        if coarser >= _COARSER_WORTH_A_NOTE:
+        if coarser >= _NOTE_SPACING_RATIO:
             notes.append(f"voxels up to {coarser:.1f} times as long as the stack's: its slices are interpolated")
         return ScanQuality(
             contrast=contrast,
             file=file,
-            orientation=orientation_of(scan.native_affine),
+            orientation=get_axis_codes(scan.native_affine),
             shape=scan.native_shape,
             spacing_mm=_three(np.linalg.norm(scan.native_affine[:3, :3], axis=0)),
             dtype=scan.header.dtype if scan.header else str(scan.data.dtype),
@@ -225,7 +225,7 @@ class StackBuilder:
         )
 
 
-def grid_of(
+def compute_stack_grid(
     preprocessing: Preprocessing, scan: Scan, inside: Bool[np.ndarray, "X Y Z"]
 ) -> tuple[np.ndarray, tuple[int, int, int]]:
     """The grid of a stack around the foreground of its reference scan.

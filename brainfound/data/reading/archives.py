@@ -107,10 +107,10 @@ def open_binary(path: str | Path) -> BinaryIO:
 
 def is_file(path: str | Path) -> bool:
     """Whether there is such a file, or such a member in a zip archive that can be used."""
-    return file_facts(path) is not None
+    return size_and_mtime(path) is not None
 
 
-def file_facts(path: str | Path) -> tuple[int, int] | None:
+def size_and_mtime(path: str | Path) -> tuple[int, int] | None:
     """Size in bytes and time of change in ns (of a member: declared size, and the archive's time); None if missing.
 
     An archive that is refused counts as missing here; `open_binary` says why.

@@ -27,7 +27,7 @@ from nibabel.nifti2 import Nifti2Header, Nifti2PairHeader
 from nibabel.spm2analyze import Spm2AnalyzeHeader
 from nibabel.volumeutils import apply_read_scaling
 
-from brainfound.data.reading.archives import file_facts, open_binary
+from brainfound.data.reading.archives import open_binary, size_and_mtime
 from brainfound.data.reading.orientation import HEADER_ERRORS, AffineSource, header_affine
 from brainfound.errors import ScanError
 
@@ -89,7 +89,7 @@ class ImageHeader:
     notes: tuple[str, ...]
 
 
-def unreadable(path: Path, why: object) -> ScanError:
+def unreadable_error(path: Path, why: object) -> ScanError:
     """The error for a file that is no image, or a damaged one."""
     text = (str(why).strip().splitlines() or [type(why).__name__])[0][:160]
     return ScanError(
@@ -131,13 +131,13 @@ def read_image_header(path: Path) -> ImageHeader:
             slope, inter = (None, None) if is_mgh else header.get_slope_inter()
             affine, source, notes = header_affine(header, shape_3d)
     except HEADER_ERRORS as error:
-        raise unreadable(path, error) from error
+        raise unreadable_error(path, error) from error
     if not is_mgh and data_path == path and offset < header.single_vox_offset:
-        raise unreadable(path, f"the voxels would begin inside the header, at byte {offset}")
-    _check_claim(data_path, offset, shape_3d, dtype)
+        raise unreadable_error(path, f"the voxels would begin inside the header, at byte {offset}")
+    _check_declared_size(data_path, offset, shape_3d, dtype)
     if source != "sform" and any("non-zero" in text for text in messages.texts):
         # nibabel would go on with 1 mm.
-        raise unreadable(path, "its header says a voxel size of 0 mm")
+        raise unreadable_error(path, "its header says a voxel size of 0 mm")
     if source == "sform":
         messages.texts = [text for text in messages.texts if "qfac" not in text]
     return ImageHeader(
@@ -164,7 +164,7 @@ def read_voxels(header: ImageHeader) -> tuple[Float[np.ndarray, "I J K"], float,
     Raises:
         ScanError: the file is truncated or corrupt, or holds more data than its header says.
     """
-    out = _room_for(header)
+    out = _allocate(header)
     num_chunks = -(-out.size // CHUNK_VOXELS)
     lows, highs = np.empty(num_chunks, np.float32), np.empty(num_chunks, np.float32)
     # Native float32 without scaling needs no conversion: the bytes go where the voxels stay.
@@ -185,7 +185,7 @@ def read_voxels(header: ImageHeader) -> tuple[Float[np.ndarray, "I J K"], float,
     return out.reshape(header.shape_3d, order="F"), float(lows.min()), float(highs.max())
 
 
-def _room_for(header: ImageHeader) -> np.ndarray:
+def _allocate(header: ImageHeader) -> np.ndarray:
     num_voxels = int(np.prod(header.shape_3d))
     try:
         return np.empty(num_voxels, dtype=np.float32)
@@ -221,14 +221,14 @@ def _pair(path: Path) -> tuple[Path, Path]:
     given_header = suffix.lower() == ".hdr"
     other_suffix = ".img" if given_header else ".hdr"
     other = path.with_name(stem + (other_suffix.upper() if upper else other_suffix) + packed)
-    if file_facts(other) is None:
+    if size_and_mtime(other) is None:
         raise ScanError(
             "half of a pair is missing",
             where=path.name,
             expected=f"the {other_suffix} file of the same name beside it",
             remedy="Copy both files, or convert them to one .nii.gz",
         )
-    if file_facts(path.with_name(stem + ".mat")) is not None:
+    if size_and_mtime(path.with_name(stem + ".mat")) is not None:
         raise ScanError(
             "its orientation is in an SPM .mat file, which is not read",
             where=path.name,
@@ -300,18 +300,20 @@ def _real_dtype(dtype: Any, path: Path) -> np.dtype:
     )
 
 
-def _check_claim(path: Path, offset: int, shape: tuple[int, int, int], dtype: np.dtype) -> None:
+def _check_declared_size(path: Path, offset: int, shape: tuple[int, int, int], dtype: np.dtype) -> None:
     """Refuse a header that the file cannot back, before memory is taken for it."""
-    facts = file_facts(path)
+    facts = size_and_mtime(path)
     held = 0 if facts is None else facts[0]
     if offset < 0 or offset > MAX_OFFSET_BYTES:
-        raise unreadable(path, f"the voxels would begin at byte {offset}")
+        raise unreadable_error(path, f"the voxels would begin at byte {offset}")
     claimed = offset + shape[0] * shape[1] * shape[2] * dtype.itemsize
     if _is_gzip(path):
         if claimed > held * MAX_GZIP_RATIO:
-            raise unreadable(path, f"its header claims {claimed} bytes, which {held} compressed bytes cannot hold")
+            raise unreadable_error(
+                path, f"its header claims {claimed} bytes, which {held} compressed bytes cannot hold"
+            )
     elif claimed > held:
-        raise unreadable(path, f"its header claims {claimed} bytes and the file has {held}")
+        raise unreadable_error(path, f"its header claims {claimed} bytes and the file has {held}")
 
 
 class _Messages(logging.Logger):
@@ -343,14 +345,14 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
             with igzip.IGzipFile(fileobj=stored, mode="rb") as stream:
                 yield cast(BinaryIO, stream)
     except _STREAM_ERRORS as error:
-        raise unreadable(path, error) from error
+        raise unreadable_error(path, error) from error
 
 
 def _skip(stream: BinaryIO, count: int, path: Path) -> None:
     while count:
         step = len(stream.read(min(count, CHUNK_VOXELS)))
         if not step:
-            raise unreadable(path, "the file ends before its voxels")
+            raise unreadable_error(path, "the file ends before its voxels")
         count -= step
 
 
@@ -359,7 +361,7 @@ def _fill(stream: Any, view: memoryview, path: Path) -> None:
     while done < len(view):
         count = stream.readinto(view[done:])
         if not count:
-            raise unreadable(path, "the file ends within its voxels")
+            raise unreadable_error(path, "the file ends within its voxels")
         done += count
 
 

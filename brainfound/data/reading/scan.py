@@ -147,7 +147,7 @@ def _check_values(data: np.ndarray, low: float, high: float, path: Path, labels:
             remedy="Repair the file, for example by writing 0 there",
         )
     if labels:
-        if low < 0 or high > 65535 or not _all_whole(data):
+        if low < 0 or high > 65535 or not _all_integers(data):
             raise ScanError(
                 "not a label map",
                 where=path.name,
@@ -168,6 +168,6 @@ def _check_values(data: np.ndarray, low: float, high: float, path: Path, labels:
         raise ScanError(what, where=path.name, expected="an image", remedy="Export the scan again or leave it out")
 
 
-def _all_whole(data: np.ndarray) -> bool:
+def _all_integers(data: np.ndarray) -> bool:
     # Slice by slice, as the file is stored: a rounded copy of the volume would double the memory.
     return all(np.array_equal(data[:, :, z], np.rint(data[:, :, z])) for z in range(data.shape[2]))

@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from brainfound.data.sources.file_names import files_under
+from brainfound.data.sources.file_names import iter_files
 from brainfound.errors import CohortError
 
 if TYPE_CHECKING:
@@ -30,18 +30,18 @@ _LOOKED_AT = 10_000
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceLayout:
     """One layout."""
 
     name: str
-    looks_like: str
-    recognises: Callable[[Path], bool]
+    layout_hint: str
+    can_read: Callable[[Path], bool]
     read: Callable[[Path, Path | None], Cohort]
 
 
-def _sources() -> tuple[Source, ...]:
+def _sources() -> tuple[SourceLayout, ...]:
     found = [import_module(f"{__name__}.{module}") for module in _MODULES]
-    return tuple(Source(module.NAME, module.LOOKS_LIKE, module.recognises, module.read) for module in found)
+    return tuple(SourceLayout(module.NAME, module.LAYOUT_HINT, module.can_read, module.read) for module in found)
 
 
 def read_source(path: Path, work: Path | None = None) -> Cohort:
@@ -56,20 +56,20 @@ def read_source(path: Path, work: Path | None = None) -> Cohort:
         path = Path(os.path.abspath(path))
     sources = _sources()
     for source in sources:
-        if source.recognises(path):
+        if source.can_read(path):
             return source.read(path, work)
     raise CohortError(
         "no scans found",
         where=path,
-        got=_what_is_there(path),
-        expected="one of: " + "; ".join(source.looks_like for source in sources),
+        got=_summarise_files(path),
+        expected="one of: " + "; ".join(source.layout_hint for source in sources),
         remedy="Give the folder that holds one of these, or write a manifest",
     )
 
 
-def _what_is_there(path: Path) -> str:
+def _summarise_files(path: Path) -> str:
     """Counts of files by ending, and a few folders' count, so that a user sees where he is."""
-    files = list(islice(files_under(path, []), _LOOKED_AT))
+    files = list(islice(iter_files(path, []), _LOOKED_AT))
     if not files:
         return "no files"
     endings = Counter("".join(file.suffixes[-2:]) if file.suffix == ".gz" else file.suffix for file in files)

@@ -13,21 +13,28 @@ import pandas as pd
 
 from brainfound.contrasts import UNKNOWN
 from brainfound.data.cohort import Cohort
-from brainfound.data.sources.bids_files import BidsName, Sidecars, contrast_of, mask_column
-from brainfound.data.sources.file_names import Unused, holds_image, images_under, in_order, stem, subfolders
+from brainfound.data.sources.bids_files import BidsName, Sidecars, contrast_from_bids_name, mask_column
+from brainfound.data.sources.file_names import (
+    UnusedFiles,
+    contains_image,
+    iter_images,
+    natural_sort_key,
+    stem,
+    subfolders,
+)
 from brainfound.data.sources.tables import SessionKey as _Key
 from brainfound.data.sources.tables import (
-    ages_in_years,
+    convert_ages_to_years,
     join,
     join_label_maps,
+    parse_ages,
     read_table,
-    with_typed_ages,
-    without_ses,
+    strip_session_prefix,
 )
 from brainfound.errors import CohortError
 
 NAME = "BIDS"
-LOOKS_LIKE = "sub-*/ folders (BIDS)"
+LAYOUT_HINT = "sub-*/ folders (BIDS)"
 DEFAULT_SESSION = "1"
 
 _VISITS = "sub-*_sessions.tsv"
@@ -35,12 +42,12 @@ _NATIVE = {"", "orig", "native", "individual", "t1w", "t2w", "flair"}
 """Spaces in which a scan lies as the scanner took it, or is aligned to another scan of its person."""
 
 
-def recognises(path: Path) -> bool:
+def can_read(path: Path) -> bool:
     """A folder with ``sub-*`` folders that hold an image or are described as BIDS; with DICOM alone it is none."""
     if not path.is_dir():
         return False
     people = subfolders(path, "sub-*")
-    return bool(people) and ((path / "dataset_description.json").is_file() or holds_image(people))
+    return bool(people) and ((path / "dataset_description.json").is_file() or contains_image(people))
 
 
 def read(root: Path, work: Path | None = None) -> Cohort:
@@ -49,14 +56,14 @@ def read(root: Path, work: Path | None = None) -> Cohort:
     Raises:
         CohortError: no scan of a known contrast, or a table that cannot be used.
     """
-    unused: Unused = []
+    unused: UnusedFiles = []
     notes = _description_notes(root)
     sidecars = Sidecars(root)
     rows: list[dict[str, Any]] = []
     label_maps: list[tuple[str, _Key, tuple, Path]] = []
     for file in _images(root, unused):
-        key = subject_and_session(root, file)
-        if _is_named_for_another(file, key):
+        key = parse_subject_session(root, file)
+        if _name_mismatches_folder(file, key):
             unused.append((file, "its name is that of another subject or session than its folder's"))
             continue
         column = mask_column(file)
@@ -64,16 +71,16 @@ def read(root: Path, work: Path | None = None) -> Cohort:
             label_maps.append((column, key, BidsName.of(file).order, file))
             continue
         name = BidsName.of(file)
-        contrast, reason = contrast_of(name)
+        contrast, reason = contrast_from_bids_name(name)
         if contrast == "DWI" and sidecars.is_b0(file):
             contrast, reason = UNKNOWN, "b0 image (b ≤ 5 s/mm²), not diffusion-weighted"
         if contrast == UNKNOWN:
             unused.append((file, reason))
             continue
-        facts = sidecars.scanner_of(file)
+        facts = sidecars.get_scanner_columns(file)
         rows.append(
             {"subject": key[0], "session": key[1], "contrast": contrast, "path": str(file), **facts}
-            | {"_order": (in_order(key[0]), in_order(key[1]), name.order, in_order(file.name))}
+            | {"_order": (natural_sort_key(key[0]), natural_sort_key(key[1]), name.order, natural_sort_key(file.name))}
         )
     if not rows:
         raise CohortError(
@@ -84,7 +91,7 @@ def read(root: Path, work: Path | None = None) -> Cohort:
             remedy="Check the suffixes, or write a manifest",
         )
     rows.sort(key=lambda row: row["_order"])
-    notes += _notes_on_choices(rows) + _note_on_zeros({row["subject"] for row in rows})
+    notes += _notes_on_choices(rows) + _leading_zero_notes({row["subject"] for row in rows})
     table = pd.DataFrame(rows).drop(columns="_order")
     _add_derivatives(root, label_maps, unused)
     mask_columns = _join_label_maps(table, label_maps, unused)
@@ -94,7 +101,7 @@ def read(root: Path, work: Path | None = None) -> Cohort:
     return Cohort(table, root, mask_columns, source=NAME, notes=notes, unused=[*unused, *sidecars.faulty])
 
 
-def subject_and_session(root: Path, file: Path) -> _Key:
+def parse_subject_session(root: Path, file: Path) -> _Key:
     """``("sub-01", "a")`` of a path; the session without ``ses-`` and ``"1"`` where there is none."""
     parts = file.relative_to(root).parts
     session = next((part.removeprefix("ses-") for part in parts[:-1] if part.startswith("ses-")), None)
@@ -104,16 +111,16 @@ def subject_and_session(root: Path, file: Path) -> _Key:
     return next(part for part in parts if part.startswith("sub-")), session
 
 
-def _is_named_for_another(file: Path, key: _Key) -> bool:
+def _name_mismatches_folder(file: Path, key: _Key) -> bool:
     said = BidsName.of(file).entities
     name = f"{stem(file)}_".lower()
     other = "sub" in said and not name.startswith(f"{key[0]}_".lower())
     return other or ("ses" in said and f"_ses-{key[1]}_".lower() not in name)
 
 
-def _images(root: Path, unused: Unused) -> Iterator[Path]:
+def _images(root: Path, unused: UnusedFiles) -> Iterator[Path]:
     for folder in subfolders(root, "sub-*"):
-        yield from images_under(folder, unused)
+        yield from iter_images(folder, unused)
 
 
 def _description_notes(root: Path) -> list[str]:
@@ -153,28 +160,28 @@ def _notes_on_choices(rows: list[dict[str, Any]]) -> list[str]:
     return notes
 
 
-def _note_on_zeros(subjects: set[str]) -> list[str]:
+def _leading_zero_notes(subjects: set[str]) -> list[str]:
     """``sub-1`` beside ``sub-01`` may be one person."""
     plain = Counter(re.sub(r"(?<!\d)0+(?=\d)", "", subject) for subject in subjects)
     alike = sum(count for count in plain.values() if count > 1)
     return [f"{alike} subjects differ from another in leading zeros only; they are taken as others"] if alike else []
 
 
-def _add_derivatives(root: Path, label_maps: list[tuple[str, _Key, tuple, Path]], unused: Unused) -> None:
+def _add_derivatives(root: Path, label_maps: list[tuple[str, _Key, tuple, Path]], unused: UnusedFiles) -> None:
     for pipeline in subfolders(root / "derivatives", "*"):
         for subject in subfolders(pipeline, "sub-*"):
-            for file in images_under(subject, unused):
+            for file in iter_images(subject, unused):
                 column = mask_column(file)
-                if _is_named_for_another(file, subject_and_session(pipeline, file)):
+                if _name_mismatches_folder(file, parse_subject_session(pipeline, file)):
                     unused.append((file, "its name is that of another subject or session than its folder's"))
                 elif column is None:
                     unused.append((file, "an image of derivatives/ (give that folder itself to use it)"))
                 else:
-                    label_maps.append((column, subject_and_session(pipeline, file), BidsName.of(file).order, file))
+                    label_maps.append((column, parse_subject_session(pipeline, file), BidsName.of(file).order, file))
 
 
 def _join_label_maps(
-    table: pd.DataFrame, label_maps: list[tuple[str, _Key, tuple, Path]], unused: Unused
+    table: pd.DataFrame, label_maps: list[tuple[str, _Key, tuple, Path]], unused: UnusedFiles
 ) -> tuple[str, ...]:
     """One label map per session and column: raw folders before derivatives, then the order of scans.
 
@@ -209,23 +216,23 @@ def _join_tables(table: pd.DataFrame, root: Path, notes: list[str]) -> pd.DataFr
     if people.is_file():
         table = _join_participants(table, people, notes)
     visits = []
-    for file in sorted(root.glob("sub-*/sub-*_sessions.tsv"), key=lambda file: in_order(file.name)):
-        facts, of_reading = read_table(file, of_ids=True)
+    for file in sorted(root.glob("sub-*/sub-*_sessions.tsv"), key=lambda file: natural_sort_key(file.name)):
+        facts, of_reading = read_table(file, bids_ids=True)
         of_reading = [note.replace(file.name, _VISITS) for note in of_reading]  # notes name nobody
         notes += [note for note in of_reading if note not in notes]
         if "session" not in facts:
             raise CohortError("a table of sessions has no column 'session_id'", where=file.name, remedy="Add it")
         facts["subject"] = file.parent.name
-        facts["session"] = without_ses(facts["session"])
+        facts["session"] = strip_session_prefix(facts["session"])
         above = (root / "sessions.json", root / "participants.json")
-        visits.append(with_typed_ages(ages_in_years(facts, file, notes, above, _VISITS), file))
+        visits.append(parse_ages(convert_ages_to_years(facts, file, notes, above, _VISITS), file))
     if visits:
         table = join(table, pd.concat(visits, ignore_index=True), ("subject", "session"), root / _VISITS, notes)
     return table
 
 
 def _join_participants(table: pd.DataFrame, file: Path, notes: list[str]) -> pd.DataFrame:
-    people, of_reading = read_table(file, of_ids=True)
+    people, of_reading = read_table(file, bids_ids=True)
     notes += of_reading
     if "subject" not in people:
         raise CohortError("participants.tsv has no column 'participant_id'", where=file.name, remedy="Add it")
@@ -233,9 +240,9 @@ def _join_participants(table: pd.DataFrame, file: Path, notes: list[str]) -> pd.
     people["subject"] = [name if name.startswith("sub-") else f"sub-{name}" for name in people["subject"]]
     keys = ["subject"]
     if "session" in people and people["subject"].duplicated().any():
-        people["session"] = without_ses(people["session"])
+        people["session"] = strip_session_prefix(people["session"])
         keys = ["subject", "session"]
-    people = with_typed_ages(ages_in_years(people, file, notes), file)
+    people = parse_ages(convert_ages_to_years(people, file, notes), file)
     with_scans, listed = set(table["subject"]), set(people["subject"])
     if listed - with_scans:
         notes.append(f"{len(listed - with_scans)} subjects of participants.tsv have no scans")

@@ -12,7 +12,7 @@ import pandas as pd
 
 from brainfound.data.cohort import Cohort
 from brainfound.data.sources import bids
-from brainfound.data.sources.file_names import SubjectNames, Unused, is_visit, subfolders, words_of
+from brainfound.data.sources.file_names import SubjectNamer, UnusedFiles, is_visit, split_words, subfolders
 from brainfound.errors import CohortError
 
 NAME = "BIDS data sets"
@@ -25,10 +25,10 @@ _PROCESSED = {
     *("fmriprep", "smriprep", "freesurfer", "mriqc", "copy", "old", "new", "backup"),
 }
 _VISIT = re.compile(r"(?:wave|round|phase|followup)[_\-]?\w{1,3}", re.IGNORECASE)
-LOOKS_LIKE = "folders with sub-*/ in them (several BIDS data sets)"
+LAYOUT_HINT = "folders with sub-*/ in them (several BIDS data sets)"
 
 
-def recognises(path: Path) -> bool:
+def can_read(path: Path) -> bool:
     """A folder whose folders are BIDS."""
     return path.is_dir() and bool(_datasets(path))
 
@@ -42,9 +42,9 @@ def read(path: Path, work: Path | None = None) -> Cohort:
     Raises:
         CohortError: the folders may hold the same people, or none holds a scan.
     """
-    names = SubjectNames()
+    names = SubjectNamer()
     tables, notes = [], []
-    unused: Unused = []
+    unused: UnusedFiles = []
     columns: list[str] = ["mask"]
     folders = _datasets(path)
     beside = [folder for folder in folders if folder.name.lower() not in _COPIES]
@@ -80,7 +80,7 @@ def read(path: Path, work: Path | None = None) -> Cohort:
 
 
 def _datasets(path: Path) -> list[Path]:
-    return [folder for folder in subfolders(path, "[!.]*") if bids.recognises(folder)]
+    return [folder for folder in subfolders(path, "[!.]*") if bids.can_read(folder)]
 
 
 def _check_people(path: Path, folders: list[Path]) -> list[str]:
@@ -104,7 +104,7 @@ def _check_people(path: Path, folders: list[Path]) -> list[str]:
 
 
 def _words(folder: Path) -> tuple[str, ...]:
-    return words_of(folder.name)
+    return split_words(folder.name)
 
 
 def _may_be_versions(one: tuple[str, ...], other: tuple[str, ...]) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from brainfound.contrasts import CONTRASTS, UNKNOWN, parse_contrast
-from brainfound.data.sources.file_names import HIGHEST_B0, Unused, in_order, stem
+from brainfound.data.sources.file_names import MAX_B0_S_PER_MM2, UnusedFiles, natural_sort_key, stem
 from brainfound.errors import UsageError
 
 _SUFFIXES = {suffix for contrast in CONTRASTS.values() for suffix in contrast.bids_suffixes}
@@ -44,11 +44,11 @@ class BidsName:
         """Of several scans of one contrast the first is used: that with the fewest entities (so the scanner's own
         grid before ``space-…``, the plain before the reconstructed), then by echo, run and name."""
         choices = {key: value for key, value in self.entities.items() if key not in _NOT_CHOICES}
-        number = [in_order(choices.get(key, "")) for key in ("echo", "run")]
-        return ("space" in choices, len(choices), *number, in_order(sorted(choices.items())))
+        number = [natural_sort_key(choices.get(key, "")) for key in ("echo", "run")]
+        return ("space" in choices, len(choices), *number, natural_sort_key(sorted(choices.items())))
 
 
-def contrast_of(name: BidsName) -> tuple[str, str]:
+def contrast_from_bids_name(name: BidsName) -> tuple[str, str]:
     """Contrast, and if it is unknown the reason why the file is no scan.
 
     Only the suffix counts: ``sub-01_T1w_defacemask`` is no T1w. A suffix in small letters (``t1``) is understood.
@@ -115,7 +115,7 @@ class Sidecars:
         self._root = root
         self._listed: dict[Path, list[tuple[BidsName, Path]]] = {}
         self._content: dict[Path, dict[str, Any]] = {}
-        self.faulty: Unused = []
+        self.faulty: UnusedFiles = []
 
     def of(self, scan: Path) -> dict[str, Any]:
         """What the sidecars say of a scan: those of the folders above first, so the nearest one wins."""
@@ -130,7 +130,7 @@ class Sidecars:
                     facts |= self._read(file)
         return facts
 
-    def scanner_of(self, scan: Path) -> dict[str, Any]:
+    def get_scanner_columns(self, scan: Path) -> dict[str, Any]:
         """The columns of `SCANNER_COLUMNS` as far as they are known."""
         facts = self.of(scan)
         row: dict[str, Any] = {}
@@ -154,7 +154,7 @@ class Sidecars:
         if not values:
             known = next((v for k, v in self.of(scan).items() if k in _B_VALUES), None)
             values = [float(known)] if isinstance(known, int | float) and not isinstance(known, bool) else []
-        return bool(values) and max(values) <= HIGHEST_B0
+        return bool(values) and max(values) <= MAX_B0_S_PER_MM2
 
     def _b_values(self, file: Path) -> list[float]:
         if not file.is_file():
@@ -168,7 +168,9 @@ class Sidecars:
     def _json_files(self, folder: Path) -> list[tuple[BidsName, Path]]:
         """The JSON files of a folder, those with the fewest entities first."""
         if folder not in self._listed:
-            files = sorted(folder.glob("*.json"), key=lambda file: in_order(file.name)) if folder.is_dir() else []
+            files = (
+                sorted(folder.glob("*.json"), key=lambda file: natural_sort_key(file.name)) if folder.is_dir() else []
+            )
             named = [(BidsName.of(file), file) for file in files if not file.name.startswith(".")]
             self._listed[folder] = sorted(named, key=lambda pair: len(pair[0].entities))
         return self._listed[folder]

@@ -37,18 +37,18 @@ from brainfound.contrasts import UNKNOWN
 from brainfound.data.cohort import Cohort
 from brainfound.data.sources.bids_files import SCANNER_COLUMNS
 from brainfound.data.sources.dicom_series import (
-    MOST_FOLDERS_OF_ONE,
+    MAX_FOLDERS_PER_PATIENT,
     Series,
+    decode_filename,
     find_series,
     is_dicom,
-    most_folders_of_one_person,
-    readable,
+    max_folders_per_patient,
 )
-from brainfound.data.sources.file_names import Unused, files_under, in_order
+from brainfound.data.sources.file_names import UnusedFiles, iter_files, natural_sort_key
 from brainfound.errors import CohortError, UsageError
 
 NAME = "DICOM"
-LOOKS_LIKE = "DICOM files"
+LAYOUT_HINT = "DICOM files"
 MARKER = "conversion.json"
 _LOOKED_AT = 500
 _LONGEST_S = 3600
@@ -62,9 +62,9 @@ _KEPT = {
 """Keys of a sidecar that are kept: those that the rules of contrasts and the cohort's columns read."""
 
 
-def recognises(path: Path) -> bool:
+def can_read(path: Path) -> bool:
     """A folder in which one of the first 500 files is DICOM."""
-    return path.is_dir() and any(is_dicom(file) for file in islice(files_under(path, []), _LOOKED_AT))
+    return path.is_dir() and any(is_dicom(file) for file in islice(iter_files(path, []), _LOOKED_AT))
 
 
 def read(path: Path, work: Path | None = None) -> Cohort:
@@ -98,7 +98,7 @@ def read(path: Path, work: Path | None = None) -> Cohort:
     table = pd.DataFrame(rows)
     table["path"] = [str(work / file) for file in table["path"]]
     notes = [f"{facts['num_series']} series converted by dcm2niix; nothing was registered or skull-stripped"]
-    if facts["most_folders"] > MOST_FOLDERS_OF_ONE:
+    if facts["most_folders"] > MAX_FOLDERS_PER_PATIENT:
         notes.append(f"up to {facts['most_folders']} folders have one PatientID, and are one subject")
     unknown = int((table["contrast"] == UNKNOWN).sum())
     if unknown:
@@ -118,9 +118,9 @@ def _dcm2niix() -> str:
 
 
 def _convert(path: Path, work: Path, program: str) -> dict[str, Any]:
-    unused: Unused = []
+    unused: UnusedFiles = []
     inside = work.resolve()
-    files = [file for file in files_under(path, unused) if inside not in file.resolve().parents]
+    files = [file for file in iter_files(path, unused) if inside not in file.resolve().parents]
     gone = {file for file in files if not file.is_file()}
     unused += [(file, "a link whose target is not there (download the file first)") for file in files if file in gone]
     files = [file for file in files if file not in gone]
@@ -146,9 +146,9 @@ def _convert(path: Path, work: Path, program: str) -> dict[str, Any]:
         "schema": _SCHEMA,
         "fingerprint": fingerprint,
         "num_series": len(series),
-        "most_folders": most_folders_of_one_person(series),
+        "most_folders": max_folders_per_patient(series),
         "rows": rows,
-        "unused": [(readable(str(file)), reason) for file, reason in unused],
+        "unused": [(decode_filename(str(file)), reason) for file, reason in unused],
     }
     work.mkdir(parents=True, exist_ok=True)
     partial = work / f"{MARKER}.{os.getpid()}"
@@ -180,8 +180,8 @@ def _convert_series(series: Series, folder: Path, work: Path, program: str) -> N
             for number, file in enumerate(series.files):
                 (Path(links) / f"{number:06d}.dcm").symlink_to(file.resolve())
             said = _run(program, Path(links), made)
-        _keep_what_is_needed(made)
-        images = sorted((file.name for file in made.glob("*.nii.gz")), key=in_order)
+        _strip_sidecars(made)
+        images = sorted((file.name for file in made.glob("*.nii.gz")), key=natural_sort_key)
         left_out = [
             (name, "phase or part of a complex image, not magnitude") for name in images if _is_phase(made, name)
         ]
@@ -199,7 +199,7 @@ def _convert_series(series: Series, folder: Path, work: Path, program: str) -> N
         shutil.rmtree(made, ignore_errors=True)
 
 
-def _keep_what_is_needed(folder: Path) -> None:
+def _strip_sidecars(folder: Path) -> None:
     """Sidecars lose what no rule reads: dcm2niix leaves the institution and the time of day in them."""
     for file in folder.glob("*.json"):
         file.write_text(json.dumps({k: v for k, v in _read_json(file).items() if k in _KEPT}, indent=1))
@@ -253,7 +253,7 @@ def _row(series: Series, work: Path, image: Path) -> dict[str, Any]:
     return {
         "subject": series.subject,
         "session": series.session,
-        "contrast": contrast_of_series(sidecar),
+        "contrast": contrast_from_sidecar(sidecar),
         "path": str(image.relative_to(work)),
         "age_years": series.age_years,
         "sex": series.sex,
@@ -287,7 +287,7 @@ _ENHANCED = re.compile(
 _NOT_ENHANCED = re.compile(r"\b(?:pre|without|non|no|w ?o|ohne|nativ)\b")
 
 
-def contrast_of_series(sidecar: dict[str, Any]) -> str:
+def contrast_from_sidecar(sidecar: dict[str, Any]) -> str:
     """The contrast that a sidecar of dcm2niix speaks for, or ``"unknown"``."""
     kinds = {str(kind).upper() for kind in _list(sidecar.get("ImageType"))}
     if "ADC" in kinds or "ADC_UNSPECIFIED" in kinds:

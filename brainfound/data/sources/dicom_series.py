@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from brainfound.data.sources.file_names import DICOM_ENDINGS, Unused, in_order, plain_name
+from brainfound.data.sources.file_names import DICOM_SUFFIXES, UnusedFiles, natural_sort_key, sanitise_name
 from brainfound.errors import CohortError
 
 _TAGS = [
@@ -24,7 +24,7 @@ _NO_PATIENT = {
 }
 _FILLED_WITH_ONE_SIGN = re.compile(r"0+|(\D)\1{2,}")
 """000000, XXXX, ----: what some anonymisers write."""
-MOST_FOLDERS_OF_ONE, MOST_SHARE_OF_ONE = 2, 0.1
+MAX_FOLDERS_PER_PATIENT, MAX_FOLDER_SHARE_PER_PATIENT = 2, 0.1
 """A PatientID in more folders than the first, and in more than the second part of all, is no person's alone."""
 _YEARS = {"Y": 1.0, "M": 1 / 12, "W": 7 / 365.25, "D": 1 / 365.25}
 
@@ -40,7 +40,7 @@ class Series:
     """PatientID, in memory only."""
     named: frozenset[str]
     """Words of PatientName, in memory only, so that no folder with the person's name becomes a subject's name."""
-    when: str
+    acquired_at: str
     folder: str
     age_years: float | None
     sex: str | None
@@ -57,7 +57,7 @@ class Series:
 
 def is_dicom(path: Path) -> bool:
     """Whether a file has DICOM's mark at byte 128, or its usual ending."""
-    if path.suffix.lower() in DICOM_ENDINGS:
+    if path.suffix.lower() in DICOM_SUFFIXES:
         return True
     try:
         with path.open("rb") as stream:
@@ -66,7 +66,7 @@ def is_dicom(path: Path) -> bool:
         return False
 
 
-def find_series(root: Path, files: Iterable[Path], unused: Unused) -> list[Series]:
+def find_series(root: Path, files: Iterable[Path], unused: UnusedFiles) -> list[Series]:
     """The MR series of a folder, with ``subject`` and ``session`` set; everything else goes into ``unused``.
 
     Raises:
@@ -83,22 +83,24 @@ def find_series(root: Path, files: Iterable[Path], unused: Unused) -> list[Serie
             continue
         modality = header["Modality"] or "unknown"
         if modality != "MR":
-            unused.append((file, f"modality {plain_name(modality)[:8]}, not MR"))
+            unused.append((file, f"modality {sanitise_name(modality)[:8]}, not MR"))
             continue
         if uid not in found:
             parts = file.relative_to(root).parts
-            found[uid] = _series(uid, header, readable(parts[0]) if len(parts) > 1 else "")
+            found[uid] = _series(uid, header, decode_filename(parts[0]) if len(parts) > 1 else "")
         found[uid].files.append(file)
     series = list(found.values())
-    _refuse_a_name_for_everybody(series)
-    _name_subjects(series)
+    _require_distinct_patient_ids(series)
+    _assign_subjects(series)
     _name_sessions(series)
-    return sorted(series, key=lambda one: (in_order(one.subject), in_order(one.session), one.number, one.uid))
+    return sorted(
+        series, key=lambda one: (natural_sort_key(one.subject), natural_sort_key(one.session), one.number, one.uid)
+    )
 
 
-def most_folders_of_one_person(series: Iterable[Series]) -> int:
+def max_folders_per_patient(series: Iterable[Series]) -> int:
     """In how many folders the PatientID stands that stands in most; folders that share a study are one."""
-    return max((len(homes) for homes in _homes(series).values()), default=0)
+    return max((len(homes) for homes in _folders_by_patient(series).values()), default=0)
 
 
 def _read_header(file: Path) -> dict[str, str] | None:
@@ -106,7 +108,7 @@ def _read_header(file: Path) -> dict[str, str] | None:
     import pydicom.config
     from pydicom.errors import InvalidDicomError
 
-    force = file.suffix.lower() in DICOM_ENDINGS
+    force = file.suffix.lower() in DICOM_SUFFIXES
     try:
         # Without validation, whose warnings would print values of the header; values are read when asked for.
         with pydicom.config.disable_value_validation():
@@ -119,7 +121,7 @@ def _read_header(file: Path) -> dict[str, str] | None:
         return None
 
 
-def readable(name: str) -> str:
+def decode_filename(name: str) -> str:
     """A file name that is not UTF-8 as Latin-1, so that it can be written into a table."""
     try:
         return os.fsencode(name).decode("utf-8")
@@ -140,27 +142,27 @@ def _series(uid: str, header: dict[str, str], folder: str) -> Series:
         number=int(number) if number.isdecimal() else 0,
         patient=None if is_nobody else patient,
         named=words,
-        when=f"{header['StudyDate']} {header['StudyTime']}",
+        acquired_at=f"{header['StudyDate']} {header['StudyTime']}",
         folder=folder,
         age_years=int(age.group(1)) * _YEARS[age.group(2)] if age else None,
         sex=sex if sex in ("F", "M") else None,
     )
 
 
-def _name_subjects(series: list[Series]) -> None:
+def _assign_subjects(series: list[Series]) -> None:
     """Folders are the subjects if each holds one person and each person lies in one; otherwise PatientID's hash is.
 
     Without a PatientID a study is a person, since nothing else can be known. A folder that holds a word of the
     person's name is not used as a name either: who has a list of names could look up its hash.
     """
-    if _folders_are_persons(series):
+    if _folders_match_patients(series):
         of_folder: dict[str, list[Series]] = defaultdict(list)
         for one in series:
             of_folder[one.folder].append(one)
         for folder, inside in of_folder.items():
-            first = min(inside, key=lambda one: (one.when, one.study))
-            named = _holds_a_name(folder, frozenset[str]().union(*(one.named for one in inside)))
-            subject = f"sub-{_short_hash(first.patient or first.study)}" if named else plain_name(folder)
+            first = min(inside, key=lambda one: (one.acquired_at, one.study))
+            named = _contains_patient_name(folder, frozenset[str]().union(*(one.named for one in inside)))
+            subject = f"sub-{_short_hash(first.patient or first.study)}" if named else sanitise_name(folder)
             for one in inside:
                 one.subject = subject
         return
@@ -168,10 +170,10 @@ def _name_subjects(series: list[Series]) -> None:
         one.subject = f"sub-{_short_hash(one.patient if one.patient is not None else one.study)}"
 
 
-def _holds_a_name(folder: str, names: frozenset[str]) -> bool:
+def _contains_patient_name(folder: str, names: frozenset[str]) -> bool:
     """Whether a folder is called by a word of a name; words of two letters count where they stand alone.
 
-    >>> _holds_a_name("LI_WU", frozenset({"li", "wu"})), _holds_a_name("clinic", frozenset({"li", "wu"}))
+    >>> _contains_patient_name("LI_WU", frozenset({"li", "wu"})), _contains_patient_name("clinic", frozenset({"li", "wu"}))
     (True, False)
     """
     apart = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", folder).lower()
@@ -179,7 +181,7 @@ def _holds_a_name(folder: str, names: frozenset[str]) -> bool:
     return any(name in words or (len(name) > 2 and name in folder.lower()) for name in names)
 
 
-def _homes(series: Iterable[Series]) -> dict[str, set[str]]:
+def _folders_by_patient(series: Iterable[Series]) -> dict[str, set[str]]:
     """Per PatientID one folder for each group of folders that share a study."""
     homes: dict[str, set[str]] = defaultdict(set)
     of_study: dict[str, str] = {}
@@ -190,14 +192,14 @@ def _homes(series: Iterable[Series]) -> dict[str, set[str]]:
     return homes
 
 
-def _refuse_a_name_for_everybody(series: list[Series]) -> None:
+def _require_distinct_patient_ids(series: list[Series]) -> None:
     """A cohort must not become one subject because an anonymiser gave everybody one PatientID.
 
     Series and visits of a person may lie in folders of their own, so two folders, and a small part of many folders,
     are believed.
     """
-    most, folders = most_folders_of_one_person(series), len({one.folder for one in series})
-    if most > MOST_FOLDERS_OF_ONE and most > MOST_SHARE_OF_ONE * folders:
+    most, folders = max_folders_per_patient(series), len({one.folder for one in series})
+    if most > MAX_FOLDERS_PER_PATIENT and most > MAX_FOLDER_SHARE_PER_PATIENT * folders:
         raise CohortError(
             "one PatientID stands in many folders: one person, or an anonymiser's word for everybody",
             got=f"{most} of {folders} folders",
@@ -206,7 +208,7 @@ def _refuse_a_name_for_everybody(series: list[Series]) -> None:
         )
 
 
-def _folders_are_persons(series: list[Series]) -> bool:
+def _folders_match_patients(series: list[Series]) -> bool:
     folders = {one.folder for one in series}
     if len(folders) < 2 or "" in folders:
         return False
@@ -226,7 +228,7 @@ def _name_sessions(series: list[Series]) -> None:
     """Studies of a subject in order of time become 1, 2, …; dates are not kept."""
     studies: dict[str, set[tuple[str, str]]] = defaultdict(set)
     for one in series:
-        studies[one.subject].add((one.when, one.study))
+        studies[one.subject].add((one.acquired_at, one.study))
     for one in series:
         in_time: list[str] = []
         for _, study in sorted(studies[one.subject]):

@@ -36,7 +36,7 @@ _VISIT = (
     r"|(?:19|20)\d{2}[-.]?[01]\d[-.]?[0-3]\d|\d{2}[-.]\d{2}[-.](?:19|20)\d{2})"
 )
 _SHORT_VISIT = re.compile(r"(?:v|m|w|y|d|mr|scan)[_\-]?\d+[a-z]?", re.IGNORECASE)
-_DOUBTFUL = {"pd", "md", "fl"}
+_AMBIGUOUS_CONTRASTS = {"pd", "md", "fl"}
 """Contrasts only behind a person's number: ``PD_001`` is of a study on Parkinson's disease."""
 _NO_CONTRAST = "xx"
 _FAMILIES = tuple(
@@ -71,7 +71,7 @@ class FileName:
 
 
 @dataclass(frozen=True)
-class Person:
+class SubjectIdentity:
     """The person and the visit that an identifier names."""
 
     subject: str
@@ -81,19 +81,19 @@ class Person:
     """Whether the identifier has a known form."""
 
 
-def read_name(path: PurePath) -> FileName:
+def parse_filename(path: PurePath) -> FileName:
     """Contrast, label map and identifier of a file's name.
 
-    >>> read_name(PurePath("BraTS2021_00000_t1ce.nii.gz")).identifier, read_name(PurePath("p1_flair_seg.nii")).contrast
+    >>> parse_filename(PurePath("BraTS2021_00000_t1ce.nii.gz")).identifier, parse_filename(PurePath("p1_flair_seg.nii")).contrast
     ('BraTS2021_00000', 'unknown')
     """
     name = stem(path)
     words = [(found.group(), found.start(), found.end()) for found in re.finditer(r"[^_\-. ]+", name)]
     lower = [word.lower() for word, _, _ in words]
-    doubtful = {i for i in range(len(lower)) if _is_doubtful(lower, i)}
+    doubtful = {i for i in range(len(lower)) if _is_ambiguous(lower, i)}
     first, last = _contrast_words([_NO_CONTRAST if i in doubtful else word for i, word in enumerate(lower)])
     read = PurePath("_".join(word for i, (word, _, _) in enumerate(words) if i not in doubtful)) if doubtful else path
-    contrast = contrast_of_name(read) if first < last else UNKNOWN
+    contrast = scan_contrast_from_filename(read) if first < last else UNKNOWN
     column = _label_column(lower, last if first < last else None)
     dropped = set(range(first, last)) | {i for i in range(last, len(lower)) if _B_VALUE.fullmatch(lower[i])}
     if column:
@@ -105,7 +105,7 @@ def read_name(path: PurePath) -> FileName:
     repeats = {i for i in range(last, len(words)) if named and _REPEAT.fullmatch(lower[i])}
     rest = [i for i in range(len(words)) if i not in dropped | variants | repeats]
     further = len(variants) + len(repeats)
-    return FileName(contrast, column, _joined(name, words, rest), (further, in_order(name)))
+    return FileName(contrast, column, _joined(name, words, rest), (further, natural_sort_key(name)))
 
 
 def _contrast_words(lower: list[str]) -> tuple[int, int]:
@@ -117,10 +117,10 @@ def _contrast_words(lower: list[str]) -> tuple[int, int]:
     return len(lower), len(lower)
 
 
-def _is_doubtful(lower: list[str], i: int) -> bool:
+def _is_ambiguous(lower: list[str], i: int) -> bool:
     before = (re.search(r"\d", word) and not _is_contrast(word) for word in lower[:i])
     alone = all(word in _VARIANTS | _LABEL_WORDS for word in [*lower[:i], *lower[i + 1 :]])
-    return lower[i] in _DOUBTFUL and not alone and not any(before)
+    return lower[i] in _AMBIGUOUS_CONTRASTS and not alone and not any(before)
 
 
 def _is_contrast(word: str) -> bool:
@@ -152,20 +152,20 @@ def _joined(name: str, words: list[tuple[str, int, int]], keep: list[int]) -> st
     return text
 
 
-def person_of(identifier: str) -> Person:
+def parse_identifier(identifier: str) -> SubjectIdentity:
     """Person, visit and site of an identifier; without a known form all of it is the person.
 
-    >>> person_of("IXI002-Guys-0828")
+    >>> parse_identifier("IXI002-Guys-0828")
     Person(subject='IXI002', session=None, site='Guys', certain=True)
-    >>> person_of("patient1_v2").session
+    >>> parse_identifier("patient1_v2").session
     'v2'
     """
     for family in _FAMILIES:
         found = family.fullmatch(identifier)
-        if found and not (family is _FAMILIES[-1] and may_be_a_person(found["session"], found["subject"])):
+        if found and not (family is _FAMILIES[-1] and could_be_subject(found["session"], found["subject"])):
             parts = found.groupdict()
-            return Person(parts["subject"], parts.get("session"), parts.get("site"), certain=True)
-    return Person(identifier, None, None, certain=False)
+            return SubjectIdentity(parts["subject"], parts.get("session"), parts.get("site"), certain=True)
+    return SubjectIdentity(identifier, None, None, certain=False)
 
 
 def is_visit(text: str) -> bool:
@@ -173,16 +173,16 @@ def is_visit(text: str) -> bool:
     return re.fullmatch(_VISIT, text, re.IGNORECASE) is not None
 
 
-def may_be_a_person(visit: str, before: str) -> bool:
+def could_be_subject(visit: str, before: str) -> bool:
     """Whether a short word for a visit is maybe a person's name, as ``HC_m01`` (a man) rather than ``p1_m01``.
 
-    >>> may_be_a_person("m01", "HC"), may_be_a_person("m01", "p1"), may_be_a_person("visit1", "HC")
+    >>> could_be_subject("m01", "HC"), could_be_subject("m01", "p1"), could_be_subject("visit1", "HC")
     (True, False, False)
     """
     return _SHORT_VISIT.fullmatch(visit) is not None and not re.search(r"\d", before)
 
 
-def before_a_short_visit(identifier: str) -> str | None:
+def prefix_before_visit(identifier: str) -> str | None:
     """``HC`` of ``HC_m01``, where the rest may be a visit or a person."""
     found = re.fullmatch(rf"(.+?)[_\-. ]{_SHORT_VISIT.pattern}", identifier, re.IGNORECASE)
     return found.group(1) if found and not re.search(r"\d", found.group(1)) else None
@@ -198,28 +198,28 @@ def is_repeat(identifier: str) -> bool:
     return re.fullmatch(r"\d{1,2}", identifier) is not None
 
 
-def words_of(text: str) -> tuple[str, ...]:
+def split_words(text: str) -> tuple[str, ...]:
     """The words between separators, in small letters."""
     return tuple(word for word in re.split(_SEPARATORS, text.lower()) if word)
 
 
-IMAGES = (".nii.gz", ".nii", ".mgz")
+IMAGE_SUFFIXES = (".nii.gz", ".nii", ".mgz")
 """Endings of the files that a scan can be read from."""
 
-DICOM_ENDINGS = (".dcm", ".ima", ".dicom")
+DICOM_SUFFIXES = (".dcm", ".ima", ".dicom")
 
-Unused = list[tuple[Path, str]]
+UnusedFiles = list[tuple[Path, str]]
 """Files that are no scans of the cohort, each with the reason."""
 
 _B_VALUE_SUFFIX = re.compile(r"(?:^|[_\-. ])b[-_]?(\d+)(?=$|[_\-. ])", re.IGNORECASE)
 _LOOKED_AT = 20_000
-HIGHEST_B0 = 5
+MAX_B0_S_PER_MM2 = 5
 """An image of b ≤ 5 s/mm² is not diffusion-weighted but a b0 (the rule of FOMO300K)."""
 
 
 def is_image(path: PurePath) -> bool:
     """Whether the name ends as an image does. Names that begin with a dot are copies' shadows, never images."""
-    return path.name.lower().endswith(IMAGES) and not path.name.startswith(".")
+    return path.name.lower().endswith(IMAGE_SUFFIXES) and not path.name.startswith(".")
 
 
 def stem(path: PurePath) -> str:
@@ -229,19 +229,19 @@ def stem(path: PurePath) -> str:
     'b.T1w'
     """
     name = path.name
-    for ending in IMAGES:
+    for ending in IMAGE_SUFFIXES:
         if name.lower().endswith(ending):
             return name[: -len(ending)]
     return PurePath(name).stem
 
 
-def in_order(text: object) -> tuple[tuple[int, int, str], ...]:
+def natural_sort_key(text: object) -> tuple[tuple[int, int, str], ...]:
     """A sorting key in which run-2 comes before run-10."""
     parts = re.findall(r"\d+|\D+", str(text))
     return tuple((0, int(part), part) if part.isdecimal() else (1, 0, part) for part in parts)
 
 
-def files_under(folder: Path, unused: Unused, *, without: Iterable[str] = ()) -> Iterator[Path]:
+def iter_files(folder: Path, unused: UnusedFiles, *, without: Iterable[str] = ()) -> Iterator[Path]:
     """All files below a folder in a fixed order; links are followed, hidden names are passed over.
 
     A folder that cannot be listed is put into ``unused``, since its files would be lost silently.
@@ -265,14 +265,15 @@ def files_under(folder: Path, unused: Unused, *, without: Iterable[str] = ()) ->
         seen.add((facts.st_dev, facts.st_ino))
         first = Path(here) == folder
         folders[:] = sorted(
-            (name for name in folders if not name.startswith(".") and not (first and name in skip)), key=in_order
+            (name for name in folders if not name.startswith(".") and not (first and name in skip)),
+            key=natural_sort_key,
         )
-        yield from (Path(here) / name for name in sorted(names, key=in_order) if not name.startswith("."))
+        yield from (Path(here) / name for name in sorted(names, key=natural_sort_key) if not name.startswith("."))
 
 
-def images_under(folder: Path, unused: Unused, *, without: Iterable[str] = ()) -> Iterator[Path]:
-    """The images of `files_under`. A link to nothing (a file that was not downloaded) goes into ``unused``."""
-    for file in files_under(folder, unused, without=without):
+def iter_images(folder: Path, unused: UnusedFiles, *, without: Iterable[str] = ()) -> Iterator[Path]:
+    """The images of `iter_files`. A link to nothing (a file that was not downloaded) goes into ``unused``."""
+    for file in iter_files(folder, unused, without=without):
         if not is_image(file):
             continue
         if file.is_file():
@@ -281,31 +282,33 @@ def images_under(folder: Path, unused: Unused, *, without: Iterable[str] = ()) -
             unused.append((file, "a link whose target is not there (download the file first)"))
 
 
-def holds_image(folders: Iterable[Path]) -> bool:
+def contains_image(folders: Iterable[Path]) -> bool:
     """Whether an image, downloaded or not, is among the first files below these folders; DICOM alone has none."""
-    files = (file for folder in folders for file in files_under(folder, []))
+    files = (file for folder in folders for file in iter_files(folder, []))
     return any(is_image(file) for file in islice(files, _LOOKED_AT))
 
 
 def subfolders(folder: Path, pattern: str) -> list[Path]:
     """The folders directly below that match a pattern, in a fixed order."""
-    return sorted((child for child in folder.glob(pattern) if child.is_dir()), key=lambda child: in_order(child.name))
+    return sorted(
+        (child for child in folder.glob(pattern) if child.is_dir()), key=lambda child: natural_sort_key(child.name)
+    )
 
 
-def contrast_of_name(path: PurePath) -> str:
+def scan_contrast_from_filename(path: PurePath) -> str:
     """`contrast_from_filename`, except that a diffusion scan whose name says b ≤ 5 is of unknown contrast.
 
-    >>> contrast_of_name(PurePath("dwi_b0.nii.gz")), contrast_of_name(PurePath("dwi_b1000.nii.gz"))
+    >>> scan_contrast_from_filename(PurePath("dwi_b0.nii.gz")), scan_contrast_from_filename(PurePath("dwi_b1000.nii.gz"))
     ('unknown', 'DWI')
     """
     contrast = contrast_from_filename(path)
     b_value = _B_VALUE_SUFFIX.search(stem(path))
-    if contrast == "DWI" and b_value and int(b_value.group(1)) <= HIGHEST_B0:
+    if contrast == "DWI" and b_value and int(b_value.group(1)) <= MAX_B0_S_PER_MM2:
         return UNKNOWN
     return contrast
 
 
-def inside(root: Path, relative: str, where: Path, line: object) -> Path:
+def safe_join(root: Path, relative: str, where: Path, line: object) -> Path:
     """A path that a downloaded index names below its root.
 
     Raises:
@@ -323,12 +326,12 @@ def inside(root: Path, relative: str, where: Path, line: object) -> Path:
     return root / os.path.relpath(full, base)
 
 
-def plain_name(text: object) -> str:
+def sanitise_name(text: object) -> str:
     """A name that can be part of a file name: no slashes and no blanks."""
     return re.sub(r"[\s/\\:]+", "-", str(text).strip()) or "unnamed"
 
 
-class SubjectNames:
+class SubjectNamer:
     """``<dataset>_<participant>`` for sources in which participants' names repeat between data sets."""
 
     def __init__(self) -> None:
@@ -341,7 +344,7 @@ class SubjectNames:
             CohortError: two participants would have one name.
         """
         key = (str(dataset), str(participant))
-        name = f"{plain_name(dataset)}_{plain_name(participant)}"
+        name = f"{sanitise_name(dataset)}_{sanitise_name(participant)}"
         if self._known.setdefault(name, key) != key:
             raise CohortError(
                 "two subjects of different data sets would have one name", got=name, remedy="Write a manifest"

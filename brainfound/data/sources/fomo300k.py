@@ -15,16 +15,16 @@ import pandas as pd
 from brainfound.contrasts import UNKNOWN
 from brainfound.data.cohort import Cohort
 from brainfound.data.reading.archives import list_members, open_binary
-from brainfound.data.sources.bids_files import BidsName, contrast_of, mask_column
+from brainfound.data.sources.bids_files import BidsName, contrast_from_bids_name, mask_column
 from brainfound.data.sources.file_names import (
-    HIGHEST_B0,
-    SubjectNames,
-    Unused,
-    contrast_of_name,
-    images_under,
-    in_order,
+    MAX_B0_S_PER_MM2,
+    SubjectNamer,
+    UnusedFiles,
     is_image,
-    read_name,
+    iter_images,
+    natural_sort_key,
+    parse_filename,
+    scan_contrast_from_filename,
     stem,
     subfolders,
 )
@@ -33,11 +33,11 @@ from brainfound.data.sources.tables import read_table
 from brainfound.errors import CohortError, ScanError
 
 NAME = "FOMO300K"
-LOOKS_LIKE = "PT001_*/sub-*/ses-*.zip (FOMO300K)"
+LAYOUT_HINT = "PT001_*/sub-*/ses-*.zip (FOMO300K)"
 _PARTS = "PT[0-9]*"
 
 
-def recognises(path: Path) -> bool:
+def can_read(path: Path) -> bool:
     """The root with ``PT001_*`` folders, or one such folder with sessions as zips."""
     return path.is_dir() and any(any(_sessions(part)) for part, _ in _parts(path))
 
@@ -51,9 +51,9 @@ def read(path: Path, work: Path | None = None) -> Cohort:
     Raises:
         CohortError: not one image.
     """
-    unused: Unused = []
+    unused: UnusedFiles = []
     notes: list[str] = []
-    names = SubjectNames()
+    names = SubjectNamer()
     rows: list[dict[str, Any]] = []
     for part, dataset in _parts(path):
         unused += [(file, "not in the zip or folder of a session") for file in _loose(part, unused)]
@@ -77,7 +77,9 @@ def read(path: Path, work: Path | None = None) -> Cohort:
             got=unused[0][1] if unused else "no images",
             remedy="Check the archives",
         )
-    rows.sort(key=lambda row: (in_order(row["subject"]), in_order(row["session"]), row["_order"], row["path"]))
+    rows.sort(
+        key=lambda row: (natural_sort_key(row["subject"]), natural_sort_key(row["session"]), row["_order"], row["path"])
+    )
     table = pd.DataFrame(rows).drop(columns="_order")
     root = _root(path)
     if (root / "participants.tsv").is_file():
@@ -111,7 +113,7 @@ def _root(path: Path) -> Path:
 def _sessions(part: Path) -> Iterator[Path]:
     """Zips, and folders of zips that were unpacked beside them (then the zip alone is read)."""
     for subject in subfolders(part, "sub-*"):
-        found = sorted(subject.glob("ses-*"), key=lambda child: in_order(child.name))
+        found = sorted(subject.glob("ses-*"), key=lambda child: natural_sort_key(child.name))
         for child in found:
             if (child.suffix.lower() == ".zip" and child.is_file()) or (
                 child.is_dir() and child.with_name(child.name + ".zip") not in found
@@ -119,14 +121,14 @@ def _sessions(part: Path) -> Iterator[Path]:
                 yield child
 
 
-def _loose(part: Path, unused: Unused) -> Iterator[Path]:
+def _loose(part: Path, unused: UnusedFiles) -> Iterator[Path]:
     for subject in subfolders(part, "sub-*"):
-        yield from images_under(subject, unused, without=[session.name for session in subfolders(subject, "ses-*")])
+        yield from iter_images(subject, unused, without=[session.name for session in subfolders(subject, "ses-*")])
 
 
-def _files(session: Path, unused: Unused) -> list[Path]:
+def _files(session: Path, unused: UnusedFiles) -> list[Path]:
     if session.is_dir():
-        return list(images_under(session, unused))
+        return list(iter_images(session, unused))
     try:
         members = list_members(session)
     except ScanError as error:
@@ -142,13 +144,13 @@ def _contrast(file: Path) -> tuple[str, str]:
     """The contrast, and a reason if the file is not to be used at all."""
     if mask_column(file):
         return UNKNOWN, "a label map"
-    contrast, reason = contrast_of(BidsName.of(file))
+    contrast, reason = contrast_from_bids_name(BidsName.of(file))
     if reason and not reason.startswith("no known contrast"):
         return UNKNOWN, reason
-    if contrast == UNKNOWN and read_name(file).label_column:
+    if contrast == UNKNOWN and parse_filename(file).label_column:
         return UNKNOWN, "a label map"
     if contrast == UNKNOWN:
-        contrast = contrast_of_name(file) if "-" not in file.name else UNKNOWN
+        contrast = scan_contrast_from_filename(file) if "-" not in file.name else UNKNOWN
     if contrast == "DWI" and _is_b0(file):
         contrast = UNKNOWN
     return contrast, ""
@@ -161,7 +163,7 @@ def _is_b0(file: Path) -> bool:
             numbers = [float(word) for word in stream.read(100_000).split()]
     except (ScanError, OSError, ValueError):
         return False  # nothing is known of the b-values, so the name counts
-    return bool(numbers) and max(numbers) <= HIGHEST_B0
+    return bool(numbers) and max(numbers) <= MAX_B0_S_PER_MM2
 
 
 def _join_scan_facts(table: pd.DataFrame, root: Path, notes: list[str]) -> pd.DataFrame:
@@ -169,7 +171,7 @@ def _join_scan_facts(table: pd.DataFrame, root: Path, notes: list[str]) -> pd.Da
     file = root / "mri_info.tsv"
     if not file.is_file():
         return table
-    facts, of_reading = read_table(file, of_ids=True)
+    facts, of_reading = read_table(file, bids_ids=True)
     notes += of_reading
     if not {"dataset", "subject", "session", "filename"} <= set(facts.columns):
         notes.append("mri_info.tsv has no columns dataset, participant_id, session_id, filename and was not used")

@@ -16,26 +16,33 @@ import pandas as pd
 
 from brainfound.data.cohort import Cohort
 from brainfound.data.sources.file_names import (
-    SubjectNames,
-    Unused,
-    contrast_of_name,
-    holds_image,
-    images_under,
-    in_order,
-    inside,
+    SubjectNamer,
+    UnusedFiles,
+    contains_image,
     is_image,
-    read_name,
+    iter_images,
+    natural_sort_key,
+    parse_filename,
+    safe_join,
+    scan_contrast_from_filename,
     subfolders,
 )
-from brainfound.data.sources.tables import SessionKey, join, join_label_maps, read_table, with_typed_ages, without_ses
+from brainfound.data.sources.tables import (
+    SessionKey,
+    join,
+    join_label_maps,
+    parse_ages,
+    read_table,
+    strip_session_prefix,
+)
 from brainfound.errors import CohortError
 
 NAME = "FOMO60K"
-LOOKS_LIKE = "sub_<N>/ses_<M>/*.nii.gz or mapping.tsv (FOMO60K)"
+LAYOUT_HINT = "sub_<N>/ses_<M>/*.nii.gz or mapping.tsv (FOMO60K)"
 _KEYS = ("dataset", "subject", "session")
 
 
-def recognises(path: Path) -> bool:
+def can_read(path: Path) -> bool:
     """Either release in its root, or the folder above the ``fomo-60k`` of the first; DICOM in such folders is not."""
     return path.is_dir() and (_is_later(path) or _first_release(path) is not None)
 
@@ -46,7 +53,7 @@ def read(path: Path, work: Path | None = None) -> Cohort:
     Raises:
         CohortError: no images, or an index that leads out of its folder.
     """
-    unused: Unused = []
+    unused: UnusedFiles = []
     notes: list[str] = []
     maps: list[tuple[str, SessionKey, Path]] = []
     if _is_later(path):
@@ -76,23 +83,23 @@ def _is_later(path: Path) -> bool:
 def _first_release(path: Path) -> Path | None:
     for root in (path, path / "fomo-60k"):
         sessions = (session for session in root.glob("sub_*/ses_*") if session.is_dir())
-        if holds_image(sessions):
+        if contains_image(sessions):
             return root
     return None
 
 
-def _read_first(root: Path, maps: list[tuple[str, SessionKey, Path]], unused: Unused) -> pd.DataFrame:
+def _read_first(root: Path, maps: list[tuple[str, SessionKey, Path]], unused: UnusedFiles) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     subjects = subfolders(root, "sub_*")
     for subject in subjects:
         sessions = subfolders(subject, "ses_*")
-        loose = list(images_under(subject, unused, without=[session.name for session in sessions]))
+        loose = list(iter_images(subject, unused, without=[session.name for session in sessions]))
         only = [] if sessions else [file for file in loose if file.parent == subject]  # then it is the one session
         unused += [(file, "not in the folder of a session") for file in loose if file not in only]
         _take(rows, maps, subject.name, "ses_1", only)
         for session in sessions:
-            _take(rows, maps, subject.name, session.name, images_under(session, unused))
-    others = images_under(root, unused, without=[subject.name for subject in subjects])
+            _take(rows, maps, subject.name, session.name, iter_images(session, unused))
+    others = iter_images(root, unused, without=[subject.name for subject in subjects])
     unused += [(file, "not in the folder of a subject") for file in others]
     return pd.DataFrame(rows)
 
@@ -107,18 +114,20 @@ def _take(
 ) -> None:
     """Scans become rows; what is named as a label map (``t1_seg``) is none."""
     for file in files:
-        column = read_name(file).label_column
+        column = parse_filename(file).label_column
         if column:
             maps.append((column, (subject, session), file))
         else:
-            contrast = contrast_of_name(file)
+            contrast = scan_contrast_from_filename(file)
             rows.append({"subject": subject, "session": session, "contrast": contrast, "path": str(file), **facts})
 
 
-def _read_later(root: Path, maps: list[tuple[str, SessionKey, Path]], unused: Unused, notes: list[str]) -> pd.DataFrame:
+def _read_later(
+    root: Path, maps: list[tuple[str, SessionKey, Path]], unused: UnusedFiles, notes: list[str]
+) -> pd.DataFrame:
     """What ``mapping.tsv`` lists and is there; images that it does not list are not used."""
     index = root / "mapping.tsv"
-    mapping, of_reading = read_table(index, of_ids=True)
+    mapping, of_reading = read_table(index, bids_ids=True)
     notes += of_reading
     missing = [column for column in (*_KEYS, "filename") if column not in mapping]
     if missing:
@@ -128,7 +137,7 @@ def _read_later(root: Path, maps: list[tuple[str, SessionKey, Path]], unused: Un
             got=", ".join(map(str, mapping.columns[:12])),
             remedy="Get the file of the release again",
         )
-    names = SubjectNames()
+    names = SubjectNamer()
     rows: list[dict[str, Any]] = []
     listed: set[Path] = set()
     absent = 0
@@ -136,7 +145,7 @@ def _read_later(root: Path, maps: list[tuple[str, SessionKey, Path]], unused: Un
         if any(value is None for value in values):
             raise CohortError("a value is missing", where=f"{index.name}, line {line}", remedy="Get the file again")
         dataset, participant, session, _ = values
-        file = inside(root, "/".join(values), index, f"line {line}")
+        file = safe_join(root, "/".join(values), index, f"line {line}")
         if file in listed:
             continue
         listed.add(file)
@@ -150,10 +159,16 @@ def _read_later(root: Path, maps: list[tuple[str, SessionKey, Path]], unused: Un
             unused.append((file, "listed in mapping.tsv, but not there"))
     if absent:
         notes.append(f"{absent} of {len(listed)} files of mapping.tsv are not there (a partial download?)")
-    unused += [(file, "not listed in mapping.tsv") for file in images_under(root, unused) if file not in listed]
+    unused += [(file, "not listed in mapping.tsv") for file in iter_images(root, unused) if file not in listed]
     if not rows:
         return pd.DataFrame()
-    rows.sort(key=lambda row: (in_order(row["subject"]), in_order(row["session"]), in_order(row["path"])))
+    rows.sort(
+        key=lambda row: (
+            natural_sort_key(row["subject"]),
+            natural_sort_key(row["session"]),
+            natural_sort_key(row["path"]),
+        )
+    )
     return join_people(pd.DataFrame(rows), root, notes).drop(columns=["_participant"])
 
 
@@ -166,7 +181,7 @@ def join_people(table: pd.DataFrame, root: Path, notes: list[str]) -> pd.DataFra
     if not file.is_file():
         notes.append("there is no participants.tsv: nothing is known of the people")
         return table
-    people, of_reading = read_table(file, of_ids=True)
+    people, of_reading = read_table(file, bids_ids=True)
     notes += of_reading
     if not {"dataset", "subject"} <= set(people.columns):
         raise CohortError(
@@ -175,7 +190,7 @@ def join_people(table: pd.DataFrame, root: Path, notes: list[str]) -> pd.DataFra
             got=", ".join(map(str, people.columns[:12])),
             remedy="Get the file of the release again",
         )
-    people = with_typed_ages(people, file, notes)
+    people = parse_ages(people, file, notes)
     by_session = "session" in people and people["session"].notna().any()
     return join_by_names(table, people, ("session",) if by_session else (), file, notes)
 
@@ -190,7 +205,7 @@ def join_by_names(
     facts = facts.rename(columns={"dataset": "_dataset", "subject": "_participant", "session": "_session"})
     keys = ["_dataset", "_participant", *("_session" if column == "session" else column for column in further)]
     if "_session" in keys:
-        facts["_session"] = without_ses(facts["_session"])
+        facts["_session"] = strip_session_prefix(facts["_session"])
         table["_session"] = [name.removeprefix("ses-") for name in table["session"]]
     facts = facts.drop_duplicates()
     doubtful = facts.duplicated(subset=keys, keep=False)

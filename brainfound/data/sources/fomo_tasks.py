@@ -15,18 +15,24 @@ import pandas as pd
 
 from brainfound.contrasts import UNKNOWN
 from brainfound.data.cohort import Cohort
-from brainfound.data.sources.file_names import Unused, contrast_of_name, images_under, read_name, subfolders
+from brainfound.data.sources.file_names import (
+    UnusedFiles,
+    iter_images,
+    parse_filename,
+    scan_contrast_from_filename,
+    subfolders,
+)
 from brainfound.errors import CohortError
 
 NAME = "FOMO task"
-LOOKS_LIKE = "preprocessed/sub_*/ses_*/ with labels/ (FOMO25, FOMO26)"
+LAYOUT_HINT = "preprocessed/sub_*/ses_*/ with labels/ (FOMO25, FOMO26)"
 AGE_TASK = 3
 _TASK = re.compile(r"task[_-]?(\d+)$", re.IGNORECASE)
 _TEXTS = ("label.txt", "labels.txt")
 _SEGMENTATIONS = ("seg.nii.gz", "seg.nii", "label.nii.gz", "labels.nii.gz")
 
 
-def recognises(path: Path) -> bool:
+def can_read(path: Path) -> bool:
     """A task folder, its ``preprocessed``, or a folder that holds task folders."""
     return path.is_dir() and bool(_tasks(path))
 
@@ -39,7 +45,7 @@ def read(path: Path, work: Path | None = None) -> Cohort:
     Raises:
         CohortError: no images, or a label that is not one number.
     """
-    unused: Unused = []
+    unused: UnusedFiles = []
     notes: list[str] = []
     rows: list[dict[str, Any]] = []
     tasks = _tasks(path)
@@ -50,7 +56,7 @@ def read(path: Path, work: Path | None = None) -> Cohort:
         for subject in subfolders(_images_folder(folder), "sub_*"):
             sessions = subfolders(subject, "ses_*") or [subject]
             if sessions != [subject]:
-                loose = images_under(subject, unused, without=[session.name for session in sessions])
+                loose = iter_images(subject, unused, without=[session.name for session in sessions])
                 unused += [
                     (file, "not in the folder of a session") for file in loose if file.name not in _SEGMENTATIONS
                 ]
@@ -113,13 +119,13 @@ def _number(task: Path) -> str:
     return ""
 
 
-def _scans(session: Path, unused: Unused) -> list[dict[str, Any]]:
+def _scans(session: Path, unused: UnusedFiles) -> list[dict[str, Any]]:
     scans = []
-    for file in images_under(session, unused):
+    for file in iter_images(session, unused):
         if file.name in _SEGMENTATIONS:
             continue
-        contrast = contrast_of_name(file)
-        if read_name(file).label_column:
+        contrast = scan_contrast_from_filename(file)
+        if parse_filename(file).label_column:
             unused.append((file, "a label map that is not named seg.nii.gz"))
         elif contrast == UNKNOWN:
             unused.append((file, "no known contrast in the name"))

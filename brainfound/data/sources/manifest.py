@@ -8,16 +8,16 @@ import pandas as pd
 
 from brainfound.contrasts import CONTRASTS, parse_contrast
 from brainfound.data.cohort import Cohort
-from brainfound.data.sources.tables import read_table, with_typed_ages
+from brainfound.data.sources.tables import parse_ages, read_table
 from brainfound.errors import CohortError, UsageError
 
 NAME = "manifest"
-LOOKS_LIKE = "manifest.tsv, .csv or .parquet with subject, contrast, path"
+LAYOUT_HINT = "manifest.tsv, .csv or .parquet with subject, contrast, path"
 _NAMES = ("manifest.tsv", "manifest.csv", "manifest.parquet")
 _REQUIRED = ("subject", "contrast", "path")
 
 
-def recognises(path: Path) -> bool:
+def can_read(path: Path) -> bool:
     """Any file but a JSON (what is no table is refused by its reader), or a folder that holds a manifest."""
     return (path.is_file() and path.suffix.lower() != ".json") or any((path / name).is_file() for name in _NAMES)
 
@@ -43,7 +43,7 @@ def read(path: Path, work: Path | None = None) -> Cohort:
     for column in ("path", *mask_columns):
         if column in table:
             table[column] = [None if pd.isna(file) else str(path.parent / str(file).strip()) for file in table[column]]
-    table = with_typed_ages(table, path)
+    table = parse_ages(table, path)
     repeated = table.astype(str).duplicated()
     if repeated.any():
         table = table[~repeated]

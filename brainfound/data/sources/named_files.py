@@ -19,28 +19,28 @@ from brainfound.contrasts import UNKNOWN
 from brainfound.data.cohort import Cohort
 from brainfound.data.sources.dicom_series import is_dicom
 from brainfound.data.sources.file_names import (
-    DICOM_ENDINGS,
+    DICOM_SUFFIXES,
     FileName,
-    Person,
-    Unused,
-    before_a_short_visit,
-    files_under,
-    images_under,
-    in_order,
+    SubjectIdentity,
+    UnusedFiles,
+    could_be_subject,
     is_contrast_name,
     is_repeat,
     is_visit,
-    may_be_a_person,
-    person_of,
-    read_name,
-    words_of,
+    iter_files,
+    iter_images,
+    natural_sort_key,
+    parse_filename,
+    parse_identifier,
+    prefix_before_visit,
+    split_words,
 )
 from brainfound.data.sources.tables import join_label_maps
 from brainfound.errors import CohortError
 
 NAME = "files by name"
-LOOKS_LIKE = "images whose names say the contrast (p1_T1.nii.gz, p1/flair.nii.gz)"
-_PASSED_OVER = {
+LAYOUT_HINT = "images whose names say the contrast (p1_T1.nii.gz, p1/flair.nii.gz)"
+_SKIPPED_FOLDERS = {
     *("anat", "brains", "data", "dataset", "derivatives", "dicom", "gz", "hgg", "images"),
     *("imagestr", "imagests", "img", "lgg", "label", "labels", "labelstr", "labelsts", "mask"),
     *("masks", "mr", "mri", "nifti", "niftis", "nii", "raw", "scans", "seg"),
@@ -67,9 +67,9 @@ class _File:
     name: FileName
 
 
-def recognises(path: Path) -> bool:
+def can_read(path: Path) -> bool:
     """A folder in which the name of an image says a contrast."""
-    return path.is_dir() and any(read_name(file).contrast != UNKNOWN for file in images_under(path, []))
+    return path.is_dir() and any(parse_filename(file).contrast != UNKNOWN for file in iter_images(path, []))
 
 
 def read(path: Path, work: Path | None = None) -> Cohort:
@@ -78,10 +78,10 @@ def read(path: Path, work: Path | None = None) -> Cohort:
     Raises:
         CohortError: it cannot be told which files are of one person.
     """
-    unused: Unused = []
+    unused: UnusedFiles = []
     files = []
     for file in _images(path, unused):
-        name = read_name(file)
+        name = parse_filename(file)
         above = {part.lower() for part in file.relative_to(path).parts[:-1]}
         if above & _LABEL_FOLDERS and name.label_column is None:
             name = replace(name, contrast=UNKNOWN, label_column="mask")
@@ -89,14 +89,16 @@ def read(path: Path, work: Path | None = None) -> Cohort:
             unused.append((file, "no known contrast in the name"))
             continue
         parts = file.relative_to(path).parts[:-1]
-        folders = tuple(part for part in parts if not _passed_over(part))
+        folders = tuple(part for part in parts if not _is_skipped_folder(part))
         outer = parts[: parts.index(folders[0])] if folders else parts
         if folders and is_repeat(name.identifier):  # p1/T1_2.nii.gz
             name = replace(name, identifier="")
         files.append(_File(file, outer, folders, name))
-    persons = _persons(path, files)
-    _refuse_shared_names(files, persons)
-    _refuse_doubtful([person for file, person in zip(files, persons, strict=True) if file.name.label_column is None])
+    persons = _identify_subjects(path, files)
+    _require_unique_scans(files, persons)
+    _require_unambiguous(
+        [person for file, person in zip(files, persons, strict=True) if file.name.label_column is None]
+    )
     rows: list[dict[str, Any]] = [
         {
             "subject": person.subject,
@@ -104,7 +106,7 @@ def read(path: Path, work: Path | None = None) -> Cohort:
             "contrast": file.name.contrast,
             "path": str(file.path),
             "site": person.site,
-            "_order": (in_order(person.subject), in_order(person.session or "1"), file.name.order),
+            "_order": (natural_sort_key(person.subject), natural_sort_key(person.session or "1"), file.name.order),
         }
         for file, person in zip(files, persons, strict=True)
         if file.name.label_column is None
@@ -116,77 +118,77 @@ def read(path: Path, work: Path | None = None) -> Cohort:
     return Cohort(table, path, columns, source=NAME, notes=notes, unused=unused)
 
 
-def _images(path: Path, unused: Unused) -> Iterator[Path]:
-    yield from images_under(path, unused)
+def _images(path: Path, unused: UnusedFiles) -> Iterator[Path]:
+    yield from iter_images(path, unused)
     # DICOM files often have no ending, or the end of a number (1.2.840.113); other files need not be opened.
-    maybe = (file for file in files_under(path, []) if re.fullmatch(r"(?:\.\d*)?", file.suffix) or _ends_as_dicom(file))
+    maybe = (file for file in iter_files(path, []) if re.fullmatch(r"(?:\.\d*)?", file.suffix) or _ends_as_dicom(file))
     unused.extend((file, "DICOM beside images is not read") for file in maybe if is_dicom(file))
 
 
 def _ends_as_dicom(file: Path) -> bool:
-    return file.suffix.lower() in DICOM_ENDINGS
+    return file.suffix.lower() in DICOM_SUFFIXES
 
 
-def _passed_over(folder: str) -> bool:
-    return folder.lower() in _PASSED_OVER or is_contrast_name(folder)
+def _is_skipped_folder(folder: str) -> bool:
+    return folder.lower() in _SKIPPED_FOLDERS or is_contrast_name(folder)
 
 
-def _persons(root: Path, files: list[_File]) -> list[Person]:
+def _identify_subjects(root: Path, files: list[_File]) -> list[SubjectIdentity]:
     depth = {len(file.folders) for file in files}
     if len(depth) > 1:
         _refuse("the images lie at different depths", " and ".join(f"{d} folders down" for d in sorted(depth)))
     if depth == {0}:
-        return _persons_of_names(root, files)
+        return _subjects_from_names(root, files)
     if depth == {1}:
-        return _persons_of_folders(files)
+        return _subjects_from_folders(files)
     if depth == {2}:
-        return [_person_of_two_folders(file) for file in files]
+        return [_subject_from_two_folders(file) for file in files]
     _refuse("the images lie too deep", f"{'/'.join(files[0].folders)}/")
 
 
-def _persons_of_names(root: Path, files: list[_File]) -> list[Person]:
+def _subjects_from_names(root: Path, files: list[_File]) -> list[SubjectIdentity]:
     empty = [not file.name.identifier for file in files]
     if all(empty):  # t1.nii.gz, flair.nii.gz: the folder is the person
-        return [_person_of_root(root.resolve())] * len(files)
+        return [_subject_from_root(root.resolve())] * len(files)
     if any(empty):
         _refuse("some names say a subject and others none", files[empty.index(True)].path.name)
-    visits = [is_visit(file.name.identifier) and not may_be_a_person(file.name.identifier, "") for file in files]
+    visits = [is_visit(file.name.identifier) and not could_be_subject(file.name.identifier, "") for file in files]
     if any(visits):  # ses-1_T1.nii.gz, ses-2_T1.nii.gz
         if not all(visits):
             _refuse("some names say a subject and others a visit only", files[visits.index(True)].path.name)
-        person = _person_of_root(root.resolve())
+        person = _subject_from_root(root.resolve())
         if person.session or not re.search(r"\d", person.subject):
             _refuse("the names say visits, and the folder no subject", root.resolve().name)
         return [replace(person, session=file.name.identifier) for file in files]
-    return [person_of(file.name.identifier) for file in files]
+    return [parse_identifier(file.name.identifier) for file in files]
 
 
-def _person_of_root(root: Path) -> Person:
+def _subject_from_root(root: Path) -> SubjectIdentity:
     """The person whose folder was given; in ``p1/ses-1/anat`` it is two folders up."""
     visit = None
     for folder in (root, *root.parents[:2]):
         if is_visit(folder.name) and not visit:
             visit = folder.name
-        elif not _passed_over(folder.name):
+        elif not _is_skipped_folder(folder.name):
             if folder != root and not re.search(r"\d", folder.name):
                 break
-            person = person_of(folder.name)
+            person = parse_identifier(folder.name)
             return replace(person, session=visit or person.session)
     _refuse("the files and their folder name no subject", root.name)
 
 
-def _persons_of_folders(files: list[_File]) -> list[Person]:
+def _subjects_from_folders(files: list[_File]) -> list[SubjectIdentity]:
     """A folder per subject, with or without its name in the files; or groups of files that name their subjects."""
     foreign: dict[str, set[str]] = defaultdict(set)
     for file in files:
-        if file.name.label_column is None and not _belongs(file.name.identifier, file.folders[0]):
+        if file.name.label_column is None and not _matches_folder(file.name.identifier, file.folders[0]):
             foreign[file.folders[0]].add(file.name.identifier)
     by_name = any(len(found) > 1 for found in foreign.values())
     homes: dict[str, set[str]] = defaultdict(set)
     for folder, found in foreign.items():
         for identifier in found:
             if by_name or re.search(r"\d", identifier):  # a word in every folder (brain_T1) is no person
-                homes[person_of(identifier).subject].add(folder)
+                homes[parse_identifier(identifier).subject].add(folder)
     shared = [subject for subject, folders in homes.items() if len(folders) > 1]
     if shared:
         _refuse("files of one name lie in several folders", f"{shared[0]!r} in {', '.join(sorted(homes[shared[0]]))}")
@@ -196,49 +198,49 @@ def _persons_of_folders(files: list[_File]) -> list[Person]:
         if by_name:
             if identifier not in foreign[folder] and file.name.label_column is None:
                 _refuse("some files are named by their subject and others by their folder", file.path.name)
-            persons.append(person_of(identifier))
+            persons.append(parse_identifier(identifier))
         elif is_visit(identifier):
-            if may_be_a_person(identifier, "" if _GROUP.fullmatch(folder) else folder):
+            if could_be_subject(identifier, "" if _GROUP.fullmatch(folder) else folder):
                 _refuse("it cannot be told whether names are visits or subjects", f"{folder}/{file.path.name}")
-            persons.append(Person(person_of(folder).subject, identifier, None, certain=True))
+            persons.append(SubjectIdentity(parse_identifier(folder).subject, identifier, None, certain=True))
         else:
-            longer = max((folder, identifier if _belongs(identifier, folder) else ""), key=len)
-            persons.append(person_of(longer))
+            longer = max((folder, identifier if _matches_folder(identifier, folder) else ""), key=len)
+            persons.append(parse_identifier(longer))
     return persons
 
 
-def _person_of_two_folders(file: _File) -> Person:
+def _subject_from_two_folders(file: _File) -> SubjectIdentity:
     """``<subject>/<session>/``; or ``site1/<subject>/`` where the upper folder has a word for a group."""
     upper, lower = file.folders
-    person, below = person_of(upper), person_of(lower)
+    person, below = parse_identifier(upper), parse_identifier(lower)
     identifier = file.name.identifier
-    if not (_belongs(identifier, lower) or _belongs(identifier, upper) or is_visit(identifier)):
+    if not (_matches_folder(identifier, lower) or _matches_folder(identifier, upper) or is_visit(identifier)):
         _refuse("a file names another subject than its folders", f"{upper}/{lower}/{file.path.name}")
     if _GROUP.fullmatch(upper) and not is_visit(lower) and not lower.isdecimal():
-        return Person(below.subject, below.session, below.site or upper, certain=True)
+        return SubjectIdentity(below.subject, below.session, below.site or upper, certain=True)
     numbered = lower.isdecimal() and re.search(r"\d", upper) and not _GROUP.fullmatch(upper)
-    if is_visit(lower) and may_be_a_person(lower, "" if _GROUP.fullmatch(upper) else upper):
+    if is_visit(lower) and could_be_subject(lower, "" if _GROUP.fullmatch(upper) else upper):
         _refuse("it cannot be told whether folders are visits or subjects", f"{upper}/{lower}/")
     if is_visit(lower) or numbered:
-        return Person(person.subject, lower, person.site, certain=True)
+        return SubjectIdentity(person.subject, lower, person.site, certain=True)
     if below.session and below.subject.lower() in (upper.lower(), person.subject.lower()):
-        return Person(below.subject, below.session, below.site, certain=True)
+        return SubjectIdentity(below.subject, below.session, below.site, certain=True)
     if lower == upper:
         return person
     _refuse("it cannot be told whether folders are visits or subjects", f"{upper}/{lower}/")
 
 
-def _belongs(identifier: str, folder: str) -> bool:
+def _matches_folder(identifier: str, folder: str) -> bool:
     """Whether a name can be one of its folder: no name, a visit, or one begins with the words of the other."""
-    name, home = words_of(identifier), words_of(folder)
+    name, home = split_words(identifier), split_words(folder)
     shorter = min(len(name), len(home))
     return not name or is_visit(identifier) or name[:shorter] == home[:shorter]
 
 
-def _refuse_doubtful(persons: list[Person]) -> None:
+def _require_unambiguous(persons: list[SubjectIdentity]) -> None:
     """Names that may be two persons, or two visits of one person, are not guessed at."""
-    subjects = sorted({person.subject for person in persons}, key=in_order)
-    uncertain = sorted({person.subject for person in persons if not person.certain}, key=in_order)
+    subjects = sorted({person.subject for person in persons}, key=natural_sort_key)
+    uncertain = sorted({person.subject for person in persons if not person.certain}, key=natural_sort_key)
     by_letters: dict[str, str] = {}
     for subject in subjects:
         other = by_letters.setdefault(subject.lower(), subject)
@@ -246,27 +248,27 @@ def _refuse_doubtful(persons: list[Person]) -> None:
             _refuse("two subjects differ in capital letters only", f"{other} and {subject}")
     by_start: dict[str, str] = {}
     for subject in uncertain:
-        start = before_a_short_visit(subject)
+        start = prefix_before_visit(subject)
         other = subject if start is None else by_start.setdefault(start.lower(), subject)
         if other != subject:
             _refuse("they may be two subjects or two visits of one", f"{other} and {subject}")
-    by_words = {words_of(subject): subject for subject in subjects}
+    by_words = {split_words(subject): subject for subject in subjects}
     by_rest: dict[tuple[str, ...], str] = {}
     for subject in uncertain:
-        words = words_of(subject)
+        words = split_words(subject)
         if words and words[-1] in ("pre", "post"):
             _refuse("pre and post may mean visits or a contrast agent", subject)
         for length in range(1, len(words)):
             if words[:length] in by_words:
                 _refuse("one name begins with another", f"{by_words[words[:length]]} and {subject}")
         rest = words[:-1]
-        if rest and re.search(r"\d", words[-1]) and _may_be_a_person(rest[-1]):
+        if rest and re.search(r"\d", words[-1]) and _could_be_subject(rest[-1]):
             other = by_rest.setdefault(rest, subject)
             if other != subject:
                 _refuse("they may be two subjects or two visits of one", f"{other} and {subject}")
 
 
-def _refuse_shared_names(files: list[_File], persons: list[Person]) -> None:
+def _require_unique_scans(files: list[_File], persons: list[SubjectIdentity]) -> None:
     """``train/001_T1`` and ``test/001_T1`` may be two persons, ``raw/p1_T1`` and ``derivatives/p1_T1`` one scan."""
     outer_of: dict[tuple[str, str, str], tuple[str, ...]] = {}
     split_of: dict[str, str] = {}
@@ -282,7 +284,7 @@ def _refuse_shared_names(files: list[_File], persons: list[Person]) -> None:
                 _refuse("the same scan of one name lies in several folders", f"{person.subject!r} in {folders}")
 
 
-def _may_be_a_person(word: str) -> bool:
+def _could_be_subject(word: str) -> bool:
     """Whether a word with a number can be a person's name rather than a group's (``site1``)."""
     return re.search(r"\d$", word) is not None and not _GROUP.fullmatch(word)
 
@@ -295,8 +297,12 @@ def _refuse(what: str, got: str) -> NoReturn:
     )
 
 
-def _join_label_maps(table: pd.DataFrame, files: list[_File], persons: list[Person], unused: Unused) -> tuple[str, ...]:
-    pairs = sorted(zip(files, persons, strict=True), key=lambda pair: (pair[0].name.order, in_order(pair[0].path)))
+def _join_label_maps(
+    table: pd.DataFrame, files: list[_File], persons: list[SubjectIdentity], unused: UnusedFiles
+) -> tuple[str, ...]:
+    pairs = sorted(
+        zip(files, persons, strict=True), key=lambda pair: (pair[0].name.order, natural_sort_key(pair[0].path))
+    )
     found = [
         (file.name.label_column, (person.subject, person.session or "1"), file.path)
         for file, person in pairs

@@ -19,19 +19,25 @@ import pandas as pd
 from brainfound.contrasts import UNKNOWN, parse_contrast
 from brainfound.data.cohort import Cohort
 from brainfound.data.sources.bids_files import SCANNER_COLUMNS
-from brainfound.data.sources.file_names import SubjectNames, Unused, contrast_of_name, in_order, inside
-from brainfound.data.sources.tables import known_names, with_typed_ages
+from brainfound.data.sources.file_names import (
+    SubjectNamer,
+    UnusedFiles,
+    natural_sort_key,
+    safe_join,
+    scan_contrast_from_filename,
+)
+from brainfound.data.sources.tables import known_names, parse_ages
 from brainfound.errors import CohortError, UsageError
 
 NAME = "OpenMind"
-LOOKS_LIKE = "pretrain_data.json (OpenMind)"
+LAYOUT_HINT = "pretrain_data.json (OpenMind)"
 _FILE = "pretrain_data.json"
 _MASKS = ("anatomy_mask", "anonymization_mask")
 _NOTHING = {"", "n/a", "na", "nan", "none", "null", "unknown"}
 _NO_CONTRAST = {"", "mri", "mr", "image", "none", "unknown"}
 
 
-def recognises(path: Path) -> bool:
+def can_read(path: Path) -> bool:
     """A ``.json`` file, or a folder with ``pretrain_data.json``."""
     return (path.is_file() and path.suffix.lower() == ".json") or (path / _FILE).is_file()
 
@@ -44,8 +50,8 @@ def read(path: Path, work: Path | None = None) -> Cohort:
     """
     file = path / _FILE if path.is_dir() else path
     tree = _load(file)
-    unused: Unused = []
-    names = SubjectNames()
+    unused: UnusedFiles = []
+    names = SubjectNamer()
     roots = _Roots(file)
     rows = []
     without_names = 0
@@ -72,9 +78,15 @@ def read(path: Path, work: Path | None = None) -> Cohort:
             got=f"{len(unused)} listed" if unused else None,
             remedy="Set the variable nnssl_raw to the folder that the paths start at (export nnssl_raw=/data)",
         )
-    rows.sort(key=lambda row: (in_order(row["subject"]), in_order(row["session"]), in_order(row["path"])))
+    rows.sort(
+        key=lambda row: (
+            natural_sort_key(row["subject"]),
+            natural_sort_key(row["session"]),
+            natural_sort_key(row["path"]),
+        )
+    )
     notes: list[str] = []
-    table = with_typed_ages(pd.DataFrame(rows), file, notes)
+    table = parse_ages(pd.DataFrame(rows), file, notes)
     missing = sum("not there" in reason for _, reason in unused)
     if missing:
         notes.append(f"{missing} listed files are not there; if that is wrong, set the variable nnssl_raw")
@@ -149,7 +161,7 @@ def _contrast(image: dict[str, Any], scan: Path) -> str:
     """What the index says; the name of the file only where the index says nothing."""
     said = str(image.get("modality") or "").strip()
     if said.lower() in _NO_CONTRAST:
-        return contrast_of_name(scan)
+        return scan_contrast_from_filename(scan)
     try:
         return parse_contrast(said)
     except UsageError:
@@ -168,12 +180,12 @@ class _Roots:
             raise CohortError(f"{what} has no path", where=self._file.name, remedy="Get the file again")
         variable = re.match(r"\$\{?(\w+)\}?/+", text)
         if variable is None:
-            return inside(self._folder, text, self._file, "a path")
+            return safe_join(self._folder, text, self._file, "a path")
         rest = text[variable.end() :]
         value = os.environ.get(variable.group(1))
         if value:
-            return inside(Path(value), rest, self._file, "a path")
+            return safe_join(Path(value), rest, self._file, "a path")
         # The JSON lies in $nnssl_raw/<set>/, and its paths begin with that <set>.
         parent = self._folder.resolve()
         root = parent.parent if rest.split("/")[0] == parent.name else self._folder
-        return inside(root, rest, self._file, "a path")
+        return safe_join(root, rest, self._file, "a path")

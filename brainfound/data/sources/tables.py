@@ -18,7 +18,7 @@ from typing import Any
 
 import pandas as pd
 
-from brainfound.data.sources.file_names import Unused
+from brainfound.data.sources.file_names import UnusedFiles
 from brainfound.errors import CohortError
 
 ENDINGS = (".csv", ".tsv", ".txt", ".parquet")
@@ -42,7 +42,7 @@ _NO_AGE = {*(word.lower() for word in _MISSING), "none", "unknown"}
 _YEARS = {"year": 1.0, "month": 12.0, "week": 365.25 / 7, "day": 365.25}
 
 
-def read_table(path: Path, *, renamed: bool = True, of_ids: bool = False) -> tuple[pd.DataFrame, list[str]]:
+def read_table(path: Path, *, renamed: bool = True, bids_ids: bool = False) -> tuple[pd.DataFrame, list[str]]:
     """A table and notes on how it had to be read.
 
     Byte-order marks, UTF-16 (Excel's "Unicode text") and another separator than the ending promises are
@@ -72,7 +72,7 @@ def read_table(path: Path, *, renamed: bool = True, of_ids: bool = False) -> tup
         raise CohortError("the text is not UTF-8", where=path.name, remedy='Save it as "CSV UTF-8"') from error
     except (ValueError, OSError, csv.Error) as error:
         raise CohortError(f"cannot be read as a table: {error}", where=path.name, remedy="Check the file") from error
-    if of_ids:
+    if bids_ids:
         table = _with_ids_first(table, path, notes)
     if renamed:
         table = table.rename(columns=known_names(table.columns))
@@ -169,7 +169,7 @@ def _with_ids_first(table: pd.DataFrame, path: Path, notes: list[str]) -> pd.Dat
     return table.rename(columns=names)
 
 
-def without_ses(values: Iterable[Any]) -> list[str | None]:
+def strip_session_prefix(values: Iterable[Any]) -> list[str | None]:
     """Names of sessions without ``ses-``; missing ones stay None."""
     names = [as_text(value) for value in values]
     return [None if name is None else name.removeprefix("ses-") for name in names]
@@ -209,7 +209,7 @@ def _text_of(value: Any) -> str:
     return str(as_text(value)) if isinstance(value, float) else str(value)
 
 
-def with_typed_ages(table: pd.DataFrame, path: Path, notes: list[str] | None = None) -> pd.DataFrame:
+def parse_ages(table: pd.DataFrame, path: Path, notes: list[str] | None = None) -> pd.DataFrame:
     """``age_years`` as float; "89+" (ages masked for privacy, BIDS) is 89.
 
     Args:
@@ -250,7 +250,7 @@ def _numbers(values: pd.Series) -> tuple[pd.Series, pd.Series]:
     return ages, odd.drop(masked.index)
 
 
-def ages_in_years(
+def convert_ages_to_years(
     table: pd.DataFrame, path: Path, notes: list[str], inherited: Sequence[Path] = (), name: str = ""
 ) -> pd.DataFrame:
     """Ages in the unit that the table's JSON states (BIDS: ``participants.json``), as years.
@@ -334,7 +334,7 @@ SessionKey = tuple[str, str]
 
 
 def join_label_maps(
-    table: pd.DataFrame, label_maps: Iterable[tuple[str, SessionKey, Path]], unused: Unused
+    table: pd.DataFrame, label_maps: Iterable[tuple[str, SessionKey, Path]], unused: UnusedFiles
 ) -> tuple[str, ...]:
     """A column per kind of label map, with the first map of each session; the others go into ``unused``.
 

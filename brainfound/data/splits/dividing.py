@@ -16,7 +16,7 @@ import pandas as pd
 
 from brainfound.errors import UsageError
 
-MOST_LABELS = 10
+MAX_LABELS = 10
 """A column of numbers with more different values than this is cut at its quintiles."""
 Labels = Sequence[Any] | Mapping[str, Sequence[Any]]
 """A label per session; or several columns of them by name, the most important first."""
@@ -93,7 +93,7 @@ def k_folds(
     for number, index in enumerate(tested.values()):
         test = sorted({subjects[i] for i in index})
         rng = np.random.default_rng([seed, number])
-        folds.append(_as_indices(_around(sorted(everyone - set(test)), test, strata, validation, rng), subjects))
+        folds.append(_as_indices(_build_fold(sorted(everyone - set(test)), test, strata, validation, rng), subjects))
     return folds
 
 
@@ -133,7 +133,7 @@ def few_shot(
     pool = parts.pop("train")
     rng = np.random.default_rng([seed, 1])
     if labels is None:
-        groups = {"subjects": _evenly(pool, _strata(subjects, stratify), rng)}
+        groups = {"subjects": _stratified_order(pool, _strata(subjects, stratify), rng)}
     else:
         classes = _label_per_subject(subjects, labels)
         known = sorted({label_text(label) for label in classes.values() if not _missing(label)})
@@ -192,11 +192,11 @@ def leave_one_site_out(
         rest = sorted(name for name, places in placed.items() if site not in places)
         if test:
             rng = np.random.default_rng([seed, number])
-            folds[site] = _as_indices(_around(rest, test, strata, validation, rng, len(seen)), subjects)
+            folds[site] = _as_indices(_build_fold(rest, test, strata, validation, rng, len(seen)), subjects)
     return folds
 
 
-def linked_subjects(subjects: Sequence[str], content_hashes: Sequence[str]) -> list[str]:
+def merge_linked_subjects(subjects: Sequence[str], content_hashes: Sequence[str]) -> list[str]:
     """For each session the name under which its subject is divided: subjects who share an image get the same one.
 
     Two subjects with the same image are one person under two names, or a file that was copied to the wrong place.
@@ -247,7 +247,7 @@ def _as_indices(assigned: Mapping[str, Sequence[str]], subjects: Sequence[str]) 
     return split
 
 
-def _around(
+def _build_fold(
     rest: list[str],
     test: list[str],
     strata: Mapping[str, tuple[str, ...]],
@@ -294,7 +294,7 @@ def _label_per_subject(subjects: Sequence[str], labels: Sequence[Any]) -> dict[s
 
 
 def _words(labels: Mapping[str, Any]) -> dict[str, str]:
-    numbers = as_numbers(list(labels.values()))
+    numbers = to_numeric_or_none(list(labels.values()))
     if numbers is None:
         return {name: "" if _missing(label) else str(label) for name, label in labels.items()}
     edges = np.quantile(np.sort(numbers[~np.isnan(numbers)]), [0.2, 0.4, 0.6, 0.8])
@@ -304,13 +304,13 @@ def _words(labels: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def as_numbers(labels: Sequence[Any]) -> np.ndarray | None:
+def to_numeric_or_none(labels: Sequence[Any]) -> np.ndarray | None:
     """A column as numbers, missing ones NaN; None if it has other values, or so few that they are classes."""
     series = pd.Series(list(labels), dtype=object)
     numbers = pd.to_numeric(series, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
     numbers = np.where(np.isfinite(numbers), numbers, np.nan)
     odd = np.isnan(numbers) & ~np.array([_missing(label) for label in labels], dtype=bool)
-    return None if odd.any() or len(set(numbers[~np.isnan(numbers)])) <= MOST_LABELS else numbers
+    return None if odd.any() or len(set(numbers[~np.isnan(numbers)])) <= MAX_LABELS else numbers
 
 
 def _missing(label: Any) -> bool:
@@ -334,7 +334,7 @@ def _divide(
     return _deal(sorted(shuffled, key=lambda name: strata[name]), sizes, strata)
 
 
-def _evenly(names: list[str], strata: Mapping[str, tuple[str, ...]], rng: np.random.Generator) -> list[str]:
+def _stratified_order(names: list[str], strata: Mapping[str, tuple[str, ...]], rng: np.random.Generator) -> list[str]:
     """An order of which every beginning has about the mix of the whole."""
     members: dict[tuple[str, ...], list[str]] = {}
     for index in rng.permutation(len(names)):

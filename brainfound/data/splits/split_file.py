@@ -29,17 +29,23 @@ from typing import Any
 
 import numpy as np
 
-from brainfound.data.splits.dividing import as_numbers, label_text, linked_subjects, require_disjoint, shared_counts
+from brainfound.data.splits.dividing import (
+    label_text,
+    merge_linked_subjects,
+    require_disjoint,
+    shared_counts,
+    to_numeric_or_none,
+)
 from brainfound.data.store import Store
 from brainfound.errors import UsageError, did_you_mean
 
 SCHEMA = "brainfound-split/1"
 PARTS = ("train", "validation", "test")
 REQUIRED_PARTS = ("train", "test")
-SINGLE = "single"
+SINGLE_FOLD = "single"
 MAKE_ANEW = "To use it as it is, make a checked file of it: brainfound split STORE NEW.json --from THIS.json"
 
-Members = Mapping[str, tuple[str, ...]]
+SubjectsByPart = Mapping[str, tuple[str, ...]]
 """Part → its subjects, sorted."""
 
 
@@ -59,7 +65,7 @@ class Split:
         UsageError: a fold without a required part, an unknown or empty part, or a subject in two parts.
     """
 
-    folds: Mapping[str, Members]
+    folds: Mapping[str, SubjectsByPart]
     data_hash: str = ""
     seed: int | None = None
     made: Mapping[str, Any] = field(default_factory=dict)
@@ -70,10 +76,10 @@ class Split:
         if not self.folds:
             raise UsageError("a split needs at least one fold")
         for name, members in self.folds.items():
-            _require_sound(name, members)
+            _require_valid_parts(name, members)
 
     @classmethod
-    def of_store(
+    def from_folds(
         cls,
         store: Store,
         folds: Mapping[str, Mapping[str, np.ndarray]],
@@ -94,13 +100,13 @@ class Split:
         names = [str(name) for name in store.sessions["subject"]]
         members, counts, left_out = {}, {}, {}
         for fold, parts in folds.items():
-            require_no_shared_content(store, parts)
+            require_no_shared_images(store, parts)
             members[fold] = {part: tuple(sorted({names[int(i)] for i in index})) for part, index in parts.items()}
             counts[fold] = {part: _counts(store, index, columns) for part, index in parts.items()}
             left_out[fold] = len(set(names).difference(*members[fold].values()))
         return cls(members, store.content_hash, seed, dict(made), counts, left_out)
 
-    def parts(self, fold: str | None = None) -> Members:
+    def parts(self, fold: str | None = None) -> SubjectsByPart:
         """Part → subjects of one fold; the name may be left out where there is one only.
 
         Raises:
@@ -128,7 +134,7 @@ class Split:
         placed = np.array([part_of.get(str(name), "") for name in store.sessions["subject"]], dtype=object)
         split = {part: np.flatnonzero(placed == part) for part in self.parts(fold)}
         require_disjoint(split, store.sessions["subject"].tolist())
-        require_no_shared_content(store, split)
+        require_no_shared_images(store, split)
         return split
 
     def to_dict(self) -> dict[str, Any]:
@@ -212,7 +218,7 @@ class Split:
         }
 
 
-def read_folds(path: str | Path) -> dict[str, Members]:
+def read_folds(path: str | Path) -> dict[str, SubjectsByPart]:
     """The parts of a file that a person wrote or changed: a split file, an old one, or ``{"train": […], …}``.
 
     Raises:
@@ -221,7 +227,7 @@ def read_folds(path: str | Path) -> dict[str, Members]:
     return _folds_of(_read_json(Path(path)), Path(path))
 
 
-def require_no_shared_content(store: Store, parts: Mapping[str, Sequence[int] | np.ndarray]) -> None:
+def require_no_shared_images(store: Store, parts: Mapping[str, Sequence[int] | np.ndarray]) -> None:
     """Fail if the same image lies in two parts, under whatever name of its subject.
 
     Args:
@@ -245,17 +251,17 @@ def require_no_shared_content(store: Store, parts: Mapping[str, Sequence[int] | 
                 )
 
 
-def subjects_to_divide(store: Store) -> tuple[np.ndarray, int]:
+def get_split_groups(store: Store) -> tuple[np.ndarray, int]:
     """For each session the name by which its subject is divided, and how many subjects go by the name of another.
 
     Those are subjects who share an image: they stay in one part.
     """
     subjects = [str(name) for name in store.sessions["subject"]]
-    names = linked_subjects(subjects, store.sessions["image_hash"].tolist())
+    names = merge_linked_subjects(subjects, store.sessions["image_hash"].tolist())
     return np.array(names, dtype=object), len(set(subjects)) - len(set(names))
 
 
-def _require_sound(fold: str, members: Members, where: object = None) -> None:
+def _require_valid_parts(fold: str, members: SubjectsByPart, where: object = None) -> None:
     unknown = [part for part in members if part not in PARTS]
     if unknown:
         raise UsageError(
@@ -292,8 +298,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _folds_of(content: Mapping[str, Any], path: Path) -> dict[str, Members]:
-    folds: dict[str, Any] = {SINGLE: content.get("subjects", content)}
+def _folds_of(content: Mapping[str, Any], path: Path) -> dict[str, SubjectsByPart]:
+    folds: dict[str, Any] = {SINGLE_FOLD: content.get("subjects", content)}
     if "schema" in content:
         found = content.get("folds")
         found = found if isinstance(found, dict) else {}
@@ -301,7 +307,7 @@ def _folds_of(content: Mapping[str, Any], path: Path) -> dict[str, Members]:
     if not folds:
         remedy = "Make it again: brainfound split STORE NEW.json"
         raise UsageError("a split file without folds", where=path, remedy=remedy)
-    checked: dict[str, Members] = {}
+    checked: dict[str, SubjectsByPart] = {}
     for name, members in folds.items():
         lists = members.values() if isinstance(members, dict) else [None]
         if not all(isinstance(names, list) and all(isinstance(n, str) for n in names) for names in lists):
@@ -311,11 +317,11 @@ def _folds_of(content: Mapping[str, Any], path: Path) -> dict[str, Members]:
                 remedy="Give the file of `brainfound split`, or the splits.json of a run",
             )
         checked[name] = {part: tuple(sorted(set(names))) for part, names in members.items()}
-        _require_sound(name, checked[name], where=path if name == SINGLE else f"{path}, fold {name}")
+        _require_valid_parts(name, checked[name], where=path if name == SINGLE_FOLD else f"{path}, fold {name}")
     return checked
 
 
-def _counts_of(entry: Mapping[str, Any], members: Members) -> dict[str, dict[str, Any]]:
+def _counts_of(entry: Mapping[str, Any], members: SubjectsByPart) -> dict[str, dict[str, Any]]:
     return {part: {"num_sessions": entry["num_sessions"][part], **entry["counts"][part]} for part in members}
 
 
@@ -328,7 +334,7 @@ def _counts(store: Store, index: Sequence[int] | np.ndarray, columns: Sequence[s
     """Sessions of a part; of each column the sessions per value, or the range where it has many numbers."""
     counts: dict[str, Any] = {"num_sessions": len(index)}
     for column in columns:
-        everything = as_numbers(store.covariate(column).tolist())
+        everything = to_numeric_or_none(store.covariate(column).tolist())
         if everything is None:
             values = Counter(label_text(value) for value in store.covariate(column).iloc[list(index)])
             counts[column] = dict(sorted(values.items()))

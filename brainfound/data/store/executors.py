@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     from brainfound.data.store.writer import ShardJob
 
 Executor = Literal["processes", "dask"]
-Write = Callable[["ShardJob"], None]
+WriteShard = Callable[["ShardJob"], None]
 
 _DASK_RETRIES = 3
 _CONNECT_TIMEOUT_S = 30
-_WATCH_S = 2.0
+_PARENT_POLL_S = 2.0
 
 
 def run_jobs(
     jobs: Sequence[ShardJob],
-    write: Write,
+    write: WriteShard,
     *,
     workers: int = 1,
     executor: Executor = "processes",
@@ -59,9 +59,9 @@ def run_jobs(
         yield from _in_processes(jobs, write, workers)
 
 
-def _in_processes(jobs: Sequence[ShardJob], write: Write, workers: int) -> Iterator[ShardJob]:
+def _in_processes(jobs: Sequence[ShardJob], write: WriteShard, workers: int) -> Iterator[ShardJob]:
     pool_of = ProcessPoolExecutor(
-        min(workers, len(jobs)), mp_context=get_context("spawn"), initializer=_end_with, initargs=(os.getpid(),)
+        min(workers, len(jobs)), mp_context=get_context("spawn"), initializer=_exit_with_parent, initargs=(os.getpid(),)
     )
     with pool_of as pool:
         futures = {pool.submit(write, job): job for job in jobs}
@@ -78,18 +78,18 @@ def _in_processes(jobs: Sequence[ShardJob], write: Write, workers: int) -> Itera
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _end_with(parent: int) -> None:
+def _exit_with_parent(parent: int) -> None:
     """End this worker when the process that it works for is gone: killed, it cannot say so itself."""
 
     def watch() -> None:
         while os.getppid() == parent:
-            time.sleep(_WATCH_S)
+            time.sleep(_PARENT_POLL_S)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _on_dask(jobs: Sequence[ShardJob], write: Write, scheduler: str | None) -> Iterator[ShardJob]:
+def _on_dask(jobs: Sequence[ShardJob], write: WriteShard, scheduler: str | None) -> Iterator[ShardJob]:
     try:
         from dask.distributed import Client, as_completed
         from distributed.scheduler import KilledWorker

@@ -59,7 +59,7 @@ class StoreFolder:
         shape = (len(self.preprocessing.contrasts), *self.preprocessing.size)
         self.files = SliceFiles(path / "slices", shape, self.preprocessing.pixel_dtype)
 
-    def require_sound_table(self) -> None:
+    def verify_table(self) -> None:
         """Refuse a table of sessions or a preprocessing that is not the one that was written.
 
         Raises:
@@ -74,12 +74,12 @@ class StoreFolder:
             )
 
 
-def partial_of(path: Path) -> Path:
+def partial_path(path: Path) -> Path:
     """Where a store is made. A name of our own: what a user calls STORE.partial is left alone."""
     return path.with_name(f".{path.name}.partial")
 
 
-def replaced_of(path: Path) -> Path:
+def replaced_path(path: Path) -> Path:
     """Where a store waits while another takes its place."""
     return path.with_name(f".{path.name}.replaced")
 
@@ -87,14 +87,14 @@ def replaced_of(path: Path) -> Path:
 def _no_store(path: Path) -> StoreError:
     remedy = "Make it with: brainfound prepare SOURCE STORE"
     what = "not a store"
-    if (replaced_of(path) / "store.json").is_file():
+    if (replaced_path(path) / "store.json").is_file():
         what, remedy = "an update of the store was cut off", "Repeat the brainfound prepare command: nothing is lost"
-    elif partial_of(path).is_dir():
+    elif partial_path(path).is_dir():
         what, remedy = "the store is not complete", "Finish it with the same brainfound prepare command"
     return StoreError(what, where=path, expected="a folder with store.json", remedy=remedy)
 
 
-PLAIN = ("subject", "session", "first_row", "num_slices", "mask_dtype", "image_hash", "content_hash")
+BASE_COLUMNS = ("subject", "session", "first_row", "num_slices", "mask_dtype", "image_hash", "content_hash")
 """Columns that every table has; the covariates come after them."""
 _ARRAYS = ("present", "affine", "native_shape", "native_affine", "pixels_at", "mask_at", "file")
 
@@ -104,7 +104,7 @@ class SessionTable:
     """One row per session, ordered by subject and session.
 
     Attributes:
-        sessions: the columns of `PLAIN` and the covariates; ``first_row`` counts the rows of this table's own slices.
+        sessions: the columns of `BASE_COLUMNS` and the covariates; ``first_row`` counts the rows of this table's own slices.
         origin: ``(n, 2)``, which folder a session lies in, and its row in that folder's table.
         row_on_disk: ``(n,)``, the session's first row in its folder's ``slices``.
         present: ``(n, C)`` bool.
@@ -174,7 +174,7 @@ class SessionTable:
     @property
     def covariates(self) -> list[str]:
         """Names of the columns that came with the cohort."""
-        return [name for name in self.sessions.columns if name not in PLAIN]
+        return [name for name in self.sessions.columns if name not in BASE_COLUMNS]
 
     def file_of(self, session: int) -> str:
         """The name of the file that holds a session's bytes."""
@@ -218,7 +218,7 @@ class SessionTable:
             return np.concatenate([getattr(table, name) for table in tables])
 
         sessions = pd.concat([table.sessions for table in tables], ignore_index=True)
-        for name in set(sessions.columns) - set(PLAIN):
+        for name in set(sessions.columns) - set(BASE_COLUMNS):
             sessions[name] = _one_type(sessions[name])
         return SessionTable(
             sessions=sessions,
@@ -235,7 +235,7 @@ class SessionTable:
         )._in_order()
 
 
-def hashes_of(stack: Stack) -> tuple[str, str]:
+def compute_hashes(stack: Stack) -> tuple[str, str]:
     """SHA-256 of a stack's pixels alone, and of all that its files gave: pixels, mask, presence, geometry."""
     images = hashlib.sha256(np.ascontiguousarray(stack.pixels).data)
     content = hashlib.sha256(images.digest())
@@ -249,7 +249,7 @@ def hashes_of(stack: Stack) -> tuple[str, str]:
 
 def session_row(stack: Stack) -> dict[str, Any]:
     """What the table keeps of a stack, but for its place on disk."""
-    image_hash, content = hashes_of(stack)
+    image_hash, content = compute_hashes(stack)
     return {
         "subject": stack.subject,
         "session": stack.session,
@@ -278,10 +278,10 @@ def write_sessions(path: Path, rows: Sequence[dict[str, Any]], covariates: Seque
     known = pd.DataFrame(list(rows))
     extra = pd.DataFrame(list(covariates))
     # A covariate that is called like a column of ours keeps its values under another name.
-    extra = extra.rename(columns={name: f"{name}_" for name in extra.columns if name in (*PLAIN, *_ARRAYS)})
+    extra = extra.rename(columns={name: f"{name}_" for name in extra.columns if name in (*BASE_COLUMNS, *_ARRAYS)})
     for name in extra.columns:
         extra[name] = _one_type(extra[name])
-    plain = [name for name in PLAIN if name in known]
+    plain = [name for name in BASE_COLUMNS if name in known]
     arrays = [name for name in known.columns if name not in plain]
     joined = pd.concat([known[plain], extra, known[arrays]], axis=1)
     table = pa.Table.from_pandas(joined, preserve_index=False).combine_chunks()

@@ -20,9 +20,9 @@ from filelock import FileLock, Timeout
 from brainfound.data.cohort import Session
 from brainfound.data.hooks import Hook
 from brainfound.data.preprocessing.settings import Preprocessing
-from brainfound.data.reading.archives import file_facts
+from brainfound.data.reading.archives import size_and_mtime
 from brainfound.data.reading.scan import read_header
-from brainfound.data.store.folder import SCHEMA_VERSION, StoreFolder, replaced_of
+from brainfound.data.store.folder import SCHEMA_VERSION, StoreFolder, replaced_path
 from brainfound.errors import BrainFoundError, ScanError, StoreError
 
 SOURCES_FILE = "sources.parquet"
@@ -33,12 +33,12 @@ _SAMPLED_SESSIONS = 64
 
 log = logging.getLogger("brainfound")
 
-Key = tuple[str, str]
+SessionKey = tuple[str, str]
 """Subject and session."""
 
 
 @dataclass(frozen=True)
-class Sources:
+class SourceFingerprints:
     """What a store would be made of.
 
     Attributes:
@@ -48,13 +48,13 @@ class Sources:
     """
 
     settings: str
-    files: dict[Key, str]
-    covariates: dict[Key, str]
+    files: dict[SessionKey, str]
+    covariates: dict[SessionKey, str]
 
     @classmethod
     def of(
         cls, sessions: Sequence[Session], root: Path, preprocessing: Preprocessing, mask: str, hooks: Sequence[Hook]
-    ) -> Sources:
+    ) -> SourceFingerprints:
         """The sources of a cohort with these settings."""
         settings = [SCHEMA_VERSION, preprocessing.model_dump_json(), mask, [hook.model_dump_json() for hook in hooks]]
         return cls(
@@ -73,7 +73,7 @@ class Sources:
         pd.DataFrame(rows, columns=["subject", "session", "files", "covariates"]).to_parquet(folder / SOURCES_FILE)
 
     @classmethod
-    def read(cls, folder: Path, settings: str) -> Sources:
+    def read(cls, folder: Path, settings: str) -> SourceFingerprints:
         """Read ``sources.parquet`` of a store with these settings."""
         table = pd.read_parquet(folder / SOURCES_FILE)
         keys = list(zip(table["subject"], table["session"], strict=True))
@@ -84,7 +84,7 @@ class Sources:
         )
 
 
-def _key(session: Session) -> Key:
+def _key(session: Session) -> SessionKey:
     return (session.subject, session.session)
 
 
@@ -97,7 +97,7 @@ def _file_facts(session: Session, root: Path, contrasts: Sequence[str], mask: st
     for name, file in used:
         # The voxels of a .hdr lie beside it.
         pair = [file.with_suffix(".img")] if file.suffix == ".hdr" else []
-        facts.append((name, os.path.relpath(file, root), [file_facts(part) for part in (file, *pair)]))
+        facts.append((name, os.path.relpath(file, root), [size_and_mtime(part) for part in (file, *pair)]))
     return [facts, sorted(name for name, _ in files if name not in contrasts and not used)]
 
 
@@ -105,13 +105,13 @@ def _hash(facts: Any) -> str:
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()
 
 
-def existing_store(out: Path, sources: Sources, overwrite: bool) -> StoreFolder | None:
+def find_existing_store(out: Path, sources: SourceFingerprints, overwrite: bool) -> StoreFolder | None:
     """The finished store at a path that can be gone on with; None if there is nothing, or it is to be replaced.
 
     Raises:
         StoreError: what is there is not a store, was prepared in another way, or would lose sessions.
     """
-    _mend_cut_off_update(out)
+    _recover_interrupted_update(out)
     if not out.exists():
         return None
     if not (out / "store.json").is_file():
@@ -121,7 +121,7 @@ def existing_store(out: Path, sources: Sources, overwrite: bool) -> StoreFolder 
     try:
         folder = StoreFolder(out)
         same = folder.facts["settings"] == sources.settings
-        known = Sources.read(out, sources.settings)
+        known = SourceFingerprints.read(out, sources.settings)
     except (BrainFoundError, OSError, KeyError, ValueError) as error:
         if overwrite:
             return None
@@ -148,9 +148,9 @@ def existing_store(out: Path, sources: Sources, overwrite: bool) -> StoreFolder 
     return folder
 
 
-def _mend_cut_off_update(out: Path) -> None:
+def _recover_interrupted_update(out: Path) -> None:
     """Undo what a run left that was ended while one store took the place of another."""
-    replaced = replaced_of(out)
+    replaced = replaced_path(out)
     if not replaced.is_dir():
         return
     if not out.exists() and (replaced / "store.json").is_file():
@@ -182,9 +182,9 @@ class Shard:
     """Sessions that are written together, as one file; it is there as a whole or not."""
 
     number: int
-    keys: tuple[Key, ...]
+    keys: tuple[SessionKey, ...]
 
-    def done_in(self, partial: Path) -> bool:
+    def is_complete(self, partial: Path) -> bool:
         """Whether it was written, and its file is whole."""
         try:
             size = json.loads(self.report(partial).read_text(encoding="utf-8"))["num_bytes"]
@@ -202,7 +202,9 @@ class Shard:
         return f"data-{self.number:05d}.arrow"
 
 
-def plan_shards(partial: Path, sources: Sources, todo: Sequence[Key], first_number: int) -> list[Shard]:
+def plan_shards(
+    partial: Path, sources: SourceFingerprints, todo: Sequence[SessionKey], first_number: int
+) -> list[Shard]:
     """Divide sessions into shards; what an earlier, unfinished run wrote of them is kept.
 
     Args:
@@ -245,7 +247,7 @@ def plan_shards(partial: Path, sources: Sources, todo: Sequence[Key], first_numb
     return shards
 
 
-def require_place(out: str | Path) -> Path:
+def resolve_store_path(out: str | Path) -> Path:
     """Where a store can be put: the real folder behind links.
 
     Raises:
@@ -258,7 +260,7 @@ def require_place(out: str | Path) -> Path:
 
 
 @contextmanager
-def only_one_writer(out: Path) -> Iterator[None]:
+def writer_lock(out: Path) -> Iterator[None]:
     """Let one process write a store; another one waits, and finds it finished.
 
     The operating system frees the lock when its process ends, however it ends.
@@ -286,7 +288,7 @@ def require_disk_space(out: Path, sessions: Sequence[Session], preprocessing: Pr
         StoreError: says how much is needed and how much is free.
     """
     sample = sessions[:: max(len(sessions) // _SAMPLED_SESSIONS, 1)]
-    sizes = [size for size in (_bytes_of(session, preprocessing) for session in sample) if size]
+    sizes = [size for size in (_estimate_bytes(session, preprocessing) for session in sample) if size]
     if not sizes:
         return
     require_free_space(out, sum(sizes) / len(sizes) * len(sessions), f"for {len(sessions)} sessions")
@@ -309,7 +311,7 @@ def require_free_space(out: Path, num_bytes: float, what_for: str) -> None:
         )
 
 
-def _bytes_of(session: Session, preprocessing: Preprocessing) -> int:
+def _estimate_bytes(session: Session, preprocessing: Preprocessing) -> int:
     """Of a session's slices, if its reference scan is filled from its lowest to its highest slice; 0 if unreadable."""
     for contrast in preprocessing.contrasts:
         if contrast in session.scans:

@@ -10,24 +10,24 @@ from pathlib import Path
 from typing import Any
 
 from brainfound.data.cohort import Cohort, Session
-from brainfound.data.hooks import Hook, describe, load_hooks
+from brainfound.data.hooks import Hook, describe_hooks, load_hooks
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.store.executors import Executor, run_jobs
-from brainfound.data.store.folder import StoreFolder, partial_of
+from brainfound.data.store.folder import StoreFolder, partial_path
 from brainfound.data.store.plan import (
-    Key,
+    SessionKey,
     Shard,
-    Sources,
-    existing_store,
+    SourceFingerprints,
+    find_existing_store,
     next_file_number,
-    only_one_writer,
     plan_shards,
     remove_folder,
     require_disk_space,
-    require_place,
+    resolve_store_path,
+    writer_lock,
 )
 from brainfound.data.store.store import Store
-from brainfound.data.store.writer import Parts, ShardJob, assemble, put_in_place, require_sessions, write_shard
+from brainfound.data.store.writer import ShardJob, StoreParts, assemble, move_into_place, require_sessions, write_shard
 from brainfound.errors import StoreError, UsageError
 
 Progress = Callable[[int, int], None]
@@ -73,25 +73,25 @@ def prepare(
         UsageError: no such mask, hook or executor.
         StoreError: another store is at ``out``, the disk will not hold it, or not one session could be used.
     """
-    out = require_place(out)
+    out = resolve_store_path(out)
     cohort = source if isinstance(source, Cohort) else Cohort.read(source, work=out.with_name(out.name + ".nifti"))
     loaded = load_hooks(hooks)
     preprocessing = _with_hooks(preprocessing or Preprocessing(), loaded, hooks_done)
     if mask != "mask" and mask not in cohort.mask_columns:
         raise UsageError(f"no label maps named {mask!r}", where="mask", expected=", ".join(cohort.mask_columns))
     sessions = {(session.subject, session.session): _absolute(session) for session in cohort.sessions()}
-    partial = partial_of(out)
-    with only_one_writer(out):
-        sources = Sources.of(list(sessions.values()), cohort.root.absolute(), preprocessing, mask, loaded)
-        existing = existing_store(out, sources, overwrite)
+    partial = partial_path(out)
+    with writer_lock(out):
+        sources = SourceFingerprints.of(list(sessions.values()), cohort.root.absolute(), preprocessing, mask, loaded)
+        existing = find_existing_store(out, sources, overwrite)
         if existing is None and _is_finished(partial, sources):
             # It was made, and could not be put in place.
-            put_in_place(partial, out)
+            move_into_place(partial, out)
             return Store.open(out)
-        known = None if existing is None else Sources.read(out, sources.settings)
+        known = None if existing is None else SourceFingerprints.read(out, sources.settings)
         kept = {key for key, files in sources.files.items() if known is not None and known.files.get(key) == files}
         if existing is not None and overwrite:
-            kept -= _to_mend(existing)
+            kept -= _sessions_to_repair(existing)
         todo = [key for key in sessions if key not in kept]
         if known == sources and not todo:
             remove_folder(partial)
@@ -113,10 +113,10 @@ def prepare(
                 done += len(job.sessions)
                 if progress:
                     progress(done, total)
-            parts = Parts.of_shards(shards, partial) + Parts.of_source(cohort)
+            parts = StoreParts.from_shards(shards, partial) + StoreParts.from_source(cohort)
             if existing is not None:
                 number = max([next_file_number(out), *(shard.number + 1 for shard in shards)])
-                parts = Parts.kept_of(existing, kept, partial / "slices", number) + parts
+                parts = StoreParts.from_existing(existing, kept, partial / "slices", number) + parts
             if not parts.rows:
                 remove_folder(partial)
             require_sessions(parts, out, keep_ids)
@@ -126,11 +126,12 @@ def prepare(
                 "source": cohort.source,
                 "source_notes": list(cohort.notes),
                 "mask": mask,
-                "hooks": describe(loaded) or [{"name": name, "done_before": True} for name in preprocessing.hooks],
+                "hooks": describe_hooks(loaded)
+                or [{"name": name, "done_before": True} for name in preprocessing.hooks],
             }
             covariates = {key: session.covariates for key, session in sessions.items()}
             assemble(parts, covariates, partial, preprocessing, facts, keep_ids=keep_ids)
-            put_in_place(partial, out)
+            move_into_place(partial, out)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -150,17 +151,17 @@ def _absolute(session: Session) -> Session:
     )
 
 
-def _is_finished(partial: Path, sources: Sources) -> bool:
+def _is_finished(partial: Path, sources: SourceFingerprints) -> bool:
     if not (partial / "store.json").is_file():
         return False
     try:
         same = StoreFolder(partial).facts["settings"] == sources.settings
-        return bool(same and Sources.read(partial, sources.settings) == sources)
+        return bool(same and SourceFingerprints.read(partial, sources.settings) == sources)
     except (StoreError, OSError, ValueError):
         return False
 
 
-def _to_mend(folder: StoreFolder) -> set[Key]:
+def _sessions_to_repair(folder: StoreFolder) -> set[SessionKey]:
     """Sessions whose bytes were changed or lost, and those of which a file was refused: it may be readable now."""
     store = Store([folder], folder.table)
     rows = store.sessions.iloc[store.damaged_sessions()]
@@ -181,7 +182,7 @@ def _with_hooks(preprocessing: Preprocessing, hooks: Sequence[Hook], hooks_done:
 
 def _jobs(
     shards: Sequence[Shard],
-    sessions: Mapping[Key, Session],
+    sessions: Mapping[SessionKey, Session],
     partial: Path,
     preprocessing: Preprocessing,
     mask: str,
@@ -204,5 +205,5 @@ def _jobs(
             key=f"brainfound-{run}-{shard.number}",
         )
         for shard in shards
-        if not shard.done_in(partial)
+        if not shard.is_complete(partial)
     ]

@@ -17,23 +17,23 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from brainfound.data.store.folder import SessionTable, StoreFolder, partial_of
+from brainfound.data.store.folder import SessionTable, StoreFolder, partial_path
 from brainfound.data.store.plan import (
     MAX_SHARDS,
     MIN_SESSIONS_PER_SHARD,
-    Key,
-    Sources,
+    SessionKey,
+    SourceFingerprints,
     remove_folder,
     require_free_space,
-    require_place,
+    resolve_store_path,
 )
 from brainfound.data.store.store import Store
 from brainfound.data.store.writer import (
     QUALITY_COLUMNS,
     REJECTED_COLUMNS,
-    Parts,
+    StoreParts,
     assemble,
-    put_in_place,
+    move_into_place,
     write_blocks,
 )
 from brainfound.errors import StoreError
@@ -54,7 +54,7 @@ def copy_store(store: Store, out: Path, *, keep_ids: bool = True, columns: Seque
         StoreError: something is there.
         UsageError: no such column.
     """
-    out = require_place(out)
+    out = resolve_store_path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise StoreError("something is there", where=out, remedy="Give another folder")
     _require_space_for_copy(store, out)
@@ -62,8 +62,8 @@ def copy_store(store: Store, out: Path, *, keep_ids: bool = True, columns: Seque
         columns = store.covariates if keep_ids else [name for name in SAFE_COVARIATES if name in store.covariates]
     for name in columns:
         store.covariate(name)
-    names = _same_names(store) if keep_ids else _new_names(store)
-    partial = partial_of(out)
+    names = _session_keys(store) if keep_ids else _anonymous_keys(store)
+    partial = partial_path(out)
     remove_folder(partial)
     (partial / "slices").mkdir(parents=True)
     rows: list[dict[str, Any]] = []
@@ -75,15 +75,15 @@ def copy_store(store: Store, out: Path, *, keep_ids: bool = True, columns: Seque
     covariates = {
         names[index]: {name: store.sessions[name].iloc[index] for name in columns} for index in range(len(store))
     }
-    parts = Parts(rows, _files_of_sessions(store, keep_ids), _quality_of_sessions(store, names, keep_ids))
+    parts = StoreParts(rows, _files_of_sessions(store, keep_ids), _quality_of_sessions(store, names, keep_ids))
     facts = {key: value for key, value in store.facts.items() if key in ("hooks", "mask")}
     # It was not made of files, so preparing into it is refused.
     facts |= {"settings": "copy", "copied_from": store.content_hash if keep_ids else None}
-    Sources("copy", {}, {}).write(partial)
+    SourceFingerprints("copy", {}, {}).write(partial)
     assemble(parts, covariates, partial, store.preprocessing, facts, keep_ids=False)
     if out.exists():
         out.rmdir()
-    put_in_place(partial, out)
+    move_into_place(partial, out)
     return Store.open(out)
 
 
@@ -99,12 +99,12 @@ def _chunks(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
         yield items[start : start + size]
 
 
-def _same_names(store: Store) -> dict[int, Key]:
+def _session_keys(store: Store) -> dict[int, SessionKey]:
     keys = zip(store.sessions["subject"], store.sessions["session"], strict=True)
     return {index: (str(subject), str(session)) for index, (subject, session) in enumerate(keys)}
 
 
-def _new_names(store: Store) -> dict[int, Key]:
+def _anonymous_keys(store: Store) -> dict[int, SessionKey]:
     """Numbers in place of identifiers: subjects in an order of chance, the visits of a subject in theirs."""
     subjects = store.sessions["subject"].astype(str)
     unique = sorted(set(subjects))
@@ -123,9 +123,9 @@ def _files_of_sessions(store: Store, keep_ids: bool) -> pd.DataFrame:
     return pd.concat([store.rejected, store.further_scans, store.unused_files], ignore_index=True)[REJECTED_COLUMNS]
 
 
-def _quality_of_sessions(store: Store, names: Mapping[int, Key], keep_ids: bool) -> pd.DataFrame:
+def _quality_of_sessions(store: Store, names: Mapping[int, SessionKey], keep_ids: bool) -> pd.DataFrame:
     quality = store.quality.copy()
-    new = {key: names[index] for index, key in _same_names(store).items()}
+    new = {key: names[index] for index, key in _session_keys(store).items()}
     renamed = [new[key] for key in zip(quality["subject"], quality["session"], strict=True)]
     quality["subject"] = [subject for subject, _ in renamed]
     quality["session"] = [session for _, session in renamed]

@@ -48,7 +48,7 @@ def features():
 
 
 @dataclass(frozen=True)
-class Block:
+class SessionBlock:
     """The slices of one session, as they are written.
 
     Attributes:
@@ -83,7 +83,7 @@ class SliceFileWriter:
         with self.path.open("r+b") as handle:
             os.fsync(handle.fileno())
 
-    def write(self, block: Block) -> None:
+    def write(self, block: SessionBlock) -> None:
         """Append a session.
 
         Raises:
@@ -117,7 +117,7 @@ def _rows_of_bytes(values: np.ndarray) -> pa.Array:
     return pa.BinaryArray.from_buffers(pa.binary(), len(values), [None, pa.py_buffer(offsets), pa.py_buffer(values)])
 
 
-def places_in_file(path: Path) -> list[dict[str, int]]:
+def read_session_offsets(path: Path) -> list[dict[str, int]]:
     """Where each session's bytes begin in a file: ``pixels_at`` and ``mask_at`` (−1 without a mask), in file order.
 
     Raises:

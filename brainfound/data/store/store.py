@@ -25,10 +25,10 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Num
 
-from brainfound.data.preprocessing.session import FURTHER_SCAN, NO_PART
+from brainfound.data.preprocessing.session import FURTHER_SCAN_REASON, NOT_IN_COHORT_REASON
 from brainfound.data.preprocessing.stack import Stack
 from brainfound.data.preprocessing.stack_builder import positions_mm
-from brainfound.data.store.folder import SessionTable, StoreFolder, content_hash, hashes_of
+from brainfound.data.store.folder import SessionTable, StoreFolder, compute_hashes, content_hash
 from brainfound.data.store.slice_files import SliceFiles
 from brainfound.errors import StoreError, UsageError
 
@@ -65,7 +65,7 @@ class Store:
         content_hash: SHA-256 of everything that training sees: pixels, masks, geometry, covariates, preprocessing.
         facts: what store.json says; of several stores, of the first.
         path: the folder; of several stores, the first one.
-        withheld: contrasts that are not shown, see `brainfound.data.store.withheld.showing`; of a plain store none.
+        withheld: contrasts that are not shown, see `brainfound.data.store.withheld.restrict_contrasts`; of a plain store none.
     """
 
     withheld: tuple[str, ...] = ()
@@ -218,19 +218,21 @@ class Store:
     def rejected(self) -> pd.DataFrame:
         """Files that were refused: file, subject, session, contrast, reason."""
         files = self._files_not_used
-        return files[~files["reason"].str.startswith((FURTHER_SCAN, NO_PART))].reset_index(drop=True)
+        return files[~files["reason"].str.startswith((FURTHER_SCAN_REASON, NOT_IN_COHORT_REASON))].reset_index(
+            drop=True
+        )
 
     @cached_property
     def further_scans(self) -> pd.DataFrame:
         """Files that were not used because their session has another scan of the contrast; columns as of `rejected`."""
         files = self._files_not_used
-        return files[files["reason"].str.startswith(FURTHER_SCAN)].reset_index(drop=True)
+        return files[files["reason"].str.startswith(FURTHER_SCAN_REASON)].reset_index(drop=True)
 
     @cached_property
     def unused_files(self) -> pd.DataFrame:
         """Files of the source that are no scans of the cohort; columns as of `rejected`, those of the session empty."""
         files = self._files_not_used
-        return files[files["reason"].str.startswith(NO_PART)].reset_index(drop=True)
+        return files[files["reason"].str.startswith(NOT_IN_COHORT_REASON)].reset_index(drop=True)
 
     @cached_property
     def _files_not_used(self) -> pd.DataFrame:
@@ -352,7 +354,7 @@ class Store:
             StoreError: something was changed or lost; names the session by its row.
         """
         for folder in self.folders:
-            folder.require_sound_table()
+            folder.verify_table()
         damaged = self.damaged_sessions()
         if damaged:
             raise StoreError(
@@ -379,7 +381,7 @@ class Store:
         damaged = []
         for index in range(len(self)):
             try:
-                sound = hashes_of(self[index]) == expected[index]
+                sound = compute_hashes(self[index]) == expected[index]
             except StoreError:
                 sound = False
             if not sound:

@@ -21,7 +21,7 @@ from brainfound.data.store.store import Store
 from brainfound.errors import UsageError, did_you_mean
 
 
-def showing(store: Store, contrasts: Sequence[str] | None) -> Store:
+def restrict_contrasts(store: Store, contrasts: Sequence[str] | None) -> Store:
     """The same sessions, of which only some contrasts can be read.
 
     A session that has none of them stays, with nothing present; who learns or scores leaves it out.
@@ -35,7 +35,7 @@ def showing(store: Store, contrasts: Sequence[str] | None) -> Store:
     Raises:
         UsageError: a contrast that the store has not, or none at all.
     """
-    whole = store.whole if isinstance(store, _ShowingSome) else store
+    whole = store.whole if isinstance(store, _RestrictedStore) else store
     if contrasts is None:
         return whole
     shown = [parse_contrast(name) for name in contrasts]
@@ -50,11 +50,11 @@ def showing(store: Store, contrasts: Sequence[str] | None) -> Store:
     if not shown:
         raise UsageError("no contrast would be shown", where="contrasts", expected=", ".join(whole.contrasts))
     withheld = tuple(name for name in whole.contrasts if name not in shown)
-    return _ShowingSome(whole, withheld) if withheld else whole
+    return _RestrictedStore(whole, withheld) if withheld else whole
 
 
-class _ShowingSome(Store):
-    """See `showing`."""
+class _RestrictedStore(Store):
+    """See `restrict_contrasts`."""
 
     def __init__(self, whole: Store, withheld: tuple[str, ...]) -> None:
         shows = ~np.isin(whole.contrasts, withheld)
@@ -62,7 +62,7 @@ class _ShowingSome(Store):
         self.whole, self.withheld, self._hides = whole, withheld, ~shows
 
     def __reduce__(self):
-        return (_ShowingSome, (self.whole, self.withheld))
+        return (_RestrictedStore, (self.whole, self.withheld))
 
     def __repr__(self) -> str:
         return f"{self.whole!r} without {', '.join(self.withheld)}"
@@ -73,7 +73,7 @@ class _ShowingSome(Store):
         return self.whole.content_hash
 
     def filter(self, keep: str | Sequence[bool] | Callable[[pd.Series], bool]) -> Store:
-        return _ShowingSome(self.whole.filter(keep), self.withheld)
+        return _RestrictedStore(self.whole.filter(keep), self.withheld)
 
     def read_slices(self, rows: np.ndarray) -> Num[np.ndarray, "n C H W"]:
         return self._hidden(super().read_slices(rows))
@@ -83,10 +83,10 @@ class _ShowingSome(Store):
 
     @cached_property
     def slices(self) -> Any:
-        raise self._refusal("its rows hold all contrasts")
+        raise self._withheld_error("its rows hold all contrasts")
 
     def save(self, folder: str | Path, *, keep_ids: bool = True) -> Store:
-        raise self._refusal("a copy would hold all contrasts")
+        raise self._withheld_error("a copy would hold all contrasts")
 
     def _pixels(self, session: int) -> np.ndarray:
         return self._hidden(super()._pixels(session))
@@ -94,7 +94,7 @@ class _ShowingSome(Store):
     def _hidden(self, pixels: np.ndarray) -> np.ndarray:
         return np.where(self._hides[:, None, None], pixels.dtype.type(0), pixels)
 
-    def _refusal(self, why: str) -> UsageError:
+    def _withheld_error(self, why: str) -> UsageError:
         return UsageError(
             f"contrasts are withheld, and {why}",
             where=self.path.name,

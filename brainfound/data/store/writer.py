@@ -21,21 +21,27 @@ from brainfound.data.checking.contact_sheet import write_contact_sheet
 from brainfound.data.checking.quality import ScanQuality
 from brainfound.data.cohort import Cohort, Session
 from brainfound.data.hooks import Hook
-from brainfound.data.preprocessing.session import FURTHER_SCAN, NO_PART, FileNotUsed, PreparedSession, prepare_session
+from brainfound.data.preprocessing.session import (
+    FURTHER_SCAN_REASON,
+    NOT_IN_COHORT_REASON,
+    PreparedSession,
+    UnusedFile,
+    prepare_session,
+)
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.preprocessing.stack import Stack
 from brainfound.data.store.folder import (
     SCHEMA_VERSION,
     SessionTable,
     StoreFolder,
+    compute_hashes,
     content_hash,
-    hashes_of,
-    replaced_of,
+    replaced_path,
     session_row,
     write_sessions,
 )
-from brainfound.data.store.plan import Key, Shard, next_file_number, remove_folder, write_json
-from brainfound.data.store.slice_files import Block, SliceFileWriter, places_in_file, write_datasets_index
+from brainfound.data.store.plan import SessionKey, Shard, next_file_number, remove_folder, write_json
+from brainfound.data.store.slice_files import SessionBlock, SliceFileWriter, read_session_offsets, write_datasets_index
 from brainfound.data.store.store import Store
 from brainfound.errors import ScanError, StoreError
 
@@ -82,7 +88,7 @@ def write_shard(job: ShardJob) -> None:
                 if prepared.stack is not None:
                     prepared = _write_stack(writer, session, prepared, prepared.stack)
                 report.add(session, prepared)
-        for row, place in zip(report.rows, places_in_file(unfinished), strict=True):
+        for row, place in zip(report.rows, read_session_offsets(unfinished), strict=True):
             row |= {"file": job.shard.file, **place}
         num_bytes = unfinished.stat().st_size if report.rows else 0
         _require_same_run(job)
@@ -112,9 +118,9 @@ def _require_same_run(job: ShardJob) -> None:
 
 def _write_stack(writer: SliceFileWriter, session: Session, prepared: PreparedSession, stack: Stack) -> PreparedSession:
     try:
-        writer.write(Block(stack.subject, stack.session, stack.pixels, stack.mask, stack.positions_mm))
+        writer.write(SessionBlock(stack.subject, stack.session, stack.pixels, stack.mask, stack.positions_mm))
     except ScanError as error:
-        refused = [FileNotUsed(file, contrast, error.reason) for contrast, file in session.scans.items()]
+        refused = [UnusedFile(file, contrast, error.reason) for contrast, file in session.scans.items()]
         return PreparedSession(None, [*prepared.not_used, *refused])
     return prepared
 
@@ -139,7 +145,7 @@ class _Report:
 
 
 @dataclass
-class Parts:
+class StoreParts:
     """What a store is assembled from."""
 
     rows: list[dict[str, Any]]
@@ -148,7 +154,7 @@ class Parts:
     quality: pd.DataFrame
 
     @classmethod
-    def of_shards(cls, shards: Iterable[Shard], partial: Path) -> Parts:
+    def from_shards(cls, shards: Iterable[Shard], partial: Path) -> StoreParts:
         """From the reports of shards."""
         reports = [json.loads(shard.report(partial).read_text(encoding="utf-8")) for shard in shards]
         return cls(
@@ -158,16 +164,16 @@ class Parts:
         )
 
     @classmethod
-    def of_source(cls, cohort: Cohort) -> Parts:
+    def from_source(cls, cohort: Cohort) -> StoreParts:
         """The files of a source that are no scans of its cohort."""
         rows = [
-            (printable(os.path.relpath(file, cohort.root)), "", "", "", printable(f"{NO_PART}: {why}"))
+            (printable(os.path.relpath(file, cohort.root)), "", "", "", printable(f"{NOT_IN_COHORT_REASON}: {why}"))
             for file, why in cohort.unused
         ]
         return cls([], pd.DataFrame(rows, columns=REJECTED_COLUMNS), pd.DataFrame(columns=QUALITY_COLUMNS))
 
     @classmethod
-    def kept_of(cls, folder: StoreFolder, keep: set[Key], slices: Path, next_number: int) -> Parts:
+    def from_existing(cls, folder: StoreFolder, keep: set[SessionKey], slices: Path, next_number: int) -> StoreParts:
         """The sessions of a store that stay; their files are linked, or copied without what goes.
 
         Args:
@@ -191,10 +197,10 @@ class Parts:
         text = {"dtype": str, "keep_default_na": False, "sep": "\t"}
         not_used = pd.read_csv(folder.path / "rejected.tsv", **text)
         quality = pd.read_csv(folder.path / "quality.tsv", **text)
-        return cls(rows, _of_sessions(not_used, keep), _of_sessions(quality, keep))
+        return cls(rows, _select_sessions(not_used, keep), _select_sessions(quality, keep))
 
-    def __add__(self, other: Parts) -> Parts:
-        return Parts(
+    def __add__(self, other: StoreParts) -> StoreParts:
+        return StoreParts(
             self.rows + other.rows,
             _joined(self.not_used, other.not_used),
             _joined(self.quality, other.quality),
@@ -205,7 +211,7 @@ def _joined(one: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([table for table in (one, other) if len(table)] or [one], ignore_index=True)
 
 
-def _of_sessions(table: pd.DataFrame, keep: set[Key]) -> pd.DataFrame:
+def _select_sessions(table: pd.DataFrame, keep: set[SessionKey]) -> pd.DataFrame:
     rows = [key in keep for key in zip(table["subject"], table["session"], strict=True)]
     return table[np.array(rows, dtype=bool)]
 
@@ -239,7 +245,7 @@ def _place(table: SessionTable, index: int) -> dict[str, Any]:
 
 
 def write_blocks(
-    path: Path, store: Store, sessions: Sequence[int], names: Mapping[int, Key] | None = None
+    path: Path, store: Store, sessions: Sequence[int], names: Mapping[int, SessionKey] | None = None
 ) -> list[dict[str, Any]]:
     """Copy sessions of a store into one file, under other names if given; returns their rows with their places."""
     rows = []
@@ -247,7 +253,7 @@ def write_blocks(
         for index in sessions:
             stack = store[index]
             row = store.sessions.iloc[index]
-            if hashes_of(stack) != (row["image_hash"], row["content_hash"]):
+            if compute_hashes(stack) != (row["image_hash"], row["content_hash"]):
                 raise StoreError(
                     "the bytes of a session are not those that were written",
                     where=store.path.name,
@@ -256,14 +262,14 @@ def write_blocks(
                 )
             if names is not None:
                 stack = replace(stack, subject=names[index][0], session=names[index][1])
-            writer.write(Block(stack.subject, stack.session, stack.pixels, stack.mask, stack.positions_mm))
+            writer.write(SessionBlock(stack.subject, stack.session, stack.pixels, stack.mask, stack.positions_mm))
             rows.append(session_row(stack))
-    return [row | {"file": path.name, **place} for row, place in zip(rows, places_in_file(path), strict=True)]
+    return [row | {"file": path.name, **place} for row, place in zip(rows, read_session_offsets(path), strict=True)]
 
 
 def assemble(
-    parts: Parts,
-    covariates: Mapping[Key, Mapping[str, Any]],
+    parts: StoreParts,
+    covariates: Mapping[SessionKey, Mapping[str, Any]],
     partial: Path,
     preprocessing: Preprocessing,
     facts: Mapping[str, Any],
@@ -292,7 +298,7 @@ def assemble(
     table = SessionTable.read(partial / "sessions.arrow")
     proof = content_hash(table, preprocessing)
     write_datasets_index(partial / "slices", files, proof)
-    refused = ~parts.not_used["reason"].astype(str).str.startswith((FURTHER_SCAN, NO_PART))
+    refused = ~parts.not_used["reason"].astype(str).str.startswith((FURTHER_SCAN_REASON, NOT_IN_COHORT_REASON))
     write_json(
         partial / "store.json",
         {
@@ -311,9 +317,9 @@ def assemble(
     write_contact_sheet(Store.open(partial), partial / "contact_sheet.png", keep_ids=keep_ids)
 
 
-def put_in_place(partial: Path, out: Path) -> None:
+def move_into_place(partial: Path, out: Path) -> None:
     """Give a finished store its name; a store that it replaces is removed last."""
-    replaced = replaced_of(out)
+    replaced = replaced_path(out)
     if out.exists():
         out.rename(replaced)
     partial.rename(out)
@@ -327,7 +333,7 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def require_sessions(parts: Parts, out: Path, keep_ids: bool) -> None:
+def require_sessions(parts: StoreParts, out: Path, keep_ids: bool) -> None:
     """Refuse a store without a session.
 
     Raises:
@@ -335,7 +341,9 @@ def require_sessions(parts: Parts, out: Path, keep_ids: bool) -> None:
     """
     if parts.rows:
         return
-    refused = parts.not_used[~parts.not_used["reason"].astype(str).str.startswith((FURTHER_SCAN, NO_PART))]
+    refused = parts.not_used[
+        ~parts.not_used["reason"].astype(str).str.startswith((FURTHER_SCAN_REASON, NOT_IN_COHORT_REASON))
+    ]
     first = refused["reason"].iloc[0] if len(refused) else "no scans"
     if keep_ids and len(refused):
         first += f" [{refused['file'].iloc[0]}]"

@@ -30,8 +30,8 @@ from brainfound.models.kernels import Packing
 from brainfound.pretraining.objectives.base import Objective
 from brainfound.pretraining.objectives.heads import PixelDecoder
 from brainfound.pretraining.objectives.hybrid import Hybrid
-from brainfound.pretraining.objectives.masked_autoencoder import MaskedAutoencoder, PatchHiding
-from brainfound.pretraining.objectives.masking import masked_counts
+from brainfound.pretraining.objectives.masked_autoencoder import MaskedAutoencoder, PatchMasking
+from brainfound.pretraining.objectives.masking import num_masked_per_crop
 from brainfound.pretraining.objectives.self_distillation import SelfDistillation
 
 
@@ -63,7 +63,7 @@ def step_flops(objective: Objective, views: ViewsRecipe, num_slices: int) -> Ste
         return _masked_autoencoder(objective, num_slices)
     if isinstance(objective, Hybrid):
         encoder, decoder = objective.distillation.student.encoder, objective.student.heads["decoder"]
-        reconstruction = StepFlops(_reconstruction(encoder, decoder, objective.hiding, num_slices))
+        reconstruction = StepFlops(_reconstruction(encoder, decoder, objective.patch_masking, num_slices))
         return _self_distillation(objective.distillation, views, num_slices) + reconstruction
     raise TypeError(f"the operations of a {type(objective).__name__} are not known")
 
@@ -73,7 +73,7 @@ def encoder_flops(
     num_crops: int,
     num_patches: int,
     *,
-    seen: int | None = None,
+    num_visible_patches: int | None = None,
     backward: bool = False,
     drop_path: float = 0.0,
 ) -> float:
@@ -85,7 +85,7 @@ def encoder_flops(
         backward: count the backward pass too.
         drop_path: part of the crops that each residual branch leaves out.
     """
-    num_tokens = encoder.num_prefix_tokens + (num_patches if seen is None else seen)
+    num_tokens = encoder.num_prefix_tokens + (num_patches if num_visible_patches is None else num_visible_patches)
     if drop_path and num_crops:
         ((through, _),) = kept_packing(Packing(((num_crops, num_tokens),)), drop_path).runs
     else:
@@ -94,10 +94,10 @@ def encoder_flops(
     # Pixels need no gradient.
     embedding = 2 * num_crops * num_patches * kernel.numel() * (1 + (backward and kernel.requires_grad))
     attention = 4 * num_tokens**2 * encoder.embed_dim * encoder.num_layers * through * (3 if backward else 1)
-    return embedding + attention + matrices_flops(encoder.blocks, through * num_tokens, backward)
+    return embedding + attention + matmul_flops(encoder.blocks, through * num_tokens, backward)
 
 
-def matrices_flops(module: nn.Module, num_rows: int, backward: bool) -> float:
+def matmul_flops(module: nn.Module, num_rows: int, backward: bool) -> float:
     """`num_rows` rows through every matrix of a module once."""
     return sum(
         2.0 * num_rows * matrix.numel() * (1 + backward * (1 + matrix.requires_grad))
@@ -111,16 +111,16 @@ def _self_distillation(objective: SelfDistillation, views: ViewsRecipe, num_slic
     num_large, num_small = 2 * num_slices, views.num_local * num_slices
     num_patches = objective.grid[0] * objective.grid[1]
     small_patches = (views.local_size // student.encoder.patch_size) ** 2
-    masked = masked_counts(num_large, num_patches, recipe.mask_probability, recipe.mask_ratio)
+    masked = num_masked_per_crop(num_large, num_patches, recipe.mask_probability, recipe.mask_ratio)
     num_masked, num_visible = sum(masked), masked.count(0)
 
     own = encoder_flops(student.encoder, num_large, num_patches, backward=True, drop_path=recipe.drop_path)
     own += encoder_flops(student.encoder, num_small, small_patches, backward=True, drop_path=recipe.drop_path)
-    own += matrices_flops(student.heads["dino"], num_large + num_small, backward=True)
-    own += matrices_flops(student.ibot_head, num_masked, backward=True)
+    own += matmul_flops(student.heads["dino"], num_large + num_small, backward=True)
+    own += matmul_flops(student.ibot_head, num_masked, backward=True)
     answers = encoder_flops(teacher.encoder, num_large, num_patches)
-    answers += matrices_flops(teacher.heads["dino"], num_large, backward=False)
-    answers += matrices_flops(teacher.ibot_head, num_masked, backward=False)
+    answers += matmul_flops(teacher.heads["dino"], num_large, backward=False)
+    answers += matmul_flops(teacher.ibot_head, num_masked, backward=False)
     if objective.anchor is None:
         return StepFlops(own, answers)
     gram = 2.0 * num_visible * num_patches**2 * student.encoder.embed_dim if recipe.anchor_gram_weight else 0.0
@@ -130,25 +130,25 @@ def _self_distillation(objective: SelfDistillation, views: ViewsRecipe, num_slic
 
 def _masked_autoencoder(objective: MaskedAutoencoder, num_slices: int) -> StepFlops:
     encoder, decoder = objective.student.encoder, objective.student.heads["decoder"]
-    own = _reconstruction(encoder, decoder, objective.hiding, num_slices)
+    own = _reconstruction(encoder, decoder, objective.patch_masking, num_slices)
     if objective.anchor is None:
         return StepFlops(own)
-    num_patches = objective.hiding.grid[0] * objective.hiding.grid[1]
-    num_kept = num_patches - objective.hiding.num_hidden
+    num_patches = objective.patch_masking.grid[0] * objective.patch_masking.grid[1]
+    num_kept = num_patches - objective.patch_masking.num_hidden
     gram = 2.0 * num_slices * num_kept**2 * encoder.embed_dim if objective.recipe.anchor_gram_weight else 0.0
-    anchor = encoder_flops(objective.anchor, num_slices, num_patches, seen=num_kept) + gram
+    anchor = encoder_flops(objective.anchor, num_slices, num_patches, num_visible_patches=num_kept) + gram
     return StepFlops(own + 3 * gram, anchor=anchor)
 
 
-def _reconstruction(encoder: SliceEncoder, decoder: nn.Module, hiding: PatchHiding, num_slices: int) -> float:
+def _reconstruction(encoder: SliceEncoder, decoder: nn.Module, patch_masking: PatchMasking, num_slices: int) -> float:
     assert isinstance(decoder, PixelDecoder)
-    num_patches, num_hidden = decoder.num_patches, hiding.num_hidden
+    num_patches, num_hidden = decoder.num_patches, patch_masking.num_hidden
     num_kept = num_patches - num_hidden
-    flops = encoder_flops(encoder, num_slices, num_patches, seen=num_kept, backward=True)
-    flops += matrices_flops(decoder.embed, num_slices * (1 + num_kept), backward=True)
-    flops += matrices_flops(decoder.blocks, num_slices * (1 + num_patches), backward=True)
+    flops = encoder_flops(encoder, num_slices, num_patches, num_visible_patches=num_kept, backward=True)
+    flops += matmul_flops(decoder.embed, num_slices * (1 + num_kept), backward=True)
+    flops += matmul_flops(decoder.blocks, num_slices * (1 + num_patches), backward=True)
     flops += 12.0 * num_slices * (1 + num_patches) ** 2 * decoder.embed.out_features * len(decoder.blocks)
-    return flops + matrices_flops(decoder.predict, num_slices * num_hidden, backward=True)
+    return flops + matmul_flops(decoder.predict, num_slices * num_hidden, backward=True)
 
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -168,8 +168,8 @@ class ForwardMemory:
         self, loss: Callable[..., Any], device: torch.device, part: Callable[[Any], Any] | None = None
     ) -> None:
         self.loss, self.device, self.part = loss, device, part
-        self.most_bytes = 0
-        self.part_bytes: int | None = None
+        self.peak_bytes = 0
+        self.part_peak_bytes: int | None = None
         self._done = False
 
     def __call__(self, *arguments: Any) -> Any:
@@ -180,12 +180,12 @@ class ForwardMemory:
             model, batch, *others = arguments
             # What the first call leaves behind, such as the grid of a crop size, would count in one measurement only.
             self.loss(model, self.part(batch), *others)
-            _, self.part_bytes = self._measured(model, self.part(batch), *others)
+            _, self.part_peak_bytes = self._measure_peak(model, self.part(batch), *others)
             model.zero_grad()
-        answer, self.most_bytes = self._measured(*arguments)
+        answer, self.peak_bytes = self._measure_peak(*arguments)
         return answer
 
-    def _measured(self, *arguments: Any) -> tuple[Any, int]:
+    def _measure_peak(self, *arguments: Any) -> tuple[Any, int]:
         """The loss, and the most bytes that it took at any time."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -194,15 +194,15 @@ class ForwardMemory:
             return answer, torch.cuda.max_memory_allocated(self.device) - before
         with LiveTensors() as live:
             answer = self.loss(*arguments)
-        return answer, live.most_bytes
+        return answer, live.peak_bytes
 
 
 class LiveTensors(TorchDispatchMode):
-    """Counts the bytes of tensors made inside it and still there; `most_bytes` is the most at any time."""
+    """Counts the bytes of tensors made inside it and still there; `peak_bytes` is the most at any time."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.num_bytes = self.most_bytes = 0
+        self.num_bytes = self.peak_bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -212,14 +212,14 @@ class LiveTensors(TorchDispatchMode):
                 storage = tensor.untyped_storage()
                 if storage._cdata not in old:  # neither a view nor changed in place
                     old.add(storage._cdata)
-                    self._follow(storage)
+                    self._track(storage)
         return result
 
-    def _follow(self, storage: torch.UntypedStorage) -> None:
+    def _track(self, storage: torch.UntypedStorage) -> None:
         size = storage.nbytes()
         self.num_bytes += size
-        self.most_bytes = max(self.most_bytes, self.num_bytes)
-        weakref.finalize(storage, self._forget, size)
+        self.peak_bytes = max(self.peak_bytes, self.num_bytes)
+        weakref.finalize(storage, self._untrack, size)
 
-    def _forget(self, size: int) -> None:
+    def _untrack(self, size: int) -> None:
         self.num_bytes -= size

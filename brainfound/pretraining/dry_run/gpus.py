@@ -16,7 +16,7 @@ from brainfound.errors import UsageError, did_you_mean
 
 
 @dataclass(frozen=True)
-class GPUKind:
+class GPUSpec:
     """One kind of GPU."""
 
     name: str
@@ -34,30 +34,30 @@ class GPUKind:
         return self.float32_tflops, "float32"
 
 
-KINDS = {
+GPU_SPECS = {
     kind.name: kind
     for kind in (
-        GPUKind("V100-16GB", 15.7, None, 15.7),
-        GPUKind("V100-32GB", 31.7, None, 15.7),
-        GPUKind("RTX-3090", 23.6, 71.0, 35.6),
-        GPUKind("RTX-4090", 23.6, 165.2, 82.6),
-        GPUKind("A10", 22.1, 125.0, 31.2),
-        GPUKind("L4", 22.0, 121.0, 30.3),
-        GPUKind("RTX-A6000", 47.5, 154.8, 38.7),
-        GPUKind("A40", 44.3, 149.7, 37.4),
-        GPUKind("L40", 44.4, 181.0, 90.5),
-        GPUKind("L40S", 44.4, 362.0, 91.6),
-        GPUKind("RTX-6000-Ada", 44.4, 364.2, 91.1),
-        GPUKind("A100-40GB", 39.4, 312.0, 19.5),
-        GPUKind("A100-80GB", 79.2, 312.0, 19.5),
-        GPUKind("H100", 79.2, 989.0, 67.0),
-        GPUKind("H200", 139.8, 989.0, 67.0),
-        GPUKind("B200", 178.0, 2250.0, 75.0),
+        GPUSpec("V100-16GB", 15.7, None, 15.7),
+        GPUSpec("V100-32GB", 31.7, None, 15.7),
+        GPUSpec("RTX-3090", 23.6, 71.0, 35.6),
+        GPUSpec("RTX-4090", 23.6, 165.2, 82.6),
+        GPUSpec("A10", 22.1, 125.0, 31.2),
+        GPUSpec("L4", 22.0, 121.0, 30.3),
+        GPUSpec("RTX-A6000", 47.5, 154.8, 38.7),
+        GPUSpec("A40", 44.3, 149.7, 37.4),
+        GPUSpec("L40", 44.4, 181.0, 90.5),
+        GPUSpec("L40S", 44.4, 362.0, 91.6),
+        GPUSpec("RTX-6000-Ada", 44.4, 364.2, 91.1),
+        GPUSpec("A100-40GB", 39.4, 312.0, 19.5),
+        GPUSpec("A100-80GB", 79.2, 312.0, 19.5),
+        GPUSpec("H100", 79.2, 989.0, 67.0),
+        GPUSpec("H200", 139.8, 989.0, 67.0),
+        GPUSpec("B200", 178.0, 2250.0, 75.0),
     )
 }
 
 
-def find_gpu(name: str) -> GPUKind:
+def find_gpu(name: str) -> GPUSpec:
     """The kind of a name, in any case and with spaces or underscores for hyphens.
 
     Raises:
@@ -67,9 +67,9 @@ def find_gpu(name: str) -> GPUKind:
     23.6
     """
     wanted = name.strip().lower().replace(" ", "-").replace("_", "-")
-    for known, kind in KINDS.items():
+    for known, kind in GPU_SPECS.items():
         if known.lower() == wanted:
             return kind
-    sizes = [known for known in KINDS if known.lower().startswith(f"{wanted}-")]
-    remedy = f"Say which: {' or '.join(sizes)}" if sizes else did_you_mean(wanted, KINDS)
+    sizes = [known for known in GPU_SPECS if known.lower().startswith(f"{wanted}-")]
+    remedy = f"Say which: {' or '.join(sizes)}" if sizes else did_you_mean(wanted, GPU_SPECS)
     raise UsageError("this kind of GPU is not in the table", where="--gpu", got=name, remedy=remedy)

@@ -4,73 +4,75 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from brainfound.pretraining.dry_run.gpus import GPUKind
+from brainfound.pretraining.dry_run.gpus import GPUSpec
 from brainfound.pretraining.dry_run.trial import (
-    BFLOAT16,
-    FLOAT32,
+    BFLOAT16_BYTES,
+    FLOAT32_BYTES,
     GIB,
-    Machine,
-    Sizes,
-    Trial,
-    Weights,
-    most_memory_gib,
+    AnalyticCosts,
+    DryRunMeasurement,
+    ParameterCounts,
+    TargetHardware,
+    peak_memory_gib,
 )
 from brainfound.pretraining.execution import PretrainEngineRecipe
-from brainfound.pretraining.task import num_best_encoders
+from brainfound.pretraining.task import max_best_encoders_on_disk
 from brainfound.training.schedules import effective_lr
 
 # Of a GPU's memory; the rest goes to the driver, to libraries and to gaps between blocks.
-USABLE_SHARE = 0.92
+USABLE_MEMORY_FRACTION = 0.92
 _FLOAT_NAMES = {"bf16": "bfloat16", "no": "float32"}
 
 
-def report(trial: Trial, engine: PretrainEngineRecipe, lr: float, machine: Machine | None) -> Iterator[str]:
+def report(
+    trial: DryRunMeasurement, engine: PretrainEngineRecipe, lr: float, machine: TargetHardware | None
+) -> Iterator[str]:
     """Lines about this machine and, if one is named, about a machine on paper.
 
     Args:
         engine: of the recipe, whatever part of its batch was tried out.
         lr: of the recipe, at batch 128.
     """
-    yield from _here(trial, engine)
-    yield from _of_sizes(trial.sizes, engine, lr)
+    yield from _local_lines(trial, engine)
+    yield from _cost_lines(trial.sizes, engine, lr)
     ln_k = "" if trial.ln_k is None else f"  (ln K = {trial.ln_k:.4f})"
     yield f"  loss                     {trial.loss:.4f}{ln_k}"
     if machine is not None:
         yield ""
-        yield from _on_paper(trial.sizes, trial, engine, machine)
+        yield from _estimate_lines(trial.sizes, trial, engine, machine)
 
 
-def report_untried(
-    sizes: Sizes, free_bytes: int, engine: PretrainEngineRecipe, lr: float, machine: Machine
+def report_without_measurement(
+    sizes: AnalyticCosts, available_memory_bytes: int, engine: PretrainEngineRecipe, lr: float, machine: TargetHardware
 ) -> Iterator[str]:
     """Lines where this machine is too small for a trial: what follows from the sizes alone."""
-    needed = sizes.weights.trial_bytes
+    needed = sizes.weights.dry_run_bytes
     yield "this machine: too little memory for a trial, so nothing was measured"
-    yield f"  memory                   {size(free_bytes)} are free; weights, gradients and moments take {size(needed)}"
-    yield from _of_sizes(sizes, engine, lr)
+    yield f"  memory                   {format_bytes(available_memory_bytes)} are free; weights, gradients and moments take {format_bytes(needed)}"
+    yield from _cost_lines(sizes, engine, lr)
     yield ""
-    yield from _on_paper(sizes, None, engine, machine)
+    yield from _estimate_lines(sizes, None, engine, machine)
 
 
-def _here(trial: Trial, engine: PretrainEngineRecipe) -> Iterator[str]:
+def _local_lines(trial: DryRunMeasurement, engine: PretrainEngineRecipe) -> Iterator[str]:
     seconds = engine.batch_size / trial.images_per_second
     per_image = trial.sizes.flops(trial.num_images).total / trial.num_images
     processes = f"{trial.num_processes} process" + ("es" if trial.num_processes > 1 else "")
     yield f"this machine, measured: {processes} on {trial.device.type}, {_FLOAT_NAMES[trial.precision]}"
     if trial.num_images * trial.num_processes * engine.accumulation != engine.batch_size:
-        yield f"  tried out                {count(trial.num_images, 'image')} per process at a time, not a whole batch"
+        yield f"  tried out                {format_count(trial.num_images, 'image')} per process at a time, not a whole batch"
     if trial.precision == "no" and engine.precision == "bf16":
         yield "                           in float32: the recipe's bfloat16 is not faster here"
-    yield f"  speed                    {figure(trial.images_per_second)} images/s, {duration(seconds)} per step"
+    yield f"  speed                    {format_number(trial.images_per_second)} images/s, {format_duration(seconds)} per step"
     yield (
-        f"  arithmetic               {operations(per_image)} per image, "
-        f"{operations(per_image * trial.images_per_second)}/s over all processes"
+        f"  arithmetic               {format_flops(per_image)} per image, "
+        f"{format_flops(per_image * trial.images_per_second)}/s over all processes"
     )
-    yield f"  memory                   {size(most_memory_gib(trial.device) * GIB)} at most in this process"
+    yield f"  memory                   {format_bytes(peak_memory_gib(trial.device) * GIB)} at most in this process"
     yield f"  whole run                {_length(engine, seconds)}"
 
 
-def _of_sizes(sizes: Sizes, engine: PretrainEngineRecipe, lr: float) -> Iterator[str]:
+def _cost_lines(sizes: AnalyticCosts, engine: PretrainEngineRecipe, lr: float) -> Iterator[str]:
     weights, batch = sizes.weights, engine.batch_size
     yield f"  effective learning rate  {effective_lr(lr, batch):.3g}  ({lr:g} at batch 128, this batch {batch})"
     yield (
@@ -78,16 +80,18 @@ def _of_sizes(sizes: Sizes, engine: PretrainEngineRecipe, lr: float) -> Iterator
         f"teacher {weights.teacher / 1e6:.4g} M, anchor {weights.anchor / 1e6:.4g} M"
     )
     yield (
-        f"  disk                     {size(disk_bytes(sizes, engine))}: "
-        f"{count(engine.keep_checkpoints, 'checkpoint')} of {size(weights.checkpoint_bytes)} and one being written, "
+        f"  disk                     {format_bytes(disk_bytes(sizes, engine))}: "
+        f"{format_count(engine.keep_checkpoints, 'checkpoint')} of {format_bytes(weights.checkpoint_bytes)} and one being written, "
         f"{'one to go back to, ' if sizes.may_roll_back else ''}their best encoders, the export"
     )
 
 
-def _on_paper(sizes: Sizes, trial: Trial | None, engine: PretrainEngineRecipe, machine: Machine) -> Iterator[str]:
+def _estimate_lines(
+    sizes: AnalyticCosts, trial: DryRunMeasurement | None, engine: PretrainEngineRecipe, machine: TargetHardware
+) -> Iterator[str]:
     kind, num_gpus = machine.kind, machine.num_gpus
     tflops, words = kind.tflops("no" if engine.precision == "no" else "bf16")
-    num_images = machine.micro_batch(engine)
+    num_images = machine.micro_batch_size(engine)
     per_image = sizes.flops(num_images).total / num_images
     images_per_second = num_gpus * tflops * 1e12 * machine.utilisation / per_image
     seconds = engine.batch_size / images_per_second
@@ -99,49 +103,58 @@ def _on_paper(sizes: Sizes, trial: Trial | None, engine: PretrainEngineRecipe, m
     if words == "float32" and engine.precision != "no":
         yield f"                           a {kind.name.split('-')[0]} has no bfloat16, and float16 is not offered"
     if trial is None:
-        yield f"  arithmetic               {operations(per_image)} per image"
-    yield f"  speed                    {figure(images_per_second)} images/s, {duration(seconds)} per step"
+        yield f"  arithmetic               {format_flops(per_image)} per image"
+    yield f"  speed                    {format_number(images_per_second)} images/s, {format_duration(seconds)} per step"
     yield f"  whole run                {_length(engine, seconds)}"
     yield "  effective learning rate  as above: engine.batch_size is the batch of all GPUs together"
-    yield f"  memory per GPU           {kind.memory_gib:g} GiB, of which {USABLE_SHARE:.0%} are counted on"
+    yield f"  memory per GPU           {kind.memory_gib:g} GiB, of which {USABLE_MEMORY_FRACTION:.0%} are counted on"
     if trial is None:
-        yield from _memory_of_sizes(sizes.weights, engine, machine, words == "bfloat16")
+        yield from _analytic_memory_lines(sizes.weights, engine, machine, words == "bfloat16")
     else:
-        yield from _memory(trial, engine, machine, words == "bfloat16")
-    yield f"  disk                     {size(disk_bytes(sizes, engine))}, written by one process"
+        yield from _memory_lines(trial, engine, machine, words == "bfloat16")
+    yield f"  disk                     {format_bytes(disk_bytes(sizes, engine))}, written by one process"
 
 
-def _memory(trial: Trial, engine: PretrainEngineRecipe, machine: Machine, bf16: bool) -> Iterator[str]:
+def _memory_lines(
+    trial: DryRunMeasurement, engine: PretrainEngineRecipe, machine: TargetHardware, bf16: bool
+) -> Iterator[str]:
     fitting = False
-    for parallel in _ways(machine):
-        parts = _parts(trial, engine, machine, parallel, engine.accumulation, bf16)
+    for parallel in _parallel_modes(machine):
+        parts = _memory_breakdown(trial, engine, machine, parallel, engine.accumulation, bf16)
         fits = _fits(parts, machine.kind)
         fitting |= fits and parallel == engine.parallel
-        yield f"    {_name(machine, parallel):<8} {size(sum(parts.values())):>9}  {'fits' if fits else 'does not fit'}"
-        yield f"             {_in_words(parts)}"
+        yield f"    {_name(machine, parallel):<8} {format_bytes(sum(parts.values())):>9}  {'fits' if fits else 'does not fit'}"
+        yield f"             {_format_breakdown(parts)}"
     if bf16 and trial.precision != "bf16":
         yield "    activations were measured in float32; in bfloat16 they take between half of that and all of it"
-    tried, wanted = trial.num_images, machine.micro_batch(engine)
+    tried, wanted = trial.num_images, machine.micro_batch_size(engine)
     if tried != wanted:
-        yield f"    activations of {count(wanted, 'image')} were reckoned from those of {tried}"
+        yield f"    activations of {format_count(wanted, 'image')} were reckoned from those of {tried}"
     if not fitting:
-        yield f"    {advice(trial, engine, machine, bf16)}"
+        yield f"    {suggest_fitting_settings(trial, engine, machine, bf16)}"
 
 
-def _memory_of_sizes(weights: Weights, engine: PretrainEngineRecipe, machine: Machine, bf16: bool) -> Iterator[str]:
-    for parallel in _ways(machine):
+def _analytic_memory_lines(
+    weights: ParameterCounts, engine: PretrainEngineRecipe, machine: TargetHardware, bf16: bool
+) -> Iterator[str]:
+    for parallel in _parallel_modes(machine):
         parts = memory_per_gpu(weights, 0, machine.num_gpus, parallel, bf16)
         verdict = "and activations" if _fits(parts, machine.kind) else "does not fit, even without activations"
-        yield f"    {_name(machine, parallel):<8} {size(sum(parts.values())):>9}  {verdict}"
-        yield f"             {_in_words(parts)}"
+        yield f"    {_name(machine, parallel):<8} {format_bytes(sum(parts.values())):>9}  {verdict}"
+        yield f"             {_format_breakdown(parts)}"
     yield (
-        f"    activations of {count(machine.micro_batch(engine), 'image')} at a time come on top; "
+        f"    activations of {format_count(machine.micro_batch_size(engine), 'image')} at a time come on top; "
         "only a trial can tell how much. Ask on a larger machine."
     )
 
 
 def memory_per_gpu(
-    weights: Weights, forward_bytes: float, num_gpus: int, parallel: str, bf16: bool, casts_measured: bool = False
+    weights: ParameterCounts,
+    forward_bytes: float,
+    num_gpus: int,
+    parallel: str,
+    bf16: bool,
+    includes_bf16_copies: bool = False,
 ) -> dict[str, float]:
     """Bytes of each kind on one of `num_gpus` that train together.
 
@@ -156,53 +169,63 @@ def memory_per_gpu(
     """
     shares = num_gpus if parallel == "fsdp" else 1
     parts = {
-        "weights": FLOAT32 * weights.student / shares,
-        "gradients": FLOAT32 * weights.trained / shares,
-        "optimiser": 2 * FLOAT32 * weights.trained / shares,
-        "teacher": FLOAT32 * weights.teacher / shares,
-        "anchor": FLOAT32 * weights.anchor / shares,
+        "weights": FLOAT32_BYTES * weights.student / shares,
+        "gradients": FLOAT32_BYTES * weights.trained / shares,
+        "optimiser": 2 * FLOAT32_BYTES * weights.trained / shares,
+        "teacher": FLOAT32_BYTES * weights.teacher / shares,
+        "anchor": FLOAT32_BYTES * weights.anchor / shares,
     }
-    width = BFLOAT16 if bf16 else FLOAT32
+    width = BFLOAT16_BYTES if bf16 else FLOAT32_BYTES
     if parallel == "fsdp":
         heads = weights.student - weights.encoder
-        parts["gathered"] = 2 * width * weights.layer + 2 * FLOAT32 * heads
+        parts["gathered"] = 2 * width * weights.layer + 2 * FLOAT32_BYTES * heads
     else:
-        buckets = FLOAT32 * weights.trained if num_gpus > 1 else 0
-        parts["copies"] = buckets + (BFLOAT16 * weights.student if bf16 and not casts_measured else 0)
+        buckets = FLOAT32_BYTES * weights.trained if num_gpus > 1 else 0
+        parts["copies"] = buckets + (BFLOAT16_BYTES * weights.student if bf16 and not includes_bf16_copies else 0)
     parts["activations"] = forward_bytes
     return parts
 
 
-def advice(trial: Trial, engine: PretrainEngineRecipe, machine: Machine, bf16: bool) -> str:
+def suggest_fitting_settings(
+    trial: DryRunMeasurement, engine: PretrainEngineRecipe, machine: TargetHardware, bf16: bool
+) -> str:
     """The smallest changes that let a recipe fit into a GPU's memory, in words."""
     per_step = engine.batch_size // machine.num_gpus
     finer = [a for a in range(engine.accumulation, per_step + 1) if per_step % a == 0]
     found = []
-    for parallel in _ways(machine):
+    for parallel in _parallel_modes(machine):
         for accumulation in finer:
-            if _fits(_parts(trial, engine, machine, parallel, accumulation, bf16), machine.kind):
+            if _fits(_memory_breakdown(trial, engine, machine, parallel, accumulation, bf16), machine.kind):
                 changes = [f"engine.parallel={parallel}"] if parallel != engine.parallel else []
                 changes += [f"engine.accumulation={accumulation}"] if accumulation != engine.accumulation else []
                 found.append(" and ".join(changes))
                 break
     if found:
         return f"It would fit with {', or '.join(found)}."
-    least = min(sum(_parts(trial, engine, machine, parallel, finer[-1], bf16).values()) for parallel in _ways(machine))
+    least = min(
+        sum(_memory_breakdown(trial, engine, machine, parallel, finer[-1], bf16).values())
+        for parallel in _parallel_modes(machine)
+    )
     others = [] if engine.gradient_checkpointing is True else ["engine.gradient_checkpointing=true (not measured here)"]
     others += ["engine.crops=separate (not measured here)"] if engine.parallel == "ddp" else []
     others += ["more GPUs with engine.parallel=fsdp", "larger GPUs"]
-    return f"With one image at a time it still needs {size(least)}. Try {', or '.join(others)}."
+    return f"With one image at a time it still needs {format_bytes(least)}. Try {', or '.join(others)}."
 
 
-def disk_bytes(sizes: Sizes, engine: PretrainEngineRecipe) -> int:
+def disk_bytes(sizes: AnalyticCosts, engine: PretrainEngineRecipe) -> int:
     """What a run needs on disk: its checkpoints, encoders of best probes and the export."""
     weights, may_roll_back = sizes.weights, sizes.may_roll_back
-    encoders = (num_best_encoders(engine, may_roll_back) + 1) * FLOAT32 * weights.encoder
-    return engine.most_checkpoints(may_roll_back) * weights.checkpoint_bytes + encoders
+    encoders = (max_best_encoders_on_disk(engine, may_roll_back) + 1) * FLOAT32_BYTES * weights.encoder
+    return engine.max_checkpoints_on_disk(may_roll_back) * weights.checkpoint_bytes + encoders
 
 
-def _parts(
-    trial: Trial, engine: PretrainEngineRecipe, machine: Machine, parallel: str, accumulation: int, bf16: bool
+def _memory_breakdown(
+    trial: DryRunMeasurement,
+    engine: PretrainEngineRecipe,
+    machine: TargetHardware,
+    parallel: str,
+    accumulation: int,
+    bf16: bool,
 ) -> dict[str, float]:
     forward_bytes = trial.activation_bytes(engine.batch_size // (machine.num_gpus * accumulation))
     measured = trial.precision == "bf16"
@@ -210,69 +233,69 @@ def _parts(
 
 
 def _length(engine: PretrainEngineRecipe, seconds: float) -> str:
-    return f"{count(engine.steps, 'step')}, about {duration(engine.steps * seconds)} without probes"
+    return f"{format_count(engine.steps, 'step')}, about {format_duration(engine.steps * seconds)} without probes"
 
 
-def _fits(parts: dict[str, float], kind: GPUKind) -> bool:
-    return sum(parts.values()) <= USABLE_SHARE * kind.memory_gib * GIB
+def _fits(parts: dict[str, float], kind: GPUSpec) -> bool:
+    return sum(parts.values()) <= USABLE_MEMORY_FRACTION * kind.memory_gib * GIB
 
 
-def _ways(machine: Machine) -> tuple[str, ...]:
+def _parallel_modes(machine: TargetHardware) -> tuple[str, ...]:
     return ("ddp", "fsdp") if machine.num_gpus > 1 else ("ddp",)
 
 
-def _name(machine: Machine, parallel: str) -> str:
+def _name(machine: TargetHardware, parallel: str) -> str:
     return parallel if machine.num_gpus > 1 else "one GPU"
 
 
-def _in_words(parts: dict[str, float]) -> str:
-    return ", ".join(f"{part} {size(num_bytes)}" for part, num_bytes in parts.items() if num_bytes)
+def _format_breakdown(parts: dict[str, float]) -> str:
+    return ", ".join(f"{part} {format_bytes(num_bytes)}" for part, num_bytes in parts.items() if num_bytes)
 
 
-def figure(value: float) -> str:
+def format_number(value: float) -> str:
     """Three digits that mean something, and no exponent.
 
-    >>> figure(13_612_345.0), figure(48.26), figure(0.0312)
+    >>> format_number(13_612_345.0), format_number(48.26), format_number(0.0312)
     ('13,600,000', '48.3', '0.0312')
     """
     rounded = float(f"{value:.3g}")
     return f"{rounded:,.0f}" if rounded >= 100 else f"{rounded:g}"
 
 
-def size(num_bytes: float) -> str:
+def format_bytes(num_bytes: float) -> str:
     """Bytes in the unit that suits them.
 
-    >>> size(3 * 2**30), size(5 * 2**20)
+    >>> format_bytes(3 * 2**30), format_bytes(5 * 2**20)
     ('3 GiB', '5 MiB')
     """
-    return f"{figure(num_bytes / GIB)} GiB" if num_bytes >= GIB else f"{figure(num_bytes / 2**20)} MiB"
+    return f"{format_number(num_bytes / GIB)} GiB" if num_bytes >= GIB else f"{format_number(num_bytes / 2**20)} MiB"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """A time in the unit that suits it.
 
-    >>> duration(0.0042), duration(90), duration(7200), duration(864_000)
+    >>> format_duration(0.0042), format_duration(90), format_duration(7200), format_duration(864_000)
     ('4.2 ms', '90 s', '2 h', '10 days')
     """
     for limit, unit, name in ((1, 0.001, "ms"), (120, 1, "s"), (7200, 60, "min"), (100 * 3600, 3600, "h")):
         if seconds < limit:
-            return f"{figure(seconds / unit)} {name}"
-    return f"{figure(seconds / 86_400)} days"
+            return f"{format_number(seconds / unit)} {name}"
+    return f"{format_number(seconds / 86_400)} days"
 
 
-def operations(number: float) -> str:
+def format_flops(number: float) -> str:
     """Floating-point operations in the unit that suits them.
 
-    >>> operations(2.5e9), operations(5.6e12)
+    >>> format_flops(2.5e9), format_flops(5.6e12)
     ('2.5 GFLOP', '5.6 TFLOP')
     """
-    return f"{figure(number / 1e12)} TFLOP" if number >= 1e12 else f"{figure(number / 1e9)} GFLOP"
+    return f"{format_number(number / 1e12)} TFLOP" if number >= 1e12 else f"{format_number(number / 1e9)} GFLOP"
 
 
-def count(number: int, thing: str) -> str:
+def format_count(number: int, thing: str) -> str:
     """How many of a thing.
 
-    >>> count(1, "step"), count(50_000, "step")
+    >>> format_count(1, "step"), format_count(50_000, "step")
     ('1 step', '50,000 steps')
     """
     return f"{number:,} {thing}{'' if number == 1 else 's'}"

@@ -30,31 +30,31 @@ from brainfound.data.augmentation import ViewsRecipe
 from brainfound.errors import UsageError
 from brainfound.models.encoder import SliceEncoder
 from brainfound.pretraining.dry_run.cost import ForwardMemory, StepFlops, step_flops
-from brainfound.pretraining.dry_run.gpus import GPUKind, find_gpu
+from brainfound.pretraining.dry_run.gpus import GPUSpec, find_gpu
 from brainfound.pretraining.execution import PretrainEngineRecipe
-from brainfound.pretraining.objectives.base import Objective, SliceBatch
+from brainfound.pretraining.objectives.base import Objective, PretrainBatch
 from brainfound.pretraining.objectives.heads import ProjectionHead
 from brainfound.pretraining.task import PretrainTask
 from brainfound.training.distributed import BRANCHES
 from brainfound.training.engine import Engine
 
 NUM_STEPS = 2
-NUM_TRIED = 4  # images of the micro-batch that stands for another machine's
+NUM_ESTIMATE_IMAGES = 4  # images of the micro-batch that stands for another machine's
 GIB = 2**30
-FLOAT32, BFLOAT16 = 4, 2
+FLOAT32_BYTES, BFLOAT16_BYTES = 4, 2
 
 
 @dataclass(frozen=True)
-class Machine:
+class TargetHardware:
     """A machine on paper."""
 
-    kind: GPUKind
+    kind: GPUSpec
     num_gpus: int = 1
     utilisation: float = 0.33
     """Assumed part of the peak that the model's own operations reach (MFU)."""
 
     @classmethod
-    def of(cls, gpus: int | None, gpu: str | None) -> Machine | None:
+    def of(cls, gpus: int | None, gpu: str | None) -> TargetHardware | None:
         """The machine that the command line names; None if it names none.
 
         Raises:
@@ -68,11 +68,11 @@ class Machine:
             raise UsageError("there is no such number of GPUs", where="--gpus", got=gpus, expected="1 or more")
         return cls(find_gpu(gpu), gpus or 1)
 
-    def micro_batch(self, engine: PretrainEngineRecipe) -> int:
+    def micro_batch_size(self, engine: PretrainEngineRecipe) -> int:
         """Images that one GPU has at a time."""
         return engine.batch_size // (self.num_gpus * engine.accumulation)
 
-    def require_share(self, engine: PretrainEngineRecipe) -> None:
+    def require_divisible_batch(self, engine: PretrainEngineRecipe) -> None:
         """Refuse a batch that the GPUs cannot share.
 
         Raises:
@@ -91,7 +91,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Weights:
+class ParameterCounts:
     """How many weights there are of each kind."""
 
     student: int
@@ -104,7 +104,7 @@ class Weights:
     """The largest attention or MLP of a block: what sharded training gathers at a time."""
 
     @classmethod
-    def of(cls, objective: Objective) -> Weights:
+    def of(cls, objective: Objective) -> ParameterCounts:
         """Count them; sharded ones count whole."""
         student, encoder = objective.student, objective.exported_encoder
         # An anchor is a bare encoder; a teacher has heads.
@@ -122,32 +122,32 @@ class Weights:
     @property
     def checkpoint_bytes(self) -> int:
         """Of one checkpoint: everything in float32, and two moments of each trained weight."""
-        return FLOAT32 * (self.student + self.teacher + self.anchor + 2 * self.trained)
+        return FLOAT32_BYTES * (self.student + self.teacher + self.anchor + 2 * self.trained)
 
     @property
-    def trial_bytes(self) -> int:
+    def dry_run_bytes(self) -> int:
         """What a trial takes before anything is computed: as a checkpoint, with gradients and the model as it was."""
-        return self.checkpoint_bytes + FLOAT32 * (self.trained + self.encoder)
+        return self.checkpoint_bytes + FLOAT32_BYTES * (self.trained + self.encoder)
 
 
 @dataclass(frozen=True)
-class Sizes:
+class AnalyticCosts:
     """What follows from a recipe and the sizes of its model, without a trial."""
 
-    weights: Weights
+    weights: ParameterCounts
     flops: Callable[[int], StepFlops]
     """The operations of a micro-batch of so many images; not quite in proportion, as whole crops are left out."""
     may_roll_back: bool = False
     """Whether the guard may go back to a checkpoint, which then stays."""
 
     @classmethod
-    def of(cls, objective: Objective, views: ViewsRecipe, may_roll_back: bool) -> Sizes:
-        weights = Weights.of(objective)
+    def of(cls, objective: Objective, views: ViewsRecipe, may_roll_back: bool) -> AnalyticCosts:
+        weights = ParameterCounts.of(objective)
         return cls(weights, lambda num_images: step_flops(objective, views, num_images), may_roll_back)
 
 
 @dataclass(frozen=True)
-class Trial:
+class DryRunMeasurement:
     """What two steps on this machine have shown."""
 
     device: torch.device
@@ -159,9 +159,9 @@ class Trial:
     """Of all processes together."""
     forward_bytes: float
     """What the forward pass of a micro-batch takes at most beside the weights, teacher and targets included."""
-    half_bytes: float | None
+    half_batch_forward_bytes: float | None
     """The same of half as many images, rounded down; None where that was not measured."""
-    sizes: Sizes
+    sizes: AnalyticCosts
     loss: float
     ln_k: float | None
     """The loss of uniform answers; only objectives with prototypes have it."""
@@ -174,14 +174,14 @@ class Trial:
         tell the two apart.
         """
         wanted, tried = (self.sizes.flops(n).student for n in (num_images, self.num_images))
-        if self.half_bytes is None:
+        if self.half_batch_forward_bytes is None:
             return self.forward_bytes * wanted / tried
         half = self.sizes.flops(self.num_images // 2).student
-        slope = max(self.forward_bytes - self.half_bytes, 0) / (tried - half)
+        slope = max(self.forward_bytes - self.half_batch_forward_bytes, 0) / (tried - half)
         return self.forward_bytes + slope * (wanted - tried)
 
 
-def most_memory_gib(device: torch.device) -> float:
+def peak_memory_gib(device: torch.device) -> float:
     """The most memory that this process has had: of the GPU, or of the machine."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
@@ -192,7 +192,7 @@ def most_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
 
 
-def free_bytes(device: torch.device) -> int:
+def available_memory_bytes(device: torch.device) -> int:
     """Memory that a trial may take: of the GPU, or of the machine."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
@@ -205,20 +205,22 @@ def free_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def for_estimate(engine: PretrainEngineRecipe, machine: Machine, num_processes: int) -> PretrainEngineRecipe:
+def shrink_engine_for_estimate(
+    engine: PretrainEngineRecipe, machine: TargetHardware, num_processes: int
+) -> PretrainEngineRecipe:
     """A recipe of which a few images are tried out, to reckon with for another machine."""
-    num_tried = min(NUM_TRIED, machine.micro_batch(engine))
+    num_tried = min(NUM_ESTIMATE_IMAGES, machine.micro_batch_size(engine))
     few = {"batch_size": num_tried * num_processes, "accumulation": 1, "num_workers": 0}
-    return as_on_gpu(engine).model_copy(update=few)
+    return resolve_auto_for_gpu(engine).model_copy(update=few)
 
 
-def as_on_gpu(engine: PretrainEngineRecipe) -> PretrainEngineRecipe:
+def resolve_auto_for_gpu(engine: PretrainEngineRecipe) -> PretrainEngineRecipe:
     """What "auto" comes to on a GPU where it decides about memory, so that a CPU measures what a GPU would need."""
     choice = {"attention": "sdpa", "crops": "packed"}
     return engine.model_copy(update={key: value for key, value in choice.items() if getattr(engine, key) == "auto"})
 
 
-def try_out(
+def measure_training_steps(
     task: PretrainTask,
     views: ViewsRecipe,
     engine: PretrainEngineRecipe,
@@ -226,7 +228,7 @@ def try_out(
     accelerator: Accelerator,
     quiet: bool,
     estimate: bool = False,
-) -> Trial | None:
+) -> DryRunMeasurement | None:
     """Train for two real steps; all ranks call it, and rank 0 is told what they have shown.
 
     The first step shows memory and warms up, the second is timed.
@@ -244,24 +246,24 @@ def try_out(
     if not accelerator.is_main_process:
         return None
     line = json.loads((folder / "log.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-    return Trial(
+    return DryRunMeasurement(
         device=accelerator.device,
         precision=accelerator.mixed_precision,
         num_processes=accelerator.num_processes,
         num_images=num_images,
         images_per_second=engine.batch_size / line["seconds_per_step"],
-        forward_bytes=forward.most_bytes,
-        half_bytes=forward.part_bytes,
-        sizes=Sizes.of(task.objective, views, task.may_roll_back),
+        forward_bytes=forward.peak_bytes,
+        half_batch_forward_bytes=forward.part_peak_bytes,
+        sizes=AnalyticCosts.of(task.objective, views, task.may_roll_back),
         loss=line["loss"],
         ln_k=line.get("ln_k"),
     )
 
 
-def _first(num_images: int) -> Callable[[SliceBatch], SliceBatch]:
+def _first(num_images: int) -> Callable[[PretrainBatch], PretrainBatch]:
     """What takes the first images of a batch."""
 
-    def first(batch: SliceBatch) -> SliceBatch:
+    def first(batch: PretrainBatch) -> PretrainBatch:
         return replace(batch, **{name: part[:num_images] for name, part in vars(batch).items() if part is not None})
 
     return first

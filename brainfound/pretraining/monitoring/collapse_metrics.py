@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-MOST_IMAGES = 256
+MAX_HEALTH_IMAGES = 256
 """Gauges need no more; a singular value decomposition of the rows of many ranks would take seconds."""
 
 
@@ -66,8 +66,8 @@ def view_margin(features: Float[Tensor, "N D"], images: Int[Tensor, "N"]) -> flo
     return (same / num_same - (everything - same) / (num_all - num_same)).item()
 
 
-def feature_gauges(features: Float[Tensor, "N D"], images: Int[Tensor, "N"] | None = None) -> dict[str, float]:
-    """Gauges of a batch of CLS features, of at most `MOST_IMAGES` images; all NaN if a feature is not finite.
+def feature_health_metrics(features: Float[Tensor, "N D"], images: Int[Tensor, "N"] | None = None) -> dict[str, float]:
+    """Gauges of a batch of CLS features, of at most `MAX_HEALTH_IMAGES` images; all NaN if a feature is not finite.
 
     Args:
         images: which image each row is a crop of; None: each row is an image of its own. There is no view
@@ -75,17 +75,17 @@ def feature_gauges(features: Float[Tensor, "N D"], images: Int[Tensor, "N"] | No
     """
     features = features.detach().cpu()
     rows = torch.arange(len(features)) if images is None else images.cpu()
-    ids = torch.unique(rows)[:MOST_IMAGES]
-    if len(ids) == MOST_IMAGES:
+    ids = torch.unique(rows)[:MAX_HEALTH_IMAGES]
+    if len(ids) == MAX_HEALTH_IMAGES:
         chosen = rows <= ids[-1]
         features, rows = features[chosen], rows[chosen]
     finite = bool(torch.isfinite(features).all())
-    gauges = {
+    health_metrics = {
         "effective_rank": effective_rank(features) if finite else math.nan,
         # What rows of one image add is the difference of its crops: features that ignore it have n − 1 directions.
         "highest_rank": float(min(len(ids) - 1, features.shape[1])),
         "mean_cosine": mean_cosine(features) if finite else math.nan,
     }
     if len(rows) > len(ids) > 1:
-        gauges["view_margin"] = view_margin(features, rows) if finite else math.nan
-    return gauges
+        health_metrics["view_margin"] = view_margin(features, rows) if finite else math.nan
+    return health_metrics

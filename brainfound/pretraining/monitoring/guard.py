@@ -38,13 +38,13 @@ from brainfound.recipes import Recipe
 
 MARGIN_PER_IMAGE = 1 / 160
 """The threshold of the margin is at most so much of each image: few images make it noisy (by 0.15 at 8 of them)."""
-KEPT = ("kept_slices", "kept_patches")
+START_FEATURE_SCORES = ("kept_slices", "kept_patches")
 """What is watched of the starting checkpoint's own features."""
-UNINFORMED = 0.99
+UNINFORMATIVE_LOSS_RATIO = 0.99
 """From this part of ln K on, the CLS loss is no better than that of an answer that ignores the image."""
 
 
-class RollBack(TrainingError):
+class RollbackRequested(TrainingError):
     """The run is to go back to a kept checkpoint, and on from there with a lower learning rate.
 
     Args:
@@ -109,7 +109,7 @@ class GuardRecipe(Recipe):
 
 
 @dataclass
-class WatchState:
+class RetentionState:
     """What the guard remembers of one thing that is watched."""
 
     first_score: float
@@ -120,13 +120,13 @@ class WatchState:
     """How far below the best score a drop begins, at the last probe."""
     dropped_probes: int = 0
 
-    def dropped(self) -> bool:
+    def is_dropped(self) -> bool:
         """Whether the last score was a drop."""
         # A score that is not a number is below every score.
         return not self.last_score >= self.best_score - self.last_margin
 
 
-def watched_in(line: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+def read_retention_scores(line: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
     """What is watched, in a line of the log: name → score and standard error."""
     names = [key.removeprefix("watch/") for key in line if key.startswith("watch/")]
     return {name: (line[f"watch/{name}"], line[f"watch_error/{name}"]) for name in names}
@@ -153,7 +153,7 @@ class GuardState:
     """What the learning rates are multiplied by, after the rollbacks so far."""
     failed: bool = False
     """Whether the guard ended the run."""
-    watched: dict[str, WatchState] = field(default_factory=dict)
+    watched: dict[str, RetentionState] = field(default_factory=dict)
     """What is watched beside the target, by name."""
 
 
@@ -169,14 +169,14 @@ class Guard:
     recipe: GuardRecipe
     state: GuardState = field(default_factory=GuardState)
     from_scratch: bool = False
-    _said: set[str] = field(default_factory=set, init=False, repr=False)
+    _warned: set[str] = field(default_factory=set, init=False, repr=False)
 
     @property
     def may_roll_back(self) -> bool:
         """Whether a failure may lead back to a kept checkpoint."""
         return self.recipe.enabled and self.recipe.on_failure == "roll_back"
 
-    def symptoms(self, line: Mapping[str, Any]) -> list[str]:
+    def collapse_symptoms(self, line: Mapping[str, Any]) -> list[str]:
         """What in a log line says collapse, in words."""
         recipe = self.recipe
         found = []
@@ -191,12 +191,12 @@ class Guard:
         several_images = line.get("highest_rank", math.inf) > 0  # of one image, crops are to be alike
         if cosine is not None and several_images and not cosine < recipe.max_mean_cosine:
             found.append(f"mean cosine {cosine:.4f}, from {recipe.max_mean_cosine:g} on")
-        return found + self._uninformed(line)
+        return found + self._uninformative_outputs(line)
 
     def _rank_threshold(self, threshold: float, line: Mapping[str, Any]) -> float:
         return min(threshold, self.recipe.rank_share * line.get("highest_rank", math.inf))
 
-    def _uninformed(self, line: Mapping[str, Any]) -> list[str]:
+    def _uninformative_outputs(self, line: Mapping[str, Any]) -> list[str]:
         """What says that answers do not depend on the image; the CLS loss is a mean over pairs of crops."""
         recipe, loss, ln_k, margin = self.recipe, *(line.get(k) for k in ("loss_dino", "ln_k", "view_margin"))
         if loss is None or ln_k is None:
@@ -206,7 +206,7 @@ class Guard:
             found.append(f"CLS loss {loss:.4f} equals ln K ({ln_k:.4f})")
         # The margin alone proves nothing: crops that show different contrasts may be unlike and yet be learnt.
         lowest = min(recipe.min_view_margin, MARGIN_PER_IMAGE * (line.get("highest_rank", math.inf) + 1))
-        if margin is not None and margin < lowest and not loss < UNINFORMED * ln_k:
+        if margin is not None and margin < lowest and not loss < UNINFORMATIVE_LOSS_RATIO * ln_k:
             found.append(
                 f"crops of one image are no more alike than those of others (view margin {margin:.2f}, below"
                 f" {lowest:.2g}), and the CLS loss {loss:.4f} is no better than ln K ({ln_k:.4f})"
@@ -224,38 +224,40 @@ class Guard:
         if distance is not None and distance > self.recipe.warn_gram_distance:
             found["gram"] = f"Gram distance {distance:.3g} to the start, above {self.recipe.warn_gram_distance:g}"
         chance = line.get("probe_chance") if self.state.first_score is None else None
-        if chance is not None and not line["probe"] - chance > self._drop(line["probe_standard_error"]):
+        if chance is not None and not line["probe"] - chance > self._drop_margin(line["probe_standard_error"]):
             found["blind"] = (
                 f"the probe of {line['probe_target']} is not clearly above chance"
                 f" ({line['probe']:.3f}, chance {chance:.3f}): it cannot see a drop; another probe.target may"
             )
-        new = [f"step {step}: {text}" for kind, text in found.items() if kind not in self._said]
-        self._said |= found.keys()
+        new = [f"step {step}: {text}" for kind, text in found.items() if kind not in self._warned]
+        self._warned |= found.keys()
         return new
 
-    def look(self, step: int, line: Mapping[str, Any]) -> None:
+    def on_log_line(self, step: int, line: Mapping[str, Any]) -> None:
         """Look at a log line.
 
         Raises:
             RollBack: if collapse has shown in `confirm_looks` lines in a row, and the run may go back.
             TrainingError: likewise, if it may not.
         """
-        symptoms = self.symptoms(line)
+        collapse_symptoms = self.collapse_symptoms(line)
         # Features that are not finite never come back, so they need no grace.
         counts = step > self.recipe.grace_steps or math.isnan(line.get("effective_rank", 0.0))
-        self.state.collapsed_looks = self.state.collapsed_looks + 1 if symptoms and counts else 0
+        self.state.collapsed_looks = self.state.collapsed_looks + 1 if collapse_symptoms and counts else 0
         if self.state.collapsed_looks >= self.recipe.confirm_looks:
-            what = f"the features collapsed: {'; '.join(symptoms)}, in {self.state.collapsed_looks} log lines in a row"
-            self.fail(step, what, "Lower optim.lr or lengthen schedule.head_warmup_steps")
+            what = f"the features collapsed: {'; '.join(collapse_symptoms)}, in {self.state.collapsed_looks} log lines in a row"
+            self.handle_failure(step, what, "Lower optim.lr or lengthen schedule.head_warmup_steps")
 
     def is_best(self, step: int, score: float, watched: Mapping[str, tuple[float, float]] | None = None) -> bool:
         """Whether a teacher would be the best so far: by the target's score, where nothing watched is a drop."""
         best = self.state.best_score
-        if not math.isfinite(score) or any(one.dropped() for one in self._after(step, watched or {}).values()):
+        if not math.isfinite(score) or any(
+            one.is_dropped() for one in self._updated_retention(step, watched or {}).values()
+        ):
             return False
-        return best is None or self._is_early(step) or score > best
+        return best is None or self._in_grace_period(step) or score > best
 
-    def judge(
+    def record_probe(
         self,
         step: int,
         score: float,
@@ -274,9 +276,9 @@ class Guard:
         """
         state = self.state
         is_best = self.is_best(step, score, watched)
-        state.watched |= self._after(step, watched or {})
+        state.watched |= self._updated_retention(step, watched or {})
         state.last_score, state.last_step = score, step
-        state.last_margin = self._drop(standard_error)
+        state.last_margin = self._drop_margin(standard_error)
         if state.first_score is None:
             state.first_score = score
         if is_best:
@@ -295,32 +297,32 @@ class Guard:
         ]
         if found:
             longest = max([state.dropped_probes, *(one.dropped_probes for one in state.watched.values())])
-            self.fail(step, f"{', '.join(found)} and stayed down for {longest} probes", "Lower optim.lr")
+            self.handle_failure(step, f"{', '.join(found)} and stayed down for {longest} probes", "Lower optim.lr")
 
-    def _is_early(self, step: int) -> bool:
+    def _in_grace_period(self, step: int) -> bool:
         return self.from_scratch and step <= self.recipe.grace_steps
 
-    def _after(self, step: int, watched: Mapping[str, tuple[float, float]]) -> dict[str, WatchState]:
+    def _updated_retention(self, step: int, watched: Mapping[str, tuple[float, float]]) -> dict[str, RetentionState]:
         """What would be remembered of each thing that is watched; nothing changes yet."""
         if self.from_scratch:
             # What random features tell is nothing to be kept: learning may well cost it.
             return {}
         after = {}
         for name, (score, error) in watched.items():
-            least = self.recipe.kept_drop if name in KEPT else self.recipe.watch_drop
+            least = self.recipe.kept_drop if name in START_FEATURE_SCORES else self.recipe.watch_drop
             margin = max(least, self.recipe.watch_errors * error)
             before = self.state.watched.get(name)
             if before is None:
-                after[name] = WatchState(score, score, step, score, margin)
+                after[name] = RetentionState(score, score, step, score, margin)
                 continue
             one = replace(before, last_score=score, last_margin=margin)
             if score > one.best_score or math.isnan(one.best_score):
                 one.best_score, one.best_step = score, step
-            one.dropped_probes = before.dropped_probes + 1 if one.dropped() else 0
+            one.dropped_probes = before.dropped_probes + 1 if one.is_dropped() else 0
             after[name] = one
         return after
 
-    def _drop(self, standard_error: float) -> float:
+    def _drop_margin(self, standard_error: float) -> float:
         return max(self.recipe.probe_drop, 2 * standard_error)
 
     def _target_dropped(self) -> bool:
@@ -330,10 +332,10 @@ class Guard:
         # A score that is not a number is below every score.
         return not state.last_score >= state.best_score - state.last_margin
 
-    def _dropped(self) -> bool:
-        return self._target_dropped() or any(one.dropped() for one in self.state.watched.values())
+    def _any_dropped(self) -> bool:
+        return self._target_dropped() or any(one.is_dropped() for one in self.state.watched.values())
 
-    def fail(self, step: int, what: str, remedy: str | None) -> None:
+    def handle_failure(self, step: int, what: str, remedy: str | None) -> None:
         """Act on a failure that is confirmed; nothing where the guard is disabled.
 
         Raises:
@@ -345,7 +347,7 @@ class Guard:
             return
         remedy = remedy or "Lower optim.lr"
         if self.may_roll_back and state.kept_step is not None and state.rollbacks < recipe.max_rollbacks:
-            raise RollBack(what, step=state.kept_step, where=f"step {step}", remedy=remedy)
+            raise RollbackRequested(what, step=state.kept_step, where=f"step {step}", remedy=remedy)
         if state.rollbacks:
             what += f", after {state.rollbacks} rollback{'s' if state.rollbacks > 1 else ''}"
         elif self.may_roll_back:
@@ -360,14 +362,14 @@ class Guard:
         """
         state = self.state
         state.failed = True
-        exported = "the last teacher" if not self.exports_best() else f"the teacher of step {state.best_step}"
+        exported = "the last teacher" if not self.should_export_best() else f"the teacher of step {state.best_step}"
         raise TrainingError(what, where=f"step {step}", remedy=f"{remedy}; export/ holds {exported}")
 
-    def keeps(self, step: int) -> bool:
+    def should_keep_checkpoint(self, step: int) -> bool:
         """Whether a rollback would go back to this step: its checkpoint is to be kept."""
         return self.state.kept_step == step
 
-    def rolled_back(self) -> dict[str, Any]:
+    def on_rollback(self) -> dict[str, Any]:
         """Be as at the kept step again, but for a lower learning rate; gives what the log is to say of it."""
         state = self.state
         state.rollbacks += 1
@@ -380,7 +382,7 @@ class Guard:
             one.last_score, one.dropped_probes = one.best_score, 0
         return {"rollbacks": state.rollbacks, "lr_scale": state.lr_scale}
 
-    def exports_best(self) -> bool:
+    def should_export_best(self) -> bool:
         """Whether the teacher of the best probe is to be exported.
 
         It is, where the last probe was a drop of the target or of anything watched, or where the run failed: a
@@ -388,7 +390,7 @@ class Guard:
         those at which nothing watched was a drop.
         """
         state = self.state
-        return self.recipe.export == "best" and (self._dropped() or (state.failed and state.best_step is not None))
+        return self.recipe.export == "best" and (self._any_dropped() or (state.failed and state.best_step is not None))
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self.state)
@@ -396,4 +398,4 @@ class Guard:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.state = GuardState(**{**state, "watched": {}})
         # A checkpoint of an earlier version watched nothing.
-        self.state.watched = {name: WatchState(**one) for name, one in state.get("watched", {}).items()}
+        self.state.watched = {name: RetentionState(**one) for name, one in state.get("watched", {}).items()}

@@ -38,65 +38,67 @@ from brainfound.errors import RecipeError
 from brainfound.models.encoder import SliceEncoder
 from brainfound.training.randomness import PROBE, numpy_generator
 
-Target = Literal["diagnosis", "age_years", "sex", "site", "contrast", "slice_position"]
-ORDER: tuple[Target, ...] = ("diagnosis", "age_years", "sex", "site", "contrast", "slice_position")
-CLASSES: tuple[Target, ...] = ("diagnosis", "sex", "site", "contrast")
+ProbeTarget = Literal["diagnosis", "age_years", "sex", "site", "contrast", "slice_position"]
+TARGET_PRIORITY: tuple[ProbeTarget, ...] = ("diagnosis", "age_years", "sex", "site", "contrast", "slice_position")
+CLASS_TARGETS: tuple[ProbeTarget, ...] = ("diagnosis", "sex", "site", "contrast")
 """Targets that are classes; the others are numbers."""
-OF_SLICES: tuple[Target, ...] = ("slice_position",)
+SLICE_TARGETS: tuple[ProbeTarget, ...] = ("slice_position",)
 """Targets of each slice; the others are of a session."""
-SMALLEST_CLASS = 5
-FEWEST_AGES = 10
+MIN_CLASS_SESSIONS = 5
+MIN_AGES = 10
 _CLASSES_SHOWN = 5
 
 
-def choose_target(store: Store) -> Target:
-    """The first of `ORDER` that a store has enough of."""
-    return next(target for target in ORDER if _SUPPORT.get(target, _of_column)(store, target))
+def choose_probe_target(store: Store) -> ProbeTarget:
+    """The first of `TARGET_PRIORITY` that a store has enough of."""
+    return next(
+        target for target in TARGET_PRIORITY if _SUPPORT_CHECKS.get(target, _is_column_supported)(store, target)
+    )
 
 
-def supported_labels(store: Store) -> list[Target]:
+def supported_targets(store: Store) -> list[ProbeTarget]:
     """What a store has enough of among what a cohort says of its sessions."""
-    of_sessions = (target for target in ORDER if target not in ("contrast", *OF_SLICES))
-    return [target for target in of_sessions if _SUPPORT.get(target, _of_column)(store, target)]
+    of_sessions = (target for target in TARGET_PRIORITY if target not in ("contrast", *SLICE_TARGETS))
+    return [target for target in of_sessions if _SUPPORT_CHECKS.get(target, _is_column_supported)(store, target)]
 
 
-def labelled_sessions(store: Store, target: Target) -> np.ndarray:
+def sessions_with_target(store: Store, target: ProbeTarget) -> np.ndarray:
     """Indices of the sessions whose label is known and, of classes, frequent enough; empty without such a column."""
     everybody = np.arange(len(store.sessions))
     if target == "contrast":
         return everybody[store.present[:, frequent_contrasts(store)].any(axis=1)]
-    if target in OF_SLICES:
+    if target in SLICE_TARGETS:
         return everybody
     if target not in store.sessions:
         return everybody[:0]
     known = store.sessions[target].notna().to_numpy()
-    if target in CLASSES:
+    if target in CLASS_TARGETS:
         labels = store.sessions[target].astype(str)
-        known = known & (labels.map(labels[known].value_counts()).fillna(0).to_numpy() >= SMALLEST_CLASS)
+        known = known & (labels.map(labels[known].value_counts()).fillna(0).to_numpy() >= MIN_CLASS_SESSIONS)
     return everybody[known]
 
 
 def frequent_contrasts(store: Store) -> np.ndarray:
     """Indices of the contrasts that enough sessions have."""
-    return np.flatnonzero(store.present.sum(axis=0) >= SMALLEST_CLASS)
+    return np.flatnonzero(store.present.sum(axis=0) >= MIN_CLASS_SESSIONS)
 
 
-def require_target(store: Store, target: Target) -> None:
+def require_probe_target(store: Store, target: ProbeTarget) -> None:
     """Refuse a target that a store knows too little of to be probed at all.
 
     Raises:
         RecipeError: counts what there is.
     """
-    if target in OF_SLICES:
+    if target in SLICE_TARGETS:
         return
-    remedy = f"Set probe.target=auto, which takes {choose_target(store)} in this store"
+    remedy = f"Set probe.target=auto, which takes {choose_probe_target(store)} in this store"
     if target == "contrast":
-        _require_classes(target, _counts_of_contrasts(store), remedy)
+        _require_classes(target, _contrast_counts(store), remedy)
         return
     if target not in store.sessions:
         raise RecipeError("the store has no such column", where="probe.target", got=target, remedy=remedy)
     known = store.sessions[target].dropna()
-    if target in CLASSES:
+    if target in CLASS_TARGETS:
         _require_classes(target, known.astype(str).value_counts().to_dict(), remedy)
     elif len(known) < 2:
         raise RecipeError(
@@ -108,45 +110,45 @@ def require_target(store: Store, target: Target) -> None:
         )
 
 
-def _require_classes(target: Target, counts: dict[str, int], remedy: str) -> None:
-    if sum(count >= SMALLEST_CLASS for count in counts.values()) < 2:
+def _require_classes(target: ProbeTarget, counts: dict[str, int], remedy: str) -> None:
+    if sum(count >= MIN_CLASS_SESSIONS for count in counts.values()) < 2:
         # Not their names: a column may hold what identifies people.
         sizes = ", ".join(map(str, sorted(counts.values(), reverse=True)[:_CLASSES_SHOWN])) or "none"
         raise RecipeError(
             f"a probe of {target} needs two classes",
             where="probe.target",
             got=f"{len(counts)} {'class' if len(counts) == 1 else 'classes'}, with so many sessions: {sizes}",
-            expected=f"two with {SMALLEST_CLASS} sessions or more",
+            expected=f"two with {MIN_CLASS_SESSIONS} sessions or more",
             remedy=remedy,
         )
 
 
-def _counts_of_contrasts(store: Store) -> dict[str, int]:
+def _contrast_counts(store: Store) -> dict[str, int]:
     counts = zip(store.contrasts, store.present.sum(axis=0).tolist(), strict=True)
     return {contrast: count for contrast, count in counts if count}
 
 
-def _of_column(store: Store, target: Target) -> bool:
+def _is_column_supported(store: Store, target: ProbeTarget) -> bool:
     labels = store.sessions[target].astype(str) if target in store.sessions else pd.Series(dtype=str)
-    return labels.iloc[labelled_sessions(store, target)].nunique() >= 2
+    return labels.iloc[sessions_with_target(store, target)].nunique() >= 2
 
 
-def _of_ages(store: Store, target: Target) -> bool:
+def _is_age_supported(store: Store, target: ProbeTarget) -> bool:
     ages = store.sessions[target].dropna().astype(float) if target in store.sessions else pd.Series(dtype=float)
-    return len(ages) >= FEWEST_AGES and ages.std() > 0
+    return len(ages) >= MIN_AGES and ages.std() > 0
 
 
-def _of_contrasts(store: Store, target: Target) -> bool:
+def _is_contrast_supported(store: Store, target: ProbeTarget) -> bool:
     return len(frequent_contrasts(store)) >= 2
 
 
-def _always(store: Store, target: Target) -> bool:
+def _always(store: Store, target: ProbeTarget) -> bool:
     return True
 
 
-_SUPPORT: dict[Target, Callable[[Store, Target], bool]] = {
-    "age_years": _of_ages,
-    "contrast": _of_contrasts,
+_SUPPORT_CHECKS: dict[ProbeTarget, Callable[[Store, ProbeTarget], bool]] = {
+    "age_years": _is_age_supported,
+    "contrast": _is_contrast_supported,
     "slice_position": _always,
 }
 

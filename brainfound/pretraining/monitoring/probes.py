@@ -26,25 +26,32 @@ from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 
 from brainfound.data.batches import as_tensor
 from brainfound.data.splits.dividing import k_folds
-from brainfound.data.splits.split_file import require_no_shared_content, subjects_to_divide
+from brainfound.data.splits.split_file import get_split_groups, require_no_shared_images
 from brainfound.data.store import Store
 from brainfound.errors import TrainingError
-from brainfound.metrics.embedding_probes import linear_classifier, linear_regressor, out_of_fold
+from brainfound.metrics.embedding_probes import cross_val_predict, linear_classifier, linear_regressor
 from brainfound.models.encoder import SliceEncoder
 from brainfound.pretraining.monitoring.probe_targets import (
-    CLASSES,
-    OF_SLICES,
+    CLASS_TARGETS,
+    SLICE_TARGETS,
     PatchProbe,
-    Target,
-    choose_target,
+    ProbeTarget,
+    choose_probe_target,
     frequent_contrasts,
-    labelled_sessions,
-    require_target,
-    supported_labels,
+    require_probe_target,
+    sessions_with_target,
+    supported_targets,
 )
-from brainfound.pretraining.monitoring.retention import QUESTIONS, Label, Patches, Question, Shares, Watch
+from brainfound.pretraining.monitoring.retention import (
+    RETENTION_PROBES,
+    PatchTargets,
+    RetentionProbeName,
+    RetentionProbes,
+    SessionLabel,
+    SubjectErrors,
+)
 from brainfound.recipes import Recipe
-from brainfound.training.checkpoint import told_in_one_line
+from brainfound.training.checkpoint import wrap_write_errors
 from brainfound.training.randomness import PROBE, numpy_generator
 
 NUM_BOOTSTRAPS = 200
@@ -55,7 +62,7 @@ class ProbeRecipe(Recipe):
 
     every: int = Field(default=500, ge=0)
     """Steps between two probes of the teacher; 0 turns them off."""
-    target: Literal["auto"] | Target = "auto"
+    target: Literal["auto"] | ProbeTarget = "auto"
     """What is predicted; "auto" takes the first that the store supports of diagnosis, age, sex, site, contrast
     and slice position. A high score of site is no merit, but its fall is damage."""
     method: Literal["linear", "knn"] = "linear"
@@ -71,7 +78,7 @@ class ProbeRecipe(Recipe):
     patch: bool = False
     """Whether to log also how well a linear model tells the tissue of patches, where the store has masks. It does
     not guard the run."""
-    watch: tuple[Question, ...] = QUESTIONS
+    watch: tuple[RetentionProbeName, ...] = RETENTION_PROBES
     """What is watched beside the target, from the same embeddings and without labels: see
     `retention`. [] leaves the guard with the target alone. `guard.watch_drop` says what a drop is."""
 
@@ -90,7 +97,7 @@ class ProbeScores:
     """What features without information score."""
     patch: float | None = None
     """Balanced accuracy of a linear model of patch tokens; None without one."""
-    watched: dict[str, tuple[float, float]] = field(default_factory=dict)
+    retention: dict[str, tuple[float, float]] = field(default_factory=dict)
     """What is watched beside the target: score and standard error, of the difference to the start."""
 
     def line(self, method: Literal["linear", "knn"]) -> dict[str, Any]:
@@ -98,7 +105,7 @@ class ProbeScores:
         scores = {"probe": getattr(self, method), "probe/linear": self.linear, "probe/knn": self.knn}
         if self.patch is not None:
             scores["probe/patch"] = self.patch
-        for name, (score, error) in self.watched.items():
+        for name, (score, error) in self.retention.items():
             scores |= {f"watch/{name}": score, f"watch_error/{name}": error}
         return scores | {
             "probe_standard_error": self.standard_error,
@@ -125,23 +132,23 @@ class Probe:
 
     def __init__(self, store: Store, recipe: ProbeRecipe, seed: int, start_file: Path | None = None) -> None:
         self.store, self.recipe, self.seed, self.start_file = store, recipe, seed, start_file
-        self.target: Target = choose_target(store) if recipe.target == "auto" else recipe.target
-        require_target(store, self.target)
-        self.classifies = self.target in CLASSES
-        self.metric = "balanced_accuracy" if self.classifies else "r2"
+        self.target: ProbeTarget = choose_probe_target(store) if recipe.target == "auto" else recipe.target
+        require_probe_target(store, self.target)
+        self.is_classification = self.target in CLASS_TARGETS
+        self.metric = "balanced_accuracy" if self.is_classification else "r2"
         sessions = self._choose_sessions()
         self.views, self.present, labels = self._make_views(sessions)
-        self.rows = np.stack([self._rows_of(session) for session in self.views])
+        self.rows = np.stack([self._slice_rows(session) for session in self.views])
         samples = self.views
-        if self.target in OF_SLICES:
+        if self.target in SLICE_TARGETS:
             labels = store.slice_positions_mm[self.rows].ravel()
             samples = np.repeat(self.views, self.rows.shape[1])
-        self.labels = labels.astype(str) if self.classifies else labels.astype(float)
-        self.classes = np.unique(self.labels) if self.classifies else self.labels[:0]
+        self.labels = labels.astype(str) if self.is_classification else labels.astype(float)
+        self.classes = np.unique(self.labels) if self.is_classification else self.labels[:0]
         if len(self.classes) == 1:
             raise TrainingError("a probe needs two classes", where="probe.target", got=self.target)
-        self.chance = 1 / len(self.classes) if self.classifies else 0.0
-        self.subjects = subjects_to_divide(store)[0][samples].astype(str)
+        self.chance = 1 / len(self.classes) if self.is_classification else 0.0
+        self.subjects = get_split_groups(store)[0][samples].astype(str)
         num_subjects = len(set(self.subjects))
         if num_subjects < 2:
             raise TrainingError(
@@ -154,13 +161,13 @@ class Probe:
         strata = None if self.target in ("slice_position", "contrast") else self.labels.tolist()
         self.folds = k_folds(self.subjects.tolist(), min(recipe.folds, num_subjects), seed, strata)
         for fold in self.folds:
-            require_no_shared_content(store, {part: samples[index] for part, index in fold.items()})
+            require_no_shared_images(store, {part: samples[index] for part, index in fold.items()})
         self.patches = self._patch_probe(sessions) if recipe.patch else None
-        self.watch = self._make_watch() if recipe.watch else None
-        self._told: Patches | None = None
+        self.watch = self._make_retention_probes() if recipe.watch else None
+        self._patch_targets: PatchTargets | None = None
 
     def _choose_sessions(self) -> np.ndarray:
-        usable = labelled_sessions(self.store, self.target)
+        usable = sessions_with_target(self.store, self.target)
         order = numpy_generator(PROBE, self.seed).permutation(usable)
         return np.sort(order[: self.recipe.max_sessions])
 
@@ -184,53 +191,55 @@ class Probe:
         """None where fewer than two subjects have a mask."""
         table = self.store.sessions
         masked = sessions[table["mask_dtype"].to_numpy()[sessions] != ""] if "mask_dtype" in table else sessions[:0]
-        subjects = subjects_to_divide(self.store)[0].astype(str)
+        subjects = get_split_groups(self.store)[0].astype(str)
         if len(set(subjects[masked])) < 2:
             warnings.warn("probe.patch is left out: the store has no masks of two subjects", stacklevel=2)
             return None
-        rows = [self._rows_of(session) for session in masked]
+        rows = [self._slice_rows(session) for session in masked]
         return PatchProbe(self.store, masked, rows, subjects, self.recipe.folds, self.seed)
 
-    def _make_watch(self) -> Watch:
-        names, owners = np.unique(self.subjects, return_inverse=True)
+    def _make_retention_probes(self) -> RetentionProbes:
+        names, subject_index = np.unique(self.subjects, return_inverse=True)
         fold_of = np.empty(len(names), dtype=int)
         for number, fold in enumerate(self.folds):
-            fold_of[owners[fold["test"]]] = number
-        if self.target in OF_SLICES:
-            owners = owners[:: self.rows.shape[1]]
-        questions = tuple(question for question in self.recipe.watch if question != self.target)
-        labels = self._labels(fold_of[owners]) if "labels" in questions and self.target != "contrast" else {}
+            fold_of[subject_index[fold["test"]]] = number
+        if self.target in SLICE_TARGETS:
+            subject_index = subject_index[:: self.rows.shape[1]]
+        probe_names = tuple(question for question in self.recipe.watch if question != self.target)
+        labels = self._labels(fold_of[subject_index]) if "labels" in probe_names and self.target != "contrast" else {}
         positions = self.store.slice_positions_mm[self.rows]
-        return Watch(questions, self.present, owners, fold_of[owners], positions, labels)
+        return RetentionProbes(probe_names, self.present, subject_index, fold_of[subject_index], positions, labels)
 
-    def _labels(self, folds: np.ndarray) -> dict[str, Label]:
+    def _labels(self, folds: np.ndarray) -> dict[str, SessionLabel]:
         """Labels beside the target that views of several folds have."""
-        found: dict[str, Label] = {}
-        for name in supported_labels(self.store):
-            known = np.isin(self.views, labelled_sessions(self.store, name))
+        found: dict[str, SessionLabel] = {}
+        for name in supported_targets(self.store):
+            known = np.isin(self.views, sessions_with_target(self.store, name))
             values = self.store.sessions[name].to_numpy()[self.views]
-            values = values.astype(str) if name in CLASSES else np.where(known, values, np.nan).astype(float)
+            values = values.astype(str) if name in CLASS_TARGETS else np.where(known, values, np.nan).astype(float)
             if name != self.target and len(set(folds[known])) > 1 and len(set(values[known])) > 1:
-                found[name] = Label(values, known, name in CLASSES)
+                found[name] = SessionLabel(values, known, name in CLASS_TARGETS)
         return found
 
-    def _rows_of(self, session: int) -> np.ndarray:
+    def _slice_rows(self, session: int) -> np.ndarray:
         rows = self.store.session_rows(session)
         # The middles of equal parts of the stack: the ends hold little brain.
         parts = (np.arange(self.recipe.slices_per_session) + 0.5) / self.recipe.slices_per_session
         return rows[np.floor(parts * len(rows)).astype(int)]
 
-    def run(self, encoder: SliceEncoder, device: torch.device, is_start: bool = False) -> ProbeScores:
+    def run(self, encoder: SliceEncoder, device: torch.device, is_starting_checkpoint: bool = False) -> ProbeScores:
         """Embed the subset and score it; the encoder's mode is left as it was.
 
         Args:
             is_start: this is the starting checkpoint, which later ones are compared with.
         """
         cls, patches = self._encode(encoder, device)
-        told = self._predict(cls)
-        scores = self._scores(told)
-        if self.watch is not None and told is not None:
-            scores = replace(scores, watched=self._ask(self.watch, cls, patches, told, is_start))
+        predictions = self._predict(cls)
+        scores = self._scores(predictions)
+        if self.watch is not None and predictions is not None:
+            scores = replace(
+                scores, retention=self._retention_scores(self.watch, cls, patches, predictions, is_starting_checkpoint)
+            )
         return scores if self.patches is None else replace(scores, patch=self.patches.run(encoder, device))
 
     @torch.no_grad()
@@ -240,16 +249,18 @@ class Probe:
         """CLS tokens of the slices, view by view, and the patch tokens that are watched."""
         was_training = encoder.training
         encoder.eval()
-        if self.watch is not None and self._told is None:
-            self._told = Patches.of([self.store.read_slices(rows) for rows in self.rows], encoder.patch_size, self.seed)
+        if self.watch is not None and self._patch_targets is None:
+            self._patch_targets = PatchTargets.of(
+                [self.store.read_slices(rows) for rows in self.rows], encoder.patch_size, self.seed
+            )
         embeddings, tokens = [], []
         for view, (rows, present) in enumerate(zip(self.rows, self.present, strict=True)):
             pixels = as_tensor(self.store.read_slices(rows)).to(device)
             mask = torch.from_numpy(present).to(device).expand(len(rows), -1)
             encoding = encoder(pixels, mask)
             embeddings.append(encoding.cls.float().cpu().numpy())
-            if self._told is not None and self.watch is not None and self.watch.reads_patches:
-                chosen = torch.from_numpy(self._told.chosen[view]).to(device)[:, :, None]
+            if self._patch_targets is not None and self.watch is not None and self.watch.uses_patch_tokens:
+                chosen = torch.from_numpy(self._patch_targets.chosen[view]).to(device)[:, :, None]
                 tokens.append(torch.take_along_dim(encoding.patches, chosen, dim=1).float().cpu().numpy())
         encoder.train(was_training)
         return np.stack(embeddings), np.stack(tokens) if tokens else None
@@ -260,62 +271,70 @@ class Probe:
 
     def _predict(self, embeddings: Float[np.ndarray, "V S D"]) -> dict[str, np.ndarray] | None:
         """What each model says of each sample; None where the features are not finite."""
-        of_slices = self.target in OF_SLICES
+        of_slices = self.target in SLICE_TARGETS
         features = embeddings.reshape(-1, embeddings.shape[-1]) if of_slices else embeddings.mean(axis=1)
         features = features.astype(np.float64)  # a float32 near its end overflows when it is squared
         if not np.isfinite(features).all():
             return None
-        return {name: out_of_fold(features, self.labels, self.folds, make) for name, make in self._models().items()}
+        return {
+            name: cross_val_predict(features, self.labels, self.folds, make)
+            for name, make in self._model_factories().items()
+        }
 
     def _scores(self, predicted: dict[str, np.ndarray] | None) -> ProbeScores:
         if predicted is None:
             # Told as a score, not raised: only rank 0 is here, and the guard stops all ranks together.
             return ProbeScores(np.nan, np.nan, 0.0, self.metric, self.target, self.chance)
         return ProbeScores(
-            linear=self._measure(self.labels, predicted["linear"]),
-            knn=self._measure(self.labels, predicted["knn"]),
+            linear=self._score_predictions(self.labels, predicted["linear"]),
+            knn=self._score_predictions(self.labels, predicted["knn"]),
             standard_error=self._standard_error(predicted[self.recipe.method]),
             metric=self.metric,
             target=self.target,
             chance=self.chance,
         )
 
-    def _ask(
-        self, watch: Watch, cls: np.ndarray, patches: np.ndarray | None, told: dict[str, np.ndarray], is_start: bool
+    def _retention_scores(
+        self,
+        watch: RetentionProbes,
+        cls: np.ndarray,
+        patches: np.ndarray | None,
+        predictions: dict[str, np.ndarray],
+        is_starting_checkpoint: bool,
     ) -> dict[str, tuple[float, float]]:
         """Score and standard error of what is watched; nothing where patch tokens are not finite."""
-        assert self._told is not None
+        assert self._patch_targets is not None
         if patches is not None and not np.isfinite(patches).all():
             patches = None
-        if is_start:
-            watch.remember(cls, patches)
+        if is_starting_checkpoint:
+            watch.set_reference(cls, patches)
         elif not watch.start and self.start_file is not None:
             self._load_start(watch, self.start_file)
-        shares = watch.shares(cls, patches, self._told) | watch.kept(cls, patches)
-        if "other_method" in watch.questions:
+        subject_errors = watch.subject_errors(cls, patches, self._patch_targets) | watch.kept(cls, patches)
+        if "other_method" in watch.probe_names:
             other = "knn" if self.recipe.method == "linear" else "linear"
-            shares[f"{self.target}_{other}"] = self._shares(told[other])
-        if is_start:
-            watch.start |= {f"shares/{name}": of_subjects for name, of_subjects in shares.items()}
-        return watch.compare(shares)
+            subject_errors[f"{self.target}_{other}"] = self._subject_errors(predictions[other])
+        if is_starting_checkpoint:
+            watch.start |= {f"shares/{name}": of_subjects for name, of_subjects in subject_errors.items()}
+        return watch.compare(subject_errors)
 
-    def _shares(self, predicted: np.ndarray) -> Shares:
+    def _subject_errors(self, predicted: np.ndarray) -> SubjectErrors:
         """What each subject adds to 1 − score."""
-        owners = np.unique(self.subjects, return_inverse=True)[1]
-        if self.classifies:
+        subject_index = np.unique(self.subjects, return_inverse=True)[1]
+        if self.is_classification:
             place = np.unique(self.labels, return_inverse=True)[1]
             share = (predicted != self.labels) / np.bincount(place)[place] / len(self.classes)
         else:
             share = np.square(predicted - self.labels) / np.square(self.labels - self.labels.mean()).sum()
-        return np.bincount(owners, weights=share)
+        return np.bincount(subject_index, weights=share)
 
     def save_start(self) -> None:
         """Write how the start answered into the start file, for a run that is resumed."""
         if self.watch is not None and self.watch.start and self.start_file is not None:
-            with told_in_one_line("what is watched of the start", self.start_file):
+            with wrap_write_errors("what is watched of the start", self.start_file):
                 self.watch.save_start(self.start_file)
 
-    def _load_start(self, watch: Watch, file: Path) -> None:
+    def _load_start(self, watch: RetentionProbes, file: Path) -> None:
         try:
             watch.load_start(file)
         except (OSError, SafetensorError) as error:
@@ -323,10 +342,10 @@ class Probe:
             text = f"{file} cannot be read ({error}); what is watched is not compared with the start"
             warnings.warn(text, stacklevel=2)
 
-    def _models(self) -> dict[str, Callable[[int], Any]]:
+    def _model_factories(self) -> dict[str, Callable[[int], Any]]:
         """Makers of models; they are given the number of training samples."""
         k = self.recipe.neighbours
-        if self.classifies:
+        if self.is_classification:
             return {
                 "linear": linear_classifier,
                 "knn": lambda n: KNeighborsClassifier(min(k, n), metric="cosine"),
@@ -336,9 +355,9 @@ class Probe:
             "knn": lambda n: KNeighborsRegressor(min(k, n), metric="cosine"),
         }
 
-    def _measure(self, labels: np.ndarray, predicted: np.ndarray) -> float:
+    def _score_predictions(self, labels: np.ndarray, predicted: np.ndarray) -> float:
         """Balanced accuracy over the classes among `labels`, or R²."""
-        if self.classifies:
+        if self.is_classification:
             # A bootstrap sample may lack a class; it then counts for nothing.
             right = predicted == labels
             return float(np.mean([right[labels == one].mean() for one in self.classes if (labels == one).any()]))
@@ -350,6 +369,6 @@ class Probe:
         scores = []
         for _ in range(NUM_BOOTSTRAPS):
             drawn = np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])
-            if self.classifies or np.ptp(self.labels[drawn]) > 0:
-                scores.append(self._measure(self.labels[drawn], predicted[drawn]))
+            if self.is_classification or np.ptp(self.labels[drawn]) > 0:
+                scores.append(self._score_predictions(self.labels[drawn], predicted[drawn]))
         return float(np.std(scores, ddof=1)) if len(scores) > 1 else 0.0

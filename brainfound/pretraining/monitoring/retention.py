@@ -36,10 +36,10 @@ from sklearn.linear_model import Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from brainfound.metrics.embedding_probes import linear_classifier, linear_regressor, out_of_fold
+from brainfound.metrics.embedding_probes import cross_val_predict, linear_classifier, linear_regressor
 from brainfound.training.randomness import PROBE, numpy_generator
 
-Question = Literal[
+RetentionProbeName = Literal[
     "other_method",
     "labels",
     "slice_position",
@@ -50,31 +50,31 @@ Question = Literal[
     "patch_position",
     "kept",
 ]
-QUESTIONS: tuple[Question, ...] = get_args(Question)
-OF_PATCHES = ("patch_intensity", "patch_texture", "patch_position", "kept")
-PATCHES_PER_SLICE = 8
-PENALTY = 0.01
+RETENTION_PROBES: tuple[RetentionProbeName, ...] = get_args(RetentionProbeName)
+PATCH_TOKEN_PROBES = ("patch_intensity", "patch_texture", "patch_position", "kept")
+RETENTION_PATCHES_PER_SLICE = 8
+RIDGE_PENALTY_PER_SAMPLE = 0.01
 """Ridge penalty per sample, of standardised features."""
-MOST_DIRECTIONS = 16
+MAX_COMPONENTS = 16
 """Principal directions of the start's features that are asked for."""
-_CHOICE = 3
+_PATCH_STREAM = 3
 """Key of the generator that chooses patches."""
 
-Shares = Float[np.ndarray, "U"]
+SubjectErrors = Float[np.ndarray, "U"]
 """What each subject adds to 1 − score."""
 
 
 @dataclass(frozen=True)
-class Label:
+class SessionLabel:
     """A label of sessions: one value per view, of which those that are `known` count."""
 
     values: np.ndarray
     known: Bool[np.ndarray, "V"]
-    classifies: bool
+    is_classification: bool
 
 
 @dataclass(frozen=True)
-class Patches:
+class PatchTargets:
     """The fixed patches that are asked about, and what is to be told of slices and patches."""
 
     chosen: Int[np.ndarray, "V S P"]
@@ -84,14 +84,16 @@ class Patches:
     slice_values: Float[np.ndarray, "V S C 2"]
 
     @classmethod
-    def of(cls, slices: Sequence[UInt8[np.ndarray, "S C H W"]], patch_size: int, seed: int) -> Patches:
+    def of(cls, slices: Sequence[UInt8[np.ndarray, "S C H W"]], patch_size: int, seed: int) -> PatchTargets:
         """Choose patches that show something, as far as there are enough of them; the same for the same seed."""
-        columns = [_of_view(pixels, patch_size, numpy_generator(PROBE, seed, _CHOICE, number))
+        columns = [_view_targets(pixels, patch_size, numpy_generator(PROBE, seed, _PATCH_STREAM, number))
                    for number, pixels in enumerate(slices)]  # fmt: skip
         return cls(*(np.stack(column) for column in zip(*columns, strict=True)))
 
 
-def _of_view(pixels: UInt8[np.ndarray, "S C H W"], patch_size: int, rng: np.random.Generator) -> tuple[np.ndarray, ...]:
+def _view_targets(
+    pixels: UInt8[np.ndarray, "S C H W"], patch_size: int, rng: np.random.Generator
+) -> tuple[np.ndarray, ...]:
     num_slices, num_contrasts, height, width = pixels.shape
     rows, columns = height // patch_size, width // patch_size
     tiles = pixels[:, :, : rows * patch_size, : columns * patch_size].astype(np.float32) / 255
@@ -101,7 +103,7 @@ def _of_view(pixels: UInt8[np.ndarray, "S C H W"], patch_size: int, rng: np.rand
     # Patches without background first, in random order; then others.
     background = (tiles == 0).all(axis=2).mean(axis=-1) > 0.5
     order = np.lexsort((rng.random(background.shape), background))
-    chosen = np.sort(order[:, : min(PATCHES_PER_SLICE, rows * columns)], axis=1)
+    chosen = np.sort(order[:, : min(RETENTION_PATCHES_PER_SLICE, rows * columns)], axis=1)
     at = chosen[:, :, None]
     place = np.stack([chosen // columns / rows, chosen % columns / columns], axis=-1)
     of_slice = np.stack([mean.mean(axis=1), pixels.std(axis=(2, 3)) / 255], axis=-1)
@@ -109,7 +111,7 @@ def _of_view(pixels: UInt8[np.ndarray, "S C H W"], patch_size: int, rng: np.rand
 
 
 @dataclass
-class Watch:
+class RetentionProbes:
     """The questions of a probe, and how each subject of the starting checkpoint answered them.
 
     Args:
@@ -121,46 +123,48 @@ class Watch:
         labels: what is known of the sessions, by name; empty where views are not whole sessions.
     """
 
-    questions: tuple[Question, ...]
+    probe_names: tuple[RetentionProbeName, ...]
     shown: Bool[np.ndarray, "V C"]
-    owners: Int[np.ndarray, "V"]
+    subject_index: Int[np.ndarray, "V"]
     folds: Int[np.ndarray, "V"]
     positions: Float[np.ndarray, "V S"]
-    labels: Mapping[str, Label] = field(default_factory=dict)
+    labels: Mapping[str, SessionLabel] = field(default_factory=dict)
     start: dict[str, np.ndarray] = field(default_factory=dict)
     """The start's shares by question, and the main directions of its features; empty as long as it is unknown."""
 
     @property
-    def reads_patches(self) -> bool:
+    def uses_patch_tokens(self) -> bool:
         """Whether patch tokens are asked for."""
-        return any(question in OF_PATCHES for question in self.questions)
+        return any(question in PATCH_TOKEN_PROBES for question in self.probe_names)
 
-    def shares(
-        self, cls: Float[np.ndarray, "V S D"], patches: Float[np.ndarray, "V S P D"] | None, told: Patches
-    ) -> dict[str, Shares]:
+    def subject_errors(
+        self, cls: Float[np.ndarray, "V S D"], patches: Float[np.ndarray, "V S P D"] | None, told: PatchTargets
+    ) -> dict[str, SubjectErrors]:
         """The subjects' shares of 1 − score of every question that can be asked here."""
         num_slices = cls.shape[1]
         slices = cls.reshape(-1, cls.shape[-1]).astype(np.float64)
-        found: dict[str, Shares] = {}
-        if "labels" in self.questions:
+        found: dict[str, SubjectErrors] = {}
+        if "labels" in self.probe_names:
             sessions = cls.mean(axis=1, dtype=np.float64)
-            found |= {name: self._label(sessions, label) for name, label in self.labels.items()}
-        if "slice_position" in self.questions and np.ptp(self.positions) > 0:
-            found["slice_position"] = self._linear(slices, self.positions.reshape(-1, 1), num_slices)
-        if "slice_intensity" in self.questions:
-            found |= self._of_contrasts("slice_intensity", slices, told.slice_values.reshape(len(slices), -1, 2))
-        if "identity" in self.questions and num_slices > 1:
-            found["identity"] = self._identity(cls)
+            found |= {name: self._label_error(sessions, label) for name, label in self.labels.items()}
+        if "slice_position" in self.probe_names and np.ptp(self.positions) > 0:
+            found["slice_position"] = self._linear_error(slices, self.positions.reshape(-1, 1), num_slices)
+        if "slice_intensity" in self.probe_names:
+            found |= self._mean_over_contrasts("slice_intensity", slices, told.slice_values.reshape(len(slices), -1, 2))
+        if "identity" in self.probe_names and num_slices > 1:
+            found["identity"] = self._identity_error(cls)
         if patches is not None:
             tokens = patches.reshape(-1, patches.shape[-1]).astype(np.float64)
             for question, values in (("patch_intensity", told.mean), ("patch_texture", told.texture)):
-                if question in self.questions:
-                    found |= self._of_contrasts(question, tokens, values.reshape(len(tokens), -1, 1))
-            if "patch_position" in self.questions and np.ptp(told.place) > 0:
-                found["patch_position"] = self._linear(tokens, told.place.reshape(-1, 2), len(tokens) // len(cls))
+                if question in self.probe_names:
+                    found |= self._mean_over_contrasts(question, tokens, values.reshape(len(tokens), -1, 1))
+            if "patch_position" in self.probe_names and np.ptp(told.place) > 0:
+                found["patch_position"] = self._linear_error(tokens, told.place.reshape(-1, 2), len(tokens) // len(cls))
         return found
 
-    def kept(self, cls: Float[np.ndarray, "V S D"], patches: Float[np.ndarray, "V S P D"] | None) -> dict[str, Shares]:
+    def kept(
+        self, cls: Float[np.ndarray, "V S D"], patches: Float[np.ndarray, "V S P D"] | None
+    ) -> dict[str, SubjectErrors]:
         """Likewise of the start's features; nothing where they are not known."""
         found = {}
         for name, features in (("slices", cls), ("patches", patches)):
@@ -168,25 +172,25 @@ class Watch:
                 rows = features.reshape(-1, features.shape[-1]).astype(np.float64)
                 wanted = self.start[f"directions/{name}"].astype(np.float64)
                 if np.ptp(wanted) > 0:
-                    found[f"kept_{name}"] = self._linear(rows, wanted, len(rows) // len(features), pooled=True)
+                    found[f"kept_{name}"] = self._linear_error(rows, wanted, len(rows) // len(features), pooled=True)
         return found
 
-    def remember(self, cls: np.ndarray, patches: np.ndarray | None) -> None:
+    def set_reference(self, cls: np.ndarray, patches: np.ndarray | None) -> None:
         """Take these features for those of the starting checkpoint."""
         self.start = {}
-        if "kept" in self.questions:
+        if "kept" in self.probe_names:
             of = {"slices": cls} if patches is None else {"slices": cls, "patches": patches}
-            self.start = {f"directions/{name}": main_directions(values.reshape(-1, values.shape[-1]))
+            self.start = {f"directions/{name}": principal_component_scores(values.reshape(-1, values.shape[-1]))
                           for name, values in of.items()}  # fmt: skip
 
-    def compare(self, shares: Mapping[str, Shares]) -> dict[str, tuple[float, float]]:
+    def compare(self, subject_errors: Mapping[str, SubjectErrors]) -> dict[str, tuple[float, float]]:
         """Score and standard error of each question.
 
         The error is that of the difference to the starting checkpoint, over subjects; that of the score itself
         where the start's answer is not known.
         """
         found = {}
-        for name, of_subjects in shares.items():
+        for name, of_subjects in subject_errors.items():
             before = self.start.get(f"shares/{name}", np.zeros_like(of_subjects))
             change = of_subjects - before
             found[name] = (1 - float(of_subjects.sum()), float(np.sqrt(len(change)) * change.std(ddof=1)))
@@ -206,19 +210,19 @@ class Watch:
         """Take over what `save_start` wrote; raises OSError or SafetensorError."""
         self.start = load_file(file)
 
-    def _of_contrasts(
+    def _mean_over_contrasts(
         self, name: str, features: Float[np.ndarray, "N D"], values: Float[np.ndarray, "N C T"]
-    ) -> dict[str, Shares]:
+    ) -> dict[str, SubjectErrors]:
         """Each contrast is told in the views that show it; the answer is the mean over contrasts."""
         per_view = len(features) // len(self.shown)
-        shares = []
+        subject_errors = []
         for contrast in range(values.shape[1]):
             shown = self.shown[:, contrast]
             if len(set(self.folds[shown])) >= 2 and np.ptp(values[np.repeat(shown, per_view), contrast]) > 0:
-                shares.append(self._linear(features, values[:, contrast], per_view, views=shown))
-        return {name: np.mean(shares, axis=0)} if shares else {}
+                subject_errors.append(self._linear_error(features, values[:, contrast], per_view, views=shown))
+        return {name: np.mean(subject_errors, axis=0)} if subject_errors else {}
 
-    def _linear(
+    def _linear_error(
         self,
         features: Float[np.ndarray, "N D"],
         values: Float[np.ndarray, "N T"],
@@ -226,46 +230,46 @@ class Watch:
         *,
         views: Bool[np.ndarray, "V"] | None = None,
         pooled: bool = False,
-    ) -> Shares:
+    ) -> SubjectErrors:
         """The shares of 1 − R², of the mean over what is told, or pooled: of all of it together."""
-        counts = np.repeat(np.ones(len(self.owners), bool) if views is None else views, per_view)
-        owners, folds = np.repeat(self.owners, per_view)[counts], np.repeat(self.folds, per_view)[counts]
+        counts = np.repeat(np.ones(len(self.subject_index), bool) if views is None else views, per_view)
+        subject_index, folds = np.repeat(self.subject_index, per_view)[counts], np.repeat(self.folds, per_view)[counts]
         features, values = features[counts], values[counts]
         # Made again, the start's features may well lie outside of what a few other subjects show.
-        squares = np.square(values - told_linearly(features, values, folds, beyond=float(pooled)))
+        squares = np.square(values - ridge_out_of_fold(features, values, folds, range_margin=float(pooled)))
         total = np.square(values - values.mean(axis=0)).sum(axis=0)
         varies = total > 0
         share = squares.sum(axis=1) / total.sum() if pooled else (squares[:, varies] / total[varies]).mean(axis=1)
-        return np.bincount(owners, weights=share, minlength=self.owners.max() + 1)
+        return np.bincount(subject_index, weights=share, minlength=self.subject_index.max() + 1)
 
-    def _label(self, sessions: Float[np.ndarray, "V D"], label: Label) -> Shares:
-        known, num = label.known, self.owners.max() + 1
-        values, owners = label.values[known], self.owners[known]
-        make = linear_classifier if label.classifies else linear_regressor
-        told = out_of_fold(sessions[known], values, _parts(self.folds[known]), make)
-        if label.classifies:
+    def _label_error(self, sessions: Float[np.ndarray, "V D"], label: SessionLabel) -> SubjectErrors:
+        known, num = label.known, self.subject_index.max() + 1
+        values, subject_index = label.values[known], self.subject_index[known]
+        make = linear_classifier if label.is_classification else linear_regressor
+        told = cross_val_predict(sessions[known], values, _cv_splits(self.folds[known]), make)
+        if label.is_classification:
             classes, place = np.unique(values, return_inverse=True)
             share = (told != values) / np.bincount(place)[place] / len(classes)
         else:
             share = np.square(told - values) / np.square(values - values.mean()).sum()
-        return np.bincount(owners, weights=share, minlength=num)
+        return np.bincount(subject_index, weights=share, minlength=num)
 
-    def _identity(self, cls: Float[np.ndarray, "V S D"]) -> Shares:
+    def _identity_error(self, cls: Float[np.ndarray, "V S D"]) -> SubjectErrors:
         halves = []
         for first in (0, 1):
             half = cls[:, first::2].mean(axis=1, dtype=np.float64)
             half = half - half.mean(axis=0)  # what all of one half share is where its slices lie
             halves.append(half / np.maximum(np.linalg.norm(half, axis=1, keepdims=True), 1e-12))
         nearest = (halves[0] @ halves[1].T).argmax(axis=1)
-        missed = self.owners[nearest] != self.owners
-        return np.bincount(self.owners, weights=missed / len(missed), minlength=self.owners.max() + 1)
+        missed = self.subject_index[nearest] != self.subject_index
+        return np.bincount(self.subject_index, weights=missed / len(missed), minlength=self.subject_index.max() + 1)
 
 
-def told_linearly(
+def ridge_out_of_fold(
     features: Float[np.ndarray, "N D"],
     values: Float[np.ndarray, "N T"],
     folds: Int[np.ndarray, "N"],
-    beyond: float = 0.0,
+    range_margin: float = 0.0,
 ) -> Float[np.ndarray, "N T"]:
     """What ridge regression says of each sample, learnt from the other folds.
 
@@ -273,23 +277,23 @@ def told_linearly(
         beyond: answers stay within the range that was learnt from, and so many widths of it on either side.
     """
     told = np.empty(values.shape)
-    for part in _parts(folds):
+    for part in _cv_splits(folds):
         train, test = part["train"], part["test"]
-        model = make_pipeline(StandardScaler(), Ridge(alpha=PENALTY * len(train)))
+        model = make_pipeline(StandardScaler(), Ridge(alpha=RIDGE_PENALTY_PER_SAMPLE * len(train)))
         answer = model.fit(features[train], values[train]).predict(features[test]).reshape(len(test), -1)
         lowest, highest = values[train].min(axis=0), values[train].max(axis=0)
-        more = beyond * (highest - lowest)
+        more = range_margin * (highest - lowest)
         told[test] = answer.clip(lowest - more, highest + more)
     return told
 
 
-def main_directions(features: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "N T"]:
+def principal_component_scores(features: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "N T"]:
     """Coordinates along the principal directions of standardised features."""
     scaled = StandardScaler().fit_transform(features.astype(np.float64))
     _, vectors = np.linalg.eigh(scaled.T @ scaled)
-    return (scaled @ vectors[:, ::-1][:, :MOST_DIRECTIONS]).astype(np.float32)
+    return (scaled @ vectors[:, ::-1][:, :MAX_COMPONENTS]).astype(np.float32)
 
 
-def _parts(folds: Int[np.ndarray, "N"]) -> list[dict[str, np.ndarray]]:
+def _cv_splits(folds: Int[np.ndarray, "N"]) -> list[dict[str, np.ndarray]]:
     present = np.unique(folds)
     return [{"train": np.flatnonzero(folds != one), "test": np.flatnonzero(folds == one)} for one in present]

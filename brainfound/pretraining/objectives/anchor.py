@@ -29,7 +29,7 @@ class AnchorRecipe(Recipe):
         return self.anchor_gram_weight > 0 or self.anchor_cls_weight > 0
 
 
-def anchor_parts(
+def anchor_losses(
     recipe: AnchorRecipe,
     patches: Float[Tensor, "n P D"],
     cls: Float[Tensor, "n D"],

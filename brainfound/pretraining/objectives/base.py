@@ -15,12 +15,12 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
 from brainfound.models.encoder import SliceEncoder
-from brainfound.pretraining.starting_model import plain_state
+from brainfound.pretraining.starting_model import merged_state_dict
 from brainfound.training.distributed import gather
 
 
 @dataclass(frozen=True)
-class SliceBatch:
+class PretrainBatch:
     """Slices as they come from the store."""
 
     pixels: UInt8[Tensor, "n C H W"]
@@ -30,10 +30,10 @@ class SliceBatch:
     """Index of the session a slice belongs to."""
     neighbours: UInt8[Tensor, "n C H W"] | None = None
     """Another slice of the same session for each slice, where views ask for one."""
-    known_present: Bool[np.ndarray, "n C"] | None = None
+    present_numpy: Bool[np.ndarray, "n C"] | None = None
     """`present` as an array, which stays on the CPU when the tensors move."""
 
-    def to(self, device: torch.device) -> SliceBatch:
+    def to(self, device: torch.device) -> PretrainBatch:
         moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
@@ -41,8 +41,8 @@ class SliceBatch:
 
     @property
     def present_on_cpu(self) -> Bool[Tensor, "n C"]:
-        """`present`, without waiting for a GPU where `known_present` is there."""
-        return self.present.cpu() if self.known_present is None else torch.from_numpy(self.known_present)
+        """`present`, without waiting for a GPU where `present_numpy` is there."""
+        return self.present.cpu() if self.present_numpy is None else torch.from_numpy(self.present_numpy)
 
 
 @dataclass(frozen=True)
@@ -79,13 +79,13 @@ class Objective(ABC):
 
         All ranks call it together where the encoder is sharded.
         """
-        return plain_state(self.exported_encoder, gather(self.exported_encoder.state_dict()))
+        return merged_state_dict(self.exported_encoder, gather(self.exported_encoder.state_dict()))
 
     def frozen_modules(self) -> list[nn.Module]:
         """What is looked through and not trained (a teacher, an anchor): sharded as the student is."""
         return []
 
-    def require_batch(self, num_slices: int) -> None:
+    def require_batch_size(self, num_slices: int) -> None:
         """Refuse a micro-batch of a size that this objective cannot learn from.
 
         Raises:
@@ -98,7 +98,7 @@ class Objective(ABC):
         """Move what is not trained to the device; the engine moves the student."""
 
     @abstractmethod
-    def loss(self, student: nn.Module, batch: SliceBatch, key: StepKey) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, student: nn.Module, batch: PretrainBatch, key: StepKey) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a micro-batch and its named parts.
 
         Args:
@@ -115,7 +115,7 @@ class Objective(ABC):
         """
 
     @abstractmethod
-    def gauges(self) -> dict[str, float]:
+    def health_metrics(self) -> dict[str, float]:
         """Health of the last batch, over all ranks; called on all ranks together."""
 
     @abstractmethod

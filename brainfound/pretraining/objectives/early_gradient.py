@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 
-def with_early_gradient(
+def sum_with_eager_backward(
     values: Sequence[Callable[[], Tensor]], parameters: Iterable[nn.Parameter]
 ) -> Float[Tensor, ""]:
     """The sum of ``value()``, with its gradients for `parameters` computed now and handed on in the backward pass.
@@ -28,7 +28,7 @@ def with_early_gradient(
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     collected: dict[int, Tensor] = {}
     total = torch.stack([_collect(collected, value(), trained) for value in values]).sum()
-    return _HandOn.apply(total, list(collected.values()), *(trained[place] for place in collected))
+    return _PrecomputedGradients.apply(total, list(collected.values()), *(trained[place] for place in collected))
 
 
 def _collect(
@@ -50,7 +50,7 @@ def _collect(
     return value.detach()
 
 
-class _HandOn(torch.autograd.Function):
+class _PrecomputedGradients(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
         ctx.gradients = gradients

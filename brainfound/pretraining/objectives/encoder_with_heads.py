@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from brainfound.data.augmentation import Views
 from brainfound.models.encoder import SliceEncoder
-from brainfound.pretraining.objectives.early_gradient import with_early_gradient
+from brainfound.pretraining.objectives.early_gradient import sum_with_eager_backward
 from brainfound.pretraining.objectives.heads import HeadRecipe, ProjectionHead
 from brainfound.pretraining.objectives.masking import BlockMasks
 from brainfound.pretraining.objectives.prototypes import Projection
@@ -29,7 +29,7 @@ class GlobalPass(NamedTuple):
     """Of these crops, on their device."""
     masked: slice
     """Their masked tokens among those of all global crops."""
-    share_of_visible: float
+    unmasked_fraction: float
     """Their part of the crops of which nothing is masked."""
 
 
@@ -38,20 +38,20 @@ class StudentOutput(NamedTuple):
 
     cls: Float[Tensor, "m D"]
     patches: Float[Tensor, "m P D"]
-    seen: Projection
+    cls_projection: Projection
     """The CLS tokens, through their head."""
-    guessed: Projection
+    masked_projection: Projection
     """The masked patch tokens, through theirs."""
 
 
 class StepLosses(NamedTuple):
     """What the student's answers to the views of one step cost."""
 
-    of_local: Callable[[Projection], dict[str, Tensor]]
+    local_loss_parts: Callable[[Projection], dict[str, Tensor]]
     """Of the projected CLS tokens of some local crops of every slice: parts of the loss by their names."""
-    of_global: Callable[[StudentOutput, GlobalPass], dict[str, Tensor]]
+    global_loss_parts: Callable[[StudentOutput, GlobalPass], dict[str, Tensor]]
     """Of one pass over global crops. The parts of several passes add up."""
-    weigh: Callable[[dict[str, Tensor]], Float[Tensor, ""]]
+    weighted_sum: Callable[[dict[str, Tensor]], Float[Tensor, ""]]
     """The weighted sum of parts."""
 
 
@@ -73,9 +73,9 @@ class EncoderWithHeads(nn.Module):
         self.separate_passes = False
         names = ["dino"] if shared_head else ["dino", "ibot"]
         self.heads = nn.ModuleDict({name: ProjectionHead(encoder.embed_dim, head) for name in names})
-        self.draw_heads(seed)
+        self.initialise_heads(seed)
 
-    def draw_heads(self, seed: int, first_stream: int = 0) -> None:
+    def initialise_heads(self, seed: int, first_stream: int = 0) -> None:
         """Give the heads new weights, each from a stream of its own."""
         for stream, head in enumerate(self.heads.values(), start=first_stream):
             assert isinstance(head, ProjectionHead)
@@ -100,30 +100,30 @@ class EncoderWithHeads(nn.Module):
         def weighed(parts: dict[str, Tensor]) -> Float[Tensor, ""]:
             for name, part in parts.items():
                 found[name] = found.get(name, 0) + part.detach()
-            return losses.weigh(parts)
+            return losses.weighted_sum(parts)
 
-        def of_local(crops: Views) -> Float[Tensor, ""]:
+        def local_loss_parts(crops: Views) -> Float[Tensor, ""]:
             (tokens,) = self.encoder.transform([self._embed(crops)], self.drop_path)
             return weighed(self._local_parts(tokens, losses))
 
-        def of_global(global_pass: GlobalPass, packed: Sequence[Tensor] = ()) -> Float[Tensor, ""]:
-            tokens = self._embed(rows_of(large, global_pass.crops), global_pass.masks.mask)
+        def global_loss_parts(global_pass: GlobalPass, packed: Sequence[Tensor] = ()) -> Float[Tensor, ""]:
+            tokens = self._embed(select_views(large, global_pass.crops), global_pass.masks.mask)
             *others, tokens = self.encoder.transform([*packed, tokens], self.drop_path)
-            parts = losses.of_global(self._output(tokens, global_pass.masks), global_pass)
+            parts = losses.global_loss_parts(self._output(tokens, global_pass.masks), global_pass)
             for other in others:
                 parts |= self._local_parts(other, losses)
             return weighed(parts)
 
         if not self.separate_passes:
             (together,) = passes
-            total = of_global(together, [] if small is None else [self._embed(small)])
+            total = global_loss_parts(together, [] if small is None else [self._embed(small)])
             return total, found
         *early, last = passes
-        values = [partial(of_local, crops) for crops in self._local_passes(large, small)]
-        values += [partial(of_global, global_pass) for global_pass in early]
+        values = [partial(local_loss_parts, crops) for crops in self._local_passes(large, small)]
+        values += [partial(global_loss_parts, global_pass) for global_pass in early]
         # The last one begins when those before it have nothing left in memory but their gradients.
-        before = with_early_gradient(values, self.parameters())
-        return before + of_global(last), found
+        before = sum_with_eager_backward(values, self.parameters())
+        return before + global_loss_parts(last), found
 
     def _local_passes(self, large: Views, small: Views | None) -> list[Views]:
         """The local crops, as many at a time as are no more tokens than one global crop of every slice."""
@@ -134,7 +134,7 @@ class EncoderWithHeads(nn.Module):
             for views in (large, small)
         )
         at_a_time = max(1, large_tokens // small_tokens) * (len(large.pixels) // 2)
-        return [rows_of(small, slice(at, at + at_a_time)) for at in range(0, len(small.pixels), at_a_time)]
+        return [select_views(small, slice(at, at + at_a_time)) for at in range(0, len(small.pixels), at_a_time)]
 
     def _embed(self, views: Views, masked: Bool[Tensor, "m P"] | None = None) -> Float[Tensor, "m T D"]:
         return self.encoder.embed(views.pixels, views.contrast_mask, bool_masked_pos=masked)
@@ -145,9 +145,9 @@ class EncoderWithHeads(nn.Module):
         return StudentOutput(cls, patches, self.heads["dino"](cls), self.ibot_head(hidden))
 
     def _local_parts(self, tokens: Float[Tensor, "m T D"], losses: StepLosses) -> dict[str, Tensor]:
-        return losses.of_local(self.heads["dino"](self.encoder.encoding(tokens).cls))
+        return losses.local_loss_parts(self.heads["dino"](self.encoder.encoding(tokens).cls))
 
 
-def rows_of(views: Views, rows: slice) -> Views:
+def select_views(views: Views, rows: slice) -> Views:
     """Some successive crops."""
     return Views(views.pixels[rows], views.contrast_mask[rows])

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from brainfound.pretraining.objectives.prototypes import Projection, unit_rows
+from brainfound.pretraining.objectives.prototypes import Projection, normalise_rows
 from brainfound.recipes import Recipe
 
 
@@ -70,7 +70,7 @@ class ProjectionHead(nn.Module):
         # A larger eps than the default keeps the gradient of a near-zero bottleneck finite in bfloat16.
         narrow = self.mlp(embeddings)
         unit = F.normalize(narrow.to(torch.promote_types(narrow.dtype, torch.float32)), dim=-1, eps=1e-6)
-        return Projection(unit, unit_rows(self.last_layer.weight))
+        return Projection(unit, normalise_rows(self.last_layer.weight))
 
 
 class PixelDecoderRecipe(Recipe):
@@ -86,7 +86,7 @@ class PixelDecoderRecipe(Recipe):
     """Hidden width of a block's MLP over W."""
 
     @model_validator(mode="after")
-    def _heads_divide_the_width(self) -> PixelDecoderRecipe:
+    def _require_divisible_width(self) -> PixelDecoderRecipe:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}")
         return self
@@ -109,7 +109,7 @@ class PixelDecoder(nn.Module):
         self.num_patches = grid[0] * grid[1]
         self.embed = nn.Linear(encoder_width, recipe.width)
         self.mask_token = nn.Parameter(torch.zeros(recipe.width))
-        self.register_buffer("positions", sine_cosine_positions(grid, recipe.width), persistent=False)
+        self.register_buffer("positions", sincos_position_embedding(grid, recipe.width), persistent=False)
         self.blocks = nn.ModuleList(
             nn.TransformerEncoderLayer(
                 recipe.width,
@@ -155,7 +155,7 @@ class PixelDecoder(nn.Module):
         return self.predict(self.norm(asked))
 
 
-def sine_cosine_positions(grid: tuple[int, int], width: int) -> Float[Tensor, "P W"]:
+def sincos_position_embedding(grid: tuple[int, int], width: int) -> Float[Tensor, "P W"]:
     """Fixed positions: a quarter of the width each for sine and cosine of rows and of columns.
 
     Frequencies fall from 1 to 1/10,000 (Vaswani et al. 2017, section 3.5), over two axes as in MAE.

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from brainfound.data.augmentation import ViewsRecipe
 from brainfound.models.encoder import SliceEncoder
-from brainfound.pretraining.objectives.base import Objective, SliceBatch, StepKey
+from brainfound.pretraining.objectives.base import Objective, PretrainBatch, StepKey
 from brainfound.pretraining.objectives.encoder_with_heads import EncoderWithHeads
 from brainfound.pretraining.objectives.heads import PixelDecoder
 from brainfound.pretraining.objectives.masked_autoencoder import (
     MaskedViews,
-    PatchHiding,
+    PatchMasking,
     Reconstruction,
     ReconstructionRecipe,
     reconstruct,
@@ -81,8 +81,8 @@ class Hybrid(Objective):
     ) -> None:
         self.recipe = recipe
         self.distillation = SelfDistillation(encoder, recipe, views, num_steps, seed)
-        self.hiding = PatchHiding(encoder, recipe.reconstruction, views)
-        self.student = HybridStudent(self.distillation.student, self.hiding.make_decoder(encoder, seed))
+        self.patch_masking = PatchMasking(encoder, recipe.reconstruction, views)
+        self.student = HybridStudent(self.distillation.student, self.patch_masking.make_decoder(encoder, seed))
 
     @property
     def exported_encoder(self) -> SliceEncoder:
@@ -92,14 +92,14 @@ class Hybrid(Objective):
     def frozen_modules(self) -> list[nn.Module]:
         return self.distillation.frozen_modules()
 
-    def require_batch(self, num_slices: int) -> None:
-        self.distillation.require_batch(num_slices)
+    def require_batch_size(self, num_slices: int) -> None:
+        self.distillation.require_batch_size(num_slices)
 
     def to(self, device: torch.device) -> None:
         self.distillation.to(device)
 
-    def loss(self, student: nn.Module, batch: SliceBatch, key: StepKey) -> tuple[Tensor, dict[str, Tensor]]:
-        views = self.hiding.views(batch, key)
+    def loss(self, student: nn.Module, batch: PretrainBatch, key: StepKey) -> tuple[Tensor, dict[str, Tensor]]:
+        views = self.patch_masking.views(batch, key)
         answers: list[Reconstruction] = []
 
         def distilled(*arguments: Any, **named: Any) -> Any:
@@ -110,15 +110,15 @@ class Hybrid(Objective):
 
         total, metrics = self.distillation.loss(_as_module(distilled), batch, key)
         (answer,) = answers
-        reconstruction = self.hiding.loss(answer, views)
+        reconstruction = self.patch_masking.loss(answer, views)
         total = total + self.recipe.reconstruction_weight * reconstruction
         return total, {**metrics, "loss_reconstruction": reconstruction.detach()}
 
     def after_step(self, step: int, taken: Float[Tensor, ""]) -> None:
         self.distillation.after_step(step, taken)
 
-    def gauges(self) -> dict[str, float]:
-        return self.distillation.gauges()
+    def health_metrics(self) -> dict[str, float]:
+        return self.distillation.health_metrics()
 
     def schedule(self, step: int) -> dict[str, float]:
         return self.distillation.schedule(step)

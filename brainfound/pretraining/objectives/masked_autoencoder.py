@@ -22,22 +22,22 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from brainfound.data.augmentation import MultiCrop, Views, ViewsRecipe
-from brainfound.data.augmentation.sampling import onto
+from brainfound.data.augmentation.sampling import to_device
 from brainfound.errors import RecipeError
 from brainfound.models.encoder import SliceEncoder
-from brainfound.pretraining.monitoring.collapse_metrics import feature_gauges
-from brainfound.pretraining.objectives.anchor import AnchorRecipe, anchor_parts
-from brainfound.pretraining.objectives.base import Objective, SliceBatch, StepKey
+from brainfound.pretraining.monitoring.collapse_metrics import feature_health_metrics
+from brainfound.pretraining.objectives.anchor import AnchorRecipe, anchor_losses
+from brainfound.pretraining.objectives.base import Objective, PretrainBatch, StepKey
 from brainfound.pretraining.objectives.heads import PixelDecoder, PixelDecoderRecipe
 from brainfound.pretraining.objectives.losses import at_least_float32
-from brainfound.pretraining.starting_model import without_adapters
+from brainfound.pretraining.starting_model import merge_adapters
 from brainfound.recipes import Recipe
 from brainfound.training import distributed as ranks
 from brainfound.training.randomness import INITIALISATION, MASKS, VIEWS, numpy_generator, torch_generator
 
 _DECODER_STREAM = 100  # apart from the streams of projection heads, which count from 0
 _STEP_STREAM = 2  # apart from the views and masks of self-distillation, beside which this may run
-SMALLEST_VARIANCE = 1e-6  # MAE's; patches of air have none
+MIN_VARIANCE = 1e-6  # MAE's; patches of air have none
 
 
 class ReconstructionRecipe(Recipe):
@@ -58,7 +58,7 @@ class MaskedAutoencoderRecipe(ReconstructionRecipe, AnchorRecipe):
     """Names the objective."""
 
 
-class HiddenPatches(NamedTuple):
+class PatchSplit(NamedTuple):
     """Which patches of each crop the encoder sees, both in increasing order."""
 
     kept: Int[Tensor, "n V"]
@@ -82,19 +82,19 @@ class Reconstruction(NamedTuple):
     patches: Float[Tensor, "n M C·p²"]
 
 
-def num_hidden_of(num_patches: int, ratio: float) -> int:
+def num_hidden_patches(num_patches: int, ratio: float) -> int:
     """How many patches of a crop are hidden: at least one, and not all."""
     return min(max(round(num_patches * ratio), 1), num_patches - 1)
 
 
-def hide_patches(num_crops: int, num_patches: int, num_hidden: int, rng: np.random.Generator) -> HiddenPatches:
+def sample_hidden_patches(num_crops: int, num_patches: int, num_hidden: int, rng: np.random.Generator) -> PatchSplit:
     """Hide the same number of patches, at random places, in each crop."""
     order = torch.from_numpy(rng.permuted(np.tile(np.arange(num_patches), (num_crops, 1)), axis=1))
     hidden, kept = order[:, :num_hidden], order[:, num_hidden:]
-    return HiddenPatches(kept.sort(dim=1).values, hidden.sort(dim=1).values)
+    return PatchSplit(kept.sort(dim=1).values, hidden.sort(dim=1).values)
 
 
-def patch_pixels(pixels: Float[Tensor, "n C H W"], patch_size: int) -> Float[Tensor, "n P C p²"]:
+def patchify(pixels: Float[Tensor, "n C H W"], patch_size: int) -> Float[Tensor, "n P C p²"]:
     """The pixels of each patch, patches row by row as the encoder orders them."""
     return rearrange(pixels, "n c (rows p) (cols q) -> n (rows cols) c (p q)", p=patch_size, q=patch_size)
 
@@ -113,7 +113,7 @@ def reconstruction_loss(
         target = at_least_float32(target)
         if normalise:
             variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
-            target = (target - mean) / (variance + SMALLEST_VARIANCE).sqrt()
+            target = (target - mean) / (variance + MIN_VARIANCE).sqrt()
         error = (at_least_float32(predicted).view_as(target) - target).square().mean(dim=(1, 3))
         shown = contrast_mask.to(error.dtype)
         return ((error * shown).sum(dim=1) / shown.sum(dim=1).clamp(min=1)).mean()
@@ -158,7 +158,7 @@ class EncoderWithDecoder(nn.Module):
         return reconstruct(self.encoder, self.heads["decoder"], *views)
 
 
-class PatchHiding:
+class PatchMasking:
     """Turns slices into crops with hidden patches, and compares an answer with what was hidden.
 
     Args:
@@ -182,10 +182,10 @@ class PatchHiding:
                 expected=f"at least {2 * encoder.patch_size}",
                 remedy=f"Set views.global_size={2 * encoder.patch_size} or more",
             )
-        self.num_hidden = num_hidden_of(self.grid[0] * self.grid[1], recipe.mask_ratio)
+        self.num_hidden = num_hidden_patches(self.grid[0] * self.grid[1], recipe.mask_ratio)
         self.crop = MultiCrop(views.model_copy(update={"num_local": 0}), encoder.patch_size, num_global=1)
 
-    def views(self, batch: SliceBatch, key: StepKey) -> MaskedViews:
+    def views(self, batch: PretrainBatch, key: StepKey) -> MaskedViews:
         """One crop of each slice, and what is hidden of it: a function of the key."""
         device = batch.pixels.device
         large: Views = self.crop(
@@ -194,7 +194,7 @@ class PatchHiding:
             torch_generator(VIEWS, key.seed, *key.keys, _STEP_STREAM),
             torch_generator(VIEWS, key.seed, *key.keys, _STEP_STREAM + 1, device=device),
         ).global_views
-        patches = hide_patches(
+        patches = sample_hidden_patches(
             len(large.pixels),
             self.grid[0] * self.grid[1],
             self.num_hidden,
@@ -203,13 +203,13 @@ class PatchHiding:
         return MaskedViews(
             large.pixels,
             large.contrast_mask,
-            onto(patches.kept, device),
-            onto(patches.hidden, device),
+            to_device(patches.kept, device),
+            to_device(patches.hidden, device),
         )
 
     def loss(self, answer: Reconstruction, views: MaskedViews) -> Float[Tensor, ""]:
         """How far an answer is from the hidden pixels."""
-        patches = patch_pixels(views.pixels, self.patch_size)
+        patches = patchify(views.pixels, self.patch_size)
         target = patches.gather(1, views.hidden[..., None, None].expand(-1, -1, *patches.shape[2:]))
         return reconstruction_loss(answer.patches, target, views.contrast_mask, self.recipe.normalise_targets)
 
@@ -241,9 +241,9 @@ class MaskedAutoencoder(Objective):
         student = copy.deepcopy(encoder)
         # Hidden patches do not enter the encoder, so its own mask token would wait for a gradient in vain.
         student.backbone.embeddings.mask_token.requires_grad_(False)
-        self.hiding = PatchHiding(encoder, recipe, views)
-        self.student = EncoderWithDecoder(student, self.hiding.make_decoder(encoder, seed))
-        self.anchor = without_adapters(encoder).requires_grad_(False).eval() if recipe.anchored else None
+        self.patch_masking = PatchMasking(encoder, recipe, views)
+        self.student = EncoderWithDecoder(student, self.patch_masking.make_decoder(encoder, seed))
+        self.anchor = merge_adapters(encoder).requires_grad_(False).eval() if recipe.anchored else None
         self._last: tuple[Tensor, dict[str, Tensor]] | None = None
 
     @property
@@ -258,10 +258,10 @@ class MaskedAutoencoder(Objective):
         if self.anchor is not None:
             self.anchor.to(device)
 
-    def loss(self, student: nn.Module, batch: SliceBatch, key: StepKey) -> tuple[Tensor, dict[str, Tensor]]:
-        views = self.hiding.views(batch, key)
+    def loss(self, student: nn.Module, batch: PretrainBatch, key: StepKey) -> tuple[Tensor, dict[str, Tensor]]:
+        views = self.patch_masking.views(batch, key)
         answer = student(*views)
-        loss = self.hiding.loss(answer, views)
+        loss = self.patch_masking.loss(answer, views)
         metrics = {"loss_reconstruction": loss.detach()}
         for name, part in self._anchor_parts(answer, views).items():
             loss = loss + getattr(self.recipe, f"{name}_weight") * part
@@ -275,21 +275,21 @@ class MaskedAutoencoder(Objective):
             return {}
         with torch.no_grad():
             cls, visible = encode_visible(self.anchor, views.pixels, views.contrast_mask, views.kept)
-        return anchor_parts(self.recipe, answer.visible, answer.cls, visible, cls)
+        return anchor_losses(self.recipe, answer.visible, answer.cls, visible, cls)
 
     def after_step(self, step: int, taken: Float[Tensor, ""]) -> None:
         """There is no teacher to move."""
 
     @torch.no_grad()
-    def gauges(self) -> dict[str, float]:
+    def health_metrics(self) -> dict[str, float]:
         """Gauges of the last batch's CLS tokens; there are no prototypes, so there is no entropy and no ln K."""
         if self._last is None:
             return {}
         cls, metrics = self._last
-        gauges = feature_gauges(ranks.gather_rows(cls.float()))
+        health_metrics = feature_health_metrics(ranks.gather_rows(cls.float()))
         if "loss_anchor_gram" in metrics:
-            gauges["gram_distance"] = metrics["loss_anchor_gram"].item()
-        return gauges
+            health_metrics["gram_distance"] = metrics["loss_anchor_gram"].item()
+        return health_metrics
 
     def schedule(self, step: int) -> dict[str, float]:
         return {}

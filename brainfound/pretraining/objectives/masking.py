@@ -18,9 +18,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from brainfound.data.augmentation.sampling import onto
+from brainfound.data.augmentation.sampling import to_device
 
-SMALLEST_BLOCK = 4  # patches; BEiT uses 16 on a grid of 14 × 14, DINOv2 uses 4
+MIN_BLOCK_PATCHES = 4  # patches; BEiT uses 16 on a grid of 14 × 14, DINOv2 uses 4
 ATTEMPTS_PER_BLOCK = 10
 
 
@@ -33,24 +33,26 @@ class BlockMasks:
     """Positions of the masked tokens in the flattened (N · P) tokens, in increasing order."""
     weights: Float[Tensor, "M"]
     """1 / (number of masked tokens of the crop), per masked token."""
-    visible: Int[Tensor, "V"]
+    unmasked_crops: Int[Tensor, "V"]
     """The crops of which nothing is masked."""
 
     def to(self, device: torch.device) -> BlockMasks:
         """The same on a device; on a GPU without waiting for it."""
-        return BlockMasks(*(onto(part, device) for part in (self.mask, self.indices, self.weights, self.visible)))
+        return BlockMasks(
+            *(to_device(part, device) for part in (self.mask, self.indices, self.weights, self.unmasked_crops))
+        )
 
-    def cut(self, crops: slice) -> tuple[BlockMasks, slice]:
+    def select_crops(self, crops: slice) -> tuple[BlockMasks, slice]:
         """The masks of some successive crops, and the place of their masked tokens among all of them."""
         first, last = crops.start, crops.stop
         before, inside = int(self.mask[:first].sum()), int(self.mask[crops].sum())
         masked = slice(before, before + inside)
-        visible = self.visible[(self.visible >= first) & (self.visible < last)] - first
+        unmasked_crops = self.unmasked_crops[(self.unmasked_crops >= first) & (self.unmasked_crops < last)] - first
         indices = self.indices[masked] - first * self.mask.shape[1]
-        return BlockMasks(self.mask[crops], indices, self.weights[masked], visible), masked
+        return BlockMasks(self.mask[crops], indices, self.weights[masked], unmasked_crops), masked
 
 
-def masked_counts(num_crops: int, num_patches: int, probability: float, ratios: tuple[float, float]) -> list[int]:
+def num_masked_per_crop(num_crops: int, num_patches: int, probability: float, ratios: tuple[float, float]) -> list[int]:
     """How many patches are masked in each crop of a batch, before they are dealt to crops.
 
     At least one crop has at least one masked patch, whatever the settings.
@@ -62,7 +64,7 @@ def masked_counts(num_crops: int, num_patches: int, probability: float, ratios: 
     return counts + [0] * (num_crops - num_masked)
 
 
-def block_mask(
+def sample_block_mask(
     grid: tuple[int, int],
     count: int,
     rng: np.random.Generator,
@@ -77,7 +79,7 @@ def block_mask(
     while missing:
         placed = 0
         for _ in range(ATTEMPTS_PER_BLOCK):
-            area = rng.uniform(min(SMALLEST_BLOCK, missing), missing)
+            area = rng.uniform(min(MIN_BLOCK_PATCHES, missing), missing)
             ratio = math.exp(rng.uniform(math.log(aspect[0]), math.log(aspect[1])))
             height, width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
             if not (0 < height <= rows and 0 < width <= columns):
@@ -98,23 +100,23 @@ def block_mask(
     return mask
 
 
-def draw_masks(
+def sample_block_masks(
     num_crops: int,
     grid: tuple[int, int],
     rng: np.random.Generator,
     probability: float = 0.5,
     ratios: tuple[float, float] = (0.1, 0.5),
 ) -> BlockMasks:
-    """Block masks for a batch of crops; the counts are those of `masked_counts`, dealt at random."""
+    """Block masks for a batch of crops; the counts are those of `num_masked_per_crop`, dealt at random."""
     num_patches = grid[0] * grid[1]
-    counts = np.array(masked_counts(num_crops, num_patches, probability, ratios))
+    counts = np.array(num_masked_per_crop(num_crops, num_patches, probability, ratios))
     counts = rng.permutation(counts)
-    mask = torch.from_numpy(np.stack([block_mask(grid, int(count), rng).ravel() for count in counts]))
+    mask = torch.from_numpy(np.stack([sample_block_mask(grid, int(count), rng).ravel() for count in counts]))
     per_crop = torch.from_numpy(counts)
     weights = (1.0 / per_crop.clamp(min=1).float())[:, None].expand_as(mask)[mask]
     return BlockMasks(
         mask=mask,
         indices=mask.flatten().nonzero().flatten(),
         weights=weights,
-        visible=(per_crop == 0).nonzero().flatten(),
+        unmasked_crops=(per_crop == 0).nonzero().flatten(),
     )

@@ -36,21 +36,21 @@ _PIECE_BYTES_ELSEWHERE = 512 * 2**20
 _BLOCK_BYTES = {"cpu": 2**20}
 # exp() of anything above −80 is an ordinary float32; cosines over a temperature span 2 / temperature.
 _SAFE_SPAN = 80.0
-_SHORTEST = 1e-12  # that a row is divided by
+_MIN_NORM = 1e-12  # that a row is divided by
 _ROWS_IN_CACHE = 4096
 
 
-def unit_rows(weight: Float[Tensor, "K D"]) -> Float[Tensor, "K D"]:
+def normalise_rows(weight: Float[Tensor, "K D"]) -> Float[Tensor, "K D"]:
     """Rows at length 1, as `torch.nn.functional.normalize` makes them, with a gradient that costs a third."""
-    return _UnitRows.apply(weight)
+    return _NormaliseRows.apply(weight)
 
 
-class _UnitRows(torch.autograd.Function):
+class _NormaliseRows(torch.autograd.Function):
     """The gradient of w / |w| is (g − w ⟨g, w⟩ / |w|²) / |w|."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor) -> Tensor:
-        length = torch.linalg.vector_norm(weight, dim=-1, keepdim=True).clamp_min_(_SHORTEST)
+        length = torch.linalg.vector_norm(weight, dim=-1, keepdim=True).clamp_min_(_MIN_NORM)
         ctx.save_for_backward(weight, length)
         return weight / length
 
@@ -100,7 +100,7 @@ class Assignments:
         return Assignments(self.mass[rows], self.row_scale[rows], self.prototype_scale)
 
 
-def _pieces(num_rows: int, num_prototypes: int, device: torch.device) -> list[slice]:
+def _product_chunks(num_rows: int, num_prototypes: int, device: torch.device) -> list[slice]:
     """Rows whose scores are one product."""
     return _slices(num_rows, _PIECE_BYTES.get(device.type, _PIECE_BYTES_ELSEWHERE) // (4 * num_prototypes))
 
@@ -121,7 +121,7 @@ def _slices(count: int, size: int) -> list[slice]:
 
 
 @torch.no_grad()
-def assign(projection: Projection, temperature: float, num_iterations: int = 3) -> Assignments:
+def sinkhorn_assign(projection: Projection, temperature: float, num_iterations: int = 3) -> Assignments:
     """Sinkhorn-Knopp of a projection's scores, as `losses.sinkhorn_knopp` defines it, over the rows of all ranks.
 
     The shift that keeps exponentials finite is a constant, since scores are cosines; where the temperature is
@@ -135,9 +135,9 @@ def assign(projection: Projection, temperature: float, num_iterations: int = 3) 
         scaled = (unit / temperature).to(dtype)
         mass = torch.empty(len(unit), len(prototypes), dtype=wide, device=unit.device)
         is_safe = 2 / temperature <= _SAFE_SPAN
-        pieces = _pieces(len(mass), len(prototypes), mass.device)
+        pieces = _product_chunks(len(mass), len(prototypes), mass.device)
         longest = max((rows.stop - rows.start for rows in pieces), default=0)
-        buffer = _memory(0 if dtype == wide else longest, prototypes, dtype)
+        buffer = _empty_scores(0 if dtype == wide else longest, prototypes, dtype)
         for rows in pieces:
             scores = mass[rows] if dtype == wide else buffer[: rows.stop - rows.start]
             torch.mm(scaled[rows], transposed, out=scores)
@@ -202,19 +202,19 @@ class _CrossEntropySum(torch.autograd.Function):
             wants_unit, wants_prototypes = ctx.needs_input_grad[:2]
             unit_gradient = torch.zeros_like(unit, dtype=wide) if wants_unit else None
             prototype_gradient = torch.zeros_like(prototypes, dtype=wide) if wants_prototypes else None
-            pieces = _pieces(len(unit), len(prototypes), unit.device)
+            pieces = _product_chunks(len(unit), len(prototypes), unit.device)
             longest = max((rows.stop - rows.start for rows in pieces), default=0)
-            buffer = _memory(longest, prototypes, dtype)
+            buffer = _empty_scores(longest, prototypes, dtype)
             num_targets = 1 if target_rows is None else target_rows.shape[1]
             block_rows = min(longest, _block_rows(len(prototypes), unit.device))
-            room = _Room.of(prototypes, block_rows, wide, num_targets, dtype != wide)
+            workspace = _Workspace.of(prototypes, block_rows, wide, num_targets, dtype != wide)
             for rows in pieces:
                 scores = buffer[: rows.stop - rows.start]
                 torch.mm(scaled[rows], columns.T, out=scores)
                 for block, within in _blocks(rows, len(prototypes), unit.device):
                     answered = block if target_rows is None else target_rows[block]
                     losses = _cross_entropy(
-                        scores[within], targets, answered, weights[block], room, wants_unit or wants_prototypes
+                        scores[within], targets, answered, weights[block], workspace, wants_unit or wants_prototypes
                     )
                     total += (weights[block] * losses).sum()
                 # They are gradients now.
@@ -241,15 +241,15 @@ def _cross_entropy(
     targets: Assignments,
     target_rows: slice | Int[Tensor, "n targets"],
     weights: Float[Tensor, "n"],
-    room: _Room,
+    workspace: _Workspace,
     wants_gradient: bool,
 ) -> Float[Tensor, "n"]:
     """The cross-entropy of each row, summed over its targets; `scores` become their gradient, if it is wanted."""
     columns = [target_rows] if isinstance(target_rows, slice) else target_rows.unbind(dim=1)
-    wide = scores if room.scores is None else room.scores[: len(scores)].copy_(scores)
-    target = targets.take(columns[0], out=room.target[: len(scores)])
+    wide = scores if workspace.scores is None else workspace.scores[: len(scores)].copy_(scores)
+    target = targets.take(columns[0], out=workspace.target[: len(scores)])
     for column in columns[1:]:
-        target += targets.take(column, out=room.another[: len(scores)])
+        target += targets.take(column, out=workspace.extra_target[: len(scores)])
     agreement = torch.linalg.vecdot(target, wide)
     highest = wide.amax(dim=1, keepdim=True)
     exponentials = wide.sub_(highest).exp_()
@@ -262,25 +262,25 @@ def _cross_entropy(
     return len(columns) * (highest + partition.log())[:, 0] - agreement
 
 
-class _Room(NamedTuple):
+class _Workspace(NamedTuple):
     """Memory for one block of rows, used again and again: fresh pages cost as much as what is written to them."""
 
     scores: Tensor | None
     """None where scores are wide enough themselves."""
     target: Tensor
-    another: Tensor
+    extra_target: Tensor
 
     @classmethod
-    def of(cls, prototypes: Tensor, rows: int, wide: torch.dtype, num_targets: int, is_narrow: bool) -> _Room:
+    def of(cls, prototypes: Tensor, rows: int, wide: torch.dtype, num_targets: int, is_narrow: bool) -> _Workspace:
         """For blocks of so many rows."""
         return cls(
-            _memory(rows, prototypes, wide) if is_narrow else None,
-            _memory(rows, prototypes, wide),
-            _memory(rows if num_targets > 1 else 0, prototypes, wide),
+            _empty_scores(rows, prototypes, wide) if is_narrow else None,
+            _empty_scores(rows, prototypes, wide),
+            _empty_scores(rows if num_targets > 1 else 0, prototypes, wide),
         )
 
 
-def _memory(rows: int, prototypes: Tensor, dtype: torch.dtype) -> Tensor:
+def _empty_scores(rows: int, prototypes: Tensor, dtype: torch.dtype) -> Tensor:
     return prototypes.new_empty((rows, len(prototypes)), dtype=dtype)
 
 

@@ -17,7 +17,7 @@ from brainfound.pretraining.objectives.masked_autoencoder import (
     ReconstructionRecipe,
 )
 from brainfound.pretraining.objectives.self_distillation import SelfDistillation, SelfDistillationRecipe
-from brainfound.pretraining.starting_model import TrainedPartRecipe, choose_trained_part
+from brainfound.pretraining.starting_model import TrainedPartRecipe, select_trainable_part
 
 DEFAULT_KIND = "self_distillation"
 
@@ -32,7 +32,7 @@ ObjectiveRecipe = Annotated[
     Field(discriminator="kind"),
     BeforeValidator(_with_kind),
 ]
-RECIPES: dict[str, type[SelfDistillationRecipe] | type[MaskedAutoencoderRecipe]] = {
+OBJECTIVE_RECIPES: dict[str, type[SelfDistillationRecipe] | type[MaskedAutoencoderRecipe]] = {
     recipe.model_fields["kind"].default: recipe
     for recipe in (SelfDistillationRecipe, MaskedAutoencoderRecipe, HybridRecipe)
 }
@@ -53,7 +53,7 @@ def make_objective(
         RecipeError: if crops do not fit the patch size, the anchor has nothing to look at, or the
             encoder has no such part to train.
     """
-    encoder = choose_trained_part(encoder, trained, seed)
+    encoder = select_trainable_part(encoder, trained, seed)
     if isinstance(recipe, MaskedAutoencoderRecipe):
         return MaskedAutoencoder(encoder, recipe, views, seed)
     if isinstance(recipe, HybridRecipe):
@@ -61,18 +61,18 @@ def make_objective(
     return SelfDistillation(encoder, recipe, views, num_steps, seed)
 
 
-def settings_for(kind: str, before: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def convert_settings(kind: str, before: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The settings of an objective, carried over to another kind.
 
     Args:
-        kind: the new kind, one of `RECIPES`.
+        kind: the new kind, one of `OBJECTIVE_RECIPES`.
         before: settings with the kind that they were written for.
 
     Returns:
         The settings that mean the same in both kinds, and the names of those that have no meaning in the new one.
     """
-    old = RECIPES[before.get("kind", DEFAULT_KIND)].model_fields
-    new = RECIPES[kind].model_fields
+    old = OBJECTIVE_RECIPES[before.get("kind", DEFAULT_KIND)].model_fields
+    new = OBJECTIVE_RECIPES[kind].model_fields
     names = [name for name in before if name != "kind"]
     kept = [name for name in names if name in new and new[name].annotation == old[name].annotation]
     content = {"kind": kind, **{name: before[name] for name in kept}}
@@ -87,15 +87,15 @@ def in_words(recipe: SelfDistillationRecipe | MaskedAutoencoderRecipe) -> tuple[
     """
     anchored = ", anchored to the starting checkpoint" if recipe.anchored else ""
     if isinstance(recipe, MaskedAutoencoderRecipe):
-        return f"masked autoencoding ({_hiding_in_words(recipe)}{anchored})", "encoder"
+        return f"masked autoencoding ({_describe_masking(recipe)}{anchored})", "encoder"
     weighted = {"DINO": recipe.dino_weight, "iBOT": recipe.ibot_weight, "KoLeo": recipe.koleo_weight}
     parts = " + ".join(name for name, weight in weighted.items() if weight)
     words = f"self-distillation ({parts}{anchored})"
     if isinstance(recipe, HybridRecipe):
-        hiding = _hiding_in_words(recipe.reconstruction)
+        hiding = _describe_masking(recipe.reconstruction)
         words += f" and masked autoencoding ({hiding}, weighted {recipe.reconstruction_weight:g})"
     return words, "EMA teacher"
 
 
-def _hiding_in_words(recipe: ReconstructionRecipe) -> str:
+def _describe_masking(recipe: ReconstructionRecipe) -> str:
     return f"{recipe.mask_ratio:.0%} of the patches hidden"

@@ -24,25 +24,25 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from brainfound.data.augmentation import CropViews, MultiCrop, ViewsRecipe
-from brainfound.data.augmentation.sampling import onto
+from brainfound.data.augmentation.sampling import to_device
 from brainfound.errors import RecipeError
 from brainfound.models.encoder import SliceEncoder, SliceEncoding
-from brainfound.pretraining.monitoring.collapse_metrics import feature_gauges
+from brainfound.pretraining.monitoring.collapse_metrics import feature_health_metrics
 from brainfound.pretraining.objectives import losses
-from brainfound.pretraining.objectives.anchor import AnchorRecipe, anchor_parts
-from brainfound.pretraining.objectives.base import Objective, SliceBatch, StepKey
-from brainfound.pretraining.objectives.ema import move_towards
+from brainfound.pretraining.objectives.anchor import AnchorRecipe, anchor_losses
+from brainfound.pretraining.objectives.base import Objective, PretrainBatch, StepKey
+from brainfound.pretraining.objectives.ema import ema_update
 from brainfound.pretraining.objectives.encoder_with_heads import (
     EncoderWithHeads,
     GlobalPass,
     StepLosses,
     StudentOutput,
-    rows_of,
+    select_views,
 )
 from brainfound.pretraining.objectives.heads import HeadRecipe
-from brainfound.pretraining.objectives.masking import BlockMasks, draw_masks, masked_counts
-from brainfound.pretraining.objectives.prototypes import Assignments, Projection, assign, cross_entropy_sum
-from brainfound.pretraining.starting_model import without_adapters
+from brainfound.pretraining.objectives.masking import BlockMasks, num_masked_per_crop, sample_block_masks
+from brainfound.pretraining.objectives.prototypes import Assignments, Projection, cross_entropy_sum, sinkhorn_assign
+from brainfound.pretraining.starting_model import merge_adapters
 from brainfound.training import distributed as ranks
 from brainfound.training import schedules
 from brainfound.training.randomness import MASKS, VIEWS, numpy_generator, torch_generator
@@ -104,11 +104,11 @@ class SelfDistillationRecipe(AnchorRecipe):
         return self
 
 
-class Targets(NamedTuple):
+class TeacherTargets(NamedTuple):
     """What the teacher answers, and what its health is read from."""
 
     cls: Float[Tensor, "2·n D"]
-    seen: Projection
+    cls_projection: Projection
     cls_targets: Assignments
     temperature: float
 
@@ -141,19 +141,19 @@ class SelfDistillation(Objective):
         self.student = EncoderWithHeads(copy.deepcopy(encoder), recipe.head, recipe.shared_head, recipe.drop_path, seed)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
         if not recipe.copied_heads:
-            self.teacher.draw_heads(seed, first_stream=len(self.teacher.heads))
-        self.anchor = without_adapters(encoder).requires_grad_(False).eval() if recipe.anchored else None
-        self._last: tuple[Targets, dict[str, Tensor]] | None = None
+            self.teacher.initialise_heads(seed, first_stream=len(self.teacher.heads))
+        self.anchor = merge_adapters(encoder).requires_grad_(False).eval() if recipe.anchored else None
+        self._last: tuple[TeacherTargets, dict[str, Tensor]] | None = None
 
     @property
     def exported_encoder(self) -> SliceEncoder:
         """The teacher's encoder."""
         return self.teacher.encoder
 
-    def require_batch(self, num_slices: int) -> None:
+    def require_batch_size(self, num_slices: int) -> None:
         recipe = self.recipe
         num_patches = self.grid[0] * self.grid[1]
-        counts = masked_counts(2 * num_slices, num_patches, recipe.mask_probability, recipe.mask_ratio)
+        counts = num_masked_per_crop(2 * num_slices, num_patches, recipe.mask_probability, recipe.mask_ratio)
         if recipe.anchored and 0 not in counts:
             raise RecipeError(
                 "the anchor compares unmasked crops, and all crops of a micro-batch are masked",
@@ -179,7 +179,7 @@ class SelfDistillation(Objective):
             "momentum": schedules.momentum(step, *recipe.momentum, self.num_steps),
         }
 
-    def loss(self, student: nn.Module, batch: SliceBatch, key: StepKey) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, student: nn.Module, batch: PretrainBatch, key: StepKey) -> tuple[Tensor, dict[str, Tensor]]:
         device = batch.pixels.device
         views = self.multi_crop(
             batch.pixels,
@@ -188,7 +188,7 @@ class SelfDistillation(Objective):
             torch_generator(VIEWS, key.seed, *key.keys, 1, device=device),
             batch.neighbours,
         )
-        masks = draw_masks(
+        masks = sample_block_masks(
             len(views.global_views.pixels),
             self.grid,
             numpy_generator(MASKS, key.seed, *key.keys),
@@ -197,14 +197,14 @@ class SelfDistillation(Objective):
         )
         passes = self._global_passes(masks, device)
         temperature = self.schedule(key.step)["teacher_temperature"]
-        targets, masked_targets = self.targets(views, onto(masks.indices, device), temperature)
+        targets, masked_targets = self.targets(views, to_device(masks.indices, device), temperature)
 
-        def of_global(output: StudentOutput, global_pass: GlobalPass) -> dict[str, Tensor]:
+        def global_loss_parts(output: StudentOutput, global_pass: GlobalPass) -> dict[str, Tensor]:
             masked = masked_targets.part(global_pass.masked)
-            parts = self.loss_parts(output, targets, masked, global_pass, batch.sessions)
+            parts = self.compute_global_parts(output, targets, masked, global_pass, batch.sessions)
             return parts | self._anchor_parts(output, views, global_pass)
 
-        step_losses = StepLosses(partial(self.local_parts, targets), of_global, self.weigh)
+        step_losses = StepLosses(partial(self.compute_local_parts, targets), global_loss_parts, self.weighted_sum)
         total, parts = student(views.global_views, passes, views.local_views, step_losses)
         metrics = {f"loss_{name}": part for name, part in parts.items()}
         metrics["loss_dino"] = metrics["loss_dino_global"] + metrics.get("loss_dino_local", 0)
@@ -217,12 +217,12 @@ class SelfDistillation(Objective):
         passes = []
         for first in range(0, num_crops, num_crops // num_passes):
             crops = slice(first, first + num_crops // num_passes)
-            part, masked = masks.cut(crops)
-            share = len(part.visible) / max(1, len(masks.visible))
+            part, masked = masks.select_crops(crops)
+            share = len(part.unmasked_crops) / max(1, len(masks.unmasked_crops))
             passes.append(GlobalPass(crops, part.to(device), masked, share))
         return passes
 
-    def weigh(self, parts: dict[str, Tensor]) -> Float[Tensor, ""]:
+    def weighted_sum(self, parts: dict[str, Tensor]) -> Float[Tensor, ""]:
         """The weighted sum of parts of the loss."""
         return torch.stack([self.weight(name) * part for name, part in parts.items()]).sum()
 
@@ -239,20 +239,24 @@ class SelfDistillation(Objective):
         }[part]
 
     @torch.no_grad()
-    def targets(self, views: CropViews, masked: Int[Tensor, "M"], temperature: float) -> tuple[Targets, Assignments]:
+    def targets(
+        self, views: CropViews, masked: Int[Tensor, "M"], temperature: float
+    ) -> tuple[TeacherTargets, Assignments]:
         """The teacher's answers to the global crops, unmasked; of patches only where the student is masked.
 
         The answers to patches are the largest thing of a step: apart, so that they can be forgotten first.
         """
         large = views.global_views
         cls, patches, _ = _encode(self.teacher.encoder, large.pixels, large.contrast_mask)
-        seen = self.teacher.heads["dino"](cls)
+        cls_projection = self.teacher.heads["dino"](cls)
         hidden = self.teacher.ibot_head(patches.flatten(0, 1).index_select(0, masked))
         iterations = self.recipe.sinkhorn_iterations
-        targets = Targets(cls, seen, assign(seen, temperature, iterations), temperature)
-        return targets, assign(hidden, temperature, iterations)
+        targets = TeacherTargets(
+            cls, cls_projection, sinkhorn_assign(cls_projection, temperature, iterations), temperature
+        )
+        return targets, sinkhorn_assign(hidden, temperature, iterations)
 
-    def local_parts(self, targets: Targets, projection: Projection) -> dict[str, Tensor]:
+    def compute_local_parts(self, targets: TeacherTargets, projection: Projection) -> dict[str, Tensor]:
         """The CLS loss of some local crops of every slice; see `losses.dino_loss`."""
         num_slices = len(targets.cls) // 2
         slices = torch.arange(len(projection.unit), device=projection.unit.device) % num_slices
@@ -260,17 +264,17 @@ class SelfDistillation(Objective):
         return {"dino_local": self._cls_loss(projection, targets, target_rows)}
 
     def _cls_loss(
-        self, projection: Projection, targets: Targets, target_rows: Int[Tensor, "N targets"]
+        self, projection: Projection, targets: TeacherTargets, target_rows: Int[Tensor, "N targets"]
     ) -> Float[Tensor, ""]:
         share = 1 / (len(targets.cls) // 2 * self.num_pairs)
         weights = projection.unit.new_full((len(projection.unit),), share)
         temperature = self.recipe.student_temperature
         return cross_entropy_sum(projection, targets.cls_targets, weights, temperature, target_rows)
 
-    def loss_parts(
+    def compute_global_parts(
         self,
         output: StudentOutput,
-        targets: Targets,
+        targets: TeacherTargets,
         masked_targets: Assignments,
         global_pass: GlobalPass,
         sessions: Int[Tensor, "n"],
@@ -284,8 +288,10 @@ class SelfDistillation(Objective):
         other_crop = torch.arange(num_crops, device=output.cls.device).roll(num_crops // 2)[global_pass.crops]
         weights = global_pass.masks.weights / num_crops
         parts = {
-            "dino_global": self._cls_loss(output.seen, targets, other_crop[:, None]),
-            "ibot": cross_entropy_sum(output.guessed, masked_targets, weights, self.recipe.student_temperature),
+            "dino_global": self._cls_loss(output.cls_projection, targets, other_crop[:, None]),
+            "ibot": cross_entropy_sum(
+                output.masked_projection, masked_targets, weights, self.recipe.student_temperature
+            ),
         }
         if self.recipe.koleo_weight:
             crops = output.cls.split(num_crops // 2)
@@ -300,15 +306,17 @@ class SelfDistillation(Objective):
 
     def _anchor_parts(self, output: StudentOutput, views: CropViews, global_pass: GlobalPass) -> dict[str, Tensor]:
         """The distance to the starting checkpoint, on the crops of which the student saw everything."""
-        visible = global_pass.masks.visible
-        if self.anchor is None or not len(visible):
+        unmasked_crops = global_pass.masks.unmasked_crops
+        if self.anchor is None or not len(unmasked_crops):
             return {}
-        large = rows_of(views.global_views, global_pass.crops)
+        large = select_views(views.global_views, global_pass.crops)
         with torch.no_grad():
-            anchor = _encode(self.anchor, large.pixels[visible], large.contrast_mask[visible])
-        parts = anchor_parts(self.recipe, output.patches[visible], output.cls[visible], anchor.patches, anchor.cls)
+            anchor = _encode(self.anchor, large.pixels[unmasked_crops], large.contrast_mask[unmasked_crops])
+        parts = anchor_losses(
+            self.recipe, output.patches[unmasked_crops], output.cls[unmasked_crops], anchor.patches, anchor.cls
+        )
         # Each part is a mean over the crops of its pass.
-        return {name: part * global_pass.share_of_visible for name, part in parts.items()}
+        return {name: part * global_pass.unmasked_fraction for name, part in parts.items()}
 
     @torch.no_grad()
     def after_step(self, step: int, taken: Float[Tensor, ""]) -> None:
@@ -320,28 +328,28 @@ class SelfDistillation(Objective):
         weight = (1 - self.schedule(step)["momentum"]) * taken
         pairs = zip(self.teacher.parameters(), self.student.parameters(), strict=True)
         trained = [pair for pair in pairs if pair[1].requires_grad]
-        move_towards([old for old, _ in trained], [new for _, new in trained], weight)
+        ema_update([old for old, _ in trained], [new for _, new in trained], weight)
 
     @torch.no_grad()
-    def gauges(self) -> dict[str, float]:
+    def health_metrics(self) -> dict[str, float]:
         """Gauges of the last batch; see `brainfound.pretraining.monitoring.collapse_metrics`."""
         if self._last is None:
             return {}
         targets, metrics = self._last
-        num_prototypes = len(targets.seen.prototypes)
-        raw = F.softmax(targets.seen.scores().float() / targets.temperature, dim=-1).mean(dim=0)
+        num_prototypes = len(targets.cls_projection.prototypes)
+        raw = F.softmax(targets.cls_projection.scores().float() / targets.temperature, dim=-1).mean(dim=0)
         raw = ranks.sum_over_ranks(raw) / ranks.world_size()
         crops = [ranks.gather_rows(crop.float()) for crop in targets.cls.chunk(2)]
         images = torch.arange(len(crops[0])).repeat(2)
-        gauges = {
+        health_metrics = {
             "teacher_entropy": _entropy(raw).item() / math.log(num_prototypes),
             "target_entropy": _entropy(targets.cls_targets.take(slice(None))).mean().item() / math.log(num_prototypes),
             "ln_k": math.log(num_prototypes),
-            **feature_gauges(torch.cat(crops), images),
+            **feature_health_metrics(torch.cat(crops), images),
         }
         if "loss_anchor_gram" in metrics:
-            gauges["gram_distance"] = metrics["loss_anchor_gram"].item()
-        return gauges
+            health_metrics["gram_distance"] = metrics["loss_anchor_gram"].item()
+        return health_metrics
 
     def clip_groups(self) -> dict[str, list[nn.Parameter]]:
         heads = {f"{name}_head": list(head.parameters()) for name, head in self.student.heads.items()}

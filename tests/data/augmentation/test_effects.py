@@ -14,8 +14,8 @@ from brainfound.data.augmentation.resolution import (
     filter_columns,
     filter_rows,
     gaussian_blur,
-    sharp_cutoff,
-    thick_pixels,
+    kspace_hann_weights,
+    kspace_truncation_weights,
 )
 
 
@@ -53,13 +53,13 @@ def test_bias_fields_differ_between_images_and_no_strength_is_no_field():
 def test_a_sharp_cutoff_leaves_nothing_beyond_and_everything_below(size):
     images = torch.rand(2, 1, *size, generator=seeded(0))
     kept = torch.tensor([0.5, 0.8])
-    filtered = filter_rows(images, sharp_cutoff(kept, size[0]))
+    filtered = filter_rows(images, kspace_truncation_weights(kept, size[0]))
     for image, result, part in zip(images[:, 0], filtered[:, 0], kept.tolist(), strict=True):
         before, after = mirrored_spectrum(image), mirrored_spectrum(result)
         first_lost = math.ceil(part * size[0])
         assert after[first_lost:].max() < 1e-4
         np.testing.assert_allclose(after[:first_lost], before[:first_lost], atol=1e-4)
-    turned = filter_columns(images.mT.contiguous(), sharp_cutoff(kept, size[0])).mT
+    turned = filter_columns(images.mT.contiguous(), kspace_truncation_weights(kept, size[0])).mT
     torch.testing.assert_close(turned, filtered, atol=1e-5, rtol=0)
 
 
@@ -77,7 +77,7 @@ def test_filters_are_those_of_the_cosine_transform():
 def test_an_edge_rings_by_the_gibbs_constant():
     step = torch.zeros(1, 1, 512, 4)
     step[:, :, 256:] = 1
-    ringing = filter_rows(step, sharp_cutoff(torch.tensor([0.06]), 512))
+    ringing = filter_rows(step, kspace_truncation_weights(torch.tensor([0.06]), 512))
     # The Wilbraham–Gibbs overshoot is 8.95% of the jump.
     assert float(ringing.max()) - 1 == pytest.approx(0.0895, abs=0.002)
 
@@ -86,7 +86,7 @@ def test_an_edge_rings_by_the_gibbs_constant():
 def test_thick_pixels_hold_nothing_beyond_their_nyquist_frequency_and_do_not_ring(factor):
     length = 96
     images = torch.rand(1, 1, length, 3, generator=seeded(0))
-    weights = thick_pixels(torch.tensor([factor]), length)
+    weights = kspace_hann_weights(torch.tensor([factor]), length)
     result = filter_rows(images, weights)
     # 1 / (2 · factor) periods per pixel are length / factor half periods per image.
     assert mirrored_spectrum(result[0, 0])[math.ceil(length / factor) :].max() < 1e-4
@@ -105,7 +105,10 @@ def test_thick_pixels_hold_nothing_beyond_their_nyquist_frequency_and_do_not_rin
 
 def test_filters_leave_an_even_image_alone():
     even = torch.full((2, 1, 30, 40), 0.7)
-    for weights in (sharp_cutoff(torch.tensor([0.4, 0.8]), 30), thick_pixels(torch.tensor([1.3, 3.0]), 30)):
+    for weights in (
+        kspace_truncation_weights(torch.tensor([0.4, 0.8]), 30),
+        kspace_hann_weights(torch.tensor([1.3, 3.0]), 30),
+    ):
         torch.testing.assert_close(filter_rows(even, weights), even)
     torch.testing.assert_close(gaussian_blur(even, torch.tensor([0.5, 1.2])), even)
 

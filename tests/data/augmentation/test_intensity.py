@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from brainfound.data.augmentation import IntensityPlan, IntensityRecipe, vary_intensity
-from brainfound.data.augmentation.sampling import choose
+from brainfound.data.augmentation.sampling import random_selection
 
 OFF = {f"{effect}_probability": 0.0 for effect in ("gamma", "contrast", "blur", "noise")}
 
@@ -100,10 +100,10 @@ def test_slices_of_a_volume_vary_alike_and_apart_from_each_other():
 
 
 def test_a_part_is_rounded_at_random_so_that_its_mean_is_right():
-    sizes = [int(choose(5, 0.3, seeded(seed)).sum()) for seed in range(400)]
+    sizes = [int(random_selection(5, 0.3, seeded(seed)).sum()) for seed in range(400)]
     assert set(sizes) == {1, 2}
     assert sum(sizes) / 400 == pytest.approx(1.5, abs=0.1)
-    often = torch.stack([choose(5, 0.3, seeded(seed)) for seed in range(400)]).float().mean(dim=0)
+    often = torch.stack([random_selection(5, 0.3, seeded(seed)) for seed in range(400)]).float().mean(dim=0)
     assert often.tolist() == pytest.approx([0.3] * 5, abs=0.1)
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from brainfound.data.augmentation import drop_contrasts
-from brainfound.data.augmentation import views as shown_contrasts
+from brainfound.data.augmentation import views as contrast_masks
 
 PRESENT = torch.tensor([[True, True, True], [True, False, False], [False, True, True], [True, True, True]])
 
@@ -35,7 +35,7 @@ def test_contrasts_drop_but_never_all_and_never_appear():
 )
 def test_split_views_are_disjoint_and_never_empty(rows, seed, dropout):
     present = torch.tensor(rows)
-    large, local = shown_contrasts(present, 5, dropout, 1.0, seeded(seed))
+    large, local = contrast_masks(present, 5, dropout, 1.0, seeded(seed))
     several = present.sum(dim=1) >= 2
     first, second = large.unbind(dim=1)
     assert not (first & second)[several].any()
@@ -50,7 +50,7 @@ def test_split_views_are_disjoint_and_never_empty(rows, seed, dropout):
 
 def test_every_division_and_every_local_subset_has_its_turn():
     present = torch.ones(400, 3, dtype=torch.bool)
-    large, local = shown_contrasts(present, 2, 0.0, 1.0, seeded(0))
+    large, local = contrast_masks(present, 2, 0.0, 1.0, seeded(0))
     assert len({tuple(row) for row in large[:, 0].int().tolist()}) == 6  # all but none and all
     assert len({tuple(row) for row in local.flatten(0, 1).int().tolist()}) == 7  # all but none
     sizes = local.sum(dim=2).flatten().bincount(minlength=4)[1:] / 800
@@ -59,11 +59,11 @@ def test_every_division_and_every_local_subset_has_its_turn():
 
 def test_the_asked_part_is_split_and_the_rest_shows_everything():
     present = PRESENT.repeat(20, 1)
-    large, local = shown_contrasts(present, 3, 0.0, 0.5, seeded(1))
+    large, local = contrast_masks(present, 3, 0.0, 0.5, seeded(1))
     is_split = (large[:, 0] != present).any(dim=1)
     assert int(is_split.sum()) == 30  # half of those with two or more
     assert torch.equal(large[~is_split, 1], present[~is_split])
     assert torch.equal(local[~is_split], present[~is_split, None].expand(-1, 3, -1))
     assert (local[is_split] != present[is_split, None]).any()
-    none, _ = shown_contrasts(present, 3, 0.0, 0.0, seeded(1))
+    none, _ = contrast_masks(present, 3, 0.0, 0.0, seeded(1))
     assert torch.equal(none, present[:, None].expand(-1, 2, -1))

@@ -10,9 +10,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from brainfound.data.checking.check import check_session, contract_of_model, facts_of, session_of_files
+from brainfound.data.checking.check import check_session, load_model_contract, scan_to_dict, session_from_files
 from brainfound.data.checking.contract import InputContract
-from brainfound.data.checking.rules import age_finding, skull_finding, slices_finding, worst
+from brainfound.data.checking.rules import age_finding, skull_finding, slices_finding, worst_level
 from brainfound.data.cohort import Session
 from brainfound.data.hooks import Hook
 from brainfound.data.preprocessing.settings import Preprocessing
@@ -84,7 +84,7 @@ def test_unreadable_files_and_headers(tmp_path):
     broken = tmp_path / "broken.nii.gz"
     broken.write_bytes(b"no image")
     scan = _check({"T1w": broken}).scans[0]
-    assert (scan.level, scan.level_of("file"), scan.quality) == ("fail", "fail", None)
+    assert (scan.level, scan.check_level("file"), scan.quality) == ("fail", "fail", None)
     assert "broken" not in _said(scan, "file"), "names of files stay out"
     (tmp_path / "jane.hdr").write_bytes(b"x")
     half = _check({"T1w": tmp_path / "jane.hdr"}).scans[0]
@@ -107,14 +107,14 @@ def test_the_next_scan_gives_the_grid_if_the_first_is_broken(tmp_path):
 
 def test_an_orientation_that_the_header_does_not_say(tmp_path):
     scan = _t1(tmp_path, set_sform=(None, 0), set_qform=(None, 0))
-    assert scan.level_of("orientation") == "warn"
+    assert scan.check_level("orientation") == "warn"
     assert "no orientation" in _said(scan, "orientation")
 
 
 def test_sform_and_qform_that_disagree(tmp_path):
     turned = np.diag([-4.0, 4, 4, 1])
     scan = _t1(tmp_path, set_qform=(turned, 1))
-    assert scan.level_of("orientation") == "warn"
+    assert scan.check_level("orientation") == "warn"
     assert "disagree" in _said(scan, "orientation")
 
 
@@ -122,28 +122,28 @@ def test_sform_and_qform_that_disagree(tmp_path):
 def test_voxels_much_coarser_than_in_training(tmp_path, thick, level):
     spacing = (4.0, 4.0, thick)
     scan = _t1(tmp_path, _image(spacing, shape=(56, 60, 34)), spacing=spacing)
-    assert scan.level_of("spacing") == level
+    assert scan.check_level("spacing") == level
     if level == "warn":
         assert "6.5 mm long; the coarsest training scan of T1w had 4 mm" in _said(scan, "spacing")
 
 
 def test_without_a_contract_the_grid_is_what_spacing_is_compared_with(tmp_path):
-    contract = InputContract.of_preprocessing(PREPROCESSING)
-    assert _t1(tmp_path, contract=contract).level_of("spacing") == "ok"
+    contract = InputContract.from_preprocessing(PREPROCESSING)
+    assert _t1(tmp_path, contract=contract).check_level("spacing") == "ok"
     fine = Preprocessing(contrasts=("T1w",), spacing_mm=(1, 1, None), size=(256, 256))
-    scan = _t1(tmp_path, contract=InputContract.of_preprocessing(fine), preprocessing=fine)
-    assert scan.level_of("spacing") == "warn"
+    scan = _t1(tmp_path, contract=InputContract.from_preprocessing(fine), preprocessing=fine)
+    assert scan.check_level("spacing") == "warn"
     own = Preprocessing(contrasts=("T1w",), spacing_mm=(None, None, None), size=(48, 48))
-    scan = _t1(tmp_path, contract=InputContract.of_preprocessing(own), preprocessing=own)
-    assert scan.level_of("spacing") is None
-    assert scan.level_of("skull") is None
+    scan = _t1(tmp_path, contract=InputContract.from_preprocessing(own), preprocessing=own)
+    assert scan.check_level("spacing") is None
+    assert scan.check_level("skull") is None
 
 
 def test_a_contrast_that_no_training_session_had(tmp_path):
     contract = CONTRACT.model_copy(update={"coarsest_mm": {"FLAIR": 4.0}})
     scan = _t1(tmp_path, contract=contract)
-    assert scan.level_of("contrast") == "warn"
-    assert scan.level_of("spacing") is None
+    assert scan.check_level("contrast") == "warn"
+    assert scan.check_level("spacing") is None
 
 
 def test_a_contrast_that_training_always_showed_is_missed(tmp_path):
@@ -158,48 +158,48 @@ def test_masks_and_label_maps_are_no_images(tmp_path):
     image = _image()
     labels = np.digitize(image, [1, 350, 400, 450]).astype(np.float32)
     scan = _t1(tmp_path, labels)
-    assert scan.level_of("intensity") == "fail"
+    assert scan.check_level("intensity") == "fail"
     assert "as in a mask" in _said(scan, "intensity")
     # An anatomical map: many codes, each filling a region.
     blocks = np.indices(image.shape) // 14
     anatomy = np.where(image > 0, 1 + blocks[0] + 10 * blocks[1] + 3 * blocks[2], 0).astype(np.int16)
     assert len(np.unique(anatomy)) > 20
-    assert _t1(tmp_path, anatomy).level_of("intensity") == "fail"
+    assert _t1(tmp_path, anatomy).check_level("intensity") == "fail"
     bytes_ = (image / image.max() * 255).astype(np.uint8)
-    assert _t1(tmp_path, bytes_).level_of("intensity") == "ok", "whole numbers alone make no label map"
+    assert _t1(tmp_path, bytes_).check_level("intensity") == "ok", "whole numbers alone make no label map"
 
 
 def test_coarse_quantisation_and_clipping(tmp_path):
     image = _image()
     scan = _t1(tmp_path, np.round(image / 25) * 25)
-    assert scan.level_of("intensity") == "warn"
+    assert scan.check_level("intensity") == "warn"
     assert "coarsely quantised" in _said(scan, "intensity")
     high = np.percentile(image[image > 0], 90)
     scan = _t1(tmp_path, np.minimum(image, high))
-    assert scan.level_of("intensity") == "warn"
+    assert scan.check_level("intensity") == "warn"
     assert "10% of the foreground has the highest value" in _said(scan, "intensity")
     little = np.minimum(image, np.percentile(image[image > 0], 99))
-    assert _t1(tmp_path, little).level_of("intensity") == "ok"
+    assert _t1(tmp_path, little).check_level("intensity") == "ok"
 
 
 def test_negative_values(tmp_path):
     image = _image()
     image[20, 20, 20:30] = -9
     scan = _t1(tmp_path, image)
-    assert scan.level_of("intensity") == "note"
+    assert scan.check_level("intensity") == "note"
     assert "down to -9, which no training scan had" in _said(scan, "intensity")
     used_to = CONTRACT.model_copy(update={"negative_values": True})
-    assert _t1(tmp_path, image, contract=used_to).level_of("intensity") == "ok"
+    assert _t1(tmp_path, image, contract=used_to).check_level("intensity") == "ok"
     image[20, 20, 20:30] = -900
-    assert _t1(tmp_path, image, contract=used_to).level_of("intensity") == "warn"
+    assert _t1(tmp_path, image, contract=used_to).check_level("intensity") == "warn"
 
 
 def test_a_map_in_another_unit(tmp_path):
     preprocessing = Preprocessing(contrasts=("T1w",), spacing_mm=(4, 4, 4), size=(48, 48), ranges={"T1w": (0, 600)})
     image = _image()
-    assert _t1(tmp_path, image, preprocessing=preprocessing).level_of("intensity") == "ok"
+    assert _t1(tmp_path, image, preprocessing=preprocessing).check_level("intensity") == "ok"
     scan = _t1(tmp_path, image * 1000, preprocessing=preprocessing)
-    assert scan.level_of("intensity") == "fail"
+    assert scan.check_level("intensity") == "fail"
     assert "outside of 0 to 600" in _said(scan, "intensity")
 
 
@@ -258,8 +258,8 @@ def test_the_head_of_an_infant_with_its_neck_is_not_called_stripped(tmp_path):
 def test_a_whole_head_for_a_model_of_brains(tmp_path):
     scan = _t1(tmp_path, _image(radii=RADII_MM["head"]))
     assert scan.quality.skull == "head"
-    assert scan.level_of("skull") == "fail"
-    assert scan.level_of("field") == "warn", "its volume is far from that of the training's brains"
+    assert scan.check_level("skull") == "fail"
+    assert scan.check_level("field") == "warn", "its volume is far from that of the training's brains"
 
 
 def test_a_brain_that_is_too_small_or_outside_of_the_field(tmp_path):
@@ -268,10 +268,10 @@ def test_a_brain_that_is_too_small_or_outside_of_the_field(tmp_path):
     narrow = PREPROCESSING.model_copy(update={"size": (24, 24)})
     contract = CONTRACT.model_copy(update={"size": (24, 24)})
     cropped = _t1(tmp_path, preprocessing=narrow, contract=contract)
-    assert cropped.level_of("field") == "warn"
+    assert cropped.check_level("field") == "warn"
     assert "outside of the model's 24 × 24 pixels" in _said(cropped, "field")
     assert "were expected" not in _said(cropped, "field")
-    unmeasured = InputContract.of_preprocessing(PREPROCESSING)
+    unmeasured = InputContract.from_preprocessing(PREPROCESSING)
     tiny = _t1(tmp_path, _image(radii=(30, 30, 30)), contract=unmeasured)
     assert "300 to 7000 were expected" in _said(tiny, "field")
 
@@ -281,7 +281,7 @@ def test_scans_that_hardly_overlap(tmp_path):
     moved = np.array(nib.load(first).affine)
     moved[0, 3] += 80
     checked = _check({"T1w": first, "FLAIR": _write(tmp_path / "b.nii", _image(seed=1), affine=moved)})
-    assert checked.scans[1].level_of("overlap") == "warn"
+    assert checked.scans[1].check_level("overlap") == "warn"
     moved[0, 3] += 400
     checked = _check({"T1w": first, "FLAIR": _write(tmp_path / "b.nii", _image(seed=1), affine=moved)})
     assert checked.scans[1].level == "fail"
@@ -326,7 +326,7 @@ def test_further_scans_are_registered_to_the_reference(tmp_path):
 @pytest.mark.parametrize(("count", "level"), [(22, "warn"), (23, "ok"), (53, "ok"), (54, "warn")])
 def test_the_number_of_slices(count, level):
     assert slices_finding(count, CONTRACT).level == level
-    assert slices_finding(count, InputContract.of_preprocessing(PREPROCESSING)) is None
+    assert slices_finding(count, InputContract.from_preprocessing(PREPROCESSING)) is None
 
 
 def test_a_short_stack_is_seen(tmp_path):
@@ -343,7 +343,7 @@ def test_a_short_stack_is_seen(tmp_path):
 )
 def test_the_age(age, level):
     assert age_finding(age, CONTRACT).level == level
-    assert age_finding(age, InputContract.of_preprocessing(PREPROCESSING)) is None
+    assert age_finding(age, InputContract.from_preprocessing(PREPROCESSING)) is None
 
 
 def test_names_of_contrasts(tmp_path):
@@ -372,38 +372,38 @@ def test_the_same_file_twice_and_further_scans(tmp_path):
 
 def test_files_become_a_session_as_in_predict(tmp_path):
     t1, odd = _write(tmp_path / "x_T1w.nii.gz"), _write(tmp_path / "odd.nii.gz")
-    session = session_of_files([str(t1), f"flair={odd}"], ("T1w", "FLAIR"))
+    session = session_from_files([str(t1), f"flair={odd}"], ("T1w", "FLAIR"))
     assert session.scans == {"T1w": t1, "FLAIR": odd}
-    assert session_of_files([str(odd)], ("FLAIR",)).scans == {"FLAIR": odd}
+    assert session_from_files([str(odd)], ("FLAIR",)).scans == {"FLAIR": odd}
     with pytest.raises(UsageError, match="cannot be told from the file name"):
-        session_of_files([str(odd)], ("T1w", "FLAIR"))
+        session_from_files([str(odd)], ("T1w", "FLAIR"))
     with pytest.raises(UsageError, match="two scans of T1w"):
-        session_of_files([str(t1), f"T1w={odd}"], ("T1w", "FLAIR"))
+        session_from_files([str(t1), f"T1w={odd}"], ("T1w", "FLAIR"))
 
 
 def test_plain_values_keep_names_only_if_asked(tmp_path):
     scan = _t1(tmp_path, _image(radii=RADII_MM["head"]))
-    facts = facts_of(scan, keep_ids=False)
+    facts = scan_to_dict(scan, keep_ids=False)
     assert "t1.nii" not in str(facts)
     assert facts["checks"]["skull"] == "fail"
     assert facts["skull"] == "head"
     assert [found["check"] for found in facts["findings"]][:2] == ["skull", "field"]
     assert all(found["message"] and found["remedy"] for found in facts["findings"])
-    assert facts_of(scan, keep_ids=True)["file"] == "t1.nii.gz"
+    assert scan_to_dict(scan, keep_ids=True)["file"] == "t1.nii.gz"
 
 
 def test_models_stores_and_old_models(tmp_path, small_store):
     with pytest.raises(ModelError, match="no such model"):
-        contract_of_model(tmp_path / "gone")
+        load_model_contract(tmp_path / "gone")
     export = tmp_path / "run" / "export"
     export.mkdir(parents=True)
     PREPROCESSING.save(export)
-    preprocessing, contract = contract_of_model(tmp_path / "run")
+    preprocessing, contract = load_model_contract(tmp_path / "run")
     assert preprocessing == PREPROCESSING
     assert not contract.is_measured
     CONTRACT.save(export)
-    assert contract_of_model(export) == (PREPROCESSING, CONTRACT)
-    preprocessing, contract = contract_of_model(small_store.path)
+    assert load_model_contract(export) == (PREPROCESSING, CONTRACT)
+    preprocessing, contract = load_model_contract(small_store.path)
     assert preprocessing == small_store.preprocessing
     assert contract == InputContract.of(small_store)
     assert contract.num_sessions == len(small_store)
@@ -411,6 +411,6 @@ def test_models_stores_and_old_models(tmp_path, small_store):
 
 def test_the_gravest_level_counts():
     finding = slices_finding(1, CONTRACT)
-    assert worst([]) == "ok"
-    assert worst([replace(finding, level=level) for level in ("note", "fail", "warn")]) == "fail"
-    assert worst([replace(finding, level=level) for level in ("warn", "note", "ok")]) == "warn"
+    assert worst_level([]) == "ok"
+    assert worst_level([replace(finding, level=level) for level in ("note", "fail", "warn")]) == "fail"
+    assert worst_level([replace(finding, level=level) for level in ("warn", "note", "ok")]) == "warn"

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from brainfound.data.checking.contact_sheet import (
-    card_of_stack,
+    card_from_stack,
     choose_sessions,
     choose_slices,
-    draw_page,
+    draw_contact_sheet,
     write_contact_sheet,
 )
 from brainfound.data.preprocessing.settings import Preprocessing
@@ -181,7 +181,9 @@ def test_the_foot_counts_what_is_shown(tmp_path, monkeypatch):
     from brainfound.data.checking import contact_sheet as contact_sheet_page
 
     feet = []
-    monkeypatch.setattr(contact_sheet_page, "draw_page", lambda cards, contrasts, path, foot: feet.append(foot))
+    monkeypatch.setattr(
+        contact_sheet_page, "draw_contact_sheet", lambda cards, contrasts, path, foot: feet.append(foot)
+    )
     store = _Store(20, spacing=(2, 2, None))
     store.quality.loc[[2, 3], "notes"] = "a note"
     write_contact_sheet(store, tmp_path / "a.png", max_sessions=5)
@@ -196,7 +198,9 @@ def test_left_stays_left_and_long_pixels_are_drawn_long(tmp_path):
     pixels[:, :, 15:35, 5:10] = 160  # left
     affine = np.array([[0, 0, 1.0, 0], [0, -2.0, 0, 0], [3.0, 0, 0, 0], [0, 0, 0, 1]])
     stack = Stack(pixels, ("T1w",), np.array([True]), np.zeros(3, np.float32), affine, (3, 3, 3), np.eye(4))
-    page = _pixels(draw_page([card_of_stack(stack, "1")], ("T1w",), tmp_path / "a.png", ""))[..., 0].astype(int)
+    page = _pixels(draw_contact_sheet([card_from_stack(stack, "1")], ("T1w",), tmp_path / "a.png", ""))[..., 0].astype(
+        int
+    )
     tile = page[46:-75, 64:235]  # the first slice
     anterior, left, rest = (np.argwhere(np.abs(tile - value) < 4) for value in (240, 160, 60))
     assert len(anterior) > 1000
@@ -209,18 +213,18 @@ def test_left_stays_left_and_long_pixels_are_drawn_long(tmp_path):
 def test_a_card_of_a_stack_shows_what_is_absent():
     pixels = np.full((9, 2, 8, 8), 7, np.uint8)
     stack = Stack(pixels, ("T1w", "FLAIR"), np.array([True, False]), np.arange(9.0), np.eye(4), (3, 3, 3), np.eye(4))
-    card = card_of_stack(stack, "1", {"T1w": ("odd",)})
+    card = card_from_stack(stack, "1", {"T1w": ("odd",)})
     assert card.images[1] is None
     assert card.images[0].shape == (3, 8, 8)
     assert card.heights_mm == (3.0, 4.0, 5.0)
     assert card.is_flagged
-    assert not card_of_stack(stack, "1", {"T1w": ()}).is_flagged
+    assert not card_from_stack(stack, "1", {"T1w": ()}).is_flagged
 
 
 def test_no_sessions_and_black_sessions_are_no_failure(tmp_path):
-    assert draw_page([], ("T1w",), tmp_path / "a.png", "nothing").is_file()
+    assert draw_contact_sheet([], ("T1w",), tmp_path / "a.png", "nothing").is_file()
     stack = SimpleNamespace(
         pixels=np.zeros((3, 1, 8, 8), np.uint8), present=[True], positions_mm=np.zeros(3), mask=None
     )
     stack.spacing_mm = np.ones(3)
-    assert draw_page([card_of_stack(stack, "1")], ("T1w",), tmp_path / "b.png", "black").is_file()
+    assert draw_contact_sheet([card_from_stack(stack, "1")], ("T1w",), tmp_path / "b.png", "black").is_file()

@@ -147,7 +147,7 @@ def test_a_missing_or_broken_file(tmp_path):
 
 
 def test_a_model_without_a_contract_says_what_its_preprocessing_says():
-    contract = InputContract.of_preprocessing(Preprocessing(contrasts=("T1w",), size=(96, 96)))
+    contract = InputContract.from_preprocessing(Preprocessing(contrasts=("T1w",), size=(96, 96)))
     assert not contract.is_measured
     assert (contract.contrasts, contract.size, contract.skull) == (("T1w",), (96, 96), {})
     assert contract.age_years is contract.num_slices is contract.foreground_ml is contract.negative_values is None

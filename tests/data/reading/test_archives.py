@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from brainfound.data.reading import archives
-from brainfound.data.reading.archives import file_facts, is_file, list_members, open_binary, split_archive_path
+from brainfound.data.reading.archives import is_file, list_members, open_binary, size_and_mtime, split_archive_path
 from brainfound.errors import ScanError
 
 TEXT = b"some bytes of a scan " * 500
@@ -52,7 +52,7 @@ def test_members_are_listed_and_read_where_they_are(archive):
         assert stream.read() == TEXT[10:]
     with open_binary(archive / "z") as stream:
         assert stream.read() == b""
-    assert file_facts(archive / "anat/x.nii.gz") == (len(TEXT), archive.stat().st_mtime_ns)
+    assert size_and_mtime(archive / "anat/x.nii.gz") == (len(TEXT), archive.stat().st_mtime_ns)
     assert [path.name for path in archive.parent.iterdir()] == ["ses-01.zip"]
 
 
@@ -68,10 +68,10 @@ def test_any_size_is_read_whole(tmp_path, compression, size):
 def test_what_is_missing_is_missing(archive, tmp_path):
     for path in (archive / "anat/none.nii.gz", archive / "anat", tmp_path / "none.nii", archive / "../ses-01.zip/q"):
         assert not is_file(path)
-        assert file_facts(path) is None
+        assert size_and_mtime(path) is None
         with pytest.raises(ScanError, match="no such file"):
             open_binary(path)
-    assert file_facts(tmp_path) is None
+    assert size_and_mtime(tmp_path) is None
     os.mkfifo(tmp_path / "pipe.nii")
     with pytest.raises(ScanError, match="no such file"):
         open_binary(tmp_path / "pipe.nii")
@@ -212,7 +212,7 @@ def test_truncated_archives_are_refused(archive, keep):
     archive.write_bytes(raw[: int(keep * len(raw))] if isinstance(keep, float) else raw[:keep])
     with pytest.raises(ScanError, match="cannot be read as a zip archive"):
         list_members(archive)
-    assert file_facts(archive / "anat/x.nii.gz") is None
+    assert size_and_mtime(archive / "anat/x.nii.gz") is None
 
 
 def test_any_damage_ends_in_the_same_bytes_or_in_a_refusal(tmp_path):

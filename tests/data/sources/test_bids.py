@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from brainfound.data.cohort import Cohort
-from brainfound.data.sources.bids_files import BidsName, contrast_of, mask_column
+from brainfound.data.sources.bids_files import BidsName, contrast_from_bids_name, mask_column
 from brainfound.errors import CohortError
 
 
@@ -51,7 +51,7 @@ def test_several_scans_of_a_contrast_are_kept_in_the_stated_order(layout):
     ],
 )
 def test_only_the_suffix_says_the_contrast(name, contrast):
-    found, reason = contrast_of(BidsName.of(Path(f"{name}.nii.gz")))
+    found, reason = contrast_from_bids_name(BidsName.of(Path(f"{name}.nii.gz")))
     assert found == contrast
     assert bool(reason) == (contrast == "unknown")
 
@@ -404,7 +404,7 @@ def test_a_folder_of_dicom_is_not_bids_for_its_names(layout):
     from brainfound.data.sources import bids, fomo60k
 
     root = layout("sub-01/ses-1/a.dcm", "x/sub_1/ses_1/a.dcm")
-    assert not bids.recognises(root)
-    assert not fomo60k.recognises(root / "x")
+    assert not bids.can_read(root)
+    assert not fomo60k.can_read(root / "x")
     (root / "dataset_description.json").write_text("{}")
-    assert bids.recognises(root)
+    assert bids.can_read(root)

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 from brainfound.data.cohort import Cohort
-from brainfound.data.sources.dicom import contrast_of_series
+from brainfound.data.sources.dicom import contrast_from_sidecar
 from brainfound.data.sources.dicom_series import (
     Series,
-    _holds_a_name,
-    _name_subjects,
-    _refuse_a_name_for_everybody,
+    _assign_subjects,
+    _contains_patient_name,
+    _require_distinct_patient_ids,
     _short_hash,
-    most_folders_of_one_person,
+    max_folders_per_patient,
 )
 from brainfound.errors import CohortError, UsageError
 
@@ -152,10 +152,10 @@ def series_of(folder: str, patient: str | None, study: str, named: tuple[str, ..
 def test_a_person_with_many_visits_among_many_others_is_believed():
     series = [series_of(f"f{number}", f"id{number}", f"study{number}") for number in range(60)]
     series += [series_of(f"g{number}", "often", f"other{number}") for number in range(5)]
-    _refuse_a_name_for_everybody(series)
-    assert most_folders_of_one_person(series) == 5
+    _require_distinct_patient_ids(series)
+    assert max_folders_per_patient(series) == 5
     with pytest.raises(CohortError, match="got 5 of 15 folders"):
-        _refuse_a_name_for_everybody(series[50:])
+        _require_distinct_patient_ids(series[50:])
 
 
 def test_a_folder_with_the_name_becomes_a_hash_that_the_name_does_not_give():
@@ -165,7 +165,7 @@ def test_a_folder_with_the_name_becomes_a_hash_that_the_name_does_not_give():
             series_of("LI_WU", patient, "1.2.4", (), "20210101"),
             series_of("clinic", "MRN2", "1.2.5", ("li",)),
         ]
-        _name_subjects(series)
+        _assign_subjects(series)
         assert series[0].subject == series[1].subject == f"sub-{_short_hash(patient or '1.2.3')}"
         assert series[2].subject == "clinic"
 
@@ -175,7 +175,7 @@ def test_a_folder_with_the_name_becomes_a_hash_that_the_name_does_not_give():
     [("LI_WU", True), ("LiWu01", True), ("wu-2020", True), ("clinic", False), ("xDOEx", True), ("case7", False)],
 )
 def test_names_in_folders(folder, found):
-    assert _holds_a_name(folder, frozenset({"li", "wu", "doe"})) is found
+    assert _contains_patient_name(folder, frozenset({"li", "wu", "doe"})) is found
 
 
 def test_links_to_nothing_and_names_in_another_encoding(tmp_path):
@@ -323,4 +323,4 @@ GR, SE = {"ScanningSequence": "GR"}, {"ScanningSequence": "SE"}
     ],
 )
 def test_contrasts_of_series(sidecar, contrast):
-    assert contrast_of_series(json.loads(json.dumps(sidecar))) == contrast
+    assert contrast_from_sidecar(json.loads(json.dumps(sidecar))) == contrast

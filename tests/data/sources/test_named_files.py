@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from brainfound.contrasts import CONTRASTS
 from brainfound.data.cohort import Cohort
-from brainfound.data.sources.file_names import person_of, read_name
+from brainfound.data.sources.file_names import parse_filename, parse_identifier
 from brainfound.errors import CohortError
 
 
@@ -38,7 +38,7 @@ from brainfound.errors import CohortError
     ],
 )
 def test_names_say_contrast_and_identifier(name, contrast, identifier):
-    found = read_name(Path(f"{name}.nii.gz"))
+    found = parse_filename(Path(f"{name}.nii.gz"))
     assert (found.contrast, found.identifier, found.label_column) == (contrast, identifier, None)
 
 
@@ -59,7 +59,7 @@ def test_names_say_contrast_and_identifier(name, contrast, identifier):
     ],
 )
 def test_label_maps_are_known_by_name(name, column, identifier):
-    found = read_name(Path(f"{name}.nii.gz"))
+    found = parse_filename(Path(f"{name}.nii.gz"))
     assert (found.contrast, found.label_column, found.identifier) == ("unknown", column, identifier)
 
 
@@ -85,7 +85,7 @@ def test_label_maps_are_known_by_name(name, column, identifier):
     ],
 )
 def test_visits_are_told_from_persons(identifier, subject, session):
-    found = person_of(identifier)
+    found = parse_identifier(identifier)
     assert (found.subject, found.session) == (subject, session)
 
 
@@ -97,7 +97,7 @@ def test_visits_are_told_from_persons(identifier, subject, session):
 )
 def test_a_name_gives_back_what_it_was_made_of(prefix, number, contrast, repeat):
     identifier = f"{prefix}x{number:04d}"
-    found = read_name(Path(f"{identifier}_{contrast}{repeat}.nii.gz"))
+    found = parse_filename(Path(f"{identifier}_{contrast}{repeat}.nii.gz"))
     assert found.identifier == identifier
     assert contrast in CONTRASTS[found.contrast].aliases
     assert found.label_column is None
@@ -105,8 +105,8 @@ def test_a_name_gives_back_what_it_was_made_of(prefix, number, contrast, repeat)
 
 @given(st.text(st.characters(blacklist_characters="/\x00"), min_size=1, max_size=40))
 def test_any_name_can_be_read(name):
-    found = read_name(Path(f"{name}.nii.gz"))
-    assert person_of(found.identifier).subject == person_of(found.identifier).subject.strip("/")
+    found = parse_filename(Path(f"{name}.nii.gz"))
+    assert parse_identifier(found.identifier).subject == parse_identifier(found.identifier).subject.strip("/")
 
 
 WORDS = ("t1n", "t1c", "t2f", "seg")
@@ -311,5 +311,5 @@ def test_dicom_without_an_ending_is_not_lost_silently(layout):
     ],
 )
 def test_letters_that_may_name_a_disease_need_a_person_before_them(name, contrast, identifier):
-    found = read_name(Path(f"{name}.nii.gz"))
+    found = parse_filename(Path(f"{name}.nii.gz"))
     assert (found.contrast, found.identifier) == (contrast, identifier)

@@ -176,11 +176,11 @@ def test_a_store_that_could_not_be_put_in_place_is_not_made_again(source, tmp_pa
     def busy(partial, out):
         raise OSError(errno.EBUSY, "Device or resource busy")
 
-    put_in_place = preparing.put_in_place
-    monkeypatch.setattr(preparing, "put_in_place", busy)
+    move_into_place = preparing.move_into_place
+    monkeypatch.setattr(preparing, "move_into_place", busy)
     with pytest.raises(OSError, match="busy"):
         prepare(source, tmp_path / "store", SETTINGS)
-    monkeypatch.setattr(preparing, "put_in_place", put_in_place)
+    monkeypatch.setattr(preparing, "move_into_place", move_into_place)
     prepared_sessions.clear()
     store = prepare(source, tmp_path / "store", SETTINGS)
     assert not prepared_sessions
@@ -256,7 +256,7 @@ def test_a_resumed_run_is_asked_only_for_the_space_that_is_missing(source, tmp_p
     usage = shutil.disk_usage(tmp_path)
     from brainfound.data.cohort import Cohort
 
-    whole = sum(store_plan._bytes_of(session, SETTINGS) for session in Cohort.read(source).sessions())
+    whole = sum(store_plan._estimate_bytes(session, SETTINGS) for session in Cohort.read(source).sessions())
     # Eight of twelve sessions are done: half of the whole is enough.
     monkeypatch.setattr(store_plan.shutil, "disk_usage", lambda path: usage._replace(free=whole // 2))
     assert len(prepare(source, tmp_path / "store", SETTINGS)) == 12
@@ -317,7 +317,7 @@ def test_the_size_that_is_foreseen_is_near_the_real_one(source, tmp_path, monkey
     store = prepare(source, tmp_path / "store", SETTINGS)
     from brainfound.data.cohort import Cohort
 
-    foreseen = sum(store_plan._bytes_of(session, SETTINGS) for session in Cohort.read(source).sessions())
+    foreseen = sum(store_plan._estimate_bytes(session, SETTINGS) for session in Cohort.read(source).sessions())
     written = sum(file.stat().st_size for file in (store.path / "slices").glob("*.arrow"))
     assert seen
     assert 0.95 < foreseen / written < 1.5

@@ -267,7 +267,7 @@ def test_what_store_json_says_is_true(small_store):
 def test_a_store_of_sixteen_bits_keeps_the_values_of_a_map(tmp_path, make_cohort):
     import torch
 
-    from brainfound.data.batches import as_tensor, collate, unit_range
+    from brainfound.data.batches import as_tensor, collate, to_unit_range
 
     source = make_cohort(tmp_path / "cohort", num_subjects=2)
     settings = Preprocessing(
@@ -278,18 +278,18 @@ def test_a_store_of_sixteen_bits_keeps_the_values_of_a_map(tmp_path, make_cohort
     stack = store[0]
     assert stack.pixels.dtype == np.uint16
     assert stack.pixels[:, 1].max() == 65535
-    values = settings.values_of("T1w", stack.pixels[:, 0])
+    values = settings.restore_values("T1w", stack.pixels[:, 0])
     import nibabel as nib
 
     image = nib.load(source / "s00_T1w.nii.gz").get_fdata()
     native = stack.to_native(values, order=1).get_fdata()
     np.testing.assert_allclose(native[image > 0], image[image > 0], atol=400 / 65535)
     with pytest.raises(UsageError, match="no range of its own"):
-        settings.values_of("T2w", stack.pixels[:, 1])
+        settings.restore_values("T2w", stack.pixels[:, 1])
     batch = collate([stack])
     assert batch.pixel_values.dtype == torch.float32
     assert float(batch.pixel_values.max()) == 1
-    np.testing.assert_allclose(unit_range(as_tensor(stack.pixels)).numpy(), stack.pixels / 65535, rtol=1e-6)
+    np.testing.assert_allclose(to_unit_range(as_tensor(stack.pixels)).numpy(), stack.pixels / 65535, rtol=1e-6)
     rows = list(store_hub.stream(store.path))
     np.testing.assert_array_equal(rows[5]["pixels"], store.read_slices(np.array([5]))[0])
 

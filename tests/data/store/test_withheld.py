@@ -7,18 +7,18 @@ import pickle
 import numpy as np
 import pytest
 
-from brainfound.data.batches import without_contrasts
-from brainfound.data.store.withheld import showing
+from brainfound.data.batches import remove_contrasts
+from brainfound.data.store.withheld import restrict_contrasts
 from brainfound.errors import UsageError
 
 
 def test_what_is_withheld_is_as_if_it_had_not_been_scanned(small_store):
-    shown = showing(small_store, ["t1", "FLAIR"])  # by any of their names
+    shown = restrict_contrasts(small_store, ["t1", "FLAIR"])  # by any of their names
     assert (shown.withheld, shown.shown) == (("T2w",), ("T1w", "FLAIR"))
     channel = small_store.contrasts.index("T2w")
     assert not shown.present[:, channel].any()
     assert shown.present.sum() == small_store.present.sum() - small_store.present[:, channel].sum()
-    expected = without_contrasts(small_store[3], ["T2w"])
+    expected = remove_contrasts(small_store[3], ["T2w"])
     assert np.array_equal(shown[3].pixels, expected.pixels)
     assert np.array_equal(shown[3].present, expected.present)
     rows = np.array([0, 5])
@@ -31,11 +31,11 @@ def test_what_is_withheld_is_as_if_it_had_not_been_scanned(small_store):
 
 
 def test_it_is_the_same_data(small_store):
-    shown = showing(small_store, ["T1w"])
+    shown = restrict_contrasts(small_store, ["T1w"])
     assert shown.content_hash == small_store.content_hash
-    assert showing(shown, None) is small_store
-    assert showing(small_store, small_store.contrasts) is small_store
-    assert showing(shown, ["FLAIR"]).shown == ("FLAIR",)
+    assert restrict_contrasts(shown, None) is small_store
+    assert restrict_contrasts(small_store, small_store.contrasts) is small_store
+    assert restrict_contrasts(shown, ["FLAIR"]).shown == ("FLAIR",)
     again = pickle.loads(pickle.dumps(shown))
     assert again.withheld == shown.withheld
     assert np.array_equal(again[0].pixels, shown[0].pixels)
@@ -46,12 +46,12 @@ def test_it_is_the_same_data(small_store):
 
 def test_it_is_not_copied_as_if_it_were_whole(small_store, tmp_path):
     with pytest.raises(UsageError, match="withheld"):
-        showing(small_store, ["T1w"]).save(tmp_path / "copy")
+        restrict_contrasts(small_store, ["T1w"]).save(tmp_path / "copy")
     with pytest.raises(UsageError, match="withheld"):
-        showing(small_store, ["T1w"]).slices  # noqa: B018
+        restrict_contrasts(small_store, ["T1w"]).slices  # noqa: B018
 
 
 @pytest.mark.parametrize(("contrasts", "says"), [(["SWI"], "not a contrast"), ([], "no contrast")])
 def test_what_cannot_be_shown_is_refused(small_store, contrasts, says):
     with pytest.raises(UsageError, match=says):
-        showing(small_store, contrasts)
+        restrict_contrasts(small_store, contrasts)
