@@ -24,7 +24,7 @@ from brainfound.finetuning.scoring import SessionScores, score_predictions
 from brainfound.finetuning.targets import Target
 from brainfound.finetuning.volumes import VolumeAugmentation, augment_volumes
 from brainfound.models.stack_inference import StackPrediction
-from brainfound.pretraining.objectives.base import StepKey
+from brainfound.training.randomness import StepKey
 
 CHANNELS = (16, 32, 64, 128)
 HALVINGS = len(CHANNELS) - 1

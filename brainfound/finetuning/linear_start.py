@@ -42,8 +42,7 @@ from brainfound.errors import TrainingError
 from brainfound.finetuning.targets import Target
 from brainfound.finetuning.volumes import EmbeddedReader, VolumeAugmentation, VolumeReader, augment_volumes
 from brainfound.models.heads import bin_edges
-from brainfound.pretraining.objectives.base import StepKey
-from brainfound.training.randomness import VIEWS, numpy_generator
+from brainfound.training.randomness import VIEWS, StepKey, numpy_generator
 
 _PENALTIES = np.logspace(-1, 5, 13)
 

@@ -32,12 +32,11 @@ from brainfound.finetuning.volumes import EmbeddedReader, VolumeReader, augment_
 from brainfound.models import BrainFoundForClassification, BrainFoundForRegression, BrainFoundForSegmentation
 from brainfound.models.stack_inference import unwrap_peft
 from brainfound.models.start import load_initial_model
-from brainfound.pretraining.objectives.base import StepKey
 from brainfound.recipes import load
 from brainfound.training import distributed as ranks
 from brainfound.training.data_order import EpochOrder, RankBatchSampler
 from brainfound.training.engine import TrainTask
-from brainfound.training.randomness import INITIALISATION, derive_seed
+from brainfound.training.randomness import INITIALISATION, StepKey, derive_seed
 from brainfound.training.schedules import warmup_schedule
 
 MODEL_CLASSES = {

@@ -34,9 +34,8 @@ from brainfound.data.store import Store
 from brainfound.errors import UsageError
 from brainfound.finetuning.embedding_cache import EmbeddedBatch, EmbeddingCache
 from brainfound.finetuning.targets import Target, labelled_sessions
-from brainfound.pretraining.objectives.base import StepKey
 from brainfound.recipes import Recipe
-from brainfound.training.randomness import VIEWS, numpy_generator, torch_generator
+from brainfound.training.randomness import VIEWS, StepKey, numpy_generator, torch_generator
 
 AUGMENTATION, NOISE, ELASTIC = 1_000_000, 1_000_001, 1_000_002
 """Keys of streams beside those of the single volumes, which are numbered from 0."""

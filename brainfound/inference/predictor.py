@@ -277,14 +277,12 @@ class Predictor:
             )
         if target.task == "regression":
             values: dict[str, Any] = {"target": target.column, "value": answer.value}
-            values |= {} if answer.value_std is None else {"standard_deviation": predict_prepared.value_std}
+            values |= {} if answer.value_std is None else {"standard_deviation": answer.value_std}
             values |= self.calibration.calibrate_answer(answer, target)
             return Prediction(answer=values, **common)
         if target.task == "classification":
             assert answer.probabilities is not None
-            probabilities = {
-                name: float(p) for name, p in zip(target.names, answer.probabilities, strict=True)
-            }
+            probabilities = {name: float(p) for name, p in zip(target.names, answer.probabilities, strict=True)}
             if target.multi_label:
                 said: dict[str, Any] = {"present": [name for name, p in probabilities.items() if p > 0.5]}
             else:

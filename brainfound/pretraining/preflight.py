@@ -16,8 +16,8 @@ from brainfound.errors import RecipeError, UsageError
 from brainfound.models.start import read_patch_size
 from brainfound.pretraining.monitoring.probe_targets import require_probe_target
 from brainfound.pretraining.objectives.masked_autoencoder import MaskedAutoencoderRecipe
+from brainfound.pretraining.slices import SliceNeighbours, usable_rows
 from brainfound.pretraining.starting_model import FROM_SCRATCH
-from brainfound.training.data_order import SliceNeighbours, usable_rows
 from brainfound.training.schedules import initial_weight_fraction
 
 if TYPE_CHECKING:

@@ -32,6 +32,7 @@ from brainfound.pretraining.dry_run import report as dry_run_report
 from brainfound.pretraining.dry_run import trial as trials
 from brainfound.pretraining.dry_run.trial import TargetHardware
 from brainfound.pretraining.execution import PretrainEngineRecipe
+from brainfound.pretraining.export import export
 from brainfound.pretraining.monitoring.guard import Guard, GuardRecipe
 from brainfound.pretraining.monitoring.probes import Probe, ProbeRecipe
 from brainfound.pretraining.objectives import registry as making
@@ -373,7 +374,7 @@ def _export_and_finish(
 
     def write() -> None:
         if exported_step is not None:
-            run_files.export(folder, recipe, store, model, weights, exported_step, task.guard.state)
+            export(folder, recipe, store, model, weights, exported_step, task.guard.state)
         status = run_files.DONE if stopped is None else f"stopped: {stopped}"
         run_files.finish(folder, status, exported_step, engine.step)
 

@@ -14,18 +14,21 @@ from torch import Tensor, nn
 
 from brainfound.data.store import Store
 from brainfound.errors import TrainingError
-from brainfound.pretraining.monitoring.guard import Guard, RollbackRequested, read_retention_scores
+from brainfound.pretraining.monitoring.guard import Guard, read_retention_scores
 from brainfound.pretraining.monitoring.probes import Probe
-from brainfound.pretraining.objectives.base import Objective, PretrainBatch, StepKey
+from brainfound.pretraining.objectives.base import Objective
+from brainfound.pretraining.slices import PretrainBatch, SliceDataset, make_slice_loader, usable_rows
 from brainfound.training import checkpoint, schedules
 from brainfound.training import distributed as ranks
 from brainfound.training.checkpoint import wrap_write_errors
-from brainfound.training.data_order import EpochOrder, RankBatchSampler, SliceDataset, make_slice_loader, usable_rows
+from brainfound.training.data_order import EpochOrder, RankBatchSampler
 from brainfound.training.distributed import is_sharded
 from brainfound.training.engine import EngineRecipe, TrainTask
 from brainfound.training.optim import OptimRecipe, make_optimizer, parameter_groups
 from brainfound.training.prefetch import prefetch_to_device
+from brainfound.training.randomness import StepKey
 from brainfound.training.schedules import ScheduleRecipe
+from brainfound.training.task import RollbackRequested
 
 
 def max_best_encoders_on_disk(engine: EngineRecipe, may_roll_back: bool) -> int:

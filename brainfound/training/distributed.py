@@ -39,7 +39,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from brainfound.errors import BrainFoundError, RecipeError, TrainingError, UsageError
 from brainfound.models.encoder import SliceEncoder
-from brainfound.pretraining.objectives.heads import ProjectionHead
 
 
 def is_distributed() -> bool:
@@ -159,7 +158,7 @@ def shard(trained: nn.Module, frozen: Sequence[nn.Module], device: torch.device,
     Args:
         trained: what the optimiser moves; it is entered by calling it.
         frozen: what is only looked through (teacher, anchor); their encoders and heads may be called
-            on their own, by all ranks together.
+            on their own, by all ranks together. A module with ``is_shard_unit`` is gathered as one unit.
         device: of this rank.
         precision: "bf16" gathers the blocks' matrices in bfloat16; anything else in float32.
     """
@@ -177,7 +176,7 @@ def shard(trained: nn.Module, frozen: Sequence[nn.Module], device: torch.device,
             fully_shard(encoder, mesh=mesh, reshard_after_forward=True)
             for entrance in FORWARD_METHODS:
                 _register_forward_method(encoder, entrance)
-        for head in [module for module in root.modules() if isinstance(module, ProjectionHead)]:
+        for head in [module for module in root.modules() if getattr(module, "is_shard_unit", False)]:
             fully_shard(head, mesh=mesh, reshard_after_forward=not stays)
         if not isinstance(root, FSDPModule):
             fully_shard(root, mesh=mesh, reshard_after_forward=not stays)

@@ -29,7 +29,6 @@ from torch import Tensor
 
 import brainfound
 from brainfound.errors import TrainingError
-from brainfound.pretraining.monitoring.guard import RollbackRequested
 from brainfound.recipes import Recipe
 from brainfound.training import checkpoint as checkpoints
 from brainfound.training import distributed as ranks
@@ -40,7 +39,7 @@ from brainfound.training.optim import allocate_moments, clip_gradients
 from brainfound.training.precision import choose_precision
 from brainfound.training.prefetch import closing_generator
 from brainfound.training.randomness import seed_dropout
-from brainfound.training.task import TrainTask
+from brainfound.training.task import RollbackRequested, TrainTask
 
 
 class EngineRecipe(Recipe):

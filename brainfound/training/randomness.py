@@ -8,6 +8,8 @@ skipping a step, or looking at a probe in between, cannot shift what later steps
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
@@ -43,3 +45,17 @@ def uniform_at_positions(start: int, count: int, purpose: int, seed: int) -> np.
     """
     generator = np.random.Generator(np.random.Philox(key=derive_seed(purpose, seed), counter=start))
     return generator.random(4 * count)[::4]
+
+
+@dataclass(frozen=True)
+class StepKey:
+    """Names the randomness of one micro-batch; see `brainfound.training.randomness`."""
+
+    seed: int
+    step: int
+    micro_batch: int
+    rank: int
+
+    @property
+    def keys(self) -> tuple[int, int, int]:
+        return (self.step, self.micro_batch, self.rank)

@@ -10,7 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from brainfound.errors import TrainingError
-from brainfound.pretraining.monitoring.guard import RollbackRequested
+
+
+class RollbackRequested(TrainingError):
+    """The run is to go back to a kept checkpoint, and on from there with a lower learning rate.
+
+    Args:
+        step: of the kept checkpoint that is to be restored.
+    """
+
+    def __init__(self, what: str, *, step: int, where: object = None, remedy: str | None = None) -> None:
+        super().__init__(what, where=where, remedy=remedy)
+        self.step = step
 
 
 class TrainTask(ABC):

@@ -11,8 +11,8 @@ from brainfound.data.batches import VolumeBatch
 from brainfound.errors import RecipeError
 from brainfound.finetuning.recipe import FinetuneRecipe
 from brainfound.finetuning.volumes import PRESETS, VolumeAugmentation, augment_volumes
-from brainfound.pretraining.objectives.base import StepKey
 from brainfound.recipes import load, validate
+from brainfound.training.randomness import StepKey
 
 KEY = StepKey(seed=0, step=3, micro_batch=0, rank=0)
 NONE = PRESETS["none"]

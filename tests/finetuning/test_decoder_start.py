@@ -15,7 +15,7 @@ from brainfound.finetuning.linear_start import fit_decoder, iterate_augmented_pa
 from brainfound.finetuning.targets import Target, resolve_target
 from brainfound.finetuning.volumes import PRESETS, VolumeReader
 from brainfound.models import BrainFoundForSegmentation
-from brainfound.pretraining.objectives.base import StepKey
+from brainfound.training.randomness import StepKey
 
 TRAIN, TEST = [0, 1, 2, 3, 5, 6, 8, 9, 11], [4, 7, 10]
 KEY = StepKey(seed=0, step=0, micro_batch=0, rank=0)

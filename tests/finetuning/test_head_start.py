@@ -10,7 +10,7 @@ from brainfound.finetuning.linear_start import fit_head, subject_folds, subject_
 from brainfound.finetuning.targets import resolve_target
 from brainfound.finetuning.volumes import VolumeAugmentation, VolumeReader
 from brainfound.models import BrainFoundForClassification, BrainFoundForRegression
-from brainfound.pretraining.objectives.base import StepKey
+from brainfound.training.randomness import StepKey
 
 STILL = VolumeAugmentation(rotation_degrees=0, scale=0, shear=0, contrast_dropout=0)
 

@@ -18,7 +18,7 @@ from brainfound.finetuning.volumes import (
     sample_foreground_slices,
     sample_jittered_slices,
 )
-from brainfound.pretraining.objectives.base import StepKey
+from brainfound.training.randomness import StepKey
 
 KEY = StepKey(seed=0, step=3, micro_batch=0, rank=0)
 QUIET = IntensityRecipe(gamma_probability=0, contrast_probability=0, blur_probability=0, noise_probability=0)

@@ -9,11 +9,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from brainfound.models import BrainFoundConfig, BrainFoundModel
 from brainfound.models.encoder import SliceEncoder
 from brainfound.pretraining.dry_run import cost as flops
-from brainfound.pretraining.objectives.base import PretrainBatch, StepKey
 from brainfound.pretraining.objectives.registry import make_objective
 from brainfound.pretraining.objectives.self_distillation import SelfDistillation
 from brainfound.pretraining.pretrain import PretrainRecipe
+from brainfound.pretraining.slices import PretrainBatch
 from brainfound.recipes import validate
+from brainfound.training.randomness import StepKey
 
 NUM_SLICES = 4
 # Few prototypes: their scores are computed again in the backward pass, which is not the model's own work.

@@ -16,8 +16,9 @@ from brainfound.pretraining.monitoring.collapse_metrics import (
     mean_cosine,
     view_margin,
 )
-from brainfound.pretraining.monitoring.guard import Guard, GuardRecipe, RollbackRequested, read_retention_scores
+from brainfound.pretraining.monitoring.guard import Guard, GuardRecipe, read_retention_scores
 from brainfound.pretraining.objectives.losses import dino_loss
+from brainfound.training.task import RollbackRequested
 
 HEALTHY = {
     "loss": 3.0,

@@ -8,7 +8,6 @@ import torch
 
 from brainfound.data.augmentation.sampling import to_device
 from brainfound.errors import RecipeError
-from brainfound.pretraining.objectives.base import PretrainBatch, StepKey
 from brainfound.pretraining.objectives.heads import PixelDecoder, PixelDecoderRecipe, sincos_position_embedding
 from brainfound.pretraining.objectives.masked_autoencoder import (
     MaskedAutoencoder,
@@ -20,6 +19,8 @@ from brainfound.pretraining.objectives.masked_autoencoder import (
     reconstruction_loss,
     sample_hidden_patches,
 )
+from brainfound.pretraining.slices import PretrainBatch
+from brainfound.training.randomness import StepKey
 
 KEY = StepKey(seed=0, step=0, micro_batch=0, rank=0)
 DECODER = PixelDecoderRecipe(width=16, layers=1, heads=2)

@@ -13,12 +13,13 @@ from safetensors.torch import load_file
 
 from brainfound.errors import RecipeError
 from brainfound.models import BrainFoundModel
-from brainfound.pretraining.objectives.base import PretrainBatch, StepKey
 from brainfound.pretraining.objectives.hybrid import Hybrid
 from brainfound.pretraining.objectives.registry import OBJECTIVE_RECIPES, make_objective
 from brainfound.pretraining.pretrain import PretrainRecipe, pretrain
+from brainfound.pretraining.slices import PretrainBatch
 from brainfound.pretraining.starting_model import build_model
 from brainfound.recipes import validate
+from brainfound.training.randomness import StepKey
 
 KINDS = ("self_distillation", "masked_autoencoder", "hybrid")
 PARTS = ("full", "last_blocks", "lora")

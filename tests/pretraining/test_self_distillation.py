@@ -9,9 +9,10 @@ import torch
 
 from brainfound.errors import RecipeError
 from brainfound.pretraining.objectives import losses
-from brainfound.pretraining.objectives.base import PretrainBatch, StepKey
 from brainfound.pretraining.objectives.self_distillation import SelfDistillation
+from brainfound.pretraining.slices import PretrainBatch
 from brainfound.training import distributed as ranks
+from brainfound.training.randomness import StepKey
 
 
 def make(model, recipe, *overrides: str) -> SelfDistillation:

@@ -7,15 +7,14 @@ import pytest
 import torch
 
 from brainfound.errors import RecipeError
-from brainfound.training.data_order import (
-    EpochOrder,
+from brainfound.pretraining.slices import (
     PairedBatchSampler,
-    RankBatchSampler,
     SliceDataset,
     SliceNeighbours,
     make_slice_loader,
     usable_rows,
 )
+from brainfound.training.data_order import EpochOrder, RankBatchSampler
 from brainfound.training.randomness import NEIGHBOURS, uniform_at_positions
 
 

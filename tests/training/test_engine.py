@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from brainfound.errors import RecipeError, StoreError, TrainingError
-from brainfound.pretraining.monitoring.guard import RollbackRequested
 from brainfound.recipes import validate
 from brainfound.training import checkpoint as checkpoints
 from brainfound.training.checkpoint import latest_valid_checkpoint, list_checkpoints
 from brainfound.training.engine import Engine, EngineRecipe, TrainTask, make_accelerator
 from brainfound.training.health import NonfiniteStepMonitor
+from brainfound.training.task import RollbackRequested
 
 
 class Line(TrainTask):

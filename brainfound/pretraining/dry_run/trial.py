@@ -32,8 +32,9 @@ from brainfound.models.encoder import SliceEncoder
 from brainfound.pretraining.dry_run.cost import ForwardMemory, StepFlops, step_flops
 from brainfound.pretraining.dry_run.gpus import GPUSpec, find_gpu
 from brainfound.pretraining.execution import PretrainEngineRecipe
-from brainfound.pretraining.objectives.base import Objective, PretrainBatch
+from brainfound.pretraining.objectives.base import Objective
 from brainfound.pretraining.objectives.heads import ProjectionHead
+from brainfound.pretraining.slices import PretrainBatch
 from brainfound.pretraining.task import PretrainTask
 from brainfound.training.distributed import BRANCHES
 from brainfound.training.engine import Engine

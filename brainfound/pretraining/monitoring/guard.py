@@ -35,6 +35,7 @@ from pydantic import Field
 
 from brainfound.errors import TrainingError
 from brainfound.recipes import Recipe
+from brainfound.training.task import RollbackRequested
 
 MARGIN_PER_IMAGE = 1 / 160
 """The threshold of the margin is at most so much of each image: few images make it noisy (by 0.15 at 8 of them)."""
@@ -42,18 +43,6 @@ START_FEATURE_SCORES = ("kept_slices", "kept_patches")
 """What is watched of the starting checkpoint's own features."""
 UNINFORMATIVE_LOSS_RATIO = 0.99
 """From this part of ln K on, the CLS loss is no better than that of an answer that ignores the image."""
-
-
-class RollbackRequested(TrainingError):
-    """The run is to go back to a kept checkpoint, and on from there with a lower learning rate.
-
-    Args:
-        step: of the kept checkpoint that is to be restored.
-    """
-
-    def __init__(self, what: str, *, step: int, where: object = None, remedy: str | None = None) -> None:
-        super().__init__(what, where=where, remedy=remedy)
-        self.step = step
 
 
 class GuardRecipe(Recipe):

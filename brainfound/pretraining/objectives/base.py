@@ -6,57 +6,16 @@ Axis legend: ``n`` slices of this rank's micro-batch, ``C`` contrasts, ``H W`` p
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
-from typing import Any
 
-import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from brainfound.models.encoder import SliceEncoder
+from brainfound.pretraining.slices import PretrainBatch
 from brainfound.pretraining.starting_model import merged_state_dict
 from brainfound.training.distributed import gather
-
-
-@dataclass(frozen=True)
-class PretrainBatch:
-    """Slices as they come from the store."""
-
-    pixels: UInt8[Tensor, "n C H W"]
-    present: Bool[Tensor, "n C"]
-    """Which contrasts the slice's session has."""
-    sessions: Int[Tensor, "n"]
-    """Index of the session a slice belongs to."""
-    neighbours: UInt8[Tensor, "n C H W"] | None = None
-    """Another slice of the same session for each slice, where views ask for one."""
-    present_numpy: Bool[np.ndarray, "n C"] | None = None
-    """`present` as an array, which stays on the CPU when the tensors move."""
-
-    def to(self, device: torch.device) -> PretrainBatch:
-        moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
-        }
-        return replace(self, **moved)
-
-    @property
-    def present_on_cpu(self) -> Bool[Tensor, "n C"]:
-        """`present`, without waiting for a GPU where `present_numpy` is there."""
-        return self.present.cpu() if self.present_numpy is None else torch.from_numpy(self.present_numpy)
-
-
-@dataclass(frozen=True)
-class StepKey:
-    """Names the randomness of one micro-batch; see `brainfound.training.randomness`."""
-
-    seed: int
-    step: int
-    micro_batch: int
-    rank: int
-
-    @property
-    def keys(self) -> tuple[int, int, int]:
-        return (self.step, self.micro_batch, self.rank)
+from brainfound.training.randomness import StepKey
 
 
 class Objective(ABC):

@@ -44,6 +44,9 @@ class ProjectionHead(nn.Module):
     calls `norm_last_layer` and recommends for stability.
     """
 
+    is_shard_unit = True
+    """Sharded training gathers a head as one unit; see `brainfound.training.distributed.shard`."""
+
     def __init__(self, width: int, recipe: HeadRecipe) -> None:
         super().__init__()
         widths = [width] + [recipe.hidden] * (recipe.layers - 1) + [recipe.bottleneck]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from brainfound.data.augmentation import ViewsRecipe
 from brainfound.models.encoder import SliceEncoder
-from brainfound.pretraining.objectives.base import Objective, PretrainBatch, StepKey
+from brainfound.pretraining.objectives.base import Objective
 from brainfound.pretraining.objectives.encoder_with_heads import EncoderWithHeads
 from brainfound.pretraining.objectives.heads import PixelDecoder
 from brainfound.pretraining.objectives.masked_autoencoder import (
@@ -30,6 +30,8 @@ from brainfound.pretraining.objectives.masked_autoencoder import (
     reconstruct,
 )
 from brainfound.pretraining.objectives.self_distillation import SelfDistillation, SelfDistillationRecipe
+from brainfound.pretraining.slices import PretrainBatch
+from brainfound.training.randomness import StepKey
 
 
 class HybridRecipe(SelfDistillationRecipe):

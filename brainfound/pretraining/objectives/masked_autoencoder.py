@@ -27,13 +27,14 @@ from brainfound.errors import RecipeError
 from brainfound.models.encoder import SliceEncoder
 from brainfound.pretraining.monitoring.collapse_metrics import feature_health_metrics
 from brainfound.pretraining.objectives.anchor import AnchorRecipe, anchor_losses
-from brainfound.pretraining.objectives.base import Objective, PretrainBatch, StepKey
+from brainfound.pretraining.objectives.base import Objective
 from brainfound.pretraining.objectives.heads import PixelDecoder, PixelDecoderRecipe
 from brainfound.pretraining.objectives.losses import at_least_float32
+from brainfound.pretraining.slices import PretrainBatch
 from brainfound.pretraining.starting_model import merge_adapters
 from brainfound.recipes import Recipe
 from brainfound.training import distributed as ranks
-from brainfound.training.randomness import INITIALISATION, MASKS, VIEWS, numpy_generator, torch_generator
+from brainfound.training.randomness import INITIALISATION, MASKS, VIEWS, StepKey, numpy_generator, torch_generator
 
 _DECODER_STREAM = 100  # apart from the streams of projection heads, which count from 0
 _STEP_STREAM = 2  # apart from the views and masks of self-distillation, beside which this may run

@@ -30,7 +30,7 @@ from brainfound.models.encoder import SliceEncoder, SliceEncoding
 from brainfound.pretraining.monitoring.collapse_metrics import feature_health_metrics
 from brainfound.pretraining.objectives import losses
 from brainfound.pretraining.objectives.anchor import AnchorRecipe, anchor_losses
-from brainfound.pretraining.objectives.base import Objective, PretrainBatch, StepKey
+from brainfound.pretraining.objectives.base import Objective
 from brainfound.pretraining.objectives.ema import ema_update
 from brainfound.pretraining.objectives.encoder_with_heads import (
     EncoderWithHeads,
@@ -42,10 +42,11 @@ from brainfound.pretraining.objectives.encoder_with_heads import (
 from brainfound.pretraining.objectives.heads import HeadRecipe
 from brainfound.pretraining.objectives.masking import BlockMasks, num_masked_per_crop, sample_block_masks
 from brainfound.pretraining.objectives.prototypes import Assignments, Projection, cross_entropy_sum, sinkhorn_assign
+from brainfound.pretraining.slices import PretrainBatch
 from brainfound.pretraining.starting_model import merge_adapters
 from brainfound.training import distributed as ranks
 from brainfound.training import schedules
-from brainfound.training.randomness import MASKS, VIEWS, numpy_generator, torch_generator
+from brainfound.training.randomness import MASKS, VIEWS, StepKey, numpy_generator, torch_generator
 
 
 class SelfDistillationRecipe(AnchorRecipe):
