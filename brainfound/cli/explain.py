@@ -37,8 +37,8 @@ def explain(
     Explanations are not evidence: they do not show that an answer is right. Exit codes as of predict.
     """
     from brainfound.inference.explanation import choose_methods
-    from brainfound.inference.given_scans import parse_inputs
     from brainfound.inference.loading import load
+    from brainfound.inference.scans import parse_inputs
 
     predictor = load(model, device, hook or ())
     methods = choose_methods(
@@ -66,7 +66,7 @@ def _explain_cohort(
     quiet: bool,
 ) -> None:
     from brainfound.cli.terminal import print_table
-    from brainfound.inference.explanation_cohort import explain_cohort
+    from brainfound.inference.cohort import explain_cohort
 
     with progress_bar("explaining sessions", quiet) as progress:
         outcomes = explain_cohort(

@@ -51,7 +51,7 @@ def predict_inputs(
     predictor: Predictor, inputs: list[str], out: Path, probabilities: bool, overwrite: bool, quiet: bool
 ) -> None:
     """Ask a predictor about one session or a cohort, write and print its answers."""
-    from brainfound.inference.given_scans import parse_inputs
+    from brainfound.inference.scans import parse_inputs
 
     paths, named = parse_inputs(inputs)
     if not named and len(paths) == 1 and not paths[0].name.endswith(IMAGES):

@@ -19,7 +19,6 @@ from brainfound.errors import ModelError, UsageError
 from brainfound.finetuning.targets import Target
 from brainfound.inference import explanation_methods as explanation_gradient
 from brainfound.inference.explanation import METHODS, choose_methods, explain_stack
-from brainfound.inference.explanation_cohort import explain
 from brainfound.inference.explanation_methods import ExplanationInputs, principal_components, scale_to_unit_range
 from brainfound.inference.predictor import Predictor
 from brainfound.models import (
@@ -487,7 +486,7 @@ def test_a_cohort_is_explained_session_by_session(make, small_store, make_cohort
     model, target = make()
     predictor = Predictor(model, small_store.preprocessing, target, num_slices=3)
     source, out, seen = make_cohort(tmp_path / "source", num_subjects=2), tmp_path / "maps", []
-    outcomes = explain(
+    outcomes = explain_cohort(
         predictor, source, out, method=["rollout", "pca"], progress=lambda done, total: seen.append((done, total))
     )
     assert seen == [(1, 2), (2, 2)]
@@ -498,5 +497,5 @@ def test_a_cohort_is_explained_session_by_session(make, small_store, make_cohort
     assert content["pca"] == outcomes[1].explanation.numbers["pca"]
     assert len(content["slices"]) == len(content["positions_mm"]) == 3
     assert "no evidence" in content["caution"]
-    again = explain(predictor, source, out)
+    again = explain_cohort(predictor, source, out)
     assert {outcome.reason for outcome in again} == {"already done"}
