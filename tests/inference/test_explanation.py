@@ -17,7 +17,8 @@ from brainfound.adapters import AdapterRecipe, attach_adapter, merge
 from brainfound.data.batches import collate, remove_contrasts
 from brainfound.errors import ModelError, UsageError
 from brainfound.finetuning.targets import Target
-from brainfound.inference import explanation_methods as explanation_gradient
+from brainfound.inference import explanation_methods
+from brainfound.inference.cohort import explain_cohort
 from brainfound.inference.explanation import METHODS, choose_methods, explain_stack
 from brainfound.inference.explanation_methods import ExplanationInputs, principal_components, scale_to_unit_range
 from brainfound.inference.predictor import Predictor
@@ -241,7 +242,7 @@ def test_gradients_in_chunks_are_those_of_the_whole_model(make, stack, monkeypat
     expected = full_gradient(model, shown, lambda output: output.logits[0, 1])
     upsampled = F.interpolate(torch.from_numpy(expected), scale_factor=PATCH, mode="bilinear").numpy()
     for chunk in (3, 1000):
-        monkeypatch.setattr(explanation_gradient, "CHUNK", chunk)
+        monkeypatch.setattr(explanation_methods, "CHUNK", chunk)
         found = explain_stack(model, shown, target, method="gradient", class_name="patient")
         image = values(found, "gradient")
         assert image.shape == (*shown.grid, len(shown.contrasts))
