@@ -1,9 +1,8 @@
-"""The whole road on a phantom cohort: simulate, prepare, pretrain, fine-tune, evaluate, predict.
+"""The demo: simulate, prepare, pretrain, fine-tune, evaluate and predict a phantom cohort.
 
-Every step is the one that a user runs; only the sizes are small, so that it ends in minutes on a CPU. The starting
-checkpoint is a tiny Dinov2 with random weights in the Hub's format, because no real one can be assumed to be
-reachable: what the demo shows of continued pretraining is that it runs and what it changes here, not what it is
-worth on real brains.
+Each step is the one that a user runs, at small sizes, so that the demo takes minutes on a CPU. The starting checkpoint is
+a tiny Dinov2 with random weights in the Hub's format, because a released one may be out of reach. The demo shows that
+continued pretraining runs and what it changes here, not its value on real brains.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ DEMO_TASKS: dict[str, dict[str, Any]] = {
             "decoder_width=48",
             "optim.lr=2e-3",
             "optim.head_lr=3e-3",
-            # The recipe's strong augmentation is for runs that are long enough to see much of it.
+            # The recipe's strong augmentation needs longer runs.
             "augmentation={rotation_degrees: 15, scale: 0.2, shear: 0.1, contrast_dropout: 0.2}",
         ),
     },
@@ -63,10 +62,10 @@ DEMO_TASKS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """One task of the demo's table, all on the same held-out subjects.
+    """One row of the demo's table; all rows have the same held-out subjects.
 
-    ``adapted`` and ``from_start`` hold (all contrasts, one withheld): the model with continued pretraining, and the
-    same model fine-tuned from the starting checkpoint.
+    ``adapted`` (with continued pretraining) and ``from_start`` (fine-tuned from the starting checkpoint) hold the scores
+    with all contrasts and with one withheld.
     """
 
     task: str
@@ -85,17 +84,17 @@ def run_demo(
     log: Callable[[str], None] = print,
     quiet: bool = True,
 ) -> list[Row]:
-    """Walk the road in a folder and return its table.
+    """Run the demo in a folder and return its table.
 
     Args:
-        out: gets cohort/, store/, checkpoint/, pretrain/, one run per task, predictions/ and demo.json.
+        out: the folder for cohort/, store/, checkpoint/, pretrain/, one run per task, predictions/ and demo.json.
         overwrite: replace an earlier demo.
         workers: processes for simulation and preparation.
         say: called with one line per step.
         quiet: no progress bars.
 
     Raises:
-        UsageError: the folder holds something else, or a demo and ``overwrite`` is False.
+        UsageError: the folder holds something else, or a demo without ``overwrite``.
     """
     _prepare_folder(out, overwrite)
     started = time.perf_counter()
@@ -119,7 +118,7 @@ def run_demo(
 
 
 def make_checkpoint(folder: Path, image_size: int) -> Path:
-    """A tiny Dinov2 with random weights, saved as transformers saves one for the Hub."""
+    """A tiny Dinov2 with random weights in the Hub's format."""
     import torch
     from transformers import Dinov2Config, Dinov2Model
 
@@ -161,14 +160,14 @@ def _prepare(cohort: Path, folder: Path, workers: int) -> Store:
 def _run_task(
     name: str, store: Store, checkpoint: Path, export: Path, out: Path, log: Callable[[str], None], quiet: bool
 ) -> Row:
-    """Fine-tune from the pretrained export and from the checkpoint, alike in all else, and score both."""
+    """Fine-tune from the pretrained export and from the checkpoint with the same settings, and score both."""
     from brainfound.finetuning.finetune import finetune
     from brainfound.inference.evaluation import evaluate
 
     choice = DEMO_TASKS[name]
     # The table has no column for the frozen baseline.
     overrides = (*SPLIT, "evaluate_every=0", "frozen_baseline=false", *choice["overrides"])
-    # As its pretraining: what the table says must not hang on which precision a processor is faster in.
+    # Fixed, as in pretraining: the table must not depend on the precision that a processor prefers.
     overrides = (*overrides, "engine.precision=no")
     scores: dict[str, tuple[float, float]] = {}
     trivial, num_test, metric = float("nan"), 0, ""
@@ -194,7 +193,7 @@ def _run_task(
 
 
 def _predict(out: Path, cohort: Path, store: Store) -> None:
-    """Outline the tumour of a held-out patient from its NIfTI files, on their own grid, with a picture."""
+    """Segment the tumour of a held-out patient on the grid of its NIfTI files, and draw it."""
     from brainfound.data.cohort import Cohort
     from brainfound.data.splits.split_file import Split
     from brainfound.inference.loading import load
@@ -228,7 +227,7 @@ def _prepare_folder(out: Path, overwrite: bool) -> None:
             raise UsageError("the folder holds a demo already", where=out, remedy="Give --overwrite, or another --out")
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
-    # From the first moment, so that an interrupted demo can be overwritten too.
+    # Written first, so that an interrupted demo can be overwritten.
     (out / MARKER).write_text("{}\n", encoding="utf-8")
 
 

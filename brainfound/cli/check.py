@@ -1,4 +1,4 @@
-"""``brainfound check``: is this input what a model expects?"""
+"""``brainfound check``: compare scans with the input contract of a model."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 LEVEL_SYMBOLS = {"ok": "✓", "note": "·", "warn": "!", "fail": "✗", None: ""}
 COLUMN_LABELS = {"contrast": "name", "file": "read", "orientation": "orient", "intensity": "values"}
-"""What the table calls a question, where that is shorter."""
-MOST_CARDS = 60
-"""Sessions on the picture."""
+"""Short column titles of checks."""
+MAX_CARDS = 60
+"""Maximal number of sessions on the picture."""
 
 
 def check(
@@ -39,13 +39,13 @@ def check(
         str | None, typer.Option(help="A run, export, bundle or Hub id to check against; also a store.")
     ] = None,
     contrasts: Annotated[str | None, typer.Option(help="Without --model: comma-separated, such as T1w,FLAIR.")] = None,
-    png: Annotated[Path | None, typer.Option(help="Write a picture of slices as the model will see them.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Write a picture of slices as the model sees them.")] = None,
     hook: Hooks = None,
     keep_ids: KeepIds = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Check scans against what a model expects: ✓ fine, ! look at it, ✗ not what the model was made for.
+    """Check scans against the input contract of a model: ✓ matches, ! needs a look, ✗ unfit for the model.
 
     Exit code 3 if any scan has a ✗.
     """
@@ -91,7 +91,7 @@ def _load_contract(model: str | None, contrasts: str | None) -> tuple[Preprocess
 
 
 def _sessions(source: list[str], preprocessing: Preprocessing) -> tuple[list[Session], bool]:
-    """The sessions, and whether they were given as files."""
+    """The sessions, and whether they were given as single files."""
     from brainfound.data.checking.check import session_from_files
     from brainfound.data.cohort import Cohort
 
@@ -104,7 +104,7 @@ def _sessions(source: list[str], preprocessing: Preprocessing) -> tuple[list[Ses
 
 @dataclass
 class _Report:
-    """What was found, as text, JSON and picture."""
+    """The findings, as text, JSON and picture."""
 
     with_names: bool
     are_files: bool
@@ -125,12 +125,12 @@ class _Report:
         from brainfound.data.checking.check import check_session
         from brainfound.data.checking.contact_sheet import choose_sessions
 
-        evenly = set(choose_sessions(len(sessions), (), MOST_CARDS))
+        evenly = set(choose_sessions(len(sessions), (), MAX_CARDS))
         num_flagged = 0
         for row, session in enumerate(sessions):
             checked = check_session(session, preprocessing, contract, hooks)
-            # No more flagged sessions are kept than the picture has room for: there may be thousands.
-            flagged = checked.level in ("warn", "fail") and num_flagged < MOST_CARDS
+            # Keep only as many flagged sessions as the picture holds: there may be thousands.
+            flagged = checked.level in ("warn", "fail") and num_flagged < MAX_CARDS
             if self.with_cards and checked.stack is not None and (row in evenly or flagged):
                 self.cards[row] = self._card(row, checked)
                 num_flagged += flagged
@@ -173,14 +173,14 @@ class _Report:
                 rows.append(
                     (label, scan.contrast, *file, LEVEL_SYMBOLS[scan.level] if scan.is_used else "·", *signs, *common)
                 )
-        questions = [COLUMN_LABELS.get(check, check) for check in (*SCAN_CHECKS, *SESSION_CHECKS)]
-        print_table(("session", "contrast", *names, "", *questions), rows)
+        titles = [COLUMN_LABELS.get(check, check) for check in (*SCAN_CHECKS, *SESSION_CHECKS)]
+        print_table(("session", "contrast", *names, "", *titles), rows)
         for line in self._problems():
             print(line)
         print(self._summary())
 
     def _problems(self) -> list[str]:
-        """One line per distinct problem: how often, an example, and what to do; the gravest first."""
+        """One line per distinct problem, worst first: count, example and remedy."""
         from brainfound.data.checking.rules import LEVELS
 
         groups: dict[tuple[str, str, str], list[str]] = {}
@@ -234,7 +234,7 @@ class _Report:
 
         rows = list(self.cards)
         flagged = [place for place, row in enumerate(rows) if self.cards[row].is_flagged]
-        shown = [self.cards[rows[place]] for place in choose_sessions(len(rows), flagged, MOST_CARDS)]
+        shown = [self.cards[rows[place]] for place in choose_sessions(len(rows), flagged, MAX_CARDS)]
         foot = f"{len(shown)} of {_plural(len(self.sessions), 'session')} as the model sees them."
         draw_contact_sheet(shown, preprocessing.contrasts, path, foot)
 

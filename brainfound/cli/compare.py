@@ -20,23 +20,23 @@ NUM_RESAMPLES, NUM_PERMUTATIONS, CONFIDENCE = 2000, 5000, 0.95
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs, of one run or of many (folds, seeds).")],
     all_pairs: Annotated[
-        bool, typer.Option("--all-pairs", help="Each with each; default: all with the first.")
+        bool, typer.Option("--all-pairs", help="Compare all pairs; default: all with the first.")
     ] = False,
     metrics: Annotated[
-        str | None, typer.Option(help="Which scores, comma-separated; default: those of tables.")
+        str | None, typer.Option(help="Comma-separated metrics; default: those of the score tables.")
     ] = None,
-    frozen: Annotated[bool, typer.Option("--frozen", help="Put the frozen baseline of the first in front.")] = False,
-    data: Annotated[Path | None, typer.Option(help="The store, for runs that do not say who is one subject.")] = None,
+    frozen: Annotated[bool, typer.Option("--frozen", help="Add the frozen baseline of the first run.")] = False,
+    data: Annotated[Path | None, typer.Option(help="The store, for runs without subject rows in cases.tsv.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare runs on the same test sessions: scores with intervals, differences with intervals and p values.
 
-    p is of a paired permutation test over subjects, with DeLong's beside it for AUROC, and Holm's correction over the
-    systems that are compared. Folds are put together, and of several seeds the score is the mean.
+    Tests: paired permutation over subjects, DeLong for AUROC, Holm's correction over the compared systems. Folds are
+    pooled; scores of several seeds are averaged.
     """
     from brainfound.data.store import Store
     from brainfound.experiments.comparison import read_compared_runs
-    from brainfound.metrics.comparison import compare as against_first
+    from brainfound.metrics.comparison import compare as compare_with_first
     from brainfound.metrics.comparison import compare_pairs, score_intervals
 
     store = None if data is None else Store.open(data)
@@ -49,7 +49,7 @@ def compare(
         found = [score_intervals(seeds, chosen, **drawing).assign(system=name) for name, seeds in read.systems.items()]
         rows = [row for table in found for row in _records(table)]
     else:
-        tested = against_first(read.systems, first, chosen, num_permutations=NUM_PERMUTATIONS, **drawing)
+        tested = compare_with_first(read.systems, first, chosen, num_permutations=NUM_PERMUTATIONS, **drawing)
         rows = _records(tested)
     pairs = _records(tested) if all_pairs else []
     content = {
@@ -69,7 +69,7 @@ def compare(
 
 
 def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """The rows of a table as plain values; what is not defined is None."""
+    """The rows of a table as plain values; undefined values are None."""
     return [
         {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
         for row in table.to_dict(orient="records")
@@ -123,7 +123,7 @@ def _score(row: dict[str, Any]) -> list[str]:
 
 
 def _test_columns(rows: list[dict[str, Any]]) -> list[str]:
-    """Columns of tests; DeLong's where there is one."""
+    """Columns of tests, with DeLong's for AUROC."""
     delong = any(row["p_delong"] is not None for row in rows)
     return ["p", "p (Holm)", *(["DeLong", "DeLong (Holm)"] if delong else [])]
 

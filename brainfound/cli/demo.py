@@ -1,4 +1,4 @@
-"""``brainfound demo``: the whole road, small."""
+"""``brainfound demo``: the whole pipeline on a small phantom cohort."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from brainfound.cli.terminal import Quiet
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for everything that the demo makes.")] = Path("demo"),
+    out: Annotated[Path, typer.Option(help="Folder for all files of the demo.")] = Path("demo"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier demo.")] = False,
     workers: Annotated[int, typer.Option(min=1, help="Processes for simulation and preparation.")] = 2,
     quiet: Quiet = False,
 ) -> None:
-    """Walk the whole road on a phantom cohort, on a CPU, in minutes, and print one table."""
+    """Run the whole pipeline on a phantom cohort, on a CPU, in minutes, and print a table of scores."""
     from brainfound.cli.terminal import print_table
     from brainfound.demo import WITHHELD_CONTRAST, run_demo
 

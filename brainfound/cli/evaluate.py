@@ -15,17 +15,17 @@ def evaluate(
     model: Annotated[Path, typer.Argument(help="A fine-tuning run, or a bundle.")],
     data: Annotated[Path, typer.Option(help="The store.")],
     without: Annotated[str, typer.Option(help="Contrasts to withhold, comma-separated.")] = "",
-    partial_input: Annotated[bool, typer.Option("--partial-input", help="Every subset of the contrasts.")] = False,
-    part: Annotated[str, typer.Option(help="Which part of the run's own split: test, validation or train.")] = "test",
+    partial_input: Annotated[bool, typer.Option("--partial-input", help="Score each subset of the contrasts.")] = False,
+    part: Annotated[str, typer.Option(help="Part of the run's own split: test, validation or train.")] = "test",
     frozen: Annotated[
-        bool, typer.Option(help="Score also the linear model on the untouched backbone; takes about as long again.")
+        bool, typer.Option(help="Also score the linear model on the frozen backbone; doubles the time.")
     ] = True,
     base: Annotated[
-        str | None, typer.Option(help="The model that the run started from, where all weights were trained.")
+        str | None, typer.Option(help="The starting model, after full fine-tuning (for the frozen baseline).")
     ] = None,
     surface_mm: Annotated[
         float | None,
-        typer.Option(help="Segmentation: also surface Dice within so many mm, HD95, lesion-wise F1; slower."),
+        typer.Option(help="Segmentation: also surface Dice at this tolerance, HD95 and lesion F1; slower."),
     ] = None,
     empty: Annotated[
         str | None, typer.Option(help="Segmentation: Dice of an empty mask: left_out, nan, one or zero.")
@@ -34,10 +34,10 @@ def evaluate(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Score a model beside a baseline that never looks at an image, and a linear model on the untouched backbone.
+    """Score a fine-tuned model, with a trivial baseline and a linear model on the frozen backbone.
 
-    On the store of its own run only the test part is scored; on another store all labelled sessions but those of
-    subjects that the run learnt from.
+    On the store of its own run, the test part is scored; on another store, all labelled sessions except those of
+    training subjects.
     """
     from brainfound.cli.terminal import intervals_line
     from brainfound.contrasts import parse_contrast
@@ -61,8 +61,8 @@ def evaluate(
     }
     with progress_bar("scoring sessions", quiet) as progress:
         results = run(model, data, **options, command=get_command_line(), progress=progress)
-    for told in dict.fromkeys(told for result in results for told in result.notes):
-        print_note(told)
+    for note in dict.fromkeys(note for result in results for note in result.notes):
+        print_note(note)
     shown = [result.with_intervals().to_dict() for result in results]
     if as_json:
         print(json.dumps(shown, indent=1))
@@ -86,15 +86,15 @@ def _print(results: list[dict[str, Any]], title: str) -> None:
     for result in results:
         cells = []
         for name in names:
-            of_baselines = "; ".join(format_number(result[baseline].get(name)) for baseline in baselines)
-            cells.append(f"{score_with_interval(result, name)} ({of_baselines})")
+            baseline_scores = "; ".join(format_number(result[baseline].get(name)) for baseline in baselines)
+            cells.append(f"{score_with_interval(result, name)} ({baseline_scores})")
         rows.append([_input(result), str(result["num_sessions"]), *cells])
     columns = [f"{name} ({'; '.join(baselines)})" for name in names]
     print_table(["input", "sessions", *columns], rows, title=title)
 
 
 def _print_partial(results: list[dict[str, Any]], lost: list[float], title: str) -> None:
-    """One row per subset with the drop of the headline score against full input, and what the baselines reach."""
+    """One row per subset: scores, drop of the primary metric against full input, and the baselines."""
     from brainfound.cli.terminal import format_number, print_table, score_with_interval
     from brainfound.metrics.scores import PRIMARY_METRIC
     from brainfound.metrics.summaries import get_baselines
@@ -104,8 +104,8 @@ def _print_partial(results: list[dict[str, Any]], lost: list[float], title: str)
     rows = []
     for result, drop in zip(results, lost, strict=True):
         scores = [score_with_interval(result, name) for name in names]
-        of_baselines = [format_number(result[baseline].get(headline)) for baseline in baselines]
-        rows.append([_input(result), str(result["num_sessions"]), *scores, format_number(drop), *of_baselines])
+        baseline_scores = [format_number(result[baseline].get(headline)) for baseline in baselines]
+        rows.append([_input(result), str(result["num_sessions"]), *scores, format_number(drop), *baseline_scores])
     columns = [*names, f"drop in {headline}", *(f"{baseline} {headline}" for baseline in baselines)]
     print_table(["input", "sessions", *columns], rows, title=title)
 

@@ -1,4 +1,4 @@
-"""``brainfound explain``: maps of what a model looks at, on the input's own grid."""
+"""``brainfound explain``: explanation maps on the input's own grid."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def explain(
     method: Annotated[
         str | None,
         typer.Option(
-            help="slice-attention, rollout, gradient, pca; several with commas. Default: all that it can give."
+            help="slice-attention, rollout, gradient, pca; several with commas. Default: all that fit the model."
         ),
     ] = None,
     class_name: Annotated[
         str | None, typer.Option("--class", help="Follow the score of this class; default: the most probable one.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Do again what is there already.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Explain again what exists.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …")] = None,
     hook: Hooks = None,
     quiet: Quiet = False,
@@ -37,19 +37,19 @@ def explain(
     Explanations are not evidence: they do not show that an answer is right. Exit codes as of predict.
     """
     from brainfound.inference.explanation import choose_methods
-    from brainfound.inference.given_scans import parse_inputs
     from brainfound.inference.loading import load
+    from brainfound.inference.scans import parse_inputs
 
     predictor = load(model, device, hook or ())
     methods = choose_methods(
         predictor.model, predictor.target, None if method is None else parse_list(method), class_name
     )
-    paths, named = parse_inputs(inputs)
-    if not named and len(paths) == 1 and not paths[0].name.endswith(IMAGES):
+    paths, contrast_paths = parse_inputs(inputs)
+    if not contrast_paths and len(paths) == 1 and not paths[0].name.endswith(IMAGES):
         _explain_cohort(predictor, paths[0], out, methods, class_name, overwrite, quiet)
         return
-    explanation = predictor.explain(*paths, method=methods, class_name=class_name, **named)
-    first = paths[0] if paths else next(iter(named.values()))
+    explanation = predictor.explain(*paths, method=methods, class_name=class_name, **contrast_paths)
+    first = paths[0] if paths else next(iter(contrast_paths.values()))
     for path in explanation.save(out, first.name.split(".")[0]):
         print(path)
     for line in explanation.notes:
@@ -66,7 +66,7 @@ def _explain_cohort(
     quiet: bool,
 ) -> None:
     from brainfound.cli.terminal import print_table
-    from brainfound.inference.explanation_cohort import explain_cohort
+    from brainfound.inference.cohort import explain_cohort
 
     with progress_bar("explaining sessions", quiet) as progress:
         outcomes = explain_cohort(

@@ -1,4 +1,4 @@
-"""``brainfound finetune``: a model learns one target of a store."""
+"""``brainfound finetune``: fine-tune a model on a target of a store."""
 
 from __future__ import annotations
 
@@ -20,35 +20,39 @@ def finetune(
     data: Annotated[Path, typer.Option(help="The store.")],
     model: Annotated[
         list[str],
-        typer.Option(help="A Hub id or folder of a ViT, or the export of a pretraining run; repeat it to compare."),
+        typer.Option(help="A Hub id or folder of a ViT, or the export of a pretraining run; repeat to compare."),
     ],
     target: Annotated[str, typer.Option(help='A column of the store (age_years, …), several of 0/1 (a,b), or "mask".')],
     adapter: Annotated[
         list[str] | None,
-        typer.Option(help="An adapter recipe (or full,optim.lr=1e-5); default: of the recipe; repeat it to compare."),
+        typer.Option(help="An adapter recipe (or full,optim.lr=1e-5); default: the recipe's; repeat to compare."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The run folder; default: runs/RECIPE.")] = None,
     split: Annotated[Path | None, typer.Option(help="A split file, or the splits.json of another run.")] = None,
-    fold: Annotated[str | None, typer.Option(help="Which fold of a split file that holds several.")] = None,
+    fold: Annotated[str | None, typer.Option(help="The fold of a split file with several folds.")] = None,
     folds: Annotated[str | None, typer.Option(help='Cross-validation: a number, or "all" of --split.')] = None,
     shots: Annotated[str | None, typer.Option(help="Few-shot runs, training subjects per class: 1,5,all.")] = None,
-    subjects: Annotated[str | None, typer.Option(help="Runs with so many training subjects in all: 10,20,all.")] = None,
+    subjects: Annotated[
+        str | None, typer.Option(help="Runs with this many training subjects in total: 10,20,all.")
+    ] = None,
     leave_site_out: Annotated[bool, typer.Option("--leave-site-out", help="One run per site, tested on it.")] = False,
     seeds: Annotated[str | None, typer.Option(help="Repeat with each of these seeds: 0,1,2.")] = None,
     partial_input: Annotated[
-        bool, typer.Option("--partial-input", help="One model per subset of the contrasts, beside the full one.")
+        bool, typer.Option("--partial-input", help="Also train one model per subset of the contrasts.")
     ] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the run folder.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue from the last checkpoint in the run folder.")
+    ] = False,
     keep_ids: KeepIds = False,
     set_: Overrides = None,
     quiet: Quiet = False,
 ) -> None:
     """Fine-tune on a target: classification, regression, or segmentation of the mask.
 
-    Subjects are divided into train, validation and test; the test part is scored once, beside a baseline that
-    never looks at an image. The run folder's export/ is what `brainfound predict` takes. With --folds, --shots,
-    --subjects, --leave-site-out, --seeds, --partial-input, or several --model or --adapter there are many runs, and
-    a page, report.md, of their scores, the spread and the comparison.
+    Subjects are divided into train, validation and test. The test part is scored once, with a trivial and a frozen
+    baseline. `brainfound predict` reads the run folder. --folds, --shots, --subjects, --leave-site-out, --seeds,
+    --partial-input, or several --model or --adapter, start many runs and write a page, report.md, with scores, spread
+    and comparison.
     """
     from brainfound.experiments.systems import parse_systems
 
@@ -142,18 +146,18 @@ def _run_experiment(
 
 
 def _print(experiment: ExperimentFolder) -> None:
-    """The scores of an experiment as a table; the page has the rest."""
+    """Print the scores of an experiment as a table."""
     from brainfound.cli.terminal import format_number, print_table
 
     partial = experiment.summary.get("partial_input")
     rows = partial or experiment.table_rows
     named = ["contrasts", "absence"] if partial else [*(["system"] if "system" in rows[0] else []), "group"]
     named += ["score"]
-    parse_list = {"group": "runs on", "absence": "others absent in"}
+    titles = {"group": "runs on", "absence": "others absent in"}
     after = ["drop"] if partial else []
     print_table(
         [
-            *(parse_list.get(name, name) for name in named),
+            *(titles.get(name, name) for name in named),
             *("mean", "± over folds", "± over seeds", *after, "range", *experiment.baselines, "folds", "seeds"),
         ],
         [
@@ -172,7 +176,7 @@ def _print(experiment: ExperimentFolder) -> None:
 
 
 def _num_folds(text: str | None, split: Path | None) -> int | None:
-    """The number of folds to make; None where those of a split file are taken, or none are asked for."""
+    """The number of folds to make; None for the folds of a split file, or without --folds."""
     if text is None or (text == "all" and split is not None):
         return None
     if not text.isdecimal() or int(text) < 2:

@@ -1,16 +1,23 @@
-"""``brainfound list``: what there is to choose from."""
+"""``brainfound list``: recipes, adapters, contrasts, or the contents of a cohort."""
 
 from __future__ import annotations
 
 import json
+import statistics
+import tempfile
+from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from brainfound.cli.terminal import AsJson
 from brainfound.errors import UsageError, did_you_mean
 
+if TYPE_CHECKING:
+    from brainfound.data.cohort import Cohort, Session
+
+_MAX_VALUES = 12
 KINDS = ("recipes", "adapters", "contrasts", "cohort")
 
 
@@ -26,9 +33,7 @@ def list_(
     if kind not in KINDS:
         raise UsageError(f"cannot list {kind!r}", remedy=did_you_mean(kind, KINDS))
     if kind == "cohort":
-        from brainfound.cli.cohort_listing import list_cohort
-
-        list_cohort(path, sessions=sessions, as_json=as_json)
+        _list_cohort(path, sessions=sessions, as_json=as_json)
         return
     if sessions:
         raise UsageError("--sessions goes with `cohort` only", remedy="brainfound list cohort PATH --sessions")
@@ -58,3 +63,118 @@ def _contrasts() -> list[dict[str, str]]:
         {"name": f"{c.name:<8}", "about": c.description, "aliases": "(" + ", ".join(c.aliases) + ")"}
         for c in CONTRASTS.values()
     ]
+
+
+def _list_cohort(path: Path | None, *, sessions: bool, as_json: bool) -> None:
+    """Print the summary of a source, with ``sessions`` also a line per session; as JSON both.
+
+    The summary holds no names of subjects or files; lines per session and JSON do.
+    """
+    from brainfound.data.cohort import Cohort
+
+    if path is None:
+        raise UsageError("which cohort?", remedy="Give its path: brainfound list cohort PATH")
+    with tempfile.TemporaryDirectory() as work:  # for converted DICOM
+        cohort = Cohort.read(path, work=Path(work) / "converted")
+        summary = summarise_cohort(cohort)
+        rows = session_rows(cohort) if sessions or as_json else []
+    if as_json:
+        unused = [{"file": str(file), "reason": reason} for file, reason in cohort.unused]
+        print(json.dumps({**summary, "sessions": rows, "unused_files": unused}, indent=1))
+        return
+    for line in _lines(summary):
+        print(line)
+    if sessions:
+        print()
+        for row in rows:
+            print("  ".join(_cell(value) for value in row.values() if value not in ("", None, [])))
+
+
+def summarise_cohort(cohort: Cohort) -> dict[str, Any]:
+    """Counts of a cohort, as plain values for a terminal or JSON."""
+    sessions = list(cohort.sessions())
+    ages = sorted(float(age) for age in _known(sessions, "age_years"))
+    combinations = Counter("+".join(sorted(session.scans)) for session in sessions)
+    summary: dict[str, Any] = {
+        "layout": cohort.source,
+        "num_subjects": int(cohort.table["subject"].nunique()),
+        "num_sessions": len(sessions),
+        "num_scans": len(cohort.table),
+        "scans_of_contrast": dict(Counter(cohort.table["contrast"]).most_common()),
+        "sessions_with": dict(combinations.most_common()),
+        "num_further_scans": sum(len(session.extra_scans) for session in sessions),
+        "age_years": {"min": ages[0], "median": statistics.median(ages), "max": ages[-1]} if ages else None,
+        "sessions_without_age": len(sessions) - len(ages),
+        "label_maps": dict(Counter(column for session in sessions for column in session.masks)),
+    }
+    for column in ("sex", "site", "diagnosis", "label", "field_strength_t", "manufacturer", "scanner"):
+        known = _known(sessions, column)
+        if known:
+            summary[column] = dict(Counter(str(value) for value in known).most_common())
+            if len(known) < len(sessions):
+                summary[column]["not known"] = len(sessions) - len(known)
+    summary["unused"] = dict(Counter(reason for _, reason in cohort.unused).most_common())
+    summary["notes"] = list(cohort.notes)
+    return summary
+
+
+def _known(sessions: list[Session], column: str) -> list[Any]:
+    values = (session.covariates.get(column) for session in sessions)
+    return [value for value in values if value is not None]
+
+
+def session_rows(cohort: Cohort) -> list[dict[str, Any]]:
+    """One row per session, with names."""
+    rows = []
+    for session in cohort.sessions():
+        age = session.covariates.get("age_years")
+        rows.append(
+            {
+                "subject": session.subject,
+                "session": session.session,
+                "contrasts": sorted(session.scans),
+                "further_scans": len(session.extra_scans) or None,
+                "age_years": age,
+                "sex": session.covariates.get("sex"),
+                "site": session.covariates.get("site"),
+                "label_maps": list(session.masks),
+            }
+        )
+    return rows
+
+
+def _lines(summary: dict[str, Any]) -> list[str]:
+    ages, missing = summary["age_years"], summary["sessions_without_age"]
+    known = f"{ages['min']:g}–{ages['max']:g} years, median {ages['median']:g}" if ages else "not known"
+    lines = [
+        ("layout", summary["layout"]),
+        (
+            "subjects",
+            f"{summary['num_subjects']}, in {summary['num_sessions']} sessions with {summary['num_scans']} scans",
+        ),
+        ("scans", _counts(summary["scans_of_contrast"])),
+        ("sessions with", _counts(summary["sessions_with"])),
+        ("further scans", f"{summary['num_further_scans']} of a contrast that is there already"),
+        ("age", known + (f", {missing} sessions without" if ages and missing else "")),
+        ("label maps", _counts(summary["label_maps"]) or "none"),
+    ]
+    for column in ("sex", "site", "diagnosis", "label", "field_strength_t", "manufacturer", "scanner"):
+        if column in summary:
+            lines.append((column, _counts(summary[column])))
+    total = sum(summary["unused"].values())
+    lines.append(("files not used", f"{total}" if total else "none"))
+    lines += [("", f"{count} × {reason}") for reason, count in summary["unused"].items()]
+    lines += [("note", line) for line in summary["notes"]]
+    return [f"{name:<17} {text}" for name, text in lines if not text.startswith("0 of a contrast")]
+
+
+def _counts(counts: dict[str, int]) -> str:
+    shown = [f"{name} {count}" for name, count in list(counts.items())[:_MAX_VALUES]]
+    more = len(counts) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -15,25 +15,26 @@ import typer
 from brainfound.cli.terminal import print_note
 from brainfound.errors import EXIT_FAILED, EXIT_USAGE, BrainFoundError
 
-VERBS = (
-    "demo",
-    "phantom",
-    "prepare",
-    "check",
-    "split",
-    "pretrain",
-    "finetune",
-    "evaluate",
-    "compare",
-    "embed",
-    "probe",
-    "predict",
-    "explain",
-    "report",
-    "list",
-    "show",
-    "doctor",
-)
+VERBS = {
+    "demo": "demo",
+    "phantom": "phantom",
+    "prepare": "prepare",
+    "check": "check",
+    "split": "split",
+    "pretrain": "pretrain",
+    "finetune": "finetune",
+    "evaluate": "evaluate",
+    "compare": "compare",
+    "embed": "predict",
+    "probe": "probe",
+    "predict": "predict",
+    "explain": "explain",
+    "report": "show",
+    "list": "list",
+    "show": "show",
+    "doctor": "show",
+}
+"""Verb → module of this package."""
 EXIT_INTERRUPTED = 130
 DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 """Faults of a disk that come from writing into an open file, and so without its name."""
@@ -69,8 +70,8 @@ def _root(context: typer.Context, version: bool = typer.Option(False, "--version
         raise typer.Exit(EXIT_USAGE)
 
 
-for _verb in VERBS:
-    _module = importlib.import_module(f"brainfound.cli.{_verb}")
+for _verb, _name in VERBS.items():
+    _module = importlib.import_module(f"brainfound.cli.{_name}")
     app.command(_verb)(getattr(_module, "list_" if _verb == "list" else _verb))
 
 

@@ -1,4 +1,4 @@
-"""``brainfound predict``: files in, answers in native space out."""
+"""``brainfound predict`` and ``embed``: files in, answers in native space or volume embeddings out."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def predict(
     inputs: Inputs,
     out: Annotated[Path, typer.Option(help="Folder for the answers.")],
     probabilities: Annotated[bool, typer.Option("--probabilities", help="Also write probability maps.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Do again what is there already.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Predict again what exists.")] = False,
     flip: Annotated[bool, typer.Option("--flip", help="Segmentation: average with left and right exchanged.")] = False,
     overlap: Annotated[bool, typer.Option("--overlap", help="Segmentation: average over moved patch grids.")] = False,
     min_volume_mm3: Annotated[float, typer.Option(help="Segmentation: remove smaller pieces; 0 keeps all.")] = 0.0,
@@ -44,22 +44,40 @@ def predict(
     from brainfound.inference.segmentation import SegmentationOptions
 
     options = SegmentationOptions(flips=flip, overlap=overlap, min_volume_mm3=min_volume_mm3)
-    predict_inputs(load(model, device, hook or (), options), inputs, out, probabilities, overwrite, quiet)
+    _predict_inputs(load(model, device, hook or (), options), inputs, out, probabilities, overwrite, quiet)
 
 
-def predict_inputs(
+def embed(
+    model: Annotated[str, typer.Argument(help="A run, its export folder, or the Hub id of an encoder.")],
+    inputs: Inputs,
+    out: Annotated[Path, typer.Option(help="Folder for the embeddings.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Predict again what exists.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …")] = None,
+    hook: Hooks = None,
+    quiet: Quiet = False,
+) -> None:
+    """Embed one session or a whole cohort: one vector (.npy) and a JSON each.
+
+    A classification or regression model gives the volume embedding that its head reads.
+    """
+    from brainfound.inference.loading import load
+
+    _predict_inputs(load(model, device, hook or ()).as_encoder(), inputs, out, False, overwrite, quiet)
+
+
+def _predict_inputs(
     predictor: Predictor, inputs: list[str], out: Path, probabilities: bool, overwrite: bool, quiet: bool
 ) -> None:
-    """Ask a predictor about one session or a cohort, write and print its answers."""
-    from brainfound.inference.given_scans import parse_inputs
+    """Predict one session or a cohort; write and print the answers."""
+    from brainfound.inference.scans import parse_inputs
 
-    paths, named = parse_inputs(inputs)
-    if not named and len(paths) == 1 and not paths[0].name.endswith(IMAGES):
-        _answer_cohort(predictor, paths[0], out, probabilities, overwrite, quiet)
+    paths, contrast_paths = parse_inputs(inputs)
+    if not contrast_paths and len(paths) == 1 and not paths[0].name.endswith(IMAGES):
+        _predict_cohort(predictor, paths[0], out, probabilities, overwrite, quiet)
         return
     if probabilities and predictor.task == "segmentation":
         predictor = predictor.with_options(replace(predictor.options, class_probabilities=True))
-    first = paths[0] if paths else next(iter(named.values()))
+    first = paths[0] if paths else next(iter(contrast_paths.values()))
     name = first.name.split(".")[0]
     if (out / f"{name}.json").exists() and not overwrite:
         raise UsageError(
@@ -67,14 +85,14 @@ def predict_inputs(
             where=out / f"{name}.json",
             remedy="Give another --out, or --overwrite",
         )
-    prediction = predictor.predict(*paths, **named)
+    prediction = predictor.predict(*paths, **contrast_paths)
     for path in prediction.save(out, name, probabilities=probabilities):
         print(path)
     for line in prediction.notes:
         print_note(line)
 
 
-def _answer_cohort(
+def _predict_cohort(
     predictor: Predictor, source: Path, out: Path, probabilities: bool, overwrite: bool, quiet: bool
 ) -> None:
     from brainfound.cli.terminal import print_table
@@ -91,11 +109,11 @@ def _answer_cohort(
 
 
 def exit_for_cohort(num_sessions: int, failed: list[str], rejected: list[tuple[str, str]]) -> None:
-    """Say what a cohort lacks, and end with the exit code for it; return where it lacks nothing.
+    """Report failed sessions and rejected scans, and exit with the matching code; return where there are none.
 
     Args:
-        failed: why sessions could not be done.
-        rejected: subjects, and why scans of theirs could not be used.
+        failed: the reason of each failed session.
+        rejected: (subject, reason) of each rejected scan.
     """
     if failed:
         print_note(f"{len(failed)} of {num_sessions} sessions could not be done; the first: {failed[0]}")
@@ -108,16 +126,16 @@ def exit_for_cohort(num_sessions: int, failed: list[str], rejected: list[tuple[s
 def _summary(outcome: PredictionOutcome) -> str:
     if outcome.prediction is None:
         return outcome.reason
-    predict_inputs = outcome.prediction.answer
+    answer = outcome.prediction.answer
     missing = f" (without {', '.join(outcome.prediction.missing)})" if outcome.prediction.missing else ""
-    if "class" in predict_inputs:
-        return f"{predict_inputs['class']} {predict_inputs['probabilities'][predict_inputs['class']]:.2f}{missing}"
-    if "present" in predict_inputs:
-        return (", ".join(predict_inputs["present"]) or f"none of {predict_inputs['target']}") + missing
-    if "value" in predict_inputs:
-        ends = predict_inputs.get("interval")
+    if "class" in answer:
+        return f"{answer['class']} {answer['probabilities'][answer['class']]:.2f}{missing}"
+    if "present" in answer:
+        return (", ".join(answer["present"]) or f"none of {answer['target']}") + missing
+    if "value" in answer:
+        ends = answer.get("interval")
         interval = f" [{ends['low']:.2f}, {ends['high']:.2f}]" if ends else ""
-        return f"{predict_inputs['target']} {predict_inputs['value']:.2f}{interval}{missing}"
-    if "volumes_mm3" in predict_inputs:
-        return ", ".join(f"{name} {volume:.0f} mm³" for name, volume in predict_inputs["volumes_mm3"].items()) + missing
-    return f"{predict_inputs['dimensions']} dimensions{missing}"
+        return f"{answer['target']} {answer['value']:.2f}{interval}{missing}"
+    if "volumes_mm3" in answer:
+        return ", ".join(f"{name} {volume:.0f} mm³" for name, volume in answer["volumes_mm3"].items()) + missing
+    return f"{answer['dimensions']} dimensions{missing}"

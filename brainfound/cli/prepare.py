@@ -1,4 +1,4 @@
-"""``brainfound prepare``: a cohort becomes a store."""
+"""``brainfound prepare``: turn a cohort into a store."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 
 def prepare(
     source: Annotated[Path, typer.Argument(help="A folder of scans (BIDS, challenge layouts, DICOM), or a manifest.")],
-    store: Annotated[Path, typer.Argument(help="The folder to make.")],
+    store: Annotated[Path, typer.Argument(help="The folder to create.")],
     contrasts: Annotated[str | None, typer.Option(help="Comma-separated, for example T1w,T2w,FLAIR.")] = None,
     mask: Annotated[str, typer.Option(help="The label-map column that becomes the mask (mask, dseg, …).")] = "mask",
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
-    like: Annotated[Path | None, typer.Option(help="Prepare exactly as a model's training data: its folder.")] = None,
+    like: Annotated[Path | None, typer.Option(help="A model folder: prepare exactly like its training data.")] = None,
     hook: Hooks = None,
     hooks_done: Annotated[
-        bool, typer.Option("--hooks-done", help="With --like: the model's hooks were run on the files before.")
+        bool, typer.Option("--hooks-done", help="With --like: the model's hooks already ran on the files.")
     ] = False,
     executor: Annotated[str, typer.Option(help="processes, or dask for a cluster.")] = "processes",
     scheduler: Annotated[str | None, typer.Option(help="Address of dask's scheduler: tcp://HOST:8786.")] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a store of other settings; follow a changed source.")
+        bool, typer.Option("--overwrite", help="Replace a store with other settings; follow a changed source.")
     ] = False,
     keep_ids: KeepIds = False,
     set_: Overrides = None,
@@ -37,11 +37,11 @@ def prepare(
 ) -> None:
     """Prepare a cohort: check, orient, resample, scale, and store every session as slices.
 
-    Repeating it does only what is new. STORE/contact_sheet.png and quality.tsv show what went in. Exit code 3 if some
-    files were rejected; STORE/rejected.tsv says which and why.
+    A repeated call prepares only new files. STORE/contact_sheet.png and quality.tsv show the result. Exit code 3 if
+    some files were rejected; STORE/rejected.tsv names them with the reason.
     """
     from brainfound.data.preprocessing.settings import Preprocessing
-    from brainfound.data.store import prepare as preparing
+    from brainfound.data.store import prepare as store_preparation
     from brainfound.recipes import validate
 
     overrides = list(set_ or [])
@@ -52,7 +52,7 @@ def prepare(
         content["contrasts"] = [name.strip() for name in contrasts.split(",")]
     preprocessing = validate(Preprocessing, content, overrides, where="preprocessing")
     with progress_bar("preparing sessions", quiet) as progress:
-        made = preparing.prepare(
+        made = store_preparation.prepare(
             source,
             store,
             preprocessing,
@@ -71,7 +71,7 @@ def prepare(
 
 
 def _report(made: Store, folder: Path, keep_ids: bool) -> None:
-    """What a person should look at, on standard error."""
+    """Print findings that need a look to standard error."""
     if len(made.further_scans):
         print(f"{len(made.further_scans)} further scans of a contrast not used, see {folder / 'rejected.tsv'}")
     if len(made.unused_files):

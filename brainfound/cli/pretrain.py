@@ -17,7 +17,9 @@ def pretrain(
         str | None, typer.Option(help='A Hub id, a folder, or "none" for new weights; default: of the recipe.')
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The run folder; default: runs/RECIPE.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the run folder.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue from the last checkpoint in the run folder.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Two steps, then report speed and memory.")] = False,
     gpus: Annotated[int | None, typer.Option(help="With --dry-run: estimate for this many GPUs of --gpu.")] = None,
     gpu: Annotated[str | None, typer.Option(help="With --dry-run: a kind of GPU, such as A100-80GB or H100.")] = None,
@@ -26,8 +28,8 @@ def pretrain(
 ) -> None:
     """Pretrain on the slices of a store; on many GPUs with `accelerate launch -m brainfound pretrain …`.
 
-    The run folder gets the recipe, the log, curves, checkpoints, and under export/ the teacher (of masked autoencoding
-    alone the student).
+    The run folder holds recipe, log, curves, checkpoints and, under export/, the teacher (for masked autoencoding the
+    student).
     """
     from accelerate import PartialState
 

@@ -1,4 +1,4 @@
-"""``brainfound probe``: what frozen embeddings know."""
+"""``brainfound probe``: linear probes of frozen embeddings."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ def probe(
     model: Annotated[str, typer.Argument(help="A run, its export folder, or the Hub id of an encoder.")],
     data: Annotated[Path, typer.Option(help="The store.")],
     label: Annotated[str | None, typer.Option(help="A column of the store (age_years, diagnosis, …).")] = None,
-    site: Annotated[str, typer.Option(help="The column that says the site or the scanner.")] = "site",
+    site: Annotated[str, typer.Option(help="The column of the site or scanner.")] = "site",
     slices: Annotated[int, typer.Option(min=1, help="Evenly spaced slices of each session.")] = 32,
-    cache: Annotated[Path | None, typer.Option(help="A folder to keep embeddings in, for other questions.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of folds and bootstrap.")] = 0,
+    cache: Annotated[Path | None, typer.Option(help="A folder for embeddings, reused by further probes.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of folds and bootstrap.")] = 0,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """What frozen embeddings know: a label beside the site, by linear models cross-validated by subject.
+    """Probe frozen embeddings for a label and the site, with linear models cross-validated by subject.
 
-    Where subjects have two sessions, also how alike these are (ICC), and how often the nearest other session is of the
-    same subject.
+    Where subjects have two sessions, also test-retest reliability (ICC), and how often the nearest other session
+    belongs to the same subject.
     """
     from brainfound.cli.terminal import format_number, print_table
     from brainfound.inference.probing import probe as run
@@ -40,13 +40,25 @@ def probe(
         return
     rows = []
     if found.probed is not None:
-        of = found.probed
-        label_words = {"balanced_accuracy": "balanced accuracy", "r2": "R²"}[of.label_metric]
+        scores = found.probed
+        label_words = {"balanced_accuracy": "balanced accuracy", "r2": "R²"}[scores.label_metric]
         rows.append(
-            [str(label), label_words, _with_ends(of.label), format_number(of.label_chance), str(found.num_probed)]
+            [
+                str(label),
+                label_words,
+                _with_interval(scores.label),
+                format_number(scores.label_chance),
+                str(found.num_probed),
+            ]
         )
         rows.append(
-            [site, "balanced accuracy", _with_ends(of.site), format_number(of.site_chance), str(found.num_probed)]
+            [
+                site,
+                "balanced accuracy",
+                _with_interval(scores.site),
+                format_number(scores.site_chance),
+                str(found.num_probed),
+            ]
         )
     if found.retest is not None:
         sessions = str(2 * found.retest.num_subjects)
@@ -60,7 +72,7 @@ def probe(
     )
 
 
-def _with_ends(interval: Interval) -> str:
+def _with_interval(interval: Interval) -> str:
     from brainfound.cli.terminal import format_number
 
     return f"{format_number(interval.estimate)} ({format_number(interval.low)} to {format_number(interval.high)})"

@@ -1,4 +1,4 @@
-"""``brainfound show``: a recipe, a store or a model in words."""
+"""``brainfound show``, ``report`` and ``doctor``: recipes, stores, runs, pages, and this installation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def show(
     verify: Annotated[bool, typer.Option("--verify", help="A store: read every byte and prove its hash.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a recipe, store, run or model holds."""
+    """Show a recipe, store, run or model."""
     path = Path(what)
     if verify:
         from brainfound.data.store import Store
@@ -58,3 +58,51 @@ def _print_mapping(content: dict, indent: str = "") -> None:
             _print_mapping(value, indent + "  ")
         else:
             print(f"{indent}{key}: {value}")
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(help="The folder of finetune with several runs, or of evaluate --out.")],
+) -> None:
+    """Write report.md and report.png of an experiment again, from the files of its folder.
+
+    Needs no model and no store. The page of an unfinished experiment states its progress.
+    """
+    from brainfound.experiments.page import write_experiment_page
+
+    print(write_experiment_page(folder))
+
+
+def doctor(as_json: AsJson = False) -> None:
+    """Show versions, devices and optional packages."""
+    import os
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    from brainfound import __version__
+    from brainfound.recipes import available
+
+    def installed(name: str) -> str:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return "not installed"
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    facts = {
+        "brainfound": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        **{name: installed(name) for name in ("torch", "transformers", "accelerate", "datasets", "peft", "nibabel")},
+        **{name: installed(name) for name in ("xformers", "dask", "dcm2niix")},
+        "gpus": gpus or "none: training runs on the CPU",
+        "recipes": len(available("train")),
+        "adapters": len(available("adapters")),
+    }
+    if as_json:
+        print(json.dumps(facts, indent=1))
+        return
+    for key, value in facts.items():
+        print(f"{key:<14}{value}")

@@ -1,4 +1,4 @@
-"""``brainfound split``: who is trained on, watched and tested, as a file."""
+"""``brainfound split``: divide the subjects of a store into training, validation and test parts."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ if TYPE_CHECKING:
 def split(
     store: Annotated[Path, typer.Argument(help="The store whose subjects are divided.")],
     out: Annotated[Path, typer.Argument(help="The split file to write (.json).")],
-    test: Annotated[float, typer.Option(help="Share of the subjects to test on.")] = 0.2,
-    validation: Annotated[float, typer.Option(help="Share to watch while learning; 0 for none.")] = 0.1,
+    test: Annotated[float, typer.Option(help="Share of subjects in the test part.")] = 0.2,
+    validation: Annotated[float, typer.Option(help="Share of subjects in the validation part; 0 for none.")] = 0.1,
     folds: Annotated[int | None, typer.Option(min=2, help="Cross-validation: fold-1, fold-2, ….")] = None,
     shots: Annotated[str | None, typer.Option(help="Training subjects per class of the target: 1,5,all.")] = None,
-    subjects: Annotated[str | None, typer.Option(help="Training subjects in all: 10,20,all.")] = None,
+    subjects: Annotated[str | None, typer.Option(help="Training subjects in total: 10,20,all.")] = None,
     leave_site_out: Annotated[bool, typer.Option("--leave-site-out", help="One fold per site, tested on it.")] = False,
     target: Annotated[str | None, typer.Option(help='Divide only sessions with this label, or "mask".')] = None,
     stratify: Annotated[str | None, typer.Option(help="Columns to balance, the most important first.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the division.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the division.")] = 0,
     from_: Annotated[
-        Path | None, typer.Option("--from", help="Take the parts of a file that you wrote or changed.")
+        Path | None, typer.Option("--from", help="Take the parts from a file that you wrote or edited.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another split file.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Divide the subjects of a store, and write who is in which part with a proof that nobody is in two.
+    """Divide the subjects of a store into disjoint parts and write them to a file.
 
-    The file is for `brainfound finetune --split`. All sessions of a subject, and subjects who share an image, stay
-    together.
+    `brainfound finetune --split` reads the file. All sessions of a subject stay together, and so do subjects who share
+    an image.
     """
     from brainfound.data.store import Store
     from brainfound.finetuning.splits import make_split, split_from_file

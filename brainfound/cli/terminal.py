@@ -1,7 +1,4 @@
-"""How scores are printed.
-
-What the verbs share of the terminal: the common options and the progress bar.
-"""
+"""Options, notes, progress bars and tables that the verbs share."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ Overrides = Annotated[
 
 
 def _silence_libraries(quiet: bool) -> bool:
-    """Loading bars and reports of the model library, before or after it is imported."""
+    """Silence progress bars and reports of transformers, imported or not."""
     if quiet:
         os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}
         if "transformers" in sys.modules:
@@ -46,7 +43,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def parse_list(text: str | None) -> list[str]:
-    """The parts of a list with commas."""
+    """The parts of a comma-separated list."""
     return [word.strip() for word in (text or "").split(",") if word.strip()]
 
 
@@ -54,7 +51,7 @@ def parse_counts(option: str, text: str | None) -> list[int | None]:
     """``"1,5,all"`` → [1, 5, None].
 
     Raises:
-        UsageError: a part is neither.
+        UsageError: a part is neither a whole number nor ``all``.
     """
     if text is not None and not parse_list(text):
         raise UsageError("an empty list", where=option, expected="1,5,10 or 1,5,all")
@@ -65,22 +62,22 @@ def parse_counts(option: str, text: str | None) -> list[int | None]:
 
 
 def get_command_line() -> str:
-    """What was typed, for a page that others read: of paths only the last part."""
+    """The command line, for a page that others read: paths without their folders."""
     return shlex.join(["brainfound", *(_without_folders(word) for word in sys.argv[1:])])
 
 
 def _without_folders(word: str) -> str:
     """``--model=ours=/home/me/runs/vits14/export`` → ``--model=ours=vits14/export``."""
     before, equals, path = word.rpartition("=")
-    here = Path(path)
-    # A Hub id looks like a path of two parts; it is no folder here.
-    if not (here.is_absolute() or (here.exists() and len(here.parts) > 1)):
+    file = Path(path)
+    # A Hub id looks like a path of two parts, but it does not exist as one.
+    if not (file.is_absolute() or (file.exists() and len(file.parts) > 1)):
         return word
-    return before + equals + "/".join(here.parts[-2:] if here.name == "export" else here.parts[-1:])
+    return before + equals + "/".join(file.parts[-2:] if file.name == "export" else file.parts[-1:])
 
 
 def print_note(line: str) -> None:
-    """One line on standard error: what the user should know beside the results."""
+    """Print one line to standard error."""
     print("brainfound: " + " ".join(line.split()), file=sys.stderr)
 
 
@@ -104,7 +101,7 @@ def progress_bar(what: str, quiet: bool) -> Iterator[Callable[[int, int], None] 
 
 
 FEW_SUBJECTS = 20
-"""Below so many subjects a bootstrap interval is too narrow more often than it says."""
+"""A bootstrap interval of fewer subjects is often too narrow."""
 
 
 def format_number(value: float | None, digits: int = 3) -> str:
@@ -113,14 +110,14 @@ def format_number(value: float | None, digits: int = 3) -> str:
 
 
 def with_interval(value: float | None, low: float | None, high: float | None, digits: int = 3) -> str:
-    """A score with the ends of its interval, where it has one: ``0.812 [0.741, 0.880]``."""
+    """A score with its interval, where it has one: ``0.812 [0.741, 0.880]``."""
     if low is None or high is None:
         return format_number(value, digits)
     return f"{format_number(value, digits)} [{format_number(low, digits)}, {format_number(high, digits)}]"
 
 
 def score_with_interval(result: Mapping[str, Any], name: str) -> str:
-    """A score of what `SessionScores.to_dict` gives, with its interval."""
+    """A score of `SessionScores.to_dict`, with its interval."""
     ends = result.get("intervals", {}).get("scores", {}).get(name, {})
     return with_interval(result["scores"].get(name), ends.get("low"), ends.get("high"))
 
@@ -133,13 +130,15 @@ def scores_line(result: Mapping[str, Any]) -> str:
     parts = []
     for name in result["scores"]:
         if name in TABLE_METRICS[result["task"]]:
-            beside = ", ".join(f"{baseline} {format_number(result[baseline].get(name))}" for baseline in baselines)
-            parts.append(f"{name} {score_with_interval(result, name)} ({beside})")
+            baseline_scores = ", ".join(
+                f"{baseline} {format_number(result[baseline].get(name))}" for baseline in baselines
+            )
+            parts.append(f"{name} {score_with_interval(result, name)} ({baseline_scores})")
     return f"{result['task']}, {result['num_sessions']} sessions: " + ", ".join(parts)
 
 
 def intervals_line(results: Iterable[Mapping[str, Any]]) -> str | None:
-    """What the intervals of some results are, in one line, and whether they are of too few subjects to be trusted."""
+    """One line on the intervals of some results, with a warning for few subjects."""
     found = [result["intervals"] for result in results if result.get("intervals", {}).get("scores")]
     if not found:
         return None
@@ -148,7 +147,7 @@ def intervals_line(results: Iterable[Mapping[str, Any]]) -> str | None:
 
 
 def describe_intervals(fewest: int, most: int, confidence: float, num_resamples: int) -> str:
-    """What an interval is, and a warning where it is of few subjects."""
+    """How intervals were computed, with a warning for few subjects."""
     subjects = str(most) if fewest == most else f"{fewest} to {most}"
     line = f"[…]: {confidence:.0%} interval, bootstrap over {subjects} subjects, {num_resamples} resamples"
     few = f"; fewer than {FEW_SUBJECTS} are too few to trust it" if fewest < FEW_SUBJECTS else ""
@@ -156,7 +155,7 @@ def describe_intervals(fewest: int, most: int, confidence: float, num_resamples:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> None:
-    """A table on standard output; plain text where that is not a terminal."""
+    """Print a table to standard output; plain text outside a terminal."""
     from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table

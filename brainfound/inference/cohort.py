@@ -1,14 +1,15 @@
-"""A whole cohort through one predictor: the next session is prepared while the model works on this one."""
+"""Prediction and explanation of a whole cohort: the model is loaded once, and a failing session stops no other."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from brainfound.data.cohort import Cohort, Session
 from brainfound.errors import BrainFoundError
+from brainfound.inference.explanation import Explanation, choose_methods
 from brainfound.inference.loading import load
 from brainfound.inference.prediction import Prediction, file_stem
 from brainfound.inference.predictor import Predictor, PredictorInput
@@ -17,7 +18,7 @@ from brainfound.training.prefetch import map_in_background
 
 @dataclass(frozen=True)
 class PredictionOutcome:
-    """What became of one session: a prediction, or the reason why there is none."""
+    """The prediction of one session, or the reason why there is none."""
 
     subject: str
     session: str
@@ -34,18 +35,18 @@ def predict(
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[PredictionOutcome]:
-    """Predict every session of a cohort; the model is loaded once, and a session that fails stops no other.
+    """Predict each session of a cohort.
 
-    While the model works on a session, a thread reads and prepares the next one, and no further one. Not with hooks:
-    they have process groups of their own, which an interrupt reaches through the main thread only.
+    A thread reads and prepares one session ahead of the model. Not with hooks: their process groups receive an
+    interrupt through the main thread only.
 
     Args:
-        model: a predictor, or what `load` reads.
-        source: a cohort, or what `Cohort.read` recognises.
-        out: where each session's files go as it is done; None writes nothing. With a folder the images of a
-            segmentation are only there, and not in the outcomes: those of a whole cohort would fill the memory.
+        model: a predictor, or a model that `load` reads.
+        source: a cohort, or a path that `Cohort.read` recognises.
+        out: the folder for the files of each session; None writes nothing. With a folder, the images of a segmentation
+            are only there and not in the outcomes, because those of a whole cohort would fill the memory.
         probabilities: also write the probability maps of a segmentation.
-        overwrite: do again what is there; otherwise sessions with a JSON in ``out`` are skipped.
+        overwrite: predict again; otherwise sessions with a JSON in ``out`` are skipped.
         progress: called with (sessions done, sessions in all).
     """
     predictor = model if isinstance(model, Predictor) else load(model)
@@ -68,7 +69,7 @@ def predict(
     ahead = (
         (prepare(session) for session in sessions) if predictor.hooks else map_in_background(sessions, prepare, ahead=1)
     )
-    # Closed whatever happens, an interrupt too: then the thread ends with the session that it is at.
+    # Closed also by an interrupt: the thread then ends with its present session.
     with closing(ahead) as prepared:
         for done, session in enumerate(sessions, start=1):
             ready = next(prepared)
@@ -76,7 +77,7 @@ def predict(
                 outcome = _predict_session(predictor, session, ready, folder, probabilities)
             else:
                 outcome = ready
-            # What was read must be gone before the thread begins with another session.
+            # Free the session before the thread begins with another one.
             del ready
             outcomes.append(outcome)
             if progress:
@@ -95,3 +96,62 @@ def _predict_session(
         prediction.save(folder, file_stem(session.subject, session.session), probabilities=probabilities)
         prediction = prediction.without_images()
     return PredictionOutcome(session.subject, session.session, prediction)
+
+
+@dataclass(frozen=True)
+class ExplanationOutcome:
+    """The explanation of one session, or the reason why there is none."""
+
+    subject: str
+    session: str
+    explanation: Explanation | None
+    reason: str = ""
+
+
+def explain_cohort(
+    model: str | Path | Predictor,
+    source: str | Path | Cohort,
+    out: str | Path,
+    *,
+    method: str | Sequence[str] | None = None,
+    class_name: str | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[ExplanationOutcome]:
+    """Explain each session of a cohort and write its files at once.
+
+    Maps are large: the outcomes hold their numbers and not the images.
+
+    Args:
+        model: a predictor, or a model that `load` reads.
+        source: a cohort, or a path that `Cohort.read` recognises.
+        out: the folder for the files.
+        method, class_name: see `brainfound.inference.explanation.choose_methods`.
+        overwrite: explain again; otherwise sessions with an explanation in ``out`` are skipped.
+        progress: called with (sessions done, sessions in all).
+
+    Raises:
+        UsageError: an unknown method or class, or a method that does not fit the model.
+    """
+    predictor = model if isinstance(model, Predictor) else load(model)
+    methods = choose_methods(predictor.model, predictor.target, method, class_name)
+    cohort = source if isinstance(source, Cohort) else Cohort.read(source)
+    sessions = list(cohort.sessions())
+    outcomes = []
+    for done, session in enumerate(sessions, start=1):
+        name = file_stem(session.subject, session.session)
+        explanation, reason = None, ""
+        if (Path(out) / f"{name}_explanation.json").is_file() and not overwrite:
+            reason = "already done"
+        else:
+            try:
+                explanation = predictor.explain_prepared(predictor.prepare(session), methods, class_name)
+            except BrainFoundError as error:
+                reason = str(error)
+        if explanation is not None:
+            explanation.save(out, name)
+            explanation = replace(explanation, maps={})
+        outcomes.append(ExplanationOutcome(session.subject, session.session, explanation, reason))
+        if progress:
+            progress(done, len(sessions))
+    return outcomes

@@ -1,10 +1,10 @@
-"""A trained model on a store: the scores of its own test part, or of an external cohort.
+"""Evaluation of a fine-tuned model on a store: the test part of its own store, or an external cohort.
 
-The folder of an evaluation: its scores and cases, and the page that `brainfound report` draws of them.
+The folder of an evaluation:
 
-summary.json   what was scored, and the scores
-cases.tsv      the answers, one row per session (of partial input those of full input); subjects are numbered
-report.md      the page; report.png where there is more than one score
+    summary.json   data, model and scores
+    cases.tsv      one row per session (for partial input, the answers with full input); subjects are numbered
+    report.md      the page; report.png where there is more than one score
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ _KIND = "evaluation"
 
 
 def compute_drops(results: Sequence[SessionScores]) -> list[float]:
-    """Of each result how much worse its headline score is than with full input on the very same sessions.
+    """For each result, the drop of its primary metric against full input on the same sessions.
 
     Args:
-        results: of `evaluate` with partial input, full input first. A session that has none of a subset's contrasts
-            is not scored with it, so what it is compared with may differ from row to row.
+        results: of `evaluate` with partial input, full input first. A session without any contrast of a subset is not
+            scored with it, so the sessions may differ from row to row.
     """
     full = results[0].cases.set_index("row", drop=False)
     found = []
@@ -67,10 +67,10 @@ def compute_drops(results: Sequence[SessionScores]) -> list[float]:
 
 
 def require_writable(folder: Path) -> None:
-    """Refuse a folder that holds anything but an earlier evaluation, which is replaced.
+    """Accept an empty folder or an earlier evaluation, which is replaced.
 
     Raises:
-        UsageError: it does.
+        UsageError: the folder holds something else.
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
@@ -88,16 +88,13 @@ def write_evaluation(
     on: str,
     command: str = "",
 ) -> Path:
-    """Write the folder.
+    """Write the folder of an evaluation and return its page.
 
     Args:
-        results: of one evaluation; of several, those of partial input, full input first.
-        store: what was scored.
-        target, model, on: what was learnt, by which model, and which sessions were scored, in words.
-        command: what was typed.
-
-    Returns:
-        The page.
+        results: one result, or those of partial input with full input first.
+        store: the scored store.
+        target, model, on: target column, model and scored sessions, in words.
+        command: the command line.
     """
     task = results[0].task
     rows = [_row(result, store) for result in results]
@@ -180,22 +177,21 @@ def evaluate(
     """Score a fine-tuned model.
 
     Args:
-        model: a run folder, or a bundle wherever it lies: it remembers its split.
-        data: a store. The one that the run was trained on: only the sessions of ``part``. Any other: all labelled
-            sessions but those of subjects that the run was trained on, and those with an image of such a subject
-            under another name.
+        model: a run folder or a bundle; both know their split.
+        data: a store. On the store of the run, the sessions of ``part``; on any other, all labelled sessions except
+            those of training subjects and those with an image of such a subject under another name.
         without: contrasts to withhold.
         partial_input: score every non-empty subset of the contrasts that the model reads, full input first.
         part: ``"test"``, ``"validation"`` or ``"train"``.
-        frozen: score also the linear model on the untouched backbone that the bundle remembers, on the same sessions
-            with the same contrasts; it takes about as long as the model itself.
-        base: the model that the run started from, for the linear model of a bundle whose weights were all trained.
-        surface_mm: of a segmentation also surface Dice within so many mm, HD95, lesion-wise F1 and the volume error;
-            None: as the run's recipe has it (`scoring.surface_mm`).
-        empty: what Dice is where a session has not the structure: ``"left_out"``, ``"nan"``, ``"one"`` or ``"zero"``,
-            see `brainfound.metrics.scores.segmentation_case_scores`; None: as the run's recipe has it.
-        out: a folder that gets the page of this evaluation with its files, see `evaluation_files`.
-        command: what was typed, for the page.
+        frozen: also score the bundle's linear model on the frozen backbone, on the same sessions and contrasts; this takes
+            about as long as the model itself.
+        base: the starting model of the run, for the linear model of a bundle from full fine-tuning.
+        surface_mm: for a segmentation, also surface Dice at this tolerance, HD95, lesion-wise F1 and the volume error;
+            None: as in the run's recipe (`scoring.surface_mm`).
+        empty: Dice of a session without the structure: ``"left_out"``, ``"nan"``, ``"one"`` or ``"zero"``,
+            see `brainfound.metrics.scores.segmentation_case_scores`; None: as in the run's recipe.
+        out: a folder for the page of this evaluation and its files.
+        command: the command line, for the page.
         progress: called with (sessions done, sessions in all).
 
     Returns:
@@ -218,7 +214,7 @@ def evaluate(
     if part not in PARTS:
         raise UsageError(f"a split has no part {part!r}", expected=", ".join(PARTS))
     store = restrict_contrasts(store, predictor.input_contrasts)
-    # None of a bundle that was not made by a run.
+    # A bundle that no run made has no split.
     split, labelled = bundle.metadata.get("split"), labelled_sessions(store, target.column)
     labelled = labelled[store.present[labelled].any(axis=1)]  # all, unless the model reads only some contrasts
     sessions = _select_sessions(split, store, labelled, part)
@@ -229,9 +225,9 @@ def evaluate(
             got="only subjects that the model was trained on",
             remedy="Give the store of the run, or a cohort of other subjects",
         )
-    everybody = _select_sessions(split, store, np.flatnonzero(store.present.any(axis=1)), part)
-    missing = len(everybody) - len(sessions)
-    general = [f"{missing} of {len(everybody)} sessions have no {target.column}: not scored"] if missing else []
+    candidates = _select_sessions(split, store, np.flatnonzero(store.present.any(axis=1)), part)
+    missing = len(candidates) - len(sessions)
+    general = [f"{missing} of {len(candidates)} sessions have no {target.column}: not scored"] if missing else []
     baseline = None
     if frozen:
         try:
@@ -249,12 +245,10 @@ def evaluate(
             predictor.model, store, sessions, target, predictor.num_slices, absent, progress, scoring=scoring
         )
         notes = (*general, *scored.notes, *_absence_notes(predictor.contract, store, scored))
-        make_baseline_columns = (
-            None
-            if baseline is None
-            else score_frozen_baseline(baseline, store, sessions, absent, progress, scoring).scores
-        )
-        results.append(replace(scored, notes=notes, frozen=make_baseline_columns))
+        frozen_scores = None
+        if baseline is not None:
+            frozen_scores = score_frozen_baseline(baseline, store, sessions, absent, progress, scoring).scores
+        results.append(replace(scored, notes=notes, frozen=frozen_scores))
     if out is not None:
         own = split is not None and split["data_hash"] == store.content_hash
         on = f"the {part} part of its own store" if own else "another store, but for the subjects that it learnt from"
@@ -265,16 +259,16 @@ def evaluate(
 
 
 def _scoring(bundle: Bundle, task: str, surface_mm: float | None, empty: EmptyCase | None) -> ScoringRecipe:
-    asked = {name: value for name, value in {"surface_mm": surface_mm, "empty": empty}.items() if value is not None}
-    if asked and task != "segmentation":
+    given = {name: value for name, value in {"surface_mm": surface_mm, "empty": empty}.items() if value is not None}
+    if given and task != "segmentation":
         raise UsageError(
-            "surfaces and empty masks are of a segmentation", where=next(iter(asked)), got=f"a {task} model"
+            "surfaces and empty masks are of a segmentation", where=next(iter(given)), got=f"a {task} model"
         )
-    return validate(ScoringRecipe, scoring_from_bundle(bundle).model_dump() | asked, where="evaluate")
+    return validate(ScoringRecipe, scoring_from_bundle(bundle).model_dump() | given, where="evaluate")
 
 
 def require_same_preprocessing(predictor: Predictor, store: Store) -> None:
-    """Refuse a store that was prepared in another way than the model's training data."""
+    """Require that store and training data of the model were prepared in the same way."""
     if store.preprocessing != predictor.preprocessing:
         raise UsageError(
             "the store was prepared in another way than the model's training data",
@@ -293,7 +287,7 @@ def _select_sessions(split: dict[str, Any] | None, store: Store, labelled: np.nd
 
 
 def _absence_notes(contract: InputContract | None, store: Store, scored: SessionScores) -> tuple[str, ...]:
-    """A note on each contrast that the model never learnt to do without and that a scored session lacks."""
+    """A note on each contrast that was never absent in training and that a scored session lacks."""
     rows, notes = scored.cases["row"].to_numpy(), []
     for contrast in () if contract is None else contract.never_absent:
         here = store.present[rows, store.contrasts.index(contrast)] & (contrast not in scored.without)

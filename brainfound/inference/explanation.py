@@ -1,10 +1,10 @@
-"""Explanations in space: what a model looks at in one session, as maps on the scan's own grid.
+"""Explanation maps of one session on the scan's own grid.
 
 Axis legend: S slices that are read, C contrasts, h w patch rows and columns, X Y Z voxels of the reference scan.
 
-Explanations are not evidence. Attention says where a model looks, not what its answer follows from (Jain and Wallace,
-"Attention is not explanation", NAACL 2019), and a gradient map can look convincing while it shows little of what was
-learnt (Adebayo et al., "Sanity checks for saliency maps", NeurIPS 2018).
+Explanations are not evidence. Attention shows where a model looks, not why it answers as it does (Jain and Wallace,
+"Attention is not explanation", NAACL 2019), and a gradient map can look convincing without depending on the
+trained weights (Adebayo et al., "Sanity checks for saliency maps", NeurIPS 2018).
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ CAUTION = (
 
 @dataclass(frozen=True)
 class Explanation:
-    """Maps of one session, and the numbers behind them.
+    """Maps of one session, and their numbers.
 
     Attributes:
         maps: method → image on the reference scan's grid and affine, float32. ``gradient`` has a fourth axis of the
             model's contrasts, ``pca`` one of three components.
         numbers: method → plain values.
-        answer: what the model says of the session; empty of an encoder and of a segmentation.
-        slices: the slices of the prepared stack that were read, from below; the others show their nearest.
-        positions_mm: where those slices lie along the stack, 0 in its middle.
-        contrasts, missing: the contrasts that were read, and those of the model that were not there.
+        answer: the model's answer; empty for an encoder and for a segmentation.
+        slices: the slices of the prepared stack that were read, from inferior to superior; others show their nearest.
+        positions_mm: positions of those slices along the stack, 0 in its middle.
+        contrasts, missing: contrasts that were read, and contrasts of the model that were absent.
         notes, rejected: as of a `Prediction`.
     """
 
@@ -70,7 +70,7 @@ class Explanation:
     rejected: tuple[str, ...] = field(default=())
 
     def to_dict(self) -> dict[str, Any]:
-        """The numbers and how they came about, for JSON."""
+        """Numbers, contrasts and notes, for JSON."""
         return {
             "subject": self.subject,
             "session": self.session,
@@ -103,13 +103,13 @@ class Explanation:
 def choose_methods(
     model: nn.Module, target: Target | None, method: str | Sequence[str] | None, class_name: str | None = None
 ) -> tuple[str, ...]:
-    """The methods that are asked for, each once; None: all that the model can give.
+    """The requested methods, each once; None: all that fit the model.
 
     Args:
-        class_name: the class whose score the gradient is to follow; None: the most probable one.
+        class_name: the class whose score the gradient follows; None: the most probable one.
 
     Raises:
-        UsageError: a method is unknown, or the model cannot give it; or the model has no such class.
+        UsageError: an unknown method or class, or a method that does not fit the model.
     """
     if method is None:
         chosen = tuple(name for name in METHODS if not _unsupported_reason(name, model, target))
@@ -120,16 +120,16 @@ def choose_methods(
     for name in chosen:
         if name not in METHODS:
             raise UsageError(f"unknown method {name!r}", where="method", remedy=did_you_mean(name, METHODS))
-        if obstacle := _unsupported_reason(name, model, target):
+        if reason := _unsupported_reason(name, model, target):
             possible = [other for other in METHODS if not _unsupported_reason(other, model, target)]
-            raise UsageError(obstacle, where=f"method {name}", remedy=f"This model can give: {', '.join(possible)}")
+            raise UsageError(reason, where=f"method {name}", remedy=f"This model can give: {', '.join(possible)}")
     if class_name is not None:
         _require_class(class_name, target, chosen)
     return chosen
 
 
 def _unsupported_reason(method: str, model: nn.Module, target: Target | None) -> str:
-    """Why a model cannot give an explanation; empty if it can."""
+    """Why a method does not fit a model; empty if it does."""
     inner: Any = unwrap_peft(model)
     if isinstance(inner, BrainFoundForSegmentation):
         return {
@@ -166,12 +166,12 @@ def explain_stack(
     notes: tuple[str, ...] = (),
     rejected: tuple[str, ...] = (),
 ) -> Explanation:
-    """Explain what a model makes of a stack.
+    """Explain a stack.
 
     Args:
-        model: a BrainFound model, or a PEFT model around one; it is left as it was, in evaluation mode.
+        model: a BrainFound model, or a PEFT model around one; it stays unchanged, in evaluation mode.
         stack: prepared with the model's own preprocessing.
-        target: how its answers read; None for an encoder.
+        target: the meaning of its outputs; None for an encoder.
         num_slices: evenly spaced slices to read; None for all. A segmentation always reads all.
         method, class_name: see `choose_methods`.
         notes, rejected: passed on.
@@ -182,36 +182,36 @@ def explain_stack(
     methods = choose_methods(model, target, method, class_name)
     model.eval()
     segmentation = isinstance(unwrap_peft(model), BrainFoundForSegmentation)
-    read = ExplanationInputs(
+    inputs = ExplanationInputs(
         model, stack, evenly_spaced_slices(len(stack.pixels), None if segmentation else num_slices)
     )
-    encode_all = read.encode_all(rollout="rollout" in methods, features="pca" in methods)
+    encoded = inputs.encode_all(rollout="rollout" in methods, features="pca" in methods)
     maps: dict[str, np.ndarray] = {}
     numbers: dict[str, dict[str, Any]] = {}
     answer: dict[str, Any] = {}
-    weights = None if segmentation else slice_weights(model, encode_all.embeddings, read.batch.positions_mm)
+    weights = None if segmentation else slice_weights(model, encoded.embeddings, inputs.batch.positions_mm)
     if "slice-attention" in methods:
         assert weights is not None, "the methods were checked"
-        maps["slice-attention"], numbers["slice-attention"] = _slice_attention(read, weights)
-    if encode_all.rollout is not None:
-        maps["rollout"], numbers["rollout"] = _rollout(read, encode_all.rollout, weights)
+        maps["slice-attention"], numbers["slice-attention"] = _slice_attention(inputs, weights)
+    if encoded.rollout is not None:
+        maps["rollout"], numbers["rollout"] = _rollout(inputs, encoded.rollout, weights)
     if target is not None and not segmentation:
-        said = infer_embedded(
-            model, {"slice_embeddings": encode_all.embeddings[None], "positions_mm": read.batch.positions_mm}
+        prediction = infer_embedded(
+            model, {"slice_embeddings": encoded.embeddings[None], "positions_mm": inputs.batch.positions_mm}
         )
-        answer = _format_prediction(said, target)
+        answer = _format_prediction(prediction, target)
     if "gradient" in methods:
         assert target is not None
-        maps["gradient"], numbers["gradient"] = _gradient(read, encode_all.embeddings, target, class_name, answer)
-    if encode_all.features is not None:
-        maps["pca"], numbers["pca"] = _components(read, encode_all.features)
-    present = tuple(c for c, here in zip(stack.contrasts, stack.present, strict=True) if here)
+        maps["gradient"], numbers["gradient"] = _gradient(inputs, encoded.embeddings, target, class_name, answer)
+    if encoded.features is not None:
+        maps["pca"], numbers["pca"] = _components(inputs, encoded.features)
+    present = tuple(c for c, is_present in zip(stack.contrasts, stack.present, strict=True) if is_present)
     return Explanation(
         maps={name: _image(values, stack) for name, values in maps.items()},
         numbers=numbers,
         answer=answer,
-        slices=tuple(read.index.tolist()),
-        positions_mm=tuple(stack.positions_mm[read.index].tolist()),
+        slices=tuple(inputs.index.tolist()),
+        positions_mm=tuple(stack.positions_mm[inputs.index].tolist()),
         contrasts=present,
         missing=tuple(c for c in stack.contrasts if c not in present),
         subject=stack.subject,
@@ -221,49 +221,49 @@ def explain_stack(
     )
 
 
-def _slice_attention(read: ExplanationInputs, weights: Tensor) -> tuple[np.ndarray, dict[str, Any]]:
+def _slice_attention(inputs: ExplanationInputs, weights: Tensor) -> tuple[np.ndarray, dict[str, Any]]:
     values = weights.float().cpu().numpy()
-    _, height, width = read.stack.grid
-    # The nearest voxel and no mean of two, so that every voxel has the weight of a slice.
-    image = read.to_native(np.broadcast_to(values[:, None, None], (len(values), height, width)), order=0)
+    _, height, width = inputs.stack.grid
+    # Nearest neighbour, so that each voxel has the weight of one slice.
+    image = inputs.to_native(np.broadcast_to(values[:, None, None], (len(values), height, width)), order=0)
     return image, {"weights": values.tolist()}
 
 
-def _rollout(read: ExplanationInputs, rollout: Tensor, weights: Tensor | None) -> tuple[np.ndarray, dict[str, Any]]:
+def _rollout(inputs: ExplanationInputs, rollout: Tensor, weights: Tensor | None) -> tuple[np.ndarray, dict[str, Any]]:
     share = rollout.new_full((len(rollout),), 1 / len(rollout)) if weights is None else weights.to(rollout)
-    # Relative to an even share of all patches that were read: 1 is neither more nor less than the others.
+    # Relative to a uniform share: 1 is the mean over all patches.
     values = (rollout * share[:, None, None]).cpu().numpy() * rollout.numel()
-    return read.to_native(read.to_pixels(values)), {"weighted_by_slice_attention": weights is not None}
+    return inputs.to_native(inputs.to_pixels(values)), {"weighted_by_slice_attention": weights is not None}
 
 
 def _gradient(
-    read: ExplanationInputs, embeddings: Tensor, target: Target, class_name: str | None, answer: dict[str, Any]
+    inputs: ExplanationInputs, embeddings: Tensor, target: Target, class_name: str | None, answer: dict[str, Any]
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    contrasts = read.stack.contrasts
+    contrasts = inputs.stack.contrasts
     if target.task == "regression":
-        said: dict[str, Any] = {"of": target.column}
-        values, score = gradient_times_input(read, embeddings, lambda output: output.predictions[0])
+        scored: dict[str, Any] = {"of": target.column}
+        values, score = gradient_times_input(inputs, embeddings, lambda output: output.predictions[0])
     else:
         probabilities = answer["probabilities"]
         name = class_name or max(probabilities, key=probabilities.__getitem__)
-        said = {"of": name}
+        scored = {"of": name}
         number = target.names.index(name)
-        values, score = gradient_times_input(read, embeddings, lambda output: output.logits[0, number])
+        values, score = gradient_times_input(inputs, embeddings, lambda output: output.logits[0, number])
     total = dict(zip(contrasts, values.sum(axis=(0, 2, 3), dtype=np.float64).tolist(), strict=True))
-    image = np.stack([read.to_native(read.to_pixels(values[:, c])) for c in range(len(contrasts))], axis=-1)
-    return image, {**said, "score": score, "volumes": list(contrasts), "sum": total}
+    image = np.stack([inputs.to_native(inputs.to_pixels(values[:, c])) for c in range(len(contrasts))], axis=-1)
+    return image, {**scored, "score": score, "volumes": list(contrasts), "sum": total}
 
 
-def _components(read: ExplanationInputs, features: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
+def _components(inputs: ExplanationInputs, features: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
     scores, ratio = principal_components(features)
-    image = component_maps(read, scale_to_unit_range(scores), read.foreground())
+    image = component_maps(inputs, scale_to_unit_range(scores), inputs.foreground())
     return image, {"explained_variance_ratio": ratio.tolist(), "num_patches": len(features)}
 
 
-def _format_prediction(said: Any, target: Target) -> dict[str, Any]:
+def _format_prediction(prediction: Any, target: Target) -> dict[str, Any]:
     if target.task == "regression":
-        return {"target": target.column, "value": said.value}
-    named = zip(target.names, said.probabilities.tolist(), strict=True)
+        return {"target": target.column, "value": prediction.value}
+    named = zip(target.names, prediction.probabilities.tolist(), strict=True)
     return {"target": target.column, "probabilities": dict(named)}
 
 

@@ -1,33 +1,19 @@
-"""The slices that an explanation looks at: through the encoder, and back to the scan's own grid.
+"""The methods of `explanation`: slice weights, attention rollout, gradient × input, components of patch features.
 
-Axis legend: S slices that are read, C contrasts, H W pixels, P patches of a slice, h w patch rows and columns,
-N foreground patches of all slices, D width.
+Axis legend: B images (or volumes), T tokens, S slices that are read, C contrasts, H W pixels, h w patch rows and
+columns, N foreground patches of all slices, D width, K components.
 
-Where attention goes: rollout through the blocks of a transformer, and the weights of slices.
+Sources:
 
-Axis legend: M images (or volumes), T tokens of one, H heads, S slices, D width.
-
-Attention rollout (Abnar and Zuidema, "Quantifying attention flow in transformers", ACL 2020, section 3): with the mean
-over heads A of a block, (A + I) / 2 says how much of each token a block passes on, and the product over the blocks
-how much of each input token ends up in each output token.
-
-The kernels that models run with give no attention away, so that queries and keys are made again from the tokens that
-enter a block. The model itself, its kernel and its adapters stay as they are.
-
-What an answer hangs on: gradient × input, patch by patch and contrast by contrast.
-
-Axis legend: S slices, C contrasts, H W pixels, h w patch rows and columns, P side of a patch, D width.
-
-Source: gradient × input (Shrikumar et al., "Not just a black box", arXiv 1605.01713). Pixels are in 0–1 with background
-at 0, so that background and absent contrasts give 0. The products are summed over the pixels of a patch and a
-contrast: the model reads a patch through one linear kernel, and within a patch the signs show that kernel.
-
-What the features of patches have in common: their first principal components as colours.
-
-Axis legend: N foreground patches of a session, D width, K components, S slices, h w patch rows and columns.
-
-As DINOv2 shows its features (Oquab et al., arXiv 2304.07193, figure 1): the first three components over the foreground,
-one per colour. Foreground is what is not background in the scans, and not chosen by a first component.
+- Attention rollout: Abnar and Zuidema, "Quantifying attention flow in transformers", ACL 2020, section 3. With the mean
+  over heads A of a block, (A + I) / 2 is the share of each token that a block passes on; the product over blocks is the
+  share of each input token in each output token. Attention kernels return no attention, so queries and keys are
+  computed again from the tokens that enter a block; model, kernel and adapters stay unchanged.
+- Gradient × input: Shrikumar et al., "Not just a black box", arXiv 1605.01713. Pixels are in 0–1 with background 0, so
+  background and absent contrasts give 0. The products are summed over the pixels of a patch, because the model reads a
+  patch through one linear kernel and the signs within a patch would show that kernel.
+- Components: Oquab et al. (DINOv2), arXiv 2304.07193, figure 1: the first three components over the foreground, one per
+  colour. The foreground comes from the scans, not from a first component.
 """
 
 from __future__ import annotations
@@ -52,11 +38,11 @@ from brainfound.models.stack_inference import require_same_contrasts, unwrap_pef
 from brainfound.models.stem import PresentImages
 
 WEIGHING_AGGREGATORS = ("attention", "transformer")
-"""Aggregators that weigh slices by what they show."""
+"""Aggregators that weigh slices by their content."""
 
 
 def block_attention(block: Any, tokens: Float[Tensor, "images tokens width"]) -> Float[Tensor, "images tokens tokens"]:
-    """The attention of a backbone's block to the tokens that enter it, as a mean over heads."""
+    """Attention of a backbone's block on the tokens that enter it, as a mean over heads."""
     attention = block.attention
     normed = block.norm1(tokens)
     query, key = attention.q_proj(normed), attention.k_proj(normed)
@@ -66,18 +52,18 @@ def block_attention(block: Any, tokens: Float[Tensor, "images tokens width"]) ->
 def _mean_over_heads(query: Tensor, key: Tensor, num_heads: int, scaling: float) -> Tensor:
     query, key = (part.float().unflatten(-1, (num_heads, -1)).transpose(1, 2) for part in (query, key))
     total = query.new_zeros(len(query), query.shape[2], key.shape[2])
-    # Head by head: those of a giant ViT would together take a gigabyte.
+    # One head at a time: all heads of a ViT-g together take a gigabyte.
     for head in range(num_heads):
         total += (query[:, head] @ key[:, head].transpose(-1, -2) * scaling).softmax(dim=-1)
     return total / num_heads
 
 
 class AttentionRollout:
-    """Watches the blocks of a transformer while it runs; a context manager.
+    """Accumulates the rollout while a transformer runs; a context manager.
 
     Args:
-        blocks: those that may run, in the order in which they do; those that do not run do not count.
-        attention: a block and the tokens that enter it → its attention (M, T, T).
+        blocks: blocks in the order in which they run; a block that does not run does not count.
+        attention: a block and the tokens that enter it → its attention ``(B, T, T)``.
     """
 
     def __init__(self, blocks: Iterable[nn.Module], attention: Callable[[Any, Tensor], Tensor]) -> None:
@@ -86,7 +72,7 @@ class AttentionRollout:
         self._product: Tensor | None = None
 
     def __enter__(self) -> Self:
-        self._handles = [block.register_forward_pre_hook(self._watch) for block in self._blocks]
+        self._handles = [block.register_forward_pre_hook(self._accumulate) for block in self._blocks]
         return self
 
     def __exit__(
@@ -95,13 +81,13 @@ class AttentionRollout:
         for handle in self._handles:
             handle.remove()
 
-    def _watch(self, block: nn.Module, arguments: tuple[Any, ...]) -> None:
+    def _accumulate(self, block: nn.Module, arguments: tuple[Any, ...]) -> None:
         attention = self._attention(block, arguments[0])
         step = (attention + torch.eye(attention.shape[-1], device=attention.device)) / 2
         self._product = step if self._product is None else step @ self._product
 
     def take(self) -> Float[Tensor, "images tokens tokens"]:
-        """The rollout of the pass that ended; row: output token, column: input token. The next pass starts anew."""
+        """The rollout of the last pass (row: output token, column: input token); the next pass starts from scratch."""
         assert self._product is not None, "no block has run"
         product, self._product = self._product, None
         return product
@@ -111,7 +97,7 @@ class AttentionRollout:
 def slice_weights(
     model: nn.Module, embeddings: Float[Tensor, "slices width"], positions_mm: Float[Tensor, "1 slices"]
 ) -> Float[Tensor, "slices"] | None:
-    """What each slice weighs in the volume, with sum 1; None where the aggregator does not choose."""
+    """The weight of each slice in the volume, with sum 1; None for an aggregator without weights."""
     if unwrap_peft(model).config.aggregator not in WEIGHING_AGGREGATORS:
         return None
     weights = model(slice_embeddings=embeddings[None], positions_mm=positions_mm).slice_weights[0]
@@ -119,35 +105,35 @@ def slice_weights(
 
 
 CHUNK = 8
-"""Images whose graph is in memory at once."""
+"""Images whose graph is in memory at a time."""
 
 
 def gradient_times_input(
-    read: ExplanationInputs, embeddings: Float[Tensor, "slices width"], score: Callable[[Any], Tensor]
+    inputs: ExplanationInputs, embeddings: Float[Tensor, "slices width"], score: Callable[[Any], Tensor]
 ) -> tuple[Float[np.ndarray, "S C h w"], float]:
     """The first-order share of each patch and contrast in a score, and the score.
 
-    The gradient goes through the head and the aggregator once, and then back through the encoder some slices at a time,
-    so that memory does not grow with the number of slices. The model's weights get no gradients.
+    The gradient passes head and aggregator once, then the encoder a few slices at a time, so memory does not grow with
+    the number of slices. The model's weights get no gradients.
 
     Args:
-        embeddings: what the encoder said of the slices.
+        embeddings: slice embeddings.
         score: output of the model → one number.
     """
     with torch.enable_grad():
         leaves = embeddings.detach().clone().requires_grad_()
-        explained = score(read.model(slice_embeddings=leaves[None], positions_mm=read.batch.positions_mm))
-        (of_slices,) = torch.autograd.grad(explained, leaves)
-        pixels = to_unit_range(read.batch.pixel_values).detach().clone().requires_grad_()
+        explained = score(inputs.model(slice_embeddings=leaves[None], positions_mm=inputs.batch.positions_mm))
+        (slice_gradients,) = torch.autograd.grad(explained, leaves)
+        pixels = to_unit_range(inputs.batch.pixel_values).detach().clone().requires_grad_()
         first = 0
-        for encoding in read.encode(pixels, min(CHUNK, read.inner.config.slice_chunk)):
-            embedding = encoding.embedding(read.inner.config.slice_features)
-            part = of_slices[first : first + len(embedding)]
+        for encoding in inputs.encode(pixels, min(CHUNK, inputs.inner.config.slice_chunk)):
+            embedding = encoding.embedding(inputs.inner.config.slice_features)
+            part = slice_gradients[first : first + len(embedding)]
             first += len(embedding)
             torch.autograd.backward(embedding, part.to(embedding.dtype), inputs=[pixels])
     assert pixels.grad is not None
     products = (pixels.grad * pixels.detach())[0]
-    side = read.encoder.patch_size
+    side = inputs.encoder.patch_size
     patches = products.unfold(2, side, side).unfold(3, side, side).sum(dim=(-1, -2))
     return patches.cpu().numpy(), float(explained.detach())
 
@@ -160,12 +146,12 @@ _ROWS = 4096
 def principal_components(
     features: Float[np.ndarray, "N D"], num: int = NUM_COMPONENTS
 ) -> tuple[Float[np.ndarray, "N K"], Float[np.ndarray, "K"]]:
-    """Scores on the first components, and the share of the variance that each explains.
+    """Scores on the first components, and the share of variance that each explains.
 
-    The sign of a component is free; it is chosen so that the largest of its D loadings in absolute value is positive.
+    The sign of a component is chosen so that its largest loading in absolute value is positive.
 
     Raises:
-        ModelError: there are too few patches or too few numbers in a feature.
+        ModelError: too few patches, or features that are too narrow.
     """
     if min(features.shape) <= num:
         raise ModelError(
@@ -188,39 +174,39 @@ def principal_components(
 
 
 def scale_to_unit_range(scores: Float[np.ndarray, "N K"]) -> Float[np.ndarray, "N K"]:
-    """Each component in 0–1, from its 1st to its 99th percentile: a few odd patches must not take all of the range."""
+    """Each component in 0–1, from its 1st to its 99th percentile, so that outliers do not take the whole range."""
     low, high = np.percentile(scores, _PERCENTILES, axis=0)
     span = np.where(high > low, high - low, 1.0)
     return np.clip((scores - low) / span, 0, 1).astype(np.float32)
 
 
 def component_maps(
-    read: ExplanationInputs, shares: Float[np.ndarray, "N K"], foreground: Bool[np.ndarray, "S h w"]
+    inputs: ExplanationInputs, shares: Float[np.ndarray, "N K"], foreground: Bool[np.ndarray, "S h w"]
 ) -> Float[np.ndarray, "X Y Z K"]:
-    """Values of the foreground patches on the scan's grid; background is 0 and does not run into the edge."""
-    weight = read.to_pixels(foreground.astype(np.float32))
+    """Values of the foreground patches on the scan's grid; background is 0 and does not bleed into the edge."""
+    weight = inputs.to_pixels(foreground.astype(np.float32))
     inside = weight >= 0.5
     maps = []
     for values in shares.T:
         patches = np.zeros(foreground.shape, dtype=np.float32)
         patches[foreground] = values
-        spread = read.to_pixels(patches) / np.where(inside, weight, 1.0)
-        maps.append(read.to_native(np.where(inside, spread, 0.0)))
+        spread = inputs.to_pixels(patches) / np.where(inside, weight, 1.0)
+        maps.append(inputs.to_native(np.where(inside, spread, 0.0)))
     return np.stack(maps, axis=-1)
 
 
 FOREGROUND_SHARE = 0.5
-"""A patch is foreground if at least this share of its pixels is not background."""
+"""Minimal share of foreground pixels in a foreground patch."""
 
 
 class EncodedStack(NamedTuple):
-    """What one pass through the encoder gives."""
+    """The outputs of one pass through the encoder."""
 
     embeddings: Float[Tensor, "slices width"]
     rollout: Float[Tensor, "slices rows columns"] | None
-    """Of each slice by itself, with sum 1."""
+    """Per slice, with sum 1."""
     features: Float[np.ndarray, "patches width"] | None
-    """Of the foreground patches, slice by slice and row by row."""
+    """Features of the foreground patches, slice by slice and row by row."""
 
 
 class ExplanationInputs:
@@ -229,7 +215,7 @@ class ExplanationInputs:
     Args:
         model: a BrainFound model, or a PEFT model around one, in evaluation mode.
         stack: prepared with the model's own preprocessing.
-        index: the slices that are read, rising.
+        index: the slices to read, in increasing order.
 
     Raises:
         ModelError: the stack's contrasts are not the model's, or its slices are no multiple of the patch size.
@@ -267,32 +253,34 @@ class ExplanationInputs:
         """
         layer = max(self.inner.config.resolved_decoder_layers) if self.is_segmentation else None
         foreground = torch.from_numpy(self.foreground()).to(self.device).flatten(1)
-        embedded, rolled, kept, first = [], [], [], 0
+        embeddings, rollouts, patch_features, first = [], [], [], 0
         with AttentionRollout(self.encoder.blocks if rollout else (), block_attention) as attention:
             for encoding in self.encode(layers=() if layer is None else (layer,)):
                 part = slice(first, first + len(encoding.cls))
                 first = part.stop
-                embedded.append(encoding.embedding(self.inner.config.slice_features))
+                embeddings.append(encoding.embedding(self.inner.config.slice_features))
                 if rollout:
-                    rolled.append(self._of_slices(attention.take(), len(encoding.cls)))
+                    rollouts.append(self._slice_rollout(attention.take(), len(encoding.cls)))
                 if features:
                     tokens = encoding.patches if layer is None else encoding.hidden[layer]
-                    kept.append(tokens[foreground[part]].float().cpu().numpy())
+                    patch_features.append(tokens[foreground[part]].float().cpu().numpy())
         return EncodedStack(
-            torch.cat(embedded),
-            torch.cat(rolled).unflatten(1, self.grid) if rollout else None,
-            np.concatenate(kept) if features else None,
+            torch.cat(embeddings),
+            torch.cat(rollouts).unflatten(1, self.grid) if rollout else None,
+            np.concatenate(patch_features) if features else None,
         )
 
-    def _of_slices(self, rollout: Float[Tensor, "images tokens tokens"], count: int) -> Float[Tensor, "slices patches"]:
-        """What a slice's embedding draws from the patches, with sum 1; the mean over the images of a slice."""
+    def _slice_rollout(
+        self, rollout: Float[Tensor, "images tokens tokens"], num_images: int
+    ) -> Float[Tensor, "slices patches"]:
+        """Share of each patch in the slice embedding, with sum 1; the mean over the images of a slice."""
         prefix = self.encoder.num_prefix_tokens
-        of_cls, of_patches = rollout[:, 0, prefix:], rollout[:, prefix:, prefix:].mean(dim=1)
+        cls, patches = rollout[:, 0, prefix:], rollout[:, prefix:, prefix:].mean(dim=1)
         features = self.inner.config.slice_features
-        patches = {"cls": of_cls, "patches": of_patches, "cls_and_patches": (of_cls + of_patches) / 2}[features]
+        patches = {"cls": cls, "patches": patches, "cls_and_patches": (cls + patches) / 2}[features]
         patches = patches / patches.sum(dim=1, keepdim=True)
         if self.encoder.stem == "per_contrast":
-            patches = PresentImages(self.batch.contrast_mask.expand(count, -1)).mean(patches)
+            patches = PresentImages(self.batch.contrast_mask.expand(num_images, -1)).mean(patches)
         return patches
 
     @property
@@ -307,14 +295,14 @@ class ExplanationInputs:
         return tiles.mean(axis=(2, 4)) >= FOREGROUND_SHARE
 
     def to_pixels(self, values: Float[np.ndarray, "S h w"]) -> Float[np.ndarray, "S H W"]:
-        """Values of patches on the pixels of their slices, bilinear between the patches' middles."""
+        """Patch values on the pixels of their slices, bilinear between patch centres."""
         maps = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))[:, None]
         return F.interpolate(maps, size=self.stack.grid[1:], mode="bilinear", align_corners=False)[:, 0].numpy()
 
     def to_native(self, values: Float[np.ndarray, "S H W"], order: int = 1) -> Float[np.ndarray, "X Y Z"]:
-        """Values of the pixels that are read → voxels of the reference scan.
+        """Pixel values of the slices that were read → voxels of the reference scan.
 
-        A slice that was not read shows the nearest one that was (of two, the lower).
+        A slice that was not read takes the values of the nearest one (of two, the lower).
 
         Raises:
             ModelError: a value is not finite.

@@ -1,24 +1,9 @@
-"""From a run, a bundle, an export or a Hub id to a predictor; of several bundles, to a set of them.
-
-Several bundles on one backbone, asked by name.
-"""
+"""Load a run, a bundle, an export or a Hub id as a predictor, or several bundles on one backbone as a set."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from brainfound.errors import UsageError, did_you_mean
-
-if TYPE_CHECKING:
-    from brainfound.data.cohort import Session
-    from brainfound.data.preprocessing.stack import Stack
-    from brainfound.inference.prediction import Prediction
-    from brainfound.inference.predictor import Predictor
-
-
-from collections.abc import Iterable, Sequence
 from typing import overload
 
 import torch
@@ -26,11 +11,14 @@ import torch
 from brainfound.adapters import load_adapters, load_bundle
 from brainfound.adapters.bundle_reader import Bundle
 from brainfound.data.checking.contract import InputContract
+from brainfound.data.cohort import Session
 from brainfound.data.hooks import Hook, load_hooks
 from brainfound.data.preprocessing.settings import Preprocessing
-from brainfound.errors import ModelError
+from brainfound.data.preprocessing.stack import Stack
+from brainfound.errors import ModelError, UsageError, did_you_mean
 from brainfound.finetuning.calibration import AnswerCalibration
 from brainfound.finetuning.targets import Target
+from brainfound.inference.prediction import Prediction
 from brainfound.inference.predictor import Predictor, resolve_device
 from brainfound.inference.segmentation import SegmentationOptions
 from brainfound.models import BrainFoundModel
@@ -40,10 +28,9 @@ from brainfound.training.run_folder import is_run_folder
 
 
 class PredictorSet:
-    """Predictors that share the weights of one backbone; each request says which adapter answers.
+    """Predictors that share the weights of one backbone; each request names its adapter.
 
-    Choosing changes no state, so requests may come in any order. ``predictors["age"]`` is a `Predictor` of its own,
-    for a cohort for example.
+    Requests may come in any order. ``predictors["age"]`` is a full `Predictor`, for a cohort for example.
 
     Args:
         predictors: by name; `brainfound.load` makes them from bundles.
@@ -71,25 +58,25 @@ class PredictorSet:
         return f"PredictorSet({parts})"
 
     def predict(self, *paths: str | Path, adapter: str, **contrast_paths: str | Path) -> Prediction:
-        """Ask one adapter about one session; paths as for `Predictor.predict`.
+        """Predict one session with one adapter; paths as for `Predictor.predict`.
 
         Raises:
-            UsageError: there is no such adapter, or what `Predictor.predict` raises.
+            UsageError: there is no such adapter, or as `Predictor.predict`.
             ScanError: a scan cannot be used.
         """
         return self[adapter].predict(*paths, **contrast_paths)
 
     def predict_session(self, session: Session, adapter: str) -> Prediction:
-        """Ask one adapter about a session of a cohort, see `Predictor.predict_session`."""
+        """Predict a session of a cohort with one adapter, see `Predictor.predict_session`."""
         return self[adapter].predict_session(session)
 
     def predict_stack(self, stack: Stack, adapter: str) -> Prediction:
-        """Ask one adapter about a stack that its preprocessing made."""
+        """Predict a stack with one adapter, see `Predictor.predict_stack`."""
         return self[adapter].predict_stack(stack)
 
 
 BUNDLE_PATTERNS = ("*.json", "*.safetensors", "README.md")
-"""The files of a bundle; what else a Hub repository holds is not downloaded."""
+"""The files of a bundle; other files of a Hub repository are not downloaded."""
 
 
 @overload
@@ -117,14 +104,13 @@ def load(
     Args:
         path_or_id: a run folder, its export folder, or a Hub id. Several bundles that were trained on one backbone,
             by name, make a `PredictorSet`: ``load({"age": "runs/age", "tumour": "runs/tumour"})``.
-        device: where it runs; None: the first GPU that there is, else the CPU.
+        device: None: the first GPU, else the CPU.
         hooks: tools to run on each scan first (``"synthstrip"``, …), see `brainfound.data.hooks.load_hooks`.
-        options: of a segmentation: averaging over flips and patch grids, the smallest piece that stays.
+        options: segmentation options: averaging over flips and patch grids, minimal volume of a component.
 
     Raises:
-        UsageError: a hook is not installed, or not the one that the model's scans went through; options for a
-            segmentation and a model of another kind.
-        ModelError: there is nothing that can be loaded, or it is damaged; of several, one has a backbone of its own.
+        UsageError: a hook is missing or differs from the training's; segmentation options for another task.
+        ModelError: nothing to load, a damaged model, or several bundles with different backbones.
     """
     device = resolve_device(device)
     tools = load_hooks(hooks)
@@ -156,7 +142,7 @@ def load(
 
 
 def bundle_folder(path_or_id: str | Path) -> Path:
-    """The folder that a bundle would be in: the export of a run, or for a Hub id what was downloaded."""
+    """The folder of a bundle: the export of a run, or the downloaded snapshot of a Hub id."""
     path = Path(path_or_id)
     if (path / "export").is_dir():
         return path / "export"
@@ -194,7 +180,7 @@ def make_predictor(
     tools: Sequence[Hook] = (),
     options: SegmentationOptions = SegmentationOptions(),
 ) -> Predictor:
-    """A bundle that was read already, ready to be asked."""
+    """A predictor from a loaded bundle."""
     metadata = bundle.metadata
     return Predictor(
         bundle.model,
@@ -206,12 +192,12 @@ def make_predictor(
         AnswerCalibration.from_dict(metadata.get("calibration")),
         options,
         InputContract.load_or_none(bundle.folder),
-        metadata.get("withheld", ()),  # bundles made before contrasts could be withheld have none
+        metadata.get("withheld", ()),
     )
 
 
 def _read_target(bundle: Bundle) -> Target | None:
-    """How a bundle's answers read; None of an encoder."""
+    """The meaning of a bundle's outputs; None for an encoder."""
     if bundle.task == "embedding":
         return None
     try:
@@ -230,7 +216,7 @@ def _read_target(bundle: Bundle) -> Target | None:
 
 
 def local_folder(source: str, patterns: Sequence[str] = ("*.json",)) -> Path:
-    """The folder of a model's files; for a Hub id the cached snapshot, with the files of some patterns."""
+    """The folder of a model's files; for a Hub id the cached snapshot, with the files that match the patterns."""
     if Path(source).is_dir():
         return Path(source)
     from huggingface_hub import snapshot_download

@@ -1,11 +1,6 @@
-"""An answer about one session, and its files.
+"""The prediction for one session, and its files on the grid of the reference scan.
 
-Axis legend: D width.
-
-Answers on the input's own grid, as files.
-
-A segmentation is written on the grid and affine of the session's reference scan; beside every answer stands a
-JSON with what was read, what was missing and what was found.
+Axis legend: S slices, H W pixels, D width.
 """
 
 from __future__ import annotations
@@ -42,31 +37,31 @@ def volumes_mm3(image: nib.Nifti1Image, names: dict[int, str]) -> dict[str, floa
     """The volume of each label of a native label map in cubic millimetres."""
     codes, counts = np.unique(np.asarray(image.dataobj), return_counts=True)
     found = dict(zip(codes.tolist(), counts.tolist(), strict=True))
-    of_one = voxel_mm3(image)
-    return {name: found.get(code, 0) * of_one for code, name in names.items() if code != 0}
+    volume = voxel_mm3(image)
+    return {name: found.get(code, 0) * volume for code, name in names.items() if code != 0}
 
 
 def write_image(image: nib.Nifti1Image, path: Path) -> None:
-    """Write an image whole or not at all."""
+    """Write an image atomically."""
     temporary = path.with_name("." + path.name)
     nib.save(image, temporary)
     temporary.replace(path)
 
 
 def write_json(content: dict[str, Any], path: Path) -> None:
-    """Write a JSON file whole or not at all."""
+    """Write a JSON file atomically."""
     temporary = path.with_name("." + path.name)
     temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     temporary.replace(path)
 
 
-_LONGEST_NAME = 200
+_MAX_NAME_BYTES = 200
 """Bytes of a file name before its ending; file systems allow 255 with it."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A model's answer about one session.
+    """A model's answer for one session.
 
     Attributes:
         task: classification, regression, segmentation or embedding.
@@ -74,14 +69,14 @@ class Prediction:
         image: for a segmentation, the label codes on the reference scan's own grid and affine; None where labels
             overlap.
         masks: for a segmentation with overlapping labels, a mask of 0 and 1 of each region, on the same grid.
-        probability: for a segmentation, the probability of not being background (where labels overlap, the largest of
-            theirs), on the same grid.
+        probability: for a segmentation, the foreground probability (where labels overlap, the largest of theirs), on
+            the same grid.
         probabilities: for a segmentation, on request, the probability of each label by its code (where there are
-            several), or of each region by its name.
+            several) or of each region by its name.
         embedding: for an encoder, the volume embedding ``(D,)``.
-        contrasts, missing: the contrasts that were read, and those of the model that were not there.
-        notes: what a reader should know of the scans.
-        rejected: scans of the session that could not be used, with the reason.
+        contrasts, missing: contrasts that were read, and contrasts of the model that were absent.
+        notes: remarks on the scans.
+        rejected: scans of the session that cannot be used, with the reason.
     """
 
     task: str
@@ -99,7 +94,7 @@ class Prediction:
     probabilities: dict[str, nib.Nifti1Image] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """The answer and how it came about, for JSON."""
+        """Answer, contrasts and notes, for JSON."""
         return {
             "task": self.task,
             "subject": self.subject,
@@ -113,11 +108,11 @@ class Prediction:
         }
 
     def without_images(self) -> Prediction:
-        """The same answer without what takes the memory of a volume."""
+        """The same prediction without images."""
         return replace(self, image=None, probability=None, masks={}, probabilities={})
 
     def save(self, folder: str | Path, name: str | None = None, *, probabilities: bool = False) -> list[Path]:
-        """Write ``NAME.json`` and what there is of images and vectors; returns the files, the JSON last.
+        """Write ``NAME.json``, images and vectors; returns the files, the JSON last.
 
         ``NAME_dseg.nii.gz`` holds label codes; where labels overlap, ``NAME_label-REGION_mask.nii.gz`` each region.
         With ``probabilities`` also ``NAME_probability.nii.gz``, and ``NAME_label-LABEL_probability.nii.gz`` of each
@@ -146,14 +141,14 @@ class Prediction:
 def file_stem(subject: str, session: str) -> str:
     """The name of a session's files, ``SUBJECT_ses-SESSION``.
 
-    A name that a table gives may be no file name, such as ``../x``: it becomes a plain one, with a hash of the two so
-    that others that become the same plain name do not overwrite it.
+    A subject that is no file name, such as ``../x``, becomes a plain name with a hash, so that two subjects with the
+    same plain name do not overwrite each other.
 
     >>> file_stem("sub-01", "1"), file_stem("../x", "1")
     ('sub-01_ses-1', '-x_ses-1-3c2f0059')
     """
-    said = "_".join(part for part in (subject, session and f"ses-{session}") if part)
-    plain = re.sub(r"[^\w .+=@-]", "-", said).lstrip(".")
-    if plain == said and "_ses-" not in subject and len(said.encode()) <= _LONGEST_NAME:
-        return said
+    name = "_".join(part for part in (subject, session and f"ses-{session}") if part)
+    plain = re.sub(r"[^\w .+=@-]", "-", name).lstrip(".")
+    if plain == name and "_ses-" not in subject and len(name.encode()) <= _MAX_NAME_BYTES:
+        return name
     return f"{plain[:50]}-{hashlib.sha256(json.dumps([subject, session]).encode()).hexdigest()[:8]}"

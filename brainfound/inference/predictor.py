@@ -1,7 +1,8 @@
-"""From files to answers: a bundle or an encoder, loaded once, asked many times."""
+"""The predictor: a bundle or an encoder with its own preprocessing, from files to answers."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,20 +23,20 @@ from brainfound.errors import ScanError, UsageError
 from brainfound.finetuning.calibration import AnswerCalibration
 from brainfound.finetuning.targets import Target
 from brainfound.inference.explanation import Explanation, choose_methods, explain_stack
-from brainfound.inference.given_scans import resolve_scans
 from brainfound.inference.prediction import Prediction
+from brainfound.inference.scans import session_from_scans
 from brainfound.inference.segmentation import SegmentationOptions, build_segmentation_fields
 from brainfound.models.stack_inference import infer
 
 
 @dataclass(frozen=True)
 class PredictorInput:
-    """A session as a predictor has read it, before the model is asked.
+    """A prepared session.
 
     Attributes:
-        stack: what the model will see.
-        notes: what a reader of the answer should know of the scans.
-        rejected: scans that could not be used, with the reason.
+        stack: the model's input.
+        notes: remarks on the scans for the reader of the answer.
+        rejected: scans that cannot be used, with the reason.
     """
 
     stack: Stack
@@ -44,23 +45,22 @@ class PredictorInput:
 
 
 class Predictor:
-    """A model with its own preprocessing, ready to be asked.
+    """A model with its own preprocessing.
 
     Args:
         model: a BrainFound model, or a PEFT model around one.
-        preprocessing: the one that the model was trained with.
-        target: how its answers read; None for an encoder.
+        preprocessing: the preprocessing of the training data.
+        target: the meaning of the model's outputs; None for an encoder.
         num_slices: slices to read per session; None for all.
-        device: where it runs; None: the first GPU that there is, else the CPU.
-        hooks: tools that are run on each scan first, as they were on the training scans.
-        calibration: what was fitted on the validation part; its answers stand beside the raw ones.
-        options: of a segmentation: averaging, small pieces, probabilities of classes.
-        contract: what the scans were like that it learnt from; None where that is not known.
-        withheld: contrasts that the model learnt without, and that are not shown to it: its recipe's `contrasts`
-            leaves them out.
+        device: None: the first GPU, else the CPU.
+        hooks: external tools to run on each scan first, as on the training scans.
+        calibration: fitted on the validation part; calibrated answers stand next to the raw ones.
+        options: options of a segmentation: test-time augmentation, minimal volume, class probabilities.
+        contract: properties of the training scans; None where unknown.
+        withheld: contrasts that the recipe excluded from training; the model never reads them.
 
     Raises:
-        UsageError: the model's scans went through other hooks, or the options are for a segmentation and it is none.
+        UsageError: the training scans went through other hooks, or segmentation options for another task.
     """
 
     def __init__(
@@ -76,27 +76,30 @@ class Predictor:
         contract: InputContract | None = None,
         withheld: Sequence[str] = (),
     ) -> None:
-        self.contract, self.withheld = contract, tuple(withheld)
-        self.calibration = calibration or AnswerCalibration()
-        if options != SegmentationOptions() and (target is None or target.task != "segmentation"):
-            raise UsageError(
-                "flips, overlap and a smallest volume are for segmentations",
-                where="options",
-                got="an encoder" if target is None else f"a {target.task} model",
-                remedy="Leave them out",
-            )
         if hooks:
             preprocessing.require_hooks([hook.name for hook in hooks])
-        self.hooks, self.options = tuple(hooks), options
         self.device = resolve_device(device)
         self.model = model.to(self.device).eval()
         self.preprocessing, self.target, self.num_slices = preprocessing, target, num_slices
+        self.hooks, self.contract, self.withheld = tuple(hooks), contract, tuple(withheld)
+        self.calibration = calibration or AnswerCalibration()
+        self.options = self._checked(options)
+
+    def _checked(self, options: SegmentationOptions) -> SegmentationOptions:
+        if options != SegmentationOptions() and self.task != "segmentation":
+            raise UsageError(
+                "flips, overlap and a smallest volume are for segmentations",
+                where="options",
+                got="an encoder" if self.target is None else f"a {self.task} model",
+                remedy="Leave them out",
+            )
+        return options
 
     def as_encoder(self) -> Predictor:
-        """The same model, asked for the volume embedding before its head.
+        """The same model without its head: it answers with the volume embedding.
 
         Raises:
-            UsageError: a segmentation, which makes no volume embedding.
+            UsageError: a segmentation model, which has no volume embedding.
         """
         if self.task == "segmentation":
             raise UsageError(
@@ -104,57 +107,41 @@ class Predictor:
                 expected="an encoder, or a classification or regression model",
                 remedy="Use predict for its answer, or embed with the encoder that it was fine-tuned from",
             )
-        return Predictor(
-            self.model,
-            self.preprocessing,
-            None,
-            self.num_slices,
-            self.device,
-            self.hooks,
-            contract=self.contract,
-            withheld=self.withheld,
-        )
+        encoder = copy.copy(self)
+        encoder.target, encoder.calibration = None, AnswerCalibration()
+        return encoder
 
     def with_options(self, options: SegmentationOptions) -> Predictor:
-        """The same model with other options of a segmentation.
+        """The same model with other segmentation options.
 
         Raises:
-            UsageError: it is no segmentation.
+            UsageError: the model is no segmentation.
         """
-        return Predictor(
-            self.model,
-            self.preprocessing,
-            self.target,
-            self.num_slices,
-            self.device,
-            self.hooks,
-            self.calibration,
-            options,
-            self.contract,
-            self.withheld,
-        )
+        other = copy.copy(self)
+        other.options = self._checked(options)
+        return other
 
     @property
     def input_contrasts(self) -> tuple[str, ...]:
-        """The contrasts that the model is shown: those that it learnt from, as far as that is known."""
-        learnt = self.contract.coarsest_mm if self.contract else {}
-        known = (name for name in self.preprocessing.contrasts if name not in self.withheld)
-        return tuple(name for name in known if not learnt or name in learnt)
+        """The contrasts that the model reads: those of its training sessions, as far as they are known."""
+        trained = self.contract.coarsest_mm if self.contract else {}
+        names = (name for name in self.preprocessing.contrasts if name not in self.withheld)
+        return tuple(name for name in names if not trained or name in trained)
 
     @property
     def task(self) -> str:
         return "embedding" if self.target is None else self.target.task
 
     def predict(self, *paths: str | Path, **contrast_paths: str | Path) -> Prediction:
-        """Ask about one session.
+        """Predict one session from files.
 
         Args:
-            paths: scans whose file names say their contrast (``…_T1w.nii.gz``, ``flair.nii.gz``).
-            contrast_paths: scans by contrast: ``predict("a.nii.gz", flair="b.nii.gz")``. One single path whose name
-                says nothing is taken for the model's contrast if it has only one.
+            paths: scans whose file names state their contrast (``…_T1w.nii.gz``, ``flair.nii.gz``).
+            contrast_paths: scans by contrast: ``predict("a.nii.gz", flair="b.nii.gz")``. A single path without a
+                contrast in its name is taken for the model's only remaining contrast.
 
         Raises:
-            UsageError: a contrast is given twice, is not one of the model's, or cannot be told from the name.
+            UsageError: a contrast is given twice, is not one of the model's, or does not follow from the name.
             ScanError: a scan cannot be used.
         """
         return self.predict_prepared(self._prepare_files(paths, contrast_paths))
@@ -166,67 +153,65 @@ class Predictor:
         class_name: str | None = None,
         **contrast_paths: str | Path,
     ) -> Explanation:
-        """Maps of what the model looks at in one session; see `brainfound.inference.explanation`.
+        """Explanation maps of one session; see `brainfound.inference.explanation`.
 
         Args:
             paths, contrast_paths: as for `predict`.
-            method: one or several of `brainfound.inference.explanation.METHODS`; None: all that the model can give.
+            method: one or several of `brainfound.inference.explanation.METHODS`; None: all that fit the model.
             class_name: the class whose score the gradient follows; None: the most probable one.
 
         Raises:
-            UsageError: as `predict`; or a method is unknown, the model cannot give it, or has no such class.
+            UsageError: as `predict`; or an unknown method or class, or a method that does not fit the model.
             ScanError: a scan cannot be used.
         """
         methods = choose_methods(self.model, self.target, method, class_name)
-        ready = self._prepare_files(paths, contrast_paths)
-        return self.explain_stack(ready.stack, ready.notes, ready.rejected, method=methods, class_name=class_name)
+        return self.explain_prepared(self._prepare_files(paths, contrast_paths), methods, class_name)
 
-    def explain_stack(
-        self,
-        stack: Stack,
-        notes: tuple[str, ...] = (),
-        rejected: tuple[str, ...] = (),
-        *,
-        method: str | Sequence[str] | None = None,
-        class_name: str | None = None,
+    def explain_prepared(
+        self, ready: PredictorInput, method: str | Sequence[str] | None = None, class_name: str | None = None
     ) -> Explanation:
-        """Explain a stack that this predictor's preprocessing made; notes and rejected scans are passed on."""
-        stack, told = self._select_contrasts(stack)
-        how = (method, class_name, (*notes, *told), rejected)
-        return explain_stack(self.model, stack, self.target, self.num_slices, *how)
-
-    def _prepare_files(self, paths: Sequence[str | Path], contrast_paths: dict[str, str | Path]) -> PredictorInput:
-        """The files of one session as the model will see them."""
-        files, notes = resolve_scans(paths, contrast_paths, self.input_contrasts)
-        prepared = prepare_session(Session("", "", files, {}, {}), self.preprocessing, hooks=self.hooks)
-        for entry in prepared.refused:
-            raise ScanError(entry.reason, where=entry.file.name)
-        assert prepared.stack is not None, "nothing was refused, so there is a stack"
-        return PredictorInput(prepared.stack, (*notes, *self._notes_on(prepared)))
+        """Explanation maps of a session that `prepare` has read."""
+        ready = self._restrict(ready)
+        return explain_stack(
+            self.model,
+            ready.stack,
+            self.target,
+            self.num_slices,
+            method,
+            class_name,
+            notes=ready.notes,
+            rejected=ready.rejected,
+        )
 
     def predict_session(self, session: Session) -> Prediction:
-        """Ask about a session of a cohort; scans that cannot be used are treated as absent and noted.
+        """Predict a session of a cohort; a scan that cannot be used counts as absent and is noted.
 
         Raises:
             ScanError: no scan of the session can be used.
         """
         return self.predict_prepared(self.prepare(session))
 
-    def prepare(self, session: Session) -> PredictorInput:
-        """Read a session of a cohort as the model will see it; the model is not asked.
+    def predict_stack(self, stack: Stack) -> Prediction:
+        """Predict a stack that was made with this predictor's preprocessing.
 
-        Scans that cannot be used, and those of contrasts that the model never learnt to read, are left out and noted.
+        Raises:
+            ScanError: the model reads none of its contrasts.
+        """
+        return self.predict_prepared(PredictorInput(stack))
+
+    def prepare(self, session: Session) -> PredictorInput:
+        """Read and preprocess a session of a cohort.
+
+        Scans that cannot be used, and contrasts that the model does not read, are left out and noted.
 
         Raises:
             ScanError: no scan of the session can be used.
         """
-        unread = [
-            contrast for contrast in session.scans if contrast in CONTRASTS and contrast not in self.input_contrasts
-        ]
-        scans = {contrast: file for contrast, file in session.scans.items() if contrast not in unread}
-        extra = tuple((contrast, file) for contrast, file in session.extra_scans if contrast not in unread)
-        known = replace(session, scans=scans, extra_scans=extra, covariates={}, masks={})
-        prepared = prepare_session(known, self.preprocessing, hooks=self.hooks)
+        unread = [name for name in session.scans if name in CONTRASTS and name not in self.input_contrasts]
+        scans = {contrast: path for contrast, path in session.scans.items() if contrast not in unread}
+        extra = tuple((contrast, path) for contrast, path in session.extra_scans if contrast not in unread)
+        session = replace(session, scans=scans, extra_scans=extra, covariates={}, masks={})
+        prepared = prepare_session(session, self.preprocessing, hooks=self.hooks)
         further = [f"{entry.contrast}: {entry.reason}" for entry in prepared.further_scans]
         further += [f"{contrast}: not read, the model was not trained with it" for contrast in unread]
         rejected = tuple(f"{entry.contrast}: {entry.file.name}: {entry.reason}" for entry in prepared.refused)
@@ -234,9 +219,14 @@ class Predictor:
             raise ScanError(f"no scan can be used; {[*rejected, *further, 'none is there'][0]}", where=session.subject)
         return PredictorInput(prepared.stack, (*further, *self._notes_on(prepared)), rejected)
 
-    def predict_prepared(self, ready: PredictorInput) -> Prediction:
-        """Ask about a session that this predictor's `prepare` has read."""
-        return self.predict_stack(ready.stack, ready.notes, ready.rejected)
+    def _prepare_files(self, paths: Sequence[str | Path], contrast_paths: dict[str, str | Path]) -> PredictorInput:
+        """Read and preprocess the files of one session; a file that cannot be used is an error."""
+        session, notes = session_from_scans(paths, contrast_paths, self.input_contrasts)
+        prepared = prepare_session(session, self.preprocessing, hooks=self.hooks)
+        for entry in prepared.refused:
+            raise ScanError(entry.reason, where=entry.file.name)
+        assert prepared.stack is not None, "nothing was refused, so there is a stack"
+        return PredictorInput(prepared.stack, (*notes, *self._notes_on(prepared)))
 
     def _notes_on(self, prepared: PreparedSession) -> list[str]:
         notes = [f"{quality.contrast}: {note}" for quality in prepared.quality for note in quality.notes]
@@ -245,28 +235,45 @@ class Predictor:
             notes.append(f"the model learnt from scans that went through {names}; these were taken as they are")
         return notes
 
-    def predict_stack(self, stack: Stack, notes: tuple[str, ...] = (), rejected: tuple[str, ...] = ()) -> Prediction:
-        """Ask about a stack that this predictor's preprocessing made; notes and rejected scans are passed on.
+    def _restrict(self, ready: PredictorInput) -> PredictorInput:
+        """Hide contrasts that the model does not read, and note those that it was never trained without.
 
         Raises:
-            ScanError: it has only contrasts that the model does not read.
+            ScanError: the model reads none of the contrasts.
         """
+        stack = ready.stack
+        present = [name for name, is_present in zip(stack.contrasts, stack.present, strict=True) if is_present]
+        hidden = tuple(name for name in present if name not in self.input_contrasts)
+        if hidden and len(hidden) == len(present):
+            raise ScanError(
+                "there is no contrast that the model reads",
+                got=", ".join(hidden),
+                expected=", ".join(self.input_contrasts),
+            )
+        notes = [f"{contrast} was not read: the model learnt without it" for contrast in hidden]
+        needed = () if self.contract is None else self.contract.never_absent
+        missing = [name for name in needed if name in self.input_contrasts and name not in present]
+        notes += [missing_contrast_note(name) for name in missing]
+        return replace(ready, stack=remove_contrasts(stack, hidden) if hidden else stack, notes=(*ready.notes, *notes))
+
+    def predict_prepared(self, ready: PredictorInput) -> Prediction:
+        """Predict a session that `prepare` has read."""
         target, options = self.target, self.options
-        stack, told = self._select_contrasts(stack)
-        notes = (*notes, *told)
+        ready = self._restrict(ready)
+        stack = ready.stack
         several = target is not None and (bool(target.regions) or len(target.codes) > 2)
         answer = infer(
             self.model, stack, self.num_slices, options.augmentation, options.class_probabilities and several
         )
-        present = tuple(c for c, here in zip(stack.contrasts, stack.present, strict=True) if here)
+        present = tuple(c for c, is_present in zip(stack.contrasts, stack.present, strict=True) if is_present)
         common: dict[str, Any] = {
             "task": self.task,
             "contrasts": present,
             "missing": tuple(c for c in self.input_contrasts if c not in present),
             "subject": stack.subject,
             "session": stack.session,
-            "notes": notes,
-            "rejected": rejected,
+            "notes": ready.notes,
+            "rejected": ready.rejected,
         }
         if target is None:
             assert answer.embedding is not None
@@ -284,40 +291,17 @@ class Predictor:
             assert answer.probabilities is not None
             probabilities = {name: float(p) for name, p in zip(target.names, answer.probabilities, strict=True)}
             if target.multi_label:
-                said: dict[str, Any] = {"present": [name for name, p in probabilities.items() if p > 0.5]}
+                stated: dict[str, Any] = {"present": [name for name, p in probabilities.items() if p > 0.5]}
             else:
-                said = {"class": max(probabilities, key=probabilities.__getitem__)}
-            values = {"target": target.column, **said, "probabilities": probabilities}
+                stated = {"class": max(probabilities, key=probabilities.__getitem__)}
+            values = {"target": target.column, **stated, "probabilities": probabilities}
             values |= self.calibration.calibrate_answer(answer, target)
             return Prediction(answer=values, **common)
         return Prediction(**build_segmentation_fields(stack, answer, target, options), **common)
 
-    def _select_contrasts(self, stack: Stack) -> tuple[Stack, tuple[str, ...]]:
-        """A stack as the model sees it, a note on each contrast that this hides, and on each that it cannot do without.
-
-        Raises:
-            ScanError: it has only contrasts that the model does not read.
-        """
-        present = [name for name, here in zip(stack.contrasts, stack.present, strict=True) if here]
-        hidden = tuple(name for name in present if name not in self.input_contrasts)
-        if hidden and len(hidden) == len(present):
-            raise ScanError(
-                "there is no contrast that the model reads",
-                got=", ".join(hidden),
-                expected=", ".join(self.input_contrasts),
-            )
-        told = [f"{contrast} was not read: the model learnt without it" for contrast in hidden]
-        needed = () if self.contract is None else self.contract.never_absent
-        told += [
-            missing_contrast_note(contrast)
-            for contrast in needed
-            if contrast in self.input_contrasts and contrast not in present
-        ]
-        return (remove_contrasts(stack, hidden) if hidden else stack), tuple(told)
-
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
-    """The device that is asked for; None: the first GPU that there is, else the CPU.
+    """The requested device; None: the first GPU, else the CPU.
 
     Raises:
         UsageError: there is no such device.

@@ -1,4 +1,4 @@
-"""What the frozen embeddings of a store know: a label, the site, and whether two sessions are of one subject.
+"""Linear probes of frozen embeddings: a label, the site, and test-retest reliability.
 
 Axis legend: N sessions, D width.
 """
@@ -27,14 +27,14 @@ from brainfound.models.stack_inference import unwrap_peft
 
 @dataclass(frozen=True)
 class ProbedEmbeddings:
-    """What a linear model reads from embeddings, and how alike two sessions of a subject are.
+    """Probe scores of label and site, and test-retest reliability.
 
     Attributes:
-        label, site: the columns that were asked for.
-        probed: label beside site; None where no label was asked for.
+        label, site: the probed columns.
+        probed: scores of label and site; None without a label.
         retest: None where fewer than two subjects have two sessions.
-        num_probed: sessions with a label and a site, which `probed` is of.
-        num_sessions: of the store, which `retest` is of.
+        num_probed: sessions with a label and a site, the basis of `probed`.
+        num_sessions: sessions of the store, the basis of `retest`.
     """
 
     label: str | None
@@ -45,13 +45,12 @@ class ProbedEmbeddings:
     num_sessions: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; of the ICC of each dimension only the median."""
+        """Plain values for JSON, with the median ICC in place of one per dimension."""
         content: dict[str, Any] = {"label": self.label, "site": self.site, "num_sessions": self.num_sessions}
         if self.probed is not None:
             content |= {"num_probed": self.num_probed, "probed": asdict(self.probed)}
         if self.retest is not None:
-            of_retest = asdict(self.retest)
-            content["retest"] = {name: value for name, value in of_retest.items() if name != "icc"}
+            content["retest"] = {name: value for name, value in asdict(self.retest).items() if name != "icc"}
         return content
 
 
@@ -66,21 +65,21 @@ def probe(
     cache: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ProbedEmbeddings:
-    """Ask what a model's embeddings know, each session's the mean over its slices.
+    """Probe frozen embeddings; a session's embedding is the mean over its slices.
 
     Args:
-        model: an encoder, or a fine-tuned classification or regression, whose encoder is then asked.
-        data: a store, prepared as the model's own.
-        label: a column of the store; None: only test and retest.
-        site: the column that says the site or the scanner.
+        model: an encoder, or a fine-tuned classification or regression model, whose encoder is probed.
+        data: a store, prepared like the training data.
+        label: a column of the store; None: only test-retest.
+        site: the column of the site or scanner.
         num_slices: evenly spaced slices of each session.
-        seed: of folds and bootstrap.
-        cache: a folder in which embeddings are kept, so that another question takes seconds; None: nowhere.
+        seed: seed of folds and bootstrap.
+        cache: a folder for the embeddings, so that further probes take seconds; None: a temporary one.
         progress: called with (sessions done, sessions to do).
 
     Raises:
-        UsageError: no such column, too few sites, classes or subjects, or nothing that can be asked.
-        ModelError: there is no such model. TrainingError: the embeddings are not finite.
+        UsageError: no such column, too few sites, classes or subjects, or nothing to probe.
+        ModelError: there is no such model. TrainingError: non-finite embeddings.
     """
     store = data if isinstance(data, Store) else Store.open(data)
     predictor = load(model).as_encoder()
@@ -95,8 +94,8 @@ def probe(
         known = np.array([i for i in sessions if all(label_text(column[i]) != "missing" for column in columns)], int)
         if not len(known):
             raise UsageError("no session has a label and a site", where=f"columns {label}, {site}")
-        of_label, of_site = (column[known] for column in columns)
-        validate_probe_columns(of_site, of_label, subjects[known])  # refused now, and not after embedding
+        labels, sites = (column[known] for column in columns)
+        validate_probe_columns(sites, labels, subjects[known])  # before any embedding
     twice = {
         subject for subject in set(subjects[sessions]) if len(set(names[sessions][subjects[sessions] == subject])) > 1
     }
@@ -109,18 +108,18 @@ def probe(
         )
     with ExitStack() as stack:
         folder = cache if cache is not None else stack.enter_context(tempfile.TemporaryDirectory())
-        asked = unwrap_peft(predictor.model)
-        kept = EmbeddingCache(getattr(asked, "brainfound", asked), store, folder, num_slices)
-        kept.ensure_embedded(sessions.tolist(), progress)
-        embeddings = dict(zip(sessions.tolist(), kept.mean_embeddings(sessions.tolist()), strict=True))
+        encoder = unwrap_peft(predictor.model)
+        embedding_cache = EmbeddingCache(getattr(encoder, "brainfound", encoder), store, folder, num_slices)
+        embedding_cache.ensure_embedded(sessions.tolist(), progress)
+        embeddings = dict(zip(sessions.tolist(), embedding_cache.mean_embeddings(sessions.tolist()), strict=True))
     if not np.isfinite(list(embeddings.values())).all():
         raise TrainingError("the model gives embeddings that are not finite", where=model, remedy="Give another model")
 
-    def rows(of: np.ndarray) -> np.ndarray:
-        return np.stack([embeddings[int(i)] for i in of]).astype(np.float64)
+    def rows(indices: np.ndarray) -> np.ndarray:
+        return np.stack([embeddings[int(i)] for i in indices]).astype(np.float64)
 
     probed = None
     if label is not None:
-        probed = site_probe(rows(known), of_site, of_label, subjects[known], seed)
+        probed = site_probe(rows(known), sites, labels, subjects[known], seed)
     retest = test_retest(rows(sessions), subjects[sessions], names[sessions]) if len(twice) > 1 else None
     return ProbedEmbeddings(label, site, probed, retest, len(known), len(sessions))

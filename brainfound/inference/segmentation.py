@@ -1,10 +1,6 @@
-"""A model's segmentation of a stack → label maps, masks, probabilities and volumes on the scan's own grid.
+"""A segmentation of a stack → label maps, masks, probabilities and volumes on the grid of the reference scan.
 
-Axis legend: S slices, K classes (or overlapping labels), H W pixels.
-
-Connected pieces of a label that are too small to be believed.
-
-Axis legend: X Y Z voxels of the scan as stored.
+Axis legend: S slices, K classes (or overlapping labels), H W pixels, X Y Z voxels of the scan as stored.
 """
 
 from __future__ import annotations
@@ -30,14 +26,14 @@ _ROUNDING = 1e-6
 def without_small_components(
     labels: Integer[np.ndarray, "X Y Z"], voxel_mm3: float, min_volume_mm3: float
 ) -> tuple[Integer[np.ndarray, "X Y Z"], dict[int, int]]:
-    """Labels without their connected pieces of less than a volume, and how many pieces each label code lost.
+    """Remove small connected components; returns the labels and the number of removed components per label code.
 
-    Voxels of one code that share a face, an edge or a corner are connected (26 neighbours). What is removed becomes 0.
+    Voxels of one code that share a face, an edge or a corner are connected (26 neighbours). Removed voxels become 0.
 
     Args:
         labels: label codes, 0 for background.
         voxel_mm3: volume of a voxel.
-        min_volume_mm3: the smallest volume that stays.
+        min_volume_mm3: components below this volume are removed.
     """
     kept = labels.copy()
     removed: dict[int, int] = {}
@@ -47,7 +43,7 @@ def without_small_components(
         pieces, count = ndimage.label(labels[box] == code, structure=np.ones((3, 3, 3)))
         volumes_mm3 = np.bincount(pieces.ravel(), minlength=count + 1) * voxel_mm3
         small = volumes_mm3 < min_volume_mm3 * (1 - _ROUNDING)
-        small[0] = False  # what is not of this code
+        small[0] = False  # other codes
         kept[box][small[pieces]] = 0
         removed[code] = int(small.sum())
     return kept, removed
@@ -55,17 +51,17 @@ def without_small_components(
 
 @dataclass(frozen=True)
 class SegmentationOptions:
-    """What is done beyond one plain look at each slice. All of it is off by default.
+    """Options of a segmentation; all are off by default.
 
     Attributes:
-        flips: average with a look at the slices with left and right exchanged. Not for labels that name a side.
+        flips: average with the left-right mirrored slices. Not for labels that name a side.
         overlap: average over four positions of the patch grid, half a patch apart.
-        min_volume_mm3: connected pieces of a label that are smaller are removed from label maps and masks, on the
-            scan's own grid; probabilities stay as they are.
-        class_probabilities: keep the probability of every class or label, not that of the foreground alone.
+        min_volume_mm3: connected components below this volume are removed from label maps and masks, on the grid of
+            the scan; probabilities stay unchanged.
+        class_probabilities: keep the probability of each class or label, not only that of the foreground.
 
     Raises:
-        UsageError: a volume below 0.
+        UsageError: a negative volume.
     """
 
     flips: bool = False
@@ -87,7 +83,7 @@ class SegmentationOptions:
 def build_segmentation_fields(
     stack: Stack, answer: StackPrediction, target: Target, options: SegmentationOptions
 ) -> dict[str, Any]:
-    """The fields of a `Prediction` that a segmentation has: answer, image or masks, probability, probabilities."""
+    """The segmentation fields of a `Prediction`: answer, image or masks, probability, probabilities."""
     assert answer.foreground_probability is not None
     fields: dict[str, Any] = {"probability": probability_image(stack, answer.foreground_probability)}
     if target.regions:
@@ -120,8 +116,8 @@ def _masks(stack: Stack, answer: StackPrediction, target: Target, options: Segme
     assert answer.labels is not None
     masks, volumes, removed = {}, {}, {}
     for k, name in enumerate(target.names):
-        mask, lost = _apply_min_volume(segmentation_image(stack, answer.labels[:, k].astype(np.uint8)), options)
-        masks[name], removed[name] = mask, lost.get(1, 0)
+        mask, counts = _apply_min_volume(segmentation_image(stack, answer.labels[:, k].astype(np.uint8)), options)
+        masks[name], removed[name] = mask, counts.get(1, 0)
         volumes[name] = volumes_mm3(mask, {1: name})[name]
     content: dict[str, Any] = {
         "regions": {name: list(codes) for name, codes in zip(target.names, target.regions, strict=True)},

@@ -143,7 +143,7 @@ def test_no_more_cards_are_kept_than_the_picture_has_room_for(cli, make_cohort, 
         draw(report, *arguments)
 
     monkeypatch.setattr(module._Report, "write_picture", count)
-    monkeypatch.setattr(module, "MOST_CARDS", 2)
+    monkeypatch.setattr(module, "MAX_CARDS", 2)
     cohort = make_cohort(tmp_path / "seven", num_subjects=7, contrasts=("T1w", "FLAIR"))
     for file in cohort.glob("*FLAIR*"):
         file.write_bytes(b"broken")

@@ -17,9 +17,9 @@ from brainfound.adapters import AdapterRecipe, attach_adapter, merge
 from brainfound.data.batches import collate, remove_contrasts
 from brainfound.errors import ModelError, UsageError
 from brainfound.finetuning.targets import Target
-from brainfound.inference import explanation_methods as explanation_gradient
+from brainfound.inference import explanation_methods
+from brainfound.inference.cohort import explain_cohort
 from brainfound.inference.explanation import METHODS, choose_methods, explain_stack
-from brainfound.inference.explanation_cohort import explain
 from brainfound.inference.explanation_methods import ExplanationInputs, principal_components, scale_to_unit_range
 from brainfound.inference.predictor import Predictor
 from brainfound.models import (
@@ -242,7 +242,7 @@ def test_gradients_in_chunks_are_those_of_the_whole_model(make, stack, monkeypat
     expected = full_gradient(model, shown, lambda output: output.logits[0, 1])
     upsampled = F.interpolate(torch.from_numpy(expected), scale_factor=PATCH, mode="bilinear").numpy()
     for chunk in (3, 1000):
-        monkeypatch.setattr(explanation_gradient, "CHUNK", chunk)
+        monkeypatch.setattr(explanation_methods, "CHUNK", chunk)
         found = explain_stack(model, shown, target, method="gradient", class_name="patient")
         image = values(found, "gradient")
         assert image.shape == (*shown.grid, len(shown.contrasts))
@@ -487,7 +487,7 @@ def test_a_cohort_is_explained_session_by_session(make, small_store, make_cohort
     model, target = make()
     predictor = Predictor(model, small_store.preprocessing, target, num_slices=3)
     source, out, seen = make_cohort(tmp_path / "source", num_subjects=2), tmp_path / "maps", []
-    outcomes = explain(
+    outcomes = explain_cohort(
         predictor, source, out, method=["rollout", "pca"], progress=lambda done, total: seen.append((done, total))
     )
     assert seen == [(1, 2), (2, 2)]
@@ -498,5 +498,5 @@ def test_a_cohort_is_explained_session_by_session(make, small_store, make_cohort
     assert content["pca"] == outcomes[1].explanation.numbers["pca"]
     assert len(content["slices"]) == len(content["positions_mm"]) == 3
     assert "no evidence" in content["caution"]
-    again = explain(predictor, source, out)
+    again = explain_cohort(predictor, source, out)
     assert {outcome.reason for outcome in again} == {"already done"}

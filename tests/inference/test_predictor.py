@@ -15,9 +15,9 @@ from brainfound.finetuning.finetune import finetune
 from brainfound.finetuning.recipe import FinetuneRecipe
 from brainfound.inference.cohort import predict
 from brainfound.inference.evaluation import evaluate
-from brainfound.inference.given_scans import parse_inputs
 from brainfound.inference.loading import load
 from brainfound.inference.prediction import file_stem
+from brainfound.inference.scans import parse_inputs
 from brainfound.models.stack_inference import StackPrediction
 from brainfound.recipes import validate
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from brainfound.errors import UsageError
-from brainfound.inference.given_scans import resolve_scans
+from brainfound.inference.scans import session_from_scans
 
 
 @pytest.fixture
@@ -17,24 +17,24 @@ def scans(tmp_path):
 
 
 def test_a_name_that_says_nothing_is_the_contrast_that_is_left(scans):
-    files, notes = resolve_scans([scans["a"]], {"flair": scans["b"]}, ("T1w", "FLAIR"))
-    assert files == {"T1w": scans["a"], "FLAIR": scans["b"]}
+    session, notes = session_from_scans([scans["a"]], {"flair": scans["b"]}, ("T1w", "FLAIR"))
+    assert session.scans == {"T1w": scans["a"], "FLAIR": scans["b"]}
     assert notes == ["a.nii.gz was read as T1w: its name does not say, and no other contrast was left"]
-    files, notes = resolve_scans([scans["a"]], {}, ("T2w",))
-    assert (files, notes) == ({"T2w": scans["a"]}, [])
+    session, notes = session_from_scans([scans["a"]], {}, ("T2w",))
+    assert (session.scans, notes) == ({"T2w": scans["a"]}, [])
 
 
 def test_nothing_is_guessed_where_two_are_left(scans):
     with pytest.raises(UsageError, match=r"cannot be told.*expected T1w, T2w\)\. Say it: T2w=a\.nii\.gz"):
-        resolve_scans([scans["a"]], {"flair": scans["b"]}, ("T1w", "T2w", "FLAIR"))
+        session_from_scans([scans["a"]], {"flair": scans["b"]}, ("T1w", "T2w", "FLAIR"))
     with pytest.raises(UsageError, match="cannot be told"):
-        resolve_scans([scans["a"], scans["c"]], {"flair": scans["b"]}, ("T1w", "T2w", "FLAIR"))
+        session_from_scans([scans["a"], scans["c"]], {"flair": scans["b"]}, ("T1w", "T2w", "FLAIR"))
     with pytest.raises(UsageError, match="cannot be told"):
-        resolve_scans([scans["a"]], {"t1": scans["b"], "flair": scans["c"]}, ("T1w", "FLAIR"))
+        session_from_scans([scans["a"]], {"t1": scans["b"], "flair": scans["c"]}, ("T1w", "FLAIR"))
 
 
 def test_a_name_that_says_it_counts_before_what_is_left(scans):
     with pytest.raises(UsageError, match="two scans of FLAIR"):
-        resolve_scans([scans["s1_FLAIR"]], {"flair": scans["b"]}, ("T1w", "FLAIR"))
-    files, notes = resolve_scans([scans["s1_FLAIR"], scans["s1_T1w"]], {}, ("T1w", "FLAIR"))
-    assert (set(files), notes) == ({"T1w", "FLAIR"}, [])
+        session_from_scans([scans["s1_FLAIR"]], {"flair": scans["b"]}, ("T1w", "FLAIR"))
+    session, notes = session_from_scans([scans["s1_FLAIR"], scans["s1_T1w"]], {}, ("T1w", "FLAIR"))
+    assert (set(session.scans), notes) == ({"T1w", "FLAIR"}, [])

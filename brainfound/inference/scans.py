@@ -1,0 +1,96 @@
+"""From command-line arguments or Python arguments to a session: which contrast each file shows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from brainfound.contrasts import UNKNOWN, contrast_from_filename, parse_contrast
+from brainfound.data.cohort import Session
+from brainfound.errors import ScanError, UsageError
+
+
+def parse_inputs(inputs: Iterable[str]) -> tuple[list[Path], dict[str, Path]]:
+    """``FILE`` and ``CONTRAST=FILE`` arguments → paths, and paths by contrast."""
+    paths: list[Path] = []
+    contrast_paths: dict[str, Path] = {}
+    for text in inputs:
+        name, equals, path = text.partition("=")
+        if equals and not Path(text).exists():
+            contrast = parse_contrast(name)
+            if contrast in contrast_paths:
+                raise UsageError(
+                    f"two scans of {contrast}", got=f"{contrast_paths[contrast]} and {path}", remedy="Give one"
+                )
+            contrast_paths[contrast] = Path(path)
+        else:
+            paths.append(Path(text))
+    return paths, contrast_paths
+
+
+def session_from_scans(
+    paths: Sequence[str | Path], contrast_paths: Mapping[str, str | Path], contrasts: Sequence[str]
+) -> tuple[Session, list[str]]:
+    """Group files into one session; returns it with notes on file names that do not state the contrast.
+
+    Args:
+        paths: scans whose file names state their contrast. A single file without one is taken for the model's only
+            remaining contrast.
+        contrast_paths: scans by contrast, in any spelling.
+        contrasts: contrasts that the model reads.
+
+    Raises:
+        UsageError: a contrast is given twice, is not one of the model's, or does not follow from the name.
+        ScanError: a file does not exist.
+    """
+    scans: dict[str, Path] = {}
+    notes = []
+    for name, path in contrast_paths.items():
+        contrast, named = parse_contrast(name), contrast_from_filename(path)
+        _add(scans, contrast, Path(path), contrasts)
+        if named not in (UNKNOWN, contrast):
+            notes.append(f"{Path(path).name} was read as {contrast}, as asked, but its name says {named}")
+    for path in map(Path, paths):
+        contrast = contrast_from_filename(path)
+        if contrast == UNKNOWN:
+            contrast = _only_remaining_contrast(path, scans, contrasts, alone=len(paths) == 1)
+            if len(contrasts) > 1:
+                notes.append(
+                    f"{path.name} was read as {contrast}: its name does not say, and no other contrast was left"
+                )
+        _add(scans, contrast, path, contrasts)
+    if not scans:
+        raise UsageError("no scan was given", where="predict", expected=", ".join(contrasts))
+    return Session("", "", scans, {}, {}), notes
+
+
+def _only_remaining_contrast(path: Path, scans: Mapping[str, Path], contrasts: Sequence[str], alone: bool) -> str:
+    if not path.is_file():
+        raise ScanError("no such file", where=path, remedy="Check the path; scans are given as FILE or CONTRAST=FILE")
+    left = [name for name in contrasts if name not in scans]
+    if alone and len(left) == 1:
+        return left[0]
+    raise UsageError(
+        "the contrast cannot be told from the file name",
+        where=path.name,
+        expected=", ".join(left or contrasts),
+        remedy=f"Say it: {(left or contrasts)[-1]}={path.name}",
+    )
+
+
+def _add(scans: dict[str, Path], contrast: str, path: Path, contrasts: Sequence[str]) -> None:
+    if contrast not in contrasts:
+        raise UsageError(
+            f"the model was not trained with {contrast}",
+            where=path.name,
+            expected=", ".join(contrasts),
+            remedy="Leave this scan out, or use a model that knows it",
+        )
+    if contrast in scans:
+        raise UsageError(f"two scans of {contrast}", got=f"{scans[contrast].name} and {path.name}", remedy="Give one")
+    for other, file in scans.items():
+        if file.resolve() == path.resolve():
+            raise UsageError(
+                f"the same file is given as {other} and as {contrast}", where=path.name, remedy="Give it once"
+            )
+    scans[contrast] = path
