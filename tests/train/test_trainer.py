@@ -21,7 +21,7 @@ from brainfound.train.targets import labelled_sessions, resolve_target
 from brainfound.train.volume_dataset import VolumeDataset, collate_volumes
 from brainfound.train.volumes import VolumeAugmentation
 
-PAGE = Path(__file__).parents[2] / "docs" / "trainer.md"
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "trainer.md"
 
 BINS = {"regression_head": "bins", "regression_bins": 8, "regression_range": [0.0, 100.0]}
 CASES = {
