@@ -1,6 +1,6 @@
 """Draw the pictures of the documentation from simulated heads, with the package and matplotlib alone.
 
-    python docs/pictures/draw.py                 # all pictures, under a minute on one core
+    python docs/pictures/draw.py                 # all pictures, about a minute of one core
     python docs/pictures/draw.py --work FOLDER   # keep the cohort, the store and the runs
 
 Every picture shows a real output of the tool: a cohort is simulated and prepared, a tiny ViT is pretrained and
