@@ -4,7 +4,7 @@
 
 A starting checkpoint that knows images and no brains is continued on simulated scans of two sites by the safe ladder,
 with several seeds, and probed frozen at a third site. Everything made is kept below --work, and used again. The road
-and its limits are described in docs/benchmarks.md.
+and its limits are described in docs/reference/benchmarks.md.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def measured_shares(store: Any, segmenter: Path) -> np.ndarray:
         raise UsageError(
             "no segmentation of simulated tissue on the grid of these scans",
             where="--segmenter",
-            remedy="Make it as docs/results.md says",
+            remedy="Make it as docs/reference/results.md says",
         )
     torch.set_num_threads(1)
     classes = (infer(predictor.model, store[session]).classes for session in range(len(store)))

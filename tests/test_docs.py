@@ -91,12 +91,12 @@ def test_a_command_in_passing_names_a_verb_and_its_options(command):
 
 def test_commands_were_found():
     assert len(shown_commands(ROOT / "README.md")) >= 6
-    assert {command.split()[0] for command in shown_commands(ROOT / "docs" / "cli.md")} == set(VERBS)
+    assert {command.split()[0] for command in shown_commands(ROOT / "docs" / "reference" / "cli.md")} == set(VERBS)
 
 
 @pytest.mark.parametrize("verb", sorted(set(VERBS) - {"demo"}))
 def test_every_option_is_documented(verb):
-    sections = re.split(r"^## ", read(ROOT / "docs" / "cli.md"), flags=re.MULTILINE)
+    sections = re.split(r"^## ", read(ROOT / "docs" / "reference" / "cli.md"), flags=re.MULTILINE)
     shared, *named = sections
     section = next(text for text in named if verb in re.split(r"[,\s]+", text.partition("\n")[0]))
     options = [parameter.opts[0] for parameter in VERBS[verb].params if parameter.opts[0].startswith("--")]
@@ -130,6 +130,18 @@ def test_paths_that_are_named_exist(page):
     named = re.findall(rf"(?<![\w/])(?:{folders})/[\w./-]+\.(?:py|md|yaml|sbatch)", read(page))
     named += re.findall(r"(?<![\w/])(?:constraints\.txt|Makefile|pyproject\.toml)", read(page))
     assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
+def test_pictures_are_small():
+    sizes = {path.name: path.stat().st_size for path in (ROOT / "docs" / "pictures").glob("*.png")}
+    assert len(sizes) >= 6
+    assert max(sizes.values()) < 300_000
+    assert sum(sizes.values()) < 1_500_000
+
+
+def test_every_page_is_in_the_index():
+    listed = {(ROOT / "docs" / link.partition("#")[0]).resolve() for link in links(ROOT / "docs" / "index.md")}
+    assert [name_of(page) for page in PAGES if page.parent.parent == ROOT / "docs" and page not in listed] == []
 
 
 def test_make_targets_exist():
@@ -258,13 +270,13 @@ def test_python_blocks_use_names_and_arguments_that_exist(page):
 
 
 def test_the_api_page_names_everything_public():
-    text = read(ROOT / "docs" / "python-api.md")
+    text = read(ROOT / "docs" / "reference" / "python-api.md")
     assert [name for name in brainfound.__all__ if name != "__version__" and f"`{name}" not in text] == []
 
 
 @pytest.mark.parametrize("name", ["prepare", "pretrain", "finetune", "evaluate", "predict", "load"])
 def test_signatures_on_the_api_page_are_those_of_the_code(name):
-    shown = [span for span in spans(read(ROOT / "docs" / "python-api.md")) if span.startswith(f"{name}(")]
+    shown = [span for span in spans(read(ROOT / "docs" / "reference" / "python-api.md")) if span.startswith(f"{name}(")]
     assert shown
     (function,) = ast.parse(f"def {shown[0]}: ...").body
     actual = signature(resolve(["brainfound", name]))

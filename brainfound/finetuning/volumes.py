@@ -1,6 +1,6 @@
 """Sessions of a store as examples for `transformers.Trainer`, or for any PyTorch training loop.
 
-The fine-tuning command has a loop of its own and does not need this; see `docs/trainer.md` for how to use it.
+The fine-tuning command has a loop of its own and does not need this; see `docs/how-to/trainer.md` for how to use it.
 
 Axis legend: S slices, C contrasts, H W pixels, K labels.
 

@@ -20,7 +20,7 @@ from brainfound.finetuning.targets import labelled_sessions, resolve_target
 from brainfound.finetuning.volumes import VolumeAugmentation, VolumeDataset, collate_volumes
 from brainfound.models import BrainFoundForClassification, BrainFoundForRegression, BrainFoundForSegmentation
 
-PAGE = Path(__file__).parents[2] / "docs" / "trainer.md"
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "trainer.md"
 
 BINS = {"regression_head": "bins", "regression_bins": 8, "regression_range": [0.0, 100.0]}
 CASES = {

@@ -315,7 +315,7 @@ def test_what_is_known_of_a_gpu_can_be(kind):
 
 
 def test_the_documented_kinds_are_those_of_the_table():
-    page = (Path(__file__).parents[2] / "docs" / "cluster.md").read_text(encoding="utf-8").replace("\n", " ")
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "cluster.md").read_text(encoding="utf-8").replace("\n", " ")
     assert f"Known kinds: {', '.join(GPU_SPECS)}." in page
 
 
