@@ -15,7 +15,6 @@ from typing import Any
 
 from brainfound.contrasts import CONTRASTS, UNKNOWN, contrast_from_filename, parse_contrast
 from brainfound.data.checking.contract import InputContract
-from brainfound.data.checking.quality import ScanQuality
 from brainfound.data.checking.rules import (
     Finding,
     Level,
@@ -33,6 +32,7 @@ from brainfound.data.checking.rules import (
 )
 from brainfound.data.cohort import Session
 from brainfound.data.hooks import Hook, run_hooks
+from brainfound.data.preprocessing.quality import ScanQuality
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.preprocessing.stack import Stack
 from brainfound.data.preprocessing.stack_builder import StackBuilder

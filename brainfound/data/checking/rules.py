@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from brainfound.data.checking.contract import InputContract, missing_contrast_note
-from brainfound.data.checking.quality import ScanQuality
+from brainfound.data.preprocessing.quality import ScanQuality
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.reading.scan import Scan
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from brainfound.contrasts import CONTRASTS, parse_contrast
-from brainfound.data.checking.quality import ScanQuality
 from brainfound.data.cohort import Session
 from brainfound.data.hooks import Hook, run_hooks
+from brainfound.data.preprocessing.quality import ScanQuality
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.preprocessing.stack import Stack
 from brainfound.data.preprocessing.stack_builder import StackBuilder
