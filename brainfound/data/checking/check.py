@@ -37,6 +37,7 @@ from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.preprocessing.stack import Stack
 from brainfound.data.preprocessing.stack_builder import StackBuilder
 from brainfound.data.reading.scan import Scan, load_scan, read_header
+from brainfound.data.store import Store
 from brainfound.errors import ModelError, ScanError, UsageError
 
 
@@ -247,8 +248,6 @@ def load_model_contract(folder: str | Path) -> tuple[Preprocessing, InputContrac
     if not folder.is_dir():
         raise ModelError("no such model", where=folder, remedy="Give a run folder, its export, a bundle or a store")
     if (folder / "store.json").is_file():
-        from brainfound.data.store import Store
-
         store = Store.open(folder)
         return store.preprocessing, InputContract.of(store)
     if (folder / "export").is_dir():
