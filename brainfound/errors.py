@@ -45,15 +45,19 @@ class BrainFoundError(Exception):
         super().__init__(self._one_line())
 
     @property
+    def fault(self) -> str:
+        """What is wrong, what came and what was expected."""
+        facts = {"got": self.got, "expected": self.expected}
+        known = ", ".join(f"{word} {value}" for word, value in facts.items() if value is not None)
+        return f"{self.what} ({known})" if known else self.what
+
+    @property
     def reason(self) -> str:
         """The line without ``where``, for tables with a column for that."""
         return self._one_line(with_where=False)
 
     def _one_line(self, with_where: bool = True) -> str:
-        text = f"{self.where}: {self.what}" if with_where and self.where is not None else self.what
-        facts = {"got": self.got, "expected": self.expected}
-        if known := [f"{word} {value}" for word, value in facts.items() if value is not None]:
-            text += f" ({', '.join(known)})"
+        text = f"{self.where}: {self.fault}" if with_where and self.where is not None else self.fault
         if self.remedy:
             text += f". {self.remedy}"
         return " ".join(text.split())
@@ -82,7 +86,7 @@ class StoreError(BrainFoundError):
 
 
 class ModelError(BrainFoundError):
-    """A checkpoint, bundle or backbone cannot be used as asked."""
+    """A checkpoint, bundle or backbone cannot be used as requested."""
 
 
 class TrainingError(BrainFoundError):

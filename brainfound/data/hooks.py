@@ -402,9 +402,9 @@ def _execute(hook: Hook, words: list[str], folder: Path, name: str) -> None:
         finally:
             _end(process)
     if code != 0:
-        said = _last_line(errors, folder) or _last_line(log, folder) or "it said nothing"
+        last = _last_line(errors, folder) or _last_line(log, folder) or "it said nothing"
         raise ScanError(
-            f"the hook {hook.name} failed: {said}",
+            f"the hook {hook.name} failed: {last}",
             where=name,
             got=f"exit code {code}",
             remedy="Try the tool alone on this scan",

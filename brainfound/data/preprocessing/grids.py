@@ -5,6 +5,8 @@ Axis legend: I J K voxels of any grid.
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 from jaxtyping import Num
 from scipy import ndimage
@@ -104,9 +106,7 @@ def resample_labels(labels: np.ndarray, matrix: np.ndarray, shape: tuple[int, in
 
 
 def _image_of_box(box: tuple[slice, ...], inverse: np.ndarray, shape: tuple[int, int, int]) -> tuple[slice, ...]:
-    corners = np.array(
-        [[b.start - 1 if bit == "0" else b.stop for b, bit in zip(box, f"{n:03b}", strict=True)] for n in range(8)]
-    )
+    corners = np.array(list(product(*((part.start - 1, part.stop) for part in box))))
     mapped = corners @ inverse[:3, :3].T + inverse[:3, 3]
     low = np.maximum(np.floor(mapped.min(0)).astype(int), 0)
     high = np.minimum(np.ceil(mapped.max(0)).astype(int) + 1, shape)

@@ -76,13 +76,14 @@ def prepare_session(
         return _Preparation(session, preprocessing, mask, hooks, Path(folder)).run()
 
 
+@dataclass
 class _Preparation:
-    def __init__(
-        self, session: Session, preprocessing: Preprocessing, mask: str, hooks: Sequence[Hook], folder: Path
-    ) -> None:
-        self.session, self.preprocessing, self.mask = session, preprocessing, mask
-        self.hooks, self.folder = hooks, folder
-        self.not_used: list[UnusedFile] = []
+    session: Session
+    preprocessing: Preprocessing
+    mask: str
+    hooks: Sequence[Hook]
+    folder: Path
+    not_used: list[UnusedFile] = field(default_factory=list)
 
     def run(self) -> PreparedSession:
         builder: StackBuilder | None = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -288,8 +289,7 @@ def _first_index(centre: float, count: int, step: float) -> float:
 
 def _needed_box(to_scan: np.ndarray, grid: tuple[int, int, int], shape: tuple[int, ...]) -> tuple[slice, ...]:
     """The part of a scan that a grid, with the blur before sampling, can reach; at least one voxel."""
-    ends = np.array([[0, n - 1] for n in grid])
-    corners = np.array([[ends[a][int(bit)] for a, bit in enumerate(f"{n:03b}")] for n in range(8)])
+    corners = np.array(list(product(*((0, n - 1) for n in grid))))
     mapped = corners @ to_scan[:3, :3].T + to_scan[:3, 3]
     # Twice the sampling step covers the blur (three standard deviations, 0.42 steps each) and the interpolation.
     margin = np.ceil(2 * np.abs(to_scan[:3, :3]).max(axis=1)) + 2

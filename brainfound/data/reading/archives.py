@@ -163,7 +163,7 @@ def _checked_directory(archive: Path, num_bytes: int, _mtime_ns: int) -> dict[st
             shown = ascii(PurePosixPath(info.orig_filename.replace("\\", "/")).name[:80])
             raise ScanError(f"unsafe archive: {problem}", where=archive.name, got=f"member {shown}", remedy=_REMEDY)
         names.add(name)
-    _check_as_a_whole(archive, entries, num_bytes)
+    _check_total(archive, entries, num_bytes)
     return {i.orig_filename: i for i in entries if not i.is_dir() and not i.orig_filename.startswith("__MACOSX/")}
 
 
@@ -209,7 +209,7 @@ def _problem_of_entry(info: zipfile.ZipInfo) -> str | None:
     return None
 
 
-def _check_as_a_whole(archive: Path, entries: list[zipfile.ZipInfo], num_bytes: int) -> None:
+def _check_total(archive: Path, entries: list[zipfile.ZipInfo], num_bytes: int) -> None:
     problem = None
     if (total := sum(info.file_size for info in entries)) > max(FREE_BYTES, MAX_RATIO * num_bytes):
         problem = f"its members declare {total} bytes, more than {MAX_RATIO} times its size"

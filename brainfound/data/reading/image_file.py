@@ -167,7 +167,7 @@ def read_voxels(header: ImageHeader) -> tuple[Float[np.ndarray, "I J K"], float,
     out = _allocate(header)
     num_chunks = -(-out.size // CHUNK_VOXELS)
     lows, highs = np.empty(num_chunks, np.float32), np.empty(num_chunks, np.float32)
-    # Native float32 without scaling needs no conversion: the bytes go where the voxels stay.
+    # Native float32 without scaling needs no conversion: the bytes are read into the result.
     direct = header.dtype == np.float32 and header.dtype.isnative and _unscaled(header)
     staging = bytearray(0 if direct else CHUNK_VOXELS * header.dtype.itemsize)
     with _opened(header.data_path) as stream, np.errstate(all="ignore"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,7 +84,7 @@ def _compare_with_qform(header: Any, affine: np.ndarray, shape: tuple[int, int, 
         other = np.asarray(header.get_qform(), dtype=np.float64)
     except HEADER_ERRORS:
         return ["the header's qform is not valid; the sform was used"]
-    corners = np.array([[(n >> axis & 1) * (shape[axis] - 1) for axis in range(3)] + [1] for n in range(8)])
+    corners = np.array(list(product(*((0, n - 1) for n in shape), [1])))
     apart = float(np.linalg.norm((corners @ (affine - other).T)[:, :3], axis=1).max())
     if apart <= SFORM_QFORM_MM:
         return []
@@ -152,7 +153,7 @@ def check_affine(affine: Float[np.ndarray, "4 4"], shape: tuple[int, int, int], 
 
 
 def shear_notes(affine: Float[np.ndarray, "4 4"]) -> tuple[str, ...]:
-    """A note where the axes of a grid are not perpendicular."""
+    """A note if the axes of a grid are not perpendicular."""
     axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
     cosines = [abs(float(axes[:, a] @ axes[:, b])) for a, b in ((0, 1), (0, 2), (1, 2))]
     degrees = float(np.degrees(np.arcsin(min(max(cosines), 1.0))))

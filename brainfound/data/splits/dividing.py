@@ -233,8 +233,8 @@ def shared_counts(members: Mapping[str, set[str]]) -> dict[tuple[str, str], int]
 
 
 def _as_indices(assigned: Mapping[str, Sequence[str]], subjects: Sequence[str]) -> dict[str, np.ndarray]:
-    part_of = {name: part for part, members in assigned.items() for name in members}
-    parts = np.array([part_of.get(subject, "") for subject in subjects], dtype=object)
+    assigned_part = {name: part for part, members in assigned.items() for name in members}
+    parts = np.array([assigned_part.get(subject, "") for subject in subjects], dtype=object)
     split = {part: np.flatnonzero(parts == part) for part in assigned}
     require_disjoint(split, subjects)
     return split

@@ -128,8 +128,8 @@ class Split:
         Raises:
             UsageError: as `parts`, or two parts share an image.
         """
-        part_of = {name: part for part, names in self.parts(fold).items() for name in names}
-        placed = np.array([part_of.get(str(name), "") for name in store.sessions["subject"]], dtype=object)
+        assigned_part = {name: part for part, names in self.parts(fold).items() for name in names}
+        placed = np.array([assigned_part.get(str(name), "") for name in store.sessions["subject"]], dtype=object)
         split = {part: np.flatnonzero(placed == part) for part in self.parts(fold)}
         require_disjoint(split, store.sessions["subject"].tolist())
         require_no_shared_images(store, split)

@@ -6,9 +6,9 @@ A store is a folder:
     sessions.arrow     one row per session: identifiers, covariates, geometry, and the place of its bytes
     store.json         schema version, preprocessing, hooks, counts, content hash
     preprocessing.json the same preprocessing by itself
-    quality.tsv        one row per scan: how it was stored, and what was measured on it
+    quality.tsv        one row per scan: how it was stored, and its measurements
     rejected.tsv       files that were refused or not used, with the reason
-    sources.parquet    fingerprints of each session's files, so that preparing again does only what is new
+    sources.parquet    fingerprints of each session's files, so that preparing again does only new work
     contact_sheet.png  the sessions at a glance
 """
 

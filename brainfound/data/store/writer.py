@@ -37,7 +37,7 @@ from brainfound.data.store.folder import (
 )
 from brainfound.data.store.plan import SessionKey, Shard, next_file_number, remove_folder, write_json
 from brainfound.data.store.reader import StoreReader, refused_files, select_sessions
-from brainfound.data.store.slice_files import SessionBlock, SliceFileWriter, read_session_offsets, write_datasets_index
+from brainfound.data.store.slice_files import SliceFileWriter, read_session_offsets, write_datasets_index
 from brainfound.errors import ScanError, StoreError
 
 REJECTED_COLUMNS = ["file", "subject", "session", "contrast", "reason"]
@@ -108,7 +108,7 @@ def _require_same_run(job: ShardJob) -> None:
 
 def _write_stack(writer: SliceFileWriter, session: Session, prepared: PreparedSession, stack: Stack) -> PreparedSession:
     try:
-        writer.write(SessionBlock(stack.subject, stack.session, stack.pixels, stack.mask, stack.positions_mm))
+        writer.write(stack)
     except ScanError as error:
         refused = [UnusedFile(file, contrast, error.reason) for contrast, file in session.scans.items()]
         return PreparedSession(None, [*prepared.not_used, *refused])
@@ -125,13 +125,15 @@ class _Report:
         self.quality: list[dict[str, Any]] = []
 
     def add(self, session: Session, prepared: PreparedSession) -> None:
-        who = {"subject": session.subject, "session": session.session}
+        identity = {"subject": session.subject, "session": session.session}
         for entry in prepared.not_used:
             file = printable(os.path.relpath(entry.file, self.root))
-            self.not_used.append({"file": file, **who, "contrast": entry.contrast, "reason": printable(entry.reason)})
+            self.not_used.append(
+                {"file": file, **identity, "contrast": entry.contrast, "reason": printable(entry.reason)}
+            )
         if prepared.stack is not None:
             self.rows.append(session_row(prepared.stack))
-            self.quality += [{**who, **quality.to_row()} for quality in prepared.quality]
+            self.quality += [{**identity, **quality.to_row()} for quality in prepared.quality]
 
 
 @dataclass
@@ -242,7 +244,7 @@ def write_blocks(
                 raise damaged_session_error(store.path, [index])
             if names is not None:
                 stack = replace(stack, subject=names[index][0], session=names[index][1])
-            writer.write(SessionBlock(stack.subject, stack.session, stack.pixels, stack.mask, stack.positions_mm))
+            writer.write(stack)
             rows.append(session_row(stack))
     return [row | {"file": path.name, **place} for row, place in zip(rows, read_session_offsets(path), strict=True)]
 
