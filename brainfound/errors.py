@@ -42,7 +42,7 @@ class BrainFoundError(Exception):
         self.got = None if got is None else str(got)
         self.expected = None if expected is None else str(expected)
         self.remedy = remedy
-        super().__init__(self._one_line())
+        super().__init__(self._one_line(self.fault if where is None else f"{self.where}: {self.fault}"))
 
     @property
     def fault(self) -> str:
@@ -54,13 +54,10 @@ class BrainFoundError(Exception):
     @property
     def reason(self) -> str:
         """The line without ``where``, for tables with a column for that."""
-        return self._one_line(with_where=False)
+        return self._one_line(self.fault)
 
-    def _one_line(self, with_where: bool = True) -> str:
-        text = f"{self.where}: {self.fault}" if with_where and self.where is not None else self.fault
-        if self.remedy:
-            text += f". {self.remedy}"
-        return " ".join(text.split())
+    def _one_line(self, text: str) -> str:
+        return " ".join((f"{text}. {self.remedy}" if self.remedy else text).split())
 
 
 class UsageError(BrainFoundError):

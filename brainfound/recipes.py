@@ -159,8 +159,9 @@ def validate(
         return recipe.model_validate(changed)
     except ValidationError as error:
         keys = [text.partition("=")[0].strip() for text in overrides]
-        without = _validation_error(recipe, content) if keys else error
-        raise _recipe_error(recipe, error, _Source(where, keys, without)) from None
+        file_error = _validation_error(recipe, content)
+        file_errors = frozenset(tuple(item["loc"]) for item in (file_error.errors() if file_error else ()))
+        raise _recipe_error(recipe, error, _Source(where, keys, file_errors)) from None
 
 
 def _validation_error(recipe: type[Recipe], content: Mapping[str, Any]) -> ValidationError | None:
@@ -237,30 +238,28 @@ class _Source:
 
     file: str
     override_keys: Sequence[str]
-    error_without: ValidationError | None
-    """The errors of the file without the overrides."""
+    file_errors: frozenset[tuple[Any, ...]]
+    """Locations of the errors of the file without the overrides."""
 
-    def locate(self, keys: Sequence[str], raw: Sequence[Any], known_key: bool) -> str:
+    def locate(self, keys: Sequence[str], location: Sequence[Any], known_key: bool) -> str:
         """The place of an error: the override that caused it, or the key in the file.
 
         Args:
             keys: path to the error, as users write it.
-            raw: the same path as pydantic reports it.
+            location: the same path, as pydantic reports it.
             known_key: False if the last key is not a field.
         """
-        if self.error_without is None or tuple(raw) not in {
-            tuple(error["loc"]) for error in self.error_without.errors()
-        }:
-            guilty = [
-                key
-                for key in self.override_keys
-                if all(one == other for one, other in zip(key.split("."), keys, strict=False))
-            ]
-            if guilty and known_key and len(keys) < min(key.count(".") + 1 for key in guilty):
-                return " ".join(f"--set {key}" for key in guilty)  # values of a group that do not go together
-            if guilty:
-                return f"--set {'.'.join(keys)}"
-        return ": ".join(part for part in (self.file, ".".join(keys)) if part)
+        overrides = [key for key in self.override_keys if _overlap(key.split("."), keys)]
+        if not overrides or tuple(location) in self.file_errors:
+            return ": ".join(part for part in (self.file, ".".join(keys)) if part)
+        if known_key and len(keys) < min(key.count(".") + 1 for key in overrides):
+            return " ".join(f"--set {key}" for key in overrides)  # values of a group that do not go together
+        return f"--set {'.'.join(keys)}"
+
+
+def _overlap(first: Sequence[str], second: Sequence[str]) -> bool:
+    """Whether one path of keys leads to the other."""
+    return all(one == other for one, other in zip(first, second, strict=False))
 
 
 def _recipe_error(recipe: type[Recipe], error: ValidationError, source: _Source) -> RecipeError:
