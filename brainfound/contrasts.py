@@ -7,6 +7,7 @@ after gadolinium) and the derived diffusion maps have the names of the field.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import PurePath
 
@@ -75,6 +76,20 @@ def parse_contrast(text: str) -> str:
             remedy = did_you_mean(text, set(CONTRASTS) - {UNKNOWN})
         raise UsageError(f"unknown contrast {text!r}", remedy=remedy)
     return found
+
+
+def parse_contrasts(names: str | Iterable[str]) -> tuple[str, ...]:
+    """The canonical names of contrasts, from a list or from text with commas; a validator of recipe fields.
+
+    Raises:
+        ValueError: a name is not known, or there is no list. Pydantic adds the recipe and key.
+    """
+    if not isinstance(names, Iterable):
+        raise ValueError("contrasts must be a list of names")
+    try:
+        return tuple(parse_contrast(str(name)) for name in (names.split(",") if isinstance(names, str) else names))
+    except UsageError as error:
+        raise ValueError(str(error)) from None
 
 
 def contrast_from_filename(path: str | PurePath) -> str:

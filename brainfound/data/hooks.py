@@ -23,14 +23,14 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import nibabel as nib
 import yaml
 from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from brainfound.contrasts import parse_contrast
+from brainfound.contrasts import parse_contrasts
 from brainfound.data.reading.archives import is_file, open_binary
 from brainfound.data.reading.scan import load_scan
 from brainfound.errors import ScanError, UsageError, did_you_mean
@@ -70,7 +70,7 @@ class Hook(Recipe):
     """The command with {input} and {output}, and for a registration {reference}: `.nii.gz` files in the temporary
     folder in which the command runs. No shell reads it: pipes and variables do not work."""
 
-    contrasts: tuple[str, ...] = ()
+    contrasts: Annotated[tuple[str, ...], BeforeValidator(parse_contrasts)] = ()
     """The contrasts on which it runs; empty: all."""
 
     timeout_s: float = Field(default=1800, gt=0)
@@ -90,15 +90,6 @@ class Hook(Recipe):
 
     licence: str = ""
     """The tool's licence."""
-
-    @field_validator("contrasts", mode="before")
-    @classmethod
-    def _known_contrasts(cls, value: Any) -> Any:
-        names = value.split(",") if isinstance(value, str) else value
-        try:
-            return tuple(parse_contrast(str(name)) for name in names)
-        except UsageError as error:
-            raise ValueError(str(error)) from None
 
     @field_validator("command", "version_command")
     @classmethod

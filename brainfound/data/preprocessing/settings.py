@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
-from brainfound.contrasts import parse_contrast
+from brainfound.contrasts import parse_contrasts
 from brainfound.errors import ModelError, UsageError
 from brainfound.recipes import Recipe, validate
 
@@ -20,7 +20,7 @@ FILE_NAME = "preprocessing.json"
 class Preprocessing(Recipe):
     """How scans become a stack."""
 
-    contrasts: tuple[str, ...] = ("T1w", "T2w", "FLAIR")
+    contrasts: Annotated[tuple[str, ...], BeforeValidator(parse_contrasts)] = ("T1w", "T2w", "FLAIR")
     """The contrasts, one per channel. The first contrast of a session is its reference scan."""
 
     spacing_mm: tuple[float | None, float | None, float | None] = (1.0, 1.0, 1.0)
@@ -48,27 +48,18 @@ class Preprocessing(Recipe):
     hooks: tuple[str, ...] = ()
     """Names of the hooks that ran on each scan before (skull-stripping, registration). A record; runs nothing."""
 
-    @field_validator("contrasts", mode="before")
+    @field_validator("contrasts")
     @classmethod
-    def _known_contrasts(cls, value: Any) -> Any:
-        names = value.split(",") if isinstance(value, str) else value
-        try:
-            names = tuple(parse_contrast(str(name)) for name in names)
-        except UsageError as error:
-            # As a ValueError it reaches the user with the recipe and key around it.
-            raise ValueError(str(error)) from None
-        if not names or len(set(names)) != len(names):
+    def _different_contrasts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value or len(set(value)) != len(value):
             raise ValueError("contrasts must be one or more different names")
-        return names
+        return value
 
     @field_validator("ranges")
     @classmethod
     def _rising_ranges(cls, value: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
-        try:
-            # Sorted: the order in which a user lists them must not make another preprocessing.
-            named = dict(sorted((parse_contrast(name), limits) for name, limits in value.items()))
-        except UsageError as error:
-            raise ValueError(str(error)) from None
+        # Sorted: the order in which a user lists them must not make another preprocessing.
+        named = dict(sorted(zip(parse_contrasts(value), value.values(), strict=True)))
         if any(not (np.isfinite(limits).all() and limits[0] < limits[1]) for limits in named.values()):
             raise ValueError("ranges must be two finite, rising values per contrast")
         return named

@@ -107,13 +107,12 @@ def prepare(
             raise
         total = len(sessions)
         done = total - sum(len(job.sessions) for job in jobs)
-        if progress:
-            progress(done, total)
+        report = progress or (lambda done, total: None)
+        report(done, total)
         try:
             for job in run_jobs(jobs, write_shard, workers=workers, executor=executor, scheduler=scheduler):
                 done += len(job.sessions)
-                if progress:
-                    progress(done, total)
+                report(done, total)
             parts = StoreParts.from_shards(shards, partial) + StoreParts.from_source(cohort)
             if existing is not None:
                 number = max([next_file_number(out), *(shard.number + 1 for shard in shards)])
