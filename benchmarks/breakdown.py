@@ -13,15 +13,13 @@ from types import FrameType
 from typing import Any
 
 _BY_FILE = {
-    "/data/scan.py": "reading",
     "/data/reading/": "reading",
     "/nibabel/": "reading",
-    "/data/foreground.py": "head mask",
-    "/data/grids.py": "resampling",
-    "/data/preprocessing.py": "percentiles and scaling",
-    "/data/stack_builder.py": "percentiles and scaling",
-    "/data/checking/quality.py": "quality facts",
-    "/data/checking/contact_sheet": "contact sheet",
+    "/data/preprocessing/foreground.py": "head mask",
+    "/data/preprocessing/grids.py": "resampling",
+    "/data/preprocessing/stack_builder.py": "percentiles and scaling",
+    "/data/preprocessing/quality.py": "quality facts",
+    "/data/store/contact_sheet.py": "contact sheet",
     "/data/cohort.py": "cohort and file facts",
     "/data/sources/": "cohort and file facts",
     "/data/store/plan.py": "cohort and file facts",

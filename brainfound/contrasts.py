@@ -1,13 +1,13 @@
 """Names and aliases of MRI contrasts.
 
-A contrast is what a scan shows. Its canonical name follows the BIDS suffix where BIDS has one
-(BIDS 1.10, "Magnetic Resonance Imaging"); T1ce (T1-weighted after gadolinium) and the derived
-diffusion maps take the names of the field.
+Canonical names follow the suffixes of BIDS (1.10, "Magnetic Resonance Imaging") as far as they exist; T1ce (T1-weighted
+after gadolinium) and the derived diffusion maps have the names of the field.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import PurePath
 
@@ -18,7 +18,7 @@ UNKNOWN = "unknown"
 
 @dataclass(frozen=True)
 class Contrast:
-    """One contrast: canonical name, the BIDS suffixes that mean it, and file-name aliases (lower case)."""
+    """One contrast: canonical name, BIDS suffixes, and aliases in file names (lower case)."""
 
     name: str
     bids_suffixes: tuple[str, ...]
@@ -53,7 +53,7 @@ _TABLE = (
 CONTRASTS: dict[str, Contrast] = {contrast.name: contrast for contrast in _TABLE}
 _BY_ALIAS = {alias: c.name for c in _TABLE for alias in (c.name.lower(), *c.aliases)}
 _BY_SUFFIX = {suffix: c.name for c in _TABLE for suffix in c.bids_suffixes}
-_SUFFIXES_OF_FILES = (".nii.gz", ".nii", ".mgz", ".mgh", ".img", ".hdr")
+_FILE_SUFFIXES = (".nii.gz", ".nii", ".mgz", ".mgh", ".img", ".hdr")
 
 
 def _squeeze(text: str) -> str:
@@ -61,10 +61,10 @@ def _squeeze(text: str) -> str:
 
 
 def parse_contrast(text: str) -> str:
-    """The canonical name of a contrast written in any known way.
+    """The canonical name of a contrast, from any known spelling.
 
     Raises:
-        UsageError: if the name is not known; says the nearest known one.
+        UsageError: the name is not known; suggests the nearest one.
 
     >>> parse_contrast("t1gd"), parse_contrast("DWI_b1000"), parse_contrast("t2*")
     ('T1ce', 'DWI', 'T2starw')
@@ -72,32 +72,42 @@ def parse_contrast(text: str) -> str:
     found = _BY_ALIAS.get(_squeeze(text))
     if found is None:
         remedy = did_you_mean(text, [*_BY_ALIAS, *CONTRASTS])
-        if not remedy.startswith("Did"):  # the aliases would make a long list
+        if not remedy.startswith("Did"):  # a list without aliases is shorter
             remedy = did_you_mean(text, set(CONTRASTS) - {UNKNOWN})
         raise UsageError(f"unknown contrast {text!r}", remedy=remedy)
     return found
 
 
-def contrast_from_filename(path: str | PurePath) -> str:
-    """The contrast that a file's name announces, or ``"unknown"``.
+def parse_contrasts(names: str | Iterable[str]) -> tuple[str, ...]:
+    """The canonical names of contrasts, from a list or from text with commas; a validator of recipe fields.
 
-    A BIDS name is read by its suffix (``…_FLAIR.nii.gz``) and its ``ce-`` entity; any other name by
-    its last part that is a known alias (``patient_t1c_2.nii.gz``, ``dwi_b1000.nii.gz``, ``t2-flair.nii``).
+    Raises:
+        ValueError: a name is not known, or there is no list. Pydantic adds the recipe and key.
+    """
+    if not isinstance(names, Iterable):
+        raise ValueError("contrasts must be a list of names")
+    try:
+        return tuple(parse_contrast(str(name)) for name in (names.split(",") if isinstance(names, str) else names))
+    except UsageError as error:
+        raise ValueError(str(error)) from None
+
+
+def contrast_from_filename(path: str | PurePath) -> str:
+    """The contrast in the name of a file, or ``"unknown"``.
+
+    A BIDS name is read by its suffix (``…_FLAIR.nii.gz``) and its ``ce-`` entity; any other name by its last part that
+    is a known alias (``patient_t1c_2.nii.gz``, ``dwi_b1000.nii.gz``, ``t2-flair.nii``).
     """
     name = PurePath(path).name
-    lowered = name.lower()
-    for suffix in _SUFFIXES_OF_FILES:
-        if lowered.endswith(suffix):
-            name = name[: -len(suffix)]
-            break
+    suffix = next((suffix for suffix in _FILE_SUFFIXES if name.lower().endswith(suffix)), "")
+    name = name[: len(name) - len(suffix)]
     bids_suffix = name.rsplit("_", 1)[-1]
     if bids_suffix in _BY_SUFFIX:
         contrast = _BY_SUFFIX[bids_suffix]
         enhanced = re.search(r"(?:^|_)ce-(?!none)[A-Za-z0-9]+", name) is not None
         return "T1ce" if contrast == "T1w" and enhanced else contrast
     parts = [_squeeze(part) for part in re.split(r"[_\-. ]+", name)]
-    # Two neighbouring parts first (t2_flair, dwi_b1000), then one; the last match wins, since
-    # identifiers come before the contrast in file names.
+    # Pairs of parts first (t2_flair, dwi_b1000), then single ones. The last match wins: identifiers come first.
     for width in (2, 1):
         for end in range(len(parts), width - 1, -1):
             joined = "".join(parts[end - width : end])

@@ -1,8 +1,8 @@
 """The exceptions that users see.
 
-Every message is one line that says what is wrong, where, what came, what was expected and one thing
-that fixes it. The command line prints that line and ends with the exception's exit code:
-0 done, 1 failed, 2 bad usage or recipe, 3 some inputs were rejected (the rest was done).
+Every message is one line: what is wrong, where, what came, what was expected, and one remedy. The command line prints
+that line and ends with the exit code of the exception: 0 done, 1 failed, 2 wrong usage or recipe, 3 some inputs were
+rejected and the others done.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ EXIT_SOME_REJECTED = 3
 
 
 class BrainFoundError(Exception):
-    """Base of every error that is the input's or the user's to fix.
+    """Base of every error that a user can fix.
 
     Args:
-        what: what is wrong, without a full stop.
-        where: the file, recipe key or argument it concerns.
-        got: what came.
-        expected: what was expected.
+        what: the fault, without a full stop.
+        where: the file, recipe key or argument.
+        got: the value that came.
+        expected: the value that was expected.
         remedy: one thing that fixes it, as an imperative sentence.
     """
 
@@ -42,45 +42,36 @@ class BrainFoundError(Exception):
         self.got = None if got is None else str(got)
         self.expected = None if expected is None else str(expected)
         self.remedy = remedy
-        super().__init__(self._one_line())
+        super().__init__(self._one_line(self.fault if where is None else f"{self.where}: {self.fault}"))
+
+    @property
+    def fault(self) -> str:
+        """What is wrong, what came and what was expected."""
+        facts = {"got": self.got, "expected": self.expected}
+        known = ", ".join(f"{word} {value}" for word, value in facts.items() if value is not None)
+        return f"{self.what} ({known})" if known else self.what
 
     @property
     def reason(self) -> str:
-        """The line without where: for tables that say that in a column of its own."""
-        return self._one_line(with_where=False)
+        """The line without ``where``, for tables with a column for that."""
+        return self._one_line(self.fault)
 
-    def _one_line(self, with_where: bool = True) -> str:
-        text = f"{self.where}: {self.what}" if with_where and self.where is not None else self.what
-        facts = [
-            f"{word} {value}" for word, value in (("got", self.got), ("expected", self.expected)) if value is not None
-        ]
-        if facts:
-            text += f" ({', '.join(facts)})"
-        if self.remedy:
-            text += f". {self.remedy}"
-        return " ".join(text.split())
-
-    def __reduce__(self):
-        # Keyword-only arguments do not survive the default pickling between worker processes.
-        return (_rebuild, (type(self), self.what, self.where, self.got, self.expected, self.remedy))
-
-
-def _rebuild(kind, what, where, got, expected, remedy):
-    return kind(what, where=where, got=got, expected=expected, remedy=remedy)
+    def _one_line(self, text: str) -> str:
+        return " ".join((f"{text}. {self.remedy}" if self.remedy else text).split())
 
 
 class UsageError(BrainFoundError):
-    """A command or a call was given arguments that cannot work (exit code 2)."""
+    """Arguments of a command or call cannot work (exit code 2)."""
 
     exit_code = EXIT_USAGE
 
 
 class RecipeError(UsageError):
-    """A recipe is unknown, malformed, or has a key or a value that is refused (exit code 2)."""
+    """A recipe is unknown or malformed, or one of its keys or values is refused (exit code 2)."""
 
 
 class ScanError(BrainFoundError):
-    """One scan cannot be used; the others go on."""
+    """One scan cannot be used; the others can."""
 
 
 class CohortError(BrainFoundError):
@@ -88,15 +79,15 @@ class CohortError(BrainFoundError):
 
 
 class StoreError(BrainFoundError):
-    """A prepared store is missing, incomplete or of another schema."""
+    """A prepared store is missing or incomplete, or has another schema."""
 
 
 class ModelError(BrainFoundError):
-    """A checkpoint, bundle or backbone cannot be used as asked."""
+    """A checkpoint, bundle or backbone cannot be used as requested."""
 
 
 class TrainingError(BrainFoundError):
-    """Training cannot start, or was stopped to protect the result."""
+    """Training cannot start, or stopped to protect the result."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -111,7 +102,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def closest_name(name: str, known: Iterable[str]) -> str | None:
-    """The known name that a user most likely meant; None if none is near.
+    """The known name that a user most likely meant; None if no name is close.
 
     >>> closest_name("rollback", ["stop", "roll_back"])
     'roll_back'

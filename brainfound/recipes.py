@@ -1,13 +1,14 @@
-"""Recipes: YAML files that pick a combination of typed settings.
+"""Recipes: YAML files that choose typed settings.
 
-A recipe class derives from `Recipe` and lives beside the code that it configures. This module finds
-a recipe file by name (in a clone, an editable install or a wheel), reads it, applies ``a.b=c``
-overrides, validates it, and turns every failure into one line with a "did you mean".
+A recipe class derives from `Recipe` and lives next to the code that it configures. `load` finds a recipe file by name
+(in a clone, an editable install or a wheel), applies ``a.b=c`` overrides, validates the result, and turns every failure
+into one line: the place, what came, what was expected, and the nearest known name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module, resources
@@ -23,8 +24,10 @@ from pydantic_core import PydanticCustomError
 from brainfound.errors import RecipeError, closest_name, did_you_mean
 
 Room = Literal["train", "adapters", "model_cards"]
+"""The root folders that hold recipes."""
 SUFFIX = ".yaml"
 _NO_PRESET = "no_preset"
+"""Type of the validation error for an unknown preset."""
 
 
 class Recipe(BaseModel):
@@ -36,19 +39,19 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     lookalikes: ClassVar[Mapping[str, str]] = {}
-    """Other recipes of the same room, as "module:class", and what to say of a file that holds one of those."""
+    """Other recipe classes of the same room, as "module:class" → the error for a file that holds such a recipe."""
 
     @classmethod
     def presets(cls) -> Mapping[str, Mapping[str, Any]]:
-        """Names that may stand where a mapping of the fields does, and the fields that each stands for.
+        """Names that may replace a mapping of the fields → these fields.
 
-        A resolved recipe holds the fields, so a run stays what it was if a preset changes later.
+        A resolved recipe holds the fields, so it does not change when a preset does.
         """
         return {}
 
     @model_validator(mode="before")
     @classmethod
-    def _spell_out(cls, given: Any) -> Any:
+    def _expand_preset(cls, given: Any) -> Any:
         presets = cls.presets() if isinstance(given, str) else {}
         if not presets:
             return given
@@ -64,9 +67,12 @@ class Recipe(BaseModel):
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 
 
+# Finding recipe files.
+
+
 @cache
 def recipe_folder(room: Room) -> Path:
-    """The folder that holds a room's recipes: the repository's root folder of that name, or its copy in the wheel."""
+    """The folder with the recipes of a room: the root folder of that name, or its copy in the wheel."""
     package = Path(str(resources.files("brainfound")))
     in_wheel = package / "_recipes" / room
     if in_wheel.is_dir():
@@ -75,9 +81,7 @@ def recipe_folder(room: Room) -> Path:
     if (package.parent / "pyproject.toml").is_file() and in_clone.is_dir():
         return in_clone
     raise RecipeError(
-        f"the {room} recipes are missing from this installation",
-        where=package,
-        remedy="Reinstall brainfound",
+        f"the {room} recipes are missing from this installation", where=package, remedy="Reinstall brainfound"
     )
 
 
@@ -87,37 +91,36 @@ def available(room: Room) -> dict[str, Path]:
 
 
 def find(name_or_path: str | Path, room: Room) -> Path:
-    """The file of a recipe given by path or by name.
+    """The file of a recipe, given by path or by name.
 
     Raises:
-        RecipeError: if there is no such file or name.
+        RecipeError: there is no such file or name.
     """
     path = Path(name_or_path)
-    if path.suffix in {".yaml", ".yml"} and path.is_file():
+    is_yaml = path.suffix in {".yaml", ".yml"}
+    if is_yaml and path.is_file():
         return path
     known = available(room)
     stem = path.name.removesuffix(SUFFIX)
     if stem in known and path.parent == Path("."):
         return known[stem]
-    if path.suffix in {".yaml", ".yml"} and path.parent != Path("."):
+    if is_yaml and path.parent != Path("."):
         raise RecipeError(
             "no such recipe file", where=path, remedy="Check the path, or give a name from `brainfound list recipes`"
         )
     raise RecipeError(f"no {room} recipe named {str(name_or_path)!r}", remedy=did_you_mean(stem, known))
 
 
-def load(
-    recipe: type[AnyRecipe],
-    name_or_path: str | Path,
-    room: Room,
-    overrides: Iterable[str] = (),
-) -> AnyRecipe:
+# Reading, overriding and validating.
+
+
+def load(recipe: type[AnyRecipe], name_or_path: str | Path, room: Room, overrides: Iterable[str] = ()) -> AnyRecipe:
     """Find, read, override and validate a recipe.
 
     Args:
         recipe: the class that validates it.
         name_or_path: a name known to `available`, or a YAML file.
-        room: the room in which names are looked up.
+        room: the room to which a name belongs.
         overrides: ``"a.b=c"`` strings; the value is read as YAML.
 
     Raises:
@@ -135,25 +138,33 @@ def load(
     try:
         return validate(recipe, content, overrides, where=path.name)
     except RecipeError:
-        _reject_other_kind(recipe, content, path.name)
+        if _validation_error(recipe, content) is not None:
+            _refuse_lookalike(recipe, content, path.name)
         raise
 
 
-def _reject_other_kind(recipe: type[Recipe], content: Mapping[str, Any], where: str) -> None:
-    """Refuse a file that is a recipe of another kind; called when something in it was refused."""
-    if _is_valid(recipe, content):
-        return
-    for name, what in recipe.lookalikes.items():
-        module, _, kind = name.partition(":")
-        if _is_valid(getattr(import_module(module), kind), content):
-            raise RecipeError(what, where=where) from None
+def validate(
+    recipe: type[AnyRecipe], content: Mapping[str, Any], overrides: Iterable[str] = (), where: str = "recipe"
+) -> AnyRecipe:
+    """Apply overrides to plain content and validate it as `recipe`.
+
+    Raises:
+        RecipeError: as `load`; ``where`` is the name of the file.
+    """
+    overrides = list(overrides)
+    changed = deepcopy(dict(content))
+    for text in overrides:
+        _override(recipe, changed, text)
+    try:
+        return recipe.model_validate(changed)
+    except ValidationError as error:
+        keys = [text.partition("=")[0].strip() for text in overrides]
+        file_error = _validation_error(recipe, content)
+        file_errors = frozenset(tuple(item["loc"]) for item in (file_error.errors() if file_error else ()))
+        raise _recipe_error(recipe, error, _Source(where, keys, file_errors)) from None
 
 
-def _is_valid(recipe: type[Recipe], content: Mapping[str, Any]) -> bool:
-    return _error_of(recipe, content) is None
-
-
-def _error_of(recipe: type[Recipe], content: Mapping[str, Any]) -> ValidationError | None:
+def _validation_error(recipe: type[Recipe], content: Mapping[str, Any]) -> ValidationError | None:
     try:
         recipe.model_validate(content)
     except ValidationError as error:
@@ -161,48 +172,30 @@ def _error_of(recipe: type[Recipe], content: Mapping[str, Any]) -> ValidationErr
     return None
 
 
-def validate(
-    recipe: type[AnyRecipe],
-    content: Mapping[str, Any],
-    overrides: Iterable[str] = (),
-    where: str = "recipe",
-) -> AnyRecipe:
-    """Apply overrides to plain content and validate it as `recipe`."""
-    overrides = list(overrides)
-    changed: dict[str, Any] = _deep_copy(content)
-    for text in overrides:
-        _override(recipe, changed, text)
-    try:
-        return recipe.model_validate(changed)
-    except ValidationError as error:
-        keys = [text.partition("=")[0].strip() for text in overrides]
-        raise _recipe_error(
-            recipe, error, _ErrorLocation(where, keys, _error_of(recipe, content) if keys else error)
-        ) from None
-
-
-def _deep_copy(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _deep_copy(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_deep_copy(item) for item in value]
-    return value
+def _refuse_lookalike(recipe: type[Recipe], content: Mapping[str, Any], where: str) -> None:
+    """Raise if the content is a valid recipe of another kind."""
+    for name, message in recipe.lookalikes.items():
+        module, _, kind = name.partition(":")
+        if _validation_error(getattr(import_module(module), kind), content) is None:
+            raise RecipeError(message, where=where) from None
 
 
 def _override(recipe: type[Recipe], content: dict[str, Any], text: str) -> None:
+    """Apply one ``a.b=c`` override to the content, in place."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise RecipeError("an override must read key=value", where=f"--set {text}", remedy="Write --set optim.lr=1e-4")
     *parents, last = key.strip().split(".")
-    node, kinds = content, [recipe]
+    node: dict[str, Any] = content
+    kinds: list[type[Recipe]] = [recipe]
     for parent in parents:
         fields = [kind.model_fields[parent] for kind in kinds if parent in kind.model_fields]
-        kinds = [kind for field in fields for kind in _models_in(field.annotation) if issubclass(kind, Recipe)]
+        kinds = [kind for field in fields for kind in _recipes_in(field.annotation)]
         child = node.setdefault(parent, {})
         if child is None:
             child = node[parent] = {}
-        if isinstance(child, str):  # a preset: what it stands for, and then one field of it otherwise
-            child = node[parent] = _fields_of_preset(kinds, child, f"--set {text}: {parent}")
+        if isinstance(child, str):  # a preset, of which one field is overridden
+            child = node[parent] = _preset_fields(kinds, child, f"--set {text}: {parent}")
         if not isinstance(child, dict):
             raise RecipeError(
                 "this key holds a value, not a group",
@@ -214,23 +207,12 @@ def _override(recipe: type[Recipe], content: dict[str, Any], text: str) -> None:
     node[last] = _yaml_value(value)
 
 
-def _fields_of_preset(kinds: Sequence[type[Recipe]], name: str, where: str) -> Any:
-    """The fields that a group's preset stands for; the name itself where the group has no presets."""
+def _preset_fields(kinds: Sequence[type[Recipe]], name: str, where: str) -> Any:
+    """The fields of a group's preset; the name itself if the group has no presets."""
     presets = {known: fields for kind in kinds for known, fields in kind.presets().items()}
     if presets and name not in presets:
         raise _preset_error(name, presets, where)
-    return _deep_copy(presets.get(name, name))
-
-
-def _preset_error(name: str, presets: Iterable[str], where: str) -> RecipeError:
-    close = closest_name(name, presets)
-    return RecipeError(
-        "no such preset",
-        where=where,
-        got=repr(name),
-        expected=f"one of {', '.join(presets)}, or a mapping",
-        remedy=f"Did you mean {close}?" if close else None,
-    )
+    return deepcopy(presets.get(name, name))
 
 
 def _yaml_value(text: str) -> Any:
@@ -239,7 +221,7 @@ def _yaml_value(text: str) -> Any:
     except yaml.YAMLError as error:
         raise RecipeError(f"the value is not valid YAML: {error}", where=f"--set …={text}") from error
     if isinstance(value, str):
-        # YAML 1.1 reads 1e-4 as text; people mean a number.
+        # YAML 1.1 reads 1e-4 as text; users mean a number.
         try:
             return float(value)
         except ValueError:
@@ -247,87 +229,106 @@ def _yaml_value(text: str) -> Any:
     return value
 
 
+# From the first validation error to one line.
+
+
 @dataclass(frozen=True)
-class _ErrorLocation:
-    """Who is to be told of an error: the author of the file, or who wrote the overrides."""
+class _Source:
+    """The origin of invalid content: a file, and overrides of its keys."""
 
     file: str
-    keys: Sequence[str]
-    """Of the overrides."""
-    before: ValidationError | None
-    """What is wrong without them."""
+    override_keys: Sequence[str]
+    file_errors: frozenset[tuple[Any, ...]]
+    """Locations of the errors of the file without the overrides."""
 
-    def of(self, location: Sequence[str], refused: Sequence[Any], known_key: bool) -> str:
-        """The place of an error at `location` (keys as users write them), which the library calls `refused`."""
-        if self.before is None or tuple(refused) not in {tuple(error["loc"]) for error in self.before.errors()}:
-            guilty = [key for key in self.keys if _one_holds_the_other(key.split("."), location)]
-            if guilty and known_key and len(location) < min(key.count(".") + 1 for key in guilty):
-                return " ".join(f"--set {key}" for key in guilty)  # a group whose values do not go together
-            if guilty:
-                return f"--set {'.'.join(location)}"
-        return ": ".join(part for part in (self.file, ".".join(location)) if part)
+    def locate(self, keys: Sequence[str], location: Sequence[Any], known_key: bool) -> str:
+        """The place of an error: the override that caused it, or the key in the file.
+
+        Args:
+            keys: path to the error, as users write it.
+            location: the same path, as pydantic reports it.
+            known_key: False if the last key is not a field.
+        """
+        overrides = [key for key in self.override_keys if _overlap(key.split("."), keys)]
+        if not overrides or tuple(location) in self.file_errors:
+            return ": ".join(part for part in (self.file, ".".join(keys)) if part)
+        if known_key and len(keys) < min(key.count(".") + 1 for key in overrides):
+            return " ".join(f"--set {key}" for key in overrides)  # values of a group that do not go together
+        return f"--set {'.'.join(keys)}"
 
 
-def _one_holds_the_other(first: Sequence[str], second: Sequence[str]) -> bool:
+def _overlap(first: Sequence[str], second: Sequence[str]) -> bool:
+    """Whether one path of keys leads to the other."""
     return all(one == other for one, other in zip(first, second, strict=False))
 
 
-def _recipe_error(recipe: type[Recipe], error: ValidationError, place: _ErrorLocation) -> RecipeError:
-    faults = [(fault, _walk(recipe, fault["loc"])) for fault in error.errors()]
-    first, walked = faults[0]
-    where = place.of(walked.keys, first["loc"], first["type"] != "extra_forbidden")
+def _recipe_error(recipe: type[Recipe], error: ValidationError, source: _Source) -> RecipeError:
+    """The first of the validation errors, as a user reads it."""
+    errors = [(item, _follow(recipe, item["loc"])) for item in error.errors()]
+    first, path = errors[0]
+    where = source.locate(path.keys, first["loc"], known_key=first["type"] != "extra_forbidden")
     if first["type"] == "extra_forbidden":
-        known = [name for model in walked.models for name in model.model_fields]
-        return RecipeError("unknown key", where=where, remedy=did_you_mean(walked.keys[-1], known))
+        known = [name for model in path.models for name in model.model_fields]
+        return RecipeError("unknown key", where=where, remedy=did_you_mean(path.keys[-1], known))
     if first["type"] == "union_tag_invalid":
         tag, choice = first["ctx"]["tag"], first["ctx"]["discriminator"].strip("'")
         known = [kind.strip(" '") for kind in first["ctx"]["expected_tags"].split(",")]
-        where = place.of([*walked.keys, choice], first["loc"], known_key=True)
+        where = source.locate([*path.keys, choice], first["loc"], known_key=True)
         return RecipeError(f"unknown {choice} {tag!r}", where=where, remedy=did_you_mean(tag, known))
     if first["type"] == _NO_PRESET:
-        presets = [
-            name for kind in _models_in(walked.annotation) if issubclass(kind, Recipe) for name in kind.presets()
-        ]
+        presets = [name for kind in _recipes_in(path.annotation) for name in kind.presets()]
         return _preset_error(first["input"], presets, where)
-    # What is wrong with a whole group its message says; the group itself would fill the line.
+    # A group is too long for the line; the message says what is wrong with it.
     has_value = first["type"] != "missing" and not isinstance(first.get("input"), Mapping)
     got = repr(first.get("input"))[:80] if has_value else None
-    choices = _choices(walked.annotation)
-    if choices and any(fault["type"] == "literal_error" and other.keys == walked.keys for fault, other in faults):
-        close = closest_name(str(first["input"]), choices)
+    choices = _choices(path.annotation)
+    if choices and any(item["type"] == "literal_error" and other.keys == path.keys for item, other in errors):
         return RecipeError(
             "no such choice",
             where=where,
             got=got,
             expected=f"one of {', '.join(choices)}",
-            remedy=f"Did you mean {close}?" if close else None,
+            remedy=_suggestion(str(first["input"]), choices),
         )
-    # The members of a union each complain about the same value.
-    elsewhere = len({other.keys for _, other in faults}) - 1
-    more = f" (and {elsewhere} more)" if elsewhere else ""
+    # Every member of a union complains about the same value: count places, not errors.
+    others = len({other.keys for _, other in errors}) - 1
+    more = f" (and {others} more)" if others else ""
     return RecipeError(first["msg"].removeprefix("Value error, ") + more, where=where, got=got)
 
 
-class _Walked(NamedTuple):
-    """Where an error is."""
+def _preset_error(name: str, presets: Iterable[str], where: str) -> RecipeError:
+    return RecipeError(
+        "no such preset",
+        where=where,
+        got=repr(name),
+        expected=f"one of {', '.join(presets)}, or a mapping",
+        remedy=_suggestion(name, presets),
+    )
 
+
+def _suggestion(name: str, known: Iterable[str]) -> str | None:
+    close = closest_name(name, known)
+    return f"Did you mean {close}?" if close else None
+
+
+class _ErrorPath(NamedTuple):
     keys: tuple[str, ...]
-    """As a user writes them."""
+    """The path as users write it."""
     models: list[type[BaseModel]]
-    """To which the last key belongs."""
+    """The models that may own the last key."""
     annotation: Any
-    """The type of what is there; None where it is not known."""
+    """The type at the end of the path; None if it is not known."""
 
 
-def _walk(recipe: type[BaseModel], location: Sequence[Any]) -> _Walked:
-    """Follow the location of an error.
+def _follow(recipe: type[BaseModel], location: Sequence[Any]) -> _ErrorPath:
+    """Follow the location of a validation error through the fields of a recipe.
 
-    It holds more than the keys that a user writes: the tag of a discriminated union, which chooses among the
-    union's members, and the name of a member of any other union. The models of such a union are all searched.
+    Besides keys, a location holds the tag of a discriminated union, which selects one member, and the name of a member
+    of any other union. All members of such a union are searched.
     """
-    shown: list[str] = []
+    keys: list[str] = []
     models: list[type[BaseModel]] = [recipe]
-    last: list[type[BaseModel]] = [recipe]
+    owners: list[type[BaseModel]] = [recipe]
     tags: dict[str, type[BaseModel]] = {}
     annotation: Any = recipe
     for part in (str(part) for part in location if not str(part).startswith("function-")):
@@ -337,18 +338,18 @@ def _walk(recipe: type[BaseModel], location: Sequence[Any]) -> _Walked:
             continue
         is_key = any(part in model.model_fields for model in models)
         if not is_key and not tags and len(_members(annotation)) > 1:
-            continue  # the name of a member, such as "bool" or "literal['auto']"
-        shown.append(part)
-        last = models
+            continue  # the name of a union's member, such as "bool" or "literal['auto']"
+        keys.append(part)
+        owners = models
         fields = [model.model_fields[part] for model in models if part in model.model_fields]
         tags = {tag: model for field in fields for tag, model in _tagged(field).items()}
         annotation = fields[0].annotation if fields else None
         models = [model for field in fields for model in _models_in(field.annotation)] or models
-    return _Walked(tuple(shown), last, annotation)
+    return _ErrorPath(tuple(keys), owners, annotation)
 
 
 def _members(annotation: Any) -> list[Any]:
-    """The types that a value may have, None left out."""
+    """The types that a value may have, without None."""
     origin = get_origin(annotation)
     if origin is Annotated:
         return _members(get_args(annotation)[0])
@@ -358,7 +359,7 @@ def _members(annotation: Any) -> list[Any]:
 
 
 def _choices(annotation: Any) -> list[str]:
-    """What may be written where only some values are allowed; empty where a number or any text is."""
+    """The allowed values; empty if the type allows numbers or any text."""
     members = _members(annotation)
     if not all(member is bool or get_origin(member) is Literal for member in members):
         return []
@@ -367,7 +368,7 @@ def _choices(annotation: Any) -> list[str]:
 
 
 def _tagged(field: FieldInfo) -> dict[str, type[BaseModel]]:
-    """The members of a discriminated union by their tags; nothing for any other field."""
+    """The members of a discriminated union by their tags; empty for any other field."""
     name = field.discriminator
     if not isinstance(name, str):
         return {}
@@ -382,3 +383,7 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for argument in get_args(annotation) for model in _models_in(argument)]
+
+
+def _recipes_in(annotation: Any) -> list[type[Recipe]]:
+    return [model for model in _models_in(annotation) if issubclass(model, Recipe)]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 
-from brainfound.errors import RecipeError, closest_name
+from brainfound.errors import RecipeError, ScanError, closest_name
 from brainfound.finetuning.recipe import FinetuneRecipe
 from brainfound.pretraining.pretrain import PretrainRecipe
 from brainfound.recipes import find, load, validate
@@ -93,3 +95,11 @@ def test_a_recipe_of_another_kind_is_named(tmp_path):
 
 def test_nothing_near_is_nothing():
     assert closest_name("zzz", ["stop", "roll_back"]) is None
+
+
+def test_an_error_from_a_worker_process_keeps_its_parts():
+    error = ScanError("not a scan", where="a.nii", got=3, expected="4", remedy="Repair it")
+    again = pickle.loads(pickle.dumps(error))
+    assert (str(again), again.reason, vars(again)) == (str(error), error.reason, vars(error))
+    assert str(again) == "a.nii: not a scan (got 3, expected 4). Repair it"
+    assert again.reason == "not a scan (got 3, expected 4). Repair it"

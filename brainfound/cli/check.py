@@ -16,12 +16,12 @@ from brainfound.errors import EXIT_SOME_REJECTED, UsageError
 
 if TYPE_CHECKING:
     from brainfound.data.checking.check import CheckedSession
-    from brainfound.data.checking.contact_sheet import SessionCard
     from brainfound.data.checking.contract import InputContract
     from brainfound.data.checking.rules import Finding
     from brainfound.data.cohort import Session
     from brainfound.data.hooks import Hook
     from brainfound.data.preprocessing.settings import Preprocessing
+    from brainfound.data.store.contact_sheet import SessionCard
 
 LEVEL_SYMBOLS = {"ok": "✓", "note": "·", "warn": "!", "fail": "✗", None: ""}
 COLUMN_LABELS = {"contrast": "name", "file": "read", "orientation": "orient", "intensity": "values"}
@@ -123,7 +123,7 @@ class _Report:
         from dataclasses import replace
 
         from brainfound.data.checking.check import check_session
-        from brainfound.data.checking.contact_sheet import choose_sessions
+        from brainfound.data.store.contact_sheet import choose_sessions
 
         evenly = set(choose_sessions(len(sessions), (), MAX_CARDS))
         num_flagged = 0
@@ -149,7 +149,7 @@ class _Report:
         return f"{row} {session.subject} {session.session}"
 
     def _card(self, row: int, checked: CheckedSession) -> SessionCard:
-        from brainfound.data.checking.contact_sheet import card_from_stack
+        from brainfound.data.store.contact_sheet import card_from_stack
 
         assert checked.stack is not None
         label = f"{row} {checked.subject} {checked.session}" if self.with_names and not self.are_files else str(row)
@@ -230,7 +230,7 @@ class _Report:
         }
 
     def write_picture(self, path: Path, preprocessing: Preprocessing) -> None:
-        from brainfound.data.checking.contact_sheet import choose_sessions, draw_contact_sheet
+        from brainfound.data.store.contact_sheet import choose_sessions, draw_contact_sheet
 
         rows = list(self.cards)
         flagged = [place for place, row in enumerate(rows) if self.cards[row].is_flagged]

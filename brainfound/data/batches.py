@@ -1,4 +1,4 @@
-"""Stacks → the tensors that a model reads.
+"""From stacks to the tensors of a model.
 
 Axis legend: B volumes, S slices, C contrasts, H W pixels.
 """
@@ -18,7 +18,7 @@ from brainfound.data.preprocessing.stack import Stack
 
 @dataclass(frozen=True)
 class VolumeBatch:
-    """A batch of volumes, padded to the longest; the names are those of the models' arguments."""
+    """A batch of volumes, padded to the longest; the fields are arguments of the models."""
 
     pixel_values: UInt8[Tensor, "B S C H W"] | Float[Tensor, "B S C H W"]
     contrast_mask: Bool[Tensor, "B C"]
@@ -44,24 +44,24 @@ class VolumeBatch:
 
 
 def as_tensor(pixels: Num[np.ndarray, "..."]) -> Tensor:
-    """Pixels of a stack or store as models take them: uint8 as they are, 16-bit ones as float32 in 0–1."""
+    """Pixels of a stack or store as the input of models: uint8 unchanged, uint16 as float32 in 0–1."""
     if pixels.dtype == np.uint16:
         return torch.from_numpy(pixels.astype(np.float32) / np.float32(65535))
     return torch.from_numpy(pixels)
 
 
 def to_unit_range(pixels: Tensor) -> Float[Tensor, "..."]:
-    """Pixels that models take, uint8 or float in 0–1, as floats in 0–1."""
+    """Input of models, uint8 or float in 0–1, as floats in 0–1."""
     return pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
 
 
 def evenly_spaced_slices(num_slices: int, wanted: int | None, margin: float = 0.0) -> Int[np.ndarray, "S"]:
-    """Indices of up to ``wanted`` evenly spaced slices, each in the middle of its share of the stack.
+    """Indices of evenly spaced slices, each in the middle of its share of the stack.
 
     Args:
         num_slices: slices of the stack.
-        wanted: how many; None takes all.
-        margin: part of the stack left out at each end.
+        wanted: most indices; None for all.
+        margin: share of the stack to leave out at each end.
     """
     if wanted is None or wanted >= num_slices:
         return np.arange(num_slices)
@@ -71,11 +71,11 @@ def evenly_spaced_slices(num_slices: int, wanted: int | None, margin: float = 0.
 
 
 def collate(stacks: Sequence[Stack], slices: Sequence[np.ndarray] | None = None) -> VolumeBatch:
-    """Stacks of any length → one batch; shorter ones are padded with zeros and ``slice_mask`` False.
+    """Stacks of any length as one batch; shorter ones are padded with zeros and ``slice_mask`` False.
 
     Args:
-        stacks: all with the same contrasts and slice size.
-        slices: which slices of each stack; all if None.
+        stacks: with equal contrasts and slice size.
+        slices: indices of slices of each stack; all if None.
     """
     chosen = [np.arange(len(stack.pixels)) for stack in stacks] if slices is None else list(slices)
     length = max(len(index) for index in chosen)
@@ -104,7 +104,7 @@ def remove_contrasts(stack: Stack, absent: Sequence[str]) -> Stack:
     """The stack as if some contrasts had not been scanned.
 
     Raises:
-        ValueError: if no contrast would be left.
+        ValueError: no contrast would be left.
     """
     keep = stack.present & np.array([contrast not in absent for contrast in stack.contrasts])
     if not keep.any():

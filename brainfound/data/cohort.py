@@ -1,4 +1,4 @@
-"""The cohort: a table of scans, read from any source that `brainfound.data.sources` knows."""
+"""The cohort: a table of scans, read from any source of `brainfound.data.sources`."""
 
 from __future__ import annotations
 
@@ -12,37 +12,38 @@ import pandas as pd
 from brainfound.errors import UsageError, did_you_mean
 
 COLUMNS = ("subject", "session", "contrast", "path", "mask", "age_years", "sex", "site", "diagnosis")
-"""The columns that every cohort table has; more are kept."""
+"""The columns of every cohort table; further columns are kept."""
 
 _PER_SCAN = {"subject", "session", "contrast", "path"}
 
 
 @dataclass(frozen=True)
 class Session:
-    """One subject at one visit: a file per contrast, label maps, and what is known of the subject."""
+    """One subject at one visit: a file per contrast, label maps, and covariates."""
 
     subject: str
     session: str
     scans: dict[str, Path]
-    """A file per contrast. A contrast that a manifest spells in no known way is kept as it is spelt. A path may
-    lie inside a zip (``…/ses-01.zip/anat/x.nii.gz``); `brainfound.data.reading.archives` opens both kinds."""
+    """Contrast → file. Unknown spellings of a contrast are kept. A path may lie inside a zip
+    (``…/ses-01.zip/anat/x.nii.gz``), see `brainfound.data.reading.archives`."""
     covariates: dict[str, Any]
     masks: dict[str, Path]
+    """Column of label maps → file."""
     extra_scans: tuple[tuple[str, Path], ...] = ()
-    """Further scans of a contrast that is already in `scans`, in the order of the table."""
+    """Further scans of contrasts in `scans`, in the order of the table."""
 
 
 class Cohort:
     """Sessions of one source.
 
     Attributes:
-        table: one row per scan with the columns of `COLUMNS` and whatever else the source says. Of several scans
-            of one contrast in a session, the one that stands first is used.
-        root: the folder to which the source's relative paths refer.
-        mask_columns: the columns that hold label maps.
-        source: the layout that was recognised ("BIDS", "manifest", "FOMO60K", …).
-        notes: what a user should know of the reading, one line each, without identifiers.
-        unused: files that were found and are no scans of the table, each with the reason.
+        table: one row per scan, with `COLUMNS` and further columns of the source. The first of several scans of one
+            contrast in a session is used.
+        root: the folder of the source's relative paths.
+        mask_columns: the columns of label maps.
+        source: the recognised layout ("BIDS", "manifest", "FOMO60K", …).
+        notes: remarks on the reading, one line each, without identifiers.
+        unused: files that are not scans of the table, each with the reason.
     """
 
     def __init__(
@@ -69,17 +70,17 @@ class Cohort:
 
     @classmethod
     def read(cls, path: str | Path, *, work: str | Path | None = None) -> Cohort:
-        """Recognise and read a source: a folder or file of any layout of `brainfound.data.sources.SOURCES`.
+        """Read a folder or file of any layout of `brainfound.data.sources.SOURCES`.
 
         Args:
             path: a manifest, a JSON of OpenMind, or a folder.
-            work: where a source that must be converted first (DICOM) puts what it makes; kept and used again.
+            work: folder for converted files (from DICOM), which are kept and used again.
 
         Raises:
-            CohortError: nothing is there, it is not recognised, it is damaged, or it holds no scans.
+            CohortError: the path does not exist, is not recognised, is damaged, or holds no scans.
             UsageError: a package that the source needs is not installed.
         """
-        from brainfound.data.sources import read_source
+        from brainfound.data.sources import read_source  # late: sources make cohorts
 
         return read_source(Path(path), None if work is None else Path(work))
 
@@ -89,11 +90,11 @@ class Cohort:
     def sessions(self) -> Iterator[Session]:
         """The sessions, ordered by subject and session."""
         columns = {str(column): self.table[column].tolist() for column in self.table.columns}
-        rows_of: dict[tuple[Any, Any], list[int]] = {}
+        groups: dict[tuple[Any, Any], list[int]] = {}
         for row, key in enumerate(zip(columns["subject"], columns["session"], strict=True)):
-            rows_of.setdefault(key, []).append(row)
+            groups.setdefault(key, []).append(row)
         facts = [column for column in columns if column not in _PER_SCAN and column not in self.mask_columns]
-        for (subject, session), rows in sorted(rows_of.items(), key=lambda item: item[0]):
+        for (subject, session), rows in sorted(groups.items(), key=lambda item: item[0]):
             scans: dict[str, Path] = {}
             extra: list[tuple[str, Path]] = []
             for row in rows:
@@ -128,6 +129,6 @@ def _first_known(values: list[Any], rows: list[int]) -> Any:
 
 
 def require_column(columns: list[str], wanted: str, where: str) -> None:
-    """Raise one clear line if a covariate column is not there."""
+    """Raise a UsageError that suggests the nearest name if a covariate column does not exist."""
     if wanted not in columns:
         raise UsageError(f"no column {wanted!r}", where=where, remedy=did_you_mean(wanted, columns))

@@ -1,14 +1,11 @@
-"""Running hooks: a tool in a temporary folder, with files under neutral names, ended when it takes too long.
+"""Hooks: external tools that run on each scan before it is prepared, such as skull-strippers and registrations.
 
-A tool is also ended when the process that runs it dies, however that happens: a guard, a small process of its own,
-starts the tool and reads from a pipe that nobody writes to. When the pipe ends, its other end has died, and the guard
-ends its process group: the tool, what the tool started, and itself.
+A hook is a command with placeholders. It is split into words once and never goes through a shell, so a file name cannot
+become a command. Hooks come from the user only, never from a store, model or bundle; the store records them.
 
-Hooks: tools of others that are run on each scan before it is prepared, such as skull-strippers and registrations.
-
-Nothing is stripped or registered unless a hook is asked for, and the store says which ones were. A hook is a command
-with placeholders. It is split into words once and never goes through a shell, so a file name cannot become a command.
-Hooks come from the user alone: no store, model or bundle can bring one.
+A tool runs in a temporary folder, with files under neutral names. It is killed after a timeout, and when the process
+that runs it dies: a small guard process starts the tool and reads from a pipe to which nobody writes. When the pipe
+closes, its other end has died, and the guard kills its process group: the tool, the children of the tool, and itself.
 """
 
 from __future__ import annotations
@@ -26,14 +23,14 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import nibabel as nib
 import yaml
 from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from brainfound.contrasts import parse_contrast
+from brainfound.contrasts import parse_contrasts
 from brainfound.data.reading.archives import is_file, open_binary
 from brainfound.data.reading.scan import load_scan
 from brainfound.errors import ScanError, UsageError, did_you_mean
@@ -43,50 +40,56 @@ PLACEHOLDERS = ("{input}", "{output}", "{reference}")
 _SHELL_WORDS = {"|", "||", "&", "&&", ";", "<", ">", ">>", "2>", "2>&1"}
 _VERSION_TIMEOUT_S = 60
 _VERSION_LENGTH = 200
+_MESSAGE_LENGTH = 300
+_GUARD = """
+import os, signal, subprocess, sys, threading
+def end_with_parent():
+    os.read(0, 1)
+    os.killpg(0, signal.SIGKILL)
+try:
+    tool = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
+except OSError as error:
+    sys.exit("it cannot be started: " + str(error.strerror))
+threading.Thread(target=end_with_parent, daemon=True).start()
+code = tool.wait()
+os._exit(code if code >= 0 else 128 - code)
+"""
+"""The program of the guard. After a signal the exit code is 128 plus the signal's number, as in shells."""
 
 
 class Hook(Recipe):
-    """One tool, and the command that runs it on one scan."""
+    """A tool, and the command that runs it on one scan."""
 
     name: str = Field(min_length=1, max_length=60)
-    """What messages and store.json call it."""
+    """Its name in messages and in store.json."""
 
     step: Literal["skull_strip", "register", "other"] = "other"
-    """What it does. A registration moves each scan onto the session's reference scan, and never runs on that one."""
+    """Kind of processing. A registration moves each scan onto the session's reference scan, and skips that one."""
 
     command: str
-    """The command with {input} and {output}, and for a registration {reference}. All three are `.nii.gz` files in a
-    temporary folder in which the command is run. No shell reads it: pipes and variables do not work."""
+    """The command with {input} and {output}, and for a registration {reference}: `.nii.gz` files in the temporary
+    folder in which the command runs. No shell reads it: pipes and variables do not work."""
 
-    contrasts: tuple[str, ...] = ()
-    """The contrasts that it is run on; empty: all."""
+    contrasts: Annotated[tuple[str, ...], BeforeValidator(parse_contrasts)] = ()
+    """The contrasts on which it runs; empty: all."""
 
     timeout_s: float = Field(default=1800, gt=0)
-    """A run that takes longer is ended, and its scan refused."""
+    """A tool that takes longer is killed, and its scan is refused."""
 
     needs: str | None = None
-    """The executable that must be there before anything starts; None: the first word of the command."""
+    """The executable that must be installed; None: the first word of the command."""
 
     environment: dict[str, str] = Field(default_factory=dict)
-    """Environment variables of the tool, beside those that are set already."""
+    """Additional environment variables of the tool."""
 
     version_command: str | None = None
     """A command that prints the tool's version, for store.json."""
 
     citation: str = ""
-    """What to cite when its result is used."""
+    """The publication to cite."""
 
     licence: str = ""
-    """What to know of the tool's licence."""
-
-    @field_validator("contrasts", mode="before")
-    @classmethod
-    def _known_contrasts(cls, value: Any) -> Any:
-        names = value.split(",") if isinstance(value, str) else value
-        try:
-            return tuple(parse_contrast(str(name)) for name in names)
-        except UsageError as error:
-            raise ValueError(str(error)) from None
+    """The tool's licence."""
 
     @field_validator("command", "version_command")
     @classmethod
@@ -126,14 +129,14 @@ class Hook(Recipe):
         return self.needs or shlex.split(self.command)[0]
 
     def words(self, **files: Path) -> list[str]:
-        """The command's words with files in the place of placeholders; a file name is never split."""
+        """The words of the command with files in place of placeholders; a file name is never split."""
         words = shlex.split(self.command)
         for name, file in files.items():
             words = [word.replace("{" + name + "}", str(file)) for word in words]
         return words
 
     def applies_to(self, contrast: str, is_reference: bool) -> bool:
-        """Whether it is run on a scan of this contrast."""
+        """Whether it runs on a scan of this contrast."""
         return (not self.contrasts or contrast in self.contrasts) and not (self.step == "register" and is_reference)
 
 
@@ -167,13 +170,11 @@ BUILTIN_HOOKS: dict[str, Hook] = {
         ),
     )
 }
-"""Hooks that can be asked for by name: SynthStrip, HD-BET version 2, and a rigid registration with FSL's FLIRT."""
+"""Hooks by name: SynthStrip, HD-BET version 2, and a rigid registration with FSL's FLIRT."""
 
 
 def load_hooks(names_or_files: Iterable[str | Path | Hook]) -> tuple[Hook, ...]:
-    """Hooks by name (see `BUILTIN_HOOKS`), from YAML files, or written out as a command with ``{input}`` and ``{output}``.
-
-    Hooks that are loaded already are taken as they are, and checked with the others.
+    """Hooks by name (see `BUILTIN_HOOKS`), from YAML files, or given as a command with ``{input}`` and ``{output}``.
 
     Raises:
         UsageError: there is no such hook or file, its tool is not installed, or a registration is not the last.
@@ -186,11 +187,18 @@ def load_hooks(names_or_files: Iterable[str | Path | Hook]) -> tuple[Hook, ...]:
             raise UsageError("the hook is given twice", where="hook", got=name, remedy="Give it once")
     steps = [hook.step for hook in hooks]
     if "register" in steps and set(steps[steps.index("register") :]) != {"register"}:
-        # Scans are moved onto the reference scan as all of its hooks left it, so they must be alike by then.
+        # The target of a registration is the reference scan after all of its hooks.
         raise UsageError(
             "registrations come after the other hooks", where="hook", got=", ".join(names), remedy="Change the order"
         )
-    require_tools(hooks)
+    for hook in hooks:
+        if shutil.which(hook.executable) is None:
+            raise UsageError(
+                f"the tool of the hook {hook.name} is not installed",
+                where="hook",
+                expected=f"{Path(hook.executable).name} on the PATH",
+                remedy="Install it, or load its module, and try again",
+            )
     return hooks
 
 
@@ -215,26 +223,10 @@ def _load_hook(item: str) -> Hook:
     return validate(Hook, {"name": file.stem, **content}, where=file.name)
 
 
-def require_tools(hooks: Iterable[Hook]) -> None:
-    """Refuse to start if a hook's program is not installed.
-
-    Raises:
-        UsageError: names the program.
-    """
-    for hook in hooks:
-        if shutil.which(hook.executable) is None:
-            raise UsageError(
-                f"the tool of the hook {hook.name} is not installed",
-                where="hook",
-                expected=f"{Path(hook.executable).name} on the PATH",
-                remedy="Install it, or load its module, and try again",
-            )
-
-
 def describe_hooks(hooks: Iterable[Hook]) -> list[dict[str, Any]]:
-    """What was done, for store.json: name, step, command, contrasts, the tool's version, citation, and a hash.
+    """The record of hooks in store.json: name, step, command, contrasts, the tool's version, citation, and a hash.
 
-    Folders are left out of the command, since they may name people; the hash is of the hook as it was given.
+    The command is written without folders, which may name people; the hash is that of the full hook.
     """
     return [
         {
@@ -272,38 +264,20 @@ def _version(hook: Hook) -> str | None:
     return next((line.strip()[:_VERSION_LENGTH] for line in lines if line.strip()), None)
 
 
-_MESSAGE_LENGTH = 300
-_GUARD = """
-import os, signal, subprocess, sys, threading
-def end_with_parent():
-    os.read(0, 1)
-    os.killpg(0, signal.SIGKILL)
-try:
-    tool = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
-except OSError as error:
-    sys.exit("it cannot be started: " + str(error.strerror))
-threading.Thread(target=end_with_parent, daemon=True).start()
-code = tool.wait()
-os._exit(code if code >= 0 else 128 - code)
-"""
-"""Of a tool that was ended by a signal the exit code is 128 and the signal's number, as in shells."""
-
-
 def run_hooks(
     scan_path: str | Path, hooks: Sequence[Hook], *, contrast: str, reference: Path | None = None, folder: str | Path
 ) -> Path:
-    """Run hooks on one scan, one after the other.
+    """Run hooks on one scan, in order.
 
     Args:
         scan_path: the scan, also inside a zip.
-        hooks: in the order in which they are run; those that are not for this contrast are passed over.
-        contrast: what the scan shows.
-        reference: the session's reference scan as its hooks left it; None for the reference scan itself, which no
-            registration is run on.
+        hooks: hooks for other contrasts are skipped.
+        contrast: the contrast of the scan.
+        reference: the session's reference scan after its hooks; None for the reference scan itself.
         folder: an existing folder for the tools' files; the caller removes it when the result has been read.
 
     Returns:
-        The file to read: the scan itself if no hook was run on it.
+        The file to read: the scan itself if no hook ran on it.
 
     Raises:
         ScanError: a tool failed, see `run_hook`.
@@ -321,12 +295,11 @@ def run_hook(scan_path: Path, hook: Hook, folder: Path, reference: Path | None =
 
     Args:
         scan_path: the scan, also inside a zip.
-        hook: what to run.
         folder: a new folder for the tool's files.
-        reference: for a registration, the scan to move it onto.
+        reference: the target of a registration.
 
     Returns:
-        What the tool wrote, under the name of the scan.
+        The output of the tool, under the name of the scan.
 
     Raises:
         ScanError: the tool failed, took too long, wrote nothing, or wrote something that is not a scan.
@@ -360,9 +333,7 @@ def run_hook(scan_path: Path, hook: Hook, folder: Path, reference: Path | None =
 
 
 def anonymised_copy(source: Path, target: Path) -> Path:
-    """A scan as ``.nii.gz`` under a name that says nothing; voxels and affine stay as they are.
-
-    It is a copy, so that a tool cannot change the user's file.
+    """Copy a scan to a ``.nii.gz`` with a neutral name; voxels and affine do not change.
 
     Raises:
         ScanError: the file is missing or cannot be read.
@@ -394,7 +365,7 @@ def _execute(hook: Hook, words: list[str], folder: Path, name: str) -> None:
     errors = folder / "stderr.txt"
     with log.open("wb") as out, errors.open("wb") as err:
         try:
-            # Isolated and without site packages: the hook's environment is for the tool, and the guard starts fast.
+            # Isolated and without site packages: the guard starts fast, and ignores the environment of the tool.
             process = subprocess.Popen(
                 [sys.executable, "-I", "-S", "-c", _GUARD, *words],
                 stdin=subprocess.PIPE,
@@ -422,9 +393,9 @@ def _execute(hook: Hook, words: list[str], folder: Path, name: str) -> None:
         finally:
             _end(process)
     if code != 0:
-        said = _last_line(errors, folder) or _last_line(log, folder) or "it said nothing"
+        last = _last_line(errors, folder) or _last_line(log, folder) or "it said nothing"
         raise ScanError(
-            f"the hook {hook.name} failed: {said}",
+            f"the hook {hook.name} failed: {last}",
             where=name,
             got=f"exit code {code}",
             remedy="Try the tool alone on this scan",
@@ -432,8 +403,8 @@ def _execute(hook: Hook, words: list[str], folder: Path, name: str) -> None:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a tool, whatever it started, and its guard: they have a process group of their own."""
-    with suppress(ProcessLookupError, PermissionError):  # all of it has ended
+    """Kill the process group of a guard: the tool, its children, and the guard."""
+    with suppress(ProcessLookupError, PermissionError):  # all have ended
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert process.stdin is not None
@@ -441,7 +412,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _last_line(file: Path, folder: Path) -> str:
-    """The last line that is not empty, without the temporary folder and without control characters."""
+    """The last line that is not empty, without the temporary folder and control characters."""
     with file.open("rb") as stream:
         stream.seek(0, os.SEEK_END)
         stream.seek(max(stream.tell() - 8192, 0))

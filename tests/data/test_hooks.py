@@ -20,7 +20,6 @@ from brainfound.data.hooks import (
     anonymised_copy,
     describe_hooks,
     load_hooks,
-    require_tools,
     run_hook,
     run_hooks,
 )
@@ -273,7 +272,7 @@ def test_a_tool_that_is_not_installed_stops_before_anything_starts(tmp_path, mon
     with pytest.raises(UsageError, match="synthstrip is not installed .*mri_synthstrip on the PATH"):
         load_hooks(["synthstrip"])
     with pytest.raises(UsageError, match="expected fsl on the PATH"):
-        require_tools([Hook(name="h", command="tool {input} {output}", needs="/opt/me/fsl")])
+        load_hooks([Hook(name="h", command="tool {input} {output}", needs="/opt/me/fsl")])
     with pytest.raises(UsageError, match="given twice"):
         load_hooks(["synthstrip", "synthstrip"])
 

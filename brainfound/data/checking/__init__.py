@@ -1,1 +1,1 @@
-"""What went into a store, and whether an input is what a model expects: facts per scan, pictures, contracts."""
+"""Whether scans are what a model expects: its input `contract`, the `rules`, and the `check` of whole sessions."""

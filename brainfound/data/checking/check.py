@@ -1,7 +1,6 @@
-"""Is this input what a model expects? Every scan of a source, against the model's input contract.
+"""Checking sessions against the input contract of a model.
 
-Scans go through the hooks that are given, are read and brought onto the model's grid, as `prepare` and `predict` do
-it; nothing is written.
+Scans go through the hooks and are brought onto the model's grid, as in `prepare` and `predict`; nothing is written.
 """
 
 from __future__ import annotations
@@ -9,13 +8,12 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from brainfound.contrasts import CONTRASTS, UNKNOWN, contrast_from_filename, parse_contrast
 from brainfound.data.checking.contract import InputContract
-from brainfound.data.checking.quality import ScanQuality
 from brainfound.data.checking.rules import (
     Finding,
     Level,
@@ -33,23 +31,24 @@ from brainfound.data.checking.rules import (
 )
 from brainfound.data.cohort import Session
 from brainfound.data.hooks import Hook, run_hooks
+from brainfound.data.preprocessing.quality import ScanQuality
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.preprocessing.stack import Stack
 from brainfound.data.preprocessing.stack_builder import StackBuilder
 from brainfound.data.reading.scan import Scan, load_scan, read_header
+from brainfound.data.store import Store
 from brainfound.errors import ModelError, ScanError, UsageError
 
 
 @dataclass(frozen=True)
 class CheckedScan:
-    """One file and what was found about it.
+    """One file with its findings.
 
     Attributes:
-        contrast: as the source names it.
-        file: the file.
-        findings: one or more per question that could be asked.
-        quality: numbers of the scan; None if it did not get that far.
-        is_used: False for a contrast that the model does not read, and for a second scan of one.
+        contrast: its name in the source.
+        findings: one or more per rule that applies.
+        quality: measurements of the scan; None if it cannot be used.
+        is_used: False for a contrast that the model does not read, and for a second scan of a contrast.
     """
 
     contrast: str
@@ -63,14 +62,14 @@ class CheckedScan:
         return worst_level(self.findings)
 
     def check_level(self, check: str) -> Level | None:
-        """The gravest answer to one question; None if it was not asked."""
+        """The gravest level of one check; None if it was not applied."""
         found = [finding for finding in self.findings if finding.check == check]
         return worst_level(found) if found else None
 
 
 @dataclass(frozen=True)
 class CheckedSession:
-    """One session: its scans, and what concerns all of them."""
+    """One session: its scans, and the findings about all of them."""
 
     subject: str
     session: str
@@ -86,32 +85,28 @@ class CheckedSession:
 def check_session(
     session: Session, preprocessing: Preprocessing, contract: InputContract, hooks: Sequence[Hook] = ()
 ) -> CheckedSession:
-    """Check the scans of one session as the model would read them.
+    """Check the scans of one session, as the model would read them.
 
     Args:
-        session: of a cohort, or from `session_from_files`.
-        preprocessing: the model's.
-        contract: the model's, or what is known of it.
-        hooks: tools to run on each scan first.
+        session: from a cohort, or from `session_from_files`.
+        preprocessing, contract: those of the model.
+        hooks: tools that run on each scan first.
     """
     with tempfile.TemporaryDirectory() if hooks else nullcontext("") as folder:
         return _SessionCheck(session, preprocessing, contract, hooks, Path(folder)).run()
 
 
+@dataclass
 class _SessionCheck:
-    def __init__(
-        self,
-        session: Session,
-        preprocessing: Preprocessing,
-        contract: InputContract,
-        hooks: Sequence[Hook],
-        folder: Path,
-    ) -> None:
-        self.session, self.preprocessing, self.contract = session, preprocessing, contract
-        self.hooks, self.folder = hooks, folder
-        self.reference: Path | None = None
-        self.builder: StackBuilder | None = None
-        self.scans: list[CheckedScan] = []
+    session: Session
+    preprocessing: Preprocessing
+    contract: InputContract
+    hooks: Sequence[Hook]
+    folder: Path
+    reference: Path | None = None
+    """The reference scan after its hooks."""
+    builder: StackBuilder | None = None
+    scans: list[CheckedScan] = field(default_factory=list)
 
     def run(self) -> CheckedSession:
         session = self.session
@@ -132,7 +127,7 @@ class _SessionCheck:
         if self.builder is not None:
             stack = self.builder.build(subject=session.subject, session=session.session)
             findings.insert(0, slices_finding(len(stack.pixels), self.contract))
-        return CheckedSession(session.subject, session.session, tuple(self.scans), _asked(findings), stack)
+        return CheckedSession(session.subject, session.session, tuple(self.scans), _present(findings), stack)
 
     def _check(self, contrast: str, file: Path) -> CheckedScan:
         findings: list[Finding] = [contrast_finding(contrast, self.contract)]
@@ -143,7 +138,9 @@ class _SessionCheck:
             return CheckedScan(contrast, file, tuple(findings))
         try:
             read_header(file)
-            processed = self._after_hooks(contrast, file)
+            processed = file
+            if self.hooks:
+                processed = run_hooks(file, self.hooks, contrast=contrast, reference=self.reference, folder=self.folder)
             scan = load_scan(processed)
         except ScanError as error:
             return CheckedScan(contrast, file, (*findings, _failed("file", error)))
@@ -154,18 +151,13 @@ class _SessionCheck:
             return CheckedScan(contrast, file, (*findings, _failed("field", error)))
         self.reference = self.reference or processed
         quality = self.builder.quality[-1]
-        findings += _asked([spacing_finding(quality, self.contract)])
+        findings += _present([spacing_finding(quality, self.contract)])
         findings += intensity_findings(scan, quality, self.contract, self.preprocessing)
-        findings += _asked([skull_finding(quality, self.contract)])
+        findings += _present([skull_finding(quality, self.contract)])
         findings += field_of_view_findings(quality, self.contract)
-        if len(self.builder.quality) > 1:  # the first is what the others are compared with
+        if len(self.builder.quality) > 1:  # others are compared with the first
             findings.append(overlap_finding(quality))
         return CheckedScan(contrast, file, tuple(findings), quality)
-
-    def _after_hooks(self, contrast: str, file: Path) -> Path:
-        if not self.hooks:
-            return file
-        return run_hooks(file, self.hooks, contrast=contrast, reference=self.reference, folder=self.folder)
 
     def _add_to_builder(self, contrast: str, scan: Scan, name: str) -> StackBuilder:
         if self.builder is None:
@@ -186,14 +178,12 @@ class _SessionCheck:
         return CheckedScan(contrast, file, (finding,), is_used=False)
 
 
-def _asked(findings: Iterable[Finding | None]) -> tuple[Finding, ...]:
+def _present(findings: Iterable[Finding | None]) -> tuple[Finding, ...]:
     return tuple(finding for finding in findings if finding is not None)
 
 
 def _failed(check: str, error: ScanError) -> Finding:
-    facts = [f"{word} {text}" for word, text in (("got", error.got), ("expected", error.expected)) if text is not None]
-    message = error.what + (f" ({', '.join(facts)})" if facts else "")
-    return Finding(check, "fail", message, error.remedy or "")
+    return Finding(check, "fail", error.fault, error.remedy or "")
 
 
 def _remedy_of_name(contrast: str) -> str:
@@ -205,12 +195,12 @@ def _remedy_of_name(contrast: str) -> str:
 
 
 def session_from_files(inputs: Iterable[str], contrasts: tuple[str, ...]) -> Session:
-    """One session from ``FILE`` and ``CONTRAST=FILE`` arguments, read as `predict` reads them.
+    """One session from ``FILE`` and ``CONTRAST=FILE`` arguments, as in `predict`.
 
-    A single file whose name says nothing is taken for the model's contrast if it has only one.
+    A single file with an unknown contrast in its name gets the contrast of a model that has only one.
 
     Raises:
-        UsageError: a contrast cannot be told from a name, or is given twice.
+        UsageError: the contrast of a file is unknown, or is given twice.
     """
     texts = list(inputs)
     scans: dict[str, Path] = {}
@@ -238,17 +228,15 @@ def session_from_files(inputs: Iterable[str], contrasts: tuple[str, ...]) -> Ses
 
 
 def load_model_contract(folder: str | Path) -> tuple[Preprocessing, InputContract]:
-    """The preprocessing and the contract of a run, an export, a bundle, or a store (measured on the spot).
+    """The preprocessing and the contract of a run, an export, a bundle, or a store (which is measured).
 
     Raises:
-        ModelError: the folder holds none of them.
+        ModelError: the folder is none of these.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ModelError("no such model", where=folder, remedy="Give a run folder, its export, a bundle or a store")
     if (folder / "store.json").is_file():
-        from brainfound.data.store import Store
-
         store = Store.open(folder)
         return store.preprocessing, InputContract.of(store)
     if (folder / "export").is_dir():
@@ -259,7 +247,7 @@ def load_model_contract(folder: str | Path) -> tuple[Preprocessing, InputContrac
 
 
 def scan_to_dict(scan: CheckedScan, keep_ids: bool) -> dict[str, Any]:
-    """A scan as plain values, for JSON; its file name only if identifiers are kept."""
+    """A scan as plain values for JSON; with its file name only if identifiers are kept."""
     row: dict[str, Any] = {"contrast": scan.contrast, "level": scan.level, "is_used": scan.is_used}
     if keep_ids:
         row["file"] = scan.file.name
@@ -271,10 +259,5 @@ def scan_to_dict(scan: CheckedScan, keep_ids: bool) -> dict[str, Any]:
 
 
 def finding_to_dict(finding: Finding) -> dict[str, str]:
-    """A finding as plain values, for JSON."""
-    return {
-        "check": finding.check,
-        "level": finding.level,
-        "message": finding.message,
-        "remedy": finding.remedy,
-    }
+    """A finding as plain values for JSON."""
+    return asdict(finding)

@@ -1,52 +1,50 @@
-"""The input contract of a model: what the scans were like that it learnt from, measured on its training store.
+"""The input contract of a model: properties of its training scans, measured on its training store.
 
-Preprocessing says what is done to scans; the contract says what kind of scans it was done to. `brainfound check`
-compares new scans with it. It holds ranges only, nothing about a single subject.
+`brainfound check` compares new scans with it. It holds ranges only, nothing about a single subject.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from brainfound.data.preprocessing.settings import Preprocessing
+from brainfound.data.store import Store
+from brainfound.data.store.reader import select_sessions
 from brainfound.errors import ModelError
 from brainfound.recipes import Recipe, validate
-
-if TYPE_CHECKING:
-    from brainfound.data.store import Store
 
 FILE_NAME = "input_contract.json"
 
 MIN_KNOWN_SHARE = 0.5
-"""The skull state of a contrast is unknown if that of fewer of its scans is known."""
+"""With a smaller share of known scans, the skull state of a contrast is unknown."""
 MAX_MINORITY_SHARE = 0.05
-"""Fewer stripped scans among heads, or heads among stripped scans, are exceptions and not a mixture."""
+"""A smaller share of stripped scans among heads, or of heads among stripped scans, does not make a mixture."""
 
 ContractSkullState = Literal["stripped", "head", "mixed", "unknown"]
 
 
 class InputContract(Recipe):
-    """What a model expects of its input. What was not measured is None, ``unknown`` or empty."""
+    """The expected input of a model. Unmeasured values are None, ``unknown`` or empty."""
 
     contrasts: tuple[str, ...]
-    """The contrasts that it reads."""
+    """The contrasts of the model."""
 
     spacing_mm: tuple[float | None, float | None, float | None]
-    """Voxel size along x, y and z to which scans are brought; null: the scan's own."""
+    """Voxel size along x, y and z after resampling; null keeps the scan's own."""
 
     size: tuple[int, int]
     """Rows and columns of a slice."""
 
     num_sessions: int | None = None
-    """Sessions on which the rest was measured; None: nothing was."""
+    """Number of measured sessions; None: nothing was measured."""
 
     coarsest_mm: dict[str, float] = Field(default_factory=dict)
     """Per contrast, the longest voxel edge among the scans as acquired."""
@@ -67,53 +65,37 @@ class InputContract(Recipe):
     """Whether any scan held negative values."""
 
     hooks: tuple[str, ...] = ()
-    """What was run on each scan before, such as a skull-stripper."""
+    """Hooks that ran on each scan before, such as a skull-stripper."""
 
     never_absent: tuple[str, ...] = ()
-    """Contrasts that every training session had and that training never withheld: the model has not learnt to do
-    without them. Empty where that is not known."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _skull_of_all(cls, content: Any) -> Any:
-        """Early contracts had one skull state for all contrasts."""
-        if isinstance(content, Mapping) and isinstance(content.get("skull"), str):
-            names = content.get("coarsest_mm") or ()
-            return {**content, "skull": {name: content["skull"] for name in names}}
-        return content
+    """Contrasts that training never lacked: every session had them, and contrast dropout never withheld them. Empty if
+    that is not known."""
 
     @property
     def is_measured(self) -> bool:
-        """False for a model that was saved without a contract: only what its preprocessing says is known."""
+        """False for a model that was saved without a contract: only its preprocessing is known."""
         return self.num_sessions is not None
 
     @classmethod
     def of(
         cls, store: Store, sessions: Sequence[int] | np.ndarray | None = None, *, withheld_in_training: bool = True
     ) -> InputContract:
-        """Measure a store, or some of its sessions (those that a model learns from).
+        """Measure a store, or some of its sessions (those of the training part).
 
         Args:
-            withheld_in_training: whether training hides contrasts now and then, so that each is absent at times.
+            withheld_in_training: whether training withholds contrasts at random, so that each is absent at times.
         """
         rows = np.arange(len(store)) if sessions is None else np.asarray(sessions, dtype=np.int64)
         table = store.sessions.iloc[rows]
-        quality = _select_sessions(store.quality, table)
+        quality = select_sessions(store.quality, set(zip(table["subject"], table["session"], strict=True)))
         slices = table["num_slices"].to_numpy()
         longest = quality["spacing_mm"].astype(str).map(_max_spacing_mm)
+        scans = {name: quality["contrast"] == name for name in store.shown if (quality["contrast"] == name).any()}
         return cls(
             **(_contract_fields(store.preprocessing) | {"contrasts": store.shown}),
             num_sessions=len(table),
-            coarsest_mm={
-                contrast: float(longest[quality["contrast"] == contrast].max())
-                for contrast in store.shown
-                if (quality["contrast"] == contrast).any()
-            },
-            skull={
-                contrast: _summarise_skull_states(quality["skull"][quality["contrast"] == contrast].tolist())
-                for contrast in store.shown
-                if (quality["contrast"] == contrast).any()
-            },
+            coarsest_mm={name: float(longest[rows].max()) for name, rows in scans.items()},
+            skull={name: _summarise_skull_states(quality["skull"][rows].tolist()) for name, rows in scans.items()},
             age_years=_range(table["age_years"]) if "age_years" in table else None,
             num_slices=(int(slices.min()), int(slices.max())) if len(slices) else None,
             foreground_ml=_range(quality["foreground_ml"]),
@@ -123,7 +105,7 @@ class InputContract(Recipe):
 
     @classmethod
     def from_preprocessing(cls, preprocessing: Preprocessing) -> InputContract:
-        """What is known of a model that carries no contract."""
+        """The contract of a model that was saved without one."""
         return cls(**_contract_fields(preprocessing))
 
     def save(self, folder: str | Path) -> Path:
@@ -137,8 +119,8 @@ class InputContract(Recipe):
         """Read ``input_contract.json`` from a folder.
 
         Raises:
-            ModelError: if the file is missing or is not valid JSON.
-            RecipeError: if a key or value is refused.
+            ModelError: the file is missing or is not valid JSON.
+            RecipeError: a key or value is refused.
         """
         contract = cls.load_or_none(folder)
         if contract is None:
@@ -149,7 +131,7 @@ class InputContract(Recipe):
 
     @classmethod
     def load_or_none(cls, folder: str | Path) -> InputContract | None:
-        """The same, or None for a model that was saved without one."""
+        """As `load`, but None if the file is missing."""
         path = Path(folder) / FILE_NAME
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -161,19 +143,19 @@ class InputContract(Recipe):
 
 
 def missing_contrast_note(contrast: str, where: str = "") -> str:
-    """What to know of an answer without a contrast that training always showed.
+    """A note on predictions without a contrast that training never lacked.
 
     Args:
-        where: of many answers, which ones: "in 3 of 40 sessions".
+        where: the predictions it concerns, such as "in 3 of 40 sessions".
     """
     missing = f"{contrast} is missing {where}".rstrip()
     return f"{missing}: the model never learnt to do without it, and its answer may mean nothing"
 
 
 def _always_present(store: Store, rows: np.ndarray) -> tuple[str, ...]:
-    """The contrasts that each of these sessions has."""
-    here = store.present[rows].all(axis=0)
-    return tuple(name for name, always in zip(store.contrasts, here, strict=True) if always and name in store.shown)
+    """The readable contrasts of all these sessions."""
+    present = store.present[rows].all(axis=0)
+    return tuple(name for name, always in zip(store.contrasts, present, strict=True) if always and name in store.shown)
 
 
 def _contract_fields(preprocessing: Preprocessing) -> dict[str, Any]:
@@ -185,14 +167,8 @@ def _contract_fields(preprocessing: Preprocessing) -> dict[str, Any]:
     }
 
 
-def _select_sessions(quality: pd.DataFrame, sessions: pd.DataFrame) -> pd.DataFrame:
-    wanted = set(zip(sessions["subject"].astype(str), sessions["session"].astype(str), strict=True))
-    keys = zip(quality["subject"].astype(str), quality["session"].astype(str), strict=True)
-    return quality[np.array([key in wanted for key in keys], dtype=bool)]
-
-
 def _max_spacing_mm(text: str) -> float:
-    """Of a spacing as the quality table writes it.
+    """The longest edge of a spacing in the quality table.
 
     >>> _max_spacing_mm("0.7x0.7x4")
     4.0

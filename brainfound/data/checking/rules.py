@@ -1,7 +1,7 @@
-"""What `brainfound check` asks of a scan and of a session: one small rule per question.
+"""The rules of `brainfound check` for scans and sessions: one function per question.
 
-A rule gives a finding: ``ok``; ``note`` (nothing is wrong); ``warn`` (a person should look); ``fail`` (the model was
-not made for this). A question that cannot be asked, because the model's contract does not say, gives None.
+A rule returns a finding: ``ok``; ``note`` (nothing is wrong); ``warn`` (a person should look); ``fail`` (outside of the
+model's use). A rule returns None if the model's contract does not cover its question.
 
 Axis legend: X left → right, Y posterior → anterior, Z inferior → superior.
 """
@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from brainfound.data.checking.contract import InputContract, missing_contrast_note
-from brainfound.data.checking.quality import ScanQuality
+from brainfound.data.preprocessing.quality import ScanQuality
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.reading.scan import Scan
 
@@ -27,30 +27,30 @@ SCAN_CHECKS = ("contrast", "file", "orientation", "spacing", "intensity", "skull
 SESSION_CHECKS = ("slices", "age")
 
 MAX_SPACING_RATIO = 1.5
-"""A voxel edge longer than the longest in training by more than this factor is worth a warning."""
+"""Longest voxel edge over the longest one in training."""
 MAX_GRID_SPACING_RATIO = 3.0
-"""The same for a model without a contract, against the grid that scans are brought to."""
+"""For a model without a contract: longest voxel edge over that of the stack's grid."""
 FEW_VALUES, MAX_MASK_VALUES = 40, 12
-"""Fewer different values than the first are a coarse quantisation; no more than the second are a mask."""
+"""Fewer different values than the first are a coarse quantisation; at most the second are a mask."""
 MIN_LABEL_NEIGHBOUR_SHARE = 0.8
-"""Share of neighbouring voxels with the same whole number: labels fill regions, images do not."""
+"""Share of neighbouring voxels with the same whole number in a label map; images have less."""
 MAX_CLIPPED_SHARE = 0.02
-"""Share of the foreground at the very highest value; robust scaling by others clips at most 0.5 to 1 %."""
+"""Share of the foreground at the highest value; robust scaling in other tools clips at most 0.5 to 1 %."""
 MAX_NEGATIVE_SHARE = 0.2
-"""A minimum below minus this part of the foreground's upper end is no ringing of an interpolation."""
+"""Share of the foreground's upper end; a lower negative minimum is not the ringing of an interpolation."""
 MAX_OUT_OF_RANGE_SHARE = 0.05
 """Share of the foreground outside of a contrast's fixed range."""
 MIN_OVERLAP_SHARE, MAX_CROPPED_SHARE = 0.9, 0.02
-"""Shares of the foreground: covered by the field of view; lost outside of the stack."""
+"""Shares of the foreground: inside the field of view; outside of the stack."""
 FOREGROUND_ML = (300.0, 7000.0)
-"""Plausible volumes of a brain or head, a newborn's included, for a model without a contract."""
+"""Plausible volumes of a brain or head, also a newborn's, for a model without a contract."""
 FOREGROUND_SLACK, SLICES_SLACK = 1.6, 1.33
-"""How far beyond the training's extremes a volume or number of slices may lie, as a factor."""
+"""Accepted factors beyond the extremes of training, for volumes and numbers of slices."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """The answer to one question."""
+    """The result of one rule."""
 
     check: str
     level: Level
@@ -59,12 +59,12 @@ class Finding:
 
 
 def worst_level(findings: tuple[Finding, ...] | list[Finding]) -> Level:
-    """The gravest level; ``ok`` of none."""
+    """The gravest level; ``ok`` without findings."""
     return max((finding.level for finding in findings), key=LEVELS.index, default="ok")
 
 
 def orientation_findings(scan: Scan) -> list[Finding]:
-    """Does the header say how the head lies, and with one voice?"""
+    """Is the orientation in the header complete and consistent?"""
     if not scan.notes:
         return [Finding("orientation", "ok")]
     remedy = "Compare left and right with a viewer and the scanner's images; convert again from DICOM if in doubt"
@@ -72,7 +72,7 @@ def orientation_findings(scan: Scan) -> list[Finding]:
 
 
 def spacing_finding(quality: ScanQuality, contract: InputContract) -> Finding | None:
-    """Are the voxels about as fine as those that the model learnt from?"""
+    """Are the voxels about as fine as in training?"""
     longest = max(quality.spacing_mm)
     if contract.is_measured:
         seen = contract.coarsest_mm.get(quality.contrast)
@@ -80,10 +80,10 @@ def spacing_finding(quality: ScanQuality, contract: InputContract) -> Finding | 
             return None
         limit, what = MAX_SPACING_RATIO * seen, f"the coarsest training scan of {quality.contrast} had {seen:.3g} mm"
     else:
-        asked = [spacing for spacing in contract.spacing_mm if spacing is not None]
-        if not asked:
+        fixed = [spacing for spacing in contract.spacing_mm if spacing is not None]
+        if not fixed:
             return None
-        limit, what = MAX_GRID_SPACING_RATIO * max(asked), f"the model's grid has {max(asked):g} mm"
+        limit, what = MAX_GRID_SPACING_RATIO * max(fixed), f"the model's grid has {max(fixed):g} mm"
     if longest <= limit:
         return Finding("spacing", "ok")
     return Finding(
@@ -95,7 +95,7 @@ def spacing_finding(quality: ScanQuality, contract: InputContract) -> Finding | 
 
 
 def contrast_finding(contrast: str, contract: InputContract) -> Finding:
-    """Is it one of the model's contrasts, and did the model ever see it?"""
+    """Did the model see this contrast in training?"""
     if contract.is_measured and contrast not in contract.coarsest_mm:
         return Finding(
             "contrast",
@@ -107,7 +107,7 @@ def contrast_finding(contrast: str, contract: InputContract) -> Finding:
 
 
 def missing_contrast_findings(contrasts: Collection[str], contract: InputContract) -> list[Finding]:
-    """Is each contrast there that the model never learnt to do without?"""
+    """Are all contrasts present that training never lacked?"""
     absent = [contrast for contrast in contract.never_absent if contrast not in contrasts]
     return [
         Finding(
@@ -120,7 +120,7 @@ def missing_contrast_findings(contrasts: Collection[str], contract: InputContrac
 def intensity_findings(
     scan: Scan, quality: ScanQuality, contract: InputContract, preprocessing: Preprocessing
 ) -> list[Finding]:
-    """Is it an image, with the values that an image has?"""
+    """Is it an image, with plausible values?"""
     values = scan.data[::2, ::2, ::2].ravel()
     different, counts = np.unique(values, return_counts=True)
     if _is_label_map(scan, different, counts):
@@ -190,25 +190,25 @@ def _is_label_map(scan: Scan, different: np.ndarray, counts: np.ndarray) -> bool
 
 
 def skull_finding(quality: ScanQuality, contract: InputContract) -> Finding | None:
-    """Is it stripped or whole as the model's scans of its contrast were?"""
-    learnt = contract.skull.get(quality.contrast, "unknown")
-    if learnt in ("mixed", "unknown"):
+    """Is the skull stripped or present, as in the training scans of this contrast?"""
+    trained = contract.skull.get(quality.contrast, "unknown")
+    if trained in ("mixed", "unknown"):
         return None
-    if quality.skull == learnt:
+    if quality.skull == trained:
         return Finding("skull", "ok")
     names = {"stripped": "skull-stripped brains", "head": "whole heads"}
     if quality.skull == "unclear":
-        message = f"cannot tell whether this is a whole head; the model learnt from {names[learnt]}"
+        message = f"cannot tell whether this is a whole head; the model learnt from {names[trained]}"
         return Finding("skull", "warn", message, "Look at it: brainfound check --png")
-    message = f"{names[quality.skull]} here, but the model learnt from {names[learnt]}"
-    if learnt == "head":
+    message = f"{names[quality.skull]} here, but the model learnt from {names[trained]}"
+    if trained == "head":
         return Finding("skull", "fail", message, "Give the scans as acquired, before skull-stripping")
     hooks = " ".join(f"--hook {name}" for name in contract.hooks) or "--hook synthstrip"
     return Finding("skull", "fail", message, f"Strip the skulls first, as in: brainfound prepare … {hooks}")
 
 
 def field_of_view_findings(quality: ScanQuality, contract: InputContract) -> list[Finding]:
-    """Is a whole head or brain there, and does it fit into the stack?"""
+    """Is a whole head or brain in the scan, and does it fit into the stack?"""
     low, high = FOREGROUND_ML
     if contract.foreground_ml is not None:
         low, high = contract.foreground_ml[0] / FOREGROUND_SLACK, contract.foreground_ml[1] * FOREGROUND_SLACK
@@ -226,7 +226,7 @@ def field_of_view_findings(quality: ScanQuality, contract: InputContract) -> lis
 
 
 def overlap_finding(quality: ScanQuality) -> Finding:
-    """Does its field of view cover what the session's reference scan shows?"""
+    """Does the field of view cover the foreground of the session's reference scan?"""
     if quality.overlap >= MIN_OVERLAP_SHARE:
         return Finding("overlap", "ok")
     message = f"covers {quality.overlap:.0%} of what the session's reference scan shows"
@@ -234,7 +234,7 @@ def overlap_finding(quality: ScanQuality) -> Finding:
 
 
 def slices_finding(num_slices: int, contract: InputContract) -> Finding | None:
-    """Has the stack about as many slices as the model's?"""
+    """Has the stack about as many slices as in training?"""
     if contract.num_slices is None:
         return None
     fewest, most = contract.num_slices
@@ -245,7 +245,7 @@ def slices_finding(num_slices: int, contract: InputContract) -> Finding | None:
 
 
 def age_finding(age_years: Any, contract: InputContract) -> Finding | None:
-    """Is the subject as old as those that the model learnt from?"""
+    """Is the age within the range of training?"""
     if contract.age_years is None:
         return None
     youngest, oldest = contract.age_years

@@ -1,9 +1,11 @@
-"""Where the head or the brain is in a scan.
+"""The foreground of a scan: its head or brain.
 
-A skull-stripped scan has an exact background value, often 0, on the faces of its volume; everything else is
-foreground (interpolation leaves small negative values around the brain: they are foreground too). A scan with
-air around the head has noise there: Otsu's threshold, the largest component, its holes filled. So has one that was
-padded with an exact value afterwards: what differs from that value is then a box, and too much for a head.
+A skull-stripped scan has one exact background value, often 0, on the faces of its volume; all other voxels are
+foreground, also small negative values from interpolation around the brain. A scan with air around the head has noise
+there: Otsu's threshold, the largest component, holes filled. The same is done if the voxels other than an exact value
+are a box and larger than a head: the former field of view of a padded scan.
+
+Axis legend: X left → right, Y posterior → anterior, Z inferior → superior.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ MAX_HEAD_ML = 5500.0
 MAX_BOX_SHARE = 0.75
 """An ellipsoid fills 52 % of its box, a head and neck about 60 %."""
 COARSE_MM = 3.0
-"""Air noise is separated on a grid of about this spacing: fast, and blind to single bright voxels."""
+"""Spacing of the grid on which air noise is separated: fast, and robust to single bright voxels."""
 
 
 def foreground(scan: Scan) -> Bool[np.ndarray, "X Y Z"]:
@@ -34,7 +36,7 @@ def foreground(scan: Scan) -> Bool[np.ndarray, "X Y Z"]:
 
 
 def _is_padded_air(inside: Bool[np.ndarray, "X Y Z"], scan: Scan) -> bool:
-    """Whether this is the former field of view with its air, and not a head: too large, and filling its box."""
+    """Whether the mask is the field of view of a padded scan: too large for a head, and it fills its box."""
     count = np.count_nonzero(inside)
     if count * abs(np.linalg.det(scan.affine[:3, :3])) <= MAX_HEAD_ML * 1000:
         return False
@@ -52,9 +54,9 @@ def bounding_box(mask: Bool[np.ndarray, "X Y Z"]) -> list[tuple[int, int]]:
 
 
 def _constant_background(data: Float[np.ndarray, "X Y Z"]) -> float | None:
-    """The one value that covers nearly all of most faces of the volume, if there is one."""
+    """The value that covers nearly all of most faces of the volume, if there is one."""
     faces = [data[(slice(None),) * axis + (index,)] for axis in range(3) for index in (0, -1)]
-    # A value that fills most of a face is its median; one that fills most faces, the median of those.
+    # A value that fills most of a face is its median; a value that fills most faces is the median of these.
     middles = [np.partition(face, face.size // 2, axis=None)[face.size // 2] for face in faces]
     value = sorted(middles)[len(middles) // 2]
     counts = [int(np.count_nonzero(face == value)) for face in faces]
@@ -63,7 +65,7 @@ def _constant_background(data: Float[np.ndarray, "X Y Z"]) -> float | None:
         return None
     if 2 * sum(counts) > sum(face.size for face in faces):
         return float(value)
-    # Two large faces may outweigh the four others: then the commonest value of all of them decides.
+    # Two large faces may outweigh the four others: then the commonest value of all faces decides.
     values, totals = np.unique(np.concatenate([face.ravel() for face in faces]), return_counts=True)
     return float(value) if values[totals.argmax()] == value else None
 
@@ -88,8 +90,8 @@ def _segment_head(data: np.ndarray, spacing_mm: np.ndarray) -> np.ndarray:
 
 
 def _block_means_3d(data: np.ndarray, size: list[int]) -> np.ndarray:
-    """The mean of each block of ``size`` voxels, centred on every ``size``-th voxel; faces are continued outwards."""
-    # The axis whose neighbours lie farthest apart in memory comes first: what is added then lies in one piece.
+    """The mean of each block of ``size`` voxels, centred on every ``size``-th voxel; faces are repeated outwards."""
+    # The axis with the largest stride comes first: the summands are then contiguous.
     for axis in sorted(range(3), key=lambda axis: -abs(data.strides[axis])):
         if size[axis] > 1:
             data = np.moveaxis(_block_means(np.moveaxis(data, axis, 0), size[axis]), 0, axis)
@@ -110,7 +112,7 @@ def _block_means(rows: np.ndarray, size: int) -> np.ndarray:
 
 
 def _fill(head: np.ndarray) -> np.ndarray:
-    """Fill holes in the volume and in each axial slice (a head cut at the neck is open below)."""
+    """Fill holes in the volume and in each axial slice (a head that is cut at the neck is open below)."""
     head = ndimage.binary_fill_holes(head)
     return np.stack([ndimage.binary_fill_holes(head[:, :, z]) for z in range(head.shape[2])], axis=2)
 

@@ -1,18 +1,20 @@
-"""Moving volumes between voxel grids: resampling by affines.
+"""Resampling volumes between voxel grids by affines: into the stack, and back to the native grid.
 
-Both directions of the road, into the stack and back to the native grid, use this one module.
+Axis legend: I J K voxels of any grid.
 """
 
 from __future__ import annotations
+
+from itertools import product
 
 import numpy as np
 from jaxtyping import Num
 from scipy import ndimage
 
 _FITS_THE_CACHE = 2**17
-"""Voxels; of smaller volumes, such as one label's box, the loop over planes would cost more than it saves."""
+"""Voxels. For smaller volumes, such as the box of one label, a loop over planes costs more than it saves."""
 _TIE_BREAKING_SHIFT = np.array([1.0e-3, 1.3e-3, 1.7e-3])
-"""In voxels of the input; far below what a border can be known to."""
+"""In voxels of the input, far below the accuracy of a border."""
 
 
 def resample(
@@ -21,7 +23,7 @@ def resample(
     shape: tuple[int, int, int],
     order: int,
 ) -> np.ndarray:
-    """Sample a volume on another grid; outside of the volume the value is 0.
+    """Sample a volume on another grid; values outside of the volume are 0.
 
     Args:
         volume: the input; its dtype is kept.
@@ -32,7 +34,7 @@ def resample(
     axes = _permutation(matrix[:3, :3])
     if axes is None:
         return _sample_obliquely(volume, matrix, shape, order)
-    # Grids with parallel axes: reordered, the matrix is diagonal, and each axis is sampled by itself.
+    # Grids with parallel axes: after reordering the matrix is diagonal, and each axis is sampled separately.
     volume = np.transpose(volume, axes)
     inside = []
     for axis in range(3):
@@ -47,10 +49,10 @@ def resample(
 
 
 def smooth_before_downsampling(volume: np.ndarray, ratios: np.ndarray) -> np.ndarray:
-    """Blur each axis so that sampling it ``ratio`` times more coarsely does not alias.
+    """Blur each axis against aliasing, before it is sampled ``ratio`` times more coarsely.
 
-    The kernel takes a point spread of one input voxel to one output voxel, both read as the full width
-    at half maximum of a Gaussian (Cardoso et al., "Scale factor point spread function matching", MICCAI 2015).
+    The kernel widens the point spread from one input voxel to one output voxel, both taken as the full width at half
+    maximum of a Gaussian (Cardoso et al., "Scale factor point spread function matching", MICCAI 2015).
 
     Args:
         volume: float volume.
@@ -66,12 +68,12 @@ def smooth_before_downsampling(volume: np.ndarray, ratios: np.ndarray) -> np.nda
 def resample_labels(labels: np.ndarray, matrix: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
     """Bring a label map to another grid by trilinear interpolation of each label's membership.
 
-    Each output voxel takes the label, or the background, with the largest interpolated membership, which follows
-    a border more closely than the nearest voxel does when the spacings differ; where the spacings agree both are
-    equal. Ties go one way along each axis, so that no label grows by them.
+    Each output voxel takes the label, or the background, with the largest membership. For different spacings this is
+    closer to the border than the nearest voxel; for equal spacings both agree. Ties are broken in one direction along
+    each axis, so that no label grows.
     """
-    # Half a voxel between the grids makes ties common (2 mm from 1 mm: any flat border). Given to the label they
-    # made small lesions a fifth larger; a hair off the middle one side of an object gains what the other loses.
+    # Grids that differ by half a voxel make ties common (2 mm from 1 mm: any flat border). If the label won them, small
+    # lesions would grow by a fifth; with a small shift one side of an object gains what the other side loses.
     matrix = np.array(matrix, dtype=np.float64)
     matrix[:3, 3] += _TIE_BREAKING_SHIFT
     inverse = np.linalg.inv(matrix)
@@ -87,7 +89,7 @@ def resample_labels(labels: np.ndarray, matrix: np.ndarray, shape: tuple[int, in
             continue
         shift = np.eye(4)
         shift[:3, 3] = [part.start for part in region]
-        # One voxel of margin on each side, so that the interpolation sees the label's own border.
+        # A margin of one voxel, for the interpolation at the border of the label.
         padded = tuple(slice(max(b.start - 1, 0), b.stop + 1) for b in box)
         origin = np.eye(4)
         origin[:3, 3] = [-p.start for p in padded]
@@ -98,15 +100,13 @@ def resample_labels(labels: np.ndarray, matrix: np.ndarray, shape: tuple[int, in
         best[region] = np.where(winner, share, best[region])
         out[region] = np.where(winner, np.asarray(label, labels.dtype), out[region])
         total[region] += share
-    # What belongs to no label is background; where three labels meet, the largest may be below one half.
+    # The rest is background; where three labels meet, the largest may be below one half.
     out[best <= 1 - total] = 0
     return out
 
 
 def _image_of_box(box: tuple[slice, ...], inverse: np.ndarray, shape: tuple[int, int, int]) -> tuple[slice, ...]:
-    corners = np.array(
-        [[b.start - 1 if bit == "0" else b.stop for b, bit in zip(box, f"{n:03b}", strict=True)] for n in range(8)]
-    )
+    corners = np.array(list(product(*((part.start - 1, part.stop) for part in box))))
     mapped = corners @ inverse[:3, :3].T + inverse[:3, 3]
     low = np.maximum(np.floor(mapped.min(0)).astype(int), 0)
     high = np.minimum(np.ceil(mapped.max(0)).astype(int) + 1, shape)
@@ -114,7 +114,7 @@ def _image_of_box(box: tuple[slice, ...], inverse: np.ndarray, shape: tuple[int,
 
 
 def _permutation(linear: np.ndarray) -> tuple[int, int, int] | None:
-    """For a matrix with one entry per row and column: which input axis each output axis runs along."""
+    """The input axis of each output axis, if the matrix has one entry per row and column."""
     largest = np.abs(linear).max()
     significant = np.abs(linear) > 1e-6 * largest
     if not ((significant.sum(0) == 1).all() and (significant.sum(1) == 1).all()):
@@ -124,7 +124,7 @@ def _permutation(linear: np.ndarray) -> tuple[int, int, int] | None:
 
 
 def _sample_obliquely(volume: np.ndarray, matrix: np.ndarray, shape: tuple[int, int, int], order: int) -> np.ndarray:
-    """Sample all axes at once, and only where the output can see something other than 0."""
+    """Sample all axes at once, only where the output can differ from 0."""
     out = np.zeros(shape, dtype=volume.dtype)
     lines = [np.flatnonzero(np.any(volume, axis=others)) for others in ((1, 2), (0, 2), (0, 1))]
     if not len(lines[0]):
@@ -134,7 +134,7 @@ def _sample_obliquely(volume: np.ndarray, matrix: np.ndarray, shape: tuple[int, 
     size = tuple(part.stop - part.start for part in region)
     if min(size) <= 0:
         return out
-    # One voxel of margin, so that what fades to 0 at the border of the box fades as it did.
+    # A margin of one voxel, for values that fade to 0 at the border of the box.
     padded = tuple(slice(max(part.start - 1, 0), part.stop + 1) for part in box)
     linear = matrix[:3, :3]
     offset = matrix[:3, 3] + linear @ [part.start for part in region] - [part.start for part in padded]
@@ -147,16 +147,16 @@ def _sample_obliquely(volume: np.ndarray, matrix: np.ndarray, shape: tuple[int, 
 def _sample_axis(
     volume: np.ndarray, axis: int, scale: float, offset: float, length: int, order: int
 ) -> tuple[np.ndarray, slice]:
-    """Sample one axis at ``scale · i + offset``: the samples inside of the volume, and which they are; others are 0."""
+    """Sample one axis at ``scale · i + offset``; returns the samples inside of the volume, and their range."""
     size = volume.shape[axis]
     position = scale * np.arange(length) + offset
-    # Positions that miss a voxel centre only by rounding error are taken as that centre, so equal grids copy.
+    # Positions within rounding error of a voxel centre are that centre, so equal grids are copied.
     nearest = np.rint(position)
     position = np.where(np.abs(position - nearest) < 1e-6, nearest, position)
     if order == 0:
         position = np.floor(position + 0.5)
-    # As scipy's mode="constant": a position outside of the outermost voxel centres is 0, up to half a voxel
-    # beyond them the outermost voxel still answers, so a resampled field of view does not lose its faces.
+    # Unlike scipy's mode="constant", the outermost voxels extend half a voxel beyond their centres: a resampled field
+    # of view does not lose its faces.
     valid = np.flatnonzero((position >= -0.5) & (position <= size - 0.5))
     inside = slice(int(valid[0]), int(valid[-1]) + 1) if len(valid) else slice(0, 0)
     position = position[inside]
@@ -165,17 +165,12 @@ def _sample_axis(
     upper = np.clip(lower + 1, 0, size - 1)
     lower = np.clip(lower, 0, size - 1)
     if not weight.any():
-        return _take(volume, lower, axis), inside
+        return _pick(volume, _as_slice(lower), axis), inside
     return _between(volume, lower, upper, weight, axis), inside
 
 
-def _take(volume: np.ndarray, index: np.ndarray, axis: int) -> np.ndarray:
-    """Voxels by their index along an axis; a view where they follow each other in either direction."""
-    return _pick(volume, _as_slice(index), axis)
-
-
 def _as_slice(index: np.ndarray) -> slice | np.ndarray:
-    """Indices that follow each other as a slice."""
+    """Indices that are consecutive in either direction as a slice, which gives a view."""
     if len(index) > 1:
         step = int(index[1] - index[0])
         if step in (1, -1) and (np.diff(index) == step).all():
@@ -191,7 +186,7 @@ def _pick(volume: np.ndarray, chosen: slice | np.ndarray, axis: int) -> np.ndarr
 
 
 def _between(volume: np.ndarray, lower: np.ndarray, upper: np.ndarray, weight: np.ndarray, axis: int) -> np.ndarray:
-    """Interpolate along an axis; large volumes plane by plane, so that what is worked on stays in the cache."""
+    """Interpolate along an axis; large volumes plane by plane, within the processor's cache."""
     dtype = np.result_type(volume.dtype, np.float32)
     shape = [*volume.shape]
     shape[axis] = len(lower)

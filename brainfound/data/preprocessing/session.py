@@ -1,4 +1,4 @@
-"""One session: its files become a stack, and every file that does not is named with the reason."""
+"""Preparing one session: from files to a stack, with a reason for every file that is not used."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from brainfound.contrasts import CONTRASTS, parse_contrast
-from brainfound.data.checking.quality import ScanQuality
 from brainfound.data.cohort import Session
 from brainfound.data.hooks import Hook, run_hooks
+from brainfound.data.preprocessing.quality import ScanQuality
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.preprocessing.stack import Stack
 from brainfound.data.preprocessing.stack_builder import StackBuilder
@@ -19,14 +19,14 @@ from brainfound.data.reading.scan import load_scan
 from brainfound.errors import ScanError, UsageError
 
 FURTHER_SCAN_REASON = "another scan of this contrast"
-"""The reason of a file that is not refused, but comes second in its session, begins so."""
+"""Prefix of the reason for a second scan of a contrast, which is not faulty."""
 NOT_IN_COHORT_REASON = "no part of the cohort"
-"""The reason of a file that is not refused, but that the source does not make a scan of, begins so."""
+"""Prefix of the reason for a file of the source that is not a scan of the cohort, and not faulty."""
 
 
 @dataclass(frozen=True)
 class UnusedFile:
-    """A file that did not go into the stack: the file, the contrast it was listed as (or ``mask``), and why."""
+    """A file outside of the stack, its listed contrast (or ``mask``), and the reason."""
 
     file: Path
     contrast: str
@@ -34,18 +34,18 @@ class UnusedFile:
 
     @property
     def is_further_scan(self) -> bool:
-        """It is not faulty: its session has another scan of the contrast."""
+        """Not faulty: the session has another scan of the contrast."""
         return self.reason.startswith(FURTHER_SCAN_REASON)
 
 
 @dataclass(frozen=True)
 class PreparedSession:
-    """What became of a session.
+    """A session's stack, and its files that are not in it.
 
     Attributes:
-        stack: None if nothing of the session can be used.
+        stack: None if no scan can be used.
         not_used: files that are refused or not used.
-        quality: of each scan that is in the stack.
+        quality: one entry per scan of the stack.
     """
 
     stack: Stack | None
@@ -54,7 +54,7 @@ class PreparedSession:
 
     @property
     def refused(self) -> list[UnusedFile]:
-        """Files that are faulty."""
+        """Faulty files."""
         return [file for file in self.not_used if not file.is_further_scan]
 
     @property
@@ -66,23 +66,24 @@ class PreparedSession:
 def prepare_session(
     session: Session, preprocessing: Preprocessing, mask: str = "mask", hooks: Sequence[Hook] = ()
 ) -> PreparedSession:
-    """Load and prepare one session; one scan at a time is in memory.
+    """Read and prepare one session; one scan at a time is in memory.
 
     Args:
-        mask: which label map becomes the stack's mask.
-        hooks: tools to run on each scan first.
+        mask: name of the label map that becomes the stack's mask.
+        hooks: tools that run on each scan first.
     """
     with tempfile.TemporaryDirectory() if hooks else nullcontext("") as folder:
         return _Preparation(session, preprocessing, mask, hooks, Path(folder)).run()
 
 
+@dataclass
 class _Preparation:
-    def __init__(
-        self, session: Session, preprocessing: Preprocessing, mask: str, hooks: Sequence[Hook], folder: Path
-    ) -> None:
-        self.session, self.preprocessing, self.mask = session, preprocessing, mask
-        self.hooks, self.folder = hooks, folder
-        self.not_used: list[UnusedFile] = []
+    session: Session
+    preprocessing: Preprocessing
+    mask: str
+    hooks: Sequence[Hook]
+    folder: Path
+    not_used: list[UnusedFile] = field(default_factory=list)
 
     def run(self) -> PreparedSession:
         builder: StackBuilder | None = None
@@ -92,10 +93,10 @@ class _Preparation:
             try:
                 file = source
                 if self.hooks:
-                    # A further scan is registered to the reference scan as the hooks left that one.
+                    # Other scans are registered to the reference scan after its hooks.
                     file = run_hooks(source, self.hooks, contrast=contrast, reference=reference, folder=self.folder)
                 if builder is None:
-                    # If it cannot be used, the next contrast gives the grid.
+                    # If this fails, the next contrast is the reference.
                     builder = StackBuilder(self.preprocessing, contrast, load_scan(file), source.name)
                     reference = file
                 else:
@@ -112,7 +113,7 @@ class _Preparation:
         return PreparedSession(stack, self.not_used, builder.quality)
 
     def _select_contrasts(self) -> list[str]:
-        """The session's contrasts that the stack holds, in its order; what else is there is listed with the reason."""
+        """The session's contrasts of the stack, in its order; other files are listed with a reason."""
         scans = self.session.scans
         for contrast, file in [*scans.items(), *self.session.extra_scans]:
             if contrast not in CONTRASTS:

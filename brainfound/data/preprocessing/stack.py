@@ -16,21 +16,26 @@ from brainfound.data.preprocessing.grids import resample, resample_labels
 from brainfound.errors import UsageError
 
 
+def positions_mm(num_slices: int, spacing_mm: float) -> Float[np.ndarray, "S"]:
+    """Position of each slice along the slice axis, 0 in the middle of the stack."""
+    return ((np.arange(num_slices) - (num_slices - 1) / 2) * spacing_mm).astype(np.float32)
+
+
 @dataclass(frozen=True)
 class Stack:
     """A session's co-registered scans, prepared for the model.
 
     Attributes:
-        pixels: ``(S, C, H, W)`` uint8, or uint16 where the preprocessing says 16 bits. Row 0 is anterior, column 0 is
-            the subject's left; 0 is background.
+        pixels: ``(S, C, H, W)`` uint8, or uint16 with 16 bits. Row 0 is anterior, column 0 is the subject's left;
+            0 is background.
         contrasts: the contrast of each channel.
-        present: ``(C,)`` whether a contrast was scanned; an absent channel holds zeros.
-        positions_mm: ``(S,)`` position of each slice along the slice axis, 0 in the middle of the stack.
+        present: ``(C,)`` whether each contrast was scanned; absent channels hold zeros.
+        positions_mm: ``(S,)``, see `positions_mm`.
         affine: ``(4, 4)``, (slice, row, column) → millimetres in RAS+.
         native_shape: shape of the reference scan as stored.
         native_affine: ``(4, 4)`` affine of the reference scan as stored.
         mask: ``(S, H, W)`` label codes, or None.
-        covariates: what the cohort says of the session (age_years, sex, site, diagnosis, …).
+        covariates: columns of the cohort (age_years, sex, site, diagnosis, …).
         subject, session: identifiers.
     """
 
@@ -66,7 +71,7 @@ class Stack:
                 1 for trilinear interpolation of real values. Outside of the stack the result is 0.
 
         Raises:
-            UsageError: if the volume is not on the stack's grid.
+            UsageError: the volume is not on the stack's grid.
         """
         volume = np.asarray(volume)
         if volume.shape != self.grid:

@@ -1,4 +1,4 @@
-"""Building a stack scan by scan, so that no more than one scan is in memory at once.
+"""Building a stack scan by scan, with no more than one scan in memory.
 
 Axis legend: X left → right, Y posterior → anterior, Z inferior → superior (a scan in RAS);
 S slices, C contrasts, H rows, W columns (a stack).
@@ -8,35 +8,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from itertools import product
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Num
 
-from brainfound.data.checking.quality import ScanQuality, get_axis_codes, skull_state
 from brainfound.data.preprocessing.foreground import bounding_box, foreground
 from brainfound.data.preprocessing.grids import resample, resample_labels, smooth_before_downsampling
-from brainfound.data.preprocessing.stack import Stack
+from brainfound.data.preprocessing.quality import ScanQuality, skull_state
+from brainfound.data.preprocessing.settings import Preprocessing
+from brainfound.data.preprocessing.stack import Stack, positions_mm
+from brainfound.data.reading.orientation import axis_codes
 from brainfound.data.reading.scan import Scan
 from brainfound.errors import ScanError
 
-if TYPE_CHECKING:
-    from brainfound.data.preprocessing.settings import Preprocessing
-
 _POINTS_PER_AXIS = 32
 _MIN_LABELS_IN_HEAD = 0.8
-"""Of a map that is cropped around them; placed anywhere in the field of view, about half would lie in the head."""
+"""Least share of the labels of a cropped map inside the head; at a random place about half would be."""
 _NOTE_CROPPED_SHARE = 0.01
 _NOTE_SPACING_RATIO = 3.0
 
 
 class StackBuilder:
-    """A stack in the making: the reference scan gives the grid, further scans and a mask are added one by one.
+    """Builds a stack: the reference scan defines the grid; further scans and a mask are added one by one.
 
     Args:
-        preprocessing: how scans become a stack.
-        contrast: of the reference scan.
-        reference: the scan that gives the grid. It is added, and not kept.
+        contrast: contrast of the reference scan.
+        reference: the scan that defines the grid. It is the first scan of the stack.
         file: its name, for the quality table.
 
     Raises:
@@ -80,11 +79,11 @@ class StackBuilder:
     def add_mask(self, mask: Scan, file: str = "") -> None:
         """Bring a label map in the same world space onto the grid.
 
-        A map that is cropped around its labels is taken if they lie in the foreground; outside of its field of view is
-        background. Where that is part of the head, the reference scan's notes say so.
+        A map that is cropped around its labels is accepted if they lie in the foreground. Everything outside of its
+        field of view is background; if that cuts off part of the head, the notes of the reference scan say so.
 
         Args:
-            file: its name, for the quality table.
+            file: its name, for the notes.
 
         Raises:
             ScanError: it does not overlap the reference scan.
@@ -105,12 +104,12 @@ class StackBuilder:
             name = f"the mask {file}" if file else "the mask"
             note = f"{name} covers {covered:.0%} of the foreground; what lies outside of it counts as background"
             self.quality[0] = replace(self.quality[0], notes=(*self.quality[0].notes, note))
-            # So that labels at its faces end as they would in a larger map.
+            # Labels at the faces of the map then end as in a larger map.
             labels, affine = np.pad(labels, 1), affine @ _shift(-1)
         self._mask = resample_labels(labels, np.linalg.inv(affine) @ self.affine, self.grid)
 
     def build(self, covariates: Mapping[str, Any] | None = None, subject: str = "", session: str = "") -> Stack:
-        """The stack of what was added; covariates and identifiers are carried along."""
+        """The stack of all scans that were added."""
         return Stack(
             pixels=self._pixels,
             contrasts=self.preprocessing.contrasts,
@@ -131,13 +130,13 @@ class StackBuilder:
         to_scan = np.linalg.inv(scan.affine) @ self.affine
         box = _needed_box(to_scan, self.grid, scan.data.shape)
         top = self.preprocessing.max_pixel_value
-        # Background is 0; what is outside of the box cannot reach the stack.
+        # Background is 0; voxels outside of the box cannot reach the stack.
         scaled = scan.data[box] - np.float32(low)
         scaled *= np.float32(top / (high - low))
         np.clip(scaled, 0, top, out=scaled)
         scaled *= inside[box]
         to_scan[:3, 3] -= [part.start for part in box]
-        # How far one step on the stack's grid reaches along each of the scan's axes, in its voxels.
+        # The length of one step on the stack's grid along each axis of the scan, in voxels of the scan.
         ratios = np.abs(to_scan[:3, :3]).max(axis=1)
         volume = resample(smooth_before_downsampling(scaled, ratios), to_scan, self.grid, order=1)
         del scaled
@@ -153,7 +152,7 @@ class StackBuilder:
         self.quality.append(self._measure_quality(contrast, scan, inside, (low, high), overlap, file))
 
     def _intensity_range(self, contrast: str, scan: Scan, inside: np.ndarray) -> tuple[float, float]:
-        # Volumes are stored with x first: transposed, they and the mask are read in one piece.
+        # Volumes are stored with x first: transposed, they and the mask are contiguous.
         values = scan.data.T[inside.T]
         if values.size == 0:
             raise ScanError("no foreground found", remedy="Check that the scan shows a head or brain")
@@ -179,7 +178,7 @@ class StackBuilder:
         return share
 
     def _share_in_foreground(self, mask: Scan) -> float:
-        """The share of a map's labelled voxels that lie in the reference scan's foreground; nan if it has none."""
+        """The share of a map's labelled voxels inside the reference scan's foreground; nan without labels."""
         points = np.argwhere(mask.data)
         if not len(points):
             return float("nan")
@@ -205,12 +204,13 @@ class StackBuilder:
         coarser = float((scan.spacing_mm / np.linalg.norm(self.affine[:3, [2, 1, 0]], axis=0)).max())
         if coarser >= _NOTE_SPACING_RATIO:
             notes.append(f"voxels up to {coarser:.1f} times as long as the stack's: its slices are interpolated")
+        x_mm, y_mm, z_mm = (float(length) for length in np.linalg.norm(scan.native_affine[:3, :3], axis=0))
         return ScanQuality(
             contrast=contrast,
             file=file,
-            orientation=get_axis_codes(scan.native_affine),
+            orientation=axis_codes(scan.native_affine),
             shape=scan.native_shape,
-            spacing_mm=_three(np.linalg.norm(scan.native_affine[:3, :3], axis=0)),
+            spacing_mm=(x_mm, y_mm, z_mm),
             dtype=scan.header.dtype if scan.header else str(scan.data.dtype),
             foreground_ml=millilitres,
             skull=skull_state(scan, inside, millilitres),
@@ -231,17 +231,17 @@ def compute_stack_grid(
     """The grid of a stack around the foreground of its reference scan.
 
     Returns:
-        ``(4, 4)``, (slice, row, column) → index in the scan; and the grid's shape ``(S, H, W)``.
+        The affine ``(4, 4)``, (slice, row, column) → index in the scan, and the grid's shape ``(S, H, W)``.
     """
     (x0, x1), (y0, y1), (z0, z1) = bounding_box(inside)
     step = np.array(
         [1.0 if s is None else s / own for s, own in zip(preprocessing.spacing_mm, scan.spacing_mm, strict=True)]
     )
-    # A header's 2.0000002 mm is 2 mm: such a scan keeps its own voxels as well.
+    # 2.0000002 mm in a header is 2 mm: such a scan keeps its own voxels as well.
     step = np.where(np.abs(step - 1) < 1e-4, 1.0, step)
     height, width = preprocessing.size
     num_slices = max(round((z1 - z0) / step[2]) + 1, 1) if step[2] != 1 else z1 - z0 + 1
-    # Where the spacing stays, rows and columns fall on the scan's own voxels, so nothing is interpolated.
+    # With an unchanged spacing, rows and columns fall on the scan's own voxels: nothing is interpolated.
     x_first = _first_index((x0 + x1) / 2, width, step[0])
     y_last = -_first_index(-(y0 + y1) / 2, height, step[1])
     z_first = (z0 + z1) / 2 - (num_slices - 1) / 2 * step[2]
@@ -259,13 +259,12 @@ def compute_stack_grid(
 
 
 def two_percentiles(values: Num[np.ndarray, "n"], percentiles: tuple[float, float]) -> tuple[float, float]:
-    """Two rising percentiles, as `numpy.percentile` interpolates them, in a fifth of its time.
+    """Two rising percentiles, interpolated as by `numpy.percentile`, in a fifth of its time.
 
-    Each is a partition of its own, the second of what lies above the first; asked for both at once, numpy partitions
-    around four places.
+    The second partition works on the values above the first; `numpy.percentile` partitions around four places.
 
     Args:
-        values: not empty; put into another order.
+        values: not empty; reordered in place.
     """
     found = []
     above, passed = values, 0
@@ -282,11 +281,6 @@ def two_percentiles(values: Num[np.ndarray, "n"], percentiles: tuple[float, floa
     return found[0], found[1]
 
 
-def positions_mm(num_slices: int, spacing_mm: float) -> np.ndarray:
-    """``(S,)`` position of each slice along the slice axis, 0 in the middle."""
-    return ((np.arange(num_slices) - (num_slices - 1) / 2) * spacing_mm).astype(np.float32)
-
-
 def _first_index(centre: float, count: int, step: float) -> float:
     """Index of the first of ``count`` samples, ``step`` apart, centred on ``centre``."""
     first = centre - (count - 1) / 2 * step
@@ -294,9 +288,8 @@ def _first_index(centre: float, count: int, step: float) -> float:
 
 
 def _needed_box(to_scan: np.ndarray, grid: tuple[int, int, int], shape: tuple[int, ...]) -> tuple[slice, ...]:
-    """The part of a scan that a grid, or the blur before sampling it, can reach; at least one voxel."""
-    ends = np.array([[0, n - 1] for n in grid])
-    corners = np.array([[ends[a][int(bit)] for a, bit in enumerate(f"{n:03b}")] for n in range(8)])
+    """The part of a scan that a grid, with the blur before sampling, can reach; at least one voxel."""
+    corners = np.array(list(product(*((0, n - 1) for n in grid))))
     mapped = corners @ to_scan[:3, :3].T + to_scan[:3, 3]
     # Twice the sampling step covers the blur (three standard deviations, 0.42 steps each) and the interpolation.
     margin = np.ceil(2 * np.abs(to_scan[:3, :3]).max(axis=1)) + 2
@@ -335,7 +328,3 @@ def _share_within(points_mm: np.ndarray, affine: np.ndarray, shape: tuple[int, .
     to_grid = np.linalg.inv(affine)
     mapped = points_mm @ to_grid[:3, :3].T + to_grid[:3, 3]
     return float(((mapped >= -0.5) & (mapped <= np.array(shape) - 0.5)).all(axis=1).mean())
-
-
-def _three(values: np.ndarray) -> tuple[float, float, float]:
-    return (float(values[0]), float(values[1]), float(values[2]))

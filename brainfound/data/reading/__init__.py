@@ -1,1 +1,1 @@
-"""Reading image files that are not trusted: archives, headers, voxels, orientation, and the scan made of them."""
+"""Reading a scan: `archives` open files, `image_file` reads them, `orientation` checks affines; `scan` joins them."""

@@ -1,8 +1,8 @@
-"""Files inside zip archives, read where they are: a member is a virtual path and nothing is ever extracted.
+"""Files inside zip archives, read in place: a member is a virtual path, and nothing is extracted.
 
-``Path("…/ses-01.zip/anat/x.nii.gz")`` names the member ``anat/x.nii.gz`` of the archive ``ses-01.zip``. An archive
-may come from anyone, so its directory is checked as a whole before any member is used, and a member's bytes are
-counted and checksummed while they are read.
+``Path("…/ses-01.zip/anat/x.nii.gz")`` is the member ``anat/x.nii.gz`` of the archive ``ses-01.zip``. Archives are not
+trusted: the whole directory is checked before any member is used, and the bytes of a member are counted and checksummed
+while they are read.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from isal import isal_zlib
 from brainfound.errors import ScanError
 
 MAX_DIRECTORY_BYTES = 32 * 2**20
-"""Of an archive's table of contents, which is read at once: room for some 200,000 members."""
+"""Size of an archive's directory, which is read at once: room for some 200,000 members."""
 
 MAX_MEMBER_BYTES = 16 * 2**30
 """Declared size of one member: the largest scan that is read (1024³ voxels) with 16 bytes per voxel."""
 
 MAX_DEFLATE_RATIO = 1032
-"""No deflate stream expands more; a member that declares more is lying (zlib's technical notes)."""
+"""No deflate stream expands more (zlib's technical notes); a member that declares more is false."""
 
 FREE_BYTES = 256 * 2**20
-"""Below this a high ratio is no danger: a nearly empty label map stored as .nii truly reaches 1000 : 1."""
+"""Below this size any ratio is allowed: a nearly empty label map stored as .nii reaches 1000 : 1."""
 
 MAX_RATIO = 250
-"""Of a member or a whole archive above `FREE_BYTES`. An image with noise reaches 3 : 1, a stripped one 20 : 1."""
+"""For a member or an archive above `FREE_BYTES`. An image with noise reaches 3 : 1, a stripped one 20 : 1."""
 
 MAX_RATIO_COMPRESSED = 20
-"""The same for members that are compressed themselves (.gz, .mgz): much to gain is left only in a bomb."""
+"""The same for members that are compressed already (.gz, .mgz): only a bomb can be packed much further."""
 
 CHUNK_BYTES = 2**18
 
@@ -45,20 +45,11 @@ _LOCAL_HEADER = struct.Struct("<4s2B4HL2L2H")
 _InflateError = cast("type[Exception]", isal_zlib.error)  # its stubs call the class an instance
 _ENCRYPTED = 0x1 | 0x40 | 0x2000
 _REMEDY = "Unpack the archive yourself and give the folder, or pack it again"
-_ZIP_ERRORS = (
-    zipfile.BadZipFile,
-    NotImplementedError,
-    OSError,
-    EOFError,
-    ValueError,
-    OverflowError,
-    struct.error,
-    RuntimeError,
-)
+_ZIP_ERRORS = (zipfile.BadZipFile, struct.error, OSError, EOFError, ValueError, OverflowError, RuntimeError)
 
 
 def split_archive_path(path: str | Path) -> tuple[Path, str] | None:
-    """The archive and the member that a path names, or None if no parent of the path is a zip file."""
+    """The archive and the member of a path; None if no parent of the path is a zip file."""
     path = Path(path)
     if not any(part.lower().endswith(".zip") for part in path.parts[:-1]):
         return None
@@ -69,24 +60,24 @@ def split_archive_path(path: str | Path) -> tuple[Path, str] | None:
 
 
 def list_members(archive: str | Path) -> list[str]:
-    """The files in a zip archive, sorted; without folders and the ``__MACOSX`` shadow files.
+    """The files in a zip archive, sorted, without folders and ``__MACOSX`` shadow files.
 
     Raises:
-        ScanError: not a zip, or one that is not safe or cannot be read: a name with ``..``, an absolute name, a
-            drive letter or backslash, two members of one name, a link, encryption, another compression than
-            deflate, members that overlap, or sizes and ratios that only a bomb has.
+        ScanError: not a zip, or an unsafe or unreadable one: a name with ``..``, an absolute name, a drive letter or
+            backslash, two members with one name, a link, encryption, a compression other than deflate, overlapping
+            members, or the sizes and ratios of a bomb.
     """
     return sorted(_directory(Path(archive)))
 
 
 def open_binary(path: str | Path) -> BinaryIO:
-    """Open a file, or a member of a zip archive, for reading from its beginning to its end.
+    """Open a file, or a member of a zip archive, for sequential reading.
 
-    A member is a stream that cannot seek; its length and checksum are verified when its end is reached.
+    A member cannot seek; its length and checksum are verified at its end.
 
     Raises:
-        ScanError: there is no such file or member, or the archive is refused (see `list_members`). Reading a
-            member raises it where the member is corrupt or gives other bytes than the archive declared.
+        ScanError: there is no such file or member, or the archive is refused (see `list_members`). Reading raises it
+            for a member that is corrupt or does not match the archive's directory.
     """
     path = Path(path)
     parts = split_archive_path(path)
@@ -106,14 +97,15 @@ def open_binary(path: str | Path) -> BinaryIO:
 
 
 def is_file(path: str | Path) -> bool:
-    """Whether there is such a file, or such a member in a zip archive that can be used."""
+    """Whether a file, or a member of a usable zip archive, exists."""
     return size_and_mtime(path) is not None
 
 
 def size_and_mtime(path: str | Path) -> tuple[int, int] | None:
-    """Size in bytes and time of change in ns (of a member: declared size, and the archive's time); None if missing.
+    """Size in bytes and modification time in ns; None if missing.
 
-    An archive that is refused counts as missing here; `open_binary` says why.
+    For a member: its declared size, and the time of the archive. A refused archive counts as missing; `open_binary`
+    gives the reason.
     """
     parts = split_archive_path(path)
     try:
@@ -148,7 +140,7 @@ def _directory(archive: Path) -> dict[str, zipfile.ZipInfo]:
 
 @lru_cache(maxsize=16)
 def _checked_directory(archive: Path, num_bytes: int, _mtime_ns: int) -> dict[str, zipfile.ZipInfo]:
-    """Name → entry of each file; remembered, since a cohort asks for one archive many times."""
+    """Name → entry of each file; cached, since a cohort reads one archive many times."""
     try:
         with (
             archive.open("rb") as raw,
@@ -171,12 +163,12 @@ def _checked_directory(archive: Path, num_bytes: int, _mtime_ns: int) -> dict[st
             shown = ascii(PurePosixPath(info.orig_filename.replace("\\", "/")).name[:80])
             raise ScanError(f"unsafe archive: {problem}", where=archive.name, got=f"member {shown}", remedy=_REMEDY)
         names.add(name)
-    _check_as_a_whole(archive, entries, num_bytes)
+    _check_total(archive, entries, num_bytes)
     return {i.orig_filename: i for i in entries if not i.is_dir() and not i.orig_filename.startswith("__MACOSX/")}
 
 
 def _problem_of_name(info: zipfile.ZipInfo) -> str | None:
-    # `filename` was already shortened at a zero byte; the original says what the archive holds.
+    # `filename` is cut at a zero byte; the original name is complete.
     name = info.orig_filename
     parts = (name[:-1] if name.endswith("/") else name).split("/")
     if name.startswith("/"):
@@ -217,13 +209,13 @@ def _problem_of_entry(info: zipfile.ZipInfo) -> str | None:
     return None
 
 
-def _check_as_a_whole(archive: Path, entries: list[zipfile.ZipInfo], num_bytes: int) -> None:
+def _check_total(archive: Path, entries: list[zipfile.ZipInfo], num_bytes: int) -> None:
     problem = None
     if (total := sum(info.file_size for info in entries)) > max(FREE_BYTES, MAX_RATIO * num_bytes):
         problem = f"its members declare {total} bytes, more than {MAX_RATIO} times its size"
     end = 0
     for info in sorted(entries, key=lambda info: info.header_offset):
-        # A famous bomb lets thousands of members share one compressed core.
+        # A known bomb has thousands of members that share one compressed core.
         if info.header_offset < end:
             problem = "its members overlap"
         end = info.header_offset + _LOCAL_HEADER.size + info.compress_size
@@ -234,11 +226,11 @@ def _check_as_a_whole(archive: Path, entries: list[zipfile.ZipInfo], num_bytes: 
 
 
 class _LimitedReads:
-    """A file whose single reads are limited, for the table of contents that `zipfile` reads at once."""
+    """A file with limited reads, for the directory that `zipfile` reads at once."""
 
     def __init__(self, raw: BinaryIO, archive: Path, num_bytes: int) -> None:
         self._raw = raw
-        # Python takes the memory that is asked for before it knows how much there is to read.
+        # Python allocates the requested size before it knows how much there is to read.
         self._most = min(MAX_DIRECTORY_BYTES, num_bytes) + 1
         self._name = archive.name
         self.seek, self.tell, self.seekable = raw.seek, raw.tell, raw.seekable
@@ -296,7 +288,7 @@ class _Member(io.RawIOBase):
         fields = _LOCAL_HEADER.unpack(block)
         if fields[3] & _ENCRYPTED or fields[4] != self._info.compress_type:
             raise self._corrupt("the archive describes it in two ways")
-        # The name stands in both places, in the encoding that the entry says.
+        # Both names have the encoding of the entry.
         encoding = "utf-8" if self._info.flag_bits & 0x800 else "cp437"
         name = self._raw.read(fields[10])
         if name.decode(encoding, errors="replace") != self._info.orig_filename:

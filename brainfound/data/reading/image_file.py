@@ -1,9 +1,11 @@
-"""Image files, byte by byte: NIfTI-1 and -2 (``.nii``, ``.nii.gz``, ``.hdr`` + ``.img``) and MGH (``.mgz``, ``.mgh``).
+"""Image files: NIfTI-1 and -2 (``.nii``, ``.nii.gz``, ``.hdr`` + ``.img``) and MGH (``.mgz``, ``.mgh``).
 
-nibabel says what a header means: type, scaling, affine. The bytes are read here, because a header is only a claim:
-what it claims is compared with the size of the file before any memory is taken, voxels are converted to float32
-chunk by chunk while they are decompressed (so no second copy of the volume exists), and the file is read to its end,
-so that the checksum of the compression is verified and data beyond the image are noticed.
+nibabel interprets the header: type, scaling, affine. The bytes are read here, because headers can be false. The
+declared size is compared with the size of the file before memory is allocated. Voxels are converted to float32 chunk by
+chunk while they are decompressed, without a second copy of the volume. The file is read to its end, which verifies the
+checksum of the compression and detects further data.
+
+Axis legend: I J K stored voxels.
 """
 
 from __future__ import annotations
@@ -32,25 +34,25 @@ from brainfound.data.reading.orientation import HEADER_ERRORS, AffineSource, hea
 from brainfound.errors import ScanError
 
 MAX_VOXELS = 1024**3
-"""A header that claims more is refused: four times the voxels of an ex-vivo brain at 0.25 mm; 4 GiB as float32."""
+"""Four times the voxels of an ex-vivo brain at 0.25 mm; 4 GiB as float32."""
 
 MAX_AXIS_VOXELS = 4096
-"""Along one axis; no scanner makes more, and a long thin volume would become as many slices."""
+"""Voxels along one axis, more than any scanner makes; a long thin volume would become as many slices."""
 
 MAX_OFFSET_BYTES = 64 * 2**20
-"""Of header extensions before the voxels. They are skipped, never read into memory."""
+"""Size of header extensions before the voxels. They are skipped, never read into memory."""
 
 MAX_GZIP_RATIO = 1032
-"""No gzip file expands more (zlib's technical notes), so a header that claims more is wrong."""
+"""No gzip file expands more (zlib's technical notes); a header that declares more is false."""
 
 MAX_TAIL_BYTES = 4096
-"""Beyond the last voxel: some writers fill up a disk block."""
+"""Bytes after the last voxel: some writers fill up a disk block."""
 
 MAX_MGH_TAIL_BYTES = 2**20
 """MGH files end with tags: scan parameters, the commands that made the file, a colour table."""
 
 CHUNK_VOXELS = 2**17
-"""Voxels that are read, scaled and checked at once: they stay in the processor's cache."""
+"""Voxels that are read, scaled and checked at once; they fit into the processor's cache."""
 
 SUFFIXES = (".nii", ".nii.gz", ".mgz", ".mgh", ".mgh.gz", ".hdr", ".img", ".hdr.gz", ".img.gz")
 
@@ -59,20 +61,20 @@ _STREAM_ERRORS = (OSError, EOFError, cast("type[Exception]", isal_zlib.error))
 
 @dataclass(frozen=True)
 class ImageHeader:
-    """What a header claims, found plausible.
+    """A plausible header.
 
     Attributes:
-        path: the file as given.
-        data_path: the file that holds the voxels (another one for an ``.hdr`` + ``.img`` pair).
-        shape: as stored, with trailing axes of one.
-        shape_3d: the same without them.
-        dtype: of the voxels as stored.
-        offset: of the first voxel in the (decompressed) file, in bytes.
-        slope, inter: of the scaling, or None.
+        path: the header's file.
+        data_path: the voxels' file (another one for an ``.hdr`` + ``.img`` pair).
+        shape: stored shape, with trailing axes of length one.
+        shape_3d: the shape without them.
+        dtype: type of the stored voxels.
+        offset: byte offset of the first voxel in the decompressed file.
+        slope, inter: scaling of the voxels, or None.
         affine: ``(4, 4)``, index in the stored array → millimetres in RAS+.
-        affine_source: where the affine was taken from.
-        max_tail: bytes that may follow the last voxel.
-        notes: what a person should know, one line each.
+        affine_source: the header field of the affine.
+        max_tail: most bytes after the last voxel.
+        notes: remarks for a person, one line each.
     """
 
     path: Path
@@ -90,7 +92,7 @@ class ImageHeader:
 
 
 def unreadable_error(path: Path, why: object) -> ScanError:
-    """The error for a file that is no image, or a damaged one."""
+    """The error for a damaged file, or one that is not an image."""
     text = (str(why).strip().splitlines() or [type(why).__name__])[0][:160]
     return ScanError(
         f"cannot be read as an image: {text}",
@@ -103,8 +105,8 @@ def read_image_header(path: Path) -> ImageHeader:
     """Read and check the header of an image, without its voxels.
 
     Raises:
-        ScanError: no such file, not an image of a known format, not 3-D, voxels that are no real numbers, or a
-            claim that the file's size cannot meet.
+        ScanError: no such file, not an image of a known format, not 3-D, voxels that are not real numbers, or a
+            declared size that does not fit the file.
     """
     name = path.name.lower()
     if not name.endswith(SUFFIXES):
@@ -157,9 +159,7 @@ def read_image_header(path: Path) -> ImageHeader:
 
 
 def read_voxels(header: ImageHeader) -> tuple[Float[np.ndarray, "I J K"], float, float]:
-    """The voxels in float32, scaled as nibabel does, and their smallest and largest value.
-
-    Either value is NaN where any voxel is.
+    """The voxels in float32, scaled as by nibabel, and their smallest and largest value (NaN if any voxel is).
 
     Raises:
         ScanError: the file is truncated or corrupt, or holds more data than its header says.
@@ -167,7 +167,7 @@ def read_voxels(header: ImageHeader) -> tuple[Float[np.ndarray, "I J K"], float,
     out = _allocate(header)
     num_chunks = -(-out.size // CHUNK_VOXELS)
     lows, highs = np.empty(num_chunks, np.float32), np.empty(num_chunks, np.float32)
-    # Native float32 without scaling needs no conversion: the bytes go where the voxels stay.
+    # Native float32 without scaling needs no conversion: the bytes are read into the result.
     direct = header.dtype == np.float32 and header.dtype.isnative and _unscaled(header)
     staging = bytearray(0 if direct else CHUNK_VOXELS * header.dtype.itemsize)
     with _opened(header.data_path) as stream, np.errstate(all="ignore"):
@@ -204,7 +204,7 @@ def _unscaled(header: ImageHeader) -> bool:
 
 def _scaled(values: np.ndarray, header: ImageHeader) -> np.ndarray:
     if not _unscaled(header):
-        # As arrays they keep their own precision, float64 in NIfTI.
+        # Arrays keep their own precision, float64 in NIfTI.
         slope: Any = np.asanyarray(1.0 if header.slope is None else header.slope)
         inter: Any = np.asanyarray(0.0 if header.inter is None else header.inter)
         values = apply_read_scaling(values, slope, inter)
@@ -213,7 +213,7 @@ def _scaled(values: np.ndarray, header: ImageHeader) -> np.ndarray:
 
 
 def _pair(path: Path) -> tuple[Path, Path]:
-    """The header's and the voxels' file of an ``.hdr`` + ``.img`` pair, whichever was given."""
+    """The header's and the voxels' file of an ``.hdr`` + ``.img`` pair, from either of them."""
     packed = path.suffix if path.suffix.lower() == ".gz" else ""
     base = path.name[: len(path.name) - len(packed)]
     stem, suffix = base[:-4], base[-4:]
@@ -285,7 +285,7 @@ def _shape_3d(shape: tuple[int, ...], path: Path) -> tuple[int, int, int]:
 
 
 def _real_dtype(dtype: Any, path: Path) -> np.dtype:
-    """The stored type, which must be a real number that every machine reads alike."""
+    """The stored type, which must be a real number of at most 64 bits."""
     dtype = np.dtype(dtype)
     if dtype.kind in "iu" or (dtype.kind == "f" and dtype.itemsize <= 8):
         return dtype
@@ -301,7 +301,7 @@ def _real_dtype(dtype: Any, path: Path) -> np.dtype:
 
 
 def _check_declared_size(path: Path, offset: int, shape: tuple[int, int, int], dtype: np.dtype) -> None:
-    """Refuse a header that the file cannot back, before memory is taken for it."""
+    """Refuse a header that does not fit the file, before memory is allocated."""
     facts = size_and_mtime(path)
     held = 0 if facts is None else facts[0]
     if offset < 0 or offset > MAX_OFFSET_BYTES:
@@ -317,7 +317,7 @@ def _check_declared_size(path: Path, offset: int, shape: tuple[int, int, int], d
 
 
 class _Messages(logging.Logger):
-    """Collects what nibabel repaired in a header, so that nothing of it reaches the terminal."""
+    """Collects nibabel's messages about repaired headers, which would reach the terminal."""
 
     def __init__(self) -> None:
         super().__init__("brainfound.header", level=logging.DEBUG)
@@ -366,7 +366,7 @@ def _fill(stream: Any, view: memoryview, path: Path) -> None:
 
 
 def _check_end(stream: BinaryIO, header: ImageHeader) -> None:
-    """Read what follows the voxels: the end verifies the checksum, and there must not be much."""
+    """Read to the end of the file, which verifies the checksum; not much may follow the voxels."""
     tail = 0
     while step := len(stream.read(CHUNK_VOXELS)):
         tail += step

@@ -1,7 +1,8 @@
-"""From voxel to world: the affine of a header, whether it can be trusted, and the closest RAS orientation."""
+"""From voxels to the world: the affine of a header, its plausibility, and the closest RAS orientation."""
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,25 +18,25 @@ from nibabel.wrapstruct import WrapStructError
 from brainfound.errors import ScanError
 
 SFORM_QFORM_MM = 0.5
-"""At a corner of the volume; more than rounding makes, less than what matters at 1 mm."""
+"""Distance at a corner of the volume: more than rounding, less than matters at 1 mm."""
 
 SHEAR_DEGREES = 0.5
-"""Of two axes away from a right angle, before it is worth a note: half a voxel at the edge of a head."""
+"""Deviation from a right angle that is worth a note: half a voxel at the edge of a head."""
 
 SPACING_MM = (0.05, 50.0)
-"""From microscopy of a sample to the thickest localiser; metres or micrometres fall outside."""
+"""From microscopy to the thickest localiser; metres or micrometres fall outside."""
 
 MAX_ORIGIN_MM = 1e5
-"""Of the first voxel from the world's origin. No scanner is 100 m long, and float32 headers lose millimetres there."""
+"""Distance of the first voxel from the origin: no scanner is 100 m long, and float32 headers lose millimetres there."""
 
 MAX_EXTENT_MM = 2000.0
-"""Of a volume along one axis: a person. What is longer would become thousands of slices of nothing."""
+"""Length of a volume along one axis: a person."""
 
 MIN_VOLUME_SHARE = 0.5
 """Volume of a voxel over the product of its edges: 1 for right angles, 0.87 for a gantry tilted by 30 degrees."""
 
 HEADER_ERRORS = (HeaderDataError, WrapStructError, MGHError, ArithmeticError, LookupError, ValueError, TypeError)
-"""What nibabel raises for a header that it cannot make sense of."""
+"""Errors that nibabel raises for a damaged header."""
 
 AffineSource = Literal["sform", "qform", "header size only", "mgh"]
 
@@ -50,8 +51,8 @@ def header_affine(header: Any, shape: tuple[int, int, int]) -> tuple[np.ndarray,
         shape: of the volume, for distances at its corners.
 
     Returns:
-        The affine ``(4, 4)``, where it is from, and notes: the sform and the qform are both set and disagree, the
-        voxel sizes differ from the affine's, lengths are not in millimetres, or there is no orientation at all.
+        The affine ``(4, 4)``, its source, and notes: sform and qform disagree, the header's voxel sizes differ from the
+        affine's, lengths are not in millimetres, or the header has no orientation.
     """
     notes: list[str] = []
     affine = np.asarray(header.get_best_affine(), dtype=np.float64)
@@ -83,7 +84,7 @@ def _compare_with_qform(header: Any, affine: np.ndarray, shape: tuple[int, int, 
         other = np.asarray(header.get_qform(), dtype=np.float64)
     except HEADER_ERRORS:
         return ["the header's qform is not valid; the sform was used"]
-    corners = np.array([[(n >> axis & 1) * (shape[axis] - 1) for axis in range(3)] + [1] for n in range(8)])
+    corners = np.array(list(product(*((0, n - 1) for n in shape), [1])))
     apart = float(np.linalg.norm((corners @ (affine - other).T)[:, :3], axis=1).max())
     if apart <= SFORM_QFORM_MM:
         return []
@@ -152,7 +153,7 @@ def check_affine(affine: Float[np.ndarray, "4 4"], shape: tuple[int, int, int], 
 
 
 def shear_notes(affine: Float[np.ndarray, "4 4"]) -> tuple[str, ...]:
-    """A note where the axes of a grid are not perpendicular."""
+    """A note if the axes of a grid are not perpendicular."""
     axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
     cosines = [abs(float(axes[:, a] @ axes[:, b])) for a, b in ((0, 1), (0, 2), (1, 2))]
     degrees = float(np.degrees(np.arcsin(min(max(cosines), 1.0))))
@@ -162,7 +163,7 @@ def shear_notes(affine: Float[np.ndarray, "4 4"]) -> tuple[str, ...]:
 
 
 def closest_canonical(affine: Float[np.ndarray, "4 4"], path: Path) -> np.ndarray:
-    """How to reorder and flip the stored axes so that they run closest to right, anterior, superior.
+    """The reordering and flips of the stored axes that bring them closest to right, anterior, superior.
 
     Raises:
         ScanError: two axes run along the same direction.
@@ -177,5 +178,5 @@ def closest_canonical(affine: Float[np.ndarray, "4 4"], path: Path) -> np.ndarra
 
 
 def axis_codes(affine: Float[np.ndarray, "4 4"]) -> str:
-    """The directions in which the axes of a grid run, for example ``"LPS"``."""
+    """The directions of the axes of a grid, for example ``"LPS"``."""
     return "".join(nib.aff2axcodes(affine))

@@ -1,4 +1,7 @@
-"""One scan: a 3-D image file read, checked and turned to the closest RAS orientation."""
+"""One scan: a 3-D image file, read, checked and turned to the closest RAS orientation.
+
+Axis legend: X left → right, Y posterior → anterior, Z inferior → superior.
+"""
 
 from __future__ import annotations
 
@@ -14,24 +17,24 @@ from brainfound.data.reading.orientation import AffineSource, axis_codes, check_
 from brainfound.errors import ScanError
 
 MAX_VALUE = 1e30
-"""Of a voxel, either sign. No scanner writes it, and sums of larger values leave the range of float32."""
+"""Largest absolute value of a voxel. No scanner writes it, and sums of larger values leave the range of float32."""
 
 MIN_RANGE = 1e-30
-"""Of an image's values: what varies less cannot be scaled in float32. Diffusivities in m²/s vary by 1e-9."""
+"""Least range of an image's values that can be scaled in float32. Diffusivities in m²/s vary by 1e-9."""
 
 
 @dataclass(frozen=True)
 class ScanHeader:
-    """What an image file says of itself, before its voxels are read.
+    """The header of an image file.
 
     Attributes:
         shape: of the stored array, three axes.
-        dtype: numpy's name of the voxels' type in the file.
+        dtype: numpy's name of the stored voxel type.
         affine: ``(4, 4)``, index in the stored array → millimetres in RAS+.
-        orientation: the directions of the stored axes, for example ``"LPS"``.
+        orientation: directions of the stored axes, for example ``"LPS"``.
         spacing_mm: voxel size along the stored axes.
-        affine_source: which field of the header gave the affine.
-        notes: what a person should know, one line each.
+        affine_source: the header field of the affine.
+        notes: remarks for a person, one line each.
     """
 
     shape: tuple[int, int, int]
@@ -45,16 +48,15 @@ class ScanHeader:
 
 @dataclass(frozen=True)
 class Scan:
-    """A 3-D image in its closest RAS orientation, beside the grid on which it was stored.
+    """A 3-D image in its closest RAS orientation, and its stored grid.
 
     Attributes:
-        data: voxels ``(X, Y, Z)`` in float32; X runs left → right, Y posterior → anterior, Z inferior → superior
-            as nearly as reordering and flipping the stored axes allows (nothing is interpolated).
+        data: voxels ``(X, Y, Z)`` in float32; the stored axes are only reordered and flipped, nothing is interpolated.
         affine: ``(4, 4)``, index in ``data`` → millimetres in RAS+.
         native_shape: shape of the stored array.
         native_affine: ``(4, 4)``, index in the stored array → millimetres in RAS+.
-        header: what the file says of itself, or None for a scan that was made in memory.
-        notes: what a person should know of the file, one line each.
+        header: the header of the file; None for a scan that was made in memory.
+        notes: remarks on the file for a person, one line each.
     """
 
     data: Float[np.ndarray, "X Y Z"]
@@ -83,26 +85,23 @@ def read_header(path: str | Path) -> ScanHeader:
         path: the image file, or a member of a zip archive (``…/ses-01.zip/anat/x.nii.gz``).
 
     Raises:
-        ScanError: there is no such file, it is not an image, it is not 3-D, its header claims more than the file
-            can hold, or its affine cannot be a scan's.
+        ScanError: there is no such file, it is not a 3-D image, its header declares more than the file can hold, or its
+            affine is implausible.
     """
     return _scan_header(read_image_header(Path(path)))
 
 
 def load_scan(path: str | Path, *, labels: bool = False) -> Scan:
-    """Read a 3-D image (NIfTI or MGH) and check that it can be used.
-
-    At most one float32 copy of the volume is in memory, and none before the header's claims were compared with
-    the size of the file.
+    """Read and check a 3-D image (NIfTI or MGH); at most one float32 copy of the volume is in memory.
 
     Args:
         path: the image file, or a member of a zip archive (``…/ses-01.zip/anat/x.nii.gz``).
-        labels: the image is a label map: an all-zero one is legal, values must be whole numbers ≥ 0.
+        labels: the image is a label map: values are whole numbers ≥ 0, and all may be 0.
 
     Raises:
-        ScanError: the file is missing, truncated, corrupt or not an image; it is not 3-D; it holds NaN or
-            infinite values, or more data than its header says; it is constant (images) or not a label map
-            (labels); its affine cannot be a scan's.
+        ScanError: the file is missing, truncated, corrupt or not a 3-D image; it holds NaN or infinite values, or more
+            data than its header declares; it is constant (images) or not a label map (labels); its affine is
+            implausible.
     """
     path = Path(path)
     image = read_image_header(path)
@@ -136,7 +135,7 @@ def _scan_header(image: ImageHeader) -> ScanHeader:
 
 
 def _check_values(data: np.ndarray, low: float, high: float, path: Path, labels: bool) -> None:
-    # The smallest and largest value carry NaN and infinities, and were found while reading.
+    # NaN and infinite voxels show in the smallest and largest value.
     if not (np.isfinite(low) and np.isfinite(high)):
         count = int(data.size - np.isfinite(data).sum())
         raise ScanError(
@@ -169,5 +168,5 @@ def _check_values(data: np.ndarray, low: float, high: float, path: Path, labels:
 
 
 def _all_integers(data: np.ndarray) -> bool:
-    # Slice by slice, as the file is stored: a rounded copy of the volume would double the memory.
+    # Slice by slice: a rounded copy of the volume would double the memory.
     return all(np.array_equal(data[:, :, z], np.rint(data[:, :, z])) for z in range(data.shape[2]))

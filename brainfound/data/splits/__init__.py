@@ -1,1 +1,1 @@
-"""Splits by subject: dividing sessions into parts, and the file that records a split."""
+"""Splits by subject: `dividing` makes them, `split_file` keeps them with a proof."""

@@ -1,7 +1,6 @@
-"""Splits of sessions into parts that never share a subject.
+"""Dividing sessions into parts that never share a subject.
 
-All of them depend on the seed and on who the subjects are, never on the order in which the sessions come.
-`brainfound.data.splits.split_file` keeps a split in a file.
+Every division depends on the seed and on the subjects, never on the order of the sessions.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ import pandas as pd
 from brainfound.errors import UsageError
 
 MAX_LABELS = 10
-"""A column of numbers with more different values than this is cut at its quintiles."""
+"""Numbers with more different values than this are grouped into quintiles."""
 Labels = Sequence[Any] | Mapping[str, Sequence[Any]]
-"""A label per session; or several columns of them by name, the most important first."""
+"""A label per session, or several named columns of labels, the most important first."""
 
 
 def split_by_subject(
@@ -28,22 +27,19 @@ def split_by_subject(
     seed: int,
     stratify: Labels | None = None,
 ) -> dict[str, np.ndarray]:
-    """Divide sessions into named parts so that all sessions of a subject stay together.
+    """Divide sessions into named parts; all sessions of a subject stay together.
 
-    Strata: subjects are lined up stratum after stratum, shuffled within, and dealt out one by one to the part that
-    is furthest behind its share: of all subjects and, with several columns, of the subject's label in each and of
-    their combination. So the sizes of the parts are exact, and each part's share of every label and every
-    combination is right to within about two subjects. A combination with fewer subjects than there are parts
-    cannot be in all of them; its subjects still go where their labels are short, so small strata neither gather in
-    one part nor change its size.
+    Strata: subjects are sorted by stratum, shuffled within, and dealt one by one to the part that is furthest behind
+    its share: of all subjects and, with several columns, of the subject's label in each column and of their
+    combination. Part sizes are exact, and the shares of every label and combination are right within about two
+    subjects, also for strata with fewer subjects than parts.
 
     Args:
         subjects: the subject of each session.
         fractions: part → share of the subjects; the shares sum to 1.
-        seed: the same seed, subjects and fractions give the same split, whatever the order of the sessions.
-        stratify: each part gets about the same mix of these labels (of their combinations, if several columns).
-            Numbers with more than ten different values (ages) are cut at their quintiles; what is missing is a
-            stratum of its own. A subject counts with its most frequent label, of several the smallest.
+        stratify: labels whose mix is about the same in each part. Numbers with more than `MAX_LABELS` different values
+            are grouped into quintiles; missing labels are a stratum of their own. A subject counts with its most
+            frequent label, or the smallest of these.
 
     Returns:
         part → sorted indices of sessions. Every part has at least one subject.
@@ -78,11 +74,11 @@ def k_folds(
 
     Args:
         subjects, seed, stratify: as in `split_by_subject`.
-        validation: share of all subjects that each fold takes from its ``train`` into a part ``validation``; 0 for
-            none. It does not change who is tested.
+        validation: share of all subjects that each fold moves from ``train`` to ``validation``; 0 for no such part.
+            The tested subjects do not depend on it.
 
     Raises:
-        UsageError: fewer than two folds, fewer subjects than folds, or nobody left to train on.
+        UsageError: fewer than two folds, fewer subjects than folds, or no subject left to train on.
     """
     if num_folds < 2:
         raise UsageError("cross-validation needs at least two folds", got=num_folds, where="folds")
@@ -105,16 +101,15 @@ def few_shot(
     fractions: Mapping[str, float] | None = None,
     stratify: Labels | None = None,
 ) -> dict[int | None, dict[str, np.ndarray]]:
-    """Small training parts beside one test part.
+    """Training parts of a few subjects, with the same validation and test part for every number of shots.
 
-    Validation and test are set aside first and are the same for every number of shots. The training subjects of
-    fewer shots are among those of more.
+    The training subjects of fewer shots are among those of more shots.
 
     Args:
         subjects, seed: as in `split_by_subject`.
-        shots: numbers of training subjects: per class with ``labels``, else in all; None: all that there are.
-        labels: the class of each session; a subject counts with its most frequent class, and one without a class
-            is not learnt from.
+        shots: numbers of training subjects, per class with ``labels``; None for all subjects.
+        labels: the class of each session; a subject counts with its most frequent class, and is not used for
+            training without one.
         fractions: the shares from which ``train`` draws its shots; 0.7, 0.1 and 0.2 by default.
         stratify: as in `split_by_subject`; by default the labels.
 
@@ -122,7 +117,7 @@ def few_shot(
         number of shots → part → sorted indices of sessions.
 
     Raises:
-        UsageError: no shots, or more than there are subjects (of the smallest class) beside validation and test.
+        UsageError: no shots, or more shots than subjects (of the smallest class) outside of validation and test.
     """
     numbers = sorted({number for number in shots if number is not None})
     if not shots or (numbers and numbers[0] < 1):
@@ -161,22 +156,20 @@ def leave_one_site_out(
     validation: float = 0.0,
     stratify: Labels | None = None,
 ) -> dict[str, dict[str, np.ndarray]]:
-    """One fold per site: tested on that site, learnt from all others.
+    """One fold per site: tested on that site, trained on all others.
 
-    A subject that was seen at the tested site and at another one is in no part of that fold: on either side its
-    sessions would bring the other side's person or scanner along. A subject with a session of unknown site is in no
-    part of any fold. A site at which nobody was seen alone has no fold.
+    A subject with sessions at the tested site and at another one is in no part of that fold. A subject with a session
+    of unknown site is in no part of any fold. A site without a subject of its own has no fold.
 
     Args:
-        subjects, seed, stratify: as in `split_by_subject`.
+        subjects, seed, stratify, validation: as in `k_folds`.
         sites: the site of each session.
-        validation: share of all subjects that each fold takes from its ``train``; 0 for none.
 
     Returns:
         site → part → sorted indices of sessions.
 
     Raises:
-        UsageError: fewer than two sites, or nobody left to train on.
+        UsageError: fewer than two sites, or no subject left to train on.
     """
     seen: dict[str, set[str | None]] = {}
     for subject, site in zip(subjects, sites, strict=True):
@@ -197,10 +190,10 @@ def leave_one_site_out(
 
 
 def merge_linked_subjects(subjects: Sequence[str], content_hashes: Sequence[str]) -> list[str]:
-    """For each session the name under which its subject is divided: subjects who share an image get the same one.
+    """The name by which each session's subject is divided: subjects who share an image get the same name.
 
-    Two subjects with the same image are one person under two names, or a file that was copied to the wrong place.
-    Either way they must not come apart; without such images every subject keeps its own name.
+    Two subjects with the same image are one person under two names, or a file was copied to the wrong place; either
+    way they must stay in one part. Other subjects keep their own name.
     """
     leader = {subject: subject for subject in subjects}
 
@@ -218,10 +211,10 @@ def merge_linked_subjects(subjects: Sequence[str], content_hashes: Sequence[str]
 
 
 def require_disjoint(split: Mapping[str, np.ndarray], subjects: Sequence[str]) -> None:
-    """Fail if two parts share a subject.
+    """Refuse parts that share a subject.
 
     Raises:
-        UsageError: names the parts and a subject count.
+        UsageError: names the parts and the number of shared subjects.
     """
     members = {part: {subjects[i] for i in index} for part, index in split.items()}
     for (first, second), shared in shared_counts(members).items():
@@ -235,13 +228,13 @@ def require_disjoint(split: Mapping[str, np.ndarray], subjects: Sequence[str]) -
 
 
 def shared_counts(members: Mapping[str, set[str]]) -> dict[tuple[str, str], int]:
-    """For each pair of parts, how many subjects are in both."""
+    """The number of common subjects of each pair of parts."""
     return {(one, other): len(members[one] & members[other]) for one, other in combinations(members, 2)}
 
 
 def _as_indices(assigned: Mapping[str, Sequence[str]], subjects: Sequence[str]) -> dict[str, np.ndarray]:
-    part_of = {name: part for part, members in assigned.items() for name in members}
-    parts = np.array([part_of.get(subject, "") for subject in subjects], dtype=object)
+    assigned_part = {name: part for part, members in assigned.items() for name in members}
+    parts = np.array([assigned_part.get(subject, "") for subject in subjects], dtype=object)
     split = {part: np.flatnonzero(parts == part) for part in assigned}
     require_disjoint(split, subjects)
     return split
@@ -255,7 +248,7 @@ def _build_fold(
     rng: np.random.Generator,
     num_subjects: int | None = None,
 ) -> dict[str, list[str]]:
-    """The parts of a fold whose test part is known: a share of all subjects is taken from the rest to validate."""
+    """The parts of a fold with a given test part; a share of all subjects goes from the rest to validation."""
     count = 0
     if validation:
         count = max(1, round(validation * (num_subjects or len(rest) + len(test))))
@@ -269,7 +262,7 @@ def _build_fold(
 
 
 def _strata(subjects: Sequence[str], stratify: Labels | None) -> dict[str, tuple[str, ...]]:
-    """Subject → its stratum, one word per column."""
+    """Subject → its stratum, one label per column."""
     names = sorted(set(subjects))
     if stratify is None:
         return {name: () for name in names}
@@ -279,7 +272,7 @@ def _strata(subjects: Sequence[str], stratify: Labels | None) -> dict[str, tuple
 
 
 def _label_per_subject(subjects: Sequence[str], labels: Sequence[Any]) -> dict[str, Any]:
-    """A subject's most frequent label, of several the smallest; None where all are missing."""
+    """Subject → its most frequent label, or the smallest of these; None if all are missing."""
     counts: dict[str, Counter] = {subject: Counter() for subject in subjects}
     for subject, label in zip(subjects, labels, strict=True):
         if not _missing(label):
@@ -305,7 +298,7 @@ def _words(labels: Mapping[str, Any]) -> dict[str, str]:
 
 
 def to_numeric_or_none(labels: Sequence[Any]) -> np.ndarray | None:
-    """A column as numbers, missing ones NaN; None if it has other values, or so few that they are classes."""
+    """A column as numbers, missing ones NaN; None if it has other values, or at most `MAX_LABELS` different ones."""
     series = pd.Series(list(labels), dtype=object)
     numbers = pd.to_numeric(series, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
     numbers = np.where(np.isfinite(numbers), numbers, np.nan)
@@ -318,7 +311,7 @@ def _missing(label: Any) -> bool:
 
 
 def label_text(label: Any) -> str:
-    """A label as a word: 1.0 as "1", nothing as "missing"."""
+    """A label as text: 1.0 as "1", a missing one as "missing"."""
     if _missing(label):
         return "missing"
     if isinstance(label, (float, np.floating)) and float(label).is_integer():
@@ -329,13 +322,13 @@ def label_text(label: Any) -> str:
 def _divide(
     names: list[str], strata: Mapping[str, tuple[str, ...]], sizes: dict[str, int], rng: np.random.Generator
 ) -> dict[str, list[str]]:
-    """Deal subjects to parts of these sizes: stratum after stratum, shuffled within, evenly along that line."""
+    """Deal subjects, sorted by stratum and shuffled within, to parts of these sizes."""
     shuffled = [names[int(index)] for index in rng.permutation(len(names))]
     return _deal(sorted(shuffled, key=lambda name: strata[name]), sizes, strata)
 
 
 def _stratified_order(names: list[str], strata: Mapping[str, tuple[str, ...]], rng: np.random.Generator) -> list[str]:
-    """An order of which every beginning has about the mix of the whole."""
+    """An order in which every prefix has about the mix of the whole."""
     members: dict[tuple[str, ...], list[str]] = {}
     for index in rng.permutation(len(names)):
         members.setdefault(strata[names[int(index)]], []).append(names[int(index)])
@@ -357,10 +350,10 @@ def _part_sizes(count: int, shares: list[float]) -> list[int]:
 
 
 def _deal(order: list[str], sizes: dict[str, int], strata: Mapping[str, tuple[str, ...]]) -> dict[str, list[str]]:
-    """Deal the line out: each subject goes to the open part that is furthest behind its share.
+    """Deal subjects in order, each to the open part that is furthest behind its share.
 
-    A single column needs no more than the count of all: its strata lie one after the other on the line. With several
-    columns a part is also behind in each label of the subject and in their combination.
+    For a single column the count of all subjects is enough, since its strata follow each other. With several columns a
+    part can also be behind in each label of the subject and in their combination.
     """
     assigned: dict[str, list[str]] = {part: [] for part in sizes}
     seen: Counter = Counter()

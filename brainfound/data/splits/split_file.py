@@ -1,19 +1,19 @@
-"""A split as a file: who is in which part, with a proof that nobody is in two.
+"""A split as a file: the subjects of each part, with a proof that no subject is in two.
 
 A split file is JSON:
 
     schema            "brainfound-split/1"
-    data_hash, seed   of the store that was divided, and of the division
-    made              how: the kind, and what was asked for
+    data_hash, seed   of the divided store, and of the division
+    made              kind and settings of the division
     folds             name → subjects of each part, and the proof:
         shared_subjects   of each pair of parts: 0
-        num_subjects, num_sessions, counts (of the asked columns) of each part
-        num_left_out      subjects of the store that are in no part
+        num_subjects, num_sessions, counts (of chosen columns) of each part
+        num_left_out      subjects of the store in no part
     sha256            of all of the above
 
 A file has one fold (``single``) or several: ``fold-1``, …; ``shots-5``, …; ``subjects-10``, …; ``site-A``, ….
-It names subjects, so it belongs beside the data and not into a publication. The digest finds a change by hand or by
-accident; it is no signature.
+It names subjects, so it belongs next to the data and not into a publication. The digest detects changes by hand or by
+accident; it is not a signature.
 """
 
 from __future__ import annotations
@@ -51,15 +51,15 @@ SubjectsByPart = Mapping[str, tuple[str, ...]]
 
 @dataclass(frozen=True)
 class Split:
-    """Subjects divided into parts that share nobody, in one way (a single fold) or in several.
+    """Subjects divided into disjoint parts, once (a single fold) or several times.
 
     Attributes:
-        folds: name → part → subjects.
-        data_hash: content hash of the store that was divided.
-        seed: of the division; None where it was not drawn here.
-        made: how it was made, plain values.
-        counts: name → part → ``{"num_sessions": …, column: …}``.
-        num_left_out: name → subjects of the store that are in no part.
+        folds: fold → part → subjects.
+        data_hash: content hash of the divided store.
+        seed: seed of the division; None if it was not random.
+        made: settings of the division, plain values.
+        counts: fold → part → ``{"num_sessions": …, column: …}``.
+        num_left_out: fold → number of subjects of the store in no part.
 
     Raises:
         UsageError: a fold without a required part, an unknown or empty part, or a subject in two parts.
@@ -91,11 +91,11 @@ class Split:
         """The split of a store's sessions.
 
         Args:
-            folds: name → part → indices of sessions.
+            folds: fold → part → indices of sessions.
             columns: covariates to count in each part.
 
         Raises:
-            UsageError: as above, or two parts share an image.
+            UsageError: as the class, or two parts share an image.
         """
         names = [str(name) for name in store.sessions["subject"]]
         members, counts, left_out = {}, {}, {}
@@ -107,10 +107,10 @@ class Split:
         return cls(members, store.content_hash, seed, dict(made), counts, left_out)
 
     def parts(self, fold: str | None = None) -> SubjectsByPart:
-        """Part → subjects of one fold; the name may be left out where there is one only.
+        """Part → subjects of one fold; a single fold needs no name.
 
         Raises:
-            UsageError: there is no such fold, or there are several and none was named.
+            UsageError: there is no such fold, or there are several and no name is given.
         """
         if fold is None and len(self.folds) == 1:
             return next(iter(self.folds.values()))
@@ -123,22 +123,20 @@ class Split:
         return self.folds[fold]
 
     def sessions(self, store: Store, fold: str | None = None) -> dict[str, np.ndarray]:
-        """Part → indices of the sessions of a store whose subject is in it.
-
-        Subjects that the store does not have are passed over, and its other subjects are in no part.
+        """Part → indices of the sessions of its subjects in a store. Subjects may be missing on either side.
 
         Raises:
             UsageError: as `parts`, or two parts share an image.
         """
-        part_of = {name: part for part, names in self.parts(fold).items() for name in names}
-        placed = np.array([part_of.get(str(name), "") for name in store.sessions["subject"]], dtype=object)
+        assigned_part = {name: part for part, names in self.parts(fold).items() for name in names}
+        placed = np.array([assigned_part.get(str(name), "") for name in store.sessions["subject"]], dtype=object)
         split = {part: np.flatnonzero(placed == part) for part in self.parts(fold)}
         require_disjoint(split, store.sessions["subject"].tolist())
         require_no_shared_images(store, split)
         return split
 
     def to_dict(self) -> dict[str, Any]:
-        """What the file holds, the digest included."""
+        """The content of the file, with its digest."""
         content: dict[str, Any] = {
             "schema": SCHEMA,
             "data_hash": self.data_hash,
@@ -149,7 +147,7 @@ class Split:
         return content | {"sha256": _digest(content)}
 
     def save(self, path: str | Path) -> None:
-        """Write the file, whole or not at all."""
+        """Write the file atomically."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -164,19 +162,15 @@ class Split:
 
     @classmethod
     def load(cls, path: str | Path) -> Split:
-        """Read a split file and prove it again.
-
-        The ``splits.json`` of runs made before split files had a digest are read too, if nobody is in two parts.
+        """Read a split file and check it again.
 
         Raises:
             UsageError: not a split file, another schema, a part is missing, two parts share a subject, or the file
-                was changed since it was made.
+                was changed after it was made.
         """
         path = Path(path)
         content = _read_json(path)
-        if "schema" not in content:
-            return cls(_folds_of(content, path), str(content.get("data_hash", "")))
-        if content["schema"] != SCHEMA:
+        if content.get("schema", SCHEMA) != SCHEMA:
             raise UsageError(
                 "a split file of another schema",
                 where=path,
@@ -184,7 +178,9 @@ class Split:
                 expected=SCHEMA,
                 remedy="Make it again with this version: brainfound split STORE NEW.json",
             )
-        folds = _folds_of(content, path)  # before the digest: that nobody is in two parts matters most
+        folds = _read_members(content, path)  # before the digest: a shared subject is the gravest fault
+        if "schema" not in content:
+            raise UsageError("the split file has no digest", where=path, remedy=MAKE_ANEW)
         if content.get("sha256") != _digest({key: value for key, value in content.items() if key != "sha256"}):
             raise UsageError("the split file was changed after it was made", where=path, remedy=MAKE_ANEW)
         try:
@@ -193,7 +189,13 @@ class Split:
                 content["data_hash"],
                 content["seed"],
                 content["made"],
-                {name: _counts_of(entry, folds[name]) for name, entry in content["folds"].items()},
+                {
+                    name: {
+                        part: {"num_sessions": entry["num_sessions"][part], **entry["counts"][part]}
+                        for part in folds[name]
+                    }
+                    for name, entry in content["folds"].items()
+                },
                 {name: entry["num_left_out"] for name, entry in content["folds"].items()},
             )
         except (KeyError, TypeError, AttributeError) as error:
@@ -219,16 +221,16 @@ class Split:
 
 
 def read_folds(path: str | Path) -> dict[str, SubjectsByPart]:
-    """The parts of a file that a person wrote or changed: a split file, an old one, or ``{"train": […], …}``.
+    """The parts of a file that was written or changed by hand: a split file, or ``{"train": […], "test": […]}``.
 
     Raises:
-        UsageError: it is none of these, a part is missing, or two parts share a subject.
+        UsageError: it is neither, a part is missing, or two parts share a subject.
     """
-    return _folds_of(_read_json(Path(path)), Path(path))
+    return _read_members(_read_json(Path(path)), Path(path))
 
 
 def require_no_shared_images(store: Store, parts: Mapping[str, Sequence[int] | np.ndarray]) -> None:
-    """Fail if the same image lies in two parts, under whatever name of its subject.
+    """Refuse parts with the same image, whatever the names of its subjects.
 
     Args:
         parts: part → indices of sessions.
@@ -252,9 +254,9 @@ def require_no_shared_images(store: Store, parts: Mapping[str, Sequence[int] | n
 
 
 def get_split_groups(store: Store) -> tuple[np.ndarray, int]:
-    """For each session the name by which its subject is divided, and how many subjects go by the name of another.
+    """The name by which each session's subject is divided, and the number of subjects with the name of another.
 
-    Those are subjects who share an image: they stay in one part.
+    Subjects who share an image get the same name, see `merge_linked_subjects`.
     """
     subjects = [str(name) for name in store.sessions["subject"]]
     names = merge_linked_subjects(subjects, store.sessions["image_hash"].tolist())
@@ -298,8 +300,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _folds_of(content: Mapping[str, Any], path: Path) -> dict[str, SubjectsByPart]:
-    folds: dict[str, Any] = {SINGLE_FOLD: content.get("subjects", content)}
+def _read_members(content: Mapping[str, Any], path: Path) -> dict[str, SubjectsByPart]:
+    """Fold → part → subjects, checked; a file without schema holds the parts of a single fold."""
+    folds: dict[str, Any] = {SINGLE_FOLD: content}
     if "schema" in content:
         found = content.get("folds")
         found = found if isinstance(found, dict) else {}
@@ -321,25 +324,21 @@ def _folds_of(content: Mapping[str, Any], path: Path) -> dict[str, SubjectsByPar
     return checked
 
 
-def _counts_of(entry: Mapping[str, Any], members: SubjectsByPart) -> dict[str, dict[str, Any]]:
-    return {part: {"num_sessions": entry["num_sessions"][part], **entry["counts"][part]} for part in members}
-
-
 def _digest(content: Mapping[str, Any]) -> str:
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _counts(store: Store, index: Sequence[int] | np.ndarray, columns: Sequence[str]) -> dict[str, Any]:
-    """Sessions of a part; of each column the sessions per value, or the range where it has many numbers."""
+    """The sessions of a part; for each column the sessions per value, or the range of a column of numbers."""
     counts: dict[str, Any] = {"num_sessions": len(index)}
     for column in columns:
-        everything = to_numeric_or_none(store.covariate(column).tolist())
-        if everything is None:
+        all_numbers = to_numeric_or_none(store.covariate(column).tolist())
+        if all_numbers is None:
             values = Counter(label_text(value) for value in store.covariate(column).iloc[list(index)])
             counts[column] = dict(sorted(values.items()))
             continue
-        numbers = everything[list(index)]
+        numbers = all_numbers[list(index)]
         known = numbers[~np.isnan(numbers)]
         counts[column] = {"missing": int(np.isnan(numbers).sum())}
         if known.size:

@@ -1,10 +1,10 @@
-"""Stores: prepared cohorts on disk.
+"""Stores: prepared cohorts on disk, one row per slice.
 
-`store` is what a user opens; `folder` is one on disk, with its two halves `session_table` and `slice_files`; `plan`,
-`executors` and `writer` make one; `copies` and `hub` share it; `withheld` shows a part of its contrasts.
+Reading: `folder` (store.json and the table of sessions), `slice_files` (the Arrow files), `reader`, and on top of them
+`store`, the class that users open; `withheld` hides some of its contrasts. Writing: `prepare` plans (`plan`), runs
+(`executors`) and assembles (`writer`, with the `contact_sheet`) a store; `sharing` copies, uploads and downloads one.
 """
 
-from brainfound.data.store.folder import SCHEMA_VERSION, StoreFolder
 from brainfound.data.store.store import Store
 
-__all__ = ["SCHEMA_VERSION", "Store", "StoreFolder"]
+__all__ = ["Store"]

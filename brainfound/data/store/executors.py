@@ -1,4 +1,4 @@
-"""Where shards are written: in this process, in processes of this machine, or on a dask cluster."""
+"""Writing shards in this process, in processes of this machine, or on a dask cluster."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def run_jobs(
     executor: Executor = "processes",
     scheduler: str | None = None,
 ) -> Iterator[ShardJob]:
-    """Write shards; yields each as it is done, in any order.
+    """Write shards; yields each finished one, in any order.
 
-    A shard may be written twice when a worker is lost: both times alike, and under its name only when complete.
+    A shard may be written twice if a worker is lost. Both results are equal, and a shard gets its name when complete.
 
     Args:
         workers: processes of this machine.
         executor: ``processes`` or ``dask``.
-        scheduler: address of a dask scheduler, such as ``tcp://host:8786``; its workers see the same folders.
+        scheduler: address of a dask scheduler, such as ``tcp://host:8786``, whose workers see the same folders.
 
     Raises:
         UsageError: no such executor, dask is not installed, or no scheduler answers.
@@ -60,10 +60,9 @@ def run_jobs(
 
 
 def _in_processes(jobs: Sequence[ShardJob], write: WriteShard, workers: int) -> Iterator[ShardJob]:
-    pool_of = ProcessPoolExecutor(
+    with ProcessPoolExecutor(
         min(workers, len(jobs)), mp_context=get_context("spawn"), initializer=_exit_with_parent, initargs=(os.getpid(),)
-    )
-    with pool_of as pool:
+    ) as pool:
         futures = {pool.submit(write, job): job for job in jobs}
         try:
             for future in as_completed(futures):
@@ -79,7 +78,7 @@ def _in_processes(jobs: Sequence[ShardJob], write: WriteShard, workers: int) -> 
 
 
 def _exit_with_parent(parent: int) -> None:
-    """End this worker when the process that it works for is gone: killed, it cannot say so itself."""
+    """End this worker when its parent process is gone, also if that was killed."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -111,15 +110,13 @@ def _on_dask(jobs: Sequence[ShardJob], write: WriteShard, scheduler: str | None)
             remedy="Start one with: dask scheduler",
         ) from None
     with client:
-        jobs_of = {job.key: job for job in jobs}
-        # Held until all are done: the cluster forgets a result that nobody holds.
-        futures = [
-            client.submit(write, job, pure=False, retries=_DASK_RETRIES, key=key) for key, job in jobs_of.items()
-        ]
+        by_key = {job.key: job for job in jobs}
+        # The cluster forgets a result without a future, so all are kept.
+        futures = [client.submit(write, job, pure=False, retries=_DASK_RETRIES, key=key) for key, job in by_key.items()]
         try:
             for future in as_completed(futures, loop=client.loop):
                 future.result()
-                yield jobs_of[future.key]
+                yield by_key[future.key]
         except CancelledError:
             raise StoreError(
                 "the dask scheduler is gone", where="scheduler", remedy="Start it and repeat: what was done is kept"

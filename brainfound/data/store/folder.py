@@ -1,9 +1,9 @@
-"""The table of a store's sessions: what is known of each, and where its bytes are.
+"""A store's folder on disk, its table of sessions, and the hashes of its content.
 
-Covariates are a pandas table. Geometry is kept in arrays beside it, on the memory map of the file, so that ten thousand
+Covariates are a pandas table. Geometry stays in arrays on the memory map of ``sessions.arrow``, so that ten thousand
 sessions take no more memory than a hundred.
 
-A store's folder on disk, and the names of the folders beside it while it is made.
+Axis legend: n sessions, C contrasts.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ SCHEMA_VERSION = 2
 
 
 class StoreFolder:
-    """A store's folder on disk.
+    """A complete store on disk: its facts, preprocessing, table of sessions and slice files.
 
     Raises:
-        StoreError: there is no complete store at the path, or it is of another schema.
+        StoreError: there is no complete store at the path, or it has another schema.
     """
 
     def __init__(self, path: Path) -> None:
@@ -60,10 +60,10 @@ class StoreFolder:
         self.files = SliceFiles(path / "slices", shape, self.preprocessing.pixel_dtype)
 
     def verify_table(self) -> None:
-        """Refuse a table of sessions or a preprocessing that is not the one that was written.
+        """Compare the table of sessions and the preprocessing with the content hash.
 
         Raises:
-            StoreError: says what differs.
+            StoreError: one of them was changed.
         """
         sound = self.preprocessing.model_dump(mode="json") == self.facts["preprocessing"]
         if not sound or content_hash(self.table, self.preprocessing) != self.facts["content_hash"]:
@@ -75,12 +75,12 @@ class StoreFolder:
 
 
 def partial_path(path: Path) -> Path:
-    """Where a store is made. A name of our own: what a user calls STORE.partial is left alone."""
+    """Where a store is written. The dot keeps it apart from a user's own STORE.partial."""
     return path.with_name(f".{path.name}.partial")
 
 
 def replaced_path(path: Path) -> Path:
-    """Where a store waits while another takes its place."""
+    """Where the old store stays until the new one has its name."""
     return path.with_name(f".{path.name}.replaced")
 
 
@@ -94,8 +94,19 @@ def _no_store(path: Path) -> StoreError:
     return StoreError(what, where=path, expected="a folder with store.json", remedy=remedy)
 
 
+def damaged_session_error(path: Path, sessions: Sequence[int]) -> StoreError:
+    """The error for sessions whose bytes do not match their hashes."""
+    more = f" and {len(sessions) - 1} more" if len(sessions) > 1 else ""
+    return StoreError(
+        "the bytes of a session are not those that were written",
+        where=path.name,
+        got=f"session {sessions[0]}{more}",
+        remedy="Copy the store again, or mend it with brainfound prepare … --overwrite",
+    )
+
+
 BASE_COLUMNS = ("subject", "session", "first_row", "num_slices", "mask_dtype", "image_hash", "content_hash")
-"""Columns that every table has; the covariates come after them."""
+"""The columns of every table; covariates follow."""
 _ARRAYS = ("present", "affine", "native_shape", "native_affine", "pixels_at", "mask_at", "file")
 
 
@@ -104,13 +115,13 @@ class SessionTable:
     """One row per session, ordered by subject and session.
 
     Attributes:
-        sessions: the columns of `BASE_COLUMNS` and the covariates; ``first_row`` counts the rows of this table's own slices.
-        origin: ``(n, 2)``, which folder a session lies in, and its row in that folder's table.
-        row_on_disk: ``(n,)``, the session's first row in its folder's ``slices``.
+        sessions: the columns of `BASE_COLUMNS` and the covariates; ``first_row`` counts the slices of this table.
+        origin: ``(n, 2)``, index of the session's folder, and its row in the table of that folder.
+        row_on_disk: ``(n,)``, the session's first row in the ``slices`` of its folder.
         present: ``(n, C)`` bool.
         affine, native_affine: ``(n, 4, 4)``.
         native_shape: ``(n, 3)``.
-        pixels_at, mask_at: ``(n,)``, where the bytes begin in the session's file; −1 without a mask.
+        pixels_at, mask_at: ``(n,)``, byte offsets in the session's file; −1 without a mask.
         file: ``(n,)``, index in ``files``.
         files: names in the folder ``slices``.
     """
@@ -143,7 +154,7 @@ class SessionTable:
             raise StoreError(f"damaged: {error}", where=path.name, remedy="Prepare the store again") from error
         files, file = np.unique(arrays["file"], return_inverse=True)
         count = len(sessions)
-        made = cls(
+        table = cls(
             sessions=sessions,
             origin=np.stack([np.zeros(count, np.int64), np.arange(count)], axis=1),
             row_on_disk=sessions["first_row"].to_numpy(np.int64),
@@ -156,19 +167,19 @@ class SessionTable:
             file=file.astype(np.int32),
             files=tuple(str(name) for name in files),
         )
-        return made._in_order()
+        return table._in_order()
 
     def __len__(self) -> int:
         return len(self.sessions)
 
     @cached_property
     def num_slices(self) -> np.ndarray:
-        """``(n,)``."""
+        """``(n,)``, slices of each session."""
         return self.sessions["num_slices"].to_numpy(np.int64)
 
     @cached_property
     def first_row(self) -> np.ndarray:
-        """``(n,)``, of this table's own slices."""
+        """``(n,)``, first row of each session among the slices of this table."""
         return self.sessions["first_row"].to_numpy(np.int64)
 
     @property
@@ -176,21 +187,17 @@ class SessionTable:
         """Names of the columns that came with the cohort."""
         return [name for name in self.sessions.columns if name not in BASE_COLUMNS]
 
-    def file_of(self, session: int) -> str:
-        """The name of the file that holds a session's bytes."""
+    def file_name(self, session: int) -> str:
+        """The file in ``slices`` that holds a session."""
         return self.files[self.file[session]]
 
     def take(self, index: np.ndarray) -> SessionTable:
-        """Some sessions, in the given order, numbered anew."""
+        """Some sessions, in the given order; ``first_row`` is counted again."""
         sessions = self.sessions.iloc[index].reset_index(drop=True)
         ends = np.cumsum(sessions["num_slices"].to_numpy(np.int64))
         sessions["first_row"] = np.concatenate([[0], ends[:-1]]).astype(np.int64)
-        chosen = {
-            name: getattr(self, name)[index]
-            for name in ("origin", "row_on_disk", "present", "affine", "native_shape", "native_affine")
-        }
-        places = {name: getattr(self, name)[index] for name in ("pixels_at", "mask_at", "file")}
-        return replace(self, sessions=sessions, **chosen, **places)
+        arrays = {name: getattr(self, name)[index] for name in ("origin", "row_on_disk", *_ARRAYS)}
+        return replace(self, sessions=sessions, **arrays)
 
     def _in_order(self) -> SessionTable:
         counted = np.cumsum(self.num_slices) - self.num_slices
@@ -204,39 +211,34 @@ class SessionTable:
 
     @staticmethod
     def join(tables: Sequence[SessionTable], num_folders: Sequence[int]) -> SessionTable:
-        """One table of several, ordered anew; ``num_folders`` says how many folders each one refers to."""
-        files: list[str] = []
-        shifted_file, shifted_origin = [], []
-        first_folder = 0
-        for table, count in zip(tables, num_folders, strict=True):
-            shifted_file.append(table.file + len(files))
-            files += table.files
-            shifted_origin.append(table.origin + np.array([first_folder, 0]))
-            first_folder += count
+        """Several tables as one, ordered by subject and session.
 
-        def joined(name: str) -> np.ndarray:
-            return np.concatenate([getattr(table, name) for table in tables])
-
+        Args:
+            num_folders: how many folders each table refers to.
+        """
+        first_file = [sum(len(table.files) for table in tables[:place]) for place in range(len(tables))]
+        first_folder = [sum(num_folders[:place]) for place in range(len(tables))]
         sessions = pd.concat([table.sessions for table in tables], ignore_index=True)
         for name in set(sessions.columns) - set(BASE_COLUMNS):
             sessions[name] = _one_type(sessions[name])
+        arrays = {
+            name: np.concatenate([getattr(table, name) for table in tables])
+            for name in ("row_on_disk", *_ARRAYS)
+            if name != "file"
+        }
         return SessionTable(
             sessions=sessions,
-            origin=np.concatenate(shifted_origin),
-            row_on_disk=joined("row_on_disk"),
-            present=joined("present"),
-            affine=joined("affine"),
-            native_shape=joined("native_shape"),
-            native_affine=joined("native_affine"),
-            pixels_at=joined("pixels_at"),
-            mask_at=joined("mask_at"),
-            file=np.concatenate(shifted_file),
-            files=tuple(files),
+            origin=np.concatenate(
+                [table.origin + np.array([n, 0]) for table, n in zip(tables, first_folder, strict=True)]
+            ),
+            file=np.concatenate([table.file + n for table, n in zip(tables, first_file, strict=True)]),
+            files=tuple(file for table in tables for file in table.files),
+            **arrays,
         )._in_order()
 
 
 def compute_hashes(stack: Stack) -> tuple[str, str]:
-    """SHA-256 of a stack's pixels alone, and of all that its files gave: pixels, mask, presence, geometry."""
+    """SHA-256 of a stack's pixels alone, and of everything from its files: pixels, mask, presence, geometry."""
     images = hashlib.sha256(np.ascontiguousarray(stack.pixels).data)
     content = hashlib.sha256(images.digest())
     content.update(b"" if stack.mask is None else str(stack.mask.dtype).encode())
@@ -248,7 +250,7 @@ def compute_hashes(stack: Stack) -> tuple[str, str]:
 
 
 def session_row(stack: Stack) -> dict[str, Any]:
-    """What the table keeps of a stack, but for its place on disk."""
+    """A stack's row of the table, without its place on disk."""
     image_hash, content = compute_hashes(stack)
     return {
         "subject": stack.subject,
@@ -265,7 +267,7 @@ def session_row(stack: Stack) -> dict[str, Any]:
 
 
 def content_hash(table: SessionTable, preprocessing: Preprocessing) -> str:
-    """SHA-256 of all that training sees of some sessions, whatever files they lie in."""
+    """SHA-256 of everything that training sees of some sessions, whichever files hold them."""
     digest = hashlib.sha256(preprocessing.model_dump_json().encode())
     columns = ["subject", "session", "content_hash", *sorted(table.covariates)]
     for row in table.sessions[columns].itertuples(index=False, name=None):
@@ -277,7 +279,7 @@ def write_sessions(path: Path, rows: Sequence[dict[str, Any]], covariates: Seque
     """Write ``sessions.arrow`` from rows of `session_row` with their places, and the covariates of each."""
     known = pd.DataFrame(list(rows))
     extra = pd.DataFrame(list(covariates))
-    # A covariate that is called like a column of ours keeps its values under another name.
+    # A covariate with the name of one of these columns is kept under another name.
     extra = extra.rename(columns={name: f"{name}_" for name in extra.columns if name in (*BASE_COLUMNS, *_ARRAYS)})
     for name in extra.columns:
         extra[name] = _one_type(extra[name])
@@ -290,7 +292,7 @@ def write_sessions(path: Path, rows: Sequence[dict[str, Any]], covariates: Seque
 
 
 def _one_type(values: pd.Series) -> pd.Series:
-    """A column of mixed types becomes text; tables on disk hold one type a column."""
+    """A column of mixed types as text; tables on disk hold one type per column."""
     if values.dtype != object:
         return values
     kinds = {type(value) for value in values.dropna()}
@@ -303,8 +305,15 @@ def _is_missing(value: Any) -> bool:
     return value is None or value is pd.NA or (isinstance(value, float) and np.isnan(value))
 
 
+def plain_value(value: Any) -> Any:
+    """A value of a table as a plain Python value; None if it is missing."""
+    if _is_missing(value):
+        return None
+    return value.item() if hasattr(value, "item") else value
+
+
 def _canonical(value: Any) -> Any:
-    """The same text whatever type a table made of a value: 3 and 3.0, None and NaN."""
+    """Equal for values that only differ by the type that a table gave them: 3 and 3.0, None and NaN."""
     if _is_missing(value):
         return None
     if isinstance(value, (bool, np.bool_)):

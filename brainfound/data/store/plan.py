@@ -1,4 +1,4 @@
-"""What a store is made of, so that preparing again does only what is new: fingerprints, the plan of a run, the lock."""
+"""Planning a store, so that preparing again does only new work: fingerprints, shards, lock, disk space."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from brainfound.errors import BrainFoundError, ScanError, StoreError
 SOURCES_FILE = "sources.parquet"
 MIN_SESSIONS_PER_SHARD = 8
 MAX_SHARDS = 400
-"""Every shard is a file that readers keep open; many systems allow a process about a thousand."""
+"""Readers keep one open file per shard; many systems allow about a thousand per process."""
 _SAMPLED_SESSIONS = 64
 
 log = logging.getLogger("brainfound")
@@ -39,12 +39,12 @@ SessionKey = tuple[str, str]
 
 @dataclass(frozen=True)
 class SourceFingerprints:
-    """What a store would be made of.
+    """Hashes of the inputs of a store.
 
     Attributes:
         settings: hash of the preprocessing, the mask column and the hooks.
         files: session → hash of its files' names, sizes and times.
-        covariates: session → hash of what is known of it.
+        covariates: session → hash of its covariates.
     """
 
     settings: str
@@ -55,15 +55,17 @@ class SourceFingerprints:
     def of(
         cls, sessions: Sequence[Session], root: Path, preprocessing: Preprocessing, mask: str, hooks: Sequence[Hook]
     ) -> SourceFingerprints:
-        """The sources of a cohort with these settings."""
+        """The fingerprints of a cohort with these settings."""
         settings = [SCHEMA_VERSION, preprocessing.model_dump_json(), mask, [hook.model_dump_json() for hook in hooks]]
         return cls(
             settings=_hash(settings),
             files={
-                _key(session): _hash(_file_facts(session, root, preprocessing.contrasts, mask)) for session in sessions
+                session_key(session): _hash(_file_facts(session, root, preprocessing.contrasts, mask))
+                for session in sessions
             },
             covariates={
-                _key(session): _hash(sorted((k, str(v)) for k, v in session.covariates.items())) for session in sessions
+                session_key(session): _hash(sorted((k, str(v)) for k, v in session.covariates.items()))
+                for session in sessions
             },
         )
 
@@ -84,18 +86,19 @@ class SourceFingerprints:
         )
 
 
-def _key(session: Session) -> SessionKey:
+def session_key(session: Session) -> SessionKey:
+    """Subject and session of a session."""
     return (session.subject, session.session)
 
 
 def _file_facts(session: Session, root: Path, contrasts: Sequence[str], mask: str) -> list[Any]:
-    """What of a session's files its slices depend on: the wanted scans and the mask; of other scans only the names."""
+    """The files on which a session's slices depend: the wanted scans and the mask, or the names of all other scans."""
     files = [(name, file) for name, file in (*sorted(session.scans.items()), *session.extra_scans)]
     used = [(name, file) for name, file in files if name in contrasts]
     used += [(mask, session.masks[mask])] if mask in session.masks else []
     facts: list[Any] = []
     for name, file in used:
-        # The voxels of a .hdr lie beside it.
+        # The voxels of a .hdr are in an .img next to it.
         pair = [file.with_suffix(".img")] if file.suffix == ".hdr" else []
         facts.append((name, os.path.relpath(file, root), [size_and_mtime(part) for part in (file, *pair)]))
     return [facts, sorted(name for name, _ in files if name not in contrasts and not used)]
@@ -106,10 +109,10 @@ def _hash(facts: Any) -> str:
 
 
 def find_existing_store(out: Path, sources: SourceFingerprints, overwrite: bool) -> StoreFolder | None:
-    """The finished store at a path that can be gone on with; None if there is nothing, or it is to be replaced.
+    """The store at a path that can be updated; None if there is none, or it is to be replaced.
 
     Raises:
-        StoreError: what is there is not a store, was prepared in another way, or would lose sessions.
+        StoreError: the folder is not a store, has other settings, or would lose sessions.
     """
     _recover_interrupted_update(out)
     if not out.exists():
@@ -149,7 +152,7 @@ def find_existing_store(out: Path, sources: SourceFingerprints, overwrite: bool)
 
 
 def _recover_interrupted_update(out: Path) -> None:
-    """Undo what a run left that was ended while one store took the place of another."""
+    """Clean up after a run that was killed while it replaced a store."""
     replaced = replaced_path(out)
     if not replaced.is_dir():
         return
@@ -160,32 +163,32 @@ def _recover_interrupted_update(out: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder of ours; first what makes it a store, so that half of one is never taken for a whole."""
+    """Remove a store's folder; ``store.json`` first, so that the rest is never taken for a store."""
     if folder.is_dir():
         (folder / "store.json").unlink(missing_ok=True)
         shutil.rmtree(folder)
 
 
 def next_file_number(out: Path) -> int:
-    """Of the next file of slices. A number that was used is not used again: a reader may have the old file open."""
+    """The number of the next file of slices. No number is used twice: a reader may have the old file open."""
     found = [re.match(r"data-(\d+)", file.name) for file in (out / "slices").glob("data-*.arrow")]
     used = max((int(match[1]) + 1 for match in found if match), default=0)
     try:
-        noted = json.loads((out / "store.json").read_text(encoding="utf-8")).get("next_file_number", 0)
+        recorded = json.loads((out / "store.json").read_text(encoding="utf-8")).get("next_file_number", 0)
     except (OSError, ValueError, AttributeError):
-        noted = 0
-    return max(used, int(noted))
+        recorded = 0
+    return max(used, int(recorded))
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Sessions that are written together, as one file; it is there as a whole or not."""
+    """Sessions that are written to one file, atomically."""
 
     number: int
     keys: tuple[SessionKey, ...]
 
     def is_complete(self, partial: Path) -> bool:
-        """Whether it was written, and its file is whole."""
+        """Whether it was written, and its file is complete."""
         try:
             size = json.loads(self.report(partial).read_text(encoding="utf-8"))["num_bytes"]
             return size == 0 or (partial / "slices" / self.file).stat().st_size == size
@@ -193,7 +196,7 @@ class Shard:
             return False
 
     def report(self, partial: Path) -> Path:
-        """What became of its sessions."""
+        """The file with the outcome of its sessions."""
         return partial / f"shard-{self.number:05d}.json"
 
     @property
@@ -205,19 +208,19 @@ class Shard:
 def plan_shards(
     partial: Path, sources: SourceFingerprints, todo: Sequence[SessionKey], first_number: int
 ) -> list[Shard]:
-    """Divide sessions into shards; what an earlier, unfinished run wrote of them is kept.
+    """Divide sessions into shards; valid shards of an unfinished run are kept.
 
     Args:
         todo: the sessions that are not in the store yet.
-        first_number: of the shards, if nothing was begun.
+        first_number: number of the first shard of a new plan.
     """
     plan = partial / "plan.json"
-    begun = json.loads(plan.read_text(encoding="utf-8")) if plan.is_file() else {}
+    earlier = json.loads(plan.read_text(encoding="utf-8")) if plan.is_file() else {}
     shards: list[Shard] = []
     next_number = first_number
-    if begun.get("settings") == sources.settings and begun.get("first_number") == first_number:
+    if earlier.get("settings") == sources.settings and earlier.get("first_number") == first_number:
         wanted = set(todo)
-        for number, keys, files in begun["shards"]:
+        for number, keys, files in earlier["shards"]:
             shard = Shard(number, tuple((subject, session) for subject, session in keys))
             same = [key in wanted and sources.files[key] == file for key, file in zip(shard.keys, files, strict=True)]
             if all(same):
@@ -225,7 +228,7 @@ def plan_shards(
             else:
                 shard.report(partial).unlink(missing_ok=True)
                 (partial / "slices" / shard.file).unlink(missing_ok=True)
-        next_number = max([first_number, *(number + 1 for number, _, _ in begun["shards"])])
+        next_number = max([first_number, *(number + 1 for number, _, _ in earlier["shards"])])
     else:
         remove_folder(partial)
     (partial / "slices").mkdir(parents=True, exist_ok=True)
@@ -248,10 +251,10 @@ def plan_shards(
 
 
 def resolve_store_path(out: str | Path) -> Path:
-    """Where a store can be put: the real folder behind links.
+    """The real path of a store, without links.
 
     Raises:
-        StoreError: a disk is mounted there, and a store is put in place by renaming a folder.
+        StoreError: it is a mount point, which cannot be renamed.
     """
     place = Path(out).resolve()
     if os.path.ismount(place):
@@ -261,10 +264,7 @@ def resolve_store_path(out: str | Path) -> Path:
 
 @contextmanager
 def writer_lock(out: Path) -> Iterator[None]:
-    """Let one process write a store; another one waits, and finds it finished.
-
-    The operating system frees the lock when its process ends, however it ends.
-    """
+    """Let one process write a store while others wait; the operating system frees the lock of a dead process."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
@@ -282,10 +282,10 @@ def writer_lock(out: Path) -> Iterator[None]:
 
 
 def require_disk_space(out: Path, sessions: Sequence[Session], preprocessing: Preprocessing) -> None:
-    """Refuse to start when the disk will not hold the store; judged by the headers of up to 64 sessions.
+    """Compare the free disk space with an estimate from the headers of up to 64 sessions.
 
     Raises:
-        StoreError: says how much is needed and how much is free.
+        StoreError: the disk will not hold the store.
     """
     sample = sessions[:: max(len(sessions) // _SAMPLED_SESSIONS, 1)]
     sizes = [size for size in (_estimate_bytes(session, preprocessing) for session in sample) if size]
@@ -295,10 +295,10 @@ def require_disk_space(out: Path, sessions: Sequence[Session], preprocessing: Pr
 
 
 def require_free_space(out: Path, num_bytes: float, what_for: str) -> None:
-    """Refuse to start writing what the disk will not hold.
+    """Compare the free disk space with the required bytes.
 
     Raises:
-        StoreError: says how much is needed and how much is free.
+        StoreError: the disk will not hold the store; states both numbers.
     """
     free = shutil.disk_usage(out.parent).free
     if num_bytes > free:
@@ -312,7 +312,7 @@ def require_free_space(out: Path, num_bytes: float, what_for: str) -> None:
 
 
 def _estimate_bytes(session: Session, preprocessing: Preprocessing) -> int:
-    """Of a session's slices, if its reference scan is filled from its lowest to its highest slice; 0 if unreadable."""
+    """Size of a session's slices, if the foreground spans the whole reference scan; 0 if it is unreadable."""
     for contrast in preprocessing.contrasts:
         if contrast in session.scans:
             try:
@@ -328,7 +328,7 @@ def _estimate_bytes(session: Session, preprocessing: Preprocessing) -> int:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON under another name, and rename it when it is on disk."""
+    """Write JSON atomically."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(json.dumps(content, indent=1, default=_json_value) + "\n")

@@ -1,4 +1,4 @@
-"""Preparing a cohort: scans → stacks → a store, once, on one machine or many."""
+"""Preparing a cohort as a store: scans → stacks → slices on disk, on one machine or many."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from brainfound.data.store.plan import (
     remove_folder,
     require_disk_space,
     resolve_store_path,
+    session_key,
     writer_lock,
 )
 from brainfound.data.store.store import Store
@@ -48,30 +49,30 @@ def prepare(
     scheduler: str | None = None,
     progress: Progress | None = None,
 ) -> Store:
-    """Prepare a cohort once, as a store.
+    """Prepare a cohort as a store.
 
-    Sessions that the store has already are not prepared again: a repeated call does nothing, new sessions are added,
-    changed covariates are taken over, and an unfinished run is gone on with.
+    Sessions of an existing store are not prepared again: a repeated call does nothing, new sessions are added,
+    covariates are updated, and an unfinished run is continued.
 
     Args:
-        source: a cohort, or what `Cohort.read` recognises. DICOM is converted into ``OUT.nifti`` first.
+        source: a cohort, or a source that `Cohort.read` recognises. DICOM is converted into ``OUT.nifti`` first.
         out: the store's folder.
         preprocessing: how scans become stacks; the defaults if None.
         workers: processes of this machine.
-        mask: which label-map column of the cohort becomes the stack's mask (``"mask"``, ``"dseg"``, …).
-        hooks: tools that are run on each scan first, such as ``"synthstrip"``, see `brainfound.data.hooks`.
-        hooks_done: the hooks that ``preprocessing`` names were run on the files before; none is run.
-        overwrite: replace a store of other preprocessing; follow a source whose sessions went or changed; prepare again
-            the sessions whose bytes are damaged or of which a file was rejected.
-        keep_ids: name subjects on the contact sheet.
+        mask: the column of label maps that becomes the stack's mask (``"mask"``, ``"dseg"``, …).
+        hooks: tools that run on each scan first, such as ``"synthstrip"``, see `brainfound.data.hooks`.
+        hooks_done: the hooks of ``preprocessing`` ran on the files before; none is run.
+        overwrite: replace a store of other preprocessing; follow a source with removed or changed sessions; prepare
+            sessions with damaged bytes or rejected files again.
+        keep_ids: write subjects on the contact sheet.
         executor: ``"processes"``, or ``"dask"`` for the workers of a dask cluster.
         scheduler: the address of dask's scheduler.
-        progress: called with (sessions done, sessions in all).
+        progress: called with (finished sessions, all sessions).
 
     Raises:
         CohortError: the source is not recognised or holds no scans.
         UsageError: no such mask, hook or executor.
-        StoreError: another store is at ``out``, the disk will not hold it, or not one session could be used.
+        StoreError: another store is at ``out``, the disk will not hold it, or no session could be used.
     """
     out = resolve_store_path(out)
     cohort = source if isinstance(source, Cohort) else Cohort.read(source, work=out.with_name(out.name + ".nifti"))
@@ -79,13 +80,13 @@ def prepare(
     preprocessing = _with_hooks(preprocessing or Preprocessing(), loaded, hooks_done)
     if mask != "mask" and mask not in cohort.mask_columns:
         raise UsageError(f"no label maps named {mask!r}", where="mask", expected=", ".join(cohort.mask_columns))
-    sessions = {(session.subject, session.session): _absolute(session) for session in cohort.sessions()}
+    sessions = {session_key(session): _absolute(session) for session in cohort.sessions()}
     partial = partial_path(out)
     with writer_lock(out):
         sources = SourceFingerprints.of(list(sessions.values()), cohort.root.absolute(), preprocessing, mask, loaded)
         existing = find_existing_store(out, sources, overwrite)
         if existing is None and _is_finished(partial, sources):
-            # It was made, and could not be put in place.
+            # The last run ended before it could rename the finished store.
             move_into_place(partial, out)
             return Store.open(out)
         known = None if existing is None else SourceFingerprints.read(out, sources.settings)
@@ -106,13 +107,12 @@ def prepare(
             raise
         total = len(sessions)
         done = total - sum(len(job.sessions) for job in jobs)
-        if progress:
-            progress(done, total)
+        report = progress or (lambda done, total: None)
+        report(done, total)
         try:
             for job in run_jobs(jobs, write_shard, workers=workers, executor=executor, scheduler=scheduler):
                 done += len(job.sessions)
-                if progress:
-                    progress(done, total)
+                report(done, total)
             parts = StoreParts.from_shards(shards, partial) + StoreParts.from_source(cohort)
             if existing is not None:
                 number = max([next_file_number(out), *(shard.number + 1 for shard in shards)])
@@ -142,7 +142,7 @@ def prepare(
 
 
 def _absolute(session: Session) -> Session:
-    """With paths that mean the same in every worker, wherever it was started."""
+    """With absolute paths, which do not depend on a worker's folder."""
     return replace(
         session,
         scans={name: file.absolute() for name, file in session.scans.items()},
@@ -162,7 +162,7 @@ def _is_finished(partial: Path, sources: SourceFingerprints) -> bool:
 
 
 def _sessions_to_repair(folder: StoreFolder) -> set[SessionKey]:
-    """Sessions whose bytes were changed or lost, and those of which a file was refused: it may be readable now."""
+    """Sessions with changed or lost bytes, and sessions with a refused file, which may be readable now."""
     store = Store([folder], folder.table)
     rows = store.sessions.iloc[store.damaged_sessions()]
     refused = store.rejected
@@ -173,7 +173,7 @@ def _sessions_to_repair(folder: StoreFolder) -> set[SessionKey]:
 
 
 def _with_hooks(preprocessing: Preprocessing, hooks: Sequence[Hook], hooks_done: bool) -> Preprocessing:
-    """The preprocessing that remembers the hooks; one that does already (of a model) must not get others."""
+    """The preprocessing with the names of the hooks; that of a model, which has such names, must not get others."""
     names = tuple(hook.name for hook in hooks)
     if preprocessing.hooks and not (hooks_done and not names):
         preprocessing.require_hooks(names)
@@ -191,7 +191,6 @@ def _jobs(
     settings: str,
 ) -> list[ShardJob]:
     run = uuid.uuid4().hex[:8]
-    # Workers need to know the files; what is known of the subjects stays here.
     return [
         ShardJob(
             shard=shard,

@@ -1,8 +1,7 @@
-"""The Arrow files of a store: one session a record batch, written once, and read by their place in the file.
+"""The Arrow files of a store: one record batch per session, read by byte offsets.
 
-An Arrow stream file keeps the pixels of a session as one run of bytes. The table of sessions remembers where each run
-begins, so a slice is read in one step: no file is opened that is not asked for, and what a store needs of memory does
-not grow with the cohort.
+An Arrow stream file holds the pixels of a session as one run of bytes. The table of sessions stores the offset of each
+run, so a slice is read in one step, and the memory of a store does not grow with the cohort.
 
 Axis legend: S slices, C contrasts, H rows, W columns.
 """
@@ -15,24 +14,23 @@ import json
 import os
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Num
 
+from brainfound.data.preprocessing.stack import Stack
 from brainfound.errors import ScanError, StoreError
 
 _one_reader = threading.Lock()
-"""Where the system cannot read without a place in the file (Windows)."""
+"""For systems without positional reads (Windows)."""
 MAX_BATCH_BYTES = 2**31 - 1
-"""Arrow's binary columns count bytes in 32 bits."""
+"""Arrow's binary columns have 32-bit offsets."""
 
 
 def features():
-    """The columns of a store's slices, as `datasets` describes them."""
+    """The columns of a store's slices, for `datasets`."""
     from datasets import Features, Value
 
     return Features(
@@ -47,25 +45,8 @@ def features():
     )
 
 
-@dataclass(frozen=True)
-class SessionBlock:
-    """The slices of one session, as they are written.
-
-    Attributes:
-        pixels: ``(S, C, H, W)``.
-        mask: ``(S, H, W)`` or None.
-        positions_mm: ``(S,)``.
-    """
-
-    subject: str
-    session: str
-    pixels: Num[np.ndarray, "S C H W"]
-    mask: Num[np.ndarray, "S H W"] | None
-    positions_mm: np.ndarray
-
-
 class SliceFileWriter:
-    """Writes one Arrow stream file, a record batch per session. Use as a context."""
+    """Context manager that writes one Arrow stream file, with a record batch per session."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -79,18 +60,18 @@ class SliceFileWriter:
     def __exit__(self, *_exception: object) -> None:
         self._writer.close()
         self._sink.close()
-        # On disk before it gets its name: a power cut must not leave a whole name on half a file.
+        # On disk before the file gets its final name, so that a power cut leaves no half file under that name.
         with self.path.open("r+b") as handle:
             os.fsync(handle.fileno())
 
-    def write(self, block: SessionBlock) -> None:
-        """Append a session.
+    def write(self, stack: Stack) -> None:
+        """Append the slices of a session.
 
         Raises:
-            ScanError: it has more bytes than a record batch can hold.
+            ScanError: it is too large for a record batch.
         """
-        count = len(block.pixels)
-        num_bytes = max(block.pixels.nbytes, 0 if block.mask is None else block.mask.nbytes)
+        count = len(stack.pixels)
+        num_bytes = max(stack.pixels.nbytes, 0 if stack.mask is None else stack.mask.nbytes)
         if num_bytes > MAX_BATCH_BYTES:
             raise ScanError(
                 "the session is too large for a store",
@@ -99,12 +80,12 @@ class SliceFileWriter:
                 remedy="Lower size, or raise spacing_mm",
             )
         arrays = [
-            pa.array([block.subject] * count, pa.string()),
-            pa.array([block.session] * count, pa.string()),
+            pa.array([stack.subject] * count, pa.string()),
+            pa.array([stack.session] * count, pa.string()),
             pa.array(np.arange(count, dtype=np.int32)),
-            pa.array(np.asarray(block.positions_mm, dtype=np.float32)),
-            _rows_of_bytes(block.pixels),
-            pa.nulls(count, pa.binary()) if block.mask is None else _rows_of_bytes(block.mask),
+            pa.array(np.asarray(stack.positions_mm, dtype=np.float32)),
+            _rows_of_bytes(stack.pixels),
+            pa.nulls(count, pa.binary()) if stack.mask is None else _rows_of_bytes(stack.mask),
         ]
         self._writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=self.schema))
 
@@ -118,10 +99,10 @@ def _rows_of_bytes(values: np.ndarray) -> pa.Array:
 
 
 def read_session_offsets(path: Path) -> list[dict[str, int]]:
-    """Where each session's bytes begin in a file: ``pixels_at`` and ``mask_at`` (−1 without a mask), in file order.
+    """Byte offsets of each session in a file: ``pixels_at`` and ``mask_at`` (−1 without a mask), in file order.
 
     Raises:
-        StoreError: the file is no whole Arrow stream.
+        StoreError: the file is not a complete Arrow stream.
     """
     places = []
     try:
@@ -143,10 +124,10 @@ def read_session_offsets(path: Path) -> list[dict[str, int]]:
 
 
 class SliceFiles:
-    """The slices of one store folder; a file is opened when it is first asked for.
+    """The slice files of one store; a file is opened on first use.
 
-    Bytes are read straight into the array that is wanted. Reading them through a memory map is no faster, and counts
-    every page that was ever touched as the process's own memory.
+    Bytes are read directly into arrays. A memory map is not faster, and counts every page that was read as memory of
+    the process.
 
     Args:
         folder: ``STORE/slices``.
@@ -176,7 +157,7 @@ class SliceFiles:
         return out
 
     def read_into(self, out: np.ndarray, file: str, at: int) -> None:
-        """Fill an array with the bytes at a place of a file; several threads and processes may do so at once.
+        """Fill an array with the bytes at an offset of a file; safe in threads and processes.
 
         Raises:
             StoreError: the file is missing or too short.
@@ -207,17 +188,17 @@ class SliceFiles:
         except OSError as error:
             if error.errno != errno.EMFILE or not self._open:
                 raise
-            # A process may hold about a thousand files. Others may be reading: theirs close when they are done.
+            # A process may open about a thousand files. A file that another thread reads closes after that read.
             self._open.clear()
             gc.collect()
             return (self.folder / file).open("rb", buffering=0)
 
 
 def _read_at(handle: BinaryIO, out: memoryview, at: int) -> int:
-    """Read without a place of its own in the file, so that threads and forked processes do not disturb each other."""
+    """Read at an offset without moving the file position, which threads and forked processes share."""
     done = 0
     while done < len(out):
-        # One call gives 2 GiB at the most.
+        # One call reads at most 2 GiB.
         if hasattr(os, "preadv"):
             count = os.preadv(handle.fileno(), [out[done:]], at + done)
         else:

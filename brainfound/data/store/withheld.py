@@ -1,7 +1,7 @@
-"""A store that shows only some of its contrasts, as if the others had not been scanned.
+"""A store with some contrasts withheld, as if they had not been scanned.
 
-An experiment that asks what a model learns without a contrast takes the very same sessions, labels and split as one
-with it. So nothing is prepared anew: the store is the same, and what is withheld is absent, and zero where it is read.
+Experiments with and without a contrast must use the same sessions, labels and split. So nothing is prepared again: the
+store stays the same, and a withheld contrast is absent and reads as zeros.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from brainfound.errors import UsageError, did_you_mean
 
 
 def restrict_contrasts(store: Store, contrasts: Sequence[str] | None) -> Store:
-    """The same sessions, of which only some contrasts can be read.
+    """The same sessions, with only some contrasts readable.
 
-    A session that has none of them stays, with nothing present; who learns or scores leaves it out.
+    A session without any of them stays, with no contrast present; training and scoring leave it out.
 
     Args:
-        contrasts: which are shown; None or all of them: the store as it is.
+        contrasts: the contrasts to show; None shows all.
 
     Returns:
-        A store with the same sessions, hash and order of channels; `Store.withheld` names what it does not show.
+        A store with the same sessions, hash and order of channels; `Store.withheld` lists the hidden contrasts.
 
     Raises:
-        UsageError: a contrast that the store has not, or none at all.
+        UsageError: a contrast that the store does not have, or none at all.
     """
     whole = store.whole if isinstance(store, _RestrictedStore) else store
     if contrasts is None:
@@ -54,8 +54,6 @@ def restrict_contrasts(store: Store, contrasts: Sequence[str] | None) -> Store:
 
 
 class _RestrictedStore(Store):
-    """See `restrict_contrasts`."""
-
     def __init__(self, whole: Store, withheld: tuple[str, ...]) -> None:
         shows = ~np.isin(whole.contrasts, withheld)
         super().__init__(whole.folders, replace(whole.table, present=whole.table.present & shows))
@@ -69,7 +67,7 @@ class _RestrictedStore(Store):
 
     @cached_property
     def content_hash(self) -> str:
-        """Of the whole store: it is the same data, less of which is shown."""
+        """Hash of the whole store: the data is the same."""
         return self.whole.content_hash
 
     def filter(self, keep: str | Sequence[bool] | Callable[[pd.Series], bool]) -> Store:

@@ -1,6 +1,6 @@
-"""Writing stores: a shard of sessions, the assembly of shards into a store, and the copy of a store.
+"""Writing a store: shards of sessions, and their assembly into a store.
 
-A shard is renamed into place when it is complete, and so is the store. A run that was killed goes on where it stopped.
+A shard is renamed into place when it is complete, and so is the store: a killed run continues where it stopped.
 """
 
 from __future__ import annotations
@@ -17,32 +17,27 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from brainfound.data.checking.contact_sheet import write_contact_sheet
-from brainfound.data.checking.quality import ScanQuality
 from brainfound.data.cohort import Cohort, Session
 from brainfound.data.hooks import Hook
-from brainfound.data.preprocessing.session import (
-    FURTHER_SCAN_REASON,
-    NOT_IN_COHORT_REASON,
-    PreparedSession,
-    UnusedFile,
-    prepare_session,
-)
+from brainfound.data.preprocessing.quality import ScanQuality
+from brainfound.data.preprocessing.session import NOT_IN_COHORT_REASON, PreparedSession, UnusedFile, prepare_session
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.preprocessing.stack import Stack
+from brainfound.data.store.contact_sheet import write_contact_sheet
 from brainfound.data.store.folder import (
     SCHEMA_VERSION,
     SessionTable,
     StoreFolder,
     compute_hashes,
     content_hash,
+    damaged_session_error,
     replaced_path,
     session_row,
     write_sessions,
 )
 from brainfound.data.store.plan import SessionKey, Shard, next_file_number, remove_folder, write_json
-from brainfound.data.store.slice_files import SessionBlock, SliceFileWriter, read_session_offsets, write_datasets_index
-from brainfound.data.store.store import Store
+from brainfound.data.store.reader import StoreReader, refused_files, select_sessions
+from brainfound.data.store.slice_files import SliceFileWriter, read_session_offsets, write_datasets_index
 from brainfound.errors import ScanError, StoreError
 
 REJECTED_COLUMNS = ["file", "subject", "session", "contrast", "reason"]
@@ -51,7 +46,7 @@ QUALITY_COLUMNS = ["subject", "session", *(field.name for field in fields(ScanQu
 
 @dataclass(frozen=True)
 class ShardJob:
-    """All that a worker needs to write a shard."""
+    """The inputs of a worker that writes a shard."""
 
     shard: Shard
     sessions: tuple[Session, ...]
@@ -61,16 +56,16 @@ class ShardJob:
     root: Path
     hooks: tuple[Hook, ...]
     settings: str
-    """Hash of the settings: a worker that outlived its run must not write into another."""
+    """Hash of the settings, so that a worker that outlived its run does not write into another."""
     key: str
-    """Unique to this run."""
+    """Unique to the run."""
 
 
 def write_shard(job: ShardJob) -> None:
-    """Prepare the sessions of a shard and write them; files that cannot be used are listed in its report.
+    """Prepare the sessions of a shard and write them; its report lists the files that cannot be used.
 
     Raises:
-        StoreError: the store's folder is not there (a worker on another machine).
+        StoreError: the store's folder is missing (a worker on another machine).
     """
     if not (job.partial / "slices").is_dir():
         raise StoreError(
@@ -79,7 +74,7 @@ def write_shard(job: ShardJob) -> None:
             remedy="Use a folder that all workers share under the same path",
         )
     report = _Report(job.root)
-    # Two workers may write the same shard when one was taken for dead: each has a file of its own.
+    # Two workers may write the same shard, if the first seemed to be dead: each has its own file.
     unfinished = job.partial / "slices" / f"{job.shard.file}.{uuid.uuid4().hex[:8]}.unfinished"
     try:
         with SliceFileWriter(unfinished) as writer:
@@ -98,12 +93,7 @@ def write_shard(job: ShardJob) -> None:
         unfinished.unlink(missing_ok=True)
     write_json(
         job.shard.report(job.partial),
-        {
-            "num_bytes": num_bytes,
-            "sessions": report.rows,
-            "not_used": report.not_used,
-            "quality": report.quality,
-        },
+        {"num_bytes": num_bytes, "sessions": report.rows, "not_used": report.not_used, "quality": report.quality},
     )
 
 
@@ -118,7 +108,7 @@ def _require_same_run(job: ShardJob) -> None:
 
 def _write_stack(writer: SliceFileWriter, session: Session, prepared: PreparedSession, stack: Stack) -> PreparedSession:
     try:
-        writer.write(SessionBlock(stack.subject, stack.session, stack.pixels, stack.mask, stack.positions_mm))
+        writer.write(stack)
     except ScanError as error:
         refused = [UnusedFile(file, contrast, error.reason) for contrast, file in session.scans.items()]
         return PreparedSession(None, [*prepared.not_used, *refused])
@@ -126,7 +116,7 @@ def _write_stack(writer: SliceFileWriter, session: Session, prepared: PreparedSe
 
 
 class _Report:
-    """What became of the sessions of a shard, as plain values."""
+    """The outcome of each session of a shard, as plain values."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -135,27 +125,29 @@ class _Report:
         self.quality: list[dict[str, Any]] = []
 
     def add(self, session: Session, prepared: PreparedSession) -> None:
-        who = {"subject": session.subject, "session": session.session}
+        identity = {"subject": session.subject, "session": session.session}
         for entry in prepared.not_used:
             file = printable(os.path.relpath(entry.file, self.root))
-            self.not_used.append({"file": file, **who, "contrast": entry.contrast, "reason": printable(entry.reason)})
+            self.not_used.append(
+                {"file": file, **identity, "contrast": entry.contrast, "reason": printable(entry.reason)}
+            )
         if prepared.stack is not None:
             self.rows.append(session_row(prepared.stack))
-            self.quality += [{**who, **quality.to_row()} for quality in prepared.quality]
+            self.quality += [{**identity, **quality.to_row()} for quality in prepared.quality]
 
 
 @dataclass
 class StoreParts:
-    """What a store is assembled from."""
+    """The tables from which a store is assembled; their slices are in its folder already."""
 
     rows: list[dict[str, Any]]
-    """`session_row` and the place of each session."""
+    """`session_row` of each session, with its place on disk."""
     not_used: pd.DataFrame
     quality: pd.DataFrame
 
     @classmethod
     def from_shards(cls, shards: Iterable[Shard], partial: Path) -> StoreParts:
-        """From the reports of shards."""
+        """Read the reports of shards."""
         reports = [json.loads(shard.report(partial).read_text(encoding="utf-8")) for shard in shards]
         return cls(
             rows=[row for report in reports for row in report["sessions"]],
@@ -165,7 +157,7 @@ class StoreParts:
 
     @classmethod
     def from_source(cls, cohort: Cohort) -> StoreParts:
-        """The files of a source that are no scans of its cohort."""
+        """The files of a source that are not scans of its cohort."""
         rows = [
             (printable(os.path.relpath(file, cohort.root)), "", "", "", printable(f"{NOT_IN_COHORT_REASON}: {why}"))
             for file, why in cohort.unused
@@ -174,13 +166,13 @@ class StoreParts:
 
     @classmethod
     def from_existing(cls, folder: StoreFolder, keep: set[SessionKey], slices: Path, next_number: int) -> StoreParts:
-        """The sessions of a store that stay; their files are linked, or copied without what goes.
+        """The sessions of a store that are kept. Files are linked; a file with other sessions is written again.
 
         Args:
-            slices: where the files go.
-            next_number: of a file that is written anew.
+            slices: folder of the new store's files.
+            next_number: number of the next file that is written.
         """
-        store = Store([folder], folder.table)
+        store = StoreReader([folder], folder.table)
         keys = list(zip(store.sessions["subject"], store.sessions["session"], strict=True))
         stays = np.array([key in keep for key in keys], dtype=bool)
         rows: list[dict[str, Any]] = []
@@ -189,7 +181,7 @@ class StoreParts:
             chosen = inside[stays[inside]]
             if len(chosen) == len(inside):
                 _link_or_copy(folder.path / "slices" / file, slices / file)
-                rows += [_stored_row(store, int(index)) | _place(folder.table, int(index)) for index in chosen]
+                rows += [_stored_row(store, int(index)) for index in chosen]
             elif len(chosen):
                 in_file_order = chosen[np.argsort(folder.table.pixels_at[chosen])]
                 rows += write_blocks(slices / f"data-{next_number:05d}.arrow", store, in_file_order.tolist())
@@ -197,7 +189,7 @@ class StoreParts:
         text = {"dtype": str, "keep_default_na": False, "sep": "\t"}
         not_used = pd.read_csv(folder.path / "rejected.tsv", **text)
         quality = pd.read_csv(folder.path / "quality.tsv", **text)
-        return cls(rows, _select_sessions(not_used, keep), _select_sessions(quality, keep))
+        return cls(rows, select_sessions(not_used, keep), select_sessions(quality, keep))
 
     def __add__(self, other: StoreParts) -> StoreParts:
         return StoreParts(
@@ -211,11 +203,6 @@ def _joined(one: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([table for table in (one, other) if len(table)] or [one], ignore_index=True)
 
 
-def _select_sessions(table: pd.DataFrame, keep: set[SessionKey]) -> pd.DataFrame:
-    rows = [key in keep for key in zip(table["subject"], table["session"], strict=True)]
-    return table[np.array(rows, dtype=bool)]
-
-
 def _link_or_copy(source: Path, target: Path) -> None:
     target.unlink(missing_ok=True)
     try:
@@ -224,7 +211,8 @@ def _link_or_copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _stored_row(store: Store, index: int) -> dict[str, Any]:
+def _stored_row(store: StoreReader, index: int) -> dict[str, Any]:
+    """A session's row with its place, without reading its slices."""
     table, row = store.table, store.sessions.iloc[index]
     return {
         **{name: row[name] for name in ("subject", "session", "num_slices", "mask_dtype")},
@@ -233,36 +221,30 @@ def _stored_row(store: Store, index: int) -> dict[str, Any]:
         "affine": table.affine[index].ravel().tolist(),
         "native_shape": table.native_shape[index].tolist(),
         "native_affine": table.native_affine[index].ravel().tolist(),
-    }
-
-
-def _place(table: SessionTable, index: int) -> dict[str, Any]:
-    return {
-        "file": table.file_of(index),
+        "file": table.file_name(index),
         "pixels_at": int(table.pixels_at[index]),
         "mask_at": int(table.mask_at[index]),
     }
 
 
 def write_blocks(
-    path: Path, store: Store, sessions: Sequence[int], names: Mapping[int, SessionKey] | None = None
+    path: Path, store: StoreReader, sessions: Sequence[int], names: Mapping[int, SessionKey] | None = None
 ) -> list[dict[str, Any]]:
-    """Copy sessions of a store into one file, under other names if given; returns their rows with their places."""
+    """Copy sessions of a store into one file, under other names if given; returns their rows, with places.
+
+    Raises:
+        StoreError: the bytes of a session were changed.
+    """
     rows = []
     with SliceFileWriter(path) as writer:
         for index in sessions:
             stack = store[index]
             row = store.sessions.iloc[index]
             if compute_hashes(stack) != (row["image_hash"], row["content_hash"]):
-                raise StoreError(
-                    "the bytes of a session are not those that were written",
-                    where=store.path.name,
-                    got=f"session {index}",
-                    remedy="Copy the store again, or mend it with brainfound prepare … --overwrite",
-                )
+                raise damaged_session_error(store.path, [index])
             if names is not None:
                 stack = replace(stack, subject=names[index][0], session=names[index][1])
-            writer.write(SessionBlock(stack.subject, stack.session, stack.pixels, stack.mask, stack.positions_mm))
+            writer.write(stack)
             rows.append(session_row(stack))
     return [row | {"file": path.name, **place} for row, place in zip(rows, read_session_offsets(path), strict=True)]
 
@@ -276,12 +258,11 @@ def assemble(
     *,
     keep_ids: bool = False,
 ) -> None:
-    """Make a folder of slice files a whole store.
+    """Turn a folder of slice files into a complete store.
 
     Args:
-        covariates: of each session.
-        facts: what else store.json says.
-        keep_ids: name subjects on the contact sheet.
+        facts: further keys of store.json.
+        keep_ids: write subjects on the contact sheet.
     """
     rows = sorted(parts.rows, key=lambda row: (row["file"], row["pixels_at"]))
     counts = np.array([row["num_slices"] for row in rows], dtype=np.int64)
@@ -296,9 +277,8 @@ def assemble(
     parts.quality.sort_values(order).to_csv(partial / "quality.tsv", sep="\t", index=False)
     preprocessing.save(partial)
     table = SessionTable.read(partial / "sessions.arrow")
-    proof = content_hash(table, preprocessing)
-    write_datasets_index(partial / "slices", files, proof)
-    refused = ~parts.not_used["reason"].astype(str).str.startswith((FURTHER_SCAN_REASON, NOT_IN_COHORT_REASON))
+    digest = content_hash(table, preprocessing)
+    write_datasets_index(partial / "slices", files, digest)
     write_json(
         partial / "store.json",
         {
@@ -308,17 +288,17 @@ def assemble(
             "num_sessions": len(table),
             "num_subjects": int(table.sessions["subject"].nunique()),
             "num_slices": int(table.num_slices.sum()),
-            "num_rejected_files": int(refused.sum()),
-            "content_hash": proof,
+            "num_rejected_files": len(refused_files(parts.not_used)),
+            "content_hash": digest,
             "next_file_number": next_file_number(partial),
             **facts,
         },
     )
-    write_contact_sheet(Store.open(partial), partial / "contact_sheet.png", keep_ids=keep_ids)
+    write_contact_sheet(StoreReader.open(partial), partial / "contact_sheet.png", keep_ids=keep_ids)
 
 
 def move_into_place(partial: Path, out: Path) -> None:
-    """Give a finished store its name; a store that it replaces is removed last."""
+    """Give a finished store its name; the store that it replaces is removed last."""
     replaced = replaced_path(out)
     if out.exists():
         out.rename(replaced)
@@ -329,21 +309,19 @@ def move_into_place(partial: Path, out: Path) -> None:
 
 
 def printable(text: str) -> str:
-    """A name of a file as UTF-8 can hold it; what is no UTF-8 becomes an escape."""
+    """A file name as valid UTF-8; other bytes become escapes."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def require_sessions(parts: StoreParts, out: Path, keep_ids: bool) -> None:
-    """Refuse a store without a session.
+    """Refuse a store without sessions.
 
     Raises:
-        StoreError: says the first reason.
+        StoreError: quotes the first reason.
     """
     if parts.rows:
         return
-    refused = parts.not_used[
-        ~parts.not_used["reason"].astype(str).str.startswith((FURTHER_SCAN_REASON, NOT_IN_COHORT_REASON))
-    ]
+    refused = refused_files(parts.not_used)
     first = refused["reason"].iloc[0] if len(refused) else "no scans"
     if keep_ids and len(refused):
         first += f" [{refused['file'].iloc[0]}]"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from types import SimpleNamespace
 
 import pandas as pd
@@ -113,13 +112,6 @@ def test_each_contrast_has_a_skull_state_of_its_own():
     store = _store()
     store.quality.loc[store.quality["contrast"] == "FLAIR", "skull"] = "head"
     assert InputContract.of(store).skull == {"T1w": "stripped", "FLAIR": "head"}
-
-
-def test_a_contract_with_one_skull_state_for_all_is_still_read(tmp_path):
-    contract = InputContract.of(_store())
-    content = {**contract.model_dump(mode="json"), "skull": "stripped"}
-    (tmp_path / FILE_NAME).write_text(json.dumps(content))
-    assert InputContract.load(tmp_path) == contract
 
 
 def test_nothing_about_a_single_subject_is_kept():

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.reading.scan import load_scan
 from brainfound.data.store.prepare import prepare
+from tests.data.stacks import build_stack
 
 HERE = Path(__file__).parent
 
@@ -57,7 +58,7 @@ def check_prepared(cases: list[tuple[int, bytes]]) -> None:
         assert "sound" in kept
         for subject, stack in kept.items():
             scan = load_scan(files[subject])
-            expected = SETTINGS.apply({"T1w": scan})
+            expected = build_stack(SETTINGS, {"T1w": scan})
             np.testing.assert_array_equal(stack.pixels, expected.pixels)
             assert np.isfinite(stack.affine).all()
             # What is thinner than a pixel of the stack may fall between two of them.

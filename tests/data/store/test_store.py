@@ -21,6 +21,7 @@ from brainfound.data.store import Store
 from brainfound.data.store import prepare as preparing
 from brainfound.data.store.prepare import prepare
 from brainfound.errors import StoreError, UsageError
+from tests.data.stacks import build_stack
 
 SETTINGS = Preprocessing(spacing_mm=(4, 4, 4), size=(32, 32))
 
@@ -36,7 +37,7 @@ def test_store_holds_what_preprocessing_makes(cohort_folder, tmp_path):
     assert store.num_slices == len(store.slices) == len(store.slice_sessions) == len(store.slice_positions_mm)
     session = next(iter(Cohort.read(cohort_folder).sessions()))
     scans = {contrast: load_scan(path) for contrast, path in session.scans.items()}
-    expected = SETTINGS.apply(scans, load_scan(session.masks["mask"], labels=True))
+    expected = build_stack(SETTINGS, scans, load_scan(session.masks["mask"], labels=True))
     stack = store[0]
     np.testing.assert_array_equal(stack.pixels, expected.pixels)
     np.testing.assert_array_equal(stack.mask, expected.mask)

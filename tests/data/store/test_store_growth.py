@@ -196,7 +196,7 @@ def test_overwrite_mends_what_is_damaged_and_tries_again_what_was_refused(source
     assert store.rejected["file"].tolist() == ["s03_T1w.nii.gz"]
     (source / "s03_T1w.nii.gz").write_bytes(good)  # a passing failure: the same size and time
     os.utime(source / "s03_T1w.nii.gz", ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
-    file = store.path / "slices" / store.table.file_of(7)
+    file = store.path / "slices" / store.table.file_name(7)
     content = bytearray(file.read_bytes())
     content[int(store.table.pixels_at[7]) + 1500] ^= 4
     file.write_bytes(content)

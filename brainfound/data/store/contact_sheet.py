@@ -1,53 +1,56 @@
-"""Drawing of a contact sheet: cards side by side and below each other on one black page.
+"""Contact sheets: a few slices of every scan on one page, as cards of sessions below and beside each other.
 
-Axis legend: H rows (anterior → posterior), W columns (left → right).
-
-The contact sheet of a store: a few slices of every scan on one page, so that a person sees what went in.
-
-Identifiers and file names are not on it unless they are asked for: a session is called by its row in the store.
+`write_contact_sheet` draws a store; `card_from_stack` and `draw_contact_sheet` draw stacks in memory. Identifiers and
+file names appear only on request: a session is labelled with its row in the store.
 
 Axis legend: S slices, C contrasts, H rows (anterior → posterior), W columns (left → right).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from jaxtyping import Num
-
-from brainfound.data.preprocessing.stack import Stack
-
-if TYPE_CHECKING:
-    from brainfound.data.store import Store
-
-
-import math
-from functools import cache
-
 from PIL import Image, ImageDraw, ImageFont
 
+from brainfound.data.preprocessing.stack import Stack
+from brainfound.data.store.reader import StoreReader
+
 HEIGHTS = (1 / 3, 1 / 2, 2 / 3)
-"""Where in a stack the shown slices lie, from its lowest to its highest slice."""
+"""Heights of the slices on a card, as shares of the stack."""
 SHARE_FOR_QUIET = 0.25
-"""Of a page on which not all sessions fit, at least this part is kept for sessions without notes."""
+"""Share of a page that is kept for sessions without notes when not all sessions fit."""
+
+_PAPER, _FRAME, _TEXT, _FAINT = "#0B0C0E", "#26292E", "#E8E8E8", "#8A8F98"
+_FLAG, _REFUSED, _OUTLINE = "#FF9D2E", "#FF5A4F", (255, 208, 0)
+_TILE_WIDTHS = (176, 144, 120, 104, 88, 72, 60)
+_MAX_PAGE_PIXELS = 7_000_000
+_PAGE_ASPECT = 1.4
+"""Width over height of an ideal page."""
+_MARGIN, _TILE_GAP, _GROUP_GAP, _CARD_GAP, _COLUMN_GAP = 20, 2, 8, 8, 32
+_LABEL_WIDTH, _NOTE_HEIGHT, _HEAD_HEIGHT, _EMPTY_GROUP_WIDTH = 44, 17, 26, 64
+_WINDOW_MARGIN = 3
+_MAX_OUTLINED_LABELS = 8
 
 
 @dataclass(frozen=True)
 class SessionCard:
-    """What the sheet shows of one session.
+    """The slices and notes of one session on the sheet.
 
     Attributes:
-        label: what it is called, short.
-        images: per contrast ``(n, H, W)``, or None where the contrast is not there.
-        heights_mm: of the n slices, 0 in the middle of the stack.
+        label: a short name.
+        images: per contrast ``(n, H, W)``, or None for an absent contrast.
+        heights_mm: heights of the n slices, 0 in the middle of the stack.
         pixel_mm: distance of rows and of columns.
         outlines: ``(n, H, W)`` label codes of the mask, or None.
-        notes: what to look at, per contrast; "" for the session as a whole.
-        refused: contrasts that were there and could not be used.
+        notes: remarks per contrast; "" for the session as a whole.
+        refused: contrasts whose scan could not be used.
     """
 
     label: str
@@ -63,19 +66,19 @@ class SessionCard:
         return bool(self.refused) or any(self.notes.values())
 
 
-def write_contact_sheet(store: Store, path: str | Path, *, keep_ids: bool = False, max_sessions: int = 60) -> Path:
-    """Write a page with three slices of every scan of a store, its mask outlined, what is absent said.
+def write_contact_sheet(
+    store: StoreReader, path: str | Path, *, keep_ids: bool = False, max_sessions: int = 60
+) -> Path:
+    """Write a page with three slices of every scan of a store, with outlines of its mask.
 
-    Sessions with notes or refused scans come first; of the others as many as fit are taken, evenly spread.
+    Sessions with notes or refused scans come first; the others that fit are spread evenly.
 
     Args:
-        store: what to show.
         path: the PNG to write.
-        keep_ids: write subject and session beside the row number.
+        keep_ids: write subject and session next to the row number.
         max_sessions: most sessions on the page.
     """
-
-    notes, refused = _collect_notes(store), _refused_of(store)
+    notes, refused = _collect_notes(store), _collect_refused(store)
     keys = list(zip(store.sessions["subject"], store.sessions["session"], strict=True))
     flagged = [row for row, key in enumerate(keys) if notes.get(key) or refused.get(key)]
     shown = choose_sessions(len(store), flagged, max_sessions)
@@ -97,7 +100,7 @@ def write_contact_sheet(store: Store, path: str | Path, *, keep_ids: bool = Fals
 
 
 def choose_sessions(num_sessions: int, flagged: Sequence[int], max_sessions: int) -> list[int]:
-    """Rows to show, the flagged first; each kind is spread evenly where not all fit.
+    """Rows to show, flagged ones first; each kind is spread evenly if not all fit.
 
     >>> choose_sessions(10, [7], 4)
     [7, 1, 4, 8]
@@ -110,7 +113,7 @@ def choose_sessions(num_sessions: int, flagged: Sequence[int], max_sessions: int
 
 
 def choose_slices(num_slices: int, mask: Num[np.ndarray, "S H W"] | None = None) -> list[int]:
-    """Slices at `HEIGHTS`; the one nearest to the largest cut through the mask gives way to it."""
+    """Slices at `HEIGHTS`; the one closest to the slice with most of the mask is replaced by it."""
     chosen = sorted({int(height * (num_slices - 1) + 0.5) for height in HEIGHTS})
     if mask is not None and mask.any():
         largest = int(np.count_nonzero(mask, axis=(1, 2)).argmax())
@@ -137,7 +140,7 @@ def card_from_stack(
 
 
 def _card_from_row(
-    store: Store, row: int, label: str, notes: Mapping[str, tuple[str, ...]], refused: frozenset[str]
+    store: StoreReader, row: int, label: str, notes: Mapping[str, tuple[str, ...]], refused: frozenset[str]
 ) -> SessionCard:
     rows = store.session_rows(row)
     mask = store.read_masks(row)
@@ -161,13 +164,13 @@ def _card(
     notes: Mapping[str, tuple[str, ...]],
     refused: frozenset[str],
 ) -> SessionCard:
-    # Sixteen bits are for measuring; a page shows the upper eight.
+    # A page shows the upper eight of sixteen bits.
     eight = (pixels >> 8).astype(np.uint8) if pixels.dtype == np.uint16 else pixels
     images = tuple(eight[:, channel] if here else None for channel, here in enumerate(present))
     return SessionCard(label, images, tuple(float(p) for p in positions_mm), pixel_mm, outlines, notes, refused)
 
 
-def _collect_notes(store: Store) -> dict[tuple[str, str], dict[str, tuple[str, ...]]]:
+def _collect_notes(store: StoreReader) -> dict[tuple[str, str], dict[str, tuple[str, ...]]]:
     found: dict[tuple[str, str], dict[str, tuple[str, ...]]] = {}
     table = store.quality
     columns = (table["subject"], table["session"], table["contrast"], table["notes"])
@@ -177,7 +180,7 @@ def _collect_notes(store: Store) -> dict[tuple[str, str], dict[str, tuple[str, .
     return found
 
 
-def _refused_of(store: Store) -> dict[tuple[str, str], set[str]]:
+def _collect_refused(store: StoreReader) -> dict[tuple[str, str], set[str]]:
     found: dict[tuple[str, str], set[str]] = {}
     table = store.rejected
     for subject, session, contrast in zip(table["subject"], table["session"], table["contrast"], strict=True):
@@ -186,28 +189,16 @@ def _refused_of(store: Store) -> dict[tuple[str, str], set[str]]:
     return found
 
 
-def _spacing_text(store: Store) -> str:
+def _spacing_text(store: StoreReader) -> str:
     spacing: Sequence[Any] = store.preprocessing.spacing_mm
     return " × ".join("own" if s is None else f"{s:g}" for s in spacing) + " mm"
 
 
 def _spread(rows: Sequence[int], count: int) -> list[int]:
-    """At most ``count`` of the rows: the middles of equal parts."""
+    """At most ``count`` rows: the middles of equal parts."""
     if count >= len(rows):
         return list(rows)
     return [rows[int((part + 0.5) * len(rows) / count)] for part in range(max(count, 0))]
-
-
-_PAPER, _FRAME, _TEXT, _FAINT = "#0B0C0E", "#26292E", "#E8E8E8", "#8A8F98"
-_FLAG, _REFUSED, _OUTLINE = "#FF9D2E", "#FF5A4F", (255, 208, 0)
-_TILE_WIDTHS = (176, 144, 120, 104, 88, 72, 60)
-_MOST_PIXELS = 7_000_000
-_PAGE_ASPECT = 1.4
-"""Width over height that a page aims at."""
-_MARGIN, _TILE_GAP, _GROUP_GAP, _CARD_GAP, _COLUMN_GAP = 20, 2, 8, 8, 32
-_LABEL_WIDTH, _NOTE_HEIGHT, _HEAD_HEIGHT, _EMPTY_GROUP_WIDTH = 44, 17, 26, 64
-_WINDOW_MARGIN = 3
-_MOST_OUTLINED_LABELS = 8
 
 
 @dataclass(frozen=True)
@@ -218,32 +209,32 @@ class _Layout:
     """Width and height of one slice."""
     slices: int
     filled: tuple[bool, ...]
-    """Per contrast, whether any card has it; a contrast that none has is a narrow group."""
+    """Per contrast, whether any card has it; the group of a missing contrast is narrow."""
     columns: int
     label_width: int
     heights: tuple[int, ...]
-    """Of each card."""
+    """Height of each card."""
 
     @property
     def group_width(self) -> int:
         return self.slices * self.tile[0] + (self.slices - 1) * _TILE_GAP
 
-    def width_of(self, group: int) -> int:
+    def width(self, group: int) -> int:
         return self.group_width if self.filled[group] else _EMPTY_GROUP_WIDTH
 
-    def left_of(self, group: int) -> int:
+    def left(self, group: int) -> int:
         """Left border of a contrast's group within its card."""
-        return self.label_width + sum(self.width_of(g) + _GROUP_GAP for g in range(group))
+        return self.label_width + sum(self.width(g) + _GROUP_GAP for g in range(group))
 
     @property
     def card_width(self) -> int:
-        return self.left_of(len(self.filled)) - _GROUP_GAP
+        return self.left(len(self.filled)) - _GROUP_GAP
 
     @property
     def cards_per_column(self) -> int:
         return max(math.ceil(len(self.heights) / self.columns), 1)
 
-    def column_of(self, card: int) -> int:
+    def column(self, card: int) -> int:
         return card // self.cards_per_column
 
     def page(self) -> tuple[int, int]:
@@ -258,10 +249,10 @@ def draw_contact_sheet(cards: Sequence[SessionCard], contrasts: Sequence[str], p
     """Draw cards as a PNG.
 
     Args:
-        cards: in the order in which they are read: down a column, then the next column.
+        cards: in reading order: down a column, then the next column.
         contrasts: (C,) names, one group of slices each.
-        path: the PNG to write; appears only when it is whole.
-        foot: what the page shows, in a sentence.
+        path: the PNG to write; appears only when it is complete.
+        foot: a sentence for the bottom of the page.
     """
     window = _window(cards)
     row_mm, column_mm = cards[0].pixel_mm if cards else (1.0, 1.0)
@@ -271,12 +262,12 @@ def draw_contact_sheet(cards: Sequence[SessionCard], contrasts: Sequence[str], p
     draw = ImageDraw.Draw(page)
     top = _MARGIN + _HEAD_HEIGHT
     for number, card in enumerate(cards):
-        column = layout.column_of(number)
+        column = layout.column(number)
         left = _MARGIN + column * (layout.card_width + _COLUMN_GAP)
         if number % layout.cards_per_column == 0:
             top = _MARGIN + _HEAD_HEIGHT
             for group, contrast in enumerate(contrasts):
-                middle = left + layout.left_of(group) + layout.width_of(group) / 2
+                middle = left + layout.left(group) + layout.width(group) / 2
                 draw.text((middle, _MARGIN + 8), contrast, fill=_TEXT, font=_font(15), anchor="mm")
         _draw_card(page, draw, card, contrasts, layout, (left, top), window)
         top += layout.heights[number] + _CARD_GAP
@@ -291,7 +282,7 @@ def draw_contact_sheet(cards: Sequence[SessionCard], contrasts: Sequence[str], p
 
 
 def _layout(cards: Sequence[SessionCard], groups: int, tile_aspect: float) -> _Layout:
-    """The layout with the largest slices that stays below the most pixels of a page; height = width × tile_aspect."""
+    """The layout with the largest tiles that fits into `_MAX_PAGE_PIXELS`; tile height = width × tile_aspect."""
     slices = max((len(card.heights_mm) for card in cards), default=1)
     longest = max((_font(13).getlength(word) for card in cards for word in card.label.split()), default=0)
     label_width = max(_LABEL_WIDTH, min(int(longest) + 14, 220))
@@ -305,14 +296,14 @@ def _layout(cards: Sequence[SessionCard], groups: int, tile_aspect: float) -> _L
             for columns in range(1, max(min(len(cards), 12), 1) + 1)
         ]
         best = min(layouts, key=lambda layout: abs(math.log(layout.page()[0] / layout.page()[1] / _PAGE_ASPECT)))
-        if math.prod(best.page()) <= _MOST_PIXELS:
+        if math.prod(best.page()) <= _MAX_PAGE_PIXELS:
             return best
     assert best is not None
     return best
 
 
 def _window(cards: Sequence[SessionCard]) -> tuple[slice, slice]:
-    """Rows and columns that hold something in any shown slice, with a margin: one scale for the whole page."""
+    """Rows and columns that are not empty in any slice, with a margin: one scale for the whole page."""
     filled: Any = None
     for card in cards:
         for image in card.images:
@@ -349,7 +340,7 @@ def _draw_card(
     if card.is_flagged:
         draw.rectangle((left - 8, top, left - 5, top + height), fill=_FLAG)
     for group, contrast in enumerate(contrasts):
-        at, group_width = left + layout.left_of(group), layout.width_of(group)
+        at, group_width = left + layout.left(group), layout.width(group)
         image = card.images[group]
         if image is None:
             word, ink = ("refused", _REFUSED) if contrast in card.refused else ("absent", _FAINT)
@@ -396,8 +387,8 @@ def _tile(pixels: np.ndarray, outline: np.ndarray | None, codes: Sequence[int], 
     image = Image.fromarray(np.ascontiguousarray(pixels)).resize(size, Image.Resampling.BICUBIC).convert("RGB")
     if outline is None or not outline.any():
         return image
-    # Many codes are an anatomical map: its outer border says enough.
-    shapes = [outline == code for code in codes] if len(codes) <= _MOST_OUTLINED_LABELS else [outline != 0]
+    # Many codes are an anatomical map: its outer border is enough.
+    shapes = [outline == code for code in codes] if len(codes) <= _MAX_OUTLINED_LABELS else [outline != 0]
     painted = np.array(image)
     for shape in shapes:
         smooth = Image.fromarray(shape.astype(np.uint8) * 255).resize(size, Image.Resampling.BILINEAR)
@@ -418,7 +409,7 @@ def _draw_foot(draw: ImageDraw.ImageDraw, size: tuple[int, int], foot: str, outl
 
 
 def _fitting(text: str, width: float, size: int) -> str:
-    """The text, cut with an ellipsis where it is wider than ``width`` pixels."""
+    """The text, cut with an ellipsis if it is wider than ``width`` pixels."""
     font = _font(size)
     if font.getlength(text) <= width:
         return text
@@ -429,7 +420,7 @@ def _fitting(text: str, width: float, size: int) -> str:
 
 @cache
 def _font(size: int) -> Any:
-    # The font that comes with matplotlib has most of the world's letters; Pillow's own lacks even ×.
-    import matplotlib
+    # Matplotlib's font has most of the world's letters; Pillow's own lacks even ×.
+    import matplotlib  # late: only drawing needs it
 
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)

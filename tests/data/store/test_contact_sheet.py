@@ -9,15 +9,15 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from brainfound.data.checking.contact_sheet import (
+from brainfound.data.preprocessing.settings import Preprocessing
+from brainfound.data.preprocessing.stack import Stack
+from brainfound.data.store.contact_sheet import (
     card_from_stack,
     choose_sessions,
     choose_slices,
     draw_contact_sheet,
     write_contact_sheet,
 )
-from brainfound.data.preprocessing.settings import Preprocessing
-from brainfound.data.preprocessing.stack import Stack
 
 YELLOW, ORANGE, RED = (255, 208, 0), (255, 157, 46), (255, 90, 79)
 
@@ -178,7 +178,7 @@ def test_identifiers_are_on_the_page_only_if_asked_for(tmp_path, monkeypatch):
 
 
 def test_the_foot_counts_what_is_shown(tmp_path, monkeypatch):
-    from brainfound.data.checking import contact_sheet as contact_sheet_page
+    from brainfound.data.store import contact_sheet as contact_sheet_page
 
     feet = []
     monkeypatch.setattr(

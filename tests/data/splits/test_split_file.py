@@ -101,8 +101,8 @@ def test_an_overlap_is_refused_before_anything_else(split, tmp_path):
     content = split.to_dict()
     content["folds"]["fold-2"]["subjects"]["train"].append(content["folds"]["fold-2"]["subjects"]["test"][0])
     refused(tmp_path / "a.json", content, "fold-2", "'train' and 'test'", "1 shared", "divide anew")
-    old = {"data_hash": "abc", "subjects": {"train": ["sub-1", "sub-2"], "validation": ["sub-3"], "test": ["sub-2"]}}
-    refused(tmp_path / "old.json", old, "share subjects")
+    by_hand = {"train": ["sub-1", "sub-2"], "validation": ["sub-3"], "test": ["sub-2"]}
+    refused(tmp_path / "by_hand.json", by_hand, "share subjects")
     with pytest.raises(UsageError, match="share subjects"):
         Split({"single": {"train": ("a", "b"), "test": ("b",)}})
 
@@ -138,10 +138,10 @@ def test_a_digest_does_not_save_a_false_proof(split, tmp_path):
         ({"schema": "brainfound-split/9"}, ["another schema", "brainfound-split/9", SCHEMA]),
         ({"schema": SCHEMA, "folds": {}}, ["without folds"]),
         ({"schema": SCHEMA, "folds": {"a": 3}}, ["lists of subjects"]),
-        ({"subjects": {"train": ["a"]}}, ["'test'", "missing"]),
-        ({"subjects": {"train": ["a"], "test": []}}, ["'test'", "empty"]),
-        ({"subjects": {"train": ["a"], "test": [7]}}, ["lists of subjects"]),
-        ({"subjects": {"train": ["a"], "tset": ["b"]}}, ["'tset'", "Did you mean test"]),
+        ({"train": ["a"]}, ["'test'", "missing"]),
+        ({"train": ["a"], "test": []}, ["'test'", "empty"]),
+        ({"train": ["a"], "test": [7]}, ["lists of subjects"]),
+        ({"train": ["a"], "tset": ["b"]}, ["'tset'", "Did you mean test"]),
     ],
 )
 def test_files_that_are_no_splits(tmp_path, content, words):
@@ -157,12 +157,10 @@ def test_files_that_cannot_be_read(tmp_path):
             Split.load(tmp_path / "a.json")
 
 
-def test_splits_of_earlier_runs_are_read(tmp_path):
-    subjects = {"train": ["b", "a"], "validation": ["c"], "test": ["d"]}
-    (tmp_path / "splits.json").write_text(json.dumps({"data_hash": "x", "subjects": subjects}))
-    split = Split.load(tmp_path / "splits.json")
-    assert split.data_hash == "x"
-    assert split.parts() == {"train": ("a", "b"), "validation": ("c",), "test": ("d",)}
+def test_parts_without_a_digest_are_refused_with_the_remedy(tmp_path):
+    by_hand = {"train": ["b", "a"], "validation": ["c"], "test": ["d"]}
+    refused(tmp_path / "a.json", by_hand, "no digest", "brainfound split STORE NEW.json --from")
+    assert read_folds(tmp_path / "a.json") == {"single": {"train": ("a", "b"), "validation": ("c",), "test": ("d",)}}
 
 
 def test_an_image_under_two_names_is_a_leak(split, store):

@@ -1,4 +1,4 @@
-"""What a person wants to know of each scan that went into a stack, in numbers.
+"""Quality of each scan in a stack: geometry, foreground, intensities, and whether the skull was stripped.
 
 Axis legend: X left → right, Y posterior → anterior, Z inferior → superior.
 """
@@ -10,40 +10,36 @@ from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Bool
-from nibabel.orientations import aff2axcodes
 
 from brainfound.data.reading.scan import Scan
 
 SkullState = Literal["stripped", "head", "unclear"]
 
 MAX_BRAIN_ML = 2200.0
-"""Adult brains have 1,000 to 1,800 ml; a foreground of more than this is not a brain alone."""
+"""Adult brains have 1,000 to 1,800 ml; a larger foreground is not a brain alone."""
 MIN_HEAD_ML = 2400.0
-"""Whole heads of adults have 3,000 ml and more; what lies between the two limits is called unclear."""
+"""Whole adult heads have 3,000 ml and more; volumes between the two limits are unclear."""
 MIN_CUT_FACE_SHARE = 0.15
-"""Share of the largest cross-section that a face of the volume shows where the head or brain goes on beyond it; a brain
-in a tight crop shows a small cap there: about 3 % per mm that lie outside of the face."""
+"""A face of the volume cuts the head or brain if it shows more than this share of the largest cross-section. A brain in
+a tight crop shows a small cap: about 3 % per mm outside of the face."""
 
 
 @dataclass(frozen=True)
 class ScanQuality:
-    """One scan as it went into a stack.
+    """Measurements of one scan of a stack.
 
     Attributes:
-        contrast: what it shows.
         file: its file name.
         orientation: axis codes of the stored array, such as ``LPS``.
-        shape: of the stored array.
-        spacing_mm: of the stored array, along its own axes.
-        dtype: of the voxels on disk.
-        foreground_ml: volume of the head or brain that was found.
-        skull: ``stripped``, ``head`` or ``unclear``, see `skull_state`.
+        shape, spacing_mm, dtype: of the stored array, along its own axes.
+        foreground_ml: volume of the head or brain.
+        skull: see `skull_state`.
         intensity_low, intensity_high: the values that became the lowest and the highest pixel value.
-        minimum, maximum: of all voxels.
-        overlap: share of the reference scan's foreground that the field of view covers; 1 for the reference.
-        cropped: share of the scan's foreground that lies outside of the stack.
-        num_slices: of the stack.
-        notes: what a person should look at.
+        minimum, maximum: over all voxels.
+        overlap: share of the reference scan's foreground inside the field of view; 1 for the reference.
+        cropped: share of the scan's foreground outside of the stack.
+        num_slices: slices of the stack.
+        notes: remarks for a person.
     """
 
     contrast: str
@@ -73,11 +69,10 @@ class ScanQuality:
 
 
 def skull_state(scan: Scan, inside: Bool[np.ndarray, "X Y Z"], foreground_ml: float) -> SkullState:
-    """Whether a scan shows a brain alone or a whole head, judged by the volume of its foreground.
+    """Whether a scan shows a brain alone or a whole head, from the volume of its foreground.
 
-    A brain alone stands on one exact background value, has at most `MAX_BRAIN_ML`, and ends within the volume;
-    more than `MIN_HEAD_ML` is a head, whatever surrounds it. A slab (of a head or of a brain), an infant's head
-    with its neck, or a brain in noise is ``unclear``.
+    A stripped brain lies on one exact background value, has at most `MAX_BRAIN_ML`, and ends within the volume.
+    More than `MIN_HEAD_ML` is a head. A slab, an infant's head with its neck, or a brain in noise is ``unclear``.
     """
     if foreground_ml > MIN_HEAD_ML:
         return "head"
@@ -87,15 +82,10 @@ def skull_state(scan: Scan, inside: Bool[np.ndarray, "X Y Z"], foreground_ml: fl
 
 
 def _is_cut(inside: Bool[np.ndarray, "X Y Z"]) -> bool:
-    """Whether the foreground goes on beyond a face of the volume; every third voxel of a cross-section is enough."""
+    """Whether a face of the volume cuts the foreground; every third voxel of a cross-section is enough."""
     for axis in range(3):
         planes = np.moveaxis(inside, axis, 0)[:, ::3, ::3]
         areas = np.count_nonzero(planes, axis=(1, 2))
         if max(areas[0], areas[-1]) > MIN_CUT_FACE_SHARE * areas.max():
             return True
     return False
-
-
-def get_axis_codes(affine: np.ndarray) -> str:
-    """Axis codes of a stored array: the direction in which each index grows."""
-    return "".join(code or "?" for code in aff2axcodes(affine))

@@ -16,6 +16,7 @@ from brainfound.data.preprocessing.stack_builder import StackBuilder, two_percen
 from brainfound.data.reading.scan import Scan, load_scan
 from brainfound.errors import ModelError, RecipeError, ScanError, UsageError
 from brainfound.recipes import validate
+from tests.data.stacks import build_stack
 
 
 def as_scan(data: np.ndarray, affine: np.ndarray, axes: str = "RAS") -> Scan:
@@ -51,7 +52,7 @@ def test_a_mask_comes_back_to_its_own_grid(head, centred, case):
     affine = centred(shape, turn @ np.diag(spacing))
     scan = as_scan(head.image(shape, affine), affine, axes)
     lesion = as_scan(head.lesion(shape, affine), affine, axes)
-    stack = Preprocessing(contrasts=("T1w",)).apply({"T1w": scan}, lesion)
+    stack = build_stack(Preprocessing(contrasts=("T1w",)), {"T1w": scan}, lesion)
     back = stack.to_native(stack.mask)
     assert back.shape == scan.native_shape
     np.testing.assert_array_equal(back.affine, scan.native_affine)
@@ -69,7 +70,7 @@ def test_rows_columns_and_slices_run_as_documented(centred):
     data[18:23, 18:23, 32:38] = 30  # superior
     for axes in ("RAS", "LPS", "PIR"):
         recipe = Preprocessing(contrasts=("T1w",), spacing_mm=(2, 2, 2), size=(40, 40), percentiles=(0, 100))
-        pixels = recipe.apply({"T1w": as_scan(data, affine, axes)}).pixels[:, 0].astype(float)
+        pixels = build_stack(recipe, {"T1w": as_scan(data, affine, axes)}).pixels[:, 0].astype(float)
         s, r, c = (
             np.argwhere(np.abs(pixels - value) < 3).mean(0)
             for value in ((30 - 10) / 90 * 255, (60 - 10) / 90 * 255, 255)
@@ -83,7 +84,7 @@ def test_stack_affine_and_positions_are_in_millimetres(head, centred):
     shape = (40, 48, 36)
     affine = centred(shape, np.eye(3) * 3)
     recipe = Preprocessing(contrasts=("T1w",), spacing_mm=(1.5, 1.5, 2))
-    stack = recipe.apply({"T1w": as_scan(head.image(shape, affine), affine)})
+    stack = build_stack(recipe, {"T1w": as_scan(head.image(shape, affine), affine)})
     np.testing.assert_allclose(stack.spacing_mm, (2, 1.5, 1.5))
     assert np.diff(stack.positions_mm) == pytest.approx(2.0)
     assert stack.positions_mm.mean() == pytest.approx(0, abs=1e-4)
@@ -96,7 +97,7 @@ def test_native_slices_are_kept_on_request(head, centred):
     shape = (60, 70, 15)
     affine = centred(shape, np.diag([2.0, 2.0, 6.0]))
     recipe = Preprocessing(contrasts=("T1w",), spacing_mm=(1, 1, None))
-    stack = recipe.apply({"T1w": as_scan(head.image(shape, affine), affine)})
+    stack = build_stack(recipe, {"T1w": as_scan(head.image(shape, affine), affine)})
     assert np.diff(stack.positions_mm) == pytest.approx(6.0)
     assert len(stack.pixels) <= 15
 
@@ -110,8 +111,9 @@ def test_other_grids_are_brought_to_the_reference_scan(head, centred):
     t1, flair = head.image(reference_shape, reference), head.image(other_shape, other)
     t1[head.lesion(reference_shape, reference) > 0] = 400
     flair[head.lesion(other_shape, other) > 0] = 400
-    stack = Preprocessing(contrasts=("T1w", "FLAIR")).apply(
-        {"T1w": as_scan(t1, reference), "FLAIR": as_scan(flair, other, "LPS")}
+    stack = build_stack(
+        Preprocessing(contrasts=("T1w", "FLAIR")),
+        {"T1w": as_scan(t1, reference), "FLAIR": as_scan(flair, other, "LPS")},
     )
     assert stack.present.all()
     assert dice(stack.pixels[:, 0] > 200, stack.pixels[:, 1] > 200) > 0.9
@@ -120,7 +122,7 @@ def test_other_grids_are_brought_to_the_reference_scan(head, centred):
 def test_absent_contrast_is_zero_and_marked(head, centred):
     shape = (40, 48, 36)
     affine = centred(shape, np.eye(3) * 3)
-    stack = Preprocessing(contrasts=("T1w", "T2w")).apply({"T2w": as_scan(head.image(shape, affine), affine)})
+    stack = build_stack(Preprocessing(contrasts=("T1w", "T2w")), {"T2w": as_scan(head.image(shape, affine), affine)})
     assert stack.present.tolist() == [False, True]
     assert not stack.pixels[:, 0].any()
     assert stack.pixels[:, 1].any()
@@ -140,7 +142,7 @@ def test_a_mask_that_is_cropped_around_its_labels_is_the_whole_mask(head, centre
     shape = (60, 72, 56)
     affine = centred(shape, np.eye(3) * 2)
     scan, lesion = (as_scan(one(shape, affine), affine) for one in (head.image, head.lesion))
-    whole = Preprocessing(contrasts=("T1w",)).apply({"T1w": scan}, lesion)
+    whole = build_stack(Preprocessing(contrasts=("T1w",)), {"T1w": scan}, lesion)
     builder = StackBuilder(Preprocessing(contrasts=("T1w",)), "T1w", scan)
     builder.add_mask(cropped(lesion, margin), "lesion.nii.gz")
     np.testing.assert_array_equal(builder.build().mask, whole.mask)
@@ -188,7 +190,7 @@ def test_a_scan_elsewhere_in_space_is_refused_but_not_the_session(head, centred)
     scans = {"T1w": as_scan(head.image(shape, near), near), "T2w": as_scan(head.image(shape, near), far)}
     recipe = Preprocessing(contrasts=("T1w", "T2w"))
     with pytest.raises(ScanError, match="does not overlap"):
-        recipe.apply(scans)
+        build_stack(recipe, scans)
     builder = StackBuilder(recipe, "T1w", scans["T1w"])
     with pytest.raises(ScanError, match="does not overlap"):
         builder.add("T2w", scans["T2w"])
@@ -200,8 +202,8 @@ def test_intensities_follow_the_foreground_percentiles(head, centred):
     affine = centred(shape, np.eye(3) * 2)
     image = head.image(shape, affine)
     recipe = Preprocessing(contrasts=("T1w",), spacing_mm=(2, 2, 2))
-    pixels = recipe.apply({"T1w": as_scan(image, affine)}).pixels
-    rescaled = recipe.apply({"T1w": as_scan(image * 37, affine)}).pixels
+    pixels = build_stack(recipe, {"T1w": as_scan(image, affine)}).pixels
+    rescaled = build_stack(recipe, {"T1w": as_scan(image * 37, affine)}).pixels
     np.testing.assert_array_equal(pixels, rescaled)
     low, high = np.percentile(image[image > 0], (0.5, 99.5))
     expected = np.clip((image - low) / (high - low), 0, 1) * 255
@@ -214,8 +216,8 @@ def test_negative_rims_and_air_noise_are_not_foreground_of_the_box(head, centred
     shape = (80, 90, 76)
     affine = centred(shape, np.eye(3) * 2)
     recipe = Preprocessing(contrasts=("T1w",), spacing_mm=(2, 2, 2))
-    clean = recipe.apply({"T1w": as_scan(head.image(shape, affine), affine)})
-    noisy = recipe.apply({"T1w": as_scan(head.image(shape, affine, noise=4.0), affine)})
+    clean = build_stack(recipe, {"T1w": as_scan(head.image(shape, affine), affine)})
+    noisy = build_stack(recipe, {"T1w": as_scan(head.image(shape, affine, noise=4.0), affine)})
     assert abs(len(noisy.pixels) - len(clean.pixels)) <= 6
     corner = noisy.pixels[:, 0, :20, :20]
     assert not corner.any()
@@ -238,8 +240,10 @@ def test_round_trip_property(spacing, angles, axes):
     mm = index @ linear.T + affine[:3, 3]
     image = np.where((mm**2).sum(-1) < 30**2, 100 + mm[..., 0], 0)
     ball = ((mm - 3) ** 2).sum(-1) < 15**2
-    stack = Preprocessing(contrasts=("T1w",), size=(96, 96)).apply(
-        {"T1w": as_scan(image, affine, axes)}, as_scan(ball, affine, axes)
+    stack = build_stack(
+        Preprocessing(contrasts=("T1w",), size=(96, 96)),
+        {"T1w": as_scan(image, affine, axes)},
+        as_scan(ball, affine, axes),
     )
     back = nib.as_closest_canonical(stack.to_native(stack.mask))
     reference = as_scan(ball, affine, axes).data > 0
@@ -249,7 +253,7 @@ def test_round_trip_property(spacing, angles, axes):
 def test_to_native_refuses_another_grid(head, centred):
     shape = (40, 48, 36)
     affine = centred(shape, np.eye(3) * 3)
-    stack = Preprocessing(contrasts=("T1w",)).apply({"T1w": as_scan(head.image(shape, affine), affine)})
+    stack = build_stack(Preprocessing(contrasts=("T1w",)), {"T1w": as_scan(head.image(shape, affine), affine)})
     with pytest.raises(UsageError, match="not on the stack's grid"):
         stack.to_native(np.zeros((3, 4, 5)))
 
@@ -278,7 +282,7 @@ def test_real_scans_on_three_grids(real_data):
     folder = real_data / "ms_raw" / "patient01"
     names = {"T1w": "T1W", "T2w": "T2W", "FLAIR": "FLAIR"}
     scans = {contrast: load_scan(folder / f"study1_{name}.nii.gz") for contrast, name in names.items()}
-    stack = recipe.apply(scans)
+    stack = build_stack(recipe, scans)
     assert stack.present.all()
     mask = (stack.pixels[:, 0] > 60).astype(np.uint8)
     back = stack.to_native(mask)

@@ -15,6 +15,7 @@ from scipy.spatial.transform import Rotation
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.reading.scan import Scan, load_scan, read_header
 from brainfound.errors import ScanError
+from tests.data.stacks import build_stack
 
 ORDERS = [
     "".join(axes) for permuted in itertools.permutations(["LR", "AP", "IS"]) for axes in itertools.product(*permuted)
@@ -50,7 +51,8 @@ def test_any_of_48_axis_orders_gives_the_same_stack_and_comes_back(head, centred
     affine = centred(shape, np.eye(3) * 3)
     recipe = Preprocessing(contrasts=("T1w",), spacing_mm=spacing, size=(56, 48))
     image, labels = head.image(shape, affine), head.lesion(shape, affine)
-    expected = recipe.apply(
+    expected = build_stack(
+        recipe,
         {"T1w": saved(in_order(image, affine, "RAS"), tmp_path / "r.nii")},
         saved(in_order(labels, affine, "RAS"), tmp_path / "l.nii", labels=True),
     )
@@ -59,7 +61,9 @@ def test_any_of_48_axis_orders_gives_the_same_stack_and_comes_back(head, centred
     for axes in ORDERS:
         stored = in_order(image, affine, axes)
         scan = saved(stored, tmp_path / "a.nii")
-        stack = recipe.apply({"T1w": scan}, saved(in_order(labels, affine, axes), tmp_path / "m.nii", labels=True))
+        stack = build_stack(
+            recipe, {"T1w": scan}, saved(in_order(labels, affine, axes), tmp_path / "m.nii", labels=True)
+        )
         assert scan.header.orientation == axes
         np.testing.assert_array_equal(stack.pixels, expected.pixels)
         np.testing.assert_array_equal(stack.mask, expected.mask)
@@ -106,7 +110,7 @@ def test_a_landmark_keeps_its_place_on_any_oblique_or_sheared_grid(
     mask = saved(nib.Nifti1Image(lesion, affine), folder / "m.nii", labels=True)
     half_voxel_mm = max(np.linalg.norm(linear, axis=0)) / 2
     truth = bright_centre_mm(lesion, affine)
-    stack = Preprocessing(contrasts=("T1w",), spacing_mm=(2, 2, 2), size=(96, 96)).apply({"T1w": scan}, mask)
+    stack = build_stack(Preprocessing(contrasts=("T1w",), spacing_mm=(2, 2, 2), size=(96, 96)), {"T1w": scan}, mask)
     for volume in (stack.pixels[:, 0] > 220, stack.mask):
         assert np.linalg.norm(bright_centre_mm(volume, stack.affine) - truth) < half_voxel_mm
     back = stack.to_native(stack.mask)
@@ -127,7 +131,7 @@ def test_scans_of_a_session_meet_on_the_reference_grid(head, centred, tmp_path_f
     }
     mask = saved(nib.Nifti1Image(lesion, other_affine), folder / "m.nii", labels=True)
     recipe = Preprocessing(contrasts=("T1w", "FLAIR"), spacing_mm=(2, 2, 2), size=(96, 96))
-    stack = recipe.apply(scans, mask)
+    stack = build_stack(recipe, scans, mask)
     places = [
         bright_centre_mm(v, stack.affine) for v in (stack.pixels[:, 0] > 220, stack.pixels[:, 1] > 220, stack.mask)
     ]
@@ -142,7 +146,7 @@ def test_formats_mix_in_a_session(head, centred, tmp_path):
         "T2w": saved(nib.MGHImage(image, affine), tmp_path / "b.mgz"),
         "FLAIR": saved(nib.Nifti2Image(image.astype(">i2"), affine), tmp_path / "c.nii"),
     }
-    stack = Preprocessing(spacing_mm=(2.5, 2.5, 3)).apply(scans)
+    stack = build_stack(Preprocessing(spacing_mm=(2.5, 2.5, 3)), scans)
     assert stack.present.all()
     np.testing.assert_array_equal(stack.pixels[:, 1], stack.pixels[:, 0])
     assert np.abs(stack.pixels[:, 2].astype(int) - stack.pixels[:, 0]).max() <= 2
@@ -156,9 +160,9 @@ def test_scans_that_do_not_overlap_are_refused(head, centred, tmp_path):
     away = saved(nib.Nifti1Image(image, far), tmp_path / "b.nii")
     recipe = Preprocessing(contrasts=("T1w", "FLAIR"))
     with pytest.raises(ScanError, match="does not overlap.*0% of its foreground"):
-        recipe.apply({"T1w": near, "FLAIR": away})
+        build_stack(recipe, {"T1w": near, "FLAIR": away})
     with pytest.raises(ScanError, match="does not overlap"):
-        recipe.apply({"T1w": near}, saved(nib.Nifti1Image(lesion, far), tmp_path / "m.nii", labels=True))
+        build_stack(recipe, {"T1w": near}, saved(nib.Nifti1Image(lesion, far), tmp_path / "m.nii", labels=True))
 
 
 def test_thick_native_slices_are_kept_voxel_by_voxel(head, centred, tmp_path):
@@ -167,7 +171,7 @@ def test_thick_native_slices_are_kept_voxel_by_voxel(head, centred, tmp_path):
     affine = centred(shape, np.diag([1.0, 1.0, 6.0]))
     image = head.image(shape, affine)
     scan = saved(in_order(image, affine, "LAI"), tmp_path / "a.nii.gz")
-    stack = Preprocessing(contrasts=("T1w",), spacing_mm=(1, 1, None)).apply({"T1w": scan})
+    stack = build_stack(Preprocessing(contrasts=("T1w",), spacing_mm=(1, 1, None)), {"T1w": scan})
     assert stack.spacing_mm[0] == pytest.approx(6)
     inside = image > 0
     assert len(stack.pixels) == np.count_nonzero(inside.any(axis=(0, 1)))
@@ -183,10 +187,10 @@ def test_tiny_volumes_go_the_whole_way(head, centred, tmp_path, shape):
     affine = centred(shape, np.diag(np.minimum(np.array([120, 140, 100]) / shape, 40)))
     image = head.image(shape, affine) + np.arange(np.prod(shape)).reshape(shape)
     scan = saved(nib.Nifti1Image(image.astype(np.float32), affine), tmp_path / "a.nii.gz")
-    stack = Preprocessing(contrasts=("T1w",), spacing_mm=(2, 2, 2)).apply({"T1w": scan})
+    stack = build_stack(Preprocessing(contrasts=("T1w",), spacing_mm=(2, 2, 2)), {"T1w": scan})
     assert stack.pixels.any()
     assert stack.to_native(np.ones(stack.grid, np.uint8)).shape == shape
-    kept = Preprocessing(contrasts=("T1w",), spacing_mm=(None, None, None)).apply({"T1w": scan})
+    kept = build_stack(Preprocessing(contrasts=("T1w",), spacing_mm=(None, None, None)), {"T1w": scan})
     np.testing.assert_allclose(kept.spacing_mm[::-1], scan.spacing_mm)
 
 
@@ -217,7 +221,7 @@ def test_a_huge_volume_is_plausible_and_its_header_is_read_alone(tmp_path, centr
 @pytest.mark.slow
 def test_a_huge_volume_goes_the_whole_way(tmp_path, centred):
     scan = load_scan(huge(tmp_path / "a.nii", centred))
-    stack = T1.apply({"T1w": scan})
+    stack = build_stack(T1, {"T1w": scan})
     assert stack.pixels.shape[2:] == (224, 224)
     assert stack.pixels.any()
     assert stack.to_native(stack.pixels[:, 0]).shape == (512, 512, 512)

@@ -1,0 +1,241 @@
+"""Reading a store: its sessions, slices, masks and tables, in place.
+
+`StoreReader` is all that copying, drawing and updating a store need; `brainfound.data.store.store.Store` adds what
+users do with one.
+
+Axis legend: S slices, C contrasts, H rows, W columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool, Float, Int, Num
+
+from brainfound.data.cohort import require_column
+from brainfound.data.preprocessing.session import FURTHER_SCAN_REASON, NOT_IN_COHORT_REASON
+from brainfound.data.preprocessing.stack import Stack, positions_mm
+from brainfound.data.store.folder import SessionTable, StoreFolder, compute_hashes, content_hash, plain_value
+from brainfound.data.store.slice_files import SliceFiles
+from brainfound.errors import StoreError
+
+_QUALITY_NUMBERS = {"foreground_ml", "intensity_low", "intensity_high", "minimum", "maximum", "overlap", "cropped"}
+_QUALITY_NUMBERS |= {"num_slices"}
+
+
+class StoreReader:
+    """The sessions of a store, or of several stores. ``len`` counts sessions; ``reader[i]`` is a `Stack`.
+
+    Attributes:
+        sessions: one row per session, ordered by subject and session: ``subject``, ``session``, covariates,
+            ``first_row``, ``num_slices``, ``mask_dtype`` (empty without a mask), ``image_hash`` and ``content_hash``.
+        preprocessing: how the stacks were made.
+        contrasts: the contrast of each channel.
+        facts: the content of store.json; of several stores, of the first.
+        path: the folder; of several stores, the first one.
+    """
+
+    def __init__(self, folders: Sequence[StoreFolder], table: SessionTable) -> None:
+        self.folders = tuple(folders)
+        self.table = table
+        first = folders[0]
+        self.path, self.facts, self.preprocessing = first.path, first.facts, first.preprocessing
+        self.contrasts: tuple[str, ...] = self.preprocessing.contrasts
+        self.sessions = table.sessions
+        self.num_slices = int(table.num_slices.sum())
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """Open a store; nothing is read into memory but the table of sessions.
+
+        Raises:
+            StoreError: there is no complete store at the path, or it has another schema.
+        """
+        folder = StoreFolder(Path(path))
+        return cls([folder], folder.table)
+
+    def __len__(self) -> int:
+        return len(self.sessions)
+
+    @cached_property
+    def content_hash(self) -> str:
+        """SHA-256 of everything that training sees: pixels, masks, geometry, covariates, preprocessing."""
+        if len(self.folders) == 1 and len(self) == len(self.folders[0].table):
+            return str(self.facts["content_hash"])
+        return content_hash(self.table, self.preprocessing)
+
+    # Stacks, slices and masks.
+
+    def __getitem__(self, index: int) -> Stack:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"session {index} of a store of {len(self)}")
+        index = index % len(self)
+        table, row = self.table, self.sessions.iloc[index]
+        x, y, z = (int(size) for size in table.native_shape[index])
+        return Stack(
+            pixels=self._pixels(index),
+            contrasts=self.contrasts,
+            present=np.array(table.present[index]),
+            positions_mm=self._positions(index),
+            affine=np.array(table.affine[index]),
+            native_shape=(x, y, z),
+            native_affine=np.array(table.native_affine[index]),
+            mask=self.read_masks(index),
+            covariates={name: plain_value(row[name]) for name in table.covariates},
+            subject=row["subject"],
+            session=row["session"],
+        )
+
+    def read_slices(self, rows: Int[np.ndarray, "n"]) -> Num[np.ndarray, "n C H W"]:
+        """The pixels of the given slice rows, in the given order."""
+        rows = np.asarray(rows, dtype=np.int64)
+        if rows.size and (rows.min() < 0 or rows.max() >= self.num_slices):
+            raise StoreError(
+                "slice row out of range",
+                where=self.path.name,
+                got=f"{rows.min()}…{rows.max()}",
+                expected=f"0…{self.num_slices - 1}",
+            )
+        table = self.table
+        out = np.empty((len(rows), len(self.contrasts), *self.preprocessing.size), self.preprocessing.pixel_dtype)
+        sessions = np.searchsorted(table.first_row, rows, side="right") - 1
+        slice_bytes = self.folders[0].files.slice_bytes
+        offsets = table.pixels_at[sessions] + (rows - table.first_row[sessions]) * slice_bytes
+        for place, (session, offset) in enumerate(zip(sessions.tolist(), offsets.tolist(), strict=True)):
+            self._files(session).read_into(out[place], table.file_name(session), offset)
+        return out
+
+    def read_masks(self, session: int, slices: np.ndarray | None = None) -> Num[np.ndarray, "S H W"] | None:
+        """The label map of a session, or some of its slices; None for a session without one."""
+        table = self.table
+        dtype = str(self.sessions["mask_dtype"].iloc[session])
+        if not dtype:
+            return None
+        masks = self._files(session).masks(
+            table.file_name(session), int(table.mask_at[session]), int(table.num_slices[session]), dtype
+        )
+        return masks if slices is None else masks[np.asarray(slices)]
+
+    def session_rows(self, session: int) -> Int[np.ndarray, "S"]:
+        """The slice rows of a session, inferior → superior."""
+        first = self.table.first_row[session]
+        return np.arange(first, first + self.table.num_slices[session])
+
+    @property
+    def present(self) -> Bool[np.ndarray, "sessions C"]:
+        """Which contrasts each session has."""
+        return self.table.present
+
+    @cached_property
+    def slice_sessions(self) -> Int[np.ndarray, "slices"]:
+        """The session index of each slice row."""
+        return np.repeat(np.arange(len(self), dtype=np.int32), self.table.num_slices)
+
+    @cached_property
+    def slice_positions_mm(self) -> Float[np.ndarray, "slices"]:
+        """Position of each slice row along the slice axis, 0 in the middle of its stack."""
+        return np.concatenate([self._positions(i) for i in range(len(self))])
+
+    def _pixels(self, session: int) -> Num[np.ndarray, "S C H W"]:
+        table = self.table
+        return self._files(session).pixels(
+            table.file_name(session), int(table.pixels_at[session]), int(table.num_slices[session])
+        )
+
+    def _files(self, session: int) -> SliceFiles:
+        return self.folders[self.table.origin[session, 0]].files
+
+    def _positions(self, session: int) -> Float[np.ndarray, "S"]:
+        spacing = float(np.linalg.norm(self.table.affine[session][:3, 0]))
+        return positions_mm(int(self.table.num_slices[session]), spacing)
+
+    # Tables.
+
+    @property
+    def covariates(self) -> list[str]:
+        """Names of the columns of `sessions` that came with the cohort."""
+        return self.table.covariates
+
+    def covariate(self, name: str) -> pd.Series:
+        """One covariate of every session.
+
+        Raises:
+            UsageError: there is no such column; suggests the nearest one.
+        """
+        require_column(self.covariates, name, where=f"store {self.path.name}")
+        return self.sessions[name]
+
+    @cached_property
+    def quality(self) -> pd.DataFrame:
+        """One row per scan that is in a stack: subject, session and the columns of `ScanQuality`."""
+        table = self._rows_of_sessions("quality.tsv")
+        return table.assign(**{name: pd.to_numeric(table[name]) for name in table if name in _QUALITY_NUMBERS})
+
+    @cached_property
+    def rejected(self) -> pd.DataFrame:
+        """Files that were refused: file, subject, session, contrast, reason."""
+        return refused_files(self._files_not_used).reset_index(drop=True)
+
+    @cached_property
+    def further_scans(self) -> pd.DataFrame:
+        """Files whose session has another scan of the contrast; columns as of `rejected`."""
+        files = self._files_not_used
+        return files[files["reason"].str.startswith(FURTHER_SCAN_REASON)].reset_index(drop=True)
+
+    @cached_property
+    def unused_files(self) -> pd.DataFrame:
+        """Files of the source that are not scans of the cohort; as `rejected`, with an empty subject and session."""
+        files = self._files_not_used
+        return files[files["reason"].str.startswith(NOT_IN_COHORT_REASON)].reset_index(drop=True)
+
+    @cached_property
+    def _files_not_used(self) -> pd.DataFrame:
+        return self._rows_of_sessions("rejected.tsv")
+
+    def _rows_of_sessions(self, name: str) -> pd.DataFrame:
+        """The rows of a table of each folder that belong to these sessions; all rows of a whole folder. As text."""
+        parts = []
+        for folder in {folder.path: folder for folder in self.folders}.values():
+            table = pd.read_csv(folder.path / name, sep="\t", dtype=str, keep_default_na=False)
+            mine = [number for number, other in enumerate(self.folders) if other.path == folder.path]
+            here = self.sessions[np.isin(self.table.origin[:, 0], mine)]
+            if len(here) < len(folder.table):
+                table = select_sessions(table, set(zip(here["subject"], here["session"], strict=True)))
+            parts.append(table)
+        return pd.concat(parts, ignore_index=True)
+
+    @property
+    def duplicates(self) -> list[list[int]]:
+        """Groups of sessions with equal pixels, to the last bit: one scan under several names."""
+        groups = self.sessions.groupby("image_hash", sort=False).indices.values()
+        return sorted(sorted(int(i) for i in group) for group in groups if len(group) > 1)
+
+    def damaged_sessions(self) -> list[int]:
+        """Rows of the sessions whose bytes were changed since they were written, or cannot be read."""
+        expected = list(zip(self.sessions["image_hash"], self.sessions["content_hash"], strict=True))
+        damaged = []
+        for index in range(len(self)):
+            try:
+                sound = compute_hashes(self[index]) == expected[index]
+            except StoreError:
+                sound = False
+            if not sound:
+                damaged.append(index)
+        return damaged
+
+
+def refused_files(files: pd.DataFrame) -> pd.DataFrame:
+    """The rows of ``rejected.tsv`` that are faulty files: not further scans, not files outside of the cohort."""
+    not_faulty = (FURTHER_SCAN_REASON, NOT_IN_COHORT_REASON)
+    return files[~files["reason"].astype(str).str.startswith(not_faulty)]
+
+
+def select_sessions(table: pd.DataFrame, keep: set[tuple[str, str]]) -> pd.DataFrame:
+    """The rows of a table whose subject and session are to be kept."""
+    rows = [key in keep for key in zip(table["subject"], table["session"], strict=True)]
+    return table[np.array(rows, dtype=bool)]
