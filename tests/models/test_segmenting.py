@@ -97,7 +97,7 @@ def settings(**changes):
 
 
 @pytest.mark.parametrize("overlapping", [False, True])
-@pytest.mark.parametrize("readings", [InferenceAugmentation(flips=True), InferenceAugmentation(overlap=True), EVERY])
+@pytest.mark.parametrize("augmentation", [InferenceAugmentation(flips=True), InferenceAugmentation(overlap=True), EVERY])
 def test_readings_come_back_to_their_own_place(pixels, augmentation, overlapping):
     """Also at the borders, where a moved reading saw nothing."""
     config = settings(overlapping_labels=overlapping)
