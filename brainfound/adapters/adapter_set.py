@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from brainfound.adapters.bundle_reader import Bundle, base_encoder_state, load_bundle, strip_adapter_name, tensors_hash
-from brainfound.adapters.updates import is_merged
+from brainfound.adapters.low_rank import is_merged
 from brainfound.errors import ModelError, UsageError, did_you_mean
-from brainfound.models.stack_inference import unwrap_peft
+from brainfound.models.infer import unwrap_peft
 
 
 class AdapterSet:

@@ -8,8 +8,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from pydantic import Field, field_validator, model_validator
 from torch import nn
 
-from brainfound.adapters.roles import block_number, require_known_roles, resolve_targets
-from brainfound.adapters.updates import attach_principal
+from brainfound.adapters.low_rank import attach_principal
+from brainfound.adapters.roles import require_known_roles, resolve_targets
 from brainfound.errors import ModelError, RecipeError
 from brainfound.models import BrainFoundForSegmentation
 from brainfound.models.encoder import SliceEncoder
@@ -101,13 +101,11 @@ def attach_adapter(model: nn.Module, recipe: AdapterRecipe) -> Any:
     if recipe.method not in ("none", "last_blocks"):
         return _attach_updates(model, recipe, task_modules)
     if recipe.method == "last_blocks":
-        unfreeze_last_blocks(model if isinstance(model, SliceEncoder) else model.encoder, recipe.blocks)  # type: ignore[arg-type]
+        unfreeze_last_blocks(_encoder(model), recipe.blocks)
     for name in task_modules:
         model.get_submodule(name).requires_grad_(True)
     _freeze_idle(model)
-    if recipe.method == "last_blocks" and not any(
-        parameter.requires_grad for name, parameter in model.named_parameters() if ".encoder.layer." in name
-    ):
+    if recipe.method == "last_blocks" and not any(p.requires_grad for p in _encoder(model).blocks.parameters()):
         raise RecipeError(
             "the decoder reads none of the last blocks: they would learn nothing",
             where="blocks",
@@ -152,7 +150,7 @@ def unfreeze_last_blocks(encoder: SliceEncoder, num_blocks: int) -> None:
         )
     for block in encoder.blocks[encoder.num_layers - num_blocks :]:
         block.requires_grad_(True)
-    encoder.backbone.layernorm.requires_grad_(True)
+    encoder.norm.requires_grad_(True)
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
@@ -173,16 +171,15 @@ def _task_modules(model: nn.Module) -> list[str]:
 
 def _freeze_idle(model: nn.Module) -> None:
     """Freeze weights that no answer depends on: distributed training would wait for their gradients in vain."""
-    for name, parameter in model.named_parameters():
-        if _is_idle(model, name):
-            parameter.requires_grad_(False)
+    encoder = _encoder(model)
+    idle: list[nn.Module] = []
+    if isinstance(model, BrainFoundForSegmentation):
+        num_read = max(model.config.resolved_decoder_layers)
+        idle += [*encoder.blocks[num_read:], encoder.norm, model.brainfound.aggregator]
+    for module in idle:
+        module.requires_grad_(False)
+    encoder.backbone.embeddings.mask_token.requires_grad_(False)
 
 
-def _is_idle(model: nn.Module, name: str) -> bool:
-    if name.endswith("embeddings.mask_token"):
-        return True
-    if not isinstance(model, BrainFoundForSegmentation):
-        return False
-    if ".backbone." in name and (block_number(name) or 0) > max(model.config.resolved_decoder_layers):
-        return True
-    return ".aggregator." in name or name.endswith(("backbone.layernorm.weight", "backbone.layernorm.bias"))
+def _encoder(model: Any) -> SliceEncoder:
+    return model if isinstance(model, SliceEncoder) else model.encoder

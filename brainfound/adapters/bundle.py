@@ -44,13 +44,12 @@ from brainfound.adapters.bundle_reader import (
     load_bundle,
     tensors_hash,
 )
-from brainfound.adapters.updates import convert_pissa_to_lora, principal_start
+from brainfound.adapters.low_rank import convert_pissa_to_lora, principal_start
 from brainfound.data.checking.contract import InputContract
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.errors import ModelError
 from brainfound.models import BrainFoundConfig, BrainFoundModel
-from brainfound.models.backbones import is_hub_id
-from brainfound.models.configuration import silence_transformers
+from brainfound.models.hub import is_hub_id, silence_transformers
 from brainfound.report.cards import write_model_card
 
 __all__ = ["Bundle", "load_bundle", "save_bundle"]

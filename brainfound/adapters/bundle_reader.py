@@ -20,8 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from brainfound.adapters.former_names import to_current_targets, to_current_tensors, to_legacy_state_dict
-from brainfound.adapters.updates import get_base_weight
+from brainfound.adapters.low_rank import get_base_weight
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.errors import ModelError
 from brainfound.models import (
@@ -31,7 +30,8 @@ from brainfound.models import (
     BrainFoundForSegmentation,
     BrainFoundModel,
 )
-from brainfound.models.backbones import LOAD_FAILURES, list_keys, load_backbone
+from brainfound.models.backbones import load_backbone
+from brainfound.models.hub import LOAD_FAILURES, list_keys
 
 
 def file_hash(path: Path) -> str:
@@ -241,9 +241,8 @@ def _load_base(kind: type[Any], config: BrainFoundConfig, base: dict[str, Any], 
     else:
         where = base["id"]
         model = kind(config, backbone=load_backbone(where))
-    state = base_encoder_state(model)
-    found = tensors_hash(state)
-    if base["sha256"] != found and base["sha256"] != tensors_hash(to_legacy_state_dict(state)):
+    found = tensors_hash(base_encoder_state(model))
+    if base["sha256"] != found:
         raise ModelError(
             "these are not the base weights that the adapter was trained on",
             where=where,
@@ -269,12 +268,10 @@ def _load_adapter(model: Any, folder: Path) -> PeftModel:
     try:
         saved = load_file(path)
         settings = PeftConfig.from_pretrained(str(folder))
-        settings.target_modules = to_current_targets(settings.target_modules, model)
         settings.inference_mode = True
-        tensors = to_current_tensors(saved, model)
         adapted = PeftModel(model, settings)
-        _require_same_keys(path, set(tensors), set(get_peft_model_state_dict(adapted, save_embedding_layers=False)))
-        set_peft_model_state_dict(adapted, tensors)
+        _require_same_keys(path, set(saved), set(get_peft_model_state_dict(adapted, save_embedding_layers=False)))
+        set_peft_model_state_dict(adapted, saved)
     except LOAD_FAILURES as error:
         raise _unreadable_weights(path, error) from error
     return adapted

@@ -25,7 +25,7 @@ from brainfound.inference.explanation import Explanation, choose_methods, explai
 from brainfound.inference.given_scans import resolve_scans
 from brainfound.inference.prediction import Prediction
 from brainfound.inference.segmentation import SegmentationOptions, build_segmentation_fields
-from brainfound.models.stack_inference import infer
+from brainfound.models.infer import infer
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,16 @@
-"""Silence for a library that talks while it loads.
-
-The configuration of every BrainFound model.
-"""
+"""The configuration of every BrainFound model, and the names of its parts."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.utils import logging
 
 from brainfound.errors import ModelError, UsageError, closest_name, did_you_mean
+from brainfound.models.backbones import FAMILIES, SUPPORTED_BACKBONES
 
-SUPPORTED_BACKBONES = ("dinov2", "dinov2_with_registers")
 STEMS = ("channels", "per_contrast", "slices")
 SLICE_FEATURES = ("cls", "patches", "cls_and_patches")
 AGGREGATORS = ("mean", "max", "attention", "transformer")
@@ -297,28 +292,9 @@ def _require_known(field: str, value: object, known: Sequence[str]) -> None:
 
 
 def _as_backbone_config(value: dict[str, Any] | PreTrainedConfig | None) -> PreTrainedConfig:
-    if value is None:
-        return AutoConfig.for_model("dinov2")
     if isinstance(value, PreTrainedConfig):
         return value
-    content = dict(value)
-    model_type = content.pop("model_type", "dinov2")
+    content = dict(value or {})
+    model_type = content.pop("model_type", SUPPORTED_BACKBONES[0])
     _require_known("backbone_config.model_type", model_type, SUPPORTED_BACKBONES)
-    return AutoConfig.for_model(model_type, **content)
-
-
-@contextmanager
-def silence_transformers() -> Iterator[None]:
-    """No progress bars and no load reports of transformers inside; what was set before is set again after.
-
-    The reports would alarm where a head is meant to be new; what is missing and must not be is an error of ours.
-    """
-    verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if had_bars:
-            logging.enable_progress_bar()
+    return FAMILIES[model_type].config_class(**content)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from brainfound.data.batches import to_unit_range
 from brainfound.errors import ModelError
-from brainfound.models.backbones import build_backbone, get_image_size, get_patch_size
+from brainfound.models.backbones import FAMILIES, build_backbone, get_image_size, get_patch_size
 from brainfound.models.blocks import BlockRunner, SavedActivations
 from brainfound.models.configuration import BrainFoundConfig
 from brainfound.models.kernels import PACKED, Kernel
@@ -70,6 +70,7 @@ class SliceEncoder(nn.Module):
         self.num_layers = int(config.backbone_config.num_hidden_layers)
         self.backbone = build_backbone(config.backbone_config) if backbone is None else backbone
         self.num_prefix_tokens = 1 + int(getattr(config.backbone_config, "num_register_tokens", 0))
+        self._family = FAMILIES[config.backbone_config.model_type]
         self._runner = BlockRunner()
         stem = build_stem(config, self.patch_size, get_image_size(config.backbone_config))
         if backbone is not None:
@@ -90,7 +91,12 @@ class SliceEncoder(nn.Module):
     @property
     def blocks(self) -> nn.ModuleList:
         """The transformer blocks, first to last."""
-        return self.backbone.encoder.layer
+        return self.backbone.get_submodule(self._family.blocks)
+
+    @property
+    def norm(self) -> nn.Module:
+        """The last layer norm."""
+        return self.backbone.get_submodule(self._family.norm)
 
     def forward(
         self,
@@ -142,7 +148,7 @@ class SliceEncoder(nn.Module):
             tokens = block(tokens)
             if number in layers:
                 hidden[number] = tokens[:, self.num_prefix_tokens :]
-        return self.encoding(self.backbone.layernorm(tokens))._replace(hidden=hidden)
+        return self.encoding(self.norm(tokens))._replace(hidden=hidden)
 
     def embed(
         self,
@@ -180,7 +186,7 @@ class SliceEncoder(nn.Module):
         # Looked up by the library's modules at every call; it stays, because checkpointing calls them again later.
         self.backbone.config._attn_implementation = PACKED
         groups = self._runner.run(self.blocks, groups, drop_path if self.training else 0.0)
-        return [self.backbone.layernorm(group) for group in groups]
+        return [self.norm(group) for group in groups]
 
     def encoding(self, tokens: Float[Tensor, "slices tokens width"]) -> SliceEncoding:
         """What `transform` gives for one group, by its parts."""

@@ -34,7 +34,7 @@ from brainfound.models.heads import (
     regression_loss,
 )
 from brainfound.models.loading import load_checked
-from brainfound.models.slice_batch import ValidSlices, checked_embeddings, shape_error
+from brainfound.models.valid_slices import ValidSlices, checked_embeddings, shape_error
 
 Pixels = Float[Tensor, "volumes slices contrasts height width"] | UInt8[Tensor, "volumes slices contrasts height width"]
 

@@ -30,9 +30,9 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from brainfound.adapters.former_names import PEFT_PREFIX
 from brainfound.errors import ModelError, RecipeError
 
+PEFT_PREFIX = "base_model.model."
 _ATTRIBUTE = "before_merge"
 
 
