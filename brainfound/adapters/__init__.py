@@ -1,4 +1,4 @@
-"""Adapters: what is trained on top of a backbone, and the bundle that it is saved in."""
+"""Adapters: the trained part of a model, and the bundle that it is saved in."""
 
 from brainfound.adapters.adapter_set import AdapterSet, load_adapters
 from brainfound.adapters.attach import AdapterRecipe, ParameterCount, attach_adapter, count_parameters

@@ -1,4 +1,4 @@
-"""Adapter recipes, and the models they make: which weights are trained, and through what."""
+"""Adapter recipes: which weights of a model are trained, and how."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Method = Literal["none", "lora", "dora", "rslora", "pissa", "last_blocks", "full
 
 
 class AdapterRecipe(Recipe):
-    """What is trained when a model is adapted to a task."""
+    """The trained part of a model in fine-tuning."""
 
     method: Method = "lora"
     """"none" trains the head alone, "full" everything, "last_blocks" the last blocks and the last norm; "lora" (Hu et
@@ -32,14 +32,14 @@ class AdapterRecipe(Recipe):
     alpha: Annotated[float, Field(gt=0)] = 16
     """Scale of the updates: alpha/rank, for rslora alpha/sqrt(rank)."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout before each update; not with pissa, whose updates hold the greater part of the weights."""
+    """Dropout before each update; not with pissa, whose updates hold the principal part of the weights."""
     layers: tuple[Annotated[int, Field(ge=1)], ...] | None = None
     """1-based blocks that get updates; null means all."""
     blocks: Annotated[int, Field(ge=1)] = 2
-    """How many blocks, counted from the last one, the method last_blocks trains; others do not read it."""
+    """The number of last blocks that the method last_blocks trains; other methods ignore it."""
     train_contrast_embedding: bool = True
-    """Also train the stem's embedding of each contrast, with low-rank updates and last_blocks; "full" always does. It
-    lies in front of the first block, so that gradients must pass all blocks."""
+    """Also train the stem's embedding of each contrast, with low-rank updates and last_blocks; "full" always does.
+    Gradients must then pass all blocks."""
 
     @field_validator("roles")
     @classmethod
@@ -63,7 +63,7 @@ class AdapterRecipe(Recipe):
 
 
 class ParameterCount(NamedTuple):
-    """How many of a model's parameters are trained."""
+    """The trained and all parameters of a model."""
 
     trainable: int
     total: int
@@ -73,20 +73,19 @@ class ParameterCount(NamedTuple):
 
 
 def attach_adapter(model: nn.Module, recipe: AdapterRecipe) -> Any:
-    """Make the trained part of a model the one that a recipe asks for; everything else is frozen.
+    """Freeze a model except for the part that a recipe trains.
 
-    The aggregator, head and decoder that answer the task are always trained in full. With the low-rank
-    methods the result is a `peft.PeftModel` around `model`, which at first answers exactly as before;
-    otherwise it is `model` itself.
+    The task's aggregator, head and decoder are always trained in full. With the low-rank methods the result is a
+    `peft.PeftModel` around `model` with the same outputs; otherwise it is `model` itself.
 
     Args:
         model: a BrainFound model or a slice encoder, without an adapter.
-        recipe: what to train.
+        recipe: which part to train.
 
     Raises:
-        ModelError: if the model has an adapter, or no module plays a role.
-        RecipeError: if the model has fewer blocks, or smaller matrices, than the recipe asks for, or the blocks that
-            it opens are read by nothing.
+        ModelError: if the model has an adapter, or no module for a role.
+        RecipeError: if the model has fewer blocks or smaller matrices than the recipe needs, or the decoder reads none
+            of the trained blocks.
     """
     if isinstance(model, PeftModel) or any(isinstance(module, PeftModel) for module in model.modules()):
         raise ModelError("the model already has an adapter", remedy="Attach to the model that it was made from")
@@ -135,7 +134,7 @@ def _attach_updates(model: nn.Module, recipe: AdapterRecipe, task_modules: list[
 
 
 def unfreeze_last_blocks(encoder: SliceEncoder, num_blocks: int) -> None:
-    """Let the last blocks of an encoder and its last norm learn.
+    """Train the last blocks of an encoder and its last norm.
 
     Raises:
         RecipeError: if there are fewer blocks.
@@ -160,7 +159,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
 
 
 def _task_modules(model: nn.Module) -> list[str]:
-    """The full names of the modules outside the encoder that take part in the answer and have weights."""
+    """The full names of the modules with weights outside the encoder that the outputs depend on."""
     used = {"decoder"} if isinstance(model, BrainFoundForSegmentation) else {"aggregator", "head", "decoder"}
     return [
         name
@@ -170,7 +169,7 @@ def _task_modules(model: nn.Module) -> list[str]:
 
 
 def _freeze_idle(model: nn.Module) -> None:
-    """Freeze weights that no answer depends on: distributed training would wait for their gradients in vain."""
+    """Freeze weights that no output depends on: distributed training would wait for their gradients in vain."""
     encoder = _encoder(model)
     idle: list[nn.Module] = []
     if isinstance(model, BrainFoundForSegmentation):

@@ -36,7 +36,7 @@ class Decoder(nn.Module, ABC):
     reads_image: ClassVar[bool] = False
     """Whether `forward` needs the pixels of the slices."""
     projections: nn.ModuleDict
-    """By block: tokens (…, D) → features (…, F). Created by the subclass, whose order of parts fixes the random start."""
+    """By block: tokens (…, D) → features (…, F). Created by each subclass: the order of parts fixes the weights."""
 
     def __init__(self, config: BrainFoundConfig) -> None:
         super().__init__()

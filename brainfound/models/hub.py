@@ -71,8 +71,14 @@ def unreadable_model_error(source: str, error: Exception) -> ModelError:
             where=source,
             remedy="Convert the weights to safetensors; pickled weights are refused because they can run code",
         )
-    first_line = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-    return ModelError(f"the model cannot be read: {first_line}", where=source, remedy="Check that the files are whole")
+    return ModelError(
+        f"the model cannot be read: {first_line(error)}", where=source, remedy="Check that the files are whole"
+    )
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, cut to 200 characters."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def require_coverage(source: str, missing: Iterable[str], total: int) -> None:

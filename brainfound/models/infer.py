@@ -72,21 +72,31 @@ class FlipAndShift(NamedTuple):
         return back.flip(-1) if self.flipped else back
 
 
+SEGMENTATION_CHUNK = 32
+"""Slices per forward pass of a segmentation; bounds the memory of the full-resolution class scores."""
+
+
 @dataclass(frozen=True)
-class SegmentationOutput:
-    """A segmentation of a stack.
+class StackPrediction:
+    """The output of a model for one stack; fields of other tasks are None."""
 
-    Attributes:
-        classes: the class of every pixel; None where labels overlap.
-        labels: the overlapping labels of every pixel; None where they do not overlap.
-        foreground_probability: that a pixel is not background; the largest probability of overlapping labels.
-        class_probabilities: on request, of every class (with background) or label.
-    """
-
-    classes: Int[np.ndarray, "S H W"] | None
-    labels: Bool[np.ndarray, "S K H W"] | None
-    foreground_probability: Float[np.ndarray, "S H W"]
+    probabilities: Float[np.ndarray, "K"] | None = None
+    value: float | None = None
+    """Regression: in the unit of the target."""
+    value_std: float | None = None
+    classes: Int[np.ndarray, "S H W"] | None = None
+    """Segmentation: the class index of every pixel; None where labels overlap."""
+    labels: Bool[np.ndarray, "S K H W"] | None = None
+    """Segmentation with overlapping labels: those of every pixel."""
+    foreground_probability: Float[np.ndarray, "S H W"] | None = None
+    """Segmentation: the probability that a pixel is not background; of overlapping labels the largest."""
     class_probabilities: Float[np.ndarray, "S K H W"] | None = None
+    """Segmentation, on request: the probability of every class or label."""
+    embedding: Float[np.ndarray, "D"] | None = None
+    slice_embeddings: Float[np.ndarray, "S D"] | None = None
+    slice_weights: Float[np.ndarray, "S"] | None = None
+    slices: Int[np.ndarray, "S"] | None = None
+    """Indices of the slices that were read; None for all."""
 
 
 @torch.inference_mode()
@@ -98,7 +108,7 @@ def segment(
     patch_size: int,
     augmentation: InferenceAugmentation = InferenceAugmentation(),
     class_probabilities: bool = False,
-) -> SegmentationOutput:
+) -> StackPrediction:
     """Segment a stack.
 
     Args:
@@ -131,7 +141,12 @@ def segment(
             foreground[index] = (1 - probabilities[:, 0]).cpu().numpy()
         if every is not None:
             every[index] = probabilities.cpu().numpy()
-    return SegmentationOutput(None if overlapping else classes, labels, foreground, every)
+    return StackPrediction(
+        classes=None if overlapping else classes,
+        labels=labels,
+        foreground_probability=foreground,
+        class_probabilities=every,
+    )
 
 
 def _chunks(num_slices: int, chunk: int, reach: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -160,33 +175,6 @@ def _probabilities(
     return total / count
 
 
-SEGMENTATION_CHUNK = 32
-"""Slices per forward pass of a segmentation; bounds the memory of the full-resolution class scores."""
-
-
-@dataclass(frozen=True)
-class StackPrediction:
-    """The output of a model for one stack; fields of other tasks are None."""
-
-    probabilities: Float[np.ndarray, "K"] | None = None
-    value: float | None = None
-    """Regression: in the unit of the target."""
-    value_std: float | None = None
-    classes: Int[np.ndarray, "S H W"] | None = None
-    """Segmentation: the class index of every pixel; None where labels overlap."""
-    labels: Bool[np.ndarray, "S K H W"] | None = None
-    """Segmentation with overlapping labels: those of every pixel."""
-    foreground_probability: Float[np.ndarray, "S H W"] | None = None
-    """Segmentation: the probability that a pixel is not background."""
-    class_probabilities: Float[np.ndarray, "S K H W"] | None = None
-    """Segmentation, on request: the probability of every class or label."""
-    embedding: Float[np.ndarray, "D"] | None = None
-    slice_embeddings: Float[np.ndarray, "S D"] | None = None
-    slice_weights: Float[np.ndarray, "S"] | None = None
-    slices: Int[np.ndarray, "S"] | None = None
-    """Indices of the slices that were read; None for all."""
-
-
 @torch.inference_mode()
 def infer(
     model: nn.Module,
@@ -212,10 +200,9 @@ def infer(
     require_same_contrasts(inner, stack)
     device = next(inner.parameters()).device
     if isinstance(inner, BrainFoundForSegmentation):
-        found = segment(
+        return segment(
             model, inner.config, stack, SEGMENTATION_CHUNK, inner.encoder.patch_size, augmentation, class_probabilities
         )
-        return StackPrediction(**vars(found))
     index = evenly_spaced_slices(len(stack.pixels), num_slices)
     return _to_stack_prediction(inner, model(**collate([stack], [index]).to(device).inputs()), index)
 
