@@ -24,7 +24,7 @@ class AdapterRecipe(Recipe):
     method: Method = "lora"
     """"none" trains the head alone, "full" everything, "last_blocks" the last blocks and the last norm; "lora" (Hu et
     al. 2021), "dora" (Liu et al. 2024), "rslora" (Kalajdzievski 2023) and "pissa" (Meng et al. 2024, updates that start
-    as the principal part of the weights) train low-rank updates of the backbone beside the head."""
+    as the principal part of the weights) train low-rank updates of the backbone and the head."""
     roles: tuple[str, ...] = ("query", "value")
     """The weight matrices that get an update: query, key, value, output, mlp_in, mlp_out, patch."""
     rank: Annotated[int, Field(ge=1, le=1024)] = 8

@@ -137,7 +137,7 @@ def attach_principal(model: nn.Module, config: LoraConfig, targets: Iterable[str
         targets: full names of the matrices.
 
     Raises:
-        RecipeError: if a matrix has fewer singular values than the rank asks for.
+        RecipeError: if a matrix has fewer singular values than the rank.
     """
     originals = {name: model.get_parameter(f"{name}.weight").detach().cpu().clone() for name in targets}
     smallest = min(min(weight.shape) for weight in originals.values())

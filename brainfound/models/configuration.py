@@ -95,7 +95,7 @@ class BrainFoundConfig(PreTrainedConfig):
     """Regression: "point" (one number), "gaussian" (also a standard deviation, trained by the Gaussian likelihood) or
     "bins" (a distribution over bins of the target, whose expectation is the prediction)."""
     regression_uncertainty: bool = False
-    """The older way to ask for `regression_head = "gaussian"`; it is turned into that."""
+    """The same as `regression_head = "gaussian"`, which replaces it."""
     regression_loss: str = "smooth_l1"
     """Loss of the point head on the standardised target: "smooth_l1", "l1" or "huber"."""
     huber_delta: float = 1.0

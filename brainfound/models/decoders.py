@@ -212,7 +212,7 @@ class UnetrDecoder(Decoder):
     def _normalise_image(
         self, pixels: Tensor, presence: Tensor | None
     ) -> Float[Tensor, "slices contrasts height width"]:
-        """Normalised pixels in which absent contrasts are zero, whatever they hold."""
+        """Normalised pixels, zero in absent contrasts."""
         mean, std = (_per_contrast(value, pixels) for value in (self.image_mean, self.image_std))
         image = (to_unit_range(pixels) - mean) / std
         if presence is not None:

@@ -38,7 +38,7 @@ class SliceEncoding(NamedTuple):
         """
         if features == "cls":
             return self.cls
-        # In float32: a mean over hundreds of bfloat16 tokens would lose what tells slices apart.
+        # In float32: a mean over hundreds of bfloat16 tokens would lose the differences between slices.
         mean = self.patches.mean(dim=1, dtype=torch.promote_types(self.patches.dtype, torch.float32))
         return mean if features == "patches" else torch.cat([self.cls.to(mean.dtype), mean], dim=1)
 

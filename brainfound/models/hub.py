@@ -1,7 +1,7 @@
 """Model folders and Hub ids: whether a source is there, why it cannot be read, and quiet loading.
 
-A source is a Hub id (owner/name) or a folder with config.json and safetensors weights. Whatever fails while one is
-read becomes a `ModelError` of one line with a remedy.
+A source is a Hub id (owner/name) or a folder with config.json and safetensors weights. A failure to read one
+becomes a `ModelError` of one line with a remedy.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from transformers.utils import logging
 from brainfound.errors import ModelError
 
 LOAD_FAILURES = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError)
-"""What the library and the file system raise for a source that cannot be read."""
+"""The errors of the library and the file system for a source that cannot be read."""
 _NUM_KEYS_SHOWN = 4
 
 
@@ -28,7 +28,7 @@ def is_hub_id(source: str) -> bool:
 
 
 def require_findable(source: str) -> None:
-    """Refuse a path that does not exist before the Hub is asked for it.
+    """Refuse a path that does not exist before the Hub is queried.
 
     Raises:
         ModelError: if `source` can only be a path, and no such folder exists.

@@ -45,7 +45,7 @@ class BrainFoundModelOutput(ModelOutput):
 
     volume_embedding: Float[Tensor, "volumes width"] | None = None
     slice_embeddings: Float[Tensor, "volumes slices width"] | None = None
-    """As `config.slice_features` says, by default the backbone's normalised CLS tokens; zeros at padded slices."""
+    """By `config.slice_features`, by default the backbone's normalised CLS tokens; zeros at padded slices."""
     slice_weights: Float[Tensor, "volumes slices"] | None = None
     """The weight of each slice in the volume; None where the aggregator has no weights."""
     patch_embeddings: Float[Tensor, "volumes slices patches width"] | None = None
@@ -220,8 +220,8 @@ class BrainFoundModel(BrainFoundPreTrainedModel):
     def _require_only_embeddings(pixel_values: Any, contrast_mask: Any, output_patch_embeddings: bool) -> None:
         if pixel_values is not None or contrast_mask is not None or output_patch_embeddings:
             raise ModelError(
-                "slice_embeddings take the place of images",
-                got="pixel_values, contrast_mask or output_patch_embeddings beside them",
+                "slice_embeddings replace images",
+                got="pixel_values, contrast_mask or output_patch_embeddings as well",
                 remedy="Give slice_embeddings with slice_mask and positions_mm only",
             )
 

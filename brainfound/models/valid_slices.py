@@ -64,7 +64,7 @@ class ValidSlices:
 
         An image is a slice, or with the stem "per_contrast" a present contrast of a slice; the contrasts of one slice
         stay together. With the stem "slices" each slice comes with its neighbours below and above: the next valid
-        slices of its volume in the given order, whatever their distance in mm. The first and the last slice stand in
+        slices of its volume in the given order, at any distance in mm. The first and the last slice stand in
         for the neighbour that they lack.
         """
         num_slices_each = self.volumes_slices[1]

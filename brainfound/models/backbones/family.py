@@ -1,4 +1,4 @@
-"""What the families of 2-D ViTs have in common: how one is read from its file, and where its parts are.
+"""The base of all families of 2-D ViTs: how a checkpoint is read, and where the parts of the model are.
 
 A new family is one line of `brainfound.models.backbones.FAMILIES`; where it differs from DINOv2, it is a subclass of
 `Family` in a file of its own.
@@ -28,7 +28,7 @@ class Family:
     """
 
     becomes: ClassVar[str | None] = None
-    """The model type that its checkpoints are converted to; None: they stay what they are."""
+    """The model type that its checkpoints are converted to; None: no conversion."""
     load_options: ClassVar[dict[str, Any]] = {}
     """Further arguments of the library's `from_pretrained`."""
     on_top: ClassVar[tuple[str, ...] | None] = None
@@ -79,7 +79,7 @@ class Family:
         Raises:
             ModelError: if the file cannot be read, lacks weights, or holds others (the keys are named).
         """
-        # With the loading info the library returns two values, which its types do not say.
+        # With the loading info the library returns two values, which its types omit.
         from_pretrained: Any = self.model_class.from_pretrained
         try:
             with silence_transformers():

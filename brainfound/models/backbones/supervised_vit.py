@@ -62,8 +62,7 @@ class SupervisedViT(Family):
     def image_statistics(self, source: str, hub_options: Mapping[str, Any]) -> dict[str, float]:
         """The mean and standard deviation that the checkpoint's images were normalised with.
 
-        As for the default of `BrainFoundConfig` they are means over red, green and blue: contrasts are no colours. A
-        checkpoint without a preprocessor gets those of the family (0.5 and 0.5).
+        Both are means over red, green and blue, because contrasts are no colours; without a preprocessor, 0.5 and 0.5.
         """
         path = _preprocessor_path(source, hub_options)
         if path is None:
@@ -120,7 +119,7 @@ def _require_convertible(source: str, config: PreTrainedConfig) -> None:
 
 
 def _dinov2_config(config: PreTrainedConfig, drop_path_rate: float | None = None) -> PreTrainedConfig:
-    """The configuration of the Dinov2 model that computes what a supervised ViT does."""
+    """The configuration of the Dinov2 model with the same function as a supervised ViT."""
     return Dinov2Config(
         hidden_size=config.hidden_size,
         num_hidden_layers=config.num_hidden_layers,
@@ -140,7 +139,7 @@ def _dinov2_config(config: PreTrainedConfig, drop_path_rate: float | None = None
 
 
 def _to_dinov2(vit: PreTrainedModel, drop_path_rate: float | None = None) -> PreTrainedModel:
-    """The same function as a Dinov2 model: every weight is carried over, and layer scales are one.
+    """A Dinov2 model with the same function: the weights of the ViT, and layer scales of one.
 
     `vit` has a mask token and no pooler.
     """
@@ -151,12 +150,12 @@ def _to_dinov2(vit: PreTrainedModel, drop_path_rate: float | None = None) -> Pre
     for layer in range(config.num_hidden_layers):
         for scale in ("layer_scale1", "layer_scale2"):
             weights[f"encoder.layer.{layer}.{scale}.lambda1"] = torch.ones(config.hidden_size)
-    # Made without memory: every weight is given, so no random number needs to be drawn for one.
+    # On the meta device: every weight is assigned, so none needs to be drawn.
     with torch.device("meta"):
         model = AutoModel.from_config(converted, attn_implementation=config._attn_implementation)
     model.load_state_dict(weights, assign=True)
     for module in model.modules():
-        # The flag by which the library's `post_init` knows loaded weights.
+        # The flag by which the library's `post_init` leaves loaded weights alone.
         module._is_hf_initialized = True
     return model.eval()
 
@@ -186,7 +185,7 @@ def _preprocessor_path(source: str, hub_options: Mapping[str, Any]) -> Path | No
 
 
 def _channel_mean(value: float | list[float]) -> float:
-    """One value for all channels, without the last digits that a mean of decimal fractions brings."""
+    """The mean over channels, rounded to hide the last digits of binary fractions."""
     numbers = value if isinstance(value, list) else [value]
     return round(fmean(float(number) for number in numbers), 6)
 
