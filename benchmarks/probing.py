@@ -12,7 +12,7 @@ from worker_processes import in_processes
 
 from brainfound.data.store import Store
 from brainfound.models import BrainFoundModel
-from brainfound.models.start import load_initial_model
+from brainfound.models.loading import load_initial_model
 
 PROTOCOL = (SLICES, PATCH_SLICES, FOLDS, REPEATS)
 RANDOM = "random:"

@@ -23,7 +23,7 @@ from brainfound.data.store import Store
 from brainfound.finetuning.scoring import SessionScores, score_predictions
 from brainfound.finetuning.targets import Target
 from brainfound.finetuning.volumes import VolumeAugmentation, augment_volumes
-from brainfound.models.stack_inference import StackPrediction
+from brainfound.models.infer import StackPrediction
 from brainfound.training.randomness import StepKey
 
 CHANNELS = (16, 32, 64, 128)

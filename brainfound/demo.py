@@ -122,7 +122,7 @@ def make_checkpoint(folder: Path, image_size: int) -> Path:
     import torch
     from transformers import Dinov2Config, Dinov2Model
 
-    from brainfound.models.configuration import silence_transformers
+    from brainfound.models.hub import silence_transformers
 
     config = Dinov2Config(
         hidden_size=96, num_hidden_layers=4, num_attention_heads=3, image_size=image_size, patch_size=8
@@ -197,7 +197,7 @@ def _predict(out: Path, cohort: Path, store: Store) -> None:
     from brainfound.data.cohort import Cohort
     from brainfound.data.splits.split_file import Split
     from brainfound.inference.loading import load
-    from brainfound.models.stack_inference import infer
+    from brainfound.models.infer import infer
     from brainfound.report.figures import plot_overlay
 
     run = out / "mask-adapted"

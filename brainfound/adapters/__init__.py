@@ -1,10 +1,10 @@
-"""Adapters: what is trained on top of a backbone, and the bundle that it is saved in."""
+"""Adapters: the trained part of a model, and the bundle that it is saved in."""
 
 from brainfound.adapters.adapter_set import AdapterSet, load_adapters
 from brainfound.adapters.attach import AdapterRecipe, ParameterCount, attach_adapter, count_parameters
 from brainfound.adapters.bundle import Bundle, load_bundle, save_bundle
+from brainfound.adapters.low_rank import is_merged, merge, unmerge
 from brainfound.adapters.roles import ROLES, resolve_targets
-from brainfound.adapters.updates import is_merged, merge, unmerge
 
 __all__ = [
     "ROLES",

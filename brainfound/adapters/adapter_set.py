@@ -10,17 +10,16 @@ import torch
 from torch import nn
 
 from brainfound.adapters.bundle_reader import Bundle, base_encoder_state, load_bundle, strip_adapter_name, tensors_hash
-from brainfound.adapters.updates import is_merged
+from brainfound.adapters.low_rank import is_merged
 from brainfound.errors import ModelError, UsageError, did_you_mean
-from brainfound.models.stack_inference import unwrap_peft
+from brainfound.models.infer import unwrap_peft
 
 
 class AdapterSet:
     """Bundles whose models share the weights of one backbone.
 
-    Each name gives a whole bundle with a model, preprocessing and labels of its own, so choosing one changes no
-    state: requests for several names may be answered in any order, or at the same time. Each answers as it does
-    when it is loaded alone.
+    Each name is a whole bundle with its own model, preprocessing and labels, so choosing one changes no state: requests
+    for several names may run in any order or at the same time, with the outputs of the bundle loaded alone.
 
     Args:
         bundles: by name; `load_adapters` reads and checks them.
@@ -49,21 +48,21 @@ class AdapterSet:
 
     @property
     def num_parameters(self) -> int:
-        """Of all models together; what they share counts once."""
+        """Parameters of all models; shared ones count once."""
         return sum({id(p): p.numel() for b in self._bundles.values() for p in b.model.parameters()}.values())
 
     def to(self, device: str | torch.device) -> Self:
-        """Move all models; they go on sharing.
+        """Move all models; they keep sharing their backbone.
 
         Raises:
-            ModelError: if one is merged: the weights that it shows are not those that are shared.
+            ModelError: if one is merged: its weights are not the shared ones.
         """
         bundles = list(self._bundles.values())
         for name, bundle in self._bundles.items():
             _require_unmerged(name, bundle)
         for bundle in bundles:
             bundle.model.to(device)
-            # Again, for where moving a model replaces its parameters instead of their content.
+            # Share again: moving a model may replace its parameters.
             _share_backbone(bundles[0], bundle)
         return self
 
@@ -72,8 +71,7 @@ def load_adapters(bundles: Mapping[str, str | Path | Bundle]) -> AdapterSet:
     """Read bundles that were trained on the same backbone, and keep that backbone in memory once.
 
     Args:
-        bundles: folders of bundles, or loaded ones, by the names that they will be asked for. All come to the device
-            of the first.
+        bundles: name → folder of a bundle, or a loaded bundle. All are moved to the device of the first.
 
     Raises:
         UsageError: if there is none.
@@ -105,9 +103,8 @@ def load_adapters(bundles: Mapping[str, str | Path | Bundle]) -> AdapterSet:
             )
         loaded[name] = bundle
         first = next(iter(loaded.values()))
-        # At once: when the next one is read, this one's copy of the backbone is gone.
+        # Before the next one is read, so that this one's copy of the backbone is freed.
         _share_backbone(first, bundle)
-        # Only what is its own is still elsewhere.
         bundle.model.to(next(first.model.parameters()).device)
     return AdapterSet(loaded)
 
@@ -118,14 +115,14 @@ def _require_unmerged(name: str, bundle: Bundle) -> None:
 
 
 def _share_backbone(first: Bundle, other: Bundle) -> None:
-    """Put the first model's encoder weights in the place of the other's, which are equal."""
+    """Replace the other model's encoder weights by the equal ones of the first."""
     shared = {name: getattr(module, key) for name, module, key in _base_parameters(unwrap_peft(first.model))}
     for name, module, key in _base_parameters(unwrap_peft(other.model)):
         setattr(module, key, shared[name])
 
 
 def _base_parameters(body: Any) -> Iterator[tuple[str, nn.Module, str]]:
-    """The weights of the encoder under an adapter: name without an adapter, module, and attribute of the module."""
+    """The base weights of an encoder: name without an adapter, module, and attribute of the module."""
     for path, module in body.encoder.named_modules():
         for key in list(module._parameters):
             name = strip_adapter_name(f"{path}.{key}")

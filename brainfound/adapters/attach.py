@@ -1,4 +1,4 @@
-"""Adapter recipes, and the models they make: which weights are trained, and through what."""
+"""Adapter recipes: which weights of a model are trained, and how."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from pydantic import Field, field_validator, model_validator
 from torch import nn
 
-from brainfound.adapters.roles import block_number, require_known_roles, resolve_targets
-from brainfound.adapters.updates import attach_principal
+from brainfound.adapters.low_rank import attach_principal
+from brainfound.adapters.roles import require_known_roles, resolve_targets
 from brainfound.errors import ModelError, RecipeError
 from brainfound.models import BrainFoundForSegmentation
 from brainfound.models.encoder import SliceEncoder
@@ -19,12 +19,12 @@ Method = Literal["none", "lora", "dora", "rslora", "pissa", "last_blocks", "full
 
 
 class AdapterRecipe(Recipe):
-    """What is trained when a model is adapted to a task."""
+    """The trained part of a model in fine-tuning."""
 
     method: Method = "lora"
     """"none" trains the head alone, "full" everything, "last_blocks" the last blocks and the last norm; "lora" (Hu et
     al. 2021), "dora" (Liu et al. 2024), "rslora" (Kalajdzievski 2023) and "pissa" (Meng et al. 2024, updates that start
-    as the principal part of the weights) train low-rank updates of the backbone beside the head."""
+    as the principal part of the weights) train low-rank updates of the backbone and the head."""
     roles: tuple[str, ...] = ("query", "value")
     """The weight matrices that get an update: query, key, value, output, mlp_in, mlp_out, patch."""
     rank: Annotated[int, Field(ge=1, le=1024)] = 8
@@ -32,14 +32,14 @@ class AdapterRecipe(Recipe):
     alpha: Annotated[float, Field(gt=0)] = 16
     """Scale of the updates: alpha/rank, for rslora alpha/sqrt(rank)."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout before each update; not with pissa, whose updates hold the greater part of the weights."""
+    """Dropout before each update; not with pissa, whose updates hold the principal part of the weights."""
     layers: tuple[Annotated[int, Field(ge=1)], ...] | None = None
     """1-based blocks that get updates; null means all."""
     blocks: Annotated[int, Field(ge=1)] = 2
-    """How many blocks, counted from the last one, the method last_blocks trains; others do not read it."""
+    """The number of last blocks that the method last_blocks trains; other methods ignore it."""
     train_contrast_embedding: bool = True
-    """Also train the stem's embedding of each contrast, with low-rank updates and last_blocks; "full" always does. It
-    lies in front of the first block, so that gradients must pass all blocks."""
+    """Also train the stem's embedding of each contrast, with low-rank updates and last_blocks; "full" always does.
+    Gradients must then pass all blocks."""
 
     @field_validator("roles")
     @classmethod
@@ -63,7 +63,7 @@ class AdapterRecipe(Recipe):
 
 
 class ParameterCount(NamedTuple):
-    """How many of a model's parameters are trained."""
+    """The trained and all parameters of a model."""
 
     trainable: int
     total: int
@@ -73,20 +73,19 @@ class ParameterCount(NamedTuple):
 
 
 def attach_adapter(model: nn.Module, recipe: AdapterRecipe) -> Any:
-    """Make the trained part of a model the one that a recipe asks for; everything else is frozen.
+    """Freeze a model except for the part that a recipe trains.
 
-    The aggregator, head and decoder that answer the task are always trained in full. With the low-rank
-    methods the result is a `peft.PeftModel` around `model`, which at first answers exactly as before;
-    otherwise it is `model` itself.
+    The task's aggregator, head and decoder are always trained in full. With the low-rank methods the result is a
+    `peft.PeftModel` around `model` with the same outputs; otherwise it is `model` itself.
 
     Args:
         model: a BrainFound model or a slice encoder, without an adapter.
-        recipe: what to train.
+        recipe: which part to train.
 
     Raises:
-        ModelError: if the model has an adapter, or no module plays a role.
-        RecipeError: if the model has fewer blocks, or smaller matrices, than the recipe asks for, or the blocks that
-            it opens are read by nothing.
+        ModelError: if the model has an adapter, or no module for a role.
+        RecipeError: if the model has fewer blocks or smaller matrices than the recipe needs, or the decoder reads none
+            of the trained blocks.
     """
     if isinstance(model, PeftModel) or any(isinstance(module, PeftModel) for module in model.modules()):
         raise ModelError("the model already has an adapter", remedy="Attach to the model that it was made from")
@@ -101,13 +100,11 @@ def attach_adapter(model: nn.Module, recipe: AdapterRecipe) -> Any:
     if recipe.method not in ("none", "last_blocks"):
         return _attach_updates(model, recipe, task_modules)
     if recipe.method == "last_blocks":
-        unfreeze_last_blocks(model if isinstance(model, SliceEncoder) else model.encoder, recipe.blocks)  # type: ignore[arg-type]
+        unfreeze_last_blocks(_encoder(model), recipe.blocks)
     for name in task_modules:
         model.get_submodule(name).requires_grad_(True)
     _freeze_idle(model)
-    if recipe.method == "last_blocks" and not any(
-        parameter.requires_grad for name, parameter in model.named_parameters() if ".encoder.layer." in name
-    ):
+    if recipe.method == "last_blocks" and not any(p.requires_grad for p in _encoder(model).blocks.parameters()):
         raise RecipeError(
             "the decoder reads none of the last blocks: they would learn nothing",
             where="blocks",
@@ -137,7 +134,7 @@ def _attach_updates(model: nn.Module, recipe: AdapterRecipe, task_modules: list[
 
 
 def unfreeze_last_blocks(encoder: SliceEncoder, num_blocks: int) -> None:
-    """Let the last blocks of an encoder and its last norm learn.
+    """Train the last blocks of an encoder and its last norm.
 
     Raises:
         RecipeError: if there are fewer blocks.
@@ -152,7 +149,7 @@ def unfreeze_last_blocks(encoder: SliceEncoder, num_blocks: int) -> None:
         )
     for block in encoder.blocks[encoder.num_layers - num_blocks :]:
         block.requires_grad_(True)
-    encoder.backbone.layernorm.requires_grad_(True)
+    encoder.norm.requires_grad_(True)
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
@@ -162,7 +159,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
 
 
 def _task_modules(model: nn.Module) -> list[str]:
-    """The full names of the modules outside the encoder that take part in the answer and have weights."""
+    """The full names of the modules with weights outside the encoder that the outputs depend on."""
     used = {"decoder"} if isinstance(model, BrainFoundForSegmentation) else {"aggregator", "head", "decoder"}
     return [
         name
@@ -172,17 +169,16 @@ def _task_modules(model: nn.Module) -> list[str]:
 
 
 def _freeze_idle(model: nn.Module) -> None:
-    """Freeze weights that no answer depends on: distributed training would wait for their gradients in vain."""
-    for name, parameter in model.named_parameters():
-        if _is_idle(model, name):
-            parameter.requires_grad_(False)
+    """Freeze weights that no output depends on: distributed training would wait for their gradients in vain."""
+    encoder = _encoder(model)
+    idle: list[nn.Module] = []
+    if isinstance(model, BrainFoundForSegmentation):
+        num_read = max(model.config.resolved_decoder_layers)
+        idle += [*encoder.blocks[num_read:], encoder.norm, model.brainfound.aggregator]
+    for module in idle:
+        module.requires_grad_(False)
+    encoder.backbone.embeddings.mask_token.requires_grad_(False)
 
 
-def _is_idle(model: nn.Module, name: str) -> bool:
-    if name.endswith("embeddings.mask_token"):
-        return True
-    if not isinstance(model, BrainFoundForSegmentation):
-        return False
-    if ".backbone." in name and (block_number(name) or 0) > max(model.config.resolved_decoder_layers):
-        return True
-    return ".aggregator." in name or name.endswith(("backbone.layernorm.weight", "backbone.layernorm.bias"))
+def _encoder(model: Any) -> SliceEncoder:
+    return model if isinstance(model, SliceEncoder) else model.encoder

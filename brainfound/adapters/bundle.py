@@ -1,20 +1,19 @@
 """Bundles: an adapted model as one folder, saved and loaded as one unit.
 
-A bundle holds the trained weights with the aggregator and the head, the model's configuration, the
-preprocessing, the labels, and either its base or the base's Hub id with a hash of its weights. What is
-written is loaded again at once and must answer as the model did. Nothing in a bundle is a pickle.
+A bundle holds the trained weights, the configuration, the preprocessing, the labels, and either its base or the base's
+Hub id with a hash of its weights. After writing it is loaded again and must give the model's outputs. No pickles.
 
     bundle.json            schema, task, labels, base, versions, metadata, a hash of every other file but README.md
     config.json            the model's configuration
-    preprocessing.json     what was done to the scans
-    input_contract.json    what the scans were like (not in every bundle)
+    preprocessing.json     the preprocessing of the scans
+    input_contract.json    statistics of the scans (not in every bundle)
     adapter_config.json    \\ the low-rank updates and the modules trained with them
     adapter_model.safetensors /
     trained.safetensors    in place of an adapter: the trained weights, where the encoder is as it was
     model.safetensors      in place of both: all weights, where the encoder itself was trained
     frozen_baseline.safetensors   the linear model on the untouched encoder (not in every bundle)
     base/                  the encoder that the adapter was trained on, unless it is on the Hub
-    README.md              the model card, where one was asked for; it is the one file that may be edited later
+    README.md              the model card (not in every bundle); the only file that may be edited later
 """
 
 from __future__ import annotations
@@ -44,20 +43,19 @@ from brainfound.adapters.bundle_reader import (
     load_bundle,
     tensors_hash,
 )
-from brainfound.adapters.updates import convert_pissa_to_lora, principal_start
+from brainfound.adapters.low_rank import convert_pissa_to_lora, principal_start
 from brainfound.data.checking.contract import InputContract
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.errors import ModelError
 from brainfound.models import BrainFoundConfig, BrainFoundModel
-from brainfound.models.backbones import is_hub_id
-from brainfound.models.configuration import silence_transformers
+from brainfound.models.hub import is_hub_id, silence_transformers
+from brainfound.models.infer import unwrap_peft
 from brainfound.report.cards import write_model_card
 
 __all__ = ["Bundle", "load_bundle", "save_bundle"]
 
 _TOLERANCE = 1e-5
-# What pissa takes out of a weight is added by the update and, after loading, is in the weight again: the same sum
-# in another order, through all blocks.
+# After loading, a pissa weight is the same sum in another order, in all blocks.
 _TOLERANCE_AFTER_PISSA = 1e-3
 
 
@@ -75,18 +73,18 @@ def save_bundle(
     copy_base: bool = False,
     overwrite: bool = False,
 ) -> Path:
-    """Write a bundle, load it again and compare the answers.
+    """Write a bundle, load it again and compare the outputs.
 
     Args:
-        folder: where; appears only when everything is written and checked.
+        folder: target; it appears only when everything is written and checked.
         model: a BrainFound model, with or without an adapter, in float32.
-        preprocessing: what was done to the scans that it was trained on.
-        labels: what the outputs mean, as plain values.
-        contract: what the scans were like that it was trained on; None writes none.
-        metadata: anything else worth keeping, as plain values (metrics, the data's hash).
+        preprocessing: of the training scans.
+        labels: the meaning of the outputs, as plain values.
+        contract: statistics of the training scans; None writes none.
+        metadata: further plain values (metrics, the data's hash).
         card: facts for a model card (see `brainfound.report.cards`); None writes no card.
-        baseline: the linear model on the untouched encoder that stands beside the scores; None writes none.
-        example: inputs of the model on which the answers are compared; None: small random ones.
+        baseline: the linear model on the untouched encoder; None writes none.
+        example: inputs of the model for the comparison; None: small random ones.
         copy_base: put the base into the bundle even if it came from the Hub.
         overwrite: replace a bundle that is already there.
 
@@ -97,11 +95,11 @@ def save_bundle(
     is_taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if is_taken and not (overwrite and (folder / "bundle.json").is_file()):
         raise ModelError("the folder is taken", where=folder, remedy="Choose a new folder, or overwrite a bundle")
-    body = _get_base_model(model)
+    body = unwrap_peft(model)
     _require_bundlable(body, preprocessing)
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
-    former = draft.with_suffix(".former")
+    previous = draft.with_suffix(".previous")
     draft.mkdir()
     try:
         if contract is not None:
@@ -114,22 +112,18 @@ def save_bundle(
             write_model_card(draft, {"name": folder.resolve().parent.name, **card})
         _require_same_outputs(draft, model, example)
         if folder.exists():
-            # Moved aside, not removed: until the new one stands there, the former one is whole.
-            folder.rename(former)
+            # Moved, not removed: the previous bundle stays whole until the new one is in place.
+            folder.rename(previous)
         draft.rename(folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-        if former.exists() and not folder.exists():
-            former.rename(folder)
-        shutil.rmtree(former, ignore_errors=True)
+        if previous.exists() and not folder.exists():
+            previous.rename(folder)
+        shutil.rmtree(previous, ignore_errors=True)
     return folder
 
 
-def _get_base_model(model: Any) -> Any:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def _task_of(body: Any) -> str:
+def _get_task(body: Any) -> str:
     for task, kind in MODEL_CLASSES.items():
         if type(body) is kind:
             return task
@@ -140,7 +134,7 @@ def _task_of(body: Any) -> str:
 
 
 def _require_bundlable(body: Any, preprocessing: Preprocessing) -> None:
-    _task_of(body)
+    _get_task(body)
     contrasts = tuple(body.config.contrasts)
     if tuple(preprocessing.contrasts) != contrasts:
         raise ModelError(
@@ -168,7 +162,7 @@ def _write(
     metadata: dict[str, Any],
     copy_base: bool,
 ) -> None:
-    body = _get_base_model(model)
+    body = unwrap_peft(model)
     weights = _weights_kind(model, body)
     preprocessing.save(draft)
     if weights == "full":
@@ -183,7 +177,7 @@ def _write(
         save_file({name: value.detach().cpu().contiguous() for name, value in own.items()}, draft / TRAINED_FILE)
     content = {
         "schema_version": SCHEMA_VERSION,
-        "task": _task_of(body),
+        "task": _get_task(body),
         "weights": weights,
         "labels": labels,
         "base": None if weights == "full" else _write_base(draft, body, copy_base),
@@ -203,10 +197,10 @@ def _write(
 def _write_adapter(draft: Path, model: PeftModel) -> None:
     model.save_pretrained(str(draft), safe_serialization=True, save_embedding_layers=False)
     (draft / "README.md").unlink(missing_ok=True)
-    convert_pissa_to_lora(draft, _get_base_model(model))
+    convert_pissa_to_lora(draft, unwrap_peft(model))
     path = draft / "adapter_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
-    # The base is described in bundle.json; here it would be a path of the machine that trained.
+    # bundle.json describes the base; here it would be a path of the training machine.
     settings["base_model_name_or_path"] = None
     # The library keeps a set, whose order differs from process to process.
     settings["target_modules"] = sorted(settings["target_modules"])
@@ -221,7 +215,7 @@ def _write_base(draft: Path, body: Any, copy_base: bool) -> dict[str, Any]:
     source = loaded_from or body.config.backbone_source
     if source and is_hub_id(source) and not copy_base:
         return {**record, "source": "hub", "id": source, "is_brainfound": bool(loaded_from)}
-    # Without aggregator weights: those that matter are the trained ones.
+    # Without aggregator weights: the trained ones are in the adapter.
     config = BrainFoundConfig.from_dict({**body.config.to_dict(), "aggregator": "mean"})
     with torch.device("meta"):
         base = BrainFoundModel(config)
@@ -231,11 +225,11 @@ def _write_base(draft: Path, body: Any, copy_base: bool) -> dict[str, Any]:
 
 
 def _require_same_outputs(draft: Path, model: Any, example: Mapping[str, Tensor] | None) -> None:
-    body = _get_base_model(model)
+    body = unwrap_peft(model)
     device = next(body.parameters()).device
     was_training = model.training
     inputs = _random_example(body) if example is None else {k: v.cpu() for k, v in example.items() if k != "labels"}
-    # New parts are drawn at random before they are loaded; the caller's random numbers must not notice.
+    # Loading draws random weights first; the caller's random state must not change.
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         reloaded = load_bundle(draft).model
         model.eval().cpu()

@@ -1,6 +1,6 @@
-"""Reading of bundles: every file and every weight accounted for, or refused. See `bundle` for what a bundle holds.
+"""Reading of bundles: every file and every weight is checked. `brainfound.adapters.bundle` lists the files.
 
-Fingerprints of files and of weights (SHA-256).
+Files and weights are compared by their SHA-256.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from brainfound.adapters.former_names import to_current_targets, to_current_tensors, to_legacy_state_dict
-from brainfound.adapters.updates import get_base_weight
+from brainfound.adapters.low_rank import get_base_weight
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.errors import ModelError
 from brainfound.models import (
@@ -31,7 +30,8 @@ from brainfound.models import (
     BrainFoundForSegmentation,
     BrainFoundModel,
 )
-from brainfound.models.backbones import LOAD_FAILURES, list_keys, load_backbone
+from brainfound.models.backbones import load_backbone
+from brainfound.models.hub import LOAD_FAILURES, first_line, list_keys
 
 
 def file_hash(path: Path) -> str:
@@ -41,7 +41,7 @@ def file_hash(path: Path) -> str:
 
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
-    """The SHA-256 of named tensors: names, shapes, types and bytes; the same in whatever file they come."""
+    """The SHA-256 of named tensors (names, shapes, types, bytes), independent of their file."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -67,7 +67,7 @@ _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 
 @dataclass(frozen=True)
 class Bundle:
-    """An adapted model with everything that its use needs."""
+    """An adapted model with its preprocessing, labels and description."""
 
     model: Any
     """Ready for inference: a BrainFound model, or a `peft.PeftModel` around one."""
@@ -80,12 +80,12 @@ class Bundle:
     content: dict[str, Any] = field(repr=False)
     """All of bundle.json."""
     baseline: dict[str, Tensor] = field(default_factory=dict, repr=False)
-    """The linear model on the untouched backbone; empty where none was saved."""
+    """The linear model on the untouched backbone; empty if none was saved."""
 
     def load_pretrained(self) -> Any | None:
-        """The model with the encoder that it had before training, and an aggregator and a head that mean nothing.
+        """The model with its encoder before training, and a random aggregator and head.
 
-        None where all weights were trained: the encoder of before is not in the bundle then.
+        None if all weights were trained: then the bundle lacks the pretrained encoder.
 
         Raises:
             ModelError: as `load_bundle`.
@@ -129,7 +129,7 @@ def load_bundle(folder: str | Path) -> Bundle:
 
 
 def base_encoder_state(body: Any) -> dict[str, Tensor]:
-    """The encoder's weights as they were before an adapter was attached or merged, under their own names.
+    """The encoder's weights before an adapter was attached or merged, under their own names.
 
     Raises:
         ModelError: if the adapter was merged in a way that does not keep them.
@@ -146,7 +146,7 @@ def base_encoder_state(body: Any) -> dict[str, Tensor]:
 
 
 def strip_adapter_name(name: str) -> str | None:
-    """The name that a weight of an adapted encoder has without the adapter; None if it belongs to the adapter."""
+    """The name of an adapted encoder's weight without the adapter; None if it belongs to the adapter."""
     if "lora_" in name or ".modules_to_save." in name:
         return None
     return name.replace(".base_layer.", ".").replace(".original_module.", ".")
@@ -176,7 +176,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
     unusable = _unusable_fields(content)
     if unusable:
         raise ModelError(
-            f"the description lacks {', '.join(unusable)}, or has there what cannot be used",
+            f"the description lacks {', '.join(unusable)}, or has unusable values there",
             where=path,
             remedy="Copy the bundle again, or export it again",
         )
@@ -184,7 +184,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
 
 
 def _unusable_fields(content: dict[str, Any]) -> list[str]:
-    """The needed fields of a description that are not there, or are of another kind."""
+    """The required fields of a description that are missing or of another type."""
     base = content.get("base")
     if isinstance(base, dict):
         of_hub = isinstance(base.get("id"), str) and isinstance(base.get("is_brainfound"), bool)
@@ -224,7 +224,7 @@ def _read_config(path: Path) -> BrainFoundConfig:
         return BrainFoundConfig.from_json_file(path)
     except LOAD_FAILURES as error:
         raise ModelError(
-            f"the configuration cannot be read: {_first_line(error)}", where=path, remedy="Copy the bundle again"
+            f"the configuration cannot be read: {first_line(error)}", where=path, remedy="Copy the bundle again"
         ) from error
 
 
@@ -235,15 +235,14 @@ def _load_base(kind: type[Any], config: BrainFoundConfig, base: dict[str, Any], 
     elif base["is_brainfound"]:
         where = base["id"]
         with warnings.catch_warnings():
-            # The head that is there, if any, gives way to the one of the bundle.
+            # The bundle's head replaces that of the base.
             warnings.filterwarnings("ignore", message=".*the head begins anew")
             model = kind.from_pretrained(where, config=config, ignore_mismatched_sizes=True)
     else:
         where = base["id"]
         model = kind(config, backbone=load_backbone(where))
-    state = base_encoder_state(model)
-    found = tensors_hash(state)
-    if base["sha256"] != found and base["sha256"] != tensors_hash(to_legacy_state_dict(state)):
+    found = tensors_hash(base_encoder_state(model))
+    if base["sha256"] != found:
         raise ModelError(
             "these are not the base weights that the adapter was trained on",
             where=where,
@@ -269,12 +268,10 @@ def _load_adapter(model: Any, folder: Path) -> PeftModel:
     try:
         saved = load_file(path)
         settings = PeftConfig.from_pretrained(str(folder))
-        settings.target_modules = to_current_targets(settings.target_modules, model)
         settings.inference_mode = True
-        tensors = to_current_tensors(saved, model)
         adapted = PeftModel(model, settings)
-        _require_same_keys(path, set(tensors), set(get_peft_model_state_dict(adapted, save_embedding_layers=False)))
-        set_peft_model_state_dict(adapted, tensors)
+        _require_same_keys(path, set(saved), set(get_peft_model_state_dict(adapted, save_embedding_layers=False)))
+        set_peft_model_state_dict(adapted, saved)
     except LOAD_FAILURES as error:
         raise _unreadable_weights(path, error) from error
     return adapted
@@ -304,11 +301,7 @@ def _read_keys(path: Path) -> set[str]:
 
 
 def _unreadable_weights(path: Path, error: Exception) -> ModelError:
-    return ModelError(f"the weights cannot be read: {_first_line(error)}", where=path, remedy="Copy the bundle again")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return ModelError(f"the weights cannot be read: {first_line(error)}", where=path, remedy="Copy the bundle again")
 
 
 def _require_same_keys(path: Path, saved: set[str], expected: set[str]) -> None:

@@ -1,7 +1,6 @@
-"""Roles of a ViT's weight matrices, and the modules that play them.
+"""Roles of a ViT's weight matrices, and the modules that have them.
 
-Adapter recipes name roles ("query", "mlp_in"), because module names differ between families and have
-changed between releases of the library: an adapter that says `query` fails on a model that says `q_proj`.
+Adapter recipes name roles ("query", "mlp_in") and not modules, because module names differ between families.
 """
 
 from __future__ import annotations
@@ -14,16 +13,16 @@ from transformers import PreTrainedModel
 
 from brainfound.errors import ModelError, RecipeError, did_you_mean
 
-# Role → how module names end, in current and former releases and in the families' own code.
 ROLES: dict[str, tuple[str, ...]] = {
-    "query": ("q_proj", "attention.query"),
-    "key": ("k_proj", "attention.key"),
-    "value": ("v_proj", "attention.value"),
-    "output": ("o_proj", "attention.output.dense"),
-    "mlp_in": ("fc1", "gate_proj", "up_proj", "weights_in", "intermediate.dense"),
-    "mlp_out": ("fc2", "down_proj", "weights_out", r"\d+.output.dense"),
+    "query": ("q_proj",),
+    "key": ("k_proj",),
+    "value": ("v_proj",),
+    "output": ("o_proj",),
+    "mlp_in": ("fc1", "gate_proj", "up_proj"),
+    "mlp_out": ("fc2", "down_proj"),
     "patch": ("patch_embeddings.projection",),
 }
+"""Role → how the names of its modules end, in all families."""
 _BLOCK = re.compile(r"(?:^|\.)layers?\.(\d+)\.")
 
 
@@ -39,7 +38,7 @@ def require_known_roles(roles: Iterable[str]) -> None:
 
 
 def resolve_targets(model: nn.Module, roles: Iterable[str], layers: Iterable[int] | None = None) -> list[str]:
-    """The full names of the backbone's modules that play the given roles.
+    """The full names of the backbone's modules that have the given roles.
 
     Args:
         model: a BrainFound model, a slice encoder, or a plain ViT.
@@ -67,31 +66,12 @@ def resolve_targets(model: nn.Module, roles: Iterable[str], layers: Iterable[int
         kept = [name for name in matches if wanted is None or block_number(name) in {None, *wanted}]
         if not kept:
             raise ModelError(
-                f"no module of {type(model).__name__} plays the role {role!r}",
+                f"no module of {type(model).__name__} has the role {role!r}",
                 where="roles",
                 remedy="Choose another role, or check that the model is a supported ViT without an adapter",
             )
         found += kept
     return sorted(set(found), key=candidates.index)
-
-
-def group_modules_by_role(model: nn.Module) -> dict[tuple[int | None, str], list[str]]:
-    """The full names of the backbone's modules by the block that they are in and the role that they play."""
-    found: dict[tuple[int | None, str], list[str]] = {}
-    for name in _matrices(model):
-        role = infer_role(name)
-        if role is not None:
-            found.setdefault((block_number(name), role), []).append(name)
-    return found
-
-
-def infer_role(name: str) -> str | None:
-    """The role of a module of a backbone, by its name in the present or in a former release; None if it plays none.
-
-    >>> infer_role("layer.0.attention.attention.query"), infer_role("layer.0.attention.q_proj"), infer_role("layernorm")
-    ('query', 'query', None)
-    """
-    return next((role for role in ROLES if _has_role(name, role)), None)
 
 
 def block_number(name: str) -> int | None:
@@ -114,11 +94,11 @@ def _matrices(model: nn.Module) -> list[str]:
 
 
 def _has_role(name: str, role: str) -> bool:
-    return any(re.search(rf"(?:^|\.){ending}$", name) for ending in ROLES[role])
+    return any(f".{name}".endswith(f".{ending}") for ending in ROLES[role])
 
 
 def _backbone_prefix(model: nn.Module) -> str:
-    """Where the ViT sits: aggregators and decoders have projections of their own, which are trained in full."""
+    """The path of the ViT: aggregators and decoders have projections of their own, which are trained in full."""
     for name, module in model.named_modules():
         if name.rsplit(".", 1)[-1] == "backbone" and isinstance(module, PreTrainedModel):
             return f"{name}."

@@ -36,7 +36,7 @@ from brainfound.finetuning.finetune import finetune, resolve_parts_and_target
 from brainfound.finetuning.recipe import FinetuneRecipe, resolve_recipe
 from brainfound.finetuning.splits import make_split
 from brainfound.metrics.summaries import summarise_runs
-from brainfound.models.start import read_patch_size
+from brainfound.models.loading import read_patch_size
 from brainfound.training import distributed as ranks
 from brainfound.training import run_folder as run_files
 from brainfound.training.engine import process_state

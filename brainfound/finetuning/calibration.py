@@ -33,7 +33,7 @@ from brainfound.metrics.calibration import (
     reliability_bins,
 )
 from brainfound.metrics.scores import regression_scores
-from brainfound.models.stack_inference import StackPrediction
+from brainfound.models.infer import StackPrediction
 
 NUM_BINS = 15
 _FLOAT32_STEP = float(np.finfo(np.float32).eps) / 2

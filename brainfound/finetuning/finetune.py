@@ -46,7 +46,7 @@ from brainfound.finetuning.splits import hash_split, resolve_split_file, split_s
 from brainfound.finetuning.targets import Target, class_names, infer_task, resolve_target
 from brainfound.finetuning.training_task import FinetuneTask, FrozenBaselineResult, build_training_setup
 from brainfound.models import BrainFoundConfig
-from brainfound.models.stack_inference import unwrap_peft
+from brainfound.models.infer import unwrap_peft
 from brainfound.recipes import load
 from brainfound.report.figures import plot_reliability
 from brainfound.training import distributed as ranks

@@ -36,8 +36,8 @@ from brainfound.finetuning.linear_start import fit_logistic, fit_ridge, subject_
 from brainfound.finetuning.scoring import ScoringRecipe, SessionScores, score_predictions
 from brainfound.finetuning.targets import Target
 from brainfound.models import BrainFoundModel
-from brainfound.models.stack_inference import StackPrediction
-from brainfound.models.start import load_initial_model
+from brainfound.models.infer import StackPrediction
+from brainfound.models.loading import load_initial_model
 
 
 @dataclass(frozen=True)

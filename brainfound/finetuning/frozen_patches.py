@@ -31,7 +31,7 @@ from brainfound.data.store import Store
 from brainfound.errors import TrainingError
 from brainfound.finetuning.linear_start import subject_group_indices
 from brainfound.finetuning.targets import Target
-from brainfound.models.stack_inference import SEGMENTATION_CHUNK, StackPrediction
+from brainfound.models.infer import SEGMENTATION_CHUNK, StackPrediction
 from brainfound.training.randomness import PROBE, numpy_generator
 
 MAX_PATCHES, MAX_SESSIONS = 6000, 500

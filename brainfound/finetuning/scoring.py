@@ -33,7 +33,7 @@ from brainfound.metrics.scores import (
     trivial_multi_label_scores,
     trivial_scores,
 )
-from brainfound.models.stack_inference import StackPrediction, infer, infer_embedded
+from brainfound.models.infer import StackPrediction, infer, infer_embedded
 from brainfound.recipes import Recipe
 from brainfound.training.checkpoint import write_atomically
 

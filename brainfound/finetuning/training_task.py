@@ -30,8 +30,8 @@ from brainfound.finetuning.scoring import ScoringRecipe, SessionScores, score_se
 from brainfound.finetuning.targets import Target
 from brainfound.finetuning.volumes import EmbeddedReader, VolumeReader, augment_volumes
 from brainfound.models import BrainFoundForClassification, BrainFoundForRegression, BrainFoundForSegmentation
-from brainfound.models.stack_inference import unwrap_peft
-from brainfound.models.start import load_initial_model
+from brainfound.models.infer import unwrap_peft
+from brainfound.models.loading import load_initial_model
 from brainfound.recipes import load
 from brainfound.training import distributed as ranks
 from brainfound.training.data_order import EpochOrder, RankBatchSampler

@@ -22,8 +22,8 @@ from brainfound.inference.prediction import Prediction
 from brainfound.inference.predictor import Predictor, resolve_device
 from brainfound.inference.segmentation import SegmentationOptions
 from brainfound.models import BrainFoundModel
-from brainfound.models.backbones import LOAD_FAILURES, is_hub_id, unreadable_model_error
-from brainfound.models.stack_inference import unwrap_peft
+from brainfound.models.hub import LOAD_FAILURES, is_hub_id, unreadable_model_error
+from brainfound.models.infer import unwrap_peft
 from brainfound.training.run_folder import is_run_folder
 
 

@@ -26,7 +26,7 @@ from brainfound.inference.explanation import Explanation, choose_methods, explai
 from brainfound.inference.prediction import Prediction
 from brainfound.inference.scans import session_from_scans
 from brainfound.inference.segmentation import SegmentationOptions, build_segmentation_fields
-from brainfound.models.stack_inference import infer
+from brainfound.models.infer import infer
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from brainfound.finetuning.embedding_cache import EmbeddingCache
 from brainfound.inference.evaluation import require_same_preprocessing
 from brainfound.inference.loading import load
 from brainfound.metrics.embedding_probes import SiteProbe, TestRetest, site_probe, test_retest, validate_probe_columns
-from brainfound.models.stack_inference import unwrap_peft
+from brainfound.models.infer import unwrap_peft
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from brainfound.data.preprocessing.stack import Stack
 from brainfound.errors import UsageError
 from brainfound.finetuning.targets import Target
 from brainfound.inference.prediction import probability_image, segmentation_image, volumes_mm3, voxel_mm3
-from brainfound.models.stack_inference import InferenceAugmentation, StackPrediction
+from brainfound.models.infer import InferenceAugmentation, StackPrediction
 
 # The volume of a voxel comes from an affine in float32, so that 27 mm³ may read as 27.000001.
 _ROUNDING = 1e-6

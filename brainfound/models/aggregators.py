@@ -2,15 +2,15 @@
 
 Axis legend: B volumes, S slices, D width.
 
-Padding is not masked out here, it is left out: volumes with the same number of valid slices are
-gathered and pooled together, so that a padded slice is never read, and neither its content nor the
-amount of padding can change a bit of the result.
+Padding is not masked but left out: volumes with the same number of valid slices are gathered and pooled together.
+A padded slice is never read, and neither its content nor the amount of padding can change a bit of the result.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from brainfound.models.configuration import BrainFoundConfig
 
 
 class Aggregation(NamedTuple):
-    """A volume embedding, and what each slice weighed in it where the aggregator has such weights."""
+    """A volume embedding, and the weight of each slice in it; None where the aggregator has no weights."""
 
     embedding: Float[Tensor, "volumes width"]
     weights: Float[Tensor, "volumes slices"] | None
@@ -52,7 +52,7 @@ class Aggregator(nn.Module, ABC):
             slice_mask: True where a slice is valid; None: all are. At least one per volume.
             positions_mm: position of each slice; None: valid slices 1 mm apart, centred on 0.
         """
-        # What tells subjects apart may be less than a bfloat16 of what they share; a product per slice costs nothing.
+        # Subjects may differ by less than bfloat16 resolves; a product per slice costs nothing.
         with torch.autocast(slice_embeddings.device.type, enabled=False):
             if (weight := next(self.parameters(), None)) is not None:
                 slice_embeddings = slice_embeddings.to(weight.dtype)
@@ -64,7 +64,7 @@ class Aggregator(nn.Module, ABC):
         slice_mask: Bool[Tensor, "volumes slices"] | None,
         positions_mm: Float[Tensor, "volumes slices"] | None,
     ) -> Aggregation:
-        """Volumes with the same number of valid slices, together; the others apart."""
+        """Pool volumes with the same number of valid slices together."""
         if slice_mask is None:
             positions_mm = _centred_positions(slice_embeddings) if positions_mm is None else positions_mm
             return Aggregation(*self.pool(slice_embeddings, positions_mm))
@@ -93,20 +93,20 @@ class MeanAggregator(Aggregator):
 
 
 class MaxAggregator(Aggregator):
-    """The largest value over slices, for each of the D numbers by itself; blind to order.
+    """The maximum over slices of each of the D features; invariant to order.
 
-    A sign that one slice shows is kept, which a mean over many slices would thin out.
+    A finding in a single slice is kept, which a mean over many slices would dilute.
     """
 
     has_weights = False
 
     def pool(self, slices: Tensor, positions_mm: Tensor) -> tuple[Tensor, None]:
-        # amax shares the gradient among equal slices, so a repeated slice leaves it blind to order.
+        # amax shares the gradient among equal slices, so a repeated slice keeps it invariant to order.
         return slices.amax(dim=1), None
 
 
 class AttentionAggregator(Aggregator):
-    """Gated attention pooling (Ilse, Tomczak, Welling 2018, "Attention-based deep MIL", eq. 9); blind to order."""
+    """Gated attention pooling (Ilse, Tomczak, Welling 2018, "Attention-based deep MIL", eq. 9); invariant to order."""
 
     def __init__(self, width: int, hidden_width: int) -> None:
         super().__init__()
@@ -122,10 +122,10 @@ class AttentionAggregator(Aggregator):
 
 
 class TransformerAggregator(Aggregator):
-    """A small pre-norm transformer whose class token reads the slices at their positions in mm.
+    """A small pre-norm transformer whose class token attends to the slices at their positions in mm.
 
-    A slice's weight is what the class token draws from it by attention rollout (Abnar and Zuidema 2020, §3); with one
-    layer that is the class token's attention, as a mean over heads. No gradient goes through weights.
+    A slice's weight is the class token's attention rollout (Abnar and Zuidema 2020, §3); with one layer that is its
+    attention, averaged over heads. No gradient flows through the weights.
     """
 
     def __init__(self, width: int, num_layers: int) -> None:
@@ -143,7 +143,7 @@ class TransformerAggregator(Aggregator):
         rollout = torch.eye(1 + num_slices, device=slices.device)
         for layer in self.layers:
             tokens, attention = layer(tokens)
-            # Half of what leaves a layer has gone around its attention.
+            # The residual connection carries half of a layer's output past its attention.
             rollout = (attention @ rollout + rollout) / 2
         weights = rollout[:, 0, 1:]
         return self.norm(tokens[:, 0]), weights / weights.sum(dim=1, keepdim=True)
@@ -165,7 +165,7 @@ class SliceBlock(nn.Module):
     def forward(
         self, tokens: Float[Tensor, "volumes tokens width"]
     ) -> tuple[Float[Tensor, "volumes tokens width"], Float[Tensor, "volumes tokens tokens"]]:
-        """The tokens after the block; and what each drew from each: sums of 1, the mean over heads, no gradient."""
+        """The tokens after the block, and its attention: averaged over heads, rows sum to 1, without gradient."""
         projected = self.query_key_value(self.norm1(tokens))
         query, key, value = projected.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         with torch.no_grad():
@@ -194,7 +194,7 @@ def sinusoidal_positions(
 ) -> Float[Tensor, "volumes slices width"]:
     """Sines and cosines of a position, with wavelengths from `shortest_mm` to `longest_mm` (Vaswani et al. 2017, §3.5).
 
-    Continuous in mm, so one model reads 1 mm and 5 mm slices alike.
+    Continuous in mm: one model reads 1 mm and 5 mm slices.
     """
     num_waves = (width + 1) // 2
     exponents = torch.linspace(0.0, 1.0, num_waves, device=positions_mm.device)
@@ -205,11 +205,13 @@ def sinusoidal_positions(
 
 def build_aggregator(config: BrainFoundConfig) -> Aggregator:
     """The aggregator that a configuration names."""
-    if config.aggregator == "attention":
-        return AttentionAggregator(config.embedding_size, config.aggregator_width)
-    if config.aggregator == "transformer":
-        return TransformerAggregator(config.embedding_size, config.aggregator_layers)
-    return MaxAggregator() if config.aggregator == "max" else MeanAggregator()
+    aggregators: dict[str, Callable[[], Aggregator]] = {
+        "mean": MeanAggregator,
+        "max": MaxAggregator,
+        "attention": lambda: AttentionAggregator(config.embedding_size, config.aggregator_width),
+        "transformer": lambda: TransformerAggregator(config.embedding_size, config.aggregator_layers),
+    }
+    return aggregators[config.aggregator]()
 
 
 def _centred_positions(slices: Tensor) -> Tensor:

@@ -1,24 +1,15 @@
-"""Recomputation in the backward pass that repeats no matrix product.
+"""The loop of pretraining over the transformer blocks of a Hub ViT, with selective recomputation.
 
-Of a residual branch the results of matrix products and attention are kept, and norms, activations, softmaxes and
-casts are computed again: they pass over memory once and hold most of what a backward pass needs.
+The sub-modules of the library's blocks are called, so adapters, sharding and hooks on them keep working.
 
-Source: selective recomputation (Korthikanti et al. 2022, arXiv 2205.05198, section 5), by operation as in
-PyTorch's selective activation checkpointing. That one demands each operation of the first pass in the second one,
-one by one. Sharded training gathers weights in between, at one time more often than at another, and must
-do so again; here only products are counted.
-
-Our own loop over the transformer blocks of a Hub ViT.
+- Packing of crops and stochastic depth (1603.09382) by subsets of the batch as in DINOv2 (arXiv 2304.07193, section
+  5): of each group a fixed number of sequences goes through a residual branch and is scaled by n / kept, so that
+  shapes stay the same and the dropped work is saved.
+- Selective recomputation (Korthikanti et al. 2022, arXiv 2205.05198, section 5): results of matrix products and
+  attention are kept; norms, activations, softmaxes and casts are recomputed. PyTorch's selective checkpointing demands
+  the same operations in both passes; sharded training gathers weights more often in one, so only products count here.
 
 Axis legend: ``n`` sequences of a group, ``L`` tokens of each, ``T`` tokens of all groups, ``D`` width.
-
-The library's blocks are used as they are: their sub-modules are called, so adapters, sharding and hooks on
-them keep working. What the library's own loop cannot do is done here: groups of several lengths share each
-matrix product, and stochastic depth saves the work that it drops.
-
-Sources: packing of crops as in DINOv2 (arXiv 2304.07193, section 5); stochastic depth (1603.09382) by subsets of
-the batch (DINOv2, section 5): of each group a fixed number of sequences goes through a residual branch and is
-scaled up by n / kept, so that shapes stay the same in every step.
 """
 
 from __future__ import annotations
@@ -40,12 +31,12 @@ from brainfound.models.kernels import Kernel, Packing
 
 Branch = Callable[[Any, Tensor, Packing, Kernel], Tensor]
 SavedActivations = Literal["all", "products", "inputs"]
-"""What of a residual branch is kept for the backward pass; the rest is computed again."""
+"""The activations of a residual branch that are kept for the backward pass; the rest is recomputed."""
 _MOST_GRAPHS = 64
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """In which type products of this tensor are computed now: that of autocast, if it is on."""
+    """The dtype in which products of this tensor are computed: that of autocast, if it is on."""
     kind = tensor.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
 
@@ -66,13 +57,13 @@ def mlp_branch(block: Any, tokens: Float[Tensor, "1 T D"], packing: Packing, ker
 
 @dataclass(frozen=True)
 class BlockRunner:
-    """How blocks are run.
+    """Runs packed groups of sequences through transformer blocks.
 
     Attributes:
         kernel: of attention.
-        attention, mlp: the two branches, perhaps compiled.
-        kept: for the backward pass, of the inside of a branch: "all"; "products", the results of matrix products
-            and attention, while norms, activations and softmaxes are computed again; "inputs", nothing.
+        attention, mlp: the two branches, compiled or not.
+        kept: the activations inside a branch that are kept for the backward pass: "all"; "products", the results of
+            matrix products and attention; "inputs", none.
     """
 
     kernel: Kernel = "sdpa"
@@ -83,9 +74,9 @@ class BlockRunner:
     def compiled(self) -> BlockRunner:
         """The same with both branches compiled: one graph per shape, shared by all blocks.
 
-        What a compiled branch keeps, the compiler decides by the same rule as "products".
+        In a compiled branch the compiler chooses the kept activations, by the same rule as "products".
         """
-        # Student, teacher and anchor, each with its shapes, with and without adapters, share these functions.
+        # Student, teacher and anchor share these functions, each with its shapes, with and without adapters.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_GRAPHS)
         attention, mlp = (torch.compile(branch, dynamic=False) for branch in (attention_branch, mlp_branch))
         kept: SavedActivations = "inputs" if self.kept == "inputs" else "all"
@@ -94,11 +85,11 @@ class BlockRunner:
     def run(
         self, blocks: nn.ModuleList, groups: Sequence[Float[Tensor, "n L D"]], drop_path: float = 0.0
     ) -> list[Float[Tensor, "n L D"]]:
-        """Groups of sequences through the blocks; no sequence sees another.
+        """Run groups of sequences through the blocks; sequences do not attend to each other.
 
         Args:
-            drop_path: part of each group's sequences that a residual branch leaves out, drawn anew for every
-                branch from the global generator of the tokens' device; 0 in evaluation.
+            drop_path: share of each group's sequences that a residual branch leaves out, drawn for every branch from
+                the global generator of the tokens' device; 0 in evaluation.
         """
         packing = Packing(tuple((group.shape[0], group.shape[1]) for group in groups))
         tokens = torch.cat([group.flatten(0, 1) for group in groups])
@@ -116,7 +107,7 @@ class BlockRunner:
         kept = kept_packing(packing, drop_path)
         index = sample_kept_tokens(packing, kept, tokens.device)
         outputs = self._call(branch, block, tokens.index_select(0, index), kept).split(kept.run_sizes)
-        # In place: nothing keeps these tokens for the backward pass, since the branch read a copy of its part.
+        # In place: the branch read a copy, so no backward pass needs these tokens.
         tokens = tokens if tokens.requires_grad else tokens.clone()
         for output, rows, run, kept_run in zip(
             outputs, index.split(kept.run_sizes), packing.runs, kept.runs, strict=True
@@ -135,39 +126,39 @@ class BlockRunner:
 
 
 def _autocast_without_cache(kind: str) -> AbstractContextManager[Any]:
-    """Autocast as it is, but without its memory of cast weights, which would hold those of all blocks at once."""
+    """The present autocast without its cache of cast weights, which would hold those of all blocks at once."""
     if not torch.is_autocast_enabled(kind):
         return nullcontext()
     return torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), cache_enabled=False)
 
 
 def kept_packing(packing: Packing, drop_path: float) -> Packing:
-    """How many sequences of each run go through a branch: at least one, so that every weight gets a gradient."""
+    """The sequences of each run that go through a branch: at least one, so that every weight gets a gradient."""
     return Packing(tuple((max(1, round(count * (1 - drop_path))), length) for count, length in packing.runs))
 
 
 def sample_kept_tokens(packing: Packing, kept: Packing, device: torch.device) -> Int[Tensor, "kept_tokens"]:
-    """The positions of the tokens of a random part of the sequences, run by run, drawn on the device."""
+    """The token positions of randomly chosen sequences, run by run, drawn on the device."""
     pieces, start = [], 0
     for (count, length), (num_kept, _) in zip(packing.runs, kept.runs, strict=True):
-        # The order does not matter, but which are taken must be uniform: the first of a random permutation.
+        # A uniform choice: the first entries of a random permutation.
         chosen = torch.rand(count, device=device).argsort()[:num_kept]
         pieces.append((start + chosen[:, None] * length + torch.arange(length, device=device)).flatten())
         start += count * length
     return torch.cat(pieces)
 
 
-# Parts of the names of operations that are too much work to repeat; attention comes from other libraries, too.
+# Parts of the names of operations that cost too much to repeat; attention may come from other libraries.
 _PRODUCTS = ("mm", "linear", "convolution")
 _ATTENTION = ("attention", "attn", "flash", "fmha")
 
 
 def checkpoint_except_matmuls(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    """``function(*arguments)``; its backward pass repeats what is cheap. It may be called once.
+    """``function(*arguments)``, whose backward pass recomputes everything but products. It may run once.
 
     Raises:
-        RuntimeError: in the backward pass, if the function does other products there than it did at first, or
-            changes the result of one in place.
+        RuntimeError: in the backward pass, if the recomputation has other products than the forward pass, or the
+            result of one was changed in place.
     """
     result: Tensor = checkpoint(function, *arguments, use_reentrant=False, context_fn=_contexts)  # type: ignore[assignment]
     return result
@@ -179,7 +170,7 @@ def _contexts() -> tuple[TorchDispatchMode, TorchDispatchMode]:
 
 
 class _CachedResult:
-    """The result of a product: tensors, and numbers such as seeds."""
+    """The result of a product: tensors and numbers such as seeds."""
 
     def __init__(self, operation: Any, result: Any) -> None:
         self.operation = operation
@@ -206,7 +197,7 @@ def _without_graph(tensor: Tensor) -> Tensor:
 
 
 class _RecordMode(TorchDispatchMode):
-    """Keeps the results of products, first to last."""
+    """Records the results of products, first to last."""
 
     def __init__(self, kept: deque[_CachedResult]) -> None:
         super().__init__()
@@ -220,7 +211,7 @@ class _RecordMode(TorchDispatchMode):
 
 
 class _ReplayMode(_RecordMode):
-    """Gives them back in this order instead of computing them."""
+    """Returns them in this order instead of computing them."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not _is_product(func):

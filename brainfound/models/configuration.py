@@ -1,21 +1,16 @@
-"""Silence for a library that talks while it loads.
-
-The configuration of every BrainFound model.
-"""
+"""The configuration of every BrainFound model, and the names of its parts."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.utils import logging
 
 from brainfound.errors import ModelError, UsageError, closest_name, did_you_mean
+from brainfound.models.backbones import FAMILIES, SUPPORTED_BACKBONES
 
-SUPPORTED_BACKBONES = ("dinov2", "dinov2_with_registers")
 STEMS = ("channels", "per_contrast", "slices")
 SLICE_FEATURES = ("cls", "patches", "cls_and_patches")
 AGGREGATORS = ("mean", "max", "attention", "transformer")
@@ -26,10 +21,9 @@ SEGMENTATION_LOSSES = ("dice_cross_entropy", "dice_focal", "tversky", "focal_tve
 
 
 class BrainFoundConfig(PreTrainedConfig):
-    """What a BrainFound model is made of.
+    """The configuration of a BrainFound model, of plain values so that a person can read `config.json`.
 
-    The fields are plain values so that `config.json` can be read by a person. Fields of the backbone
-    itself (width, depth, patch size) are those of its own configuration under `backbone_config`.
+    Width, depth and patch size of the backbone are in its own configuration, `backbone_config`.
     """
 
     model_type = "brainfound"
@@ -44,26 +38,26 @@ class BrainFoundConfig(PreTrainedConfig):
     ]
 
     backbone_config: Any = None
-    """Configuration of the 2-D ViT, or its content as a dict: Dinov2 or Dinov2WithRegisters; None: Dinov2's default."""
+    """Configuration of the 2-D ViT, of a type in `SUPPORTED_BACKBONES`, or its content as a dict; None: a Dinov2."""
     backbone_source: str | None = None
     """Hub id or folder that the backbone's first weights came from."""
     contrasts: Sequence[str] = ("T1w", "T2w", "FLAIR")
     """The contrasts of axis C, in order."""
     stem: str = "channels"
     """How contrasts enter the backbone: "channels" (one contrast per input channel), "per_contrast" (each present
-    contrast as a grey image of its own, the answers averaged) or "slices" (z−1, z, z+1 of a single contrast as the
-    three channels)."""
+    contrast as a grey image of its own, outputs averaged) or "slices" (z−1, z, z+1 of a single contrast as the three
+    channels)."""
     image_mean: float | list[float] = 0.449
     """Subtracted from pixels in 0–1; one value, or one per contrast. The default is the mean of the ImageNet values;
-    `from_backbone` of a supervised ViT takes that of its preprocessor."""
+    `from_backbone` takes that of a supervised ViT from its preprocessor."""
     image_std: float | list[float] = 0.226
-    """Pixels are divided by it after `image_mean`; one value, or one per contrast."""
+    """Divides pixels after `image_mean` is subtracted; one value, or one per contrast."""
     slice_chunk: int = 64
     """The largest number of images that the backbone encodes at once; bounds the memory of a forward pass. An image is
     a slice; with the stem "per_contrast" it is one contrast of a slice, and the contrasts of a slice stay together."""
     slice_features: str = "cls"
-    """What a slice's embedding is: "cls" (the class token), "patches" (the mean of the patch tokens, which tells how
-    much of a slice is which tissue) or "cls_and_patches" (one after the other, as in DINOv2's linear evaluation)."""
+    """The embedding of a slice: "cls" (the class token), "patches" (the mean of the patch tokens, which reflects the
+    amount of each tissue) or "cls_and_patches" (both concatenated, as in DINOv2's linear evaluation)."""
     aggregator: str = "mean"
     """Slice embeddings → volume embedding: "mean", "max", "attention" or "transformer"."""
     aggregator_layers: int = 1
@@ -79,8 +73,7 @@ class BrainFoundConfig(PreTrainedConfig):
     decoder_slice_mixing: bool = False
     """Mix neighbouring slices in the decoder with a depthwise convolution along the slice axis."""
     overlapping_labels: bool = False
-    """Segmentation: each label is a yes or no of its own (sigmoid), without a background class; a pixel may have any
-    number of them."""
+    """Segmentation: each label is a sigmoid of its own, without a background class; a pixel may have any number."""
     segmentation_loss: str = "dice_cross_entropy"
     """Segmentation: "dice_cross_entropy", "dice_focal", "tversky" or "focal_tversky"; the last three are for small
     structures."""
@@ -91,7 +84,7 @@ class BrainFoundConfig(PreTrainedConfig):
     tversky_gamma: float = 4 / 3
     """"focal_tversky" is the Tversky loss to the power 1/this."""
     focal_gamma: float = 2.0
-    """"dice_focal": a pixel's cross-entropy is weighed with (1 − probability of the truth) to this power."""
+    """"dice_focal": a pixel's cross-entropy is multiplied by (1 − probability of the truth) to this power."""
     head_dropout: float = 0.1
     """Dropout before the head's last layer."""
     target_mean: float = 0.0
@@ -102,11 +95,11 @@ class BrainFoundConfig(PreTrainedConfig):
     """Regression: "point" (one number), "gaussian" (also a standard deviation, trained by the Gaussian likelihood) or
     "bins" (a distribution over bins of the target, whose expectation is the prediction)."""
     regression_uncertainty: bool = False
-    """The older way to ask for `regression_head = "gaussian"`; it is turned into that."""
+    """The same as `regression_head = "gaussian"`, which replaces it."""
     regression_loss: str = "smooth_l1"
     """Loss of the point head on the standardised target: "smooth_l1", "l1" or "huber"."""
     huber_delta: float = 1.0
-    """Where the Huber loss turns from squares to absolute errors, in standard deviations of the target."""
+    """The error at which the Huber loss turns from quadratic to linear, in standard deviations of the target."""
     regression_bins: int = 40
     """Bins of the head "bins"."""
     regression_range: list[float] | None = None
@@ -114,10 +107,10 @@ class BrainFoundConfig(PreTrainedConfig):
     regression_label_width: float = 1.0
     """Standard deviation of the Gaussian soft label that trains the bins, in widths of a bin."""
     class_weights: list[float] | None = None
-    """Classification: what a volume of each class weighs in the loss; multi-label: what a positive of each label
-    weighs against a negative. None: all alike."""
+    """Classification: the weight of a volume of each class in the loss; multi-label: the weight of a positive of each
+    label against a negative. None: equal weights."""
     classification_focal_gamma: float = 0.0
-    """Classification: how strongly the focal loss turns away from volumes that are answered well; 0: not at all."""
+    """Classification: the exponent of the focal loss, which gives less weight to easy volumes; 0: cross-entropy."""
     initializer_range: float = 0.02
     """Standard deviation of the normal initialisation of new linear layers."""
 
@@ -129,19 +122,19 @@ class BrainFoundConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in the library; names and weights of the saved classes go where another number of classes is asked for."""
+        """As in the library; another number of classes drops the names and weights of the saved ones."""
         content = dict(config_dict)
-        known, asked = _num_labels_of(content), _num_labels_of(kwargs)
-        if asked is not None and asked != (known or 2):
+        saved, requested = _count_labels(content), _count_labels(kwargs)
+        if requested is not None and requested != (saved or 2):
             for name in ("class_weights", "id2label", "label2id", "num_labels"):
                 content.pop(name, None)
         return super().from_dict(content, **kwargs)
 
     def require_valid(self) -> None:
-        """Check the choices, and bring the backbone's configuration in line with them.
+        """Check the fields, and adapt the backbone's configuration to them.
 
         Raises:
-            ModelError: names the field, what came and what is known.
+            ModelError: names the field, its value and the known values.
         """
         for field, known in (
             ("stem", STEMS),
@@ -173,10 +166,9 @@ class BrainFoundConfig(PreTrainedConfig):
                     got=value,
                     expected=f"{len(self.contrasts)} values",
                 )
-        for field in ("slice_chunk", "aggregator_layers", "aggregator_width", "decoder_width"):
-            if int(getattr(self, field)) < 1:
-                raise ModelError("must be at least 1", where=f"config.{field}", got=getattr(self, field))
-        for field, smallest in (("tversky_alpha", 0), ("tversky_beta", 0), ("focal_gamma", 0), ("tversky_gamma", 1)):
+        from_one = ("slice_chunk", "aggregator_layers", "aggregator_width", "decoder_width", "tversky_gamma")
+        from_zero = ("tversky_alpha", "tversky_beta", "focal_gamma", "classification_focal_gamma")
+        for field, smallest in [*((name, 1) for name in from_one), *((name, 0) for name in from_zero)]:
             if not smallest <= getattr(self, field) < math.inf:
                 raise ModelError(f"must be at least {smallest}", where=f"config.{field}", got=getattr(self, field))
         if not self.tversky_alpha + self.tversky_beta > 0:
@@ -195,7 +187,7 @@ class BrainFoundConfig(PreTrainedConfig):
         # Input channels of the stem's patch convolution.
         self.backbone_config.num_channels = {"per_contrast": 1, "slices": 3}.get(self.stem, len(self.contrasts))
         if hasattr(self.backbone_config, "use_mask_token"):
-            # Masked-image objectives need it, and a checkpoint without one starts it at zero.
+            # Masked-image objectives need it; in a checkpoint without one it starts at zero.
             self.backbone_config.use_mask_token = True
 
     def _require_valid_head(self) -> None:
@@ -219,9 +211,6 @@ class BrainFoundConfig(PreTrainedConfig):
                 raise ModelError("bins need a range", where="config.regression_range", got=ends, expected="low < high")
             if self.regression_bins < 2:
                 raise ModelError("must be at least 2", where="config.regression_bins", got=self.regression_bins)
-        gamma = self.classification_focal_gamma
-        if not 0 <= gamma < math.inf:
-            raise ModelError("must be 0 or more", where="config.classification_focal_gamma", got=gamma)
         weights = self.class_weights
         if weights is not None and (len(weights) != self.num_classes or not all(0 < w < math.inf for w in weights)):
             raise ModelError(
@@ -237,7 +226,7 @@ class BrainFoundConfig(PreTrainedConfig):
 
     @property
     def num_classes(self) -> int:
-        """Class scores of a head, K: `num_labels`, which is 2 until labels are named."""
+        """Outputs K of a head: `num_labels`, 2 by default."""
         return int(self.num_labels or 2)
 
     @property
@@ -247,12 +236,12 @@ class BrainFoundConfig(PreTrainedConfig):
 
     @property
     def embedding_size(self) -> int:
-        """Width of the embedding of a slice or a volume: D, or twice that of "cls_and_patches"."""
+        """Width of the embedding of a slice or a volume: D, or 2 D with "cls_and_patches"."""
         return self.hidden_size * (2 if self.slice_features == "cls_and_patches" else 1)
 
     @property
     def resolved_decoder_layers(self) -> list[int]:
-        """The blocks that are decoded: `decoder_layers`, or up to four evenly spaced ones that end with the last."""
+        """The decoded blocks: `decoder_layers`, or up to four evenly spaced ones that end with the last."""
         if self.decoder_layers is not None:
             return sorted(set(self.decoder_layers))
         depth = int(self.backbone_config.num_hidden_layers)
@@ -261,13 +250,13 @@ class BrainFoundConfig(PreTrainedConfig):
 
 
 def config_fields() -> list[str]:
-    """The fields that callers may set by name: BrainFound's own, and the labels of the task."""
+    """The fields that callers may set: those of `BrainFoundConfig`, and the labels of the task."""
     own = [name for name in BrainFoundConfig.__annotations__ if name not in ("backbone_config", "backbone_source")]
     return [*own, "id2label", "label2id", "num_labels", "problem_type"]
 
 
 def require_known_fields(given: Iterable[str]) -> None:
-    """Refuse configuration arguments that no field has.
+    """Refuse unknown configuration arguments.
 
     Raises:
         UsageError: with the nearest known field.
@@ -278,8 +267,8 @@ def require_known_fields(given: Iterable[str]) -> None:
             raise UsageError(f"unknown configuration argument {name!r}", remedy=did_you_mean(name, known))
 
 
-def _num_labels_of(fields: dict[str, Any]) -> int | None:
-    """The number of labels that fields of a configuration name, in whichever way; None where they name none."""
+def _count_labels(fields: dict[str, Any]) -> int | None:
+    """The number of labels in the fields of a configuration; None if there is none."""
     if fields.get("id2label") is not None:
         return len(fields["id2label"])
     return fields.get("num_labels")
@@ -297,28 +286,9 @@ def _require_known(field: str, value: object, known: Sequence[str]) -> None:
 
 
 def _as_backbone_config(value: dict[str, Any] | PreTrainedConfig | None) -> PreTrainedConfig:
-    if value is None:
-        return AutoConfig.for_model("dinov2")
     if isinstance(value, PreTrainedConfig):
         return value
-    content = dict(value)
-    model_type = content.pop("model_type", "dinov2")
+    content = dict(value or {})
+    model_type = content.pop("model_type", SUPPORTED_BACKBONES[0])
     _require_known("backbone_config.model_type", model_type, SUPPORTED_BACKBONES)
-    return AutoConfig.for_model(model_type, **content)
-
-
-@contextmanager
-def silence_transformers() -> Iterator[None]:
-    """No progress bars and no load reports of transformers inside; what was set before is set again after.
-
-    The reports would alarm where a head is meant to be new; what is missing and must not be is an error of ours.
-    """
-    verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if had_bars:
-            logging.enable_progress_bar()
+    return FAMILIES[model_type].config_class(**content)

@@ -23,18 +23,20 @@ from brainfound.models.configuration import BrainFoundConfig
 
 _GROUPS = 8
 _NARROWEST = 16
-"""The fewest channels to which maps of the unetr decoder narrow."""
+"""The smallest width of the unetr decoder's maps."""
 
 
 class Decoder(nn.Module, ABC):
-    """Base: fuse tokens on the patch grid, mix neighbouring slices if asked, then refine to pixels.
+    """Base: fuse tokens on the patch grid, optionally mix neighbouring slices, then refine to pixels.
 
-    The three steps are separate because the first and the last see one slice at a time and can run in
-    chunks; only the middle one, on the small patch grid, needs a whole volume.
+    The first and the last step read one slice at a time and can run in chunks; only the middle one, on the small
+    patch grid, needs a whole volume.
     """
 
     reads_image: ClassVar[bool] = False
-    """Whether `forward` needs the slices themselves."""
+    """Whether `forward` needs the pixels of the slices."""
+    projections: nn.ModuleDict
+    """By block: tokens (…, D) → features (…, F). Created by each subclass: the order of parts fixes the weights."""
 
     def __init__(self, config: BrainFoundConfig) -> None:
         super().__init__()
@@ -43,9 +45,14 @@ class Decoder(nn.Module, ABC):
         channels = config.decoder_width * len(self.layers)
         self.slice_mixing = SliceMixing(channels) if config.decoder_slice_mixing else None
 
-    @abstractmethod
     def fuse(self, tokens: dict[int, Tensor], grid: tuple[int, int]) -> Float[Tensor, "slices channels rows columns"]:
-        """Backbone block → tokens (N, P, D), to one map on the patch grid with the blocks' features side by side."""
+        """Tokens (N, P, D) by backbone block → one map on the patch grid with the features of all blocks."""
+        rows, columns = grid
+        maps = [
+            rearrange(self.projections[str(layer)](tokens[layer]), "n (h w) f -> n f h w", h=rows, w=columns)
+            for layer in self.layers
+        ]
+        return torch.cat(maps, dim=1)
 
     @abstractmethod
     def refine(
@@ -67,11 +74,11 @@ class Decoder(nn.Module, ABC):
         """Fused maps of the valid slices, volume by volume → class scores at `size` (height, width) pixels.
 
         Args:
-            fused: as `fuse` gives them.
-            slices_per_volume: how many of the slices each volume has.
+            fused: from `fuse`.
+            slices_per_volume: number of slices of each volume.
             size: of the scores.
-            pixels: where the decoder `reads_image`: the slices (N, C, H, W), 0–1 or uint8.
-            presence: which contrasts a slice has; None: all.
+            pixels: for a decoder that `reads_image`: the slices (N, C, H, W), 0–1 or uint8.
+            presence: True where a slice has a contrast; None: all.
         """
         if self.slice_mixing is not None:
             fused = torch.cat([self.slice_mixing(volume) for volume in fused.split(list(slices_per_volume))])
@@ -108,15 +115,12 @@ class SliceMixing(nn.Conv1d):
 
 
 class LinearDecoder(Decoder):
-    """One linear layer per pixel block: what the tokens hold already, and the baseline for the others."""
+    """One linear layer on the tokens; the baseline for the other decoders."""
 
     def __init__(self, config: BrainFoundConfig) -> None:
         super().__init__(config)
         self.projections = _projections(config, self.layers)
         self.score = nn.Conv2d(config.decoder_width * len(self.layers), config.num_classes, kernel_size=1)
-
-    def fuse(self, tokens: dict[int, Tensor], grid: tuple[int, int]) -> Tensor:
-        return _project(self.projections, tokens, self.layers, grid)
 
     def refine(self, fused: Tensor, pixels: Tensor | None = None, presence: Tensor | None = None) -> Tensor:
         return self.score(fused)
@@ -125,9 +129,9 @@ class LinearDecoder(Decoder):
 class FpnDecoder(Decoder):
     """A feature pyramid from several blocks (Lin et al. 2017, §3; the levels of a ViT as in Li et al. 2022, §3).
 
-    A ViT has one resolution. Its early blocks are raised to strides of a quarter and a half patch with
-    transposed convolutions, the later ones stay at one patch; they are fused from deep to shallow. Class
-    scores are made at a quarter of a patch, so that structures smaller than a patch can be told apart.
+    A ViT has one resolution. Its early blocks are upsampled to strides of a quarter and a half patch with transposed
+    convolutions, the later ones stay at one patch; they are fused from deep to shallow. Class scores have a quarter of
+    a patch as resolution, to separate structures smaller than a patch.
     """
 
     def __init__(self, config: BrainFoundConfig) -> None:
@@ -137,9 +141,6 @@ class FpnDecoder(Decoder):
         self.levels = nn.ModuleList(_upsampling(width, factor) for factor in pyramid_factors(len(self.layers)))
         self.smoothing = nn.ModuleList(_convolution(width) for _ in self.layers)
         self.score = nn.Conv2d(width, config.num_classes, kernel_size=1)
-
-    def fuse(self, tokens: dict[int, Tensor], grid: tuple[int, int]) -> Tensor:
-        return _project(self.projections, tokens, self.layers, grid)
 
     def refine(self, fused: Tensor, pixels: Tensor | None = None, presence: Tensor | None = None) -> Tensor:
         maps = [level(part) for level, part in zip(self.levels, fused.chunk(len(self.layers), dim=1), strict=True)]
@@ -151,7 +152,7 @@ class FpnDecoder(Decoder):
 
 
 def pyramid_factors(num_levels: int) -> list[int]:
-    """How much finer than the patch grid each level is, from the shallowest block to the deepest.
+    """The upsampling of each level over the patch grid, from the shallowest block to the deepest.
 
     >>> pyramid_factors(4), pyramid_factors(1)
     ([4, 2, 1, 1], [4])
@@ -160,14 +161,13 @@ def pyramid_factors(num_levels: int) -> list[int]:
 
 
 class UnetrDecoder(Decoder):
-    """Tokens of several blocks raised step by step, and the image itself (UNETR, Hatamizadeh et al. 2022, Fig. 1).
+    """Tokens of several blocks and the image itself (UNETR, Hatamizadeh et al. 2022, Fig. 1).
 
-    The deepest block's map is doubled again and again. On the way it meets the maps of shallower blocks, each raised
-    by transposed convolutions of its own to the resolution at which it is met, and at the end the slice's pixels,
-    which went through two convolutions and through no patch: so edges can be as sharp as the image. Widths halve with
-    each doubling. Where doubling does not end at one pixel (a patch of 14), the next finer map is interpolated.
-
-    As at the stem, absent contrasts are filled with zeros after the normalisation and the others rescaled.
+    The deepest block's map is doubled step by step. It is merged with the maps of shallower blocks, upsampled by
+    transposed convolutions of their own, and at the end with the slice's pixels after two convolutions, so that edges
+    can be as sharp as the image. Widths halve with each doubling. Where doubling does not end at one pixel (a patch of
+    14), the next finer map is interpolated. As in the stem, absent contrasts are zero after the normalisation and the
+    others are rescaled.
     """
 
     reads_image: ClassVar[bool] = True
@@ -194,9 +194,6 @@ class UnetrDecoder(Decoder):
         self.exit = _fusion_block(2 * widths[last], widths[last])
         self.score = nn.Conv2d(widths[last], config.num_classes, kernel_size=1)
 
-    def fuse(self, tokens: dict[int, Tensor], grid: tuple[int, int]) -> Tensor:
-        return _project(self.projections, tokens, self.layers, grid)
-
     def refine(self, fused: Tensor, pixels: Tensor | None = None, presence: Tensor | None = None) -> Tensor:
         assert pixels is not None, "this decoder reads the image"
         image = self.image(self._normalise_image(pixels, presence))
@@ -215,7 +212,7 @@ class UnetrDecoder(Decoder):
     def _normalise_image(
         self, pixels: Tensor, presence: Tensor | None
     ) -> Float[Tensor, "slices contrasts height width"]:
-        """Normalised pixels in which absent contrasts are zero, whatever they hold."""
+        """Normalised pixels, zero in absent contrasts."""
         mean, std = (_per_contrast(value, pixels) for value in (self.image_mean, self.image_std))
         image = (to_unit_range(pixels) - mean) / std
         if presence is not None:
@@ -227,7 +224,7 @@ class UnetrDecoder(Decoder):
 
 
 def doublings_to_pixels(patch_size: int) -> int:
-    """How often a map on the patch grid must be doubled to be at least as fine as the pixels.
+    """The number of doublings from the patch grid to at least the resolution of the pixels.
 
     >>> [doublings_to_pixels(size) for size in (8, 14, 16)]
     [3, 4, 4]
@@ -236,7 +233,7 @@ def doublings_to_pixels(patch_size: int) -> int:
 
 
 def doublings_of_tokens(num_layers: int, patch_size: int) -> list[int]:
-    """How often the tokens of each block are doubled before the unetr decoder meets them, shallowest block first.
+    """The number of doublings of each block's tokens before the unetr decoder merges them, shallowest block first.
 
     >>> doublings_of_tokens(4, 16), doublings_of_tokens(4, 8)
     ([3, 2, 1, 0], [2, 2, 1, 0])
@@ -246,12 +243,12 @@ def doublings_of_tokens(num_layers: int, patch_size: int) -> list[int]:
 
 def build_decoder(config: BrainFoundConfig) -> Decoder:
     """The decoder that a configuration names."""
-    kinds: dict[str, type[Decoder]] = {"linear": LinearDecoder, "fpn": FpnDecoder, "unetr": UnetrDecoder}
-    return kinds[config.decoder](config)
+    decoders: dict[str, type[Decoder]] = {"linear": LinearDecoder, "fpn": FpnDecoder, "unetr": UnetrDecoder}
+    return decoders[config.decoder](config)
 
 
 def _projections(config: BrainFoundConfig, layers: Sequence[int]) -> nn.ModuleDict:
-    # Blocks differ in scale by an order of magnitude; the norm brings them on a par before they are added.
+    # Blocks differ in scale by an order of magnitude.
     return nn.ModuleDict(
         {
             str(layer): nn.Sequential(
@@ -260,16 +257,6 @@ def _projections(config: BrainFoundConfig, layers: Sequence[int]) -> nn.ModuleDi
             for layer in layers
         }
     )
-
-
-def _project(
-    projections: nn.ModuleDict, tokens: dict[int, Tensor], layers: Sequence[int], grid: tuple[int, int]
-) -> Tensor:
-    maps = [
-        rearrange(projections[str(layer)](tokens[layer]), "n (h w) f -> n f h w", h=grid[0], w=grid[1])
-        for layer in layers
-    ]
-    return torch.cat(maps, dim=1)
 
 
 def _upsampling(width: int, factor: int) -> nn.Sequential:

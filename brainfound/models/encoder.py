@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from brainfound.data.batches import to_unit_range
 from brainfound.errors import ModelError
-from brainfound.models.backbones import build_backbone, get_image_size, get_patch_size
+from brainfound.models.backbones import FAMILIES, build_backbone, get_image_size, get_patch_size
 from brainfound.models.blocks import BlockRunner, SavedActivations
 from brainfound.models.configuration import BrainFoundConfig
 from brainfound.models.kernels import PACKED, Kernel
@@ -23,7 +23,7 @@ from brainfound.models.stem import NUM_NEIGHBOUR_SLICES, PresentImages, build_st
 
 
 class SliceEncoding(NamedTuple):
-    """What the encoder gives for N slices; `cls` and `patches` are after the backbone's last layer norm."""
+    """Output of the encoder for N slices; `cls` and `patches` are after the backbone's last layer norm."""
 
     cls: Float[Tensor, "slices width"]
     patches: Float[Tensor, "slices patches width"]
@@ -38,7 +38,7 @@ class SliceEncoding(NamedTuple):
         """
         if features == "cls":
             return self.cls
-        # In float32: a mean over hundreds of bfloat16 tokens would lose what tells slices apart.
+        # In float32: a mean over hundreds of bfloat16 tokens would lose the differences between slices.
         mean = self.patches.mean(dim=1, dtype=torch.promote_types(self.patches.dtype, torch.float32))
         return mean if features == "patches" else torch.cat([self.cls.to(mean.dtype), mean], dim=1)
 
@@ -46,10 +46,9 @@ class SliceEncoding(NamedTuple):
 class SliceEncoder(nn.Module):
     """Normalisation, stem and backbone.
 
-    With the stem "per_contrast" the backbone sees M images for N slices, one for each present contrast, and what it
-    says of them is averaged: over the images of a slice, and after the last layer norm. An absent contrast is never
-    read and costs nothing. With the stem "slices" axis C holds three planes: the slice below, the slice, and the one
-    above.
+    With the stem "per_contrast" the backbone reads M images for N slices, one per present contrast, and its outputs
+    after the last layer norm are averaged over the images of a slice. An absent contrast is never read and costs
+    nothing. With the stem "slices" axis C holds three planes: the slice below, the slice, and the slice above.
 
     Args:
         config: the model's configuration.
@@ -70,17 +69,18 @@ class SliceEncoder(nn.Module):
         self.num_layers = int(config.backbone_config.num_hidden_layers)
         self.backbone = build_backbone(config.backbone_config) if backbone is None else backbone
         self.num_prefix_tokens = 1 + int(getattr(config.backbone_config, "num_register_tokens", 0))
+        self._family = FAMILIES[config.backbone_config.model_type]
         self._runner = BlockRunner()
         stem = build_stem(config, self.patch_size, get_image_size(config.backbone_config))
         if backbone is not None:
             stem.init_from(self.backbone.embeddings.patch_embeddings)
             for module in stem.modules():
-                # The flag by which the library's `post_init` knows loaded weights, and leaves them alone.
+                # The flag by which the library's `post_init` leaves loaded weights alone.
                 module._is_hf_initialized = True  # type: ignore[assignment]
         self.backbone.embeddings.patch_embeddings = stem
 
     def change_stem(self, config: BrainFoundConfig) -> None:
-        """Put the configuration's stem in place of the one that is there, and carry over what it has learnt."""
+        """Replace the stem by the configuration's, which starts from the weights of the old one."""
         old = self.backbone.embeddings.patch_embeddings
         stem = build_stem(config, self.patch_size, get_image_size(config.backbone_config)).to(old.projection.weight)
         stem.init_from(old)
@@ -90,7 +90,12 @@ class SliceEncoder(nn.Module):
     @property
     def blocks(self) -> nn.ModuleList:
         """The transformer blocks, first to last."""
-        return self.backbone.encoder.layer
+        return self.backbone.get_submodule(self._family.blocks)
+
+    @property
+    def norm(self) -> nn.Module:
+        """The last layer norm."""
+        return self.backbone.get_submodule(self._family.norm)
 
     def forward(
         self,
@@ -102,7 +107,7 @@ class SliceEncoder(nn.Module):
         """Encode slices.
 
         Args:
-            pixel_values: 0–1, or uint8; with the stem "slices" of three planes, see `ValidSlices.encode`.
+            pixel_values: 0–1, or uint8; with the stem "slices" three planes, see `ValidSlices.encode`.
             contrast_mask: True where a contrast is present; None: all are.
             bool_masked_pos: True where a patch is replaced by the mask token, in every contrast.
             layers: 1-based blocks whose patch tokens are also returned.
@@ -126,7 +131,6 @@ class SliceEncoder(nn.Module):
                 "a slice has no contrast", where="contrast_mask", remedy="Leave such slices out of the batch"
             )
         images = PresentImages(present)
-        # What an absent contrast holds is not even read.
         pixels = self._normalise(pixel_values[images.slices, images.contrasts][:, None], images.contrasts)[:, 0]
         masked = None if bool_masked_pos is None else bool_masked_pos[images.slices]
         planes = pack_contrast_number(pixels, images.contrasts)
@@ -137,12 +141,12 @@ class SliceEncoder(nn.Module):
     def _run(self, tokens: Tensor, layers: Sequence[int]) -> SliceEncoding:
         """Embedded tokens through the library's blocks, one after the other."""
         hidden = {}
-        # The library's own loop keeps the tokens of every block when asked for one; this keeps the asked ones.
+        # The library's own loop keeps the tokens of all blocks or of none.
         for number, block in enumerate(self.blocks, start=1):
             tokens = block(tokens)
             if number in layers:
                 hidden[number] = tokens[:, self.num_prefix_tokens :]
-        return self.encoding(self.backbone.layernorm(tokens))._replace(hidden=hidden)
+        return self.encoding(self.norm(tokens))._replace(hidden=hidden)
 
     def embed(
         self,
@@ -152,9 +156,8 @@ class SliceEncoder(nn.Module):
     ) -> Float[Tensor, "slices tokens width"]:
         """Slices → tokens in front of the first block: CLS, registers, then patches row by row, with their positions.
 
-        With the stem "per_contrast" a slice has one such row of tokens for each present contrast, and they meet only
-        behind the last layer norm: there is no answer here, and objectives that work on the tokens of a slice
-        (`transform`) cannot use that stem.
+        Not with the stem "per_contrast": there a slice has one row of tokens per present contrast, which are averaged
+        only after the last layer norm.
 
         Raises:
             ModelError: if the shape does not fit the model, or the stem is "per_contrast".
@@ -180,19 +183,19 @@ class SliceEncoder(nn.Module):
         # Looked up by the library's modules at every call; it stays, because checkpointing calls them again later.
         self.backbone.config._attn_implementation = PACKED
         groups = self._runner.run(self.blocks, groups, drop_path if self.training else 0.0)
-        return [self.backbone.layernorm(group) for group in groups]
+        return [self.norm(group) for group in groups]
 
     def encoding(self, tokens: Float[Tensor, "slices tokens width"]) -> SliceEncoding:
-        """What `transform` gives for one group, by its parts."""
+        """The tokens of one group after `transform`, as CLS token and patches."""
         return SliceEncoding(tokens[:, 0], tokens[:, self.num_prefix_tokens :], {})
 
     def configure_blocks(self, kernel: Kernel = "sdpa", compiled: bool = False, kept: SavedActivations = "all") -> None:
-        """How `transform` runs the blocks; its result does not depend on it beyond rounding.
+        """Choose how `transform` runs the blocks; the result changes only by rounding.
 
         Args:
             kernel: of attention; see `brainfound.models.kernels.choose_kernel`.
             compiled: compile the two branches of a block with torch.compile.
-            kept: what of a block is kept for the backward pass; see `brainfound.models.blocks.BlockRunner`.
+            kept: the activations kept for the backward pass; see `brainfound.models.blocks.BlockRunner`.
         """
         runner = BlockRunner(kernel=kernel, kept=kept)
         self._runner = runner.compiled() if compiled else runner
@@ -202,7 +205,7 @@ class SliceEncoder(nn.Module):
         return height // self.patch_size, width // self.patch_size
 
     def require_single_slices(self) -> None:
-        """Refuse a stem that has no row of tokens for a slice by itself, which pretraining needs.
+        """Refuse a stem that cannot embed a slice by itself, as pretraining needs.
 
         Raises:
             ModelError: names the stem.
@@ -220,7 +223,7 @@ class SliceEncoder(nn.Module):
         """Check (…, C, H, W) against the model.
 
         Raises:
-            ModelError: names the shape that came.
+            ModelError: names the shape.
         """
         shape = tuple(pixel_values.shape)
         if len(shape) < 4:
@@ -258,7 +261,7 @@ class SliceEncoder(nn.Module):
     def _normalise(
         self, pixel_values: Tensor, contrasts: Tensor | None = None
     ) -> Float[Tensor, "slices contrasts height width"]:
-        """Pixels − mean, ÷ standard deviation; `contrasts` says of which contrast each image is, if it is of one."""
+        """(Pixels − mean) / standard deviation; `contrasts` holds the contrast of each image if it has a single one."""
         pixel_values = to_unit_range(pixel_values)
         mean, std = (_per_contrast(value, pixel_values, contrasts) for value in (self.image_mean, self.image_std))
         return (pixel_values - mean) / std

@@ -1,15 +1,11 @@
-"""Losses of a segmentation.
+"""Heads: volume embeddings → predictions, and the losses of all tasks.
 
-Axis legend: N slices, K classes (or overlapping labels), H W pixels.
+Segmentation: a region term (Dice, Tversky) is computed over all slices together, because most slices lack most
+structures and a term per slice would reward empty predictions. It is averaged over the foreground classes, or over
+all overlapping labels. A pixel term (cross-entropy, focal) is averaged over the labelled pixels. The label −100 is
+unknown and counts in no loss.
 
-A term over regions (Dice, Tversky) is taken over all slices together: most slices lack most structures, and a term
-per slice would then reward nothing but empty answers. It is averaged over the classes but the background, or over
-all overlapping labels. A term over pixels (cross-entropy, focal) is averaged over the labelled pixels. Pixels labelled
-−100 count in no term.
-
-Heads: volume embeddings → answers, with their losses.
-
-Axis legend: B volumes, D width, K classes.
+Axis legend: B volumes, D width, K classes or overlapping labels, N slices, H W pixels.
 """
 
 from __future__ import annotations
@@ -25,8 +21,7 @@ from torch.nn import functional as F
 from brainfound.errors import ModelError
 from brainfound.models.configuration import BrainFoundConfig
 
-# What cross-entropy leaves out unless it is told otherwise.
-_UNKNOWN = -100
+IGNORED_LABEL = -100
 # Keeps exp(−log variance) finite while the mean is still far off.
 _LOG_VARIANCE_LIMIT = 10.0
 
@@ -45,23 +40,23 @@ class ClassificationHead(nn.Module):
 
 
 class RegressionHeadOutput(NamedTuple):
-    """What a regression head says, in standardised units."""
+    """Output of a regression head, in standardised units."""
 
     mean: Float[Tensor, "volumes"]
     log_variance: Float[Tensor, "volumes"] | None = None
-    """Of the head "gaussian"."""
+    """With the head "gaussian"."""
     bin_logits: Float[Tensor, "volumes bins"] | None = None
-    """Of the head "bins": logits of the distribution whose expectation is `mean`."""
+    """With the head "bins": logits of the distribution whose expectation is `mean`."""
     std: Float[Tensor, "volumes"] | None = None
-    """Standard deviation of the answer; None of a point."""
+    """Standard deviation of the prediction; None with the head "point"."""
 
 
 class RegressionHead(nn.Module):
-    """Layer norm, dropout, and one linear layer: (B, D) → a number, with its uncertainty if asked (B,).
+    """Layer norm, dropout, and one linear layer: (B, D) → a number per volume (B,), with or without uncertainty.
 
-    `config.regression_head` says what the layer gives: the number itself, mean and log variance of a Gaussian
-    (Nix and Weigend 1994), or scores of bins that cover the target's range, of which the expectation is taken
-    (Peng et al., "Accurate brain age prediction with lightweight deep neural networks", Med Image Anal 2021).
+    By `config.regression_head` the layer gives the number itself, mean and log variance of a Gaussian (Nix and Weigend
+    1994), or logits of bins over the target's range, whose expectation is the prediction (Peng et al., "Accurate brain
+    age prediction with lightweight deep neural networks", Med Image Anal 2021).
     """
 
     def __init__(self, config: BrainFoundConfig) -> None:
@@ -84,23 +79,23 @@ class RegressionHead(nn.Module):
         shares = answer.softmax(dim=1)
         # No product of matrices: autocast would round an age of 70.2 years to 70.
         mean = (shares * centres).sum(dim=1)
-        # The last term is the variance within a bin, over which the density is flat: no answer is certain.
+        # The last term is the variance within a bin, over which the density is flat.
         variance = (shares * (centres - mean[:, None]) ** 2).sum(dim=1) + bin_width**2 / 12
         return RegressionHeadOutput(mean, bin_logits=answer, std=variance.sqrt())
 
 
 def _compute_scores(head: ClassificationHead | RegressionHead, embedding: Tensor) -> Tensor:
-    """What the last layer says, in the type of its weights, also under autocast.
+    """The output of the last layer in the dtype of its weights, also under autocast.
 
-    A head that was fitted to frozen embeddings has large weights whose products cancel: rounded to bfloat16, its
-    answers are off by as much as subjects differ.
+    A head fitted to frozen embeddings has large weights whose products cancel: in bfloat16 the rounding error is as
+    large as the differences between subjects.
     """
     with torch.autocast(embedding.device.type, enabled=False):
         return head.score(head.dropout(head.norm(embedding.to(head.score.weight.dtype))))
 
 
 def bin_edges(config: BrainFoundConfig) -> Float[Tensor, "edges"]:
-    """Edges of the bins in standardised units, one more than there are bins; on the CPU."""
+    """The `regression_bins` + 1 edges of the bins in standardised units, on the CPU."""
     assert config.regression_range is not None, "the configuration was checked"
     low, high = ((edge - config.target_mean) / config.target_std for edge in config.regression_range)
     return torch.linspace(low, high, config.regression_bins + 1)
@@ -109,9 +104,9 @@ def bin_edges(config: BrainFoundConfig) -> Float[Tensor, "edges"]:
 def soft_labels(
     target: Float[Tensor, "volumes"], edges: Float[Tensor, "edges"], label_width: float
 ) -> Float[Tensor, "volumes bins"]:
-    """The mass that a Gaussian around each target has in each bin (Peng et al. 2021).
+    """The mass of a Gaussian around each target in each bin (Peng et al. 2021).
 
-    What lies beyond the range belongs to the outermost bins, so that each row has sum 1 for any target.
+    The mass beyond the range belongs to the outermost bins, so that each row sums to 1.
 
     Args:
         label_width: standard deviation of the Gaussian, in widths of a bin.
@@ -131,13 +126,13 @@ def classification_loss(
     """Cross-entropy for labels (B,), or binary cross-entropy for multi-label targets (B, K); a mean over volumes.
 
     Args:
-        class_weights: (K,) what a volume of each class weighs, or for multi-label a positive of each label. The mean
-            is over volumes, not over their weights: in a small batch of one class those would cancel.
-        focal_gamma: each term is multiplied by (1 − p)^γ, p the probability of its true answer (Lin et al., "Focal
+        class_weights: (K,) the weight of a volume of each class, or for multi-label of a positive of each label. The
+            sum is divided by the number of volumes, not by their weights, which would cancel in a batch of one class.
+        focal_gamma: each term is multiplied by (1 − p)^γ, where p is the probability of the truth (Lin et al., "Focal
             Loss for Dense Object Detection", ICCV 2017, eq. 4).
 
     Raises:
-        ModelError: if the shape of the labels does not fit, or one among several is outside of 0 to 1.
+        ModelError: if the shape of the labels does not fit, or a multi-label target is outside 0 to 1.
     """
     multi_label = problem_type == "multi_label_classification"
     expected = tuple(logits.shape) if multi_label else tuple(logits.shape[:1])
@@ -157,7 +152,7 @@ def classification_loss(
     labels = labels.long()
     if plain:
         return F.cross_entropy(logits, labels)
-    known = labels != _UNKNOWN
+    known = labels != IGNORED_LABEL
     losses = F.cross_entropy(logits, labels, reduction="none")
     weights = _as_tensor(class_weights, logits)[labels.clamp(min=0)] * known
     return (weights * _focal(losses, focal_gamma)).sum() / known.sum().clamp(min=1)
@@ -170,7 +165,7 @@ def _as_tensor(class_weights: Sequence[float] | None, logits: Tensor) -> Tensor:
 def _focal(losses: Tensor, gamma: float) -> Tensor:
     if gamma == 0:
         return losses
-    # −log p → 1 − p without the loss of digits near p = 1; a power below 1 has no finite slope at 0.
+    # expm1 keeps the digits of 1 − p near p = 1; a power below 1 has no finite slope at 0.
     missed = (-torch.expm1(-losses)).clamp(min=torch.finfo(losses.dtype).eps)
     return missed**gamma * losses
 
@@ -222,7 +217,6 @@ def bins_loss(
     return F.kl_div(bin_logits.float().log_softmax(dim=1), wanted, reduction="batchmean")
 
 
-IGNORED_LABEL = -100
 # Powers below one have an infinite slope at 0.
 _SMALLEST_BASE = 1e-6
 
@@ -264,8 +258,8 @@ def tversky_loss(
 ) -> Tensor:
     """One minus the Tversky index (Salehi et al. 2017, eq. 3), to the power 1/gamma (Abraham and Khan 2019, eq. 4).
 
-    Where a structure is small, a large `beta` makes what is missed dearer than what is marked too much. With
-    alpha = beta = 0.5 and gamma = 1 it is the Dice loss. With gamma above 1 classes that are nearly right weigh more.
+    For small structures, a large `beta` penalises misses more than false positives. With alpha = beta = 0.5 and
+    gamma = 1 it is the Dice loss. A gamma above 1 gives more weight to classes with a high Tversky index.
 
     Args:
         logits, labels, overlapping: as for `segmentation_loss`.
@@ -286,8 +280,8 @@ def tversky_loss(
 def focal_loss(logits: Tensor, labels: Tensor, gamma: float = 2.0, overlapping: bool = False) -> Tensor:
     """Cross-entropy of each pixel times (1 − probability of the truth)^gamma (Lin et al. 2017, eq. 4).
 
-    Pixels that are right already, nearly all of them where a lesion is small, count for little. With gamma = 0 it is
-    the cross-entropy. Arguments as for `segmentation_loss`.
+    Pixels that are right already, nearly all of them around a small lesion, count little. With gamma = 0 it is the
+    cross-entropy. Arguments as for `segmentation_loss`.
     """
     costs, known = _pixel_costs(logits, labels, overlapping)
     doubts = (-torch.expm1(-costs)).clamp(min=_SMALLEST_BASE)
@@ -325,10 +319,7 @@ def _cross_entropy(logits: Tensor, labels: Tensor, overlapping: bool) -> Tensor:
 
 
 def _pixel_costs(logits: Tensor, labels: Tensor, overlapping: bool) -> tuple[Tensor, Tensor]:
-    """The cross-entropy of each pixel (or of each of its labels), zero where the label is unknown; and which are known.
-
-    It is minus the logarithm of the probability of the truth.
-    """
+    """Cross-entropy of each pixel or of each of its labels, zero where the label is unknown; and the known mask."""
     labels, logits = labels.long(), logits.float()
     known = labels != IGNORED_LABEL
     if overlapping:

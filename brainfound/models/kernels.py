@@ -1,27 +1,19 @@
-"""Attention over packed sequences: crops of several sizes in one sequence that do not see each other.
+"""Attention over packed sequences: crops of several sizes in one sequence that do not attend to each other.
 
-Axis legend: ``H`` heads, ``T`` tokens of all sequences together, ``L`` tokens of one sequence, ``d`` width of a head.
-
-Pretraining encodes crops of two sizes. Packed into one sequence they share each matrix product, and only
-attention has to know where one crop ends. Four kernels do that; which is fastest depends on the device, on
-the pass and on the lengths, so `choose_kernel` measures. Nothing is trusted because it can be imported: a
-kernel counts as available when its answer and gradients agree with the reference here and now.
+Pretraining encodes crops of two sizes. Packed into one sequence they share each matrix product; only attention has
+to know where a crop ends. Which of four kernels is fastest depends on the device and on the lengths, so
+`choose_kernel` measures. A kernel counts as available if its output and gradients agree with the reference.
 
 - ``sdpa``: PyTorch's scaled-dot-product attention, one call per run of equal lengths. The reference; runs everywhere.
-- ``matmul``: matrix products and softmaxes per run of equal lengths, a few sequences at a time. For processors.
+- ``matmul``: matrix products and softmaxes per run of equal lengths, a few sequences at a time, so that their scores
+  stay in the cache of a CPU. Probabilities are recomputed in the backward pass, as in FlashAttention (Dao et al. 2022,
+  arXiv 2205.14135, section 3.1), but a whole row of scores is held at once. It is an operator of its own
+  (``torch.ops.brainfound.attention_in_pieces``): recomputation, compilers and FLOP counters see one operation.
 - ``varlen``: PyTorch's variable-length flash attention; CUDA, half precision.
 - ``xformers``: xFormers' memory-efficient attention with a block-diagonal mask (Lefaudeux et al. 2022); CUDA.
 
-Attention by matrix products, a few sequences at a time, so that their scores stay in the processor's cache.
-
-Axis legend: ``n`` sequences, ``H`` heads, ``L`` tokens of one sequence, ``d`` width of a head.
-
-Probabilities are computed again in the backward pass and never kept, as in FlashAttention (Dao et al. 2022,
-arXiv 2205.14135, section 3.1); unlike there a whole row of scores is held at once, which crops of some hundred tokens
-allow. On processors the products of a piece run at the speed of large ones, where fused kernels do not.
-
-It is an operator of its own (``torch.ops.brainfound.attention_in_pieces``), so that recomputation, compilers and
-counters of work see one operation and not its parts.
+Axis legend: ``n`` sequences, ``H`` heads, ``T`` tokens of all sequences, ``L`` tokens of one sequence, ``d`` width of a
+head.
 """
 
 from __future__ import annotations
@@ -40,8 +32,9 @@ from torch.utils.flop_counter import register_flop_formula
 from transformers import AttentionInterface
 
 from brainfound.errors import ModelError
+from brainfound.models.hub import first_line
 
-# Scores of one piece: about the share of the cache that a core has for itself.
+# Scores of one piece: about the cache of one core.
 _PIECE_BYTES = {"cpu": 2 * 2**20}
 _PIECE_BYTES_ELSEWHERE = 512 * 2**20
 
@@ -49,7 +42,7 @@ _PIECE_BYTES_ELSEWHERE = 512 * 2**20
 def attention_in_pieces(
     query: Float[Tensor, "n H L d"], key: Float[Tensor, "n H L d"], value: Float[Tensor, "n H L d"], scaling: float
 ) -> Float[Tensor, "n H L d"]:
-    """softmax(q kᵀ · scaling) v; scores have the type of the inputs, their softmax is summed in float32 or wider."""
+    """softmax(q kᵀ · scaling) v; scores have the dtype of the inputs, their softmax is summed in float32 or wider."""
     return _forward(query, key, value, scaling).transpose(1, 2)
 
 
@@ -67,7 +60,7 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tenso
 def _backward(
     gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(n L H d) → of query, key and value, (n L H d) each."""
+    """Gradient (n L H d) → gradients of query, key and value (n L H d)."""
     found = (_empty(query), _empty(key), _empty(value))
     of_query, of_key, of_value = found
     for piece in _pieces(query):
@@ -107,7 +100,7 @@ _forward.register_autograd(_differentiate, setup_context=_keep)
 
 @register_flop_formula(torch.ops.brainfound.attention_in_pieces)
 def _flops(query: torch.Size, *_: Any, **__: Any) -> int:
-    """Two products; the backward pass four, what it computes again not counted."""
+    """Two products; four in the backward pass, without recomputation."""
     count, heads, length, width = query
     return 2 * 2 * count * heads * length * length * width
 
@@ -122,7 +115,7 @@ def _probabilities(rows: Tensor, columns: Tensor, scaling: float) -> Tensor:
 
 
 def _pieces(query: Tensor) -> Iterator[slice]:
-    """Sequences that are worked on together."""
+    """Slices of sequences that are processed together."""
     count, heads, length, _ = query.shape
     most = _PIECE_BYTES.get(query.device.type, _PIECE_BYTES_ELSEWHERE)
     size = max(1, most // max(1, heads * length * length * query.element_size()))
@@ -147,16 +140,16 @@ def _unbatched(tensor: Tensor, query: Tensor) -> Tensor:
 Kernel = Literal["sdpa", "matmul", "varlen", "xformers"]
 PACKED = "brainfound_packed"
 """The name under which packed attention is registered with the transformers library."""
-# What a kernel that cannot work here raises: no operator for the device, no such build, a wrong dtype.
+# Errors of a kernel that cannot work here: no operator for the device, no such build, a wrong dtype.
 _KERNEL_FAILURES = (ImportError, NotImplementedError, RuntimeError, ValueError, AttributeError, TypeError)
 _CLEARLY_FASTER = 1.15
-# Of the largest value. Several roundings lie between a product of attention and its gradient.
+# Relative to the largest value.
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 
 
 @dataclass(frozen=True)
 class Packing:
-    """How sequences lie behind each other: runs of equal lengths, first to last."""
+    """The layout of packed sequences: runs of equal lengths, first to last."""
 
     runs: tuple[tuple[int, int], ...]
     """(number of sequences, tokens of each), in order."""
@@ -179,7 +172,7 @@ class Packing:
         return [length for count, length in self.runs for _ in range(count)]
 
     def cumulative_lengths(self, device: torch.device) -> Int[Tensor, "sequences_plus_one"]:
-        """0, and where each sequence ends; int32, as kernels want it. Made once per packing and device."""
+        """0, and the end of each sequence, as int32. Computed once per packing and device."""
         return _cumulative_lengths(self, device)
 
 
@@ -215,7 +208,7 @@ def packed_attention(
 def _per_run(
     attend: Callable[[Tensor, Tensor, Tensor, float], Tensor],
 ) -> Callable[[Tensor, Tensor, Tensor, Packing, float], Tensor]:
-    """A kernel for equal lengths, ``(n H L d) → (n H L d)``, as one for packings."""
+    """A kernel for equal lengths, ``(n H L d) → (n H L d)``, as a kernel for packings."""
 
     def packed(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float) -> Tensor:
         heads, _, width = query.shape
@@ -266,7 +259,7 @@ _KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor, Packing, float], Tensor]] 
 
 
 def available_kernels(device: torch.device, dtype: torch.dtype, head_width: int = 64) -> dict[str, str]:
-    """Each kernel → "" if it works here, else why not: run forwards and backwards on a small packing and compared."""
+    """Kernel → "" if it agrees with the reference on a small packing, forward and backward; else the reason."""
     return {kernel: _find_kernel_failure(kernel, device, dtype, head_width) for kernel in _KERNELS}
 
 
@@ -281,14 +274,10 @@ def _find_kernel_failure(kernel: str, device: torch.device, dtype: torch.dtype, 
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     except _KERNEL_FAILURES as error:
-        return _in_short(error)
+        return first_line(error)
     difference = max(((a - b).abs().max() / a.abs().max()).item() for a, b in zip(expected, given, strict=True))
     # Not `>`: a NaN is a fault too.
     return "" if difference <= _TOLERANCE.get(dtype, 1e-5) else f"differs from the reference by {difference:.2g}"
-
-
-def _in_short(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def _with_gradients(kernel: str, inputs: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
@@ -302,9 +291,9 @@ def _with_gradients(kernel: str, inputs: Tensor, packing: Packing) -> tuple[Tens
 def choose_kernel(
     packing: Packing, num_heads: int, head_width: int, device: torch.device, dtype: torch.dtype, repeats: int = 3
 ) -> tuple[Kernel, dict[str, float | str]]:
-    """The fastest kernel that works here, forwards and backwards at a packing's lengths, and what was found.
+    """The fastest kernel that works here, measured forward and backward at a packing's lengths.
 
-    The reference is taken unless another one is clearly faster, so that the choice does not hang on noise.
+    The reference is chosen unless another kernel is clearly faster, so that the choice does not depend on noise.
 
     Returns:
         The kernel; and for each kernel its seconds, or the reason why it cannot be used.
@@ -324,7 +313,7 @@ def choose_kernel(
         except _KERNEL_FAILURES as error:
             if kernel == "sdpa":  # the reference; without it there is nothing to fall back to
                 raise
-            found[kernel] = _in_short(error)
+            found[kernel] = first_line(error)
             continue
         found[kernel] = min(seconds[1:])
     working: dict[str, float] = {name: value for name, value in found.items() if isinstance(value, float)}
@@ -344,7 +333,7 @@ def _packed_interface(
     kernel: Kernel = "sdpa",
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Packed attention behind the library's interface: q, k, v ``(1, H, T, d)`` → ``(1, T, H, d)``.
+    """Packed attention with the library's interface: q, k, v ``(1, H, T, d)`` → ``(1, T, H, d)``.
 
     Without a packing, q, k and v are a batch ``(B, H, L, d)`` and this is plain attention.
     """

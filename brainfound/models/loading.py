@@ -1,35 +1,109 @@
-"""Loading of saved BrainFound models, with every weight accounted for.
+"""Loading of models: saved BrainFound models, and the model that a training starts from.
 
-The library warns about weights that a file lacks and goes on with random ones. Here they are refused,
-except those of parts that the caller asked to be new. A saved head whose answers mean something else than
-those asked for is refused too, also where its shape would fit.
+The library warns about weights that a file lacks and leaves them random. Here they are refused, except in parts that
+the caller wants new. A saved head with other outputs than the requested ones is refused even where its shape fits.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from brainfound.errors import ModelError
-from brainfound.models.backbones import (
+from brainfound.errors import ModelError, UsageError
+from brainfound.models.backbones import FAMILIES, get_patch_size
+from brainfound.models.configuration import BrainFoundConfig, config_fields
+from brainfound.models.hub import (
     LOAD_FAILURES,
     list_keys,
     require_coverage,
     require_findable,
+    silence_transformers,
     unreadable_model_error,
 )
-from brainfound.models.configuration import BrainFoundConfig, config_fields, silence_transformers
+
+AnyModel = TypeVar("AnyModel", bound=PreTrainedModel)
 
 _OUTPUT_LAYERS = {
     "BrainFoundForClassification": "head.score",
     "BrainFoundForRegression": "head.score",
     "BrainFoundForSegmentation": "decoder.score",
 }
+
+
+def load_initial_model(kind: type[AnyModel], source: str | Path, contrasts: Sequence[str], **fields: Any) -> AnyModel:
+    """A model that starts from a plain ViT or a BrainFound model, with new parts around its weights.
+
+    Args:
+        kind: one of the BrainFound models.
+        source: Hub id or folder.
+        contrasts: those of the data; a BrainFound model must have the same ones in the same order.
+        fields: of `BrainFoundConfig`.
+
+    Raises:
+        ModelError: if the source cannot be used.
+        UsageError: if its contrasts are others.
+    """
+    cls: Any = kind
+    if not is_brainfound(source):
+        return cls.from_backbone(source, contrasts=contrasts, **fields)
+    # A head with other outputs is initialised again, with a warning.
+    model = cls.from_pretrained(source, ignore_mismatched_sizes=True, **fields)
+    _require_contrasts(source, model.config.contrasts, contrasts)
+    return model
+
+
+def is_brainfound(source: str | Path) -> bool:
+    """Whether a Hub id or folder holds a BrainFound model (else it should be a plain ViT).
+
+    Raises:
+        ModelError: if its configuration cannot be read.
+    """
+    try:
+        content, _ = PreTrainedConfig.get_config_dict(str(source))
+    except LOAD_FAILURES as error:
+        raise unreadable_model_error(str(source), error) from error
+    return content.get("model_type") == BrainFoundConfig.model_type
+
+
+def read_patch_size(source: str | Path, contrasts: Sequence[str]) -> int | None:
+    """The patch size of a model to start from; only its configuration is read.
+
+    Returns:
+        None if the source is of no supported family, which `load_initial_model` refuses.
+
+    Raises:
+        ModelError: if the configuration cannot be read.
+        UsageError: if it is a BrainFound model of other contrasts.
+    """
+    is_ours = is_brainfound(source)
+    folder = Path(source)
+    if (folder / "bundle.json").is_file() and not (folder / "model.safetensors").is_file():
+        raise unreadable_model_error(str(source), FileNotFoundError())
+    try:
+        config = (BrainFoundConfig if is_ours else AutoConfig).from_pretrained(str(source))
+    except LOAD_FAILURES as error:
+        raise unreadable_model_error(str(source), error) from error
+    if is_ours:
+        _require_contrasts(source, config.contrasts, contrasts)
+        config = config.backbone_config
+    return get_patch_size(config) if config.model_type in FAMILIES else None
+
+
+def _require_contrasts(source: str | Path, own: Sequence[str], given: Sequence[str]) -> None:
+    if tuple(own) != tuple(given):
+        raise UsageError(
+            "the model and the data have other contrasts, or the same ones in another order",
+            where=source,
+            got=", ".join(given),
+            expected=", ".join(own),
+            remedy=f"Prepare the data with --contrasts {','.join(own)}",
+        )
 
 
 def load_checked(
@@ -39,7 +113,7 @@ def load_checked(
     args: tuple[Any, ...],
     options: dict[str, Any],
 ) -> Any:
-    """Load with the library's `from_pretrained`, then check what was loaded.
+    """Load with the library's `from_pretrained`, then check the result.
 
     Args:
         kind: the class that is loaded.
@@ -48,46 +122,49 @@ def load_checked(
         args, options: the caller's further arguments.
 
     Returns:
-        The model, or with `output_loading_info` the model and the library's account, as the library does.
+        The model, or with `output_loading_info` the model and the library's loading info, as in the library.
 
     Raises:
         ModelError: if the model cannot be read, weights are missing, left over or of another shape, or the saved head
-            answers another question than the one asked for and `ignore_mismatched_sizes` is not given.
+            has other outputs than the requested ones and `ignore_mismatched_sizes` is not given.
     """
     wants_info = options.pop("output_loading_info", False)
-    may_begin_anew = options.pop("ignore_mismatched_sizes", False)
+    allows_new_head = options.pop("ignore_mismatched_sizes", False)
     stem = options.pop("stem", None)
     if options.get("use_safetensors") is False:
         raise ModelError("pickled weights are refused because they can run code", where=source)
     options = {"dtype": torch.float32, **options, "use_safetensors": True}
-    saved = _saved_config(source, options)
+    saved = _read_saved_config(source, options)
     given = options.get("config")
     if isinstance(given, BrainFoundConfig) and given.stem != saved.stem:
         stem = stem or given.stem
-        # The weights lie there under the stem that they were saved with; afterwards it is changed.
+        # The weights are read under the saved stem; it is changed afterwards.
         options["config"] = copy.deepcopy(given)
         options["config"].stem = saved.stem
-    difference = _find_head_mismatch(kind, saved, _asked_config(saved, options))
-    if difference and not may_begin_anew:
+    outputs = None
+    if kind.__name__ in (saved.architectures or ()) and kind.__name__ in _OUTPUT_LAYERS:
+        outputs = tuple(_describe_head(kind, config) for config in (saved, _requested_config(saved, options)))
+    has_new_head = outputs is not None and outputs[0] != outputs[1]
+    if outputs and has_new_head and not allows_new_head:
         raise ModelError(
-            "the saved head gives other answers than those asked for",
+            "the saved head gives other answers than requested",
             where=source,
-            got=difference[1],
-            expected=difference[0],
+            got=outputs[1],
+            expected=outputs[0],
             remedy="Load it as it was saved, or give ignore_mismatched_sizes=True: then its last layer begins anew",
         )
     try:
         with silence_transformers():
-            # Weights of another shape are looked at below, where they can be named.
+            # Weights of another shape are refused below, where they can be named.
             model, info = load(source, *args, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     except LOAD_FAILURES as error:
         raise unreadable_model_error(source, error) from error
     new_parts = _new_parts(kind, model.config, saved)
-    if difference:
+    if outputs and has_new_head:
         new_parts += (_OUTPUT_LAYERS[kind.__name__],)
         _reinitialise(model, _OUTPUT_LAYERS[kind.__name__])
         warnings.warn(
-            f"{source}: the head begins anew, because the saved one has {difference[0]} and {difference[1]} are wanted",
+            f"{source}: the head begins anew, because the saved one has {outputs[0]} and {outputs[1]} are wanted",
             stacklevel=3,
         )
     _require_same_shapes(source, info["mismatched_keys"], new_parts)
@@ -108,43 +185,30 @@ def load_checked(
     return (model, info) if wants_info else model
 
 
-def _asked_config(saved: BrainFoundConfig, options: dict[str, Any]) -> BrainFoundConfig:
-    """The configuration that the model will have."""
+def _requested_config(saved: BrainFoundConfig, options: dict[str, Any]) -> BrainFoundConfig:
     given = options.get("config")
     if isinstance(given, BrainFoundConfig):
         return given
     fields = {name: options[name] for name in config_fields() if name in options}
-    asked: BrainFoundConfig = BrainFoundConfig.from_dict(saved.to_dict(), **fields)
-    asked.require_valid()
-    return asked
-
-
-def _find_head_mismatch(kind: type, saved: BrainFoundConfig, asked: BrainFoundConfig) -> tuple[str, str] | None:
-    """What the saved head answers and what is asked for, in words, where the two differ and the head is not new."""
-    if kind.__name__ not in (saved.architectures or ()) or kind.__name__ not in _OUTPUT_LAYERS:
-        return None
-    known, wanted = _describe_head(kind, saved), _describe_head(kind, asked)
-    return None if known == wanted else (known, wanted)
+    requested: BrainFoundConfig = BrainFoundConfig.from_dict(saved.to_dict(), **fields)
+    requested.require_valid()
+    return requested
 
 
 def _describe_head(kind: type, config: BrainFoundConfig) -> str:
-    """What the last layer of a head class gives, of what; where the words are the same, saved scores can be used."""
-    if kind.__name__ == "BrainFoundForSegmentation" or config.slice_features == "cls":
-        return _describe_output(kind, config)
-    return f"{_describe_output(kind, config)} on {config.slice_features}"
-
-
-def _describe_output(kind: type, config: BrainFoundConfig) -> str:
-    if kind.__name__ == "BrainFoundForRegression":
-        if config.regression_head == "bins":
-            assert config.regression_range is not None, "the configuration was checked"
-            low, high = config.regression_range
-            return f"{config.regression_bins} bins from {low:g} to {high:g}"
-        return f"a {config.regression_head} head"
+    """The outputs and the input of a head in words; saved scores can be used where the words are the same."""
     if kind.__name__ == "BrainFoundForSegmentation":
         return f"{config.num_classes} {'overlapping labels' if config.overlapping_labels else 'classes'}"
-    several = config.problem_type == "multi_label_classification"
-    return f"{config.num_classes} {'labels of yes or no' if several else 'classes'}"
+    if kind.__name__ == "BrainFoundForClassification":
+        several = config.problem_type == "multi_label_classification"
+        outputs = f"{config.num_classes} {'labels of yes or no' if several else 'classes'}"
+    elif config.regression_head == "bins":
+        assert config.regression_range is not None, "the configuration was checked"
+        low, high = config.regression_range
+        outputs = f"{config.regression_bins} bins from {low:g} to {high:g}"
+    else:
+        outputs = f"a {config.regression_head} head"
+    return outputs if config.slice_features == "cls" else f"{outputs} on {config.slice_features}"
 
 
 @torch.no_grad()
@@ -152,7 +216,7 @@ def _reinitialise(model: PreTrainedModel, layer: str) -> None:
     """Draw the weights of a layer as if no file had held them."""
     module = model.get_submodule(layer)
     for parameter in module.parameters():
-        # The flag by which the library leaves weights alone that it has read.
+        # The flag by which the library leaves alone the weights that it has read.
         parameter._is_hf_initialized = False  # type: ignore[attr-defined]
     model._init_weights(module)
 
@@ -172,7 +236,7 @@ def _require_same_shapes(source: str, mismatched: set[tuple[Any, ...]], new_part
 
 @torch.no_grad()
 def _copy_out_of_mmap(model: PreTrainedModel) -> None:
-    """Give each weight that is a view into the mapped file memory of its own.
+    """Give memory of its own to each weight that is a view into the mapped file.
 
     In the file weights lie at any multiple of four bytes, and matrix products round differently there:
     a reloaded model would differ in the last bit. A model must also outlive an overwritten file.
@@ -182,7 +246,7 @@ def _copy_out_of_mmap(model: PreTrainedModel) -> None:
             parameter.data = parameter.data.clone()
 
 
-def _saved_config(source: str, options: dict[str, Any]) -> BrainFoundConfig:
+def _read_saved_config(source: str, options: dict[str, Any]) -> BrainFoundConfig:
     require_findable(source)
     names = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
     hub_options = {name: options[name] for name in names if name in options}
@@ -190,7 +254,7 @@ def _saved_config(source: str, options: dict[str, Any]) -> BrainFoundConfig:
         content, _ = BrainFoundConfig.get_config_dict(source, **hub_options)
     except LOAD_FAILURES as error:
         raise unreadable_model_error(source, error) from error
-    if not content:  # what the library answers for a folder without config.json
+    if not content:  # the library's answer for a folder without config.json
         raise unreadable_model_error(source, FileNotFoundError(source))
     if content.get("model_type") != BrainFoundConfig.model_type:
         raise ModelError(
@@ -202,17 +266,19 @@ def _saved_config(source: str, options: dict[str, Any]) -> BrainFoundConfig:
 
 
 def _new_parts(kind: type, config: BrainFoundConfig, saved: BrainFoundConfig) -> tuple[str, ...]:
-    """The top-level parts that may differ from the file, because another class or configuration was asked for."""
+    """The top-level parts that may differ from the file, because another class or configuration is requested."""
+
+    def differ(*fields: str) -> bool:
+        return any(getattr(config, field) != getattr(saved, field) for field in fields)
+
     parts: tuple[str, ...] = ()
     if kind.__name__ not in (saved.architectures or ()):
         parts += ("head", "decoder")
-    sizes = ("aggregator", "aggregator_layers", "aggregator_width")
-    if any(getattr(config, field) != getattr(saved, field) for field in sizes):
+    if differ("aggregator", "aggregator_layers", "aggregator_width"):
         parts += ("aggregator",)
-    if config.embedding_size != saved.embedding_size:
+    if differ("embedding_size"):
         parts += ("aggregator", "head")
-    fields = ("decoder", "decoder_slice_mixing", "decoder_width", "resolved_decoder_layers")
-    if any(getattr(config, field) != getattr(saved, field) for field in fields):
+    if differ("decoder", "decoder_slice_mixing", "decoder_width", "resolved_decoder_layers"):
         parts += ("decoder",)
     return parts
 

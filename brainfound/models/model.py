@@ -34,20 +34,20 @@ from brainfound.models.heads import (
     regression_loss,
 )
 from brainfound.models.loading import load_checked
-from brainfound.models.slice_batch import ValidSlices, checked_embeddings, shape_error
+from brainfound.models.valid_slices import ValidSlices, shape_error, validate_embeddings
 
 Pixels = Float[Tensor, "volumes slices contrasts height width"] | UInt8[Tensor, "volumes slices contrasts height width"]
 
 
 @dataclass
 class BrainFoundModelOutput(ModelOutput):
-    """What `BrainFoundModel` gives."""
+    """Output of `BrainFoundModel`."""
 
     volume_embedding: Float[Tensor, "volumes width"] | None = None
     slice_embeddings: Float[Tensor, "volumes slices width"] | None = None
-    """What `config.slice_features` says, by default the backbone's normalised CLS tokens; zeros at padded slices."""
+    """By `config.slice_features`, by default the backbone's normalised CLS tokens; zeros at padded slices."""
     slice_weights: Float[Tensor, "volumes slices"] | None = None
-    """What each slice weighed in the volume; None where the aggregator has no such weights."""
+    """The weight of each slice in the volume; None where the aggregator has no weights."""
     patch_embeddings: Float[Tensor, "volumes slices patches width"] | None = None
     """On request: the backbone's normalised patch tokens; zeros at padded slices."""
 
@@ -67,7 +67,7 @@ class BrainFoundPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
 
     def __init__(self, config: BrainFoundConfig, backbone: PreTrainedModel | None = None) -> None:
-        # Fields may have been set one by one since the configuration was made.
+        # Fields may have been set one by one since the configuration was created.
         config.require_valid()
         super().__init__(config)
 
@@ -82,10 +82,10 @@ class BrainFoundPreTrainedModel(PreTrainedModel):
         attn_implementation: str | None = None,
         **config: Any,
     ) -> Self:
-        """Start from a plain 2-D ViT: a DINOv2, with or without registers, or a supervised ViT.
+        """Start from a plain 2-D ViT of one of `brainfound.models.backbones.FAMILIES`.
 
         With three contrasts, each slice's embedding equals the Hub model's CLS token to the last bit. A supervised
-        ViT is carried into the architecture of DINOv2, and its images are normalised as its preprocessor says.
+        ViT is converted to the architecture of DINOv2, and its images are normalised as its preprocessor says.
 
         Args:
             id_or_folder: a Hub id (`facebook/dinov2-small`, `google/vit-base-patch16-224`) or a folder with
@@ -121,17 +121,17 @@ class BrainFoundPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, id_or_folder: str | Path, *args: Any, **options: Any) -> Self:  # type: ignore[override]
         """Load a saved BrainFound model, whole or not at all.
 
-        As in the library, further keyword arguments set fields of the configuration. A head class may
-        start from a saved `BrainFoundModel`: then its head is new. Another `stem` starts from the kernels of the saved
-        one, as it would from those of a plain ViT. Weights are float32 unless `dtype` is given.
+        As in the library, further keyword arguments set fields of the configuration. A head class may start from a
+        saved `BrainFoundModel`: then its head is new. Another `stem` starts from the kernels of the saved one, as it
+        would from those of a plain ViT. Weights are float32 unless `dtype` is given.
 
-        A saved head that answers something else than what is asked for (another number of classes, another
-        `regression_head`, other bins) is refused, also where its shape would fit. With `ignore_mismatched_sizes=True`
-        its last layer begins anew, with a warning.
+        A saved head with other outputs than the requested ones (another number of classes, another `regression_head`,
+        other bins) is refused, even where its shape fits. With `ignore_mismatched_sizes=True` its last layer begins
+        anew, with a warning.
 
         Raises:
             ModelError: if the model cannot be read, weights are missing, left over or of another shape (the keys are
-                named), or the saved head answers something else.
+                named), or the saved head has other outputs.
         """
         return load_checked(cls, super().from_pretrained, str(id_or_folder), args, options)
 
@@ -140,8 +140,7 @@ class BrainFoundPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # Reached by the aggregator, decoder and head only: the backbone is a model of its own and has its own.
-        # The library calls this for modules that hold weights themselves, not for those that only hold modules.
+        # Called for the modules of aggregator, decoder and head that hold weights: the backbone has its own method.
         super()._init_weights(module)
         if isinstance(module, TransformerAggregator):
             init.trunc_normal_(module.class_token, std=self.config.initializer_range)
@@ -156,8 +155,8 @@ class BrainFoundModel(BrainFoundPreTrainedModel):
     """Slices → slice embeddings → volume embedding.
 
     Args:
-        config: what the model is made of.
-        backbone: a loaded RGB ViT to start from; `from_backbone` gives it.
+        config: the configuration.
+        backbone: a loaded RGB ViT to start from; `from_backbone` loads it.
     """
 
     def __init__(self, config: BrainFoundConfig, backbone: PreTrainedModel | None = None) -> None:
@@ -185,7 +184,7 @@ class BrainFoundModel(BrainFoundPreTrainedModel):
             positions_mm: position of each slice along the stack; None: 1 mm apart, centred.
             output_patch_embeddings: also return the patch tokens.
             return_dict: False returns a tuple.
-            slice_embeddings: in the place of `pixel_values`, what this model's encoder said of the slices before.
+            slice_embeddings: in place of `pixel_values`, the slice embeddings of an earlier pass of this model.
 
         Raises:
             ModelError: if shapes do not fit, a volume has no valid slice or no contrast, or both or neither of
@@ -193,7 +192,7 @@ class BrainFoundModel(BrainFoundPreTrainedModel):
         """
         if slice_embeddings is not None:
             self._require_only_embeddings(pixel_values, contrast_mask, output_patch_embeddings)
-            slice_mask = checked_embeddings(slice_embeddings, self.config.embedding_size, slice_mask, positions_mm)
+            slice_mask = validate_embeddings(slice_embeddings, self.config.embedding_size, slice_mask, positions_mm)
             aggregation = self.aggregator(slice_embeddings, slice_mask, positions_mm)
             given = BrainFoundModelOutput(aggregation.embedding, slice_embeddings, aggregation.weights)
             return given.to_tuple() if return_dict is False else given
@@ -221,15 +220,15 @@ class BrainFoundModel(BrainFoundPreTrainedModel):
     def _require_only_embeddings(pixel_values: Any, contrast_mask: Any, output_patch_embeddings: bool) -> None:
         if pixel_values is not None or contrast_mask is not None or output_patch_embeddings:
             raise ModelError(
-                "slice_embeddings take the place of images",
-                got="pixel_values, contrast_mask or output_patch_embeddings beside them",
+                "slice_embeddings replace images",
+                got="pixel_values, contrast_mask or output_patch_embeddings as well",
                 remedy="Give slice_embeddings with slice_mask and positions_mm only",
             )
 
 
 @dataclass
 class BrainFoundClassifierOutput(ModelOutput):
-    """What `BrainFoundForClassification` gives."""
+    """Output of `BrainFoundForClassification`."""
 
     loss: Tensor | None = None
     logits: Float[Tensor, "volumes classes"] | None = None
@@ -240,24 +239,24 @@ class BrainFoundClassifierOutput(ModelOutput):
 
 @dataclass
 class BrainFoundRegressionOutput(ModelOutput):
-    """What `BrainFoundForRegression` gives."""
+    """Output of `BrainFoundForRegression`."""
 
     loss: Tensor | None = None
     """In standardised units."""
     predictions: Float[Tensor, "volumes"] | None = None
     """In the unit of the target."""
     prediction_std: Float[Tensor, "volumes"] | None = None
-    """In the unit of the target; None of `config.regression_head = "point"`."""
+    """In the unit of the target; None with `config.regression_head = "point"`."""
     volume_embedding: Float[Tensor, "volumes width"] | None = None
     slice_embeddings: Float[Tensor, "volumes slices width"] | None = None
     slice_weights: Float[Tensor, "volumes slices"] | None = None
     bin_probabilities: Float[Tensor, "volumes bins"] | None = None
-    """The distribution of `config.regression_head = "bins"`, over equal bins of `config.regression_range`."""
+    """With `config.regression_head = "bins"`: the distribution over equal bins of `config.regression_range`."""
 
 
 @dataclass
 class BrainFoundSegmentationOutput(ModelOutput):
-    """What `BrainFoundForSegmentation` gives."""
+    """Output of `BrainFoundForSegmentation`."""
 
     loss: Tensor | None = None
     logits: Float[Tensor, "volumes slices classes height width"] | None = None
@@ -265,7 +264,7 @@ class BrainFoundSegmentationOutput(ModelOutput):
 
 
 class _BrainFoundModelWithHead(BrainFoundPreTrainedModel):
-    """A volume model under a head."""
+    """A volume model with a head on top."""
 
     def __init__(self, config: BrainFoundConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config)

@@ -2,25 +2,21 @@
 
 Axis legend: N slices, C contrasts, M images given to the ViT, H W pixels, P patches, D width.
 
-``channels`` (BrainFound, arXiv 2510.23415): one contrast is one input channel of the patch convolution. Three
-contrasts start from the RGB kernels as they are. Any other number starts from the mean of the RGB
-kernels, each scaled by 3/C, so that C equal grey channels give what the RGB model gives on grey. An
-absent contrast contributes nothing and the others are rescaled by C/(number present). With every
-contrast present nothing is changed, to the last bit.
+- ``channels`` (BrainFound, arXiv 2510.23415): one contrast is one input channel of the patch convolution. Three
+  contrasts start from the RGB kernels. Any other number starts from their mean, scaled by 3/C: C equal channels give
+  the RGB model's output on grey. An absent contrast contributes nothing, and the others are rescaled by C/(number
+  present). With every contrast present nothing changes, to the last bit.
+- ``per_contrast``: each present contrast of a slice is a grey image of its own. The kernel is the sum of the RGB
+  kernels; the ViT's outputs for the images of a slice are averaged.
+- ``slices``: a slice with its neighbours below and above is one image of three channels, with the RGB kernels.
 
-``per_contrast``: each present contrast of a slice is a grey image of its own. The kernel is the sum of the RGB
-kernels, so that it answers as the RGB model does on grey; what the ViT says of the images of one slice is averaged.
-
-``slices``: a slice with its neighbours below and above is one image of three channels, for which the RGB kernels
-stay as they are.
-
-The library's ViT hands `pixel_values` to its patch embedding and nothing else. What the embedding must know beside
-pixels therefore travels as constant planes of the same image (presence, or the number of the contrast): no forward
-pass needs to be forked.
+The library's ViT passes `pixel_values` alone to its patch embedding. Presence, or the number of the contrast,
+therefore travels as constant planes of the same image, and no forward pass needs to be forked.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,7 +34,7 @@ def pack_planes(
     pixels: Float[Tensor, "slices contrasts height width"],
     contrast_mask: Bool[Tensor, "slices contrasts"] | None,
 ) -> Float[Tensor, "slices planes height width"]:
-    """Normalised pixels and their presence as one image of 2·C planes; no mask means all present."""
+    """Normalised pixels and the presence of each contrast as one image of 2·C planes; None: all are present."""
     if contrast_mask is None:
         return torch.cat((pixels, torch.ones_like(pixels)), dim=1)
     presence = contrast_mask.to(pixels.dtype)[:, :, None, None].expand_as(pixels)
@@ -48,7 +44,7 @@ def pack_planes(
 def pack_contrast_number(
     pixels: Float[Tensor, "images height width"], contrasts: Int[Tensor, "images"]
 ) -> Float[Tensor, "images 2 height width"]:
-    """Normalised pixels of single contrasts, and the place of each in the configuration as a second plane."""
+    """Normalised pixels of single contrasts, with the index of the contrast as a second plane."""
     number = contrasts.to(pixels.dtype)[:, None, None].expand_as(pixels)
     return torch.stack((pixels, number), dim=1)
 
@@ -60,7 +56,7 @@ class PresentImages:
         present: True where a slice has a contrast.
 
     Attributes:
-        slices, contrasts: (M,) where each image comes from.
+        slices, contrasts: (M,) the slice and the contrast of each image.
     """
 
     def __init__(self, present: Bool[Tensor, "slices contrasts"]) -> None:
@@ -94,7 +90,7 @@ def inflate_kernels(
 
 
 class ContrastEmbedding(nn.Module):
-    """A learned vector per contrast; the mean over the present ones is what the patches receive. Starts at zero."""
+    """A learned vector per contrast; the patches receive the mean over the present ones. Starts at zero."""
 
     def __init__(self, num_contrasts: int, width: int) -> None:
         super().__init__()
@@ -130,9 +126,9 @@ class PatchStem(nn.Module):
 
     @torch.no_grad()
     def init_from(self, patch_embeddings: Any) -> None:
-        """Take over what another patch embedding knows, of a plain ViT or of another stem.
+        """Start from the patch embedding of a plain ViT or of another stem.
 
-        Where the number of channels differs, kernels of single channels are averaged (`inflate_kernels`).
+        Where the number of channels differs, the kernels are averaged over channels (`inflate_kernels`).
         """
         kernels = patch_embeddings.projection
         self.projection.weight.copy_(inflate_kernels(kernels.weight, self.num_channels))
@@ -159,7 +155,7 @@ class ContrastPatchEmbeddings(PatchStem):
 
     def init_from(self, patch_embeddings: Any) -> None:
         super().init_from(patch_embeddings)
-        _take_over_embedding(self, patch_embeddings)
+        _copy_contrast_embedding(self, patch_embeddings)
 
 
 class GreyPatchEmbeddings(PatchStem):
@@ -178,7 +174,7 @@ class GreyPatchEmbeddings(PatchStem):
 
     def init_from(self, patch_embeddings: Any) -> None:
         super().init_from(patch_embeddings)
-        _take_over_embedding(self, patch_embeddings)
+        _copy_contrast_embedding(self, patch_embeddings)
 
 
 class SlicePatchEmbeddings(PatchStem):
@@ -194,13 +190,16 @@ class SlicePatchEmbeddings(PatchStem):
 
 def build_stem(config: BrainFoundConfig, patch_size: int, image_size: tuple[int, int]) -> PatchStem:
     """The stem that a configuration names, with new weights."""
-    if config.stem == "slices":
-        return SlicePatchEmbeddings(config.hidden_size, patch_size, image_size)
-    kind = GreyPatchEmbeddings if config.stem == "per_contrast" else ContrastPatchEmbeddings
-    return kind(config.num_contrasts, config.hidden_size, patch_size, image_size)
+    width, num_contrasts = config.hidden_size, config.num_contrasts
+    stems: dict[str, Callable[[], PatchStem]] = {
+        "channels": lambda: ContrastPatchEmbeddings(num_contrasts, width, patch_size, image_size),
+        "per_contrast": lambda: GreyPatchEmbeddings(num_contrasts, width, patch_size, image_size),
+        "slices": lambda: SlicePatchEmbeddings(width, patch_size, image_size),
+    }
+    return stems[config.stem]()
 
 
 @torch.no_grad()
-def _take_over_embedding(stem: ContrastPatchEmbeddings | GreyPatchEmbeddings, patch_embeddings: Any) -> None:
+def _copy_contrast_embedding(stem: ContrastPatchEmbeddings | GreyPatchEmbeddings, patch_embeddings: Any) -> None:
     if isinstance(patch_embeddings, (ContrastPatchEmbeddings, GreyPatchEmbeddings)):
         stem.contrast_embedding.weight.copy_(patch_embeddings.contrast_embedding.weight)

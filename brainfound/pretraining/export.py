@@ -13,7 +13,7 @@ from torch import Tensor
 from brainfound.data.checking.contract import InputContract
 from brainfound.data.store import Store
 from brainfound.models import BrainFoundModel
-from brainfound.models.configuration import silence_transformers
+from brainfound.models.hub import silence_transformers
 from brainfound.pretraining.monitoring.guard import GuardState
 from brainfound.pretraining.objectives.registry import in_words
 from brainfound.report.cards import write_model_card

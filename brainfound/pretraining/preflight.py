@@ -13,7 +13,7 @@ import numpy as np
 
 from brainfound.data.store import Store
 from brainfound.errors import RecipeError, UsageError
-from brainfound.models.start import read_patch_size
+from brainfound.models.loading import read_patch_size
 from brainfound.pretraining.monitoring.probe_targets import require_probe_target
 from brainfound.pretraining.objectives.masked_autoencoder import MaskedAutoencoderRecipe
 from brainfound.pretraining.slices import SliceNeighbours, usable_rows

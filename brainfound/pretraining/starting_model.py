@@ -31,10 +31,9 @@ from brainfound.adapters.roles import require_known_roles, resolve_targets
 from brainfound.data.store import Store
 from brainfound.errors import RecipeError
 from brainfound.models import BrainFoundConfig, BrainFoundModel
-from brainfound.models.backbones import load_backbone_config
-from brainfound.models.configuration import SUPPORTED_BACKBONES
+from brainfound.models.backbones import SUPPORTED_BACKBONES, load_backbone_config
 from brainfound.models.encoder import SliceEncoder
-from brainfound.models.start import is_brainfound, load_initial_model
+from brainfound.models.loading import is_brainfound, load_initial_model
 from brainfound.recipes import Recipe
 from brainfound.training.randomness import INITIALISATION, derive_seed, torch_generator
 

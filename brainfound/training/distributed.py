@@ -189,7 +189,7 @@ def _register_forward_method(encoder: SliceEncoder, name: str) -> None:
     plain = getattr(encoder, name)
     register_fsdp_forward_method(encoder, name)
     gathering = getattr(encoder, name)
-    norm = encoder.backbone.layernorm
+    norm = encoder.norm
 
     def enter(*args: Any, **kwargs: Any) -> Any:
         is_cut = isinstance(norm.weight, DTensor)

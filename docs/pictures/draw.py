@@ -34,7 +34,7 @@ from matplotlib.transforms import Affine2D
 from PIL import Image
 
 import brainfound
-from brainfound.data.checking.contact_sheet import write_contact_sheet
+from brainfound.data.store.contact_sheet import write_contact_sheet
 from brainfound.report.curves import plot_curves
 
 HERE = Path(__file__).parent

@@ -197,7 +197,7 @@ def test_a_bundle_that_cannot_take_the_place_of_another_leaves_it_whole(
     rename = Path.rename
 
     def fails(path, target):
-        if Path(target) == folder and not path.name.endswith(".former"):
+        if Path(target) == folder and not path.name.endswith(".previous"):
             raise OSError("the disk is gone")
         return rename(path, target)
 

@@ -1,4 +1,4 @@
-"""Roles → module names, in new and former releases of the library."""
+"""Roles → module names."""
 
 import pytest
 from torch import nn
@@ -18,40 +18,6 @@ from brainfound.models import BrainFoundForClassification, BrainFoundForSegmenta
 TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 4, "image_size": 8}
 
 
-def branch(**children):
-    return nn.ModuleDict(children)
-
-
-class FormerNames(nn.Module):
-    """A ViT whose modules are named as before the library's rename, with one block."""
-
-    def __init__(self):
-        super().__init__()
-        linear = lambda: nn.Linear(4, 4)  # noqa: E731
-        attention = branch(
-            attention=branch(query=linear(), key=linear(), value=linear()), output=branch(dense=linear())
-        )
-        block = branch(attention=attention, mlp=branch(fc1=linear(), fc2=linear()))
-        self.embeddings = branch(patch_embeddings=branch(projection=nn.Conv2d(3, 4, 2)))
-        self.encoder = branch(layer=nn.ModuleList([block]))
-
-
-@pytest.mark.parametrize(
-    ("role", "name"),
-    [
-        ("query", "encoder.layer.0.attention.attention.query"),
-        ("key", "encoder.layer.0.attention.attention.key"),
-        ("value", "encoder.layer.0.attention.attention.value"),
-        ("output", "encoder.layer.0.attention.output.dense"),
-        ("mlp_in", "encoder.layer.0.mlp.fc1"),
-        ("mlp_out", "encoder.layer.0.mlp.fc2"),
-        ("patch", "embeddings.patch_embeddings.projection"),
-    ],
-)
-def test_former_names(role, name):
-    assert resolve_targets(FormerNames(), [role]) == [name]
-
-
 @pytest.mark.parametrize(
     ("role", "name"),
     [
@@ -63,7 +29,7 @@ def test_former_names(role, name):
         ("mlp_out", "mlp.fc2"),
     ],
 )
-def test_present_names(role, name):
+def test_each_role_has_its_module_in_each_block(role, name):
     for model in (
         Dinov2Model(Dinov2Config(**TINY)),
         Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**TINY)),
@@ -99,7 +65,7 @@ def test_blocks_are_counted_from_one(backbone_folder):
 
 def test_unknown_roles_are_refused():
     with pytest.raises(RecipeError, match="Did you mean query"):
-        resolve_targets(FormerNames(), ["querry"])
+        resolve_targets(nn.Linear(2, 2), ["querry"])
 
 
 def test_a_role_that_nothing_plays_is_refused():
@@ -110,5 +76,5 @@ def test_a_role_that_nothing_plays_is_refused():
             super().__init__(PreTrainedConfig())
             self.dense = nn.Linear(2, 2)
 
-    with pytest.raises(ModelError, match="no module of Bare plays the role 'key'"):
+    with pytest.raises(ModelError, match="no module of Bare has the role 'key'"):
         resolve_targets(Bare(), ["key"])

@@ -13,7 +13,7 @@ from brainfound.finetuning.calibration import AnswerCalibration
 from brainfound.finetuning.scoring import SessionScores
 from brainfound.finetuning.targets import Target
 from brainfound.metrics.calibration import expected_calibration_error, fit_temperature
-from brainfound.models.stack_inference import StackPrediction
+from brainfound.models.infer import StackPrediction
 
 AGES = Target("regression", "age_years", mean=50.0, std=10.0)
 WORDS = Target("classification", "diagnosis", names=("healthy", "patient", "unsure"))

@@ -31,7 +31,7 @@ from brainfound.finetuning.scoring import read_scores
 from brainfound.finetuning.training_task import FinetuneTask
 from brainfound.finetuning.volumes import VolumeReader
 from brainfound.inference.evaluation import evaluate
-from brainfound.models.stack_inference import unwrap_peft
+from brainfound.models.infer import unwrap_peft
 from brainfound.recipes import validate
 
 LAUNCH_FILE = Path(__file__).parents[2] / "train" / "launch" / "accelerate-cpu.yaml"

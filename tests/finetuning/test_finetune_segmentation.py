@@ -18,7 +18,7 @@ from brainfound.finetuning.targets import Target
 from brainfound.inference.evaluation import evaluate
 from brainfound.metrics.scores import segmentation_case_scores
 from brainfound.metrics.summaries import compute_headline_score
-from brainfound.models.stack_inference import StackPrediction, infer
+from brainfound.models.infer import StackPrediction, infer
 from brainfound.recipes import validate
 
 TINY = {

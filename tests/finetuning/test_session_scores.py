@@ -9,7 +9,7 @@ import pytest
 
 from brainfound.finetuning.scoring import score_predictions
 from brainfound.finetuning.targets import Target, resolve_target
-from brainfound.models.stack_inference import StackPrediction
+from brainfound.models.infer import StackPrediction
 
 SESSIONS = [6, 7, 8, 9, 10, 11]
 

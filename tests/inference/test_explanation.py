@@ -29,7 +29,7 @@ from brainfound.models import (
     BrainFoundModel,
 )
 from brainfound.models.aggregators import Aggregator
-from brainfound.models.stack_inference import infer
+from brainfound.models.infer import infer
 
 PATCH = 8
 FAMILIES = {

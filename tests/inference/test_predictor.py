@@ -18,7 +18,7 @@ from brainfound.inference.evaluation import evaluate
 from brainfound.inference.loading import load
 from brainfound.inference.prediction import file_stem
 from brainfound.inference.scans import parse_inputs
-from brainfound.models.stack_inference import StackPrediction
+from brainfound.models.infer import StackPrediction
 from brainfound.recipes import validate
 
 CONTRASTS = ("T1w", "T2w", "FLAIR")

@@ -16,7 +16,7 @@ from brainfound.inference.cohort import predict
 from brainfound.inference.predictor import Predictor
 from brainfound.inference.segmentation import SegmentationOptions, build_segmentation_fields
 from brainfound.models import BrainFoundForSegmentation
-from brainfound.models.stack_inference import StackPrediction
+from brainfound.models.infer import StackPrediction
 
 CLASSES = Target("segmentation", "mask", names=("background", "label 2", "label 5"), codes=(0, 2, 5))
 REGIONS = Target("segmentation", "mask", names=("whole", "core"), regions=((2, 5), (5,)))

@@ -182,7 +182,7 @@ def test_the_older_word_for_a_gaussian_head(backbone_folder, tmp_path):
         ({**BINS, "regression_bins": 1}, "regression_bins.*at least 2"),
         ({**BINS, "regression_loss": "l1"}, "loss of its own"),
         ({"huber_delta": 0.0}, "huber_delta.*positive"),
-        ({"classification_focal_gamma": -1.0}, "focal_gamma.*0 or more"),
+        ({"classification_focal_gamma": -1.0}, "focal_gamma.*at least 0"),
         ({"class_weights": [1.0, 2.0, 3.0]}, "class_weights.*expected 2 values"),
         ({"class_weights": [1.0, 0.0]}, "one positive weight per class"),
     ],

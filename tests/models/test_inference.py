@@ -16,10 +16,8 @@ from brainfound.models import (
     BrainFoundForSegmentation,
     BrainFoundModel,
 )
-from brainfound.models import (
-    stack_inference as inference,
-)
-from brainfound.models.stack_inference import infer
+from brainfound.models import infer as inference
+from brainfound.models.infer import infer
 
 CONTRASTS = ("T1w", "FLAIR")
 

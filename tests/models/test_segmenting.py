@@ -12,7 +12,7 @@ from torch import nn
 
 from brainfound.data.preprocessing.stack import Stack
 from brainfound.models import BrainFoundForSegmentation
-from brainfound.models.stack_inference import FlipAndShift, InferenceAugmentation, infer, segment
+from brainfound.models.infer import FlipAndShift, InferenceAugmentation, infer, segment
 
 CONTRASTS = ("T1w", "FLAIR")
 EVERY = InferenceAugmentation(flips=True, overlap=True)
@@ -97,7 +97,9 @@ def settings(**changes):
 
 
 @pytest.mark.parametrize("overlapping", [False, True])
-@pytest.mark.parametrize("readings", [InferenceAugmentation(flips=True), InferenceAugmentation(overlap=True), EVERY])
+@pytest.mark.parametrize(
+    "augmentation", [InferenceAugmentation(flips=True), InferenceAugmentation(overlap=True), EVERY]
+)
 def test_readings_come_back_to_their_own_place(pixels, augmentation, overlapping):
     """Also at the borders, where a moved reading saw nothing."""
     config = settings(overlapping_labels=overlapping)

@@ -23,11 +23,9 @@ from brainfound.models import (
     BrainFoundForSegmentation,
     BrainFoundModel,
 )
-from brainfound.models import (
-    stack_inference as inference,
-)
+from brainfound.models import infer as inference
 from brainfound.models.configuration import STEMS
-from brainfound.models.slice_batch import ValidSlices
+from brainfound.models.valid_slices import ValidSlices
 from brainfound.pretraining.starting_model import InitRecipe, build_model
 
 THREE = ("T1w", "T2w", "FLAIR")

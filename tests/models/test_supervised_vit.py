@@ -16,7 +16,7 @@ from transformers import (
 
 from brainfound.errors import ModelError
 from brainfound.models import BrainFoundForClassification, BrainFoundModel
-from brainfound.models.supervised_vit import input_statistics
+from brainfound.models.backbones import FAMILIES
 
 TINY = {
     "hidden_size": 24,
@@ -235,8 +235,8 @@ def test_the_preprocessor_of_a_hub_id_is_asked_for(tmp_path, monkeypatch):
                 raise answer
             return answer
 
-        monkeypatch.setattr("brainfound.models.supervised_vit.cached_file", cached_file)
-        return input_statistics("google/vit-tiny", {"revision": "abc"})
+        monkeypatch.setattr("brainfound.models.backbones.supervised_vit.cached_file", cached_file)
+        return FAMILIES["vit"].image_statistics("google/vit-tiny", {"revision": "abc"})
 
     assert hub(str(folder / "preprocessor_config.json")) == {"image_mean": 0.4, "image_std": 0.3}
     assert (asked["source"], asked["name"], asked["revision"]) == ("google/vit-tiny", "preprocessor_config.json", "abc")

@@ -1,4 +1,4 @@
-"""The slices of a batch of volumes, as one row of images.
+"""The valid slices of a batch of volumes, in one row.
 
 Axis legend: B volumes, S slices, C contrasts, H W pixels, N valid slices of the batch in a row.
 """
@@ -15,13 +15,13 @@ from brainfound.models.encoder import SliceEncoder, SliceEncoding
 
 
 class ValidSlices:
-    """The valid slices of a batch of volumes: checked, encoded in chunks, and put back in their places.
+    """The valid slices of a batch of volumes: checked, encoded in chunks, and scattered back to (B, S, …).
 
-    Padding is never encoded, so that it costs nothing and cannot change a result.
+    Padding is never encoded: it costs nothing and cannot change a result.
 
     Args:
-        encoder: encodes them.
-        chunk: the largest number of images that are encoded at once, see `encode`.
+        encoder: the slice encoder.
+        chunk: the largest number of images per forward pass, see `encode`.
         pixel_values, contrast_mask, slice_mask, positions_mm: as for `BrainFoundModel`.
 
     Raises:
@@ -63,9 +63,9 @@ class ValidSlices:
         """Encode the valid slices in their order, at most `chunk` images at once.
 
         An image is a slice, or with the stem "per_contrast" a present contrast of a slice; the contrasts of one slice
-        stay together. With the stem "slices" each one comes with its neighbours: the next valid slices of the volume
-        that was given, below and above, in the order given and whatever their distance in mm; the first and the last
-        stand in for the neighbour that they lack.
+        stay together. With the stem "slices" each slice comes with its neighbours below and above: the next valid
+        slices of its volume in the given order, at any distance in mm. The first and the last slice stand in
+        for the neighbour that they lack.
         """
         num_slices_each = self.volumes_slices[1]
         for rows, pixels in self._chunks():
@@ -90,7 +90,7 @@ class ValidSlices:
         return [num_slices] * num_volumes if self.slice_mask is None else self.slice_mask.sum(dim=1).tolist()
 
     def _chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The rows of valid slices, chunk by chunk, and what the encoder reads of them."""
+        """The rows of the valid slices and the encoder's input for them, chunk by chunk."""
         rows = self._rows()
         neighbours = self._neighbours(rows) if self.encoder.stem == "slices" else None
         start = 0
@@ -105,7 +105,7 @@ class ValidSlices:
                 yield rows[part], self.pixels if whole else self.pixels[rows[part]]
 
     def _chunk_sizes(self, rows: Tensor) -> list[int]:
-        """Slices of each chunk; a slice of more contrasts than fit into a chunk is one by itself."""
+        """Slices of each chunk; a slice with more contrasts than fit is a chunk by itself."""
         if self.encoder.stem != "per_contrast":
             return [len(part) for part in rows.split(self.chunk)]
         num_volumes, num_contrasts = self.volumes_slices[0], self.pixels.shape[1]
@@ -141,10 +141,10 @@ class ValidSlices:
             )
 
 
-def checked_embeddings(
+def validate_embeddings(
     slice_embeddings: Tensor, width: int, slice_mask: Tensor | None, positions_mm: Tensor | None
 ) -> Tensor | None:
-    """The mask of valid slices, of embeddings that are given in the place of images.
+    """Check slice embeddings that replace images, and return their mask of valid slices.
 
     Raises:
         ModelError: if shapes do not fit, or a volume has no valid slice.
@@ -177,7 +177,7 @@ def _as_mask(
 
 
 def shape_error(name: str, value: Tensor, shape: tuple[int, ...], reference_name: str = "pixel_values") -> ModelError:
-    """The error for a tensor that does not go with another one."""
+    """The error for a tensor whose shape does not fit another one."""
     return ModelError(
         f"{name} does not fit {reference_name}", got=f"shape {tuple(value.shape)}", expected=f"shape {shape}"
     )

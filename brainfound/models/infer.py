@@ -1,10 +1,9 @@
-"""One stack through a model: the one way in which training, evaluation and prediction ask for an answer.
+"""Inference on one stack, shared by training, evaluation and prediction.
 
-Axis legend: S slices, H W pixels, K classes, D width.
+A segmentation runs in chunks of slices. With test-time augmentation the probabilities of several variants (flipped
+and shifted slices) are averaged.
 
-Segmenting one stack: chunks of slices, readings that are averaged, and class scores → classes or labels.
-
-Axis legend: S slices, C contrasts, K classes (or overlapping labels), H W pixels, P side of a patch.
+Axis legend: S slices, C contrasts, H W pixels, K classes or overlapping labels, D width.
 """
 
 from __future__ import annotations
@@ -31,34 +30,34 @@ from brainfound.models.model import (
 
 @dataclass(frozen=True)
 class InferenceAugmentation:
-    """How a segmentation looks at a stack. The probabilities of all readings are averaged; default: one reading.
+    """Test-time augmentation of a segmentation; the default is the plain slice alone.
 
     Attributes:
-        flips: each slice is also read with left and right exchanged. Not for labels that name a side.
-        overlap: each slice is also read with its patch grid moved by half a patch down, right, and both. A pixel at
-            the edge of a patch in one reading is in the middle of one in another. Pixels that a move pushes out of the
-            image are averaged over the other readings.
+        flips: also mirror each slice left to right. Not for labels that name a side.
+        overlap: also shift each slice by half a patch down, right, and both: a pixel at the edge of a patch in one
+            variant is in the middle of one in another. Pixels that a shift pushes out of the image are averaged over
+            the other variants.
     """
 
     flips: bool = False
     overlap: bool = False
 
     def variants(self, patch_size: int) -> list[FlipAndShift]:
-        """The single readings, the plain one first: 1, 2, 4 or 8."""
+        """The 1, 2, 4 or 8 variants, the plain one first."""
         half = patch_size // 2 if self.overlap else 0
-        moves = [(0, 0), (half, 0), (0, half), (half, half)] if half else [(0, 0)]
-        return [FlipAndShift(flip, *move) for flip in ((False, True) if self.flips else (False,)) for move in moves]
+        shifts = [(0, 0), (half, 0), (0, half), (half, half)] if half else [(0, 0)]
+        return [FlipAndShift(flip, *shift) for flip in ((False, True) if self.flips else (False,)) for shift in shifts]
 
 
 class FlipAndShift(NamedTuple):
-    """One way to show slices (…, H, W) to a model, and the way back for its answer."""
+    """One variant of slices (…, H, W), and the way back for the model's output."""
 
     flipped: bool = False
     rows: int = 0
     columns: int = 0
 
     def apply(self, images: Float[Tensor, "... height width"]) -> Float[Tensor, "... height width"]:
-        """Flip, then move down and right; what comes in is 0, which is background."""
+        """Flip, then shift down and right; the new border is 0, which is background."""
         images = images.flip(-1) if self.flipped else images
         height, width = images.shape[-2:]
         moved = torch.zeros_like(images)
@@ -66,28 +65,38 @@ class FlipAndShift(NamedTuple):
         return moved
 
     def undo(self, images: Float[Tensor, "... height width"]) -> Float[Tensor, "... height width"]:
-        """An answer to what was shown, in its place; 0 where the move had pushed the slice out."""
+        """The output for a variant on the original grid; 0 where the shift had pushed the slice out."""
         height, width = images.shape[-2:]
         back = torch.zeros_like(images)
         back[..., : height - self.rows, : width - self.columns] = images[..., self.rows :, self.columns :]
         return back.flip(-1) if self.flipped else back
 
 
+SEGMENTATION_CHUNK = 32
+"""Slices per forward pass of a segmentation; bounds the memory of the full-resolution class scores."""
+
+
 @dataclass(frozen=True)
-class SegmentationOutput:
-    """A segmentation of a stack.
+class StackPrediction:
+    """The output of a model for one stack; fields of other tasks are None."""
 
-    Attributes:
-        classes: the class of every pixel; None where labels overlap.
-        labels: where labels overlap, whether a pixel has each of them.
-        foreground_probability: that a pixel is not background; where labels overlap, the largest of theirs.
-        class_probabilities: on request, of every class (the background too) or label.
-    """
-
-    classes: Int[np.ndarray, "S H W"] | None
-    labels: Bool[np.ndarray, "S K H W"] | None
-    foreground_probability: Float[np.ndarray, "S H W"]
+    probabilities: Float[np.ndarray, "K"] | None = None
+    value: float | None = None
+    """Regression: in the unit of the target."""
+    value_std: float | None = None
+    classes: Int[np.ndarray, "S H W"] | None = None
+    """Segmentation: the class index of every pixel; None where labels overlap."""
+    labels: Bool[np.ndarray, "S K H W"] | None = None
+    """Segmentation with overlapping labels: those of every pixel."""
+    foreground_probability: Float[np.ndarray, "S H W"] | None = None
+    """Segmentation: the probability that a pixel is not background; of overlapping labels the largest."""
     class_probabilities: Float[np.ndarray, "S K H W"] | None = None
+    """Segmentation, on request: the probability of every class or label."""
+    embedding: Float[np.ndarray, "D"] | None = None
+    slice_embeddings: Float[np.ndarray, "S D"] | None = None
+    slice_weights: Float[np.ndarray, "S"] | None = None
+    slices: Int[np.ndarray, "S"] | None = None
+    """Indices of the slices that were read; None for all."""
 
 
 @torch.inference_mode()
@@ -99,22 +108,22 @@ def segment(
     patch_size: int,
     augmentation: InferenceAugmentation = InferenceAugmentation(),
     class_probabilities: bool = False,
-) -> SegmentationOutput:
+) -> StackPrediction:
     """Segment a stack.
 
     Args:
         model: a `BrainFoundForSegmentation`, or a PEFT model around one.
         config: its configuration.
         stack: prepared with the model's own preprocessing.
-        chunk: slices per forward pass. Where the model looks at neighbouring slices, those beside a chunk are read
-            with it, so that it sees what it would see in the whole stack.
-        patch_size: of the backbone.
-        readings: how often to look.
+        chunk: slices per forward pass. A model that mixes neighbouring slices also reads those beside a chunk, so
+            that the output equals that of the whole stack.
+        patch_size: of the backbone, in pixels.
+        augmentation: test-time augmentation.
         class_probabilities: also return the probability of every class; they take K times the memory.
     """
     num_slices, height, width = stack.grid
     num_classes, overlapping = config.num_classes, config.overlapping_labels
-    # One slice to either side each; a slice that is mixed in has been read with its own neighbours.
+    # One slice to either side each: a slice that is mixed in was itself read with its neighbours.
     reach = int(config.stem == "slices") + int(config.decoder_slice_mixing)
     classes = np.empty((num_slices, height, width), dtype=np.uint8)
     labels = np.empty((num_slices, num_classes, height, width), dtype=bool) if overlapping else None
@@ -132,62 +141,38 @@ def segment(
             foreground[index] = (1 - probabilities[:, 0]).cpu().numpy()
         if every is not None:
             every[index] = probabilities.cpu().numpy()
-    return SegmentationOutput(None if overlapping else classes, labels, foreground, every)
+    return StackPrediction(
+        classes=None if overlapping else classes,
+        labels=labels,
+        foreground_probability=foreground,
+        class_probabilities=every,
+    )
 
 
 def _chunks(num_slices: int, chunk: int, reach: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The slices of each chunk, and those to read for it: with up to `reach` more on either side."""
+    """The slices of each chunk, and the slices to read for it: up to `reach` more on either side."""
     for first in range(0, num_slices, chunk):
         last = min(first + chunk, num_slices)
         yield np.arange(first, last), np.arange(max(first - reach, 0), min(last + reach, num_slices))
 
 
 def _probabilities(
-    model: nn.Module, stack: Stack, index: np.ndarray, augmentation: list[FlipAndShift], overlapping: bool
+    model: nn.Module, stack: Stack, index: np.ndarray, variants: list[FlipAndShift], overlapping: bool
 ) -> Float[Tensor, "S K H W"]:
-    """Probabilities of some slices, averaged over the readings that saw a pixel."""
+    """Probabilities of some slices, averaged over the variants that contain a pixel."""
     batch = collate([stack], [index]).to(next(model.parameters()).device)
 
-    def answer(reading: FlipAndShift | None) -> Tensor:
-        shown = batch if reading is None else replace(batch, pixel_values=reading.apply(batch.pixel_values))
-        logits = model(**shown.inputs()).logits[0].float()
+    def predict(pixel_values: Tensor) -> Tensor:
+        logits = model(**replace(batch, pixel_values=pixel_values).inputs()).logits[0].float()
         return logits.sigmoid() if overlapping else logits.softmax(dim=1)
 
-    if len(augmentation) == 1:
-        return answer(None)
-    total = count = torch.zeros(())
-    for reading in augmentation:
-        probabilities = reading.undo(answer(reading))
-        seen = reading.undo(torch.ones_like(probabilities[0, 0]))
-        total, count = total.to(seen.device) + probabilities, count.to(seen.device) + seen
+    if len(variants) == 1:
+        return predict(batch.pixel_values)
+    total = count = torch.zeros((), device=batch.pixel_values.device)
+    for variant in variants:
+        probabilities = variant.undo(predict(variant.apply(batch.pixel_values)))
+        total, count = total + probabilities, count + variant.undo(torch.ones_like(probabilities[0, 0]))
     return total / count
-
-
-SEGMENTATION_CHUNK = 32
-"""Slices per forward pass of a segmentation; bounds the memory of the full-resolution class scores."""
-
-
-@dataclass(frozen=True)
-class StackPrediction:
-    """What a model says of one stack; fields of other tasks are None."""
-
-    probabilities: Float[np.ndarray, "K"] | None = None
-    value: float | None = None
-    """Regression: in the unit of the target."""
-    value_std: float | None = None
-    classes: Int[np.ndarray, "S H W"] | None = None
-    """Segmentation: the class index of every pixel of the stack; None where labels overlap."""
-    labels: Bool[np.ndarray, "S K H W"] | None = None
-    """Segmentation with overlapping labels: which of them every pixel has."""
-    foreground_probability: Float[np.ndarray, "S H W"] | None = None
-    """Segmentation: the probability that a pixel is not background."""
-    class_probabilities: Float[np.ndarray, "S K H W"] | None = None
-    """Segmentation, on request: the probability of every class or label."""
-    embedding: Float[np.ndarray, "D"] | None = None
-    slice_embeddings: Float[np.ndarray, "S D"] | None = None
-    slice_weights: Float[np.ndarray, "S"] | None = None
-    slices: Int[np.ndarray, "S"] | None = None
-    """The slices that were read, where not all were."""
 
 
 @torch.inference_mode()
@@ -198,37 +183,36 @@ def infer(
     augmentation: InferenceAugmentation = InferenceAugmentation(),
     class_probabilities: bool = False,
 ) -> StackPrediction:
-    """Ask a model about a stack.
+    """Run a model on a stack.
 
     Args:
         model: one of the four BrainFound models, or a PEFT model around one; left in eval mode.
         stack: prepared with the model's own preprocessing.
         num_slices: evenly spaced slices to read; None for all. A segmentation always reads all.
-        readings: how often a segmentation looks at each slice.
+        augmentation: test-time augmentation of a segmentation.
         class_probabilities: whether a segmentation returns the probabilities of all classes.
 
     Raises:
-        ModelError: the model is of another kind, or the stack's contrasts are not the model's.
+        ModelError: if this is no BrainFound model, or the stack's contrasts are not the model's.
     """
     inner = unwrap_peft(model)
     model.eval()
     require_same_contrasts(inner, stack)
     device = next(inner.parameters()).device
     if isinstance(inner, BrainFoundForSegmentation):
-        found = segment(
+        return segment(
             model, inner.config, stack, SEGMENTATION_CHUNK, inner.encoder.patch_size, augmentation, class_probabilities
         )
-        return StackPrediction(**vars(found))
     index = evenly_spaced_slices(len(stack.pixels), num_slices)
     return _to_stack_prediction(inner, model(**collate([stack], [index]).to(device).inputs()), index)
 
 
 @torch.inference_mode()
 def infer_embedded(model: nn.Module, inputs: Mapping[str, Tensor]) -> StackPrediction:
-    """Ask a model about one volume whose slices its backbone has embedded before.
+    """Run a model on one volume whose slices its backbone embedded before.
 
     Args:
-        model: a BrainFound model, but for segmentation, or a PEFT model around one; left in eval mode.
+        model: a BrainFound model (not for segmentation) or a PEFT model around one; left in eval mode.
         inputs: ``slice_embeddings (1, S, D)``, ``slice_mask`` and ``positions_mm``.
     """
     inner = unwrap_peft(model)
@@ -259,7 +243,7 @@ def _to_stack_prediction(inner: Any, output: Any, index: np.ndarray | None) -> S
 
 
 def unwrap_peft(model: Any) -> Any:
-    """The BrainFound model itself, of one that an adapter may be wrapped around."""
+    """The BrainFound model inside a PEFT model, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 

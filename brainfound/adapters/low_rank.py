@@ -1,20 +1,18 @@
-"""PiSSA: updates that start as the principal part of the weights (Meng et al. 2024, arXiv 2404.02948, section 3).
+"""Low-rank updates of weight matrices: merging them into their weights, and PiSSA.
 
-Axis legend: ``R`` rank, ``I`` width into a matrix, ``O`` width out of it.
+A merged model has the outputs of the adapted one and the cost of its backbone. It is for inference: merged updates
+get no gradients.
 
-Of W = U S Vᵀ the R largest singular values go into the update B₀ A₀, and what stays frozen is the rest
-W − s B₀ A₀ (s the scale alpha / rank). Training therefore starts from the same answers, and moves what matters
-most. The base is no longer the backbone that was loaded, though. So the start is remembered, and an adapter is
-saved as what it added to W,
+PiSSA (Meng et al. 2024, arXiv 2404.02948, section 3): the R largest singular values of W = U S Vᵀ are the initial
+update B₀ A₀, and W − s B₀ A₀ stays frozen (scale s = alpha / rank). Training starts from the same outputs, but the
+frozen base is no longer the loaded backbone. The initial state is therefore kept, and an adapter is saved as its
+difference from W,
 
     s (B A − B₀ A₀) = s [B | −B₀] [A ; A₀],
 
-an ordinary update of twice the rank, which loads on the untouched backbone, beside others.
+an ordinary update of twice the rank for the untouched backbone.
 
-Updates added into the weights they belong to, and taken out again.
-
-A merged model answers as before but has no products more than its backbone. It is meant for answering: the
-updates of a merged model get no gradients.
+Axis legend: ``R`` rank, ``I`` input width of a matrix, ``O`` output width.
 """
 
 from __future__ import annotations
@@ -30,24 +28,24 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from brainfound.adapters.former_names import PEFT_PREFIX
 from brainfound.errors import ModelError, RecipeError
 
+PEFT_PREFIX = "base_model.model."
 _ATTRIBUTE = "before_merge"
 
 
 class _BeforeMerge(NamedTuple):
-    """The frozen weight of a layer, kept out of the module's parameters while a merged one is in its place."""
+    """The frozen weight of a merged layer, hidden from the module's parameters."""
 
     weight: nn.Parameter
 
 
 @torch.no_grad()
 def merge(model: Any) -> None:
-    """Add an adapter's updates into the weights of its model, in place.
+    """Add an adapter's updates to the weights of its model, in place.
 
-    The merged weights are copies, so a backbone that others share is left alone, and `unmerge` gives back the
-    frozen weights to the last bit. Until then both are in memory, for the matrices that have updates.
+    The merged weights are copies: a shared backbone is not changed, and `unmerge` restores the frozen weights to the
+    last bit. Until then both are in memory, for the matrices with updates.
 
     Raises:
         ModelError: if the model has no updates, or they are merged.
@@ -65,7 +63,7 @@ def merge(model: Any) -> None:
 
 @torch.no_grad()
 def unmerge(model: Any) -> None:
-    """Undo `merge`, in place; the frozen weights are again what they were.
+    """Undo `merge` in place, to the last bit.
 
     Raises:
         ModelError: if the model has no updates, or they were not merged by `merge`.
@@ -76,7 +74,7 @@ def unmerge(model: Any) -> None:
     for layer in layers:
         base = layer.get_base_layer()
         frozen = getattr(layer, _ATTRIBUTE).weight
-        # The library's own way out subtracts, which rounds; it is called for its bookkeeping.
+        # The library's own `unmerge` subtracts, which rounds; it is called for its bookkeeping.
         layer.unmerge()
         if frozen.device != base.weight.device or frozen.dtype != base.weight.dtype:
             frozen = nn.Parameter(frozen.to(base.weight), requires_grad=False)
@@ -120,10 +118,10 @@ _PRINCIPAL_START = "principal_start"
 
 
 class PrincipalStart(NamedTuple):
-    """What an updated layer started from; on the CPU, and no part of the model's state."""
+    """The initial state of an updated layer; on the CPU, and no part of the model's state."""
 
     weight: Tensor
-    """The matrix before anything was taken out of it, to the last bit."""
+    """The loaded matrix, to the last bit."""
     down: Tensor
     """A₀ (R, I)."""
     up: Tensor
@@ -131,7 +129,7 @@ class PrincipalStart(NamedTuple):
 
 
 def attach_principal(model: nn.Module, config: LoraConfig, targets: Iterable[str]) -> PeftModel:
-    """Attach updates that start as the principal part of their matrices, and remember the start.
+    """Attach updates that start as the principal part of their matrices, and keep their initial state.
 
     Args:
         model: without an adapter.
@@ -139,7 +137,7 @@ def attach_principal(model: nn.Module, config: LoraConfig, targets: Iterable[str
         targets: full names of the matrices.
 
     Raises:
-        RecipeError: if a matrix has fewer singular values than the rank asks for.
+        RecipeError: if a matrix has fewer singular values than the rank.
     """
     originals = {name: model.get_parameter(f"{name}.weight").detach().cpu().clone() for name in targets}
     smallest = min(min(weight.shape) for weight in originals.values())
@@ -160,14 +158,14 @@ def attach_principal(model: nn.Module, config: LoraConfig, targets: Iterable[str
 
 
 def principal_start(layer: nn.Module) -> PrincipalStart | None:
-    """What a layer started from; None if its update did not start from the principal part."""
+    """The initial state of a layer; None if its update did not start from the principal part."""
     return getattr(layer, _PRINCIPAL_START, None)
 
 
 def convert_pissa_to_lora(folder: Path, body: nn.Module) -> None:
-    """Turn the files of an adapter that was just saved into those of an ordinary one for the untouched backbone.
+    """Rewrite the files of a saved PiSSA adapter as an ordinary adapter for the untouched backbone.
 
-    Files of other methods stay as they are.
+    Files of other methods are not changed.
 
     Args:
         folder: holds adapter_model.safetensors and adapter_config.json.

@@ -1,0 +1,120 @@
+"""Model folders and Hub ids: whether a source is there, why it cannot be read, and quiet loading.
+
+A source is a Hub id (owner/name) or a folder with config.json and safetensors weights. A failure to read one
+becomes a `ModelError` of one line with a remedy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+from transformers.utils import logging
+
+from brainfound.errors import ModelError
+
+LOAD_FAILURES = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError)
+"""The errors of the library and the file system for a source that cannot be read."""
+_NUM_KEYS_SHOWN = 4
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether a source reads owner/name and is no local path."""
+    path = Path(source)
+    is_path = path.is_absolute() or source.startswith((".", "~")) or path.exists()
+    return source.count("/") == 1 and not is_path
+
+
+def require_findable(source: str) -> None:
+    """Refuse a path that does not exist before the Hub is queried.
+
+    Raises:
+        ModelError: if `source` can only be a path, and no such folder exists.
+    """
+    path = Path(source)
+    if not is_hub_id(source) and not path.is_dir():
+        what = "this is a file, not a model folder" if path.is_file() else "no such model folder"
+        raise ModelError(what, where=source, remedy="Give a folder with config.json and safetensors, or a Hub id")
+
+
+def unreadable_model_error(source: str, error: Exception) -> ModelError:
+    """The error for a model that cannot be read, with the remedy that fits the files of `source`."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return ModelError(
+            "neither a folder nor a model that can be fetched from the Hugging Face Hub",
+            where=source,
+            got=type(error).__name__,
+            remedy="Check the name and the connection, or give a local folder",
+        )
+    if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            return ModelError(
+                "this is an adapter without the model that it was trained on",
+                where=source,
+                remedy="Load that model and give both to peft.PeftModel.from_pretrained, or save a bundle",
+            )
+        export = folder / "export"
+        remedy = f"Give its export: {export}" if export.is_dir() else "Give a folder that holds a model"
+        return ModelError("this folder has no config.json", where=source, remedy=remedy)
+    if (folder / "bundle.json").is_file():
+        return ModelError(
+            "this is what a fine-tuning exported, not a model to start from",
+            where=source,
+            remedy="Give the model that it was fine-tuned from",
+        )
+    if not any(folder.glob("*.safetensors")):
+        return ModelError(
+            "this folder has no safetensors weights",
+            where=source,
+            remedy="Convert the weights to safetensors; pickled weights are refused because they can run code",
+        )
+    return ModelError(
+        f"the model cannot be read: {first_line(error)}", where=source, remedy="Check that the files are whole"
+    )
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, cut to 200 characters."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def require_coverage(source: str, missing: Iterable[str], total: int) -> None:
+    """Refuse a checkpoint that lacks weights of the model.
+
+    Raises:
+        ModelError: counts the missing weights and names the first ones.
+    """
+    missing = sorted(missing)
+    if missing:
+        raise ModelError(
+            f"the checkpoint lacks {len(missing)} of the model's {total} weights: {list_keys(missing)}",
+            where=source,
+            remedy="Give a complete checkpoint of this model",
+        )
+
+
+def list_keys(keys: Iterable[str]) -> str:
+    """The first few of many keys, in one line."""
+    keys = sorted(keys)
+    more = f" and {len(keys) - _NUM_KEYS_SHOWN} more" if len(keys) > _NUM_KEYS_SHOWN else ""
+    return ", ".join(keys[:_NUM_KEYS_SHOWN]) + more
+
+
+@contextmanager
+def silence_transformers() -> Iterator[None]:
+    """Switch off progress bars and load reports of the library, and restore the settings afterwards.
+
+    The reports would alarm where a new head is intended; weights that must not be missing raise an error of ours.
+    """
+    verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if had_bars:
+            logging.enable_progress_bar()
