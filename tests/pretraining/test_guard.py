@@ -1,4 +1,4 @@
-"""Gauges and stops."""
+"""Collapse metrics, probe drops, stops and rollbacks of the guard."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def test_gauges_of_what_is_not_finite_are_not_numbers():
     for value in (math.nan, math.inf):
         features = torch.ones(6, 3)
         features[2, 1] = value
-        gauges = feature_health_metrics(features, torch.arange(3).repeat(2))
-        assert all(math.isnan(gauges[name]) for name in ("effective_rank", "mean_cosine", "view_margin"))
+        metrics = feature_health_metrics(features, torch.arange(3).repeat(2))
+        assert all(math.isnan(metrics[name]) for name in ("effective_rank", "mean_cosine", "view_margin"))
         assert math.isnan(effective_rank(features))
         assert math.isnan(mean_cosine(features))
 
@@ -87,19 +87,19 @@ def test_thresholds_of_rank_are_those_of_the_batch():
     assert guard.collapse_symptoms(HEALTHY | {"effective_rank": 0.0, "highest_rank": 4})
     assert guard.collapse_symptoms(HEALTHY | {"effective_rank": 1.5, "highest_rank": 127})
     line = HEALTHY | {"step": 1, "effective_rank": 4.0}
-    assert not guard.warnings(line | {"highest_rank": 15})
-    assert "below 10" in guard.warnings(line | {"highest_rank": 127})[0]
-    assert not guard.warnings(line | {"highest_rank": 127})  # once is enough
+    assert not guard.new_warnings(line | {"highest_rank": 15})
+    assert "below 10" in guard.new_warnings(line | {"highest_rank": 127})[0]
+    assert not guard.new_warnings(line | {"highest_rank": 127})  # once is enough
 
 
 def test_what_is_said_and_does_not_stop():
     guard = Guard(GuardRecipe(confirm_looks=1, grace_steps=0))
     line = HEALTHY | {"step": 5, "gram_distance": 0.5}
-    assert "Gram distance 0.5" in guard.warnings(line)[0]
+    assert "Gram distance 0.5" in guard.new_warnings(line)[0]
     guard.on_log_line(5, line)
     probe = {"step": 0, "probe_chance": 0.5, "probe_standard_error": 0.1, "probe_target": "sex"}
-    assert not guard.warnings(probe | {"probe": 0.75})
-    assert "not clearly above chance" in guard.warnings(probe | {"probe": 0.65})[0]
+    assert not guard.new_warnings(probe | {"probe": 0.75})
+    assert "not clearly above chance" in guard.new_warnings(probe | {"probe": 0.65})[0]
 
 
 @pytest.mark.parametrize("num_local", [0, 2, 8])

@@ -17,7 +17,7 @@ from brainfound.errors import RecipeError, TrainingError
 from brainfound.models import BrainFoundModel
 from brainfound.pretraining.pretrain import pretrain
 from brainfound.pretraining.task import PretrainTask
-from brainfound.training import distributed as ranks
+from brainfound.training import distributed
 
 LAUNCH_FILE = Path(__file__).parents[2] / "train" / "launch" / "accelerate-cpu.yaml"
 
@@ -27,24 +27,24 @@ import json, os, sys
 from pathlib import Path
 from types import SimpleNamespace
 from brainfound.errors import TrainingError
-from brainfound.train import checkpoint, resuming, run_files
-from brainfound.training.engine import make_accelerator
+from brainfound.training import checkpoint, run_folder
+from brainfound.training.process import make_accelerator
 
 kind, folder = sys.argv[1], Path(sys.argv[2])
 accelerator = make_accelerator("no")
 hashed = []
-find_fault, is_dir = checkpoint.find_fault, Path.is_dir
+find_corruption, is_dir = checkpoint.find_corruption, Path.is_dir
 
 def fault(path):
     hashed.append(path.name)
-    return "stale" if accelerator.process_index else find_fault(path)
+    return "stale" if accelerator.process_index else find_corruption(path)
 
-checkpoint.find_fault = fault
-run_files.require_same = lambda *arguments: None
+checkpoint.find_corruption = fault
+run_folder.require_same_recipe_and_data = lambda *arguments: None
 if kind == "missing" and accelerator.process_index:
     Path.is_dir = lambda self: self.name != "step-000006" and is_dir(self)
 try:
-    told = resuming.checkpoint_to_resume(folder, None, None, True, (), accelerator).name
+    told = run_folder.find_resume_checkpoint(folder, None, None, True, (), accelerator).name
 except TrainingError as error:
     told = str(error)
 with open(f"{sys.argv[3]}.rank{accelerator.process_index}", "w") as file:
@@ -119,20 +119,20 @@ def test_a_stop_is_still_told_where_its_export_cannot_be_written(store, recipe, 
 
 
 def test_the_best_teacher_that_cannot_be_kept_ends_the_run_on_all_ranks(store, recipe, tmp_path, monkeypatch):
-    """`ranks.run_on_main_rank` is where the others wait and learn of it."""
-    asked, run_on_main_rank = [], ranks.run_on_main_rank
+    """`distributed.run_on_main_rank` is where the others wait and learn of it."""
+    asked, run_on_main_rank = [], distributed.run_on_main_rank
 
     def recording(work, is_main):
         asked.append(work)
         run_on_main_rank(work, is_main)
 
-    monkeypatch.setattr(ranks, "run_on_main_rank", recording)
+    monkeypatch.setattr(distributed, "run_on_main_rank", recording)
     monkeypatch.setattr("brainfound.pretraining.task.save_file", refused)
     content = recipe("engine.steps=2", "probe.every=2")
     with pytest.raises(TrainingError, match="the encoder of the best probe cannot be written .*quota") as told:
         pretrain(content, store, out=tmp_path / "run", quiet=True)
     assert "\n" not in str(told.value)
-    assert any("_keep_best" in work.__qualname__ for work in asked)
+    assert any("_save_best_encoder" in work.__qualname__ for work in asked)
 
 
 class Killed(BaseException):
@@ -153,7 +153,7 @@ def test_the_best_teacher_of_the_checkpoint_outlives_a_newer_one_that_no_checkpo
         if step + 1 == stops_at["killed"]:
             raise Killed
         if step + 1 == stops_at["stopped"]:
-            self.guard.fail(step + 1, "it went wrong", None)
+            self.guard.handle_failure(step + 1, "it went wrong", None)
 
     monkeypatch.setattr(PretrainTask, "after_step", mortal)
     content = recipe("engine.steps=6", "engine.checkpoint_every=3", "engine.keep_checkpoints=1", "probe.every=2")
@@ -182,8 +182,8 @@ def test_a_best_teacher_that_no_checkpoint_knows_any_more_makes_room(store, reci
 ONE_FAILS = """
 import os, sys
 from brainfound.errors import BrainFoundError, StoreError
-from brainfound.train import ranks
-from brainfound.training.engine import make_accelerator
+from brainfound.training import distributed
+from brainfound.training.process import make_accelerator
 
 accelerator = make_accelerator("no")
 
@@ -193,7 +193,7 @@ def work():
     raise OSError(28, "full", "a file")
 
 try:
-    ranks.on_main_rank(work, accelerator.is_main_process)
+    distributed.run_on_main_rank(work, accelerator.is_main_process)
     told = "nothing"
 except BrainFoundError as error:
     told = f"{type(error).__name__}: {error}"

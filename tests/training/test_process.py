@@ -10,9 +10,8 @@ import torch
 import yaml
 
 from brainfound.pretraining.pretrain import pretrain
-from brainfound.training import precision
-from brainfound.training.engine import make_accelerator
-from brainfound.training.precision import choose_precision, probe_precision
+from brainfound.training import process
+from brainfound.training.process import choose_precision, make_accelerator, probe_precision
 
 CPU = torch.device("cpu")
 
@@ -31,7 +30,7 @@ def rates(monkeypatch, bf16: float, fp32: float) -> list[tuple[torch.dtype, tupl
         asked.append((kind, shape))
         return bf16 if kind == torch.bfloat16 else fp32
 
-    monkeypatch.setattr(precision, "_gflops", gflops)
+    monkeypatch.setattr(process, "_gflops", gflops)
     return asked
 
 
