@@ -223,7 +223,7 @@ def fsync(path: Path) -> None:
 def _require_space(folder: Path, checkpoint: Checkpoint) -> None:
     moments = [value for state in checkpoint.optimizer.get("state", {}).values() for value in state.values()]
     tensors = [*checkpoint.model.values(), *checkpoint.task.values(), *(t for t in moments if isinstance(t, Tensor))]
-    needed = int(sum(tensor.numel() * tensor.element_size() for tensor in tensors) * _FREE_SPACE_FACTOR)
+    needed = int(sum(tensor.nbytes for tensor in tensors) * _FREE_SPACE_FACTOR)
     _require_free_space(folder, needed, "the next checkpoint", "Free some space and continue with --resume")
 
 
@@ -241,16 +241,13 @@ def require_space_for_run(folder: Path, num_checkpoints: int, checkpoint_bytes: 
     existing = sum(file.stat().st_size for path in list_checkpoints(folder) for file in path.iterdir())
     needed = int(num_checkpoints * checkpoint_bytes * _FREE_SPACE_FACTOR + other_bytes) - existing
     what = f"this run ({num_checkpoints} checkpoints of {_gib(checkpoint_bytes)}, and the export)"
-    _require_free_space(
-        folder, needed, what, "Free some space, lower engine.keep_checkpoints, or give an --out elsewhere"
-    )
+    remedy = "Free some space, lower engine.keep_checkpoints, or give an --out elsewhere"
+    _require_free_space(folder, needed, what, remedy)
 
 
 def _require_free_space(folder: Path, needed: int, what_for: str, remedy: str) -> None:
-    place = folder
-    while not place.exists():  # no folder is created for a run that may be refused
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    # No folder is created for a run that may be refused.
+    free = shutil.disk_usage(nearest_existing(folder)).free
     if free < needed:
         raise TrainingError(
             f"the disk has no room for {what_for}",
@@ -259,6 +256,11 @@ def _require_free_space(folder: Path, needed: int, what_for: str, remedy: str) -
             expected=_gib(needed),
             remedy=remedy,
         )
+
+
+def nearest_existing(path: Path) -> Path:
+    """The path, or the nearest of its parents that exists."""
+    return next(place for place in (path, *path.parents) if place.exists())
 
 
 def _gib(num_bytes: int) -> str:

@@ -304,13 +304,14 @@ class Engine:
         Raises:
             TrainingError: on all ranks.
         """
-        if self.recipe.steps:
-            distributed.run_on_main_rank(self._require_space, self.is_main)
-
-    def _require_space(self) -> None:
+        if not self.recipe.steps:
+            return
         task = self.task
         tensors = [*self.accelerator.unwrap_model(self.model).state_dict().values(), *task.state_tensors().values()]
         moments = [parameter for group in self.optimizer.param_groups for parameter in group["params"]] * 2
         num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in (*tensors, *moments))
         num_checkpoints = self.recipe.max_checkpoints_on_disk(task.rollback_policy.may_roll_back)
-        checkpoint.require_space_for_run(self.checkpoint_folder, num_checkpoints, num_bytes, task.export_bytes())
+        sizes = num_checkpoints, num_bytes, task.export_bytes()
+        distributed.run_on_main_rank(
+            lambda: checkpoint.require_space_for_run(self.checkpoint_folder, *sizes), self.is_main
+        )

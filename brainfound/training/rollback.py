@@ -2,8 +2,8 @@
 
 The task's `RollbackPolicy` requests it; the engine calls `Rollbacks.begin` and resumes from the checkpoint that it
 returns. A rollback starts with one atomic change of the kept checkpoint's ``state.json``, which then counts one
-rollback more than the checkpoints of later steps; `latest_valid_checkpoint` prefers the highest count. A process killed at
-any moment therefore resumes either before the rollback or after it. The log lines of discarded steps move to
+rollback more than the checkpoints of later steps; `latest_valid_checkpoint` prefers the highest count. A process killed
+at any moment therefore resumes either before the rollback or after it. The log lines of discarded steps move to
 ``log-before-rollback-K.jsonl``; one line of the log records the rollback.
 """
 

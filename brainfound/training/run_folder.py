@@ -33,6 +33,7 @@ from brainfound.training.checkpoint import (
     checkpoint_path,
     latest_valid_checkpoint,
     list_checkpoints,
+    nearest_existing,
     write_atomically,
 )
 from brainfound.training.process import describe_device, probe_precision
@@ -44,6 +45,9 @@ EMBEDDINGS_FOLDER = "embeddings"
 """Folder of the slice embeddings of a frozen backbone."""
 DONE = "done"
 """Status of a completed run."""
+LOCK_FILE = ".lock"
+_FILES_BEFORE_RECIPE = {LOCK_FILE, FACTS_FILE, "splits.json", EMBEDDINGS_FOLDER}
+"""Files of a run that was killed before it wrote recipe.yaml."""
 _LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "numpy")
 
 
@@ -63,7 +67,7 @@ def write_start(folder: Path, recipe: Recipe, facts: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     content = {**facts, "status": "running", "started": _now(), "versions": versions()}
     if (folder / FACTS_FILE).is_file():
-        before = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
+        before = _read_facts(folder)
         content |= {"started": before["started"], "resumed": [*before.get("resumed", []), _now()]}
     write_atomically(folder / FACTS_FILE, json.dumps(content, indent=2) + "\n")
     # Last: its presence marks the folder as a run.
@@ -72,18 +76,12 @@ def write_start(folder: Path, recipe: Recipe, facts: Mapping[str, Any]) -> None:
 
 def write_end(folder: Path, status: str, exported_step: int | None, step: int) -> None:
     """Write status and last step of the run into run.json, and draw its curves."""
-    facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
+    facts = _read_facts(folder)
     facts |= {"status": status, "ended": _now(), "step": step, "exported_step": exported_step}
     if rollbacks := RunFolder.read(folder).rollbacks:
         facts["rollbacks"] = [dict(event) for event in rollbacks]
     write_atomically(folder / FACTS_FILE, json.dumps(facts, indent=2) + "\n")
     plot_curves(folder)
-
-
-def is_finished(folder: Path) -> bool:
-    """Whether the run in a folder completed and was exported."""
-    facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
-    return facts["status"] == DONE and (folder / EXPORT_FOLDER).is_dir()
 
 
 def read_saved_recipe(folder: Path) -> dict[str, Any]:
@@ -133,7 +131,7 @@ def require_same_recipe_and_data(folder: Path, recipe: Recipe, store: Store, cha
                 expected=before.get(key),
                 remedy=f"Set it back, give {folder / RECIPE_FILE} as the recipe, or give another --out",
             )
-    data_hash = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))["data_hash"]
+    data_hash = _read_facts(folder)["data_hash"]
     if data_hash != store.content_hash:
         raise TrainingError(
             "the store holds other data than the run began with",
@@ -151,13 +149,13 @@ def _flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _read_facts(folder: Path) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
+    return facts
+
+
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-LOCK_FILE = ".lock"
-# Files of a run that was killed before it wrote recipe.yaml.
-_FILES_BEFORE_RECIPE = {LOCK_FILE, FACTS_FILE, "splits.json", EMBEDDINGS_FOLDER}
 
 
 @contextmanager
@@ -194,9 +192,7 @@ def lock_run_folder(folder: Path, resume: bool, accelerator: accelerate.Accelera
 
 def _require_usable_folder(folder: Path, resume: bool) -> None:
     """Refuse a folder that is not free for this training."""
-    place = folder
-    while not place.exists() and place != place.parent:
-        place = place.parent
+    place = nearest_existing(folder)
     if not place.is_dir():
         raise UsageError("a file is in the way of the run folder", where=place, remedy="Give another --out")
     if is_run_folder(folder):
@@ -303,7 +299,8 @@ def is_run_complete(folder: Path, checkpoint: Path | None, num_steps: int) -> bo
         checkpoint: from `find_resume_checkpoint`.
     """
     last = checkpoint_path(folder / "checkpoints", num_steps) if num_steps else None
-    return checkpoint == last and is_finished(folder)
+    is_exported = (folder / EXPORT_FOLDER).is_dir()
+    return checkpoint == last and is_exported and _read_facts(folder)["status"] == DONE
 
 
 def restore_auto_settings(folder: Path, recipe: AnyRecipe, keys: Sequence[str], resume: bool) -> AnyRecipe:

@@ -11,7 +11,7 @@ Axis legend: ``V`` views, ``S`` slices of a view, ``H W`` pixels, ``P`` patches 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -51,7 +51,6 @@ from brainfound.pretraining.monitoring.retention import (
     RetentionProbeName,
     RetentionProbes,
     SessionLabel,
-    SubjectErrors,
     prediction_errors,
 )
 from brainfound.recipes import Recipe
@@ -140,7 +139,8 @@ class Probe:
         require_probe_target(store, self.target)
         self.is_classification = self.target in CLASS_TARGETS
         self.metric = "balanced_accuracy" if self.is_classification else "r2"
-        sessions = self._choose_sessions()
+        shuffled = numpy_generator(PROBE, seed).permutation(sessions_with_target(store, self.target))
+        sessions = np.sort(shuffled[: recipe.max_sessions])
         self.views, self.present, labels = self._make_views(sessions)
         self.rows = np.stack([self._slice_rows(session) for session in self.views])
         samples = self.views
@@ -169,11 +169,6 @@ class Probe:
         self.patches = self._patch_probe(sessions) if recipe.patch else None
         self.retention = self._make_retention_probes() if recipe.watch else None
         self._patch_targets: PatchTargets | None = None
-
-    def _choose_sessions(self) -> np.ndarray:
-        usable = sessions_with_target(self.store, self.target)
-        order = numpy_generator(PROBE, self.seed).permutation(usable)
-        return np.sort(order[: self.recipe.max_sessions])
 
     def _make_views(self, sessions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """For each view its session, the contrasts that it shows (bool), and its label."""
@@ -278,23 +273,23 @@ class Probe:
         features = features.astype(np.float64)  # squares of large float32 values overflow
         if not np.isfinite(features).all():
             return None
+        linear = linear_classifier if self.is_classification else linear_regressor
+        neighbours = KNeighborsClassifier if self.is_classification else KNeighborsRegressor
+        k = self.recipe.neighbours
         return {
-            name: cross_val_predict(features, self.labels, self.folds, make)
-            for name, make in self._model_factories().items()
+            "linear": cross_val_predict(features, self.labels, self.folds, linear),
+            "knn": cross_val_predict(
+                features, self.labels, self.folds, lambda num_samples: neighbours(min(k, num_samples), metric="cosine")
+            ),
         }
 
     def _scores(self, predicted: dict[str, np.ndarray] | None) -> ProbeScores:
         if predicted is None:
             # A score, not an error: only rank 0 is here, and the guard stops all ranks together.
             return ProbeScores(np.nan, np.nan, 0.0, self.metric, self.target, self.chance)
-        return ProbeScores(
-            linear=self._score_predictions(self.labels, predicted["linear"]),
-            knn=self._score_predictions(self.labels, predicted["knn"]),
-            standard_error=self._standard_error(predicted[self.recipe.method]),
-            metric=self.metric,
-            target=self.target,
-            chance=self.chance,
-        )
+        linear, knn = (self._score_predictions(self.labels, predicted[name]) for name in ("linear", "knn"))
+        error = self._standard_error(predicted[self.recipe.method])
+        return ProbeScores(linear, knn, error, self.metric, self.target, self.chance)
 
     def _retention_scores(
         self,
@@ -311,44 +306,28 @@ class Probe:
         if is_starting_checkpoint:
             probes.set_reference(cls, patches)
         elif not probes.start and self.start_file is not None:
-            self._load_start(probes, self.start_file)
+            try:
+                probes.load_start(self.start_file)
+            except (OSError, SafetensorError) as error:
+                text = f"{self.start_file} cannot be read ({error}); retention is not compared with the start"
+                warnings.warn(text, stacklevel=2)
+                self.start_file = None  # warn once
         subject_errors = probes.subject_errors(cls, patches, self._patch_targets)
         subject_errors |= probes.start_retention(cls, patches)
         if "other_method" in probes.probe_names:
             other = "knn" if self.recipe.method == "linear" else "linear"
-            subject_errors[f"{self.target}_{other}"] = self._subject_errors(predictions[other])
+            errors = prediction_errors(self.labels, predictions[other], self.is_classification)
+            subject_index = np.unique(self.subjects, return_inverse=True)[1]
+            subject_errors[f"{self.target}_{other}"] = np.bincount(subject_index, weights=errors)
         if is_starting_checkpoint:
             probes.start |= {f"shares/{name}": errors for name, errors in subject_errors.items()}
         return probes.compare(subject_errors)
-
-    def _subject_errors(self, predicted: np.ndarray) -> SubjectErrors:
-        """Each subject's contribution to 1 − score."""
-        subject_index = np.unique(self.subjects, return_inverse=True)[1]
-        return np.bincount(subject_index, weights=prediction_errors(self.labels, predicted, self.is_classification))
 
     def save_start(self) -> None:
         """Write the starting checkpoint's retention results into the start file, for resumed runs."""
         if self.retention is not None and self.retention.start and self.start_file is not None:
             with wrap_write_errors("the retention reference of the start", self.start_file):
                 self.retention.save_start(self.start_file)
-
-    def _load_start(self, probes: RetentionProbes, file: Path) -> None:
-        try:
-            probes.load_start(file)
-        except (OSError, SafetensorError) as error:
-            self.start_file = None  # warn once
-            text = f"{file} cannot be read ({error}); retention is not compared with the start"
-            warnings.warn(text, stacklevel=2)
-
-    def _model_factories(self) -> dict[str, Callable[[int], Any]]:
-        """Factories of models, called with the number of training samples."""
-        linear, neighbours = (
-            (linear_classifier, KNeighborsClassifier)
-            if self.is_classification
-            else (linear_regressor, KNeighborsRegressor)
-        )
-        k = self.recipe.neighbours
-        return {"linear": linear, "knn": lambda n: neighbours(min(k, n), metric="cosine")}
 
     def _score_predictions(self, labels: np.ndarray, predicted: np.ndarray) -> float:
         """Balanced accuracy over the classes among `labels`, or R²."""
