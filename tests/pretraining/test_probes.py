@@ -113,7 +113,7 @@ def test_a_probe_is_repeatable_and_leaves_the_encoder_as_it_was(store, model):
     assert first.target == "age_years"
 
 
-def test_the_contrast_of_an_embedding_is_asked_of_one_contrast_at_a_time():
+def test_the_contrast_of_an_embedding_is_probed_with_one_contrast_at_a_time():
     store = TableStore(table(8))
     store.present = np.array([[True, True]] * 6 + [[True, False]] * 2)
     probe = Probe(store, ProbeRecipe(target="contrast", slices_per_session=2, max_sessions=14), seed=0)

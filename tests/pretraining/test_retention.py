@@ -57,7 +57,7 @@ def scores(
     return probes.compare(probes.subject_errors(cls, patches, targets) | probes.start_retention(cls, patches))
 
 
-def test_what_is_in_the_features_is_told_and_what_is_not_is_not():
+def test_information_in_the_features_scores_high_and_lost_information_low():
     targets, probes = PatchTargets.from_slices(slices(), PATCH, seed=0), make_probes()
     cls, patches = informed(targets)
     probes.set_reference(cls, patches)
@@ -105,7 +105,7 @@ def test_a_score_is_the_r2_of_ridge_regression_over_folds():
     assert 1 - probes._linear_error(features, values, 3).sum() == pytest.approx(r2)
 
 
-def test_labels_are_told_of_sessions_and_unknown_ones_do_not_count():
+def test_labels_are_predicted_from_sessions_and_unknown_ones_do_not_count():
     rng = np.random.default_rng(4)
     sex = np.array(["F", "M"] * (NUM_VIEWS // 2))
     known = np.ones(NUM_VIEWS, bool)
@@ -147,7 +147,7 @@ def test_the_error_of_a_difference_is_that_of_a_bootstrap_over_subjects():
     assert probes.compare({"x": now})["x"][1] == pytest.approx(drawn.std(), rel=0.1)
 
 
-def test_an_absent_contrast_is_not_asked_for():
+def test_an_absent_contrast_is_not_probed():
     pixels = slices()
     shown = np.ones((NUM_VIEWS, 2), bool)
     shown[4:, 1] = False

@@ -75,7 +75,7 @@ def test_what_a_killed_process_left_is_not_taken_for_a_checkpoint(tmp_path):
     assert not list(tmp_path.glob(".writing*"))
 
 
-def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
+def test_a_full_disk_is_an_error_before_anything_is_written(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")(100, 90, 10)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(TrainingError, match="no room"):
@@ -109,7 +109,7 @@ def test_checkpoints_that_are_there_count_as_room_for_a_run(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "task.safetensors", "optimizer.pt", "state.json"])
-def test_a_quota_is_told_in_one_line_and_leaves_no_half_of_a_checkpoint(tmp_path, file):
+def test_a_quota_is_an_error_of_one_line_and_leaves_no_half_of_a_checkpoint(tmp_path, file):
     """The system refuses what is larger than 32 KiB: each writer has an exception of its own for that."""
     resource = pytest.importorskip("resource")
     first = checkpoint.save_checkpoint(tmp_path, make(1), keep=2)
@@ -124,11 +124,11 @@ def test_a_quota_is_told_in_one_line_and_leaves_no_half_of_a_checkpoint(tmp_path
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**15, before[1]))
-        with pytest.raises(TrainingError, match=r"step-000002: the checkpoint cannot be written .*--resume") as told:
+        with pytest.raises(TrainingError, match=r"step-000002: the checkpoint cannot be written .*--resume") as error:
             checkpoint.save_checkpoint(tmp_path, checkpoint.Checkpoint(2, **parts), keep=2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
     assert list(tmp_path.iterdir()) == [first]
 
 

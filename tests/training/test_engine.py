@@ -228,12 +228,12 @@ def test_whatever_the_disk_refuses_ends_the_run_in_one_line(tmp_path, monkeypatc
     place = ("brainfound.training.log.TrainingLog.write",) if kind == "log" else (checkpoint, "save_checkpoint")
     monkeypatch.setattr(*place, refuse)
     expected = "it is gone" if kind == "other" else "No space left on device"
-    with pytest.raises(TrainingError, match=expected) as told:
+    with pytest.raises(TrainingError, match=expected) as error:
         engine(Line(), tmp_path).run()
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
-def test_a_disk_that_is_too_small_for_the_run_is_told_before_the_first_step(tmp_path, monkeypatch):
+def test_a_disk_that_is_too_small_for_the_run_is_an_error_before_the_first_step(tmp_path, monkeypatch):
     # Weight and two moments of four bytes; two checkpoints, a third while it is written, and the export.
     num_bytes = int(3 * 12 * 1.05) + 4
     free = {"bytes": num_bytes - 1}
