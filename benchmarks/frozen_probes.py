@@ -24,7 +24,7 @@ from brainfound.data.batches import as_tensor
 from brainfound.data.splits.dividing import k_folds
 from brainfound.data.store import Store
 from brainfound.models.encoder import SliceEncoder
-from brainfound.pretraining.monitoring.probe_targets import PATCHES_PER_SLICE, choose_patches, majority_labels
+from brainfound.pretraining.monitoring.probes import PATCHES_PER_SLICE, choose_patches, majority_labels
 
 SLICES = 12
 PATCH_SLICES = 6

@@ -22,7 +22,7 @@ from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.store.prepare import prepare
 from brainfound.models.hub import silence_transformers
 from brainfound.phantom import write_phantom_cohort
-from brainfound.training.precision import probe_precision
+from brainfound.training.process import probe_precision
 
 CONTRASTS = ("T1w", "T2w", "FLAIR")
 """As many as LightlyTrain's images have colours."""

@@ -41,7 +41,7 @@ from brainfound.metrics.summaries import (
     parse_scores,
 )
 from brainfound.training.checkpoint import write_atomically
-from brainfound.training.engine import process_state
+from brainfound.training.process import process_state
 from brainfound.training.run_folder import EXPORT_FOLDER
 
 MISSING_CONTRASTS_FILE = "partial_input.json"

@@ -39,7 +39,7 @@ from brainfound.metrics.summaries import summarise_runs
 from brainfound.models.loading import read_patch_size
 from brainfound.training import distributed as ranks
 from brainfound.training import run_folder as run_files
-from brainfound.training.engine import process_state
+from brainfound.training.process import process_state
 
 __all__ = ["finetune_folds", "finetune_subsets", "finetune_systems", "make_folds", "summarise_runs"]
 

@@ -51,7 +51,8 @@ from brainfound.recipes import load
 from brainfound.report.figures import plot_reliability
 from brainfound.training import distributed as ranks
 from brainfound.training import run_folder as run_files
-from brainfound.training.engine import Engine, make_accelerator
+from brainfound.training.engine import Engine
+from brainfound.training.process import make_accelerator
 from brainfound.training.run_folder import (
     common_run_info,
     find_resume_checkpoint,
@@ -230,7 +231,7 @@ def _train(
     def begin() -> None:
         # Before the recipe: a run that can be resumed has its split.
         write_split(folder, store, parts, target, content.split, split_file)
-        run_files.start(folder, content, facts)
+        run_files.write_start(folder, content, facts)
 
     ranks.run_on_main_rank(begin, accelerator.is_main_process)
     if checkpoint is not None:
@@ -362,7 +363,7 @@ def _score_and_export(
         baseline=None if frozen is None else frozen.tensors,
         overwrite=True,  # a run that goes on after its end writes it again
     )
-    run_files.finish(folder, run_files.DONE, step, step)
+    run_files.write_end(folder, run_files.DONE, step, step)
 
 
 def _calibrate(folder: Path, task: FinetuneTask, test: SessionScores) -> AnswerCalibration:

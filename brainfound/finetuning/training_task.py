@@ -34,10 +34,10 @@ from brainfound.models.infer import unwrap_peft
 from brainfound.models.loading import load_initial_model
 from brainfound.recipes import load
 from brainfound.training import distributed as ranks
-from brainfound.training.data_order import EpochOrder, RankBatchSampler
-from brainfound.training.engine import TrainTask
+from brainfound.training.data_loading import EpochOrder, RankBatchSampler
 from brainfound.training.randomness import INITIALISATION, StepKey, derive_seed
 from brainfound.training.schedules import warmup_schedule
+from brainfound.training.task import TrainTask
 
 MODEL_CLASSES = {
     "classification": BrainFoundForClassification,

@@ -13,7 +13,7 @@ from brainfound.inference.explanation import Explanation, choose_methods
 from brainfound.inference.loading import load
 from brainfound.inference.prediction import Prediction, file_stem
 from brainfound.inference.predictor import Predictor, PredictorInput
-from brainfound.training.prefetch import map_in_background
+from brainfound.training.data_loading import map_in_background
 
 
 @dataclass(frozen=True)

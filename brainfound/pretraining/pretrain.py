@@ -51,8 +51,9 @@ from brainfound.recipes import Recipe, load, validate
 from brainfound.training import distributed as ranks
 from brainfound.training import distributed as sharding
 from brainfound.training import run_folder as run_files
-from brainfound.training.engine import Engine, make_accelerator
+from brainfound.training.engine import Engine
 from brainfound.training.optim import OptimRecipe
+from brainfound.training.process import make_accelerator
 from brainfound.training.run_folder import (
     common_run_info,
     find_resume_checkpoint,
@@ -324,7 +325,7 @@ def _train(
     )
     engine = Engine(task, recipe.engine, folder, accelerator, recipe.seed, console.quiet)
     engine.require_space()
-    ranks.run_on_main_rank(lambda: run_files.start(folder, recipe, facts), accelerator.is_main_process)
+    ranks.run_on_main_rank(lambda: run_files.write_start(folder, recipe, facts), accelerator.is_main_process)
     if checkpoint is not None:
         engine.resume(checkpoint)
         console.print(f"going on from {checkpoint.name}")
@@ -376,7 +377,7 @@ def _export_and_finish(
         if exported_step is not None:
             export(folder, recipe, store, model, weights, exported_step, task.guard.state)
         status = run_files.DONE if stopped is None else f"stopped: {stopped}"
-        run_files.finish(folder, status, exported_step, engine.step)
+        run_files.write_end(folder, status, exported_step, engine.step)
 
     ranks.run_on_main_rank(write, is_main)
 

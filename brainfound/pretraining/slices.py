@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from brainfound.data.batches import as_tensor
 from brainfound.data.store import Store
 from brainfound.errors import StoreError
-from brainfound.training.data_order import RankBatchSampler
+from brainfound.training.data_loading import RankBatchSampler
 from brainfound.training.randomness import NEIGHBOURS, uniform_at_positions
 
 

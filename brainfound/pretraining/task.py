@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from brainfound.data.store import Store
-from brainfound.errors import TrainingError
 from brainfound.pretraining.monitoring.guard import Guard, read_retention_scores
 from brainfound.pretraining.monitoring.probes import Probe
 from brainfound.pretraining.objectives.base import Objective
@@ -21,14 +20,13 @@ from brainfound.pretraining.slices import PretrainBatch, SliceDataset, make_slic
 from brainfound.training import checkpoint, schedules
 from brainfound.training import distributed as ranks
 from brainfound.training.checkpoint import wrap_write_errors
-from brainfound.training.data_order import EpochOrder, RankBatchSampler
+from brainfound.training.data_loading import EpochOrder, RankBatchSampler, prefetch_to_device
 from brainfound.training.distributed import is_sharded
-from brainfound.training.engine import EngineRecipe, TrainTask
+from brainfound.training.engine import EngineRecipe
 from brainfound.training.optim import OptimRecipe, make_optimizer, parameter_groups
-from brainfound.training.prefetch import prefetch_to_device
 from brainfound.training.randomness import StepKey
 from brainfound.training.schedules import ScheduleRecipe
-from brainfound.training.task import RollbackRequested
+from brainfound.training.task import TrainTask
 
 
 def max_best_encoders_on_disk(engine: EngineRecipe, may_roll_back: bool) -> int:
@@ -76,7 +74,7 @@ class PretrainTask(TrainTask):
         self.model = objective.student
         self.clip_norm = optim.clip_norm
         self.evaluate_every = evaluate_every if probe is not None else 0
-        self.may_roll_back = guard.may_roll_back
+        self.rollback_policy = guard
         self.dataset = SliceDataset(store, usable_rows(store, slice_margin), neighbour_mm)
         self.order = EpochOrder(len(self.dataset), seed)
         # Refuses a batch that cannot be shared or learnt from, before anything is made.
@@ -136,7 +134,7 @@ class PretrainTask(TrainTask):
 
     def on_log_line(self, step: int, line: Mapping[str, Any]) -> None:
         if self.rank == 0:
-            for text in self.guard.warnings(line):
+            for text in self.guard.new_warnings(line):
                 warnings.warn(text, stacklevel=2)
         if "loss" in line:
             self.guard.on_log_line(step, line)
@@ -148,22 +146,6 @@ class PretrainTask(TrainTask):
         if self.guard.is_best(step, line["probe"], watched):
             self._save_best_encoder(step)
         self.guard.record_probe(step, line["probe"], line["probe_standard_error"], watched)
-
-    def on_nonfinite_steps(self, step: int, error: TrainingError) -> None:
-        self.guard.handle_failure(step, error.what, error.remedy)
-
-    def should_keep_checkpoint(self, step: int) -> bool:
-        return self.guard.should_keep_checkpoint(step)
-
-    def on_rollback(self, from_step: int, reason: str) -> dict[str, Any]:
-        return self.guard.on_rollback()
-
-    def on_rollback_failed(self, step: int, rollback_request: RollbackRequested, error: TrainingError) -> None:
-        self.guard.stop(
-            step,
-            f"{rollback_request.what}, and {error.what} ({error.got})",
-            rollback_request.remedy or "Lower optim.lr",
-        )
 
     def best_encoder_path(self, step: int) -> Path:
         """Where the encoder of a best probe is kept."""
@@ -214,7 +196,7 @@ class PretrainTask(TrainTask):
     def export_bytes(self) -> int:
         # The export, and encoders of best probes. Counted, not gathered: rank 0 asks alone.
         weights = self.objective.exported_encoder.state_dict().values()
-        num_encoders = 1 + max_best_encoders_on_disk(self.engine, self.may_roll_back)
+        num_encoders = 1 + max_best_encoders_on_disk(self.engine, self.guard.may_roll_back)
         return num_encoders * sum(weight.numel() * weight.element_size() for weight in weights)
 
     def state_tensors(self) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Checkpoints: complete or absent, and never older than needed to go on exactly.
+"""Checkpoints: complete or absent, with everything that an exact resume needs.
 
     checkpoints/step-000100/
         model.safetensors   the trained weights
@@ -6,13 +6,9 @@
         optimizer.pt        the optimiser's state (tensors and plain values)
         state.json          step, versions, the task's counters, and the size and SHA-256 of each file
 
-A checkpoint is written into a temporary folder and renamed, so a killed process leaves none or a whole
-one. A disk may still tear a file after that: `state.json` lets `latest_valid_checkpoint` find out and go on with
-the checkpoint before.
-
-A checkpoint may be kept for a rollback. Going back to it begins with one atomic change of its
-`state.json`, which then counts one rollback more than the checkpoints that came after it: those belong to
-steps that are to be forgotten, and count no more.
+A checkpoint is written into a temporary folder and renamed, so a killed process leaves a complete one or none. A disk
+may still corrupt a file later: with `state.json`, `latest_valid_checkpoint` detects that and falls back to an earlier
+checkpoint. One checkpoint may be kept beyond the newest ones, for a rollback (`brainfound.training.rollback`).
 """
 
 from __future__ import annotations
@@ -58,7 +54,7 @@ class Checkpoint:
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Write a checkpoint into `folder`, then remove all but the newest `keep` and the newest that is marked as kept.
 
-    Checkpoints of later steps are torn ones, over which the run went back; they stay, and none makes way for them.
+    Checkpoints of later steps are corrupt ones that the run has fallen back from; they stay and do not count.
 
     Raises:
         TrainingError: if the disk has no room for it (nothing is written then), or if writing fails.
@@ -71,16 +67,16 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         try:
             return _write(folder, checkpoint, model, task, keep)
         finally:
-            # What is left of a failure takes room that the export of the run may need.
+            # A partial checkpoint takes space that the export of the run may need.
             remove_partial_checkpoints(folder)
 
 
 @contextmanager
 def wrap_write_errors(what: str, where: Path) -> Iterator[None]:
-    """Around writing: a full disk, a quota and a lost server have many exceptions; this makes them one.
+    """Turn the many exceptions of a full disk, a quota or a lost server into one.
 
     Raises:
-        TrainingError: in the place of what the system, safetensors or torch.save raised.
+        TrainingError: in place of an exception of the system, safetensors or torch.save.
     """
     try:
         yield
@@ -104,13 +100,13 @@ def _write(folder: Path, checkpoint: Checkpoint, model: dict[str, Tensor], task:
     state = {"step": checkpoint.step, **checkpoint.state, "files": files}
     write_atomically(temporary / STATE_FILE, json.dumps(state, indent=2))
     for path in temporary.iterdir():
-        _fsync(path)
+        fsync(path)
     if final.exists():
         shutil.rmtree(final)
     temporary.rename(final)
-    _fsync(folder)
+    fsync(folder)
     so_far = [path for path in list_checkpoints(folder) if checkpoint_step(path) <= checkpoint.step]
-    kept = [path for path in so_far if _read_state(path).get("kept")]
+    kept = [path for path in so_far if read_state(path).get("kept")]
     for old in so_far[:-keep]:
         if old not in kept[-1:]:
             shutil.rmtree(old)
@@ -118,39 +114,17 @@ def _write(folder: Path, checkpoint: Checkpoint, model: dict[str, Tensor], task:
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step is, or would be."""
+    """The folder of a step's checkpoint, whether it exists or not."""
     return folder / f"{_PREFIX}{step:06d}"
 
 
 def num_rollbacks(state: Mapping[str, Any]) -> int:
-    """How often a run had gone back, as the state of a checkpoint tells."""
+    """The number of rollbacks before a checkpoint, from its state."""
     return int(state.get("rollbacks", 0))
 
 
-def update_checkpoint_state(path: Path, changes: Mapping[str, Any]) -> None:
-    """Change plain values of a checkpoint, all at once.
-
-    Raises:
-        TrainingError: if the checkpoint is not whole, or writing fails.
-    """
-    fault = find_corruption(path)
-    if fault is not None:
-        raise TrainingError("the checkpoint to go back to is not whole", where=path, got=fault)
-    with wrap_write_errors("the return to a checkpoint", path):
-        write_atomically(path / STATE_FILE, json.dumps({**_read_state(path), **changes}, indent=2))
-        _fsync(path)
-
-
-def remove_rolled_back_checkpoints(folder: Path, present: Checkpoint) -> None:
-    """Remove the checkpoints of steps that were forgotten by the rollback to `present`."""
-    for path in reversed(list_checkpoints(folder)):
-        is_later = checkpoint_step(path) > present.step
-        if is_later and num_rollbacks(_read_state(path)) < num_rollbacks(present.state):
-            shutil.rmtree(path)
-
-
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint that `latest_valid_checkpoint` has found to be whole; tensors come on the CPU."""
+    """Read a checkpoint that `latest_valid_checkpoint` has verified; tensors are on the CPU."""
     state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
     return Checkpoint(
         step=state["step"],
@@ -163,24 +137,24 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first, whole or not."""
-    # A folder that somebody set aside (step-000002.bak) is none.
+    # The full match leaves out a folder that a user has renamed (step-000002.bak).
     return sorted((path for path in folder.glob(f"{_PREFIX}*") if _NAME.fullmatch(path.name)), key=checkpoint_step)
 
 
 def checkpoint_step(path: Path) -> int:
-    """The step that a checkpoint is of."""
+    """The step of a checkpoint, from its folder name."""
     return int(path.name.removeprefix(_PREFIX))
 
 
 def read_task_states(folder: Path) -> list[dict[str, Any]]:
-    """The task's plain values in each checkpoint of a folder whose state can be read, oldest first."""
-    return [state["task"] for path in list_checkpoints(folder) if "task" in (state := _read_state(path))]
+    """The task's plain values in each readable checkpoint of a folder, oldest first."""
+    return [state["task"] for path in list_checkpoints(folder) if "task" in (state := read_state(path))]
 
 
 def latest_valid_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint whose files are as they were written; warns about each torn one it passes over."""
-    # Sorting keeps the order of steps among equals.
-    for path in reversed(sorted(list_checkpoints(folder), key=lambda path: num_rollbacks(_read_state(path)))):
+    """The newest checkpoint with intact files; warns about each corrupt one that it skips."""
+    # After more rollbacks means newer; the sort is stable, so steps stay in order otherwise.
+    for path in reversed(sorted(list_checkpoints(folder), key=lambda path: num_rollbacks(read_state(path)))):
         fault = find_corruption(path)
         if fault is None:
             return path
@@ -189,8 +163,8 @@ def latest_valid_checkpoint(folder: Path) -> Path | None:
 
 
 def find_corruption(path: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None."""
-    files = _read_state(path).get("files")
+    """The first fault of a checkpoint's files, or None."""
+    files = read_state(path).get("files")
     if files is None:
         return f"{STATE_FILE} cannot be read"
     for name, expected in files.items():
@@ -205,21 +179,21 @@ def find_corruption(path: Path) -> str | None:
 
 
 def remove_partial_checkpoints(folder: Path) -> None:
-    """Remove what a killed process left half-written."""
+    """Remove checkpoints that a killed process left half-written."""
     for path in folder.glob(f"{_TEMPORARY}*"):
         shutil.rmtree(path)
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old content or the new, never a part."""
+    """Write a text file so that a reader sees the old content or the new, never a part of it."""
     temporary = path.with_name(f".{path.name}.partial")
     temporary.write_text(text, encoding="utf-8")
-    _fsync(temporary)
+    fsync(temporary)
     temporary.replace(path)
 
 
-def _read_state(path: Path) -> dict[str, Any]:
-    """What state.json says; empty if it cannot be read."""
+def read_state(path: Path) -> dict[str, Any]:
+    """The content of state.json; empty if it cannot be read."""
     try:
         state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -237,7 +211,8 @@ def _fingerprint(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Flush a file or folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -248,34 +223,31 @@ def _fsync(path: Path) -> None:
 def _require_space(folder: Path, checkpoint: Checkpoint) -> None:
     moments = [value for state in checkpoint.optimizer.get("state", {}).values() for value in state.values()]
     tensors = [*checkpoint.model.values(), *checkpoint.task.values(), *(t for t in moments if isinstance(t, Tensor))]
-    needed = int(sum(tensor.numel() * tensor.element_size() for tensor in tensors) * _FREE_SPACE_FACTOR)
+    needed = int(sum(tensor.nbytes for tensor in tensors) * _FREE_SPACE_FACTOR)
     _require_free_space(folder, needed, "the next checkpoint", "Free some space and continue with --resume")
 
 
 def require_space_for_run(folder: Path, num_checkpoints: int, checkpoint_bytes: int, other_bytes: int) -> None:
-    """Refuse to begin, or to go on with, a run whose files would not fit on the disk.
+    """Refuse to start or resume a run whose files do not fit on the disk.
 
     Args:
-        folder: of the checkpoints; those that are there already will make place for later ones.
-        num_checkpoints: how many are on the disk at the worst moment.
-        other_bytes: of what is written besides, as the export.
+        folder: of the checkpoints; later ones replace those that exist.
+        num_checkpoints: largest number on the disk at one time.
+        other_bytes: of the export and other files.
 
     Raises:
-        TrainingError: if the disk has no room for all of it.
+        TrainingError: if the disk has too little free space.
     """
-    there = sum(file.stat().st_size for path in list_checkpoints(folder) for file in path.iterdir())
-    needed = int(num_checkpoints * checkpoint_bytes * _FREE_SPACE_FACTOR + other_bytes) - there
+    existing = sum(file.stat().st_size for path in list_checkpoints(folder) for file in path.iterdir())
+    needed = int(num_checkpoints * checkpoint_bytes * _FREE_SPACE_FACTOR + other_bytes) - existing
     what = f"this run ({num_checkpoints} checkpoints of {_gib(checkpoint_bytes)}, and the export)"
-    _require_free_space(
-        folder, needed, what, "Free some space, lower engine.keep_checkpoints, or give an --out elsewhere"
-    )
+    remedy = "Free some space, lower engine.keep_checkpoints, or give an --out elsewhere"
+    _require_free_space(folder, needed, what, remedy)
 
 
 def _require_free_space(folder: Path, needed: int, what_for: str, remedy: str) -> None:
-    place = folder
-    while not place.exists():  # nothing is made for a run that may be refused
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    # No folder is created for a run that may be refused.
+    free = shutil.disk_usage(nearest_existing(folder)).free
     if free < needed:
         raise TrainingError(
             f"the disk has no room for {what_for}",
@@ -284,6 +256,11 @@ def _require_free_space(folder: Path, needed: int, what_for: str, remedy: str) -
             expected=_gib(needed),
             remedy=remedy,
         )
+
+
+def nearest_existing(path: Path) -> Path:
+    """The path, or the nearest of its parents that exists."""
+    return next(place for place in (path, *path.parents) if place.exists())
 
 
 def _gib(num_bytes: int) -> str:

@@ -1,27 +1,21 @@
-"""Fully sharded training (FSDP2): each rank holds a slice of every weight, and gathers a layer when it is needed.
+"""Processes that train together: reductions over ranks, and fully sharded training (FSDP2).
 
-For models whose weights, gradients, optimiser state, teacher and anchor do not fit on each GPU. What is
-trained and what is frozen are cut alike: along the first axis, over one mesh of all  A teacher's
-slice on a rank therefore belongs to the same rows as the student's, and the EMA needs no communication.
+Reductions are the identity when no process group runs, so the same code serves a laptop and a cluster.
 
-    unit                                gathered in      given up again
+Sharding is for models whose weights, gradients, optimiser state, teacher and anchor do not fit on each GPU. Trained and
+frozen weights are sharded alike, along the first axis over one mesh of all ranks: a teacher's shard belongs to the same
+rows as the student's, and the EMA needs no communication.
+
+    unit                                gathered in      released
     attention, MLP of each block        bf16 | float32   after its forward pass
-    the rest of an encoder              float32          after its forward pass
+    rest of an encoder                  float32          after its forward pass
     each head, and the trained module   float32          trained: after the backward pass; frozen: after the forward
 
-The rest of an encoder is its stem, tokens, norms and layer scales. They are small, and float32 keeps the
-residual stream as wide as it is without sharding. Gradients are summed in float32 at every micro-batch:
-sharded gradients are what sharding is for, and whole ones would have to be kept to save the sums.
-
-A checkpoint has whole tensors (`gather`), so that a run may go on with another number of ranks, or
-unsharded, and the export is the same.
+The rest of an encoder (stem, tokens, norms, layer scales) is small; float32 keeps the residual stream as precise as
+without sharding. Gradients are summed in float32 at each micro-batch. Checkpoints hold full tensors (`gather`), so a
+run may resume with another number of ranks, or unsharded.
 
 Source: PyTorch FSDP (arXiv 2304.11277), in its second form, `torch.distributed.fsdp.fully_shard`.
-
-What the losses and the engine need to know about the other ranks.
-
-Every function is the identity when no process group runs, so the same code serves a laptop and a
-cluster.
 """
 
 from __future__ import annotations
@@ -80,11 +74,11 @@ def any_over_ranks(*flags: bool, device: torch.device) -> tuple[bool, ...]:
 
 
 def run_on_main_rank(work: Callable[[], Any], is_main: bool) -> None:
-    """Do something on the main rank; all ranks wait for it, and if it fails all raise the same error.
+    """Call `work` on the main rank; all ranks wait for it, and if it fails all raise the same error.
 
     Raises:
-        UsageError, RecipeError, TrainingError: what `work` raised.
-        TrainingError: in the place of any other `BrainFoundError`, or an `OSError`.
+        UsageError, RecipeError, TrainingError: as `work` raised it.
+        TrainingError: in place of any other `BrainFoundError`, or an `OSError`.
     """
     failure: BrainFoundError | None = None
     cause: Exception | None = None
@@ -96,9 +90,9 @@ def run_on_main_rank(work: Callable[[], Any], is_main: bool) -> None:
         except (BrainFoundError, OSError) as error:
             failure, cause = _as_training_error(error), error
     if is_distributed():
-        told = [failure]
-        dist.broadcast_object_list(told, src=0)
-        failure = failure or told[0]
+        broadcast = [failure]
+        dist.broadcast_object_list(broadcast, src=0)
+        failure = failure or broadcast[0]
     if failure is not None:
         raise failure from cause
 
@@ -106,7 +100,7 @@ def run_on_main_rank(work: Callable[[], Any], is_main: bool) -> None:
 def _as_training_error(error: BrainFoundError | OSError) -> TrainingError:
     if isinstance(error, BrainFoundError):
         return TrainingError(error.what, where=error.where, got=error.got, expected=error.expected, remedy=error.remedy)
-    remedy = "Mend that (free space, a quota, rights), and continue with --resume"
+    remedy = "Repair the cause (free space, a quota, permissions), and continue with --resume"
     return TrainingError("a file cannot be written", where=error.filename, got=error.strerror or error, remedy=remedy)
 
 
@@ -114,8 +108,8 @@ def mean_over_ranks(values: Mapping[str, Tensor], device: torch.device) -> dict[
     """The mean of each 0-dim value over ranks, in one transfer; the names must be the same on all ranks."""
     if not values:
         return {}
-    exact = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-    total = sum_over_ranks(torch.stack([value.detach().to(device, exact) for value in values.values()]))
+    dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+    total = sum_over_ranks(torch.stack([value.detach().to(device, dtype) for value in values.values()]))
     return dict(zip(values, (total / world_size()).tolist(), strict=True))
 
 
@@ -137,69 +131,68 @@ class _GatherRows(torch.autograd.Function):
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """The rows (B, …) of all ranks in rank order, (R·B, …).
+    """The rows (B, …) of all ranks in rank order, (R·B, …); B must be equal on all ranks.
 
-    B must be equal on all ranks. The gradient is right where every rank computes the same loss from
-    the gathered rows, as KoLeo does.
+    The gradient is right if every rank computes the same loss from the gathered rows, as KoLeo does.
     """
     return _GatherRows.apply(rows) if is_distributed() else rows
 
 
-# The parts of a block that hold its matrices; a block is entered through them, whoever loops over the blocks.
+# The parts of a block that hold its matrices; every forward pass of a block calls them.
 BRANCHES = ("attention", "mlp")
-# Ways into an encoder besides calling it.
+# Methods that run an encoder, besides calling it.
 FORWARD_METHODS = ("embed", "transform")
-_ROOT_HOOK = "_first_entrance"
+_ROOT_HOOK = "_first_forward"
 
 
 def shard(trained: nn.Module, frozen: Sequence[nn.Module], device: torch.device, precision: str) -> None:
-    """Cut modules over all ranks, in place; each rank must hold the same weights before, on any device.
+    """Shard modules over all ranks, in place; each rank must hold the same weights before, on any device.
 
     Args:
-        trained: what the optimiser moves; it is entered by calling it.
-        frozen: what is only looked through (teacher, anchor); their encoders and heads may be called
-            on their own, by all ranks together. A module with ``is_shard_unit`` is gathered as one unit.
+        trained: the module with trained weights; its forward pass starts with a call of it.
+        frozen: modules without trained weights (teacher, anchor); their encoders and heads may be called separately,
+            by all ranks together. A module with ``is_shard_unit`` is gathered as one unit.
         device: of this rank.
         precision: "bf16" gathers the blocks' matrices in bfloat16; anything else in float32.
     """
-    # The library says at every pass that in-place changes of an output that is a view would be wrong. None are made.
+    # The library warns at each pass of in-place changes of outputs that are views; none are made here.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
     mesh = init_device_mesh(device.type, (world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     blocks = {"mesh": mesh, "mp_policy": policy} if precision == "bf16" else {"mesh": mesh}
     for root in (trained, *frozen):
-        stays = root is trained
+        reshard = root is not trained
         for encoder in [module for module in root.modules() if isinstance(module, SliceEncoder)]:
             for block in encoder.blocks:
                 for branch in BRANCHES:
                     fully_shard(block.get_submodule(branch), reshard_after_forward=True, **blocks)
             fully_shard(encoder, mesh=mesh, reshard_after_forward=True)
-            for entrance in FORWARD_METHODS:
-                _register_forward_method(encoder, entrance)
+            for method in FORWARD_METHODS:
+                _register_forward_method(encoder, method)
         for head in [module for module in root.modules() if getattr(module, "is_shard_unit", False)]:
-            fully_shard(head, mesh=mesh, reshard_after_forward=not stays)
+            fully_shard(head, mesh=mesh, reshard_after_forward=reshard)
         if not isinstance(root, FSDPModule):
-            fully_shard(root, mesh=mesh, reshard_after_forward=not stays)
+            fully_shard(root, mesh=mesh, reshard_after_forward=reshard)
         root.to(device)  # buffers
         _mark_fsdp_root(root)
 
 
 def _register_forward_method(encoder: SliceEncoder, name: str) -> None:
-    """Let a method gather the encoder's weights as calling the encoder does, unless that has been done around it."""
+    """Make a method gather the encoder's weights as a call does, unless a call around it has gathered them."""
     plain = getattr(encoder, name)
     register_fsdp_forward_method(encoder, name)
     gathering = getattr(encoder, name)
     norm = encoder.norm
 
     def enter(*args: Any, **kwargs: Any) -> Any:
-        is_cut = isinstance(norm.weight, DTensor)
-        return gathering(*args, **kwargs) if is_cut else plain(*args, **kwargs)
+        needs_gathering = isinstance(norm.weight, DTensor)
+        return gathering(*args, **kwargs) if needs_gathering else plain(*args, **kwargs)
 
     setattr(encoder, name, enter)
 
 
 def _mark_fsdp_root(root: nn.Module) -> None:
-    """Let `root` know that it is the outermost sharded module before one of its parts is called on its own."""
+    """Mark `root` as the outermost sharded module, before one of its parts is called separately."""
     assert isinstance(root, FSDPModule)
     setattr(root, _ROOT_HOOK, lambda: None)
     register_fsdp_forward_method(root, _ROOT_HOOK)
@@ -209,26 +202,27 @@ def _mark_fsdp_root(root: nn.Module) -> None:
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether `shard` has cut this module."""
+    """Whether `shard` has sharded this module."""
     return isinstance(module, FSDPModule)
 
 
 def to_full_tensor(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be cut; all ranks call it together."""
+    """The full tensor of one that may be sharded; all ranks call it together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def to_local_tensors(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """This rank's slices, as plain tensors that share memory with what they are slices of."""
+    """This rank's shards as plain tensors that share their memory."""
     return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
 def gather(tree: Any, keep: bool = True) -> Any:
-    """Nested dicts, lists and tuples with each cut tensor made whole, on the CPU; all ranks call it together.
+    """Nested dicts, lists and tuples with each sharded tensor replaced by its full one, on the CPU.
+
+    All ranks call it together. The device holds one full tensor at a time.
 
     Args:
-        keep: False leaves an empty tensor in the place of each cut one, for ranks that write nothing.
-            One tensor is whole at a time on the device, whatever the size of the model.
+        keep: False returns an empty tensor for each sharded one, for ranks that write nothing.
     """
     if isinstance(tree, DTensor):
         full = tree.full_tensor()
@@ -241,12 +235,12 @@ def gather(tree: Any, keep: bool = True) -> Any:
 
 
 def shard_like(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Whole tensors cut as those of the same name in `like` are; nothing is sent, as every rank has the whole."""
+    """Full tensors, sharded like those of the same name in `like`; without communication."""
     return {name: _shard_tensor(tensor, like[name]) if name in like else tensor for name, tensor in tensors.items()}
 
 
 def shard_optimizer_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The whole state of an optimiser (`gather` of its ``state_dict()``), cut as its parameters are."""
+    """The full state of an optimiser (`gather` of its ``state_dict()``), sharded like its parameters."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     moments = {
         index: {
@@ -263,5 +257,4 @@ def shard_optimizer_state(state: dict[str, Any], optimizer: torch.optim.Optimize
 def _shard_tensor(tensor: Tensor, like: Tensor) -> Tensor:
     if not isinstance(like, DTensor) or isinstance(tensor, DTensor):
         return tensor
-    whole_here = tensor.to(like.device)
-    return distribute_tensor(whole_here, like.device_mesh, like.placements, src_data_rank=None)
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

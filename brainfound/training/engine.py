@@ -1,22 +1,19 @@
 """The engine: one readable loop for pretraining and fine-tuning.
 
-A `TrainTask` says what is trained and how a loss is made; the engine does what all training has in
-common: it accumulates gradients, checks them before they can do harm, clips, steps, schedules, logs,
-probes, saves, resumes exactly, goes back where the task asks for it and stops politely. It runs on a
-CPU, on one GPU and, through Accelerate, on many; between two log lines it never waits for a GPU.
+A `TrainTask` defines what is trained and how its loss is computed. The engine does what every training has in common:
+it accumulates gradients, skips steps that are not finite, clips, schedules, logs, evaluates, saves, resumes, rolls back
+and stops on a signal. It runs on a CPU, on one GPU and, through Accelerate, on many; between two log lines it never
+waits for a GPU.
 
-Resume is exact because nothing that a step depends on is hidden in generators or schedulers: the
-order of the data, augmentation, dropout, learning rates and temperatures are functions of
-(seed, step, rank), and everything else (weights, optimiser, the task's tensors and counters) is in the
-checkpoint.
+Resume is exact: data order, augmentation, dropout, learning rates and temperatures are functions of (seed, step, rank),
+and everything else (weights, optimiser, the task's tensors and counters) is in the checkpoint.
 """
 
 from __future__ import annotations
 
-import atexit
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -30,50 +27,44 @@ from torch import Tensor
 import brainfound
 from brainfound.errors import TrainingError
 from brainfound.recipes import Recipe
-from brainfound.training import checkpoint as checkpoints
-from brainfound.training import distributed as ranks
-from brainfound.training import distributed as sharding
-from brainfound.training.health import NonfiniteStepMonitor, StopSignals, step_unless_nonfinite
+from brainfound.training import checkpoint, distributed
+from brainfound.training.data_loading import closing_generator
 from brainfound.training.log import ThroughputMeter, TrainingLog
-from brainfound.training.optim import allocate_moments, clip_gradients
-from brainfound.training.precision import choose_precision
-from brainfound.training.prefetch import closing_generator
+from brainfound.training.optim import NonfiniteStepMonitor, allocate_moments, clip_gradients, step_unless_nonfinite
+from brainfound.training.process import StopSignals
 from brainfound.training.randomness import seed_dropout
+from brainfound.training.rollback import Rollbacks
 from brainfound.training.task import RollbackRequested, TrainTask
 
 
 class EngineRecipe(Recipe):
-    """Length, batch, precision, and how often to look."""
+    """Length, batch, precision, and intervals of logging and saving."""
 
     steps: int = Field(default=10_000, ge=1)
     """Optimiser steps of the whole run."""
     batch_size: int = Field(default=128, ge=1)
     """Images of one optimiser step, over all ranks and micro-batches."""
     accumulation: int = Field(default=1, ge=1)
-    """Micro-batches that a step is divided into, to save memory. Losses that compare images with each other
-    (Sinkhorn-Knopp's balance, KoLeo) see one micro-batch of all ranks, so this is not quite one large batch."""
+    """Micro-batches per step, to save memory. Losses that compare images with each other (Sinkhorn-Knopp's balance,
+    KoLeo) see one micro-batch of all ranks, so this is not quite one large batch."""
     precision: Literal["auto", "no", "bf16"] = "auto"
     """Computation in bfloat16 or float32; "auto" tries both and takes bfloat16 where it is clearly faster.
     Weights stay float32."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """How many processes share a model: "ddp" keeps all of it on each GPU, "fsdp" a slice of each weight (FSDP2)."""
+    """How processes share a model: "ddp" keeps all of it on each GPU, "fsdp" a shard of each weight (FSDP2)."""
     log_every: int = Field(default=20, ge=1)
     """Steps between two log lines."""
     checkpoint_every: int = Field(default=500, ge=1)
     """Steps between two checkpoints."""
     keep_checkpoints: int = Field(default=2, ge=1)
-    """How many of the newest checkpoints stay on disk."""
+    """Number of newest checkpoints that stay on disk."""
     max_skipped_in_a_row: int = Field(default=20, ge=1)
     """Steps in a row with a non-finite loss or gradient after which the run stops."""
     num_workers: int = Field(default=2, ge=0)
     """Processes per rank that read slices; 0 reads in the training process."""
 
     def max_checkpoints_on_disk(self, may_roll_back: bool) -> int:
-        """How many are on the disk at the worst moment: a new one is whole before an old one goes.
-
-        Args:
-            may_roll_back: one more stays to go back to.
-        """
+        """The largest number on disk: a new one is complete before an old one goes, and one is kept for a rollback."""
         return self.keep_checkpoints + 1 + may_roll_back
 
     @field_validator("precision", mode="before")
@@ -86,10 +77,10 @@ class Engine:
     """Runs a task in a run folder.
 
     Args:
-        task: what is trained; its tensors beside the model are on the accelerator's device already.
+        task: what is trained; its tensors outside the model are on the accelerator's device already.
         recipe: length, batch, precision.
         run_folder: gets ``log.jsonl`` and ``checkpoints/``.
-        accelerator: as `make_accelerator` gives it.
+        accelerator: from `brainfound.training.process.make_accelerator`.
         seed: of dropout and stochastic depth.
         quiet: no progress bar.
     """
@@ -104,9 +95,10 @@ class Engine:
         quiet: bool = False,
     ) -> None:
         self.task, self.recipe, self.accelerator, self.seed = task, recipe, accelerator, seed
+        self.is_main, self.device = accelerator.is_main_process, accelerator.device
         self.checkpoint_folder = run_folder / "checkpoints"
-        self.sharded = sharding.is_sharded(task.model)
-        if recipe.parallel == "fsdp" and ranks.is_distributed() and not self.sharded:
+        self.sharded = distributed.is_sharded(task.model)
+        if recipe.parallel == "fsdp" and distributed.is_distributed() and not self.sharded:
             raise TrainingError(
                 "this training cannot be sharded",
                 where="engine.parallel",
@@ -119,55 +111,32 @@ class Engine:
             self.model, self.optimizer = task.model, accelerator.prepare(optimizer)
         else:
             self.model, self.optimizer = accelerator.prepare(task.model, optimizer)
-        self.log = TrainingLog(run_folder / "log.jsonl", recipe.steps, quiet, accelerator.is_main_process)
-        self.health = NonfiniteStepMonitor(accelerator.device, recipe.max_skipped_in_a_row)
-        self.signals = StopSignals(accelerator.device, recipe.log_every)
+        self.log = TrainingLog(run_folder / "log.jsonl", recipe.steps, quiet, self.is_main)
+        self.rollbacks = Rollbacks(task, self.checkpoint_folder, self.log, self.is_main)
+        self.nonfinite_steps = NonfiniteStepMonitor(self.device, recipe.max_skipped_in_a_row)
+        self.signals = StopSignals(self.device, recipe.log_every)
         self.throughput = ThroughputMeter()
         self.step = 0
-        self.rollbacks = 0
         self._saved_step = -1
-
-    def resume(self, path: Path) -> None:
-        """Take over a checkpoint; `run` then goes on from its step."""
-        saved = checkpoints.load_checkpoint(path)
-        model = self.accelerator.unwrap_model(self.model)
-        model.load_state_dict(sharding.shard_like(saved.model, model.state_dict()))
-        self.optimizer.load_state_dict(sharding.shard_optimizer_state(saved.optimizer, self.optimizer))
-        self.task.load_state_tensors(sharding.shard_like(saved.task, self.task.state_tensors()))
-        self.task.load_state_dict(saved.state["task"])
-        self.health.load(saved.state["engine"])
-        self.step = self._saved_step = saved.step
-        self.rollbacks = checkpoints.num_rollbacks(saved.state)
-        self._reconcile_files(saved)
-        if saved.state["world_size"] != ranks.world_size():
-            warnings.warn(
-                f"saved by {saved.state['world_size']} processes, resumed by {ranks.world_size()}: "
-                "training goes on, but not with the same random views as before",
-                stacklevel=2,
-            )
 
     def run(self, save: bool = True) -> None:
         """Train to the last step; without `save`, a trial that leaves no checkpoint.
 
         Raises:
-            TrainingError: too many steps in a row were not finite, the task asked to stop, the disk is too
-                small, or the process was told to end (a checkpoint is saved then).
+            TrainingError: too many steps in a row were not finite, the task stopped the run, the disk is full, or the
+                process received a stop signal (a checkpoint is saved then).
         """
         with self.log, self.signals:
             if self.recipe.steps == 0:
-                # Nothing is trained: the start is looked at, and there is nothing to go on from.
                 self._evaluate(save=False)
-                return
             while self.step < self.recipe.steps:
                 try:
                     self._train(save)
-                except RollbackRequested as rollback_request:
-                    if not save:
-                        raise
-                    self._roll_back(rollback_request)
+                except RollbackRequested as request:
+                    self.resume(self.rollbacks.begin(request, self.step))
 
     def _train(self, save: bool) -> None:
-        """Train from the present step to the last one."""
+        """Train from the current step to the last one."""
         recipe, task = self.recipe, self.task
         allocate_moments(self.optimizer)
         self.model.train()
@@ -183,7 +152,7 @@ class Engine:
                     self._log(metrics)
                 if task.evaluate_every and (self.step % task.evaluate_every == 0 or last):
                     self._evaluate(save)
-                stop = self.signals.stop(self.step)
+                stop = self.signals.should_stop(self.step)
                 if save and (self.step % recipe.checkpoint_every == 0 or last or stop):
                     self.save()
                 if stop and not last:
@@ -195,9 +164,10 @@ class Engine:
                 self.log.advance(self.step)
 
     def _train_step(self, batches: Iterator[Any]) -> dict[str, Any]:
-        """One optimiser step, or none where the loss or a gradient is not finite on any rank.
+        """One optimiser step, or none if the loss or a gradient is not finite on any rank.
 
-        On a GPU nothing here waits for it: what comes back are orders, not yet numbers.
+        Returns:
+            Values for the log; on a GPU as tensors, because nothing here waits for it.
         """
         task, accelerator, step = self.task, self.accelerator, self.step
         rates = self._set_learning_rates(step)
@@ -215,7 +185,7 @@ class Engine:
             for name, value in {"loss": loss.detach(), **parts}.items():
                 sums[name] = sums.get(name, 0.0) + value / num_micro_batches
         norms = clip_gradients(task.clip_groups(), task.clip_norm)
-        nonfinite = self.health.check_finite([sums["loss"], *norms.values()])
+        nonfinite = self.nonfinite_steps.check_finite([sums["loss"], *norms.values()])
         step_unless_nonfinite(self.optimizer, nonfinite)
         task.after_step(step, 1 - nonfinite)
         self.optimizer.zero_grad(set_to_none=True)
@@ -233,11 +203,10 @@ class Engine:
         return rates | {"lr": max(rates.values())}
 
     def _log(self, metrics: Mapping[str, Any]) -> None:
-        """Write a log line and show it to the task: tensors as means over ranks, and the same line on all ranks."""
-        device = self.accelerator.device
+        """Log one line: tensors as means over ranks, and the same line on all ranks."""
         measured = {name: value for name, value in metrics.items() if isinstance(value, Tensor)}
-        line: dict[str, Any] = {"step": self.step, **ranks.mean_over_ranks(measured, device)}
-        # The means are numbers now, so the device has caught up; what follows is no part of a step.
+        line: dict[str, Any] = {"step": self.step, **distributed.mean_over_ranks(measured, self.device)}
+        # The means are numbers now, so the device has caught up; the rest does not count as time of a step.
         throughput = self.throughput.read(self.recipe.batch_size)
         with self.throughput.paused():
             line |= {name: value for name, value in metrics.items() if not isinstance(value, Tensor)}
@@ -245,153 +214,104 @@ class Engine:
             line |= self.task.scheduled_values(self.step - 1) | self.task.health_metrics()
             line["skipped_steps"] = self._read_step_counts()["skipped"]
             line |= throughput
-            if device.type == "cuda":
-                line["memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+            if self.device.type == "cuda":
+                line["memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
             self._broadcast_and_log(line)
 
-    def _read_step_counts(self) -> dict[str, int]:
-        try:
-            return self.health.read(self.step)
-        except TrainingError as error:
-            self.task.on_nonfinite_steps(self.step, error)
-            raise
-
     def _evaluate(self, save: bool) -> None:
+        """Log the task's scores, and save a checkpoint if the rollback policy keeps this step."""
         if not self.task.evaluate_every:
             return
         with self.throughput.paused():
-            # A rank that held its slices back would leave the others waiting for them.
-            takes_part = self.accelerator.is_main_process or self.sharded
-            scores = self.task.evaluate(self.step) if takes_part else {}
+            # All ranks gather the weights of a sharded model together.
+            scores = self.task.evaluate(self.step) if self.is_main or self.sharded else {}
             self.model.train()
             self._broadcast_and_log({"step": self.step, **scores})
-        if save and self.task.should_keep_checkpoint(self.step):
+        if save and self.task.rollback_policy.should_keep_checkpoint(self.step):
             self.save(kept=True)
 
     def _broadcast_and_log(self, line: dict[str, Any]) -> None:
         (line,) = broadcast_object_list([line], from_process=0)
-        self._run_on_main_rank(lambda: self.log.write(line))
+        distributed.run_on_main_rank(lambda: self.log.write(line), self.is_main)
         self.task.on_log_line(self.step, line)
 
+    def _read_step_counts(self) -> dict[str, int]:
+        try:
+            return self.nonfinite_steps.read(self.step)
+        except TrainingError as error:
+            self.task.rollback_policy.on_nonfinite_steps(self.step, error)
+            raise
+
     def save(self, kept: bool = False) -> None:
-        """Write a checkpoint of this moment, unless the newest one is of it already.
+        """Write a checkpoint of the current step, unless the newest one is of it already.
 
         Args:
             kept: it stays until a newer one is kept, for a rollback.
         """
         if self._saved_step == self.step:
             return
-        is_main = self.accelerator.is_main_process
         with self.throughput.paused():
             counts = self._read_step_counts()
-            snapshot = self._snapshot(counts, kept, keep=is_main) if is_main or self.sharded else None
+            snapshot = self._snapshot(counts, kept) if self.is_main or self.sharded else None
 
             def write() -> None:
                 assert snapshot is not None
-                checkpoints.save_checkpoint(self.checkpoint_folder, snapshot, self.recipe.keep_checkpoints)
+                checkpoint.save_checkpoint(self.checkpoint_folder, snapshot, self.recipe.keep_checkpoints)
 
-            self._run_on_main_rank(write)
+            distributed.run_on_main_rank(write, self.is_main)
         self._saved_step = self.step
 
-    def _snapshot(self, counts: Mapping[str, int], kept: bool, keep: bool = True) -> checkpoints.Checkpoint:
-        """This moment in whole tensors; without `keep`, only to help rank 0 make its own of a sharded model."""
-        return checkpoints.Checkpoint(
+    def _snapshot(self, counts: Mapping[str, int], kept: bool) -> checkpoint.Checkpoint:
+        """The current state in full tensors; other ranks than the main one only help to gather a sharded model."""
+        return checkpoint.Checkpoint(
             step=self.step,
-            model=sharding.gather(self.accelerator.unwrap_model(self.model).state_dict(), keep),
-            task=sharding.gather(self.task.state_tensors(), keep),
-            optimizer=sharding.gather(self.optimizer.state_dict(), keep),
+            model=distributed.gather(self.accelerator.unwrap_model(self.model).state_dict(), self.is_main),
+            task=distributed.gather(self.task.state_tensors(), self.is_main),
+            optimizer=distributed.gather(self.optimizer.state_dict(), self.is_main),
             state={
                 "versions": {"brainfound": brainfound.__version__, "torch": torch.__version__},
-                "world_size": ranks.world_size(),
+                "world_size": distributed.world_size(),
                 "kept": kept,
-                "rollbacks": self.rollbacks,
+                "rollbacks": self.rollbacks.count,
                 "engine": dict(counts),
                 "task": self.task.state_dict(),
             },
         )
 
-    def _roll_back(self, rollback_request: RollbackRequested) -> None:
-        """Go back to a kept checkpoint, as a process would that was killed just after deciding so."""
-        path = checkpoints.checkpoint_path(self.checkpoint_folder, rollback_request.step)
-        before = self.task.state_dict()
-        told = self.task.on_rollback(self.step, rollback_request.what)
-        event = {"step": rollback_request.step, "rolled_back_from": self.step, "reason": rollback_request.what, **told}
-        state = {"rollbacks": self.rollbacks + 1, "rollback": event, "task": self.task.state_dict()}
-        try:
-            # From this one atomic write on, whatever came after the kept checkpoint counts no more.
-            self._run_on_main_rank(lambda: checkpoints.update_checkpoint_state(path, state))
-        except TrainingError as error:
-            # There is no way back: the run is where it was, and ends there.
-            self.task.load_state_dict(before)
-            self.task.on_rollback_failed(self.step, rollback_request, error)
-            raise
-        self.resume(path)
-        scale = f", learning rates × {told['lr_scale']:g}" if "lr_scale" in told else ""
-        self.log.notify(
-            f"step {event['rolled_back_from']}: {rollback_request.what}; back to step {rollback_request.step}{scale}"
-        )
-
-    def _reconcile_files(self, saved: checkpoints.Checkpoint) -> None:
-        """Make folder and log agree with the checkpoint that the run goes on from."""
-        self.accelerator.wait_for_everyone()  # others may still be reading what is removed here
-        if self.accelerator.is_main_process:
-            checkpoints.remove_rolled_back_checkpoints(self.checkpoint_folder, saved)
-            if "rollback" in saved.state:
-                self.log.roll_back(saved.state["rollback"], self.rollbacks)
-            self.log.truncate_after(saved.step)
+    def resume(self, path: Path) -> None:
+        """Restore a checkpoint; `run` then continues from its step."""
+        saved = checkpoint.load_checkpoint(path)
+        model = self.accelerator.unwrap_model(self.model)
+        model.load_state_dict(distributed.shard_like(saved.model, model.state_dict()))
+        self.optimizer.load_state_dict(distributed.shard_optimizer_state(saved.optimizer, self.optimizer))
+        self.task.load_state_tensors(distributed.shard_like(saved.task, self.task.state_tensors()))
+        self.task.load_state_dict(saved.state["task"])
+        self.nonfinite_steps.load(saved.state["engine"])
+        self.step = self._saved_step = saved.step
+        self.accelerator.wait_for_everyone()  # other ranks may still read files that are removed here
+        self.rollbacks.on_resume(saved)
         self.accelerator.wait_for_everyone()
+        if saved.state["world_size"] != distributed.world_size():
+            warnings.warn(
+                f"saved by {saved.state['world_size']} processes, resumed by {distributed.world_size()}: "
+                "training goes on, but not with the same random views as before",
+                stacklevel=2,
+            )
 
     def require_space(self) -> None:
-        """Refuse a run whose files would not fit on the disk; for before anything is written.
+        """Refuse a run whose files do not fit on the disk; called before anything is written.
 
         Raises:
             TrainingError: on all ranks.
         """
-        if self.recipe.steps:
-            self._run_on_main_rank(self._require_space)
-
-    def _require_space(self) -> None:
+        if not self.recipe.steps:
+            return
         task = self.task
         tensors = [*self.accelerator.unwrap_model(self.model).state_dict().values(), *task.state_tensors().values()]
         moments = [parameter for group in self.optimizer.param_groups for parameter in group["params"]] * 2
         num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in (*tensors, *moments))
-        num_checkpoints = self.recipe.max_checkpoints_on_disk(task.may_roll_back)
-        checkpoints.require_space_for_run(self.checkpoint_folder, num_checkpoints, num_bytes, task.export_bytes())
-
-    def _run_on_main_rank(self, work: Callable[[], Any]) -> None:
-        ranks.run_on_main_rank(work, self.accelerator.is_main_process)
-
-
-def process_state() -> accelerate.PartialState:
-    """What Accelerate knows of this process, and of the others that were started with it."""
-    # Said in so many words: without it, processes that torchrun starts on a machine without a GPU do not
-    # join a process group, and each trains by itself.
-    state = accelerate.PartialState(cpu=not torch.accelerator.is_available())
-    # The threads of a group that is left open now and then abort the process that exits, when all its work is done.
-    atexit.unregister(ranks.close_process_group)  # once is enough
-    atexit.register(ranks.close_process_group)
-    return state
-
-
-def make_accelerator(precision: Literal["auto", "no", "bf16"]) -> accelerate.Accelerator:
-    """The accelerator of this process; "auto" takes the precision that a short test finds faster."""
-    device = process_state().device
-    if precision == "auto":
-        precision = choose_precision(device)
-    shared = accelerate.state.AcceleratorState._shared_state
-    if shared and shared.get("_mixed_precision") not in (None, precision):
-        # Accelerate keeps one state per process; a second run in the same process may want another precision.
-        accelerate.state.AcceleratorState._reset_state(reset_partial_state=False)
-    return accelerate.Accelerator(mixed_precision=precision, cpu=not torch.accelerator.is_available())
-
-
-def describe_device(device: torch.device) -> tuple[str, str]:
-    """The device that is used, and why, in words."""
-    if device.type == "cuda":
-        return str(device), f"{torch.cuda.device_count()} CUDA device(s) visible: {torch.cuda.get_device_name(device)}"
-    if device.type == "cpu":
-        reason = (
-            "CUDA devices are visible but Accelerate was told to use the CPU" if torch.cuda.is_available() else None
+        num_checkpoints = self.recipe.max_checkpoints_on_disk(task.rollback_policy.may_roll_back)
+        sizes = num_checkpoints, num_bytes, task.export_bytes()
+        distributed.run_on_main_rank(
+            lambda: checkpoint.require_space_for_run(self.checkpoint_folder, *sizes), self.is_main
         )
-        return "cpu", reason or "this PyTorch sees no GPU"
-    return str(device), f"chosen by Accelerate ({device.type})"

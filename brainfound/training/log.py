@@ -1,7 +1,4 @@
-"""How fast a run goes between two lines of its log, and how much of that it waits for data.
-
-log.jsonl and the progress bar of a run.
-"""
+"""The log of a run: ``log.jsonl``, the progress bar, and throughput between two lines."""
 
 from __future__ import annotations
 
@@ -18,11 +15,10 @@ from brainfound.training.checkpoint import write_atomically
 
 
 class TrainingLog:
-    """Appends lines to ``log.jsonl`` and moves the bar; does nothing on ranks other than the first.
+    """Appends lines to ``log.jsonl`` and updates the progress bar, on the main rank only.
 
-    Numbers are written as Python prints them, unrounded, so that two runs can be compared exactly; one that
-    is not finite is null, because JSON knows no other word for it. Each line is flushed. Used as a context
-    manager around the run.
+    Numbers are unrounded, so that two runs can be compared exactly; a number that is not finite is null, as JSON has no
+    other word for it. Each line is flushed. Used as a context manager around the run.
     """
 
     def __init__(self, path: Path, num_steps: int, quiet: bool, is_main: bool) -> None:
@@ -33,14 +29,14 @@ class TrainingLog:
         self._bar_task: Any = None
 
     def truncate_after(self, step: int) -> None:
-        """Drop lines after `step`, and a torn last line: a run resumed at `step` writes them again."""
+        """Drop lines after `step`, and a truncated last line: a run resumed at `step` writes them again."""
         if self.is_main and self.path.is_file():
             self._rewrite([line for line in self._lines() if line["step"] <= step])
 
     def roll_back(self, event: dict[str, Any], number: int) -> None:
-        """Move the lines after the step of `event` to ``log-before-rollback-K.jsonl``, and write `event` instead.
+        """Move the lines after the step of `event` to ``log-before-rollback-K.jsonl``, and append `event`.
 
-        Does nothing if that was done already, by a process that was killed then.
+        Does nothing if a process that was killed afterwards has done it already.
 
         Args:
             number: K, counted from 1.
@@ -56,7 +52,7 @@ class TrainingLog:
         self._rewrite([*(line for line in lines if line["step"] <= event["step"]), event])
 
     def _lines(self) -> list[dict[str, Any]]:
-        """The lines that are whole."""
+        """The complete lines."""
         lines = []
         for text in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
@@ -81,14 +77,14 @@ class TrainingLog:
             self._bar.update(self._bar_task, loss=f"loss {line['loss']:.4f}")
 
     def notify(self, text: str) -> None:
-        """Tell something on standard error, above the bar; nothing where quiet."""
+        """Print a note on standard error, above the bar; not if quiet."""
         if self._bar is not None:
             self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
         elif self.shows_bar:
             print(text, file=sys.stderr)
 
     def advance(self, step: int) -> None:
-        """Show that `step` steps are done."""
+        """Set the bar to `step` completed steps."""
         if self._bar is not None:
             self._bar.update(self._bar_task, completed=step)
 
@@ -98,7 +94,7 @@ class TrainingLog:
 
     def _close(self) -> None:
         if self._file is not None:
-            # Each line was flushed when it was written; what a full disk did not take then has been told.
+            # Each line was flushed, so an error of a full disk has been raised already.
             with suppress(OSError):
                 self._file.close()
         self._file = None
@@ -135,8 +131,7 @@ def _nonfinite_to_none(line: dict[str, Any]) -> dict[str, Any]:
 class ThroughputMeter:
     """Wall time of steps, without evaluations and checkpoints.
 
-    A GPU works through its orders while the host is ahead of it, so the time of a single step says
-    little; from one log line (where the host waits for the device) to the next it is true.
+    The host runs ahead of a GPU, so only times between two log lines, where it waits for the device, are meaningful.
     """
 
     def __init__(self) -> None:
@@ -149,24 +144,24 @@ class ThroughputMeter:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around the wait for the next batch."""
+        """Context of the wait for the next batch."""
         began = time.perf_counter()
         yield
         self._waited += time.perf_counter() - began
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Around what is not training."""
+        """Context of anything that is not training."""
         began = time.perf_counter()
         yield
         self._paused += time.perf_counter() - began
 
     def count_step(self) -> None:
-        """One more step is done."""
+        """Count one completed step."""
         self._steps += 1
 
     def read(self, batch_size: int) -> dict[str, float]:
-        """The pace since the last reading, for the log; call it when the device has caught up."""
+        """Throughput since the last reading, for the log; call it when the device has caught up."""
         seconds = max(time.perf_counter() - self._began - self._paused, 1e-9)
         steps = max(self._steps, 1)
         throughput = {

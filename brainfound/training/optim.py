@@ -1,24 +1,29 @@
-"""Parameter groups and the optimiser.
+"""Parameter groups, the optimiser, gradient clipping, and steps that are skipped because they are not finite.
 
-Sources: layer-wise decay of the learning rate (BEiT, arXiv 2106.08254; ELECTRA, 2003.10555),
-patch-embedding × 0.2 as in DINOv2; AdamW (1711.05101). No weight decay on biases, norms and layer scales
-as in DINOv2, nor on tokens and positions as in BEiT. The mask token, which released checkpoints leave at
-zero, learns like the heads and not like the embeddings.
+Sources: layer-wise decay of the learning rate (BEiT, arXiv 2106.08254; ELECTRA, 2003.10555), patch embedding × 0.2 as
+in DINOv2, AdamW (1711.05101). No weight decay on biases, norms and layer scales as in DINOv2, nor on tokens and
+positions as in BEiT. The mask token, which released checkpoints leave at zero, learns like the heads.
+
+Reading a number from a GPU makes the host wait for all pending work. So a step never reads one: a fused optimiser
+decides on the device whether to step (`found_inf`, made for loss scaling), and the counters of skipped steps are read
+at log lines and checkpoints.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
+from brainfound.errors import TrainingError
 from brainfound.recipes import Recipe
-from brainfound.training.distributed import to_full_tensor
+from brainfound.training.distributed import max_over_ranks, to_full_tensor
 from brainfound.training.schedules import Role
 
 _BLOCK = re.compile(r"(?:^|\.)layers?\.(\d+)\.")
@@ -33,11 +38,11 @@ class OptimRecipe(Recipe):
     lr: float = Field(default=1e-4, gt=0)
     """Peak learning rate at a global batch of 128; the effective one is lr · sqrt(batch / 128)."""
     layer_decay: float = Field(default=0.75, gt=0, le=1)
-    """Each block, from the last to the first, learns this much slower than the one above it."""
+    """Factor on the learning rate from each block to the one below it."""
     patch_embed_scale: float = Field(default=0.2, ge=0, le=1)
-    """The patch convolution learns this much slower still."""
+    """Further factor on the learning rate of the patch embedding."""
     weight_decay: float = Field(default=0.04, ge=0)
-    """Constant weight decay of matrices; none on biases, norms, layer scales and tokens."""
+    """Weight decay of matrices; biases, norms, layer scales and tokens have none."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay of AdamW's first moment."""
     beta2: float = Field(default=0.99, ge=0, lt=1)
@@ -56,12 +61,12 @@ class ParameterSettings:
 
 
 def parameter_settings(name: str, parameter: nn.Parameter, num_layers: int, recipe: OptimRecipe) -> ParameterSettings:
-    """How a parameter learns, by its name.
+    """Role, learning-rate scale and weight decay of a parameter, by its name.
 
-    Layer 0 is the embeddings, 1 … `num_layers` the blocks, and the last norm is above them; a layer
-    learns at ``layer_decay ** (num_layers + 1 − layer)``. What the checkpoint does not bring (heads,
-    mask token, contrast embeddings) is "new" and learns at the full rate from the first step. Low-rank
-    updates (LoRA) wait as the backbone does, and then learn at the full rate in every layer.
+    Layer 0 is the embeddings, 1 … `num_layers` the blocks, and the last norm is above them; the scale of a layer is
+    ``layer_decay ** (num_layers + 1 − layer)``. Heads, mask token and contrast embeddings, which the checkpoint does
+    not bring, are "new" and learn at the full rate from the first step. Low-rank updates (LoRA) wait as the backbone
+    does, and then learn at the full rate in every layer.
     """
     is_token = any(part in name for part in (*_TOKENS, *_NEW_TOKENS))
     decays = parameter.ndim > 1 and not is_token
@@ -70,8 +75,8 @@ def parameter_settings(name: str, parameter: nn.Parameter, num_layers: int, reci
     if any(part in name for part in _NEW_TOKENS):
         return ParameterSettings("new", 1.0, decays)
     if ".lora_" in name:
-        # Updates start without effect, like heads, but move the backbone: they wait for the heads as it does.
-        # No layer decay: the frozen matrix beneath keeps what an early layer knows, and weight decay leads back to it.
+        # Updates move the backbone, so they wait for the heads as it does. They need no layer decay: the frozen matrix
+        # keeps what an early layer has learnt, and weight decay leads back to it.
         return ParameterSettings("backbone", 1.0, decays)
     block = _BLOCK.search(name)
     if block:
@@ -89,38 +94,33 @@ def parameter_settings(name: str, parameter: nn.Parameter, num_layers: int, reci
 def parameter_groups(
     named_parameters: Iterable[tuple[str, nn.Parameter]], num_layers: int, recipe: OptimRecipe
 ) -> list[dict[str, Any]]:
-    """Every trainable parameter in exactly one group; parameters of a group learn alike.
+    """Each trainable parameter in exactly one group; parameters of a group have the same settings.
 
-    The engine reads ``role``, ``lr_scale`` and ``decays`` of each group and sets its learning rate
-    and weight decay at every step. The order is that of the first parameter of each group, so that
-    a saved optimiser state fits again.
+    The engine reads ``role``, ``lr_scale`` and ``decays`` of each group and sets its learning rate and weight decay at
+    every step. Groups are ordered by their first parameter, so that a saved optimiser state fits again.
     """
     groups: dict[ParameterSettings, dict[str, Any]] = {}
     for name, parameter in named_parameters:
         if not parameter.requires_grad:
             continue
-        traits = parameter_settings(name, parameter, num_layers, recipe)
-        group = groups.setdefault(
-            traits, {"params": [], "role": traits.role, "lr_scale": traits.lr_scale, "decays": traits.decays}
-        )
-        group["params"].append(parameter)
+        settings = parameter_settings(name, parameter, num_layers, recipe)
+        groups.setdefault(settings, {"params": [], **asdict(settings)})["params"].append(parameter)
     return list(groups.values())
 
 
 def make_optimizer(groups: list[dict[str, Any]], recipe: OptimRecipe) -> torch.optim.AdamW:
-    """Fused AdamW over the groups; their learning rates are set by the engine before the first step."""
+    """Fused AdamW over the groups; the engine sets their learning rates before each step."""
     return torch.optim.AdamW(
         groups, lr=recipe.lr, betas=(recipe.beta1, recipe.beta2), weight_decay=recipe.weight_decay, fused=True
     )
 
 
 def allocate_moments(optimizer: Any) -> None:
-    """Give each parameter that has no state yet the moments that the first step of a fused AdamW would make.
+    """Allocate the moments of a fused AdamW before its first step; other optimisers are left alone.
 
-    Nothing happens to other optimisers. Made at the first step, they would lie for good in the gaps that the first
-    backward pass leaves behind, and later passes would not find room between them.
+    Allocated in the first step, they would fragment the memory that the first backward pass has freed.
     """
-    optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's is around it
+    optimizer = _unwrap(optimizer)
     if not isinstance(optimizer, torch.optim.AdamW):
         return
     for group in optimizer.param_groups:
@@ -140,3 +140,66 @@ def clip_gradients(groups: Mapping[str, list[nn.Parameter]], max_norm: float) ->
         The norm (0-dim) of each group's gradients before that.
     """
     return {name: to_full_tensor(nn.utils.clip_grad_norm_(parameters, max_norm)) for name, parameters in groups.items()}
+
+
+def step_unless_nonfinite(optimizer: torch.optim.Optimizer, nonfinite: Float[Tensor, ""]) -> None:
+    """One step of a fused optimiser; weights, moments and step counters stay bit for bit where `nonfinite` is 1.
+
+    Raises:
+        ValueError: if the optimiser is not fused; others ignore `nonfinite`.
+    """
+    inner = _unwrap(optimizer)
+    if not all(group.get("fused") for group in inner.param_groups):
+        raise ValueError("only a fused optimiser can skip a step on the device: make it with fused=True")
+    inner.grad_scale, inner.found_inf = None, nonfinite
+    optimizer.step()
+
+
+def _unwrap(optimizer: Any) -> Any:
+    return getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps the optimiser
+
+
+class NonfiniteStepMonitor:
+    """Counts the skipped steps of a run on the device.
+
+    Args:
+        max_consecutive_skips: that many skipped steps in a row end the run.
+    """
+
+    def __init__(self, device: torch.device, max_consecutive_skips: int) -> None:
+        self.max_consecutive_skips = max_consecutive_skips
+        # Skipped so far; skipped in a row now; the longest row since the last reading.
+        self._counts = torch.zeros(3, dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def check_finite(self, values: Iterable[Tensor]) -> Float[Tensor, ""]:
+        """1 if any value (the loss, gradient norms) is not finite on any rank, else 0; counts it."""
+        finite = torch.isfinite(torch.stack([value.detach().float() for value in values])).all()
+        # One answer for all ranks: a rank that skipped alone would have other weights from then on.
+        nonfinite = max_over_ranks((~finite).float())
+        skipped, in_a_row, longest = self._counts.unbind()
+        now = nonfinite.long()
+        in_a_row = (in_a_row + now) * now
+        self._counts = torch.stack([skipped + now, in_a_row, torch.maximum(longest, in_a_row)])
+        return nonfinite
+
+    def read(self, step: int) -> dict[str, int]:
+        """The counters, as a checkpoint keeps them; waits for the device.
+
+        Raises:
+            TrainingError: if too many steps in a row were skipped since the last reading.
+        """
+        skipped, in_a_row, longest = self._counts.tolist()
+        if longest >= self.max_consecutive_skips:
+            raise TrainingError(
+                f"the loss or its gradient was not finite in {longest} steps in a row",
+                where=f"step {step}",
+                remedy="Lower the learning rate, or look for damaged input",
+            )
+        self._counts[2] = in_a_row
+        return {"skipped": skipped, "skipped_in_a_row": in_a_row}
+
+    def load(self, counts: Mapping[str, int]) -> None:
+        """Restore the counters that `read` returned."""
+        in_a_row = counts["skipped_in_a_row"]
+        self._counts = torch.tensor([counts["skipped"], in_a_row, in_a_row], device=self._counts.device)

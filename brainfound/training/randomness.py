@@ -1,9 +1,7 @@
 """Stateless seeding: the randomness of a step is a function of (seed, step, rank), not of history.
 
-Every generator that a step uses (order of the data, augmentation, masks, dropout) is made anew from
-those numbers when the step starts. A resumed run therefore needs no saved generator state: step 100
-draws the same numbers whether or not steps 0 to 99 ran in the same process. It also means that
-skipping a step, or looking at a probe in between, cannot shift what later steps draw.
+Each generator of a step (data order, augmentation, masks, dropout) is created from those numbers when the step starts.
+A resumed run needs no saved generator state, and neither a skipped step nor a probe shifts what later steps draw.
 """
 
 from __future__ import annotations
@@ -14,11 +12,11 @@ import numpy as np
 import torch
 
 ORDER, VIEWS, MASKS, DROPOUT, INITIALISATION, PROBE, NEIGHBOURS = range(7)
-"""What a stream of random numbers is for; streams of different purposes are independent."""
+"""Purposes of random streams; streams of different purposes are independent."""
 
 
 def derive_seed(purpose: int, seed: int, *keys: int) -> int:
-    """A 63-bit seed that mixes all its keys (numpy's SeedSequence)."""
+    """A 63-bit seed from a purpose and keys (numpy's SeedSequence)."""
     return int(np.random.SeedSequence([purpose, seed, *keys]).generate_state(1, np.uint64)[0] >> 1)
 
 
@@ -33,15 +31,15 @@ def torch_generator(purpose: int, seed: int, *keys: int, device: torch.device | 
 
 
 def seed_dropout(seed: int, step: int, *keys: int) -> None:
-    """Seed the global generators, from which dropout and stochastic depth draw inside the model."""
+    """Seed the global generators, which dropout and stochastic depth use."""
     torch.manual_seed(derive_seed(DROPOUT, seed, step, *keys))
 
 
 def uniform_at_positions(start: int, count: int, purpose: int, seed: int) -> np.ndarray:
-    """Uniform numbers in 0–1 that belong to the positions `start` … `start + count − 1` of an endless sequence.
+    """Uniform numbers in 0–1 at positions `start` … `start + count − 1` of an endless sequence.
 
-    Each is a function of its own position: a counter-based generator (Philox; Salmon et al. 2011) is set to it. Its
-    step of the counter gives four numbers, of which the first is taken.
+    Each depends on its own position only: it is the first of the four numbers that a counter-based generator (Philox;
+    Salmon et al. 2011) gives at that count.
     """
     generator = np.random.Generator(np.random.Philox(key=derive_seed(purpose, seed), counter=start))
     return generator.random(4 * count)[::4]
@@ -49,7 +47,7 @@ def uniform_at_positions(start: int, count: int, purpose: int, seed: int) -> np.
 
 @dataclass(frozen=True)
 class StepKey:
-    """Names the randomness of one micro-batch; see `brainfound.training.randomness`."""
+    """The keys of one micro-batch's random streams."""
 
     seed: int
     step: int

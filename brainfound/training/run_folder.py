@@ -1,13 +1,7 @@
-"""Starting a run in a folder, or going on with the one that is there.
+"""The run folder: its recipe, facts and curves, its lock, and the choice of a checkpoint to resume from.
 
-What a run writes besides its log and checkpoints.
-
-Of any run: recipe, facts, curves. Of pretraining also the export with its card; fine-tuning exports a bundle.
-
-The run folder belongs to one training at a time, and holds nothing but a run.
-
-The main rank holds a lock on the folder from before it is looked at to the end of the run. The operating system
-frees the lock when its process ends, however it ends; a reader of the folder never needs it.
+Pretraining and fine-tuning share this; each writes its own ``export/``. A folder belongs to one training at a time and
+holds nothing but a run.
 """
 
 from __future__ import annotations
@@ -34,28 +28,31 @@ from brainfound.errors import BrainFoundError, RecipeError, TrainingError, Usage
 from brainfound.recipes import AnyRecipe, Recipe, validate
 from brainfound.report.curves import plot_curves
 from brainfound.report.run_folder import RunFolder
-from brainfound.training import distributed as ranks
+from brainfound.training import distributed
 from brainfound.training.checkpoint import (
     checkpoint_path,
     latest_valid_checkpoint,
     list_checkpoints,
+    nearest_existing,
     write_atomically,
 )
-from brainfound.training.engine import describe_device
-from brainfound.training.precision import probe_precision
+from brainfound.training.process import describe_device, probe_precision
 
 RECIPE_FILE = "recipe.yaml"
 FACTS_FILE = "run.json"
 EXPORT_FOLDER = "export"
 EMBEDDINGS_FOLDER = "embeddings"
-"""Where a run keeps what a frozen backbone says of its slices."""
+"""Folder of the slice embeddings of a frozen backbone."""
 DONE = "done"
-"""The status of a run that came to its end."""
+"""Status of a completed run."""
+LOCK_FILE = ".lock"
+_FILES_BEFORE_RECIPE = {LOCK_FILE, FACTS_FILE, "splits.json", EMBEDDINGS_FOLDER}
+"""Files of a run that was killed before it wrote recipe.yaml."""
 _LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "numpy")
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
+    """Versions of the software that a result depends on."""
     found = {name: version(name) for name in _LIBRARIES}
     return {"brainfound": brainfound.__version__, "python": platform.python_version(), **found}
 
@@ -65,21 +62,21 @@ def is_run_folder(folder: Path) -> bool:
     return (folder / RECIPE_FILE).is_file()
 
 
-def start(folder: Path, recipe: Recipe, facts: Mapping[str, Any]) -> None:
-    """Write recipe.yaml and run.json; of a resumed run, keep when it was first started."""
+def write_start(folder: Path, recipe: Recipe, facts: Mapping[str, Any]) -> None:
+    """Write recipe.yaml and run.json; a resumed run keeps the time of its first start."""
     folder.mkdir(parents=True, exist_ok=True)
     content = {**facts, "status": "running", "started": _now(), "versions": versions()}
     if (folder / FACTS_FILE).is_file():
-        before = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
+        before = _read_facts(folder)
         content |= {"started": before["started"], "resumed": [*before.get("resumed", []), _now()]}
     write_atomically(folder / FACTS_FILE, json.dumps(content, indent=2) + "\n")
-    # Last: its presence says that there is a run to resume.
+    # Last: its presence marks the folder as a run.
     write_atomically(folder / RECIPE_FILE, recipe.to_yaml())
 
 
-def finish(folder: Path, status: str, exported_step: int | None, step: int) -> None:
-    """Write how the run ended, and draw its curves."""
-    facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
+def write_end(folder: Path, status: str, exported_step: int | None, step: int) -> None:
+    """Write status and last step of the run into run.json, and draw its curves."""
+    facts = _read_facts(folder)
     facts |= {"status": status, "ended": _now(), "step": step, "exported_step": exported_step}
     if rollbacks := RunFolder.read(folder).rollbacks:
         facts["rollbacks"] = [dict(event) for event in rollbacks]
@@ -87,14 +84,8 @@ def finish(folder: Path, status: str, exported_step: int | None, step: int) -> N
     plot_curves(folder)
 
 
-def is_finished(folder: Path) -> bool:
-    """Whether the run in a folder came to its end and was exported."""
-    facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
-    return facts["status"] == DONE and (folder / EXPORT_FOLDER).is_dir()
-
-
 def read_saved_recipe(folder: Path) -> dict[str, Any]:
-    """What the recipe of the run in a folder says.
+    """The content of a run's recipe.yaml.
 
     Raises:
         RecipeError: if it cannot be read.
@@ -117,22 +108,22 @@ def read_saved_recipe(folder: Path) -> dict[str, Any]:
 
 
 def require_same_recipe_and_data(folder: Path, recipe: Recipe, store: Store, changeable_keys: Sequence[str]) -> None:
-    """Refuse to resume with a recipe or data that would make another run.
+    """Refuse to resume with another recipe or other data.
 
     Args:
-        free: keys (or groups) that may differ.
+        changeable_keys: keys (or groups) that may differ.
 
     Raises:
         RecipeError: names the first key that differs, with both values.
         TrainingError: if the store holds other data.
     """
-    # Validated, so that keys which did not exist when the run began have the value that means what it did.
+    # Validated, so that keys added since the run began have their default.
     saved = validate(type(recipe), read_saved_recipe(folder))
     before = _flatten(saved.model_dump(mode="json"))
     now = _flatten(recipe.model_dump(mode="json"))
     for key in [*before, *(key for key in now if key not in before)]:
-        is_free = any(key == name or key.startswith(f"{name}.") for name in changeable_keys)
-        if not is_free and before.get(key) != now.get(key):
+        may_differ = any(key == name or key.startswith(f"{name}.") for name in changeable_keys)
+        if not may_differ and before.get(key) != now.get(key):
             raise RecipeError(
                 "differs from the run that is to be resumed",
                 where=key,
@@ -140,7 +131,7 @@ def require_same_recipe_and_data(folder: Path, recipe: Recipe, store: Store, cha
                 expected=before.get(key),
                 remedy=f"Set it back, give {folder / RECIPE_FILE} as the recipe, or give another --out",
             )
-    data_hash = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))["data_hash"]
+    data_hash = _read_facts(folder)["data_hash"]
     if data_hash != store.content_hash:
         raise TrainingError(
             "the store holds other data than the run began with",
@@ -158,24 +149,27 @@ def _flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _read_facts(folder: Path) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
+    return facts
+
+
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-LOCK_FILE = ".lock"
-# What a run writes before recipe.yaml, whose presence says that there is a run.
-_FILES_BEFORE_RECIPE = {LOCK_FILE, FACTS_FILE, "splits.json", EMBEDDINGS_FOLDER}
-
-
 @contextmanager
 def lock_run_folder(folder: Path, resume: bool, accelerator: accelerate.Accelerator) -> Iterator[None]:
-    """Keep a run folder for this training, on all ranks alike.
+    """Lock a run folder for this training, on all ranks alike.
+
+    The main rank holds the lock from before the folder is read to the end of the run. The operating system frees it
+    when the process ends; readers of the folder do not need it.
 
     Args:
-        resume: whether the folder is to hold a run already.
+        resume: whether the folder must hold a run already.
 
     Raises:
-        UsageError: the folder is a file, holds something that is no run, or no run where one is to be resumed.
+        UsageError: the folder is a file, holds other files than a run, or no run to resume.
         TrainingError: another process is training in the folder.
     """
     lock, created, refusal = None, False, None
@@ -197,10 +191,8 @@ def lock_run_folder(folder: Path, resume: bool, accelerator: accelerate.Accelera
 
 
 def _require_usable_folder(folder: Path, resume: bool) -> None:
-    """Refuse a folder that this training must not write into."""
-    place = folder
-    while not place.exists() and place != place.parent:
-        place = place.parent
+    """Refuse a folder that is not free for this training."""
+    place = nearest_existing(folder)
     if not place.is_dir():
         raise UsageError("a file is in the way of the run folder", where=place, remedy="Give another --out")
     if is_run_folder(folder):
@@ -212,7 +204,7 @@ def _require_usable_folder(folder: Path, resume: bool) -> None:
         raise UsageError("there is no run to resume", where=folder, remedy="Leave out --resume to start one")
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     foreign = {name for name in names - _FILES_BEFORE_RECIPE if not name.endswith(".partial")}
-    # A lock that stayed behind tells of a run that was killed before it had its recipe.
+    # A leftover lock marks a run that was killed before it wrote its recipe.
     if foreign or (names - {EMBEDDINGS_FOLDER} and LOCK_FILE not in names):
         raise UsageError(
             "the folder is not empty and holds no run",
@@ -223,7 +215,7 @@ def _require_usable_folder(folder: Path, resume: bool) -> None:
 
 
 def _acquire_lock(folder: Path) -> FileLock | None:
-    """The lock of a folder, held; None where the file system has no locks."""
+    """Acquire the lock of a folder; None if the file system has no locks."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK_FILE
     while True:
@@ -242,12 +234,12 @@ def _acquire_lock(folder: Path) -> FileLock | None:
             return None
         if path.exists():
             return lock
-        lock.release()  # its last holder removed the file just before: that lock would keep nobody out
+        lock.release()  # its last holder has just removed the file, so this lock would exclude nobody
 
 
 def _release(lock: FileLock, folder: Path, created: bool) -> None:
-    """Give the folder back; one that was made only for the lock goes too."""
-    # While the lock is held: whoever opened the file before will see that it has gone.
+    """Release the folder, and remove it if it was created only for the lock."""
+    # Removed while the lock is held, so that a process waiting on this file notices.
     (folder / LOCK_FILE).unlink(missing_ok=True)
     lock.release()
     if created:
@@ -263,23 +255,22 @@ def find_resume_checkpoint(
     changeable_keys: Sequence[str],
     accelerator: accelerate.Accelerator,
 ) -> Path | None:
-    """Check the run in a folder that `lock_run_folder` keeps for it, on all ranks alike.
+    """The checkpoint to resume from, the same on all ranks; None to start at the first step.
+
+    Call it within `lock_run_folder`.
 
     Args:
-        free: recipe keys (or groups) that may differ from the run that is there.
-
-    Returns:
-        The checkpoint to go on from; None to start with the first step.
+        changeable_keys: recipe keys (or groups) that may differ from the run in the folder.
 
     Raises:
-        RecipeError, TrainingError: the run there is of another recipe or of other data, or no checkpoint is whole.
+        RecipeError, TrainingError: that run has another recipe or other data, or no checkpoint is whole.
     """
     accelerator.wait_for_everyone()
     if not resume:
         return None
     require_same_recipe_and_data(folder, recipe, store, changeable_keys)
     checkpoints = folder / "checkpoints"
-    # One rank looks and chooses: a network disk may show an older folder to another, and hashing takes long.
+    # One rank chooses: a network disk may show an older folder to others, and hashing takes long.
     has_checkpoint, name = False, None
     if accelerator.is_main_process:
         has_checkpoint, newest = bool(list_checkpoints(checkpoints)), latest_valid_checkpoint(checkpoints)
@@ -291,7 +282,7 @@ def find_resume_checkpoint(
         raise TrainingError(
             "no checkpoint of this run is whole", where=checkpoints, remedy="Start again with another --out"
         )
-    (missing,) = ranks.any_over_ranks(not (checkpoints / name).is_dir(), device=accelerator.device)
+    (missing,) = distributed.any_over_ranks(not (checkpoints / name).is_dir(), device=accelerator.device)
     if missing:
         raise TrainingError(
             "the newest checkpoint is not on every machine",
@@ -302,31 +293,32 @@ def find_resume_checkpoint(
 
 
 def is_run_complete(folder: Path, checkpoint: Path | None, num_steps: int) -> bool:
-    """Whether a run that is to be resumed has nothing left to do; one whose last checkpoint was lost does not count.
+    """Whether a run to be resumed has nothing left to do; it must still have its last checkpoint.
 
     Args:
-        checkpoint: what `find_resume_checkpoint` gave.
+        checkpoint: from `find_resume_checkpoint`.
     """
     last = checkpoint_path(folder / "checkpoints", num_steps) if num_steps else None
-    return checkpoint == last and is_finished(folder)
+    is_exported = (folder / EXPORT_FOLDER).is_dir()
+    return checkpoint == last and is_exported and _read_facts(folder)["status"] == DONE
 
 
 def restore_auto_settings(folder: Path, recipe: AnyRecipe, keys: Sequence[str], resume: bool) -> AnyRecipe:
-    """A recipe with what a run to be resumed was begun with, for the keys of its engine that say "auto".
+    """Replace "auto" in engine settings by the values that the run to be resumed has resolved them to.
 
-    A second trial of the device might come out otherwise, and would make another run of it.
+    A second measurement of the device could come out differently.
     """
     engine: Any = recipe.engine  # type: ignore[attr-defined]
-    left_open = [key for key in keys if getattr(engine, key) == "auto"]
-    if not (left_open and resume and is_run_folder(folder)):
+    auto_keys = [key for key in keys if getattr(engine, key) == "auto"]
+    if not (auto_keys and resume and is_run_folder(folder)):
         return recipe
     before = read_saved_recipe(folder).get("engine")
-    settled = {key: before[key] for key in left_open if key in before} if isinstance(before, dict) else {}
-    return recipe.model_copy(update={"engine": engine.model_copy(update=settled)})
+    resolved = {key: before[key] for key in auto_keys if key in before} if isinstance(before, dict) else {}
+    return recipe.model_copy(update={"engine": engine.model_copy(update=resolved)})
 
 
 def common_run_info(store: Store, accelerator: accelerate.Accelerator, seed: int) -> dict[str, Any]:
-    """What every run.json says: device and why, ranks, precision and how fast either would be, seed, data."""
+    """The entries of every run.json: device and reason, ranks, precision and its measurement, seed, data."""
     device, reason = describe_device(accelerator.device)
     return {
         "device": device,

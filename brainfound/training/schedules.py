@@ -1,8 +1,7 @@
 """Schedules: pure functions of the step, so that a resumed run needs no scheduler state.
 
-A step counts optimiser updates from 0. Sources: DINOv2 (arXiv 2304.07193, appendix B) for the
-cosine of the teacher's momentum and the warm-up of its temperature; the head warm-up is ours, for
-starting from released weights, which come without heads.
+A step counts optimiser updates from 0. Source: DINOv2 (arXiv 2304.07193, appendix B) for the cosine of the teacher's
+momentum and the warm-up of its temperature. The head warm-up is ours, for released weights, which come without heads.
 """
 
 from __future__ import annotations
@@ -17,22 +16,22 @@ from brainfound.recipes import Recipe
 REFERENCE_BATCH = 128
 Shape = Literal["cosine", "linear", "constant"]
 Role = Literal["backbone", "new", "last_layer"]
-"""What a parameter is to the schedule: of the checkpoint, new (heads, mask and contrast tokens), or prototypes."""
+"""A parameter of the checkpoint, a new one (heads, mask and contrast tokens), or the prototypes."""
 
 
 class ScheduleRecipe(Recipe):
-    """How learning rates move over the run."""
+    """Learning rates over the run."""
 
     shape: Shape = "cosine"
     """The curve after the warm-up."""
     warmup_steps: int = Field(default=500, ge=0)
     """Steps of the linear warm-up; the backbone's begins when `head_warmup_steps` end."""
     head_warmup_steps: int = Field(default=1000, ge=0)
-    """Steps in which only heads, mask token and contrast embeddings learn. 0 when training from scratch."""
+    """First steps, in which only heads, mask token and contrast embeddings learn. 0 when training from scratch."""
     freeze_last_layer_steps: int = Field(default=0, ge=0)
-    """Steps in which the prototypes of the heads wait."""
+    """First steps, in which the prototypes of the heads are frozen."""
     final_lr_ratio: float = Field(default=0.01, ge=0, le=1)
-    """Learning rate of the last step, as a part of the peak."""
+    """Learning rate of the last step, as a fraction of the peak."""
 
 
 def cosine(step: int, start: float, end: float, num_steps: int) -> float:
@@ -92,9 +91,8 @@ def learning_rate(
 ) -> float:
     """The learning rate of a parameter by its role, before layer-wise decay.
 
-    What is new learns from step 0. The backbone waits `head_warmup_steps` with learning rate 0
-    and then warms up in its turn: random heads would otherwise tear a trained backbone apart. Its
-    parameters keep their gradients while they wait, which is what data-parallel training needs.
+    New parameters learn from step 0. The backbone has learning rate 0 for `head_warmup_steps` and warms up then: random
+    heads would damage a trained backbone. Its parameters keep gradients meanwhile, as data-parallel training requires.
     The last layer of the heads may wait too, as in DINO.
     """
     if role == "backbone":
@@ -114,10 +112,10 @@ def momentum(step: int, start: float, end: float, num_steps: int) -> float:
 
 
 def initial_weight_fraction(start: float, end: float, num_steps: int, head_warmup_steps: int = 0) -> float:
-    """The part of its first weights that the EMA teacher still holds after the run.
+    """The fraction of its initial weights that the EMA teacher still holds after the run.
 
     Args:
-        head_warmup_steps: first steps in which the student's backbone does not move.
+        head_warmup_steps: first steps, in which the student's backbone does not change.
     """
     return math.prod(momentum(step, start, end, num_steps) for step in range(head_warmup_steps, num_steps))
 

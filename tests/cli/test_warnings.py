@@ -13,12 +13,12 @@ CODE = """
 import sys
 from pathlib import Path
 from brainfound.cli import main
-from brainfound.train import resuming, run_files
-from brainfound.training.engine import make_accelerator
+from brainfound.training import run_folder
+from brainfound.training.process import make_accelerator
 
-run_files.require_same = lambda *_: None
+run_folder.require_same_recipe_and_data = lambda *_: None
 accelerator = make_accelerator("no")
-main.app = lambda **_: resuming.checkpoint_to_resume(Path(sys.argv[1]), None, None, True, (), accelerator)
+main.app = lambda **_: run_folder.find_resume_checkpoint(Path(sys.argv[1]), None, None, True, (), accelerator)
 main.main()
 """
 

@@ -19,7 +19,7 @@ from brainfound.pretraining.dry_run.trial import AnalyticCosts, DryRunMeasuremen
 from brainfound.pretraining.pretrain import PretrainRecipe, pretrain
 from brainfound.pretraining.starting_model import InitRecipe, build_meta_model, build_model
 from brainfound.recipes import load
-from brainfound.training.precision import probe_precision
+from brainfound.training.process import probe_precision
 
 GIB = dry_run.GIB
 # DINOv2 ViT-g/14 with two heads: about 1.1 thousand million weights.
@@ -204,7 +204,7 @@ def test_a_batch_that_was_tried_out_whole_is_not_called_a_part(recipe):
 
 def test_a_bfloat16_recipe_is_tried_out_in_what_is_fast_here(store, recipe, tmp_path, capsys, monkeypatch):
     slow = dataclasses.replace(probe_precision(torch.device("cpu")), precision="no")
-    monkeypatch.setattr("brainfound.training.precision.probe_precision", lambda device: slow)
+    monkeypatch.setattr("brainfound.training.process.probe_precision", lambda device: slow)
     content = recipe("engine.precision=bf16")
     pretrain(content, store, out=tmp_path / "run", dry_run=True, quiet=True, gpus=2, gpu="A40")
     here, paper = capsys.readouterr().out.split("\n\n")

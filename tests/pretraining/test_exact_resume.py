@@ -139,7 +139,7 @@ def undisturbed(folder: Path, store, num_processes: int, monkeypatch) -> Path:
     return pretrain(folder / "tiny.yaml", store, out=whole, quiet=True)
 
 
-# One of them in every run of the tests; its kill while saving is in test_processes.py.
+# One of them in every run of the tests; its kill while saving is in test_distributed.py.
 @pytest.mark.parametrize(
     ("num_processes", "num_workers", "dies_saving"),
     [

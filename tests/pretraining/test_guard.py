@@ -1,4 +1,4 @@
-"""Gauges and stops."""
+"""Collapse metrics, probe drops, stops and rollbacks of the guard."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def test_mean_cosine_is_that_of_the_pairs():
     assert mean_cosine(torch.ones(4, 3)) == pytest.approx(1)
 
 
-def test_gauges_of_what_is_not_finite_are_not_numbers():
+def test_metrics_of_nonfinite_features_are_nan():
     for value in (math.nan, math.inf):
         features = torch.ones(6, 3)
         features[2, 1] = value
-        gauges = feature_health_metrics(features, torch.arange(3).repeat(2))
-        assert all(math.isnan(gauges[name]) for name in ("effective_rank", "mean_cosine", "view_margin"))
+        metrics = feature_health_metrics(features, torch.arange(3).repeat(2))
+        assert all(math.isnan(metrics[name]) for name in ("effective_rank", "mean_cosine", "view_margin"))
         assert math.isnan(effective_rank(features))
         assert math.isnan(mean_cosine(features))
 
@@ -72,7 +72,7 @@ def test_view_margin_is_that_of_the_pairs():
     assert math.isnan(view_margin(features, torch.arange(6)))
 
 
-def test_gauges_of_many_images_are_of_some_of_them():
+def test_metrics_use_at_most_256_images():
     features = torch.randn(600, 3, generator=torch.Generator().manual_seed(3))
     images = torch.arange(300).repeat(2)
     some = feature_health_metrics(features, images)
@@ -87,19 +87,19 @@ def test_thresholds_of_rank_are_those_of_the_batch():
     assert guard.collapse_symptoms(HEALTHY | {"effective_rank": 0.0, "highest_rank": 4})
     assert guard.collapse_symptoms(HEALTHY | {"effective_rank": 1.5, "highest_rank": 127})
     line = HEALTHY | {"step": 1, "effective_rank": 4.0}
-    assert not guard.warnings(line | {"highest_rank": 15})
-    assert "below 10" in guard.warnings(line | {"highest_rank": 127})[0]
-    assert not guard.warnings(line | {"highest_rank": 127})  # once is enough
+    assert not guard.new_warnings(line | {"highest_rank": 15})
+    assert "below 10" in guard.new_warnings(line | {"highest_rank": 127})[0]
+    assert not guard.new_warnings(line | {"highest_rank": 127})  # once is enough
 
 
-def test_what_is_said_and_does_not_stop():
+def test_warnings_do_not_stop():
     guard = Guard(GuardRecipe(confirm_looks=1, grace_steps=0))
     line = HEALTHY | {"step": 5, "gram_distance": 0.5}
-    assert "Gram distance 0.5" in guard.warnings(line)[0]
+    assert "Gram distance 0.5" in guard.new_warnings(line)[0]
     guard.on_log_line(5, line)
     probe = {"step": 0, "probe_chance": 0.5, "probe_standard_error": 0.1, "probe_target": "sex"}
-    assert not guard.warnings(probe | {"probe": 0.75})
-    assert "not clearly above chance" in guard.warnings(probe | {"probe": 0.65})[0]
+    assert not guard.new_warnings(probe | {"probe": 0.75})
+    assert "not clearly above chance" in guard.new_warnings(probe | {"probe": 0.65})[0]
 
 
 @pytest.mark.parametrize("num_local", [0, 2, 8])
@@ -218,22 +218,22 @@ def test_a_probe_drop_stops_when_it_stays():
     assert guard.should_export_best()
 
 
-def test_a_drop_of_anything_watched_stops_when_it_stays():
+def test_a_retention_drop_stops_when_it_stays():
     """The target rises all the while; the best teacher is of the last probe at which nothing was down."""
     guard = Guard(GuardRecipe(watch_drop=0.1, watch_errors=3, probe_patience=2))
-    told = [(0.5, 0.80, 0.9), (0.6, 0.82, 0.6), (0.7, 0.75, 0.9), (0.8, 0.70, 0.6), (0.9, 0.71, 0.9)]
-    for step, (target, texture, place) in enumerate(told):
-        watched = {"texture": (texture, 0.01), "place": (place, 0.2)}  # of place, 0.3 is within three errors
-        best = guard.is_best(step, target, watched)
+    scores = [(0.5, 0.80, 0.9), (0.6, 0.82, 0.6), (0.7, 0.75, 0.9), (0.8, 0.70, 0.6), (0.9, 0.71, 0.9)]
+    for step, (target, texture, place) in enumerate(scores):
+        retention = {"texture": (texture, 0.01), "place": (place, 0.2)}  # of place, 0.3 is within three errors
+        best = guard.is_best(step, target, retention)
         assert best == (step < 3)
         if step < 4:
-            guard.record_probe(step, target, 0.01, watched)
+            guard.record_probe(step, target, 0.01, retention)
     assert not guard.state.failed
     assert guard.should_export_best()
     with pytest.raises(
         TrainingError, match=r"texture fell from 0\.820 \(step 1\) to 0\.710 and stayed down for 2 p"
     ) as stop:
-        guard.record_probe(4, target, 0.01, watched)
+        guard.record_probe(4, target, 0.01, retention)
     assert "place" not in str(stop.value)
     assert (guard.state.best_step, guard.state.best_score) == (2, 0.7)
     assert "the teacher of step 2" in str(stop.value)
@@ -268,14 +268,14 @@ def test_noise_of_many_things_seldom_stops_a_run(seed):
     assert stopped <= 8
 
 
-def test_random_features_are_watched_for_the_log_alone():
+def test_retention_of_random_features_is_only_logged():
     guard = Guard(GuardRecipe(grace_steps=0, probe_patience=1), from_scratch=True)
     guard.record_probe(1, 0.5, 0.0, {"texture": (0.9, 0.0)})
     guard.record_probe(2, 0.6, 0.0, {"texture": (0.1, 0.0)})
     assert not guard.should_export_best()
 
 
-def test_after_a_rollback_nothing_watched_is_down():
+def test_after_a_rollback_no_retention_probe_is_dropped():
     guard = Guard(GuardRecipe(on_failure="roll_back", probe_patience=1))
     guard.record_probe(0, 0.5, 0.0, {"texture": (0.9, 0.0)})
     with pytest.raises(RollbackRequested) as rollback_request:
@@ -286,7 +286,7 @@ def test_after_a_rollback_nothing_watched_is_down():
     assert guard.state.watched["texture"].best_score == 0.9
 
 
-def test_a_checkpoint_of_before_watched_nothing():
+def test_a_checkpoint_without_retention_state_is_restored():
     guard = Guard(GuardRecipe())
     guard.record_probe(0, 0.5, 0.1)
     state = guard.state_dict()
@@ -299,7 +299,7 @@ def test_a_checkpoint_of_before_watched_nothing():
     assert again.state == guard.state
 
 
-def test_what_is_watched_is_read_from_a_line_of_the_log():
+def test_retention_scores_are_read_from_a_log_line():
     line = {"probe": 0.5, "watch/sex": 0.8, "watch_error/sex": 0.1, "watch/patch_texture": 0.4}
     assert read_retention_scores(line | {"watch_error/patch_texture": 0.0}) == {
         "sex": (0.8, 0.1),

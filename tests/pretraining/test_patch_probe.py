@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from brainfound.pretraining.monitoring.probe_targets import PatchProbe, choose_patches, majority_labels
-from brainfound.pretraining.monitoring.probes import Probe, ProbeRecipe
+from brainfound.pretraining.monitoring.probes import PatchProbe, Probe, ProbeRecipe, choose_patches, majority_labels
 
 SIDE, PATCH, NUM_SESSIONS, NUM_SLICES = 16, 4, 6, 3
 

@@ -113,7 +113,7 @@ def test_a_probe_is_repeatable_and_leaves_the_encoder_as_it_was(store, model):
     assert first.target == "age_years"
 
 
-def test_the_contrast_of_an_embedding_is_asked_of_one_contrast_at_a_time():
+def test_the_contrast_of_an_embedding_is_probed_with_one_contrast_at_a_time():
     store = TableStore(table(8))
     store.present = np.array([[True, True]] * 6 + [[True, False]] * 2)
     probe = Probe(store, ProbeRecipe(target="contrast", slices_per_session=2, max_sessions=14), seed=0)
@@ -167,12 +167,14 @@ def test_the_measures_are_those_of_scikit_learn():
     store = TableStore(table(age_years=np.linspace(20, 80, 24), site=["a", "b", "c"] * 8))
     sites, ages = (Probe(store, ProbeRecipe(target=target), seed=0) for target in ("site", "age_years"))
     guessed = rng.choice(["a", "b"], 24)
-    assert sites._measure(sites.labels, guessed) == pytest.approx(balanced_accuracy_score(sites.labels, guessed))
+    assert sites._score_predictions(sites.labels, guessed) == pytest.approx(
+        balanced_accuracy_score(sites.labels, guessed)
+    )
     some = sites.labels != "c"
     expected = balanced_accuracy_score(sites.labels[some], guessed[some])
-    assert sites._measure(sites.labels[some], guessed[some]) == pytest.approx(expected)
+    assert sites._score_predictions(sites.labels[some], guessed[some]) == pytest.approx(expected)
     guess = rng.normal(50, 10, 24)
-    assert ages._measure(ages.labels, guess) == pytest.approx(r2_score(ages.labels, guess))
+    assert ages._score_predictions(ages.labels, guess) == pytest.approx(r2_score(ages.labels, guess))
 
 
 def test_the_log_names_the_guarding_score():

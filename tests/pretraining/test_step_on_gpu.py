@@ -13,8 +13,10 @@ from torch import nn
 from brainfound.models import BrainFoundConfig, BrainFoundModel
 from brainfound.pretraining.pretrain import PretrainRecipe, pretrain
 from brainfound.recipes import validate
-from brainfound.training.engine import Engine, EngineRecipe, TrainTask, make_accelerator
-from brainfound.training.prefetch import prefetch_to_device
+from brainfound.training.data_loading import prefetch_to_device
+from brainfound.training.engine import Engine, EngineRecipe
+from brainfound.training.process import make_accelerator
+from brainfound.training.task import TrainTask
 
 BACKBONE = {
     "model_type": "dinov2",

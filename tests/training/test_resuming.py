@@ -17,7 +17,7 @@ from brainfound.errors import RecipeError, TrainingError
 from brainfound.models import BrainFoundModel
 from brainfound.pretraining.pretrain import pretrain
 from brainfound.pretraining.task import PretrainTask
-from brainfound.training import distributed as ranks
+from brainfound.training import distributed
 
 LAUNCH_FILE = Path(__file__).parents[2] / "train" / "launch" / "accelerate-cpu.yaml"
 
@@ -27,28 +27,28 @@ import json, os, sys
 from pathlib import Path
 from types import SimpleNamespace
 from brainfound.errors import TrainingError
-from brainfound.train import checkpoint, resuming, run_files
-from brainfound.training.engine import make_accelerator
+from brainfound.training import checkpoint, run_folder
+from brainfound.training.process import make_accelerator
 
 kind, folder = sys.argv[1], Path(sys.argv[2])
 accelerator = make_accelerator("no")
 hashed = []
-find_fault, is_dir = checkpoint.find_fault, Path.is_dir
+find_corruption, is_dir = checkpoint.find_corruption, Path.is_dir
 
 def fault(path):
     hashed.append(path.name)
-    return "stale" if accelerator.process_index else find_fault(path)
+    return "stale" if accelerator.process_index else find_corruption(path)
 
-checkpoint.find_fault = fault
-run_files.require_same = lambda *arguments: None
+checkpoint.find_corruption = fault
+run_folder.require_same_recipe_and_data = lambda *arguments: None
 if kind == "missing" and accelerator.process_index:
     Path.is_dir = lambda self: self.name != "step-000006" and is_dir(self)
 try:
-    told = resuming.checkpoint_to_resume(folder, None, None, True, (), accelerator).name
+    result = run_folder.find_resume_checkpoint(folder, None, None, True, (), accelerator).name
 except TrainingError as error:
-    told = str(error)
+    result = str(error)
 with open(f"{sys.argv[3]}.rank{accelerator.process_index}", "w") as file:
-    json.dump([told, hashed], file)
+    json.dump([result, hashed], file)
 """
 
 
@@ -57,17 +57,17 @@ def test_all_ranks_go_on_from_the_checkpoint_that_rank_0_chose(finished, tmp_pat
     (tmp_path / "choose.py").write_text(CHOOSE)
     port = 20_000 + (os.getpid() + 7) % 20_000
     options = ["--config_file", LAUNCH_FILE, "--main_process_port", port, tmp_path / "choose.py"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *options, kind, finished, tmp_path / "told"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options, kind, finished, tmp_path / "result"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr.decode()[-3000:]
-    told, hashed = zip(*(json.loads((tmp_path / f"told.rank{rank}").read_text()) for rank in (0, 1)), strict=True)
+    result, hashed = zip(*(json.loads((tmp_path / f"result.rank{rank}").read_text()) for rank in (0, 1)), strict=True)
     assert hashed == (["step-000006"], [])
     if kind == "stale":
-        assert told == ("step-000006", "step-000006")
+        assert result == ("step-000006", "step-000006")
     else:
-        assert all("step-000006: " in text and "\n" not in text for text in told)
-        assert "not on every machine" in told[0]
+        assert all("step-000006: " in text and "\n" not in text for text in result)
+        assert "not on every machine" in result[0]
 
 
 @pytest.mark.parametrize("content", ["", "- a list\n", "engine: [", "\x00"])
@@ -76,9 +76,9 @@ def test_a_recipe_that_cannot_be_read_is_one_line(finished, store, recipe, tmp_p
     run.mkdir()
     shutil.copy(finished / "run.json", run)
     (run / "recipe.yaml").write_text(content)
-    with pytest.raises(RecipeError, match=r"recipe\.yaml: the recipe of this run cannot be read") as told:
+    with pytest.raises(RecipeError, match=r"recipe\.yaml: the recipe of this run cannot be read") as error:
         pretrain(recipe("engine.precision=auto"), store, out=run, resume=True, quiet=True)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
 def refused(*arguments, **keywords):
@@ -97,9 +97,9 @@ def to_export(finished, tmp_path) -> Path:
 def test_an_export_that_cannot_be_written_is_one_line_and_resume_writes_it(to_export, store, recipe, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(BrainFoundModel, "save_pretrained", refused)
-        with pytest.raises(TrainingError, match="export: the export cannot be written .*quota.*--resume") as told:
+        with pytest.raises(TrainingError, match="export: the export cannot be written .*quota.*--resume") as error:
             pretrain(recipe(), store, out=to_export, resume=True, quiet=True)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
     assert not list(to_export.glob("*export*"))
     pretrain(recipe(), store, out=to_export, resume=True, quiet=True)
     assert (to_export / "export" / "README.md").is_file()
@@ -112,27 +112,27 @@ def test_a_stop_is_still_told_where_its_export_cannot_be_written(store, recipe, 
     monkeypatch.setattr(PretrainTask, "on_log_line", on_log_line)
     monkeypatch.setattr(BrainFoundModel, "save_pretrained", refused)
     content = recipe("engine.steps=1", "probe.every=0")
-    with pytest.raises(TrainingError, match="collapsed, and then the export cannot be written") as told:
+    with pytest.raises(TrainingError, match="collapsed, and then the export cannot be written") as error:
         pretrain(content, store, out=tmp_path / "run", quiet=True)
-    assert "\n" not in str(told.value)
-    assert "export/ holds" not in str(told.value)
+    assert "\n" not in str(error.value)
+    assert "export/ holds" not in str(error.value)
 
 
 def test_the_best_teacher_that_cannot_be_kept_ends_the_run_on_all_ranks(store, recipe, tmp_path, monkeypatch):
-    """`ranks.run_on_main_rank` is where the others wait and learn of it."""
-    asked, run_on_main_rank = [], ranks.run_on_main_rank
+    """`distributed.run_on_main_rank` is where the others wait and learn of it."""
+    called, run_on_main_rank = [], distributed.run_on_main_rank
 
     def recording(work, is_main):
-        asked.append(work)
+        called.append(work)
         run_on_main_rank(work, is_main)
 
-    monkeypatch.setattr(ranks, "run_on_main_rank", recording)
+    monkeypatch.setattr(distributed, "run_on_main_rank", recording)
     monkeypatch.setattr("brainfound.pretraining.task.save_file", refused)
     content = recipe("engine.steps=2", "probe.every=2")
-    with pytest.raises(TrainingError, match="the encoder of the best probe cannot be written .*quota") as told:
+    with pytest.raises(TrainingError, match="the encoder of the best probe cannot be written .*quota") as error:
         pretrain(content, store, out=tmp_path / "run", quiet=True)
-    assert "\n" not in str(told.value)
-    assert any("_keep_best" in work.__qualname__ for work in asked)
+    assert "\n" not in str(error.value)
+    assert any("_save_best_encoder" in work.__qualname__ for work in called)
 
 
 class Killed(BaseException):
@@ -153,7 +153,7 @@ def test_the_best_teacher_of_the_checkpoint_outlives_a_newer_one_that_no_checkpo
         if step + 1 == stops_at["killed"]:
             raise Killed
         if step + 1 == stops_at["stopped"]:
-            self.guard.fail(step + 1, "it went wrong", None)
+            self.guard.handle_failure(step + 1, "it went wrong", None)
 
     monkeypatch.setattr(PretrainTask, "after_step", mortal)
     content = recipe("engine.steps=6", "engine.checkpoint_every=3", "engine.keep_checkpoints=1", "probe.every=2")
@@ -182,8 +182,8 @@ def test_a_best_teacher_that_no_checkpoint_knows_any_more_makes_room(store, reci
 ONE_FAILS = """
 import os, sys
 from brainfound.errors import BrainFoundError, StoreError
-from brainfound.train import ranks
-from brainfound.training.engine import make_accelerator
+from brainfound.training import distributed
+from brainfound.training.process import make_accelerator
 
 accelerator = make_accelerator("no")
 
@@ -193,12 +193,12 @@ def work():
     raise OSError(28, "full", "a file")
 
 try:
-    ranks.on_main_rank(work, accelerator.is_main_process)
-    told = "nothing"
+    distributed.run_on_main_rank(work, accelerator.is_main_process)
+    result = "nothing"
 except BrainFoundError as error:
-    told = f"{type(error).__name__}: {error}"
+    result = f"{type(error).__name__}: {error}"
 with open(f"{sys.argv[2]}.rank{accelerator.process_index}", "w") as file:
-    file.write(told)
+    file.write(result)
 import torch.distributed
 torch.distributed.destroy_process_group()
 """
@@ -215,9 +215,9 @@ def test_what_fails_on_rank_0_is_the_same_error_on_all(tmp_path, kind, line):
     (tmp_path / "one.py").write_text(ONE_FAILS)
     port = 20_000 + (os.getpid() + 13) % 20_000
     options = ["--config_file", LAUNCH_FILE, "--main_process_port", port, tmp_path / "one.py"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *options, kind, tmp_path / "told"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options, kind, tmp_path / "result"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr.decode()[-3000:]
     for rank in (0, 1):
-        assert (tmp_path / f"told.rank{rank}").read_text().startswith(f"TrainingError: {line}")
+        assert (tmp_path / f"result.rank{rank}").read_text().startswith(f"TrainingError: {line}")

@@ -12,8 +12,8 @@ from brainfound.finetuning.finetune import finetune
 from brainfound.pretraining import starting_model
 from brainfound.pretraining.pretrain import pretrain
 from brainfound.report.run_folder import RunFolder
-from brainfound.training import run_folder as run_files
-from brainfound.training.engine import make_accelerator
+from brainfound.training import run_folder
+from brainfound.training.process import make_accelerator
 from brainfound.training.run_folder import LOCK_FILE, lock_run_folder
 
 
@@ -106,7 +106,7 @@ def test_the_lock_is_held_while_training_and_gone_after_it(store, recipe, tmp_pa
 
 def test_what_a_run_left_that_was_killed_before_its_recipe_is_no_obstacle(tmp_path):
     accelerator = make_accelerator("no")
-    for name in (LOCK_FILE, run_files.FACTS_FILE, ".recipe.yaml.partial"):
+    for name in (LOCK_FILE, run_folder.FACTS_FILE, ".recipe.yaml.partial"):
         (tmp_path / name).write_text("")
     with lock_run_folder(tmp_path, False, accelerator):
         pass

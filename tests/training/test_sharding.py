@@ -17,9 +17,10 @@ from torch.distributed.tensor import DTensor
 
 from brainfound.errors import TrainingError
 from brainfound.pretraining.objectives.registry import make_objective
-from brainfound.training import distributed as sharding
-from brainfound.training.engine import Engine, make_accelerator
+from brainfound.training import distributed
+from brainfound.training.engine import Engine
 from brainfound.training.optim import make_optimizer, parameter_groups
+from brainfound.training.process import make_accelerator
 
 LAUNCH_FILE = Path(__file__).parents[2] / "train" / "launch" / "accelerate-cpu.yaml"
 LAST = "step-000006"
@@ -31,12 +32,12 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from accelerate import PartialState
-from brainfound.train import sharding
+from brainfound.training import distributed
 from brainfound.pretraining.pretrain import pretrain
 
 recipe, store, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
 cut = []
-shard = sharding.shard
+shard = distributed.shard
 def counting_shard(trained, frozen, device, precision):
     shard(trained, frozen, device, precision)
     modules = (trained, *frozen)
@@ -45,7 +46,7 @@ def counting_shard(trained, frozen, device, precision):
         for name, parameter in module.named_parameters():
             rows = parameter.shape[0]
             assert parameter.to_local().shape[0] in (rows // 2, rows - rows // 2, 0, 1), name
-sharding.shard = counting_shard
+distributed.shard = counting_shard
 
 def run(name, parallel, start=None):
     if start is not None and PartialState().is_main_process:
@@ -99,7 +100,7 @@ def objective(model, recipe):
 
 
 def shard(objective, precision: str = "no") -> None:
-    sharding.shard(objective.student, objective.frozen_modules(), torch.device("cpu"), precision)
+    distributed.shard(objective.student, objective.frozen_modules(), torch.device("cpu"), precision)
 
 
 def state(objective) -> dict[str, torch.Tensor]:
@@ -111,14 +112,14 @@ def test_what_is_cut_and_gathered_is_what_there_was(objective, one_process):
     shard(objective)
     after = state(objective)
     assert all(isinstance(value, DTensor) for value in after.values())
-    gathered = sharding.gather(after)
+    gathered = distributed.gather(after)
     assert gathered.keys() == before.keys()
     assert all(torch.equal(gathered[name], before[name]) for name in before)
-    again = sharding.shard_like(gathered, after)
+    again = distributed.shard_like(gathered, after)
     assert all(
         isinstance(value, DTensor) and value.placements == after[name].placements for name, value in again.items()
     )
-    assert all(value.numel() == 0 for value in sharding.gather(after, keep=False).values())
+    assert all(value.numel() == 0 for value in distributed.gather(after, keep=False).values())
 
 
 def test_every_way_into_a_sharded_encoder_gives_what_it_gave(objective, one_process):
@@ -158,14 +159,14 @@ def test_gradients_are_the_same_whatever_is_computed_again(objective, one_proces
     shard(objective)
     found = loss()
     # The memory of the gathered weights is given to something else.
-    spoilt = [torch.full_like(sharding.to_full_tensor(parameter), torch.nan) for parameter in encoder.parameters()]
+    spoilt = [torch.full_like(distributed.to_full_tensor(parameter), torch.nan) for parameter in encoder.parameters()]
     del spoilt
     found.backward()
     for name, parameter in encoder.named_parameters():
         if expected[name] is None:
             assert parameter.grad is None
         else:
-            torch.testing.assert_close(sharding.to_full_tensor(parameter.grad), expected[name])
+            torch.testing.assert_close(distributed.to_full_tensor(parameter.grad), expected[name])
 
 
 def test_matrices_of_blocks_are_gathered_in_bfloat16_and_the_rest_in_float32(objective, one_process):
@@ -192,9 +193,9 @@ def test_the_state_of_an_optimiser_is_cut_as_its_parameters(objective, recipe, o
     for parameter in objective.student.parameters():
         parameter.grad = torch.ones_like(parameter)
     first.step()
-    saved = sharding.gather(first.state_dict())
+    saved = distributed.gather(first.state_dict())
     assert not any(isinstance(value, DTensor) for values in saved["state"].values() for value in values.values())
-    second.load_state_dict(sharding.shard_optimizer_state(saved, second))
+    second.load_state_dict(distributed.shard_optimizer_state(saved, second))
     for parameter in objective.student.parameters():
         one, other = first.state[parameter], second.state[parameter]
         assert isinstance(other["exp_avg"], DTensor)

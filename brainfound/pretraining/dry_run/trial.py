@@ -255,7 +255,7 @@ def measure_training_steps(
         images_per_second=engine.batch_size / line["seconds_per_step"],
         forward_bytes=forward.peak_bytes,
         half_batch_forward_bytes=forward.part_peak_bytes,
-        sizes=AnalyticCosts.of(task.objective, views, task.may_roll_back),
+        sizes=AnalyticCosts.of(task.objective, views, task.guard.may_roll_back),
         loss=line["loss"],
         ln_k=line.get("ln_k"),
     )

@@ -1,4 +1,4 @@
-"""Gauges of a batch of features, which the guard and the log are shown.
+"""Collapse metrics of a batch of features, for the log and the guard.
 
 Axis legend: ``N`` rows (crops), ``D`` width.
 """
@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 MAX_HEALTH_IMAGES = 256
-"""Gauges need no more; a singular value decomposition of the rows of many ranks would take seconds."""
+"""Enough for the metrics; a singular value decomposition of the rows of many ranks would take seconds."""
 
 
 def effective_rank(features: Float[Tensor, "N D"]) -> float:
@@ -26,7 +26,7 @@ def effective_rank(features: Float[Tensor, "N D"]) -> float:
     if not torch.isfinite(features).all():
         return math.nan
     centred = features.double() - features.double().mean(dim=0)
-    # Beside this, differences are rounding of the features themselves.
+    # Smaller differences are rounding errors of the features themselves.
     if len(features) < 2 or centred.abs().max() <= 1e-6 * features.abs().max():
         return 0.0
     singular = torch.linalg.svdvals(centred)
@@ -44,13 +44,13 @@ def mean_cosine(features: Float[Tensor, "N D"]) -> float:
 
 
 def view_margin(features: Float[Tensor, "N D"], images: Int[Tensor, "N"]) -> float:
-    """Mean cosine between centred rows of one image, less that between rows of different images.
+    """Mean cosine between centred rows of one image, minus that between rows of different images.
 
-    About 0 where features say nothing of the image (also where they are constant), 1 at most. NaN where
-    there are not two images of two rows, or a feature is not finite.
+    About 0 if features do not depend on the image (or are constant), 1 at most. NaN if there are not two images, one of
+    them with two rows, or if a feature is not finite.
 
     Args:
-        images: which image each row is a crop of.
+        images: image number of each row.
     """
     ids, place = torch.unique(images, return_inverse=True)
     counts = torch.bincount(place).double()
@@ -58,20 +58,20 @@ def view_margin(features: Float[Tensor, "N D"], images: Int[Tensor, "N"]) -> flo
     if len(ids) < 2 or num_same == 0:
         return math.nan
     unit = F.normalize(features.double() - features.double().mean(dim=0), dim=-1)
-    # Sums over pairs are squares of sums: no N × N matrix.
-    own = unit.square().sum()
-    of_images = unit.new_zeros(len(ids), unit.shape[1]).index_add(0, place, unit)
-    same = of_images.square().sum() - own
-    everything = unit.sum(dim=0).square().sum() - own
-    return (same / num_same - (everything - same) / (num_all - num_same)).item()
+    # Sums over pairs are squares of sums, so no N × N matrix is needed.
+    diagonal = unit.square().sum()
+    image_sums = unit.new_zeros(len(ids), unit.shape[1]).index_add(0, place, unit)
+    same_image = image_sums.square().sum() - diagonal
+    all_pairs = unit.sum(dim=0).square().sum() - diagonal
+    return (same_image / num_same - (all_pairs - same_image) / (num_all - num_same)).item()
 
 
 def feature_health_metrics(features: Float[Tensor, "N D"], images: Int[Tensor, "N"] | None = None) -> dict[str, float]:
-    """Gauges of a batch of CLS features, of at most `MAX_HEALTH_IMAGES` images; all NaN if a feature is not finite.
+    """All metrics of a batch of CLS features, from at most `MAX_HEALTH_IMAGES` images; NaN if one is not finite.
 
     Args:
-        images: which image each row is a crop of; None: each row is an image of its own. There is no view
-            margin then, and none of a single image.
+        images: image number of each row; None: each row is another image. Without two rows of one image, and another
+            image, there is no view margin.
     """
     features = features.detach().cpu()
     rows = torch.arange(len(features)) if images is None else images.cpu()
@@ -80,12 +80,12 @@ def feature_health_metrics(features: Float[Tensor, "N D"], images: Int[Tensor, "
         chosen = rows <= ids[-1]
         features, rows = features[chosen], rows[chosen]
     finite = bool(torch.isfinite(features).all())
-    health_metrics = {
+    metrics = {
         "effective_rank": effective_rank(features) if finite else math.nan,
-        # What rows of one image add is the difference of its crops: features that ignore it have n − 1 directions.
+        # Of images, not rows: features that tell images apart but ignore crops have n − 1 directions.
         "highest_rank": float(min(len(ids) - 1, features.shape[1])),
         "mean_cosine": mean_cosine(features) if finite else math.nan,
     }
     if len(rows) > len(ids) > 1:
-        health_metrics["view_margin"] = view_margin(features, rows) if finite else math.nan
-    return health_metrics
+        metrics["view_margin"] = view_margin(features, rows) if finite else math.nan
+    return metrics

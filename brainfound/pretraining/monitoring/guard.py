@@ -1,27 +1,22 @@
-"""The guard: looks at gauges of collapse and at probes; a stop or a return before a run ruins its model.
+"""The guard: watches collapse metrics and probe scores, and stops a run or rolls it back before it ruins its model.
 
-What it looks at, and why each is there:
+Signs of collapse, in log lines:
 
 - effective rank and mean cosine: features that span few directions, or one;
-- the view margin: crops of one image must be more alike than crops of different images. Where random
-  crops are all that differs (a data set of one image, or features that have forgotten the image), rank and
-  cosine look healthy, because crops do differ, and the margin is 0;
-- the entropy of the teacher's mean answer: prototypes that are no longer used;
-- the loss beside ln K: a uniform answer costs ln K exactly, whatever the targets;
-- the probe of the teacher against its best value so far, which is at first the one before step 0;
-- each of the other things that the probe watches (`retention`), likewise. A probe sees only what
-  it asks for: one may rise while the features are ruined for others. A drop of any that lasts counts.
+- the view margin: crops of one image must be more alike than crops of different images. If random crops are the only
+  difference (a data set of one image, or features that have forgotten the image), rank and cosine look healthy and the
+  margin is 0;
+- the entropy of the teacher's mean output: prototypes that are no longer used;
+- the CLS loss against ln K: a uniform output costs ln K exactly, whatever the targets.
 
-Many are watched, so each has a wide margin, and what the target's probe finds best is the best teacher only where
-nothing that is watched was below its own. The Gram distance to the start only warns: it grows with any change of
-features. How much of the start's features can be made again linearly from the present ones (`kept_slices`,
-`kept_patches`) does not fall when features turn, are scaled or gain something: it falls when something is lost.
+Signs of damage, in probe scores: the target's probe, or one of the retention probes (`retention`), below its best score
+so far. A probe sees only its own target: one may rise while the features are ruined for others. Retention probes are
+many, so each has a wide margin. The best teacher is the one with the best target score among those without a retention
+drop. The Gram distance to the start only warns: it grows with any change of features.
 
-A single look proves nothing, so every stop is confirmed over several looks in a row. Features that are not
-finite are the exception to the grace of the first steps: they never come back.
-
-Thresholds follow public reports of DINO runs that collapsed. Those were large batches: the rank that a
-batch of n images can show is at most n − 1, so the thresholds of rank are at most a part of that.
+One value proves nothing, so a failure is confirmed over several in a row. Features that are not finite get no grace
+period: they never recover. Thresholds follow public reports of DINO runs that collapsed in large batches; a batch of n
+images can show a rank of n − 1 at most, so thresholds of rank are at most a fraction of that.
 """
 
 from __future__ import annotations
@@ -35,33 +30,36 @@ from pydantic import Field
 
 from brainfound.errors import TrainingError
 from brainfound.recipes import Recipe
-from brainfound.training.task import RollbackRequested
+from brainfound.training.task import RollbackPolicy, RollbackRequested
 
 MARGIN_PER_IMAGE = 1 / 160
-"""The threshold of the margin is at most so much of each image: few images make it noisy (by 0.15 at 8 of them)."""
+"""The threshold of the view margin is at most this per image: few images make it noisy (by 0.15 at 8 of them)."""
 START_FEATURE_SCORES = ("kept_slices", "kept_patches")
-"""What is watched of the starting checkpoint's own features."""
+"""Retention of the starting checkpoint's own features."""
 UNINFORMATIVE_LOSS_RATIO = 0.99
-"""From this part of ln K on, the CLS loss is no better than that of an answer that ignores the image."""
+"""From this fraction of ln K on, the CLS loss is no better than that of an output that ignores the image."""
+
+RetentionScores = Mapping[str, tuple[float, float]]
+"""Name of a retention probe → score and standard error."""
 
 
 class GuardRecipe(Recipe):
-    """When to warn, when to stop or go back, and which teacher to export."""
+    """When to warn, when to stop or roll back, and which teacher to export."""
 
     enabled: bool = True
-    """Whether the guard may stop the run or roll it back; the gauges are logged in any case."""
+    """Whether the guard may stop the run or roll it back; collapse metrics are logged in any case."""
     grace_steps: int = Field(default=1000, ge=0)
-    """Steps before collapse gauges count; new heads, and features of new weights, look collapsed at first."""
+    """First steps, in which collapse metrics do not count: new heads, and features of new weights, look collapsed."""
     confirm_looks: int = Field(default=5, ge=1)
-    """Looks (log lines) in a row that must show collapse."""
+    """Log lines in a row that must show collapse."""
     min_teacher_entropy: float = Field(default=0.1, ge=0, le=1)
-    """Entropy of the teacher's mean answer over ln K; 0.7–1 is healthy, below this is collapse."""
+    """Entropy of the teacher's mean output over ln K; 0.7–1 is healthy, below this is collapse."""
     min_effective_rank: float = Field(default=2.0, ge=0)
     """Effective rank of the CLS features; below this is collapse."""
     warn_effective_rank: float = Field(default=10.0, ge=0)
     """Below this there is a warning; 50 and more is healthy in large batches."""
     rank_share: float = Field(default=0.25, ge=0, le=1)
-    """Both thresholds of rank are at most this part of the largest rank that the batch can show (images − 1)."""
+    """Both thresholds of rank are at most this fraction of the largest rank that the batch can show (images − 1)."""
     max_mean_cosine: float = Field(default=0.995, gt=0, le=1)
     """Mean cosine between CLS features of different crops; from this on it is collapse."""
     min_view_margin: float = Field(default=0.1, ge=-1, le=1)
@@ -69,37 +67,37 @@ class GuardRecipe(Recipe):
     this, with a CLS loss that is no better than ln K, the features have forgotten the image: collapse. 0.3–0.6
     is healthy, 0 is a data set of one image."""
     ln_k_tolerance: float = Field(default=1e-4, ge=0)
-    """A CLS loss within this part of ln K in each of the looks says that the output is uniform: collapse."""
+    """A CLS loss within this fraction of ln K, in each of the log lines, shows a uniform output: collapse."""
     warn_gram_distance: float = Field(default=0.02, ge=0)
     """Mean squared change of the cosines between patches of an image since the start; above this there is a
-    warning. It never stops a run: the probe says whether a change did harm."""
+    warning. It never stops a run: the probe shows whether a change did harm."""
     probe_drop: float = Field(default=0.05, ge=0)
     """A probe this far below the best one, and by two standard errors, is a drop."""
     probe_patience: int = Field(default=3, ge=1)
-    """Probes in a row that must show the drop, of the target or of one and the same thing that is watched."""
+    """Probes in a row that must show the drop, of the target or of one and the same retention probe."""
     watch_drop: float = Field(default=0.05, ge=0)
-    """Anything watched (`probe.watch`) this far below its own best score, and by `watch_errors` standard errors of
+    """A retention probe (`probe.watch`) this far below its own best score, and by `watch_errors` standard errors of
     its difference to the start, is a drop."""
     kept_drop: float = Field(default=0.2, ge=0)
-    """The same for what is kept of the start (`kept_slices`, `kept_patches`). Learning changes features, so only the
-    loss of a fifth of what the start told linearly is a drop. 1 and more: how far a run goes from its start is
+    """The same for the retention of the start's features (`kept_slices`, `kept_patches`). Learning changes features, so
+    only the loss of a fifth of their linear information is a drop. 1 and more: the distance from the start is
     logged, and stops nothing."""
     watch_errors: float = Field(default=3.0, ge=0)
-    """More than the two of the target, because many things are watched: three leave each one chance in 700."""
+    """More than the two of the target, because there are many retention probes: three leave each one chance in 700."""
     on_failure: Literal["stop", "roll_back"] = "stop"
-    """What a confirmed drop or collapse leads to: the end of the run, or the checkpoint of the best probe
-    once more, with a lower learning rate."""
+    """What a confirmed drop or collapse leads to: the end of the run, or a return to the checkpoint of the best probe
+    with a lower learning rate."""
     max_rollbacks: int = Field(default=2, ge=1)
-    """Times that a run may be rolled back; the next failure stops it."""
+    """Rollbacks of a run; the next failure stops it."""
     rollback_lr_factor: float = Field(default=0.3, gt=0, lt=1)
-    """What all learning rates are multiplied by at each rollback."""
+    """Factor on all learning rates at each rollback."""
     export: Literal["best", "last"] = "best"
-    """"best" exports an earlier teacher where its probe beat the last one's by a drop; "last" never does."""
+    """"best" exports an earlier teacher if its probe beat the last one's by a drop; "last" never does."""
 
 
 @dataclass
 class RetentionState:
-    """What the guard remembers of one thing that is watched."""
+    """The guard's memory of one retention probe."""
 
     first_score: float
     best_score: float
@@ -111,19 +109,19 @@ class RetentionState:
 
     def is_dropped(self) -> bool:
         """Whether the last score was a drop."""
-        # A score that is not a number is below every score.
+        # NaN is below every score.
         return not self.last_score >= self.best_score - self.last_margin
 
 
 def read_retention_scores(line: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
-    """What is watched, in a line of the log: name → score and standard error."""
+    """Score and standard error of each retention probe in a line of the log."""
     names = [key.removeprefix("watch/") for key in line if key.startswith("watch/")]
     return {name: (line[f"watch/{name}"], line[f"watch_error/{name}"]) for name in names}
 
 
 @dataclass
 class GuardState:
-    """What the guard remembers between looks; part of every checkpoint."""
+    """The guard's memory; part of every checkpoint."""
 
     collapsed_looks: int = 0
     dropped_probes: int = 0
@@ -137,22 +135,21 @@ class GuardState:
     kept_step: int | None = None
     """Step of the checkpoint that a rollback would restore."""
     rollbacks: int = 0
-    """Times that the run was rolled back."""
     lr_scale: float = 1.0
-    """What the learning rates are multiplied by, after the rollbacks so far."""
+    """Factor on the learning rates after the rollbacks so far."""
     failed: bool = False
     """Whether the guard ended the run."""
     watched: dict[str, RetentionState] = field(default_factory=dict)
-    """What is watched beside the target, by name."""
+    """Retention probes by name."""
 
 
 @dataclass
-class Guard:
-    """Looks at log lines and probe scores. All ranks look at the same numbers, so all stop together.
+class Guard(RollbackPolicy):
+    """Judges log lines and probe scores. All ranks see the same numbers, so all stop together.
 
     Args:
-        from_scratch: the run began with new weights. What random features score is nothing to be kept, and
-            early training often scores less: until `grace_steps` are over, each probe counts as the best.
+        from_scratch: the run began with new weights. Scores of random features are no baseline, and early training
+            often lowers them: each probe within `grace_steps` counts as the best, and retention is logged only.
     """
 
     recipe: GuardRecipe
@@ -162,11 +159,10 @@ class Guard:
 
     @property
     def may_roll_back(self) -> bool:
-        """Whether a failure may lead back to a kept checkpoint."""
         return self.recipe.enabled and self.recipe.on_failure == "roll_back"
 
     def collapse_symptoms(self, line: Mapping[str, Any]) -> list[str]:
-        """What in a log line says collapse, in words."""
+        """Descriptions of the signs of collapse in a log line."""
         recipe = self.recipe
         found = []
         if math.isnan(line.get("effective_rank", 0.0)):
@@ -174,10 +170,10 @@ class Guard:
         entropy, rank, cosine = (line.get(name) for name in ("teacher_entropy", "effective_rank", "mean_cosine"))
         if entropy is not None and not entropy >= recipe.min_teacher_entropy:
             found.append(f"teacher entropy {entropy:.3g} of ln K, below {recipe.min_teacher_entropy:g}")
-        lowest_rank = self._rank_threshold(recipe.min_effective_rank, line)
-        if rank is not None and not rank >= lowest_rank:
-            found.append(f"effective rank {rank:.3g}, below {lowest_rank:.3g}")
-        several_images = line.get("highest_rank", math.inf) > 0  # of one image, crops are to be alike
+        min_rank = self._rank_threshold(recipe.min_effective_rank, line)
+        if rank is not None and not rank >= min_rank:
+            found.append(f"effective rank {rank:.3g}, below {min_rank:.3g}")
+        several_images = line.get("highest_rank", math.inf) > 0  # crops of a single image should be alike
         if cosine is not None and several_images and not cosine < recipe.max_mean_cosine:
             found.append(f"mean cosine {cosine:.4f}, from {recipe.max_mean_cosine:g} on")
         return found + self._uninformative_outputs(line)
@@ -186,30 +182,30 @@ class Guard:
         return min(threshold, self.recipe.rank_share * line.get("highest_rank", math.inf))
 
     def _uninformative_outputs(self, line: Mapping[str, Any]) -> list[str]:
-        """What says that answers do not depend on the image; the CLS loss is a mean over pairs of crops."""
+        """Signs of outputs that do not depend on the image; the CLS loss is a mean over pairs of crops."""
         recipe, loss, ln_k, margin = self.recipe, *(line.get(k) for k in ("loss_dino", "ln_k", "view_margin"))
         if loss is None or ln_k is None:
             return []
         found = []
         if abs(loss - ln_k) <= recipe.ln_k_tolerance * ln_k:
             found.append(f"CLS loss {loss:.4f} equals ln K ({ln_k:.4f})")
-        # The margin alone proves nothing: crops that show different contrasts may be unlike and yet be learnt.
-        lowest = min(recipe.min_view_margin, MARGIN_PER_IMAGE * (line.get("highest_rank", math.inf) + 1))
-        if margin is not None and margin < lowest and not loss < UNINFORMATIVE_LOSS_RATIO * ln_k:
+        # The margin alone proves nothing: crops of different contrasts may be unlike and still be learnt.
+        min_margin = min(recipe.min_view_margin, MARGIN_PER_IMAGE * (line.get("highest_rank", math.inf) + 1))
+        if margin is not None and margin < min_margin and not loss < UNINFORMATIVE_LOSS_RATIO * ln_k:
             found.append(
                 f"crops of one image are no more alike than those of others (view margin {margin:.2f}, below"
-                f" {lowest:.2g}), and the CLS loss {loss:.4f} is no better than ln K ({ln_k:.4f})"
+                f" {min_margin:.2g}), and the CLS loss {loss:.4f} is no better than ln K ({ln_k:.4f})"
             )
         return found
 
-    def warnings(self, line: Mapping[str, Any]) -> list[str]:
-        """Signs that are not yet a reason to stop; each kind is told once."""
+    def new_warnings(self, line: Mapping[str, Any]) -> list[str]:
+        """Signs that do not yet justify a stop; each kind once per run."""
         found = {}
         step = line.get("step", 0)
         rank, distance = line.get("effective_rank"), line.get("gram_distance")
-        soft = self._rank_threshold(self.recipe.warn_effective_rank, line)
-        if rank is not None and rank < soft and step > self.recipe.grace_steps:
-            found["rank"] = f"effective rank {rank:.3g}, below {soft:.3g}"
+        min_rank = self._rank_threshold(self.recipe.warn_effective_rank, line)
+        if rank is not None and rank < min_rank and step > self.recipe.grace_steps:
+            found["rank"] = f"effective rank {rank:.3g}, below {min_rank:.3g}"
         if distance is not None and distance > self.recipe.warn_gram_distance:
             found["gram"] = f"Gram distance {distance:.3g} to the start, above {self.recipe.warn_gram_distance:g}"
         chance = line.get("probe_chance") if self.state.first_score is None else None
@@ -223,49 +219,42 @@ class Guard:
         return new
 
     def on_log_line(self, step: int, line: Mapping[str, Any]) -> None:
-        """Look at a log line.
+        """Judge the collapse metrics of a log line.
 
         Raises:
-            RollBack: if collapse has shown in `confirm_looks` lines in a row, and the run may go back.
-            TrainingError: likewise, if it may not.
+            RollbackRequested, TrainingError: if `confirm_looks` lines in a row show collapse; see `handle_failure`.
         """
-        collapse_symptoms = self.collapse_symptoms(line)
-        # Features that are not finite never come back, so they need no grace.
+        symptoms = self.collapse_symptoms(line)
+        # Features that are not finite never recover, so they get no grace.
         counts = step > self.recipe.grace_steps or math.isnan(line.get("effective_rank", 0.0))
-        self.state.collapsed_looks = self.state.collapsed_looks + 1 if collapse_symptoms and counts else 0
+        self.state.collapsed_looks = self.state.collapsed_looks + 1 if symptoms and counts else 0
         if self.state.collapsed_looks >= self.recipe.confirm_looks:
-            what = f"the features collapsed: {'; '.join(collapse_symptoms)}, in {self.state.collapsed_looks} log lines in a row"
+            lines = f"in {self.state.collapsed_looks} log lines in a row"
+            what = f"the features collapsed: {'; '.join(symptoms)}, {lines}"
             self.handle_failure(step, what, "Lower optim.lr or lengthen schedule.head_warmup_steps")
 
-    def is_best(self, step: int, score: float, watched: Mapping[str, tuple[float, float]] | None = None) -> bool:
-        """Whether a teacher would be the best so far: by the target's score, where nothing watched is a drop."""
+    def is_best(self, step: int, score: float, retention: RetentionScores | None = None) -> bool:
+        """Whether a teacher is the best so far: by the target's score, and without a retention drop."""
         best = self.state.best_score
         if not math.isfinite(score) or any(
-            one.is_dropped() for one in self._updated_retention(step, watched or {}).values()
+            probe.is_dropped() for probe in self._updated_retention(step, retention or {}).values()
         ):
             return False
-        return best is None or self._in_grace_period(step) or score > best
+        in_grace_period = self.from_scratch and step <= self.recipe.grace_steps
+        return best is None or in_grace_period or score > best
 
     def record_probe(
-        self,
-        step: int,
-        score: float,
-        standard_error: float,
-        watched: Mapping[str, tuple[float, float]] | None = None,
+        self, step: int, score: float, standard_error: float, retention: RetentionScores | None = None
     ) -> None:
-        """Take note of a probe's score; one that is not a number is a drop from any other.
-
-        Args:
-            watched: name → score and standard error of what is watched beside the target.
+        """Record the scores of a probe; NaN is a drop from any score.
 
         Raises:
-            RollBack: if the target, or one thing that is watched, was below its best by a drop in
-                `probe_patience` probes in a row, and the run may go back.
-            TrainingError: likewise, if it may not.
+            RollbackRequested, TrainingError: if the target, or one retention probe, was below its best by a drop in
+                `probe_patience` probes in a row; see `handle_failure`.
         """
         state = self.state
-        is_best = self.is_best(step, score, watched)
-        state.watched |= self._updated_retention(step, watched or {})
+        is_best = self.is_best(step, score, retention)
+        state.watched |= self._updated_retention(step, retention or {})
         state.last_score, state.last_step = score, step
         state.last_margin = self._drop_margin(standard_error)
         if state.first_score is None:
@@ -280,35 +269,31 @@ class Guard:
         if state.dropped_probes >= patience:
             found.append(f"the probe fell from {state.best_score:.3f} (step {state.best_step}) to {score:.3f}")
         found += [
-            f"{name} fell from {one.best_score:.3f} (step {one.best_step}) to {one.last_score:.3f}"
-            for name, one in state.watched.items()
-            if one.dropped_probes >= patience
+            f"{name} fell from {probe.best_score:.3f} (step {probe.best_step}) to {probe.last_score:.3f}"
+            for name, probe in state.watched.items()
+            if probe.dropped_probes >= patience
         ]
         if found:
-            longest = max([state.dropped_probes, *(one.dropped_probes for one in state.watched.values())])
+            longest = max([state.dropped_probes, *(probe.dropped_probes for probe in state.watched.values())])
             self.handle_failure(step, f"{', '.join(found)} and stayed down for {longest} probes", "Lower optim.lr")
 
-    def _in_grace_period(self, step: int) -> bool:
-        return self.from_scratch and step <= self.recipe.grace_steps
-
-    def _updated_retention(self, step: int, watched: Mapping[str, tuple[float, float]]) -> dict[str, RetentionState]:
-        """What would be remembered of each thing that is watched; nothing changes yet."""
+    def _updated_retention(self, step: int, retention: RetentionScores) -> dict[str, RetentionState]:
+        """The memory of the retention probes after these scores; `state` is not changed."""
         if self.from_scratch:
-            # What random features tell is nothing to be kept: learning may well cost it.
             return {}
         after = {}
-        for name, (score, error) in watched.items():
-            least = self.recipe.kept_drop if name in START_FEATURE_SCORES else self.recipe.watch_drop
-            margin = max(least, self.recipe.watch_errors * error)
+        for name, (score, error) in retention.items():
+            min_drop = self.recipe.kept_drop if name in START_FEATURE_SCORES else self.recipe.watch_drop
+            margin = max(min_drop, self.recipe.watch_errors * error)
             before = self.state.watched.get(name)
             if before is None:
                 after[name] = RetentionState(score, score, step, score, margin)
                 continue
-            one = replace(before, last_score=score, last_margin=margin)
-            if score > one.best_score or math.isnan(one.best_score):
-                one.best_score, one.best_step = score, step
-            one.dropped_probes = before.dropped_probes + 1 if one.is_dropped() else 0
-            after[name] = one
+            probe = replace(before, last_score=score, last_margin=margin)
+            if score > probe.best_score or math.isnan(probe.best_score):
+                probe.best_score, probe.best_step = score, step
+            probe.dropped_probes = before.dropped_probes + 1 if probe.is_dropped() else 0
+            after[name] = probe
         return after
 
     def _drop_margin(self, standard_error: float) -> float:
@@ -318,18 +303,15 @@ class Guard:
         state = self.state
         if state.best_score is None or state.last_score is None:
             return False
-        # A score that is not a number is below every score.
+        # NaN is below every score.
         return not state.last_score >= state.best_score - state.last_margin
 
-    def _any_dropped(self) -> bool:
-        return self._target_dropped() or any(one.is_dropped() for one in self.state.watched.values())
-
     def handle_failure(self, step: int, what: str, remedy: str | None) -> None:
-        """Act on a failure that is confirmed; nothing where the guard is disabled.
+        """Act on a confirmed failure; a disabled guard does nothing.
 
         Raises:
-            RollBack: if the run may go back.
-            TrainingError: if it may not.
+            RollbackRequested: if the run may roll back.
+            TrainingError: otherwise.
         """
         recipe, state = self.recipe, self.state
         if not recipe.enabled:
@@ -341,50 +323,47 @@ class Guard:
             what += f", after {state.rollbacks} rollback{'s' if state.rollbacks > 1 else ''}"
         elif self.may_roll_back:
             what += ", and no probe has named a step to go back to"
-        self.stop(step, what, remedy)
+        self._stop(step, what, remedy)
 
-    def stop(self, step: int, what: str, remedy: str) -> None:
-        """End the run, and have the best teacher exported.
-
-        Raises:
-            TrainingError: always.
-        """
-        state = self.state
-        state.failed = True
-        exported = "the last teacher" if not self.should_export_best() else f"the teacher of step {state.best_step}"
+    def _stop(self, step: int, what: str, remedy: str) -> None:
+        """End the run; the best teacher is exported."""
+        self.state.failed = True
+        exported = f"the teacher of step {self.state.best_step}" if self.should_export_best() else "the last teacher"
         raise TrainingError(what, where=f"step {step}", remedy=f"{remedy}; export/ holds {exported}")
 
     def should_keep_checkpoint(self, step: int) -> bool:
-        """Whether a rollback would go back to this step: its checkpoint is to be kept."""
         return self.state.kept_step == step
 
+    def on_nonfinite_steps(self, step: int, error: TrainingError) -> None:
+        self.handle_failure(step, error.what, error.remedy)
+
     def on_rollback(self) -> dict[str, Any]:
-        """Be as at the kept step again, but for a lower learning rate; gives what the log is to say of it."""
         state = self.state
         state.rollbacks += 1
         state.lr_scale *= self.recipe.rollback_lr_factor
         state.collapsed_looks = state.dropped_probes = 0
-        # Only the best probe's step is kept.
+        # The kept step is that of the best probe, where no retention probe was dropped.
         state.last_score, state.last_step = state.best_score, state.best_step
-        for one in state.watched.values():
-            # At the kept step nothing was a drop.
-            one.last_score, one.dropped_probes = one.best_score, 0
+        for probe in state.watched.values():
+            probe.last_score, probe.dropped_probes = probe.best_score, 0
         return {"rollbacks": state.rollbacks, "lr_scale": state.lr_scale}
 
-    def should_export_best(self) -> bool:
-        """Whether the teacher of the best probe is to be exported.
+    def on_rollback_failed(self, step: int, request: RollbackRequested, error: TrainingError) -> None:
+        self._stop(step, f"{request.what}, and {error.what} ({error.got})", request.remedy or "Lower optim.lr")
 
-        It is, where the last probe was a drop of the target or of anything watched, or where the run failed: a
-        collapse may have come after the last probe. The best is the one that the target's probe liked best among
-        those at which nothing watched was a drop.
+    def should_export_best(self) -> bool:
+        """Whether to export the teacher of the best probe instead of the last one.
+
+        True if the last probe was a drop of the target or of a retention probe, or if the run failed: a collapse may
+        have come after the last probe.
         """
         state = self.state
-        return self.recipe.export == "best" and (self._any_dropped() or (state.failed and state.best_step is not None))
+        dropped = self._target_dropped() or any(probe.is_dropped() for probe in state.watched.values())
+        return self.recipe.export == "best" and (dropped or (state.failed and state.best_step is not None))
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self.state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.state = GuardState(**{**state, "watched": {}})
-        # A checkpoint of an earlier version watched nothing.
-        self.state.watched = {name: RetentionState(**one) for name, one in state.get("watched", {}).items()}
+        retention = {name: RetentionState(**probe) for name, probe in state.get("watched", {}).items()}
+        self.state = GuardState(**{**state, "watched": retention})

@@ -1,28 +1,32 @@
-"""Probes: what frozen features are good for, measured while they are being trained.
+"""Probes: what frozen features predict, measured during training.
 
-Axis legend: ``V`` views (a session with all its contrasts, or with one), ``S`` slices of a view, ``N``
-samples (views, or slices), ``D`` width.
+A view is a session with all its contrasts, or with one; its embedding is the mean CLS token over a few evenly spaced
+slices. The target is chosen from the labels of the store (`probe_targets`); the retention probes run on the same
+embeddings (`retention`); the patch probe predicts tissue from patch tokens. No subject, and no image under two names,
+is ever on both sides of a split.
 
-A view's embedding is the mean CLS over a few evenly spaced slices. What is predicted is chosen from what
-the store knows (see `probe_targets`); what else is watched in the same pass, and why, is in
-`retention`. No subject, and no image under two names, is ever on
-both sides of a split.
+Axis legend: ``V`` views, ``S`` slices of a view, ``H W`` pixels, ``P`` patches of a slice, ``N`` samples, ``D`` width.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from einops import rearrange
+from jaxtyping import Float, Int
 from pydantic import Field
 from safetensors import SafetensorError
+from sklearn.linear_model import RidgeClassifier
+from sklearn.metrics import balanced_accuracy_score
 from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from brainfound.data.batches import as_tensor
 from brainfound.data.splits.dividing import k_folds
@@ -34,7 +38,6 @@ from brainfound.models.encoder import SliceEncoder
 from brainfound.pretraining.monitoring.probe_targets import (
     CLASS_TARGETS,
     SLICE_TARGETS,
-    PatchProbe,
     ProbeTarget,
     choose_probe_target,
     frequent_contrasts,
@@ -48,39 +51,40 @@ from brainfound.pretraining.monitoring.retention import (
     RetentionProbeName,
     RetentionProbes,
     SessionLabel,
-    SubjectErrors,
+    prediction_errors,
 )
 from brainfound.recipes import Recipe
 from brainfound.training.checkpoint import wrap_write_errors
 from brainfound.training.randomness import PROBE, numpy_generator
 
 NUM_BOOTSTRAPS = 200
+PATCHES_PER_SLICE = 32
 
 
 class ProbeRecipe(Recipe):
-    """What is probed, how often, on how much."""
+    """Target, interval and sample of the probe."""
 
     every: int = Field(default=500, ge=0)
     """Steps between two probes of the teacher; 0 turns them off."""
     target: Literal["auto"] | ProbeTarget = "auto"
-    """What is predicted; "auto" takes the first that the store supports of diagnosis, age, sex, site, contrast
-    and slice position. A high score of site is no merit, but its fall is damage."""
+    """What is predicted; "auto" takes the first one of diagnosis, age, sex, site, contrast and slice position that the
+    store supports. A high score of site is no merit, but its fall is damage."""
     method: Literal["linear", "knn"] = "linear"
-    """Whose score guards the run; both are logged."""
+    """The model whose score guards the run; both are logged."""
     max_sessions: int = Field(default=200, ge=2)
-    """Sessions of the fixed subset that is probed."""
+    """Sessions in the fixed subset."""
     slices_per_session: int = Field(default=8, ge=1)
-    """Evenly spaced slices that a session is embedded from."""
+    """Evenly spaced slices per session."""
     folds: int = Field(default=5, ge=2)
     """Folds of the cross-validation by subject; fewer if there are fewer subjects."""
     neighbours: int = Field(default=5, ge=1)
     """k of the k-NN probe."""
     patch: bool = False
-    """Whether to log also how well a linear model tells the tissue of patches, where the store has masks. It does
-    not guard the run."""
+    """Whether to log how well a linear model predicts the tissue of patches, if the store has masks. It does not guard
+    the run."""
     watch: tuple[RetentionProbeName, ...] = RETENTION_PROBES
-    """What is watched beside the target, from the same embeddings and without labels: see
-    `retention`. [] leaves the guard with the target alone. `guard.watch_drop` says what a drop is."""
+    """Retention probes on the same embeddings (`brainfound.pretraining.monitoring.retention`). [] leaves the guard with
+    the target alone. `guard.watch_drop` defines a drop."""
 
 
 @dataclass(frozen=True)
@@ -90,18 +94,18 @@ class ProbeScores:
     linear: float
     knn: float
     standard_error: float
-    """Of the guarding method's score, by bootstrap over subjects."""
+    """Standard error of the guarding score, by bootstrap over subjects."""
     metric: str
     target: str
     chance: float = 0.0
-    """What features without information score."""
+    """The score of features without information."""
     patch: float | None = None
     """Balanced accuracy of a linear model of patch tokens; None without one."""
     retention: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """What is watched beside the target: score and standard error, of the difference to the start."""
+    """Retention probes: score, and standard error of its difference to the start."""
 
     def line(self, method: Literal["linear", "knn"]) -> dict[str, Any]:
-        """The entries of the log; ``probe`` is the score that guards."""
+        """The entries of the log line; ``probe`` is the guarding score."""
         scores = {"probe": getattr(self, method), "probe/linear": self.linear, "probe/knn": self.knn}
         if self.patch is not None:
             scores["probe/patch"] = self.patch
@@ -119,15 +123,14 @@ class Probe:
     """A fixed test of an encoder on a fixed subset of a store.
 
     Args:
-        store: the pretraining store; probing it is not a test of generalisation to other data, but it
-            shows features getting better or worse.
+        store: the pretraining store; this is no test of generalisation, but shows features getting better or worse.
         recipe: the settings.
         seed: picks the subset and the folds.
-        start_file: where a resumed run finds what `save_start` wrote.
+        start_file: the file of `save_start`, for resumed runs.
 
     Raises:
-        RecipeError: if the store knows too little of the target.
-        TrainingError: if there are fewer than two subjects, or one class in what is probed.
+        RecipeError: if the store has too few labels of the target.
+        TrainingError: if the subset has fewer than two subjects, or one class.
     """
 
     def __init__(self, store: Store, recipe: ProbeRecipe, seed: int, start_file: Path | None = None) -> None:
@@ -136,7 +139,8 @@ class Probe:
         require_probe_target(store, self.target)
         self.is_classification = self.target in CLASS_TARGETS
         self.metric = "balanced_accuracy" if self.is_classification else "r2"
-        sessions = self._choose_sessions()
+        shuffled = numpy_generator(PROBE, seed).permutation(sessions_with_target(store, self.target))
+        sessions = np.sort(shuffled[: recipe.max_sessions])
         self.views, self.present, labels = self._make_views(sessions)
         self.rows = np.stack([self._slice_rows(session) for session in self.views])
         samples = self.views
@@ -157,22 +161,17 @@ class Probe:
                 got=num_subjects,
                 remedy="Set probe.every=0 to train without a probe",
             )
-        # A subject has slices everywhere, and views of several contrasts: nothing to balance over folds.
+        # Each subject has slices everywhere, and views of several contrasts, so folds need no balance.
         strata = None if self.target in ("slice_position", "contrast") else self.labels.tolist()
         self.folds = k_folds(self.subjects.tolist(), min(recipe.folds, num_subjects), seed, strata)
         for fold in self.folds:
             require_no_shared_images(store, {part: samples[index] for part, index in fold.items()})
         self.patches = self._patch_probe(sessions) if recipe.patch else None
-        self.watch = self._make_retention_probes() if recipe.watch else None
+        self.retention = self._make_retention_probes() if recipe.watch else None
         self._patch_targets: PatchTargets | None = None
 
-    def _choose_sessions(self) -> np.ndarray:
-        usable = sessions_with_target(self.store, self.target)
-        order = numpy_generator(PROBE, self.seed).permutation(usable)
-        return np.sort(order[: self.recipe.max_sessions])
-
     def _make_views(self, sessions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of each view: its session, the contrasts that it shows (bool), and its label."""
+        """For each view its session, the contrasts that it shows (bool), and its label."""
         present = self.store.present[sessions]
         if self.target != "contrast":
             table = self.store.sessions
@@ -180,15 +179,15 @@ class Probe:
             return sessions, present, labels
         contrasts = frequent_contrasts(self.store)
         which, column = np.nonzero(present[:, contrasts])
-        # As many embeddings as of any other target, of whole sessions.
-        most = max(2, self.recipe.max_sessions // len(contrasts))
-        which, column = which[which < most], column[which < most]
+        # As many embeddings as for any other target, from whole sessions.
+        num_sessions = max(2, self.recipe.max_sessions // len(contrasts))
+        which, column = which[which < num_sessions], column[which < num_sessions]
         shown = np.zeros((len(which), present.shape[1]), dtype=bool)
         shown[np.arange(len(which)), contrasts[column]] = True
         return sessions[which], shown, np.array(self.store.contrasts)[contrasts[column]]
 
     def _patch_probe(self, sessions: np.ndarray) -> PatchProbe | None:
-        """None where fewer than two subjects have a mask."""
+        """The patch probe; None if fewer than two subjects have a mask."""
         table = self.store.sessions
         masked = sessions[table["mask_dtype"].to_numpy()[sessions] != ""] if "mask_dtype" in table else sessions[:0]
         subjects = get_split_groups(self.store)[0].astype(str)
@@ -205,13 +204,13 @@ class Probe:
             fold_of[subject_index[fold["test"]]] = number
         if self.target in SLICE_TARGETS:
             subject_index = subject_index[:: self.rows.shape[1]]
-        probe_names = tuple(question for question in self.recipe.watch if question != self.target)
+        probe_names = tuple(name for name in self.recipe.watch if name != self.target)
         labels = self._labels(fold_of[subject_index]) if "labels" in probe_names and self.target != "contrast" else {}
         positions = self.store.slice_positions_mm[self.rows]
         return RetentionProbes(probe_names, self.present, subject_index, fold_of[subject_index], positions, labels)
 
     def _labels(self, folds: np.ndarray) -> dict[str, SessionLabel]:
-        """Labels beside the target that views of several folds have."""
+        """Labels other than the target that views of several folds have."""
         found: dict[str, SessionLabel] = {}
         for name in supported_targets(self.store):
             known = np.isin(self.views, sessions_with_target(self.store, name))
@@ -223,142 +222,117 @@ class Probe:
 
     def _slice_rows(self, session: int) -> np.ndarray:
         rows = self.store.session_rows(session)
-        # The middles of equal parts of the stack: the ends hold little brain.
+        # The middles of equal parts of the stack, because its ends hold little brain.
         parts = (np.arange(self.recipe.slices_per_session) + 0.5) / self.recipe.slices_per_session
         return rows[np.floor(parts * len(rows)).astype(int)]
 
     def run(self, encoder: SliceEncoder, device: torch.device, is_starting_checkpoint: bool = False) -> ProbeScores:
-        """Embed the subset and score it; the encoder's mode is left as it was.
+        """Embed the subset and score it; the encoder's mode is restored.
 
         Args:
-            is_start: this is the starting checkpoint, which later ones are compared with.
+            is_starting_checkpoint: later scores are compared with this one.
         """
         cls, patches = self._encode(encoder, device)
         predictions = self._predict(cls)
         scores = self._scores(predictions)
-        if self.watch is not None and predictions is not None:
-            scores = replace(
-                scores, retention=self._retention_scores(self.watch, cls, patches, predictions, is_starting_checkpoint)
-            )
+        if self.retention is not None and predictions is not None:
+            found = self._retention_scores(self.retention, cls, patches, predictions, is_starting_checkpoint)
+            scores = replace(scores, retention=found)
         return scores if self.patches is None else replace(scores, patch=self.patches.run(encoder, device))
 
     @torch.no_grad()
     def _encode(
         self, encoder: SliceEncoder, device: torch.device
     ) -> tuple[Float[np.ndarray, "V S D"], Float[np.ndarray, "V S P D"] | None]:
-        """CLS tokens of the slices, view by view, and the patch tokens that are watched."""
+        """CLS tokens of the slices of each view, and the patch tokens of the retention probes."""
         was_training = encoder.training
         encoder.eval()
-        if self.watch is not None and self._patch_targets is None:
-            self._patch_targets = PatchTargets.of(
-                [self.store.read_slices(rows) for rows in self.rows], encoder.patch_size, self.seed
-            )
+        if self.retention is not None and self._patch_targets is None:
+            slices = [self.store.read_slices(rows) for rows in self.rows]
+            self._patch_targets = PatchTargets.from_slices(slices, encoder.patch_size, self.seed)
         embeddings, tokens = [], []
         for view, (rows, present) in enumerate(zip(self.rows, self.present, strict=True)):
             pixels = as_tensor(self.store.read_slices(rows)).to(device)
             mask = torch.from_numpy(present).to(device).expand(len(rows), -1)
             encoding = encoder(pixels, mask)
             embeddings.append(encoding.cls.float().cpu().numpy())
-            if self._patch_targets is not None and self.watch is not None and self.watch.uses_patch_tokens:
+            if self._patch_targets is not None and self.retention is not None and self.retention.uses_patch_tokens:
                 chosen = torch.from_numpy(self._patch_targets.chosen[view]).to(device)[:, :, None]
                 tokens.append(torch.take_along_dim(encoding.patches, chosen, dim=1).float().cpu().numpy())
         encoder.train(was_training)
         return np.stack(embeddings), np.stack(tokens) if tokens else None
 
     def score(self, embeddings: Float[np.ndarray, "V S D"]) -> ProbeScores:
-        """Out-of-fold scores of a linear and a k-NN model; NaN where the features are not finite."""
+        """Out-of-fold scores of a linear and a k-NN model; NaN if the features are not finite."""
         return self._scores(self._predict(embeddings))
 
     def _predict(self, embeddings: Float[np.ndarray, "V S D"]) -> dict[str, np.ndarray] | None:
-        """What each model says of each sample; None where the features are not finite."""
-        of_slices = self.target in SLICE_TARGETS
-        features = embeddings.reshape(-1, embeddings.shape[-1]) if of_slices else embeddings.mean(axis=1)
-        features = features.astype(np.float64)  # a float32 near its end overflows when it is squared
+        """Out-of-fold predictions of each model; None if the features are not finite."""
+        per_slice = self.target in SLICE_TARGETS
+        features = embeddings.reshape(-1, embeddings.shape[-1]) if per_slice else embeddings.mean(axis=1)
+        features = features.astype(np.float64)  # squares of large float32 values overflow
         if not np.isfinite(features).all():
             return None
+        linear = linear_classifier if self.is_classification else linear_regressor
+        neighbours = KNeighborsClassifier if self.is_classification else KNeighborsRegressor
+        k = self.recipe.neighbours
         return {
-            name: cross_val_predict(features, self.labels, self.folds, make)
-            for name, make in self._model_factories().items()
+            "linear": cross_val_predict(features, self.labels, self.folds, linear),
+            "knn": cross_val_predict(
+                features, self.labels, self.folds, lambda num_samples: neighbours(min(k, num_samples), metric="cosine")
+            ),
         }
 
     def _scores(self, predicted: dict[str, np.ndarray] | None) -> ProbeScores:
         if predicted is None:
-            # Told as a score, not raised: only rank 0 is here, and the guard stops all ranks together.
+            # A score, not an error: only rank 0 is here, and the guard stops all ranks together.
             return ProbeScores(np.nan, np.nan, 0.0, self.metric, self.target, self.chance)
-        return ProbeScores(
-            linear=self._score_predictions(self.labels, predicted["linear"]),
-            knn=self._score_predictions(self.labels, predicted["knn"]),
-            standard_error=self._standard_error(predicted[self.recipe.method]),
-            metric=self.metric,
-            target=self.target,
-            chance=self.chance,
-        )
+        linear, knn = (self._score_predictions(self.labels, predicted[name]) for name in ("linear", "knn"))
+        error = self._standard_error(predicted[self.recipe.method])
+        return ProbeScores(linear, knn, error, self.metric, self.target, self.chance)
 
     def _retention_scores(
         self,
-        watch: RetentionProbes,
+        probes: RetentionProbes,
         cls: np.ndarray,
         patches: np.ndarray | None,
         predictions: dict[str, np.ndarray],
         is_starting_checkpoint: bool,
     ) -> dict[str, tuple[float, float]]:
-        """Score and standard error of what is watched; nothing where patch tokens are not finite."""
+        """Score and standard error of each retention probe; those of patch tokens only if these are finite."""
         assert self._patch_targets is not None
         if patches is not None and not np.isfinite(patches).all():
             patches = None
         if is_starting_checkpoint:
-            watch.set_reference(cls, patches)
-        elif not watch.start and self.start_file is not None:
-            self._load_start(watch, self.start_file)
-        subject_errors = watch.subject_errors(cls, patches, self._patch_targets) | watch.kept(cls, patches)
-        if "other_method" in watch.probe_names:
+            probes.set_reference(cls, patches)
+        elif not probes.start and self.start_file is not None:
+            try:
+                probes.load_start(self.start_file)
+            except (OSError, SafetensorError) as error:
+                text = f"{self.start_file} cannot be read ({error}); retention is not compared with the start"
+                warnings.warn(text, stacklevel=2)
+                self.start_file = None  # warn once
+        subject_errors = probes.subject_errors(cls, patches, self._patch_targets)
+        subject_errors |= probes.start_retention(cls, patches)
+        if "other_method" in probes.probe_names:
             other = "knn" if self.recipe.method == "linear" else "linear"
-            subject_errors[f"{self.target}_{other}"] = self._subject_errors(predictions[other])
+            errors = prediction_errors(self.labels, predictions[other], self.is_classification)
+            subject_index = np.unique(self.subjects, return_inverse=True)[1]
+            subject_errors[f"{self.target}_{other}"] = np.bincount(subject_index, weights=errors)
         if is_starting_checkpoint:
-            watch.start |= {f"shares/{name}": of_subjects for name, of_subjects in subject_errors.items()}
-        return watch.compare(subject_errors)
-
-    def _subject_errors(self, predicted: np.ndarray) -> SubjectErrors:
-        """What each subject adds to 1 − score."""
-        subject_index = np.unique(self.subjects, return_inverse=True)[1]
-        if self.is_classification:
-            place = np.unique(self.labels, return_inverse=True)[1]
-            share = (predicted != self.labels) / np.bincount(place)[place] / len(self.classes)
-        else:
-            share = np.square(predicted - self.labels) / np.square(self.labels - self.labels.mean()).sum()
-        return np.bincount(subject_index, weights=share)
+            probes.start |= {f"shares/{name}": errors for name, errors in subject_errors.items()}
+        return probes.compare(subject_errors)
 
     def save_start(self) -> None:
-        """Write how the start answered into the start file, for a run that is resumed."""
-        if self.watch is not None and self.watch.start and self.start_file is not None:
-            with wrap_write_errors("what is watched of the start", self.start_file):
-                self.watch.save_start(self.start_file)
-
-    def _load_start(self, watch: RetentionProbes, file: Path) -> None:
-        try:
-            watch.load_start(file)
-        except (OSError, SafetensorError) as error:
-            self.start_file = None  # said once
-            text = f"{file} cannot be read ({error}); what is watched is not compared with the start"
-            warnings.warn(text, stacklevel=2)
-
-    def _model_factories(self) -> dict[str, Callable[[int], Any]]:
-        """Makers of models; they are given the number of training samples."""
-        k = self.recipe.neighbours
-        if self.is_classification:
-            return {
-                "linear": linear_classifier,
-                "knn": lambda n: KNeighborsClassifier(min(k, n), metric="cosine"),
-            }
-        return {
-            "linear": linear_regressor,
-            "knn": lambda n: KNeighborsRegressor(min(k, n), metric="cosine"),
-        }
+        """Write the starting checkpoint's retention results into the start file, for resumed runs."""
+        if self.retention is not None and self.retention.start and self.start_file is not None:
+            with wrap_write_errors("the retention reference of the start", self.start_file):
+                self.retention.save_start(self.start_file)
 
     def _score_predictions(self, labels: np.ndarray, predicted: np.ndarray) -> float:
         """Balanced accuracy over the classes among `labels`, or R²."""
         if self.is_classification:
-            # A bootstrap sample may lack a class; it then counts for nothing.
+            # Leave out a class that a bootstrap sample lacks.
             right = predicted == labels
             return float(np.mean([right[labels == one].mean() for one in self.classes if (labels == one).any()]))
         return float(1 - np.square(labels - predicted).sum() / np.square(labels - labels.mean()).sum())
@@ -372,3 +346,77 @@ class Probe:
             if self.is_classification or np.ptp(self.labels[drawn]) > 0:
                 scores.append(self._score_predictions(self.labels[drawn], predicted[drawn]))
         return float(np.std(scores, ddof=1)) if len(scores) > 1 else 0.0
+
+
+def majority_labels(masks: Int[np.ndarray, "S H W"], patch_size: int) -> Int[np.ndarray, "S P"]:
+    """The most frequent label of each patch, patches row by row; the lowest of equally frequent ones."""
+    tiles = rearrange(masks, "s (row i) (col j) -> s (row col) (i j)", i=patch_size, j=patch_size)
+    labels = np.unique(masks)
+    counts = np.stack([(tiles == label).sum(axis=-1) for label in labels], axis=-1)
+    return labels[counts.argmax(axis=-1)]
+
+
+def choose_patches(labels: Int[np.ndarray, "P"], num: int, rng: np.random.Generator) -> Int[np.ndarray, "N"]:
+    """At most `num` patches of a slice, the same number of each label as far as there are enough."""
+    present = np.unique(labels)
+    share = max(1, num // len(present))
+    chosen = [rng.permutation(np.flatnonzero(labels == label))[:share] for label in present]
+    return np.sort(np.concatenate(chosen))
+
+
+class PatchProbe:
+    """A linear probe of the tissue label of patch tokens, on fixed slices with masks.
+
+    A patch has the label of most of its pixels. Only some patches of each slice count, as many of each label as there
+    are, so that background does not fill the sample.
+
+    Args:
+        sessions: sessions with a mask.
+        rows: their slice rows.
+        subjects: the subject of every session of the store, for the folds.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        sessions: np.ndarray,
+        rows: Sequence[np.ndarray],
+        subjects: np.ndarray,
+        num_folds: int,
+        seed: int,
+    ) -> None:
+        self.store, self.sessions, self.rows = store, sessions, rows
+        self.subjects, self.num_folds, self.seed = subjects[sessions], num_folds, seed
+
+    @torch.no_grad()
+    def run(self, encoder: SliceEncoder, device: torch.device) -> float:
+        """Balanced accuracy over folds by subject; NaN if features are not finite, or all labels equal."""
+        was_training = encoder.training
+        encoder.eval()
+        features, labels, subjects = [], [], []
+        rng = numpy_generator(PROBE, self.seed, 2)
+        for session, rows, subject in zip(self.sessions, self.rows, self.subjects, strict=True):
+            masks = self.store.read_masks(int(session), rows - self.store.session_rows(int(session))[0])
+            assert masks is not None
+            present = torch.from_numpy(self.store.present[session]).to(device).expand(len(rows), -1)
+            tokens = encoder(as_tensor(self.store.read_slices(rows)).to(device), present).patches
+            for slice_labels, slice_tokens in zip(majority_labels(masks, encoder.patch_size), tokens, strict=True):
+                chosen = choose_patches(slice_labels, PATCHES_PER_SLICE, rng)
+                features.append(slice_tokens[torch.from_numpy(chosen).to(device)].float().cpu().numpy())
+                labels.append(slice_labels[chosen])
+                subjects.extend([subject] * len(chosen))
+        encoder.train(was_training)
+        return self._score(np.concatenate(features), np.concatenate(labels), subjects)
+
+    def _score(self, features: Float[np.ndarray, "N D"], labels: Int[np.ndarray, "N"], subjects: list[str]) -> float:
+        if not np.isfinite(features).all() or len(np.unique(labels)) < 2:
+            return float("nan")
+        predicted = np.empty_like(labels)
+        for fold in k_folds(subjects, min(self.num_folds, len(set(subjects))), self.seed):
+            train, test = fold["train"], fold["test"]
+            if len(np.unique(labels[train])) == 1:
+                predicted[test] = labels[train][0]
+                continue
+            model = make_pipeline(StandardScaler(), RidgeClassifier(class_weight="balanced"))
+            predicted[test] = model.fit(features[train], labels[train]).predict(features[test])
+        return float(balanced_accuracy_score(labels, predicted))

@@ -1,25 +1,25 @@
-"""What is watched beside the probe's target: whether features still tell what no label has to say.
+"""Retention: whether features still hold information that the probe's target does not cover.
 
-A probe sees only what it asks for. Bad settings can make the place of a slice easier to tell and ruin what
-tissue a patch shows, so several questions are asked of the same embeddings:
+A probe sees only its own target. Bad settings can make the position of a slice easier to predict and still ruin what a
+patch shows about its tissue, so more probes run on the same embeddings:
 
-- ``other_method``: the probe's target by its other model, k-NN where the linear one guards the run;
+- ``other_method``: the probe's target with its other model, k-NN if the linear one guards the run;
 - ``labels``: diagnosis, age, sex and site of a session, as far as the store knows them;
-- ``slice_position``: where in its stack a slice lies, from its CLS token;
+- ``slice_position``: the position of a slice in its stack, from its CLS token;
 - ``slice_intensity``: mean and standard deviation of each contrast in a slice, from its CLS token;
 - ``identity``: whether the mean CLS token of half of a session's slices is nearest to that of its other half;
 - ``patch_intensity``, ``patch_texture``: mean and standard deviation of each contrast in a patch, from its token;
 - ``patch_position``: row and column of a patch, from its token;
-- ``kept``: the main directions of the starting checkpoint's own features, from the present ones: of slices
-  (``kept_slices``) and of patches (``kept_patches``). What the start told linearly, known or not, is told
-  still where its features can be made again from the present ones.
+- ``kept``: the principal components of the starting checkpoint's own features, from the present ones: of slices
+  (``kept_slices``) and of patches (``kept_patches``). If they can be reconstructed linearly, all linear information of
+  the start is retained, known or not. This score does not fall when features rotate, rescale or gain information.
 
-All but ``identity`` are linear models, tested on subjects that they did not learn from. Of each answer the share
-that a subject adds to the error is kept, so that two encoders are compared subject by subject: the difference
-of two scores on the same subjects is known far better than either of them.
+All but ``identity`` are linear models, tested on subjects outside their training folds. Each subject's contribution to
+the error is kept, so that two encoders are compared subject by subject: the difference of two scores on the same
+subjects has a much smaller error than either of them.
 
-Axis legend: ``V`` views (a session with the contrasts that it shows), ``S`` slices, ``C`` contrasts, ``H W``
-pixels, ``P`` chosen patches of a slice, ``N`` samples, ``T`` things told of each, ``D`` width, ``U`` subjects.
+Axis legend: ``V`` views (a session with the contrasts that it shows), ``S`` slices, ``C`` contrasts, ``H W`` pixels,
+``P`` chosen patches of a slice, ``N`` samples, ``T`` target columns, ``D`` width, ``U`` subjects.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
+from einops import rearrange
 from jaxtyping import Bool, Float, Int, UInt8
 from safetensors.numpy import load_file, save_file
 from sklearn.linear_model import Ridge
@@ -56,17 +57,17 @@ RETENTION_PATCHES_PER_SLICE = 8
 RIDGE_PENALTY_PER_SAMPLE = 0.01
 """Ridge penalty per sample, of standardised features."""
 MAX_COMPONENTS = 16
-"""Principal directions of the start's features that are asked for."""
+"""Principal components of the start's features that are reconstructed."""
 _PATCH_STREAM = 3
 """Key of the generator that chooses patches."""
 
 SubjectErrors = Float[np.ndarray, "U"]
-"""What each subject adds to 1 − score."""
+"""Each subject's contribution to 1 − score."""
 
 
 @dataclass(frozen=True)
 class SessionLabel:
-    """A label of sessions: one value per view, of which those that are `known` count."""
+    """A label of sessions: one value per view; only `known` ones count."""
 
     values: np.ndarray
     known: Bool[np.ndarray, "V"]
@@ -75,7 +76,7 @@ class SessionLabel:
 
 @dataclass(frozen=True)
 class PatchTargets:
-    """The fixed patches that are asked about, and what is to be told of slices and patches."""
+    """The fixed patches, and the regression targets of slices and patches."""
 
     chosen: Int[np.ndarray, "V S P"]
     mean: Float[np.ndarray, "V S P C"]
@@ -84,8 +85,8 @@ class PatchTargets:
     slice_values: Float[np.ndarray, "V S C 2"]
 
     @classmethod
-    def of(cls, slices: Sequence[UInt8[np.ndarray, "S C H W"]], patch_size: int, seed: int) -> PatchTargets:
-        """Choose patches that show something, as far as there are enough of them; the same for the same seed."""
+    def from_slices(cls, slices: Sequence[UInt8[np.ndarray, "S C H W"]], patch_size: int, seed: int) -> PatchTargets:
+        """Choose patches, those without background first; the same for the same seed."""
         columns = [_view_targets(pixels, patch_size, numpy_generator(PROBE, seed, _PATCH_STREAM, number))
                    for number, pixels in enumerate(slices)]  # fmt: skip
         return cls(*(np.stack(column) for column in zip(*columns, strict=True)))
@@ -94,11 +95,10 @@ class PatchTargets:
 def _view_targets(
     pixels: UInt8[np.ndarray, "S C H W"], patch_size: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, ...]:
-    num_slices, num_contrasts, height, width = pixels.shape
-    rows, columns = height // patch_size, width // patch_size
+    """The fields of `PatchTargets` for one view."""
+    rows, columns = (side // patch_size for side in pixels.shape[2:])
     tiles = pixels[:, :, : rows * patch_size, : columns * patch_size].astype(np.float32) / 255
-    tiles = tiles.reshape(num_slices, num_contrasts, rows, patch_size, columns, patch_size)
-    tiles = tiles.transpose(0, 2, 4, 1, 3, 5).reshape(num_slices, rows * columns, num_contrasts, patch_size**2)
+    tiles = rearrange(tiles, "s c (row i) (col j) -> s (row col) c (i j)", i=patch_size, j=patch_size)
     mean, texture = tiles.mean(axis=-1), tiles.std(axis=-1)
     # Patches without background first, in random order; then others.
     background = (tiles == 0).all(axis=2).mean(axis=-1) > 0.5
@@ -106,21 +106,23 @@ def _view_targets(
     chosen = np.sort(order[:, : min(RETENTION_PATCHES_PER_SLICE, rows * columns)], axis=1)
     at = chosen[:, :, None]
     place = np.stack([chosen // columns / rows, chosen % columns / columns], axis=-1)
-    of_slice = np.stack([mean.mean(axis=1), pixels.std(axis=(2, 3)) / 255], axis=-1)
-    return chosen, np.take_along_axis(mean, at, 1), np.take_along_axis(texture, at, 1), place, of_slice
+    slice_values = np.stack([mean.mean(axis=1), pixels.std(axis=(2, 3)) / 255], axis=-1)
+    return chosen, np.take_along_axis(mean, at, 1), np.take_along_axis(texture, at, 1), place, slice_values
 
 
 @dataclass
 class RetentionProbes:
-    """The questions of a probe, and how each subject of the starting checkpoint answered them.
+    """The retention probes of a run, and the starting checkpoint's results.
 
     Args:
-        questions: which are asked.
+        probe_names: the probes to run.
         shown: the contrasts that each view shows.
-        owners: number of each view's subject.
-        folds: number of the fold that each view is tested in.
+        subject_index: subject number of each view.
+        folds: test fold of each view.
         positions: slice positions.
-        labels: what is known of the sessions, by name; empty where views are not whole sessions.
+        labels: labels of the sessions, by name; empty if views are not whole sessions.
+        start: the start's subject errors (``shares/…``) and principal components (``directions/…``), as in the file of
+            `save_start`; empty until they are known.
     """
 
     probe_names: tuple[RetentionProbeName, ...]
@@ -130,74 +132,73 @@ class RetentionProbes:
     positions: Float[np.ndarray, "V S"]
     labels: Mapping[str, SessionLabel] = field(default_factory=dict)
     start: dict[str, np.ndarray] = field(default_factory=dict)
-    """The start's shares by question, and the main directions of its features; empty as long as it is unknown."""
 
     @property
     def uses_patch_tokens(self) -> bool:
-        """Whether patch tokens are asked for."""
-        return any(question in PATCH_TOKEN_PROBES for question in self.probe_names)
+        """Whether a probe reads patch tokens."""
+        return any(name in PATCH_TOKEN_PROBES for name in self.probe_names)
 
     def subject_errors(
-        self, cls: Float[np.ndarray, "V S D"], patches: Float[np.ndarray, "V S P D"] | None, told: PatchTargets
+        self, cls: Float[np.ndarray, "V S D"], patches: Float[np.ndarray, "V S P D"] | None, targets: PatchTargets
     ) -> dict[str, SubjectErrors]:
-        """The subjects' shares of 1 − score of every question that can be asked here."""
+        """The subjects' contributions to 1 − score, for each probe that is possible here (without ``kept``)."""
         num_slices = cls.shape[1]
         slices = cls.reshape(-1, cls.shape[-1]).astype(np.float64)
-        found: dict[str, SubjectErrors] = {}
+        errors: dict[str, SubjectErrors] = {}
         if "labels" in self.probe_names:
             sessions = cls.mean(axis=1, dtype=np.float64)
-            found |= {name: self._label_error(sessions, label) for name, label in self.labels.items()}
+            errors |= {name: self._label_error(sessions, label) for name, label in self.labels.items()}
         if "slice_position" in self.probe_names and np.ptp(self.positions) > 0:
-            found["slice_position"] = self._linear_error(slices, self.positions.reshape(-1, 1), num_slices)
+            errors["slice_position"] = self._linear_error(slices, self.positions.reshape(-1, 1), num_slices)
         if "slice_intensity" in self.probe_names:
-            found |= self._mean_over_contrasts("slice_intensity", slices, told.slice_values.reshape(len(slices), -1, 2))
+            values = targets.slice_values.reshape(len(slices), -1, 2)
+            errors |= self._mean_over_contrasts("slice_intensity", slices, values)
         if "identity" in self.probe_names and num_slices > 1:
-            found["identity"] = self._identity_error(cls)
+            errors["identity"] = self._identity_error(cls)
         if patches is not None:
             tokens = patches.reshape(-1, patches.shape[-1]).astype(np.float64)
-            for question, values in (("patch_intensity", told.mean), ("patch_texture", told.texture)):
-                if question in self.probe_names:
-                    found |= self._mean_over_contrasts(question, tokens, values.reshape(len(tokens), -1, 1))
-            if "patch_position" in self.probe_names and np.ptp(told.place) > 0:
-                found["patch_position"] = self._linear_error(tokens, told.place.reshape(-1, 2), len(tokens) // len(cls))
-        return found
+            for name, values in (("patch_intensity", targets.mean), ("patch_texture", targets.texture)):
+                if name in self.probe_names:
+                    errors |= self._mean_over_contrasts(name, tokens, values.reshape(len(tokens), -1, 1))
+            if "patch_position" in self.probe_names and np.ptp(targets.place) > 0:
+                places = targets.place.reshape(-1, 2)
+                errors["patch_position"] = self._linear_error(tokens, places, len(tokens) // len(cls))
+        return errors
 
-    def kept(
+    def start_retention(
         self, cls: Float[np.ndarray, "V S D"], patches: Float[np.ndarray, "V S P D"] | None
     ) -> dict[str, SubjectErrors]:
-        """Likewise of the start's features; nothing where they are not known."""
-        found = {}
+        """The same for ``kept``: the reconstruction of the start's features; empty if they are unknown."""
+        errors = {}
         for name, features in (("slices", cls), ("patches", patches)):
             if features is not None and f"directions/{name}" in self.start:
                 rows = features.reshape(-1, features.shape[-1]).astype(np.float64)
-                wanted = self.start[f"directions/{name}"].astype(np.float64)
-                if np.ptp(wanted) > 0:
-                    found[f"kept_{name}"] = self._linear_error(rows, wanted, len(rows) // len(features), pooled=True)
-        return found
+                components = self.start[f"directions/{name}"].astype(np.float64)
+                if np.ptp(components) > 0:
+                    errors[f"kept_{name}"] = self._linear_error(rows, components, len(rows) // len(cls), pooled=True)
+        return errors
 
     def set_reference(self, cls: np.ndarray, patches: np.ndarray | None) -> None:
-        """Take these features for those of the starting checkpoint."""
+        """Take these features as those of the starting checkpoint."""
         self.start = {}
         if "kept" in self.probe_names:
-            of = {"slices": cls} if patches is None else {"slices": cls, "patches": patches}
+            features = {"slices": cls} if patches is None else {"slices": cls, "patches": patches}
             self.start = {f"directions/{name}": principal_component_scores(values.reshape(-1, values.shape[-1]))
-                          for name, values in of.items()}  # fmt: skip
+                          for name, values in features.items()}  # fmt: skip
 
     def compare(self, subject_errors: Mapping[str, SubjectErrors]) -> dict[str, tuple[float, float]]:
-        """Score and standard error of each question.
+        """Score and standard error of each probe.
 
-        The error is that of the difference to the starting checkpoint, over subjects; that of the score itself
-        where the start's answer is not known.
+        The error is that of the difference to the starting checkpoint, over subjects; without one, of the score.
         """
-        found = {}
-        for name, of_subjects in subject_errors.items():
-            before = self.start.get(f"shares/{name}", np.zeros_like(of_subjects))
-            change = of_subjects - before
-            found[name] = (1 - float(of_subjects.sum()), float(np.sqrt(len(change)) * change.std(ddof=1)))
-        return found
+        scores = {}
+        for name, errors in subject_errors.items():
+            change = errors - self.start.get(f"shares/{name}", np.zeros_like(errors))
+            scores[name] = (1 - float(errors.sum()), float(np.sqrt(len(change)) * change.std(ddof=1)))
+        return scores
 
     def save_start(self, file: Path) -> None:
-        """Keep the start's answers for a run that goes on later."""
+        """Write the start's results for a resumed run."""
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_name(f".{file.name}.writing")
         try:
@@ -207,20 +208,20 @@ class RetentionProbes:
             temporary.unlink(missing_ok=True)
 
     def load_start(self, file: Path) -> None:
-        """Take over what `save_start` wrote; raises OSError or SafetensorError."""
+        """Read the file of `save_start`; raises OSError or SafetensorError."""
         self.start = load_file(file)
 
     def _mean_over_contrasts(
         self, name: str, features: Float[np.ndarray, "N D"], values: Float[np.ndarray, "N C T"]
     ) -> dict[str, SubjectErrors]:
-        """Each contrast is told in the views that show it; the answer is the mean over contrasts."""
+        """The mean error over contrasts, each in the views that show it; empty if no contrast can be tested."""
         per_view = len(features) // len(self.shown)
-        subject_errors = []
+        errors = []
         for contrast in range(values.shape[1]):
             shown = self.shown[:, contrast]
             if len(set(self.folds[shown])) >= 2 and np.ptp(values[np.repeat(shown, per_view), contrast]) > 0:
-                subject_errors.append(self._linear_error(features, values[:, contrast], per_view, views=shown))
-        return {name: np.mean(subject_errors, axis=0)} if subject_errors else {}
+                errors.append(self._linear_error(features, values[:, contrast], per_view, views=shown))
+        return {name: np.mean(errors, axis=0)} if errors else {}
 
     def _linear_error(
         self,
@@ -231,38 +232,45 @@ class RetentionProbes:
         views: Bool[np.ndarray, "V"] | None = None,
         pooled: bool = False,
     ) -> SubjectErrors:
-        """The shares of 1 − R², of the mean over what is told, or pooled: of all of it together."""
+        """Contributions to 1 − R²: of the mean R² over columns, or `pooled` over all columns together."""
         counts = np.repeat(np.ones(len(self.subject_index), bool) if views is None else views, per_view)
         subject_index, folds = np.repeat(self.subject_index, per_view)[counts], np.repeat(self.folds, per_view)[counts]
         features, values = features[counts], values[counts]
-        # Made again, the start's features may well lie outside of what a few other subjects show.
+        # Reconstructed components may well lie outside the range of a few training subjects.
         squares = np.square(values - ridge_out_of_fold(features, values, folds, range_margin=float(pooled)))
         total = np.square(values - values.mean(axis=0)).sum(axis=0)
         varies = total > 0
-        share = squares.sum(axis=1) / total.sum() if pooled else (squares[:, varies] / total[varies]).mean(axis=1)
-        return np.bincount(subject_index, weights=share, minlength=self.subject_index.max() + 1)
+        errors = squares.sum(axis=1) / total.sum() if pooled else (squares[:, varies] / total[varies]).mean(axis=1)
+        return self._sum_by_subject(subject_index, errors)
 
     def _label_error(self, sessions: Float[np.ndarray, "V D"], label: SessionLabel) -> SubjectErrors:
-        known, num = label.known, self.subject_index.max() + 1
-        values, subject_index = label.values[known], self.subject_index[known]
+        values = label.values[label.known]
         make = linear_classifier if label.is_classification else linear_regressor
-        told = cross_val_predict(sessions[known], values, _cv_splits(self.folds[known]), make)
-        if label.is_classification:
-            classes, place = np.unique(values, return_inverse=True)
-            share = (told != values) / np.bincount(place)[place] / len(classes)
-        else:
-            share = np.square(told - values) / np.square(values - values.mean()).sum()
-        return np.bincount(subject_index, weights=share, minlength=num)
+        predicted = cross_val_predict(sessions[label.known], values, _cv_splits(self.folds[label.known]), make)
+        return self._sum_by_subject(
+            self.subject_index[label.known], prediction_errors(values, predicted, label.is_classification)
+        )
 
     def _identity_error(self, cls: Float[np.ndarray, "V S D"]) -> SubjectErrors:
         halves = []
         for first in (0, 1):
             half = cls[:, first::2].mean(axis=1, dtype=np.float64)
-            half = half - half.mean(axis=0)  # what all of one half share is where its slices lie
+            half = half - half.mean(axis=0)  # the common part depends on the positions of the slices
             halves.append(half / np.maximum(np.linalg.norm(half, axis=1, keepdims=True), 1e-12))
         nearest = (halves[0] @ halves[1].T).argmax(axis=1)
         missed = self.subject_index[nearest] != self.subject_index
-        return np.bincount(self.subject_index, weights=missed / len(missed), minlength=self.subject_index.max() + 1)
+        return self._sum_by_subject(self.subject_index, missed / len(missed))
+
+    def _sum_by_subject(self, subject_index: Int[np.ndarray, "N"], errors: Float[np.ndarray, "N"]) -> SubjectErrors:
+        return np.bincount(subject_index, weights=errors, minlength=self.subject_index.max() + 1)
+
+
+def prediction_errors(labels: np.ndarray, predicted: np.ndarray, is_classification: bool) -> Float[np.ndarray, "N"]:
+    """Each sample's contribution to 1 − balanced accuracy, or to 1 − R²."""
+    if is_classification:
+        classes, index = np.unique(labels, return_inverse=True)
+        return (predicted != labels) / np.bincount(index)[index] / len(classes)
+    return np.square(predicted - labels) / np.square(labels - labels.mean()).sum()
 
 
 def ridge_out_of_fold(
@@ -271,24 +279,25 @@ def ridge_out_of_fold(
     folds: Int[np.ndarray, "N"],
     range_margin: float = 0.0,
 ) -> Float[np.ndarray, "N T"]:
-    """What ridge regression says of each sample, learnt from the other folds.
+    """Predictions of ridge regression for each sample, trained on the other folds.
 
     Args:
-        beyond: answers stay within the range that was learnt from, and so many widths of it on either side.
+        range_margin: predictions are clipped to the range of the training values, widened by this many of its widths on
+            either side.
     """
-    told = np.empty(values.shape)
-    for part in _cv_splits(folds):
-        train, test = part["train"], part["test"]
+    predicted = np.empty(values.shape)
+    for fold in _cv_splits(folds):
+        train, test = fold["train"], fold["test"]
         model = make_pipeline(StandardScaler(), Ridge(alpha=RIDGE_PENALTY_PER_SAMPLE * len(train)))
-        answer = model.fit(features[train], values[train]).predict(features[test]).reshape(len(test), -1)
+        prediction = model.fit(features[train], values[train]).predict(features[test]).reshape(len(test), -1)
         lowest, highest = values[train].min(axis=0), values[train].max(axis=0)
-        more = range_margin * (highest - lowest)
-        told[test] = answer.clip(lowest - more, highest + more)
-    return told
+        margin = range_margin * (highest - lowest)
+        predicted[test] = prediction.clip(lowest - margin, highest + margin)
+    return predicted
 
 
 def principal_component_scores(features: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "N T"]:
-    """Coordinates along the principal directions of standardised features."""
+    """Coordinates along the principal components of standardised features."""
     scaled = StandardScaler().fit_transform(features.astype(np.float64))
     _, vectors = np.linalg.eigh(scaled.T @ scaled)
     return (scaled @ vectors[:, ::-1][:, :MAX_COMPONENTS]).astype(np.float32)

@@ -20,7 +20,7 @@ LAUNCH_FILE = Path(__file__).parents[2] / "train" / "launch" / "accelerate-cpu.y
 TIMING = {"seconds_per_step", "images_per_second", "data_wait"}
 
 KILLED_WHILE_SAVING = """
-from brainfound.train import checkpoint
+from brainfound.training import checkpoint
 save = checkpoint.torch.save
 def torn_save(value, path):
     save(value, path)
@@ -52,7 +52,8 @@ PretrainTask.make_optimizer = make_optimizer
 
 TWO_RANKS_AFTER = """
 import hashlib, json
-from brainfound.train import losses, ranks
+from brainfound.pretraining.objectives import losses
+from brainfound.training import distributed
 task = tasks[0]
 digest = hashlib.sha256()
 for weight in (*task.objective.teacher.parameters(), *task.model.parameters()):
@@ -61,8 +62,8 @@ generator = torch.Generator().manual_seed(0)
 scores, features = torch.randn(6, 5, generator=generator), torch.randn(6, 4, generator=generator)
 own = slice(task.rank * 3, task.rank * 3 + 3)
 mine = features[own].clone().requires_grad_()
-groups = ranks.gather_rows(torch.tensor([0, 0, 1, 2, 2, 3])[own])
-koleo = losses.koleo(ranks.gather_rows(mine), groups)
+groups = distributed.gather_rows(torch.tensor([0, 0, 1, 2, 2, 3])[own])
+koleo = losses.koleo(distributed.gather_rows(mine), groups)
 koleo.backward()
 facts = {
     "world_size": task.world_size,

@@ -10,9 +10,8 @@ import torch
 import yaml
 
 from brainfound.pretraining.pretrain import pretrain
-from brainfound.training import precision
-from brainfound.training.engine import make_accelerator
-from brainfound.training.precision import choose_precision, probe_precision
+from brainfound.training import process
+from brainfound.training.process import choose_precision, make_accelerator, probe_precision
 
 CPU = torch.device("cpu")
 
@@ -25,14 +24,14 @@ def _nothing_remembered():
 
 
 def rates(monkeypatch, bf16: float, fp32: float) -> list[tuple[torch.dtype, tuple[int, int, int]]]:
-    asked = []
+    measured = []
 
     def gflops(device, kind, shape):
-        asked.append((kind, shape))
+        measured.append((kind, shape))
         return bf16 if kind == torch.bfloat16 else fp32
 
-    monkeypatch.setattr(precision, "_gflops", gflops)
-    return asked
+    monkeypatch.setattr(process, "_gflops", gflops)
+    return measured
 
 
 @pytest.mark.parametrize(("bf16", "fp32", "expected"), [(900, 190, "bf16"), (190, 190, "no"), (0.5, 190, "no")])
@@ -43,9 +42,9 @@ def test_bfloat16_is_taken_where_it_is_clearly_faster(monkeypatch, bf16, fp32, e
 
 
 def test_a_hopeless_bfloat16_is_given_up_after_the_small_product(monkeypatch):
-    asked = rates(monkeypatch, 0.5, 190)
+    measured = rates(monkeypatch, 0.5, 190)
     probe_precision(CPU)
-    assert {shape for _, shape in asked} == {(64, 128, 128)}
+    assert {shape for _, shape in measured} == {(64, 128, 128)}
 
 
 @pytest.mark.parametrize("fault", ["absent", "wrong"])

@@ -1,0 +1,175 @@
+"""Which slices a step reads, and how its batches reach the device.
+
+The order is a pure function of (seed, step, world size, rank): the rows of a store are an endless sequence of seeded
+permutations, one per epoch; the micro-batch of a step is a window of it, and each rank takes its part of the window.
+Ranks need not communicate, no slice repeats within an epoch, and a resumed run continues without reading what came
+before.
+
+On CUDA a thread copies each batch to pinned memory and on to the device, on a stream of its own, while the step before
+is computed. On a CPU there is nothing to copy, and the loader's processes read ahead by themselves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from brainfound.errors import RecipeError
+from brainfound.training.randomness import ORDER, numpy_generator
+
+Batch = TypeVar("Batch")
+Result = TypeVar("Result")
+
+
+class EpochOrder:
+    """The endless sequence of indices 0 … `num_items` − 1, reshuffled in each epoch."""
+
+    def __init__(self, num_items: int, seed: int) -> None:
+        self.num_items = num_items
+        self.seed = seed
+        self._epochs: dict[int, np.ndarray] = {}
+
+    def window(self, start: int, count: int) -> np.ndarray:
+        """The indices at positions `start` … `start + count − 1` of the sequence."""
+        positions = np.arange(start, start + count)
+        epochs, offsets = positions // self.num_items, positions % self.num_items
+        return np.concatenate([self._epoch(int(epoch))[offsets[epochs == epoch]] for epoch in np.unique(epochs)])
+
+    def _epoch(self, epoch: int) -> np.ndarray:
+        if epoch not in self._epochs:
+            # A window may straddle two epochs; older ones are not needed again.
+            self._epochs = {known: order for known, order in self._epochs.items() if known == epoch - 1}
+            self._epochs[epoch] = numpy_generator(ORDER, self.seed, epoch).permutation(self.num_items)
+        return self._epochs[epoch]
+
+
+class RankBatchSampler:
+    """The micro-batches of one rank, starting at a step.
+
+    Args:
+        order: the sequence that all ranks share.
+        batch_size: slices of one optimiser step, over all ranks and micro-batches.
+        accumulation: micro-batches of a step.
+        first_step, num_steps: the range of steps to yield.
+
+    Raises:
+        RecipeError: if ranks and micro-batches do not divide the batch equally.
+    """
+
+    def __init__(
+        self,
+        order: EpochOrder,
+        batch_size: int,
+        accumulation: int,
+        rank: int,
+        world_size: int,
+        first_step: int,
+        num_steps: int,
+    ) -> None:
+        parts = world_size * accumulation
+        if batch_size % parts:
+            raise RecipeError(
+                "ranks and micro-batches must divide the batch equally",
+                where="engine.batch_size",
+                got=batch_size,
+                expected=f"a multiple of {world_size} ranks × {accumulation} micro-batches",
+                remedy=f"Set engine.batch_size={max(1, batch_size // parts) * parts}",
+            )
+        self.order, self.rank, self.accumulation = order, rank, accumulation
+        self.batch_size, self.per_rank = batch_size, batch_size // parts
+        self.per_micro_batch = self.per_rank * world_size
+        self.first_step, self.num_steps = first_step, num_steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for start in self.window_starts():
+            yield self.order.window(start, self.per_rank).tolist()
+
+    def window_starts(self) -> Iterator[int]:
+        """Position of each micro-batch in the sequence; it takes `per_rank` places from there."""
+        for step in range(self.first_step, self.num_steps):
+            for micro_batch in range(self.accumulation):
+                yield step * self.batch_size + micro_batch * self.per_micro_batch + self.rank * self.per_rank
+
+    def __len__(self) -> int:
+        return max(0, self.num_steps - self.first_step) * self.accumulation
+
+
+def prefetch_to_device(batches: Iterable[Batch], device: torch.device, ahead: int = 2) -> Generator[Batch, None, None]:
+    """Yield batches (dataclasses of tensors) in order, on the device.
+
+    Args:
+        ahead: number of batches prepared in advance; each takes memory on the device.
+    """
+    if device.type != "cuda":
+        for batch in batches:
+            yield map_tensors(batch, lambda tensor: tensor.to(device))
+        return
+    side = torch.cuda.Stream(device)
+
+    def copy(batch: Batch) -> tuple[Batch, torch.cuda.Event]:
+        with torch.cuda.stream(side):
+            moved = map_tensors(batch, lambda tensor: tensor.pin_memory().to(device, non_blocking=True))
+            return moved, side.record_event()
+
+    for batch, copied in map_in_background(batches, copy, ahead):
+        stream = torch.cuda.current_stream(device)
+        stream.wait_event(copied)
+        # The allocator must not give this memory to the next copy while the step still reads it.
+        for tensor in tensor_fields(batch).values():
+            tensor.record_stream(stream)
+        yield batch
+
+
+def map_in_background(
+    items: Iterable[Batch], make: Callable[[Batch], Result], ahead: int
+) -> Generator[Result, None, None]:
+    """Apply `make` to each item, in order, in a thread that works at most `ahead` items in advance.
+
+    An error in the thread is raised in place of its item. Closing the generator ends the thread.
+    """
+    iterator = iter(items)
+    end = object()
+
+    def step() -> Any:
+        item: Any = next(iterator, end)
+        return end if item is end else make(item)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:
+        waiting: deque[Future[Any]] = deque(pool.submit(step) for _ in range(ahead))
+        try:
+            while (made := waiting.popleft().result()) is not end:
+                waiting.append(pool.submit(step))
+                yield made
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def tensor_fields(batch: Any) -> dict[str, Tensor]:
+    """The tensors of a dataclass by name."""
+    values = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+
+def map_tensors(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
+    """A copy of a dataclass with each of its tensors changed."""
+    changed = {name: change(tensor) for name, tensor in tensor_fields(batch).items()}
+    return dataclasses.replace(batch, **changed)  # type: ignore[type-var]
+
+
+@contextmanager
+def closing_generator(batches: Iterator[Batch]) -> Iterator[Iterator[Batch]]:
+    """Close a generator on exit, and with it its threads and processes."""
+    try:
+        yield batches
+    finally:
+        if isinstance(batches, Generator):
+            batches.close()
