@@ -19,7 +19,7 @@ Axes: n cases, K classes, L labels or structures, R runs of one system.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -28,10 +28,13 @@ import pandas as pd
 
 from brainfound.data.splits.dividing import label_text
 from brainfound.errors import UsageError
-from brainfound.metrics.scores import HIGHER_IS_BETTER, METRICS, Score
+from brainfound.metrics.registry import METRICS, PRIMARY_METRIC, metric_name, task_metrics
+from brainfound.metrics.scores import multi_label_scores
 
 CaseTables: TypeAlias = pd.DataFrame | Sequence[pd.DataFrame]
 """A table of cases, or one per seed."""
+Score = Callable[[np.ndarray, np.ndarray], float]
+"""A metric of truth and answers."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Cases:
     def _get_run_metric(self, name: str) -> Score:
         if self.task == "segmentation":
             return _mean_over_structures
-        score = METRICS[self.task][name]
+        score = METRICS[name].score
         return _mean_over_labels(score) if self.truth.ndim == 2 else score
 
     def repeat_runs(self, num_runs: int) -> Cases:
@@ -84,6 +87,23 @@ def _require_same_cases(base: Cases, other: Cases, base_name: str, name: str) ->
         )
     if not np.array_equal(base.truth, other.truth):
         raise UsageError(f"not the truth of {base_name}", where=name, remedy="Score both with the same labels")
+
+
+def compute_headline_score(task: str, cases: pd.DataFrame) -> float:
+    """The primary metric of a table of cases, which needs no subjects; ``nan`` where it is not defined."""
+    primary = METRICS[PRIMARY_METRIC[task]]
+    if task == "segmentation":
+        structures = [name for name in cases if str(name).startswith(f"{primary.name}(")] or [primary.name]
+        means = np.array([cases[name].mean() for name in structures], dtype=float)
+        return float(means[~np.isnan(means)].mean()) if not np.isnan(means).all() else float("nan")
+    if task == "regression":
+        return primary.score(cases["truth"].to_numpy(float), cases["prediction"].to_numpy(float))
+    names = [str(name)[2:-1] for name in cases if str(name).startswith("p(")]
+    probabilities = cases[[f"p({name})" for name in names]].to_numpy(float)
+    if "truth" not in cases:
+        truth = cases[[f"truth({name})" for name in names]].to_numpy(float)
+        return multi_label_scores(truth, probabilities, names)[primary.name]
+    return primary.score(_class_indices(cases, names, "cases"), probabilities)
 
 
 def read_matched_systems(systems: Mapping[str, CaseTables]) -> dict[str, Cases]:
@@ -150,15 +170,11 @@ def _read(cases: pd.DataFrame, where: str) -> Cases:
         several = any(str(name).startswith("truth(") for name in cases.columns)
         truth = _yes_or_no(cases, names, where) if several else _class_indices(cases, names, where)
         probabilities = np.stack([_numbers(cases, name, where) for name in columns], axis=1)
-        return Cases("classification", keys, subjects, truth, dict.fromkeys(METRICS["classification"], probabilities))
+        return Cases("classification", keys, subjects, truth, _answers_by_metric("classification", probabilities))
     if "prediction" in cases:
         truth, prediction = _numbers(cases, "truth", where), _numbers(cases, "prediction", where)
-        return Cases("regression", keys, subjects, truth, dict.fromkeys(METRICS["regression"], prediction))
-    found = [
-        name
-        for name in map(str, cases.columns)
-        if parse_metric_name(name) in HIGHER_IS_BETTER and cases[name].notna().any()
-    ]
+        return Cases("regression", keys, subjects, truth, _answers_by_metric("regression", prediction))
+    found = [name for name in map(str, cases.columns) if metric_name(name) in METRICS and cases[name].notna().any()]
     if not found:
         expected = "truth and p(class), truth and prediction, or dice"
         got = ", ".join(map(str, cases.columns))
@@ -170,9 +186,8 @@ def _read(cases: pd.DataFrame, where: str) -> Cases:
     return Cases("segmentation", keys, subjects, sizes, scores)
 
 
-def parse_metric_name(column: str) -> str:
-    """The metric of a column: ``dice(ventricles)`` is Dice."""
-    return column.partition("(")[0]
+def _answers_by_metric(task: str, answers: np.ndarray) -> dict[str, np.ndarray]:
+    return {metric.name: answers for metric in task_metrics(task)}
 
 
 def _class_indices(cases: pd.DataFrame, names: Sequence[str], where: str) -> np.ndarray:

@@ -21,16 +21,13 @@ from brainfound.errors import UsageError, did_you_mean
 from brainfound.metrics.cases import (
     Cases,
     CaseTables,
+    Score,
     mask_mismatch_error,
-    parse_metric_name,
     read_matched_systems,
     read_system,
 )
-from brainfound.metrics.scores import HIGHER_IS_BETTER, Score
+from brainfound.metrics.registry import METRICS, metric_name
 from brainfound.metrics.statistics import bootstrap_interval, delong_test, holm, paired_permutation_test
-
-_RANK_METRICS = ("auroc", "auprc")
-"""Metrics to which only the order of the scores matters."""
 
 _COLUMNS = [
     *("metric", "system", "value", "low", "high", "difference", "difference_low", "difference_high"),
@@ -51,7 +48,7 @@ def score_intervals(
 
     Args:
         cases: a table of cases, see above, or several.
-        metrics: names of `brainfound.metrics.scores.HIGHER_IS_BETTER`; by default all that the task has.
+        metrics: names of `brainfound.metrics.registry.METRICS`; by default all that the task has.
         num_resamples, confidence, seed: as in `bootstrap_interval`.
 
     Returns:
@@ -203,7 +200,7 @@ def _score_row(metric: str, name: str, system: Cases, resampling: _Resampling) -
 
 def _counts(metric: str, system: Cases) -> dict[str, Any]:
     _, _, subjects = _select_scored_cases(metric, system)
-    higher_is_better = HIGHER_IS_BETTER[parse_metric_name(metric)]
+    higher_is_better = METRICS[metric_name(metric)].higher_is_better
     return {"higher_is_better": higher_is_better, "num_cases": len(subjects), "num_subjects": len(set(subjects))}
 
 
@@ -219,7 +216,7 @@ def _compute_difference(metric: str, system: Cases, base: Cases, resampling: _Re
     two_classes = truth.ndim == 1 and a.ndim == 2 and a.shape[1] == 2 and base.num_runs == 1
     if metric == "auroc" and two_classes and len(set(subjects)) == len(subjects):
         found["p_delong"] = delong_test(truth, a, b).p
-    if metric in _RANK_METRICS:
+    if METRICS[metric_name(metric)].order_only:
         a, b = stats.rankdata(a, axis=0), stats.rankdata(b, axis=0)
     return found | {"p": resampling.p(score, subjects, truth, a, b)}
 

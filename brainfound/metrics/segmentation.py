@@ -231,6 +231,22 @@ def relative_volume_error(
     return error if signed else abs(error)
 
 
+def clean_negative(prediction: Any, reference: Any) -> float:
+    """Whether a case without the structure was left unmarked: 1 or 0; ``nan`` where the reference has the structure.
+
+    Its mean over cases is their specificity.
+
+    Args:
+        prediction: binary mask.
+        reference: binary mask of the same shape.
+
+    Raises:
+        UsageError: if the shapes differ, or a mask is not binary.
+    """
+    predicted, expected = mask_pair(prediction, reference)
+    return float("nan") if expected.any() else float(not predicted.any())
+
+
 def _surface_distances_mm(
     predicted: np.ndarray, expected: np.ndarray, spacing: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -13,7 +13,8 @@ from transformers import Dinov2Model
 from brainfound.data.splits.split_file import Split
 from brainfound.errors import RecipeError, UsageError
 from brainfound.experiments import runs as repeated
-from brainfound.experiments.runs import finetune_folds, finetune_systems, make_folds, summarise_runs
+from brainfound.experiments.run_table import summarise_runs
+from brainfound.experiments.runs import finetune_folds, finetune_systems, make_folds
 from brainfound.experiments.systems import parse_systems
 from brainfound.finetuning.finetune import resolve_parts_and_target
 from brainfound.finetuning.recipe import FinetuneRecipe
@@ -157,9 +158,9 @@ def test_one_shot_of_three_classes_can_be_learnt(small_store, tiny_backbone, tmp
 def test_folds_that_are_tested_on_others_are_one_group_whatever_they_are_called(small_store, tmp_path):
     split = make_folds(RECIPE, small_store, "age_years", folds=3)
     renamed = Split({f"cv{n}": members for n, members in enumerate(split.folds.values())})
-    assert set(repeated._groups(renamed).values()) == {"all folds"}
+    assert set(repeated._group_folds(renamed).values()) == {"all folds"}
     few = make_folds(RECIPE, small_store, "age_years", num_subjects=[2, 3])
-    assert list(repeated._groups(few).values()) == ["subjects-2", "subjects-3"]
+    assert list(repeated._group_folds(few).values()) == ["subjects-2", "subjects-3"]
 
 
 @pytest.mark.parametrize("name", ["../x", "/tmp/x", "site-A/B", ".hidden", "embeddings"])
