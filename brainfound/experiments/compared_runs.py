@@ -58,9 +58,7 @@ def read_compared_runs(folders: Sequence[Path], *, frozen: bool = False, store: 
     found = {name: seeds for folder in folders for name, seeds in _find_systems(folder).items()}
     if len(found) + frozen < 2:
         remedy = "Give two runs or more, or --frozen for the frozen baseline"
-        raise UsageError(
-            "one run has nothing to be compared with", where=folders[0] if folders else None, remedy=remedy
-        )
+        raise UsageError("there is no run to compare with", where=folders[0] if folders else None, remedy=remedy)
     runs = {name: [run for seed in seeds for run in seed] for name, seeds in found.items()}
     facts = {name: [_read_facts(run) for run in of_system] for name, of_system in runs.items()}
     _require_same_task_and_target(facts)
@@ -69,7 +67,9 @@ def read_compared_runs(folders: Sequence[Path], *, frozen: bool = False, store: 
         raise UsageError("the runs are of several stores", where="--data", remedy="Leave it out")
     first = next(iter(found))
     if store is not None and store.content_hash != facts[first][0]["data_hash"]:
-        raise UsageError("not the store of the runs", where=store.path, remedy="Give the store that they learnt from")
+        raise UsageError(
+            "not the store of the runs", where=store.path, remedy="Give the store that they were trained on"
+        )
     requested = [(f"{first}, frozen", found[first], FROZEN_CASES_FILE)] if frozen else []
     requested += [(name, seeds, CASES_FILE) for name, seeds in found.items()]
     systems = {
@@ -107,7 +107,7 @@ def _read_experiment_systems(folder: Path) -> dict[str, list[list[Path]]]:
         groups = of_system["group"].unique()
         if len(groups) > 1:
             raise UsageError(
-                "the folder holds runs that learnt from different numbers of subjects",
+                "the runs were trained on different numbers of subjects",
                 where=where,
                 got=", ".join(groups),
                 expected="one of them",
@@ -153,7 +153,7 @@ def _read_seed(files: Sequence[Path], match_by_name: bool, store: Store | None) 
     if match_by_name:
         if not {"subject", "session"} <= set(cases.columns):
             raise UsageError(
-                "the runs are of different stores, and the rows of one say nothing of the other's",
+                "the runs are of different stores, whose rows do not correspond",
                 where=where,
                 expected="the names of subjects and sessions",
                 remedy="Fine-tune with --keep-ids",
@@ -165,9 +165,9 @@ def _read_seed(files: Sequence[Path], match_by_name: bool, store: Store | None) 
         names = cases[SUBJECT_ROW if SUBJECT_ROW in cases else "subject"]
     else:
         raise UsageError(
-            "the table does not say which sessions are of one subject",
+            "the table of cases does not name the subjects",
             where=where,
-            got="a run from before it was written down",
+            got="a run of an older version",
             remedy="Give the store of the runs with --data",
         )
     # Number the subjects by their first row, so that tables of the same cases agree however they name subjects.

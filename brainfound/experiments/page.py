@@ -89,18 +89,18 @@ def _question(summary: Mapping[str, Any]) -> str:
         return "Which starting point and which way of adapting it does best, on the same subjects, steps and seeds?"
     if kind == "partial input":
         return (
-            "What does it cost that contrasts are missing: in the test only, where the model has learnt with all of "
-            "them, or in training too, where it never saw them?"
+            "What is the cost of missing contrasts: in the test only, for a model trained with all of them, or in "
+            "training too, for a model that never read them?"
         )
     if kind == "evaluation":
         if summary.get("partial_input"):
-            return "What does it cost the model that contrasts are missing in the test?"
-        return "How well does the model do on these sessions, beside a baseline that never looks at an image?"
+            return "What is the cost of contrasts that are missing in the test?"
+        return "How well does the model do on these sessions, compared with a baseline that never reads an image?"
     questions = {
         "few shots per class": "How many subjects of each class does it take to learn this?",
         "few subjects": "How many subjects does it take to learn this?",
-        "leave one site out": "How well does it do at a site that it never saw?",
-        "k-fold": "How well is this learnt, and how much does that hang on who is tested?",
+        "leave one site out": "How well does it do at a site that was not in training?",
+        "k-fold": "How well is this learnt, and how much does that depend on the subjects that are tested?",
     }
     return questions.get(split, "How well is this learnt, and how much do the scores vary?")
 
@@ -219,8 +219,8 @@ def _data(summary: Mapping[str, Any]) -> str:
         split = summary["split"]
         seed = "" if split["seed"] is None else f", seed {split['seed']}"
         lines.append(
-            f"- Divided by subject: {split['kind'] or 'a file of their own'}, folds: {split['num_folds']}{seed}. Who "
-            f"is where stands in `split.json` (hash {split['sha256'][:12]})."
+            f"- Divided by subject: {split['kind'] or 'a file of their own'}, folds: {split['num_folds']}{seed}. The "
+            f"parts are in `split.json` (hash {split['sha256'][:12]})."
         )
     if "on" in summary:
         lines.append(f"- Scored: {summary['on']}.")
@@ -257,20 +257,20 @@ def _cautions(experiment: ExperimentFolder, compared: pd.DataFrame) -> list[str]
     lines += _list_not_better_than_trivial(experiment, rows)
     lines += summary.get("notes", ())
     if summary["kind"] == "evaluation":
-        return [*lines, "One model, one set of sessions: nothing here says how another training would have done."]
+        return [*lines, "One model, one set of sessions: how much another training would differ is unknown."]
     if summary["num_runs"] < summary["num_planned"]:
         lines.append(f"Not finished: {summary['num_runs']} of {summary['num_planned']} runs are done.")
     lines.append("± is a standard deviation between runs, not a confidence interval.")
     if len(summary["seeds"]) == 1:
-        lines.append("One seed: how much chance in training matters is not known.")
+        lines.append("One seed: how much chance in training matters is unknown.")
     if summary["split"]["num_folds"] > 1 and summary["split"]["kind"] == "k-fold":
-        lines.append("Folds share training subjects: their spread says too little about other cohorts.")
+        lines.append("Folds share training subjects: their spread underestimates that of other cohorts.")
     left_out = max((row.get("num_left_out") or 0 for row in summary.get("partial_input", ())), default=0)
     if left_out:
         lines.append(f"Up to {_count(left_out)} test sessions per fold lack a contrast and are not scored here.")
     learnt = {row["num_train"] for row in rows}
     if summary["kind"] == "partial input" and len(learnt) > 1:
-        lines.append("Sessions without any contrast of a subset cannot be learnt from: see the column learnt from.")
+        lines.append("Sessions without any contrast of a subset are not trained on: see the column learnt from.")
     if summary["kind"] == "comparison":
         lines.append("The same steps are not the same cost: a frozen backbone trains faster than a whole one.")
         if any(entry["overrides"] for entry in summary["systems"]):
@@ -278,7 +278,7 @@ def _cautions(experiment: ExperimentFolder, compared: pd.DataFrame) -> list[str]
         if compared.empty:
             lines.append("No paired comparison: the runs have no cases that can be compared.")
         elif experiment.headline == "auroc":
-            lines.append("AUROC over all test parts also compares answers of different models: see each fold's own.")
+            lines.append("AUROC over all test parts also compares answers of different models: see that of each fold.")
     return lines
 
 

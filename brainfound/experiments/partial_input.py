@@ -58,7 +58,7 @@ def complete_sessions(store: Store, sessions: np.ndarray, contrasts: Sequence[st
     complete = sessions[store.present[sessions][:, np.isin(store.contrasts, list(contrasts))].all(axis=1)]
     if not len(complete):
         raise UsageError(
-            "no test session has every contrast, so that none could be withheld from all alike",
+            "no test session has every contrast",
             where=f"fold {fold}",
             got=f"{len(sessions)} test sessions",
             expected=f"one with {', '.join(contrasts)}",

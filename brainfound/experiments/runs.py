@@ -224,7 +224,7 @@ class _Experiment:
         self.first_recipe = self.recipes[self.systems[0].name]
         self.seeds = [self.first_recipe.seed] if seeds is None else list(seeds)
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
-            raise UsageError("seeds must be given, and each once", where="seeds", got=self.seeds)
+            raise UsageError("seeds must be given once each", where="seeds", got=self.seeds)
         _require_folder_names(split.folds, "fold", "split")
         _require_folder_names([s.name for s in self.systems if s.name], "system", "--model and --adapter")
         self.store = data if isinstance(data, Store) else Store.open(data)
@@ -323,7 +323,7 @@ def _require_folder_names(names: Iterable[str], what: str, where: str) -> None:
     for name in names:
         if re.search(r"[^\w .+=@-]", name) or name.startswith(".") or name == EMBEDDINGS_FOLDER:
             raise UsageError(
-                f"the name of a {what} cannot be that of a folder",
+                f"the name of a {what} cannot be a folder name",
                 where=where,
                 got=name,
                 remedy="Rename it: letters, digits, spaces and _.+=@-",

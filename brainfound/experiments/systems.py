@@ -90,7 +90,7 @@ def make_subset_systems(system: SystemSpec, contrasts: Sequence[str]) -> list[Sy
         UsageError: there is one contrast only, so that none can be absent.
     """
     if len(contrasts) < 2:
-        raise UsageError("with one contrast nothing can be absent", where="--partial-input", got=", ".join(contrasts))
+        raise UsageError("with one contrast none can be absent", where="--partial-input", got=", ".join(contrasts))
     return [
         SystemSpec("+".join(subset), system.model, system.adapter, system.overrides, subset, system.start)
         for subset in non_empty_subsets(contrasts)
@@ -125,7 +125,7 @@ def _parse_adaptation(text: str) -> tuple[str, str, tuple[str, ...]]:
 
 def _require_non_empty(option: str, part: str, text: str) -> str:
     if not part:
-        raise UsageError("a name or what it stands for is missing", where=option, got=text, expected="NAME=VALUE")
+        raise UsageError("a name or its value is missing", where=option, got=text, expected="NAME=VALUE")
     return part
 
 

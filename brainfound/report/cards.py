@@ -82,25 +82,11 @@ def write_model_card(folder: str | Path, facts: Mapping[str, Any]) -> Path:
     return path
 
 
-def read_front_matter(card: str | Path) -> dict[str, Any]:
-    """The YAML mapping at the head of a card.
-
-    Raises:
-        UsageError: if the card has no front matter.
-    """
-    text = Path(card).read_text(encoding="utf-8")
-    found = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
-    content = yaml.safe_load(found.group(1)) if found else None
-    if not isinstance(content, dict):
-        raise UsageError("the card has no front matter", where=card, expected="YAML between two lines of ---")
-    return content
-
-
 def _front_matter(facts: Mapping[str, Any]) -> str:
     content: dict[str, Any] = {"library_name": "brainfound"}
     content["license"] = _one_line(facts["license"]) if "license" in facts else "other"
     if "license" not in facts:
-        # The Hub has no word for an unknown licence; "other" asks for a name.
+        # The Hub has no identifier of an unknown licence; "other" requires a name.
         content["license_name"] = "not-recorded"
     tags = facts.get("tags", ())
     if isinstance(tags, str) or not all(isinstance(tag, str) for tag in tags):
@@ -118,7 +104,7 @@ def _front_matter(facts: Mapping[str, Any]) -> str:
 
 def _hub_base_model(facts: Mapping[str, Any]) -> bool:
     base = str(facts.get("base_model", ""))
-    # runs/teacher looks like an id of the Hub; a folder that exists is a folder.
+    # An existing folder such as runs/teacher may look like an id of the Hub.
     return bool(_HUB_ID.fullmatch(base)) and not Path(base).exists()
 
 
@@ -127,7 +113,7 @@ def _base_model(facts: Mapping[str, Any]) -> str:
         return NOT_RECORDED
     if _hub_base_model(facts):
         return f"[{facts['base_model']}](https://huggingface.co/{facts['base_model']})"
-    # Of a folder only the name: where it lay is nobody's business and helps no reader.
+    # Only the name of a folder: its path is private.
     return f"{_cell(Path(str(facts['base_model'])).name)} (a local folder)"
 
 
@@ -137,7 +123,7 @@ def _model_code(facts: Mapping[str, Any]) -> str:
 
 
 def _example_scans(contrasts: Sequence[str] | None) -> str:
-    """Keyword arguments of an example call, with two of the model's own contrasts."""
+    """Keyword arguments of an example call, with two contrasts of the model."""
     return ", ".join(f'{contrast}="sub-01_{contrast}.nii.gz"' for contrast in (contrasts or ("T1w",))[:2])
 
 

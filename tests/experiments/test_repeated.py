@@ -166,7 +166,7 @@ def test_folds_that_are_tested_on_others_are_one_group_whatever_they_are_called(
 @pytest.mark.parametrize("name", ["../x", "/tmp/x", "site-A/B", ".hidden", "embeddings"])
 def test_the_name_of_a_fold_leads_nowhere_else(small_store, tiny_backbone, tmp_path, name):
     split = Split({name: make_folds(RECIPE, small_store, "age_years").parts()})
-    with pytest.raises(UsageError, match="cannot be that of a folder"):
+    with pytest.raises(UsageError, match="cannot be a folder name"):
         finetune_folds(split, RECIPE, small_store, tiny_backbone, "age_years", tmp_path / "cv", quiet=True)
     assert not (tmp_path / "cv").exists()
 
@@ -210,7 +210,7 @@ def test_a_split_file_brings_its_own_folds(small_store, tmp_path):
 @pytest.mark.parametrize("seeds", [(), (1, 1)])
 def test_seeds_are_given_once_each(small_store, tiny_backbone, tmp_path, seeds):
     split = make_folds(RECIPE, small_store, "age_years", folds=3)
-    with pytest.raises(UsageError, match="each once"):
+    with pytest.raises(UsageError, match="once each"):
         finetune_folds(split, RECIPE, small_store, tiny_backbone, "age_years", tmp_path / "cv", seeds=seeds)
     assert not (tmp_path / "cv").exists()
 

@@ -263,7 +263,7 @@ def test_three_classes():
         (lambda t: t.drop(columns="subject"), "subject"),
         (lambda t: t.drop(columns="truth"), "truth"),
         (lambda t: t.iloc[:0], "no cases"),
-        (lambda t: t.drop(columns=["p(ill)", "p(well)"]), "nothing of the cases is scored"),
+        (lambda t: t.drop(columns=["p(ill)", "p(well)"]), "the cases have no scores"),
         (lambda t: t.assign(truth="dead"), "dead"),
         (lambda t: t.assign(truth=None), "missing"),
         (lambda t: pd.concat([t, t.iloc[:1]]), "twice"),

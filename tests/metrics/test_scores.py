@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from sklearn.metrics import roc_auc_score
 
 from brainfound.errors import UsageError
 from brainfound.metrics.scores import (
     classification_scores,
     mean_case_scores,
+    multi_label_scores,
     regression_scores,
     segmentation_case_scores,
+    trivial_multi_label_scores,
     trivial_scores,
 )
+
+LABELS = np.array([[1, 0, 0], [0, 1, 0], [1, 1, 0], [0, 0, 0], [1, 0, 0]])
+SHARES = np.array([[0.9, 0.2, 0.4], [0.6, 0.7, 0.1], [0.4, 0.1, 0.2], [0.2, 0.3, 0.3], [0.8, 0.6, 0.1]])
 
 
 def test_two_classes():
@@ -127,3 +133,27 @@ def test_trivial_baselines_know_the_training_part_only():
     assert mean["mae"] == pytest.approx((1 + 3) / 2)
     assert mean["r2"] == pytest.approx(1 - (1 + 9) / 8)
     assert np.isnan(mean["pearson"])
+
+
+def test_several_labels_and_their_mean():
+    scores = multi_label_scores(LABELS, SHARES, ("edema", "lesion", "bleed"))
+    areas = [roc_auc_score(LABELS[:, k], SHARES[:, k]) for k in (0, 1)]
+    assert [scores["auroc(edema)"], scores["auroc(lesion)"]] == pytest.approx(areas)
+    assert np.isnan(scores["auroc(bleed)"]), "nobody has it"
+    assert scores["auroc"] == pytest.approx(np.mean(areas))
+    assert scores["balanced_accuracy(edema)"] == pytest.approx((2 / 3 + 1 / 2) / 2)
+    assert next(iter(scores)) == "auroc"
+
+
+def test_the_baseline_of_several_labels_knows_no_image():
+    scores = trivial_multi_label_scores(LABELS.mean(axis=0), LABELS, ("edema", "lesion", "bleed"))
+    assert scores["auroc"] == 0.5
+    assert scores["balanced_accuracy(edema)"] == 0.5
+    assert np.isnan(scores["auroc(bleed)"])
+
+
+def test_labels_that_do_not_fit():
+    with pytest.raises(UsageError, match="do not fit"):
+        multi_label_scores(LABELS, SHARES[:, :2], ("a", "b", "c"))
+    with pytest.raises(UsageError, match="do not fit"):
+        multi_label_scores(LABELS, SHARES, ("a", "b"))
