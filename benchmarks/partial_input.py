@@ -53,9 +53,9 @@ def train_and_score_subsets(
 
     import brainfound
     from brainfound.data.store import Store
+    from brainfound.experiments.systems import non_empty_subsets
     from brainfound.finetuning.finetune import finetune
     from brainfound.finetuning.scoring import score_sessions
-    from brainfound.metrics.summaries import non_empty_subsets
 
     torch.set_num_threads(1)
     kept = folder / "subsets.json"

@@ -1,7 +1,7 @@
 """The demo: simulate, prepare, pretrain, fine-tune, evaluate and predict a phantom cohort.
 
-Each step is the one that a user runs, at small sizes, so that the demo takes minutes on a CPU. The starting checkpoint is
-a tiny Dinov2 with random weights in the Hub's format, because a released one may be out of reach. The demo shows that
+Each step is the one that a user runs, at small sizes, so the demo takes minutes on a CPU. The starting checkpoint is a
+tiny Dinov2 with random weights in the Hub's format, because a released one may be out of reach. The demo shows that
 continued pretraining runs and what it changes here, not its value on real brains.
 """
 
@@ -64,8 +64,8 @@ DEMO_TASKS: dict[str, dict[str, Any]] = {
 class Row:
     """One row of the demo's table; all rows have the same held-out subjects.
 
-    ``adapted`` (with continued pretraining) and ``from_start`` (fine-tuned from the starting checkpoint) hold the scores
-    with all contrasts and with one withheld.
+    ``adapted`` (with continued pretraining) and ``from_start`` (fine-tuned from the starting checkpoint) are scores with
+    all contrasts and with one withheld.
     """
 
     task: str

@@ -35,7 +35,7 @@ def compare(
     pooled; scores of several seeds are averaged.
     """
     from brainfound.data.store import Store
-    from brainfound.experiments.comparison import read_compared_runs
+    from brainfound.experiments.compared_runs import read_compared_runs
     from brainfound.metrics.comparison import compare as compare_with_first
     from brainfound.metrics.comparison import compare_pairs, score_intervals
 
@@ -115,10 +115,10 @@ def _print(
 
 def _score(row: dict[str, Any]) -> list[str]:
     from brainfound.cli.terminal import with_interval
-    from brainfound.metrics.scores import HIGHER_IS_BETTER
+    from brainfound.metrics.registry import METRICS, metric_name
 
-    better = "higher" if HIGHER_IS_BETTER[row["metric"].partition("(")[0]] else "lower"
-    value = with_interval(row["value"], row["low"], row["high"])
+    better = METRICS[metric_name(row["metric"])].better
+    value = with_interval(row["metric"], row["value"], row["low"], row["high"])
     return [f"{row['metric']} ({better} is better)", row["system"], value, str(row["num_subjects"])]
 
 
@@ -132,7 +132,7 @@ def _test_cells(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
     from brainfound.cli.terminal import with_interval
 
     names = ["p", "p_holm", *(["p_delong", "p_delong_holm"] if len(_test_columns(rows)) > 2 else [])]
-    difference = with_interval(row["difference"], row["difference_low"], row["difference_high"])
+    difference = with_interval(row["metric"], row["difference"], row["difference_low"], row["difference_high"])
     return [difference, *(_p(row[name]) for name in names)]
 
 

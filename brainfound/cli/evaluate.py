@@ -78,15 +78,16 @@ def evaluate(
 
 
 def _print(results: list[dict[str, Any]], title: str) -> None:
-    from brainfound.cli.terminal import format_number, print_table, score_with_interval
-    from brainfound.metrics.summaries import get_baselines
+    from brainfound.cli.terminal import print_table, score_with_interval
+    from brainfound.experiments.run_table import get_baselines
+    from brainfound.metrics.registry import format_score
 
     names, baselines = _select_metrics(results[0]), list(get_baselines(results[0]))
     rows = []
     for result in results:
         cells = []
         for name in names:
-            baseline_scores = "; ".join(format_number(result[baseline].get(name)) for baseline in baselines)
+            baseline_scores = "; ".join(format_score(name, result[baseline].get(name)) for baseline in baselines)
             cells.append(f"{score_with_interval(result, name)} ({baseline_scores})")
         rows.append([_input(result), str(result["num_sessions"]), *cells])
     columns = [f"{name} ({'; '.join(baselines)})" for name in names]
@@ -95,23 +96,25 @@ def _print(results: list[dict[str, Any]], title: str) -> None:
 
 def _print_partial(results: list[dict[str, Any]], lost: list[float], title: str) -> None:
     """One row per subset: scores, drop of the primary metric against full input, and the baselines."""
-    from brainfound.cli.terminal import format_number, print_table, score_with_interval
-    from brainfound.metrics.scores import PRIMARY_METRIC
-    from brainfound.metrics.summaries import get_baselines
+    from brainfound.cli.terminal import print_table, score_with_interval
+    from brainfound.experiments.run_table import get_baselines
+    from brainfound.metrics.registry import PRIMARY_METRIC, format_score
 
     names, baselines = _select_metrics(results[0]), list(get_baselines(results[0]))
     headline = PRIMARY_METRIC[results[0]["task"]]
     rows = []
     for result, drop in zip(results, lost, strict=True):
         scores = [score_with_interval(result, name) for name in names]
-        baseline_scores = [format_number(result[baseline].get(headline)) for baseline in baselines]
-        rows.append([_input(result), str(result["num_sessions"]), *scores, format_number(drop), *baseline_scores])
+        baseline_scores = [format_score(headline, result[baseline].get(headline)) for baseline in baselines]
+        rows.append(
+            [_input(result), str(result["num_sessions"]), *scores, format_score(headline, drop), *baseline_scores]
+        )
     columns = [*names, f"drop in {headline}", *(f"{baseline} {headline}" for baseline in baselines)]
     print_table(["input", "sessions", *columns], rows, title=title)
 
 
 def _select_metrics(result: dict[str, Any]) -> list[str]:
-    from brainfound.metrics.scores import TABLE_METRICS
+    from brainfound.metrics.registry import TABLE_METRICS
 
     return [name for name in TABLE_METRICS[result["task"]] if name in result["scores"]]
 

@@ -147,7 +147,8 @@ def _run_experiment(
 
 def _print(experiment: ExperimentFolder) -> None:
     """Print the scores of an experiment as a table."""
-    from brainfound.cli.terminal import format_number, print_table
+    from brainfound.cli.terminal import print_table
+    from brainfound.metrics.registry import format_score
 
     partial = experiment.summary.get("partial_input")
     rows = partial or experiment.table_rows
@@ -163,9 +164,9 @@ def _print(experiment: ExperimentFolder) -> None:
         [
             [
                 *(str(row[name]) for name in named),
-                *(format_number(row[name]) for name in ("mean", "std_folds", "std_seeds", *after)),
-                f"{format_number(row['lowest'])} to {format_number(row['highest'])}",
-                *(format_number(row.get(name)) for name in experiment.baselines),
+                *(format_score(row["score"], row[name]) for name in ("mean", "std_folds", "std_seeds", *after)),
+                f"{format_score(row['score'], row['lowest'])} to {format_score(row['score'], row['highest'])}",
+                *(format_score(row["score"], row.get(name)) for name in experiment.baselines),
                 str(row["num_folds"]),
                 str(row["num_seeds"]),
             ]

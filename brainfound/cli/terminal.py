@@ -109,31 +109,33 @@ def format_number(value: float | None, digits: int = 3) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def with_interval(value: float | None, low: float | None, high: float | None, digits: int = 3) -> str:
+def with_interval(score: str, value: float | None, low: float | None, high: float | None) -> str:
     """A score with its interval, where it has one: ``0.812 [0.741, 0.880]``."""
+    from brainfound.metrics.registry import format_score
+
     if low is None or high is None:
-        return format_number(value, digits)
-    return f"{format_number(value, digits)} [{format_number(low, digits)}, {format_number(high, digits)}]"
+        return format_score(score, value)
+    return f"{format_score(score, value)} [{format_score(score, low)}, {format_score(score, high)}]"
 
 
 def score_with_interval(result: Mapping[str, Any], name: str) -> str:
     """A score of `SessionScores.to_dict`, with its interval."""
     ends = result.get("intervals", {}).get("scores", {}).get(name, {})
-    return with_interval(result["scores"].get(name), ends.get("low"), ends.get("high"))
+    return with_interval(name, result["scores"].get(name), ends.get("low"), ends.get("high"))
 
 
 def scores_line(result: Mapping[str, Any]) -> str:
     """One line for the scores of a test part with their intervals and baselines."""
-    from brainfound.metrics.scores import TABLE_METRICS
+    from brainfound.metrics.registry import TABLE_METRICS, format_score
 
     baselines = [name for name in ("trivial", "frozen") if name in result]
     parts = []
     for name in result["scores"]:
         if name in TABLE_METRICS[result["task"]]:
             baseline_scores = ", ".join(
-                f"{baseline} {format_number(result[baseline].get(name))}" for baseline in baselines
+                f"{baseline} {format_score(name, result[baseline].get(name))}" for baseline in baselines
             )
-            parts.append(f"{name} {score_with_interval(result, name)} ({baseline_scores})")
+            parts.append(f"{name} {score_with_interval(result, name)} ({', '.join(texts)})")
     return f"{result['task']}, {result['num_sessions']} sessions: " + ", ".join(parts)
 
 

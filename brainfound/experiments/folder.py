@@ -1,11 +1,11 @@
-"""Typed reading of the folder of an experiment: what was asked, the scores of its runs, and the paired comparison.
+"""The folder of an experiment, read: its settings, the scores of its runs, and the paired comparison of its systems.
 
-`brainfound finetune` with several runs and `brainfound evaluate --out` leave such folders:
+`brainfound finetune` with several runs and `brainfound evaluate --out` write:
 
-    summary.json         what was asked, and the scores with their spread
-    scores.tsv           one row per run (not of an evaluation)
-    cases.tsv            the answers on the test sessions; subjects are numbered
-    partial_input.tsv    of an experiment with partial input, one row per run and subset
+    summary.json         settings, and the scores with their spread
+    scores.tsv           one row per run (none of an evaluation)
+    cases.tsv            the predictions on the test sessions; subjects are numbered
+    partial_input.tsv    one row per run and subset, of an experiment with partial input
     comparison.tsv       every system against the first, on the same cases
     report.md, report.png
 """
@@ -16,28 +16,29 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 
 from brainfound.errors import BrainFoundError, UsageError
 from brainfound.metrics.comparison import compare
-from brainfound.metrics.scores import TABLE_METRICS
+from brainfound.metrics.registry import TABLE_METRICS
 
 SCHEMA = "brainfound-experiment/1"
-SUMMARY_FILE, TABLE_FILE, CASES_FILE = "summary.json", "scores.tsv", "cases.tsv"
+SUMMARY_FILE, RUNS_FILE, CASES_FILE = "summary.json", "scores.tsv", "cases.tsv"
 PARTIAL_FILE, COMPARISON_FILE = "partial_input.tsv", "comparison.tsv"
 PAGE_FILE, FIGURE_FILE = "report.md", "report.png"
+Kind = Literal["repeated", "comparison", "partial input", "evaluation"]
 
 
 @dataclass(frozen=True)
 class ExperimentFolder:
-    """The readable part of an experiment.
+    """The files of an experiment.
 
     Attributes:
-        summary: what summary.json says.
-        table: scores.tsv, one row per run; empty of an evaluation.
-        cases: cases.tsv; empty before the last run is done.
+        summary: the content of summary.json.
+        table: scores.tsv, one row per run; empty for an evaluation.
+        cases: cases.tsv; empty until the last run is done.
     """
 
     path: Path
@@ -50,7 +51,7 @@ class ExperimentFolder:
         """Read a folder.
 
         Raises:
-            UsageError: it is not that of an experiment, or was written before there were pages.
+            UsageError: the folder is not that of an experiment, or of another version.
             BrainFoundError: a file cannot be read.
         """
         path = Path(path)
@@ -73,40 +74,39 @@ class ExperimentFolder:
                 expected=SCHEMA,
                 remedy="Write it again: the same finetune command with --resume",
             )
-        return cls(path, summary, _read_table(path / TABLE_FILE), _read_table(path / CASES_FILE))
+        return cls(path, summary, _read_table(path / RUNS_FILE), _read_table(path / CASES_FILE))
 
     @property
-    def kind(self) -> str:
-        return str(self.summary["kind"])
+    def kind(self) -> Kind:
+        return self.summary["kind"]
 
     @property
     def headline(self) -> str:
-        """The metric by which the task is judged."""
+        """The primary metric of the task."""
         return str(self.summary["headline"])
 
     @property
     def baselines(self) -> list[str]:
-        """What stands beside each score, the trivial baseline first."""
+        """The baselines of each score, the trivial one first."""
         return list(self.summary["baselines"])
 
     @property
     def system_names(self) -> list[str]:
-        """The systems that are told apart; empty where there is one only."""
+        """The names of the systems; empty for a single one, which has no name."""
         return [entry["name"] for entry in self.summary.get("systems", ()) if entry["name"]]
 
     @property
     def table_rows(self) -> list[dict[str, Any]]:
-        """The rows of the summary's scores that a table has room for, with those of single labels and structures."""
-        shown = TABLE_METRICS[self.summary["task"]]
-        headlines = tuple(f"{name}(" for name in shown[:1])
-        return [r for r in self.summary["scores"] if r["score"] in shown or r["score"].startswith(headlines)]
+        """The scores that a table has room for, with the headline of single labels and structures."""
+        shown, of_part = TABLE_METRICS[self.summary["task"]], f"{self.headline}("
+        return [row for row in self.summary["scores"] if row["score"] in shown or row["score"].startswith(of_part)]
 
     def comparison(self) -> pd.DataFrame:
-        """Every system against the first one, by the headline score, on the cases of the runs that both have.
+        """Compare every system with the first one, by the headline score, on the runs that all of them have.
 
         Returns:
-            The columns of `brainfound.evaluate.compare` and ``group``; no rows where there is one system only, or no
-            cases are kept.
+            The columns of `brainfound.metrics.compare` after ``group``; no rows without several systems or without
+            cases.
         """
         cases, names = self.cases, self.system_names
         comparable = self.kind == "comparison" and len(names) > 1
@@ -116,11 +116,11 @@ class ExperimentFolder:
         common = set.intersection(*runs)
         keys = pd.Series(list(zip(cases["fold"], cases["seed"], strict=True)), index=cases.index)
         cases = cases[keys.isin(common)]
-        # Of a session that is in the test part of several folds each answer is a case of its subject.
+        # A session in the test parts of several folds is one case per fold.
         cases = cases.assign(row=cases["fold"].astype(str) + " " + cases["row"].astype(str)).drop(columns="fold")
         found = []
         for group, part in cases.groupby("group", sort=False):
-            # A system's score is the mean over its seeds, as `brainfound compare` has it.
+            # The score of a system is the mean over its seeds, as in `brainfound compare`.
             tables = {
                 name: [
                     table.drop(columns=["system", "group", "seed"]).dropna(axis=1, how="all")
@@ -141,7 +141,7 @@ def _read_table(file: Path) -> pd.DataFrame:
         return pd.DataFrame()
     text = {name: str for name in ("truth", "system", "fold", "group")}
     try:
-        # A class may be called NA; numbers and scores are never written so.
+        # A class may be called NA; an undefined number is an empty cell.
         return pd.read_csv(file, sep="\t", dtype=text, keep_default_na=False, na_values=[""])
     except (ValueError, OSError) as error:
         raise BrainFoundError(f"cannot be read: {error}", where=file) from error

@@ -1,8 +1,8 @@
-"""Contrasts that are absent in training, beside contrasts that are absent in the test only.
+"""Partial input: contrasts that are absent in training, compared with contrasts that are absent in the test only.
 
-The model of all contrasts is asked with some withheld (absent in the test); another model never saw those (absent in
-training). Both answer about the same sessions: the test sessions that have every contrast. A session that lacks one
-would be counted for some subsets and not for others, and scores of different sessions cannot be compared.
+The model of all contrasts is scored with some of them withheld (absent in the test); another model never read those
+(absent in training). Both are scored on the test sessions that have every contrast: a session that lacks one would
+count for some subsets only, and scores on different sessions do not compare.
 """
 
 from __future__ import annotations
@@ -20,6 +20,15 @@ from brainfound.adapters.bundle import Bundle, load_bundle
 from brainfound.data.splits.split_file import Split
 from brainfound.data.store import Store
 from brainfound.errors import ModelError, UsageError
+from brainfound.experiments.run_table import (
+    compute_mean_sizes,
+    compute_spread,
+    get_baselines,
+    get_score_columns,
+    make_baseline_columns,
+    parse_scores,
+)
+from brainfound.experiments.systems import non_empty_subsets
 from brainfound.finetuning.frozen_baseline import (
     FrozenBaseline,
     load_frozen_baseline,
@@ -28,26 +37,16 @@ from brainfound.finetuning.frozen_baseline import (
 )
 from brainfound.finetuning.scoring import FROZEN_CASES_FILE, score_sessions
 from brainfound.finetuning.targets import Target, labelled_sessions
-from brainfound.metrics.scores import PRIMARY_METRIC
-from brainfound.metrics.summaries import (
-    compute_drop,
-    compute_headline_score,
-    compute_mean_sizes,
-    compute_spread,
-    get_baselines,
-    get_score_columns,
-    make_baseline_columns,
-    non_empty_subsets,
-    parse_scores,
-)
+from brainfound.metrics.cases import compute_headline_score
+from brainfound.metrics.registry import METRICS, PRIMARY_METRIC
 from brainfound.training.checkpoint import write_atomically
 from brainfound.training.process import process_state
 from brainfound.training.run_folder import EXPORT_FOLDER
 
 MISSING_CONTRASTS_FILE = "partial_input.json"
-"""In a run's folder: the scores on the sessions that have every contrast."""
+"""In the folder of a run: its scores on the sessions that have every contrast."""
 NONE, TEST, TRAINING = "none", "test", "training"
-"""Where the other contrasts are absent."""
+"""Values of the column ``absence``: where the contrasts that are not listed are absent."""
 
 
 def complete_sessions(store: Store, sessions: np.ndarray, contrasts: Sequence[str], fold: str) -> np.ndarray:
@@ -59,7 +58,7 @@ def complete_sessions(store: Store, sessions: np.ndarray, contrasts: Sequence[st
     complete = sessions[store.present[sessions][:, np.isin(store.contrasts, list(contrasts))].all(axis=1)]
     if not len(complete):
         raise UsageError(
-            "no test session has every contrast, so that none could be withheld from all alike",
+            "no test session has every contrast",
             where=f"fold {fold}",
             got=f"{len(sessions)} test sessions",
             expected=f"one with {', '.join(contrasts)}",
@@ -71,14 +70,14 @@ def complete_sessions(store: Store, sessions: np.ndarray, contrasts: Sequence[st
 def score_missing_contrasts(
     run: Path, store: Store, split: Split, fold: str, contrasts: Sequence[str], subset: Sequence[str] | None
 ) -> None:
-    """Score the model of a finished run on the test sessions that have every contrast; once.
+    """Score the model of a finished run on the test sessions that have every contrast, if that is not done yet.
 
     Args:
-        run: its folder, which gets ``partial_input.json``.
-        store: of all contrasts.
-        split, fold: by which the run was divided.
+        run: its folder, where ``partial_input.json`` is written.
+        store: with all contrasts.
+        split, fold: the division of the run.
         contrasts: all contrasts of the experiment.
-        subset: what the model saw; None for the model of all, which is asked about every subset.
+        subset: the contrasts that the model reads; None for the model of all, which is scored with every subset.
     """
     if (run / MISSING_CONTRASTS_FILE).is_file():
         return
@@ -88,34 +87,35 @@ def score_missing_contrasts(
     test = np.intersect1d(split.sessions(store, fold)["test"], labelled)
     sessions = complete_sessions(store, test, contrasts, fold).tolist()
     model = bundle.model.to(process_state().device)
-    frozen = None if subset is not None else _load_frozen_baseline_if_any(bundle, target)
+    num_slices, scoring = bundle.metadata["num_slices"], scoring_from_bundle(bundle)
+    frozen = None if subset is not None else _load_frozen_baseline(bundle, target)
     results = []
     for shown in non_empty_subsets(contrasts) if subset is None else [tuple(subset)]:
         without = [name for name in store.contrasts if name not in shown]
-        scored = score_sessions(
-            model, store, sessions, target, bundle.metadata["num_slices"], without, scoring=scoring_from_bundle(bundle)
-        )
+        scored = score_sessions(model, store, sessions, target, num_slices, without, scoring=scoring)
         absence = TRAINING if subset is not None else NONE if len(shown) == len(contrasts) else TEST
-        results.append({"contrasts": list(shown), "absence": absence, "num_left_out": len(test) - len(sessions)})
-        results[-1] |= scored.to_dict()
+        result = {"contrasts": list(shown), "absence": absence, "num_left_out": len(test) - len(sessions)}
         if absence != TEST and (run / FROZEN_CASES_FILE).is_file():
-            results[-1]["frozen"] = _frozen_scores(run, target.task, sessions)
+            result |= scored.to_dict() | {"frozen": _read_frozen_score(run, target.task, sessions)}
         elif frozen is not None:
-            asked = score_frozen_baseline(frozen, store, sessions, without, scoring=scoring_from_bundle(bundle))
-            results[-1] = replace(scored, frozen=asked.scores).to_dict() | results[-1]
+            baseline = score_frozen_baseline(frozen, store, sessions, without, scoring=scoring)
+            result = replace(scored, frozen=baseline.scores).to_dict() | result
+        else:
+            result |= scored.to_dict()
+        results.append(result)
     write_atomically(run / MISSING_CONTRASTS_FILE, json.dumps(results, indent=1) + "\n")
 
 
-def _load_frozen_baseline_if_any(bundle: Bundle, target: Target) -> FrozenBaseline | None:
-    """The frozen baseline, where the bundle has one and the backbone that it is of."""
+def _load_frozen_baseline(bundle: Bundle, target: Target) -> FrozenBaseline | None:
+    """The frozen baseline; None where the bundle has none, or lacks its backbone."""
     try:
         return load_frozen_baseline(bundle, target, process_state().device)
     except ModelError:
-        return None  # as of full fine-tuning; the page then has no such column in these rows
+        return None  # after full fine-tuning; the page leaves these cells empty
 
 
-def _frozen_scores(run: Path, task: str, sessions: Sequence[int]) -> dict[str, float | None]:
-    """The headline score of a run's frozen baseline on some of its test sessions."""
+def _read_frozen_score(run: Path, task: str, sessions: Sequence[int]) -> dict[str, float | None]:
+    """The headline score of the frozen baseline of a run on some of its test sessions."""
     # A class may be called NA, and 01 is not 1.
     cases = pd.read_csv(run / FROZEN_CASES_FILE, sep="\t", dtype={"truth": str}, keep_default_na=False, na_values=[""])
     score = compute_headline_score(task, cases[cases["row"].isin(sessions)])
@@ -123,18 +123,19 @@ def _frozen_scores(run: Path, task: str, sessions: Sequence[int]) -> dict[str, f
 
 
 def missing_contrast_rows(folder: Path, table: pd.DataFrame) -> pd.DataFrame:
-    """The scores of `score_missing_contrasts` of all runs of a table: one row per run and subset.
+    """The scores that `score_missing_contrasts` wrote for the runs of a table: one row per run and subset.
 
-    ``drop`` is how much worse the headline score is than that of full input, of the same fold and seed.
+    ``drop`` is how much worse the headline score is than with full input in the same fold and seed.
     """
     rows: list[dict[str, Any]] = []
     full: dict[tuple[str, int], float] = {}
     for run in table.to_dict(orient="records"):
         for content in json.loads((folder / run["run"] / MISSING_CONTRASTS_FILE).read_text(encoding="utf-8")):
             scores, key = parse_scores(content["scores"]), (run["fold"], run["seed"])
-            headline = scores[PRIMARY_METRIC[content["task"]]]
+            primary = METRICS[PRIMARY_METRIC[content["task"]]]
+            headline = scores[primary.name]
             if content["absence"] == NONE:
-                full[key] = headline  # the first of its fold and seed
+                full[key] = headline  # written first for its fold and seed
             rows.append(
                 {
                     "contrasts": ", ".join(content["contrasts"]),
@@ -143,7 +144,7 @@ def missing_contrast_rows(folder: Path, table: pd.DataFrame) -> pd.DataFrame:
                     **{name: run[name] for name in ("group", "fold", "seed", "num_train")},
                     "num_test": content["num_sessions"],
                     "num_left_out": content["num_left_out"],
-                    "drop": compute_drop(content["task"], full[key], headline),
+                    "drop": primary.drop(full[key], headline),
                     **scores,
                     **make_baseline_columns(get_baselines(content), list(scores)),
                 }
@@ -163,6 +164,6 @@ def summarise_missing_contrasts(rows: pd.DataFrame) -> pd.DataFrame:
             | {"drop": part["drop"].mean(), "std_drop": part["drop"].std(ddof=1), "num_runs": len(part)}
             | {**compute_mean_sizes(part), "num_left_out": float(part["num_left_out"].mean())}
         )
-    # The two kinds of absence of a subset one below the other.
+    # Both kinds of absence of a subset in neighbouring rows.
     order = {name: place for place, name in enumerate(dict.fromkeys(rows["contrasts"]))}
     return pd.DataFrame(sorted(found, key=lambda row: order[row["contrasts"]]))

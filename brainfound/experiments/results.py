@@ -1,4 +1,4 @@
-"""What the folder of an experiment holds beside its runs: tables, summary, cases and the page."""
+"""The files of an experiment, written as its runs end: scores, summary, cases and the page."""
 
 from __future__ import annotations
 
@@ -13,14 +13,10 @@ import pandas as pd
 from brainfound.data.splits.split_file import Split
 from brainfound.data.store import Store
 from brainfound.errors import UsageError
-from brainfound.experiments.folder import CASES_FILE, PARTIAL_FILE, SCHEMA, SUMMARY_FILE, TABLE_FILE
-from brainfound.experiments.page import write_experiment_page as draw_page
+from brainfound.experiments.folder import CASES_FILE, PARTIAL_FILE, RUNS_FILE, SCHEMA, SUMMARY_FILE, Kind
+from brainfound.experiments.page import write_experiment_page
 from brainfound.experiments.partial_input import missing_contrast_rows, summarise_missing_contrasts
-from brainfound.experiments.systems import SystemSpec
-from brainfound.finetuning.recipe import FinetuneRecipe
-from brainfound.finetuning.scoring import read_scores
-from brainfound.metrics.scores import PRIMARY_METRIC
-from brainfound.metrics.summaries import (
+from brainfound.experiments.run_table import (
     GROUP_COLUMNS,
     get_baselines,
     get_score_columns,
@@ -29,6 +25,10 @@ from brainfound.metrics.summaries import (
     summarise_runs,
     to_json_records,
 )
+from brainfound.experiments.systems import SystemSpec
+from brainfound.finetuning.recipe import FinetuneRecipe
+from brainfound.finetuning.scoring import read_scores
+from brainfound.metrics.registry import PRIMARY_METRIC
 from brainfound.training.checkpoint import write_atomically
 from brainfound.training.run_folder import versions
 
@@ -37,12 +37,11 @@ EXPERIMENT_SPLIT_FILE = "split.json"
 
 @dataclass(frozen=True)
 class ExperimentSpec:
-    """What was asked: everything that the summary says beside the scores."""
+    """The settings of an experiment: everything in the summary except the scores."""
 
-    kind: str
-    """``repeated``, ``comparison`` or ``partial input``."""
+    kind: Kind
     recipe: FinetuneRecipe
-    """Of the first system."""
+    """The recipe of the first system."""
     target: str
     task: str
     store: Store
@@ -127,49 +126,43 @@ def make_score_row(
     }
 
 
-def write(folder: Path, table: pd.DataFrame, requested: ExperimentSpec) -> None:
-    """Write scores.tsv and summary.json of the runs that are done."""
-    write_atomically(folder / TABLE_FILE, table.to_csv(sep="\t", index=False))
-    content = requested.to_dict() | {"num_runs": len(table), "baselines": get_score_columns(table)[1]}
+def write_results(folder: Path, table: pd.DataFrame, spec: ExperimentSpec) -> None:
+    """Write scores.tsv and summary.json of the finished runs."""
+    write_atomically(folder / RUNS_FILE, table.to_csv(sep="\t", index=False))
+    content = spec.to_dict() | {"num_runs": len(table), "baselines": get_score_columns(table)[1]}
     content["scores"] = to_json_records(summarise_runs(table))
-    if requested.kind == "partial input":
+    if spec.kind == "partial input":
         absence = missing_contrast_rows(folder, table)
         write_atomically(folder / PARTIAL_FILE, absence.to_csv(sep="\t", index=False))
         content["partial_input"] = to_json_records(summarise_missing_contrasts(absence))
     write_atomically(folder / SUMMARY_FILE, json.dumps(content, indent=1) + "\n")
 
 
-def write_results_page(folder: Path, table: pd.DataFrame, store: Store, keep_ids: bool) -> None:
-    """Write cases.tsv of all runs, and the page.
+def write_cases_and_page(folder: Path, table: pd.DataFrame, store: Store, keep_ids: bool) -> None:
+    """Write cases.tsv of all runs and the page.
 
     Args:
-        keep_ids: name subjects and sessions; otherwise subjects are numbered.
+        keep_ids: name the subjects; otherwise they are numbered.
     """
     names = store.sessions["subject"].astype(str)
-    who = names if keep_ids else pd.Series(pd.factorize(names)[0], index=names.index)
+    subjects = names if keep_ids else pd.Series(pd.factorize(names)[0], index=names.index)
     parts = []
     for run in table.itertuples():
         cases = pd.read_csv(folder / str(run.run) / CASES_FILE, sep="\t", dtype={"truth": str})
         cases = cases.drop(columns=[name for name in ("subject", "session") if name in cases])
-        cases.insert(0, "subject", who.iloc[cases["row"]].to_numpy())
+        cases.insert(0, "subject", subjects.iloc[cases["row"]].to_numpy())
         keys = {name: getattr(run, name) for name in (*GROUP_COLUMNS, "fold", "seed") if name in table}
         parts.append(pd.concat([pd.DataFrame([keys] * len(cases)), cases], axis=1))
     write_atomically(folder / CASES_FILE, pd.concat(parts, ignore_index=True).to_csv(sep="\t", index=False))
-    draw_page(folder)
+    write_experiment_page(folder)
 
 
-def require_same_experiment_kind(folder: Path, requested: str) -> None:
-    """Refuse to go on with an experiment of another kind, whose runs lie elsewhere in the folder.
-
-    Raises:
-        UsageError: names both.
-    """
+def require_same_kind(folder: Path, kind: Kind) -> None:
+    """Refuse to resume an experiment of another kind, whose runs are in other subfolders."""
     file = folder / SUMMARY_FILE
     if not file.is_file():
         return
-    before = json.loads(file.read_text(encoding="utf-8")).get("kind", "repeated")
-    if before != requested:
-        raise UsageError(
-            "the folder holds another experiment", where=folder, got=requested, expected=before,
-            remedy="Give another --out",
-        )  # fmt: skip
+    before = json.loads(file.read_text(encoding="utf-8"))["kind"]
+    if before != kind:
+        remedy = "Give another --out"
+        raise UsageError("the folder holds another experiment", where=folder, got=kind, expected=before, remedy=remedy)

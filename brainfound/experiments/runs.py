@@ -1,26 +1,23 @@
-"""One fine-tuning many times: over the folds of a split, over seeds, and with each of the systems of an experiment.
+"""Experiments of many fine-tuning runs: over the folds of a split, over seeds, and for each of several systems.
 
-A score of one division says little: another division of the same subjects gives another score. The folder:
+The score of one division depends on who is in it: another division of the same subjects gives another. The folder:
 
-    split.json      who is in which part of each fold
-    fold-1/seed-0/  a run of fine-tuning, as always; fold-1/seed-1/, fold-2/seed-0/, …; of several systems, the folder
-                    of each run lies in that of its system: lora-r8/fold-1/seed-0/, full/fold-1/seed-0/, …
-    scores.tsv      one row per run
-    summary.json    what was asked, the mean of each score and its spread, over folds and over seeds
-    cases.tsv       the answers of all runs on their test sessions; subjects are numbered
-    report.md       all that on one page, see `brainfound.experiments.page`
+    split.json      the subjects of each part, fold by fold
+    fold-1/seed-0/  a fine-tuning run; then fold-1/seed-1/, fold-2/seed-0/, …; of several systems, each run is in the
+                    folder of its system: lora-r8/fold-1/seed-0/, full/fold-1/seed-0/, …
+    scores.tsv, summary.json, cases.tsv, report.md   see `brainfound.experiments.folder`
 
-A run that has ended is not done again with `resume`; one that was cut off goes on from its checkpoint.
+With `resume` a finished run is kept, and one that was cut off continues from its checkpoint.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import pandas as pd
 
@@ -28,20 +25,37 @@ from brainfound.data.splits.split_file import Split
 from brainfound.data.store import Store
 from brainfound.data.store.withheld import restrict_contrasts
 from brainfound.errors import BrainFoundError, UsageError
-from brainfound.experiments import partial_input
-from brainfound.experiments import results as experiment_files
-from brainfound.experiments.results import EXPERIMENT_SPLIT_FILE, ExperimentSpec
+from brainfound.experiments.folder import Kind
+from brainfound.experiments.partial_input import complete_sessions, score_missing_contrasts
+from brainfound.experiments.results import (
+    EXPERIMENT_SPLIT_FILE,
+    ExperimentSpec,
+    make_score_row,
+    require_same_kind,
+    write_cases_and_page,
+    write_results,
+)
 from brainfound.experiments.systems import SystemSpec, make_subset_systems, parse_systems
 from brainfound.finetuning.finetune import finetune, resolve_parts_and_target
 from brainfound.finetuning.recipe import FinetuneRecipe, resolve_recipe
 from brainfound.finetuning.splits import make_split
-from brainfound.metrics.summaries import summarise_runs
 from brainfound.models.loading import read_patch_size
-from brainfound.training import distributed as ranks
-from brainfound.training import run_folder as run_files
+from brainfound.training.distributed import run_on_main_rank
 from brainfound.training.process import process_state
+from brainfound.training.run_folder import EMBEDDINGS_FOLDER, is_run_folder
 
-__all__ = ["finetune_folds", "finetune_subsets", "finetune_systems", "make_folds", "summarise_runs"]
+
+class RunOptions(TypedDict, total=False):
+    """How the runs of an experiment are made; `resume`, `keep_ids`, `overrides` and `quiet` are those of `finetune`."""
+
+    seeds: Sequence[int] | None
+    """Of new weights, order and augmentation; the split stays the same. None: the seed of the recipe."""
+    resume: bool
+    keep_ids: bool
+    overrides: Iterable[str]
+    command: str
+    """The command line, for the page."""
+    quiet: bool
 
 
 def make_folds(
@@ -55,10 +69,10 @@ def make_folds(
     num_subjects: Sequence[int | None] = (),
     leave_site_out: bool = False,
 ) -> Split:
-    """The folds to fine-tune on: all of a split file, or made of a store with the shares and the seed of a recipe.
+    """Make the folds of an experiment: all folds of a split file, or new ones with the shares and seed of a recipe.
 
     Args:
-        file: a split file, whose folds are all taken.
+        file: a split file; all its folds are used.
         folds, shots, num_subjects, leave_site_out: as for `brainfound.finetuning.splits.make_split`.
 
     Raises:
@@ -99,33 +113,27 @@ def finetune_folds(
     target: str,
     out: str | Path,
     *,
-    seeds: Sequence[int] | None = None,
     adapter: str | Path | None = None,
-    resume: bool = False,
-    keep_ids: bool = False,
-    overrides: Iterable[str] = (),
-    command: str = "",
-    quiet: bool = False,
+    **options: Unpack[RunOptions],
 ) -> pd.DataFrame:
-    """Fine-tune on every fold of a split, with every seed.
+    """Fine-tune on every fold of a split with every seed.
 
     Args:
-        split: the folds; `brainfound.finetuning.splits` makes them of a store.
+        split: the folds, as `make_folds` or `brainfound.finetuning.splits.make_split` gives them.
+        recipe, data, model, target, adapter: as for `brainfound.finetuning.finetune.finetune`.
         out: the folder of all runs.
-        seeds: of new weights, order and augmentation; the split stays as it is. None: the recipe's own.
-        command: what was typed, for the page.
-        recipe, data, model, target, adapter, resume, keep_ids, overrides, quiet: as for `finetune`.
+        options: see `RunOptions`.
 
     Returns:
-        One row per run: fold, seed, folder, sessions trained and tested on, each score, and that of each baseline.
+        One row per run: fold, seed, folder, numbers of sessions trained and tested on, each score, and that of each
+        baseline.
 
     Raises:
-        UsageError: no seed, one twice, a fold whose labels cannot be learnt, or a folder with something else. All that
-            before the first run. Otherwise as `finetune`.
+        UsageError: before the first run, if there is no seed, one is given twice, the labels of a fold cannot be
+            learnt, or the folder holds something else. Otherwise as `finetune`.
     """
-    (system,) = parse_systems([str(model)], [] if adapter is None else [str(adapter)])
-    options = _Options(seeds, resume, keep_ids, tuple(overrides), command, quiet)
-    return _ExperimentRunner("repeated", split, recipe, data, [system], target, Path(out), options).run()
+    systems = parse_systems([str(model)], [] if adapter is None else [str(adapter)])
+    return _Experiment("repeated", split, recipe, data, systems, target, Path(out), **options).run()
 
 
 def finetune_systems(
@@ -135,30 +143,23 @@ def finetune_systems(
     systems: Sequence[SystemSpec],
     target: str,
     out: str | Path,
-    *,
-    seeds: Sequence[int] | None = None,
-    resume: bool = False,
-    keep_ids: bool = False,
-    overrides: Iterable[str] = (),
-    command: str = "",
-    quiet: bool = False,
+    **options: Unpack[RunOptions],
 ) -> pd.DataFrame:
-    """Compare starting points and adaptations: each is fine-tuned on the same folds, with the same seeds and budget.
+    """Compare starting points and adaptations: fine-tune each on the same folds, with the same seeds and budget.
 
     Args:
-        systems: of `brainfound.experiments.systems.parse_systems`; the others are compared with the first. One alone is
-            what `finetune_folds` does.
-        split, recipe, data, target, out, seeds, resume, keep_ids, overrides, command, quiet: as for `finetune_folds`.
+        systems: from `brainfound.experiments.systems.parse_systems`; all are compared with the first. A single one is
+            run as by `finetune_folds`.
+        split, recipe, data, target, out, options: as for `finetune_folds`.
 
     Returns:
-        One row per run, as `finetune_folds`; ``system``, ``model`` and ``adapter`` say of which.
+        One row per run, as `finetune_folds`, with the columns ``system``, ``model`` and ``adapter``.
 
     Raises:
         UsageError, RecipeError: as `finetune_folds`, for all systems before the first run.
     """
-    options = _Options(seeds, resume, keep_ids, tuple(overrides), command, quiet)
-    kind = "comparison" if len(systems) > 1 else "repeated"
-    return _ExperimentRunner(kind, split, recipe, data, systems, target, Path(out), options).run()
+    kind: Kind = "comparison" if len(systems) > 1 else "repeated"
+    return _Experiment(kind, split, recipe, data, systems, target, Path(out), **options).run()
 
 
 def finetune_subsets(
@@ -168,111 +169,90 @@ def finetune_subsets(
     system: SystemSpec,
     target: str,
     out: str | Path,
-    *,
-    seeds: Sequence[int] | None = None,
-    resume: bool = False,
-    keep_ids: bool = False,
-    overrides: Iterable[str] = (),
-    command: str = "",
-    quiet: bool = False,
+    **options: Unpack[RunOptions],
 ) -> pd.DataFrame:
-    """Absence in training beside absence in the test: one model for every non-empty subset of the contrasts.
+    """Compare contrasts absent in training with contrasts absent in the test: one model per subset of the contrasts.
 
-    The model of all contrasts is also asked with the others withheld. All are scored on the same sessions, the test
-    sessions that have every contrast; `brainfound.experiments.partial_input` writes that into ``partial_input.tsv``.
+    The model of all contrasts is also scored with the others withheld. All are scored on the test sessions that have
+    every contrast; ``partial_input.tsv`` holds these scores, see `brainfound.experiments.partial_input`.
 
     Args:
-        system: what is fine-tuned; the subsets are of the recipe's ``contrasts``, or of the store's.
-        split, recipe, data, target, out, seeds, resume, keep_ids, overrides, command, quiet: as for `finetune_folds`.
+        system: the start and the adapter; the subsets are of the recipe's ``contrasts``, or of the store's.
+        split, recipe, data, target, out, options: as for `finetune_folds`.
 
     Returns:
-        One row per run, as `finetune_folds`, scored on its own test sessions; ``contrasts`` says what it saw.
+        One row per run, as `finetune_folds`, scored on its own test sessions; ``contrasts`` names those that it read.
 
     Raises:
         UsageError: there is one contrast only, or a fold has no test session with every contrast. Otherwise as
             `finetune_folds`.
     """
-    overrides = tuple(overrides)
+    overrides = options["overrides"] = tuple(options.get("overrides", ()))
     store = data if isinstance(data, Store) else Store.open(data)
     content = resolve_recipe(recipe, system.adapter, (*overrides, *system.overrides))
     systems = make_subset_systems(system, restrict_contrasts(store, content.contrasts).shown)
-    options = _Options(seeds, resume, keep_ids, overrides, command, quiet)
-    return _ExperimentRunner("partial input", split, recipe, store, systems, target, Path(out), options).run()
+    return _Experiment("partial input", split, recipe, store, systems, target, Path(out), **options).run()
 
 
-@dataclass(frozen=True)
-class _Options:
-    seeds: Sequence[int] | None
-    resume: bool
-    keep_ids: bool
-    overrides: tuple[str, ...]
-    command: str
-    quiet: bool
-
-
-class _ExperimentRunner:
-    """All runs of an experiment, one after the other. The systems are innermost: whatever is done is comparable."""
+class _Experiment:
+    """Runs one after the other; systems are the inner loop, so that an unfinished experiment compares them."""
 
     def __init__(
         self,
-        kind: str,
+        kind: Kind,
         split: Split,
         recipe: FinetuneRecipe | str | Path,
         data: str | Path | Store,
         systems: Sequence[SystemSpec],
         target: str,
         folder: Path,
-        options: _Options,
+        *,
+        seeds: Sequence[int] | None = None,
+        resume: bool = False,
+        keep_ids: bool = False,
+        overrides: Iterable[str] = (),
+        command: str = "",
+        quiet: bool = False,
     ) -> None:
         self.kind, self.split, self.recipe, self.systems = kind, split, recipe, list(systems)
-        self.target, self.folder, self.options = target, folder, options
-        self.contents = {
-            system.name: resolve_recipe(recipe, system.adapter, (*options.overrides, *system.all_overrides))
+        self.target, self.folder, self.overrides = target, folder, tuple(overrides)
+        self.resume, self.keep_ids, self.command, self.quiet = resume, keep_ids, command, quiet
+        self.recipes = {
+            system.name: resolve_recipe(recipe, system.adapter, (*self.overrides, *system.all_overrides))
             for system in self.systems
         }
-        self.content = self.contents[self.systems[0].name]
-        seeds = [self.content.seed] if options.seeds is None else list(options.seeds)
-        if not seeds or len(set(seeds)) != len(seeds):
-            raise UsageError("seeds must be given, and each once", where="seeds", got=seeds)
-        self.seeds = seeds
+        self.first_recipe = self.recipes[self.systems[0].name]
+        self.seeds = [self.first_recipe.seed] if seeds is None else list(seeds)
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise UsageError("seeds must be given once each", where="seeds", got=self.seeds)
         _require_folder_names(split.folds, "fold", "split")
-        _require_folder_names(
-            [system.name for system in self.systems if system.name], "system", "--model and --adapter"
-        )
+        _require_folder_names([s.name for s in self.systems if s.name], "system", "--model and --adapter")
         self.store = data if isinstance(data, Store) else Store.open(data)
 
     def run(self) -> pd.DataFrame:
         is_main = process_state().is_main_process
-        ranks.run_on_main_rank(self._prepare_folder, is_main)
-        resolved = self._preflight()
-        groups = _groups(self.split)
-        planned = len(self.split.folds) * len(self.seeds) * len(self.systems)
-        asked = ExperimentSpec(
-            self.kind, self.content, self.target, resolved, self.store, self.split, self.systems, self.seeds, planned,
-            self.options.command,
+        run_on_main_rank(self._prepare_folder, is_main)
+        task = self._preflight()
+        groups = _group_folds(self.split)
+        num_planned = len(self.split.folds) * len(self.seeds) * len(self.systems)
+        spec = ExperimentSpec(
+            self.kind, self.first_recipe, self.target, task, self.store, self.split, self.systems, self.seeds,
+            num_planned, self.command,
         )  # fmt: skip
         rows: list[dict[str, Any]] = []
-        for fold in self.split.folds:
-            for seed in self.seeds:
-                for system in self.systems:
-                    run = self._run(system, fold, seed, is_main)
-                    rows.append(
-                        experiment_files.make_score_row(
-                            run, self.folder, system, self.contents[system.name], groups[fold], fold, seed
-                        )
-                    )
-                    # After each run: what is done is told even if a later one fails.
-                    write = partial(experiment_files.write, self.folder, pd.DataFrame(rows), asked)
-                    ranks.run_on_main_rank(write, is_main)
+        for fold, seed, system in product(self.split.folds, self.seeds, self.systems):
+            run = self._run(system, fold, seed, is_main)
+            recipe = self.recipes[system.name]
+            rows.append(make_score_row(run, self.folder, system, recipe, groups[fold], fold, seed))
+            # After each run, so that the results of finished runs survive the failure of a later one.
+            run_on_main_rank(partial(write_results, self.folder, pd.DataFrame(rows), spec), is_main)
         table = pd.DataFrame(rows)
-        ranks.run_on_main_rank(
-            lambda: experiment_files.write_results_page(self.folder, table, self.store, self.options.keep_ids), is_main
-        )
+        run_on_main_rank(partial(write_cases_and_page, self.folder, table, self.store, self.keep_ids), is_main)
         return table
 
     def _prepare_folder(self) -> None:
-        """Write the split, which stays only if nothing is refused."""
-        is_new = _write_or_check_split(self.folder, self.split, self.kind, self.options.resume)
+        """Write the split, and remove it again if the experiment is refused."""
+        is_new = _write_or_check_split(self.folder, self.split, self.kind, self.resume)
         try:
             self._preflight()
         except BrainFoundError:
@@ -281,23 +261,21 @@ class _ExperimentRunner:
             raise
 
     def _preflight(self) -> str:
-        """Everything that can be refused before the first run; returns the task."""
+        """Check all systems and folds before the first run; returns the task."""
         task = ""
         for system in self.systems:
-            content = self.contents[system.name]
-            store = restrict_contrasts(self.store, content.contrasts)
+            recipe = self.recipes[system.name]
+            store = restrict_contrasts(self.store, recipe.contrasts)
             read_patch_size(system.model, store.contrasts)
             for fold in self.split.folds:
-                parts, learnt = resolve_parts_and_target(
-                    content, store, self.target, self.folder / EXPERIMENT_SPLIT_FILE, fold
-                )
-                task = learnt.task
+                split_file = self.folder / EXPERIMENT_SPLIT_FILE
+                parts, target = resolve_parts_and_target(recipe, store, self.target, split_file, fold)
+                task = target.task
                 if self.kind == "partial input" and system is self.systems[0]:
-                    partial_input.complete_sessions(self.store, parts["test"], store.shown, fold)
+                    complete_sessions(self.store, parts["test"], store.shown, fold)
         return task
 
     def _run(self, system: SystemSpec, fold: str, seed: int, is_main: bool) -> Path:
-        options = self.options
         run = self.folder / system.name / fold / f"seed-{seed}"
         finetune(
             self.recipe,
@@ -308,25 +286,24 @@ class _ExperimentRunner:
             adapter=system.adapter,
             split=self.folder / EXPERIMENT_SPLIT_FILE,
             fold=fold,
-            resume=options.resume and run_files.is_run_folder(run),
-            keep_ids=options.keep_ids,
-            cache=self.folder / run_files.EMBEDDINGS_FOLDER,
-            overrides=[*options.overrides, *system.all_overrides, f"seed={seed}"],
-            quiet=options.quiet,
+            resume=self.resume and is_run_folder(run),
+            keep_ids=self.keep_ids,
+            cache=self.folder / EMBEDDINGS_FOLDER,
+            overrides=[*self.overrides, *system.all_overrides, f"seed={seed}"],
+            quiet=self.quiet,
         )
         if self.kind == "partial input":
-            shown = self.systems[0].contrasts or self.store.contrasts
-            mine = system.contrasts if system is not self.systems[0] else None
-            ranks.run_on_main_rank(
-                lambda: partial_input.score_missing_contrasts(run, self.store, self.split, fold, shown, mine), is_main
-            )
+            contrasts = self.systems[0].contrasts or self.store.contrasts
+            subset = None if system is self.systems[0] else system.contrasts
+            score = partial(score_missing_contrasts, run, self.store, self.split, fold, contrasts, subset)
+            run_on_main_rank(score, is_main)
         return run
 
 
-def _write_or_check_split(folder: Path, split: Split, kind: str, resume: bool) -> bool:
-    """Write the split, or refuse a folder that holds something else; returns whether it was written now."""
+def _write_or_check_split(folder: Path, split: Split, kind: Kind, resume: bool) -> bool:
+    """Write the split, or refuse a folder that holds something else; returns whether the split is new."""
     file = folder / EXPERIMENT_SPLIT_FILE
-    if run_files.is_run_folder(folder):
+    if is_run_folder(folder):
         raise UsageError("the folder holds a single run", where=folder, remedy="Give another --out")
     if file.is_file():
         if not resume:
@@ -335,25 +312,25 @@ def _write_or_check_split(folder: Path, split: Split, kind: str, resume: bool) -
             )
         if Split.load(file).folds != split.folds:
             raise UsageError("the runs in the folder have another split", where=file, remedy="Give another --out")
-        experiment_files.require_same_experiment_kind(folder, kind)
+        require_same_kind(folder, kind)
         return False
     split.save(file)
     return True
 
 
 def _require_folder_names(names: Iterable[str], what: str, where: str) -> None:
-    """Refuse names of folds and systems that would lead out of the folder, or into one that is taken."""
+    """Refuse names of folds and systems that would leave the folder, or that are taken."""
     for name in names:
-        if re.search(r"[^\w .+=@-]", name) or name.startswith(".") or name == run_files.EMBEDDINGS_FOLDER:
+        if re.search(r"[^\w .+=@-]", name) or name.startswith(".") or name == EMBEDDINGS_FOLDER:
             raise UsageError(
-                f"the name of a {what} cannot be that of a folder",
+                f"the name of a {what} cannot be a folder name",
                 where=where,
                 got=name,
                 remedy="Rename it: letters, digits, spaces and _.+=@-",
             )
 
 
-def _groups(split: Split) -> dict[str, str]:
-    """Of each fold the group whose spread it belongs to; see `summarise_runs`."""
+def _group_folds(split: Split) -> dict[str, str]:
+    """Fold → the group whose spread it belongs to, see `brainfound.experiments.run_table`."""
     tested = {frozenset(split.parts(fold)["test"]) for fold in split.folds}
     return {fold: fold if len(tested) == 1 else "all folds" for fold in split.folds}

@@ -1,7 +1,6 @@
-"""What an experiment compares: starting points, adaptations of them, or subsets of the contrasts.
+"""The systems that an experiment compares: starting points, adaptations of them, or subsets of the contrasts.
 
-A system is one of them. All systems of an experiment are trained on the same folds, with the same seeds and, but for
-what is said of one of them, with the same recipe.
+All systems of an experiment share the folds, the seeds and the recipe, except for their own overrides.
 """
 
 from __future__ import annotations
@@ -9,26 +8,26 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 from brainfound.errors import UsageError
-from brainfound.metrics.summaries import non_empty_subsets
 
 _EXPORT = "export"
-"""Of a run the folder of its model; a run is known by the name above it."""
+"""The folder of the model of a run, which is named after the folder above."""
 
 
 @dataclass(frozen=True)
 class SystemSpec:
-    """One way to make a model, and its name in tables and folders.
+    """One way to train a model.
 
     Attributes:
-        name: of its folder and its rows; empty where there is only one.
-        model: what it starts from, as for `brainfound.finetuning.finetune.finetune`.
+        name: of its folder and its rows; empty for a single system.
+        model: the starting point, as for `brainfound.finetuning.finetune.finetune`.
         adapter: an adapter recipe; None: the recipe's own.
         overrides: of the recipe, for this system alone.
-        contrasts: the only ones that it sees; None: all.
-        start: the name of what it starts from.
+        contrasts: those that it reads; None: all.
+        start: the name of the starting point.
     """
 
     name: str
@@ -40,25 +39,25 @@ class SystemSpec:
 
     @property
     def all_overrides(self) -> tuple[str, ...]:
-        """With the contrasts, as the recipe takes them."""
+        """The overrides, with that of the contrasts."""
         shown = () if self.contrasts is None else (f"contrasts=[{', '.join(self.contrasts)}]",)
         return (*self.overrides, *shown)
 
 
 def parse_systems(models: Sequence[str], adapters: Sequence[str] = ()) -> list[SystemSpec]:
-    """Each starting point with each adaptation, starting points in the outer loop.
+    """Combine each starting point with each adaptation, starting points in the outer loop.
 
     Args:
-        models: Hub ids or folders, each with or without a name before it: ``ours=runs/vits14/export``.
-        adapters: adapter recipes by name or file, each with or without a name before it and recipe keys behind it:
-            ``full``, ``full,optim.lr=1e-5``, ``slow=full,optim.lr=1e-5``. None: the recipe's own.
+        models: Hub ids or folders, optionally after a name: ``ours=runs/vits14/export``.
+        adapters: adapter recipes by name or file, optionally after a name and before recipe keys: ``full``,
+            ``full,optim.lr=1e-5``, ``slow=full,optim.lr=1e-5``. None: the recipe's own.
 
     Returns:
-        One system has no name. Of several with one starting point the name is that of the adaptation, of several with
-        one adaptation that of the starting point; else both, as ``dinov2-small+lora-r8``.
+        A single system has no name. With one starting point, systems are named after the adaptation; with one
+        adaptation, after the starting point; otherwise after both, as ``dinov2-small+lora-r8``.
 
     Raises:
-        UsageError: nothing to start from, two of the same name, or a key without a value.
+        UsageError: there is no model, a name is given twice, or a key has no value.
     """
     starts = [_parse_start(text) for text in models]
     adaptations: list[tuple[str, str | None, tuple[str, ...]]] = [_parse_adaptation(text) for text in adapters]
@@ -75,14 +74,23 @@ def parse_systems(models: Sequence[str], adapters: Sequence[str] = ()) -> list[S
     return systems
 
 
+def non_empty_subsets(contrasts: Sequence[str]) -> list[tuple[str, ...]]:
+    """All 2ⁿ − 1 non-empty subsets, the full set first, then by falling size, each in the given order.
+
+    >>> non_empty_subsets(("T1w", "FLAIR"))
+    [('T1w', 'FLAIR'), ('T1w',), ('FLAIR',)]
+    """
+    return [subset for size in range(len(contrasts), 0, -1) for subset in combinations(contrasts, size)]
+
+
 def make_subset_systems(system: SystemSpec, contrasts: Sequence[str]) -> list[SystemSpec]:
-    """One system per non-empty subset of the contrasts, the full set first, each named by what it sees.
+    """One system per non-empty subset of the contrasts, the full set first, each named after its contrasts.
 
     Raises:
-        UsageError: there is one contrast only, so that nothing could be absent.
+        UsageError: there is one contrast only, so that none can be absent.
     """
     if len(contrasts) < 2:
-        raise UsageError("with one contrast nothing can be absent", where="--partial-input", got=", ".join(contrasts))
+        raise UsageError("with one contrast none can be absent", where="--partial-input", got=", ".join(contrasts))
     return [
         SystemSpec("+".join(subset), system.model, system.adapter, system.overrides, subset, system.start)
         for subset in non_empty_subsets(contrasts)
@@ -90,13 +98,13 @@ def make_subset_systems(system: SystemSpec, contrasts: Sequence[str]) -> list[Sy
 
 
 def short_name(model: str | Path) -> str:
-    """What a model is called where its folder is nobody's business: the last part of its id or path."""
+    """The last part of the id or path of a model, for pages that should not show folders."""
     path = Path(model)
     return path.parent.name if path.name == _EXPORT and path.parent.name else path.name
 
 
 def _parse_start(text: str) -> tuple[str, str]:
-    """``[NAME=]MODEL``: its name, and the model."""
+    """``[NAME=]MODEL`` → name, model."""
     name, equals, model = text.partition("=")
     if equals and "/" not in name and not Path(text).exists():
         return _require_non_empty("--model", name, text), _require_non_empty("--model", model, text)
@@ -104,7 +112,7 @@ def _parse_start(text: str) -> tuple[str, str]:
 
 
 def _parse_adaptation(text: str) -> tuple[str, str, tuple[str, ...]]:
-    """``[NAME=]ADAPTER[,KEY=VALUE…]``: its name, the adapter, and the overrides."""
+    """``[NAME=]ADAPTER[,KEY=VALUE…]`` → name, adapter, overrides."""
     first, *overrides = (part.strip() for part in text.split(","))
     for override in overrides:
         if not re.fullmatch(r"[\w.]+=.+", override):
@@ -117,7 +125,7 @@ def _parse_adaptation(text: str) -> tuple[str, str, tuple[str, ...]]:
 
 def _require_non_empty(option: str, part: str, text: str) -> str:
     if not part:
-        raise UsageError("a name or what it stands for is missing", where=option, got=text, expected="NAME=VALUE")
+        raise UsageError("a name or its value is missing", where=option, got=text, expected="NAME=VALUE")
     return part
 
 

@@ -21,9 +21,8 @@ from brainfound.errors import UsageError
 from brainfound.finetuning.embedding_cache import EmbeddingCache
 from brainfound.finetuning.targets import Target
 from brainfound.metrics.comparison import score_intervals
+from brainfound.metrics.registry import PRIMARY_METRIC, TABLE_METRICS
 from brainfound.metrics.scores import (
-    PRIMARY_METRIC,
-    TABLE_METRICS,
     EmptyCase,
     classification_scores,
     mean_case_scores,

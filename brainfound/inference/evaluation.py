@@ -26,26 +26,25 @@ from brainfound.data.store.withheld import restrict_contrasts
 from brainfound.errors import ModelError, UsageError
 from brainfound.experiments.folder import CASES_FILE, SCHEMA, SUMMARY_FILE
 from brainfound.experiments.page import write_experiment_page
-from brainfound.experiments.systems import short_name
+from brainfound.experiments.run_table import (
+    compute_spread,
+    get_baselines,
+    get_score_columns,
+    make_baseline_columns,
+    parse_scores,
+    summarise_runs,
+    to_json_records,
+)
+from brainfound.experiments.systems import non_empty_subsets, short_name
 from brainfound.finetuning.frozen_baseline import load_frozen_baseline, score_frozen_baseline, scoring_from_bundle
 from brainfound.finetuning.scoring import ScoringRecipe, SessionScores, score_sessions
 from brainfound.finetuning.splits import is_in_parts, seen_in_training
 from brainfound.finetuning.targets import labelled_sessions
 from brainfound.inference.loading import bundle_folder, load, make_predictor
 from brainfound.inference.predictor import Predictor, resolve_device
-from brainfound.metrics.scores import PRIMARY_METRIC, EmptyCase
-from brainfound.metrics.summaries import (
-    compute_drop,
-    compute_headline_score,
-    compute_spread,
-    get_baselines,
-    get_score_columns,
-    make_baseline_columns,
-    non_empty_subsets,
-    parse_scores,
-    summarise_runs,
-    to_json_records,
-)
+from brainfound.metrics.cases import compute_headline_score
+from brainfound.metrics.registry import METRICS, PRIMARY_METRIC
+from brainfound.metrics.scores import EmptyCase
 from brainfound.recipes import validate
 
 _KIND = "evaluation"
@@ -58,11 +57,11 @@ def compute_drops(results: Sequence[SessionScores]) -> list[float]:
         results: of `evaluate` with partial input, full input first. A session without any contrast of a subset is not
             scored with it, so the sessions may differ from row to row.
     """
-    full = results[0].cases.set_index("row", drop=False)
+    full, primary = results[0].cases.set_index("row", drop=False), METRICS[PRIMARY_METRIC[results[0].task]]
     found = []
     for result in results:
         same = compute_headline_score(result.task, full.loc[result.cases["row"]])
-        found.append(compute_drop(result.task, same, compute_headline_score(result.task, result.cases)))
+        found.append(primary.drop(same, compute_headline_score(result.task, result.cases)))
     return found
 
 
@@ -183,8 +182,8 @@ def evaluate(
         without: contrasts to withhold.
         partial_input: score every non-empty subset of the contrasts that the model reads, full input first.
         part: ``"test"``, ``"validation"`` or ``"train"``.
-        frozen: also score the bundle's linear model on the frozen backbone, on the same sessions and contrasts; this takes
-            about as long as the model itself.
+        frozen: also score the bundle's linear model on the frozen backbone, on the same sessions and contrasts; doubles
+            the time.
         base: the starting model of the run, for the linear model of a bundle from full fine-tuning.
         surface_mm: for a segmentation, also surface Dice at this tolerance, HD95, lesion-wise F1 and the volume error;
             None: as in the run's recipe (`scoring.surface_mm`).

@@ -1,8 +1,7 @@
-"""Whether a model's certainty can be believed, and how to mend it on data that it did not learn from.
+"""Calibration: how well confidence matches accuracy, and corrections that are fitted on held-out data.
 
-What is fitted here (a temperature, a bias correction, the width of an interval) must be fitted on a validation part
-and reported on another one; these functions cannot know which part they are given. Everything takes whatever
-`numpy.asarray` takes and refuses in one line what cannot be used.
+Fit a temperature, a bias correction or the width of an interval on a validation part and report scores on another one;
+the functions cannot check that.
 
 Axes: n cases, K classes, M bins.
 """
@@ -20,22 +19,21 @@ from brainfound.errors import UsageError
 from brainfound.metrics.values import finite_array
 
 TEMPERATURE_RANGE = (0.01, 100.0)
-"""A best temperature beyond it means that the cases do not hold one."""
+"""An optimum outside of this range means that the cases do not determine a temperature."""
 MIN_SLOPE = 0.1
-"""A bias correction multiplies errors by 1 / slope; a model whose answers follow the target less is refused one."""
-
+"""A bias correction multiplies errors by 1 / slope; smaller slopes are refused."""
 MIN_CASES = 10
-"""For a line through true and predicted ages; through fewer its slope is mostly chance."""
+"""For the line of a bias correction; with fewer cases its slope is mostly chance."""
 
 
 @dataclass(frozen=True)
 class ReliabilityBins:
-    """How sure a model was beside how often it was right, in M bins of equal width.
+    """Confidence and accuracy of a model in M bins of equal width.
 
     Attributes:
-        edges: ``(M + 1,)`` from 0 to 1; a bin holds its upper edge.
-        confidence: ``(M,)`` mean probability of the answered class; ``nan`` in an empty bin.
-        accuracy: ``(M,)`` share of right answers; ``nan`` in an empty bin.
+        edges: ``(M + 1,)`` from 0 to 1; a bin includes its upper edge.
+        confidence: ``(M,)`` mean probability of the predicted class; ``nan`` in an empty bin.
+        accuracy: ``(M,)`` share of correct predictions; ``nan`` in an empty bin.
         count: ``(M,)`` cases.
     """
 
@@ -47,13 +45,13 @@ class ReliabilityBins:
 
 @dataclass(frozen=True)
 class BiasCorrection:
-    """The line that a brain age follows over the true age, and the way back: (prediction − intercept) / slope."""
+    """The line of predicted over true age; its inverse, (prediction − intercept) / slope, corrects a prediction."""
 
     slope: float
     intercept: float
 
     def apply(self, prediction: Any) -> np.ndarray:
-        """Corrected predictions ``(n,)``; the true target is not needed."""
+        """Corrected predictions ``(n,)``."""
         return (_finite(prediction, "prediction") - self.intercept) / self.slope
 
 
@@ -69,7 +67,7 @@ class ConformalInterval:
         """Lower and upper ends, in the unit of the prediction.
 
         Raises:
-            UsageError: the standard deviation is missing, or was not used when the interval was fitted.
+            UsageError: standard deviations are missing, or the interval was fitted without them.
         """
         values = _finite(prediction, "prediction")
         if (std is not None) != self.normalised:
@@ -80,17 +78,17 @@ class ConformalInterval:
 
 
 def fit_temperature(logits: Any, labels: Any) -> float:
-    """The temperature that makes ``softmax(logits / T)`` most likely; above 1 for a model that is too sure.
+    """The temperature of the most likely ``softmax(logits / T)``; above 1 for an overconfident model.
 
-    One number, so accuracy and AUROC of two classes stay as they are.
+    A single number changes neither accuracy nor the AUROC of two classes.
 
     Args:
         logits: ``(n, K)`` class scores, or log probabilities.
         labels: ``(n,)`` class indices.
 
     Raises:
-        UsageError: no cases, one class only, scores that are not finite or do not differ between classes; or no best
-            temperature: every answer is right (0 would be best) or they are no better than chance (infinity).
+        UsageError: there are no cases or one class only, scores are not finite or constant over classes, or there is no
+            optimum: all predictions are correct (T → 0), or no better than chance (T → ∞).
 
     Source: C. Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, section 4.2.
     """
@@ -112,7 +110,7 @@ def fit_temperature(logits: Any, labels: Any) -> float:
         every_right = bool((scores.argmax(axis=1) == truth).all())
         raise UsageError(
             "there is no best temperature: "
-            + ("every answer is right" if every_right else "the scores say too little, or too much, of the labels"),
+            + ("every answer is right" if every_right else "the scores do not determine one"),
             where="labels",
             got=f"{len(truth)} cases",
             remedy="Give more cases, or leave the scores as they are",
@@ -124,7 +122,7 @@ def apply_temperature(logits: Any, temperature: float) -> np.ndarray:
     """``softmax(logits / temperature)``, ``(n, K)``.
 
     Raises:
-        UsageError: the temperature is not positive, or scores are not finite.
+        UsageError: the temperature is not positive, or a score is not finite.
     """
     if not 0 < temperature < math.inf:
         raise UsageError("a temperature must be positive", where="temperature", got=temperature)
@@ -135,19 +133,19 @@ def apply_temperature(logits: Any, temperature: float) -> np.ndarray:
 
 
 def reliability_bins(probabilities: Any, labels: Any, num_bins: int = 15) -> ReliabilityBins:
-    """Sort cases by the probability of the answered (most probable) class into bins of equal width.
+    """Sort cases by the probability of the predicted (most probable) class into bins of equal width.
 
     Args:
         probabilities: ``(n, K)``, rows of sum 1.
         labels: ``(n,)`` class indices.
 
     Raises:
-        UsageError: no cases, rows that are no probabilities, unknown classes, or no bins.
+        UsageError: there are no cases or bins, a row is not of probabilities, or a class is unknown.
 
     Source: Guo et al. 2017, section 2, after Niculescu-Mizil and Caruana, ICML 2005.
     """
     if num_bins < 1:
-        raise UsageError("there must be a bin", where="num_bins", got=num_bins)
+        raise UsageError("must be 1 or more", where="num_bins", got=num_bins)
     shares, truth = _shares_and_labels(probabilities, labels)
     confidence, right = shares.max(axis=1), shares.argmax(axis=1) == truth
     edges = np.linspace(0.0, 1.0, num_bins + 1)
@@ -165,8 +163,8 @@ def reliability_bins(probabilities: Any, labels: Any, num_bins: int = 15) -> Rel
 def expected_calibration_error(probabilities: Any, labels: Any, num_bins: int = 15) -> float:
     """Mean distance of confidence and accuracy over `reliability_bins`, weighted by cases; 0 is best.
 
-    Biased upwards with few cases: in 15 bins a perfectly calibrated model of two classes has about 0.19 with 20 of
-    them, 0.09 with 100 and 0.03 with 1,000. Compare models on the same cases.
+    Biased upwards with few cases: with 15 bins, a perfectly calibrated model of two classes has about 0.19 on 20 cases,
+    0.09 on 100 and 0.03 on 1,000. Compare models on the same cases.
 
     Raises:
         UsageError: as `reliability_bins`.
@@ -182,10 +180,10 @@ def expected_calibration_error(probabilities: Any, labels: Any, num_bins: int = 
 def brier_score(probabilities: Any, labels: Any) -> float:
     """Mean squared distance of probabilities and truth, summed over classes; 0 is best.
 
-    For two classes half of the sum is given, (p − y)², as is usual for them (and in scikit-learn).
+    For two classes half of the sum, (p − y)², as usual and as in scikit-learn.
 
     Raises:
-        UsageError: no cases, rows that are no probabilities, or unknown classes.
+        UsageError: there are no cases, a row is not of probabilities, or a class is unknown.
 
     Source: G. W. Brier, "Verification of forecasts expressed in terms of probability", Mon Weather Rev 1950.
     """
@@ -196,21 +194,20 @@ def brier_score(probabilities: Any, labels: Any) -> float:
 
 
 def fit_bias_correction(target: Any, prediction: Any) -> BiasCorrection:
-    """Fit prediction = slope · target + intercept, whose inverse takes the regression to the mean out of a brain age.
+    """Fit prediction = slope · target + intercept, whose inverse removes the regression to the mean of a brain age.
 
-    The form of Cole et al., "Brain age predicts mortality", Mol Psychiatry 2018, which de Lange and Cole
-    ("Commentary: Correction procedures in brain-age prediction", NeuroImage Clin 2020) describe beside that of
-    Beheshti et al. (NeuroImage Clin 2019). Theirs subtracts slope · *true age*: its corrected ages contain the answer
-    and look better the less the model knows (one that says the same of everybody gets an error of 0). This one needs
-    no true age, so it can be applied to a new person. It removes the bias and multiplies the scatter by 1 / slope; its
-    error is most often larger than the raw one. Report both.
+    The form of Cole et al., "Brain age predicts mortality", Mol Psychiatry 2018, compared by de Lange and Cole
+    ("Commentary: Correction procedures in brain-age prediction", NeuroImage Clin 2020) with that of Beheshti et al.
+    (NeuroImage Clin 2019). The latter subtracts slope · *true age*: it leaks the target, so that a constant prediction
+    gets an error of 0. This form needs no true age and applies to a new person. It removes the bias and multiplies the
+    scatter by 1 / slope, so its error is most often larger than the raw one. Report both.
 
     Args:
         target: ``(n,)`` true ages of a validation part.
         prediction: ``(n,)`` raw predictions of it.
 
     Raises:
-        UsageError: fewer than ten cases, a target that does not vary, or predictions that do not follow it.
+        UsageError: there are fewer than ten cases, the target does not vary, or the slope is below 0.1.
     """
     truth, answers = _pair(target, prediction)
     if len(truth) < MIN_CASES:
@@ -229,19 +226,19 @@ def fit_bias_correction(target: Any, prediction: Any) -> BiasCorrection:
 
 
 def conformal_interval(target: Any, prediction: Any, std: Any = None, *, confidence: float = 0.9) -> ConformalInterval:
-    """Split conformal prediction: an interval that holds a new case with at least the given probability.
+    """Split conformal prediction: an interval that covers a new case with at least the given probability.
 
-    True for any model and any distribution, on average over cases, as long as new cases come from where these come
-    from; not at another site, and not for each age. Sessions of one subject count as one case: give one of each.
+    The coverage holds for any model and any distribution, on average over exchangeable cases; neither at another site
+    nor for each age. Give one session per subject.
 
     Args:
-        target: ``(n,)`` of a calibration part that the model did not learn from.
+        target: ``(n,)`` of a calibration part that the model was not trained on.
         prediction: ``(n,)``.
-        std: ``(n,)`` predicted standard deviations; then the interval of each case is a multiple of its own.
-        confidence: share of new cases that the interval should hold.
+        std: ``(n,)`` predicted standard deviations, by which the intervals then scale.
+        confidence: share of new cases that the interval should cover.
 
     Raises:
-        UsageError: a confidence outside of 0–1, standard deviations that are not positive, or too few cases.
+        UsageError: the confidence is outside of 0–1, a standard deviation is not positive, or there are too few cases.
 
     Source: J. Lei et al., "Distribution-Free Predictive Inference for Regression", JASA 2018, algorithm 2, and
     section 5.2 for the normalised form.
@@ -252,7 +249,7 @@ def conformal_interval(target: Any, prediction: Any, std: Any = None, *, confide
     distances = np.abs(truth - answers)
     if std is not None:
         distances = distances / _positive(std, answers)
-    # The slack undoes the rounding of products such as 10 · 0.9, which would ask for a case more.
+    # The slack undoes the rounding of products such as 10 · 0.9, which would require one more case.
     rank = max(1, math.ceil((len(truth) + 1) * confidence - 1e-9))
     if rank > len(truth):
         raise UsageError(
@@ -267,7 +264,7 @@ def coverage(target: Any, low: Any, high: Any) -> float:
     """The share of targets within their intervals, ends included.
 
     Raises:
-        UsageError: shapes differ, no cases, or values that are not finite.
+        UsageError: shapes differ, there are no cases, or a value is not finite.
     """
     truth, lower = _pair(target, low)
     _, upper = _pair(target, high)

@@ -1,25 +1,22 @@
-"""Tables of cases, read: who was asked, the truth, and the answers of one run or of several.
+"""Tables of cases: one row per session, as an evaluation returns them (``result.cases``) and ``cases.tsv`` holds them.
 
-Cases are tables with one row per session, as an evaluation gives them (``result.cases``) and ``cases.tsv`` holds them:
-
-    subject, and session or row     who it is
-    truth, p(A), p(B), …            classification: the class and the probability of each class
-    truth(A), truth(B), p(A), …     several labels: 0 or 1 and the probability of each; a score is their mean
+    subject, and session or row     the case
+    truth, p(A), p(B), …            classification: the class, and the probability of each class
+    truth(A), truth(B), p(A), …     several labels: 0 or 1, and the probability of each; a score is their mean
     truth, prediction               regression
-    dice, dice(ventricles), …       segmentation: one column per score, empty where a case has none; of several
-                                    structures (regions or classes) each has its Dice, and the score is their mean
+    dice, dice(ventricles), …       segmentation: one column per score, empty where a case has none; each of several
+                                    structures (regions or classes) has its Dice, and the score is their mean
 
-The tables of a cross-validation's test folds may be put one below the other: together they are one table of all
-subjects. A rank metric such as AUROC then also compares cases that different models scored.
-
-A system may be several tables of the same cases, one per seed: its score is the mean over them.
+The tables of the test folds of a cross-validation may be concatenated; rank metrics such as AUROC then also compare
+cases that different models scored. A system may have several tables of the same cases, one per seed: its score is the
+mean over them.
 
 Axes: n cases, K classes, L labels or structures, R runs of one system.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -28,28 +25,30 @@ import pandas as pd
 
 from brainfound.data.splits.dividing import label_text
 from brainfound.errors import UsageError
-from brainfound.metrics.scores import HIGHER_IS_BETTER, METRICS, Score
+from brainfound.metrics.registry import METRICS, PRIMARY_METRIC, metric_name, task_metrics
+from brainfound.metrics.scores import multi_label_scores
 
 CaseTables: TypeAlias = pd.DataFrame | Sequence[pd.DataFrame]
 """A table of cases, or one per seed."""
+Score = Callable[[np.ndarray, np.ndarray], float]
+"""A metric of truth and answers."""
 
 
 @dataclass(frozen=True)
 class Cases:
-    """One system's answers, sorted by case."""
+    """The answers of one system, sorted by case."""
 
     task: str
     keys: pd.MultiIndex
     subjects: np.ndarray
     truth: np.ndarray
-    """(n,) class indices or target values, (n, L) of several labels; for a segmentation the size of the reference,
-    where it is known."""
+    """(n,) class indices or target values, (n, L) of several labels; of a segmentation, the reference size if known."""
     answers: Mapping[str, np.ndarray]
-    """Metric → (n,), (n, K) probabilities, or (n, L); of several runs (n, R, …)."""
+    """Metric → (n,), (n, K) probabilities or (n, L); (n, R, …) of several runs."""
     num_runs: int = 1
 
     def metric(self, name: str) -> Score:
-        """The score of truth and answers of some of the cases."""
+        """The score as a function of the truth and the answers of some of the cases."""
         of_run = self._get_run_metric(name)
         if self.num_runs == 1:
             return of_run
@@ -58,11 +57,11 @@ class Cases:
     def _get_run_metric(self, name: str) -> Score:
         if self.task == "segmentation":
             return _mean_over_structures
-        score = METRICS[self.task][name]
+        score = METRICS[name].score
         return _mean_over_labels(score) if self.truth.ndim == 2 else score
 
     def repeat_runs(self, num_runs: int) -> Cases:
-        """The same answers as if so many runs had given them."""
+        """The same answers for each of several runs."""
         if self.num_runs == num_runs:
             return self
         answers = {name: np.stack([values] * num_runs, axis=1) for name, values in self.answers.items()}
@@ -86,8 +85,25 @@ def _require_same_cases(base: Cases, other: Cases, base_name: str, name: str) ->
         raise UsageError(f"not the truth of {base_name}", where=name, remedy="Score both with the same labels")
 
 
+def compute_headline_score(task: str, cases: pd.DataFrame) -> float:
+    """The primary metric of a table of cases, which needs no subjects; ``nan`` where it is not defined."""
+    primary = METRICS[PRIMARY_METRIC[task]]
+    if task == "segmentation":
+        structures = [name for name in cases if str(name).startswith(f"{primary.name}(")] or [primary.name]
+        means = np.array([cases[name].mean() for name in structures], dtype=float)
+        return float(means[~np.isnan(means)].mean()) if not np.isnan(means).all() else float("nan")
+    if task == "regression":
+        return primary.score(cases["truth"].to_numpy(float), cases["prediction"].to_numpy(float))
+    names = [str(name)[2:-1] for name in cases if str(name).startswith("p(")]
+    probabilities = cases[[f"p({name})" for name in names]].to_numpy(float)
+    if "truth" not in cases:
+        truth = cases[[f"truth({name})" for name in names]].to_numpy(float)
+        return multi_label_scores(truth, probabilities, names)[primary.name]
+    return primary.score(_class_indices(cases, names, "cases"), probabilities)
+
+
 def read_matched_systems(systems: Mapping[str, CaseTables]) -> dict[str, Cases]:
-    """Each system, the first one's cases and truth demanded of all, with as many runs of each."""
+    """Read systems, which must have the cases and the truth of the first; single runs are repeated for every seed."""
     read = {name: read_system(tables, name) for name, tables in systems.items()}
     first = next(iter(read))
     for name, other in read.items():
@@ -106,7 +122,7 @@ def read_matched_systems(systems: Mapping[str, CaseTables]) -> dict[str, Cases]:
 
 
 def read_system(tables: CaseTables, where: str) -> Cases:
-    """One system of one or several tables of the same cases."""
+    """Read a system from one or several tables of the same cases."""
     runs = [_read(table, where) for table in ([tables] if isinstance(tables, pd.DataFrame) else tables)]
     if not runs:
         raise UsageError("there are no cases", where=where)
@@ -142,27 +158,23 @@ def _read(cases: pd.DataFrame, where: str) -> Cases:
     keys = pd.MultiIndex.from_frame(cases[key])
     if keys.has_duplicates:
         first = ", ".join(keys[keys.duplicated()][0])
-        raise UsageError("a case is there twice", where=where, got=first, remedy="Keep one row per session")
+        raise UsageError("a case is given twice", where=where, got=first, remedy="Keep one row per session")
     subjects = cases["subject"].to_numpy()
     columns = [name for name in map(str, cases.columns) if name.startswith("p(") and name.endswith(")")]
     if columns:
         names = [name[2:-1] for name in columns]
         several = any(str(name).startswith("truth(") for name in cases.columns)
-        truth = _yes_or_no(cases, names, where) if several else _class_indices(cases, names, where)
+        truth = _binary_labels(cases, names, where) if several else _class_indices(cases, names, where)
         probabilities = np.stack([_numbers(cases, name, where) for name in columns], axis=1)
-        return Cases("classification", keys, subjects, truth, dict.fromkeys(METRICS["classification"], probabilities))
+        return Cases("classification", keys, subjects, truth, _answers_by_metric("classification", probabilities))
     if "prediction" in cases:
         truth, prediction = _numbers(cases, "truth", where), _numbers(cases, "prediction", where)
-        return Cases("regression", keys, subjects, truth, dict.fromkeys(METRICS["regression"], prediction))
-    found = [
-        name
-        for name in map(str, cases.columns)
-        if parse_metric_name(name) in HIGHER_IS_BETTER and cases[name].notna().any()
-    ]
+        return Cases("regression", keys, subjects, truth, _answers_by_metric("regression", prediction))
+    found = [name for name in map(str, cases.columns) if metric_name(name) in METRICS and cases[name].notna().any()]
     if not found:
         expected = "truth and p(class), truth and prediction, or dice"
         got = ", ".join(map(str, cases.columns))
-        raise UsageError("nothing of the cases is scored", where=where, got=got, expected=expected)
+        raise UsageError("the cases have no scores", where=where, got=got, expected=expected)
     scores = {name: _numbers(cases, name, where, allow_missing=True) for name in found}
     if structures := [scores[name] for name in found if name.startswith("dice(")]:
         scores = {"dice": np.stack(structures, axis=1)} | {k: v for k, v in scores.items() if k != "dice"}
@@ -170,9 +182,8 @@ def _read(cases: pd.DataFrame, where: str) -> Cases:
     return Cases("segmentation", keys, subjects, sizes, scores)
 
 
-def parse_metric_name(column: str) -> str:
-    """The metric of a column: ``dice(ventricles)`` is Dice."""
-    return column.partition("(")[0]
+def _answers_by_metric(task: str, answers: np.ndarray) -> dict[str, np.ndarray]:
+    return {metric.name: answers for metric in task_metrics(task)}
 
 
 def _class_indices(cases: pd.DataFrame, names: Sequence[str], where: str) -> np.ndarray:
@@ -183,15 +194,15 @@ def _class_indices(cases: pd.DataFrame, names: Sequence[str], where: str) -> np.
     unknown = sorted(set(truth) - set(index))
     if unknown:
         got, expected = ", ".join(unknown[:4]), ", ".join(names)
-        raise UsageError("a class has no probability", where=f"{where}: truth", got=got, expected=expected)
+        raise UsageError("a class has no column of probabilities", where=f"{where}: truth", got=got, expected=expected)
     return np.array([index[label] for label in truth])
 
 
-def _yes_or_no(cases: pd.DataFrame, names: Sequence[str], where: str) -> np.ndarray:
+def _binary_labels(cases: pd.DataFrame, names: Sequence[str], where: str) -> np.ndarray:
     truth = np.stack([_numbers(cases, f"truth({name})", where) for name in names], axis=1)
     if not np.isin(truth, (0, 1)).all():
         got = np.unique(truth)[:4].tolist()
-        raise UsageError("a label among several must be 0 or 1", where=f"{where}: truth(…)", got=got)
+        raise UsageError("several labels must be 0 or 1", where=f"{where}: truth(…)", got=got)
     return truth.astype(int)
 
 
@@ -218,7 +229,7 @@ def mask_mismatch_error(where: str) -> UsageError:
 
 
 def _mean_over_structures(truth: np.ndarray, scores: np.ndarray) -> float:
-    """The mean over cases, of each structure ``(n, L)`` first; one that no case has is left out."""
+    """The mean over structures ``(n, L)`` of the mean over cases; structures that no case has are left out."""
     if scores.ndim == 1:
         return float(scores.mean())
     known = ~np.isnan(scores)
@@ -227,13 +238,12 @@ def _mean_over_structures(truth: np.ndarray, scores: np.ndarray) -> float:
 
 
 def _mean_over_labels(score: Score) -> Score:
-    """A score of two classes as the mean over several yes-or-no labels; one that is not defined is left out."""
+    """The mean of a score of two classes over several binary labels; undefined ones are left out."""
 
     def mean(truth: np.ndarray, shares: np.ndarray) -> float:
-        of_labels = [
-            score(truth[:, k], np.stack([1 - shares[:, k], shares[:, k]], axis=1)) for k in range(truth.shape[1])
-        ]
-        defined = [value for value in of_labels if not np.isnan(value)]
+        columns = zip(truth.T, shares.T, strict=True)
+        scores = [score(labels, np.stack([1 - share, share], axis=1)) for labels, share in columns]
+        defined = [value for value in scores if not np.isnan(value)]
         return float(np.mean(defined)) if defined else float("nan")
 
     return mean

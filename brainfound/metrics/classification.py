@@ -1,8 +1,8 @@
-"""Metrics of a predicted class, and of the score that it was predicted by.
+"""Metrics of predicted classes and of their scores.
 
-What has no defined score is ``nan``: nothing can be told apart where one class is all there is. All of them are
-counted here and not by scikit-learn, whose checks cost more than the counting: a permutation test asks ten thousand
-times. The results are equal but where a docstring says so.
+An undefined score is ``nan``, such as AUROC of a single class. The counting is done here instead of in scikit-learn,
+whose input checks dominate in permutation tests with thousands of calls. The results are equal except where a docstring
+says otherwise.
 """
 
 from __future__ import annotations
@@ -16,21 +16,20 @@ from scipy import stats
 from brainfound.errors import UsageError
 from brainfound.metrics.values import finite_array, is_constant, label_pair
 
-# Shares such as 1 − 0.9 are not exact: a tenth of 20 negatives must be 2 and not 1.9999999999999996.
+# 1 − 0.9 is not exact: a tenth of 20 negatives must be 2, not 1.9999999999999996.
 _COUNT_SLACK = 1e-9
 
 
 def auroc(labels: Any, scores: Any) -> float:
-    """Area under the ROC curve; the chance that a positive scores above a negative, a tie counting one half.
+    """Area under the ROC curve: the probability that a positive scores above a negative; a tie counts one half.
 
     Args:
         labels: (N,) 0 or 1; with K > 2 classes, 0 … K−1.
-        scores: (N,) scores of class 1, larger is more positive; or (N, K), one column per class. With K = 2
-            columns the second is used; with more, the mean over classes of one against the rest is returned.
+        scores: (N,) scores of class 1, larger is more positive; or (N, K), of which K = 2 uses the second column, and
+            more give the mean over classes of one against the rest.
 
     Returns:
-        A value in 0–1. ``nan`` when only one class is present, since no pair can be compared; with K > 2,
-        classes that are absent (or are the only one present) are left out of the mean.
+        A value in 0–1; ``nan`` for a single class. With K > 2, absent classes are left out of the mean.
 
     Raises:
         UsageError: if the lengths differ, or labels or scores are not as described.
@@ -43,15 +42,14 @@ def auroc(labels: Any, scores: Any) -> float:
 def auprc(labels: Any, scores: Any) -> float:
     """Average precision, the area under the precision-recall curve as a sum of steps.
 
-    Σ (Rᵢ − Rᵢ₋₁) Pᵢ over falling thresholds, without interpolation, which would flatter. Scores without information
-    reach the share of positives, not one half: name that share beside the result.
+    Σ (Rᵢ − Rᵢ₋₁) Pᵢ over falling thresholds, without interpolation, which is optimistic. Scores without information
+    reach the share of positives, not one half: report that share with the result.
 
     Args:
         labels, scores: as in `auroc`.
 
     Returns:
-        A value in 0–1; ``nan`` when only one class is present, where scikit-learn says 0 or 1. With K > 2, as in
-        `auroc`.
+        A value in 0–1; ``nan`` for a single class, where scikit-learn gives 0 or 1. With K > 2, as in `auroc`.
 
     Raises:
         UsageError: if the lengths differ, or labels or scores are not as described.
@@ -62,18 +60,17 @@ def auprc(labels: Any, scores: Any) -> float:
 
 
 def sensitivity_at_specificity(labels: Any, scores: Any, specificity: float = 0.9) -> float:
-    """The largest sensitivity of a threshold at which at least this share of the negatives is called negative.
+    """The largest sensitivity of a threshold with at least this specificity, without interpolation.
 
-    Only thresholds that the scores have are looked at; nothing is interpolated. The threshold is chosen on the very
-    cases that it is scored on, so on few cases the value is optimistic.
+    The threshold is chosen on the cases that it is scored on, so the value is optimistic on few cases.
 
     Args:
         labels: (N,) 0 or 1.
         scores: (N,) scores of class 1, or (N, 2).
-        specificity: the share, 0–1.
+        specificity: the required share of true negatives, 0–1.
 
     Returns:
-        A value in 0–1; ``nan`` when only one class is present.
+        A value in 0–1; ``nan`` for a single class.
 
     Raises:
         UsageError: if the lengths differ, there are more than two classes, or the specificity is no share.
@@ -82,7 +79,7 @@ def sensitivity_at_specificity(labels: Any, scores: Any, specificity: float = 0.
         raise UsageError("not a share", where="specificity", got=specificity, expected="0 to 1")
     of_classes = one_vs_rest(labels, scores)
     if len(of_classes) != 1:
-        raise UsageError("sensitivity is of two classes", where="scores", got=f"{len(of_classes)} classes")
+        raise UsageError("sensitivity needs two classes", where="scores", got=f"{len(of_classes)} classes")
     positive, scores = of_classes[0]
     if is_constant(positive):
         return float("nan")
@@ -90,18 +87,15 @@ def sensitivity_at_specificity(labels: Any, scores: Any, specificity: float = 0.
     num_allowed = int((1 - specificity) * len(negatives) + _COUNT_SLACK)
     if num_allowed >= len(negatives):
         return 1.0
-    # Calling positive what is above the first negative that is not allowed calls no more than the allowed ones.
+    # No more than the allowed number of negatives score above this one.
     return float((scores[positive] > negatives[num_allowed]).mean())
 
 
 def balanced_accuracy(labels: Any, predictions: Any) -> float:
-    """Mean over the classes that occur in `labels` of the share of that class predicted right.
-
-    A class that is predicted but never occurs lowers the recall of the others and has no recall of its own.
+    """Mean recall over the classes that occur in `labels`.
 
     Args:
-        labels: (N,) class labels, numbers or text.
-        predictions: (N,) class labels, not scores.
+        labels, predictions: (N,) class labels, numbers or text.
 
     Raises:
         UsageError: if the lengths differ, or there is nothing to score.
@@ -115,8 +109,7 @@ def f1(labels: Any, predictions: Any, positive: Any = 1) -> float:
     """F1 of one class, 2 TP / (2 TP + FP + FN): the harmonic mean of its precision and its sensitivity.
 
     Args:
-        labels: (N,) class labels, numbers or text.
-        predictions: (N,) class labels, not scores.
+        labels, predictions: (N,) class labels, numbers or text.
         positive: the class.
 
     Returns:
@@ -136,8 +129,7 @@ def macro_f1(labels: Any, predictions: Any) -> float:
     """Mean of `f1` over all classes that occur or are predicted, each counting the same.
 
     Args:
-        labels: (N,) class labels, numbers or text.
-        predictions: (N,) class labels, not scores.
+        labels, predictions: (N,) class labels, numbers or text.
 
     Raises:
         UsageError: if the lengths differ, or there is nothing to score.
@@ -147,15 +139,14 @@ def macro_f1(labels: Any, predictions: Any) -> float:
 
 
 def mcc(labels: Any, predictions: Any) -> float:
-    """Matthews' correlation coefficient, for K classes Gorodkin's R_K; 1 is perfect, 0 is what guessing reaches.
+    """Matthews' correlation coefficient, for K classes Gorodkin's R_K; 1 is perfect, 0 is chance.
 
     Args:
-        labels: (N,) class labels, numbers or text.
-        predictions: (N,) class labels, not scores.
+        labels, predictions: (N,) class labels, numbers or text.
 
     Returns:
-        A value in −1 … 1. 0 when all predictions are the same, as in scikit-learn: they tell nothing. ``nan`` when
-        all labels are the same, where scikit-learn says 0.
+        A value in −1 … 1; 0 for constant predictions, as in scikit-learn; ``nan`` for constant labels, where
+        scikit-learn gives 0.
 
     Raises:
         UsageError: if the lengths differ, or there is nothing to score.
@@ -175,7 +166,7 @@ def mcc(labels: Any, predictions: Any) -> float:
 
 
 def _confusion(labels: Any, predictions: Any) -> tuple[np.ndarray, int]:
-    """(K, K) counts of true class by predicted class, K of those that occur or are predicted; and of cases."""
+    """Counts (K, K) of true by predicted class, over the classes that occur in either; and the number of cases."""
     expected, predicted = label_pair(labels, predictions)
     classes, index = np.unique(np.concatenate([expected, predicted]), return_inverse=True)
     cells = index[: len(expected)] * len(classes) + index[len(expected) :]
@@ -184,10 +175,7 @@ def _confusion(labels: Any, predictions: Any) -> tuple[np.ndarray, int]:
 
 
 def one_vs_rest(labels: Any, scores: Any) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Which cases are positive, and their scores: of class 1 alone with two classes, else of each class.
-
-    Args and Raises as `auroc`.
-    """
+    """Positive cases and scores, of class 1 alone with two classes, else of each class; Args and Raises as `auroc`."""
     scores = finite_array(scores, "scores")
     if scores.ndim not in (1, 2):
         raise UsageError("scores have too many axes", where="scores", got=scores.shape, expected="(N,) or (N, K)")
@@ -228,7 +216,7 @@ def _binary_auroc(positive: np.ndarray, scores: np.ndarray) -> float:
 def _binary_auprc(positive: np.ndarray, scores: np.ndarray) -> float:
     order = np.argsort(-scores, kind="stable")
     falling = scores[order]
-    # A threshold takes all cases of one score at once: the last of each run of equal scores.
+    # Equal scores share a threshold: the last position of each run of equal scores.
     thresholds = np.append(np.flatnonzero(falling[1:] != falling[:-1]), len(falling) - 1)
     num_found = positive[order].cumsum()[thresholds]
     precision = num_found / (thresholds + 1)

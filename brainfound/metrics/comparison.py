@@ -1,7 +1,6 @@
-"""Systems on the same cases: every score with its interval, and every difference with its interval and its tests.
+"""Comparison of systems on the same cases: scores with intervals, and differences with intervals and tests.
 
-Cases are tables with one row per session, as an evaluation gives them (``result.cases``) and ``cases.tsv`` holds them;
-`brainfound.metrics.cases` says what their columns are.
+`brainfound.metrics.cases` describes the tables of cases.
 
 Axes: n cases, K classes.
 """
@@ -21,16 +20,13 @@ from brainfound.errors import UsageError, did_you_mean
 from brainfound.metrics.cases import (
     Cases,
     CaseTables,
+    Score,
     mask_mismatch_error,
-    parse_metric_name,
     read_matched_systems,
     read_system,
 )
-from brainfound.metrics.scores import HIGHER_IS_BETTER, Score
+from brainfound.metrics.registry import METRICS, metric_name
 from brainfound.metrics.statistics import bootstrap_interval, delong_test, holm, paired_permutation_test
-
-_RANK_METRICS = ("auroc", "auprc")
-"""Metrics to which only the order of the scores matters."""
 
 _COLUMNS = [
     *("metric", "system", "value", "low", "high", "difference", "difference_low", "difference_high"),
@@ -50,17 +46,16 @@ def score_intervals(
     """Each score of a system with its bootstrap interval over subjects.
 
     Args:
-        cases: a table of cases, see above, or several.
-        metrics: names of `brainfound.metrics.scores.HIGHER_IS_BETTER`; by default all that the task has.
+        cases: a table of cases, or one per seed.
+        metrics: names of `brainfound.metrics.registry.METRICS`; by default all of the task.
         num_resamples, confidence, seed: as in `bootstrap_interval`.
 
     Returns:
-        One row per metric: metric, value, low, high, num_cases, num_subjects (those that the metric is over). What
-        has no defined score is ``nan``.
+        One row per metric: metric, value, low, high, and num_cases and num_subjects with a score. An undefined score is
+        ``nan``.
 
     Raises:
-        UsageError: if a column is missing or a value cannot be used, a case is there twice, or a metric is not one of
-            the task.
+        UsageError: a column is missing, a value is invalid, a case is given twice, or the task lacks a metric.
     """
     system, resampling = read_system(cases, "cases"), _Resampling(num_resamples, confidence, seed)
     rows = []
@@ -83,25 +78,24 @@ def compare(
 ) -> pd.DataFrame:
     """Compare systems with one of them, on the same cases.
 
-    p is of a permutation test that exchanges the two systems' answers within subjects. Where only their order matters
-    (AUROC, AUPRC) the scores become ranks first, since systems need not share a scale. AUROC of two classes also has
-    DeLong's p, if every subject has one case. Holm's correction is over the systems that are compared, metric by
-    metric: a reader who picks the best of several metrics has to correct for that as well.
+    p is of a permutation test that exchanges the answers of two systems within subjects. Where only their order matters
+    (AUROC, AUPRC) ranks are exchanged, since systems need not share a scale. AUROC of two classes also has DeLong's p,
+    if every subject has one case. Holm's correction is over the compared systems, for each metric alone.
 
     Args:
-        systems: name → a table of cases, see above, or one per seed. All must have the same cases with the same truth,
-            and as many seeds; beside several seeds, a system of a single table counts as if each had given it.
-        against: the name of the system that the others are compared with.
+        systems: name → a table of cases, or one per seed. All must have the same cases, truth and number of seeds; a
+            single table counts for every seed.
+        against: the name of the reference system.
         metrics, num_resamples, confidence, seed: as in `score_intervals`.
         num_permutations: as in `paired_permutation_test`.
 
     Returns:
-        One row per metric and system, the one that is compared with first: metric, system, value, low, high,
-        difference (system − against), difference_low, difference_high, p, p_holm, p_delong, p_delong_holm,
-        higher_is_better, num_cases, num_subjects. What is not defined is ``nan``.
+        One row per metric and system, the reference first: metric, system, value, low, high, difference
+        (system − against), difference_low, difference_high, p, p_holm, p_delong, p_delong_holm, higher_is_better,
+        num_cases, num_subjects. Undefined values are ``nan``.
 
     Raises:
-        UsageError: as `score_intervals`, and if the systems do not have the same cases or truth.
+        UsageError: as `score_intervals`; or the cases or the truth of the systems differ.
 
     Source: A. I. Bandos, H. E. Rockette and D. Gur, "A permutation test sensitive to differences in areas for comparing
     ROC curves from a paired design", Stat Med 2005 (exchange of ranks within cases).
@@ -130,7 +124,7 @@ def compare_pairs(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Compare each system with each other one, on the same cases: as `compare`, with Holm's correction over all pairs.
+    """Compare all pairs of systems on the same cases, as `compare` does, with Holm's correction over the pairs.
 
     Args:
         systems, metrics, num_resamples, num_permutations, confidence, seed: as in `compare`.
@@ -138,7 +132,7 @@ def compare_pairs(
     Returns:
         One row per metric and pair, in the order given: metric, system, against, difference (system − against),
         difference_low, difference_high, p, p_holm, p_delong, p_delong_holm, higher_is_better, num_cases,
-        num_subjects. What is not defined is ``nan``.
+        num_subjects. Undefined values are ``nan``.
 
     Raises:
         UsageError: as `compare`.
@@ -160,7 +154,7 @@ def compare_pairs(
 
 @dataclass(frozen=True)
 class _Resampling:
-    """How resamples and permutations are drawn."""
+    """Settings of the bootstrap and of the permutation test."""
 
     num_resamples: int
     confidence: float
@@ -170,18 +164,12 @@ class _Resampling:
     def interval(
         self, metric: Callable[..., float], subjects: np.ndarray, *values: np.ndarray
     ) -> tuple[float, float, float]:
-        """Value, low and high; the ends are nan where the metric has no finite value on the cases themselves."""
+        """Value, low and high; the ends are nan where the value is not finite."""
         value = float(metric(*values)) if len(subjects) else float("nan")
         if not np.isfinite(value):
             return value, float("nan"), float("nan")
-        found = bootstrap_interval(
-            metric,
-            *values,
-            subjects=subjects,
-            num_resamples=self.num_resamples,
-            confidence=self.confidence,
-            seed=self.seed,
-        )
+        settings: dict[str, Any] = {"confidence": self.confidence, "seed": self.seed}
+        found = bootstrap_interval(metric, *values, subjects=subjects, num_resamples=self.num_resamples, **settings)
         return found.estimate, found.low, found.high
 
     def p(self, metric: Score, subjects: np.ndarray, truth: np.ndarray, a: np.ndarray, b: np.ndarray) -> float:
@@ -203,12 +191,12 @@ def _score_row(metric: str, name: str, system: Cases, resampling: _Resampling) -
 
 def _counts(metric: str, system: Cases) -> dict[str, Any]:
     _, _, subjects = _select_scored_cases(metric, system)
-    higher_is_better = HIGHER_IS_BETTER[parse_metric_name(metric)]
+    higher_is_better = METRICS[metric_name(metric)].higher_is_better
     return {"higher_is_better": higher_is_better, "num_cases": len(subjects), "num_subjects": len(set(subjects))}
 
 
 def _compute_difference(metric: str, system: Cases, base: Cases, resampling: _Resampling) -> dict[str, float]:
-    """System − base with its interval and its p values, not corrected yet."""
+    """System − base with its interval and its uncorrected p values."""
     truth, (a, b), subjects = _select_scored_cases(metric, system, base)
     score = base.metric(metric)
     difference = resampling.interval(lambda t, x, y: score(t, x) - score(t, y), subjects, truth, a, b)
@@ -219,13 +207,13 @@ def _compute_difference(metric: str, system: Cases, base: Cases, resampling: _Re
     two_classes = truth.ndim == 1 and a.ndim == 2 and a.shape[1] == 2 and base.num_runs == 1
     if metric == "auroc" and two_classes and len(set(subjects)) == len(subjects):
         found["p_delong"] = delong_test(truth, a, b).p
-    if metric in _RANK_METRICS:
+    if METRICS[metric_name(metric)].order_only:
         a, b = stats.rankdata(a, axis=0), stats.rankdata(b, axis=0)
     return found | {"p": resampling.p(score, subjects, truth, a, b)}
 
 
 def _apply_holm(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of one metric, with Holm's correction over them."""
+    """Add Holm's correction over the rows of one metric."""
     for column in ("p", "p_delong"):
         for row, adjusted in zip(rows, holm([row[column] for row in rows]), strict=True):
             row[f"{column}_holm"] = float(adjusted)
@@ -233,7 +221,7 @@ def _apply_holm(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _select_scored_cases(name: str, *systems: Cases) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
-    """Truth, each system's answers and subjects of the cases that the metric is over."""
+    """Truth, answers of each system, and subjects of the cases that have the score."""
     answers = [system.answers[name] for system in systems]
     if systems[0].task != "segmentation":
         return systems[0].truth, answers, systems[0].subjects

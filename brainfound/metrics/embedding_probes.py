@@ -1,4 +1,4 @@
-"""What frozen embeddings know that they should not, and whether they say the same of a subject twice.
+"""Probes of frozen embeddings: the site that they encode, and how well they repeat over two sessions of a subject.
 
 Axes: N sessions, D width, U subjects.
 """
@@ -27,15 +27,14 @@ from brainfound.metrics.values import finite_array
 
 @dataclass(frozen=True)
 class SiteProbe:
-    """How well a linear model tells site and label from the same embeddings, on subjects that it did not learn from.
+    """Cross-validated scores of linear models that predict site and label from the same embeddings.
 
     Attributes:
         site: balanced accuracy, with its bootstrap interval over subjects.
-        site_chance: what embeddings without information reach.
+        site_chance: the score of embeddings without information.
         label: balanced accuracy, or R² of a number.
         label_metric: ``"balanced_accuracy"`` or ``"r2"``.
-        label_chance: what embeddings without information reach; 0 for R².
-        num_folds: folds of the cross-validation.
+        label_chance: the score of embeddings without information; 0 for R².
     """
 
     site: Interval
@@ -48,14 +47,13 @@ class SiteProbe:
 
 @dataclass(frozen=True)
 class TestRetest:
-    """Two sessions of each subject, embedded.
+    """Agreement of the embeddings of two sessions of each subject.
 
     Attributes:
-        icc: (D,) ICC(3,1) of each dimension: the share of its variance that is between subjects; ``nan`` where it does
-            not vary.
-        median_icc: the median of those that vary.
-        identification: share of sessions whose nearest neighbour among the other sessions' is of the same subject.
-        chance: 1 / U, what embeddings without information reach.
+        icc: (D,) ICC(3,1) of each dimension, the share of its variance between subjects; ``nan`` for a constant one.
+        median_icc: over the dimensions that vary.
+        identification: share of sessions whose nearest neighbour among the other visits is of the same subject.
+        chance: 1 / U, the identification by embeddings without information.
         num_subjects: U, those with two sessions.
     """
 
@@ -77,22 +75,20 @@ def site_probe(
 ) -> SiteProbe:
     """Predict site and label from the same embeddings, over the same folds by subject.
 
-    A high score of site says that the scanner is in the embeddings, not that an answer made from them follows it. Where
-    site and label go together (patients at one site, controls at the other) each of them tells the other: look at their
-    table before the scores.
+    A high score of the site means that the embeddings encode the scanner, not that predictions depend on it. Where site
+    and label are confounded (patients at one site, controls at the other), each predicts the other.
 
     Args:
         embeddings: one row per session.
         site: the site or scanner of each session.
-        label: numbers with more than ten different values are predicted as numbers, all else as classes.
-        subjects: the subject of each session; no subject is learnt from and tested on.
+        label: of each session; numbers with more than ten different values are regressed, all else are classes.
+        subjects: the subject of each session; training and test parts share no subject.
         seed: of the folds and of the bootstrap.
         num_folds: fewer if there are fewer subjects.
-        num_resamples: of the bootstrap.
 
     Raises:
-        UsageError: if the lengths differ, a value is missing or not finite, there are fewer than two sites or classes,
-            or one of them has a single subject.
+        UsageError: the lengths differ, a value is missing or not finite, there are fewer than two sites or classes, or
+            one of them has a single subject.
 
     Source: the site test of B. Glocker et al., "Machine learning with multi-site imaging data", arXiv:1910.04597.
     """
@@ -100,14 +96,14 @@ def site_probe(
     owners, sites, labels, numeric = validate_probe_columns(site, label, subjects)
     num_folds = min(num_folds, len(set(owners)))
     folds = k_folds(owners.tolist(), num_folds, seed, {"site": sites.tolist(), "label": labels.tolist()})
-    told_site = cross_val_predict(features, sites, folds, linear_classifier)
-    told_label = cross_val_predict(features, labels, folds, linear_regressor if numeric else linear_classifier)
+    predicted_sites = cross_val_predict(features, sites, folds, linear_classifier)
+    predicted_labels = cross_val_predict(features, labels, folds, linear_regressor if numeric else linear_classifier)
     metric = r2 if numeric else balanced_accuracy
     drawing: dict[str, Any] = {"subjects": owners, "seed": seed, "num_resamples": num_resamples}
     return SiteProbe(
-        site=bootstrap_interval(balanced_accuracy, sites, told_site, **drawing),
+        site=bootstrap_interval(balanced_accuracy, sites, predicted_sites, **drawing),
         site_chance=1 / len(set(sites)),
-        label=bootstrap_interval(metric, labels, told_label, **drawing),
+        label=bootstrap_interval(metric, labels, predicted_labels, **drawing),
         label_metric=metric.__name__,
         label_chance=0.0 if numeric else 1 / len(set(labels)),
         num_folds=num_folds,
@@ -117,10 +113,10 @@ def site_probe(
 def validate_probe_columns(
     site: Sequence[Any], label: Sequence[Any], subjects: Sequence[Any]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
-    """What a site probe makes of its columns: subjects, sites, labels (N,), and whether the labels are numbers.
+    """Subjects, sites and labels (N,) of a site probe, and whether the labels are numbers.
 
     Raises:
-        UsageError: as `site_probe`; here before anything is embedded.
+        UsageError: as `site_probe`, so that it can be raised before anything is embedded.
     """
     owners = np.array([label_text(subject) for subject in subjects])
     sites = _classes(site, owners, "site")
@@ -131,11 +127,11 @@ def validate_probe_columns(
 
 
 def test_retest(embeddings: Float[np.ndarray, "N D"], subjects: Sequence[Any], sessions: Sequence[Any]) -> TestRetest:
-    """How alike two sessions of a subject are embedded, beside how alike different subjects are.
+    """Compare the embeddings of two sessions of a subject with those of different subjects.
 
-    Of each subject with several sessions the first two by name are taken; the others are left out. ICC(3,1) forgives a
-    shift that all second sessions share. Neighbours are nearest by cosine, sought among one session of every subject,
-    both ways; of several that are equally near each counts its share, so embeddings that are all the same reach chance.
+    The first two sessions by name of each subject with several are used. ICC(3,1) ignores a shift that all second
+    sessions share. The nearest neighbour by cosine is searched among the other visits of all subjects, in both
+    directions; ties share the hit, so that constant embeddings reach chance.
 
     Args:
         embeddings: one row per session.
@@ -143,8 +139,8 @@ def test_retest(embeddings: Float[np.ndarray, "N D"], subjects: Sequence[Any], s
         sessions: the name or number of each session.
 
     Raises:
-        UsageError: if the lengths differ, a value is not finite, a session is there twice, or fewer than two subjects
-            have two sessions.
+        UsageError: the lengths differ, a value is not finite, a session is given twice, or fewer than two subjects have
+            two sessions.
 
     Source: P. E. Shrout and J. L. Fleiss, "Intraclass correlations", Psychol Bull 1979, case 3; identification: E. S.
     Finn et al., "Functional connectome fingerprinting", Nat Neurosci 2015.
@@ -154,11 +150,10 @@ def test_retest(embeddings: Float[np.ndarray, "N D"], subjects: Sequence[Any], s
     for row, (subject, session) in enumerate(zip(subjects, sessions, strict=True)):
         of_subject = visits.setdefault(label_text(subject), {})
         if session in of_subject:
-            raise UsageError("a session is there twice", where="sessions", got=f"{subject}, {session}")
+            raise UsageError("a session is given twice", where="sessions", got=f"{subject}, {session}")
         of_subject[session] = row
-    pairs = [
-        [of[session] for session in sorted(of, key=label_text)[:2]] for _, of in sorted(visits.items()) if len(of) > 1
-    ]
+    several = [rows for _, rows in sorted(visits.items()) if len(rows) > 1]
+    pairs = [[rows[name] for name in sorted(rows, key=label_text)[:2]] for rows in several]
     if len(pairs) < 2:
         raise UsageError(
             "test and retest need two subjects with two sessions", where="sessions", got=f"{len(pairs)} such subjects"
@@ -179,7 +174,7 @@ def test_retest(embeddings: Float[np.ndarray, "N D"], subjects: Sequence[Any], s
 
 
 def linear_classifier(num_samples: int) -> LogisticRegression:
-    """The linear model of a probe of classes, for any number of samples; rare ones weigh as much as frequent ones."""
+    """The linear model of a probe of classes, for any number of samples; rare and frequent classes weigh the same."""
     return LogisticRegression(C=1.0, class_weight="balanced", max_iter=500)
 
 
@@ -194,11 +189,11 @@ def cross_val_predict(
     folds: Sequence[Mapping[str, np.ndarray]],
     make_model: Callable[[int], Any],
 ) -> np.ndarray:
-    """Each sample's label as predicted by a model of standardised features that did not learn from its fold.
+    """Predict the label of each sample with a model of standardised features that was trained on the other folds.
 
     Args:
         features: finite.
-        labels: (N,) classes; or float64, where predictions are kept within the range of the training part.
+        labels: (N,) classes; or float64, for which predictions are clipped to the range of the training part.
         folds: each with the samples of ``train`` and ``test``.
         make_model: makes an untrained scikit-learn model, given the number of training samples.
     """
@@ -210,11 +205,11 @@ def cross_val_predict(
             continue
         model = make_pipeline(StandardScaler(), make_model(len(train)))
         with warnings.catch_warnings():
-            # A probe compares features; a solver that stops at 500 iterations compares them as well.
+            # A solver that stops at 500 iterations compares features well enough.
             warnings.simplefilter("ignore", ConvergenceWarning)
             predicted[test] = model.fit(features[train], labels[train]).predict(features[test])
         if np.issubdtype(labels.dtype, np.floating):
-            # Nobody is older than all that were seen: without this, one bad extrapolation is the whole score.
+            # Without this, one bad extrapolation dominates the score.
             predicted[test] = predicted[test].clip(labels[train].min(), labels[train].max())
     return predicted
 
@@ -237,11 +232,11 @@ def _classes(values: Sequence[Any], owners: np.ndarray, where: str) -> np.ndarra
         raise UsageError("a value is missing", where=where, remedy="Leave out the sessions without one")
     names = np.unique(classes)
     if len(names) < 2:
-        raise UsageError("there is nothing to tell apart", where=where, got=f"only {names[0]}")
+        raise UsageError("a single class cannot be predicted", where=where, got=f"only {names[0]}")
     for name in names:
         if len(set(owners[classes == name])) < 2:
             raise UsageError(
-                f"{name} has a single subject, who cannot be learnt from and tested on",
+                f"{name} has a single subject, too few for training and test",
                 where=where,
                 remedy="Leave it out or merge it with another",
             )
@@ -261,6 +256,6 @@ def _icc_3_1(twice: Float[np.ndarray, "U 2 D"]) -> Float[np.ndarray, "D"]:
 
 
 def _share_found(alike: Float[np.ndarray, "U U"]) -> float:
-    """How many rows are nearest to the column of their own subject; equally near ones share the hit."""
+    """Share of rows that are nearest to the column of their own subject; ties share the hit."""
     nearest = alike >= alike.max(axis=1, keepdims=True) - 1e-12
     return float((nearest.diagonal() / nearest.sum(axis=1)).mean())

@@ -1,9 +1,8 @@
 """Ranking of systems over tasks, by the rule of the FOMO25 challenge.
 
-Per metric the systems are ranked, best first, ties sharing the mean of their ranks. A task's rank is the
-mean over its metrics; the overall rank is the mean over the tasks. A system that misses a task gets the
-rank after all systems that have a score for it, N_valid + 1. The rule was derived from the organisers'
-published tables.
+Each metric ranks the systems, best first; ties share the mean of their ranks. The rank of a task is the mean over its
+metrics, and the overall rank is the mean over the tasks. A system without a score for a task gets the rank after all
+systems that have one, N_valid + 1. Source: derived from the organisers' published tables.
 """
 
 from __future__ import annotations
@@ -13,34 +12,37 @@ from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
 from brainfound.errors import UsageError
 
+RULES = ("fomo25",)
 _COLUMNS = ("system", "task", "metric", "value", "higher_is_better")
 _KEY = ["system", "task", "metric"]
 
 
-def rank(scores: pd.DataFrame) -> pd.DataFrame:
-    """Overall ranks, best first.
+def rank(scores: pd.DataFrame, rule: str = "fomo25") -> pd.DataFrame:
+    """Rank systems over tasks, best first.
 
     Args:
         scores: one row per system, task and metric, with columns system, task, metric, value,
             higher_is_better. A value of ``nan`` is a missing score, as is a row that is not there.
+        rule: the challenge whose rule applies, ``"fomo25"``.
 
     Returns:
         Columns system and overall_rank (1 is best, smaller is better), sorted by rank, then by name.
 
     Raises:
-        UsageError: if a column is missing, a score is given twice, or a metric of a task is said to be both
-            better when higher and better when lower.
+        UsageError: the rule is unknown, a column is missing, a score is given twice, or a metric of a task has two
+            directions.
     """
+    if rule not in RULES:
+        raise UsageError(f"no ranking rule {rule!r}", where="rule", expected=", ".join(RULES))
     overall = task_ranks(scores).mean(axis=1).rename("overall_rank").reset_index()
     return overall.sort_values(["overall_rank", "system"], kind="stable", ignore_index=True)
 
 
 def task_ranks(scores: pd.DataFrame) -> pd.DataFrame:
-    """Rank per system (rows) and task (columns): the mean over the task's metrics.
+    """Rank per system (rows) and task (columns), by the rule of FOMO25: the mean over the task's metrics.
 
-    A system without any score of a task gets N_valid + 1, N_valid being the number of systems with at least
-    one. A system that has only some of a task's metrics gets, for each that it lacks, the rank after all
-    systems that have it. Raises as `rank`.
+    A system without any score of a task gets N_valid + 1, where N_valid systems have at least one. A system that lacks
+    some of a task's metrics gets, for each of them, the rank after all systems that have it. Raises as `rank`.
     """
     _check(scores)
     systems = pd.Index(scores["system"].unique(), name="system")

@@ -1,7 +1,7 @@
-"""Metrics of a predicted number: how far off, and how much of the variation is explained.
+"""Metrics of predicted numbers: errors, explained variance and correlation.
 
-What has no defined score (R² or a correlation where nothing varies) is ``nan``. Errors are computed here and not by
-scikit-learn, whose checks cost more than the sums: a permutation test asks ten thousand times. The results are equal.
+An undefined score (R² or a correlation of constant values) is ``nan``. The sums are computed here instead of in
+scikit-learn, whose input checks dominate in permutation tests with thousands of calls. The results are equal.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def mae(target: Any, prediction: Any) -> float:
 
 
 def rmse(target: Any, prediction: Any) -> float:
-    """Root of the mean squared error, in the unit of the target; few large errors weigh more than in `mae`.
+    """Root of the mean squared error, in the unit of the target; large errors weigh more than in `mae`.
 
     Raises:
         UsageError: if the shapes differ, a value is not finite, or there is nothing to score.
@@ -44,7 +44,7 @@ def r2(target: Any, prediction: Any) -> float:
     """
     expected, predicted = value_pair(target, prediction)
     spread = np.square(expected - expected.mean()).sum()
-    if is_constant(expected) or spread == 0:  # a spread below 1e-154 is 0 when it is squared
+    if is_constant(expected) or spread == 0:  # squares of differences below 1e-154 are 0
         return float("nan")
     return float(1 - np.square(expected - predicted).sum() / spread)
 
@@ -62,9 +62,9 @@ def pearson(target: Any, prediction: Any) -> float:
     for values in (expected, predicted):
         centred = values - values.mean()
         largest = np.abs(centred).max()
-        if largest == 0:  # values that differ by less than their mean can be written
+        if largest == 0:  # the values differ by less than the precision of their mean
             return float("nan")
-        # By the largest first: the square of what is below 1e-154 is 0.
+        # Scale by the largest first: squares of values below 1e-154 are 0.
         scaled = centred / largest
         directions.append(scaled / np.linalg.norm(scaled))
     return float(np.clip(directions[0] @ directions[1], -1.0, 1.0))

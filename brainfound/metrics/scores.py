@@ -1,97 +1,46 @@
-"""Scores of several yes-or-no labels per case: each label's own, and their mean.
+"""The scores of a task, and those of a trivial baseline to compare them with.
 
-Axes: n cases, L labels.
+A trivial baseline knows the training labels and never reads an image: it answers the share of each class, or the mean
+of the target. Which scores a task has is in `brainfound.metrics.registry`.
 
-The scores of a task, always beside those of a trivial baseline.
-
-A trivial baseline knows the training labels and never looks at an image: the most frequent class, the mean
-of the target, everything inside the head a lesion.
+Axes: n cases, K classes, L labels of a case.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
 
 from brainfound.errors import UsageError
-from brainfound.metrics.classification import auprc, auroc, balanced_accuracy, macro_f1, mcc
-from brainfound.metrics.regression import mae, pearson, r2, rmse, spearman
-from brainfound.metrics.segmentation import dice, hd95, lesion_f1, relative_volume_error, surface_dice, volume_error_mm3
+from brainfound.metrics.registry import PRIMARY_METRIC, Metric, task_metrics
 from brainfound.metrics.values import finite_array, get_convention_score
-
-PRIMARY_METRIC = {"classification": "auroc", "regression": "mae", "segmentation": "dice"}
-"""The metric by which a task is judged."""
-
-TABLE_METRICS = {
-    "classification": ("auroc", "balanced_accuracy"),
-    "regression": ("mae", "r2", "pearson"),
-    "segmentation": ("dice", "surface_dice", "hd95_mm", "lesion_f1", "clean_negatives"),
-}
-"""The metrics that a table on a terminal has room for; files and JSON hold all of them."""
-
-HIGHER_IS_BETTER = {
-    "auroc": True,
-    "auprc": True,
-    "balanced_accuracy": True,
-    "macro_f1": True,
-    "mcc": True,
-    "mae": False,
-    "rmse": False,
-    "r2": True,
-    "pearson": True,
-    "spearman": True,
-    "dice": True,
-    "surface_dice": True,
-    "hd95_mm": False,
-    "lesion_f1": True,
-    "volume_error_mm3": False,
-    "relative_volume_error": False,
-    "clean_negatives": True,
-}
 
 EmptyCase = Literal["left_out", "nan", "one", "zero"]
 """What the overlap of a case without the structure is, see `segmentation_case_scores`."""
 
-Score = Callable[[np.ndarray, np.ndarray], float]
-
-
-def _on_predicted_class(metric: Score) -> Score:
-    return lambda labels, probabilities: metric(labels, probabilities.argmax(axis=1))
-
-
-METRICS: Mapping[str, Mapping[str, Score]] = {
-    "classification": {
-        "auroc": auroc,
-        "auprc": auprc,
-        "balanced_accuracy": _on_predicted_class(balanced_accuracy),
-        "macro_f1": _on_predicted_class(macro_f1),
-        "mcc": _on_predicted_class(mcc),
-    },
-    "regression": {"mae": mae, "rmse": rmse, "r2": r2, "pearson": pearson, "spearman": spearman},
-}
-"""Metrics over all cases: of labels (n,) and probabilities (n, K), or of target (n,) and prediction (n,)."""
-
 
 def classification_scores(labels: Sequence[int], probabilities: np.ndarray) -> dict[str, float]:
-    """AUROC and AUPRC (for more than two classes the mean of one against the rest); of the likeliest class the
-    balanced accuracy, the F1 averaged over classes, and Matthews' correlation.
+    """Score the probabilities of classes.
+
+    AUROC and AUPRC of more than two classes are the mean of one against the rest. The other metrics are of the most
+    probable class.
 
     Args:
         labels: ``(n,)`` class indices.
         probabilities: ``(n, K)``.
     """
     truth = np.asarray(labels)
-    return {name: metric(truth, probabilities) for name, metric in METRICS["classification"].items()}
+    return {metric.name: metric.score(truth, probabilities) for metric in task_metrics("classification")}
 
 
 def regression_scores(
     target: Sequence[float] | np.ndarray, prediction: Sequence[float] | np.ndarray
 ) -> dict[str, float]:
-    """Mean absolute and root mean squared error in the unit of the target, R², Pearson's and Spearman's correlation."""
+    """Score predicted numbers ``(n,)``; errors are in the unit of the target."""
     expected, predicted = np.asarray(target), np.asarray(prediction)
-    return {name: metric(expected, predicted) for name, metric in METRICS["regression"].items()}
+    return {metric.name: metric.score(expected, predicted) for metric in task_metrics("regression")}
 
 
 def segmentation_case_scores(
@@ -101,62 +50,52 @@ def segmentation_case_scores(
     tolerance_mm: float = 1.0,
     empty: EmptyCase = "left_out",
 ) -> dict[str, float]:
-    """The scores of one case, averaged over the classes that it has.
+    """Score one segmented case: the mean over the classes that its reference has.
 
-    A case without any structure has ``clean_negatives``: 1 when nothing was marked, else 0; and by the convention of
-    ``empty`` the other scores or none.
+    A case without any structure has ``clean_negatives``, 1 when nothing was marked and 0 otherwise, and the overlap
+    metrics by the convention `empty`.
 
     Args:
         reference, prediction: class indices ``(S, H, W)``, 0 for background.
-        spacing_mm: of the three axes. With it also surface Dice within `tolerance_mm`, HD95 (the diagonal of the array
-            where a class was missed), lesion-wise F1 and the volume error in mm³; they take many times as long.
-        empty: what overlap with a structure that is not there is: ``"left_out"``, it has none, and only
-            ``clean_negatives`` tells; otherwise 0 where something was marked, and where nothing was ``"one"``
-            (fomo-metrics' Dice), ``"zero"`` or ``"nan"`` (nnU-Net, SSL3D: left out of the mean).
+        spacing_mm: of the three axes. Adds surface Dice within `tolerance_mm`, HD95 (the diagonal of the array where a
+            class was missed), lesion-wise F1 and the volume error in mm³, which take many times as long.
+        empty: overlap where the reference lacks the structure. ``"left_out"``: no score. Otherwise 0 where something
+            was marked, and where nothing was ``"one"`` (fomo-metrics' Dice), ``"zero"`` or ``"nan"`` (nnU-Net, SSL3D:
+            left out of the mean).
+
+    Raises:
+        UsageError: the convention is unknown, or as the metrics.
     """
     get_convention_score(empty, dict.fromkeys(get_args(EmptyCase), 0.0), "empty")
+    inputs = {"spacing_mm": spacing_mm, "tolerance_mm": tolerance_mm, "empty": empty}
+
+    def score(metric: Metric, predicted: np.ndarray, expected: np.ndarray, names: Sequence[str]) -> float:
+        keywords = {name: inputs[name] for name in names if name in metric.needs}
+        return metric.function(predicted, expected, **keywords, **metric.options)
+
+    metrics = [
+        metric
+        for metric in task_metrics("segmentation")
+        if spacing_mm is not None or not (metric.slow or "spacing_mm" in metric.needs)
+    ]
     present = [k for k in np.unique(reference) if k != 0]
     if not present:
-        clean = {"clean_negatives": float(not np.any(prediction))}
-        if empty == "left_out":
-            return clean
-        masks = (np.asarray(prediction) != 0, np.zeros(np.shape(reference), dtype=bool))
-        found = {"dice": dice(*masks, empty=empty)}
-        if spacing_mm is not None:
-            found["surface_dice"] = surface_dice(*masks, spacing_mm, tolerance_mm, empty=empty)
-            found["lesion_f1"] = lesion_f1(*masks, empty=empty)
-        return {name: value for name, value in found.items() if not np.isnan(value)} | clean
-    of_classes: dict[str, list[float]] = {}
-    for k in present:
-        masks = (prediction == k, reference == k)
-        found = {"dice": dice(*masks), "relative_volume_error": relative_volume_error(*masks)}
-        if spacing_mm is not None:
-            found |= {
-                "surface_dice": surface_dice(*masks, spacing_mm, tolerance_mm),
-                "hd95_mm": hd95(*masks, spacing_mm, one_empty="diagonal"),
-                "lesion_f1": lesion_f1(*masks),
-                "volume_error_mm3": volume_error_mm3(*masks, spacing_mm),
-            }
-        for name, value in found.items():
-            of_classes.setdefault(name, []).append(value)
-    return {name: float(np.mean(values)) for name, values in of_classes.items()}
-
-
-def segmentation_scores(references: Sequence[np.ndarray], predictions: Sequence[np.ndarray]) -> dict[str, float]:
-    """Mean Dice and mean relative volume error over the cases that have the structure; several classes are averaged
-    within a case.
-
-    Also the share of cases without any structure in which nothing was marked.
-
-    Args:
-        references, predictions: class indices ``(S, H, W)`` per case, 0 for background.
-    """
-    return mean_case_scores([segmentation_case_scores(r, p) for r, p in zip(references, predictions, strict=True)])
+        nothing = np.zeros(np.shape(reference), dtype=bool)
+        scored = [m for m in metrics if m.only_clean or ("empty" in m.needs and empty != "left_out")]
+        found = {metric.name: score(metric, prediction != 0, nothing, list(inputs)) for metric in scored}
+        return {name: value for name, value in found.items() if not np.isnan(value)}
+    masks = [(prediction == k, reference == k) for k in present]
+    return {
+        metric.name: float(np.mean([score(metric, *pair, ("spacing_mm", "tolerance_mm")) for pair in masks]))
+        for metric in metrics
+        if not metric.only_clean
+    }
 
 
 def mean_case_scores(cases: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Each score's mean over the cases of a segmentation that have it; Dice is ``nan`` if none has."""
-    names = ["dice", *dict.fromkeys(name for case in cases for name in case if name != "dice")]
+    """Average each score over the cases of a segmentation that have it; the primary one is ``nan`` if none has."""
+    primary = PRIMARY_METRIC["segmentation"]
+    names = [primary, *dict.fromkeys(name for case in cases for name in case if name != primary)]
     found = {name: [case[name] for case in cases if name in case] for name in names}
     return {name: float(np.mean(values)) if values else float("nan") for name, values in found.items()}
 

@@ -1,10 +1,7 @@
 """Metrics of a segmented structure.
 
-Masks are binary arrays of any number of dimensions, in any order of axes, as long as `spacing_mm` names
-the axes in the same order.
-
-A structure that is in neither mask, or in one of them only, has a score by convention alone, so the convention is
-an argument: a comparison has to say which was used.
+Masks are binary arrays with any number of axes; `spacing_mm` has one value per axis, in the same order. A structure
+that is absent from one or both masks is scored by convention, so the convention is an argument: name it in comparisons.
 """
 
 from __future__ import annotations
@@ -22,11 +19,10 @@ Empty = Literal["one", "nan", "zero"]
 _EMPTY_SCORE = {"one": 1.0, "nan": float("nan"), "zero": 0.0}
 
 NoError = Literal["zero", "nan"]
-"""What an error is when both masks are empty."""
+"""The error of two empty masks."""
 _NO_ERROR = {"zero": 0.0, "nan": float("nan")}
 
-# Spacings in NIfTI headers are float32: 1.0 mm may be read as 1.0000001 mm, and a distance that is the
-# tolerance to six digits must count as within it.
+# NIfTI headers hold float32: 1.0 mm may be read as 1.0000001 mm, and must be within a tolerance of 1 mm.
 _DISTANCE_SLACK_MM = 1e-5
 
 
@@ -34,10 +30,9 @@ def dice(prediction: Any, reference: Any, empty: Empty = "one") -> float:
     """Dice overlap of two binary masks, 2|A ∩ B| / (|A| + |B|).
 
     Args:
-        prediction: binary mask.
-        reference: binary mask of the same shape.
-        empty: the score when both masks are empty: ``"one"`` (fomo-metrics), ``"nan"`` (nnU-Net, SSL3D) or
-            ``"zero"``. When exactly one of them is empty the score is 0 by any convention.
+        prediction, reference: binary masks of one shape.
+        empty: the score of two empty masks: ``"one"`` (fomo-metrics), ``"nan"`` (nnU-Net, SSL3D) or ``"zero"``. A
+            single empty mask scores 0.
 
     Raises:
         UsageError: if the shapes differ, or a mask is not binary or not finite.
@@ -61,22 +56,16 @@ def surface_dice(
 ) -> float:
     """Normalised surface distance: the share of both surfaces within `tolerance_mm` of the other surface.
 
-    The surface of a mask is its boundary voxels: the voxels of the mask with a face neighbour outside it,
-    where everything outside the array is outside the mask. So an object one voxel thin is all surface, and
-    an object cut by the border has a surface there. Distances are Euclidean, in mm, between voxel centres,
-    and every boundary voxel counts the same. A distance equal to the tolerance is within it.
-
-    This is the discrete form that most toolkits and challenges compute. The original (Nikolov et al.)
-    weights surface elements by their area, so the two differ by a few hundredths on anisotropic or very
-    small objects; they agree at 0 and at 1.
+    The surface is the boundary voxels: those with a face neighbour outside the mask, or outside the array. Distances
+    are Euclidean, in mm, between voxel centres; each boundary voxel counts the same, and a distance equal to the
+    tolerance is within it. Most toolkits and challenges compute this discrete form. The original weights surface
+    elements by area, which differs by a few hundredths on anisotropic or very small objects.
 
     Args:
-        prediction: binary mask.
-        reference: binary mask of the same shape.
-        spacing_mm: distance between voxel centres along each axis of the masks.
-        tolerance_mm: the distance that is accepted, 0 or more.
-        empty: the score when both masks are empty, as in `dice` (fomo-metrics uses ``"zero"`` here); exactly
-            one empty mask scores 0.
+        prediction, reference: binary masks of one shape.
+        spacing_mm: distance between voxel centres along each axis.
+        tolerance_mm: the accepted distance, 0 or more.
+        empty: the score of two empty masks, as in `dice` (here fomo-metrics uses ``"zero"``).
 
     Raises:
         UsageError: if the shapes differ, a mask is not binary, or spacing or tolerance cannot be used.
@@ -87,7 +76,7 @@ def surface_dice(
     predicted, expected = mask_pair(prediction, reference)
     spacing = validate_spacing(spacing_mm, predicted.ndim)
     if not (np.isfinite(tolerance_mm) and tolerance_mm >= 0):
-        raise UsageError("the tolerance cannot be used", where="tolerance_mm", got=tolerance_mm, expected="0 or more")
+        raise UsageError("the tolerance is invalid", where="tolerance_mm", got=tolerance_mm, expected="0 or more")
     empty_score = get_convention_score(empty, _EMPTY_SCORE, "empty")
     if not predicted.any() and not expected.any():
         return empty_score
@@ -106,21 +95,19 @@ def hd95(
     empty: NoError = "zero",
     one_empty: Literal["inf", "diagonal", "nan"] = "inf",
 ) -> float:
-    """Robust Hausdorff distance in mm: how far the surfaces are apart, but for the worst 5%.
+    """Robust Hausdorff distance in mm: the distance of the surfaces without the worst 5%.
 
-    From each boundary voxel (as in `surface_dice`) of one mask the distance to the nearest boundary voxel of the
-    other is taken; the result is the larger of the 95th percentiles of the two directions, interpolated between
-    ranks. Others pool the two directions before the percentile, which hides a small missed part.
+    The 95th percentile, interpolated between ranks, of the distances from the boundary voxels (as in `surface_dice`) of
+    one mask to the nearest of the other; the larger of the two directions. Pooling both directions before the
+    percentile, as others do, hides a small missed part.
 
     Args:
-        prediction: binary mask.
-        reference: binary mask of the same shape.
-        spacing_mm: distance between voxel centres along each axis of the masks.
+        prediction, reference: binary masks of one shape.
+        spacing_mm: distance between voxel centres along each axis.
         percentile: 100 is the Hausdorff distance itself.
-        empty: the score when both masks are empty: ``"zero"``, nothing is out of place, or ``"nan"``.
-        one_empty: the score when exactly one is empty: ``"inf"``, since there is no nearest voxel (a mean over cases
-            is then infinite, a median is not); ``"diagonal"``, that of the array in mm, the penalty of BraTS; or
-            ``"nan"``, which leaves a missed structure out of a mean and so rewards missing it.
+        empty: the score of two empty masks, ``"zero"`` or ``"nan"``.
+        one_empty: the score of a single empty mask: ``"inf"``, since there is no nearest voxel; ``"diagonal"``, that of
+            the array in mm, the penalty of BraTS; or ``"nan"``, which a mean leaves out and so rewards missing.
 
     Raises:
         UsageError: if the shapes differ, a mask is not binary, or spacing or percentile cannot be used.
@@ -149,15 +136,13 @@ def lesion_f1(
 ) -> float:
     """F1 over lesions instead of voxels: a small lesion counts as much as a large one.
 
-    A lesion is a connected component. A lesion of the reference is found when the prediction has at least one voxel
-    in it, and missed otherwise; a lesion of the prediction is false when it has no voxel in the reference. F1 is
-    2 found / (2 found + false + missed). One predicted lesion may find several, and several may find one.
+    A lesion is a connected component. A reference lesion is found if it overlaps the prediction, else missed; a
+    predicted lesion without overlap is false. F1 is 2 found / (2 found + false + missed).
 
     Args:
-        prediction: binary mask.
-        reference: binary mask of the same shape.
-        empty: the score when both masks are empty, as in `dice`; exactly one empty mask scores 0.
-        touching: voxels are of one lesion when they share at least a corner (26 neighbours in 3-D) or a face (6).
+        prediction, reference: binary masks of one shape.
+        empty: the score of two empty masks, as in `dice`.
+        touching: voxels are connected by ``"corners"`` (26 neighbours in 3-D) or ``"faces"`` (6).
 
     Raises:
         UsageError: if the shapes differ, or a mask is not binary.
@@ -181,11 +166,10 @@ def volume_error_mm3(
     """Difference of the two volumes, in mm³.
 
     Args:
-        prediction: binary mask.
-        reference: binary mask of the same shape.
-        spacing_mm: distance between voxel centres along each axis of the masks.
-        signed: prediction minus reference, whose mean is the bias; by default the size of the difference.
-        empty: the error when both masks are empty: ``"zero"`` or ``"nan"``.
+        prediction, reference: binary masks of one shape.
+        spacing_mm: distance between voxel centres along each axis.
+        signed: prediction − reference, whose mean is the bias, instead of the absolute difference.
+        empty: the error of two empty masks, ``"zero"`` or ``"nan"``.
 
     Raises:
         UsageError: if the shapes differ, a mask is not binary, or the spacing cannot be used.
@@ -207,14 +191,13 @@ def relative_volume_error(
     empty: NoError = "zero",
     reference_empty: Literal["inf", "nan"] = "inf",
 ) -> float:
-    """Difference of the two volumes as a share of the reference: 0.1 is ten percent. A missed structure has 1.
+    """Difference of the two volumes as a share of the reference; 1 for a missed structure.
 
     Args:
-        prediction: binary mask.
-        reference: binary mask of the same shape.
-        signed: prediction minus reference, whose mean is the bias; by default the size of the difference.
-        empty: the error when both masks are empty: ``"zero"`` or ``"nan"``.
-        reference_empty: the error when only the reference is: ``"inf"`` or ``"nan"``.
+        prediction, reference: binary masks of one shape.
+        signed: prediction − reference, whose mean is the bias, instead of the absolute difference.
+        empty: the error of two empty masks, ``"zero"`` or ``"nan"``.
+        reference_empty: the error where only the reference is empty, ``"inf"`` or ``"nan"``.
 
     Raises:
         UsageError: if the shapes differ, or a mask is not binary.
@@ -231,11 +214,27 @@ def relative_volume_error(
     return error if signed else abs(error)
 
 
+def clean_negative(prediction: Any, reference: Any) -> float:
+    """Whether a case without the structure was left unmarked: 1 or 0; ``nan`` where the reference has the structure.
+
+    Its mean over cases is their specificity.
+
+    Args:
+        prediction, reference: binary masks of one shape.
+
+    Raises:
+        UsageError: if the shapes differ, or a mask is not binary.
+    """
+    predicted, expected = mask_pair(prediction, reference)
+    return float("nan") if expected.any() else float(not predicted.any())
+
+
 def _surface_distances_mm(
     predicted: np.ndarray, expected: np.ndarray, spacing: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """From each boundary voxel of one mask to the nearest of the other, both ways; neither mask is empty."""
-    window = _bounding_box(predicted | expected)
+    """Distances from the boundary voxels of each mask to the nearest of the other; neither mask is empty."""
+    # Both surfaces are in the bounding box, so that no distance changes.
+    window = ndimage.find_objects((predicted | expected).astype(np.uint8))[0]
     surface_p, surface_r = _boundary(predicted[window]), _boundary(expected[window])
     # The distance transform measures from each voxel to the nearest zero, hence the inversion.
     to_reference = ndimage.distance_transform_edt(~surface_r, sampling=spacing)[surface_p]
@@ -244,18 +243,12 @@ def _surface_distances_mm(
 
 
 def _count_detected(lesions: np.ndarray, other: np.ndarray, structure: np.ndarray) -> tuple[int, int]:
-    """How many components of a mask have a voxel in the other mask, and how many have none."""
+    """Numbers of components of a mask with and without a voxel in the other mask."""
     components, num_components = ndimage.label(lesions, structure)
     num_touched = int(np.count_nonzero(np.unique(components[other])))
     return num_touched, int(num_components) - num_touched
 
 
-def _bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
-    """The smallest window that holds the mask; both surfaces lie in it, so no distance changes."""
-    return ndimage.find_objects(mask.astype(np.uint8))[0]
-
-
 def _boundary(mask: np.ndarray) -> np.ndarray:
-    # Erosion takes the outside of the array as outside the mask (border_value 0), so a window that touches
-    # the object keeps its boundary there.
+    # Erosion takes the outside of the array as background, so that an object at its edge has a boundary there.
     return mask & ~ndimage.binary_erosion(mask)

@@ -1,20 +1,16 @@
-"""The two-sided t-test over the folds of a cross-validation.
+"""Uncertainty of scores and of differences between systems.
 
-Uncertainty of a score and of a difference, over subjects.
+Bootstrap intervals and permutation tests resample subjects, not slices or sessions: sessions of one subject are not
+independent. DeLong's interval and test are closed forms for AUROC, for one case per subject. `fold_t_test` compares
+scores of folds.
 
-Subjects, not slices or sessions, are what is drawn: sessions of one subject are not independent.
+An AUROC is a mean over pairs of a positive and a negative. The mean of a case over its pairs is its structural
+component, and the variance of the components gives that of the area. Source: E. R. DeLong, D. M. DeLong and D. L.
+Clarke-Pearson, "Comparing the areas under two or more correlated receiver operating characteristic curves", Biometrics
+1988; components from mid-ranks: X. Sun and W. Xu, "Fast implementation of DeLong's algorithm", IEEE Signal Process Lett
+2014.
 
-DeLong's test: the uncertainty of an AUROC, and of a difference of two on the same cases, by a formula.
-
-Axes: m positives, n negatives.
-
-An AUROC is a mean over pairs of a positive and a negative; each case's own mean over its pairs is its structural
-component, and the variance of the components is that of the area. Cases must be independent: one per subject. With
-several sessions of a subject use `bootstrap_interval` and `paired_permutation_test` with ``subjects``.
-
-Source: E. R. DeLong, D. M. DeLong and D. L. Clarke-Pearson, "Comparing the areas under two or more correlated receiver
-operating characteristic curves", Biometrics 1988; components from mid-ranks: X. Sun and W. Xu, "Fast implementation of
-DeLong's algorithm", IEEE Signal Process Lett 2014.
+Axes: N cases, m positives, n negatives, k folds, M tests.
 """
 
 from __future__ import annotations
@@ -38,9 +34,8 @@ Metric = Callable[..., float]
 class Interval:
     """A score with its interval.
 
-    `num_undefined` counts the resamples on which the metric was ``nan`` (a resample of one class has no
-    AUROC); they are left out, and a large share of them means that the interval says little. An interval by a
-    formula (`brainfound.metrics.statistics`) has no resamples.
+    `num_undefined` counts the resamples without a score (a resample of one class has no AUROC), which are left out;
+    with many of them the interval is unreliable. A closed form has no resamples.
     """
 
     estimate: float
@@ -65,22 +60,19 @@ def bootstrap_interval(
     """Percentile bootstrap interval of ``metric(*values)``.
 
     Args:
-        metric: takes the arrays in the order given and returns a number: ``bootstrap_interval(np.mean, dices)``,
-            ``bootstrap_interval(auroc, labels, scores)``.
-        values: arrays with the cases on their first axis, all of the same length.
-        subjects: (N,) the subject of each case; the cases of a subject are drawn together. By default every
-            case is a subject.
-        num_resamples: number of resamples.
+        metric: a function of the arrays, as in ``bootstrap_interval(auroc, labels, scores)``.
+        values: (N, …) arrays.
+        subjects: (N,) the subject of each case; those of a subject are drawn together. Default: one case per subject.
         confidence: share of the resamples inside the interval.
-        seed: seed of the drawing; the same seed gives the same interval.
+        seed: of the drawing.
 
     Raises:
-        UsageError: if there are no cases, the lengths differ, or no resample has a defined score.
+        UsageError: there are no cases, the lengths differ, or no resample has a score.
 
     Source: B. Efron and R. J. Tibshirani, "An Introduction to the Bootstrap" (1993), chapter 13.
     """
     if not 0 < confidence < 1 or num_resamples < 1:
-        raise UsageError("the bootstrap cannot be run so", got=f"confidence {confidence}, {num_resamples} resamples")
+        raise UsageError("invalid settings of the bootstrap", got=f"confidence {confidence}, {num_resamples} resamples")
     arrays = _aligned(values)
     groups = _cases_by_subject(subjects, len(arrays[0]))
     generator = np.random.default_rng(seed)
@@ -110,25 +102,22 @@ def paired_permutation_test(
 ) -> float:
     """Two-sided p value of ``metric(a) − metric(b)`` for two systems scored on the same subjects.
 
-    Under the null hypothesis the two systems may be exchanged within any subject. With 2^N at most
-    `num_permutations` all exchanges are counted and p is exact; otherwise they are drawn, and p is
-    (hits + 1) / (drawn + 1), which is never 0.
+    Under the null hypothesis the systems are exchangeable within each subject. If there are at most `num_permutations`
+    exchanges, all are counted and p is exact; otherwise they are drawn, and p is (hits + 1) / (drawn + 1), never 0.
 
     Args:
-        a: (N, …) the first system's values, one row per case: scores such as Dice, or predictions with a
-            metric that knows the labels, ``lambda scores: auroc(labels, scores)``.
-        b: the second system's values, in the same order.
-        metric: takes such an array and returns a number.
-        num_permutations: number of exchanges drawn when there are too many to count.
-        seed: seed of the drawing.
-        subjects: (N,) the subject of each case; the cases of a subject are exchanged together. By default every
-            case is a subject.
+        a, b: (N, …) the values of the systems, one row per case: scores such as Dice, or predictions with a metric that
+            holds the labels, ``lambda scores: auroc(labels, scores)``.
+        metric: a function of such an array.
+        num_permutations: the most exchanges.
+        seed: of the drawing.
+        subjects: (N,) the subject of each case; exchanged together. Default: one case per subject.
 
     Returns:
-        p in (0, 1]; ``nan`` when the metric is undefined for one of the systems.
+        p in (0, 1]; ``nan`` where the metric of a system is undefined.
 
     Raises:
-        UsageError: if the shapes differ, there are no cases, or subjects do not fit them.
+        UsageError: the shapes differ, there are no cases, or subjects do not fit them.
 
     Source: B. Phipson and G. K. Smyth, "Permutation P-values should never be zero", Stat Appl Genet Mol Biol 2010.
     """
@@ -151,7 +140,7 @@ def paired_permutation_test(
         generator = np.random.default_rng(seed)
         exchanges = (generator.random(num_subjects) < 0.5 for _ in range(num_permutations))
         total = num_permutations
-    # Differences that are equal but for the order of summation must count as equal.
+    # Differences that are equal except for the order of summation must count as equal.
     at_least = observed - 1e-12 * max(1.0, observed)
     hits = 0
     for exchange in exchanges:
@@ -162,19 +151,18 @@ def paired_permutation_test(
 
 
 def holm(p_values: Any) -> np.ndarray:
-    """p values adjusted for their number: those at most α after it are significant, all of them together at level α.
+    """Holm's correction of p values for their number; controls the family-wise error rate without independence.
 
-    The smallest is multiplied by their number M, the next by M − 1, and so on; none falls below one before it. No
-    independence is assumed, and nothing is given away against Bonferroni.
+    The smallest is multiplied by M, the next by M − 1, and so on; none is smaller than the one before it.
 
     Args:
-        p_values: (M,); ``nan`` stands for a test that could not be made, stays, and does not count in M.
+        p_values: (M,); ``nan``, an undefined test, stays and does not count in M.
 
     Returns:
         (M,) adjusted p values, at most 1, in the order given.
 
     Raises:
-        UsageError: if they are not p values.
+        UsageError: a value is outside of 0–1.
 
     Source: S. Holm, "A simple sequentially rejective multiple test procedure", Scand J Stat 1979.
     """
@@ -228,21 +216,20 @@ class DelongTest:
 
 
 def delong_interval(labels: Any, scores: Any, confidence: float = 0.95) -> Interval:
-    """AUROC with its normal interval, cut to 0–1.
+    """AUROC with its normal interval by DeLong, clipped to 0–1.
 
-    Where the classes are told apart without an error the variance is 0 and so is the width: that says that there are
-    few cases, not that the area is certain.
+    Perfect separation has variance 0 and thus width 0: a sign of few cases, not of certainty.
 
     Args:
         labels: (N,) 0 or 1.
         scores: (N,) scores of class 1, or (N, 2).
-        confidence: share of the intervals that hold the true area.
+        confidence: probability that an interval holds the true area.
 
     Returns:
         The interval; its ends are ``nan`` with fewer than two cases of a class.
 
     Raises:
-        UsageError: as `auroc`, and if there are more than two classes or the confidence is no share.
+        UsageError: as `auroc`; or there are more than two classes, or the confidence is outside of 0–1.
     """
     if not 0 < confidence < 1:
         raise UsageError("not a share", where="confidence", got=confidence, expected="between 0 and 1")
@@ -261,11 +248,11 @@ def delong_test(labels: Any, a: Any, b: Any) -> DelongTest:
         a, b: (N,) scores of class 1, or (N, 2); the two systems need not share a scale.
 
     Raises:
-        UsageError: as `auroc`, and if there are more than two classes.
+        UsageError: as `auroc`; or there are more than two classes.
     """
     areas, covariance = _areas_and_covariance(labels, [a, b])
     difference = float(areas[0] - areas[1])
-    # The variance is one of differences, component by component; a rounding error must not make it negative.
+    # Rounding must not make the variance of the difference negative.
     variance = max(float(covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1]), 0.0)
     error = float("nan") if np.isnan(covariance).any() else float(np.sqrt(variance))
     if np.isnan(error) or error < 1e-9:
@@ -276,19 +263,19 @@ def delong_test(labels: Any, a: Any, b: Any) -> DelongTest:
 
 
 def _areas_and_covariance(labels: Any, systems: list[Any]) -> tuple[np.ndarray, np.ndarray]:
-    """The areas of the systems, and their covariance matrix; nan with fewer than two cases of a class."""
+    """Areas of the systems and their covariance matrix, which is nan with fewer than two cases of a class."""
     of_positives, of_negatives, areas = [], [], []
     for scores in systems:
         of_classes = one_vs_rest(labels, scores)
         if len(of_classes) != 1:
-            raise UsageError("DeLong's test is of two classes", where="scores", got=f"{len(of_classes)} classes")
+            raise UsageError("DeLong's test needs two classes", where="scores", got=f"{len(of_classes)} classes")
         positive, values = of_classes[0]
         if is_constant(positive):
             nothing = np.full((len(systems), len(systems)), np.nan)
             return nothing[0], nothing
         m, n = int(positive.sum()), int((~positive).sum())
         among_all = stats.rankdata(values)
-        # How many of the other class a case is above, a tie counting one half: its rank among all less that in its own.
+        # The number of cases of the other class below a case, ties as one half: its rank among all − in its class.
         of_positives.append((among_all[positive] - stats.rankdata(values[positive])) / n)
         of_negatives.append(1 - (among_all[~positive] - stats.rankdata(values[~positive])) / m)
         areas.append(of_positives[-1].mean())
@@ -302,11 +289,9 @@ class FoldTest:
     """Two systems over the same folds.
 
     Attributes:
-        difference: mean over folds of a − b.
-        low, high: its interval.
+        difference, low, high: mean over folds of a − b, and its interval.
         t: the statistic, with ``num_folds − 1`` degrees of freedom.
-        p: two-sided; ``nan`` where the difference is the same in all folds, and with a single fold.
-        num_folds: number of folds.
+        p: two-sided; ``nan`` with a single fold, or where the difference does not vary.
     """
 
     difference: float
@@ -318,22 +303,20 @@ class FoldTest:
 
 
 def fold_t_test(a: Any, b: Any, test_to_train: float | None = None, confidence: float = 0.95) -> FoldTest:
-    """Paired two-sided t-test of two systems' scores over folds.
+    """Paired two-sided t-test of the scores of two systems over folds.
 
-    The plain test, which papers report, takes the folds for independent. They are not: any two training parts of a
-    k-fold cross-validation share all but 2/k of their subjects, so scores of folds differ less than those of new data
-    would, the variance is too small, and p is too optimistic. The corrected test widens the variance of the mean from
-    s²/k to s² (1/k + n_test/n_train). Neither can mend that folds are few: with subjects at hand,
-    `paired_permutation_test` on their pooled predictions says more.
+    The plain test assumes independent folds. The training parts of a cross-validation overlap, so its variance is too
+    small and p too optimistic. The corrected test widens the variance of the mean from s²/k to
+    s² (1/k + n_test/n_train). With subjects at hand, prefer `paired_permutation_test` on pooled predictions.
 
     Args:
         a, b: (k,) the score of each fold, in the same order.
         test_to_train: n_test / n_train of a fold for the corrected test: 1 / (k − 1) in a k-fold cross-validation
-            without a validation part. None for the plain test.
-        confidence: share of the intervals that hold the true difference.
+            without a validation part. None: the plain test.
+        confidence: probability that an interval holds the true difference.
 
     Raises:
-        UsageError: if the scores are not of the same folds or not finite, or the ratio is negative.
+        UsageError: the folds differ in number, a score is not finite, or the ratio is negative.
 
     Source: C. Nadeau and Y. Bengio, "Inference for the generalization error", Machine Learning 2003, section 3.
     """
@@ -347,7 +330,7 @@ def fold_t_test(a: Any, b: Any, test_to_train: float | None = None, confidence: 
     differences = first - second
     num_folds, mean = len(differences), float(differences.mean())
     spread = float(differences.std(ddof=1)) if num_folds > 1 else 0.0
-    # Scores that are the same but for the last digit do not vary.
+    # Differences within rounding do not vary.
     if spread <= 1e-12 * max(1.0, float(np.abs(first).max()), float(np.abs(second).max())):
         undefined = float("nan")
         return FoldTest(mean, undefined, undefined, undefined, undefined, num_folds)

@@ -1,7 +1,4 @@
-"""What a caller hands to a metric, as numpy arrays: checked, or refused in one line.
-
-Everything that `numpy.asarray` takes is taken, torch tensors included.
-"""
+"""Validation of the input of metrics: anything that `numpy.asarray` takes, torch tensors included, as numpy arrays."""
 
 from __future__ import annotations
 
@@ -14,10 +11,10 @@ from brainfound.errors import UsageError, did_you_mean
 
 
 def plain_array(values: Any, where: str) -> np.ndarray:
-    """As a numpy array; a tensor is first taken off its graph and its device, which numpy refuses to do.
+    """As a numpy array; a tensor is detached and copied to the CPU first.
 
     Raises:
-        UsageError: if it is no array of numbers or of text.
+        UsageError: not an array of numbers or of text.
     """
     if hasattr(values, "detach"):
         values = values.detach().cpu()
@@ -34,7 +31,7 @@ def finite_array(values: Any, where: str) -> np.ndarray:
     """As float64.
 
     Raises:
-        UsageError: if there is anything but finite numbers.
+        UsageError: a value is not a finite number.
     """
     array = plain_array(values, where)
     if not (np.issubdtype(array.dtype, np.number) or array.dtype == bool):
@@ -56,7 +53,7 @@ def value_pair(target: Any, prediction: Any) -> tuple[np.ndarray, np.ndarray]:
     """
     expected, predicted = finite_array(target, "target"), finite_array(prediction, "prediction")
     if expected.shape != predicted.shape:
-        # Said before flattening: (N,) against (N, 1) is most often a forgotten squeeze.
+        # Before flattening: (N,) and (N, 1) differ most often by a forgotten squeeze.
         raise UsageError("target and prediction differ in shape", got=f"{expected.shape} and {predicted.shape}")
     if expected.size == 0:
         raise UsageError("there is nothing to score", got="no values", expected="one value per case")
@@ -125,10 +122,10 @@ def validate_spacing(spacing_mm: Sequence[float], num_axes: int) -> np.ndarray:
 
 
 def get_convention_score(name: str, choices: Mapping[str, float], where: str) -> float:
-    """The score that a named convention gives.
+    """The score of a named convention.
 
     Raises:
-        UsageError: if there is no convention of that name.
+        UsageError: the name is unknown.
     """
     if name not in choices:
         raise UsageError(f"unknown convention {name!r}", where=where, remedy=did_you_mean(str(name), choices))
@@ -136,5 +133,4 @@ def get_convention_score(name: str, choices: Mapping[str, float], where: str) ->
 
 
 def is_constant(values: np.ndarray) -> bool:
-    """Whether all values are the same."""
     return bool((values == values[0]).all())

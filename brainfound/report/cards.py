@@ -1,14 +1,11 @@
-"""Small pieces of Markdown.
+"""Model cards: a README.md with the front matter that the Hugging Face Hub reads.
 
-Model cards: a README.md with the front matter that the Hugging Face Hub reads.
-
-The text is `model_cards/template.md`; this module fills it with what a run recorded. What was not recorded
-is written as "not recorded": a card must not say more than is known.
+The text is `model_cards/template.md`, filled with the recorded facts of a run. A fact that was not recorded reads "not
+recorded".
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -45,7 +42,7 @@ def write_model_card(folder: str | Path, facts: Mapping[str, Any]) -> Path:
 
     Args:
         folder: the model's folder (`export/`, a bundle); made if needed. An existing README.md is replaced.
-        facts: what is known, any of: name, summary, kind, base_model (Hub id or folder), base_model_relation,
+        facts: any of: name, summary, kind, base_model (Hub id or folder), base_model_relation,
             backbone, stem, aggregator, adapter, objective, labels, contrasts (list), preprocessing (mapping),
             recipe, steps, training_data, data_hash, num_sessions, num_subjects, num_slices, seed, device,
             versions (mapping), license (Hub identifier), tags, datasets (Hub ids), pipeline_tag, model_class,
@@ -85,25 +82,11 @@ def write_model_card(folder: str | Path, facts: Mapping[str, Any]) -> Path:
     return path
 
 
-def read_front_matter(card: str | Path) -> dict[str, Any]:
-    """The YAML mapping at the head of a card.
-
-    Raises:
-        UsageError: if the card has no front matter.
-    """
-    text = Path(card).read_text(encoding="utf-8")
-    found = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
-    content = yaml.safe_load(found.group(1)) if found else None
-    if not isinstance(content, dict):
-        raise UsageError("the card has no front matter", where=card, expected="YAML between two lines of ---")
-    return content
-
-
 def _front_matter(facts: Mapping[str, Any]) -> str:
     content: dict[str, Any] = {"library_name": "brainfound"}
     content["license"] = _one_line(facts["license"]) if "license" in facts else "other"
     if "license" not in facts:
-        # The Hub has no word for an unknown licence; "other" asks for a name.
+        # The Hub has no identifier of an unknown licence; "other" requires a name.
         content["license_name"] = "not-recorded"
     tags = facts.get("tags", ())
     if isinstance(tags, str) or not all(isinstance(tag, str) for tag in tags):
@@ -121,7 +104,7 @@ def _front_matter(facts: Mapping[str, Any]) -> str:
 
 def _hub_base_model(facts: Mapping[str, Any]) -> bool:
     base = str(facts.get("base_model", ""))
-    # runs/teacher looks like an id of the Hub; a folder that exists is a folder.
+    # An existing folder such as runs/teacher may look like an id of the Hub.
     return bool(_HUB_ID.fullmatch(base)) and not Path(base).exists()
 
 
@@ -130,7 +113,7 @@ def _base_model(facts: Mapping[str, Any]) -> str:
         return NOT_RECORDED
     if _hub_base_model(facts):
         return f"[{facts['base_model']}](https://huggingface.co/{facts['base_model']})"
-    # Of a folder only the name: where it lay is nobody's business and helps no reader.
+    # Only the name of a folder: its path is private.
     return f"{_cell(Path(str(facts['base_model'])).name)} (a local folder)"
 
 
@@ -140,7 +123,7 @@ def _model_code(facts: Mapping[str, Any]) -> str:
 
 
 def _example_scans(contrasts: Sequence[str] | None) -> str:
-    """Keyword arguments of an example call, with two of the model's own contrasts."""
+    """Keyword arguments of an example call, with two contrasts of the model."""
     return ", ".join(f'{contrast}="sub-01_{contrast}.nii.gz"' for contrast in (contrasts or ("T1w",))[:2])
 
 
@@ -160,29 +143,26 @@ def _metrics_table(metrics: Any) -> str:
         if not isinstance(row, Mapping) or not {"metric", "value"} <= row.keys():
             raise UsageError("a row of metrics must have metric and value", where="metrics", got=row)
     columns = list(dict.fromkeys(["metric", "value", *(key for row in metrics for key in row)]))
-    return _table(columns, [[_cell(row.get(column)) for column in columns] for row in metrics])
+    return format_table(columns, [[_text_or_missing(row.get(column)) for column in columns] for row in metrics])
 
 
 def _mapping_table(content: Mapping[str, Any] | None, header: tuple[str, str]) -> str:
     if not content:
         return NOT_RECORDED
-    return _table(header, [[_escaped(key), _escaped(_text(value))] for key, value in content.items()])
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return format_table(header, [[key, _text(value)] for key, value in content.items()])
 
 
 def _cell(value: Any) -> str:
-    """A fact as the text of one table cell."""
-    if value is None or value == "" or value == [] or value == {}:
-        return NOT_RECORDED
-    return _escaped(_text(value))
+    """A fact as a table cell of the template."""
+    return _escaped(_text_or_missing(value))
+
+
+def _text_or_missing(value: Any) -> str:
+    return NOT_RECORDED if value is None or value in ("", [], {}) else _text(value)
 
 
 def _text(value: Any) -> str:
-    """A value as text. Inside a fact, None is a setting, not a missing fact."""
+    """A value as text. None inside a fact is a setting, not a missing fact."""
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {_text(item)}" for key, item in value.items())
     if isinstance(value, list | tuple):
@@ -193,7 +173,6 @@ def _text(value: Any) -> str:
 
 
 def _escaped(text: str) -> str:
-    """As one line that does not end its table cell."""
     return _one_line(text).replace("|", "\\|")
 
 
@@ -202,31 +181,6 @@ def _one_line(value: Any) -> str:
 
 
 def format_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table; what stands in a cell cannot end it."""
-    cells = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(_markdown_cell(text) for text in line) + " |" for line in cells)
-
-
-def format_number(value: Any, digits: int = 3, sign: bool = False) -> str:
-    """A score as text; an undefined one as a dash."""
-    if value is None or math.isnan(float(value)):
-        return "–"
-    return f"{float(value):{'+' if sign else ''}.{digits}f}"
-
-
-def format_count(value: Any) -> str:
-    """A mean number of sessions: whole where it is."""
-    if value is None or math.isnan(float(value)):
-        return "–"
-    return f"{float(value):.0f}" if float(value).is_integer() else f"{float(value):.1f}"
-
-
-def format_p_value(value: Any) -> str:
-    """As papers write it."""
-    if value is None or math.isnan(float(value)):
-        return "–"
-    return "< 0.001" if float(value) < 0.001 else f"{float(value):.3f}"
-
-
-def _markdown_cell(text: str) -> str:
-    return " ".join(str(text).split()).replace("|", "\\|")
+    """A Markdown table; each cell becomes one line and its pipes are escaped."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(_escaped(text) for text in line) + " |" for line in lines)

@@ -1,7 +1,7 @@
-"""curves.png: what a run did, as small multiples over the steps.
+"""curves.png: the log of a run as small multiples over the steps.
 
-Every number that was logged has a panel. The panels of known gauges carry their healthy and alarming
-values, so that a collapse is seen without knowing the literature.
+Every logged number has a panel. The panels of known gauges mark their alarm levels, so that a collapse is visible to a
+reader who does not know the literature.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
+from brainfound.metrics.registry import METRICS, metric_name
+from brainfound.report.figures import PALETTE, save_figure
 from brainfound.report.run_folder import CURVES_FILE, RunFolder
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666")
+_COLOURS = (*PALETTE, "#666666")
 _ALARM, _BEST = "#B00020", "#D55E00"
 _NUM_COLUMNS = 3
 _MOST_PANELS = 30
@@ -31,7 +32,7 @@ _LN_K_KEYS = ("ln_k", "ln_K", "lnK", "log_k", "log_prototypes", "loss/ln_k")
 
 @dataclass(frozen=True)
 class _Panel:
-    """One gauge: its keys (an entry ending in * is a prefix), title, and what to mark."""
+    """One gauge: its title, its keys (``*`` ends a prefix or begins a suffix), and its marks."""
 
     title: str
     keys: tuple[str, ...]
@@ -62,15 +63,15 @@ _PANELS = (
 
 
 def plot_curves(run_folder: str | Path) -> Path:
-    """Draw curves.png into a run folder, from whatever its log holds.
+    """Draw curves.png into a run folder, from all numbers of its log.
 
-    The loss and its parts show ln K when it was logged (a cross-entropy that stays at ln K means a uniform
-    output); a probe carries a mark at its best value. Each ``validation/…`` key and
-    each unknown number has a panel of its own. Folds are drawn as lines of one panel.
+    The loss and its parts show ln K where it was logged (a cross-entropy that stays at ln K means a uniform output).
+    Probes and validation scores are marked at their best value. Each ``validation/…`` key and each unknown number has a
+    panel of its own. Folds are lines of one panel.
 
     Returns:
-        The path of the picture. A log without numbers gives a picture that says so, since a run that just
-        ended should not fail on its report.
+        The path of the picture. A log without numbers gives an empty picture with a note: the report must not fail a
+        run that has ended.
 
     Raises:
         UsageError, BrainFoundError: as `RunFolder.read`.
@@ -91,12 +92,7 @@ def plot_curves(run_folder: str | Path) -> Path:
         _draw(axes, run, panel, keys)
         if i >= len(panels) - num_columns:
             axes.set_xlabel("step", fontsize=9)
-    path = run.path / CURVES_FILE
-    # Written beside and renamed, so that a reader never sees half a picture.
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format="png")
-    partial.replace(path)
-    return path
+    return save_figure(figure, run.path / CURVES_FILE)
 
 
 def _title(run: RunFolder, left_out: Sequence[tuple[_Panel, list[str]]]) -> str:
@@ -122,7 +118,7 @@ def _panels_of(run: RunFolder) -> list[tuple[_Panel, list[str]]]:
             remaining = [key for key in remaining if key not in keys]
     validation = [key for key in remaining if key.startswith(("validation/", "val/"))]
     others = [key for key in remaining if key not in validation]
-    found += [(_Panel(_format_key(key), (key,), best=_better(key)), [key]) for key in validation]
+    found += [(_Panel(_format_key(key), (key,), best=_best(key)), [key]) for key in validation]
     found += [(_Panel(_format_key(key), (key,)), [key]) for key in others]
     return found
 
@@ -143,15 +139,11 @@ def _format_key(key: str) -> str:
     return f"{group.replace('_', ' ').replace('/', ' · ').capitalize()} · {words}" if slash else words.capitalize()
 
 
-def _better(key: str) -> Literal["highest", "lowest"] | None:
+def _best(key: str) -> Literal["highest", "lowest"] | None:
     name = key.rpartition("/")[2]
-    if any(word in name for word in ("loss", "mae", "mse", "error")):
-        return "lowest"
-    if any(
-        word in name for word in ("auroc", "auc", "auprc", "dice", "accuracy", "r2", "pearson", "spearman", "f1", "mcc")
-    ):
-        return "highest"
-    return None
+    if metric := METRICS.get(metric_name(name)):
+        return "highest" if metric.higher_is_better else "lowest"
+    return "lowest" if "loss" in name else None
 
 
 def _draw(axes: Axes, run: RunFolder, panel: _Panel, keys: Sequence[str]) -> None:
@@ -163,10 +155,10 @@ def _draw(axes: Axes, run: RunFolder, panel: _Panel, keys: Sequence[str]) -> Non
     positive = values[np.isfinite(values)]
     if panel.log_scale and positive.size and (positive > 0).all() and positive.max() > 20 * positive.min():
         axes.set_yscale("log")
-    # The first line is the headline: it is drawn last, over its parts.
+    # The first line is the main one: it is drawn last, over its parts.
     for i, (key, fold, steps, of_line) in reversed(list(enumerate(lines))):
         _draw_line(axes, steps, of_line, _COLOURS[i % len(_COLOURS)], _label(key, fold, len(keys)), panel.smooth)
-    # The sum of several cross-entropies has another level than ln K; its parts have their own panel.
+    # ln K is not the level of a sum of cross-entropies, whose parts have their own panel.
     is_sum = panel is _PANELS[0] and any(_matches(key, part) for key in run.numeric_keys() for part in _PANELS[1].keys)
     for rollback in run.rollbacks:
         axes.axvline(rollback["step"], color=_ALARM, linewidth=0.9, linestyle=":")
@@ -191,19 +183,16 @@ def _label(key: str, fold: int | None, num_keys: int) -> str:
 def _draw_line(axes: Axes, steps: np.ndarray, values: np.ndarray, colour: str, label: str, smooth: bool) -> None:
     values = np.where(np.isfinite(values), values, np.nan)
     if len(values) < _SMOOTH_FROM or not smooth:
-        axes.plot(steps, values, color=colour, linewidth=1.4, marker="o", markersize=_dot(len(values)), label=label)
+        size = 3.5 if len(values) <= 30 else 0.0
+        axes.plot(steps, values, color=colour, linewidth=1.4, marker="o", markersize=size, label=label)
         return
-    # Long logs: the raw line pale, and over it the running mean of about one fiftieth of the run.
+    # Long logs: the pale raw line under the running mean over one fiftieth of the run.
     axes.plot(steps, values, color=colour, linewidth=0.6, alpha=0.3)
     axes.plot(steps, _running_mean(values, max(5, len(values) // 50)), color=colour, linewidth=1.5, label=label)
 
 
-def _dot(num_points: int) -> float:
-    return 3.5 if num_points <= 30 else 0.0
-
-
 def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
-    """Mean of the finite values in a centred window; shorter windows at the ends, so nothing is invented."""
+    """Mean of the finite values in a centred window, which is shorter at the ends."""
     kernel = np.ones(width)
     finite = np.isfinite(values)
     total = np.convolve(np.where(finite, values, 0.0), kernel, mode="same")
@@ -235,7 +224,7 @@ def _mark_alarms(axes: Axes, panel: _Panel) -> None:
             ha="right",
             color=_ALARM,
         )
-        # Keep the alarm in view: the distance to it is what the panel is for.
+        # Keep the alarm in view, since the panel shows the distance to it.
         margin = 0.08 * (max(high, level) - min(low, level))
         axes.set_ylim(min(low, level - margin), max(high, level + margin))
 
@@ -256,5 +245,5 @@ def _tidy(axes: Axes) -> None:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     if axes.get_yscale() == "linear":
-        # Plain labels such as 2e-05 instead of a factor above the axis, which is easily overlooked.
+        # Plain labels such as 2e-05: a factor above the axis is easily overlooked.
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:.4g}"))

@@ -1,10 +1,6 @@
-"""reliability.png: how often a classification is right, over how sure it is.
+"""Figures: contact sheets of stacks with outlines of masks, and reliability diagrams of classifications.
 
-Axis legend: M bins.
-
-Contact sheets of stacks: slices by contrasts, with outlines of masks.
-
-Axis legend: S slices, C contrasts, H rows, W columns.
+Axes: S slices, C contrasts, H rows, W columns, M bins.
 """
 
 from __future__ import annotations
@@ -21,10 +17,22 @@ from matplotlib.figure import Figure
 from brainfound.errors import UsageError
 from brainfound.metrics.calibration import ReliabilityBins
 
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+"""Okabe and Ito's, which colour-blind readers can tell apart."""
 _REFERENCE, _PREDICTION = "#FFD000", "#00E5FF"
 _TILE_INCHES, _ABSENT_INCHES, _SIDE_INCHES = 1.7, 0.3, 0.6
 _DPI = 140
 _MARGIN_PIXELS = 4
+
+
+def save_figure(figure: Figure, path: str | Path, **options: Any) -> Path:
+    """Write a figure as PNG in one step, so that a reader never sees half a picture; makes the folder if needed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    figure.savefig(partial, format="png", **options)
+    partial.replace(path)
+    return path
 
 
 def plot_overlay(
@@ -40,9 +48,9 @@ def plot_overlay(
 ) -> Path:
     """Write a contact sheet of a stack: one row per contrast, one column per slice, inferior at the left.
 
-    Slices are spread over the outlined object where there is one, otherwise over the brain. A contrast that
-    the session lacks is a thin row that says so, so that it is not taken for a black scan. The
-    left of each tile is the subject's left and its top is anterior, as in a stack.
+    Slices are spread over the outlined object where there is one, otherwise over the brain. An absent contrast is a
+    thin labelled row, which cannot be mistaken for a black scan. The left of each tile is the subject's left and its
+    top is anterior, as in a stack.
 
     Args:
         stack_pixels: (S, C, H, W) uint8.
@@ -51,7 +59,7 @@ def plot_overlay(
         mask: (S, H, W) reference labels, outlined in yellow; 0 is background.
         prediction: (S, H, W) predicted labels, outlined in cyan, dashed.
         path: the PNG to write.
-        num_slices: most columns.
+        num_slices: the most columns.
         title: text above the sheet.
 
     Raises:
@@ -76,7 +84,8 @@ def plot_overlay(
             axes = figure.add_axes((left, bottom, _TILE_INCHES / width, heights[row] / height))
             axes.set_axis_off()
             if present[row]:
-                _draw_tile(axes, pixels[index, row, rows, columns])
+                tile = pixels[index, row, rows, columns]
+                axes.imshow(tile, cmap="gray", vmin=0, vmax=255, interpolation="nearest", aspect="auto")
                 _outline(axes, labels[0], (index, rows, columns), _REFERENCE, 1.3, "solid")
                 _outline(axes, labels[1], (index, rows, columns), _PREDICTION, 0.9, "dashed")
             else:
@@ -87,24 +96,19 @@ def plot_overlay(
         name = figure.text(_SIDE_INCHES / 2 / width, middle, contrast, va="center", ha="center", color="white")
         name.set_rotation(90 if present[row] else 0)
     _annotate(figure, title, labels)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format="png", facecolor="black")
-    partial.replace(path)
-    return path
+    return save_figure(figure, path, facecolor="black")
 
 
 def choose_slices(
     pixels: np.ndarray, mask: np.ndarray | None = None, prediction: np.ndarray | None = None, num_slices: int = 6
 ) -> list[int]:
-    """Indices of the slices to show, rising: spread over the labelled slices if any, else over the brain.
+    """Choose slices, in rising order: spread over the labelled slices if any, else over the brain.
 
     Args:
         pixels: (S, C, H, W) uint8.
         mask: (S, H, W) or None.
         prediction: (S, H, W) or None.
-        num_slices: most indices.
+        num_slices: the most to choose.
     """
     for labels in (mask, prediction):
         if labels is not None and labels.any():
@@ -112,10 +116,10 @@ def choose_slices(
             break
     else:
         area = np.any(pixels > 0, axis=1).sum(axis=(1, 2))
-        # Slices with a good part of the brain: the vertex and the neck say little.
+        # The vertex and the neck show little of the brain.
         shown = np.flatnonzero(area > 0.25 * area.max()) if area.any() else np.arange(len(pixels))
     num_shown = min(num_slices, len(shown))
-    # The middles of equal parts: evenly spread, and not the first and the last slice.
+    # The middles of equal parts, which leave out the first and the last slice.
     places = (np.arange(num_shown) + 0.5) * len(shown) / num_shown
     return [int(index) for index in shown[places.astype(int)]]
 
@@ -146,7 +150,7 @@ def _labels(labels: Any, pixels: np.ndarray, where: str) -> np.ndarray | None:
 
 
 def _window(pixels: np.ndarray) -> tuple[slice, slice]:
-    """Rows and columns that hold something in any slice, with a margin; the whole image if it is black."""
+    """Rows and columns that are not black in every slice, with a margin; the whole image if all are."""
     filled = np.any(pixels > 0, axis=(0, 1))
     if not filled.any():
         return slice(0, filled.shape[0]), slice(0, filled.shape[1])
@@ -155,10 +159,6 @@ def _window(pixels: np.ndarray) -> tuple[slice, slice]:
         at = np.flatnonzero(np.any(filled, axis=1 - axis))
         windows.append(slice(max(0, at[0] - _MARGIN_PIXELS), min(filled.shape[axis], at[-1] + 1 + _MARGIN_PIXELS)))
     return windows[0], windows[1]
-
-
-def _draw_tile(axes: Axes, image: np.ndarray) -> None:
-    axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest", aspect="auto")
 
 
 def _outline(
@@ -174,7 +174,7 @@ def _outline(
     labels = volume[window]
     height, width = labels.shape
     for label in np.unique(labels[labels != 0]):
-        # One pixel of background around, so that an object at the edge is closed there.
+        # A pixel of background around closes the outline of an object at the edge.
         framed = np.pad(labels == label, 1).astype(float)
         axes.contour(
             np.arange(-1, width + 1),
@@ -194,22 +194,19 @@ def _annotate(figure: Figure, title: str | None, labels: Sequence[np.ndarray | N
         figure.text(0.01, 0.995, title, color="white", fontsize=10, va="top", ha="left")
     figure.text(0.01, 0.01, "left of the picture = subject's left, top = anterior", color="#888888", fontsize=6.5)
     x = 0.99
-    for of, name, colour in ((labels[1], "- - prediction", _PREDICTION), (labels[0], "— reference", _REFERENCE)):
-        if of is not None:
+    for volume, name, colour in ((labels[1], "- - prediction", _PREDICTION), (labels[0], "— reference", _REFERENCE)):
+        if volume is not None:
             figure.text(x, 0.01, name, color=colour, fontsize=8, ha="right")
             x -= 1.15 / figure.get_figwidth()
 
 
-# Of Okabe and Ito's palette, which colour-blind readers can tell apart.
-_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7")
-_RELIABILITY_DPI = 140
+_CURVE_COLOURS = (PALETTE[1], PALETTE[0], *PALETTE[2:4])
 
 
 def plot_reliability(curves: Mapping[str, ReliabilityBins], *, path: str | Path, title: str | None = None) -> Path:
-    """Draw accuracy over confidence, one line per name, and below it how many cases each bin has.
+    """Draw accuracy over confidence, one line per name, and below it the number of cases in each bin.
 
-    On the diagonal certainty is deserved; below it the model is too sure. Points of few cases say little, so a
-    point's area grows with its cases.
+    A calibrated model lies on the diagonal, an overconfident one below it. The area of a point grows with its cases.
 
     Args:
         curves: name → bins of `brainfound.metrics.calibration.reliability_bins`, up to four.
@@ -217,15 +214,17 @@ def plot_reliability(curves: Mapping[str, ReliabilityBins], *, path: str | Path,
         title: text above.
 
     Raises:
-        UsageError: nothing to draw, or more than four curves.
+        UsageError: there is no curve, or more than four.
     """
-    if not 1 <= len(curves) <= len(_COLOURS):
-        raise UsageError("curves cannot be drawn", where="curves", got=len(curves), expected=f"1 to {len(_COLOURS)}")
-    figure = Figure(figsize=(4.2, 5.2), dpi=_RELIABILITY_DPI, layout="constrained")
+    if not 1 <= len(curves) <= len(_CURVE_COLOURS):
+        raise UsageError(
+            "curves cannot be drawn", where="curves", got=len(curves), expected=f"1 to {len(_CURVE_COLOURS)}"
+        )
+    figure = Figure(figsize=(4.2, 5.2), dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     above.plot([0, 1], [0, 1], color="#BBBBBB", linewidth=1)
-    for (name, bins), colour in zip(curves.items(), _COLOURS, strict=False):
+    for (name, bins), colour in zip(curves.items(), _CURVE_COLOURS, strict=False):
         filled = bins.count > 0
         area = 20 + 120 * bins.count[filled] / bins.count.max()
         above.plot(bins.confidence[filled], bins.accuracy[filled], color=colour, linewidth=1, alpha=0.6)
@@ -237,9 +236,4 @@ def plot_reliability(curves: Mapping[str, ReliabilityBins], *, path: str | Path,
     above.legend(frameon=False, fontsize=8, loc="upper left")
     if title:
         above.set_title(title, fontsize=10)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format="png")
-    partial.replace(path)
-    return path
+    return save_figure(figure, path)

@@ -1,8 +1,7 @@
-"""Typed reading of a run folder: recipe.yaml, run.json, log.jsonl.
+"""The folder of a run, read: recipe.yaml, run.json and log.jsonl.
 
-`log.jsonl` holds one JSON object per line with a `step` and any numbers. Its last line may be torn, when
-the machine stopped while writing it; that line is left out. Any other line that cannot be read is an
-error, since something else than the trainer has written to the file.
+`log.jsonl` holds one JSON object per line with a `step` and any numbers. A last line that was cut off while it was
+written is left out; any other invalid line is an error.
 """
 
 from __future__ import annotations
@@ -27,11 +26,12 @@ EXPORT_FOLDER = "export"
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The readable part of a run folder.
+    """The files of a run.
 
-    `records` are the lines of the log in order, without those that a resumed run has done again;
-    `rollbacks` are the lines that tell of a return to an earlier step; `has_truncated_last_line` says that the log
-    ended in the middle of a line.
+    Attributes:
+        records: the lines of the log in order, without steps that a resumed run repeated.
+        rollbacks: the lines on returns to an earlier step.
+        has_truncated_last_line: the log ended in the middle of a line.
     """
 
     path: Path
@@ -43,11 +43,11 @@ class RunFolder:
 
     @classmethod
     def read(cls, path: str | Path) -> RunFolder:
-        """Read a run folder. recipe.yaml and run.json may be absent (empty then); log.jsonl may not.
+        """Read a run folder; a missing recipe.yaml or run.json is empty.
 
         Raises:
-            UsageError: if `path` is not a run folder.
-            BrainFoundError: if one of its files cannot be read; names the file and the line.
+            UsageError: `path` is not a run folder.
+            BrainFoundError: a file cannot be read; names the file and the line.
         """
         path = Path(path)
         if not path.is_dir():
@@ -65,7 +65,7 @@ class RunFolder:
         )
 
     def numeric_keys(self) -> list[str]:
-        """The keys that hold a number in some line, in order of first appearance; without `step` and `fold`."""
+        """The keys with a number in some line, in order of first appearance, without `step` and `fold`."""
         keys: dict[str, None] = {}
         for record in self.records:
             keys.update({key: None for key, value in record.items() if _is_number(value)})
@@ -108,7 +108,7 @@ def _read_mapping(path: Path) -> dict[str, Any]:
 
 
 def _read_log(path: Path) -> tuple[list[dict[str, Any]], bool]:
-    # Bytes, because the line may be torn in the middle of a character.
+    # Bytes, because the line may end in the middle of a character.
     lines = path.read_bytes().split(b"\n")
     complete, rest = lines[:-1], lines[-1]
     records = []
@@ -136,10 +136,10 @@ def _read_line(line: bytes, where: str) -> dict[str, Any]:
 
 
 def _without_repeated_steps(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Drop what a resumed run has done again.
+    """Drop the first of repeated steps.
 
-    A run that stopped at step 15 and resumed from its checkpoint of step 10 logs 11 … 15 twice; the
-    earlier lines belong to weights that no longer exist. Each fold counts its own steps.
+    A run that stopped at step 15 and resumed from its checkpoint of step 10 logs 11 … 15 twice; the earlier lines
+    belong to weights that no longer exist. Each fold counts its own steps.
     """
     kept: list[dict[str, Any]] = []
     last_step: dict[Any, float] = {}

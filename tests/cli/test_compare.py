@@ -173,7 +173,7 @@ def test_runs_of_two_stores_are_compared_by_name(cli, tmp_path):
 def test_what_cannot_be_compared_is_one_line(cli, three, tmp_path, small_store):
     a, b = three[:2]
     lines = {
-        "nothing to be compared with": (a,),
+        "no run to compare with": (a,),
         "same runs twice": (a, b, tmp_path / "b"),
         "no finished fine-tuning run": (a, tmp_path / "nowhere"),
         "not the cases of": (a, make_run(tmp_path / "fewer", aged(3, 1).iloc[:-2])),

@@ -78,7 +78,7 @@ def test_one_site_is_refused_before_anything_is_embedded(cli, classifier, small_
     )
     said = cli("probe", classifier, "--data", small_store.path, "--label", "diagnosis")
     assert said.code == 2
-    assert "nothing to tell apart (got only one)" in said.line
+    assert "a single class cannot be predicted (got only one)" in said.line
 
 
 def test_a_segmentation_has_no_embedding(cli, segmenter, small_store):

@@ -12,8 +12,8 @@ from matplotlib.image import imread
 from brainfound.errors import BrainFoundError, UsageError
 from brainfound.experiments.folder import SCHEMA
 from brainfound.experiments.page import write_experiment_page
+from brainfound.experiments.run_table import summarise_runs, to_json_records
 from brainfound.metrics import compare
-from brainfound.metrics.summaries import records, summarise_runs
 
 
 def runs(systems=("",), folds=("fold-1", "fold-2", "fold-3"), seeds=(0, 1), groups=None) -> pd.DataFrame:
@@ -47,7 +47,7 @@ def write(folder, table, kind="repeated", split_kind="k-fold", **more):
         "data": {"data_hash": "ab" * 32, "num_sessions": 40, "num_subjects": 38, "contrasts": {"T1w": 40, "FLAIR": 31}},
         "split": {"kind": split_kind, "sha256": "cd" * 32, "num_folds": table["fold"].nunique(), "seed": 0},
         "num_planned": len(table), "num_runs": len(table), "versions": {"brainfound": "0.1"},
-        "baselines": ["trivial", "frozen"], "scores": records(summarise_runs(table)),
+        "baselines": ["trivial", "frozen"], "scores": to_json_records(summarise_runs(table)),
     } | more  # fmt: skip
     folder.mkdir(exist_ok=True)
     table.to_csv(folder / "scores.tsv", sep="\t", index=False)

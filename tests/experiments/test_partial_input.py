@@ -24,7 +24,7 @@ from brainfound.finetuning.scoring import read_scores
 from brainfound.finetuning.targets import Target
 from brainfound.inference.evaluation import evaluate
 from brainfound.inference.loading import load
-from brainfound.metrics.summaries import compute_headline_score
+from brainfound.metrics.cases import compute_headline_score
 from brainfound.models.infer import infer
 from brainfound.recipes import validate
 

@@ -13,7 +13,8 @@ from transformers import Dinov2Model
 from brainfound.data.splits.split_file import Split
 from brainfound.errors import RecipeError, UsageError
 from brainfound.experiments import runs as repeated
-from brainfound.experiments.runs import finetune_folds, finetune_systems, make_folds, summarise_runs
+from brainfound.experiments.run_table import summarise_runs
+from brainfound.experiments.runs import finetune_folds, finetune_systems, make_folds
 from brainfound.experiments.systems import parse_systems
 from brainfound.finetuning.finetune import resolve_parts_and_target
 from brainfound.finetuning.recipe import FinetuneRecipe
@@ -157,15 +158,15 @@ def test_one_shot_of_three_classes_can_be_learnt(small_store, tiny_backbone, tmp
 def test_folds_that_are_tested_on_others_are_one_group_whatever_they_are_called(small_store, tmp_path):
     split = make_folds(RECIPE, small_store, "age_years", folds=3)
     renamed = Split({f"cv{n}": members for n, members in enumerate(split.folds.values())})
-    assert set(repeated._groups(renamed).values()) == {"all folds"}
+    assert set(repeated._group_folds(renamed).values()) == {"all folds"}
     few = make_folds(RECIPE, small_store, "age_years", num_subjects=[2, 3])
-    assert list(repeated._groups(few).values()) == ["subjects-2", "subjects-3"]
+    assert list(repeated._group_folds(few).values()) == ["subjects-2", "subjects-3"]
 
 
 @pytest.mark.parametrize("name", ["../x", "/tmp/x", "site-A/B", ".hidden", "embeddings"])
 def test_the_name_of_a_fold_leads_nowhere_else(small_store, tiny_backbone, tmp_path, name):
     split = Split({name: make_folds(RECIPE, small_store, "age_years").parts()})
-    with pytest.raises(UsageError, match="cannot be that of a folder"):
+    with pytest.raises(UsageError, match="cannot be a folder name"):
         finetune_folds(split, RECIPE, small_store, tiny_backbone, "age_years", tmp_path / "cv", quiet=True)
     assert not (tmp_path / "cv").exists()
 
@@ -209,7 +210,7 @@ def test_a_split_file_brings_its_own_folds(small_store, tmp_path):
 @pytest.mark.parametrize("seeds", [(), (1, 1)])
 def test_seeds_are_given_once_each(small_store, tiny_backbone, tmp_path, seeds):
     split = make_folds(RECIPE, small_store, "age_years", folds=3)
-    with pytest.raises(UsageError, match="each once"):
+    with pytest.raises(UsageError, match="once each"):
         finetune_folds(split, RECIPE, small_store, tiny_backbone, "age_years", tmp_path / "cv", seeds=seeds)
     assert not (tmp_path / "cv").exists()
 

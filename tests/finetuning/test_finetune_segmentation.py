@@ -16,8 +16,8 @@ from brainfound.finetuning.recipe import FinetuneRecipe
 from brainfound.finetuning.scoring import score_predictions, score_sessions
 from brainfound.finetuning.targets import Target
 from brainfound.inference.evaluation import evaluate
+from brainfound.metrics.cases import compute_headline_score
 from brainfound.metrics.scores import segmentation_case_scores
-from brainfound.metrics.summaries import compute_headline_score
 from brainfound.models.infer import StackPrediction, infer
 from brainfound.recipes import validate
 

@@ -15,8 +15,8 @@ from brainfound.data.store.prepare import prepare
 from brainfound.errors import ModelError, UsageError
 from brainfound.finetuning.splits import subject_hash
 from brainfound.inference.evaluation import compute_drops, evaluate
+from brainfound.metrics.cases import compute_headline_score
 from brainfound.metrics.comparison import compare, score_intervals
-from brainfound.metrics.summaries import compute_headline_score
 
 
 def members(run) -> dict[str, set[str]]:

@@ -64,7 +64,7 @@ def test_cases_without_a_best_temperature_are_refused():
     logits = np.array([[2.0, 0.0], [0.0, 2.0], [1.0, 0.0]])
     with pytest.raises(UsageError, match="every answer is right .got 3 cases"):
         fit_temperature(logits, [0, 1, 0])
-    with pytest.raises(UsageError, match="no best temperature: the scores say too little"):
+    with pytest.raises(UsageError, match="no best temperature: the scores do not determine one"):
         fit_temperature(logits, [1, 0, 1])
     assert TEMPERATURE_RANGE[0] < fit_temperature(logits, [0, 1, 1]) < TEMPERATURE_RANGE[1]
 
@@ -189,7 +189,7 @@ NOTHING = np.empty((0, 2))
         (lambda: brier_score([[0.7, 0.7]], [0]), "not probabilities"),
         (lambda: brier_score([[1.2, -0.2]], [0]), "not probabilities"),
         (lambda: expected_calibration_error(NOTHING, []), "no cases"),
-        (lambda: reliability_bins([[0.5, 0.5]], [0], num_bins=0), "a bin"),
+        (lambda: reliability_bins([[0.5, 0.5]], [0], num_bins=0), "num_bins: must be 1 or more"),
         (lambda: fit_bias_correction([5] * 10, range(10)), "vary"),
         (lambda: fit_bias_correction(range(10), [5] * 10), "do not follow the target"),
         (lambda: fit_bias_correction(range(10), range(9, -1, -1)), "got slope -1"),

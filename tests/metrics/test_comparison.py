@@ -10,9 +10,10 @@ import pandas as pd
 import pytest
 
 from brainfound.errors import UsageError
-from brainfound.metrics import auroc, comparison, mae
+from brainfound.metrics import auroc, mae
 from brainfound.metrics.comparison import compare, compare_pairs, score_intervals
-from brainfound.metrics.scores import HIGHER_IS_BETTER, METRICS, classification_scores, multi_label_scores
+from brainfound.metrics.registry import task_metrics
+from brainfound.metrics.scores import classification_scores, multi_label_scores
 from brainfound.metrics.statistics import bootstrap_interval, delong_test, holm, paired_permutation_test
 
 FEW = {"num_resamples": 60, "num_permutations": 120}
@@ -41,7 +42,7 @@ def aged(error, seed, num=40):
 def test_intervals_are_those_of_the_bootstrap():
     cases = classified(1.0, 0)
     found = score_intervals(cases, num_resamples=60, seed=3).set_index("metric")
-    assert list(found.index) == list(METRICS["classification"])
+    assert list(found.index) == [metric.name for metric in task_metrics("classification")]
     truth = (cases["truth"] == "ill").to_numpy().astype(int)
     probabilities = cases[["p(well)", "p(ill)"]].to_numpy()
     assert found["value"].to_dict() == pytest.approx(classification_scores(truth, probabilities))
@@ -262,7 +263,7 @@ def test_three_classes():
         (lambda t: t.drop(columns="subject"), "subject"),
         (lambda t: t.drop(columns="truth"), "truth"),
         (lambda t: t.iloc[:0], "no cases"),
-        (lambda t: t.drop(columns=["p(ill)", "p(well)"]), "nothing of the cases is scored"),
+        (lambda t: t.drop(columns=["p(ill)", "p(well)"]), "the cases have no scores"),
         (lambda t: t.assign(truth="dead"), "dead"),
         (lambda t: t.assign(truth=None), "missing"),
         (lambda t: pd.concat([t, t.iloc[:1]]), "twice"),
@@ -291,9 +292,3 @@ def test_unknown_names_are_answered_with_the_nearest():
         compare({"base": cases}, "bass")
     with pytest.raises(UsageError, match="of a regression"):
         compare({"a": aged(1, 0), "b": aged(1, 0)}, "b", ["dice"])
-
-
-def test_every_metric_of_a_table_has_a_direction():
-    assert set(comparison._RANK_METRICS) <= set(METRICS["classification"])
-    for metrics in METRICS.values():
-        assert set(metrics) <= set(HIGHER_IS_BETTER)

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from sklearn.metrics import roc_auc_score
 
 from brainfound.errors import UsageError
 from brainfound.metrics.scores import (
-    HIGHER_IS_BETTER,
-    METRICS,
-    PRIMARY_METRIC,
-    TABLE_METRICS,
     classification_scores,
     mean_case_scores,
+    multi_label_scores,
     regression_scores,
     segmentation_case_scores,
-    segmentation_scores,
+    trivial_multi_label_scores,
     trivial_scores,
 )
+
+LABELS = np.array([[1, 0, 0], [0, 1, 0], [1, 1, 0], [0, 0, 0], [1, 0, 0]])
+SHARES = np.array([[0.9, 0.2, 0.4], [0.6, 0.7, 0.1], [0.4, 0.1, 0.2], [0.2, 0.3, 0.3], [0.8, 0.6, 0.1]])
 
 
 def test_two_classes():
@@ -49,6 +50,10 @@ def test_regression():
     assert scores["pearson"] == pytest.approx(np.corrcoef([1, 2, 3], [1, 2, 4.5])[0, 1])
     assert scores["rmse"] == pytest.approx(np.sqrt(2.25 / 3))
     assert scores["spearman"] == pytest.approx(1)
+
+
+def segmentation_scores(references, predictions):
+    return mean_case_scores([segmentation_case_scores(r, p) for r, p in zip(references, predictions, strict=True)])
 
 
 def test_segmentation_averages_classes_then_cases_and_counts_clean_negatives():
@@ -130,12 +135,25 @@ def test_trivial_baselines_know_the_training_part_only():
     assert np.isnan(mean["pearson"])
 
 
-def test_every_headline_is_a_score_with_a_direction():
-    assert set(PRIMARY_METRIC.values()) <= set(HIGHER_IS_BETTER)
-    assert HIGHER_IS_BETTER["mae"] is False
-    for task, metrics in METRICS.items():
-        assert PRIMARY_METRIC[task] in metrics
-        assert set(metrics) <= set(HIGHER_IS_BETTER)
-    for task, headline in PRIMARY_METRIC.items():
-        assert headline in TABLE_METRICS[task]
-        assert set(TABLE_METRICS[task]) <= set(HIGHER_IS_BETTER)
+def test_several_labels_and_their_mean():
+    scores = multi_label_scores(LABELS, SHARES, ("edema", "lesion", "bleed"))
+    areas = [roc_auc_score(LABELS[:, k], SHARES[:, k]) for k in (0, 1)]
+    assert [scores["auroc(edema)"], scores["auroc(lesion)"]] == pytest.approx(areas)
+    assert np.isnan(scores["auroc(bleed)"]), "nobody has it"
+    assert scores["auroc"] == pytest.approx(np.mean(areas))
+    assert scores["balanced_accuracy(edema)"] == pytest.approx((2 / 3 + 1 / 2) / 2)
+    assert next(iter(scores)) == "auroc"
+
+
+def test_the_baseline_of_several_labels_knows_no_image():
+    scores = trivial_multi_label_scores(LABELS.mean(axis=0), LABELS, ("edema", "lesion", "bleed"))
+    assert scores["auroc"] == 0.5
+    assert scores["balanced_accuracy(edema)"] == 0.5
+    assert np.isnan(scores["auroc(bleed)"])
+
+
+def test_labels_that_do_not_fit():
+    with pytest.raises(UsageError, match="do not fit"):
+        multi_label_scores(LABELS, SHARES[:, :2], ("a", "b", "c"))
+    with pytest.raises(UsageError, match="do not fit"):
+        multi_label_scores(LABELS, SHARES, ("a", "b"))

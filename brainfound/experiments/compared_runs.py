@@ -1,8 +1,8 @@
-"""Finished fine-tuning runs as systems to compare: their tables of cases, seeds and folds put together.
+"""Finished fine-tuning runs read as systems to compare: one table of cases per seed.
 
-A folder is one run; or that of many runs (folds, seeds, several systems, with ``scores.tsv``); or of one of their folds
-(``seed-0/``, ``seed-1/``). The test parts of folds that differ in them are put one below the other; seeds stay apart,
-since a system's score is the mean over them.
+A folder holds one run; or an experiment (folds, seeds, several systems, with ``scores.tsv``); or one fold of it
+(``seed-0/``, ``seed-1/``). The test parts of the folds are concatenated. Seeds stay apart, since the score of a system
+is the mean over them.
 """
 
 from __future__ import annotations
@@ -17,21 +17,18 @@ import pandas as pd
 
 from brainfound.data.store import Store
 from brainfound.errors import UsageError
+from brainfound.experiments.folder import RUNS_FILE
 from brainfound.finetuning.scoring import CASES_FILE, FROZEN_CASES_FILE, SUBJECT_ROW
-from brainfound.metrics.scores import TABLE_METRICS
+from brainfound.metrics.registry import TABLE_METRICS
 from brainfound.training.run_folder import FACTS_FILE
-
-RUNS_FILE = "scores.tsv"
-"""In the folder of many runs: one row per run."""
 
 
 @dataclass(frozen=True)
 class ComparedRuns:
-    """Systems that were asked the same.
+    """Systems of one task and target.
 
     Attributes:
-        systems: name → one table of cases per seed, in the order given; as `brainfound.evaluate.compare` takes them.
-        task, target: what they answer.
+        systems: name → one table of cases per seed, in the order given; the input of `brainfound.metrics.compare`.
         metrics: those that tables show.
     """
 
@@ -42,17 +39,17 @@ class ComparedRuns:
 
 
 def read_compared_runs(folders: Sequence[Path], *, frozen: bool = False, store: Store | None = None) -> ComparedRuns:
-    """Read what is to be compared.
+    """Read the runs of several folders.
 
     Args:
-        folders: of runs, see above. Runs on one store are compared by the rows of their sessions, others by names,
-            which they must have kept (``--keep-ids``).
-        frozen: put the frozen baseline of the first system in front of it.
-        store: of the runs, for those whose table of cases does not say yet which sessions are of one subject.
+        folders: see above. Runs on one store are matched by the rows of their sessions; runs on several stores by
+            names, which they must have kept (``--keep-ids``).
+        frozen: add the frozen baseline of the first system, in front.
+        store: the store of the runs, for older runs whose table of cases does not name the subjects.
 
     Raises:
-        UsageError: a folder without finished runs, the same one twice, a single system, other tasks, targets or stores,
-            or a table that does not say enough.
+        UsageError: a folder has no finished run, is given twice or is the only system; or the runs differ in task,
+            target or store; or a table lacks a column.
     """
     places = [folder.resolve() for folder in folders]
     twice = [folder for k, folder in enumerate(folders) if places[k] in places[:k]]
@@ -61,27 +58,27 @@ def read_compared_runs(folders: Sequence[Path], *, frozen: bool = False, store: 
     found = {name: seeds for folder in folders for name, seeds in _find_systems(folder).items()}
     if len(found) + frozen < 2:
         remedy = "Give two runs or more, or --frozen for the frozen baseline"
-        raise UsageError(
-            "one run has nothing to be compared with", where=folders[0] if folders else None, remedy=remedy
-        )
+        raise UsageError("there is no run to compare with", where=folders[0] if folders else None, remedy=remedy)
     runs = {name: [run for seed in seeds for run in seed] for name, seeds in found.items()}
-    facts = {name: [_facts(run) for run in of_system] for name, of_system in runs.items()}
+    facts = {name: [_read_facts(run) for run in of_system] for name, of_system in runs.items()}
     _require_same_task_and_target(facts)
     match_by_name = len({fact["data_hash"] for of_system in facts.values() for fact in of_system}) > 1
     if match_by_name and store is not None:
         raise UsageError("the runs are of several stores", where="--data", remedy="Leave it out")
     first = next(iter(found))
     if store is not None and store.content_hash != facts[first][0]["data_hash"]:
-        raise UsageError("not the store of the runs", where=store.path, remedy="Give the store that they learnt from")
-    asked = [(f"{first}, frozen", found[first], FROZEN_CASES_FILE)] if frozen else []
-    asked += [(name, seeds, CASES_FILE) for name, seeds in found.items()]
+        raise UsageError(
+            "not the store of the runs", where=store.path, remedy="Give the store that they were trained on"
+        )
+    requested = [(f"{first}, frozen", found[first], FROZEN_CASES_FILE)] if frozen else []
+    requested += [(name, seeds, CASES_FILE) for name, seeds in found.items()]
     systems = {
-        name: [_table([run / file for run in seed], match_by_name, store) for seed in seeds]
-        for name, seeds, file in asked
+        name: [_read_seed([run / file for run in seed], match_by_name, store) for seed in seeds]
+        for name, seeds, file in requested
     }
     target = facts[first][0]["target"]
     tables = [table for seeds in systems.values() for table in seeds]
-    return ComparedRuns(systems, target["task"], target["column"], _metrics(target["task"], tables))
+    return ComparedRuns(systems, target["task"], target["column"], _shared_metrics(target["task"], tables))
 
 
 def _find_systems(folder: Path) -> dict[str, list[list[Path]]]:
@@ -110,7 +107,7 @@ def _read_experiment_systems(folder: Path) -> dict[str, list[list[Path]]]:
         groups = of_system["group"].unique()
         if len(groups) > 1:
             raise UsageError(
-                "the folder holds runs that learnt from different numbers of subjects",
+                "the runs were trained on different numbers of subjects",
                 where=where,
                 got=", ".join(groups),
                 expected="one of them",
@@ -125,8 +122,8 @@ def _read_experiment_systems(folder: Path) -> dict[str, list[list[Path]]]:
     return systems
 
 
-def _facts(run: Path) -> dict[str, Any]:
-    """What run.json says of a run of fine-tuning."""
+def _read_facts(run: Path) -> dict[str, Any]:
+    """Data hash and target of a fine-tuning run, from run.json."""
     file = run / FACTS_FILE
     try:
         facts = json.loads(file.read_text(encoding="utf-8"))
@@ -140,7 +137,6 @@ def _facts(run: Path) -> dict[str, Any]:
 
 
 def _require_same_task_and_target(facts: dict[str, list[dict[str, Any]]]) -> None:
-    """Refuse other tasks and other targets."""
     first, *_ = facts
     expected = facts[first][0]["target"]
     for name, of_system in facts.items():
@@ -150,14 +146,14 @@ def _require_same_task_and_target(facts: dict[str, list[dict[str, Any]]]) -> Non
                 raise UsageError(f"{what} than {first}", where=name, got=other[0], expected=expected[key])
 
 
-def _table(files: Sequence[Path], match_by_name: bool, store: Store | None) -> pd.DataFrame:
-    """The cases of one seed, each known by its subject and its session."""
-    cases = pd.concat([_read(file) for file in files], ignore_index=True)
+def _read_seed(files: Sequence[Path], match_by_name: bool, store: Store | None) -> pd.DataFrame:
+    """The cases of one seed over all folds, identified by subject and session."""
+    cases = pd.concat([_read_cases(file) for file in files], ignore_index=True)
     where = files[0]
     if match_by_name:
         if not {"subject", "session"} <= set(cases.columns):
             raise UsageError(
-                "the runs are of different stores, and the rows of one say nothing of the other's",
+                "the runs are of different stores, whose rows do not correspond",
                 where=where,
                 expected="the names of subjects and sessions",
                 remedy="Fine-tune with --keep-ids",
@@ -169,17 +165,17 @@ def _table(files: Sequence[Path], match_by_name: bool, store: Store | None) -> p
         names = cases[SUBJECT_ROW if SUBJECT_ROW in cases else "subject"]
     else:
         raise UsageError(
-            "the table does not say which sessions are of one subject",
+            "the table of cases does not name the subjects",
             where=where,
-            got="a run from before it was written down",
+            got="a run of an older version",
             remedy="Give the store of the runs with --data",
         )
-    # A number that every table of the same cases gives the subject, whatever it calls it.
+    # Number the subjects by their first row, so that tables of the same cases agree however they name subjects.
     subjects = cases.groupby(names.to_numpy())["row"].transform("min")
     return cases.drop(columns=["session", SUBJECT_ROW], errors="ignore").assign(subject=subjects)
 
 
-def _read(file: Path) -> pd.DataFrame:
+def _read_cases(file: Path) -> pd.DataFrame:
     if not file.is_file():
         frozen = file.name == FROZEN_CASES_FILE
         raise UsageError(
@@ -193,8 +189,8 @@ def _read(file: Path) -> pd.DataFrame:
     return pd.read_csv(file, sep="\t", dtype=text, keep_default_na=False, na_values=[""])
 
 
-def _metrics(task: str, tables: Sequence[pd.DataFrame]) -> list[str]:
-    """The metrics that tables show; of a segmentation those that every system has a case for."""
+def _shared_metrics(task: str, tables: Sequence[pd.DataFrame]) -> list[str]:
+    """The metrics that tables show; for a segmentation, those that every system has a case for."""
     if task != "segmentation":
         return list(TABLE_METRICS[task])
     return [name for name in TABLE_METRICS[task] if all(name in t and t[name].notna().any() for t in tables)]
