@@ -46,7 +46,7 @@ def informed(targets: PatchTargets, noise: float = 0.02) -> tuple[np.ndarray, np
     session = np.repeat(2 * rng.normal(size=(NUM_VIEWS, 1, 3)), NUM_SLICES, axis=1)
     place = np.tile(np.linspace(-1, 1, NUM_SLICES)[None, :, None], (NUM_VIEWS, 1, 1))
     cls = np.concatenate([targets.slice_values.reshape(NUM_VIEWS, NUM_SLICES, -1) * 5, session, place], axis=-1)
-    patches = np.concatenate([targets.mean, targets.texture * 9, targets.place], axis=-1)
+    patches = np.concatenate([targets.mean, targets.texture * 9, targets.position], axis=-1)
     mixed = [values @ rng.normal(size=(values.shape[-1], 12)) for values in (cls, patches)]
     return tuple((values + noise * rng.normal(size=values.shape)).astype(np.float32) for values in mixed)
 
@@ -78,7 +78,9 @@ def test_one_thing_may_be_lost_alone(lost):
     targets, probes = PatchTargets.from_slices(slices(), PATCH, seed=0), make_probes()
     cls, patches = informed(targets, noise=0.0)
     probes.set_reference(cls, patches)
-    kept = {"patch_texture": (targets.mean, targets.place), "patch_position": (targets.mean, targets.texture * 9)}[lost]
+    kept = {"patch_texture": (targets.mean, targets.position), "patch_position": (targets.mean, targets.texture * 9)}[
+        lost
+    ]
     now = scores(probes, cls, np.concatenate(kept, axis=-1), targets)
     others = {"patch_intensity", "patch_texture", "patch_position"} - {lost}
     assert now[lost][0] < 0.3
@@ -158,7 +160,7 @@ def test_an_absent_contrast_is_not_probed():
     assert scores(make_probes(("patch_intensity",), shown), cls, patches, targets)["patch_intensity"][0] > 0.9
     shown[:, 1] = False
     only = scores(make_probes(("patch_intensity",), shown), cls, patches, targets)["patch_intensity"][0]
-    first = PatchTargets(targets.chosen, targets.mean[..., :1], targets.texture, targets.place, targets.slice_values)
+    first = PatchTargets(targets.chosen, targets.mean[..., :1], targets.texture, targets.position, targets.slice_values)
     assert only == scores(make_probes(("patch_intensity",), shown), cls, patches, first)["patch_intensity"][0]
 
 
@@ -171,7 +173,7 @@ def test_patches_show_something_and_are_the_same_again():
     tile = pixels[1, :, row * PATCH : (row + 1) * PATCH, column * PATCH : (column + 1) * PATCH] / 255
     assert np.allclose(targets.mean[3, 1, 0], tile.mean(axis=(1, 2)), atol=1e-6)
     assert np.allclose(targets.texture[3, 1, 0], tile.std(axis=(1, 2)), atol=1e-6)
-    assert np.allclose(targets.place[3, 1, 0], [row / 4, column / 4])
+    assert np.allclose(targets.position[3, 1, 0], [row / 4, column / 4])
 
 
 def test_the_main_directions_are_those_of_the_svd():

@@ -82,7 +82,7 @@ def test_no_step_waits_for_the_gpu_and_a_poisoned_one_is_skipped(tmp_path):
     run.run()
     assert [taken.item() for taken in task.taken] == [1, 1, 0, 1, 1, 1]
     assert all(torch.isfinite(parameter).all() for parameter in task.model.parameters())
-    assert run.health.read(6) == {"skipped": 1, "skipped_in_a_row": 0}
+    assert run.nonfinite_steps.read(6) == {"skipped": 1, "skipped_in_a_row": 0}
     (state, *_) = run.optimizer.state.values()
     assert state["step"].item() == 5
 

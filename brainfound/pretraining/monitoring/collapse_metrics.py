@@ -30,8 +30,8 @@ def effective_rank(features: Float[Tensor, "N D"]) -> float:
     if len(features) < 2 or centred.abs().max() <= 1e-6 * features.abs().max():
         return 0.0
     singular = torch.linalg.svdvals(centred)
-    share = singular / singular.sum()
-    return math.exp(-torch.special.xlogy(share, share).sum().item())
+    fractions = singular / singular.sum()
+    return math.exp(-torch.special.xlogy(fractions, fractions).sum().item())
 
 
 def mean_cosine(features: Float[Tensor, "N D"]) -> float:
@@ -52,15 +52,15 @@ def view_margin(features: Float[Tensor, "N D"], images: Int[Tensor, "N"]) -> flo
     Args:
         images: image number of each row.
     """
-    ids, place = torch.unique(images, return_inverse=True)
-    counts = torch.bincount(place).double()
+    ids, image_index = torch.unique(images, return_inverse=True)
+    counts = torch.bincount(image_index).double()
     num_same, num_all = (counts * (counts - 1)).sum(), len(images) * (len(images) - 1)
     if len(ids) < 2 or num_same == 0:
         return math.nan
     unit = F.normalize(features.double() - features.double().mean(dim=0), dim=-1)
     # Sums over pairs are squares of sums, so no N × N matrix is needed.
     diagonal = unit.square().sum()
-    image_sums = unit.new_zeros(len(ids), unit.shape[1]).index_add(0, place, unit)
+    image_sums = unit.new_zeros(len(ids), unit.shape[1]).index_add(0, image_index, unit)
     same_image = image_sums.square().sum() - diagonal
     all_pairs = unit.sum(dim=0).square().sum() - diagonal
     return (same_image / num_same - (all_pairs - same_image) / (num_all - num_same)).item()

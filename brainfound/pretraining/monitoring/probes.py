@@ -199,15 +199,16 @@ class Probe:
 
     def _make_retention_probes(self) -> RetentionProbes:
         names, subject_index = np.unique(self.subjects, return_inverse=True)
-        fold_of = np.empty(len(names), dtype=int)
+        subject_folds = np.empty(len(names), dtype=int)
         for number, fold in enumerate(self.folds):
-            fold_of[subject_index[fold["test"]]] = number
+            subject_folds[subject_index[fold["test"]]] = number
         if self.target in SLICE_TARGETS:
             subject_index = subject_index[:: self.rows.shape[1]]
+        folds = subject_folds[subject_index]
         probe_names = tuple(name for name in self.recipe.watch if name != self.target)
-        labels = self._labels(fold_of[subject_index]) if "labels" in probe_names and self.target != "contrast" else {}
+        labels = self._labels(folds) if "labels" in probe_names and self.target != "contrast" else {}
         positions = self.store.slice_positions_mm[self.rows]
-        return RetentionProbes(probe_names, self.present, subject_index, fold_of[subject_index], positions, labels)
+        return RetentionProbes(probe_names, self.present, subject_index, folds, positions, labels)
 
     def _labels(self, folds: np.ndarray) -> dict[str, SessionLabel]:
         """Labels other than the target that views of several folds have."""
@@ -359,8 +360,8 @@ def majority_labels(masks: Int[np.ndarray, "S H W"], patch_size: int) -> Int[np.
 def choose_patches(labels: Int[np.ndarray, "P"], num: int, rng: np.random.Generator) -> Int[np.ndarray, "N"]:
     """At most `num` patches of a slice, the same number of each label as far as there are enough."""
     present = np.unique(labels)
-    share = max(1, num // len(present))
-    chosen = [rng.permutation(np.flatnonzero(labels == label))[:share] for label in present]
+    num_per_label = max(1, num // len(present))
+    chosen = [rng.permutation(np.flatnonzero(labels == label))[:num_per_label] for label in present]
     return np.sort(np.concatenate(chosen))
 
 

@@ -81,7 +81,7 @@ class PatchTargets:
     chosen: Int[np.ndarray, "V S P"]
     mean: Float[np.ndarray, "V S P C"]
     texture: Float[np.ndarray, "V S P C"]
-    place: Float[np.ndarray, "V S P 2"]
+    position: Float[np.ndarray, "V S P 2"]
     slice_values: Float[np.ndarray, "V S C 2"]
 
     @classmethod
@@ -105,9 +105,9 @@ def _view_targets(
     order = np.lexsort((rng.random(background.shape), background))
     chosen = np.sort(order[:, : min(RETENTION_PATCHES_PER_SLICE, rows * columns)], axis=1)
     at = chosen[:, :, None]
-    place = np.stack([chosen // columns / rows, chosen % columns / columns], axis=-1)
+    position = np.stack([chosen // columns / rows, chosen % columns / columns], axis=-1)
     slice_values = np.stack([mean.mean(axis=1), pixels.std(axis=(2, 3)) / 255], axis=-1)
-    return chosen, np.take_along_axis(mean, at, 1), np.take_along_axis(texture, at, 1), place, slice_values
+    return chosen, np.take_along_axis(mean, at, 1), np.take_along_axis(texture, at, 1), position, slice_values
 
 
 @dataclass
@@ -160,9 +160,9 @@ class RetentionProbes:
             for name, values in (("patch_intensity", targets.mean), ("patch_texture", targets.texture)):
                 if name in self.probe_names:
                     errors |= self._mean_over_contrasts(name, tokens, values.reshape(len(tokens), -1, 1))
-            if "patch_position" in self.probe_names and np.ptp(targets.place) > 0:
-                places = targets.place.reshape(-1, 2)
-                errors["patch_position"] = self._linear_error(tokens, places, len(tokens) // len(cls))
+            if "patch_position" in self.probe_names and np.ptp(targets.position) > 0:
+                positions = targets.position.reshape(-1, 2)
+                errors["patch_position"] = self._linear_error(tokens, positions, len(tokens) // len(cls))
         return errors
 
     def start_retention(
