@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -106,6 +105,7 @@ def load_bundle(folder: str | Path) -> Bundle:
             trained on, or if weights are missing or left over.
     """
     folder = Path(folder)
+    baseline = folder / BASELINE_FILE
     content = _read_description(folder)
     _verify_files(folder, content)
     config = _read_config(folder / "config.json")
@@ -124,7 +124,7 @@ def load_bundle(folder: str | Path) -> Bundle:
         task=content["task"],
         folder=folder,
         content=content,
-        baseline=_read_baseline(folder),
+        baseline=_read_tensors(baseline) if baseline.is_file() else {},
     )
 
 
@@ -253,10 +253,7 @@ def _load_base(kind: type[Any], config: BrainFoundConfig, base: dict[str, Any], 
     return model
 
 
-def _read_baseline(folder: Path) -> dict[str, Tensor]:
-    path = folder / BASELINE_FILE
-    if not path.is_file():
-        return {}
+def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except LOAD_FAILURES as error:
@@ -265,8 +262,8 @@ def _read_baseline(folder: Path) -> dict[str, Tensor]:
 
 def _load_adapter(model: Any, folder: Path) -> PeftModel:
     path = folder / ADAPTER_FILE
+    saved = _read_tensors(path)
     try:
-        saved = load_file(path)
         settings = PeftConfig.from_pretrained(str(folder))
         settings.inference_mode = True
         adapted = PeftModel(model, settings)
@@ -280,24 +277,16 @@ def _load_adapter(model: Any, folder: Path) -> PeftModel:
 def _load_trained(model: Any, folder: Path) -> Any:
     path = folder / TRAINED_FILE
     own = {name: value for name, value in model.state_dict().items() if not is_encoder_key(name)}
-    _require_same_keys(path, _read_keys(path), set(own))
-    with torch.no_grad(), safe_open(path, framework="pt") as weights:
+    saved = _read_tensors(path)
+    _require_same_keys(path, set(saved), set(own))
+    with torch.no_grad():
         for name, value in own.items():
-            saved = weights.get_tensor(name)
-            if saved.shape != value.shape:
+            if saved[name].shape != value.shape:
                 raise ModelError(
-                    f"{name} has another shape", where=path, got=tuple(saved.shape), expected=tuple(value.shape)
+                    f"{name} has another shape", where=path, got=tuple(saved[name].shape), expected=tuple(value.shape)
                 )
-            value.copy_(saved)
+            value.copy_(saved[name])
     return model
-
-
-def _read_keys(path: Path) -> set[str]:
-    try:
-        with safe_open(path, framework="pt") as weights:
-            return set(weights.keys())
-    except LOAD_FAILURES as error:
-        raise _unreadable_weights(path, error) from error
 
 
 def _unreadable_weights(path: Path, error: Exception) -> ModelError:
