@@ -20,6 +20,7 @@ from brainfound.errors import UsageError
 SHARES = {"train": 0.7, "validation": 0.1, "test": 0.2}
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 40), min_size=30, max_size=120).filter(lambda s: len(set(s)) >= 10), st.integers(0, 9))
 def test_parts_cover_everything_and_share_no_subject(numbers, seed):
     subjects = [f"s{n}" for n in numbers]
@@ -176,6 +177,7 @@ def test_folds_take_their_validation_part_from_the_training_part():
         k_folds(subjects, 2, 3, validation=0.5)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 50))
 def test_more_shots_contain_fewer_and_the_test_part_stays(seed):
     subjects = [f"s{n // 2}" for n in range(120)]
