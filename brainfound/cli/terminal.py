@@ -132,9 +132,7 @@ def scores_line(result: Mapping[str, Any]) -> str:
     parts = []
     for name in result["scores"]:
         if name in TABLE_METRICS[result["task"]]:
-            baseline_scores = ", ".join(
-                f"{baseline} {format_score(name, result[baseline].get(name))}" for baseline in baselines
-            )
+            texts = (f"{baseline} {format_score(name, result[baseline].get(name))}" for baseline in baselines)
             parts.append(f"{name} {score_with_interval(result, name)} ({', '.join(texts)})")
     return f"{result['task']}, {result['num_sessions']} sessions: " + ", ".join(parts)
 
