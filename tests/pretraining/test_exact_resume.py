@@ -32,7 +32,7 @@ RUN = """
 import hashlib, json, os, signal, sys
 import torch
 torch.set_num_threads(1)
-from brainfound.train import checkpoint
+from brainfound.training import checkpoint
 from brainfound.pretraining.pretrain import pretrain
 from brainfound.pretraining.task import PretrainTask
 

@@ -1,22 +1,19 @@
-"""The lines of a dry run: what was measured here, and the estimate for another machine."""
+"""The lines of a dry run: the measurements here, and the estimate for another machine."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from brainfound.pretraining.dry_run.gpus import GPUSpec
+from brainfound.pretraining.dry_run.gpus import GPUSpec, TargetHardware
+from brainfound.pretraining.dry_run.memory import GIB, peak_memory_gib
 from brainfound.pretraining.dry_run.trial import (
     BFLOAT16_BYTES,
     FLOAT32_BYTES,
-    GIB,
     AnalyticCosts,
     DryRunMeasurement,
     ParameterCounts,
-    TargetHardware,
-    peak_memory_gib,
 )
 from brainfound.pretraining.execution import PretrainEngineRecipe
-from brainfound.pretraining.task import max_best_encoders_on_disk
 from brainfound.training.schedules import effective_lr
 
 # Of a GPU's memory; the rest goes to the driver, to libraries and to gaps between blocks.
@@ -30,7 +27,7 @@ def report(
     """Lines about this machine and, if one is named, about a machine on paper.
 
     Args:
-        engine: of the recipe, whatever part of its batch was tried out.
+        engine: of the recipe, with its whole batch.
         lr: of the recipe, at batch 128.
     """
     yield from _local_lines(trial, engine)
@@ -45,10 +42,13 @@ def report(
 def report_without_measurement(
     sizes: AnalyticCosts, available_memory_bytes: int, engine: PretrainEngineRecipe, lr: float, machine: TargetHardware
 ) -> Iterator[str]:
-    """Lines where this machine is too small for a trial: what follows from the sizes alone."""
+    """Lines where this machine is too small for a trial: only what follows from the sizes."""
     needed = sizes.weights.dry_run_bytes
     yield "this machine: too little memory for a trial, so nothing was measured"
-    yield f"  memory                   {format_bytes(available_memory_bytes)} are free; weights, gradients and moments take {format_bytes(needed)}"
+    yield (
+        f"  memory                   {format_bytes(available_memory_bytes)} are free;"
+        f" weights, gradients and moments take {format_bytes(needed)}"
+    )
     yield from _cost_lines(sizes, engine, lr)
     yield ""
     yield from _estimate_lines(sizes, None, engine, machine)
@@ -60,10 +60,12 @@ def _local_lines(trial: DryRunMeasurement, engine: PretrainEngineRecipe) -> Iter
     processes = f"{trial.num_processes} process" + ("es" if trial.num_processes > 1 else "")
     yield f"this machine, measured: {processes} on {trial.device.type}, {_FLOAT_NAMES[trial.precision]}"
     if trial.num_images * trial.num_processes * engine.accumulation != engine.batch_size:
-        yield f"  tried out                {format_count(trial.num_images, 'image')} per process at a time, not a whole batch"
+        images = format_count(trial.num_images, "image")
+        yield f"  tried out                {images} per process at a time, not a whole batch"
     if trial.precision == "no" and engine.precision == "bf16":
         yield "                           in float32: the recipe's bfloat16 is not faster here"
-    yield f"  speed                    {format_number(trial.images_per_second)} images/s, {format_duration(seconds)} per step"
+    speed = format_number(trial.images_per_second)
+    yield f"  speed                    {speed} images/s, {format_duration(seconds)} per step"
     yield (
         f"  arithmetic               {format_flops(per_image)} per image, "
         f"{format_flops(per_image * trial.images_per_second)}/s over all processes"
@@ -81,8 +83,8 @@ def _cost_lines(sizes: AnalyticCosts, engine: PretrainEngineRecipe, lr: float) -
     )
     yield (
         f"  disk                     {format_bytes(disk_bytes(sizes, engine))}: "
-        f"{format_count(engine.keep_checkpoints, 'checkpoint')} of {format_bytes(weights.checkpoint_bytes)} and one being written, "
-        f"{'one to go back to, ' if sizes.may_roll_back else ''}their best encoders, the export"
+        f"{format_count(engine.keep_checkpoints, 'checkpoint')} of {format_bytes(weights.checkpoint_bytes)}"
+        f" and one being written, {'one to go back to, ' if sizes.may_roll_back else ''}their best encoders, the export"
     )
 
 
@@ -123,7 +125,8 @@ def _memory_lines(
         parts = _memory_breakdown(trial, engine, machine, parallel, engine.accumulation, bf16)
         fits = _fits(parts, machine.kind)
         fitting |= fits and parallel == engine.parallel
-        yield f"    {_name(machine, parallel):<8} {format_bytes(sum(parts.values())):>9}  {'fits' if fits else 'does not fit'}"
+        verdict = "fits" if fits else "does not fit"
+        yield f"    {_name(machine, parallel):<8} {format_bytes(sum(parts.values())):>9}  {verdict}"
         yield f"             {_format_breakdown(parts)}"
     if bf16 and trial.precision != "bf16":
         yield "    activations were measured in float32; in bfloat16 they take between half of that and all of it"
@@ -159,13 +162,13 @@ def memory_per_gpu(
     """Bytes of each kind on one of `num_gpus` that train together.
 
     Weights, gradients and both moments are float32. With DDP, gradients are copied into buckets that are
-    sent; bfloat16 keeps a copy of the matrices while a step lasts. With FSDP each GPU has its share, and
-    beside it two gathered layers and whole heads.
+    sent; bfloat16 keeps a copy of the matrices during a step. With FSDP each GPU has its share, two gathered layers
+    and whole heads.
 
     Args:
-        forward_bytes: what the forward pass of its micro-batch takes.
+        forward_bytes: of the forward pass of its micro-batch.
         parallel: "ddp" or "fsdp".
-        casts_measured: whether that was measured in bfloat16, and so has the copies of the matrices in it.
+        includes_bf16_copies: whether that was measured in bfloat16, with the copies of the matrices.
     """
     shares = num_gpus if parallel == "fsdp" else 1
     parts = {
@@ -213,9 +216,9 @@ def suggest_fitting_settings(
 
 
 def disk_bytes(sizes: AnalyticCosts, engine: PretrainEngineRecipe) -> int:
-    """What a run needs on disk: its checkpoints, encoders of best probes and the export."""
+    """The disk space of a run: its checkpoints, an encoder of the best probe for each of them, and the export."""
     weights, may_roll_back = sizes.weights, sizes.may_roll_back
-    encoders = (max_best_encoders_on_disk(engine, may_roll_back) + 1) * FLOAT32_BYTES * weights.encoder
+    encoders = (engine.max_checkpoints_on_disk(may_roll_back) + 1) * FLOAT32_BYTES * weights.encoder
     return engine.max_checkpoints_on_disk(may_roll_back) * weights.checkpoint_bytes + encoders
 
 

@@ -1,13 +1,9 @@
-"""The decoder of the masked autoencoder: what is seen of a crop → the pixels of what is not.
+"""The heads of the objectives: projection onto prototypes, and the pixel decoder of masked autoencoding.
 
-Axis legend: ``n`` crops, ``P`` patches, ``V`` visible and ``M`` masked ones, ``D`` width of the
-encoder, ``W`` width of the decoder, ``C`` contrasts, ``p`` side of a patch in pixels.
+Axis legend: ``N`` rows, ``D`` width of the encoder, ``K`` prototypes; ``n`` crops, ``P`` patches, ``V`` visible and
+``M`` masked ones, ``W`` width of the decoder.
 
-Source: MAE (arXiv 2111.06377, section 3 and appendix A.1).
-
-The head of self-distillation: embedding → a unit vector, to be compared with prototypes.
-
-Axis legend: ``N`` rows, ``D`` width, ``K`` prototypes.
+Sources: DINO (arXiv 2104.14294, appendix C); MAE (2111.06377, section 3 and appendix A.1).
 """
 
 from __future__ import annotations
