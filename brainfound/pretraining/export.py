@@ -70,7 +70,7 @@ def _card_facts(
     scores = {"first": guard.first_score, "best": guard.best_score, "last": guard.last_score}
     untouched = recipe.engine.steps == 0
     described, exported = objective.describe(), objective.exported_name
-    trained = recipe.trained.in_words(model.encoder.num_layers)
+    trained = recipe.trained.describe(model.encoder.num_layers)
     return {
         "name": recipe.name,
         "summary": "The starting checkpoint, untouched, as a BrainFound encoder (it has no task head)."

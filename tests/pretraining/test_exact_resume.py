@@ -70,7 +70,7 @@ PretrainTask.loss, PretrainTask.after_step, checkpoint.torch.save = recorded, mo
 if falls:
     PretrainTask.evaluate = scripted
 if die_rolling:
-    checkpoint.remove_abandoned = die
+    checkpoint.remove_rolled_back_checkpoints = die
 pretrain(recipe, store, out=out, quiet=True, resume="--resume" in sys.argv)
 """
 

@@ -176,7 +176,8 @@ def make_optimizer(task):
     objective.after_step = stepped
     return optimizer
 
-MultiCrop.__call__, self_distillation.sample_block_masks, PretrainTask.make_optimizer = crop_pieces, draw_pieces, make_optimizer
+MultiCrop.__call__, PretrainTask.make_optimizer = crop_pieces, make_optimizer
+self_distillation.sample_block_masks = draw_pieces
 masked_autoencoder.sample_hidden_patches, PretrainTask.loss = hide_pieces, keyed_loss
 run_files.plot_curves = lambda folder: None  # pictures take longer than these runs
 for name, (dtype, recipe) in runs.items():

@@ -60,13 +60,13 @@ def test_what_is_watched_is_logged_and_a_later_process_finds_the_start_again(fin
     assert last["patch_intensity"][1] > 0
     model = BrainFoundModel.from_pretrained(finished / "export")
     probe = Probe(store, recipe().probe, recipe().seed, finished / "checkpoints" / "start.safetensors")
-    again = probe.run(model.encoder, torch.device("cpu")).watched
+    again = probe.run(model.encoder, torch.device("cpu")).retention
     assert again.keys() == last.keys()
     for name, told in again.items():
         assert told == pytest.approx(last[name], abs=1e-6)
     lost = Probe(store, recipe().probe, recipe().seed, finished / "no-such-file")
     with pytest.warns(UserWarning, match="not compared with the start"):
-        assert "kept_patches" not in lost.run(model.encoder, torch.device("cpu")).watched
+        assert "kept_patches" not in lost.run(model.encoder, torch.device("cpu")).retention
 
 
 def test_export_is_the_teacher_with_its_preprocessing_and_card(finished, store):

@@ -73,7 +73,7 @@ class ProjectionHead(nn.Module):
 
 
 class PixelDecoderRecipe(Recipe):
-    """The size of the decoder; it is thrown away after training."""
+    """The size of the decoder, which is not exported."""
 
     width: int = Field(default=512, ge=4, multiple_of=4)
     """W; a multiple of 4, for the sines and cosines of two axes, and of the heads."""
@@ -149,7 +149,7 @@ class PixelDecoder(nn.Module):
         tokens = torch.cat([seen[:, :1], patches + self.positions.to(seen.dtype)], dim=1)
         for block in self.blocks:
             tokens = block(tokens)
-        # Only what is asked for is normalised and predicted; the rest would be thrown away.
+        # Only hidden patches are normalised and predicted.
         asked = tokens[:, 1:].gather(1, hidden[..., None].expand(-1, -1, width))
         return self.predict(self.norm(asked))
 

@@ -23,8 +23,14 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from brainfound.pretraining.objectives.prototypes import Assignments, Projection, cross_entropy_sum, sinkhorn_assign
-from brainfound.training import distributed as ranks
+from brainfound.pretraining.objectives.prototypes import (
+    Assignments,
+    Projection,
+    cross_entropy_sum,
+    equal_mass,
+    exponentials_in_place,
+    sinkhorn_assign,
+)
 
 KOLEO_EPS = 1e-8
 # Below this distance between two unit vectors the gradient of log(distance) stops growing: rounding
@@ -51,10 +57,6 @@ def sinkhorn_knopp(
     mass, then the rows to equal mass; rows of the result sum to 1. The mass of a prototype is summed over the rows of
     all ranks.
 
-    It is computed as scaling vectors, ``diag(r) E diag(c)``, with E written once. Subtracting each
-    prototype's maximum and then each row's maximum from the logits is exact, because the first
-    cancels in the first scaling and the second is carried in ``r``; so no sum is zero or overflows.
-
     Raises:
         ValueError: if the temperature or the number of iterations is not positive.
 
@@ -65,21 +67,9 @@ def sinkhorn_knopp(
     if isinstance(logits, Projection):
         return sinkhorn_assign(logits, temperature, num_iterations)
     scores = at_least_float32(logits) / temperature
-    num_rows, num_prototypes = scores.shape
     with torch.autocast(scores.device.type, enabled=False):
-        # A rank without rows still takes part in the sums.
-        floor = torch.full((num_prototypes,), float("-inf"), dtype=scores.dtype, device=scores.device)
-        highest = scores.amax(dim=0) if num_rows else floor
-        scores = scores - ranks.max_over_ranks(highest)
-        row_highest = scores.amax(dim=1) if num_rows else scores.new_zeros(0)
-        assignments = (scores - row_highest[:, None]).exp_()
-        row_scale = row_highest.exp()
-        for _ in range(num_iterations):
-            prototype_mass = ranks.sum_over_ranks(row_scale @ assignments)
-            # The mean cancels in the row scaling; it keeps the scales near 1 over many iterations.
-            prototype_scale = prototype_mass.mean() / prototype_mass
-            row_scale = 1 / (assignments @ prototype_scale)
-        return assignments.mul_(prototype_scale).mul_(row_scale[:, None])
+        row_scale = exponentials_in_place(scores)
+        return equal_mass(scores, row_scale, num_iterations).take(slice(None))
 
 
 def cross_entropy(

@@ -26,7 +26,7 @@ ATTEMPTS_PER_BLOCK = 10
 
 @dataclass(frozen=True)
 class BlockMasks:
-    """Which patch tokens the student does not see."""
+    """The patch tokens that are hidden from the student."""
 
     mask: Bool[Tensor, "N P"]
     indices: Int[Tensor, "M"]
@@ -43,7 +43,7 @@ class BlockMasks:
         )
 
     def select_crops(self, crops: slice) -> tuple[BlockMasks, slice]:
-        """The masks of some successive crops, and the place of their masked tokens among all of them."""
+        """The masks of some successive crops, and the place of their masked tokens among those of all crops."""
         first, last = crops.start, crops.stop
         before, inside = int(self.mask[:first].sum()), int(self.mask[crops].sum())
         masked = slice(before, before + inside)
@@ -53,7 +53,7 @@ class BlockMasks:
 
 
 def num_masked_per_crop(num_crops: int, num_patches: int, probability: float, ratios: tuple[float, float]) -> list[int]:
-    """How many patches are masked in each crop of a batch, before they are dealt to crops.
+    """The numbers of masked patches of the crops of a batch, in no particular order.
 
     At least one crop has at least one masked patch, whatever the settings.
     """
@@ -107,7 +107,7 @@ def sample_block_masks(
     probability: float = 0.5,
     ratios: tuple[float, float] = (0.1, 0.5),
 ) -> BlockMasks:
-    """Block masks for a batch of crops; the counts are those of `num_masked_per_crop`, dealt at random."""
+    """Block masks for a batch of crops, with the counts of `num_masked_per_crop` in random order."""
     num_patches = grid[0] * grid[1]
     counts = np.array(num_masked_per_crop(num_crops, num_patches, probability, ratios))
     counts = rng.permutation(counts)

@@ -224,15 +224,13 @@ class SelfDistillation(AnchoredObjective):
                 summed[name] = summed.get(name, 0) + part.detach()
             return torch.stack([self.weight(name) * part for name, part in parts.items()]).sum()
 
-        # The last pass begins when only the gradients of those before it are left in memory.
         *early, last = self._passes(large, views.local_views, masks)
-        total = (
-            pass_loss(*last)
-            if not early
-            else (
-                backward_per_pass([partial(pass_loss, *one) for one in early], student.parameters()) + pass_loss(*last)
-            )
-        )
+        if early:
+            # The last pass begins when only the gradients of those before it are left in memory.
+            before = backward_per_pass([partial(pass_loss, *one) for one in early], student.parameters())
+            total = before + pass_loss(*last)
+        else:
+            total = pass_loss(*last)
         metrics = {f"loss_{name}": part for name, part in summed.items()}
         metrics["loss_dino"] = metrics["loss_dino_global"] + metrics.get("loss_dino_local", 0)
         self._last = targets, metrics
