@@ -17,7 +17,8 @@ from brainfound.pretraining.dry_run.gpus import GPU_SPECS, TargetHardware, find_
 from brainfound.pretraining.dry_run.memory import GIB
 from brainfound.pretraining.dry_run.trial import AnalyticCosts, DryRunMeasurement, ParameterCounts
 from brainfound.pretraining.objectives.flops import StepFlops
-from brainfound.pretraining.pretrain import PretrainRecipe, pretrain
+from brainfound.pretraining.pretrain import pretrain
+from brainfound.pretraining.recipe import PretrainRecipe
 from brainfound.pretraining.starting_model import InitRecipe, build_meta_model, build_model
 from brainfound.recipes import load
 from brainfound.training.precision import probe_precision

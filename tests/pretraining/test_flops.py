@@ -11,7 +11,7 @@ from brainfound.models.encoder import SliceEncoder
 from brainfound.pretraining.objectives.masking import num_masked_per_crop
 from brainfound.pretraining.objectives.registry import make_objective
 from brainfound.pretraining.objectives.self_distillation import SelfDistillation
-from brainfound.pretraining.pretrain import PretrainRecipe
+from brainfound.pretraining.recipe import PretrainRecipe
 from brainfound.pretraining.slices import PretrainBatch
 from brainfound.recipes import validate
 from brainfound.training.randomness import StepKey

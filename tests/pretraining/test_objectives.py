@@ -16,7 +16,8 @@ from brainfound.models import BrainFoundModel
 from brainfound.pretraining.objectives.hybrid import Hybrid
 from brainfound.pretraining.objectives.registry import OBJECTIVES_BY_KIND, make_objective
 from brainfound.pretraining.objectives.self_distillation import SelfDistillation
-from brainfound.pretraining.pretrain import PretrainRecipe, pretrain
+from brainfound.pretraining.pretrain import pretrain
+from brainfound.pretraining.recipe import PretrainRecipe
 from brainfound.pretraining.slices import PretrainBatch
 from brainfound.pretraining.starting_model import build_model
 from brainfound.recipes import validate

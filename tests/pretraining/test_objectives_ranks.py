@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from brainfound.pretraining.pretrain import PretrainRecipe
+from brainfound.pretraining.recipe import PretrainRecipe
 from brainfound.recipes import validate
 
 LAUNCH_FILE = Path(__file__).parents[2] / "train" / "launch" / "accelerate-cpu.yaml"

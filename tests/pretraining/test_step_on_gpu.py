@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from brainfound.models import BrainFoundConfig, BrainFoundModel
-from brainfound.pretraining.pretrain import PretrainRecipe, pretrain
+from brainfound.pretraining.pretrain import pretrain
+from brainfound.pretraining.recipe import PretrainRecipe
 from brainfound.recipes import validate
 from brainfound.training.engine import Engine, EngineRecipe, TrainTask, make_accelerator
 from brainfound.training.prefetch import prefetch_to_device

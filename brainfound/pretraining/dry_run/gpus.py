@@ -100,6 +100,10 @@ class TargetHardware:
             raise UsageError("there is no such number of GPUs", where="--gpus", got=gpus, expected="1 or more")
         return cls(find_gpu(gpu), gpus or 1)
 
+    @property
+    def parallel_modes(self) -> tuple[str, ...]:
+        return ("ddp", "fsdp") if self.num_gpus > 1 else ("ddp",)
+
     def micro_batch_size(self, engine: EngineRecipe) -> int:
         """Images of one GPU at a time."""
         return engine.batch_size // (self.num_gpus * engine.accumulation)

@@ -110,45 +110,44 @@ def _estimate_lines(
     yield f"  whole run                {_length(engine, seconds)}"
     yield "  effective learning rate  as above: engine.batch_size is the batch of all GPUs together"
     yield f"  memory per GPU           {kind.memory_gib:g} GiB, of which {USABLE_MEMORY_FRACTION:.0%} are counted on"
-    if trial is None:
-        yield from _analytic_memory_lines(sizes.weights, engine, machine, words == "bfloat16")
-    else:
-        yield from _memory_lines(trial, engine, machine, words == "bfloat16")
+    yield from _memory_lines(sizes, trial, engine, machine, words == "bfloat16")
     yield f"  disk                     {format_bytes(disk_bytes(sizes, engine))}, written by one process"
 
 
 def _memory_lines(
-    trial: DryRunMeasurement, engine: PretrainEngineRecipe, machine: TargetHardware, bf16: bool
+    sizes: AnalyticCosts,
+    trial: DryRunMeasurement | None,
+    engine: PretrainEngineRecipe,
+    machine: TargetHardware,
+    bf16: bool,
 ) -> Iterator[str]:
-    fitting = False
-    for parallel in _parallel_modes(machine):
-        parts = _memory_breakdown(trial, engine, machine, parallel, engine.accumulation, bf16)
+    """Memory per GPU; without a trial, that of weights, gradients and moments."""
+    verdicts = ("fits", "does not fit")
+    if trial is None:
+        verdicts = ("and activations", "does not fit, even without activations")
+    fitting, wanted = False, machine.micro_batch_size(engine)
+    for parallel in machine.parallel_modes:
+        if trial is None:
+            parts = memory_per_gpu(sizes.weights, 0, machine.num_gpus, parallel, bf16)
+        else:
+            parts = _memory_breakdown(trial, engine, machine, parallel, engine.accumulation, bf16)
         fits = _fits(parts, machine.kind)
         fitting |= fits and parallel == engine.parallel
-        verdict = "fits" if fits else "does not fit"
-        yield f"    {_name(machine, parallel):<8} {format_bytes(sum(parts.values())):>9}  {verdict}"
-        yield f"             {_format_breakdown(parts)}"
+        name = parallel if machine.num_gpus > 1 else "one GPU"
+        yield f"    {name:<8} {format_bytes(sum(parts.values())):>9}  {verdicts[not fits]}"
+        yield f"             {', '.join(f'{part} {format_bytes(size)}' for part, size in parts.items() if size)}"
+    if trial is None:
+        yield (
+            f"    activations of {format_count(wanted, 'image')} at a time come on top; "
+            "only a trial can tell how much. Ask on a larger machine."
+        )
+        return
     if bf16 and trial.precision != "bf16":
         yield "    activations were measured in float32; in bfloat16 they take between half of that and all of it"
-    tried, wanted = trial.num_images, machine.micro_batch_size(engine)
-    if tried != wanted:
-        yield f"    activations of {format_count(wanted, 'image')} were reckoned from those of {tried}"
+    if trial.num_images != wanted:
+        yield f"    activations of {format_count(wanted, 'image')} were reckoned from those of {trial.num_images}"
     if not fitting:
         yield f"    {suggest_fitting_settings(trial, engine, machine, bf16)}"
-
-
-def _analytic_memory_lines(
-    weights: ParameterCounts, engine: PretrainEngineRecipe, machine: TargetHardware, bf16: bool
-) -> Iterator[str]:
-    for parallel in _parallel_modes(machine):
-        parts = memory_per_gpu(weights, 0, machine.num_gpus, parallel, bf16)
-        verdict = "and activations" if _fits(parts, machine.kind) else "does not fit, even without activations"
-        yield f"    {_name(machine, parallel):<8} {format_bytes(sum(parts.values())):>9}  {verdict}"
-        yield f"             {_format_breakdown(parts)}"
-    yield (
-        f"    activations of {format_count(machine.micro_batch_size(engine), 'image')} at a time come on top; "
-        "only a trial can tell how much. Ask on a larger machine."
-    )
 
 
 def memory_per_gpu(
@@ -196,7 +195,7 @@ def suggest_fitting_settings(
     per_step = engine.batch_size // machine.num_gpus
     finer = [a for a in range(engine.accumulation, per_step + 1) if per_step % a == 0]
     found = []
-    for parallel in _parallel_modes(machine):
+    for parallel in machine.parallel_modes:
         for accumulation in finer:
             if _fits(_memory_breakdown(trial, engine, machine, parallel, accumulation, bf16), machine.kind):
                 changes = [f"engine.parallel={parallel}"] if parallel != engine.parallel else []
@@ -207,7 +206,7 @@ def suggest_fitting_settings(
         return f"It would fit with {', or '.join(found)}."
     least = min(
         sum(_memory_breakdown(trial, engine, machine, parallel, finer[-1], bf16).values())
-        for parallel in _parallel_modes(machine)
+        for parallel in machine.parallel_modes
     )
     others = [] if engine.gradient_checkpointing is True else ["engine.gradient_checkpointing=true (not measured here)"]
     others += ["engine.crops=separate (not measured here)"] if engine.parallel == "ddp" else []
@@ -243,20 +242,8 @@ def _fits(parts: dict[str, float], kind: GPUSpec) -> bool:
     return sum(parts.values()) <= USABLE_MEMORY_FRACTION * kind.memory_gib * GIB
 
 
-def _parallel_modes(machine: TargetHardware) -> tuple[str, ...]:
-    return ("ddp", "fsdp") if machine.num_gpus > 1 else ("ddp",)
-
-
-def _name(machine: TargetHardware, parallel: str) -> str:
-    return parallel if machine.num_gpus > 1 else "one GPU"
-
-
-def _format_breakdown(parts: dict[str, float]) -> str:
-    return ", ".join(f"{part} {format_bytes(num_bytes)}" for part, num_bytes in parts.items() if num_bytes)
-
-
 def format_number(value: float) -> str:
-    """Three digits that mean something, and no exponent.
+    """Three significant digits, without an exponent.
 
     >>> format_number(13_612_345.0), format_number(48.26), format_number(0.0312)
     ('13,600,000', '48.3', '0.0312')
@@ -266,7 +253,7 @@ def format_number(value: float) -> str:
 
 
 def format_bytes(num_bytes: float) -> str:
-    """Bytes in the unit that suits them.
+    """Bytes in MiB or GiB.
 
     >>> format_bytes(3 * 2**30), format_bytes(5 * 2**20)
     ('3 GiB', '5 MiB')
@@ -275,7 +262,7 @@ def format_bytes(num_bytes: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """A time in the unit that suits it.
+    """A time in a suitable unit.
 
     >>> format_duration(0.0042), format_duration(90), format_duration(7200), format_duration(864_000)
     ('4.2 ms', '90 s', '2 h', '10 days')
@@ -287,7 +274,7 @@ def format_duration(seconds: float) -> str:
 
 
 def format_flops(number: float) -> str:
-    """Floating-point operations in the unit that suits them.
+    """Floating-point operations in GFLOP or TFLOP.
 
     >>> format_flops(2.5e9), format_flops(5.6e12)
     ('2.5 GFLOP', '5.6 TFLOP')
@@ -296,7 +283,7 @@ def format_flops(number: float) -> str:
 
 
 def format_count(number: int, thing: str) -> str:
-    """How many of a thing.
+    """A number with its noun.
 
     >>> format_count(1, "step"), format_count(50_000, "step")
     ('1 step', '50,000 steps')

@@ -44,7 +44,7 @@ class TrainedModel(nn.Module):
 
 
 class EncoderWithHeads(TrainedModel):
-    """An encoder with named heads. Args: `encoder`: used as it is, not copied."""
+    """An encoder (used as it is, not copied) with named heads."""
 
     def __init__(self, encoder: SliceEncoder, heads: dict[str, nn.Module]) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class Objective(ABC):
     recipe_class: ClassVar[type[Recipe]]
     """The settings; its field `kind` has the objective's name as its only value."""
     exported_name: ClassVar[str] = "encoder"
-    """What is exported, in words."""
+    """The exported part, in words, for the model card."""
     uses_multi_crop: ClassVar[bool] = True
     """Whether each step reads two global crops of a slice and the local ones; otherwise it reads one global crop."""
     student: nn.Module
@@ -99,7 +99,7 @@ class Objective(ABC):
 
     @classmethod
     def defaults_for_scratch(cls, recipe: Any) -> dict[str, float]:
-        """Settings that change where the run starts from new weights."""
+        """Settings that a run from new weights switches off, with their new values."""
         return {}
 
     @classmethod

@@ -1,4 +1,4 @@
-"""The objectives that a recipe can name. A new one is a file beside this one, and a line in `OBJECTIVES`."""
+"""The objectives that a recipe can name. A new one is a file in this folder, and a line in `OBJECTIVES`."""
 
 from __future__ import annotations
 
