@@ -14,7 +14,8 @@ from typing import Any
 from brainfound.data.store import Store
 from brainfound.errors import TrainingError
 from brainfound.pretraining.monitoring.retention import RETENTION_PROBES
-from brainfound.pretraining.pretrain import PretrainRecipe, pretrain
+from brainfound.pretraining.pretrain import pretrain
+from brainfound.pretraining.recipe import PretrainRecipe
 from brainfound.recipes import load
 
 LADDER_RECIPE = "pretrain-vits14-laptop"

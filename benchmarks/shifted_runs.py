@@ -158,7 +158,8 @@ def pretrain_start(options: argparse.Namespace, store: Any) -> str:
     import torch
     from shifted_cohorts import key_of
 
-    from brainfound.pretraining.pretrain import PretrainRecipe, pretrain
+    from brainfound.pretraining.pretrain import pretrain
+    from brainfound.pretraining.recipe import PretrainRecipe
     from brainfound.recipes import load
 
     torch.set_num_threads(options.workers)

@@ -17,7 +17,8 @@ from step_server import StepServer
 from torch.profiler import record_function
 
 from brainfound.data.augmentation import MultiCrop
-from brainfound.pretraining.pretrain import PretrainRecipe, pretrain
+from brainfound.pretraining.pretrain import pretrain
+from brainfound.pretraining.recipe import PretrainRecipe
 from brainfound.pretraining.task import PretrainTask
 from brainfound.recipes import validate
 

@@ -30,7 +30,8 @@ from brainfound.inference.cohort import predict
 from brainfound.inference.loading import load
 from brainfound.inference.predictor import Predictor
 from brainfound.metrics import dice
-from brainfound.pretraining.pretrain import PretrainRecipe, pretrain
+from brainfound.pretraining.pretrain import pretrain
+from brainfound.pretraining.recipe import PretrainRecipe
 from brainfound.recipes import validate
 
 COARSE = Preprocessing(spacing_mm=(4, 4, 4), size=(56, 56))

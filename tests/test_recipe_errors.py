@@ -8,7 +8,7 @@ import pytest
 
 from brainfound.errors import RecipeError, ScanError, closest_name
 from brainfound.finetuning.recipe import FinetuneRecipe
-from brainfound.pretraining.pretrain import PretrainRecipe
+from brainfound.pretraining.recipe import PretrainRecipe
 from brainfound.recipes import find, load, validate
 
 

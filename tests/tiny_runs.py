@@ -14,7 +14,8 @@ from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.store import Store
 from brainfound.data.store.prepare import prepare
 from brainfound.models import BrainFoundConfig, BrainFoundModel
-from brainfound.pretraining.pretrain import PretrainRecipe, pretrain
+from brainfound.pretraining.pretrain import pretrain
+from brainfound.pretraining.recipe import PretrainRecipe
 from brainfound.recipes import validate
 
 NUM_SUBJECTS = 12

@@ -186,7 +186,7 @@ class FinetuneRecipe(Recipe):
     """Everything that a fine-tuning run is made of."""
 
     lookalikes: ClassVar[Mapping[str, str]] = {
-        "brainfound.pretraining.pretrain:PretrainRecipe": "this is a pretraining recipe; use `brainfound pretrain`"
+        "brainfound.pretraining.recipe:PretrainRecipe": "this is a pretraining recipe; use `brainfound pretrain`"
     }
 
     name: str = "finetune"

@@ -1,8 +1,8 @@
-"""How the models of pretraining are run: attention kernel, compilation, and what memory is spent on.
+"""How the models of pretraining are run: attention kernel, compilation, and the use of memory.
 
-None of it changes what is learnt, beyond rounding and what stochastic depth drops (whole sequences of a pass: of few
-slices, passes of their own drop another number). "auto" is settled once by trying, and what was settled is written into
-the run's recipe, so that a resumed run computes as it did before.
+None of it changes the result, beyond rounding and the draws of stochastic depth (it drops whole sequences of a pass:
+with few slices, separate passes drop another number). "auto" is resolved once by trial, and the choice is written into
+the run's recipe, so that a resumed run computes as before.
 """
 
 from __future__ import annotations
@@ -21,18 +21,17 @@ from brainfound.models.blocks import SavedActivations
 from brainfound.models.encoder import SliceEncoder
 from brainfound.models.kernels import Packing, available_kernels, choose_kernel
 from brainfound.pretraining.objectives.base import Objective
-from brainfound.pretraining.objectives.encoder_with_heads import EncoderWithHeads
 from brainfound.training import distributed as ranks
 from brainfound.training.engine import EngineRecipe
 
 AUTO_KEYS = ("attention", "compile", "crops")
-"""The keys of the engine whose "auto" is settled here."""
+"""The keys of the engine whose "auto" is resolved here."""
 _SAVED_ACTIVATIONS: dict[bool | str, SavedActivations] = {False: "all", "pointwise": "products", True: "inputs"}
 _NUM_TIMED_CROPS = 4  # crops of each size that a kernel is timed with
 
 
 class PretrainEngineRecipe(EngineRecipe):
-    """The engine of pretraining: it may also leave the starting checkpoint as it is, and says how models are run."""
+    """The engine of pretraining: it may also leave the starting checkpoint as it is, and chooses how models are run."""
 
     steps: int = Field(default=10_000, ge=0)
     """Optimiser steps of the whole run; 0 probes and exports the starting checkpoint untouched."""
@@ -53,13 +52,13 @@ class PretrainEngineRecipe(EngineRecipe):
 def resolve_auto_settings(
     engine: PretrainEngineRecipe, encoder: SliceEncoder, views: ViewsRecipe, device: torch.device
 ) -> tuple[PretrainEngineRecipe, dict[str, Any]]:
-    """Replace each "auto" by what it comes to here, the same on all ranks, and say what was found.
+    """Replace each "auto" by a choice for this machine, the same on all ranks; also returns facts for run.json.
 
     Args:
-        engine: with its precision settled.
+        engine: with its precision resolved.
 
     Raises:
-        RecipeError: if a kernel was asked for that does not work here, with its own reason.
+        RecipeError: if the kernel of the recipe does not work here, with its own reason.
     """
     dtype = torch.bfloat16 if engine.precision == "bf16" else torch.float32
     config = encoder.backbone.config
@@ -90,14 +89,13 @@ def resolve_auto_settings(
 
 
 def apply(objective: Objective, engine: PretrainEngineRecipe) -> None:
-    """Run the models of an objective as a settled recipe says."""
+    """Run the models of an objective as a recipe without "auto" says."""
+    objective.separate_passes = engine.crops == "separate"
     for module in (objective.student, *objective.frozen_modules()):
         for part in module.modules():
             if isinstance(part, SliceEncoder):
                 kept = _SAVED_ACTIVATIONS[engine.gradient_checkpointing]
                 part.configure_blocks(engine.attention, compiled=bool(engine.compile), kept=kept)  # type: ignore[arg-type]
-            if isinstance(part, EncoderWithHeads):
-                part.separate_passes = engine.crops == "separate"
 
 
 def _packing(encoder: SliceEncoder, views: ViewsRecipe) -> Packing:

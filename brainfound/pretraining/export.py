@@ -15,7 +15,8 @@ from brainfound.data.store import Store
 from brainfound.models import BrainFoundModel
 from brainfound.models.hub import silence_transformers
 from brainfound.pretraining.monitoring.guard import GuardState
-from brainfound.pretraining.objectives.registry import in_words
+from brainfound.pretraining.objectives.base import Objective
+from brainfound.pretraining.recipe import PretrainRecipe
 from brainfound.report.cards import write_model_card
 from brainfound.training.checkpoint import wrap_write_errors
 from brainfound.training.run_folder import EXPORT_FOLDER, versions
@@ -23,16 +24,22 @@ from brainfound.training.run_folder import EXPORT_FOLDER, versions
 
 def export(
     folder: Path,
-    recipe: Any,
+    recipe: PretrainRecipe,
     store: Store,
     model: BrainFoundModel,
+    objective: Objective,
     weights: Mapping[str, Tensor],
     step: int,
     guard: GuardState,
 ) -> Path:
     """Write export/ of pretraining: the encoder's weights in a model folder, with preprocessing, contract and card.
 
-    It is written beside and renamed, so that export/ is always whole.
+    It is written under another name and then renamed, so that export/ is always whole.
+
+    Args:
+        model: of which the export has the configuration.
+        weights: of its encoder.
+        step: at which they were reached.
 
     Raises:
         TrainingError: if it cannot be written.
@@ -41,7 +48,7 @@ def export(
     target = folder / EXPORT_FOLDER
     temporary = folder / f".{EXPORT_FOLDER}.writing"
     shutil.rmtree(temporary, ignore_errors=True)
-    card = _card_facts(recipe, store, model, step, guard)
+    card = _card_facts(recipe, store, model, objective, step, guard)
     try:
         with wrap_write_errors("the export", target):
             with silence_transformers():
@@ -52,27 +59,29 @@ def export(
             shutil.rmtree(target, ignore_errors=True)
             temporary.rename(target)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # of a failure; a full disk needs the room
+        shutil.rmtree(temporary, ignore_errors=True)  # after a failure; a full disk needs the room
     return target
 
 
-def _card_facts(recipe: Any, store: Store, model: BrainFoundModel, step: int, guard: GuardState) -> dict[str, Any]:
+def _card_facts(
+    recipe: PretrainRecipe, store: Store, model: BrainFoundModel, objective: Objective, step: int, guard: GuardState
+) -> dict[str, Any]:
     source = recipe.init.source
     scores = {"first": guard.first_score, "best": guard.best_score, "last": guard.last_score}
     untouched = recipe.engine.steps == 0
-    objective, exported = in_words(recipe.objective)
-    trained = recipe.trained.in_words(model.encoder.num_layers)
+    described, exported = objective.describe(), objective.exported_name
+    trained = recipe.trained.describe(model.encoder.num_layers)
     return {
         "name": recipe.name,
         "summary": "The starting checkpoint, untouched, as a BrainFound encoder (it has no task head)."
         if untouched
-        else f"The {exported} of {objective} on brain MRI slices (it has no task head).",
+        else f"The {exported} of {described} on brain MRI slices (it has no task head).",
         "kind": "encoder as it was before any training here" if untouched else "self-supervised encoder",
         "base_model": None if source == "none" else source,
         "backbone": model.config.backbone_config.model_type,
         "stem": model.config.stem,
         "aggregator": model.config.aggregator,
-        "objective": "none" if untouched else objective,
+        "objective": "none" if untouched else described,
         "trained part": None if untouched else trained,
         "contrasts": list(store.contrasts),
         "preprocessing": store.preprocessing.model_dump(mode="json"),

@@ -1,13 +1,12 @@
-"""Do a recipe and a store fit together? Asked before the model is loaded and before anything is written.
+"""Preflight checks of a recipe and a store, before the model is loaded and before anything is written.
 
-What cannot work is refused. What works, but not as its author may think (slices that are enlarged, a setting that
-nothing reads, an ablation that changes little), is a note.
+A recipe that cannot work is refused. A recipe that works, but perhaps not as its author thinks (slices that are
+enlarged, a setting without effect, an ablation that changes little), gets a note.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,27 +14,23 @@ from brainfound.data.store import Store
 from brainfound.errors import RecipeError, UsageError
 from brainfound.models.loading import read_patch_size
 from brainfound.pretraining.monitoring.probe_targets import require_probe_target
-from brainfound.pretraining.objectives.masked_autoencoder import MaskedAutoencoderRecipe
+from brainfound.pretraining.objectives.base import Objective
+from brainfound.pretraining.objectives.registry import OBJECTIVES_BY_KIND
+from brainfound.pretraining.recipe import PretrainRecipe
 from brainfound.pretraining.slices import SliceNeighbours, usable_rows
 from brainfound.pretraining.starting_model import FROM_SCRATCH
-from brainfound.training.schedules import initial_weight_fraction
-
-if TYPE_CHECKING:
-    from brainfound.pretraining.pretrain import PretrainRecipe
 
 MIN_AFFECTED_FRACTION = 0.5
 """Part of the slices that an ablation should act on; below this there is a note."""
-MAX_INITIAL_WEIGHT_FRACTION = 0.05
-"""Part of its first weights that a teacher may still hold at the end; above this there is a note."""
 
 
 def run_preflight_checks(recipe: PretrainRecipe, store: Store, num_processes: int = 1) -> list[str]:
-    """Refuse a recipe that cannot work with a store, and list what its author should know.
+    """Refuse a recipe that cannot work with a store, and return the notes for its author.
 
-    Of the starting model only the configuration is read.
+    Only the configuration of the starting model is read.
 
     Args:
-        num_processes: that train together.
+        num_processes: how many processes train together.
 
     Raises:
         RecipeError: a setting cannot work with this store.
@@ -48,18 +43,18 @@ def run_preflight_checks(recipe: PretrainRecipe, store: Store, num_processes: in
         *_check_slices(recipe, store),
         *_check_views(recipe, store),
         *_check_batches(recipe, store),
-        *_check_teacher(recipe),
+        *_objective(recipe).preflight(recipe.objective, recipe.schedule, recipe.engine.steps),
         *_check_ignored_settings(recipe, num_processes),
     ]
 
 
-def _uses_distillation(recipe: PretrainRecipe) -> bool:
-    return not isinstance(recipe.objective, MaskedAutoencoderRecipe)
+def _objective(recipe: PretrainRecipe) -> type[Objective]:
+    return OBJECTIVES_BY_KIND[recipe.objective.kind]
 
 
 def _check_slices(recipe: PretrainRecipe, store: Store) -> Iterator[str]:
     """Slices against crops and patches."""
-    if _uses_distillation(recipe):
+    if _objective(recipe).uses_multi_crop:
         recipe.views.require_smaller_local_crops()
     height, width = store.preprocessing.size
     if recipe.init.source == FROM_SCRATCH:
@@ -93,7 +88,7 @@ def _check_slices(recipe: PretrainRecipe, store: Store) -> Iterator[str]:
 def _check_views(recipe: PretrainRecipe, store: Store) -> Iterator[str]:
     """Ablations that need something of the store."""
     views = recipe.views
-    if not _uses_distillation(recipe):
+    if not _objective(recipe).uses_multi_crop:
         return
     rows = usable_rows(store, views.slice_margin)
     if views.neighbour_mm:
@@ -145,46 +140,27 @@ def _check_batches(recipe: PretrainRecipe, store: Store) -> Iterator[str]:
         )
 
 
-def _check_teacher(recipe: PretrainRecipe) -> Iterator[str]:
-    """A teacher that follows too slowly for the length of the run is exported nearly as it began."""
-    steps, warmup = recipe.engine.steps, recipe.schedule.head_warmup_steps
-    if isinstance(recipe.objective, MaskedAutoencoderRecipe) or not steps:
-        return
-    start, end = recipe.objective.momentum
-    share = initial_weight_fraction(start, end, steps, warmup)
-    if share > MAX_INITIAL_WEIGHT_FRACTION:
-        hundredths = (value / 100 for value in range(99, 89, -1))
-        enough = (
-            m for m in hundredths if initial_weight_fraction(m, end, steps, warmup) <= MAX_INITIAL_WEIGHT_FRACTION
-        )
-        remedy = next((f", or set 'objective.momentum=[{m:g},{end:g}]'" for m in enough), "")
-        yield (
-            f"objective.momentum={_format_setting((start, end))} over {steps} steps: {share:.0%} of the exported teacher"
-            f" will be the weights that it began with. Train for longer{remedy}"
-        )
-
-
 def _check_ignored_settings(recipe: PretrainRecipe, num_processes: int) -> Iterator[str]:
     """Settings that were changed and have no effect, or another one than elsewhere."""
     if unread := recipe.trained.ignored_keys():
         named = ", ".join(f"trained.{key}={_format_setting(getattr(recipe.trained, key))}" for key in unread)
         yield f"trained.part is {recipe.trained.part}: {named} {'has' if len(unread) == 1 else 'have'} no effect"
-    if not _uses_distillation(recipe):
+    if not _objective(recipe).uses_multi_crop:
         yield from _check_single_crop_views(recipe)
     if recipe.engine.parallel == "fsdp" and num_processes > 1 and recipe.engine.crops == "separate":
         yield "engine.parallel is fsdp: crops are packed, not separate, as sharded weights have one backward pass"
 
 
 def _check_single_crop_views(recipe: PretrainRecipe) -> Iterator[str]:
-    """Masked autoencoding sees one crop of a slice, made as the first global one of self-distillation."""
-    views, default = recipe.views, type(recipe.views)()
+    """Settings without effect on an objective that sees one crop of a slice."""
+    views, default, kind = recipe.views, type(recipe.views)(), recipe.objective.kind
     changed = [key for key in ("num_local", "neighbour_mm") if getattr(views, key) not in (0, getattr(default, key))]
     if changed:
         named = ", ".join(f"views.{key}={getattr(views, key):g}" for key in changed)
-        yield f"objective.kind is masked_autoencoder: {named} {'has' if len(changed) == 1 else 'have'} no effect"
+        yield f"objective.kind is {kind}: {named} {'has' if len(changed) == 1 else 'have'} no effect"
     if views.split_contrasts:
         yield (
-            f"objective.kind is masked_autoencoder: views.split_contrasts={views.split_contrasts:g} has no second crop"
+            f"objective.kind is {kind}: views.split_contrasts={views.split_contrasts:g} has no second crop"
             " to share contrasts out to; it withholds some of them"
         )
 

@@ -24,15 +24,15 @@ from brainfound.training.randomness import NEIGHBOURS, uniform_at_positions
 
 @dataclass(frozen=True)
 class PretrainBatch:
-    """Slices as they come from the store."""
+    """Slices from the store, without any augmentation."""
 
     pixels: UInt8[Tensor, "n C H W"]
     present: Bool[Tensor, "n C"]
-    """Which contrasts the slice's session has."""
+    """The contrasts of the slice's session."""
     sessions: Int[Tensor, "n"]
     """Index of the session a slice belongs to."""
     neighbours: UInt8[Tensor, "n C H W"] | None = None
-    """Another slice of the same session for each slice, where views ask for one."""
+    """Another slice of the same session for each slice, if views need one."""
     present_numpy: Bool[np.ndarray, "n C"] | None = None
     """`present` as an array, which stays on the CPU when the tensors move."""
 
@@ -66,7 +66,7 @@ def usable_rows(store: Store, margin: float) -> np.ndarray:
 
 
 class SliceNeighbours:
-    """Which slices lie near which: those of the same session within a distance, the slice itself left out.
+    """The neighbours of each slice: the other slices of its session within a distance.
 
     Args:
         store: where the slices come from.
@@ -80,14 +80,14 @@ class SliceNeighbours:
         sessions = store.slice_sessions[rows].astype(np.float64)
         positions = store.slice_positions_mm[rows].astype(np.float64)
         reach = distance_mm + self.ROUNDING_MM
-        # One rising line of all sessions, further apart from each other than any two neighbours.
+        # All sessions on one rising line, further apart from each other than any two neighbours.
         line = positions - positions.min() + sessions * (np.ptp(positions) + 2 * reach)
         assert (np.diff(line) >= 0).all()
         self.first = np.searchsorted(line, line - reach, side="left")
         self.num_others = np.searchsorted(line, line + reach, side="right") - self.first - 1
 
     def draw(self, indices: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-        """One neighbour of each slice, by a number in 0–1; a slice without any is its own."""
+        """One neighbour of each slice, by a number in 0–1; a slice without neighbours is its own."""
         others = self.num_others[indices]
         drawn = self.first[indices] + np.floor(numbers * others).astype(np.int64)
         return np.where(others == 0, indices, drawn + (drawn >= indices))
@@ -114,7 +114,7 @@ class SliceDataset(Dataset):
     """Slices of a store by position in `rows`; a worker only reads bytes, views are made on the device.
 
     Args:
-        neighbour_mm: how far away the other slice may be that comes with each slice; 0 for none.
+        neighbour_mm: largest distance of the other slice that comes with each slice; 0: no other slice.
     """
 
     def __init__(self, store: Store, rows: np.ndarray, neighbour_mm: float = 0.0) -> None:
@@ -128,7 +128,7 @@ class SliceDataset(Dataset):
         return self.__getitems__([index])
 
     def __getitems__(self, indices: Sequence[int | tuple[int, int]]) -> PretrainBatch:
-        """One micro-batch, read at once: slices, or pairs of a slice and its neighbour."""
+        """One micro-batch in one read: slices, or pairs of a slice and its neighbour."""
         chosen = self.rows[np.asarray(indices)]
         rows = chosen if chosen.ndim == 1 else chosen[:, 0]
         pixels = as_tensor(self.store.read_slices(chosen.T.reshape(-1)))

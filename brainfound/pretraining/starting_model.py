@@ -1,15 +1,14 @@
-"""Which part of the encoder pretraining moves: all of it, the last blocks, or low-rank updates (ExPLoRA).
+"""The model that pretraining starts from (a Hub ViT, a BrainFound model, or new weights), and its trained part.
+
+The trained part is the whole encoder, its last blocks, or low-rank updates (ExPLoRA). Parameters that the checkpoint
+does not bring (mask token and contrast embeddings here, heads in the objectives) are always trained: frozen noise is
+of no use.
 
 Axis legend: ``R`` rank, ``I`` width into a matrix, ``O`` width out of it.
 
-Sources: LoRA (arXiv 2106.09685) for the updates; ExPLoRA (2406.10973, section 4) for continuing
-self-supervised pretraining with them: the last blocks and all norms are trained as they are, the
-attention of the frozen blocks through updates.
-
-What the checkpoint does not bring (mask token and contrast embeddings here, heads in the objectives)
-is always trained: frozen noise is of no use.
-
-The model that pretraining starts from: a Hub ViT, a BrainFound model, or new weights.
+Sources: LoRA (arXiv 2106.09685) for the updates; ExPLoRA (2406.10973, section 4) for continuing self-supervised
+pretraining with them: the last blocks and all norms are trained in full, the attention of the frozen blocks through
+updates.
 """
 
 from __future__ import annotations
@@ -38,7 +37,10 @@ from brainfound.recipes import Recipe
 from brainfound.training.randomness import INITIALISATION, derive_seed, torch_generator
 
 FROM_SCRATCH = "none"
-_MODEL_STREAM = 1000  # apart from the streams of the heads, which count from 0
+NEW_PARAMETERS = ("mask_token", "contrast_embedding")
+_ADAPTER = "default"
+# Random streams of the model and of updates, apart from those of heads and decoders, which count from 0.
+_MODEL_STREAM, _ADAPTER_STREAM = 1000, 2000
 
 
 class ScratchRecipe(Recipe):
@@ -69,9 +71,9 @@ def build_model(recipe: InitRecipe, store: Store, image_size: int, seed: int) ->
     """The starting model, on the CPU, the same on all ranks.
 
     Raises:
-        ModelError: if the source cannot be used, or its stem is none to pretrain with.
+        ModelError: if the source cannot be used, or its stem does not allow pretraining.
         UsageError: if it is a BrainFound model with other contrasts than the store.
-        RecipeError: if new weights cannot have the size that was asked for.
+        RecipeError: if new weights cannot have the size of the recipe.
     """
     source = recipe.source
     # New weights (a whole ViT, or an aggregator) are drawn from the global generator by the library.
@@ -84,11 +86,11 @@ def build_model(recipe: InitRecipe, store: Store, image_size: int, seed: int) ->
 
 
 def build_meta_model(recipe: InitRecipe, store: Store, image_size: int) -> BrainFoundModel:
-    """The starting model in its sizes only: on the meta device, where a weight takes no memory and has no value.
+    """The starting model on the meta device, where a weight has a shape, but no memory and no value.
 
     Raises:
         ModelError: if the source's configuration cannot be read, or is of another family.
-        RecipeError: if new weights cannot have the size that was asked for.
+        RecipeError: if new weights cannot have the size of the recipe.
     """
     if recipe.source == FROM_SCRATCH:
         config = _scratch_config(recipe.scratch, store, image_size)
@@ -124,19 +126,14 @@ def _scratch_config(scratch: ScratchRecipe, store: Store, image_size: int) -> Br
     return BrainFoundConfig(backbone_config=backbone, contrasts=store.contrasts, backbone_source=None)
 
 
-NEW_PARAMETERS = ("mask_token", "contrast_embedding")
-_ADAPTER = "default"
-_ADAPTER_STREAM = 2000  # apart from the streams of heads, decoders and the model
-
-
 class TrainedPartRecipe(Recipe):
-    """What of the encoder is trained."""
+    """The part of the encoder that is trained."""
 
     part: Literal["full", "last_blocks", "lora"] = "full"
     """"full" trains everything; "last_blocks" the last `blocks` and the last norm; "lora" the last `blocks`, all norms,
     and low-rank updates of the frozen blocks (ExPLoRA). Mask token, contrast embeddings and heads always learn."""
     blocks: int = Field(default=1, ge=0)
-    """How many blocks, counted from the last one, are trained in full; not read when the part is "full"."""
+    """How many of the last blocks are trained in full; without effect when the part is "full"."""
     rank: int = Field(default=64, ge=1, le=1024)
     """Rank of each update."""
     alpha: float = Field(default=64.0, gt=0)
@@ -158,13 +155,13 @@ class TrainedPartRecipe(Recipe):
         return value
 
     def ignored_keys(self) -> list[str]:
-        """The keys that were changed but mean nothing for this part."""
+        """The keys that were changed but have no effect on this part."""
         unread = {"full": ("blocks", "rank", "alpha", "roles"), "last_blocks": ("rank", "alpha", "roles"), "lora": ()}
         fields = type(self).model_fields
         return [key for key in unread[self.part] if getattr(self, key) != fields[key].default]
 
-    def in_words(self, num_layers: int) -> str:
-        """What is trained of an encoder of `num_layers` blocks, for a model card."""
+    def describe(self, num_layers: int) -> str:
+        """The trained part of an encoder of `num_layers` blocks, for a model card."""
         if self.part == "full":
             return "all of the encoder"
         kept = f"the last {self.blocks} of {num_layers} blocks"
@@ -175,10 +172,9 @@ class TrainedPartRecipe(Recipe):
 
 
 def select_trainable_part(encoder: SliceEncoder, recipe: TrainedPartRecipe, seed: int) -> SliceEncoder:
-    """An encoder in which what is to be trained, and nothing else, requires gradients.
+    """An encoder in which only the trained part requires gradients: for "full" itself, otherwise a copy.
 
-    For "full" it is the encoder itself, otherwise a copy. With "lora" the copy has updates, and answers as
-    the encoder does until they have learnt: of each product B·A, B starts at 0 and A is drawn from `seed`,
+    With "lora" the copy has updates B·A, and at first the same outputs: B starts at 0, and A is drawn from `seed`,
     the same on all ranks.
 
     Raises:
@@ -210,7 +206,7 @@ def select_trainable_part(encoder: SliceEncoder, recipe: TrainedPartRecipe, seed
 
 
 def merge_adapters(encoder: SliceEncoder) -> SliceEncoder:
-    """A copy of an encoder with its updates added into plain matrices; of a plain encoder, a copy."""
+    """A copy of an encoder with its updates, if it has any, added into plain matrices."""
     plain = copy.deepcopy(encoder)
     for name, layer in _lora_layers(plain).items():
         parent, _, child = name.rpartition(".")
@@ -224,8 +220,8 @@ def merged_state_dict(encoder: SliceEncoder, state: Mapping[str, Tensor]) -> dic
     """The state of an encoder under the names of one without updates: W + (alpha / rank) · B·A.
 
     Args:
-        encoder: says which of its matrices have updates.
-        state: its ``state_dict()``, or one of the same names that was gathered from several ranks.
+        encoder: shows which matrices have updates.
+        state: its ``state_dict()``, or the same gathered from several ranks.
     """
     adapted = _lora_layers(encoder)
     merged: dict[str, Tensor] = {}
@@ -255,5 +251,5 @@ def _inject_lora(encoder: SliceEncoder, recipe: TrainedPartRecipe, num_frozen: i
     inject_adapter_in_model(config, encoder, _ADAPTER)
     generator = torch_generator(INITIALISATION, seed, _ADAPTER_STREAM)
     for layer in _lora_layers(encoder).values():
-        # As the library draws it, but not from the global generator, whose state differs between ranks.
+        # As in PEFT, but not from the global generator, whose state differs between ranks.
         nn.init.kaiming_uniform_(layer.lora_A[_ADAPTER].weight, a=math.sqrt(5), generator=generator)

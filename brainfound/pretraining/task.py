@@ -1,4 +1,4 @@
-"""The pretraining task: an objective, its data, its probe and its guard, as the engine wants them."""
+"""The pretraining task: an objective, its data, its probe and its guard, for the engine."""
 
 from __future__ import annotations
 
@@ -8,81 +8,82 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from brainfound.data.store import Store
+from brainfound.models import BrainFoundModel
+from brainfound.pretraining.execution import apply
 from brainfound.pretraining.monitoring.guard import Guard, read_retention_scores
 from brainfound.pretraining.monitoring.probes import Probe
 from brainfound.pretraining.objectives.base import Objective
+from brainfound.pretraining.objectives.registry import make_objective
+from brainfound.pretraining.recipe import PretrainRecipe
 from brainfound.pretraining.slices import PretrainBatch, SliceDataset, make_slice_loader, usable_rows
+from brainfound.pretraining.starting_model import FROM_SCRATCH
 from brainfound.training import checkpoint, schedules
 from brainfound.training import distributed as ranks
 from brainfound.training.checkpoint import wrap_write_errors
 from brainfound.training.data_loading import EpochOrder, RankBatchSampler, prefetch_to_device
 from brainfound.training.distributed import is_sharded
-from brainfound.training.engine import EngineRecipe
-from brainfound.training.optim import OptimRecipe, make_optimizer, parameter_groups
+from brainfound.training.optim import make_optimizer, parameter_groups
 from brainfound.training.randomness import StepKey
-from brainfound.training.schedules import ScheduleRecipe
 from brainfound.training.task import TrainTask
 
 
-def max_best_encoders_on_disk(engine: EngineRecipe, may_roll_back: bool) -> int:
-    """How many encoders of best probes are on the disk at the worst moment: one of each checkpoint, and a new one."""
-    return engine.max_checkpoints_on_disk(may_roll_back)
+def make_task(
+    recipe: PretrainRecipe, store: Store, model: BrainFoundModel, folder: Path, accelerator: Accelerator
+) -> PretrainTask:
+    """The task of a run, around copies of the starting model's encoder."""
+    steps, seed = recipe.engine.steps, recipe.seed
+    objective = make_objective(recipe.objective, recipe.trained, model.encoder, recipe.views, steps, seed)
+    if recipe.engine.parallel == "fsdp" and accelerator.num_processes > 1:
+        frozen, precision = objective.frozen_modules(), accelerator.mixed_precision
+        ranks.shard(objective.student, frozen, accelerator.device, precision)
+    objective.to(accelerator.device)
+    apply(objective, recipe.engine)
+    return PretrainTask(recipe, objective, store, folder, accelerator)
 
 
 class PretrainTask(TrainTask):
     """Self-supervised pretraining on the slices of a store.
 
     Args:
-        objective: on `device` already, except for its student.
+        recipe: with every "auto" resolved.
+        objective: on the accelerator's device already, except for its student.
         store: where slices come from.
-        probe: tests the exported encoder; None turns that off.
-        guard: stops the run and remembers the best encoder.
-        checkpoint_folder: of the run; the weights of best encoders are kept in ``best/`` below it.
-        effective_lr: peak learning rate at this batch.
-        rank, world_size: of this process.
+        folder: of the run; the weights of best encoders are kept in ``checkpoints/best/`` below it.
     """
 
     def __init__(
-        self,
-        objective: Objective,
-        store: Store,
-        *,
-        engine: EngineRecipe,
-        optim: OptimRecipe,
-        schedule: ScheduleRecipe,
-        guard: Guard,
-        probe: Probe | None,
-        evaluate_every: int,
-        slice_margin: float,
-        neighbour_mm: float,
-        checkpoint_folder: Path,
-        effective_lr: float,
-        seed: int,
-        device: torch.device,
-        rank: int,
-        world_size: int,
+        self, recipe: PretrainRecipe, objective: Objective, store: Store, folder: Path, accelerator: Accelerator
     ) -> None:
-        self.objective, self.store, self.probe, self.guard = objective, store, probe, guard
-        self.engine, self.optim, self.schedule, self.effective_lr = engine, optim, schedule, effective_lr
-        self.seed, self.device, self.rank, self.world_size = seed, device, rank, world_size
-        self.checkpoint_folder, self.best_folder = checkpoint_folder, checkpoint_folder / "best"
+        self.recipe, self.objective, self.store, self.engine = recipe, objective, store, recipe.engine
+        self.seed, self.device = recipe.seed, accelerator.device
+        self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
+        self.checkpoint_folder = folder / "checkpoints"
+        self.best_folder = self.checkpoint_folder / "best"
+        # Only rank 0's scores count.
+        start_file = self.checkpoint_folder / "start.safetensors" if self.rank == 0 else None
+        self.probe = Probe(store, recipe.probe, recipe.seed, start_file) if recipe.probe.every else None
+        self.guard = Guard(recipe.guard, from_scratch=recipe.init.source == FROM_SCRATCH)
+        self.effective_lr = schedules.effective_lr(recipe.optim.lr, recipe.engine.batch_size)
         self.model = objective.student
-        self.clip_norm = optim.clip_norm
-        self.evaluate_every = evaluate_every if probe is not None else 0
-        self.rollback_policy = guard
-        self.dataset = SliceDataset(store, usable_rows(store, slice_margin), neighbour_mm)
-        self.order = EpochOrder(len(self.dataset), seed)
+        self.clip_norm = recipe.optim.clip_norm
+        self.evaluate_every = recipe.probe.every
+        self.rollback_policy = self.guard
+        views = recipe.views
+        self.dataset = SliceDataset(store, usable_rows(store, views.slice_margin), views.neighbour_mm)
+        self.order = EpochOrder(len(self.dataset), recipe.seed)
         # Refuses a batch that cannot be shared or learnt from, before anything is made.
         objective.require_batch_size(self._rank_batches(0).per_rank)
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         num_layers = self.objective.exported_encoder.num_layers
-        return make_optimizer(parameter_groups(self.model.named_parameters(), num_layers, self.optim), self.optim)
+        optim = self.recipe.optim
+        return make_optimizer(parameter_groups(self.model.named_parameters(), num_layers, optim), optim)
 
     def _rank_batches(self, first_step: int) -> RankBatchSampler:
         engine = self.engine
@@ -100,20 +101,21 @@ class PretrainTask(TrainTask):
         return self.objective.loss(model, batch, StepKey(self.seed, step, micro_batch, self.rank))
 
     def learning_rate(self, step: int, role: str) -> float:
+        schedule, peak = self.recipe.schedule, self.effective_lr * self.guard.state.lr_scale
         return schedules.learning_rate(
             step,
             role,
-            peak=self.effective_lr * self.guard.state.lr_scale,
-            final=self.effective_lr * self.guard.state.lr_scale * self.schedule.final_lr_ratio,
+            peak=peak,
+            final=peak * schedule.final_lr_ratio,
             num_steps=self.engine.steps,
-            warmup_steps=self.schedule.warmup_steps,
-            head_warmup_steps=self.schedule.head_warmup_steps,
-            freeze_last_layer_steps=self.schedule.freeze_last_layer_steps,
-            shape=self.schedule.shape,
+            warmup_steps=schedule.warmup_steps,
+            head_warmup_steps=schedule.head_warmup_steps,
+            freeze_last_layer_steps=schedule.freeze_last_layer_steps,
+            shape=schedule.shape,
         )
 
     def weight_decay(self, step: int) -> float:
-        return self.optim.weight_decay
+        return self.recipe.optim.weight_decay
 
     def clip_groups(self) -> dict[str, list[nn.Parameter]]:
         return self.objective.clip_groups()
@@ -166,23 +168,23 @@ class PretrainTask(TrainTask):
                 temporary.replace(kept)
             finally:
                 temporary.unlink(missing_ok=True)
-            # A run that is killed goes on from a checkpoint, and may stop again before it is here: what a checkpoint
-            # takes for the best stays as long as that checkpoint.
+            # A killed run resumes from a checkpoint, and may stop again before it reaches this step: the best encoder
+            # of a checkpoint stays as long as that checkpoint.
             known = {self.best_encoder_path(best) for best in self._best_steps_in_checkpoints()}
             for old in set(self.best_folder.glob("step-*.safetensors")) - known - {kept}:
                 old.unlink()
 
     def _best_steps_in_checkpoints(self) -> set[int]:
-        """The steps of the best probes, as the checkpoints on the disk know them."""
+        """The steps of the best probes, according to the checkpoints on the disk."""
         guards = [state.get("guard", {}) for state in checkpoint.read_task_states(self.checkpoint_folder)]
         return {guard["best_step"] for guard in guards if guard.get("best_step") is not None}
 
     def export_weights(self) -> tuple[int | None, dict[str, Tensor]]:
         """The encoder to export: (step of an earlier, better one or None for the present one, its weights).
 
-        All ranks call it together where the model is sharded; otherwise only rank 0 need.
+        All ranks call it together where the model is sharded; otherwise rank 0 alone may.
         """
-        # Before a file is looked for, which one rank may see and another not.
+        # Gathered before the file is opened, which may fail on one rank only.
         weights = {name: tensor.detach().cpu() for name, tensor in self.objective.exported_state().items()}
         best = self.guard.state.best_step
         if self.guard.should_export_best() and best is not None:
@@ -194,9 +196,9 @@ class PretrainTask(TrainTask):
         return None, weights
 
     def export_bytes(self) -> int:
-        # The export, and encoders of best probes. Counted, not gathered: rank 0 asks alone.
+        # The export, and the best encoder of each checkpoint. Counted, not gathered: only rank 0 calls this.
         weights = self.objective.exported_encoder.state_dict().values()
-        num_encoders = 1 + max_best_encoders_on_disk(self.engine, self.guard.may_roll_back)
+        num_encoders = 1 + self.engine.max_checkpoints_on_disk(self.guard.may_roll_back)
         return num_encoders * sum(weight.numel() * weight.element_size() for weight in weights)
 
     def state_tensors(self) -> dict[str, Tensor]:

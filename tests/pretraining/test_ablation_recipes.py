@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from brainfound import recipes
-from brainfound.pretraining.pretrain import PretrainRecipe
+from brainfound.pretraining.recipe import PretrainRecipe
 
 ARTEFACTS = {"bias_field_probability", "low_resolution_probability", "gibbs_probability", "noise"}
 INTENSITY = {"gamma_probability", "contrast_probability", "blur_probability", "noise_probability"}

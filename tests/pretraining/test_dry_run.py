@@ -13,15 +13,16 @@ from brainfound.errors import UsageError
 from brainfound.models import BrainFoundConfig, BrainFoundModel
 from brainfound.pretraining.dry_run import report as dry_run_report
 from brainfound.pretraining.dry_run import trial as dry_run
-from brainfound.pretraining.dry_run.cost import StepFlops
-from brainfound.pretraining.dry_run.gpus import GPU_SPECS, find_gpu
-from brainfound.pretraining.dry_run.trial import AnalyticCosts, DryRunMeasurement, ParameterCounts, TargetHardware
-from brainfound.pretraining.pretrain import PretrainRecipe, pretrain
+from brainfound.pretraining.dry_run.gpus import GPU_SPECS, TargetHardware, find_gpu
+from brainfound.pretraining.dry_run.memory import GIB
+from brainfound.pretraining.dry_run.trial import AnalyticCosts, DryRunMeasurement, ParameterCounts
+from brainfound.pretraining.objectives.flops import StepFlops
+from brainfound.pretraining.pretrain import pretrain
+from brainfound.pretraining.recipe import PretrainRecipe
 from brainfound.pretraining.starting_model import InitRecipe, build_meta_model, build_model
 from brainfound.recipes import load
 from brainfound.training.process import probe_precision
 
-GIB = dry_run.GIB
 # DINOv2 ViT-g/14 with two heads: about 1.1 thousand million weights.
 GIANT = ParameterCounts(
     student=1_250_000_000,
@@ -48,7 +49,7 @@ def trial(**changes) -> DryRunMeasurement:
         "num_images": 2,
         "images_per_second": 0.5,
         "forward_bytes": 2 * GIB,
-        "half_bytes": None,
+        "half_batch_forward_bytes": None,
         "sizes": SIZES,
         "loss": 9.0,
         "ln_k": 11.09,
@@ -244,8 +245,8 @@ def test_a_few_images_foretell_the_memory_of_many(store, recipe, tmp_path, monke
 
 
 def test_where_the_weights_do_not_fit_what_needs_no_trial_is_said(store, recipe, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("brainfound.pretraining.dry_run.trial.available_memory_bytes", lambda device: 1000)
-    monkeypatch.setattr("brainfound.pretraining.pretrain.build_model", None)  # would fail
+    monkeypatch.setattr("brainfound.pretraining.dry_run.run.available_memory_bytes", lambda device: 1000)
+    monkeypatch.setattr("brainfound.pretraining.dry_run.run.build_model", None)  # would fail
     content = recipe("engine.batch_size=512", "engine.keep_checkpoints=3")
     pretrain(content, store, out=tmp_path / "run", dry_run=True, quiet=True, gpus=8, gpu="A100-80GB")
     here, paper = capsys.readouterr().out.split("\n\n")

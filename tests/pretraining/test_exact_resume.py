@@ -32,7 +32,7 @@ RUN = """
 import hashlib, json, os, signal, sys
 import torch
 torch.set_num_threads(1)
-from brainfound.train import checkpoint
+from brainfound.training import checkpoint
 from brainfound.pretraining.pretrain import pretrain
 from brainfound.pretraining.task import PretrainTask
 
@@ -70,7 +70,7 @@ PretrainTask.loss, PretrainTask.after_step, checkpoint.torch.save = recorded, mo
 if falls:
     PretrainTask.evaluate = scripted
 if die_rolling:
-    checkpoint.remove_abandoned = die
+    checkpoint.remove_rolled_back_checkpoints = die
 pretrain(recipe, store, out=out, quiet=True, resume="--resume" in sys.argv)
 """
 

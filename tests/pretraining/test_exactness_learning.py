@@ -17,7 +17,7 @@ from torch import nn
 from transformers import Dinov2Config, Dinov2WithRegistersConfig
 
 from brainfound.models import BrainFoundConfig, BrainFoundModel
-from brainfound.pretraining.objectives.encoder_with_heads import EncoderWithHeads
+from brainfound.pretraining.objectives.distillation_model import DistillationModel
 from brainfound.pretraining.objectives.self_distillation import SelfDistillation
 from brainfound.training import schedules
 from brainfound.training.optim import OptimRecipe, make_optimizer, parameter_groups
@@ -114,11 +114,11 @@ def backbone_config(kind: str):
 
 
 @pytest.fixture(params=["plain", "swiglu", "registers"])
-def student(request, recipe) -> EncoderWithHeads:
+def student(request, recipe) -> DistillationModel:
     torch.manual_seed(0)
     model = BrainFoundModel(BrainFoundConfig(backbone_config=backbone_config(request.param).to_dict()))
     objective = recipe().objective
-    return EncoderWithHeads(model.encoder, objective.head, objective.shared_head, objective.drop_path, seed=0)
+    return DistillationModel(model.encoder, objective.head, objective.shared_head, objective.drop_path, seed=0)
 
 
 def grouped(student: nn.Module, settings: OptimRecipe) -> dict[int, dict]:
@@ -127,7 +127,7 @@ def grouped(student: nn.Module, settings: OptimRecipe) -> dict[int, dict]:
     return {id(parameter): group for group in groups for parameter in group["params"]}
 
 
-def kinds(student: EncoderWithHeads) -> dict[int, tuple[str, int | None]]:
+def kinds(student: DistillationModel) -> dict[int, tuple[str, int | None]]:
     """id of a parameter → (what it is, its layer), told by the module that owns it and not by a name."""
     found: dict[int, tuple[str, int | None]] = {}
     backbone = student.encoder.backbone

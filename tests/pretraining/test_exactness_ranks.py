@@ -74,15 +74,16 @@ import numpy as np
 import torch
 torch.set_num_threads(1)
 from brainfound.data.augmentation import MultiCrop
-from brainfound.train import pretrain as pretraining
-from brainfound.train import run_files
+from brainfound.pretraining import pretrain as pretraining
+from brainfound.training import run_folder as run_files
 from brainfound.pretraining.objectives import masked_autoencoder, self_distillation
+from brainfound.pretraining.objectives.masking import PatchSplit
 from brainfound.pretraining.task import PretrainTask
 
 store, folder, runs = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-crop, draw, prepare = MultiCrop.__call__, self_distillation.draw_masks, PretrainTask.make_optimizer
-hide, loss = masked_autoencoder.hide_patches, PretrainTask.loss
+crop, draw, prepare = MultiCrop.__call__, self_distillation.sample_block_masks, PretrainTask.make_optimizer
+hide, loss = masked_autoencoder.sample_hidden_patches, PretrainTask.loss
 state = {}
 SLICES = 2
 
@@ -141,7 +142,7 @@ def draw_pieces(num_crops, grid, rng, probability, ratios):
         mask=mask,
         indices=mask.flatten().nonzero().flatten(),
         weights=(1 / counts.clamp(min=1).float())[:, None].expand_as(mask)[mask],
-        visible=(counts == 0).nonzero().flatten(),
+        unmasked_crops=(counts == 0).nonzero().flatten(),
     )
 
 def hide_pieces(num_crops, num_patches, num_hidden, rng):
@@ -149,7 +150,7 @@ def hide_pieces(num_crops, num_patches, num_hidden, rng):
         hide(SLICES, num_patches, num_hidden, np.random.default_rng([state["step"], n, 1]))
         for n in pieces(num_crops)
     ]
-    return masked_autoencoder.HiddenPatches(*map(torch.cat, zip(*made)))
+    return PatchSplit(*map(torch.cat, zip(*made)))
 
 def make_optimizer(task):
     objective = task.objective
@@ -175,8 +176,9 @@ def make_optimizer(task):
     objective.after_step = stepped
     return optimizer
 
-MultiCrop.__call__, self_distillation.draw_masks, PretrainTask.make_optimizer = crop_pieces, draw_pieces, make_optimizer
-masked_autoencoder.hide_patches, PretrainTask.loss = hide_pieces, keyed_loss
+MultiCrop.__call__, PretrainTask.make_optimizer = crop_pieces, make_optimizer
+self_distillation.sample_block_masks = draw_pieces
+masked_autoencoder.sample_hidden_patches, PretrainTask.loss = hide_pieces, keyed_loss
 run_files.plot_curves = lambda folder: None  # pictures take longer than these runs
 for name, (dtype, recipe) in runs.items():
     kept = {"gradients": [], "weights": [], "teachers": []}
@@ -190,7 +192,9 @@ import sys
 import torch
 import torch.distributed as dist
 torch.set_num_threads(1)
-from brainfound.train import losses, prototype_losses, ranks
+from brainfound.pretraining.objectives import losses
+from brainfound.pretraining.objectives.prototypes import Projection
+from brainfound.training import distributed as ranks
 
 rank, folder = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
@@ -199,9 +203,9 @@ answers = {"sinkhorn": [], "assign": [], "koleo": [], "gradient": []}
 for scores, first in cases["sinkhorn"]:
     own = scores[:first] if rank == 0 else scores[first:]
     answers["sinkhorn"].append(losses.sinkhorn_knopp(own, 0.05, 3))
-for unit, prototypes, first, temperature in cases["assign"]:
+for unit, columns, first, temperature in cases["assign"]:
     own = unit[:first] if rank == 0 else unit[first:]
-    given = prototype_losses.assign(prototype_losses.Projection(own, prototypes), temperature, 3)
+    given = losses.sinkhorn_knopp(Projection(own, columns), temperature, 3)
     answers["assign"].append(given.take(slice(None)))
 for rows, groups in cases["koleo"]:
     half = slice(rank * len(rows) // 2, (rank + 1) * len(rows) // 2)
@@ -316,8 +320,8 @@ def runs(store, recipe, tiny_backbone, tmp_path_factory) -> Path:
             (MultiCrop, "__call__"),
             (PretrainTask, "make_optimizer"),
             (PretrainTask, "loss"),
-            (masked_autoencoder, "hide_patches"),
-            (self_distillation, "draw_masks"),
+            (masked_autoencoder, "sample_hidden_patches"),
+            (self_distillation, "sample_block_masks"),
             (run_files, "plot_curves"),
         ):
             patch.setattr(owner, name, getattr(owner, name))

@@ -8,10 +8,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from brainfound.models import BrainFoundConfig, BrainFoundModel
 from brainfound.models.encoder import SliceEncoder
-from brainfound.pretraining.dry_run import cost as flops
+from brainfound.pretraining.objectives.masking import num_masked_per_crop
 from brainfound.pretraining.objectives.registry import make_objective
 from brainfound.pretraining.objectives.self_distillation import SelfDistillation
-from brainfound.pretraining.pretrain import PretrainRecipe
+from brainfound.pretraining.recipe import PretrainRecipe
 from brainfound.pretraining.slices import PretrainBatch
 from brainfound.recipes import validate
 from brainfound.training.randomness import StepKey
@@ -71,7 +71,7 @@ def test_a_step_needs_what_is_counted_as_it_happens(recipe, changes):
     content = settings(recipe, start, changes)
     objective = make_objective(content.objective, content.trained, make_model().encoder, content.views, 6, 0)
     expected = count(objective)
-    assert flops.step_flops(objective, content.views, NUM_SLICES).total == pytest.approx(expected, rel=0.02)
+    assert objective.flops(NUM_SLICES).total == pytest.approx(expected, rel=0.02)
 
 
 def settings(recipe, start, changes):
@@ -89,9 +89,9 @@ def test_the_hybrid_needs_what_both_parts_need(recipe):
     content = validate(PretrainRecipe, content, ())
     objective = make_objective(content.objective, content.trained, make_model().encoder, content.views, 6, 0)
     expected = count(objective)
-    found = flops.step_flops(objective, content.views, NUM_SLICES)
+    found = objective.flops(NUM_SLICES)
     assert found.total == pytest.approx(expected, rel=0.02)
-    assert found.student > flops.step_flops(objective.distillation, content.views, NUM_SLICES).student
+    assert found.student > SelfDistillation.flops(objective, NUM_SLICES).student
 
 
 def test_prototypes_are_counted_once_forward_and_twice_backward(recipe):
@@ -100,10 +100,10 @@ def test_prototypes_are_counted_once_forward_and_twice_backward(recipe):
     for content in (few, many):
         objective = make_objective(content.objective, content.trained, make_model().encoder, content.views, 6, 0)
         assert isinstance(objective, SelfDistillation)
-        found.append(flops.step_flops(objective, content.views, NUM_SLICES))
+        found.append(objective.flops(NUM_SLICES))
     bottleneck = few.objective.head.bottleneck
     num_patches, num_crops, num_local = 16, 2 * NUM_SLICES, 2 * NUM_SLICES
-    masked = sum(flops.num_masked_per_crop(num_crops, num_patches, 0.5, (0.1, 0.5)))
+    masked = sum(num_masked_per_crop(num_crops, num_patches, 0.5, (0.1, 0.5)))
     per_row = 2 * 100 * bottleneck
     assert found[1].teacher - found[0].teacher == (num_crops + masked) * per_row
     assert found[1].student - found[0].student == 3 * (num_crops + num_local + masked) * per_row

@@ -17,7 +17,7 @@ from brainfound.pretraining.monitoring.collapse_metrics import (
     view_margin,
 )
 from brainfound.pretraining.monitoring.guard import Guard, GuardRecipe, read_retention_scores
-from brainfound.pretraining.objectives.losses import dino_loss
+from brainfound.pretraining.objectives.losses import cross_entropy
 from brainfound.training.task import RollbackRequested
 
 HEALTHY = {
@@ -105,9 +105,13 @@ def test_warnings_do_not_stop():
 @pytest.mark.parametrize("num_local", [0, 2, 8])
 def test_a_uniform_answer_costs_ln_k_whatever_the_crops(num_local):
     """What the guard compares the logged CLS loss with."""
-    targets = torch.softmax(torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(4)), dim=-1)
-    parts = dino_loss(torch.ones(2, 5, 7), torch.ones(num_local, 5, 7), targets, 0.1)
-    line = {"loss_dino": float(sum(parts)), "ln_k": math.log(7)}
+    targets = torch.softmax(torch.randn(10, 7, generator=torch.Generator().manual_seed(4)), dim=-1)
+    other, both = torch.arange(10).roll(5)[:, None], torch.stack((torch.arange(5), torch.arange(5, 10)), dim=1)
+    loss = 0.0
+    for target_rows in (other, both.repeat(num_local, 1)):
+        weights = torch.full((len(target_rows),), 1 / (5 * (2 + 2 * num_local)))
+        loss += float(cross_entropy(torch.ones(len(target_rows), 7), targets, 0.1, weights, target_rows))
+    line = {"loss_dino": loss, "ln_k": math.log(7)}
     assert "equals ln K" in Guard(GuardRecipe()).collapse_symptoms(line)[0]
 
 

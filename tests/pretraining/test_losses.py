@@ -145,28 +145,22 @@ def test_koleo_is_float32_under_autocast():
     assert torch.equal(inside, losses.koleo(embeddings))
 
 
-def test_dino_loss_is_the_mean_over_pairs_with_the_teacher_swapped():
+def test_rows_may_have_several_targets():
     generator = torch.Generator().manual_seed(8)
-    student_global, student_local = torch.randn(2, 3, 5, generator=generator), torch.randn(4, 3, 5, generator=generator)
-    teacher = torch.softmax(torch.randn(2, 3, 5, generator=generator), dim=-1)
-    pairs = [(student_global[0], teacher[1]), (student_global[1], teacher[0])]
-    pairs += [(local, target) for local in student_local for target in teacher]
-    expected = torch.stack([losses.cross_entropy(s, t, 0.1).mean() for s, t in pairs]).mean()
-    global_part, local_part = losses.dino_loss(student_global, student_local, teacher, 0.1)
-    torch.testing.assert_close(global_part + local_part, expected)
-    only_global = losses.dino_loss(student_global, student_local[:0], teacher, 0.1)
-    torch.testing.assert_close(
-        sum(only_global), torch.stack([losses.cross_entropy(s, t, 0.1).mean() for s, t in pairs[:2]]).mean()
-    )
+    student, teacher = torch.randn(4, 5, generator=generator), torch.randn(3, 5, generator=generator).softmax(dim=-1)
+    rows, weights = torch.tensor([[0, 1], [1, 2], [2, 2], [0, 2]]), torch.tensor([0.1, 0.2, 0.3, 0.4])
+    expected = sum(losses.cross_entropy(student, teacher[rows[:, j]], 0.1) for j in (0, 1))
+    torch.testing.assert_close(losses.cross_entropy(student, teacher, 0.1, target_rows=rows), expected)
+    torch.testing.assert_close(losses.cross_entropy(student, teacher, 0.1, weights, rows), (expected * weights).sum())
 
 
-def test_ibot_weights_every_crop_alike():
+def test_weights_of_masks_count_every_crop_alike():
     logits = torch.randn(5, 7, generator=torch.Generator().manual_seed(9))
     probs = torch.softmax(logits * 0.3, dim=1)
     per_token = losses.cross_entropy(logits, probs, 0.1)
     weights = torch.tensor([1.0, 0.25, 0.25, 0.25, 0.25])  # one crop with one masked token, one with four
     expected = (per_token[0] + per_token[1:].mean()) / 3  # and one without any
-    torch.testing.assert_close(losses.ibot_loss(logits, probs, weights, 3, 0.1), expected)
+    torch.testing.assert_close(losses.cross_entropy(logits, probs, 0.1, weights / 3), expected)
 
 
 def test_gram_and_cosine_losses():

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from brainfound.pretraining.pretrain import PretrainRecipe
+from brainfound.pretraining.recipe import PretrainRecipe
 from brainfound.recipes import validate
 
 LAUNCH_FILE = Path(__file__).parents[2] / "train" / "launch" / "accelerate-cpu.yaml"
@@ -24,16 +24,16 @@ import hashlib, json, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from brainfound.train import pretrain as module
-from brainfound.training.distributed import whole
+from brainfound.pretraining import pretrain as module
+from brainfound.training.distributed import to_full_tensor
 
 folder, store = Path(sys.argv[1]), sys.argv[2]
 tasks = []
-make_task = module._make_task
+make_task = module.make_task
 def kept_task(*arguments, **named):
     tasks.append(make_task(*arguments, **named))
     return tasks[-1]
-module._make_task = kept_task
+module.make_task = kept_task
 
 for recipe in sorted(folder.glob("*.yaml")):
     module.pretrain(recipe, store, out=folder / recipe.stem, quiet=True)
@@ -41,7 +41,7 @@ for recipe in sorted(folder.glob("*.yaml")):
     digest = hashlib.sha256()
     for root in (task.model, *task.objective.frozen_modules()):
         for parameter in root.parameters():
-            digest.update(whole(parameter.detach()).numpy().tobytes())
+            digest.update(to_full_tensor(parameter.detach()).numpy().tobytes())
     (folder / f"{recipe.stem}.rank{task.rank}.json").write_text(json.dumps(digest.hexdigest()))
 """
 

@@ -17,7 +17,8 @@ from brainfound import recipes
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.errors import BrainFoundError, RecipeError, TrainingError, UsageError
 from brainfound.models import BrainFoundModel
-from brainfound.pretraining.pretrain import PretrainRecipe, pretrain
+from brainfound.pretraining.pretrain import pretrain
+from brainfound.pretraining.recipe import PretrainRecipe
 from brainfound.pretraining.task import PretrainTask
 
 

@@ -30,8 +30,9 @@ from brainfound.data.store.prepare import prepare
 from brainfound.finetuning.finetune import finetune
 from brainfound.models import BrainFoundModel
 from brainfound.pretraining.objectives.masked_autoencoder import MaskedAutoencoderRecipe
-from brainfound.pretraining.preflight import MAX_INITIAL_WEIGHT_FRACTION
-from brainfound.pretraining.pretrain import PretrainRecipe, pretrain
+from brainfound.pretraining.objectives.self_distillation import MAX_INITIAL_WEIGHT_FRACTION
+from brainfound.pretraining.pretrain import pretrain
+from brainfound.pretraining.recipe import PretrainRecipe
 from brainfound.report.curves import plot_curves
 from brainfound.training.schedules import initial_weight_fraction
 

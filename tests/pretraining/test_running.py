@@ -70,7 +70,7 @@ def test_every_encoder_of_an_objective_is_told(model, recipe):
     encoders = [part for module in modules for part in module.modules() if isinstance(part, SliceEncoder)]
     assert len(encoders) == 3
     assert all((e._runner.kernel, e._runner.kept) == ("matmul", "inputs") for e in encoders)
-    assert objective.student.separate_passes
+    assert objective.separate_passes
 
 
 @pytest.mark.parametrize("value", ["true", "false"])

@@ -247,7 +247,7 @@ def test_separate_passes_change_nothing_but_memory(model, recipe, batch, setting
     objective = make(model, recipe, "objective.drop_path=0", *settings)
 
     def step(separate: bool):
-        objective.student.separate_passes = separate
+        objective.separate_passes = separate
         objective.student.zero_grad()
         loss, metrics = objective.loss(objective.student, batch, KEY)
         (loss * 0.5).backward()

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from brainfound.models import BrainFoundConfig, BrainFoundModel
-from brainfound.pretraining.pretrain import PretrainRecipe, pretrain
+from brainfound.pretraining.pretrain import pretrain
+from brainfound.pretraining.recipe import PretrainRecipe
 from brainfound.recipes import validate
 from brainfound.training.data_loading import prefetch_to_device
 from brainfound.training.engine import Engine, EngineRecipe

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from brainfound.pretraining.objectives.encoder_with_heads import EncoderWithHeads
+from brainfound.pretraining.objectives.distillation_model import DistillationModel
 from brainfound.training.optim import (
     OptimRecipe,
     allocate_moments,
@@ -19,7 +19,7 @@ from brainfound.training.optim import (
 @pytest.fixture
 def student(model, recipe):
     objective = recipe().objective
-    return EncoderWithHeads(model.encoder, objective.head, objective.shared_head, objective.drop_path, seed=0)
+    return DistillationModel(model.encoder, objective.head, objective.shared_head, objective.drop_path, seed=0)
 
 
 def traits(student, part: str, settings: OptimRecipe):

@@ -1,7 +1,7 @@
-"""Kinds of GPU, for estimates on paper: what they compute and how much they remember. Needs no torch.
+"""Kinds of GPU, for estimates on paper: peak rates and memory; and the machine of such an estimate.
 
-Rates are peaks of dense matrix products with float32 sums, as the makers' data sheets state them; where a
-sheet states a rate with sparsity, half of it stands here. Memory is what a program can have of it.
+Rates are peaks of dense matrix products with float32 sums, from the makers' data sheets; half the rate, where a sheet
+states it with sparsity. Memory is the part that a program can use.
 
 Sources: NVIDIA data sheets of V100 (2020), A10 (2021), A100 (2021), H100 (2023), H200 (2024) and HGX B200
 (2024), of RTX A6000 and A40 (2021), L40 (2022), L40S, L4 and RTX 6000 Ada (2023); NVIDIA white papers of the GA102
@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from brainfound.errors import UsageError, did_you_mean
+from brainfound.training.engine import EngineRecipe
 
 
 @dataclass(frozen=True)
@@ -21,14 +22,14 @@ class GPUSpec:
 
     name: str
     memory_gib: float
-    """Of device memory that a program can have."""
+    """Device memory that a program can use."""
     bf16_tflops: float | None
-    """Peak of bfloat16 in TFLOP/s; None where the GPU does not compute in it."""
+    """Peak of bfloat16 in TFLOP/s; None without bfloat16."""
     float32_tflops: float
     """Peak of float32 in TFLOP/s, without TF32."""
 
     def tflops(self, precision: str) -> tuple[float, str]:
-        """The peak at a precision ("bf16" or "no"), and the precision that is used: float32 where there is no bf16."""
+        """The peak at a precision ("bf16" or "no"), and the precision that is used: float32 without bf16."""
         if precision == "bf16" and self.bf16_tflops is not None:
             return self.bf16_tflops, "bfloat16"
         return self.float32_tflops, "float32"
@@ -58,10 +59,10 @@ GPU_SPECS = {
 
 
 def find_gpu(name: str) -> GPUSpec:
-    """The kind of a name, in any case and with spaces or underscores for hyphens.
+    """The kind with a name, in any case and with spaces or underscores for hyphens.
 
     Raises:
-        UsageError: if there is no such kind; names the nearest.
+        UsageError: for an unknown kind; names the nearest.
 
     >>> find_gpu("rtx 4090").memory_gib
     23.6
@@ -73,3 +74,53 @@ def find_gpu(name: str) -> GPUSpec:
     sizes = [known for known in GPU_SPECS if known.lower().startswith(f"{wanted}-")]
     remedy = f"Say which: {' or '.join(sizes)}" if sizes else did_you_mean(wanted, GPU_SPECS)
     raise UsageError("this kind of GPU is not in the table", where="--gpu", got=name, remedy=remedy)
+
+
+@dataclass(frozen=True)
+class TargetHardware:
+    """A machine on paper."""
+
+    kind: GPUSpec
+    num_gpus: int = 1
+    utilisation: float = 0.33
+    """Assumed part of the peak that the model's own operations reach (MFU)."""
+
+    @classmethod
+    def of(cls, gpus: int | None, gpu: str | None) -> TargetHardware | None:
+        """The machine that the command line names; None if it names none.
+
+        Raises:
+            UsageError: for an unknown kind, or a number without one.
+        """
+        if gpu is None and gpus is None:
+            return None
+        if gpu is None:
+            raise UsageError("which GPUs?", where="--gpus", got=gpus, remedy="Give --gpu KIND too, such as A100-80GB")
+        if gpus is not None and gpus < 1:
+            raise UsageError("there is no such number of GPUs", where="--gpus", got=gpus, expected="1 or more")
+        return cls(find_gpu(gpu), gpus or 1)
+
+    @property
+    def parallel_modes(self) -> tuple[str, ...]:
+        return ("ddp", "fsdp") if self.num_gpus > 1 else ("ddp",)
+
+    def micro_batch_size(self, engine: EngineRecipe) -> int:
+        """Images of one GPU at a time."""
+        return engine.batch_size // (self.num_gpus * engine.accumulation)
+
+    def require_divisible_batch(self, engine: EngineRecipe) -> None:
+        """Refuse a batch that the GPUs cannot share.
+
+        Raises:
+            UsageError: names the nearest batches that they can share.
+        """
+        parts = self.num_gpus * engine.accumulation
+        if engine.batch_size % parts:
+            above = (engine.batch_size // parts + 1) * parts
+            raise UsageError(
+                f"{self.num_gpus} GPUs with {engine.accumulation} micro-batches each cannot share the batch",
+                where="engine.batch_size",
+                got=engine.batch_size,
+                expected=f"a multiple of {parts}",
+                remedy=f"Set engine.batch_size={above}" + (f" or {above - parts}" if above > parts else ""),
+            )

@@ -1,22 +1,19 @@
-"""The lines of a dry run: what was measured here, and the estimate for another machine."""
+"""The lines of a dry run: the measurements here, and the estimate for another machine."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from brainfound.pretraining.dry_run.gpus import GPUSpec
+from brainfound.pretraining.dry_run.gpus import GPUSpec, TargetHardware
+from brainfound.pretraining.dry_run.memory import GIB, peak_memory_gib
 from brainfound.pretraining.dry_run.trial import (
     BFLOAT16_BYTES,
     FLOAT32_BYTES,
-    GIB,
     AnalyticCosts,
     DryRunMeasurement,
     ParameterCounts,
-    TargetHardware,
-    peak_memory_gib,
 )
 from brainfound.pretraining.execution import PretrainEngineRecipe
-from brainfound.pretraining.task import max_best_encoders_on_disk
 from brainfound.training.schedules import effective_lr
 
 # Of a GPU's memory; the rest goes to the driver, to libraries and to gaps between blocks.
@@ -30,7 +27,7 @@ def report(
     """Lines about this machine and, if one is named, about a machine on paper.
 
     Args:
-        engine: of the recipe, whatever part of its batch was tried out.
+        engine: of the recipe, with its whole batch.
         lr: of the recipe, at batch 128.
     """
     yield from _local_lines(trial, engine)
@@ -45,10 +42,13 @@ def report(
 def report_without_measurement(
     sizes: AnalyticCosts, available_memory_bytes: int, engine: PretrainEngineRecipe, lr: float, machine: TargetHardware
 ) -> Iterator[str]:
-    """Lines where this machine is too small for a trial: what follows from the sizes alone."""
+    """Lines where this machine is too small for a trial: only what follows from the sizes."""
     needed = sizes.weights.dry_run_bytes
     yield "this machine: too little memory for a trial, so nothing was measured"
-    yield f"  memory                   {format_bytes(available_memory_bytes)} are free; weights, gradients and moments take {format_bytes(needed)}"
+    yield (
+        f"  memory                   {format_bytes(available_memory_bytes)} are free;"
+        f" weights, gradients and moments take {format_bytes(needed)}"
+    )
     yield from _cost_lines(sizes, engine, lr)
     yield ""
     yield from _estimate_lines(sizes, None, engine, machine)
@@ -60,10 +60,12 @@ def _local_lines(trial: DryRunMeasurement, engine: PretrainEngineRecipe) -> Iter
     processes = f"{trial.num_processes} process" + ("es" if trial.num_processes > 1 else "")
     yield f"this machine, measured: {processes} on {trial.device.type}, {_FLOAT_NAMES[trial.precision]}"
     if trial.num_images * trial.num_processes * engine.accumulation != engine.batch_size:
-        yield f"  tried out                {format_count(trial.num_images, 'image')} per process at a time, not a whole batch"
+        images = format_count(trial.num_images, "image")
+        yield f"  tried out                {images} per process at a time, not a whole batch"
     if trial.precision == "no" and engine.precision == "bf16":
         yield "                           in float32: the recipe's bfloat16 is not faster here"
-    yield f"  speed                    {format_number(trial.images_per_second)} images/s, {format_duration(seconds)} per step"
+    speed = format_number(trial.images_per_second)
+    yield f"  speed                    {speed} images/s, {format_duration(seconds)} per step"
     yield (
         f"  arithmetic               {format_flops(per_image)} per image, "
         f"{format_flops(per_image * trial.images_per_second)}/s over all processes"
@@ -81,8 +83,8 @@ def _cost_lines(sizes: AnalyticCosts, engine: PretrainEngineRecipe, lr: float) -
     )
     yield (
         f"  disk                     {format_bytes(disk_bytes(sizes, engine))}: "
-        f"{format_count(engine.keep_checkpoints, 'checkpoint')} of {format_bytes(weights.checkpoint_bytes)} and one being written, "
-        f"{'one to go back to, ' if sizes.may_roll_back else ''}their best encoders, the export"
+        f"{format_count(engine.keep_checkpoints, 'checkpoint')} of {format_bytes(weights.checkpoint_bytes)}"
+        f" and one being written, {'one to go back to, ' if sizes.may_roll_back else ''}their best encoders, the export"
     )
 
 
@@ -108,44 +110,44 @@ def _estimate_lines(
     yield f"  whole run                {_length(engine, seconds)}"
     yield "  effective learning rate  as above: engine.batch_size is the batch of all GPUs together"
     yield f"  memory per GPU           {kind.memory_gib:g} GiB, of which {USABLE_MEMORY_FRACTION:.0%} are counted on"
-    if trial is None:
-        yield from _analytic_memory_lines(sizes.weights, engine, machine, words == "bfloat16")
-    else:
-        yield from _memory_lines(trial, engine, machine, words == "bfloat16")
+    yield from _memory_lines(sizes, trial, engine, machine, words == "bfloat16")
     yield f"  disk                     {format_bytes(disk_bytes(sizes, engine))}, written by one process"
 
 
 def _memory_lines(
-    trial: DryRunMeasurement, engine: PretrainEngineRecipe, machine: TargetHardware, bf16: bool
+    sizes: AnalyticCosts,
+    trial: DryRunMeasurement | None,
+    engine: PretrainEngineRecipe,
+    machine: TargetHardware,
+    bf16: bool,
 ) -> Iterator[str]:
-    fitting = False
-    for parallel in _parallel_modes(machine):
-        parts = _memory_breakdown(trial, engine, machine, parallel, engine.accumulation, bf16)
+    """Memory per GPU; without a trial, that of weights, gradients and moments."""
+    verdicts = ("fits", "does not fit")
+    if trial is None:
+        verdicts = ("and activations", "does not fit, even without activations")
+    fitting, wanted = False, machine.micro_batch_size(engine)
+    for parallel in machine.parallel_modes:
+        if trial is None:
+            parts = memory_per_gpu(sizes.weights, 0, machine.num_gpus, parallel, bf16)
+        else:
+            parts = _memory_breakdown(trial, engine, machine, parallel, engine.accumulation, bf16)
         fits = _fits(parts, machine.kind)
         fitting |= fits and parallel == engine.parallel
-        yield f"    {_name(machine, parallel):<8} {format_bytes(sum(parts.values())):>9}  {'fits' if fits else 'does not fit'}"
-        yield f"             {_format_breakdown(parts)}"
+        name = parallel if machine.num_gpus > 1 else "one GPU"
+        yield f"    {name:<8} {format_bytes(sum(parts.values())):>9}  {verdicts[not fits]}"
+        yield f"             {', '.join(f'{part} {format_bytes(size)}' for part, size in parts.items() if size)}"
+    if trial is None:
+        yield (
+            f"    activations of {format_count(wanted, 'image')} at a time come on top; "
+            "only a trial can tell how much. Ask on a larger machine."
+        )
+        return
     if bf16 and trial.precision != "bf16":
         yield "    activations were measured in float32; in bfloat16 they take between half of that and all of it"
-    tried, wanted = trial.num_images, machine.micro_batch_size(engine)
-    if tried != wanted:
-        yield f"    activations of {format_count(wanted, 'image')} were reckoned from those of {tried}"
+    if trial.num_images != wanted:
+        yield f"    activations of {format_count(wanted, 'image')} were reckoned from those of {trial.num_images}"
     if not fitting:
         yield f"    {suggest_fitting_settings(trial, engine, machine, bf16)}"
-
-
-def _analytic_memory_lines(
-    weights: ParameterCounts, engine: PretrainEngineRecipe, machine: TargetHardware, bf16: bool
-) -> Iterator[str]:
-    for parallel in _parallel_modes(machine):
-        parts = memory_per_gpu(weights, 0, machine.num_gpus, parallel, bf16)
-        verdict = "and activations" if _fits(parts, machine.kind) else "does not fit, even without activations"
-        yield f"    {_name(machine, parallel):<8} {format_bytes(sum(parts.values())):>9}  {verdict}"
-        yield f"             {_format_breakdown(parts)}"
-    yield (
-        f"    activations of {format_count(machine.micro_batch_size(engine), 'image')} at a time come on top; "
-        "only a trial can tell how much. Ask on a larger machine."
-    )
 
 
 def memory_per_gpu(
@@ -159,13 +161,13 @@ def memory_per_gpu(
     """Bytes of each kind on one of `num_gpus` that train together.
 
     Weights, gradients and both moments are float32. With DDP, gradients are copied into buckets that are
-    sent; bfloat16 keeps a copy of the matrices while a step lasts. With FSDP each GPU has its share, and
-    beside it two gathered layers and whole heads.
+    sent; bfloat16 keeps a copy of the matrices during a step. With FSDP each GPU has its share, two gathered layers
+    and whole heads.
 
     Args:
-        forward_bytes: what the forward pass of its micro-batch takes.
+        forward_bytes: of the forward pass of its micro-batch.
         parallel: "ddp" or "fsdp".
-        casts_measured: whether that was measured in bfloat16, and so has the copies of the matrices in it.
+        includes_bf16_copies: whether that was measured in bfloat16, with the copies of the matrices.
     """
     shares = num_gpus if parallel == "fsdp" else 1
     parts = {
@@ -193,7 +195,7 @@ def suggest_fitting_settings(
     per_step = engine.batch_size // machine.num_gpus
     finer = [a for a in range(engine.accumulation, per_step + 1) if per_step % a == 0]
     found = []
-    for parallel in _parallel_modes(machine):
+    for parallel in machine.parallel_modes:
         for accumulation in finer:
             if _fits(_memory_breakdown(trial, engine, machine, parallel, accumulation, bf16), machine.kind):
                 changes = [f"engine.parallel={parallel}"] if parallel != engine.parallel else []
@@ -204,7 +206,7 @@ def suggest_fitting_settings(
         return f"It would fit with {', or '.join(found)}."
     least = min(
         sum(_memory_breakdown(trial, engine, machine, parallel, finer[-1], bf16).values())
-        for parallel in _parallel_modes(machine)
+        for parallel in machine.parallel_modes
     )
     others = [] if engine.gradient_checkpointing is True else ["engine.gradient_checkpointing=true (not measured here)"]
     others += ["engine.crops=separate (not measured here)"] if engine.parallel == "ddp" else []
@@ -213,9 +215,9 @@ def suggest_fitting_settings(
 
 
 def disk_bytes(sizes: AnalyticCosts, engine: PretrainEngineRecipe) -> int:
-    """What a run needs on disk: its checkpoints, encoders of best probes and the export."""
+    """The disk space of a run: its checkpoints, an encoder of the best probe for each of them, and the export."""
     weights, may_roll_back = sizes.weights, sizes.may_roll_back
-    encoders = (max_best_encoders_on_disk(engine, may_roll_back) + 1) * FLOAT32_BYTES * weights.encoder
+    encoders = (engine.max_checkpoints_on_disk(may_roll_back) + 1) * FLOAT32_BYTES * weights.encoder
     return engine.max_checkpoints_on_disk(may_roll_back) * weights.checkpoint_bytes + encoders
 
 
@@ -240,20 +242,8 @@ def _fits(parts: dict[str, float], kind: GPUSpec) -> bool:
     return sum(parts.values()) <= USABLE_MEMORY_FRACTION * kind.memory_gib * GIB
 
 
-def _parallel_modes(machine: TargetHardware) -> tuple[str, ...]:
-    return ("ddp", "fsdp") if machine.num_gpus > 1 else ("ddp",)
-
-
-def _name(machine: TargetHardware, parallel: str) -> str:
-    return parallel if machine.num_gpus > 1 else "one GPU"
-
-
-def _format_breakdown(parts: dict[str, float]) -> str:
-    return ", ".join(f"{part} {format_bytes(num_bytes)}" for part, num_bytes in parts.items() if num_bytes)
-
-
 def format_number(value: float) -> str:
-    """Three digits that mean something, and no exponent.
+    """Three significant digits, without an exponent.
 
     >>> format_number(13_612_345.0), format_number(48.26), format_number(0.0312)
     ('13,600,000', '48.3', '0.0312')
@@ -263,7 +253,7 @@ def format_number(value: float) -> str:
 
 
 def format_bytes(num_bytes: float) -> str:
-    """Bytes in the unit that suits them.
+    """Bytes in MiB or GiB.
 
     >>> format_bytes(3 * 2**30), format_bytes(5 * 2**20)
     ('3 GiB', '5 MiB')
@@ -272,7 +262,7 @@ def format_bytes(num_bytes: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """A time in the unit that suits it.
+    """A time in a suitable unit.
 
     >>> format_duration(0.0042), format_duration(90), format_duration(7200), format_duration(864_000)
     ('4.2 ms', '90 s', '2 h', '10 days')
@@ -284,7 +274,7 @@ def format_duration(seconds: float) -> str:
 
 
 def format_flops(number: float) -> str:
-    """Floating-point operations in the unit that suits them.
+    """Floating-point operations in GFLOP or TFLOP.
 
     >>> format_flops(2.5e9), format_flops(5.6e12)
     ('2.5 GFLOP', '5.6 TFLOP')
@@ -293,7 +283,7 @@ def format_flops(number: float) -> str:
 
 
 def format_count(number: int, thing: str) -> str:
-    """How many of a thing.
+    """A number with its noun.
 
     >>> format_count(1, "step"), format_count(50_000, "step")
     ('1 step', '50,000 steps')

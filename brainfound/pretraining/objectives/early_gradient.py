@@ -1,8 +1,8 @@
 """Gradients that are computed as soon as a part of the loss is known.
 
-The losses of the local crops, and of each global crop, need nothing of the student's other passes. Their
-gradients can therefore be taken before the next pass begins, and what a pass keeps for its backward pass is gone by
-then: the memory of a step is that of its largest pass, not of all, at the same number of operations.
+The losses of the local crops, and of each global crop, need nothing of the student's other passes. Their gradients
+are computed before the next pass begins, and the activations of the pass are freed: the memory of a step is that of
+its largest pass, at the same number of operations.
 """
 
 from __future__ import annotations
@@ -15,30 +15,28 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 
-def sum_with_eager_backward(
-    values: Sequence[Callable[[], Tensor]], parameters: Iterable[nn.Parameter]
-) -> Float[Tensor, ""]:
-    """The sum of ``value()``, with its gradients for `parameters` computed now and handed on in the backward pass.
+def backward_per_pass(passes: Sequence[Callable[[], Tensor]], parameters: Iterable[nn.Parameter]) -> Float[Tensor, ""]:
+    """The sum of the losses of `passes`, whose gradients for `parameters` are computed now, pass by pass.
 
-    What a value depends on besides `parameters` gets no gradient. Without gradients (in evaluation) it is
-    the plain sum. Of a parameter that no value depends on nothing is handed on.
+    The backward pass of the sum hands these gradients on, once. Anything else that a loss depends on gets no gradient,
+    nor does a parameter on which no loss depends. Without gradients (in evaluation) it is the plain sum.
     """
     if not torch.is_grad_enabled():
-        return torch.stack([value() for value in values]).sum()
+        return torch.stack([compute() for compute in passes]).sum()
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     collected: dict[int, Tensor] = {}
-    total = torch.stack([_collect(collected, value(), trained) for value in values]).sum()
+    total = torch.stack([_collect(collected, compute(), trained) for compute in passes]).sum()
     return _PrecomputedGradients.apply(total, list(collected.values()), *(trained[place] for place in collected))
 
 
 def _collect(
-    collected: dict[int, Tensor], value: Float[Tensor, ""], parameters: Sequence[nn.Parameter]
+    collected: dict[int, Tensor], loss: Float[Tensor, ""], parameters: Sequence[nn.Parameter]
 ) -> Float[Tensor, ""]:
-    """Add the gradients of a value to those collected, by the place of the parameter; gives the value alone.
+    """Add the gradients of a loss to those collected, by the place of the parameter; returns the loss without graph.
 
-    What is new lies in one piece of memory: scattered, it would keep the room of its pass from the next one.
+    New gradients share one piece of memory: scattered, they would keep the allocator from reusing that of the pass.
     """
-    gradients = torch.autograd.grad(value, parameters, allow_unused=True)
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     reached = {place: gradient for place, gradient in enumerate(gradients) if gradient is not None}
     known = [place for place in reached if place in collected]
     new = [place for place in reached if place not in collected]
@@ -47,7 +45,7 @@ def _collect(
     if new:
         pieces = torch.cat([reached[place].flatten() for place in new]).split([reached[p].numel() for p in new])
         collected.update({place: piece.view_as(reached[place]) for place, piece in zip(new, pieces, strict=True)})
-    return value.detach()
+    return loss.detach()
 
 
 class _PrecomputedGradients(torch.autograd.Function):
@@ -60,7 +58,7 @@ class _PrecomputedGradients(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if ctx.gradients is None:
             raise RuntimeError("gradients that were computed early can be handed on once")
-        # In place: a second copy of them would lie beside what the other pass keeps.
+        # In place: a copy would double their memory while the last pass still holds its activations.
         torch._foreach_mul_(ctx.gradients, gradient)
         found, ctx.gradients = ctx.gradients, None
         return None, None, *found

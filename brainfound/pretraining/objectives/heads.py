@@ -1,13 +1,9 @@
-"""The decoder of the masked autoencoder: what is seen of a crop → the pixels of what is not.
+"""The heads of the objectives: projection onto prototypes, and the pixel decoder of masked autoencoding.
 
-Axis legend: ``n`` crops, ``P`` patches, ``V`` visible and ``M`` masked ones, ``D`` width of the
-encoder, ``W`` width of the decoder, ``C`` contrasts, ``p`` side of a patch in pixels.
+Axis legend: ``N`` rows, ``D`` width of the encoder, ``K`` prototypes; ``n`` crops, ``P`` patches, ``V`` visible and
+``M`` masked ones, ``W`` width of the decoder.
 
-Source: MAE (arXiv 2111.06377, section 3 and appendix A.1).
-
-The head of self-distillation: embedding → a unit vector, to be compared with prototypes.
-
-Axis legend: ``N`` rows, ``D`` width, ``K`` prototypes.
+Sources: DINO (arXiv 2104.14294, appendix C); MAE (2111.06377, section 3 and appendix A.1).
 """
 
 from __future__ import annotations
@@ -77,7 +73,7 @@ class ProjectionHead(nn.Module):
 
 
 class PixelDecoderRecipe(Recipe):
-    """The size of the decoder; it is thrown away after training."""
+    """The size of the decoder, which is not exported."""
 
     width: int = Field(default=512, ge=4, multiple_of=4)
     """W; a multiple of 4, for the sines and cosines of two axes, and of the heads."""
@@ -153,7 +149,7 @@ class PixelDecoder(nn.Module):
         tokens = torch.cat([seen[:, :1], patches + self.positions.to(seen.dtype)], dim=1)
         for block in self.blocks:
             tokens = block(tokens)
-        # Only what is asked for is normalised and predicted; the rest would be thrown away.
+        # Only hidden patches are normalised and predicted.
         asked = tokens[:, 1:].gather(1, hidden[..., None].expand(-1, -1, width))
         return self.predict(self.norm(asked))
 

@@ -1,69 +1,52 @@
 """Self-distillation and masked autoencoding together, on one student encoder.
 
-What crops mean (self-distillation) and what they look like (reconstruction) ask for different
-features; the weighted sum trains both. Student and decoder are one module with one forward pass, so
-that data-parallel training sees each parameter once, and the encoder's gradient is that of the sum.
-
-Axis legend: ``n`` slices.
+Global semantics (self-distillation) and local appearance (reconstruction) need different features; the weighted sum
+trains both. Student and decoder are one module with one forward pass, so that data-parallel training sees each
+parameter once, and the encoder's gradient is that of the sum.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, cast
+from typing import Literal
 
-import torch
-from jaxtyping import Float
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 from brainfound.data.augmentation import ViewsRecipe
 from brainfound.models.encoder import SliceEncoder
-from brainfound.pretraining.objectives.base import Objective
-from brainfound.pretraining.objectives.encoder_with_heads import EncoderWithHeads
+from brainfound.pretraining.objectives.base import LossAndMetrics, TrainedModel
+from brainfound.pretraining.objectives.distillation_model import DistillationModel
+from brainfound.pretraining.objectives.flops import StepFlops
 from brainfound.pretraining.objectives.heads import PixelDecoder
-from brainfound.pretraining.objectives.masked_autoencoder import (
-    MaskedViews,
-    PatchMasking,
-    Reconstruction,
-    ReconstructionRecipe,
-    reconstruct,
-)
+from brainfound.pretraining.objectives.masked_autoencoder import PatchMasking, ReconstructionRecipe, reconstruct
 from brainfound.pretraining.objectives.self_distillation import SelfDistillation, SelfDistillationRecipe
 from brainfound.pretraining.slices import PretrainBatch
 from brainfound.training.randomness import StepKey
 
 
 class HybridRecipe(SelfDistillationRecipe):
-    """The settings of self-distillation, and beside them those of reconstruction."""
+    """The settings of self-distillation and of reconstruction."""
 
     # The tag of a union: a kind of its own, though every other setting is inherited.
     kind: Literal["hybrid"] = "hybrid"  # type: ignore[assignment]
     """Names the objective."""
     reconstruction_weight: float = Field(default=1.0, gt=0)
-    """Weight of the reconstruction, beside the weights of self-distillation."""
+    """Weight of the reconstruction, next to the weights of self-distillation."""
     reconstruction: ReconstructionRecipe = ReconstructionRecipe()
-    """What is hidden, and what draws it."""
+    """How many patches are hidden, and the decoder that predicts them."""
 
 
-class HybridStudent(nn.Module):
+class HybridModel(TrainedModel):
     """The student of self-distillation, and a pixel decoder on the same encoder."""
 
-    def __init__(self, distilled: EncoderWithHeads, decoder: PixelDecoder) -> None:
+    def __init__(self, distilled: DistillationModel, decoder: PixelDecoder) -> None:
         super().__init__()
         self.distilled = distilled
         self.heads = nn.ModuleDict({"decoder": decoder})
 
-    def forward(
-        self, arguments: tuple[Any, ...], named: Mapping[str, Any], views: MaskedViews
-    ) -> tuple[Any, Reconstruction]:
-        """(What the student of self-distillation answers to its arguments, the reconstruction of the views)."""
-        answer = self.distilled(*arguments, **named)
-        return answer, reconstruct(self.distilled.encoder, self.heads["decoder"], *views)
 
-
-class Hybrid(Objective):
-    """Self-distillation, whose student also reconstructs; the teacher is exported.
+class Hybrid(SelfDistillation):
+    """Self-distillation whose student also reconstructs; the teacher is exported.
 
     Args:
         encoder: the starting checkpoint, with its trained part chosen; it is copied, not changed.
@@ -76,65 +59,36 @@ class Hybrid(Objective):
         RecipeError: as self-distillation does.
     """
 
-    student: HybridStudent
+    recipe_class = HybridRecipe
+    recipe: HybridRecipe
+    student: HybridModel  # type: ignore[assignment]
 
     def __init__(
         self, encoder: SliceEncoder, recipe: HybridRecipe, views: ViewsRecipe, num_steps: int, seed: int
     ) -> None:
-        self.recipe = recipe
-        self.distillation = SelfDistillation(encoder, recipe, views, num_steps, seed)
+        super().__init__(encoder, recipe, views, num_steps, seed)
         self.patch_masking = PatchMasking(encoder, recipe.reconstruction, views)
-        self.student = HybridStudent(self.distillation.student, self.patch_masking.make_decoder(encoder, seed))
+        self.student = HybridModel(self.distilled, self.patch_masking.make_decoder(encoder, seed))
 
-    @property
-    def exported_encoder(self) -> SliceEncoder:
-        """The teacher's encoder."""
-        return self.distillation.exported_encoder
-
-    def frozen_modules(self) -> list[nn.Module]:
-        return self.distillation.frozen_modules()
-
-    def require_batch_size(self, num_slices: int) -> None:
-        self.distillation.require_batch_size(num_slices)
-
-    def to(self, device: torch.device) -> None:
-        self.distillation.to(device)
-
-    def loss(self, student: nn.Module, batch: PretrainBatch, key: StepKey) -> tuple[Tensor, dict[str, Tensor]]:
+    def compute_loss(  # type: ignore[override]
+        self, student: HybridModel, batch: PretrainBatch, key: StepKey
+    ) -> LossAndMetrics:
+        total, metrics = super().compute_loss(student.distilled, batch, key)
         views = self.patch_masking.views(batch, key)
-        answers: list[Reconstruction] = []
-
-        def distilled(*arguments: Any, **named: Any) -> Any:
-            # The one forward pass of the step: what self-distillation asks for, and the reconstruction with it.
-            answer, reconstruction = student(arguments, named, views)
-            answers.append(reconstruction)
-            return answer
-
-        total, metrics = self.distillation.loss(_as_module(distilled), batch, key)
-        (answer,) = answers
-        reconstruction = self.patch_masking.loss(answer, views)
+        output = reconstruct(student.distilled.encoder, student.heads["decoder"], *views)
+        reconstruction = self.patch_masking.loss(output, views)
         total = total + self.recipe.reconstruction_weight * reconstruction
         return total, {**metrics, "loss_reconstruction": reconstruction.detach()}
 
-    def after_step(self, step: int, taken: Float[Tensor, ""]) -> None:
-        self.distillation.after_step(step, taken)
-
-    def health_metrics(self) -> dict[str, float]:
-        return self.distillation.health_metrics()
-
-    def schedule(self, step: int) -> dict[str, float]:
-        return self.distillation.schedule(step)
+    def describe(self) -> str:
+        weight = f"weighted {self.recipe.reconstruction_weight:g}"
+        return f"{super().describe()} and masked autoencoding ({self.patch_masking.describe()}, {weight})"
 
     def clip_groups(self) -> dict[str, list[nn.Parameter]]:
-        return {**self.distillation.clip_groups(), "decoder": list(self.student.heads["decoder"].parameters())}
+        return {**super().clip_groups(), "decoder": list(self.student.heads["decoder"].parameters())}
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.distillation.state_dict()
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.distillation.load_state_dict(state)
-
-
-def _as_module(call: Callable[..., Any]) -> nn.Module:
-    """Self-distillation only ever calls its student, once per loss."""
-    return cast(nn.Module, call)
+    def flops(self, num_slices: int) -> StepFlops:
+        decoder = self.student.heads["decoder"]
+        return super().flops(num_slices) + StepFlops(
+            self.patch_masking.flops(self.distilled.encoder, decoder, num_slices)
+        )

@@ -1,12 +1,11 @@
-"""Masked autoencoding: the encoder sees a quarter of a crop's patches, a light decoder draws the rest.
+"""Masked autoencoding: the encoder sees a quarter of a crop's patches, a light decoder predicts the others.
 
 Axis legend: ``n`` crops (one per slice), ``C`` contrasts, ``H W`` pixels, ``P`` patches, ``V`` visible
 and ``M`` masked ones, ``D`` width, ``p`` side of a patch in pixels.
 
-Source: MAE (arXiv 2111.06377). What is ours is made for scans of several contrasts: the pixels of a
-patch are normalised per contrast, a contrast that a crop does not show is no target, every crop
-weighs alike however many contrasts it shows, and a run that continues from released weights is anchored
-to them: the frozen starting checkpoint looks at the same visible patches.
+Source: MAE (arXiv 2111.06377). Ours, for scans of several contrasts: the pixels of a patch are normalised per
+contrast, a contrast that a crop does not show is no target, every crop weighs alike however many contrasts it shows,
+and the frozen starting checkpoint, which sees the same visible patches, anchors a run from released weights.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from __future__ import annotations
 import copy
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
@@ -25,29 +23,28 @@ from brainfound.data.augmentation import MultiCrop, Views, ViewsRecipe
 from brainfound.data.augmentation.sampling import to_device
 from brainfound.errors import RecipeError
 from brainfound.models.encoder import SliceEncoder
-from brainfound.pretraining.monitoring.collapse_metrics import feature_health_metrics
-from brainfound.pretraining.objectives.anchor import AnchorRecipe, anchor_losses
-from brainfound.pretraining.objectives.base import Objective
+from brainfound.pretraining.objectives.anchor import AnchoredObjective, AnchorRecipe
+from brainfound.pretraining.objectives.base import EncoderWithHeads, LossAndMetrics
+from brainfound.pretraining.objectives.flops import StepFlops, encoder_flops, matmul_flops
 from brainfound.pretraining.objectives.heads import PixelDecoder, PixelDecoderRecipe
 from brainfound.pretraining.objectives.losses import at_least_float32
+from brainfound.pretraining.objectives.masking import num_hidden_patches, sample_hidden_patches
 from brainfound.pretraining.slices import PretrainBatch
-from brainfound.pretraining.starting_model import merge_adapters
 from brainfound.recipes import Recipe
-from brainfound.training import distributed as ranks
 from brainfound.training.randomness import INITIALISATION, MASKS, VIEWS, StepKey, numpy_generator, torch_generator
 
 _DECODER_STREAM = 100  # apart from the streams of projection heads, which count from 0
-_STEP_STREAM = 2  # apart from the views and masks of self-distillation, beside which this may run
+_STEP_STREAM = 2  # apart from the views and masks of self-distillation, with which this may run
 MIN_VARIANCE = 1e-6  # MAE's; patches of air have none
 
 
 class ReconstructionRecipe(Recipe):
-    """What is hidden, and what draws it."""
+    """How many patches are hidden, and the decoder that predicts them."""
 
     mask_ratio: float = Field(default=0.75, gt=0, lt=1)
     """Part of a crop's patches that the encoder does not see."""
     normalise_targets: bool = True
-    """Whether the pixels of each patch and contrast are brought to mean 0 and variance 1 before they are compared."""
+    """Whether the target pixels of each patch and contrast are normalised to mean 0 and variance 1."""
     decoder: PixelDecoderRecipe = PixelDecoderRecipe()
     """The decoder."""
 
@@ -59,15 +56,8 @@ class MaskedAutoencoderRecipe(ReconstructionRecipe, AnchorRecipe):
     """Names the objective."""
 
 
-class PatchSplit(NamedTuple):
-    """Which patches of each crop the encoder sees, both in increasing order."""
-
-    kept: Int[Tensor, "n V"]
-    hidden: Int[Tensor, "n M"]
-
-
 class MaskedViews(NamedTuple):
-    """What a forward pass needs of a batch; the fields are the arguments of `reconstruct`."""
+    """One crop of each slice, and its visible and hidden patches; the fields are arguments of `reconstruct`."""
 
     pixels: Float[Tensor, "n C H W"]
     contrast_mask: Bool[Tensor, "n C"]
@@ -76,23 +66,11 @@ class MaskedViews(NamedTuple):
 
 
 class Reconstruction(NamedTuple):
-    """What the student answers."""
+    """The outputs of encoder and decoder."""
 
     cls: Float[Tensor, "n D"]
     visible: Float[Tensor, "n V D"]
     patches: Float[Tensor, "n M C·p²"]
-
-
-def num_hidden_patches(num_patches: int, ratio: float) -> int:
-    """How many patches of a crop are hidden: at least one, and not all."""
-    return min(max(round(num_patches * ratio), 1), num_patches - 1)
-
-
-def sample_hidden_patches(num_crops: int, num_patches: int, num_hidden: int, rng: np.random.Generator) -> PatchSplit:
-    """Hide the same number of patches, at random places, in each crop."""
-    order = torch.from_numpy(rng.permuted(np.tile(np.arange(num_patches), (num_crops, 1)), axis=1))
-    hidden, kept = order[:, :num_hidden], order[:, num_hidden:]
-    return PatchSplit(kept.sort(dim=1).values, hidden.sort(dim=1).values)
 
 
 def patchify(pixels: Float[Tensor, "n C H W"], patch_size: int) -> Float[Tensor, "n P C p²"]:
@@ -147,25 +125,13 @@ def reconstruct(
     return Reconstruction(cls, visible, decoder(cls, visible, kept, hidden))
 
 
-class EncoderWithDecoder(nn.Module):
-    """An encoder with a pixel decoder."""
-
-    def __init__(self, encoder: SliceEncoder, decoder: PixelDecoder) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.heads = nn.ModuleDict({"decoder": decoder})
-
-    def forward(self, *views: Tensor) -> Reconstruction:
-        return reconstruct(self.encoder, self.heads["decoder"], *views)
-
-
 class PatchMasking:
-    """Turns slices into crops with hidden patches, and compares an answer with what was hidden.
+    """Crops with hidden patches, the decoder that predicts those, and the loss.
 
     Args:
         encoder: gives the patch size.
-        recipe: what is hidden.
-        views: how crops are made: as the global ones, one of each slice.
+        recipe: how many patches are hidden, and the size of the decoder.
+        views: how crops are made: one of each slice, as the first global one.
 
     Raises:
         RecipeError: if crops do not fit the patch size, or have one patch only.
@@ -183,11 +149,16 @@ class PatchMasking:
                 expected=f"at least {2 * encoder.patch_size}",
                 remedy=f"Set views.global_size={2 * encoder.patch_size} or more",
             )
-        self.num_hidden = num_hidden_patches(self.grid[0] * self.grid[1], recipe.mask_ratio)
+        self.num_patches = self.grid[0] * self.grid[1]
+        self.num_hidden = num_hidden_patches(self.num_patches, recipe.mask_ratio)
         self.crop = MultiCrop(views.model_copy(update={"num_local": 0}), encoder.patch_size, num_global=1)
 
+    @property
+    def num_visible(self) -> int:
+        return self.num_patches - self.num_hidden
+
     def views(self, batch: PretrainBatch, key: StepKey) -> MaskedViews:
-        """One crop of each slice, and what is hidden of it: a function of the key."""
+        """One crop of each slice and its hidden patches: a function of the key."""
         device = batch.pixels.device
         large: Views = self.crop(
             batch.pixels,
@@ -195,24 +166,16 @@ class PatchMasking:
             torch_generator(VIEWS, key.seed, *key.keys, _STEP_STREAM),
             torch_generator(VIEWS, key.seed, *key.keys, _STEP_STREAM + 1, device=device),
         ).global_views
-        patches = sample_hidden_patches(
-            len(large.pixels),
-            self.grid[0] * self.grid[1],
-            self.num_hidden,
-            numpy_generator(MASKS, key.seed, *key.keys, _STEP_STREAM),
-        )
-        return MaskedViews(
-            large.pixels,
-            large.contrast_mask,
-            to_device(patches.kept, device),
-            to_device(patches.hidden, device),
-        )
+        rng = numpy_generator(MASKS, key.seed, *key.keys, _STEP_STREAM)
+        patches = sample_hidden_patches(len(large.pixels), self.num_patches, self.num_hidden, rng)
+        kept, hidden = to_device(patches.kept, device), to_device(patches.hidden, device)
+        return MaskedViews(large.pixels, large.contrast_mask, kept, hidden)
 
-    def loss(self, answer: Reconstruction, views: MaskedViews) -> Float[Tensor, ""]:
-        """How far an answer is from the hidden pixels."""
+    def loss(self, reconstruction: Reconstruction, views: MaskedViews) -> Float[Tensor, ""]:
+        """The error of the predicted pixels."""
         patches = patchify(views.pixels, self.patch_size)
         target = patches.gather(1, views.hidden[..., None, None].expand(-1, -1, *patches.shape[2:]))
-        return reconstruction_loss(answer.patches, target, views.contrast_mask, self.recipe.normalise_targets)
+        return reconstruction_loss(reconstruction.patches, target, views.contrast_mask, self.recipe.normalise_targets)
 
     def make_decoder(self, encoder: SliceEncoder, seed: int) -> PixelDecoder:
         """A new decoder that fits the encoder and the crops, the same on all ranks."""
@@ -221,93 +184,74 @@ class PatchMasking:
         decoder.initialise(torch_generator(INITIALISATION, seed, _DECODER_STREAM))
         return decoder
 
+    def describe(self) -> str:
+        return f"{self.recipe.mask_ratio:.0%} of the patches hidden"
 
-class MaskedAutoencoder(Objective):
-    """An encoder that learns by filling in, and its anchor; there is no teacher, so the student is exported.
+    def flops(self, encoder: SliceEncoder, decoder: nn.Module, num_slices: int) -> float:
+        """The operations of encoder and decoder, forward and backward."""
+        assert isinstance(decoder, PixelDecoder)
+        num_kept, num_tokens = self.num_visible, 1 + self.num_patches
+        flops = encoder_flops(encoder, num_slices, self.num_patches, num_visible_patches=num_kept, backward=True)
+        flops += matmul_flops(decoder.embed, num_slices * (1 + num_kept), backward=True)
+        flops += matmul_flops(decoder.blocks, num_slices * num_tokens, backward=True)
+        flops += 12.0 * num_slices * num_tokens**2 * decoder.embed.out_features * len(decoder.blocks)
+        return flops + matmul_flops(decoder.predict, num_slices * self.num_hidden, backward=True)
+
+
+class MaskedAutoencoder(AnchoredObjective):
+    """An encoder that predicts hidden patches, and its anchor; without a teacher, the trained encoder is exported.
 
     Args:
         encoder: the starting checkpoint, with its trained part chosen; it is copied, not changed.
-        recipe: what is hidden, and what draws it.
+        recipe: how many patches are hidden, and the size of the decoder.
         views: how crops are made.
+        num_steps: not used.
         seed: initialises the decoder.
 
     Raises:
         RecipeError: if crops do not fit the patch size, or have one patch only.
     """
 
-    student: EncoderWithDecoder
+    recipe_class = MaskedAutoencoderRecipe
+    uses_multi_crop = False
+    recipe: MaskedAutoencoderRecipe
+    student: EncoderWithHeads
 
-    def __init__(self, encoder: SliceEncoder, recipe: MaskedAutoencoderRecipe, views: ViewsRecipe, seed: int) -> None:
-        self.recipe = recipe
+    def __init__(
+        self, encoder: SliceEncoder, recipe: MaskedAutoencoderRecipe, views: ViewsRecipe, num_steps: int, seed: int
+    ) -> None:
         student = copy.deepcopy(encoder)
         # Hidden patches do not enter the encoder, so its own mask token would wait for a gradient in vain.
         student.backbone.embeddings.mask_token.requires_grad_(False)
         self.patch_masking = PatchMasking(encoder, recipe, views)
-        self.student = EncoderWithDecoder(student, self.patch_masking.make_decoder(encoder, seed))
-        self.anchor = merge_adapters(encoder).requires_grad_(False).eval() if recipe.anchored else None
-        self._last: tuple[Tensor, dict[str, Tensor]] | None = None
+        self.student = EncoderWithHeads(student, {"decoder": self.patch_masking.make_decoder(encoder, seed)})
+        super().__init__(encoder, recipe, views, num_steps, seed)
+        self._gram_distance: Tensor | None = None
 
-    @property
-    def exported_encoder(self) -> SliceEncoder:
-        """The student's encoder."""
-        return self.student.encoder
-
-    def frozen_modules(self) -> list[nn.Module]:
-        return [] if self.anchor is None else [self.anchor]
-
-    def to(self, device: torch.device) -> None:
-        if self.anchor is not None:
-            self.anchor.to(device)
-
-    def loss(self, student: nn.Module, batch: PretrainBatch, key: StepKey) -> tuple[Tensor, dict[str, Tensor]]:
+    def compute_loss(self, student: EncoderWithHeads, batch: PretrainBatch, key: StepKey) -> LossAndMetrics:
         views = self.patch_masking.views(batch, key)
-        answer = student(*views)
-        loss = self.patch_masking.loss(answer, views)
+        output = reconstruct(student.encoder, student.heads["decoder"], *views)
+        loss = self.patch_masking.loss(output, views)
         metrics = {"loss_reconstruction": loss.detach()}
-        for name, part in self._anchor_parts(answer, views).items():
-            loss = loss + getattr(self.recipe, f"{name}_weight") * part
-            metrics[f"loss_{name}"] = part.detach()
-        self._last = answer.cls.detach(), metrics
+        if self.anchor is not None:
+            with torch.no_grad():  # the starting checkpoint sees the same patches
+                cls, visible = encode_visible(self.anchor, views.pixels, views.contrast_mask, views.kept)
+            for name, part in self.anchor_losses(output.visible, output.cls, visible, cls).items():
+                loss = loss + getattr(self.recipe, f"{name}_weight") * part
+                metrics[f"loss_{name}"] = part.detach()
+        self.last_cls, self._gram_distance = output.cls.detach(), metrics.get("loss_anchor_gram")
         return loss, metrics
 
-    def _anchor_parts(self, answer: Reconstruction, views: MaskedViews) -> dict[str, Tensor]:
-        """The distances to the starting checkpoint, which sees the same patches."""
-        if self.anchor is None:
-            return {}
-        with torch.no_grad():
-            cls, visible = encode_visible(self.anchor, views.pixels, views.contrast_mask, views.kept)
-        return anchor_losses(self.recipe, answer.visible, answer.cls, visible, cls)
-
-    def after_step(self, step: int, taken: Float[Tensor, ""]) -> None:
-        """There is no teacher to move."""
+    def describe(self) -> str:
+        return f"masked autoencoding ({self.patch_masking.describe()}{self.describe_anchor()})"
 
     @torch.no_grad()
     def health_metrics(self) -> dict[str, float]:
-        """Gauges of the last batch's CLS tokens; there are no prototypes, so there is no entropy and no ln K."""
-        if self._last is None:
-            return {}
-        cls, metrics = self._last
-        health_metrics = feature_health_metrics(ranks.gather_rows(cls.float()))
-        if "loss_anchor_gram" in metrics:
-            health_metrics["gram_distance"] = metrics["loss_anchor_gram"].item()
-        return health_metrics
+        """Collapse metrics of the last batch's CLS tokens; without prototypes, no entropy and no ln K."""
+        distance = {} if self._gram_distance is None else {"gram_distance": self._gram_distance.item()}
+        return super().health_metrics() | distance
 
-    def schedule(self, step: int) -> dict[str, float]:
-        return {}
-
-    def clip_groups(self) -> dict[str, list[nn.Parameter]]:
-        return {
-            "backbone": list(self.student.encoder.parameters()),
-            "decoder": list(self.student.heads["decoder"].parameters()),
-        }
-
-    def state_dict(self) -> dict[str, Tensor]:
-        if self.anchor is None:
-            return {}
-        return {f"anchor.{name}": tensor for name, tensor in self.anchor.state_dict().items()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        if self.anchor is not None:
-            self.anchor.load_state_dict({name.removeprefix("anchor."): tensor for name, tensor in state.items()})
-        elif state:
-            raise KeyError(f"unknown: {', '.join(sorted(state))}")
+    def flops(self, num_slices: int) -> StepFlops:
+        own = self.patch_masking.flops(self.student.encoder, self.student.heads["decoder"], num_slices)
+        anchor = self.anchor_flops(num_slices, self.patch_masking.num_patches, self.patch_masking.num_visible)
+        return StepFlops(own) + anchor

@@ -1,17 +1,17 @@
-"""Block masks for the masked-patch loss.
+"""Masks: blocks of patches for the masked-patch loss, and single patches for masked autoencoding.
 
-Axis legend: ``N`` crops, ``P`` patch tokens (rows · columns of the grid), ``M`` masked tokens.
+Axis legend: ``N`` crops, ``P`` patch tokens (rows · columns of the grid), ``V`` visible and ``M`` masked tokens.
 
-Source: BEiT (arXiv 2106.08254, algorithm 1) for blocks; iBOT and DINOv2 for masking a part of the
-crops at ratios spread over a range. Here the ratios are the mid-points of the strata, so the number
-of masked tokens is the same in every step and tensors keep their shapes (a part of the crops has another number
-each time).
+Sources: BEiT (arXiv 2106.08254, algorithm 1) for blocks; iBOT and DINOv2 for masking a part of the crops at ratios
+spread over a range; MAE (2111.06377) for single patches. The ratios are the mid-points of the strata, so the number
+of masked tokens is the same in every step and tensors keep their shapes.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ ATTEMPTS_PER_BLOCK = 10
 
 @dataclass(frozen=True)
 class BlockMasks:
-    """Which patch tokens the student does not see."""
+    """The patch tokens that are hidden from the student."""
 
     mask: Bool[Tensor, "N P"]
     indices: Int[Tensor, "M"]
@@ -34,7 +34,7 @@ class BlockMasks:
     weights: Float[Tensor, "M"]
     """1 / (number of masked tokens of the crop), per masked token."""
     unmasked_crops: Int[Tensor, "V"]
-    """The crops of which nothing is masked."""
+    """The crops without any masked token."""
 
     def to(self, device: torch.device) -> BlockMasks:
         """The same on a device; on a GPU without waiting for it."""
@@ -43,7 +43,7 @@ class BlockMasks:
         )
 
     def select_crops(self, crops: slice) -> tuple[BlockMasks, slice]:
-        """The masks of some successive crops, and the place of their masked tokens among all of them."""
+        """The masks of some successive crops, and the place of their masked tokens among those of all crops."""
         first, last = crops.start, crops.stop
         before, inside = int(self.mask[:first].sum()), int(self.mask[crops].sum())
         masked = slice(before, before + inside)
@@ -53,7 +53,7 @@ class BlockMasks:
 
 
 def num_masked_per_crop(num_crops: int, num_patches: int, probability: float, ratios: tuple[float, float]) -> list[int]:
-    """How many patches are masked in each crop of a batch, before they are dealt to crops.
+    """The numbers of masked patches of the crops of a batch, in no particular order.
 
     At least one crop has at least one masked patch, whatever the settings.
     """
@@ -107,7 +107,7 @@ def sample_block_masks(
     probability: float = 0.5,
     ratios: tuple[float, float] = (0.1, 0.5),
 ) -> BlockMasks:
-    """Block masks for a batch of crops; the counts are those of `num_masked_per_crop`, dealt at random."""
+    """Block masks for a batch of crops, with the counts of `num_masked_per_crop` in random order."""
     num_patches = grid[0] * grid[1]
     counts = np.array(num_masked_per_crop(num_crops, num_patches, probability, ratios))
     counts = rng.permutation(counts)
@@ -120,3 +120,22 @@ def sample_block_masks(
         weights=weights,
         unmasked_crops=(per_crop == 0).nonzero().flatten(),
     )
+
+
+class PatchSplit(NamedTuple):
+    """The patches of each crop that the encoder sees, and the others; both in increasing order."""
+
+    kept: Int[Tensor, "N V"]
+    hidden: Int[Tensor, "N M"]
+
+
+def num_hidden_patches(num_patches: int, ratio: float) -> int:
+    """How many patches of a crop are hidden: at least one, and not all."""
+    return min(max(round(num_patches * ratio), 1), num_patches - 1)
+
+
+def sample_hidden_patches(num_crops: int, num_patches: int, num_hidden: int, rng: np.random.Generator) -> PatchSplit:
+    """Hide the same number of patches, at random places, in each crop."""
+    order = torch.from_numpy(rng.permuted(np.tile(np.arange(num_patches), (num_crops, 1)), axis=1))
+    hidden, kept = order[:, :num_hidden], order[:, num_hidden:]
+    return PatchSplit(kept.sort(dim=1).values, hidden.sort(dim=1).values)

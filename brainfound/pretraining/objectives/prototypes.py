@@ -1,19 +1,17 @@
-"""The losses over prototypes, computed in pieces: what `losses` defines, without its traffic.
+"""The kernels of the losses over prototypes, which `losses` calls: exact, without writing down all scores.
 
 Axis legend: ``N`` rows (crops or masked tokens), ``D`` width in front of the prototypes, ``K`` prototypes.
 
-With 65,536 prototypes a row of scores is 256 KiB, and a batch has thousands of rows: written down once per
-operation, they cost more time than the backbone's attention and most of the memory. Both losses can do
-without, exactly:
+With 65,536 prototypes a row of scores is 256 KiB, and a batch has thousands of rows: one copy per operation would cost
+more time than the backbone's attention and most of the memory. Instead:
 
 - Sinkhorn-Knopp only ever scales rows and columns. `Assignments` holds the exponentials once, and two vectors.
-- Prototypes are brought to length 1 once per pass; the gradient of that, written out, needs one new tensor of their
-  size in place of eight.
+- Prototypes are normalised once per pass; its gradient by formula needs one new tensor of their size, not eight.
 - Cross-entropy is ``mass · lse(s) − ⟨t, s⟩`` and its gradient ``softmax(s) · mass − t``; both follow from a few rows
   of scores at a time, which are forgotten at once. Gradients are computed in the forward pass, so nothing is
   computed twice.
 
-The parity with the plain formulas is tested; sources of the methods are there.
+Sources of the methods: see `losses`; the parity of both forms is tested.
 """
 
 from __future__ import annotations
@@ -29,19 +27,19 @@ from torch import Tensor
 from brainfound.models.blocks import compute_dtype
 from brainfound.training import distributed as ranks
 
-# Scores of one product: enough rows to be worth reading all prototypes.
+# Size of the scores of one product: enough rows to be worth reading all prototypes.
 _PIECE_BYTES = {"cpu": 64 * 2**20}
 _PIECE_BYTES_ELSEWHERE = 512 * 2**20
-# Rows of it that everything else is done to at a time: one pass over memory in place of a dozen.
+# Size of the rows of it that all other operations take at a time: one pass over memory in place of a dozen.
 _BLOCK_BYTES = {"cpu": 2**20}
-# exp() of anything above −80 is an ordinary float32; cosines over a temperature span 2 / temperature.
+# exp(−80) is still a normal float32; cosines over a temperature span 2 / temperature.
 _SAFE_SPAN = 80.0
-_MIN_NORM = 1e-12  # that a row is divided by
+_MIN_NORM = 1e-12
 _ROWS_IN_CACHE = 4096
 
 
 def normalise_rows(weight: Float[Tensor, "K D"]) -> Float[Tensor, "K D"]:
-    """Rows at length 1, as `torch.nn.functional.normalize` makes them, with a gradient that costs a third."""
+    """`torch.nn.functional.normalize` over rows, with a gradient that costs a third."""
     return _NormaliseRows.apply(weight)
 
 
@@ -67,7 +65,7 @@ class _NormaliseRows(torch.autograd.Function):
 
 
 class Projection(NamedTuple):
-    """What a head makes of embeddings; the scores are the cosines ``unit @ prototypes.T``."""
+    """Embeddings through a projection head; the scores are the cosines ``unit @ prototypes.T``."""
 
     unit: Float[Tensor, "N D"]
     """Rows of length 1."""
@@ -75,7 +73,7 @@ class Projection(NamedTuple):
     """Rows of length 1."""
 
     def scores(self) -> Float[Tensor, "N K"]:
-        """All scores at once: for a few rows."""
+        """All scores at once, for a few rows."""
         return self.unit @ self.prototypes.T
 
 
@@ -88,7 +86,7 @@ class Assignments:
     prototype_scale: Float[Tensor, "K"]
 
     def take(self, rows: slice | Int[Tensor, "n"], out: Float[Tensor, "n K"] | None = None) -> Float[Tensor, "n K"]:
-        """The targets of some rows, perhaps written into a tensor that is there already."""
+        """The targets of some rows, written into `out` if it is given."""
         if isinstance(rows, slice):
             found = torch.mul(self.mass[rows], self.prototype_scale, out=out)
         else:
@@ -96,7 +94,7 @@ class Assignments:
         return found.mul_(self.row_scale[rows, None])
 
     def part(self, rows: slice) -> Assignments:
-        """Those of some rows; the masses are not copied."""
+        """The assignments of some rows, without a copy."""
         return Assignments(self.mass[rows], self.row_scale[rows], self.prototype_scale)
 
 
@@ -106,7 +104,7 @@ def _product_chunks(num_rows: int, num_prototypes: int, device: torch.device) ->
 
 
 def _blocks(rows: slice, num_prototypes: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
-    """Rows of a piece that fit a cache: where they are among all rows, and within the piece."""
+    """Rows of a piece that fit a cache: their place among all rows, and within the piece."""
     for within in _slices(rows.stop - rows.start, _block_rows(num_prototypes, device)):
         yield slice(rows.start + within.start, rows.start + within.stop), within
 
@@ -122,10 +120,10 @@ def _slices(count: int, size: int) -> list[slice]:
 
 @torch.no_grad()
 def sinkhorn_assign(projection: Projection, temperature: float, num_iterations: int = 3) -> Assignments:
-    """Sinkhorn-Knopp of a projection's scores, as `losses.sinkhorn_knopp` defines it, over the rows of all ranks.
+    """`losses.sinkhorn_knopp` of a projection's scores, over the rows of all ranks.
 
-    The shift that keeps exponentials finite is a constant, since scores are cosines; where the temperature is
-    so low that a constant would not do, each prototype's and each row's maximum is used, as the definition does.
+    A constant shift keeps the exponentials finite, since scores are cosines; at very low temperatures each
+    prototype's and each row's maximum is subtracted, as in the definition.
     """
     unit, prototypes = projection
     dtype = compute_dtype(unit)
@@ -147,19 +145,34 @@ def sinkhorn_assign(projection: Projection, temperature: float, num_iterations: 
                     part.copy_(scores[within])
                 if is_safe:
                     part.sub_(1 / temperature).exp_()
-        row_scale = torch.ones(len(mass), dtype=wide, device=mass.device)
-        if not is_safe:
-            # A rank without rows still takes part in the maximum.
-            floor = mass.new_full((mass.shape[1],), float("-inf"))
-            mass.sub_(ranks.max_over_ranks(mass.amax(dim=0) if len(mass) else floor))
-            highest = mass.amax(dim=1) if len(mass) else mass.new_zeros(0)
-            mass.sub_(highest[:, None]).exp_()
-            row_scale = highest.exp()
-        for _ in range(num_iterations):
-            prototype_mass = ranks.sum_over_ranks(row_scale @ mass)
-            # The mean cancels in the row scaling; it keeps the scales near 1 over many iterations.
-            prototype_scale = prototype_mass.mean() / prototype_mass
-            row_scale = 1 / (mass @ prototype_scale)
+        if is_safe:
+            row_scale = torch.ones(len(mass), dtype=wide, device=mass.device)
+        else:
+            row_scale = exponentials_in_place(mass)
+        return equal_mass(mass, row_scale, num_iterations)
+
+
+def exponentials_in_place(scores: Float[Tensor, "N K"]) -> Float[Tensor, "N"]:
+    """Replace scores by their exponentials, up to factors of rows and prototypes; returns those of the rows.
+
+    Subtracting each prototype's maximum and then each row's is exact, because the first cancels in the first scaling
+    and the second is carried in the result; so no sum is zero or overflows.
+    """
+    # A rank without rows still takes part in the maximum.
+    floor = scores.new_full((scores.shape[1],), float("-inf"))
+    scores.sub_(ranks.max_over_ranks(scores.amax(dim=0) if len(scores) else floor))
+    highest = scores.amax(dim=1) if len(scores) else scores.new_zeros(0)
+    scores.sub_(highest[:, None]).exp_()
+    return highest.exp()
+
+
+def equal_mass(mass: Float[Tensor, "N K"], row_scale: Float[Tensor, "N"], num_iterations: int) -> Assignments:
+    """Scale the prototypes to equal mass, over the rows of all ranks, and then the rows, again and again."""
+    for _ in range(num_iterations):
+        prototype_mass = ranks.sum_over_ranks(row_scale @ mass)
+        # The mean cancels in the row scaling; it keeps the scales near 1 over many iterations.
+        prototype_scale = prototype_mass.mean() / prototype_mass
+        row_scale = 1 / (mass @ prototype_scale)
     return Assignments(mass, row_scale, prototype_scale)
 
 
@@ -172,17 +185,17 @@ def cross_entropy_sum(
 ) -> Float[Tensor, ""]:
     """Σᵢ weightᵢ · Σⱼ CE(targets of row ``target_rows[i, j]``, softmax(scoresᵢ / temperature)).
 
-    Cross-entropy is linear in the target, so a row that answers several targets needs one pass.
+    Cross-entropy is linear in the target, so a row with several targets needs one pass.
 
     Args:
         weights: of the rows.
-        target_rows: for each row the rows of `targets` that it answers; None: row i answers target i.
+        target_rows: for each row the rows of `targets` that it is compared with; None: row i with target i.
     """
     return _CrossEntropySum.apply(*projection, targets, weights, temperature, target_rows)
 
 
 class _CrossEntropySum(torch.autograd.Function):
-    """With gradients for the unit vectors and the prototypes, made in the forward pass."""
+    """Computes the gradients for unit vectors and prototypes in the forward pass."""
 
     @staticmethod
     def forward(
@@ -217,7 +230,7 @@ class _CrossEntropySum(torch.autograd.Function):
                         scores[within], targets, answered, weights[block], workspace, wants_unit or wants_prototypes
                     )
                     total += (weights[block] * losses).sum()
-                # They are gradients now.
+                # The scores are gradients now.
                 if unit_gradient is not None:
                     unit_gradient[rows] = (scores @ columns).to(wide) / temperature
                 if prototype_gradient is not None:
@@ -244,7 +257,7 @@ def _cross_entropy(
     workspace: _Workspace,
     wants_gradient: bool,
 ) -> Float[Tensor, "n"]:
-    """The cross-entropy of each row, summed over its targets; `scores` become their gradient, if it is wanted."""
+    """The cross-entropy of each row, summed over its targets; overwrites `scores` with their gradient, if wanted."""
     columns = [target_rows] if isinstance(target_rows, slice) else target_rows.unbind(dim=1)
     wide = scores if workspace.scores is None else workspace.scores[: len(scores)].copy_(scores)
     target = targets.take(columns[0], out=workspace.target[: len(scores)])
@@ -263,16 +276,15 @@ def _cross_entropy(
 
 
 class _Workspace(NamedTuple):
-    """Memory for one block of rows, used again and again: fresh pages cost as much as what is written to them."""
+    """Memory for one block of rows, used again and again: fresh pages cost as much as writing to them."""
 
     scores: Tensor | None
-    """None where scores are wide enough themselves."""
+    """None where the scores are wide enough."""
     target: Tensor
     extra_target: Tensor
 
     @classmethod
     def of(cls, prototypes: Tensor, rows: int, wide: torch.dtype, num_targets: int, is_narrow: bool) -> _Workspace:
-        """For blocks of so many rows."""
         return cls(
             _empty_scores(rows, prototypes, wide) if is_narrow else None,
             _empty_scores(rows, prototypes, wide),

@@ -1,46 +1,45 @@
-"""The objectives that a recipe can name, and how each is made."""
+"""The objectives that a recipe can name. A new one is a file in this folder, and a line in `OBJECTIVES`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Union
 
 from pydantic import BeforeValidator, Field
 
 from brainfound.data.augmentation import ViewsRecipe
 from brainfound.models.encoder import SliceEncoder
+from brainfound.pretraining.objectives import hybrid, masked_autoencoder, self_distillation
 from brainfound.pretraining.objectives.base import Objective
-from brainfound.pretraining.objectives.hybrid import Hybrid, HybridRecipe
-from brainfound.pretraining.objectives.masked_autoencoder import (
-    MaskedAutoencoder,
-    MaskedAutoencoderRecipe,
-    ReconstructionRecipe,
-)
-from brainfound.pretraining.objectives.self_distillation import SelfDistillation, SelfDistillationRecipe
 from brainfound.pretraining.starting_model import TrainedPartRecipe, select_trainable_part
 
-DEFAULT_KIND = "self_distillation"
+OBJECTIVES: tuple[type[Objective], ...] = (
+    self_distillation.SelfDistillation,
+    masked_autoencoder.MaskedAutoencoder,
+    hybrid.Hybrid,
+)
+"""The first is the default."""
+OBJECTIVES_BY_KIND = {objective.kind(): objective for objective in OBJECTIVES}
 
 
 def _with_kind(content: Any) -> Any:
     """Recipes written before there were kinds mean self-distillation."""
-    return {"kind": DEFAULT_KIND, **content} if isinstance(content, Mapping) else content
+    return {"kind": OBJECTIVES[0].kind(), **content} if isinstance(content, Mapping) else content
 
 
-ObjectiveRecipe = Annotated[
-    SelfDistillationRecipe | MaskedAutoencoderRecipe | HybridRecipe,
-    Field(discriminator="kind"),
-    BeforeValidator(_with_kind),
-]
-OBJECTIVE_RECIPES: dict[str, type[SelfDistillationRecipe] | type[MaskedAutoencoderRecipe]] = {
-    recipe.model_fields["kind"].default: recipe
-    for recipe in (SelfDistillationRecipe, MaskedAutoencoderRecipe, HybridRecipe)
-}
-"""Kind → the class of its settings."""
+if TYPE_CHECKING:
+    ObjectiveRecipe = Any
+else:
+    ObjectiveRecipe = Annotated[
+        Union[tuple(objective.recipe_class for objective in OBJECTIVES)],  # noqa: UP007
+        Field(discriminator="kind"),
+        BeforeValidator(_with_kind),
+    ]
+"""The settings of one of the objectives, chosen by `kind`."""
 
 
 def make_objective(
-    recipe: SelfDistillationRecipe | MaskedAutoencoderRecipe,
+    recipe: ObjectiveRecipe,
     trained: TrainedPartRecipe,
     encoder: SliceEncoder,
     views: ViewsRecipe,
@@ -54,48 +53,21 @@ def make_objective(
             encoder has no such part to train.
     """
     encoder = select_trainable_part(encoder, trained, seed)
-    if isinstance(recipe, MaskedAutoencoderRecipe):
-        return MaskedAutoencoder(encoder, recipe, views, seed)
-    if isinstance(recipe, HybridRecipe):
-        return Hybrid(encoder, recipe, views, num_steps, seed)
-    return SelfDistillation(encoder, recipe, views, num_steps, seed)
+    return OBJECTIVES_BY_KIND[recipe.kind](encoder, recipe, views, num_steps, seed)
 
 
 def convert_settings(kind: str, before: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The settings of an objective, carried over to another kind.
 
     Args:
-        kind: the new kind, one of `OBJECTIVE_RECIPES`.
+        kind: the new kind, one of `OBJECTIVES_BY_KIND`.
         before: settings with the kind that they were written for.
 
     Returns:
         The settings that mean the same in both kinds, and the names of those that have no meaning in the new one.
     """
-    old = OBJECTIVE_RECIPES[before.get("kind", DEFAULT_KIND)].model_fields
-    new = OBJECTIVE_RECIPES[kind].model_fields
+    old, new = (OBJECTIVES_BY_KIND[name].recipe_class.model_fields for name in (before["kind"], kind))
     names = [name for name in before if name != "kind"]
     kept = [name for name in names if name in new and new[name].annotation == old[name].annotation]
     content = {"kind": kind, **{name: before[name] for name in kept}}
     return content, [name for name in names if name not in kept]
-
-
-def in_words(recipe: SelfDistillationRecipe | MaskedAutoencoderRecipe) -> tuple[str, str]:
-    """What an objective is, and what of it is exported, for a model card.
-
-    >>> in_words(MaskedAutoencoderRecipe(anchor_gram_weight=0, anchor_cls_weight=0))
-    ('masked autoencoding (75% of the patches hidden)', 'encoder')
-    """
-    anchored = ", anchored to the starting checkpoint" if recipe.anchored else ""
-    if isinstance(recipe, MaskedAutoencoderRecipe):
-        return f"masked autoencoding ({_describe_masking(recipe)}{anchored})", "encoder"
-    weighted = {"DINO": recipe.dino_weight, "iBOT": recipe.ibot_weight, "KoLeo": recipe.koleo_weight}
-    parts = " + ".join(name for name, weight in weighted.items() if weight)
-    words = f"self-distillation ({parts}{anchored})"
-    if isinstance(recipe, HybridRecipe):
-        hiding = _describe_masking(recipe.reconstruction)
-        words += f" and masked autoencoding ({hiding}, weighted {recipe.reconstruction_weight:g})"
-    return words, "EMA teacher"
-
-
-def _describe_masking(recipe: ReconstructionRecipe) -> str:
-    return f"{recipe.mask_ratio:.0%} of the patches hidden"

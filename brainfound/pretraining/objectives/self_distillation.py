@@ -4,16 +4,17 @@ Axis legend: ``n`` slices, ``m`` crops of a pass, ``C`` contrasts, ``T`` tokens 
 a global crop, ``M`` masked tokens, ``D`` width, ``K`` prototypes. Rows of crops are crop-major: crop A
 of all slices, then crop B of all slices.
 
-Sources: DINOv2 (arXiv 2304.07193, section 4) for the losses and constants; DINOv3 (2508.10104,
-section 4.2) for the Gram anchor. What is ours is made for continuing from released weights: heads are
-initialised once and copied to the teacher, the frozen starting checkpoint anchors patch and CLS
-features, and KoLeo never pushes slices of one session apart. Each of these is a field of the recipe.
+Sources: DINOv2 (arXiv 2304.07193, section 4) for the losses and constants; DINOv3 (2508.10104, section 4.2) for the
+Gram anchor. Ours, for continuing from released weights: the teacher's heads are copies of the student's, the frozen
+starting checkpoint anchors patch and CLS features, and KoLeo never pushes slices of one session apart. Each of these
+is a field of the recipe.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -23,30 +24,27 @@ from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from brainfound.data.augmentation import CropViews, MultiCrop, ViewsRecipe
+from brainfound.data.augmentation import MultiCrop, Views, ViewsRecipe
 from brainfound.data.augmentation.sampling import to_device
 from brainfound.errors import RecipeError
-from brainfound.models.encoder import SliceEncoder, SliceEncoding
+from brainfound.models.encoder import SliceEncoder
 from brainfound.pretraining.monitoring.collapse_metrics import feature_health_metrics
 from brainfound.pretraining.objectives import losses
-from brainfound.pretraining.objectives.anchor import AnchorRecipe, anchor_losses
-from brainfound.pretraining.objectives.base import Objective
-from brainfound.pretraining.objectives.ema import ema_update
-from brainfound.pretraining.objectives.encoder_with_heads import (
-    EncoderWithHeads,
-    GlobalPass,
-    StepLosses,
-    StudentOutput,
-    select_views,
-)
+from brainfound.pretraining.objectives.anchor import AnchoredObjective, AnchorRecipe
+from brainfound.pretraining.objectives.base import LossAndMetrics
+from brainfound.pretraining.objectives.distillation_model import DistillationModel, DistillationOutput, ema_update
+from brainfound.pretraining.objectives.early_gradient import backward_per_pass
+from brainfound.pretraining.objectives.flops import StepFlops, encoder_flops, matmul_flops
 from brainfound.pretraining.objectives.heads import HeadRecipe
 from brainfound.pretraining.objectives.masking import BlockMasks, num_masked_per_crop, sample_block_masks
-from brainfound.pretraining.objectives.prototypes import Assignments, Projection, cross_entropy_sum, sinkhorn_assign
+from brainfound.pretraining.objectives.prototypes import Assignments, Projection
 from brainfound.pretraining.slices import PretrainBatch
-from brainfound.pretraining.starting_model import merge_adapters
 from brainfound.training import distributed as ranks
 from brainfound.training import schedules
 from brainfound.training.randomness import MASKS, VIEWS, StepKey, numpy_generator, torch_generator
+
+MAX_INITIAL_WEIGHT_FRACTION = 0.05
+"""Part of its first weights that a teacher may still hold at the end; above this there is a note."""
 
 
 class SelfDistillationRecipe(AnchorRecipe):
@@ -63,12 +61,12 @@ class SelfDistillationRecipe(AnchorRecipe):
     koleo_in_float32: bool = True
     """Whether KoLeo looks for neighbours in float32 under autocast too, where bfloat16 cannot tell near ones apart."""
     koleo_over_ranks: bool = True
-    """Whether KoLeo's neighbours are sought in the slices of all ranks, or in those of each rank alone."""
+    """Whether KoLeo looks for neighbours in the slices of all ranks, or of each rank alone."""
     koleo_within_sessions: bool = False
-    """Whether slices of one session may be neighbours and be pushed apart; they are near-duplicates."""
+    """Whether KoLeo may push slices of one session apart, which are near-duplicates."""
     copied_heads: bool = True
-    """Whether the teacher's heads begin as copies of the student's. Heads that are drawn apart are two sets of
-    prototypes, and the student is at first taught noise."""
+    """Whether the teacher's heads begin as copies of the student's. Heads with weights of their own are two sets of
+    prototypes: the first targets are noise."""
     head: HeadRecipe = HeadRecipe()
     """The projection heads."""
     shared_head: bool = False
@@ -106,7 +104,7 @@ class SelfDistillationRecipe(AnchorRecipe):
 
 
 class TeacherTargets(NamedTuple):
-    """What the teacher answers, and what its health is read from."""
+    """The teacher's CLS tokens, from which its health is read, and the targets that follow from them."""
 
     cls: Float[Tensor, "2·n D"]
     cls_projection: Projection
@@ -114,62 +112,239 @@ class TeacherTargets(NamedTuple):
     temperature: float
 
 
-class SelfDistillation(Objective):
-    """Student, EMA teacher and anchor around one starting encoder.
+class GlobalCrops(NamedTuple):
+    """Global crops that the student encodes together, ``m`` of them, and their masks."""
+
+    rows: slice
+    masks: BlockMasks
+    """Of these crops, on their device."""
+    masked: slice
+    """Their masked tokens among those of all global crops."""
+    unmasked_fraction: float
+    """Their part of the crops without masks."""
+
+
+class SelfDistillation(AnchoredObjective):
+    """Student, EMA teacher and anchor around one starting encoder; the teacher is exported.
 
     Args:
         encoder: the starting checkpoint, with its trained part chosen; it is copied, not changed.
         recipe: weights and constants.
         views: the multi-crop recipe.
         num_steps: length of the run, for the momentum's cosine.
-        seed: initialises the heads and names the randomness of masks.
+        seed: initialises the heads.
 
     Raises:
         RecipeError: if crops do not fit the patch size.
     """
 
-    student: EncoderWithHeads
+    recipe_class = SelfDistillationRecipe
+    exported_name = "EMA teacher"
+    recipe: SelfDistillationRecipe
 
     def __init__(
         self, encoder: SliceEncoder, recipe: SelfDistillationRecipe, views: ViewsRecipe, num_steps: int, seed: int
     ) -> None:
-        self.recipe = recipe
-        self.num_steps = num_steps
         self.multi_crop = MultiCrop(views, encoder.patch_size)
-        # Of a student's and a teacher's crop: each global crop meets the other one, each local crop both.
+        # Pairs of a student's and a teacher's crop: each global crop meets the other one, each local crop both.
         self.num_pairs = 2 + 2 * views.num_local
         self.grid = (views.global_size // encoder.patch_size,) * 2
-        self.student = EncoderWithHeads(copy.deepcopy(encoder), recipe.head, recipe.shared_head, recipe.drop_path, seed)
-        self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
+        model = DistillationModel(copy.deepcopy(encoder), recipe.head, recipe.shared_head, recipe.drop_path, seed)
+        self.student = self.distilled = model
+        self.teacher = copy.deepcopy(model).requires_grad_(False).eval()
         if not recipe.copied_heads:
             self.teacher.initialise_heads(seed, first_stream=len(self.teacher.heads))
-        self.anchor = merge_adapters(encoder).requires_grad_(False).eval() if recipe.anchored else None
+        super().__init__(encoder, recipe, views, num_steps, seed)
         self._last: tuple[TeacherTargets, dict[str, Tensor]] | None = None
+
+    # The loss.
+
+    def compute_loss(self, student: DistillationModel, batch: PretrainBatch, key: StepKey) -> LossAndMetrics:
+        recipe, device = self.recipe, batch.pixels.device
+
+        # Crops of each slice, and patches of the global ones that are hidden from the student.
+        views = self.multi_crop(
+            batch.pixels,
+            batch.present_on_cpu,
+            torch_generator(VIEWS, key.seed, *key.keys),
+            torch_generator(VIEWS, key.seed, *key.keys, 1, device=device),
+            batch.neighbours,
+        )
+        large, num_crops = views.global_views, len(views.global_views.pixels)
+        num_slices = num_crops // 2
+        rng = numpy_generator(MASKS, key.seed, *key.keys)
+        masks = sample_block_masks(num_crops, self.grid, rng, recipe.mask_probability, recipe.mask_ratio)
+
+        # Targets: the teacher sees the global crops, unmasked.
+        temperature = self.schedule(key.step)["teacher_temperature"]
+        targets, patch_targets = self._teacher_targets(large, to_device(masks.indices, device), temperature)
+
+        def cls_loss(projection: Projection, target_rows: Int[Tensor, "N targets"]) -> Float[Tensor, ""]:
+            """The mean over all pairs of crops; normalised as in DINOv2."""
+            weights = projection.unit.new_full((len(projection.unit),), 1 / (num_slices * self.num_pairs))
+            student_temperature = recipe.student_temperature
+            return losses.cross_entropy(projection, targets.cls_targets, student_temperature, weights, target_rows)
+
+        def local_losses(tokens: Float[Tensor, "m T D"]) -> dict[str, Tensor]:
+            """Each local crop against both crops of the teacher."""
+            slices = torch.arange(len(tokens), device=device) % num_slices
+            target_rows = torch.stack((slices, slices + num_slices), dim=1)
+            return {"dino_local": cls_loss(student.project_cls(tokens), target_rows)}
+
+        def global_losses(tokens: Float[Tensor, "m T D"], crops: GlobalCrops) -> dict[str, Tensor]:
+            """Each global crop against the teacher's other one, and its masked patches against the teacher's."""
+            output = student.project(tokens, crops.masks.indices)
+            other_crop = torch.arange(num_crops, device=device).roll(num_slices)[crops.rows]
+            parts = {
+                "dino_global": cls_loss(output.cls_projection, other_crop[:, None]),
+                "ibot": losses.cross_entropy(
+                    output.masked_projection,
+                    patch_targets.part(crops.masked),
+                    recipe.student_temperature,
+                    crops.masks.weights / num_crops,
+                ),
+            }
+            if recipe.koleo_weight:
+                parts["koleo"] = torch.stack(
+                    [self._koleo(cls, batch.sessions) for cls in output.cls.split(num_slices)]
+                ).sum()
+            return parts | self._anchor_losses(output, select_views(large, crops.rows), crops)
+
+        summed: dict[str, Tensor] = {}
+
+        def pass_loss(local: Views | None, crops: GlobalCrops | None) -> Float[Tensor, ""]:
+            """The weighted loss of crops that are encoded together."""
+            groups = [] if local is None else [student.embed(local)]
+            if crops is not None:
+                groups.append(student.embed(select_views(large, crops.rows), crops.masks.mask))
+            tokens = student.encoder.transform(groups, student.drop_path)
+            parts = {} if crops is None else global_losses(tokens[-1], crops)
+            parts |= {} if local is None else local_losses(tokens[0])
+            for name, part in parts.items():
+                summed[name] = summed.get(name, 0) + part.detach()
+            return torch.stack([self.weight(name) * part for name, part in parts.items()]).sum()
+
+        *early, last = self._passes(large, views.local_views, masks)
+        if early:
+            # The last pass begins when only the gradients of those before it are left in memory.
+            before = backward_per_pass([partial(pass_loss, *one) for one in early], student.parameters())
+            total = before + pass_loss(*last)
+        else:
+            total = pass_loss(*last)
+        metrics = {f"loss_{name}": part for name, part in summed.items()}
+        metrics["loss_dino"] = metrics["loss_dino_global"] + metrics.get("loss_dino_local", 0)
+        self._last = targets, metrics
+        return total, metrics
+
+    def weight(self, part: str) -> float:
+        """The weight of a part of the loss."""
+        return getattr(self.recipe, f"{'dino' if part.startswith('dino') else part}_weight")
+
+    def _passes(
+        self, large: Views, small: Views | None, masks: BlockMasks
+    ) -> list[tuple[Views | None, GlobalCrops | None]]:
+        """The crops that the student encodes together: all of them, or (`separate_passes`) some local ones at a time,
+        the first global crop of every slice, and the second."""
+        num_crops, num_passes, device = len(masks.mask), 2 if self.separate_passes else 1, large.pixels.device
+        passes = []
+        for first in range(0, num_crops, num_crops // num_passes):
+            rows = slice(first, first + num_crops // num_passes)
+            part, masked = masks.select_crops(rows)
+            share = len(part.unmasked_crops) / max(1, len(masks.unmasked_crops))
+            passes.append(GlobalCrops(rows, part.to(device), masked, share))
+        if not self.separate_passes:
+            return [(small, passes[0])]
+        return [*((local, None) for local in self._split_local(large, small)), *((None, crops) for crops in passes)]
+
+    def _split_local(self, large: Views, small: Views | None) -> list[Views]:
+        """The local crops, as many at a time as are no more tokens than one global crop of every slice."""
+        if small is None:
+            return []
+        encoder = self.distilled.encoder
+        large_tokens, small_tokens = (
+            encoder.num_prefix_tokens + views.pixels.shape[-2:].numel() // encoder.patch_size**2
+            for views in (large, small)
+        )
+        at_a_time = max(1, large_tokens // small_tokens) * (len(large.pixels) // 2)
+        return [select_views(small, slice(at, at + at_a_time)) for at in range(0, len(small.pixels), at_a_time)]
+
+    @torch.no_grad()
+    def _teacher_targets(
+        self, large: Views, masked: Int[Tensor, "M"], temperature: float
+    ) -> tuple[TeacherTargets, Assignments]:
+        """The targets of CLS tokens and of the masked patches, which are too large to be kept for `health_metrics`."""
+        output = self.teacher.project(_encode(self.teacher.encoder, large), masked)
+        iterations = self.recipe.sinkhorn_iterations
+        cls_targets = losses.sinkhorn_knopp(output.cls_projection, temperature, iterations)
+        targets = TeacherTargets(output.cls, output.cls_projection, cls_targets, temperature)
+        return targets, losses.sinkhorn_knopp(output.masked_projection, temperature, iterations)
+
+    def _koleo(self, cls: Float[Tensor, "n D"], sessions: Int[Tensor, "n"]) -> Float[Tensor, ""]:
+        recipe = self.recipe
+        if recipe.koleo_over_ranks:
+            cls, sessions = ranks.gather_rows(cls), ranks.gather_rows(sessions)
+        return losses.koleo(cls, None if recipe.koleo_within_sessions else sessions, recipe.koleo_in_float32)
+
+    def _anchor_losses(self, output: DistillationOutput, large: Views, crops: GlobalCrops) -> dict[str, Tensor]:
+        """The distance to the starting checkpoint, on the crops without masks."""
+        rows = crops.masks.unmasked_crops
+        if self.anchor is None or not len(rows):
+            return {}
+        with torch.no_grad():
+            tokens = _encode(self.anchor, Views(large.pixels[rows], large.contrast_mask[rows]))
+            anchor = self.anchor.encoding(tokens)
+        parts = self.anchor_losses(output.patches[rows], output.cls[rows], anchor.patches, anchor.cls)
+        # Each part is a mean over the crops of its pass.
+        return {name: part * crops.unmasked_fraction for name, part in parts.items()}
+
+    # The rest of the contract.
 
     @property
     def exported_encoder(self) -> SliceEncoder:
-        """The teacher's encoder."""
         return self.teacher.encoder
 
-    def require_batch_size(self, num_slices: int) -> None:
+    def describe(self) -> str:
         recipe = self.recipe
-        num_patches = self.grid[0] * self.grid[1]
-        counts = num_masked_per_crop(2 * num_slices, num_patches, recipe.mask_probability, recipe.mask_ratio)
-        if recipe.anchored and 0 not in counts:
+        weighted = {"DINO": recipe.dino_weight, "iBOT": recipe.ibot_weight, "KoLeo": recipe.koleo_weight}
+        parts = " + ".join(name for name, weight in weighted.items() if weight)
+        return f"self-distillation ({parts}{self.describe_anchor()})"
+
+    @classmethod
+    def preflight(
+        cls, recipe: SelfDistillationRecipe, schedule: schedules.ScheduleRecipe, num_steps: int
+    ) -> Iterator[str]:
+        """A teacher that follows too slowly for the length of the run is exported nearly as it began."""
+        start, end = recipe.momentum
+
+        def first_weights(momentum: float) -> float:
+            return schedules.initial_weight_fraction(momentum, end, num_steps, schedule.head_warmup_steps)
+
+        fraction = first_weights(start) if num_steps else 0.0
+        if fraction > MAX_INITIAL_WEIGHT_FRACTION:
+            hundredths = (value / 100 for value in range(99, 89, -1))
+            enough = (value for value in hundredths if first_weights(value) <= MAX_INITIAL_WEIGHT_FRACTION)
+            remedy = next((f", or set 'objective.momentum=[{value:g},{end:g}]'" for value in enough), "")
+            yield (
+                f"objective.momentum=[{start},{end}] over {num_steps} steps: {fraction:.0%} of the exported"
+                f" teacher will be the weights that it began with. Train for longer{remedy}"
+            )
+
+    def require_batch_size(self, num_slices: int) -> None:
+        if self.recipe.anchored and 0 not in self._num_masked(num_slices):
             raise RecipeError(
                 "the anchor compares unmasked crops, and all crops of a micro-batch are masked",
                 where="objective.mask_probability",
-                got=f"{recipe.mask_probability:g} of {2 * num_slices} crops",
+                got=f"{self.recipe.mask_probability:g} of {2 * num_slices} crops",
                 remedy="Set objective.mask_probability=0.5, a larger batch, or both anchor weights to 0",
             )
 
-    def frozen_modules(self) -> list[nn.Module]:
-        return [self.teacher] if self.anchor is None else [self.teacher, self.anchor]
+    def _num_masked(self, num_slices: int) -> list[int]:
+        """How many patches are masked in each global crop."""
+        num_patches = self.grid[0] * self.grid[1]
+        return num_masked_per_crop(2 * num_slices, num_patches, self.recipe.mask_probability, self.recipe.mask_ratio)
 
-    def to(self, device: torch.device) -> None:
-        self.teacher.to(device)
-        if self.anchor is not None:
-            self.anchor.to(device)
+    def named_frozen_modules(self) -> dict[str, nn.Module]:
+        return {"teacher": self.teacher, **super().named_frozen_modules()}
 
     def schedule(self, step: int) -> dict[str, float]:
         recipe = self.recipe
@@ -180,160 +355,21 @@ class SelfDistillation(Objective):
             "momentum": schedules.momentum(step, *recipe.momentum, self.num_steps),
         }
 
-    def loss(self, student: nn.Module, batch: PretrainBatch, key: StepKey) -> tuple[Tensor, dict[str, Tensor]]:
-        device = batch.pixels.device
-        views = self.multi_crop(
-            batch.pixels,
-            batch.present_on_cpu,
-            torch_generator(VIEWS, key.seed, *key.keys),
-            torch_generator(VIEWS, key.seed, *key.keys, 1, device=device),
-            batch.neighbours,
-        )
-        masks = sample_block_masks(
-            len(views.global_views.pixels),
-            self.grid,
-            numpy_generator(MASKS, key.seed, *key.keys),
-            self.recipe.mask_probability,
-            self.recipe.mask_ratio,
-        )
-        passes = self._global_passes(masks, device)
-        temperature = self.schedule(key.step)["teacher_temperature"]
-        targets, masked_targets = self.targets(views, to_device(masks.indices, device), temperature)
-
-        def global_loss_parts(output: StudentOutput, global_pass: GlobalPass) -> dict[str, Tensor]:
-            masked = masked_targets.part(global_pass.masked)
-            parts = self.compute_global_parts(output, targets, masked, global_pass, batch.sessions)
-            return parts | self._anchor_parts(output, views, global_pass)
-
-        step_losses = StepLosses(partial(self.compute_local_parts, targets), global_loss_parts, self.weighted_sum)
-        total, parts = student(views.global_views, passes, views.local_views, step_losses)
-        metrics = {f"loss_{name}": part for name, part in parts.items()}
-        metrics["loss_dino"] = metrics["loss_dino_global"] + metrics.get("loss_dino_local", 0)
-        self._last = targets, metrics
-        return total, metrics
-
-    def _global_passes(self, masks: BlockMasks, device: torch.device) -> list[GlobalPass]:
-        """All global crops together, or first the one of every slice and then the other."""
-        num_crops, num_passes = len(masks.mask), 2 if self.student.separate_passes else 1
-        passes = []
-        for first in range(0, num_crops, num_crops // num_passes):
-            crops = slice(first, first + num_crops // num_passes)
-            part, masked = masks.select_crops(crops)
-            share = len(part.unmasked_crops) / max(1, len(masks.unmasked_crops))
-            passes.append(GlobalPass(crops, part.to(device), masked, share))
-        return passes
-
-    def weighted_sum(self, parts: dict[str, Tensor]) -> Float[Tensor, ""]:
-        """The weighted sum of parts of the loss."""
-        return torch.stack([self.weight(name) * part for name, part in parts.items()]).sum()
-
-    def weight(self, part: str) -> float:
-        """The weight of a part of the loss."""
-        recipe = self.recipe
-        return {
-            "dino_global": recipe.dino_weight,
-            "dino_local": recipe.dino_weight,
-            "ibot": recipe.ibot_weight,
-            "koleo": recipe.koleo_weight,
-            "anchor_gram": recipe.anchor_gram_weight,
-            "anchor_cls": recipe.anchor_cls_weight,
-        }[part]
-
-    @torch.no_grad()
-    def targets(
-        self, views: CropViews, masked: Int[Tensor, "M"], temperature: float
-    ) -> tuple[TeacherTargets, Assignments]:
-        """The teacher's answers to the global crops, unmasked; of patches only where the student is masked.
-
-        The answers to patches are the largest thing of a step: apart, so that they can be forgotten first.
-        """
-        large = views.global_views
-        cls, patches, _ = _encode(self.teacher.encoder, large.pixels, large.contrast_mask)
-        cls_projection = self.teacher.heads["dino"](cls)
-        hidden = self.teacher.ibot_head(patches.flatten(0, 1).index_select(0, masked))
-        iterations = self.recipe.sinkhorn_iterations
-        targets = TeacherTargets(
-            cls, cls_projection, sinkhorn_assign(cls_projection, temperature, iterations), temperature
-        )
-        return targets, sinkhorn_assign(hidden, temperature, iterations)
-
-    def compute_local_parts(self, targets: TeacherTargets, projection: Projection) -> dict[str, Tensor]:
-        """The CLS loss of some local crops of every slice; see `losses.dino_loss`."""
-        num_slices = len(targets.cls) // 2
-        slices = torch.arange(len(projection.unit), device=projection.unit.device) % num_slices
-        target_rows = torch.stack((slices, slices + num_slices), dim=1)
-        return {"dino_local": self._cls_loss(projection, targets, target_rows)}
-
-    def _cls_loss(
-        self, projection: Projection, targets: TeacherTargets, target_rows: Int[Tensor, "N targets"]
-    ) -> Float[Tensor, ""]:
-        share = 1 / (len(targets.cls) // 2 * self.num_pairs)
-        weights = projection.unit.new_full((len(projection.unit),), share)
-        temperature = self.recipe.student_temperature
-        return cross_entropy_sum(projection, targets.cls_targets, weights, temperature, target_rows)
-
-    def compute_global_parts(
-        self,
-        output: StudentOutput,
-        targets: TeacherTargets,
-        masked_targets: Assignments,
-        global_pass: GlobalPass,
-        sessions: Int[Tensor, "n"],
-    ) -> dict[str, Tensor]:
-        """What a pass over global crops adds to the parts that need no anchor; `losses` defines them.
-
-        Args:
-            masked_targets: of the masked tokens of this pass.
-        """
-        num_crops = len(targets.cls)
-        other_crop = torch.arange(num_crops, device=output.cls.device).roll(num_crops // 2)[global_pass.crops]
-        weights = global_pass.masks.weights / num_crops
-        parts = {
-            "dino_global": self._cls_loss(output.cls_projection, targets, other_crop[:, None]),
-            "ibot": cross_entropy_sum(
-                output.masked_projection, masked_targets, weights, self.recipe.student_temperature
-            ),
-        }
-        if self.recipe.koleo_weight:
-            crops = output.cls.split(num_crops // 2)
-            parts["koleo"] = torch.stack([self._koleo(crop, sessions) for crop in crops]).sum()
-        return parts
-
-    def _koleo(self, cls: Float[Tensor, "n D"], sessions: Int[Tensor, "n"]) -> Float[Tensor, ""]:
-        recipe = self.recipe
-        if recipe.koleo_over_ranks:
-            cls, sessions = ranks.gather_rows(cls), ranks.gather_rows(sessions)
-        return losses.koleo(cls, None if recipe.koleo_within_sessions else sessions, recipe.koleo_in_float32)
-
-    def _anchor_parts(self, output: StudentOutput, views: CropViews, global_pass: GlobalPass) -> dict[str, Tensor]:
-        """The distance to the starting checkpoint, on the crops of which the student saw everything."""
-        unmasked_crops = global_pass.masks.unmasked_crops
-        if self.anchor is None or not len(unmasked_crops):
-            return {}
-        large = select_views(views.global_views, global_pass.crops)
-        with torch.no_grad():
-            anchor = _encode(self.anchor, large.pixels[unmasked_crops], large.contrast_mask[unmasked_crops])
-        parts = anchor_losses(
-            self.recipe, output.patches[unmasked_crops], output.cls[unmasked_crops], anchor.patches, anchor.cls
-        )
-        # Each part is a mean over the crops of its pass.
-        return {name: part * global_pass.unmasked_fraction for name, part in parts.items()}
-
     @torch.no_grad()
     def after_step(self, step: int, taken: Float[Tensor, ""]) -> None:
-        """teacher ← momentum · teacher + (1 − momentum) · student; as it was, where the step was skipped.
+        """teacher ← momentum · teacher + (1 − momentum) · student; unchanged where the step was skipped.
 
-        A backbone that waits for its heads does not drift in the teacher either. What is never trained is
+        While the backbone waits for its heads, that of the teacher does not drift either. Frozen parameters are
         not touched.
         """
         weight = (1 - self.schedule(step)["momentum"]) * taken
-        pairs = zip(self.teacher.parameters(), self.student.parameters(), strict=True)
+        pairs = zip(self.teacher.parameters(), self.distilled.parameters(), strict=True)
         trained = [pair for pair in pairs if pair[1].requires_grad]
         ema_update([old for old, _ in trained], [new for _, new in trained], weight)
 
     @torch.no_grad()
     def health_metrics(self) -> dict[str, float]:
-        """Gauges of the last batch; see `brainfound.pretraining.monitoring.collapse_metrics`."""
+        """Collapse metrics of the teacher; see `brainfound.pretraining.monitoring.collapse_metrics`."""
         if self._last is None:
             return {}
         targets, metrics = self._last
@@ -353,29 +389,35 @@ class SelfDistillation(Objective):
         return health_metrics
 
     def clip_groups(self) -> dict[str, list[nn.Parameter]]:
-        heads = {f"{name}_head": list(head.parameters()) for name, head in self.student.heads.items()}
-        return {"backbone": list(self.student.encoder.parameters()), **heads}
+        heads = {f"{name}_head": list(head.parameters()) for name, head in self.distilled.heads.items()}
+        return {"backbone": list(self.distilled.encoder.parameters()), **heads}
 
-    def state_dict(self) -> dict[str, Tensor]:
-        state = {f"teacher.{name}": value for name, value in self.teacher.state_dict().items()}
-        if self.anchor is not None:
-            state |= {f"anchor.{name}": value for name, value in self.anchor.state_dict().items()}
-        return state
+    def flops(self, num_slices: int) -> StepFlops:
+        student, teacher, drop_path = self.distilled, self.teacher, self.recipe.drop_path
+        num_large, num_small = 2 * num_slices, self.views.num_local * num_slices
+        num_patches = self.grid[0] * self.grid[1]
+        small_patches = (self.views.local_size // student.encoder.patch_size) ** 2
+        masked = self._num_masked(num_slices)
+        num_masked, num_unmasked_crops = sum(masked), masked.count(0)
+        own = encoder_flops(student.encoder, num_large, num_patches, backward=True, drop_path=drop_path)
+        own += encoder_flops(student.encoder, num_small, small_patches, backward=True, drop_path=drop_path)
+        own += matmul_flops(student.heads["dino"], num_large + num_small, backward=True)
+        own += matmul_flops(student.ibot_head, num_masked, backward=True)
+        targets = encoder_flops(teacher.encoder, num_large, num_patches)
+        targets += matmul_flops(teacher.heads["dino"], num_large, backward=False)
+        targets += matmul_flops(teacher.ibot_head, num_masked, backward=False)
+        return StepFlops(own, targets) + self.anchor_flops(num_unmasked_crops, num_patches, num_patches)
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        _load_part(self.teacher, state, "teacher.")
-        if self.anchor is not None:
-            _load_part(self.anchor, state, "anchor.")
+
+def select_views(views: Views, rows: slice) -> Views:
+    """Some successive crops."""
+    return Views(views.pixels[rows], views.contrast_mask[rows])
 
 
-def _encode(encoder: SliceEncoder, pixels: Tensor, contrast_mask: Tensor) -> SliceEncoding:
-    (tokens,) = encoder.transform([encoder.embed(pixels, contrast_mask)])
-    return encoder.encoding(tokens)
+def _encode(encoder: SliceEncoder, views: Views) -> Float[Tensor, "m T D"]:
+    (tokens,) = encoder.transform([encoder.embed(views.pixels, views.contrast_mask)])
+    return tokens
 
 
 def _entropy(probs: Float[Tensor, "*rows K"]) -> Float[Tensor, "*rows"]:
     return -torch.special.xlogy(probs, probs).sum(dim=-1)
-
-
-def _load_part(module: nn.Module, state: dict[str, Tensor], prefix: str) -> None:
-    module.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
