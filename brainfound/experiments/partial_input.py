@@ -27,7 +27,7 @@ from brainfound.finetuning.frozen_baseline import (
     scoring_from_bundle,
 )
 from brainfound.finetuning.scoring import FROZEN_CASES_FILE, score_sessions
-from brainfound.finetuning.targets import Target, labelled_sessions
+from brainfound.finetuning.tasks import TargetColumn, Task, from_dict
 from brainfound.metrics.scores import PRIMARY_METRIC
 from brainfound.metrics.summaries import (
     compute_drop,
@@ -83,8 +83,8 @@ def score_missing_contrasts(
     if (run / MISSING_CONTRASTS_FILE).is_file():
         return
     bundle = load_bundle(run / EXPORT_FOLDER)
-    target = Target.from_dict(bundle.labels)
-    labelled = labelled_sessions(store, target.column)
+    target = from_dict(bundle.labels)
+    labelled = TargetColumn.find(store, target.column).labelled
     test = np.intersect1d(split.sessions(store, fold)["test"], labelled)
     sessions = complete_sessions(store, test, contrasts, fold).tolist()
     model = bundle.model.to(process_state().device)
@@ -99,14 +99,14 @@ def score_missing_contrasts(
         results.append({"contrasts": list(shown), "absence": absence, "num_left_out": len(test) - len(sessions)})
         results[-1] |= scored.to_dict()
         if absence != TEST and (run / FROZEN_CASES_FILE).is_file():
-            results[-1]["frozen"] = _frozen_scores(run, target.task, sessions)
+            results[-1]["frozen"] = _frozen_scores(run, target.kind, sessions)
         elif frozen is not None:
             asked = score_frozen_baseline(frozen, store, sessions, without, scoring=scoring_from_bundle(bundle))
             results[-1] = replace(scored, frozen=asked.scores).to_dict() | results[-1]
     write_atomically(run / MISSING_CONTRASTS_FILE, json.dumps(results, indent=1) + "\n")
 
 
-def _load_frozen_baseline_if_any(bundle: Bundle, target: Target) -> FrozenBaseline | None:
+def _load_frozen_baseline_if_any(bundle: Bundle, target: Task) -> FrozenBaseline | None:
     """The frozen baseline, where the bundle has one and the backbone that it is of."""
     try:
         return load_frozen_baseline(bundle, target, process_state().device)

@@ -32,9 +32,10 @@ from brainfound.experiments import partial_input
 from brainfound.experiments import results as experiment_files
 from brainfound.experiments.results import EXPERIMENT_SPLIT_FILE, ExperimentSpec
 from brainfound.experiments.systems import SystemSpec, make_subset_systems, parse_systems
-from brainfound.finetuning.finetune import finetune, resolve_parts_and_target
+from brainfound.finetuning.finetune import finetune, resolve_parts_and_task
 from brainfound.finetuning.recipe import FinetuneRecipe, resolve_recipe
 from brainfound.finetuning.splits import make_split
+from brainfound.finetuning.tasks import Task
 from brainfound.metrics.summaries import summarise_runs
 from brainfound.models.start import read_patch_size
 from brainfound.training import distributed as ranks
@@ -280,21 +281,21 @@ class _ExperimentRunner:
                 (self.folder / EXPERIMENT_SPLIT_FILE).unlink()
             raise
 
-    def _preflight(self) -> str:
-        """Everything that can be refused before the first run; returns the task."""
-        task = ""
+    def _preflight(self) -> Task:
+        """Everything that can be refused before the first run; returns the task of the first system."""
+        tasks = []
         for system in self.systems:
             content = self.contents[system.name]
             store = restrict_contrasts(self.store, content.contrasts)
             read_patch_size(system.model, store.contrasts)
             for fold in self.split.folds:
-                parts, learnt = resolve_parts_and_target(
+                parts, task = resolve_parts_and_task(
                     content, store, self.target, self.folder / EXPERIMENT_SPLIT_FILE, fold
                 )
-                task = learnt.task
+                tasks.append(task)
                 if self.kind == "partial input" and system is self.systems[0]:
                     partial_input.complete_sessions(self.store, parts["test"], store.shown, fold)
-        return task
+        return tasks[0]
 
     def _run(self, system: SystemSpec, fold: str, seed: int, is_main: bool) -> Path:
         options = self.options

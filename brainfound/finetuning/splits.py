@@ -41,7 +41,7 @@ from brainfound.data.splits.split_file import (
 )
 from brainfound.data.store import Store
 from brainfound.errors import UsageError
-from brainfound.finetuning.targets import MASK, labelled_sessions, target_columns
+from brainfound.finetuning.tasks.columns import MASK, TargetColumn, target_columns
 from brainfound.recipes import Recipe
 from brainfound.training import run_folder as run_files
 
@@ -85,9 +85,9 @@ def make_split(
     """
     kind = _split_kind(folds, shots, num_subjects, leave_site_out)
     shares = _shares(test, validation)
-    used = np.arange(len(store)) if target is None else labelled_sessions(store, target)
+    used = np.arange(len(store)) if target is None else TargetColumn.find(store, target).labelled
     chosen = list(stratify) if stratify is not None else [] if target is None else [target]
-    columns = {name: stratification_labels(store, used, name) for name in chosen} or None
+    columns = {name: stratification_labels(store, used, target_columns(store, name)) for name in chosen} or None
     divided, num_linked = get_split_groups(store)
     labels = _classes(store, target, used) if shots else _sites(store, used) if leave_site_out else []
     requested = folds or shots or num_subjects
@@ -174,14 +174,14 @@ def _shares(test: float, validation: float) -> dict[str, float]:
     return {part: share for part, share in shares.items() if share > 0}
 
 
-def stratification_labels(store: Store, sessions: np.ndarray, column: str) -> list[Any]:
-    """The labels of sessions by which they are stratified; of masks, whether they mark anything."""
-    if column != MASK:
-        values = [store.covariate(name).iloc[sessions].tolist() for name in target_columns(store, column)]
-        # Of several labels, which of them a session has: one stratum per combination.
-        return values[0] if len(values) == 1 else [" ".join(map(str, labels)) for labels in zip(*values, strict=True)]
-    masks = [store.read_masks(int(session)) for session in sessions]
-    return ["empty" if mask is None or not mask.any() else "marked" for mask in masks]
+def stratification_labels(store: Store, sessions: np.ndarray, columns: Sequence[str]) -> list[Any]:
+    """The labels by which sessions are stratified; without columns whether their masks mark anything."""
+    if not columns:
+        masks = [store.read_masks(int(session)) for session in sessions]
+        return ["empty" if mask is None or not mask.any() else "marked" for mask in masks]
+    values = [store.covariate(name).iloc[sessions].tolist() for name in columns]
+    # Of several labels the combination that a session has.
+    return values[0] if len(values) == 1 else [" ".join(map(str, labels)) for labels in zip(*values, strict=True)]
 
 
 def split_from_file(store: Store, file: str | Path, columns: Sequence[str] = ()) -> Split:
@@ -251,7 +251,7 @@ class SplitRecipe(Recipe):
 def split_sessions(
     recipe: SplitRecipe,
     store: Store,
-    target: str,
+    target: TargetColumn,
     file: Path | None,
     fold: str | None = None,
     notify: Callable[[str], None] | None = None,
@@ -259,16 +259,16 @@ def split_sessions(
     """Store indices of the labelled sessions of each part.
 
     Args:
-        target: the covariate column, or ``"mask"``.
+        target: whose labelled sessions are divided.
         file: a split file, whose parts are taken; None to divide anew.
-        fold: which fold of the file, where it has several.
-        say: is told in one line what is left out.
+        fold: the fold of a file that has several.
+        notify: receives a line on what is left out.
 
     Raises:
         UsageError: too few subjects, no such labels, a file that is no split of this store, or parts that share a
             subject or an image.
     """
-    labelled = labelled_sessions(store, target)
+    labelled = target.labelled
     notify = notify or (lambda line: None)
     if file is not None:
         parts = _parts_from_file(file, fold, store, labelled, notify)
@@ -277,13 +277,11 @@ def split_sessions(
             raise UsageError("a fold of no split", where="--fold", got=fold, remedy="Give the split file with --split")
         names, num_linked = get_split_groups(store)
         if unlabelled := len(store) - len(labelled):
-            notify(f"{unlabelled} of {len(store)} sessions have no {target}: left out")
+            notify(f"{unlabelled} of {len(store)} sessions have no {target.name}: left out")
         if num_linked:
             notify(f"{num_linked} subjects have an image of another subject: kept in one part with it")
         shares = {part: getattr(recipe, part) for part in PARTS}
-        split = split_by_subject(
-            names[labelled].tolist(), shares, recipe.seed, _strata(recipe, store, labelled, target) or None
-        )
+        split = split_by_subject(names[labelled].tolist(), shares, recipe.seed, _strata(recipe, store, target) or None)
         parts = {part: labelled[index] for part, index in split.items()}
     parts = _drop_unreadable_sessions(parts, store, notify)
     require_disjoint(parts, store.sessions["subject"].tolist())
@@ -292,7 +290,7 @@ def split_sessions(
 
 
 def resolve_split_file(
-    folder: Path, store: Store, target: str, given: str | Path | None, fold: str | None, resume: bool
+    folder: Path, store: Store, target: TargetColumn, given: str | Path | None, fold: str | None, resume: bool
 ) -> tuple[Path | None, str | None]:
     """The split file to follow, and its fold: of the run that goes on, else the given one, else none.
 
@@ -303,10 +301,10 @@ def resolve_split_file(
     if not (resume and own.is_file()):
         return (None if given is None else Path(given)), fold
     before = json.loads((folder / run_files.FACTS_FILE).read_text(encoding="utf-8"))["target"]["column"]
-    if before != target:
-        raise UsageError("the run learns another target", where=folder, got=target, expected=before)
+    if before != target.name:
+        raise UsageError("the run learns another target", where=folder, got=target.name, expected=before)
     if given is not None:
-        labelled = labelled_sessions(store, target)
+        labelled = target.labelled
         now = _labelled_parts(Split.load(given), fold, store, labelled, Path(given))
         then = _labelled_parts(Split.load(own), None, store, labelled, own)
         now = _drop_unreadable_sessions(now, store, lambda line: None)
@@ -318,19 +316,23 @@ def resolve_split_file(
 
 
 def write_split(
-    folder: Path, store: Store, parts: Mapping[str, np.ndarray], target: str, recipe: SplitRecipe, given: Path | None
+    folder: Path,
+    store: Store,
+    parts: Mapping[str, np.ndarray],
+    target: TargetColumn,
+    recipe: SplitRecipe,
+    given: Path | None,
 ) -> None:
     """Write the split file of a run into its folder; a run that goes on keeps the one that it has."""
     if given == folder / RUN_SPLIT_FILE:
         return
     if given is not None:
-        made: dict[str, Any] = {"kind": "taken from a file", "target": target, "sha256": _sha256_of(given)}
+        made: dict[str, Any] = {"kind": "taken from a file", "target": target.name, "sha256": _sha256_of(given)}
     else:
-        made = {"kind": "made by a run", "target": target, **recipe.model_dump(mode="json", exclude={"seed"})}
+        made = {"kind": "made by a run", "target": target.name, **recipe.model_dump(mode="json", exclude={"seed"})}
     seed = recipe.seed if given is None else None
-    Split.from_folds(store, {SINGLE_FOLD: parts}, seed=seed, made=made, columns=target_columns(store, target)).save(
-        folder / RUN_SPLIT_FILE
-    )
+    split = Split.from_folds(store, {SINGLE_FOLD: parts}, seed=seed, made=made, columns=target.columns)
+    split.save(folder / RUN_SPLIT_FILE)
 
 
 def hash_split(store: Store, parts: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -393,13 +395,10 @@ def _sha256_of(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def _strata(recipe: SplitRecipe, store: Store, labelled: np.ndarray, target: str) -> dict[str, list[Any]]:
-    columns: dict[str, list[Any]] = {}
-    if recipe.stratify:
-        columns[target] = stratification_labels(store, labelled, target)
-    for name in recipe.stratify_columns or ():
-        columns[name] = stratification_labels(store, labelled, name)
-    return columns
+def _strata(recipe: SplitRecipe, store: Store, target: TargetColumn) -> dict[str, list[Any]]:
+    columns = {target.name: target.columns} if recipe.stratify else {}
+    columns |= {name: target_columns(store, name) for name in recipe.stratify_columns or ()}
+    return {name: stratification_labels(store, target.labelled, of) for name, of in columns.items()}
 
 
 def _drop_unreadable_sessions(

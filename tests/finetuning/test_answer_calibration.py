@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -11,13 +12,18 @@ from scipy import special
 
 from brainfound.finetuning.calibration import AnswerCalibration
 from brainfound.finetuning.scoring import SessionScores
-from brainfound.finetuning.targets import Target
+from brainfound.finetuning.tasks import Classification, Regression, RegressionRecipe
+from brainfound.finetuning.tasks.classification import MultiLabelClassification
 from brainfound.metrics.calibration import expected_calibration_error, fit_temperature
 from brainfound.models.stack_inference import StackPrediction
 
-AGES = Target("regression", "age_years", mean=50.0, std=10.0)
-WORDS = Target("classification", "diagnosis", names=("healthy", "patient", "unsure"))
-LABELS = Target("classification", "edema,lesion", names=("edema", "lesion"), multi_label=True)
+AGES = Regression("age_years", mean=50.0, std=10.0)
+WORDS = Classification("diagnosis", names=("healthy", "patient", "unsure"))
+LABELS = MultiLabelClassification("edema,lesion", names=("edema", "lesion"))
+
+
+def with_confidence(confidence: float) -> Regression:
+    return replace(AGES, settings=RegressionRecipe(interval_confidence=confidence))
 
 
 def ages(count: int, seed: int, spread: bool = False, sessions: int = 1) -> SessionScores:
@@ -43,7 +49,7 @@ def words(count: int, seed: int) -> tuple[SessionScores, np.ndarray, np.ndarray]
 
 @pytest.mark.parametrize("spread", [False, True])
 def test_regression(spread):
-    fitted = AnswerCalibration.fit(ages(300, 0, spread), AGES, 0.8)
+    fitted = AnswerCalibration.fit(ages(300, 0, spread), with_confidence(0.8))
     assert fitted.left_out == ()
     report = fitted.report(ages(2000, 1, spread), AGES)
     assert report["interval"]["normalised"] is spread
@@ -54,7 +60,7 @@ def test_regression(spread):
 
     again = AnswerCalibration.from_dict(json.loads(json.dumps(fitted.to_dict())))
     assert again == fitted
-    answer = again.calibrate_answer(StackPrediction(value=60.0, value_std=2.0 if spread else None), AGES)
+    answer = AGES.calibrate(again, StackPrediction(value=60.0, value_std=2.0 if spread else None))
     width = fitted.interval.half_width * (2 if spread else 1)
     assert answer["interval"] == {"low": 60 - width, "high": 60 + width, "confidence": 0.8}
     line = fitted.bias_correction
@@ -63,10 +69,10 @@ def test_regression(spread):
 
 def test_sessions_of_a_subject_are_one_case():
     thrice = ages(12, 0, sessions=3)
-    fitted = AnswerCalibration.fit(thrice, AGES, 0.75)  # 4 subjects: the 4th of their distances
+    fitted = AnswerCalibration.fit(thrice, with_confidence(0.75))  # 4 subjects: the 4th of their distances
     first = thrice.cases.iloc[::3]
     assert fitted.interval.half_width == (first["truth"] - first["prediction"]).abs().max()
-    assert AnswerCalibration.fit(thrice, AGES, 0.9).interval is None
+    assert AnswerCalibration.fit(thrice, with_confidence(0.9)).interval is None
 
 
 def test_what_is_too_small_is_left_out_and_said():
@@ -77,8 +83,8 @@ def test_what_is_too_small_is_left_out_and_said():
     assert [line.split(":")[0] for line in fitted.left_out] == ["bias correction", "interval"]
     report = fitted.report(ages(5, 1), AGES)
     assert (report["interval"], report["bias_correction"], len(report["left_out"])) == (None, None, 2)
-    assert fitted.calibrate_answer(StackPrediction(value=1.0), AGES) == {}
-    assert AnswerCalibration.from_dict(None).calibrate_answer(StackPrediction(value=1.0), AGES) == {}
+    assert AGES.calibrate(fitted, StackPrediction(value=1.0)) == {}
+    assert AGES.calibrate(AnswerCalibration.from_dict(None), StackPrediction(value=1.0)) == {}
     one_class = words(40, 0)[0]
     one_class.cases["truth"] = "healthy"
     without = AnswerCalibration.fit(one_class, WORDS)
@@ -86,7 +92,7 @@ def test_what_is_too_small_is_left_out_and_said():
     report = without.report(words(40, 1)[0], WORDS)
     assert report["ece"]["raw"] > 0
     assert report["ece"]["calibrated"] is None
-    assert list(without.reliability(words(40, 1)[0], WORDS)) == ["raw"]
+    assert list(WORDS.reliability(without, words(40, 1)[0].cases)) == ["raw"]
 
 
 def test_classification():
@@ -99,9 +105,9 @@ def test_classification():
     assert report["ece"]["raw"] == pytest.approx(raw, abs=1e-4)
     assert report["ece"]["calibrated"] < 0.3 * report["ece"]["raw"]
     assert report["brier"]["calibrated"] < report["brier"]["raw"]
-    assert [bins.count.sum() for bins in fitted.reliability(test, WORDS).values()] == [3000, 3000]
+    assert [bins.count.sum() for bins in WORDS.reliability(fitted, test.cases).values()] == [3000, 3000]
     shares = special.softmax(logits[0]).astype(np.float32)
-    answer = fitted.calibrate_answer(StackPrediction(probabilities=shares), WORDS)["calibrated_probabilities"]
+    answer = WORDS.calibrate(fitted, StackPrediction(probabilities=shares))["calibrated_probabilities"]
     expected = special.softmax(logits[0] / fitted.temperature)
     assert list(answer.values()) == pytest.approx(expected.tolist(), abs=1e-4)
     assert list(answer) == list(WORDS.names)
@@ -118,7 +124,7 @@ def test_several_labels_share_a_temperature():
     assert fitted.temperature == pytest.approx(2, rel=0.1)
     report = fitted.report(scored, LABELS)
     assert report["brier"]["calibrated"] < report["brier"]["raw"]
-    answer = fitted.calibrate_answer(StackPrediction(probabilities=np.array([0.9, 1.0], dtype=np.float32)), LABELS)
+    answer = LABELS.calibrate(fitted, StackPrediction(probabilities=np.array([0.9, 1.0], dtype=np.float32)))
     calibrated = answer["calibrated_probabilities"]
     assert calibrated["edema"] == pytest.approx(special.expit(special.logit(0.9) / fitted.temperature), abs=1e-4)
     assert 0.99 < calibrated["lesion"] < 1
