@@ -39,7 +39,7 @@ from brainfound.finetuning.recipe import (
 from brainfound.finetuning.scoring import FROZEN_CASES_FILE, write_cases, write_scores
 from brainfound.finetuning.splits import hash_split, resolve_split_file, split_sessions, write_split
 from brainfound.finetuning.tasks import TargetColumn, Task, resolve
-from brainfound.finetuning.training_task import FinetuneTask, FrozenBaselineResult, build_training_setup
+from brainfound.finetuning.training_task import FinetuneTask, build_task
 from brainfound.models import BrainFoundConfig
 from brainfound.models.stack_inference import unwrap_peft
 from brainfound.recipes import load
@@ -142,12 +142,9 @@ def _train(
     caches = folder / run_files.EMBEDDINGS_FOLDER if cache is None else Path(cache)
     if content.frozen_baseline:
         console.print("frozen baseline: each session of the training and the test part is read once before training")
-    network, embedded, frozen = build_training_setup(
-        content, store, parts, model, task, accelerator, caches, cache is not None
-    )
-    training = FinetuneTask(network, store, parts, task, content, accelerator, embedded)
-    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    everything = sum(p.numel() for p in network.parameters())
+    training = build_task(content, store, parts, model, task, accelerator, caches, cache is not None)
+    trained = sum(p.numel() for p in training.model.parameters() if p.requires_grad)
+    everything = sum(p.numel() for p in training.model.parameters())
     counts = ", ".join(f"{part} {len(index)}" for part, index in parts.items())
     console.print(f"{task.kind} of {target}: {counts}; training {trained:,} of {everything:,} parameters")
     engine = Engine(training, content.engine, folder, accelerator, content.seed, console.quiet)
@@ -175,7 +172,7 @@ def _train(
     # In place: a model that is prepared for bf16 would also score in it, unlike the one that is loaded from the bundle.
     accelerator.unwrap_model(engine.model, keep_fp32_wrapper=False)
     ranks.run_on_main_rank(
-        lambda: _score_and_export(folder, training, frozen, model, engine.step, keep_ids), accelerator.is_main_process
+        lambda: _score_and_export(folder, training, model, engine.step, keep_ids), accelerator.is_main_process
     )
     return folder
 
@@ -221,11 +218,9 @@ def _require_same_model_and_task(folder: Path, model: str, task: Task) -> None:
         )
 
 
-def _score_and_export(
-    folder: Path, training: FinetuneTask, frozen: FrozenBaselineResult | None, source: str, step: int, keep_ids: bool
-) -> None:
+def _score_and_export(folder: Path, training: FinetuneTask, source: str, step: int, keep_ids: bool) -> None:
     """Score the test part once, and write scores, bundle and curves."""
-    store, parts, task = training.store, training.parts, training.task
+    store, parts, task, frozen = training.store, training.parts, training.task, training.frozen
     test = training.score("test").with_intervals()
     if frozen is not None:
         test = replace(test, frozen=frozen.scores.scores)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from brainfound.data.batches import evenly_spaced_slices
 from brainfound.finetuning.linear_models import standardise, subject_group_indices
 from brainfound.finetuning.tasks import Segmentation, VolumeTask
+from brainfound.finetuning.tasks.base import LabelledFeatures
 from brainfound.finetuning.volumes import EmbeddedReader, VolumeAugmentation, VolumeReader, augment_volumes
 from brainfound.training.randomness import VIEWS, StepKey, numpy_generator
 
@@ -73,7 +74,8 @@ def fit_head(
     order = np.concatenate(sessions)
     subject_groups = subject_group_indices(reader.store.sessions["subject"].tolist(), order)
     labels = task.values(reader.store, order.tolist())
-    _set_layer(layer, *task.fit_head(features, labels, subject_groups, model.config), mean, std)
+    data = LabelledFeatures(features, labels, subject_groups)
+    _set_layer(layer, *task.fit_head(data, model.config), mean, std)
 
 
 def _set_layer(layer: nn.Module, weight: np.ndarray, bias: np.ndarray, mean: np.ndarray, std: np.ndarray) -> None:

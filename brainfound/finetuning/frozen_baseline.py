@@ -36,6 +36,7 @@ from brainfound.finetuning.embedding_cache import EmbeddingCache, slice_embeddin
 from brainfound.finetuning.linear_models import fit_patch_label, standardise, subject_group_indices
 from brainfound.finetuning.scoring import SessionScores, score_predictions
 from brainfound.finetuning.tasks import ScoringRecipe, Segmentation, Task, VolumeTask
+from brainfound.finetuning.tasks.base import LabelledFeatures
 from brainfound.models import BrainFoundModel
 from brainfound.models.stack_inference import SEGMENTATION_CHUNK, StackPrediction
 from brainfound.models.start import load_initial_model
@@ -107,7 +108,7 @@ class VolumeLinearProbe(_LinearModel):
         labels = task.values(store, list(sessions))
         features, mean, std = standardise([embedded], "the backbone that the run starts from gives embeddings")
         subject_groups = subject_group_indices(store.sessions["subject"].tolist(), np.array(sessions))
-        weight, bias = task.fit_linear(features, labels, subject_groups, model.config.class_weights)
+        weight, bias = task.fit_linear(LabelledFeatures(features, labels, subject_groups), model.config.class_weights)
         return cls(model, task, mean, std, weight, bias, num_slices, cache)
 
     def answer(self, session: int, stack: Stack, without: Sequence[str] = ()) -> StackPrediction:
@@ -214,7 +215,7 @@ def _tokens(model: Any, stack: Stack, slices: Int[np.ndarray, "S"]) -> Float[np.
     """The backbone's patch tokens of some slices."""
     model.eval()
     device = next(model.parameters()).device
-    # A stem that reads neighbours has to be shown them.
+    # The stem "slices" reads the neighbours too.
     whole = model.config.stem == "slices"
     batch = collate([stack], [np.arange(len(stack.pixels)) if whole else slices]).to(device)
     patches = model.brainfound(**batch.inputs(), output_patch_embeddings=True).patch_embeddings[0]
@@ -254,7 +255,7 @@ def _choose_patches(
 
 
 FrozenBaseline = VolumeLinearProbe | PatchClassifier
-"""A linear model on an untouched backbone, for the tasks that it can answer."""
+"""A linear model on an untouched backbone."""
 
 
 def fit_frozen_baseline(
@@ -271,16 +272,16 @@ def fit_frozen_baseline(
     """Fit a linear model to an untouched backbone.
 
     Args:
-        model: a BrainFound model with a head that has not been trained and no adapter; it stays as it is.
+        model: a BrainFound model with an untrained head and no adapter; it stays as it is.
         store, sessions: the data, and its sessions for training.
         task: the labels; class weights are those of the model's configuration.
-        num_slices: slices read per session; of a segmentation per training session.
-        cache: embeddings that the run keeps anyway.
-        folder: without a cache, where embeddings are kept for other runs on the same backbone; None: nowhere.
+        num_slices: slices read per session, of a segmentation per training session.
+        cache: the embeddings of the run, if it caches them.
+        folder: without a cache, a folder to cache embeddings in for other runs on the same backbone.
         seed: of the patches that a segmentation learns from.
 
     Raises:
-        TrainingError: the embeddings are not finite, or cannot be kept.
+        TrainingError: the embeddings are not finite, or cannot be written.
     """
     if isinstance(task, Segmentation):
         return PatchClassifier.fit(model, store, sessions, task, num_slices, seed)
@@ -321,7 +322,7 @@ def load_frozen_baseline(
         raise ModelError(
             "the bundle has no frozen baseline",
             where=bundle.folder,
-            remedy="Fine-tune with frozen_baseline=true; bundles of earlier versions kept none",
+            remedy="Fine-tune with frozen_baseline=true",
         )
     model = bundle.load_pretrained()
     if model is None:

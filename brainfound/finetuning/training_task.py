@@ -1,6 +1,6 @@
 """The engine's task in a fine-tuning run: a model with its head and its adapter, on batches of volumes.
 
-`build_training_setup` makes the model: new head, frozen baseline, fitted last layer, then the adapter.
+`build_task` makes the model: new head, frozen baseline, fitted last layer, then the adapter.
 """
 
 from __future__ import annotations
@@ -34,6 +34,17 @@ from brainfound.training.randomness import INITIALISATION, StepKey, derive_seed
 from brainfound.training.schedules import warmup_schedule
 
 
+class FrozenBaselineResult(NamedTuple):
+    """A linear model on the untouched backbone."""
+
+    tensors: dict[str, Tensor]
+    """Of the linear model, for the bundle."""
+    encoder: str
+    """The hash of the backbone's weights."""
+    scores: SessionScores
+    """On the test part."""
+
+
 class FinetuneTask(TrainTask):
     """A model with an adapter and a head, trained on the training part."""
 
@@ -41,11 +52,12 @@ class FinetuneTask(TrainTask):
         self,
         model: nn.Module,
         store: Store,
-        parts: dict[str, np.ndarray],
+        parts: Mapping[str, np.ndarray],
         task: Task,
         recipe: FinetuneRecipe,
         accelerator: accelerate.Accelerator,
         cache: EmbeddingCache | None = None,
+        frozen: FrozenBaselineResult | None = None,
     ) -> None:
         self.model, self.store, self.parts, self.task, self.recipe = model, store, parts, task, recipe
         self.device, self.rank = accelerator.device, accelerator.process_index
@@ -57,7 +69,7 @@ class FinetuneTask(TrainTask):
         values = task.values(store, train)
         self.values = None if values is None else dict(zip(train, values.tolist(), strict=True))
         self.eval_slices = None if task.per_voxel else recipe.num_slices
-        self.cache = cache
+        self.cache, self.frozen = cache, frozen
 
     @property
     def withholds_contrasts(self) -> bool:
@@ -127,29 +139,7 @@ class FinetuneTask(TrainTask):
         )
 
 
-class FrozenBaselineResult(NamedTuple):
-    """A linear model on the untouched backbone."""
-
-    tensors: dict[str, Tensor]
-    """Of the linear model, for the bundle."""
-    encoder: str
-    """The hash of the backbone's weights."""
-    scores: SessionScores
-    """On the test part."""
-
-
-class TrainingSetup(NamedTuple):
-    """Model, embeddings and frozen baseline before the first step."""
-
-    model: nn.Module
-    """With its new head and its adapter, the same on all ranks."""
-    cache: EmbeddingCache | None
-    """Of embeddings, if the recipe caches them."""
-    frozen: FrozenBaselineResult | None
-    """On the main rank, if the recipe wants it."""
-
-
-def build_training_setup(
+def build_task(
     recipe: FinetuneRecipe,
     store: Store,
     parts: Mapping[str, np.ndarray],
@@ -158,8 +148,8 @@ def build_training_setup(
     accelerator: accelerate.Accelerator,
     caches: Path,
     shared_cache: bool = False,
-) -> TrainingSetup:
-    """Build the model of a run, and fit the frozen baseline and the start of the head.
+) -> FinetuneTask:
+    """Build the model of a run, fit the frozen baseline and the start of the head, and attach the adapter.
 
     Args:
         source: the model to start from.
@@ -196,7 +186,7 @@ def build_training_setup(
             encoder = tensors_hash(model.encoder.state_dict())
             frozen.append(
                 FrozenBaselineResult(
-                    found.tensors(), encoder, score_frozen_baseline(found, store, test, scoring=recipe.scoring)
+                    found.tensors(), encoder, score_frozen_baseline(found, store, test, scoring=task.scoring)
                 )
             )
 
@@ -210,7 +200,7 @@ def build_training_setup(
         with accelerator.autocast():  # as in training: what bfloat16 rounds away is no feature
             fit_last_layer(model, reader, recipe.augmentation, task, passes, batch, recipe.seed)
     adapted = attach_adapter(model, load(AdapterRecipe, recipe.adapter, "adapters"))
-    return TrainingSetup(adapted, cache, frozen[0] if frozen else None)
+    return FinetuneTask(adapted, store, parts, task, recipe, accelerator, cache, frozen[0] if frozen else None)
 
 
 def make_volume_reader(

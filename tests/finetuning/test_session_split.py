@@ -241,16 +241,6 @@ def test_a_known_image_is_known_under_another_name(table_store):
     )
 
 
-def test_bundles_made_before_salts_are_read(table_store):
-    digests = {
-        part: [hashlib.sha256(name.encode()).hexdigest() for name in names]
-        for part, names in {"train": ["sub-01"], "validation": ["sub-02"], "test": ["sub-03"]}.items()
-    }
-    split = {"data_hash": "abc", "subjects_sha256": digests}
-    assert np.flatnonzero(is_in_parts(split, table_store, range(80), "test")).tolist() == [6, 7]
-    assert np.flatnonzero(seen_in_training(split, table_store, range(80))).tolist() == [2, 3, 4, 5]
-
-
 def test_a_run_says_which_file_it_followed_and_how_many_it_left_out(table_store, tmp_path):
     given = tmp_path / "few.json"
     make_split(table_store, num_subjects=[4], seed=1).save(given)

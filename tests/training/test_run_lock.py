@@ -22,7 +22,7 @@ def no_model(monkeypatch):
     """A refusal that comes only after a model was built fails the test."""
     monkeypatch.setattr("brainfound.pretraining.pretrain.build_model", lambda *_: pytest.fail("a model was built"))
     monkeypatch.setattr(
-        "brainfound.finetuning.finetune.build_training_setup", lambda *_: pytest.fail("a model was built")
+        "brainfound.finetuning.finetune.build_task", lambda *_: pytest.fail("a model was built")
     )
 
 

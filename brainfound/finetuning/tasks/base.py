@@ -32,8 +32,21 @@ from brainfound.recipes import Recipe
 if TYPE_CHECKING:
     from brainfound.finetuning.calibration import AnswerCalibration
 
+Parts = Mapping[str, np.ndarray]
+"""Part of a split → indices of its sessions."""
+Notify = Callable[[str], None]
+"""Receives one line."""
 Linear = tuple[np.ndarray, np.ndarray]
 """Weights (rows, D) and biases (rows,) of a linear model."""
+
+
+class LabelledFeatures(NamedTuple):
+    """Standardised embeddings of volumes."""
+
+    features: Float[np.ndarray, "n D"]
+    labels: np.ndarray
+    subject_groups: np.ndarray
+    """The same number for all volumes of a subject."""
 
 
 class TaskRecipe(Recipe):
@@ -262,19 +275,11 @@ class VolumeTask(Task):
         """
 
     @abstractmethod
-    def fit_linear(
-        self,
-        features: Float[np.ndarray, "n D"],
-        labels: np.ndarray,
-        subject_groups: np.ndarray,
-        class_weights: Sequence[float] | None,
-    ) -> Linear:
+    def fit_linear(self, data: LabelledFeatures, class_weights: Sequence[float] | None) -> Linear:
         """A linear model of standardised embeddings; one row for a number or two classes."""
 
     @abstractmethod
-    def fit_head(
-        self, features: Float[np.ndarray, "n D"], labels: np.ndarray, subject_groups: np.ndarray, config: Any
-    ) -> Linear:
+    def fit_head(self, data: LabelledFeatures, config: Any) -> Linear:
         """The first rows of the last layer of a head with a configuration, fitted to standardised embeddings."""
 
     @abstractmethod

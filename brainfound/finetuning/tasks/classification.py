@@ -20,7 +20,7 @@ from torch import Tensor
 from brainfound.data.store import Store
 from brainfound.errors import UsageError
 from brainfound.finetuning.linear_models import fit_logistic, softmax_rows
-from brainfound.finetuning.tasks.base import Linear, SavedTask, TaskRecipe, VolumeTask
+from brainfound.finetuning.tasks.base import LabelledFeatures, Linear, Parts, SavedTask, TaskRecipe, VolumeTask
 from brainfound.finetuning.tasks.columns import TargetColumn
 from brainfound.metrics.calibration import (
     ReliabilityBins,
@@ -121,7 +121,7 @@ class Classification(VolumeTask):
                     f"no session of the {part} part is {', '.join(absent)}: scores that need it are not defined there"
                 )
 
-    def _require_classes_in_training(self, store: Store, parts: Mapping[str, np.ndarray]) -> None:
+    def _require_classes_in_training(self, store: Store, parts: Parts) -> None:
         labels = store.covariate(self.column)
         for part, index in parts.items():
             for name in _class_names(labels.iloc[index]):
@@ -201,21 +201,13 @@ class Classification(VolumeTask):
         index = self.names.index(name)
         return name, lambda output: output.logits[0, index]
 
-    def fit_linear(
-        self,
-        features: Float[np.ndarray, "n D"],
-        labels: np.ndarray,
-        subject_groups: np.ndarray,
-        class_weights: Sequence[float] | None,
-    ) -> Linear:
+    def fit_linear(self, data: LabelledFeatures, class_weights: Sequence[float] | None) -> Linear:
         weights = None if class_weights is None else dict(enumerate(class_weights))
-        fitted = fit_logistic(features, labels, subject_groups, weights)
+        fitted = fit_logistic(*data, weights)
         return fitted.coef_, fitted.intercept_
 
-    def fit_head(
-        self, features: Float[np.ndarray, "n D"], labels: np.ndarray, subject_groups: np.ndarray, config: Any
-    ) -> Linear:
-        return softmax_rows(*self.fit_linear(features, labels, subject_groups, config.class_weights))
+    def fit_head(self, data: LabelledFeatures, config: Any) -> Linear:
+        return softmax_rows(*self.fit_linear(data, config.class_weights))
 
     def linear_answer(self, scores: Float[np.ndarray, "rows"]) -> StackPrediction:
         if len(scores) == 1:
@@ -298,7 +290,7 @@ class MultiLabelClassification(Classification):
                 )
         return cls(",".join(target.columns), target.columns, shares, settings=settings)
 
-    def _require_classes_in_training(self, store: Store, parts: Mapping[str, np.ndarray]) -> None:
+    def _require_classes_in_training(self, store: Store, parts: Parts) -> None:
         """Any label is 0 or 1."""
 
     def _absent_names(self, values: np.ndarray) -> list[str]:
@@ -324,24 +316,16 @@ class MultiLabelClassification(Classification):
     def _decide(self, probabilities: Mapping[str, float]) -> dict[str, Any]:
         return {"present": [name for name, p in probabilities.items() if p > 0.5]}
 
-    def fit_linear(
-        self,
-        features: Float[np.ndarray, "n D"],
-        labels: np.ndarray,
-        subject_groups: np.ndarray,
-        class_weights: Sequence[float] | None,
-    ) -> Linear:
-        of_labels = [None] * labels.shape[1] if class_weights is None else [{0: 1.0, 1: w} for w in class_weights]
+    def fit_linear(self, data: LabelledFeatures, class_weights: Sequence[float] | None) -> Linear:
+        of_labels = [None] * len(self.names) if class_weights is None else [{0: 1.0, 1: w} for w in class_weights]
         fits = [
-            fit_logistic(features, column.astype(int), subject_groups, weights)
-            for column, weights in zip(labels.T, of_labels, strict=True)
+            fit_logistic(data.features, column.astype(int), data.subject_groups, weights)
+            for column, weights in zip(data.labels.T, of_labels, strict=True)
         ]
         return np.concatenate([fit.coef_ for fit in fits]), np.concatenate([fit.intercept_ for fit in fits])
 
-    def fit_head(
-        self, features: Float[np.ndarray, "n D"], labels: np.ndarray, subject_groups: np.ndarray, config: Any
-    ) -> Linear:
-        return self.fit_linear(features, labels, subject_groups, config.class_weights)
+    def fit_head(self, data: LabelledFeatures, config: Any) -> Linear:
+        return self.fit_linear(data, config.class_weights)
 
     def linear_answer(self, scores: Float[np.ndarray, "K"]) -> StackPrediction:
         return StackPrediction(probabilities=expit(scores))

@@ -18,7 +18,7 @@ from torch import Tensor
 from brainfound.data.store import Store
 from brainfound.errors import UsageError
 from brainfound.finetuning.linear_models import fit_ridge
-from brainfound.finetuning.tasks.base import Linear, TaskRecipe, VolumeTask
+from brainfound.finetuning.tasks.base import LabelledFeatures, Linear, TaskRecipe, VolumeTask
 from brainfound.finetuning.tasks.columns import TargetColumn
 from brainfound.metrics.calibration import conformal_interval, coverage, fit_bias_correction
 from brainfound.metrics.scores import regression_scores, trivial_scores
@@ -158,32 +158,27 @@ class Regression(VolumeTask):
     def explained_score(self, answer: Mapping[str, Any], class_name: str | None) -> tuple[str, Callable[[Any], Tensor]]:
         return self.column, lambda output: output.predictions[0]
 
-    def fit_linear(
-        self,
-        features: Float[np.ndarray, "n D"],
-        labels: np.ndarray,
-        subject_groups: np.ndarray,
-        class_weights: Sequence[float] | None,
-    ) -> Linear:
-        weight, bias, _ = fit_ridge(features, (labels - self.mean) / self.std, subject_groups)
+    def fit_linear(self, data: LabelledFeatures, class_weights: Sequence[float] | None) -> Linear:
+        weight, bias, _ = self._fit_ridge(data)
         return weight[None], np.array([bias])
 
-    def fit_head(
-        self, features: Float[np.ndarray, "n D"], labels: np.ndarray, subject_groups: np.ndarray, config: Any
-    ) -> Linear:
+    def fit_head(self, data: LabelledFeatures, config: Any) -> Linear:
         """One row for a number (the second row of a Gaussian head is a log variance), or a row per bin.
 
         Bins get scores whose softmax is a Gaussian around the linear answer m with the variance σ² of its error:
         −(c − m)² / 2σ² of a bin at c differs from c·m / σ² − c² / 2σ² by a term that all bins share, and the latter
         is linear in m, hence in the features.
         """
-        weight, bias, variance = fit_ridge(features, (labels - self.mean) / self.std, subject_groups)
+        weight, bias, variance = self._fit_ridge(data)
         if config.regression_head != "bins":
             return weight[None], np.array([bias])
         edges = bin_edges(config).double().numpy()
         centres = (edges[1:] + edges[:-1]) / 2
         variance = max(variance, float(edges[1] - edges[0]) ** 2)
         return np.outer(centres, weight) / variance, (centres * bias - centres**2 / 2) / variance
+
+    def _fit_ridge(self, data: LabelledFeatures) -> tuple[np.ndarray, float, float]:
+        return fit_ridge(data.features, (data.labels - self.mean) / self.std, data.subject_groups)
 
     def linear_answer(self, scores: Float[np.ndarray, "1"]) -> StackPrediction:
         return StackPrediction(value=float(scores[0]) * self.std + self.mean)

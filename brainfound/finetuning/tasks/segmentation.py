@@ -20,7 +20,15 @@ from brainfound.data.preprocessing.stack import Stack
 from brainfound.data.store import Store
 from brainfound.errors import UsageError
 from brainfound.finetuning.linear_models import fit_pixel_logistic
-from brainfound.finetuning.tasks.base import Linear, SavedTask, ScoredAnswers, Scorer, ScoringRecipe, Task, TaskRecipe
+from brainfound.finetuning.tasks.base import (
+    Linear,
+    SavedTask,
+    ScoredAnswers,
+    Scorer,
+    ScoringRecipe,
+    Task,
+    TaskRecipe,
+)
 from brainfound.finetuning.tasks.columns import MASK, TargetColumn
 from brainfound.metrics.scores import mean_case_scores, segmentation_case_scores
 from brainfound.models import BrainFoundForSegmentation
