@@ -29,7 +29,6 @@ from brainfound.data.checking.contract import InputContract
 from brainfound.data.store import Store
 from brainfound.data.store.withheld import restrict_contrasts
 from brainfound.errors import UsageError
-from brainfound.finetuning.calibration import AnswerCalibration
 from brainfound.finetuning.recipe import (
     CHANGEABLE_ON_RESUME,
     FinetuneRecipe,
@@ -38,7 +37,7 @@ from brainfound.finetuning.recipe import (
 )
 from brainfound.finetuning.scoring import FROZEN_CASES_FILE, write_cases, write_scores
 from brainfound.finetuning.splits import hash_split, resolve_split_file, split_sessions, write_split
-from brainfound.finetuning.tasks import TargetColumn, Task, resolve
+from brainfound.finetuning.tasks import TargetColumn, Task, VolumeTask, resolve
 from brainfound.finetuning.training_task import FinetuneTask, build_task
 from brainfound.models import BrainFoundConfig
 from brainfound.models.stack_inference import unwrap_peft
@@ -226,9 +225,9 @@ def _score_and_export(folder: Path, training: FinetuneTask, source: str, step: i
         test = replace(test, frozen=frozen.scores.scores)
         write_cases(folder / FROZEN_CASES_FILE, frozen.scores.cases, keep_ids)
     facts, calibration = {}, None
-    if not task.per_voxel:
-        calibration = AnswerCalibration.fit(training.score("validation"), task)
-        facts = {"calibration": calibration.report(test, task)}
+    if isinstance(task, VolumeTask):
+        calibration = task.fit_calibration(training.score("validation").cases)
+        facts = {"calibration": calibration.report(task.calibration_effect(calibration, test.cases))}
         if curves := task.reliability(calibration, test.cases):
             plot_reliability(curves, path=folder / RELIABILITY_FILE, title="test part")
     scores = write_scores(folder, test, keep_ids=keep_ids, part="test", step=step, **facts)

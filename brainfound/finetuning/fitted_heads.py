@@ -78,7 +78,7 @@ def fit_head(
     _set_layer(layer, *task.fit_head(data, model.config), mean, std)
 
 
-def _set_layer(layer: nn.Module, weight: np.ndarray, bias: np.ndarray, mean: np.ndarray, std: np.ndarray) -> None:
+def _set_layer(layer: Any, weight: np.ndarray, bias: np.ndarray, mean: np.ndarray, std: np.ndarray) -> None:
     """Write a linear model of standardised features into the first rows of a layer that reads them as they are."""
     weight = weight / std
     bias = bias - weight @ mean

@@ -173,7 +173,7 @@ def _load_set(
     bundles: Mapping[str, str | Path], device: torch.device, tools: Sequence[Hook], options: SegmentationOptions
 ) -> PredictorSet:
     adapters = load_adapters({name: bundle_folder(source) for name, source in bundles.items()}).to(device)
-    segmenting = [name for name in adapters if adapters[name].task in TASKS and TASKS[adapters[name].task][0].per_voxel]
+    segmenting = [name for name in adapters if adapters[name].task in TASKS and TASKS[adapters[name].task].per_voxel]
     if options != SegmentationOptions() and not segmenting:
         raise UsageError(
             "flips, overlap and a smallest volume are for segmentations", where="options", remedy="Leave them out"
@@ -218,7 +218,7 @@ def _read_target(bundle: Bundle) -> Task | None:
         target = from_dict(bundle.labels)
     except (TypeError, KeyError):  # other fields than a target has
         target = None
-    num_names = unwrap_peft(bundle.model).config.num_classes if TASKS[bundle.task][0].has_names else None
+    num_names = unwrap_peft(bundle.model).config.num_classes if TASKS[bundle.task].has_names else None
     if target is None or target.kind != bundle.task or num_names not in (None, len(target.names)):
         raise ModelError(
             "the labels do not say what its answers mean",

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from brainfound.data.store import Store
-from brainfound.errors import UsageError
+from brainfound.errors import UsageError, did_you_mean
 from brainfound.finetuning.tasks.base import SavedTask, ScoringRecipe, Task, TaskRecipe, VolumeTask
 from brainfound.finetuning.tasks.classification import Classification, ClassificationRecipe
 from brainfound.finetuning.tasks.columns import MASK, TargetColumn
@@ -26,10 +26,10 @@ __all__ = [
 ]  # fmt: skip
 
 # In the order in which `task: auto` tries them.
-TASKS: dict[str, tuple[type[Task], type[TaskRecipe]]] = {
-    "segmentation": (Segmentation, SegmentationRecipe),
-    "regression": (Regression, RegressionRecipe),
-    "classification": (Classification, ClassificationRecipe),
+TASKS: dict[str, type[Task]] = {
+    "segmentation": Segmentation,
+    "regression": Regression,
+    "classification": Classification,
 }
 
 
@@ -43,7 +43,7 @@ class AutoTaskRecipe(TaskRecipe):
     @classmethod
     def _require_kind(cls, given: Any) -> Any:
         for key in given if isinstance(given, Mapping) else ():
-            owners = [kind for kind, (_, section) in TASKS.items() if key in section.model_fields and key != "kind"]
+            owners = [kind for kind, task in TASKS.items() if key in task.recipe.model_fields and key != "kind"]
             if owners:
                 chosen = " or ".join(f"task.kind={kind}" for kind in owners)
                 raise ValueError(f"the setting {key!r} needs the kind of the task: set {chosen} too")
@@ -80,8 +80,10 @@ def resolve(store: Store, train: Sequence[int], target: TargetColumn | str, reci
     found = TargetColumn.find(store, target) if isinstance(target, str) else target
     kind = recipe if isinstance(recipe, str) else recipe.kind
     if kind == "auto":
-        kind = next(name for name, (task, _) in TASKS.items() if task.suits(store, found))
-    task, section = TASKS[kind]
+        kind = next(name for name, task in TASKS.items() if task.suits(store, found))
+    if kind not in TASKS:
+        raise UsageError(f"no task {kind!r}", where="task", remedy=did_you_mean(kind, TASKS))
+    task = TASKS[kind]
     if task.per_voxel != found.is_mask:
         raise UsageError(
             "only the mask can be segmented" if task.per_voxel else "the mask can only be segmented",
@@ -89,7 +91,7 @@ def resolve(store: Store, train: Sequence[int], target: TargetColumn | str, reci
             got=f"{found.name!r} for a {kind}",
             remedy=f"Give the target {MASK!r} to a segmentation, and a column to any other task",
         )
-    return task.resolve(store, train, found, recipe if isinstance(recipe, section) else section())
+    return task.resolve(store, train, found, recipe if isinstance(recipe, task.recipe) else task.recipe(kind=kind))
 
 
 def from_dict(content: Mapping[str, Any]) -> Task:
@@ -99,7 +101,7 @@ def from_dict(content: Mapping[str, Any]) -> Task:
         TypeError, KeyError: the content is of something else.
     """
     saved = SavedTask(**{key: _as_tuples(value) for key, value in content.items()})
-    return TASKS[saved.task][0].from_saved(saved)
+    return TASKS[saved.task].from_saved(saved)
 
 
 def _as_tuples(value: Any) -> Any:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import numpy as np
 import pandas as pd
@@ -23,14 +23,12 @@ from torch import Tensor
 
 from brainfound.data.preprocessing.stack import Stack
 from brainfound.data.store import Store
+from brainfound.finetuning.calibration import AnswerCalibration
 from brainfound.finetuning.tasks.columns import TargetColumn
 from brainfound.metrics.calibration import ReliabilityBins
 from brainfound.metrics.scores import EmptyCase
 from brainfound.models.stack_inference import StackPrediction
 from brainfound.recipes import Recipe
-
-if TYPE_CHECKING:
-    from brainfound.finetuning.calibration import AnswerCalibration
 
 Parts = Mapping[str, np.ndarray]
 """Part of a split → indices of its sessions."""
@@ -130,6 +128,7 @@ class Task(ABC):
     """
 
     kind: ClassVar[str]
+    recipe: ClassVar[type[TaskRecipe]]
     model_class: ClassVar[type[Any]]
     per_voxel: ClassVar[bool] = False
     """The answer is a map on the scan's grid, made of patch embeddings; there is no volume embedding."""
@@ -139,8 +138,6 @@ class Task(ABC):
     names: tuple[str, ...] = ()
     settings: Any = field(default=None, kw_only=True, compare=False, repr=False)
 
-    # Labels.
-
     @classmethod
     @abstractmethod
     def suits(cls, store: Store, target: TargetColumn) -> bool:
@@ -149,33 +146,23 @@ class Task(ABC):
     @classmethod
     @abstractmethod
     def resolve(cls, store: Store, train: Sequence[int], target: TargetColumn, settings: Any) -> Task:
-        """Learn classes, scale or label codes from the training part.
-
-        Raises:
-            UsageError: the labels cannot be learnt.
-        """
+        """Read classes, scale or label codes from the training part; refuse labels that cannot be learnt."""
 
     @abstractmethod
-    def check_parts(self, store: Store, parts: Mapping[str, np.ndarray], notify: Callable[[str], None] | None) -> None:
-        """Report labels that a part lacks; before training.
-
-        Raises:
-            UsageError: a part has a label that the training part has not.
-        """
+    def check_parts(self, store: Store, parts: Parts, notify: Notify | None) -> None:
+        """Before training: report labels that a part lacks, refuse those that the training part lacks."""
 
     @abstractmethod
     def values(self, store: Store, sessions: Sequence[int]) -> np.ndarray | None:
         """One label per session, ``(n,)`` or ``(n, K)``; None where a stack holds its labels.
 
         Raises:
-            UsageError: a label that the task does not know.
+            UsageError: an unknown label.
         """
 
     @abstractmethod
     def loss_labels(self, values: Any, masks: Any) -> Tensor:
         """The labels of a batch (or of one volume) as a model's loss reads them, from its values or its masks."""
-
-    # Model.
 
     @abstractmethod
     def config_fields(self, values: np.ndarray | None) -> dict[str, Any]:
@@ -194,8 +181,6 @@ class Task(ABC):
         """How a `VolumeReader` chooses training slices."""
         return {}
 
-    # Scores.
-
     @abstractmethod
     def make_scorer(self, store: Store, sessions: Sequence[int], scoring: ScoringRecipe) -> Scorer:
         """A scorer for sessions of a store."""
@@ -204,26 +189,6 @@ class Task(ABC):
     def scoring(self) -> ScoringRecipe:
         """How a run with these settings is scored."""
         return ScoringRecipe()
-
-    # Calibration; a task without one fits nothing.
-
-    def calibration_fits(self, cases: pd.DataFrame) -> dict[str, Callable[[], Any]]:
-        """Field of `AnswerCalibration` → its fit to the cases of the validation part."""
-        return {}
-
-    def report_calibration(self, fitted: AnswerCalibration, cases: pd.DataFrame) -> dict[str, Any] | None:
-        """What the calibration does on the cases of another part, as plain values for JSON; None: nothing is fitted."""
-        return None
-
-    def reliability(self, fitted: AnswerCalibration, cases: pd.DataFrame) -> dict[str, ReliabilityBins]:
-        """Curves of confidence and accuracy, raw and calibrated, by name."""
-        return {}
-
-    def calibrate(self, fitted: AnswerCalibration, answer: StackPrediction) -> dict[str, Any]:
-        """What the calibration adds to one answer, as plain values for JSON."""
-        return {}
-
-    # Files.
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for bundle.json and run.json."""
@@ -254,8 +219,8 @@ class VolumeTask(Task):
         """The task's columns of a row of ``cases.tsv``."""
 
     @abstractmethod
-    def compute_scores(self, truths: Sequence[Any], answers: Sequence[StackPrediction]) -> dict[str, float]:
-        """Metric → value over all sessions."""
+    def compute_scores(self, truths: Sequence[Any], answers: Sequence[Any]) -> dict[str, float]:
+        """Metric → value over all sessions; the answers are of type `StackPrediction`."""
 
     @abstractmethod
     def trivial_scores(self, truths: Sequence[Any]) -> dict[str, float]:
@@ -282,6 +247,26 @@ class VolumeTask(Task):
     def fit_head(self, data: LabelledFeatures, config: Any) -> Linear:
         """The first rows of the last layer of a head with a configuration, fitted to standardised embeddings."""
 
+    def fit_calibration(self, cases: pd.DataFrame) -> AnswerCalibration:
+        """The calibration of a model by its answers on the validation part."""
+        return AnswerCalibration.fit(len(cases), self.calibration_fits(cases))
+
+    @abstractmethod
+    def calibration_fits(self, cases: pd.DataFrame) -> dict[str, Callable[[], Any]]:
+        """Field of `AnswerCalibration` → its fit to cases."""
+
+    @abstractmethod
+    def calibration_effect(self, fitted: AnswerCalibration, cases: pd.DataFrame) -> dict[str, Any]:
+        """The effect of a calibration on the cases of another part, as plain values for JSON."""
+
+    def reliability(self, fitted: AnswerCalibration, cases: pd.DataFrame) -> dict[str, ReliabilityBins]:
+        """Curves of accuracy over confidence, raw and calibrated, by name."""
+        return {}
+
+    @abstractmethod
+    def calibrate(self, fitted: AnswerCalibration, answer: StackPrediction) -> dict[str, Any]:
+        """What a calibration adds to one answer, as plain values for JSON."""
+
     @abstractmethod
     def linear_answer(self, scores: Float[np.ndarray, "rows"]) -> StackPrediction:
         """The scores of a `fit_linear` model of one volume, in the form of a model's answer."""
@@ -292,7 +277,7 @@ class VolumeScorer:
 
     def __init__(self, task: VolumeTask, truths: list[Any]) -> None:
         self.task, self.truths = task, truths
-        self.answers: list[StackPrediction] = []
+        self.answers: list[Any] = []
 
     def add(self, stack: Stack, answer: StackPrediction) -> dict[str, Any]:
         truth = self.truths[len(self.answers)]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import pandas as pd
@@ -19,12 +19,12 @@ from torch import Tensor
 
 from brainfound.data.store import Store
 from brainfound.errors import UsageError
+from brainfound.finetuning.calibration import AnswerCalibration, binary_probabilities, log_probabilities, temper
 from brainfound.finetuning.linear_models import fit_logistic, softmax_rows
 from brainfound.finetuning.tasks.base import LabelledFeatures, Linear, Parts, SavedTask, TaskRecipe, VolumeTask
 from brainfound.finetuning.tasks.columns import TargetColumn
 from brainfound.metrics.calibration import (
     ReliabilityBins,
-    apply_temperature,
     brier_score,
     expected_calibration_error,
     fit_temperature,
@@ -39,14 +39,10 @@ from brainfound.metrics.scores import (
 from brainfound.models import BrainFoundForClassification
 from brainfound.models.stack_inference import StackPrediction
 
-if TYPE_CHECKING:
-    from brainfound.finetuning.calibration import AnswerCalibration
-
 MAX_CLASSES = 50
 NUM_BINS = 15
 """Bins of the calibration error and of the reliability curves."""
 _BINARY_VALUES = {"0": 0.0, "1": 1.0, "false": 0.0, "true": 1.0}
-_FLOAT32_STEP = float(np.finfo(np.float32).eps) / 2
 
 
 class ClassificationRecipe(TaskRecipe):
@@ -70,6 +66,7 @@ class Classification(VolumeTask):
     """
 
     kind: ClassVar[str] = "classification"
+    recipe: ClassVar[type[TaskRecipe]] = ClassificationRecipe
     model_class: ClassVar[type[Any]] = BrainFoundForClassification
     label_dtype: ClassVar[torch.dtype] = torch.long
     problem_type: ClassVar[str | None] = None
@@ -182,7 +179,7 @@ class Classification(VolumeTask):
     def _truth_columns(self, truth: Any) -> dict[str, Any]:
         return {"truth": self.names[truth]}
 
-    def compute_scores(self, truths: Sequence[Any], answers: Sequence[StackPrediction]) -> dict[str, float]:
+    def compute_scores(self, truths: Sequence[Any], answers: Sequence[Any]) -> dict[str, float]:
         return classification_scores(truths, np.stack([answer.probabilities for answer in answers]))
 
     def trivial_scores(self, truths: Sequence[Any]) -> dict[str, float]:
@@ -218,7 +215,7 @@ class Classification(VolumeTask):
         def fit() -> float:
             questions = self._questions(cases)
             probabilities = np.concatenate([probabilities for probabilities, _ in questions])
-            return fit_temperature(_log(probabilities), np.concatenate([truth for _, truth in questions]))
+            return fit_temperature(log_probabilities(probabilities), np.concatenate([truth for _, truth in questions]))
 
         return {"temperature": fit}
 
@@ -232,7 +229,7 @@ class Classification(VolumeTask):
     def _probabilities(self, cases: pd.DataFrame) -> Float[np.ndarray, "n K"]:
         return cases[[probability_column(name) for name in self.names]].to_numpy(dtype=np.float64)
 
-    def report_calibration(self, fitted: AnswerCalibration, cases: pd.DataFrame) -> dict[str, Any]:
+    def calibration_effect(self, fitted: AnswerCalibration, cases: pd.DataFrame) -> dict[str, Any]:
         measures: dict[str, Callable[..., float]] = {
             "ece": lambda probabilities, truth: expected_calibration_error(probabilities, truth, NUM_BINS),
             "brier": brier_score,
@@ -244,8 +241,7 @@ class Classification(VolumeTask):
             content[name] = {"raw": raw, "calibrated": None}
             if fitted.temperature is not None:
                 after = [
-                    measure(_apply_temperature(probabilities, fitted.temperature), truth)
-                    for probabilities, truth in questions
+                    measure(temper(probabilities, fitted.temperature), truth) for probabilities, truth in questions
                 ]
                 content[name]["calibrated"] = float(np.mean(after))
         return content
@@ -255,7 +251,7 @@ class Classification(VolumeTask):
         probabilities, truth = (np.concatenate(arrays) for arrays in zip(*self._questions(cases), strict=True))
         curves = {"raw": reliability_bins(probabilities, truth, NUM_BINS)}
         if fitted.temperature is not None:
-            calibrated = _apply_temperature(probabilities, fitted.temperature)
+            calibrated = temper(probabilities, fitted.temperature)
             curves[f"temperature {fitted.temperature:.3g}"] = reliability_bins(calibrated, truth, NUM_BINS)
         return curves
 
@@ -266,7 +262,7 @@ class Classification(VolumeTask):
         return {"calibrated_probabilities": dict(zip(self.names, map(float, tempered), strict=True))}
 
     def _temper(self, probabilities: Float[np.ndarray, "K"], temperature: float) -> Float[np.ndarray, "K"]:
-        return _apply_temperature(probabilities[None], temperature)[0]
+        return temper(probabilities[None], temperature)[0]
 
 
 @dataclass(frozen=True)
@@ -307,7 +303,7 @@ class MultiLabelClassification(Classification):
     def _truth_columns(self, truth: Any) -> dict[str, Any]:
         return {f"truth({name})": int(label) for name, label in zip(self.names, truth, strict=True)}
 
-    def compute_scores(self, truths: Sequence[Any], answers: Sequence[StackPrediction]) -> dict[str, float]:
+    def compute_scores(self, truths: Sequence[Any], answers: Sequence[Any]) -> dict[str, float]:
         return multi_label_scores(truths, np.stack([answer.probabilities for answer in answers]), self.names)
 
     def trivial_scores(self, truths: Sequence[Any]) -> dict[str, float]:
@@ -334,12 +330,12 @@ class MultiLabelClassification(Classification):
         """A yes-or-no question per label."""
         probabilities = self._probabilities(cases)
         return [
-            (_binary_probabilities(probabilities[:, k]), cases[f"truth({name})"].to_numpy(dtype=int))
+            (binary_probabilities(probabilities[:, k]), cases[f"truth({name})"].to_numpy(dtype=int))
             for k, name in enumerate(self.names)
         ]
 
     def _temper(self, probabilities: Float[np.ndarray, "K"], temperature: float) -> Float[np.ndarray, "K"]:
-        return _apply_temperature(_binary_probabilities(probabilities), temperature)[:, 1]
+        return temper(binary_probabilities(probabilities), temperature)[:, 1]
 
 
 def probability_column(name: str) -> str:
@@ -370,18 +366,3 @@ def _binary_labels(store: Store, column: str, sessions: Sequence[int]) -> Float[
             remedy="Make one column of 0 and 1 of each class",
         )
     return numbers
-
-
-def _binary_probabilities(probabilities: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n 2"]:
-    # A float32 sigmoid is 1 from about 17 on: beyond that the confidence of the model is not known.
-    yes = np.clip(probabilities, _FLOAT32_STEP, 1 - _FLOAT32_STEP)
-    return np.stack([1 - yes, yes], axis=1)
-
-
-def _apply_temperature(probabilities: Float[np.ndarray, "n K"], temperature: float) -> Float[np.ndarray, "n K"]:
-    return apply_temperature(_log(probabilities), temperature)
-
-
-def _log(probabilities: np.ndarray) -> np.ndarray:
-    # Log probabilities are class scores up to a constant per row, which a softmax ignores.
-    return np.log(np.clip(probabilities, 1e-38, None))

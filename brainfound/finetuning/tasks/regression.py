@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import pandas as pd
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from brainfound.data.store import Store
 from brainfound.errors import UsageError
+from brainfound.finetuning.calibration import AnswerCalibration
 from brainfound.finetuning.linear_models import fit_ridge
 from brainfound.finetuning.tasks.base import LabelledFeatures, Linear, TaskRecipe, VolumeTask
 from brainfound.finetuning.tasks.columns import TargetColumn
@@ -25,9 +26,6 @@ from brainfound.metrics.scores import regression_scores, trivial_scores
 from brainfound.models import BrainFoundForRegression
 from brainfound.models.heads import bin_edges
 from brainfound.models.stack_inference import StackPrediction
-
-if TYPE_CHECKING:
-    from brainfound.finetuning.calibration import AnswerCalibration
 
 PREDICTION_STD = "prediction_std"
 """The column of the cases with the standard deviation of a prediction, where the head gives one."""
@@ -72,6 +70,7 @@ class Regression(VolumeTask):
     """
 
     kind: ClassVar[str] = "regression"
+    recipe: ClassVar[type[TaskRecipe]] = RegressionRecipe
     model_class: ClassVar[type[Any]] = BrainFoundForRegression
     has_names: ClassVar[bool] = False
 
@@ -145,7 +144,7 @@ class Regression(VolumeTask):
         std = {} if answer.value_std is None else {PREDICTION_STD: answer.value_std}
         return {"truth": truth, "prediction": answer.value, **std}
 
-    def compute_scores(self, truths: Sequence[float], answers: Sequence[StackPrediction]) -> dict[str, float]:
+    def compute_scores(self, truths: Sequence[float], answers: Sequence[Any]) -> dict[str, float]:
         return regression_scores(truths, [answer.value for answer in answers])
 
     def trivial_scores(self, truths: Sequence[float]) -> dict[str, float]:
@@ -192,7 +191,7 @@ class Regression(VolumeTask):
             "interval": lambda: conformal_interval(first["truth"], first["prediction"], std, confidence=confidence),
         }
 
-    def report_calibration(self, fitted: AnswerCalibration, cases: pd.DataFrame) -> dict[str, Any]:
+    def calibration_effect(self, fitted: AnswerCalibration, cases: pd.DataFrame) -> dict[str, Any]:
         truth, prediction = cases["truth"].to_numpy(), cases["prediction"].to_numpy()
         content: dict[str, Any] = {"bias_correction": None, "interval": None}
         if fitted.bias_correction is not None:

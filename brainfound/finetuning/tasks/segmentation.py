@@ -91,6 +91,7 @@ class Segmentation(Task):
     """
 
     kind: ClassVar[str] = "segmentation"
+    recipe: ClassVar[type[TaskRecipe]] = SegmentationRecipe
     model_class: ClassVar[type[Any]] = BrainFoundForSegmentation
     per_voxel: ClassVar[bool] = True
     overlapping: ClassVar[bool] = False
@@ -194,8 +195,6 @@ class Segmentation(Task):
         neighbours = self.settings.decoder_slice_mixing or config.stem == "slices"
         return {"foreground_share": self.settings.foreground_share, "neighbours": neighbours}
 
-    # Scores.
-
     @property
     def scoring(self) -> ScoringRecipe:
         return self.settings.scoring
@@ -222,8 +221,6 @@ class Segmentation(Task):
     def marked(self, encoded: np.ndarray) -> np.ndarray:
         """The pixels (S, H, W) of any structure."""
         return encoded
-
-    # Linear models.
 
     def pixel_labels(self, masks: np.ndarray) -> Int[np.ndarray, "N H W K"]:
         """The class of each pixel (K = 1), or 0 and 1 of each overlapping label."""
