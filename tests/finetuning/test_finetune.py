@@ -166,7 +166,7 @@ def test_what_of_a_slice_is_read_may_be_chosen(small_store, tiny_backbone, tmp_p
     assert load_bundle(third / "export").model.get_base_model().config.slice_features == features
     with pytest.raises(RecipeError, match="slice_features: this setting is for a classification or a regression"):
         finetune(tiny(f"slice_features={features}"), small_store, tiny_backbone, "mask", tmp_path / "no", quiet=True)
-    with pytest.raises(RecipeError, match="no slice_features 'patch'.*patches"):
+    with pytest.raises(RecipeError, match="slice_features: no such choice .got 'patch'.*patches"):
         finetune(tiny("slice_features=patch"), small_store, tiny_backbone, "age_years", tmp_path / "no", quiet=True)
 
 

@@ -192,7 +192,7 @@ class Task(ABC):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for bundle.json and run.json."""
-        own = {f.name: getattr(self, f.name, f.default) for f in fields(SavedTask) if f.name != "task"}
+        own: dict[str, Any] = {f.name: getattr(self, f.name, f.default) for f in fields(SavedTask) if f.name != "task"}
         return asdict(SavedTask(self.kind, **own))
 
     @classmethod

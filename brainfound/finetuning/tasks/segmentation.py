@@ -274,7 +274,7 @@ class OverlappingSegmentation(Segmentation):
         return {name: encoded[:, k] for k, name in enumerate(self.names)}
 
     def marked(self, encoded: np.ndarray) -> np.ndarray:
-        return encoded.any(axis=1)
+        return np.asarray(encoded.any(axis=1))
 
     def pixel_labels(self, masks: np.ndarray) -> Int[np.ndarray, "N H W K"]:
         return np.moveaxis(self.encode_mask(masks), 1, -1)
