@@ -192,7 +192,7 @@ def recipe_of(task: str, way: str, seed: int, options: argparse.Namespace) -> An
         "evaluate_every=0", f"engine.steps={steps}", f"engine.checkpoint_every={steps}", 'engine.precision="no"',
         f"frozen_baseline={str(way == options.ways[0]).lower()}",
     ]  # fmt: skip
-    changes += [f"num_slices={options.slices}"] if task == "regression" else ["decoder_width=48"]
+    changes += [f"num_slices={options.slices}"] if task == "regression" else ["task.decoder_width=48"]
     return load(FinetuneRecipe, f"finetune-{task}", "train", [*changes, *options.set])
 
 
@@ -234,14 +234,14 @@ def train_unet(
 
     from brainfound.data.splits.split_file import Split
     from brainfound.data.store import Store
-    from brainfound.finetuning.targets import resolve_target
+    from brainfound.finetuning.tasks import resolve
 
     kept = options.work / f"{task}-unet-{fold}-{seed}-{seconds:.0f}.json"
     if not kept.is_file():
         torch.set_num_threads(1)
         store = Store.open(data)
         parts = Split.load(split).sessions(store, fold)
-        target = resolve_target(store, parts["train"].tolist(), task, TARGETS[task])  # type: ignore[arg-type]
+        target = resolve(store, parts["train"].tolist(), TARGETS[task], task)
         augmentation = recipe_of(task, options.ways[0], seed, options).augmentation
         net, steps = small_unet.train(store, parts["train"].tolist(), target, CONTRAST, augmentation, seconds, seed)
         scored = small_unet.score(net, store, parts["test"].tolist(), target, CONTRAST)

@@ -201,7 +201,7 @@ def recipe_of(
         f"engine.steps={steps}", f"engine.checkpoint_every={steps}", 'engine.precision="no"',
     ]  # fmt: skip
     if task == "segmentation":
-        own_changes.append("decoder_width=48")
+        own_changes.append("task.decoder_width=48")
     return load(FinetuneRecipe, f"finetune-{task}", "train", [*own_changes, *options.set, *changes])
 
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from brainfound.data.batches import collate
 from brainfound.data.store import Store
 from brainfound.finetuning.scoring import SessionScores, score_predictions
-from brainfound.finetuning.targets import Target
+from brainfound.finetuning.tasks import Task
 from brainfound.finetuning.volumes import VolumeAugmentation, augment_volumes
 from brainfound.models.infer import StackPrediction
 from brainfound.training.randomness import StepKey
@@ -36,12 +36,12 @@ CROP = (24, 96, 96)
 WARMUP = 0.05
 
 
-def network(target: Target) -> nn.Module:
+def network(target: Task) -> nn.Module:
     """The U-Net of a segmentation, or its encoder, a mean over the volume, and one number."""
     from monai.networks.blocks import ResidualUnit
     from monai.networks.nets import UNet
 
-    if target.task == "segmentation":
+    if target.per_voxel:
         return UNet(3, 1, len(target.names), CHANNELS, (2,) * HALVINGS, num_res_units=2)
     widths = (1, *CHANNELS)
     units = [ResidualUnit(3, before, after, strides=2) for before, after in pairwise(widths)]
@@ -51,7 +51,7 @@ def network(target: Target) -> nn.Module:
 def train(
     store: Store,
     sessions: Sequence[int],
-    target: Target,
+    target: Task,
     contrast: str,
     augmentation: VolumeAugmentation,
     seconds: float,
@@ -76,8 +76,8 @@ def train(
         chosen, order = order[:BATCH], order[BATCH:]
         batch = augment_volumes(_whole(store, chosen), augmentation, StepKey(seed, step, 0, 0))
         images = _standardised(batch.pixel_values[:, :, channel])
-        if target.task == "segmentation":
-            masks = torch.from_numpy(target.encode_mask(np.asarray(batch.masks)).astype(np.int64))
+        if target.per_voxel:
+            masks = target.loss_labels(None, batch.masks)
             images, masks = _crop(rng, images, masks)
             loss = dice_cross_entropy(net(images[:, None]), masks[:, None])
         else:
@@ -91,7 +91,7 @@ def train(
     return net.eval(), step
 
 
-def score(net: nn.Module, store: Store, sessions: Sequence[int], target: Target, contrast: str) -> SessionScores:
+def score(net: nn.Module, store: Store, sessions: Sequence[int], target: Task, contrast: str) -> SessionScores:
     """Ask about whole volumes, and score as BrainFound's runs are scored."""
     channel = store.contrasts.index(contrast)
 
@@ -101,7 +101,7 @@ def score(net: nn.Module, store: Store, sessions: Sequence[int], target: Target,
         size = images.shape[1:]
         padding = [pad for side in reversed(size) for pad in (0, -side % 2**HALVINGS)]
         found = net(F.pad(images, padding)[:, None])
-        if target.task == "segmentation":
+        if target.per_voxel:
             return StackPrediction(classes=found[0].argmax(dim=0)[: size[0], : size[1], : size[2]].numpy())
         return StackPrediction(value=float(found[0, 0]) * target.std + target.mean)
 

@@ -50,7 +50,7 @@ DEMO_TASKS: dict[str, dict[str, Any]] = {
         "overrides": (
             "engine.steps=90",
             "engine.batch_size=4",
-            "decoder_width=48",
+            "task.decoder_width=48",
             "optim.lr=2e-3",
             "optim.head_lr=3e-3",
             # The recipe's strong augmentation needs longer runs.

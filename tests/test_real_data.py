@@ -44,10 +44,8 @@ PRETRAINING = {
     "engine": {"steps": 3, "batch_size": 8, "precision": "no", "log_every": 1, "num_workers": 0},
 }
 FINETUNING = {
-    "task": "segmentation",
-    "decoder_width": 8,
+    "task": {"kind": "segmentation", "decoder_width": 8, "merge_codes": True},
     "num_slices": 2,
-    "merge_codes": True,
     "engine": {"steps": 2, "batch_size": 1, "precision": "no", "log_every": 1, "num_workers": 0},
 }
 

@@ -75,7 +75,7 @@ def _predict_inputs(
     if not contrast_paths and len(paths) == 1 and not paths[0].name.endswith(IMAGES):
         _predict_cohort(predictor, paths[0], out, probabilities, overwrite, quiet)
         return
-    if probabilities and predictor.task == "segmentation":
+    if probabilities and predictor.per_voxel:
         predictor = predictor.with_options(replace(predictor.options, class_probabilities=True))
     first = paths[0] if paths else next(iter(contrast_paths.values()))
     name = first.name.split(".")[0]

@@ -36,9 +36,10 @@ from brainfound.finetuning.frozen_baseline import (
     scoring_from_bundle,
 )
 from brainfound.finetuning.scoring import FROZEN_CASES_FILE, score_sessions
-from brainfound.finetuning.targets import Target, labelled_sessions
+from brainfound.finetuning.tasks import TargetColumn, Task, from_dict
 from brainfound.metrics.cases import compute_headline_score
 from brainfound.metrics.registry import METRICS, PRIMARY_METRIC
+from brainfound.metrics.scores import PRIMARY_METRIC
 from brainfound.training.checkpoint import write_atomically
 from brainfound.training.process import process_state
 from brainfound.training.run_folder import EXPORT_FOLDER
@@ -82,8 +83,8 @@ def score_missing_contrasts(
     if (run / MISSING_CONTRASTS_FILE).is_file():
         return
     bundle = load_bundle(run / EXPORT_FOLDER)
-    target = Target.from_dict(bundle.labels)
-    labelled = labelled_sessions(store, target.column)
+    target = from_dict(bundle.labels)
+    labelled = TargetColumn.find(store, target.column).labelled
     test = np.intersect1d(split.sessions(store, fold)["test"], labelled)
     sessions = complete_sessions(store, test, contrasts, fold).tolist()
     model = bundle.model.to(process_state().device)
@@ -96,7 +97,7 @@ def score_missing_contrasts(
         absence = TRAINING if subset is not None else NONE if len(shown) == len(contrasts) else TEST
         result = {"contrasts": list(shown), "absence": absence, "num_left_out": len(test) - len(sessions)}
         if absence != TEST and (run / FROZEN_CASES_FILE).is_file():
-            result |= scored.to_dict() | {"frozen": _read_frozen_score(run, target.task, sessions)}
+            result |= scored.to_dict() | {"frozen": _read_frozen_score(run, target.kind, sessions)}
         elif frozen is not None:
             baseline = score_frozen_baseline(frozen, store, sessions, without, scoring=scoring)
             result = replace(scored, frozen=baseline.scores).to_dict() | result
@@ -106,7 +107,7 @@ def score_missing_contrasts(
     write_atomically(run / MISSING_CONTRASTS_FILE, json.dumps(results, indent=1) + "\n")
 
 
-def _load_frozen_baseline(bundle: Bundle, target: Target) -> FrozenBaseline | None:
+def _load_frozen_baseline(bundle: Bundle, target: Task) -> FrozenBaseline | None:
     """The frozen baseline; None where the bundle has none, or lacks its backbone."""
     try:
         return load_frozen_baseline(bundle, target, process_state().device)

@@ -28,6 +28,7 @@ from brainfound.experiments.run_table import (
 from brainfound.experiments.systems import SystemSpec
 from brainfound.finetuning.recipe import FinetuneRecipe
 from brainfound.finetuning.scoring import read_scores
+from brainfound.finetuning.tasks import Task
 from brainfound.metrics.registry import PRIMARY_METRIC
 from brainfound.training.checkpoint import write_atomically
 from brainfound.training.run_folder import versions
@@ -43,7 +44,7 @@ class ExperimentSpec:
     recipe: FinetuneRecipe
     """The recipe of the first system."""
     target: str
-    task: str
+    task: Task
     store: Store
     split: Split
     systems: Sequence[SystemSpec]
@@ -57,16 +58,16 @@ class ExperimentSpec:
             "schema": SCHEMA,
             "kind": self.kind,
             "target": self.target,
-            "task": self.task,
-            "headline": PRIMARY_METRIC[self.task],
+            "task": self.task.kind,
+            "headline": PRIMARY_METRIC[self.task.kind],
             "command": self.command,
             "recipe": {
                 "name": recipe.name,
                 "steps": recipe.engine.steps,
                 "batch_size": recipe.engine.batch_size,
                 "num_slices": recipe.num_slices,
-                "aggregator": None if self.task == "segmentation" else recipe.aggregator,
-                "decoder": recipe.decoder if self.task == "segmentation" else None,
+                "aggregator": None if self.task.per_voxel else recipe.aggregator,
+                "decoder": getattr(self.task.settings, "decoder", None),
                 "lr": recipe.optim.lr,
                 "head_lr": recipe.optim.head_lr,
                 "contrast_dropout": recipe.augmentation.contrast_dropout,

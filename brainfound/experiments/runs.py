@@ -36,9 +36,10 @@ from brainfound.experiments.results import (
     write_results,
 )
 from brainfound.experiments.systems import SystemSpec, make_subset_systems, parse_systems
-from brainfound.finetuning.finetune import finetune, resolve_parts_and_target
+from brainfound.finetuning.finetune import finetune, resolve_parts_and_task
 from brainfound.finetuning.recipe import FinetuneRecipe, resolve_recipe
 from brainfound.finetuning.splits import make_split
+from brainfound.finetuning.tasks import Task
 from brainfound.models.loading import read_patch_size
 from brainfound.training.distributed import run_on_main_rank
 from brainfound.training.process import process_state
@@ -260,20 +261,20 @@ class _Experiment:
                 (self.folder / EXPERIMENT_SPLIT_FILE).unlink()
             raise
 
-    def _preflight(self) -> str:
-        """Check all systems and folds before the first run; returns the task."""
-        task = ""
+    def _preflight(self) -> Task:
+        """Check all systems and folds before the first run; returns the task of the first system."""
+        tasks = []
         for system in self.systems:
             recipe = self.recipes[system.name]
             store = restrict_contrasts(self.store, recipe.contrasts)
             read_patch_size(system.model, store.contrasts)
             for fold in self.split.folds:
                 split_file = self.folder / EXPERIMENT_SPLIT_FILE
-                parts, target = resolve_parts_and_target(recipe, store, self.target, split_file, fold)
-                task = target.task
+                parts, task = resolve_parts_and_task(recipe, store, self.target, split_file, fold)
+                tasks.append(task)
                 if self.kind == "partial input" and system is self.systems[0]:
                     complete_sessions(self.store, parts["test"], store.shown, fold)
-        return task
+        return tasks[0]
 
     def _run(self, system: SystemSpec, fold: str, seed: int, is_main: bool) -> Path:
         run = self.folder / system.name / fold / f"seed-{seed}"

@@ -1,15 +1,15 @@
 """Slice embeddings of a store by a frozen encoder: computed once, kept on disk, read by memory map.
 
-A head or a probe on a frozen backbone asks for the same slice embeddings in every epoch. Kept, they make an epoch a
-matter of seconds. The folder of a cache, beside which others may lie:
+A head or a probe on a frozen backbone reads the same slice embeddings in every epoch; cached, an epoch takes seconds.
+The folder of a cache:
 
-    slices-32-9f86d081884c7d65/     named by how many slices, and by what they were made of
-        cache.json                  what they were made of: the encoder's weights and settings, the data
-        embeddings.npy              (rows, D) float32, a session's slices in a row
+    slices-32-9f86d081884c7d65/     named by the number of slices and a hash of cache.json
+        cache.json                  the encoder's weights and settings, and the data
+        embeddings.npy              (rows, D) float32, a session's slices in consecutive rows
         done.npy                    (sessions,) bool, the sessions whose rows are written
 
-A session is written once, when it is first asked for, and marked afterwards: a cache that was cut off goes on where
-it was. Nothing is augmented and every contrast that a session has is shown.
+A session is written once, when it is first needed, and marked afterwards: a cache that was interrupted continues.
+Nothing is augmented, and all contrasts of a session are read.
 
 Axis legend: B volumes, S slices, D width.
 """
@@ -38,20 +38,14 @@ from brainfound.models import BrainFoundModel
 
 _SCHEMA = "brainfound-embeddings/1"
 _FACTS, _EMBEDDINGS, _DONE = "cache.json", "embeddings.npy", "done.npy"
-# Of a backbone's configuration: says where it came from or how it is computed, not what.
-_IRRELEVANT_CONFIG_KEYS = (
-    "_name_or_path",
-    "transformers_version",
-    "dtype",
-    "torch_dtype",
-    "architectures",
-    "_attn_implementation",
-)
+# Keys of a backbone's configuration that say where it came from or how it is computed: they change no embedding.
+_IRRELEVANT_CONFIG_KEYS = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"}
+_IRRELEVANT_CONFIG_KEYS |= {"_attn_implementation"}
 
 
 @dataclass(frozen=True)
 class EmbeddedBatch:
-    """A batch of volumes whose slices are embedded already; the names are those of the models' arguments."""
+    """A batch of embedded volumes; the names are those of the models' arguments."""
 
     slice_embeddings: Float[Tensor, "B S D"]
     slice_mask: Bool[Tensor, "B S"]
@@ -72,12 +66,12 @@ class EmbeddingCache:
     Args:
         model: its encoder embeds; it must not change while the cache is used.
         store: the sessions.
-        folder: where caches lie; this one gets a folder of its own in it.
-        num_slices: evenly spaced slices of each session, the ones that evaluation reads; None: all.
+        folder: of all caches; this one gets a subfolder.
+        num_slices: evenly spaced slices of each session, as in evaluation; None: all.
 
     Raises:
         ModelError: the store's contrasts are not the model's.
-        TrainingError: what lies there is no cache, or cannot be written.
+        TrainingError: the subfolder is no cache, or cannot be written.
     """
 
     def __init__(self, model: BrainFoundModel, store: Store, folder: str | Path, num_slices: int | None = None) -> None:
@@ -104,18 +98,18 @@ class EmbeddingCache:
             ) from error
 
     def ensure_embedded(self, sessions: Sequence[int], progress: Callable[[int, int], None] | None = None) -> int:
-        """Embed the sessions that are not there yet.
+        """Embed the sessions that are missing.
 
         Args:
             progress: called with (sessions done, sessions to do).
 
         Returns:
-            How many were embedded now.
+            The number of sessions that were embedded now.
         """
         missing = [int(session) for session in sessions if not self._done[int(session)]]
         for done, session in enumerate(missing, start=1):
             self._embeddings[self._rows(session)] = self._embed(session)
-            # The mark is written after what it marks.
+            # The mark is written after the rows.
             self._embeddings.flush()
             self._done[session] = True
             self._done.flush()
@@ -124,17 +118,17 @@ class EmbeddingCache:
         return len(missing)
 
     def slices(self, session: int) -> Float[np.ndarray, "S D"]:
-        """The slice embeddings of a session, which `ensure_embedded` must have been asked for.
+        """The slice embeddings of a session.
 
         Raises:
-            TrainingError: it has not.
+            TrainingError: `ensure_embedded` was not called for it.
         """
         if not self._done[session]:
             raise TrainingError("a session is not in the cache", where=self.path, got=f"session of row {session}")
         return np.asarray(self._embeddings[self._rows(session)])
 
     def mean_embeddings(self, sessions: Sequence[int]) -> Float[np.ndarray, "n D"]:
-        """Of each session the mean over its slices: what a frozen backbone with mean pooling gives."""
+        """The mean over the slices of each session, as a frozen backbone with mean pooling gives it."""
         return np.stack([self.slices(int(session)).mean(axis=0) for session in sessions])
 
     def batch(self, sessions: Sequence[int]) -> EmbeddedBatch:
@@ -170,19 +164,19 @@ class EmbeddingCache:
             "contrasts": list(config.contrasts),
             "data_hash": self.store.content_hash,
             "num_slices": self.num_slices,
-            # Only where they are other than usual: other caches keep the name that they had.
+            # Only values other than the default, so that the names of other caches stay the same.
             **({"slice_features": config.slice_features} if config.slice_features != "cls" else {}),
             **({"withheld": list(self.store.withheld)} if self.store.withheld else {}),
         }
 
     def _open(self, facts: dict[str, Any]) -> tuple[np.memmap, np.memmap]:
-        """The arrays of this cache, made where they are not there."""
+        """The arrays of this cache, created if they are missing."""
         shape, sessions = (int(self._first[-1]), int(self.model.config.embedding_size)), len(self._slices)
         if not (self.path / _FACTS).is_file():
             self.path.mkdir(parents=True, exist_ok=True)
             np.lib.format.open_memmap(self.path / _EMBEDDINGS, "w+", np.float32, shape).flush()
             np.lib.format.open_memmap(self.path / _DONE, "w+", bool, (sessions,)).flush()
-            # Last: a cache that was cut off before this is made anew.
+            # Last: a cache that was interrupted before this is made anew.
             written = self.path / f".{_FACTS}.{os.getpid()}"
             written.write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n", encoding="utf-8")
             written.replace(self.path / _FACTS)
@@ -194,13 +188,13 @@ class EmbeddingCache:
 
 @torch.inference_mode()
 def slice_embeddings(model: BrainFoundModel, stack: Stack, slices: Int[np.ndarray, "S"]) -> Float[np.ndarray, "S D"]:
-    """What a model's encoder says of some slices of a stack. The model is left in eval mode."""
+    """Embeddings of some slices of a stack by a model's encoder. The model is left in eval mode."""
     model.eval()
     batch = collate([stack], [slices]).to(next(model.parameters()).device)
     return model(**batch.inputs()).slice_embeddings[0].float().cpu().numpy()
 
 
 def _writable(file: Path) -> np.memmap:
-    # Read first: to write, a file that was cut off would be filled up with zeros.
+    # Read first: opened for writing, a truncated file would be filled up with zeros.
     np.lib.format.open_memmap(file, "r")
     return np.lib.format.open_memmap(file, "r+")

@@ -1,14 +1,16 @@
 """What the untouched backbone reaches with a linear model: the baseline that adaptation has to beat.
 
-The backbone is the one that the run starts from, before anything is trained. Of a classification or regression a
-volume is the mean of its slices' CLS embeddings, of the slices that evaluation reads; a ridge or logistic regression on
-it learns from the training part, its strength chosen by cross-validation within that part. A segmentation has a linear
-classifier of patches (`frozen_patches`). The test part is answered once, and scored as the run is.
+The backbone is the one that the run starts from, before anything is trained. For a classification or regression a
+volume is the mean of its slice embeddings, of the slices that evaluation reads; a ridge or logistic regression learns
+from the training part. For a segmentation there is one logistic regression of patches per class, or per overlapping
+label, whose target is the share of a patch's pixels that have it. It learns from some patches, with more of those that
+show the structure than there are, and weights that restore the frequencies. The test part is scored as the run is.
 
-The linear model goes into the bundle, so that it can be asked about other sessions later, and with contrasts withheld;
-the untouched backbone is there too, unless all weights were trained.
+The linear model goes into the bundle, so that it can score other sessions later, and with contrasts withheld; the
+untouched backbone is there too, unless all weights were trained.
 
-Axis legend: n sessions, D width, K classes.
+Axis legend: n sessions or chosen patches, S slices, H W pixels, P patches of a slice, D width, K classes but the
+background (or labels).
 """
 
 from __future__ import annotations
@@ -17,49 +19,70 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from scipy.special import expit, softmax
+from jaxtyping import Float, Int, UInt8
+from scipy.special import expit
 from torch import Tensor
 
-from brainfound.adapters.bundle_reader import MODEL_CLASSES, Bundle, tensors_hash
-from brainfound.data.batches import evenly_spaced_slices, remove_contrasts
+from brainfound.adapters.bundle_reader import Bundle, tensors_hash
+from brainfound.data.batches import collate, evenly_spaced_slices, remove_contrasts
 from brainfound.data.preprocessing.stack import Stack
 from brainfound.data.store import Store
-from brainfound.errors import ModelError, TrainingError
+from brainfound.errors import ModelError
 from brainfound.finetuning.embedding_cache import EmbeddingCache, slice_embeddings
-from brainfound.finetuning.frozen_patches import PatchClassifier
-from brainfound.finetuning.linear_start import fit_logistic, fit_ridge, subject_group_indices
-from brainfound.finetuning.scoring import ScoringRecipe, SessionScores, score_predictions
-from brainfound.finetuning.targets import Target
+from brainfound.finetuning.linear_models import fit_patch_label, standardise, subject_group_indices
+from brainfound.finetuning.scoring import SessionScores, score_predictions
+from brainfound.finetuning.tasks import ScoringRecipe, Segmentation, Task, VolumeTask
+from brainfound.finetuning.tasks.base import LabelledFeatures
 from brainfound.models import BrainFoundModel
-from brainfound.models.infer import StackPrediction
+from brainfound.models.infer import SEGMENTATION_CHUNK, StackPrediction
 from brainfound.models.loading import load_initial_model
+from brainfound.training.randomness import PROBE, numpy_generator
+
+MAX_PATCHES, MAX_SESSIONS = 6000, 500
+"""Most patches that a segmentation learns from, and most training sessions that they are taken of."""
+_STREAM = 3  # apart from the probes' own streams
 
 
 @dataclass(frozen=True)
-class VolumeLinearProbe:
-    """A linear model of a volume's mean slice embedding.
+class _LinearModel:
+    """A linear model of standardised features of a backbone.
 
     Attributes:
-        model: a BrainFound model with a head, whose backbone is asked; its head is not.
-        target: what is answered.
-        num_slices: slices read per session; None for all.
-        mean, std: (D,) of the embeddings.
-        weight, bias: (1, D) and (1,) on standardised embeddings for a value or two classes, else (K, D) and (K,).
-        cache: embeddings that are kept; None: none are.
+        model: a BrainFound model with the task's head; its backbone is used, its head is not.
+        mean, std: (D,) of the features.
+        weight, bias: (rows, D) and (rows,) on standardised features.
     """
 
+    tensor_names: ClassVar[tuple[str, ...]] = ("mean", "std", "weight", "bias")
+
     model: Any
-    target: Target
-    num_slices: int | None
+    task: Any
     mean: np.ndarray
     std: np.ndarray
     weight: np.ndarray
     bias: np.ndarray
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a bundle has to keep."""
+        return {name: torch.from_numpy(np.asarray(getattr(self, name))) for name in self.tensor_names}
+
+
+@dataclass(frozen=True)
+class VolumeLinearProbe(_LinearModel):
+    """A linear model of a volume's mean slice embedding.
+
+    Attributes:
+        weight, bias: one row for a number or two classes, else one per class.
+        num_slices: slices read per session; None for all.
+        cache: of embeddings; None: they are computed.
+    """
+
+    task: VolumeTask
+    num_slices: int | None = None
     cache: EmbeddingCache | None = None
 
     @classmethod
@@ -68,7 +91,7 @@ class VolumeLinearProbe:
         model: Any,
         store: Store,
         sessions: Sequence[int],
-        target: Target,
+        task: VolumeTask,
         num_slices: int | None,
         cache: EmbeddingCache | None = None,
     ) -> VolumeLinearProbe:
@@ -82,24 +105,18 @@ class VolumeLinearProbe:
             embedded = cache.mean_embeddings(sessions)
         else:
             embedded = np.stack([_mean_embedding(model, store[session], num_slices) for session in sessions])
-        features, labels = embedded.astype(np.float64), target.values(store, list(sessions))
-        if not np.isfinite(features).all():
-            raise TrainingError(
-                "the backbone that the run starts from gives embeddings that are not finite",
-                remedy="Start from another model",
-            )
-        mean, std = features.mean(axis=0), features.std(axis=0)
-        std = np.where(std > 1e-8, std, 1.0)
+        labels = task.values(store, list(sessions))
+        features, mean, std = standardise([embedded], "the backbone that the run starts from gives embeddings")
         subject_groups = subject_group_indices(store.sessions["subject"].tolist(), np.array(sessions))
-        weight, bias = _fit((features - mean) / std, labels, subject_groups, target, model.config.class_weights)
-        return cls(model, target, num_slices, mean, std, weight, bias, cache)
+        weight, bias = task.fit_linear(LabelledFeatures(features, labels, subject_groups), model.config.class_weights)
+        return cls(model, task, mean, std, weight, bias, num_slices, cache)
 
     def answer(self, session: int, stack: Stack, without: Sequence[str] = ()) -> StackPrediction:
-        """Of a stack, in the form of a model's answer.
+        """The answer about a stack, as a model gives it.
 
         Args:
-            session: its row in the store that the cache is of.
-            without: contrasts that are not to be seen.
+            session: its row in the store of the cache.
+            without: contrasts to withhold.
         """
         if self.cache is not None and not without:
             self.cache.ensure_embedded([session])
@@ -107,29 +124,145 @@ class VolumeLinearProbe:
         else:
             stack = remove_contrasts(stack, without) if without else stack
             embedding = _mean_embedding(self.model, stack, self.num_slices)
-        found = self.weight @ ((embedding.astype(np.float64) - self.mean) / self.std) + self.bias
-        if self.target.task == "regression":
-            return StackPrediction(value=float(found[0]) * self.target.std + self.target.mean)
-        if self.target.multi_label:
-            return StackPrediction(probabilities=expit(found))
-        if len(found) == 1:
-            return StackPrediction(probabilities=np.array([expit(-found[0]), expit(found[0])]))
-        return StackPrediction(probabilities=softmax(found))
+        return self.task.linear_answer(
+            self.weight @ ((embedding.astype(np.float64) - self.mean) / self.std) + self.bias
+        )
 
-    def tensors(self) -> dict[str, Tensor]:
-        """What has to be kept to ask it again."""
-        return {name: torch.from_numpy(np.asarray(getattr(self, name))) for name in ("mean", "std", "weight", "bias")}
+
+def _mean_embedding(model: Any, stack: Stack, num_slices: int | None) -> Float[np.ndarray, "D"]:
+    return slice_embeddings(model.brainfound, stack, evenly_spaced_slices(len(stack.pixels), num_slices)).mean(axis=0)
+
+
+@dataclass(frozen=True)
+class PatchClassifier(_LinearModel):
+    """A linear classifier of a backbone's patch tokens, one row per class; a pixel has the class of its patch.
+
+    Attributes:
+        thresholds: (K,) the probability above which a class is marked: the one with the best Dice on the patches that
+            were learnt from.
+    """
+
+    tensor_names: ClassVar[tuple[str, ...]] = (*_LinearModel.tensor_names, "thresholds")
+
+    task: Segmentation
+    thresholds: np.ndarray
+
+    @classmethod
+    def fit(
+        cls, model: Any, store: Store, sessions: Sequence[int], task: Segmentation, num_slices: int, seed: int
+    ) -> PatchClassifier:
+        """Learn from sessions with masks.
+
+        Args:
+            model: a `BrainFoundForSegmentation`; it stays as it is.
+            num_slices: slices of each session to learn from, half of them through the structure if it has so many.
+            seed: of the choice of patches.
+
+        Raises:
+            TrainingError: the tokens are not finite.
+        """
+        rng = numpy_generator(PROBE, seed, _STREAM)
+        sessions = [sessions[i] for i in evenly_spaced_slices(len(sessions), MAX_SESSIONS)]
+        per_session = max(8, MAX_PATCHES // len(sessions))
+        tokens, label_fractions, weights, owners = [], [], [], []
+        for session in sessions:
+            stack = store[int(session)]
+            labels = task.binary_labels(np.asarray(stack.mask))
+            slices, slice_weight = _choose_slices(np.asarray(labels.any(axis=(1, 2, 3))), num_slices)
+            in_patches = patch_label_fractions(labels[slices], model.encoder.patch_size)  # (S, P, K)
+            chosen, weight = _choose_patches(in_patches, slice_weight, per_session, rng)
+            flat = _tokens(model, stack, slices).reshape(-1, model.encoder.embed_dim)
+            tokens.append(flat[chosen])
+            label_fractions.append(in_patches.reshape(-1, in_patches.shape[-1])[chosen])
+            weights.append(weight)
+            owners += [int(session)] * len(chosen)
+        features, mean, std = standardise(tokens, "the backbone that the run starts from gives patch tokens")
+        subject_groups = subject_group_indices(store.sessions["subject"].tolist(), np.array(owners))
+        of_patch, every_share = np.concatenate(weights), np.concatenate(label_fractions)
+        of_patch = of_patch / of_patch.mean()
+        fits = [fit_patch_label(features, share, of_patch, subject_groups) for share in every_share.T]
+        rows, biases, thresholds = zip(*fits, strict=True)
+        return cls(model, task, mean, std, np.stack(rows), np.array(biases), np.array(thresholds))
+
+    def answer(self, session: int, stack: Stack, without: Sequence[str] = ()) -> StackPrediction:
+        """The answer about every pixel of a stack, as a model gives it; ``without`` are contrasts to withhold."""
+        stack = remove_contrasts(stack, without) if without else stack
+        num_slices, height, width = stack.grid
+        rows, columns = self.model.encoder.grid(height, width)
+        answers = []
+        chunk = num_slices if self.model.config.stem == "slices" else SEGMENTATION_CHUNK
+        for first in range(0, num_slices, chunk):
+            index = np.arange(first, min(first + chunk, num_slices))
+            tokens = (_tokens(self.model, stack, index) - self.mean) / self.std
+            probabilities = expit(tokens @ self.weight.T + self.bias)  # (S, P, K)
+            above = np.where(probabilities > self.thresholds, probabilities, 0.0)
+            per_patch = np.moveaxis(above, -1, 1).reshape(len(index), -1, rows, columns)
+            per_pixel = per_patch.repeat(self.model.encoder.patch_size, 2).repeat(self.model.encoder.patch_size, 3)
+            answers.append(self.task.patch_answer(per_pixel))
+        return self.task.as_prediction(np.concatenate(answers))
+
+
+def patch_label_fractions(labels: UInt8[np.ndarray, "S K H W"], patch_size: int) -> Float[np.ndarray, "S P K"]:
+    """The share of each patch's pixels that have each label, patches row by row."""
+    num_slices, num_labels, height, width = labels.shape
+    rows, columns = height // patch_size, width // patch_size
+    tiles = labels.reshape(num_slices, num_labels, rows, patch_size, columns, patch_size)
+    return np.moveaxis(tiles.mean(axis=(3, 5)).reshape(num_slices, num_labels, -1), 1, -1)
+
+
+@torch.inference_mode()
+def _tokens(model: Any, stack: Stack, slices: Int[np.ndarray, "S"]) -> Float[np.ndarray, "S P D"]:
+    """The backbone's patch tokens of some slices."""
+    model.eval()
+    device = next(model.parameters()).device
+    # The stem "slices" reads the neighbours too.
+    whole = model.config.stem == "slices"
+    batch = collate([stack], [np.arange(len(stack.pixels)) if whole else slices]).to(device)
+    patches = model.brainfound(**batch.inputs(), output_patch_embeddings=True).patch_embeddings[0]
+    return (patches[slices] if whole else patches).float().cpu().numpy()
+
+
+def _choose_slices(shows: np.ndarray, wanted: int) -> tuple[Int[np.ndarray, "S"], Float[np.ndarray, "S"]]:
+    """Evenly spaced slices, up to half of them of those that show the structure; and how many each stands for."""
+    marked, others = np.flatnonzero(shows), np.flatnonzero(~shows)
+    num_marked = min(len(marked), max(wanted - len(others), -(-wanted // 2)))
+    chosen, weights = [], []
+    for group, number in ((marked, num_marked), (others, min(len(others), wanted - num_marked))):
+        if number > 0:
+            chosen.append(group[evenly_spaced_slices(len(group), number)])
+            weights.append(np.full(number, len(group) / number))
+    order = np.argsort(np.concatenate(chosen))
+    return np.concatenate(chosen)[order], np.concatenate(weights)[order]
+
+
+def _choose_patches(
+    label_fractions: Float[np.ndarray, "S P K"],
+    slice_weight: Float[np.ndarray, "S"],
+    wanted: int,
+    rng: np.random.Generator,
+) -> tuple[Int[np.ndarray, "n"], Float[np.ndarray, "n"]]:
+    """Patches of a session, as many of each class as there are; and how many each stands for."""
+    flat = label_fractions.reshape(-1, label_fractions.shape[-1])
+    strata = np.where(flat.any(axis=1), flat.argmax(axis=1) + 1, 0)
+    present = np.unique(strata)
+    chosen, weights = [], []
+    for stratum in present:
+        members = np.flatnonzero(strata == stratum)
+        drawn = rng.permutation(members)[: max(1, wanted // len(present))]
+        chosen.append(drawn)
+        weights.append(np.full(len(drawn), len(members) / len(drawn)) * slice_weight[drawn // label_fractions.shape[1]])
+    return np.concatenate(chosen), np.concatenate(weights)
 
 
 FrozenBaseline = VolumeLinearProbe | PatchClassifier
-"""A linear model on an untouched backbone, for the tasks that it can answer."""
+"""A linear model on an untouched backbone."""
 
 
 def fit_frozen_baseline(
     model: Any,
     store: Store,
     sessions: Sequence[int],
-    target: Target,
+    task: Task,
     num_slices: int,
     *,
     cache: EmbeddingCache | None = None,
@@ -139,22 +272,23 @@ def fit_frozen_baseline(
     """Fit a linear model to an untouched backbone.
 
     Args:
-        model: a BrainFound model with a head that has not been trained and no adapter; it stays as it is.
+        model: a BrainFound model with an untrained head and no adapter; it stays as it is.
         store, sessions: the data, and its sessions for training.
-        target: what is learnt; its class weights are those of the model's configuration.
-        num_slices: slices read per session; of a segmentation per training session.
-        cache: embeddings that the run keeps anyway.
-        folder: without a cache, where embeddings are kept for other runs on the same backbone; None: nowhere.
+        task: the labels; class weights are those of the model's configuration.
+        num_slices: slices read per session, of a segmentation per training session.
+        cache: the embeddings of the run, if it caches them.
+        folder: without a cache, a folder to cache embeddings in for other runs on the same backbone.
         seed: of the patches that a segmentation learns from.
 
     Raises:
-        TrainingError: the embeddings are not finite, or cannot be kept.
+        TrainingError: the embeddings are not finite, or cannot be written.
     """
-    if target.task == "segmentation":
-        return PatchClassifier.fit(model, store, sessions, target, num_slices, seed)
+    if isinstance(task, Segmentation):
+        return PatchClassifier.fit(model, store, sessions, task, num_slices, seed)
+    assert isinstance(task, VolumeTask)
     if cache is None and folder is not None:
         cache = EmbeddingCache(model.brainfound, store, folder, num_slices)
-    return VolumeLinearProbe.fit(model, store, sessions, target, num_slices, cache)
+    return VolumeLinearProbe.fit(model, store, sessions, task, num_slices, cache)
 
 
 def score_frozen_baseline(
@@ -170,32 +304,32 @@ def score_frozen_baseline(
     def predict_fn(session: int, stack: Stack) -> StackPrediction:
         return baseline.answer(session, stack, without)
 
-    return score_predictions(predict_fn, store, sessions, baseline.target, without, progress, scoring)
+    return score_predictions(predict_fn, store, sessions, baseline.task, without, progress, scoring)
 
 
 def load_frozen_baseline(
-    bundle: Bundle, target: Target, device: torch.device, base: str | Path | None = None
+    bundle: Bundle, task: Task, device: torch.device, base: str | Path | None = None
 ) -> FrozenBaseline:
-    """The baseline that a bundle remembers, on the backbone that its run started from.
+    """The baseline that a bundle holds, on the backbone that its run started from.
 
     Args:
-        base: the model that the run started from, for a bundle that holds trained weights only; others do not read it.
+        base: the model that the run started from; only a bundle that holds nothing but trained weights needs it.
 
     Raises:
-        ModelError: it remembers none, or not the backbone, or ``base`` is another one.
+        ModelError: the bundle holds no baseline, or not the backbone, or ``base`` is another one.
     """
     if not bundle.baseline:
         raise ModelError(
             "the bundle has no frozen baseline",
             where=bundle.folder,
-            remedy="Fine-tune with frozen_baseline=true; bundles of earlier versions kept none",
+            remedy="Fine-tune with frozen_baseline=true",
         )
     model = bundle.load_pretrained()
     if model is None:
-        model = _load_starting_model(bundle, base)
+        model = _load_starting_model(bundle, task, base)
     found = {name: tensor.numpy() for name, tensor in bundle.baseline.items()}
-    segmenting = target.task == "segmentation"
-    names = ("mean", "std", "weight", "bias", *(("thresholds",) if segmenting else ()))
+    kind: Any = PatchClassifier if task.per_voxel else VolumeLinearProbe
+    names = kind.tensor_names
     if found.keys() != set(names):
         raise ModelError(
             "the frozen baseline of the bundle is of another kind",
@@ -204,13 +338,11 @@ def load_frozen_baseline(
             expected=", ".join(sorted(names)),
             remedy="Copy the bundle again, or export it again",
         )
-    mean, std, weight, bias = (found[name] for name in names[:4])
-    if segmenting:
-        return PatchClassifier(model.to(device), target, mean, std, weight, bias, found["thresholds"])
-    return VolumeLinearProbe(model.to(device), target, bundle.metadata.get("num_slices"), mean, std, weight, bias)
+    own = {} if task.per_voxel else {"num_slices": bundle.metadata.get("num_slices")}
+    return kind(model.to(device), task, **found, **own)
 
 
-def _load_starting_model(bundle: Bundle, base: str | Path | None) -> Any:
+def _load_starting_model(bundle: Bundle, task: Task, base: str | Path | None) -> Any:
     """The model that a run with full fine-tuning started from, if it is the one that is given."""
     if base is None:
         raise ModelError(
@@ -219,7 +351,7 @@ def _load_starting_model(bundle: Bundle, base: str | Path | None) -> Any:
             remedy="Give the model that the run started from as --base",
         )
     own = bundle.model.config
-    # A head of the start's own, if any, gives way.
+    # A head that the start has is not loaded.
     model = load_initial_model(BrainFoundModel, base, own.contrasts, stem=own.stem, slice_features=own.slice_features)
     found, expected = tensors_hash(model.encoder.state_dict()), bundle.metadata.get("frozen_encoder")
     if found != expected:
@@ -230,38 +362,11 @@ def _load_starting_model(bundle: Bundle, base: str | Path | None) -> Any:
             expected=str(expected)[:12],
             remedy="Give the model that the run started from as --base",
         )
-    head = MODEL_CLASSES[bundle.task](copy.deepcopy(own))
+    head = task.model_class(copy.deepcopy(own))
     head.brainfound.encoder = model.encoder
     return head.eval().requires_grad_(False)
 
 
 def scoring_from_bundle(bundle: Bundle) -> ScoringRecipe:
-    """How a bundle's run scored; bundles of earlier versions scored as the recipe does by default."""
+    """How a bundle's run scored; older bundles hold nothing and scored by the defaults."""
     return ScoringRecipe.model_validate(bundle.metadata.get("scoring", {}))
-
-
-def _mean_embedding(model: Any, stack: Stack, num_slices: int | None) -> Float[np.ndarray, "D"]:
-    return slice_embeddings(model.brainfound, stack, evenly_spaced_slices(len(stack.pixels), num_slices)).mean(axis=0)
-
-
-def _fit(
-    features: Float[np.ndarray, "n D"],
-    labels: np.ndarray,
-    subject_groups: np.ndarray,
-    target: Target,
-    class_weights: Sequence[float] | None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Weights and biases, one row per thing that is scored."""
-    if target.task == "regression":
-        weight, bias, _ = fit_ridge(features, (labels - target.mean) / target.std, subject_groups)
-        return weight[None], np.array([bias])
-    if target.multi_label:
-        of_labels = [{0: 1.0, 1: w} for w in class_weights] if class_weights is not None else [None] * labels.shape[1]
-        fits = [
-            fit_logistic(features, column.astype(int), subject_groups, weights)
-            for column, weights in zip(labels.T, of_labels, strict=True)
-        ]
-        return np.concatenate([fit.coef_ for fit in fits]), np.concatenate([fit.intercept_ for fit in fits])
-    weights = None if class_weights is None else dict(enumerate(class_weights))
-    fit = fit_logistic(features, labels, subject_groups, weights)
-    return fit.coef_, fit.intercept_

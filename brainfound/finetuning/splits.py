@@ -1,11 +1,10 @@
-"""Which sessions a run learns from, watches and is scored on; and how a bundle remembers it.
+"""The sessions that a run learns from, validates on and tests on.
 
-A run folder keeps the subjects of each part by name, in a split file (``splits.json``). A bundle leaves that
-folder, and may be given away: it keeps salted, slow hashes of the identifiers, by which the subjects are known
-again in any store, and hashes of the images, by which they are known under another name. Nobody can read names
-out of a bundle; who already has a list of names can ask which of them are in it, as `evaluate` does.
-
-A store's sessions divided for training: one division, folds, few shots, or one site left out.
+`make_split` divides a store: once, in folds, with few training subjects, or with one site left out. `split_sessions`
+gives a run its parts, of its recipe or of a split file. A run folder keeps the subjects of each part by name
+(``splits.json``). A bundle may be given away: it keeps salted, slow hashes of the identifiers, which identify the
+subjects in any store, and hashes of the images, which identify them under another name. Nobody can read names out of
+a bundle; who already has a list of names can test which of them are in it, as `evaluate` does.
 """
 
 from __future__ import annotations
@@ -41,13 +40,35 @@ from brainfound.data.splits.split_file import (
 )
 from brainfound.data.store import Store
 from brainfound.errors import UsageError
-from brainfound.finetuning.targets import MASK, labelled_sessions, target_columns
+from brainfound.finetuning.tasks.columns import MASK, TargetColumn, target_columns
 from brainfound.recipes import Recipe
 from brainfound.training import run_folder as run_files
 
 SITE = "site"
 FOLDS, SHOTS, FEW_SUBJECTS, SITES = "k-fold", "few shots per class", "few subjects", "leave one site out"
 """Kinds of division besides a single one, as a split file names them."""
+RUN_SPLIT_FILE = "splits.json"
+HASH_ROUNDS = 1000
+"""Of PBKDF2: about half a millisecond per subject, so ten thousand are checked in seconds."""
+Notify = Callable[[str], None]
+"""Receives one line on sessions that are left out."""
+
+
+class SplitRecipe(Recipe):
+    """How subjects are divided. Nothing is ever chosen on the test part."""
+
+    train: float = Field(0.7, gt=0, lt=1)
+    """Share of the subjects to learn from."""
+    validation: float = Field(0.1, gt=0, lt=1)
+    """Share to evaluate during training."""
+    test: float = Field(0.2, gt=0, lt=1)
+    """Share that is scored once, at the end."""
+    seed: int = Field(0, ge=0)
+    """Of the division; the same seed divides the same subjects alike in every run."""
+    stratify: bool = True
+    """Give each part about the same mix of labels."""
+    stratify_columns: tuple[str, ...] | None = None
+    """More columns whose mix each part should have, after the label: [site], for one."""
 
 
 def make_split(
@@ -65,14 +86,14 @@ def make_split(
 ) -> Split:
     """Divide the subjects of a store. At most one of ``folds``, ``shots``, ``num_subjects``, ``leave_site_out``.
 
-    Subjects who share an image are divided as one. The functions of `brainfound.data.splits.dividing` say more.
+    Subjects who share an image are divided as one; see `brainfound.data.splits.dividing`.
 
     Args:
         test: share of the subjects that is tested; not used by folds and sites, which test everybody once.
-        validation: share of the subjects to watch while learning; 0 for none.
+        validation: share of the subjects to evaluate during training; 0 for none.
         folds: make folds ``fold-1``, ``fold-2``, ….
         shots: make ``shots-1``, ``shots-5``, … with so many training subjects of each class of the target; None
-            makes ``shots-all``, with all that there are.
+            makes ``shots-all``, with all of them.
         num_subjects: make ``subjects-10``, ``subjects-20``, … with so many training subjects; None as for shots.
         leave_site_out: make ``site-A``, ``site-B``, …, each tested on that site.
         target: only sessions that have this label (or a mask) are divided; others are in no part.
@@ -81,17 +102,17 @@ def make_split(
         seed: of the division.
 
     Raises:
-        UsageError: wishes that exclude each other, columns that are not there, or too few subjects or sites.
+        UsageError: options that exclude each other, unknown columns, or too few subjects or sites.
     """
     kind = _split_kind(folds, shots, num_subjects, leave_site_out)
     shares = _shares(test, validation)
-    used = np.arange(len(store)) if target is None else labelled_sessions(store, target)
+    used = np.arange(len(store)) if target is None else TargetColumn.find(store, target).labelled
     chosen = list(stratify) if stratify is not None else [] if target is None else [target]
-    columns = {name: stratification_labels(store, used, name) for name in chosen} or None
-    divided, num_linked = get_split_groups(store)
+    columns = {name: stratification_labels(store, used, target_columns(store, name)) for name in chosen} or None
+    groups, num_linked = get_split_groups(store)
     labels = _classes(store, target, used) if shots else _sites(store, used) if leave_site_out else []
     requested = folds or shots or num_subjects
-    made = _divide(kind, requested, divided[used].tolist(), labels, shares, columns, seed)
+    made = _divide(kind, requested, groups[used].tolist(), labels, shares, columns, seed)
     without = _sites_without_fold(store, used, made) if leave_site_out else []
     facts: dict[str, Any] = {
         "kind": kind,
@@ -113,14 +134,14 @@ def make_split(
 
 
 def _split_kind(folds: object, shots: object, num_subjects: object, leave_site_out: bool) -> str:
-    wishes = {FOLDS: folds, SHOTS: shots, FEW_SUBJECTS: num_subjects, SITES: leave_site_out}
-    wished = [kind for kind, requested in wishes.items() if requested]
-    if len(wished) > 1:
+    options = {FOLDS: folds, SHOTS: shots, FEW_SUBJECTS: num_subjects, SITES: leave_site_out}
+    chosen = [kind for kind, requested in options.items() if requested]
+    if len(chosen) > 1:
         raise UsageError(
             "folds, shots, numbers of subjects and leaving a site out exclude each other",
             remedy="Ask for one of them, and make a file of each",
         )
-    return wished[0] if wished else "single"
+    return chosen[0] if chosen else SINGLE_FOLD
 
 
 def _divide(
@@ -132,10 +153,10 @@ def _divide(
     columns: dict[str, list[Any]] | None,
     seed: int,
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Fold → part → places among ``names``, the subjects of the sessions to divide.
+    """Fold → part → positions in ``names``, the subjects of the sessions to divide.
 
     Args:
-        wish: how many folds, shots or subjects.
+        requested: the number of folds, or the numbers of shots or subjects.
         labels: of the sessions: classes for shots, sites to leave one out.
         columns: labels by which the subjects are stratified.
     """
@@ -163,7 +184,7 @@ def _sites_without_fold(store: Store, used: np.ndarray, made: Mapping[str, Any])
 
 
 def _shares(test: float, validation: float) -> dict[str, float]:
-    """Of the parts that there are to be."""
+    """The share of each part that is not empty."""
     if not 0 < test < 1 or not 0 <= validation < 1 or test + validation >= 1:
         raise UsageError(
             "the shares of test and validation must leave some to train on",
@@ -174,14 +195,32 @@ def _shares(test: float, validation: float) -> dict[str, float]:
     return {part: share for part, share in shares.items() if share > 0}
 
 
-def stratification_labels(store: Store, sessions: np.ndarray, column: str) -> list[Any]:
-    """The labels of sessions by which they are stratified; of masks, whether they mark anything."""
-    if column != MASK:
-        values = [store.covariate(name).iloc[sessions].tolist() for name in target_columns(store, column)]
-        # Of several labels, which of them a session has: one stratum per combination.
-        return values[0] if len(values) == 1 else [" ".join(map(str, labels)) for labels in zip(*values, strict=True)]
-    masks = [store.read_masks(int(session)) for session in sessions]
-    return ["empty" if mask is None or not mask.any() else "marked" for mask in masks]
+def _classes(store: Store, target: str | None, used: np.ndarray) -> list[Any]:
+    if target is None or target == MASK or "," in target:
+        raise UsageError(
+            "shots are counted per class of a column",
+            where="shots",
+            got=f"target {target}",
+            remedy="Give --target COLUMN, or ask for a number of subjects with --subjects",
+        )
+    labels = store.covariate(target).iloc[used].tolist()
+    if to_numeric_or_none(labels) is not None:
+        raise UsageError(
+            "the target has numbers, not classes",
+            where=f"column {target}",
+            remedy="Ask for a number of subjects with --subjects",
+        )
+    return labels
+
+
+def stratification_labels(store: Store, sessions: np.ndarray, columns: Sequence[str]) -> list[Any]:
+    """The labels by which sessions are stratified; without columns whether their masks mark anything."""
+    if not columns:
+        masks = [store.read_masks(int(session)) for session in sessions]
+        return ["empty" if mask is None or not mask.any() else "marked" for mask in masks]
+    values = [store.covariate(name).iloc[sessions].tolist() for name in columns]
+    # Of several labels the combination that a session has.
+    return values[0] if len(values) == 1 else [" ".join(map(str, labels)) for labels in zip(*values, strict=True)]
 
 
 def split_from_file(store: Store, file: str | Path, columns: Sequence[str] = ()) -> Split:
@@ -191,12 +230,12 @@ def split_from_file(store: Store, file: str | Path, columns: Sequence[str] = ())
         UsageError: it holds no parts, two parts share a subject or an image, or a part has no session in the store.
     """
     folds = read_folds(file)
-    found = {name: _indices(store, members, f"{file}, fold {name}") for name, members in folds.items()}
+    found = {name: _find_sessions(store, members, f"{file}, fold {name}") for name, members in folds.items()}
     made = {"kind": "taken from a file", "stratify": list(columns)}
     return Split.from_folds(store, found, seed=None, made=made, columns=columns)
 
 
-def _indices(store: Store, members: SubjectsByPart, where: str) -> Mapping[str, np.ndarray]:
+def _find_sessions(store: Store, members: SubjectsByPart, where: str) -> Mapping[str, np.ndarray]:
     sessions = Split({SINGLE_FOLD: members}).sessions(store)
     for part, index in sessions.items():
         if not len(index):
@@ -208,205 +247,90 @@ def _indices(store: Store, members: SubjectsByPart, where: str) -> Mapping[str, 
     return sessions
 
 
-def _classes(store: Store, target: str | None, used: np.ndarray) -> list[Any]:
-    if target is None or target == MASK or "," in target:
-        raise UsageError(
-            "shots are counted per class of a column",
-            where="shots",
-            got=f"target {target}",
-            remedy="Give --target COLUMN, or ask for a number of subjects with --subjects",
-        )
-    labels = store.covariate(str(target)).iloc[used].tolist()
-    if to_numeric_or_none(labels) is not None:
-        raise UsageError(
-            "the target has numbers, not classes",
-            where=f"column {target}",
-            remedy="Ask for a number of subjects with --subjects",
-        )
-    return labels
-
-
-RUN_SPLIT_FILE = "splits.json"
-HASH_ROUNDS = 1000
-"""Of PBKDF2: about half a millisecond per subject, so ten thousand are checked in seconds."""
-
-
-class SplitRecipe(Recipe):
-    """How subjects are divided. Nothing is ever chosen on the test part."""
-
-    train: float = Field(0.7, gt=0, lt=1)
-    """Share of the subjects to learn from."""
-    validation: float = Field(0.1, gt=0, lt=1)
-    """Share to watch while learning."""
-    test: float = Field(0.2, gt=0, lt=1)
-    """Share that is scored once, at the end."""
-    seed: int = Field(0, ge=0)
-    """Of the division; the same seed divides the same subjects alike in every run."""
-    stratify: bool = True
-    """Give each part about the same mix of labels."""
-    stratify_columns: tuple[str, ...] | None = None
-    """More columns whose mix each part should have, after the label: [site], for one."""
-
-
 def split_sessions(
     recipe: SplitRecipe,
     store: Store,
-    target: str,
+    target: TargetColumn,
     file: Path | None,
     fold: str | None = None,
-    notify: Callable[[str], None] | None = None,
+    notify: Notify | None = None,
 ) -> dict[str, np.ndarray]:
     """Store indices of the labelled sessions of each part.
 
     Args:
-        target: the covariate column, or ``"mask"``.
-        file: a split file, whose parts are taken; None to divide anew.
-        fold: which fold of the file, where it has several.
-        say: is told in one line what is left out.
+        target: its labelled sessions are divided.
+        file: a split file with the parts; None to divide anew.
+        fold: the fold of a file that has several.
 
     Raises:
-        UsageError: too few subjects, no such labels, a file that is no split of this store, or parts that share a
-            subject or an image.
+        UsageError: too few subjects, a file that is no split of this store, or parts that share a subject or an image.
     """
-    labelled = labelled_sessions(store, target)
     notify = notify or (lambda line: None)
     if file is not None:
-        parts = _parts_from_file(file, fold, store, labelled, notify)
+        parts = _parts_from_file(file, fold, store, target.labelled, notify)
+    elif fold is not None:
+        raise UsageError("a fold of no split", where="--fold", got=fold, remedy="Give the split file with --split")
     else:
-        if fold is not None:
-            raise UsageError("a fold of no split", where="--fold", got=fold, remedy="Give the split file with --split")
-        names, num_linked = get_split_groups(store)
-        if unlabelled := len(store) - len(labelled):
-            notify(f"{unlabelled} of {len(store)} sessions have no {target}: left out")
-        if num_linked:
-            notify(f"{num_linked} subjects have an image of another subject: kept in one part with it")
-        shares = {part: getattr(recipe, part) for part in PARTS}
-        split = split_by_subject(
-            names[labelled].tolist(), shares, recipe.seed, _strata(recipe, store, labelled, target) or None
-        )
-        parts = {part: labelled[index] for part, index in split.items()}
+        parts = _divide_anew(recipe, store, target, notify)
     parts = _drop_unreadable_sessions(parts, store, notify)
     require_disjoint(parts, store.sessions["subject"].tolist())
     require_no_shared_images(store, parts)
     return parts
 
 
-def resolve_split_file(
-    folder: Path, store: Store, target: str, given: str | Path | None, fold: str | None, resume: bool
-) -> tuple[Path | None, str | None]:
-    """The split file to follow, and its fold: of the run that goes on, else the given one, else none.
+def _divide_anew(recipe: SplitRecipe, store: Store, target: TargetColumn, notify: Notify) -> dict[str, np.ndarray]:
+    labelled = target.labelled
+    groups, num_linked = get_split_groups(store)
+    if unlabelled := len(store) - len(labelled):
+        notify(f"{unlabelled} of {len(store)} sessions have no {target.name}: left out")
+    if num_linked:
+        notify(f"{num_linked} subjects have an image of another subject: kept in one part with it")
+    columns = {target.name: target.columns} if recipe.stratify else {}
+    columns |= {name: target_columns(store, name) for name in recipe.stratify_columns or ()}
+    strata = {name: stratification_labels(store, labelled, of) for name, of in columns.items()} or None
+    shares = {part: getattr(recipe, part) for part in PARTS}
+    split = split_by_subject(groups[labelled].tolist(), shares, recipe.seed, strata)
+    return {part: labelled[index] for part, index in split.items()}
+
+
+def _parts_from_file(
+    file: Path, fold: str | None, store: Store, labelled: np.ndarray, notify: Notify
+) -> dict[str, np.ndarray]:
+    split = Split.load(file)
+    parts = _labelled_parts(split, fold, store, labelled, file)
+    listed = {name for names in split.parts(fold).values() for name in names}
+    there = {str(name) for name in store.sessions["subject"]}
+    if absent := len(listed - there):
+        notify(f"{absent} of {len(listed)} subjects of the split are not in the store")
+    if left_out := len(there - listed):
+        notify(f"{left_out} of {len(there)} subjects of the store are in no part of the split: left out")
+    placed = sum(map(len, split.sessions(store, fold).values()))
+    if unlabelled := placed - sum(map(len, parts.values())):
+        notify(f"{unlabelled} of {placed} sessions of the split have no label: left out")
+    return parts
+
+
+def _labelled_parts(
+    split: Split, fold: str | None, store: Store, labelled: np.ndarray, where: Path
+) -> dict[str, np.ndarray]:
+    """The labelled sessions of each part.
 
     Raises:
-        UsageError: the run that goes on learns another target, or on other subjects than the given split.
+        UsageError: a part is missing or has none.
     """
-    own = folder / RUN_SPLIT_FILE
-    if not (resume and own.is_file()):
-        return (None if given is None else Path(given)), fold
-    before = json.loads((folder / run_files.FACTS_FILE).read_text(encoding="utf-8"))["target"]["column"]
-    if before != target:
-        raise UsageError("the run learns another target", where=folder, got=target, expected=before)
-    if given is not None:
-        labelled = labelled_sessions(store, target)
-        now = _labelled_parts(Split.load(given), fold, store, labelled, Path(given))
-        then = _labelled_parts(Split.load(own), None, store, labelled, own)
-        now = _drop_unreadable_sessions(now, store, lambda line: None)
-        if any(not np.array_equal(now[part], then[part]) for part in PARTS):
-            raise UsageError(
-                "the run has another split", where=folder, got=given, remedy="Leave out --split, or give another --out"
-            )
-    return own, None
+    parts = split.sessions(store, fold)
+    for part in PARTS:
+        if part not in parts:
+            remedy = "Make it with a validation part: brainfound split STORE NEW.json --validation 0.1"
+            raise UsageError(f"training needs the part {part!r}, and the split has none", where=where, remedy=remedy)
+        parts[part] = np.intersect1d(parts[part], labelled)
+        if not len(parts[part]):
+            raise UsageError(f"no labelled session of the store is in the part {part!r}", where=where)
+    return parts
 
 
-def write_split(
-    folder: Path, store: Store, parts: Mapping[str, np.ndarray], target: str, recipe: SplitRecipe, given: Path | None
-) -> None:
-    """Write the split file of a run into its folder; a run that goes on keeps the one that it has."""
-    if given == folder / RUN_SPLIT_FILE:
-        return
-    if given is not None:
-        made: dict[str, Any] = {"kind": "taken from a file", "target": target, "sha256": _sha256_of(given)}
-    else:
-        made = {"kind": "made by a run", "target": target, **recipe.model_dump(mode="json", exclude={"seed"})}
-    seed = recipe.seed if given is None else None
-    Split.from_folds(store, {SINGLE_FOLD: parts}, seed=seed, made=made, columns=target_columns(store, target)).save(
-        folder / RUN_SPLIT_FILE
-    )
-
-
-def hash_split(store: Store, parts: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """What a bundle remembers of a split: the data's hash, and hashes of each part's subjects and images.
-
-    The salt is drawn anew for each bundle, so that two bundles cannot be compared and no table helps to guess.
-    """
-    salt = os.urandom(16).hex()
-    names, images = store.sessions["subject"], store.sessions["image_hash"]
-    subjects = {part: {str(names.iloc[int(i)]) for i in index} for part, index in parts.items()}
-    content = {part: {str(images.iloc[int(i)]) for i in index} for part, index in parts.items()}
-    return {
-        "data_hash": store.content_hash,
-        "hash": "pbkdf2-sha256",
-        "rounds": HASH_ROUNDS,
-        "salt": salt,
-        "subjects": {p: sorted(subject_hash(name, salt, HASH_ROUNDS) for name in s) for p, s in subjects.items()},
-        "images": {p: sorted(_image_hash(image, salt) for image in s) for p, s in content.items()},
-    }
-
-
-def is_in_parts(split: Mapping[str, Any], store: Store, sessions: Sequence[int], *parts: str) -> np.ndarray:
-    """Whether the subject of each session of a store is in one of the parts of a `hash_split`; ``(n,)`` bool."""
-    hashes = split.get("subjects_sha256") or split["subjects"]
-    members = {digest for part in parts for digest in hashes[part]}
-    of = store.sessions["subject"]
-    return np.array([_hash_like_split(split, str(of.iloc[int(i)])) in members for i in sessions], dtype=bool)
-
-
-def seen_in_training(split: Mapping[str, Any], store: Store, sessions: Sequence[int]) -> np.ndarray:
-    """Whether a model may have learnt from or been watched on each session of a store, ``(n,)`` bool.
-
-    That is one of a subject of its train or validation part, by name, or by an image under any name.
-    """
-    known = is_in_parts(split, store, sessions, "train", "validation")
-    images = {digest for part in ("train", "validation") for digest in split.get("images", {}).get(part, ())}
-    if not images:  # a bundle made before images were remembered
-        return known
-    hashes = store.sessions["image_hash"]
-    return known | np.array([_image_hash(str(hashes.iloc[int(i)]), split["salt"]) in images for i in sessions])
-
-
-@lru_cache(maxsize=100_000)
-def subject_hash(subject: str, salt: str, rounds: int = HASH_ROUNDS) -> str:
-    """The salted, slow hash of a subject's identifier."""
-    return hashlib.pbkdf2_hmac("sha256", subject.encode(), bytes.fromhex(salt), rounds, 16).hex()
-
-
-def _hash_like_split(split: Mapping[str, Any], subject: str) -> str:
-    if "subjects_sha256" in split:  # bundles made before hashes were salted
-        return hashlib.sha256(subject.encode()).hexdigest()
-    return subject_hash(subject, split["salt"], split["rounds"])
-
-
-def _image_hash(image_hash: str, salt: str) -> str:
-    return hashlib.sha256(f"{salt} {image_hash}".encode()).hexdigest()[:32]
-
-
-def _sha256_of(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-def _strata(recipe: SplitRecipe, store: Store, labelled: np.ndarray, target: str) -> dict[str, list[Any]]:
-    columns: dict[str, list[Any]] = {}
-    if recipe.stratify:
-        columns[target] = stratification_labels(store, labelled, target)
-    for name in recipe.stratify_columns or ():
-        columns[name] = stratification_labels(store, labelled, name)
-    return columns
-
-
-def _drop_unreadable_sessions(
-    parts: Mapping[str, np.ndarray], store: Store, notify: Callable[[str], None]
-) -> dict[str, np.ndarray]:
-    """The sessions that have a contrast which the store shows. Parts are made before, so that they are the same
-    whichever contrasts are withheld.
+def _drop_unreadable_sessions(parts: Mapping[str, np.ndarray], store: Store, notify: Notify) -> dict[str, np.ndarray]:
+    """The sessions with a contrast that the store shows; the parts stay the same whichever contrasts are withheld.
 
     Raises:
         UsageError: a part has none.
@@ -428,37 +352,95 @@ def _drop_unreadable_sessions(
     return kept
 
 
-def _labelled_parts(
-    split: Split, fold: str | None, store: Store, labelled: np.ndarray, where: Path
-) -> dict[str, np.ndarray]:
-    """The labelled sessions of each part; each part has some.
+def resolve_split_file(
+    folder: Path, store: Store, target: TargetColumn, given: str | Path | None, fold: str | None, resume: bool
+) -> tuple[Path | None, str | None]:
+    """The split file of a run and its fold: its own if it is resumed, else the given one, else none.
 
     Raises:
-        UsageError: as `split_sessions`.
+        UsageError: the resumed run has another target, or other subjects than the given split.
     """
-    parts = split.sessions(store, fold)
-    for part in PARTS:
-        if part not in parts:
-            remedy = "Make it with a validation part: brainfound split STORE NEW.json --validation 0.1"
-            raise UsageError(f"training needs the part {part!r}, and the split has none", where=where, remedy=remedy)
-        parts[part] = np.intersect1d(parts[part], labelled)
-        if not len(parts[part]):
-            raise UsageError(f"no labelled session of the store is in the part {part!r}", where=where)
-    return parts
+    own = folder / RUN_SPLIT_FILE
+    if not (resume and own.is_file()):
+        return (None if given is None else Path(given)), fold
+    before = json.loads((folder / run_files.FACTS_FILE).read_text(encoding="utf-8"))["target"]["column"]
+    if before != target.name:
+        raise UsageError("the run learns another target", where=folder, got=target.name, expected=before)
+    if given is not None:
+        now = _labelled_parts(Split.load(given), fold, store, target.labelled, Path(given))
+        then = _labelled_parts(Split.load(own), None, store, target.labelled, own)
+        now = _drop_unreadable_sessions(now, store, lambda line: None)
+        if any(not np.array_equal(now[part], then[part]) for part in PARTS):
+            raise UsageError(
+                "the run has another split", where=folder, got=given, remedy="Leave out --split, or give another --out"
+            )
+    return own, None
 
 
-def _parts_from_file(
-    file: Path, fold: str | None, store: Store, labelled: np.ndarray, notify: Callable[[str], None]
-) -> dict[str, np.ndarray]:
-    split = Split.load(file)
-    parts = _labelled_parts(split, fold, store, labelled, file)
-    listed = {name for names in split.parts(fold).values() for name in names}
-    there = {str(name) for name in store.sessions["subject"]}
-    if absent := len(listed - there):
-        notify(f"{absent} of {len(listed)} subjects of the split are not in the store")
-    if left_out := len(there - listed):
-        notify(f"{left_out} of {len(there)} subjects of the store are in no part of the split: left out")
-    placed = sum(map(len, split.sessions(store, fold).values()))
-    if unlabelled := placed - sum(map(len, parts.values())):
-        notify(f"{unlabelled} of {placed} sessions of the split have no label: left out")
-    return parts
+def write_split(
+    folder: Path,
+    store: Store,
+    parts: Mapping[str, np.ndarray],
+    target: TargetColumn,
+    recipe: SplitRecipe,
+    given: Path | None,
+) -> None:
+    """Write the split file of a run into its folder; a resumed run keeps its own."""
+    if given == folder / RUN_SPLIT_FILE:
+        return
+    if given is not None:
+        digest = hashlib.sha256(given.read_bytes()).hexdigest()
+        made: dict[str, Any] = {"kind": "taken from a file", "target": target.name, "sha256": digest}
+    else:
+        made = {"kind": "made by a run", "target": target.name, **recipe.model_dump(mode="json", exclude={"seed"})}
+    seed = recipe.seed if given is None else None
+    split = Split.from_folds(store, {SINGLE_FOLD: parts}, seed=seed, made=made, columns=target.columns)
+    split.save(folder / RUN_SPLIT_FILE)
+
+
+def hash_split(store: Store, parts: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """A split for a bundle: the data's hash, and hashes of each part's subjects and images.
+
+    Each bundle has a new salt, so that two bundles cannot be compared and no table helps to guess.
+    """
+    salt = os.urandom(16).hex()
+    names, images = store.sessions["subject"], store.sessions["image_hash"]
+    subjects = {part: {str(names.iloc[int(i)]) for i in index} for part, index in parts.items()}
+    content = {part: {str(images.iloc[int(i)]) for i in index} for part, index in parts.items()}
+    return {
+        "data_hash": store.content_hash,
+        "hash": "pbkdf2-sha256",
+        "rounds": HASH_ROUNDS,
+        "salt": salt,
+        "subjects": {p: sorted(subject_hash(name, salt, HASH_ROUNDS) for name in s) for p, s in subjects.items()},
+        "images": {p: sorted(_image_hash(image, salt) for image in s) for p, s in content.items()},
+    }
+
+
+def is_in_parts(split: Mapping[str, Any], store: Store, sessions: Sequence[int], *parts: str) -> np.ndarray:
+    """Whether the subject of each session of a store is in one of the parts of a `hash_split`; ``(n,)`` bool."""
+    members = {digest for part in parts for digest in split["subjects"][part]}
+    names = store.sessions["subject"]
+    hashes = (subject_hash(str(names.iloc[int(i)]), split["salt"], split["rounds"]) for i in sessions)
+    return np.array([digest in members for digest in hashes], dtype=bool)
+
+
+def seen_in_training(split: Mapping[str, Any], store: Store, sessions: Sequence[int]) -> np.ndarray:
+    """Whether each session of a store, ``(n,)`` bool, is of a train or validation subject of a `hash_split`.
+
+    Subjects are compared by name, and by image under any name.
+    """
+    images = {digest for part in ("train", "validation") for digest in split["images"][part]}
+    hashes = store.sessions["image_hash"]
+    same_image = [_image_hash(str(hashes.iloc[int(i)]), split["salt"]) in images for i in sessions]
+    return is_in_parts(split, store, sessions, "train", "validation") | np.array(same_image, dtype=bool)
+
+
+@lru_cache(maxsize=100_000)
+def subject_hash(subject: str, salt: str, rounds: int = HASH_ROUNDS) -> str:
+    """The salted, slow hash of a subject's identifier."""
+    return hashlib.pbkdf2_hmac("sha256", subject.encode(), bytes.fromhex(salt), rounds, 16).hex()
+
+
+def _image_hash(image_hash: str, salt: str) -> str:
+    return hashlib.sha256(f"{salt} {image_hash}".encode()).hexdigest()[:32]

@@ -1,14 +1,9 @@
-"""Sessions of a store as examples for `transformers.Trainer`, or for any PyTorch training loop.
+"""Training volumes: the slices of a session at a step, their augmentation, and a dataset for other training loops.
 
-The fine-tuning command has a loop of its own and does not need this; see `docs/how-to/trainer.md` for how to use it.
+`brainfound finetune` reads through `VolumeReader` or `EmbeddedReader`, whose random numbers are a function of (seed,
+step), see `brainfound.training.randomness`. `VolumeDataset` is for `transformers.Trainer`, see `docs/trainer.md`.
 
-Axis legend: S slices, C contrasts, H W pixels, K labels.
-
-Training batches of volumes: which slices of which sessions at which step, and their augmentation.
-
-Everything random is a function of (seed, step), see `brainfound.training.randomness`.
-
-Axis legend: B volumes, S slices, C contrasts, H W pixels.
+Axis legend: B volumes, S slices, C contrasts, H W pixels, K labels.
 """
 
 from __future__ import annotations
@@ -33,12 +28,12 @@ from brainfound.data.preprocessing.stack import Stack
 from brainfound.data.store import Store
 from brainfound.errors import UsageError
 from brainfound.finetuning.embedding_cache import EmbeddedBatch, EmbeddingCache
-from brainfound.finetuning.targets import Target, labelled_sessions
+from brainfound.finetuning.tasks import TargetColumn, Task
 from brainfound.recipes import Recipe
 from brainfound.training.randomness import VIEWS, StepKey, numpy_generator, torch_generator
 
 AUGMENTATION, NOISE, ELASTIC = 1_000_000, 1_000_001, 1_000_002
-"""Keys of streams beside those of the single volumes, which are numbered from 0."""
+"""Keys of random streams; those of the single volumes are numbered from 0."""
 
 
 class VolumeAugmentation(Recipe):
@@ -50,19 +45,19 @@ class VolumeAugmentation(Recipe):
     rotation_degrees: float = Field(10.0, ge=0, le=45)
     """Largest in-plane rotation, to either side."""
     scale: float = Field(0.1, ge=0, lt=1)
-    """The volume is shown at a size of 1 ± this."""
+    """The volume is scaled by 1 ± this."""
     shear: float = Field(0.05, ge=0, lt=1)
     """Largest in-plane shear, to either side."""
     elastic_probability: float = Field(0.0, ge=0, le=1)
-    """How often the plane is also bent smoothly, by the same resampling."""
+    """Probability of an elastic deformation in the plane, by the same resampling."""
     elastic: float = Field(0.08, ge=0)
-    """Largest displacement of a control point of that bending along each axis, as a share of the image's side."""
+    """Largest displacement of its control points along each axis, as a share of the image's side."""
     elastic_cells: int = Field(5, ge=1, le=32)
     """Cells of the control points' grid along each side; few cells bend smoothly."""
     flip_left_right: float = Field(0.0, ge=0, le=1)
-    """How often left and right are exchanged. 0 by default: the side of a lesion is information."""
+    """Probability of exchanging left and right. 0 by default: the side of a lesion is information."""
     contrast_dropout: float = Field(0.2, ge=0, lt=1)
-    """How often a present contrast is withheld; one always stays."""
+    """Probability of withholding a present contrast; one always stays."""
     intensity: IntensityRecipe = IntensityRecipe(gamma_probability=0.3, contrast_probability=0.3, blur_probability=0.1)
 
     @classmethod
@@ -102,13 +97,13 @@ PRESETS: Mapping[str, VolumeAugmentation] = {
         ),
     ),
 }
-"""Augmentation by name: none shows every volume as it is, mild is for classification and regression, strong for
-segmentation (the finding of the FOMO25 challenge: strong spatial augmentation helps segmentation, and much of it hurts
-the other two). No preset exchanges left and right."""
+"""Augmentation by name: none; mild for classification and regression; strong for segmentation (the finding of the
+FOMO25 challenge: strong spatial augmentation helps segmentation and hurts the other two). No preset exchanges left and
+right."""
 
 
 def sample_jittered_slices(num_slices: int, wanted: int, rng: np.random.Generator) -> np.ndarray:
-    """One random slice of each of ``wanted`` equal stretches of the stack; all slices if there are not more."""
+    """One random slice from each of ``wanted`` equal parts of the stack; all slices if there are not more."""
     if wanted >= num_slices:
         return np.arange(num_slices)
     edges = np.arange(wanted) * num_slices / wanted
@@ -134,15 +129,25 @@ def sample_foreground_slices(
 def sample_contiguous_slices(
     mask: np.ndarray, wanted: int, foreground_share: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """A run of neighbouring slices for a segmentation; a share of the runs is laid over a slice with the structure.
+    """A run of neighbouring slices for a segmentation; a share of the runs covers a slice with the structure.
 
-    Prediction reads every slice, so a model that looks at neighbours must learn from slices as close as those.
+    Prediction reads every slice, so a model that mixes neighbours must learn from slices at the same distance.
     """
     wanted = min(wanted, len(mask))
     marked = np.flatnonzero(mask.any(axis=(1, 2)))
     seen = rng.choice(marked) if marked.size and rng.uniform() < foreground_share else rng.integers(len(mask))
     first = np.clip(seen - rng.integers(wanted), 0, len(mask) - wanted)
     return first + np.arange(wanted)
+
+
+def choose_slices(
+    stack: Stack, wanted: int, foreground_share: float | None, neighbours: bool, rng: np.random.Generator
+) -> np.ndarray:
+    """Random slices of a stack for a training step; see `VolumeReader`."""
+    if foreground_share is None or stack.mask is None:
+        return sample_jittered_slices(len(stack.pixels), wanted, rng)
+    sample = sample_contiguous_slices if neighbours else sample_foreground_slices
+    return sample(np.asarray(stack.mask), wanted, foreground_share, rng)
 
 
 class VolumeReader:
@@ -168,7 +173,7 @@ class VolumeReader:
         self.num_slices, self.foreground_share, self.neighbours = num_slices, foreground_share, neighbours
 
     def of(self, sessions: Sequence[int]) -> VolumeReader:
-        """The same of other sessions."""
+        """The same for other sessions."""
         return VolumeReader(self.store, sessions, self.num_slices, self.foreground_share, self.neighbours)
 
     def read(self, positions: Sequence[int], key: StepKey) -> tuple[VolumeBatch, np.ndarray]:
@@ -179,11 +184,7 @@ class VolumeReader:
             rng = numpy_generator(VIEWS, key.seed, *key.keys, place)
             stack = self.store[int(session)]
             stacks.append(stack)
-            if self.foreground_share is None or stack.mask is None:
-                slices.append(sample_jittered_slices(len(stack.pixels), self.num_slices, rng))
-            else:
-                random_selection = sample_contiguous_slices if self.neighbours else sample_foreground_slices
-                slices.append(random_selection(stack.mask, self.num_slices, self.foreground_share, rng))
+            slices.append(choose_slices(stack, self.num_slices, self.foreground_share, self.neighbours, rng))
         return collate(stacks, slices), mine
 
 
@@ -213,8 +214,8 @@ def augment_volumes(
 ) -> VolumeBatch | EmbeddedBatch:
     """A random variant of each volume, on the batch's device; masks move with the pixels.
 
-    One affine and, where it was drawn, one smooth bending per volume, sampled together and once (bilinear for pixels,
-    nearest for masks); intensities vary per volume and contrast. Volumes that are embedded already stay as they are.
+    One affine and, by chance, one elastic deformation per volume, resampled together and once (bilinear for pixels,
+    nearest for masks); intensities vary per volume and contrast. Embedded volumes stay as they are.
     """
     if isinstance(batch, EmbeddedBatch):
         return batch
@@ -261,10 +262,10 @@ def _affines(count: int, size: tuple[int, int], recipe: VolumeAugmentation, gene
 
 
 def _apply_elastic(grid: Tensor, matrices: Tensor, recipe: VolumeAugmentation, key: StepKey) -> None:
-    """Let a part of the volumes look elsewhere by a smooth displacement; ``grid`` (B H W 2) is changed in place.
+    """Add a smooth displacement to the sampling grid (B H W 2) of some volumes, in place.
 
-    What is seen is bent, after the affine: a strong zoom makes no stronger bending. The numbers are drawn by a
-    generator of their own, so all else is drawn as if nothing were bent.
+    It acts after the affine: a strong zoom does not amplify it. A generator of its own keeps all other random numbers
+    the same without it.
     """
     if not recipe.elastic_probability:
         return
@@ -300,18 +301,18 @@ class VolumeDataset(Dataset[dict[str, Tensor]]):
 
     Args:
         store: the data.
-        target: what is learnt, from `resolve_target` on the training part.
+        task: of `brainfound.finetuning.tasks.resolve` on the training part.
         sessions: which sessions of the store; None: all.
         num_slices: slices per volume; None: all.
         augmentation: for training: random changes, of randomly chosen slices. None, for evaluation: evenly spaced
-            slices as they are. The random numbers are torch's, so a Trainer's seed decides them.
-        foreground_share: of a segmentation's training, the share of the slices that show the structure.
-        neighbours: of a segmentation's training, take slices that lie side by side; for the stem "slices" and
+            slices without changes. The random numbers are torch's and follow a Trainer's seed.
+        foreground_share: in training of a segmentation, the share of the slices that show the structure.
+        neighbours: in training of a segmentation, take neighbouring slices; for the stem "slices" and
             `decoder_slice_mixing`.
 
     Attributes:
         sessions: the rows of the store that are examples; those without a label are left out.
-        num_left_out: how many of the asked sessions these are.
+        num_left_out: number of sessions without a label.
 
     Raises:
         UsageError: no session has a label, or one has a class that the target does not know.
@@ -320,7 +321,7 @@ class VolumeDataset(Dataset[dict[str, Tensor]]):
     def __init__(
         self,
         store: Store,
-        target: Target,
+        task: Task,
         sessions: Sequence[int] | np.ndarray | None = None,
         num_slices: int | None = None,
         *,
@@ -328,7 +329,7 @@ class VolumeDataset(Dataset[dict[str, Tensor]]):
         foreground_share: float = 0.5,
         neighbours: bool = False,
     ) -> None:
-        labelled = labelled_sessions(store, target.column)
+        labelled = TargetColumn.find(store, task.column).labelled
         asked = np.arange(len(store)) if sessions is None else np.asarray(sessions, dtype=int)
         self.sessions = asked[np.isin(asked, labelled)]
         self.num_left_out = len(asked) - len(self.sessions)
@@ -336,12 +337,12 @@ class VolumeDataset(Dataset[dict[str, Tensor]]):
             raise UsageError(
                 f"none of {len(asked)} sessions has a label",
                 where=f"store {store.path.name}",
-                expected=target.column,
+                expected=task.column,
                 remedy="Give other sessions, or add their labels and prepare the store again",
             )
-        self.store, self.target, self.num_slices = store, target, num_slices
+        self.store, self.task, self.num_slices = store, task, num_slices
         self.augmentation, self.foreground_share, self.neighbours = augmentation, foreground_share, neighbours
-        self._labels = None if target.task == "segmentation" else target.values(store, self.sessions.tolist())
+        self._values = task.values(store, self.sessions.tolist())
 
     def __len__(self) -> int:
         return len(self.sessions)
@@ -352,25 +353,15 @@ class VolumeDataset(Dataset[dict[str, Tensor]]):
             batch = collate([stack], [evenly_spaced_slices(len(stack.pixels), self.num_slices)])
         else:
             seed = int(torch.randint(2**31, ()))
-            batch = collate([stack], [self._random_slices(stack, np.random.default_rng(seed))])
+            wanted = len(stack.pixels) if self.num_slices is None else self.num_slices
+            share = self.foreground_share if self.task.per_voxel and self.num_slices is not None else None
+            rng = np.random.default_rng(seed)
+            batch = collate([stack], [choose_slices(stack, wanted, share, self.neighbours, rng)])
             batch = augment_volumes(batch, self.augmentation, StepKey(seed, 0, 0, 0))
         example = {name: value[0] for name, value in batch.inputs().items()}
-        return example | {"labels": self._label(index, None if batch.masks is None else batch.masks[0].numpy())}
-
-    def _label(self, index: int, mask: np.ndarray | None) -> Tensor:
-        if self._labels is None:
-            assert mask is not None, "only sessions with a mask were taken"
-            return torch.from_numpy(self.target.encode_mask(mask).astype(np.int64))
-        is_class = self.target.task == "classification" and not self.target.multi_label
-        return torch.as_tensor(self._labels[index], dtype=torch.long if is_class else torch.float32)
-
-    def _random_slices(self, stack: Stack, rng: np.random.Generator) -> np.ndarray:
-        if self.num_slices is None:
-            return np.arange(len(stack.pixels))
-        if self._labels is not None:
-            return sample_jittered_slices(len(stack.pixels), self.num_slices, rng)
-        random_selection = sample_contiguous_slices if self.neighbours else sample_foreground_slices
-        return random_selection(np.asarray(stack.mask), self.num_slices, self.foreground_share, rng)
+        values = None if self._values is None else self._values[index]
+        labels = self.task.loss_labels(values, None if batch.masks is None else batch.masks[0])
+        return example | {"labels": labels}
 
 
 def collate_volumes(examples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

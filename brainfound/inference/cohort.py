@@ -50,7 +50,7 @@ def predict(
         progress: called with (sessions done, sessions in all).
     """
     predictor = model if isinstance(model, Predictor) else load(model)
-    if probabilities and predictor.task == "segmentation":
+    if probabilities and predictor.per_voxel:
         predictor = predictor.with_options(replace(predictor.options, class_probabilities=True))
     cohort = source if isinstance(source, Cohort) else Cohort.read(source)
     sessions = list(cohort.sessions())

@@ -37,9 +37,9 @@ from brainfound.experiments.run_table import (
 )
 from brainfound.experiments.systems import non_empty_subsets, short_name
 from brainfound.finetuning.frozen_baseline import load_frozen_baseline, score_frozen_baseline, scoring_from_bundle
-from brainfound.finetuning.scoring import ScoringRecipe, SessionScores, score_sessions
+from brainfound.finetuning.scoring import SessionScores, score_sessions
 from brainfound.finetuning.splits import is_in_parts, seen_in_training
-from brainfound.finetuning.targets import labelled_sessions
+from brainfound.finetuning.tasks import ScoringRecipe, TargetColumn, Task
 from brainfound.inference.loading import bundle_folder, load, make_predictor
 from brainfound.inference.predictor import Predictor, resolve_device
 from brainfound.metrics.cases import compute_headline_score
@@ -208,13 +208,13 @@ def evaluate(
     target = predictor.target
     if bundle is None or target is None:
         raise ModelError("an encoder has nothing to be scored on", where=model, remedy="Fine-tune it first")
-    scoring = _scoring(bundle, target.task, surface_mm, empty)
+    scoring = _scoring(bundle, target, surface_mm, empty)
     require_same_preprocessing(predictor, store)
     if part not in PARTS:
         raise UsageError(f"a split has no part {part!r}", expected=", ".join(PARTS))
     store = restrict_contrasts(store, predictor.input_contrasts)
     # A bundle that no run made has no split.
-    split, labelled = bundle.metadata.get("split"), labelled_sessions(store, target.column)
+    split, labelled = bundle.metadata.get("split"), TargetColumn.find(store, target.column).labelled
     labelled = labelled[store.present[labelled].any(axis=1)]  # all, unless the model reads only some contrasts
     sessions = _select_sessions(split, store, labelled, part)
     if not sessions:
@@ -257,11 +257,11 @@ def evaluate(
     return results
 
 
-def _scoring(bundle: Bundle, task: str, surface_mm: float | None, empty: EmptyCase | None) -> ScoringRecipe:
+def _scoring(bundle: Bundle, task: Task, surface_mm: float | None, empty: EmptyCase | None) -> ScoringRecipe:
     given = {name: value for name, value in {"surface_mm": surface_mm, "empty": empty}.items() if value is not None}
-    if given and task != "segmentation":
+    if given and not task.per_voxel:
         raise UsageError(
-            "surfaces and empty masks are of a segmentation", where=next(iter(given)), got=f"a {task} model"
+            "surfaces and empty masks are of a segmentation", where=next(iter(given)), got=f"a {task.kind} model"
         )
     return validate(ScoringRecipe, scoring_from_bundle(bundle).model_dump() | given, where="evaluate")
 

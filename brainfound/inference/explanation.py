@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from brainfound.data.batches import evenly_spaced_slices
 from brainfound.data.preprocessing.stack import Stack
 from brainfound.errors import UsageError, did_you_mean
-from brainfound.finetuning.targets import Target
+from brainfound.finetuning.tasks import Task, VolumeTask
 from brainfound.inference.explanation_methods import (
     WEIGHING_AGGREGATORS,
     ExplanationInputs,
@@ -101,7 +101,7 @@ class Explanation:
 
 
 def choose_methods(
-    model: nn.Module, target: Target | None, method: str | Sequence[str] | None, class_name: str | None = None
+    model: nn.Module, target: Task | None, method: str | Sequence[str] | None, class_name: str | None = None
 ) -> tuple[str, ...]:
     """The requested methods, each once; None: all that fit the model.
 
@@ -128,7 +128,7 @@ def choose_methods(
     return chosen
 
 
-def _unsupported_reason(method: str, model: nn.Module, target: Target | None) -> str:
+def _unsupported_reason(method: str, model: nn.Module, target: Task | None) -> str:
     """Why a method does not fit a model; empty if it does."""
     inner: Any = unwrap_peft(model)
     if isinstance(inner, BrainFoundForSegmentation):
@@ -145,8 +145,8 @@ def _unsupported_reason(method: str, model: nn.Module, target: Target | None) ->
     return ""
 
 
-def _require_class(class_name: str, target: Target | None, methods: tuple[str, ...]) -> None:
-    if "gradient" not in methods or target is None or target.task != "classification":
+def _require_class(class_name: str, target: Task | None, methods: tuple[str, ...]) -> None:
+    if "gradient" not in methods or target is None or not target.names:
         raise UsageError(
             "a class is for the gradient of a classification", where="class", got=class_name, remedy="Leave it out"
         )
@@ -159,7 +159,7 @@ def _require_class(class_name: str, target: Target | None, methods: tuple[str, .
 def explain_stack(
     model: nn.Module,
     stack: Stack,
-    target: Target | None = None,
+    target: Task | None = None,
     num_slices: int | None = None,
     method: str | Sequence[str] | None = None,
     class_name: str | None = None,
@@ -199,9 +199,11 @@ def explain_stack(
         prediction = infer_embedded(
             model, {"slice_embeddings": encoded.embeddings[None], "positions_mm": inputs.batch.positions_mm}
         )
-        answer = _format_prediction(prediction, target)
+        assert isinstance(target, VolumeTask)
+        answer = target.format_answer(prediction)
+        answer = {name: answer[name] for name in ("target", "value", "probabilities") if name in answer}
     if "gradient" in methods:
-        assert target is not None
+        assert isinstance(target, VolumeTask)
         maps["gradient"], numbers["gradient"] = _gradient(inputs, encoded.embeddings, target, class_name, answer)
     if encoded.features is not None:
         maps["pca"], numbers["pca"] = _components(inputs, encoded.features)
@@ -237,34 +239,20 @@ def _rollout(inputs: ExplanationInputs, rollout: Tensor, weights: Tensor | None)
 
 
 def _gradient(
-    inputs: ExplanationInputs, embeddings: Tensor, target: Target, class_name: str | None, answer: dict[str, Any]
+    inputs: ExplanationInputs, embeddings: Tensor, target: VolumeTask, class_name: str | None, answer: dict[str, Any]
 ) -> tuple[np.ndarray, dict[str, Any]]:
     contrasts = inputs.stack.contrasts
-    if target.task == "regression":
-        scored: dict[str, Any] = {"of": target.column}
-        values, score = gradient_times_input(inputs, embeddings, lambda output: output.predictions[0])
-    else:
-        probabilities = answer["probabilities"]
-        name = class_name or max(probabilities, key=probabilities.__getitem__)
-        scored = {"of": name}
-        number = target.names.index(name)
-        values, score = gradient_times_input(inputs, embeddings, lambda output: output.logits[0, number])
+    name, read_score = target.explained_score(answer, class_name)
+    values, score = gradient_times_input(inputs, embeddings, read_score)
     total = dict(zip(contrasts, values.sum(axis=(0, 2, 3), dtype=np.float64).tolist(), strict=True))
     image = np.stack([inputs.to_native(inputs.to_pixels(values[:, c])) for c in range(len(contrasts))], axis=-1)
-    return image, {**scored, "score": score, "volumes": list(contrasts), "sum": total}
+    return image, {"of": name, "score": score, "volumes": list(contrasts), "sum": total}
 
 
 def _components(inputs: ExplanationInputs, features: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
     scores, ratio = principal_components(features)
     image = component_maps(inputs, scale_to_unit_range(scores), inputs.foreground())
     return image, {"explained_variance_ratio": ratio.tolist(), "num_patches": len(features)}
-
-
-def _format_prediction(prediction: Any, target: Target) -> dict[str, Any]:
-    if target.task == "regression":
-        return {"target": target.column, "value": prediction.value}
-    named = zip(target.names, prediction.probabilities.tolist(), strict=True)
-    return {"target": target.column, "probabilities": dict(named)}
 
 
 def _image(values: np.ndarray, stack: Stack) -> nib.Nifti1Image:

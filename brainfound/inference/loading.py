@@ -17,7 +17,7 @@ from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.preprocessing.stack import Stack
 from brainfound.errors import ModelError, UsageError, did_you_mean
 from brainfound.finetuning.calibration import AnswerCalibration
-from brainfound.finetuning.targets import Target
+from brainfound.finetuning.tasks import TASKS, Task, from_dict
 from brainfound.inference.prediction import Prediction
 from brainfound.inference.predictor import Predictor, resolve_device
 from brainfound.inference.segmentation import SegmentationOptions
@@ -159,7 +159,7 @@ def _load_set(
     bundles: Mapping[str, str | Path], device: torch.device, tools: Sequence[Hook], options: SegmentationOptions
 ) -> PredictorSet:
     adapters = load_adapters({name: bundle_folder(source) for name, source in bundles.items()}).to(device)
-    segmenting = [name for name in adapters if adapters[name].task == "segmentation"]
+    segmenting = [name for name in adapters if adapters[name].task in TASKS and TASKS[adapters[name].task].per_voxel]
     if options != SegmentationOptions() and not segmenting:
         raise UsageError(
             "flips, overlap and a smallest volume are for segmentations", where="options", remedy="Leave them out"
@@ -196,16 +196,16 @@ def make_predictor(
     )
 
 
-def _read_target(bundle: Bundle) -> Target | None:
+def _read_target(bundle: Bundle) -> Task | None:
     """The meaning of a bundle's outputs; None for an encoder."""
     if bundle.task == "embedding":
         return None
     try:
-        target = Target.from_dict(bundle.labels)
-    except TypeError:  # other fields than a target has
+        target = from_dict(bundle.labels)
+    except (TypeError, KeyError):  # other fields than a target has
         target = None
-    num_names = None if bundle.task == "regression" else unwrap_peft(bundle.model).config.num_classes
-    if target is None or target.task != bundle.task or num_names not in (None, len(target.names)):
+    num_names = unwrap_peft(bundle.model).config.num_classes if TASKS[bundle.task].has_names else None
+    if target is None or target.kind != bundle.task or num_names not in (None, len(target.names)):
         raise ModelError(
             "the labels do not say what its answers mean",
             where=bundle.folder,

@@ -21,7 +21,7 @@ from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.preprocessing.stack import Stack
 from brainfound.errors import ScanError, UsageError
 from brainfound.finetuning.calibration import AnswerCalibration
-from brainfound.finetuning.targets import Target
+from brainfound.finetuning.tasks import Segmentation, Task, VolumeTask
 from brainfound.inference.explanation import Explanation, choose_methods, explain_stack
 from brainfound.inference.prediction import Prediction
 from brainfound.inference.scans import session_from_scans
@@ -67,7 +67,7 @@ class Predictor:
         self,
         model: nn.Module,
         preprocessing: Preprocessing,
-        target: Target | None = None,
+        target: Task | None = None,
         num_slices: int | None = None,
         device: str | torch.device | None = None,
         hooks: Sequence[Hook] = (),
@@ -101,7 +101,7 @@ class Predictor:
         Raises:
             UsageError: a segmentation model, which has no volume embedding.
         """
-        if self.task == "segmentation":
+        if self.per_voxel:
             raise UsageError(
                 "a segmentation model makes no volume embedding",
                 expected="an encoder, or a classification or regression model",
@@ -130,7 +130,12 @@ class Predictor:
 
     @property
     def task(self) -> str:
-        return "embedding" if self.target is None else self.target.task
+        return "embedding" if self.target is None else self.target.kind
+
+    @property
+    def per_voxel(self) -> bool:
+        """Whether it answers with a map on the scan's grid: a segmentation."""
+        return self.target is not None and self.target.per_voxel
 
     def predict(self, *paths: str | Path, **contrast_paths: str | Path) -> Prediction:
         """Predict one session from files.
@@ -261,7 +266,7 @@ class Predictor:
         target, options = self.target, self.options
         ready = self._restrict(ready)
         stack = ready.stack
-        several = target is not None and (bool(target.regions) or len(target.codes) > 2)
+        several = isinstance(target, Segmentation) and target.has_named_structures
         answer = infer(
             self.model, stack, self.num_slices, options.augmentation, options.class_probabilities and several
         )
@@ -282,21 +287,11 @@ class Predictor:
                 embedding=answer.embedding,
                 **common,
             )
-        if target.task == "regression":
-            values: dict[str, Any] = {"target": target.column, "value": answer.value}
-            values |= {} if answer.value_std is None else {"standard_deviation": answer.value_std}
-            values |= self.calibration.calibrate_answer(answer, target)
-            return Prediction(answer=values, **common)
-        if target.task == "classification":
-            assert answer.probabilities is not None
-            probabilities = {name: float(p) for name, p in zip(target.names, answer.probabilities, strict=True)}
-            if target.multi_label:
-                stated: dict[str, Any] = {"present": [name for name, p in probabilities.items() if p > 0.5]}
-            else:
-                stated = {"class": max(probabilities, key=probabilities.__getitem__)}
-            values = {"target": target.column, **stated, "probabilities": probabilities}
-            values |= self.calibration.calibrate_answer(answer, target)
-            return Prediction(answer=values, **common)
+        if isinstance(target, VolumeTask):
+            return Prediction(
+                answer=target.format_answer(answer) | target.calibrate(self.calibration, answer), **common
+            )
+        assert isinstance(target, Segmentation)
         return Prediction(**build_segmentation_fields(stack, answer, target, options), **common)
 
 

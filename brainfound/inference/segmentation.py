@@ -15,7 +15,7 @@ from scipy import ndimage
 
 from brainfound.data.preprocessing.stack import Stack
 from brainfound.errors import UsageError
-from brainfound.finetuning.targets import Target
+from brainfound.finetuning.tasks.segmentation import OverlappingSegmentation, Segmentation
 from brainfound.inference.prediction import probability_image, segmentation_image, volumes_mm3, voxel_mm3
 from brainfound.models.infer import InferenceAugmentation, StackPrediction
 
@@ -81,12 +81,12 @@ class SegmentationOptions:
 
 
 def build_segmentation_fields(
-    stack: Stack, answer: StackPrediction, target: Target, options: SegmentationOptions
+    stack: Stack, answer: StackPrediction, target: Segmentation, options: SegmentationOptions
 ) -> dict[str, Any]:
     """The segmentation fields of a `Prediction`: answer, image or masks, probability, probabilities."""
     assert answer.foreground_probability is not None
     fields: dict[str, Any] = {"probability": probability_image(stack, answer.foreground_probability)}
-    if target.regions:
+    if isinstance(target, OverlappingSegmentation):
         fields |= _masks(stack, answer, target, options)
     else:
         fields |= _label_map(stack, answer, target, options)
@@ -95,7 +95,9 @@ def build_segmentation_fields(
     return fields
 
 
-def _label_map(stack: Stack, answer: StackPrediction, target: Target, options: SegmentationOptions) -> dict[str, Any]:
+def _label_map(
+    stack: Stack, answer: StackPrediction, target: Segmentation, options: SegmentationOptions
+) -> dict[str, Any]:
     assert answer.classes is not None
     names = dict(zip(target.codes, target.names, strict=True))
     image, removed = _apply_min_volume(segmentation_image(stack, target.decode_mask(answer.classes)), options)
@@ -112,7 +114,9 @@ def _label_map(stack: Stack, answer: StackPrediction, target: Target, options: S
     return {"answer": content, "image": image, "probabilities": probabilities}
 
 
-def _masks(stack: Stack, answer: StackPrediction, target: Target, options: SegmentationOptions) -> dict[str, Any]:
+def _masks(
+    stack: Stack, answer: StackPrediction, target: OverlappingSegmentation, options: SegmentationOptions
+) -> dict[str, Any]:
     assert answer.labels is not None
     masks, volumes, removed = {}, {}, {}
     for k, name in enumerate(target.names):

@@ -75,7 +75,7 @@ def segmenter(tmp_path_factory, small_store, tiny_backbone) -> Path:
     """The run folder of a segmentation after one step."""
     from brainfound.finetuning.finetune import finetune
 
-    steps = ["engine.steps=1", "engine.batch_size=2", "num_slices=4", "evaluate_every=0", "decoder_width=8"]
+    steps = ["engine.steps=1", "engine.batch_size=2", "num_slices=4", "evaluate_every=0", "task.decoder_width=8"]
     steps += ["frozen_baseline=false"]
     folder = tmp_path_factory.mktemp("runs") / "lesions"
     return finetune("finetune-segmentation", small_store, tiny_backbone, "mask", folder, overrides=steps, quiet=True)

@@ -21,7 +21,7 @@ from brainfound.finetuning.finetune import finetune
 from brainfound.finetuning.frozen_baseline import load_frozen_baseline, score_frozen_baseline
 from brainfound.finetuning.recipe import FinetuneRecipe
 from brainfound.finetuning.scoring import read_scores
-from brainfound.finetuning.targets import Target
+from brainfound.finetuning.tasks import from_dict
 from brainfound.inference.evaluation import evaluate
 from brainfound.inference.loading import load
 from brainfound.metrics.cases import compute_headline_score
@@ -101,7 +101,7 @@ def test_all_rows_are_of_the_sessions_that_have_every_contrast(subsets, patchy):
 def score_of_complete(run, store, complete) -> float:
     """The error of a run's frozen baseline on the complete sessions of its test part, shown T1w only."""
     bundle = load_bundle(run / "export")
-    frozen = load_frozen_baseline(bundle, Target.from_dict(bundle.labels), torch.device("cpu"))
+    frozen = load_frozen_baseline(bundle, from_dict(bundle.labels), torch.device("cpu"))
     sessions = [row for row in pd.read_csv(run / "cases.tsv", sep="\t")["row"] if complete[row]]
     return score_frozen_baseline(frozen, store, sessions, ["T2w", "FLAIR"]).scores["mae"]
 

@@ -16,7 +16,7 @@ from brainfound.experiments import runs as repeated
 from brainfound.experiments.run_table import summarise_runs
 from brainfound.experiments.runs import finetune_folds, finetune_systems, make_folds
 from brainfound.experiments.systems import parse_systems
-from brainfound.finetuning.finetune import resolve_parts_and_target
+from brainfound.finetuning.finetune import resolve_parts_and_task
 from brainfound.finetuning.recipe import FinetuneRecipe
 from brainfound.finetuning.scoring import read_scores
 from brainfound.metrics import compare
@@ -143,7 +143,7 @@ def test_a_part_without_a_class_is_told(small_store, tmp_path, monkeypatch):
     monkeypatch.setitem(small_store.sessions, "diagnosis", ["x", "y"] * 3 + ["x"] * 6)
     recipe, told = validate(FinetuneRecipe, TINY, ["split.stratify=false"]), []
     make_folds(recipe, small_store, "diagnosis", leave_site_out=True).save(tmp_path / "split.json")
-    resolve_parts_and_target(recipe, small_store, "diagnosis", tmp_path / "split.json", "site-B", told.append)
+    resolve_parts_and_task(recipe, small_store, "diagnosis", tmp_path / "split.json", "site-B", told.append)
     assert "no session of the test part is y: scores that need it are not defined there" in told
     assert not [line for line in told if "train" in line]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -11,13 +12,18 @@ from scipy import special
 
 from brainfound.finetuning.calibration import AnswerCalibration
 from brainfound.finetuning.scoring import SessionScores
-from brainfound.finetuning.targets import Target
+from brainfound.finetuning.tasks import Classification, Regression, RegressionRecipe
+from brainfound.finetuning.tasks.classification import MultiLabelClassification
 from brainfound.metrics.calibration import expected_calibration_error, fit_temperature
 from brainfound.models.infer import StackPrediction
 
-AGES = Target("regression", "age_years", mean=50.0, std=10.0)
-WORDS = Target("classification", "diagnosis", names=("healthy", "patient", "unsure"))
-LABELS = Target("classification", "edema,lesion", names=("edema", "lesion"), multi_label=True)
+AGES = Regression("age_years", mean=50.0, std=10.0)
+WORDS = Classification("diagnosis", names=("healthy", "patient", "unsure"))
+LABELS = MultiLabelClassification("edema,lesion", names=("edema", "lesion"))
+
+
+def with_confidence(confidence: float) -> Regression:
+    return replace(AGES, settings=RegressionRecipe(interval_confidence=confidence))
 
 
 def ages(count: int, seed: int, spread: bool = False, sessions: int = 1) -> SessionScores:
@@ -43,9 +49,9 @@ def words(count: int, seed: int) -> tuple[SessionScores, np.ndarray, np.ndarray]
 
 @pytest.mark.parametrize("spread", [False, True])
 def test_regression(spread):
-    fitted = AnswerCalibration.fit(ages(300, 0, spread), AGES, 0.8)
+    fitted = with_confidence(0.8).fit_calibration(ages(300, 0, spread).cases)
     assert fitted.left_out == ()
-    report = fitted.report(ages(2000, 1, spread), AGES)
+    report = fitted.report(AGES.calibration_effect(fitted, ages(2000, 1, spread).cases))
     assert report["interval"]["normalised"] is spread
     assert report["interval"]["coverage"] == pytest.approx(0.8, abs=0.06)
     assert report["bias_correction"]["slope"] == pytest.approx(0.5, abs=0.05)
@@ -54,7 +60,7 @@ def test_regression(spread):
 
     again = AnswerCalibration.from_dict(json.loads(json.dumps(fitted.to_dict())))
     assert again == fitted
-    answer = again.calibrate_answer(StackPrediction(value=60.0, value_std=2.0 if spread else None), AGES)
+    answer = AGES.calibrate(again, StackPrediction(value=60.0, value_std=2.0 if spread else None))
     width = fitted.interval.half_width * (2 if spread else 1)
     assert answer["interval"] == {"low": 60 - width, "high": 60 + width, "confidence": 0.8}
     line = fitted.bias_correction
@@ -63,45 +69,45 @@ def test_regression(spread):
 
 def test_sessions_of_a_subject_are_one_case():
     thrice = ages(12, 0, sessions=3)
-    fitted = AnswerCalibration.fit(thrice, AGES, 0.75)  # 4 subjects: the 4th of their distances
+    fitted = with_confidence(0.75).fit_calibration(thrice.cases)  # 4 subjects: the 4th of their distances
     first = thrice.cases.iloc[::3]
     assert fitted.interval.half_width == (first["truth"] - first["prediction"]).abs().max()
-    assert AnswerCalibration.fit(thrice, AGES, 0.9).interval is None
+    assert with_confidence(0.9).fit_calibration(thrice.cases).interval is None
 
 
 def test_what_is_too_small_is_left_out_and_said():
     few = ages(3, 0)
     few.cases["prediction"] = 50.0
-    fitted = AnswerCalibration.fit(few, AGES)
+    fitted = AGES.fit_calibration(few.cases)
     assert (fitted.interval, fitted.bias_correction) == (None, None)
     assert [line.split(":")[0] for line in fitted.left_out] == ["bias correction", "interval"]
-    report = fitted.report(ages(5, 1), AGES)
+    report = fitted.report(AGES.calibration_effect(fitted, ages(5, 1).cases))
     assert (report["interval"], report["bias_correction"], len(report["left_out"])) == (None, None, 2)
-    assert fitted.calibrate_answer(StackPrediction(value=1.0), AGES) == {}
-    assert AnswerCalibration.from_dict(None).calibrate_answer(StackPrediction(value=1.0), AGES) == {}
+    assert AGES.calibrate(fitted, StackPrediction(value=1.0)) == {}
+    assert AGES.calibrate(AnswerCalibration.from_dict(None), StackPrediction(value=1.0)) == {}
     one_class = words(40, 0)[0]
     one_class.cases["truth"] = "healthy"
-    without = AnswerCalibration.fit(one_class, WORDS)
+    without = WORDS.fit_calibration(one_class.cases)
     assert without.temperature is None
-    report = without.report(words(40, 1)[0], WORDS)
+    report = without.report(WORDS.calibration_effect(without, words(40, 1)[0].cases))
     assert report["ece"]["raw"] > 0
     assert report["ece"]["calibrated"] is None
-    assert list(without.reliability(words(40, 1)[0], WORDS)) == ["raw"]
+    assert list(WORDS.reliability(without, words(40, 1)[0].cases)) == ["raw"]
 
 
 def test_classification():
     validation, logits, index = words(3000, 0)
-    fitted = AnswerCalibration.fit(validation, WORDS)
+    fitted = WORDS.fit_calibration(validation.cases)
     assert fitted.temperature == pytest.approx(fit_temperature(logits, index), rel=1e-3)
     test, logits, index = words(3000, 1)
-    report = fitted.report(test, WORDS)
+    report = fitted.report(WORDS.calibration_effect(fitted, test.cases))
     raw = expected_calibration_error(special.softmax(logits, axis=1), index)
     assert report["ece"]["raw"] == pytest.approx(raw, abs=1e-4)
     assert report["ece"]["calibrated"] < 0.3 * report["ece"]["raw"]
     assert report["brier"]["calibrated"] < report["brier"]["raw"]
-    assert [bins.count.sum() for bins in fitted.reliability(test, WORDS).values()] == [3000, 3000]
+    assert [bins.count.sum() for bins in WORDS.reliability(fitted, test.cases).values()] == [3000, 3000]
     shares = special.softmax(logits[0]).astype(np.float32)
-    answer = fitted.calibrate_answer(StackPrediction(probabilities=shares), WORDS)["calibrated_probabilities"]
+    answer = WORDS.calibrate(fitted, StackPrediction(probabilities=shares))["calibrated_probabilities"]
     expected = special.softmax(logits[0] / fitted.temperature)
     assert list(answer.values()) == pytest.approx(expected.tolist(), abs=1e-4)
     assert list(answer) == list(WORDS.names)
@@ -114,11 +120,11 @@ def test_several_labels_share_a_temperature():
     columns = {f"truth({name})": truth[:, k] for k, name in enumerate(LABELS.names)}
     columns |= {f"p({name})": special.expit(2 * honest[:, k]) for k, name in enumerate(LABELS.names)}
     scored = SessionScores("classification", {}, {}, pd.DataFrame(columns))
-    fitted = AnswerCalibration.fit(scored, LABELS)
+    fitted = LABELS.fit_calibration(scored.cases)
     assert fitted.temperature == pytest.approx(2, rel=0.1)
-    report = fitted.report(scored, LABELS)
+    report = fitted.report(LABELS.calibration_effect(fitted, scored.cases))
     assert report["brier"]["calibrated"] < report["brier"]["raw"]
-    answer = fitted.calibrate_answer(StackPrediction(probabilities=np.array([0.9, 1.0], dtype=np.float32)), LABELS)
+    answer = LABELS.calibrate(fitted, StackPrediction(probabilities=np.array([0.9, 1.0], dtype=np.float32)))
     calibrated = answer["calibrated_probabilities"]
     assert calibrated["edema"] == pytest.approx(special.expit(special.logit(0.9) / fitted.temperature), abs=1e-4)
     assert 0.99 < calibrated["lesion"] < 1

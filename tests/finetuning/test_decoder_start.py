@@ -10,9 +10,10 @@ import torch
 from scipy.special import softmax
 
 from brainfound.errors import TrainingError
-from brainfound.finetuning import linear_start as decoder_start
-from brainfound.finetuning.linear_start import fit_decoder, iterate_augmented_passes
-from brainfound.finetuning.targets import Target, resolve_target
+from brainfound.finetuning import fitted_heads
+from brainfound.finetuning.fitted_heads import fit_decoder, iterate_augmented_passes
+from brainfound.finetuning.linear_models import fit_pixel_logistic
+from brainfound.finetuning.tasks import Segmentation, SegmentationRecipe, resolve
 from brainfound.finetuning.volumes import PRESETS, VolumeReader
 from brainfound.models import BrainFoundForSegmentation
 from brainfound.training.randomness import StepKey
@@ -27,8 +28,8 @@ def _seed():
     torch.manual_seed(0)
 
 
-def make(small_store, tiny_backbone, regions=None, **fields) -> tuple[BrainFoundForSegmentation, Target]:
-    target = resolve_target(small_store, TRAIN, "segmentation", "mask", regions=regions)
+def make(small_store, tiny_backbone, regions=None, **fields) -> tuple[BrainFoundForSegmentation, Segmentation]:
+    target = resolve(small_store, TRAIN, "mask", SegmentationRecipe(regions=regions or {}))
     fields = {"decoder_width": 16, "num_labels": len(target.names), "overlapping_labels": bool(regions)} | fields
     return BrainFoundForSegmentation.from_backbone(tiny_backbone, contrasts=small_store.contrasts, **fields), target
 
@@ -50,7 +51,7 @@ def loss(model, small_store, target) -> float:
 
 @pytest.mark.parametrize("regions", [None, REGIONS])
 @pytest.mark.parametrize("decoder", ["linear", "fpn", "unetr"])
-def test_a_fitted_decoder_starts_better_than_a_random_one(small_store, tiny_backbone, decoder, regions):
+def test_a_fitted_fitted_headss_better_than_a_random_one(small_store, tiny_backbone, decoder, regions):
     model, target = make(small_store, tiny_backbone, regions, decoder=decoder)
     before = loss(model, small_store, target)
     fit(model, small_store, target)
@@ -86,11 +87,11 @@ def test_features_at_pixels_give_the_scores_of_the_model(small_store, tiny_backb
     volumes, _ = next(iterate_augmented_passes(reader, PRESETS["none"], 1, 3, 0, torch.device("cpu")))
     assert not volumes.slice_mask.all()
     with torch.no_grad():
-        maps = decoder_start._capture_layer_input(model.decoder.score, model.eval(), volumes.inputs())
+        maps = fitted_heads._capture_layer_input(model.decoder.score, model.eval(), volumes.inputs())
         logits = model(**volumes.inputs()).logits[volumes.slice_mask]
     rng = np.random.default_rng(0)
     pixels = np.stack([rng.integers(0, side, 200) for side in (len(maps), 32, 32)])
-    found = torch.from_numpy(decoder_start._sample_at_pixels(maps, pixels, (32, 32)))
+    found = torch.from_numpy(fitted_heads._sample_at_pixels(maps, pixels, (32, 32)))
     scores = torch.nn.functional.linear(found, model.decoder.score.weight[:, :, 0, 0], model.decoder.score.bias)
     torch.testing.assert_close(scores, logits[pixels[0], :, pixels[1], pixels[2]], atol=1e-4, rtol=1e-4)
 
@@ -110,7 +111,7 @@ def _shortened(read, session: int, num_slices: int):
 
 @pytest.mark.parametrize(("most", "read"), [(500, 27), (20, 18), (9, 9), (4, 4)])
 def test_of_a_large_cohort_a_part_is_read(small_store, tiny_backbone, monkeypatch, most, read):
-    monkeypatch.setattr(decoder_start, "MAX_VOLUMES", most)
+    monkeypatch.setattr(fitted_heads, "MAX_VOLUMES", most)
     model, target = make(small_store, tiny_backbone)
     sessions = []
     one = VolumeReader.read
@@ -124,7 +125,7 @@ def test_of_a_large_cohort_a_part_is_read(small_store, tiny_backbone, monkeypatc
 def test_chosen_pixels_stand_for_all():
     rng = np.random.default_rng(0)
     labels = rng.choice(4, size=(5, 8, 8, 1), p=[0.9, 0.06, 0.03, 0.01])
-    pixels, weights = decoder_start._choose_pixels(labels, 10, rng)
+    pixels, weights = fitted_heads._choose_pixels(labels, 10, rng)
     truth = labels[tuple(pixels)][:, 0]
     for k, size in zip(*np.unique(labels, return_counts=True), strict=True):
         assert (truth == k).sum() == min(size, 10)
@@ -136,7 +137,7 @@ def test_overlapping_labels_are_chosen_by_what_they_have_in_common():
     labels = np.zeros((1, 10, 10, 2), dtype=np.uint8)
     labels[0, :3, :, 0] = 1
     labels[0, :1, :3, 1] = 1
-    pixels, weights = decoder_start._choose_pixels(labels, 5, np.random.default_rng(0))
+    pixels, weights = fitted_heads._choose_pixels(labels, 5, np.random.default_rng(0))
     truth = labels[tuple(pixels)]
     groups = {(0, 0): (5, 70), (1, 0): (5, 27), (1, 1): (3, 3)}
     for group, (count, size) in groups.items():
@@ -151,7 +152,7 @@ def test_shares_of_the_answer_are_those_of_the_weighted_classes():
     features = rng.normal(size=(600, 5)) + classes[:, None]
     weights = np.where(classes == 0, 20.0, 1.0)
     weights = weights / weights.mean()
-    weight, bias = decoder_start._logistic(features, classes, weights, 5)
+    weight, bias = fit_pixel_logistic(features, classes, weights, 5)
     probabilities = softmax(features @ weight.T + bias, axis=1)
     shares = [(weights * (classes == k)).sum() / 600 for k in range(5)]
     np.testing.assert_allclose((weights[:, None] * probabilities).sum(axis=0) / 600, shares, atol=0.01)
@@ -161,7 +162,7 @@ def test_shares_of_the_answer_are_those_of_the_weighted_classes():
 
 @pytest.mark.parametrize("classes", [[0, 0, 0], [2, 2, 2]])
 def test_one_class_in_all_chosen_pixels(classes):
-    weight, bias = decoder_start._logistic(np.ones((3, 4)), np.array(classes), np.ones(3), 3)
+    weight, bias = fit_pixel_logistic(np.ones((3, 4)), np.array(classes), np.ones(3), 3)
     assert not weight.any()
     assert bias.argmax() == classes[0]
 
@@ -170,8 +171,8 @@ def test_two_classes_of_a_softmax_are_as_sure_as_the_log_odds_say():
     rng = np.random.default_rng(0)
     features = rng.normal(size=(400, 3))
     classes = (features[:, 0] + 0.5 * rng.normal(size=400) > 0).astype(int)
-    weight, bias = decoder_start._logistic(features, classes, np.ones(400), 2)
-    three, three_bias = decoder_start._logistic(features, classes, np.ones(400), 3)
+    weight, bias = fit_pixel_logistic(features, classes, np.ones(400), 2)
+    three, three_bias = fit_pixel_logistic(features, classes, np.ones(400), 3)
     probabilities = softmax(features @ weight.T + bias, axis=1)
     assert -np.log(probabilities[np.arange(400), classes]).mean() < 0.35
     np.testing.assert_allclose(weight[1] - weight[0], three[1] - three[0])

@@ -155,7 +155,7 @@ def test_training_on_kept_embeddings_is_training_on_images_that_stay_as_they_are
         "brainfound.finetuning.volumes.sample_jittered_slices", lambda n, wanted, rng: evenly_spaced_slices(n, wanted)
     )
     monkeypatch.setattr("brainfound.finetuning.training_task.augment_volumes", lambda batch, recipe, key: batch)
-    monkeypatch.setattr("brainfound.finetuning.linear_start.augment_volumes", lambda batch, recipe, key: batch)
+    monkeypatch.setattr("brainfound.finetuning.fitted_heads.augment_volumes", lambda batch, recipe, key: batch)
     recipe = validate(FinetuneRecipe, TINY, ["cached_embeddings=false"])
     images = finetune(recipe, small_store, tiny_backbone, "age_years", tmp_path / "images", quiet=True)
     asked = []

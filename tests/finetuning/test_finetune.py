@@ -28,6 +28,7 @@ from brainfound.finetuning import splits as session_split
 from brainfound.finetuning.finetune import finetune
 from brainfound.finetuning.recipe import FinetuneRecipe
 from brainfound.finetuning.scoring import read_scores
+from brainfound.finetuning.tasks import TargetColumn
 from brainfound.finetuning.training_task import FinetuneTask
 from brainfound.finetuning.volumes import VolumeReader
 from brainfound.inference.evaluation import evaluate
@@ -53,7 +54,11 @@ TINY = {
     },
 }
 COLUMNS = {"classification": "diagnosis", "regression": "age_years", "segmentation": "mask"}
-OWN = {"diagnosis": "aggregator=max", "age_years": "aggregator=max", "mask": "decoder_width=8"}
+OWN = {
+    "diagnosis": "aggregator=max",
+    "age_years": "aggregator=max",
+    "mask": "task={kind: segmentation, decoder_width: 8}",
+}
 """A setting of each column's task, which another task would refuse."""
 
 
@@ -161,7 +166,7 @@ def test_what_of_a_slice_is_read_may_be_chosen(small_store, tiny_backbone, tmp_p
     assert load_bundle(third / "export").model.get_base_model().config.slice_features == features
     with pytest.raises(RecipeError, match="slice_features: this setting is for a classification or a regression"):
         finetune(tiny(f"slice_features={features}"), small_store, tiny_backbone, "mask", tmp_path / "no", quiet=True)
-    with pytest.raises(RecipeError, match="no slice_features 'patch'.*patches"):
+    with pytest.raises(RecipeError, match="slice_features: no such choice .got 'patch'.*patches"):
         finetune(tiny("slice_features=patch"), small_store, tiny_backbone, "age_years", tmp_path / "no", quiet=True)
 
 
@@ -187,7 +192,7 @@ def test_a_stem_may_be_chosen_and_blocks_computed_again(
 
 
 def test_what_the_validation_part_calibrates_stands_beside_the_scores(small_store, tiny_backbone, tmp_path):
-    recipe = tiny("regression.head=bins", "regression.bins=12", "regression.interval_confidence=0.5")
+    recipe = tiny("task=regression", "task.head=bins", "task.bins=12", "task.interval_confidence=0.5")
     run = finetune(recipe, small_store, tiny_backbone, "age_years", tmp_path / "run", quiet=True)
     scores = json.loads((run / "scores.json").read_text())
     said = scores["calibration"]
@@ -231,7 +236,7 @@ def test_a_run_in_bf16_answers_as_its_bundle_does(small_store, tiny_backbone, tm
 
 def test_weighted_and_focal(small_store, tiny_backbone, tmp_path, monkeypatch):
     monkeypatch.setitem(small_store.sessions, "diagnosis", ["a", "b", "b", "b"] * 3)
-    recipe = tiny("classification.class_weights=balanced", "classification.focal_gamma=2")
+    recipe = tiny("task=classification", "task.class_weights=balanced", "task.focal_gamma=2")
     run = finetune(recipe, small_store, tiny_backbone, "diagnosis", tmp_path / "run", quiet=True)
     learnt = small_store.sessions["diagnosis"].iloc[small_store_rows(small_store, members(run)["train"])].tolist()
     config = load_bundle(run / "export").model.config
@@ -248,7 +253,7 @@ def test_weighted_and_focal(small_store, tiny_backbone, tmp_path, monkeypatch):
 def test_several_labels_from_door_to_door(small_store, tiny_backbone, tmp_path, monkeypatch):
     for name, values in {"ill": [0, 1] * 6, "old": [0] * 6 + [1] * 6}.items():
         monkeypatch.setitem(small_store.sessions, name, values)
-    recipe = tiny("head_fit_passes=1", "classification.class_weights=balanced")
+    recipe = tiny("head_fit_passes=1", "task={kind: classification, class_weights: balanced}")
     run = finetune(recipe, small_store, tiny_backbone, "ill,old", tmp_path / "run", quiet=True)
     scores = json.loads((run / "scores.json").read_text())
     assert {"auroc", "auroc(ill)", "auroc(old)"} <= set(scores["scores"]) == set(scores["trivial"])
@@ -353,8 +358,9 @@ def test_a_finished_run_may_be_resumed(six_steps, small_store, tiny_backbone, tm
 
 def test_another_run_learns_and_tests_on_the_same_subjects(six_steps, small_store, tiny_backbone, tmp_path):
     other = "split.seed=5"
-    fresh = session_split.split_sessions(tiny(other).split, small_store, "diagnosis", None)
-    given = session_split.split_sessions(tiny(other).split, small_store, "diagnosis", six_steps / "splits.json")
+    target = TargetColumn.find(small_store, "diagnosis")
+    fresh = session_split.split_sessions(tiny(other).split, small_store, target, None)
+    given = session_split.split_sessions(tiny(other).split, small_store, target, six_steps / "splits.json")
     assert not np.array_equal(fresh["test"], given["test"])
     run = tmp_path / "run"
     finetune(
@@ -394,12 +400,12 @@ def test_doors(six_steps, small_store, tiny_backbone, tmp_path):
         start("age_years", "engine.steps=6", "optim.lr=1", out=six_steps, resume=True)
     with pytest.raises(UsageError, match="another target"):
         start("diagnosis", "engine.steps=6", out=six_steps, resume=True)
-    with pytest.raises(RecipeError, match="setting is for a classification"):
-        start("age_years", "classification.focal_gamma=2")
-    with pytest.raises(RecipeError, match=r"huber_delta: this setting is for regression\.loss=huber"):
-        start("age_years", "regression.huber_delta=2")
-    with pytest.raises(RecipeError, match="loss of its own"):
-        start("age_years", "regression.head=bins", "regression.loss=l1")
+    with pytest.raises(RecipeError, match="task.class_weights: unknown key"):
+        start("age_years", "task=regression", "task.class_weights=balanced")
+    with pytest.raises(RecipeError, match=r"huber_delta has no effect with loss=smooth_l1; .*task\.loss=huber"):
+        start("age_years", "task={kind: regression, huber_delta: 2}")
+    with pytest.raises(RecipeError, match="loss has no effect with head=bins"):
+        start("age_years", "task={kind: regression, head: bins, loss: l1}")
     with pytest.raises(RecipeError, match="aggregator"):
         start("age_years", "aggregator=median")
     with pytest.raises(RecipeError, match="Did you mean per_contrast"):

@@ -14,7 +14,8 @@ from brainfound.errors import RecipeError, UsageError
 from brainfound.finetuning.finetune import finetune
 from brainfound.finetuning.recipe import FinetuneRecipe
 from brainfound.finetuning.scoring import score_predictions, score_sessions
-from brainfound.finetuning.targets import Target
+from brainfound.finetuning.tasks import Segmentation
+from brainfound.finetuning.tasks.segmentation import OverlappingSegmentation
 from brainfound.inference.evaluation import evaluate
 from brainfound.metrics.cases import compute_headline_score
 from brainfound.metrics.scores import segmentation_case_scores
@@ -23,7 +24,7 @@ from brainfound.recipes import validate
 
 TINY = {
     "num_slices": 4,
-    "decoder_width": 8,
+    "task": {"kind": "segmentation", "decoder_width": 8},
     "frozen_baseline": False,
     "evaluate_every": 2,
     "split": {"train": 0.5, "validation": 0.25, "test": 0.25},
@@ -39,11 +40,11 @@ def _quick(monkeypatch):
 
 def test_overlapping_labels_from_recipe_to_files(small_store, tiny_backbone, tmp_path):
     overrides = [
-        "decoder=unetr",
-        "decoder_slice_mixing=true",
-        "segmentation_loss=focal_tversky",
-        "tversky_beta=0.8",
-        "regions={whole: [1, 2], core: [1]}",
+        "task.decoder=unetr",
+        "task.decoder_slice_mixing=true",
+        "task.loss=focal_tversky",
+        "task.tversky_beta=0.8",
+        "task.regions={whole: [1, 2], core: [1]}",
     ]
     recipe = validate(FinetuneRecipe, TINY, overrides)
     run = finetune(recipe, small_store, tiny_backbone, "mask", tmp_path / "run", quiet=True)
@@ -71,7 +72,7 @@ def test_overlapping_labels_from_recipe_to_files(small_store, tiny_backbone, tmp
 
 def test_each_region_is_scored_with_its_own_mask(small_store, monkeypatch):
     """Two regions of one code: the first is found exactly, the second where it is not."""
-    target = Target("segmentation", "mask", names=("found", "missed"), regions=((1,), (1,)))
+    target = OverlappingSegmentation("mask", names=("found", "missed"), regions=((1,), (1,)))
     sessions = [index for index in range(len(small_store)) if small_store[index].mask.any()]
 
     def answer(model, stack, num_slices):
@@ -90,7 +91,7 @@ def test_each_region_is_scored_with_its_own_mask(small_store, monkeypatch):
 
 def test_each_of_several_classes_is_scored_over_the_sessions_that_have_it(small_store, monkeypatch):
     """The first class is found exactly; the second one session has, in which it is missed, and another is given."""
-    target = Target("segmentation", "mask", names=("background", "found", "missed"), codes=(0, 1, 2))
+    target = Segmentation("mask", names=("background", "found", "missed"), codes=(0, 1, 2))
     first, second = [index for index in range(len(small_store)) if small_store[index].mask.any()][:2]
 
     def with_corner(mask: np.ndarray, code: int) -> np.ndarray:
@@ -103,7 +104,7 @@ def test_each_of_several_classes_is_scored_over_the_sessions_that_have_it(small_
     def answer(session, stack):
         return StackPrediction(classes=stack.mask if session == first else with_corner(stack.mask, 2))
 
-    monkeypatch.setattr(Target, "encode_mask", lambda self, mask: next(references))
+    monkeypatch.setattr(Segmentation, "encode_mask", lambda self, mask: next(references))
     scored = score_predictions(answer, small_store, [first, second], target)
     overlaps = {name: value for name, value in scored.scores.items() if name.startswith("dice")}
     assert overlaps == {"dice": 0.5, "dice(found)": 1.0, "dice(missed)": 0.0}
@@ -118,10 +119,10 @@ def test_each_of_several_classes_is_scored_over_the_sessions_that_have_it(small_
 @pytest.mark.parametrize(
     ("override", "told"),
     [
-        ("decoder=unet", "linear, fpn, unetr"),
-        ("segmentation_loss=dicee", "segmentation_loss"),
-        ("tversky_gamma=0.5", "tversky_gamma"),
-        ("regions={whole: tumour}", "regions"),
+        ("task.decoder=unet", "linear, fpn, unetr"),
+        ("task.loss=dicee", "task.loss"),
+        ("task.tversky_gamma=0.5", "tversky_gamma"),
+        ("task.regions={whole: tumour}", "regions"),
     ],
 )
 def test_wrong_settings_are_refused_before_anything_is_written(small_store, tiny_backbone, tmp_path, override, told):
@@ -134,7 +135,7 @@ SURFACES = {"surface_dice", "hd95_mm", "lesion_f1", "volume_error_mm3"}
 
 
 def test_surfaces_and_empty_masks_are_scored_where_they_are_asked_for(small_store, tiny_backbone, tmp_path):
-    overrides = ["scoring.surface_mm=2", "scoring.empty=one", "frozen_baseline=true", "evaluate_every=0"]
+    overrides = ["task.scoring.surface_mm=2", "task.scoring.empty=one", "frozen_baseline=true", "evaluate_every=0"]
     run = finetune(
         validate(FinetuneRecipe, TINY, overrides), small_store, tiny_backbone, "mask", tmp_path / "run", quiet=True
     )
@@ -160,11 +161,11 @@ def test_surfaces_and_empty_masks_are_scored_where_they_are_asked_for(small_stor
 
 
 def test_surfaces_are_of_segmentations_only(small_store, tiny_backbone, tmp_path):
-    content = {name: value for name, value in TINY.items() if name != "decoder_width"}
+    content = {name: value for name, value in TINY.items() if name != "task"}
     recipe = validate(FinetuneRecipe, content, ["evaluate_every=0"])
-    with pytest.raises(RecipeError, match="scoring.surface_mm: this setting is for a segmentation"):
+    with pytest.raises(RecipeError, match="the setting 'scoring' needs the kind of the task"):
         finetune(
-            validate(FinetuneRecipe, content, ["scoring.surface_mm=1"]), small_store, tiny_backbone, "age_years",
+            validate(FinetuneRecipe, content, ["task.scoring.surface_mm=1"]), small_store, tiny_backbone, "age_years",
             tmp_path / "refused", quiet=True,
         )  # fmt: skip
     run = finetune(recipe, small_store, tiny_backbone, "age_years", tmp_path / "run", quiet=True)

@@ -14,13 +14,17 @@ from transformers import Dinov2Model
 
 from brainfound.data.batches import collate, evenly_spaced_slices
 from brainfound.errors import ModelError, TrainingError
-from brainfound.finetuning import embedding_cache, frozen_patches
+from brainfound.finetuning import embedding_cache, frozen_baseline, linear_models
 from brainfound.finetuning.finetune import finetune
-from brainfound.finetuning.frozen_baseline import fit_frozen_baseline, score_frozen_baseline
-from brainfound.finetuning.frozen_patches import PatchClassifier, patch_label_fractions
+from brainfound.finetuning.frozen_baseline import (
+    PatchClassifier,
+    fit_frozen_baseline,
+    patch_label_fractions,
+    score_frozen_baseline,
+)
 from brainfound.finetuning.recipe import FinetuneRecipe
 from brainfound.finetuning.scoring import read_scores
-from brainfound.finetuning.targets import resolve_target
+from brainfound.finetuning.tasks import resolve
 from brainfound.inference.evaluation import evaluate
 from brainfound.models import BrainFoundForSegmentation, BrainFoundModel
 from brainfound.recipes import validate
@@ -36,7 +40,7 @@ PARTS = {"train": np.arange(8), "test": np.arange(8, 12)}
 
 
 def run(store, backbone, column, out, *overrides, **options):
-    own = ["decoder_width=8"] if column == "mask" else []
+    own = ["task={kind: segmentation, decoder_width: 8}"] if column == "mask" else []
     recipe = validate(FinetuneRecipe, TINY, [*own, *overrides])
     return finetune(recipe, store, backbone, column, out, quiet=True, **options)
 
@@ -55,7 +59,7 @@ def embedded(monkeypatch):
         return embed(model, stack, slices)
 
     for module in ("embedding_cache", "frozen_baseline"):
-        monkeypatch.setattr(f"brainfound.train.{module}.slice_embeddings", noted)
+        monkeypatch.setattr(f"brainfound.finetuning.{module}.slice_embeddings", noted)
     return seen
 
 
@@ -119,7 +123,7 @@ def test_it_is_of_the_backbone_before_training_whatever_training_does(small_stor
 
 def test_no_label_of_the_test_part_is_learnt_from(small_store, tiny_backbone, monkeypatch):
     model = BrainFoundForSegmentation.from_backbone(tiny_backbone, contrasts=small_store.contrasts)
-    target = resolve_target(small_store, PARTS["train"].tolist(), "classification", "diagnosis")
+    target = resolve(small_store, PARTS["train"].tolist(), "diagnosis", "classification")
     train, test = (PARTS[part].tolist() for part in ("train", "test"))
     honest = score_frozen_baseline(fit_frozen_baseline(model, small_store, train, target, 4), small_store, test)
     shuffled = small_store.sessions["diagnosis"].to_numpy().copy()
@@ -163,7 +167,10 @@ def test_a_baseline_whose_backbone_is_gone_or_that_was_not_asked_for_is_said(sma
         assert words in note
 
 
-@pytest.mark.parametrize(("column", "override"), [("age_years", "stem=per_contrast"), ("mask", "decoder_width=8")])
+@pytest.mark.parametrize(
+    ("column", "override"),
+    [("age_years", "stem=per_contrast"), ("mask", "task={kind: segmentation, decoder_width: 8}")],
+)
 def test_the_start_of_a_full_fine_tuning_may_be_given(small_store, tiny_backbone, tmp_path, column, override):
     folder = run(small_store, tiny_backbone, column, tmp_path / "full", "adapter=full", "optim.lr=0.01", override)
     (result,) = evaluate(folder / "export", small_store, base=tiny_backbone)
@@ -212,14 +219,16 @@ def test_patches_of_the_structure_are_told_from_the_rest(small_store, tiny_backb
     """A linear model of a random backbone finds the bright ball better than a baseline that marks the whole head."""
     scores = read_scores(run(small_store, tiny_backbone, "mask", tmp_path / "run", "num_slices=12"))
     assert scores["frozen"]["dice"] > scores["trivial"]["dice"] + 0.1
-    overlapping = run(small_store, tiny_backbone, "mask", tmp_path / "regions", "regions={whole: [1, 2], core: [1]}")
+    overlapping = run(
+        small_store, tiny_backbone, "mask", tmp_path / "regions", "task.regions={whole: [1, 2], core: [1]}"
+    )
     found = read_scores(overlapping)["frozen"]
     assert found["dice(whole)"] == found["dice(core)"] == found["dice"] > 0
 
 
 def test_a_pixel_has_the_class_of_its_patch(small_store, tiny_backbone):
     model = BrainFoundForSegmentation.from_backbone(tiny_backbone, contrasts=small_store.contrasts)
-    target = resolve_target(small_store, range(8), "segmentation", "mask")
+    target = resolve(small_store, range(8), "mask", "segmentation")
     classifier = PatchClassifier.fit(model, small_store, range(8), target, 6, seed=0)
     stack = small_store[9]
     classes = classifier.answer(9, stack).classes
@@ -242,17 +251,17 @@ def test_what_is_left_out_of_the_sample_is_counted_by_its_weights():
     shares = patch_label_fractions(masks, 4)
     assert shares.shape == (10, 4, 2)
     assert shares[3].tolist() == [[1, 1 / 16], [0, 0], [0, 0], [0, 0]]
-    slices, of_slice = frozen_patches._choose_slices(masks.any(axis=(1, 2, 3)), 4)
+    slices, of_slice = frozen_baseline._choose_slices(masks.any(axis=(1, 2, 3)), 4)
     assert set(slices) & {2, 3, 4} == {2, 4}
     assert len(slices) == 4
     assert of_slice.sum() == pytest.approx(10)
-    chosen, weights = frozen_patches._choose_patches(shares[slices], of_slice, 6, np.random.default_rng(0))
+    chosen, weights = frozen_baseline._choose_patches(shares[slices], of_slice, 6, np.random.default_rng(0))
     assert len(set(chosen)) == len(chosen)
     marked = shares[slices].reshape(-1, 2)[chosen].any(axis=1)
     assert weights[marked].sum() == pytest.approx(3), "one patch on each of three slices"
     # No slice with the structure, and nothing but the structure.
     for shows in (np.zeros(5, bool), np.ones(5, bool)):
-        slices, of_slice = frozen_patches._choose_slices(shows, 3)
+        slices, of_slice = frozen_baseline._choose_slices(shows, 3)
         assert (len(slices), of_slice.sum()) == (3, pytest.approx(5))
 
 
@@ -261,10 +270,10 @@ def test_shares_are_fitted_without_bias_and_the_threshold_is_the_best():
     features = generator.normal(size=(400, 3))
     shares = np.clip(1 / (1 + np.exp(2 - 2 * features[:, 0])) + generator.normal(0, 0.05, 400), 0, 1)
     weights = generator.uniform(0.2, 1.8, 400)
-    weight, bias = frozen_patches._fit_fractions(features, shares, weights, 1.0)
+    weight, bias = linear_models.fit_fractions(features, shares, weights, 1.0)
     probabilities = 1 / (1 + np.exp(-(features @ weight + bias)))
     assert weights @ probabilities == pytest.approx(weights @ shares, rel=1e-3)
-    _, _, threshold = frozen_patches._fit(features, shares, weights, np.arange(400) // 4)
+    _, _, threshold = linear_models.fit_patch_label(features, shares, weights, np.arange(400) // 4)
 
     def dice(cut: float) -> float:
         marked = probabilities > cut
@@ -273,5 +282,5 @@ def test_shares_are_fitted_without_bias_and_the_threshold_is_the_best():
     assert dice(threshold) == pytest.approx(max(dice(cut) for cut in np.linspace(0.05, 0.95, 19)), abs=0.01)
     assert threshold < 0.5
     # A class that the sample lacks, or that is all there is, stops nothing.
-    assert frozen_patches._fit(features, np.zeros(400), weights, np.arange(400))[1] < -10
-    assert frozen_patches._fit(features, np.ones(400), weights, np.arange(400))[1] > 10
+    assert linear_models.fit_patch_label(features, np.zeros(400), weights, np.arange(400))[1] < -10
+    assert linear_models.fit_patch_label(features, np.ones(400), weights, np.arange(400))[1] > 10

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from brainfound.finetuning.linear_start import fit_head, subject_folds, subject_group_indices
-from brainfound.finetuning.targets import resolve_target
+from brainfound.finetuning.fitted_heads import fit_head
+from brainfound.finetuning.linear_models import subject_folds, subject_group_indices
+from brainfound.finetuning.tasks import resolve
 from brainfound.finetuning.volumes import VolumeAugmentation, VolumeReader
 from brainfound.models import BrainFoundForClassification, BrainFoundForRegression
 from brainfound.training.randomness import StepKey
@@ -19,7 +20,7 @@ def held_out(small_store, column: str, task: str):
     """Target and parts: the cohort's ages rise with the subject's number and every second is ill."""
     test = [1, 4, 7, 10]
     train = [index for index in range(12) if index not in test]
-    return resolve_target(small_store, train, task, column), train, test
+    return resolve(small_store, train, column, task), train, test
 
 
 KEY = StepKey(seed=0, step=0, micro_batch=0, rank=0)
@@ -101,7 +102,7 @@ def test_each_label_of_several_is_fitted(small_store, tiny_backbone, monkeypatch
     monkeypatch.setitem(small_store.sessions, "ill", [0, 1] * 6)
     monkeypatch.setitem(small_store.sessions, "old", [0] * 6 + [1] * 6)
     _, train, _ = held_out(small_store, "age_years", "regression")
-    target = resolve_target(small_store, train, "classification", "ill,old")
+    target = resolve(small_store, train, "ill,old", "classification")
     model = BrainFoundForClassification.from_backbone(
         tiny_backbone, contrasts=small_store.contrasts, num_labels=2, problem_type="multi_label_classification"
     )
@@ -122,7 +123,7 @@ def test_class_weights_count_in_the_fit(small_store, tiny_backbone, monkeypatch)
     # A label that no image tells: all that is left is how much each class weighs.
     monkeypatch.setitem(small_store.sessions, "coin", ["heads", "tails", "tails", "heads"] * 3)
     train = list(range(12))
-    target = resolve_target(small_store, train, "classification", "coin")
+    target = resolve(small_store, train, "coin", "classification")
 
     def share_of_second(weights: list[float]) -> float:
         torch.manual_seed(0)

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from brainfound.finetuning.scoring import score_predictions
-from brainfound.finetuning.targets import Target, resolve_target
+from brainfound.finetuning.tasks import Segmentation, resolve
 from brainfound.models.infer import StackPrediction
 
 SESSIONS = [6, 7, 8, 9, 10, 11]
 
 
 def test_the_trivial_baseline_is_of_the_training_part_whoever_is_scored(small_store):
-    target = resolve_target(small_store, [0, 1, 2], "regression", "age_years")
+    target = resolve(small_store, [0, 1, 2], "age_years", "regression")
     scored = score_predictions(lambda session, stack: StackPrediction(value=0.0), small_store, SESSIONS, target)
     ages = small_store.covariate("age_years").to_numpy(float)
     assert scored.trivial["mae"] == pytest.approx(np.abs(ages[SESSIONS] - ages[:3].mean()).mean())
@@ -24,7 +24,7 @@ def test_the_trivial_baseline_is_of_the_training_part_whoever_is_scored(small_st
 
 @pytest.mark.parametrize("train", [[0, 2, 4, 1], [1, 3, 5, 0]])
 def test_shares_of_classes_are_those_of_the_training_part(small_store, train):
-    target = resolve_target(small_store, train, "classification", "diagnosis")
+    target = resolve(small_store, train, "diagnosis", "classification")
     answer = StackPrediction(probabilities=np.array([0.5, 0.5]))
     scored = score_predictions(lambda session, stack: answer, small_store, SESSIONS, target)
     labels = small_store.covariate("diagnosis").to_numpy()
@@ -35,7 +35,7 @@ def test_shares_of_classes_are_those_of_the_training_part(small_store, train):
 
 
 def test_where_the_training_part_is_not_remembered_no_baseline_is_made_up(small_store):
-    target = replace(resolve_target(small_store, [0, 1], "classification", "diagnosis"), shares=())
+    target = replace(resolve(small_store, [0, 1], "diagnosis", "classification"), shares=())
     answer = StackPrediction(probabilities=np.array([0.5, 0.5]))
     scored = score_predictions(lambda session, stack: answer, small_store, SESSIONS, target)
     assert np.isnan(list(scored.trivial.values())).all()
@@ -47,7 +47,7 @@ def test_codes_that_were_not_learnt_are_said(small_store):
     """The lesions of six sessions, three of which have any, have the code 1; the model learnt 3."""
     mask = small_store[SESSIONS[0]].mask
     answer = StackPrediction(classes=np.zeros(mask.shape, dtype=np.uint8))
-    target = Target("segmentation", "mask", names=("background", "label 3"), codes=(0, 3))
+    target = Segmentation("mask", names=("background", "label 3"), codes=(0, 3))
     scored = score_predictions(lambda session, stack: answer, small_store, SESSIONS, target)
     assert scored.notes == ("mask code 1, in 3 sessions, was not learnt: counted as background",)
     for known in (replace(target, codes=(0, 1)), replace(target, codes=(0, 1), merge=True)):

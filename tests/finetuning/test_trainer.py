@@ -16,7 +16,7 @@ from brainfound.adapters import AdapterRecipe, attach_adapter
 from brainfound.data.batches import collate, evenly_spaced_slices
 from brainfound.data.store.prepare import prepare
 from brainfound.errors import UsageError
-from brainfound.finetuning.targets import labelled_sessions, resolve_target
+from brainfound.finetuning.tasks import TargetColumn, resolve
 from brainfound.finetuning.volumes import VolumeAugmentation, VolumeDataset, collate_volumes
 from brainfound.models import BrainFoundForClassification, BrainFoundForRegression, BrainFoundForSegmentation
 
@@ -59,13 +59,13 @@ def store(small_store, tmp_path_factory):
 def start(case, store, backbone):
     """A new model of a case, always the same, and what it is to learn."""
     kind, task, column, fields = CASES[case]
-    target = resolve_target(store, labelled_sessions(store, column), task, column)
+    target = resolve(store, TargetColumn.find(store, column).labelled, column, task)
     if task == "regression":
         fields = {**fields, "target_mean": target.mean, "target_std": target.std}
     else:
         fields = {**fields, "id2label": dict(enumerate(target.names))}
-    if target.multi_label:
-        fields["problem_type"] = "multi_label_classification"
+    if case == "labels":
+        fields = {**fields, "problem_type": "multi_label_classification"}
     torch.manual_seed(0)
     return kind.from_backbone(backbone, contrasts=store.contrasts, **fields), target
 
@@ -184,7 +184,7 @@ def test_an_interrupted_training_goes_on_with_its_head(store, tiny_backbone, tmp
 
 
 def test_examples_are_what_the_store_holds(store):
-    target = resolve_target(store, range(7), "classification", "diagnosis")
+    target = resolve(store, range(7), "diagnosis", "classification")
     data = VolumeDataset(store, target, num_slices=5)
     assert (len(data), data.num_left_out) == (7, 1)
     sessions = [2, 5]
@@ -202,7 +202,7 @@ def test_examples_are_what_the_store_holds(store):
 
 
 def test_training_examples_vary_as_the_seed_says(store):
-    target = resolve_target(store, range(8), "segmentation", "mask")
+    target = resolve(store, range(8), "mask", "segmentation")
     data = VolumeDataset(store, target, num_slices=4, augmentation=VolumeAugmentation())
 
     def draw(seed):

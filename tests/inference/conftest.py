@@ -9,7 +9,7 @@ import torch
 
 from brainfound.finetuning.finetune import finetune
 from brainfound.finetuning.recipe import FinetuneRecipe
-from brainfound.finetuning.targets import Target
+from brainfound.finetuning.tasks import Segmentation
 from brainfound.inference.predictor import Predictor
 from brainfound.models import BrainFoundForSegmentation, BrainFoundModel
 from brainfound.recipes import validate
@@ -62,7 +62,7 @@ def segmenter(small_store, tiny_backbone) -> Predictor:
     model = BrainFoundForSegmentation.from_backbone(
         tiny_backbone, contrasts=small_store.contrasts, decoder_width=8, id2label=names
     )
-    target = Target("segmentation", "mask", names=tuple(names.values()), codes=(0, 7))
+    target = Segmentation("mask", names=tuple(names.values()), codes=(0, 7))
     return Predictor(model, small_store.preprocessing, target)
 
 

@@ -16,7 +16,7 @@ from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, D
 from brainfound.adapters import AdapterRecipe, attach_adapter, merge
 from brainfound.data.batches import collate, remove_contrasts
 from brainfound.errors import ModelError, UsageError
-from brainfound.finetuning.targets import Target
+from brainfound.finetuning.tasks import Classification, Regression, Segmentation
 from brainfound.inference import explanation_methods
 from brainfound.inference.cohort import explain_cohort
 from brainfound.inference.explanation import METHODS, choose_methods, explain_stack
@@ -39,12 +39,12 @@ FAMILIES = {
 KINDS = {
     "classification": (
         BrainFoundForClassification,
-        Target("classification", "diagnosis", names=("healthy", "patient")),
+        Classification("diagnosis", names=("healthy", "patient")),
     ),
-    "regression": (BrainFoundForRegression, Target("regression", "age_years", mean=50.0, std=20.0)),
+    "regression": (BrainFoundForRegression, Regression("age_years", mean=50.0, std=20.0)),
     "segmentation": (
         BrainFoundForSegmentation,
-        Target("segmentation", "mask", names=("background", "lesion"), codes=(0, 1)),
+        Segmentation("mask", names=("background", "lesion"), codes=(0, 1)),
     ),
     "embedding": (BrainFoundModel, None),
 }

@@ -14,15 +14,15 @@ from brainfound.adapters import AdapterRecipe, attach_adapter, save_bundle
 from brainfound.data.checking.contract import InputContract
 from brainfound.data.cohort import Session
 from brainfound.errors import BrainFoundError, ModelError, ScanError, UsageError
-from brainfound.finetuning.targets import Target
+from brainfound.finetuning.tasks import Classification, Regression, Segmentation
 from brainfound.inference.loading import load
 from brainfound.inference.segmentation import SegmentationOptions
 from brainfound.models import BrainFoundForClassification, BrainFoundForRegression, BrainFoundForSegmentation
 
 TARGETS = {
-    "age": Target("regression", "age_years", mean=50.0, std=10.0),
-    "sex": Target("classification", "sex", names=("F", "M")),
-    "lesion": Target("segmentation", "mask", names=("background", "lesion"), codes=(0, 7)),
+    "age": Regression("age_years", mean=50.0, std=10.0),
+    "sex": Classification("sex", names=("F", "M")),
+    "lesion": Segmentation("mask", names=("background", "lesion"), codes=(0, 7)),
 }
 CLASSES = {
     "regression": BrainFoundForRegression,
@@ -36,7 +36,7 @@ def bundle_of(folder, name, store, source, **options):
     target = TARGETS[name]
     torch.manual_seed(len(name))
     fields = {"id2label": dict(enumerate(target.names))} if target.names else {"target_mean": 50.0, "target_std": 10.0}
-    model = CLASSES[target.task].from_pretrained(source, decoder_width=8, **fields)
+    model = CLASSES[target.kind].from_pretrained(source, decoder_width=8, **fields)
     model = attach_adapter(model, AdapterRecipe(rank=2))
     with torch.no_grad():
         for parameter in model.parameters():

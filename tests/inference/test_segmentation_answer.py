@@ -11,15 +11,15 @@ import torch
 
 from brainfound.data.preprocessing.stack import Stack
 from brainfound.errors import UsageError
-from brainfound.finetuning.targets import Target
+from brainfound.finetuning.tasks.segmentation import OverlappingSegmentation, Segmentation
 from brainfound.inference.cohort import predict
 from brainfound.inference.predictor import Predictor
 from brainfound.inference.segmentation import SegmentationOptions, build_segmentation_fields
 from brainfound.models import BrainFoundForSegmentation
 from brainfound.models.infer import StackPrediction
 
-CLASSES = Target("segmentation", "mask", names=("background", "label 2", "label 5"), codes=(0, 2, 5))
-REGIONS = Target("segmentation", "mask", names=("whole", "core"), regions=((2, 5), (5,)))
+CLASSES = Segmentation("mask", names=("background", "label 2", "label 5"), codes=(0, 2, 5))
+REGIONS = OverlappingSegmentation("mask", names=("whole", "core"), regions=((2, 5), (5,)))
 
 
 @pytest.fixture

@@ -21,9 +21,7 @@ from brainfound.training.run_folder import LOCK_FILE, lock_run_folder
 def no_model(monkeypatch):
     """A refusal that comes only after a model was built fails the test."""
     monkeypatch.setattr("brainfound.pretraining.pretrain.build_model", lambda *_: pytest.fail("a model was built"))
-    monkeypatch.setattr(
-        "brainfound.finetuning.finetune.build_training_setup", lambda *_: pytest.fail("a model was built")
-    )
+    monkeypatch.setattr("brainfound.finetuning.finetune.build_task", lambda *_: pytest.fail("a model was built"))
 
 
 @pytest.fixture(params=["pretrain", "finetune"])

@@ -9,7 +9,10 @@ import pytest
 
 from brainfound.errors import UsageError
 from brainfound.finetuning.splits import make_split
-from brainfound.finetuning.targets import Target, infer_task, labelled_sessions, resolve_target, target_columns
+from brainfound.finetuning.tasks import Segmentation, SegmentationRecipe, TargetColumn, from_dict, resolve
+from brainfound.finetuning.tasks.classification import MultiLabelClassification
+from brainfound.finetuning.tasks.columns import target_columns
+from brainfound.finetuning.tasks.segmentation import OverlappingSegmentation
 
 
 @pytest.fixture
@@ -24,27 +27,31 @@ def sessions(small_store, monkeypatch):
     return put
 
 
+def kind(store, target: str) -> str:
+    return resolve(store, range(len(store)), target).kind
+
+
 def test_tasks_are_guessed_from_the_labels(sessions):
     store = sessions(score=[0, 1, 2] * 4)
-    assert infer_task(store, "mask") == "segmentation"
-    assert infer_task(store, "age_years") == "regression"
-    assert infer_task(store, "diagnosis") == "classification"
-    assert infer_task(store, "score") == "classification"
+    assert kind(store, "mask") == "segmentation"
+    assert kind(store, "age_years") == "regression"
+    assert kind(store, "diagnosis") == "classification"
+    assert kind(store, "score") == "classification"
 
 
 def test_sessions_without_a_label_are_left_out(sessions):
     store = sessions(score=[1.0, np.nan, np.inf, 4.0] + [np.nan] * 8, word=["a", None] * 6, nothing=[np.nan] * 12)
-    assert labelled_sessions(store, "score").tolist() == [0, 3]
-    assert labelled_sessions(store, "word").tolist() == list(range(0, 12, 2))
-    assert labelled_sessions(store, "mask").tolist() == list(range(12))
+    assert TargetColumn.find(store, "score").labelled.tolist() == [0, 3]
+    assert TargetColumn.find(store, "word").labelled.tolist() == list(range(0, 12, 2))
+    assert TargetColumn.find(store, "mask").labelled.tolist() == list(range(12))
     with pytest.raises(UsageError, match="empty"):
-        labelled_sessions(store, "nothing")
+        TargetColumn.find(store, "nothing")
     with pytest.raises(UsageError, match="no_such"):
-        labelled_sessions(store, "no_such")
+        TargetColumn.find(store, "no_such")
 
 
 def test_mean_and_deviation_are_of_the_training_part(small_store):
-    target = resolve_target(small_store, [0, 1, 2], "regression", "age_years")
+    target = resolve(small_store, [0, 1, 2], "age_years", "regression")
     ages = small_store.sessions["age_years"].iloc[:3]
     assert target.mean == pytest.approx(ages.mean())
     assert target.std == pytest.approx(ages.std(ddof=0))
@@ -53,37 +60,37 @@ def test_mean_and_deviation_are_of_the_training_part(small_store):
 
 def test_classes_are_of_the_training_part(sessions):
     store = sessions(kind=["b", "a"] * 5 + ["c", "c"], code=[1.0, 0.0] * 6)
-    target = resolve_target(store, range(10), "classification", "kind")
+    target = resolve(store, range(10), "kind", "classification")
     assert target.names == ("a", "b")
     assert target.values(store, [0, 1]).tolist() == [1, 0]
     with pytest.raises(UsageError, match="'c' is not among"):
         target.values(store, [11])
-    assert resolve_target(store, range(10), "classification", "code").names == ("0", "1")
+    assert resolve(store, range(10), "code", "classification").names == ("0", "1")
     with pytest.raises(UsageError, match="two classes"):
-        resolve_target(store, [0, 2], "classification", "kind")
+        resolve(store, [0, 2], "kind", "classification")
 
 
 def test_several_columns_are_labels_of_their_own(sessions):
     edema, lesion = [0, 1, 1, 0] * 3, [True, False, True, True] * 3
     store = sessions(edema=edema, lesion=lesion, word=["a", "b"] * 6, never=0, gap=[1.0, np.nan, 0.0] * 4)
-    assert infer_task(store, "edema,lesion") == "classification"
-    target = resolve_target(store, range(8), "classification", " edema, lesion")
-    assert (target.column, target.names, target.multi_label) == ("edema,lesion", ("edema", "lesion"), True)
+    assert kind(store, "edema,lesion") == "classification"
+    target = resolve(store, range(8), " edema, lesion", "classification")
+    assert target == MultiLabelClassification("edema,lesion", ("edema", "lesion"), target.shares)
     assert target.values(store, [1, 2, 3]).tolist() == [[1, 0], [1, 1], [0, 1]]
-    assert Target.from_dict(target.to_dict()) == target
-    assert labelled_sessions(store, "edema,gap").tolist() == [0, 2, 3, 5, 6, 8, 9, 11]
+    assert from_dict(target.to_dict()) == target
+    assert TargetColumn.find(store, "edema,gap").labelled.tolist() == [0, 2, 3, 5, 6, 8, 9, 11]
     assert target_columns(store, "edema") == ("edema",)
     with pytest.raises(UsageError, match="word: a label among several must be 0 or 1 .got 'a'"):
-        resolve_target(store, range(8), "classification", "edema,word")
+        resolve(store, range(8), "edema,word", "classification")
     with pytest.raises(UsageError, match="never: a label needs sessions with it"):
-        resolve_target(store, range(8), "classification", "edema,never")
+        resolve(store, range(8), "edema,never", "classification")
     with pytest.raises(UsageError, match="a regression has one column"):
-        resolve_target(store, range(8), "regression", "edema,lesion")
+        resolve(store, range(8), "edema,lesion", "regression")
     with pytest.raises(UsageError, match="edemma"):
-        resolve_target(store, range(8), "classification", "edemma,lesion")
+        resolve(store, range(8), "edemma,lesion", "classification")
     # A column whose name has a comma is itself.
     odd = sessions(**{"edema,lesion": ["a", "b"] * 6})
-    assert not resolve_target(odd, range(8), "classification", "edema,lesion").multi_label
+    assert not isinstance(resolve(odd, range(8), "edema,lesion", "classification"), MultiLabelClassification)
 
 
 def test_combinations_of_labels_are_spread_over_the_parts(sessions):
@@ -99,17 +106,17 @@ def test_combinations_of_labels_are_spread_over_the_parts(sessions):
 def test_regression_of_words_or_of_a_constant_is_refused(sessions):
     store = sessions(same=2.5)
     with pytest.raises(UsageError, match="numeric"):
-        resolve_target(store, range(12), "regression", "diagnosis")
+        resolve(store, range(12), "diagnosis", "regression")
     with pytest.raises(UsageError, match="constant"):
-        resolve_target(store, range(12), "regression", "same")
+        resolve(store, range(12), "same", "regression")
 
 
-CLASSES = Target("segmentation", "mask", names=("background", "label 3", "label 9"), codes=(0, 3, 9))
+CLASSES = Segmentation("mask", names=("background", "label 3", "label 9"), codes=(0, 3, 9))
 
 
 def test_a_word_among_numbers_is_told_in_any_part(sessions):
     store = sessions(size=["1", "2", "3", "4", "5", "6", "7", "8", "9", "10", "11", "unknown"])
-    target = resolve_target(store, list(range(6)), "regression", "size")
+    target = resolve(store, list(range(6)), "size", "regression")
     assert target.values(store, [6, 7]).tolist() == [7.0, 8.0]
     with pytest.raises(UsageError, match=r"must be numeric.*'unknown'"):
         target.values(store, [10, 11])
@@ -117,8 +124,8 @@ def test_a_word_among_numbers_is_told_in_any_part(sessions):
 
 def test_what_the_training_part_says_of_everybody_is_remembered(sessions):
     store = sessions(kind=["a"] * 3 + ["b"] * 9, ill=[0, 1] * 6, old=[0] * 9 + [1] * 3)
-    assert resolve_target(store, [0, 1, 2, 3], "classification", "kind").shares == (0.75, 0.25)
-    assert resolve_target(store, list(range(12)), "classification", "ill,old").shares == (0.5, 0.25)
+    assert resolve(store, [0, 1, 2, 3], "kind", "classification").shares == (0.75, 0.25)
+    assert resolve(store, list(range(12)), "ill,old", "classification").shares == (0.5, 0.25)
 
 
 def test_label_codes_go_to_classes_and_back():
@@ -128,20 +135,20 @@ def test_label_codes_go_to_classes_and_back():
     assert np.array_equal(target.decode_mask(target.encode_mask(mask)), mask)
     # A code that training never saw is background.
     assert target.encode_mask(np.array([5, 12, 9])).tolist() == [0, 0, 2]
-    merged = Target("segmentation", "mask", names=("background", "foreground"), codes=(0, 1), merge=True)
+    merged = Segmentation("mask", names=("background", "foreground"), codes=(0, 1), merge=True)
     assert merged.encode_mask(np.array([0, 4, 200])).tolist() == [0, 1, 1]
 
 
 def test_regions_are_made_of_codes_and_may_overlap():
-    target = Target("segmentation", "mask", names=("whole", "core"), regions=((1, 2, 4), (1, 4)))
+    target = OverlappingSegmentation("mask", names=("whole", "core"), regions=((1, 2, 4), (1, 4)))
     mask = np.array([[[0, 1], [2, 4]], [[9, 0], [2, 2]]], dtype=np.uint8)
     encoded = target.encode_mask(mask)
     assert encoded.shape == (2, 2, 2, 2)
     assert encoded[:, 0].tolist() == [[[0, 1], [1, 1]], [[0, 0], [1, 1]]]
     assert encoded[:, 1].tolist() == [[[0, 1], [0, 1]], [[0, 0], [0, 0]]]
     assert np.array_equal(target.encode_mask(mask[None])[0], encoded)
-    assert Target.from_dict(json.loads(json.dumps(target.to_dict()))) == target
-    assert Target.from_dict({k: v for k, v in CLASSES.to_dict().items() if k != "regions"}) == CLASSES
+    assert from_dict(json.loads(json.dumps(target.to_dict()))) == target
+    assert from_dict({k: v for k, v in CLASSES.to_dict().items() if k != "regions"}) == CLASSES
 
 
 @pytest.mark.parametrize(
@@ -156,26 +163,26 @@ def test_regions_are_made_of_codes_and_may_overlap():
 )
 def test_regions_that_cannot_be_learnt_are_named(small_store, regions, told):
     with pytest.raises(UsageError, match=told):
-        resolve_target(small_store, [0, 1], "segmentation", "mask", regions=regions)
+        resolve(small_store, [0, 1], "mask", SegmentationRecipe(regions=regions))
 
 
 def test_regions_are_for_codes_of_a_mask(small_store):
-    target = resolve_target(small_store, [0, 1], "segmentation", "mask", regions={"all": [2, 1, 1]})
+    target = resolve(small_store, [0, 1], "mask", SegmentationRecipe(regions={"all": [2, 1, 1]}))
     assert (target.names, target.regions, target.codes) == (("all",), ((1, 2),), ())
-    with pytest.raises(UsageError, match="only a segmentation"):
-        resolve_target(small_store, [0, 1], "classification", "diagnosis", regions={"all": [1]})
+    with pytest.raises(UsageError, match="only the mask"):
+        resolve(small_store, [0, 1], "diagnosis", SegmentationRecipe(regions={"all": [1]}))
     with pytest.raises(UsageError, match="merge_codes"):
-        resolve_target(small_store, [0, 1], "segmentation", "mask", True, {"all": [1]})
+        resolve(small_store, [0, 1], "mask", SegmentationRecipe(merge_codes=True, regions={"all": [1]}))
 
 
 def test_masks_of_the_training_part_give_the_codes(small_store):
-    target = resolve_target(small_store, [0, 1], "segmentation", "mask")
+    target = resolve(small_store, [0, 1], "mask", "segmentation")
     assert target.codes == (0, 1)
     with pytest.raises(UsageError, match="every mask"):
-        resolve_target(small_store, [0, 2], "segmentation", "mask")
+        resolve(small_store, [0, 2], "mask", "segmentation")
 
 
 def test_plain_values_round_trip(small_store):
     for task, column in (("classification", "diagnosis"), ("regression", "age_years"), ("segmentation", "mask")):
-        target = resolve_target(small_store, range(12), task, column)
-        assert Target.from_dict(target.to_dict()) == target
+        target = resolve(small_store, range(12), column, task)
+        assert from_dict(target.to_dict()) == target

@@ -1,0 +1,198 @@
+"""Heads and decoders whose last layer starts from a fit on the frozen backbone: linear probing, then fine-tuning.
+
+A random head sends large, aimless gradients into the backbone and distorts features that were good; a fitted one does
+not (Kumar et al., "Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution", ICLR 2022). A
+head is fitted to embeddings of augmented volumes. The last layer of a decoder is linear in its input and followed by
+nothing but an interpolation, so the best one for given features is a logistic regression of pixels: of some pixels of
+each class, with weights that restore the class frequencies.
+
+Axis legend: N slices, F feature channels of the last layer, H W pixels, n chosen pixels, K classes or labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from brainfound.data.batches import evenly_spaced_slices
+from brainfound.finetuning.linear_models import standardise, subject_group_indices
+from brainfound.finetuning.tasks import Segmentation, VolumeTask
+from brainfound.finetuning.tasks.base import LabelledFeatures
+from brainfound.finetuning.volumes import EmbeddedReader, VolumeAugmentation, VolumeReader, augment_volumes
+from brainfound.training.randomness import VIEWS, StepKey, numpy_generator
+
+HEAD_FIT_STEP = 2_000_000_000
+"""The step of the fit's random numbers: none of training's own."""
+MAX_VOLUMES, MAX_PIXELS, MAX_PIXELS_PER_CLASS = 500, 60_000, 60
+"""Most volumes (sessions × passes) and pixels of a decoder's fit, and pixels of a class in one volume, where neighbours
+are alike. More would take long and add little."""
+
+
+@torch.no_grad()
+def fit_head(
+    model: Any,
+    reader: VolumeReader | EmbeddedReader,
+    augmentation: VolumeAugmentation,
+    task: VolumeTask,
+    num_passes: int,
+    batch_size: int,
+    seed: int,
+) -> None:
+    """Set the last layer of a classification or regression head to the best linear answer on frozen embeddings.
+
+    The embeddings are of augmented volumes, as in training: weights fitted to clean ones would rely on differences
+    that augmentation and withheld contrasts remove.
+
+    Args:
+        model: a BrainFound model with a head, before an adapter is attached; changed in place.
+        reader: reads the training part.
+        augmentation: of the volumes.
+        task: the labels.
+        num_passes: how often the training part is embedded, each time with other slices and augmentation.
+        batch_size: volumes per forward pass.
+        seed: of slices and augmentation.
+
+    Raises:
+        TrainingError: the embeddings are not finite.
+    """
+    layer = model.head.score
+    model.eval()
+    embedded, sessions = [], []
+    for volumes, indices in iterate_augmented_passes(
+        reader, augmentation, num_passes, batch_size, seed, layer.weight.device
+    ):
+        embeddings = model.brainfound(**volumes.inputs()).volume_embedding
+        embedded.append(model.head.norm(embeddings).double().cpu().numpy())
+        sessions.append(indices)
+    features, mean, std = standardise(embedded, "the model that the run starts from gives embeddings")
+    order = np.concatenate(sessions)
+    subject_groups = subject_group_indices(reader.store.sessions["subject"].tolist(), order)
+    labels = task.values(reader.store, order.tolist())
+    data = LabelledFeatures(features, labels, subject_groups)
+    _set_layer(layer, *task.fit_head(data, model.config), mean, std)
+
+
+def _set_layer(layer: Any, weight: np.ndarray, bias: np.ndarray, mean: np.ndarray, std: np.ndarray) -> None:
+    """Write a linear model of standardised features into the first rows of a layer that reads them as they are."""
+    weight = weight / std
+    bias = bias - weight @ mean
+    rows = torch.from_numpy(weight).reshape(len(weight), *layer.weight.shape[1:])
+    layer.weight[: len(rows)] = rows.to(layer.weight)
+    layer.bias[: len(rows)] = torch.from_numpy(bias).to(layer.bias)
+
+
+def iterate_augmented_passes(
+    reader: VolumeReader | EmbeddedReader,
+    augmentation: VolumeAugmentation,
+    num_passes: int,
+    batch_size: int,
+    seed: int,
+    device: torch.device,
+) -> Iterator[tuple[Any, np.ndarray]]:
+    """Batches of augmented volumes, and the session index of each; arguments as for `fit_head`."""
+    count = len(reader.sessions)
+    for number in range(num_passes):
+        for first in range(0, count, batch_size):
+            key = StepKey(seed, HEAD_FIT_STEP, number * count + first, 0)
+            volumes, indices = reader.read(range(first, min(first + batch_size, count)), key)
+            yield augment_volumes(volumes.to(device), augmentation, key), indices
+
+
+@torch.no_grad()
+def fit_decoder(
+    model: Any,
+    reader: VolumeReader,
+    augmentation: VolumeAugmentation,
+    task: Segmentation,
+    num_passes: int,
+    batch_size: int,
+    seed: int,
+) -> None:
+    """Set the last layer of a segmentation's decoder to the best linear answer on the features that it reads.
+
+    A class that no chosen pixel shows gets no weight and a small share.
+
+    Args:
+        model: a `BrainFoundForSegmentation`, before an adapter is attached; changed in place.
+        reader: reads the training part.
+        augmentation: of the volumes.
+        task: the labels.
+        num_passes: how often the training part is read, each time with other slices and augmentation; fewer times, and
+            of a large cohort a part of it, where that would be more than `MAX_VOLUMES`.
+        batch_size: volumes per forward pass.
+        seed: of slices, augmentation and the choice of pixels.
+
+    Raises:
+        TrainingError: the features are not finite.
+    """
+    model.eval()
+    layer = model.decoder.score
+    rng = numpy_generator(VIEWS, seed, HEAD_FIT_STEP)
+    num_passes = min(num_passes, max(1, MAX_VOLUMES // len(reader.sessions)))
+    if len(reader.sessions) > MAX_VOLUMES:
+        reader = reader.of(reader.sessions[evenly_spaced_slices(len(reader.sessions), MAX_VOLUMES)])
+    num_volumes = num_passes * len(reader.sessions)
+    wanted = min(MAX_PIXELS_PER_CLASS, max(1, MAX_PIXELS // (num_volumes * len(task.names))))
+    sampled, truth, weights = [], [], []
+    for volumes, _ in iterate_augmented_passes(reader, augmentation, num_passes, batch_size, seed, layer.weight.device):
+        maps = _capture_layer_input(layer, model, volumes.inputs())
+        labels = task.pixel_labels(np.asarray(volumes.to("cpu").masks)[volumes.slice_mask.cpu().numpy()])
+        first = 0
+        for count in volumes.slice_mask.sum(dim=1).tolist():
+            own = slice(first, first + count)
+            pixels, weight = _choose_pixels(labels[own], wanted, rng)
+            sampled.append(_sample_at_pixels(maps[own], pixels, labels.shape[1:3]))
+            truth.append(labels[own][tuple(pixels)])
+            weights.append(weight)
+            first += count
+    features, mean, std = standardise(sampled, "the model that the run starts from gives features")
+    of_pixel = np.concatenate(weights)
+    fitted = task.fit_pixels(features, np.concatenate(truth), of_pixel / of_pixel.mean())
+    _set_layer(layer, *fitted, mean, std)
+
+
+def _capture_layer_input(layer: nn.Module, model: nn.Module, inputs: dict[str, Any]) -> Float[Tensor, "N F h w"]:
+    read: list[Tensor] = []
+    hook = layer.register_forward_pre_hook(lambda _, arguments: read.append(arguments[0]))
+    try:
+        model(**inputs)
+    finally:
+        hook.remove()
+    return torch.cat(read)
+
+
+def _choose_pixels(
+    labels: Int[np.ndarray, "N H W K"], wanted: int, rng: np.random.Generator
+) -> tuple[Int[np.ndarray, "3 n"], Float[np.ndarray, "n"]]:
+    """Pixels of a volume (slice, row, column), up to ``wanted`` of each class; and how many each stands for.
+
+    Where labels overlap, pixels with the same labels are of one class.
+    """
+    flat = labels.reshape(-1, labels.shape[-1])
+    # One number per combination of labels: the class, or the sum of 2ᵏ over the labels.
+    classes = flat.astype(np.int64) @ (1 << np.arange(flat.shape[1]))
+    chosen, weights = [], []
+    for k in np.unique(classes):
+        members = np.flatnonzero(classes == k)
+        drawn = np.sort(rng.choice(members, min(len(members), wanted), replace=False))
+        chosen.append(drawn)
+        weights.append(np.full(len(drawn), len(members) / len(drawn)))
+    return np.stack(np.unravel_index(np.concatenate(chosen), labels.shape[:3])), np.concatenate(weights)
+
+
+def _sample_at_pixels(
+    maps: Float[Tensor, "N F h w"], pixels: Int[np.ndarray, "3 n"], size: tuple[int, int]
+) -> Float[np.ndarray, "n F"]:
+    """Maps interpolated to pixels, as the decoder does with its scores: the two orders give the same."""
+    found = np.empty((pixels.shape[1], maps.shape[1]), dtype=np.float32)
+    for number in np.unique(pixels[0]):
+        here = pixels[0] == number
+        fine = F.interpolate(maps[number : number + 1].float(), size=size, mode="bilinear", align_corners=False)[0]
+        found[here] = fine[:, pixels[1][here], pixels[2][here]].T.cpu().numpy()
+    return found

@@ -1,0 +1,176 @@
+"""Linear models on frozen features: ridge and logistic regressions, with their strength chosen by cross-validation.
+
+The folds lie within the training part, and all volumes of a subject are in one of them.
+
+Axis legend: n embedded volumes, pixels or patches, D features, K classes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+from scipy.special import expit, logsumexp
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression, LogisticRegressionCV, Ridge, RidgeCV
+from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
+
+from brainfound.errors import TrainingError
+
+_PENALTIES = np.logspace(-1, 5, 13)
+_PATCH_PENALTIES = np.logspace(-1, 5, 7)
+_PIXEL_PENALTY = 1.0  # against as many terms as pixels: it bounds the weights of features that no pixel needs
+_THRESHOLDS = np.linspace(0.05, 0.95, 19)
+
+
+def standardise(
+    features: Sequence[np.ndarray], source: str
+) -> tuple[Float[np.ndarray, "n D"], Float[np.ndarray, "D"], Float[np.ndarray, "D"]]:
+    """Features of mean 0 and variance 1 in double precision, and their mean and standard deviation before.
+
+    Args:
+        features: arrays (…, D), which are joined.
+        source: what gave them, for the error.
+
+    Raises:
+        TrainingError: they are not finite.
+    """
+    joined = np.concatenate(features).astype(np.float64)
+    if not np.isfinite(joined).all():
+        raise TrainingError(f"{source} that are not finite", remedy="Start from another model")
+    mean, std = joined.mean(axis=0), joined.std(axis=0)
+    std = np.where(std > 1e-8, std, 1.0)
+    return (joined - mean) / std, mean, std
+
+
+def subject_group_indices(subjects: Sequence[str], sessions: np.ndarray) -> np.ndarray:
+    """A number per embedded volume that all sessions of a subject share: the index of the first one."""
+    first: dict[str, int] = {}
+    for session in sorted(set(sessions.tolist())):
+        first.setdefault(subjects[session], session)
+    return np.array([first[subjects[session]] for session in sessions])
+
+
+def subject_folds(subject_groups: np.ndarray, classes: np.ndarray | None) -> list[tuple[np.ndarray, np.ndarray]] | None:
+    """Folds that keep all volumes of a subject together; None where a class has one subject only."""
+    if classes is None:
+        num_folds = min(5, len(np.unique(subject_groups)))
+        return list(GroupKFold(num_folds).split(subject_groups, groups=subject_groups)) if num_folds > 1 else None
+    num_folds = min(5, *(len(np.unique(subject_groups[classes == k])) for k in np.unique(classes)))
+    if num_folds < 2:
+        return None
+    return list(StratifiedGroupKFold(num_folds).split(subject_groups, classes, groups=subject_groups))
+
+
+def fit_ridge(
+    features: Float[np.ndarray, "n D"], values: np.ndarray, subject_groups: np.ndarray
+) -> tuple[np.ndarray, float, float]:
+    """Weights ``(D,)``, bias and mean squared error for a number; the error is of left-out subjects if possible."""
+    folds = subject_folds(subject_groups, None)
+    if folds:
+        ridge = RidgeCV(alphas=_PENALTIES, cv=folds, scoring="neg_mean_squared_error")
+        ridge.fit(features, values)
+        return ridge.coef_, float(ridge.intercept_), -float(ridge.best_score_)
+    ridge = Ridge(alpha=len(features)).fit(features, values)
+    error = float(np.mean((ridge.predict(features) - values) ** 2))
+    return ridge.coef_, float(ridge.intercept_), error
+
+
+def fit_logistic(
+    features: np.ndarray, classes: np.ndarray, subject_groups: np.ndarray, weights: dict[int, float] | None
+) -> Any:
+    """A fitted scikit-learn classifier of class indices; ``weights`` are of the classes."""
+    folds = subject_folds(subject_groups, classes)
+    if folds:
+        fitted = LogisticRegressionCV(
+            Cs=1 / _PENALTIES,
+            cv=folds,
+            scoring="neg_log_loss",
+            max_iter=2000,
+            l1_ratios=(0,),
+            use_legacy_attributes=False,
+            class_weight=weights,
+        )
+    else:
+        fitted = LogisticRegression(C=1 / len(features), max_iter=2000, class_weight=weights)
+    return fitted.fit(features, classes)
+
+
+def softmax_rows(weight: np.ndarray, bias: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A row per class: of two classes scikit-learn gives the log odds of the second, and each class takes half."""
+    if len(weight) == 1:
+        return np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+    return weight, bias
+
+
+def fit_pixel_logistic(
+    features: Float[np.ndarray, "n D"], classes: Int[np.ndarray, "n"], weights: np.ndarray, num_classes: int
+) -> tuple[Float[np.ndarray, "K D"], Float[np.ndarray, "K"]]:
+    """Weights and biases of a softmax over pixels; a class that no pixel has gets the share of one pixel in n."""
+    present = np.unique(classes)
+    weight, bias = np.zeros((num_classes, features.shape[1])), np.zeros(num_classes)
+    if len(present) > 1:
+        with warnings.catch_warnings():
+            # Training goes on from here; a solver that stops at its last iteration is as good a start.
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            fitted = LogisticRegression(C=1 / _PIXEL_PENALTY, max_iter=300)
+            fitted.fit(features, classes, sample_weight=weights)
+        weight[present], bias[present] = softmax_rows(fitted.coef_, fitted.intercept_)
+    absent = np.setdiff1d(np.arange(num_classes), present)
+    # Its probability at a pixel is exp(bias) / Σ exp(scores), which shall be 1/n on average.
+    in_all = logsumexp(features @ weight[present].T + bias[present], axis=1)
+    bias[absent] = -logsumexp(-in_all)
+    return weight, bias
+
+
+def fit_patch_label(
+    features: Float[np.ndarray, "n D"],
+    label_fractions: Float[np.ndarray, "n"],
+    weights: np.ndarray,
+    subject_groups: np.ndarray,
+) -> tuple[np.ndarray, float, float]:
+    """Weights ``(D,)`` and bias for the share of a patch's pixels that have a label, and the threshold of best Dice."""
+    penalty = _choose_penalty(features, label_fractions, weights, subject_groups)
+    weight, bias = fit_fractions(features, label_fractions, weights, penalty)
+    probabilities = expit(features @ weight + bias)
+    marked = probabilities[:, None] > _THRESHOLDS
+    in_all = (weights * label_fractions).sum() + weights @ marked  # 0 for a label that no chosen patch shows
+    found = ((weights * label_fractions) @ marked) * 2 / np.maximum(in_all, 1e-12)
+    return weight, bias, float(_THRESHOLDS[found.argmax()])
+
+
+def _choose_penalty(
+    features: np.ndarray, label_fractions: np.ndarray, weights: np.ndarray, subject_groups: np.ndarray
+) -> float:
+    """The strength with the smallest cross-entropy on left-out subjects; a middle one if there is one subject."""
+    num_folds = min(3, len(np.unique(subject_groups)))
+    if num_folds < 2:
+        return float(_PATCH_PENALTIES[len(_PATCH_PENALTIES) // 2])
+    losses = np.zeros(len(_PATCH_PENALTIES))
+    for train, test in GroupKFold(num_folds).split(features, groups=subject_groups):
+        for number, penalty in enumerate(_PATCH_PENALTIES):
+            weight, bias = fit_fractions(features[train], label_fractions[train], weights[train], penalty)
+            scores = features[test] @ weight + bias
+            # −s log σ(z) − (1 − s) log(1 − σ(z)) = log(1 + eᶻ) − s z
+            losses[number] += (weights[test] * (np.logaddexp(0, scores) - label_fractions[test] * scores)).sum()
+    return float(_PATCH_PENALTIES[losses.argmin()])
+
+
+def fit_fractions(
+    features: np.ndarray, label_fractions: np.ndarray, weights: np.ndarray, penalty: float
+) -> tuple[np.ndarray, float]:
+    """A logistic regression of a share: each patch counts as yes with its share, and as no with the rest."""
+    yes, no = label_fractions > 0, label_fractions < 1
+    if not yes.any() or not no.any():
+        return np.zeros(features.shape[1]), 20.0 if yes.any() else -20.0
+    rows = np.concatenate([features[yes], features[no]])
+    labels = np.repeat([1, 0], [yes.sum(), no.sum()])
+    counts = np.concatenate([(weights * label_fractions)[yes], (weights * (1 - label_fractions))[no]])
+    with warnings.catch_warnings():
+        # A baseline whose solver stops at its last iteration is still a baseline.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        fitted = LogisticRegression(C=1 / penalty, max_iter=300).fit(rows, labels, sample_weight=counts)
+    return fitted.coef_[0], float(fitted.intercept_[0])

@@ -1,0 +1,108 @@
+"""The tasks that a model can be fine-tuned for: one line each in `TASKS`.
+
+A task is one object with its labels, head, loss, answer, scores and section of the recipe; `base.Task` is the contract.
+`resolve` makes it once, from the training part, and the run hands it on to scores, bundle and predictor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from brainfound.data.store import Store
+from brainfound.errors import UsageError, did_you_mean
+from brainfound.finetuning.tasks.base import SavedTask, ScoringRecipe, Task, TaskRecipe, VolumeTask
+from brainfound.finetuning.tasks.classification import Classification, ClassificationRecipe
+from brainfound.finetuning.tasks.columns import MASK, TargetColumn
+from brainfound.finetuning.tasks.regression import Regression, RegressionRecipe
+from brainfound.finetuning.tasks.segmentation import Segmentation, SegmentationRecipe
+
+__all__ = [
+    "MASK", "TASKS", "AnyTaskRecipe", "AutoTaskRecipe", "Classification", "ClassificationRecipe", "Regression",
+    "RegressionRecipe", "ScoringRecipe", "Segmentation", "SegmentationRecipe", "TargetColumn", "Task", "VolumeTask",
+    "from_dict", "resolve",
+]  # fmt: skip
+
+# In the order in which `task: auto` tries them.
+TASKS: dict[str, type[Task]] = {
+    "segmentation": Segmentation,
+    "regression": Regression,
+    "classification": Classification,
+}
+
+
+class AutoTaskRecipe(TaskRecipe):
+    """The kind that suits the target: segmentation for the mask, regression for numbers with many values, else
+    classification; with default settings."""
+
+    kind: Literal["auto"] = "auto"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _require_kind(cls, given: Any) -> Any:
+        for key in given if isinstance(given, Mapping) else ():
+            owners = [kind for kind, task in TASKS.items() if key in task.recipe.model_fields and key != "kind"]
+            if owners:
+                chosen = " or ".join(f"task.kind={kind}" for kind in owners)
+                raise ValueError(f"the setting {key!r} needs the kind of the task: set {chosen} too")
+        return given
+
+
+def _spell_out(given: Any) -> Any:
+    """``task: regression`` for ``task: {kind: regression}``; without a kind it is auto."""
+    if isinstance(given, str):
+        return {"kind": given}
+    return {"kind": "auto", **given} if isinstance(given, Mapping) else given
+
+
+AnyTaskRecipe = Annotated[
+    AutoTaskRecipe | ClassificationRecipe | RegressionRecipe | SegmentationRecipe,
+    Field(discriminator="kind"),
+    BeforeValidator(_spell_out),
+]
+
+
+def resolve(store: Store, train: Sequence[int], target: TargetColumn | str, recipe: TaskRecipe | str = "auto") -> Task:
+    """Learn the labels of a target from the training part.
+
+    Args:
+        store: the data.
+        train: indices of the sessions of the training part.
+        target: a column, several columns of 0 and 1 as ``"edema,lesion"``, or ``"mask"``.
+        recipe: the task's section of a recipe, or a kind with default settings.
+
+    Raises:
+        UsageError: no such column; one class only, a constant or non-numeric target of a regression, no code but 0 in
+            any mask, or a region that no mask has.
+    """
+    found = TargetColumn.find(store, target) if isinstance(target, str) else target
+    kind = recipe if isinstance(recipe, str) else recipe.kind
+    if kind == "auto":
+        kind = next(name for name, task in TASKS.items() if task.suits(store, found))
+    if kind not in TASKS:
+        raise UsageError(f"no task {kind!r}", where="task", remedy=did_you_mean(kind, TASKS))
+    task = TASKS[kind]
+    if task.per_voxel != found.is_mask:
+        raise UsageError(
+            "only the mask can be segmented" if task.per_voxel else "the mask can only be segmented",
+            where="target",
+            got=f"{found.name!r} for a {kind}",
+            remedy=f"Give the target {MASK!r} to a segmentation, and a column to any other task",
+        )
+    return task.resolve(store, train, found, recipe if isinstance(recipe, task.recipe) else task.recipe(kind=kind))
+
+
+def from_dict(content: Mapping[str, Any]) -> Task:
+    """The task that `Task.to_dict` gave, as bundle.json and run.json hold it.
+
+    Raises:
+        TypeError, KeyError: the content is of something else.
+    """
+    saved = SavedTask(**{key: _as_tuples(value) for key, value in content.items()})
+    return TASKS[saved.task].from_saved(saved)
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(_as_tuples(part) for part in value) if isinstance(value, list) else value

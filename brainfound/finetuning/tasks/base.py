@@ -1,0 +1,289 @@
+"""The contract of a task: its labels, its head and loss, its answers and scores, and its section of the recipe.
+
+A task is resolved once, on the training part alone, and then reads the labels of every part: `brainfound.finetuning.
+tasks.resolve` makes one for a run, `from_dict` reads one from a bundle. `VolumeTask` is the part that a classification
+and a regression share: one label per session.
+
+Axis legend: n sessions, D width, K classes or labels.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from brainfound.data.preprocessing.stack import Stack
+from brainfound.data.store import Store
+from brainfound.finetuning.calibration import AnswerCalibration
+from brainfound.finetuning.tasks.columns import TargetColumn
+from brainfound.metrics.calibration import ReliabilityBins
+from brainfound.metrics.scores import EmptyCase
+from brainfound.models.infer import StackPrediction
+from brainfound.recipes import Recipe
+
+Parts = Mapping[str, np.ndarray]
+"""Part of a split → indices of its sessions."""
+Notify = Callable[[str], None]
+"""Receives one line."""
+Linear = tuple[np.ndarray, np.ndarray]
+"""Weights (rows, D) and biases (rows,) of a linear model."""
+
+
+class LabelledFeatures(NamedTuple):
+    """Standardised embeddings of volumes."""
+
+    features: Float[np.ndarray, "n D"]
+    labels: np.ndarray
+    subject_groups: np.ndarray
+    """The same number for all volumes of a subject."""
+
+
+class TaskRecipe(Recipe):
+    """The section of a fine-tuning recipe that belongs to one kind of task."""
+
+    needs: ClassVar[Mapping[str, tuple[str, tuple[str, ...]]]] = {}
+    """Setting → the choice that it depends on, and the values of that choice with which it has an effect."""
+
+    kind: str
+
+    @classmethod
+    def presets(cls) -> Mapping[str, Mapping[str, Any]]:
+        kind = cls.model_fields["kind"].default
+        return {kind: {"kind": kind}}
+
+    @model_validator(mode="after")
+    def _require_effect(self) -> Self:
+        for setting, (choice, values) in self.needs.items():
+            chosen = getattr(self, choice)
+            if chosen not in values and getattr(self, setting) != type(self).model_fields[setting].default:
+                raise ValueError(
+                    f"{setting} has no effect with {choice}={chosen}; "
+                    f"leave it out, or set task.{choice}={' or '.join(values)}"
+                )
+        return self
+
+
+class ScoringRecipe(Recipe):
+    """How a segmentation is scored."""
+
+    surface_mm: float | None = Field(None, ge=0)
+    """Tolerance in mm of the normalised surface distance (surface Dice), which also adds HD95, lesion-wise F1 and
+    volume error; they take many times as long. null: only Dice and the relative volume error."""
+    empty: EmptyCase = "left_out"
+    """Dice (surface Dice, lesion-wise F1) of a session without the structure: left_out (only clean_negatives counts
+    it); otherwise 0 if something was marked, and if nothing was, nan (left out), one or zero."""
+
+
+@dataclass(frozen=True)
+class SavedTask:
+    """A task as bundle.json and run.json hold it; what another kind has is left at its default."""
+
+    task: str
+    column: str
+    names: tuple[str, ...] = ()
+    codes: tuple[int, ...] = ()
+    merge: bool = False
+    mean: float = 0.0
+    std: float = 1.0
+    multi_label: bool = False
+    regions: tuple[tuple[int, ...], ...] = ()
+    shares: tuple[float, ...] = ()
+
+
+class ScoredAnswers(NamedTuple):
+    """The scores over all sessions, those of the trivial baseline, and notes on the labels."""
+
+    scores: dict[str, float]
+    trivial: dict[str, float]
+    notes: tuple[str, ...] = ()
+
+
+class Scorer(Protocol):
+    """Collects the answers of the sessions that it was made for, in their order."""
+
+    def add(self, stack: Stack, answer: StackPrediction) -> dict[str, Any]:
+        """Score the answer of the next session; returns the task's columns of ``cases.tsv``."""
+        ...
+
+    def result(self) -> ScoredAnswers: ...
+
+
+@dataclass(frozen=True)
+class Task(ABC):
+    """What a model learns to answer.
+
+    Attributes:
+        column: the covariate, ``"mask"``, or several covariates of 0 and 1 as ``"edema,lesion"``.
+        names: of the classes, in the order of their indices; none of a regression.
+        settings: the task's section of the recipe; the defaults for a task that a bundle holds.
+    """
+
+    kind: ClassVar[str]
+    recipe: ClassVar[type[TaskRecipe]]
+    model_class: ClassVar[type[Any]]
+    per_voxel: ClassVar[bool] = False
+    """The answer is a map on the scan's grid, made of patch embeddings; there is no volume embedding."""
+    has_names: ClassVar[bool] = True
+
+    column: str
+    names: tuple[str, ...] = ()
+    settings: Any = field(default=None, kw_only=True, compare=False, repr=False)
+
+    @classmethod
+    @abstractmethod
+    def suits(cls, store: Store, target: TargetColumn) -> bool:
+        """Whether the recipe's ``task: auto`` may become this kind for a target."""
+
+    @classmethod
+    @abstractmethod
+    def resolve(cls, store: Store, train: Sequence[int], target: TargetColumn, settings: Any) -> Task:
+        """Read classes, scale or label codes from the training part; refuse labels that cannot be learnt."""
+
+    @abstractmethod
+    def check_parts(self, store: Store, parts: Parts, notify: Notify | None) -> None:
+        """Before training: report labels that a part lacks, refuse those that the training part lacks."""
+
+    @abstractmethod
+    def values(self, store: Store, sessions: Sequence[int]) -> np.ndarray | None:
+        """One label per session, ``(n,)`` or ``(n, K)``; None where a stack holds its labels.
+
+        Raises:
+            UsageError: an unknown label.
+        """
+
+    @abstractmethod
+    def loss_labels(self, values: Any, masks: Any) -> Tensor:
+        """The labels of a batch (or of one volume) as a model's loss reads them, from its values or its masks."""
+
+    @abstractmethod
+    def config_fields(self, values: np.ndarray | None) -> dict[str, Any]:
+        """Fields of `BrainFoundConfig`; ``values`` are the labels of the training part."""
+
+    def describe_labels(self) -> Any:
+        """For the model's card: the names, or what an answer means."""
+        return list(self.names)
+
+    @staticmethod
+    @abstractmethod
+    def describe_loss(config: Any) -> str:
+        """The loss of a model with a configuration, in words, for its card."""
+
+    def reader_options(self, config: Any) -> dict[str, Any]:
+        """How a `VolumeReader` chooses training slices."""
+        return {}
+
+    @abstractmethod
+    def make_scorer(self, store: Store, sessions: Sequence[int], scoring: ScoringRecipe) -> Scorer:
+        """A scorer for sessions of a store."""
+
+    @property
+    def scoring(self) -> ScoringRecipe:
+        """How a run with these settings is scored."""
+        return ScoringRecipe()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for bundle.json and run.json."""
+        own: dict[str, Any] = {f.name: getattr(self, f.name, f.default) for f in fields(SavedTask) if f.name != "task"}
+        return asdict(SavedTask(self.kind, **own))
+
+    @classmethod
+    def from_saved(cls, saved: SavedTask) -> Self:
+        return cls(**{f.name: getattr(saved, f.name) for f in fields(cls) if f.name != "settings"})
+
+
+class VolumeTask(Task):
+    """A task with one answer per volume."""
+
+    label_dtype: ClassVar[torch.dtype] = torch.float32
+
+    def loss_labels(self, values: Any, masks: Any) -> Tensor:
+        return torch.as_tensor(values, dtype=self.label_dtype)
+
+    def make_scorer(self, store: Store, sessions: Sequence[int], scoring: ScoringRecipe) -> Scorer:
+        return VolumeScorer(self, self.values(store, sessions).tolist())
+
+    @abstractmethod
+    def values(self, store: Store, sessions: Sequence[int]) -> np.ndarray: ...
+
+    @abstractmethod
+    def case(self, truth: Any, answer: StackPrediction) -> dict[str, Any]:
+        """The task's columns of a row of ``cases.tsv``."""
+
+    @abstractmethod
+    def compute_scores(self, truths: Sequence[Any], answers: Sequence[Any]) -> dict[str, float]:
+        """Metric → value over all sessions; the answers are of type `StackPrediction`."""
+
+    @abstractmethod
+    def trivial_scores(self, truths: Sequence[Any]) -> dict[str, float]:
+        """Scores of a constant answer from the training part; empty where a bundle does not hold what it needs."""
+
+    @abstractmethod
+    def format_answer(self, answer: StackPrediction) -> dict[str, Any]:
+        """The answer about one session, as plain values for JSON."""
+
+    @abstractmethod
+    def explained_score(self, answer: Mapping[str, Any], class_name: str | None) -> tuple[str, Callable[[Any], Tensor]]:
+        """The score that a gradient map follows: its name, and how to read it from a model's output.
+
+        Args:
+            answer: of `format_answer`.
+            class_name: a class; None: the most probable one.
+        """
+
+    @abstractmethod
+    def fit_linear(self, data: LabelledFeatures, class_weights: Sequence[float] | None) -> Linear:
+        """A linear model of standardised embeddings; one row for a number or two classes."""
+
+    @abstractmethod
+    def fit_head(self, data: LabelledFeatures, config: Any) -> Linear:
+        """The first rows of the last layer of a head with a configuration, fitted to standardised embeddings."""
+
+    def fit_calibration(self, cases: pd.DataFrame) -> AnswerCalibration:
+        """The calibration of a model by its answers on the validation part."""
+        return AnswerCalibration.fit(len(cases), self.calibration_fits(cases))
+
+    @abstractmethod
+    def calibration_fits(self, cases: pd.DataFrame) -> dict[str, Callable[[], Any]]:
+        """Field of `AnswerCalibration` → its fit to cases."""
+
+    @abstractmethod
+    def calibration_effect(self, fitted: AnswerCalibration, cases: pd.DataFrame) -> dict[str, Any]:
+        """The effect of a calibration on the cases of another part, as plain values for JSON."""
+
+    def reliability(self, fitted: AnswerCalibration, cases: pd.DataFrame) -> dict[str, ReliabilityBins]:
+        """Curves of accuracy over confidence, raw and calibrated, by name."""
+        return {}
+
+    @abstractmethod
+    def calibrate(self, fitted: AnswerCalibration, answer: StackPrediction) -> dict[str, Any]:
+        """What a calibration adds to one answer, as plain values for JSON."""
+
+    @abstractmethod
+    def linear_answer(self, scores: Float[np.ndarray, "rows"]) -> StackPrediction:
+        """The scores of a `fit_linear` model of one volume, in the form of a model's answer."""
+
+
+class VolumeScorer:
+    """Scores one answer per volume."""
+
+    def __init__(self, task: VolumeTask, truths: list[Any]) -> None:
+        self.task, self.truths = task, truths
+        self.answers: list[Any] = []
+
+    def add(self, stack: Stack, answer: StackPrediction) -> dict[str, Any]:
+        truth = self.truths[len(self.answers)]
+        self.answers.append(answer)
+        return self.task.case(truth, answer)
+
+    def result(self) -> ScoredAnswers:
+        scores = self.task.compute_scores(self.truths, self.answers)
+        return ScoredAnswers(scores, self.task.trivial_scores(self.truths) or dict.fromkeys(scores, float("nan")))

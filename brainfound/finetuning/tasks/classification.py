@@ -1,0 +1,368 @@
+"""Classification: one of several classes per volume, or several labels of which a volume may have any.
+
+Axis legend: n sessions, D width, K classes or labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Self
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field
+from scipy.special import expit, softmax
+from torch import Tensor
+
+from brainfound.data.store import Store
+from brainfound.errors import UsageError
+from brainfound.finetuning.calibration import AnswerCalibration, binary_probabilities, log_probabilities, temper
+from brainfound.finetuning.linear_models import fit_logistic, softmax_rows
+from brainfound.finetuning.tasks.base import LabelledFeatures, Linear, Parts, SavedTask, TaskRecipe, VolumeTask
+from brainfound.finetuning.tasks.columns import TargetColumn
+from brainfound.metrics.calibration import (
+    ReliabilityBins,
+    brier_score,
+    expected_calibration_error,
+    fit_temperature,
+    reliability_bins,
+)
+from brainfound.metrics.scores import (
+    classification_scores,
+    multi_label_scores,
+    trivial_multi_label_scores,
+    trivial_scores,
+)
+from brainfound.models import BrainFoundForClassification
+from brainfound.models.infer import StackPrediction
+
+MAX_CLASSES = 50
+NUM_BINS = 15
+"""Bins of the calibration error and of the reliability curves."""
+_BINARY_VALUES = {"0": 0.0, "1": 1.0, "false": 0.0, "true": 1.0}
+
+
+class ClassificationRecipe(TaskRecipe):
+    """Loss of a classification."""
+
+    kind: Literal["classification"] = "classification"
+    class_weights: Literal["none", "balanced"] = "none"
+    """balanced: a session weighs by the inverse frequency of its class in the training part. For rare classes; the
+    probabilities are then those of a cohort in which all classes are equally frequent."""
+    focal_gamma: float = Field(0.0, ge=0)
+    """Focal loss: above 0, sessions that are answered well count less (2 is usual); 0: cross-entropy."""
+
+
+@dataclass(frozen=True)
+class Classification(VolumeTask):
+    """One of several classes per volume.
+
+    Attributes:
+        shares: of the training part's sessions in each class (or with each label); empty where an older bundle does
+            not hold them.
+    """
+
+    kind: ClassVar[str] = "classification"
+    recipe: ClassVar[type[TaskRecipe]] = ClassificationRecipe
+    model_class: ClassVar[type[Any]] = BrainFoundForClassification
+    label_dtype: ClassVar[torch.dtype] = torch.long
+    problem_type: ClassVar[str | None] = None
+
+    shares: tuple[float, ...] = ()
+    settings: ClassificationRecipe = field(default=ClassificationRecipe(), kw_only=True, compare=False, repr=False)
+
+    @classmethod
+    def suits(cls, store: Store, target: TargetColumn) -> bool:
+        """Any column; a regression comes first."""
+        return not target.is_mask
+
+    @classmethod
+    def resolve(
+        cls, store: Store, train: Sequence[int], target: TargetColumn, settings: ClassificationRecipe
+    ) -> Classification:
+        if len(target.columns) > 1:
+            return MultiLabelClassification.resolve(store, train, target, settings)
+        (column,) = target.columns
+        labels = [_class_name(label) for label in store.covariate(column).iloc[list(train)]]
+        names = tuple(sorted(set(labels)))
+        remedy = "Choose another column, or --set task=regression for numbers"
+        if not 2 <= len(names) <= MAX_CLASSES:
+            raise UsageError(
+                "a classification needs at least two classes in the training part",
+                where=f"column {column}",
+                got=f"{len(names)} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})",
+                expected=f"2 to {MAX_CLASSES}",
+                remedy=remedy,
+            )
+        everything = [_class_name(label) for label in store.covariate(column).dropna()]
+        if len(set(everything)) == len(everything) > 2:
+            got = ", ".join(names[:3]) + ", …"
+            raise UsageError("every session has a class of its own", where=f"column {column}", got=got, remedy=remedy)
+        shares = tuple(labels.count(name) / len(labels) for name in names)
+        return cls(column, names, shares, settings=settings)
+
+    @classmethod
+    def from_saved(cls, saved: SavedTask) -> Classification:
+        kind = MultiLabelClassification if saved.multi_label else Classification
+        return kind(saved.column, saved.names, saved.shares)
+
+    def check_parts(self, store: Store, parts: Mapping[str, np.ndarray], notify: Callable[[str], None] | None) -> None:
+        self._require_classes_in_training(store, parts)
+        for part, index in parts.items():
+            absent = self._absent_names(self.values(store, index.tolist()))
+            if notify and absent:
+                notify(
+                    f"no session of the {part} part is {', '.join(absent)}: scores that need it are not defined there"
+                )
+
+    def _require_classes_in_training(self, store: Store, parts: Parts) -> None:
+        labels = store.covariate(self.column)
+        for part, index in parts.items():
+            for name in _class_names(labels.iloc[index]):
+                if name not in self.names:
+                    placed = np.concatenate(list(parts.values()))
+                    has_it = np.array([_class_name(label) == name for label in labels.iloc[placed]])
+                    subjects = store.sessions["subject"].iloc[placed[has_it]].nunique()
+                    raise UsageError(
+                        f"the class {name!r} is in the {part} part and not in the training part",
+                        where=f"column {self.column}",
+                        got=f"{subjects} subjects have it" if subjects > 1 else "one subject has it",
+                        remedy="Leave its cells empty, join it to another class, or divide the subjects otherwise",
+                    )
+
+    def _absent_names(self, values: np.ndarray) -> list[str]:
+        return [name for k, name in enumerate(self.names) if not (values == k).any()]
+
+    def values(self, store: Store, sessions: Sequence[int]) -> Int[np.ndarray, "n"]:
+        labels = store.covariate(self.column).iloc[list(sessions)]
+        index = {name: k for k, name in enumerate(self.names)}
+        if unknown := [name for name in _class_names(labels) if name not in index]:
+            raise UsageError(
+                f"the class {unknown[0]!r} is not among those that the model was trained on",
+                where=f"column {self.column}",
+                expected=", ".join(self.names),
+                remedy="Leave such sessions out, or use a regression for numbers (--set task=regression)",
+            )
+        return np.array([index[_class_name(label)] for label in labels])
+
+    def config_fields(self, values: np.ndarray | None) -> dict[str, Any]:
+        assert values is not None
+        return {
+            "id2label": dict(enumerate(self.names)),
+            "label2id": {name: k for k, name in enumerate(self.names)},
+            "class_weights": self._balanced_weights(values) if self.settings.class_weights == "balanced" else None,
+            "classification_focal_gamma": self.settings.focal_gamma,
+            "problem_type": self.problem_type,
+        }
+
+    def _balanced_weights(self, values: np.ndarray) -> list[float]:
+        """Inverse frequencies n / (K · n_k) of the classes, which each occur; their mean over sessions is 1."""
+        counts = np.bincount(values, minlength=len(self.names))
+        return (len(values) / (len(self.names) * counts)).tolist()
+
+    @staticmethod
+    def describe_loss(config: Any) -> str:
+        multi_label = config.problem_type == MultiLabelClassification.problem_type
+        name = "binary cross-entropy" if multi_label else "cross-entropy"
+        if config.classification_focal_gamma:
+            name = f"focal loss (gamma {config.classification_focal_gamma:g}) on {name}"
+        return name if config.class_weights is None else f"{name}, weighted by inverse frequency"
+
+    def case(self, truth: Any, answer: StackPrediction) -> dict[str, Any]:
+        assert answer.probabilities is not None
+        shares = zip(self.names, answer.probabilities, strict=True)
+        return self._truth_columns(truth) | {probability_column(name): float(share) for name, share in shares}
+
+    def _truth_columns(self, truth: Any) -> dict[str, Any]:
+        return {"truth": self.names[truth]}
+
+    def compute_scores(self, truths: Sequence[Any], answers: Sequence[Any]) -> dict[str, float]:
+        return classification_scores(truths, np.stack([answer.probabilities for answer in answers]))
+
+    def trivial_scores(self, truths: Sequence[Any]) -> dict[str, float]:
+        return trivial_scores("classification", self.shares, truths) if self.shares else {}
+
+    def format_answer(self, answer: StackPrediction) -> dict[str, Any]:
+        assert answer.probabilities is not None
+        probabilities = {name: float(p) for name, p in zip(self.names, answer.probabilities, strict=True)}
+        return {"target": self.column, **self._decide(probabilities), "probabilities": probabilities}
+
+    def _decide(self, probabilities: Mapping[str, float]) -> dict[str, Any]:
+        return {"class": max(probabilities, key=probabilities.__getitem__)}
+
+    def explained_score(self, answer: Mapping[str, Any], class_name: str | None) -> tuple[str, Callable[[Any], Tensor]]:
+        name = class_name or max(answer["probabilities"], key=answer["probabilities"].__getitem__)
+        index = self.names.index(name)
+        return name, lambda output: output.logits[0, index]
+
+    def fit_linear(self, data: LabelledFeatures, class_weights: Sequence[float] | None) -> Linear:
+        weights = None if class_weights is None else dict(enumerate(class_weights))
+        fitted = fit_logistic(*data, weights)
+        return fitted.coef_, fitted.intercept_
+
+    def fit_head(self, data: LabelledFeatures, config: Any) -> Linear:
+        return softmax_rows(*self.fit_linear(data, config.class_weights))
+
+    def linear_answer(self, scores: Float[np.ndarray, "rows"]) -> StackPrediction:
+        if len(scores) == 1:
+            return StackPrediction(probabilities=np.array([expit(-scores[0]), expit(scores[0])]))
+        return StackPrediction(probabilities=softmax(scores))
+
+    def calibration_fits(self, cases: pd.DataFrame) -> dict[str, Callable[[], Any]]:
+        def fit() -> float:
+            questions = self._questions(cases)
+            probabilities = np.concatenate([probabilities for probabilities, _ in questions])
+            return fit_temperature(log_probabilities(probabilities), np.concatenate([truth for _, truth in questions]))
+
+        return {"temperature": fit}
+
+    def _questions(self, cases: pd.DataFrame) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Probabilities ``(n, K)`` and class indices ``(n,)`` of each question that a case answers: here one."""
+        probabilities = self._probabilities(cases)
+        # Float32 rows have sum 1 to seven digits.
+        rows = probabilities / probabilities.sum(axis=1, keepdims=True)
+        return [(rows, cases["truth"].map(self.names.index).to_numpy())]
+
+    def _probabilities(self, cases: pd.DataFrame) -> Float[np.ndarray, "n K"]:
+        return cases[[probability_column(name) for name in self.names]].to_numpy(dtype=np.float64)
+
+    def calibration_effect(self, fitted: AnswerCalibration, cases: pd.DataFrame) -> dict[str, Any]:
+        measures: dict[str, Callable[..., float]] = {
+            "ece": lambda probabilities, truth: expected_calibration_error(probabilities, truth, NUM_BINS),
+            "brier": brier_score,
+        }
+        questions = self._questions(cases)
+        content: dict[str, Any] = {"temperature": fitted.temperature}
+        for name, measure in measures.items():
+            raw = float(np.mean([measure(probabilities, truth) for probabilities, truth in questions]))
+            content[name] = {"raw": raw, "calibrated": None}
+            if fitted.temperature is not None:
+                after = [
+                    measure(temper(probabilities, fitted.temperature), truth) for probabilities, truth in questions
+                ]
+                content[name]["calibrated"] = float(np.mean(after))
+        return content
+
+    def reliability(self, fitted: AnswerCalibration, cases: pd.DataFrame) -> dict[str, ReliabilityBins]:
+        """The questions of several labels are taken together."""
+        probabilities, truth = (np.concatenate(arrays) for arrays in zip(*self._questions(cases), strict=True))
+        curves = {"raw": reliability_bins(probabilities, truth, NUM_BINS)}
+        if fitted.temperature is not None:
+            calibrated = temper(probabilities, fitted.temperature)
+            curves[f"temperature {fitted.temperature:.3g}"] = reliability_bins(calibrated, truth, NUM_BINS)
+        return curves
+
+    def calibrate(self, fitted: AnswerCalibration, answer: StackPrediction) -> dict[str, Any]:
+        if fitted.temperature is None:
+            return {}
+        tempered = self._temper(np.asarray(answer.probabilities, dtype=np.float64), fitted.temperature)
+        return {"calibrated_probabilities": dict(zip(self.names, map(float, tempered), strict=True))}
+
+    def _temper(self, probabilities: Float[np.ndarray, "K"], temperature: float) -> Float[np.ndarray, "K"]:
+        return temper(probabilities[None], temperature)[0]
+
+
+@dataclass(frozen=True)
+class MultiLabelClassification(Classification):
+    """Several labels, of which a volume may have any; each name is a column of 0 and 1."""
+
+    label_dtype: ClassVar[torch.dtype] = torch.float32
+    problem_type: ClassVar[str | None] = "multi_label_classification"
+    multi_label: ClassVar[bool] = True
+
+    @classmethod
+    def resolve(cls, store: Store, train: Sequence[int], target: TargetColumn, settings: ClassificationRecipe) -> Self:
+        shares = tuple(float(_binary_labels(store, name, train).mean()) for name in target.columns)
+        for name, share in zip(target.columns, shares, strict=True):
+            if share in (0, 1):
+                raise UsageError(
+                    "a label needs sessions with it and without it in the training part",
+                    where=f"column {name}",
+                    got="one value",
+                    remedy="Leave this column out of the target",
+                )
+        return cls(",".join(target.columns), target.columns, shares, settings=settings)
+
+    def _require_classes_in_training(self, store: Store, parts: Parts) -> None:
+        """Any label is 0 or 1."""
+
+    def _absent_names(self, values: np.ndarray) -> list[str]:
+        return [name for name, column in zip(self.names, values.T, strict=True) if not column.any()]
+
+    def values(self, store: Store, sessions: Sequence[int]) -> Float[np.ndarray, "n K"]:
+        return np.stack([_binary_labels(store, name, sessions) for name in self.names], axis=1)
+
+    def _balanced_weights(self, values: np.ndarray) -> list[float]:
+        """Negatives / positives of each label."""
+        positives = values.sum(axis=0)
+        return ((len(values) - positives) / positives).tolist()
+
+    def _truth_columns(self, truth: Any) -> dict[str, Any]:
+        return {f"truth({name})": int(label) for name, label in zip(self.names, truth, strict=True)}
+
+    def compute_scores(self, truths: Sequence[Any], answers: Sequence[Any]) -> dict[str, float]:
+        return multi_label_scores(truths, np.stack([answer.probabilities for answer in answers]), self.names)
+
+    def trivial_scores(self, truths: Sequence[Any]) -> dict[str, float]:
+        return trivial_multi_label_scores(self.shares, truths, self.names) if self.shares else {}
+
+    def _decide(self, probabilities: Mapping[str, float]) -> dict[str, Any]:
+        return {"present": [name for name, p in probabilities.items() if p > 0.5]}
+
+    def fit_linear(self, data: LabelledFeatures, class_weights: Sequence[float] | None) -> Linear:
+        of_labels = [None] * len(self.names) if class_weights is None else [{0: 1.0, 1: w} for w in class_weights]
+        fits = [
+            fit_logistic(data.features, column.astype(int), data.subject_groups, weights)
+            for column, weights in zip(data.labels.T, of_labels, strict=True)
+        ]
+        return np.concatenate([fit.coef_ for fit in fits]), np.concatenate([fit.intercept_ for fit in fits])
+
+    def fit_head(self, data: LabelledFeatures, config: Any) -> Linear:
+        return self.fit_linear(data, config.class_weights)
+
+    def linear_answer(self, scores: Float[np.ndarray, "K"]) -> StackPrediction:
+        return StackPrediction(probabilities=expit(scores))
+
+    def _questions(self, cases: pd.DataFrame) -> list[tuple[np.ndarray, np.ndarray]]:
+        """A yes-or-no question per label."""
+        probabilities = self._probabilities(cases)
+        return [
+            (binary_probabilities(probabilities[:, k]), cases[f"truth({name})"].to_numpy(dtype=int))
+            for k, name in enumerate(self.names)
+        ]
+
+    def _temper(self, probabilities: Float[np.ndarray, "K"], temperature: float) -> Float[np.ndarray, "K"]:
+        return temper(binary_probabilities(probabilities), temperature)[:, 1]
+
+
+def probability_column(name: str) -> str:
+    """The column of the cases that has the probability of a class."""
+    return f"p({name})"
+
+
+def _class_names(labels: Iterable[Any]) -> list[str]:
+    return sorted({_class_name(label) for label in labels})
+
+
+def _class_name(label: Any) -> str:
+    if isinstance(label, (float, np.floating)) and float(label).is_integer():
+        return str(int(label))
+    return str(label)
+
+
+def _binary_labels(store: Store, column: str, sessions: Sequence[int]) -> Float[np.ndarray, "n"]:
+    """A column of 0 and 1, or of true and false, as numbers."""
+    labels = store.covariate(column).iloc[list(sessions)]
+    numbers = np.array([_BINARY_VALUES.get(_class_name(label).strip().lower(), -1.0) for label in labels])
+    if (numbers < 0).any():
+        raise UsageError(
+            "a label among several must be 0 or 1",
+            where=f"column {column}",
+            got=repr(labels.iloc[int(np.argmax(numbers < 0))]),
+            expected="0, 1, true or false",
+            remedy="Make one column of 0 and 1 of each class",
+        )
+    return numbers

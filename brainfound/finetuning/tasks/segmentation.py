@@ -1,0 +1,376 @@
+"""Segmentation of the mask: one class per pixel, or overlapping regions of which a pixel may have any.
+
+Axis legend: N slices of a batch, S slices of a stack, H W pixels, K classes or regions, F feature channels, n pixels.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt8
+from pydantic import Field
+from torch import Tensor
+
+from brainfound.data.preprocessing.stack import Stack
+from brainfound.data.store import Store
+from brainfound.errors import UsageError
+from brainfound.finetuning.linear_models import fit_pixel_logistic
+from brainfound.finetuning.tasks.base import (
+    Linear,
+    SavedTask,
+    ScoredAnswers,
+    Scorer,
+    ScoringRecipe,
+    Task,
+    TaskRecipe,
+)
+from brainfound.finetuning.tasks.columns import MASK, TargetColumn
+from brainfound.metrics.scores import mean_case_scores, segmentation_case_scores
+from brainfound.models import BrainFoundForSegmentation
+from brainfound.models.infer import StackPrediction
+
+MAX_CODES = 50
+_LOSSES = {
+    "dice_cross_entropy": "cross-entropy + soft Dice",
+    "dice_focal": "focal cross-entropy + soft Dice",
+    "tversky": "Tversky",
+    "focal_tversky": "focal Tversky",
+}
+
+
+class SegmentationRecipe(TaskRecipe):
+    """Labels, decoder, loss, training slices and scores of a segmentation."""
+
+    needs = {  # noqa: RUF012  (declared in the base class)
+        "tversky_alpha": ("loss", ("tversky", "focal_tversky")),
+        "tversky_beta": ("loss", ("tversky", "focal_tversky")),
+        "tversky_gamma": ("loss", ("focal_tversky",)),
+        "focal_gamma": ("loss", ("dice_focal",)),
+    }
+
+    kind: Literal["segmentation"] = "segmentation"
+    merge_codes: bool = False
+    """Any label code but 0 is one class."""
+    regions: dict[str, list[int]] = Field(default_factory=dict)
+    """Overlapping labels made of codes, such as {whole: [1, 2, 4], core: [1, 4]}; each has a yes or no of its own.
+    Empty: every code is a class, and a pixel has one."""
+    decoder: Literal["linear", "fpn", "unetr"] = "fpn"
+    """Patch embeddings → pixels: linear, fpn, or unetr (with skips from the image)."""
+    decoder_width: int = Field(128, ge=8)
+    """Channels of the decoder."""
+    decoder_slice_mixing: bool = False
+    """The decoder mixes neighbouring slices; training then reads runs of slices."""
+    loss: Literal["dice_cross_entropy", "dice_focal", "tversky", "focal_tversky"] = "dice_cross_entropy"
+    """The last three are for small structures such as lesions."""
+    tversky_alpha: float = Field(0.3, ge=0)
+    """Tversky losses: weight of false positives."""
+    tversky_beta: float = Field(0.7, ge=0)
+    """Tversky losses: weight of false negatives."""
+    tversky_gamma: float = Field(4 / 3, ge=1)
+    """focal_tversky: the Tversky loss to the power 1/this."""
+    focal_gamma: float = Field(2.0, ge=0)
+    """dice_focal: how little pixels count that are right already; 0 is the cross-entropy."""
+    foreground_share: float = Field(0.5, ge=0, le=1)
+    """Share of the training slices (or of their runs) that show the structure."""
+    scoring: ScoringRecipe = ScoringRecipe()
+    """Further scores, and the score of an empty mask."""
+
+
+@dataclass(frozen=True)
+class Segmentation(Task):
+    """One class per pixel; class 0 is the background.
+
+    Attributes:
+        codes: the mask's code of each class; code 0 is background.
+        merge: any code but 0 is class 1.
+    """
+
+    kind: ClassVar[str] = "segmentation"
+    recipe: ClassVar[type[TaskRecipe]] = SegmentationRecipe
+    model_class: ClassVar[type[Any]] = BrainFoundForSegmentation
+    per_voxel: ClassVar[bool] = True
+    overlapping: ClassVar[bool] = False
+
+    codes: tuple[int, ...] = ()
+    merge: bool = False
+    settings: SegmentationRecipe = field(default=SegmentationRecipe(), kw_only=True, compare=False, repr=False)
+
+    @classmethod
+    def suits(cls, store: Store, target: TargetColumn) -> bool:
+        return target.is_mask
+
+    @classmethod
+    def resolve(
+        cls, store: Store, train: Sequence[int], target: TargetColumn, settings: SegmentationRecipe
+    ) -> Segmentation:
+        found: set[int] = set()
+        for session in train:
+            mask = store.read_masks(int(session))
+            if mask is not None:
+                found |= set(np.unique(mask).tolist())
+        found.discard(0)
+        if not found:
+            where = f"store {store.path.name}"
+            raise UsageError("every mask of the training part is empty", where=where, remedy="Check the masks")
+        if settings.regions:
+            _require_regions(settings, found)
+            regions = tuple(tuple(sorted(set(codes))) for codes in settings.regions.values())
+            return OverlappingSegmentation(MASK, tuple(settings.regions), regions=regions, settings=settings)
+        if settings.merge_codes:
+            return cls(MASK, ("background", "foreground"), (0, 1), merge=True, settings=settings)
+        if len(found) >= MAX_CODES:
+            raise UsageError(
+                "too many label codes",
+                where="mask",
+                got=len(found),
+                expected=f"fewer than {MAX_CODES}",
+                remedy="Merge them with --set task.merge_codes=true, or give coarser masks",
+            )
+        codes = (0, *sorted(found))
+        return cls(MASK, ("background", *(f"label {code}" for code in codes[1:])), codes, settings=settings)
+
+    @classmethod
+    def from_saved(cls, saved: SavedTask) -> Segmentation:
+        if saved.regions:
+            return OverlappingSegmentation(saved.column, saved.names, regions=saved.regions)
+        return Segmentation(saved.column, saved.names, saved.codes, saved.merge)
+
+    def check_parts(self, store: Store, parts: Mapping[str, np.ndarray], notify: Callable[[str], None] | None) -> None:
+        for part in ("validation", "test") if notify else ():
+            masks = (store.read_masks(int(session)) for session in parts[part])
+            unknown = sorted({code for mask in masks if mask is not None for code in self.unknown_codes(mask)})
+            if unknown and notify:
+                codes = ", ".join(map(str, unknown))
+                notify(
+                    f"masks of the {part} part have codes that the training part has not: {codes}. They are background"
+                )
+
+    def values(self, store: Store, sessions: Sequence[int]) -> None:
+        return None
+
+    def loss_labels(self, values: Any, masks: Any) -> Tensor:
+        return torch.from_numpy(self.encode_mask(np.asarray(masks)).astype(np.int64))
+
+    def encode_mask(self, mask: np.ndarray) -> np.ndarray:
+        """Label codes → class indices; codes that the training part did not have become background."""
+        if self.merge:
+            return (mask != 0).astype(np.uint8)
+        table = np.zeros(max(int(mask.max()), max(self.codes)) + 1, dtype=np.uint8)
+        table[list(self.codes)] = np.arange(len(self.codes))
+        return table[mask]
+
+    def decode_mask(self, classes: np.ndarray) -> np.ndarray:
+        """Class indices → label codes."""
+        codes = np.array(self.codes, dtype=np.uint8 if max(self.codes) <= 255 else np.uint16)
+        return codes[classes]
+
+    def unknown_codes(self, mask: np.ndarray) -> list[int]:
+        """The codes of a mask that the training part did not have; none where any code has a meaning."""
+        return [] if self.merge else np.setdiff1d(np.unique(mask), self.codes).tolist()
+
+    def config_fields(self, values: np.ndarray | None) -> dict[str, Any]:
+        own = self.settings
+        return {
+            "id2label": dict(enumerate(self.names)),
+            "label2id": {name: k for k, name in enumerate(self.names)},
+            # A segmentation reads no volume embedding: an aggregator with weights would be dead weight.
+            "aggregator": "mean",
+            "overlapping_labels": self.overlapping,
+            "segmentation_loss": own.loss,
+            **own.model_dump(include={"decoder", "decoder_width", "decoder_slice_mixing"}),
+            **own.model_dump(include={"tversky_alpha", "tversky_beta", "tversky_gamma", "focal_gamma"}),
+            "class_weights": None,  # of a classification that the model may have learnt before
+        }
+
+    @staticmethod
+    def describe_loss(config: Any) -> str:
+        return _LOSSES[config.segmentation_loss]
+
+    def reader_options(self, config: Any) -> dict[str, Any]:
+        neighbours = self.settings.decoder_slice_mixing or config.stem == "slices"
+        return {"foreground_share": self.settings.foreground_share, "neighbours": neighbours}
+
+    @property
+    def scoring(self) -> ScoringRecipe:
+        return self.settings.scoring
+
+    def make_scorer(self, store: Store, sessions: Sequence[int], scoring: ScoringRecipe) -> Scorer:
+        return SegmentationScorer(self, scoring)
+
+    def get_answer(self, answer: StackPrediction) -> np.ndarray:
+        """Classes (S, H, W) of an answer; 0 or 1 of each overlapping label (S, K, H, W)."""
+        assert answer.classes is not None
+        return answer.classes
+
+    @property
+    def has_named_structures(self) -> bool:
+        """Several classes, or overlapping labels."""
+        return self.overlapping or len(self.names) > 2
+
+    def structures(self, encoded: np.ndarray) -> dict[str, np.ndarray]:
+        """The masks (S, H, W) that are scored one by one: of each class; the only one has no name."""
+        if self.has_named_structures:
+            return {name: encoded == k for k, name in enumerate(self.names) if k}
+        return {"": encoded}
+
+    def marked(self, encoded: np.ndarray) -> np.ndarray:
+        """The pixels (S, H, W) of any structure."""
+        return encoded
+
+    def pixel_labels(self, masks: np.ndarray) -> Int[np.ndarray, "N H W K"]:
+        """The class of each pixel (K = 1), or 0 and 1 of each overlapping label."""
+        return self.encode_mask(masks)[..., None]
+
+    def binary_labels(self, mask: np.ndarray) -> UInt8[np.ndarray, "S K H W"]:
+        """0 or 1 of each class but the background, or of each overlapping label."""
+        encoded = self.encode_mask(mask)
+        return np.stack([encoded == k for k in range(1, len(self.names))], axis=1).astype(np.uint8)
+
+    def fit_pixels(
+        self, features: Float[np.ndarray, "n F"], labels: Int[np.ndarray, "n K"], weights: Float[np.ndarray, "n"]
+    ) -> Linear:
+        """The last layer of a decoder, fitted to standardised features of pixels."""
+        return fit_pixel_logistic(features, labels[:, 0], weights, len(self.names))
+
+    def patch_answer(self, pixels: Float[np.ndarray, "S K H W"]) -> np.ndarray:
+        """Probabilities, 0 where a label is not marked, → the answer as `get_answer` gives it."""
+        return np.where(pixels.any(axis=1), pixels.argmax(axis=1) + 1, 0).astype(np.uint8)
+
+    def as_prediction(self, answer: np.ndarray) -> StackPrediction:
+        """The inverse of `get_answer`."""
+        return StackPrediction(classes=answer)
+
+
+@dataclass(frozen=True)
+class OverlappingSegmentation(Segmentation):
+    """Labels of which a pixel may have any; there is no background among the names.
+
+    Attributes:
+        regions: the mask's codes of each label.
+    """
+
+    overlapping: ClassVar[bool] = True
+
+    regions: tuple[tuple[int, ...], ...] = ()
+
+    def encode_mask(self, mask: np.ndarray) -> np.ndarray:
+        """Label codes (…, H, W) → 0 or 1 of each label, (…, K, H, W)."""
+        return np.stack([np.isin(mask, codes) for codes in self.regions], axis=-3).astype(np.uint8)
+
+    def unknown_codes(self, mask: np.ndarray) -> list[int]:
+        return []
+
+    def get_answer(self, answer: StackPrediction) -> np.ndarray:
+        assert answer.labels is not None
+        return answer.labels
+
+    def structures(self, encoded: np.ndarray) -> dict[str, np.ndarray]:
+        """The masks (S, H, W) that are scored one by one: of each label."""
+        return {name: encoded[:, k] for k, name in enumerate(self.names)}
+
+    def marked(self, encoded: np.ndarray) -> np.ndarray:
+        return np.asarray(encoded.any(axis=1))
+
+    def pixel_labels(self, masks: np.ndarray) -> Int[np.ndarray, "N H W K"]:
+        return np.moveaxis(self.encode_mask(masks), 1, -1)
+
+    def binary_labels(self, mask: np.ndarray) -> UInt8[np.ndarray, "S K H W"]:
+        return self.encode_mask(mask)
+
+    def fit_pixels(
+        self, features: Float[np.ndarray, "n F"], labels: Int[np.ndarray, "n K"], weights: Float[np.ndarray, "n"]
+    ) -> Linear:
+        rows = [fit_pixel_logistic(features, column, weights, 2) for column in labels.T]
+        # Two scores of a softmax that differ by z are one of a sigmoid.
+        return np.stack([weight[1] - weight[0] for weight, _ in rows]), np.array([b[1] - b[0] for _, b in rows])
+
+    def patch_answer(self, pixels: Float[np.ndarray, "S K H W"]) -> np.ndarray:
+        return pixels > 0
+
+    def as_prediction(self, answer: np.ndarray) -> StackPrediction:
+        return StackPrediction(labels=answer)
+
+
+class SegmentationScorer:
+    """Scores one label map per session; masks of a whole cohort are not kept."""
+
+    def __init__(self, task: Segmentation, scoring: ScoringRecipe) -> None:
+        self.task, self.scoring = task, scoring
+        self.cases: list[Mapping[str, Mapping[str, float]]] = []
+        self.trivial_cases: list[Mapping[str, Mapping[str, float]]] = []
+        self.unknown_codes: dict[int, int] = {}
+        """Code → sessions that have it."""
+
+    def add(self, stack: Stack, answer: StackPrediction) -> dict[str, Any]:
+        task, mask = self.task, np.asarray(stack.mask)
+        reference = task.encode_mask(mask)
+        for code in task.unknown_codes(mask):
+            self.unknown_codes[code] = self.unknown_codes.get(code, 0) + 1
+        expected, found = task.structures(reference), task.structures(task.get_answer(answer))
+        case = {name: self._score(expected[name], found[name], stack.spacing_mm) for name in expected}
+        self.cases.append(case)
+        # The trivial baseline marks the whole head; its surface, the head's, is not scored.
+        head = np.asarray(stack.pixels.any(axis=1))
+        self.trivial_cases.append({name: self._score(mask, head) for name, mask in expected.items()})
+        row = {"reference_pixels": int(np.count_nonzero(task.marked(reference))), "dice": float("nan")}
+        return row | _over_structures(case)
+
+    def _score(
+        self, reference: np.ndarray, found: np.ndarray, spacing_mm: np.ndarray | None = None
+    ) -> dict[str, float]:
+        if self.scoring.surface_mm is None or spacing_mm is None:
+            return segmentation_case_scores(reference, found, empty=self.scoring.empty)
+        spacing = [float(step) for step in spacing_mm]
+        return segmentation_case_scores(reference, found, spacing, self.scoring.surface_mm, self.scoring.empty)
+
+    def result(self) -> ScoredAnswers:
+        notes = tuple(
+            f"mask code {code}, in {n} sessions, was not learnt: counted as background"
+            for code, n in self.unknown_codes.items()
+        )
+        return ScoredAnswers(_over_sessions(self.cases), _over_sessions(self.trivial_cases), notes)
+
+
+def _over_sessions(cases: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, float]:
+    """The scores of each structure over the sessions, and their mean."""
+    return _over_structures({name: mean_case_scores([case[name] for case in cases]) for name in cases[0]})
+
+
+def _over_structures(scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each metric over the structures that have it, and Dice of each."""
+    metrics = dict.fromkeys(metric for one in scores.values() for metric in one)
+    means = {}
+    for metric in metrics:
+        values = np.array([one.get(metric, np.nan) for one in scores.values()])
+        means[metric] = float(values[~np.isnan(values)].mean()) if not np.isnan(values).all() else float("nan")
+    return means | {f"dice({name})": one.get("dice", float("nan")) for name, one in scores.items() if name}
+
+
+def _require_regions(settings: SegmentationRecipe, codes: set[int]) -> None:
+    if settings.merge_codes:
+        where = "task.regions"
+        raise UsageError("regions or merge_codes", where=where, got="both", remedy="Leave task.merge_codes out")
+    for name, region in settings.regions.items():
+        where = f"task.regions.{name}"
+        if not re.fullmatch("[A-Za-z0-9]+", name):
+            raise UsageError("a region's name is part of file names", where=where, expected="letters and digits")
+        if not region or min(region) < 1:
+            raise UsageError(
+                "a region is made of one or more codes above 0",
+                where=where,
+                got=list(region),
+                expected="such as [1, 4]",
+            )
+        if not codes & set(region):
+            raise UsageError(
+                "no mask of the training part has a code of this region",
+                where=where,
+                got=list(region),
+                expected=f"some of {', '.join(map(str, sorted(codes)[:10]))}",
+                remedy="Check the codes, or leave the region out",
+            )
