@@ -39,7 +39,6 @@ from brainfound.finetuning.scoring import FROZEN_CASES_FILE, score_sessions
 from brainfound.finetuning.tasks import TargetColumn, Task, from_dict
 from brainfound.metrics.cases import compute_headline_score
 from brainfound.metrics.registry import METRICS, PRIMARY_METRIC
-from brainfound.metrics.scores import PRIMARY_METRIC
 from brainfound.training.checkpoint import write_atomically
 from brainfound.training.process import process_state
 from brainfound.training.run_folder import EXPORT_FOLDER

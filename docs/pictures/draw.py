@@ -76,8 +76,8 @@ def make(work: Path) -> tuple[brainfound.Store, dict[str, Path]]:
     shared = ["engine.precision=no", "evaluate_every=0", "frozen_baseline=false", "augmentation=mild"]
     shared += ["engine.batch_size=4", "split.seed=1"]
     if not (runs["mask"] / "export").exists():
-        fine = [*shared, "engine.steps=30", "decoder_width=32", "optim.lr=1e-3", "optim.head_lr=2e-3"]
-        fine += ["merge_codes=true", "num_slices=5", "foreground_share=0.8", "engine.log_every=10"]
+        fine = [*shared, "engine.steps=30", "task.decoder_width=32", "optim.lr=1e-3", "optim.head_lr=2e-3"]
+        fine += ["task.merge_codes=true", "num_slices=5", "foreground_share=0.8", "engine.log_every=10"]
         recipe, adapter = "finetune-segmentation", "lora-r16-all"
         brainfound.finetune(recipe, store, start, "mask", out=runs["mask"], adapter=adapter, overrides=fine, quiet=True)
     if not (runs["age"] / "export").exists():
