@@ -43,8 +43,7 @@ from brainfound.models import BrainFoundConfig
 from brainfound.models.infer import unwrap_peft
 from brainfound.recipes import load
 from brainfound.report.figures import plot_reliability
-from brainfound.training import distributed as ranks
-from brainfound.training import run_folder as run_files
+from brainfound.training import distributed, run_folder
 from brainfound.training.engine import Engine
 from brainfound.training.process import make_accelerator
 from brainfound.training.run_folder import (
@@ -133,13 +132,13 @@ def _train(
     column = TargetColumn.find(store, target)
     split_file, fold = resolve_split_file(folder, store, column, split, fold, resume)
     if resume and is_run_complete(folder, checkpoint, content.engine.steps):
-        console.print(f"this run is finished; its export is {folder / run_files.EXPORT_FOLDER}")
+        console.print(f"this run is finished; its export is {folder / run_folder.EXPORT_FOLDER}")
         return folder
     parts, task = resolve_parts_and_task(content, store, column, split_file, fold, console.print)
     name = Path(model).name if Path(model).exists() else model
     if resume:
         _require_same_model_and_task(folder, name, task)
-    caches = folder / run_files.EMBEDDINGS_FOLDER if cache is None else Path(cache)
+    caches = folder / run_folder.EMBEDDINGS_FOLDER if cache is None else Path(cache)
     if content.frozen_baseline:
         console.print("frozen baseline: each session of the training and the test part is read once before training")
     training = build_task(content, store, parts, model, task, accelerator, caches, cache is not None)
@@ -159,9 +158,9 @@ def _train(
     def begin() -> None:
         # Before the recipe: a run that can be resumed has its split.
         write_split(folder, store, parts, column, content.split, split_file)
-        run_files.write_start(folder, content, facts)
+        run_folder.write_start(folder, content, facts)
 
-    ranks.run_on_main_rank(begin, accelerator.is_main_process)
+    distributed.run_on_main_rank(begin, accelerator.is_main_process)
     if checkpoint is not None:
         engine.resume(checkpoint)
         console.print(f"going on from {checkpoint.name}")
@@ -171,7 +170,7 @@ def _train(
     engine.run()
     # In place: a model that is prepared for bf16 would also score in it, unlike the one that is loaded from the bundle.
     accelerator.unwrap_model(engine.model, keep_fp32_wrapper=False)
-    ranks.run_on_main_rank(
+    distributed.run_on_main_rank(
         lambda: _score_and_export(folder, training, model, engine.step, keep_ids), accelerator.is_main_process
     )
     return folder
@@ -204,7 +203,7 @@ def resolve_parts_and_task(
 
 def _require_same_model_and_task(folder: Path, model: str, task: Task) -> None:
     """Refuse to resume a run that started from another model, or whose labels mean something else."""
-    before = json.loads((folder / run_files.FACTS_FILE).read_text(encoding="utf-8"))
+    before = json.loads((folder / run_folder.FACTS_FILE).read_text(encoding="utf-8"))
     if before["model"] != model:
         raise UsageError("the run has another model", where=folder, got=model, expected=before["model"])
     now = json.loads(json.dumps(task.to_dict()))
@@ -233,7 +232,7 @@ def _score_and_export(folder: Path, training: FinetuneTask, source: str, step: i
             plot_reliability(curves, path=folder / RELIABILITY_FILE, title="test part")
     scores = write_scores(folder, test, keep_ids=keep_ids, part="test", step=step, **facts)
     save_bundle(
-        folder / run_files.EXPORT_FOLDER,
+        folder / run_folder.EXPORT_FOLDER,
         training.model,
         preprocessing=store.preprocessing,
         labels=task.to_dict(),
@@ -254,7 +253,7 @@ def _score_and_export(folder: Path, training: FinetuneTask, source: str, step: i
         baseline=None if frozen is None else frozen.tensors,
         overwrite=True,  # a run that is resumed after its end writes it again
     )
-    run_files.write_end(folder, run_files.DONE, step, step)
+    run_folder.write_end(folder, run_folder.DONE, step, step)
 
 
 def finetuned_card(

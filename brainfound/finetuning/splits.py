@@ -42,7 +42,7 @@ from brainfound.data.store import Store
 from brainfound.errors import UsageError
 from brainfound.finetuning.tasks.columns import MASK, TargetColumn, target_columns
 from brainfound.recipes import Recipe
-from brainfound.training import run_folder as run_files
+from brainfound.training import run_folder
 
 SITE = "site"
 FOLDS, SHOTS, FEW_SUBJECTS, SITES = "k-fold", "few shots per class", "few subjects", "leave one site out"
@@ -363,7 +363,7 @@ def resolve_split_file(
     own = folder / RUN_SPLIT_FILE
     if not (resume and own.is_file()):
         return (None if given is None else Path(given)), fold
-    before = json.loads((folder / run_files.FACTS_FILE).read_text(encoding="utf-8"))["target"]["column"]
+    before = json.loads((folder / run_folder.FACTS_FILE).read_text(encoding="utf-8"))["target"]["column"]
     if before != target.name:
         raise UsageError("the run learns another target", where=folder, got=target.name, expected=before)
     if given is not None:

@@ -27,7 +27,7 @@ from brainfound.finetuning.volumes import EmbeddedReader, VolumeReader, augment_
 from brainfound.models.infer import unwrap_peft
 from brainfound.models.loading import load_initial_model
 from brainfound.recipes import load
-from brainfound.training import distributed as ranks
+from brainfound.training import distributed
 from brainfound.training.data_loading import EpochOrder, RankBatchSampler
 from brainfound.training.randomness import INITIALISATION, StepKey, derive_seed
 from brainfound.training.schedules import warmup_schedule
@@ -172,7 +172,7 @@ def build_task(
         def embed() -> None:
             EmbeddingCache(model.brainfound, store, caches, recipe.num_slices).ensure_embedded(sessions)
 
-        ranks.run_on_main_rank(embed, accelerator.is_main_process)
+        distributed.run_on_main_rank(embed, accelerator.is_main_process)
         cache = EmbeddingCache(model.brainfound, store, caches, recipe.num_slices)
     frozen: list[FrozenBaselineResult] = []
     if recipe.frozen_baseline:
@@ -190,7 +190,7 @@ def build_task(
                 )
             )
 
-        ranks.run_on_main_rank(fit, accelerator.is_main_process)
+        distributed.run_on_main_rank(fit, accelerator.is_main_process)
     if recipe.head_fit_passes:
         reader: Any = make_volume_reader(recipe, store, train, model.config, task, cache)
         # Cached embeddings are the same in every pass.

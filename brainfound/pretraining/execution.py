@@ -21,7 +21,7 @@ from brainfound.models.blocks import SavedActivations
 from brainfound.models.encoder import SliceEncoder
 from brainfound.models.kernels import Packing, available_kernels, choose_kernel
 from brainfound.pretraining.objectives.base import Objective
-from brainfound.training import distributed as ranks
+from brainfound.training import distributed
 from brainfound.training.engine import EngineRecipe
 
 AUTO_KEYS = ("attention", "compile", "crops")
@@ -81,7 +81,7 @@ def resolve_auto_settings(
         "compile": (on_gpu and _can_compile(device)) if engine.compile == "auto" else engine.compile,
         "crops": ("packed" if on_gpu else "separate") if engine.crops == "auto" else engine.crops,
     }
-    if engine.parallel == "fsdp" and ranks.is_distributed():
+    if engine.parallel == "fsdp" and distributed.is_distributed():
         # A sharded module hands its gradients over at the end of the one backward pass.
         choice["crops"] = "packed"
     (choice,) = broadcast_object_list([choice], from_process=0)

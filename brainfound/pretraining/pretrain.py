@@ -29,8 +29,7 @@ from brainfound.pretraining.preflight import run_preflight_checks
 from brainfound.pretraining.recipe import CHANGEABLE_ON_RESUME, PretrainRecipe, resolve_recipe
 from brainfound.pretraining.starting_model import build_model
 from brainfound.pretraining.task import PretrainTask, make_task
-from brainfound.training import distributed as ranks
-from brainfound.training import run_folder
+from brainfound.training import distributed, run_folder
 from brainfound.training.engine import Engine
 from brainfound.training.process import make_accelerator
 
@@ -132,7 +131,7 @@ def _train(
     )
     engine = Engine(task, recipe.engine, folder, accelerator, recipe.seed, console.quiet)
     engine.require_space()
-    ranks.run_on_main_rank(lambda: run_folder.write_start(folder, recipe, facts), accelerator.is_main_process)
+    distributed.run_on_main_rank(lambda: run_folder.write_start(folder, recipe, facts), accelerator.is_main_process)
     if checkpoint is not None:
         engine.resume(checkpoint)
         console.print(f"going on from {checkpoint.name}")
@@ -143,7 +142,7 @@ def _train(
     try:
         engine.run()
     except TrainingError as error:
-        # Raised on all ranks. The best weights before the stop are still worth an export.
+        # Raised on all distributed. The best weights before the stop are still worth an export.
         stopped = error
     try:
         _export_and_finish(recipe, store, folder, model, engine, task, stopped)
@@ -180,7 +179,7 @@ def _export_and_finish(
     """Write the export and the end of the run; all ranks wait for it.
 
     Raises:
-        TrainingError: on all ranks, if a file cannot be written.
+        TrainingError: on all distributed, if a file cannot be written.
     """
     is_main = engine.accelerator.is_main_process
     # A run that stopped before the first step, as on a full disk, has learnt nothing that is worth an export.
@@ -197,4 +196,4 @@ def _export_and_finish(
         status = run_folder.DONE if stopped is None else f"stopped: {stopped}"
         run_folder.write_end(folder, status, exported_step, engine.step)
 
-    ranks.run_on_main_rank(write, is_main)
+    distributed.run_on_main_rank(write, is_main)

@@ -23,8 +23,7 @@ from brainfound.pretraining.objectives.registry import make_objective
 from brainfound.pretraining.recipe import PretrainRecipe
 from brainfound.pretraining.slices import PretrainBatch, SliceDataset, make_slice_loader, usable_rows
 from brainfound.pretraining.starting_model import FROM_SCRATCH
-from brainfound.training import checkpoint, schedules
-from brainfound.training import distributed as ranks
+from brainfound.training import checkpoint, distributed, schedules
 from brainfound.training.checkpoint import wrap_write_errors
 from brainfound.training.data_loading import EpochOrder, RankBatchSampler, prefetch_to_device
 from brainfound.training.distributed import is_sharded
@@ -41,7 +40,7 @@ def make_task(
     objective = make_objective(recipe.objective, recipe.trained, model.encoder, recipe.views, steps, seed)
     if recipe.engine.parallel == "fsdp" and accelerator.num_processes > 1:
         frozen, precision = objective.frozen_modules(), accelerator.mixed_precision
-        ranks.shard(objective.student, frozen, accelerator.device, precision)
+        distributed.shard(objective.student, frozen, accelerator.device, precision)
     objective.to(accelerator.device)
     apply(objective, recipe.engine)
     return PretrainTask(recipe, objective, store, folder, accelerator)
@@ -142,7 +141,7 @@ class PretrainTask(TrainTask):
             self.guard.on_log_line(step, line)
             return
         if step == 0 and self.probe is not None:
-            ranks.run_on_main_rank(self.probe.save_start, self.rank == 0)
+            distributed.run_on_main_rank(self.probe.save_start, self.rank == 0)
         # The best encoder is kept before the guard may stop the run because of a later one.
         watched = read_retention_scores(line)
         if self.guard.is_best(step, line["probe"], watched):
@@ -157,7 +156,7 @@ class PretrainTask(TrainTask):
         weights: dict[str, Tensor] = {}
         if self.rank == 0 or is_sharded(self.model):
             weights = {name: t.detach().cpu().contiguous() for name, t in self.objective.exported_state().items()}
-        ranks.run_on_main_rank(lambda: self._write_best(step, weights), self.rank == 0)
+        distributed.run_on_main_rank(lambda: self._write_best(step, weights), self.rank == 0)
 
     def _write_best(self, step: int, weights: dict[str, Tensor]) -> None:
         kept, temporary = self.best_encoder_path(step), self.best_folder / ".writing"

@@ -8,7 +8,7 @@ loader, objective, data-parallel averaging, optimiser, teacher.
 Filling in hidden patches (masked autoencoding, and the hybrid) has pieces likewise.
 
 What gradient accumulation may change, and what not: Sinkhorn-Knopp and KoLeo look at the micro-batch of
-all ranks, as they must when only one micro-batch is in memory. Terms of single images (the anchors) do
+all distributed, as they must when only one micro-batch is in memory. Terms of single images (the anchors) do
 not depend on how a step is divided. Both are held here.
 """
 
@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from brainfound.data.augmentation import MultiCrop
 from brainfound.pretraining.objectives import losses, masked_autoencoder, self_distillation
 from brainfound.pretraining.task import PretrainTask
-from brainfound.training import run_folder as run_files
+from brainfound.training import run_folder
 
 STEPS = 3
 DECODER = "decoder: {width: 16, layers: 1, heads: 2}"
@@ -75,7 +75,7 @@ import torch
 torch.set_num_threads(1)
 from brainfound.data.augmentation import MultiCrop
 from brainfound.pretraining import pretrain as pretraining
-from brainfound.training import run_folder as run_files
+from brainfound.training import run_folder
 from brainfound.pretraining.objectives import masked_autoencoder, self_distillation
 from brainfound.pretraining.objectives.masking import PatchSplit
 from brainfound.pretraining.task import PretrainTask
@@ -179,7 +179,7 @@ def make_optimizer(task):
 MultiCrop.__call__, PretrainTask.make_optimizer = crop_pieces, make_optimizer
 self_distillation.sample_block_masks = draw_pieces
 masked_autoencoder.sample_hidden_patches, PretrainTask.loss = hide_pieces, keyed_loss
-run_files.plot_curves = lambda folder: None  # pictures take longer than these runs
+run_folder.plot_curves = lambda folder: None  # pictures take longer than these runs
 for name, (dtype, recipe) in runs.items():
     kept = {"gradients": [], "weights": [], "teachers": []}
     state.update(dtype=getattr(torch, dtype), kept=kept, masked=[])
@@ -194,7 +194,7 @@ import torch.distributed as dist
 torch.set_num_threads(1)
 from brainfound.pretraining.objectives import losses
 from brainfound.pretraining.objectives.prototypes import Projection
-from brainfound.training import distributed as ranks
+from brainfound.training import distributed
 
 rank, folder = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
@@ -210,7 +210,7 @@ for unit, columns, first, temperature in cases["assign"]:
 for rows, groups in cases["koleo"]:
     half = slice(rank * len(rows) // 2, (rank + 1) * len(rows) // 2)
     own = rows[half].clone().requires_grad_()
-    loss = losses.koleo(ranks.gather_rows(own), ranks.gather_rows(groups[half]))
+    loss = losses.koleo(distributed.gather_rows(own), distributed.gather_rows(groups[half]))
     loss.backward()
     answers["koleo"].append(loss.detach())
     answers["gradient"].append(own.grad / 2)  # the mean over ranks that data-parallel training takes
@@ -253,7 +253,7 @@ def test_losses_over_two_ranks_are_those_of_the_concatenated_batch(tmp_path):
         F.normalize(torch.randn(rows, 6, generator=generator, dtype=torch.float64), dim=1) for rows in (9, 40)
     )
     cases = {
-        # 0.02 is so low that the shift of the exponentials is a maximum over ranks.
+        # 0.02 is so low that the shift of the exponentials is a maximum over distributed.
         "assign": [
             (unit.to(dtype)[:rows], prototypes.to(dtype), first, temperature)
             for dtype, rows, first in SPLITS
@@ -322,7 +322,7 @@ def runs(store, recipe, tiny_backbone, tmp_path_factory) -> Path:
             (PretrainTask, "loss"),
             (masked_autoencoder, "sample_hidden_patches"),
             (self_distillation, "sample_block_masks"),
-            (run_files, "plot_curves"),
+            (run_folder, "plot_curves"),
         ):
             patch.setattr(owner, name, getattr(owner, name))
         patch.setattr(sys, "argv", ["train.py", str(store.path), str(folder / "one"), json.dumps(content)])
@@ -371,7 +371,7 @@ def require_same(own: dict, other: dict, tolerance: float) -> None:
     ],
 )
 def test_two_ranks_train_as_one(runs, name, tolerance, parts):
-    """Losses of the log, gradients after averaging and clipping, weights and teacher, on both ranks."""
+    """Losses of the log, gradients after averaging and clipping, weights and teacher, on both distributed."""
     one = kept(runs / "one", name)
     two = [kept(runs / "two", name, rank) for rank in (0, 1)]
     assert [a + b for a, b in zip(two[0]["masked"], two[1]["masked"], strict=True)] == one["masked"]

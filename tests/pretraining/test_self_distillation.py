@@ -11,7 +11,7 @@ from brainfound.errors import RecipeError
 from brainfound.pretraining.objectives import losses
 from brainfound.pretraining.objectives.self_distillation import SelfDistillation
 from brainfound.pretraining.slices import PretrainBatch
-from brainfound.training import distributed as ranks
+from brainfound.training import distributed
 from brainfound.training.randomness import StepKey
 
 
@@ -178,7 +178,7 @@ def test_koleo_may_pair_slices_of_a_session_where_the_recipe_says_so(model, reci
 @pytest.mark.parametrize("over_ranks", [True, False])
 def test_koleo_looks_at_all_ranks_or_at_its_own(model, recipe, batch, monkeypatch, over_ranks):
     gathered = []
-    monkeypatch.setattr(ranks, "gather_rows", lambda rows: gathered.append(rows) or rows)
+    monkeypatch.setattr(distributed, "gather_rows", lambda rows: gathered.append(rows) or rows)
     objective = make(model, recipe, f"objective.koleo_over_ranks={over_ranks}".lower())
     objective.loss(objective.student, batch, KEY)
     assert bool(gathered) == over_ranks

@@ -20,7 +20,7 @@ from brainfound.pretraining.preflight import run_preflight_checks
 from brainfound.pretraining.recipe import PretrainRecipe
 from brainfound.pretraining.starting_model import build_meta_model, build_model
 from brainfound.pretraining.task import make_task
-from brainfound.training import distributed as ranks
+from brainfound.training import distributed
 from brainfound.training.process import make_accelerator
 
 
@@ -66,7 +66,7 @@ def _exceeds_available_memory(
         objective = make_objective(short.objective, short.trained, encoder, short.views, short.engine.steps, short.seed)
     sizes = trial.AnalyticCosts.of(objective, Guard(short.guard).may_roll_back)
     free = available_memory_bytes(accelerator.device)
-    (too_large,) = ranks.any_over_ranks(sizes.weights.dry_run_bytes > free, device=accelerator.device)
+    (too_large,) = distributed.any_over_ranks(sizes.weights.dry_run_bytes > free, device=accelerator.device)
     if too_large and accelerator.is_main_process:
         for line in report.report_without_measurement(sizes, free, recipe.engine, recipe.optim.lr, machine):
             print(line)

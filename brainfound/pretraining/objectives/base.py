@@ -24,7 +24,7 @@ from brainfound.pretraining.objectives.flops import StepFlops, encoder_flops, ma
 from brainfound.pretraining.slices import PretrainBatch
 from brainfound.pretraining.starting_model import merged_state_dict
 from brainfound.recipes import Recipe
-from brainfound.training import distributed as ranks
+from brainfound.training import distributed
 from brainfound.training.randomness import StepKey
 from brainfound.training.schedules import ScheduleRecipe
 
@@ -142,7 +142,7 @@ class Objective(ABC):
 
         All ranks call it together where the encoder is sharded.
         """
-        return merged_state_dict(self.exported_encoder, ranks.gather(self.exported_encoder.state_dict()))
+        return merged_state_dict(self.exported_encoder, distributed.gather(self.exported_encoder.state_dict()))
 
     def named_frozen_modules(self) -> dict[str, nn.Module]:
         """The models that take part and are not trained: "teacher", "anchor".
@@ -162,7 +162,7 @@ class Objective(ABC):
 
     def health_metrics(self) -> dict[str, float]:
         """Collapse metrics of the last batch, over all ranks; called on all ranks together."""
-        return {} if self.last_cls is None else feature_health_metrics(ranks.gather_rows(self.last_cls.float()))
+        return {} if self.last_cls is None else feature_health_metrics(distributed.gather_rows(self.last_cls.float()))
 
     def schedule(self, step: int) -> dict[str, float]:
         """The objective's own scheduled values at a step, for the log."""

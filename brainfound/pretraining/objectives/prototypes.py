@@ -25,7 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from brainfound.models.blocks import compute_dtype
-from brainfound.training import distributed as ranks
+from brainfound.training import distributed
 
 # Size of the scores of one product: enough rows to be worth reading all prototypes.
 _PIECE_BYTES = {"cpu": 64 * 2**20}
@@ -120,7 +120,7 @@ def _slices(count: int, size: int) -> list[slice]:
 
 @torch.no_grad()
 def sinkhorn_assign(projection: Projection, temperature: float, num_iterations: int = 3) -> Assignments:
-    """`losses.sinkhorn_knopp` of a projection's scores, over the rows of all ranks.
+    """`losses.sinkhorn_knopp` of a projection's scores, over the rows of all distributed.
 
     A constant shift keeps the exponentials finite, since scores are cosines; at very low temperatures each
     prototype's and each row's maximum is subtracted, as in the definition.
@@ -160,16 +160,16 @@ def exponentials_in_place(scores: Float[Tensor, "N K"]) -> Float[Tensor, "N"]:
     """
     # A rank without rows still takes part in the maximum.
     floor = scores.new_full((scores.shape[1],), float("-inf"))
-    scores.sub_(ranks.max_over_ranks(scores.amax(dim=0) if len(scores) else floor))
+    scores.sub_(distributed.max_over_ranks(scores.amax(dim=0) if len(scores) else floor))
     highest = scores.amax(dim=1) if len(scores) else scores.new_zeros(0)
     scores.sub_(highest[:, None]).exp_()
     return highest.exp()
 
 
 def equal_mass(mass: Float[Tensor, "N K"], row_scale: Float[Tensor, "N"], num_iterations: int) -> Assignments:
-    """Scale the prototypes to equal mass, over the rows of all ranks, and then the rows, again and again."""
+    """Scale the prototypes to equal mass, over the rows of all distributed, and then the rows, again and again."""
     for _ in range(num_iterations):
-        prototype_mass = ranks.sum_over_ranks(row_scale @ mass)
+        prototype_mass = distributed.sum_over_ranks(row_scale @ mass)
         # The mean cancels in the row scaling; it keeps the scales near 1 over many iterations.
         prototype_scale = prototype_mass.mean() / prototype_mass
         row_scale = 1 / (mass @ prototype_scale)

@@ -39,8 +39,7 @@ from brainfound.pretraining.objectives.heads import HeadRecipe
 from brainfound.pretraining.objectives.masking import BlockMasks, num_masked_per_crop, sample_block_masks
 from brainfound.pretraining.objectives.prototypes import Assignments, Projection
 from brainfound.pretraining.slices import PretrainBatch
-from brainfound.training import distributed as ranks
-from brainfound.training import schedules
+from brainfound.training import distributed, schedules
 from brainfound.training.randomness import MASKS, VIEWS, StepKey, numpy_generator, torch_generator
 
 MAX_INITIAL_WEIGHT_FRACTION = 0.05
@@ -61,7 +60,7 @@ class SelfDistillationRecipe(AnchorRecipe):
     koleo_in_float32: bool = True
     """Whether KoLeo looks for neighbours in float32 under autocast too, where bfloat16 cannot tell near ones apart."""
     koleo_over_ranks: bool = True
-    """Whether KoLeo looks for neighbours in the slices of all ranks, or of each rank alone."""
+    """Whether KoLeo looks for neighbours in the slices of all distributed, or of each rank alone."""
     koleo_within_sessions: bool = False
     """Whether KoLeo may push slices of one session apart, which are near-duplicates."""
     copied_heads: bool = True
@@ -282,7 +281,7 @@ class SelfDistillation(AnchoredObjective):
     def _koleo(self, cls: Float[Tensor, "n D"], sessions: Int[Tensor, "n"]) -> Float[Tensor, ""]:
         recipe = self.recipe
         if recipe.koleo_over_ranks:
-            cls, sessions = ranks.gather_rows(cls), ranks.gather_rows(sessions)
+            cls, sessions = distributed.gather_rows(cls), distributed.gather_rows(sessions)
         return losses.koleo(cls, None if recipe.koleo_within_sessions else sessions, recipe.koleo_in_float32)
 
     def _anchor_losses(self, output: DistillationOutput, large: Views, crops: GlobalCrops) -> dict[str, Tensor]:
@@ -375,8 +374,8 @@ class SelfDistillation(AnchoredObjective):
         targets, metrics = self._last
         num_prototypes = len(targets.cls_projection.prototypes)
         raw = F.softmax(targets.cls_projection.scores().float() / targets.temperature, dim=-1).mean(dim=0)
-        raw = ranks.sum_over_ranks(raw) / ranks.world_size()
-        crops = [ranks.gather_rows(crop.float()) for crop in targets.cls.chunk(2)]
+        raw = distributed.sum_over_ranks(raw) / distributed.world_size()
+        crops = [distributed.gather_rows(crop.float()) for crop in targets.cls.chunk(2)]
         images = torch.arange(len(crops[0])).repeat(2)
         health_metrics = {
             "teacher_entropy": _entropy(raw).item() / math.log(num_prototypes),
