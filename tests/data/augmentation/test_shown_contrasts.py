@@ -7,8 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from brainfound.data.augmentation import drop_contrasts
-from brainfound.data.augmentation import views as contrast_masks
+from brainfound.data.augmentation import contrast_masks, drop_contrasts
 
 PRESENT = torch.tensor([[True, True, True], [True, False, False], [False, True, True], [True, True, True]])
 

@@ -51,7 +51,7 @@ def test_several_scans_of_a_contrast_are_kept_in_the_stated_order(layout):
     ],
 )
 def test_only_the_suffix_says_the_contrast(name, contrast):
-    found, reason = contrast_from_bids_name(BidsName.of(Path(f"{name}.nii.gz")))
+    found, reason = contrast_from_bids_name(BidsName.parse(Path(f"{name}.nii.gz")))
     assert found == contrast
     assert bool(reason) == (contrast == "unknown")
 
