@@ -41,8 +41,9 @@ def can_read(path: Path) -> bool:
 def read(path: Path, work: Path | None = None) -> Cohort:
     """The sessions with their labels.
 
-    A segmentation becomes ``mask``, the number of a text file ``label``, or ``age_years`` in task 3. Ages are decimal numbers and never rounded. Subjects of different tasks are different people, so with several tasks
-    the names of subjects begin with the task.
+    A segmentation becomes ``mask``, the number of a text file ``label``, or ``age_years`` in task 3. Ages are decimal
+    numbers and never rounded. Different tasks have different people, so with several tasks the names of subjects begin
+    with the task.
 
     Raises:
         CohortError: no images, or a label that is not one number.
