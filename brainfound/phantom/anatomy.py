@@ -1,7 +1,7 @@
 """A head built from shapes, and what age does to it: cortex, white matter, ventricles, nuclei, skull, scalp.
 
-Every structure is a depth field (`shapes`) in head coordinates (mm, RAS, origin near the anterior commissure). Fields are
-evaluated on a coarse grid after a smooth individual warp, interpolated to the requested grid by cubic splines, and
+Every structure is a depth field (`shapes`) in head coordinates (mm, RAS, origin near the anterior commissure). Fields
+are evaluated on a coarse grid after a smooth individual warp, interpolated to the requested grid by cubic splines, and
 composed front to back into tissue fractions. A cortical ribbon of even thickness follows every surface that touches
 cerebrospinal fluid.
 

@@ -1,7 +1,7 @@
 """Regular grids in millimetres, separable interpolation between them, and smooth random fields.
 
-Interpolation and averaging use one small matrix per axis. That is exact for axis-aligned grids and an order of magnitude
-faster than interpolation at scattered points.
+Interpolation and averaging use one small matrix per axis. That is exact for axis-aligned grids and an order of
+magnitude faster than interpolation at scattered points.
 
 Axes: X Y Z voxels along right, anterior, superior.
 """

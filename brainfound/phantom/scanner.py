@@ -1,8 +1,9 @@
 """Sites and their scanners: protocols, voxels, coil shading, noise, and storage of scans.
 
-A scan is the object's signal averaged over the scanner's voxels (slice profile included) and multiplied by a smooth coil
-sensitivity. Complex Gaussian noise makes the magnitude Rician (Gudbjartsson and Patz 1995, Magn Reson Med 34:910). The
-ADC map is computed from two noisy images, as on a console: ADC = ln(S0/Sb)/b, in 10⁻⁶ mm²/s (Stejskal and Tanner 1965).
+A scan is the object's signal averaged over the scanner's voxels (slice profile included) and multiplied by a smooth
+coil sensitivity. Complex Gaussian noise makes the magnitude Rician (Gudbjartsson and Patz 1995, Magn Reson Med 34:910).
+The ADC map is computed from two noisy images, as on a console: ADC = ln(S0/Sb)/b, in 10⁻⁶ mm²/s (Stejskal and Tanner
+1965).
 
 Axes: X Y Z voxels.
 """
