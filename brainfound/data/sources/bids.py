@@ -100,7 +100,7 @@ def read(root: Path, work: Path | None = None) -> Cohort:
     mask_columns = _join_label_maps(table, label_maps, unused)
     table = _join_tables(table, root, notes)
     if sidecars.faulty:
-        notes.append(f"{len(sidecars.faulty)} sidecars cannot be used; what they say of their scans is not known")
+        notes.append(f"{len(sidecars.faulty)} sidecars cannot be used; their values are missing")
     return Cohort(table, root, mask_columns, source=NAME, notes=notes, unused=[*unused, *sidecars.faulty])
 
 
@@ -151,7 +151,11 @@ def _notes_on_leading_zeros(subjects: set[str]) -> list[str]:
     """``sub-1`` beside ``sub-01`` may be one person."""
     counts = Counter(re.sub(r"(?<!\d)0+(?=\d)", "", subject) for subject in subjects)
     alike = sum(count for count in counts.values() if count > 1)
-    return [f"{alike} subjects differ from another in leading zeros only; they are taken as others"] if alike else []
+    return (
+        [f"{alike} subjects differ from another in leading zeros only; they count as different subjects"]
+        if alike
+        else []
+    )
 
 
 def _find_derivatives(root: Path, unused: UnusedFiles) -> list[_LabelMap]:

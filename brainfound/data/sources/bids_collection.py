@@ -55,7 +55,7 @@ def read(path: Path, work: Path | None = None) -> Cohort:
     if originals:
         unused += [(folder, "a copy of the data set beside it") for folder in datasets if folder not in originals]
         datasets = originals
-    unused += [(folder, "a folder that is no BIDS data set (read it by itself)") for folder in others]
+    unused += [(folder, "a folder that is not a BIDS data set (read it by itself)") for folder in others]
     notes = _check_people(path, datasets)
     for folder in datasets:
         if path.name == "derivatives" or bids.is_derivative(folder, []):
@@ -105,7 +105,7 @@ def _check_people(path: Path, datasets: list[Path]) -> list[str]:
     for one, other in combinations(candidates, 2):
         if subjects[one] & subjects[other] and _may_be_versions(words[one], words[other]):
             _refuse(path, "the folders look like versions of one data set", f"{one.name} and {other.name}")
-    return [f"{len(shared)} names of subjects are in several data sets; they are taken as different people"]
+    return [f"{len(shared)} names of subjects are in several data sets; they count as different people"]
 
 
 def _may_be_versions(one: tuple[str, ...], other: tuple[str, ...]) -> bool:

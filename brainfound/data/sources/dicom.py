@@ -112,7 +112,7 @@ def read(path: Path, work: Path | None = None) -> Cohort:
     rows, unused = conversion["rows"], [(Path(file), reason) for file, reason in conversion["unused"]]
     if not rows:
         raise CohortError(
-            "not one series could be converted",
+            "no series could be converted",
             where=path.name,
             got=unused[0][1] if unused else "no MR series",
             remedy="Check the DICOM files",

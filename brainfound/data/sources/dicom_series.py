@@ -196,7 +196,7 @@ def _require_distinct_patient_ids(series: list[Series]) -> None:
     most, folders = max_folders_per_patient(series), len({one.folder for one in series})
     if most > MAX_FOLDERS_PER_PATIENT and most > MAX_FOLDER_SHARE_PER_PATIENT * folders:
         raise CohortError(
-            "one PatientID stands in many folders: one person, or an anonymiser's word for everybody",
+            "one PatientID is in many folders: one person, or an anonymiser's placeholder for everybody",
             got=f"{most} of {folders} folders",
             remedy="If it is one person, put these folders into one; otherwise anonymise again with a PatientID for "
             "each person, or convert the series and write a manifest",

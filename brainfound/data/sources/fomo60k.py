@@ -178,7 +178,7 @@ def join_participants(table: pd.DataFrame, root: Path, notes: list[str]) -> pd.D
     """
     file = root / "participants.tsv"
     if not file.is_file():
-        notes.append("there is no participants.tsv: nothing is known of the people")
+        notes.append("there is no participants.tsv: the subjects have no covariates")
         return table
     facts = read_table(file, notes, bids_ids=True)
     if not {"dataset", "subject"} <= set(facts.columns):
@@ -208,7 +208,7 @@ def join_by_names(
     facts = facts.drop_duplicates()
     contradictory = facts.duplicated(subset=keys, keep=False)
     if contradictory.any():
-        notes.append(f"{contradictory.sum()} rows of {file.name} are not used: they say different things of one name")
+        notes.append(f"{contradictory.sum()} rows of {file.name} are not used: they contradict each other")
         facts = facts[~contradictory]
     known = set(facts["_dataset"])
     table["_dataset"] = [_match_dataset(known, dataset) for dataset in table["dataset"]]

@@ -120,7 +120,7 @@ def read(path: Path, work: Path | None = None) -> Cohort:
         if file.name.label_column is not None
     ]
     columns = join_label_maps(table, label_maps, unused)
-    notes = ["subjects and visits were read from names; write a manifest where that is wrong"]
+    notes = ["subjects and visits were read from names; write a manifest if that is wrong"]
     return Cohort(table, path, columns, source=NAME, notes=notes, unused=unused)
 
 
@@ -210,7 +210,7 @@ def _subjects_from_folders(files: list[_File]) -> list[SubjectIdentity]:
             subjects.append(parse_identifier(identifier))
         elif is_session_name(identifier):
             if could_be_subject(identifier, "" if _GROUP.fullmatch(folder) else folder):
-                _refuse("it cannot be told whether names are visits or subjects", f"{folder}/{file.path.name}")
+                _refuse("the names of files may be visits or subjects", f"{folder}/{file.path.name}")
             subjects.append(SubjectIdentity(parse_identifier(folder).subject, identifier, None, certain=True))
         else:
             longer = max((folder, identifier if _matches_folder(identifier, folder) else ""), key=len)
@@ -229,14 +229,14 @@ def _subject_from_two_folders(file: _File) -> SubjectIdentity:
     if is_group and not is_session and not lower.isdecimal():
         return SubjectIdentity(below.subject, below.session, below.site or upper, certain=True)
     if is_session and could_be_subject(lower, "" if is_group else upper):
-        _refuse("it cannot be told whether folders are visits or subjects", f"{upper}/{lower}/")
+        _refuse("the folders may be visits or subjects", f"{upper}/{lower}/")
     if is_session or (lower.isdecimal() and re.search(r"\d", upper) and not is_group):
         return SubjectIdentity(above.subject, lower, above.site, certain=True)
     if below.session and below.subject.lower() in (upper.lower(), above.subject.lower()):
         return SubjectIdentity(below.subject, below.session, below.site, certain=True)
     if lower == upper:
         return above
-    _refuse("it cannot be told whether folders are visits or subjects", f"{upper}/{lower}/")
+    _refuse("the folders may be visits or subjects", f"{upper}/{lower}/")
 
 
 def _matches_folder(identifier: str, folder: str) -> bool:
@@ -295,7 +295,7 @@ def _require_unique_scans(identified: list[tuple[_File, SubjectIdentity]]) -> No
 
 def _refuse(what: str, got: str) -> NoReturn:
     raise CohortError(
-        f"the subjects cannot be told from the names: {what}",
+        f"the names do not identify the subjects: {what}",
         got=got,
         remedy="Write a manifest with the columns subject, session, contrast, path",
     )

@@ -73,10 +73,10 @@ def read(path: Path, work: Path | None = None) -> Cohort:
         )
     if not rows:
         raise CohortError(
-            "not one of the images is there" if unused else "the JSON names no images",
+            "none of the images exists" if unused else "the JSON names no images",
             where=file.name,
             got=f"{len(unused)} listed" if unused else None,
-            remedy="Set the variable nnssl_raw to the folder that the paths start at (export nnssl_raw=/data)",
+            remedy="Set the variable nnssl_raw to the root of the paths (export nnssl_raw=/data)",
         )
     sort_by_session(rows, natural_sort_key)
     notes: list[str] = []
@@ -84,7 +84,7 @@ def read(path: Path, work: Path | None = None) -> Cohort:
     if unused:
         notes.append(f"{len(unused)} listed files are not there; if that is wrong, set the variable nnssl_raw")
     if num_unnamed_masks:
-        notes.append(f"the masks of {num_unnamed_masks} images are not used: the index does not say what they are")
+        notes.append(f"the masks of {num_unnamed_masks} images are not used: the index does not name their kind")
     columns = ("mask", *(column for column in _MASKS if column in table))
     return Cohort(table, file.parent, columns, source=NAME, notes=notes, unused=unused)
 

@@ -233,7 +233,7 @@ def parse_ages(table: pd.DataFrame, path: Path, notes: list[str] | None = None) 
     if notes is not None:
         num_unusable = sum(text.lower() not in _NO_AGE for text in not_numbers) + len(out_of_range)
         if num_unusable:
-            notes.append(f"{path.name}: {num_unusable} ages are not used, since they are no number of years")
+            notes.append(f"{path.name}: {num_unusable} ages are not used: they are not a number of years")
         return table.assign(age_years=ages.drop(out_of_range.index).reindex(ages.index))
     if not not_numbers.empty:
         first = not_numbers.iloc[0]
@@ -242,7 +242,9 @@ def parse_ages(table: pd.DataFrame, path: Path, notes: list[str] | None = None) 
         raise CohortError("an age is not a number", where=path.name, got=repr(first), remedy=remedy)
     if not out_of_range.empty:
         got = f"{out_of_range.iloc[0]:g}"
-        raise CohortError("an age is not one of a person", where=path.name, got=got, remedy="Write years or n/a")
+        raise CohortError(
+            "an age is not between 0 and 150 years", where=path.name, got=got, remedy="Write years or n/a"
+        )
     return table.assign(age_years=ages)
 
 
@@ -326,9 +328,7 @@ def join(
         scanned = set(table[list(keys)].itertuples(index=False, name=None))
         num_unmatched = sum(key not in scanned for key in facts[list(keys)].itertuples(index=False, name=None))
         if num_unmatched:
-            notes.append(
-                f"{num_unmatched} of {len(facts)} rows of {path.name} name nothing that was read, and are not used"
-            )
+            notes.append(f"{num_unmatched} of {len(facts)} rows of {path.name} match no scan and are not used")
     reserved = ("contrast", "path", "mask", "subject", "session")
     facts = facts.drop(columns=[column for column in reserved if column in facts and column not in keys])
     joined = table.merge(facts, on=list(keys), how="left", suffixes=("", "__new"))
