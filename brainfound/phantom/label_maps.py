@@ -93,7 +93,7 @@ def read_label_map(path: Path) -> LabelMap:
     """Reads one label volume.
 
     Raises:
-        CohortError: if the file is no 3-D volume, holds unknown codes, or no cortex and white matter.
+        CohortError: the file is not a 3-D volume, has unknown codes, or lacks cortex or white matter.
     """
     try:
         image = nib.as_closest_canonical(nib.load(path))

@@ -190,7 +190,7 @@ class Acquisition:
         return np.exp(np.float32(self.site.bias_strength) * (shared + 0.3 * own))
 
     def adc(self, unweighted: np.ndarray, weighted: np.ndarray) -> np.ndarray:
-        """ADC in 10⁻⁶ mm²/s from the two magnitudes (same scale), 0 where there is no signal to divide."""
+        """ADC in 10⁻⁶ mm²/s from the two magnitudes (same scale), 0 where the signal is too low."""
         floor = max(4 * self.site.noise, 0.25) * self.site.gain
         ratio = np.log(np.maximum(unweighted, 1.0) / np.maximum(weighted, 1.0)) / B_VALUE_S_PER_MM2 * 1e6
         return np.where(unweighted > floor, np.clip(ratio, 0, _LARGEST_ADC), 0).astype(np.float32)

@@ -151,11 +151,8 @@ def _notes_on_leading_zeros(subjects: set[str]) -> list[str]:
     """``sub-1`` beside ``sub-01`` may be one person."""
     counts = Counter(re.sub(r"(?<!\d)0+(?=\d)", "", subject) for subject in subjects)
     alike = sum(count for count in counts.values() if count > 1)
-    return (
-        [f"{alike} subjects differ from another in leading zeros only; they count as different subjects"]
-        if alike
-        else []
-    )
+    note = f"{alike} subjects differ from another in leading zeros only; they count as different subjects"
+    return [note] if alike else []
 
 
 def _find_derivatives(root: Path, unused: UnusedFiles) -> list[_LabelMap]:

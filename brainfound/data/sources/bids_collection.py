@@ -23,7 +23,7 @@ LAYOUT_HINT = "folders with sub-*/ in them (several BIDS data sets)"
 
 _MAX_NOTES = 20
 _COPIES = {"sourcedata", "derivatives", "code"}
-"""Folders of the BIDS standard that hold the subjects of the data set beside them again."""
+"""Folders of the BIDS standard that repeat the subjects of the data set beside them."""
 _PROCESSING_WORDS = {
     *("bids", "raw", "rawdata", "source", "orig", "original", "nifti", "nii", "processed", "preproc", "preprocessed"),
     *("stripped", "skullstripped", "brain", "defaced", "registered", "coregistered", "normalised", "normalized"),

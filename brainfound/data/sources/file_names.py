@@ -1,4 +1,4 @@
-"""Files of a source, and what a file name means where no standard says it: contrast, label map, subject, session.
+"""Files of a source, and the meaning of names that follow no standard: contrast, label map, subject, session.
 
 The first half walks folders in a fixed order and joins paths safely. The second half reads free-form names:
 ``BraTS-GLI-00000-001-t1c.nii.gz`` is a T1ce of the subject ``BraTS-GLI-00000`` in the session ``001``.
@@ -193,7 +193,7 @@ class SubjectNamer:
 
 @dataclass(frozen=True)
 class FileName:
-    """What one file name says."""
+    """The parts of a file name."""
 
     contrast: str
     label_column: str | None

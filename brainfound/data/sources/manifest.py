@@ -63,7 +63,7 @@ def _require_columns(table: pd.DataFrame, path: Path) -> None:
                 f"the manifest has no column {column!r}",
                 where=path.name,
                 got=", ".join(map(str, table.columns[:12])),
-                remedy="Add the column (subject, contrast and path are needed), or rename the file if it is not a manifest",
+                remedy="Add the column (needed: subject, contrast, path), or rename the file if it is not a manifest",
             )
     if table.empty:
         raise CohortError("the manifest has no rows", where=path.name, remedy="List one scan per row")

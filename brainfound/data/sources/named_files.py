@@ -80,7 +80,7 @@ def read(path: Path, work: Path | None = None) -> Cohort:
     """Scans and label maps by name. Names of public data sets and words for a session (v2, baseline) are understood.
 
     Raises:
-        CohortError: the names do not say unambiguously which files belong to one subject.
+        CohortError: the names do not identify the subjects unambiguously.
     """
     unused: UnusedFiles = []
     files = []
