@@ -39,7 +39,8 @@ class SourceLayout:
     read: Callable[[Path, Path | None], Cohort]
 
 
-def _sources() -> tuple[SourceLayout, ...]:
+def source_layouts() -> tuple[SourceLayout, ...]:
+    """All layouts, in the order in which they are tried."""
     modules = [import_module(f"{__name__}.{name}") for name in _MODULES]
     return tuple(SourceLayout(module.NAME, module.LAYOUT_HINT, module.can_read, module.read) for module in modules)
 
@@ -54,15 +55,15 @@ def read_source(path: Path, work: Path | None = None) -> Cohort:
         raise CohortError("no such file or folder", where=path, remedy="Check the path of the source")
     if path.name in ("", ".."):  # some layouts are recognised by the folder's name, and "." has none
         path = Path(os.path.abspath(path))
-    sources = _sources()
-    for source in sources:
-        if source.can_read(path):
-            return source.read(path, work)
+    layouts = source_layouts()
+    for layout in layouts:
+        if layout.can_read(path):
+            return layout.read(path, work)
     raise CohortError(
         "no scans found",
         where=path,
         got=_summarise_files(path),
-        expected="one of: " + "; ".join(source.layout_hint for source in sources),
+        expected="one of: " + "; ".join(layout.layout_hint for layout in layouts),
         remedy="Give the folder that holds one of these, or write a manifest",
     )
 

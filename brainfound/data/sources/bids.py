@@ -21,6 +21,7 @@ from brainfound.data.sources.file_names import (
     subfolders,
 )
 from brainfound.data.sources.tables import (
+    LabelMapRow,
     SessionKey,
     convert_ages_to_years,
     join,
@@ -41,9 +42,6 @@ _SESSION_TABLES = "sub-*_sessions.tsv"
 _NATIVE_SPACES = {"", "orig", "native", "individual", "t1w", "t2w", "flair"}
 """The acquired grid, or that of another scan of the same subject."""
 _MISPLACED = "its name is that of another subject or session than its folder's"
-
-_LabelMap = tuple[str, SessionKey, Path]
-"""(column, session, file)."""
 
 
 def can_read(path: Path) -> bool:
@@ -66,7 +64,7 @@ def read(root: Path, work: Path | None = None) -> Cohort:
         notes.append("a derivative data set: its images were processed by others")
     sidecars = Sidecars(root)
     rows: list[dict[str, Any]] = []
-    label_maps: list[_LabelMap] = []
+    label_maps: list[LabelMapRow] = []
     for subject in subfolders(root, "sub-*"):
         for file in iter_images(subject, unused):
             key = parse_subject_session(root, file)
@@ -155,7 +153,7 @@ def _notes_on_leading_zeros(subjects: set[str]) -> list[str]:
     return [note] if alike else []
 
 
-def _find_derivatives(root: Path, unused: UnusedFiles) -> list[_LabelMap]:
+def _find_derivatives(root: Path, unused: UnusedFiles) -> list[LabelMapRow]:
     label_maps = []
     for pipeline in subfolders(root / "derivatives", "*"):
         for subject in subfolders(pipeline, "sub-*"):
@@ -170,7 +168,7 @@ def _find_derivatives(root: Path, unused: UnusedFiles) -> list[_LabelMap]:
     return label_maps
 
 
-def _join_label_maps(table: pd.DataFrame, label_maps: list[_LabelMap], unused: UnusedFiles) -> tuple[str, ...]:
+def _join_label_maps(table: pd.DataFrame, label_maps: list[LabelMapRow], unused: UnusedFiles) -> tuple[str, ...]:
     """One label map per session and column: raw folders before derivatives, then the order of scans.
 
     A label map must lie in the space of the session's scans, native or of the same template.

@@ -28,7 +28,7 @@ from brainfound.data.sources.file_names import (
     subfolders,
 )
 from brainfound.data.sources.tables import (
-    SessionKey,
+    LabelMapRow,
     join,
     join_label_maps,
     parse_ages,
@@ -44,10 +44,6 @@ LAYOUT_HINT = "sub_<N>/ses_<M>/*.nii.gz or mapping.tsv (FOMO60K)"
 _INDEX_COLUMNS = ("dataset", "subject", "session", "filename")
 
 
-_LabelMap = tuple[str, SessionKey, Path]
-"""(column, session, file)."""
-
-
 def can_read(path: Path) -> bool:
     """The root of either release, or the folder above ``fomo-60k`` of the first. DICOM alone does not count."""
     return path.is_dir() and (_is_second_release(path) or _first_release(path) is not None)
@@ -61,7 +57,7 @@ def read(path: Path, work: Path | None = None) -> Cohort:
     """
     unused: UnusedFiles = []
     notes: list[str] = []
-    label_maps: list[_LabelMap] = []
+    label_maps: list[LabelMapRow] = []
     if _is_second_release(path):
         root = path
         table = _read_second_release(root, label_maps, unused, notes)
@@ -94,7 +90,7 @@ def _first_release(path: Path) -> Path | None:
     return None
 
 
-def _read_first_release(root: Path, label_maps: list[_LabelMap], unused: UnusedFiles) -> pd.DataFrame:
+def _read_first_release(root: Path, label_maps: list[LabelMapRow], unused: UnusedFiles) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     subjects = subfolders(root, "sub_*")
     for subject in subjects:
@@ -112,7 +108,7 @@ def _read_first_release(root: Path, label_maps: list[_LabelMap], unused: UnusedF
 
 def _add_images(
     rows: list[dict[str, Any]],
-    label_maps: list[_LabelMap],
+    label_maps: list[LabelMapRow],
     subject: str,
     session: str,
     files: Iterable[Path],
@@ -129,7 +125,7 @@ def _add_images(
 
 
 def _read_second_release(
-    root: Path, label_maps: list[_LabelMap], unused: UnusedFiles, notes: list[str]
+    root: Path, label_maps: list[LabelMapRow], unused: UnusedFiles, notes: list[str]
 ) -> pd.DataFrame:
     """The images that ``mapping.tsv`` lists and that exist; other images are not used."""
     index = root / "mapping.tsv"

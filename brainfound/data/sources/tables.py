@@ -24,6 +24,8 @@ from brainfound.errors import CohortError
 
 SessionKey = tuple[str, str]
 """(subject, session)."""
+LabelMapRow = tuple[str, SessionKey, Path]
+"""(column, session, file) of one label map."""
 
 _TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".parquet")
 _RENAMED = {
@@ -339,9 +341,7 @@ def join(
     return joined
 
 
-def join_label_maps(
-    table: pd.DataFrame, label_maps: Iterable[tuple[str, SessionKey, Path]], unused: UnusedFiles
-) -> tuple[str, ...]:
+def join_label_maps(table: pd.DataFrame, label_maps: Iterable[LabelMapRow], unused: UnusedFiles) -> tuple[str, ...]:
     """Add one column per kind of label map, with the first map of each session; the others go into `unused`.
 
     Args:
