@@ -1,21 +1,16 @@
-"""A head built from shapes: folded cortex, white matter, ventricles, deep grey nuclei, skull, scalp.
+"""A head built from shapes, and what age does to it: cortex, white matter, ventricles, nuclei, skull, scalp.
 
-Every structure is a depth field (`shapes.py`) in head coordinates (mm, RAS, origin near the anterior
-commissure), evaluated on a coarse grid after a smooth individual warp, brought to the wanted grid by
-cubic interpolation, and turned into tissue fractions front to back. The folds come from the zero
-surfaces of band-limited noise that is constant along the direction from the hemisphere's centre, so
-that sulci are sheets perpendicular to the brain's surface; a cortical ribbon of even thickness follows
-every surface that cerebrospinal fluid touches.
+Every structure is a depth field (`shapes`) in head coordinates (mm, RAS, origin near the anterior commissure). Fields
+are evaluated on a coarse grid after a smooth individual warp, interpolated to the requested grid by cubic splines, and
+composed front to back into tissue fractions. A cortical ribbon of even thickness follows every surface that touches
+cerebrospinal fluid.
 
-Axes: X Y Z voxels, T tissues (`physics.TISSUES`), F depth fields.
+Ageing: ventricles enlarge at an accelerating rate (Scahill et al. 2003, Arch Neurol 60:989); the cortex thins from
+middle age on (Salat et al. 2004, Cereb Cortex 14:721); iron in pallidum and putamen shortens T2 (Hallgren and Sourander
+1958, J Neurochem 3:41). The rates are round numbers in the range of such studies; subjects vary around the mean, so an
+image only allows an estimate of age.
 
-What age does to a head, as numbers that the anatomy is built from.
-
-Sources: Scahill et al. 2003 (Arch Neurol 60:989): ventricles enlarge and the enlargement accelerates
-with age; Salat et al. 2004 (Cereb Cortex 14:721): the cortex thins from middle age on; Hallgren and
-Sourander 1958 (J Neurochem 3:41): iron gathers in the pallidum and putamen, which shortens T2. The
-rates below are round numbers in the range that such studies report; each subject departs from the
-mean, so that age can be estimated from an image but not read off.
+Axes: X Y Z voxels, T tissues (`physics.TISSUES`).
 """
 
 from __future__ import annotations
@@ -25,7 +20,7 @@ from typing import Protocol
 
 import numpy as np
 
-from brainfound.phantom.grid import Grid, apply_matrices, resampling_matrices, smooth_noise
+from brainfound.phantom.grid import Grid, apply_matrices, bounding_box, resampling_matrices, smooth_noise
 from brainfound.phantom.physics import TISSUE_INDEX, TISSUES
 from brainfound.phantom.shapes import (
     cerebrum_fields,
@@ -38,6 +33,13 @@ from brainfound.phantom.shapes import (
     tube,
 )
 
+_COARSE_MM = 2.0
+_COARSE_ROWS = 6
+_REFERENCE_VENTRICLES_ML = 18.0  # of the ventricles as drawn, at ventricle scale 1
+_FAR_MM = -30.0
+_TOP_OF_FACE_MM = 24.0
+_WARP_MM = 2.1
+
 
 @dataclass(frozen=True)
 class Ageing:
@@ -48,7 +50,7 @@ class Ageing:
     cortical_thickness_mm: float
     sulcal_half_width_mm: float
     brain_shrinkage_mm: float
-    """How far the brain's surface has withdrawn from the skull."""
+    """Additional distance between the brain's surface and the skull."""
     hyperintensity_mm: float
     """Thickness of the periventricular white-matter hyperintensity."""
     num_deep_hyperintensities: int
@@ -62,10 +64,10 @@ class Ageing:
 
 
 def draw_ageing(rng: np.random.Generator, age_years: float) -> Ageing:
-    """Draws what age has done to one subject.
+    """Draws the ageing of one subject.
 
-    Ventricles grow by about 1 % a year to 60 and 3.5 % a year after; the cortex thins by 0.35 % a
-    year from 2.75 mm at 20; sulci open and hyperintensities appear, mostly after 50.
+    Ventricles grow by about 1 % a year to 60 and 3.5 % a year after; the cortex thins by 0.35 % a year from 2.75 mm at
+    20; sulci open and hyperintensities appear, mostly after 50.
     """
     adult = age_years - 20.0
     late = max(age_years - 60.0, 0.0)
@@ -81,15 +83,8 @@ def draw_ageing(rng: np.random.Generator, age_years: float) -> Ageing:
     )
 
 
-_COARSE_MM = 2.0
-_REFERENCE_VENTRICLES_ML = 18.0  # volume of the ventricles below as drawn, at ventricle scale 1
-_FAR_MM = -30.0
-_COARSE_ROWS = 6
-_TOP_OF_FACE_MM = 24.0
-
-
 class Anatomy(Protocol):
-    """What a head must offer to be painted: the share of every tissue in every voxel of `grid`."""
+    """A simulated head: the share of every tissue in every voxel of `grid`."""
 
     grid: Grid
 
@@ -107,7 +102,7 @@ class MassEffect:
     reach_mm: float
 
     def displacement(self, grid: Grid) -> list[np.ndarray]:
-        """Three (X, Y, Z) components: from each voxel to where its tissue came from, in mm."""
+        """Three (X, Y, Z) components in mm: from each voxel to the origin of its tissue."""
         offset = grid.offsets_mm(self.center_mm)
         distance_sq = (offset[0] ** 2 + offset[1] ** 2 + offset[2] ** 2) / np.float32(self.reach_mm**2)
         # The displacement is largest, shift_mm, at the reach, and the map stays invertible.
@@ -115,18 +110,23 @@ class MassEffect:
         return [component * strength for component in offset]
 
 
-def subject_coordinates(rng: np.random.Generator, grid: Grid, size: float, warp_mm: float = 2.1) -> np.ndarray:
-    """(3, X, Y, Z) template coordinates of every voxel: size, proportions, tilt and a smooth warp of one person."""
+def subject_coordinates(
+    rng: np.random.Generator, grid: Grid, size: float, mass_effect: MassEffect | None
+) -> np.ndarray:
+    """(3, X, Y, Z) template coordinates of every voxel: size, proportions, tilt, warp and mass effect of one person."""
     x, y, z = grid.offsets_mm()
     proportions = (size * np.exp(0.018 * rng.standard_normal(3))).astype(np.float32)
     angles = np.radians(2.0) * rng.standard_normal(3)
-    warp = smooth_noise(rng, grid, 55.0, 3)
-    warp *= np.float32(warp_mm)
-    warp += np.float32(0.3 * warp_mm) * smooth_noise(rng, grid, 28.0, 3)
+    points = smooth_noise(rng, grid, 55.0, 3)
+    points *= np.float32(_WARP_MM)
+    points += np.float32(0.3 * _WARP_MM) * smooth_noise(rng, grid, 28.0, 3)
     turn = rotation_matrix(angles).astype(np.float32) / proportions[:, None]
     for axis in range(3):
-        warp[axis] += turn[axis, 0] * x + turn[axis, 1] * y + turn[axis, 2] * z
-    return warp
+        points[axis] += turn[axis, 0] * x + turn[axis, 1] * y + turn[axis, 2] * z
+    if mass_effect is not None:
+        for axis, component in enumerate(mass_effect.displacement(grid)):
+            points[axis] += component
+    return points
 
 
 def rotation_matrix(angles_rad: np.ndarray) -> np.ndarray:
@@ -142,9 +142,9 @@ class ParametricHead:
     """One person's head from shapes, on `grid`.
 
     Args:
-        seed: what makes the person; the same seed is the same person on every grid.
-        grid: where to build it.
-        ageing: what age has done to it.
+        seed: defines the person, who is the same on every grid.
+        grid: of the tissue fractions.
+        ageing: the age-dependent quantities.
         size: linear size relative to the template.
         mass_effect: displacement by a lesion, if any.
     """
@@ -156,10 +156,7 @@ class ParametricHead:
         self.ageing = ageing
         coarse = Grid.covering_head(_COARSE_MM) if min(grid.spacing_mm) < _COARSE_MM else grid
         rng = np.random.default_rng(seed)
-        points = subject_coordinates(rng, coarse, size)
-        if mass_effect is not None:
-            for axis, component in enumerate(mass_effect.displacement(coarse)):
-                points[axis] += component
+        points = subject_coordinates(rng, coarse, size, mass_effect)
         ventricle_scale = (ageing.ventricle_volume_ml / (_REFERENCE_VENTRICLES_ML * size**3)) ** (1 / 1.6)
         folded = points + 1.3 * smooth_noise(rng, coarse, 20.0, 3)  # no fissure is straight
         noise = _Noise.draw(rng, coarse)
@@ -167,7 +164,7 @@ class ParametricHead:
         self._names: list[str] = []
         for start in range(0, coarse.shape[0], _COARSE_ROWS):
             rows = slice(start, start + _COARSE_ROWS)
-            fields = _fields_of(points[:, rows], folded[:, rows], noise.planes(rows), ventricle_scale)
+            fields = _depth_fields(points[:, rows], folded[:, rows], noise.planes(rows), ventricle_scale)
             if not self._names:
                 self._names = [*fields, "sulcus"]
                 self._stack = np.empty((len(self._names), *coarse.shape), np.float32)
@@ -179,13 +176,10 @@ class ParametricHead:
         self._matrices = resampling_matrices(coarse, grid)
 
     def _fields(self, rows: slice) -> dict[str, np.ndarray]:
-        first, second, third = self._matrices
-        if first is None:
-            stack = self._stack[:, rows]
-        else:
-            first = first[rows]
-            stack = self._stack
-        return dict(zip(self._names, apply_matrices(stack, [first, second, third]), strict=True))
+        first, *others = self._matrices
+        stack = self._stack[:, rows] if first is None else self._stack
+        matrices = [None if first is None else first[rows], *others]
+        return dict(zip(self._names, apply_matrices(stack, matrices), strict=True))
 
     def fractions(self, rows: slice) -> np.ndarray:
         """(T, rows, Y, Z) float32 tissue fractions of some planes along the first axis."""
@@ -223,7 +217,7 @@ class ParametricHead:
 
 
 class _Layers:
-    """Composes tissues front to back: each takes its share of what the ones before it left."""
+    """Composes tissues front to back: each takes its share of what the previous ones left."""
 
     def __init__(self, shape: tuple[int, ...], voxel_mm: float) -> None:
         self.fractions = np.zeros((len(TISSUES), *shape), np.float32)
@@ -275,12 +269,14 @@ class _Noise:
         return _Noise(self.skull[rows], self.scalp[rows], self.face[rows], self.sulcal_depth[rows])
 
 
-def _fields_of(points: np.ndarray, folded: np.ndarray, noise: _Noise, ventricle_scale: float) -> dict[str, np.ndarray]:
+def _depth_fields(
+    points: np.ndarray, folded: np.ndarray, noise: _Noise, ventricle_scale: float
+) -> dict[str, np.ndarray]:
     """Every depth field but the sulcal sheets, at the given template coordinates."""
     mirrored = np.stack([np.abs(points[0]), points[1], points[2]])  # left and right differ by their warp
     fields = cerebrum_fields(folded, noise.sulcal_depth)
     fields |= _deep_fields(mirrored, ventricle_scale)
-    # Hindbrain and face end below this plane; above it there is nothing of them to compute.
+    # Hindbrain and face end below this plane.
     low = (slice(None), slice(None), slice(0, int(np.sum(points[2].min(axis=(0, 1)) < _TOP_OF_FACE_MM))))
     below = _hindbrain_fields(mirrored[(slice(None), *low)]) | _face_fields(
         mirrored[(slice(None), *low)], noise.face[low]
@@ -291,7 +287,8 @@ def _fields_of(points: np.ndarray, folded: np.ndarray, noise: _Noise, ventricle_
 
 def _deep_fields(points: np.ndarray, ventricle_scale: float) -> dict[str, np.ndarray]:
     """Ventricles, choroid plexus and the deep grey nuclei, evaluated in a box around them."""
-    box = _box_around(points, (60.0, 85.0, 55.0), (0.0, -18.0, 2.0))
+    center, half = np.array([(0, -18, 2), (60, 85, 55)], np.float32)[:, :, None, None, None]
+    box = bounding_box((np.abs(points - center) < half).all(axis=0))
     if box is None:
         far = np.full(points.shape[1:], _FAR_MM, np.float32)
         return dict.fromkeys(("ventricle", "choroid", "deep_grey", "pallidum"), far)
@@ -401,22 +398,6 @@ def _face_fields(points: np.ndarray, noise: np.ndarray) -> dict[str, np.ndarray]
         "eye": ellipsoid(points, (32, 62, -33), (12, 12, 12)),
         "orbit": ellipsoid(points, (29, 48, -33), (18, 28, 17)),
     }
-
-
-def _box_around(
-    points: np.ndarray, half_mm: tuple[float, ...], center_mm: tuple[float, ...]
-) -> tuple[slice, ...] | None:
-    """The smallest box of voxels that holds every point near the centre; None if there is none."""
-    near = np.ones(points.shape[1:], bool)
-    for axis in range(3):
-        near &= np.abs(points[axis] - center_mm[axis]) < half_mm[axis]
-    if not near.any():
-        return None
-    box = []
-    for axis in range(3):
-        index = np.flatnonzero(near.any(axis=tuple(a for a in range(3) if a != axis)))
-        box.append(slice(int(index[0]), int(index[-1]) + 1))
-    return tuple(box)
 
 
 def _embed(depth: np.ndarray, box: tuple[slice, ...], shape: tuple[int, ...]) -> np.ndarray:

@@ -1,16 +1,16 @@
-"""A whole phantom cohort on disk, in BIDS: the function behind `brainfound phantom`."""
+"""Phantom cohorts on disk, in BIDS: the function behind `brainfound phantom`."""
 
 from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
+from uuid import uuid4
 
 import pandas as pd
 from threadpoolctl import threadpool_limits
@@ -50,33 +50,32 @@ def write_phantom_cohort(
 ) -> Path:
     """Writes a BIDS cohort of simulated multi-contrast brains; the same seed gives the same bytes.
 
-    Subject number i depends on (seed, i) and on the settings, never on `num_subjects` or `workers`. The
-    cohort is written beside `out` under a temporary name and renamed when it is complete.
+    Subject number i depends on (seed, i) and on the settings, not on `num_subjects` or `workers`. The cohort is written
+    beside `out` under a temporary name and renamed when it is complete.
 
     Args:
-        out: the folder to make; may exist if it is empty.
-        num_subjects: how many subjects, one session each.
-        seed: of everything that is random.
-        spacing_mm: the grid of the simulation, and the unit of the sites' voxels: in-plane widths are
-            0.9–2 times it, by site and contrast, and the 2-D protocols have slices of 2–5 mm (never
-            thinner than the in-plane width). None simulates at 1 mm and stores every scan on that
-            grid; sites then differ in all but their voxels.
-        contrasts: which of T1w, T1ce, T2w, FLAIR, DWI, ADC to simulate. ADC is in 10⁻⁶ mm²/s.
+        out: the new folder; may exist if it is empty.
+        num_subjects: number of subjects, one session each.
+        seed: of all random numbers.
+        spacing_mm: the grid of the simulation, and the unit of the sites' voxels: in-plane widths are 0.9–2 times it,
+            by site and contrast, and the 2-D protocols have slices of 2–5 mm (at least the in-plane width). None
+            simulates at 1 mm and stores every scan on that grid; sites then have the same voxels.
+        contrasts: any of T1w, T1ce, T2w, FLAIR, DWI, ADC. ADC is in 10⁻⁶ mm²/s.
         diagnoses: probabilities of healthy, tumour, infarct and ms; scaled to sum to 1.
-        missing_probability: chance of each scan to be absent; every session keeps at least one.
-        age_range_years: ages are uniform between these.
-        num_sites: how many scanners; the first three are fixed, later ones vary them.
-        label_maps: a folder of FreeSurfer-numbered label volumes to paint instead of shaped heads.
-        workers: processes.
+        missing_probability: for each scan; every session keeps at least one.
+        age_range_years: ages are uniform in this range.
+        num_sites: number of scanners; the first three are fixed, later ones vary them.
+        label_maps: a folder of FreeSurfer-numbered label volumes to use instead of parametric heads.
+        workers: number of processes.
         progress: called with (done, total) after each subject.
 
     Returns:
         `out`.
 
     Raises:
-        UsageError: an argument cannot work, or `out` exists and is not empty.
+        UsageError: an argument is invalid, or `out` exists and is not empty.
         CohortError: the label maps are missing or cannot be used.
-        BrainFoundError: a worker process died, most often for want of memory.
+        BrainFoundError: a worker process died, usually for lack of memory.
     """
     out = Path(out)
     settings = _checked_settings(
@@ -90,11 +89,11 @@ def write_phantom_cohort(
             "exists and is not an empty folder", where=out, remedy="Choose another folder or remove this one"
         )
     out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{out.name}.unfinished-", dir=out.parent))
+    unfinished = out.parent / f".{out.name}.unfinished-{uuid4().hex[:8]}"
+    unfinished.mkdir()
     try:
         persons = _write_subjects(unfinished, settings, num_subjects, workers, progress)
         _write_tables(unfinished, settings, persons)
-        unfinished.chmod(0o777 & ~_umask())
         if out.exists():
             out.rmdir()
         os.replace(unfinished, out)
@@ -164,9 +163,9 @@ def _write_subjects(
     progress: Callable[[int, int], None] | None,
 ) -> list[Participant]:
     if settings.label_maps:
-        read_label_map(settings.label_maps[0])  # a folder of unusable volumes fails before any work is done
+        read_label_map(settings.label_maps[0])  # a folder of unusable volumes fails at once
     persons: dict[int, Participant] = {}
-    # A process keeps a few label maps in memory: subjects of one map come one after the other.
+    # A process caches a few label maps, so subjects of one map follow each other.
     order = sorted(range(num_subjects), key=lambda index: (str(get_label_map_path(settings, index)), index))
     if workers == 1:
         for index in order:
@@ -174,7 +173,7 @@ def _write_subjects(
             if progress is not None:
                 progress(len(persons), num_subjects)
     else:
-        # "spawn" behaves the same on every platform and does not copy threads' locks.
+        # "spawn" behaves the same on every platform and does not copy locks of threads.
         with ProcessPoolExecutor(min(workers, num_subjects), mp_context=get_context("spawn")) as pool:
             futures = {pool.submit(_write_one, folder, settings, index): index for index in order}
             try:
@@ -194,7 +193,7 @@ def _write_subjects(
 
 
 def _write_one(folder: Path, settings: CohortSettings, index: int) -> Participant:
-    # One thread per process: workers do not compete, and sums do not depend on the number of threads.
+    # With one thread per process workers do not compete, and sums do not depend on the number of threads.
     with threadpool_limits(1):
         return write_subject(folder, settings, index)
 
@@ -232,9 +231,3 @@ def _write_tables(folder: Path, settings: CohortSettings, persons: list[Particip
         "Lesion masks and tissue segmentations are under derivatives/, on the grid of each session's T1w\n"
         "(or its first scan). ADC maps are in 10^-6 mm^2/s.\n"
     )
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,10 +1,9 @@
 """Regular grids in millimetres, separable interpolation between them, and smooth random fields.
 
-Everything here is separable: a field on a coarse grid reaches a fine grid, and an image reaches the
-scanner's voxels, by one small matrix per axis. That is exact for axis-aligned grids and an order of
+Interpolation and averaging use one small matrix per axis. That is exact for axis-aligned grids and an order of
 magnitude faster than interpolation at scattered points.
 
-Axes: X Y Z voxels along right, anterior, superior; F fields.
+Axes: X Y Z voxels along right, anterior, superior.
 """
 
 from __future__ import annotations
@@ -60,12 +59,20 @@ def cubic_matrix(source_mm: np.ndarray, target_mm: np.ndarray) -> np.ndarray:
     return spline(np.clip(target_mm, source_mm[0], source_mm[-1])).astype(np.float32)
 
 
+def bounding_box(mask: np.ndarray) -> tuple[slice, ...] | None:
+    """The smallest box around the True voxels of an (X, Y, Z) mask; None if there are none."""
+    if not mask.any():
+        return None
+    indices = (np.flatnonzero(mask.any(axis=tuple(a for a in range(3) if a != axis))) for axis in range(3))
+    return tuple(slice(int(index[0]), int(index[-1]) + 1) for index in indices)
+
+
 def acquisition_matrix(source: Grid, target: Grid, axis: int) -> np.ndarray:
     """(target, source) float32 matrix that averages the object over the target's voxels along one axis.
 
-    The weights are the integral of linear interpolation over a rectangular voxel (slice) profile.
-    The source voxels are averages over their own width already, so the profile is the difference of
-    both widths; on equal grids the matrix is the identity.
+    The weights are the integral of linear interpolation over a rectangular voxel (slice) profile. Source voxels are
+    averages over their own width already, so the profile is as wide as the difference of the two widths; on equal grids
+    the matrix is the identity.
     """
     step = source.spacing_mm[axis]
     width = max(target.spacing_mm[axis] - step, 1e-3 * step) / step
@@ -81,7 +88,7 @@ def acquisition_matrix(source: Grid, target: Grid, axis: int) -> np.ndarray:
 
 
 def apply_matrices(volume: np.ndarray, matrices: Sequence[np.ndarray | None]) -> np.ndarray:
-    """Applies one matrix per spatial axis to (…, X, Y, Z); None leaves an axis as it is."""
+    """Applies one matrix per spatial axis to (…, X, Y, Z); None leaves an axis unchanged."""
     lead = volume.shape[:-3]
     volume = volume.reshape(-1, *volume.shape[-3:])
     # The axis that shrinks most goes first, so that the later products are small.
@@ -102,7 +109,7 @@ def apply_matrices(volume: np.ndarray, matrices: Sequence[np.ndarray | None]) ->
 
 
 def resampling_matrices(source: Grid, target: Grid, kind: str = "cubic") -> list[np.ndarray | None]:
-    """One matrix per axis from `source` to `target`; None where both axes are the same."""
+    """One matrix per axis from `source` to `target`; None for equal axes. `kind` is "cubic" or "acquisition"."""
     matrices: list[np.ndarray | None] = []
     for axis in range(3):
         from_mm, to_mm = source.axis_mm(axis), target.axis_mm(axis)
@@ -118,8 +125,8 @@ def resampling_matrices(source: Grid, target: Grid, kind: str = "cubic") -> list
 def smooth_noise(rng: np.random.Generator, grid: Grid, scale_mm: float, count: int = 1) -> np.ndarray:
     """(count, X, Y, Z) float32 smooth Gaussian fields of unit variance.
 
-    Cubic B-splines on a random lattice of pitch `scale_mm`. The lattice covers the head whatever the
-    grid, so a seed gives the same field at every resolution.
+    Cubic B-splines on a random lattice of pitch `scale_mm`. The lattice covers the head for every grid, so a seed gives
+    the same field at every resolution.
     """
     lattice_shape, matrices = [], []
     for axis in range(3):

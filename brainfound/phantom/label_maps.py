@@ -1,13 +1,12 @@
-"""The same physics painted onto real anatomy: label volumes with FreeSurfer's numbering.
+"""Heads from real anatomy: label volumes with FreeSurfer's numbering.
 
-A label map becomes a head of one's own: a smooth individual warp, and a displacement that opens (or
-closes) ventricles and sulci to what the drawn age asks for, whatever the age of the person whose map
-it is. Labels are read at eight points per voxel, so that tissue borders carry partial volume.
+Each simulated head has its own smooth warp, and a displacement that opens or closes ventricles and sulci to the drawn
+age, independently of the age of the person in the map. Labels are sampled at eight points per voxel, so tissue borders
+have partial volume.
 
-Numbers: FreeSurfer's colour table, and for the head outside the brain those of SimNIBS charm (502
-artery, 506 eyes, 507 other tissue, 508 muscle, 509 mucosa, 511 skin, 512 spinal cord, 514 vein, 515
-compact bone, 516 spongy bone, 530 optic nerve). Lesion codes (25, 57, 77–79) are read as white matter:
-the drawn age and diagnosis decide about lesions.
+Codes: FreeSurfer's colour table, and for the head outside the brain those of SimNIBS charm (502 artery, 506 eyes, 507
+other tissue, 508 muscle, 509 mucosa, 511 skin, 512 spinal cord, 514 vein, 515 compact bone, 516 spongy bone, 530 optic
+nerve). Lesion codes (25, 57, 77–79) count as white matter: the drawn age and diagnosis decide about lesions.
 
 Axes: X Y Z voxels, T tissues.
 """
@@ -25,8 +24,8 @@ from scipy import ndimage
 
 from brainfound.errors import CohortError
 from brainfound.phantom.anatomy import Ageing, MassEffect, subject_coordinates
-from brainfound.phantom.grid import Grid, apply_matrices, resampling_matrices
-from brainfound.phantom.physics import TISSUE_INDEX, TISSUES
+from brainfound.phantom.grid import Grid, apply_matrices, bounding_box, resampling_matrices
+from brainfound.phantom.physics import PARENCHYMA, TISSUE_INDEX, TISSUES
 
 TISSUE_LABELS: dict[str, tuple[int, ...]] = {
     "air": (0,),
@@ -47,8 +46,7 @@ TISSUE_LABELS: dict[str, tuple[int, ...]] = {
     "fat": (511,),
     "soft_tissue": (258, 507, 508, 509),
 }  # fmt: skip
-_BRAIN = ("cortex", "white_matter", "deep_grey", "pallidum", "cerebellar_cortex", "cerebellar_white", "brain_stem")
-_BRAIN_CENTER_MM = (0.0, -21.0, 6.0)  # of the brain in head coordinates; a map's brain is put there
+_BRAIN_CENTER_MM = (0.0, -21.0, 6.0)  # of the brain in head coordinates; the brain of a map moves there
 _COARSE_MM = 3.0
 _LARGEST_DILATION_MM = 5.0
 _SUFFIXES = (".nii.gz", ".nii", ".mgz")
@@ -56,7 +54,7 @@ _SUFFIXES = (".nii.gz", ".nii", ".mgz")
 
 @dataclass(frozen=True)
 class LabelMap:
-    """One label volume as tissues, with the fields along which ventricles and sulci open."""
+    """One label volume as tissues, with the displacement fields that open ventricles and sulci."""
 
     tissue: np.ndarray
     """(X, Y, Z) uint8 index into `physics.TISSUES`, RAS, with one voxel of air around it."""
@@ -95,7 +93,7 @@ def read_label_map(path: Path) -> LabelMap:
     """Reads one label volume.
 
     Raises:
-        CohortError: if the file is no 3-D volume, holds unknown codes, or no cortex and white matter.
+        CohortError: the file is not a 3-D volume, has unknown codes, or lacks cortex or white matter.
     """
     try:
         image = nib.as_closest_canonical(nib.load(path))
@@ -106,10 +104,10 @@ def read_label_map(path: Path) -> LabelMap:
         raise CohortError("not a 3-D label volume", where=path, got=f"shape {labels.shape}", remedy="Remove the file")
     tissue = _labels_to_tissue(labels, path)
     tissue = _fill_sulci_with_csf(tissue)
-    brain = np.isin(tissue, [TISSUE_INDEX[name] for name in _BRAIN])
+    box = bounding_box(np.isin(tissue, [TISSUE_INDEX[name] for name in PARENCHYMA]))
+    assert box is not None
     tissue = np.pad(tissue, 1)
-    center = image.affine @ [*(np.mean(np.flatnonzero(brain.any(axis=tuple(b for b in range(3) if b != a)))[[0, -1]])
-                               for a in range(3)), 1.0]  # fmt: skip
+    center = image.affine @ [*((extent.start + extent.stop - 1) / 2 for extent in box), 1.0]
     from_head = np.eye(4)
     from_head[:3, 3] = center[:3] - _BRAIN_CENTER_MM
     to_voxel = np.linalg.inv(image.affine) @ from_head
@@ -158,7 +156,7 @@ def _labels_to_tissue(labels: np.ndarray, path: Path) -> np.ndarray:
 
 
 def _fill_sulci_with_csf(tissue: np.ndarray) -> np.ndarray:
-    """Fills the sulci of a map without cerebrospinal fluid (a skull-stripped one): air near the brain turns fluid."""
+    """In a map without cerebrospinal fluid (a skull-stripped one), turns air near the brain into fluid."""
     csf, air = TISSUE_INDEX["csf"], TISSUE_INDEX["air"]
     if (tissue == csf).any():
         return tissue
@@ -172,7 +170,7 @@ def _voxel_mm(to_voxel: np.ndarray) -> float:
 
 
 def _tissue_share(tissue: np.ndarray, points: np.ndarray, width: float) -> np.ndarray:
-    """(T, …) shares of each tissue in cubes of `width` voxels (at least one) around `points` (3, …), voxel index."""
+    """(T, …) shares of each tissue in cubes of `width` voxels (at least one) around `points` (3, …) in voxels."""
     share = np.zeros((len(TISSUES), points[0].size), np.float32)
     order = np.arange(points[0].size)
     last = np.array(tissue.shape) - 1
@@ -205,10 +203,7 @@ class LabelledHead:
         self.grid = grid
         self._map = label_map
         coarse = Grid.covering_head(_COARSE_MM)
-        points = subject_coordinates(np.random.default_rng(seed), coarse, size)
-        if mass_effect is not None:
-            for axis, component in enumerate(mass_effect.displacement(coarse)):
-                points[axis] += component
+        points = subject_coordinates(np.random.default_rng(seed), coarse, size, mass_effect)
         index = np.stack([(points[a] - coarse.axis_mm(a)[0]) / coarse.spacing_mm[a] for a in range(3)])
         wanted_ml = ageing.ventricle_volume_ml / size**3 - label_map.ventricle_ml
         opening = label_map.ventricle_displacement * wanted_ml
@@ -226,7 +221,7 @@ class LabelledHead:
 
     def fractions(self, rows: slice) -> np.ndarray:
         """(T, rows, Y, Z) float32 tissue fractions of some planes along the first axis."""
-        first, second, third = self._matrices
+        first, *others = self._matrices
         voxels = self._voxels[:, rows] if first is None else self._voxels
-        first = None if first is None else first[rows]
-        return _tissue_share(self._map.tissue, apply_matrices(voxels, [first, second, third]), self._width)
+        matrices = [None if first is None else first[rows], *others]
+        return _tissue_share(self._map.tissue, apply_matrices(voxels, matrices), self._width)

@@ -1,9 +1,8 @@
 """Tumour, infarct, multiple-sclerosis lesions, and the white-matter hyperintensities of age.
 
-A lesion is a list of layers: a depth field on a coarse grid, the tissue that it puts in place, and the
-share that it takes of each tissue that was there. Layers are laid over the tissue fractions of any
-anatomy, shaped or labelled. The lesion mask holds everything but the hyperintensities of age, which
-healthy subjects have too.
+A lesion is a list of layers: a depth field on a coarse grid, the new tissue, and the share of each old tissue that it
+replaces. Layers modify the tissue fractions of any anatomy, parametric or labelled. The lesion mask excludes the
+hyperintensities of age, which healthy subjects have too.
 
 Axes: X Y Z voxels, T tissues.
 """
@@ -17,28 +16,27 @@ import numpy as np
 from scipy import ndimage
 
 from brainfound.phantom.anatomy import Ageing, Anatomy, MassEffect
-from brainfound.phantom.grid import Grid, apply_matrices, cubic_matrix, resampling_matrices, smooth_noise
+from brainfound.phantom.grid import (
+    Grid,
+    apply_matrices,
+    bounding_box,
+    cubic_matrix,
+    resampling_matrices,
+    smooth_noise,
+)
 from brainfound.phantom.physics import PARENCHYMA, TISSUE_INDEX
 from brainfound.phantom.shapes import inside_fraction
 
 DIAGNOSES = ("healthy", "tumour", "infarct", "ms")
 
 _LESION_GRID_MM = 2.0
-_WHITE = {"white_matter": 1.0, "cerebellar_white": 1.0}
-_ALL = {
-    "cortex": 1.0,
-    "white_matter": 1.0,
-    "deep_grey": 1.0,
-    "pallidum": 1.0,
-    "cerebellar_cortex": 1.0,
-    "cerebellar_white": 1.0,
-    "brain_stem": 1.0,
-}
+_WHITE = dict.fromkeys(("white_matter", "cerebellar_white"), 1.0)
+_ALL = dict.fromkeys(PARENCHYMA, 1.0)
 
 
 @dataclass(frozen=True)
 class LesionLayer:
-    """One lesion tissue: where (`depth_mm` on the lesion grid), what, and how much of each old tissue it takes."""
+    """One lesion tissue: depth field on the lesion grid, and the share of each old tissue that it replaces."""
 
     tissue: str
     depth_mm: np.ndarray
@@ -50,7 +48,7 @@ class LesionLayer:
 
 @dataclass
 class Survey:
-    """Distances in a person's head on a coarse grid: what is needed to place a lesion."""
+    """Tissue and distances in one head on a coarse grid, used to place lesions."""
 
     grid: Grid
     white: np.ndarray
@@ -61,10 +59,10 @@ class Survey:
     """Distance to the ventricles, 0 inside."""
 
     @classmethod
-    def of(cls, anatomy: Anatomy) -> Survey:
-        """Measures a head that was built on a coarse grid."""
+    def measure(cls, anatomy: Anatomy) -> Survey:
+        """Surveys a head on its own (coarse) grid."""
         fractions = anatomy.fractions(slice(0, anatomy.grid.shape[0]))
-        parenchyma = fractions[list(PARENCHYMA)].sum(axis=0)
+        parenchyma = fractions[[TISSUE_INDEX[name] for name in PARENCHYMA]].sum(axis=0)
         ventricle = fractions[TISSUE_INDEX["ventricle"]] + fractions[TISSUE_INDEX["choroid_plexus"]]
         spacing = anatomy.grid.spacing_mm
         return cls(
@@ -76,7 +74,7 @@ class Survey:
         )
 
     def pick(self, rng: np.random.Generator, weight: np.ndarray) -> np.ndarray:
-        """(3,) mm: a random voxel, drawn by weight, somewhere inside it."""
+        """(3,) mm: a random point in a voxel drawn by weight."""
         total = np.cumsum(weight.ravel(), dtype=np.float64)
         chosen = int(np.searchsorted(total, rng.uniform(0, total[-1])))
         index = np.unravel_index(min(chosen, weight.size - 1), weight.shape)
@@ -84,21 +82,17 @@ class Survey:
         return np.array([self.grid.axis_mm(a)[i] + j * self.grid.spacing_mm[a]
                          for a, (i, j) in enumerate(zip(index, jitter, strict=True))])  # fmt: skip
 
-    def on(self, grid: Grid, values: np.ndarray) -> np.ndarray:
-        """Values of the survey grid interpolated onto another."""
-        return apply_matrices(values.astype(np.float32), resampling_matrices(self.grid, grid))
-
 
 @dataclass
 class Pathology:
-    """The lesions of one person, to be laid over tissue fractions."""
+    """The lesions of one person, to be applied to tissue fractions."""
 
     grid: Grid
     layers: list[LesionLayer] = field(default_factory=list)
     mass_effect: MassEffect | None = None
 
     def apply(self, fractions: np.ndarray, target: Grid, rows: slice) -> np.ndarray:
-        """Lays the lesions over (T, rows, Y, Z) fractions in place; returns the lesion's share (rows, Y, Z)."""
+        """Applies the lesions to (T, rows, Y, Z) fractions in place; returns the lesion's share (rows, Y, Z)."""
         share = np.zeros(fractions.shape[1:], np.float32)
         for layer in self.layers:
             depth = self._depth(layer, target, rows)
@@ -118,14 +112,13 @@ class Pathology:
         return share
 
     def _depth(self, layer: LesionLayer, target: Grid, rows: slice) -> tuple[tuple[slice, ...], np.ndarray] | None:
-        """The layer's depth on the part of `target` that it reaches, with that part's place in the slab."""
-        reached = layer.depth_mm > -max(4.0, 2.0 * layer.softness_mm)
+        """The layer's depth on the part of `target` that it reaches, with that part's position in the slab."""
+        box = bounding_box(layer.depth_mm > -max(4.0, 2.0 * layer.softness_mm))
+        if box is None:
+            return None
         source, matrices, place = [], [], []
-        for axis in range(3):
-            index = np.flatnonzero(reached.any(axis=tuple(a for a in range(3) if a != axis)))
-            if not len(index):
-                return None
-            low, high = max(int(index[0]) - 2, 0), min(int(index[-1]) + 3, reached.shape[axis])
+        for axis, reached in enumerate(box):
+            low, high = max(reached.start - 2, 0), min(reached.stop + 2, layer.depth_mm.shape[axis])
             from_mm, to_mm = self.grid.axis_mm(axis)[low:high], target.axis_mm(axis)
             wanted = np.flatnonzero((to_mm >= from_mm[0]) & (to_mm <= from_mm[-1]))
             if axis == 0:
@@ -142,9 +135,9 @@ class Pathology:
 def draw_pathology(rng: np.random.Generator, diagnosis: str, survey: Survey, ageing: Ageing) -> Pathology:
     """Draws the lesions of one person: those of the diagnosis, and the hyperintensities of age.
 
-    Sizes: tumour radius 10–25 mm with a necrotic core, an enhancing rim of 2–4 mm and oedema; infarct
-    radius 8–20 mm; 6–16 plaques of 2–8 mm, most of them beside the ventricles, their long axis away
-    from the ventricle's wall; about one in six enhances.
+    Sizes: tumour radius 10–25 mm with a necrotic core, an enhancing rim of 2–4 mm and oedema; infarct radius 8–20 mm;
+    6–16 plaques of 2–8 mm, most of them periventricular and perpendicular to the ventricle's wall, about one in six
+    enhancing.
     """
     spacing = max(_LESION_GRID_MM, min(survey.grid.spacing_mm) if min(survey.grid.spacing_mm) > 3.0 else 0.0)
     pathology = Pathology(Grid.covering_head(spacing))
@@ -168,10 +161,10 @@ def _add_tumour(rng: np.random.Generator, survey: Survey, pathology: Pathology) 
     rim = float(rng.uniform(2.0, 4.0))
     inner = outer - rim * (1 + 0.25 * smooth_noise(rng, pathology.grid, 9.0)[0])
     oedema = outer + float(rng.uniform(6.0, 14.0)) * (1 + 0.45 * smooth_noise(rng, pathology.grid, 18.0)[0])
-    takes_grown = {**_ALL, "ventricle": 1.0, "csf": 0.85, "choroid_plexus": 1.0}
+    replaces = {**_ALL, "ventricle": 1.0, "csf": 0.85, "choroid_plexus": 1.0}
     pathology.layers += [
-        LesionLayer("necrosis", inner, takes_grown, 1.5),
-        LesionLayer("enhancing_tumour", outer, takes_grown),
+        LesionLayer("necrosis", inner, replaces, 1.5),
+        LesionLayer("enhancing_tumour", outer, replaces),
         # Vasogenic oedema spreads through white matter and spares the cortex.
         LesionLayer(
             "oedema", oedema, {"white_matter": 0.92, "cerebellar_white": 0.92, "brain_stem": 0.5, "cortex": 0.15}, 5.0
@@ -184,7 +177,7 @@ def _add_tumour(rng: np.random.Generator, survey: Survey, pathology: Pathology) 
 
 def _add_infarct(rng: np.random.Generator, survey: Survey, pathology: Pathology) -> None:
     radius = float(rng.uniform(8.0, 20.0))
-    # A branch's territory: from the deep white matter out to the cortex that it feeds.
+    # The territory of an arterial branch: from the deep white matter out to the cortex.
     near = (survey.cerebrum > 0.8) & (survey.depth_mm > 4.0) & (survey.depth_mm < 18.0)
     center = survey.pick(rng, near.astype(np.float32) + 1e-9 * survey.cerebrum)
     outward = center - np.array([np.sign(center[0]) * 12.0, -16.0, 10.0])
@@ -239,7 +232,7 @@ def _add_hyperintensities(rng: np.random.Generator, survey: Survey, ageing: Agei
     radii = rng.uniform(1.0, 2.4, len(centers))
     if not ageing.has_hyperintensities:
         return
-    distance = survey.on(pathology.grid, survey.ventricle_mm)
+    distance = apply_matrices(survey.ventricle_mm, resampling_matrices(survey.grid, pathology.grid))
     y_mm = pathology.grid.axis_mm(1)[None, :, None]
     horns = (0.55 + 1.0 * np.exp(-0.5 * ((y_mm - 30) / 12) ** 2) + 0.9 * np.exp(-0.5 * ((y_mm + 45) / 14) ** 2)).astype(
         np.float32

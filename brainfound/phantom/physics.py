@@ -2,13 +2,12 @@
 
 Relaxation times in seconds, diffusivity in mm²/s, proton density relative to cerebrospinal fluid.
 
-Sources of the table. T1 of white, cortical and deep grey matter, both fields: Wright et al. 2008 (Magn
-Reson Mater Phy 21:121), MPRAGE values. T2 of white and grey matter, T1 and T2 of muscle and of blood's
-T1: Stanisz et al. 2005 (Magn Reson Med 54:507). Proton density: water content as in Whittall et al. 1997
-(Magn Reson Med 37:34). Diffusivity: Pierpaoli et al. 1996 (Radiology 201:637), about 0.7·10⁻³ in
-parenchyma; 3·10⁻³ is that of free water at 37 °C. Cerebrospinal fluid, lesions, bone, marrow and fat
-take round values inside the ranges that are reported for them. Relaxivity of gadobutrol in plasma: r1
-from Szomolanyi et al. 2019 (Invest Radiol 54:559), r2 from Rohrer et al. 2005 (Invest Radiol 40:715).
+Sources. T1 of white, cortical and deep grey matter at both fields: Wright et al. 2008 (Magn Reson Mater Phy 21:121),
+MPRAGE values. T2 of white and grey matter, T1 and T2 of muscle, T1 of blood: Stanisz et al. 2005 (Magn Reson Med
+54:507). Proton density: water content as in Whittall et al. 1997 (Magn Reson Med 37:34). Diffusivity: Pierpaoli et al.
+1996 (Radiology 201:637), about 0.7·10⁻³ in parenchyma; 3·10⁻³ is free water at 37 °C. Cerebrospinal fluid, lesions,
+bone, marrow and fat have round values within reported ranges. Relaxivity of gadobutrol in plasma: r1 from Szomolanyi et
+al. 2019 (Invest Radiol 54:559), r2 from Rohrer et al. 2005 (Invest Radiol 40:715).
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ RELAXIVITY_R2 = {1.5: 6.1, 3.0: 7.1}
 
 @dataclass(frozen=True)
 class Tissue:
-    """What one tissue brings to the signal; T1 and T2 are (at 1.5 T, at 3 T)."""
+    """The MR properties of one tissue; T1 and T2 are (at 1.5 T, at 3 T)."""
 
     name: str
     t1_s: tuple[float, float]
@@ -65,18 +64,7 @@ TISSUES: tuple[Tissue, ...] = (
     Tissue("hyperintensity", (0.920, 1.150), (0.120, 0.116), 0.79, 0.95e-3, 0.015),
 )
 TISSUE_INDEX = {tissue.name: index for index, tissue in enumerate(TISSUES)}
-PARENCHYMA = tuple(
-    TISSUE_INDEX[name]
-    for name in (
-        "cortex",
-        "white_matter",
-        "deep_grey",
-        "pallidum",
-        "cerebellar_cortex",
-        "cerebellar_white",
-        "brain_stem",
-    )
-)
+PARENCHYMA = ("cortex", "white_matter", "deep_grey", "pallidum", "cerebellar_cortex", "cerebellar_white", "brain_stem")
 _IRON_RICH = ("pallidum", "deep_grey")
 _RESIDUAL_FAT_SIGNAL = 0.08
 
@@ -134,7 +122,7 @@ def with_gadolinium(tissue: Tissue, field_tesla: float) -> Tissue:
 
 
 def subject_tissues(rng: np.random.Generator, iron: float = 1.0) -> tuple[Tissue, ...]:
-    """The table as one subject has it: every T1 and T2 within a few per cent, iron shortens T2 of the basal ganglia."""
+    """The tissues of one subject: T1 and T2 vary by a few per cent, and iron shortens T2 of the basal ganglia."""
     drawn = []
     for tissue in TISSUES:
         t1_factor, t2_factor = np.exp(0.02 * rng.standard_normal(2))

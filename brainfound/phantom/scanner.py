@@ -1,9 +1,9 @@
-"""Sites and their scanners: protocols, voxels, coil shading, noise, and how a scan is stored.
+"""Sites and their scanners: protocols, voxels, coil shading, noise, and storage of scans.
 
-A scan is the object's signal averaged over the scanner's voxels (slice profile included), shaded by a
-smooth coil sensitivity, with complex Gaussian noise before the magnitude is taken, which makes it
-Rician (Gudbjartsson and Patz 1995, Magn Reson Med 34:910). The ADC map is computed as a console does
-it, from two noisy images: ADC = ln(S0/Sb)/b, in 10⁻⁶ mm²/s (Stejskal and Tanner 1965).
+A scan is the object's signal averaged over the scanner's voxels (slice profile included) and multiplied by a smooth
+coil sensitivity. Complex Gaussian noise makes the magnitude Rician (Gudbjartsson and Patz 1995, Magn Reson Med 34:910).
+The ADC map is computed from two noisy images, as on a console: ADC = ln(S0/Sb)/b, in 10⁻⁶ mm²/s (Stejskal and Tanner
+1965).
 
 Axes: X Y Z voxels.
 """
@@ -37,7 +37,7 @@ class ScanProtocol:
 
 @dataclass(frozen=True)
 class Site:
-    """One site: its field, its protocols, and the marks that its scanner leaves on images."""
+    """One site: its field strength, its protocols, and the image properties of its scanner."""
 
     name: str
     field_tesla: float
@@ -54,9 +54,10 @@ class Site:
     """Spread of the head's tilt in the scanner, which makes affines oblique."""
 
 
-def _flair(field_tesla: float, repetition_time_s: float, echo_time_s: float, miss: float) -> Sequence:
+def _flair(field_tesla: float, repetition_time_s: float, echo_time_s: float, factor: float) -> Sequence:
+    """A FLAIR whose inversion time is `factor` times the one that nulls fluid."""
     fluid_t1_s = 4.0 if field_tesla < 2 else 4.2
-    inversion = nulling_inversion_time_s(fluid_t1_s, repetition_time_s) * miss
+    inversion = nulling_inversion_time_s(fluid_t1_s, repetition_time_s) * factor
     return Sequence(repetition_time_s, echo_time_s, round(inversion, 3))
 
 
@@ -135,7 +136,7 @@ def acquisition_grid(protocol: ScanProtocol, simulation: Grid, spacing_mm: float
     thickness = in_plane if protocol.slice_thickness_mm is None else max(protocol.slice_thickness_mm, in_plane)
     if np.allclose((in_plane, thickness), simulation.spacing_mm[0], rtol=1e-6):
         return simulation
-    # The last voxel ends inside the simulated head, or the edge would average over nothing.
+    # The last voxel must end inside the simulated volume.
     extent = [axis_extent - step for axis_extent, step in
               zip(HEAD_EXTENT_MM, (in_plane, in_plane, thickness), strict=True)]  # fmt: skip
     return Grid.covering_head((in_plane, in_plane, thickness), extent)
@@ -183,13 +184,13 @@ class Acquisition:
         return np.hypot(image, quadrature)
 
     def _sensitivity(self, grid: Grid, order: int) -> np.ndarray:
-        """The coil's shading: mostly the session's, a little the scan's own."""
+        """The coil's sensitivity: mostly of the session, partly of the scan."""
         shared = smooth_noise(np.random.default_rng([*self._seed, 100]), grid, 90.0)[0]
         own = smooth_noise(np.random.default_rng([*self._seed, 200 + order]), grid, 70.0)[0]
         return np.exp(np.float32(self.site.bias_strength) * (shared + 0.3 * own))
 
     def adc(self, unweighted: np.ndarray, weighted: np.ndarray) -> np.ndarray:
-        """ADC in 10⁻⁶ mm²/s from the two magnitudes (same scale), 0 where there is no signal to divide."""
+        """ADC in 10⁻⁶ mm²/s from the two magnitudes (same scale), 0 where the signal is too low."""
         floor = max(4 * self.site.noise, 0.25) * self.site.gain
         ratio = np.log(np.maximum(unweighted, 1.0) / np.maximum(weighted, 1.0)) / B_VALUE_S_PER_MM2 * 1e6
         return np.where(unweighted > floor, np.clip(ratio, 0, _LARGEST_ADC), 0).astype(np.float32)

@@ -1,15 +1,11 @@
-"""The cerebrum's outline and its folds, as depth fields (see `anatomy.py`).
+"""Shapes as depth fields (positive inside, negative outside, in mm near the surface), and the folded cerebrum.
 
-A sulcus is a sheet: the zero surface of band-limited noise g, whose distance is |g|/|∇g| to first
-order. The noise is read on a shell around the hemisphere's centre and is therefore constant along the
-radial direction, which makes the sheets run inward from the surface as sulci do.
+A depth field divided by the voxel size gives the fraction of a voxel that lies inside, so edges have partial volume.
+Depths combine by smooth minimum (intersection) and maximum (union). `points` are (3, …) coordinates in mm.
 
-Shapes as depth fields: positive inside, negative outside, in mm near the surface.
-
-A depth field divided by the voxel size gives the fraction of a voxel that lies inside, so edges carry
-partial volume instead of stairs. Depths combine by smooth minimum (both) and maximum (either).
-
-`points` is (3, …) coordinates in mm.
+A sulcus is a sheet: the zero surface of band-limited noise g, at the distance |g|/|∇g| to first order. The noise is
+evaluated on a shell around the hemisphere's centre, so it is constant along the radial direction and the sheets run
+inward from the surface, as sulci do.
 """
 
 from __future__ import annotations
@@ -19,7 +15,14 @@ from functools import reduce
 
 import numpy as np
 
-from brainfound.phantom.grid import Grid
+from brainfound.phantom.grid import Grid, bounding_box
+
+_GYRAL_WAVELENGTH_MM = 20.0
+_NUM_WAVES = 40
+_CHUNK = 8192
+_HEMISPHERE_CENTER_MM = (26.0, -16.0, 10.0)
+_SHELL_RADII_MM = (42.0, 82.0, 60.0)
+_MEDIAL_RADIUS_MM = 28.0
 
 
 def ellipsoid(points: np.ndarray, center: Sequence[float], radii: Sequence[float], boxy: bool = False) -> np.ndarray:
@@ -70,18 +73,10 @@ def smoothstep(values: np.ndarray, start: float, end: float) -> np.ndarray:
 
 
 def inside_fraction(depth_mm: np.ndarray, voxel_mm: float) -> np.ndarray:
-    """The fraction of a voxel of that width that lies inside a surface at that depth."""
+    """The fraction of a voxel of width `voxel_mm` that lies inside, for a depth at its centre."""
     fraction = depth_mm * np.float32(1 / voxel_mm)
     fraction += 0.5
     return np.clip(fraction, 0.0, 1.0, out=fraction)
-
-
-_GYRAL_WAVELENGTH_MM = 20.0
-_NUM_WAVES = 40
-_CHUNK = 8192
-_HEMISPHERE_CENTER_MM = (26.0, -16.0, 10.0)
-_SHELL_RADII_MM = (42.0, 82.0, 60.0)
-_MEDIAL_RADIUS_MM = 28.0
 
 
 def cerebrum_fields(points: np.ndarray, depth_noise: np.ndarray) -> dict[str, np.ndarray]:
@@ -141,11 +136,8 @@ def _sylvian_fissure(p: np.ndarray) -> np.ndarray:
 
 def sulcal_sheets(rng: np.random.Generator, grid: Grid, points: np.ndarray, brain: np.ndarray) -> np.ndarray:
     """Signed distance (mm, first order) to the nearest sulcal sheet."""
-    inside = brain > -6.0
-    box = tuple(
-        slice(int(index[0]), int(index[-1]) + 1)
-        for index in (np.flatnonzero(inside.any(axis=tuple(a for a in range(3) if a != axis))) for axis in range(3))
-    )
+    box = bounding_box(brain > -6.0)
+    assert box is not None
     p = points[(slice(None), *box)]
     center = np.asarray(_HEMISPHERE_CENTER_MM, np.float32)[:, None, None, None]
     radii = np.asarray(_SHELL_RADII_MM, np.float32)[:, None, None, None]

@@ -26,7 +26,7 @@ from brainfound.phantom.physics import (
 )
 from brainfound.phantom.scanner import Acquisition, Site, make_site
 
-# Classes of the stored segmentation: value → name, and the tissues that it holds.
+# Classes of the stored segmentation, in the order of their values: name and tissues.
 SEGMENTATION: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("background", ("air",)),
     ("CSF", ("csf",)),
@@ -42,14 +42,14 @@ SEGMENTATION: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 _SURVEY_MM = 4.0
 _ROWS = 8
-# Each aspect of a subject has its own random stream, so that a change in one leaves the others.
+# Each aspect of a subject has its own random stream, so that a change in one does not affect the others.
 _STREAMS = {name: number for number, name in enumerate(
     ("person", "ageing", "anatomy", "pathology", "tissues", "pose", "scans", "missing", "label_map"))}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class CohortSettings:
-    """What all subjects of a cohort share; the arguments of `write_phantom_cohort`, checked."""
+    """The validated arguments of `write_phantom_cohort` that all subjects share."""
 
     seed: int
     spacing_mm: float | None
@@ -73,7 +73,7 @@ class Participant:
 
 
 def draw_participant(settings: CohortSettings, index: int) -> tuple[Participant, Site]:
-    """Draws who subject number `index` (from 0) is; independent of how many others there are."""
+    """Draws the covariates of subject number `index` (from 0); they do not depend on the number of subjects."""
     rng = _stream(settings, index, "person")
     names = [name for name, _ in settings.diagnoses]
     age = round(float(rng.uniform(*settings.age_range_years)), 1)
@@ -101,7 +101,7 @@ def write_subject(folder: Path, settings: CohortSettings, index: int) -> Partici
         site, _seed(settings, index, "scans"), grid, settings.spacing_mm, _pose(settings, index, site)
     )
     white = {c: abs(float(row[TISSUE_INDEX["white_matter"]])) for c, row in zip(simulated, table, strict=True)}
-    white["b0"] = white.get("DWI", 1.0)  # one receiver gain for both, or their ratio would mean nothing
+    white["b0"] = white.get("DWI", 1.0)  # the ADC needs one receiver gain for both
     magnitude = {c: acquisition.magnitude(c, s, white[c]) for c, s in zip(simulated, signals, strict=True)}
     for contrast in written:
         volume = acquisition.adc(magnitude["b0"], magnitude["DWI"]) if contrast == "ADC" else magnitude[contrast]
@@ -136,18 +136,18 @@ def _build(
 
     if person.diagnosis == "healthy" and not ageing.has_hyperintensities:
         return build(grid), Pathology(grid)
-    survey = Survey.of(build(Grid.covering_head(max(_SURVEY_MM, grid.spacing_mm[0]))))
+    survey = Survey.measure(build(Grid.covering_head(max(_SURVEY_MM, grid.spacing_mm[0]))))
     pathology = draw_pathology(_stream(settings, index, "pathology"), person.diagnosis, survey, ageing)
     return build(grid, pathology.mass_effect), pathology
 
 
 def get_label_map_path(settings: CohortSettings, index: int) -> Path | None:
-    """The label volume that subject number `index` is painted on; None where heads are shaped."""
+    """The label volume of subject number `index`; None for parametric heads."""
     return _draw_head(settings, index)[1]
 
 
 def _draw_head(settings: CohortSettings, index: int) -> tuple[float, Path | None]:
-    """How far the head's size is from the mean, in standard deviations, and its label volume."""
+    """The deviation of the head's size from the mean, in standard deviations, and its label volume."""
     rng = _stream(settings, index, "label_map")
     spread = float(rng.standard_normal())
     maps = settings.label_maps
@@ -190,14 +190,14 @@ def _simulate_signals(
 
 
 def draw_contrasts(settings: CohortSettings, index: int) -> list[str]:
-    """The contrasts that this session has; at least one."""
+    """The contrasts of subject number `index`, at least one."""
     rng = _stream(settings, index, "missing")
     kept = [c for c in settings.contrasts if rng.random() >= settings.missing_probability]
     return kept or [settings.contrasts[int(rng.integers(len(settings.contrasts)))]]
 
 
 def _pose(settings: CohortSettings, index: int, site: Site) -> np.ndarray:
-    """(4, 4) how the head lies in the scanner: the same for every scan of the session."""
+    """(4, 4) head coordinates → scanner coordinates, the same for all scans of the session."""
     rng = _stream(settings, index, "pose")
     pose = np.eye(4)
     pose[:3, :3] = rotation_matrix(np.radians(site.tilt_degrees) * rng.standard_normal(3))
@@ -206,12 +206,9 @@ def _pose(settings: CohortSettings, index: int, site: Site) -> np.ndarray:
 
 
 def scan_path(participant_id: str, contrast: str) -> str:
-    """Where a scan lies in the cohort, by BIDS: `sub-0001/anat/sub-0001_ce-gd_T1w.nii.gz`."""
-    folder, name = {
-        "T1ce": ("anat", "ce-gd_T1w"),
-        "DWI": ("dwi", "dwi"),
-        "ADC": ("dwi", "ADC"),
-    }.get(contrast, ("anat", contrast))
+    """The BIDS path of a scan in the cohort: `sub-0001/anat/sub-0001_ce-gd_T1w.nii.gz`."""
+    special = {"T1ce": ("anat", "ce-gd_T1w"), "DWI": ("dwi", "dwi"), "ADC": ("dwi", "ADC")}
+    folder, name = special.get(contrast, ("anat", contrast))
     return f"{participant_id}/{folder}/{participant_id}_{name}.nii.gz"
 
 
@@ -261,15 +258,10 @@ def _write_derivatives(
         index = (reference.axis_mm(axis) - simulation.axis_mm(axis)[0]) / simulation.spacing_mm[axis]
         nearest.append(np.clip(np.rint(index), 0, simulation.shape[axis] - 1).astype(int))
     name = person.participant_id
-    acquisition.store(
-        folder / f"derivatives/masks/{name}/anat/{name}_label-lesion_mask.nii.gz", mask, reference, np.uint8
-    )
-    acquisition.store(
-        folder / f"derivatives/tissue/{name}/anat/{name}_dseg.nii.gz",
-        segmentation[np.ix_(*nearest)],
-        reference,
-        np.uint8,
-    )
+    mask_path = folder / f"derivatives/masks/{name}/anat/{name}_label-lesion_mask.nii.gz"
+    acquisition.store(mask_path, mask, reference, np.uint8)
+    segmentation_path = folder / f"derivatives/tissue/{name}/anat/{name}_dseg.nii.gz"
+    acquisition.store(segmentation_path, segmentation[np.ix_(*nearest)], reference, np.uint8)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

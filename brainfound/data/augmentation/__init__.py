@@ -1,16 +1,14 @@
-"""Random views of slices for pretraining, made in batches on the device from uint8 pixels.
+"""Random views of slices, computed in batches on the device from uint8 pixels.
 
-A view is one random crop, slightly rotated and sheared, with random intensities. What changes a scan without changing
-the anatomy is varied (receiver gain, contrast between tissues, bias field, noise, resolution); what would is not: there
-is no vertical flip, and left and right are kept unless the recipe asks otherwise. Air stays exactly 0, because
-"background is 0" is part of the input contract.
+A view is a random crop, slightly rotated and sheared, with random intensities and possibly fewer contrasts. Only
+properties of the scan vary (receiver gain, contrast between tissues, bias field, noise, resolution), not the anatomy:
+there is no vertical flip, and by default no left-right flip. Air stays exactly 0, as the models' input requires.
 
-`views_recipe` holds the settings, `multi_crop` makes the views. Of its parts, `crops` says where a view looks,
-`contrast_masks` what it shows, and `intensity` how bright it is, with one module for each effect of the scanner:
-`bias_field`, `resolution` (blur, thick pixels, Gibbs ringing), `noise`.
+`recipe` holds the settings, `views` combines the parts: `geometry` (crops, elastic deformation), `intensity` (gamma,
+gain, bias field, noise) and `resolution` (blur, thick pixels, Gibbs ringing). `sampling` draws the random numbers.
 
-Sources: multi-crop (SwAV, arXiv 2006.09882, section 3.2) with the scales of DINOv2; gamma, noise and blur as in common
-MRI augmentation (nnU-Net, Isensee et al. 2021, supplementary note 4); those of the single effects are in their modules.
+Sources: multi-crop of SwAV (arXiv 2006.09882, section 3.2) with the scales of DINOv2; gamma, noise and blur as in
+nnU-Net (Isensee et al. 2021, supplementary note 4). The modules name the sources of the other effects.
 """
 
 from brainfound.data.augmentation.geometry import random_affine, sample_crops

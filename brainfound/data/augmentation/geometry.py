@@ -1,15 +1,11 @@
-"""Elastic deformation: a smooth bending of the plane, as heads differ in shape and tissue gives way.
+"""Geometry of views: random resized, rotated and sheared crops, and elastic deformation.
 
-Model: displacements of a coarse grid of control points, made smooth by cubic B-splines (Rueckert et al. 1999, IEEE TMI
-18:712). No place is folded over another while every control point moves by less than `MAX_DISPLACEMENT` of a cell along each
-axis (Choi and Lee 2000, Graphical Models 62:411).
+A crop is one resampling of the slice. An elastic deformation displaces a coarse grid of control points, interpolated by
+cubic B-splines (Rueckert et al. 1999, IEEE TMI 18:712). It does not fold while every control point moves by less than
+`MAX_DISPLACEMENT` of a cell along each axis (Choi and Lee 2000, Graphical Models 62:411).
 
-Axis legend: ``K`` images, ``G`` control points of an axis (three more than cells), ``L`` pixels of one axis, ``H W``
-pixels.
-
-Where a view looks: random resized, rotated and sheared crops, each by one resampling of the slice.
-
-Axis legend: ``n`` images (slices), ``V`` views per image, ``C`` contrasts, ``H W`` pixels.
+Axis legend: ``n`` images (slices), ``V`` views per image, ``C`` contrasts, ``H W`` pixels; ``K`` deformed images, ``G``
+control points of an axis (three more than cells), ``L`` pixels of one axis.
 """
 
 from __future__ import annotations
@@ -26,6 +22,9 @@ from torch import Tensor
 from brainfound.data.augmentation.recipe import ViewsRecipe
 from brainfound.data.augmentation.sampling import log_uniform, uniform
 
+MAX_DISPLACEMENT = 1 / 2.046392675
+"""The largest displacement of a control point along an axis that cannot fold the plane, in cells."""
+
 
 def random_affine(
     count: int,
@@ -34,11 +33,10 @@ def random_affine(
     recipe: ViewsRecipe,
     generator: torch.Generator,
 ) -> Float[Tensor, "count 2 3"]:
-    """Matrices from a crop's normalised coordinates (x, y) to the image's, as `affine_grid` takes them.
+    """Matrices from a crop's normalised coordinates (x, y) to the image's, as for `torch.nn.functional.affine_grid`.
 
-    The crop's centre is drawn so that the unrotated crop lies inside the image; crop height and
-    width follow area and aspect and are cut to the image. Rotation and shear are in pixels, so an
-    image that is not square is not distorted.
+    Before its rotation the crop lies inside the image; its height and width follow area and aspect, limited to the
+    image. Rotation and shear act on pixels, so they do not distort an image that is not square.
     """
     height, width = image_size
     area = uniform((count,), *scale, generator) * height * width
@@ -52,7 +50,7 @@ def random_affine(
     shear = uniform((count,), -recipe.shear, recipe.shear, generator)
     mirror = 1 - 2 * (torch.rand(count, generator=generator) < recipe.flip_left_right).float()
     cosine, sine = angle.cos(), angle.sin()
-    # Rotation · shear · size, in pixels from the image's middle; then in units of half the image.
+    # Rotation · shear · size, in pixels from the image's centre, divided by half the image's size.
     rows = torch.stack(
         [
             torch.stack([cosine * crop_width * mirror, (cosine * shear - sine) * crop_height, 2 * centre_x]) / width,
@@ -65,11 +63,11 @@ def random_affine(
 def sample_crops(
     images: Float[Tensor, "n C H W"], matrices: Float[Tensor, "n V 2 3"], side: int
 ) -> Float[Tensor, "n C V side side"]:
-    """The crops that `random_affine` describes, by one `grid_sample` (bilinear, 0 outside).
+    """The crops of `random_affine` matrices, by one `grid_sample` (bilinear, 0 outside).
 
-    All views of an image are sampled as one tall grid, so that images are not copied per view. x and y of the grid
-    lie apart in memory: sums of rows and columns make them more than ten times faster than `affine_grid` does.
-    There is no anti-aliasing: at the usual scales crops are resized by less than a factor of two.
+    All views of an image are sampled as one tall grid, so that images are not copied per view. Storing x and y of the
+    grid separately, as sums of rows and columns, is more than ten times faster than `affine_grid`. There is no
+    anti-aliasing: at the usual scales crops are resized by less than a factor of two.
     """
     num_images, num_views = matrices.shape[:2]
     steps = (torch.arange(side, device=images.device, dtype=images.dtype) * 2 + 1) / side - 1
@@ -81,10 +79,6 @@ def sample_crops(
     return rearrange(sampled, "n c (views h) w -> n c views h w", views=num_views)
 
 
-MAX_DISPLACEMENT = 1 / 2.046392675
-"""The largest displacement of a control point along an axis that cannot fold the plane, in cells."""
-
-
 def random_control_points(count: int, cells: int, generator: torch.Generator) -> Float[Tensor, "count 2 G G"]:
     """Displacements along x and y between −1 and 1, for a grid of `cells` × `cells` cells over an image."""
     return uniform((count, 2, cells + 3, cells + 3), -1, 1, generator)
@@ -93,10 +87,10 @@ def random_control_points(count: int, cells: int, generator: torch.Generator) ->
 def displacement_field(
     control: Float[Tensor, "K 2 G G"], strength: Float[Tensor, "K"], size: tuple[int, int]
 ) -> Float[Tensor, "K H W 2"]:
-    """Where each pixel looks instead, relative to itself, in normalised coordinates (x, y) as `grid_sample` takes them.
+    """The offset from each pixel to where it is sampled, in normalised coordinates (x, y) of `grid_sample`.
 
     Args:
-        strength: what a control value of 1 means, as a share of the image's side.
+        strength: the displacement by a control value of 1, as a share of the image's side.
     """
     rows, columns = (_spline_weights(side, control.shape[-1] - 3, control.device) for side in size)
     smooth = rows @ control @ columns.T
@@ -105,7 +99,7 @@ def displacement_field(
 
 @cache
 def _spline_weights(length: int, cells: int, device: torch.device) -> Float[Tensor, "L G"]:
-    """The weight of each control point at the centre of each pixel: four neighbours have one, and their sum is 1."""
+    """The weight of each control point at each pixel centre: non-zero for four neighbours, with the sum 1."""
     position = (torch.arange(length, dtype=torch.float64) + 0.5) / length * cells
     cell = position.floor().long().clamp(max=cells - 1)
     t = position - cell

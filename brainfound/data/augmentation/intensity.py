@@ -1,27 +1,16 @@
-"""Noise of the receiver.
+"""Random intensities of the foreground, in the order of the acquisition; the background stays exactly 0.
 
-Physics: real and imaginary part of the signal have independent Gaussian noise of one standard deviation. The magnitude
-image then has Rician noise (Gudbjartsson and Patz 1995, MRM 34:910), which is nearly Gaussian where the signal is three
-times the noise or more, and brightens what is darker.
+The effects are tissue contrast (gamma, gain), coils (bias field), sampling (blur, thick pixels, Gibbs ringing; see
+`resolution`) and receiver (noise). All small random numbers are drawn first; an effect then touches only the images
+that it was drawn for. Grey values stay in 0–1.
 
-Axis legend: ``K`` images, ``S`` slices, ``H W`` pixels.
-
-How bright a view is: random grey values of the foreground; the background stays exactly 0, the range 0–1.
-
-The effects follow the way of a signal: contrast of the tissue (gamma, gain), coils (bias field), sampling (blur, thick
-pixels, Gibbs ringing), receiver (noise). What is small is drawn first, for all images together; an effect then only
-touches the images that it was drawn for.
+Bias field: coil sensitivity and transmit inhomogeneity multiply the signal and vary over centimetres. The field is the
+exponential of a polynomial of low order, the inverse of the correction of Van Leemput et al. 1999 (IEEE TMI 18:885).
+Noise: Gaussian in the real and the imaginary part makes the magnitude Rician (Gudbjartsson and Patz 1995, MRM 34:910),
+which is nearly Gaussian above three times the noise and brightens darker pixels.
 
 Axis legend: ``P`` images (one contrast of one view, or of one volume), ``S`` slices of an image that are treated alike
-(1 for a view), ``K`` images that an effect was drawn for, ``H W`` pixels.
-
-Bias field: a smooth multiplicative change of brightness, from coils that hear some places better than others.
-
-Physics: the signal is multiplied by the sensitivity of the receiving coils and by the inhomogeneity of the transmitted
-field, both of which vary over centimetres. Model: the exponential of a polynomial of low order over the image, as
-in the correction of Van Leemput et al. 1999 (IEEE TMI 18:885), whose inverse this is.
-
-Axis legend: ``K`` images, ``S`` slices, ``T`` powers of an axis, ``H W`` pixels.
+(1 for a view), ``K`` images that an effect was drawn for, ``T`` powers of an axis, ``H W`` pixels.
 """
 
 from __future__ import annotations
@@ -46,17 +35,19 @@ from brainfound.data.augmentation.resolution import (
 from brainfound.data.augmentation.sampling import EffectSelection, log_uniform, random_selection, to_device, uniform
 
 CACHED_PIXELS = 1 << 20
-"""Pixels that are worked on together on a CPU: their float32 and one copy fit into its cache."""
+"""Pixels per chunk on a CPU: their float32 values and one copy fit into its cache."""
+ORDER = 3
+"""Total order of a bias field's polynomial."""
 
 
 def chunk_size(num_images: int, pixels_per_image: int, device: torch.device) -> int:
-    """How many images to work on at once: on a CPU what fits into its cache, elsewhere all, in one launch."""
+    """Number of images to process at once: on a CPU as many as fit into its cache, on other devices all."""
     return max(1, CACHED_PIXELS // max(1, pixels_per_image)) if device.type == "cpu" else max(1, num_images)
 
 
 @dataclass(frozen=True)
 class IntensityPlan:
-    """Everything that is drawn for the intensities of P images, except the noise itself."""
+    """The random numbers for the intensities of P images, except the noise itself."""
 
     recipe: IntensityRecipe
     gamma: EffectSelection
@@ -78,60 +69,50 @@ class IntensityPlan:
         size: tuple[int, int],
         recipe: IntensityRecipe,
         generator: torch.Generator,
-        shown: Bool[Tensor, "P"] | None = None,
+        visible: Bool[Tensor, "P"] | None = None,
     ) -> IntensityPlan:
         """Draw for `num_images` images of `size` pixels.
 
         Args:
             generator: on the CPU.
-            shown: effects on the other images are drawn but not done; None for all.
+            visible: the effects of other images are drawn but not applied; None for all.
         """
         count = (num_images,)
 
-        def chosen(probability: float) -> Bool[Tensor, "P"]:
-            drawn = random_selection(num_images, probability, generator)
-            return drawn if shown is None else drawn & shown
+        def select(probability: float) -> Bool[Tensor, "P"]:
+            selected = random_selection(num_images, probability, generator)
+            return selected if visible is None else selected & visible
 
-        gamma = EffectSelection.where(chosen(recipe.gamma_probability), log_uniform(count, recipe.gamma, generator))
+        # The order of the draws fixes the result of a seed.
+        gamma = EffectSelection.where(select(recipe.gamma_probability), log_uniform(count, recipe.gamma, generator))
         varied = random_selection(num_images, recipe.contrast_probability, generator)
-        gain = uniform(count, 1 - recipe.brightness, 1 + recipe.brightness, generator)
-        spread = uniform(count, 1 - recipe.contrast, 1 + recipe.contrast, generator)
+        gain = uniform(count, 1 - recipe.brightness, 1 + recipe.brightness, generator).where(varied, torch.ones(()))
+        spread = uniform(count, 1 - recipe.contrast, 1 + recipe.contrast, generator).where(varied, torch.ones(()))
         bias_field = EffectSelection.where(
-            chosen(recipe.bias_field_probability),
+            select(recipe.bias_field_probability),
             random_coefficients(num_images, generator),
             uniform(count, 0, recipe.bias_field, generator),
         )
         blur = EffectSelection.where(
-            chosen(recipe.blur_probability), uniform(count, *recipe.blur_sigma_pixels, generator)
+            select(recipe.blur_probability), uniform(count, *recipe.blur_sigma_pixels, generator)
         )
         rows, columns = _draw_filters(
-            size, chosen(recipe.low_resolution_probability), chosen(recipe.gibbs_probability), recipe, generator
+            size, select(recipe.low_resolution_probability), select(recipe.gibbs_probability), recipe, generator
         )
-        noise = EffectSelection.where(chosen(recipe.noise_probability), uniform(count, 0, recipe.noise_std, generator))
-        one = torch.ones(count)
-        return cls(
-            recipe,
-            gamma,
-            torch.where(varied, gain, one),
-            torch.where(varied, spread, one),
-            bias_field,
-            blur,
-            rows,
-            columns,
-            noise,
-        )
+        noise = EffectSelection.where(select(recipe.noise_probability), uniform(count, 0, recipe.noise_std, generator))
+        return cls(recipe, gamma, gain, spread, bias_field, blur, rows, columns, noise)
 
     def apply(self, images: Float[Tensor, "P S H W"], noise_generator: torch.Generator, first: int = 0) -> None:
         """Vary `images` in place.
 
         Args:
-            images: images `first` … of those that this plan was drawn for; grey values 0–1, background 0.
+            images: those of this plan from `first` on; grey values 0–1, background 0.
             noise_generator: on the images' device, or on the CPU.
         """
         count, device = len(images), images.device
 
-        def change(chosen: EffectSelection, effect: Callable[..., Tensor]) -> None:
-            if (part := chosen.part(first, count, device)) is not None:
+        def change(selection: EffectSelection, effect: Callable[..., Tensor]) -> None:
+            if (part := selection.part(first, count, device)) is not None:
                 index, *values = part
                 images.index_copy_(0, index, effect(images.index_select(0, index), *values))
 
@@ -142,7 +123,7 @@ class IntensityPlan:
         change(self.blur, gaussian_blur)
         change(self.rows, filter_rows)
         change(self.columns, filter_columns)
-        change(self.noise, lambda chosen, std: add_noise(chosen, std, self.recipe.noise, noise_generator))
+        change(self.noise, lambda selected, std: add_noise(selected, std, self.recipe.noise, noise_generator))
         images.mul_(foreground).clamp_(0, 1)
 
     def _vary_gain(self, images: Tensor, foreground: Tensor, first: int) -> None:
@@ -153,13 +134,13 @@ class IntensityPlan:
         gain, spread = (to_device(factor, images.device)[:, None, None, None] for factor in (gain, spread))
         num_pixels = foreground.sum(dim=(1, 2, 3), keepdim=True).clamp(min=1)
         mean = images.sum(dim=(1, 2, 3), keepdim=True) / num_pixels
-        # Filters that follow reach across the brain's border, where the background must be 0 already; and the
-        # magnitude of noise would mirror what is below 0.
+        # Later filters reach across the brain's border, so the background must be 0 already; Rician noise would mirror
+        # negative values.
         images.mul_(spread * gain).add_(mean * (1 - spread) * gain).clamp_(min=0).mul_(foreground)
 
 
 def raise_to_power(images: Float[Tensor, "K S H W"], gamma: Float[Tensor, "K"]) -> Float[Tensor, "K S H W"]:
-    """images ** gamma, with 0 at 0; `images` is overwritten. By logarithm, which is much faster than a power."""
+    """images ** gamma, with 0 at 0; `images` is overwritten. The logarithm is much faster than a power."""
     return images.log_().mul_(gamma[:, None, None, None]).exp_()
 
 
@@ -170,7 +151,7 @@ def _draw_filters(
     recipe: IntensityRecipe,
     generator: torch.Generator,
 ) -> tuple[EffectSelection, EffectSelection]:
-    """Weights of the frequencies of both axes: thick pixels along one or both, ringing along one."""
+    """Frequency weights of both axes: thick pixels along one or both, ringing along one."""
     count = (len(is_thick),)
     factor = log_uniform(count, recipe.low_resolution, generator)
     kept = uniform(count, *recipe.gibbs_kept, generator)
@@ -194,11 +175,11 @@ def vary_intensity(
     generator: torch.Generator,
     noise_generator: torch.Generator,
 ) -> Float[Tensor, "n C *S H W"]:
-    """Vary each contrast of each image on its own; the slices of a volume alike. `images` is overwritten.
+    """Vary each contrast of each image independently, all slices of a volume alike. `images` is overwritten.
 
     Args:
         images: contiguous, grey values 0–1, background 0.
-        generator: on the CPU; draws everything that is small.
+        generator: on the CPU; draws all small random numbers.
         noise_generator: on the device of the images, or on the CPU.
     """
     height, width = images.shape[-2:]
@@ -210,11 +191,8 @@ def vary_intensity(
     return images
 
 
-ORDER = 3
-
-
 def random_coefficients(count: int, generator: torch.Generator) -> Float[Tensor, "count T T"]:
-    """Of the powers of row and column, up to a total of `ORDER`; the constant is 0, since the mean of a field is 1."""
+    """Coefficients of the powers of row and column, up to a total of `ORDER`; the constant is 0."""
     power = torch.arange(ORDER + 1)
     total = power[:, None] + power
     return torch.randn((count, ORDER + 1, ORDER + 1), generator=generator) * ((total > 0) & (total <= ORDER))
@@ -223,7 +201,7 @@ def random_coefficients(count: int, generator: torch.Generator) -> Float[Tensor,
 def bias_fields(
     coefficients: Float[Tensor, "K T T"], strength: Float[Tensor, "K"], size: tuple[int, int]
 ) -> Float[Tensor, "K H W"]:
-    """Fields of mean 1, of which the largest |log| is `strength` before the mean is made 1."""
+    """Bias fields of mean 1; `strength` is the largest |log| before the division by the mean."""
     rows, columns = (_powers(side, coefficients.device) for side in size)
     field = rows @ coefficients @ columns.T
     largest = field.abs().amax(dim=(1, 2), keepdim=True).clamp(min=1e-6)
@@ -234,7 +212,7 @@ def bias_fields(
 def apply_bias_field(
     images: Float[Tensor, "K S H W"], coefficients: Float[Tensor, "K T T"], strength: Float[Tensor, "K"]
 ) -> Float[Tensor, "K S H W"]:
-    """Each image times its field, the same for all its slices; `images` is overwritten."""
+    """Multiply all slices of each image by its field; `images` is overwritten."""
     return images.mul_(bias_fields(coefficients, strength, (images.shape[2], images.shape[3]))[:, None])
 
 
@@ -250,7 +228,7 @@ def add_noise(
     kind: Literal["gaussian", "rician"],
     generator: torch.Generator,
 ) -> Float[Tensor, "K S H W"]:
-    """The images with noise everywhere, also in the background. `images` is overwritten."""
+    """Add noise everywhere, also in the background; `images` is overwritten."""
     noisy = images.add_(_noise(images, std, generator))
     if kind == "rician":
         noisy.square_().add_(_noise(images, std, generator).square_()).sqrt_()

@@ -10,7 +10,7 @@ from brainfound.errors import RecipeError
 from brainfound.recipes import Recipe
 
 
-def _increasing(recipe: Recipe, *names: str) -> None:
+def _require_increasing(recipe: Recipe, *names: str) -> None:
     for name in names:
         low, high = getattr(recipe, name)
         if not 0 < low <= high:
@@ -18,48 +18,48 @@ def _increasing(recipe: Recipe, *names: str) -> None:
 
 
 class IntensityRecipe(Recipe):
-    """Random intensities of a view; every contrast of a view is varied on its own.
+    """Random intensities, varied independently for each contrast of a view.
 
-    A probability is the part of the images of a batch that an effect is drawn for, so a step always costs the same.
+    A probability is the share of a batch's images that an effect is drawn for, which keeps the cost of a step constant.
     The artefacts of a scanner (bias field, Gibbs ringing, thick pixels) are off by default.
     """
 
     gamma_probability: float = Field(default=0.5, ge=0, le=1)
-    """How often the grey values are raised to a random power."""
+    """Probability of raising the grey values to a random power."""
     gamma: tuple[float, float] = (0.7, 1.5)
     """Range of that power (drawn log-uniformly)."""
     contrast_probability: float = Field(default=0.8, ge=0, le=1)
-    """How often gain and contrast are varied."""
+    """Probability of varying gain and contrast."""
     brightness: float = Field(default=0.2, ge=0, lt=1)
     """The gain is drawn from 1 ± this."""
     contrast: float = Field(default=0.25, ge=0, lt=1)
     """The distance from the foreground's mean is scaled by 1 ± this."""
     bias_field_probability: float = Field(default=0.0, ge=0, le=1)
-    """How often the image is multiplied by a smooth field, as coils and the head's own conductivity do."""
+    """Probability of multiplying the image by a smooth field, an effect of coils and the head's conductivity."""
     bias_field: float = Field(default=0.4, ge=0, lt=2)
-    """Largest strength of the field: it is between exp(−this) and exp(this) before its mean is made 1."""
+    """Largest strength of the field: before normalisation it lies between exp(−this) and exp(this)."""
     blur_probability: float = Field(default=0.3, ge=0, le=1)
-    """How often an image is blurred."""
+    """Probability of blurring an image."""
     blur_sigma_pixels: tuple[float, float] = (0.3, 1.2)
-    """Range of the Gaussian blur."""
+    """Range of the sigma of the Gaussian blur."""
     low_resolution_probability: float = Field(default=0.0, ge=0, le=1)
-    """How often thick pixels are simulated, along rows, columns or both (as in a sagittal scan shown axially)."""
+    """Probability of thick pixels, along rows, columns or both (as in axial slices of a sagittal scan)."""
     low_resolution: tuple[float, float] = (1.25, 3.0)
     """Range of the size of a thick pixel, in pixels."""
     gibbs_probability: float = Field(default=0.0, ge=0, le=1)
-    """How often the spectrum is cut off sharply along one axis, which rings at edges."""
+    """Probability of a sharp cutoff of the spectrum along one axis, which makes edges ring."""
     gibbs_kept: tuple[float, float] = (0.4, 0.8)
-    """Range of the part of that axis's spectrum that is kept."""
+    """Range of the share of that axis's spectrum that is kept."""
     noise_probability: float = Field(default=0.3, ge=0, le=1)
-    """How often noise is added to the foreground."""
+    """Probability of adding noise to the foreground."""
     noise_std: float = Field(default=0.05, ge=0)
     """Largest standard deviation of the noise, on the 0–1 scale."""
     noise: Literal["gaussian", "rician"] = "gaussian"
-    """Rician is that of a magnitude image, which brightens what is dark."""
+    """Rician is the noise of a magnitude image, which brightens dark pixels."""
 
     @model_validator(mode="after")
     def _ranges_increase(self) -> IntensityRecipe:
-        _increasing(self, "gamma", "blur_sigma_pixels", "low_resolution", "gibbs_kept")
+        _require_increasing(self, "gamma", "blur_sigma_pixels", "low_resolution", "gibbs_kept")
         if self.low_resolution[0] < 1:
             raise ValueError(f"low_resolution must not make pixels thinner than they are, got {self.low_resolution[0]}")
         if self.gibbs_kept[1] > 1:
@@ -68,10 +68,10 @@ class IntensityRecipe(Recipe):
 
 
 class ViewsRecipe(Recipe):
-    """The random views that teacher and student see of each slice."""
+    """Random views of each slice for teacher and student."""
 
     num_local: int = Field(default=8, ge=0)
-    """Local crops per slice, seen by the student only. There are always two global crops."""
+    """Local crops per slice, for the student only. There are always two global crops."""
     global_size: int = Field(default=224, ge=1)
     """Side of a global crop in pixels; a multiple of the patch size."""
     local_size: int = Field(default=98, ge=1)
@@ -87,29 +87,25 @@ class ViewsRecipe(Recipe):
     shear: float = Field(default=0.05, ge=0, lt=1)
     """Largest in-plane shear, to either side."""
     flip_left_right: float = Field(default=0.0, ge=0, le=1)
-    """How often a view is mirrored. 0, because the side of a lesion is information."""
+    """Probability of mirroring a view; 0 by default, since the side of a lesion is information."""
     neighbour_mm: float = Field(default=0.0, ge=0)
-    """The second global crop shows another slice of the same session within this distance. 0: the same slice."""
+    """The second global crop comes from another slice of the session within this distance; 0 for the same slice."""
     contrast_dropout: float = Field(default=0.1, ge=0, lt=1)
-    """How often a present contrast is withheld from a view; one contrast always stays."""
+    """Probability that a view drops a present contrast; one contrast always stays."""
     split_contrasts: float = Field(default=0.0, ge=0, le=1)
-    """How often the two global crops share out the present contrasts between them, where there are two or more.
-    The local crops of such a slice show random ones."""
+    """Probability that the two global crops divide two or more present contrasts between them. The local crops of such
+    a slice have random subsets."""
     slice_margin: float = Field(default=0.1, ge=0, lt=0.5)
-    """Part of a session's slices left out at each end, where there is little brain."""
+    """Share of a session's slices left out at each end, where there is little brain."""
     intensity: IntensityRecipe = IntensityRecipe()
 
     @model_validator(mode="after")
     def _ranges_increase(self) -> ViewsRecipe:
-        _increasing(self, "global_scale", "local_scale", "aspect")
+        _require_increasing(self, "global_scale", "local_scale", "aspect")
         return self
 
     def require_smaller_local_crops(self) -> None:
-        """Refuse local crops with more pixels than the global ones; without local crops their size is not read.
-
-        Raises:
-            RecipeError
-        """
+        """Raise a RecipeError if there are local crops and they are larger than the global ones."""
         if self.num_local and self.local_size > self.global_size:
             raise RecipeError(
                 "local crops are larger than global ones",

@@ -1,14 +1,10 @@
 """Resolution: blur, thick pixels and Gibbs ringing.
 
-Physics: a scanner samples the spectrum of the object up to a highest frequency along each axis. Nothing beyond it is
-known. Cut off sharply, edges ring (Gibbs ringing; Czervionke et al. 1988, AJNR 9:1033; Kellner et al. 2016, MRM
-76:1574). Sampled only to 1 / f of it, and faded out towards there as scanners do to avoid ringing, pixels are f times
-as thick. Both are linear and act on each axis on its own, so each is one matrix per axis. They use cosines in place of
-complex exponentials: that is the spectrum of the image continued by its mirror, since a crop's two ends are no
-neighbours and must not ring into each other.
-
-A filter like this cannot be part of the one resampling of a crop, which reads four pixels per value; it is a product of
-matrices on the images that were chosen, and moves no pixel.
+A scanner samples the object's spectrum up to a highest frequency along each axis. A sharp cutoff makes edges ring
+(Gibbs ringing; Czervionke et al. 1988, AJNR 9:1033; Kellner et al. 2016, MRM 76:1574). Sampling only 1 / f of the
+spectrum, with a window that fades out as scanners do to avoid ringing, makes pixels f times as thick. Both filters are
+linear and separable, so each is one matrix per axis. Cosines replace complex exponentials: this is the spectrum of the
+image and its mirror, because the two ends of a crop are not neighbours and must not ring into each other.
 
 Axis legend: ``K`` images, ``S`` slices that are treated alike (1 for a view), ``H W`` pixels, ``L`` pixels of one axis.
 """
@@ -27,10 +23,10 @@ MAX_BLUR_RADIUS = 4  # pixels; kernels have 2 · 4 + 1 taps, enough for a sigma 
 
 
 def gaussian_blur(images: Float[Tensor, "K S H W"], sigma_pixels: Float[Tensor, "K"]) -> Float[Tensor, "K S H W"]:
-    """Blur each image by its own sigma (0 leaves it as it is), along rows and then along columns.
+    """Blur each image by its own sigma (0 is the identity), along rows and then along columns.
 
-    Beyond its border an image goes on with its outermost pixels: a crop's border lies within the head.
-    Shifted images are added up; convolutions of one channel each are up to five times slower on a CPU.
+    Padding repeats the border pixels, since a crop's border lies within the head. Adding shifted images is up to five
+    times faster on a CPU than a convolution per channel.
     """
     offsets = torch.arange(MAX_BLUR_RADIUS + 1, device=images.device, dtype=images.dtype)
     # A sigma of 0 would divide by 0; at 1e-3 pixels the kernel is the identity in float32.
@@ -50,32 +46,31 @@ def gaussian_blur(images: Float[Tensor, "K S H W"], sigma_pixels: Float[Tensor, 
 
 
 def kspace_truncation_weights(kept: Float[Tensor, "K"], length: int) -> Float[Tensor, "K L"]:
-    """Weights of an axis's frequencies that keep the lowest part of them: Gibbs ringing."""
+    """Frequency weights of an axis that keep the lowest share `kept`: Gibbs ringing."""
     return (torch.arange(length) < kept[:, None] * length).float()
 
 
 def kspace_hann_weights(factor: Float[Tensor, "K"], length: int) -> Float[Tensor, "K L"]:
-    """Weights of an axis's frequencies for pixels `factor` times as thick: a Hann window up to the new Nyquist
-    frequency, and 0 beyond."""
+    """Frequency weights of an axis for pixels `factor` times as thick: a Hann window up to the new Nyquist limit."""
     position = torch.arange(length) * factor[:, None] / length  # 1 at the new Nyquist frequency
     return torch.where(position < 1, 0.5 + 0.5 * (math.pi * position.clamp(max=1)).cos(), 0.0)
 
 
 def filter_rows(images: Float[Tensor, "K S H W"], weights: Float[Tensor, "K H"]) -> Float[Tensor, "K S H W"]:
-    """Scale the frequencies along the columns of pixels, that is from row to row."""
+    """Scale the frequencies from row to row (along H)."""
     return _filter_matrix(weights)[:, None] @ images
 
 
 def filter_columns(images: Float[Tensor, "K S H W"], weights: Float[Tensor, "K W"]) -> Float[Tensor, "K S H W"]:
-    """Scale the frequencies along the rows of pixels, that is from column to column."""
+    """Scale the frequencies from column to column (along W)."""
     return images @ _filter_matrix(weights)[:, None]
 
 
 def _filter_matrix(weights: Float[Tensor, "K L"]) -> Float[Tensor, "K L L"]:
     """The symmetric matrix Σ_j weight_j · c_j c_jᵀ over the orthonormal cosines c_j (DCT-II).
 
-    cos a · cos b = (cos(a − b) + cos(a + b)) / 2, so an entry is the sum of two values of one kernel: that of the
-    distance of two pixels, and that of the distance to the other's mirror image.
+    cos a · cos b = (cos(a − b) + cos(a + b)) / 2, so an entry is the sum of two values of one kernel: at the distance
+    of two pixels, and at the distance to the other's mirror image.
     """
     cosines, distance, mirrored = _cosines(weights.shape[1], weights.device)
     kernel = weights @ cosines

@@ -1,4 +1,4 @@
-"""Random numbers of views: drawn on the CPU, so that every device sees the same and none has to be waited for."""
+"""Random numbers of views, drawn on the CPU: they are equal on all devices and need no synchronisation."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ def log_uniform(shape: tuple[int, ...], span: tuple[float, float], generator: to
 
 
 def random_selection(count: int, probability: float, generator: torch.Generator) -> Bool[Tensor, "count"]:
-    """A random part of `count` things; its size is count · probability, rounded up or down at random.
+    """Select each of `count` items with `probability`, count · probability in all, rounded up or down at random.
 
-    A part of the same size in every step costs the same in every step; each thing is chosen with the probability.
+    The nearly constant number keeps the cost of a step constant.
     """
     rounding = float(torch.rand((), generator=generator))
     order = torch.randperm(count, generator=generator)
-    chosen = torch.zeros(count, dtype=torch.bool)
-    chosen[order[: min(count, math.floor(probability * count + rounding))]] = True
-    return chosen
+    selected = torch.zeros(count, dtype=torch.bool)
+    selected[order[: min(count, math.floor(probability * count + rounding))]] = True
+    return selected
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A small tensor of the CPU on another device, without waiting for what that device is doing."""
+    """Copy a small CPU tensor to another device without synchronisation."""
     if device.type == "cpu":
         return tensor
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
@@ -40,19 +40,19 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class EffectSelection:
-    """The images that an effect was drawn for, in rising order, and its values for them."""
+    """The images that an effect was drawn for, in ascending order, and the effect's values."""
 
-    index: Int[np.ndarray, "chosen"]
+    index: Int[np.ndarray, "selected"]
     values: tuple[Tensor, ...]
-    """Each with one row per chosen image."""
+    """Each with one row per selected image."""
 
     @classmethod
-    def where(cls, chosen: Bool[Tensor, "count"], *values: Tensor) -> EffectSelection:
-        """From one mark, and one row of values, per image."""
-        return cls(np.flatnonzero(chosen.numpy()), tuple(value[chosen] for value in values))
+    def where(cls, selected: Bool[Tensor, "count"], *values: Tensor) -> EffectSelection:
+        """From a mask over all images, and values with one row per image."""
+        return cls(np.flatnonzero(selected.numpy()), tuple(value[selected] for value in values))
 
     def part(self, first: int, count: int, device: torch.device) -> tuple[Tensor, ...] | None:
-        """Those of images `first` … `first + count − 1`: their index, counted from `first`, and their values."""
+        """Index (relative to `first`) and values for images `first` … `first + count − 1`; None if none is selected."""
         low, high = np.searchsorted(self.index, [first, first + count])
         if low == high:
             return None

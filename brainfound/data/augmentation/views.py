@@ -1,11 +1,7 @@
-"""What a view shows: which of the contrasts that a session has.
+"""The views of a batch: two global and several local random crops of each slice, and the contrasts of each view.
 
-Clinical sessions lack contrasts. Views with fewer contrasts than there are let a model learn in pretraining to do
-without; two views that share no contrast let it learn what the contrasts of one anatomy have in common.
-
-Axis legend: ``n`` images (slices), ``V`` views per image, ``C`` contrasts.
-
-The views of a batch: two global and some local random crops of each slice.
+Clinical sessions lack contrasts. Views with fewer contrasts teach a model in pretraining to work without them; two
+views without a common contrast teach it what the contrasts of one anatomy have in common.
 
 Axis legend: ``n`` images (slices), ``V`` views per image, ``C`` contrasts, ``H W`` pixels.
 """
@@ -35,9 +31,9 @@ class Views:
     """A batch of views; rows are view-major: all images in crop 0, then all images in crop 1, …"""
 
     pixels: Float[Tensor, "V·n C H W"]
-    """Grey values, 0–1; an absent or withheld contrast is 0."""
+    """Grey values, 0–1; an absent or dropped contrast is 0."""
     contrast_mask: Bool[Tensor, "V·n C"]
-    """Which contrasts this view shows."""
+    """True where the view contains the contrast."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +50,7 @@ class MultiCrop:
     Args:
         recipe: the settings.
         patch_size: of the backbone; crop sides must be multiples of it.
-        num_global: 1 makes only the first of the two global views.
+        num_global: 1 computes only the first of the two global views.
 
     Raises:
         RecipeError: if a crop side is not a multiple of the patch size, or local crops are larger than global ones.
@@ -89,55 +85,53 @@ class MultiCrop:
         """Views of a batch.
 
         Args:
-            pixels: slices, uint8 or float in 0–1, on the device where the views are to be made.
-            present: which contrasts each slice has. Views are drawn on the CPU: from another device it is fetched,
-                which waits for that device.
-            generator: on the CPU; draws everything that is small (the same on every device).
+            pixels: slices, uint8 or float in 0–1, on the device of the views.
+            present: True where a slice has the contrast; best on the CPU, since copying it there synchronises.
+            generator: on the CPU; draws all small random numbers (the same on every device).
             noise_generator: on the device of `pixels`; draws the pixels' noise. By default `generator`.
-            neighbours: other slices of the same sessions, which the second global crops show; None: the same slices.
+            neighbours: other slices of the same sessions, for the second global crops; None for the same slices.
         """
         recipe = self.recipe
         noise_generator = noise_generator or generator
-        large, local = contrast_masks(
+        global_mask, local_mask = contrast_masks(
             present.cpu(), recipe.num_local, recipe.contrast_dropout, recipe.split_contrasts, generator
         )
-        large = large[:, : self.num_global]
+        global_mask = global_mask[:, : self.num_global]
         if neighbours is None or self.num_global == 1:
             global_sources: list[tuple[Tensor, int]] = [(pixels, self.num_global)]
         else:
             global_sources = [(pixels, 1), (neighbours, 1)]
-        # Products of matrices would lose bits where a training step runs in bf16.
+        generators = (generator, noise_generator)
+        # Matrix products in a bf16 training step would lose precision.
         with torch.autocast(pixels.device.type, enabled=False):
             global_views = self._views(
-                global_sources, large, recipe.global_size, recipe.global_scale, generator, noise_generator
+                global_sources, global_mask, recipe.global_size, recipe.global_scale, *generators
             )
             if recipe.num_local == 0:
                 return CropViews(global_views, None)
-            local_views = self._views(
-                [(pixels, recipe.num_local)], local, recipe.local_size, recipe.local_scale, generator, noise_generator
-            )
+            local_sources = [(pixels, recipe.num_local)]
+            local_views = self._views(local_sources, local_mask, recipe.local_size, recipe.local_scale, *generators)
         return CropViews(global_views, local_views)
 
     def _views(
         self,
         sources: Sequence[tuple[Tensor, int]],
-        shown: Bool[Tensor, "n V C"],
+        visible: Bool[Tensor, "n V C"],
         side: int,
         scale: tuple[float, float],
         generator: torch.Generator,
         noise_generator: torch.Generator,
     ) -> Views:
-        """Crops of `sources`, each pixels and how many views show them; a few slices at a time on a CPU."""
-        num_slices, num_views, num_contrasts = shown.shape
+        """Views of `sources`, which are (pixels, number of views); a few slices at a time on a CPU."""
+        num_slices, num_views, num_contrasts = visible.shape
         device, (height, width) = sources[0][0].device, sources[0][0].shape[2:]
         count = num_slices * num_views
         matrices = random_affine(count, (height, width), scale, self.recipe, generator)
         matrices = to_device(matrices.unflatten(0, (num_slices, num_views)), device)
-        shown_images = rearrange(shown, "n views c -> (n c views)")
-        # On a GPU equal shapes in every step are worth more than the few images that nobody sees.
-        spared = shown_images if device.type == "cpu" else None
-        plan = IntensityPlan.draw(count * num_contrasts, (side, side), self.recipe.intensity, generator, spared)
-        mask = to_device(rearrange(shown, "n views c -> (views n) c").contiguous(), device)
+        # Skipping invisible images pays on a CPU; a GPU is faster with equal shapes in every step.
+        visible_images = rearrange(visible, "n views c -> (n c views)") if device.type == "cpu" else None
+        plan = IntensityPlan.draw(count * num_contrasts, (side, side), self.recipe.intensity, generator, visible_images)
+        mask = to_device(rearrange(visible, "n views c -> (views n) c").contiguous(), device)
         result = torch.empty(num_views, num_slices, num_contrasts, side, side, device=device)
         step = chunk_size(num_slices, num_views * num_contrasts * side**2, device)
         for first in range(0, num_slices, step):
@@ -147,7 +141,7 @@ class MultiCrop:
                 parts.append(sample_crops(to_unit_range(pixels[rows]), matrices[rows, view : view + views], side))
                 view += views
             crops = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
-            # A view, not a copy: the crops themselves are varied.
+            # `crops.view` is no copy: the plan changes the crops in place.
             plan.apply(crops.view(-1, 1, side, side), noise_generator, first * num_contrasts * num_views)
             result[:, rows] = rearrange(crops, "n c views h w -> views n c h w")
         result = result.flatten(0, 1)
@@ -159,23 +153,23 @@ class MultiCrop:
 
 
 def drop_contrasts(present: Bool[Tensor, "n C"], probability: float, generator: torch.Generator) -> Bool[Tensor, "n C"]:
-    """Withhold each present contrast with `probability`; one present contrast of each row always stays."""
+    """Drop each present contrast with `probability`; one present contrast of each row always stays."""
     order = torch.rand(present.shape, generator=generator).masked_fill(~present, -1.0)
     survivor = F.one_hot(order.argmax(dim=1), present.shape[1]).bool()
     kept = torch.rand(present.shape, generator=generator) >= probability
     return present & (kept | survivor)
 
 
-def random_subsets(present: Bool[Tensor, "n C"], withheld: int, generator: torch.Generator) -> Bool[Tensor, "n C"]:
-    """A random non-empty subset of the present contrasts of each row, at least `withheld` of them left out.
+def random_subsets(present: Bool[Tensor, "n C"], num_dropped: int, generator: torch.Generator) -> Bool[Tensor, "n C"]:
+    """A random non-empty subset of the present contrasts of each row, without at least `num_dropped` of them.
 
     The size is drawn first, so that small and large subsets are equally frequent. Every row must have more than
-    `withheld` contrasts.
+    `num_dropped` contrasts.
     """
     order = torch.rand(present.shape, generator=generator).masked_fill(~present, 2.0)
     rank = order.argsort(dim=1).argsort(dim=1)  # present contrasts have the ranks from 0 on, in random order
-    most = present.sum(dim=1) - withheld
-    size = 1 + (torch.rand(len(present), generator=generator) * most).floor().clamp(max=most - 1)
+    max_size = present.sum(dim=1) - num_dropped
+    size = 1 + (torch.rand(len(present), generator=generator) * max_size).floor().clamp(max=max_size - 1)
     return present & (rank < size[:, None])
 
 
@@ -186,26 +180,27 @@ def contrast_masks(
     split: float,
     generator: torch.Generator,
 ) -> tuple[Bool[Tensor, "n 2 C"], Bool[Tensor, "n V C"]]:
-    """What the two global and the local crops of each image show; never nothing.
+    """The contrasts of the two global and the V local crops of each image; at least one each.
 
     Args:
-        present: what there is to be shown, on the CPU.
+        present: on the CPU.
         num_local: local crops per image, V.
-        dropout: how often a contrast is withheld from a view.
-        split: part of the images with two or more contrasts whose global crops share them out: every contrast is in
-            one of the two, and both have some, less dropout. Each local crop of such an image shows a random subset.
+        dropout: probability that a view drops a contrast.
+        split: share of the images with two or more contrasts that are divided between the global crops: before
+            dropout, every contrast is in exactly one of the two, and both have some. The local crops of such an image
+            have random subsets.
     """
     num_images = len(present)
     can_split = present.sum(dim=1) >= 2
     is_split = torch.zeros(num_images, dtype=torch.bool)
     is_split[can_split] = random_selection(int(can_split.sum()), split, generator)
-    large = present[:, None].repeat(1, 2, 1)
-    local = present[:, None].repeat(1, num_local, 1)
+    global_mask = present[:, None].repeat(1, 2, 1)
+    local_mask = present[:, None].repeat(1, num_local, 1)
     if is_split.any():
         first = random_subsets(present[is_split], 1, generator)
-        large[is_split] = torch.stack([first, present[is_split] & ~first], dim=1)
-        split_local = local[is_split].flatten(0, 1)
-        local[is_split] = random_subsets(split_local, 0, generator).unflatten(0, (-1, num_local))
-    large = drop_contrasts(large.flatten(0, 1), dropout, generator).unflatten(0, (num_images, 2))
-    local = drop_contrasts(local.flatten(0, 1), dropout, generator).unflatten(0, (num_images, num_local))
-    return large, local
+        global_mask[is_split] = torch.stack([first, present[is_split] & ~first], dim=1)
+        split_local = local_mask[is_split].flatten(0, 1)
+        local_mask[is_split] = random_subsets(split_local, 0, generator).unflatten(0, (-1, num_local))
+    global_mask = drop_contrasts(global_mask.flatten(0, 1), dropout, generator).unflatten(0, (num_images, 2))
+    local_mask = drop_contrasts(local_mask.flatten(0, 1), dropout, generator).unflatten(0, (num_images, num_local))
+    return global_mask, local_mask

@@ -1,8 +1,8 @@
-"""Every layout that a cohort can be read from, one module each, in the order in which they are tried.
+"""The registry of source layouts, one module each, in the order in which they are tried.
 
-The first that recognises a path reads it. What a user wrote (a manifest) comes before what was found; layouts with a
-file or folder of their own name before those that are told from folder names; DICOM last. A module has ``NAME``,
-``LOOKS_LIKE`` (for the error that nothing was recognised), ``recognises(path)`` and ``read(path, work)``.
+The first layout that can read a path reads it. Manifests come first because the user wrote them. Layouts with a
+characteristic file or folder come before those recognised by folder names, and DICOM comes last. A layout module has
+``NAME``, ``LAYOUT_HINT`` (one line for the error if no layout fits), ``can_read(path)`` and ``read(path, work)``.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _MODULES = (
     *("manifest", "openmind", "fomo_tasks", "fomo300k", "fomo60k"),
     *("bids", "bids_collection", "named_files", "dicom"),
 )
-_LOOKED_AT = 10_000
+_MAX_FILES_COUNTED = 10_000
 
 
 @dataclass(frozen=True)
 class SourceLayout:
-    """One layout."""
+    """One row of the registry."""
 
     name: str
     layout_hint: str
@@ -39,39 +39,40 @@ class SourceLayout:
     read: Callable[[Path, Path | None], Cohort]
 
 
-def _sources() -> tuple[SourceLayout, ...]:
-    found = [import_module(f"{__name__}.{module}") for module in _MODULES]
-    return tuple(SourceLayout(module.NAME, module.LAYOUT_HINT, module.can_read, module.read) for module in found)
+def source_layouts() -> tuple[SourceLayout, ...]:
+    """All layouts, in the order in which they are tried."""
+    modules = [import_module(f"{__name__}.{name}") for name in _MODULES]
+    return tuple(SourceLayout(module.NAME, module.LAYOUT_HINT, module.can_read, module.read) for module in modules)
 
 
 def read_source(path: Path, work: Path | None = None) -> Cohort:
-    """Read a path with the first layout that recognises it.
+    """Read a path with the first layout that recognises it; `work` is the folder for converted DICOM.
 
     Raises:
-        CohortError: there is nothing, no layout recognises it, or its reader refuses it.
+        CohortError: the path does not exist, no layout recognises it, or the layout's reader refuses it.
     """
     if not path.exists():
         raise CohortError("no such file or folder", where=path, remedy="Check the path of the source")
-    if path.name in ("", ".."):  # layouts are told from names too, and "." has none
+    if path.name in ("", ".."):  # some layouts are recognised by the folder's name, and "." has none
         path = Path(os.path.abspath(path))
-    sources = _sources()
-    for source in sources:
-        if source.can_read(path):
-            return source.read(path, work)
+    layouts = source_layouts()
+    for layout in layouts:
+        if layout.can_read(path):
+            return layout.read(path, work)
     raise CohortError(
         "no scans found",
         where=path,
         got=_summarise_files(path),
-        expected="one of: " + "; ".join(source.layout_hint for source in sources),
+        expected="one of: " + "; ".join(layout.layout_hint for layout in layouts),
         remedy="Give the folder that holds one of these, or write a manifest",
     )
 
 
 def _summarise_files(path: Path) -> str:
-    """Counts of files by ending, and a few folders' count, so that a user sees where he is."""
-    files = list(islice(iter_files(path, []), _LOOKED_AT))
+    """Number of files by suffix."""
+    files = list(islice(iter_files(path, []), _MAX_FILES_COUNTED))
     if not files:
         return "no files"
-    endings = Counter("".join(file.suffixes[-2:]) if file.suffix == ".gz" else file.suffix for file in files)
-    counted = ", ".join(f"{count} {ending or 'without an ending'}" for ending, count in endings.most_common(5))
-    return f"files: {counted}" + (" and more" if len(files) == _LOOKED_AT else "")
+    suffixes = Counter("".join(file.suffixes[-2:]) if file.suffix == ".gz" else file.suffix for file in files)
+    counts = ", ".join(f"{count} {suffix or 'without an ending'}" for suffix, count in suffixes.most_common(5))
+    return f"files: {counts}" + (" and more" if len(files) == _MAX_FILES_COUNTED else "")

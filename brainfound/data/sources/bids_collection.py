@@ -1,8 +1,11 @@
-"""A folder of several BIDS data sets (``ds000001/sub-01/…``), as OpenNeuro's and OpenMind's downloads are."""
+"""A folder of several BIDS data sets (``ds000001/sub-01/…``), as downloads of OpenNeuro and OpenMind are.
+
+A subject present in two data sets would count as two subjects, so folders that may be sessions, derivatives or versions
+of one data set are refused.
+"""
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from itertools import combinations
@@ -12,50 +15,50 @@ import pandas as pd
 
 from brainfound.data.cohort import Cohort
 from brainfound.data.sources import bids
-from brainfound.data.sources.file_names import SubjectNamer, UnusedFiles, is_visit, split_words, subfolders
+from brainfound.data.sources.file_names import SubjectNamer, UnusedFiles, is_session_name, split_words, subfolders
 from brainfound.errors import CohortError
 
 NAME = "BIDS data sets"
-_MOST_NOTES = 20
+LAYOUT_HINT = "folders with sub-*/ in them (several BIDS data sets)"
+
+_MAX_NOTES = 20
 _COPIES = {"sourcedata", "derivatives", "code"}
-"""Folders of the BIDS standard that hold the people of the data set beside them once more."""
-_PROCESSED = {
+"""Folders of the BIDS standard that repeat the subjects of the data set beside them."""
+_PROCESSING_WORDS = {
     *("bids", "raw", "rawdata", "source", "orig", "original", "nifti", "nii", "processed", "preproc", "preprocessed"),
     *("stripped", "skullstripped", "brain", "defaced", "registered", "coregistered", "normalised", "normalized"),
     *("fmriprep", "smriprep", "freesurfer", "mriqc", "copy", "old", "new", "backup"),
 }
-_VISIT = re.compile(r"(?:wave|round|phase|followup)[_\-]?\w{1,3}", re.IGNORECASE)
-LAYOUT_HINT = "folders with sub-*/ in them (several BIDS data sets)"
+_SESSION = re.compile(r"(?:wave|round|phase|followup)[_\-]?\w{1,3}", re.IGNORECASE)
 
 
 def can_read(path: Path) -> bool:
-    """A folder whose folders are BIDS."""
+    """A folder whose subfolders are BIDS data sets."""
     return path.is_dir() and bool(_datasets(path))
 
 
 def read(path: Path, work: Path | None = None) -> Cohort:
-    """All data sets; a subject is ``<dataset>_<subject>``, and the site is the data set where no table says one.
+    """All data sets; a subject is ``<dataset>_<subject>``, and the site is the data set if no table gives one.
 
-    One person in two of them would be two subjects, so folders that are visits, derivatives or versions of one data
-    set are refused. Names that are in several data sets otherwise are of different people, which a note says.
+    Subject names that occur in unrelated data sets count as different people, and a note says so.
 
     Raises:
         CohortError: the folders may hold the same people, or none holds a scan.
     """
-    names = SubjectNamer()
-    tables, notes = [], []
+    namer = SubjectNamer()
+    tables: list[pd.DataFrame] = []
     unused: UnusedFiles = []
     columns: list[str] = ["mask"]
-    folders = _datasets(path)
-    beside = [folder for folder in folders if folder.name.lower() not in _COPIES]
-    if beside:
-        unused += [(folder, "a copy of the data set beside it") for folder in folders if folder not in beside]
-        folders = beside
-    others = [folder for folder in subfolders(path, "[!.]*") if folder not in (*folders, *(file for file, _ in unused))]
-    unused += [(folder, "a folder that is no BIDS data set (read it by itself)") for folder in others]
-    notes += _check_people(path, folders)
-    for folder in folders:
-        if path.name == "derivatives" or _is_derivative(folder):
+    datasets = _datasets(path)
+    originals = [folder for folder in datasets if folder.name.lower() not in _COPIES]
+    others = [folder for folder in subfolders(path, "[!.]*") if folder not in datasets]
+    if originals:
+        unused += [(folder, "a copy of the data set beside it") for folder in datasets if folder not in originals]
+        datasets = originals
+    unused += [(folder, "a folder that is not a BIDS data set (read it by itself)") for folder in others]
+    notes = _check_people(path, datasets)
+    for folder in datasets:
+        if path.name == "derivatives" or bids.is_derivative(folder, []):
             raise CohortError(
                 "several derivatives may hold the same people", where=path.name, remedy="Give one of the folders"
             )
@@ -65,52 +68,50 @@ def read(path: Path, work: Path | None = None) -> Cohort:
             unused.append((folder, error.what))
             continue
         table = cohort.table
-        table["subject"] = [names(folder.name, subject) for subject in table["subject"]]
+        table["subject"] = [namer(folder.name, subject) for subject in table["subject"]]
         table["site"] = table["site"].where(table["site"].notna(), folder.name)
-        tables.append(table.assign(dataset=folder.name))
+        tables.append(table.assign(dataset=folder.name).dropna(axis="columns", how="all"))
         notes += [f"{folder.name}: {note}" for note in cohort.notes]
         unused += cohort.unused
         columns += [column for column in cohort.mask_columns if column not in columns]
     if not tables:
         raise CohortError("no data set holds a scan", where=path.name, got=unused[0][1], remedy="Check the suffixes")
-    if len(notes) > _MOST_NOTES:
-        notes = [*notes[:_MOST_NOTES], f"{len(notes) - _MOST_NOTES} more notes; read a data set alone to see its own"]
-    known = [table.dropna(axis="columns", how="all") for table in tables]
-    return Cohort(pd.concat(known, ignore_index=True), path, tuple(columns), source=NAME, notes=notes, unused=unused)
+    if len(notes) > _MAX_NOTES:
+        notes = [*notes[:_MAX_NOTES], f"{len(notes) - _MAX_NOTES} more notes; read a data set alone to see its own"]
+    table = pd.concat(tables, ignore_index=True)
+    return Cohort(table, path, tuple(columns), source=NAME, notes=notes, unused=unused)
 
 
 def _datasets(path: Path) -> list[Path]:
     return [folder for folder in subfolders(path, "[!.]*") if bids.can_read(folder)]
 
 
-def _check_people(path: Path, folders: list[Path]) -> list[str]:
-    """A note on names that are in several data sets.
+def _check_people(path: Path, datasets: list[Path]) -> list[str]:
+    """A note on subject names that occur in several data sets.
 
     Raises:
-        CohortError: the names of the folders say that these are the same people.
+        CohortError: the names of the folders suggest that these are the same people.
     """
-    if len(folders) > 1 and (visit := next((f for f in folders if is_visit(f.name) or _VISIT.fullmatch(f.name)), None)):
-        _refuse(path, "the folders look like visits of the same people", visit.name)
-    people = {folder: {child.name for child in subfolders(folder, "sub-*")} for folder in folders}
-    data_sets_of = Counter(name for names in people.values() for name in names)
-    shared = {name for name, count in data_sets_of.items() if count > 1}
+    sessions = [folder.name for folder in datasets if is_session_name(folder.name) or _SESSION.fullmatch(folder.name)]
+    if len(datasets) > 1 and sessions:
+        _refuse(path, "the folders look like visits of the same people", sessions[0])
+    subjects = {folder: {child.name for child in subfolders(folder, "sub-*")} for folder in datasets}
+    counts = Counter(name for names in subjects.values() for name in names)
+    shared = {name for name, count in counts.items() if count > 1}
     if not shared:
         return []
-    versions = [folder for folder in folders if people[folder] & shared and _words(folder)]
-    for one, other in combinations(versions, 2):
-        if people[one] & people[other] and _may_be_versions(_words(one), _words(other)):
+    words = {folder: split_words(folder.name) for folder in datasets}
+    candidates = [folder for folder in datasets if subjects[folder] & shared and words[folder]]
+    for one, other in combinations(candidates, 2):
+        if subjects[one] & subjects[other] and _may_be_versions(words[one], words[other]):
             _refuse(path, "the folders look like versions of one data set", f"{one.name} and {other.name}")
-    return [f"{len(shared)} names of subjects are in several data sets; they are taken as different people"]
-
-
-def _words(folder: Path) -> tuple[str, ...]:
-    return split_words(folder.name)
+    return [f"{len(shared)} names of subjects are in several data sets; they count as different people"]
 
 
 def _may_be_versions(one: tuple[str, ...], other: tuple[str, ...]) -> bool:
-    """Whether a name goes on where the other ends, or both are the same but for words of processing."""
+    """Whether one name begins with the other, or both are the same without words of processing."""
     shorter = min(len(one), len(other))
-    rests = [[word for word in words if word not in _PROCESSED] for words in (one, other)]
+    rests = [[word for word in words if word not in _PROCESSING_WORDS] for words in (one, other)]
     return one[:shorter] == other[:shorter] or rests[0] == rests[1] or not all(rests)
 
 
@@ -121,11 +122,3 @@ def _refuse(path: Path, what: str, got: str) -> None:
         got=got,
         remedy="Give one of the folders, or write a manifest with the columns subject, session, contrast, path",
     )
-
-
-def _is_derivative(folder: Path) -> bool:
-    try:
-        content = json.loads((folder / "dataset_description.json").read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and str(content.get("DatasetType", "")).lower() == "derivative"

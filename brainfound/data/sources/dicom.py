@@ -1,21 +1,18 @@
-"""The contrast of a converted DICOM series, from what dcm2niix writes beside it.
+"""DICOM folders, converted series by series with dcm2niix (Li et al. 2016, J Neurosci Methods 264:47).
 
-The rules, in this order; what none of them decides stays ``unknown``, since a wrong contrast is worse than none:
+Converted scans stay in a work folder as ``<subject>/<session>/<series>/scan.nii.gz``, with a sidecar without personal
+data. A series is written under a temporary name and renamed when complete, so an interrupted conversion resumes.
+``conversion.json`` is written last; a complete conversion is not repeated.
 
-1. ``ImageType``: ADC is an ADC map, a trace is a DWI; phase, projections and other derived maps are unknown.
-2. Words of ``SeriesDescription``, then of ``ProtocolName``. Localizers, functional, perfusion and other series that
-   are no structural contrast are unknown; so is a text with words of two contrasts (FLAIR beside T2 and T1 beside
-   FLAIR are one).
-3. Times of the sequence, in seconds, only where all of them say the same: an inversion-prepared gradient echo with
-   TI 0.6–1.3 and TE < 0.01 is T1w; a spin echo with TE ≥ 0.07 and TR ≥ 2 is T2w without an inversion and FLAIR with
-   TI 1.5–3.
+The contrast of a series comes from its sidecar by these rules, in this order. A series that no rule decides stays
+``unknown``, since a wrong contrast is worse than none.
+
+1. ``ImageType``: ADC is an ADC map and a trace is a DWI; phase, projections and other derived maps are unknown.
+2. Words of ``SeriesDescription``, then of ``ProtocolName``. Localizers, functional, perfusion and other series without
+   a structural contrast are unknown, and so are texts with words of two contrasts (except FLAIR with T2, or with T1).
+3. Sequence times, in seconds: an inversion-prepared gradient echo with TI 0.6–1.3 and TE < 0.01 is T1w; a spin echo
+   with TE ≥ 0.07 and TR ≥ 2 is T2w without an inversion, and FLAIR with TI 1.5–3 and TR ≥ 4.
 4. A T1w with a contrast agent in the header, or with a word for one (post, gd), is T1ce.
-
-DICOM folders, converted series by series with dcm2niix (Li et al. 2016, J Neurosci Methods 264:47).
-
-What is converted is kept in a work folder: ``<subject>/<session>/<series>/scan.nii.gz`` with a sidecar without the
-person's data. A series is written under another name and renamed when complete, so a run that was stopped goes on, and
-``conversion.json`` marks the end, so a run that is complete does nothing.
 """
 
 from __future__ import annotations
@@ -49,228 +46,29 @@ from brainfound.errors import CohortError, UsageError
 
 NAME = "DICOM"
 LAYOUT_HINT = "DICOM files"
-MARKER = "conversion.json"
-_LOOKED_AT = 500
-_LONGEST_S = 3600
+
+_MARKER = "conversion.json"
 _SCHEMA = 2
-_KEPT = {
+_MAX_FILES_SEARCHED = 500
+_TIMEOUT_S = 3600
+_KEPT_KEYS = {
     *SCANNER_COLUMNS,
     *("ImageType", "SeriesDescription", "ProtocolName", "ScanningSequence", "ContrastBolusIngredient"),
     *("EchoTime", "RepetitionTime", "InversionTime", "FlipAngle", "SliceThickness", "SpacingBetweenSlices"),
     *("ConversionSoftware", "ConversionSoftwareVersion"),
 }
-"""Keys of a sidecar that are kept: those that the rules of contrasts and the cohort's columns read."""
+"""Sidecar keys that are kept: those that the contrast rules and the cohort's columns read."""
 
-
-def can_read(path: Path) -> bool:
-    """A folder in which one of the first 500 files is DICOM."""
-    return path.is_dir() and any(is_dicom(file) for file in islice(iter_files(path, []), _LOOKED_AT))
-
-
-def read(path: Path, work: Path | None = None) -> Cohort:
-    """The MR series of a folder, converted into ``work`` unless they are there already.
-
-    Subjects are the first folders if each holds one patient and is not called by the patient's name, else short
-    hashes of PatientID, or of StudyInstanceUID where there is none; names, birth dates, dates of studies and
-    institutions are not kept. The contrast follows the rules of `dicom_contrast`.
-
-    Raises:
-        CohortError: no work folder is given, one PatientID seems to stand for everybody, or not one series could be
-            converted.
-        UsageError: the packages of the extra ``dicom`` are not installed.
-    """
-    if work is None:
-        raise CohortError(
-            "DICOM must be converted first",
-            where=path.name,
-            remedy='Prepare it (brainfound prepare), or give a folder for it: Cohort.read(path, work="converted")',
-        )
-    program = _dcm2niix()
-    facts = _convert(path, work, program)
-    rows, unused = facts["rows"], [(Path(file), reason) for file, reason in facts["unused"]]
-    if not rows:
-        raise CohortError(
-            "not one series could be converted",
-            where=path.name,
-            got=unused[0][1] if unused else "no MR series",
-            remedy="Check the DICOM files",
-        )
-    table = pd.DataFrame(rows)
-    table["path"] = [str(work / file) for file in table["path"]]
-    notes = [f"{facts['num_series']} series converted by dcm2niix; nothing was registered or skull-stripped"]
-    if facts["most_folders"] > MAX_FOLDERS_PER_PATIENT:
-        notes.append(f"up to {facts['most_folders']} folders have one PatientID, and are one subject")
-    unknown = int((table["contrast"] == UNKNOWN).sum())
-    if unknown:
-        notes.append(f"{unknown} scans are of unknown contrast; name them in a manifest if you need them")
-    return Cohort(table, work, source=NAME, notes=notes, unused=unused)
-
-
-def _dcm2niix() -> str:
-    try:
-        import dcm2niix
-        import pydicom  # noqa: F401  (the headers are read with it)
-    except ImportError as error:
-        raise UsageError(
-            f"DICOM needs the package {error.name!r}", remedy='Install it: pip install "brainfound[dicom]"'
-        ) from error
-    return str(dcm2niix.bin)
-
-
-def _convert(path: Path, work: Path, program: str) -> dict[str, Any]:
-    unused: UnusedFiles = []
-    inside = work.resolve()
-    files = [file for file in iter_files(path, unused) if inside not in file.resolve().parents]
-    gone = {file for file in files if not file.is_file()}
-    unused += [(file, "a link whose target is not there (download the file first)") for file in files if file in gone]
-    files = [file for file in files if file not in gone]
-    fingerprint = _fingerprint(path, files)
-    marker = work / MARKER
-    known = _read_json(marker)
-    unchanged = known.get("fingerprint") == fingerprint and known.get("schema") == _SCHEMA
-    if unchanged and all((work / row["path"]).is_file() for row in known["rows"]):
-        return known
-    if work.exists() and not known and not _is_ours(work):
-        raise CohortError("the work folder is not empty", where=work, remedy="Give another folder")
-    series = find_series(path, files, unused)
-    rows: list[dict[str, Any]] = []
-    for one in series:
-        folder = work / one.subject / one.session / one.key
-        if not (folder / "series.json").is_file():
-            _convert_series(one, folder, work, program)
-        outcome = _read_json(folder / "series.json")
-        rows += [_row(one, work, folder / name) for name in outcome["scans"]]
-        unused += [(one.files[0], f"dcm2niix: {line}") for line in outcome["problems"]]
-        unused += [(folder / name, reason) for name, reason in outcome["left_out"]]
-    facts = {
-        "schema": _SCHEMA,
-        "fingerprint": fingerprint,
-        "num_series": len(series),
-        "most_folders": max_folders_per_patient(series),
-        "rows": rows,
-        "unused": [(decode_filename(str(file)), reason) for file, reason in unused],
-    }
-    work.mkdir(parents=True, exist_ok=True)
-    partial = work / f"{MARKER}.{os.getpid()}"
-    partial.write_text(json.dumps(facts, indent=1), encoding="utf-8")
-    partial.replace(marker)
-    return facts
-
-
-def _is_ours(work: Path) -> bool:
-    """Empty, or left by a conversion that was stopped."""
-    files = [file for file in work.rglob("*") if file.is_file()]
-    return all(file.name.startswith(("scan", "series.json", MARKER)) or ".converting" in str(file) for file in files)
-
-
-def _fingerprint(path: Path, files: list[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        facts = file.stat()
-        digest.update(os.fsencode(f"{file.relative_to(path)} {facts.st_size} {facts.st_mtime_ns}\n"))
-    return digest.hexdigest()
-
-
-def _convert_series(series: Series, folder: Path, work: Path, program: str) -> None:
-    """One series, alone, so that a fault in it touches no other; its outcome is written last and renamed whole."""
-    work.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=".converting-", dir=work))
-    try:
-        with tempfile.TemporaryDirectory() as links:
-            for number, file in enumerate(series.files):
-                (Path(links) / f"{number:06d}.dcm").symlink_to(file.resolve())
-            said = _run(program, Path(links), made)
-        _strip_sidecars(made)
-        images = sorted((file.name for file in made.glob("*.nii.gz")), key=natural_sort_key)
-        left_out = [
-            (name, "phase or part of a complex image, not magnitude") for name in images if _is_phase(made, name)
-        ]
-        scans = [name for name in images if name not in dict(left_out)]
-        problems = [" · ".join(said)] if not images else [line for line in said if line.lower().startswith("error")]
-        outcome = {"scans": scans, "left_out": left_out, "problems": problems or ([] if images else ["no image made"])}
-        (made / "series.json").write_text(json.dumps(outcome), encoding="utf-8")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            made.rename(folder)
-        except OSError:
-            if not (folder / "series.json").is_file():  # otherwise another process was quicker
-                raise
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
-
-
-def _strip_sidecars(folder: Path) -> None:
-    """Sidecars lose what no rule reads: dcm2niix leaves the institution and the time of day in them."""
-    for file in folder.glob("*.json"):
-        file.write_text(json.dumps({k: v for k, v in _read_json(file).items() if k in _KEPT}, indent=1))
-
-
-def _run(program: str, source: Path, out: Path) -> list[str]:
-    """What dcm2niix said of faults: its error lines, or its last line; without paths."""
-    # Anonymised sidecars (-ba), no comment in the header (-c), gzip within the program (-z i), no defaults of the user.
-    command = [program, "-b", "y", "-ba", "y", "-c", "", "-z", "i", "-g", "i", "-f", "scan", "-d", "0", "-w", "2"]
-    try:
-        done = subprocess.run(
-            [*command, "-o", str(out), str(source)],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_LONGEST_S,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return [f"error: not done after {_LONGEST_S} s"]
-    except OSError as error:
-        raise CohortError(f"dcm2niix cannot be started ({error.strerror})", remedy="Install it again") from error
-    lines = [line.strip() for line in (done.stdout + "\n" + done.stderr).splitlines() if line.strip()]
-    faults = [line for line in lines if re.match(r"(?:error|unable|unsupported|warning)", line, re.IGNORECASE)]
-    if done.returncode and not any(line.lower().startswith("error") for line in faults):
-        faults = [f"error: exit code {done.returncode}", *(faults or lines[-1:])]
-    return [re.sub(r"\S*/\S*", "(file)", line)[:200] for line in faults or lines[-1:]]
-
-
-def _is_phase(folder: Path, name: str) -> bool:
-    kinds = _sidecar(folder / name).get("ImageType")
-    said = {str(kind).upper() for kind in kinds} if isinstance(kinds, list) else set()
-    return bool(re.search(r"_(?:ph|real|imaginary)(?:\d|_|\.)", name)) or bool(said & {"PHASE", "IMAGINARY", "REAL"})
-
-
-def _sidecar(image: Path) -> dict[str, Any]:
-    return _read_json(image.with_name(image.name.removesuffix(".nii.gz") + ".json"))
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _row(series: Series, work: Path, image: Path) -> dict[str, Any]:
-    sidecar = _sidecar(image)
-    scanner = {column: sidecar[key] for key, column in SCANNER_COLUMNS.items() if sidecar.get(key)}
-    return {
-        "subject": series.subject,
-        "session": series.session,
-        "contrast": contrast_from_sidecar(sidecar),
-        "path": str(image.relative_to(work)),
-        "age_years": series.age_years,
-        "sex": series.sex,
-        **scanner,
-    }
-
-
-_DERIVED = {
+_DERIVED_TYPES = {
     *("FA", "EADC", "EXP", "TENSOR", "COLFA", "PHASE", "P", "IMAGINARY", "REAL", "MIP", "MNIP", "MINIP", "MPR"),
     *("PROJECTION IMAGE", "CBF", "CBV", "MTT", "TTP", "TMAX", "RCBV", "RCBF", "T1 MAP", "T2 MAP", "LOCALIZER"),
 }
-_OTHER = re.compile(
+_NOT_STRUCTURAL = re.compile(
     r"\b(?:loc|localizer|localiser|scout|survey|aahead|aascout|calib\w*|asset|shim|field ?map\w*|b0 ?map|bold|fmri|"
     r"resting|rest|asl|pasl|pcasl|perf\w*|dsc|dce|pwi|cbf|cbv|mtt|ttp|spectro\w*|svs|csi|mrs|fa|eadc|map|mapit|pha|phase|"
     r"mip|mnip|minip|projection|screen ?save|report|phoenix\w*|cine|dixon|mt)\b"
 )
-_WORDS = (
+_CONTRAST_WORDS = (
     ("FLAIR", r"flair|dark ?fluid|t2f"),
     ("ADC", r"adc|apparent diffusion"),
     ("DWI", r"dwi|tracew?|ep2d diff\w*|diffusion|resolve|b ?1000"),
@@ -287,34 +85,227 @@ _ENHANCED = re.compile(
 _NOT_ENHANCED = re.compile(r"\b(?:pre|without|non|no|w ?o|ohne|nativ)\b")
 
 
+def can_read(path: Path) -> bool:
+    """A folder with a DICOM file among its first 500 files."""
+    return path.is_dir() and any(is_dicom(file) for file in islice(iter_files(path, []), _MAX_FILES_SEARCHED))
+
+
+def read(path: Path, work: Path | None = None) -> Cohort:
+    """The MR series of a folder, converted into ``work`` unless they are there already.
+
+    Subjects are named by the first folders if each holds one patient and does not contain the patient's name, else by
+    short hashes of PatientID, or of StudyInstanceUID if that is missing. Names, birth dates, study dates and
+    institutions are not kept.
+
+    Raises:
+        CohortError: no work folder is given, one PatientID seems to stand for everybody, or no series could be
+            converted.
+        UsageError: the packages of the extra ``dicom`` are not installed.
+    """
+    if work is None:
+        raise CohortError(
+            "DICOM must be converted first",
+            where=path.name,
+            remedy='Prepare it (brainfound prepare), or give a folder for it: Cohort.read(path, work="converted")',
+        )
+    conversion = _convert(path, work, _find_dcm2niix())
+    rows, unused = conversion["rows"], [(Path(file), reason) for file, reason in conversion["unused"]]
+    if not rows:
+        raise CohortError(
+            "no series could be converted",
+            where=path.name,
+            got=unused[0][1] if unused else "no MR series",
+            remedy="Check the DICOM files",
+        )
+    table = pd.DataFrame(rows)
+    table["path"] = [str(work / file) for file in table["path"]]
+    notes = [f"{conversion['num_series']} series converted by dcm2niix; nothing was registered or skull-stripped"]
+    if conversion["most_folders"] > MAX_FOLDERS_PER_PATIENT:
+        notes.append(f"up to {conversion['most_folders']} folders have one PatientID, and are one subject")
+    num_unknown = int((table["contrast"] == UNKNOWN).sum())
+    if num_unknown:
+        notes.append(f"{num_unknown} scans are of unknown contrast; name them in a manifest if you need them")
+    return Cohort(table, work, source=NAME, notes=notes, unused=unused)
+
+
+def _find_dcm2niix() -> str:
+    try:
+        import dcm2niix
+        import pydicom  # noqa: F401  (the headers are read with it)
+    except ImportError as error:
+        raise UsageError(
+            f"DICOM needs the package {error.name!r}", remedy='Install it: pip install "brainfound[dicom]"'
+        ) from error
+    return str(dcm2niix.bin)
+
+
+def _convert(path: Path, work: Path, program: str) -> dict[str, Any]:
+    unused: UnusedFiles = []
+    resolved_work = work.resolve()
+    found = [file for file in iter_files(path, unused) if resolved_work not in file.resolve().parents]
+    files = [file for file in found if file.is_file()]
+    existing = set(files)
+    unused += [
+        (file, "a link whose target is not there (download the file first)") for file in found if file not in existing
+    ]
+    fingerprint = _fingerprint(path, files)
+    marker = work / _MARKER
+    previous = _read_json(marker)
+    unchanged = previous.get("fingerprint") == fingerprint and previous.get("schema") == _SCHEMA
+    if unchanged and all((work / row["path"]).is_file() for row in previous["rows"]):
+        return previous
+    if work.exists() and not previous and not _can_resume(work):
+        raise CohortError("the work folder is not empty", where=work, remedy="Give another folder")
+    all_series = find_series(path, files, unused)
+    rows: list[dict[str, Any]] = []
+    for series in all_series:
+        folder = work / series.subject / series.session / series.key
+        if not (folder / "series.json").is_file():
+            _convert_series(series, folder, work, program)
+        outcome = _read_json(folder / "series.json")
+        rows += [_row(series, work, folder / name) for name in outcome["scans"]]
+        unused += [(series.files[0], f"dcm2niix: {line}") for line in outcome["problems"]]
+        unused += [(folder / name, reason) for name, reason in outcome["left_out"]]
+    conversion = {
+        "schema": _SCHEMA,
+        "fingerprint": fingerprint,
+        "num_series": len(all_series),
+        "most_folders": max_folders_per_patient(all_series),
+        "rows": rows,
+        "unused": [(decode_filename(str(file)), reason) for file, reason in unused],
+    }
+    work.mkdir(parents=True, exist_ok=True)
+    partial = work / f"{_MARKER}.{os.getpid()}"
+    partial.write_text(json.dumps(conversion, indent=1), encoding="utf-8")
+    partial.replace(marker)
+    return conversion
+
+
+def _can_resume(work: Path) -> bool:
+    """Whether a folder is empty or holds only files of an interrupted conversion."""
+    files = [file for file in work.rglob("*") if file.is_file()]
+    return all(file.name.startswith(("scan", "series.json", _MARKER)) or ".converting" in str(file) for file in files)
+
+
+def _fingerprint(path: Path, files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        status = file.stat()
+        digest.update(os.fsencode(f"{file.relative_to(path)} {status.st_size} {status.st_mtime_ns}\n"))
+    return digest.hexdigest()
+
+
+def _convert_series(series: Series, folder: Path, work: Path, program: str) -> None:
+    """Convert one series alone, so that its faults affect no other; the complete folder is renamed at the end."""
+    work.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".converting-", dir=work))
+    try:
+        with tempfile.TemporaryDirectory() as links:
+            for number, file in enumerate(series.files):
+                (Path(links) / f"{number:06d}.dcm").symlink_to(file.resolve())
+            messages = _run_dcm2niix(program, Path(links), temporary)
+        # Without the keys that no rule reads: dcm2niix leaves the institution and the time of day in sidecars.
+        for file in temporary.glob("*.json"):
+            file.write_text(json.dumps({k: v for k, v in _read_json(file).items() if k in _KEPT_KEYS}, indent=1))
+        images = sorted((file.name for file in temporary.glob("*.nii.gz")), key=natural_sort_key)
+        phase = [name for name in images if _is_phase(temporary / name)]
+        errors = [line for line in messages if line.lower().startswith("error")]
+        outcome = {
+            "scans": [name for name in images if name not in phase],
+            "left_out": [(name, "phase or part of a complex image, not magnitude") for name in phase],
+            "problems": errors if images else [" · ".join(messages)],
+        }
+        (temporary / "series.json").write_text(json.dumps(outcome), encoding="utf-8")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not (folder / "series.json").is_file():  # otherwise another process was faster
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _run_dcm2niix(program: str, source: Path, out: Path) -> list[str]:
+    """The program's error lines, or its last line; without paths."""
+    # Anonymised sidecars (-ba), no comment in the header (-c), gzip within the program (-z i), no defaults of the user.
+    command = [program, "-b", "y", "-ba", "y", "-c", "", "-z", "i", "-g", "i", "-f", "scan", "-d", "0", "-w", "2"]
+    try:
+        done = subprocess.run(
+            [*command, "-o", str(out), str(source)],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return [f"error: not done after {_TIMEOUT_S} s"]
+    except OSError as error:
+        raise CohortError(f"dcm2niix cannot be started ({error.strerror})", remedy="Install it again") from error
+    lines = [line.strip() for line in (done.stdout + "\n" + done.stderr).splitlines() if line.strip()]
+    faults = [line for line in lines if re.match(r"(?:error|unable|unsupported|warning)", line, re.IGNORECASE)]
+    if done.returncode and not any(line.lower().startswith("error") for line in faults):
+        faults = [f"error: exit code {done.returncode}", *(faults or lines[-1:])]
+    return [re.sub(r"\S*/\S*", "(file)", line)[:200] for line in faults or lines[-1:]]
+
+
+def _is_phase(image: Path) -> bool:
+    types = _read_sidecar(image).get("ImageType")
+    types = {str(name).upper() for name in types} if isinstance(types, list) else set()
+    in_name = re.search(r"_(?:ph|real|imaginary)(?:\d|_|\.)", image.name)
+    return in_name is not None or bool(types & {"PHASE", "IMAGINARY", "REAL"})
+
+
+def _read_sidecar(image: Path) -> dict[str, Any]:
+    return _read_json(image.with_name(image.name.removesuffix(".nii.gz") + ".json"))
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _row(series: Series, work: Path, image: Path) -> dict[str, Any]:
+    sidecar = _read_sidecar(image)
+    scanner = {column: sidecar[key] for key, column in SCANNER_COLUMNS.items() if sidecar.get(key)}
+    return {
+        "subject": series.subject,
+        "session": series.session,
+        "contrast": contrast_from_sidecar(sidecar),
+        "path": str(image.relative_to(work)),
+        "age_years": series.age_years,
+        "sex": series.sex,
+        **scanner,
+    }
+
+
 def contrast_from_sidecar(sidecar: dict[str, Any]) -> str:
-    """The contrast that a sidecar of dcm2niix speaks for, or ``"unknown"``."""
-    kinds = {str(kind).upper() for kind in _list(sidecar.get("ImageType"))}
-    if "ADC" in kinds or "ADC_UNSPECIFIED" in kinds:
+    """The contrast by the rules of this module, from a sidecar of dcm2niix; ``"unknown"`` if no rule decides."""
+    types = {str(name).upper() for name in _as_list(sidecar.get("ImageType"))}
+    if types & {"ADC", "ADC_UNSPECIFIED"}:
         return "ADC"
-    if kinds & {"TRACE", "TRACEW"}:
+    if types & {"TRACE", "TRACEW"}:
         return "DWI"
-    if kinds & _DERIVED:
+    if types & _DERIVED_TYPES:
         return UNKNOWN
     for key in ("SeriesDescription", "ProtocolName"):
-        text = _plain(sidecar.get(key))
-        if _OTHER.search(text):
+        text = str(sidecar.get(key) or "").lower().replace("t2*", "t2star").replace("w/o", "without")
+        text = " ".join(re.sub(r"[^a-z0-9+]+", " ", text).split())
+        if _NOT_STRUCTURAL.search(text):
             return UNKNOWN
-        found = _contrast_in(text)
-        if found is not None:
-            return _with_agent(found, text, sidecar)
-    return _with_agent(_contrast_of_times(sidecar), "", sidecar)
+        contrast = _contrast_from_words(text)
+        if contrast is not None:
+            return _mark_enhanced(contrast, text, sidecar)
+    return _mark_enhanced(_contrast_from_times(sidecar), "", sidecar)
 
 
-def _plain(text: Any) -> str:
-    """Small letters, with blanks for what separates words."""
-    words = str(text or "").lower().replace("t2*", "t2star").replace("w/o", "without")
-    return " ".join(re.sub(r"[^a-z0-9+]+", " ", words).split())
-
-
-def _contrast_in(text: str) -> str | None:
-    """The contrast of a text; ``unknown`` if it speaks of two, None if of none."""
-    found = [contrast for contrast, words in _WORDS if re.search(rf"\b(?:{words})\b", text)]
+def _contrast_from_words(text: str) -> str | None:
+    """``unknown`` for words of two contrasts, None for no such word."""
+    found = [contrast for contrast, words in _CONTRAST_WORDS if re.search(rf"\b(?:{words})\b", text)]
     if "T1w" not in found and re.search(r"\b(?:t1c|t1ce|t1gd)\b", text):
         found.append("T1w")
     if not found:
@@ -329,13 +320,10 @@ def _contrast_in(text: str) -> str | None:
     return found[0] if len(found) == 1 else UNKNOWN
 
 
-def _contrast_of_times(sidecar: dict[str, Any]) -> str:
-    sequence = {
-        word.upper() for value in _list(sidecar.get("ScanningSequence")) for word in re.split(r"\W+", str(value))
-    }
-    echo, repetition, inversion = (
-        _seconds(sidecar.get(key)) for key in ("EchoTime", "RepetitionTime", "InversionTime")
-    )
+def _contrast_from_times(sidecar: dict[str, Any]) -> str:
+    sequence = set(re.split(r"\W+", " ".join(map(str, _as_list(sidecar.get("ScanningSequence")))).upper()))
+    times = (_seconds(sidecar.get(key)) for key in ("EchoTime", "RepetitionTime", "InversionTime"))
+    echo, repetition, inversion = times
     if "EP" in sequence or echo is None:
         return UNKNOWN
     if "GR" in sequence and inversion is not None and 0.6 <= inversion <= 1.3 and echo < 0.01:
@@ -348,14 +336,14 @@ def _contrast_of_times(sidecar: dict[str, Any]) -> str:
     return UNKNOWN
 
 
-def _with_agent(contrast: str, text: str, sidecar: dict[str, Any]) -> str:
+def _mark_enhanced(contrast: str, text: str, sidecar: dict[str, Any]) -> str:
     if contrast != "T1w" or _NOT_ENHANCED.search(text):
         return contrast
     agent = any(sidecar.get(key) for key in ("ContrastBolusIngredient", "ContrastBolusAgent"))
     return "T1ce" if agent or _ENHANCED.search(text) else contrast
 
 
-def _list(value: Any) -> list[Any]:
+def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 

@@ -1,4 +1,4 @@
-"""DICOM files in series, and series in persons and visits, with nothing kept that names a person."""
+"""Groups DICOM files into series, subjects and sessions; nothing that identifies a person is kept."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _NO_PATIENT = {
     *("", "anonymous", "anonymized", "anonymised", "anon", "unknown", "none", "na", "n/a", "removed", "redacted"),
     *("deidentified", "de-identified", "patient", "subject", "test", "default", "null"),
 }
-_FILLED_WITH_ONE_SIGN = re.compile(r"0+|(\D)\1{2,}")
-"""000000, XXXX, ----: what some anonymisers write."""
+_REPEATED_CHARACTER = re.compile(r"0+|(\D)\1{2,}")
+"""000000, XXXX, ----, as some anonymisers write."""
 MAX_FOLDERS_PER_PATIENT, MAX_FOLDER_SHARE_PER_PATIENT = 2, 0.1
-"""A PatientID in more folders than the first, and in more than the second part of all, is no person's alone."""
-_YEARS = {"Y": 1.0, "M": 1 / 12, "W": 7 / 365.25, "D": 1 / 365.25}
+"""A PatientID in more folders than both limits (a number, a share of all) does not belong to one person."""
+_YEARS_PER_UNIT = {"Y": 1.0, "M": 1 / 12, "W": 7 / 365.25, "D": 1 / 365.25}
 
 
 @dataclass
 class Series:
-    """The files of one series, where they belong, and the little that is kept of the person."""
+    """The files of one series, its subject and session, and the few facts that are kept of the person."""
 
     uid: str
     study: str
@@ -39,7 +39,7 @@ class Series:
     patient: str | None
     """PatientID, in memory only."""
     named: frozenset[str]
-    """Words of PatientName, in memory only, so that no folder with the person's name becomes a subject's name."""
+    """Words of PatientName, in memory only: a folder with the person's name must not name the subject."""
     acquired_at: str
     folder: str
     age_years: float | None
@@ -50,13 +50,13 @@ class Series:
 
     @property
     def key(self) -> str:
-        """A short name that says nothing: a hash of the series and of the sizes of its files."""
+        """A short anonymous name: a hash of the series and of the sizes of its files."""
         text = self.uid + "".join(f"{file.name} {file.stat().st_size}" for file in self.files)
         return hashlib.sha256(os.fsencode(text)).hexdigest()[:12]
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a file has DICOM's mark at byte 128, or its usual ending."""
+    """Whether a file has a DICOM suffix, or the DICOM mark at byte 128."""
     if path.suffix.lower() in DICOM_SUFFIXES:
         return True
     try:
@@ -67,10 +67,10 @@ def is_dicom(path: Path) -> bool:
 
 
 def find_series(root: Path, files: Iterable[Path], unused: UnusedFiles) -> list[Series]:
-    """The MR series of a folder, with ``subject`` and ``session`` set; everything else goes into ``unused``.
+    """The MR series of a folder, with ``subject`` and ``session`` set; other DICOM files go into ``unused``.
 
     Raises:
-        CohortError: one PatientID stands in so many folders that it may be an anonymiser's word for everybody.
+        CohortError: one PatientID occurs in so many folders that an anonymiser may have given it to everybody.
     """
     found: dict[str, Series] = {}
     for file in files:
@@ -87,30 +87,30 @@ def find_series(root: Path, files: Iterable[Path], unused: UnusedFiles) -> list[
             continue
         if uid not in found:
             parts = file.relative_to(root).parts
-            found[uid] = _series(uid, header, decode_filename(parts[0]) if len(parts) > 1 else "")
+            found[uid] = _make_series(uid, header, decode_filename(parts[0]) if len(parts) > 1 else "")
         found[uid].files.append(file)
     series = list(found.values())
     _require_distinct_patient_ids(series)
     _assign_subjects(series)
-    _name_sessions(series)
+    _assign_sessions(series)
     return sorted(
         series, key=lambda one: (natural_sort_key(one.subject), natural_sort_key(one.session), one.number, one.uid)
     )
 
 
 def max_folders_per_patient(series: Iterable[Series]) -> int:
-    """In how many folders the PatientID stands that stands in most; folders that share a study are one."""
-    return max((len(homes) for homes in _folders_by_patient(series).values()), default=0)
+    """The largest number of folders with one PatientID; folders that share a study count once."""
+    return max((len(folders) for folders in _folders_by_patient(series).values()), default=0)
 
 
 def _read_header(file: Path) -> dict[str, str] | None:
-    """The tags as text, "" where there is none; None for what is no DICOM."""
+    """The tags as text, "" for missing ones; None if the file is not DICOM."""
     import pydicom.config
     from pydicom.errors import InvalidDicomError
 
     force = file.suffix.lower() in DICOM_SUFFIXES
     try:
-        # Without validation, whose warnings would print values of the header; values are read when asked for.
+        # Validation would print header values in warnings.
         with pydicom.config.disable_value_validation():
             header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=_TAGS, force=force)
             return {tag: "" if (value := header.get(tag)) is None else str(value).strip() for tag in _TAGS}
@@ -129,79 +129,74 @@ def decode_filename(name: str) -> str:
         return os.fsencode(name).decode("latin-1")
 
 
-def _series(uid: str, header: dict[str, str], folder: str) -> Series:
-    patient = header["PatientID"]
-    words = frozenset(re.findall(r"[^\W\d_]{2,}", header["PatientName"].lower()))
+def _make_series(uid: str, header: dict[str, str], folder: str) -> Series:
+    patient, number, sex = header["PatientID"], header["SeriesNumber"], header["PatientSex"].upper()
     age = re.fullmatch(r"(\d{1,3})([YMWD])", header["PatientAge"].upper())
-    sex = header["PatientSex"].upper()
-    number = header["SeriesNumber"]
-    is_nobody = patient.lower() in _NO_PATIENT or _FILLED_WITH_ONE_SIGN.fullmatch(patient) is not None
+    is_placeholder = patient.lower() in _NO_PATIENT or _REPEATED_CHARACTER.fullmatch(patient) is not None
     return Series(
         uid=uid,
         study=header["StudyInstanceUID"],
         number=int(number) if number.isdecimal() else 0,
-        patient=None if is_nobody else patient,
-        named=words,
+        patient=None if is_placeholder else patient,
+        named=frozenset(re.findall(r"[^\W\d_]{2,}", header["PatientName"].lower())),
         acquired_at=f"{header['StudyDate']} {header['StudyTime']}",
         folder=folder,
-        age_years=int(age.group(1)) * _YEARS[age.group(2)] if age else None,
+        age_years=int(age.group(1)) * _YEARS_PER_UNIT[age.group(2)] if age else None,
         sex=sex if sex in ("F", "M") else None,
     )
 
 
 def _assign_subjects(series: list[Series]) -> None:
-    """Folders are the subjects if each holds one person and each person lies in one; otherwise PatientID's hash is.
+    """Name subjects by folder if folders and persons match one to one, otherwise by the hash of PatientID.
 
-    Without a PatientID a study is a person, since nothing else can be known. A folder that holds a word of the
-    person's name is not used as a name either: who has a list of names could look up its hash.
+    Without a PatientID each study counts as a person. A folder with a word of the person's name is not used, and its
+    name is not hashed either: a list of names would reveal it.
     """
-    if _folders_match_patients(series):
-        of_folder: dict[str, list[Series]] = defaultdict(list)
-        for one in series:
-            of_folder[one.folder].append(one)
-        for folder, inside in of_folder.items():
-            first = min(inside, key=lambda one: (one.acquired_at, one.study))
-            named = _contains_patient_name(folder, frozenset[str]().union(*(one.named for one in inside)))
-            subject = f"sub-{_short_hash(first.patient or first.study)}" if named else sanitise_name(folder)
-            for one in inside:
-                one.subject = subject
-        return
+    by_folder: dict[str, list[Series]] = defaultdict(list)
     for one in series:
         one.subject = f"sub-{_short_hash(one.patient if one.patient is not None else one.study)}"
+        by_folder[one.folder].append(one)
+    if not _folders_match_patients(series):
+        return
+    for folder, inside in by_folder.items():
+        first = min(inside, key=lambda one: (one.acquired_at, one.study))
+        named = _contains_patient_name(folder, frozenset[str]().union(*(one.named for one in inside)))
+        subject = f"sub-{_short_hash(first.patient or first.study)}" if named else sanitise_name(folder)
+        for one in inside:
+            one.subject = subject
 
 
 def _contains_patient_name(folder: str, names: frozenset[str]) -> bool:
-    """Whether a folder is called by a word of a name; words of two letters count where they stand alone.
+    """Whether a folder's name contains a word of a person's name; words of two letters count only on their own.
 
-    >>> _contains_patient_name("LI_WU", frozenset({"li", "wu"})), _contains_patient_name("clinic", frozenset({"li", "wu"}))
-    (True, False)
+    >>> [_contains_patient_name(folder, frozenset({"li", "wu"})) for folder in ("LI_WU", "clinic")]
+    [True, False]
     """
-    apart = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", folder).lower()
-    words = set(re.findall(r"[^\W\d_]+", apart))
+    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", folder).lower()
+    words = set(re.findall(r"[^\W\d_]+", spaced))
     return any(name in words or (len(name) > 2 and name in folder.lower()) for name in names)
 
 
 def _folders_by_patient(series: Iterable[Series]) -> dict[str, set[str]]:
-    """Per PatientID one folder for each group of folders that share a study."""
-    homes: dict[str, set[str]] = defaultdict(set)
-    of_study: dict[str, str] = {}
+    """The folders of each PatientID, one for each group of folders that share a study."""
+    folders: dict[str, set[str]] = defaultdict(set)
+    first_folders: dict[str, str] = {}
     for one in series:
-        home = of_study.setdefault(one.study, one.folder) if one.study else one.folder
+        folder = first_folders.setdefault(one.study, one.folder) if one.study else one.folder
         if one.patient is not None:
-            homes[one.patient].add(home)
-    return homes
+            folders[one.patient].add(folder)
+    return folders
 
 
 def _require_distinct_patient_ids(series: list[Series]) -> None:
-    """A cohort must not become one subject because an anonymiser gave everybody one PatientID.
+    """Refuse one PatientID for everybody, as some anonymisers write, since the cohort would become one subject.
 
-    Series and visits of a person may lie in folders of their own, so two folders, and a small part of many folders,
-    are believed.
+    A person's series and visits may lie in several folders, so two folders, or a small share of many, are accepted.
     """
     most, folders = max_folders_per_patient(series), len({one.folder for one in series})
     if most > MAX_FOLDERS_PER_PATIENT and most > MAX_FOLDER_SHARE_PER_PATIENT * folders:
         raise CohortError(
-            "one PatientID stands in many folders: one person, or an anonymiser's word for everybody",
+            "one PatientID is in many folders: one person, or an anonymiser's placeholder for everybody",
             got=f"{most} of {folders} folders",
             remedy="If it is one person, put these folders into one; otherwise anonymise again with a PatientID for "
             "each person, or convert the series and write a manifest",
@@ -212,29 +207,23 @@ def _folders_match_patients(series: list[Series]) -> bool:
     folders = {one.folder for one in series}
     if len(folders) < 2 or "" in folders:
         return False
-    persons: dict[str, set[str | None]] = defaultdict(set)
-    homes: dict[str, set[str]] = defaultdict(set)
-    studies: dict[str, set[str]] = defaultdict(set)
+    groups: dict[tuple[str, str], set[str | None]] = defaultdict(set)
     for one in series:
-        persons[one.folder].add(one.patient)
-        studies[one.study].add(one.folder)
+        groups["folder", one.folder].add(one.patient)
+        groups["study", one.study].add(one.folder)
         if one.patient is not None:
-            homes[one.patient].add(one.folder)
-    in_one = all(len(found) == 1 for found in (*homes.values(), *studies.values()))
-    return in_one and all(len(found) == 1 for found in persons.values())
+            groups["patient", one.patient].add(one.folder)
+    return all(len(group) == 1 for group in groups.values())
 
 
-def _name_sessions(series: list[Series]) -> None:
-    """Studies of a subject in order of time become 1, 2, …; dates are not kept."""
+def _assign_sessions(series: list[Series]) -> None:
+    """Number the studies of a subject 1, 2, … in order of time; dates are not kept."""
     studies: dict[str, set[tuple[str, str]]] = defaultdict(set)
     for one in series:
         studies[one.subject].add((one.acquired_at, one.study))
     for one in series:
-        in_time: list[str] = []
-        for _, study in sorted(studies[one.subject]):
-            if study not in in_time:
-                in_time.append(study)
-        one.session = str(in_time.index(one.study) + 1)
+        ordered = list(dict.fromkeys(study for _, study in sorted(studies[one.subject])))
+        one.session = str(ordered.index(one.study) + 1)
 
 
 def _short_hash(text: str) -> str:

@@ -1,6 +1,6 @@
 """FOMO300K: ``PT001_*/sub-XX/ses-YY.zip`` with BIDS-like names inside; unpacked sessions are read as well.
 
-``PT030_OpenNeuro`` has a level more, the OpenNeuro data set: ``PT030_OpenNeuro/ds000001/sub-XX/ses-YY.zip``.
+``PT030_OpenNeuro`` has one more level, the OpenNeuro data set: ``PT030_OpenNeuro/ds000001/sub-XX/ses-YY.zip``.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ from brainfound.data.sources.file_names import (
     stem,
     subfolders,
 )
-from brainfound.data.sources.fomo60k import join_by_names, join_people
-from brainfound.data.sources.tables import read_table
+from brainfound.data.sources.fomo60k import join_by_names, join_participants
+from brainfound.data.sources.tables import read_table, sort_by_session
 from brainfound.errors import CohortError, ScanError
 
 NAME = "FOMO300K"
 LAYOUT_HINT = "PT001_*/sub-*/ses-*.zip (FOMO300K)"
+
 _PARTS = "PT[0-9]*"
 
 
@@ -43,53 +44,45 @@ def can_read(path: Path) -> bool:
 
 
 def read(path: Path, work: Path | None = None) -> Cohort:
-    """The scans inside the zips, as paths such as ``…/ses-01.zip/anat/x.nii.gz``; nothing is unpacked.
+    """The scans inside the zips, with paths such as ``…/ses-01.zip/anat/x.nii.gz``; nothing is unpacked.
 
-    A zip that is refused is listed in ``unused`` with the reason and stops no other. An image whose name says no
-    contrast is kept as ``unknown``; a diffusion scan of b ≤ 5 s/mm² only is a b0 and no DWI.
+    A zip that cannot be used is listed in ``unused`` with the reason; the others are read. Images without a contrast
+    in their names are kept as ``unknown``, and so are diffusion scans with b ≤ 5 s/mm² only.
 
     Raises:
-        CohortError: not one image.
+        CohortError: no images.
     """
     unused: UnusedFiles = []
     notes: list[str] = []
-    names = SubjectNamer()
+    namer = SubjectNamer()
     rows: list[dict[str, Any]] = []
     for part, dataset in _parts(path):
-        unused += [(file, "not in the zip or folder of a session") for file in _loose(part, unused)]
+        unused += [(file, "not in the zip or folder of a session") for file in _loose_images(part, unused)]
         for session in _sessions(part):
             participant = session.parent.name
             label = session.name.removesuffix(".zip").removeprefix("ses-")
-            for file in _files(session, unused):
+            for file in _images(session, unused):
                 contrast, reason = _contrast(file)
                 if reason:
                     unused.append((file, reason))
                     continue
-                key = {"subject": names(dataset, participant), "session": label}
-                facts = {"site": dataset, "dataset": dataset, "_participant": participant}
-                rows.append(
-                    {**key, "contrast": contrast, "path": str(file), **facts, "_order": BidsName.of(file).order}
-                )
+                scan = {"contrast": contrast, "path": str(file), "site": dataset, "dataset": dataset}
+                key = {"subject": namer(dataset, participant), "session": label, "_participant": participant}
+                rows.append(key | scan)
     if not rows:
-        raise CohortError(
-            "no images found",
-            where=path.name,
-            got=unused[0][1] if unused else "no images",
-            remedy="Check the archives",
-        )
-    rows.sort(
-        key=lambda row: (natural_sort_key(row["subject"]), natural_sort_key(row["session"]), row["_order"], row["path"])
-    )
-    table = pd.DataFrame(rows).drop(columns="_order")
-    root = _root(path)
+        got = unused[0][1] if unused else "no images"
+        raise CohortError("no images found", where=path.name, got=got, remedy="Check the archives")
+    sort_by_session(rows, lambda file: (BidsName.parse(file).order, str(file)))
+    table = pd.DataFrame(rows)
+    root = _table_folder(path)
     if (root / "participants.tsv").is_file():
-        table = join_people(table, root, notes)
+        table = join_participants(table, root, notes)
     table = _join_scan_facts(table, root, notes)
     return Cohort(table.drop(columns="_participant"), root, source=NAME, notes=notes, unused=unused)
 
 
 def _parts(path: Path) -> list[tuple[Path, str]]:
-    """The folders of data sets with their names, ``PT001_x`` or ``PT030_OpenNeuro/ds000001``."""
+    """The folders of data sets with their names: ``PT001_x`` or ``PT030_OpenNeuro/ds000001``."""
     if any(path.glob("sub-*/ses-*.zip")):
         above = path.resolve().parent.name
         return [(path, f"{above}/{path.resolve().name}" if fnmatch(above, _PARTS) else path.resolve().name)]
@@ -102,8 +95,8 @@ def _parts(path: Path) -> list[tuple[Path, str]]:
     return parts
 
 
-def _root(path: Path) -> Path:
-    """The folder with the tables: the path, or one above it if the path is a part."""
+def _table_folder(path: Path) -> Path:
+    """The folder with the tables: the path, or one above it if the path is a part of the release."""
     here = path.resolve()
     above = [here.parents[number] for number in (0, 1) if number < len(here.parents)]
     is_part = fnmatch(here.name, _PARTS) or fnmatch(here.parent.name, _PARTS)
@@ -111,7 +104,7 @@ def _root(path: Path) -> Path:
 
 
 def _sessions(part: Path) -> Iterator[Path]:
-    """Zips, and folders of zips that were unpacked beside them (then the zip alone is read)."""
+    """Zips and unpacked folders; of a zip with its unpacked folder beside it, only the zip."""
     for subject in subfolders(part, "sub-*"):
         found = sorted(subject.glob("ses-*"), key=lambda child: natural_sort_key(child.name))
         for child in found:
@@ -121,12 +114,12 @@ def _sessions(part: Path) -> Iterator[Path]:
                 yield child
 
 
-def _loose(part: Path, unused: UnusedFiles) -> Iterator[Path]:
+def _loose_images(part: Path, unused: UnusedFiles) -> Iterator[Path]:
     for subject in subfolders(part, "sub-*"):
         yield from iter_images(subject, unused, without=[session.name for session in subfolders(subject, "ses-*")])
 
 
-def _files(session: Path, unused: UnusedFiles) -> list[Path]:
+def _images(session: Path, unused: UnusedFiles) -> list[Path]:
     if session.is_dir():
         return list(iter_images(session, unused))
     try:
@@ -141,38 +134,34 @@ def _files(session: Path, unused: UnusedFiles) -> list[Path]:
 
 
 def _contrast(file: Path) -> tuple[str, str]:
-    """The contrast, and a reason if the file is not to be used at all."""
+    """The contrast, and the reason if the file is not used at all."""
     if mask_column(file):
         return UNKNOWN, "a label map"
-    contrast, reason = contrast_from_bids_name(BidsName.of(file))
+    contrast, reason = contrast_from_bids_name(BidsName.parse(file))
     if reason and not reason.startswith("no known contrast"):
         return UNKNOWN, reason
     if contrast == UNKNOWN and parse_filename(file).label_column:
         return UNKNOWN, "a label map"
     if contrast == UNKNOWN:
         contrast = scan_contrast_from_filename(file) if "-" not in file.name else UNKNOWN
-    if contrast == "DWI" and _is_b0(file):
-        contrast = UNKNOWN
-    return contrast, ""
+    return (UNKNOWN if contrast == "DWI" and _is_b0(file) else contrast), ""
 
 
 def _is_b0(file: Path) -> bool:
-    values = file.with_name(stem(file) + ".bval")
     try:
-        with open_binary(values) as stream:
-            numbers = [float(word) for word in stream.read(100_000).split()]
+        with open_binary(file.with_name(stem(file) + ".bval")) as stream:
+            b_values = [float(word) for word in stream.read(100_000).split()]
     except (ScanError, OSError, ValueError):
-        return False  # nothing is known of the b-values, so the name counts
-    return bool(numbers) and max(numbers) <= MAX_B0_S_PER_MM2
+        return False  # unknown b-values: the name decides
+    return bool(b_values) and max(b_values) <= MAX_B0_S_PER_MM2
 
 
 def _join_scan_facts(table: pd.DataFrame, root: Path, notes: list[str]) -> pd.DataFrame:
-    """``mri_info.tsv``: one row per scan, joined by its file name where it has the columns for it."""
+    """Join ``mri_info.tsv``, which has one row per scan, by file name."""
     file = root / "mri_info.tsv"
     if not file.is_file():
         return table
-    facts, of_reading = read_table(file, bids_ids=True)
-    notes += of_reading
+    facts = read_table(file, notes, bids_ids=True)
     if not {"dataset", "subject", "session", "filename"} <= set(facts.columns):
         notes.append("mri_info.tsv has no columns dataset, participant_id, session_id, filename and was not used")
         return table

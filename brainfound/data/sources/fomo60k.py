@@ -1,6 +1,6 @@
 """FOMO60K, the pretraining set of the FOMO25 challenge, in both releases.
 
-First release: ``sub_<N>/ses_<M>/<sequence>[_k].nii.gz``. Later release: ``<dataset>/<participant>/<session>/<file>``
+First release: ``sub_<N>/ses_<M>/<sequence>[_k].nii.gz``. Second release: ``<dataset>/<participant>/<session>/<file>``
 with ``participants.tsv`` (dataset, participant_id, session_id, group, …) and ``mapping.tsv`` (dataset, participant_id,
 session_id, filename) in the root.
 """
@@ -28,50 +28,52 @@ from brainfound.data.sources.file_names import (
     subfolders,
 )
 from brainfound.data.sources.tables import (
-    SessionKey,
+    LabelMapRow,
     join,
     join_label_maps,
     parse_ages,
     read_table,
+    sort_by_session,
     strip_session_prefix,
 )
 from brainfound.errors import CohortError
 
 NAME = "FOMO60K"
 LAYOUT_HINT = "sub_<N>/ses_<M>/*.nii.gz or mapping.tsv (FOMO60K)"
-_KEYS = ("dataset", "subject", "session")
+
+_INDEX_COLUMNS = ("dataset", "subject", "session", "filename")
 
 
 def can_read(path: Path) -> bool:
-    """Either release in its root, or the folder above the ``fomo-60k`` of the first; DICOM in such folders is not."""
-    return path.is_dir() and (_is_later(path) or _first_release(path) is not None)
+    """The root of either release, or the folder above ``fomo-60k`` of the first. DICOM alone does not count."""
+    return path.is_dir() and (_is_second_release(path) or _first_release(path) is not None)
 
 
 def read(path: Path, work: Path | None = None) -> Cohort:
-    """The scans of either release. A name that says no contrast (``scan_3``) is kept as ``unknown``.
+    """The scans of either release. Images without a contrast in their names (``scan_3``) are kept as ``unknown``.
 
     Raises:
         CohortError: no images, or an index that leads out of its folder.
     """
     unused: UnusedFiles = []
     notes: list[str] = []
-    maps: list[tuple[str, SessionKey, Path]] = []
-    if _is_later(path):
+    label_maps: list[LabelMapRow] = []
+    if _is_second_release(path):
         root = path
-        table = _read_later(root, maps, unused, notes)
+        table = _read_second_release(root, label_maps, unused, notes)
     else:
         root = _first_release(path) or path
-        table = _read_first(root, maps, unused)
+        table = _read_first_release(root, label_maps, unused)
     if table.empty:
         raise CohortError(
             "no images found", where=path.name, expected="sub_<N>/ses_<M>/*.nii.gz", remedy="Unpack the release here"
         )
-    columns = join_label_maps(table, maps, unused)
+    columns = join_label_maps(table, label_maps, unused)
     return Cohort(table, root, columns, source=NAME, notes=notes, unused=unused)
 
 
-def _is_later(path: Path) -> bool:
-    """Whether there is a ``mapping.tsv`` with a release's columns; other programs write files of that name too."""
+def _is_second_release(path: Path) -> bool:
+    """Whether ``mapping.tsv`` has the columns of the release; other programs write files of that name too."""
     try:
         with (path / "mapping.tsv").open("rb") as stream:
             header = stream.readline(10_000).decode("utf-8-sig", errors="replace")
@@ -88,48 +90,47 @@ def _first_release(path: Path) -> Path | None:
     return None
 
 
-def _read_first(root: Path, maps: list[tuple[str, SessionKey, Path]], unused: UnusedFiles) -> pd.DataFrame:
+def _read_first_release(root: Path, label_maps: list[LabelMapRow], unused: UnusedFiles) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     subjects = subfolders(root, "sub_*")
     for subject in subjects:
         sessions = subfolders(subject, "ses_*")
         loose = list(iter_images(subject, unused, without=[session.name for session in sessions]))
-        only = [] if sessions else [file for file in loose if file.parent == subject]  # then it is the one session
-        unused += [(file, "not in the folder of a session") for file in loose if file not in only]
-        _take(rows, maps, subject.name, "ses_1", only)
+        only_session = [] if sessions else [file for file in loose if file.parent == subject]
+        unused += [(file, "not in the folder of a session") for file in loose if file not in only_session]
+        _add_images(rows, label_maps, subject.name, "ses_1", only_session)
         for session in sessions:
-            _take(rows, maps, subject.name, session.name, iter_images(session, unused))
+            _add_images(rows, label_maps, subject.name, session.name, iter_images(session, unused))
     others = iter_images(root, unused, without=[subject.name for subject in subjects])
     unused += [(file, "not in the folder of a subject") for file in others]
     return pd.DataFrame(rows)
 
 
-def _take(
+def _add_images(
     rows: list[dict[str, Any]],
-    maps: list[tuple[str, SessionKey, Path]],
+    label_maps: list[LabelMapRow],
     subject: str,
     session: str,
     files: Iterable[Path],
     **facts: Any,
 ) -> None:
-    """Scans become rows; what is named as a label map (``t1_seg``) is none."""
+    """Add scans to `rows`, and files named as label maps (``t1_seg``) to `label_maps`."""
     for file in files:
         column = parse_filename(file).label_column
         if column:
-            maps.append((column, (subject, session), file))
+            label_maps.append((column, (subject, session), file))
         else:
             contrast = scan_contrast_from_filename(file)
             rows.append({"subject": subject, "session": session, "contrast": contrast, "path": str(file), **facts})
 
 
-def _read_later(
-    root: Path, maps: list[tuple[str, SessionKey, Path]], unused: UnusedFiles, notes: list[str]
+def _read_second_release(
+    root: Path, label_maps: list[LabelMapRow], unused: UnusedFiles, notes: list[str]
 ) -> pd.DataFrame:
-    """What ``mapping.tsv`` lists and is there; images that it does not list are not used."""
+    """The images that ``mapping.tsv`` lists and that exist; other images are not used."""
     index = root / "mapping.tsv"
-    mapping, of_reading = read_table(index, bids_ids=True)
-    notes += of_reading
-    missing = [column for column in (*_KEYS, "filename") if column not in mapping]
+    mapping = read_table(index, notes, bids_ids=True)
+    missing = [column for column in _INDEX_COLUMNS if column not in mapping]
     if missing:
         raise CohortError(
             f"mapping.tsv has no column {missing[0].replace('subject', 'participant_id')!r}",
@@ -137,11 +138,11 @@ def _read_later(
             got=", ".join(map(str, mapping.columns[:12])),
             remedy="Get the file of the release again",
         )
-    names = SubjectNamer()
+    namer = SubjectNamer()
     rows: list[dict[str, Any]] = []
     listed: set[Path] = set()
-    absent = 0
-    for line, values in enumerate(mapping[[*_KEYS, "filename"]].itertuples(index=False), start=2):
+    num_missing = 0
+    for line, values in enumerate(mapping[list(_INDEX_COLUMNS)].itertuples(index=False), start=2):
         if any(value is None for value in values):
             raise CohortError("a value is missing", where=f"{index.name}, line {line}", remedy="Get the file again")
         dataset, participant, session, _ = values
@@ -153,72 +154,65 @@ def _read_later(
             unused.append((file, "not an image"))
         elif file.is_file():
             facts = {"site": dataset, "dataset": dataset, "_participant": participant}
-            _take(rows, maps, names(dataset, participant), session, [file], **facts)
+            _add_images(rows, label_maps, namer(dataset, participant), session, [file], **facts)
         else:
-            absent += 1
+            num_missing += 1
             unused.append((file, "listed in mapping.tsv, but not there"))
-    if absent:
-        notes.append(f"{absent} of {len(listed)} files of mapping.tsv are not there (a partial download?)")
+    if num_missing:
+        notes.append(f"{num_missing} of {len(listed)} files of mapping.tsv are not there (a partial download?)")
     unused += [(file, "not listed in mapping.tsv") for file in iter_images(root, unused) if file not in listed]
     if not rows:
         return pd.DataFrame()
-    rows.sort(
-        key=lambda row: (
-            natural_sort_key(row["subject"]),
-            natural_sort_key(row["session"]),
-            natural_sort_key(row["path"]),
-        )
-    )
-    return join_people(pd.DataFrame(rows), root, notes).drop(columns=["_participant"])
+    sort_by_session(rows, natural_sort_key)
+    return join_participants(pd.DataFrame(rows), root, notes).drop(columns="_participant")
 
 
-def join_people(table: pd.DataFrame, root: Path, notes: list[str]) -> pd.DataFrame:
-    """``participants.tsv`` joined by data set and participant, and by session where it has rows per session.
+def join_participants(table: pd.DataFrame, root: Path, notes: list[str]) -> pd.DataFrame:
+    """Join ``participants.tsv`` by data set and participant, and by session if it has rows per session.
 
-    The table needs the columns ``dataset`` and ``_participant`` beside ``session``.
+    The table needs the columns ``dataset``, ``_participant`` and ``session``.
     """
     file = root / "participants.tsv"
     if not file.is_file():
-        notes.append("there is no participants.tsv: nothing is known of the people")
+        notes.append("there is no participants.tsv: the subjects have no covariates")
         return table
-    people, of_reading = read_table(file, bids_ids=True)
-    notes += of_reading
-    if not {"dataset", "subject"} <= set(people.columns):
+    facts = read_table(file, notes, bids_ids=True)
+    if not {"dataset", "subject"} <= set(facts.columns):
         raise CohortError(
             "participants.tsv has no columns 'dataset' and 'participant_id'",
             where=file.name,
-            got=", ".join(map(str, people.columns[:12])),
+            got=", ".join(map(str, facts.columns[:12])),
             remedy="Get the file of the release again",
         )
-    people = parse_ages(people, file, notes)
-    by_session = "session" in people and people["session"].notna().any()
-    return join_by_names(table, people, ("session",) if by_session else (), file, notes)
+    facts = parse_ages(facts, file, notes)
+    by_session = "session" in facts and facts["session"].notna().any()
+    return join_by_names(table, facts, ("session",) if by_session else (), file, notes)
 
 
 def join_by_names(
-    table: pd.DataFrame, facts: pd.DataFrame, further: tuple[str, ...], file: Path, notes: list[str]
+    table: pd.DataFrame, facts: pd.DataFrame, other_keys: tuple[str, ...], file: Path, notes: list[str]
 ) -> pd.DataFrame:
-    """Facts joined by data set, participant and further columns, as an index of a release names them.
+    """Join facts by data set, participant and `other_keys`, with the names of a release's tables.
 
-    Rows that say different things of one name are not used, since whose they are cannot be known.
+    Contradictory rows of one key are not used, since nobody knows which one is right.
     """
     facts = facts.rename(columns={"dataset": "_dataset", "subject": "_participant", "session": "_session"})
-    keys = ["_dataset", "_participant", *("_session" if column == "session" else column for column in further)]
+    keys = ["_dataset", "_participant", *("_session" if column == "session" else column for column in other_keys)]
     if "_session" in keys:
         facts["_session"] = strip_session_prefix(facts["_session"])
         table["_session"] = [name.removeprefix("ses-") for name in table["session"]]
     facts = facts.drop_duplicates()
-    doubtful = facts.duplicated(subset=keys, keep=False)
-    if doubtful.any():
-        notes.append(f"{doubtful.sum()} rows of {file.name} are not used: they say different things of one name")
-        facts = facts[~doubtful]
+    contradictory = facts.duplicated(subset=keys, keep=False)
+    if contradictory.any():
+        notes.append(f"{contradictory.sum()} rows of {file.name} are not used: they contradict each other")
+        facts = facts[~contradictory]
     known = set(facts["_dataset"])
-    table["_dataset"] = [_name_in(known, dataset) for dataset in table["dataset"]]
+    table["_dataset"] = [_match_dataset(known, dataset) for dataset in table["dataset"]]
     joined = join(table, facts, keys, file, notes)
-    return joined.drop(columns=[column for column in ("_dataset", "_session") if column in joined])
+    return joined.drop(columns=["_dataset", "_session"], errors="ignore")
 
 
-def _name_in(known: set[str], dataset: str) -> str:
-    """How a table calls a data set: ``PT030_OpenNeuro/ds000001`` whole, or by its last or its first part."""
+def _match_dataset(known: set[str], dataset: str) -> str:
+    """The table's name of a data set: ``PT030_OpenNeuro/ds000001`` in full, or its last or first part."""
     first, _, rest = dataset.partition("/")
     return next((name for name in (dataset, rest, first) if name in known), dataset)

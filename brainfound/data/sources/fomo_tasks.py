@@ -26,9 +26,10 @@ from brainfound.errors import CohortError
 
 NAME = "FOMO task"
 LAYOUT_HINT = "preprocessed/sub_*/ses_*/ with labels/ (FOMO25, FOMO26)"
-AGE_TASK = 3
+
+_AGE_TASK = "3"
 _TASK = re.compile(r"task[_-]?(\d+)$", re.IGNORECASE)
-_TEXTS = ("label.txt", "labels.txt")
+_LABEL_FILES = ("label.txt", "labels.txt")
 _SEGMENTATIONS = ("seg.nii.gz", "seg.nii", "label.nii.gz", "labels.nii.gz")
 
 
@@ -38,21 +39,22 @@ def can_read(path: Path) -> bool:
 
 
 def read(path: Path, work: Path | None = None) -> Cohort:
-    """The sessions with their labels: ``mask`` of a segmentation, the column ``label`` of a text file; of task 3
-    ``age_years``, a decimal number that is never rounded. Subjects of several tasks are other people, so then their
-    names begin with the task.
+    """The sessions with their labels.
+
+    A segmentation becomes ``mask``, the number of a text file ``label``, or ``age_years`` in task 3. Ages are decimal
+    numbers and never rounded. Different tasks have different people, so with several tasks the names of subjects begin
+    with the task.
 
     Raises:
         CohortError: no images, or a label that is not one number.
     """
     unused: UnusedFiles = []
-    notes: list[str] = []
     rows: list[dict[str, Any]] = []
     tasks = _tasks(path)
-    without_label = 0
+    num_unlabelled = 0
     for folder in tasks:
-        number = _number(folder)
-        prefix = f"task{number}_" if number and len(tasks) > 1 else f"{folder.name}_" if len(tasks) > 1 else ""
+        number = _task_number(folder)
+        prefix = (f"task{number}_" if number else f"{folder.name}_") if len(tasks) > 1 else ""
         for subject in subfolders(_images_folder(folder), "sub_*"):
             sessions = subfolders(subject, "ses_*") or [subject]
             if sessions != [subject]:
@@ -62,10 +64,10 @@ def read(path: Path, work: Path | None = None) -> Cohort:
                 ]
             for session in sessions:
                 name = session.name if session != subject else "ses_1"
-                known = _labels(folder, subject.name, name, session, number)
-                found = _scans(session, unused)
-                without_label += bool(found) and not known
-                rows += [{"subject": prefix + subject.name, "session": name, **scan, **known} for scan in found]
+                labels = _labels(folder, subject.name, name, session, is_age=number == _AGE_TASK)
+                scans = _scans(session, unused)
+                num_unlabelled += bool(scans) and not labels
+                rows += [{"subject": prefix + subject.name, "session": name, **scan, **labels} for scan in scans]
     if not rows:
         raise CohortError(
             "no images of a known contrast",
@@ -73,19 +75,13 @@ def read(path: Path, work: Path | None = None) -> Cohort:
             expected="preprocessed/sub_X/ses_1/flair.nii.gz and the like",
             remedy="Unpack the task here",
         )
-    if without_label:
-        notes.append(f"{without_label} sessions have no label")
     table = pd.DataFrame(rows)
     if "label" in table and not table["label"].isna().any():
-        whole = all(float(value).is_integer() for value in table["label"])
-        table["label"] = table["label"].astype(int if whole else float)
-    return Cohort(
-        table,
-        path,
-        source=f"{NAME} {_number(tasks[0])}".strip() if len(tasks) == 1 else f"{NAME}s",
-        notes=notes,
-        unused=unused,
-    )
+        are_integers = all(float(value).is_integer() for value in table["label"])
+        table["label"] = table["label"].astype(int if are_integers else float)
+    source = f"{NAME} {_task_number(tasks[0])}".strip() if len(tasks) == 1 else f"{NAME}s"
+    notes = [f"{num_unlabelled} sessions have no label"] if num_unlabelled else []
+    return Cohort(table, path, source=source, notes=notes, unused=unused)
 
 
 def _tasks(path: Path) -> list[Path]:
@@ -111,12 +107,9 @@ def _images_folder(task: Path) -> Path:
     return task / "preprocessed" if (task / "preprocessed").is_dir() else task
 
 
-def _number(task: Path) -> str:
-    for name in (task.name, task.resolve().name, task.resolve().parent.name):
-        found = _TASK.search(name)
-        if found:
-            return found.group(1)
-    return ""
+def _task_number(task: Path) -> str:
+    names = (task.name, task.resolve().name, task.resolve().parent.name)
+    return next((match.group(1) for name in names if (match := _TASK.search(name))), "")
 
 
 def _scans(session: Path, unused: UnusedFiles) -> list[dict[str, Any]]:
@@ -134,24 +127,23 @@ def _scans(session: Path, unused: UnusedFiles) -> list[dict[str, Any]]:
     return scans
 
 
-def _labels(task: Path, subject: str, session: str, images: Path, number: str) -> dict[str, Any]:
-    """Labels of a session: of the session's folder if there are any, else of the subject's, else beside the images."""
+def _labels(task: Path, subject: str, session: str, images: Path, *, is_age: bool) -> dict[str, Any]:
+    """Labels of a session: those of its folder, else those of the subject, else those beside the images."""
     for folder in (task / "labels" / subject / session, task / "labels" / subject, images):
-        known: dict[str, Any] = {}
+        labels: dict[str, Any] = {}
         for name in _SEGMENTATIONS:
             if (folder / name).is_file():
-                known.setdefault("mask", str(folder / name))
-        for name in _TEXTS:
+                labels.setdefault("mask", str(folder / name))
+        for name in _LABEL_FILES:
             if (folder / name).is_file():
-                column = "age_years" if number == str(AGE_TASK) else "label"
-                known.setdefault(column, _number_in(folder / name, task, age=column == "age_years"))
-        if known:
-            return known
+                labels.setdefault("age_years" if is_age else "label", _read_number(folder / name, task, is_age=is_age))
+        if labels:
+            return labels
     return {}
 
 
-def _number_in(file: Path, task: Path, *, age: bool) -> float:
-    """The one number of a label file; an age is a decimal number and must be one of a person."""
+def _read_number(file: Path, task: Path, *, is_age: bool) -> float:
+    """The only number of a label file; an age must be between 0 and 150."""
     where = file.relative_to(task)
     try:
         words = file.read_text(encoding="utf-8-sig").split()
@@ -161,12 +153,12 @@ def _number_in(file: Path, task: Path, *, age: bool) -> float:
         value = float(words[0]) if len(words) == 1 else math.nan
     except ValueError:
         value = math.nan
-    if not math.isfinite(value) or (age and not 0 <= value <= 150):
+    if not math.isfinite(value) or (is_age and not 0 <= value <= 150):
         raise CohortError(
             "the label is not one number",
             where=where,
             got=repr(" ".join(words)[:40]),
-            expected="an age in years" if age else "a number",
+            expected="an age in years" if is_age else "a number",
             remedy="Get the file again or correct it",
         )
     return value

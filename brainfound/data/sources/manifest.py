@@ -13,32 +13,34 @@ from brainfound.errors import CohortError, UsageError
 
 NAME = "manifest"
 LAYOUT_HINT = "manifest.tsv, .csv or .parquet with subject, contrast, path"
-_NAMES = ("manifest.tsv", "manifest.csv", "manifest.parquet")
+
+_FILES = ("manifest.tsv", "manifest.csv", "manifest.parquet")
 _REQUIRED = ("subject", "contrast", "path")
 
 
 def can_read(path: Path) -> bool:
-    """Any file but a JSON (what is no table is refused by its reader), or a folder that holds a manifest."""
-    return (path.is_file() and path.suffix.lower() != ".json") or any((path / name).is_file() for name in _NAMES)
+    """Any file except JSON (`read` refuses those that are not tables), or a folder with a manifest."""
+    return (path.is_file() and path.suffix.lower() != ".json") or any((path / name).is_file() for name in _FILES)
 
 
 def read(path: Path, work: Path | None = None) -> Cohort:
-    """The manifest; its relative paths start at its own folder and may lead anywhere, since its user wrote it.
+    """The scans of a manifest. Relative paths start at its folder and may lead anywhere: the user wrote them.
 
     The columns ``mask``, ``dseg`` and ``…_mask`` name label maps.
 
     Raises:
-        CohortError: a column is missing, or a value cannot be used; says the line.
+        CohortError: a column is missing, or a value cannot be used; the error names the line.
     """
     if path.is_dir():
-        path = next(path / name for name in _NAMES if (path / name).is_file())
-    table, notes = read_table(path)
-    _check_columns(table, path)
+        path = next(path / name for name in _FILES if (path / name).is_file())
+    notes: list[str] = []
+    table = read_table(path, notes)
+    _require_columns(table, path)
     if "session" not in table:
         table["session"] = "1"
     table["session"] = table["session"].fillna("1").astype(str)
     table["subject"] = table["subject"].astype(str)
-    table["contrast"] = _contrasts_of_rows(path, table["contrast"])
+    table["contrast"] = _parse_contrasts(path, table["contrast"])
     mask_columns = tuple(c for c in table.columns if c in ("mask", "dseg") or c.endswith("_mask")) or ("mask",)
     for column in ("path", *mask_columns):
         if column in table:
@@ -54,14 +56,14 @@ def read(path: Path, work: Path | None = None) -> Cohort:
     return Cohort(table, path.parent, mask_columns, source=NAME, notes=notes)
 
 
-def _check_columns(table: pd.DataFrame, path: Path) -> None:
+def _require_columns(table: pd.DataFrame, path: Path) -> None:
     for column in _REQUIRED:
         if column not in table:
             raise CohortError(
                 f"the manifest has no column {column!r}",
                 where=path.name,
                 got=", ".join(map(str, table.columns[:12])),
-                remedy="Add the column (subject, contrast and path are needed), or rename the file if it is none",
+                remedy="Add the column (needed: subject, contrast, path), or rename the file if it is not a manifest",
             )
     if table.empty:
         raise CohortError("the manifest has no rows", where=path.name, remedy="List one scan per row")
@@ -73,8 +75,8 @@ def _check_columns(table: pd.DataFrame, path: Path) -> None:
             )
 
 
-def _contrasts_of_rows(path: Path, names: pd.Series) -> list[str]:
-    """Canonical names. A name that is not known stays, so that its scan alone is refused, unless no name is known."""
+def _parse_contrasts(path: Path, names: pd.Series) -> list[str]:
+    """Canonical names. Unknown names stay, so that only their scans are refused, unless no name at all is known."""
     contrasts: list[str] = []
     first_error: CohortError | None = None
     for line, name in enumerate(names.astype(str), start=2):

@@ -1,7 +1,7 @@
-"""OpenMind and other sets of the SSL3D challenge: ``pretrain_data.json``.
+"""OpenMind and other data sets of the SSL3D challenge: ``pretrain_data.json``.
 
-The JSON is a tree: ``datasets`` → ``subjects`` → ``sessions`` → ``images``, each image with ``name``, ``modality``,
-``image_path`` and ``associated_masks`` (``anatomy_mask``, ``anonymization_mask``). Paths begin with a variable,
+The JSON is a tree of ``datasets`` → ``subjects`` → ``sessions`` → ``images``. An image has ``name``, ``modality``,
+``image_path`` and ``associated_masks`` (``anatomy_mask``, ``anonymization_mask``). Paths begin with a variable:
 ``$nnssl_raw/Dataset745_OpenMind/…``.
 """
 
@@ -26,14 +26,15 @@ from brainfound.data.sources.file_names import (
     safe_join,
     scan_contrast_from_filename,
 )
-from brainfound.data.sources.tables import known_names, parse_ages
+from brainfound.data.sources.tables import cohort_names, parse_ages, sort_by_session
 from brainfound.errors import CohortError, UsageError
 
 NAME = "OpenMind"
 LAYOUT_HINT = "pretrain_data.json (OpenMind)"
+
 _FILE = "pretrain_data.json"
 _MASKS = ("anatomy_mask", "anonymization_mask")
-_NOTHING = {"", "n/a", "na", "nan", "none", "null", "unknown"}
+_MISSING = {"", "n/a", "na", "nan", "none", "null", "unknown"}
 _NO_CONTRAST = {"", "mri", "mr", "image", "none", "unknown"}
 
 
@@ -43,55 +44,47 @@ def can_read(path: Path) -> bool:
 
 
 def read(path: Path, work: Path | None = None) -> Cohort:
-    """The images of the tree that are there; subjects are named ``<dataset>_<subject>`` and the site is the data set.
+    """The images of the tree that exist. Subjects are named ``<dataset>_<subject>``; the site is the data set.
 
     Raises:
-        CohortError: not that JSON, a path that leads out of its root, or not one image is there.
+        CohortError: another kind of JSON, a path that leads out of its root, or no image exists.
     """
     file = path / _FILE if path.is_dir() else path
     tree = _load(file)
     unused: UnusedFiles = []
-    names = SubjectNamer()
-    roots = _Roots(file)
-    rows = []
-    without_names = 0
+    namer = SubjectNamer()
+    rows: list[dict[str, Any]] = []
+    num_unnamed_masks = 0
+    missing = f"listed in {file.name}, but not there"
     for dataset, subject, session, facts, image in _images(tree, file):
-        scan = roots.resolve(image.get("image_path"), f"an image of {dataset}")
+        scan = _resolve(image.get("image_path"), f"an image of {dataset}", file)
         if not scan.is_file():
-            unused.append((scan, f"listed in {file.name}, but not there"))
+            unused.append((scan, missing))
             continue
-        masks = image.get("associated_masks")
-        named = {column: masks[column] for column in _MASKS if masks.get(column)} if isinstance(masks, dict) else {}
-        without_names += bool(masks) and not isinstance(masks, dict)
-        found = {column: roots.resolve(mask, "a mask") for column, mask in named.items()}
-        for mask in [mask for mask in found.values() if not mask.is_file()]:
-            unused.append((mask, f"listed in {file.name}, but not there"))
+        listed = image.get("associated_masks")
+        num_unnamed_masks += bool(listed) and not isinstance(listed, dict)
+        listed = listed if isinstance(listed, dict) else {}
+        masks = {column: _resolve(listed[column], "a mask", file) for column in _MASKS if listed.get(column)}
+        unused += [(mask, missing) for mask in masks.values() if not mask.is_file()]
         rows.append(
-            {"subject": names(dataset, subject), "session": str(session), "contrast": _contrast(image, scan)}
+            {"subject": namer(dataset, subject), "session": str(session), "contrast": _contrast(image, scan)}
             | {"path": str(scan), "site": dataset, "dataset": dataset, **facts}
-            | {column: str(mask) for column, mask in found.items() if mask.is_file()}
+            | {column: str(mask) for column, mask in masks.items() if mask.is_file()}
         )
     if not rows:
         raise CohortError(
-            "not one of the images is there" if unused else "the JSON names no images",
+            "none of the images exists" if unused else "the JSON names no images",
             where=file.name,
             got=f"{len(unused)} listed" if unused else None,
-            remedy="Set the variable nnssl_raw to the folder that the paths start at (export nnssl_raw=/data)",
+            remedy="Set the variable nnssl_raw to the root of the paths (export nnssl_raw=/data)",
         )
-    rows.sort(
-        key=lambda row: (
-            natural_sort_key(row["subject"]),
-            natural_sort_key(row["session"]),
-            natural_sort_key(row["path"]),
-        )
-    )
+    sort_by_session(rows, natural_sort_key)
     notes: list[str] = []
     table = parse_ages(pd.DataFrame(rows), file, notes)
-    missing = sum("not there" in reason for _, reason in unused)
-    if missing:
-        notes.append(f"{missing} listed files are not there; if that is wrong, set the variable nnssl_raw")
-    if without_names:
-        notes.append(f"the masks of {without_names} images are not used: the index does not say what they are")
+    if unused:
+        notes.append(f"{len(unused)} listed files are not there; if that is wrong, set the variable nnssl_raw")
+    if num_unnamed_masks:
+        notes.append(f"the masks of {num_unnamed_masks} images are not used: the index does not name their kind")
     columns = ("mask", *(column for column in _MASKS if column in table))
     return Cohort(table, file.parent, columns, source=NAME, notes=notes, unused=unused)
 
@@ -112,42 +105,41 @@ def _load(file: Path) -> dict[str, Any]:
 
 
 def _children(node: dict[str, Any], key: str, identifier: str, file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Named children, which are an object by name or a list with names inside."""
+    """The children of a node with their names: an object by name, or a list with `identifier` inside."""
     children = node.get(key) or {}
-    pairs = (
-        children.items() if isinstance(children, dict) else enumerate(children) if isinstance(children, list) else None
-    )
-    if pairs is None or not all(isinstance(child, dict) for _, child in pairs):
+    if isinstance(children, list):
+        children = dict(enumerate(children))
+    if not isinstance(children, dict) or not all(isinstance(child, dict) for child in children.values()):
         raise CohortError(f"{key!r} is not a list of objects", where=file.name, remedy="Get the file again")
-    for name, child in children.items() if isinstance(children, dict) else enumerate(children):
+    for name, child in children.items():
         yield str(child.get(identifier) if child.get(identifier) is not None else name), child
 
 
 def _images(tree: dict[str, Any], file: Path) -> Iterator[tuple[str, str, str, dict[str, Any], dict[str, Any]]]:
     """(dataset, subject, session, covariates, image) of every image."""
     for index, dataset in _children(tree, "datasets", "dataset_index", file):
-        label = str(dataset.get("name") or index)
+        dataset_name = str(dataset.get("name") or index)
         for subject_id, subject in _children(dataset, "subjects", "subject_id", file):
-            person = _facts(subject.get("subject_info"))
+            subject_facts = _covariates(subject.get("subject_info"))
             for session_id, session in _children(subject, "sessions", "session_id", file):
-                facts = person | _facts(session.get("session_info"))
+                facts = subject_facts | _covariates(session.get("session_info"))
                 for _, image in _children(session, "images", "", file):
-                    yield label, subject_id, session_id, facts | _scanner(image.get("image_info")), image
+                    yield dataset_name, subject_id, session_id, facts | _scanner(image.get("image_info")), image
 
 
-def _facts(info: Any) -> dict[str, Any]:
-    """What is a number, a word or a truth value, under the names of cohort columns."""
+def _covariates(info: Any) -> dict[str, Any]:
+    """Numbers, words and truth values, under the names of cohort columns."""
     if not isinstance(info, dict):
         return {}
-    plain = {str(k): v for k, v in info.items() if isinstance(v, str | int | float) and _says_something(v)}
-    new = known_names(plain)
-    known = {new.get(column, column): value for column, value in plain.items()}
+    known = {str(k): v for k, v in info.items() if isinstance(v, str | int | float) and not _is_missing(v)}
+    names = cohort_names(known)
+    facts = {names.get(column, column): value for column, value in known.items()}
     reserved = {"subject", "session", "contrast", "path", "site", "dataset", "mask", *_MASKS}
-    return {column: value for column, value in known.items() if column not in reserved}
+    return {column: value for column, value in facts.items() if column not in reserved}
 
 
-def _says_something(value: str | float) -> bool:
-    return value.strip().lower() not in _NOTHING if isinstance(value, str) else value == value  # NaN is not itself
+def _is_missing(value: str | float) -> bool:
+    return value.strip().lower() in _MISSING if isinstance(value, str) else value != value  # NaN is not itself
 
 
 def _scanner(info: Any) -> dict[str, Any]:
@@ -158,34 +150,27 @@ def _scanner(info: Any) -> dict[str, Any]:
 
 
 def _contrast(image: dict[str, Any], scan: Path) -> str:
-    """What the index says; the name of the file only where the index says nothing."""
-    said = str(image.get("modality") or "").strip()
-    if said.lower() in _NO_CONTRAST:
+    """The contrast of the index, or that of the file name if the index gives none."""
+    modality = str(image.get("modality") or "").strip()
+    if modality.lower() in _NO_CONTRAST:
         return scan_contrast_from_filename(scan)
     try:
-        return parse_contrast(said)
+        return parse_contrast(modality)
     except UsageError:
         return UNKNOWN
 
 
-class _Roots:
-    """Resolves paths of the index: at the variable if it is set, else at the folder of the JSON."""
-
-    def __init__(self, file: Path) -> None:
-        self._file = file
-        self._folder = file.parent
-
-    def resolve(self, text: Any, what: str) -> Path:
-        if not isinstance(text, str) or not text.strip():
-            raise CohortError(f"{what} has no path", where=self._file.name, remedy="Get the file again")
-        variable = re.match(r"\$\{?(\w+)\}?/+", text)
-        if variable is None:
-            return safe_join(self._folder, text, self._file, "a path")
-        rest = text[variable.end() :]
+def _resolve(text: Any, what: str, file: Path) -> Path:
+    """A path of the index, relative to its variable if that is set, else to the folder of the JSON."""
+    if not isinstance(text, str) or not text.strip():
+        raise CohortError(f"{what} has no path", where=file.name, remedy="Get the file again")
+    root = file.parent
+    variable = re.match(r"\$\{?(\w+)\}?/+", text)
+    if variable is not None:
+        text = text[variable.end() :]
         value = os.environ.get(variable.group(1))
         if value:
-            return safe_join(Path(value), rest, self._file, "a path")
-        # The JSON lies in $nnssl_raw/<set>/, and its paths begin with that <set>.
-        parent = self._folder.resolve()
-        root = parent.parent if rest.split("/")[0] == parent.name else self._folder
-        return safe_join(root, rest, self._file, "a path")
+            root = Path(value)
+        elif text.split("/")[0] == root.resolve().name:  # the JSON lies in $nnssl_raw/<dataset>/
+            root = root.resolve().parent
+    return safe_join(root, text, file, "a path")

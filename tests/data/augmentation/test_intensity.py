@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 import torch
 
 from brainfound.data.augmentation import IntensityPlan, IntensityRecipe, vary_intensity
+from brainfound.data.augmentation.intensity import add_noise, bias_fields, random_coefficients
 from brainfound.data.augmentation.sampling import random_selection
 
 OFF = {f"{effect}_probability": 0.0 for effect in ("gamma", "contrast", "blur", "noise")}
@@ -80,12 +84,14 @@ def test_a_change_of_contrast_does_not_reach_the_brain_by_way_of_the_air():
 
 def test_effects_are_not_done_on_images_that_nobody_sees():
     images = heads().view(12, 1, 24, 20)
-    shown = torch.arange(12) % 3 > 0
+    visible = torch.arange(12) % 3 > 0
     everything = IntensityRecipe(gamma_probability=1, bias_field_probability=1, blur_probability=1, noise_probability=1)
-    plan = IntensityPlan.draw(12, (24, 20), everything.model_copy(update={"contrast_probability": 0}), seeded(0), shown)
+    plan = IntensityPlan.draw(
+        12, (24, 20), everything.model_copy(update={"contrast_probability": 0}), seeded(0), visible
+    )
     plan.apply(images, seeded(1))
     same = (images == heads().view(12, 1, 24, 20)).flatten(1).all(dim=1)
-    assert torch.equal(same, ~shown)
+    assert torch.equal(same, ~visible)
 
 
 def test_slices_of_a_volume_vary_alike_and_apart_from_each_other():
@@ -111,3 +117,40 @@ def test_impossible_ranges_are_refused():
     for settings in ({"gamma": (1.5, 0.7)}, {"low_resolution": (0.5, 2.0)}, {"gibbs_kept": (0.5, 1.5)}):
         with pytest.raises(ValueError, match=next(iter(settings))):
             IntensityRecipe(**settings)
+
+
+def test_bias_fields_are_smooth_and_have_mean_one():
+    strength = torch.tensor([0.1, 0.4, 0.8])
+    fields = bias_fields(random_coefficients(3, seeded(0)), strength, (24, 36))
+    torch.testing.assert_close(fields.mean(dim=(1, 2)), torch.ones(3))
+    y, x = np.meshgrid(np.linspace(-1, 1, 24), np.linspace(-1, 1, 36), indexing="ij")
+    polynomial = np.stack([y**i * x**j for i in range(4) for j in range(4 - i)], axis=-1).reshape(-1, 10)
+    for field, most in zip(fields.double(), strength, strict=True):
+        logarithm = field.log().numpy().ravel()
+        fit, *_ = np.linalg.lstsq(polynomial, logarithm, rcond=None)
+        np.testing.assert_allclose(polynomial @ fit, logarithm, atol=1e-5)
+        assert float(most) * 0.99 <= np.ptp(logarithm) <= 2 * float(most) + 1e-5
+
+
+def test_bias_fields_differ_between_images_and_no_strength_is_no_field():
+    coefficients = random_coefficients(2, seeded(0))
+    fields = bias_fields(coefficients, torch.tensor([0.4, 0.4]), (16, 16))
+    assert (fields[0] - fields[1]).abs().max() > 0.05
+    assert torch.equal(bias_fields(coefficients, torch.zeros(2), (16, 16)), torch.ones(2, 16, 16))
+
+
+def test_noise_is_gaussian_or_rician():
+    std = torch.tensor([0.02, 0.1])
+
+    def noisy(level: float, kind) -> torch.Tensor:
+        return add_noise(torch.full((2, 1, 200, 200), level), std, kind, seeded(0))
+
+    gaussian = noisy(0.5, "gaussian")
+    assert gaussian.mean(dim=(1, 2, 3)).tolist() == pytest.approx([0.5, 0.5], abs=2e-3)
+    assert gaussian.std(dim=(1, 2, 3)).tolist() == pytest.approx(std.tolist(), rel=0.02)
+    # Without signal it is the Rayleigh distribution, with much signal Gaussian around √(signal² + std²).
+    empty = noisy(0.0, "rician")
+    assert empty.mean(dim=(1, 2, 3)).tolist() == pytest.approx((std * math.sqrt(math.pi / 2)).tolist(), rel=0.02)
+    bright = noisy(0.8, "rician")
+    assert bright.std(dim=(1, 2, 3)).tolist() == pytest.approx(std.tolist(), rel=0.02)
+    assert bright.square().mean(dim=(1, 2, 3)).tolist() == pytest.approx((0.64 + 2 * std**2).tolist(), rel=2e-3)

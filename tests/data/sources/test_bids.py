@@ -51,7 +51,7 @@ def test_several_scans_of_a_contrast_are_kept_in_the_stated_order(layout):
     ],
 )
 def test_only_the_suffix_says_the_contrast(name, contrast):
-    found, reason = contrast_from_bids_name(BidsName.of(Path(f"{name}.nii.gz")))
+    found, reason = contrast_from_bids_name(BidsName.parse(Path(f"{name}.nii.gz")))
     assert found == contrast
     assert bool(reason) == (contrast == "unknown")
 
@@ -222,7 +222,7 @@ def test_a_b0_is_no_diffusion_weighted_image(layout):
     [
         ("name\tage\nsub-1\t4\n", "no column 'participant_id'"),
         ("participant_id\tage\nsub-1\t4\nsub-1\t5\n", "lists a subject twice"),
-        ("participant_id\tage\nsub-1\t-4\n", "not one of a person"),
+        ("participant_id\tage\nsub-1\t-4\n", "not between 0 and 150 years"),
     ],
 )
 def test_faulty_participants_are_one_clear_line(layout, table, message):
@@ -351,7 +351,7 @@ def test_rows_of_a_table_that_find_no_scan_are_counted(layout):
     )
     cohort = Cohort.read(root)
     assert cohort.table["age_years"].isna().all()
-    assert any("1 of 1 rows of sub-*_sessions.tsv name nothing that was read" in note for note in cohort.notes)
+    assert any("1 of 1 rows of sub-*_sessions.tsv match no scan" in note for note in cohort.notes)
 
 
 @pytest.mark.parametrize("described", ["sessions.json", "participants.json", "sub-1/sub-1_sessions.json"])

@@ -131,7 +131,7 @@ def test_one_patient_id_for_everybody_does_not_make_them_one_person(tmp_path):
     for number in range(3):
         write_series(tmp_path / "in" / f"case{number}", PatientID="STUDYX", PatientName="STUDYX")
     with pytest.raises(
-        CohortError, match=r"anonymiser's word for everybody \(got 3 of 3 folders\).*manifest"
+        CohortError, match=r"anonymiser's placeholder for everybody \(got 3 of 3 folders\).*manifest"
     ) as caught:
         Cohort.read(tmp_path / "in", work=tmp_path / "work")
     assert "STUDYX" not in str(caught.value)
@@ -280,7 +280,7 @@ def test_listing_converts_for_the_moment_only(tmp_path):
 
 def test_nothing_but_faulty_series_is_one_clear_line(tmp_path):
     write_series(tmp_path / "in", Modality="CT")
-    with pytest.raises(CohortError, match=r"not one series could be converted \(got modality CT"):
+    with pytest.raises(CohortError, match=r"no series could be converted \(got modality CT"):
         Cohort.read(tmp_path / "in", work=tmp_path / "work")
 
 

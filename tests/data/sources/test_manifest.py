@@ -136,7 +136,7 @@ def test_the_word_none_is_a_label_and_not_a_missing_one(tmp_path):
 
 def test_a_foreign_manifest_says_to_rename_it(tmp_path):
     (tmp_path / "manifest.csv").write_text("file,md5\na,b\n")
-    with pytest.raises(CohortError, match="rename the file if it is none"):
+    with pytest.raises(CohortError, match="rename the file if it is not a manifest"):
         Cohort.read(tmp_path)
 
 

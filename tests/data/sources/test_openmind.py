@@ -56,7 +56,7 @@ def test_the_variable_says_where_images_are(layout, monkeypatch):
     root = layout(
         "far/ds/a_T1w.nii.gz", content={"index/pretrain_data.json": tree(image("$nnssl_raw/ds/a_T1w.nii.gz"))}
     )
-    with pytest.raises(CohortError, match=r"not one of the images is there.*Set the variable nnssl_raw"):
+    with pytest.raises(CohortError, match=r"none of the images exists.*Set the variable nnssl_raw"):
         Cohort.read(root / "index")
     monkeypatch.setenv("nnssl_raw", str(root / "far"))
     assert Cohort.read(root / "index").table["path"][0] == str(root / "far" / "ds" / "a_T1w.nii.gz")

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from brainfound.data.cohort import Cohort
-from brainfound.data.sources import _sources
+from brainfound.data.sources import source_layouts
 from brainfound.errors import CohortError
 
 MANIFEST = "subject\tcontrast\tpath\n1\tT1w\ta.nii\n"
@@ -38,7 +38,7 @@ def test_layouts_exclude_each_other_but_for_the_general_ones(layout):
     """Only files by name, and folders of BIDS data sets, may lie over another layout, and come after it."""
     for name, content in LAYOUTS.items():
         root = layout(content={f"{name}/{file}": text for file, text in content.items()}) / name
-        claims = [source.name for source in _sources() if source.can_read(root)]
+        claims = [layout.name for layout in source_layouts() if layout.can_read(root)]
         general = {"files by name", "BIDS data sets"} - {name}
         assert [claim for claim in claims if claim not in general] == [name.removesuffix(" 1")]
         assert claims[0] == name.removesuffix(" 1")
@@ -100,5 +100,5 @@ def test_folders_beside_bids_data_sets_are_not_lost_in_silence(tmp_path, write_s
     cohort = Cohort.read(tmp_path)
     assert len(cohort) == 1
     assert [(path.name, reason.split(" (")[0]) for path, reason in cohort.unused] == [
-        ("two", "a folder that is no BIDS data set")
+        ("two", "a folder that is not a BIDS data set")
     ]

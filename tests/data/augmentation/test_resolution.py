@@ -1,4 +1,4 @@
-"""Each effect of a scanner against an independent formula or a physical property."""
+"""Blur, thick pixels and Gibbs ringing against an independent formula or a physical property."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import pytest
 import torch
 from scipy import fft, ndimage
 
-from brainfound.data.augmentation.intensity import add_noise, bias_fields, random_coefficients
 from brainfound.data.augmentation.resolution import (
     filter_columns,
     filter_rows,
@@ -27,26 +26,6 @@ def mirrored_spectrum(image: torch.Tensor) -> np.ndarray:
     """|FFT| down the columns of an image continued by its mirror; index k is k half periods per image height."""
     values = image.double().numpy()
     return np.abs(np.fft.rfft(np.concatenate([values, values[::-1]]), axis=0))
-
-
-def test_bias_fields_are_smooth_and_have_mean_one():
-    strength = torch.tensor([0.1, 0.4, 0.8])
-    fields = bias_fields(random_coefficients(3, seeded(0)), strength, (24, 36))
-    torch.testing.assert_close(fields.mean(dim=(1, 2)), torch.ones(3))
-    y, x = np.meshgrid(np.linspace(-1, 1, 24), np.linspace(-1, 1, 36), indexing="ij")
-    polynomial = np.stack([y**i * x**j for i in range(4) for j in range(4 - i)], axis=-1).reshape(-1, 10)
-    for field, most in zip(fields.double(), strength, strict=True):
-        logarithm = field.log().numpy().ravel()
-        fit, *_ = np.linalg.lstsq(polynomial, logarithm, rcond=None)
-        np.testing.assert_allclose(polynomial @ fit, logarithm, atol=1e-5)
-        assert float(most) * 0.99 <= np.ptp(logarithm) <= 2 * float(most) + 1e-5
-
-
-def test_bias_fields_differ_between_images_and_no_strength_is_no_field():
-    coefficients = random_coefficients(2, seeded(0))
-    fields = bias_fields(coefficients, torch.tensor([0.4, 0.4]), (16, 16))
-    assert (fields[0] - fields[1]).abs().max() > 0.05
-    assert torch.equal(bias_fields(coefficients, torch.zeros(2), (16, 16)), torch.ones(2, 16, 16))
 
 
 @pytest.mark.parametrize("size", [(32, 32), (27, 40)])
@@ -124,20 +103,3 @@ def test_blur_is_gaussian_per_image():
                 images[index, part].double().numpy(), sigma[index], mode="nearest", radius=4
             )
             np.testing.assert_allclose(blurred[index, part].numpy(), expected, atol=1e-6)
-
-
-def test_noise_is_gaussian_or_rician():
-    std = torch.tensor([0.02, 0.1])
-
-    def noisy(level: float, kind) -> torch.Tensor:
-        return add_noise(torch.full((2, 1, 200, 200), level), std, kind, seeded(0))
-
-    gaussian = noisy(0.5, "gaussian")
-    assert gaussian.mean(dim=(1, 2, 3)).tolist() == pytest.approx([0.5, 0.5], abs=2e-3)
-    assert gaussian.std(dim=(1, 2, 3)).tolist() == pytest.approx(std.tolist(), rel=0.02)
-    # Without signal it is the Rayleigh distribution, with much signal Gaussian around √(signal² + std²).
-    empty = noisy(0.0, "rician")
-    assert empty.mean(dim=(1, 2, 3)).tolist() == pytest.approx((std * math.sqrt(math.pi / 2)).tolist(), rel=0.02)
-    bright = noisy(0.8, "rician")
-    assert bright.std(dim=(1, 2, 3)).tolist() == pytest.approx(std.tolist(), rel=0.02)
-    assert bright.square().mean(dim=(1, 2, 3)).tolist() == pytest.approx((0.64 + 2 * std**2).tolist(), rel=2e-3)
