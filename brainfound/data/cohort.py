@@ -9,10 +9,9 @@ from typing import Any
 
 import pandas as pd
 
+from brainfound.data.sources import read_source
+from brainfound.data.sources.tables import with_all_columns
 from brainfound.errors import UsageError, did_you_mean
-
-COLUMNS = ("subject", "session", "contrast", "path", "mask", "age_years", "sex", "site", "diagnosis")
-"""The columns of every cohort table; further columns are kept."""
 
 _PER_SCAN = {"subject", "session", "contrast", "path"}
 
@@ -37,7 +36,7 @@ class Cohort:
     """Sessions of one source.
 
     Attributes:
-        table: one row per scan, with `COLUMNS` and further columns of the source. The first of several scans of one
+        table: one row per scan, with `brainfound.data.sources.tables.COLUMNS` and further columns of the source. The first of several scans of one
             contrast in a session is used.
         root: the folder of the source's relative paths.
         mask_columns: the columns of label maps.
@@ -56,12 +55,7 @@ class Cohort:
         notes: Iterable[str] = (),
         unused: Iterable[tuple[Path, str]] = (),
     ) -> None:
-        table = table.copy()
-        for column in COLUMNS:
-            if column not in table:
-                table[column] = None
-        rest = [column for column in table.columns if column not in COLUMNS]
-        self.table = table[[*COLUMNS, *rest]].reset_index(drop=True)
+        self.table = with_all_columns(table)
         self.root = root
         self.mask_columns = mask_columns
         self.source = source
@@ -70,7 +64,7 @@ class Cohort:
 
     @classmethod
     def read(cls, path: str | Path, *, work: str | Path | None = None) -> Cohort:
-        """Read a folder or file of any layout of `brainfound.data.sources.SOURCES`.
+        """Read a folder or file of any layout of `brainfound.data.sources`.
 
         Args:
             path: a manifest, a JSON of OpenMind, or a folder.
@@ -80,9 +74,7 @@ class Cohort:
             CohortError: the path does not exist, is not recognised, is damaged, or holds no scans.
             UsageError: a package that the source needs is not installed.
         """
-        from brainfound.data.sources import read_source  # late: sources make cohorts
-
-        return read_source(Path(path), None if work is None else Path(work))
+        return cls(**vars(read_source(Path(path), None if work is None else Path(work))))
 
     def __len__(self) -> int:
         return int(self.table.groupby(["subject", "session"], sort=False).ngroups)

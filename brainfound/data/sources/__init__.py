@@ -14,13 +14,10 @@ from dataclasses import dataclass
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from brainfound.data.sources.file_names import iter_files
+from brainfound.data.sources.tables import SourceTable
 from brainfound.errors import CohortError
-
-if TYPE_CHECKING:
-    from brainfound.data.cohort import Cohort
 
 _MODULES = (
     *("manifest", "openmind", "fomo_tasks", "fomo300k", "fomo60k"),
@@ -36,7 +33,7 @@ class SourceLayout:
     name: str
     layout_hint: str
     can_read: Callable[[Path], bool]
-    read: Callable[[Path, Path | None], Cohort]
+    read: Callable[[Path, Path | None], SourceTable]
 
 
 def source_layouts() -> tuple[SourceLayout, ...]:
@@ -45,7 +42,7 @@ def source_layouts() -> tuple[SourceLayout, ...]:
     return tuple(SourceLayout(module.NAME, module.LAYOUT_HINT, module.can_read, module.read) for module in modules)
 
 
-def read_source(path: Path, work: Path | None = None) -> Cohort:
+def read_source(path: Path, work: Path | None = None) -> SourceTable:
     """Read a path with the first layout that recognises it; `work` is the folder for converted DICOM.
 
     Raises:

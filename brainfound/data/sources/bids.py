@@ -10,7 +10,6 @@ from typing import Any
 import pandas as pd
 
 from brainfound.contrasts import UNKNOWN
-from brainfound.data.cohort import Cohort
 from brainfound.data.sources.bids_files import BidsName, Sidecars, contrast_from_bids_name, mask_column
 from brainfound.data.sources.file_names import (
     UnusedFiles,
@@ -23,6 +22,7 @@ from brainfound.data.sources.file_names import (
 from brainfound.data.sources.tables import (
     LabelMapRow,
     SessionKey,
+    SourceTable,
     convert_ages_to_years,
     join,
     join_label_maps,
@@ -52,7 +52,7 @@ def can_read(path: Path) -> bool:
     return bool(subjects) and ((path / "dataset_description.json").is_file() or contains_image(subjects))
 
 
-def read(root: Path, work: Path | None = None) -> Cohort:
+def read(root: Path, work: Path | None = None) -> SourceTable:
     """The scans of ``sub-*/[ses-*/]*/*``, label maps there and below ``derivatives/``, and the tables beside them.
 
     Raises:
@@ -99,7 +99,7 @@ def read(root: Path, work: Path | None = None) -> Cohort:
     table = _join_tables(table, root, notes)
     if sidecars.faulty:
         notes.append(f"{len(sidecars.faulty)} sidecars cannot be used; their values are missing")
-    return Cohort(table, root, mask_columns, source=NAME, notes=notes, unused=[*unused, *sidecars.faulty])
+    return SourceTable(table, root, mask_columns, source=NAME, notes=notes, unused=[*unused, *sidecars.faulty])
 
 
 def is_derivative(root: Path, notes: list[str]) -> bool:

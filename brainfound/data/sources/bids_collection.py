@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from brainfound.data.cohort import Cohort
 from brainfound.data.sources import bids
 from brainfound.data.sources.file_names import SubjectNamer, UnusedFiles, is_session_name, split_words, subfolders
+from brainfound.data.sources.tables import SourceTable
 from brainfound.errors import CohortError
 
 NAME = "BIDS data sets"
@@ -37,7 +37,7 @@ def can_read(path: Path) -> bool:
     return path.is_dir() and bool(_datasets(path))
 
 
-def read(path: Path, work: Path | None = None) -> Cohort:
+def read(path: Path, work: Path | None = None) -> SourceTable:
     """All data sets; a subject is ``<dataset>_<subject>``, and the site is the data set if no table gives one.
 
     Subject names that occur in unrelated data sets count as different people, and a note says so.
@@ -79,7 +79,7 @@ def read(path: Path, work: Path | None = None) -> Cohort:
     if len(notes) > _MAX_NOTES:
         notes = [*notes[:_MAX_NOTES], f"{len(notes) - _MAX_NOTES} more notes; read a data set alone to see its own"]
     table = pd.concat(tables, ignore_index=True)
-    return Cohort(table, path, tuple(columns), source=NAME, notes=notes, unused=unused)
+    return SourceTable(table, path, tuple(columns), source=NAME, notes=notes, unused=unused)
 
 
 def _datasets(path: Path) -> list[Path]:

@@ -31,7 +31,6 @@ from typing import Any
 import pandas as pd
 
 from brainfound.contrasts import UNKNOWN
-from brainfound.data.cohort import Cohort
 from brainfound.data.sources.bids_files import SCANNER_COLUMNS
 from brainfound.data.sources.dicom_series import (
     MAX_FOLDERS_PER_PATIENT,
@@ -42,6 +41,7 @@ from brainfound.data.sources.dicom_series import (
     max_folders_per_patient,
 )
 from brainfound.data.sources.file_names import UnusedFiles, iter_files, natural_sort_key
+from brainfound.data.sources.tables import SourceTable
 from brainfound.errors import CohortError, UsageError
 
 NAME = "DICOM"
@@ -90,7 +90,7 @@ def can_read(path: Path) -> bool:
     return path.is_dir() and any(is_dicom(file) for file in islice(iter_files(path, []), _MAX_FILES_SEARCHED))
 
 
-def read(path: Path, work: Path | None = None) -> Cohort:
+def read(path: Path, work: Path | None = None) -> SourceTable:
     """The MR series of a folder, converted into ``work`` unless they are there already.
 
     Subjects are named by the first folders if each holds one patient and does not contain the patient's name, else by
@@ -125,7 +125,7 @@ def read(path: Path, work: Path | None = None) -> Cohort:
     num_unknown = int((table["contrast"] == UNKNOWN).sum())
     if num_unknown:
         notes.append(f"{num_unknown} scans are of unknown contrast; name them in a manifest if you need them")
-    return Cohort(table, work, source=NAME, notes=notes, unused=unused)
+    return SourceTable(table, work, source=NAME, notes=notes, unused=unused)
 
 
 def _find_dcm2niix() -> str:

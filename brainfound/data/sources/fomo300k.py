@@ -13,7 +13,6 @@ from typing import Any
 import pandas as pd
 
 from brainfound.contrasts import UNKNOWN
-from brainfound.data.cohort import Cohort
 from brainfound.data.reading.archives import list_members, open_binary
 from brainfound.data.sources.bids_files import BidsName, contrast_from_bids_name, mask_column
 from brainfound.data.sources.file_names import (
@@ -29,7 +28,7 @@ from brainfound.data.sources.file_names import (
     subfolders,
 )
 from brainfound.data.sources.fomo60k import join_by_names, join_participants
-from brainfound.data.sources.tables import read_table, sort_by_session
+from brainfound.data.sources.tables import SourceTable, read_table, sort_by_session
 from brainfound.errors import CohortError, ScanError
 
 NAME = "FOMO300K"
@@ -43,7 +42,7 @@ def can_read(path: Path) -> bool:
     return path.is_dir() and any(any(_sessions(part)) for part, _ in _parts(path))
 
 
-def read(path: Path, work: Path | None = None) -> Cohort:
+def read(path: Path, work: Path | None = None) -> SourceTable:
     """The scans inside the zips, with paths such as ``…/ses-01.zip/anat/x.nii.gz``; nothing is unpacked.
 
     A zip that cannot be used is listed in ``unused`` with the reason; the others are read. Images without a contrast
@@ -78,7 +77,7 @@ def read(path: Path, work: Path | None = None) -> Cohort:
     if (root / "participants.tsv").is_file():
         table = join_participants(table, root, notes)
     table = _join_scan_facts(table, root, notes)
-    return Cohort(table.drop(columns="_participant"), root, source=NAME, notes=notes, unused=unused)
+    return SourceTable(table.drop(columns="_participant"), root, source=NAME, notes=notes, unused=unused)
 
 
 def _parts(path: Path) -> list[tuple[Path, str]]:

@@ -14,7 +14,6 @@ from typing import Any
 
 import pandas as pd
 
-from brainfound.data.cohort import Cohort
 from brainfound.data.sources.file_names import (
     SubjectNamer,
     UnusedFiles,
@@ -29,6 +28,7 @@ from brainfound.data.sources.file_names import (
 )
 from brainfound.data.sources.tables import (
     LabelMapRow,
+    SourceTable,
     join,
     join_label_maps,
     parse_ages,
@@ -49,7 +49,7 @@ def can_read(path: Path) -> bool:
     return path.is_dir() and (_is_second_release(path) or _first_release(path) is not None)
 
 
-def read(path: Path, work: Path | None = None) -> Cohort:
+def read(path: Path, work: Path | None = None) -> SourceTable:
     """The scans of either release. Images without a contrast in their names (``scan_3``) are kept as ``unknown``.
 
     Raises:
@@ -69,7 +69,7 @@ def read(path: Path, work: Path | None = None) -> Cohort:
             "no images found", where=path.name, expected="sub_<N>/ses_<M>/*.nii.gz", remedy="Unpack the release here"
         )
     columns = join_label_maps(table, label_maps, unused)
-    return Cohort(table, root, columns, source=NAME, notes=notes, unused=unused)
+    return SourceTable(table, root, columns, source=NAME, notes=notes, unused=unused)
 
 
 def _is_second_release(path: Path) -> bool:

@@ -14,7 +14,6 @@ from typing import Any
 import pandas as pd
 
 from brainfound.contrasts import UNKNOWN
-from brainfound.data.cohort import Cohort
 from brainfound.data.sources.file_names import (
     UnusedFiles,
     iter_images,
@@ -22,6 +21,7 @@ from brainfound.data.sources.file_names import (
     scan_contrast_from_filename,
     subfolders,
 )
+from brainfound.data.sources.tables import SourceTable
 from brainfound.errors import CohortError
 
 NAME = "FOMO task"
@@ -38,7 +38,7 @@ def can_read(path: Path) -> bool:
     return path.is_dir() and bool(_tasks(path))
 
 
-def read(path: Path, work: Path | None = None) -> Cohort:
+def read(path: Path, work: Path | None = None) -> SourceTable:
     """The sessions with their labels.
 
     A segmentation becomes ``mask``, the number of a text file ``label``, or ``age_years`` in task 3. Ages are decimal
@@ -81,7 +81,7 @@ def read(path: Path, work: Path | None = None) -> Cohort:
         table["label"] = table["label"].astype(int if are_integers else float)
     source = f"{NAME} {_task_number(tasks[0])}".strip() if len(tasks) == 1 else f"{NAME}s"
     notes = [f"{num_unlabelled} sessions have no label"] if num_unlabelled else []
-    return Cohort(table, path, source=source, notes=notes, unused=unused)
+    return SourceTable(table, path, source=source, notes=notes, unused=unused)
 
 
 def _tasks(path: Path) -> list[Path]:

@@ -7,8 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from brainfound.contrasts import CONTRASTS, parse_contrast
-from brainfound.data.cohort import Cohort
-from brainfound.data.sources.tables import parse_ages, read_table
+from brainfound.data.sources.tables import SourceTable, parse_ages, read_table
 from brainfound.errors import CohortError, UsageError
 
 NAME = "manifest"
@@ -23,7 +22,7 @@ def can_read(path: Path) -> bool:
     return (path.is_file() and path.suffix.lower() != ".json") or any((path / name).is_file() for name in _FILES)
 
 
-def read(path: Path, work: Path | None = None) -> Cohort:
+def read(path: Path, work: Path | None = None) -> SourceTable:
     """The scans of a manifest. Relative paths start at its folder and may lead anywhere: the user wrote them.
 
     The columns ``mask``, ``dseg`` and ``…_mask`` name label maps.
@@ -53,7 +52,7 @@ def read(path: Path, work: Path | None = None) -> Cohort:
     shared = table.groupby("path")["subject"].nunique()
     if (shared > 1).any():
         notes.append(f"{(shared > 1).sum()} files are listed for more than one subject")
-    return Cohort(table, path.parent, mask_columns, source=NAME, notes=notes)
+    return SourceTable(table, path.parent, mask_columns, source=NAME, notes=notes)
 
 
 def _require_columns(table: pd.DataFrame, path: Path) -> None:

@@ -15,7 +15,6 @@ from typing import Any, NoReturn
 import pandas as pd
 
 from brainfound.contrasts import UNKNOWN
-from brainfound.data.cohort import Cohort
 from brainfound.data.sources.dicom_series import is_dicom
 from brainfound.data.sources.file_names import (
     DICOM_SUFFIXES,
@@ -33,7 +32,7 @@ from brainfound.data.sources.file_names import (
     prefix_before_session,
     split_words,
 )
-from brainfound.data.sources.tables import join_label_maps, sort_by_session
+from brainfound.data.sources.tables import SourceTable, join_label_maps, sort_by_session
 from brainfound.errors import CohortError
 
 NAME = "files by name"
@@ -76,7 +75,7 @@ def can_read(path: Path) -> bool:
     return path.is_dir() and any(parse_filename(file).contrast != UNKNOWN for file in iter_images(path, []))
 
 
-def read(path: Path, work: Path | None = None) -> Cohort:
+def read(path: Path, work: Path | None = None) -> SourceTable:
     """Scans and label maps by name. Names of public data sets and words for a session (v2, baseline) are understood.
 
     Raises:
@@ -121,7 +120,7 @@ def read(path: Path, work: Path | None = None) -> Cohort:
     ]
     columns = join_label_maps(table, label_maps, unused)
     notes = ["subjects and visits were read from names; write a manifest if that is wrong"]
-    return Cohort(table, path, columns, source=NAME, notes=notes, unused=unused)
+    return SourceTable(table, path, columns, source=NAME, notes=notes, unused=unused)
 
 
 def _describe(root: Path, image: Path) -> _File:

@@ -17,7 +17,6 @@ from typing import Any
 import pandas as pd
 
 from brainfound.contrasts import UNKNOWN, parse_contrast
-from brainfound.data.cohort import Cohort
 from brainfound.data.sources.bids_files import SCANNER_COLUMNS
 from brainfound.data.sources.file_names import (
     SubjectNamer,
@@ -26,7 +25,7 @@ from brainfound.data.sources.file_names import (
     safe_join,
     scan_contrast_from_filename,
 )
-from brainfound.data.sources.tables import cohort_names, parse_ages, sort_by_session
+from brainfound.data.sources.tables import SourceTable, cohort_names, parse_ages, sort_by_session
 from brainfound.errors import CohortError, UsageError
 
 NAME = "OpenMind"
@@ -43,7 +42,7 @@ def can_read(path: Path) -> bool:
     return (path.is_file() and path.suffix.lower() == ".json") or (path / _FILE).is_file()
 
 
-def read(path: Path, work: Path | None = None) -> Cohort:
+def read(path: Path, work: Path | None = None) -> SourceTable:
     """The images of the tree that exist. Subjects are named ``<dataset>_<subject>``; the site is the data set.
 
     Raises:
@@ -86,7 +85,7 @@ def read(path: Path, work: Path | None = None) -> Cohort:
     if num_unnamed_masks:
         notes.append(f"the masks of {num_unnamed_masks} images are not used: the index does not name their kind")
     columns = ("mask", *(column for column in _MASKS if column in table))
-    return Cohort(table, file.parent, columns, source=NAME, notes=notes, unused=unused)
+    return SourceTable(table, file.parent, columns, source=NAME, notes=notes, unused=unused)
 
 
 def _load(file: Path) -> dict[str, Any]:

@@ -27,13 +27,15 @@ SessionKey = tuple[str, str]
 LabelMapRow = tuple[str, SessionKey, Path]
 """(column, session, file) of one label map."""
 
+COLUMNS = ("subject", "session", "contrast", "path", "mask", "age_years", "sex", "site", "diagnosis")
+"""The columns of every cohort table; further columns are kept."""
 _TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".parquet")
 _RENAMED = {
     **dict.fromkeys(("age", "age_at_scan", "ageatscan"), "age_years"),
     **dict.fromkeys(("group", "dx"), "diagnosis"),
     **{"participant_id": "subject", "subject_id": "subject", "session_id": "session"},
 }
-_KNOWN = ("subject", "session", "contrast", "path", "mask", "age_years", "sex", "site", "diagnosis", "dataset")
+_KNOWN = (*COLUMNS, "dataset")
 _TEXT = ("subject", "session", "dataset", "filename")
 _BIDS_IDS = {"participant_id": "subject", "session_id": "session"}
 _SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons"}
@@ -41,6 +43,33 @@ _MISSING = ("", "n/a", "N/A", "#N/A", "NA", "NaN", "nan", "null", "NULL")
 """Cells without a value. ``None`` is not among them: it is a label in some tables."""
 _NO_AGE = {*(word.lower() for word in _MISSING), "none", "unknown"}
 _UNITS_PER_YEAR = {"year": 1.0, "month": 12.0, "week": 365.25 / 7, "day": 365.25}
+
+
+class SourceTable:
+    """The scans of a source, as the reader of its layout returns them; `Cohort` has the same attributes."""
+
+    def __init__(
+        self,
+        table: pd.DataFrame,
+        root: Path,
+        mask_columns: tuple[str, ...] = ("mask",),
+        *,
+        source: str,
+        notes: Iterable[str] = (),
+        unused: Iterable[tuple[Path, str]] = (),
+    ) -> None:
+        self.table, self.root, self.mask_columns, self.source = with_all_columns(table), root, mask_columns, source
+        self.notes, self.unused = tuple(notes), tuple((Path(file), reason) for file, reason in unused)
+
+
+def with_all_columns(table: pd.DataFrame) -> pd.DataFrame:
+    """A copy with all of `COLUMNS` first, empty where the source has none."""
+    table = table.copy()
+    for column in COLUMNS:
+        if column not in table:
+            table[column] = None
+    rest = [column for column in table.columns if column not in COLUMNS]
+    return table[[*COLUMNS, *rest]].reset_index(drop=True)
 
 
 def read_table(path: Path, notes: list[str], *, bids_ids: bool = False) -> pd.DataFrame:
