@@ -36,7 +36,7 @@ class Cohort:
     """Sessions of one source.
 
     Attributes:
-        table: one row per scan, with `brainfound.data.sources.tables.COLUMNS` and further columns of the source. The first of several scans of one
+        table: one row per scan, with the columns `brainfound.data.sources.tables.COLUMNS` and further ones. The first of several scans of one
             contrast in a session is used.
         root: the folder of the source's relative paths.
         mask_columns: the columns of label maps.
