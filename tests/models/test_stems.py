@@ -15,7 +15,6 @@ from brainfound.adapters import AdapterRecipe, attach_adapter
 from brainfound.adapters.roles import resolve_targets
 from brainfound.data.preprocessing.stack import Stack
 from brainfound.errors import ModelError, RecipeError
-from brainfound.finetuning.finetune import finetune
 from brainfound.finetuning.recipe import FinetuneRecipe
 from brainfound.models import (
     BrainFoundConfig,
@@ -27,6 +26,7 @@ from brainfound.models import infer as inference
 from brainfound.models.configuration import STEMS
 from brainfound.models.valid_slices import ValidSlices
 from brainfound.pretraining.starting_model import InitRecipe, build_model
+from brainfound.recipes import validate
 
 THREE = ("T1w", "T2w", "FLAIR")
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
@@ -433,7 +433,7 @@ def test_a_wrong_stem_is_one_line(backbone_folder, tmp_path, stem, told):
         assert told in str(error.value)
         assert "\n" not in str(error.value)
     with pytest.raises(RecipeError) as refused:
-        finetune(FinetuneRecipe(stem=stem), tmp_path, tmp_path, "age_years")
+        validate(FinetuneRecipe, {"stem": stem})
     assert "stem: " in str(refused.value)
 
 

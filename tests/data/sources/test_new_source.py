@@ -1,0 +1,73 @@
+"""A new source is one module and one line: carried out on a copy of the package."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import brainfound
+
+SOURCE = '''
+"""Folders with an ``index.txt`` of lines ``SUBJECT CONTRAST FILE``."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from brainfound.data.sources.tables import SourceTable
+from brainfound.errors import CohortError
+
+NAME = "index"
+LAYOUT_HINT = "a folder with an index.txt"
+
+
+def can_read(path: Path) -> bool:
+    return (path / "index.txt").is_file()
+
+
+def read(path: Path, work: Path | None = None) -> SourceTable:
+    rows = [line.split() for line in (path / "index.txt").read_text().splitlines()]
+    if bad := [row for row in rows if len(row) != 3]:
+        raise CohortError("not SUBJECT CONTRAST FILE", where="index.txt", got=" ".join(bad[0]))
+    table = pd.DataFrame(
+        {"subject": subject, "session": "1", "contrast": contrast, "path": path / file}
+        for subject, contrast, file in rows
+    )
+    return SourceTable(table, path, source=NAME)
+'''
+RUN = """
+import sys
+from brainfound.cli.main import main
+sys.argv = ["brainfound", "list", "cohort", sys.argv[1]]
+main()
+"""
+
+
+def test_one_module_and_one_line_make_a_source(tmp_path):
+    package = tmp_path / "package" / "brainfound"
+    shutil.copytree(Path(brainfound.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    sources = package / "data" / "sources"
+    (sources / "index_file.py").write_text(SOURCE)
+    registry = (sources / "__init__.py").read_text()
+    assert '"manifest", ' in registry
+    (sources / "__init__.py").write_text(registry.replace('"manifest", ', '"manifest", "index_file", ', 1))
+    cohort = tmp_path / "cohort"
+    cohort.mkdir()
+    (cohort / "index.txt").write_text("a T1w a.nii.gz\nb FLAIR b.nii.gz\n")
+
+    def list_cohort() -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "PYTHONPATH": str(package.parent)}
+        command = [sys.executable, "-c", RUN, str(cohort)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+
+    done = list_cohort()
+    assert done.returncode == 0, done.stderr
+    assert "layout            index" in done.stdout
+    assert "2, in 2 sessions with 2 scans" in done.stdout
+    (cohort / "index.txt").write_text("a T1w\n")
+    refused = list_cohort()
+    assert refused.returncode == 1
+    assert refused.stderr == "brainfound: index.txt: not SUBJECT CONTRAST FILE (got a T1w)\n"
