@@ -17,7 +17,7 @@ from brainfound.errors import EXIT_FAILED, EXIT_USAGE, BrainFoundError
 
 VERBS = {
     "demo": "demo",
-    "phantom": "phantom",
+    "phantom": "demo",
     "prepare": "prepare",
     "check": "check",
     "split": "split",
@@ -26,9 +26,9 @@ VERBS = {
     "evaluate": "evaluate",
     "compare": "compare",
     "embed": "predict",
-    "probe": "probe",
+    "probe": "evaluate",
     "predict": "predict",
-    "explain": "explain",
+    "explain": "predict",
     "report": "show",
     "list": "list",
     "show": "show",

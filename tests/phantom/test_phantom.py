@@ -13,7 +13,7 @@ import typer
 from scipy import ndimage
 from typer.testing import CliRunner
 
-from brainfound.cli.phantom import phantom
+from brainfound.cli.demo import phantom
 from brainfound.contrasts import contrast_from_filename
 from brainfound.errors import CohortError, UsageError
 from brainfound.phantom import SEGMENTATION, TISSUES, ParametricHead, tissue_signal, write_phantom_cohort
