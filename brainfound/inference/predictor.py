@@ -188,6 +188,12 @@ class Predictor:
             rejected=ready.rejected,
         )
 
+    def explain_stack(
+        self, stack: Stack, *, method: str | Sequence[str] | None = None, class_name: str | None = None
+    ) -> Explanation:
+        """Explanation maps of a stack that was made with this predictor's preprocessing; see `explain`."""
+        return self.explain_prepared(PredictorInput(stack), method, class_name)
+
     def predict_session(self, session: Session) -> Prediction:
         """Predict a session of a cohort; a scan that cannot be used counts as absent and is noted.
 
