@@ -43,8 +43,7 @@ def predict(
     Args:
         model: a predictor, or a model that `load` reads.
         source: a cohort, or a path that `Cohort.read` recognises.
-        out: the folder for the files of each session; None writes nothing. With a folder, the images of a segmentation
-            are only there and not in the outcomes, because those of a whole cohort would fill the memory.
+        out: the folder for the files of each session; None writes nothing. With a folder, outcomes hold no images.
         probabilities: also write the probability maps of a segmentation.
         overwrite: predict again; otherwise sessions with a JSON in ``out`` are skipped.
         progress: called with (sessions done, sessions in all).
@@ -125,13 +124,9 @@ def explain_cohort(
     Args:
         model: a predictor, or a model that `load` reads.
         source: a cohort, or a path that `Cohort.read` recognises.
-        out: the folder for the files.
         method, class_name: see `brainfound.inference.explanation.choose_methods`.
         overwrite: explain again; otherwise sessions with an explanation in ``out`` are skipped.
         progress: called with (sessions done, sessions in all).
-
-    Raises:
-        UsageError: an unknown method or class, or a method that does not fit the model.
     """
     predictor = model if isinstance(model, Predictor) else load(model)
     methods = choose_methods(predictor.model, predictor.target, method, class_name)

@@ -66,11 +66,7 @@ def compute_drops(results: Sequence[SessionScores]) -> list[float]:
 
 
 def require_writable(folder: Path) -> None:
-    """Accept an empty folder or an earlier evaluation, which is replaced.
-
-    Raises:
-        UsageError: the folder holds something else.
-    """
+    """Accept an empty folder or an earlier evaluation, which is replaced."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     file = folder / SUMMARY_FILE
@@ -91,9 +87,7 @@ def write_evaluation(
 
     Args:
         results: one result, or those of partial input with full input first.
-        store: the scored store.
         target, model, on: target column, model and scored sessions, in words.
-        command: the command line.
     """
     task = results[0].task
     rows = [_row(result, store) for result in results]
@@ -191,7 +185,6 @@ def evaluate(
             see `brainfound.metrics.scores.segmentation_case_scores`; None: as in the run's recipe.
         out: a folder for the page of this evaluation and its files.
         command: the command line, for the page.
-        progress: called with (sessions done, sessions in all).
 
     Returns:
         One result, or with ``partial_input`` one per subset.

@@ -170,7 +170,7 @@ def explain_stack(
 
     Args:
         model: a BrainFound model, or a PEFT model around one; it stays unchanged, in evaluation mode.
-        stack: prepared with the model's own preprocessing.
+        stack: made with the model's own preprocessing.
         target: the meaning of its outputs; None for an encoder.
         num_slices: evenly spaced slices to read; None for all. A segmentation always reads all.
         method, class_name: see `choose_methods`.

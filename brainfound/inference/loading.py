@@ -31,9 +31,6 @@ class PredictorSet:
     """Predictors that share the weights of one backbone; each request names its adapter.
 
     Requests may come in any order. ``predictors["age"]`` is a full `Predictor`, for a cohort for example.
-
-    Args:
-        predictors: by name; `brainfound.load` makes them from bundles.
     """
 
     def __init__(self, predictors: Mapping[str, Predictor]) -> None:
@@ -58,20 +55,15 @@ class PredictorSet:
         return f"PredictorSet({parts})"
 
     def predict(self, *paths: str | Path, adapter: str, **contrast_paths: str | Path) -> Prediction:
-        """Predict one session with one adapter; paths as for `Predictor.predict`.
-
-        Raises:
-            UsageError: there is no such adapter, or as `Predictor.predict`.
-            ScanError: a scan cannot be used.
-        """
+        """Predict one session with one adapter; see `Predictor.predict`."""
         return self[adapter].predict(*paths, **contrast_paths)
 
     def predict_session(self, session: Session, adapter: str) -> Prediction:
-        """Predict a session of a cohort with one adapter, see `Predictor.predict_session`."""
+        """See `Predictor.predict_session`."""
         return self[adapter].predict_session(session)
 
     def predict_stack(self, stack: Stack, adapter: str) -> Prediction:
-        """Predict a stack with one adapter, see `Predictor.predict_stack`."""
+        """See `Predictor.predict_stack`."""
         return self[adapter].predict_stack(stack)
 
 

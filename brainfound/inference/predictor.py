@@ -31,13 +31,7 @@ from brainfound.models.infer import infer
 
 @dataclass(frozen=True)
 class PredictorInput:
-    """A prepared session.
-
-    Attributes:
-        stack: the model's input.
-        notes: remarks on the scans for the reader of the answer.
-        rejected: scans that cannot be used, with the reason.
-    """
+    """A prepared session: the model's input, remarks on the scans, and scans that cannot be used with the reason."""
 
     stack: Stack
     notes: tuple[str, ...] = ()
@@ -49,14 +43,12 @@ class Predictor:
 
     Args:
         model: a BrainFound model, or a PEFT model around one.
-        preprocessing: the preprocessing of the training data.
-        target: the meaning of the model's outputs; None for an encoder.
+        target: the task, which gives the outputs their meaning; None for an encoder.
         num_slices: slices to read per session; None for all.
         device: None: the first GPU, else the CPU.
         hooks: external tools to run on each scan first, as on the training scans.
-        calibration: fitted on the validation part; calibrated answers stand next to the raw ones.
-        options: options of a segmentation: test-time augmentation, minimal volume, class probabilities.
-        contract: properties of the training scans; None where unknown.
+        calibration: adds calibrated answers to the raw ones.
+        contract: properties of the training scans.
         withheld: contrasts that the recipe excluded from training; the model never reads them.
 
     Raises:
@@ -96,11 +88,7 @@ class Predictor:
         return options
 
     def as_encoder(self) -> Predictor:
-        """The same model without its head: it answers with the volume embedding.
-
-        Raises:
-            UsageError: a segmentation model, which has no volume embedding.
-        """
+        """The same model without its head: it answers with the volume embedding, which a segmentation has not."""
         if self.per_voxel:
             raise UsageError(
                 "a segmentation model makes no volume embedding",
@@ -112,11 +100,7 @@ class Predictor:
         return encoder
 
     def with_options(self, options: SegmentationOptions) -> Predictor:
-        """The same model with other segmentation options.
-
-        Raises:
-            UsageError: the model is no segmentation.
-        """
+        """The same segmentation model with other options."""
         other = copy.copy(self)
         other.options = self._checked(options)
         return other
@@ -146,7 +130,7 @@ class Predictor:
                 contrast in its name is taken for the model's only remaining contrast.
 
         Raises:
-            UsageError: a contrast is given twice, is not one of the model's, or does not follow from the name.
+            UsageError: a contrast is given twice, unknown to the model, or does not follow from the name.
             ScanError: a scan cannot be used.
         """
         return self.predict_prepared(self._prepare_files(paths, contrast_paths))
@@ -161,13 +145,9 @@ class Predictor:
         """Explanation maps of one session; see `brainfound.inference.explanation`.
 
         Args:
-            paths, contrast_paths: as for `predict`.
+            paths, contrast_paths: as for `predict`, with the same errors.
             method: one or several of `brainfound.inference.explanation.METHODS`; None: all that fit the model.
             class_name: the class whose score the gradient follows; None: the most probable one.
-
-        Raises:
-            UsageError: as `predict`; or an unknown method or class, or a method that does not fit the model.
-            ScanError: a scan cannot be used.
         """
         methods = choose_methods(self.model, self.target, method, class_name)
         return self.explain_prepared(self._prepare_files(paths, contrast_paths), methods, class_name)
@@ -195,19 +175,11 @@ class Predictor:
         return self.explain_prepared(PredictorInput(stack), method, class_name)
 
     def predict_session(self, session: Session) -> Prediction:
-        """Predict a session of a cohort; a scan that cannot be used counts as absent and is noted.
-
-        Raises:
-            ScanError: no scan of the session can be used.
-        """
+        """Predict a session of a cohort; a scan that cannot be used counts as absent and is noted."""
         return self.predict_prepared(self.prepare(session))
 
     def predict_stack(self, stack: Stack) -> Prediction:
-        """Predict a stack that was made with this predictor's preprocessing.
-
-        Raises:
-            ScanError: the model reads none of its contrasts.
-        """
+        """Predict a stack that was made with this predictor's preprocessing."""
         return self.predict_prepared(PredictorInput(stack))
 
     def prepare(self, session: Session) -> PredictorInput:
@@ -247,11 +219,7 @@ class Predictor:
         return notes
 
     def _restrict(self, ready: PredictorInput) -> PredictorInput:
-        """Hide contrasts that the model does not read, and note those that it was never trained without.
-
-        Raises:
-            ScanError: the model reads none of the contrasts.
-        """
+        """Hide contrasts that the model does not read, and note those that it was never trained without."""
         stack = ready.stack
         present = [name for name, is_present in zip(stack.contrasts, stack.present, strict=True) if is_present]
         hidden = tuple(name for name in present if name not in self.input_contrasts)
@@ -302,11 +270,7 @@ class Predictor:
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
-    """The requested device; None: the first GPU, else the CPU.
-
-    Raises:
-        UsageError: there is no such device.
-    """
+    """The requested device; None: the first GPU, else the CPU."""
     try:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=chosen)

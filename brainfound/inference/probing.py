@@ -75,7 +75,6 @@ def probe(
         num_slices: evenly spaced slices of each session.
         seed: seed of folds and bootstrap.
         cache: a folder for the embeddings, so that further probes take seconds; None: a temporary one.
-        progress: called with (sessions done, sessions to do).
 
     Raises:
         UsageError: no such column, too few sites, classes or subjects, or nothing to probe.

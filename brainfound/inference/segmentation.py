@@ -30,10 +30,6 @@ def without_small_components(
 
     Voxels of one code that share a face, an edge or a corner are connected (26 neighbours). Removed voxels become 0.
 
-    Args:
-        labels: label codes, 0 for background.
-        voxel_mm3: volume of a voxel.
-        min_volume_mm3: components below this volume are removed.
     """
     kept = labels.copy()
     removed: dict[int, int] = {}
@@ -60,8 +56,6 @@ class SegmentationOptions:
             the scan; probabilities stay unchanged.
         class_probabilities: keep the probability of each class or label, not only that of the foreground.
 
-    Raises:
-        UsageError: a negative volume.
     """
 
     flips: bool = False
