@@ -229,18 +229,13 @@ class Engine:
         if self._saved_step == self.step:
             return
         with self.throughput.paused():
-            counts = self._read_step_counts()
-            snapshot = self._snapshot(counts, kept) if self.is_main or self.sharded else None
-
-            def write() -> None:
-                assert snapshot is not None
-                checkpoint.save_checkpoint(self.checkpoint_folder, snapshot, self.recipe.keep_checkpoints)
-
-            distributed.run_on_main_rank(write, self.is_main)
+            content = self.checkpoint_folder, self._snapshot(kept), self.recipe.keep_checkpoints
+            distributed.run_on_main_rank(lambda: checkpoint.save_checkpoint(*content), self.is_main)
         self._saved_step = self.step
 
-    def _snapshot(self, counts: Mapping[str, int], kept: bool) -> checkpoint.Checkpoint:
+    def _snapshot(self, kept: bool) -> checkpoint.Checkpoint:
         """The current state in full tensors; other ranks than the main one only help to gather a sharded model."""
+        counts = self._read_step_counts()
         return checkpoint.Checkpoint(
             step=self.step,
             model=distributed.gather(self.accelerator.unwrap_model(self.model).state_dict(), self.is_main),
@@ -251,7 +246,7 @@ class Engine:
                 "world_size": distributed.world_size(),
                 "kept": kept,
                 "rollbacks": self.num_rollbacks,
-                "engine": dict(counts),
+                "engine": counts,
                 "task": self.task.state_dict(),
             },
         )

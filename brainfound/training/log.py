@@ -156,11 +156,10 @@ class ThroughputMeter:
     def read(self, batch_size: int) -> dict[str, float]:
         """Throughput since the last reading, for the log; call it when the device has caught up."""
         seconds = max(time.perf_counter() - self._began - self._paused, 1e-9)
-        steps = max(self._steps, 1)
-        throughput = {
+        steps, data_wait = max(self._steps, 1), min(self._waited / seconds, 1.0)
+        self._restart()
+        return {
             "seconds_per_step": seconds / steps,
             "images_per_second": steps * batch_size / seconds,
-            "data_wait": min(self._waited / seconds, 1.0),
+            "data_wait": data_wait,
         }
-        self._restart()
-        return throughput

@@ -86,8 +86,8 @@ def learning_rate(
     """The learning rate of a parameter by its role, before layer-wise decay.
 
     New parameters learn from step 0. The backbone has learning rate 0 for `head_warmup_steps` and warms up then: random
-    heads would damage a trained backbone. The last layer of the heads may wait too, as in DINO. Rates of 0 leave the
-    gradients that data-parallel training requires.
+    heads would damage it. It keeps gradients, as data-parallel training requires. The last layer of the heads may wait
+    too, as in DINO.
     """
     waiting_steps = {"backbone": head_warmup_steps, "last_layer": freeze_last_layer_steps}.get(role, 0)
     if step < waiting_steps:

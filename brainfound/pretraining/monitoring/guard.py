@@ -1,15 +1,9 @@
 """The guard: watches collapse metrics and probe scores, and stops a run or rolls it back before it ruins its model.
 
-Signs of collapse, in log lines:
-
-- effective rank and mean cosine: features that span few directions, or one;
-- the view margin: crops of one image must be more alike than crops of different images;
-- the entropy of the teacher's mean output: prototypes that are no longer used;
-- the CLS loss against ln K: a uniform output costs ln K exactly, whatever the targets.
-
-Signs of damage, in probe scores: the target's probe, or a retention probe (`retention`), below its best score so far. A
-probe sees only its own target: it may rise while the features are ruined for others. The best teacher has the best
-target score among those without a retention drop. The Gram distance to the start only warns: it grows with any change.
+Collapse shows in log lines: features that span few directions (effective rank, mean cosine), crops of one image no more
+alike than others (view margin), unused prototypes (teacher entropy), or a CLS loss of ln K, the cost of a uniform
+output. Damage shows in probe scores: the target's probe, or a retention probe (`retention`), below its best so far. The
+best teacher has the best target score among those without a retention drop.
 
 One value proves nothing, so a failure is confirmed over several in a row. Thresholds follow public reports of DINO runs
 that collapsed in large batches.

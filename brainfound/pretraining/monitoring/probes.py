@@ -220,7 +220,7 @@ class Probe:
         predictions = self._predict(cls)
         scores = self._scores(predictions)
         if self.retention is not None and predictions is not None:
-            found = self._retention_scores(self.retention, cls, patches, predictions, is_starting_checkpoint)
+            found = self._retention_scores(cls, patches, predictions, is_starting_checkpoint)
             scores = replace(scores, retention=found)
         return scores if self.patches is None else replace(scores, patch=self.patches.run(encoder, device))
 
@@ -275,18 +275,15 @@ class Probe:
         return ProbeScores(linear, knn, error, self.metric, self.target, self.chance)
 
     def _retention_scores(
-        self,
-        probes: RetentionProbes,
-        cls: np.ndarray,
-        patches: np.ndarray | None,
-        predictions: dict[str, np.ndarray],
-        is_starting_checkpoint: bool,
+        self, cls: np.ndarray, patches: np.ndarray | None, predictions: dict[str, np.ndarray], is_start: bool
     ) -> dict[str, tuple[float, float]]:
         """Score and standard error of each retention probe; those of patch tokens only if these are finite."""
+        probes = self.retention
+        assert probes is not None
         assert self._patch_targets is not None
         if patches is not None and not np.isfinite(patches).all():
             patches = None
-        if is_starting_checkpoint:
+        if is_start:
             probes.set_reference(cls, patches)
         elif not probes.start and self.start_file is not None:
             try:
@@ -302,7 +299,7 @@ class Probe:
             errors = prediction_errors(self.labels, predictions[other], self.is_classification)
             subject_index = np.unique(self.subjects, return_inverse=True)[1]
             subject_errors[f"{self.target}_{other}"] = np.bincount(subject_index, weights=errors)
-        if is_starting_checkpoint:
+        if is_start:
             probes.start |= {f"shares/{name}": errors for name, errors in subject_errors.items()}
         return probes.compare(subject_errors)
 

@@ -1,20 +1,8 @@
 """Retention: whether features still hold information that the probe's target does not cover.
 
-More probes run on the same embeddings:
-
-- ``other_method``: the probe's target with its other model, k-NN if the linear one guards the run;
-- ``labels``: diagnosis, age, sex and site of a session, as far as the store knows them;
-- ``slice_position``: the position of a slice in its stack, from its CLS token;
-- ``slice_intensity``: mean and standard deviation of each contrast in a slice, from its CLS token;
-- ``identity``: whether the mean CLS token of half of a session's slices is nearest to that of its other half;
-- ``patch_intensity``, ``patch_texture``: mean and standard deviation of each contrast in a patch, from its token;
-- ``patch_position``: row and column of a patch, from its token;
-- ``kept``: the principal components of the starting checkpoint's own features, from the present ones: of slices
-  (``kept_slices``) and of patches (``kept_patches``). This score does not fall when features rotate, rescale or gain
-  information.
-
-All but ``identity`` are linear models, tested on subjects outside their training folds. Two encoders are compared
-subject by subject: the difference of two scores on the same subjects has a much smaller error than either of them.
+All but ``identity`` are linear models of CLS or patch tokens, tested on subjects outside their training folds. Two
+encoders are compared subject by subject: the difference of two scores on the same subjects has a much smaller error
+than either of them. The score of ``kept`` does not fall when features rotate, rescale or gain information.
 
 Axis legend: ``V`` views (a session with the contrasts that it shows), ``S`` slices, ``C`` contrasts, ``H W`` pixels,
 ``P`` chosen patches of a slice, ``N`` samples, ``T`` target columns, ``D`` width, ``U`` subjects.
@@ -39,15 +27,15 @@ from brainfound.metrics.embedding_probes import cross_val_predict, linear_classi
 from brainfound.training.randomness import PROBE, numpy_generator
 
 RetentionProbeName = Literal[
-    "other_method",
-    "labels",
+    "other_method",  # the probe's target with its other model
+    "labels",  # diagnosis, age, sex and site of a session, as far as the store knows them
     "slice_position",
-    "slice_intensity",
-    "identity",
-    "patch_intensity",
-    "patch_texture",
-    "patch_position",
-    "kept",
+    "slice_intensity",  # mean and standard deviation of each contrast in a slice
+    "identity",  # the mean CLS token of half of a session's slices is nearest to that of its other half
+    "patch_intensity",  # mean of each contrast in a patch
+    "patch_texture",  # standard deviation of each contrast in a patch
+    "patch_position",  # row and column
+    "kept",  # principal components of the starting checkpoint's features, of slices and of patches
 ]
 RETENTION_PROBES: tuple[RetentionProbeName, ...] = get_args(RetentionProbeName)
 PATCH_TOKEN_PROBES = ("patch_intensity", "patch_texture", "patch_position", "kept")
