@@ -6,9 +6,12 @@
         optimizer.pt        the optimiser's state (tensors and plain values)
         state.json          step, versions, the task's counters, and the size and SHA-256 of each file
 
-A checkpoint is written into a temporary folder and renamed, so a killed process leaves a complete one or none. A disk
-may still corrupt a file later: with `state.json`, `latest_valid_checkpoint` detects that and falls back to an earlier
-checkpoint. One checkpoint may be kept beyond the newest ones, for a rollback (`brainfound.training.rollback`).
+A checkpoint is written into a temporary folder and renamed, so a killed process leaves a complete one or none. If a
+file is corrupted later, `latest_valid_checkpoint` falls back to an earlier one.
+
+One checkpoint may be kept beyond the newest ones, for a rollback. A rollback starts with one atomic change of its
+``state.json``, which then counts one rollback more than the checkpoints of later steps; `latest_valid_checkpoint`
+prefers the highest count. A process killed at any moment therefore resumes either before the rollback or after it.
 """
 
 from __future__ import annotations
@@ -34,7 +37,6 @@ from brainfound.errors import TrainingError
 
 STATE_FILE = "state.json"
 _PREFIX = "step-"
-_NAME = re.compile(rf"{_PREFIX}[0-9]+")
 _TEMPORARY = ".writing-"
 _FREE_SPACE_FACTOR = 1.05
 
@@ -55,17 +57,17 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Write a checkpoint into `folder`, then remove all but the newest `keep` and the newest that is marked as kept.
 
     Checkpoints of later steps are corrupt ones that the run has fallen back from; they stay and do not count.
-
-    Raises:
-        TrainingError: if the disk has no room for it (nothing is written then), or if writing fails.
     """
-    model, task = _to_contiguous_cpu(checkpoint.model), _to_contiguous_cpu(checkpoint.task)
+    tensors = {
+        name: {key: tensor.detach().cpu().contiguous() for key, tensor in part.items()}
+        for name, part in (("model", checkpoint.model), ("task", checkpoint.task))
+    }
     with wrap_write_errors("the checkpoint", checkpoint_path(folder, checkpoint.step)):
         folder.mkdir(parents=True, exist_ok=True)
         remove_partial_checkpoints(folder)
         _require_space(folder, checkpoint)
         try:
-            return _write(folder, checkpoint, model, task, keep)
+            return _write(folder, checkpoint, tensors, keep)
         finally:
             # A partial checkpoint takes space that the export of the run may need.
             remove_partial_checkpoints(folder)
@@ -73,28 +75,20 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
 
 @contextmanager
 def wrap_write_errors(what: str, where: Path) -> Iterator[None]:
-    """Turn the many exceptions of a full disk, a quota or a lost server into one.
-
-    Raises:
-        TrainingError: in place of an exception of the system, safetensors or torch.save.
-    """
+    """Turn the many exceptions of a full disk, a quota or a lost server into one TrainingError."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise TrainingError(
-            f"{what} cannot be written",
-            where=where,
-            got=str(error)[:200],
-            remedy="Free some space (or ask for a larger quota) and continue with --resume",
-        ) from error
+        remedy = "Free some space (or ask for a larger quota) and continue with --resume"
+        raise TrainingError(f"{what} cannot be written", where=where, got=str(error)[:200], remedy=remedy) from error
 
 
-def _write(folder: Path, checkpoint: Checkpoint, model: dict[str, Tensor], task: dict[str, Tensor], keep: int) -> Path:
+def _write(folder: Path, checkpoint: Checkpoint, tensors: dict[str, dict[str, Tensor]], keep: int) -> Path:
     final = checkpoint_path(folder, checkpoint.step)
     temporary = folder / f"{_TEMPORARY}{final.name}"
     temporary.mkdir()
-    save_file(model, temporary / "model.safetensors")
-    save_file(task, temporary / "task.safetensors")
+    for name, part in tensors.items():
+        save_file(part, temporary / f"{name}.safetensors")
     torch.save(checkpoint.optimizer, temporary / "optimizer.pt")
     files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
     state = {"step": checkpoint.step, **checkpoint.state, "files": files}
@@ -114,12 +108,10 @@ def _write(folder: Path, checkpoint: Checkpoint, model: dict[str, Tensor], task:
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """The folder of a step's checkpoint, whether it exists or not."""
     return folder / f"{_PREFIX}{step:06d}"
 
 
 def num_rollbacks(state: Mapping[str, Any]) -> int:
-    """The number of rollbacks before a checkpoint, from its state."""
     return int(state.get("rollbacks", 0))
 
 
@@ -138,11 +130,11 @@ def load_checkpoint(path: Path) -> Checkpoint:
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first, whole or not."""
     # The full match leaves out a folder that a user has renamed (step-000002.bak).
-    return sorted((path for path in folder.glob(f"{_PREFIX}*") if _NAME.fullmatch(path.name)), key=checkpoint_step)
+    found = (path for path in folder.glob(f"{_PREFIX}*") if re.fullmatch(rf"{_PREFIX}[0-9]+", path.name))
+    return sorted(found, key=checkpoint_step)
 
 
 def checkpoint_step(path: Path) -> int:
-    """The step of a checkpoint, from its folder name."""
     return int(path.name.removeprefix(_PREFIX))
 
 
@@ -201,10 +193,6 @@ def read_state(path: Path) -> dict[str, Any]:
     return state if isinstance(state, dict) else {}
 
 
-def _to_contiguous_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
 def _fingerprint(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -230,13 +218,7 @@ def _require_space(folder: Path, checkpoint: Checkpoint) -> None:
 def require_space_for_run(folder: Path, num_checkpoints: int, checkpoint_bytes: int, other_bytes: int) -> None:
     """Refuse to start or resume a run whose files do not fit on the disk.
 
-    Args:
-        folder: of the checkpoints; later ones replace those that exist.
-        num_checkpoints: largest number on the disk at one time.
-        other_bytes: of the export and other files.
-
-    Raises:
-        TrainingError: if the disk has too little free space.
+    Existing checkpoints in `folder` are replaced by later ones; `num_checkpoints` is the largest number at one time.
     """
     existing = sum(file.stat().st_size for path in list_checkpoints(folder) for file in path.iterdir())
     needed = int(num_checkpoints * checkpoint_bytes * _FREE_SPACE_FACTOR + other_bytes) - existing
@@ -246,16 +228,27 @@ def require_space_for_run(folder: Path, num_checkpoints: int, checkpoint_bytes: 
 
 
 def _require_free_space(folder: Path, needed: int, what_for: str, remedy: str) -> None:
-    # No folder is created for a run that may be refused.
     free = shutil.disk_usage(nearest_existing(folder)).free
     if free < needed:
-        raise TrainingError(
-            f"the disk has no room for {what_for}",
-            where=folder,
-            got=f"{_gib(free)} free",
-            expected=_gib(needed),
-            remedy=remedy,
-        )
+        what, got = f"the disk has no room for {what_for}", f"{_gib(free)} free"
+        raise TrainingError(what, where=folder, got=got, expected=_gib(needed), remedy=remedy)
+
+
+def update_checkpoint_state(path: Path, changes: Mapping[str, Any]) -> None:
+    """Change plain values of a checkpoint atomically; a TrainingError if it is not whole or writing fails."""
+    if fault := find_corruption(path):
+        raise TrainingError("the checkpoint to go back to is not whole", where=path, got=fault)
+    with wrap_write_errors("the return to a checkpoint", path):
+        write_atomically(path / STATE_FILE, json.dumps({**read_state(path), **changes}, indent=2))
+        fsync(path)
+
+
+def remove_rolled_back_checkpoints(folder: Path, present: Checkpoint) -> None:
+    """Remove the checkpoints of the steps that the rollback to `present` has discarded."""
+    for path in reversed(list_checkpoints(folder)):
+        is_later = checkpoint_step(path) > present.step
+        if is_later and num_rollbacks(read_state(path)) < num_rollbacks(present.state):
+            shutil.rmtree(path)
 
 
 def nearest_existing(path: Path) -> Path:

@@ -1,12 +1,10 @@
 """Which slices a step reads, and how its batches reach the device.
 
 The order is a pure function of (seed, step, world size, rank): the rows of a store are an endless sequence of seeded
-permutations, one per epoch; the micro-batch of a step is a window of it, and each rank takes its part of the window.
-Ranks need not communicate, no slice repeats within an epoch, and a resumed run continues without reading what came
-before.
+permutations, one per epoch; a micro-batch is a window of it, and each rank takes its part of the window. Ranks need not
+communicate, and a resumed run does not read what came before.
 
-On CUDA a thread copies each batch to pinned memory and on to the device, on a stream of its own, while the step before
-is computed. On a CPU there is nothing to copy, and the loader's processes read ahead by themselves.
+On CUDA a thread copies each batch through pinned memory to the device while the step before is computed.
 """
 
 from __future__ import annotations
@@ -33,8 +31,7 @@ class EpochOrder:
     """The endless sequence of indices 0 … `num_items` − 1, reshuffled in each epoch."""
 
     def __init__(self, num_items: int, seed: int) -> None:
-        self.num_items = num_items
-        self.seed = seed
+        self.num_items, self.seed = num_items, seed
         self._epochs: dict[int, np.ndarray] = {}
 
     def window(self, start: int, count: int) -> np.ndarray:
@@ -52,16 +49,12 @@ class EpochOrder:
 
 
 class RankBatchSampler:
-    """The micro-batches of one rank, starting at a step.
+    """The micro-batches of one rank in steps `first_step` … `num_steps` − 1; all ranks share `order`.
 
-    Args:
-        order: the sequence that all ranks share.
-        batch_size: slices of one optimiser step, over all ranks and micro-batches.
-        accumulation: micro-batches of a step.
-        first_step, num_steps: the range of steps to yield.
+    A step has `accumulation` micro-batches; over these and all ranks it reads `batch_size` slices.
 
     Raises:
-        RecipeError: if ranks and micro-batches do not divide the batch equally.
+        RecipeError: ranks and micro-batches do not divide the batch equally.
     """
 
     def __init__(
@@ -76,13 +69,10 @@ class RankBatchSampler:
     ) -> None:
         parts = world_size * accumulation
         if batch_size % parts:
-            raise RecipeError(
-                "ranks and micro-batches must divide the batch equally",
-                where="engine.batch_size",
-                got=batch_size,
-                expected=f"a multiple of {world_size} ranks × {accumulation} micro-batches",
-                remedy=f"Set engine.batch_size={max(1, batch_size // parts) * parts}",
-            )
+            what, where = "ranks and micro-batches must divide the batch equally", "engine.batch_size"
+            expected = f"a multiple of {world_size} ranks × {accumulation} micro-batches"
+            remedy = f"Set engine.batch_size={max(1, batch_size // parts) * parts}"
+            raise RecipeError(what, where=where, got=batch_size, expected=expected, remedy=remedy)
         self.order, self.rank, self.accumulation = order, rank, accumulation
         self.batch_size, self.per_rank = batch_size, batch_size // parts
         self.per_micro_batch = self.per_rank * world_size
@@ -93,7 +83,7 @@ class RankBatchSampler:
             yield self.order.window(start, self.per_rank).tolist()
 
     def window_starts(self) -> Iterator[int]:
-        """Position of each micro-batch in the sequence; it takes `per_rank` places from there."""
+        """The position of each micro-batch in the sequence, from which it takes `per_rank` items."""
         for step in range(self.first_step, self.num_steps):
             for micro_batch in range(self.accumulation):
                 yield step * self.batch_size + micro_batch * self.per_micro_batch + self.rank * self.per_rank
@@ -103,11 +93,7 @@ class RankBatchSampler:
 
 
 def prefetch_to_device(batches: Iterable[Batch], device: torch.device, ahead: int = 2) -> Generator[Batch, None, None]:
-    """Yield batches (dataclasses of tensors) in order, on the device.
-
-    Args:
-        ahead: number of batches prepared in advance; each takes memory on the device.
-    """
+    """Yield batches (dataclasses of tensors) in order, on the device; `ahead` of them wait in its memory."""
     if device.type != "cuda":
         for batch in batches:
             yield map_tensors(batch, lambda tensor: tensor.to(device))
@@ -135,8 +121,7 @@ def map_in_background(
 
     An error in the thread is raised in place of its item. Closing the generator ends the thread.
     """
-    iterator = iter(items)
-    end = object()
+    iterator, end = iter(items), object()
 
     def step() -> Any:
         item: Any = next(iterator, end)

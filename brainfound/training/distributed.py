@@ -2,18 +2,16 @@
 
 Reductions are the identity when no process group runs, so the same code serves a laptop and a cluster.
 
-Sharding is for models whose weights, gradients, optimiser state, teacher and anchor do not fit on each GPU. Trained and
-frozen weights are sharded alike, along the first axis over one mesh of all ranks: a teacher's shard belongs to the same
-rows as the student's, and the EMA needs no communication.
+Trained and frozen weights (teacher, anchor) are sharded alike, along the first axis over one mesh of all ranks: a
+teacher's shard belongs to the same rows as the student's, and the EMA needs no communication.
 
     unit                                gathered in      released
     attention, MLP of each block        bf16 | float32   after its forward pass
     rest of an encoder                  float32          after its forward pass
     each head, and the trained module   float32          trained: after the backward pass; frozen: after the forward
 
-The rest of an encoder (stem, tokens, norms, layer scales) is small; float32 keeps the residual stream as precise as
-without sharding. Gradients are summed in float32 at each micro-batch. Checkpoints hold full tensors (`gather`), so a
-run may resume with another number of ranks, or unsharded.
+The rest of an encoder (stem, tokens, norms, layer scales) is small; float32 keeps the residual stream precise.
+Gradients are summed in float32. Checkpoints hold full tensors (`gather`), so a run may resume on other ranks.
 
 Source: PyTorch FSDP (arXiv 2304.11277), in its second form, `torch.distributed.fsdp.fully_shard`.
 """
@@ -31,22 +29,19 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from brainfound.errors import BrainFoundError, RecipeError, TrainingError, UsageError
+from brainfound.errors import BrainFoundError, TrainingError, UsageError
 from brainfound.models.encoder import SliceEncoder
 
 
 def is_distributed() -> bool:
-    """Whether more than one process trains together."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def world_size() -> int:
-    """The number of processes that train together."""
     return dist.get_world_size() if is_distributed() else 1
 
 
 def close_process_group() -> None:
-    """End the process group, if there is one."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
@@ -76,16 +71,14 @@ def any_over_ranks(*flags: bool, device: torch.device) -> tuple[bool, ...]:
 def run_on_main_rank(work: Callable[[], Any], is_main: bool) -> None:
     """Call `work` on the main rank; all ranks wait for it, and if it fails all raise the same error.
 
-    Raises:
-        UsageError, RecipeError, TrainingError: as `work` raised it.
-        TrainingError: in place of any other `BrainFoundError`, or an `OSError`.
+    Errors of files, and every `BrainFoundError` but `UsageError`, become `TrainingError`.
     """
     failure: BrainFoundError | None = None
     cause: Exception | None = None
     if is_main:
         try:
             work()
-        except (TrainingError, UsageError, RecipeError) as error:
+        except (TrainingError, UsageError) as error:
             failure, cause = error, error.__cause__ if isinstance(error.__cause__, Exception) else None
         except (BrainFoundError, OSError) as error:
             failure, cause = _as_training_error(error), error
@@ -123,9 +116,8 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
-        # Each rank computes the same loss from the same gathered rows, so the sum over ranks of the
-        # gradients of these rows is R times this rank's own; no communication is needed. The average
-        # that DistributedDataParallel takes afterwards then gives the gradient of that loss.
+        # Each rank computes the same loss from the same gathered rows, so the sum over ranks of the gradients of these
+        # rows is R times this rank's own. The average that DistributedDataParallel takes gives the loss's gradient.
         start = ctx.rank * ctx.num_rows
         return gradient[start : start + ctx.num_rows] * dist.get_world_size()
 
@@ -138,21 +130,18 @@ def gather_rows(rows: Tensor) -> Tensor:
     return _GatherRows.apply(rows) if is_distributed() else rows
 
 
-# The parts of a block that hold its matrices; every forward pass of a block calls them.
 BRANCHES = ("attention", "mlp")
-# Methods that run an encoder, besides calling it.
-FORWARD_METHODS = ("embed", "transform")
-_ROOT_HOOK = "_first_forward"
+"""The parts of a block that hold its matrices; every forward pass of a block calls them."""
 
 
 def shard(trained: nn.Module, frozen: Sequence[nn.Module], device: torch.device, precision: str) -> None:
     """Shard modules over all ranks, in place; each rank must hold the same weights before, on any device.
 
+    A module with ``is_shard_unit`` is gathered as one unit.
+
     Args:
-        trained: the module with trained weights; its forward pass starts with a call of it.
-        frozen: modules without trained weights (teacher, anchor); their encoders and heads may be called separately,
-            by all ranks together. A module with ``is_shard_unit`` is gathered as one unit.
-        device: of this rank.
+        trained: its forward pass starts with a call of it.
+        frozen: their encoders and heads may be called separately, by all ranks together.
         precision: "bf16" gathers the blocks' matrices in bfloat16; anything else in float32.
     """
     # The library warns at each pass of in-place changes of outputs that are views; none are made here.
@@ -167,7 +156,7 @@ def shard(trained: nn.Module, frozen: Sequence[nn.Module], device: torch.device,
                 for branch in BRANCHES:
                     fully_shard(block.get_submodule(branch), reshard_after_forward=True, **blocks)
             fully_shard(encoder, mesh=mesh, reshard_after_forward=True)
-            for method in FORWARD_METHODS:
+            for method in ("embed", "transform"):
                 _register_forward_method(encoder, method)
         for head in [module for module in root.modules() if getattr(module, "is_shard_unit", False)]:
             fully_shard(head, mesh=mesh, reshard_after_forward=reshard)
@@ -179,14 +168,12 @@ def shard(trained: nn.Module, frozen: Sequence[nn.Module], device: torch.device,
 
 def _register_forward_method(encoder: SliceEncoder, name: str) -> None:
     """Make a method gather the encoder's weights as a call does, unless a call around it has gathered them."""
-    plain = getattr(encoder, name)
+    plain, norm = getattr(encoder, name), encoder.norm
     register_fsdp_forward_method(encoder, name)
     gathering = getattr(encoder, name)
-    norm = encoder.norm
 
     def enter(*args: Any, **kwargs: Any) -> Any:
-        needs_gathering = isinstance(norm.weight, DTensor)
-        return gathering(*args, **kwargs) if needs_gathering else plain(*args, **kwargs)
+        return (gathering if isinstance(norm.weight, DTensor) else plain)(*args, **kwargs)
 
     setattr(encoder, name, enter)
 
@@ -194,15 +181,15 @@ def _register_forward_method(encoder: SliceEncoder, name: str) -> None:
 def _mark_fsdp_root(root: nn.Module) -> None:
     """Mark `root` as the outermost sharded module, before one of its parts is called separately."""
     assert isinstance(root, FSDPModule)
-    setattr(root, _ROOT_HOOK, lambda: None)
-    register_fsdp_forward_method(root, _ROOT_HOOK)
-    getattr(root, _ROOT_HOOK)()
-    delattr(root, _ROOT_HOOK)
+    hook = "_first_forward"
+    setattr(root, hook, lambda: None)
+    register_fsdp_forward_method(root, hook)
+    getattr(root, hook)()
+    delattr(root, hook)
     root.reshard()
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether `shard` has sharded this module."""
     return isinstance(module, FSDPModule)
 
 
@@ -219,10 +206,7 @@ def to_local_tensors(tensors: Iterable[Tensor]) -> list[Tensor]:
 def gather(tree: Any, keep: bool = True) -> Any:
     """Nested dicts, lists and tuples with each sharded tensor replaced by its full one, on the CPU.
 
-    All ranks call it together. The device holds one full tensor at a time.
-
-    Args:
-        keep: False returns an empty tensor for each sharded one, for ranks that write nothing.
+    All ranks call it together; ranks that write nothing do not `keep` the tensors. One is on the device at a time.
     """
     if isinstance(tree, DTensor):
         full = tree.full_tensor()
@@ -243,18 +227,14 @@ def shard_optimizer_state(state: dict[str, Any], optimizer: torch.optim.Optimize
     """The full state of an optimiser (`gather` of its ``state_dict()``), sharded like its parameters."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     moments = {
-        index: {
-            name: _shard_tensor(value, parameters[index])
-            if isinstance(value, Tensor) and value.shape == parameters[index].shape
-            else value
-            for name, value in values.items()
-        }
+        index: {name: _shard_tensor(value, parameters[index]) for name, value in values.items()}
         for index, values in state["state"].items()
     }
     return {**state, "state": moments}
 
 
-def _shard_tensor(tensor: Tensor, like: Tensor) -> Tensor:
-    if not isinstance(like, DTensor) or isinstance(tensor, DTensor):
+def _shard_tensor(tensor: Any, like: Tensor) -> Any:
+    """`tensor` sharded like `like`; a step counter, or what is sharded already, as it is."""
+    if not isinstance(like, DTensor) or isinstance(tensor, DTensor) or getattr(tensor, "shape", None) != like.shape:
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

@@ -1,9 +1,7 @@
 """The engine: one readable loop for pretraining and fine-tuning.
 
-A `TrainTask` defines what is trained and how its loss is computed. The engine does what every training has in common:
-it accumulates gradients, skips steps that are not finite, clips, schedules, logs, evaluates, saves, resumes, rolls back
-and stops on a signal. It runs on a CPU, on one GPU and, through Accelerate, on many; between two log lines it never
-waits for a GPU.
+A `TrainTask` defines what is trained and how its loss is computed; the engine does the rest. It runs on a CPU, on one
+GPU and, through Accelerate, on many; between two log lines it never waits for a GPU.
 
 Resume is exact: data order, augmentation, dropout, learning rates and temperatures are functions of (seed, step, rank),
 and everything else (weights, optimiser, the task's tensors and counters) is in the checkpoint.
@@ -33,7 +31,6 @@ from brainfound.training.log import ThroughputMeter, TrainingLog
 from brainfound.training.optim import NonfiniteStepMonitor, allocate_moments, clip_gradients, step_unless_nonfinite
 from brainfound.training.process import StopSignals
 from brainfound.training.randomness import seed_dropout
-from brainfound.training.rollback import Rollbacks
 from brainfound.training.task import RollbackRequested, TrainTask
 
 
@@ -74,15 +71,10 @@ class EngineRecipe(Recipe):
 
 
 class Engine:
-    """Runs a task in a run folder.
+    """Runs a task in a run folder, which gets ``log.jsonl`` and ``checkpoints/``.
 
-    Args:
-        task: what is trained; its tensors outside the model are on the accelerator's device already.
-        recipe: length, batch, precision.
-        run_folder: gets ``log.jsonl`` and ``checkpoints/``.
-        accelerator: from `brainfound.training.process.make_accelerator`.
-        seed: of dropout and stochastic depth.
-        quiet: no progress bar.
+    The task's tensors outside the model are on the accelerator's device already; `seed` is that of dropout and
+    stochastic depth.
     """
 
     def __init__(
@@ -99,20 +91,15 @@ class Engine:
         self.checkpoint_folder = run_folder / "checkpoints"
         self.sharded = distributed.is_sharded(task.model)
         if recipe.parallel == "fsdp" and distributed.is_distributed() and not self.sharded:
-            raise TrainingError(
-                "this training cannot be sharded",
-                where="engine.parallel",
-                got="fsdp",
-                expected="ddp",
-                remedy="Set engine.parallel=ddp",
-            )
+            what, remedy = "this training cannot be sharded", "Set engine.parallel=ddp"
+            raise TrainingError(what, where="engine.parallel", got="fsdp", expected="ddp", remedy=remedy)
         optimizer = task.make_optimizer()
         if self.sharded:
             self.model, self.optimizer = task.model, accelerator.prepare(optimizer)
         else:
             self.model, self.optimizer = accelerator.prepare(task.model, optimizer)
         self.log = TrainingLog(run_folder / "log.jsonl", recipe.steps, quiet, self.is_main)
-        self.rollbacks = Rollbacks(task, self.checkpoint_folder, self.log, self.is_main)
+        self.num_rollbacks = 0
         self.nonfinite_steps = NonfiniteStepMonitor(self.device, recipe.max_skipped_in_a_row)
         self.signals = StopSignals(self.device, recipe.log_every)
         self.throughput = ThroughputMeter()
@@ -133,10 +120,9 @@ class Engine:
                 try:
                     self._train(save)
                 except RollbackRequested as request:
-                    self.resume(self.rollbacks.begin(request, self.step))
+                    self.resume(self._begin_rollback(request))
 
     def _train(self, save: bool) -> None:
-        """Train from the current step to the last one."""
         recipe, task = self.recipe, self.task
         allocate_moments(self.optimizer)
         self.model.train()
@@ -156,18 +142,14 @@ class Engine:
                 if save and (self.step % recipe.checkpoint_every == 0 or last or stop):
                     self.save()
                 if stop and not last:
-                    raise TrainingError(
-                        "stopped by a signal after saving a checkpoint",
-                        where=f"step {self.step} of {recipe.steps}",
-                        remedy="Continue with --resume",
-                    )
+                    what, where = "stopped by a signal after saving a checkpoint", f"step {self.step} of {recipe.steps}"
+                    raise TrainingError(what, where=where, remedy="Continue with --resume")
                 self.log.advance(self.step)
 
     def _train_step(self, batches: Iterator[Any]) -> dict[str, Any]:
         """One optimiser step, or none if the loss or a gradient is not finite on any rank.
 
-        Returns:
-            Values for the log; on a GPU as tensors, because nothing here waits for it.
+        Returns values for the log, on a GPU as tensors, because nothing here waits for it.
         """
         task, accelerator, step = self.task, self.accelerator, self.step
         rates = self._set_learning_rates(step)
@@ -243,26 +225,17 @@ class Engine:
             raise
 
     def save(self, kept: bool = False) -> None:
-        """Write a checkpoint of the current step, unless the newest one is of it already.
-
-        Args:
-            kept: it stays until a newer one is kept, for a rollback.
-        """
+        """Write a checkpoint of the current step, unless the newest one is of it; a `kept` one waits for a rollback."""
         if self._saved_step == self.step:
             return
         with self.throughput.paused():
-            counts = self._read_step_counts()
-            snapshot = self._snapshot(counts, kept) if self.is_main or self.sharded else None
-
-            def write() -> None:
-                assert snapshot is not None
-                checkpoint.save_checkpoint(self.checkpoint_folder, snapshot, self.recipe.keep_checkpoints)
-
-            distributed.run_on_main_rank(write, self.is_main)
+            content = self.checkpoint_folder, self._snapshot(kept), self.recipe.keep_checkpoints
+            distributed.run_on_main_rank(lambda: checkpoint.save_checkpoint(*content), self.is_main)
         self._saved_step = self.step
 
-    def _snapshot(self, counts: Mapping[str, int], kept: bool) -> checkpoint.Checkpoint:
+    def _snapshot(self, kept: bool) -> checkpoint.Checkpoint:
         """The current state in full tensors; other ranks than the main one only help to gather a sharded model."""
+        counts = self._read_step_counts()
         return checkpoint.Checkpoint(
             step=self.step,
             model=distributed.gather(self.accelerator.unwrap_model(self.model).state_dict(), self.is_main),
@@ -272,8 +245,8 @@ class Engine:
                 "versions": {"brainfound": brainfound.__version__, "torch": torch.__version__},
                 "world_size": distributed.world_size(),
                 "kept": kept,
-                "rollbacks": self.rollbacks.count,
-                "engine": dict(counts),
+                "rollbacks": self.num_rollbacks,
+                "engine": counts,
                 "task": self.task.state_dict(),
             },
         )
@@ -288,8 +261,13 @@ class Engine:
         self.task.load_state_dict(saved.state["task"])
         self.nonfinite_steps.load(saved.state["engine"])
         self.step = self._saved_step = saved.step
+        self.num_rollbacks = checkpoint.num_rollbacks(saved.state)
         self.accelerator.wait_for_everyone()  # other ranks may still read files that are removed here
-        self.rollbacks.on_resume(saved)
+        if self.is_main:
+            checkpoint.remove_rolled_back_checkpoints(self.checkpoint_folder, saved)
+            if "rollback" in saved.state:
+                self.log.roll_back(saved.state["rollback"], self.num_rollbacks)
+            self.log.truncate_after(saved.step)
         self.accelerator.wait_for_everyone()
         if saved.state["world_size"] != distributed.world_size():
             warnings.warn(
@@ -298,12 +276,29 @@ class Engine:
                 stacklevel=2,
             )
 
-    def require_space(self) -> None:
-        """Refuse a run whose files do not fit on the disk; called before anything is written.
+    def _begin_rollback(self, request: RollbackRequested) -> Path:
+        """Commit a rollback; returns the checkpoint to resume from.
 
-        Raises:
-            TrainingError: on all ranks.
+        If that cannot be restored, the task is as before.
         """
+        task, policy = self.task, self.task.rollback_policy
+        path = checkpoint.checkpoint_path(self.checkpoint_folder, request.step)
+        before = task.state_dict()
+        entries = policy.on_rollback()
+        event = {"step": request.step, "rolled_back_from": self.step, "reason": request.what, **entries}
+        state = {"rollbacks": self.num_rollbacks + 1, "rollback": event, "task": task.state_dict()}
+        try:
+            distributed.run_on_main_rank(lambda: checkpoint.update_checkpoint_state(path, state), self.is_main)
+        except TrainingError as error:
+            task.load_state_dict(before)
+            policy.on_rollback_failed(self.step, request, error)
+            raise
+        scale = f", learning rates × {entries['lr_scale']:g}" if "lr_scale" in entries else ""
+        self.log.notify(f"step {self.step}: {request.what}; back to step {request.step}{scale}")
+        return path
+
+    def require_space(self) -> None:
+        """Refuse, on all ranks, a run whose files do not fit on the disk; called before anything is written."""
         if not self.recipe.steps:
             return
         task = self.task
@@ -311,7 +306,5 @@ class Engine:
         moments = [parameter for group in self.optimizer.param_groups for parameter in group["params"]] * 2
         num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in (*tensors, *moments))
         num_checkpoints = self.recipe.max_checkpoints_on_disk(task.rollback_policy.may_roll_back)
-        sizes = num_checkpoints, num_bytes, task.export_bytes()
-        distributed.run_on_main_rank(
-            lambda: checkpoint.require_space_for_run(self.checkpoint_folder, *sizes), self.is_main
-        )
+        needs = self.checkpoint_folder, num_checkpoints, num_bytes, task.export_bytes()
+        distributed.run_on_main_rank(lambda: checkpoint.require_space_for_run(*needs), self.is_main)

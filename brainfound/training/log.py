@@ -15,10 +15,10 @@ from brainfound.training.checkpoint import write_atomically
 
 
 class TrainingLog:
-    """Appends lines to ``log.jsonl`` and updates the progress bar, on the main rank only.
+    """Appends lines to ``log.jsonl`` and updates the progress bar, on the main rank only; a context manager.
 
-    Numbers are unrounded, so that two runs can be compared exactly; a number that is not finite is null, as JSON has no
-    other word for it. Each line is flushed. Used as a context manager around the run.
+    Numbers are unrounded, so that two runs can be compared exactly; one that is not finite is null. Each line is
+    flushed.
     """
 
     def __init__(self, path: Path, num_steps: int, quiet: bool, is_main: bool) -> None:
@@ -34,12 +34,9 @@ class TrainingLog:
             self._rewrite([line for line in self._lines() if line["step"] <= step])
 
     def roll_back(self, event: dict[str, Any], number: int) -> None:
-        """Move the lines after the step of `event` to ``log-before-rollback-K.jsonl``, and append `event`.
+        """Move the lines after the step of `event` to ``log-before-rollback-{number}.jsonl``, and append `event`.
 
         Does nothing if a process that was killed afterwards has done it already.
-
-        Args:
-            number: K, counted from 1.
         """
         if not self.is_main or not self.path.is_file():
             return
@@ -52,13 +49,12 @@ class TrainingLog:
         self._rewrite([*(line for line in lines if line["step"] <= event["step"]), event])
 
     def _lines(self) -> list[dict[str, Any]]:
-        """The complete lines."""
         lines = []
         for text in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 lines.append(json.loads(text))
             except ValueError:
-                break
+                break  # truncated
         return lines
 
     def _rewrite(self, lines: list[dict[str, Any]]) -> None:
@@ -69,7 +65,6 @@ class TrainingLog:
             self._open()
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append one line."""
         if self._file is not None:
             self._file.write(_to_jsonl([line]))
             self._file.flush()
@@ -84,7 +79,6 @@ class TrainingLog:
             print(text, file=sys.stderr)
 
     def advance(self, step: int) -> None:
-        """Set the bar to `step` completed steps."""
         if self._bar is not None:
             self._bar.update(self._bar_task, completed=step)
 
@@ -131,7 +125,7 @@ def _nonfinite_to_none(line: dict[str, Any]) -> dict[str, Any]:
 class ThroughputMeter:
     """Wall time of steps, without evaluations and checkpoints.
 
-    The host runs ahead of a GPU, so only times between two log lines, where it waits for the device, are meaningful.
+    The host runs ahead of a GPU, so only times between two log lines, where it waits for the device, have a meaning.
     """
 
     def __init__(self) -> None:
@@ -157,17 +151,15 @@ class ThroughputMeter:
         self._paused += time.perf_counter() - began
 
     def count_step(self) -> None:
-        """Count one completed step."""
         self._steps += 1
 
     def read(self, batch_size: int) -> dict[str, float]:
         """Throughput since the last reading, for the log; call it when the device has caught up."""
         seconds = max(time.perf_counter() - self._began - self._paused, 1e-9)
-        steps = max(self._steps, 1)
-        throughput = {
+        steps, data_wait = max(self._steps, 1), min(self._waited / seconds, 1.0)
+        self._restart()
+        return {
             "seconds_per_step": seconds / steps,
             "images_per_second": steps * batch_size / seconds,
-            "data_wait": min(self._waited / seconds, 1.0),
+            "data_wait": data_wait,
         }
-        self._restart()
-        return throughput

@@ -2,11 +2,10 @@
 
 Sources: layer-wise decay of the learning rate (BEiT, arXiv 2106.08254; ELECTRA, 2003.10555), patch embedding × 0.2 as
 in DINOv2, AdamW (1711.05101). No weight decay on biases, norms and layer scales as in DINOv2, nor on tokens and
-positions as in BEiT. The mask token, which released checkpoints leave at zero, learns like the heads.
+positions as in BEiT.
 
-Reading a number from a GPU makes the host wait for all pending work. So a step never reads one: a fused optimiser
-decides on the device whether to step (`found_inf`, made for loss scaling), and the counters of skipped steps are read
-at log lines and checkpoints.
+A step never reads a number from a GPU, which would wait for all pending work: a fused optimiser decides on the device
+whether to step (`found_inf`, made for loss scaling). Skipped steps are counted there too.
 """
 
 from __future__ import annotations
@@ -53,8 +52,6 @@ class OptimRecipe(Recipe):
 
 @dataclass(frozen=True)
 class ParameterSettings:
-    """How one parameter learns."""
-
     role: Role
     lr_scale: float
     decays: bool
@@ -64,19 +61,17 @@ def parameter_settings(name: str, parameter: nn.Parameter, num_layers: int, reci
     """Role, learning-rate scale and weight decay of a parameter, by its name.
 
     Layer 0 is the embeddings, 1 … `num_layers` the blocks, and the last norm is above them; the scale of a layer is
-    ``layer_decay ** (num_layers + 1 − layer)``. Heads, mask token and contrast embeddings, which the checkpoint does
-    not bring, are "new" and learn at the full rate from the first step. Low-rank updates (LoRA) wait as the backbone
-    does, and then learn at the full rate in every layer.
+    ``layer_decay ** (num_layers + 1 − layer)``. Heads, mask token (zero in released checkpoints) and contrast
+    embeddings are "new" and learn at the full rate from the first step.
     """
-    is_token = any(part in name for part in (*_TOKENS, *_NEW_TOKENS))
-    decays = parameter.ndim > 1 and not is_token
+    decays = parameter.ndim > 1 and not any(part in name for part in (*_TOKENS, *_NEW_TOKENS))
     if _HEAD.search(name):
         return ParameterSettings("last_layer" if "last_layer" in name else "new", 1.0, decays)
     if any(part in name for part in _NEW_TOKENS):
         return ParameterSettings("new", 1.0, decays)
     if ".lora_" in name:
-        # Updates move the backbone, so they wait for the heads as it does. They need no layer decay: the frozen matrix
-        # keeps what an early layer has learnt, and weight decay leads back to it.
+        # Low-rank updates wait for the heads as the backbone does. They need no layer decay: the frozen matrix keeps
+        # what an early layer has learnt, and weight decay leads back to it.
         return ParameterSettings("backbone", 1.0, decays)
     block = _BLOCK.search(name)
     if block:
@@ -94,17 +89,15 @@ def parameter_settings(name: str, parameter: nn.Parameter, num_layers: int, reci
 def parameter_groups(
     named_parameters: Iterable[tuple[str, nn.Parameter]], num_layers: int, recipe: OptimRecipe
 ) -> list[dict[str, Any]]:
-    """Each trainable parameter in exactly one group; parameters of a group have the same settings.
+    """Each trainable parameter in exactly one group of equal ``role``, ``lr_scale`` and ``decays``.
 
-    The engine reads ``role``, ``lr_scale`` and ``decays`` of each group and sets its learning rate and weight decay at
-    every step. Groups are ordered by their first parameter, so that a saved optimiser state fits again.
+    Groups are ordered by their first parameter, so that a saved optimiser state fits again.
     """
     groups: dict[ParameterSettings, dict[str, Any]] = {}
     for name, parameter in named_parameters:
-        if not parameter.requires_grad:
-            continue
-        settings = parameter_settings(name, parameter, num_layers, recipe)
-        groups.setdefault(settings, {"params": [], **asdict(settings)})["params"].append(parameter)
+        if parameter.requires_grad:
+            settings = parameter_settings(name, parameter, num_layers, recipe)
+            groups.setdefault(settings, {"params": [], **asdict(settings)})["params"].append(parameter)
     return list(groups.values())
 
 
@@ -134,20 +127,12 @@ def allocate_moments(optimizer: Any) -> None:
 
 
 def clip_gradients(groups: Mapping[str, list[nn.Parameter]], max_norm: float) -> dict[str, Tensor]:
-    """Scale the gradients of each group down to `max_norm`, without waiting for the device.
-
-    Returns:
-        The norm (0-dim) of each group's gradients before that.
-    """
+    """Scale each group's gradients down to `max_norm` without waiting for the device; returns their norms before."""
     return {name: to_full_tensor(nn.utils.clip_grad_norm_(parameters, max_norm)) for name, parameters in groups.items()}
 
 
 def step_unless_nonfinite(optimizer: torch.optim.Optimizer, nonfinite: Float[Tensor, ""]) -> None:
-    """One step of a fused optimiser; weights, moments and step counters stay bit for bit where `nonfinite` is 1.
-
-    Raises:
-        ValueError: if the optimiser is not fused; others ignore `nonfinite`.
-    """
+    """One step of a fused optimiser; if `nonfinite` is 1, weights, moments and step counters stay bit for bit."""
     inner = _unwrap(optimizer)
     if not all(group.get("fused") for group in inner.param_groups):
         raise ValueError("only a fused optimiser can skip a step on the device: make it with fused=True")
@@ -160,11 +145,7 @@ def _unwrap(optimizer: Any) -> Any:
 
 
 class NonfiniteStepMonitor:
-    """Counts the skipped steps of a run on the device.
-
-    Args:
-        max_consecutive_skips: that many skipped steps in a row end the run.
-    """
+    """Counts the skipped steps of a run on the device; `max_consecutive_skips` in a row end the run."""
 
     def __init__(self, device: torch.device, max_consecutive_skips: int) -> None:
         self.max_consecutive_skips = max_consecutive_skips
@@ -187,15 +168,13 @@ class NonfiniteStepMonitor:
         """The counters, as a checkpoint keeps them; waits for the device.
 
         Raises:
-            TrainingError: if too many steps in a row were skipped since the last reading.
+            TrainingError: too many steps in a row were skipped since the last reading.
         """
         skipped, in_a_row, longest = self._counts.tolist()
         if longest >= self.max_consecutive_skips:
-            raise TrainingError(
-                f"the loss or its gradient was not finite in {longest} steps in a row",
-                where=f"step {step}",
-                remedy="Lower the learning rate, or look for damaged input",
-            )
+            what = f"the loss or its gradient was not finite in {longest} steps in a row"
+            remedy = "Lower the learning rate, or look for damaged input"
+            raise TrainingError(what, where=f"step {step}", remedy=remedy)
         self._counts[2] = in_a_row
         return {"skipped": skipped, "skipped_in_a_row": in_a_row}
 

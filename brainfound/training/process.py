@@ -23,13 +23,10 @@ from brainfound.training import distributed
 Precision = Literal["no", "bf16"]
 
 # Rows, inner width and columns of the products. The first rules out a hopeless bfloat16 within a millisecond.
-_SMALL_SHAPE = (64, 128, 128)
-_CPU_SHAPE, _GPU_SHAPE = (512, 768, 768), (8192, 1024, 1024)
-_EARLY_EXIT_RATIO = 2.0
-_MIN_SPEEDUP = 1.2
+_SMALL_SHAPE, _CPU_SHAPE, _GPU_SHAPE = (64, 128, 128), (512, 768, 768), (8192, 1024, 1024)
+_EARLY_EXIT_RATIO, _MIN_SPEEDUP = 2.0, 1.2
 _REPEATS = 4
 _TOLERANCE = 0.05
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _MAX_STEPS_BETWEEN_SYNCS = 10
 
 
@@ -68,14 +65,12 @@ def describe_device(device: torch.device) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class PrecisionProbe:
-    """The measurement on one device."""
+    """The choice of "auto" on a device, and the speed of a matrix product in 10⁹ operations per second."""
 
     precision: Precision
-    """The choice of "auto": bf16 if it works and is clearly faster."""
     bf16_gflops: float | None
-    """Speed of a matrix product in bfloat16, in 10⁹ operations per second; None if it does not work."""
+    """None if bfloat16 does not work."""
     fp32_gflops: float
-    """The same in float32."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -102,8 +97,7 @@ def choose_precision(device: torch.device) -> Precision:
 def _operands(device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
     rows, inner, columns = shape
     generator = torch.Generator().manual_seed(0)
-    left = torch.randn(rows, inner, generator=generator)
-    right = torch.randn(inner, columns, generator=generator)
+    left, right = (torch.randn(size, generator=generator) for size in ((rows, inner), (inner, columns)))
     return left.to(device, dtype), right.to(device, dtype)
 
 
@@ -119,8 +113,7 @@ def _bf16_works(device: torch.device) -> bool:
         return False
     with torch.no_grad():
         expected = left @ right
-        gradient = 2 * left.T @ expected
-        pairs = ((product, expected), (right.grad, gradient))
+        pairs = ((product, expected), (right.grad, 2 * left.T @ expected))
         return product.dtype == torch.bfloat16 and all(
             found is not None and bool((found - wanted).norm() < _TOLERANCE * wanted.norm()) for found, wanted in pairs
         )
@@ -148,7 +141,7 @@ def _synchronize(device: torch.device) -> None:
 class StopSignals:
     """SIGTERM and the first Ctrl-C request a stop between two steps; a second Ctrl-C ends the process at once.
 
-    Used as a context manager. Outside the main thread, where Python delivers no signals, it does nothing.
+    A context manager. Outside the main thread, where Python delivers no signals, it does nothing.
     """
 
     def __init__(self, device: torch.device, log_every: int) -> None:
@@ -169,7 +162,8 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            self._previous_handlers = {number: signal.signal(number, self._handle_signal) for number in _SIGNALS}
+            signals = (signal.SIGTERM, signal.SIGINT)
+            self._previous_handlers = {number: signal.signal(number, self._handle_signal) for number in signals}
         return self
 
     def __exit__(self, *error: object) -> None:

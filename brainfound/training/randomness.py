@@ -1,6 +1,5 @@
 """Stateless seeding: the randomness of a step is a function of (seed, step, rank), not of history.
 
-Each generator of a step (data order, augmentation, masks, dropout) is created from those numbers when the step starts.
 A resumed run needs no saved generator state, and neither a skipped step nor a probe shifts what later steps draw.
 """
 
@@ -26,7 +25,6 @@ def numpy_generator(purpose: int, seed: int, *keys: int) -> np.random.Generator:
 
 
 def torch_generator(purpose: int, seed: int, *keys: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A torch generator for a purpose and keys, on a device."""
     return torch.Generator(device=device).manual_seed(derive_seed(purpose, seed, *keys))
 
 
@@ -41,8 +39,8 @@ def uniform_at_positions(start: int, count: int, purpose: int, seed: int) -> np.
     Each depends on its own position only: it is the first of the four numbers that a counter-based generator (Philox;
     Salmon et al. 2011) gives at that count.
     """
-    generator = np.random.Generator(np.random.Philox(key=derive_seed(purpose, seed), counter=start))
-    return generator.random(4 * count)[::4]
+    bits = np.random.Philox(key=derive_seed(purpose, seed), counter=start)
+    return np.random.Generator(bits).random(4 * count)[::4]
 
 
 @dataclass(frozen=True)

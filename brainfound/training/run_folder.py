@@ -1,7 +1,6 @@
 """The run folder: its recipe, facts and curves, its lock, and the choice of a checkpoint to resume from.
 
-Pretraining and fine-tuning share this; each writes its own ``export/``. A folder belongs to one training at a time and
-holds nothing but a run.
+A folder belongs to one training at a time and holds nothing but a run.
 """
 
 from __future__ import annotations
@@ -42,18 +41,16 @@ RECIPE_FILE = "recipe.yaml"
 FACTS_FILE = "run.json"
 EXPORT_FOLDER = "export"
 EMBEDDINGS_FOLDER = "embeddings"
-"""Folder of the slice embeddings of a frozen backbone."""
 DONE = "done"
 """Status of a completed run."""
 LOCK_FILE = ".lock"
 _FILES_BEFORE_RECIPE = {LOCK_FILE, FACTS_FILE, "splits.json", EMBEDDINGS_FOLDER}
 """Files of a run that was killed before it wrote recipe.yaml."""
-_LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "numpy")
 
 
 def versions() -> dict[str, str]:
     """Versions of the software that a result depends on."""
-    found = {name: version(name) for name in _LIBRARIES}
+    found = {name: version(name) for name in ("torch", "transformers", "accelerate", "datasets", "numpy")}
     return {"brainfound": brainfound.__version__, "python": platform.python_version(), **found}
 
 
@@ -85,11 +82,7 @@ def write_end(folder: Path, status: str, exported_step: int | None, step: int) -
 
 
 def read_saved_recipe(folder: Path) -> dict[str, Any]:
-    """The content of a run's recipe.yaml.
-
-    Raises:
-        RecipeError: if it cannot be read.
-    """
+    """The content of a run's recipe.yaml; RecipeError if it cannot be read."""
     path = folder / RECIPE_FILE
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -97,49 +90,32 @@ def read_saved_recipe(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, yaml.YAMLError) as error:
         content, got = None, str(error)[:200]
     if not isinstance(content, dict):
-        raise RecipeError(
-            "the recipe of this run cannot be read",
-            where=path,
-            got=got,
-            expected="keys and values",
-            remedy="Put back the recipe that the run began with, or start again with another --out",
-        )
+        what = "the recipe of this run cannot be read"
+        remedy = "Put back the recipe that the run began with, or start again with another --out"
+        raise RecipeError(what, where=path, got=got, expected="keys and values", remedy=remedy)
     return content
 
 
 def require_same_recipe_and_data(folder: Path, recipe: Recipe, store: Store, changeable_keys: Sequence[str]) -> None:
-    """Refuse to resume with another recipe or other data.
-
-    Args:
-        changeable_keys: keys (or groups) that may differ.
+    """Refuse to resume with other data, or a recipe that differs in more than `changeable_keys` (keys or groups).
 
     Raises:
-        RecipeError: names the first key that differs, with both values.
-        TrainingError: if the store holds other data.
+        RecipeError, TrainingError: the first key that differs, or the store.
     """
     # Validated, so that keys added since the run began have their default.
     saved = validate(type(recipe), read_saved_recipe(folder))
-    before = _flatten(saved.model_dump(mode="json"))
-    now = _flatten(recipe.model_dump(mode="json"))
+    before, now = (_flatten(content.model_dump(mode="json")) for content in (saved, recipe))
     for key in [*before, *(key for key in now if key not in before)]:
         may_differ = any(key == name or key.startswith(f"{name}.") for name in changeable_keys)
         if not may_differ and before.get(key) != now.get(key):
-            raise RecipeError(
-                "differs from the run that is to be resumed",
-                where=key,
-                got=now.get(key),
-                expected=before.get(key),
-                remedy=f"Set it back, give {folder / RECIPE_FILE} as the recipe, or give another --out",
-            )
+            what = "differs from the run that is to be resumed"
+            remedy = f"Set it back, give {folder / RECIPE_FILE} as the recipe, or give another --out"
+            raise RecipeError(what, where=key, got=now.get(key), expected=before.get(key), remedy=remedy)
     data_hash = _read_facts(folder)["data_hash"]
     if data_hash != store.content_hash:
-        raise TrainingError(
-            "the store holds other data than the run began with",
-            where=store.path,
-            got=store.content_hash[:12],
-            expected=data_hash[:12],
-            remedy="Give the first store, or another --out",
-        )
+        what, remedy = "the store holds other data than the run began with", "Give the first store, or another --out"
+        got, expected = store.content_hash[:12], data_hash[:12]
+        raise TrainingError(what, where=store.path, got=got, expected=expected, remedy=remedy)
 
 
 def _flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -150,8 +126,7 @@ def _flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _read_facts(folder: Path) -> dict[str, Any]:
-    facts: dict[str, Any] = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
-    return facts
+    return json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 
 def _now() -> str:
@@ -160,13 +135,7 @@ def _now() -> str:
 
 @contextmanager
 def lock_run_folder(folder: Path, resume: bool, accelerator: accelerate.Accelerator) -> Iterator[None]:
-    """Lock a run folder for this training, on all ranks alike.
-
-    The main rank holds the lock from before the folder is read to the end of the run. The operating system frees it
-    when the process ends; readers of the folder do not need it.
-
-    Args:
-        resume: whether the folder must hold a run already.
+    """Lock a run folder, which holds a run already if `resume`; a lock ends with its process. All ranks raise alike.
 
     Raises:
         UsageError: the folder is a file, holds other files than a run, or no run to resume.
@@ -191,7 +160,6 @@ def lock_run_folder(folder: Path, resume: bool, accelerator: accelerate.Accelera
 
 
 def _require_usable_folder(folder: Path, resume: bool) -> None:
-    """Refuse a folder that is not free for this training."""
     place = nearest_existing(folder)
     if not place.is_dir():
         raise UsageError("a file is in the way of the run folder", where=place, remedy="Give another --out")
@@ -206,12 +174,8 @@ def _require_usable_folder(folder: Path, resume: bool) -> None:
     foreign = {name for name in names - _FILES_BEFORE_RECIPE if not name.endswith(".partial")}
     # A leftover lock marks a run that was killed before it wrote its recipe.
     if foreign or (names - {EMBEDDINGS_FOLDER} and LOCK_FILE not in names):
-        raise UsageError(
-            "the folder is not empty and holds no run",
-            where=folder,
-            got=", ".join(sorted(foreign or names)[:3]),
-            remedy="Give another --out",
-        )
+        what, got = "the folder is not empty and holds no run", ", ".join(sorted(foreign or names)[:3])
+        raise UsageError(what, where=folder, got=got, remedy="Give another --out")
 
 
 def _acquire_lock(folder: Path) -> FileLock | None:
@@ -223,14 +187,10 @@ def _acquire_lock(folder: Path) -> FileLock | None:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            raise TrainingError(
-                "another process is training in this folder",
-                where=folder,
-                remedy="Wait for its end, or give another --out",
-            ) from None
+            remedy = "Wait for its end, or give another --out"
+            raise TrainingError("another process is training in this folder", where=folder, remedy=remedy) from None
         except NotImplementedError:
-            text = f"{folder}: its file system has no locks; do not start a second training there"
-            warnings.warn(text, stacklevel=2)
+            warnings.warn(f"{folder}: its file system has no locks; do not start a second training there", stacklevel=2)
             return None
         if path.exists():
             return lock
@@ -259,11 +219,8 @@ def find_resume_checkpoint(
 
     Call it within `lock_run_folder`.
 
-    Args:
-        changeable_keys: recipe keys (or groups) that may differ from the run in the folder.
-
     Raises:
-        RecipeError, TrainingError: that run has another recipe or other data, or no checkpoint is whole.
+        RecipeError, TrainingError: as `require_same_recipe_and_data`, or no checkpoint is whole.
     """
     accelerator.wait_for_everyone()
     if not resume:
@@ -279,35 +236,24 @@ def find_resume_checkpoint(
     if not has_checkpoint:
         return None  # killed before the first checkpoint: the same run from its first step
     if name is None:
-        raise TrainingError(
-            "no checkpoint of this run is whole", where=checkpoints, remedy="Start again with another --out"
-        )
+        remedy = "Start again with another --out"
+        raise TrainingError("no checkpoint of this run is whole", where=checkpoints, remedy=remedy)
     (missing,) = distributed.any_over_ranks(not (checkpoints / name).is_dir(), device=accelerator.device)
     if missing:
-        raise TrainingError(
-            "the newest checkpoint is not on every machine",
-            where=checkpoints / name,
-            remedy="Give an --out on a disk that all machines share, or wait until they all see it",
-        )
+        remedy = "Give an --out on a disk that all machines share, or wait until they all see it"
+        raise TrainingError("the newest checkpoint is not on every machine", where=checkpoints / name, remedy=remedy)
     return checkpoints / name
 
 
 def is_run_complete(folder: Path, checkpoint: Path | None, num_steps: int) -> bool:
-    """Whether a run to be resumed has nothing left to do; it must still have its last checkpoint.
-
-    Args:
-        checkpoint: from `find_resume_checkpoint`.
-    """
+    """Whether a run to be resumed at `checkpoint` has nothing left to do; it must still have its last checkpoint."""
     last = checkpoint_path(folder / "checkpoints", num_steps) if num_steps else None
     is_exported = (folder / EXPORT_FOLDER).is_dir()
     return checkpoint == last and is_exported and _read_facts(folder)["status"] == DONE
 
 
 def restore_auto_settings(folder: Path, recipe: AnyRecipe, keys: Sequence[str], resume: bool) -> AnyRecipe:
-    """Replace "auto" in engine settings by the values that the run to be resumed has resolved them to.
-
-    A second measurement of the device could come out differently.
-    """
+    """Replace "auto" in engine settings by the resumed run's values; a second measurement could differ."""
     engine: Any = recipe.engine  # type: ignore[attr-defined]
     auto_keys = [key for key in keys if getattr(engine, key) == "auto"]
     if not (auto_keys and resume and is_run_folder(folder)):

@@ -1,7 +1,7 @@
-"""Schedules: pure functions of the step, so that a resumed run needs no scheduler state.
+"""Schedules: pure functions of the step (optimiser updates, from 0), so that a resumed run needs no scheduler state.
 
-A step counts optimiser updates from 0. Source: DINOv2 (arXiv 2304.07193, appendix B) for the cosine of the teacher's
-momentum and the warm-up of its temperature. The head warm-up is ours, for released weights, which come without heads.
+Source: DINOv2 (arXiv 2304.07193, appendix B) for the cosine of the teacher's momentum and the warm-up of its
+temperature. The head warm-up is ours, for released weights, which come without heads.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from pydantic import Field
 
 from brainfound.recipes import Recipe
 
-REFERENCE_BATCH = 128
 Shape = Literal["cosine", "linear", "constant"]
 Role = Literal["backbone", "new", "last_layer"]
 """A parameter of the checkpoint, a new one (heads, mask and contrast tokens), or the prototypes."""
@@ -40,16 +39,12 @@ def cosine(step: int, start: float, end: float, num_steps: int) -> float:
     >>> cosine(0, 1.0, 0.0, 10), cosine(5, 1.0, 0.0, 10), cosine(10, 1.0, 0.0, 10)
     (1.0, 0.5, 0.0)
     """
-    if step >= num_steps:
-        return end
-    return end + 0.5 * (start - end) * (1 + math.cos(math.pi * step / num_steps))
+    return end if step >= num_steps else end + 0.5 * (start - end) * (1 + math.cos(math.pi * step / num_steps))
 
 
 def linear(step: int, start: float, end: float, num_steps: int) -> float:
     """From `start` at step 0 to `end` at `num_steps` along a line; `end` afterwards."""
-    if step >= num_steps:
-        return end
-    return start + (end - start) * step / num_steps
+    return end if step >= num_steps else start + (end - start) * step / num_steps
 
 
 def warmup_schedule(
@@ -63,9 +58,8 @@ def warmup_schedule(
         return peak * (step + 1) / warmup_steps
     if shape == "constant":
         return peak
-    remaining = max(num_steps - 1 - warmup_steps, 1)
     curve = cosine if shape == "cosine" else linear
-    return curve(step - warmup_steps, peak, final, remaining)
+    return curve(step - warmup_steps, peak, final, max(num_steps - 1 - warmup_steps, 1))
 
 
 def effective_lr(base_lr: float, global_batch: int) -> float:
@@ -74,7 +68,7 @@ def effective_lr(base_lr: float, global_batch: int) -> float:
     >>> effective_lr(1e-4, 512)
     0.0002
     """
-    return base_lr * math.sqrt(global_batch / REFERENCE_BATCH)
+    return base_lr * math.sqrt(global_batch / 128)
 
 
 def learning_rate(
@@ -92,18 +86,14 @@ def learning_rate(
     """The learning rate of a parameter by its role, before layer-wise decay.
 
     New parameters learn from step 0. The backbone has learning rate 0 for `head_warmup_steps` and warms up then: random
-    heads would damage a trained backbone. Its parameters keep gradients meanwhile, as data-parallel training requires.
-    The last layer of the heads may wait too, as in DINO.
+    heads would damage it. It keeps gradients, as data-parallel training requires. The last layer of the heads may wait
+    too, as in DINO.
     """
-    if role == "backbone":
-        if step < head_warmup_steps:
-            return 0.0
-        return warmup_schedule(
-            step - head_warmup_steps, peak, final, warmup_steps, num_steps - head_warmup_steps, shape
-        )
-    if role == "last_layer" and step < freeze_last_layer_steps:
+    waiting_steps = {"backbone": head_warmup_steps, "last_layer": freeze_last_layer_steps}.get(role, 0)
+    if step < waiting_steps:
         return 0.0
-    return warmup_schedule(step, peak, final, warmup_steps, num_steps, shape)
+    late = head_warmup_steps if role == "backbone" else 0  # only the backbone's warm-up begins later
+    return warmup_schedule(step - late, peak, final, warmup_steps, num_steps - late, shape)
 
 
 def momentum(step: int, start: float, end: float, num_steps: int) -> float:
@@ -114,8 +104,7 @@ def momentum(step: int, start: float, end: float, num_steps: int) -> float:
 def initial_weight_fraction(start: float, end: float, num_steps: int, head_warmup_steps: int = 0) -> float:
     """The fraction of its initial weights that the EMA teacher still holds after the run.
 
-    Args:
-        head_warmup_steps: first steps, in which the student's backbone does not change.
+    The student's backbone does not change in the first `head_warmup_steps`.
     """
     return math.prod(momentum(step, start, end, num_steps) for step in range(head_warmup_steps, num_steps))
 

@@ -13,11 +13,7 @@ from brainfound.errors import TrainingError
 
 
 class RollbackRequested(TrainingError):
-    """Asks the engine to return to a kept checkpoint.
-
-    Args:
-        step: of the checkpoint to restore.
-    """
+    """Asks the engine to return to the checkpoint of `step`."""
 
     def __init__(self, what: str, *, step: int, where: object = None, remedy: str | None = None) -> None:
         super().__init__(what, where=where, remedy=remedy)
@@ -27,8 +23,8 @@ class RollbackRequested(TrainingError):
 class RollbackPolicy:
     """When a run returns to an earlier checkpoint; this default never does.
 
-    A policy raises `RollbackRequested` from `TrainTask.on_log_line` or `on_nonfinite_steps`; the mechanics are in
-    `brainfound.training.rollback`. All ranks call each method alike and must get the same answer.
+    A policy raises `RollbackRequested` from `TrainTask.on_log_line` or `on_nonfinite_steps`; see
+    `brainfound.training.checkpoint` for the mechanics. All ranks call each method alike and must get the same answer.
     """
 
     @property
@@ -41,39 +37,25 @@ class RollbackPolicy:
         return False
 
     def on_nonfinite_steps(self, step: int, error: TrainingError) -> None:
-        """Called before too many skipped steps in a row end the run with `error`.
-
-        Raises:
-            RollbackRequested: to roll back instead.
-            TrainingError: to end the run with another error.
-        """
+        """Called before too many skipped steps in a row end the run with `error`; may raise another error instead."""
 
     def on_rollback(self) -> Mapping[str, Any]:
         """Called between `RollbackRequested` and the restoring of its checkpoint.
 
-        The plain values of `TrainTask.state_dict` survive the rollback as this method leaves them, so a task can count
-        rollbacks and lower its learning rate here. All tensors then are those of the checkpoint.
-
-        Returns:
-            Entries for the log line of the rollback.
+        `TrainTask.state_dict` survives the rollback as this method leaves it, so a task can count rollbacks and lower
+        its learning rate here; tensors are restored. Returns entries for the log line of the rollback.
         """
         return {}
 
     def on_rollback_failed(self, step: int, request: RollbackRequested, error: TrainingError) -> None:
-        """Called if the requested checkpoint cannot be restored, before `error` ends the run.
+        """Called if the requested checkpoint cannot be restored, before `error` ends the run; may raise another one.
 
         `TrainTask.state_dict` is then as it was before `on_rollback`.
-
-        Raises:
-            TrainingError: to end the run with another error.
         """
 
 
 class TrainTask(ABC):
-    """What the engine trains.
-
-    All ranks call each method together, in the same order, except where a method says otherwise.
-    """
+    """What the engine trains. All ranks call each method together, in the same order, unless it says otherwise."""
 
     model: nn.Module
     """All trained weights in one module; each parameter takes part in each loss."""
@@ -108,11 +90,9 @@ class TrainTask(ABC):
         return {"model": [p for p in self.model.parameters() if p.requires_grad]}
 
     def after_step(self, step: int, taken: Tensor) -> None:
-        """Called after every step.
+        """Called after every step; `taken` (0-dim, on the device) is 1 if the optimiser stepped and 0 if it skipped.
 
-        Args:
-            taken: a 0-dim float on the device, 1 if the optimiser stepped and 0 if it skipped, alike on all ranks.
-                Do not wait for its value here.
+        It is the same on all ranks. Do not wait for its value here.
         """
         return
 
@@ -127,18 +107,13 @@ class TrainTask(ABC):
     def evaluate(self, step: int) -> dict[str, Any]:
         """Scores for the log, after `step` steps.
 
-        Called on rank 0 only and must not wait for other ranks; with a sharded model on all ranks, which then read the
-        same data. Rank 0's scores count.
+        Called on rank 0 only and must not wait for other ranks; a sharded model calls it on all ranks, on the same
+        data, and rank 0's scores count.
         """
         return {}
 
     def on_log_line(self, step: int, line: Mapping[str, Any]) -> None:
-        """Called with each line of the log, the same on all ranks.
-
-        Raises:
-            RollbackRequested: to roll back.
-            TrainingError: to end the run.
-        """
+        """Called with each line of the log, the same on all ranks; raises `TrainingError` to end the run."""
         return
 
     def export_bytes(self) -> int:

@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from brainfound.errors import TrainingError
-from brainfound.training import checkpoint, rollback
+from brainfound.training import checkpoint
 from brainfound.training.checkpoint import latest_valid_checkpoint, list_checkpoints
 from brainfound.training.task import RollbackPolicy, RollbackRequested
 from tests.training.line_task import Line, engine
@@ -121,9 +121,9 @@ def test_a_rollback_survives_a_kill_at_any_moment(rolled_back, tmp_path, monkeyp
     task = Fickle()
     with monkeypatch.context() as patch:
         if moment == "before":
-            patch.setattr(rollback, "update_checkpoint_state", killed)
+            patch.setattr(checkpoint, "update_checkpoint_state", killed)
         elif moment == "committed":
-            patch.setattr(rollback, "remove_rolled_back_checkpoints", killed)
+            patch.setattr(checkpoint, "remove_rolled_back_checkpoints", killed)
         elif moment == "half removed":
             remove, removed = shutil.rmtree, []
 
@@ -135,7 +135,7 @@ def test_a_rollback_survives_a_kill_at_any_moment(rolled_back, tmp_path, monkeyp
                 else:
                     remove(path)
 
-            patch.setattr(rollback.shutil, "rmtree", once)
+            patch.setattr(checkpoint.shutil, "rmtree", once)
         elif moment == "log moved":
             patch.setattr("brainfound.training.log.TrainingLog._rewrite", killed)
         else:
@@ -206,15 +206,15 @@ def test_after_a_rollback_its_checkpoint_goes_before_later_ones_and_they_are_rem
     for step in (2, 3, 4):
         checkpoint.save_checkpoint(tmp_path, keep_marked(step, kept=step == 2), keep=3)
     back = checkpoint.checkpoint_path(tmp_path, 2)
-    rollback.update_checkpoint_state(back, {"rollbacks": 1, "task": {"scale": 0.5}})
+    checkpoint.update_checkpoint_state(back, {"rollbacks": 1, "task": {"scale": 0.5}})
     assert checkpoint.latest_valid_checkpoint(tmp_path) == back
     present = checkpoint.load_checkpoint(back)
     assert present.state["task"] == {"scale": 0.5}
     assert present.state["kept"]
-    rollback.remove_rolled_back_checkpoints(tmp_path, present)
+    checkpoint.remove_rolled_back_checkpoints(tmp_path, present)
     assert names(tmp_path) == ["step-000002"]
     later = checkpoint.save_checkpoint(tmp_path, keep_marked(3, rollbacks=1), keep=3)
-    rollback.remove_rolled_back_checkpoints(tmp_path, present)
+    checkpoint.remove_rolled_back_checkpoints(tmp_path, present)
     assert checkpoint.latest_valid_checkpoint(tmp_path) == later
 
 
@@ -222,13 +222,13 @@ def test_a_torn_checkpoint_is_not_gone_back_to(tmp_path):
     path = checkpoint.save_checkpoint(tmp_path, make(1), keep=1)
     (path / "task.safetensors").unlink()
     with pytest.raises(TrainingError, match=r"not whole.*task\.safetensors is missing"):
-        rollback.update_checkpoint_state(path, {"rollbacks": 1})
+        checkpoint.update_checkpoint_state(path, {"rollbacks": 1})
 
 
 def test_steps_of_seven_digits_come_after_those_of_six(tmp_path):
     for step in (999_999, 1_000_000):
         checkpoint.save_checkpoint(tmp_path, keep_marked(step, kept=step == 999_999), keep=3)
     back = checkpoint.checkpoint_path(tmp_path, 999_999)
-    rollback.update_checkpoint_state(back, {"rollbacks": 1})
-    rollback.remove_rolled_back_checkpoints(tmp_path, checkpoint.load_checkpoint(back))
+    checkpoint.update_checkpoint_state(back, {"rollbacks": 1})
+    checkpoint.remove_rolled_back_checkpoints(tmp_path, checkpoint.load_checkpoint(back))
     assert names(tmp_path) == ["step-999999"]

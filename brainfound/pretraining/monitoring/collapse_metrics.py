@@ -17,11 +17,9 @@ MAX_HEALTH_IMAGES = 256
 
 
 def effective_rank(features: Float[Tensor, "N D"]) -> float:
-    """exp(entropy of the normalised singular values) of centred features.
+    """exp(entropy of normalised singular values) of centred features (Roy and Vetterli 2007), at most min(N − 1, D).
 
-    0 for constant features, NaN where any is not finite. At most min(N − 1, D).
-
-    Source: Roy and Vetterli 2007.
+    0 for constant features, NaN where any is not finite.
     """
     if not torch.isfinite(features).all():
         return math.nan
@@ -48,9 +46,6 @@ def view_margin(features: Float[Tensor, "N D"], images: Int[Tensor, "N"]) -> flo
 
     About 0 if features do not depend on the image (or are constant), 1 at most. NaN if there are not two images, one of
     them with two rows, or if a feature is not finite.
-
-    Args:
-        images: image number of each row.
     """
     ids, image_index = torch.unique(images, return_inverse=True)
     counts = torch.bincount(image_index).double()
@@ -69,9 +64,7 @@ def view_margin(features: Float[Tensor, "N D"], images: Int[Tensor, "N"]) -> flo
 def feature_health_metrics(features: Float[Tensor, "N D"], images: Int[Tensor, "N"] | None = None) -> dict[str, float]:
     """All metrics of a batch of CLS features, from at most `MAX_HEALTH_IMAGES` images; NaN if one is not finite.
 
-    Args:
-        images: image number of each row; None: each row is another image. Without two rows of one image, and another
-            image, there is no view margin.
+    Without `images` (the image number of each row) each row is another image, and there is no view margin.
     """
     features = features.detach().cpu()
     rows = torch.arange(len(features)) if images is None else images.cpu()

@@ -1,29 +1,19 @@
 """The guard: watches collapse metrics and probe scores, and stops a run or rolls it back before it ruins its model.
 
-Signs of collapse, in log lines:
+Collapse shows in log lines: features that span few directions (effective rank, mean cosine), crops of one image no more
+alike than others (view margin), unused prototypes (teacher entropy), or a CLS loss of ln K, the cost of a uniform
+output. Damage shows in probe scores: the target's probe, or a retention probe (`retention`), below its best so far. The
+best teacher has the best target score among those without a retention drop.
 
-- effective rank and mean cosine: features that span few directions, or one;
-- the view margin: crops of one image must be more alike than crops of different images. If random crops are the only
-  difference (a data set of one image, or features that have forgotten the image), rank and cosine look healthy and the
-  margin is 0;
-- the entropy of the teacher's mean output: prototypes that are no longer used;
-- the CLS loss against ln K: a uniform output costs ln K exactly, whatever the targets.
-
-Signs of damage, in probe scores: the target's probe, or one of the retention probes (`retention`), below its best score
-so far. A probe sees only its own target: one may rise while the features are ruined for others. Retention probes are
-many, so each has a wide margin. The best teacher is the one with the best target score among those without a retention
-drop. The Gram distance to the start only warns: it grows with any change of features.
-
-One value proves nothing, so a failure is confirmed over several in a row. Features that are not finite get no grace
-period: they never recover. Thresholds follow public reports of DINO runs that collapsed in large batches; a batch of n
-images can show a rank of n − 1 at most, so thresholds of rank are at most a fraction of that.
+One value proves nothing, so a failure is confirmed over several in a row. Thresholds follow public reports of DINO runs
+that collapsed in large batches.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from pydantic import Field
@@ -34,8 +24,6 @@ from brainfound.training.task import RollbackPolicy, RollbackRequested
 
 MARGIN_PER_IMAGE = 1 / 160
 """The threshold of the view margin is at most this per image: few images make it noisy (by 0.15 at 8 of them)."""
-START_FEATURE_SCORES = ("kept_slices", "kept_patches")
-"""Retention of the starting checkpoint's own features."""
 UNINFORMATIVE_LOSS_RATIO = 0.99
 """From this fraction of ln K on, the CLS loss is no better than that of an output that ignores the image."""
 
@@ -63,14 +51,12 @@ class GuardRecipe(Recipe):
     max_mean_cosine: float = Field(default=0.995, gt=0, le=1)
     """Mean cosine between CLS features of different crops; from this on it is collapse."""
     min_view_margin: float = Field(default=0.1, ge=-1, le=1)
-    """How much more alike (centred cosine) two crops of one image are than crops of different images; below
-    this, with a CLS loss that is no better than ln K, the features have forgotten the image: collapse. 0.3–0.6
-    is healthy, 0 is a data set of one image."""
+    """How much more alike (centred cosine) two crops of one image are than crops of different images; below this, with
+    a CLS loss no better than ln K, it is collapse. 0.3–0.6 is healthy, 0 is a data set of one image."""
     ln_k_tolerance: float = Field(default=1e-4, ge=0)
     """A CLS loss within this fraction of ln K, in each of the log lines, shows a uniform output: collapse."""
     warn_gram_distance: float = Field(default=0.02, ge=0)
-    """Mean squared change of the cosines between patches of an image since the start; above this there is a
-    warning. It never stops a run: the probe shows whether a change did harm."""
+    """Mean squared change of the cosines between patches of an image since the start; above this there is a warning."""
     probe_drop: float = Field(default=0.05, ge=0)
     """A probe this far below the best one, and by two standard errors, is a drop."""
     probe_patience: int = Field(default=3, ge=1)
@@ -79,14 +65,12 @@ class GuardRecipe(Recipe):
     """A retention probe (`probe.watch`) this far below its own best score, and by `watch_errors` standard errors of
     its difference to the start, is a drop."""
     kept_drop: float = Field(default=0.2, ge=0)
-    """The same for the retention of the start's features (`kept_slices`, `kept_patches`). Learning changes features, so
-    only the loss of a fifth of their linear information is a drop. 1 and more: the distance from the start is
-    logged, and stops nothing."""
+    """The same for the start's features (`kept_slices`, `kept_patches`): learning changes features, so only the loss of
+    a fifth of their linear information is a drop. From 1 on it is only logged."""
     watch_errors: float = Field(default=3.0, ge=0)
     """More than the two of the target, because there are many retention probes: three leave each one chance in 700."""
     on_failure: Literal["stop", "roll_back"] = "stop"
-    """What a confirmed drop or collapse leads to: the end of the run, or a return to the checkpoint of the best probe
-    with a lower learning rate."""
+    """After a confirmed failure: end, or return to the checkpoint of the best probe with a lower learning rate."""
     max_rollbacks: int = Field(default=2, ge=1)
     """Rollbacks of a run; the next failure stops it."""
     rollback_lr_factor: float = Field(default=0.3, gt=0, lt=1)
@@ -104,13 +88,10 @@ class RetentionState:
     best_step: int
     last_score: float
     last_margin: float
-    """How far below the best score a drop begins, at the last probe."""
     dropped_probes: int = 0
 
     def is_dropped(self) -> bool:
-        """Whether the last score was a drop."""
-        # NaN is below every score.
-        return not self.last_score >= self.best_score - self.last_margin
+        return not self.last_score >= self.best_score - self.last_margin  # NaN is below every score
 
 
 def read_retention_scores(line: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
@@ -121,7 +102,7 @@ def read_retention_scores(line: Mapping[str, Any]) -> dict[str, tuple[float, flo
 
 @dataclass
 class GuardState:
-    """The guard's memory; part of every checkpoint."""
+    """The guard's memory; part of every checkpoint. A drop begins `last_margin` below the best score."""
 
     collapsed_looks: int = 0
     dropped_probes: int = 0
@@ -131,25 +112,20 @@ class GuardState:
     last_score: float | None = None
     last_step: int | None = None
     last_margin: float = 0.0
-    """How far below the best score a drop begins, at the last probe."""
     kept_step: int | None = None
     """Step of the checkpoint that a rollback would restore."""
     rollbacks: int = 0
     lr_scale: float = 1.0
-    """Factor on the learning rates after the rollbacks so far."""
     failed: bool = False
-    """Whether the guard ended the run."""
     watched: dict[str, RetentionState] = field(default_factory=dict)
-    """Retention probes by name."""
 
 
 @dataclass
 class Guard(RollbackPolicy):
     """Judges log lines and probe scores. All ranks see the same numbers, so all stop together.
 
-    Args:
-        from_scratch: the run began with new weights. Scores of random features are no baseline, and early training
-            often lowers them: each probe within `grace_steps` counts as the best, and retention is logged only.
+    Scores of random features are no baseline, and early training often lowers them. So if a run begins `from_scratch`,
+    each probe within `grace_steps` counts as the best, and retention is logged only.
     """
 
     recipe: GuardRecipe
@@ -163,8 +139,7 @@ class Guard(RollbackPolicy):
 
     def collapse_symptoms(self, line: Mapping[str, Any]) -> list[str]:
         """Descriptions of the signs of collapse in a log line."""
-        recipe = self.recipe
-        found = []
+        recipe, found = self.recipe, []
         if math.isnan(line.get("effective_rank", 0.0)):
             return ["they are not finite"]
         entropy, rank, cosine = (line.get(name) for name in ("teacher_entropy", "effective_rank", "mean_cosine"))
@@ -219,11 +194,7 @@ class Guard(RollbackPolicy):
         return new
 
     def on_log_line(self, step: int, line: Mapping[str, Any]) -> None:
-        """Judge the collapse metrics of a log line.
-
-        Raises:
-            RollbackRequested, TrainingError: if `confirm_looks` lines in a row show collapse; see `handle_failure`.
-        """
+        """Judge the collapse metrics of a line; `confirm_looks` bad ones in a row are a failure (`handle_failure`)."""
         symptoms = self.collapse_symptoms(line)
         # Features that are not finite never recover, so they get no grace.
         counts = step > self.recipe.grace_steps or math.isnan(line.get("effective_rank", 0.0))
@@ -235,22 +206,18 @@ class Guard(RollbackPolicy):
 
     def is_best(self, step: int, score: float, retention: RetentionScores | None = None) -> bool:
         """Whether a teacher is the best so far: by the target's score, and without a retention drop."""
-        best = self.state.best_score
-        if not math.isfinite(score) or any(
-            probe.is_dropped() for probe in self._updated_retention(step, retention or {}).values()
-        ):
+        after = self._updated_retention(step, retention or {})
+        if not math.isfinite(score) or any(probe.is_dropped() for probe in after.values()):
             return False
         in_grace_period = self.from_scratch and step <= self.recipe.grace_steps
-        return best is None or in_grace_period or score > best
+        return self.state.best_score is None or in_grace_period or score > self.state.best_score
 
     def record_probe(
         self, step: int, score: float, standard_error: float, retention: RetentionScores | None = None
     ) -> None:
         """Record the scores of a probe; NaN is a drop from any score.
 
-        Raises:
-            RollbackRequested, TrainingError: if the target, or one retention probe, was below its best by a drop in
-                `probe_patience` probes in a row; see `handle_failure`.
+        A drop of the target, or of one retention probe, in `probe_patience` probes in a row is a failure.
         """
         state = self.state
         is_best = self.is_best(step, score, retention)
@@ -264,17 +231,14 @@ class Guard(RollbackPolicy):
             if self.may_roll_back:
                 state.kept_step = step
         state.dropped_probes = state.dropped_probes + 1 if self._target_dropped() else 0
-        patience = self.recipe.probe_patience
-        found = []
-        if state.dropped_probes >= patience:
-            found.append(f"the probe fell from {state.best_score:.3f} (step {state.best_step}) to {score:.3f}")
-        found += [
+        probes: dict[str, Any] = {"the probe": state, **state.watched}
+        found = [
             f"{name} fell from {probe.best_score:.3f} (step {probe.best_step}) to {probe.last_score:.3f}"
-            for name, probe in state.watched.items()
-            if probe.dropped_probes >= patience
+            for name, probe in probes.items()
+            if probe.dropped_probes >= self.recipe.probe_patience
         ]
         if found:
-            longest = max([state.dropped_probes, *(probe.dropped_probes for probe in state.watched.values())])
+            longest = max(probe.dropped_probes for probe in probes.values())
             self.handle_failure(step, f"{', '.join(found)} and stayed down for {longest} probes", "Lower optim.lr")
 
     def _updated_retention(self, step: int, retention: RetentionScores) -> dict[str, RetentionState]:
@@ -283,36 +247,25 @@ class Guard(RollbackPolicy):
             return {}
         after = {}
         for name, (score, error) in retention.items():
-            min_drop = self.recipe.kept_drop if name in START_FEATURE_SCORES else self.recipe.watch_drop
+            min_drop = self.recipe.kept_drop if name in ("kept_slices", "kept_patches") else self.recipe.watch_drop
             margin = max(min_drop, self.recipe.watch_errors * error)
-            before = self.state.watched.get(name)
-            if before is None:
-                after[name] = RetentionState(score, score, step, score, margin)
-                continue
-            probe = replace(before, last_score=score, last_margin=margin)
-            if score > probe.best_score or math.isnan(probe.best_score):
-                probe.best_score, probe.best_step = score, step
-            probe.dropped_probes = before.dropped_probes + 1 if probe.is_dropped() else 0
-            after[name] = probe
+            probe = after[name] = RetentionState(score, score, step, score, margin)
+            if before := self.state.watched.get(name):
+                probe.first_score = before.first_score
+                if not (score > before.best_score or math.isnan(before.best_score)):
+                    probe.best_score, probe.best_step = before.best_score, before.best_step
+                probe.dropped_probes = before.dropped_probes + 1 if probe.is_dropped() else 0
         return after
 
     def _drop_margin(self, standard_error: float) -> float:
         return max(self.recipe.probe_drop, 2 * standard_error)
 
     def _target_dropped(self) -> bool:
-        state = self.state
-        if state.best_score is None or state.last_score is None:
-            return False
-        # NaN is below every score.
-        return not state.last_score >= state.best_score - state.last_margin
+        best, last = self.state.best_score, self.state.last_score
+        return best is not None and last is not None and not last >= best - self.state.last_margin
 
     def handle_failure(self, step: int, what: str, remedy: str | None) -> None:
-        """Act on a confirmed failure; a disabled guard does nothing.
-
-        Raises:
-            RollbackRequested: if the run may roll back.
-            TrainingError: otherwise.
-        """
+        """Raise RollbackRequested or TrainingError after a confirmed failure; a disabled guard does nothing."""
         recipe, state = self.recipe, self.state
         if not recipe.enabled:
             return
@@ -326,7 +279,6 @@ class Guard(RollbackPolicy):
         self._stop(step, what, remedy)
 
     def _stop(self, step: int, what: str, remedy: str) -> None:
-        """End the run; the best teacher is exported."""
         self.state.failed = True
         exported = f"the teacher of step {self.state.best_step}" if self.should_export_best() else "the last teacher"
         raise TrainingError(what, where=f"step {step}", remedy=f"{remedy}; export/ holds {exported}")
@@ -352,11 +304,7 @@ class Guard(RollbackPolicy):
         self._stop(step, f"{request.what}, and {error.what} ({error.got})", request.remedy or "Lower optim.lr")
 
     def should_export_best(self) -> bool:
-        """Whether to export the teacher of the best probe instead of the last one.
-
-        True if the last probe was a drop of the target or of a retention probe, or if the run failed: a collapse may
-        have come after the last probe.
-        """
+        """Whether to export the best teacher: the last probe was a drop, or the run failed, perhaps after it."""
         state = self.state
         dropped = self._target_dropped() or any(probe.is_dropped() for probe in state.watched.values())
         return self.recipe.export == "best" and (dropped or (state.failed and state.best_step is not None))

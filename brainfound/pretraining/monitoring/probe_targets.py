@@ -1,12 +1,10 @@
 """Targets of a probe, and whether a store supports them.
 
-With "auto" a probe takes the first supported one of diagnosis, age, sex, site, contrast, slice position. The first four
-are columns of the cohort. The last two need no label: the contrast of a single-contrast embedding, and the position of
-a slice in the head.
+The first four of `TARGET_PRIORITY` are columns of the cohort. The last two need no label: the contrast of a
+single-contrast embedding, and the position of a slice in the head.
 
-A probe of site is not a goal: a model for other sites gains nothing from it. It measures whether fine detail of the
-image is still in the features. Nothing in the objective removes that, so a sudden fall shows damage like any other, and
-the guard treats it as a drop; nobody should choose a model for a high value.
+A high score of site is no goal: a model for other sites gains nothing from it. But it measures whether fine detail of
+the image is still in the features, so its fall shows damage.
 """
 
 from __future__ import annotations
@@ -26,7 +24,6 @@ SLICE_TARGETS: tuple[ProbeTarget, ...] = ("slice_position",)
 """Targets of each slice; the others are of a session."""
 MIN_CLASS_SESSIONS = 5
 MIN_AGES = 10
-_MAX_COUNTS_IN_ERROR = 5
 
 
 def choose_probe_target(store: Store) -> ProbeTarget:
@@ -76,11 +73,7 @@ def frequent_contrasts(store: Store) -> np.ndarray:
 
 
 def require_probe_target(store: Store, target: ProbeTarget) -> None:
-    """Refuse a target for which a store has too few labels.
-
-    Raises:
-        RecipeError: with the counts.
-    """
+    """Refuse a target for which a store has too few labels: a RecipeError with the counts."""
     if target in SLICE_TARGETS:
         return
     remedy = f"Set probe.target=auto, which takes {choose_probe_target(store)} in this store"
@@ -94,23 +87,15 @@ def require_probe_target(store: Store, target: ProbeTarget) -> None:
     if target in CLASS_TARGETS:
         _require_classes(target, known.astype(str).value_counts().to_dict(), remedy)
     elif len(known) < 2:
-        raise RecipeError(
-            f"too few sessions have {target}",
-            where="probe.target",
-            got=f"{len(known)} of {len(store.sessions)} sessions",
-            expected="two or more",
-            remedy=remedy,
-        )
+        what, got = f"too few sessions have {target}", f"{len(known)} of {len(store.sessions)} sessions"
+        raise RecipeError(what, where="probe.target", got=got, expected="two or more", remedy=remedy)
 
 
 def _require_classes(target: ProbeTarget, counts: dict[str, int], remedy: str) -> None:
     if sum(count >= MIN_CLASS_SESSIONS for count in counts.values()) < 2:
         # Counts without names: a column may hold what identifies people.
-        sizes = ", ".join(map(str, sorted(counts.values(), reverse=True)[:_MAX_COUNTS_IN_ERROR])) or "none"
-        raise RecipeError(
-            f"a probe of {target} needs two classes",
-            where="probe.target",
-            got=f"{len(counts)} {'class' if len(counts) == 1 else 'classes'}, with so many sessions: {sizes}",
-            expected=f"two with {MIN_CLASS_SESSIONS} sessions or more",
-            remedy=remedy,
-        )
+        sizes = ", ".join(map(str, sorted(counts.values(), reverse=True)[:5])) or "none"
+        got = f"{len(counts)} {'class' if len(counts) == 1 else 'classes'}, with so many sessions: {sizes}"
+        expected = f"two with {MIN_CLASS_SESSIONS} sessions or more"
+        what = f"a probe of {target} needs two classes"
+        raise RecipeError(what, where="probe.target", got=got, expected=expected, remedy=remedy)

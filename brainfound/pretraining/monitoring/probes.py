@@ -1,9 +1,8 @@
 """Probes: what frozen features predict, measured during training.
 
 A view is a session with all its contrasts, or with one; its embedding is the mean CLS token over a few evenly spaced
-slices. The target is chosen from the labels of the store (`probe_targets`); the retention probes run on the same
-embeddings (`retention`); the patch probe predicts tissue from patch tokens. No subject, and no image under two names,
-is ever on both sides of a split.
+slices. The retention probes run on the same embeddings (`retention`). No subject, and no image under two names, is ever
+on both sides of a split.
 
 Axis legend: ``V`` views, ``S`` slices of a view, ``H W`` pixels, ``P`` patches of a slice, ``N`` samples, ``D`` width.
 """
@@ -57,7 +56,6 @@ from brainfound.recipes import Recipe
 from brainfound.training.checkpoint import wrap_write_errors
 from brainfound.training.randomness import PROBE, numpy_generator
 
-NUM_BOOTSTRAPS = 200
 PATCHES_PER_SLICE = 32
 
 
@@ -80,11 +78,9 @@ class ProbeRecipe(Recipe):
     neighbours: int = Field(default=5, ge=1)
     """k of the k-NN probe."""
     patch: bool = False
-    """Whether to log how well a linear model predicts the tissue of patches, if the store has masks. It does not guard
-    the run."""
+    """Whether to log how well a linear model predicts the tissue of patches, if the store has masks; no guard."""
     watch: tuple[RetentionProbeName, ...] = RETENTION_PROBES
-    """Retention probes on the same embeddings (`brainfound.pretraining.monitoring.retention`). [] leaves the guard with
-    the target alone. `guard.watch_drop` defines a drop."""
+    """Retention probes on the same embeddings; [] leaves the guard with the target alone."""
 
 
 @dataclass(frozen=True)
@@ -98,9 +94,8 @@ class ProbeScores:
     metric: str
     target: str
     chance: float = 0.0
-    """The score of features without information."""
     patch: float | None = None
-    """Balanced accuracy of a linear model of patch tokens; None without one."""
+    """Balanced accuracy of a linear model of patch tokens."""
     retention: dict[str, tuple[float, float]] = field(default_factory=dict)
     """Retention probes: score, and standard error of its difference to the start."""
 
@@ -120,17 +115,12 @@ class ProbeScores:
 
 
 class Probe:
-    """A fixed test of an encoder on a fixed subset of a store.
+    """A fixed test of an encoder on a fixed subset of the pretraining store; no test of generalisation.
 
-    Args:
-        store: the pretraining store; this is no test of generalisation, but shows features getting better or worse.
-        recipe: the settings.
-        seed: picks the subset and the folds.
-        start_file: the file of `save_start`, for resumed runs.
+    `seed` picks the subset and the folds; a resumed run needs the `start_file` of `save_start`.
 
     Raises:
-        RecipeError: if the store has too few labels of the target.
-        TrainingError: if the subset has fewer than two subjects, or one class.
+        RecipeError, TrainingError: too few labels of the target in the store, or too few subjects or classes drawn.
     """
 
     def __init__(self, store: Store, recipe: ProbeRecipe, seed: int, start_file: Path | None = None) -> None:
@@ -155,12 +145,9 @@ class Probe:
         self.subjects = get_split_groups(store)[0][samples].astype(str)
         num_subjects = len(set(self.subjects))
         if num_subjects < 2:
-            raise TrainingError(
-                "a probe needs sessions of at least two subjects",
-                where="probe",
-                got=num_subjects,
-                remedy="Set probe.every=0 to train without a probe",
-            )
+            what = "a probe needs sessions of at least two subjects"
+            remedy = "Set probe.every=0 to train without a probe"
+            raise TrainingError(what, where="probe", got=num_subjects, remedy=remedy)
         # Each subject has slices everywhere, and views of several contrasts, so folds need no balance.
         strata = None if self.target in ("slice_position", "contrast") else self.labels.tolist()
         self.folds = k_folds(self.subjects.tolist(), min(recipe.folds, num_subjects), seed, strata)
@@ -228,16 +215,12 @@ class Probe:
         return rows[np.floor(parts * len(rows)).astype(int)]
 
     def run(self, encoder: SliceEncoder, device: torch.device, is_starting_checkpoint: bool = False) -> ProbeScores:
-        """Embed the subset and score it; the encoder's mode is restored.
-
-        Args:
-            is_starting_checkpoint: later scores are compared with this one.
-        """
+        """Embed the subset and score it; later retention scores are compared with those of the starting checkpoint."""
         cls, patches = self._encode(encoder, device)
         predictions = self._predict(cls)
         scores = self._scores(predictions)
         if self.retention is not None and predictions is not None:
-            found = self._retention_scores(self.retention, cls, patches, predictions, is_starting_checkpoint)
+            found = self._retention_scores(cls, patches, predictions, is_starting_checkpoint)
             scores = replace(scores, retention=found)
         return scores if self.patches is None else replace(scores, patch=self.patches.run(encoder, device))
 
@@ -276,13 +259,12 @@ class Probe:
             return None
         linear = linear_classifier if self.is_classification else linear_regressor
         neighbours = KNeighborsClassifier if self.is_classification else KNeighborsRegressor
-        k = self.recipe.neighbours
-        return {
-            "linear": cross_val_predict(features, self.labels, self.folds, linear),
-            "knn": cross_val_predict(
-                features, self.labels, self.folds, lambda num_samples: neighbours(min(k, num_samples), metric="cosine")
-            ),
-        }
+
+        def knn(num_samples: int) -> Any:
+            return neighbours(min(self.recipe.neighbours, num_samples), metric="cosine")
+
+        models = {"linear": linear, "knn": knn}
+        return {name: cross_val_predict(features, self.labels, self.folds, make) for name, make in models.items()}
 
     def _scores(self, predicted: dict[str, np.ndarray] | None) -> ProbeScores:
         if predicted is None:
@@ -293,18 +275,15 @@ class Probe:
         return ProbeScores(linear, knn, error, self.metric, self.target, self.chance)
 
     def _retention_scores(
-        self,
-        probes: RetentionProbes,
-        cls: np.ndarray,
-        patches: np.ndarray | None,
-        predictions: dict[str, np.ndarray],
-        is_starting_checkpoint: bool,
+        self, cls: np.ndarray, patches: np.ndarray | None, predictions: dict[str, np.ndarray], is_start: bool
     ) -> dict[str, tuple[float, float]]:
         """Score and standard error of each retention probe; those of patch tokens only if these are finite."""
+        probes = self.retention
+        assert probes is not None
         assert self._patch_targets is not None
         if patches is not None and not np.isfinite(patches).all():
             patches = None
-        if is_starting_checkpoint:
+        if is_start:
             probes.set_reference(cls, patches)
         elif not probes.start and self.start_file is not None:
             try:
@@ -320,7 +299,7 @@ class Probe:
             errors = prediction_errors(self.labels, predictions[other], self.is_classification)
             subject_index = np.unique(self.subjects, return_inverse=True)[1]
             subject_errors[f"{self.target}_{other}"] = np.bincount(subject_index, weights=errors)
-        if is_starting_checkpoint:
+        if is_start:
             probes.start |= {f"shares/{name}": errors for name, errors in subject_errors.items()}
         return probes.compare(subject_errors)
 
@@ -331,9 +310,8 @@ class Probe:
                 self.retention.save_start(self.start_file)
 
     def _score_predictions(self, labels: np.ndarray, predicted: np.ndarray) -> float:
-        """Balanced accuracy over the classes among `labels`, or R²."""
+        """Balanced accuracy over the classes among `labels` (a bootstrap sample may lack some), or R²."""
         if self.is_classification:
-            # Leave out a class that a bootstrap sample lacks.
             right = predicted == labels
             return float(np.mean([right[labels == one].mean() for one in self.classes if (labels == one).any()]))
         return float(1 - np.square(labels - predicted).sum() / np.square(labels - labels.mean()).sum())
@@ -342,7 +320,7 @@ class Probe:
         rng = numpy_generator(PROBE, self.seed, 1)
         members = [np.flatnonzero(self.subjects == subject) for subject in sorted(set(self.subjects))]
         scores = []
-        for _ in range(NUM_BOOTSTRAPS):
+        for _ in range(200):
             drawn = np.concatenate([members[i] for i in rng.integers(len(members), size=len(members))])
             if self.is_classification or np.ptp(self.labels[drawn]) > 0:
                 scores.append(self._score_predictions(self.labels[drawn], predicted[drawn]))
@@ -365,29 +343,20 @@ def choose_patches(labels: Int[np.ndarray, "P"], num: int, rng: np.random.Genera
     return np.sort(np.concatenate(chosen))
 
 
+@dataclass(frozen=True)
 class PatchProbe:
     """A linear probe of the tissue label of patch tokens, on fixed slices with masks.
 
-    A patch has the label of most of its pixels. Only some patches of each slice count, as many of each label as there
-    are, so that background does not fill the sample.
-
-    Args:
-        sessions: sessions with a mask.
-        rows: their slice rows.
-        subjects: the subject of every session of the store, for the folds.
+    A patch has the label of most of its pixels. Some patches of each slice count, as many of each label, so that
+    background does not fill the sample. `rows` are the slices of each of `sessions`; `subjects` are those of the store.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        sessions: np.ndarray,
-        rows: Sequence[np.ndarray],
-        subjects: np.ndarray,
-        num_folds: int,
-        seed: int,
-    ) -> None:
-        self.store, self.sessions, self.rows = store, sessions, rows
-        self.subjects, self.num_folds, self.seed = subjects[sessions], num_folds, seed
+    store: Store
+    sessions: np.ndarray
+    rows: Sequence[np.ndarray]
+    subjects: np.ndarray
+    num_folds: int
+    seed: int
 
     @torch.no_grad()
     def run(self, encoder: SliceEncoder, device: torch.device) -> float:
@@ -396,7 +365,7 @@ class PatchProbe:
         encoder.eval()
         features, labels, subjects = [], [], []
         rng = numpy_generator(PROBE, self.seed, 2)
-        for session, rows, subject in zip(self.sessions, self.rows, self.subjects, strict=True):
+        for session, rows in zip(self.sessions, self.rows, strict=True):
             masks = self.store.read_masks(int(session), rows - self.store.session_rows(int(session))[0])
             assert masks is not None
             present = torch.from_numpy(self.store.present[session]).to(device).expand(len(rows), -1)
@@ -405,7 +374,7 @@ class PatchProbe:
                 chosen = choose_patches(slice_labels, PATCHES_PER_SLICE, rng)
                 features.append(slice_tokens[torch.from_numpy(chosen).to(device)].float().cpu().numpy())
                 labels.append(slice_labels[chosen])
-                subjects.extend([subject] * len(chosen))
+                subjects.extend([self.subjects[session]] * len(chosen))
         encoder.train(was_training)
         return self._score(np.concatenate(features), np.concatenate(labels), subjects)
 

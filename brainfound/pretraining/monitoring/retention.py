@@ -1,22 +1,8 @@
 """Retention: whether features still hold information that the probe's target does not cover.
 
-A probe sees only its own target. Bad settings can make the position of a slice easier to predict and still ruin what a
-patch shows about its tissue, so more probes run on the same embeddings:
-
-- ``other_method``: the probe's target with its other model, k-NN if the linear one guards the run;
-- ``labels``: diagnosis, age, sex and site of a session, as far as the store knows them;
-- ``slice_position``: the position of a slice in its stack, from its CLS token;
-- ``slice_intensity``: mean and standard deviation of each contrast in a slice, from its CLS token;
-- ``identity``: whether the mean CLS token of half of a session's slices is nearest to that of its other half;
-- ``patch_intensity``, ``patch_texture``: mean and standard deviation of each contrast in a patch, from its token;
-- ``patch_position``: row and column of a patch, from its token;
-- ``kept``: the principal components of the starting checkpoint's own features, from the present ones: of slices
-  (``kept_slices``) and of patches (``kept_patches``). If they can be reconstructed linearly, all linear information of
-  the start is retained, known or not. This score does not fall when features rotate, rescale or gain information.
-
-All but ``identity`` are linear models, tested on subjects outside their training folds. Each subject's contribution to
-the error is kept, so that two encoders are compared subject by subject: the difference of two scores on the same
-subjects has a much smaller error than either of them.
+All but ``identity`` are linear models of CLS or patch tokens, tested on subjects outside their training folds. Two
+encoders are compared subject by subject: the difference of two scores on the same subjects has a much smaller error
+than either of them. The score of ``kept`` does not fall when features rotate, rescale or gain information.
 
 Axis legend: ``V`` views (a session with the contrasts that it shows), ``S`` slices, ``C`` contrasts, ``H W`` pixels,
 ``P`` chosen patches of a slice, ``N`` samples, ``T`` target columns, ``D`` width, ``U`` subjects.
@@ -41,25 +27,22 @@ from brainfound.metrics.embedding_probes import cross_val_predict, linear_classi
 from brainfound.training.randomness import PROBE, numpy_generator
 
 RetentionProbeName = Literal[
-    "other_method",
-    "labels",
+    "other_method",  # the probe's target with its other model
+    "labels",  # diagnosis, age, sex and site of a session, as far as the store knows them
     "slice_position",
-    "slice_intensity",
-    "identity",
-    "patch_intensity",
-    "patch_texture",
-    "patch_position",
-    "kept",
+    "slice_intensity",  # mean and standard deviation of each contrast in a slice
+    "identity",  # the mean CLS token of half of a session's slices is nearest to that of its other half
+    "patch_intensity",  # mean of each contrast in a patch
+    "patch_texture",  # standard deviation of each contrast in a patch
+    "patch_position",  # row and column
+    "kept",  # principal components of the starting checkpoint's features, of slices and of patches
 ]
 RETENTION_PROBES: tuple[RetentionProbeName, ...] = get_args(RetentionProbeName)
 PATCH_TOKEN_PROBES = ("patch_intensity", "patch_texture", "patch_position", "kept")
 RETENTION_PATCHES_PER_SLICE = 8
 RIDGE_PENALTY_PER_SAMPLE = 0.01
-"""Ridge penalty per sample, of standardised features."""
 MAX_COMPONENTS = 16
 """Principal components of the start's features that are reconstructed."""
-_PATCH_STREAM = 3
-"""Key of the generator that chooses patches."""
 
 SubjectErrors = Float[np.ndarray, "U"]
 """Each subject's contribution to 1 − score."""
@@ -87,8 +70,8 @@ class PatchTargets:
     @classmethod
     def from_slices(cls, slices: Sequence[UInt8[np.ndarray, "S C H W"]], patch_size: int, seed: int) -> PatchTargets:
         """Choose patches, those without background first; the same for the same seed."""
-        columns = [_view_targets(pixels, patch_size, numpy_generator(PROBE, seed, _PATCH_STREAM, number))
-                   for number, pixels in enumerate(slices)]  # fmt: skip
+        views = enumerate(slices)
+        columns = [_view_targets(pixels, patch_size, numpy_generator(PROBE, seed, 3, view)) for view, pixels in views]
         return cls(*(np.stack(column) for column in zip(*columns, strict=True)))
 
 
@@ -115,14 +98,10 @@ class RetentionProbes:
     """The retention probes of a run, and the starting checkpoint's results.
 
     Args:
-        probe_names: the probes to run.
         shown: the contrasts that each view shows.
-        subject_index: subject number of each view.
         folds: test fold of each view.
-        positions: slice positions.
         labels: labels of the sessions, by name; empty if views are not whole sessions.
-        start: the start's subject errors (``shares/…``) and principal components (``directions/…``), as in the file of
-            `save_start`; empty until they are known.
+        start: the start's subject errors (``shares/…``) and principal components (``directions/…``), empty until known.
     """
 
     probe_names: tuple[RetentionProbeName, ...]
@@ -135,7 +114,6 @@ class RetentionProbes:
 
     @property
     def uses_patch_tokens(self) -> bool:
-        """Whether a probe reads patch tokens."""
         return any(name in PATCH_TOKEN_PROBES for name in self.probe_names)
 
     def subject_errors(
@@ -181,16 +159,13 @@ class RetentionProbes:
     def set_reference(self, cls: np.ndarray, patches: np.ndarray | None) -> None:
         """Take these features as those of the starting checkpoint."""
         self.start = {}
-        if "kept" in self.probe_names:
-            features = {"slices": cls} if patches is None else {"slices": cls, "patches": patches}
-            self.start = {f"directions/{name}": principal_component_scores(values.reshape(-1, values.shape[-1]))
-                          for name, values in features.items()}  # fmt: skip
+        for name, features in (("slices", cls), ("patches", patches)):
+            if "kept" in self.probe_names and features is not None:
+                rows = features.reshape(-1, features.shape[-1])
+                self.start[f"directions/{name}"] = principal_component_scores(rows)
 
     def compare(self, subject_errors: Mapping[str, SubjectErrors]) -> dict[str, tuple[float, float]]:
-        """Score and standard error of each probe.
-
-        The error is that of the difference to the starting checkpoint, over subjects; without one, of the score.
-        """
+        """Score of each probe, and standard error (over subjects) of its difference to the starting checkpoint."""
         scores = {}
         for name, errors in subject_errors.items():
             change = errors - self.start.get(f"shares/{name}", np.zeros_like(errors))
@@ -208,7 +183,6 @@ class RetentionProbes:
             temporary.unlink(missing_ok=True)
 
     def load_start(self, file: Path) -> None:
-        """Read the file of `save_start`; raises OSError or SafetensorError."""
         self.start = load_file(file)
 
     def _mean_over_contrasts(
@@ -247,9 +221,8 @@ class RetentionProbes:
         values = label.values[label.known]
         make = linear_classifier if label.is_classification else linear_regressor
         predicted = cross_val_predict(sessions[label.known], values, _cv_splits(self.folds[label.known]), make)
-        return self._sum_by_subject(
-            self.subject_index[label.known], prediction_errors(values, predicted, label.is_classification)
-        )
+        errors = prediction_errors(values, predicted, label.is_classification)
+        return self._sum_by_subject(self.subject_index[label.known], errors)
 
     def _identity_error(self, cls: Float[np.ndarray, "V S D"]) -> SubjectErrors:
         halves = []
@@ -281,9 +254,7 @@ def ridge_out_of_fold(
 ) -> Float[np.ndarray, "N T"]:
     """Predictions of ridge regression for each sample, trained on the other folds.
 
-    Args:
-        range_margin: predictions are clipped to the range of the training values, widened by this many of its widths on
-            either side.
+    They are clipped to the range of the training values, widened on either side by `range_margin` of its width.
     """
     predicted = np.empty(values.shape)
     for fold in _cv_splits(folds):
