@@ -18,7 +18,7 @@ _BY_FILE = {
     "/data/preprocessing/foreground.py": "head mask",
     "/data/preprocessing/grids.py": "resampling",
     "/data/preprocessing/stack_builder.py": "percentiles and scaling",
-    "/data/preprocessing/quality.py": "quality facts",
+    "/data/preprocessing/stack.py": "quality facts",
     "/data/store/contact_sheet.py": "contact sheet",
     "/data/cohort.py": "cohort and file facts",
     "/data/sources/": "cohort and file facts",

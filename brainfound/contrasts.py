@@ -1,7 +1,6 @@
 """Names and aliases of MRI contrasts.
 
-Canonical names follow the suffixes of BIDS (1.10, "Magnetic Resonance Imaging") as far as they exist; T1ce (T1-weighted
-after gadolinium) and the derived diffusion maps have the names of the field.
+Canonical names are the suffixes of BIDS (1.10, "Magnetic Resonance Imaging"), or the names of the field: T1ce, ADC.
 """
 
 from __future__ import annotations
@@ -26,21 +25,13 @@ class Contrast:
     description: str
 
 
+_T1CE_ALIASES = ("t1c", "t1ce", "t1gd", "t1post", "t1cw", "t1wce", "t1wc", "t1km")
+_FLAIR_ALIASES = ("flair", "t2f", "t2flair", "flairw", "fl")
 _TABLE = (
     Contrast("T1w", ("T1w",), ("t1", "t1n", "t1w", "mprage", "spgr", "mp2rage"), "T1-weighted"),
-    Contrast(
-        "T1ce",
-        ("T1ce",),
-        ("t1c", "t1ce", "t1gd", "t1post", "t1cw", "t1wce", "t1wc", "t1km"),
-        "T1-weighted after a gadolinium contrast agent",
-    ),
+    Contrast("T1ce", ("T1ce",), _T1CE_ALIASES, "T1-weighted after a gadolinium contrast agent"),
     Contrast("T2w", ("T2w",), ("t2", "t2w"), "T2-weighted"),
-    Contrast(
-        "FLAIR",
-        ("FLAIR",),
-        ("flair", "t2f", "t2flair", "flairw", "fl"),
-        "T2-weighted with fluid-attenuated inversion recovery",
-    ),
+    Contrast("FLAIR", ("FLAIR",), _FLAIR_ALIASES, "T2-weighted with fluid-attenuated inversion recovery"),
     Contrast("PDw", ("PDw",), ("pd", "pdw"), "proton-density-weighted"),
     Contrast("T2starw", ("T2starw", "T2star"), ("t2s", "t2star", "t2starw", "gre"), "T2*-weighted gradient echo"),
     Contrast("SWI", ("swi",), ("swi", "swan"), "susceptibility-weighted"),
@@ -61,10 +52,7 @@ def _squeeze(text: str) -> str:
 
 
 def parse_contrast(text: str) -> str:
-    """The canonical name of a contrast, from any known spelling.
-
-    Raises:
-        UsageError: the name is not known; suggests the nearest one.
+    """The canonical name of a contrast, from any known spelling; UsageError suggests the nearest one.
 
     >>> parse_contrast("t1gd"), parse_contrast("DWI_b1000"), parse_contrast("t2*")
     ('T1ce', 'DWI', 'T2starw')
@@ -79,11 +67,7 @@ def parse_contrast(text: str) -> str:
 
 
 def parse_contrasts(names: str | Iterable[str]) -> tuple[str, ...]:
-    """The canonical names of contrasts, from a list or from text with commas; a validator of recipe fields.
-
-    Raises:
-        ValueError: a name is not known, or there is no list. Pydantic adds the recipe and key.
-    """
+    """The canonical names of a list, or of text with commas; a validator of recipe fields, so it raises ValueError."""
     if not isinstance(names, Iterable):
         raise ValueError("contrasts must be a list of names")
     try:
@@ -101,10 +85,8 @@ def contrast_from_filename(path: str | PurePath) -> str:
     name = PurePath(path).name
     suffix = next((suffix for suffix in _FILE_SUFFIXES if name.lower().endswith(suffix)), "")
     name = name[: len(name) - len(suffix)]
-    bids_suffix = name.rsplit("_", 1)[-1]
-    if bids_suffix in _BY_SUFFIX:
-        contrast = _BY_SUFFIX[bids_suffix]
-        enhanced = re.search(r"(?:^|_)ce-(?!none)[A-Za-z0-9]+", name) is not None
+    if contrast := _BY_SUFFIX.get(name.rsplit("_", 1)[-1]):
+        enhanced = re.search(r"(?:^|_)ce-(?!none)[A-Za-z0-9]+", name)
         return "T1ce" if contrast == "T1w" and enhanced else contrast
     parts = [_squeeze(part) for part in re.split(r"[_\-. ]+", name)]
     # Pairs of parts first (t2_flair, dwi_b1000), then single ones. The last match wins: identifiers come first.

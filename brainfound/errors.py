@@ -1,8 +1,7 @@
 """The exceptions that users see.
 
 Every message is one line: what is wrong, where, what came, what was expected, and one remedy. The command line prints
-that line and ends with the exit code of the exception: 0 done, 1 failed, 2 wrong usage or recipe, 3 some inputs were
-rejected and the others done.
+it and ends with the exit code of the exception (3: some inputs were rejected, the others are done).
 """
 
 from __future__ import annotations
@@ -10,9 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-EXIT_FAILED = 1
-EXIT_USAGE = 2
-EXIT_SOME_REJECTED = 3
+EXIT_FAILED, EXIT_USAGE, EXIT_SOME_REJECTED = 1, 2, 3
 
 
 class BrainFoundError(Exception):
@@ -21,21 +18,13 @@ class BrainFoundError(Exception):
     Args:
         what: the fault, without a full stop.
         where: the file, recipe key or argument.
-        got: the value that came.
-        expected: the value that was expected.
         remedy: one thing that fixes it, as an imperative sentence.
     """
 
     exit_code = EXIT_FAILED
 
     def __init__(
-        self,
-        what: str,
-        *,
-        where: object = None,
-        got: object = None,
-        expected: object = None,
-        remedy: str | None = None,
+        self, what: str, *, where: object = None, got: object = None, expected: object = None, remedy: str | None = None
     ) -> None:
         self.what = what
         self.where = None if where is None else str(where)

@@ -7,7 +7,9 @@ into one line: the place, what came, what was expected, and the nearest known na
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
@@ -21,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-from brainfound.errors import RecipeError, closest_name, did_you_mean
+from brainfound.errors import ModelError, RecipeError, closest_name, did_you_mean
 
 Room = Literal["train", "adapters", "model_cards"]
 """The root folders that hold recipes."""
@@ -31,10 +33,7 @@ _NO_PRESET = "no_preset"
 
 
 class Recipe(BaseModel):
-    """Base of every recipe: frozen, typed, unknown keys refused.
-
-    The docstring under a field is its help text.
-    """
+    """Base of every recipe: frozen, typed, unknown keys refused. The docstring under a field is its help text."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -43,10 +42,7 @@ class Recipe(BaseModel):
 
     @classmethod
     def presets(cls) -> Mapping[str, Mapping[str, Any]]:
-        """Names that may replace a mapping of the fields → these fields.
-
-        A resolved recipe holds the fields, so it does not change when a preset does.
-        """
+        """Name → the fields that it stands for. A resolved recipe holds the fields: later presets do not change it."""
         return {}
 
     @model_validator(mode="before")
@@ -63,26 +59,25 @@ class Recipe(BaseModel):
         """The resolved recipe as YAML, in the order of the fields."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
+    def save_json(self, path: Path) -> Path:
+        """Write the fields as a JSON file that travels with a model."""
+        path.write_text(json.dumps(self.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
+        return path
+
 
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
-
-
-# Finding recipe files.
 
 
 @cache
 def recipe_folder(room: Room) -> Path:
     """The folder with the recipes of a room: the root folder of that name, or its copy in the wheel."""
     package = Path(str(resources.files("brainfound")))
-    in_wheel = package / "_recipes" / room
-    if in_wheel.is_dir():
+    if (in_wheel := package / "_recipes" / room).is_dir():
         return in_wheel
-    in_clone = package.parent / room
-    if (package.parent / "pyproject.toml").is_file() and in_clone.is_dir():
+    if (package.parent / "pyproject.toml").is_file() and (in_clone := package.parent / room).is_dir():
         return in_clone
-    raise RecipeError(
-        f"the {room} recipes are missing from this installation", where=package, remedy="Reinstall brainfound"
-    )
+    what = f"the {room} recipes are missing from this installation"
+    raise RecipeError(what, where=package, remedy="Reinstall brainfound")
 
 
 def available(room: Room) -> dict[str, Path]:
@@ -91,11 +86,7 @@ def available(room: Room) -> dict[str, Path]:
 
 
 def find(name_or_path: str | Path, room: Room) -> Path:
-    """The file of a recipe, given by path or by name.
-
-    Raises:
-        RecipeError: there is no such file or name.
-    """
+    """The file of a recipe, given by path or by name; RecipeError if there is none."""
     path = Path(name_or_path)
     is_yaml = path.suffix in {".yaml", ".yml"}
     if is_yaml and path.is_file():
@@ -105,23 +96,13 @@ def find(name_or_path: str | Path, room: Room) -> Path:
     if stem in known and path.parent == Path("."):
         return known[stem]
     if is_yaml and path.parent != Path("."):
-        raise RecipeError(
-            "no such recipe file", where=path, remedy="Check the path, or give a name from `brainfound list recipes`"
-        )
+        remedy = "Check the path, or give a name from `brainfound list recipes`"
+        raise RecipeError("no such recipe file", where=path, remedy=remedy)
     raise RecipeError(f"no {room} recipe named {str(name_or_path)!r}", remedy=did_you_mean(stem, known))
 
 
-# Reading, overriding and validating.
-
-
 def load(recipe: type[AnyRecipe], name_or_path: str | Path, room: Room, overrides: Iterable[str] = ()) -> AnyRecipe:
-    """Find, read, override and validate a recipe.
-
-    Args:
-        recipe: the class that validates it.
-        name_or_path: a name known to `available`, or a YAML file.
-        room: the room to which a name belongs.
-        overrides: ``"a.b=c"`` strings; the value is read as YAML.
+    """Find a recipe by its name in a room or its path, apply ``"a.b=c"`` overrides (``c`` is YAML), and validate it.
 
     Raises:
         RecipeError: names the file and the key, what came and what was expected.
@@ -131,8 +112,7 @@ def load(recipe: type[AnyRecipe], name_or_path: str | Path, room: Room, override
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"not valid YAML: {error}", where=path, remedy="Mend the file") from error
-    if content is None:
-        content = {}
+    content = {} if content is None else content
     if not isinstance(content, dict):
         raise RecipeError("a recipe must be a mapping", where=path, got=type(content).__name__)
     try:
@@ -146,11 +126,7 @@ def load(recipe: type[AnyRecipe], name_or_path: str | Path, room: Room, override
 def validate(
     recipe: type[AnyRecipe], content: Mapping[str, Any], overrides: Iterable[str] = (), where: str = "recipe"
 ) -> AnyRecipe:
-    """Apply overrides to plain content and validate it as `recipe`.
-
-    Raises:
-        RecipeError: as `load`; ``where`` is the name of the file.
-    """
+    """Apply overrides to plain content and validate it, as `load`; ``where`` is the name of the file in errors."""
     overrides = list(overrides)
     changed = deepcopy(dict(content))
     for text in overrides:
@@ -162,6 +138,21 @@ def validate(
         file_error = _validation_error(recipe, content)
         file_errors = frozenset(tuple(item["loc"]) for item in (file_error.errors() if file_error else ()))
         raise _recipe_error(recipe, error, _Source(where, keys, file_errors)) from None
+
+
+def load_json(recipe: type[AnyRecipe], path: Path) -> AnyRecipe | None:
+    """Read and validate a file of `Recipe.save_json`; None if it is missing.
+
+    Raises:
+        ModelError: not valid JSON; RecipeError: a key or value is refused.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ModelError(f"not valid JSON: {error}", where=path, remedy="Export the model again") from None
+    return validate(recipe, content, where=str(path))
 
 
 def _validation_error(recipe: type[Recipe], content: Mapping[str, Any]) -> ValidationError | None:
@@ -189,20 +180,16 @@ def _override(recipe: type[Recipe], content: dict[str, Any], text: str) -> None:
     node: dict[str, Any] = content
     kinds: list[type[Recipe]] = [recipe]
     for parent in parents:
+        where = f"--set {text}: {parent}"
         fields = [kind.model_fields[parent] for kind in kinds if parent in kind.model_fields]
         kinds = [kind for field in fields for kind in _recipes_in(field.annotation)]
-        child = node.setdefault(parent, {})
-        if child is None:
-            child = node[parent] = {}
+        child = node.get(parent)
         if isinstance(child, str):  # a preset, of which one field is overridden
-            child = node[parent] = _preset_fields(kinds, child, f"--set {text}: {parent}")
+            child = _preset_fields(kinds, child, where)
+        node[parent] = child = {} if child is None else child
         if not isinstance(child, dict):
-            raise RecipeError(
-                "this key holds a value, not a group",
-                where=f"--set {text}: {parent}",
-                got=child,
-                remedy=f"Set it as a whole: --set {parent}=VALUE",
-            )
+            remedy = f"Set it as a whole: --set {parent}=VALUE"
+            raise RecipeError("this key holds a value, not a group", where=where, got=child, remedy=remedy)
         node = child
     node[last] = _yaml_value(value)
 
@@ -221,15 +208,9 @@ def _yaml_value(text: str) -> Any:
     except yaml.YAMLError as error:
         raise RecipeError(f"the value is not valid YAML: {error}", where=f"--set …={text}") from error
     if isinstance(value, str):
-        # YAML 1.1 reads 1e-4 as text; users mean a number.
-        try:
+        with suppress(ValueError):  # YAML 1.1 reads 1e-4 as text; users mean a number
             return float(value)
-        except ValueError:
-            return value
     return value
-
-
-# From the first validation error to one line.
 
 
 @dataclass(frozen=True)
@@ -242,12 +223,10 @@ class _Source:
     """Locations of the errors of the file without the overrides."""
 
     def locate(self, keys: Sequence[str], location: Sequence[Any], known_key: bool) -> str:
-        """The place of an error: the override that caused it, or the key in the file.
+        """The override that caused an error, or the key in the file.
 
-        Args:
-            keys: path to the error, as users write it.
-            location: the same path, as pydantic reports it.
-            known_key: False if the last key is not a field.
+        ``keys`` lead to the error as users write them, ``location`` as pydantic reports it; ``known_key`` is False if
+        the last key is not a field.
         """
         overrides = [key for key in self.override_keys if _overlap(key.split("."), keys)]
         if not overrides or tuple(location) in self.file_errors:
@@ -283,13 +262,8 @@ def _recipe_error(recipe: type[Recipe], error: ValidationError, source: _Source)
     got = repr(first.get("input"))[:80] if has_value else None
     choices = _choices(path.annotation)
     if choices and any(item["type"] == "literal_error" and other.keys == path.keys for item, other in errors):
-        return RecipeError(
-            "no such choice",
-            where=where,
-            got=got,
-            expected=f"one of {', '.join(choices)}",
-            remedy=_suggestion(str(first["input"]), choices),
-        )
+        expected, remedy = f"one of {', '.join(choices)}", _suggestion(str(first["input"]), choices)
+        return RecipeError("no such choice", where=where, got=got, expected=expected, remedy=remedy)
     # Every member of a union complains about the same value: count places, not errors.
     others = len({other.keys for _, other in errors}) - 1
     more = f" (and {others} more)" if others else ""
@@ -297,13 +271,9 @@ def _recipe_error(recipe: type[Recipe], error: ValidationError, source: _Source)
 
 
 def _preset_error(name: str, presets: Iterable[str], where: str) -> RecipeError:
-    return RecipeError(
-        "no such preset",
-        where=where,
-        got=repr(name),
-        expected=f"one of {', '.join(presets)}, or a mapping",
-        remedy=_suggestion(name, presets),
-    )
+    expected = f"one of {', '.join(presets)}, or a mapping"
+    remedy = _suggestion(name, presets)
+    return RecipeError("no such preset", where=where, got=repr(name), expected=expected, remedy=remedy)
 
 
 def _suggestion(name: str, known: Iterable[str]) -> str | None:
@@ -370,13 +340,8 @@ def _choices(annotation: Any) -> list[str]:
 def _tagged(field: FieldInfo) -> dict[str, type[BaseModel]]:
     """The members of a discriminated union by their tags; empty for any other field."""
     name = field.discriminator
-    if not isinstance(name, str):
-        return {}
-    return {
-        str(tag): model
-        for model in _models_in(field.annotation)
-        for tag in get_args(model.model_fields[name].annotation)
-    }
+    models = _models_in(field.annotation) if isinstance(name, str) else []
+    return {str(tag): model for model in models for tag in get_args(model.model_fields[str(name)].annotation)}
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

@@ -28,19 +28,12 @@ class VolumeBatch:
 
     def to(self, device: torch.device | str) -> VolumeBatch:
         """The same batch on a device."""
-        moved = {
-            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
-        }
-        return replace(self, **moved)
+        tensors = {name: value for name, value in vars(self).items() if value is not None}
+        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
 
     def inputs(self) -> dict[str, Tensor]:
         """The keyword arguments of a model's forward pass."""
-        return {
-            "pixel_values": self.pixel_values,
-            "contrast_mask": self.contrast_mask,
-            "slice_mask": self.slice_mask,
-            "positions_mm": self.positions_mm,
-        }
+        return {name: value for name, value in vars(self).items() if name != "masks"}
 
 
 def as_tensor(pixels: Num[np.ndarray, "..."]) -> Tensor:
@@ -56,12 +49,9 @@ def to_unit_range(pixels: Tensor) -> Float[Tensor, "..."]:
 
 
 def evenly_spaced_slices(num_slices: int, wanted: int | None, margin: float = 0.0) -> Int[np.ndarray, "S"]:
-    """Indices of evenly spaced slices, each in the middle of its share of the stack.
+    """Indices of at most ``wanted`` slices (None: all), each in the middle of its share of the stack.
 
-    Args:
-        num_slices: slices of the stack.
-        wanted: most indices; None for all.
-        margin: share of the stack to leave out at each end.
+    ``margin`` is the share of the stack to leave out at each end.
     """
     if wanted is None or wanted >= num_slices:
         return np.arange(num_slices)
@@ -71,11 +61,9 @@ def evenly_spaced_slices(num_slices: int, wanted: int | None, margin: float = 0.
 
 
 def collate(stacks: Sequence[Stack], slices: Sequence[np.ndarray] | None = None) -> VolumeBatch:
-    """Stacks of any length as one batch; shorter ones are padded with zeros and ``slice_mask`` False.
+    """Stacks with equal contrasts and slice size as one batch; shorter ones are padded with zeros.
 
-    Args:
-        stacks: with equal contrasts and slice size.
-        slices: indices of slices of each stack; all if None.
+    ``slices``: indices of the chosen slices of each stack; all if None.
     """
     chosen = [np.arange(len(stack.pixels)) for stack in stacks] if slices is None else list(slices)
     length = max(len(index) for index in chosen)
@@ -101,11 +89,7 @@ def collate(stacks: Sequence[Stack], slices: Sequence[np.ndarray] | None = None)
 
 
 def remove_contrasts(stack: Stack, absent: Sequence[str]) -> Stack:
-    """The stack as if some contrasts had not been scanned.
-
-    Raises:
-        ValueError: no contrast would be left.
-    """
+    """The stack as if some contrasts had not been scanned; ValueError if no contrast is left."""
     keep = stack.present & np.array([contrast not in absent for contrast in stack.contrasts])
     if not keep.any():
         raise ValueError(f"no contrast is left of {stack.contrasts} without {tuple(absent)}")

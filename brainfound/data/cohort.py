@@ -36,12 +36,12 @@ class Cohort:
     """Sessions of one source.
 
     Attributes:
-        table: one row per scan, with the columns `brainfound.data.sources.tables.COLUMNS` and further ones. The first of several scans of one
-            contrast in a session is used.
+        table: one row per scan, with `brainfound.data.sources.tables.COLUMNS` and further columns. The first of several
+            scans of one contrast in a session is used.
         root: the folder of the source's relative paths.
         mask_columns: the columns of label maps.
         source: the recognised layout ("BIDS", "manifest", "FOMO60K", …).
-        notes: remarks on the reading, one line each, without identifiers.
+        notes: remarks on the reading, without identifiers.
         unused: files that are not scans of the table, each with the reason.
     """
 
@@ -64,14 +64,12 @@ class Cohort:
 
     @classmethod
     def read(cls, path: str | Path, *, work: str | Path | None = None) -> Cohort:
-        """Read a folder or file of any layout of `brainfound.data.sources`.
+        """Read a folder, a manifest, or another file of any layout of `brainfound.data.sources`.
 
-        Args:
-            path: a manifest, a JSON of OpenMind, or a folder.
-            work: folder for converted files (from DICOM), which are kept and used again.
+        Files converted from DICOM are kept in the folder ``work`` and used again.
 
         Raises:
-            CohortError: the path does not exist, is not recognised, is damaged, or holds no scans.
+            CohortError: the path is missing, not recognised, damaged, or without scans.
             UsageError: a package that the source needs is not installed.
         """
         return cls(**vars(read_source(Path(path), None if work is None else Path(work))))
@@ -89,12 +87,10 @@ class Cohort:
         for (subject, session), rows in sorted(groups.items(), key=lambda item: item[0]):
             scans: dict[str, Path] = {}
             extra: list[tuple[str, Path]] = []
-            for row in rows:
-                contrast, file = columns["contrast"][row], Path(columns["path"][row])
+            for contrast, file in ((columns["contrast"][row], Path(columns["path"][row])) for row in rows):
                 if contrast in scans:
                     extra.append((contrast, file))
-                else:
-                    scans[contrast] = file
+                scans.setdefault(contrast, file)
             masks = {c: _first_known(columns[c], rows) for c in self.mask_columns if c in columns}
             yield Session(
                 subject=str(subject),

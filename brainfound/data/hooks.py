@@ -1,11 +1,9 @@
 """Hooks: external tools that run on each scan before it is prepared, such as skull-strippers and registrations.
 
-A hook is a command with placeholders. It is split into words once and never goes through a shell, so a file name cannot
-become a command. Hooks come from the user only, never from a store, model or bundle; the store records them.
-
-A tool runs in a temporary folder, with files under neutral names. It is killed after a timeout, and when the process
-that runs it dies: a small guard process starts the tool and reads from a pipe to which nobody writes. When the pipe
-closes, its other end has died, and the guard kills its process group: the tool, the children of the tool, and itself.
+A hook is a command with placeholders, split into words once and never read by a shell. Hooks come from the user only,
+never from a store, model or bundle; the store records them. A tool runs in a temporary folder, with files under neutral
+names. A guard process starts it, and kills its process group when a pipe to which nobody writes closes: then the
+process that runs the hook has died.
 """
 
 from __future__ import annotations
@@ -38,9 +36,7 @@ from brainfound.recipes import Recipe, validate
 
 PLACEHOLDERS = ("{input}", "{output}", "{reference}")
 _SHELL_WORDS = {"|", "||", "&", "&&", ";", "<", ">", ">>", "2>", "2>&1"}
-_VERSION_TIMEOUT_S = 60
-_VERSION_LENGTH = 200
-_MESSAGE_LENGTH = 300
+_VERSION_TIMEOUT_S, _VERSION_LENGTH, _MESSAGE_LENGTH = 60, 200, 300
 _GUARD = """
 import os, signal, subprocess, sys, threading
 def end_with_parent():
@@ -57,6 +53,9 @@ os._exit(code if code >= 0 else 128 - code)
 """The program of the guard. After a signal the exit code is 128 plus the signal's number, as in shells."""
 
 
+_TRY_ALONE = "Try the tool alone on this scan"
+
+
 class Hook(Recipe):
     """A tool, and the command that runs it on one scan."""
 
@@ -68,7 +67,7 @@ class Hook(Recipe):
 
     command: str
     """The command with {input} and {output}, and for a registration {reference}: `.nii.gz` files in the temporary
-    folder in which the command runs. No shell reads it: pipes and variables do not work."""
+    folder in which it runs. No shell reads it: pipes and variables do not work."""
 
     contrasts: Annotated[tuple[str, ...], BeforeValidator(parse_contrasts)] = ()
     """The contrasts on which it runs; empty: all."""
@@ -125,7 +124,6 @@ class Hook(Recipe):
 
     @property
     def executable(self) -> str:
-        """The program that must be installed."""
         return self.needs or shlex.split(self.command)[0]
 
     def words(self, **files: Path) -> list[str]:
@@ -140,6 +138,11 @@ class Hook(Recipe):
         return (not self.contrasts or contrast in self.contrasts) and not (self.step == "register" and is_reference)
 
 
+_SYNTHSTRIP: dict[str, Any] = {
+    "step": "skull_strip",
+    "citation": "Hoopes et al. 2022, NeuroImage 260:119474",
+    "licence": "FreeSurfer software licence",
+}
 _HD_BET: dict[str, Any] = {
     "step": "skull_strip",
     "needs": "hd-bet",
@@ -150,13 +153,7 @@ _HD_BET: dict[str, Any] = {
 BUILTIN_HOOKS: dict[str, Hook] = {
     hook.name: hook
     for hook in (
-        Hook(
-            name="synthstrip",
-            step="skull_strip",
-            command="mri_synthstrip -i {input} -o {output}",
-            citation="Hoopes et al. 2022, NeuroImage 260:119474",
-            licence="FreeSurfer software licence",
-        ),
+        Hook(name="synthstrip", command="mri_synthstrip -i {input} -o {output}", **_SYNTHSTRIP),
         Hook(name="hd-bet", command="hd-bet -i {input} -o {output}", **_HD_BET),
         Hook(name="hd-bet-cpu", command="hd-bet -i {input} -o {output} -device cpu --disable_tta", **_HD_BET),
         Hook(
@@ -176,9 +173,7 @@ BUILTIN_HOOKS: dict[str, Hook] = {
 def load_hooks(names_or_files: Iterable[str | Path | Hook]) -> tuple[Hook, ...]:
     """Hooks by name (see `BUILTIN_HOOKS`), from YAML files, or given as a command with ``{input}`` and ``{output}``.
 
-    Raises:
-        UsageError: there is no such hook or file, its tool is not installed, or a registration is not the last.
-        RecipeError: a file is not a hook.
+    UsageError: there is no such hook, its tool is not installed, or a registration is not the last.
     """
     hooks = tuple(item if isinstance(item, Hook) else _load_hook(str(item)) for item in names_or_files)
     names = [hook.name for hook in hooks]
@@ -188,17 +183,14 @@ def load_hooks(names_or_files: Iterable[str | Path | Hook]) -> tuple[Hook, ...]:
     steps = [hook.step for hook in hooks]
     if "register" in steps and set(steps[steps.index("register") :]) != {"register"}:
         # The target of a registration is the reference scan after all of its hooks.
-        raise UsageError(
-            "registrations come after the other hooks", where="hook", got=", ".join(names), remedy="Change the order"
-        )
+        what, remedy = "registrations come after the other hooks", "Change the order"
+        raise UsageError(what, where="hook", got=", ".join(names), remedy=remedy)
     for hook in hooks:
         if shutil.which(hook.executable) is None:
-            raise UsageError(
-                f"the tool of the hook {hook.name} is not installed",
-                where="hook",
-                expected=f"{Path(hook.executable).name} on the PATH",
-                remedy="Install it, or load its module, and try again",
-            )
+            what = f"the tool of the hook {hook.name} is not installed"
+            expected = f"{Path(hook.executable).name} on the PATH"
+            remedy = "Install it, or load its module, and try again"
+            raise UsageError(what, where="hook", expected=expected, remedy=remedy)
     return hooks
 
 
@@ -249,15 +241,9 @@ def _without_folder(word: str) -> str:
 def _version(hook: Hook) -> str | None:
     if hook.version_command is None:
         return None
+    streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     try:
-        done = subprocess.run(
-            shlex.split(hook.version_command),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=_VERSION_TIMEOUT_S,
-            check=False,
-        )
+        done = subprocess.run(shlex.split(hook.version_command), timeout=_VERSION_TIMEOUT_S, check=False, **streams)
     except (OSError, subprocess.TimeoutExpired):
         return None
     lines = done.stdout.decode(errors="replace").split("\n")
@@ -267,17 +253,12 @@ def _version(hook: Hook) -> str | None:
 def run_hooks(
     scan_path: str | Path, hooks: Sequence[Hook], *, contrast: str, reference: Path | None = None, folder: str | Path
 ) -> Path:
-    """Run hooks on one scan, in order.
+    """Run hooks on one scan (also inside a zip), in order; returns the file to read, the scan itself if no hook ran.
 
     Args:
-        scan_path: the scan, also inside a zip.
         hooks: hooks for other contrasts are skipped.
-        contrast: the contrast of the scan.
         reference: the session's reference scan after its hooks; None for the reference scan itself.
         folder: an existing folder for the tools' files; the caller removes it when the result has been read.
-
-    Returns:
-        The file to read: the scan itself if no hook ran on it.
 
     Raises:
         ScanError: a tool failed, see `run_hook`.
@@ -291,20 +272,10 @@ def run_hooks(
 
 
 def run_hook(scan_path: Path, hook: Hook, folder: Path, reference: Path | None = None) -> Path:
-    """Run one hook on one scan.
+    """Run one hook on one scan, in a new folder; returns the tool's output, under the name of the scan.
 
-    Args:
-        scan_path: the scan, also inside a zip.
-        folder: a new folder for the tool's files.
-        reference: the target of a registration.
-
-    Returns:
-        The output of the tool, under the name of the scan.
-
-    Raises:
-        ScanError: the tool failed, took too long, wrote nothing, or wrote something that is not a scan.
+    ScanError: the tool failed, took too long, wrote nothing, or wrote something that is not a scan.
     """
-    scan_path = Path(scan_path)
     folder.mkdir(parents=True)
     files = {"input": anonymised_copy(scan_path, folder / "input.nii.gz"), "output": folder / "output.nii.gz"}
     if hook.step == "register":
@@ -313,18 +284,13 @@ def run_hook(scan_path: Path, hook: Hook, folder: Path, reference: Path | None =
     _execute(hook, hook.words(**files), folder, scan_path.name)
     output = files["output"]
     if not output.is_file():
-        raise ScanError(
-            f"the hook {hook.name} wrote no output", where=scan_path.name, remedy="Check its command, and try it alone"
-        )
+        what, remedy = f"the hook {hook.name} wrote no output", "Check its command, and try it alone"
+        raise ScanError(what, where=scan_path.name, remedy=remedy)
     try:
         load_scan(output)
     except ScanError as error:
-        raise ScanError(
-            f"what the hook {hook.name} wrote cannot be used: {error.what}",
-            where=scan_path.name,
-            got=error.got,
-            remedy="Try the tool alone on this scan",
-        ) from error
+        what = f"what the hook {hook.name} wrote cannot be used: {error.what}"
+        raise ScanError(what, where=scan_path.name, got=error.got, remedy=_TRY_ALONE) from error
     for name in ("input", "reference"):
         if name in files:
             files[name].unlink(missing_ok=True)
@@ -333,11 +299,7 @@ def run_hook(scan_path: Path, hook: Hook, folder: Path, reference: Path | None =
 
 
 def anonymised_copy(source: Path, target: Path) -> Path:
-    """Copy a scan to a ``.nii.gz`` with a neutral name; voxels and affine do not change.
-
-    Raises:
-        ScanError: the file is missing or cannot be read.
-    """
+    """Copy a scan to a ``.nii.gz`` with a neutral name; voxels and affine do not change."""
     if not is_file(source):
         raise ScanError("no such file", where=source.name, remedy="Check the path in the manifest or folder")
     name = source.name.lower()
@@ -361,45 +323,30 @@ def _stem(path: Path) -> str:
 
 
 def _execute(hook: Hook, words: list[str], folder: Path, name: str) -> None:
-    log = folder / "stdout.txt"
-    errors = folder / "stderr.txt"
+    log, errors = folder / "stdout.txt", folder / "stderr.txt"
+    # Isolated and without site packages: the guard starts fast, and ignores the environment of the tool.
+    command = [sys.executable, "-I", "-S", "-c", _GUARD, *words]
+    environment = {**os.environ, **hook.environment}
     with log.open("wb") as out, errors.open("wb") as err:
+        streams: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": out, "stderr": err}
         try:
-            # Isolated and without site packages: the guard starts fast, and ignores the environment of the tool.
-            process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", _GUARD, *words],
-                stdin=subprocess.PIPE,
-                stdout=out,
-                stderr=err,
-                cwd=folder,
-                env={**os.environ, **hook.environment},
-                start_new_session=True,
-            )
+            process = subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **streams)
         except OSError as error:
-            raise ScanError(
-                f"the hook {hook.name} cannot be started: {error.strerror}",
-                where=name,
-                remedy=f"Check that {Path(hook.executable).name} is installed",
-            ) from error
+            what = f"the hook {hook.name} cannot be started: {error.strerror}"
+            remedy = f"Check that {Path(hook.executable).name} is installed"
+            raise ScanError(what, where=name, remedy=remedy) from error
         try:
             code = process.wait(hook.timeout_s)
         except subprocess.TimeoutExpired:
-            raise ScanError(
-                f"the hook {hook.name} took too long",
-                where=name,
-                got=f"more than {hook.timeout_s:g} s",
-                remedy="Set a longer timeout_s in the hook's file, or leave the scan out",
-            ) from None
+            what, got = f"the hook {hook.name} took too long", f"more than {hook.timeout_s:g} s"
+            remedy = "Set a longer timeout_s in the hook's file, or leave the scan out"
+            raise ScanError(what, where=name, got=got, remedy=remedy) from None
         finally:
             _end(process)
     if code != 0:
         last = _last_line(errors, folder) or _last_line(log, folder) or "it said nothing"
-        raise ScanError(
-            f"the hook {hook.name} failed: {last}",
-            where=name,
-            got=f"exit code {code}",
-            remedy="Try the tool alone on this scan",
-        )
+        what = f"the hook {hook.name} failed: {last}"
+        raise ScanError(what, where=name, got=f"exit code {code}", remedy=_TRY_ALONE)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -31,24 +31,19 @@ from brainfound.data.checking.rules import (
 )
 from brainfound.data.cohort import Session
 from brainfound.data.hooks import Hook, run_hooks
-from brainfound.data.preprocessing.quality import ScanQuality
 from brainfound.data.preprocessing.settings import Preprocessing
-from brainfound.data.preprocessing.stack import Stack
+from brainfound.data.preprocessing.stack import ScanQuality, Stack
 from brainfound.data.preprocessing.stack_builder import StackBuilder
-from brainfound.data.reading.scan import Scan, load_scan, read_header
+from brainfound.data.reading.scan import load_scan, read_header
 from brainfound.data.store import Store
 from brainfound.errors import ModelError, ScanError, UsageError
 
 
 @dataclass(frozen=True)
 class CheckedScan:
-    """One file with its findings.
+    """One file with its findings; ``quality`` is None if it cannot be used.
 
-    Attributes:
-        contrast: its name in the source.
-        findings: one or more per rule that applies.
-        quality: measurements of the scan; None if it cannot be used.
-        is_used: False for a contrast that the model does not read, and for a second scan of a contrast.
+    ``is_used`` is False for a contrast that the model does not read, and for a second scan of a contrast.
     """
 
     contrast: str
@@ -85,13 +80,7 @@ class CheckedSession:
 def check_session(
     session: Session, preprocessing: Preprocessing, contract: InputContract, hooks: Sequence[Hook] = ()
 ) -> CheckedSession:
-    """Check the scans of one session, as the model would read them.
-
-    Args:
-        session: from a cohort, or from `session_from_files`.
-        preprocessing, contract: those of the model.
-        hooks: tools that run on each scan first.
-    """
+    """Check the scans of one session, as a model with this preprocessing and contract would read them."""
     with tempfile.TemporaryDirectory() if hooks else nullcontext("") as folder:
         return _SessionCheck(session, preprocessing, contract, hooks, Path(folder)).run()
 
@@ -111,7 +100,7 @@ class _SessionCheck:
     def run(self) -> CheckedSession:
         session = self.session
         wanted = [contrast for contrast in self.preprocessing.contrasts if contrast in session.scans]
-        for contrast in wanted:
+        for contrast in wanted:  # each check reads the scans before it
             self.scans.append(self._check(contrast, session.scans[contrast]))
         for contrast, file in session.scans.items():
             if contrast not in wanted:
@@ -146,35 +135,29 @@ class _SessionCheck:
             return CheckedScan(contrast, file, (*findings, _failed("file", error)))
         findings += [Finding("file", "ok"), *orientation_findings(scan)]
         try:
-            self.builder = self._add_to_builder(contrast, scan, file.name)
+            if self.builder is None:
+                self.builder = StackBuilder(self.preprocessing, contrast, scan, file.name)
+            else:
+                self.builder.add(contrast, scan, file.name)
         except ScanError as error:
             return CheckedScan(contrast, file, (*findings, _failed("field", error)))
         self.reference = self.reference or processed
-        quality = self.builder.quality[-1]
-        findings += _present([spacing_finding(quality, self.contract)])
-        findings += intensity_findings(scan, quality, self.contract, self.preprocessing)
-        findings += _present([skull_finding(quality, self.contract)])
-        findings += field_of_view_findings(quality, self.contract)
+        quality, contract = self.builder.quality[-1], self.contract
+        findings += _present([spacing_finding(quality, contract)])
+        findings += intensity_findings(scan, quality, contract, self.preprocessing)
+        findings += _present([skull_finding(quality, contract)]) + tuple(field_of_view_findings(quality, contract))
         if len(self.builder.quality) > 1:  # others are compared with the first
             findings.append(overlap_finding(quality))
         return CheckedScan(contrast, file, tuple(findings), quality)
 
-    def _add_to_builder(self, contrast: str, scan: Scan, name: str) -> StackBuilder:
-        if self.builder is None:
-            return StackBuilder(self.preprocessing, contrast, scan, name)
-        self.builder.add(contrast, scan, name)
-        return self.builder
-
     def _check_unread(self, contrast: str, file: Path, has_others: bool) -> CheckedScan:
-        names = ", ".join(self.preprocessing.contrasts)
         if contrast not in CONTRASTS:
             finding = Finding("contrast", "fail", f"unknown contrast {contrast!r}", _remedy_of_name(contrast))
         elif has_others:
             finding = Finding("contrast", "note", f"the model does not read {contrast}")
         else:
-            message = f"the session has none of the model's contrasts ({names})"
-            remedy = "Give one of them, or use a model that reads what there is"
-            finding = Finding("contrast", "fail", message, remedy)
+            message = f"the session has none of the model's contrasts ({', '.join(self.preprocessing.contrasts)})"
+            finding = Finding("contrast", "fail", message, "Give one of them, or use a model that reads what there is")
         return CheckedScan(contrast, file, (finding,), is_used=False)
 
 
@@ -197,10 +180,8 @@ def _remedy_of_name(contrast: str) -> str:
 def session_from_files(inputs: Iterable[str], contrasts: tuple[str, ...]) -> Session:
     """One session from ``FILE`` and ``CONTRAST=FILE`` arguments, as in `predict`.
 
-    A single file with an unknown contrast in its name gets the contrast of a model that has only one.
-
-    Raises:
-        UsageError: the contrast of a file is unknown, or is given twice.
+    A single file with an unknown contrast in its name gets the contrast of a model that has only one. UsageError: the
+    contrast of a file is unknown, or is given twice.
     """
     texts = list(inputs)
     scans: dict[str, Path] = {}
@@ -214,12 +195,8 @@ def session_from_files(inputs: Iterable[str], contrasts: tuple[str, ...]) -> Ses
         if contrast == UNKNOWN and len(texts) == len(contrasts) == 1:
             contrast = contrasts[0]
         if contrast == UNKNOWN:
-            raise UsageError(
-                "the contrast cannot be told from the file name",
-                where=file.name,
-                expected=", ".join(contrasts),
-                remedy=f"Say it: {contrasts[-1]}={file.name}",
-            )
+            what, remedy = "the contrast cannot be told from the file name", f"Say it: {contrasts[-1]}={file.name}"
+            raise UsageError(what, where=file.name, expected=", ".join(contrasts), remedy=remedy)
         if contrast in scans:
             got = f"{scans[contrast].name} and {file.name}"
             raise UsageError(f"two scans of {contrast}", got=got, remedy="Give one")
@@ -228,11 +205,7 @@ def session_from_files(inputs: Iterable[str], contrasts: tuple[str, ...]) -> Ses
 
 
 def load_model_contract(folder: str | Path) -> tuple[Preprocessing, InputContract]:
-    """The preprocessing and the contract of a run, an export, a bundle, or a store (which is measured).
-
-    Raises:
-        ModelError: the folder is none of these.
-    """
+    """The preprocessing and the contract of a run, an export, a bundle, or a store (which is measured)."""
     folder = Path(folder)
     if not folder.is_dir():
         raise ModelError("no such model", where=folder, remedy="Give a run folder, its export, a bundle or a store")
@@ -246,6 +219,11 @@ def load_model_contract(folder: str | Path) -> tuple[Preprocessing, InputContrac
     return preprocessing, contract or InputContract.from_preprocessing(preprocessing)
 
 
+def finding_to_dict(finding: Finding) -> dict[str, str]:
+    """A finding as plain values for JSON."""
+    return asdict(finding)
+
+
 def scan_to_dict(scan: CheckedScan, keep_ids: bool) -> dict[str, Any]:
     """A scan as plain values for JSON; with its file name only if identifiers are kept."""
     row: dict[str, Any] = {"contrast": scan.contrast, "level": scan.level, "is_used": scan.is_used}
@@ -256,8 +234,3 @@ def scan_to_dict(scan: CheckedScan, keep_ids: bool) -> dict[str, Any]:
     if scan.quality is not None:
         row |= {name: value for name, value in scan.quality.to_row().items() if name not in ("file", "notes")}
     return row
-
-
-def finding_to_dict(finding: Finding) -> dict[str, str]:
-    """A finding as plain values for JSON."""
-    return asdict(finding)

@@ -1,11 +1,7 @@
-"""The input contract of a model: properties of its training scans, measured on its training store.
-
-`brainfound check` compares new scans with it. It holds ranges only, nothing about a single subject.
-"""
+"""The input contract of a model: ranges of its training scans, never values of one subject, for `brainfound check`."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +15,7 @@ from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.store import Store
 from brainfound.data.store.reader import select_sessions
 from brainfound.errors import ModelError
-from brainfound.recipes import Recipe, validate
+from brainfound.recipes import Recipe, load_json
 
 FILE_NAME = "input_contract.json"
 
@@ -68,8 +64,7 @@ class InputContract(Recipe):
     """Hooks that ran on each scan before, such as a skull-stripper."""
 
     never_absent: tuple[str, ...] = ()
-    """Contrasts that training never lacked: every session had them, and contrast dropout never withheld them. Empty if
-    that is not known."""
+    """Contrasts that every session had and contrast dropout never withheld. Empty if that is not known."""
 
     @property
     def is_measured(self) -> bool:
@@ -82,8 +77,7 @@ class InputContract(Recipe):
     ) -> InputContract:
         """Measure a store, or some of its sessions (those of the training part).
 
-        Args:
-            withheld_in_training: whether training withholds contrasts at random, so that each is absent at times.
+        ``withheld_in_training``: training withholds contrasts at random, so that each is absent at times.
         """
         rows = np.arange(len(store)) if sessions is None else np.asarray(sessions, dtype=np.int64)
         table = store.sessions.iloc[rows]
@@ -110,44 +104,25 @@ class InputContract(Recipe):
 
     def save(self, folder: str | Path) -> Path:
         """Write ``input_contract.json`` into a folder."""
-        path = Path(folder) / FILE_NAME
-        path.write_text(json.dumps(self.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
-        return path
+        return self.save_json(Path(folder) / FILE_NAME)
 
     @classmethod
     def load(cls, folder: str | Path) -> InputContract:
-        """Read ``input_contract.json`` from a folder.
-
-        Raises:
-            ModelError: the file is missing or is not valid JSON.
-            RecipeError: a key or value is refused.
-        """
+        """As `load_or_none`, but a ModelError if the file is missing."""
         contract = cls.load_or_none(folder)
         if contract is None:
-            raise ModelError(
-                f"{FILE_NAME} is missing", where=folder, remedy="The model was saved without one; export it again"
-            )
+            remedy = "The model was saved without one; export it again"
+            raise ModelError(f"{FILE_NAME} is missing", where=folder, remedy=remedy)
         return contract
 
     @classmethod
     def load_or_none(cls, folder: str | Path) -> InputContract | None:
-        """As `load`, but None if the file is missing."""
-        path = Path(folder) / FILE_NAME
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        except ValueError as error:
-            raise ModelError(f"not valid JSON: {error}", where=path, remedy="Export the model again") from None
-        return validate(cls, content, where=str(path))
+        """Read ``input_contract.json`` from a folder; None if it is missing. Errors as `load_json`."""
+        return load_json(cls, Path(folder) / FILE_NAME)
 
 
 def missing_contrast_note(contrast: str, where: str = "") -> str:
-    """A note on predictions without a contrast that training never lacked.
-
-    Args:
-        where: the predictions it concerns, such as "in 3 of 40 sessions".
-    """
+    """A note on predictions without a contrast that training never lacked; ``where``: such as "in 3 of 40 sessions"."""
     missing = f"{contrast} is missing {where}".rstrip()
     return f"{missing}: the model never learnt to do without it, and its answer may mean nothing"
 
@@ -159,20 +134,11 @@ def _always_present(store: Store, rows: np.ndarray) -> tuple[str, ...]:
 
 
 def _contract_fields(preprocessing: Preprocessing) -> dict[str, Any]:
-    return {
-        "contrasts": preprocessing.contrasts,
-        "spacing_mm": preprocessing.spacing_mm,
-        "size": preprocessing.size,
-        "hooks": preprocessing.hooks,
-    }
+    return preprocessing.model_dump(include={"contrasts", "spacing_mm", "size", "hooks"})
 
 
 def _max_spacing_mm(text: str) -> float:
-    """The longest edge of a spacing in the quality table.
-
-    >>> _max_spacing_mm("0.7x0.7x4")
-    4.0
-    """
+    """The longest edge of a spacing in the quality table, such as ``0.7x0.7x4``."""
     return max(float(part) for part in text.split("x"))
 
 

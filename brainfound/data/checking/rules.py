@@ -1,9 +1,7 @@
 """The rules of `brainfound check` for scans and sessions: one function per question.
 
 A rule returns a finding: ``ok``; ``note`` (nothing is wrong); ``warn`` (a person should look); ``fail`` (outside of the
-model's use). A rule returns None if the model's contract does not cover its question.
-
-Axis legend: X left → right, Y posterior → anterior, Z inferior → superior.
+model's use). It returns None if the model's contract does not cover its question.
 """
 
 from __future__ import annotations
@@ -16,8 +14,8 @@ from typing import Any, Literal
 import numpy as np
 
 from brainfound.data.checking.contract import InputContract, missing_contrast_note
-from brainfound.data.preprocessing.quality import ScanQuality
 from brainfound.data.preprocessing.settings import Preprocessing
+from brainfound.data.preprocessing.stack import ScanQuality
 from brainfound.data.reading.scan import Scan
 
 Level = Literal["ok", "note", "warn", "fail"]
@@ -86,35 +84,23 @@ def spacing_finding(quality: ScanQuality, contract: InputContract) -> Finding | 
         limit, what = MAX_GRID_SPACING_RATIO * max(fixed), f"the model's grid has {max(fixed):g} mm"
     if longest <= limit:
         return Finding("spacing", "ok")
-    return Finding(
-        "spacing",
-        "warn",
-        f"voxels are up to {longest:.3g} mm long; {what}",
-        "Expect worse answers; use a finer scan where there is one, or a model that learnt from such scans",
-    )
+    remedy = "Expect worse answers; use a finer scan where there is one, or a model that learnt from such scans"
+    return Finding("spacing", "warn", f"voxels are up to {longest:.3g} mm long; {what}", remedy)
 
 
 def contrast_finding(contrast: str, contract: InputContract) -> Finding:
     """Did the model see this contrast in training?"""
-    if contract.is_measured and contrast not in contract.coarsest_mm:
-        return Finding(
-            "contrast",
-            "warn",
-            f"no training session had {contrast}: the model never learnt to read it",
-            "Leave this contrast out",
-        )
-    return Finding("contrast", "ok")
+    if not contract.is_measured or contrast in contract.coarsest_mm:
+        return Finding("contrast", "ok")
+    message = f"no training session had {contrast}: the model never learnt to read it"
+    return Finding("contrast", "warn", message, "Leave this contrast out")
 
 
 def missing_contrast_findings(contrasts: Collection[str], contract: InputContract) -> list[Finding]:
     """Are all contrasts present that training never lacked?"""
     absent = [contrast for contrast in contract.never_absent if contrast not in contrasts]
-    return [
-        Finding(
-            "contrast", "warn", missing_contrast_note(contrast), "Give it, or use a model trained with contrast dropout"
-        )
-        for contrast in absent
-    ]
+    remedy = "Give it, or use a model trained with contrast dropout"
+    return [Finding("contrast", "warn", missing_contrast_note(contrast), remedy) for contrast in absent]
 
 
 def intensity_findings(
@@ -126,54 +112,33 @@ def intensity_findings(
     if _is_label_map(scan, different, counts):
         message = f"only {len(different)} different values, as in a mask or label map"
         return [Finding("intensity", "fail", message, "Give the image from which the mask was drawn")]
-    found = [
-        _quantised(different),
-        _clipped(values, quality),
-        _negative(quality, contract),
-        _outside_of_range(values, quality, preprocessing),
-    ]
-    return [finding for finding in found if finding is not None] or [Finding("intensity", "ok")]
+    found: list[Finding] = []
 
+    def add(level: Level, message: str, remedy: str = "") -> None:
+        found.append(Finding("intensity", level, message, remedy))
 
-def _quantised(different: np.ndarray) -> Finding | None:
-    if len(different) >= FEW_VALUES:
-        return None
-    message = f"only {len(different)} different values: too coarsely quantised"
-    return Finding("intensity", "warn", message, "Export the scan again with 12 or 16 bits")
-
-
-def _clipped(values: np.ndarray, quality: ScanQuality) -> Finding | None:
+    if len(different) < FEW_VALUES:
+        message = f"only {len(different)} different values: too coarsely quantised"
+        add("warn", message, "Export the scan again with 12 or 16 bits")
     foreground = int(np.count_nonzero(values > quality.intensity_low))
     at_top = int(np.count_nonzero(values == quality.maximum)) / max(foreground, 1)
-    if at_top <= MAX_CLIPPED_SHARE:
-        return None
-    message = f"{at_top:.0%} of the foreground has the highest value, {quality.maximum:g}: it was clipped"
-    return Finding("intensity", "warn", message, "Use the scan as it was before it was windowed or rescaled")
-
-
-def _negative(quality: ScanQuality, contract: InputContract) -> Finding | None:
+    if at_top > MAX_CLIPPED_SHARE:
+        message = f"{at_top:.0%} of the foreground has the highest value, {quality.maximum:g}: it was clipped"
+        add("warn", message, "Use the scan as it was before it was windowed or rescaled")
     low = quality.minimum
-    if low >= 0:
-        return None
-    if low < -MAX_NEGATIVE_SHARE * abs(quality.intensity_high):
+    if low < 0 and low < -MAX_NEGATIVE_SHARE * abs(quality.intensity_high):
         message = f"values down to {low:g}: magnitude images are not negative"
-        return Finding("intensity", "warn", message, "Check that it is no CT, phase image or z-scored copy")
-    if contract.negative_values is False:
-        message = f"small negative values down to {low:g}, which no training scan had"
-        return Finding("intensity", "note", message)
-    return None
-
-
-def _outside_of_range(values: np.ndarray, quality: ScanQuality, preprocessing: Preprocessing) -> Finding | None:
-    limits = preprocessing.ranges.get(quality.contrast)
-    if limits is None:
-        return None
-    shown = values[values != 0]
-    share = float(((shown < limits[0]) | (shown > limits[1])).mean()) if shown.size else 0.0
-    if share <= MAX_OUT_OF_RANGE_SHARE:
-        return None
-    message = f"{share:.0%} of the voxels lie outside of {limits[0]:g} to {limits[1]:g}, the model's fixed range"
-    return Finding("intensity", "fail" if share > 0.5 else "warn", message, "Check the unit of the map")
+        add("warn", message, "Check that it is no CT, phase image or z-scored copy")
+    elif low < 0 and contract.negative_values is False:
+        add("note", f"small negative values down to {low:g}, which no training scan had")
+    if quality.contrast in preprocessing.ranges:
+        low, high = preprocessing.ranges[quality.contrast]
+        shown = values[values != 0]
+        share = float(((shown < low) | (shown > high)).mean()) if shown.size else 0.0
+        if share > MAX_OUT_OF_RANGE_SHARE:
+            message = f"{share:.0%} of the voxels lie outside of {low:g} to {high:g}, the model's fixed range"
+            add("fail" if share > 0.5 else "warn", message, "Check the unit of the map")
+    return found or [Finding("intensity", "ok")]
 
 
 def _is_label_map(scan: Scan, different: np.ndarray, counts: np.ndarray) -> bool:
@@ -185,8 +150,8 @@ def _is_label_map(scan: Scan, different: np.ndarray, counts: np.ndarray) -> bool
     middle = scan.data[tuple(slice(n // 4, max(n - n // 4, n // 4 + 2)) for n in scan.data.shape)]
     here, next_ = middle[:-1], middle[1:]
     inside = (here != most) & (next_ != most)
-    count = int(np.count_nonzero(inside))
-    return int(np.count_nonzero(inside & (here == next_))) > MIN_LABEL_NEIGHBOUR_SHARE * max(count, 1)
+    same = np.count_nonzero(inside & (here == next_))
+    return bool(same > MIN_LABEL_NEIGHBOUR_SHARE * max(np.count_nonzero(inside), 1))
 
 
 def skull_finding(quality: ScanQuality, contract: InputContract) -> Finding | None:
@@ -250,8 +215,8 @@ def age_finding(age_years: Any, contract: InputContract) -> Finding | None:
         return None
     youngest, oldest = contract.age_years
     try:
-        age = math.nan if age_years is None else float(age_years)
-    except (TypeError, ValueError):
+        age = float(age_years)
+    except (TypeError, ValueError):  # also None
         age = math.nan
     if math.isnan(age):
         return Finding("age", "note", f"the age is not known; the model saw {youngest:g} to {oldest:g} years")

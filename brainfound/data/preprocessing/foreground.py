@@ -1,9 +1,8 @@
 """The foreground of a scan: its head or brain.
 
 A skull-stripped scan has one exact background value, often 0, on the faces of its volume; all other voxels are
-foreground, also small negative values from interpolation around the brain. A scan with air around the head has noise
-there: Otsu's threshold, the largest component, holes filled. The same is done if the voxels other than an exact value
-are a box and larger than a head: the former field of view of a padded scan.
+foreground. Air around a head is noise: Otsu's threshold, the largest component, holes filled. So is a padded scan's
+former field of view: voxels other than an exact value that are a box, and larger than a head.
 
 Axis legend: X left → right, Y posterior → anterior, Z inferior → superior.
 """
@@ -71,8 +70,7 @@ def _constant_background(data: Float[np.ndarray, "X Y Z"]) -> float | None:
 
 
 def _segment_head(data: np.ndarray, spacing_mm: np.ndarray) -> np.ndarray:
-    step = np.maximum(np.rint(COARSE_MM / spacing_mm).astype(int), 1)
-    size = [max(int(s), 1) for s in step]
+    size = [max(int(step), 1) for step in np.rint(COARSE_MM / spacing_mm)]
     coarse = _block_means_3d(data, size)
     head = coarse > _otsu(coarse)
     components, count = ndimage.label(head)
@@ -81,12 +79,13 @@ def _segment_head(data: np.ndarray, spacing_mm: np.ndarray) -> np.ndarray:
         sizes[0] = 0
         head = components == sizes.argmax()
     head = ndimage.binary_dilation(ndimage.binary_closing(np.pad(head, 3), iterations=2))[3:-3, 3:-3, 3:-3]
-    head = _fill(head)
-    fine = head
+    # Holes are filled in the volume, and in each axial slice: a head that is cut at the neck is open below.
+    head = ndimage.binary_fill_holes(head)
+    head = np.stack([ndimage.binary_fill_holes(head[:, :, z]) for z in range(head.shape[2])], axis=2)
     for axis in range(3):
         index = np.minimum((np.arange(data.shape[axis]) + size[axis] // 2) // size[axis], head.shape[axis] - 1)
-        fine = fine.take(index, axis=axis)
-    return fine
+        head = head.take(index, axis=axis)
+    return head
 
 
 def _block_means_3d(data: np.ndarray, size: list[int]) -> np.ndarray:
@@ -109,12 +108,6 @@ def _block_means(rows: np.ndarray, size: int) -> np.ndarray:
         total[first + len(part) :] += rows[-1]
     total *= np.float32(1 / size)
     return total
-
-
-def _fill(head: np.ndarray) -> np.ndarray:
-    """Fill holes in the volume and in each axial slice (a head that is cut at the neck is open below)."""
-    head = ndimage.binary_fill_holes(head)
-    return np.stack([ndimage.binary_fill_holes(head[:, :, z]) for z in range(head.shape[2])], axis=2)
 
 
 def _otsu(values: np.ndarray, bins: int = 256) -> float:

@@ -5,31 +5,25 @@ Axis legend: I J K voxels of any grid.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
 
 import numpy as np
 from jaxtyping import Num
 from scipy import ndimage
 
-_FITS_THE_CACHE = 2**17
-"""Voxels. For smaller volumes, such as the box of one label, a loop over planes costs more than it saves."""
+_CACHE_VOXELS = 2**17
+"""For smaller volumes, such as the box of one label, a loop over planes costs more than it saves."""
 _TIE_BREAKING_SHIFT = np.array([1.0e-3, 1.3e-3, 1.7e-3])
 """In voxels of the input, far below the accuracy of a border."""
 
 
 def resample(
-    volume: Num[np.ndarray, "I J K"],
-    matrix: np.ndarray,
-    shape: tuple[int, int, int],
-    order: int,
+    volume: Num[np.ndarray, "I J K"], matrix: np.ndarray, shape: tuple[int, int, int], order: int
 ) -> np.ndarray:
-    """Sample a volume on another grid; values outside of the volume are 0.
+    """Sample a volume on another grid of this shape; the dtype is kept, and values outside of the volume are 0.
 
-    Args:
-        volume: the input; its dtype is kept.
-        matrix: ``(4, 4)``, index on the output grid → index in ``volume``.
-        shape: the output grid.
-        order: 0 nearest voxel, 1 trilinear.
+    ``matrix`` is ``(4, 4)``, index on the output grid → index in the volume; order 0 is the nearest voxel, 1 trilinear.
     """
     axes = _permutation(matrix[:3, :3])
     if axes is None:
@@ -52,11 +46,8 @@ def smooth_before_downsampling(volume: np.ndarray, ratios: np.ndarray) -> np.nda
     """Blur each axis against aliasing, before it is sampled ``ratio`` times more coarsely.
 
     The kernel widens the point spread from one input voxel to one output voxel, both taken as the full width at half
-    maximum of a Gaussian (Cardoso et al., "Scale factor point spread function matching", MICCAI 2015).
-
-    Args:
-        volume: float volume.
-        ratios: output voxel size / input voxel size along each axis; at most 1 means no blur.
+    maximum of a Gaussian (Cardoso et al., "Scale factor point spread function matching", MICCAI 2015). A ratio is
+    output / input voxel size; at most 1 means no blur.
     """
     for axis, ratio in enumerate(ratios):
         if ratio > 1.05:
@@ -77,25 +68,19 @@ def resample_labels(labels: np.ndarray, matrix: np.ndarray, shape: tuple[int, in
     matrix = np.array(matrix, dtype=np.float64)
     matrix[:3, 3] += _TIE_BREAKING_SHIFT
     inverse = np.linalg.inv(matrix)
-    best = np.zeros(shape, dtype=np.float32)
-    total = np.zeros(shape, dtype=np.float32)
+    best, total = np.zeros(shape, dtype=np.float32), np.zeros(shape, dtype=np.float32)
     out = np.zeros(shape, dtype=labels.dtype)
-    boxes = ndimage.find_objects(labels.astype(np.int32))
-    for label, box in enumerate(boxes, start=1):
+    for label, box in enumerate(ndimage.find_objects(labels.astype(np.int32)), start=1):
         if box is None:
             continue
         region = _image_of_box(box, inverse, shape)
-        if any(part.start >= part.stop for part in region):
-            continue
-        shift = np.eye(4)
-        shift[:3, 3] = [part.start for part in region]
-        # A margin of one voxel, for the interpolation at the border of the label.
-        padded = tuple(slice(max(b.start - 1, 0), b.stop + 1) for b in box)
-        origin = np.eye(4)
-        origin[:3, 3] = [-p.start for p in padded]
         size = tuple(part.stop - part.start for part in region)
+        if min(size) <= 0:
+            continue
+        padded = _with_margin(box)
+        from_region, to_padded = shift([part.start for part in region]), shift([-part.start for part in padded])
         member = (labels[padded] == label).astype(np.float32)
-        share = resample(member, origin @ matrix @ shift, size, order=1)
+        share = resample(member, to_padded @ matrix @ from_region, size, order=1)
         winner = share > best[region]
         best[region] = np.where(winner, share, best[region])
         out[region] = np.where(winner, np.asarray(label, labels.dtype), out[region])
@@ -103,6 +88,18 @@ def resample_labels(labels: np.ndarray, matrix: np.ndarray, shape: tuple[int, in
     # The rest is background; where three labels meet, the largest may be below one half.
     out[best <= 1 - total] = 0
     return out
+
+
+def shift(voxels: float | Sequence[float]) -> np.ndarray:
+    """A translation as a ``(4, 4)`` matrix."""
+    matrix = np.eye(4)
+    matrix[:3, 3] = voxels
+    return matrix
+
+
+def _with_margin(box: tuple[slice, ...]) -> tuple[slice, ...]:
+    """The box with one more voxel on each side, for the interpolation at its border."""
+    return tuple(slice(max(part.start - 1, 0), part.stop + 1) for part in box)
 
 
 def _image_of_box(box: tuple[slice, ...], inverse: np.ndarray, shape: tuple[int, int, int]) -> tuple[slice, ...]:
@@ -134,8 +131,7 @@ def _sample_obliquely(volume: np.ndarray, matrix: np.ndarray, shape: tuple[int, 
     size = tuple(part.stop - part.start for part in region)
     if min(size) <= 0:
         return out
-    # A margin of one voxel, for values that fade to 0 at the border of the box.
-    padded = tuple(slice(max(part.start - 1, 0), part.stop + 1) for part in box)
+    padded = _with_margin(box)
     linear = matrix[:3, :3]
     offset = matrix[:3, 3] + linear @ [part.start for part in region] - [part.start for part in padded]
     ndimage.affine_transform(
@@ -171,12 +167,11 @@ def _sample_axis(
 
 def _as_slice(index: np.ndarray) -> slice | np.ndarray:
     """Indices that are consecutive in either direction as a slice, which gives a view."""
-    if len(index) > 1:
-        step = int(index[1] - index[0])
-        if step in (1, -1) and (np.diff(index) == step).all():
-            stop = int(index[-1]) + step
-            return slice(int(index[0]), stop if stop >= 0 else None, step)
-    return index
+    steps = np.diff(index)
+    if len(steps) == 0 or steps[0] not in (1, -1) or (steps != steps[0]).any():
+        return index
+    stop = int(index[-1] + steps[0])
+    return slice(int(index[0]), stop if stop >= 0 else None, int(steps[0]))
 
 
 def _pick(volume: np.ndarray, chosen: slice | np.ndarray, axis: int) -> np.ndarray:
@@ -192,14 +187,13 @@ def _between(volume: np.ndarray, lower: np.ndarray, upper: np.ndarray, weight: n
     shape[axis] = len(lower)
     complement = 1 - weight
     below, above = _as_slice(lower), _as_slice(upper)
-    if np.prod(shape) <= _FITS_THE_CACHE:
+    if np.prod(shape) <= _CACHE_VOXELS:
         along = [1, 1, 1]
         along[axis] = len(lower)
         out = _pick(volume, below, axis) * complement.reshape(along).astype(dtype, copy=False)
         out += _pick(volume, above, axis) * weight.reshape(along).astype(dtype, copy=False)
         return out.astype(volume.dtype, copy=False)
-    out = np.empty(shape, dtype=dtype)
-    part = np.empty(shape[1:], dtype=dtype)
+    out, part = np.empty(shape, dtype=dtype), np.empty(shape[1:], dtype=dtype)
     if axis == 0:
         for plane, first, second, far, near in zip(out, lower, upper, weight, complement, strict=True):
             np.multiply(volume[first], near, out=plane)

@@ -11,9 +11,8 @@ from pathlib import Path
 from brainfound.contrasts import CONTRASTS, parse_contrast
 from brainfound.data.cohort import Session
 from brainfound.data.hooks import Hook, run_hooks
-from brainfound.data.preprocessing.quality import ScanQuality
 from brainfound.data.preprocessing.settings import Preprocessing
-from brainfound.data.preprocessing.stack import Stack
+from brainfound.data.preprocessing.stack import ScanQuality, Stack
 from brainfound.data.preprocessing.stack_builder import StackBuilder
 from brainfound.data.reading.scan import load_scan
 from brainfound.errors import ScanError, UsageError
@@ -40,13 +39,7 @@ class UnusedFile:
 
 @dataclass(frozen=True)
 class PreparedSession:
-    """A session's stack, and its files that are not in it.
-
-    Attributes:
-        stack: None if no scan can be used.
-        not_used: files that are refused or not used.
-        quality: one entry per scan of the stack.
-    """
+    """A session's stack (None if no scan can be used), the files outside of it, and the quality of each scan in it."""
 
     stack: Stack | None
     not_used: list[UnusedFile] = field(default_factory=list)
@@ -54,24 +47,17 @@ class PreparedSession:
 
     @property
     def refused(self) -> list[UnusedFile]:
-        """Faulty files."""
         return [file for file in self.not_used if not file.is_further_scan]
 
     @property
     def further_scans(self) -> list[UnusedFile]:
-        """Files whose session has another scan of the contrast."""
         return [file for file in self.not_used if file.is_further_scan]
 
 
 def prepare_session(
     session: Session, preprocessing: Preprocessing, mask: str = "mask", hooks: Sequence[Hook] = ()
 ) -> PreparedSession:
-    """Read and prepare one session; one scan at a time is in memory.
-
-    Args:
-        mask: name of the label map that becomes the stack's mask.
-        hooks: tools that run on each scan first.
-    """
+    """Read and prepare one session; one scan at a time is in memory. ``mask`` names the label map of the stack."""
     with tempfile.TemporaryDirectory() if hooks else nullcontext("") as folder:
         return _Preparation(session, preprocessing, mask, hooks, Path(folder)).run()
 
@@ -117,7 +103,10 @@ class _Preparation:
         scans = self.session.scans
         for contrast, file in [*scans.items(), *self.session.extra_scans]:
             if contrast not in CONTRASTS:
-                self._refuse_unknown(contrast, file)
+                try:
+                    parse_contrast(contrast)
+                except UsageError as error:
+                    self._refuse(file, contrast, error.reason)
         wanted: list[str] = []
         for contrast in self.preprocessing.contrasts:
             if contrast not in scans:
@@ -150,12 +139,6 @@ class _Preparation:
                 first = self.session.scans[contrast]
                 fate = "was first, and refused" if first in bad else "is used"
                 self._refuse(file, contrast, f"{FURTHER_SCAN_REASON} {fate}: {first.name}")
-
-    def _refuse_unknown(self, contrast: str, file: Path) -> None:
-        try:
-            parse_contrast(contrast)
-        except UsageError as error:
-            self._refuse(file, contrast, error.reason)
 
     def _refuse(self, file: Path, contrast: str, reason: str) -> None:
         self.not_used.append(UnusedFile(file, contrast, reason))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,7 +11,7 @@ from pydantic import BeforeValidator, Field, field_validator
 
 from brainfound.contrasts import parse_contrasts
 from brainfound.errors import ModelError, UsageError
-from brainfound.recipes import Recipe, validate
+from brainfound.recipes import Recipe, load_json
 
 FILE_NAME = "preprocessing.json"
 
@@ -29,12 +28,11 @@ class Preprocessing(Recipe):
     size: tuple[int, int] = (224, 224)
     """Rows and columns after centre cropping or padding around the foreground."""
 
-    percentiles: tuple[float, float] = Field(default=(0.5, 99.5))
+    percentiles: tuple[float, float] = (0.5, 99.5)
     """Foreground percentiles of each scan that become the lowest and the highest pixel value."""
 
     ranges: dict[str, tuple[float, float]] = Field(default_factory=dict)
-    """Contrast → the two values that become the lowest and the highest pixel value, in place of the percentiles; for
-    quantitative maps, whose values are comparable between scans."""
+    """Contrast → the values that become the lowest and highest pixel value, not percentiles; for quantitative maps."""
 
     bits: Literal[8, 16] = 8
     """Bits per pixel. 16 bits keep the resolution of quantitative maps, and double the size of the store."""
@@ -87,12 +85,10 @@ class Preprocessing(Recipe):
 
     @property
     def pixel_dtype(self) -> type[np.uint8] | type[np.uint16]:
-        """The type of a stack's pixels."""
         return np.uint8 if self.bits == 8 else np.uint16
 
     @property
     def max_pixel_value(self) -> int:
-        """The highest pixel value."""
         return 2**self.bits - 1
 
     def restore_values(self, contrast: str, pixels: np.ndarray) -> np.ndarray:
@@ -102,50 +98,28 @@ class Preprocessing(Recipe):
             UsageError: the contrast was scaled by percentiles, which differ between scans.
         """
         if contrast not in self.ranges:
-            raise UsageError(
-                f"{contrast} has no range of its own", where="ranges", got=sorted(self.ranges), remedy="Set its range"
-            )
+            what = f"{contrast} has no range of its own"
+            raise UsageError(what, where="ranges", got=sorted(self.ranges), remedy="Set its range")
         low, high = self.ranges[contrast]
         return np.float32(low) + pixels.astype(np.float32) * np.float32((high - low) / self.max_pixel_value)
 
     def require_hooks(self, names: Sequence[str]) -> None:
-        """Refuse hooks other than those of this preprocessing: the model was not trained on such scans.
-
-        Raises:
-            UsageError: names the expected hooks.
-        """
+        """Raise a UsageError for hooks other than those of this preprocessing: no such scans were in training."""
         if self.hooks != tuple(names):
-            raise UsageError(
-                "the preprocessing goes with other hooks",
-                where="hooks",
-                got=", ".join(names) or "none",
-                expected=", ".join(self.hooks) or "none",
-                remedy=f"Give --hook {' --hook '.join(self.hooks)}" if self.hooks else "Leave the hooks out",
-            )
+            got, expected = (", ".join(hooks) or "none" for hooks in (names, self.hooks))
+            remedy = f"Give --hook {' --hook '.join(self.hooks)}" if self.hooks else "Leave the hooks out"
+            what = "the preprocessing goes with other hooks"
+            raise UsageError(what, where="hooks", got=got, expected=expected, remedy=remedy)
 
     def save(self, folder: str | Path) -> Path:
         """Write ``preprocessing.json`` into a folder."""
-        path = Path(folder) / FILE_NAME
-        path.write_text(json.dumps(self.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
-        return path
+        return self.save_json(Path(folder) / FILE_NAME)
 
     @classmethod
     def load(cls, folder: str | Path) -> Preprocessing:
-        """Read ``preprocessing.json`` from a folder.
-
-        Raises:
-            ModelError: the file is missing or is not valid JSON.
-            RecipeError: a key or value is refused.
-        """
-        path = Path(folder) / FILE_NAME
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ModelError(
-                f"{FILE_NAME} is missing",
-                where=folder,
-                remedy="Without the preprocessing a model cannot be used safely; export it again",
-            ) from None
-        except ValueError as error:
-            raise ModelError(f"not valid JSON: {error}", where=path, remedy="Export the model again") from None
-        return validate(cls, content, where=str(path))
+        """Read ``preprocessing.json`` from a folder; ModelError if it is missing, otherwise as `load_json`."""
+        found = load_json(cls, Path(folder) / FILE_NAME)
+        if found is None:
+            remedy = "Without the preprocessing a model cannot be used safely; export it again"
+            raise ModelError(f"{FILE_NAME} is missing", where=folder, remedy=remedy)
+        return found

@@ -15,10 +15,9 @@ import numpy as np
 from jaxtyping import Bool, Num
 
 from brainfound.data.preprocessing.foreground import bounding_box, foreground
-from brainfound.data.preprocessing.grids import resample, resample_labels, smooth_before_downsampling
-from brainfound.data.preprocessing.quality import ScanQuality, skull_state
+from brainfound.data.preprocessing.grids import resample, resample_labels, shift, smooth_before_downsampling
 from brainfound.data.preprocessing.settings import Preprocessing
-from brainfound.data.preprocessing.stack import Stack, positions_mm
+from brainfound.data.preprocessing.stack import ScanQuality, Stack, positions_mm, skull_state
 from brainfound.data.reading.orientation import axis_codes
 from brainfound.data.reading.scan import Scan
 from brainfound.errors import ScanError
@@ -33,13 +32,7 @@ _NOTE_SPACING_RATIO = 3.0
 class StackBuilder:
     """Builds a stack: the reference scan defines the grid; further scans and a mask are added one by one.
 
-    Args:
-        contrast: contrast of the reference scan.
-        reference: the scan that defines the grid. It is the first scan of the stack.
-        file: its name, for the quality table.
-
-    Raises:
-        ScanError: the reference scan cannot be used.
+    A ``file`` is the name of a scan in the quality table and notes. ScanError: the reference scan cannot be used.
     """
 
     def __init__(self, preprocessing: Preprocessing, contrast: str, reference: Scan, file: str = "") -> None:
@@ -47,12 +40,8 @@ class StackBuilder:
         inside = foreground(reference)
         to_scan, self.grid = compute_stack_grid(preprocessing, reference, inside)
         if self.grid[0] < preprocessing.min_slices:
-            raise ScanError(
-                "too few slices inside the foreground",
-                got=self.grid[0],
-                expected=f"at least {preprocessing.min_slices}",
-                remedy="Lower min_slices or leave the session out",
-            )
+            expected, remedy = f"at least {preprocessing.min_slices}", "Lower min_slices or leave the session out"
+            raise ScanError("too few slices inside the foreground", got=self.grid[0], expected=expected, remedy=remedy)
         self.affine = reference.affine @ to_scan
         self.native_shape, self.native_affine = reference.native_shape, reference.native_affine
         self._points_mm = _foreground_points(reference, inside)
@@ -65,15 +54,10 @@ class StackBuilder:
         self._add(contrast, reference, inside, overlap=1.0, file=file)
 
     def add(self, contrast: str, scan: Scan, file: str = "") -> None:
-        """Bring a further scan onto the grid.
-
-        Args:
-            file: its name, for the quality table.
-
-        Raises:
-            ScanError: it does not overlap the reference scan, or has no foreground.
-        """
-        overlap = self._require_overlap(scan)
+        """Bring a further scan onto the grid; ScanError if it does not overlap the reference, or has no foreground."""
+        overlap, least = self._covered_share(scan), self.preprocessing.min_overlap
+        if overlap < least:
+            raise _no_overlap("the scan", f"{overlap:.0%} of its foreground covered", f"at least {least:.0%}")
         self._add(contrast, scan, foreground(scan), overlap, file)
 
     def add_mask(self, mask: Scan, file: str = "") -> None:
@@ -81,23 +65,16 @@ class StackBuilder:
 
         A map that is cropped around its labels is accepted if they lie in the foreground. Everything outside of its
         field of view is background; if that cuts off part of the head, the notes of the reference scan say so.
-
-        Args:
-            file: its name, for the notes.
-
-        Raises:
-            ScanError: it does not overlap the reference scan.
+        ScanError: it does not overlap the reference scan.
         """
-        covered = _share_within(self._points_mm, mask.affine, mask.data.shape)
-        if covered < self.preprocessing.min_overlap:
+        covered, least = self._covered_share(mask), self.preprocessing.min_overlap
+        if covered < least:
             found = self._share_in_foreground(mask)
             if not found >= _MIN_LABELS_IN_HEAD:
                 inside = "no label" if np.isnan(found) else f"{found:.0%} of the labels in it"
-                raise _no_overlap(
-                    "the mask",
-                    f"{covered:.0%} of its foreground covered, and {inside}",
-                    f"at least {self.preprocessing.min_overlap:.0%}, or {_MIN_LABELS_IN_HEAD:.0%} of the labels in it",
-                )
+                got = f"{covered:.0%} of its foreground covered, and {inside}"
+                expected = f"at least {least:.0%}, or {_MIN_LABELS_IN_HEAD:.0%} of the labels in it"
+                raise _no_overlap("the mask", got, expected)
         labels = mask.data.astype(np.uint8 if mask.data.max() <= 255 else np.uint16)
         affine = mask.affine
         if 1 - covered > _NOTE_CROPPED_SHARE:
@@ -105,7 +82,7 @@ class StackBuilder:
             note = f"{name} covers {covered:.0%} of the foreground; what lies outside of it counts as background"
             self.quality[0] = replace(self.quality[0], notes=(*self.quality[0].notes, note))
             # Labels at the faces of the map then end as in a larger map.
-            labels, affine = np.pad(labels, 1), affine @ _shift(-1)
+            labels, affine = np.pad(labels, 1), affine @ shift(-1)
         self._mask = resample_labels(labels, np.linalg.inv(affine) @ self.affine, self.grid)
 
     def build(self, covariates: Mapping[str, Any] | None = None, subject: str = "", session: str = "") -> Stack:
@@ -142,11 +119,9 @@ class StackBuilder:
         del scaled
         np.rint(volume, out=volume)
         if not volume.any():
-            raise ScanError(
-                "nothing of the scan reaches the stack",
-                expected="a volume thicker than the stack's spacing, with values above the lowest",
-                remedy="Check its affine, and spacing_mm and ranges of the preprocessing",
-            )
+            expected = "a volume thicker than the stack's spacing, with values above the lowest"
+            remedy = "Check its affine, and spacing_mm and ranges of the preprocessing"
+            raise ScanError("nothing of the scan reaches the stack", expected=expected, remedy=remedy)
         self._pixels[:, channel] = volume
         self._present[channel] = True
         self.quality.append(self._measure_quality(contrast, scan, inside, (low, high), overlap, file))
@@ -162,39 +137,25 @@ class StackBuilder:
         percentiles = self.preprocessing.percentiles
         low, high = two_percentiles(values, percentiles)
         if not high > low:
-            raise ScanError(
-                "the foreground has one value only",
-                got=f"percentiles {percentiles} both {low:g}",
-                remedy="Check that the file is an image and not a mask",
-            )
+            got, remedy = f"percentiles {percentiles} both {low:g}", "Check that the file is an image and not a mask"
+            raise ScanError("the foreground has one value only", got=got, remedy=remedy)
         return low, high
 
-    def _require_overlap(self, scan: Scan) -> float:
-        """The share of the reference scan's foreground that a scan's field of view covers."""
-        share = _share_within(self._points_mm, scan.affine, scan.data.shape)
-        if share < self.preprocessing.min_overlap:
-            expected = f"at least {self.preprocessing.min_overlap:.0%}"
-            raise _no_overlap("the scan", f"{share:.0%} of its foreground covered", expected)
-        return share
+    def _covered_share(self, scan: Scan) -> float:
+        """The share of the reference scan's foreground inside of a scan's field of view."""
+        return _share_within(self._points_mm, scan.affine, scan.data.shape)
 
     def _share_in_foreground(self, mask: Scan) -> float:
         """The share of a map's labelled voxels inside the reference scan's foreground; nan without labels."""
         points = np.argwhere(mask.data)
         if not len(points):
             return float("nan")
-        to_reference = np.linalg.inv(self._reference_affine) @ mask.affine
-        voxels = np.rint(points @ to_reference[:3, :3].T + to_reference[:3, 3]).astype(int)
+        voxels = np.rint(_apply(np.linalg.inv(self._reference_affine) @ mask.affine, points)).astype(int)
         within = ((voxels >= 0) & (voxels < self._inside.shape)).all(axis=1)
         return float(self._inside[tuple(voxels[within].T)].sum() / len(points))
 
     def _measure_quality(
-        self,
-        contrast: str,
-        scan: Scan,
-        inside: np.ndarray,
-        intensities: tuple[float, float],
-        overlap: float,
-        file: str,
+        self, contrast: str, scan: Scan, inside: np.ndarray, intensities: tuple[float, float], overlap: float, file: str
     ) -> ScanQuality:
         millilitres = float(np.count_nonzero(inside) * np.abs(np.linalg.det(scan.affine[:3, :3])) / 1000)
         cropped = 1 - _share_within(_foreground_points(scan, inside), self.affine, self.grid)
@@ -228,43 +189,31 @@ class StackBuilder:
 def compute_stack_grid(
     preprocessing: Preprocessing, scan: Scan, inside: Bool[np.ndarray, "X Y Z"]
 ) -> tuple[np.ndarray, tuple[int, int, int]]:
-    """The grid of a stack around the foreground of its reference scan.
+    """The grid of a stack around the foreground of its reference scan, and the grid's shape ``(S, H, W)``.
 
-    Returns:
-        The affine ``(4, 4)``, (slice, row, column) → index in the scan, and the grid's shape ``(S, H, W)``.
+    The grid is an affine ``(4, 4)``, (slice, row, column) → index in the scan.
     """
     (x0, x1), (y0, y1), (z0, z1) = bounding_box(inside)
-    step = np.array(
-        [1.0 if s is None else s / own for s, own in zip(preprocessing.spacing_mm, scan.spacing_mm, strict=True)]
-    )
+    wanted = zip(preprocessing.spacing_mm, scan.spacing_mm, strict=True)
+    step = np.array([1.0 if spacing is None else spacing / own for spacing, own in wanted])
     # 2.0000002 mm in a header is 2 mm: such a scan keeps its own voxels as well.
     step = np.where(np.abs(step - 1) < 1e-4, 1.0, step)
     height, width = preprocessing.size
-    num_slices = max(round((z1 - z0) / step[2]) + 1, 1) if step[2] != 1 else z1 - z0 + 1
+    num_slices = round((z1 - z0) / step[2]) + 1
     # With an unchanged spacing, rows and columns fall on the scan's own voxels: nothing is interpolated.
     x_first = _first_index((x0 + x1) / 2, width, step[0])
     y_last = -_first_index(-(y0 + y1) / 2, height, step[1])
-    z_first = (z0 + z1) / 2 - (num_slices - 1) / 2 * step[2]
-    if step[2] == 1:
-        z_first = z0
-    to_scan = np.array(
-        [
-            [0.0, 0.0, step[0], x_first],
-            [0.0, -step[1], 0.0, y_last],
-            [step[2], 0.0, 0.0, z_first],
-            [0.0, 0.0, 0.0, 1.0],
-        ]
-    )
+    z_first = z0 if step[2] == 1 else (z0 + z1) / 2 - (num_slices - 1) / 2 * step[2]
+    to_scan = shift([x_first, y_last, z_first])
+    to_scan[:3, :3] = [[0.0, 0.0, step[0]], [0.0, -step[1], 0.0], [step[2], 0.0, 0.0]]
     return to_scan, (num_slices, height, width)
 
 
 def two_percentiles(values: Num[np.ndarray, "n"], percentiles: tuple[float, float]) -> tuple[float, float]:
     """Two rising percentiles, interpolated as by `numpy.percentile`, in a fifth of its time.
 
-    The second partition works on the values above the first; `numpy.percentile` partitions around four places.
-
-    Args:
-        values: not empty; reordered in place.
+    The second partition works on the values above the first; `numpy.percentile` partitions around four places. The
+    values, which must not be empty, are reordered in place.
     """
     found = []
     above, passed = values, 0
@@ -289,8 +238,7 @@ def _first_index(centre: float, count: int, step: float) -> float:
 
 def _needed_box(to_scan: np.ndarray, grid: tuple[int, int, int], shape: tuple[int, ...]) -> tuple[slice, ...]:
     """The part of a scan that a grid, with the blur before sampling, can reach; at least one voxel."""
-    corners = np.array(list(product(*((0, n - 1) for n in grid))))
-    mapped = corners @ to_scan[:3, :3].T + to_scan[:3, 3]
+    mapped = _apply(to_scan, np.array(list(product(*((0, n - 1) for n in grid)))))
     # Twice the sampling step covers the blur (three standard deviations, 0.42 steps each) and the interpolation.
     margin = np.ceil(2 * np.abs(to_scan[:3, :3]).max(axis=1)) + 2
     low = np.clip(np.floor(mapped.min(axis=0) - margin), 0, np.array(shape) - 1).astype(int)
@@ -298,33 +246,26 @@ def _needed_box(to_scan: np.ndarray, grid: tuple[int, int, int], shape: tuple[in
     return tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
 
 
-def _shift(voxels: float) -> np.ndarray:
-    """The same step along each axis, as a ``(4, 4)`` matrix."""
-    matrix = np.eye(4)
-    matrix[:3, 3] = voxels
-    return matrix
+def _apply(affine: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """The images of points, ``(n, 3)``."""
+    return points @ affine[:3, :3].T + affine[:3, 3]
 
 
 def _no_overlap(what: str, got: str, expected: str) -> ScanError:
-    return ScanError(
-        f"{what} does not overlap the session's reference scan",
-        got=got,
-        expected=expected,
-        remedy="Check that the files belong together and that their affines are right",
-    )
+    remedy = "Check that the files belong together and that their affines are right"
+    what = f"{what} does not overlap the session's reference scan"
+    return ScanError(what, got=got, expected=expected, remedy=remedy)
 
 
 def _foreground_points(scan: Scan, inside: np.ndarray) -> np.ndarray:
     """Evenly spread points of the foreground, ``(n, 3)`` in mm."""
     step = [max(n // _POINTS_PER_AXIS, 1) for n in inside.shape]
-    points = np.argwhere(inside[:: step[0], :: step[1], :: step[2]]) * step
-    return points @ scan.affine[:3, :3].T + scan.affine[:3, 3]
+    return _apply(scan.affine, np.argwhere(inside[:: step[0], :: step[1], :: step[2]]) * step)
 
 
 def _share_within(points_mm: np.ndarray, affine: np.ndarray, shape: tuple[int, ...]) -> float:
     """The share of points that lie in the field of view of a grid."""
     if not len(points_mm):
         return 0.0
-    to_grid = np.linalg.inv(affine)
-    mapped = points_mm @ to_grid[:3, :3].T + to_grid[:3, 3]
+    mapped = _apply(np.linalg.inv(affine), points_mm)
     return float(((mapped >= -0.5) & (mapped <= np.array(shape) - 0.5)).all(axis=1).mean())

@@ -1,8 +1,7 @@
 """Files inside zip archives, read in place: a member is a virtual path, and nothing is extracted.
 
-``Path("…/ses-01.zip/anat/x.nii.gz")`` is the member ``anat/x.nii.gz`` of the archive ``ses-01.zip``. Archives are not
-trusted: the whole directory is checked before any member is used, and the bytes of a member are counted and checksummed
-while they are read.
+``Path("…/ses-01.zip/anat/x.nii.gz")`` is the member ``anat/x.nii.gz`` of ``ses-01.zip``. Archives are not trusted: the
+directory is checked before any member is used, and a member's bytes are counted and checksummed as they are read.
 """
 
 from __future__ import annotations
@@ -23,24 +22,17 @@ from brainfound.errors import ScanError
 
 MAX_DIRECTORY_BYTES = 32 * 2**20
 """Size of an archive's directory, which is read at once: room for some 200,000 members."""
-
 MAX_MEMBER_BYTES = 16 * 2**30
 """Declared size of one member: the largest scan that is read (1024³ voxels) with 16 bytes per voxel."""
-
 MAX_DEFLATE_RATIO = 1032
-"""No deflate stream expands more (zlib's technical notes); a member that declares more is false."""
-
+"""No deflate stream expands more (zlib's technical notes); a header that declares more is false."""
 FREE_BYTES = 256 * 2**20
 """Below this size any ratio is allowed: a nearly empty label map stored as .nii reaches 1000 : 1."""
-
 MAX_RATIO = 250
 """For a member or an archive above `FREE_BYTES`. An image with noise reaches 3 : 1, a stripped one 20 : 1."""
-
 MAX_RATIO_COMPRESSED = 20
 """The same for members that are compressed already (.gz, .mgz): only a bomb can be packed much further."""
-
 CHUNK_BYTES = 2**18
-
 _LOCAL_HEADER = struct.Struct("<4s2B4HL2L2H")
 _InflateError = cast("type[Exception]", isal_zlib.error)  # its stubs call the class an instance
 _ENCRYPTED = 0x1 | 0x40 | 0x2000
@@ -62,10 +54,7 @@ def split_archive_path(path: str | Path) -> tuple[Path, str] | None:
 def list_members(archive: str | Path) -> list[str]:
     """The files in a zip archive, sorted, without folders and ``__MACOSX`` shadow files.
 
-    Raises:
-        ScanError: not a zip, or an unsafe or unreadable one: a name with ``..``, an absolute name, a drive letter or
-            backslash, two members with one name, a link, encryption, a compression other than deflate, overlapping
-            members, or the sizes and ratios of a bomb.
+    ScanError: not a zip, or an unsafe one, such as with names outside of it, links, encryption, overlaps, or a bomb.
     """
     return sorted(_directory(Path(archive)))
 
@@ -74,10 +63,7 @@ def open_binary(path: str | Path) -> BinaryIO:
     """Open a file, or a member of a zip archive, for sequential reading.
 
     A member cannot seek; its length and checksum are verified at its end.
-
-    Raises:
-        ScanError: there is no such file or member, or the archive is refused (see `list_members`). Reading raises it
-            for a member that is corrupt or does not match the archive's directory.
+    ScanError: there is no such file or member, or the archive is refused; and from a read, for a corrupt member.
     """
     path = Path(path)
     parts = split_archive_path(path)
@@ -102,10 +88,9 @@ def is_file(path: str | Path) -> bool:
 
 
 def size_and_mtime(path: str | Path) -> tuple[int, int] | None:
-    """Size in bytes and modification time in ns; None if missing.
+    """Size in bytes and modification time in ns (of a member: as declared, and the archive's); None if missing.
 
-    For a member: its declared size, and the time of the archive. A refused archive counts as missing; `open_binary`
-    gives the reason.
+    A refused archive counts as missing; `open_binary` gives the reason.
     """
     parts = split_archive_path(path)
     try:
@@ -142,17 +127,12 @@ def _directory(archive: Path) -> dict[str, zipfile.ZipInfo]:
 def _checked_directory(archive: Path, num_bytes: int, _mtime_ns: int) -> dict[str, zipfile.ZipInfo]:
     """Name → entry of each file; cached, since a cohort reads one archive many times."""
     try:
-        with (
-            archive.open("rb") as raw,
-            zipfile.ZipFile(cast(BinaryIO, _LimitedReads(raw, archive, num_bytes))) as opened,
-        ):
-            entries = opened.infolist()
+        with archive.open("rb") as raw:
+            entries = zipfile.ZipFile(cast(BinaryIO, _LimitedReads(raw, archive, num_bytes))).infolist()
     except _ZIP_ERRORS as error:
-        raise ScanError(
-            f"cannot be read as a zip archive: {_reason(error)}",
-            where=archive.name,
-            remedy="The file is truncated, corrupt or of another format; copy or download it again",
-        ) from error
+        what = f"cannot be read as a zip archive: {_reason(error)}"
+        remedy = "The file is truncated, corrupt or of another format; copy or download it again"
+        raise ScanError(what, where=archive.name, remedy=remedy) from error
     names: set[str] = set()
     for info in entries:
         problem = _problem_of_name(info) or _problem_of_entry(info)
@@ -170,7 +150,7 @@ def _checked_directory(archive: Path, num_bytes: int, _mtime_ns: int) -> dict[st
 def _problem_of_name(info: zipfile.ZipInfo) -> str | None:
     # `filename` is cut at a zero byte; the original name is complete.
     name = info.orig_filename
-    parts = (name[:-1] if name.endswith("/") else name).split("/")
+    parts = name.removesuffix("/").split("/")
     if name.startswith("/"):
         return "an absolute name"
     if "\\" in name:
@@ -238,12 +218,9 @@ class _LimitedReads:
     def read(self, size: int = -1) -> bytes:
         data = self._raw.read(min(size, self._most) if size >= 0 else self._most)
         if len(data) > MAX_DIRECTORY_BYTES:
-            raise ScanError(
-                "unsafe archive: its table of contents is too large",
-                where=self._name,
-                expected=f"at most {MAX_DIRECTORY_BYTES // 2**20} MiB",
-                remedy=_REMEDY,
-            )
+            what = "unsafe archive: its table of contents is too large"
+            expected = f"at most {MAX_DIRECTORY_BYTES // 2**20} MiB"
+            raise ScanError(what, where=self._name, expected=expected, remedy=_REMEDY)
         return data
 
 
@@ -255,12 +232,10 @@ class _Member(io.RawIOBase):
         self._name = PurePosixPath(info.orig_filename).name
         self._raw = archive.open("rb")
         self._packed_left = info.compress_size
-        self._given = 0
-        self._crc = 0
+        self._given = self._crc = 0
         self._ended = False
-        self._inflate: Any = None
-        if info.compress_type == zipfile.ZIP_DEFLATED:
-            self._inflate = isal_zlib.decompressobj(wbits=-zlib.MAX_WBITS)
+        is_packed = info.compress_type == zipfile.ZIP_DEFLATED
+        self._inflate: Any = isal_zlib.decompressobj(wbits=-zlib.MAX_WBITS) if is_packed else None
         try:
             self._skip_local_header()
         except ScanError:
@@ -343,8 +318,5 @@ class _Member(io.RawIOBase):
         return data
 
     def _corrupt(self, why: str) -> ScanError:
-        return ScanError(
-            f"cannot be read from its zip archive: {why}",
-            where=self._name,
-            remedy="The archive is corrupt or was tampered with; copy or download it again",
-        )
+        remedy = "The archive is corrupt or was tampered with; copy or download it again"
+        return ScanError(f"cannot be read from its zip archive: {why}", where=self._name, remedy=remedy)

@@ -1,9 +1,8 @@
 """Image files: NIfTI-1 and -2 (``.nii``, ``.nii.gz``, ``.hdr`` + ``.img``) and MGH (``.mgz``, ``.mgh``).
 
-nibabel interprets the header: type, scaling, affine. The bytes are read here, because headers can be false. The
-declared size is compared with the size of the file before memory is allocated. Voxels are converted to float32 chunk by
-chunk while they are decompressed, without a second copy of the volume. The file is read to its end, which verifies the
-checksum of the compression and detects further data.
+nibabel interprets the header. The bytes are read here, because headers can be false: the declared size is compared with
+the file's before memory is allocated; voxels become float32 chunk by chunk, without a second copy of the volume; and
+the file is read to its end, which verifies the checksum and detects further data.
 
 Axis legend: I J K stored voxels.
 """
@@ -11,6 +10,7 @@ Axis legend: I J K stored voxels.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,28 +29,20 @@ from nibabel.nifti2 import Nifti2Header, Nifti2PairHeader
 from nibabel.spm2analyze import Spm2AnalyzeHeader
 from nibabel.volumeutils import apply_read_scaling
 
-from brainfound.data.reading.archives import open_binary, size_and_mtime
+from brainfound.data.reading.archives import MAX_DEFLATE_RATIO, open_binary, size_and_mtime
 from brainfound.data.reading.orientation import HEADER_ERRORS, AffineSource, header_affine
 from brainfound.errors import ScanError
 
 MAX_VOXELS = 1024**3
 """Four times the voxels of an ex-vivo brain at 0.25 mm; 4 GiB as float32."""
-
 MAX_AXIS_VOXELS = 4096
 """Voxels along one axis, more than any scanner makes; a long thin volume would become as many slices."""
-
 MAX_OFFSET_BYTES = 64 * 2**20
 """Size of header extensions before the voxels. They are skipped, never read into memory."""
-
-MAX_GZIP_RATIO = 1032
-"""No gzip file expands more (zlib's technical notes); a header that declares more is false."""
-
 MAX_TAIL_BYTES = 4096
 """Bytes after the last voxel: some writers fill up a disk block."""
-
 MAX_MGH_TAIL_BYTES = 2**20
 """MGH files end with tags: scan parameters, the commands that made the file, a colour table."""
-
 CHUNK_VOXELS = 2**17
 """Voxels that are read, scaled and checked at once; they fit into the processor's cache."""
 
@@ -64,17 +56,12 @@ class ImageHeader:
     """A plausible header.
 
     Attributes:
-        path: the header's file.
-        data_path: the voxels' file (another one for an ``.hdr`` + ``.img`` pair).
-        shape: stored shape, with trailing axes of length one.
-        shape_3d: the shape without them.
-        dtype: type of the stored voxels.
+        data_path: the voxels' file (not ``path`` for an ``.hdr`` + ``.img`` pair).
+        shape: stored shape, with trailing axes of length one; ``shape_3d`` is without them.
         offset: byte offset of the first voxel in the decompressed file.
         slope, inter: scaling of the voxels, or None.
         affine: ``(4, 4)``, index in the stored array → millimetres in RAS+.
-        affine_source: the header field of the affine.
         max_tail: most bytes after the last voxel.
-        notes: remarks for a person, one line each.
     """
 
     path: Path
@@ -94,20 +81,12 @@ class ImageHeader:
 def unreadable_error(path: Path, why: object) -> ScanError:
     """The error for a damaged file, or one that is not an image."""
     text = (str(why).strip().splitlines() or [type(why).__name__])[0][:160]
-    return ScanError(
-        f"cannot be read as an image: {text}",
-        where=path.name,
-        remedy="The file is truncated, corrupt or of another format; copy or export it again",
-    )
+    remedy = "The file is truncated, corrupt or of another format; copy or export it again"
+    return ScanError(f"cannot be read as an image: {text}", where=path.name, remedy=remedy)
 
 
 def read_image_header(path: Path) -> ImageHeader:
-    """Read and check the header of an image, without its voxels.
-
-    Raises:
-        ScanError: no such file, not an image of a known format, not 3-D, voxels that are not real numbers, or a
-            declared size that does not fit the file.
-    """
+    """Read and check the header of an image, without its voxels; ScanError for a file that cannot be a scan."""
     name = path.name.lower()
     if not name.endswith(SUFFIXES):
         raise ScanError(
@@ -137,11 +116,11 @@ def read_image_header(path: Path) -> ImageHeader:
     if not is_mgh and data_path == path and offset < header.single_vox_offset:
         raise unreadable_error(path, f"the voxels would begin inside the header, at byte {offset}")
     _check_declared_size(data_path, offset, shape_3d, dtype)
-    if source != "sform" and any("non-zero" in text for text in messages.texts):
-        # nibabel would go on with 1 mm.
-        raise unreadable_error(path, "its header says a voxel size of 0 mm")
+    texts = messages.texts
     if source == "sform":
-        messages.texts = [text for text in messages.texts if "qfac" not in text]
+        texts = [text for text in texts if "qfac" not in text]
+    elif any("non-zero" in text for text in texts):  # nibabel would go on with 1 mm
+        raise unreadable_error(path, "its header says a voxel size of 0 mm")
     return ImageHeader(
         path=path,
         data_path=data_path,
@@ -154,15 +133,14 @@ def read_image_header(path: Path) -> ImageHeader:
         affine=affine,
         affine_source=source,
         max_tail=MAX_MGH_TAIL_BYTES if is_mgh else MAX_TAIL_BYTES,
-        notes=tuple(f"header: {text}" for text in messages.texts) + tuple(notes),
+        notes=tuple(f"header: {text}" for text in texts) + tuple(notes),
     )
 
 
 def read_voxels(header: ImageHeader) -> tuple[Float[np.ndarray, "I J K"], float, float]:
     """The voxels in float32, scaled as by nibabel, and their smallest and largest value (NaN if any voxel is).
 
-    Raises:
-        ScanError: the file is truncated or corrupt, or holds more data than its header says.
+    ScanError: the file is truncated or corrupt, or holds more data than its header says.
     """
     out = _allocate(header)
     num_chunks = -(-out.size // CHUNK_VOXELS)
@@ -190,12 +168,10 @@ def _allocate(header: ImageHeader) -> np.ndarray:
     try:
         return np.empty(num_voxels, dtype=np.float32)
     except MemoryError as error:
-        raise ScanError(
-            "not enough memory for the volume",
-            where=header.path.name,
-            got=f"shape {'×'.join(map(str, header.shape))}, which takes {num_voxels / 2**28:.1f} GiB",
-            remedy="Use fewer workers, a larger machine, or a coarser copy of the image",
-        ) from error
+        got = f"shape {'×'.join(map(str, header.shape))}, which takes {num_voxels / 2**28:.1f} GiB"
+        remedy = "Use fewer workers, a larger machine, or a coarser copy of the image"
+        what = "not enough memory for the volume"
+        raise ScanError(what, where=header.path.name, got=got, remedy=remedy) from error
 
 
 def _unscaled(header: ImageHeader) -> bool:
@@ -217,23 +193,16 @@ def _pair(path: Path) -> tuple[Path, Path]:
     packed = path.suffix if path.suffix.lower() == ".gz" else ""
     base = path.name[: len(path.name) - len(packed)]
     stem, suffix = base[:-4], base[-4:]
-    upper = suffix.isupper()
     given_header = suffix.lower() == ".hdr"
     other_suffix = ".img" if given_header else ".hdr"
-    other = path.with_name(stem + (other_suffix.upper() if upper else other_suffix) + packed)
+    other = path.with_name(stem + (other_suffix.upper() if suffix.isupper() else other_suffix) + packed)
     if size_and_mtime(other) is None:
-        raise ScanError(
-            "half of a pair is missing",
-            where=path.name,
-            expected=f"the {other_suffix} file of the same name beside it",
-            remedy="Copy both files, or convert them to one .nii.gz",
-        )
+        expected = f"the {other_suffix} file of the same name beside it"
+        remedy = "Copy both files, or convert them to one .nii.gz"
+        raise ScanError("half of a pair is missing", where=path.name, expected=expected, remedy=remedy)
     if size_and_mtime(path.with_name(stem + ".mat")) is not None:
-        raise ScanError(
-            "its orientation is in an SPM .mat file, which is not read",
-            where=path.name,
-            remedy="Convert the image to .nii.gz with SPM",
-        )
+        what = "its orientation is in an SPM .mat file, which is not read"
+        raise ScanError(what, where=path.name, remedy="Convert the image to .nii.gz with SPM")
     return (path, other) if given_header else (other, path)
 
 
@@ -248,10 +217,8 @@ def _parse(path: Path, block: bytes, is_pair: bool, messages: _Messages) -> Any:
     kinds: tuple[Any, ...] = (Nifti1Header, Nifti2Header)
     if is_pair:
         kinds = (Nifti1PairHeader, Nifti2PairHeader, Spm2AnalyzeHeader, AnalyzeHeader)
-    for kind in kinds:
-        if kind.may_contain_header(block):
-            break
-    else:
+    kind = next((kind for kind in kinds if kind.may_contain_header(block)), None)
+    if kind is None:
         raise ValueError("the file holds no NIfTI header" if block else "the file is empty")
     header = kind(block[: kind.template_dtype.itemsize], check=False)
     header.check_fix(logger=messages, error_level=40)
@@ -264,23 +231,13 @@ def _shape_3d(shape: tuple[int, ...], path: Path) -> tuple[int, int, int]:
     spatial = shape
     while len(spatial) > 3 and spatial[-1] == 1:
         spatial = spatial[:-1]
-    shown = "×".join(map(str, shape))
+    shown = f"shape {'×'.join(map(str, shape))}"
     if len(spatial) != 3:
-        raise ScanError(
-            "not a 3-D volume",
-            where=path.name,
-            got=f"shape {shown}",
-            expected="three dimensions",
-            remedy="Extract one volume (for diffusion data the trace or b=1000 image)",
-        )
-    if min(spatial) < 2 or max(spatial) > MAX_AXIS_VOXELS or spatial[0] * spatial[1] * spatial[2] > MAX_VOXELS:
-        raise ScanError(
-            "implausible size",
-            where=path.name,
-            got=f"shape {shown}",
-            expected=f"2 to {MAX_AXIS_VOXELS} voxels along each axis and at most {MAX_VOXELS} in all",
-            remedy="Check the header",
-        )
+        remedy = "Extract one volume (for diffusion data the trace or b=1000 image)"
+        raise ScanError("not a 3-D volume", where=path.name, got=shown, expected="three dimensions", remedy=remedy)
+    if min(spatial) < 2 or max(spatial) > MAX_AXIS_VOXELS or math.prod(spatial) > MAX_VOXELS:
+        expected = f"2 to {MAX_AXIS_VOXELS} voxels along each axis and at most {MAX_VOXELS} in all"
+        raise ScanError("implausible size", where=path.name, got=shown, expected=expected, remedy="Check the header")
     return (spatial[0], spatial[1], spatial[2])
 
 
@@ -295,9 +252,8 @@ def _real_dtype(dtype: Any, path: Path) -> np.dtype:
         got, remedy = "colours", "Export the scan itself instead of a coloured picture of it"
     else:
         got, remedy = f"voxels of {dtype.itemsize * 8} bits", "Convert the image to float32"
-    raise ScanError(
-        "the voxels are no ordinary numbers", where=path.name, got=got, expected="integers or floats", remedy=remedy
-    )
+    what = "the voxels are no ordinary numbers"
+    raise ScanError(what, where=path.name, got=got, expected="integers or floats", remedy=remedy)
 
 
 def _check_declared_size(path: Path, offset: int, shape: tuple[int, int, int], dtype: np.dtype) -> None:
@@ -306,14 +262,10 @@ def _check_declared_size(path: Path, offset: int, shape: tuple[int, int, int], d
     held = 0 if facts is None else facts[0]
     if offset < 0 or offset > MAX_OFFSET_BYTES:
         raise unreadable_error(path, f"the voxels would begin at byte {offset}")
-    claimed = offset + shape[0] * shape[1] * shape[2] * dtype.itemsize
-    if _is_gzip(path):
-        if claimed > held * MAX_GZIP_RATIO:
-            raise unreadable_error(
-                path, f"its header claims {claimed} bytes, which {held} compressed bytes cannot hold"
-            )
-    elif claimed > held:
-        raise unreadable_error(path, f"its header claims {claimed} bytes and the file has {held}")
+    claimed = offset + math.prod(shape) * dtype.itemsize
+    if claimed > held * (MAX_DEFLATE_RATIO if _is_gzip(path) else 1):
+        but = f"which {held} compressed bytes cannot hold" if _is_gzip(path) else f"but the file has {held}"
+        raise unreadable_error(path, f"its header claims {claimed} bytes, {but}")
 
 
 class _Messages(logging.Logger):
@@ -371,9 +323,7 @@ def _check_end(stream: BinaryIO, header: ImageHeader) -> None:
     while step := len(stream.read(CHUNK_VOXELS)):
         tail += step
         if tail > header.max_tail:
-            raise ScanError(
-                "the file holds more data than its header says",
-                where=header.data_path.name,
-                expected=f"at most {header.max_tail} bytes after shape {'×'.join(map(str, header.shape))}",
-                remedy="Its header is damaged or describes a part of it; export it again",
-            )
+            what = "the file holds more data than its header says"
+            expected = f"at most {header.max_tail} bytes after shape {'×'.join(map(str, header.shape))}"
+            remedy = "Its header is damaged or describes a part of it; export it again"
+            raise ScanError(what, where=header.data_path.name, expected=expected, remedy=remedy)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import nibabel as nib
 import numpy as np
@@ -19,49 +19,37 @@ from brainfound.errors import ScanError
 
 SFORM_QFORM_MM = 0.5
 """Distance at a corner of the volume: more than rounding, less than matters at 1 mm."""
-
 SHEAR_DEGREES = 0.5
 """Deviation from a right angle that is worth a note: half a voxel at the edge of a head."""
-
 SPACING_MM = (0.05, 50.0)
 """From microscopy to the thickest localiser; metres or micrometres fall outside."""
-
 MAX_ORIGIN_MM = 1e5
 """Distance of the first voxel from the origin: no scanner is 100 m long, and float32 headers lose millimetres there."""
-
 MAX_EXTENT_MM = 2000.0
 """Length of a volume along one axis: a person."""
-
 MIN_VOLUME_SHARE = 0.5
 """Volume of a voxel over the product of its edges: 1 for right angles, 0.87 for a gantry tilted by 30 degrees."""
-
 HEADER_ERRORS = (HeaderDataError, WrapStructError, MGHError, ArithmeticError, LookupError, ValueError, TypeError)
 """Errors that nibabel raises for a damaged header."""
 
 AffineSource = Literal["sform", "qform", "header size only", "mgh"]
 
+_REPAIR = "Repair the header's sform or qform"
 _UNITS = {0: "", 1: "metres", 2: "", 3: "micrometres"}
 
 
 def header_affine(header: Any, shape: tuple[int, int, int]) -> tuple[np.ndarray, AffineSource, list[str]]:
-    """The affine of a nibabel header, as nibabel chooses it.
+    """The affine ``(4, 4)`` of a NIfTI, Analyze or MGH header, as nibabel chooses it, its source, and notes on doubts.
 
-    Args:
-        header: a NIfTI, Analyze or MGH header.
-        shape: of the volume, for distances at its corners.
-
-    Returns:
-        The affine ``(4, 4)``, its source, and notes: sform and qform disagree, the header's voxel sizes differ from the
-        affine's, lengths are not in millimetres, or the header has no orientation.
+    ``shape`` is that of the volume, for distances at its corners.
     """
     notes: list[str] = []
     affine = np.asarray(header.get_best_affine(), dtype=np.float64)
+    source: AffineSource = "header size only"
     if isinstance(header, MGHHeader):
         if header["goodRASFlag"]:
-            return affine, "mgh", notes
-        source: AffineSource = "header size only"
+            source = "mgh"
     elif isinstance(header, Nifti1Header):
-        source = "header size only"
         if header["sform_code"] != 0:
             source = "sform"
             if header["qform_code"] != 0:
@@ -72,8 +60,6 @@ def header_affine(header: Any, shape: tuple[int, int, int]) -> tuple[np.ndarray,
             notes.append(f"the header's lengths are in {unit}; they were read as millimetres")
         if source == "sform":
             notes += _compare_with_pixdim(header, affine)
-    else:
-        source = "header size only"
     if source == "header size only":
         notes.append("no orientation in the header; taken from voxel sizes, left-right may be wrong")
     return affine, source, notes
@@ -96,9 +82,8 @@ def _compare_with_pixdim(header: Any, affine: np.ndarray) -> list[str]:
     stated = np.asarray(header["pixdim"][1:4], dtype=np.float64)
     if np.allclose(stated, sizes, rtol=0.01, atol=0.001):
         return []
-    return [
-        f"the header's voxel size {_sizes(stated)} mm differs from the affine's, {_sizes(sizes)} mm, which was used"
-    ]
+    stated_mm, used_mm = _sizes(stated), _sizes(sizes)
+    return [f"the header's voxel size {stated_mm} mm differs from the affine's, {used_mm} mm, which was used"]
 
 
 def _sizes(values: np.ndarray) -> str:
@@ -106,50 +91,29 @@ def _sizes(values: np.ndarray) -> str:
 
 
 def check_affine(affine: Float[np.ndarray, "4 4"], shape: tuple[int, int, int], path: Path) -> None:
-    """Refuse an affine that cannot be a scan's.
+    """Raise a ScanError for an affine that cannot be a scan's."""
 
-    Raises:
-        ScanError: values that are not finite, a voxel size of zero or outside of `SPACING_MM`, axes that (nearly)
-            fall together, a volume longer than `MAX_EXTENT_MM`, or an origin beyond `MAX_ORIGIN_MM`.
-    """
-    remedy = "Repair the header's sform or qform"
+    def refuse(why: str, got: str | None = None, expected: str | None = None, remedy: str = _REPAIR) -> NoReturn:
+        raise ScanError(f"unusable affine: {why}", where=path.name, got=got, expected=expected, remedy=remedy)
+
     linear = affine[:3, :3]
     if not np.isfinite(affine).all():
-        raise ScanError("unusable affine: values that are not finite", where=path.name, remedy=remedy)
+        refuse("values that are not finite")
     with np.errstate(all="ignore"):
         spacing = np.linalg.norm(linear, axis=0)
         share = abs(np.linalg.det(linear / spacing))
-    if spacing.min() > 0 and (spacing.min() < SPACING_MM[0] or spacing.max() > SPACING_MM[1]):
-        raise ScanError(
-            "unusable affine: implausible voxel size",
-            where=path.name,
-            got=f"{_sizes(spacing)} mm",
-            expected=f"{SPACING_MM[0]:g} to {SPACING_MM[1]:g} mm",
-            remedy="Check the units; lengths must be in millimetres",
-        )
+    finest, coarsest = SPACING_MM
+    if spacing.min() > 0 and (spacing.min() < finest or spacing.max() > coarsest):
+        remedy = "Check the units; lengths must be in millimetres"
+        refuse("implausible voxel size", f"{_sizes(spacing)} mm", f"{finest:g} to {coarsest:g} mm", remedy)
     if not share >= MIN_VOLUME_SHARE:
-        raise ScanError(
-            "unusable affine: it is singular, or its axes nearly fall together",
-            where=path.name,
-            expected="an invertible voxel-to-world matrix",
-            remedy=remedy,
-        )
-    if (spacing * shape).max() > MAX_EXTENT_MM:
-        raise ScanError(
-            "unusable affine: implausible length of the volume",
-            where=path.name,
-            got=f"{_sizes(spacing * shape)} mm",
-            expected=f"at most {MAX_EXTENT_MM:g} mm",
-            remedy="Check the voxel size in the header",
-        )
-    if np.abs(affine[:3, 3]).max() > MAX_ORIGIN_MM:
-        raise ScanError(
-            "unusable affine: implausible origin",
-            where=path.name,
-            got=f"{np.abs(affine[:3, 3]).max():.3g} mm away",
-            expected=f"at most {MAX_ORIGIN_MM:g} mm",
-            remedy=remedy,
-        )
+        refuse("it is singular, or its axes nearly fall together", expected="an invertible voxel-to-world matrix")
+    extent, origin = spacing * shape, np.abs(affine[:3, 3]).max()
+    if extent.max() > MAX_EXTENT_MM:
+        remedy = "Check the voxel size in the header"
+        refuse("implausible length of the volume", f"{_sizes(extent)} mm", f"at most {MAX_EXTENT_MM:g} mm", remedy)
+    if origin > MAX_ORIGIN_MM:
+        refuse("implausible origin", f"{origin:.3g} mm away", f"at most {MAX_ORIGIN_MM:g} mm")
 
 
 def shear_notes(affine: Float[np.ndarray, "4 4"]) -> tuple[str, ...]:
@@ -163,17 +127,13 @@ def shear_notes(affine: Float[np.ndarray, "4 4"]) -> tuple[str, ...]:
 
 
 def closest_canonical(affine: Float[np.ndarray, "4 4"], path: Path) -> np.ndarray:
-    """The reordering and flips of the stored axes that bring them closest to right, anterior, superior.
-
-    Raises:
-        ScanError: two axes run along the same direction.
-    """
+    """The order and flips that bring the stored axes closest to RAS; ScanError if two of them are parallel."""
     try:
         orientation = io_orientation(affine)
     except (OrientationError, np.linalg.LinAlgError, ValueError) as error:
         raise ScanError(f"unusable affine: {error}", where=path.name) from error
     if np.isnan(orientation).any():
-        raise ScanError("unusable affine: it is singular", where=path.name, remedy="Repair the header's sform or qform")
+        raise ScanError("unusable affine: it is singular", where=path.name, remedy=_REPAIR)
     return orientation
 
 

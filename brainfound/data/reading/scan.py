@@ -18,23 +18,15 @@ from brainfound.errors import ScanError
 
 MAX_VALUE = 1e30
 """Largest absolute value of a voxel. No scanner writes it, and sums of larger values leave the range of float32."""
-
 MIN_RANGE = 1e-30
 """Least range of an image's values that can be scaled in float32. Diffusivities in m²/s vary by 1e-9."""
 
 
 @dataclass(frozen=True)
 class ScanHeader:
-    """The header of an image file.
+    """The header of an image file; shape, orientation (such as ``"LPS"``) and spacing are of the stored axes.
 
-    Attributes:
-        shape: of the stored array, three axes.
-        dtype: numpy's name of the stored voxel type.
-        affine: ``(4, 4)``, index in the stored array → millimetres in RAS+.
-        orientation: directions of the stored axes, for example ``"LPS"``.
-        spacing_mm: voxel size along the stored axes.
-        affine_source: the header field of the affine.
-        notes: remarks for a person, one line each.
+    ``affine`` is ``(4, 4)``, index in the stored array → millimetres in RAS+. ``notes`` are for a person.
     """
 
     shape: tuple[int, int, int]
@@ -53,10 +45,8 @@ class Scan:
     Attributes:
         data: voxels ``(X, Y, Z)`` in float32; the stored axes are only reordered and flipped, nothing is interpolated.
         affine: ``(4, 4)``, index in ``data`` → millimetres in RAS+.
-        native_shape: shape of the stored array.
-        native_affine: ``(4, 4)``, index in the stored array → millimetres in RAS+.
-        header: the header of the file; None for a scan that was made in memory.
-        notes: remarks on the file for a person, one line each.
+        native_shape, native_affine: of the stored array.
+        header: None for a scan that was made in memory.
     """
 
     data: Float[np.ndarray, "X Y Z"]
@@ -79,15 +69,7 @@ class Scan:
 
 
 def read_header(path: str | Path) -> ScanHeader:
-    """Read and check an image's header; quick, since no voxel is read.
-
-    Args:
-        path: the image file, or a member of a zip archive (``…/ses-01.zip/anat/x.nii.gz``).
-
-    Raises:
-        ScanError: there is no such file, it is not a 3-D image, its header declares more than the file can hold, or its
-            affine is implausible.
-    """
+    """Read and check the header of an image, also in a zip archive; ScanError as `load_scan`. No voxel is read."""
     return _scan_header(read_image_header(Path(path)))
 
 
@@ -99,9 +81,7 @@ def load_scan(path: str | Path, *, labels: bool = False) -> Scan:
         labels: the image is a label map: values are whole numbers ≥ 0, and all may be 0.
 
     Raises:
-        ScanError: the file is missing, truncated, corrupt or not a 3-D image; it holds NaN or infinite values, or more
-            data than its header declares; it is constant (images) or not a label map (labels); its affine is
-            implausible.
+        ScanError: the file is missing, damaged or not a 3-D image, or its values or affine are implausible.
     """
     path = Path(path)
     image = read_image_header(path)
@@ -138,30 +118,17 @@ def _check_values(data: np.ndarray, low: float, high: float, path: Path, labels:
     # NaN and infinite voxels show in the smallest and largest value.
     if not (np.isfinite(low) and np.isfinite(high)):
         count = int(data.size - np.isfinite(data).sum())
-        raise ScanError(
-            "NaN or infinite values",
-            where=path.name,
-            got=f"{count} of {data.size} voxels",
-            expected="finite values",
-            remedy="Repair the file, for example by writing 0 there",
-        )
+        got, remedy = f"{count} of {data.size} voxels", "Repair the file, for example by writing 0 there"
+        raise ScanError("NaN or infinite values", where=path.name, got=got, expected="finite values", remedy=remedy)
     if labels:
         if low < 0 or high > 65535 or not _all_integers(data):
-            raise ScanError(
-                "not a label map",
-                where=path.name,
-                got=f"values from {low:g} to {high:g}",
-                expected="whole numbers from 0 to 65535",
-                remedy="Give a hard segmentation",
-            )
+            got, expected = f"values from {low:g} to {high:g}", "whole numbers from 0 to 65535"
+            remedy = "Give a hard segmentation"
+            raise ScanError("not a label map", where=path.name, got=got, expected=expected, remedy=remedy)
     elif max(-low, high) > MAX_VALUE or 0 < high - low < MIN_RANGE:
-        raise ScanError(
-            "implausible values",
-            where=path.name,
-            got=f"{low:g} to {high:g}",
-            expected=f"at most {MAX_VALUE:g}, and a range of at least {MIN_RANGE:g}",
-            remedy="The file or its scaling is damaged; export it again",
-        )
+        got, expected = f"{low:g} to {high:g}", f"at most {MAX_VALUE:g}, and a range of at least {MIN_RANGE:g}"
+        remedy = "The file or its scaling is damaged; export it again"
+        raise ScanError("implausible values", where=path.name, got=got, expected=expected, remedy=remedy)
     elif low == high:
         what = "all voxels are zero" if low == 0 else f"all voxels have the value {low:g}"
         raise ScanError(what, where=path.name, expected="an image", remedy="Export the scan again or leave it out")

@@ -17,32 +17,28 @@ from brainfound.errors import UsageError
 
 MAX_LABELS = 10
 """Numbers with more different values than this are grouped into quintiles."""
+DEFAULT_FRACTIONS = {"train": 0.7, "validation": 0.1, "test": 0.2}
 Labels = Sequence[Any] | Mapping[str, Sequence[Any]]
 """A label per session, or several named columns of labels, the most important first."""
 
 
 def split_by_subject(
-    subjects: Sequence[str],
-    fractions: Mapping[str, float],
-    seed: int,
-    stratify: Labels | None = None,
+    subjects: Sequence[str], fractions: Mapping[str, float], seed: int, stratify: Labels | None = None
 ) -> dict[str, np.ndarray]:
-    """Divide sessions into named parts; all sessions of a subject stay together.
+    """Divide sessions into named parts, each with at least one subject; all sessions of a subject stay together.
 
-    Strata: subjects are sorted by stratum, shuffled within, and dealt one by one to the part that is furthest behind
-    its share: of all subjects and, with several columns, of the subject's label in each column and of their
-    combination. Part sizes are exact, and the shares of every label and combination are right within about two
-    subjects, also for strata with fewer subjects than parts.
+    Subjects are sorted by stratum, shuffled within, and dealt one by one to the part that is furthest behind its share:
+    of all subjects and, with several columns, of the subject's label in each column and of their combination. Part
+    sizes are exact; the shares of every label and combination are right within about two subjects.
 
     Args:
         subjects: the subject of each session.
         fractions: part → share of the subjects; the shares sum to 1.
-        stratify: labels whose mix is about the same in each part. Numbers with more than `MAX_LABELS` different values
-            are grouped into quintiles; missing labels are a stratum of their own. A subject counts with its most
-            frequent label, or the smallest of these.
+        stratify: labels whose mix is about the same in each part. Many different numbers are grouped into quintiles;
+            missing labels are a stratum. A subject counts with its most frequent label, or the smallest of these.
 
     Returns:
-        part → sorted indices of sessions. Every part has at least one subject.
+        part → sorted indices of sessions.
 
     Raises:
         UsageError: shares that do not sum to 1, or too few subjects.
@@ -51,12 +47,8 @@ def split_by_subject(
         raise UsageError("the shares of a split must be positive and sum to 1", got=dict(fractions))
     names = sorted(set(subjects))
     if len(names) < len(fractions):
-        raise UsageError(
-            "too few subjects to split",
-            got=len(names),
-            expected=f"at least {len(fractions)}",
-            remedy="Add subjects or use fewer parts",
-        )
+        expected, remedy = f"at least {len(fractions)}", "Add subjects or use fewer parts"
+        raise UsageError("too few subjects to split", got=len(names), expected=expected, remedy=remedy)
     sizes = _part_sizes(len(names), list(fractions.values()))
     strata = _strata(subjects, stratify)
     assigned = _divide(names, strata, dict(zip(fractions, sizes, strict=True)), np.random.default_rng(seed))
@@ -64,21 +56,12 @@ def split_by_subject(
 
 
 def k_folds(
-    subjects: Sequence[str],
-    num_folds: int,
-    seed: int,
-    stratify: Labels | None = None,
-    validation: float = 0.0,
+    subjects: Sequence[str], num_folds: int, seed: int, stratify: Labels | None = None, validation: float = 0.0
 ) -> list[dict[str, np.ndarray]]:
     """Folds by subject, each with the parts ``train`` and ``test``; every subject is tested once.
 
-    Args:
-        subjects, seed, stratify: as in `split_by_subject`.
-        validation: share of all subjects that each fold moves from ``train`` to ``validation``; 0 for no such part.
-            The tested subjects do not depend on it.
-
-    Raises:
-        UsageError: fewer than two folds, fewer subjects than folds, or no subject left to train on.
+    ``validation``, a share of all subjects, moves from ``train`` to a part of its own; the tested subjects stay the
+    same. Other arguments as in `split_by_subject`. UsageError: too few folds or subjects.
     """
     if num_folds < 2:
         raise UsageError("cross-validation needs at least two folds", got=num_folds, where="folds")
@@ -101,20 +84,15 @@ def few_shot(
     fractions: Mapping[str, float] | None = None,
     stratify: Labels | None = None,
 ) -> dict[int | None, dict[str, np.ndarray]]:
-    """Training parts of a few subjects, with the same validation and test part for every number of shots.
+    """Number of shots → training part of a few subjects, and the same validation and test part for every number.
 
     The training subjects of fewer shots are among those of more shots.
 
     Args:
-        subjects, seed: as in `split_by_subject`.
         shots: numbers of training subjects, per class with ``labels``; None for all subjects.
-        labels: the class of each session; a subject counts with its most frequent class, and is not used for
-            training without one.
-        fractions: the shares from which ``train`` draws its shots; 0.7, 0.1 and 0.2 by default.
+        labels: the class of each session, of which a subject without any is not used for training.
+        fractions: shares of the parts, by default `DEFAULT_FRACTIONS`; ``train`` draws its shots from its share.
         stratify: as in `split_by_subject`; by default the labels.
-
-    Returns:
-        number of shots → part → sorted indices of sessions.
 
     Raises:
         UsageError: no shots, or more shots than subjects (of the smallest class) outside of validation and test.
@@ -123,7 +101,7 @@ def few_shot(
     if not shots or (numbers and numbers[0] < 1):
         raise UsageError("the numbers of shots must be positive", where="shots", got=list(shots))
     stratify = labels if stratify is None else stratify
-    rest = split_by_subject(subjects, fractions or {"train": 0.7, "validation": 0.1, "test": 0.2}, seed, stratify)
+    rest = split_by_subject(subjects, fractions or DEFAULT_FRACTIONS, seed, stratify)
     parts = {part: sorted({subjects[i] for i in index}) for part, index in rest.items()}
     pool = parts.pop("train")
     rng = np.random.default_rng([seed, 1])
@@ -136,13 +114,10 @@ def few_shot(
         groups = {kind: [name for name in shuffled if label_text(classes[name]) == kind] for kind in known}
     fewest = min(groups, key=lambda kind: len(groups[kind]))
     if numbers and numbers[-1] > len(groups[fewest]):
-        raise UsageError(
-            f"more shots than subjects{'' if labels is None else f' of the class {fewest}'} to draw from",
-            where="shots",
-            got=numbers[-1],
-            expected=f"at most {len(groups[fewest])}",
-            remedy="Ask for fewer shots, or give smaller validation and test parts",
-        )
+        what = f"more shots than subjects{'' if labels is None else f' of the class {fewest}'} to draw from"
+        expected = f"at most {len(groups[fewest])}"
+        remedy = "Ask for fewer shots, or give smaller validation and test parts"
+        raise UsageError(what, where="shots", got=numbers[-1], expected=expected, remedy=remedy)
     return {
         number: _as_indices({"train": [n for line in groups.values() for n in line[:number]], **parts}, subjects)
         for number in [*numbers, *([None] if None in shots else [])]
@@ -150,26 +125,12 @@ def few_shot(
 
 
 def leave_one_site_out(
-    subjects: Sequence[str],
-    sites: Sequence[Any],
-    seed: int,
-    validation: float = 0.0,
-    stratify: Labels | None = None,
+    subjects: Sequence[str], sites: Sequence[Any], seed: int, validation: float = 0.0, stratify: Labels | None = None
 ) -> dict[str, dict[str, np.ndarray]]:
-    """One fold per site: tested on that site, trained on all others.
+    """Site → fold that is tested on that site and trained on all others, with arguments and errors as in `k_folds`.
 
     A subject with sessions at the tested site and at another one is in no part of that fold. A subject with a session
     of unknown site is in no part of any fold. A site without a subject of its own has no fold.
-
-    Args:
-        subjects, seed, stratify, validation: as in `k_folds`.
-        sites: the site of each session.
-
-    Returns:
-        site → part → sorted indices of sessions.
-
-    Raises:
-        UsageError: fewer than two sites, or no subject left to train on.
     """
     seen: dict[str, set[str | None]] = {}
     for subject, site in zip(subjects, sites, strict=True):
@@ -192,8 +153,7 @@ def leave_one_site_out(
 def merge_linked_subjects(subjects: Sequence[str], content_hashes: Sequence[str]) -> list[str]:
     """The name by which each session's subject is divided: subjects who share an image get the same name.
 
-    Two subjects with the same image are one person under two names, or a file was copied to the wrong place; either
-    way they must stay in one part. Other subjects keep their own name.
+    They are one person under two names, or a file was copied to the wrong place; either way they stay in one part.
     """
     leader = {subject: subject for subject in subjects}
 
@@ -211,20 +171,16 @@ def merge_linked_subjects(subjects: Sequence[str], content_hashes: Sequence[str]
 
 
 def require_disjoint(split: Mapping[str, np.ndarray], subjects: Sequence[str]) -> None:
-    """Refuse parts that share a subject.
+    """Raise a UsageError for parts of session indices that share a subject."""
+    require_disjoint_subjects({part: {subjects[i] for i in index} for part, index in split.items()}, "Split by subject")
 
-    Raises:
-        UsageError: names the parts and the number of shared subjects.
-    """
-    members = {part: {subjects[i] for i in index} for part, index in split.items()}
+
+def require_disjoint_subjects(members: Mapping[str, set[str]], remedy: str, where: object = None) -> None:
+    """Raise a UsageError for parts that share a subject; it names the parts, not the subjects."""
     for (first, second), shared in shared_counts(members).items():
         if shared:
-            raise UsageError(
-                f"the parts {first!r} and {second!r} of the split share subjects",
-                got=f"{shared} shared",
-                expected="none",
-                remedy="Split by subject",
-            )
+            what = f"the parts {first!r} and {second!r} of the split share subjects"
+            raise UsageError(what, where=where, got=f"{shared} shared", expected="none", remedy=remedy)
 
 
 def shared_counts(members: Mapping[str, set[str]]) -> dict[tuple[str, str], int]:
@@ -249,13 +205,10 @@ def _build_fold(
     num_subjects: int | None = None,
 ) -> dict[str, list[str]]:
     """The parts of a fold with a given test part; a share of all subjects goes from the rest to validation."""
-    count = 0
-    if validation:
-        count = max(1, round(validation * (num_subjects or len(rest) + len(test))))
+    count = max(1, round(validation * (num_subjects or len(rest) + len(test)))) if validation else 0
     if count >= len(rest) or not 0 <= validation < 1:
-        raise UsageError(
-            "no subject is left to train on", where="validation", got=validation, remedy="Ask for a smaller share"
-        )
+        what, remedy = "no subject is left to train on", "Ask for a smaller share"
+        raise UsageError(what, where="validation", got=validation, remedy=remedy)
     if not count:
         return {"train": rest, "test": test}
     return {**_divide(rest, strata, {"train": len(rest) - count, "validation": count}, rng), "test": test}
@@ -263,12 +216,9 @@ def _build_fold(
 
 def _strata(subjects: Sequence[str], stratify: Labels | None) -> dict[str, tuple[str, ...]]:
     """Subject → its stratum, one label per column."""
-    names = sorted(set(subjects))
-    if stratify is None:
-        return {name: () for name in names}
-    columns = list(stratify.values()) if isinstance(stratify, Mapping) else [stratify]
-    words = [_words(_label_per_subject(subjects, column)) for column in columns]
-    return {name: tuple(word[name] for word in words) for name in names}
+    columns = stratify if isinstance(stratify, Mapping) else {"": stratify}
+    words = [_words(_label_per_subject(subjects, labels)) for labels in columns.values() if labels is not None]
+    return {name: tuple(word[name] for word in words) for name in sorted(set(subjects))}
 
 
 def _label_per_subject(subjects: Sequence[str], labels: Sequence[Any]) -> dict[str, Any]:
@@ -332,10 +282,10 @@ def _stratified_order(names: list[str], strata: Mapping[str, tuple[str, ...]], r
     members: dict[tuple[str, ...], list[str]] = {}
     for index in rng.permutation(len(names)):
         members.setdefault(strata[names[int(index)]], []).append(names[int(index)])
-    place = {
-        name: ((rank + 0.5) / len(line), stratum) for stratum, line in members.items() for rank, name in enumerate(line)
-    }
-    return sorted(place, key=lambda name: place[name])
+    place: dict[str, tuple[float, tuple[str, ...]]] = {}
+    for stratum, line in members.items():
+        place |= {name: ((rank + 0.5) / len(line), stratum) for rank, name in enumerate(line)}
+    return sorted(place, key=place.__getitem__)
 
 
 def _part_sizes(count: int, shares: list[float]) -> list[int]:
@@ -356,8 +306,7 @@ def _deal(order: list[str], sizes: dict[str, int], strata: Mapping[str, tuple[st
     part can also be behind in each label of the subject and in their combination.
     """
     assigned: dict[str, list[str]] = {part: [] for part in sizes}
-    seen: Counter = Counter()
-    dealt: Counter = Counter()
+    seen, dealt = Counter[Any](), Counter[Any]()
     for name in order:
         stratum = strata[name]
         groups: list[Any] = [()]

@@ -33,6 +33,7 @@ from brainfound.data.splits.dividing import (
     label_text,
     merge_linked_subjects,
     require_disjoint,
+    require_disjoint_subjects,
     shared_counts,
     to_numeric_or_none,
 )
@@ -44,6 +45,7 @@ PARTS = ("train", "validation", "test")
 REQUIRED_PARTS = ("train", "test")
 SINGLE_FOLD = "single"
 MAKE_ANEW = "To use it as it is, make a checked file of it: brainfound split STORE NEW.json --from THIS.json"
+_GIVE_SPLIT = "Give the file of `brainfound split`, or the splits.json of a run"
 
 SubjectsByPart = Mapping[str, tuple[str, ...]]
 """Part → its subjects, sorted."""
@@ -56,13 +58,13 @@ class Split:
     Attributes:
         folds: fold → part → subjects.
         data_hash: content hash of the divided store.
-        seed: seed of the division; None if it was not random.
+        seed: None if the division was not random.
         made: settings of the division, plain values.
         counts: fold → part → ``{"num_sessions": …, column: …}``.
         num_left_out: fold → number of subjects of the store in no part.
 
     Raises:
-        UsageError: a fold without a required part, an unknown or empty part, or a subject in two parts.
+        UsageError: a required part is missing, a part is unknown or empty, or a subject is in two.
     """
 
     folds: Mapping[str, SubjectsByPart]
@@ -88,14 +90,9 @@ class Split:
         made: Mapping[str, Any],
         columns: Sequence[str] = (),
     ) -> Split:
-        """The split of a store's sessions.
+        """The split of a store's sessions, from fold → part → indices; ``columns`` are covariates to count.
 
-        Args:
-            folds: fold → part → indices of sessions.
-            columns: covariates to count in each part.
-
-        Raises:
-            UsageError: as the class, or two parts share an image.
+        UsageError: as the class, or two parts share an image.
         """
         names = [str(name) for name in store.sessions["subject"]]
         members, counts, left_out = {}, {}, {}
@@ -107,17 +104,12 @@ class Split:
         return cls(members, store.content_hash, seed, dict(made), counts, left_out)
 
     def parts(self, fold: str | None = None) -> SubjectsByPart:
-        """Part → subjects of one fold; a single fold needs no name.
-
-        Raises:
-            UsageError: there is no such fold, or there are several and no name is given.
-        """
+        """Part → subjects of one fold; only a single fold needs no name."""
         if fold is None and len(self.folds) == 1:
             return next(iter(self.folds.values()))
         if fold is None:
-            raise UsageError(
-                "the split file holds several folds", expected=", ".join(self.folds), remedy="Name one with --fold"
-            )
+            names = ", ".join(self.folds)
+            raise UsageError("the split file holds several folds", expected=names, remedy="Name one with --fold")
         if fold not in self.folds:
             raise UsageError(f"the split has no fold {fold!r}", remedy=did_you_mean(fold, self.folds))
         return self.folds[fold]
@@ -125,8 +117,7 @@ class Split:
     def sessions(self, store: Store, fold: str | None = None) -> dict[str, np.ndarray]:
         """Part → indices of the sessions of its subjects in a store. Subjects may be missing on either side.
 
-        Raises:
-            UsageError: as `parts`, or two parts share an image.
+        UsageError: as `parts`, or two parts share an image.
         """
         assigned_part = {name: part for part, names in self.parts(fold).items() for name in names}
         placed = np.array([assigned_part.get(str(name), "") for name in store.sessions["subject"]], dtype=object)
@@ -162,42 +153,24 @@ class Split:
 
     @classmethod
     def load(cls, path: str | Path) -> Split:
-        """Read a split file and check it again.
-
-        Raises:
-            UsageError: not a split file, another schema, a part is missing, two parts share a subject, or the file
-                was changed after it was made.
-        """
+        """Read a split file and check it again; UsageError for a file that is not valid or was changed."""
         path = Path(path)
         content = _read_json(path)
         if content.get("schema", SCHEMA) != SCHEMA:
-            raise UsageError(
-                "a split file of another schema",
-                where=path,
-                got=content["schema"],
-                expected=SCHEMA,
-                remedy="Make it again with this version: brainfound split STORE NEW.json",
-            )
+            got, remedy = content["schema"], "Make it again with this version: brainfound split STORE NEW.json"
+            raise UsageError("a split file of another schema", where=path, got=got, expected=SCHEMA, remedy=remedy)
         folds = _read_members(content, path)  # before the digest: a shared subject is the gravest fault
         if "schema" not in content:
             raise UsageError("the split file has no digest", where=path, remedy=MAKE_ANEW)
         if content.get("sha256") != _digest({key: value for key, value in content.items() if key != "sha256"}):
             raise UsageError("the split file was changed after it was made", where=path, remedy=MAKE_ANEW)
         try:
-            split = cls(
-                folds,
-                content["data_hash"],
-                content["seed"],
-                content["made"],
-                {
-                    name: {
-                        part: {"num_sessions": entry["num_sessions"][part], **entry["counts"][part]}
-                        for part in folds[name]
-                    }
-                    for name, entry in content["folds"].items()
-                },
-                {name: entry["num_left_out"] for name, entry in content["folds"].items()},
-            )
+            counts, left_out = {}, {}
+            for name, entry in content["folds"].items():
+                sessions = entry["num_sessions"]
+                counts[name] = {part: {"num_sessions": sessions[part], **entry["counts"][part]} for part in folds[name]}
+                left_out[name] = entry["num_left_out"]
+            split = cls(folds, content["data_hash"], content["seed"], content["made"], counts, left_out)
         except (KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"the split file lacks {error}", where=path, remedy=MAKE_ANEW) from None
         if split.to_dict() != content:
@@ -205,98 +178,67 @@ class Split:
         return split
 
     def _fold_to_dict(self, name: str) -> dict[str, Any]:
-        members, counts = self.folds[name], self.counts.get(name, {})
+        members = self.folds[name]
+        counts = {part: dict(self.counts.get(name, {}).get(part, {})) for part in members}
         sets = {part: set(names) for part, names in members.items()}
         return {
             "subjects": {part: list(names) for part, names in members.items()},
             "shared_subjects": {f"{one} and {other}": n for (one, other), n in shared_counts(sets).items()},
             "num_subjects": {part: len(names) for part, names in members.items()},
-            "num_sessions": {part: counts.get(part, {}).get("num_sessions") for part in members},
-            "counts": {
-                part: {column: value for column, value in counts.get(part, {}).items() if column != "num_sessions"}
-                for part in members
-            },
+            "num_sessions": {part: found.pop("num_sessions", None) for part, found in counts.items()},
+            "counts": counts,  # of columns: the number of sessions is taken out
             "num_left_out": self.num_left_out.get(name, 0),
         }
 
 
 def read_folds(path: str | Path) -> dict[str, SubjectsByPart]:
-    """The parts of a file that was written or changed by hand: a split file, or ``{"train": […], "test": […]}``.
-
-    Raises:
-        UsageError: it is neither, a part is missing, or two parts share a subject.
-    """
+    """The checked parts of a file written or changed by hand: a split file, or ``{"train": […], "test": […]}``."""
     return _read_members(_read_json(Path(path)), Path(path))
 
 
 def require_no_shared_images(store: Store, parts: Mapping[str, Sequence[int] | np.ndarray]) -> None:
-    """Refuse parts with the same image, whatever the names of its subjects.
-
-    Args:
-        parts: part → indices of sessions.
-
-    Raises:
-        UsageError: names the rows of ``store.sessions``, not the subjects.
-    """
+    """Raise a UsageError for parts, of session indices, with the same image; it names rows of ``store.sessions``."""
     hashes = store.sessions["image_hash"].tolist()
     first: dict[str, tuple[str, int]] = {}
     for part, index in parts.items():
         for row in map(int, index):
             other, twin = first.setdefault(hashes[row], (part, row))
             if other != part:
-                raise UsageError(
-                    f"the parts {other!r} and {part!r} of the split share an image",
-                    where=f"store {store.path.name}",
-                    got=f"sessions of rows {twin} and {row}",
-                    expected="none",
-                    remedy="Take one out of the cohort, or divide anew: brainfound split keeps the two together",
-                )
+                what = f"the parts {other!r} and {part!r} of the split share an image"
+                where, got = f"store {store.path.name}", f"sessions of rows {twin} and {row}"
+                remedy = "Take one out of the cohort, or divide anew: brainfound split keeps the two together"
+                raise UsageError(what, where=where, got=got, expected="none", remedy=remedy)
 
 
 def get_split_groups(store: Store) -> tuple[np.ndarray, int]:
-    """The name by which each session's subject is divided, and the number of subjects with the name of another.
-
-    Subjects who share an image get the same name, see `merge_linked_subjects`.
-    """
+    """The names by which sessions are divided, see `merge_linked_subjects`, and how many subjects have another's."""
     subjects = [str(name) for name in store.sessions["subject"]]
     names = merge_linked_subjects(subjects, store.sessions["image_hash"].tolist())
     return np.array(names, dtype=object), len(set(subjects)) - len(set(names))
 
 
 def _require_valid_parts(fold: str, members: SubjectsByPart, where: object = None) -> None:
+    where = where or f"fold {fold}"
     unknown = [part for part in members if part not in PARTS]
     if unknown:
-        raise UsageError(
-            f"unknown part {unknown[0]!r}", where=where or f"fold {fold}", remedy=did_you_mean(unknown[0], PARTS)
-        )
+        raise UsageError(f"unknown part {unknown[0]!r}", where=where, remedy=did_you_mean(unknown[0], PARTS))
     missing = [part for part in REQUIRED_PARTS if part not in members]
     missing += [part for part, names in members.items() if not names]
     if missing:
-        raise UsageError(
-            f"the part {missing[0]!r} of the split is missing or empty",
-            where=where or f"fold {fold}",
-            remedy="Give every part at least one subject",
-        )
-    for (one, other), shared in shared_counts({part: set(names) for part, names in members.items()}).items():
-        if shared:
-            raise UsageError(
-                f"the parts {one!r} and {other!r} of the split share subjects",
-                where=where or f"fold {fold}",
-                got=f"{shared} shared",
-                expected="none",
-                remedy="Take each subject out of one of them, or divide anew: brainfound split STORE NEW.json",
-            )
+        what = f"the part {missing[0]!r} of the split is missing or empty"
+        raise UsageError(what, where=where, remedy="Give every part at least one subject")
+    remedy = "Take each subject out of one of them, or divide anew: brainfound split STORE NEW.json"
+    require_disjoint_subjects({part: set(names) for part, names in members.items()}, remedy, where)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    remedy = "Give the file of `brainfound split`, or the splits.json of a run"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0][:100]
-        raise UsageError(f"not a split file: {reason}", where=path, remedy=remedy) from None
+        raise UsageError(f"not a split file: {reason}", where=path, remedy=_GIVE_SPLIT) from None
     if not isinstance(content, dict):
-        raise UsageError("not a split file: no JSON object", where=path, remedy=remedy)
+        raise UsageError("not a split file: no JSON object", where=path, remedy=_GIVE_SPLIT)
     return content
 
 
@@ -314,11 +256,7 @@ def _read_members(content: Mapping[str, Any], path: Path) -> dict[str, SubjectsB
     for name, members in folds.items():
         lists = members.values() if isinstance(members, dict) else [None]
         if not all(isinstance(names, list) and all(isinstance(n, str) for n in names) for names in lists):
-            raise UsageError(
-                "not a split file: the parts must be lists of subjects",
-                where=path,
-                remedy="Give the file of `brainfound split`, or the splits.json of a run",
-            )
+            raise UsageError("not a split file: the parts must be lists of subjects", where=path, remedy=_GIVE_SPLIT)
         checked[name] = {part: tuple(sorted(set(names))) for part, names in members.items()}
         _require_valid_parts(name, checked[name], where=path if name == SINGLE_FOLD else f"{path}, fold {name}")
     return checked
@@ -333,10 +271,10 @@ def _counts(store: Store, index: Sequence[int] | np.ndarray, columns: Sequence[s
     """The sessions of a part; for each column the sessions per value, or the range of a column of numbers."""
     counts: dict[str, Any] = {"num_sessions": len(index)}
     for column in columns:
-        all_numbers = to_numeric_or_none(store.covariate(column).tolist())
+        column_values = store.covariate(column)
+        all_numbers = to_numeric_or_none(column_values.tolist())
         if all_numbers is None:
-            values = Counter(label_text(value) for value in store.covariate(column).iloc[list(index)])
-            counts[column] = dict(sorted(values.items()))
+            counts[column] = dict(sorted(Counter(map(label_text, column_values.iloc[list(index)])).items()))
             continue
         numbers = all_numbers[list(index)]
         known = numbers[~np.isnan(numbers)]

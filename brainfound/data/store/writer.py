@@ -19,10 +19,9 @@ import pandas as pd
 
 from brainfound.data.cohort import Cohort, Session
 from brainfound.data.hooks import Hook
-from brainfound.data.preprocessing.quality import ScanQuality
 from brainfound.data.preprocessing.session import NOT_IN_COHORT_REASON, PreparedSession, UnusedFile, prepare_session
 from brainfound.data.preprocessing.settings import Preprocessing
-from brainfound.data.preprocessing.stack import Stack
+from brainfound.data.preprocessing.stack import ScanQuality, Stack
 from brainfound.data.store.contact_sheet import write_contact_sheet
 from brainfound.data.store.folder import (
     SCHEMA_VERSION,
