@@ -82,7 +82,7 @@ def evaluate(
 
 def _print(results: list[dict[str, Any]], title: str) -> None:
     from brainfound.cli.terminal import print_table, score_with_interval
-    from brainfound.experiments.run_table import get_baselines
+    from brainfound.experiments.folder import get_baselines
     from brainfound.metrics.registry import format_score
 
     names, baselines = _select_metrics(results[0]), list(get_baselines(results[0]))
@@ -100,7 +100,7 @@ def _print(results: list[dict[str, Any]], title: str) -> None:
 def _print_partial(results: list[dict[str, Any]], lost: list[float], title: str) -> None:
     """One row per subset: scores, drop of the primary metric against full input, and the baselines."""
     from brainfound.cli.terminal import print_table, score_with_interval
-    from brainfound.experiments.run_table import get_baselines
+    from brainfound.experiments.folder import get_baselines
     from brainfound.metrics.registry import PRIMARY_METRIC, format_score
 
     names, baselines = _select_metrics(results[0]), list(get_baselines(results[0]))

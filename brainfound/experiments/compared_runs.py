@@ -25,14 +25,10 @@ from brainfound.training.run_folder import FACTS_FILE
 
 @dataclass(frozen=True)
 class ComparedRuns:
-    """Systems of one task and target.
-
-    Attributes:
-        systems: name → one table of cases per seed, in the order given; the input of `brainfound.metrics.compare`.
-        metrics: those that tables show.
-    """
+    """Systems of one task and target, and the metrics that tables show."""
 
     systems: dict[str, list[pd.DataFrame]]
+    """Name → one table of cases per seed, in the order given; the input of `brainfound.metrics.compare`."""
     task: str
     target: str
     metrics: list[str]
@@ -41,15 +37,15 @@ class ComparedRuns:
 def read_compared_runs(folders: Sequence[Path], *, frozen: bool = False, store: Store | None = None) -> ComparedRuns:
     """Read the runs of several folders.
 
+    Runs on one store are matched by the rows of their sessions; runs on several stores by names, which they must have
+    kept (``--keep-ids``).
+
     Args:
-        folders: see above. Runs on one store are matched by the rows of their sessions; runs on several stores by
-            names, which they must have kept (``--keep-ids``).
         frozen: add the frozen baseline of the first system, in front.
         store: the store of the runs, for older runs whose table of cases does not name the subjects.
 
     Raises:
-        UsageError: a folder has no finished run, is given twice or is the only system; or the runs differ in task,
-            target or store; or a table lacks a column.
+        UsageError: a folder has no finished run, is given twice or is the only system; or the runs do not fit together.
     """
     places = [folder.resolve() for folder in folders]
     twice = [folder for k, folder in enumerate(folders) if places[k] in places[:k]]
@@ -67,9 +63,8 @@ def read_compared_runs(folders: Sequence[Path], *, frozen: bool = False, store: 
         raise UsageError("the runs are of several stores", where="--data", remedy="Leave it out")
     first = next(iter(found))
     if store is not None and store.content_hash != facts[first][0]["data_hash"]:
-        raise UsageError(
-            "not the store of the runs", where=store.path, remedy="Give the store that they were trained on"
-        )
+        remedy = "Give the store that they were trained on"
+        raise UsageError("not the store of the runs", where=store.path, remedy=remedy)
     requested = [(f"{first}, frozen", found[first], FROZEN_CASES_FILE)] if frozen else []
     requested += [(name, seeds, CASES_FILE) for name, seeds in found.items()]
     systems = {
@@ -89,12 +84,9 @@ def _find_systems(folder: Path) -> dict[str, list[list[Path]]]:
         return {str(folder): [[folder]]}
     seeds = sorted(path.parent for path in folder.glob(f"seed-*/{CASES_FILE}"))
     if not seeds:
-        raise UsageError(
-            "there is no finished fine-tuning run",
-            where=folder,
-            expected=f"a folder with {CASES_FILE}, or with {RUNS_FILE} of many runs",
-            remedy="Give the folder that finetune wrote, and end the run with --resume if it was cut off",
-        )
+        expected = f"a folder with {CASES_FILE}, or with {RUNS_FILE} of many runs"
+        remedy = "Give the folder that finetune wrote, and end the run with --resume if it was cut off"
+        raise UsageError("there is no finished fine-tuning run", where=folder, expected=expected, remedy=remedy)
     return {str(folder): [[run] for run in seeds]}
 
 
@@ -106,13 +98,9 @@ def _read_experiment_systems(folder: Path) -> dict[str, list[list[Path]]]:
         where = f"{folder}: {name}" if name else str(folder)
         groups = of_system["group"].unique()
         if len(groups) > 1:
-            raise UsageError(
-                "the runs were trained on different numbers of subjects",
-                where=where,
-                got=", ".join(groups),
-                expected="one of them",
-                remedy=f"Give {(folder / of_system['run'].iloc[0]).parent}",
-            )
+            what = "the runs were trained on different numbers of subjects"
+            remedy = f"Give {(folder / of_system['run'].iloc[0]).parent}"
+            raise UsageError(what, where=where, got=", ".join(groups), expected="one of them", remedy=remedy)
         seeds = {seed: part.sort_values("fold") for seed, part in of_system.groupby("seed")}
         folds = {tuple(part["fold"]) for part in seeds.values()}
         if len(folds) > 1:
@@ -123,7 +111,6 @@ def _read_experiment_systems(folder: Path) -> dict[str, list[list[Path]]]:
 
 
 def _read_facts(run: Path) -> dict[str, Any]:
-    """Data hash and target of a fine-tuning run, from run.json."""
     file = run / FACTS_FILE
     try:
         facts = json.loads(file.read_text(encoding="utf-8"))
@@ -131,9 +118,8 @@ def _read_facts(run: Path) -> dict[str, Any]:
             raise UsageError("not a run of fine-tuning", where=run, got=facts["kind"])
         return {"data_hash": facts["data_hash"], "target": facts["target"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            "the facts of a run cannot be read", where=file, got=f"{type(error).__name__}: {error}"
-        ) from None
+        got = f"{type(error).__name__}: {error}"
+        raise UsageError("the facts of a run cannot be read", where=file, got=got) from None
 
 
 def _require_same_task_and_target(facts: dict[str, list[dict[str, Any]]]) -> None:
@@ -141,8 +127,7 @@ def _require_same_task_and_target(facts: dict[str, list[dict[str, Any]]]) -> Non
     expected = facts[first][0]["target"]
     for name, of_system in facts.items():
         for key, what in (("task", "another task"), ("column", "another target")):
-            other = [fact["target"][key] for fact in of_system if fact["target"][key] != expected[key]]
-            if other:
+            if other := [fact["target"][key] for fact in of_system if fact["target"][key] != expected[key]]:
                 raise UsageError(f"{what} than {first}", where=name, got=other[0], expected=expected[key])
 
 
@@ -152,24 +137,17 @@ def _read_seed(files: Sequence[Path], match_by_name: bool, store: Store | None) 
     where = files[0]
     if match_by_name:
         if not {"subject", "session"} <= set(cases.columns):
-            raise UsageError(
-                "the runs are of different stores, whose rows do not correspond",
-                where=where,
-                expected="the names of subjects and sessions",
-                remedy="Fine-tune with --keep-ids",
-            )
+            what = "the runs are of different stores, whose rows do not correspond"
+            expected, remedy = "the names of subjects and sessions", "Fine-tune with --keep-ids"
+            raise UsageError(what, where=where, expected=expected, remedy=remedy)
         return cases.drop(columns=["row", SUBJECT_ROW], errors="ignore")
     if store is not None:
         names = store.sessions["subject"].iloc[cases["row"]]
     elif SUBJECT_ROW in cases or "subject" in cases:
         names = cases[SUBJECT_ROW if SUBJECT_ROW in cases else "subject"]
     else:
-        raise UsageError(
-            "the table of cases does not name the subjects",
-            where=where,
-            got="a run of an older version",
-            remedy="Give the store of the runs with --data",
-        )
+        what, remedy = "the table of cases does not name the subjects", "Give the store of the runs with --data"
+        raise UsageError(what, where=where, got="a run of an older version", remedy=remedy)
     # Number the subjects by their first row, so that tables of the same cases agree however they name subjects.
     subjects = cases.groupby(names.to_numpy())["row"].transform("min")
     return cases.drop(columns=["session", SUBJECT_ROW], errors="ignore").assign(subject=subjects)
@@ -177,13 +155,10 @@ def _read_seed(files: Sequence[Path], match_by_name: bool, store: Store | None) 
 
 def _read_cases(file: Path) -> pd.DataFrame:
     if not file.is_file():
-        frozen = file.name == FROZEN_CASES_FILE
-        raise UsageError(
-            "the run has no frozen baseline" if frozen else "the run has not ended",
-            where=file.parent,
-            expected=file.name,
-            remedy="Fine-tune with frozen_baseline=true" if frozen else "End it with --resume",
-        )
+        what, remedy = "the run has not ended", "End it with --resume"
+        if file.name == FROZEN_CASES_FILE:
+            what, remedy = "the run has no frozen baseline", "Fine-tune with frozen_baseline=true"
+        raise UsageError(what, where=file.parent, expected=file.name, remedy=remedy)
     # A class may be called NA, and 01 is not 1.
     text = {"truth": str, "subject": str, "session": str}
     return pd.read_csv(file, sep="\t", dtype=text, keep_default_na=False, na_values=[""])

@@ -1,79 +1,72 @@
-"""The folder of an experiment, read: its settings, the scores of its runs, and the paired comparison of its systems.
+"""The folder of an experiment, read, and the tables of its runs: scores, baselines, and their spread.
 
 `brainfound finetune` with several runs and `brainfound evaluate --out` write:
 
     summary.json         settings, and the scores with their spread
-    scores.tsv           one row per run (none of an evaluation)
+    scores.tsv           one row per run with its scores and those of its baselines (none of an evaluation)
     cases.tsv            the predictions on the test sessions; subjects are numbered
     partial_input.tsv    one row per run and subset, of an experiment with partial input
     comparison.tsv       every system against the first, on the same cases
     report.md, report.png
+
+Where the runs are scored on other subjects in every fold (k folds, sites), all folds are one group. Where the folds
+differ only in what is trained on (shots), each fold is a group.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 
 from brainfound.errors import BrainFoundError, UsageError
 from brainfound.metrics.comparison import compare
-from brainfound.metrics.registry import TABLE_METRICS
+from brainfound.metrics.registry import PRIMARY_METRIC, TABLE_METRICS
 
 SCHEMA = "brainfound-experiment/1"
 SUMMARY_FILE, RUNS_FILE, CASES_FILE = "summary.json", "scores.tsv", "cases.tsv"
 PARTIAL_FILE, COMPARISON_FILE = "partial_input.tsv", "comparison.tsv"
 PAGE_FILE, FIGURE_FILE = "report.md", "report.png"
 Kind = Literal["repeated", "comparison", "partial input", "evaluation"]
+TRIVIAL = "trivial"
+"""The baseline that never reads an image; every score file has it."""
+GROUP_COLUMNS = ("system", "group")
+"""The runs that agree in these columns are summarised together; a table may lack the columns."""
 
 
 @dataclass(frozen=True)
 class ExperimentFolder:
-    """The files of an experiment.
-
-    Attributes:
-        summary: the content of summary.json.
-        table: scores.tsv, one row per run; empty for an evaluation.
-        cases: cases.tsv; empty until the last run is done.
-    """
+    """The files of an experiment."""
 
     path: Path
     summary: Mapping[str, Any]
     table: pd.DataFrame
+    """scores.tsv; empty for an evaluation."""
     cases: pd.DataFrame
+    """cases.tsv; empty until the last run is done."""
 
     @classmethod
     def read(cls, path: str | Path) -> ExperimentFolder:
-        """Read a folder.
-
-        Raises:
-            UsageError: the folder is not that of an experiment, or of another version.
-            BrainFoundError: a file cannot be read.
-        """
+        """Read a folder; raises `UsageError` if no experiment of this version wrote it."""
         path = Path(path)
         file = path / SUMMARY_FILE
         if not file.is_file():
-            raise UsageError(
-                "not the folder of an experiment",
-                where=path,
-                expected=f"{SUMMARY_FILE}, as finetune with several runs and evaluate --out write it",
-            )
+            expected = f"{SUMMARY_FILE}, as finetune with several runs and evaluate --out write it"
+            raise UsageError("not the folder of an experiment", where=path, expected=expected)
         try:
             summary = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise BrainFoundError(f"cannot be read: {error}", where=file) from error
-        if not isinstance(summary, dict) or summary.get("schema") != SCHEMA:
-            raise UsageError(
-                "a summary of another version",
-                where=file,
-                got=summary.get("schema") if isinstance(summary, dict) else type(summary).__name__,
-                expected=SCHEMA,
-                remedy="Write it again: the same finetune command with --resume",
-            )
+        found = summary.get("schema") if isinstance(summary, dict) else type(summary).__name__
+        if found != SCHEMA:
+            remedy = "Write it again: the same finetune command with --resume"
+            raise UsageError("a summary of another version", where=file, got=found, expected=SCHEMA, remedy=remedy)
         return cls(path, summary, _read_table(path / RUNS_FILE), _read_table(path / CASES_FILE))
 
     @property
@@ -104,31 +97,22 @@ class ExperimentFolder:
     def comparison(self) -> pd.DataFrame:
         """Compare every system with the first one, by the headline score, on the runs that all of them have.
 
-        Returns:
-            The columns of `brainfound.metrics.compare` after ``group``; no rows without several systems or without
-            cases.
+        Returns the columns of `brainfound.metrics.compare` after ``group``; no rows without several systems or cases.
         """
         cases, names = self.cases, self.system_names
         comparable = self.kind == "comparison" and len(names) > 1
         if not comparable or not any(name in ("truth", "dice") or name.startswith("truth(") for name in cases.columns):
             return pd.DataFrame()
-        runs = [set(zip(part["fold"], part["seed"], strict=True)) for _, part in cases.groupby("system")]
-        common = set.intersection(*runs)
-        keys = pd.Series(list(zip(cases["fold"], cases["seed"], strict=True)), index=cases.index)
-        cases = cases[keys.isin(common)]
+        systems_with_run = cases.groupby(["fold", "seed"])["system"].transform("nunique")
+        cases = cases[systems_with_run == cases["system"].nunique()]
         # A session in the test parts of several folds is one case per fold.
         cases = cases.assign(row=cases["fold"].astype(str) + " " + cases["row"].astype(str)).drop(columns="fold")
         found = []
         for group, part in cases.groupby("group", sort=False):
             # The score of a system is the mean over its seeds, as in `brainfound compare`.
-            tables = {
-                name: [
-                    table.drop(columns=["system", "group", "seed"]).dropna(axis=1, how="all")
-                    for _, table in part[part["system"] == name].groupby("seed", sort=False)
-                ]
-                for name in names
-            }
-            tables = {name: seeds for name, seeds in tables.items() if seeds}
+            tables: dict[str, list[pd.DataFrame]] = {name: [] for name in names if name in set(part["system"])}
+            for (name, _), table in part.groupby(["system", "seed"], sort=False):
+                tables[name].append(table.drop(columns=["system", "group", "seed"]).dropna(axis=1, how="all"))
             if len(tables) > 1:
                 compared = compare(tables, next(iter(tables)), [self.headline])
                 compared.insert(0, "group", group)
@@ -145,3 +129,97 @@ def _read_table(file: Path) -> pd.DataFrame:
         return pd.read_csv(file, sep="\t", dtype=text, keep_default_na=False, na_values=[""])
     except (ValueError, OSError) as error:
         raise BrainFoundError(f"cannot be read: {error}", where=file) from error
+
+
+def get_baselines(content: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """The baselines of a ``scores.json``, name → metric → value: the entries that have the primary metric of the task.
+
+    >>> get_baselines({"task": "regression", "scores": {"mae": 5.0}, "trivial": {"mae": 9.0}, "without": []})
+    {'trivial': {'mae': 9.0}}
+    """
+    primary = PRIMARY_METRIC[content["task"]]
+    return {
+        name: parse_scores(entry)
+        for name, entry in content.items()
+        if name != "scores" and isinstance(entry, Mapping) and primary in entry
+    }
+
+
+def parse_scores(scores: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a score file, whose undefined scores are null."""
+    return {
+        name: math.nan if value is None else float(value)
+        for name, value in scores.items()
+        if value is None or isinstance(value, int | float)
+    }
+
+
+def make_baseline_columns(baselines: Mapping[str, Mapping[str, float]], names: list[str]) -> dict[str, float]:
+    """Baselines as columns of a table.
+
+    >>> make_baseline_columns({"trivial": {"mae": 9.0}}, ["mae"])
+    {'trivial mae': 9.0}
+    """
+    return {f"{name} {metric}": scores.get(metric, math.nan) for name, scores in baselines.items() for metric in names}
+
+
+def make_score_columns(content: Mapping[str, Any]) -> dict[str, float]:
+    """The scores of a ``scores.json`` as columns of a table, and after them those of its baselines."""
+    scores = parse_scores(content["scores"])
+    return scores | make_baseline_columns(get_baselines(content), list(scores))
+
+
+def get_score_columns(table: pd.DataFrame) -> tuple[list[str], list[str]]:
+    """The metrics of a table of runs, and its baselines, the trivial one first."""
+    metrics = [str(name) for name in table.columns if f"{TRIVIAL} {name}" in table.columns]
+    first = metrics[0] if metrics else ""
+    found = [str(name).removesuffix(f" {first}") for name in table.columns if str(name).endswith(f" {first}")]
+    return metrics, [TRIVIAL, *(name for name in found if name != TRIVIAL)] if metrics else []
+
+
+def summarise_runs(table: pd.DataFrame) -> pd.DataFrame:
+    """Mean and spread of each score; runs whose score is undefined are left out.
+
+    Returns:
+        One row per system (where there are several), group and score: mean over runs, ``std_folds`` (standard
+        deviation over folds of the mean over seeds), ``std_seeds`` (mean over folds of the standard deviation over
+        seeds), lowest, highest, the mean of each baseline under its name, the numbers of folds and seeds, and the mean
+        numbers of sessions trained and tested on, where the table has them. The spread of a single value is NaN.
+    """
+    metrics, baselines = get_score_columns(table)
+    by = [name for name in GROUP_COLUMNS if name in table]
+    rows = []
+    for keys, part in table.groupby(by, sort=False):
+        for name in metrics:
+            row = dict(zip(by, keys, strict=True)) | {"score": name}
+            rows.append(row | compute_spread(part, name, baselines) | compute_mean_sizes(part))
+    return pd.DataFrame(rows)
+
+
+def compute_spread(part: pd.DataFrame, name: str, baselines: Sequence[str]) -> dict[str, Any]:
+    """Mean and spread of one score over runs; see `summarise_runs`."""
+    defined = part[part[name].notna()]
+    by_fold = defined.groupby("fold", sort=False)[name]
+    return {
+        "mean": part[name].mean(),
+        "std_folds": by_fold.mean().std(ddof=1),
+        "std_seeds": by_fold.std(ddof=1).mean(),
+        "lowest": part[name].min(),
+        "highest": part[name].max(),
+        **{baseline: part[f"{baseline} {name}"].mean() for baseline in baselines},
+        "num_folds": by_fold.ngroups,
+        "num_seeds": defined["seed"].nunique(),
+    }
+
+
+def compute_mean_sizes(part: pd.DataFrame) -> dict[str, float]:
+    """Mean numbers of sessions trained and tested on, where a table has them."""
+    return {name: float(np.mean(part[name])) for name in ("num_train", "num_test") if name in part}
+
+
+def to_json_records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of a table for JSON; an undefined value becomes null."""
+    return [
+        {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
+        for row in table.to_dict(orient="records")
+    ]

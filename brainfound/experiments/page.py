@@ -19,8 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from brainfound.experiments.folder import COMPARISON_FILE, FIGURE_FILE, PAGE_FILE, ExperimentFolder
-from brainfound.experiments.run_table import TRIVIAL
+from brainfound.experiments.folder import COMPARISON_FILE, FIGURE_FILE, PAGE_FILE, TRIVIAL, ExperimentFolder
 from brainfound.metrics.registry import METRICS, format_score, metric_name
 from brainfound.report.cards import format_table
 from brainfound.report.figures import PALETTE, save_figure
@@ -30,34 +29,27 @@ _FEW_SESSIONS = 30
 _ABSENCE = {"none": "nothing", "test": "in the test only", "training": "in training too"}
 _ABSENCE_LABELS = {"none": "nothing absent", "test": "absent in the test only", "training": "absent in training too"}
 _COLOURS = (*PALETTE, "#000000")
-_BASELINE, _DPI = "#777777", 140
+_BASELINE = "#777777"
 _LINES = ("--", ":", "-.", (0, (5, 1, 1, 1)))
 
 
 def write_experiment_page(folder: str | Path) -> Path:
-    """Write report.md into the folder of an experiment, with report.png and comparison.tsv where they have content.
-
-    Returns:
-        The path of the page.
-
-    Raises:
-        UsageError, BrainFoundError: as `ExperimentFolder.read`.
-    """
+    """Write report.md into the folder of an experiment, with report.png and comparison.tsv where they have content."""
     experiment = ExperimentFolder.read(folder)
-    compared = experiment.comparison()
+    summary, compared = experiment.summary, experiment.comparison()
     if not compared.empty:
         compared.to_csv(experiment.path / COMPARISON_FILE, sep="\t", index=False)
     picture = draw_figure(experiment)
     parts = [
-        f"# {experiment.summary['target']}: {_describe_experiment(experiment.summary)}",
-        _question(experiment.summary),
-        "## Scores\n\n" + (_partial_table if experiment.summary.get("partial_input") else _score_table)(experiment),
+        f"# {summary['target']}: {_describe_experiment(summary)}",
+        _question(summary),
+        "## Scores\n\n" + (_partial_table if summary.get("partial_input") else _score_table)(experiment),
         "" if picture is None else f"![scores in a picture]({picture.name})",
         _comparison_section(compared),
-        "## Data\n\n" + _data(experiment.summary),
-        _settings(experiment.summary),
+        "## Data\n\n" + _data(summary),
+        _settings(summary),
         "## What to be careful about\n\n" + "\n".join(f"- {line}" for line in _cautions(experiment, compared)),
-        _command_section(experiment.summary),
+        _command_section(summary),
     ]
     path = experiment.path / PAGE_FILE
     temporary = path.with_name(f".{path.name}.partial")
@@ -162,23 +154,13 @@ def _comparison_section(compared: pd.DataFrame) -> str:
     header += ["p (Holm)", "cases", "subjects"]
     lines = []
     for row in compared.to_dict(orient="records"):
-        difference = "–"
-        if not pd.isna(row["difference"]):
-            difference = _interval(score, row["difference_low"], row["difference_high"])
-        lines.append(
-            [
-                *([str(row["group"])] if several else []),
-                row["system"],
-                format_score(score, row["value"]),
-                _interval(score, row["low"], row["high"]),
-                format_score(score, row["difference"], sign=True),
-                difference,
-                _p_value(row["p"]),
-                _p_value(row["p_holm"]),
-                str(row["num_cases"]),
-                str(row["num_subjects"]),
-            ]
-        )
+        line = [str(row["group"])] if several else []
+        line += [row["system"], format_score(score, row["value"]), _interval(score, row["low"], row["high"])]
+        line.append(format_score(score, row["difference"], sign=True))
+        ends = row["difference_low"], row["difference_high"]
+        line.append("–" if pd.isna(row["difference"]) else _interval(score, *ends))
+        line += [_p_value(row["p"]), _p_value(row["p_holm"])]
+        lines.append([*line, str(row["num_cases"]), str(row["num_subjects"])])
     return (
         f"## Against {first}, by {score}\n\n{format_table(header, lines)}\n\nThe cases of all test parts together; "
         "scores are means over seeds. Intervals are bootstraps over subjects; p is of a permutation that exchanges two "
@@ -231,18 +213,13 @@ def _settings(summary: Mapping[str, Any]) -> str:
     if summary["kind"] == "evaluation":
         return ""
     facts = {key: value for key, value in summary["recipe"].items() if value is not None}
-    seeds = ", ".join(map(str, summary["seeds"]))
-    lines = [f"- {key}: {value}" for key, value in facts.items()] + [f"- seeds: {seeds}"]
+    facts["seeds"] = ", ".join(map(str, summary["seeds"]))
+    lines = [f"- {key}: {value}" for key, value in facts.items()]
     systems = [
-        [
-            entry["name"] or entry["model"],
-            entry["model"],
-            entry["adapter"],
-            ", ".join(entry["contrasts"]) if entry["contrasts"] else "all",
-            ", ".join(entry["overrides"]) or "–",
-        ]
+        [entry["name"] or entry["model"], entry["model"], entry["adapter"],
+         ", ".join(entry["contrasts"] or ["all"]), ", ".join(entry["overrides"]) or "–"]
         for entry in summary["systems"]
-    ]
+    ]  # fmt: skip
     versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
     described = format_table(["system", "starts from", "adapter", "contrasts", "set for it alone"], systems)
     return "## Settings\n\n" + "\n".join(lines) + f"\n\n{described}\n\nMade with {versions}."
@@ -268,8 +245,7 @@ def _cautions(experiment: ExperimentFolder, compared: pd.DataFrame) -> list[str]
     left_out = max((row.get("num_left_out") or 0 for row in summary.get("partial_input", ())), default=0)
     if left_out:
         lines.append(f"Up to {_count(left_out)} test sessions per fold lack a contrast and are not scored here.")
-    learnt = {row["num_train"] for row in rows}
-    if summary["kind"] == "partial input" and len(learnt) > 1:
+    if summary["kind"] == "partial input" and len({row["num_train"] for row in rows}) > 1:
         lines.append("Sessions without any contrast of a subset are not trained on: see the column learnt from.")
     if summary["kind"] == "comparison":
         lines.append("The same steps are not the same cost: a frozen backbone trains faster than a whole one.")
@@ -312,7 +288,7 @@ def draw_figure(experiment: ExperimentFolder) -> Path | None:
     runs = experiment.table
     if partial.empty and (runs.empty or runs[experiment.headline].notna().sum() < 2):
         return None
-    figure = Figure(figsize=(6.4, 3.6), dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(6.4, 3.6), dpi=140, layout="constrained")
     FigureCanvasAgg(figure)
     if not partial.empty:
         figure.set_size_inches(6.4, 1.2 + 0.42 * partial["contrasts"].nunique())

@@ -20,14 +20,7 @@ from brainfound.adapters.bundle import Bundle, load_bundle
 from brainfound.data.splits.split_file import Split
 from brainfound.data.store import Store
 from brainfound.errors import ModelError, UsageError
-from brainfound.experiments.run_table import (
-    compute_mean_sizes,
-    compute_spread,
-    get_baselines,
-    get_score_columns,
-    make_baseline_columns,
-    parse_scores,
-)
+from brainfound.experiments.folder import compute_mean_sizes, compute_spread, get_score_columns, make_score_columns
 from brainfound.experiments.systems import non_empty_subsets
 from brainfound.finetuning.frozen_baseline import (
     FrozenBaseline,
@@ -50,20 +43,13 @@ NONE, TEST, TRAINING = "none", "test", "training"
 
 
 def complete_sessions(store: Store, sessions: np.ndarray, contrasts: Sequence[str], fold: str) -> np.ndarray:
-    """The sessions that have every contrast.
-
-    Raises:
-        UsageError: there is none.
-    """
+    """The sessions that have every contrast; raises `UsageError` if there is none."""
     complete = sessions[store.present[sessions][:, np.isin(store.contrasts, list(contrasts))].all(axis=1)]
     if not len(complete):
-        raise UsageError(
-            "no test session has every contrast",
-            where=f"fold {fold}",
-            got=f"{len(sessions)} test sessions",
-            expected=f"one with {', '.join(contrasts)}",
-            remedy="Leave a contrast out: --set 'contrasts=[…]'",
-        )
+        got, expected = f"{len(sessions)} test sessions", f"one with {', '.join(contrasts)}"
+        remedy = "Leave a contrast out: --set 'contrasts=[…]'"
+        what = "no test session has every contrast"
+        raise UsageError(what, where=f"fold {fold}", got=got, expected=expected, remedy=remedy)
     return complete
 
 
@@ -72,12 +58,8 @@ def score_missing_contrasts(
 ) -> None:
     """Score the model of a finished run on the test sessions that have every contrast, if that is not done yet.
 
-    Args:
-        run: its folder, where ``partial_input.json`` is written.
-        store: with all contrasts.
-        split, fold: the division of the run.
-        contrasts: all contrasts of the experiment.
-        subset: the contrasts that the model reads; None for the model of all, which is scored with every subset.
+    Writes ``partial_input.json`` into the run. The model reads the `subset` of the contrasts; None is the model of all,
+    which is scored with every subset.
     """
     if (run / MISSING_CONTRASTS_FILE).is_file():
         return
@@ -131,24 +113,20 @@ def missing_contrast_rows(folder: Path, table: pd.DataFrame) -> pd.DataFrame:
     full: dict[tuple[str, int], float] = {}
     for run in table.to_dict(orient="records"):
         for content in json.loads((folder / run["run"] / MISSING_CONTRASTS_FILE).read_text(encoding="utf-8")):
-            scores, key = parse_scores(content["scores"]), (run["fold"], run["seed"])
+            scores, key = make_score_columns(content), (run["fold"], run["seed"])
             primary = METRICS[PRIMARY_METRIC[content["task"]]]
-            headline = scores[primary.name]
             if content["absence"] == NONE:
-                full[key] = headline  # written first for its fold and seed
-            rows.append(
-                {
-                    "contrasts": ", ".join(content["contrasts"]),
-                    "absence": content["absence"],
-                    "task": content["task"],
-                    **{name: run[name] for name in ("group", "fold", "seed", "num_train")},
-                    "num_test": content["num_sessions"],
-                    "num_left_out": content["num_left_out"],
-                    "drop": primary.drop(full[key], headline),
-                    **scores,
-                    **make_baseline_columns(get_baselines(content), list(scores)),
-                }
-            )
+                full[key] = scores[primary.name]  # written first for its fold and seed
+            row = {
+                "contrasts": ", ".join(content["contrasts"]),
+                "absence": content["absence"],
+                "task": content["task"],
+                **{name: run[name] for name in ("group", "fold", "seed", "num_train")},
+                "num_test": content["num_sessions"],
+                "num_left_out": content["num_left_out"],
+                "drop": primary.drop(full[key], scores[primary.name]),
+            }
+            rows.append(row | scores)
     return pd.DataFrame(rows)
 
 

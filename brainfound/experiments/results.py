@@ -13,18 +13,21 @@ import pandas as pd
 from brainfound.data.splits.split_file import Split
 from brainfound.data.store import Store
 from brainfound.errors import UsageError
-from brainfound.experiments.folder import CASES_FILE, PARTIAL_FILE, RUNS_FILE, SCHEMA, SUMMARY_FILE, Kind
-from brainfound.experiments.page import write_experiment_page
-from brainfound.experiments.partial_input import missing_contrast_rows, summarise_missing_contrasts
-from brainfound.experiments.run_table import (
+from brainfound.experiments.folder import (
+    CASES_FILE,
     GROUP_COLUMNS,
-    get_baselines,
+    PARTIAL_FILE,
+    RUNS_FILE,
+    SCHEMA,
+    SUMMARY_FILE,
+    Kind,
     get_score_columns,
-    make_baseline_columns,
-    parse_scores,
+    make_score_columns,
     summarise_runs,
     to_json_records,
 )
+from brainfound.experiments.page import write_experiment_page
+from brainfound.experiments.partial_input import missing_contrast_rows, summarise_missing_contrasts
 from brainfound.experiments.systems import SystemSpec
 from brainfound.finetuning.recipe import FinetuneRecipe
 from brainfound.finetuning.scoring import read_scores
@@ -88,9 +91,7 @@ class ExperimentSpec:
                 "data_hash": store.content_hash,
                 "num_sessions": len(store),
                 "num_subjects": int(store.sessions["subject"].nunique()),
-                "contrasts": {
-                    name: int(count) for name, count in zip(store.contrasts, store.present.sum(axis=0), strict=True)
-                },
+                "contrasts": dict(zip(store.contrasts, store.present.sum(axis=0).tolist(), strict=True)),
             },
             "split": {
                 "kind": self.split.made.get("kind"),
@@ -109,7 +110,6 @@ def make_score_row(
     """One run as a row of ``scores.tsv``."""
     content = read_scores(run)
     parts = Split.load(run / "splits.json").counts["single"]
-    scores = parse_scores(content["scores"])
     return {
         **({"system": system.name} if system.name else {}),
         "model": system.start,
@@ -122,8 +122,7 @@ def make_score_row(
         "task": content["task"],
         "num_train": parts["train"]["num_sessions"],
         "num_test": content["num_sessions"],
-        **scores,
-        **make_baseline_columns(get_baselines(content), list(scores)),
+        **make_score_columns(content),
     }
 
 
@@ -140,11 +139,7 @@ def write_results(folder: Path, table: pd.DataFrame, spec: ExperimentSpec) -> No
 
 
 def write_cases_and_page(folder: Path, table: pd.DataFrame, store: Store, keep_ids: bool) -> None:
-    """Write cases.tsv of all runs and the page.
-
-    Args:
-        keep_ids: name the subjects; otherwise they are numbered.
-    """
+    """Write cases.tsv of all runs and the page; subjects are numbered unless `keep_ids`."""
     names = store.sessions["subject"].astype(str)
     subjects = names if keep_ids else pd.Series(pd.factorize(names)[0], index=names.index)
     parts = []

@@ -72,26 +72,18 @@ def make_folds(
 ) -> Split:
     """Make the folds of an experiment: all folds of a split file, or new ones with the shares and seed of a recipe.
 
-    Args:
-        file: a split file; all its folds are used.
-        folds, shots, num_subjects, leave_site_out: as for `brainfound.finetuning.splits.make_split`.
-
-    Raises:
-        UsageError: a file and folds to make, or as `make_split`.
+    The arguments after `file` are those of `brainfound.finetuning.splits.make_split`. Raises `UsageError` for a file
+    and folds to make, or as `make_split`.
     """
     if file is not None:
         if folds or shots or num_subjects or leave_site_out:
-            raise UsageError(
-                "a split file has its folds", where=file, remedy="Leave out the file, or the folds to make"
-            )
+            remedy = "Leave out the file, or the folds to make"
+            raise UsageError("a split file has its folds", where=file, remedy=remedy)
         return Split.load(file)
     shares = recipe.split
     if abs(shares.train + shares.validation + shares.test - 1) > 1e-6:
-        raise UsageError(
-            "the shares of the parts do not sum to 1",
-            where="split",
-            got=f"{shares.train:g}, {shares.validation:g}, {shares.test:g}",
-        )
+        got = f"{shares.train:g}, {shares.validation:g}, {shares.test:g}"
+        raise UsageError("the shares of the parts do not sum to 1", where="split", got=got)
     return make_split(
         store,
         test=shares.test,
@@ -130,8 +122,7 @@ def finetune_folds(
         baseline.
 
     Raises:
-        UsageError: before the first run, if there is no seed, one is given twice, the labels of a fold cannot be
-            learnt, or the folder holds something else. Otherwise as `finetune`.
+        UsageError: before the first run, for seeds, labels or a folder that do not work. Otherwise as `finetune`.
     """
     systems = parse_systems([str(model)], [] if adapter is None else [str(adapter)])
     return _Experiment("repeated", split, recipe, data, systems, target, Path(out), **options).run()
@@ -148,16 +139,8 @@ def finetune_systems(
 ) -> pd.DataFrame:
     """Compare starting points and adaptations: fine-tune each on the same folds, with the same seeds and budget.
 
-    Args:
-        systems: from `brainfound.experiments.systems.parse_systems`; all are compared with the first. A single one is
-            run as by `finetune_folds`.
-        split, recipe, data, target, out, options: as for `finetune_folds`.
-
-    Returns:
-        One row per run, as `finetune_folds`, with the columns ``system``, ``model`` and ``adapter``.
-
-    Raises:
-        UsageError, RecipeError: as `finetune_folds`, for all systems before the first run.
+    All systems, of `brainfound.experiments.systems.parse_systems`, are compared with the first; a single one is run as
+    by `finetune_folds`. The table has the columns of `finetune_folds`, and ``system``, ``model`` and ``adapter``.
     """
     kind: Kind = "comparison" if len(systems) > 1 else "repeated"
     return _Experiment(kind, split, recipe, data, systems, target, Path(out), **options).run()
@@ -174,19 +157,10 @@ def finetune_subsets(
 ) -> pd.DataFrame:
     """Compare contrasts absent in training with contrasts absent in the test: one model per subset of the contrasts.
 
-    The model of all contrasts is also scored with the others withheld. All are scored on the test sessions that have
-    every contrast; ``partial_input.tsv`` holds these scores, see `brainfound.experiments.partial_input`.
-
-    Args:
-        system: the start and the adapter; the subsets are of the recipe's ``contrasts``, or of the store's.
-        split, recipe, data, target, out, options: as for `finetune_folds`.
-
-    Returns:
-        One row per run, as `finetune_folds`, scored on its own test sessions; ``contrasts`` names those that it read.
-
-    Raises:
-        UsageError: there is one contrast only, or a fold has no test session with every contrast. Otherwise as
-            `finetune_folds`.
+    The subsets are of the recipe's ``contrasts``, or of the store's. The model of all contrasts is also scored with the
+    others withheld. All are scored on the test sessions that have every contrast; ``partial_input.tsv`` holds these
+    scores, see `brainfound.experiments.partial_input`. Returns and raises as `finetune_folds`: a run is scored on its
+    own test sessions, and ``contrasts`` names those that it read.
     """
     overrides = options["overrides"] = tuple(options.get("overrides", ()))
     store = data if isinstance(data, Store) else Store.open(data)
@@ -234,7 +208,7 @@ class _Experiment:
         is_main = process_state().is_main_process
         run_on_main_rank(self._prepare_folder, is_main)
         task = self._preflight()
-        groups = _group_folds(self.split)
+        tested = {frozenset(self.split.parts(fold)["test"]) for fold in self.split.folds}
         num_planned = len(self.split.folds) * len(self.seeds) * len(self.systems)
         spec = ExperimentSpec(
             self.kind, self.first_recipe, self.target, task, self.store, self.split, self.systems, self.seeds,
@@ -243,8 +217,9 @@ class _Experiment:
         rows: list[dict[str, Any]] = []
         for fold, seed, system in product(self.split.folds, self.seeds, self.systems):
             run = self._run(system, fold, seed, is_main)
-            recipe = self.recipes[system.name]
-            rows.append(make_score_row(run, self.folder, system, recipe, groups[fold], fold, seed))
+            # Folds with the same test part differ in what is trained on, so each is a group of its own.
+            group = fold if len(tested) == 1 else "all folds"
+            rows.append(make_score_row(run, self.folder, system, self.recipes[system.name], group, fold, seed))
             # After each run, so that the results of finished runs survive the failure of a later one.
             run_on_main_rank(partial(write_results, self.folder, pd.DataFrame(rows), spec), is_main)
         table = pd.DataFrame(rows)
@@ -308,9 +283,8 @@ def _write_or_check_split(folder: Path, split: Split, kind: Kind, resume: bool) 
         raise UsageError("the folder holds a single run", where=folder, remedy="Give another --out")
     if file.is_file():
         if not resume:
-            raise UsageError(
-                "the folder holds runs already", where=folder, remedy="Go on with --resume, or give another --out"
-            )
+            remedy = "Go on with --resume, or give another --out"
+            raise UsageError("the folder holds runs already", where=folder, remedy=remedy)
         if Split.load(file).folds != split.folds:
             raise UsageError("the runs in the folder have another split", where=file, remedy="Give another --out")
         require_same_kind(folder, kind)
@@ -323,15 +297,5 @@ def _require_folder_names(names: Iterable[str], what: str, where: str) -> None:
     """Refuse names of folds and systems that would leave the folder, or that are taken."""
     for name in names:
         if re.search(r"[^\w .+=@-]", name) or name.startswith(".") or name == EMBEDDINGS_FOLDER:
-            raise UsageError(
-                f"the name of a {what} cannot be a folder name",
-                where=where,
-                got=name,
-                remedy="Rename it: letters, digits, spaces and _.+=@-",
-            )
-
-
-def _group_folds(split: Split) -> dict[str, str]:
-    """Fold → the group whose spread it belongs to, see `brainfound.experiments.run_table`."""
-    tested = {frozenset(split.parts(fold)["test"]) for fold in split.folds}
-    return {fold: fold if len(tested) == 1 else "all folds" for fold in split.folds}
+            remedy = "Rename it: letters, digits, spaces and _.+=@-"
+            raise UsageError(f"the name of a {what} cannot be a folder name", where=where, got=name, remedy=remedy)

@@ -7,35 +7,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import combinations
+from dataclasses import dataclass, replace
+from itertools import combinations, product
 from pathlib import Path
 
 from brainfound.errors import UsageError
 
-_EXPORT = "export"
-"""The folder of the model of a run, which is named after the folder above."""
-
 
 @dataclass(frozen=True)
 class SystemSpec:
-    """One way to train a model.
-
-    Attributes:
-        name: of its folder and its rows; empty for a single system.
-        model: the starting point, as for `brainfound.finetuning.finetune.finetune`.
-        adapter: an adapter recipe; None: the recipe's own.
-        overrides: of the recipe, for this system alone.
-        contrasts: those that it reads; None: all.
-        start: the name of the starting point.
-    """
+    """One way to train a model."""
 
     name: str
+    """Of its folder and its rows; empty for a single system."""
     model: str
     adapter: str | None = None
+    """An adapter recipe; None: the recipe's own."""
     overrides: tuple[str, ...] = ()
+    """Of the recipe, for this system alone."""
     contrasts: tuple[str, ...] | None = None
+    """Those that it reads; None: all."""
     start: str = ""
+    """The name of the starting point."""
 
     @property
     def all_overrides(self) -> tuple[str, ...]:
@@ -47,30 +40,27 @@ class SystemSpec:
 def parse_systems(models: Sequence[str], adapters: Sequence[str] = ()) -> list[SystemSpec]:
     """Combine each starting point with each adaptation, starting points in the outer loop.
 
+    A single system has no name. With one starting point, systems are named after the adaptation; with one adaptation,
+    after the starting point; otherwise after both, as ``dinov2-small+lora-r8``.
+
     Args:
         models: Hub ids or folders, optionally after a name: ``ours=runs/vits14/export``.
         adapters: adapter recipes by name or file, optionally after a name and before recipe keys: ``full``,
             ``full,optim.lr=1e-5``, ``slow=full,optim.lr=1e-5``. None: the recipe's own.
 
-    Returns:
-        A single system has no name. With one starting point, systems are named after the adaptation; with one
-        adaptation, after the starting point; otherwise after both, as ``dinov2-small+lora-r8``.
-
     Raises:
         UsageError: there is no model, a name is given twice, or a key has no value.
     """
     starts = [_parse_start(text) for text in models]
-    adaptations: list[tuple[str, str | None, tuple[str, ...]]] = [_parse_adaptation(text) for text in adapters]
-    adaptations = adaptations or [("", None, ())]
+    adaptations: list[tuple[str, str | None, tuple[str, ...]]] = [*map(_parse_adaptation, adapters)] or [("", None, ())]
     if not starts:
         raise UsageError("nothing to start from", where="--model", expected="a Hub id or a folder")
     _require_unique("--model", [name for name, _ in starts], "ours=PATH")
     _require_unique("--adapter", [name for name, _, _ in adaptations], "slow=full,optim.lr=1e-5")
     systems = []
-    for start, model in starts:
-        for adaptation, adapter, overrides in adaptations:
-            parts = [start if len(starts) > 1 else "", adaptation if len(adaptations) > 1 else ""]
-            systems.append(SystemSpec("+".join(filter(None, parts)), model, adapter, overrides, start=start))
+    for (start, model), (adaptation, adapter, overrides) in product(starts, adaptations):
+        parts = [start if len(starts) > 1 else "", adaptation if len(adaptations) > 1 else ""]
+        systems.append(SystemSpec("+".join(filter(None, parts)), model, adapter, overrides, start=start))
     return systems
 
 
@@ -84,23 +74,16 @@ def non_empty_subsets(contrasts: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def make_subset_systems(system: SystemSpec, contrasts: Sequence[str]) -> list[SystemSpec]:
-    """One system per non-empty subset of the contrasts, the full set first, each named after its contrasts.
-
-    Raises:
-        UsageError: there is one contrast only, so that none can be absent.
-    """
+    """One system per non-empty subset of two or more contrasts, the full set first, each named after its contrasts."""
     if len(contrasts) < 2:
         raise UsageError("with one contrast none can be absent", where="--partial-input", got=", ".join(contrasts))
-    return [
-        SystemSpec("+".join(subset), system.model, system.adapter, system.overrides, subset, system.start)
-        for subset in non_empty_subsets(contrasts)
-    ]
+    return [replace(system, name="+".join(subset), contrasts=subset) for subset in non_empty_subsets(contrasts)]
 
 
 def short_name(model: str | Path) -> str:
-    """The last part of the id or path of a model, for pages that should not show folders."""
+    """The last part of the id or path of a model, or of its run, for pages that should not show folders."""
     path = Path(model)
-    return path.parent.name if path.name == _EXPORT and path.parent.name else path.name
+    return path.parent.name if path.name == "export" and path.parent.name else path.name
 
 
 def _parse_start(text: str) -> tuple[str, str]:
@@ -119,7 +102,7 @@ def _parse_adaptation(text: str) -> tuple[str, str, tuple[str, ...]]:
             raise UsageError("not a key with its value", where="--adapter", got=text, expected="full,optim.lr=1e-5")
     name, equals, adapter = first.partition("=")
     if not equals:
-        return Path(_require_non_empty("--adapter", first, text)).stem, first, tuple(overrides)
+        name, adapter = Path(first).stem, first
     return _require_non_empty("--adapter", name, text), _require_non_empty("--adapter", adapter, text), tuple(overrides)
 
 

@@ -24,9 +24,10 @@ from brainfound.data.splits.split_file import PARTS
 from brainfound.data.store import Store
 from brainfound.data.store.withheld import restrict_contrasts
 from brainfound.errors import ModelError, UsageError
-from brainfound.experiments.folder import CASES_FILE, SCHEMA, SUMMARY_FILE
-from brainfound.experiments.page import write_experiment_page
-from brainfound.experiments.run_table import (
+from brainfound.experiments.folder import (
+    CASES_FILE,
+    SCHEMA,
+    SUMMARY_FILE,
     compute_spread,
     get_baselines,
     get_score_columns,
@@ -35,6 +36,7 @@ from brainfound.experiments.run_table import (
     summarise_runs,
     to_json_records,
 )
+from brainfound.experiments.page import write_experiment_page
 from brainfound.experiments.systems import non_empty_subsets, short_name
 from brainfound.finetuning.frozen_baseline import load_frozen_baseline, score_frozen_baseline, scoring_from_bundle
 from brainfound.finetuning.scoring import SessionScores, score_sessions

@@ -1,7 +1,8 @@
 """Calibration: how well confidence matches accuracy, and corrections that are fitted on held-out data.
 
 Fit a temperature, a bias correction or the width of an interval on a validation part and report scores on another one;
-the functions cannot check that.
+the functions cannot check that. Labels are class indices (n,), probabilities (n, K) have rows of sum 1, targets and
+predictions are (n,); anything else, or no cases, raises `UsageError`.
 
 Axes: n cases, K classes, M bins.
 """
@@ -28,18 +29,14 @@ MIN_CASES = 10
 
 @dataclass(frozen=True)
 class ReliabilityBins:
-    """Confidence and accuracy of a model in M bins of equal width.
-
-    Attributes:
-        edges: ``(M + 1,)`` from 0 to 1; a bin includes its upper edge.
-        confidence: ``(M,)`` mean probability of the predicted class; ``nan`` in an empty bin.
-        accuracy: ``(M,)`` share of correct predictions; ``nan`` in an empty bin.
-        count: ``(M,)`` cases.
-    """
+    """Confidence and accuracy of a model in M bins of equal width."""
 
     edges: np.ndarray
+    """``(M + 1,)`` from 0 to 1; a bin includes its upper edge."""
     confidence: np.ndarray
+    """``(M,)`` mean probability of the predicted class; ``nan`` in an empty bin."""
     accuracy: np.ndarray
+    """``(M,)`` share of correct predictions; ``nan`` in an empty bin."""
     count: np.ndarray
 
 
@@ -64,11 +61,7 @@ class ConformalInterval:
     normalised: bool
 
     def apply(self, prediction: Any, std: Any = None) -> tuple[np.ndarray, np.ndarray]:
-        """Lower and upper ends, in the unit of the prediction.
-
-        Raises:
-            UsageError: standard deviations are missing, or the interval was fitted without them.
-        """
+        """Lower and upper ends, in the unit of the prediction; `std` for a normalised interval alone."""
         values = _finite(prediction, "prediction")
         if (std is not None) != self.normalised:
             wanted = "one per prediction" if self.normalised else "none: the interval was fitted without"
@@ -80,15 +73,11 @@ class ConformalInterval:
 def fit_temperature(logits: Any, labels: Any) -> float:
     """The temperature of the most likely ``softmax(logits / T)``; above 1 for an overconfident model.
 
-    A single number changes neither accuracy nor the AUROC of two classes.
-
-    Args:
-        logits: ``(n, K)`` class scores, or log probabilities.
-        labels: ``(n,)`` class indices.
+    A single number changes neither accuracy nor the AUROC of two classes. Logits (n, K) may be log probabilities.
 
     Raises:
-        UsageError: there are no cases or one class only, scores are not finite or constant over classes, or there is no
-            optimum: all predictions are correct (T → 0), or no better than chance (T → ∞).
+        UsageError: there is one class only, scores are constant over classes, or there is no optimum: all
+            predictions are correct (T → 0), or no better than chance (T → ∞).
 
     Source: C. Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, section 4.2.
     """
@@ -108,22 +97,14 @@ def fit_temperature(logits: Any, labels: Any) -> float:
     best = min((low, float(found.x), high), key=mean_loss)
     if not low + 0.01 < best < high - 0.01:
         every_right = bool((scores.argmax(axis=1) == truth).all())
-        raise UsageError(
-            "there is no best temperature: "
-            + ("every answer is right" if every_right else "the scores do not determine one"),
-            where="labels",
-            got=f"{len(truth)} cases",
-            remedy="Give more cases, or leave the scores as they are",
-        )
+        reason = "every answer is right" if every_right else "the scores do not determine one"
+        got, remedy = f"{len(truth)} cases", "Give more cases, or leave the scores as they are"
+        raise UsageError(f"there is no best temperature: {reason}", where="labels", got=got, remedy=remedy)
     return math.exp(best)
 
 
 def apply_temperature(logits: Any, temperature: float) -> np.ndarray:
-    """``softmax(logits / temperature)``, ``(n, K)``.
-
-    Raises:
-        UsageError: the temperature is not positive, or a score is not finite.
-    """
+    """``softmax(logits / temperature)``, ``(n, K)``; the temperature is positive."""
     if not 0 < temperature < math.inf:
         raise UsageError("a temperature must be positive", where="temperature", got=temperature)
     scores = _finite(logits, "logits")
@@ -135,13 +116,6 @@ def apply_temperature(logits: Any, temperature: float) -> np.ndarray:
 def reliability_bins(probabilities: Any, labels: Any, num_bins: int = 15) -> ReliabilityBins:
     """Sort cases by the probability of the predicted (most probable) class into bins of equal width.
 
-    Args:
-        probabilities: ``(n, K)``, rows of sum 1.
-        labels: ``(n,)`` class indices.
-
-    Raises:
-        UsageError: there are no cases or bins, a row is not of probabilities, or a class is unknown.
-
     Source: Guo et al. 2017, section 2, after Niculescu-Mizil and Caruana, ICML 2005.
     """
     if num_bins < 1:
@@ -152,12 +126,8 @@ def reliability_bins(probabilities: Any, labels: Any, num_bins: int = 15) -> Rel
     bins = np.searchsorted(edges[1:-1], confidence, side="left")
     count = np.bincount(bins, minlength=num_bins)
     filled = np.where(count > 0, count, np.nan)
-    return ReliabilityBins(
-        edges,
-        np.bincount(bins, confidence, num_bins) / filled,
-        np.bincount(bins, right, num_bins) / filled,
-        count,
-    )
+    mean_confidence, accuracy = (np.bincount(bins, values, num_bins) / filled for values in (confidence, right))
+    return ReliabilityBins(edges, mean_confidence, accuracy, count)
 
 
 def expected_calibration_error(probabilities: Any, labels: Any, num_bins: int = 15) -> float:
@@ -166,11 +136,8 @@ def expected_calibration_error(probabilities: Any, labels: Any, num_bins: int = 
     Biased upwards with few cases: with 15 bins, a perfectly calibrated model of two classes has about 0.19 on 20 cases,
     0.09 on 100 and 0.03 on 1,000. Compare models on the same cases.
 
-    Raises:
-        UsageError: as `reliability_bins`.
-
-    Source: M. P. Naeini et al., "Obtaining Well Calibrated Probabilities Using Bayesian Binning", AAAI 2015;
-    Guo et al. 2017, eq. 3.
+    Source: M. P. Naeini et al., "Obtaining Well Calibrated Probabilities Using Bayesian Binning", AAAI 2015; Guo et al.
+    2017, eq. 3.
     """
     bins = reliability_bins(probabilities, labels, num_bins)
     shares = bins.count / bins.count.sum()
@@ -181,9 +148,6 @@ def brier_score(probabilities: Any, labels: Any) -> float:
     """Mean squared distance of probabilities and truth, summed over classes; 0 is best.
 
     For two classes half of the sum, (p − y)², as usual and as in scikit-learn.
-
-    Raises:
-        UsageError: there are no cases, a row is not of probabilities, or a class is unknown.
 
     Source: G. W. Brier, "Verification of forecasts expressed in terms of probability", Mon Weather Rev 1950.
     """
@@ -202,10 +166,6 @@ def fit_bias_correction(target: Any, prediction: Any) -> BiasCorrection:
     gets an error of 0. This form needs no true age and applies to a new person. It removes the bias and multiplies the
     scatter by 1 / slope, so its error is most often larger than the raw one. Report both.
 
-    Args:
-        target: ``(n,)`` true ages of a validation part.
-        prediction: ``(n,)`` raw predictions of it.
-
     Raises:
         UsageError: there are fewer than ten cases, the target does not vary, or the slope is below 0.1.
     """
@@ -216,12 +176,9 @@ def fit_bias_correction(target: Any, prediction: Any) -> BiasCorrection:
         raise UsageError("a bias correction needs targets that vary", where="target", got=f"all {truth[0]:g}")
     line = stats.linregress(truth, answers)
     if line.slope < MIN_SLOPE:
-        raise UsageError(
-            "the predictions do not follow the target, so there is no bias to correct",
-            where="prediction",
-            got=f"slope {line.slope:.3g}",
-            expected=f"{MIN_SLOPE:g} or more",
-        )
+        what = "the predictions do not follow the target, so there is no bias to correct"
+        expected = f"{MIN_SLOPE:g} or more"
+        raise UsageError(what, where="prediction", got=f"slope {line.slope:.3g}", expected=expected)
     return BiasCorrection(float(line.slope), float(line.intercept))
 
 
@@ -229,19 +186,14 @@ def conformal_interval(target: Any, prediction: Any, std: Any = None, *, confide
     """Split conformal prediction: an interval that covers a new case with at least the given probability.
 
     The coverage holds for any model and any distribution, on average over exchangeable cases; neither at another site
-    nor for each age. Give one session per subject.
-
-    Args:
-        target: ``(n,)`` of a calibration part that the model was not trained on.
-        prediction: ``(n,)``.
-        std: ``(n,)`` predicted standard deviations, by which the intervals then scale.
-        confidence: share of new cases that the interval should cover.
+    nor for each age. Give one session per subject. With predicted standard deviations `std` ``(n,)`` the intervals
+    scale by them.
 
     Raises:
         UsageError: the confidence is outside of 0–1, a standard deviation is not positive, or there are too few cases.
 
-    Source: J. Lei et al., "Distribution-Free Predictive Inference for Regression", JASA 2018, algorithm 2, and
-    section 5.2 for the normalised form.
+    Source: J. Lei et al., "Distribution-Free Predictive Inference for Regression", JASA 2018, algorithm 2, and section
+    5.2 for the normalised form.
     """
     if not 0 < confidence < 1:
         raise UsageError("not a share", where="confidence", got=confidence, expected="between 0 and 1")
@@ -252,20 +204,13 @@ def conformal_interval(target: Any, prediction: Any, std: Any = None, *, confide
     # The slack undoes the rounding of products such as 10 · 0.9, which would require one more case.
     rank = max(1, math.ceil((len(truth) + 1) * confidence - 1e-9))
     if rank > len(truth):
-        raise UsageError(
-            f"an interval of {100 * confidence:g} % needs more cases",
-            got=len(truth),
-            expected=f"{math.ceil(confidence / (1 - confidence) - 1e-9)} or more",
-        )
+        expected = f"{math.ceil(confidence / (1 - confidence) - 1e-9)} or more"
+        raise UsageError(f"an interval of {100 * confidence:g} % needs more cases", got=len(truth), expected=expected)
     return ConformalInterval(float(np.sort(distances)[rank - 1]), confidence, std is not None)
 
 
 def coverage(target: Any, low: Any, high: Any) -> float:
-    """The share of targets within their intervals, ends included.
-
-    Raises:
-        UsageError: shapes differ, there are no cases, or a value is not finite.
-    """
+    """The share of targets within their intervals, ends included."""
     truth, lower = _pair(target, low)
     _, upper = _pair(target, high)
     return float(np.mean((lower <= truth) & (truth <= upper)))

@@ -49,16 +49,14 @@ class Cases:
 
     def metric(self, name: str) -> Score:
         """The score as a function of the truth and the answers of some of the cases."""
-        of_run = self._get_run_metric(name)
+        of_run: Score
+        if self.task == "segmentation":
+            of_run = _mean_over_structures
+        else:
+            of_run = _mean_over_labels(METRICS[name].score) if self.truth.ndim == 2 else METRICS[name].score
         if self.num_runs == 1:
             return of_run
         return lambda truth, answers: float(np.mean([of_run(truth, answers[:, r]) for r in range(answers.shape[1])]))
-
-    def _get_run_metric(self, name: str) -> Score:
-        if self.task == "segmentation":
-            return _mean_over_structures
-        score = METRICS[name].score
-        return _mean_over_labels(score) if self.truth.ndim == 2 else score
 
     def repeat_runs(self, num_runs: int) -> Cases:
         """The same answers for each of several runs."""
@@ -75,12 +73,9 @@ def _require_same_cases(base: Cases, other: Cases, base_name: str, name: str) ->
     if known_by != expected:
         raise UsageError(f"not the cases of {base_name}", where=name, got=f"columns {known_by}", expected=expected)
     if not base.keys.equals(other.keys):
-        raise UsageError(
-            f"not the cases of {base_name}",
-            where=name,
-            got=f"{len(base.keys.symmetric_difference(other.keys))} that only one of them has",
-            remedy="Score both on the same part of the same store",
-        )
+        got = f"{len(base.keys.symmetric_difference(other.keys))} that only one of them has"
+        remedy = "Score both on the same part of the same store"
+        raise UsageError(f"not the cases of {base_name}", where=name, got=got, remedy=remedy)
     if not np.array_equal(base.truth, other.truth):
         raise UsageError(f"not the truth of {base_name}", where=name, remedy="Score both with the same labels")
 
@@ -111,13 +106,8 @@ def read_matched_systems(systems: Mapping[str, CaseTables]) -> dict[str, Cases]:
     most = max(system.num_runs for system in read.values())
     for name, system in read.items():
         if system.num_runs not in (1, most):
-            raise UsageError(
-                "the systems have different numbers of seeds",
-                where=name,
-                got=system.num_runs,
-                expected=f"1 or {most}",
-                remedy="Train each with the same number of seeds",
-            )
+            what, remedy = "the systems have different numbers of seeds", "Train each with the same number of seeds"
+            raise UsageError(what, where=name, got=system.num_runs, expected=f"1 or {most}", remedy=remedy)
     return {name: system.repeat_runs(most) for name, system in read.items()}
 
 
@@ -133,8 +123,8 @@ def read_system(tables: CaseTables, where: str) -> Cases:
     common = [name for name in runs[0].answers if all(name in run.answers for run in runs)]
     if runs[0].task == "segmentation":
         for name in common:
-            missing = [np.isnan(run.answers[name]) for run in runs]
-            if any(not np.array_equal(missing[0], other) for other in missing[1:]):
+            first, *others = (np.isnan(run.answers[name]) for run in runs)
+            if not all(np.array_equal(first, other) for other in others):
                 raise mask_mismatch_error(f"{where}, {name}")
     answers = {name: np.stack([run.answers[name] for run in runs], axis=1) for name in common}
     return replace(runs[0], answers=answers, num_runs=len(runs))
@@ -142,13 +132,9 @@ def read_system(tables: CaseTables, where: str) -> Cases:
 
 def _read(cases: pd.DataFrame, where: str) -> Cases:
     if "subject" not in cases:
-        raise UsageError(
-            "a column is missing",
-            where=where,
-            got=", ".join(map(str, cases.columns)),
-            expected="subject",
-            remedy="Evaluate with --keep-ids, or look the rows up in store.sessions",
-        )
+        got = ", ".join(map(str, cases.columns))
+        remedy = "Evaluate with --keep-ids, or look the rows up in store.sessions"
+        raise UsageError("a column is missing", where=where, got=got, expected="subject", remedy=remedy)
     if cases.empty:
         raise UsageError("there are no cases", where=where)
     key = ["subject", *[name for name in ("session", "row") if name in cases][:1]]
@@ -160,8 +146,7 @@ def _read(cases: pd.DataFrame, where: str) -> Cases:
         first = ", ".join(keys[keys.duplicated()][0])
         raise UsageError("a case is given twice", where=where, got=first, remedy="Keep one row per session")
     subjects = cases["subject"].to_numpy()
-    columns = [name for name in map(str, cases.columns) if name.startswith("p(") and name.endswith(")")]
-    if columns:
+    if columns := [name for name in map(str, cases.columns) if name.startswith("p(") and name.endswith(")")]:
         names = [name[2:-1] for name in columns]
         several = any(str(name).startswith("truth(") for name in cases.columns)
         truth = _binary_labels(cases, names, where) if several else _class_indices(cases, names, where)
@@ -172,8 +157,7 @@ def _read(cases: pd.DataFrame, where: str) -> Cases:
         return Cases("regression", keys, subjects, truth, _answers_by_metric("regression", prediction))
     found = [name for name in map(str, cases.columns) if metric_name(name) in METRICS and cases[name].notna().any()]
     if not found:
-        expected = "truth and p(class), truth and prediction, or dice"
-        got = ", ".join(map(str, cases.columns))
+        got, expected = ", ".join(map(str, cases.columns)), "truth and p(class), truth and prediction, or dice"
         raise UsageError("the cases have no scores", where=where, got=got, expected=expected)
     scores = {name: _numbers(cases, name, where, allow_missing=True) for name in found}
     if structures := [scores[name] for name in found if name.startswith("dice(")]:
@@ -191,8 +175,7 @@ def _class_indices(cases: pd.DataFrame, names: Sequence[str], where: str) -> np.
         raise UsageError("a column is missing", where=where, expected="truth")
     index = {label_text(name): k for k, name in enumerate(names)}
     truth = [label_text(label) for label in cases["truth"]]
-    unknown = sorted(set(truth) - set(index))
-    if unknown:
+    if unknown := sorted(set(truth) - set(index)):
         got, expected = ", ".join(unknown[:4]), ", ".join(names)
         raise UsageError("a class has no column of probabilities", where=f"{where}: truth", got=got, expected=expected)
     return np.array([index[label] for label in truth])
@@ -201,8 +184,7 @@ def _class_indices(cases: pd.DataFrame, names: Sequence[str], where: str) -> np.
 def _binary_labels(cases: pd.DataFrame, names: Sequence[str], where: str) -> np.ndarray:
     truth = np.stack([_numbers(cases, f"truth({name})", where) for name in names], axis=1)
     if not np.isin(truth, (0, 1)).all():
-        got = np.unique(truth)[:4].tolist()
-        raise UsageError("several labels must be 0 or 1", where=f"{where}: truth(…)", got=got)
+        raise UsageError("several labels must be 0 or 1", where=f"{where}: truth(…)", got=np.unique(truth)[:4].tolist())
     return truth.astype(int)
 
 
@@ -214,18 +196,13 @@ def _numbers(cases: pd.DataFrame, column: str, where: str, allow_missing: bool =
     if allow_missing:
         bad &= cases[column].notna().to_numpy()
     if bad.any():
-        got = cases[column].to_numpy()[bad][:4].tolist()
-        raise UsageError("not finite numbers", where=f"{where}: {column}", got=got)
+        raise UsageError("not finite numbers", where=f"{where}: {column}", got=cases[column][bad][:4].tolist())
     return numbers
 
 
 def mask_mismatch_error(where: str) -> UsageError:
-    return UsageError(
-        "the systems were not scored against the same masks",
-        where=where,
-        got="a case that one of them has a score for and another has none",
-        remedy="Score them on the same store",
-    )
+    what, got = "the systems were not scored against the same masks", "a case that only some of them have a score for"
+    return UsageError(what, where=where, got=got, remedy="Score them on the same store")
 
 
 def _mean_over_structures(truth: np.ndarray, scores: np.ndarray) -> float:

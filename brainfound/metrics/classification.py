@@ -1,8 +1,8 @@
 """Metrics of predicted classes and of their scores.
 
-An undefined score is ``nan``, such as AUROC of a single class. The counting is done here instead of in scikit-learn,
-whose input checks dominate in permutation tests with thousands of calls. The results are equal except where a docstring
-says otherwise.
+Each raises `UsageError` if the lengths differ, a value is invalid, or there is nothing to score; an undefined score,
+such as AUROC of a single class, is ``nan``. The counting is done here instead of in scikit-learn, whose input checks
+dominate in permutation tests with thousands of calls. The results are equal except where a docstring says otherwise.
 """
 
 from __future__ import annotations
@@ -26,13 +26,7 @@ def auroc(labels: Any, scores: Any) -> float:
     Args:
         labels: (N,) 0 or 1; with K > 2 classes, 0 … K−1.
         scores: (N,) scores of class 1, larger is more positive; or (N, K), of which K = 2 uses the second column, and
-            more give the mean over classes of one against the rest.
-
-    Returns:
-        A value in 0–1; ``nan`` for a single class. With K > 2, absent classes are left out of the mean.
-
-    Raises:
-        UsageError: if the lengths differ, or labels or scores are not as described.
+            more give the mean over the classes that occur of one against the rest.
 
     Source: J. A. Hanley and B. J. McNeil, Radiology 1982.
     """
@@ -40,19 +34,11 @@ def auroc(labels: Any, scores: Any) -> float:
 
 
 def auprc(labels: Any, scores: Any) -> float:
-    """Average precision, the area under the precision-recall curve as a sum of steps.
+    """Average precision, the area under the precision-recall curve as a sum of steps; arguments as in `auroc`.
 
     Σ (Rᵢ − Rᵢ₋₁) Pᵢ over falling thresholds, without interpolation, which is optimistic. Scores without information
-    reach the share of positives, not one half: report that share with the result.
-
-    Args:
-        labels, scores: as in `auroc`.
-
-    Returns:
-        A value in 0–1; ``nan`` for a single class, where scikit-learn gives 0 or 1. With K > 2, as in `auroc`.
-
-    Raises:
-        UsageError: if the lengths differ, or labels or scores are not as described.
+    reach the share of positives, not one half: report that share with the result. A single class gives ``nan``, where
+    scikit-learn gives 0 or 1.
 
     Source: J. Davis and M. Goadrich, "The relationship between precision-recall and ROC curves", ICML 2006.
     """
@@ -62,18 +48,8 @@ def auprc(labels: Any, scores: Any) -> float:
 def sensitivity_at_specificity(labels: Any, scores: Any, specificity: float = 0.9) -> float:
     """The largest sensitivity of a threshold with at least this specificity, without interpolation.
 
-    The threshold is chosen on the cases that it is scored on, so the value is optimistic on few cases.
-
-    Args:
-        labels: (N,) 0 or 1.
-        scores: (N,) scores of class 1, or (N, 2).
-        specificity: the required share of true negatives, 0–1.
-
-    Returns:
-        A value in 0–1; ``nan`` for a single class.
-
-    Raises:
-        UsageError: if the lengths differ, there are more than two classes, or the specificity is no share.
+    The threshold is chosen on the cases that it is scored on, so the value is optimistic on few cases. Two classes
+    only: scores are (N,) or (N, 2).
     """
     if not 0 <= specificity <= 1:
         raise UsageError("not a share", where="specificity", got=specificity, expected="0 to 1")
@@ -92,14 +68,7 @@ def sensitivity_at_specificity(labels: Any, scores: Any, specificity: float = 0.
 
 
 def balanced_accuracy(labels: Any, predictions: Any) -> float:
-    """Mean recall over the classes that occur in `labels`.
-
-    Args:
-        labels, predictions: (N,) class labels, numbers or text.
-
-    Raises:
-        UsageError: if the lengths differ, or there is nothing to score.
-    """
+    """Mean recall over the classes that occur in `labels`; both (N,), numbers or text."""
     confusion, _ = _confusion(labels, predictions)
     sizes = confusion.sum(axis=1)
     return float((confusion.diagonal()[sizes > 0] / sizes[sizes > 0]).mean())
@@ -108,15 +77,7 @@ def balanced_accuracy(labels: Any, predictions: Any) -> float:
 def f1(labels: Any, predictions: Any, positive: Any = 1) -> float:
     """F1 of one class, 2 TP / (2 TP + FP + FN): the harmonic mean of its precision and its sensitivity.
 
-    Args:
-        labels, predictions: (N,) class labels, numbers or text.
-        positive: the class.
-
-    Returns:
-        A value in 0–1; ``nan`` when the class neither occurs nor is predicted.
-
-    Raises:
-        UsageError: if the lengths differ, or there is nothing to score.
+    Labels and predictions are (N,), numbers or text; ``nan`` when the class neither occurs nor is predicted.
     """
     expected, predicted = label_pair(labels, predictions)
     num_named = int((expected == positive).sum()) + int((predicted == positive).sum())
@@ -126,14 +87,7 @@ def f1(labels: Any, predictions: Any, positive: Any = 1) -> float:
 
 
 def macro_f1(labels: Any, predictions: Any) -> float:
-    """Mean of `f1` over all classes that occur or are predicted, each counting the same.
-
-    Args:
-        labels, predictions: (N,) class labels, numbers or text.
-
-    Raises:
-        UsageError: if the lengths differ, or there is nothing to score.
-    """
+    """Mean of `f1` over all classes that occur or are predicted, each counting the same."""
     confusion, _ = _confusion(labels, predictions)
     return float((2 * confusion.diagonal() / (confusion.sum(axis=0) + confusion.sum(axis=1))).mean())
 
@@ -141,15 +95,7 @@ def macro_f1(labels: Any, predictions: Any) -> float:
 def mcc(labels: Any, predictions: Any) -> float:
     """Matthews' correlation coefficient, for K classes Gorodkin's R_K; 1 is perfect, 0 is chance.
 
-    Args:
-        labels, predictions: (N,) class labels, numbers or text.
-
-    Returns:
-        A value in −1 … 1; 0 for constant predictions, as in scikit-learn; ``nan`` for constant labels, where
-        scikit-learn gives 0.
-
-    Raises:
-        UsageError: if the lengths differ, or there is nothing to score.
+    0 for constant predictions, as in scikit-learn; ``nan`` for constant labels, where scikit-learn gives 0.
 
     Source: J. Gorodkin, "Comparing two K-category assignments by a K-category correlation coefficient", 2004.
     """
@@ -175,35 +121,26 @@ def _confusion(labels: Any, predictions: Any) -> tuple[np.ndarray, int]:
 
 
 def one_vs_rest(labels: Any, scores: Any) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Positive cases and scores, of class 1 alone with two classes, else of each class; Args and Raises as `auroc`."""
+    """Positive cases and scores, of class 1 alone with two classes, else of each class; arguments as `auroc`."""
     scores = finite_array(scores, "scores")
     if scores.ndim not in (1, 2):
         raise UsageError("scores have too many axes", where="scores", got=scores.shape, expected="(N,) or (N, K)")
     labels = finite_array(labels, "labels")
     num_classes = 2 if scores.ndim == 1 else scores.shape[1]
     if labels.ndim != 1 or len(labels) != len(scores) or len(labels) == 0:
-        raise UsageError(
-            "labels and scores do not fit", got=f"{labels.shape} and {scores.shape}", expected="(N,) and (N,)"
-        )
+        got = f"{labels.shape} and {scores.shape}"
+        raise UsageError("labels and scores do not fit", got=got, expected="(N,) and (N,)")
     if not np.isin(labels, np.arange(num_classes)).all():
         known = f"whole numbers 0 to {num_classes - 1}"
         raise UsageError("unknown class label", where="labels", got=np.unique(labels)[:8].tolist(), expected=known)
     if scores.ndim == 1:
         return [(labels == 1, scores)]
-    if num_classes == 2:
-        return [(labels == 1, scores[:, 1])]
-    return [(labels == k, scores[:, k]) for k in range(num_classes)]
+    return [(labels == k, scores[:, k]) for k in ((1,) if num_classes == 2 else range(num_classes))]
 
 
 def _mean_over_classes(metric: Callable[[np.ndarray, np.ndarray], float], labels: Any, scores: Any) -> float:
-    of_classes = np.array(
-        [
-            float("nan") if is_constant(positive) else metric(positive, of_class)
-            for positive, of_class in one_vs_rest(labels, scores)
-        ]
-    )
-    defined = of_classes[~np.isnan(of_classes)]
-    return float(defined.mean()) if defined.size else float("nan")
+    defined = [metric(*of_class) for of_class in one_vs_rest(labels, scores) if not is_constant(of_class[0])]
+    return float(np.mean(defined)) if defined else float("nan")
 
 
 def _binary_auroc(positive: np.ndarray, scores: np.ndarray) -> float:

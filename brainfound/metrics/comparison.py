@@ -43,7 +43,7 @@ def score_intervals(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Each score of a system with its bootstrap interval over subjects.
+    """Each score of a system with its bootstrap interval over subjects, one row per metric.
 
     Args:
         cases: a table of cases, or one per seed.
@@ -51,18 +51,13 @@ def score_intervals(
         num_resamples, confidence, seed: as in `bootstrap_interval`.
 
     Returns:
-        One row per metric: metric, value, low, high, and num_cases and num_subjects with a score. An undefined score is
-        ``nan``.
+        Columns metric, value, low, high, and num_cases and num_subjects with a score. An undefined score is ``nan``.
 
     Raises:
         UsageError: a column is missing, a value is invalid, a case is given twice, or the task lacks a metric.
     """
     system, resampling = read_system(cases, "cases"), _Resampling(num_resamples, confidence, seed)
-    rows = []
-    for name in _resolve_metrics(system, metrics):
-        truth, (answers,), subjects = _select_scored_cases(name, system)
-        interval = resampling.interval(system.metric(name), subjects, truth, answers)
-        rows.append([name, *interval, len(subjects), len(set(subjects))])
+    rows = [_score_row(name, "", system, resampling) for name in _resolve_metrics(system, metrics)]
     return pd.DataFrame(rows, columns=["metric", "value", "low", "high", "num_cases", "num_subjects"])
 
 
@@ -126,22 +121,13 @@ def compare_pairs(
 ) -> pd.DataFrame:
     """Compare all pairs of systems on the same cases, as `compare` does, with Holm's correction over the pairs.
 
-    Args:
-        systems, metrics, num_resamples, num_permutations, confidence, seed: as in `compare`.
-
-    Returns:
-        One row per metric and pair, in the order given: metric, system, against, difference (system − against),
-        difference_low, difference_high, p, p_holm, p_delong, p_delong_holm, higher_is_better, num_cases,
-        num_subjects. Undefined values are ``nan``.
-
-    Raises:
-        UsageError: as `compare`.
+    Returns one row per metric and pair, in the order given, with the columns of `compare` except those of a single
+    system (value, low, high), and ``against`` after ``system``.
     """
     read = read_matched_systems(systems)
     resampling = _Resampling(num_resamples, confidence, seed, num_permutations)
-    first = next(iter(read.values()))
     rows: list[dict[str, Any]] = []
-    for metric in _resolve_metrics(first, metrics, read):
+    for metric in _resolve_metrics(next(iter(read.values())), metrics, read):
         pairs = [
             {"metric": metric, "system": name, "against": against}
             | _compute_difference(metric, read[name], read[against], resampling)
@@ -168,25 +154,20 @@ class _Resampling:
         value = float(metric(*values)) if len(subjects) else float("nan")
         if not np.isfinite(value):
             return value, float("nan"), float("nan")
-        settings: dict[str, Any] = {"confidence": self.confidence, "seed": self.seed}
-        found = bootstrap_interval(metric, *values, subjects=subjects, num_resamples=self.num_resamples, **settings)
+        found = bootstrap_interval(
+            metric, *values, subjects=subjects, num_resamples=self.num_resamples, confidence=self.confidence,
+            seed=self.seed,
+        )  # fmt: skip
         return found.estimate, found.low, found.high
 
     def p(self, metric: Score, subjects: np.ndarray, truth: np.ndarray, a: np.ndarray, b: np.ndarray) -> float:
-        return float(
-            paired_permutation_test(a, b, lambda x: metric(truth, x), self.num_permutations, self.seed, subjects)
-        )
+        return paired_permutation_test(a, b, lambda x: metric(truth, x), self.num_permutations, self.seed, subjects)
 
 
 def _score_row(metric: str, name: str, system: Cases, resampling: _Resampling) -> dict[str, Any]:
     truth, (answers,), subjects = _select_scored_cases(metric, system)
-    interval = resampling.interval(system.metric(metric), subjects, truth, answers)
-    return {
-        "metric": metric,
-        "system": name,
-        **dict(zip(("value", "low", "high"), interval, strict=True)),
-        **_counts(metric, system),
-    }
+    value, low, high = resampling.interval(system.metric(metric), subjects, truth, answers)
+    return {"metric": metric, "system": name, "value": value, "low": low, "high": high} | _counts(metric, system)
 
 
 def _counts(metric: str, system: Cases) -> dict[str, Any]:
@@ -238,7 +219,6 @@ def _resolve_metrics(
     known = [name for name in system.answers if all(name in other.answers for other in (others or {}).values())]
     for name in metrics or ():
         if name not in known:
-            raise UsageError(
-                f"no metric {name!r} of a {system.task}", where="metrics", remedy=did_you_mean(name, known)
-            )
+            what, remedy = f"no metric {name!r} of a {system.task}", did_you_mean(name, known)
+            raise UsageError(what, where="metrics", remedy=remedy)
     return list(known if metrics is None else metrics)

@@ -29,39 +29,34 @@ from brainfound.metrics.values import finite_array
 class SiteProbe:
     """Cross-validated scores of linear models that predict site and label from the same embeddings.
 
-    Attributes:
-        site: balanced accuracy, with its bootstrap interval over subjects.
-        site_chance: the score of embeddings without information.
-        label: balanced accuracy, or R² of a number.
-        label_metric: ``"balanced_accuracy"`` or ``"r2"``.
-        label_chance: the score of embeddings without information; 0 for R².
+    A chance is the score of embeddings without information.
     """
 
     site: Interval
+    """Balanced accuracy, with its bootstrap interval over subjects."""
     site_chance: float
     label: Interval
+    """Balanced accuracy, or R² of a number, whose chance is 0."""
     label_metric: str
+    """``"balanced_accuracy"`` or ``"r2"``."""
     label_chance: float
     num_folds: int
 
 
 @dataclass(frozen=True)
 class TestRetest:
-    """Agreement of the embeddings of two sessions of each subject.
-
-    Attributes:
-        icc: (D,) ICC(3,1) of each dimension, the share of its variance between subjects; ``nan`` for a constant one.
-        median_icc: over the dimensions that vary.
-        identification: share of sessions whose nearest neighbour among the other visits is of the same subject.
-        chance: 1 / U, the identification by embeddings without information.
-        num_subjects: U, those with two sessions.
-    """
+    """Agreement of the embeddings of two sessions of each subject."""
 
     icc: np.ndarray
+    """(D,) ICC(3,1) of each dimension, the share of its variance between subjects; ``nan`` for a constant one."""
     median_icc: float
+    """Over the dimensions that vary."""
     identification: float
+    """Share of sessions whose nearest neighbour among the other visits is of the same subject."""
     chance: float
+    """1 / U, the identification by embeddings without information."""
     num_subjects: int
+    """U, those with two sessions."""
 
 
 def site_probe(
@@ -87,8 +82,7 @@ def site_probe(
         num_folds: fewer if there are fewer subjects.
 
     Raises:
-        UsageError: the lengths differ, a value is missing or not finite, there are fewer than two sites or classes, or
-            one of them has a single subject.
+        UsageError: the lengths differ, a value is missing, or a site or class is the only one or has a single subject.
 
     Source: the site test of B. Glocker et al., "Machine learning with multi-site imaging data", arXiv:1910.04597.
     """
@@ -115,8 +109,7 @@ def validate_probe_columns(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
     """Subjects, sites and labels (N,) of a site probe, and whether the labels are numbers.
 
-    Raises:
-        UsageError: as `site_probe`, so that it can be raised before anything is embedded.
+    Raises as `site_probe`, so that a fault is found before anything is embedded.
     """
     owners = np.array([label_text(subject) for subject in subjects])
     sites = _classes(site, owners, "site")
@@ -133,14 +126,8 @@ def test_retest(embeddings: Float[np.ndarray, "N D"], subjects: Sequence[Any], s
     sessions share. The nearest neighbour by cosine is searched among the other visits of all subjects, in both
     directions; ties share the hit, so that constant embeddings reach chance.
 
-    Args:
-        embeddings: one row per session.
-        subjects: the subject of each session.
-        sessions: the name or number of each session.
-
     Raises:
-        UsageError: the lengths differ, a value is not finite, a session is given twice, or fewer than two subjects have
-            two sessions.
+        UsageError: the lengths differ, a session is given twice, or fewer than two subjects have two sessions.
 
     Source: P. E. Shrout and J. L. Fleiss, "Intraclass correlations", Psychol Bull 1979, case 3; identification: E. S.
     Finn et al., "Functional connectome fingerprinting", Nat Neurosci 2015.
@@ -155,9 +142,8 @@ def test_retest(embeddings: Float[np.ndarray, "N D"], subjects: Sequence[Any], s
     several = [rows for _, rows in sorted(visits.items()) if len(rows) > 1]
     pairs = [[rows[name] for name in sorted(rows, key=label_text)[:2]] for rows in several]
     if len(pairs) < 2:
-        raise UsageError(
-            "test and retest need two subjects with two sessions", where="sessions", got=f"{len(pairs)} such subjects"
-        )
+        what = "test and retest need two subjects with two sessions"
+        raise UsageError(what, where="sessions", got=f"{len(pairs)} such subjects")
     twice = features[np.array(pairs)]  # (U, 2, D)
     icc = _icc_3_1(twice)
     varies = icc[~np.isnan(icc)]
@@ -192,7 +178,6 @@ def cross_val_predict(
     """Predict the label of each sample with a model of standardised features that was trained on the other folds.
 
     Args:
-        features: finite.
         labels: (N,) classes; or float64, for which predictions are clipped to the range of the training part.
         folds: each with the samples of ``train`` and ``test``.
         make_model: makes an untrained scikit-learn model, given the number of training samples.
@@ -235,11 +220,8 @@ def _classes(values: Sequence[Any], owners: np.ndarray, where: str) -> np.ndarra
         raise UsageError("a single class cannot be predicted", where=where, got=f"only {names[0]}")
     for name in names:
         if len(set(owners[classes == name])) < 2:
-            raise UsageError(
-                f"{name} has a single subject, too few for training and test",
-                where=where,
-                remedy="Leave it out or merge it with another",
-            )
+            what = f"{name} has a single subject, too few for training and test"
+            raise UsageError(what, where=where, remedy="Leave it out or merge it with another")
     return classes
 
 

@@ -13,8 +13,8 @@ from pandas.api.types import is_bool_dtype, is_numeric_dtype
 from brainfound.errors import UsageError
 
 RULES = ("fomo25",)
-_COLUMNS = ("system", "task", "metric", "value", "higher_is_better")
 _KEY = ["system", "task", "metric"]
+_COLUMNS = (*_KEY, "value", "higher_is_better")
 
 
 def rank(scores: pd.DataFrame, rule: str = "fomo25") -> pd.DataFrame:
@@ -29,8 +29,7 @@ def rank(scores: pd.DataFrame, rule: str = "fomo25") -> pd.DataFrame:
         Columns system and overall_rank (1 is best, smaller is better), sorted by rank, then by name.
 
     Raises:
-        UsageError: the rule is unknown, a column is missing, a score is given twice, or a metric of a task has two
-            directions.
+        UsageError: the rule is unknown, or a column is missing, a score given twice, or a metric of two directions.
     """
     if rule not in RULES:
         raise UsageError(f"no ranking rule {rule!r}", where="rule", expected=", ".join(RULES))
@@ -55,21 +54,18 @@ def _ranks_of_task(scores: pd.DataFrame, systems: pd.Index) -> pd.Series:
     for metric, of_metric in scores.groupby("metric", sort=False):
         values = of_metric.set_index("system")["value"].dropna().astype(float)
         ascending = not bool(of_metric["higher_is_better"].iloc[0])
-        placed = values.rank(method="average", ascending=ascending)
-        ranks[metric] = placed.reindex(systems, fill_value=len(values) + 1)
+        ranks[metric] = values.rank(ascending=ascending).reindex(systems, fill_value=len(values) + 1)
     mean = pd.DataFrame(ranks, index=systems).mean(axis=1)
     entered = systems.isin(scores.loc[scores["value"].notna(), "system"])
     return mean.where(entered, entered.sum() + 1)
 
 
 def _check(scores: pd.DataFrame) -> None:
-    missing = [column for column in _COLUMNS if column not in scores.columns]
-    if missing:
+    if missing := [column for column in _COLUMNS if column not in scores.columns]:
         raise UsageError("a column is missing", where="scores", got=list(scores.columns), expected=", ".join(missing))
     if scores.empty:
         raise UsageError("there is nothing to rank", where="scores", got="no rows")
-    unnamed = [column for column in ("system", "task", "metric", "higher_is_better") if scores[column].isna().any()]
-    if unnamed:
+    if unnamed := [column for column in (*_KEY, "higher_is_better") if scores[column].isna().any()]:
         raise UsageError("a cell is empty", where=f"scores: {unnamed[0]}", remedy="Fill it; only value may be missing")
     if not is_numeric_dtype(scores["value"]) and not scores["value"].isna().all():
         raise UsageError("values are not numbers", where="scores: value", got=scores["value"].dtype)
@@ -77,12 +73,10 @@ def _check(scores: pd.DataFrame) -> None:
     if not is_bool_dtype(scores["higher_is_better"]) and not scores["higher_is_better"].isin([True, False]).all():
         got = scores["higher_is_better"].unique()[:4].tolist()
         raise UsageError("not true or false", where="scores: higher_is_better", got=got)
-    twice = scores.duplicated(_KEY)
-    if twice.any():
+    if (twice := scores.duplicated(_KEY)).any():
         first = scores.loc[twice, _KEY].iloc[0].tolist()
-        raise UsageError(
-            "a score is given twice", where="scores", got=first, remedy="Keep one row per system, task and metric"
-        )
+        remedy = "Keep one row per system, task and metric"
+        raise UsageError("a score is given twice", where="scores", got=first, remedy=remedy)
     directions = scores.groupby(["task", "metric"], sort=False)["higher_is_better"].nunique()
     if (directions > 1).any():
         raise UsageError("a metric has two directions", where="scores: higher_is_better", got=directions.idxmax())

@@ -124,7 +124,6 @@ def metric_name(score: str) -> str:
 
 
 def task_metrics(task: str) -> list[Metric]:
-    """The metrics of a task."""
     return [metric for metric in _ROWS if metric.task == task]
 
 

@@ -1,7 +1,8 @@
 """Metrics of predicted numbers: errors, explained variance and correlation.
 
-An undefined score (R² or a correlation of constant values) is ``nan``. The sums are computed here instead of in
-scikit-learn, whose input checks dominate in permutation tests with thousands of calls. The results are equal.
+Each takes target and prediction ``(N,)`` and raises `UsageError` if their shapes differ, a value is not finite, or
+there is nothing to score. The sums are computed here instead of in scikit-learn, whose input checks dominate in
+permutation tests with thousands of calls. The results are equal.
 """
 
 from __future__ import annotations
@@ -15,21 +16,13 @@ from brainfound.metrics.values import is_constant, value_pair
 
 
 def mae(target: Any, prediction: Any) -> float:
-    """Mean absolute error, in the unit of the target (years for age).
-
-    Raises:
-        UsageError: if the shapes differ, a value is not finite, or there is nothing to score.
-    """
+    """Mean absolute error, in the unit of the target (years for age)."""
     expected, predicted = value_pair(target, prediction)
     return float(np.abs(expected - predicted).mean())
 
 
 def rmse(target: Any, prediction: Any) -> float:
-    """Root of the mean squared error, in the unit of the target; large errors weigh more than in `mae`.
-
-    Raises:
-        UsageError: if the shapes differ, a value is not finite, or there is nothing to score.
-    """
+    """Root of the mean squared error, in the unit of the target; large errors weigh more than in `mae`."""
     expected, predicted = value_pair(target, prediction)
     return float(np.sqrt(np.square(expected - predicted).mean()))
 
@@ -38,9 +31,6 @@ def r2(target: Any, prediction: Any) -> float:
     """Coefficient of determination, 1 − Σ(t − p)² / Σ(t − mean t)²; negative when worse than the mean.
 
     ``nan`` when the targets do not vary (fewer than two, or all the same).
-
-    Raises:
-        UsageError: if the shapes differ, a value is not finite, or there is nothing to score.
     """
     expected, predicted = value_pair(target, prediction)
     spread = np.square(expected - expected.mean()).sum()
@@ -50,11 +40,7 @@ def r2(target: Any, prediction: Any) -> float:
 
 
 def pearson(target: Any, prediction: Any) -> float:
-    """Pearson's correlation coefficient; ``nan`` when either side does not vary.
-
-    Raises:
-        UsageError: if the shapes differ, a value is not finite, or there is nothing to score.
-    """
+    """Pearson's correlation coefficient; ``nan`` when either side does not vary."""
     expected, predicted = value_pair(target, prediction)
     if is_constant(expected) or is_constant(predicted):
         return float("nan")
@@ -72,9 +58,6 @@ def pearson(target: Any, prediction: Any) -> float:
 
 def spearman(target: Any, prediction: Any) -> float:
     """Spearman's rank correlation, ties sharing the mean of their ranks; ``nan`` when either side does not vary.
-
-    Raises:
-        UsageError: if the shapes differ, a value is not finite, or there is nothing to score.
 
     Source: C. Spearman, "The proof and measurement of association between two things", Am J Psychol 1904.
     """

@@ -18,18 +18,14 @@ from brainfound.metrics.registry import PRIMARY_METRIC, Metric, task_metrics
 from brainfound.metrics.values import finite_array, get_convention_score
 
 EmptyCase = Literal["left_out", "nan", "one", "zero"]
-"""What the overlap of a case without the structure is, see `segmentation_case_scores`."""
+"""The overlap of a case without the structure, see `segmentation_case_scores`."""
 
 
 def classification_scores(labels: Sequence[int], probabilities: np.ndarray) -> dict[str, float]:
-    """Score the probabilities of classes.
+    """Score the probabilities of classes ``(n, K)`` against class indices ``(n,)``.
 
     AUROC and AUPRC of more than two classes are the mean of one against the rest. The other metrics are of the most
     probable class.
-
-    Args:
-        labels: ``(n,)`` class indices.
-        probabilities: ``(n, K)``.
     """
     truth = np.asarray(labels)
     return {metric.name: metric.score(truth, probabilities) for metric in task_metrics("classification")}
@@ -62,9 +58,6 @@ def segmentation_case_scores(
         empty: overlap where the reference lacks the structure. ``"left_out"``: no score. Otherwise 0 where something
             was marked, and where nothing was ``"one"`` (fomo-metrics' Dice), ``"zero"`` or ``"nan"`` (nnU-Net, SSL3D:
             left out of the mean).
-
-    Raises:
-        UsageError: the convention is unknown, or as the metrics.
     """
     get_convention_score(empty, dict.fromkeys(get_args(EmptyCase), 0.0), "empty")
     inputs = {"spacing_mm": spacing_mm, "tolerance_mm": tolerance_mm, "empty": empty}
@@ -73,11 +66,9 @@ def segmentation_case_scores(
         keywords = {name: inputs[name] for name in names if name in metric.needs}
         return metric.function(predicted, expected, **keywords, **metric.options)
 
-    metrics = [
-        metric
-        for metric in task_metrics("segmentation")
-        if spacing_mm is not None or not (metric.slow or "spacing_mm" in metric.needs)
-    ]
+    metrics = task_metrics("segmentation")
+    if spacing_mm is None:
+        metrics = [metric for metric in metrics if not metric.slow and "spacing_mm" not in metric.needs]
     present = [k for k in np.unique(reference) if k != 0]
     if not present:
         nothing = np.zeros(np.shape(reference), dtype=bool)
@@ -101,10 +92,9 @@ def mean_case_scores(cases: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def trivial_scores(task: str, answer: float | Sequence[float], test: Sequence[Any]) -> dict[str, float]:
-    """The scores of a baseline that answers alike about every case.
+    """The scores of a baseline of classification or regression that answers alike about every case.
 
     Args:
-        task: classification or regression.
         answer: each class's share in the training part, or the mean of its values.
         test: class indices or values of the cases.
     """
@@ -116,16 +106,11 @@ def trivial_scores(task: str, answer: float | Sequence[float], test: Sequence[An
 def multi_label_scores(labels: Any, probabilities: Any, names: Sequence[str]) -> dict[str, float]:
     """The scores of a classification, as the mean over labels and of each label: ``auroc``, ``auroc(edema)``, ….
 
+    A label whose score is undefined (only one class among the cases) has ``nan`` and is left out of the mean.
+
     Args:
         labels: ``(n, L)`` 0 or 1.
         probabilities: ``(n, L)`` of each label being 1; an answer is yes above 0.5.
-        names: ``(L,)``.
-
-    Returns:
-        A label whose score is undefined (only one class among the cases) has ``nan`` and is left out of the mean.
-
-    Raises:
-        UsageError: if the shapes do not fit.
     """
     truth, shares = finite_array(labels, "labels"), finite_array(probabilities, "probabilities")
     if truth.ndim != 2 or truth.shape != shares.shape or truth.shape[1] != len(names) or not truth.size:
@@ -139,11 +124,9 @@ def multi_label_scores(labels: Any, probabilities: Any, names: Sequence[str]) ->
     }
     scores: dict[str, float] = {}
     for metric in of_label[names[0]]:
-        values = np.array([of_label[name][metric] for name in names])
+        values = np.array([own[metric] for own in of_label.values()])
         scores[metric] = float(np.nanmean(values)) if not np.isnan(values).all() else float("nan")
-    for name, own in of_label.items():
-        scores |= {f"{metric}({name})": value for metric, value in own.items()}
-    return scores
+    return scores | {f"{metric}({name})": value for name, own in of_label.items() for metric, value in own.items()}
 
 
 def trivial_multi_label_scores(shares: Any, test: Any, names: Sequence[str]) -> dict[str, float]:

@@ -1,7 +1,8 @@
 """Metrics of a segmented structure.
 
-Masks are binary arrays with any number of axes; `spacing_mm` has one value per axis, in the same order. A structure
-that is absent from one or both masks is scored by convention, so the convention is an argument: name it in comparisons.
+Prediction and reference are binary masks of one shape with any number of axes; `spacing_mm`, the distance between voxel
+centres, has one value per axis in the same order. Anything else raises `UsageError`. A structure that is absent from
+one or both masks is scored by convention, so the convention is an argument: name it in comparisons.
 """
 
 from __future__ import annotations
@@ -29,13 +30,8 @@ _DISTANCE_SLACK_MM = 1e-5
 def dice(prediction: Any, reference: Any, empty: Empty = "one") -> float:
     """Dice overlap of two binary masks, 2|A ∩ B| / (|A| + |B|).
 
-    Args:
-        prediction, reference: binary masks of one shape.
-        empty: the score of two empty masks: ``"one"`` (fomo-metrics), ``"nan"`` (nnU-Net, SSL3D) or ``"zero"``. A
-            single empty mask scores 0.
-
-    Raises:
-        UsageError: if the shapes differ, or a mask is not binary or not finite.
+    Two empty masks score ``"one"`` (fomo-metrics), ``"nan"`` (nnU-Net, SSL3D) or ``"zero"``; one empty
+    mask scores 0.
 
     Source: L. R. Dice, "Measures of the amount of ecologic association between species", Ecology 1945.
     """
@@ -48,27 +44,15 @@ def dice(prediction: Any, reference: Any, empty: Empty = "one") -> float:
 
 
 def surface_dice(
-    prediction: Any,
-    reference: Any,
-    spacing_mm: Sequence[float],
-    tolerance_mm: float = 1.0,
-    empty: Empty = "one",
+    prediction: Any, reference: Any, spacing_mm: Sequence[float], tolerance_mm: float = 1.0, empty: Empty = "one"
 ) -> float:
     """Normalised surface distance: the share of both surfaces within `tolerance_mm` of the other surface.
 
     The surface is the boundary voxels: those with a face neighbour outside the mask, or outside the array. Distances
     are Euclidean, in mm, between voxel centres; each boundary voxel counts the same, and a distance equal to the
     tolerance is within it. Most toolkits and challenges compute this discrete form. The original weights surface
-    elements by area, which differs by a few hundredths on anisotropic or very small objects.
-
-    Args:
-        prediction, reference: binary masks of one shape.
-        spacing_mm: distance between voxel centres along each axis.
-        tolerance_mm: the accepted distance, 0 or more.
-        empty: the score of two empty masks, as in `dice` (here fomo-metrics uses ``"zero"``).
-
-    Raises:
-        UsageError: if the shapes differ, a mask is not binary, or spacing or tolerance cannot be used.
+    elements by area, which differs by a few hundredths on anisotropic or very small objects. Two empty masks are scored
+    as in `dice` (here fomo-metrics uses ``"zero"``).
 
     Source: S. Nikolov et al., "Clinically applicable segmentation of head and neck anatomy for radiotherapy",
     J Med Internet Res 2021 (arXiv:1809.04430), surface DSC at a tolerance.
@@ -82,9 +66,8 @@ def surface_dice(
         return empty_score
     if not predicted.any() or not expected.any():
         return 0.0
-    reach_mm = tolerance_mm + _DISTANCE_SLACK_MM
-    within = np.concatenate(_surface_distances_mm(predicted, expected, spacing)) <= reach_mm
-    return float(within.mean())
+    distances_mm = np.concatenate(_surface_distances_mm(predicted, expected, spacing))
+    return float((distances_mm <= tolerance_mm + _DISTANCE_SLACK_MM).mean())
 
 
 def hd95(
@@ -102,15 +85,10 @@ def hd95(
     percentile, as others do, hides a small missed part.
 
     Args:
-        prediction, reference: binary masks of one shape.
-        spacing_mm: distance between voxel centres along each axis.
         percentile: 100 is the Hausdorff distance itself.
         empty: the score of two empty masks, ``"zero"`` or ``"nan"``.
         one_empty: the score of a single empty mask: ``"inf"``, since there is no nearest voxel; ``"diagonal"``, that of
             the array in mm, the penalty of BraTS; or ``"nan"``, which a mean leaves out and so rewards missing.
-
-    Raises:
-        UsageError: if the shapes differ, a mask is not binary, or spacing or percentile cannot be used.
 
     Source: D. P. Huttenlocher et al., "Comparing images using the Hausdorff distance", IEEE TPAMI 1993 (the
     percentile, section III); A. A. Taha and A. Hanbury, BMC Med Imaging 2015.
@@ -119,9 +97,8 @@ def hd95(
     spacing = validate_spacing(spacing_mm, predicted.ndim)
     if not 0 <= percentile <= 100:
         raise UsageError("not a percentile", where="percentile", got=percentile, expected="0 to 100")
-    diagonal_mm = float(np.linalg.norm(spacing * predicted.shape))
     empty_score = get_convention_score(empty, _NO_ERROR, "empty")
-    missed = {"inf": float("inf"), "diagonal": diagonal_mm, "nan": float("nan")}
+    missed = {"inf": float("inf"), "diagonal": float(np.linalg.norm(spacing * predicted.shape)), "nan": float("nan")}
     missed_score = get_convention_score(one_empty, missed, "one_empty")
     if not predicted.any() and not expected.any():
         return empty_score
@@ -136,16 +113,9 @@ def lesion_f1(
 ) -> float:
     """F1 over lesions instead of voxels: a small lesion counts as much as a large one.
 
-    A lesion is a connected component. A reference lesion is found if it overlaps the prediction, else missed; a
-    predicted lesion without overlap is false. F1 is 2 found / (2 found + false + missed).
-
-    Args:
-        prediction, reference: binary masks of one shape.
-        empty: the score of two empty masks, as in `dice`.
-        touching: voxels are connected by ``"corners"`` (26 neighbours in 3-D) or ``"faces"`` (6).
-
-    Raises:
-        UsageError: if the shapes differ, or a mask is not binary.
+    A lesion is a connected component, by ``"corners"`` (26 neighbours in 3-D) or ``"faces"`` (6). A reference lesion is
+    found if it overlaps the prediction, else missed; a predicted lesion without overlap is false. F1 is
+    2 found / (2 found + false + missed). Two empty masks are scored as in `dice`.
 
     Source: the matching rule of the ISLES 2022 challenge (M. R. Hernandez Petzsche et al., Sci Data 2022).
     """
@@ -163,17 +133,7 @@ def lesion_f1(
 def volume_error_mm3(
     prediction: Any, reference: Any, spacing_mm: Sequence[float], signed: bool = False, empty: NoError = "zero"
 ) -> float:
-    """Difference of the two volumes, in mm³.
-
-    Args:
-        prediction, reference: binary masks of one shape.
-        spacing_mm: distance between voxel centres along each axis.
-        signed: prediction − reference, whose mean is the bias, instead of the absolute difference.
-        empty: the error of two empty masks, ``"zero"`` or ``"nan"``.
-
-    Raises:
-        UsageError: if the shapes differ, a mask is not binary, or the spacing cannot be used.
-    """
+    """Absolute difference of the two volumes, in mm³; `signed` (prediction − reference) has the bias as its mean."""
     predicted, expected = mask_pair(prediction, reference)
     voxel_mm3 = float(np.prod(validate_spacing(spacing_mm, predicted.ndim)))
     empty_score = get_convention_score(empty, _NO_ERROR, "empty")
@@ -193,20 +153,13 @@ def relative_volume_error(
 ) -> float:
     """Difference of the two volumes as a share of the reference; 1 for a missed structure.
 
-    Args:
-        prediction, reference: binary masks of one shape.
-        signed: prediction − reference, whose mean is the bias, instead of the absolute difference.
-        empty: the error of two empty masks, ``"zero"`` or ``"nan"``.
-        reference_empty: the error where only the reference is empty, ``"inf"`` or ``"nan"``.
-
-    Raises:
-        UsageError: if the shapes differ, or a mask is not binary.
+    `signed` (prediction − reference) has the bias as its mean. `reference_empty` is the error where only the reference
+    is empty.
     """
     predicted, expected = mask_pair(prediction, reference)
     empty_score = get_convention_score(empty, _NO_ERROR, "empty")
-    without_reference = get_convention_score(
-        reference_empty, {"inf": float("inf"), "nan": float("nan")}, "reference_empty"
-    )
+    conventions = {"inf": float("inf"), "nan": float("nan")}
+    without_reference = get_convention_score(reference_empty, conventions, "reference_empty")
     num_predicted, num_expected = int(predicted.sum()), int(expected.sum())
     if num_expected == 0:
         return without_reference if num_predicted else empty_score
@@ -218,12 +171,6 @@ def clean_negative(prediction: Any, reference: Any) -> float:
     """Whether a case without the structure was left unmarked: 1 or 0; ``nan`` where the reference has the structure.
 
     Its mean over cases is their specificity.
-
-    Args:
-        prediction, reference: binary masks of one shape.
-
-    Raises:
-        UsageError: if the shapes differ, or a mask is not binary.
     """
     predicted, expected = mask_pair(prediction, reference)
     return float("nan") if expected.any() else float(not predicted.any())
@@ -237,9 +184,10 @@ def _surface_distances_mm(
     window = ndimage.find_objects((predicted | expected).astype(np.uint8))[0]
     surface_p, surface_r = _boundary(predicted[window]), _boundary(expected[window])
     # The distance transform measures from each voxel to the nearest zero, hence the inversion.
-    to_reference = ndimage.distance_transform_edt(~surface_r, sampling=spacing)[surface_p]
-    to_prediction = ndimage.distance_transform_edt(~surface_p, sampling=spacing)[surface_r]
-    return to_reference, to_prediction
+    return (
+        ndimage.distance_transform_edt(~surface_r, sampling=spacing)[surface_p],
+        ndimage.distance_transform_edt(~surface_p, sampling=spacing)[surface_r],
+    )
 
 
 def _count_detected(lesions: np.ndarray, other: np.ndarray, structure: np.ndarray) -> tuple[int, int]:

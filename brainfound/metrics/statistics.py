@@ -57,14 +57,11 @@ def bootstrap_interval(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Interval:
-    """Percentile bootstrap interval of ``metric(*values)``.
+    """Percentile bootstrap interval of ``metric(*values)``, as in ``bootstrap_interval(auroc, labels, scores)``.
 
     Args:
-        metric: a function of the arrays, as in ``bootstrap_interval(auroc, labels, scores)``.
         values: (N, …) arrays.
         subjects: (N,) the subject of each case; those of a subject are drawn together. Default: one case per subject.
-        confidence: share of the resamples inside the interval.
-        seed: of the drawing.
 
     Raises:
         UsageError: there are no cases, the lengths differ, or no resample has a score.
@@ -74,47 +71,39 @@ def bootstrap_interval(
     if not 0 < confidence < 1 or num_resamples < 1:
         raise UsageError("invalid settings of the bootstrap", got=f"confidence {confidence}, {num_resamples} resamples")
     arrays = _aligned(values)
-    groups = _cases_by_subject(subjects, len(arrays[0]))
+    owner = _number_subjects(subjects, len(arrays[0]))
+    by_subject = np.argsort(owner, kind="stable")
+    groups = np.split(by_subject, np.cumsum(np.bincount(owner))[:-1])
     generator = np.random.default_rng(seed)
     resampled = np.empty(num_resamples)
-    single = np.concatenate(groups) if len(groups) == len(arrays[0]) else None
     for i in range(num_resamples):
         drawn = generator.integers(len(groups), size=len(groups))
-        cases = np.concatenate([groups[g] for g in drawn]) if single is None else single[drawn]
+        # One case per subject, the usual form, needs no joining, which would take most of the time.
+        single = len(groups) == len(owner)
+        cases = by_subject[drawn] if single else np.concatenate([groups[g] for g in drawn])
         resampled[i] = metric(*(array[cases] for array in arrays))
     defined = resampled[~np.isnan(resampled)]
     if defined.size == 0:
         raise UsageError("the metric is undefined on every resample", got=f"{len(groups)} subjects")
     tail = (1 - confidence) / 2
     low, high = np.quantile(defined, [tail, 1 - tail])
-    return Interval(
-        estimate=float(metric(*arrays)),
-        low=float(low),
-        high=float(high),
-        confidence=confidence,
-        num_resamples=num_resamples,
-        num_undefined=num_resamples - defined.size,
-    )
+    num_undefined = num_resamples - defined.size
+    return Interval(float(metric(*arrays)), float(low), float(high), confidence, num_resamples, num_undefined)
 
 
 def paired_permutation_test(
     a: Any, b: Any, metric: Metric = np.mean, num_permutations: int = 10_000, seed: int = 0, subjects: Any = None
 ) -> float:
-    """Two-sided p value of ``metric(a) − metric(b)`` for two systems scored on the same subjects.
+    """Two-sided p value of ``metric(a) − metric(b)`` for two systems scored on the same subjects, in (0, 1].
 
     Under the null hypothesis the systems are exchangeable within each subject. If there are at most `num_permutations`
-    exchanges, all are counted and p is exact; otherwise they are drawn, and p is (hits + 1) / (drawn + 1), never 0.
+    exchanges, all are counted and p is exact; otherwise they are drawn, and p is (hits + 1) / (drawn + 1), never 0. It
+    is ``nan`` where the metric of a system is undefined.
 
     Args:
         a, b: (N, …) the values of the systems, one row per case: scores such as Dice, or predictions with a metric that
             holds the labels, ``lambda scores: auroc(labels, scores)``.
-        metric: a function of such an array.
-        num_permutations: the most exchanges.
-        seed: of the drawing.
         subjects: (N,) the subject of each case; exchanged together. Default: one case per subject.
-
-    Returns:
-        p in (0, 1]; ``nan`` where the metric of a system is undefined.
 
     Raises:
         UsageError: the shapes differ, there are no cases, or subjects do not fit them.
@@ -127,42 +116,30 @@ def paired_permutation_test(
     observed = abs(metric(first) - metric(second))
     if np.isnan(observed):
         return float("nan")
-    groups = _cases_by_subject(subjects, len(first))
-    of_case = np.empty(len(first), dtype=int)
-    for subject, cases in enumerate(groups):
-        of_case[cases] = subject
-    num_subjects = len(groups)
+    owner = _number_subjects(subjects, len(first))
+    num_subjects = int(owner.max()) + 1
     exact = num_subjects < 63 and 2**num_subjects <= num_permutations
     if exact:
         exchanges = (np.array(bits) for bits in itertools.product((False, True), repeat=num_subjects))
-        total = 2**num_subjects
     else:
         generator = np.random.default_rng(seed)
         exchanges = (generator.random(num_subjects) < 0.5 for _ in range(num_permutations))
-        total = num_permutations
     # Differences that are equal except for the order of summation must count as equal.
     at_least = observed - 1e-12 * max(1.0, observed)
     hits = 0
     for exchange in exchanges:
-        swap = exchange[of_case].reshape(-1, *[1] * (first.ndim - 1))
+        swap = exchange[owner].reshape(-1, *[1] * (first.ndim - 1))
         difference = metric(np.where(swap, second, first)) - metric(np.where(swap, first, second))
         hits += abs(difference) >= at_least
-    return hits / total if exact else (hits + 1) / (total + 1)
+    return hits / 2**num_subjects if exact else (hits + 1) / (num_permutations + 1)
 
 
 def holm(p_values: Any) -> np.ndarray:
-    """Holm's correction of p values for their number; controls the family-wise error rate without independence.
+    """Holm's correction of p values (M,) for their number; controls the family-wise error rate without independence.
 
-    The smallest is multiplied by M, the next by M − 1, and so on; none is smaller than the one before it.
-
-    Args:
-        p_values: (M,); ``nan``, an undefined test, stays and does not count in M.
-
-    Returns:
-        (M,) adjusted p values, at most 1, in the order given.
-
-    Raises:
-        UsageError: a value is outside of 0–1.
+    The smallest is multiplied by M, the next by M − 1, and so on; none is smaller than the one before it, and none
+    above 1. A ``nan``, an undefined test, stays and does not count in M. Raises `UsageError` for a value outside of
+    0–1.
 
     Source: S. Holm, "A simple sequentially rejective multiple test procedure", Scand J Stat 1979.
     """
@@ -187,68 +164,47 @@ def _aligned(values: tuple[Any, ...]) -> list[np.ndarray]:
     return arrays
 
 
-def _cases_by_subject(subjects: Any, num_cases: int) -> list[np.ndarray]:
+def _number_subjects(subjects: Any, num_cases: int) -> np.ndarray:
+    """The number of the subject of each case (N,)."""
     if subjects is None:
-        return [np.array([i]) for i in range(num_cases)]
+        return np.arange(num_cases)
     names = np.asarray(subjects)
     if names.shape != (num_cases,):
         raise UsageError("subjects do not fit the cases", where="subjects", got=names.shape, expected=(num_cases,))
-    _, of_case = np.unique(names, return_inverse=True)
-    return [np.flatnonzero(of_case == group) for group in range(of_case.max() + 1)]
+    return np.unique(names, return_inverse=True)[1]
 
 
 @dataclass(frozen=True)
 class DelongTest:
-    """Two AUROCs on the same cases.
-
-    Attributes:
-        auroc_a, auroc_b: the two areas.
-        difference: a − b.
-        standard_error: of the difference.
-        p: two-sided; 1 for equal rankings, ``nan`` where no variance can be computed.
-    """
+    """Two AUROCs on the same cases, with the difference a − b and its standard error."""
 
     auroc_a: float
     auroc_b: float
     difference: float
     standard_error: float
     p: float
+    """1 for equal rankings, ``nan`` where no variance can be computed."""
 
 
 def delong_interval(labels: Any, scores: Any, confidence: float = 0.95) -> Interval:
-    """AUROC with its normal interval by DeLong, clipped to 0–1.
+    """AUROC with its normal interval by DeLong, clipped to 0–1; arguments as `delong_test`.
 
-    Perfect separation has variance 0 and thus width 0: a sign of few cases, not of certainty.
-
-    Args:
-        labels: (N,) 0 or 1.
-        scores: (N,) scores of class 1, or (N, 2).
-        confidence: probability that an interval holds the true area.
-
-    Returns:
-        The interval; its ends are ``nan`` with fewer than two cases of a class.
-
-    Raises:
-        UsageError: as `auroc`; or there are more than two classes, or the confidence is outside of 0–1.
+    Perfect separation has variance 0 and thus width 0: a sign of few cases, not of certainty. The ends are ``nan`` with
+    fewer than two cases of a class.
     """
     if not 0 < confidence < 1:
         raise UsageError("not a share", where="confidence", got=confidence, expected="between 0 and 1")
     areas, covariance = _areas_and_covariance(labels, [scores])
     reach = float(stats.norm.ppf((1 + confidence) / 2) * np.sqrt(covariance[0, 0]))
-    area = float(areas[0])
-    low, high = float(np.clip(area - reach, 0, 1)), float(np.clip(area + reach, 0, 1))
-    return Interval(area, low, high, confidence, num_resamples=0, num_undefined=0)
+    low, high = np.clip([areas[0] - reach, areas[0] + reach], 0, 1).tolist()
+    return Interval(float(areas[0]), low, high, confidence, num_resamples=0, num_undefined=0)
 
 
 def delong_test(labels: Any, a: Any, b: Any) -> DelongTest:
     """Two-sided test of equal AUROC for two systems that scored the same cases.
 
-    Args:
-        labels: (N,) 0 or 1.
-        a, b: (N,) scores of class 1, or (N, 2); the two systems need not share a scale.
-
-    Raises:
-        UsageError: as `auroc`; or there are more than two classes.
+    Labels are (N,) 0 or 1; a and b (N,) scores of class 1, or (N, 2), and need not share a scale. Raises `UsageError`
+    as `auroc`, or for more than two classes.
     """
     areas, covariance = _areas_and_covariance(labels, [a, b])
     difference = float(areas[0] - areas[1])
@@ -286,19 +242,14 @@ def _areas_and_covariance(labels: Any, systems: list[Any]) -> tuple[np.ndarray, 
 
 @dataclass(frozen=True)
 class FoldTest:
-    """Two systems over the same folds.
-
-    Attributes:
-        difference, low, high: mean over folds of a − b, and its interval.
-        t: the statistic, with ``num_folds − 1`` degrees of freedom.
-        p: two-sided; ``nan`` with a single fold, or where the difference does not vary.
-    """
+    """The mean over folds of a − b with its interval, and the t-test of it."""
 
     difference: float
     low: float
     high: float
     t: float
     p: float
+    """``nan`` with a single fold, or where the difference does not vary."""
     num_folds: int
 
 
@@ -306,14 +257,13 @@ def fold_t_test(a: Any, b: Any, test_to_train: float | None = None, confidence: 
     """Paired two-sided t-test of the scores of two systems over folds.
 
     The plain test assumes independent folds. The training parts of a cross-validation overlap, so its variance is too
-    small and p too optimistic. The corrected test widens the variance of the mean from s²/k to
-    s² (1/k + n_test/n_train). With subjects at hand, prefer `paired_permutation_test` on pooled predictions.
+    small and p too optimistic. The corrected test widens the variance of the mean from s²/k to s² (1/k +
+    n_test/n_train). With subjects at hand, prefer `paired_permutation_test` on pooled predictions.
 
     Args:
         a, b: (k,) the score of each fold, in the same order.
         test_to_train: n_test / n_train of a fold for the corrected test: 1 / (k − 1) in a k-fold cross-validation
             without a validation part. None: the plain test.
-        confidence: probability that an interval holds the true difference.
 
     Raises:
         UsageError: the folds differ in number, a score is not finite, or the ratio is negative.
@@ -336,6 +286,5 @@ def fold_t_test(a: Any, b: Any, test_to_train: float | None = None, confidence: 
         return FoldTest(mean, undefined, undefined, undefined, undefined, num_folds)
     error = spread * float(np.sqrt(1 / num_folds + (test_to_train or 0.0)))
     reach = float(stats.t.ppf((1 + confidence) / 2, num_folds - 1)) * error
-    t = mean / error
-    p = float(2 * stats.t.sf(abs(t), num_folds - 1))
-    return FoldTest(mean, mean - reach, mean + reach, t, p, num_folds)
+    p = float(2 * stats.t.sf(abs(mean / error), num_folds - 1))
+    return FoldTest(mean, mean - reach, mean + reach, mean / error, p, num_folds)

@@ -1,4 +1,7 @@
-"""Validation of the input of metrics: anything that `numpy.asarray` takes, torch tensors included, as numpy arrays."""
+"""Validation of the input of metrics: anything that `numpy.asarray` takes, torch tensors included, as numpy arrays.
+
+Each function raises `UsageError` for input that it does not accept.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,7 @@ from brainfound.errors import UsageError, did_you_mean
 
 
 def plain_array(values: Any, where: str) -> np.ndarray:
-    """As a numpy array; a tensor is detached and copied to the CPU first.
-
-    Raises:
-        UsageError: not an array of numbers or of text.
-    """
+    """An array of numbers or of text; a tensor is detached and copied to the CPU first."""
     if hasattr(values, "detach"):
         values = values.detach().cpu()
     try:
@@ -28,29 +27,19 @@ def plain_array(values: Any, where: str) -> np.ndarray:
 
 
 def finite_array(values: Any, where: str) -> np.ndarray:
-    """As float64.
-
-    Raises:
-        UsageError: a value is not a finite number.
-    """
+    """An array of finite numbers, as float64."""
     array = plain_array(values, where)
     if not (np.issubdtype(array.dtype, np.number) or array.dtype == bool):
         raise UsageError("not numbers", where=where, got=array.dtype)
     array = array.astype(np.float64, copy=False)
-    bad = int((~np.isfinite(array)).sum())
-    if bad:
-        raise UsageError(
-            f"{bad} of {array.size} values are not finite", where=where, remedy="Find out where they arise"
-        )
+    if bad := int((~np.isfinite(array)).sum()):
+        what = f"{bad} of {array.size} values are not finite"
+        raise UsageError(what, where=where, remedy="Find out where they arise")
     return array
 
 
 def value_pair(target: Any, prediction: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Target and prediction of a regression, ``(N,)`` each.
-
-    Raises:
-        UsageError: if the shapes differ, a value is not finite, or there is nothing to score.
-    """
+    """Target and prediction of a regression, ``(N,)`` each, finite and of one shape."""
     expected, predicted = finite_array(target, "target"), finite_array(prediction, "prediction")
     if expected.shape != predicted.shape:
         # Before flattening: (N,) and (N, 1) differ most often by a forgotten squeeze.
@@ -61,16 +50,11 @@ def value_pair(target: Any, prediction: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def label_pair(labels: Any, predictions: Any) -> tuple[np.ndarray, np.ndarray]:
-    """True and predicted class of each case, ``(N,)`` each, numbers or text.
-
-    Raises:
-        UsageError: if the lengths differ, a value is not finite, or there is nothing to score.
-    """
+    """True and predicted class of each case, ``(N,)`` each, numbers or text."""
     expected, predicted = plain_array(labels, "labels"), plain_array(predictions, "predictions")
     if expected.ndim != 1 or expected.shape != predicted.shape or expected.size == 0:
-        raise UsageError(
-            "labels and predictions do not fit", got=f"{expected.shape} and {predicted.shape}", expected="(N,) and (N,)"
-        )
+        got = f"{expected.shape} and {predicted.shape}"
+        raise UsageError("labels and predictions do not fit", got=got, expected="(N,) and (N,)")
     for values, where in ((expected, "labels"), (predicted, "predictions")):
         if np.issubdtype(values.dtype, np.floating) and not np.isfinite(values).all():
             raise UsageError("a value is not finite", where=where, remedy="Leave out the cases without a label")
@@ -80,11 +64,7 @@ def label_pair(labels: Any, predictions: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def mask_pair(prediction: Any, reference: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Two binary masks of one shape, as bool.
-
-    Raises:
-        UsageError: if the shapes differ, or a mask is not binary or not finite.
-    """
+    """Two binary masks of one shape, as bool."""
     predicted, expected = _mask(prediction, "prediction"), _mask(reference, "reference")
     if predicted.shape != expected.shape:
         raise UsageError("prediction and reference differ in shape", got=f"{predicted.shape} and {expected.shape}")
@@ -98,35 +78,26 @@ def _mask(values: Any, where: str) -> np.ndarray:
     if not np.issubdtype(array.dtype, np.number):
         raise UsageError("not a mask", where=where, got=array.dtype, expected="0 and 1")
     ones = array == 1
-    if not (ones | (array == 0)).all():
-        others = np.unique(array[~(ones | (array == 0))])[:4].tolist()
+    if (others := array[~ones & (array != 0)]).size:
+        got = np.unique(others)[:4].tolist()
         remedy = "Compare one label at a time (mask == label), or apply a threshold"
-        raise UsageError("not a binary mask", where=where, got=others, expected="0 and 1", remedy=remedy)
+        raise UsageError("not a binary mask", where=where, got=got, expected="0 and 1", remedy=remedy)
     return ones
 
 
 def validate_spacing(spacing_mm: Sequence[float], num_axes: int) -> np.ndarray:
-    """The distance between voxel centres along each axis, in mm.
-
-    Raises:
-        UsageError: if there is not one positive number per axis.
-    """
+    """The distance between voxel centres along each axis, in mm; positive."""
     spacing = finite_array(spacing_mm, "spacing_mm")
     if spacing.shape != (num_axes,):
-        raise UsageError(
-            "spacing does not fit the masks", where="spacing_mm", got=spacing.tolist(), expected=f"{num_axes} values"
-        )
+        what, expected = "spacing does not fit the masks", f"{num_axes} values"
+        raise UsageError(what, where="spacing_mm", got=spacing.tolist(), expected=expected)
     if not (spacing > 0).all():
         raise UsageError("spacing must be positive", where="spacing_mm", got=spacing.tolist())
     return spacing
 
 
 def get_convention_score(name: str, choices: Mapping[str, float], where: str) -> float:
-    """The score of a named convention.
-
-    Raises:
-        UsageError: the name is unknown.
-    """
+    """The score of a named convention."""
     if name not in choices:
         raise UsageError(f"unknown convention {name!r}", where=where, remedy=did_you_mean(str(name), choices))
     return choices[name]

@@ -19,7 +19,6 @@ from brainfound.recipes import recipe_folder
 
 NOT_RECORDED = "not recorded"
 CARD_FILE = "README.md"
-TEMPLATE_FILE = "template.md"
 _SUMMARY = "A 2-D vision transformer adapted to 3-D brain MRI, slice by slice."
 _TAGS = ("brainfound", "brain", "mri", "neuroimaging", "medical-imaging")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -29,19 +28,17 @@ _TABLE_FACTS = (
     "kind", "backbone", "stem", "aggregator", "adapter", "objective", "labels", "recipe", "steps", "training_data",
     "data_hash", "num_sessions", "num_subjects", "num_slices", "seed", "device", "versions",
 )  # fmt: skip
-_OTHER_FACTS = (
-    "name", "summary", "license", "tags", "base_model", "base_model_relation", "datasets", "pipeline_tag", "contrasts",
-    "preprocessing", "metrics", "model_class", "model_code", "repo_id",
-)  # fmt: skip
-
-_KNOWN_FACTS = {*_TABLE_FACTS, *_OTHER_FACTS}
+_KNOWN_FACTS = {
+    *_TABLE_FACTS, "name", "summary", "license", "tags", "base_model", "base_model_relation", "datasets",
+    "pipeline_tag", "contrasts", "preprocessing", "metrics", "model_class", "model_code", "repo_id",
+}  # fmt: skip
 
 
 def write_model_card(folder: str | Path, facts: Mapping[str, Any]) -> Path:
-    """Write README.md into the folder of a model.
+    """Write README.md into the folder of a model (`export/`, a bundle), in place of an existing one.
 
     Args:
-        folder: the model's folder (`export/`, a bundle); made if needed. An existing README.md is replaced.
+        folder: made if needed.
         facts: any of: name, summary, kind, base_model (Hub id or folder), base_model_relation,
             backbone, stem, aggregator, adapter, objective, labels, contrasts (list), preprocessing (mapping),
             recipe, steps, training_data, data_hash, num_sessions, num_subjects, num_slices, seed, device,
@@ -51,31 +48,31 @@ def write_model_card(folder: str | Path, facts: Mapping[str, Any]) -> Path:
             high, are more columns). A fact that is missing or None reads "not recorded"; a fact of another name
             is listed as it is.
 
-    Returns:
-        The path of the card.
-
     Raises:
-        UsageError: if `metrics` has neither form, or a name or tag is not text.
+        UsageError: `metrics` has neither form, or a tag is not text.
     """
     folder = Path(folder)
     facts = {key: value for key, value in facts.items() if value is not None}
-    name = _one_line(facts.get("name", folder.resolve().name))
+    example_contrasts = (facts.get("contrasts") or ("T1w",))[:2]
+    load_from = facts.get("repo_id") or "path/to/this/folder"
+    model_class = facts.get("model_class", "BrainFoundModel")
+    model_code = f'from brainfound import {model_class}\n\nmodel = {model_class}.from_pretrained("{load_from}")'
     values = {key: _cell(facts.get(key)) for key in _TABLE_FACTS}
     values |= {
         "front_matter": _front_matter(facts),
-        "name": name,
+        "name": _one_line(facts.get("name", folder.resolve().name)),
         "summary": str(facts.get("summary", _SUMMARY)).strip(),
         "base_model": _base_model(facts),
         "contrasts": ", ".join(facts["contrasts"]) if facts.get("contrasts") else NOT_RECORDED,
         "preprocessing": _mapping_table(facts.get("preprocessing"), ("setting", "value")),
         "metrics": _metrics_table(facts.get("metrics")),
         "other": _other(facts),
-        "load_from": facts.get("repo_id") or "path/to/this/folder",
-        "example_scans": _example_scans(facts.get("contrasts")),
-        "model_code": facts.get("model_code") or _model_code(facts),
+        "load_from": load_from,
+        "example_scans": ", ".join(f'{name}="sub-01_{name}.nii.gz"' for name in example_contrasts),
+        "model_code": facts.get("model_code") or model_code,
         "license_text": _cell(facts.get("license")),
     }
-    template = Template((recipe_folder("model_cards") / TEMPLATE_FILE).read_text(encoding="utf-8"))
+    template = Template((recipe_folder("model_cards") / "template.md").read_text(encoding="utf-8"))
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / CARD_FILE
     path.write_text(template.substitute(values), encoding="utf-8")
@@ -83,8 +80,7 @@ def write_model_card(folder: str | Path, facts: Mapping[str, Any]) -> Path:
 
 
 def _front_matter(facts: Mapping[str, Any]) -> str:
-    content: dict[str, Any] = {"library_name": "brainfound"}
-    content["license"] = _one_line(facts["license"]) if "license" in facts else "other"
+    content: dict[str, Any] = {"library_name": "brainfound", "license": _one_line(facts.get("license", "other"))}
     if "license" not in facts:
         # The Hub has no identifier of an unknown licence; "other" requires a name.
         content["license_name"] = "not-recorded"
@@ -94,9 +90,7 @@ def _front_matter(facts: Mapping[str, Any]) -> str:
     content["tags"] = list(dict.fromkeys([*_TAGS, *tags]))
     if _hub_base_model(facts):
         content["base_model"] = facts["base_model"]
-    for key in ("base_model_relation", "pipeline_tag"):
-        if key in facts:
-            content[key] = _one_line(facts[key])
+    content |= {key: _one_line(facts[key]) for key in ("base_model_relation", "pipeline_tag") if key in facts}
     if facts.get("datasets"):
         content["datasets"] = [_one_line(dataset) for dataset in facts["datasets"]]
     return "---\n" + yaml.safe_dump(content, sort_keys=False, allow_unicode=True) + "---\n"
@@ -115,16 +109,6 @@ def _base_model(facts: Mapping[str, Any]) -> str:
         return f"[{facts['base_model']}](https://huggingface.co/{facts['base_model']})"
     # Only the name of a folder: its path is private.
     return f"{_cell(Path(str(facts['base_model'])).name)} (a local folder)"
-
-
-def _model_code(facts: Mapping[str, Any]) -> str:
-    name, source = facts.get("model_class", "BrainFoundModel"), facts.get("repo_id") or "path/to/this/folder"
-    return f'from brainfound import {name}\n\nmodel = {name}.from_pretrained("{source}")'
-
-
-def _example_scans(contrasts: Sequence[str] | None) -> str:
-    """Keyword arguments of an example call, with two contrasts of the model."""
-    return ", ".join(f'{contrast}="sub-01_{contrast}.nii.gz"' for contrast in (contrasts or ("T1w",))[:2])
 
 
 def _other(facts: Mapping[str, Any]) -> str:
@@ -153,7 +137,6 @@ def _mapping_table(content: Mapping[str, Any] | None, header: tuple[str, str]) -
 
 
 def _cell(value: Any) -> str:
-    """A fact as a table cell of the template."""
     return _escaped(_text_or_missing(value))
 
 
@@ -162,7 +145,7 @@ def _text_or_missing(value: Any) -> str:
 
 
 def _text(value: Any) -> str:
-    """A value as text. None inside a fact is a setting, not a missing fact."""
+    """A value as text; a None inside a fact is a setting, not a missing fact."""
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {_text(item)}" for key, item in value.items())
     if isinstance(value, list | tuple):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +28,7 @@ _ALARM, _BEST = "#B00020", "#D55E00"
 _NUM_COLUMNS = 3
 _MOST_PANELS = 30
 _SMOOTH_FROM = 200
+_VALIDATION = ("validation/", "val/")
 _LN_K_KEYS = ("ln_k", "ln_K", "lnK", "log_k", "log_prototypes", "loss/ln_k")
 
 
@@ -63,23 +65,16 @@ _PANELS = (
 
 
 def plot_curves(run_folder: str | Path) -> Path:
-    """Draw curves.png into a run folder, from all numbers of its log.
+    """Draw curves.png into a run folder, from all numbers of its log, and return its path.
 
     The loss and its parts show ln K where it was logged (a cross-entropy that stays at ln K means a uniform output).
     Probes and validation scores are marked at their best value. Each ``validation/…`` key and each unknown number has a
-    panel of its own. Folds are lines of one panel.
-
-    Returns:
-        The path of the picture. A log without numbers gives an empty picture with a note: the report must not fail a
-        run that has ended.
-
-    Raises:
-        UsageError, BrainFoundError: as `RunFolder.read`.
+    panel of its own. Folds are lines of one panel. A log without numbers gives an empty picture with a note: the report
+    must not fail a run that has ended. Raises as `RunFolder.read`.
     """
     run = RunFolder.read(run_folder)
     panels = _panels_of(run)
-    left_out = panels[_MOST_PANELS:]
-    panels = panels[:_MOST_PANELS]
+    panels, left_out = panels[:_MOST_PANELS], panels[_MOST_PANELS:]
     num_columns = max(1, min(_NUM_COLUMNS, len(panels)))
     num_rows = max(1, math.ceil(len(panels) / num_columns))
     figure = Figure(figsize=(4.4 * num_columns, 2.75 * num_rows + 0.5), dpi=110, layout="constrained")
@@ -111,26 +106,15 @@ def _panels_of(run: RunFolder) -> list[tuple[_Panel, list[str]]]:
     remaining = [key for key in run.numeric_keys() if key not in _LN_K_KEYS]
     found = []
     for panel in _PANELS:
-        keys = [key for pattern in panel.keys for key in remaining if _matches(key, pattern)]
-        keys = list(dict.fromkeys(keys))
-        if keys:
+        if keys := list(dict.fromkeys(key for pattern in panel.keys for key in remaining if _matches(key, pattern))):
             found.append((panel, keys))
             remaining = [key for key in remaining if key not in keys]
-    validation = [key for key in remaining if key.startswith(("validation/", "val/"))]
-    others = [key for key in remaining if key not in validation]
-    found += [(_Panel(_format_key(key), (key,), best=_best(key)), [key]) for key in validation]
-    found += [(_Panel(_format_key(key), (key,)), [key]) for key in others]
-    return found
+    remaining.sort(key=lambda key: not key.startswith(_VALIDATION))
+    return found + [(_Panel(_format_key(key), (key,), best=_best(key)), [key]) for key in remaining]
 
 
 def _matches(key: str, pattern: str) -> bool:
-    if key.startswith(("validation/", "val/")):
-        return False
-    if pattern.endswith("*"):
-        return key.startswith(pattern[:-1])
-    if pattern.startswith("*"):
-        return key.endswith(pattern[1:])
-    return key == pattern
+    return not key.startswith(_VALIDATION) and fnmatchcase(key, pattern)
 
 
 def _format_key(key: str) -> str:
@@ -141,7 +125,10 @@ def _format_key(key: str) -> str:
 
 def _best(key: str) -> Literal["highest", "lowest"] | None:
     name = key.rpartition("/")[2]
-    if metric := METRICS.get(metric_name(name)):
+    metric = METRICS.get(metric_name(name))
+    if not key.startswith(_VALIDATION) or (metric and metric.only_clean):
+        return None
+    if metric:
         return "highest" if metric.higher_is_better else "lowest"
     return "lowest" if "loss" in name else None
 
@@ -149,8 +136,7 @@ def _best(key: str) -> Literal["highest", "lowest"] | None:
 def _draw(axes: Axes, run: RunFolder, panel: _Panel, keys: Sequence[str]) -> None:
     axes.set_title(panel.title, fontsize=10, loc="left")
     folds = run.folds()
-    lines = [(key, fold, *run.series(key, fold)) for key in keys for fold in folds]
-    lines = [line for line in lines if line[2].size]
+    lines = [line for key in keys for fold in folds if (line := (key, fold, *run.series(key, fold)))[2].size]
     values = np.concatenate([line[3] for line in lines])
     positive = values[np.isfinite(values)]
     if panel.log_scale and positive.size and (positive > 0).all() and positive.max() > 20 * positive.min():
@@ -168,10 +154,14 @@ def _draw(axes: Axes, run: RunFolder, panel: _Panel, keys: Sequence[str]) -> Non
         _mark_best(axes, panel.best, lines[0][2], lines[0][3])
     if len(lines) > 1 or marked_ln_k:
         axes.legend(fontsize=7, framealpha=0.8, edgecolor="none", reverse=True, ncols=2 if len(lines) > 4 else 1)
-    num_bad = int((~np.isfinite(values)).sum())
-    if num_bad:
+    if num_bad := int((~np.isfinite(values)).sum()):
         axes.text(0.99, 0.02, f"{num_bad} not finite", transform=axes.transAxes, fontsize=8, ha="right", color=_ALARM)
-    _tidy(axes)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.get_yscale() == "linear":
+        # Plain labels such as 2e-05: a factor above the axis is easily overlooked.
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:.4g}"))
 
 
 def _label(key: str, fold: int | None, num_keys: int) -> str:
@@ -215,15 +205,9 @@ def _mark_alarms(axes: Axes, panel: _Panel) -> None:
         low, high = axes.get_ylim()
         axes.axhline(level, color=_ALARM, linewidth=0.9, linestyle="--")
         axes.annotate(
-            f"alarm {panel.alarm_side} {level:g}",
-            (1, level),
-            xycoords=("axes fraction", "data"),
-            xytext=(-2, 2 if panel.alarm_side == "below" else -9),
-            textcoords="offset points",
-            fontsize=7,
-            ha="right",
-            color=_ALARM,
-        )
+            f"alarm {panel.alarm_side} {level:g}", (1, level), xycoords=("axes fraction", "data"), fontsize=7,
+            xytext=(-2, 2 if panel.alarm_side == "below" else -9), textcoords="offset points", ha="right", color=_ALARM,
+        )  # fmt: skip
         # Keep the alarm in view, since the panel shows the distance to it.
         margin = 0.08 * (max(high, level) - min(low, level))
         axes.set_ylim(min(low, level - margin), max(high, level + margin))
@@ -235,15 +219,4 @@ def _mark_best(axes: Axes, best: Literal["highest", "lowest"], steps: np.ndarray
         return
     at = int(values.argmax() if best == "highest" else values.argmin())
     axes.plot(steps[at], values[at], marker="*", markersize=10, color=_BEST, linestyle="none", zorder=5)
-    text = f"best {values[at]:.4g} at step {steps[at]:g}"
-    axes.set_title(text, loc="right", fontsize=8, color=_BEST)
-
-
-def _tidy(axes: Axes) -> None:
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.tick_params(labelsize=8)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    if axes.get_yscale() == "linear":
-        # Plain labels such as 2e-05: a factor above the axis is easily overlooked.
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:.4g}"))
+    axes.set_title(f"best {values[at]:.4g} at step {steps[at]:g}", loc="right", fontsize=8, color=_BEST)

@@ -54,16 +54,13 @@ def plot_overlay(
 
     Args:
         stack_pixels: (S, C, H, W) uint8.
-        contrasts: (C,) names.
-        present: (C,) whether the session has the contrast.
+        contrasts, present: (C,) names, and whether the session has the contrast.
         mask: (S, H, W) reference labels, outlined in yellow; 0 is background.
         prediction: (S, H, W) predicted labels, outlined in cyan, dashed.
-        path: the PNG to write.
         num_slices: the most columns.
-        title: text above the sheet.
 
     Raises:
-        UsageError: if shapes do not fit, or pixels are not uint8.
+        UsageError: shapes do not fit, or pixels are not uint8.
     """
     pixels = np.asarray(stack_pixels)
     _check(pixels, contrasts, present, num_slices)
@@ -86,15 +83,16 @@ def plot_overlay(
             if present[row]:
                 tile = pixels[index, row, rows, columns]
                 axes.imshow(tile, cmap="gray", vmin=0, vmax=255, interpolation="nearest", aspect="auto")
-                _outline(axes, labels[0], (index, rows, columns), _REFERENCE, 1.3, "solid")
-                _outline(axes, labels[1], (index, rows, columns), _PREDICTION, 0.9, "dashed")
+                if labels[0] is not None:
+                    _outline(axes, labels[0][index, rows, columns], _REFERENCE, 1.3, "solid")
+                if labels[1] is not None:
+                    _outline(axes, labels[1][index, rows, columns], _PREDICTION, 0.9, "dashed")
             else:
                 axes.text(0.5, 0.5, "absent", color="#888888", fontsize=8, ha="center", va="center")
             if row == 0:
                 axes.set_title(f"slice {index}", fontsize=7, color="#BBBBBB", pad=2)
-        middle = bottom + heights[row] / height / 2
-        name = figure.text(_SIDE_INCHES / 2 / width, middle, contrast, va="center", ha="center", color="white")
-        name.set_rotation(90 if present[row] else 0)
+        x, y, rotation = _SIDE_INCHES / 2 / width, bottom + heights[row] / height / 2, 90 if present[row] else 0
+        figure.text(x, y, contrast, va="center", ha="center", color="white", rotation=rotation)
     _annotate(figure, title, labels)
     return save_figure(figure, path, facecolor="black")
 
@@ -102,18 +100,10 @@ def plot_overlay(
 def choose_slices(
     pixels: np.ndarray, mask: np.ndarray | None = None, prediction: np.ndarray | None = None, num_slices: int = 6
 ) -> list[int]:
-    """Choose slices, in rising order: spread over the labelled slices if any, else over the brain.
-
-    Args:
-        pixels: (S, C, H, W) uint8.
-        mask: (S, H, W) or None.
-        prediction: (S, H, W) or None.
-        num_slices: the most to choose.
-    """
-    for labels in (mask, prediction):
-        if labels is not None and labels.any():
-            shown = np.flatnonzero(np.any(labels, axis=(1, 2)))
-            break
+    """At most `num_slices` slices, in rising order: spread over the labelled slices if any, else over the brain."""
+    labelled = [labels for labels in (mask, prediction) if labels is not None and labels.any()]
+    if labelled:
+        shown = np.flatnonzero(labelled[0].any(axis=(1, 2)))
     else:
         area = np.any(pixels > 0, axis=1).sum(axis=(1, 2))
         # The vertex and the neck show little of the brain.
@@ -161,32 +151,14 @@ def _window(pixels: np.ndarray) -> tuple[slice, slice]:
     return windows[0], windows[1]
 
 
-def _outline(
-    axes: Axes,
-    volume: np.ndarray | None,
-    window: tuple[int, slice, slice],
-    colour: str,
-    line_width: float,
-    style: str,
-) -> None:
-    if volume is None:
-        return
-    labels = volume[window]
+def _outline(axes: Axes, labels: np.ndarray, colour: str, line_width: float, style: str) -> None:
     height, width = labels.shape
     for label in np.unique(labels[labels != 0]):
         # A pixel of background around closes the outline of an object at the edge.
         framed = np.pad(labels == label, 1).astype(float)
-        axes.contour(
-            np.arange(-1, width + 1),
-            np.arange(-1, height + 1),
-            framed,
-            levels=[0.5],
-            colors=[colour],
-            linewidths=line_width,
-            linestyles=style,
-        )
-    axes.set_xlim(-0.5, width - 0.5)
-    axes.set_ylim(height - 0.5, -0.5)
+        x, y = np.arange(-1, width + 1), np.arange(-1, height + 1)
+        axes.contour(x, y, framed, levels=[0.5], colors=[colour], linewidths=line_width, linestyles=style)
+    axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
 
 
 def _annotate(figure: Figure, title: str | None, labels: Sequence[np.ndarray | None]) -> None:
@@ -207,19 +179,11 @@ def plot_reliability(curves: Mapping[str, ReliabilityBins], *, path: str | Path,
     """Draw accuracy over confidence, one line per name, and below it the number of cases in each bin.
 
     A calibrated model lies on the diagonal, an overconfident one below it. The area of a point grows with its cases.
-
-    Args:
-        curves: name → bins of `brainfound.metrics.calibration.reliability_bins`, up to four.
-        path: the PNG to write.
-        title: text above.
-
-    Raises:
-        UsageError: there is no curve, or more than four.
+    The bins are of `brainfound.metrics.calibration.reliability_bins`, for up to four names.
     """
     if not 1 <= len(curves) <= len(_CURVE_COLOURS):
-        raise UsageError(
-            "curves cannot be drawn", where="curves", got=len(curves), expected=f"1 to {len(_CURVE_COLOURS)}"
-        )
+        expected = f"1 to {len(_CURVE_COLOURS)}"
+        raise UsageError("curves cannot be drawn", where="curves", got=len(curves), expected=expected)
     figure = Figure(figsize=(4.2, 5.2), dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
@@ -229,8 +193,7 @@ def plot_reliability(curves: Mapping[str, ReliabilityBins], *, path: str | Path,
         area = 20 + 120 * bins.count[filled] / bins.count.max()
         above.plot(bins.confidence[filled], bins.accuracy[filled], color=colour, linewidth=1, alpha=0.6)
         above.scatter(bins.confidence[filled], bins.accuracy[filled], s=area, color=colour, label=name, alpha=0.8)
-        heights = np.append(bins.count, bins.count[-1])
-        below.step(bins.edges, heights, where="post", color=colour, linewidth=1.2)
+        below.step(bins.edges, np.append(bins.count, bins.count[-1]), where="post", color=colour, linewidth=1.2)
     above.set(xlim=(0, 1), ylim=(-0.03, 1.03), ylabel="share of right answers")
     below.set(xlabel="probability of the answer", ylabel="cases", ylim=(0, None))
     above.legend(frameon=False, fontsize=8, loc="upper left")

@@ -26,20 +26,16 @@ EXPORT_FOLDER = "export"
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The files of a run.
-
-    Attributes:
-        records: the lines of the log in order, without steps that a resumed run repeated.
-        rollbacks: the lines on returns to an earlier step.
-        has_truncated_last_line: the log ended in the middle of a line.
-    """
+    """The files of a run."""
 
     path: Path
     recipe: dict[str, Any]
     facts: dict[str, Any]
     records: tuple[dict[str, Any], ...]
+    """The lines of the log in order, without steps that a resumed run repeated."""
     has_truncated_last_line: bool = False
     rollbacks: tuple[dict[str, Any], ...] = ()
+    """The lines on returns to an earlier step."""
 
     @classmethod
     def read(cls, path: str | Path) -> RunFolder:
@@ -54,21 +50,19 @@ class RunFolder:
             raise UsageError("no such run folder", where=path, remedy="Give the folder that --out named")
         if not (path / LOG_FILE).is_file():
             raise UsageError(f"not a run folder: it has no {LOG_FILE}", where=path)
-        records, torn = _read_log(path / LOG_FILE)
+        records, has_truncated_last_line = _read_log(path / LOG_FILE)
         return cls(
             path=path,
             recipe=_read_mapping(path / RECIPE_FILE),
             facts=_read_mapping(path / FACTS_FILE),
             records=tuple(_without_repeated_steps([record for record in records if not _is_rollback(record)])),
             rollbacks=tuple(record for record in records if _is_rollback(record)),
-            has_truncated_last_line=torn,
+            has_truncated_last_line=has_truncated_last_line,
         )
 
     def numeric_keys(self) -> list[str]:
         """The keys with a number in some line, in order of first appearance, without `step` and `fold`."""
-        keys: dict[str, None] = {}
-        for record in self.records:
-            keys.update({key: None for key, value in record.items() if _is_number(value)})
+        keys = dict.fromkeys(key for record in self.records for key, value in record.items() if _is_number(value))
         return [key for key in keys if key not in ("step", "fold")]
 
     def folds(self) -> list[int | None]:
@@ -109,19 +103,12 @@ def _read_mapping(path: Path) -> dict[str, Any]:
 
 def _read_log(path: Path) -> tuple[list[dict[str, Any]], bool]:
     # Bytes, because the line may end in the middle of a character.
-    lines = path.read_bytes().split(b"\n")
-    complete, rest = lines[:-1], lines[-1]
-    records = []
-    for number, line in enumerate(complete, start=1):
-        if line.strip():
-            records.append(_read_line(line, f"{path}:{number}"))
-    if not rest.strip():
-        return records, False
+    *complete, rest = path.read_bytes().split(b"\n")
+    records = [_read_line(line, f"{path}:{number}") for number, line in enumerate(complete, start=1) if line.strip()]
     try:
-        records.append(_read_line(rest, f"{path}:{len(lines)}"))
+        return records + ([_read_line(rest, str(path))] if rest.strip() else []), False
     except BrainFoundError:
         return records, True
-    return records, False
 
 
 def _read_line(line: bytes, where: str) -> dict[str, Any]:
@@ -136,10 +123,10 @@ def _read_line(line: bytes, where: str) -> dict[str, Any]:
 
 
 def _without_repeated_steps(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Drop the first of repeated steps.
+    """Drop the first of repeated steps, fold by fold.
 
     A run that stopped at step 15 and resumed from its checkpoint of step 10 logs 11 … 15 twice; the earlier lines
-    belong to weights that no longer exist. Each fold counts its own steps.
+    belong to weights that no longer exist.
     """
     kept: list[dict[str, Any]] = []
     last_step: dict[Any, float] = {}

@@ -10,9 +10,8 @@ import pytest
 from matplotlib.image import imread
 
 from brainfound.errors import BrainFoundError, UsageError
-from brainfound.experiments.folder import SCHEMA
+from brainfound.experiments.folder import SCHEMA, summarise_runs, to_json_records
 from brainfound.experiments.page import write_experiment_page
-from brainfound.experiments.run_table import summarise_runs, to_json_records
 from brainfound.metrics import compare
 
 

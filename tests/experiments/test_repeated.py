@@ -13,7 +13,7 @@ from transformers import Dinov2Model
 from brainfound.data.splits.split_file import Split
 from brainfound.errors import RecipeError, UsageError
 from brainfound.experiments import runs as repeated
-from brainfound.experiments.run_table import summarise_runs
+from brainfound.experiments.folder import summarise_runs
 from brainfound.experiments.runs import finetune_folds, finetune_systems, make_folds
 from brainfound.experiments.systems import parse_systems
 from brainfound.finetuning.finetune import resolve_parts_and_task
