@@ -1,14 +1,9 @@
 """Attention over packed sequences: crops of several sizes in one sequence that do not attend to each other.
 
-Pretraining encodes crops of two sizes. Packed into one sequence they share each matrix product; only attention has
-to know where a crop ends. Which of four kernels is fastest depends on the device and on the lengths, so
-`choose_kernel` measures. A kernel counts as available if its output and gradients agree with the reference.
-
 - ``sdpa``: PyTorch's scaled-dot-product attention, one call per run of equal lengths. The reference; runs everywhere.
-- ``matmul``: matrix products and softmaxes per run of equal lengths, a few sequences at a time, so that their scores
-  stay in the cache of a CPU. Probabilities are recomputed in the backward pass, as in FlashAttention (Dao et al. 2022,
-  arXiv 2205.14135, section 3.1), but a whole row of scores is held at once. It is an operator of its own
-  (``torch.ops.brainfound.attention_in_pieces``): recomputation, compilers and FLOP counters see one operation.
+- ``matmul``: matrix products and softmaxes, a few sequences at a time, so that their scores stay in the cache of a
+  CPU. Probabilities are recomputed in the backward pass, as in FlashAttention (Dao et al. 2022, arXiv 2205.14135,
+  section 3.1). It is an operator of its own: recomputation, compilers and FLOP counters see one operation.
 - ``varlen``: PyTorch's variable-length flash attention; CUDA, half precision.
 - ``xformers``: xFormers' memory-efficient attention with a block-diagonal mask (Lefaudeux et al. 2022); CUDA.
 
@@ -171,15 +166,10 @@ class Packing:
         """Tokens of each sequence."""
         return [length for count, length in self.runs for _ in range(count)]
 
+    @lru_cache(maxsize=64)  # noqa: B019  (a packing is a few numbers)
     def cumulative_lengths(self, device: torch.device) -> Int[Tensor, "sequences_plus_one"]:
-        """0, and the end of each sequence, as int32. Computed once per packing and device."""
-        return _cumulative_lengths(self, device)
-
-
-@lru_cache(maxsize=64)
-def _cumulative_lengths(packing: Packing, device: torch.device) -> Tensor:
-    ends = torch.tensor([0, *packing.lengths()], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    return ends.to(device)
+        """0, and the end of each sequence, as int32."""
+        return torch.tensor([0, *self.lengths()], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
 
 
 def packed_attention(
@@ -190,14 +180,7 @@ def packed_attention(
     kernel: Kernel = "sdpa",
     scaling: float | None = None,
 ) -> Float[Tensor, "T H d"]:
-    """softmax(q kᵀ · scaling) v within each sequence of a packing.
-
-    Args:
-        scaling: of the scores; None: 1 / sqrt(d).
-
-    Raises:
-        ModelError: if the kernel is unknown, or the packing has another number of tokens.
-    """
+    """softmax(q kᵀ · scaling) v within each sequence of a packing; scaling None: 1 / sqrt(d)."""
     if kernel not in _KERNELS:
         raise ModelError(f"unknown attention kernel {kernel!r}", expected=f"one of {', '.join(_KERNELS)}")
     if packing.num_tokens != query.shape[1]:
@@ -291,12 +274,10 @@ def _with_gradients(kernel: str, inputs: Tensor, packing: Packing) -> tuple[Tens
 def choose_kernel(
     packing: Packing, num_heads: int, head_width: int, device: torch.device, dtype: torch.dtype, repeats: int = 3
 ) -> tuple[Kernel, dict[str, float | str]]:
-    """The fastest kernel that works here, measured forward and backward at a packing's lengths.
+    """The fastest kernel that works here, and for each kernel its seconds or the reason why it cannot be used.
 
-    The reference is chosen unless another kernel is clearly faster, so that the choice does not depend on noise.
-
-    Returns:
-        The kernel; and for each kernel its seconds, or the reason why it cannot be used.
+    Measured forward and backward at a packing's lengths. The reference is chosen unless another kernel is clearly
+    faster, so that the choice does not depend on noise.
     """
     small = Packing(tuple((min(count, 4), length) for count, length in packing.runs))
     found: dict[str, float | str] = dict(available_kernels(device, dtype, head_width))
@@ -354,11 +335,7 @@ def _xformers_interface(
     dropout: float = 0.0,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """``attn_implementation="xformers"`` for a batch: q, k, v ``(B, H, L, d)`` → ``(B, L, H, d)``.
-
-    Raises:
-        ModelError: if xFormers does not work here (it has no operator for CPUs), with its own reason.
-    """
+    """``attn_implementation="xformers"`` for a batch: q, k, v ``(B, H, L, d)`` → ``(B, L, H, d)``."""
     _require_plain(attention_mask, dropout)
     fault = _xformers_fault(query.device, query.dtype, query.shape[-1])
     if fault:
