@@ -293,15 +293,9 @@ def load_backbone(
     attn_implementation: str | None = None,
     **hub_options: Any,
 ) -> PreTrainedModel:
-    """A Hub ViT with float32 weights, every one of them read from its file.
+    """A Hub ViT with float32 weights, every one of them read from its file; arguments as for `from_backbone`.
 
     A supervised ViT (model type "vit") is returned as a Dinov2 model that computes the same function.
-
-    Args:
-        id_or_folder: a Hub id, or a folder with config.json and safetensors.
-        drop_path_rate: stochastic depth while training; None keeps the checkpoint's.
-        attn_implementation: the library's name of an attention kernel; None lets the library choose.
-        hub_options: `revision`, `token`, `cache_dir`, `local_files_only` of the library.
 
     Raises:
         ModelError: if it cannot be read, is of another family, or lacks weights (the keys are named).

@@ -65,13 +65,11 @@ class BlockRunner:
     """In a branch, for the backward pass: "all"; "products", of matrices and attention; "inputs", none."""
 
     def compiled(self) -> BlockRunner:
-        """The same with both branches compiled: one graph per shape, shared by all blocks.
-
-        In a compiled branch the compiler chooses the kept activations, by the same rule as "products".
-        """
+        """The same with both branches compiled: one graph per shape, shared by all blocks."""
         # Student, teacher and anchor share these functions, each with its shapes, with and without adapters.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         attention, mlp = (torch.compile(branch, dynamic=False) for branch in (attention_branch, mlp_branch))
+        # In a compiled branch the compiler chooses the kept activations, by the same rule as "products".
         kept: SavedActivations = "inputs" if self.kept == "inputs" else "all"
         return replace(self, attention=attention, mlp=mlp, kept=kept)
 

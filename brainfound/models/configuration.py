@@ -61,8 +61,8 @@ class BrainFoundConfig(PreTrainedConfig):
     image_std: float | list[float] = 0.226
     """Divides pixels after `image_mean` is subtracted; one value, or one per contrast."""
     slice_chunk: int = 64
-    """The largest number of images that the backbone encodes at once; bounds the memory of a forward pass. An image is
-    a slice; with the stem "per_contrast" it is one contrast of a slice, and the contrasts of a slice stay together."""
+    """The largest number of images that the backbone encodes at once, which bounds the memory. An image is a slice, or
+    with the stem "per_contrast" one contrast of a slice; the contrasts of a slice stay together."""
     slice_features: str = "cls"
     """The embedding of a slice: "cls" (the class token), "patches" (the mean of the patch tokens) or "cls_and_patches"
     (both concatenated, as in DINOv2's linear evaluation)."""
@@ -168,12 +168,8 @@ class BrainFoundConfig(PreTrainedConfig):
         self._require_valid_head()
         depth = self.backbone_config.num_hidden_layers
         if any(not 1 <= layer <= depth for layer in self.decoder_layers or ()):
-            raise ModelError(
-                "blocks are counted from 1",
-                where="config.decoder_layers",
-                got=self.decoder_layers,
-                expected=f"numbers from 1 to {depth}",
-            )
+            where, expected = "config.decoder_layers", f"numbers from 1 to {depth}"
+            raise ModelError("blocks are counted from 1", where=where, got=self.decoder_layers, expected=expected)
         # Input channels of the stem's patch convolution.
         self.backbone_config.num_channels = STEMS[self.stem].fixed_channels or len(contrasts)
         if hasattr(self.backbone_config, "use_mask_token"):
@@ -250,10 +246,8 @@ def require_known_fields(given: Iterable[str]) -> None:
 
 
 def _count_labels(fields: dict[str, Any]) -> int | None:
-    """The number of labels in the fields of a configuration; None if there is none."""
-    if fields.get("id2label") is not None:
-        return len(fields["id2label"])
-    return fields.get("num_labels")
+    names = fields.get("id2label")
+    return fields.get("num_labels") if names is None else len(names)
 
 
 def _require_known(field: str, value: object, known: Iterable[str]) -> None:

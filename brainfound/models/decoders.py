@@ -171,11 +171,9 @@ class UnetrDecoder(Decoder):
         narrowest = min(config.decoder_width, 16)
         widths = [max(config.decoder_width // 2**step, narrowest) for step in range(last + 1)]
         met = [self.doublings.count(step) for step in range(last + 1)]
-        self.tokens = nn.ModuleList(_upsampling_path(widths, step) for step in self.doublings)
+        self.tokens = nn.ModuleList(_upsampling_path(widths[: step + 1]) for step in self.doublings)
         self.entry = _fusion_block(met[0] * widths[0], widths[0])
-        self.doubling = nn.ModuleList(
-            nn.ConvTranspose2d(coarse, fine, kernel_size=2, stride=2) for coarse, fine in pairwise(widths)
-        )
+        self.doubling = nn.ModuleList(_doubling(coarse, fine) for coarse, fine in pairwise(widths))
         self.merging = nn.ModuleList(
             _fusion_block((1 + num_met) * width, width)
             for num_met, width in zip(met[1:last], widths[1:last], strict=True)
@@ -235,20 +233,20 @@ DECODERS: dict[str, type[Decoder]] = {"linear": LinearDecoder, "fpn": FpnDecoder
 """Name → class, of every decoder; `BrainFoundConfig` takes its known names from here."""
 
 
+def _doubling(coarse: int, fine: int) -> nn.ConvTranspose2d:
+    return nn.ConvTranspose2d(coarse, fine, kernel_size=2, stride=2)
+
+
 def _upsampling(width: int, factor: int) -> nn.Sequential:
-    steps: list[nn.Module] = []
-    while factor > 1:
-        steps += [nn.ConvTranspose2d(width, width, kernel_size=2, stride=2), _norm(width), nn.GELU()]
-        factor //= 2
-    return nn.Sequential(*steps)
+    doublings = range(factor.bit_length() - 1)
+    return nn.Sequential(*(part for _ in doublings for part in (_doubling(width, width), _norm(width), nn.GELU())))
 
 
-def _upsampling_path(widths: Sequence[int], num_doublings: int) -> nn.Sequential:
-    """Transposed convolutions, each with a convolution behind it, from the first width to that of the last doubling."""
-    steps: list[nn.Module] = []
-    for coarse, fine in pairwise(widths[: num_doublings + 1]):
-        steps += [nn.ConvTranspose2d(coarse, fine, kernel_size=2, stride=2), *_convolution(fine)]
-    return nn.Sequential(*steps)
+def _upsampling_path(widths: Sequence[int]) -> nn.Sequential:
+    """Transposed convolutions, each with a convolution behind it."""
+    return nn.Sequential(
+        *(part for coarse, fine in pairwise(widths) for part in (_doubling(coarse, fine), *_convolution(fine)))
+    )
 
 
 def _fusion_block(channels: int, width: int) -> nn.Sequential:

@@ -150,12 +150,11 @@ class SliceEncoder(nn.Module):
         The stem "per_contrast" is refused: there a slice has one row of tokens per present contrast, which are
         averaged only after the last layer norm.
         """
-        if self.stem == "per_contrast":
-            self.require_single_slices()
         if self.stem == "slices":
             self._require_neighbours(pixel_values)
             planes = self._normalise(pixel_values)
         else:
+            self.require_single_slices()
             self.require_shape(pixel_values)
             planes = pack_planes(self._normalise(pixel_values), contrast_mask)
         return self.backbone.embeddings(planes, bool_masked_pos=bool_masked_pos)

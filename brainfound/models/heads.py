@@ -21,6 +21,8 @@ from brainfound.errors import ModelError
 from brainfound.models.configuration import BrainFoundConfig
 
 IGNORED_LABEL = -100
+# Powers below one have an infinite slope at 0.
+_SMALLEST_BASE = 1e-6
 # Keeps exp(−log variance) finite while the mean is still far off.
 _LOG_VARIANCE_LIMIT = 10.0
 
@@ -168,8 +170,8 @@ def _focal(losses: Tensor, gamma: float) -> Tensor:
 
 
 def regression_loss(
-    mean: Tensor,
-    log_variance: Tensor | None,
+    mean: Float[Tensor, "volumes"],
+    log_variance: Float[Tensor, "volumes"] | None,
     target: Float[Tensor, "volumes"],
     kind: str = "smooth_l1",
     huber_delta: float = 1.0,
@@ -181,12 +183,9 @@ def regression_loss(
     _require_labels(target, mean.shape)
     if log_variance is not None:
         return 0.5 * (log_variance + (target - mean) ** 2 * torch.exp(-log_variance)).mean()
-    if kind == "l1":
-        return F.l1_loss(mean, target)
     if kind == "huber":
         return F.huber_loss(mean, target, delta=huber_delta)
-    assert kind == "smooth_l1", "the configuration was checked"
-    return F.smooth_l1_loss(mean, target)
+    return F.l1_loss(mean, target) if kind == "l1" else F.smooth_l1_loss(mean, target)
 
 
 def bins_loss(
@@ -199,10 +198,6 @@ def bins_loss(
     _require_labels(target, bin_logits.shape[:1])
     wanted = soft_labels(target, edges, label_width)
     return F.kl_div(bin_logits.float().log_softmax(dim=1), wanted, reduction="batchmean")
-
-
-# Powers below one have an infinite slope at 0.
-_SMALLEST_BASE = 1e-6
 
 
 def segmentation_loss(
@@ -266,7 +261,7 @@ def compute_segmentation_loss(config: BrainFoundConfig, logits: Tensor, labels: 
 
 
 def _probabilities_and_targets(logits: Tensor, labels: Tensor, overlapping: bool) -> tuple[Tensor, Tensor]:
-    """Probabilities and truth (N, K, H, W), both zero where the label is unknown."""
+    """Both (N, K, H, W), and zero where the label is unknown."""
     labels, logits = labels.long(), logits.float()
     known = labels != IGNORED_LABEL
     if overlapping:

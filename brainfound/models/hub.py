@@ -40,31 +40,22 @@ def unreadable_model_error(source: str, error: Exception) -> ModelError:
             got=type(error).__name__,
             remedy="Check the name and the connection, or give a local folder",
         )
-    if not (folder / "config.json").is_file():
-        if (folder / "adapter_config.json").is_file():
-            return ModelError(
-                "this is an adapter without the model that it was trained on",
-                where=source,
-                remedy="Load that model and give both to peft.PeftModel.from_pretrained, or save a bundle",
-            )
-        export = folder / "export"
+    has_config, export = (folder / "config.json").is_file(), folder / "export"
+    if not has_config and (folder / "adapter_config.json").is_file():
+        what = "this is an adapter without the model that it was trained on"
+        remedy = "Load that model and give both to peft.PeftModel.from_pretrained, or save a bundle"
+    elif not has_config:
+        what = "this folder has no config.json"
         remedy = f"Give its export: {export}" if export.is_dir() else "Give a folder that holds a model"
-        return ModelError("this folder has no config.json", where=source, remedy=remedy)
-    if (folder / "bundle.json").is_file():
-        return ModelError(
-            "this is what a fine-tuning exported, not a model to start from",
-            where=source,
-            remedy="Give the model that it was fine-tuned from",
-        )
-    if not any(folder.glob("*.safetensors")):
-        return ModelError(
-            "this folder has no safetensors weights",
-            where=source,
-            remedy="Convert the weights to safetensors; pickled weights are refused because they can run code",
-        )
-    return ModelError(
-        f"the model cannot be read: {first_line(error)}", where=source, remedy="Check that the files are whole"
-    )
+    elif (folder / "bundle.json").is_file():
+        what = "this is what a fine-tuning exported, not a model to start from"
+        remedy = "Give the model that it was fine-tuned from"
+    elif not any(folder.glob("*.safetensors")):
+        what = "this folder has no safetensors weights"
+        remedy = "Convert the weights to safetensors; pickled weights are refused because they can run code"
+    else:
+        what, remedy = f"the model cannot be read: {first_line(error)}", "Check that the files are whole"
+    return ModelError(what, where=source, remedy=remedy)
 
 
 def first_line(error: Exception) -> str:

@@ -5,7 +5,7 @@ Axis legend: S slices, C contrasts, H W pixels, K classes or overlapping labels,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -114,10 +114,11 @@ def segment(
     labels = np.empty((num_slices, num_classes, height, width), dtype=bool) if overlapping else None
     foreground = np.empty((num_slices, height, width), dtype=np.float32)
     every = np.empty((num_slices, num_classes, height, width), dtype=np.float32) if class_probabilities else None
-    for index, read in _chunks(num_slices, chunk, reach):
+    for first in range(0, num_slices, chunk):
+        index = np.arange(first, min(first + chunk, num_slices))
+        read = np.arange(max(first - reach, 0), min(first + chunk + reach, num_slices))
         probabilities = _probabilities(model, stack, read, augmentation.variants(patch_size), overlapping)
-        before = index[0] - read[0]
-        probabilities = probabilities[before : before + len(index)]
+        probabilities = probabilities[first - read[0] :][: len(index)]
         if labels is not None:
             labels[index] = (probabilities > 0.5).cpu().numpy()
             foreground[index] = probabilities.amax(dim=1).cpu().numpy()
@@ -132,13 +133,6 @@ def segment(
         foreground_probability=foreground,
         class_probabilities=every,
     )
-
-
-def _chunks(num_slices: int, chunk: int, reach: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The slices of each chunk, and the slices to read for it: up to `reach` more on either side."""
-    for first in range(0, num_slices, chunk):
-        last = min(first + chunk, num_slices)
-        yield np.arange(first, last), np.arange(max(first - reach, 0), min(last + reach, num_slices))
 
 
 def _probabilities(

@@ -138,6 +138,7 @@ PACKED = "brainfound_packed"
 # Errors of a kernel that cannot work here: no operator for the device, no such build, a wrong dtype.
 _KERNEL_FAILURES = (ImportError, NotImplementedError, RuntimeError, ValueError, AttributeError, TypeError)
 _CLEARLY_FASTER = 1.15
+_USE_SDPA = 'Load the model with attn_implementation="sdpa"'
 # Relative to the largest value.
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 
@@ -234,7 +235,9 @@ def _xformers(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scali
 
 
 _KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor, Packing, float], Tensor]] = {
-    "sdpa": _per_run(_sdpa),
+    "sdpa": _per_run(
+        lambda query, key, value, scaling: F.scaled_dot_product_attention(query, key, value, scale=scaling)
+    ),
     "matmul": _per_run(attention_in_pieces),
     "varlen": _varlen,
     "xformers": _xformers,
@@ -254,8 +257,6 @@ def _find_kernel_failure(kernel: str, device: torch.device, dtype: torch.dtype, 
         # The reference in float32 or wider: two kernels that round differently are both right.
         wide = inputs.to(torch.promote_types(dtype, torch.float32))
         expected, given = _with_gradients("sdpa", wide, packing), _with_gradients(kernel, inputs, packing)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
     except _KERNEL_FAILURES as error:
         return first_line(error)
     difference = max(((a - b).abs().max() / a.abs().max()).item() for a, b in zip(expected, given, strict=True))
@@ -268,6 +269,8 @@ def _with_gradients(kernel: str, inputs: Tensor, packing: Packing) -> tuple[Tens
     query, key, value = inputs.unbind(0)
     output = packed_attention(query, key, value, packing, kernel)  # type: ignore[arg-type]
     (gradient,) = torch.autograd.grad(output.float().square().sum(), inputs)
+    if inputs.device.type == "cuda":
+        torch.cuda.synchronize(inputs.device)
     return output.detach(), gradient
 
 
@@ -288,8 +291,6 @@ def choose_kernel(
             for _ in range(repeats + 1):
                 started = time.perf_counter()
                 _with_gradients(kernel, inputs, small)
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
                 seconds.append(time.perf_counter() - started)
         except _KERNEL_FAILURES as error:
             if kernel == "sdpa":  # the reference; without it there is nothing to fall back to
@@ -314,10 +315,7 @@ def _packed_interface(
     kernel: Kernel = "sdpa",
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Packed attention with the library's interface: q, k, v ``(1, H, T, d)`` → ``(1, T, H, d)``.
-
-    Without a packing, q, k and v are a batch ``(B, H, L, d)`` and this is plain attention.
-    """
+    """Attention with the library's interface: q, k, v ``(1, H, T, d)``, or without a packing ``(B, H, L, d)``."""
     _require_plain(attention_mask, dropout)
     if packing is None:
         output = F.scaled_dot_product_attention(query, key, value, scale=scaling)
@@ -342,7 +340,7 @@ def _xformers_interface(
         raise ModelError(
             f"xFormers' attention does not work here: {fault}",
             where=f"{query.device}, {query.dtype}",
-            remedy='Load the model with attn_implementation="sdpa"',
+            remedy=_USE_SDPA,
         )
     from xformers.ops import memory_efficient_attention
 
@@ -357,9 +355,7 @@ def _xformers_fault(device: torch.device, dtype: torch.dtype, head_width: int) -
 
 def _require_plain(attention_mask: Tensor | None, dropout: float) -> None:
     if attention_mask is not None or dropout:
-        raise ModelError(
-            "this attention has neither masks nor dropout", remedy='Load the model with attn_implementation="sdpa"'
-        )
+        raise ModelError("this attention has neither masks nor dropout", remedy=_USE_SDPA)
 
 
 AttentionInterface.register("xformers", _xformers_interface)

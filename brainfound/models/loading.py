@@ -1,4 +1,4 @@
-"""Loading of models: saved BrainFound models, and the model that a training starts from.
+"""Loading of saved BrainFound models, and of the model that a training starts from.
 
 The library warns about weights that a file lacks and leaves them random. Here they are refused, except in parts that
 the caller wants new. A saved head with other outputs than the requested ones is refused even where its shape fits.
@@ -120,16 +120,15 @@ def load_checked(
         # The weights are read under the saved stem; it is changed afterwards.
         options["config"] = copy.deepcopy(given)
         options["config"].stem = saved.stem
-    outputs = None
+    before = wanted = ""
     if kind.__name__ in (saved.architectures or ()) and kind.__name__ in _OUTPUT_LAYERS:
-        outputs = tuple(_describe_head(kind, config) for config in (saved, _requested_config(saved, options)))
-    has_new_head = outputs is not None and outputs[0] != outputs[1]
-    if outputs and has_new_head and not allows_new_head:
+        before, wanted = (_describe_head(kind, config) for config in (saved, _requested_config(saved, options)))
+    if before != wanted and not allows_new_head:
         raise ModelError(
             "the saved head gives other answers than requested",
             where=source,
-            got=outputs[1],
-            expected=outputs[0],
+            got=wanted,
+            expected=before,
             remedy="Load it as it was saved, or give ignore_mismatched_sizes=True: then its last layer begins anew",
         )
     try:
@@ -139,17 +138,19 @@ def load_checked(
     except LOAD_FAILURES as error:
         raise unreadable_model_error(source, error) from error
     new_parts = _new_parts(kind, model.config, saved)
-    if outputs and has_new_head:
+    if before != wanted:
         new_parts += (_OUTPUT_LAYERS[kind.__name__],)
         _reinitialise(model, _OUTPUT_LAYERS[kind.__name__])
-        warnings.warn(
-            f"{source}: the head begins anew, because the saved one has {outputs[0]} and {outputs[1]} are wanted",
-            stacklevel=3,
-        )
-    _require_same_shapes(source, info["mismatched_keys"], new_parts)
-    missing = [key for key in info["missing_keys"] if not _is_part(key, new_parts)]
-    require_coverage(source, missing, total=len(model.state_dict()))
-    left_over = [key for key in info["unexpected_keys"] if not _is_part(key, new_parts)]
+        what = f"{source}: the head begins anew, because the saved one has {before} and {wanted} are wanted"
+        warnings.warn(what, stacklevel=3)
+
+    def is_kept(key: str) -> bool:
+        name = key.removeprefix("brainfound.")
+        return not any(name == part or name.startswith(f"{part}.") for part in new_parts)
+
+    _require_same_shapes(source, sorted(entry for entry in info["mismatched_keys"] if is_kept(entry[0])))
+    require_coverage(source, filter(is_kept, info["missing_keys"]), total=len(model.state_dict()))
+    left_over = list(filter(is_kept, info["unexpected_keys"]))
     if left_over:
         raise ModelError(
             f"the checkpoint holds {len(left_over)} weights that the model has no place for: {list_keys(left_over)}",
@@ -165,9 +166,8 @@ def load_checked(
 
 
 def _requested_config(saved: BrainFoundConfig, options: dict[str, Any]) -> BrainFoundConfig:
-    given = options.get("config")
-    if isinstance(given, BrainFoundConfig):
-        return given
+    if isinstance(options.get("config"), BrainFoundConfig):
+        return options["config"]
     fields = {name: options[name] for name in config_fields() if name in options}
     requested: BrainFoundConfig = BrainFoundConfig.from_dict(saved.to_dict(), **fields)
     requested.require_valid()
@@ -200,12 +200,12 @@ def _reinitialise(model: PreTrainedModel, layer: str) -> None:
     model._init_weights(module)
 
 
-def _require_same_shapes(source: str, mismatched: set[tuple[Any, ...]], new_parts: tuple[str, ...]) -> None:
-    others = sorted(entry for entry in mismatched if not _is_part(entry[0], new_parts))
-    if others:
-        _, saved, wanted = others[0]
+def _require_same_shapes(source: str, mismatched: list[tuple[Any, ...]]) -> None:
+    if mismatched:
+        _, saved, wanted = mismatched[0]
+        keys = list_keys(key for key, *_ in mismatched)
         raise ModelError(
-            f"{len(others)} weights have another shape than the model's: {list_keys(key for key, *_ in others)}",
+            f"{len(mismatched)} weights have another shape than the model's: {keys}",
             where=source,
             got=f"{tuple(saved)} for the first",
             expected=tuple(wanted),
@@ -250,8 +250,3 @@ def _new_parts(kind: type, config: BrainFoundConfig, saved: BrainFoundConfig) ->
         if any(getattr(config, field) != getattr(saved, field) for field in fields):
             parts += changed
     return parts
-
-
-def _is_part(key: str, parts: tuple[str, ...]) -> bool:
-    name = key.removeprefix("brainfound.")
-    return any(name == part or name.startswith(f"{part}.") for part in parts)

@@ -96,8 +96,7 @@ class BrainFoundPreTrainedModel(PreTrainedModel):
             config: fields of `BrainFoundConfig`.
 
         Raises:
-            ModelError: if the backbone cannot be used.
-            UsageError: if a configuration argument is unknown.
+            ModelError, UsageError: if the backbone cannot be used, or a configuration argument is unknown.
         """
         require_known_fields(config)
         hub_options = hub_options or {}
@@ -173,7 +172,7 @@ class BrainFoundModel(BrainFoundPreTrainedModel):
         Args:
             pixel_values: 0–1, or uint8.
             contrast_mask: True where a volume has the contrast; None: all are present.
-            slice_mask: True where a slice is valid, False where it is padding; None: all are valid.
+            slice_mask: False where a slice is padding; None: all are valid.
             positions_mm: position of each slice along the stack; None: 1 mm apart, centred.
             slice_embeddings: in place of `pixel_values`, the slice embeddings of an earlier pass of this model.
 
@@ -204,12 +203,8 @@ class BrainFoundModel(BrainFoundPreTrainedModel):
                 patches.append(encoding.patches)
         slice_embeddings = batch.scatter(torch.cat(embeddings))
         aggregation = self.aggregator(slice_embeddings, batch.slice_mask, positions_mm)
-        output = BrainFoundModelOutput(
-            volume_embedding=aggregation.embedding,
-            slice_embeddings=slice_embeddings,
-            slice_weights=aggregation.weights,
-            patch_embeddings=batch.scatter(torch.cat(patches)) if output_patch_embeddings else None,
-        )
+        patch_embeddings = batch.scatter(torch.cat(patches)) if output_patch_embeddings else None
+        output = BrainFoundModelOutput(aggregation.embedding, slice_embeddings, aggregation.weights, patch_embeddings)
         return output.to_tuple() if return_dict is False else output
 
 
@@ -310,13 +305,8 @@ class BrainFoundForClassification(_VolumeModel):
     output_class = BrainFoundClassifierOutput
 
     def answer(self, scores: Float[Tensor, "volumes classes"], labels: Tensor | None) -> dict[str, Tensor | None]:
-        config = self.config
-        loss = None
-        if labels is not None:
-            loss = classification_loss(
-                scores, labels, config.problem_type, config.class_weights, config.classification_focal_gamma
-            )
-        return {"loss": loss, "logits": scores}
+        settings = self.config.problem_type, self.config.class_weights, self.config.classification_focal_gamma
+        return {"loss": None if labels is None else classification_loss(scores, labels, *settings), "logits": scores}
 
 
 class BrainFoundForRegression(_VolumeModel):
@@ -368,8 +358,7 @@ class BrainFoundForSegmentation(_ModelWithHead):
         )
         height, width = pixel_values.shape[-2:]
         per_pixel = (self.config.num_classes,) if self.config.overlapping_labels else ()
-        expected = (*pixel_values.shape[:2], *per_pixel, height, width)
-        require_same_shape("labels", labels, expected)
+        require_same_shape("labels", labels, (*pixel_values.shape[:2], *per_pixel, height, width))
         grid = self.encoder.grid(height, width)
         fused = [
             self.decoder.fuse(encoding.hidden, grid) for encoding in batch.encode(self.config.resolved_decoder_layers)

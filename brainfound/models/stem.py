@@ -1,15 +1,14 @@
 """Stems: how the contrasts of a slice enter a 2-D ViT.
 
-- ``channels`` (BrainFound, arXiv 2510.23415): one contrast is one input channel of the patch convolution. Three
-  contrasts start from the RGB kernels. Any other number starts from their mean, scaled by 3/C: C equal channels give
-  the RGB model's output on grey. An absent contrast contributes nothing, and the others are rescaled by C/(number
-  present). With every contrast present nothing changes, to the last bit.
-- ``per_contrast``: each present contrast of a slice is a grey image of its own. The kernel is the sum of the RGB
-  kernels; the ViT's outputs for the images of a slice are averaged.
+- ``channels`` (BrainFound, arXiv 2510.23415): one contrast is one input channel of the patch convolution, with the
+  RGB kernels, or for other numbers than three with their mean times 3/C. An absent contrast contributes nothing, and
+  the others are rescaled by C/(number present).
+- ``per_contrast``: each present contrast of a slice is a grey image of its own, with the sum of the RGB kernels; the
+  ViT's outputs for the images of a slice are averaged.
 - ``slices``: a slice with its neighbours below and above is one image of three channels, with the RGB kernels.
 
 The library's ViT passes `pixel_values` alone to its patch embedding. Presence, or the number of the contrast,
-therefore travels as constant planes of the same image, and no forward pass needs to be forked.
+therefore travels as constant planes of the same image.
 
 Axis legend: N slices, C contrasts, M images given to the ViT, H W pixels, P patches, D width.
 """
