@@ -31,11 +31,10 @@ from torch.nn import functional as F
 from brainfound.data.batches import collate, to_unit_range
 from brainfound.data.preprocessing.stack import Stack
 from brainfound.errors import ModelError
-from brainfound.models.encoder import SliceEncoding
+from brainfound.models.encoder import SliceEncoding, ValidSlices
 from brainfound.models.infer import require_same_contrasts, unwrap_peft
 from brainfound.models.model import BrainFoundForSegmentation
 from brainfound.models.stem import PresentImages
-from brainfound.models.valid_slices import ValidSlices
 
 WEIGHING_AGGREGATORS = ("attention", "transformer")
 """Aggregators that weigh slices by their content."""

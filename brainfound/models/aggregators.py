@@ -1,9 +1,9 @@
 """Aggregators: the slice embeddings of a volume → one volume embedding.
 
-Axis legend: B volumes, S slices, D width.
+`AGGREGATORS` is the registry: a new aggregator is a class and one line. Padding is not masked but left out: volumes
+with the same number of valid slices are gathered and pooled together, so no padding can change a bit of the result.
 
-Padding is not masked but left out: volumes with the same number of valid slices are gathered and pooled together.
-A padded slice is never read, and neither its content nor the amount of padding can change a bit of the result.
+Axis legend: B volumes, S slices, D width.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from brainfound.models.configuration import BrainFoundConfig
+from transformers import PreTrainedConfig
 
 
 class Aggregation(NamedTuple):
@@ -45,12 +44,11 @@ class Aggregator(nn.Module, ABC):
         slice_mask: Bool[Tensor, "volumes slices"] | None = None,
         positions_mm: Float[Tensor, "volumes slices"] | None = None,
     ) -> Aggregation:
-        """Pool each volume over its valid slices.
+        """Pool each volume over its valid slices, at least one.
 
         Args:
-            slice_embeddings: one embedding per slice.
-            slice_mask: True where a slice is valid; None: all are. At least one per volume.
-            positions_mm: position of each slice; None: valid slices 1 mm apart, centred on 0.
+            slice_mask: True where a slice is valid; None: all are.
+            positions_mm: None: valid slices 1 mm apart, centred on 0.
         """
         # Subjects may differ by less than bfloat16 resolves; a product per slice costs nothing.
         with torch.autocast(slice_embeddings.device.type, enabled=False):
@@ -59,12 +57,8 @@ class Aggregator(nn.Module, ABC):
             return self._pool_valid(slice_embeddings, slice_mask, positions_mm)
 
     def _pool_valid(
-        self,
-        slice_embeddings: Float[Tensor, "volumes slices width"],
-        slice_mask: Bool[Tensor, "volumes slices"] | None,
-        positions_mm: Float[Tensor, "volumes slices"] | None,
+        self, slice_embeddings: Tensor, slice_mask: Tensor | None, positions_mm: Tensor | None
     ) -> Aggregation:
-        """Pool volumes with the same number of valid slices together."""
         if slice_mask is None:
             positions_mm = _centred_positions(slice_embeddings) if positions_mm is None else positions_mm
             return Aggregation(*self.pool(slice_embeddings, positions_mm))
@@ -93,10 +87,7 @@ class MeanAggregator(Aggregator):
 
 
 class MaxAggregator(Aggregator):
-    """The maximum over slices of each of the D features; invariant to order.
-
-    A finding in a single slice is kept, which a mean over many slices would dilute.
-    """
+    """The maximum over slices of each feature; keeps a finding in a single slice, which a mean would dilute."""
 
     has_weights = False
 
@@ -187,15 +178,9 @@ def num_heads_for(width: int, head_width: int = 64) -> int:
 
 
 def sinusoidal_positions(
-    positions_mm: Float[Tensor, "volumes slices"],
-    width: int,
-    shortest_mm: float = 4.0,
-    longest_mm: float = 1000.0,
+    positions_mm: Float[Tensor, "volumes slices"], width: int, shortest_mm: float = 4.0, longest_mm: float = 1000.0
 ) -> Float[Tensor, "volumes slices width"]:
-    """Sines and cosines of a position, with wavelengths from `shortest_mm` to `longest_mm` (Vaswani et al. 2017, §3.5).
-
-    Continuous in mm: one model reads 1 mm and 5 mm slices.
-    """
+    """Sines and cosines of positions, continuous in mm, at wavelengths in this range (Vaswani et al. 2017, §3.5)."""
     num_waves = (width + 1) // 2
     exponents = torch.linspace(0.0, 1.0, num_waves, device=positions_mm.device)
     wavelengths_mm = shortest_mm * (longest_mm / shortest_mm) ** exponents
@@ -203,15 +188,13 @@ def sinusoidal_positions(
     return torch.cat((angles.sin(), angles.cos()), dim=-1)[..., :width]
 
 
-def build_aggregator(config: BrainFoundConfig) -> Aggregator:
-    """The aggregator that a configuration names."""
-    aggregators: dict[str, Callable[[], Aggregator]] = {
-        "mean": MeanAggregator,
-        "max": MaxAggregator,
-        "attention": lambda: AttentionAggregator(config.embedding_size, config.aggregator_width),
-        "transformer": lambda: TransformerAggregator(config.embedding_size, config.aggregator_layers),
-    }
-    return aggregators[config.aggregator]()
+AGGREGATORS: dict[str, Callable[[PreTrainedConfig], Aggregator]] = {
+    "mean": lambda config: MeanAggregator(),
+    "max": lambda config: MaxAggregator(),
+    "attention": lambda config: AttentionAggregator(config.embedding_size, config.aggregator_width),
+    "transformer": lambda config: TransformerAggregator(config.embedding_size, config.aggregator_layers),
+}
+"""Name → constructor from a `BrainFoundConfig`, which takes its known names from here."""
 
 
 def _centred_positions(slices: Tensor) -> Tensor:

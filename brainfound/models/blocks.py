@@ -2,9 +2,8 @@
 
 The sub-modules of the library's blocks are called, so adapters, sharding and hooks on them keep working.
 
-- Packing of crops and stochastic depth (1603.09382) by subsets of the batch as in DINOv2 (arXiv 2304.07193, section
-  5): of each group a fixed number of sequences goes through a residual branch and is scaled by n / kept, so that
-  shapes stay the same and the dropped work is saved.
+- Stochastic depth (1603.09382) by subsets of the batch as in DINOv2 (arXiv 2304.07193, section 5): of each group a
+  fixed number of sequences goes through a residual branch and is scaled by n / kept.
 - Selective recomputation (Korthikanti et al. 2022, arXiv 2205.05198, section 5): results of matrix products and
   attention are kept; norms, activations, softmaxes and casts are recomputed. PyTorch's selective checkpointing demands
   the same operations in both passes; sharded training gathers weights more often in one, so only products count here.
@@ -18,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -32,7 +32,6 @@ from brainfound.models.kernels import Kernel, Packing
 Branch = Callable[[Any, Tensor, Packing, Kernel], Tensor]
 SavedActivations = Literal["all", "products", "inputs"]
 """The activations of a residual branch that are kept for the backward pass; the rest is recomputed."""
-_MOST_GRAPHS = 64
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
@@ -57,28 +56,20 @@ def mlp_branch(block: Any, tokens: Float[Tensor, "1 T D"], packing: Packing, ker
 
 @dataclass(frozen=True)
 class BlockRunner:
-    """Runs packed groups of sequences through transformer blocks.
-
-    Attributes:
-        kernel: of attention.
-        attention, mlp: the two branches, compiled or not.
-        kept: the activations inside a branch that are kept for the backward pass: "all"; "products", the results of
-            matrix products and attention; "inputs", none.
-    """
+    """Runs packed groups of sequences through transformer blocks."""
 
     kernel: Kernel = "sdpa"
     attention: Branch = attention_branch
     mlp: Branch = mlp_branch
     kept: SavedActivations = "all"
+    """In a branch, for the backward pass: "all"; "products", of matrices and attention; "inputs", none."""
 
     def compiled(self) -> BlockRunner:
-        """The same with both branches compiled: one graph per shape, shared by all blocks.
-
-        In a compiled branch the compiler chooses the kept activations, by the same rule as "products".
-        """
+        """The same with both branches compiled: one graph per shape, shared by all blocks."""
         # Student, teacher and anchor share these functions, each with its shapes, with and without adapters.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_GRAPHS)
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         attention, mlp = (torch.compile(branch, dynamic=False) for branch in (attention_branch, mlp_branch))
+        # In a compiled branch the compiler chooses the kept activations, by the same rule as "products".
         kept: SavedActivations = "inputs" if self.kept == "inputs" else "all"
         return replace(self, attention=attention, mlp=mlp, kept=kept)
 
@@ -87,9 +78,7 @@ class BlockRunner:
     ) -> list[Float[Tensor, "n L D"]]:
         """Run groups of sequences through the blocks; sequences do not attend to each other.
 
-        Args:
-            drop_path: share of each group's sequences that a residual branch leaves out, drawn for every branch from
-                the global generator of the tokens' device; 0 in evaluation.
+        `drop_path` is the share of each group's sequences that a residual branch leaves out, drawn anew every time.
         """
         packing = Packing(tuple((group.shape[0], group.shape[1]) for group in groups))
         tokens = torch.cat([group.flatten(0, 1) for group in groups])
@@ -148,25 +137,18 @@ def sample_kept_tokens(packing: Packing, kept: Packing, device: torch.device) ->
     return torch.cat(pieces)
 
 
-# Parts of the names of operations that cost too much to repeat; attention may come from other libraries.
-_PRODUCTS = ("mm", "linear", "convolution")
-_ATTENTION = ("attention", "attn", "flash", "fmha")
-
-
 def checkpoint_except_matmuls(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
     """``function(*arguments)``, whose backward pass recomputes everything but products. It may run once.
 
-    Raises:
-        RuntimeError: in the backward pass, if the recomputation has other products than the forward pass, or the
-            result of one was changed in place.
+    The backward pass raises a RuntimeError if it has other products, or the result of one was changed in place.
     """
-    result: Tensor = checkpoint(function, *arguments, use_reentrant=False, context_fn=_contexts)  # type: ignore[assignment]
+
+    def contexts() -> tuple[TorchDispatchMode, TorchDispatchMode]:
+        kept: deque[_CachedResult] = deque()
+        return _RecordMode(kept), _ReplayMode(kept)
+
+    result: Tensor = checkpoint(function, *arguments, use_reentrant=False, context_fn=contexts)  # type: ignore[assignment]
     return result
-
-
-def _contexts() -> tuple[TorchDispatchMode, TorchDispatchMode]:
-    kept: deque[_CachedResult] = deque()
-    return _RecordMode(kept), _ReplayMode(kept)
 
 
 class _CachedResult:
@@ -221,12 +203,12 @@ class _ReplayMode(_RecordMode):
         return self._kept.popleft().take(func)
 
 
-_KNOWN: dict[Any, bool] = {}
+# Parts of the names of operations that cost too much to repeat; attention may come from other libraries.
+_PRODUCTS = ("mm", "linear", "convolution")
+_ATTENTION = ("attention", "attn", "flash", "fmha")
 
 
+@cache
 def _is_product(operation: Any) -> bool:
-    if operation not in _KNOWN:
-        library, _, name = operation.name().partition("::")
-        parts = (*_PRODUCTS, *_ATTENTION) if library == "aten" else _ATTENTION
-        _KNOWN[operation] = any(part in name for part in parts)
-    return _KNOWN[operation]
+    library, _, name = operation.name().partition("::")
+    return any(part in name for part in ((*_PRODUCTS, *_ATTENTION) if library == "aten" else _ATTENTION))

@@ -1,4 +1,4 @@
-"""The configuration of every BrainFound model, and the names of its parts."""
+"""The configuration of every BrainFound model; the names of its parts are those of their registries."""
 
 from __future__ import annotations
 
@@ -9,22 +9,32 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from brainfound.errors import ModelError, UsageError, closest_name, did_you_mean
+from brainfound.models.aggregators import AGGREGATORS
 from brainfound.models.backbones import FAMILIES, SUPPORTED_BACKBONES
+from brainfound.models.decoders import DECODERS
+from brainfound.models.stem import STEMS
 
-STEMS = ("channels", "per_contrast", "slices")
 SLICE_FEATURES = ("cls", "patches", "cls_and_patches")
-AGGREGATORS = ("mean", "max", "attention", "transformer")
-DECODERS = ("linear", "fpn", "unetr")
 REGRESSION_HEADS = ("point", "gaussian", "bins")
 REGRESSION_LOSSES = ("smooth_l1", "l1", "huber")
 SEGMENTATION_LOSSES = ("dice_cross_entropy", "dice_focal", "tversky", "focal_tversky")
+_KNOWN_NAMES: dict[str, Iterable[str]] = {
+    "stem": STEMS,
+    "slice_features": SLICE_FEATURES,
+    "aggregator": AGGREGATORS,
+    "decoder": DECODERS,
+    "segmentation_loss": SEGMENTATION_LOSSES,
+    "regression_head": REGRESSION_HEADS,
+    "regression_loss": REGRESSION_LOSSES,
+}
+_SMALLEST = {
+    **dict.fromkeys(("slice_chunk", "aggregator_layers", "aggregator_width", "decoder_width", "tversky_gamma"), 1),
+    **dict.fromkeys(("tversky_alpha", "tversky_beta", "focal_gamma", "classification_focal_gamma"), 0),
+}
 
 
 class BrainFoundConfig(PreTrainedConfig):
-    """The configuration of a BrainFound model, of plain values so that a person can read `config.json`.
-
-    Width, depth and patch size of the backbone are in its own configuration, `backbone_config`.
-    """
+    """The configuration of a BrainFound model; width, depth and patch size are in `backbone_config`."""
 
     model_type = "brainfound"
     sub_configs = {"backbone_config": AutoConfig}  # noqa: RUF012  (the base class declares it so)
@@ -45,19 +55,17 @@ class BrainFoundConfig(PreTrainedConfig):
     """The contrasts of axis C, in order."""
     stem: str = "channels"
     """How contrasts enter the backbone: "channels" (one contrast per input channel), "per_contrast" (each present
-    contrast as a grey image of its own, outputs averaged) or "slices" (z−1, z, z+1 of a single contrast as the three
-    channels)."""
+    contrast as a grey image, outputs averaged) or "slices" (z−1, z, z+1 of a single contrast as three channels)."""
     image_mean: float | list[float] = 0.449
-    """Subtracted from pixels in 0–1; one value, or one per contrast. The default is the mean of the ImageNet values;
-    `from_backbone` takes that of a supervised ViT from its preprocessor."""
+    """Subtracted from pixels in 0–1; one value, or one per contrast. The default is the mean over ImageNet."""
     image_std: float | list[float] = 0.226
     """Divides pixels after `image_mean` is subtracted; one value, or one per contrast."""
     slice_chunk: int = 64
-    """The largest number of images that the backbone encodes at once; bounds the memory of a forward pass. An image is
-    a slice; with the stem "per_contrast" it is one contrast of a slice, and the contrasts of a slice stay together."""
+    """The largest number of images that the backbone encodes at once, which bounds the memory. An image is a slice, or
+    with the stem "per_contrast" one contrast of a slice; the contrasts of a slice stay together."""
     slice_features: str = "cls"
-    """The embedding of a slice: "cls" (the class token), "patches" (the mean of the patch tokens, which reflects the
-    amount of each tissue) or "cls_and_patches" (both concatenated, as in DINOv2's linear evaluation)."""
+    """The embedding of a slice: "cls" (the class token), "patches" (the mean of the patch tokens) or "cls_and_patches"
+    (both concatenated, as in DINOv2's linear evaluation)."""
     aggregator: str = "mean"
     """Slice embeddings → volume embedding: "mean", "max", "attention" or "transformer"."""
     aggregator_layers: int = 1
@@ -75,8 +83,7 @@ class BrainFoundConfig(PreTrainedConfig):
     overlapping_labels: bool = False
     """Segmentation: each label is a sigmoid of its own, without a background class; a pixel may have any number."""
     segmentation_loss: str = "dice_cross_entropy"
-    """Segmentation: "dice_cross_entropy", "dice_focal", "tversky" or "focal_tversky"; the last three are for small
-    structures."""
+    """"dice_cross_entropy", or for small structures "dice_focal", "tversky" or "focal_tversky"."""
     tversky_alpha: float = 0.3
     """Weight of false positives in the Tversky losses."""
     tversky_beta: float = 0.7
@@ -94,8 +101,6 @@ class BrainFoundConfig(PreTrainedConfig):
     regression_head: str = "point"
     """Regression: "point" (one number), "gaussian" (also a standard deviation, trained by the Gaussian likelihood) or
     "bins" (a distribution over bins of the target, whose expectation is the prediction)."""
-    regression_uncertainty: bool = False
-    """The same as `regression_head = "gaussian"`, which replaces it."""
     regression_loss: str = "smooth_l1"
     """Loss of the point head on the standardised target: "smooth_l1", "l1" or "huber"."""
     huber_delta: float = 1.0
@@ -107,10 +112,9 @@ class BrainFoundConfig(PreTrainedConfig):
     regression_label_width: float = 1.0
     """Standard deviation of the Gaussian soft label that trains the bins, in widths of a bin."""
     class_weights: list[float] | None = None
-    """Classification: the weight of a volume of each class in the loss; multi-label: the weight of a positive of each
-    label against a negative. None: equal weights."""
+    """Classification: weight of a volume of each class in the loss, multi-label of a positive of each label."""
     classification_focal_gamma: float = 0.0
-    """Classification: the exponent of the focal loss, which gives less weight to easy volumes; 0: cross-entropy."""
+    """Classification: the exponent of the focal loss; 0: cross-entropy."""
     initializer_range: float = 0.02
     """Standard deviation of the normal initialisation of new linear layers."""
 
@@ -131,70 +135,48 @@ class BrainFoundConfig(PreTrainedConfig):
         return super().from_dict(content, **kwargs)
 
     def require_valid(self) -> None:
-        """Check the fields, and adapt the backbone's configuration to them.
-
-        Raises:
-            ModelError: names the field, its value and the known values.
-        """
-        for field, known in (
-            ("stem", STEMS),
-            ("slice_features", SLICE_FEATURES),
-            ("aggregator", AGGREGATORS),
-            ("decoder", DECODERS),
-            ("segmentation_loss", SEGMENTATION_LOSSES),
-        ):
+        """Check the fields (ModelError), and adapt the backbone's configuration to them."""
+        for field, known in _KNOWN_NAMES.items():
             _require_known(field, getattr(self, field), known)
         _require_known("backbone_config.model_type", self.backbone_config.model_type, SUPPORTED_BACKBONES)
-        if not self.contrasts or len(set(self.contrasts)) != len(self.contrasts):
-            raise ModelError(
-                "contrasts must be one or more different names", where="config.contrasts", got=list(self.contrasts)
-            )
-        if self.stem == "slices" and len(self.contrasts) > 1:
+        contrasts = list(self.contrasts)
+        if not contrasts or len(set(contrasts)) != len(contrasts):
+            raise ModelError("contrasts must be one or more different names", where="config.contrasts", got=contrasts)
+        if self.stem == "slices" and len(contrasts) > 1:
             raise ModelError(
                 "the stem 'slices' reads neighbouring slices of one contrast",
                 where="config.contrasts",
-                got=", ".join(self.contrasts),
+                got=", ".join(contrasts),
                 expected="one contrast",
                 remedy="Name one contrast, or take the stem channels or per_contrast",
             )
         for field in ("image_mean", "image_std"):
             value = getattr(self, field)
-            if isinstance(value, Iterable) and len(list(value)) != len(self.contrasts):
+            if isinstance(value, Iterable) and len(list(value)) != len(contrasts):
                 raise ModelError(
                     "one value, or one per contrast, is needed",
                     where=f"config.{field}",
                     got=value,
-                    expected=f"{len(self.contrasts)} values",
+                    expected=f"{len(contrasts)} values",
                 )
-        from_one = ("slice_chunk", "aggregator_layers", "aggregator_width", "decoder_width", "tversky_gamma")
-        from_zero = ("tversky_alpha", "tversky_beta", "focal_gamma", "classification_focal_gamma")
-        for field, smallest in [*((name, 1) for name in from_one), *((name, 0) for name in from_zero)]:
+        for field, smallest in _SMALLEST.items():
             if not smallest <= getattr(self, field) < math.inf:
                 raise ModelError(f"must be at least {smallest}", where=f"config.{field}", got=getattr(self, field))
         if not self.tversky_alpha + self.tversky_beta > 0:
-            raise ModelError(
-                "one of tversky_alpha and tversky_beta must be positive", where="config.tversky_alpha", got=0
-            )
+            what = "one of tversky_alpha and tversky_beta must be positive"
+            raise ModelError(what, where="config.tversky_alpha", got=0)
         self._require_valid_head()
         depth = self.backbone_config.num_hidden_layers
         if any(not 1 <= layer <= depth for layer in self.decoder_layers or ()):
-            raise ModelError(
-                "blocks are counted from 1",
-                where="config.decoder_layers",
-                got=self.decoder_layers,
-                expected=f"numbers from 1 to {depth}",
-            )
+            where, expected = "config.decoder_layers", f"numbers from 1 to {depth}"
+            raise ModelError("blocks are counted from 1", where=where, got=self.decoder_layers, expected=expected)
         # Input channels of the stem's patch convolution.
-        self.backbone_config.num_channels = {"per_contrast": 1, "slices": 3}.get(self.stem, len(self.contrasts))
+        self.backbone_config.num_channels = STEMS[self.stem].fixed_channels or len(contrasts)
         if hasattr(self.backbone_config, "use_mask_token"):
             # Masked-image objectives need it; in a checkpoint without one it starts at zero.
             self.backbone_config.use_mask_token = True
 
     def _require_valid_head(self) -> None:
-        if self.regression_uncertainty and self.regression_head == "point":
-            self.regression_head, self.regression_uncertainty = "gaussian", False
-        _require_known("regression_head", self.regression_head, REGRESSION_HEADS)
-        _require_known("regression_loss", self.regression_loss, REGRESSION_LOSSES)
         for field in ("target_std", "huber_delta", "regression_label_width"):
             if not getattr(self, field) > 0:
                 raise ModelError("must be positive", where=f"config.{field}", got=getattr(self, field))
@@ -256,11 +238,7 @@ def config_fields() -> list[str]:
 
 
 def require_known_fields(given: Iterable[str]) -> None:
-    """Refuse unknown configuration arguments.
-
-    Raises:
-        UsageError: with the nearest known field.
-    """
+    """Refuse unknown configuration arguments, with the nearest known one."""
     known = config_fields()
     for name in given:
         if name not in known:
@@ -268,14 +246,12 @@ def require_known_fields(given: Iterable[str]) -> None:
 
 
 def _count_labels(fields: dict[str, Any]) -> int | None:
-    """The number of labels in the fields of a configuration; None if there is none."""
-    if fields.get("id2label") is not None:
-        return len(fields["id2label"])
-    return fields.get("num_labels")
+    names = fields.get("id2label")
+    return fields.get("num_labels") if names is None else len(names)
 
 
-def _require_known(field: str, value: object, known: Sequence[str]) -> None:
-    if value not in known:
+def _require_known(field: str, value: object, known: Iterable[str]) -> None:
+    if value not in (known := tuple(known)):
         close = closest_name(str(value), known)
         raise ModelError(
             f"{value!r} is not available",

@@ -1,5 +1,7 @@
 """Decoders: the patch tokens of slices → class scores of every pixel.
 
+`DECODERS` is the registry: a new decoder is a class and one line.
+
 Axis legend: N slices, C contrasts, P patches, D width, h w patch rows and columns, F feature channels, K classes,
 H W pixels.
 """
@@ -16,34 +18,32 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedConfig
 
 from brainfound.data.batches import to_unit_range
 from brainfound.models.backbones import get_patch_size
-from brainfound.models.configuration import BrainFoundConfig
-
-_GROUPS = 8
-_NARROWEST = 16
-"""The smallest width of the unetr decoder's maps."""
 
 
 class Decoder(nn.Module, ABC):
-    """Base: fuse tokens on the patch grid, optionally mix neighbouring slices, then refine to pixels.
+    """Base: fuse tokens on the patch grid, optionally mix neighbouring slices, then refine to pixels in chunks.
 
-    The first and the last step read one slice at a time and can run in chunks; only the middle one, on the small
-    patch grid, needs a whole volume.
+    Only the mixing, on the small patch grid, needs a whole volume. `config` is a `BrainFoundConfig`.
     """
 
     reads_image: ClassVar[bool] = False
     """Whether `forward` needs the pixels of the slices."""
-    projections: nn.ModuleDict
-    """By block: tokens (…, D) → features (…, F). Created by each subclass: the order of parts fixes the weights."""
 
-    def __init__(self, config: BrainFoundConfig) -> None:
+    def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
         self.layers = tuple(config.resolved_decoder_layers)
         self.chunk = config.slice_chunk
         channels = config.decoder_width * len(self.layers)
         self.slice_mixing = SliceMixing(channels) if config.decoder_slice_mixing else None
+        width = config.hidden_size
+        # By block: tokens (…, D) → features (…, F). A norm each: blocks differ in scale by an order of magnitude.
+        self.projections = nn.ModuleDict(
+            {str(n): nn.Sequential(nn.LayerNorm(width), nn.Linear(width, config.decoder_width)) for n in self.layers}
+        )
 
     def fuse(self, tokens: dict[int, Tensor], grid: tuple[int, int]) -> Float[Tensor, "slices channels rows columns"]:
         """Tokens (N, P, D) by backbone block → one map on the patch grid with the features of all blocks."""
@@ -74,9 +74,6 @@ class Decoder(nn.Module, ABC):
         """Fused maps of the valid slices, volume by volume → class scores at `size` (height, width) pixels.
 
         Args:
-            fused: from `fuse`.
-            slices_per_volume: number of slices of each volume.
-            size: of the scores.
             pixels: for a decoder that `reads_image`: the slices (N, C, H, W), 0–1 or uint8.
             presence: True where a slice has a contrast; None: all.
         """
@@ -93,10 +90,7 @@ class Decoder(nn.Module, ABC):
 
 
 class SliceMixing(nn.Conv1d):
-    """A residual depthwise convolution along the slices of one volume. It starts as the identity.
-
-    Its border is the volume's first and last valid slice, so padding is never mixed in.
-    """
+    """A residual depthwise convolution along the valid slices of one volume. It starts as the identity."""
 
     def __init__(self, channels: int, kernel_size: int = 3) -> None:
         super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
@@ -117,9 +111,8 @@ class SliceMixing(nn.Conv1d):
 class LinearDecoder(Decoder):
     """One linear layer on the tokens; the baseline for the other decoders."""
 
-    def __init__(self, config: BrainFoundConfig) -> None:
+    def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
-        self.projections = _projections(config, self.layers)
         self.score = nn.Conv2d(config.decoder_width * len(self.layers), config.num_classes, kernel_size=1)
 
     def refine(self, fused: Tensor, pixels: Tensor | None = None, presence: Tensor | None = None) -> Tensor:
@@ -129,15 +122,13 @@ class LinearDecoder(Decoder):
 class FpnDecoder(Decoder):
     """A feature pyramid from several blocks (Lin et al. 2017, §3; the levels of a ViT as in Li et al. 2022, §3).
 
-    A ViT has one resolution. Its early blocks are upsampled to strides of a quarter and a half patch with transposed
-    convolutions, the later ones stay at one patch; they are fused from deep to shallow. Class scores have a quarter of
-    a patch as resolution, to separate structures smaller than a patch.
+    Early blocks are upsampled to strides of a quarter and a half patch with transposed convolutions, the later ones
+    stay at one patch; they are fused from deep to shallow. Class scores have a quarter of a patch as resolution.
     """
 
-    def __init__(self, config: BrainFoundConfig) -> None:
+    def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
         width = config.decoder_width
-        self.projections = _projections(config, self.layers)
         self.levels = nn.ModuleList(_upsampling(width, factor) for factor in pyramid_factors(len(self.layers)))
         self.smoothing = nn.ModuleList(_convolution(width) for _ in self.layers)
         self.score = nn.Conv2d(width, config.num_classes, kernel_size=1)
@@ -163,29 +154,26 @@ def pyramid_factors(num_levels: int) -> list[int]:
 class UnetrDecoder(Decoder):
     """Tokens of several blocks and the image itself (UNETR, Hatamizadeh et al. 2022, Fig. 1).
 
-    The deepest block's map is doubled step by step. It is merged with the maps of shallower blocks, upsampled by
-    transposed convolutions of their own, and at the end with the slice's pixels after two convolutions, so that edges
-    can be as sharp as the image. Widths halve with each doubling. Where doubling does not end at one pixel (a patch of
-    14), the next finer map is interpolated. As in the stem, absent contrasts are zero after the normalisation and the
-    others are rescaled.
+    The deepest block's map is doubled step by step and merged with the maps of shallower blocks, upsampled by
+    transposed convolutions of their own, and at the end with the slice's pixels after two convolutions. Widths halve
+    with each doubling. Where doubling does not end at one pixel (a patch of 14), the next finer map is interpolated.
+    As in the stem, absent contrasts are zero after the normalisation and the others are rescaled.
     """
 
     reads_image: ClassVar[bool] = True
 
-    def __init__(self, config: BrainFoundConfig) -> None:
+    def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
         self.image_mean, self.image_std = config.image_mean, config.image_std
-        self.doublings = doublings_of_tokens(len(self.layers), get_patch_size(config.backbone_config))
-        last = doublings_to_pixels(get_patch_size(config.backbone_config))
-        narrowest = min(config.decoder_width, _NARROWEST)
+        patch_size = get_patch_size(config.backbone_config)
+        self.doublings = doublings_of_tokens(len(self.layers), patch_size)
+        last = doublings_to_pixels(patch_size)
+        narrowest = min(config.decoder_width, 16)
         widths = [max(config.decoder_width // 2**step, narrowest) for step in range(last + 1)]
         met = [self.doublings.count(step) for step in range(last + 1)]
-        self.projections = _projections(config, self.layers)
-        self.tokens = nn.ModuleList(_upsampling_path(widths, step) for step in self.doublings)
+        self.tokens = nn.ModuleList(_upsampling_path(widths[: step + 1]) for step in self.doublings)
         self.entry = _fusion_block(met[0] * widths[0], widths[0])
-        self.doubling = nn.ModuleList(
-            nn.ConvTranspose2d(coarse, fine, kernel_size=2, stride=2) for coarse, fine in pairwise(widths)
-        )
+        self.doubling = nn.ModuleList(_doubling(coarse, fine) for coarse, fine in pairwise(widths))
         self.merging = nn.ModuleList(
             _fusion_block((1 + num_met) * width, width)
             for num_met, width in zip(met[1:last], widths[1:last], strict=True)
@@ -241,38 +229,24 @@ def doublings_of_tokens(num_layers: int, patch_size: int) -> list[int]:
     return [min(step, doublings_to_pixels(patch_size) - 1) for step in reversed(range(num_layers))]
 
 
-def build_decoder(config: BrainFoundConfig) -> Decoder:
-    """The decoder that a configuration names."""
-    decoders: dict[str, type[Decoder]] = {"linear": LinearDecoder, "fpn": FpnDecoder, "unetr": UnetrDecoder}
-    return decoders[config.decoder](config)
+DECODERS: dict[str, type[Decoder]] = {"linear": LinearDecoder, "fpn": FpnDecoder, "unetr": UnetrDecoder}
+"""Name → class, of every decoder; `BrainFoundConfig` takes its known names from here."""
 
 
-def _projections(config: BrainFoundConfig, layers: Sequence[int]) -> nn.ModuleDict:
-    # Blocks differ in scale by an order of magnitude.
-    return nn.ModuleDict(
-        {
-            str(layer): nn.Sequential(
-                nn.LayerNorm(config.hidden_size), nn.Linear(config.hidden_size, config.decoder_width)
-            )
-            for layer in layers
-        }
-    )
+def _doubling(coarse: int, fine: int) -> nn.ConvTranspose2d:
+    return nn.ConvTranspose2d(coarse, fine, kernel_size=2, stride=2)
 
 
 def _upsampling(width: int, factor: int) -> nn.Sequential:
-    steps: list[nn.Module] = []
-    while factor > 1:
-        steps += [nn.ConvTranspose2d(width, width, kernel_size=2, stride=2), _norm(width), nn.GELU()]
-        factor //= 2
-    return nn.Sequential(*steps)
+    doublings = range(factor.bit_length() - 1)
+    return nn.Sequential(*(part for _ in doublings for part in (_doubling(width, width), _norm(width), nn.GELU())))
 
 
-def _upsampling_path(widths: Sequence[int], num_doublings: int) -> nn.Sequential:
-    """Transposed convolutions, each with a convolution behind it, from the first width to that of the last doubling."""
-    steps: list[nn.Module] = []
-    for coarse, fine in pairwise(widths[: num_doublings + 1]):
-        steps += [nn.ConvTranspose2d(coarse, fine, kernel_size=2, stride=2), *_convolution(fine)]
-    return nn.Sequential(*steps)
+def _upsampling_path(widths: Sequence[int]) -> nn.Sequential:
+    """Transposed convolutions, each with a convolution behind it."""
+    return nn.Sequential(
+        *(part for coarse, fine in pairwise(widths) for part in (_doubling(coarse, fine), *_convolution(fine)))
+    )
 
 
 def _fusion_block(channels: int, width: int) -> nn.Sequential:
@@ -291,5 +265,5 @@ def _per_contrast(value: float | Sequence[float], like: Tensor) -> float | Tenso
 
 
 def _norm(width: int) -> nn.GroupNorm:
-    groups = next(groups for groups in range(min(_GROUPS, width), 0, -1) if width % groups == 0)
+    groups = next(groups for groups in range(min(8, width), 0, -1) if width % groups == 0)
     return nn.GroupNorm(groups, width)

@@ -1,25 +1,28 @@
-"""The slice encoder: a 2-D ViT that reads the contrasts of one slice.
+"""The slice encoder, a 2-D ViT that reads the contrasts of one slice, and the valid slices of a batch of volumes.
 
-Axis legend: N slices, C contrasts, M images given to the ViT, H W pixels, P patches, D width.
+Axis legend: B volumes, S slices of each, N valid slices in a row, C contrasts, M images given to the ViT, H W pixels,
+P patches, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
 from brainfound.data.batches import to_unit_range
 from brainfound.errors import ModelError
-from brainfound.models.backbones import FAMILIES, build_backbone, get_image_size, get_patch_size
+from brainfound.models.backbones import FAMILIES, get_patch_size, mark_as_loaded
 from brainfound.models.blocks import BlockRunner, SavedActivations
 from brainfound.models.configuration import BrainFoundConfig
 from brainfound.models.kernels import PACKED, Kernel
-from brainfound.models.stem import NUM_NEIGHBOUR_SLICES, PresentImages, build_stem, pack_contrast_number, pack_planes
+from brainfound.models.stem import NUM_NEIGHBOUR_SLICES, STEMS, PresentImages, pack_contrast_number, pack_planes
+
+Slices = Float[Tensor, "slices contrasts height width"] | UInt8[Tensor, "slices contrasts height width"]
 
 
 class SliceEncoding(NamedTuple):
@@ -31,11 +34,7 @@ class SliceEncoding(NamedTuple):
     """1-based block → its patch tokens (N, P, D), before the last layer norm."""
 
     def embedding(self, features: str) -> Float[Tensor, "slices embedding"]:
-        """One vector per slice.
-
-        Args:
-            features: one of `brainfound.models.configuration.SLICE_FEATURES`.
-        """
+        """One vector per slice, by `config.slice_features`."""
         if features == "cls":
             return self.cls
         # In float32: a mean over hundreds of bfloat16 tokens would lose the differences between slices.
@@ -44,15 +43,11 @@ class SliceEncoding(NamedTuple):
 
 
 class SliceEncoder(nn.Module):
-    """Normalisation, stem and backbone.
+    """Normalisation, stem and backbone; starts from a loaded RGB ViT, or from new weights.
 
     With the stem "per_contrast" the backbone reads M images for N slices, one per present contrast, and its outputs
-    after the last layer norm are averaged over the images of a slice. An absent contrast is never read and costs
-    nothing. With the stem "slices" axis C holds three planes: the slice below, the slice, and the slice above.
-
-    Args:
-        config: the model's configuration.
-        backbone: a loaded RGB ViT to start from; None builds one with new weights.
+    after the last layer norm are averaged over the images of a slice. An absent contrast is never read. With the stem
+    "slices" axis C holds three planes: the slice below, the slice, and the slice above.
     """
 
     backbone: Any
@@ -67,22 +62,20 @@ class SliceEncoder(nn.Module):
         self.patch_size = get_patch_size(config.backbone_config)
         self.embed_dim = config.hidden_size
         self.num_layers = int(config.backbone_config.num_hidden_layers)
-        self.backbone = build_backbone(config.backbone_config) if backbone is None else backbone
+        self.backbone = AutoModel.from_config(config.backbone_config) if backbone is None else backbone
         self.num_prefix_tokens = 1 + int(getattr(config.backbone_config, "num_register_tokens", 0))
         self._family = FAMILIES[config.backbone_config.model_type]
         self._runner = BlockRunner()
-        stem = build_stem(config, self.patch_size, get_image_size(config.backbone_config))
+        stem = STEMS[config.stem](config)
         if backbone is not None:
             stem.init_from(self.backbone.embeddings.patch_embeddings)
-            for module in stem.modules():
-                # The flag by which the library's `post_init` leaves loaded weights alone.
-                module._is_hf_initialized = True  # type: ignore[assignment]
+            mark_as_loaded(stem)
         self.backbone.embeddings.patch_embeddings = stem
 
     def change_stem(self, config: BrainFoundConfig) -> None:
         """Replace the stem by the configuration's, which starts from the weights of the old one."""
         old = self.backbone.embeddings.patch_embeddings
-        stem = build_stem(config, self.patch_size, get_image_size(config.backbone_config)).to(old.projection.weight)
+        stem = STEMS[config.stem](config).to(old.projection.weight)
         stem.init_from(old)
         self.backbone.embeddings.patch_embeddings = stem
         self.stem = config.stem
@@ -99,15 +92,14 @@ class SliceEncoder(nn.Module):
 
     def forward(
         self,
-        pixel_values: Float[Tensor, "slices contrasts height width"] | UInt8[Tensor, "slices contrasts height width"],
+        pixel_values: Slices,
         contrast_mask: Bool[Tensor, "slices contrasts"] | None = None,
         bool_masked_pos: Bool[Tensor, "slices patches"] | None = None,
         layers: Sequence[int] = (),
     ) -> SliceEncoding:
-        """Encode slices.
+        """Encode slices of 0–1 or uint8.
 
         Args:
-            pixel_values: 0–1, or uint8; with the stem "slices" three planes, see `ValidSlices.encode`.
             contrast_mask: True where a contrast is present; None: all are.
             bool_masked_pos: True where a patch is replaced by the mask token, in every contrast.
             layers: 1-based blocks whose patch tokens are also returned.
@@ -127,9 +119,8 @@ class SliceEncoder(nn.Module):
             contrast_mask = torch.ones(pixel_values.shape[:2], dtype=torch.bool, device=pixel_values.device)
         present = contrast_mask.bool()
         if not present.any(dim=1).all():
-            raise ModelError(
-                "a slice has no contrast", where="contrast_mask", remedy="Leave such slices out of the batch"
-            )
+            remedy = "Leave such slices out of the batch"
+            raise ModelError("a slice has no contrast", where="contrast_mask", remedy=remedy)
         images = PresentImages(present)
         pixels = self._normalise(pixel_values[images.slices, images.contrasts][:, None], images.contrasts)[:, 0]
         masked = None if bool_masked_pos is None else bool_masked_pos[images.slices]
@@ -150,24 +141,20 @@ class SliceEncoder(nn.Module):
 
     def embed(
         self,
-        pixel_values: Float[Tensor, "slices contrasts height width"] | UInt8[Tensor, "slices contrasts height width"],
+        pixel_values: Slices,
         contrast_mask: Bool[Tensor, "slices contrasts"] | None = None,
         bool_masked_pos: Bool[Tensor, "slices patches"] | None = None,
     ) -> Float[Tensor, "slices tokens width"]:
         """Slices → tokens in front of the first block: CLS, registers, then patches row by row, with their positions.
 
-        Not with the stem "per_contrast": there a slice has one row of tokens per present contrast, which are averaged
-        only after the last layer norm.
-
-        Raises:
-            ModelError: if the shape does not fit the model, or the stem is "per_contrast".
+        The stem "per_contrast" is refused: there a slice has one row of tokens per present contrast, which are
+        averaged only after the last layer norm.
         """
-        if self.stem == "per_contrast":
-            self.require_single_slices()
         if self.stem == "slices":
             self._require_neighbours(pixel_values)
             planes = self._normalise(pixel_values)
         else:
+            self.require_single_slices()
             self.require_shape(pixel_values)
             planes = pack_planes(self._normalise(pixel_values), contrast_mask)
         return self.backbone.embeddings(planes, bool_masked_pos=bool_masked_pos)
@@ -177,8 +164,7 @@ class SliceEncoder(nn.Module):
     ) -> list[Float[Tensor, "slices tokens width"]]:
         """Tokens of groups of several lengths through all blocks and the last layer norm, packed into one sequence.
 
-        Args:
-            drop_path: stochastic depth by subset (see `brainfound.models.blocks`); not in evaluation mode.
+        `drop_path` is stochastic depth by subset (see `brainfound.models.blocks`), off in evaluation mode.
         """
         # Looked up by the library's modules at every call; it stays, because checkpointing calls them again later.
         self.backbone.config._attn_implementation = PACKED
@@ -190,13 +176,7 @@ class SliceEncoder(nn.Module):
         return SliceEncoding(tokens[:, 0], tokens[:, self.num_prefix_tokens :], {})
 
     def configure_blocks(self, kernel: Kernel = "sdpa", compiled: bool = False, kept: SavedActivations = "all") -> None:
-        """Choose how `transform` runs the blocks; the result changes only by rounding.
-
-        Args:
-            kernel: of attention; see `brainfound.models.kernels.choose_kernel`.
-            compiled: compile the two branches of a block with torch.compile.
-            kept: the activations kept for the backward pass; see `brainfound.models.blocks.BlockRunner`.
-        """
+        """Choose how `transform` runs the blocks (see `BlockRunner`); the result changes only by rounding."""
         runner = BlockRunner(kernel=kernel, kept=kept)
         self._runner = runner.compiled() if compiled else runner
 
@@ -205,11 +185,7 @@ class SliceEncoder(nn.Module):
         return height // self.patch_size, width // self.patch_size
 
     def require_single_slices(self) -> None:
-        """Refuse a stem that cannot embed a slice by itself, as pretraining needs.
-
-        Raises:
-            ModelError: names the stem.
-        """
+        """Refuse a stem that cannot embed a slice by itself, as pretraining needs."""
         if self.stem != "channels":
             why = "its neighbours" if self.stem == "slices" else "one row of tokens per contrast"
             raise ModelError(
@@ -220,11 +196,7 @@ class SliceEncoder(nn.Module):
             )
 
     def require_shape(self, pixel_values: Tensor) -> None:
-        """Check (…, C, H, W) against the model.
-
-        Raises:
-            ModelError: names the shape.
-        """
+        """Check (…, C, H, W) against the model."""
         shape = tuple(pixel_values.shape)
         if len(shape) < 4:
             raise ModelError("pixel_values lacks axes", got=f"shape {shape}", expected="(…, contrasts, height, width)")
@@ -258,9 +230,7 @@ class SliceEncoder(nn.Module):
                 remedy="Crop or pad the slices",
             )
 
-    def _normalise(
-        self, pixel_values: Tensor, contrasts: Tensor | None = None
-    ) -> Float[Tensor, "slices contrasts height width"]:
+    def _normalise(self, pixel_values: Tensor, contrasts: Tensor | None = None) -> Slices:
         """(Pixels − mean) / standard deviation; `contrasts` holds the contrast of each image if it has a single one."""
         pixel_values = to_unit_range(pixel_values)
         mean, std = (_per_contrast(value, pixel_values, contrasts) for value in (self.image_mean, self.image_std))
@@ -272,3 +242,147 @@ def _per_contrast(value: float | list[float], like: Tensor, contrasts: Tensor | 
         return value
     values = like.new_tensor(value)
     return (values if contrasts is None else values[contrasts][:, None])[..., None, None]
+
+
+class ValidSlices:
+    """The valid slices of a batch of volumes: checked, encoded in chunks, and scattered back to (B, S, …).
+
+    Padding is never encoded: it costs nothing and cannot change a result. Arguments as for `BrainFoundModel`.
+
+    Raises:
+        ModelError: if shapes do not fit, or a volume has no valid slice or no contrast.
+    """
+
+    def __init__(
+        self,
+        encoder: SliceEncoder,
+        chunk: int,
+        pixel_values: Tensor,
+        contrast_mask: Tensor | None,
+        slice_mask: Tensor | None,
+        positions_mm: Tensor | None = None,
+    ) -> None:
+        self.encoder = encoder
+        self.chunk = chunk
+        if pixel_values.dim() != 5:
+            raise ModelError(
+                "pixel_values must have five axes",
+                got=f"shape {tuple(pixel_values.shape)}",
+                expected="(volumes, slices, contrasts, height, width)",
+                remedy="Add the missing axis, for one volume with pixel_values[None]",
+            )
+        self.encoder.require_shape(pixel_values)
+        if pixel_values.dtype != torch.uint8 and not pixel_values.is_floating_point():
+            raise ModelError("pixel_values must be float in 0–1 or uint8", got=pixel_values.dtype)
+        num_volumes, num_slices, num_contrasts = pixel_values.shape[:3]
+        self.volumes_slices = (num_volumes, num_slices)
+        self.contrast_mask = _as_mask("contrast_mask", contrast_mask, (num_volumes, num_contrasts))
+        self.slice_mask = _as_mask("slice_mask", slice_mask, self.volumes_slices)
+        require_same_shape("positions_mm", positions_mm, self.volumes_slices)
+        self.pixels = pixel_values.flatten(0, 1)
+        self.index = None if self.slice_mask is None else self.slice_mask.flatten().nonzero()[:, 0]
+        _require_valid_slices(self.volumes_slices, self.slice_mask)
+        if self.contrast_mask is not None and not self.contrast_mask.any(dim=1).all():
+            remedy = "Leave such volumes out of the batch"
+            raise ModelError("a volume has no contrast", where="contrast_mask", remedy=remedy)
+
+    def encode(self, layers: Sequence[int] = ()) -> Iterator[SliceEncoding]:
+        """Encode the valid slices in their order, at most `chunk` images at once (see `BrainFoundConfig.slice_chunk`).
+
+        With the stem "slices" each slice comes with its neighbours below and above: the next valid slices of its
+        volume in the given order, at any distance in mm. The first and the last slice stand in for the neighbour that
+        they lack.
+        """
+        num_slices_each = self.volumes_slices[1]
+        for rows, pixels in self._chunks():
+            contrast_mask = None if self.contrast_mask is None else self.contrast_mask[rows // num_slices_each]
+            yield self.encoder(pixels, contrast_mask, layers=layers)
+
+    def scatter(self, values: Tensor) -> Tensor:
+        """Values of the valid slices (N, …) → (B, S, …), zeros at padded slices."""
+        if self.index is not None:
+            num_all = self.volumes_slices[0] * self.volumes_slices[1]
+            values = values.new_zeros(num_all, *values.shape[1:]).index_copy(0, self.index, values)
+        return values.unflatten(0, self.volumes_slices)
+
+    def select(self, values: Tensor) -> Tensor:
+        """Values (B, S, …) → those of the valid slices (N, …)."""
+        values = values.flatten(0, 1)
+        return values if self.index is None else values[self.index]
+
+    def slices_per_volume(self) -> list[int]:
+        """The number of valid slices of each volume."""
+        num_volumes, num_slices = self.volumes_slices
+        return [num_slices] * num_volumes if self.slice_mask is None else self.slice_mask.sum(dim=1).tolist()
+
+    def _chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The rows of the valid slices and the encoder's input for them, chunk by chunk."""
+        rows = torch.arange(len(self.pixels), device=self.pixels.device) if self.index is None else self.index
+        neighbours = self._neighbours(rows) if self.encoder.stem == "slices" else None
+        start = 0
+        for count in self._chunk_sizes(rows):
+            part = slice(start, start + count)
+            start += count
+            if neighbours is not None:
+                yield rows[part], self.pixels[neighbours[part]].flatten(1, 2)
+            else:
+                # All slices valid and in one chunk is the common case, and needs no copy of the pixels.
+                whole = self.index is None and count == len(self.pixels)
+                yield rows[part], self.pixels if whole else self.pixels[rows[part]]
+
+    def _chunk_sizes(self, rows: Tensor) -> list[int]:
+        """Slices of each chunk; a slice with more contrasts than fit is a chunk by itself."""
+        if self.encoder.stem != "per_contrast":
+            return [len(part) for part in rows.split(self.chunk)]
+        num_volumes, num_contrasts = self.volumes_slices[0], self.pixels.shape[1]
+        each = [num_contrasts] * num_volumes if self.contrast_mask is None else self.contrast_mask.sum(dim=1).tolist()
+        sizes, num_images = [0], 0
+        for images, num_slices in zip(each, self.slices_per_volume(), strict=True):
+            for _ in range(num_slices):
+                if sizes[-1] and num_images + images > self.chunk:
+                    sizes.append(0)
+                    num_images = 0
+                sizes[-1] += 1
+                num_images += images
+        return sizes
+
+    def _neighbours(self, rows: Tensor) -> Tensor:
+        """(N, 3): the rows of the valid slice below, of the slice, and of the valid slice above."""
+        volumes = rows // self.volumes_slices[1]
+        same = volumes[1:] == volumes[:-1]
+        below, above = rows.clone(), rows.clone()
+        below[1:] = torch.where(same, rows[:-1], rows[1:])
+        above[:-1] = torch.where(same, rows[1:], rows[:-1])
+        return torch.stack((below, rows, above), dim=1)
+
+
+def validate_embeddings(
+    slice_embeddings: Tensor, width: int, slice_mask: Tensor | None, positions_mm: Tensor | None
+) -> Tensor | None:
+    """Check slice embeddings (B, S, `width`) that replace images, and return their mask of valid slices."""
+    shape = tuple(slice_embeddings.shape)
+    if len(shape) != 3 or shape[2] != width or not all(shape):
+        raise ModelError(
+            "slice_embeddings do not fit", got=f"shape {shape}", expected=f"(volumes, slices, {width}), none empty"
+        )
+    mask = _as_mask("slice_mask", slice_mask, shape[:2], "slice_embeddings")
+    require_same_shape("positions_mm", positions_mm, shape[:2], "slice_embeddings")
+    _require_valid_slices(shape, mask)
+    return mask
+
+
+def _require_valid_slices(shape: tuple[int, ...], mask: Tensor | None) -> None:
+    if not all(shape) or (mask is not None and not mask.any(dim=1).all()):
+        remedy = "Leave such volumes out of the batch"
+        raise ModelError("a volume has no valid slice", where="slice_mask", remedy=remedy)
+
+
+def _as_mask(name: str, mask: Tensor | None, shape: tuple[int, ...], like: str = "pixel_values") -> Tensor | None:
+    require_same_shape(name, mask, shape, like)
+    return None if mask is None else mask.bool()
+
+
+def require_same_shape(name: str, value: Tensor | None, shape: tuple[int, ...], like: str = "pixel_values") -> None:
+    """Refuse a tensor whose shape does not fit another one, named `like`."""
+    if value is not None and tuple(value.shape) != shape:
+        raise ModelError(f"{name} does not fit {like}", got=f"shape {tuple(value.shape)}", expected=f"shape {shape}")

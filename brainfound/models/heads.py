@@ -1,9 +1,8 @@
 """Heads: volume embeddings → predictions, and the losses of all tasks.
 
 Segmentation: a region term (Dice, Tversky) is computed over all slices together, because most slices lack most
-structures and a term per slice would reward empty predictions. It is averaged over the foreground classes, or over
-all overlapping labels. A pixel term (cross-entropy, focal) is averaged over the labelled pixels. The label −100 is
-unknown and counts in no loss.
+structures and a term per slice would reward empty predictions; it is averaged over the foreground classes or labels.
+A pixel term (cross-entropy, focal) is averaged over the labelled pixels. The label −100 counts in no loss.
 
 Axis legend: B volumes, D width, K classes or overlapping labels, N slices, H W pixels.
 """
@@ -22,21 +21,38 @@ from brainfound.errors import ModelError
 from brainfound.models.configuration import BrainFoundConfig
 
 IGNORED_LABEL = -100
+# Powers below one have an infinite slope at 0.
+_SMALLEST_BASE = 1e-6
 # Keeps exp(−log variance) finite while the mean is still far off.
 _LOG_VARIANCE_LIMIT = 10.0
 
 
-class ClassificationHead(nn.Module):
-    """Layer norm, dropout, and one linear layer: (B, D) → class scores (B, K)."""
+class _LinearHead(nn.Module):
+    """Layer norm, dropout, and one linear layer, in the dtype of its weights also under autocast.
 
-    def __init__(self, config: BrainFoundConfig) -> None:
+    A head fitted to frozen embeddings has large weights whose products cancel: in bfloat16 the rounding error is as
+    large as the differences between subjects.
+    """
+
+    def __init__(self, config: BrainFoundConfig, num_outputs: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(config.embedding_size)
         self.dropout = nn.Dropout(config.head_dropout)
-        self.score = nn.Linear(config.embedding_size, config.num_classes)
+        self.score = nn.Linear(config.embedding_size, num_outputs)
+
+    def compute_scores(self, embedding: Float[Tensor, "volumes width"]) -> Float[Tensor, "volumes outputs"]:
+        with torch.autocast(embedding.device.type, enabled=False):
+            return self.score(self.dropout(self.norm(embedding.to(self.score.weight.dtype))))
+
+
+class ClassificationHead(_LinearHead):
+    """(B, D) → class scores (B, K)."""
+
+    def __init__(self, config: BrainFoundConfig) -> None:
+        super().__init__(config, config.num_classes)
 
     def forward(self, embedding: Float[Tensor, "volumes width"]) -> Float[Tensor, "volumes classes"]:
-        return _compute_scores(self, embedding)
+        return self.compute_scores(embedding)
 
 
 class RegressionHeadOutput(NamedTuple):
@@ -51,8 +67,8 @@ class RegressionHeadOutput(NamedTuple):
     """Standard deviation of the prediction; None with the head "point"."""
 
 
-class RegressionHead(nn.Module):
-    """Layer norm, dropout, and one linear layer: (B, D) → a number per volume (B,), with or without uncertainty.
+class RegressionHead(_LinearHead):
+    """(B, D) → a number per volume (B,), with or without uncertainty.
 
     By `config.regression_head` the layer gives the number itself, mean and log variance of a Gaussian (Nix and Weigend
     1994), or logits of bins over the target's range, whose expectation is the prediction (Peng et al., "Accurate brain
@@ -60,15 +76,11 @@ class RegressionHead(nn.Module):
     """
 
     def __init__(self, config: BrainFoundConfig) -> None:
-        super().__init__()
+        super().__init__(config, {"point": 1, "gaussian": 2, "bins": config.regression_bins}[config.regression_head])
         self.config = config
-        self.norm = nn.LayerNorm(config.embedding_size)
-        self.dropout = nn.Dropout(config.head_dropout)
-        width = {"point": 1, "gaussian": 2, "bins": config.regression_bins}[config.regression_head]
-        self.score = nn.Linear(config.embedding_size, width)
 
     def forward(self, embedding: Float[Tensor, "volumes width"]) -> RegressionHeadOutput:
-        answer = _compute_scores(self, embedding).float()
+        answer = self.compute_scores(embedding).float()
         if self.config.regression_head == "point":
             return RegressionHeadOutput(answer[:, 0])
         if self.config.regression_head == "gaussian":
@@ -84,16 +96,6 @@ class RegressionHead(nn.Module):
         return RegressionHeadOutput(mean, bin_logits=answer, std=variance.sqrt())
 
 
-def _compute_scores(head: ClassificationHead | RegressionHead, embedding: Tensor) -> Tensor:
-    """The output of the last layer in the dtype of its weights, also under autocast.
-
-    A head fitted to frozen embeddings has large weights whose products cancel: in bfloat16 the rounding error is as
-    large as the differences between subjects.
-    """
-    with torch.autocast(embedding.device.type, enabled=False):
-        return head.score(head.dropout(head.norm(embedding.to(head.score.weight.dtype))))
-
-
 def bin_edges(config: BrainFoundConfig) -> Float[Tensor, "edges"]:
     """The `regression_bins` + 1 edges of the bins in standardised units, on the CPU."""
     assert config.regression_range is not None, "the configuration was checked"
@@ -104,12 +106,9 @@ def bin_edges(config: BrainFoundConfig) -> Float[Tensor, "edges"]:
 def soft_labels(
     target: Float[Tensor, "volumes"], edges: Float[Tensor, "edges"], label_width: float
 ) -> Float[Tensor, "volumes bins"]:
-    """The mass of a Gaussian around each target in each bin (Peng et al. 2021).
+    """The mass in each bin of a Gaussian around each target, of `label_width` bins (Peng et al. 2021).
 
     The mass beyond the range belongs to the outermost bins, so that each row sums to 1.
-
-    Args:
-        label_width: standard deviation of the Gaussian, in widths of a bin.
     """
     sigma = label_width * (edges[1] - edges[0])
     below = torch.special.ndtr((edges[1:-1] - target[:, None]) / sigma)
@@ -126,18 +125,13 @@ def classification_loss(
     """Cross-entropy for labels (B,), or binary cross-entropy for multi-label targets (B, K); a mean over volumes.
 
     Args:
-        class_weights: (K,) the weight of a volume of each class, or for multi-label of a positive of each label. The
-            sum is divided by the number of volumes, not by their weights, which would cancel in a batch of one class.
+        class_weights: (K,) for a volume of each class, or a positive of each label. The sum is divided by the number
+            of volumes, not by their weights, which would cancel in a batch of one class.
         focal_gamma: each term is multiplied by (1 − p)^γ, where p is the probability of the truth (Lin et al., "Focal
             Loss for Dense Object Detection", ICCV 2017, eq. 4).
-
-    Raises:
-        ModelError: if the shape of the labels does not fit, or a multi-label target is outside 0 to 1.
     """
     multi_label = problem_type == "multi_label_classification"
-    expected = tuple(logits.shape) if multi_label else tuple(logits.shape[:1])
-    if tuple(labels.shape) != expected:
-        raise ModelError("labels do not fit", got=f"shape {tuple(labels.shape)}", expected=f"shape {expected}")
+    _require_labels(labels, logits.shape if multi_label else logits.shape[:1])
     logits = logits.float()
     plain = class_weights is None and focal_gamma == 0
     if multi_label:
@@ -158,6 +152,11 @@ def classification_loss(
     return (weights * _focal(losses, focal_gamma)).sum() / known.sum().clamp(min=1)
 
 
+def _require_labels(labels: Tensor, shape: torch.Size) -> None:
+    if labels.shape != shape:
+        raise ModelError("labels do not fit", got=f"shape {tuple(labels.shape)}", expected=f"shape {tuple(shape)}")
+
+
 def _as_tensor(class_weights: Sequence[float] | None, logits: Tensor) -> Tensor:
     return logits.new_ones(logits.shape[1]) if class_weights is None else logits.new_tensor(list(class_weights))
 
@@ -171,32 +170,22 @@ def _focal(losses: Tensor, gamma: float) -> Tensor:
 
 
 def regression_loss(
-    mean: Tensor,
-    log_variance: Tensor | None,
+    mean: Float[Tensor, "volumes"],
+    log_variance: Float[Tensor, "volumes"] | None,
     target: Float[Tensor, "volumes"],
     kind: str = "smooth_l1",
     huber_delta: float = 1.0,
 ) -> Tensor:
-    """Loss of a point, or with a log variance the Gaussian negative log-likelihood (Nix and Weigend 1994).
+    """Loss of standardised points, or with a log variance the Gaussian negative log-likelihood (Nix and Weigend 1994).
 
-    Args:
-        mean, target: (B,) standardised.
-        kind: of a point: ``"smooth_l1"`` (Huber's with delta 1), ``"l1"`` or ``"huber"`` (Huber 1964).
-        huber_delta: up to this error Huber's loss is a square, beyond it a line.
-
-    Raises:
-        ModelError: if the shape of the target does not fit.
+    `kind` of a point: ``"smooth_l1"`` (Huber's with delta 1), ``"l1"`` or ``"huber"`` (Huber 1964).
     """
-    if target.shape != mean.shape:
-        raise ModelError("labels do not fit", got=f"shape {tuple(target.shape)}", expected=f"shape {tuple(mean.shape)}")
+    _require_labels(target, mean.shape)
     if log_variance is not None:
         return 0.5 * (log_variance + (target - mean) ** 2 * torch.exp(-log_variance)).mean()
-    if kind == "l1":
-        return F.l1_loss(mean, target)
     if kind == "huber":
         return F.huber_loss(mean, target, delta=huber_delta)
-    assert kind == "smooth_l1", "the configuration was checked"
-    return F.smooth_l1_loss(mean, target)
+    return F.l1_loss(mean, target) if kind == "l1" else F.smooth_l1_loss(mean, target)
 
 
 def bins_loss(
@@ -205,20 +194,10 @@ def bins_loss(
     edges: Float[Tensor, "edges"],
     label_width: float = 1.0,
 ) -> Tensor:
-    """Kullback-Leibler divergence of the soft labels from the predicted distribution (Peng et al. 2021).
-
-    Raises:
-        ModelError: if the shape of the target does not fit.
-    """
-    if target.shape != bin_logits.shape[:1]:
-        expected = f"shape {tuple(bin_logits.shape[:1])}"
-        raise ModelError("labels do not fit", got=f"shape {tuple(target.shape)}", expected=expected)
+    """Kullback-Leibler divergence of the soft labels from the predicted distribution (Peng et al. 2021)."""
+    _require_labels(target, bin_logits.shape[:1])
     wanted = soft_labels(target, edges, label_width)
     return F.kl_div(bin_logits.float().log_softmax(dim=1), wanted, reduction="batchmean")
-
-
-# Powers below one have an infinite slope at 0.
-_SMALLEST_BASE = 1e-6
 
 
 def segmentation_loss(
@@ -228,16 +207,13 @@ def segmentation_loss(
 ) -> Tensor:
     """Cross-entropy plus soft Dice of the foreground classes (Milletari et al. 2016, eq. 3), over labelled pixels.
 
-    Args:
-        logits: class scores.
-        labels: class indices, or with `overlapping` 0 or 1 for each label; −100 where unknown.
-        overlapping: each label is a yes or no of its own (sigmoid), and there is no background class.
+    With `overlapping`, each label is a 0 or 1 of its own (sigmoid), and there is no background class.
     """
     return _cross_entropy(logits, labels, overlapping) + dice_loss(logits, labels, overlapping)
 
 
 def dice_loss(logits: Tensor, labels: Tensor, overlapping: bool = False) -> Tensor:
-    """One minus the soft Dice, averaged over the foreground classes or labels; arguments as `segmentation_loss`."""
+    """One minus the soft Dice, averaged over the foreground classes or labels."""
     probabilities, reference = _probabilities_and_targets(logits, labels, overlapping)
     overlap = (probabilities * reference).sum(dim=(0, 2, 3))
     sizes = (probabilities + reference).sum(dim=(0, 2, 3))
@@ -249,23 +225,12 @@ def dice_loss(logits: Tensor, labels: Tensor, overlapping: bool = False) -> Tens
 
 
 def tversky_loss(
-    logits: Tensor,
-    labels: Tensor,
-    alpha: float = 0.3,
-    beta: float = 0.7,
-    gamma: float = 1.0,
-    overlapping: bool = False,
+    logits: Tensor, labels: Tensor, alpha: float = 0.3, beta: float = 0.7, gamma: float = 1.0, overlapping: bool = False
 ) -> Tensor:
     """One minus the Tversky index (Salehi et al. 2017, eq. 3), to the power 1/gamma (Abraham and Khan 2019, eq. 4).
 
-    For small structures, a large `beta` penalises misses more than false positives. With alpha = beta = 0.5 and
-    gamma = 1 it is the Dice loss. A gamma above 1 gives more weight to classes with a high Tversky index.
-
-    Args:
-        logits, labels, overlapping: as for `segmentation_loss`.
-        alpha: weight of false positives.
-        beta: weight of false negatives.
-        gamma: focus.
+    `alpha` is the weight of false positives, `beta` of false negatives. With alpha = beta = 0.5 and gamma = 1 it is
+    the Dice loss. A gamma above 1 gives more weight to classes with a high Tversky index.
     """
     probabilities, reference = _probabilities_and_targets(logits, labels, overlapping)
     found = (probabilities * reference).sum(dim=(0, 2, 3))
@@ -278,18 +243,14 @@ def tversky_loss(
 
 
 def focal_loss(logits: Tensor, labels: Tensor, gamma: float = 2.0, overlapping: bool = False) -> Tensor:
-    """Cross-entropy of each pixel times (1 − probability of the truth)^gamma (Lin et al. 2017, eq. 4).
-
-    Pixels that are right already, nearly all of them around a small lesion, count little. With gamma = 0 it is the
-    cross-entropy. Arguments as for `segmentation_loss`.
-    """
+    """Cross-entropy of each pixel times (1 − probability of the truth)^gamma (Lin et al. 2017, eq. 4)."""
     costs, known = _pixel_costs(logits, labels, overlapping)
     doubts = (-torch.expm1(-costs)).clamp(min=_SMALLEST_BASE)
     return (doubts**gamma * costs).sum() / known.sum().clamp(min=1)
 
 
 def compute_segmentation_loss(config: BrainFoundConfig, logits: Tensor, labels: Tensor) -> Tensor:
-    """The loss that `config.segmentation_loss` names; tensors as for `segmentation_loss`."""
+    """The loss that `config.segmentation_loss` names."""
     overlapping = config.overlapping_labels
     if config.segmentation_loss == "dice_cross_entropy":
         return segmentation_loss(logits, labels, overlapping)
@@ -300,7 +261,7 @@ def compute_segmentation_loss(config: BrainFoundConfig, logits: Tensor, labels: 
 
 
 def _probabilities_and_targets(logits: Tensor, labels: Tensor, overlapping: bool) -> tuple[Tensor, Tensor]:
-    """Probabilities and truth (N, K, H, W), both zero where the label is unknown."""
+    """Both (N, K, H, W), and zero where the label is unknown."""
     labels, logits = labels.long(), logits.float()
     known = labels != IGNORED_LABEL
     if overlapping:
@@ -319,7 +280,7 @@ def _cross_entropy(logits: Tensor, labels: Tensor, overlapping: bool) -> Tensor:
 
 
 def _pixel_costs(logits: Tensor, labels: Tensor, overlapping: bool) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of each pixel or of each of its labels, zero where the label is unknown; and the known mask."""
+    """Cross-entropy of each pixel or label, zero where the label is unknown; and the known mask."""
     labels, logits = labels.long(), logits.float()
     known = labels != IGNORED_LABEL
     if overlapping:

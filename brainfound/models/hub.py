@@ -1,8 +1,4 @@
-"""Model folders and Hub ids: whether a source is there, why it cannot be read, and quiet loading.
-
-A source is a Hub id (owner/name) or a folder with config.json and safetensors weights. A failure to read one
-becomes a `ModelError` of one line with a remedy.
-"""
+"""Model folders (config.json and safetensors) and Hub ids (owner/name), why one cannot be read, and quiet loading."""
 
 from __future__ import annotations
 
@@ -17,7 +13,6 @@ from brainfound.errors import ModelError
 
 LOAD_FAILURES = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError)
 """The errors of the library and the file system for a source that cannot be read."""
-_NUM_KEYS_SHOWN = 4
 
 
 def is_hub_id(source: str) -> bool:
@@ -28,11 +23,7 @@ def is_hub_id(source: str) -> bool:
 
 
 def require_findable(source: str) -> None:
-    """Refuse a path that does not exist before the Hub is queried.
-
-    Raises:
-        ModelError: if `source` can only be a path, and no such folder exists.
-    """
+    """Refuse a path that does not exist before the Hub is queried."""
     path = Path(source)
     if not is_hub_id(source) and not path.is_dir():
         what = "this is a file, not a model folder" if path.is_file() else "no such model folder"
@@ -49,31 +40,22 @@ def unreadable_model_error(source: str, error: Exception) -> ModelError:
             got=type(error).__name__,
             remedy="Check the name and the connection, or give a local folder",
         )
-    if not (folder / "config.json").is_file():
-        if (folder / "adapter_config.json").is_file():
-            return ModelError(
-                "this is an adapter without the model that it was trained on",
-                where=source,
-                remedy="Load that model and give both to peft.PeftModel.from_pretrained, or save a bundle",
-            )
-        export = folder / "export"
+    has_config, export = (folder / "config.json").is_file(), folder / "export"
+    if not has_config and (folder / "adapter_config.json").is_file():
+        what = "this is an adapter without the model that it was trained on"
+        remedy = "Load that model and give both to peft.PeftModel.from_pretrained, or save a bundle"
+    elif not has_config:
+        what = "this folder has no config.json"
         remedy = f"Give its export: {export}" if export.is_dir() else "Give a folder that holds a model"
-        return ModelError("this folder has no config.json", where=source, remedy=remedy)
-    if (folder / "bundle.json").is_file():
-        return ModelError(
-            "this is what a fine-tuning exported, not a model to start from",
-            where=source,
-            remedy="Give the model that it was fine-tuned from",
-        )
-    if not any(folder.glob("*.safetensors")):
-        return ModelError(
-            "this folder has no safetensors weights",
-            where=source,
-            remedy="Convert the weights to safetensors; pickled weights are refused because they can run code",
-        )
-    return ModelError(
-        f"the model cannot be read: {first_line(error)}", where=source, remedy="Check that the files are whole"
-    )
+    elif (folder / "bundle.json").is_file():
+        what = "this is what a fine-tuning exported, not a model to start from"
+        remedy = "Give the model that it was fine-tuned from"
+    elif not any(folder.glob("*.safetensors")):
+        what = "this folder has no safetensors weights"
+        remedy = "Convert the weights to safetensors; pickled weights are refused because they can run code"
+    else:
+        what, remedy = f"the model cannot be read: {first_line(error)}", "Check that the files are whole"
+    return ModelError(what, where=source, remedy=remedy)
 
 
 def first_line(error: Exception) -> str:
@@ -82,11 +64,7 @@ def first_line(error: Exception) -> str:
 
 
 def require_coverage(source: str, missing: Iterable[str], total: int) -> None:
-    """Refuse a checkpoint that lacks weights of the model.
-
-    Raises:
-        ModelError: counts the missing weights and names the first ones.
-    """
+    """Refuse a checkpoint that lacks weights of the model."""
     missing = sorted(missing)
     if missing:
         raise ModelError(
@@ -99,16 +77,12 @@ def require_coverage(source: str, missing: Iterable[str], total: int) -> None:
 def list_keys(keys: Iterable[str]) -> str:
     """The first few of many keys, in one line."""
     keys = sorted(keys)
-    more = f" and {len(keys) - _NUM_KEYS_SHOWN} more" if len(keys) > _NUM_KEYS_SHOWN else ""
-    return ", ".join(keys[:_NUM_KEYS_SHOWN]) + more
+    return ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
 
 
 @contextmanager
 def silence_transformers() -> Iterator[None]:
-    """Switch off progress bars and load reports of the library, and restore the settings afterwards.
-
-    The reports would alarm where a new head is intended; weights that must not be missing raise an error of ours.
-    """
+    """Switch off progress bars and load reports of the library, which would alarm where a new head is intended."""
     verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -1,14 +1,11 @@
-"""Inference on one stack, shared by training, evaluation and prediction.
-
-A segmentation runs in chunks of slices. With test-time augmentation the probabilities of several variants (flipped
-and shifted slices) are averaged.
+"""Inference on one stack, shared by training, evaluation and prediction; a segmentation runs in chunks of slices.
 
 Axis legend: S slices, C contrasts, H W pixels, K classes or overlapping labels, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -30,17 +27,12 @@ from brainfound.models.model import (
 
 @dataclass(frozen=True)
 class InferenceAugmentation:
-    """Test-time augmentation of a segmentation; the default is the plain slice alone.
-
-    Attributes:
-        flips: also mirror each slice left to right. Not for labels that name a side.
-        overlap: also shift each slice by half a patch down, right, and both: a pixel at the edge of a patch in one
-            variant is in the middle of one in another. Pixels that a shift pushes out of the image are averaged over
-            the other variants.
-    """
+    """Test-time augmentation of a segmentation, whose variants are averaged; the default is the plain slice alone."""
 
     flips: bool = False
+    """Also mirror each slice left to right. Not for labels that name a side."""
     overlap: bool = False
+    """Also shift each slice by half a patch down, right, and both: the edge of a patch becomes the middle of one."""
 
     def variants(self, patch_size: int) -> list[FlipAndShift]:
         """The 1, 2, 4 or 8 variants, the plain one first."""
@@ -109,17 +101,10 @@ def segment(
     augmentation: InferenceAugmentation = InferenceAugmentation(),
     class_probabilities: bool = False,
 ) -> StackPrediction:
-    """Segment a stack.
+    """Segment a stack with a `BrainFoundForSegmentation`, or a PEFT model around one; arguments as for `infer`.
 
-    Args:
-        model: a `BrainFoundForSegmentation`, or a PEFT model around one.
-        config: its configuration.
-        stack: prepared with the model's own preprocessing.
-        chunk: slices per forward pass. A model that mixes neighbouring slices also reads those beside a chunk, so
-            that the output equals that of the whole stack.
-        patch_size: of the backbone, in pixels.
-        augmentation: test-time augmentation.
-        class_probabilities: also return the probability of every class; they take K times the memory.
+    A model that mixes neighbouring slices also reads those beside a chunk, so that the output equals that of the whole
+    stack.
     """
     num_slices, height, width = stack.grid
     num_classes, overlapping = config.num_classes, config.overlapping_labels
@@ -129,10 +114,11 @@ def segment(
     labels = np.empty((num_slices, num_classes, height, width), dtype=bool) if overlapping else None
     foreground = np.empty((num_slices, height, width), dtype=np.float32)
     every = np.empty((num_slices, num_classes, height, width), dtype=np.float32) if class_probabilities else None
-    for index, read in _chunks(num_slices, chunk, reach):
+    for first in range(0, num_slices, chunk):
+        index = np.arange(first, min(first + chunk, num_slices))
+        read = np.arange(max(first - reach, 0), min(first + chunk + reach, num_slices))
         probabilities = _probabilities(model, stack, read, augmentation.variants(patch_size), overlapping)
-        before = index[0] - read[0]
-        probabilities = probabilities[before : before + len(index)]
+        probabilities = probabilities[first - read[0] :][: len(index)]
         if labels is not None:
             labels[index] = (probabilities > 0.5).cpu().numpy()
             foreground[index] = probabilities.amax(dim=1).cpu().numpy()
@@ -147,13 +133,6 @@ def segment(
         foreground_probability=foreground,
         class_probabilities=every,
     )
-
-
-def _chunks(num_slices: int, chunk: int, reach: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The slices of each chunk, and the slices to read for it: up to `reach` more on either side."""
-    for first in range(0, num_slices, chunk):
-        last = min(first + chunk, num_slices)
-        yield np.arange(first, last), np.arange(max(first - reach, 0), min(last + reach, num_slices))
 
 
 def _probabilities(
@@ -189,8 +168,7 @@ def infer(
         model: one of the four BrainFound models, or a PEFT model around one; left in eval mode.
         stack: prepared with the model's own preprocessing.
         num_slices: evenly spaced slices to read; None for all. A segmentation always reads all.
-        augmentation: test-time augmentation of a segmentation.
-        class_probabilities: whether a segmentation returns the probabilities of all classes.
+        class_probabilities: a segmentation also returns those of all classes, with K times the memory.
 
     Raises:
         ModelError: if this is no BrainFound model, or the stack's contrasts are not the model's.
@@ -209,11 +187,9 @@ def infer(
 
 @torch.inference_mode()
 def infer_embedded(model: nn.Module, inputs: Mapping[str, Tensor]) -> StackPrediction:
-    """Run a model on one volume whose slices its backbone embedded before.
+    """Run a model, not for segmentation, on one volume whose slices its backbone embedded before.
 
-    Args:
-        model: a BrainFound model (not for segmentation) or a PEFT model around one; left in eval mode.
-        inputs: ``slice_embeddings (1, S, D)``, ``slice_mask`` and ``positions_mm``.
+    `inputs` are ``slice_embeddings (1, S, D)``, ``slice_mask`` and ``positions_mm``.
     """
     inner = unwrap_peft(model)
     model.eval()
@@ -222,24 +198,23 @@ def infer_embedded(model: nn.Module, inputs: Mapping[str, Tensor]) -> StackPredi
 
 
 def _to_stack_prediction(inner: Any, output: Any, index: np.ndarray | None) -> StackPrediction:
-    common = {
-        "embedding": output.volume_embedding[0].float().cpu().numpy(),
-        "slice_embeddings": output.slice_embeddings[0].float().cpu().numpy(),
-        "slice_weights": None if output.slice_weights is None else output.slice_weights[0].float().cpu().numpy(),
-        "slices": index,
-    }
+    if not isinstance(inner, (BrainFoundModel, BrainFoundForClassification, BrainFoundForRegression)):
+        raise ModelError(f"{type(inner).__name__} is not a BrainFound model")
+    prediction = StackPrediction(
+        embedding=output.volume_embedding[0].float().cpu().numpy(),
+        slice_embeddings=output.slice_embeddings[0].float().cpu().numpy(),
+        slice_weights=None if output.slice_weights is None else output.slice_weights[0].float().cpu().numpy(),
+        slices=index,
+    )
     if isinstance(inner, BrainFoundForClassification):
         logits = output.logits[0].float()
         multi_label = inner.config.problem_type == "multi_label_classification"
-        return StackPrediction(
-            probabilities=(logits.sigmoid() if multi_label else logits.softmax(-1)).cpu().numpy(), **common
-        )
+        probabilities = logits.sigmoid() if multi_label else logits.softmax(-1)
+        return replace(prediction, probabilities=probabilities.cpu().numpy())
     if isinstance(inner, BrainFoundForRegression):
         std = None if output.prediction_std is None else float(output.prediction_std[0])
-        return StackPrediction(value=float(output.predictions[0]), value_std=std, **common)
-    if isinstance(inner, BrainFoundModel):
-        return StackPrediction(**common)
-    raise ModelError(f"{type(inner).__name__} is not a BrainFound model")
+        return replace(prediction, value=float(output.predictions[0]), value_std=std)
+    return prediction
 
 
 def unwrap_peft(model: Any) -> Any:
@@ -248,11 +223,7 @@ def unwrap_peft(model: Any) -> Any:
 
 
 def require_same_contrasts(model: Any, stack: Stack) -> None:
-    """Refuse a stack of other contrasts than the model's, or in another order.
-
-    Raises:
-        ModelError: names both.
-    """
+    """Refuse a stack of other contrasts than the model's, or in another order."""
     contrasts = tuple(model.config.contrasts)
     if contrasts != tuple(stack.contrasts):
         raise ModelError(

@@ -1,14 +1,9 @@
 """Attention over packed sequences: crops of several sizes in one sequence that do not attend to each other.
 
-Pretraining encodes crops of two sizes. Packed into one sequence they share each matrix product; only attention has
-to know where a crop ends. Which of four kernels is fastest depends on the device and on the lengths, so
-`choose_kernel` measures. A kernel counts as available if its output and gradients agree with the reference.
-
 - ``sdpa``: PyTorch's scaled-dot-product attention, one call per run of equal lengths. The reference; runs everywhere.
-- ``matmul``: matrix products and softmaxes per run of equal lengths, a few sequences at a time, so that their scores
-  stay in the cache of a CPU. Probabilities are recomputed in the backward pass, as in FlashAttention (Dao et al. 2022,
-  arXiv 2205.14135, section 3.1), but a whole row of scores is held at once. It is an operator of its own
-  (``torch.ops.brainfound.attention_in_pieces``): recomputation, compilers and FLOP counters see one operation.
+- ``matmul``: matrix products and softmaxes, a few sequences at a time, so that their scores stay in the cache of a
+  CPU. Probabilities are recomputed in the backward pass, as in FlashAttention (Dao et al. 2022, arXiv 2205.14135,
+  section 3.1). It is an operator of its own: recomputation, compilers and FLOP counters see one operation.
 - ``varlen``: PyTorch's variable-length flash attention; CUDA, half precision.
 - ``xformers``: xFormers' memory-efficient attention with a block-diagonal mask (Lefaudeux et al. 2022); CUDA.
 
@@ -143,6 +138,7 @@ PACKED = "brainfound_packed"
 # Errors of a kernel that cannot work here: no operator for the device, no such build, a wrong dtype.
 _KERNEL_FAILURES = (ImportError, NotImplementedError, RuntimeError, ValueError, AttributeError, TypeError)
 _CLEARLY_FASTER = 1.15
+_USE_SDPA = 'Load the model with attn_implementation="sdpa"'
 # Relative to the largest value.
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 
@@ -171,15 +167,10 @@ class Packing:
         """Tokens of each sequence."""
         return [length for count, length in self.runs for _ in range(count)]
 
+    @lru_cache(maxsize=64)  # noqa: B019  (a packing is a few numbers)
     def cumulative_lengths(self, device: torch.device) -> Int[Tensor, "sequences_plus_one"]:
-        """0, and the end of each sequence, as int32. Computed once per packing and device."""
-        return _cumulative_lengths(self, device)
-
-
-@lru_cache(maxsize=64)
-def _cumulative_lengths(packing: Packing, device: torch.device) -> Tensor:
-    ends = torch.tensor([0, *packing.lengths()], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    return ends.to(device)
+        """0, and the end of each sequence, as int32."""
+        return torch.tensor([0, *self.lengths()], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
 
 
 def packed_attention(
@@ -190,14 +181,7 @@ def packed_attention(
     kernel: Kernel = "sdpa",
     scaling: float | None = None,
 ) -> Float[Tensor, "T H d"]:
-    """softmax(q kᵀ · scaling) v within each sequence of a packing.
-
-    Args:
-        scaling: of the scores; None: 1 / sqrt(d).
-
-    Raises:
-        ModelError: if the kernel is unknown, or the packing has another number of tokens.
-    """
+    """softmax(q kᵀ · scaling) v within each sequence of a packing; scaling None: 1 / sqrt(d)."""
     if kernel not in _KERNELS:
         raise ModelError(f"unknown attention kernel {kernel!r}", expected=f"one of {', '.join(_KERNELS)}")
     if packing.num_tokens != query.shape[1]:
@@ -251,7 +235,9 @@ def _xformers(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scali
 
 
 _KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor, Packing, float], Tensor]] = {
-    "sdpa": _per_run(_sdpa),
+    "sdpa": _per_run(
+        lambda query, key, value, scaling: F.scaled_dot_product_attention(query, key, value, scale=scaling)
+    ),
     "matmul": _per_run(attention_in_pieces),
     "varlen": _varlen,
     "xformers": _xformers,
@@ -271,8 +257,6 @@ def _find_kernel_failure(kernel: str, device: torch.device, dtype: torch.dtype, 
         # The reference in float32 or wider: two kernels that round differently are both right.
         wide = inputs.to(torch.promote_types(dtype, torch.float32))
         expected, given = _with_gradients("sdpa", wide, packing), _with_gradients(kernel, inputs, packing)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
     except _KERNEL_FAILURES as error:
         return first_line(error)
     difference = max(((a - b).abs().max() / a.abs().max()).item() for a, b in zip(expected, given, strict=True))
@@ -285,18 +269,18 @@ def _with_gradients(kernel: str, inputs: Tensor, packing: Packing) -> tuple[Tens
     query, key, value = inputs.unbind(0)
     output = packed_attention(query, key, value, packing, kernel)  # type: ignore[arg-type]
     (gradient,) = torch.autograd.grad(output.float().square().sum(), inputs)
+    if inputs.device.type == "cuda":
+        torch.cuda.synchronize(inputs.device)
     return output.detach(), gradient
 
 
 def choose_kernel(
     packing: Packing, num_heads: int, head_width: int, device: torch.device, dtype: torch.dtype, repeats: int = 3
 ) -> tuple[Kernel, dict[str, float | str]]:
-    """The fastest kernel that works here, measured forward and backward at a packing's lengths.
+    """The fastest kernel that works here, and for each kernel its seconds or the reason why it cannot be used.
 
-    The reference is chosen unless another kernel is clearly faster, so that the choice does not depend on noise.
-
-    Returns:
-        The kernel; and for each kernel its seconds, or the reason why it cannot be used.
+    Measured forward and backward at a packing's lengths. The reference is chosen unless another kernel is clearly
+    faster, so that the choice does not depend on noise.
     """
     small = Packing(tuple((min(count, 4), length) for count, length in packing.runs))
     found: dict[str, float | str] = dict(available_kernels(device, dtype, head_width))
@@ -307,8 +291,6 @@ def choose_kernel(
             for _ in range(repeats + 1):
                 started = time.perf_counter()
                 _with_gradients(kernel, inputs, small)
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
                 seconds.append(time.perf_counter() - started)
         except _KERNEL_FAILURES as error:
             if kernel == "sdpa":  # the reference; without it there is nothing to fall back to
@@ -333,10 +315,7 @@ def _packed_interface(
     kernel: Kernel = "sdpa",
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Packed attention with the library's interface: q, k, v ``(1, H, T, d)`` → ``(1, T, H, d)``.
-
-    Without a packing, q, k and v are a batch ``(B, H, L, d)`` and this is plain attention.
-    """
+    """Attention with the library's interface: q, k, v ``(1, H, T, d)``, or without a packing ``(B, H, L, d)``."""
     _require_plain(attention_mask, dropout)
     if packing is None:
         output = F.scaled_dot_product_attention(query, key, value, scale=scaling)
@@ -354,18 +333,14 @@ def _xformers_interface(
     dropout: float = 0.0,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """``attn_implementation="xformers"`` for a batch: q, k, v ``(B, H, L, d)`` → ``(B, L, H, d)``.
-
-    Raises:
-        ModelError: if xFormers does not work here (it has no operator for CPUs), with its own reason.
-    """
+    """``attn_implementation="xformers"`` for a batch: q, k, v ``(B, H, L, d)`` → ``(B, L, H, d)``."""
     _require_plain(attention_mask, dropout)
     fault = _xformers_fault(query.device, query.dtype, query.shape[-1])
     if fault:
         raise ModelError(
             f"xFormers' attention does not work here: {fault}",
             where=f"{query.device}, {query.dtype}",
-            remedy='Load the model with attn_implementation="sdpa"',
+            remedy=_USE_SDPA,
         )
     from xformers.ops import memory_efficient_attention
 
@@ -380,9 +355,7 @@ def _xformers_fault(device: torch.device, dtype: torch.dtype, head_width: int) -
 
 def _require_plain(attention_mask: Tensor | None, dropout: float) -> None:
     if attention_mask is not None or dropout:
-        raise ModelError(
-            "this attention has neither masks nor dropout", remedy='Load the model with attn_implementation="sdpa"'
-        )
+        raise ModelError("this attention has neither masks nor dropout", remedy=_USE_SDPA)
 
 
 AttentionInterface.register("xformers", _xformers_interface)

@@ -1,4 +1,4 @@
-"""Loading of models: saved BrainFound models, and the model that a training starts from.
+"""Loading of saved BrainFound models, and of the model that a training starts from.
 
 The library warns about weights that a file lacks and leaves them random. Here they are refused, except in parts that
 the caller wants new. A saved head with other outputs than the requested ones is refused even where its shape fits.
@@ -34,20 +34,22 @@ _OUTPUT_LAYERS = {
     "BrainFoundForRegression": "head.score",
     "BrainFoundForSegmentation": "decoder.score",
 }
+# Fields of the configuration → the parts that begin anew where one of them differs.
+_CHANGED_PARTS: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("aggregator", "aggregator_layers", "aggregator_width"): ("aggregator",),
+    ("embedding_size",): ("aggregator", "head"),
+    ("decoder", "decoder_slice_mixing", "decoder_width", "resolved_decoder_layers"): ("decoder",),
+}
 
 
 def load_initial_model(kind: type[AnyModel], source: str | Path, contrasts: Sequence[str], **fields: Any) -> AnyModel:
     """A model that starts from a plain ViT or a BrainFound model, with new parts around its weights.
 
-    Args:
-        kind: one of the BrainFound models.
-        source: Hub id or folder.
-        contrasts: those of the data; a BrainFound model must have the same ones in the same order.
-        fields: of `BrainFoundConfig`.
+    `fields` are those of `BrainFoundConfig`.
 
     Raises:
         ModelError: if the source cannot be used.
-        UsageError: if its contrasts are others.
+        UsageError: if a BrainFound model has other contrasts than the data, or another order.
     """
     cls: Any = kind
     if not is_brainfound(source):
@@ -59,11 +61,7 @@ def load_initial_model(kind: type[AnyModel], source: str | Path, contrasts: Sequ
 
 
 def is_brainfound(source: str | Path) -> bool:
-    """Whether a Hub id or folder holds a BrainFound model (else it should be a plain ViT).
-
-    Raises:
-        ModelError: if its configuration cannot be read.
-    """
+    """Whether a Hub id or folder holds a BrainFound model (else it should be a plain ViT)."""
     try:
         content, _ = PreTrainedConfig.get_config_dict(str(source))
     except LOAD_FAILURES as error:
@@ -72,14 +70,9 @@ def is_brainfound(source: str | Path) -> bool:
 
 
 def read_patch_size(source: str | Path, contrasts: Sequence[str]) -> int | None:
-    """The patch size of a model to start from; only its configuration is read.
+    """The patch size of a model to start from, from its configuration; None if it is of no supported family.
 
-    Returns:
-        None if the source is of no supported family, which `load_initial_model` refuses.
-
-    Raises:
-        ModelError: if the configuration cannot be read.
-        UsageError: if it is a BrainFound model of other contrasts.
+    Errors as `load_initial_model`, which also refuses other families.
     """
     is_ours = is_brainfound(source)
     folder = Path(source)
@@ -107,26 +100,12 @@ def _require_contrasts(source: str | Path, own: Sequence[str], given: Sequence[s
 
 
 def load_checked(
-    kind: type[PreTrainedModel],
-    load: Callable[..., Any],
-    source: str,
-    args: tuple[Any, ...],
-    options: dict[str, Any],
+    kind: type[PreTrainedModel], load: Callable[..., Any], source: str, args: tuple[Any, ...], options: dict[str, Any]
 ) -> Any:
-    """Load with the library's `from_pretrained`, then check the result.
+    """Load with `load`, the library's `from_pretrained` of `kind`, then check the result.
 
-    Args:
-        kind: the class that is loaded.
-        load: the library's `from_pretrained`, bound to `kind`.
-        source: a Hub id or a folder.
-        args, options: the caller's further arguments.
-
-    Returns:
-        The model, or with `output_loading_info` the model and the library's loading info, as in the library.
-
-    Raises:
-        ModelError: if the model cannot be read, weights are missing, left over or of another shape, or the saved head
-            has other outputs than the requested ones and `ignore_mismatched_sizes` is not given.
+    Returns and raises as `BrainFoundPreTrainedModel.from_pretrained`; with `output_loading_info` also the library's
+    loading info.
     """
     wants_info = options.pop("output_loading_info", False)
     allows_new_head = options.pop("ignore_mismatched_sizes", False)
@@ -141,16 +120,15 @@ def load_checked(
         # The weights are read under the saved stem; it is changed afterwards.
         options["config"] = copy.deepcopy(given)
         options["config"].stem = saved.stem
-    outputs = None
+    before = wanted = ""
     if kind.__name__ in (saved.architectures or ()) and kind.__name__ in _OUTPUT_LAYERS:
-        outputs = tuple(_describe_head(kind, config) for config in (saved, _requested_config(saved, options)))
-    has_new_head = outputs is not None and outputs[0] != outputs[1]
-    if outputs and has_new_head and not allows_new_head:
+        before, wanted = (_describe_head(kind, config) for config in (saved, _requested_config(saved, options)))
+    if before != wanted and not allows_new_head:
         raise ModelError(
             "the saved head gives other answers than requested",
             where=source,
-            got=outputs[1],
-            expected=outputs[0],
+            got=wanted,
+            expected=before,
             remedy="Load it as it was saved, or give ignore_mismatched_sizes=True: then its last layer begins anew",
         )
     try:
@@ -160,17 +138,19 @@ def load_checked(
     except LOAD_FAILURES as error:
         raise unreadable_model_error(source, error) from error
     new_parts = _new_parts(kind, model.config, saved)
-    if outputs and has_new_head:
+    if before != wanted:
         new_parts += (_OUTPUT_LAYERS[kind.__name__],)
         _reinitialise(model, _OUTPUT_LAYERS[kind.__name__])
-        warnings.warn(
-            f"{source}: the head begins anew, because the saved one has {outputs[0]} and {outputs[1]} are wanted",
-            stacklevel=3,
-        )
-    _require_same_shapes(source, info["mismatched_keys"], new_parts)
-    missing = [key for key in info["missing_keys"] if not _is_part(key, new_parts)]
-    require_coverage(source, missing, total=len(model.state_dict()))
-    left_over = [key for key in info["unexpected_keys"] if not _is_part(key, new_parts)]
+        what = f"{source}: the head begins anew, because the saved one has {before} and {wanted} are wanted"
+        warnings.warn(what, stacklevel=3)
+
+    def is_kept(key: str) -> bool:
+        name = key.removeprefix("brainfound.")
+        return not any(name == part or name.startswith(f"{part}.") for part in new_parts)
+
+    _require_same_shapes(source, sorted(entry for entry in info["mismatched_keys"] if is_kept(entry[0])))
+    require_coverage(source, filter(is_kept, info["missing_keys"]), total=len(model.state_dict()))
+    left_over = list(filter(is_kept, info["unexpected_keys"]))
     if left_over:
         raise ModelError(
             f"the checkpoint holds {len(left_over)} weights that the model has no place for: {list_keys(left_over)}",
@@ -186,9 +166,8 @@ def load_checked(
 
 
 def _requested_config(saved: BrainFoundConfig, options: dict[str, Any]) -> BrainFoundConfig:
-    given = options.get("config")
-    if isinstance(given, BrainFoundConfig):
-        return given
+    if isinstance(options.get("config"), BrainFoundConfig):
+        return options["config"]
     fields = {name: options[name] for name in config_fields() if name in options}
     requested: BrainFoundConfig = BrainFoundConfig.from_dict(saved.to_dict(), **fields)
     requested.require_valid()
@@ -196,7 +175,7 @@ def _requested_config(saved: BrainFoundConfig, options: dict[str, Any]) -> Brain
 
 
 def _describe_head(kind: type, config: BrainFoundConfig) -> str:
-    """The outputs and the input of a head in words; saved scores can be used where the words are the same."""
+    """The outputs and the input of a head in words; a saved head can be used where the words are the same."""
     if kind.__name__ == "BrainFoundForSegmentation":
         return f"{config.num_classes} {'overlapping labels' if config.overlapping_labels else 'classes'}"
     if kind.__name__ == "BrainFoundForClassification":
@@ -221,12 +200,12 @@ def _reinitialise(model: PreTrainedModel, layer: str) -> None:
     model._init_weights(module)
 
 
-def _require_same_shapes(source: str, mismatched: set[tuple[Any, ...]], new_parts: tuple[str, ...]) -> None:
-    others = sorted(entry for entry in mismatched if not _is_part(entry[0], new_parts))
-    if others:
-        _, saved, wanted = others[0]
+def _require_same_shapes(source: str, mismatched: list[tuple[Any, ...]]) -> None:
+    if mismatched:
+        _, saved, wanted = mismatched[0]
+        keys = list_keys(key for key, *_ in mismatched)
         raise ModelError(
-            f"{len(others)} weights have another shape than the model's: {list_keys(key for key, *_ in others)}",
+            f"{len(mismatched)} weights have another shape than the model's: {keys}",
             where=source,
             got=f"{tuple(saved)} for the first",
             expected=tuple(wanted),
@@ -236,10 +215,9 @@ def _require_same_shapes(source: str, mismatched: set[tuple[Any, ...]], new_part
 
 @torch.no_grad()
 def _copy_out_of_mmap(model: PreTrainedModel) -> None:
-    """Give memory of its own to each weight that is a view into the mapped file.
+    """Give memory of its own to each weight that is a view into the mapped file, which may be overwritten.
 
-    In the file weights lie at any multiple of four bytes, and matrix products round differently there:
-    a reloaded model would differ in the last bit. A model must also outlive an overwritten file.
+    In the file weights lie at any multiple of four bytes, and matrix products round differently there.
     """
     for parameter in model.parameters():
         if parameter.device.type == "cpu":
@@ -267,22 +245,8 @@ def _read_saved_config(source: str, options: dict[str, Any]) -> BrainFoundConfig
 
 def _new_parts(kind: type, config: BrainFoundConfig, saved: BrainFoundConfig) -> tuple[str, ...]:
     """The top-level parts that may differ from the file, because another class or configuration is requested."""
-
-    def differ(*fields: str) -> bool:
-        return any(getattr(config, field) != getattr(saved, field) for field in fields)
-
-    parts: tuple[str, ...] = ()
-    if kind.__name__ not in (saved.architectures or ()):
-        parts += ("head", "decoder")
-    if differ("aggregator", "aggregator_layers", "aggregator_width"):
-        parts += ("aggregator",)
-    if differ("embedding_size"):
-        parts += ("aggregator", "head")
-    if differ("decoder", "decoder_slice_mixing", "decoder_width", "resolved_decoder_layers"):
-        parts += ("decoder",)
+    parts: tuple[str, ...] = () if kind.__name__ in (saved.architectures or ()) else ("head", "decoder")
+    for fields, changed in _CHANGED_PARTS.items():
+        if any(getattr(config, field) != getattr(saved, field) for field in fields):
+            parts += changed
     return parts
-
-
-def _is_part(key: str, parts: tuple[str, ...]) -> bool:
-    name = key.removeprefix("brainfound.")
-    return any(name == part or name.startswith(f"{part}.") for part in parts)

@@ -5,10 +5,11 @@ Axis legend: B volumes, S slices, C contrasts, H W pixels, N slices of a batch i
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from jaxtyping import Bool, Float, UInt8
@@ -18,11 +19,11 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from brainfound.errors import ModelError
-from brainfound.models.aggregators import TransformerAggregator, build_aggregator
+from brainfound.models.aggregators import AGGREGATORS, TransformerAggregator
 from brainfound.models.backbones import load_backbone, load_image_statistics
 from brainfound.models.configuration import BrainFoundConfig, require_known_fields
-from brainfound.models.decoders import SliceMixing, build_decoder
-from brainfound.models.encoder import SliceEncoder
+from brainfound.models.decoders import DECODERS, SliceMixing
+from brainfound.models.encoder import SliceEncoder, ValidSlices, require_same_shape, validate_embeddings
 from brainfound.models.heads import (
     ClassificationHead,
     RegressionHead,
@@ -34,7 +35,6 @@ from brainfound.models.heads import (
     regression_loss,
 )
 from brainfound.models.loading import load_checked
-from brainfound.models.valid_slices import ValidSlices, shape_error, validate_embeddings
 
 Pixels = Float[Tensor, "volumes slices contrasts height width"] | UInt8[Tensor, "volumes slices contrasts height width"]
 
@@ -88,25 +88,24 @@ class BrainFoundPreTrainedModel(PreTrainedModel):
         ViT is converted to the architecture of DINOv2, and its images are normalised as its preprocessor says.
 
         Args:
-            id_or_folder: a Hub id (`facebook/dinov2-small`, `google/vit-base-patch16-224`) or a folder with
+            id_or_folder: a Hub id (`facebook/dinov2-small`, `google/vit-base-patch16-224`), or a folder with
                 config.json and safetensors.
-            contrasts: the contrasts of axis C, in order.
             drop_path_rate: stochastic depth while training; None keeps the checkpoint's.
             hub_options: `revision`, `token`, `cache_dir`, `local_files_only`.
             attn_implementation: "eager", "sdpa" or "flash_attention_2"; None lets the library choose.
             config: fields of `BrainFoundConfig`.
 
         Raises:
-            ModelError: if the backbone cannot be used.
-            UsageError: if a configuration argument is unknown.
+            ModelError, UsageError: if the backbone cannot be used, or a configuration argument is unknown.
         """
         require_known_fields(config)
+        hub_options = hub_options or {}
         backbone = load_backbone(
-            id_or_folder, drop_path_rate=drop_path_rate, attn_implementation=attn_implementation, **(hub_options or {})
+            id_or_folder, drop_path_rate=drop_path_rate, attn_implementation=attn_implementation, **hub_options
         )
         # Read first: a new configuration resets the kernel of the ones inside it, and kernels differ in the last bit.
         attention = backbone.config._attn_implementation
-        fields = {**load_image_statistics(id_or_folder, **(hub_options or {})), **config}
+        fields = {**load_image_statistics(id_or_folder, **hub_options), **config}
         own = BrainFoundConfig(
             backbone_config=backbone.config,
             # A folder of this machine means nothing elsewhere, and may name people.
@@ -121,13 +120,11 @@ class BrainFoundPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, id_or_folder: str | Path, *args: Any, **options: Any) -> Self:  # type: ignore[override]
         """Load a saved BrainFound model, whole or not at all.
 
-        As in the library, further keyword arguments set fields of the configuration. A head class may start from a
-        saved `BrainFoundModel`: then its head is new. Another `stem` starts from the kernels of the saved one, as it
-        would from those of a plain ViT. Weights are float32 unless `dtype` is given.
-
-        A saved head with other outputs than the requested ones (another number of classes, another `regression_head`,
-        other bins) is refused, even where its shape fits. With `ignore_mismatched_sizes=True` its last layer begins
-        anew, with a warning.
+        As in the library, keyword arguments set fields of the configuration. The head of a class that starts from a
+        saved `BrainFoundModel` is new. Another `stem` starts from the kernels of the saved one. Weights are float32
+        unless `dtype` is given. A saved head with other outputs than the requested ones (another number of classes,
+        another `regression_head`, other bins) is refused, even where its shape fits; with
+        `ignore_mismatched_sizes=True` its last layer begins anew, with a warning.
 
         Raises:
             ModelError: if the model cannot be read, weights are missing, left over or of another shape (the keys are
@@ -152,17 +149,12 @@ class BrainFoundPreTrainedModel(PreTrainedModel):
 
 
 class BrainFoundModel(BrainFoundPreTrainedModel):
-    """Slices → slice embeddings → volume embedding.
-
-    Args:
-        config: the configuration.
-        backbone: a loaded RGB ViT to start from; `from_backbone` loads it.
-    """
+    """Slices → slice embeddings → volume embedding; starts from a loaded RGB ViT or from new weights."""
 
     def __init__(self, config: BrainFoundConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         self.encoder = SliceEncoder(config, backbone)
-        self.aggregator = build_aggregator(config)
+        self.aggregator = AGGREGATORS[config.aggregator](config)
         self.post_init()
 
     def forward(
@@ -180,10 +172,8 @@ class BrainFoundModel(BrainFoundPreTrainedModel):
         Args:
             pixel_values: 0–1, or uint8.
             contrast_mask: True where a volume has the contrast; None: all are present.
-            slice_mask: True where a slice is valid, False where it is padding; None: all are valid.
+            slice_mask: False where a slice is padding; None: all are valid.
             positions_mm: position of each slice along the stack; None: 1 mm apart, centred.
-            output_patch_embeddings: also return the patch tokens.
-            return_dict: False returns a tuple.
             slice_embeddings: in place of `pixel_values`, the slice embeddings of an earlier pass of this model.
 
         Raises:
@@ -191,7 +181,12 @@ class BrainFoundModel(BrainFoundPreTrainedModel):
                 `pixel_values` and `slice_embeddings` are given.
         """
         if slice_embeddings is not None:
-            self._require_only_embeddings(pixel_values, contrast_mask, output_patch_embeddings)
+            if pixel_values is not None or contrast_mask is not None or output_patch_embeddings:
+                raise ModelError(
+                    "slice_embeddings replace images",
+                    got="pixel_values, contrast_mask or output_patch_embeddings as well",
+                    remedy="Give slice_embeddings with slice_mask and positions_mm only",
+                )
             slice_mask = validate_embeddings(slice_embeddings, self.config.embedding_size, slice_mask, positions_mm)
             aggregation = self.aggregator(slice_embeddings, slice_mask, positions_mm)
             given = BrainFoundModelOutput(aggregation.embedding, slice_embeddings, aggregation.weights)
@@ -208,22 +203,9 @@ class BrainFoundModel(BrainFoundPreTrainedModel):
                 patches.append(encoding.patches)
         slice_embeddings = batch.scatter(torch.cat(embeddings))
         aggregation = self.aggregator(slice_embeddings, batch.slice_mask, positions_mm)
-        output = BrainFoundModelOutput(
-            volume_embedding=aggregation.embedding,
-            slice_embeddings=slice_embeddings,
-            slice_weights=aggregation.weights,
-            patch_embeddings=batch.scatter(torch.cat(patches)) if output_patch_embeddings else None,
-        )
+        patch_embeddings = batch.scatter(torch.cat(patches)) if output_patch_embeddings else None
+        output = BrainFoundModelOutput(aggregation.embedding, slice_embeddings, aggregation.weights, patch_embeddings)
         return output.to_tuple() if return_dict is False else output
-
-    @staticmethod
-    def _require_only_embeddings(pixel_values: Any, contrast_mask: Any, output_patch_embeddings: bool) -> None:
-        if pixel_values is not None or contrast_mask is not None or output_patch_embeddings:
-            raise ModelError(
-                "slice_embeddings replace images",
-                got="pixel_values, contrast_mask or output_patch_embeddings as well",
-                remedy="Give slice_embeddings with slice_mask and positions_mm only",
-            )
 
 
 @dataclass
@@ -263,7 +245,7 @@ class BrainFoundSegmentationOutput(ModelOutput):
     """Class scores of every pixel; zeros at padded slices."""
 
 
-class _BrainFoundModelWithHead(BrainFoundPreTrainedModel):
+class _ModelWithHead(BrainFoundPreTrainedModel):
     """A volume model with a head on top."""
 
     def __init__(self, config: BrainFoundConfig, backbone: PreTrainedModel | None = None) -> None:
@@ -275,13 +257,20 @@ class _BrainFoundModelWithHead(BrainFoundPreTrainedModel):
         return self.brainfound.encoder
 
 
-class BrainFoundForClassification(_BrainFoundModelWithHead):
-    """One label per volume, or several with `config.problem_type = "multi_label_classification"`."""
+class _VolumeModel(_ModelWithHead):
+    """A model whose head reads the volume embedding."""
+
+    head_class: ClassVar[type[nn.Module]]
+    output_class: ClassVar[type[ModelOutput]]
 
     def __init__(self, config: BrainFoundConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config, backbone)
-        self.head = ClassificationHead(config)
+        self.head = self.head_class(config)
         self.post_init()
+
+    @abstractmethod
+    def answer(self, scores: Any, labels: Tensor | None) -> dict[str, Tensor | None]:
+        """The loss if there are labels, and the predictions, from the output of the head."""
 
     def forward(
         self,
@@ -292,21 +281,13 @@ class BrainFoundForClassification(_BrainFoundModelWithHead):
         labels: Tensor | None = None,
         return_dict: bool | None = None,
         slice_embeddings: Float[Tensor, "volumes slices width"] | None = None,
-    ) -> BrainFoundClassifierOutput | tuple[Tensor, ...]:
-        """Class scores of volumes. Inputs as for `BrainFoundModel`; `labels` (B,), or (B, K) for multi-label."""
+    ) -> ModelOutput | tuple[Tensor, ...]:
+        """Predictions for volumes, and with `labels` their loss. Other inputs as for `BrainFoundModel`."""
         volume = self.brainfound(
             pixel_values, contrast_mask, slice_mask, positions_mm, slice_embeddings=slice_embeddings
         )
-        logits = self.head(volume.volume_embedding)
-        loss = None
-        if labels is not None:
-            config = self.config
-            loss = classification_loss(
-                logits, labels, config.problem_type, config.class_weights, config.classification_focal_gamma
-            )
-        output = BrainFoundClassifierOutput(
-            loss=loss,
-            logits=logits,
+        output = self.output_class(
+            **self.answer(self.head(volume.volume_embedding), labels),
             volume_embedding=volume.volume_embedding,
             slice_embeddings=volume.slice_embeddings,
             slice_weights=volume.slice_weights,
@@ -314,43 +295,34 @@ class BrainFoundForClassification(_BrainFoundModelWithHead):
         return output.to_tuple() if return_dict is False else output
 
 
-class BrainFoundForRegression(_BrainFoundModelWithHead):
-    """One number per volume, in the unit of the target (`config.target_mean`, `config.target_std`)."""
+class BrainFoundForClassification(_VolumeModel):
+    """One label per volume, or several with `config.problem_type = "multi_label_classification"`.
 
-    def __init__(self, config: BrainFoundConfig, backbone: PreTrainedModel | None = None) -> None:
-        super().__init__(config, backbone)
-        self.head = RegressionHead(config)
-        self.post_init()
+    `labels` are (B,), or (B, K) for multi-label.
+    """
 
-    def forward(
-        self,
-        pixel_values: Pixels | None = None,
-        contrast_mask: Bool[Tensor, "volumes contrasts"] | None = None,
-        slice_mask: Bool[Tensor, "volumes slices"] | None = None,
-        positions_mm: Float[Tensor, "volumes slices"] | None = None,
-        labels: Float[Tensor, "volumes"] | None = None,
-        return_dict: bool | None = None,
-        slice_embeddings: Float[Tensor, "volumes slices width"] | None = None,
-    ) -> BrainFoundRegressionOutput | tuple[Tensor, ...]:
-        """Predictions for volumes. Inputs as for `BrainFoundModel`; `labels` (B,) in the unit of the target."""
-        volume = self.brainfound(
-            pixel_values, contrast_mask, slice_mask, positions_mm, slice_embeddings=slice_embeddings
-        )
-        scores = self.head(volume.volume_embedding)
+    head_class = ClassificationHead
+    output_class = BrainFoundClassifierOutput
+
+    def answer(self, scores: Float[Tensor, "volumes classes"], labels: Tensor | None) -> dict[str, Tensor | None]:
+        settings = self.config.problem_type, self.config.class_weights, self.config.classification_focal_gamma
+        return {"loss": None if labels is None else classification_loss(scores, labels, *settings), "logits": scores}
+
+
+class BrainFoundForRegression(_VolumeModel):
+    """One number per volume; `labels` (B,) and predictions are in the unit of the target."""
+
+    head_class = RegressionHead
+    output_class = BrainFoundRegressionOutput
+
+    def answer(self, scores: RegressionHeadOutput, labels: Tensor | None) -> dict[str, Tensor | None]:
         center, scale = self.config.target_mean, self.config.target_std
-        loss = None
-        if labels is not None:
-            loss = self._loss(scores, (labels.float() - center) / scale)
-        output = BrainFoundRegressionOutput(
-            loss=loss,
-            predictions=scores.mean * scale + center,
-            prediction_std=None if scores.std is None else scores.std * scale,
-            bin_probabilities=None if scores.bin_logits is None else scores.bin_logits.softmax(dim=1),
-            volume_embedding=volume.volume_embedding,
-            slice_embeddings=volume.slice_embeddings,
-            slice_weights=volume.slice_weights,
-        )
-        return output.to_tuple() if return_dict is False else output
+        return {
+            "loss": None if labels is None else self._loss(scores, (labels.float() - center) / scale),
+            "predictions": scores.mean * scale + center,
+            "prediction_std": None if scores.std is None else scores.std * scale,
+            "bin_probabilities": None if scores.bin_logits is None else scores.bin_logits.softmax(dim=1),
+        }
 
     def _loss(self, scores: RegressionHeadOutput, target: Float[Tensor, "volumes"]) -> Tensor:
         config = self.config
@@ -360,7 +332,7 @@ class BrainFoundForRegression(_BrainFoundModelWithHead):
         return regression_loss(scores.mean, scores.log_variance, target, config.regression_loss, config.huber_delta)
 
 
-class BrainFoundForSegmentation(_BrainFoundModelWithHead):
+class BrainFoundForSegmentation(_ModelWithHead):
     """One class per pixel of every slice, class 0 the background; or with `config.overlapping_labels` any of K labels.
 
     `labels` are (B, S, H, W), or (B, S, K, H, W) of 0 and 1 where they overlap; −100 where unknown.
@@ -368,7 +340,7 @@ class BrainFoundForSegmentation(_BrainFoundModelWithHead):
 
     def __init__(self, config: BrainFoundConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__(config, backbone)
-        self.decoder = build_decoder(config)
+        self.decoder = DECODERS[config.decoder](config)
         self.post_init()
 
     def forward(
@@ -380,15 +352,13 @@ class BrainFoundForSegmentation(_BrainFoundModelWithHead):
         labels: Tensor | None = None,
         return_dict: bool | None = None,
     ) -> BrainFoundSegmentationOutput | tuple[Tensor, ...]:
-        """Class scores of pixels. Inputs as for `BrainFoundModel`; `labels` (B, S, H, W) or (B, S, K, H, W)."""
+        """Class scores of pixels, and with `labels` their loss. Other inputs as for `BrainFoundModel`."""
         batch = ValidSlices(
             self.encoder, self.config.slice_chunk, pixel_values, contrast_mask, slice_mask, positions_mm
         )
         height, width = pixel_values.shape[-2:]
         per_pixel = (self.config.num_classes,) if self.config.overlapping_labels else ()
-        expected = (*pixel_values.shape[:2], *per_pixel, height, width)
-        if labels is not None and tuple(labels.shape) != expected:
-            raise shape_error("labels", labels, expected)
+        require_same_shape("labels", labels, (*pixel_values.shape[:2], *per_pixel, height, width))
         grid = self.encoder.grid(height, width)
         fused = [
             self.decoder.fuse(encoding.hidden, grid) for encoding in batch.encode(self.config.resolved_decoder_layers)

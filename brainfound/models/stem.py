@@ -1,30 +1,29 @@
 """Stems: how the contrasts of a slice enter a 2-D ViT.
 
-Axis legend: N slices, C contrasts, M images given to the ViT, H W pixels, P patches, D width.
-
-- ``channels`` (BrainFound, arXiv 2510.23415): one contrast is one input channel of the patch convolution. Three
-  contrasts start from the RGB kernels. Any other number starts from their mean, scaled by 3/C: C equal channels give
-  the RGB model's output on grey. An absent contrast contributes nothing, and the others are rescaled by C/(number
-  present). With every contrast present nothing changes, to the last bit.
-- ``per_contrast``: each present contrast of a slice is a grey image of its own. The kernel is the sum of the RGB
-  kernels; the ViT's outputs for the images of a slice are averaged.
+- ``channels`` (BrainFound, arXiv 2510.23415): one contrast is one input channel of the patch convolution, with the
+  RGB kernels, or for other numbers than three with their mean times 3/C. An absent contrast contributes nothing, and
+  the others are rescaled by C/(number present).
+- ``per_contrast``: each present contrast of a slice is a grey image of its own, with the sum of the RGB kernels; the
+  ViT's outputs for the images of a slice are averaged.
 - ``slices``: a slice with its neighbours below and above is one image of three channels, with the RGB kernels.
 
 The library's ViT passes `pixel_values` alone to its patch embedding. Presence, or the number of the contrast,
-therefore travels as constant planes of the same image, and no forward pass needs to be forked.
+therefore travels as constant planes of the same image.
+
+Axis legend: N slices, C contrasts, M images given to the ViT, H W pixels, P patches, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedConfig
 
-from brainfound.models.configuration import BrainFoundConfig
+from brainfound.models.backbones import get_image_size, get_patch_size
 
 NUM_NEIGHBOUR_SLICES = 3
 """Planes of the stem "slices": the slice below, the slice, the slice above."""
@@ -52,11 +51,7 @@ def pack_contrast_number(
 class PresentImages:
     """The present contrasts of N slices as M single images, contrast by contrast.
 
-    Args:
-        present: True where a slice has a contrast.
-
-    Attributes:
-        slices, contrasts: (M,) the slice and the contrast of each image.
+    `slices` and `contrasts` (M,) hold the slice and the contrast of each image.
     """
 
     def __init__(self, present: Bool[Tensor, "slices contrasts"]) -> None:
@@ -78,9 +73,9 @@ class PresentImages:
 def inflate_kernels(
     kernels: Float[Tensor, "width channels rows columns"], num_contrasts: int
 ) -> Float[Tensor, "width contrasts rows columns"]:
-    """Patch kernels for `num_contrasts` channels from those of an RGB model.
+    """Patch kernels for C channels from those of an RGB model, with its response to equal channels.
 
-    The response to C equal channels is the RGB model's response to three equal channels.
+    Where the number of channels differs, each kernel is the mean over the old channels, scaled.
     """
     num_channels = kernels.shape[1]
     if num_channels == num_contrasts:
@@ -102,23 +97,20 @@ class ContrastEmbedding(nn.Module):
 
 
 class PatchStem(nn.Module):
-    """Base: a patch convolution in place of the backbone's own.
+    """Base: a patch convolution in place of that of the backbone, from a `BrainFoundConfig`."""
 
-    Args:
-        num_channels: input channels of the convolution.
-        width: D.
-        patch_size: side of a patch in pixels.
-        image_size: (height, width) that the position grid was made for.
-    """
+    fixed_channels: ClassVar[int | None] = None
+    """Input channels of the convolution; None: one per contrast."""
 
-    def __init__(self, num_channels: int, width: int, patch_size: int, image_size: tuple[int, int]) -> None:
+    def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
         # The names that the library's embedding module reads.
-        self.image_size = image_size
-        self.patch_size = (patch_size, patch_size)
-        self.num_patches = (image_size[0] // patch_size) * (image_size[1] // patch_size)
-        self.num_channels = num_channels
-        self.projection = nn.Conv2d(num_channels, width, kernel_size=patch_size, stride=patch_size)
+        self.image_size = get_image_size(config.backbone_config)
+        size = get_patch_size(config.backbone_config)
+        self.patch_size = (size, size)
+        self.num_patches = (self.image_size[0] // size) * (self.image_size[1] // size)
+        self.num_channels = self.fixed_channels or config.num_contrasts
+        self.projection = nn.Conv2d(self.num_channels, config.hidden_size, kernel_size=size, stride=size)
 
     def embed(self, pixels: Float[Tensor, "images channels height width"]) -> Float[Tensor, "images patches width"]:
         """Pixels → patch embeddings, row by row."""
@@ -126,22 +118,30 @@ class PatchStem(nn.Module):
 
     @torch.no_grad()
     def init_from(self, patch_embeddings: Any) -> None:
-        """Start from the patch embedding of a plain ViT or of another stem.
-
-        Where the number of channels differs, the kernels are averaged over channels (`inflate_kernels`).
-        """
+        """Start from the patch embedding of a plain ViT or of another stem; see `inflate_kernels`."""
         kernels = patch_embeddings.projection
         self.projection.weight.copy_(inflate_kernels(kernels.weight, self.num_channels))
         assert self.projection.bias is not None
         self.projection.bias.copy_(kernels.bias)
 
 
-class ContrastPatchEmbeddings(PatchStem):
-    """The stem "channels": patch embedding over C contrasts."""
+class EmbeddingStem(PatchStem):
+    """Base: a stem that also adds the learned vectors of the contrasts."""
 
-    def __init__(self, num_contrasts: int, width: int, patch_size: int, image_size: tuple[int, int]) -> None:
-        super().__init__(num_contrasts, width, patch_size, image_size)
-        self.contrast_embedding = ContrastEmbedding(num_contrasts, width)
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        self.num_contrasts = config.num_contrasts
+        self.contrast_embedding = ContrastEmbedding(self.num_contrasts, config.hidden_size)
+
+    @torch.no_grad()
+    def init_from(self, patch_embeddings: Any) -> None:
+        super().init_from(patch_embeddings)
+        if isinstance(patch_embeddings, EmbeddingStem):
+            self.contrast_embedding.weight.copy_(patch_embeddings.contrast_embedding.weight)
+
+
+class ContrastPatchEmbeddings(EmbeddingStem):
+    """The stem "channels": patch embedding over C contrasts."""
 
     def forward(self, planes: Float[Tensor, "slices planes height width"]) -> Float[Tensor, "slices patches width"]:
         """Planes as `pack_planes` makes them → patch embeddings, row by row."""
@@ -153,18 +153,11 @@ class ContrastPatchEmbeddings(PatchStem):
         patches = self.embed(pixels * scale[:, None, None, None])
         return patches + self.contrast_embedding(presence)[:, None].to(patches.dtype)
 
-    def init_from(self, patch_embeddings: Any) -> None:
-        super().init_from(patch_embeddings)
-        _copy_contrast_embedding(self, patch_embeddings)
 
-
-class GreyPatchEmbeddings(PatchStem):
+class GreyPatchEmbeddings(EmbeddingStem):
     """The stem "per_contrast": patch embedding of one grey image, and the embedding of its contrast."""
 
-    def __init__(self, num_contrasts: int, width: int, patch_size: int, image_size: tuple[int, int]) -> None:
-        super().__init__(1, width, patch_size, image_size)
-        self.num_contrasts = num_contrasts
-        self.contrast_embedding = ContrastEmbedding(num_contrasts, width)
+    fixed_channels = 1
 
     def forward(self, planes: Float[Tensor, "images 2 height width"]) -> Float[Tensor, "images patches width"]:
         """Planes as `pack_contrast_number` makes them → patch embeddings, row by row."""
@@ -172,34 +165,20 @@ class GreyPatchEmbeddings(PatchStem):
         contrast = F.one_hot(planes[:, 1, 0, 0].long(), self.num_contrasts)
         return patches + self.contrast_embedding(contrast)[:, None].to(patches.dtype)
 
-    def init_from(self, patch_embeddings: Any) -> None:
-        super().init_from(patch_embeddings)
-        _copy_contrast_embedding(self, patch_embeddings)
-
 
 class SlicePatchEmbeddings(PatchStem):
     """The stem "slices": patch embedding of three neighbouring slices."""
 
-    def __init__(self, width: int, patch_size: int, image_size: tuple[int, int]) -> None:
-        super().__init__(NUM_NEIGHBOUR_SLICES, width, patch_size, image_size)
+    fixed_channels = NUM_NEIGHBOUR_SLICES
 
     def forward(self, planes: Float[Tensor, "slices 3 height width"]) -> Float[Tensor, "slices patches width"]:
         """Normalised pixels of the slice below, the slice and the slice above → patch embeddings, row by row."""
         return self.embed(planes)
 
 
-def build_stem(config: BrainFoundConfig, patch_size: int, image_size: tuple[int, int]) -> PatchStem:
-    """The stem that a configuration names, with new weights."""
-    width, num_contrasts = config.hidden_size, config.num_contrasts
-    stems: dict[str, Callable[[], PatchStem]] = {
-        "channels": lambda: ContrastPatchEmbeddings(num_contrasts, width, patch_size, image_size),
-        "per_contrast": lambda: GreyPatchEmbeddings(num_contrasts, width, patch_size, image_size),
-        "slices": lambda: SlicePatchEmbeddings(width, patch_size, image_size),
-    }
-    return stems[config.stem]()
-
-
-@torch.no_grad()
-def _copy_contrast_embedding(stem: ContrastPatchEmbeddings | GreyPatchEmbeddings, patch_embeddings: Any) -> None:
-    if isinstance(patch_embeddings, (ContrastPatchEmbeddings, GreyPatchEmbeddings)):
-        stem.contrast_embedding.weight.copy_(patch_embeddings.contrast_embedding.weight)
+STEMS: dict[str, type[PatchStem]] = {
+    "channels": ContrastPatchEmbeddings,
+    "per_contrast": GreyPatchEmbeddings,
+    "slices": SlicePatchEmbeddings,
+}
+"""Name → class, of every stem; `BrainFoundConfig` takes its known names from here."""

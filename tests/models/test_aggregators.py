@@ -6,8 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from brainfound.models import BrainFoundConfig
-from brainfound.models.aggregators import build_aggregator, num_heads_for, sinusoidal_positions
-from brainfound.models.configuration import AGGREGATORS
+from brainfound.models.aggregators import AGGREGATORS, num_heads_for, sinusoidal_positions
 
 WIDTH = 24
 
@@ -15,7 +14,7 @@ WIDTH = 24
 def make(name):
     torch.manual_seed(3)
     backbone = {"model_type": "dinov2", "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2}
-    aggregator = build_aggregator(BrainFoundConfig(backbone_config=backbone, aggregator=name, aggregator_layers=2))
+    aggregator = AGGREGATORS[name](BrainFoundConfig(backbone_config=backbone, aggregator_layers=2))
     with torch.no_grad():
         for parameter in aggregator.parameters():
             parameter.normal_(std=0.3)
@@ -24,7 +23,7 @@ def make(name):
 
 @settings(max_examples=20, deadline=None)
 @given(
-    name=st.sampled_from(AGGREGATORS),
+    name=st.sampled_from(list(AGGREGATORS)),
     counts=st.lists(st.integers(1, 9), min_size=1, max_size=4),
     more=st.integers(0, 5),
     seed=st.integers(0, 99),

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from brainfound.models import BrainFoundConfig, BrainFoundForSegmentation
-from brainfound.models.configuration import DECODERS
-from brainfound.models.decoders import doublings_of_tokens, doublings_to_pixels
+from brainfound.models.decoders import DECODERS, doublings_of_tokens, doublings_to_pixels
 
 NAN = float("nan")
 

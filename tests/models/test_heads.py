@@ -1,7 +1,5 @@
 """Losses against independent formulas, units, and heads that learn."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -16,7 +14,7 @@ from brainfound.models import (
     BrainFoundForRegression,
     BrainFoundForSegmentation,
 )
-from brainfound.models.decoders import build_decoder, pyramid_factors
+from brainfound.models.decoders import DECODERS, pyramid_factors
 from brainfound.models.heads import (
     ClassificationHead,
     RegressionHead,
@@ -84,7 +82,7 @@ def test_uncertainty_is_a_gaussian_likelihood(backbone_folder):
     mean, log_variance, target = torch.randn(3, 6)
     expected = F.gaussian_nll_loss(mean, target, log_variance.exp())
     torch.testing.assert_close(regression_loss(mean, log_variance, target), expected)
-    model = BrainFoundForRegression.from_backbone(backbone_folder, regression_uncertainty=True, target_std=10.0)
+    model = BrainFoundForRegression.from_backbone(backbone_folder, regression_head="gaussian", target_std=10.0)
     assert (model(torch.rand(2, 2, 3, 16, 16)).prediction_std > 0).all()
 
 
@@ -155,21 +153,6 @@ def test_bins_learn_and_are_saved(backbone_folder, tmp_path):
         answers = model(pixels).predictions
         assert (answers - ages).abs().max() < 6
         assert torch.equal(reloaded(pixels).predictions, answers)
-
-
-def test_the_older_word_for_a_gaussian_head(backbone_folder, tmp_path):
-    model = BrainFoundForRegression.from_backbone(backbone_folder, regression_uncertainty=True)
-    assert model.config.regression_head == "gaussian"
-    model.save_pretrained(tmp_path)
-    content = json.loads((tmp_path / "config.json").read_text())
-    new = ("regression_head", "regression_loss", "huber_delta", "regression_bins", "regression_range")
-    new += ("regression_label_width", "class_weights", "classification_focal_gamma")
-    older = {key: value for key, value in content.items() if key not in new} | {"regression_uncertainty": True}
-    (tmp_path / "config.json").write_text(json.dumps(older))
-    reloaded = BrainFoundForRegression.from_pretrained(tmp_path)
-    pixels = torch.rand(2, 2, 3, 16, 16)
-    with torch.no_grad():
-        assert torch.equal(reloaded(pixels).prediction_std, model(pixels).prediction_std)
 
 
 @pytest.mark.parametrize(
@@ -287,7 +270,7 @@ def test_the_pyramid_ends_at_a_quarter_of_a_patch(write_backbone, tmp_path, num_
     config = BrainFoundConfig(
         backbone_config=backbone, decoder_layers=list(range(1, num_layers + 1)), decoder_width=12, num_labels=3
     )
-    decoder = build_decoder(config)
+    decoder = DECODERS[config.decoder](config)
     fused = decoder.fuse({layer: torch.rand(2, 6, 16) for layer in decoder.layers}, (2, 3))
     assert decoder.refine(fused).shape == (2, 3, 8, 12)
     assert len(pyramid_factors(num_layers)) == num_layers

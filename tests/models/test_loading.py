@@ -22,7 +22,8 @@ from brainfound.models import (
     BrainFoundForSegmentation,
     BrainFoundModel,
 )
-from brainfound.models.configuration import AGGREGATORS, DECODERS
+from brainfound.models.aggregators import AGGREGATORS
+from brainfound.models.decoders import DECODERS
 
 HEADS = (BrainFoundForClassification, BrainFoundForRegression, BrainFoundForSegmentation)
 
@@ -332,7 +333,7 @@ def test_the_same_answers_need_no_warning(backbone_folder, tmp_path, recwarn):
     for options in (BINS, {}, {"head_dropout": 0.3}, {"ignore_mismatched_sizes": True}):
         loaded = BrainFoundForRegression.from_pretrained(tmp_path, **options)
         assert torch.equal(loaded.head.score.weight, saved.head.score.weight)
-    older = BrainFoundForRegression.from_backbone(backbone_folder, regression_uncertainty=True)
+    older = BrainFoundForRegression.from_backbone(backbone_folder, regression_head="gaussian")
     older.save_pretrained(tmp_path / "older")
     BrainFoundForRegression.from_pretrained(tmp_path / "older", regression_head="gaussian")
     assert not [warning for warning in recwarn if "begins anew" in str(warning.message)]

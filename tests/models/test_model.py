@@ -12,7 +12,8 @@ from brainfound.models import (
     BrainFoundForSegmentation,
     BrainFoundModel,
 )
-from brainfound.models.configuration import AGGREGATORS, SLICE_FEATURES
+from brainfound.models.aggregators import AGGREGATORS
+from brainfound.models.configuration import SLICE_FEATURES
 
 KINDS = (BrainFoundForClassification, BrainFoundForRegression, BrainFoundForSegmentation)
 

@@ -23,8 +23,8 @@ from brainfound.models import (
     BrainFoundModel,
 )
 from brainfound.models import infer as inference
-from brainfound.models.configuration import STEMS
-from brainfound.models.valid_slices import ValidSlices
+from brainfound.models.encoder import ValidSlices
+from brainfound.models.stem import STEMS
 from brainfound.pretraining.starting_model import InitRecipe, build_model
 from brainfound.recipes import validate
 

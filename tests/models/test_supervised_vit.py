@@ -235,7 +235,7 @@ def test_the_preprocessor_of_a_hub_id_is_asked_for(tmp_path, monkeypatch):
                 raise answer
             return answer
 
-        monkeypatch.setattr("brainfound.models.backbones.supervised_vit.cached_file", cached_file)
+        monkeypatch.setattr("brainfound.models.backbones.cached_file", cached_file)
         return FAMILIES["vit"].image_statistics("google/vit-tiny", {"revision": "abc"})
 
     assert hub(str(folder / "preprocessor_config.json")) == {"image_mean": 0.4, "image_std": 0.3}
