@@ -58,7 +58,8 @@ class Alike(Objective):
         cls = student.encoder(crops.pixels, crops.contrast_mask).cls
         self.last_cls = cls.detach()
         alike, spread = losses.cosine_loss(*cls.chunk(2)), losses.koleo(cls.chunk(2)[0], batch.sessions)
-        return alike + self.recipe.spread_weight * spread, {"loss_alike": alike.detach(), "loss_spread": spread.detach()}
+        parts = {"loss_alike": alike.detach(), "loss_spread": spread.detach()}
+        return alike + self.recipe.spread_weight * spread, parts
 
     def describe(self):
         return "two crops alike"
