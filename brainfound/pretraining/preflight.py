@@ -1,12 +1,12 @@
 """Preflight checks of a recipe and a store, before the model is loaded and before anything is written.
 
-A recipe that cannot work is refused. A recipe that works, but perhaps not as its author thinks (slices that are
-enlarged, a setting without effect, an ablation that changes little), gets a note.
+A recipe that cannot work is refused; one that may not work as its author thinks gets a note.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -20,21 +20,14 @@ from brainfound.pretraining.recipe import PretrainRecipe
 from brainfound.pretraining.slices import SliceNeighbours, usable_rows
 from brainfound.pretraining.starting_model import FROM_SCRATCH
 
-MIN_AFFECTED_FRACTION = 0.5
-"""Part of the slices that an ablation should act on; below this there is a note."""
+MIN_AFFECTED_FRACTION = 0.5  # of the slices, by an ablation; below this there is a note
 
 
 def run_preflight_checks(recipe: PretrainRecipe, store: Store, num_processes: int = 1) -> list[str]:
     """Refuse a recipe that cannot work with a store, and return the notes for its author.
 
-    Only the configuration of the starting model is read.
-
-    Args:
-        num_processes: how many processes train together.
-
     Raises:
-        RecipeError: a setting cannot work with this store.
-        UsageError: the store cannot be used with the starting model.
+        RecipeError, UsageError: a setting cannot work with this store, or the starting model cannot.
         ModelError: the starting model's configuration cannot be read.
     """
     if recipe.probe.every and recipe.probe.target != "auto":
@@ -53,7 +46,6 @@ def _objective(recipe: PretrainRecipe) -> type[Objective]:
 
 
 def _check_slices(recipe: PretrainRecipe, store: Store) -> Iterator[str]:
-    """Slices against crops and patches."""
     if _objective(recipe).uses_multi_crop:
         recipe.views.require_smaller_local_crops()
     height, width = store.preprocessing.size
@@ -86,7 +78,6 @@ def _check_slices(recipe: PretrainRecipe, store: Store) -> Iterator[str]:
 
 
 def _check_views(recipe: PretrainRecipe, store: Store) -> Iterator[str]:
-    """Ablations that need something of the store."""
     views = recipe.views
     if not _objective(recipe).uses_multi_crop:
         return
@@ -142,28 +133,30 @@ def _check_batches(recipe: PretrainRecipe, store: Store) -> Iterator[str]:
 
 def _check_ignored_settings(recipe: PretrainRecipe, num_processes: int) -> Iterator[str]:
     """Settings that were changed and have no effect, or another one than elsewhere."""
-    if unread := recipe.trained.ignored_keys():
-        named = ", ".join(f"trained.{key}={_format_setting(getattr(recipe.trained, key))}" for key in unread)
-        yield f"trained.part is {recipe.trained.part}: {named} {'has' if len(unread) == 1 else 'have'} no effect"
+    trained, views, kind = recipe.trained, recipe.views, recipe.objective.kind
+    unread = {f"trained.{key}": getattr(trained, key) for key in trained.ignored_keys()}
+    yield from _note_ignored(f"trained.part is {trained.part}", unread)
     if not _objective(recipe).uses_multi_crop:
-        yield from _check_single_crop_views(recipe)
+        default = type(views)()
+        changed = {
+            f"views.{key}": getattr(views, key)
+            for key in ("num_local", "neighbour_mm")
+            if getattr(views, key) not in (0, getattr(default, key))
+        }
+        yield from _note_ignored(f"objective.kind is {kind}", changed)
+        if views.split_contrasts:
+            yield (
+                f"objective.kind is {kind}: views.split_contrasts={views.split_contrasts:g} has no second crop"
+                " to share contrasts out to; it withholds some of them"
+            )
     if recipe.engine.parallel == "fsdp" and num_processes > 1 and recipe.engine.crops == "separate":
         yield "engine.parallel is fsdp: crops are packed, not separate, as sharded weights have one backward pass"
 
 
-def _check_single_crop_views(recipe: PretrainRecipe) -> Iterator[str]:
-    """Settings without effect on an objective that sees one crop of a slice."""
-    views, default, kind = recipe.views, type(recipe.views)(), recipe.objective.kind
-    changed = [key for key in ("num_local", "neighbour_mm") if getattr(views, key) not in (0, getattr(default, key))]
-    if changed:
-        named = ", ".join(f"views.{key}={getattr(views, key):g}" for key in changed)
-        yield f"objective.kind is {kind}: {named} {'has' if len(changed) == 1 else 'have'} no effect"
-    if views.split_contrasts:
-        yield (
-            f"objective.kind is {kind}: views.split_contrasts={views.split_contrasts:g} has no second crop"
-            " to share contrasts out to; it withholds some of them"
-        )
-
-
-def _format_setting(value: object) -> str:
-    return f"[{','.join(map(str, value))}]" if isinstance(value, tuple) else f"{value:g}"  # type: ignore[str-format]
+def _note_ignored(cause: str, settings: Mapping[str, Any]) -> Iterator[str]:
+    named = ", ".join(
+        f"{key}=[{','.join(value)}]" if isinstance(value, tuple) else f"{key}={value:g}"
+        for key, value in settings.items()
+    )
+    if settings:
+        yield f"{cause}: {named} {'has' if len(settings) == 1 else 'have'} no effect"

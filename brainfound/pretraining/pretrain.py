@@ -12,26 +12,38 @@ The run folder:
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from rich.console import Console
 from torch import Tensor
 
+from brainfound.data.checking.contract import InputContract
 from brainfound.data.store import Store
 from brainfound.errors import TrainingError, UsageError
 from brainfound.models import BrainFoundModel
+from brainfound.models.hub import silence_transformers
 from brainfound.pretraining.dry_run import TargetHardware, report_dry_run
-from brainfound.pretraining.execution import AUTO_KEYS, resolve_auto_settings
-from brainfound.pretraining.export import export
 from brainfound.pretraining.preflight import run_preflight_checks
-from brainfound.pretraining.recipe import CHANGEABLE_ON_RESUME, PretrainRecipe, resolve_recipe
+from brainfound.pretraining.recipe import (
+    AUTO_KEYS,
+    CHANGEABLE_ON_RESUME,
+    PretrainRecipe,
+    resolve_auto_settings,
+    resolve_recipe,
+)
 from brainfound.pretraining.starting_model import build_model
 from brainfound.pretraining.task import PretrainTask, make_task
+from brainfound.report.cards import write_model_card
 from brainfound.training import distributed, run_folder
+from brainfound.training.checkpoint import wrap_write_errors
 from brainfound.training.engine import Engine
 from brainfound.training.process import make_accelerator
+from brainfound.training.run_folder import EXPORT_FOLDER, versions
 
 
 def pretrain(
@@ -56,40 +68,30 @@ def pretrain(
         out: the run folder; None: ``runs/<name of the recipe>``.
         resume: continue from the newest whole checkpoint in `out`.
         overrides: ``"a.b=c"`` strings.
-        quiet: no progress bar and no notes.
         dry_run: two real steps in a temporary folder, then a report on speed and memory; `out` is not touched.
-        gpus, gpu: in a dry run, also estimate the run on this number of GPUs (None: 1) of this kind
-            (`brainfound.pretraining.dry_run.gpus`).
+        gpus, gpu: in a dry run, also estimate the run on this number of GPUs (None: 1) of this kind.
 
     Returns:
         The run folder (of a dry run: the folder that a real run would use).
 
     Raises:
         RecipeError: a bad recipe, or one that differs from that of the run to be resumed.
-        UsageError: `out` holds a run already, or other files; there is nothing to resume; or the kind of GPU is
-            unknown.
-        TrainingError: the guard stopped the run (the best teacher is exported), it was interrupted, or another
-            process is training in `out`.
+        UsageError: `out` holds a run or other files, there is nothing to resume, or the kind of GPU is unknown.
+        TrainingError: the guard stopped the run (the best teacher is exported), or it was interrupted.
     """
     machine = TargetHardware.of(gpus, gpu)
     if machine is not None and not dry_run:
         raise UsageError("an estimate for other GPUs is part of a dry run", where="--gpu", remedy="Give --dry-run too")
     content, notes = resolve_recipe(recipe, init, overrides)
-    store = _open_store(content, data)
+    data = data if data is not None else content.data
+    if data is None:
+        raise UsageError("no store was given", remedy="Give --data STORE, or data: in the recipe")
+    store = data if isinstance(data, Store) else Store.open(data)
     folder = Path(out) if out is not None else Path("runs") / content.name
     if dry_run:
         report_dry_run(content, store, machine, quiet)
         return folder
     return _run(content, store, folder, resume, quiet, notes)
-
-
-def _open_store(recipe: PretrainRecipe, data: str | Path | Store | None) -> Store:
-    if isinstance(data, Store):
-        return data
-    path = data if data is not None else recipe.data
-    if path is None:
-        raise UsageError("no store was given", remedy="Give --data STORE, or data: in the recipe")
-    return Store.open(path)
 
 
 def _run(recipe: PretrainRecipe, store: Store, folder: Path, resume: bool, quiet: bool, notes: list[str]) -> Path:
@@ -109,10 +111,9 @@ def _run(recipe: PretrainRecipe, store: Store, folder: Path, resume: bool, quiet
 def _train(
     recipe: PretrainRecipe, store: Store, folder: Path, resume: bool, accelerator: Accelerator, console: Console
 ) -> Path:
-    """A run in a locked folder."""
     checkpoint = run_folder.find_resume_checkpoint(folder, recipe, store, resume, CHANGEABLE_ON_RESUME, accelerator)
     if resume and run_folder.is_run_complete(folder, checkpoint, recipe.engine.steps):
-        console.print(f"this run is finished; its export is {folder / run_folder.EXPORT_FOLDER}")
+        console.print(f"this run is finished; its export is {folder / EXPORT_FOLDER}")
         return folder
     model = build_model(recipe.init, store, recipe.views.global_size, recipe.seed)
     engine_recipe, found = resolve_auto_settings(recipe.engine, model.encoder, recipe.views, accelerator.device)
@@ -142,10 +143,10 @@ def _train(
     try:
         engine.run()
     except TrainingError as error:
-        # Raised on all distributed. The best weights before the stop are still worth an export.
+        # Raised on all ranks. The best weights before the stop are still worth an export.
         stopped = error
     try:
-        _export_and_finish(recipe, store, folder, model, engine, task, stopped)
+        _export_and_finish(folder, model, engine, task, stopped)
     except TrainingError as error:
         if stopped is None:
             raise
@@ -168,19 +169,9 @@ def _describe_training(recipe: PretrainRecipe, task: PretrainTask, num_trained_p
 
 
 def _export_and_finish(
-    recipe: PretrainRecipe,
-    store: Store,
-    folder: Path,
-    model: BrainFoundModel,
-    engine: Engine,
-    task: PretrainTask,
-    stopped: TrainingError | None,
+    folder: Path, model: BrainFoundModel, engine: Engine, task: PretrainTask, stopped: TrainingError | None
 ) -> None:
-    """Write the export and the end of the run; all ranks wait for it.
-
-    Raises:
-        TrainingError: on all distributed, if a file cannot be written.
-    """
+    """Write the export and the end of the run; all ranks wait for it, and all raise if it fails."""
     is_main = engine.accelerator.is_main_process
     # A run that stopped before the first step, as on a full disk, has learnt nothing that is worth an export.
     untrained = stopped is not None and engine.step == 0
@@ -192,8 +183,75 @@ def _export_and_finish(
 
     def write() -> None:
         if exported_step is not None:
-            export(folder, recipe, store, model, task.objective, weights, exported_step, task.guard.state)
+            export(folder, model, task, weights, exported_step)
         status = run_folder.DONE if stopped is None else f"stopped: {stopped}"
         run_folder.write_end(folder, status, exported_step, engine.step)
 
     distributed.run_on_main_rank(write, is_main)
+
+
+def export(folder: Path, model: BrainFoundModel, task: PretrainTask, weights: Mapping[str, Tensor], step: int) -> Path:
+    """Write export/: `weights` of the encoder, reached at `step`, with preprocessing, input contract and card.
+
+    It is written under another name and then renamed, so that export/ is always whole.
+
+    Raises:
+        TrainingError: if it cannot be written.
+    """
+    model.encoder.load_state_dict(weights)
+    target, temporary = folder / EXPORT_FOLDER, folder / f".{EXPORT_FOLDER}.writing"
+    shutil.rmtree(temporary, ignore_errors=True)
+    card = _card_facts(model, task, step)
+    try:
+        with wrap_write_errors("the export", target):
+            with silence_transformers():
+                model.eval().save_pretrained(temporary)
+            task.store.preprocessing.save(temporary)
+            InputContract.of(task.store).save(temporary)
+            write_model_card(temporary, card)
+            shutil.rmtree(target, ignore_errors=True)
+            temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # after a failure; a full disk needs the room
+    return target
+
+
+def _card_facts(model: BrainFoundModel, task: PretrainTask, step: int) -> dict[str, Any]:
+    recipe, store, objective, guard = task.recipe, task.store, task.objective, task.guard.state
+    source = recipe.init.source
+    scores = {"first": guard.first_score, "best": guard.best_score, "last": guard.last_score}
+    untouched = recipe.engine.steps == 0
+    described, exported = objective.describe(), objective.exported_name
+    probe = f"probe of the {exported.removeprefix('EMA ')}"
+    summary = f"The {exported} of {described} on brain MRI slices"
+    if untouched:
+        summary = "The starting checkpoint, untouched, as a BrainFound encoder"
+    return {
+        "name": recipe.name,
+        "summary": f"{summary} (it has no task head).",
+        "kind": "encoder as it was before any training here" if untouched else "self-supervised encoder",
+        "base_model": None if source == "none" else source,
+        "backbone": model.config.backbone_config.model_type,
+        "stem": model.config.stem,
+        "aggregator": model.config.aggregator,
+        "objective": "none" if untouched else described,
+        "trained part": None if untouched else recipe.trained.describe(model.encoder.num_layers),
+        "contrasts": list(store.contrasts),
+        "preprocessing": store.preprocessing.model_dump(mode="json"),
+        "recipe": recipe.name,
+        "steps": step,
+        "data_hash": store.content_hash,
+        "num_sessions": len(store),
+        "num_subjects": int(store.sessions["subject"].nunique()),
+        "num_slices": store.num_slices,
+        "seed": recipe.seed,
+        "versions": versions(),
+        "metrics": [
+            {"metric": f"{name} {probe}", "value": value, "data": "the pretraining store, split by subject"}
+            for name, value in scores.items()
+            if value is not None
+        ],
+        "start": "new weights" if source == "none" else None,
+        "guard": {key: value for key, value in asdict(guard).items() if value is not None and "step" in key}
+        | ({"rollbacks": guard.rollbacks, "lr_scale": guard.lr_scale} if guard.rollbacks else {}),
+    }

@@ -1,28 +1,70 @@
-"""The recipe of a pretraining run: its sections, and what overrides and new weights change in it."""
+"""The recipe of a pretraining run: its sections, how "auto" is resolved, and what overrides and new weights change.
+
+The engine settings that "auto" chooses (attention kernel, compilation, use of memory) do not change the result, beyond
+rounding and the draws of stochastic depth: it drops whole sequences of a pass, and separate passes with few slices drop
+another number. The choice is written into the run's recipe, so that a resumed run computes as before.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
+import torch
+from accelerate.utils import broadcast_object_list
 from pydantic import Field
+from torch import Tensor
 
 from brainfound.data.augmentation import ViewsRecipe
 from brainfound.errors import RecipeError
-from brainfound.pretraining.execution import PretrainEngineRecipe
+from brainfound.models.encoder import SliceEncoder
+from brainfound.models.kernels import Packing, available_kernels, choose_kernel
 from brainfound.pretraining.monitoring.guard import GuardRecipe
 from brainfound.pretraining.monitoring.probes import ProbeRecipe
-from brainfound.pretraining.objectives.registry import (
-    OBJECTIVES,
-    OBJECTIVES_BY_KIND,
-    ObjectiveRecipe,
-    convert_settings,
-)
+from brainfound.pretraining.objectives.registry import OBJECTIVES, OBJECTIVES_BY_KIND, ObjectiveRecipe, convert_settings
 from brainfound.pretraining.starting_model import FROM_SCRATCH, InitRecipe, TrainedPartRecipe
 from brainfound.recipes import Recipe, load, validate
+from brainfound.training import distributed
+from brainfound.training.engine import EngineRecipe
 from brainfound.training.optim import OptimRecipe
 from brainfound.training.schedules import ScheduleRecipe
+
+AUTO_KEYS = ("attention", "compile", "crops")
+"""The keys of the engine whose "auto" is resolved here."""
+# These may change between a run and its continuation, as they have no effect on what is learnt.
+CHANGEABLE_ON_RESUME = (
+    "name",
+    "data",
+    "guard",
+    "engine.parallel",
+    *(f"engine.{key}" for key in AUTO_KEYS),
+    "engine.gradient_checkpointing",
+    "engine.log_every",
+    "engine.checkpoint_every",
+    "engine.keep_checkpoints",
+    "engine.max_skipped_in_a_row",
+    "engine.num_workers",
+)
+
+
+class PretrainEngineRecipe(EngineRecipe):
+    """The engine of pretraining, with the way in which models are run."""
+
+    steps: int = Field(default=10_000, ge=0)
+    """Optimiser steps of the whole run; 0 probes and exports the starting checkpoint untouched."""
+    attention: Literal["auto", "sdpa", "matmul", "varlen", "xformers"] = "auto"
+    """The attention kernel (`brainfound.models.kernels`); "auto" takes the fastest of those that work here."""
+    compile: Literal["auto"] | bool = "auto"
+    """Compile the blocks with torch.compile; "auto" does so on a GPU where that works."""
+    gradient_checkpointing: bool | Literal["pointwise"] = "pointwise"
+    """What the backward pass computes again to save memory: false, nothing; "pointwise", norms and activations, which
+    costs next to no time (compiled code always does so); true, all of a residual branch, a third more work for much
+    less memory."""
+    crops: Literal["auto", "packed", "separate"] = "auto"
+    """"packed" encodes all crops together; "separate" local and each of the two global ones one after the other, with
+    about a third of the memory for activations. "auto": packed on a GPU."""
 
 
 class PretrainRecipe(Recipe):
@@ -50,33 +92,10 @@ class PretrainRecipe(Recipe):
     engine: PretrainEngineRecipe = PretrainEngineRecipe()
 
 
-# These may change between a run and its continuation: they have no effect on the result, beyond rounding and the
-# draws of stochastic depth.
-CHANGEABLE_ON_RESUME = (
-    "name",
-    "data",
-    "guard",
-    "engine.parallel",
-    "engine.attention",
-    "engine.compile",
-    "engine.gradient_checkpointing",
-    "engine.crops",
-    "engine.log_every",
-    "engine.checkpoint_every",
-    "engine.keep_checkpoints",
-    "engine.max_skipped_in_a_row",
-    "engine.num_workers",
-)
-
-
 def resolve_recipe(
     recipe: PretrainRecipe | str | Path, init: str | Path | None, overrides: Iterable[str]
 ) -> tuple[PretrainRecipe, list[str]]:
-    """The recipe with overrides and with what follows from them, and notes on the changes.
-
-    Raises:
-        RecipeError: a bad recipe or override.
-    """
+    """The recipe with overrides and their consequences, and notes on the changes."""
     content, notes = _with_overrides(recipe, list(overrides))
     if init is not None:
         content = content.model_copy(update={"init": content.init.model_copy(update={"source": str(init)})})
@@ -130,3 +149,57 @@ def _adapt_to_scratch(recipe: PretrainRecipe) -> tuple[PretrainRecipe, list[str]
     if recipe.trained.part != "full":
         notes.append(f"init.source is none: with trained.part={recipe.trained.part}, most new weights stay random")
     return validate(PretrainRecipe, content), notes
+
+
+def resolve_auto_settings(
+    engine: PretrainEngineRecipe, encoder: SliceEncoder, views: ViewsRecipe, device: torch.device
+) -> tuple[PretrainEngineRecipe, dict[str, Any]]:
+    """Replace each "auto" but that of the precision by a choice for this machine, the same on all ranks.
+
+    Also returns facts for run.json.
+
+    Raises:
+        RecipeError: if the kernel of the recipe does not work here, with its own reason.
+    """
+    dtype = torch.bfloat16 if engine.precision == "bf16" else torch.float32
+    config = encoder.backbone.config
+    head_width = config.hidden_size // config.num_attention_heads
+    found: dict[str, float | str] = {}
+    kernel: str = engine.attention
+    if kernel == "auto":
+        sides = [views.global_size] + ([views.local_size] if views.num_local else [])
+        lengths = [encoder.num_prefix_tokens + (side // encoder.patch_size) ** 2 for side in sides]
+        packing = Packing(tuple((4, length) for length in lengths))  # four crops of each size are timed
+        kernel, found = choose_kernel(packing, config.num_attention_heads, head_width, device, dtype)
+    elif fault := available_kernels(device, dtype, head_width)[kernel]:
+        raise RecipeError(
+            f"this attention kernel does not work here: {fault}",
+            where="engine.attention",
+            got=kernel,
+            remedy="Set engine.attention=sdpa",
+        )
+    on_gpu = device.type == "cuda"
+    choice: dict[str, Any] = {
+        "attention": kernel,
+        "compile": (on_gpu and _can_compile(device)) if engine.compile == "auto" else engine.compile,
+        "crops": ("packed" if on_gpu else "separate") if engine.crops == "auto" else engine.crops,
+    }
+    if engine.parallel == "fsdp" and distributed.is_distributed():
+        # A sharded module hands its gradients over at the end of the one backward pass.
+        choice["crops"] = "packed"
+    (choice,) = broadcast_object_list([choice], from_process=0)
+    return engine.model_copy(update=choice), {"attention_probe": found} if found else {}
+
+
+@lru_cache
+def _can_compile(device: torch.device) -> bool:
+    """Whether torch.compile works here; it needs a compiler, which not every machine has."""
+
+    def twice(values: Tensor) -> Tensor:
+        return torch.nn.functional.gelu(values) * 2
+
+    values = torch.ones(8, device=device)
+    try:
+        return torch.allclose(torch.compile(twice, dynamic=False)(values), twice(values))
+    except RuntimeError:  # what every failure of the compiler derives from
+        return False

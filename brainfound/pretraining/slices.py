@@ -28,9 +28,7 @@ class PretrainBatch:
 
     pixels: UInt8[Tensor, "n C H W"]
     present: Bool[Tensor, "n C"]
-    """The contrasts of the slice's session."""
     sessions: Int[Tensor, "n"]
-    """Index of the session a slice belongs to."""
     neighbours: UInt8[Tensor, "n C H W"] | None = None
     """Another slice of the same session for each slice, if views need one."""
     present_numpy: Bool[np.ndarray, "n C"] | None = None
@@ -44,16 +42,12 @@ class PretrainBatch:
 
     @property
     def present_on_cpu(self) -> Bool[Tensor, "n C"]:
-        """`present`, without waiting for a GPU where `present_numpy` is there."""
+        """`present`, if possible without waiting for a GPU."""
         return self.present.cpu() if self.present_numpy is None else torch.from_numpy(self.present_numpy)
 
 
 def usable_rows(store: Store, margin: float) -> np.ndarray:
-    """The slice rows of a store without the first and last `margin` of each session's slices.
-
-    Raises:
-        StoreError: if nothing is left.
-    """
+    """The slice rows of a store without the first and last `margin` of each session; a StoreError if none is left."""
     sessions = store.slice_sessions
     first = np.searchsorted(sessions, sessions, side="left")
     counts = np.bincount(sessions, minlength=len(store))[sessions]
@@ -66,13 +60,7 @@ def usable_rows(store: Store, margin: float) -> np.ndarray:
 
 
 class SliceNeighbours:
-    """The neighbours of each slice: the other slices of its session within a distance.
-
-    Args:
-        store: where the slices come from.
-        rows: slice rows that may be neighbours, session by session, from inferior to superior.
-        distance_mm: between the middles of two slices.
-    """
+    """The neighbours of each slice among `rows`: other slices of its session within a distance of their middles."""
 
     ROUNDING_MM = 1e-3  # positions are float32; two slices at exactly the distance are neighbours
 
@@ -94,7 +82,7 @@ class SliceNeighbours:
 
 
 class PairedBatchSampler:
-    """The micro-batches of `batches` as pairs (slice, neighbour), drawn by seed and position in the sequence alone."""
+    """The micro-batches of `batches` as pairs (slice, neighbour), drawn by seed and position alone."""
 
     def __init__(self, batches: RankBatchSampler, neighbours: SliceNeighbours) -> None:
         self.batches, self.neighbours = batches, neighbours
@@ -111,10 +99,9 @@ class PairedBatchSampler:
 
 
 class SliceDataset(Dataset):
-    """Slices of a store by position in `rows`; a worker only reads bytes, views are made on the device.
+    """Slices of a store by position in `rows`, each with a neighbour within `neighbour_mm` unless that is 0.
 
-    Args:
-        neighbour_mm: largest distance of the other slice that comes with each slice; 0: no other slice.
+    A worker only reads bytes; views are made on the device.
     """
 
     def __init__(self, store: Store, rows: np.ndarray, neighbour_mm: float = 0.0) -> None:
@@ -148,6 +135,5 @@ def _identity_collate(batch: Any) -> Any:
 
 
 def make_slice_loader(dataset: SliceDataset, batches: RankBatchSampler, num_workers: int) -> DataLoader:
-    """A loader of micro-batches in order."""
     sampler = batches if dataset.neighbours is None else PairedBatchSampler(batches, dataset.neighbours)
     return DataLoader(dataset, batch_sampler=sampler, num_workers=num_workers, collate_fn=_identity_collate)

@@ -1,14 +1,11 @@
 """The model that pretraining starts from (a Hub ViT, a BrainFound model, or new weights), and its trained part.
 
-The trained part is the whole encoder, its last blocks, or low-rank updates (ExPLoRA). Parameters that the checkpoint
-does not bring (mask token and contrast embeddings here, heads in the objectives) are always trained: frozen noise is
-of no use.
+Parameters that the checkpoint does not bring (mask token and contrast embeddings here, heads in the objectives) are
+always trained: frozen noise is of no use.
 
 Axis legend: ``R`` rank, ``I`` width into a matrix, ``O`` width out of it.
 
-Sources: LoRA (arXiv 2106.09685) for the updates; ExPLoRA (2406.10973, section 4) for continuing self-supervised
-pretraining with them: the last blocks and all norms are trained in full, the attention of the frozen blocks through
-updates.
+Sources: LoRA (arXiv 2106.09685) for the updates; ExPLoRA (2406.10973, section 4) for continued pretraining with them.
 """
 
 from __future__ import annotations
@@ -59,8 +56,6 @@ class ScratchRecipe(Recipe):
 
 
 class InitRecipe(Recipe):
-    """Where the weights come from."""
-
     source: str = "facebook/dinov2-small"
     """A Hub id or a folder of a DINOv2 or a supervised ViT, a BrainFound export folder, or "none" for new weights."""
     scratch: ScratchRecipe = ScratchRecipe()
@@ -71,35 +66,27 @@ def build_model(recipe: InitRecipe, store: Store, image_size: int, seed: int) ->
     """The starting model, on the CPU, the same on all ranks.
 
     Raises:
-        ModelError: if the source cannot be used, or its stem does not allow pretraining.
-        UsageError: if it is a BrainFound model with other contrasts than the store.
+        ModelError, UsageError: if the source cannot be used, or its stem or contrasts do not fit.
         RecipeError: if new weights cannot have the size of the recipe.
     """
-    source = recipe.source
     # New weights (a whole ViT, or an aggregator) are drawn from the global generator by the library.
     torch.manual_seed(derive_seed(INITIALISATION, seed, _MODEL_STREAM))
-    if source == FROM_SCRATCH:
+    if recipe.source == FROM_SCRATCH:
         return BrainFoundModel(_scratch_config(recipe.scratch, store, image_size))
-    model = load_initial_model(BrainFoundModel, source, store.contrasts)
+    model = load_initial_model(BrainFoundModel, recipe.source, store.contrasts)
     model.encoder.require_single_slices()
     return model
 
 
 def build_meta_model(recipe: InitRecipe, store: Store, image_size: int) -> BrainFoundModel:
-    """The starting model on the meta device, where a weight has a shape, but no memory and no value.
-
-    Raises:
-        ModelError: if the source's configuration cannot be read, or is of another family.
-        RecipeError: if new weights cannot have the size of the recipe.
-    """
+    """`build_model` on the meta device: weights without memory and values."""
     if recipe.source == FROM_SCRATCH:
         config = _scratch_config(recipe.scratch, store, image_size)
     elif is_brainfound(recipe.source):
         config = BrainFoundConfig.from_pretrained(recipe.source)
     else:
-        config = BrainFoundConfig(
-            backbone_config=load_backbone_config(recipe.source), contrasts=store.contrasts, backbone_source=None
-        )
+        backbone = load_backbone_config(recipe.source)
+        config = BrainFoundConfig(backbone_config=backbone, contrasts=store.contrasts, backbone_source=None)
     with torch.device("meta"):
         model = BrainFoundModel(config)
     model.encoder.require_single_slices()
@@ -155,7 +142,7 @@ class TrainedPartRecipe(Recipe):
         return value
 
     def ignored_keys(self) -> list[str]:
-        """The keys that were changed but have no effect on this part."""
+        """The changed keys without effect on this part."""
         unread = {"full": ("blocks", "rank", "alpha", "roles"), "last_blocks": ("rank", "alpha", "roles"), "lora": ()}
         fields = type(self).model_fields
         return [key for key in unread[self.part] if getattr(self, key) != fields[key].default]
@@ -174,11 +161,7 @@ class TrainedPartRecipe(Recipe):
 def select_trainable_part(encoder: SliceEncoder, recipe: TrainedPartRecipe, seed: int) -> SliceEncoder:
     """An encoder in which only the trained part requires gradients: for "full" itself, otherwise a copy.
 
-    With "lora" the copy has updates B·A, and at first the same outputs: B starts at 0, and A is drawn from `seed`,
-    the same on all ranks.
-
-    Raises:
-        RecipeError: if there are fewer blocks than the recipe trains, or "lora" leaves none to update.
+    "lora" adds updates B·A, with B = 0 at first. A RecipeError if the encoder has too few blocks.
     """
     if recipe.part == "full":
         return encoder.requires_grad_(True)
@@ -194,11 +177,10 @@ def select_trainable_part(encoder: SliceEncoder, recipe: TrainedPartRecipe, seed
     encoder = copy.deepcopy(encoder).requires_grad_(False)
     if recipe.part == "lora":
         _inject_lora(encoder, recipe, num_frozen, seed)
-    unfreeze_last_blocks(encoder, recipe.blocks)
-    if recipe.part == "lora":
         for module in encoder.modules():
             if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
                 module.requires_grad_(True)
+    unfreeze_last_blocks(encoder, recipe.blocks)
     for name, parameter in encoder.named_parameters():
         if any(part in name for part in NEW_PARAMETERS):
             parameter.requires_grad_(True)
@@ -217,12 +199,7 @@ def merge_adapters(encoder: SliceEncoder) -> SliceEncoder:
 
 @torch.no_grad()
 def merged_state_dict(encoder: SliceEncoder, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state of an encoder under the names of one without updates: W + (alpha / rank) · B·A.
-
-    Args:
-        encoder: shows which matrices have updates.
-        state: its ``state_dict()``, or the same gathered from several ranks.
-    """
+    """The (gathered) `state` of an encoder under the names of one without updates: W + (alpha / rank) · B·A."""
     adapted = _lora_layers(encoder)
     merged: dict[str, Tensor] = {}
     for name, tensor in state.items():
@@ -241,7 +218,7 @@ def _lora_layers(encoder: nn.Module) -> dict[str, Any]:
 
 
 def _inject_lora(encoder: SliceEncoder, recipe: TrainedPartRecipe, num_frozen: int, seed: int) -> None:
-    """Give the first `num_frozen` blocks updates, in place; the encoder keeps its class and its other names."""
+    """Give the first `num_frozen` blocks updates, in place."""
     config = LoraConfig(
         r=recipe.rank,
         lora_alpha=recipe.alpha,  # type: ignore[arg-type]

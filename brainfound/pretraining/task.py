@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from brainfound.data.store import Store
 from brainfound.models import BrainFoundModel
-from brainfound.pretraining.execution import apply
+from brainfound.models.blocks import SavedActivations
+from brainfound.models.encoder import SliceEncoder
 from brainfound.pretraining.monitoring.guard import Guard, read_retention_scores
 from brainfound.pretraining.monitoring.probes import Probe
-from brainfound.pretraining.objectives.base import Objective
+from brainfound.pretraining.objectives.base import LossAndMetrics, Objective
 from brainfound.pretraining.objectives.registry import make_objective
-from brainfound.pretraining.recipe import PretrainRecipe
+from brainfound.pretraining.recipe import PretrainEngineRecipe, PretrainRecipe
 from brainfound.pretraining.slices import PretrainBatch, SliceDataset, make_slice_loader, usable_rows
 from brainfound.pretraining.starting_model import FROM_SCRATCH
 from brainfound.training import checkpoint, distributed, schedules
@@ -31,6 +32,8 @@ from brainfound.training.optim import make_optimizer, parameter_groups
 from brainfound.training.randomness import StepKey
 from brainfound.training.task import TrainTask
 
+_SAVED_ACTIVATIONS: dict[bool | str, SavedActivations] = {False: "all", "pointwise": "products", True: "inputs"}
+
 
 def make_task(
     recipe: PretrainRecipe, store: Store, model: BrainFoundModel, folder: Path, accelerator: Accelerator
@@ -39,21 +42,27 @@ def make_task(
     steps, seed = recipe.engine.steps, recipe.seed
     objective = make_objective(recipe.objective, recipe.trained, model.encoder, recipe.views, steps, seed)
     if recipe.engine.parallel == "fsdp" and accelerator.num_processes > 1:
-        frozen, precision = objective.frozen_modules(), accelerator.mixed_precision
-        distributed.shard(objective.student, frozen, accelerator.device, precision)
+        frozen = objective.frozen_modules()
+        distributed.shard(objective.student, frozen, accelerator.device, accelerator.mixed_precision)
     objective.to(accelerator.device)
-    apply(objective, recipe.engine)
+    apply_engine_settings(objective, recipe.engine)
     return PretrainTask(recipe, objective, store, folder, accelerator)
 
 
-class PretrainTask(TrainTask):
-    """Self-supervised pretraining on the slices of a store.
+def apply_engine_settings(objective: Objective, engine: PretrainEngineRecipe) -> None:
+    """Run the encoders of an objective as `engine`, without any "auto", says."""
+    objective.separate_passes = engine.crops == "separate"
+    kept = _SAVED_ACTIVATIONS[engine.gradient_checkpointing]
+    for module in (objective.student, *objective.frozen_modules()):
+        for part in module.modules():
+            if isinstance(part, SliceEncoder):
+                part.configure_blocks(engine.attention, compiled=bool(engine.compile), kept=kept)  # type: ignore[arg-type]
 
-    Args:
-        recipe: with every "auto" resolved.
-        objective: on the accelerator's device already, except for its student.
-        store: where slices come from.
-        folder: of the run; the weights of best encoders are kept in ``checkpoints/best/`` below it.
+
+class PretrainTask(TrainTask):
+    """Self-supervised pretraining on the slices of a store; best encoders are kept in ``checkpoints/best/``.
+
+    The objective is on the accelerator's device already, except for its student.
     """
 
     def __init__(
@@ -76,7 +85,6 @@ class PretrainTask(TrainTask):
         views = recipe.views
         self.dataset = SliceDataset(store, usable_rows(store, views.slice_margin), views.neighbour_mm)
         self.order = EpochOrder(len(self.dataset), recipe.seed)
-        # Refuses a batch that cannot be shared or learnt from, before anything is made.
         objective.require_batch_size(self._rank_batches(0).per_rank)
 
     def make_optimizer(self) -> torch.optim.Optimizer:
@@ -94,9 +102,7 @@ class PretrainTask(TrainTask):
         loader = make_slice_loader(self.dataset, self._rank_batches(first_step), self.engine.num_workers)
         return prefetch_to_device(loader, self.device)
 
-    def loss(
-        self, model: nn.Module, batch: PretrainBatch, step: int, micro_batch: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, model: nn.Module, batch: PretrainBatch, step: int, micro_batch: int) -> LossAndMetrics:
         return self.objective.loss(model, batch, StepKey(self.seed, step, micro_batch, self.rank))
 
     def learning_rate(self, step: int, role: str) -> float:
@@ -149,7 +155,6 @@ class PretrainTask(TrainTask):
         self.guard.record_probe(step, line["probe"], line["probe_standard_error"], watched)
 
     def best_encoder_path(self, step: int) -> Path:
-        """Where the encoder of a best probe is kept."""
         return self.best_folder / f"step-{step:06d}.safetensors"
 
     def _save_best_encoder(self, step: int) -> None:
@@ -169,21 +174,15 @@ class PretrainTask(TrainTask):
                 temporary.unlink(missing_ok=True)
             # A killed run resumes from a checkpoint, and may stop again before it reaches this step: the best encoder
             # of a checkpoint stays as long as that checkpoint.
-            known = {self.best_encoder_path(best) for best in self._best_steps_in_checkpoints()}
+            guards = [state.get("guard", {}) for state in checkpoint.read_task_states(self.checkpoint_folder)]
+            steps = {guard["best_step"] for guard in guards if guard.get("best_step") is not None}
+            known = {self.best_encoder_path(best) for best in steps}
             for old in set(self.best_folder.glob("step-*.safetensors")) - known - {kept}:
                 old.unlink()
 
-    def _best_steps_in_checkpoints(self) -> set[int]:
-        """The steps of the best probes, according to the checkpoints on the disk."""
-        guards = [state.get("guard", {}) for state in checkpoint.read_task_states(self.checkpoint_folder)]
-        return {guard["best_step"] for guard in guards if guard.get("best_step") is not None}
-
     def export_weights(self) -> tuple[int | None, dict[str, Tensor]]:
-        """The encoder to export: (step of an earlier, better one or None for the present one, its weights).
-
-        All ranks call it together where the model is sharded; otherwise rank 0 alone may.
-        """
-        # Gathered before the file is opened, which may fail on one rank only.
+        """(step of an earlier, better encoder or None, weights); all ranks call it together if the model is sharded."""
+        # Before the file is opened, which may fail on one rank only.
         weights = {name: tensor.detach().cpu() for name, tensor in self.objective.exported_state().items()}
         best = self.guard.state.best_step
         if self.guard.should_export_best() and best is not None:

@@ -14,9 +14,8 @@ from brainfound.models import BrainFoundConfig, BrainFoundModel
 from brainfound.pretraining.dry_run import report as dry_run_report
 from brainfound.pretraining.dry_run import trial as dry_run
 from brainfound.pretraining.dry_run.gpus import GPU_SPECS, TargetHardware, find_gpu
-from brainfound.pretraining.dry_run.memory import GIB
-from brainfound.pretraining.dry_run.trial import AnalyticCosts, DryRunMeasurement, ParameterCounts
-from brainfound.pretraining.objectives.flops import StepFlops
+from brainfound.pretraining.dry_run.memory import GIB, AnalyticCosts, DryRunMeasurement, ParameterCounts
+from brainfound.pretraining.objectives.base import StepFlops
 from brainfound.pretraining.pretrain import pretrain
 from brainfound.pretraining.recipe import PretrainRecipe
 from brainfound.pretraining.starting_model import InitRecipe, build_meta_model, build_model
@@ -245,8 +244,8 @@ def test_a_few_images_foretell_the_memory_of_many(store, recipe, tmp_path, monke
 
 
 def test_where_the_weights_do_not_fit_what_needs_no_trial_is_said(store, recipe, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("brainfound.pretraining.dry_run.run.available_memory_bytes", lambda device: 1000)
-    monkeypatch.setattr("brainfound.pretraining.dry_run.run.build_model", None)  # would fail
+    monkeypatch.setattr("brainfound.pretraining.dry_run.trial.available_memory_bytes", lambda device: 1000)
+    monkeypatch.setattr("brainfound.pretraining.dry_run.trial.build_model", None)  # would fail
     content = recipe("engine.batch_size=512", "engine.keep_checkpoints=3")
     pretrain(content, store, out=tmp_path / "run", dry_run=True, quiet=True, gpus=8, gpu="A100-80GB")
     here, paper = capsys.readouterr().out.split("\n\n")

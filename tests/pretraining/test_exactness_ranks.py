@@ -8,7 +8,7 @@ loader, objective, data-parallel averaging, optimiser, teacher.
 Filling in hidden patches (masked autoencoding, and the hybrid) has pieces likewise.
 
 What gradient accumulation may change, and what not: Sinkhorn-Knopp and KoLeo look at the micro-batch of
-all distributed, as they must when only one micro-batch is in memory. Terms of single images (the anchors) do
+all ranks, as they must when only one micro-batch is in memory. Terms of single images (the anchors) do
 not depend on how a step is divided. Both are held here.
 """
 

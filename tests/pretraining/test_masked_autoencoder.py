@@ -18,7 +18,6 @@ from brainfound.pretraining.objectives.masked_autoencoder import (
     reconstruction_loss,
 )
 from brainfound.pretraining.objectives.masking import num_hidden_patches, sample_hidden_patches
-from brainfound.pretraining.slices import PretrainBatch
 from brainfound.training.randomness import StepKey
 
 KEY = StepKey(seed=0, step=0, micro_batch=0, rank=0)
@@ -37,17 +36,6 @@ def predict(objective, views):
 @pytest.fixture
 def objective(model, recipe):
     return make(model, recipe)
-
-
-@pytest.fixture
-def batch(store):
-    rows = torch.arange(0, 96, 12).numpy()
-    sessions = store.slice_sessions[rows]
-    return PretrainBatch(
-        torch.from_numpy(store.read_slices(rows)),
-        torch.from_numpy(store.present[sessions]),
-        torch.from_numpy(sessions),
-    )
 
 
 def loss_by_hand(predicted, pixels, hidden, contrast_mask, side: int, normalise: bool) -> float:

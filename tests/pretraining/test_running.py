@@ -9,11 +9,12 @@ from safetensors.torch import load_file
 
 from brainfound.errors import RecipeError
 from brainfound.models.encoder import SliceEncoder
-from brainfound.pretraining import execution as running
-from brainfound.pretraining.execution import PretrainEngineRecipe, apply, resolve_auto_settings
+from brainfound.pretraining import recipe as running
 from brainfound.pretraining.objectives.registry import make_objective
 from brainfound.pretraining.pretrain import pretrain
+from brainfound.pretraining.recipe import PretrainEngineRecipe, resolve_auto_settings
 from brainfound.pretraining.starting_model import TrainedPartRecipe
+from brainfound.pretraining.task import apply_engine_settings
 
 CPU = torch.device("cpu")
 
@@ -38,7 +39,7 @@ def test_what_was_asked_for_is_taken(model, recipe):
 
 @pytest.mark.parametrize(("sharded", "crops"), [(True, "packed"), (False, "separate")])
 def test_only_weights_that_are_sharded_need_packed_crops(model, recipe, monkeypatch, sharded, crops):
-    monkeypatch.setattr(running.ranks, "is_distributed", lambda: sharded)
+    monkeypatch.setattr(running.distributed, "is_distributed", lambda: sharded)
     engine, _ = settled(model, recipe, attention="sdpa", parallel="fsdp", crops="separate")
     assert engine.crops == crops
 
@@ -65,7 +66,7 @@ def test_every_encoder_of_an_objective_is_told(model, recipe):
     content = recipe()
     objective = make_objective(content.objective, TrainedPartRecipe(), model.encoder, content.views, 6, 0)
     engine = PretrainEngineRecipe(attention="matmul", compile=False, gradient_checkpointing=True, crops="separate")
-    apply(objective, engine)
+    apply_engine_settings(objective, engine)
     modules = [objective.student, *objective.frozen_modules()]
     encoders = [part for module in modules for part in module.modules() if isinstance(part, SliceEncoder)]
     assert len(encoders) == 3

@@ -25,17 +25,6 @@ def objective(model, recipe):
     return make(model, recipe)
 
 
-@pytest.fixture
-def batch(store):
-    rows = torch.arange(0, 96, 12).numpy()
-    sessions = store.slice_sessions[rows]
-    return PretrainBatch(
-        torch.from_numpy(store.read_slices(rows)),
-        torch.from_numpy(store.present[sessions]),
-        torch.from_numpy(sessions),
-    )
-
-
 KEY = StepKey(seed=0, step=0, micro_batch=0, rank=0)
 
 

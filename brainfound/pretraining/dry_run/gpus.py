@@ -1,7 +1,6 @@
-"""Kinds of GPU, for estimates on paper: peak rates and memory; and the machine of such an estimate.
+"""Kinds of GPU and machines of them, for estimates on paper.
 
-Rates are peaks of dense matrix products with float32 sums, from the makers' data sheets; half the rate, where a sheet
-states it with sparsity. Memory is the part that a program can use.
+Rates are peaks of dense matrix products with float32 sums. Memory is the part that a program can use.
 
 Sources: NVIDIA data sheets of V100 (2020), A10 (2021), A100 (2021), H100 (2023), H200 (2024) and HGX B200
 (2024), of RTX A6000 and A40 (2021), L40 (2022), L40S, L4 and RTX 6000 Ada (2023); NVIDIA white papers of the GA102
@@ -18,15 +17,12 @@ from brainfound.training.engine import EngineRecipe
 
 @dataclass(frozen=True)
 class GPUSpec:
-    """One kind of GPU."""
+    """One kind of GPU; the peak of bfloat16 is None where there is none, that of float32 is without TF32."""
 
     name: str
     memory_gib: float
-    """Device memory that a program can use."""
     bf16_tflops: float | None
-    """Peak of bfloat16 in TFLOP/s; None without bfloat16."""
     float32_tflops: float
-    """Peak of float32 in TFLOP/s, without TF32."""
 
     def tflops(self, precision: str) -> tuple[float, str]:
         """The peak at a precision ("bf16" or "no"), and the precision that is used: float32 without bf16."""
@@ -59,14 +55,7 @@ GPU_SPECS = {
 
 
 def find_gpu(name: str) -> GPUSpec:
-    """The kind with a name, in any case and with spaces or underscores for hyphens.
-
-    Raises:
-        UsageError: for an unknown kind; names the nearest.
-
-    >>> find_gpu("rtx 4090").memory_gib
-    23.6
-    """
+    """The kind with a name such as "rtx 4090", in any case; a UsageError names the nearest for an unknown one."""
     wanted = name.strip().lower().replace(" ", "-").replace("_", "-")
     for known, kind in GPU_SPECS.items():
         if known.lower() == wanted:
@@ -87,11 +76,7 @@ class TargetHardware:
 
     @classmethod
     def of(cls, gpus: int | None, gpu: str | None) -> TargetHardware | None:
-        """The machine that the command line names; None if it names none.
-
-        Raises:
-            UsageError: for an unknown kind, or a number without one.
-        """
+        """The machine that the command line names, if any; a UsageError for a number without a kind."""
         if gpu is None and gpus is None:
             return None
         if gpu is None:
@@ -109,11 +94,7 @@ class TargetHardware:
         return engine.batch_size // (self.num_gpus * engine.accumulation)
 
     def require_divisible_batch(self, engine: EngineRecipe) -> None:
-        """Refuse a batch that the GPUs cannot share.
-
-        Raises:
-            UsageError: names the nearest batches that they can share.
-        """
+        """Raise a UsageError for a batch that the GPUs cannot share, with the nearest ones that they can."""
         parts = self.num_gpus * engine.accumulation
         if engine.batch_size % parts:
             above = (engine.batch_size // parts + 1) * parts

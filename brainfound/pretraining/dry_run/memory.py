@@ -1,4 +1,4 @@
-"""Memory: of the first forward pass of a task, of this process, and of this machine.
+"""Costs of pretraining: sizes of the models, memory of a forward pass, and the measurement of two real steps.
 
 On a GPU the allocator knows what a forward pass takes; on a CPU every new tensor is counted while it lives.
 """
@@ -9,6 +9,7 @@ import os
 import platform
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +18,29 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from brainfound.pretraining.objectives.base import Objective, StepFlops
+from brainfound.training.distributed import BRANCHES
+
 GIB = 2**30
-_PLAIN = (Tensor, nn.Parameter)
+FLOAT32_BYTES, BFLOAT16_BYTES = 4, 2
 
 
 class ForwardMemory:
     """Measures the memory of the first forward pass of a task, in place of its `loss`.
 
-    Args:
-        loss: called with a model, a batch and further arguments.
-        part: makes a smaller batch of a batch, which is measured first; None: it is not.
+    `part` makes a smaller batch of a batch, which is measured first.
     """
 
     def __init__(
         self, loss: Callable[..., Any], device: torch.device, part: Callable[[Any], Any] | None = None
     ) -> None:
         self.loss, self.device, self.part = loss, device, part
-        self.peak_bytes = 0
+        self.peak_bytes: int | None = None
         self.part_peak_bytes: int | None = None
-        self._done = False
 
     def __call__(self, *arguments: Any) -> Any:
-        if self._done:
+        if self.peak_bytes is not None:
             return self.loss(*arguments)
-        self._done = True
         if self.part is not None:
             model, batch, *others = arguments
             # The first call fills caches, such as the grid of a crop size, which would count in one measurement only.
@@ -71,23 +71,21 @@ class LiveTensors(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        old = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if type(t) in _PLAIN}
-        for tensor in tree_leaves(result):
-            if type(tensor) in _PLAIN:
-                storage = tensor.untyped_storage()
-                if storage._cdata not in old:  # neither a view nor changed in place
-                    old.add(storage._cdata)
-                    self._track(storage)
+        old = {storage._cdata for storage in _storages((args, kwargs))}
+        for storage in _storages(result):
+            if storage._cdata not in old:  # neither a view nor changed in place
+                old.add(storage._cdata)
+                self.num_bytes += storage.nbytes()
+                self.peak_bytes = max(self.peak_bytes, self.num_bytes)
+                weakref.finalize(storage, self._untrack, storage.nbytes())
         return result
-
-    def _track(self, storage: torch.UntypedStorage) -> None:
-        size = storage.nbytes()
-        self.num_bytes += size
-        self.peak_bytes = max(self.peak_bytes, self.num_bytes)
-        weakref.finalize(storage, self._untrack, size)
 
     def _untrack(self, size: int) -> None:
         self.num_bytes -= size
+
+
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if type(leaf) in (Tensor, nn.Parameter)]
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -106,9 +104,93 @@ def available_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     known = Path("/proc/meminfo")
-    if known.is_file():
-        for line in known.read_text(encoding="utf-8").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
+    lines = known.read_text(encoding="utf-8").splitlines() if known.is_file() else []
+    for line in lines:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
     # Other systems only report the size of the machine.
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """The number of weights of each model; the encoder is the student without heads."""
+
+    student: int
+    trained: int
+    teacher: int
+    anchor: int
+    encoder: int
+    layer: int
+    """The largest attention or MLP of a block, which sharded training gathers at a time."""
+
+    @classmethod
+    def of(cls, objective: Objective) -> ParameterCounts:
+        student, encoder = objective.student, objective.exported_encoder
+        frozen = {name: _count(module) for name, module in objective.named_frozen_modules().items()}
+        anchor = frozen.pop("anchor", 0)
+        heads = sum(_count(module) for module in student.modules() if getattr(module, "is_shard_unit", False))
+        return cls(
+            student=_count(student),
+            trained=sum(p.numel() for p in student.parameters() if p.requires_grad),
+            teacher=sum(frozen.values()),
+            anchor=anchor,
+            encoder=_count(student) - heads,
+            layer=max(_count(block.get_submodule(branch)) for block in encoder.blocks for branch in BRANCHES),
+        )
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """One checkpoint: everything in float32, and two moments of each trained weight."""
+        return FLOAT32_BYTES * (self.student + self.teacher + self.anchor + 2 * self.trained)
+
+    @property
+    def dry_run_bytes(self) -> int:
+        """Memory before the first step: as a checkpoint, with gradients and the starting model."""
+        return self.checkpoint_bytes + FLOAT32_BYTES * (self.trained + self.encoder)
+
+
+@dataclass(frozen=True)
+class AnalyticCosts:
+    """Costs that follow from a recipe and the size of its model, without a trial."""
+
+    weights: ParameterCounts
+    flops: Callable[[int], StepFlops]
+    """Number of images in a micro-batch → its FLOPs; not quite in proportion, as whole crops are left out."""
+    may_roll_back: bool = False
+
+
+@dataclass(frozen=True)
+class DryRunMeasurement:
+    """Two steps on this machine; `num_images` in a micro-batch of one process, images/s of all processes."""
+
+    device: torch.device
+    precision: str
+    num_processes: int
+    num_images: int
+    images_per_second: float
+    forward_bytes: float
+    """Peak memory of the forward pass of a micro-batch besides the weights; with that of teacher and targets."""
+    half_batch_forward_bytes: float | None
+    """The same for half as many images, rounded down, if it was measured."""
+    sizes: AnalyticCosts
+    loss: float
+    ln_k: float | None
+    """The loss of a uniform prediction; only of objectives with prototypes."""
+
+    def activation_bytes(self, num_images: int) -> float:
+        """The memory that the forward pass of another micro-batch would take.
+
+        One part grows in proportion to the student's FLOPs; the rest, such as normalised prototypes, is constant. The
+        two measurements separate them.
+        """
+        wanted, tried = (self.sizes.flops(n).student for n in (num_images, self.num_images))
+        if self.half_batch_forward_bytes is None:
+            return self.forward_bytes * wanted / tried
+        half = self.sizes.flops(self.num_images // 2).student
+        slope = max(self.forward_bytes - self.half_batch_forward_bytes, 0) / (tried - half)
+        return self.forward_bytes + slope * (wanted - tried)
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from brainfound.pretraining.dry_run.gpus import GPUSpec, TargetHardware
-from brainfound.pretraining.dry_run.memory import GIB, peak_memory_gib
-from brainfound.pretraining.dry_run.trial import (
+from brainfound.pretraining.dry_run.memory import (
     BFLOAT16_BYTES,
     FLOAT32_BYTES,
+    GIB,
     AnalyticCosts,
     DryRunMeasurement,
     ParameterCounts,
+    peak_memory_gib,
 )
-from brainfound.pretraining.execution import PretrainEngineRecipe
+from brainfound.pretraining.recipe import PretrainEngineRecipe
 from brainfound.training.schedules import effective_lr
 
 # Of a GPU's memory; the rest goes to the driver, to libraries and to gaps between blocks.
@@ -24,12 +25,7 @@ _FLOAT_NAMES = {"bf16": "bfloat16", "no": "float32"}
 def report(
     trial: DryRunMeasurement, engine: PretrainEngineRecipe, lr: float, machine: TargetHardware | None
 ) -> Iterator[str]:
-    """Lines about this machine and, if one is named, about a machine on paper.
-
-    Args:
-        engine: of the recipe, with its whole batch.
-        lr: of the recipe, at batch 128.
-    """
+    """Lines about this machine and, if one is given, about a machine on paper; `engine` and `lr` are the recipe's."""
     yield from _local_lines(trial, engine)
     yield from _cost_lines(trial.sizes, engine, lr)
     ln_k = "" if trial.ln_k is None else f"  (ln K = {trial.ln_k:.4f})"
@@ -42,13 +38,10 @@ def report(
 def report_without_measurement(
     sizes: AnalyticCosts, available_memory_bytes: int, engine: PretrainEngineRecipe, lr: float, machine: TargetHardware
 ) -> Iterator[str]:
-    """Lines where this machine is too small for a trial: only what follows from the sizes."""
-    needed = sizes.weights.dry_run_bytes
+    """Lines where this machine is too small for a trial."""
+    free, needed = format_bytes(available_memory_bytes), format_bytes(sizes.weights.dry_run_bytes)
     yield "this machine: too little memory for a trial, so nothing was measured"
-    yield (
-        f"  memory                   {format_bytes(available_memory_bytes)} are free;"
-        f" weights, gradients and moments take {format_bytes(needed)}"
-    )
+    yield f"  memory                   {free} are free; weights, gradients and moments take {needed}"
     yield from _cost_lines(sizes, engine, lr)
     yield ""
     yield from _estimate_lines(sizes, None, engine, machine)
@@ -121,17 +114,22 @@ def _memory_lines(
     machine: TargetHardware,
     bf16: bool,
 ) -> Iterator[str]:
-    """Memory per GPU; without a trial, that of weights, gradients and moments."""
+    def memory_parts(parallel: str, accumulation: int) -> dict[str, float]:
+        num_images = engine.batch_size // (machine.num_gpus * accumulation)
+        forward_bytes = 0 if trial is None else trial.activation_bytes(num_images)
+        in_bf16 = trial is not None and trial.precision == "bf16"
+        return memory_per_gpu(sizes.weights, forward_bytes, machine.num_gpus, parallel, bf16, in_bf16)
+
+    def memory_bytes(parallel: str, accumulation: int) -> float:
+        return sum(memory_parts(parallel, accumulation).values())
+
     verdicts = ("fits", "does not fit")
     if trial is None:
         verdicts = ("and activations", "does not fit, even without activations")
     fitting, wanted = False, machine.micro_batch_size(engine)
     for parallel in machine.parallel_modes:
-        if trial is None:
-            parts = memory_per_gpu(sizes.weights, 0, machine.num_gpus, parallel, bf16)
-        else:
-            parts = _memory_breakdown(trial, engine, machine, parallel, engine.accumulation, bf16)
-        fits = _fits(parts, machine.kind)
+        parts = memory_parts(parallel, engine.accumulation)
+        fits = _fits(sum(parts.values()), machine.kind)
         fitting |= fits and parallel == engine.parallel
         name = parallel if machine.num_gpus > 1 else "one GPU"
         yield f"    {name:<8} {format_bytes(sum(parts.values())):>9}  {verdicts[not fits]}"
@@ -147,7 +145,7 @@ def _memory_lines(
     if trial.num_images != wanted:
         yield f"    activations of {format_count(wanted, 'image')} were reckoned from those of {trial.num_images}"
     if not fitting:
-        yield f"    {suggest_fitting_settings(trial, engine, machine, bf16)}"
+        yield f"    {suggest_fitting_settings(engine, machine, memory_bytes)}"
 
 
 def memory_per_gpu(
@@ -158,16 +156,11 @@ def memory_per_gpu(
     bf16: bool,
     includes_bf16_copies: bool = False,
 ) -> dict[str, float]:
-    """Bytes of each kind on one of `num_gpus` that train together.
+    """Bytes of each kind on one of `num_gpus` that train together, with "ddp" or "fsdp".
 
-    Weights, gradients and both moments are float32. With DDP, gradients are copied into buckets that are
-    sent; bfloat16 keeps a copy of the matrices during a step. With FSDP each GPU has its share, two gathered layers
-    and whole heads.
-
-    Args:
-        forward_bytes: of the forward pass of its micro-batch.
-        parallel: "ddp" or "fsdp".
-        includes_bf16_copies: whether that was measured in bfloat16, with the copies of the matrices.
+    Weights, gradients and both moments are float32. With DDP, gradients are copied into buckets that are sent; bfloat16
+    keeps copies of the matrices during a step, which `forward_bytes` may include. With FSDP each GPU has its share, two
+    gathered layers and whole heads.
     """
     shares = num_gpus if parallel == "fsdp" else 1
     parts = {
@@ -189,25 +182,21 @@ def memory_per_gpu(
 
 
 def suggest_fitting_settings(
-    trial: DryRunMeasurement, engine: PretrainEngineRecipe, machine: TargetHardware, bf16: bool
+    engine: PretrainEngineRecipe, machine: TargetHardware, memory_bytes: Callable[[str, int], float]
 ) -> str:
-    """The smallest changes that let a recipe fit into a GPU's memory, in words."""
+    """The smallest changes that let a recipe fit, given the memory by engine.parallel and engine.accumulation."""
     per_step = engine.batch_size // machine.num_gpus
-    finer = [a for a in range(engine.accumulation, per_step + 1) if per_step % a == 0]
+    finer = [number for number in range(engine.accumulation, per_step + 1) if per_step % number == 0]
     found = []
     for parallel in machine.parallel_modes:
-        for accumulation in finer:
-            if _fits(_memory_breakdown(trial, engine, machine, parallel, accumulation, bf16), machine.kind):
-                changes = [f"engine.parallel={parallel}"] if parallel != engine.parallel else []
-                changes += [f"engine.accumulation={accumulation}"] if accumulation != engine.accumulation else []
-                found.append(" and ".join(changes))
-                break
+        fitting = [number for number in finer if _fits(memory_bytes(parallel, number), machine.kind)]
+        if fitting:
+            settings = {"parallel": parallel, "accumulation": fitting[0]}
+            changed = {key: value for key, value in settings.items() if value != getattr(engine, key)}
+            found.append(" and ".join(f"engine.{key}={value}" for key, value in changed.items()))
     if found:
         return f"It would fit with {', or '.join(found)}."
-    least = min(
-        sum(_memory_breakdown(trial, engine, machine, parallel, finer[-1], bf16).values())
-        for parallel in machine.parallel_modes
-    )
+    least = min(memory_bytes(parallel, finer[-1]) for parallel in machine.parallel_modes)
     others = [] if engine.gradient_checkpointing is True else ["engine.gradient_checkpointing=true (not measured here)"]
     others += ["engine.crops=separate (not measured here)"] if engine.parallel == "ddp" else []
     others += ["more GPUs with engine.parallel=fsdp", "larger GPUs"]
@@ -216,57 +205,29 @@ def suggest_fitting_settings(
 
 def disk_bytes(sizes: AnalyticCosts, engine: PretrainEngineRecipe) -> int:
     """The disk space of a run: its checkpoints, an encoder of the best probe for each of them, and the export."""
-    weights, may_roll_back = sizes.weights, sizes.may_roll_back
-    encoders = (engine.max_checkpoints_on_disk(may_roll_back) + 1) * FLOAT32_BYTES * weights.encoder
-    return engine.max_checkpoints_on_disk(may_roll_back) * weights.checkpoint_bytes + encoders
-
-
-def _memory_breakdown(
-    trial: DryRunMeasurement,
-    engine: PretrainEngineRecipe,
-    machine: TargetHardware,
-    parallel: str,
-    accumulation: int,
-    bf16: bool,
-) -> dict[str, float]:
-    forward_bytes = trial.activation_bytes(engine.batch_size // (machine.num_gpus * accumulation))
-    measured = trial.precision == "bf16"
-    return memory_per_gpu(trial.sizes.weights, forward_bytes, machine.num_gpus, parallel, bf16, measured)
+    num, weights = engine.max_checkpoints_on_disk(sizes.may_roll_back), sizes.weights
+    return num * weights.checkpoint_bytes + (num + 1) * FLOAT32_BYTES * weights.encoder
 
 
 def _length(engine: PretrainEngineRecipe, seconds: float) -> str:
     return f"{format_count(engine.steps, 'step')}, about {format_duration(engine.steps * seconds)} without probes"
 
 
-def _fits(parts: dict[str, float], kind: GPUSpec) -> bool:
-    return sum(parts.values()) <= USABLE_MEMORY_FRACTION * kind.memory_gib * GIB
+def _fits(num_bytes: float, kind: GPUSpec) -> bool:
+    return num_bytes <= USABLE_MEMORY_FRACTION * kind.memory_gib * GIB
 
 
 def format_number(value: float) -> str:
-    """Three significant digits, without an exponent.
-
-    >>> format_number(13_612_345.0), format_number(48.26), format_number(0.0312)
-    ('13,600,000', '48.3', '0.0312')
-    """
+    """Three significant digits without an exponent, such as 13,600,000 or 0.0312."""
     rounded = float(f"{value:.3g}")
     return f"{rounded:,.0f}" if rounded >= 100 else f"{rounded:g}"
 
 
 def format_bytes(num_bytes: float) -> str:
-    """Bytes in MiB or GiB.
-
-    >>> format_bytes(3 * 2**30), format_bytes(5 * 2**20)
-    ('3 GiB', '5 MiB')
-    """
     return f"{format_number(num_bytes / GIB)} GiB" if num_bytes >= GIB else f"{format_number(num_bytes / 2**20)} MiB"
 
 
 def format_duration(seconds: float) -> str:
-    """A time in a suitable unit.
-
-    >>> format_duration(0.0042), format_duration(90), format_duration(7200), format_duration(864_000)
-    ('4.2 ms', '90 s', '2 h', '10 days')
-    """
     for limit, unit, name in ((1, 0.001, "ms"), (120, 1, "s"), (7200, 60, "min"), (100 * 3600, 3600, "h")):
         if seconds < limit:
             return f"{format_number(seconds / unit)} {name}"
@@ -274,18 +235,8 @@ def format_duration(seconds: float) -> str:
 
 
 def format_flops(number: float) -> str:
-    """Floating-point operations in GFLOP or TFLOP.
-
-    >>> format_flops(2.5e9), format_flops(5.6e12)
-    ('2.5 GFLOP', '5.6 TFLOP')
-    """
     return f"{format_number(number / 1e12)} TFLOP" if number >= 1e12 else f"{format_number(number / 1e9)} GFLOP"
 
 
 def format_count(number: int, thing: str) -> str:
-    """A number with its noun.
-
-    >>> format_count(1, "step"), format_count(50_000, "step")
-    ('1 step', '50,000 steps')
-    """
     return f"{number:,} {thing}{'' if number == 1 else 's'}"

@@ -1,141 +1,108 @@
-"""Two real steps of a run: measured speed and memory, and the sizes that an estimate for other machines needs.
+"""The dry run: two real steps that leave no files behind, and a report on them.
 
-Everything about this machine is measured. On others, speed follows from the operations of a step, the peak rate of
-the GPU and an assumed utilisation; memory follows from the number of weights and from the forward pass here. Such an
-estimate is good for choosing a machine and for excluding one; it is no promise. Because it has to work on a laptop,
-it tries out a few images instead of a whole micro-batch.
+Everything about this machine is measured. On others, speed follows from the FLOPs of a step, the peak rate of the GPU
+and an assumed utilisation; memory follows from the number of weights and from the forward pass here, of a few images
+if the estimate has to work on a laptop. It is good for choosing a machine and for excluding one; it is no promise.
 
-Published utilisations of self-supervised ViTs, derived from reported images/s: DINOv2 ViT-L/14 on A100
-31%, DINOv3 ViT-L on H100 19%, CAPI 58%.
+Published utilisations of self-supervised ViTs, derived from reported images/s: DINOv2 ViT-L/14 on A100 31%, DINOv3
+ViT-L on H100 19%, CAPI 58%.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from rich.console import Console
 
+from brainfound.data.store import Store
+from brainfound.pretraining.dry_run import report
 from brainfound.pretraining.dry_run.gpus import TargetHardware
-from brainfound.pretraining.dry_run.memory import ForwardMemory
-from brainfound.pretraining.execution import PretrainEngineRecipe
-from brainfound.pretraining.objectives.base import Objective
-from brainfound.pretraining.objectives.flops import StepFlops
+from brainfound.pretraining.dry_run.memory import (
+    AnalyticCosts,
+    DryRunMeasurement,
+    ForwardMemory,
+    ParameterCounts,
+    available_memory_bytes,
+)
+from brainfound.pretraining.monitoring.guard import Guard
+from brainfound.pretraining.objectives.registry import make_objective
+from brainfound.pretraining.preflight import run_preflight_checks
+from brainfound.pretraining.recipe import PretrainEngineRecipe, PretrainRecipe, resolve_auto_settings
 from brainfound.pretraining.slices import PretrainBatch
-from brainfound.pretraining.task import PretrainTask
-from brainfound.training.distributed import BRANCHES
+from brainfound.pretraining.starting_model import build_meta_model, build_model
+from brainfound.pretraining.task import PretrainTask, make_task
+from brainfound.training import distributed
 from brainfound.training.engine import Engine
+from brainfound.training.process import make_accelerator
 
 NUM_STEPS = 2
 NUM_ESTIMATE_IMAGES = 4  # of the micro-batch that is tried out for another machine
-FLOAT32_BYTES, BFLOAT16_BYTES = 4, 2
 
 
-@dataclass(frozen=True)
-class ParameterCounts:
-    """The number of weights of each model."""
+def report_dry_run(recipe: PretrainRecipe, store: Store, machine: TargetHardware | None, quiet: bool) -> None:
+    """Train for two real steps in a temporary folder, and print speed, memory and cost of the whole run.
 
-    student: int
-    trained: int
-    teacher: int
-    anchor: int
-    encoder: int
-    """Of the student, without heads."""
-    layer: int
-    """The largest attention or MLP of a block, which sharded training gathers at a time."""
-
-    @classmethod
-    def of(cls, objective: Objective) -> ParameterCounts:
-        """Count them; sharded ones count whole."""
-        student, encoder = objective.student, objective.exported_encoder
-        frozen = {name: _count(module) for name, module in objective.named_frozen_modules().items()}
-        anchor = frozen.pop("anchor", 0)
-        heads = sum(_count(module) for module in student.modules() if getattr(module, "is_shard_unit", False))
-        return cls(
-            student=_count(student),
-            trained=sum(p.numel() for p in student.parameters() if p.requires_grad),
-            teacher=sum(frozen.values()),
-            anchor=anchor,
-            encoder=_count(student) - heads,
-            layer=max(_count(block.get_submodule(branch)) for block in encoder.blocks for branch in BRANCHES),
-        )
-
-    @property
-    def checkpoint_bytes(self) -> int:
-        """Bytes of one checkpoint: everything in float32, and two moments of each trained weight."""
-        return FLOAT32_BYTES * (self.student + self.teacher + self.anchor + 2 * self.trained)
-
-    @property
-    def dry_run_bytes(self) -> int:
-        """Memory of a trial before the first step: as a checkpoint, with gradients and the starting model."""
-        return self.checkpoint_bytes + FLOAT32_BYTES * (self.trained + self.encoder)
+    If a `machine` is given, the run on it is estimated too.
+    """
+    precision = recipe.engine.precision
+    if machine is not None:
+        machine.require_divisible_batch(recipe.engine)
+        # bfloat16 may be hundreds of times slower here than there.
+        precision = "auto" if precision == "bf16" else precision
+    accelerator = make_accelerator(precision)
+    console = Console(stderr=True, quiet=quiet or not accelerator.is_main_process, highlight=False, soft_wrap=True)
+    for note in run_preflight_checks(recipe, store, machine.num_gpus if machine else accelerator.num_processes):
+        console.print(note)
+    # Schedules that end with the trial, and no probe.
+    engine = recipe.engine.model_copy(update={"steps": NUM_STEPS, "precision": accelerator.mixed_precision})
+    if machine is not None:
+        engine = shrink_engine_for_estimate(engine, machine, accelerator.num_processes)
+    short = recipe.model_copy(update={"engine": engine, "probe": recipe.probe.model_copy(update={"every": 0})})
+    if machine is not None and _exceeds_available_memory(short, store, recipe, machine, accelerator):
+        return
+    with tempfile.TemporaryDirectory(prefix="brainfound-dry-run-") as temporary:
+        folder = Path(temporary)
+        model = build_model(short.init, store, short.views.global_size, short.seed)
+        engine, _ = resolve_auto_settings(engine, model.encoder, short.views, accelerator.device)
+        task = make_task(short.model_copy(update={"engine": engine}), store, model, folder, accelerator)
+        measured = measure_training_steps(task, engine, folder, accelerator, quiet, machine is not None)
+    if measured is not None:
+        for line in report.report(measured, recipe.engine, recipe.optim.lr, machine):
+            print(line)
 
 
-@dataclass(frozen=True)
-class AnalyticCosts:
-    """Costs that follow from a recipe and the size of its model, without a trial."""
-
-    weights: ParameterCounts
-    flops: Callable[[int], StepFlops]
-    """Number of images in a micro-batch → its operations; not quite in proportion, as whole crops are left out."""
-    may_roll_back: bool = False
-    """Whether the guard may go back to a checkpoint, which is then kept."""
-
-    @classmethod
-    def of(cls, objective: Objective, may_roll_back: bool) -> AnalyticCosts:
-        return cls(ParameterCounts.of(objective), objective.flops, may_roll_back)
-
-
-@dataclass(frozen=True)
-class DryRunMeasurement:
-    """Two steps on this machine, measured."""
-
-    device: torch.device
-    precision: str
-    num_processes: int
-    num_images: int
-    """In a micro-batch of one process."""
-    images_per_second: float
-    """Of all processes together."""
-    forward_bytes: float
-    """Peak memory of the forward pass of a micro-batch besides the weights; with that of teacher and targets."""
-    half_batch_forward_bytes: float | None
-    """The same for half as many images, rounded down; None where that was not measured."""
-    sizes: AnalyticCosts
-    loss: float
-    ln_k: float | None
-    """The loss of a uniform prediction; only of objectives with prototypes."""
-
-    def activation_bytes(self, num_images: int) -> float:
-        """The memory that the forward pass of another micro-batch would take.
-
-        One part grows with the images, in proportion to the student's operations, which as the activations depend on
-        the crops that are encoded. The rest, such as normalised prototypes, is constant; the two measurements
-        separate them.
-        """
-        wanted, tried = (self.sizes.flops(n).student for n in (num_images, self.num_images))
-        if self.half_batch_forward_bytes is None:
-            return self.forward_bytes * wanted / tried
-        half = self.sizes.flops(self.num_images // 2).student
-        slope = max(self.forward_bytes - self.half_batch_forward_bytes, 0) / (tried - half)
-        return self.forward_bytes + slope * (wanted - tried)
+def _exceeds_available_memory(
+    short: PretrainRecipe, store: Store, recipe: PretrainRecipe, machine: TargetHardware, accelerator: Accelerator
+) -> bool:
+    """Whether the weights of a trial do not fit into this machine; if so, print what follows from the sizes alone."""
+    encoder = build_meta_model(short.init, store, short.views.global_size).encoder
+    with torch.device("meta"):
+        objective = make_objective(short.objective, short.trained, encoder, short.views, short.engine.steps, short.seed)
+    sizes = AnalyticCosts(ParameterCounts.of(objective), objective.flops, Guard(short.guard).may_roll_back)
+    free = available_memory_bytes(accelerator.device)
+    (too_large,) = distributed.any_over_ranks(sizes.weights.dry_run_bytes > free, device=accelerator.device)
+    if too_large and accelerator.is_main_process:
+        for line in report.report_without_measurement(sizes, free, recipe.engine, recipe.optim.lr, machine):
+            print(line)
+    return too_large
 
 
 def shrink_engine_for_estimate(
     engine: PretrainEngineRecipe, machine: TargetHardware, num_processes: int
 ) -> PretrainEngineRecipe:
-    """The engine of a trial with a few images, from which another machine is estimated."""
+    """The engine of a trial with a few images, to estimate another machine."""
     num_tried = min(NUM_ESTIMATE_IMAGES, machine.micro_batch_size(engine))
     few = {"batch_size": num_tried * num_processes, "accumulation": 1, "num_workers": 0}
     return resolve_auto_for_gpu(engine).model_copy(update=few)
 
 
 def resolve_auto_for_gpu(engine: PretrainEngineRecipe) -> PretrainEngineRecipe:
-    """Replace each "auto" that decides about memory by the choice of a GPU, so that a CPU measures a GPU's memory."""
+    """Replace "auto" by the choice of a GPU, so that a CPU measures a GPU's memory."""
     choice = {"attention": "sdpa", "crops": "packed"}
     return engine.model_copy(update={key: value for key, value in choice.items() if getattr(engine, key) == "auto"})
 
@@ -150,16 +117,17 @@ def measure_training_steps(
 ) -> DryRunMeasurement | None:
     """Train for two real steps; all ranks call it, and rank 0 gets the measurement.
 
-    The first step shows memory and warms up, the second is timed.
-
-    Args:
-        folder: gets a log, and nothing else.
-        estimate: measure the forward pass of half the images too, to estimate other numbers of images.
+    The first step shows memory and warms up, the second is timed. With `estimate` the forward pass of half the images
+    is measured too. The folder gets a log.
     """
     short = engine.model_copy(update={"steps": NUM_STEPS, "log_every": 1})
     num_images = engine.batch_size // (accelerator.num_processes * engine.accumulation)
-    halve = _first(num_images // 2) if estimate and num_images > 1 else None
-    forward = ForwardMemory(task.loss, accelerator.device, halve)
+
+    def halve(batch: PretrainBatch) -> PretrainBatch:
+        parts = {name: part[: num_images // 2] for name, part in vars(batch).items() if part is not None}
+        return replace(batch, **parts)
+
+    forward = ForwardMemory(task.loss, accelerator.device, halve if estimate and num_images > 1 else None)
     task.loss = forward  # type: ignore[method-assign, assignment]
     Engine(task, short, folder, accelerator, task.seed, quiet).run(save=False)
     if not accelerator.is_main_process:
@@ -171,22 +139,9 @@ def measure_training_steps(
         num_processes=accelerator.num_processes,
         num_images=num_images,
         images_per_second=engine.batch_size / line["seconds_per_step"],
-        forward_bytes=forward.peak_bytes,
+        forward_bytes=forward.peak_bytes or 0,
         half_batch_forward_bytes=forward.part_peak_bytes,
-        sizes=AnalyticCosts.of(task.objective, task.guard.may_roll_back),
+        sizes=AnalyticCosts(ParameterCounts.of(task.objective), task.objective.flops, task.guard.may_roll_back),
         loss=line["loss"],
         ln_k=line.get("ln_k"),
     )
-
-
-def _first(num_images: int) -> Callable[[PretrainBatch], PretrainBatch]:
-    """A function that takes the first images of a batch."""
-
-    def first(batch: PretrainBatch) -> PretrainBatch:
-        return replace(batch, **{name: part[:num_images] for name, part in vars(batch).items() if part is not None})
-
-    return first
-
-
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())

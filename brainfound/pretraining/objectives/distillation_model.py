@@ -1,4 +1,4 @@
-"""The models of self-distillation: an encoder with projection heads, and the EMA that makes a teacher of a student.
+"""The models of self-distillation: an encoder with projection heads, the EMA of a teacher, and early gradients.
 
 Axis legend: ``m`` crops of a pass, ``M`` masked tokens, ``T`` tokens of a crop, ``P`` patch tokens of a global crop,
 ``D`` width.
@@ -6,8 +6,8 @@ Axis legend: ``m`` crops of a pass, ``M`` masked tokens, ``T`` tokens of a crop,
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -30,21 +30,11 @@ class DistillationOutput(NamedTuple):
     cls: Float[Tensor, "m D"]
     patches: Float[Tensor, "m P D"]
     cls_projection: Projection
-    """The CLS tokens, through their head."""
     masked_projection: Projection
-    """The masked patch tokens, through theirs."""
 
 
 class DistillationModel(EncoderWithHeads):
-    """An encoder with its DINO and iBOT heads; student and teacher are each one of these.
-
-    Args:
-        encoder: used as it is, not copied.
-        head: the shape of each head.
-        shared_head: one for CLS and patches, or two.
-        drop_path: how often a residual branch of an image is skipped.
-        seed: of the heads' first weights.
-    """
+    """An encoder with DINO and iBOT heads, or one shared head; student and teacher are each one of these."""
 
     def __init__(self, encoder: SliceEncoder, head: HeadRecipe, shared_head: bool, drop_path: float, seed: int) -> None:
         names = ["dino"] if shared_head else ["dino", "ibot"]
@@ -63,11 +53,9 @@ class DistillationModel(EncoderWithHeads):
         return self.heads["ibot"] if "ibot" in self.heads else self.heads["dino"]
 
     def embed(self, views: Views, masked: Bool[Tensor, "m P"] | None = None) -> Float[Tensor, "m T D"]:
-        """Crops as tokens, the masked patches replaced by the mask token."""
         return self.encoder.embed(views.pixels, views.contrast_mask, bool_masked_pos=masked)
 
     def project_cls(self, tokens: Float[Tensor, "m T D"]) -> Projection:
-        """The CLS tokens of encoded crops, through their head."""
         return self.heads["dino"](self.encoder.encoding(tokens).cls)
 
     def project(self, tokens: Float[Tensor, "m T D"], masked: Int[Tensor, "M"]) -> DistillationOutput:
@@ -81,11 +69,8 @@ class DistillationModel(EncoderWithHeads):
 def ema_update(averages: Iterable[Tensor], values: Iterable[Tensor], weight: Float[Tensor, ""]) -> None:
     """average ← average + weight · (value − average), in place, without waiting for the weight's value.
 
-    An average that equals its value stays as it is to the last bit, and so do all where the weight is 0.
-
-    Args:
-        averages, values: in the same order; of sharded tensors each rank moves its own slice.
-        weight: on the device of the tensors.
+    An average that equals its value stays as it is to the last bit, and so do all where the weight is 0. Of sharded
+    tensors each rank moves its own slice.
     """
     old, new = to_local_tensors(averages), to_local_tensors(values)
     if not old or old[0].device.type == "cpu":
@@ -98,3 +83,53 @@ def ema_update(averages: Iterable[Tensor], values: Iterable[Tensor], weight: Flo
         differences = torch._foreach_sub(new[first : first + _FOREACH_CHUNK], some)
         torch._foreach_mul_(differences, weight)
         torch._foreach_add_(some, differences)
+
+
+def backward_per_pass(passes: Sequence[Callable[[], Tensor]], parameters: Iterable[nn.Parameter]) -> Float[Tensor, ""]:
+    """The sum of the losses of `passes`, whose gradients for `parameters` are computed now, pass by pass.
+
+    The activations of a pass are freed before the next one begins: the memory of a step is that of its largest pass.
+    The backward pass of the sum hands the gradients on, once. Anything else that a loss depends on gets none. Without
+    gradients (in evaluation) it is the plain sum.
+    """
+    if not torch.is_grad_enabled():
+        return torch.stack([compute() for compute in passes]).sum()
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    collected: dict[int, Tensor] = {}
+    total = torch.stack([_collect(collected, compute(), trained) for compute in passes]).sum()
+    return _PrecomputedGradients.apply(total, list(collected.values()), *(trained[place] for place in collected))
+
+
+def _collect(
+    collected: dict[int, Tensor], loss: Float[Tensor, ""], parameters: Sequence[nn.Parameter]
+) -> Float[Tensor, ""]:
+    """Add the gradients of a loss to those collected, by the place of the parameter; returns the loss without graph.
+
+    New gradients share one piece of memory: scattered, they would keep the allocator from reusing that of the pass.
+    """
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    reached = {place: gradient for place, gradient in enumerate(gradients) if gradient is not None}
+    known = [place for place in reached if place in collected]
+    new = [place for place in reached if place not in collected]
+    if known:
+        torch._foreach_add_([collected[place] for place in known], [reached[place] for place in known])
+    if new:
+        pieces = torch.cat([reached[place].flatten() for place in new]).split([reached[p].numel() for p in new])
+        collected.update({place: piece.view_as(reached[place]) for place, piece in zip(new, pieces, strict=True)})
+    return loss.detach()
+
+
+class _PrecomputedGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if ctx.gradients is None:
+            raise RuntimeError("gradients that were computed early can be handed on once")
+        # In place: a copy would double their memory while the last pass still holds its activations.
+        torch._foreach_mul_(ctx.gradients, gradient)
+        found, ctx.gradients = ctx.gradients, None
+        return None, None, *found

@@ -8,6 +8,7 @@ Sources: DINO (arXiv 2104.14294, appendix C); MAE (2111.06377, section 3 and app
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -34,14 +35,9 @@ class HeadRecipe(Recipe):
 
 
 class ProjectionHead(nn.Module):
-    """MLP, L2 normalisation, and prototypes of unit length: the scores are cosines in −1…1.
+    """MLP, L2 normalisation, and prototypes of fixed length 1 (DINO's `norm_last_layer`): scores are cosines."""
 
-    Source: DINO (arXiv 2104.14294, appendix C). The prototypes' length is fixed at 1, which DINO
-    calls `norm_last_layer` and recommends for stability.
-    """
-
-    is_shard_unit = True
-    """Sharded training gathers a head as one unit; see `brainfound.training.distributed.shard`."""
+    is_shard_unit = True  # for `brainfound.training.distributed.shard`
 
     def __init__(self, width: int, recipe: HeadRecipe) -> None:
         super().__init__()
@@ -53,11 +49,10 @@ class ProjectionHead(nn.Module):
         self.last_layer = nn.Linear(recipe.bottleneck, recipe.prototypes, bias=False)
 
     def initialise(self, generator: torch.Generator) -> None:
-        """Draw all weights from `generator`, the same on all ranks.
+        """Draw all weights: truncated normal of 1 / sqrt(fan-in) in the MLP, 0.02 for the prototypes; biases 0.
 
-        Truncated normal of 1 / sqrt(fan-in) in the MLP, which is DINO's 0.02 at its width of 2,048 and
-        keeps the bottleneck away from 0 in narrower heads (near 0 the normalisation's gradient
-        explodes); 0.02 for the prototypes; biases 0.
+        The first is DINO's 0.02 at its width of 2,048. In narrower heads it keeps the bottleneck away from 0, where the
+        gradient of the normalisation explodes.
         """
         for layer in self.mlp:
             if isinstance(layer, nn.Linear):
@@ -92,14 +87,7 @@ class PixelDecoderRecipe(Recipe):
 
 
 class PixelDecoder(nn.Module):
-    """A light transformer over all patches of a crop.
-
-    Args:
-        encoder_width: D.
-        grid: rows and columns of patches.
-        num_outputs: values per patch, C · p².
-        recipe: the size.
-    """
+    """A light transformer over all patches of a crop, with `num_outputs` values per patch."""
 
     positions: Tensor
 
@@ -109,23 +97,14 @@ class PixelDecoder(nn.Module):
         self.embed = nn.Linear(encoder_width, recipe.width)
         self.mask_token = nn.Parameter(torch.zeros(recipe.width))
         self.register_buffer("positions", sincos_position_embedding(grid, recipe.width), persistent=False)
-        self.blocks = nn.ModuleList(
-            nn.TransformerEncoderLayer(
-                recipe.width,
-                recipe.heads,
-                int(recipe.width * recipe.mlp_ratio),
-                dropout=0.0,
-                activation="gelu",
-                batch_first=True,
-                norm_first=True,
-            )
-            for _ in range(recipe.layers)
-        )
+        block = partial(nn.TransformerEncoderLayer, dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
+        sizes = (recipe.width, recipe.heads, int(recipe.width * recipe.mlp_ratio))
+        self.blocks = nn.ModuleList(block(*sizes) for _ in range(recipe.layers))
         self.norm = nn.LayerNorm(recipe.width)
         self.predict = nn.Linear(recipe.width, num_outputs)
 
     def initialise(self, generator: torch.Generator) -> None:
-        """Draw all weights from `generator`, the same on all ranks: Xavier uniform, biases 0, norms 1."""
+        """Draw all weights: Xavier uniform, biases 0, norms 1."""
         for name, parameter in self.named_parameters():
             if parameter.ndim > 1:
                 nn.init.xavier_uniform_(parameter, generator=generator)
@@ -155,10 +134,7 @@ class PixelDecoder(nn.Module):
 
 
 def sincos_position_embedding(grid: tuple[int, int], width: int) -> Float[Tensor, "P W"]:
-    """Fixed positions: a quarter of the width each for sine and cosine of rows and of columns.
-
-    Frequencies fall from 1 to 1/10,000 (Vaswani et al. 2017, section 3.5), over two axes as in MAE.
-    """
+    """Sines and cosines of rows and columns, frequencies 1 to 1/10,000 (Vaswani et al. 2017, section 3.5; MAE)."""
     rows, columns = torch.meshgrid(*(torch.arange(size, dtype=torch.float64) for size in grid), indexing="ij")
     frequencies = 10_000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angles = [axis.flatten()[:, None] * frequencies for axis in (rows, columns)]

@@ -1,8 +1,7 @@
 """Self-distillation and masked autoencoding together, on one student encoder.
 
-Global semantics (self-distillation) and local appearance (reconstruction) need different features; the weighted sum
-trains both. Student and decoder are one module with one forward pass, so that data-parallel training sees each
-parameter once, and the encoder's gradient is that of the sum.
+Student and decoder are one module with one forward pass, so that data-parallel training sees each parameter once, and
+the encoder's gradient is that of the weighted sum.
 """
 
 from __future__ import annotations
@@ -14,9 +13,8 @@ from torch import nn
 
 from brainfound.data.augmentation import ViewsRecipe
 from brainfound.models.encoder import SliceEncoder
-from brainfound.pretraining.objectives.base import LossAndMetrics, TrainedModel
+from brainfound.pretraining.objectives.base import LossAndMetrics, StepFlops, TrainedModel
 from brainfound.pretraining.objectives.distillation_model import DistillationModel
-from brainfound.pretraining.objectives.flops import StepFlops
 from brainfound.pretraining.objectives.heads import PixelDecoder
 from brainfound.pretraining.objectives.masked_autoencoder import PatchMasking, ReconstructionRecipe, reconstruct
 from brainfound.pretraining.objectives.self_distillation import SelfDistillation, SelfDistillationRecipe
@@ -25,8 +23,6 @@ from brainfound.training.randomness import StepKey
 
 
 class HybridRecipe(SelfDistillationRecipe):
-    """The settings of self-distillation and of reconstruction."""
-
     # The tag of a union: a kind of its own, though every other setting is inherited.
     kind: Literal["hybrid"] = "hybrid"  # type: ignore[assignment]
     """Names the objective."""
@@ -46,18 +42,7 @@ class HybridModel(TrainedModel):
 
 
 class Hybrid(SelfDistillation):
-    """Self-distillation whose student also reconstructs; the teacher is exported.
-
-    Args:
-        encoder: the starting checkpoint, with its trained part chosen; it is copied, not changed.
-        recipe: weights and constants of both.
-        views: of self-distillation; reconstruction gets a crop of its own, made as the global ones are.
-        num_steps: length of the run.
-        seed: initialises heads and decoder.
-
-    Raises:
-        RecipeError: as self-distillation does.
-    """
+    """Self-distillation whose student also reconstructs an extra global crop; the teacher is exported."""
 
     recipe_class = HybridRecipe
     recipe: HybridRecipe
@@ -89,6 +74,5 @@ class Hybrid(SelfDistillation):
 
     def flops(self, num_slices: int) -> StepFlops:
         decoder = self.student.heads["decoder"]
-        return super().flops(num_slices) + StepFlops(
-            self.patch_masking.flops(self.distilled.encoder, decoder, num_slices)
-        )
+        own = StepFlops(self.patch_masking.flops(self.distilled.encoder, decoder, num_slices))
+        return super().flops(num_slices) + own

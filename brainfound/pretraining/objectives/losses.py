@@ -1,16 +1,13 @@
 """The losses of the objectives, as pure functions.
 
 `sinkhorn_knopp` and `cross_entropy` take scores as tensors, or as the `Projection` of a head, whose scores are
-computed piece by piece (`prototypes`). Both forms give the same values.
+computed piece by piece (`prototypes`), with the same result. Sums are float32 or wider, also under autocast: bfloat16
+loses the small differences that these losses depend on.
 
 Axis legend: ``B`` images (rows), ``N`` rows of any kind, ``P`` patch tokens, ``D`` width, ``K`` prototypes.
 
-Sources: DINO (arXiv 2104.14294), iBOT (2111.07832), SwAV (2006.09882, appendix A.1) for
-Sinkhorn-Knopp, KoLeo (1806.03198, section 3.3), DINOv2 (2304.07193, section 4) for their
-combination, DINOv3 (2508.10104, section 4.2) for the Gram loss.
-
-Sums are float32 or wider, also under autocast: a bfloat16 Sinkhorn or nearest-neighbour distance loses the small
-differences that these losses depend on.
+Sources: DINO (arXiv 2104.14294), iBOT (2111.07832), SwAV (2006.09882, appendix A.1) for Sinkhorn-Knopp, KoLeo
+(1806.03198, section 3.3), DINOv2 (2304.07193, section 4) for their combination, DINOv3 (2508.10104, section 4.2).
 """
 
 from __future__ import annotations
@@ -39,7 +36,6 @@ KOLEO_STEEPEST_DISTANCE = 1e-3
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """A tensor in float32, or float64 where it is."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
@@ -53,12 +49,8 @@ def sinkhorn_knopp(
 ) -> Float[Tensor, "B K"] | Assignments:
     """Teacher targets: assignments of rows to prototypes that use all prototypes equally.
 
-    Starting from ``exp(logits / temperature)``, each iteration scales the prototypes to equal
-    mass, then the rows to equal mass; rows of the result sum to 1. The mass of a prototype is summed over the rows of
-    all ranks.
-
-    Raises:
-        ValueError: if the temperature or the number of iterations is not positive.
+    Starting from ``exp(logits / temperature)``, each iteration scales the prototypes, over the rows of all ranks, and
+    then the rows to equal mass; rows of the result sum to 1. A ValueError if a setting is not positive.
 
     Source: SwAV, appendix A.1, in the order of DINOv2 (prototypes first).
     """
@@ -82,9 +74,8 @@ def cross_entropy(
     """−Σₖ teacher · log softmax(student / temperature) (DINO, equation 2).
 
     Args:
-        weights: of the rows; None gives one value per row, (N,), otherwise the result is their weighted sum.
-        target_rows: for each row the rows of `teacher_probs` that it is compared with, whose cross-entropies are
-            added; None: row i is compared with target i.
+        weights: None gives one value per row, (N,), otherwise the result is their weighted sum.
+        target_rows: for each row those of `teacher_probs` whose cross-entropies are added; None: row i with target i.
     """
     if isinstance(student_logits, Projection) and isinstance(teacher_probs, Assignments) and weights is not None:
         return cross_entropy_sum(student_logits, teacher_probs, weights, temperature, target_rows)
@@ -100,17 +91,12 @@ def cross_entropy(
 def koleo(
     embeddings: Float[Tensor, "B D"], groups: Int[Tensor, "B"] | None = None, in_float32: bool = True
 ) -> Float[Tensor, ""]:
-    """Spread embeddings over the sphere: −mean log distance to the nearest neighbour.
+    """Spread L2-normalised embeddings over the sphere: −mean log distance to the nearest neighbour.
 
     Args:
-        embeddings: any length; they are L2-normalised here.
-        groups: rows of one group (slices of one session, say) are never neighbours, because pushing
-            near-duplicates apart tears the features. A row without any admissible neighbour is
-            left out; without any such row the loss is 0.
+        groups: rows of one group (such as slices of one session) are never neighbours, because pushing near-duplicates
+            apart tears the features. Rows without an admissible neighbour are left out; without any row the loss is 0.
         in_float32: False leaves the search for neighbours to autocast, as published code does.
-
-    Duplicates are finite: the distance has ``1e-8`` added, and below a distance of ``1e-3`` the
-    gradient stops growing (the value does not change).
 
     Source: Sablayrolles et al. 2019, equation 2, in the form of DINOv2 (neighbour by dot product).
     """
@@ -118,10 +104,8 @@ def koleo(
         unit = F.normalize(at_least_float32(embeddings) if in_float32 else embeddings, dim=-1, eps=KOLEO_EPS)
         with torch.no_grad():
             similarity = unit @ unit.T
-            if groups is None:
-                excluded = torch.eye(len(unit), dtype=torch.bool, device=unit.device)
-            else:
-                excluded = groups[:, None] == groups[None, :]
+            groups = torch.arange(len(unit), device=unit.device) if groups is None else groups
+            excluded = groups[:, None] == groups[None, :]
             similarity.masked_fill_(excluded, float("-inf"))
             counted = ~excluded.all(dim=1)
             neighbour = similarity.argmax(dim=1) if len(unit) else counted.long()

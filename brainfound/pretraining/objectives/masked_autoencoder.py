@@ -3,9 +3,9 @@
 Axis legend: ``n`` crops (one per slice), ``C`` contrasts, ``H W`` pixels, ``P`` patches, ``V`` visible
 and ``M`` masked ones, ``D`` width, ``p`` side of a patch in pixels.
 
-Source: MAE (arXiv 2111.06377). Ours, for scans of several contrasts: the pixels of a patch are normalised per
-contrast, a contrast that a crop does not show is no target, every crop weighs alike however many contrasts it shows,
-and the frozen starting checkpoint, which sees the same visible patches, anchors a run from released weights.
+Source: MAE (arXiv 2111.06377). Ours: target pixels are normalised per patch and contrast, missing contrasts are no
+target, every crop weighs alike however many contrasts it shows, and the frozen starting checkpoint, which sees the same
+visible patches, is the anchor.
 """
 
 from __future__ import annotations
@@ -23,9 +23,15 @@ from brainfound.data.augmentation import MultiCrop, Views, ViewsRecipe
 from brainfound.data.augmentation.sampling import to_device
 from brainfound.errors import RecipeError
 from brainfound.models.encoder import SliceEncoder
-from brainfound.pretraining.objectives.anchor import AnchoredObjective, AnchorRecipe
-from brainfound.pretraining.objectives.base import EncoderWithHeads, LossAndMetrics
-from brainfound.pretraining.objectives.flops import StepFlops, encoder_flops, matmul_flops
+from brainfound.pretraining.objectives.base import (
+    AnchoredObjective,
+    AnchorRecipe,
+    EncoderWithHeads,
+    LossAndMetrics,
+    StepFlops,
+    encoder_flops,
+    matmul_flops,
+)
 from brainfound.pretraining.objectives.heads import PixelDecoder, PixelDecoderRecipe
 from brainfound.pretraining.objectives.losses import at_least_float32
 from brainfound.pretraining.objectives.masking import num_hidden_patches, sample_hidden_patches
@@ -66,8 +72,6 @@ class MaskedViews(NamedTuple):
 
 
 class Reconstruction(NamedTuple):
-    """The outputs of encoder and decoder."""
-
     cls: Float[Tensor, "n D"]
     visible: Float[Tensor, "n V D"]
     patches: Float[Tensor, "n M C·p²"]
@@ -104,7 +108,7 @@ def encode_visible(
     contrast_mask: Bool[Tensor, "n C"],
     kept: Int[Tensor, "n V"],
 ) -> tuple[Float[Tensor, "n D"], Float[Tensor, "n V D"]]:
-    """(CLS, patches) of the patches that are kept; only they go through the blocks."""
+    """(CLS, patches) of crops of which only the kept patches go through the blocks."""
     tokens = encoder.embed(pixels, contrast_mask)
     prefix, patches = tokens.tensor_split([encoder.num_prefix_tokens], dim=1)
     patches = patches.gather(1, kept[..., None].expand(-1, -1, patches.shape[-1]))
@@ -120,21 +124,15 @@ def reconstruct(
     kept: Int[Tensor, "n V"],
     hidden: Int[Tensor, "n M"],
 ) -> Reconstruction:
-    """Encode the patches that are kept, and decode the hidden ones."""
     cls, visible = encode_visible(encoder, pixels, contrast_mask, kept)
     return Reconstruction(cls, visible, decoder(cls, visible, kept, hidden))
 
 
 class PatchMasking:
-    """Crops with hidden patches, the decoder that predicts those, and the loss.
-
-    Args:
-        encoder: gives the patch size.
-        recipe: how many patches are hidden, and the size of the decoder.
-        views: how crops are made: one of each slice, as the first global one.
+    """Crops with hidden patches, one of each slice as the first global one, their decoder, and the loss.
 
     Raises:
-        RecipeError: if crops do not fit the patch size, or have one patch only.
+        RecipeError: if crops do not fit the encoder's patch size, or have one patch only.
     """
 
     def __init__(self, encoder: SliceEncoder, recipe: ReconstructionRecipe, views: ViewsRecipe) -> None:
@@ -151,14 +149,10 @@ class PatchMasking:
             )
         self.num_patches = self.grid[0] * self.grid[1]
         self.num_hidden = num_hidden_patches(self.num_patches, recipe.mask_ratio)
+        self.num_visible = self.num_patches - self.num_hidden
         self.crop = MultiCrop(views.model_copy(update={"num_local": 0}), encoder.patch_size, num_global=1)
 
-    @property
-    def num_visible(self) -> int:
-        return self.num_patches - self.num_hidden
-
     def views(self, batch: PretrainBatch, key: StepKey) -> MaskedViews:
-        """One crop of each slice and its hidden patches: a function of the key."""
         device = batch.pixels.device
         large: Views = self.crop(
             batch.pixels,
@@ -168,17 +162,15 @@ class PatchMasking:
         ).global_views
         rng = numpy_generator(MASKS, key.seed, *key.keys, _STEP_STREAM)
         patches = sample_hidden_patches(len(large.pixels), self.num_patches, self.num_hidden, rng)
-        kept, hidden = to_device(patches.kept, device), to_device(patches.hidden, device)
-        return MaskedViews(large.pixels, large.contrast_mask, kept, hidden)
+        return MaskedViews(large.pixels, large.contrast_mask, *(to_device(part, device) for part in patches))
 
     def loss(self, reconstruction: Reconstruction, views: MaskedViews) -> Float[Tensor, ""]:
-        """The error of the predicted pixels."""
         patches = patchify(views.pixels, self.patch_size)
         target = patches.gather(1, views.hidden[..., None, None].expand(-1, -1, *patches.shape[2:]))
         return reconstruction_loss(reconstruction.patches, target, views.contrast_mask, self.recipe.normalise_targets)
 
     def make_decoder(self, encoder: SliceEncoder, seed: int) -> PixelDecoder:
-        """A new decoder that fits the encoder and the crops, the same on all ranks."""
+        """A new decoder, the same on all ranks."""
         num_outputs = len(encoder.contrasts) * self.patch_size**2
         decoder = PixelDecoder(encoder.embed_dim, self.grid, num_outputs, self.recipe.decoder)
         decoder.initialise(torch_generator(INITIALISATION, seed, _DECODER_STREAM))
@@ -188,7 +180,7 @@ class PatchMasking:
         return f"{self.recipe.mask_ratio:.0%} of the patches hidden"
 
     def flops(self, encoder: SliceEncoder, decoder: nn.Module, num_slices: int) -> float:
-        """The operations of encoder and decoder, forward and backward."""
+        """FLOPs of encoder and decoder, forward and backward."""
         assert isinstance(decoder, PixelDecoder)
         num_kept, num_tokens = self.num_visible, 1 + self.num_patches
         flops = encoder_flops(encoder, num_slices, self.num_patches, num_visible_patches=num_kept, backward=True)
@@ -199,18 +191,7 @@ class PatchMasking:
 
 
 class MaskedAutoencoder(AnchoredObjective):
-    """An encoder that predicts hidden patches, and its anchor; without a teacher, the trained encoder is exported.
-
-    Args:
-        encoder: the starting checkpoint, with its trained part chosen; it is copied, not changed.
-        recipe: how many patches are hidden, and the size of the decoder.
-        views: how crops are made.
-        num_steps: not used.
-        seed: initialises the decoder.
-
-    Raises:
-        RecipeError: if crops do not fit the patch size, or have one patch only.
-    """
+    """A copy of an encoder that predicts hidden patches, and its anchor; the trained encoder is exported."""
 
     recipe_class = MaskedAutoencoderRecipe
     uses_multi_crop = False

@@ -3,8 +3,7 @@
 Axis legend: ``N`` crops, ``P`` patch tokens (rows · columns of the grid), ``V`` visible and ``M`` masked tokens.
 
 Sources: BEiT (arXiv 2106.08254, algorithm 1) for blocks; iBOT and DINOv2 for masking a part of the crops at ratios
-spread over a range; MAE (2111.06377) for single patches. The ratios are the mid-points of the strata, so the number
-of masked tokens is the same in every step and tensors keep their shapes.
+spread over a range, here the mid-points of strata, so that tensors keep their shapes; MAE (2111.06377) for patches.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from torch import Tensor
 from brainfound.data.augmentation.sampling import to_device
 
 MIN_BLOCK_PATCHES = 4  # patches; BEiT uses 16 on a grid of 14 × 14, DINOv2 uses 4
+MIN_ASPECT = 0.3
 ATTEMPTS_PER_BLOCK = 10
 
 
@@ -34,13 +34,9 @@ class BlockMasks:
     weights: Float[Tensor, "M"]
     """1 / (number of masked tokens of the crop), per masked token."""
     unmasked_crops: Int[Tensor, "V"]
-    """The crops without any masked token."""
 
     def to(self, device: torch.device) -> BlockMasks:
-        """The same on a device; on a GPU without waiting for it."""
-        return BlockMasks(
-            *(to_device(part, device) for part in (self.mask, self.indices, self.weights, self.unmasked_crops))
-        )
+        return BlockMasks(*(to_device(part, device) for part in vars(self).values()))
 
     def select_crops(self, crops: slice) -> tuple[BlockMasks, slice]:
         """The masks of some successive crops, and the place of their masked tokens among those of all crops."""
@@ -53,10 +49,7 @@ class BlockMasks:
 
 
 def num_masked_per_crop(num_crops: int, num_patches: int, probability: float, ratios: tuple[float, float]) -> list[int]:
-    """The numbers of masked patches of the crops of a batch, in no particular order.
-
-    At least one crop has at least one masked patch, whatever the settings.
-    """
+    """The numbers of masked patches of crops, in no particular order; at least one is above 0."""
     num_masked = min(num_crops, max(1, round(num_crops * probability)))
     low, high = ratios
     middles = [low + (high - low) * (index + 0.5) / num_masked for index in range(num_masked)]
@@ -64,12 +57,7 @@ def num_masked_per_crop(num_crops: int, num_patches: int, probability: float, ra
     return counts + [0] * (num_crops - num_masked)
 
 
-def sample_block_mask(
-    grid: tuple[int, int],
-    count: int,
-    rng: np.random.Generator,
-    aspect: tuple[float, float] = (0.3, 1 / 0.3),
-) -> np.ndarray:
+def sample_block_mask(grid: tuple[int, int], count: int, rng: np.random.Generator) -> np.ndarray:
     """A mask (rows, columns) with exactly `count` patches, in rectangular blocks as far as they fit."""
     rows, columns = grid
     if not 0 <= count <= rows * columns:
@@ -80,7 +68,7 @@ def sample_block_mask(
         placed = 0
         for _ in range(ATTEMPTS_PER_BLOCK):
             area = rng.uniform(min(MIN_BLOCK_PATCHES, missing), missing)
-            ratio = math.exp(rng.uniform(math.log(aspect[0]), math.log(aspect[1])))
+            ratio = math.exp(rng.uniform(math.log(MIN_ASPECT), math.log(1 / MIN_ASPECT)))
             height, width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
             if not (0 < height <= rows and 0 < width <= columns):
                 continue
@@ -108,18 +96,11 @@ def sample_block_masks(
     ratios: tuple[float, float] = (0.1, 0.5),
 ) -> BlockMasks:
     """Block masks for a batch of crops, with the counts of `num_masked_per_crop` in random order."""
-    num_patches = grid[0] * grid[1]
-    counts = np.array(num_masked_per_crop(num_crops, num_patches, probability, ratios))
-    counts = rng.permutation(counts)
+    counts = rng.permutation(np.array(num_masked_per_crop(num_crops, grid[0] * grid[1], probability, ratios)))
     mask = torch.from_numpy(np.stack([sample_block_mask(grid, int(count), rng).ravel() for count in counts]))
     per_crop = torch.from_numpy(counts)
     weights = (1.0 / per_crop.clamp(min=1).float())[:, None].expand_as(mask)[mask]
-    return BlockMasks(
-        mask=mask,
-        indices=mask.flatten().nonzero().flatten(),
-        weights=weights,
-        unmasked_crops=(per_crop == 0).nonzero().flatten(),
-    )
+    return BlockMasks(mask, mask.flatten().nonzero().flatten(), weights, (per_crop == 0).nonzero().flatten())
 
 
 class PatchSplit(NamedTuple):
@@ -130,7 +111,7 @@ class PatchSplit(NamedTuple):
 
 
 def num_hidden_patches(num_patches: int, ratio: float) -> int:
-    """How many patches of a crop are hidden: at least one, and not all."""
+    """The number of hidden patches of a crop: at least one, and not all."""
     return min(max(round(num_patches * ratio), 1), num_patches - 1)
 
 

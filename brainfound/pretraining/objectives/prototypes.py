@@ -3,15 +3,11 @@
 Axis legend: ``N`` rows (crops or masked tokens), ``D`` width in front of the prototypes, ``K`` prototypes.
 
 With 65,536 prototypes a row of scores is 256 KiB, and a batch has thousands of rows: one copy per operation would cost
-more time than the backbone's attention and most of the memory. Instead:
+more time than the backbone's attention and most of the memory. Instead, Sinkhorn-Knopp keeps the exponentials once and
+only scales rows and columns, and cross-entropy, ``mass · lse(s) − ⟨t, s⟩`` with the gradient ``softmax(s) · mass − t``,
+needs a few rows of scores at a time; gradients are computed in the forward pass, so nothing is computed twice.
 
-- Sinkhorn-Knopp only ever scales rows and columns. `Assignments` holds the exponentials once, and two vectors.
-- Prototypes are normalised once per pass; its gradient by formula needs one new tensor of their size, not eight.
-- Cross-entropy is ``mass · lse(s) − ⟨t, s⟩`` and its gradient ``softmax(s) · mass − t``; both follow from a few rows
-  of scores at a time, which are forgotten at once. Gradients are computed in the forward pass, so nothing is
-  computed twice.
-
-Sources of the methods: see `losses`; the parity of both forms is tested.
+Sources of the methods: see `losses`.
 """
 
 from __future__ import annotations
@@ -39,7 +35,7 @@ _ROWS_IN_CACHE = 4096
 
 
 def normalise_rows(weight: Float[Tensor, "K D"]) -> Float[Tensor, "K D"]:
-    """`torch.nn.functional.normalize` over rows, with a gradient that costs a third."""
+    """`torch.nn.functional.normalize` over rows, with a gradient that costs a third and needs one new tensor."""
     return _NormaliseRows.apply(weight)
 
 
@@ -65,15 +61,13 @@ class _NormaliseRows(torch.autograd.Function):
 
 
 class Projection(NamedTuple):
-    """Embeddings through a projection head; the scores are the cosines ``unit @ prototypes.T``."""
+    """Embeddings through a projection head, and the prototypes, both with rows of length 1."""
 
     unit: Float[Tensor, "N D"]
-    """Rows of length 1."""
     prototypes: Float[Tensor, "K D"]
-    """Rows of length 1."""
 
     def scores(self) -> Float[Tensor, "N K"]:
-        """All scores at once, for a few rows."""
+        """All cosines at once, for a few rows."""
         return self.unit @ self.prototypes.T
 
 
@@ -120,11 +114,7 @@ def _slices(count: int, size: int) -> list[slice]:
 
 @torch.no_grad()
 def sinkhorn_assign(projection: Projection, temperature: float, num_iterations: int = 3) -> Assignments:
-    """`losses.sinkhorn_knopp` of a projection's scores, over the rows of all distributed.
-
-    A constant shift keeps the exponentials finite, since scores are cosines; at very low temperatures each
-    prototype's and each row's maximum is subtracted, as in the definition.
-    """
+    """`losses.sinkhorn_knopp` of a projection's scores, over the rows of all ranks."""
     unit, prototypes = projection
     dtype = compute_dtype(unit)
     wide = torch.promote_types(unit.dtype, torch.float32)
@@ -132,6 +122,7 @@ def sinkhorn_assign(projection: Projection, temperature: float, num_iterations: 
         transposed = prototypes.to(dtype).T
         scaled = (unit / temperature).to(dtype)
         mass = torch.empty(len(unit), len(prototypes), dtype=wide, device=unit.device)
+        # A constant shift keeps the exponentials of cosines finite, unless the temperature is very low.
         is_safe = 2 / temperature <= _SAFE_SPAN
         pieces = _product_chunks(len(mass), len(prototypes), mass.device)
         longest = max((rows.stop - rows.start for rows in pieces), default=0)
@@ -145,18 +136,15 @@ def sinkhorn_assign(projection: Projection, temperature: float, num_iterations: 
                     part.copy_(scores[within])
                 if is_safe:
                     part.sub_(1 / temperature).exp_()
-        if is_safe:
-            row_scale = torch.ones(len(mass), dtype=wide, device=mass.device)
-        else:
-            row_scale = exponentials_in_place(mass)
+        row_scale = mass.new_ones(len(mass)) if is_safe else exponentials_in_place(mass)
         return equal_mass(mass, row_scale, num_iterations)
 
 
 def exponentials_in_place(scores: Float[Tensor, "N K"]) -> Float[Tensor, "N"]:
     """Replace scores by their exponentials, up to factors of rows and prototypes; returns those of the rows.
 
-    Subtracting each prototype's maximum and then each row's is exact, because the first cancels in the first scaling
-    and the second is carried in the result; so no sum is zero or overflows.
+    Each prototype's maximum (cancels in the first scaling) and then each row's (in the result) is subtracted, so no sum
+    is zero or overflows.
     """
     # A rank without rows still takes part in the maximum.
     floor = scores.new_full((scores.shape[1],), float("-inf"))
@@ -167,7 +155,7 @@ def exponentials_in_place(scores: Float[Tensor, "N K"]) -> Float[Tensor, "N"]:
 
 
 def equal_mass(mass: Float[Tensor, "N K"], row_scale: Float[Tensor, "N"], num_iterations: int) -> Assignments:
-    """Scale the prototypes to equal mass, over the rows of all distributed, and then the rows, again and again."""
+    """Scale the prototypes to equal mass, over the rows of all ranks, and then the rows, again and again."""
     for _ in range(num_iterations):
         prototype_mass = distributed.sum_over_ranks(row_scale @ mass)
         # The mean cancels in the row scaling; it keeps the scales near 1 over many iterations.
@@ -183,14 +171,7 @@ def cross_entropy_sum(
     temperature: float,
     target_rows: Int[Tensor, "N targets"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Σᵢ weightᵢ · Σⱼ CE(targets of row ``target_rows[i, j]``, softmax(scoresᵢ / temperature)).
-
-    Cross-entropy is linear in the target, so a row with several targets needs one pass.
-
-    Args:
-        weights: of the rows.
-        target_rows: for each row the rows of `targets` that it is compared with; None: row i with target i.
-    """
+    """Σᵢ weightᵢ · Σⱼ CE(targets of row ``target_rows[i, j]``, softmax(scoresᵢ / temperature)), in one pass."""
     return _CrossEntropySum.apply(*projection, targets, weights, temperature, target_rows)
 
 
@@ -233,14 +214,14 @@ class _CrossEntropySum(torch.autograd.Function):
                 # The scores are gradients now.
                 if unit_gradient is not None:
                     unit_gradient[rows] = (scores @ columns).to(wide) / temperature
-                if prototype_gradient is not None:
-                    _add_product(prototype_gradient, scores.T, scaled[rows])
-        ctx.save_for_backward(
-            *(
-                None if part is None else part.to(like.dtype)
-                for part, like in ((unit_gradient, unit), (prototype_gradient, prototypes))
-            )
-        )
+                if prototype_gradient is None:
+                    continue
+                if prototype_gradient.dtype == dtype:
+                    prototype_gradient.addmm_(scores.T, scaled[rows])  # without a copy of the product
+                else:
+                    prototype_gradient += scores.T @ scaled[rows]
+        found = ((unit_gradient, unit), (prototype_gradient, prototypes))
+        ctx.save_for_backward(*(None if part is None else part.to(like.dtype) for part, like in found))
         return total
 
     @staticmethod
@@ -294,11 +275,3 @@ class _Workspace(NamedTuple):
 
 def _empty_scores(rows: int, prototypes: Tensor, dtype: torch.dtype) -> Tensor:
     return prototypes.new_empty((rows, len(prototypes)), dtype=dtype)
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, without a copy of the product where types allow."""
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
-    else:
-        total += left @ right

@@ -23,7 +23,7 @@ OBJECTIVES_BY_KIND = {objective.kind(): objective for objective in OBJECTIVES}
 
 
 def _with_kind(content: Any) -> Any:
-    """Recipes written before there were kinds mean self-distillation."""
+    """Recipes without a kind mean self-distillation."""
     return {"kind": OBJECTIVES[0].kind(), **content} if isinstance(content, Mapping) else content
 
 
@@ -49,23 +49,14 @@ def make_objective(
     """The objective that a recipe names, around a copy of the starting encoder.
 
     Raises:
-        RecipeError: if crops do not fit the patch size, the anchor has nothing to look at, or the
-            encoder has no such part to train.
+        RecipeError: if crops do not fit the patch size, or the encoder has no such part to train.
     """
     encoder = select_trainable_part(encoder, trained, seed)
     return OBJECTIVES_BY_KIND[recipe.kind](encoder, recipe, views, num_steps, seed)
 
 
 def convert_settings(kind: str, before: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The settings of an objective, carried over to another kind.
-
-    Args:
-        kind: the new kind, one of `OBJECTIVES_BY_KIND`.
-        before: settings with the kind that they were written for.
-
-    Returns:
-        The settings that mean the same in both kinds, and the names of those that have no meaning in the new one.
-    """
+    """Settings carried over to another kind: those with the same meaning in both, and the names of the others."""
     old, new = (OBJECTIVES_BY_KIND[name].recipe_class.model_fields for name in (before["kind"], kind))
     names = [name for name in before if name != "kind"]
     kept = [name for name in names if name in new and new[name].annotation == old[name].annotation]

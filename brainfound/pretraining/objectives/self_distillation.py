@@ -5,9 +5,8 @@ a global crop, ``M`` masked tokens, ``D`` width, ``K`` prototypes. Rows of crops
 of all slices, then crop B of all slices.
 
 Sources: DINOv2 (arXiv 2304.07193, section 4) for the losses and constants; DINOv3 (2508.10104, section 4.2) for the
-Gram anchor. Ours, for continuing from released weights: the teacher's heads are copies of the student's, the frozen
-starting checkpoint anchors patch and CLS features, and KoLeo never pushes slices of one session apart. Each of these
-is a field of the recipe.
+Gram anchor. Ours, for continuing from released weights: the teacher's heads are copies of the student's, the start
+anchors patch and CLS features, and KoLeo never pushes slices of one session apart. Each is a field of the recipe.
 """
 
 from __future__ import annotations
@@ -30,11 +29,20 @@ from brainfound.errors import RecipeError
 from brainfound.models.encoder import SliceEncoder
 from brainfound.pretraining.monitoring.collapse_metrics import feature_health_metrics
 from brainfound.pretraining.objectives import losses
-from brainfound.pretraining.objectives.anchor import AnchoredObjective, AnchorRecipe
-from brainfound.pretraining.objectives.base import LossAndMetrics
-from brainfound.pretraining.objectives.distillation_model import DistillationModel, DistillationOutput, ema_update
-from brainfound.pretraining.objectives.early_gradient import backward_per_pass
-from brainfound.pretraining.objectives.flops import StepFlops, encoder_flops, matmul_flops
+from brainfound.pretraining.objectives.base import (
+    AnchoredObjective,
+    AnchorRecipe,
+    LossAndMetrics,
+    StepFlops,
+    encoder_flops,
+    matmul_flops,
+)
+from brainfound.pretraining.objectives.distillation_model import (
+    DistillationModel,
+    DistillationOutput,
+    backward_per_pass,
+    ema_update,
+)
 from brainfound.pretraining.objectives.heads import HeadRecipe
 from brainfound.pretraining.objectives.masking import BlockMasks, num_masked_per_crop, sample_block_masks
 from brainfound.pretraining.objectives.prototypes import Assignments, Projection
@@ -42,8 +50,7 @@ from brainfound.pretraining.slices import PretrainBatch
 from brainfound.training import distributed, schedules
 from brainfound.training.randomness import MASKS, VIEWS, StepKey, numpy_generator, torch_generator
 
-MAX_INITIAL_WEIGHT_FRACTION = 0.05
-"""Part of its first weights that a teacher may still hold at the end; above this there is a note."""
+MAX_INITIAL_WEIGHT_FRACTION = 0.05  # of its first weights in the final teacher; above this there is a note
 
 
 class SelfDistillationRecipe(AnchorRecipe):
@@ -60,12 +67,11 @@ class SelfDistillationRecipe(AnchorRecipe):
     koleo_in_float32: bool = True
     """Whether KoLeo looks for neighbours in float32 under autocast too, where bfloat16 cannot tell near ones apart."""
     koleo_over_ranks: bool = True
-    """Whether KoLeo looks for neighbours in the slices of all distributed, or of each rank alone."""
+    """Whether KoLeo looks for neighbours in the slices of all ranks, or of each rank alone."""
     koleo_within_sessions: bool = False
     """Whether KoLeo may push slices of one session apart, which are near-duplicates."""
     copied_heads: bool = True
-    """Whether the teacher's heads begin as copies of the student's. Heads with weights of their own are two sets of
-    prototypes: the first targets are noise."""
+    """Whether the teacher's heads begin as copies of the student's; otherwise the first targets are noise."""
     head: HeadRecipe = HeadRecipe()
     """The projection heads."""
     shared_head: bool = False
@@ -103,7 +109,7 @@ class SelfDistillationRecipe(AnchorRecipe):
 
 
 class TeacherTargets(NamedTuple):
-    """The teacher's CLS tokens, from which its health is read, and the targets that follow from them."""
+    """The teacher's CLS tokens and their targets, from which its health is read."""
 
     cls: Float[Tensor, "2·n D"]
     cls_projection: Projection
@@ -112,11 +118,10 @@ class TeacherTargets(NamedTuple):
 
 
 class GlobalCrops(NamedTuple):
-    """Global crops that the student encodes together, ``m`` of them, and their masks."""
+    """Global crops that the student encodes together, and their masks on the device."""
 
     rows: slice
     masks: BlockMasks
-    """Of these crops, on their device."""
     masked: slice
     """Their masked tokens among those of all global crops."""
     unmasked_fraction: float
@@ -124,18 +129,7 @@ class GlobalCrops(NamedTuple):
 
 
 class SelfDistillation(AnchoredObjective):
-    """Student, EMA teacher and anchor around one starting encoder; the teacher is exported.
-
-    Args:
-        encoder: the starting checkpoint, with its trained part chosen; it is copied, not changed.
-        recipe: weights and constants.
-        views: the multi-crop recipe.
-        num_steps: length of the run, for the momentum's cosine.
-        seed: initialises the heads.
-
-    Raises:
-        RecipeError: if crops do not fit the patch size.
-    """
+    """Student, EMA teacher and anchor around copies of one encoder; the teacher is exported."""
 
     recipe_class = SelfDistillationRecipe
     exported_name = "EMA teacher"
@@ -148,6 +142,7 @@ class SelfDistillation(AnchoredObjective):
         # Pairs of a student's and a teacher's crop: each global crop meets the other one, each local crop both.
         self.num_pairs = 2 + 2 * views.num_local
         self.grid = (views.global_size // encoder.patch_size,) * 2
+        self.num_patches = self.grid[0] * self.grid[1]
         model = DistillationModel(copy.deepcopy(encoder), recipe.head, recipe.shared_head, recipe.drop_path, seed)
         self.student = self.distilled = model
         self.teacher = copy.deepcopy(model).requires_grad_(False).eval()
@@ -155,8 +150,6 @@ class SelfDistillation(AnchoredObjective):
             self.teacher.initialise_heads(seed, first_stream=len(self.teacher.heads))
         super().__init__(encoder, recipe, views, num_steps, seed)
         self._last: tuple[TeacherTargets, dict[str, Tensor]] | None = None
-
-    # The loss.
 
     def compute_loss(self, student: DistillationModel, batch: PretrainBatch, key: StepKey) -> LossAndMetrics:
         recipe, device = self.recipe, batch.pixels.device
@@ -204,9 +197,8 @@ class SelfDistillation(AnchoredObjective):
                 ),
             }
             if recipe.koleo_weight:
-                parts["koleo"] = torch.stack(
-                    [self._koleo(cls, batch.sessions) for cls in output.cls.split(num_slices)]
-                ).sum()
+                spreads = [self._koleo(cls, batch.sessions) for cls in output.cls.split(num_slices)]
+                parts["koleo"] = torch.stack(spreads).sum()
             return parts | self._anchor_losses(output, select_views(large, crops.rows), crops)
 
         summed: dict[str, Tensor] = {}
@@ -225,7 +217,7 @@ class SelfDistillation(AnchoredObjective):
 
         *early, last = self._passes(large, views.local_views, masks)
         if early:
-            # The last pass begins when only the gradients of those before it are left in memory.
+            # Only the gradients of these passes are left in memory when the last one begins.
             before = backward_per_pass([partial(pass_loss, *one) for one in early], student.parameters())
             total = before + pass_loss(*last)
         else:
@@ -242,8 +234,7 @@ class SelfDistillation(AnchoredObjective):
     def _passes(
         self, large: Views, small: Views | None, masks: BlockMasks
     ) -> list[tuple[Views | None, GlobalCrops | None]]:
-        """The crops that the student encodes together: all of them, or (`separate_passes`) some local ones at a time,
-        the first global crop of every slice, and the second."""
+        """The crops of each pass: all, or (`separate_passes`) some local ones at a time, then each global one."""
         num_crops, num_passes, device = len(masks.mask), 2 if self.separate_passes else 1, large.pixels.device
         passes = []
         for first in range(0, num_crops, num_crops // num_passes):
@@ -271,7 +262,7 @@ class SelfDistillation(AnchoredObjective):
     def _teacher_targets(
         self, large: Views, masked: Int[Tensor, "M"], temperature: float
     ) -> tuple[TeacherTargets, Assignments]:
-        """The targets of CLS tokens and of the masked patches, which are too large to be kept for `health_metrics`."""
+        """The targets of CLS tokens and of masked patches, which are too large to be kept for `health_metrics`."""
         output = self.teacher.project(_encode(self.teacher.encoder, large), masked)
         iterations = self.recipe.sinkhorn_iterations
         cls_targets = losses.sinkhorn_knopp(output.cls_projection, temperature, iterations)
@@ -290,13 +281,10 @@ class SelfDistillation(AnchoredObjective):
         if self.anchor is None or not len(rows):
             return {}
         with torch.no_grad():
-            tokens = _encode(self.anchor, Views(large.pixels[rows], large.contrast_mask[rows]))
-            anchor = self.anchor.encoding(tokens)
+            anchor = self.anchor.encoding(_encode(self.anchor, select_views(large, rows)))
         parts = self.anchor_losses(output.patches[rows], output.cls[rows], anchor.patches, anchor.cls)
         # Each part is a mean over the crops of its pass.
         return {name: part * crops.unmasked_fraction for name, part in parts.items()}
-
-    # The rest of the contract.
 
     @property
     def exported_encoder(self) -> SliceEncoder:
@@ -312,7 +300,7 @@ class SelfDistillation(AnchoredObjective):
     def preflight(
         cls, recipe: SelfDistillationRecipe, schedule: schedules.ScheduleRecipe, num_steps: int
     ) -> Iterator[str]:
-        """A teacher that follows too slowly for the length of the run is exported nearly as it began."""
+        """Note a teacher that follows too slowly for the length of the run."""
         start, end = recipe.momentum
 
         def first_weights(momentum: float) -> float:
@@ -339,8 +327,8 @@ class SelfDistillation(AnchoredObjective):
 
     def _num_masked(self, num_slices: int) -> list[int]:
         """How many patches are masked in each global crop."""
-        num_patches = self.grid[0] * self.grid[1]
-        return num_masked_per_crop(2 * num_slices, num_patches, self.recipe.mask_probability, self.recipe.mask_ratio)
+        recipe = self.recipe
+        return num_masked_per_crop(2 * num_slices, self.num_patches, recipe.mask_probability, recipe.mask_ratio)
 
     def named_frozen_modules(self) -> dict[str, nn.Module]:
         return {"teacher": self.teacher, **super().named_frozen_modules()}
@@ -356,11 +344,7 @@ class SelfDistillation(AnchoredObjective):
 
     @torch.no_grad()
     def after_step(self, step: int, taken: Float[Tensor, ""]) -> None:
-        """teacher ← momentum · teacher + (1 − momentum) · student; unchanged where the step was skipped.
-
-        While the backbone waits for its heads, that of the teacher does not drift either. Frozen parameters are
-        not touched.
-        """
+        """teacher ← momentum · teacher + (1 − momentum) · student, where trained and unless the step was skipped."""
         weight = (1 - self.schedule(step)["momentum"]) * taken
         pairs = zip(self.teacher.parameters(), self.distilled.parameters(), strict=True)
         trained = [pair for pair in pairs if pair[1].requires_grad]
@@ -368,24 +352,23 @@ class SelfDistillation(AnchoredObjective):
 
     @torch.no_grad()
     def health_metrics(self) -> dict[str, float]:
-        """Collapse metrics of the teacher; see `brainfound.pretraining.monitoring.collapse_metrics`."""
+        """Collapse metrics of the teacher (`monitoring.collapse_metrics`)."""
         if self._last is None:
             return {}
         targets, metrics = self._last
-        num_prototypes = len(targets.cls_projection.prototypes)
+        ln_k = math.log(len(targets.cls_projection.prototypes))
         raw = F.softmax(targets.cls_projection.scores().float() / targets.temperature, dim=-1).mean(dim=0)
         raw = distributed.sum_over_ranks(raw) / distributed.world_size()
         crops = [distributed.gather_rows(crop.float()) for crop in targets.cls.chunk(2)]
         images = torch.arange(len(crops[0])).repeat(2)
-        health_metrics = {
-            "teacher_entropy": _entropy(raw).item() / math.log(num_prototypes),
-            "target_entropy": _entropy(targets.cls_targets.take(slice(None))).mean().item() / math.log(num_prototypes),
-            "ln_k": math.log(num_prototypes),
+        distance = metrics.get("loss_anchor_gram")
+        return {
+            "teacher_entropy": _entropy(raw).item() / ln_k,
+            "target_entropy": _entropy(targets.cls_targets.take(slice(None))).mean().item() / ln_k,
+            "ln_k": ln_k,
             **feature_health_metrics(torch.cat(crops), images),
+            **({} if distance is None else {"gram_distance": distance.item()}),
         }
-        if "loss_anchor_gram" in metrics:
-            health_metrics["gram_distance"] = metrics["loss_anchor_gram"].item()
-        return health_metrics
 
     def clip_groups(self) -> dict[str, list[nn.Parameter]]:
         heads = {f"{name}_head": list(head.parameters()) for name, head in self.distilled.heads.items()}
@@ -393,8 +376,7 @@ class SelfDistillation(AnchoredObjective):
 
     def flops(self, num_slices: int) -> StepFlops:
         student, teacher, drop_path = self.distilled, self.teacher, self.recipe.drop_path
-        num_large, num_small = 2 * num_slices, self.views.num_local * num_slices
-        num_patches = self.grid[0] * self.grid[1]
+        num_large, num_small, num_patches = 2 * num_slices, self.views.num_local * num_slices, self.num_patches
         small_patches = (self.views.local_size // student.encoder.patch_size) ** 2
         masked = self._num_masked(num_slices)
         num_masked, num_unmasked_crops = sum(masked), masked.count(0)
@@ -408,8 +390,7 @@ class SelfDistillation(AnchoredObjective):
         return StepFlops(own, targets) + self.anchor_flops(num_unmasked_crops, num_patches, num_patches)
 
 
-def select_views(views: Views, rows: slice) -> Views:
-    """Some successive crops."""
+def select_views(views: Views, rows: slice | Int[Tensor, "n"]) -> Views:
     return Views(views.pixels[rows], views.contrast_mask[rows])
 
 
