@@ -72,27 +72,6 @@ class VolumeLinearProbe(_LinearModel):
     cache: EmbeddingCache | None = None
     """Of embeddings; without it they are computed."""
 
-    @classmethod
-    def fit(
-        cls,
-        model: Any,
-        store: Store,
-        sessions: Sequence[int],
-        task: VolumeTask,
-        num_slices: int | None,
-        cache: EmbeddingCache | None = None,
-    ) -> VolumeLinearProbe:
-        if cache is not None:
-            cache.ensure_embedded(sessions)
-            embedded = cache.mean_embeddings(sessions)
-        else:
-            embedded = np.stack([_mean_embedding(model, store[session], num_slices) for session in sessions])
-        features, mean, std = standardise([embedded], "the backbone that the run starts from gives embeddings")
-        subject_groups = subject_group_indices(store.sessions["subject"].tolist(), np.array(sessions))
-        data = LabelledFeatures(features, task.values(store, list(sessions)), subject_groups)
-        weight, bias = task.fit_linear(data, model.config.class_weights)
-        return cls(model, task, mean, std, weight, bias, num_slices, cache)
-
     def answer(self, session: int, stack: Stack, without: Sequence[str] = ()) -> StackPrediction:
         """The answer about a stack, ``session`` of the cache's store, with the contrasts ``without`` withheld."""
         if self.cache is not None and not without:
@@ -244,7 +223,16 @@ def fit_frozen_baseline(
     assert isinstance(task, VolumeTask)
     if cache is None and folder is not None:
         cache = EmbeddingCache(model.brainfound, store, folder, num_slices)
-    return VolumeLinearProbe.fit(model, store, sessions, task, num_slices, cache)
+    if cache is not None:
+        cache.ensure_embedded(sessions)
+        embedded = cache.mean_embeddings(sessions)
+    else:
+        embedded = np.stack([_mean_embedding(model, store[session], num_slices) for session in sessions])
+    features, mean, std = standardise([embedded], "the backbone that the run starts from gives embeddings")
+    subject_groups = subject_group_indices(store.sessions["subject"].tolist(), np.array(sessions))
+    data = LabelledFeatures(features, task.values(store, list(sessions)), subject_groups)
+    weight, bias = task.fit_linear(data, model.config.class_weights)
+    return VolumeLinearProbe(model, task, mean, std, weight, bias, num_slices, cache)
 
 
 def score_frozen_baseline(

@@ -110,29 +110,25 @@ def sample_jittered_slices(num_slices: int, wanted: int, rng: np.random.Generato
     return np.floor(edges + rng.uniform(size=wanted) * num_slices / wanted).astype(int)
 
 
-def sample_foreground_slices(
-    mask: np.ndarray, wanted: int, foreground_share: float, rng: np.random.Generator
-) -> np.ndarray:
-    """Random slices for a segmentation in rising order, about ``foreground_share`` of them through the structure.
+def sample_foreground_slices(mask: np.ndarray, wanted: int, share: float, rng: np.random.Generator) -> np.ndarray:
+    """Random slices for a segmentation in rising order, about ``share`` of them through the structure.
 
     Slices may repeat where few show the structure.
     """
     marked = np.flatnonzero(mask.any(axis=(1, 2)))
-    num_marked = round(wanted * foreground_share) if marked.size else 0
+    num_marked = round(wanted * share) if marked.size else 0
     through = rng.choice(marked, num_marked) if num_marked else np.empty(0, int)
     return np.sort(np.concatenate([through, rng.choice(len(mask), wanted - num_marked)]).astype(int))
 
 
-def sample_contiguous_slices(
-    mask: np.ndarray, wanted: int, foreground_share: float, rng: np.random.Generator
-) -> np.ndarray:
-    """A run of neighbouring slices for a segmentation; a share of the runs covers a slice with the structure.
+def sample_contiguous_slices(mask: np.ndarray, wanted: int, share: float, rng: np.random.Generator) -> np.ndarray:
+    """A run of neighbouring slices for a segmentation; ``share`` of the runs cover a slice with the structure.
 
     Prediction reads every slice, so a model that mixes neighbours must learn from slices at the same distance.
     """
     wanted = min(wanted, len(mask))
     marked = np.flatnonzero(mask.any(axis=(1, 2)))
-    seen = rng.choice(marked) if marked.size and rng.uniform() < foreground_share else rng.integers(len(mask))
+    seen = rng.choice(marked) if marked.size and rng.uniform() < share else rng.integers(len(mask))
     first = np.clip(seen - rng.integers(wanted), 0, len(mask) - wanted)
     return first + np.arange(wanted)
 

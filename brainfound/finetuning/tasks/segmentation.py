@@ -142,9 +142,7 @@ class Segmentation(Task):
             unknown = sorted({code for mask in masks if mask is not None for code in self.unknown_codes(mask)})
             if unknown and notify:
                 codes = ", ".join(map(str, unknown))
-                notify(
-                    f"masks of the {part} part have codes that the training part lacks: {codes}. They are background"
-                )
+                notify(f"masks of the {part} part have codes that training lacks, counted as background: {codes}")
 
     def values(self, store: Store, sessions: Sequence[int]) -> None:
         return None
