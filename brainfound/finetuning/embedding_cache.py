@@ -87,8 +87,7 @@ class EmbeddingCache:
         """Embed the sessions that are missing, and return their number; progress gets (sessions done, to do)."""
         missing = [int(session) for session in sessions if not self._done[int(session)]]
         for done, session in enumerate(missing, start=1):
-            embedded = slice_embeddings(self.model, self.store[session], self._slices[session])
-            self._embeddings[self._rows(session)] = embedded
+            self._embeddings[self._rows(session)] = self._embed(session)
             # The mark is written after the rows.
             self._embeddings.flush()
             self._done[session] = True
@@ -121,6 +120,9 @@ class EmbeddingCache:
 
     def _rows(self, session: int) -> slice:
         return slice(int(self._first[session]), int(self._first[session + 1]))
+
+    def _embed(self, session: int) -> Float[np.ndarray, "S D"]:
+        return slice_embeddings(self.model, self.store[session], self._slices[session])
 
     def _cache_metadata(self) -> dict[str, Any]:
         config = self.model.config
