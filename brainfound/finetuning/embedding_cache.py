@@ -1,15 +1,12 @@
-"""Slice embeddings of a store by a frozen encoder: computed once, kept on disk, read by memory map.
-
-A head or a probe on a frozen backbone reads the same slice embeddings in every epoch; cached, an epoch takes seconds.
-The folder of a cache:
+"""Slice embeddings of a store by a frozen encoder: computed once, kept on disk, read by memory map. The folder:
 
     slices-32-9f86d081884c7d65/     named by the number of slices and a hash of cache.json
         cache.json                  the encoder's weights and settings, and the data
         embeddings.npy              (rows, D) float32, a session's slices in consecutive rows
         done.npy                    (sessions,) bool, the sessions whose rows are written
 
-A session is written once, when it is first needed, and marked afterwards: a cache that was interrupted continues.
-Nothing is augmented, and all contrasts of a session are read.
+A session is written when it is first needed, and marked afterwards: an interrupted cache continues. Nothing is
+augmented, and all contrasts of a session are read.
 
 Axis legend: B volumes, S slices, D width.
 """
@@ -28,6 +25,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from brainfound.adapters.bundle_reader import tensors_hash
 from brainfound.data.batches import collate, evenly_spaced_slices
@@ -38,7 +36,7 @@ from brainfound.models import BrainFoundModel
 
 _SCHEMA = "brainfound-embeddings/1"
 _FACTS, _EMBEDDINGS, _DONE = "cache.json", "embeddings.npy", "done.npy"
-# Keys of a backbone's configuration that say where it came from or how it is computed: they change no embedding.
+# Origin and computation of a backbone: they change no embedding.
 _IRRELEVANT_CONFIG_KEYS = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"}
 _IRRELEVANT_CONFIG_KEYS |= {"_attn_implementation"}
 
@@ -52,7 +50,6 @@ class EmbeddedBatch:
     positions_mm: Float[Tensor, "B S"]
 
     def to(self, device: torch.device | str) -> EmbeddedBatch:
-        """The same batch on a device."""
         return replace(self, **{name: value.to(device) for name, value in vars(self).items()})
 
     def inputs(self) -> dict[str, Tensor]:
@@ -61,13 +58,9 @@ class EmbeddedBatch:
 
 
 class EmbeddingCache:
-    """The slice embeddings of a store by one encoder.
+    """The embeddings of evenly spaced slices (None: of all) of a store's sessions, in a subfolder of ``folder``.
 
-    Args:
-        model: its encoder embeds; it must not change while the cache is used.
-        store: the sessions.
-        folder: of all caches; this one gets a subfolder.
-        num_slices: evenly spaced slices of each session, as in evaluation; None: all.
+    The model's encoder must not change while the cache is used.
 
     Raises:
         ModelError: the store's contrasts are not the model's.
@@ -76,11 +69,8 @@ class EmbeddingCache:
 
     def __init__(self, model: BrainFoundModel, store: Store, folder: str | Path, num_slices: int | None = None) -> None:
         if tuple(model.config.contrasts) != tuple(store.contrasts):
-            raise ModelError(
-                "the data's contrasts are not the model's",
-                got=", ".join(store.contrasts),
-                expected=", ".join(model.config.contrasts),
-            )
+            got, expected = ", ".join(store.contrasts), ", ".join(model.config.contrasts)
+            raise ModelError("the data's contrasts are not the model's", got=got, expected=expected)
         self.model, self.store, self.num_slices = model, store, num_slices
         self._slices = [evenly_spaced_slices(int(n), num_slices) for n in store.sessions["num_slices"]]
         self._first = np.concatenate([[0], np.cumsum([len(index) for index in self._slices])])
@@ -90,22 +80,11 @@ class EmbeddingCache:
         try:
             self._embeddings, self._done = self._open(facts)
         except (OSError, ValueError) as error:
-            raise TrainingError(
-                "the cache of embeddings cannot be used",
-                where=self.path,
-                got=str(error),
-                remedy="Remove this folder; it is made again",
-            ) from error
+            what, remedy = "the cache of embeddings cannot be used", "Remove this folder; it is made again"
+            raise TrainingError(what, where=self.path, got=str(error), remedy=remedy) from error
 
     def ensure_embedded(self, sessions: Sequence[int], progress: Callable[[int, int], None] | None = None) -> int:
-        """Embed the sessions that are missing.
-
-        Args:
-            progress: called with (sessions done, sessions to do).
-
-        Returns:
-            The number of sessions that were embedded now.
-        """
+        """Embed the sessions that are missing, and return their number; progress gets (sessions done, to do)."""
         missing = [int(session) for session in sessions if not self._done[int(session)]]
         for done, session in enumerate(missing, start=1):
             self._embeddings[self._rows(session)] = self._embed(session)
@@ -118,11 +97,7 @@ class EmbeddingCache:
         return len(missing)
 
     def slices(self, session: int) -> Float[np.ndarray, "S D"]:
-        """The slice embeddings of a session.
-
-        Raises:
-            TrainingError: `ensure_embedded` was not called for it.
-        """
+        """The slice embeddings of a session; TrainingError if `ensure_embedded` was not called for it."""
         if not self._done[session]:
             raise TrainingError("a session is not in the cache", where=self.path, got=f"session of row {session}")
         return np.asarray(self._embeddings[self._rows(session)])
@@ -133,17 +108,15 @@ class EmbeddingCache:
 
     def batch(self, sessions: Sequence[int]) -> EmbeddedBatch:
         """Sessions as a batch, padded to the longest."""
-        parts = [self.slices(int(session)) for session in sessions]
-        length = max(map(len, parts))
-        embeddings = np.zeros((len(parts), length, self._embeddings.shape[1]), dtype=np.float32)
-        mask = np.zeros((len(parts), length), dtype=bool)
-        positions = np.zeros((len(parts), length), dtype=np.float32)
-        for row, (session, part) in enumerate(zip(sessions, parts, strict=True)):
-            embeddings[row, : len(part)] = part
-            mask[row, : len(part)] = True
-            of_stack = self.store.slice_positions_mm[self.store.session_rows(int(session))]
-            positions[row, : len(part)] = of_stack[self._slices[int(session)]]
-        return EmbeddedBatch(torch.from_numpy(embeddings), torch.from_numpy(mask), torch.from_numpy(positions))
+        index = [int(session) for session in sessions]
+        embeddings = [torch.from_numpy(self.slices(session)) for session in index]
+        all_mm = self.store.slice_positions_mm
+        positions = [all_mm[self.store.session_rows(session)][self._slices[session]] for session in index]
+        return EmbeddedBatch(
+            pad_sequence(embeddings, batch_first=True),
+            pad_sequence([torch.ones(len(part), dtype=torch.bool) for part in embeddings], batch_first=True),
+            pad_sequence([torch.as_tensor(part, dtype=torch.float32) for part in positions], batch_first=True),
+        )
 
     def _rows(self, session: int) -> slice:
         return slice(int(self._first[session]), int(self._first[session + 1]))
@@ -158,9 +131,7 @@ class EmbeddingCache:
             "schema": _SCHEMA,
             "encoder": tensors_hash(self.model.encoder.state_dict()),
             "backbone": backbone,
-            "stem": config.stem,
-            "image_mean": config.image_mean,
-            "image_std": config.image_std,
+            **{name: getattr(config, name) for name in ("stem", "image_mean", "image_std")},
             "contrasts": list(config.contrasts),
             "data_hash": self.store.content_hash,
             "num_slices": self.num_slices,

@@ -19,7 +19,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import numpy as np
 from rich.console import Console
 
@@ -39,21 +38,12 @@ from brainfound.finetuning.scoring import FROZEN_CASES_FILE, write_cases, write_
 from brainfound.finetuning.splits import hash_split, resolve_split_file, split_sessions, write_split
 from brainfound.finetuning.tasks import TargetColumn, Task, VolumeTask, resolve
 from brainfound.finetuning.training_task import FinetuneTask, build_task
-from brainfound.models import BrainFoundConfig
 from brainfound.models.infer import unwrap_peft
 from brainfound.recipes import load
 from brainfound.report.figures import plot_reliability
 from brainfound.training import distributed, run_folder
 from brainfound.training.engine import Engine
 from brainfound.training.process import make_accelerator
-from brainfound.training.run_folder import (
-    common_run_info,
-    find_resume_checkpoint,
-    is_run_complete,
-    lock_run_folder,
-    restore_auto_settings,
-    versions,
-)
 
 RELIABILITY_FILE = "reliability.png"
 
@@ -78,7 +68,6 @@ def finetune(
 
     Args:
         recipe: a recipe, its name or its file.
-        data: a store or its folder.
         model: a Hub id or folder of a plain ViT, or a BrainFound folder (the export of a pretraining run).
         target: a covariate column of the store, ``"mask"``, or several columns of 0 and 1 that a session may have any
             of: ``"edema,lesion"``.
@@ -91,7 +80,6 @@ def finetune(
         keep_ids: name subjects and sessions in cases.tsv.
         cache: folder of the embeddings, for several runs together; None: in the run folder.
         overrides: ``"a.b=c"`` strings.
-        quiet: no progress bar and no notes.
 
     Returns:
         The run folder; its ``export/`` is the bundle that `brainfound.load` reads.
@@ -102,77 +90,56 @@ def finetune(
     content = resolve_recipe(recipe, adapter, overrides)
     store = restrict_contrasts(data if isinstance(data, Store) else Store.open(data), content.contrasts)
     folder = Path(out) if out is not None else Path("runs") / content.name
-    content = restore_auto_settings(folder, content, ("precision",), resume)
+    content = run_folder.restore_auto_settings(folder, content, ("precision",), resume)
     accelerator = make_accelerator(content.engine.precision)
     console = Console(stderr=True, quiet=quiet or not accelerator.is_main_process, highlight=False, soft_wrap=True)
     engine_recipe = content.engine.model_copy(update={"precision": accelerator.mixed_precision})
     content = content.model_copy(update={"engine": engine_recipe})
-    with lock_run_folder(folder, resume, accelerator):
-        return _train(
-            content, store, str(model), target, folder, split, fold, resume, keep_ids, cache, accelerator, console
+    with run_folder.lock_run_folder(folder, resume, accelerator):
+        checkpoint = run_folder.find_resume_checkpoint(
+            folder, content, store, resume, CHANGEABLE_ON_RESUME, accelerator
         )
+        column = TargetColumn.find(store, target)
+        split_file, fold = resolve_split_file(folder, store, column, split, fold, resume)
+        if resume and run_folder.is_run_complete(folder, checkpoint, content.engine.steps):
+            console.print(f"this run is finished; its export is {folder / run_folder.EXPORT_FOLDER}")
+            return folder
+        parts, task = resolve_parts_and_task(content, store, column, split_file, fold, console.print)
+        name = Path(model).name if Path(model).exists() else str(model)
+        if resume:
+            _require_same_model_and_task(folder, name, task)
+        caches = folder / run_folder.EMBEDDINGS_FOLDER if cache is None else Path(cache)
+        if content.frozen_baseline:
+            note = "each session of the training and the test part is read once before training"
+            console.print(f"frozen baseline: {note}")
+        training = build_task(content, store, parts, str(model), task, accelerator, caches, cache is not None)
+        trained = sum(p.numel() for p in training.model.parameters() if p.requires_grad)
+        everything = sum(p.numel() for p in training.model.parameters())
+        counts = ", ".join(f"{part} {len(index)}" for part, index in parts.items())
+        console.print(f"{task.kind} of {target}: {counts}; training {trained:,} of {everything:,} parameters")
+        engine = Engine(training, content.engine, folder, accelerator, content.seed, console.quiet)
+        own = {"kind": "finetune", "model": name, "target": task.to_dict(), "num_trained_parameters": trained}
+        facts = run_folder.common_run_info(store, accelerator, content.seed) | own
+        engine.require_space()
 
+        def begin() -> None:
+            # Before the recipe: a run that can be resumed has its split.
+            write_split(folder, store, parts, column, content.split, split_file)
+            run_folder.write_start(folder, content, facts)
 
-def _train(
-    content: FinetuneRecipe,
-    store: Store,
-    model: str,
-    target: str,
-    folder: Path,
-    split: str | Path | None,
-    fold: str | None,
-    resume: bool,
-    keep_ids: bool,
-    cache: str | Path | None,
-    accelerator: accelerate.Accelerator,
-    console: Console,
-) -> Path:
-    """One run, in a folder that it has locked."""
-    checkpoint = find_resume_checkpoint(folder, content, store, resume, CHANGEABLE_ON_RESUME, accelerator)
-    column = TargetColumn.find(store, target)
-    split_file, fold = resolve_split_file(folder, store, column, split, fold, resume)
-    if resume and is_run_complete(folder, checkpoint, content.engine.steps):
-        console.print(f"this run is finished; its export is {folder / run_folder.EXPORT_FOLDER}")
-        return folder
-    parts, task = resolve_parts_and_task(content, store, column, split_file, fold, console.print)
-    name = Path(model).name if Path(model).exists() else model
-    if resume:
-        _require_same_model_and_task(folder, name, task)
-    caches = folder / run_folder.EMBEDDINGS_FOLDER if cache is None else Path(cache)
-    if content.frozen_baseline:
-        console.print("frozen baseline: each session of the training and the test part is read once before training")
-    training = build_task(content, store, parts, model, task, accelerator, caches, cache is not None)
-    trained = sum(p.numel() for p in training.model.parameters() if p.requires_grad)
-    everything = sum(p.numel() for p in training.model.parameters())
-    counts = ", ".join(f"{part} {len(index)}" for part, index in parts.items())
-    console.print(f"{task.kind} of {target}: {counts}; training {trained:,} of {everything:,} parameters")
-    engine = Engine(training, content.engine, folder, accelerator, content.seed, console.quiet)
-    facts = common_run_info(store, accelerator, content.seed) | {
-        "kind": "finetune",
-        "model": name,
-        "target": task.to_dict(),
-        "num_trained_parameters": trained,
-    }
-    engine.require_space()
-
-    def begin() -> None:
-        # Before the recipe: a run that can be resumed has its split.
-        write_split(folder, store, parts, column, content.split, split_file)
-        run_folder.write_start(folder, content, facts)
-
-    distributed.run_on_main_rank(begin, accelerator.is_main_process)
-    if checkpoint is not None:
-        engine.resume(checkpoint)
-        console.print(f"going on from {checkpoint.name}")
-    else:
-        engine.log.truncate_after(-1)  # of a run that was killed before its first checkpoint
-    accelerator.wait_for_everyone()
-    engine.run()
-    # In place: a model that is prepared for bf16 would also score in it, unlike the one that is loaded from the bundle.
-    accelerator.unwrap_model(engine.model, keep_fp32_wrapper=False)
-    distributed.run_on_main_rank(
-        lambda: _score_and_export(folder, training, model, engine.step, keep_ids), accelerator.is_main_process
-    )
+        distributed.run_on_main_rank(begin, accelerator.is_main_process)
+        if checkpoint is not None:
+            engine.resume(checkpoint)
+            console.print(f"going on from {checkpoint.name}")
+        else:
+            engine.log.truncate_after(-1)  # of a run that was killed before its first checkpoint
+        accelerator.wait_for_everyone()
+        engine.run()
+        # In place: a model prepared for bf16 would also score in it, unlike the one that is loaded from the bundle.
+        accelerator.unwrap_model(engine.model, keep_fp32_wrapper=False)
+        distributed.run_on_main_rank(
+            lambda: _score_and_export(folder, training, str(model), engine.step, keep_ids), accelerator.is_main_process
+        )
     return folder
 
 
@@ -186,11 +153,10 @@ def resolve_parts_and_task(
 ) -> tuple[dict[str, np.ndarray], Task]:
     """The sessions of each part, and the task as the training part defines it.
 
-    Args:
-        notify: receives a line on what is left out, and one per part on the labels that it lacks.
+    ``notify`` receives a line on the sessions left out, and one per part on the labels that it lacks.
 
     Raises:
-        UsageError: no such target or split, too few labels, or a label in any part that the training part has not.
+        UsageError: no such target or split, too few labels, or a label in any part that the training part lacks.
         RecipeError: settings that have no effect.
     """
     column = TargetColumn.find(store, target) if isinstance(target, str) else target
@@ -208,13 +174,10 @@ def _require_same_model_and_task(folder: Path, model: str, task: Task) -> None:
         raise UsageError("the run has another model", where=folder, got=model, expected=before["model"])
     now = json.loads(json.dumps(task.to_dict()))
     if other := [key for key, value in before["target"].items() if now.get(key) != value]:
-        raise UsageError(
-            "the run reads its labels otherwise",
-            where=f"{folder}, {other[0]}",
-            got=now.get(other[0]),
-            expected=before["target"][other[0]],
-            remedy="Give the recipe that the run was begun with, or another --out",
-        )
+        remedy = "Give the recipe that the run was begun with, or another --out"
+        where, expected = f"{folder}, {other[0]}", before["target"][other[0]]
+        what = "the run reads its labels otherwise"
+        raise UsageError(what, where=where, got=now.get(other[0]), expected=expected, remedy=remedy)
 
 
 def _score_and_export(folder: Path, training: FinetuneTask, source: str, step: int, keep_ids: bool) -> None:
@@ -247,39 +210,20 @@ def _score_and_export(folder: Path, training: FinetuneTask, source: str, step: i
             "calibration": None if calibration is None else calibration.to_dict(),
             "frozen_encoder": None if frozen is None else frozen.encoder,
         },
-        card=finetuned_card(
-            training.recipe, store, parts, task, unwrap_peft(training.model).config, source, scores, step
-        ),
+        card=finetuned_card(training, source, scores, step),
         baseline=None if frozen is None else frozen.tensors,
         overwrite=True,  # a run that is resumed after its end writes it again
     )
     run_folder.write_end(folder, run_folder.DONE, step, step)
 
 
-def finetuned_card(
-    recipe: FinetuneRecipe,
-    store: Store,
-    parts: Mapping[str, np.ndarray],
-    task: Task,
-    config: BrainFoundConfig,
-    source: str,
-    scores: Mapping[str, Any],
-    step: int,
-) -> dict[str, Any]:
-    """Facts for `brainfound.report.cards.write_model_card`.
-
-    Args:
-        parts: the split, as store indices.
-        config: of the model.
-        source: the model that the run started from: Hub id or folder.
-        scores: as `brainfound.finetuning.scoring.write_scores` returns them.
-        step: number of training steps.
-    """
+def finetuned_card(training: FinetuneTask, source: str, scores: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """Facts for `brainfound.report.cards.write_model_card`; ``source`` is the model that the run started from."""
+    recipe, store, parts, task = training.recipe, training.store, training.parts, training.task
+    config = unwrap_peft(training.model).config
     subjects = store.sessions["subject"]
     used = np.concatenate(list(parts.values()))
-    sizes = {
-        part: f"{len(index)} sessions of {subjects.iloc[index].nunique()} subjects" for part, index in parts.items()
-    }
+    sizes = {part: f"{len(own)} sessions of {subjects.iloc[own].nunique()} subjects" for part, own in parts.items()}
     where = f"test part ({sizes['test']})"
     method = load(AdapterRecipe, recipe.adapter, "adapters").method
     baselines = [name for name in ("trivial", "frozen") if name in scores]
@@ -304,7 +248,7 @@ def finetuned_card(
         "num_sessions": len(used),
         "num_subjects": int(subjects.iloc[used].nunique()),
         "seed": recipe.seed,
-        "versions": versions(),
+        "versions": run_folder.versions(),
         "metrics": [
             {"metric": name, "value": value, **{f"{b} baseline": scores[b].get(name) for b in baselines}, "data": where}
             for name, value in scores["scores"].items()
@@ -312,7 +256,5 @@ def finetuned_card(
         "target": task.column,
         "split": sizes,
         "split seed": recipe.split.seed,
-        "model_code": (
-            'from brainfound.adapters import load_bundle\n\nmodel = load_bundle("path/to/this/folder").model'
-        ),
+        "model_code": 'from brainfound.adapters import load_bundle\n\nmodel = load_bundle("path/to/this/folder").model',
     }

@@ -1,10 +1,9 @@
 """Heads and decoders whose last layer starts from a fit on the frozen backbone: linear probing, then fine-tuning.
 
-A random head sends large, aimless gradients into the backbone and distorts features that were good; a fitted one does
-not (Kumar et al., "Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution", ICLR 2022). A
-head is fitted to embeddings of augmented volumes. The last layer of a decoder is linear in its input and followed by
-nothing but an interpolation, so the best one for given features is a logistic regression of pixels: of some pixels of
-each class, with weights that restore the class frequencies.
+The gradients of a random head distort good features of the backbone (Kumar et al., "Fine-Tuning can Distort Pretrained
+Features and Underperform Out-of-Distribution", ICLR 2022). The last layer of a decoder is linear and followed by
+nothing but an interpolation: it is fitted as a logistic regression of some pixels of each class, with weights that
+restore the class frequencies.
 
 Axis legend: N slices, F feature channels of the last layer, H W pixels, n chosen pixels, K classes or labels.
 """
@@ -12,6 +11,7 @@ Axis legend: N slices, F feature channels of the last layer, H W pixels, n chose
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,9 +21,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from brainfound.data.batches import evenly_spaced_slices
-from brainfound.finetuning.linear_models import standardise, subject_group_indices
+from brainfound.finetuning.linear_models import LabelledFeatures, standardise, subject_group_indices
 from brainfound.finetuning.tasks import Segmentation, VolumeTask
-from brainfound.finetuning.tasks.base import LabelledFeatures
 from brainfound.finetuning.volumes import EmbeddedReader, VolumeAugmentation, VolumeReader, augment_volumes
 from brainfound.training.randomness import VIEWS, StepKey, numpy_generator
 
@@ -34,29 +33,32 @@ MAX_VOLUMES, MAX_PIXELS, MAX_PIXELS_PER_CLASS = 500, 60_000, 60
 are alike. More would take long and add little."""
 
 
+@dataclass(frozen=True)
+class AugmentedPasses:
+    """Passes over the training part, each with other slices and augmentation."""
+
+    reader: VolumeReader | EmbeddedReader
+    augmentation: VolumeAugmentation
+    num_passes: int
+    batch_size: int
+    seed: int
+
+    def batches(self, device: torch.device) -> Iterator[tuple[Any, np.ndarray]]:
+        """Augmented volumes, and the session index of each."""
+        count = len(self.reader.sessions)
+        for number in range(self.num_passes):
+            for first in range(0, count, self.batch_size):
+                key = StepKey(self.seed, HEAD_FIT_STEP, number * count + first, 0)
+                volumes, indices = self.reader.read(range(first, min(first + self.batch_size, count)), key)
+                yield augment_volumes(volumes.to(device), self.augmentation, key), indices
+
+
 @torch.no_grad()
-def fit_head(
-    model: Any,
-    reader: VolumeReader | EmbeddedReader,
-    augmentation: VolumeAugmentation,
-    task: VolumeTask,
-    num_passes: int,
-    batch_size: int,
-    seed: int,
-) -> None:
+def fit_head(model: Any, task: VolumeTask, passes: AugmentedPasses) -> None:
     """Set the last layer of a classification or regression head to the best linear answer on frozen embeddings.
 
-    The embeddings are of augmented volumes, as in training: weights fitted to clean ones would rely on differences
-    that augmentation and withheld contrasts remove.
-
-    Args:
-        model: a BrainFound model with a head, before an adapter is attached; changed in place.
-        reader: reads the training part.
-        augmentation: of the volumes.
-        task: the labels.
-        num_passes: how often the training part is embedded, each time with other slices and augmentation.
-        batch_size: volumes per forward pass.
-        seed: of slices and augmentation.
+    The model has no adapter yet and is changed in place. The embeddings are of augmented volumes, as in training:
+    weights fitted to clean ones would rely on differences that augmentation and withheld contrasts remove.
 
     Raises:
         TrainingError: the embeddings are not finite.
@@ -64,83 +66,47 @@ def fit_head(
     layer = model.head.score
     model.eval()
     embedded, sessions = [], []
-    for volumes, indices in iterate_augmented_passes(
-        reader, augmentation, num_passes, batch_size, seed, layer.weight.device
-    ):
+    for volumes, indices in passes.batches(layer.weight.device):
         embeddings = model.brainfound(**volumes.inputs()).volume_embedding
         embedded.append(model.head.norm(embeddings).double().cpu().numpy())
         sessions.append(indices)
     features, mean, std = standardise(embedded, "the model that the run starts from gives embeddings")
-    order = np.concatenate(sessions)
-    subject_groups = subject_group_indices(reader.store.sessions["subject"].tolist(), order)
-    labels = task.values(reader.store, order.tolist())
-    data = LabelledFeatures(features, labels, subject_groups)
+    order, store = np.concatenate(sessions), passes.reader.store
+    subject_groups = subject_group_indices(store.sessions["subject"].tolist(), order)
+    data = LabelledFeatures(features, task.values(store, order.tolist()), subject_groups)
     _set_layer(layer, *task.fit_head(data, model.config), mean, std)
 
 
 def _set_layer(layer: Any, weight: np.ndarray, bias: np.ndarray, mean: np.ndarray, std: np.ndarray) -> None:
     """Write a linear model of standardised features into the first rows of a layer that reads them as they are."""
     weight = weight / std
-    bias = bias - weight @ mean
     rows = torch.from_numpy(weight).reshape(len(weight), *layer.weight.shape[1:])
     layer.weight[: len(rows)] = rows.to(layer.weight)
-    layer.bias[: len(rows)] = torch.from_numpy(bias).to(layer.bias)
-
-
-def iterate_augmented_passes(
-    reader: VolumeReader | EmbeddedReader,
-    augmentation: VolumeAugmentation,
-    num_passes: int,
-    batch_size: int,
-    seed: int,
-    device: torch.device,
-) -> Iterator[tuple[Any, np.ndarray]]:
-    """Batches of augmented volumes, and the session index of each; arguments as for `fit_head`."""
-    count = len(reader.sessions)
-    for number in range(num_passes):
-        for first in range(0, count, batch_size):
-            key = StepKey(seed, HEAD_FIT_STEP, number * count + first, 0)
-            volumes, indices = reader.read(range(first, min(first + batch_size, count)), key)
-            yield augment_volumes(volumes.to(device), augmentation, key), indices
+    layer.bias[: len(rows)] = torch.from_numpy(bias - weight @ mean).to(layer.bias)
 
 
 @torch.no_grad()
-def fit_decoder(
-    model: Any,
-    reader: VolumeReader,
-    augmentation: VolumeAugmentation,
-    task: Segmentation,
-    num_passes: int,
-    batch_size: int,
-    seed: int,
-) -> None:
+def fit_decoder(model: Any, task: Segmentation, passes: AugmentedPasses) -> None:
     """Set the last layer of a segmentation's decoder to the best linear answer on the features that it reads.
 
-    A class that no chosen pixel shows gets no weight and a small share.
-
-    Args:
-        model: a `BrainFoundForSegmentation`, before an adapter is attached; changed in place.
-        reader: reads the training part.
-        augmentation: of the volumes.
-        task: the labels.
-        num_passes: how often the training part is read, each time with other slices and augmentation; fewer times, and
-            of a large cohort a part of it, where that would be more than `MAX_VOLUMES`.
-        batch_size: volumes per forward pass.
-        seed: of slices, augmentation and the choice of pixels.
+    The model has no adapter yet and is changed in place. Of a large cohort at most `MAX_VOLUMES` are read. A class
+    that no chosen pixel shows gets no weight and a small share.
 
     Raises:
         TrainingError: the features are not finite.
     """
     model.eval()
-    layer = model.decoder.score
-    rng = numpy_generator(VIEWS, seed, HEAD_FIT_STEP)
-    num_passes = min(num_passes, max(1, MAX_VOLUMES // len(reader.sessions)))
+    layer, reader = model.decoder.score, passes.reader
+    rng = numpy_generator(VIEWS, passes.seed, HEAD_FIT_STEP)
+    passes = replace(passes, num_passes=min(passes.num_passes, max(1, MAX_VOLUMES // len(reader.sessions))))
     if len(reader.sessions) > MAX_VOLUMES:
-        reader = reader.of(reader.sessions[evenly_spaced_slices(len(reader.sessions), MAX_VOLUMES)])
-    num_volumes = num_passes * len(reader.sessions)
+        assert isinstance(reader, VolumeReader)  # no embeddings are cached for a segmentation
+        some = reader.sessions[evenly_spaced_slices(len(reader.sessions), MAX_VOLUMES)]
+        passes = replace(passes, reader=replace(reader, sessions=some))
+    num_volumes = passes.num_passes * len(passes.reader.sessions)
     wanted = min(MAX_PIXELS_PER_CLASS, max(1, MAX_PIXELS // (num_volumes * len(task.names))))
     sampled, truth, weights = [], [], []
-    for volumes, _ in iterate_augmented_passes(reader, augmentation, num_passes, batch_size, seed, layer.weight.device):
+    for volumes, _ in passes.batches(layer.weight.device):
         maps = _capture_layer_input(layer, model, volumes.inputs())
         labels = task.pixel_labels(np.asarray(volumes.to("cpu").masks)[volumes.slice_mask.cpu().numpy()])
         first = 0

@@ -1,13 +1,9 @@
 """What the untouched backbone reaches with a linear model: the baseline that adaptation has to beat.
 
-The backbone is the one that the run starts from, before anything is trained. For a classification or regression a
-volume is the mean of its slice embeddings, of the slices that evaluation reads; a ridge or logistic regression learns
-from the training part. For a segmentation there is one logistic regression of patches per class, or per overlapping
-label, whose target is the share of a patch's pixels that have it. It learns from some patches, with more of those that
-show the structure than there are, and weights that restore the frequencies. The test part is scored as the run is.
-
-The linear model goes into the bundle, so that it can score other sessions later, and with contrasts withheld; the
-untouched backbone is there too, unless all weights were trained.
+For a classification or regression a ridge or logistic regression learns from the mean slice embedding of each volume.
+For a segmentation there is one logistic regression of patches per class or overlapping label, whose target is the
+share of a patch's pixels that have it; it learns from some patches, more of them of the structure than there are, with
+weights that restore the frequencies. The bundle keeps the linear model, and the backbone unless all of it was trained.
 
 Axis legend: n sessions or chosen patches, S slices, H W pixels, P patches of a slice, D width, K classes but the
 background (or labels).
@@ -18,6 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,33 +30,27 @@ from brainfound.data.preprocessing.stack import Stack
 from brainfound.data.store import Store
 from brainfound.errors import ModelError
 from brainfound.finetuning.embedding_cache import EmbeddingCache, slice_embeddings
-from brainfound.finetuning.linear_models import fit_patch_label, standardise, subject_group_indices
+from brainfound.finetuning.linear_models import LabelledFeatures, fit_patch_label, standardise, subject_group_indices
 from brainfound.finetuning.scoring import SessionScores, score_predictions
 from brainfound.finetuning.tasks import ScoringRecipe, Segmentation, Task, VolumeTask
-from brainfound.finetuning.tasks.base import LabelledFeatures
 from brainfound.models import BrainFoundModel
 from brainfound.models.infer import SEGMENTATION_CHUNK, StackPrediction
 from brainfound.models.loading import load_initial_model
 from brainfound.training.randomness import PROBE, numpy_generator
 
 MAX_PATCHES, MAX_SESSIONS = 6000, 500
-"""Most patches that a segmentation learns from, and most training sessions that they are taken of."""
+"""Limits of what a segmentation learns from."""
 _STREAM = 3  # apart from the probes' own streams
 
 
 @dataclass(frozen=True)
 class _LinearModel:
-    """A linear model of standardised features of a backbone.
-
-    Attributes:
-        model: a BrainFound model with the task's head; its backbone is used, its head is not.
-        mean, std: (D,) of the features.
-        weight, bias: (rows, D) and (rows,) on standardised features.
-    """
+    """A linear model of standardised features of a backbone: ``weight (rows, D)`` and ``bias (rows,)``."""
 
     tensor_names: ClassVar[tuple[str, ...]] = ("mean", "std", "weight", "bias")
 
     model: Any
+    """A BrainFound model with the task's head; its backbone is used, its head is not."""
     task: Any
     mean: np.ndarray
     std: np.ndarray
@@ -67,66 +58,30 @@ class _LinearModel:
     bias: np.ndarray
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a bundle has to keep."""
+        """What a bundle keeps."""
         return {name: torch.from_numpy(np.asarray(getattr(self, name))) for name in self.tensor_names}
 
 
 @dataclass(frozen=True)
 class VolumeLinearProbe(_LinearModel):
-    """A linear model of a volume's mean slice embedding.
-
-    Attributes:
-        weight, bias: one row for a number or two classes, else one per class.
-        num_slices: slices read per session; None for all.
-        cache: of embeddings; None: they are computed.
-    """
+    """A linear model of a volume's mean slice embedding: one row for a number or two classes, else one per class."""
 
     task: VolumeTask
     num_slices: int | None = None
+    """Slices read per session; None for all."""
     cache: EmbeddingCache | None = None
-
-    @classmethod
-    def fit(
-        cls,
-        model: Any,
-        store: Store,
-        sessions: Sequence[int],
-        task: VolumeTask,
-        num_slices: int | None,
-        cache: EmbeddingCache | None = None,
-    ) -> VolumeLinearProbe:
-        """Learn from labelled sessions.
-
-        Raises:
-            TrainingError: the embeddings are not finite.
-        """
-        if cache is not None:
-            cache.ensure_embedded(sessions)
-            embedded = cache.mean_embeddings(sessions)
-        else:
-            embedded = np.stack([_mean_embedding(model, store[session], num_slices) for session in sessions])
-        labels = task.values(store, list(sessions))
-        features, mean, std = standardise([embedded], "the backbone that the run starts from gives embeddings")
-        subject_groups = subject_group_indices(store.sessions["subject"].tolist(), np.array(sessions))
-        weight, bias = task.fit_linear(LabelledFeatures(features, labels, subject_groups), model.config.class_weights)
-        return cls(model, task, mean, std, weight, bias, num_slices, cache)
+    """Of embeddings; without it they are computed."""
 
     def answer(self, session: int, stack: Stack, without: Sequence[str] = ()) -> StackPrediction:
-        """The answer about a stack, as a model gives it.
-
-        Args:
-            session: its row in the store of the cache.
-            without: contrasts to withhold.
-        """
+        """The answer about a stack, ``session`` of the cache's store, with the contrasts ``without`` withheld."""
         if self.cache is not None and not without:
             self.cache.ensure_embedded([session])
             embedding = self.cache.mean_embeddings([session])[0]
         else:
             stack = remove_contrasts(stack, without) if without else stack
             embedding = _mean_embedding(self.model, stack, self.num_slices)
-        return self.task.linear_answer(
-            self.weight @ ((embedding.astype(np.float64) - self.mean) / self.std) + self.bias
-        )
+        standardised = (embedding.astype(np.float64) - self.mean) / self.std
+        return self.task.linear_answer(self.weight @ standardised + self.bias)
 
 
 def _mean_embedding(model: Any, stack: Stack, num_slices: int | None) -> Float[np.ndarray, "D"]:
@@ -135,32 +90,19 @@ def _mean_embedding(model: Any, stack: Stack, num_slices: int | None) -> Float[n
 
 @dataclass(frozen=True)
 class PatchClassifier(_LinearModel):
-    """A linear classifier of a backbone's patch tokens, one row per class; a pixel has the class of its patch.
-
-    Attributes:
-        thresholds: (K,) the probability above which a class is marked: the one with the best Dice on the patches that
-            were learnt from.
-    """
+    """A linear classifier of a backbone's patch tokens, one row per class; a pixel has the class of its patch."""
 
     tensor_names: ClassVar[tuple[str, ...]] = (*_LinearModel.tensor_names, "thresholds")
 
     task: Segmentation
     thresholds: np.ndarray
+    """(K,) the probability above which a class is marked, of the best Dice on the patches that were learnt from."""
 
     @classmethod
     def fit(
         cls, model: Any, store: Store, sessions: Sequence[int], task: Segmentation, num_slices: int, seed: int
     ) -> PatchClassifier:
-        """Learn from sessions with masks.
-
-        Args:
-            model: a `BrainFoundForSegmentation`; it stays as it is.
-            num_slices: slices of each session to learn from, half of them through the structure if it has so many.
-            seed: of the choice of patches.
-
-        Raises:
-            TrainingError: the tokens are not finite.
-        """
+        """Learn from ``num_slices`` of each session, half of them through the structure if it has so many."""
         rng = numpy_generator(PROBE, seed, _STREAM)
         sessions = [sessions[i] for i in evenly_spaced_slices(len(sessions), MAX_SESSIONS)]
         per_session = max(8, MAX_PATCHES // len(sessions))
@@ -185,10 +127,10 @@ class PatchClassifier(_LinearModel):
         return cls(model, task, mean, std, np.stack(rows), np.array(biases), np.array(thresholds))
 
     def answer(self, session: int, stack: Stack, without: Sequence[str] = ()) -> StackPrediction:
-        """The answer about every pixel of a stack, as a model gives it; ``without`` are contrasts to withhold."""
+        """The answer about every pixel of a stack, with the contrasts ``without`` withheld."""
         stack = remove_contrasts(stack, without) if without else stack
         num_slices, height, width = stack.grid
-        rows, columns = self.model.encoder.grid(height, width)
+        (rows, columns), side = self.model.encoder.grid(height, width), self.model.encoder.patch_size
         answers = []
         chunk = num_slices if self.model.config.stem == "slices" else SEGMENTATION_CHUNK
         for first in range(0, num_slices, chunk):
@@ -197,8 +139,7 @@ class PatchClassifier(_LinearModel):
             probabilities = expit(tokens @ self.weight.T + self.bias)  # (S, P, K)
             above = np.where(probabilities > self.thresholds, probabilities, 0.0)
             per_patch = np.moveaxis(above, -1, 1).reshape(len(index), -1, rows, columns)
-            per_pixel = per_patch.repeat(self.model.encoder.patch_size, 2).repeat(self.model.encoder.patch_size, 3)
-            answers.append(self.task.patch_answer(per_pixel))
+            answers.append(self.task.patch_answer(per_patch.repeat(side, 2).repeat(side, 3)))
         return self.task.as_prediction(np.concatenate(answers))
 
 
@@ -269,16 +210,10 @@ def fit_frozen_baseline(
     folder: Path | None = None,
     seed: int = 0,
 ) -> FrozenBaseline:
-    """Fit a linear model to an untouched backbone.
+    """Fit a linear model to an untouched backbone, on sessions for training; ``seed`` is of the choice of patches.
 
-    Args:
-        model: a BrainFound model with an untrained head and no adapter; it stays as it is.
-        store, sessions: the data, and its sessions for training.
-        task: the labels; class weights are those of the model's configuration.
-        num_slices: slices read per session, of a segmentation per training session.
-        cache: the embeddings of the run, if it caches them.
-        folder: without a cache, a folder to cache embeddings in for other runs on the same backbone.
-        seed: of the patches that a segmentation learns from.
+    The model has no adapter and stays as it is. A run without a cache may name a folder, where embeddings are cached
+    for other runs on the same backbone.
 
     Raises:
         TrainingError: the embeddings are not finite, or cannot be written.
@@ -288,7 +223,16 @@ def fit_frozen_baseline(
     assert isinstance(task, VolumeTask)
     if cache is None and folder is not None:
         cache = EmbeddingCache(model.brainfound, store, folder, num_slices)
-    return VolumeLinearProbe.fit(model, store, sessions, task, num_slices, cache)
+    if cache is not None:
+        cache.ensure_embedded(sessions)
+        embedded = cache.mean_embeddings(sessions)
+    else:
+        embedded = np.stack([_mean_embedding(model, store[session], num_slices) for session in sessions])
+    features, mean, std = standardise([embedded], "the backbone that the run starts from gives embeddings")
+    subject_groups = subject_group_indices(store.sessions["subject"].tolist(), np.array(sessions))
+    data = LabelledFeatures(features, task.values(store, list(sessions)), subject_groups)
+    weight, bias = task.fit_linear(data, model.config.class_weights)
+    return VolumeLinearProbe(model, task, mean, std, weight, bias, num_slices, cache)
 
 
 def score_frozen_baseline(
@@ -300,11 +244,8 @@ def score_frozen_baseline(
     scoring: ScoringRecipe = ScoringRecipe(),
 ) -> SessionScores:
     """Score a baseline as a model is scored (`score_sessions`)."""
-
-    def predict_fn(session: int, stack: Stack) -> StackPrediction:
-        return baseline.answer(session, stack, without)
-
-    return score_predictions(predict_fn, store, sessions, baseline.task, without, progress, scoring)
+    answer = partial(baseline.answer, without=without)
+    return score_predictions(answer, store, sessions, baseline.task, without, progress, scoring)
 
 
 def load_frozen_baseline(
@@ -312,30 +253,23 @@ def load_frozen_baseline(
 ) -> FrozenBaseline:
     """The baseline that a bundle holds, on the backbone that its run started from.
 
-    Args:
-        base: the model that the run started from; only a bundle that holds nothing but trained weights needs it.
+    ``base`` is the model that the run started from; only a bundle after full fine-tuning needs it.
 
     Raises:
         ModelError: the bundle holds no baseline, or not the backbone, or ``base`` is another one.
     """
     if not bundle.baseline:
-        raise ModelError(
-            "the bundle has no frozen baseline",
-            where=bundle.folder,
-            remedy="Fine-tune with frozen_baseline=true",
-        )
-    model = bundle.load_pretrained()
-    if model is None:
-        model = _load_starting_model(bundle, task, base)
+        remedy = "Fine-tune with frozen_baseline=true"
+        raise ModelError("the bundle has no frozen baseline", where=bundle.folder, remedy=remedy)
+    model = bundle.load_pretrained() or _load_starting_model(bundle, task, base)
     found = {name: tensor.numpy() for name, tensor in bundle.baseline.items()}
     kind: Any = PatchClassifier if task.per_voxel else VolumeLinearProbe
-    names = kind.tensor_names
-    if found.keys() != set(names):
+    if found.keys() != set(kind.tensor_names):
         raise ModelError(
             "the frozen baseline of the bundle is of another kind",
             where=bundle.folder,
             got=", ".join(sorted(found)),
-            expected=", ".join(sorted(names)),
+            expected=", ".join(sorted(kind.tensor_names)),
             remedy="Copy the bundle again, or export it again",
         )
     own = {} if task.per_voxel else {"num_slices": bundle.metadata.get("num_slices")}
@@ -343,25 +277,17 @@ def load_frozen_baseline(
 
 
 def _load_starting_model(bundle: Bundle, task: Task, base: str | Path | None) -> Any:
-    """The model that a run with full fine-tuning started from, if it is the one that is given."""
+    remedy = "Give the model that the run started from as --base"
     if base is None:
-        raise ModelError(
-            "the bundle has no frozen baseline: all weights were trained, and those before are not in it",
-            where=bundle.folder,
-            remedy="Give the model that the run started from as --base",
-        )
+        what = "the bundle has no frozen baseline: all weights were trained, and those before are not in it"
+        raise ModelError(what, where=bundle.folder, remedy=remedy)
     own = bundle.model.config
     # A head that the start has is not loaded.
     model = load_initial_model(BrainFoundModel, base, own.contrasts, stem=own.stem, slice_features=own.slice_features)
     found, expected = tensors_hash(model.encoder.state_dict()), bundle.metadata.get("frozen_encoder")
     if found != expected:
-        raise ModelError(
-            "this is not the model that the run started from",
-            where=base,
-            got=f"hash {found[:12]}",
-            expected=str(expected)[:12],
-            remedy="Give the model that the run started from as --base",
-        )
+        what, got = "this is not the model that the run started from", f"hash {found[:12]}"
+        raise ModelError(what, where=base, got=got, expected=str(expected)[:12], remedy=remedy)
     head = task.model_class(copy.deepcopy(own))
     head.brainfound.encoder = model.encoder
     return head.eval().requires_grad_(False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -26,17 +26,26 @@ _PIXEL_PENALTY = 1.0  # against as many terms as pixels: it bounds the weights o
 _THRESHOLDS = np.linspace(0.05, 0.95, 19)
 
 
+Linear = tuple[np.ndarray, np.ndarray]
+"""Weights (rows, D) and biases (rows,) of a linear model."""
+
+
+class LabelledFeatures(NamedTuple):
+    """Standardised embeddings of volumes."""
+
+    features: Float[np.ndarray, "n D"]
+    labels: np.ndarray
+    subject_groups: np.ndarray
+    """The same number for all volumes of a subject."""
+
+
 def standardise(
     features: Sequence[np.ndarray], source: str
 ) -> tuple[Float[np.ndarray, "n D"], Float[np.ndarray, "D"], Float[np.ndarray, "D"]]:
-    """Features of mean 0 and variance 1 in double precision, and their mean and standard deviation before.
-
-    Args:
-        features: arrays (…, D), which are joined.
-        source: what gave them, for the error.
+    """Join arrays (…, D): features of mean 0 and variance 1 in double precision; mean and standard deviation before.
 
     Raises:
-        TrainingError: they are not finite.
+        TrainingError: ``source`` gave values that are not finite.
     """
     joined = np.concatenate(features).astype(np.float64)
     if not np.isfinite(joined).all():
@@ -71,12 +80,10 @@ def fit_ridge(
     """Weights ``(D,)``, bias and mean squared error for a number; the error is of left-out subjects if possible."""
     folds = subject_folds(subject_groups, None)
     if folds:
-        ridge = RidgeCV(alphas=_PENALTIES, cv=folds, scoring="neg_mean_squared_error")
-        ridge.fit(features, values)
+        ridge = RidgeCV(alphas=_PENALTIES, cv=folds, scoring="neg_mean_squared_error").fit(features, values)
         return ridge.coef_, float(ridge.intercept_), -float(ridge.best_score_)
     ridge = Ridge(alpha=len(features)).fit(features, values)
-    error = float(np.mean((ridge.predict(features) - values) ** 2))
-    return ridge.coef_, float(ridge.intercept_), error
+    return ridge.coef_, float(ridge.intercept_), float(np.mean((ridge.predict(features) - values) ** 2))
 
 
 def fit_logistic(
@@ -84,19 +91,11 @@ def fit_logistic(
 ) -> Any:
     """A fitted scikit-learn classifier of class indices; ``weights`` are of the classes."""
     folds = subject_folds(subject_groups, classes)
+    common: dict[str, Any] = {"max_iter": 2000, "class_weight": weights}
     if folds:
-        fitted = LogisticRegressionCV(
-            Cs=1 / _PENALTIES,
-            cv=folds,
-            scoring="neg_log_loss",
-            max_iter=2000,
-            l1_ratios=(0,),
-            use_legacy_attributes=False,
-            class_weight=weights,
-        )
-    else:
-        fitted = LogisticRegression(C=1 / len(features), max_iter=2000, class_weight=weights)
-    return fitted.fit(features, classes)
+        options = {"scoring": "neg_log_loss", "l1_ratios": (0,), "use_legacy_attributes": False, **common}
+        return LogisticRegressionCV(Cs=1 / _PENALTIES, cv=folds, **options).fit(features, classes)
+    return LogisticRegression(C=1 / len(features), **common).fit(features, classes)
 
 
 def softmax_rows(weight: np.ndarray, bias: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -113,11 +112,7 @@ def fit_pixel_logistic(
     present = np.unique(classes)
     weight, bias = np.zeros((num_classes, features.shape[1])), np.zeros(num_classes)
     if len(present) > 1:
-        with warnings.catch_warnings():
-            # Training goes on from here; a solver that stops at its last iteration is as good a start.
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            fitted = LogisticRegression(C=1 / _PIXEL_PENALTY, max_iter=300)
-            fitted.fit(features, classes, sample_weight=weights)
+        fitted = _fit_weighted(features, classes, weights, _PIXEL_PENALTY)
         weight[present], bias[present] = softmax_rows(fitted.coef_, fitted.intercept_)
     absent = np.setdiff1d(np.arange(num_classes), present)
     # Its probability at a pixel is exp(bias) / Σ exp(scores), which shall be 1/n on average.
@@ -169,8 +164,12 @@ def fit_fractions(
     rows = np.concatenate([features[yes], features[no]])
     labels = np.repeat([1, 0], [yes.sum(), no.sum()])
     counts = np.concatenate([(weights * label_fractions)[yes], (weights * (1 - label_fractions))[no]])
-    with warnings.catch_warnings():
-        # A baseline whose solver stops at its last iteration is still a baseline.
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        fitted = LogisticRegression(C=1 / penalty, max_iter=300).fit(rows, labels, sample_weight=counts)
+    fitted = _fit_weighted(rows, labels, counts, penalty)
     return fitted.coef_[0], float(fitted.intercept_[0])
+
+
+def _fit_weighted(features: np.ndarray, classes: np.ndarray, weights: np.ndarray, penalty: float) -> LogisticRegression:
+    with warnings.catch_warnings():
+        # A solver that stops at its last iteration is as good a baseline, or start of training.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return LogisticRegression(C=1 / penalty, max_iter=300).fit(features, classes, sample_weight=weights)

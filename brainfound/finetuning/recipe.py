@@ -83,27 +83,17 @@ class FinetuneRecipe(Recipe):
     engine: EngineRecipe = EngineRecipe(steps=500, batch_size=4, num_workers=0)
 
 
-# Nothing in here changes a weight.
+# None of these changes a weight.
 CHANGEABLE_ON_RESUME = (
-    "name",
-    "frozen_baseline",
-    "task.scoring",
-    "engine.log_every",
-    "engine.checkpoint_every",
-    "engine.keep_checkpoints",
-    "engine.max_skipped_in_a_row",
-    "engine.num_workers",
-)
+    "name", "frozen_baseline", "task.scoring", "engine.log_every", "engine.checkpoint_every",
+    "engine.keep_checkpoints", "engine.max_skipped_in_a_row", "engine.num_workers",
+)  # fmt: skip
 
 
 def resolve_recipe(
     recipe: FinetuneRecipe | str | Path, adapter: str | Path | None, overrides: Iterable[str]
 ) -> FinetuneRecipe:
-    """The recipe of a run, with its overrides, checked.
-
-    Raises:
-        RecipeError: an unknown name, key or value.
-    """
+    """The recipe of a run, with its overrides; RecipeError for an unknown name, key or value."""
     overrides = list(overrides)
     if isinstance(recipe, FinetuneRecipe):
         content = validate(FinetuneRecipe, recipe.model_dump(mode="json"), overrides)
@@ -118,23 +108,17 @@ def resolve_recipe(
 
 
 def require_effective_settings(recipe: FinetuneRecipe, task: Task) -> None:
-    """Refuse shared settings that have no effect on a task.
-
-    Raises:
-        RecipeError: names the keys.
-    """
-    if task.per_voxel:
-        # A mean has no weights, and stands in the place of an aggregator in a segmentation.
-        allowed = {"aggregator": ("attention", "mean"), "slice_features": (None,)}
-        unread = [name for name, values in allowed.items() if getattr(recipe, name) not in values]
-        if unread:
-            what, them = ("this setting is", "it") if len(unread) == 1 else ("these settings are", "them")
-            raise RecipeError(
-                f"{what} for a classification or a regression",
-                where=", ".join(unread),
-                got=f"a {task.kind} of {task.column}",
-                remedy=f"Leave {them} out",
-            )
+    """Refuse shared settings that have no effect on a task, with a RecipeError that names the keys."""
+    # Of a segmentation; a mean has no weights, and stands in the place of an aggregator.
+    allowed = {"aggregator": ("attention", "mean"), "slice_features": (None,)} if task.per_voxel else {}
+    if unread := [name for name, values in allowed.items() if getattr(recipe, name) not in values]:
+        what, them = ("this setting is", "it") if len(unread) == 1 else ("these settings are", "them")
+        raise RecipeError(
+            f"{what} for a classification or a regression",
+            where=", ".join(unread),
+            got=f"a {task.kind} of {task.column}",
+            remedy=f"Leave {them} out",
+        )
     if recipe.cached_embeddings:
         method = load(AdapterRecipe, recipe.adapter, "adapters").method
         if task.per_voxel or method != "none":

@@ -32,12 +32,11 @@ FROZEN_CASES_FILE = "frozen-cases.tsv"
 CONFIDENCE, NUM_RESAMPLES = 0.95, 2000
 """Of the bootstrap intervals."""
 SUBJECT_ROW = "subject_row"
-"""The column of `SessionScores.cases` that groups the cases of a subject without a name: the store's row of the
-subject's first session."""
+"""The column of the cases that identifies a subject without a name: the store's row of the subject's first session."""
 
 
 class ScoreInterval(NamedTuple):
-    """The ends of a score's interval (nan where it is undefined), and its number of subjects."""
+    """The ends of a score's interval (nan where it is undefined)."""
 
     low: float
     high: float
@@ -46,27 +45,20 @@ class ScoreInterval(NamedTuple):
 
 @dataclass(frozen=True)
 class SessionScores:
-    """Scores on a set of sessions.
-
-    Attributes:
-        scores: metric → value.
-        trivial: metric → value of the baseline that never looks at an image.
-        cases: one row per session: row in the store, row of the subject's first session in the store, subject,
-            session, truth, prediction (or dice and the other scores of a segmentation; without the structure only
-            `clean_negatives`).
-        without: contrasts that were withheld.
-        frozen: metric → value of a linear model on the untouched backbone; None if it was not scored.
-        intervals: metric → interval of the scores that tables show; None before `with_intervals`.
-        notes: on the labels and the data.
-    """
+    """Scores on a set of sessions: metric → value."""
 
     task: str
     scores: dict[str, float]
     trivial: dict[str, float]
+    """Of the baseline that never looks at an image."""
     cases: pd.DataFrame
+    """One row per session: row in the store, `SUBJECT_ROW`, subject, session, and the task's columns (`Scorer.add`)."""
     without: tuple[str, ...] = ()
+    """Contrasts that were withheld."""
     frozen: dict[str, float] | None = None
+    """Of a linear model on the untouched backbone, if it was scored."""
     intervals: dict[str, ScoreInterval] | None = None
+    """Of the scores that tables show; None before `with_intervals`."""
     notes: tuple[str, ...] = ()
 
     @property
@@ -89,39 +81,32 @@ class SessionScores:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; undefined scores become None."""
-
-        def plain(scores: dict[str, float]) -> dict[str, float | None]:
-            return {name: None if np.isnan(value) else float(value) for name, value in scores.items()}
-
         content: dict[str, Any] = {
             "task": self.task,
             "num_sessions": len(self.cases),
             "without": list(self.without),
-            "scores": plain(self.scores),
-            "trivial": plain(self.trivial),
+            "scores": _nan_as_none(self.scores),
+            "trivial": _nan_as_none(self.trivial),
         }
         if self.notes:
             content["notes"] = list(self.notes)
         if self.frozen is not None:
-            content["frozen"] = plain(self.frozen)
+            content["frozen"] = _nan_as_none(self.frozen)
         if self.intervals is not None:
-            content["intervals"] = {
-                "confidence": CONFIDENCE,
-                "num_resamples": NUM_RESAMPLES,
-                "scores": {
-                    name: {**plain({"low": found.low, "high": found.high}), "num_subjects": found.num_subjects}
-                    for name, found in self.intervals.items()
-                },
+            scores = {
+                name: {**_nan_as_none({"low": found.low, "high": found.high}), "num_subjects": found.num_subjects}
+                for name, found in self.intervals.items()
             }
+            content["intervals"] = {"confidence": CONFIDENCE, "num_resamples": NUM_RESAMPLES, "scores": scores}
         return content
 
 
-def write_scores(folder: Path, scored: SessionScores, *, keep_ids: bool = False, **facts: Any) -> dict[str, Any]:
-    """Write ``scores.json`` and ``cases.tsv`` into a run folder; returns what the first one holds.
+def _nan_as_none(scores: dict[str, float]) -> dict[str, float | None]:
+    return {name: None if np.isnan(value) else float(value) for name, value in scores.items()}
 
-    Args:
-        keep_ids: name subjects and sessions in ``cases.tsv``; otherwise their row in ``store.sessions`` says who it is.
-    """
+
+def write_scores(folder: Path, scored: SessionScores, *, keep_ids: bool = False, **facts: Any) -> dict[str, Any]:
+    """Write ``scores.json`` and ``cases.tsv`` (`write_cases`) into a run folder; returns the content of the first."""
     content = scored.to_dict() | facts
     write_cases(folder / CASES_FILE, scored.cases, keep_ids)
     write_atomically(folder / SCORES_FILE, json.dumps(content, indent=1) + "\n")
@@ -129,13 +114,12 @@ def write_scores(folder: Path, scored: SessionScores, *, keep_ids: bool = False,
 
 
 def write_cases(file: Path, cases: pd.DataFrame, keep_ids: bool) -> None:
-    """Write a table of cases, with the names of subjects and sessions or without."""
+    """Write a table of cases; without ids only their row in ``store.sessions`` identifies subjects and sessions."""
     shown = cases if keep_ids else cases.drop(columns=["subject", "session"])
     write_atomically(file, shown.to_csv(sep="\t", index=False))
 
 
 def read_scores(folder: Path) -> dict[str, Any]:
-    """Read the ``scores.json`` of a run."""
     return json.loads((folder / SCORES_FILE).read_text(encoding="utf-8"))
 
 
@@ -154,7 +138,6 @@ def score_sessions(
 
     Args:
         model: with the task's head.
-        store, sessions: the labelled sessions to score.
         task: reads the labels; the trivial baseline answers with the mean or the classes of its training part.
         num_slices: slices to read per session; None for all.
         without: contrasts to withhold. A session that has no other is left out.
@@ -163,7 +146,7 @@ def score_sessions(
         scoring: of a segmentation.
 
     Raises:
-        UsageError: if no session is left, or a withheld contrast is not one of the store's.
+        UsageError: no session is left, or a withheld contrast is not one of the store's.
     """
 
     def predict_fn(session: int, stack: Stack) -> StackPrediction:
@@ -183,24 +166,14 @@ def score_predictions(
     progress: Callable[[int, int], None] | None = None,
     scoring: ScoringRecipe = ScoringRecipe(),
 ) -> SessionScores:
-    """Score any function that answers about sessions: a model, or a baseline.
-
-    Args:
-        predict_fn: answers about a session, given its index and its stack with all contrasts.
-        store, sessions, task, without, progress, scoring: as for `score_sessions`.
-
-    Raises:
-        UsageError: as `score_sessions`.
-    """
-    unknown = [contrast for contrast in without if contrast not in store.contrasts]
-    if unknown:
+    """Score any function that answers about a session by its index and its stack; see `score_sessions`."""
+    if unknown := [contrast for contrast in without if contrast not in store.contrasts]:
         raise UsageError(f"{unknown[0]} is not a contrast of the store", expected=", ".join(store.contrasts))
     withheld = np.isin(store.contrasts, list(without))
     usable = [int(i) for i in sessions if (store.present[int(i)] & ~withheld).any()]
     if not usable:
-        raise UsageError(
-            "no session is left to score", where=f"store {store.path.name}", got=f"without {', '.join(without)}"
-        )
+        where, got = f"store {store.path.name}", f"without {', '.join(without)}"
+        raise UsageError("no session is left to score", where=where, got=got)
     scorer = task.make_scorer(store, usable, scoring)
     names = store.sessions["subject"].tolist()
     first_rows = dict(zip(reversed(names), reversed(range(len(names))), strict=True))

@@ -1,10 +1,9 @@
 """The sessions that a run learns from, validates on and tests on.
 
 `make_split` divides a store: once, in folds, with few training subjects, or with one site left out. `split_sessions`
-gives a run its parts, of its recipe or of a split file. A run folder keeps the subjects of each part by name
-(``splits.json``). A bundle may be given away: it keeps salted, slow hashes of the identifiers, which identify the
-subjects in any store, and hashes of the images, which identify them under another name. Nobody can read names out of
-a bundle; who already has a list of names can test which of them are in it, as `evaluate` does.
+gives a run its parts, of its recipe or of a split file; the run folder names the subjects of each (``splits.json``).
+A bundle may be given away: it keeps salted, slow hashes of identifiers, and hashes of images, which identify a subject
+under another name. Nobody can read names out of it, but a list of names can be tested against it, as `evaluate` does.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,27 +19,11 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from brainfound.data.splits.dividing import (
-    few_shot,
-    k_folds,
-    label_text,
-    leave_one_site_out,
-    require_disjoint,
-    split_by_subject,
-    to_numeric_or_none,
-)
-from brainfound.data.splits.split_file import (
-    PARTS,
-    SINGLE_FOLD,
-    Split,
-    SubjectsByPart,
-    get_split_groups,
-    read_folds,
-    require_no_shared_images,
-)
+from brainfound.data.splits import dividing, split_file
+from brainfound.data.splits.split_file import PARTS, SINGLE_FOLD, Split
 from brainfound.data.store import Store
 from brainfound.errors import UsageError
-from brainfound.finetuning.tasks.columns import MASK, TargetColumn, target_columns
+from brainfound.finetuning.tasks.base import MASK, Notify, Parts, TargetColumn, target_columns
 from brainfound.recipes import Recipe
 from brainfound.training import run_folder
 
@@ -50,8 +33,6 @@ FOLDS, SHOTS, FEW_SUBJECTS, SITES = "k-fold", "few shots per class", "few subjec
 RUN_SPLIT_FILE = "splits.json"
 HASH_ROUNDS = 1000
 """Of PBKDF2: about half a millisecond per subject, so ten thousand are checked in seconds."""
-Notify = Callable[[str], None]
-"""Receives one line on sessions that are left out."""
 
 
 class SplitRecipe(Recipe):
@@ -99,21 +80,33 @@ def make_split(
         target: only sessions that have this label (or a mask) are divided; others are in no part.
         stratify: columns (or ``"mask"``: empty or not) of which each part gets about the same mix, the most important
             first; None: the target.
-        seed: of the division.
 
     Raises:
         UsageError: options that exclude each other, unknown columns, or too few subjects or sites.
     """
-    kind = _split_kind(folds, shots, num_subjects, leave_site_out)
-    shares = _shares(test, validation)
+    options = {FOLDS: folds, SHOTS: shots, FEW_SUBJECTS: num_subjects, SITES: leave_site_out}
+    kinds = [kind for kind, requested in options.items() if requested]
+    if len(kinds) > 1:
+        raise UsageError(
+            "folds, shots, numbers of subjects and leaving a site out exclude each other",
+            remedy="Ask for one of them, and make a file of each",
+        )
+    kind = kinds[0] if kinds else SINGLE_FOLD
+    if not 0 < test < 1 or not 0 <= validation < 1 or test + validation >= 1:
+        what = "the shares of test and validation must leave some to train on"
+        raise UsageError(what, got=f"test {test:g}, validation {validation:g}", expected="a sum below 1")
+    parts = {"train": 1 - test - validation, "validation": validation, "test": test}
+    shares = {part: share for part, share in parts.items() if share > 0}
     used = np.arange(len(store)) if target is None else TargetColumn.find(store, target).labelled
     chosen = list(stratify) if stratify is not None else [] if target is None else [target]
     columns = {name: stratification_labels(store, used, target_columns(store, name)) for name in chosen} or None
-    groups, num_linked = get_split_groups(store)
-    labels = _classes(store, target, used) if shots else _sites(store, used) if leave_site_out else []
-    requested = folds or shots or num_subjects
-    made = _divide(kind, requested, groups[used].tolist(), labels, shares, columns, seed)
-    without = _sites_without_fold(store, used, made) if leave_site_out else []
+    groups, num_linked = split_file.get_split_groups(store)
+    sites = store.covariate(SITE).iloc[used].tolist() if leave_site_out else []
+    labels = _classes(store, target, used) if shots else sites
+    made = _divide(kind, options.get(kind), groups[used].tolist(), labels, shares, columns, seed)
+    without = (
+        {dividing.label_text(site) for site in sites} - {"missing"} - {name.removeprefix("site-") for name in made}
+    )
     facts: dict[str, Any] = {
         "kind": kind,
         "test": None if folds or leave_site_out else test,
@@ -121,27 +114,12 @@ def make_split(
         "target": target,
         "stratify": chosen,
         "num_linked_subjects": num_linked,
-        **({"sites_without_fold": without} if without else {}),
+        **({"sites_without_fold": sorted(without)} if without else {}),
     }
     counted = [name for name in dict.fromkeys([*chosen, target, SITE if leave_site_out else None]) if name]
-    return Split.from_folds(
-        store,
-        {name: {part: used[index] for part, index in fold.items()} for name, fold in made.items()},
-        seed=seed,
-        made=facts,
-        columns=[column for name in counted for column in target_columns(store, name)],
-    )
-
-
-def _split_kind(folds: object, shots: object, num_subjects: object, leave_site_out: bool) -> str:
-    options = {FOLDS: folds, SHOTS: shots, FEW_SUBJECTS: num_subjects, SITES: leave_site_out}
-    chosen = [kind for kind, requested in options.items() if requested]
-    if len(chosen) > 1:
-        raise UsageError(
-            "folds, shots, numbers of subjects and leaving a site out exclude each other",
-            remedy="Ask for one of them, and make a file of each",
-        )
-    return chosen[0] if chosen else SINGLE_FOLD
+    parts_of_folds = {name: {part: used[index] for part, index in fold.items()} for name, fold in made.items()}
+    counted_columns = [column for name in counted for column in target_columns(store, name)]
+    return Split.from_folds(store, parts_of_folds, seed=seed, made=facts, columns=counted_columns)
 
 
 def _divide(
@@ -155,44 +133,20 @@ def _divide(
 ) -> dict[str, dict[str, np.ndarray]]:
     """Fold → part → positions in ``names``, the subjects of the sessions to divide.
 
-    Args:
-        requested: the number of folds, or the numbers of shots or subjects.
-        labels: of the sessions: classes for shots, sites to leave one out.
-        columns: labels by which the subjects are stratified.
+    ``requested`` is the number of folds, or the numbers of shots or subjects; ``labels`` are classes or sites.
     """
     validation = shares.get("validation", 0.0)
     if kind == FOLDS:
-        parts = k_folds(names, requested, seed, columns, validation)
+        parts = dividing.k_folds(names, requested, seed, columns, validation)
         return {f"fold-{n}": fold for n, fold in enumerate(parts, start=1)}
     if kind in (SHOTS, FEW_SUBJECTS):
-        few = few_shot(names, requested, seed, labels if kind == SHOTS else None, shares, columns)
+        few = dividing.few_shot(names, requested, seed, labels if kind == SHOTS else None, shares, columns)
         what = "shots" if kind == SHOTS else "subjects"
         return {f"{what}-{n or 'all'}": fold for n, fold in few.items()}
     if kind == SITES:
-        left_out = leave_one_site_out(names, labels, seed, validation, columns)
+        left_out = dividing.leave_one_site_out(names, labels, seed, validation, columns)
         return {f"site-{site}": fold for site, fold in left_out.items()}
-    return {SINGLE_FOLD: split_by_subject(names, shares, seed, columns)}
-
-
-def _sites(store: Store, used: np.ndarray) -> list[Any]:
-    return store.covariate(SITE).iloc[used].tolist()
-
-
-def _sites_without_fold(store: Store, used: np.ndarray, made: Mapping[str, Any]) -> list[str]:
-    sites = {label_text(site) for site in _sites(store, used)} - {"missing"}
-    return sorted(site for site in sites if f"site-{site}" not in made)
-
-
-def _shares(test: float, validation: float) -> dict[str, float]:
-    """The share of each part that is not empty."""
-    if not 0 < test < 1 or not 0 <= validation < 1 or test + validation >= 1:
-        raise UsageError(
-            "the shares of test and validation must leave some to train on",
-            got=f"test {test:g}, validation {validation:g}",
-            expected="a sum below 1",
-        )
-    shares = {"train": 1 - test - validation, "validation": validation, "test": test}
-    return {part: share for part, share in shares.items() if share > 0}
+    return {SINGLE_FOLD: dividing.split_by_subject(names, shares, seed, columns)}
 
 
 def _classes(store: Store, target: str | None, used: np.ndarray) -> list[Any]:
@@ -204,12 +158,9 @@ def _classes(store: Store, target: str | None, used: np.ndarray) -> list[Any]:
             remedy="Give --target COLUMN, or ask for a number of subjects with --subjects",
         )
     labels = store.covariate(target).iloc[used].tolist()
-    if to_numeric_or_none(labels) is not None:
-        raise UsageError(
-            "the target has numbers, not classes",
-            where=f"column {target}",
-            remedy="Ask for a number of subjects with --subjects",
-        )
+    if dividing.to_numeric_or_none(labels) is not None:
+        remedy = "Ask for a number of subjects with --subjects"
+        raise UsageError("the target has numbers, not classes", where=f"column {target}", remedy=remedy)
     return labels
 
 
@@ -229,22 +180,16 @@ def split_from_file(store: Store, file: str | Path, columns: Sequence[str] = ())
     Raises:
         UsageError: it holds no parts, two parts share a subject or an image, or a part has no session in the store.
     """
-    folds = read_folds(file)
-    found = {name: _find_sessions(store, members, f"{file}, fold {name}") for name, members in folds.items()}
+    folds = split_file.read_folds(file)
+    found = {name: Split({SINGLE_FOLD: members}).sessions(store) for name, members in folds.items()}
+    for name, sessions in found.items():
+        for part, index in sessions.items():
+            if not len(index):
+                what, where = f"no session of the store is in the part {part!r}", f"{file}, fold {name}"
+                remedy = "Write subjects as the store's table does: store.sessions['subject']"
+                raise UsageError(what, where=where, remedy=remedy)
     made = {"kind": "taken from a file", "stratify": list(columns)}
     return Split.from_folds(store, found, seed=None, made=made, columns=columns)
-
-
-def _find_sessions(store: Store, members: SubjectsByPart, where: str) -> Mapping[str, np.ndarray]:
-    sessions = Split({SINGLE_FOLD: members}).sessions(store)
-    for part, index in sessions.items():
-        if not len(index):
-            raise UsageError(
-                f"no session of the store is in the part {part!r}",
-                where=where,
-                remedy="Write subjects as the store's table does: store.sessions['subject']",
-            )
-    return sessions
 
 
 def split_sessions(
@@ -255,12 +200,7 @@ def split_sessions(
     fold: str | None = None,
     notify: Notify | None = None,
 ) -> dict[str, np.ndarray]:
-    """Store indices of the labelled sessions of each part.
-
-    Args:
-        target: its labelled sessions are divided.
-        file: a split file with the parts; None to divide anew.
-        fold: the fold of a file that has several.
+    """Store indices of the labelled sessions of each part: of a split file (and its fold), or divided anew.
 
     Raises:
         UsageError: too few subjects, a file that is no split of this store, or parts that share a subject or an image.
@@ -273,14 +213,14 @@ def split_sessions(
     else:
         parts = _divide_anew(recipe, store, target, notify)
     parts = _drop_unreadable_sessions(parts, store, notify)
-    require_disjoint(parts, store.sessions["subject"].tolist())
-    require_no_shared_images(store, parts)
+    dividing.require_disjoint(parts, store.sessions["subject"].tolist())
+    split_file.require_no_shared_images(store, parts)
     return parts
 
 
 def _divide_anew(recipe: SplitRecipe, store: Store, target: TargetColumn, notify: Notify) -> dict[str, np.ndarray]:
     labelled = target.labelled
-    groups, num_linked = get_split_groups(store)
+    groups, num_linked = split_file.get_split_groups(store)
     if unlabelled := len(store) - len(labelled):
         notify(f"{unlabelled} of {len(store)} sessions have no {target.name}: left out")
     if num_linked:
@@ -289,7 +229,7 @@ def _divide_anew(recipe: SplitRecipe, store: Store, target: TargetColumn, notify
     columns |= {name: target_columns(store, name) for name in recipe.stratify_columns or ()}
     strata = {name: stratification_labels(store, labelled, of) for name, of in columns.items()} or None
     shares = {part: getattr(recipe, part) for part in PARTS}
-    split = split_by_subject(groups[labelled].tolist(), shares, recipe.seed, strata)
+    split = dividing.split_by_subject(groups[labelled].tolist(), shares, recipe.seed, strata)
     return {part: labelled[index] for part, index in split.items()}
 
 
@@ -313,11 +253,7 @@ def _parts_from_file(
 def _labelled_parts(
     split: Split, fold: str | None, store: Store, labelled: np.ndarray, where: Path
 ) -> dict[str, np.ndarray]:
-    """The labelled sessions of each part.
-
-    Raises:
-        UsageError: a part is missing or has none.
-    """
+    """The labelled sessions of each part; UsageError where a part is missing or has none."""
     parts = split.sessions(store, fold)
     for part in PARTS:
         if part not in parts:
@@ -329,23 +265,16 @@ def _labelled_parts(
     return parts
 
 
-def _drop_unreadable_sessions(parts: Mapping[str, np.ndarray], store: Store, notify: Notify) -> dict[str, np.ndarray]:
-    """The sessions with a contrast that the store shows; the parts stay the same whichever contrasts are withheld.
-
-    Raises:
-        UsageError: a part has none.
-    """
+def _drop_unreadable_sessions(parts: Parts, store: Store, notify: Notify) -> dict[str, np.ndarray]:
+    """The sessions with a contrast that the store shows; the parts stay the same whichever contrasts are withheld."""
     if not store.withheld:
         return dict(parts)
     kept = {part: index[store.present[index].any(axis=1)] for part, index in parts.items()}
     for part, index in kept.items():
         if not len(index):
-            raise UsageError(
-                f"no session of the part {part!r} has one of the contrasts",
-                where="contrasts",
-                got=", ".join(store.shown),
-                remedy="Show another contrast, or divide the subjects otherwise",
-            )
+            what, got = f"no session of the part {part!r} has one of the contrasts", ", ".join(store.shown)
+            remedy = "Show another contrast, or divide the subjects otherwise"
+            raise UsageError(what, where="contrasts", got=got, remedy=remedy)
     placed, num_kept = (sum(map(len, found.values())) for found in (parts, kept))
     if placed > num_kept:
         notify(f"{placed - num_kept} of {placed} sessions have none of {', '.join(store.shown)}: left out")
@@ -357,8 +286,7 @@ def resolve_split_file(
 ) -> tuple[Path | None, str | None]:
     """The split file of a run and its fold: its own if it is resumed, else the given one, else none.
 
-    Raises:
-        UsageError: the resumed run has another target, or other subjects than the given split.
+    UsageError where the resumed run has another target, or other subjects than the given split.
     """
     own = folder / RUN_SPLIT_FILE
     if not (resume and own.is_file()):
@@ -371,19 +299,13 @@ def resolve_split_file(
         then = _labelled_parts(Split.load(own), None, store, target.labelled, own)
         now = _drop_unreadable_sessions(now, store, lambda line: None)
         if any(not np.array_equal(now[part], then[part]) for part in PARTS):
-            raise UsageError(
-                "the run has another split", where=folder, got=given, remedy="Leave out --split, or give another --out"
-            )
+            remedy = "Leave out --split, or give another --out"
+            raise UsageError("the run has another split", where=folder, got=given, remedy=remedy)
     return own, None
 
 
 def write_split(
-    folder: Path,
-    store: Store,
-    parts: Mapping[str, np.ndarray],
-    target: TargetColumn,
-    recipe: SplitRecipe,
-    given: Path | None,
+    folder: Path, store: Store, parts: Parts, target: TargetColumn, recipe: SplitRecipe, given: Path | None
 ) -> None:
     """Write the split file of a run into its folder; a resumed run keeps its own."""
     if given == folder / RUN_SPLIT_FILE:
@@ -398,22 +320,18 @@ def write_split(
     split.save(folder / RUN_SPLIT_FILE)
 
 
-def hash_split(store: Store, parts: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """A split for a bundle: the data's hash, and hashes of each part's subjects and images.
-
-    Each bundle has a new salt, so that two bundles cannot be compared and no table helps to guess.
-    """
+def hash_split(store: Store, parts: Parts) -> dict[str, Any]:
+    """A split for a bundle: the data's hash, and hashes of each part's subjects and images."""
+    # New in each bundle: two bundles cannot be compared, and no table helps to guess.
     salt = os.urandom(16).hex()
-    names, images = store.sessions["subject"], store.sessions["image_hash"]
-    subjects = {part: {str(names.iloc[int(i)]) for i in index} for part, index in parts.items()}
-    content = {part: {str(images.iloc[int(i)]) for i in index} for part, index in parts.items()}
+    subjects, images = (store.sessions[column].astype(str).to_numpy() for column in ("subject", "image_hash"))
     return {
         "data_hash": store.content_hash,
         "hash": "pbkdf2-sha256",
         "rounds": HASH_ROUNDS,
         "salt": salt,
-        "subjects": {p: sorted(subject_hash(name, salt, HASH_ROUNDS) for name in s) for p, s in subjects.items()},
-        "images": {p: sorted(_image_hash(image, salt) for image in s) for p, s in content.items()},
+        "subjects": {part: sorted({subject_hash(name, salt) for name in subjects[own]}) for part, own in parts.items()},
+        "images": {part: sorted({_image_hash(image, salt) for image in images[own]}) for part, own in parts.items()},
     }
 
 
@@ -426,10 +344,7 @@ def is_in_parts(split: Mapping[str, Any], store: Store, sessions: Sequence[int],
 
 
 def seen_in_training(split: Mapping[str, Any], store: Store, sessions: Sequence[int]) -> np.ndarray:
-    """Whether each session of a store, ``(n,)`` bool, is of a train or validation subject of a `hash_split`.
-
-    Subjects are compared by name, and by image under any name.
-    """
+    """Whether each session, ``(n,)`` bool, has the name or an image of a train or validation subject of a split."""
     images = {digest for part in ("train", "validation") for digest in split["images"][part]}
     hashes = store.sessions["image_hash"]
     same_image = [_image_hash(str(hashes.iloc[int(i)]), split["salt"]) in images for i in sessions]

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from brainfound.adapters.attach import AdapterRecipe, attach_adapter
 from brainfound.adapters.bundle_reader import tensors_hash
 from brainfound.data.store import Store
 from brainfound.finetuning.embedding_cache import EmbeddingCache
-from brainfound.finetuning.fitted_heads import fit_decoder, fit_head
+from brainfound.finetuning.fitted_heads import AugmentedPasses, fit_decoder, fit_head
 from brainfound.finetuning.frozen_baseline import fit_frozen_baseline, score_frozen_baseline
 from brainfound.finetuning.recipe import FinetuneRecipe
 from brainfound.finetuning.scoring import SessionScores, score_sessions
@@ -82,27 +83,17 @@ class FinetuneTask(TrainTask):
             if parameter.requires_grad:
                 role = "backbone" if ".backbone." in name else "new"
                 decays = parameter.ndim > 1 and not any(word in name for word in ("token", "embedding"))
-                group = groups.setdefault(
-                    (role, decays), {"params": [], "role": role, "lr_scale": 1.0, "decays": decays}
-                )
-                group["params"].append(parameter)
+                new_group = {"params": [], "role": role, "lr_scale": 1.0, "decays": decays}
+                groups.setdefault((role, decays), new_group)["params"].append(parameter)
         return torch.optim.AdamW(list(groups.values()), lr=self.recipe.optim.lr, fused=True)
 
     def batches(self, first_step: int) -> Iterator[tuple[Any, np.ndarray, StepKey]]:
-        recipe = self.recipe
-        order = EpochOrder(len(self.parts["train"]), recipe.seed)
-        micro_batches = RankBatchSampler(
-            order,
-            recipe.engine.batch_size,
-            recipe.engine.accumulation,
-            self.rank,
-            self.world_size,
-            first_step,
-            recipe.engine.steps,
-        )
-        for number, positions in enumerate(micro_batches):
-            step, micro_batch = divmod(number, recipe.engine.accumulation)
-            key = StepKey(recipe.seed, first_step + step, micro_batch, self.rank)
+        engine, seed = self.recipe.engine, self.recipe.seed
+        sizes = engine.batch_size, engine.accumulation, self.rank, self.world_size
+        order = EpochOrder(len(self.parts["train"]), seed)
+        for number, positions in enumerate(RankBatchSampler(order, *sizes, first_step, engine.steps)):
+            step, micro_batch = divmod(number, engine.accumulation)
+            key = StepKey(seed, first_step + step, micro_batch, self.rank)
             yield *self.reader.read(positions, key), key
 
     def loss(self, model: nn.Module, batch: Any, step: int, micro_batch: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -128,14 +119,9 @@ class FinetuneTask(TrainTask):
     def score(self, part: str) -> SessionScores:
         """Score one part of the split; surfaces only of the test part, because they take long."""
         scoring = self.task.scoring if part == "test" else ScoringRecipe(empty=self.task.scoring.empty)
+        sessions = self.parts[part].tolist()
         return score_sessions(
-            self.model,
-            self.store,
-            self.parts[part].tolist(),
-            self.task,
-            self.eval_slices,
-            cache=self.cache,
-            scoring=scoring,
+            self.model, self.store, sessions, self.task, self.eval_slices, cache=self.cache, scoring=scoring
         )
 
 
@@ -149,12 +135,9 @@ def build_task(
     caches: Path,
     shared_cache: bool = False,
 ) -> FinetuneTask:
-    """Build the model of a run, fit the frozen baseline and the start of the head, and attach the adapter.
+    """Build the model of a run from ``source``, fit the frozen baseline and the last layer, and attach the adapter.
 
-    Args:
-        source: the model to start from.
-        caches: folder of cached embeddings.
-        shared_cache: other runs use the same embeddings, so those of the frozen baseline are cached too.
+    Embeddings are cached in ``caches``; where other runs share them, those of the frozen baseline too.
     """
     torch.manual_seed(derive_seed(INITIALISATION, recipe.seed))
     train, test = parts["train"].tolist(), parts["test"].tolist()
@@ -168,12 +151,9 @@ def build_task(
     cache = None
     if recipe.cached_embeddings:
         sessions = np.concatenate(list(parts.values())).tolist()
-
-        def embed() -> None:
-            EmbeddingCache(model.brainfound, store, caches, recipe.num_slices).ensure_embedded(sessions)
-
-        distributed.run_on_main_rank(embed, accelerator.is_main_process)
-        cache = EmbeddingCache(model.brainfound, store, caches, recipe.num_slices)
+        open_cache = partial(EmbeddingCache, model.brainfound, store, caches, recipe.num_slices)
+        distributed.run_on_main_rank(lambda: open_cache().ensure_embedded(sessions), accelerator.is_main_process)
+        cache = open_cache()
     frozen: list[FrozenBaselineResult] = []
     if recipe.frozen_baseline:
         # Now, while the backbone is untouched: at the end a second one might not fit into memory.
@@ -183,33 +163,25 @@ def build_task(
             found = fit_frozen_baseline(
                 model, store, train, task, recipe.num_slices, cache=cache, folder=folder, seed=recipe.split.seed
             )
-            encoder = tensors_hash(model.encoder.state_dict())
-            frozen.append(
-                FrozenBaselineResult(
-                    found.tensors(), encoder, score_frozen_baseline(found, store, test, scoring=task.scoring)
-                )
-            )
+            scores = score_frozen_baseline(found, store, test, scoring=task.scoring)
+            frozen.append(FrozenBaselineResult(found.tensors(), tensors_hash(model.encoder.state_dict()), scores))
 
         distributed.run_on_main_rank(fit, accelerator.is_main_process)
     if recipe.head_fit_passes:
-        reader: Any = make_volume_reader(recipe, store, train, model.config, task, cache)
+        reader = make_volume_reader(recipe, store, train, model.config, task, cache)
         # Cached embeddings are the same in every pass.
-        passes = 1 if cache else recipe.head_fit_passes
-        batch = max(recipe.engine.batch_size // recipe.engine.accumulation, 1)
+        num_passes = 1 if cache else recipe.head_fit_passes
+        batch_size = max(recipe.engine.batch_size // recipe.engine.accumulation, 1)
+        passes = AugmentedPasses(reader, recipe.augmentation, num_passes, batch_size, recipe.seed)
         fit_last_layer: Any = fit_decoder if task.per_voxel else fit_head
         with accelerator.autocast():  # as in training: what bfloat16 rounds away is no feature
-            fit_last_layer(model, reader, recipe.augmentation, task, passes, batch, recipe.seed)
+            fit_last_layer(model, task, passes)
     adapted = attach_adapter(model, load(AdapterRecipe, recipe.adapter, "adapters"))
     return FinetuneTask(adapted, store, parts, task, recipe, accelerator, cache, frozen[0] if frozen else None)
 
 
 def make_volume_reader(
-    recipe: FinetuneRecipe,
-    store: Store,
-    train: Sequence[int],
-    config: Any,
-    task: Task,
-    cache: EmbeddingCache | None,
+    recipe: FinetuneRecipe, store: Store, train: Sequence[int], config: Any, task: Task, cache: EmbeddingCache | None
 ) -> VolumeReader | EmbeddedReader:
     """The reader of the training part for a model with a configuration."""
     if cache is not None:

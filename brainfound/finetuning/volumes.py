@@ -1,7 +1,7 @@
 """Training volumes: the slices of a session at a step, their augmentation, and a dataset for other training loops.
 
-`brainfound finetune` reads through `VolumeReader` or `EmbeddedReader`, whose random numbers are a function of (seed,
-step), see `brainfound.training.randomness`. `VolumeDataset` is for `transformers.Trainer`, see `docs/trainer.md`.
+The random numbers of `VolumeReader` and `EmbeddedReader` are a function of (seed, step), see
+`brainfound.training.randomness`. `VolumeDataset` is for `transformers.Trainer`.
 
 Axis legend: B volumes, S slices, C contrasts, H W pixels, K labels.
 """
@@ -9,7 +9,7 @@ Axis legend: B volumes, S slices, C contrasts, H W pixels, K labels.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, overload
 
 import numpy as np
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from pydantic import Field, model_validator
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from brainfound.data.augmentation import IntensityRecipe, ViewsRecipe, drop_contrasts, random_affine, vary_intensity
@@ -97,9 +98,8 @@ PRESETS: Mapping[str, VolumeAugmentation] = {
         ),
     ),
 }
-"""Augmentation by name: none; mild for classification and regression; strong for segmentation (the finding of the
-FOMO25 challenge: strong spatial augmentation helps segmentation and hurts the other two). No preset exchanges left and
-right."""
+"""Augmentation by name. In the FOMO25 challenge strong spatial augmentation helped segmentation, and hurt
+classification and regression. No preset exchanges left and right."""
 
 
 def sample_jittered_slices(num_slices: int, wanted: int, rng: np.random.Generator) -> np.ndarray:
@@ -110,38 +110,31 @@ def sample_jittered_slices(num_slices: int, wanted: int, rng: np.random.Generato
     return np.floor(edges + rng.uniform(size=wanted) * num_slices / wanted).astype(int)
 
 
-def sample_foreground_slices(
-    mask: np.ndarray, wanted: int, foreground_share: float, rng: np.random.Generator
-) -> np.ndarray:
-    """Random slices for a segmentation, about ``foreground_share`` of them through the structure.
+def sample_foreground_slices(mask: np.ndarray, wanted: int, share: float, rng: np.random.Generator) -> np.ndarray:
+    """Random slices for a segmentation in rising order, about ``share`` of them through the structure.
 
-    The result rises, so neighbours stay neighbours; slices may repeat where few show the structure.
+    Slices may repeat where few show the structure.
     """
     marked = np.flatnonzero(mask.any(axis=(1, 2)))
-    num_marked = round(wanted * foreground_share) if marked.size else 0
-    chosen = [
-        rng.choice(marked, num_marked) if num_marked else np.empty(0, int),
-        rng.choice(len(mask), wanted - num_marked),
-    ]
-    return np.sort(np.concatenate(chosen).astype(int))
+    num_marked = round(wanted * share) if marked.size else 0
+    through = rng.choice(marked, num_marked) if num_marked else np.empty(0, int)
+    return np.sort(np.concatenate([through, rng.choice(len(mask), wanted - num_marked)]).astype(int))
 
 
-def sample_contiguous_slices(
-    mask: np.ndarray, wanted: int, foreground_share: float, rng: np.random.Generator
-) -> np.ndarray:
-    """A run of neighbouring slices for a segmentation; a share of the runs covers a slice with the structure.
+def sample_contiguous_slices(mask: np.ndarray, wanted: int, share: float, rng: np.random.Generator) -> np.ndarray:
+    """A run of neighbouring slices for a segmentation; ``share`` of the runs cover a slice with the structure.
 
     Prediction reads every slice, so a model that mixes neighbours must learn from slices at the same distance.
     """
     wanted = min(wanted, len(mask))
     marked = np.flatnonzero(mask.any(axis=(1, 2)))
-    seen = rng.choice(marked) if marked.size and rng.uniform() < foreground_share else rng.integers(len(mask))
+    seen = rng.choice(marked) if marked.size and rng.uniform() < share else rng.integers(len(mask))
     first = np.clip(seen - rng.integers(wanted), 0, len(mask) - wanted)
     return first + np.arange(wanted)
 
 
 def choose_slices(
-    stack: Stack, wanted: int, foreground_share: float | None, neighbours: bool, rng: np.random.Generator
+    stack: Stack, rng: np.random.Generator, wanted: int, foreground_share: float | None, neighbours: bool
 ) -> np.ndarray:
     """Random slices of a stack for a training step; see `VolumeReader`."""
     if foreground_share is None or stack.mask is None:
@@ -150,57 +143,40 @@ def choose_slices(
     return sample(np.asarray(stack.mask), wanted, foreground_share, rng)
 
 
+@dataclass
 class VolumeReader:
-    """Reads the training volumes of a micro-batch from a store.
+    """Reads the training volumes of a micro-batch: some slices of some of the ``sessions`` of a store."""
 
-    Args:
-        store: the data.
-        sessions: store indices of the training part.
-        num_slices: slices per volume.
-        foreground_share: for segmentation, share of the slices that show the structure; None for other tasks.
-        neighbours: for segmentation, read slices that lie side by side (`sample_contiguous_slices`).
-    """
+    store: Store
+    sessions: Any
+    num_slices: int
+    foreground_share: float | None = None
+    """For a segmentation, share of the slices that show the structure; None for other tasks."""
+    neighbours: bool = False
+    """For a segmentation, read slices that lie side by side (`sample_contiguous_slices`)."""
 
-    def __init__(
-        self,
-        store: Store,
-        sessions: Sequence[int],
-        num_slices: int,
-        foreground_share: float | None = None,
-        neighbours: bool = False,
-    ) -> None:
-        self.store, self.sessions = store, np.asarray(sessions)
-        self.num_slices, self.foreground_share, self.neighbours = num_slices, foreground_share, neighbours
-
-    def of(self, sessions: Sequence[int]) -> VolumeReader:
-        """The same for other sessions."""
-        return VolumeReader(self.store, sessions, self.num_slices, self.foreground_share, self.neighbours)
+    def __post_init__(self) -> None:
+        self.sessions = np.asarray(self.sessions)
 
     def read(self, positions: Sequence[int], key: StepKey) -> tuple[VolumeBatch, np.ndarray]:
         """The volumes at some positions of the training part, and the store's session index of each."""
         mine = self.sessions[list(positions)]
-        stacks, slices = [], []
-        for place, session in enumerate(mine):
-            rng = numpy_generator(VIEWS, key.seed, *key.keys, place)
-            stack = self.store[int(session)]
-            stacks.append(stack)
-            slices.append(choose_slices(stack, self.num_slices, self.foreground_share, self.neighbours, rng))
+        stacks = [self.store[int(session)] for session in mine]
+        rngs = [numpy_generator(VIEWS, key.seed, *key.keys, place) for place in range(len(mine))]
+        slices = [
+            choose_slices(stack, rng, self.num_slices, self.foreground_share, self.neighbours)
+            for stack, rng in zip(stacks, rngs, strict=True)
+        ]
         return collate(stacks, slices), mine
 
 
 class EmbeddedReader:
-    """Reads the training volumes of a micro-batch as slice embeddings, where the backbone is frozen.
-
-    Args:
-        cache: holds the training part.
-        sessions: store indices of the training part.
-    """
+    """Reads the training volumes of a micro-batch as slice embeddings, where the backbone is frozen."""
 
     def __init__(self, cache: EmbeddingCache, sessions: Sequence[int]) -> None:
         self.cache, self.store, self.sessions = cache, cache.store, np.asarray(sessions)
 
     def read(self, positions: Sequence[int], key: StepKey) -> tuple[EmbeddedBatch, np.ndarray]:
-        """The volumes at some positions of the training part, and the store's session index of each."""
         mine = self.sessions[list(positions)]
         return self.cache.batch(mine.tolist()), mine
 
@@ -239,23 +215,21 @@ def _augment(batch: VolumeBatch, recipe: VolumeAugmentation, key: StepKey) -> Vo
     noise_generator = torch_generator(VIEWS, key.seed, *key.keys, NOISE, device=pixels.device)
     images = vary_intensity(images, recipe.intensity, generator, noise_generator)
     contrast_mask = drop_contrasts(batch.contrast_mask.cpu(), recipe.contrast_dropout, generator).to(pixels.device)
+    masks = batch.masks
+    if masks is not None:
+        masks = F.grid_sample(masks.float(), grid, mode="nearest", align_corners=False).round().long()
     return replace(
         batch,
         pixel_values=rearrange(images, "b c s h w -> b s c h w") * contrast_mask[:, None, :, None, None],
         contrast_mask=contrast_mask,
-        masks=None if batch.masks is None else _move_masks(batch.masks, grid),
+        masks=masks,
     )
 
 
 def _affines(count: int, size: tuple[int, int], recipe: VolumeAugmentation, generator: torch.Generator) -> Tensor:
     """One matrix per volume; `random_affine` with crops of the whole image, then scaled."""
-    whole = ViewsRecipe(
-        aspect=(1.0, 1.0),
-        rotation_degrees=recipe.rotation_degrees,
-        shear=recipe.shear,
-        flip_left_right=recipe.flip_left_right,
-    )
-    matrices = random_affine(count, size, (1.0, 1.0), whole, generator)
+    own = recipe.model_dump(include={"rotation_degrees", "shear", "flip_left_right"})
+    matrices = random_affine(count, size, (1.0, 1.0), ViewsRecipe(aspect=(1.0, 1.0), **own), generator)
     factor = 1 + recipe.scale * (2 * torch.rand(count, generator=generator) - 1)
     matrices[:, :, :2] *= factor[:, None, None]
     return matrices
@@ -264,12 +238,12 @@ def _affines(count: int, size: tuple[int, int], recipe: VolumeAugmentation, gene
 def _apply_elastic(grid: Tensor, matrices: Tensor, recipe: VolumeAugmentation, key: StepKey) -> None:
     """Add a smooth displacement to the sampling grid (B H W 2) of some volumes, in place.
 
-    It acts after the affine: a strong zoom does not amplify it. A generator of its own keeps all other random numbers
-    the same without it.
+    It acts after the affine: a strong zoom does not amplify it.
     """
     if not recipe.elastic_probability:
         return
     num_volumes, height, width = grid.shape[:3]
+    # Of its own: without elastic deformations all other random numbers are the same.
     generator = torch_generator(VIEWS, key.seed, *key.keys, ELASTIC)
     bent = EffectSelection.where(
         random_selection(num_volumes, recipe.elastic_probability, generator),
@@ -281,11 +255,6 @@ def _apply_elastic(grid: Tensor, matrices: Tensor, recipe: VolumeAugmentation, k
         offsets = displacement_field(control, strength, (height, width))
         turned = torch.einsum("k x y, k h w y -> k h w x", matrices[index][:, :, :2], offsets)
         grid.index_add_(0, index, turned)
-
-
-def _move_masks(masks: Tensor, grid: Tensor) -> Tensor:
-    moved = F.grid_sample(masks.float(), grid, mode="nearest", padding_mode="zeros", align_corners=False)
-    return moved.round().long()
 
 
 IGNORE_INDEX = -100
@@ -300,19 +269,15 @@ class VolumeDataset(Dataset[dict[str, Tensor]]):
     segmentation classes `(S, H, W)`, where labels overlap 0 or 1 `(S, K, H, W)`. `collate_volumes` makes batches.
 
     Args:
-        store: the data.
         task: of `brainfound.finetuning.tasks.resolve` on the training part.
-        sessions: which sessions of the store; None: all.
+        sessions: which sessions of the store (None: all); those without a label are left out and counted in
+            `num_left_out`.
         num_slices: slices per volume; None: all.
         augmentation: for training: random changes, of randomly chosen slices. None, for evaluation: evenly spaced
             slices without changes. The random numbers are torch's and follow a Trainer's seed.
         foreground_share: in training of a segmentation, the share of the slices that show the structure.
-        neighbours: in training of a segmentation, take neighbouring slices; for the stem "slices" and
-            `decoder_slice_mixing`.
-
-    Attributes:
-        sessions: the rows of the store that are examples; those without a label are left out.
-        num_left_out: number of sessions without a label.
+        neighbours: in training of a segmentation with the stem "slices" or `decoder_slice_mixing`, take neighbouring
+            slices.
 
     Raises:
         UsageError: no session has a label, or one has a class that the target does not know.
@@ -334,12 +299,9 @@ class VolumeDataset(Dataset[dict[str, Tensor]]):
         self.sessions = asked[np.isin(asked, labelled)]
         self.num_left_out = len(asked) - len(self.sessions)
         if not len(self.sessions):
-            raise UsageError(
-                f"none of {len(asked)} sessions has a label",
-                where=f"store {store.path.name}",
-                expected=task.column,
-                remedy="Give other sessions, or add their labels and prepare the store again",
-            )
+            what, where = f"none of {len(asked)} sessions has a label", f"store {store.path.name}"
+            remedy = "Give other sessions, or add their labels and prepare the store again"
+            raise UsageError(what, where=where, expected=task.column, remedy=remedy)
         self.store, self.task, self.num_slices = store, task, num_slices
         self.augmentation, self.foreground_share, self.neighbours = augmentation, foreground_share, neighbours
         self._values = task.values(store, self.sessions.tolist())
@@ -356,7 +318,7 @@ class VolumeDataset(Dataset[dict[str, Tensor]]):
             wanted = len(stack.pixels) if self.num_slices is None else self.num_slices
             share = self.foreground_share if self.task.per_voxel and self.num_slices is not None else None
             rng = np.random.default_rng(seed)
-            batch = collate([stack], [choose_slices(stack, wanted, share, self.neighbours, rng)])
+            batch = collate([stack], [choose_slices(stack, rng, wanted, share, self.neighbours)])
             batch = augment_volumes(batch, self.augmentation, StepKey(seed, 0, 0, 0))
         example = {name: value[0] for name, value in batch.inputs().items()}
         values = None if self._values is None else self._values[index]
@@ -369,22 +331,13 @@ def collate_volumes(examples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tenso
 
     Padded slices hold zeros, have `slice_mask` False, and in a segmentation the label −100.
     """
-    length = max(len(example["slice_mask"]) for example in examples)
     batch = {}
     for name in examples[0]:
         values = [example[name] for example in examples]
         if name in ("pixel_values", "slice_mask", "positions_mm"):
-            batch[name] = _padded(values, length, 0)
+            batch[name] = pad_sequence(values, batch_first=True)
         elif name == "labels" and values[0].dim() >= 3:
-            batch[name] = _padded(values, length, IGNORE_INDEX)
+            batch[name] = pad_sequence(values, batch_first=True, padding_value=IGNORE_INDEX)
         else:
             batch[name] = torch.stack(values)
     return batch
-
-
-def _padded(values: Sequence[Tensor], length: int, fill: int) -> Tensor:
-    """Tensors (S, …) as one (B, S, …), the shorter ones filled up."""
-    padded = values[0].new_full((len(values), length, *values[0].shape[1:]), fill)
-    for row, value in enumerate(values):
-        padded[row, : len(value)] = value
-    return padded

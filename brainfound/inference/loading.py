@@ -16,8 +16,8 @@ from brainfound.data.hooks import Hook, load_hooks
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.preprocessing.stack import Stack
 from brainfound.errors import ModelError, UsageError, did_you_mean
-from brainfound.finetuning.calibration import AnswerCalibration
 from brainfound.finetuning.tasks import TASKS, Task, from_dict
+from brainfound.finetuning.tasks.base import AnswerCalibration
 from brainfound.inference.prediction import Prediction
 from brainfound.inference.predictor import Predictor, resolve_device
 from brainfound.inference.segmentation import SegmentationOptions

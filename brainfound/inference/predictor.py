@@ -20,8 +20,8 @@ from brainfound.data.preprocessing.session import PreparedSession, prepare_sessi
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.preprocessing.stack import Stack
 from brainfound.errors import ScanError, UsageError
-from brainfound.finetuning.calibration import AnswerCalibration
 from brainfound.finetuning.tasks import Segmentation, Task, VolumeTask
+from brainfound.finetuning.tasks.base import AnswerCalibration
 from brainfound.inference.explanation import Explanation, choose_methods, explain_stack
 from brainfound.inference.prediction import Prediction
 from brainfound.inference.scans import session_from_scans

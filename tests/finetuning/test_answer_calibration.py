@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 from scipy import special
 
-from brainfound.finetuning.calibration import AnswerCalibration
 from brainfound.finetuning.scoring import SessionScores
 from brainfound.finetuning.tasks import Classification, Regression, RegressionRecipe
+from brainfound.finetuning.tasks.base import AnswerCalibration
 from brainfound.finetuning.tasks.classification import MultiLabelClassification
 from brainfound.metrics.calibration import expected_calibration_error, fit_temperature
 from brainfound.models.infer import StackPrediction

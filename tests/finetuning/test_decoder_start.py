@@ -11,7 +11,7 @@ from scipy.special import softmax
 
 from brainfound.errors import TrainingError
 from brainfound.finetuning import fitted_heads
-from brainfound.finetuning.fitted_heads import fit_decoder, iterate_augmented_passes
+from brainfound.finetuning.fitted_heads import AugmentedPasses, fit_decoder
 from brainfound.finetuning.linear_models import fit_pixel_logistic
 from brainfound.finetuning.tasks import Segmentation, SegmentationRecipe, resolve
 from brainfound.finetuning.volumes import PRESETS, VolumeReader
@@ -39,7 +39,7 @@ def reader_of(small_store, sessions=TRAIN) -> VolumeReader:
 
 
 def fit(model, small_store, target, augmentation="none", num_passes=2, seed=0) -> None:
-    fit_decoder(model, reader_of(small_store), PRESETS[augmentation], target, num_passes, 4, seed)
+    fit_decoder(model, target, AugmentedPasses(reader_of(small_store), PRESETS[augmentation], num_passes, 4, seed))
 
 
 def loss(model, small_store, target) -> float:
@@ -84,7 +84,7 @@ def test_features_at_pixels_give_the_scores_of_the_model(small_store, tiny_backb
     monkeypatch.setattr(type(small_store), "__getitem__", _shortened(type(small_store).__getitem__, TRAIN[0], 5))
     assert len(small_store[TRAIN[0]].pixels) == 5 < len(short.pixels)
     reader = VolumeReader(small_store, TRAIN[:3], 50, foreground_share=0.5, neighbours=True)
-    volumes, _ = next(iterate_augmented_passes(reader, PRESETS["none"], 1, 3, 0, torch.device("cpu")))
+    volumes, _ = next(AugmentedPasses(reader, PRESETS["none"], 1, 3, 0).batches(torch.device("cpu")))
     assert not volumes.slice_mask.all()
     with torch.no_grad():
         maps = fitted_heads._capture_layer_input(model.decoder.score, model.eval(), volumes.inputs())

@@ -438,7 +438,7 @@ def test_targets_with_nothing_to_learn_are_refused(small_store, tiny_backbone, t
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("at", ["start", "finish"])
+@pytest.mark.parametrize("at", ["write_start", "write_end"])
 def test_what_the_disk_refuses_is_one_line(small_store, tiny_backbone, tmp_path, monkeypatch, at):
     def refused(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device", "run.json")

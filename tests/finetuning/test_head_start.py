@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from brainfound.finetuning.fitted_heads import fit_head
+from brainfound.finetuning.fitted_heads import AugmentedPasses, fit_head
 from brainfound.finetuning.linear_models import subject_folds, subject_group_indices
 from brainfound.finetuning.tasks import resolve
 from brainfound.finetuning.volumes import VolumeAugmentation, VolumeReader
@@ -45,7 +45,7 @@ def test_a_fitted_regression_starts_better_than_a_random_one(small_store, tiny_b
     )
     ages = torch.tensor(target.values(small_store, test))
     before = (answers(model, small_store, test) - ages).abs().mean()
-    fit_head(model, VolumeReader(small_store, train, 50), STILL, target, 2, 4, seed=0)
+    fit_head(model, target, AugmentedPasses(VolumeReader(small_store, train, 50), STILL, 2, 4, seed=0))
     after = (answers(model, small_store, test) - ages).abs().mean()
     assert after < 0.7 * before
 
@@ -62,7 +62,7 @@ def test_a_fitted_classification_starts_better_than_a_random_one(small_store, ti
         return float(-answers(model, small_store, test)[torch.arange(len(test)), labels].log().mean())
 
     before = error()
-    fit_head(model, VolumeReader(small_store, train, 50), STILL, target, 2, 4, seed=0)
+    fit_head(model, target, AugmentedPasses(VolumeReader(small_store, train, 50), STILL, 2, 4, seed=0))
     assert error() < 0.7 * before
 
 
@@ -74,7 +74,9 @@ def test_only_the_last_layer_changes_and_the_same_seed_gives_the_same(small_stor
         model = BrainFoundForRegression.from_backbone(tiny_backbone, contrasts=small_store.contrasts)
         before = {name: value.clone() for name, value in model.state_dict().items()}
         state = torch.get_rng_state()
-        fit_head(model, VolumeReader(small_store, train, 3), VolumeAugmentation(), target, 1, 4, seed=3)
+        fit_head(
+            model, target, AugmentedPasses(VolumeReader(small_store, train, 3), VolumeAugmentation(), 1, 4, seed=3)
+        )
         assert torch.equal(torch.get_rng_state(), state)
         after = model.state_dict()
         assert {n for n in after if not torch.equal(after[n], before[n])} == {"head.score.weight", "head.score.bias"}
@@ -94,7 +96,7 @@ def test_bins_start_around_the_answer_of_a_point(small_store, tiny_backbone):
         regression_head="bins", regression_bins=60, regression_range=[-60.0, 160.0],
     )  # fmt: skip
     for model in (point, bins):
-        fit_head(model, reader, STILL, target, 1, 4, seed=0)
+        fit_head(model, target, AugmentedPasses(reader, STILL, 1, 4, seed=0))
     torch.testing.assert_close(answers(bins, small_store, test), answers(point, small_store, test), atol=0.5, rtol=0)
 
 
@@ -115,7 +117,7 @@ def test_each_label_of_several_is_fitted(small_store, tiny_backbone, monkeypatch
             return float(model.eval()(**volumes.inputs(), labels=labels).loss)
 
     before = loss()
-    fit_head(model, reader, STILL, target, 2, 4, seed=0)
+    fit_head(model, target, AugmentedPasses(reader, STILL, 2, 4, seed=0))
     assert loss() < 0.8 * before
 
 
@@ -130,7 +132,7 @@ def test_class_weights_count_in_the_fit(small_store, tiny_backbone, monkeypatch)
         model = BrainFoundForClassification.from_backbone(
             tiny_backbone, contrasts=small_store.contrasts, num_labels=2, class_weights=weights
         )
-        fit_head(model, VolumeReader(small_store, train, 50), STILL, target, 1, 4, seed=0)
+        fit_head(model, target, AugmentedPasses(VolumeReader(small_store, train, 50), STILL, 1, 4, seed=0))
         return float(answers(model, small_store, train)[:, 1].mean())
 
     assert share_of_second([0.5, 1.5]) > 0.6

@@ -10,8 +10,8 @@ import pytest
 from brainfound.errors import UsageError
 from brainfound.finetuning.splits import make_split
 from brainfound.finetuning.tasks import Segmentation, SegmentationRecipe, TargetColumn, from_dict, resolve
+from brainfound.finetuning.tasks.base import target_columns
 from brainfound.finetuning.tasks.classification import MultiLabelClassification
-from brainfound.finetuning.tasks.columns import target_columns
 from brainfound.finetuning.tasks.segmentation import OverlappingSegmentation
 
 

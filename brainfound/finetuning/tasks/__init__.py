@@ -13,24 +13,28 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from brainfound.data.store import Store
 from brainfound.errors import UsageError, did_you_mean
-from brainfound.finetuning.tasks.base import SavedTask, ScoringRecipe, Task, TaskRecipe, VolumeTask
+from brainfound.finetuning.tasks.base import (
+    MASK,
+    AnswerCalibration,
+    SavedTask,
+    ScoringRecipe,
+    TargetColumn,
+    Task,
+    TaskRecipe,
+    VolumeTask,
+)
 from brainfound.finetuning.tasks.classification import Classification, ClassificationRecipe
-from brainfound.finetuning.tasks.columns import MASK, TargetColumn
 from brainfound.finetuning.tasks.regression import Regression, RegressionRecipe
 from brainfound.finetuning.tasks.segmentation import Segmentation, SegmentationRecipe
 
 __all__ = [
-    "MASK", "TASKS", "AnyTaskRecipe", "AutoTaskRecipe", "Classification", "ClassificationRecipe", "Regression",
-    "RegressionRecipe", "ScoringRecipe", "Segmentation", "SegmentationRecipe", "TargetColumn", "Task", "VolumeTask",
-    "from_dict", "resolve",
+    "MASK", "TASKS", "AnswerCalibration", "AnyTaskRecipe", "AutoTaskRecipe", "Classification", "ClassificationRecipe",
+    "Regression", "RegressionRecipe", "ScoringRecipe", "Segmentation", "SegmentationRecipe", "TargetColumn", "Task",
+    "VolumeTask", "from_dict", "resolve",
 ]  # fmt: skip
 
 # In the order in which `task: auto` tries them.
-TASKS: dict[str, type[Task]] = {
-    "segmentation": Segmentation,
-    "regression": Regression,
-    "classification": Classification,
-}
+TASKS: dict[str, type[Task]] = {task.kind: task for task in (Segmentation, Regression, Classification)}
 
 
 class AutoTaskRecipe(TaskRecipe):
@@ -68,14 +72,12 @@ def resolve(store: Store, train: Sequence[int], target: TargetColumn | str, reci
     """Learn the labels of a target from the training part.
 
     Args:
-        store: the data.
         train: indices of the sessions of the training part.
         target: a column, several columns of 0 and 1 as ``"edema,lesion"``, or ``"mask"``.
         recipe: the task's section of a recipe, or a kind with default settings.
 
     Raises:
-        UsageError: no such column; one class only, a constant or non-numeric target of a regression, no code but 0 in
-            any mask, or a region that no mask has.
+        UsageError: no such column, or labels that cannot be learnt, such as one class only.
     """
     found = TargetColumn.find(store, target) if isinstance(target, str) else target
     kind = recipe if isinstance(recipe, str) else recipe.kind
@@ -95,11 +97,7 @@ def resolve(store: Store, train: Sequence[int], target: TargetColumn | str, reci
 
 
 def from_dict(content: Mapping[str, Any]) -> Task:
-    """The task that `Task.to_dict` gave, as bundle.json and run.json hold it.
-
-    Raises:
-        TypeError, KeyError: the content is of something else.
-    """
+    """The task of a bundle.json or run.json (`Task.to_dict`); TypeError or KeyError for other content."""
     saved = SavedTask(**{key: _as_tuples(value) for key, value in content.items()})
     return TASKS[saved.task].from_saved(saved)
 

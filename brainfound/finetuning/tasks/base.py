@@ -1,8 +1,7 @@
 """The contract of a task: its labels, its head and loss, its answers and scores, and its section of the recipe.
 
-A task is resolved once, on the training part alone, and then reads the labels of every part: `brainfound.finetuning.
-tasks.resolve` makes one for a run, `from_dict` reads one from a bundle. `VolumeTask` is the part that a classification
-and a regression share: one label per session.
+A task is resolved once, on the training part alone, and then reads the labels of every part. `VolumeTask` is what a
+classification and a regression share: one label per session, and calibrated answers.
 
 Axis legend: n sessions, D width, K classes or labels.
 """
@@ -23,28 +22,60 @@ from torch import Tensor
 
 from brainfound.data.preprocessing.stack import Stack
 from brainfound.data.store import Store
-from brainfound.finetuning.calibration import AnswerCalibration
-from brainfound.finetuning.tasks.columns import TargetColumn
-from brainfound.metrics.calibration import ReliabilityBins
+from brainfound.errors import UsageError
+from brainfound.finetuning.linear_models import LabelledFeatures, Linear
+from brainfound.metrics.calibration import BiasCorrection, ConformalInterval, ReliabilityBins
 from brainfound.metrics.scores import EmptyCase
 from brainfound.models.infer import StackPrediction
 from brainfound.recipes import Recipe
 
+MASK = "mask"
 Parts = Mapping[str, np.ndarray]
 """Part of a split → indices of its sessions."""
 Notify = Callable[[str], None]
 """Receives one line."""
-Linear = tuple[np.ndarray, np.ndarray]
-"""Weights (rows, D) and biases (rows,) of a linear model."""
 
 
-class LabelledFeatures(NamedTuple):
-    """Standardised embeddings of volumes."""
+@dataclass(frozen=True, eq=False)
+class TargetColumn:
+    """The target that a user names, found once in a store and handed on."""
 
-    features: Float[np.ndarray, "n D"]
-    labels: np.ndarray
-    subject_groups: np.ndarray
-    """The same number for all volumes of a subject."""
+    name: str
+    """A covariate, ``"mask"``, or several covariates of 0 and 1 as ``"edema,lesion"``."""
+    columns: tuple[str, ...]
+    """The covariates; none for the mask."""
+    labelled: np.ndarray
+    """Indices of the sessions that have a mask, or a label in each of the columns."""
+
+    @classmethod
+    def find(cls, store: Store, name: str) -> Self:
+        """Find a target; UsageError where there is no such column, or no session has a label."""
+        columns = target_columns(store, name)
+        known = np.ones(len(store), dtype=bool) if columns else (store.sessions["mask_dtype"] != "").to_numpy()
+        for column in columns:
+            labels = store.covariate(column)
+            numbers = pd.to_numeric(labels, errors="coerce")
+            known &= labels.notna().to_numpy() & ~np.isinf(numbers.to_numpy(dtype=np.float64, na_value=0.0))
+        if not known.any():
+            what = f"the column {name!r} is empty" if columns else "no session has a mask"
+            if len(columns) > 1:
+                what = f"no session has a value in each of the columns {name!r}"
+            remedy = "Add labels to the cohort and prepare it again"
+            raise UsageError(what, where=f"store {store.path.name}", remedy=remedy)
+        return cls(name, columns, np.flatnonzero(known))
+
+    @property
+    def is_mask(self) -> bool:
+        return not self.columns
+
+
+def target_columns(store: Store, name: str) -> tuple[str, ...]:
+    """The covariates that a target names: none for the mask, several for ``"edema,lesion"``."""
+    if name == MASK:
+        return ()
+    if "," not in name or name in store.covariates:
+        return (name,)
+    return tuple(dict.fromkeys(part.strip() for part in name.split(",") if part.strip())) or (name,)
 
 
 class TaskRecipe(Recipe):
@@ -99,6 +130,41 @@ class SavedTask:
     shares: tuple[float, ...] = ()
 
 
+@dataclass(frozen=True)
+class AnswerCalibration:
+    """Calibration fitted to the answers on the validation part, never on the test part.
+
+    A classification gets a temperature; a regression a bias correction and a conformal interval. Calibrated answers
+    stand beside the raw ones: in scores.json with their effect on the test part, and in predictions of the bundle.
+    """
+
+    num_sessions: int = 0
+    """Of the validation part."""
+    temperature: float | None = None
+    bias_correction: BiasCorrection | None = None
+    interval: ConformalInterval | None = None
+    left_out: tuple[str, ...] = ()
+    """Fits that failed, such as for too small a validation part, with the reasons."""
+
+    def report(self, effect: Mapping[str, Any]) -> dict[str, Any]:
+        """For scores.json: what was fitted, and its effect on the test part (`VolumeTask.calibration_effect`)."""
+        common = {"fitted_on": "validation", "num_sessions": self.num_sessions, "left_out": list(self.left_out)}
+        return common | dict(effect)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {**asdict(self), "left_out": list(self.left_out)}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any] | None) -> Self:
+        """From `to_dict`; None, as in bundles without a calibration, gives one that adds nothing."""
+        fields = dict(content or {})
+        for name, kind in (("bias_correction", BiasCorrection), ("interval", ConformalInterval)):
+            if fields.get(name) is not None:
+                fields[name] = kind(**fields[name])
+        return cls(**{**fields, "left_out": tuple(fields.get("left_out", ()))})
+
+
 class ScoredAnswers(NamedTuple):
     """The scores over all sessions, those of the trivial baseline, and notes on the labels."""
 
@@ -119,13 +185,7 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class Task(ABC):
-    """What a model learns to answer.
-
-    Attributes:
-        column: the covariate, ``"mask"``, or several covariates of 0 and 1 as ``"edema,lesion"``.
-        names: of the classes, in the order of their indices; none of a regression.
-        settings: the task's section of the recipe; the defaults for a task that a bundle holds.
-    """
+    """What a model learns to answer."""
 
     kind: ClassVar[str]
     recipe: ClassVar[type[TaskRecipe]]
@@ -135,8 +195,11 @@ class Task(ABC):
     has_names: ClassVar[bool] = True
 
     column: str
+    """The target's name."""
     names: tuple[str, ...] = ()
+    """Of the classes, in the order of their indices; none of a regression."""
     settings: Any = field(default=None, kw_only=True, compare=False, repr=False)
+    """The task's section of the recipe; the defaults for a task that a bundle holds."""
 
     @classmethod
     @abstractmethod
@@ -182,8 +245,7 @@ class Task(ABC):
         return {}
 
     @abstractmethod
-    def make_scorer(self, store: Store, sessions: Sequence[int], scoring: ScoringRecipe) -> Scorer:
-        """A scorer for sessions of a store."""
+    def make_scorer(self, store: Store, sessions: Sequence[int], scoring: ScoringRecipe) -> Scorer: ...
 
     @property
     def scoring(self) -> ScoringRecipe:
@@ -234,9 +296,7 @@ class VolumeTask(Task):
     def explained_score(self, answer: Mapping[str, Any], class_name: str | None) -> tuple[str, Callable[[Any], Tensor]]:
         """The score that a gradient map follows: its name, and how to read it from a model's output.
 
-        Args:
-            answer: of `format_answer`.
-            class_name: a class; None: the most probable one.
+        ``answer`` is of `format_answer`; without a class the score is that of the most probable one.
         """
 
     @abstractmethod
@@ -247,13 +307,24 @@ class VolumeTask(Task):
     def fit_head(self, data: LabelledFeatures, config: Any) -> Linear:
         """The first rows of the last layer of a head with a configuration, fitted to standardised embeddings."""
 
-    def fit_calibration(self, cases: pd.DataFrame) -> AnswerCalibration:
-        """The calibration of a model by its answers on the validation part."""
-        return AnswerCalibration.fit(len(cases), self.calibration_fits(cases))
+    @abstractmethod
+    def linear_answer(self, scores: Float[np.ndarray, "rows"]) -> StackPrediction:
+        """The scores of a `fit_linear` model of one volume, in the form of a model's answer."""
 
     @abstractmethod
     def calibration_fits(self, cases: pd.DataFrame) -> dict[str, Callable[[], Any]]:
         """Field of `AnswerCalibration` → its fit to cases."""
+
+    def fit_calibration(self, cases: pd.DataFrame) -> AnswerCalibration:
+        """The calibration of a model by its answers on the validation part."""
+        fitted: dict[str, Any] = {}
+        left_out = []
+        for name, fit in self.calibration_fits(cases).items():
+            try:
+                fitted[name] = fit()
+            except UsageError as error:
+                left_out.append(f"{name.replace('_', ' ')}: {error}")
+        return AnswerCalibration(len(cases), left_out=tuple(left_out), **fitted)
 
     @abstractmethod
     def calibration_effect(self, fitted: AnswerCalibration, cases: pd.DataFrame) -> dict[str, Any]:
@@ -267,10 +338,6 @@ class VolumeTask(Task):
     def calibrate(self, fitted: AnswerCalibration, answer: StackPrediction) -> dict[str, Any]:
         """What a calibration adds to one answer, as plain values for JSON."""
 
-    @abstractmethod
-    def linear_answer(self, scores: Float[np.ndarray, "rows"]) -> StackPrediction:
-        """The scores of a `fit_linear` model of one volume, in the form of a model's answer."""
-
 
 class VolumeScorer:
     """Scores one answer per volume."""
@@ -280,9 +347,8 @@ class VolumeScorer:
         self.answers: list[Any] = []
 
     def add(self, stack: Stack, answer: StackPrediction) -> dict[str, Any]:
-        truth = self.truths[len(self.answers)]
         self.answers.append(answer)
-        return self.task.case(truth, answer)
+        return self.task.case(self.truths[len(self.answers) - 1], answer)
 
     def result(self) -> ScoredAnswers:
         scores = self.task.compute_scores(self.truths, self.answers)

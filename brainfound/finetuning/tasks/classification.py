@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -19,30 +20,23 @@ from torch import Tensor
 
 from brainfound.data.store import Store
 from brainfound.errors import UsageError
-from brainfound.finetuning.calibration import AnswerCalibration, binary_probabilities, log_probabilities, temper
-from brainfound.finetuning.linear_models import fit_logistic, softmax_rows
-from brainfound.finetuning.tasks.base import LabelledFeatures, Linear, Parts, SavedTask, TaskRecipe, VolumeTask
-from brainfound.finetuning.tasks.columns import TargetColumn
-from brainfound.metrics.calibration import (
-    ReliabilityBins,
-    brier_score,
-    expected_calibration_error,
-    fit_temperature,
-    reliability_bins,
+from brainfound.finetuning.linear_models import LabelledFeatures, Linear, fit_logistic, softmax_rows
+from brainfound.finetuning.tasks.base import (
+    AnswerCalibration,
+    Notify,
+    Parts,
+    SavedTask,
+    TargetColumn,
+    TaskRecipe,
+    VolumeTask,
 )
-from brainfound.metrics.scores import (
-    classification_scores,
-    multi_label_scores,
-    trivial_multi_label_scores,
-    trivial_scores,
-)
+from brainfound.metrics import calibration, scores
 from brainfound.models import BrainFoundForClassification
 from brainfound.models.infer import StackPrediction
 
 MAX_CLASSES = 50
 NUM_BINS = 15
 """Bins of the calibration error and of the reliability curves."""
-_BINARY_VALUES = {"0": 0.0, "1": 1.0, "false": 0.0, "true": 1.0}
 
 
 class ClassificationRecipe(TaskRecipe):
@@ -58,12 +52,7 @@ class ClassificationRecipe(TaskRecipe):
 
 @dataclass(frozen=True)
 class Classification(VolumeTask):
-    """One of several classes per volume.
-
-    Attributes:
-        shares: of the training part's sessions in each class (or with each label); empty where an older bundle does
-            not hold them.
-    """
+    """One of several classes per volume."""
 
     kind: ClassVar[str] = "classification"
     recipe: ClassVar[type[TaskRecipe]] = ClassificationRecipe
@@ -72,6 +61,7 @@ class Classification(VolumeTask):
     problem_type: ClassVar[str | None] = None
 
     shares: tuple[float, ...] = ()
+    """Of the training part's sessions in each class (or with each label); empty where an older bundle lacks them."""
     settings: ClassificationRecipe = field(default=ClassificationRecipe(), kw_only=True, compare=False, repr=False)
 
     @classmethod
@@ -101,52 +91,48 @@ class Classification(VolumeTask):
         if len(set(everything)) == len(everything) > 2:
             got = ", ".join(names[:3]) + ", …"
             raise UsageError("every session has a class of its own", where=f"column {column}", got=got, remedy=remedy)
-        shares = tuple(labels.count(name) / len(labels) for name in names)
-        return cls(column, names, shares, settings=settings)
+        return cls(column, names, tuple(labels.count(name) / len(labels) for name in names), settings=settings)
 
     @classmethod
     def from_saved(cls, saved: SavedTask) -> Classification:
         kind = MultiLabelClassification if saved.multi_label else Classification
         return kind(saved.column, saved.names, saved.shares)
 
-    def check_parts(self, store: Store, parts: Mapping[str, np.ndarray], notify: Callable[[str], None] | None) -> None:
+    def check_parts(self, store: Store, parts: Parts, notify: Notify | None) -> None:
         self._require_classes_in_training(store, parts)
         for part, index in parts.items():
             absent = self._absent_names(self.values(store, index.tolist()))
             if notify and absent:
-                notify(
-                    f"no session of the {part} part is {', '.join(absent)}: scores that need it are not defined there"
-                )
+                missing = ", ".join(absent)
+                notify(f"no session of the {part} part is {missing}: scores that need it are not defined there")
 
     def _require_classes_in_training(self, store: Store, parts: Parts) -> None:
         labels = store.covariate(self.column)
         for part, index in parts.items():
-            for name in _class_names(labels.iloc[index]):
-                if name not in self.names:
-                    placed = np.concatenate(list(parts.values()))
-                    has_it = np.array([_class_name(label) == name for label in labels.iloc[placed]])
-                    subjects = store.sessions["subject"].iloc[placed[has_it]].nunique()
-                    raise UsageError(
-                        f"the class {name!r} is in the {part} part and not in the training part",
-                        where=f"column {self.column}",
-                        got=f"{subjects} subjects have it" if subjects > 1 else "one subject has it",
-                        remedy="Leave its cells empty, join it to another class, or divide the subjects otherwise",
-                    )
+            if unknown := [name for name in _class_names(labels.iloc[index]) if name not in self.names]:
+                placed = np.concatenate(list(parts.values()))
+                has_it = np.array([_class_name(label) == unknown[0] for label in labels.iloc[placed]])
+                subjects = store.sessions["subject"].iloc[placed[has_it]].nunique()
+                raise UsageError(
+                    f"the class {unknown[0]!r} is in the {part} part and not in the training part",
+                    where=f"column {self.column}",
+                    got=f"{subjects} subjects have it" if subjects > 1 else "one subject has it",
+                    remedy="Leave its cells empty, join it to another class, or divide the subjects otherwise",
+                )
 
     def _absent_names(self, values: np.ndarray) -> list[str]:
         return [name for k, name in enumerate(self.names) if not (values == k).any()]
 
     def values(self, store: Store, sessions: Sequence[int]) -> Int[np.ndarray, "n"]:
         labels = store.covariate(self.column).iloc[list(sessions)]
-        index = {name: k for k, name in enumerate(self.names)}
-        if unknown := [name for name in _class_names(labels) if name not in index]:
+        if unknown := [name for name in _class_names(labels) if name not in self.names]:
             raise UsageError(
                 f"the class {unknown[0]!r} is not among those that the model was trained on",
                 where=f"column {self.column}",
                 expected=", ".join(self.names),
                 remedy="Leave such sessions out, or use a regression for numbers (--set task=regression)",
             )
-        return np.array([index[_class_name(label)] for label in labels])
+        return np.array([self.names.index(_class_name(label)) for label in labels])
 
     def config_fields(self, values: np.ndarray | None) -> dict[str, Any]:
         assert values is not None
@@ -172,29 +158,29 @@ class Classification(VolumeTask):
         return name if config.class_weights is None else f"{name}, weighted by inverse frequency"
 
     def case(self, truth: Any, answer: StackPrediction) -> dict[str, Any]:
-        assert answer.probabilities is not None
-        shares = zip(self.names, answer.probabilities, strict=True)
-        return self._truth_columns(truth) | {probability_column(name): float(share) for name, share in shares}
+        return self._truth_columns(truth) | {f"p({name})": p for name, p in self._by_name(answer.probabilities).items()}
+
+    def _by_name(self, probabilities: Any) -> dict[str, float]:
+        return dict(zip(self.names, map(float, probabilities), strict=True))
 
     def _truth_columns(self, truth: Any) -> dict[str, Any]:
         return {"truth": self.names[truth]}
 
     def compute_scores(self, truths: Sequence[Any], answers: Sequence[Any]) -> dict[str, float]:
-        return classification_scores(truths, np.stack([answer.probabilities for answer in answers]))
+        return scores.classification_scores(truths, np.stack([answer.probabilities for answer in answers]))
 
     def trivial_scores(self, truths: Sequence[Any]) -> dict[str, float]:
-        return trivial_scores("classification", self.shares, truths) if self.shares else {}
+        return scores.trivial_scores("classification", self.shares, truths) if self.shares else {}
 
     def format_answer(self, answer: StackPrediction) -> dict[str, Any]:
-        assert answer.probabilities is not None
-        probabilities = {name: float(p) for name, p in zip(self.names, answer.probabilities, strict=True)}
+        probabilities = self._by_name(answer.probabilities)
         return {"target": self.column, **self._decide(probabilities), "probabilities": probabilities}
 
     def _decide(self, probabilities: Mapping[str, float]) -> dict[str, Any]:
-        return {"class": max(probabilities, key=probabilities.__getitem__)}
+        return {"class": _most_probable(probabilities)}
 
     def explained_score(self, answer: Mapping[str, Any], class_name: str | None) -> tuple[str, Callable[[Any], Tensor]]:
-        name = class_name or max(answer["probabilities"], key=answer["probabilities"].__getitem__)
+        name = class_name or _most_probable(answer["probabilities"])
         index = self.names.index(name)
         return name, lambda output: output.logits[0, index]
 
@@ -212,12 +198,12 @@ class Classification(VolumeTask):
         return StackPrediction(probabilities=softmax(scores))
 
     def calibration_fits(self, cases: pd.DataFrame) -> dict[str, Callable[[], Any]]:
-        def fit() -> float:
-            questions = self._questions(cases)
-            probabilities = np.concatenate([probabilities for probabilities, _ in questions])
-            return fit_temperature(log_probabilities(probabilities), np.concatenate([truth for _, truth in questions]))
+        probabilities, truth = self._joined_questions(cases)
+        return {"temperature": lambda: calibration.fit_temperature(_log(probabilities), truth)}
 
-        return {"temperature": fit}
+    def _joined_questions(self, cases: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+        probabilities, truth = zip(*self._questions(cases), strict=True)
+        return np.concatenate(probabilities), np.concatenate(truth)
 
     def _questions(self, cases: pd.DataFrame) -> list[tuple[np.ndarray, np.ndarray]]:
         """Probabilities ``(n, K)`` and class indices ``(n,)`` of each question that a case answers: here one."""
@@ -227,42 +213,37 @@ class Classification(VolumeTask):
         return [(rows, cases["truth"].map(self.names.index).to_numpy())]
 
     def _probabilities(self, cases: pd.DataFrame) -> Float[np.ndarray, "n K"]:
-        return cases[[probability_column(name) for name in self.names]].to_numpy(dtype=np.float64)
+        return cases[[f"p({name})" for name in self.names]].to_numpy(dtype=np.float64)
 
     def calibration_effect(self, fitted: AnswerCalibration, cases: pd.DataFrame) -> dict[str, Any]:
-        measures: dict[str, Callable[..., float]] = {
-            "ece": lambda probabilities, truth: expected_calibration_error(probabilities, truth, NUM_BINS),
-            "brier": brier_score,
-        }
-        questions = self._questions(cases)
-        content: dict[str, Any] = {"temperature": fitted.temperature}
-        for name, measure in measures.items():
-            raw = float(np.mean([measure(probabilities, truth) for probabilities, truth in questions]))
-            content[name] = {"raw": raw, "calibrated": None}
-            if fitted.temperature is not None:
-                after = [
-                    measure(temper(probabilities, fitted.temperature), truth) for probabilities, truth in questions
-                ]
-                content[name]["calibrated"] = float(np.mean(after))
-        return content
+        questions, temperature = self._questions(cases), fitted.temperature
 
-    def reliability(self, fitted: AnswerCalibration, cases: pd.DataFrame) -> dict[str, ReliabilityBins]:
+        def effect(measure: Callable[..., float]) -> dict[str, float | None]:
+            raw = float(np.mean([measure(probabilities, truth) for probabilities, truth in questions]))
+            if temperature is None:
+                return {"raw": raw, "calibrated": None}
+            after = [measure(_temper(probabilities, temperature), truth) for probabilities, truth in questions]
+            return {"raw": raw, "calibrated": float(np.mean(after))}
+
+        ece = partial(calibration.expected_calibration_error, num_bins=NUM_BINS)
+        return {"temperature": temperature, "ece": effect(ece), "brier": effect(calibration.brier_score)}
+
+    def reliability(self, fitted: AnswerCalibration, cases: pd.DataFrame) -> dict[str, calibration.ReliabilityBins]:
         """The questions of several labels are taken together."""
-        probabilities, truth = (np.concatenate(arrays) for arrays in zip(*self._questions(cases), strict=True))
-        curves = {"raw": reliability_bins(probabilities, truth, NUM_BINS)}
+        probabilities, truth = self._joined_questions(cases)
+        curves = {"raw": probabilities}
         if fitted.temperature is not None:
-            calibrated = temper(probabilities, fitted.temperature)
-            curves[f"temperature {fitted.temperature:.3g}"] = reliability_bins(calibrated, truth, NUM_BINS)
-        return curves
+            curves[f"temperature {fitted.temperature:.3g}"] = _temper(probabilities, fitted.temperature)
+        return {name: calibration.reliability_bins(values, truth, NUM_BINS) for name, values in curves.items()}
 
     def calibrate(self, fitted: AnswerCalibration, answer: StackPrediction) -> dict[str, Any]:
         if fitted.temperature is None:
             return {}
         tempered = self._temper(np.asarray(answer.probabilities, dtype=np.float64), fitted.temperature)
-        return {"calibrated_probabilities": dict(zip(self.names, map(float, tempered), strict=True))}
+        return {"calibrated_probabilities": self._by_name(tempered)}
 
     def _temper(self, probabilities: Float[np.ndarray, "K"], temperature: float) -> Float[np.ndarray, "K"]:
-        return temper(probabilities[None], temperature)[0]
+        return _temper(probabilities[None], temperature)[0]
 
 
 @dataclass(frozen=True)
@@ -304,19 +285,19 @@ class MultiLabelClassification(Classification):
         return {f"truth({name})": int(label) for name, label in zip(self.names, truth, strict=True)}
 
     def compute_scores(self, truths: Sequence[Any], answers: Sequence[Any]) -> dict[str, float]:
-        return multi_label_scores(truths, np.stack([answer.probabilities for answer in answers]), self.names)
+        return scores.multi_label_scores(truths, np.stack([answer.probabilities for answer in answers]), self.names)
 
     def trivial_scores(self, truths: Sequence[Any]) -> dict[str, float]:
-        return trivial_multi_label_scores(self.shares, truths, self.names) if self.shares else {}
+        return scores.trivial_multi_label_scores(self.shares, truths, self.names) if self.shares else {}
 
     def _decide(self, probabilities: Mapping[str, float]) -> dict[str, Any]:
         return {"present": [name for name, p in probabilities.items() if p > 0.5]}
 
     def fit_linear(self, data: LabelledFeatures, class_weights: Sequence[float] | None) -> Linear:
-        of_labels = [None] * len(self.names) if class_weights is None else [{0: 1.0, 1: w} for w in class_weights]
+        weights = [None] * len(self.names) if class_weights is None else [{0: 1.0, 1: w} for w in class_weights]
         fits = [
-            fit_logistic(data.features, column.astype(int), data.subject_groups, weights)
-            for column, weights in zip(data.labels.T, of_labels, strict=True)
+            fit_logistic(data.features, column.astype(int), data.subject_groups, own)
+            for column, own in zip(data.labels.T, weights, strict=True)
         ]
         return np.concatenate([fit.coef_ for fit in fits]), np.concatenate([fit.intercept_ for fit in fits])
 
@@ -330,17 +311,32 @@ class MultiLabelClassification(Classification):
         """A yes-or-no question per label."""
         probabilities = self._probabilities(cases)
         return [
-            (binary_probabilities(probabilities[:, k]), cases[f"truth({name})"].to_numpy(dtype=int))
+            (_no_and_yes(probabilities[:, k]), cases[f"truth({name})"].to_numpy(dtype=int))
             for k, name in enumerate(self.names)
         ]
 
     def _temper(self, probabilities: Float[np.ndarray, "K"], temperature: float) -> Float[np.ndarray, "K"]:
-        return temper(binary_probabilities(probabilities), temperature)[:, 1]
+        return _temper(_no_and_yes(probabilities), temperature)[:, 1]
 
 
-def probability_column(name: str) -> str:
-    """The column of the cases that has the probability of a class."""
-    return f"p({name})"
+def _no_and_yes(probabilities: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n 2"]:
+    # A float32 sigmoid is 1 from about 17 on: beyond that the confidence of the model is not known.
+    step = float(np.finfo(np.float32).eps) / 2
+    yes = np.clip(probabilities, step, 1 - step)
+    return np.stack([1 - yes, yes], axis=1)
+
+
+def _log(probabilities: np.ndarray) -> np.ndarray:
+    # Log probabilities are class scores up to a constant per row, which a softmax ignores.
+    return np.log(np.clip(probabilities, 1e-38, None))
+
+
+def _temper(probabilities: Float[np.ndarray, "n K"], temperature: float) -> Float[np.ndarray, "n K"]:
+    return calibration.apply_temperature(_log(probabilities), temperature)
+
+
+def _most_probable(probabilities: Mapping[str, float]) -> str:
+    return max(probabilities, key=probabilities.__getitem__)
 
 
 def _class_names(labels: Iterable[Any]) -> list[str]:
@@ -356,7 +352,8 @@ def _class_name(label: Any) -> str:
 def _binary_labels(store: Store, column: str, sessions: Sequence[int]) -> Float[np.ndarray, "n"]:
     """A column of 0 and 1, or of true and false, as numbers."""
     labels = store.covariate(column).iloc[list(sessions)]
-    numbers = np.array([_BINARY_VALUES.get(_class_name(label).strip().lower(), -1.0) for label in labels])
+    meanings = {"0": 0.0, "1": 1.0, "false": 0.0, "true": 1.0}
+    numbers = np.array([meanings.get(_class_name(label).strip().lower(), -1.0) for label in labels])
     if (numbers < 0).any():
         raise UsageError(
             "a label among several must be 0 or 1",

@@ -17,10 +17,8 @@ from torch import Tensor
 
 from brainfound.data.store import Store
 from brainfound.errors import UsageError
-from brainfound.finetuning.calibration import AnswerCalibration
-from brainfound.finetuning.linear_models import fit_ridge
-from brainfound.finetuning.tasks.base import LabelledFeatures, Linear, TaskRecipe, VolumeTask
-from brainfound.finetuning.tasks.columns import TargetColumn
+from brainfound.finetuning.linear_models import LabelledFeatures, Linear, fit_ridge
+from brainfound.finetuning.tasks.base import AnswerCalibration, Notify, Parts, TargetColumn, TaskRecipe, VolumeTask
 from brainfound.metrics.calibration import conformal_interval, coverage, fit_bias_correction
 from brainfound.metrics.scores import regression_scores, trivial_scores
 from brainfound.models import BrainFoundForRegression
@@ -29,10 +27,6 @@ from brainfound.models.infer import StackPrediction
 
 PREDICTION_STD = "prediction_std"
 """The column of the cases with the standard deviation of a prediction, where the head gives one."""
-_MIN_VALUES = 10
-"""With ``task: auto`` a column of more values than this is a regression."""
-_MARGIN = 0.1
-"""Share of the training part's range by which the bins exceed it on each side."""
 
 
 class RegressionRecipe(TaskRecipe):
@@ -63,11 +57,7 @@ class RegressionRecipe(TaskRecipe):
 
 @dataclass(frozen=True)
 class Regression(VolumeTask):
-    """A number per volume.
-
-    Attributes:
-        mean, std: of the training part, in the unit of the column.
-    """
+    """A number per volume."""
 
     kind: ClassVar[str] = "regression"
     recipe: ClassVar[type[TaskRecipe]] = RegressionRecipe
@@ -76,16 +66,17 @@ class Regression(VolumeTask):
 
     mean: float = 0.0
     std: float = 1.0
+    """Mean and standard deviation in the training part, in the unit of the column."""
     settings: RegressionRecipe = field(default=RegressionRecipe(), kw_only=True, compare=False, repr=False)
 
     @classmethod
     def suits(cls, store: Store, target: TargetColumn) -> bool:
-        """A single column of numbers with many values."""
+        """A single column of numbers with more than ten values."""
         if len(target.columns) != 1:
             return False
         labels = store.covariate(target.columns[0]).dropna()
         numeric = pd.to_numeric(labels, errors="coerce").notna().all()
-        return bool(numeric and labels.nunique() > _MIN_VALUES)
+        return bool(numeric and labels.nunique() > 10)
 
     @classmethod
     def resolve(cls, store: Store, train: Sequence[int], target: TargetColumn, settings: RegressionRecipe) -> Self:
@@ -97,7 +88,7 @@ class Regression(VolumeTask):
             raise UsageError("the target is constant", where=f"column {column}", got=float(numbers[0]))
         return cls(column, mean=float(numbers.mean()), std=std, settings=settings)
 
-    def check_parts(self, store: Store, parts: Mapping[str, np.ndarray], notify: Callable[[str], None] | None) -> None:
+    def check_parts(self, store: Store, parts: Parts, notify: Notify | None) -> None:
         for index in parts.values():
             self.values(store, index.tolist())
 
@@ -115,17 +106,18 @@ class Regression(VolumeTask):
 
     def config_fields(self, values: np.ndarray | None) -> dict[str, Any]:
         assert values is not None
-        margin = _MARGIN * float(np.ptp(values))
+        own = self.settings
+        margin = 0.1 * float(np.ptp(values))
         ends = [float(values.min()) - margin, float(values.max()) + margin]
         return {
             "target_mean": self.mean,
             "target_std": self.std,
-            "regression_head": self.settings.head,
-            "regression_loss": self.settings.loss,
-            "huber_delta": self.settings.huber_delta,
-            "regression_bins": self.settings.bins,
-            "regression_range": ends if self.settings.head == "bins" else None,
-            "regression_label_width": self.settings.label_width,
+            "regression_head": own.head,
+            "regression_loss": own.loss,
+            "huber_delta": own.huber_delta,
+            "regression_bins": own.bins,
+            "regression_range": ends if own.head == "bins" else None,
+            "regression_label_width": own.label_width,
         }
 
     def describe_labels(self) -> str:
@@ -164,9 +156,8 @@ class Regression(VolumeTask):
     def fit_head(self, data: LabelledFeatures, config: Any) -> Linear:
         """One row for a number (the second row of a Gaussian head is a log variance), or a row per bin.
 
-        Bins get scores whose softmax is a Gaussian around the linear answer m with the variance σ² of its error:
-        −(c − m)² / 2σ² of a bin at c differs from c·m / σ² − c² / 2σ² by a term that all bins share, and the latter
-        is linear in m, hence in the features.
+        Bins get a Gaussian around the linear answer m with the variance σ² of its error: of −(c − m)² / 2σ², the score
+        of a bin at c, all bins share the term in m², and the rest is linear in m, hence in the features.
         """
         weight, bias, variance = self._fit_ridge(data)
         if config.regression_head != "bins":
@@ -184,11 +175,11 @@ class Regression(VolumeTask):
 
     def calibration_fits(self, cases: pd.DataFrame) -> dict[str, Callable[[], Any]]:
         # Sessions of a subject are not new cases.
-        first = cases.drop_duplicates("subject")
-        std, confidence = first.get(PREDICTION_STD), self.settings.interval_confidence
+        first, confidence = cases.drop_duplicates("subject"), self.settings.interval_confidence
+        answers = first["truth"], first["prediction"], first.get(PREDICTION_STD)
         return {
             "bias_correction": lambda: fit_bias_correction(cases["truth"], cases["prediction"]),
-            "interval": lambda: conformal_interval(first["truth"], first["prediction"], std, confidence=confidence),
+            "interval": lambda: conformal_interval(*answers, confidence=confidence),
         }
 
     def calibration_effect(self, fitted: AnswerCalibration, cases: pd.DataFrame) -> dict[str, Any]:
@@ -212,10 +203,6 @@ class Regression(VolumeTask):
             content["bias_corrected"] = float(fitted.bias_correction.apply(value)[0])
         if fitted.interval is not None:
             std = np.array([answer.value_std]) if fitted.interval.normalised else None
-            low, high = fitted.interval.apply(value, std)
-            content["interval"] = {
-                "low": float(low[0]),
-                "high": float(high[0]),
-                "confidence": fitted.interval.confidence,
-            }
+            low, high = (float(ends[0]) for ends in fitted.interval.apply(value, std))
+            content["interval"] = {"low": low, "high": high, "confidence": fitted.interval.confidence}
         return content

@@ -6,8 +6,10 @@ Axis legend: N slices of a batch, S slices of a stack, H W pixels, K classes or 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -19,22 +21,27 @@ from torch import Tensor
 from brainfound.data.preprocessing.stack import Stack
 from brainfound.data.store import Store
 from brainfound.errors import UsageError
-from brainfound.finetuning.linear_models import fit_pixel_logistic
+from brainfound.finetuning.linear_models import Linear, fit_pixel_logistic
 from brainfound.finetuning.tasks.base import (
-    Linear,
+    MASK,
+    Notify,
+    Parts,
     SavedTask,
     ScoredAnswers,
     Scorer,
     ScoringRecipe,
+    TargetColumn,
     Task,
     TaskRecipe,
 )
-from brainfound.finetuning.tasks.columns import MASK, TargetColumn
 from brainfound.metrics.scores import mean_case_scores, segmentation_case_scores
 from brainfound.models import BrainFoundForSegmentation
 from brainfound.models.infer import StackPrediction
 
 MAX_CODES = 50
+_CONFIG_FIELDS = {"decoder", "decoder_width", "decoder_slice_mixing"}
+_CONFIG_FIELDS |= {"tversky_alpha", "tversky_beta", "tversky_gamma", "focal_gamma"}
+_StructureScores = Mapping[str, Mapping[str, float]]
 _LOSSES = {
     "dice_cross_entropy": "cross-entropy + soft Dice",
     "dice_focal": "focal cross-entropy + soft Dice",
@@ -83,12 +90,7 @@ class SegmentationRecipe(TaskRecipe):
 
 @dataclass(frozen=True)
 class Segmentation(Task):
-    """One class per pixel; class 0 is the background.
-
-    Attributes:
-        codes: the mask's code of each class; code 0 is background.
-        merge: any code but 0 is class 1.
-    """
+    """One class per pixel; class 0 is the background."""
 
     kind: ClassVar[str] = "segmentation"
     recipe: ClassVar[type[TaskRecipe]] = SegmentationRecipe
@@ -97,7 +99,9 @@ class Segmentation(Task):
     overlapping: ClassVar[bool] = False
 
     codes: tuple[int, ...] = ()
+    """The mask's code of each class; code 0 is background."""
     merge: bool = False
+    """Any code but 0 is class 1."""
     settings: SegmentationRecipe = field(default=SegmentationRecipe(), kw_only=True, compare=False, repr=False)
 
     @classmethod
@@ -108,12 +112,8 @@ class Segmentation(Task):
     def resolve(
         cls, store: Store, train: Sequence[int], target: TargetColumn, settings: SegmentationRecipe
     ) -> Segmentation:
-        found: set[int] = set()
-        for session in train:
-            mask = store.read_masks(int(session))
-            if mask is not None:
-                found |= set(np.unique(mask).tolist())
-        found.discard(0)
+        masks = (store.read_masks(int(session)) for session in train)
+        found = {code for mask in masks if mask is not None for code in np.unique(mask).tolist() if code}
         if not found:
             where = f"store {store.path.name}"
             raise UsageError("every mask of the training part is empty", where=where, remedy="Check the masks")
@@ -124,13 +124,9 @@ class Segmentation(Task):
         if settings.merge_codes:
             return cls(MASK, ("background", "foreground"), (0, 1), merge=True, settings=settings)
         if len(found) >= MAX_CODES:
-            raise UsageError(
-                "too many label codes",
-                where="mask",
-                got=len(found),
-                expected=f"fewer than {MAX_CODES}",
-                remedy="Merge them with --set task.merge_codes=true, or give coarser masks",
-            )
+            remedy = "Merge them with --set task.merge_codes=true, or give coarser masks"
+            expected = f"fewer than {MAX_CODES}"
+            raise UsageError("too many label codes", where="mask", got=len(found), expected=expected, remedy=remedy)
         codes = (0, *sorted(found))
         return cls(MASK, ("background", *(f"label {code}" for code in codes[1:])), codes, settings=settings)
 
@@ -140,15 +136,13 @@ class Segmentation(Task):
             return OverlappingSegmentation(saved.column, saved.names, regions=saved.regions)
         return Segmentation(saved.column, saved.names, saved.codes, saved.merge)
 
-    def check_parts(self, store: Store, parts: Mapping[str, np.ndarray], notify: Callable[[str], None] | None) -> None:
+    def check_parts(self, store: Store, parts: Parts, notify: Notify | None) -> None:
         for part in ("validation", "test") if notify else ():
             masks = (store.read_masks(int(session)) for session in parts[part])
             unknown = sorted({code for mask in masks if mask is not None for code in self.unknown_codes(mask)})
             if unknown and notify:
                 codes = ", ".join(map(str, unknown))
-                notify(
-                    f"masks of the {part} part have codes that the training part has not: {codes}. They are background"
-                )
+                notify(f"masks of the {part} part have codes that training lacks, counted as background: {codes}")
 
     def values(self, store: Store, sessions: Sequence[int]) -> None:
         return None
@@ -166,8 +160,7 @@ class Segmentation(Task):
 
     def decode_mask(self, classes: np.ndarray) -> np.ndarray:
         """Class indices → label codes."""
-        codes = np.array(self.codes, dtype=np.uint8 if max(self.codes) <= 255 else np.uint16)
-        return codes[classes]
+        return np.array(self.codes, dtype=np.uint8 if max(self.codes) <= 255 else np.uint16)[classes]
 
     def unknown_codes(self, mask: np.ndarray) -> list[int]:
         """The codes of a mask that the training part did not have; none where any code has a meaning."""
@@ -182,8 +175,7 @@ class Segmentation(Task):
             "aggregator": "mean",
             "overlapping_labels": self.overlapping,
             "segmentation_loss": own.loss,
-            **own.model_dump(include={"decoder", "decoder_width", "decoder_slice_mixing"}),
-            **own.model_dump(include={"tversky_alpha", "tversky_beta", "tversky_gamma", "focal_gamma"}),
+            **own.model_dump(include=_CONFIG_FIELDS),
             "class_weights": None,  # of a classification that the model may have learnt before
         }
 
@@ -248,15 +240,12 @@ class Segmentation(Task):
 
 @dataclass(frozen=True)
 class OverlappingSegmentation(Segmentation):
-    """Labels of which a pixel may have any; there is no background among the names.
-
-    Attributes:
-        regions: the mask's codes of each label.
-    """
+    """Labels of which a pixel may have any; there is no background among the names."""
 
     overlapping: ClassVar[bool] = True
 
     regions: tuple[tuple[int, ...], ...] = ()
+    """The mask's codes of each label."""
 
     def encode_mask(self, mask: np.ndarray) -> np.ndarray:
         """Label codes (…, H, W) → 0 or 1 of each label, (…, K, H, W)."""
@@ -270,7 +259,6 @@ class OverlappingSegmentation(Segmentation):
         return answer.labels
 
     def structures(self, encoded: np.ndarray) -> dict[str, np.ndarray]:
-        """The masks (S, H, W) that are scored one by one: of each label."""
         return {name: encoded[:, k] for k, name in enumerate(self.names)}
 
     def marked(self, encoded: np.ndarray) -> np.ndarray:
@@ -301,32 +289,26 @@ class SegmentationScorer:
 
     def __init__(self, task: Segmentation, scoring: ScoringRecipe) -> None:
         self.task, self.scoring = task, scoring
-        self.cases: list[Mapping[str, Mapping[str, float]]] = []
-        self.trivial_cases: list[Mapping[str, Mapping[str, float]]] = []
-        self.unknown_codes: dict[int, int] = {}
-        """Code → sessions that have it."""
+        self.cases: list[_StructureScores] = []
+        self.trivial_cases: list[_StructureScores] = []
+        self.unknown_codes: Counter[int] = Counter()  # code → number of sessions
 
     def add(self, stack: Stack, answer: StackPrediction) -> dict[str, Any]:
         task, mask = self.task, np.asarray(stack.mask)
         reference = task.encode_mask(mask)
-        for code in task.unknown_codes(mask):
-            self.unknown_codes[code] = self.unknown_codes.get(code, 0) + 1
+        self.unknown_codes.update(task.unknown_codes(mask))
         expected, found = task.structures(reference), task.structures(task.get_answer(answer))
-        case = {name: self._score(expected[name], found[name], stack.spacing_mm) for name in expected}
-        self.cases.append(case)
+        score = partial(segmentation_case_scores, empty=self.scoring.empty)
         # The trivial baseline marks the whole head; its surface, the head's, is not scored.
         head = np.asarray(stack.pixels.any(axis=1))
-        self.trivial_cases.append({name: self._score(mask, head) for name, mask in expected.items()})
+        self.trivial_cases.append({name: score(mask, head) for name, mask in expected.items()})
+        if self.scoring.surface_mm is not None:
+            spacing = [float(step) for step in stack.spacing_mm]
+            score = partial(score, spacing_mm=spacing, tolerance_mm=self.scoring.surface_mm)
+        case = {name: score(mask, found[name]) for name, mask in expected.items()}
+        self.cases.append(case)
         row = {"reference_pixels": int(np.count_nonzero(task.marked(reference))), "dice": float("nan")}
         return row | _over_structures(case)
-
-    def _score(
-        self, reference: np.ndarray, found: np.ndarray, spacing_mm: np.ndarray | None = None
-    ) -> dict[str, float]:
-        if self.scoring.surface_mm is None or spacing_mm is None:
-            return segmentation_case_scores(reference, found, empty=self.scoring.empty)
-        spacing = [float(step) for step in spacing_mm]
-        return segmentation_case_scores(reference, found, spacing, self.scoring.surface_mm, self.scoring.empty)
 
     def result(self) -> ScoredAnswers:
         notes = tuple(
@@ -336,18 +318,17 @@ class SegmentationScorer:
         return ScoredAnswers(_over_sessions(self.cases), _over_sessions(self.trivial_cases), notes)
 
 
-def _over_sessions(cases: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, float]:
+def _over_sessions(cases: Sequence[_StructureScores]) -> dict[str, float]:
     """The scores of each structure over the sessions, and their mean."""
     return _over_structures({name: mean_case_scores([case[name] for case in cases]) for name in cases[0]})
 
 
-def _over_structures(scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+def _over_structures(scores: _StructureScores) -> dict[str, float]:
     """The mean of each metric over the structures that have it, and Dice of each."""
-    metrics = dict.fromkeys(metric for one in scores.values() for metric in one)
     means = {}
-    for metric in metrics:
+    for metric in dict.fromkeys(metric for one in scores.values() for metric in one):
         values = np.array([one.get(metric, np.nan) for one in scores.values()])
-        means[metric] = float(values[~np.isnan(values)].mean()) if not np.isnan(values).all() else float("nan")
+        means[metric] = float("nan") if np.isnan(values).all() else float(values[~np.isnan(values)].mean())
     return means | {f"dice({name})": one.get("dice", float("nan")) for name, one in scores.items() if name}
 
 
@@ -360,12 +341,8 @@ def _require_regions(settings: SegmentationRecipe, codes: set[int]) -> None:
         if not re.fullmatch("[A-Za-z0-9]+", name):
             raise UsageError("a region's name is part of file names", where=where, expected="letters and digits")
         if not region or min(region) < 1:
-            raise UsageError(
-                "a region is made of one or more codes above 0",
-                where=where,
-                got=list(region),
-                expected="such as [1, 4]",
-            )
+            what, expected = "a region is made of one or more codes above 0", "such as [1, 4]"
+            raise UsageError(what, where=where, got=list(region), expected=expected)
         if not codes & set(region):
             raise UsageError(
                 "no mask of the training part has a code of this region",
