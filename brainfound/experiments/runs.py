@@ -23,7 +23,7 @@ import pandas as pd
 
 from brainfound.data.splits.split_file import Split
 from brainfound.data.store import Store
-from brainfound.data.store.withheld import restrict_contrasts
+from brainfound.data.store.store import restrict_contrasts
 from brainfound.errors import BrainFoundError, UsageError
 from brainfound.experiments.folder import Kind
 from brainfound.experiments.partial_input import complete_sessions, score_missing_contrasts

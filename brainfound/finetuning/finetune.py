@@ -26,7 +26,7 @@ from brainfound.adapters.attach import AdapterRecipe
 from brainfound.adapters.bundle import save_bundle
 from brainfound.data.checking.contract import InputContract
 from brainfound.data.store import Store
-from brainfound.data.store.withheld import restrict_contrasts
+from brainfound.data.store.store import restrict_contrasts
 from brainfound.errors import UsageError
 from brainfound.finetuning.recipe import (
     CHANGEABLE_ON_RESUME,

@@ -22,7 +22,7 @@ from brainfound.adapters.bundle_reader import Bundle, load_bundle
 from brainfound.data.checking.contract import InputContract, missing_contrast_note
 from brainfound.data.splits.split_file import PARTS
 from brainfound.data.store import Store
-from brainfound.data.store.withheld import restrict_contrasts
+from brainfound.data.store.store import restrict_contrasts
 from brainfound.errors import ModelError, UsageError
 from brainfound.experiments.folder import (
     CASES_FILE,

@@ -16,7 +16,7 @@ import numpy as np
 
 from brainfound.data.splits.dividing import label_text
 from brainfound.data.store import Store
-from brainfound.data.store.withheld import restrict_contrasts
+from brainfound.data.store.store import restrict_contrasts
 from brainfound.errors import TrainingError, UsageError
 from brainfound.finetuning.embedding_cache import EmbeddingCache
 from brainfound.inference.evaluation import require_same_preprocessing

@@ -13,7 +13,7 @@ import torch
 from brainfound.adapters import load_bundle
 from brainfound.data.checking.contract import InputContract
 from brainfound.data.store import Store
-from brainfound.data.store.withheld import restrict_contrasts
+from brainfound.data.store.store import restrict_contrasts
 from brainfound.errors import ScanError, UsageError
 from brainfound.experiments.runs import finetune_subsets, make_folds
 from brainfound.experiments.systems import parse_systems

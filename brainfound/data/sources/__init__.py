@@ -1,68 +1,47 @@
-"""The registry of source layouts, one module each, in the order in which they are tried.
+"""The registry of source layouts, in the order in which they are tried.
 
 The first layout that can read a path reads it. Manifests come first because the user wrote them. Layouts with a
-characteristic file or folder come before those recognised by folder names, and DICOM comes last. A layout module has
-``NAME``, ``LAYOUT_HINT`` (one line for the error if no layout fits), ``can_read(path)`` and ``read(path, work)``.
+characteristic file or folder come before those recognised by folder names, and DICOM comes last.
 """
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
-from importlib import import_module
 from itertools import islice
 from pathlib import Path
 
+from brainfound.data.sources import bids, dicom, fomo60k, fomo300k, fomo_tasks, manifest, named_files, openmind
 from brainfound.data.sources.file_names import iter_files
-from brainfound.data.sources.tables import SourceTable
+from brainfound.data.sources.tables import SourceLayout, SourceTable
 from brainfound.errors import CohortError
 
-_MODULES = (
-    *("manifest", "openmind", "fomo_tasks", "fomo300k", "fomo60k"),
-    *("bids", "bids_collection", "named_files", "dicom"),
+SOURCE_LAYOUTS: tuple[SourceLayout, ...] = (
+    manifest.LAYOUT,
+    openmind.LAYOUT,
+    fomo_tasks.LAYOUT,
+    fomo300k.LAYOUT,
+    fomo60k.LAYOUT,
+    bids.LAYOUT,
+    bids.COLLECTION_LAYOUT,
+    named_files.LAYOUT,
+    dicom.LAYOUT,
 )
 _MAX_FILES_COUNTED = 10_000
 
 
-@dataclass(frozen=True)
-class SourceLayout:
-    """One row of the registry."""
-
-    name: str
-    layout_hint: str
-    can_read: Callable[[Path], bool]
-    read: Callable[[Path, Path | None], SourceTable]
-
-
-def source_layouts() -> tuple[SourceLayout, ...]:
-    """All layouts, in the order in which they are tried."""
-    modules = [import_module(f"{__name__}.{name}") for name in _MODULES]
-    return tuple(SourceLayout(module.NAME, module.LAYOUT_HINT, module.can_read, module.read) for module in modules)
-
-
 def read_source(path: Path, work: Path | None = None) -> SourceTable:
-    """Read a path with the first layout that recognises it; `work` is the folder for converted DICOM.
-
-    Raises:
-        CohortError: the path does not exist, no layout recognises it, or the layout's reader refuses it.
-    """
+    """Read a path with the first layout that recognises it; `work` is the folder for converted DICOM."""
     if not path.exists():
         raise CohortError("no such file or folder", where=path, remedy="Check the path of the source")
     if path.name in ("", ".."):  # some layouts are recognised by the folder's name, and "." has none
         path = Path(os.path.abspath(path))
-    layouts = source_layouts()
-    for layout in layouts:
+    for layout in SOURCE_LAYOUTS:
         if layout.can_read(path):
             return layout.read(path, work)
-    raise CohortError(
-        "no scans found",
-        where=path,
-        got=_summarise_files(path),
-        expected="one of: " + "; ".join(layout.layout_hint for layout in layouts),
-        remedy="Give the folder that holds one of these, or write a manifest",
-    )
+    expected = "one of: " + "; ".join(layout.layout_hint for layout in SOURCE_LAYOUTS)
+    remedy = "Give the folder that holds one of these, or write a manifest"
+    raise CohortError("no scans found", where=path, got=_summarise_files(path), expected=expected, remedy=remedy)
 
 
 def _summarise_files(path: Path) -> str:

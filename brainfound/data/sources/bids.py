@@ -1,27 +1,38 @@
-"""BIDS folders, raw and derivative (BIDS 1.10): scans, label maps, participants, sessions and scanners."""
+"""BIDS folders, raw and derivative (BIDS 1.10), alone or several in a folder as downloads of OpenNeuro are.
+
+The first half reads one data set: scans, label maps, participants, sessions and scanners. The second half reads a
+folder of data sets (``ds000001/sub-01/…``). A subject present in two of them would count as two subjects, so folders
+that may be sessions, derivatives or versions of one data set are refused.
+"""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pandas as pd
 
 from brainfound.contrasts import UNKNOWN
 from brainfound.data.sources.bids_files import BidsName, Sidecars, contrast_from_bids_name, mask_column
 from brainfound.data.sources.file_names import (
+    SubjectNamer,
     UnusedFiles,
     contains_image,
+    is_session_name,
     iter_images,
     natural_sort_key,
+    split_words,
     stem,
     subfolders,
 )
 from brainfound.data.sources.tables import (
     LabelMapRow,
     SessionKey,
+    SourceLayout,
     SourceTable,
     convert_ages_to_years,
     join,
@@ -33,10 +44,6 @@ from brainfound.data.sources.tables import (
     strip_session_prefix,
 )
 from brainfound.errors import CohortError
-
-NAME = "BIDS"
-LAYOUT_HINT = "sub-*/ folders (BIDS)"
-DEFAULT_SESSION = "1"
 
 _SESSION_TABLES = "sub-*_sessions.tsv"
 _NATIVE_SPACES = {"", "orig", "native", "individual", "t1w", "t2w", "flair"}
@@ -53,36 +60,29 @@ def can_read(path: Path) -> bool:
 
 
 def read(root: Path, work: Path | None = None) -> SourceTable:
-    """The scans of ``sub-*/[ses-*/]*/*``, label maps there and below ``derivatives/``, and the tables beside them.
-
-    Raises:
-        CohortError: no scan of a known contrast, or a table that cannot be used.
-    """
+    """The scans of ``sub-*/[ses-*/]*/*``, label maps there and below ``derivatives/``, and the tables beside them."""
     unused: UnusedFiles = []
     notes: list[str] = []
-    if is_derivative(root, notes):
+    if _is_derivative(root, notes):
         notes.append("a derivative data set: its images were processed by others")
     sidecars = Sidecars(root)
     rows: list[dict[str, Any]] = []
     label_maps: list[LabelMapRow] = []
     for subject in subfolders(root, "sub-*"):
         for file in iter_images(subject, unused):
-            key = parse_subject_session(root, file)
-            column = mask_column(file)
+            key, column = _parse_subject_session(root, file), mask_column(file)
+            contrast, reason = contrast_from_bids_name(BidsName.parse(file))
             if _name_mismatches_folder(file, key):
                 unused.append((file, _MISPLACED))
-                continue
-            if column is not None:
+            elif column is not None:
                 label_maps.append((column, key, file))
-                continue
-            contrast, reason = contrast_from_bids_name(BidsName.parse(file))
-            if contrast == "DWI" and sidecars.is_b0(file):
-                contrast, reason = UNKNOWN, "b0 image (b ≤ 5 s/mm²), not diffusion-weighted"
-            if contrast == UNKNOWN:
+            elif contrast == UNKNOWN:
                 unused.append((file, reason))
-                continue
-            row = {"subject": key[0], "session": key[1], "contrast": contrast, "path": str(file)}
-            rows.append(row | sidecars.get_scanner_columns(file))
+            elif contrast == "DWI" and sidecars.is_b0(file):
+                unused.append((file, "b0 image (b ≤ 5 s/mm²), not diffusion-weighted"))
+            else:
+                row = {"subject": key[0], "session": key[1], "contrast": contrast, "path": str(file)}
+                rows.append(row | sidecars.get_scanner_columns(file))
     if not rows:
         raise CohortError(
             "the BIDS folder holds no scans of a known contrast",
@@ -92,28 +92,30 @@ def read(root: Path, work: Path | None = None) -> SourceTable:
             remedy="Check the suffixes, or write a manifest",
         )
     sort_by_session(rows, lambda file: (BidsName.parse(file).order, natural_sort_key(file.name)))
-    notes += _notes_on_choices(rows) + _notes_on_leading_zeros({row["subject"] for row in rows})
     table = pd.DataFrame(rows)
+    notes += _notes_on_choices(table)
     label_maps += _find_derivatives(root, unused)
     mask_columns = _join_label_maps(table, label_maps, unused)
     table = _join_tables(table, root, notes)
     if sidecars.faulty:
         notes.append(f"{len(sidecars.faulty)} sidecars cannot be used; their values are missing")
-    return SourceTable(table, root, mask_columns, source=NAME, notes=notes, unused=[*unused, *sidecars.faulty])
+    return SourceTable(table, root, LAYOUT.name, mask_columns, notes, [*unused, *sidecars.faulty])
 
 
-def is_derivative(root: Path, notes: list[str]) -> bool:
-    """Whether ``dataset_description.json`` declares a derivative data set."""
+LAYOUT = SourceLayout("BIDS", "sub-*/ folders (BIDS)", can_read, read)
+
+
+def _is_derivative(root: Path, notes: list[str]) -> bool:
     return str(read_json(root / "dataset_description.json", notes).get("DatasetType", "")).lower() == "derivative"
 
 
-def parse_subject_session(root: Path, file: Path) -> SessionKey:
+def _parse_subject_session(root: Path, file: Path) -> SessionKey:
     """``("sub-01", "a")`` of a path; the session without ``ses-``, and ``"1"`` if there is none."""
     parts = file.relative_to(root).parts
     session = next((part.removeprefix("ses-") for part in parts[:-1] if part.startswith("ses-")), None)
     if session is None:
         match = re.search(r"_ses-([A-Za-z0-9]+)", file.name)
-        session = match.group(1) if match else DEFAULT_SESSION
+        session = match.group(1) if match else "1"
     return next(part for part in parts if part.startswith("sub-")), session
 
 
@@ -124,33 +126,32 @@ def _name_mismatches_folder(file: Path, key: SessionKey) -> bool:
     return other_subject or ("ses" in entities and f"_ses-{key[1]}_".lower() not in name)
 
 
-def _notes_on_choices(rows: list[dict[str, Any]]) -> list[str]:
-    """Notes on sessions with several scans of one contrast, and on sessions with mixed spaces."""
+def _spaces_of_sessions(table: pd.DataFrame, space: Callable[[Path], str]) -> dict[SessionKey, set[str]]:
+    """The spaces of each session's scans; of several scans of one contrast, the first is used."""
+    used = table.drop_duplicates(["subject", "session", "contrast"])
+    spaces = used["path"].map(lambda path: space(Path(path)))
+    return {key: set(found) for key, found in spaces.groupby([used["subject"], used["session"]])}
+
+
+def _notes_on_choices(table: pd.DataFrame) -> list[str]:
+    """Notes on several scans of one contrast, on sessions with mixed spaces, and on subjects that may be one person."""
     notes = []
-    used: set[tuple[str, ...]] = set()
-    spaces: dict[SessionKey, set[str]] = {}
-    for row in rows:
-        key = (row["subject"], row["session"])
-        if (*key, row["contrast"]) not in used:
-            used.add((*key, row["contrast"]))
-            spaces.setdefault(key, set()).add(BidsName.parse(Path(row["path"])).entities.get("space", "none"))
-    if len(used) < len(rows):
+    num_further = int(table.duplicated(["subject", "session", "contrast"]).sum())
+    if num_further:
         notes.append(
-            f"{len(rows) - len(used)} further scans of a contrast that its session has already: the one without space- "
+            f"{num_further} further scans of a contrast that its session has already: the one without space- "
             "and with the fewest entities is used, then by echo, run and name"
         )
+    spaces = _spaces_of_sessions(table, lambda file: BidsName.parse(file).entities.get("space", "none"))
     num_mixed = sum(len(found) > 1 for found in spaces.values())
     if num_mixed:
         notes.append(f"in {num_mixed} sessions the scans that are used lie in different spaces (space-…)")
+    counts = Counter(re.sub(r"(?<!\d)0+(?=\d)", "", subject) for subject in set(table["subject"]))
+    num_alike = sum(count for count in counts.values() if count > 1)
+    if num_alike:
+        alike = "subjects differ from another in leading zeros only; they count as different subjects"
+        notes.append(f"{num_alike} {alike}")
     return notes
-
-
-def _notes_on_leading_zeros(subjects: set[str]) -> list[str]:
-    """``sub-1`` beside ``sub-01`` may be one person."""
-    counts = Counter(re.sub(r"(?<!\d)0+(?=\d)", "", subject) for subject in subjects)
-    alike = sum(count for count in counts.values() if count > 1)
-    note = f"{alike} subjects differ from another in leading zeros only; they count as different subjects"
-    return [note] if alike else []
 
 
 def _find_derivatives(root: Path, unused: UnusedFiles) -> list[LabelMapRow]:
@@ -158,7 +159,7 @@ def _find_derivatives(root: Path, unused: UnusedFiles) -> list[LabelMapRow]:
     for pipeline in subfolders(root / "derivatives", "*"):
         for subject in subfolders(pipeline, "sub-*"):
             for file in iter_images(subject, unused):
-                key, column = parse_subject_session(pipeline, file), mask_column(file)
+                key, column = _parse_subject_session(pipeline, file), mask_column(file)
                 if _name_mismatches_folder(file, key):
                     unused.append((file, _MISPLACED))
                 elif column is None:
@@ -173,10 +174,7 @@ def _join_label_maps(table: pd.DataFrame, label_maps: list[LabelMapRow], unused:
 
     A label map must lie in the space of the session's scans, native or of the same template.
     """
-    spaces: dict[SessionKey, set[str]] = {}
-    used = table.drop_duplicates(["subject", "session", "contrast"])
-    for subject, session, path in zip(used["subject"], used["session"], used["path"], strict=True):
-        spaces.setdefault((subject, session), set()).add(_template_space(Path(path)))
+    spaces = _spaces_of_sessions(table, _template_space)
     usable = []
     label_maps.sort(key=lambda item: ("derivatives" in item[2].parts, BidsName.parse(item[2]).order))
     for column, key, file in label_maps:
@@ -196,11 +194,10 @@ def _template_space(file: Path) -> str:
 
 def _join_tables(table: pd.DataFrame, root: Path, notes: list[str]) -> pd.DataFrame:
     """Join participants.tsv, then each ``sub-*_sessions.tsv``, whose values have priority."""
-    participants = root / "participants.tsv"
-    if not participants.is_file() and root.parent.name == "derivatives":
-        participants = root.parent.parent / "participants.tsv"
-        if participants.is_file():
-            notes.append("participants.tsv of the raw data set is used")
+    participants, of_raw_data = root / "participants.tsv", root.parent.parent / "participants.tsv"
+    if not participants.is_file() and root.parent.name == "derivatives" and of_raw_data.is_file():
+        participants = of_raw_data
+        notes.append("participants.tsv of the raw data set is used")
     if participants.is_file():
         table = _join_participants(table, participants, notes)
     sessions = []
@@ -238,3 +235,100 @@ def _join_participants(table: pd.DataFrame, file: Path, notes: list[str]) -> pd.
     if with_scans - listed:
         notes.append(f"{len(with_scans - listed)} subjects with scans are not in participants.tsv")
     return join(table, facts, keys, file, notes if len(keys) > 1 else None)
+
+
+# A folder of several data sets
+
+_MAX_NOTES = 20
+_COPIES = {"sourcedata", "derivatives", "code"}
+"""Folders of the BIDS standard that repeat the subjects of the data set beside them."""
+_PROCESSING_WORDS = {
+    *("bids", "raw", "rawdata", "source", "orig", "original", "nifti", "nii", "processed", "preproc", "preprocessed"),
+    *("stripped", "skullstripped", "brain", "defaced", "registered", "coregistered", "normalised", "normalized"),
+    *("fmriprep", "smriprep", "freesurfer", "mriqc", "copy", "old", "new", "backup"),
+}
+_SESSION = re.compile(r"(?:wave|round|phase|followup)[_\-]?\w{1,3}", re.IGNORECASE)
+
+
+def read_collection(path: Path, work: Path | None = None) -> SourceTable:
+    """All data sets; a subject is ``<dataset>_<subject>``, and the site is the data set if no table gives one.
+
+    Subject names that occur in unrelated data sets count as different people, and a note says so. CohortError if the
+    folders may hold the same people.
+    """
+    namer = SubjectNamer()
+    tables: list[pd.DataFrame] = []
+    unused: UnusedFiles = []
+    columns: list[str] = ["mask"]
+    datasets = _datasets(path)
+    originals = [folder for folder in datasets if folder.name.lower() not in _COPIES]
+    others = [folder for folder in subfolders(path, "[!.]*") if folder not in datasets]
+    if originals:
+        unused += [(folder, "a copy of the data set beside it") for folder in datasets if folder not in originals]
+        datasets = originals
+    unused += [(folder, "a folder that is not a BIDS data set (read it by itself)") for folder in others]
+    notes = _check_people(path, datasets)
+    for folder in datasets:
+        if path.name == "derivatives" or _is_derivative(folder, []):
+            what = "several derivatives may hold the same people"
+            raise CohortError(what, where=path.name, remedy="Give one of the folders")
+        try:
+            source = read(folder)
+        except CohortError as error:
+            unused.append((folder, error.what))
+            continue
+        table = source.table
+        table["subject"] = [namer(folder.name, subject) for subject in table["subject"]]
+        table["site"] = table["site"].where(table["site"].notna(), folder.name)
+        tables.append(table.assign(dataset=folder.name).dropna(axis="columns", how="all"))
+        notes += [f"{folder.name}: {note}" for note in source.notes]
+        unused += source.unused
+        columns += [column for column in source.mask_columns if column not in columns]
+    if not tables:
+        raise CohortError("no data set holds a scan", where=path.name, got=unused[0][1], remedy="Check the suffixes")
+    if len(notes) > _MAX_NOTES:
+        notes = [*notes[:_MAX_NOTES], f"{len(notes) - _MAX_NOTES} more notes; read a data set alone to see its own"]
+    table = pd.concat(tables, ignore_index=True)
+    return SourceTable(table, path, COLLECTION_LAYOUT.name, tuple(columns), notes, unused)
+
+
+def _datasets(path: Path) -> list[Path]:
+    return [folder for folder in subfolders(path, "[!.]*") if can_read(folder)] if path.is_dir() else []
+
+
+COLLECTION_LAYOUT = SourceLayout(
+    name="BIDS data sets",
+    layout_hint="folders with sub-*/ in them (several BIDS data sets)",
+    can_read=lambda path: bool(_datasets(path)),
+    read=read_collection,
+)
+
+
+def _check_people(path: Path, datasets: list[Path]) -> list[str]:
+    """A note on subject names that occur in several data sets; CohortError if these seem to be the same people."""
+    sessions = [folder.name for folder in datasets if is_session_name(folder.name) or _SESSION.fullmatch(folder.name)]
+    if len(datasets) > 1 and sessions:
+        _refuse(path, "the folders look like visits of the same people", sessions[0])
+    subjects = {folder: {child.name for child in subfolders(folder, "sub-*")} for folder in datasets}
+    counts = Counter(name for names in subjects.values() for name in names)
+    shared = {name for name, count in counts.items() if count > 1}
+    if not shared:
+        return []
+    words = {folder: split_words(folder.name) for folder in datasets}
+    candidates = [folder for folder in datasets if subjects[folder] & shared and words[folder]]
+    for one, other in combinations(candidates, 2):
+        if subjects[one] & subjects[other] and _may_be_versions(words[one], words[other]):
+            _refuse(path, "the folders look like versions of one data set", f"{one.name} and {other.name}")
+    return [f"{len(shared)} names of subjects are in several data sets; they count as different people"]
+
+
+def _may_be_versions(one: tuple[str, ...], other: tuple[str, ...]) -> bool:
+    """Whether one name begins with the other, or both are the same without words of processing."""
+    shorter = min(len(one), len(other))
+    rests = [[word for word in words if word not in _PROCESSING_WORDS] for words in (one, other)]
+    return one[:shorter] == other[:shorter] or rests[0] == rests[1] or not all(rests)
+
+
+def _refuse(path: Path, what: str, got: str) -> NoReturn:
+    remedy = "Give one of the folders, or write a manifest with the columns subject, session, contrast, path"
+    raise CohortError(what, where=path.name, got=got, remedy=remedy)

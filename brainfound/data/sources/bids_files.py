@@ -1,8 +1,4 @@
-"""BIDS file names and sidecars (BIDS 1.10).
-
-A file name gives entities and a suffix, and from these the contrast, the kind of label map and the order of preference.
-Sidecars give the scanner (by the inheritance principle, "Common principles") and the b-values.
-"""
+"""BIDS file names and sidecars (BIDS 1.10; sidecars by the inheritance principle, "Common principles")."""
 
 from __future__ import annotations
 
@@ -54,10 +50,10 @@ class BidsName:
 
     @property
     def order(self) -> tuple:
-        """Sort key: the smallest of several scans of one contrast is used.
+        """Sort key: of several scans of one contrast, the first is used.
 
-        Scans without ``space-`` and with few entities come first (so the acquired grid before a template's, the plain
-        scan before a reconstructed one), then echo, run and name decide.
+        Scans without ``space-`` and with few entities come first (the acquired grid before a template's, the plain scan
+        before a reconstructed one), then echo, run and name decide.
         """
         ranked = {key: value for key, value in self.entities.items() if key not in _ENTITIES_WITHOUT_RANK}
         numbers = [natural_sort_key(ranked.get(key, "")) for key in ("echo", "run")]
@@ -104,17 +100,14 @@ def mask_column(path: PurePath) -> str | None:
 
 
 class Sidecars:
-    """Reads each JSON file of a BIDS folder once.
-
-    Attributes:
-        faulty: files with invalid JSON or impossible values, each with the reason.
-    """
+    """Reads each JSON file of a BIDS folder once."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
         self._files: dict[Path, list[tuple[BidsName, Path]]] = {}
         self._content: dict[Path, dict[str, Any]] = {}
         self.faulty: UnusedFiles = []
+        """Files with invalid JSON or impossible values."""
 
     def get_scanner_columns(self, scan: Path) -> dict[str, Any]:
         """The columns of `SCANNER_COLUMNS` that are known."""
@@ -125,14 +118,12 @@ class Sidecars:
             if value in (None, "", [], "n/a"):
                 continue
             if column == "field_strength_t":
-                strength = _parse_field_strength(value)
-                if strength is None:
+                row[column] = _parse_field_strength(value)
+                if row[column] is None:
                     self._add_fault(scan, f"the field strength cannot be that of a scanner: {value!r}")
-                else:
-                    row[column] = strength
             elif isinstance(value, str):
                 row[column] = value.strip()
-        return row
+        return {column: value for column, value in row.items() if value is not None}
 
     def is_b0(self, scan: Path) -> bool:
         """Whether b-values of a diffusion scan are known and none exceeds 5 s/mm²."""
@@ -174,16 +165,15 @@ class Sidecars:
 
     def _read(self, file: Path) -> dict[str, Any]:
         if file not in self._content:
-            self._content[file] = {}
+            content: Any = {}
             try:
                 content = json.loads(file.read_text(encoding="utf-8-sig"))
             except (OSError, ValueError, RecursionError) as error:
                 self._add_fault(file, f"not a valid JSON sidecar ({type(error).__name__})")
-            else:
-                if isinstance(content, dict):
-                    self._content[file] = {key: content[key] for key in _KEYS if key in content}
-                else:
-                    self._add_fault(file, "not a valid JSON sidecar (no object)")
+            if not isinstance(content, dict):
+                self._add_fault(file, "not a valid JSON sidecar (no object)")
+                content = {}
+            self._content[file] = {key: content[key] for key in _KEYS if key in content}
         return self._content[file]
 
     def _add_fault(self, file: Path, reason: str) -> None:

@@ -40,12 +40,9 @@ from brainfound.data.sources.dicom_series import (
     is_dicom,
     max_folders_per_patient,
 )
-from brainfound.data.sources.file_names import UnusedFiles, iter_files, natural_sort_key
-from brainfound.data.sources.tables import SourceTable
+from brainfound.data.sources.file_names import BROKEN_LINK, UnusedFiles, iter_files, natural_sort_key
+from brainfound.data.sources.tables import SourceLayout, SourceTable, read_json
 from brainfound.errors import CohortError, UsageError
-
-NAME = "DICOM"
-LAYOUT_HINT = "DICOM files"
 
 _MARKER = "conversion.json"
 _SCHEMA = 2
@@ -95,28 +92,16 @@ def read(path: Path, work: Path | None = None) -> SourceTable:
 
     Subjects are named by the first folders if each holds one patient and does not contain the patient's name, else by
     short hashes of PatientID, or of StudyInstanceUID if that is missing. Names, birth dates, study dates and
-    institutions are not kept.
-
-    Raises:
-        CohortError: no work folder is given, one PatientID seems to stand for everybody, or no series could be
-            converted.
-        UsageError: the packages of the extra ``dicom`` are not installed.
+    institutions are not kept. UsageError if the packages of the extra ``dicom`` are not installed.
     """
     if work is None:
-        raise CohortError(
-            "DICOM must be converted first",
-            where=path.name,
-            remedy='Prepare it (brainfound prepare), or give a folder for it: Cohort.read(path, work="converted")',
-        )
+        remedy = 'Prepare it (brainfound prepare), or give a folder for it: Cohort.read(path, work="converted")'
+        raise CohortError("DICOM must be converted first", where=path.name, remedy=remedy)
     conversion = _convert(path, work, _find_dcm2niix())
     rows, unused = conversion["rows"], [(Path(file), reason) for file, reason in conversion["unused"]]
     if not rows:
-        raise CohortError(
-            "no series could be converted",
-            where=path.name,
-            got=unused[0][1] if unused else "no MR series",
-            remedy="Check the DICOM files",
-        )
+        got = unused[0][1] if unused else "no MR series"
+        raise CohortError("no series could be converted", where=path.name, got=got, remedy="Check the DICOM files")
     table = pd.DataFrame(rows)
     table["path"] = [str(work / file) for file in table["path"]]
     notes = [f"{conversion['num_series']} series converted by dcm2niix; nothing was registered or skull-stripped"]
@@ -125,7 +110,10 @@ def read(path: Path, work: Path | None = None) -> SourceTable:
     num_unknown = int((table["contrast"] == UNKNOWN).sum())
     if num_unknown:
         notes.append(f"{num_unknown} scans are of unknown contrast; name them in a manifest if you need them")
-    return SourceTable(table, work, source=NAME, notes=notes, unused=unused)
+    return SourceTable(table, work, LAYOUT.name, notes=notes, unused=unused)
+
+
+LAYOUT = SourceLayout("DICOM", "DICOM files", can_read, read)
 
 
 def _find_dcm2niix() -> str:
@@ -133,9 +121,8 @@ def _find_dcm2niix() -> str:
         import dcm2niix
         import pydicom  # noqa: F401  (the headers are read with it)
     except ImportError as error:
-        raise UsageError(
-            f"DICOM needs the package {error.name!r}", remedy='Install it: pip install "brainfound[dicom]"'
-        ) from error
+        remedy = 'Install it: pip install "brainfound[dicom]"'
+        raise UsageError(f"DICOM needs the package {error.name!r}", remedy=remedy) from error
     return str(dcm2niix.bin)
 
 
@@ -145,12 +132,10 @@ def _convert(path: Path, work: Path, program: str) -> dict[str, Any]:
     found = [file for file in iter_files(path, unused) if resolved_work not in file.resolve().parents]
     files = [file for file in found if file.is_file()]
     existing = set(files)
-    unused += [
-        (file, "a link whose target is not there (download the file first)") for file in found if file not in existing
-    ]
+    unused += [(file, BROKEN_LINK) for file in found if file not in existing]
     fingerprint = _fingerprint(path, files)
     marker = work / _MARKER
-    previous = _read_json(marker)
+    previous = read_json(marker)
     unchanged = previous.get("fingerprint") == fingerprint and previous.get("schema") == _SCHEMA
     if unchanged and all((work / row["path"]).is_file() for row in previous["rows"]):
         return previous
@@ -162,7 +147,7 @@ def _convert(path: Path, work: Path, program: str) -> dict[str, Any]:
         folder = work / series.subject / series.session / series.key
         if not (folder / "series.json").is_file():
             _convert_series(series, folder, work, program)
-        outcome = _read_json(folder / "series.json")
+        outcome = read_json(folder / "series.json")
         rows += [_row(series, work, folder / name) for name in outcome["scans"]]
         unused += [(series.files[0], f"dcm2niix: {line}") for line in outcome["problems"]]
         unused += [(folder / name, reason) for name, reason in outcome["left_out"]]
@@ -206,7 +191,7 @@ def _convert_series(series: Series, folder: Path, work: Path, program: str) -> N
             messages = _run_dcm2niix(program, Path(links), temporary)
         # Without the keys that no rule reads: dcm2niix leaves the institution and the time of day in sidecars.
         for file in temporary.glob("*.json"):
-            file.write_text(json.dumps({k: v for k, v in _read_json(file).items() if k in _KEPT_KEYS}, indent=1))
+            file.write_text(json.dumps({k: v for k, v in read_json(file).items() if k in _KEPT_KEYS}, indent=1))
         images = sorted((file.name for file in temporary.glob("*.nii.gz")), key=natural_sort_key)
         phase = [name for name in images if _is_phase(temporary / name)]
         errors = [line for line in messages if line.lower().startswith("error")]
@@ -231,14 +216,8 @@ def _run_dcm2niix(program: str, source: Path, out: Path) -> list[str]:
     # Anonymised sidecars (-ba), no comment in the header (-c), gzip within the program (-z i), no defaults of the user.
     command = [program, "-b", "y", "-ba", "y", "-c", "", "-z", "i", "-g", "i", "-f", "scan", "-d", "0", "-w", "2"]
     try:
-        done = subprocess.run(
-            [*command, "-o", str(out), str(source)],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_TIMEOUT_S,
-            check=False,
-        )
+        command += ["-o", str(out), str(source)]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT_S)
     except subprocess.TimeoutExpired:
         return [f"error: not done after {_TIMEOUT_S} s"]
     except OSError as error:
@@ -251,41 +230,25 @@ def _run_dcm2niix(program: str, source: Path, out: Path) -> list[str]:
 
 
 def _is_phase(image: Path) -> bool:
-    types = _read_sidecar(image).get("ImageType")
-    types = {str(name).upper() for name in types} if isinstance(types, list) else set()
+    types = _image_types(_read_sidecar(image))
     in_name = re.search(r"_(?:ph|real|imaginary)(?:\d|_|\.)", image.name)
     return in_name is not None or bool(types & {"PHASE", "IMAGINARY", "REAL"})
 
 
 def _read_sidecar(image: Path) -> dict[str, Any]:
-    return _read_json(image.with_name(image.name.removesuffix(".nii.gz") + ".json"))
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    return read_json(image.with_name(image.name.removesuffix(".nii.gz") + ".json"))
 
 
 def _row(series: Series, work: Path, image: Path) -> dict[str, Any]:
     sidecar = _read_sidecar(image)
     scanner = {column: sidecar[key] for key, column in SCANNER_COLUMNS.items() if sidecar.get(key)}
-    return {
-        "subject": series.subject,
-        "session": series.session,
-        "contrast": contrast_from_sidecar(sidecar),
-        "path": str(image.relative_to(work)),
-        "age_years": series.age_years,
-        "sex": series.sex,
-        **scanner,
-    }
+    row = {"subject": series.subject, "session": series.session, "contrast": contrast_from_sidecar(sidecar)}
+    return {**row, "path": str(image.relative_to(work)), "age_years": series.age_years, "sex": series.sex, **scanner}
 
 
 def contrast_from_sidecar(sidecar: dict[str, Any]) -> str:
     """The contrast by the rules of this module, from a sidecar of dcm2niix; ``"unknown"`` if no rule decides."""
-    types = {str(name).upper() for name in _as_list(sidecar.get("ImageType"))}
+    types = _image_types(sidecar)
     if types & {"ADC", "ADC_UNSPECIFIED"}:
         return "ADC"
     if types & {"TRACE", "TRACEW"}:
@@ -322,8 +285,8 @@ def _contrast_from_words(text: str) -> str | None:
 
 def _contrast_from_times(sidecar: dict[str, Any]) -> str:
     sequence = set(re.split(r"\W+", " ".join(map(str, _as_list(sidecar.get("ScanningSequence")))).upper()))
-    times = (_seconds(sidecar.get(key)) for key in ("EchoTime", "RepetitionTime", "InversionTime"))
-    echo, repetition, inversion = times
+    keys = ("EchoTime", "RepetitionTime", "InversionTime")
+    echo, repetition, inversion = (_seconds(sidecar.get(key)) for key in keys)
     if "EP" in sequence or echo is None:
         return UNKNOWN
     if "GR" in sequence and inversion is not None and 0.6 <= inversion <= 1.3 and echo < 0.01:
@@ -341,6 +304,10 @@ def _mark_enhanced(contrast: str, text: str, sidecar: dict[str, Any]) -> str:
         return contrast
     agent = any(sidecar.get(key) for key in ("ContrastBolusIngredient", "ContrastBolusAgent"))
     return "T1ce" if agent or _ENHANCED.search(text) else contrast
+
+
+def _image_types(sidecar: dict[str, Any]) -> set[str]:
+    return {str(name).upper() for name in _as_list(sidecar.get("ImageType"))}
 
 
 def _as_list(value: Any) -> list[Any]:

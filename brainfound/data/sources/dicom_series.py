@@ -67,35 +67,27 @@ def is_dicom(path: Path) -> bool:
 
 
 def find_series(root: Path, files: Iterable[Path], unused: UnusedFiles) -> list[Series]:
-    """The MR series of a folder, with ``subject`` and ``session`` set; other DICOM files go into ``unused``.
-
-    Raises:
-        CohortError: one PatientID occurs in so many folders that an anonymiser may have given it to everybody.
-    """
+    """The MR series of a folder, with ``subject`` and ``session`` set; other DICOM files go into ``unused``."""
     found: dict[str, Series] = {}
     for file in files:
         if file.name.upper() == "DICOMDIR" or not is_dicom(file):
             continue
         header = _read_header(file)
-        uid = header["SeriesInstanceUID"] if header is not None else ""
-        if header is None or not uid:
-            unused.append((file, "no DICOM header that can be read" if header is None else "no series in the header"))
-            continue
-        modality = header["Modality"] or "unknown"
-        if modality != "MR":
-            unused.append((file, f"modality {sanitise_name(modality)[:8]}, not MR"))
-            continue
-        if uid not in found:
+        if header is None:
+            unused.append((file, "no DICOM header that can be read"))
+        elif not header["SeriesInstanceUID"]:
+            unused.append((file, "no series in the header"))
+        elif header["Modality"] != "MR":
+            unused.append((file, f"modality {sanitise_name(header['Modality'] or 'unknown')[:8]}, not MR"))
+        else:
             parts = file.relative_to(root).parts
-            found[uid] = _make_series(uid, header, decode_filename(parts[0]) if len(parts) > 1 else "")
-        found[uid].files.append(file)
-    series = list(found.values())
-    _require_distinct_patient_ids(series)
-    _assign_subjects(series)
-    _assign_sessions(series)
-    return sorted(
-        series, key=lambda one: (natural_sort_key(one.subject), natural_sort_key(one.session), one.number, one.uid)
-    )
+            series = _make_series(header, decode_filename(parts[0]) if len(parts) > 1 else "")
+            found.setdefault(series.uid, series).files.append(file)
+    all_series = list(found.values())
+    _require_distinct_patient_ids(all_series)
+    _assign_subjects(all_series)
+    _assign_sessions(all_series)
+    return sorted(all_series, key=lambda one: (*map(natural_sort_key, (one.subject, one.session)), one.number, one.uid))
 
 
 def max_folders_per_patient(series: Iterable[Series]) -> int:
@@ -129,12 +121,12 @@ def decode_filename(name: str) -> str:
         return os.fsencode(name).decode("latin-1")
 
 
-def _make_series(uid: str, header: dict[str, str], folder: str) -> Series:
+def _make_series(header: dict[str, str], folder: str) -> Series:
     patient, number, sex = header["PatientID"], header["SeriesNumber"], header["PatientSex"].upper()
     age = re.fullmatch(r"(\d{1,3})([YMWD])", header["PatientAge"].upper())
     is_placeholder = patient.lower() in _NO_PATIENT or _REPEATED_CHARACTER.fullmatch(patient) is not None
     return Series(
-        uid=uid,
+        uid=header["SeriesInstanceUID"],
         study=header["StudyInstanceUID"],
         number=int(number) if number.isdecimal() else 0,
         patient=None if is_placeholder else patient,
@@ -189,10 +181,7 @@ def _folders_by_patient(series: Iterable[Series]) -> dict[str, set[str]]:
 
 
 def _require_distinct_patient_ids(series: list[Series]) -> None:
-    """Refuse one PatientID for everybody, as some anonymisers write, since the cohort would become one subject.
-
-    A person's series and visits may lie in several folders, so two folders, or a small share of many, are accepted.
-    """
+    """Refuse one PatientID for everybody; a person's visits may lie in two folders, or in a small share of many."""
     most, folders = max_folders_per_patient(series), len({one.folder for one in series})
     if most > MAX_FOLDERS_PER_PATIENT and most > MAX_FOLDER_SHARE_PER_PATIENT * folders:
         raise CohortError(

@@ -1,6 +1,5 @@
 """Files of a source, and the meaning of names that follow no standard: contrast, label map, subject, session.
 
-The first half walks folders in a fixed order and joins paths safely. The second half reads free-form names:
 ``BraTS-GLI-00000-001-t1c.nii.gz`` is a T1ce of the subject ``BraTS-GLI-00000`` in the session ``001``.
 """
 
@@ -21,6 +20,7 @@ UnusedFiles = list[tuple[Path, str]]
 
 IMAGE_SUFFIXES = (".nii.gz", ".nii", ".mgz")
 DICOM_SUFFIXES = (".dcm", ".ima", ".dicom")
+BROKEN_LINK = "a link whose target is not there (download the file first)"
 MAX_B0_S_PER_MM2 = 5
 """An image of b ≤ 5 s/mm² is a b0, not a diffusion-weighted image (the rule of FOMO300K)."""
 
@@ -95,13 +95,11 @@ def natural_sort_key(text: object) -> tuple[tuple[int, int, str], ...]:
     return tuple((0, int(part), part) if part.isdecimal() else (1, 0, part) for part in parts)
 
 
-def iter_files(folder: Path, unused: UnusedFiles, *, without: Iterable[str] = ()) -> Iterator[Path]:
+def iter_files(folder: Path, unused: UnusedFiles, *, without: Iterable[Path] = ()) -> Iterator[Path]:
     """All files below a folder in a fixed order; links are followed, hidden names are skipped.
 
-    Args:
-        folder: where to begin.
-        unused: receives the folders that cannot be listed, so that their files are not lost silently.
-        without: names of folders directly below ``folder`` to skip.
+    ``unused`` receives the folders that cannot be listed, so that their files are not lost silently. ``without`` are
+    folders directly below that are skipped.
     """
 
     def report(error: OSError) -> None:
@@ -115,21 +113,18 @@ def iter_files(folder: Path, unused: UnusedFiles, *, without: Iterable[str] = ()
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
-        at_top = Path(here) == folder
-        visible = [name for name in folders if not name.startswith(".") and not (at_top and name in skipped)]
+        visible = [name for name in folders if not name.startswith(".") and Path(here, name) not in skipped]
         folders[:] = sorted(visible, key=natural_sort_key)
         yield from (Path(here) / name for name in sorted(names, key=natural_sort_key) if not name.startswith("."))
 
 
-def iter_images(folder: Path, unused: UnusedFiles, *, without: Iterable[str] = ()) -> Iterator[Path]:
+def iter_images(folder: Path, unused: UnusedFiles, *, without: Iterable[Path] = ()) -> Iterator[Path]:
     """The images among `iter_files`. A broken link (a file that was not downloaded) goes into ``unused``."""
     for file in iter_files(folder, unused, without=without):
-        if not is_image(file):
-            continue
-        if file.is_file():
+        if is_image(file) and file.is_file():
             yield file
-        else:
-            unused.append((file, "a link whose target is not there (download the file first)"))
+        elif is_image(file):
+            unused.append((file, BROKEN_LINK))
 
 
 def contains_image(folders: Iterable[Path]) -> bool:
@@ -145,11 +140,7 @@ def subfolders(folder: Path, pattern: str) -> list[Path]:
 
 
 def safe_join(root: Path, relative: str, index: Path, place: object) -> Path:
-    """A path that a downloaded index gives relative to `root`; `place` in the index goes into the error.
-
-    Raises:
-        CohortError: the path leads out of the root (``..`` or another absolute path).
-    """
+    """A path that a downloaded index gives relative to `root`; CohortError, at `place`, if it leads out of the root."""
     base = os.path.abspath(root)
     full = os.path.normpath(os.path.join(base, relative))
     if full != base and not full.startswith(base.rstrip(os.sep) + os.sep):
@@ -174,17 +165,11 @@ class SubjectNamer:
         self._known: dict[str, tuple[str, str]] = {}
 
     def __call__(self, dataset: object, participant: object) -> str:
-        """The subject's name.
-
-        Raises:
-            CohortError: two different participants would get the same name.
-        """
         key = (str(dataset), str(participant))
         name = f"{sanitise_name(dataset)}_{sanitise_name(participant)}"
         if self._known.setdefault(name, key) != key:
-            raise CohortError(
-                "two subjects of different data sets would have one name", got=name, remedy="Write a manifest"
-            )
+            what = "two subjects of different data sets would have one name"
+            raise CohortError(what, got=name, remedy="Write a manifest")
         return name
 
 

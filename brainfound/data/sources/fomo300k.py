@@ -28,11 +28,8 @@ from brainfound.data.sources.file_names import (
     subfolders,
 )
 from brainfound.data.sources.fomo60k import join_by_names, join_participants
-from brainfound.data.sources.tables import SourceTable, read_table, sort_by_session
+from brainfound.data.sources.tables import SourceLayout, SourceTable, read_table, sort_by_session
 from brainfound.errors import CohortError, ScanError
-
-NAME = "FOMO300K"
-LAYOUT_HINT = "PT001_*/sub-*/ses-*.zip (FOMO300K)"
 
 _PARTS = "PT[0-9]*"
 
@@ -47,16 +44,15 @@ def read(path: Path, work: Path | None = None) -> SourceTable:
 
     A zip that cannot be used is listed in ``unused`` with the reason; the others are read. Images without a contrast
     in their names are kept as ``unknown``, and so are diffusion scans with b ≤ 5 s/mm² only.
-
-    Raises:
-        CohortError: no images.
     """
     unused: UnusedFiles = []
     notes: list[str] = []
     namer = SubjectNamer()
     rows: list[dict[str, Any]] = []
     for part, dataset in _parts(path):
-        unused += [(file, "not in the zip or folder of a session") for file in _loose_images(part, unused)]
+        for subject in subfolders(part, "sub-*"):
+            loose = iter_images(subject, unused, without=subfolders(subject, "ses-*"))
+            unused += [(file, "not in the zip or folder of a session") for file in loose]
         for session in _sessions(part):
             participant = session.parent.name
             label = session.name.removesuffix(".zip").removeprefix("ses-")
@@ -77,7 +73,10 @@ def read(path: Path, work: Path | None = None) -> SourceTable:
     if (root / "participants.tsv").is_file():
         table = join_participants(table, root, notes)
     table = _join_scan_facts(table, root, notes)
-    return SourceTable(table.drop(columns="_participant"), root, source=NAME, notes=notes, unused=unused)
+    return SourceTable(table.drop(columns="_participant"), root, LAYOUT.name, notes=notes, unused=unused)
+
+
+LAYOUT = SourceLayout("FOMO300K", "PT001_*/sub-*/ses-*.zip (FOMO300K)", can_read, read)
 
 
 def _parts(path: Path) -> list[tuple[Path, str]]:
@@ -107,15 +106,9 @@ def _sessions(part: Path) -> Iterator[Path]:
     for subject in subfolders(part, "sub-*"):
         found = sorted(subject.glob("ses-*"), key=lambda child: natural_sort_key(child.name))
         for child in found:
-            if (child.suffix.lower() == ".zip" and child.is_file()) or (
-                child.is_dir() and child.with_name(child.name + ".zip") not in found
-            ):
+            is_zip = child.suffix.lower() == ".zip" and child.is_file()
+            if is_zip or (child.is_dir() and child.with_name(child.name + ".zip") not in found):
                 yield child
-
-
-def _loose_images(part: Path, unused: UnusedFiles) -> Iterator[Path]:
-    for subject in subfolders(part, "sub-*"):
-        yield from iter_images(subject, unused, without=[session.name for session in subfolders(subject, "ses-*")])
 
 
 def _images(session: Path, unused: UnusedFiles) -> list[Path]:

@@ -28,6 +28,7 @@ from brainfound.data.sources.file_names import (
 )
 from brainfound.data.sources.tables import (
     LabelMapRow,
+    SourceLayout,
     SourceTable,
     join,
     join_label_maps,
@@ -38,9 +39,6 @@ from brainfound.data.sources.tables import (
 )
 from brainfound.errors import CohortError
 
-NAME = "FOMO60K"
-LAYOUT_HINT = "sub_<N>/ses_<M>/*.nii.gz or mapping.tsv (FOMO60K)"
-
 _INDEX_COLUMNS = ("dataset", "subject", "session", "filename")
 
 
@@ -50,11 +48,7 @@ def can_read(path: Path) -> bool:
 
 
 def read(path: Path, work: Path | None = None) -> SourceTable:
-    """The scans of either release. Images without a contrast in their names (``scan_3``) are kept as ``unknown``.
-
-    Raises:
-        CohortError: no images, or an index that leads out of its folder.
-    """
+    """The scans of either release. Images without a contrast in their names (``scan_3``) are kept as ``unknown``."""
     unused: UnusedFiles = []
     notes: list[str] = []
     label_maps: list[LabelMapRow] = []
@@ -65,11 +59,13 @@ def read(path: Path, work: Path | None = None) -> SourceTable:
         root = _first_release(path) or path
         table = _read_first_release(root, label_maps, unused)
     if table.empty:
-        raise CohortError(
-            "no images found", where=path.name, expected="sub_<N>/ses_<M>/*.nii.gz", remedy="Unpack the release here"
-        )
+        expected = "sub_<N>/ses_<M>/*.nii.gz"
+        raise CohortError("no images found", where=path.name, expected=expected, remedy="Unpack the release here")
     columns = join_label_maps(table, label_maps, unused)
-    return SourceTable(table, root, columns, source=NAME, notes=notes, unused=unused)
+    return SourceTable(table, root, LAYOUT.name, columns, notes, unused)
+
+
+LAYOUT = SourceLayout("FOMO60K", "sub_<N>/ses_<M>/*.nii.gz or mapping.tsv (FOMO60K)", can_read, read)
 
 
 def _is_second_release(path: Path) -> bool:
@@ -95,14 +91,13 @@ def _read_first_release(root: Path, label_maps: list[LabelMapRow], unused: Unuse
     subjects = subfolders(root, "sub_*")
     for subject in subjects:
         sessions = subfolders(subject, "ses_*")
-        loose = list(iter_images(subject, unused, without=[session.name for session in sessions]))
+        loose = list(iter_images(subject, unused, without=sessions))
         only_session = [] if sessions else [file for file in loose if file.parent == subject]
         unused += [(file, "not in the folder of a session") for file in loose if file not in only_session]
         _add_images(rows, label_maps, subject.name, "ses_1", only_session)
         for session in sessions:
             _add_images(rows, label_maps, subject.name, session.name, iter_images(session, unused))
-    others = iter_images(root, unused, without=[subject.name for subject in subjects])
-    unused += [(file, "not in the folder of a subject") for file in others]
+    unused += [(file, "not in the folder of a subject") for file in iter_images(root, unused, without=subjects)]
     return pd.DataFrame(rows)
 
 
@@ -132,12 +127,9 @@ def _read_second_release(
     mapping = read_table(index, notes, bids_ids=True)
     missing = [column for column in _INDEX_COLUMNS if column not in mapping]
     if missing:
-        raise CohortError(
-            f"mapping.tsv has no column {missing[0].replace('subject', 'participant_id')!r}",
-            where=index.name,
-            got=", ".join(map(str, mapping.columns[:12])),
-            remedy="Get the file of the release again",
-        )
+        what = f"mapping.tsv has no column {missing[0].replace('subject', 'participant_id')!r}"
+        remedy = "Get the file of the release again"
+        raise CohortError(what, where=index.name, got=", ".join(map(str, mapping.columns[:12])), remedy=remedy)
     namer = SubjectNamer()
     rows: list[dict[str, Any]] = []
     listed: set[Path] = set()
@@ -178,12 +170,9 @@ def join_participants(table: pd.DataFrame, root: Path, notes: list[str]) -> pd.D
         return table
     facts = read_table(file, notes, bids_ids=True)
     if not {"dataset", "subject"} <= set(facts.columns):
-        raise CohortError(
-            "participants.tsv has no columns 'dataset' and 'participant_id'",
-            where=file.name,
-            got=", ".join(map(str, facts.columns[:12])),
-            remedy="Get the file of the release again",
-        )
+        what = "participants.tsv has no columns 'dataset' and 'participant_id'"
+        remedy = "Get the file of the release again"
+        raise CohortError(what, where=file.name, got=", ".join(map(str, facts.columns[:12])), remedy=remedy)
     facts = parse_ages(facts, file, notes)
     by_session = "session" in facts and facts["session"].notna().any()
     return join_by_names(table, facts, ("session",) if by_session else (), file, notes)

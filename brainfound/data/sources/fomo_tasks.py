@@ -21,11 +21,8 @@ from brainfound.data.sources.file_names import (
     scan_contrast_from_filename,
     subfolders,
 )
-from brainfound.data.sources.tables import SourceTable
+from brainfound.data.sources.tables import SourceLayout, SourceTable
 from brainfound.errors import CohortError
-
-NAME = "FOMO task"
-LAYOUT_HINT = "preprocessed/sub_*/ses_*/ with labels/ (FOMO25, FOMO26)"
 
 _AGE_TASK = "3"
 _TASK = re.compile(r"task[_-]?(\d+)$", re.IGNORECASE)
@@ -44,9 +41,6 @@ def read(path: Path, work: Path | None = None) -> SourceTable:
     A segmentation becomes ``mask``, the number of a text file ``label``, or ``age_years`` in task 3. Ages are decimal
     numbers and never rounded. Different tasks have different people, so with several tasks the names of subjects begin
     with the task.
-
-    Raises:
-        CohortError: no images, or a label that is not one number.
     """
     unused: UnusedFiles = []
     rows: list[dict[str, Any]] = []
@@ -56,32 +50,29 @@ def read(path: Path, work: Path | None = None) -> SourceTable:
         number = _task_number(folder)
         prefix = (f"task{number}_" if number else f"{folder.name}_") if len(tasks) > 1 else ""
         for subject in subfolders(_images_folder(folder), "sub_*"):
-            sessions = subfolders(subject, "ses_*") or [subject]
-            if sessions != [subject]:
-                loose = iter_images(subject, unused, without=[session.name for session in sessions])
-                unused += [
-                    (file, "not in the folder of a session") for file in loose if file.name not in _SEGMENTATIONS
-                ]
-            for session in sessions:
-                name = session.name if session != subject else "ses_1"
+            sessions = subfolders(subject, "ses_*")
+            loose = iter_images(subject, unused, without=sessions) if sessions else ()
+            unused += [(file, "not in the folder of a session") for file in loose if file.name not in _SEGMENTATIONS]
+            for session in sessions or [subject]:
+                name = session.name if sessions else "ses_1"
                 labels = _labels(folder, subject.name, name, session, is_age=number == _AGE_TASK)
                 scans = _scans(session, unused)
                 num_unlabelled += bool(scans) and not labels
                 rows += [{"subject": prefix + subject.name, "session": name, **scan, **labels} for scan in scans]
     if not rows:
-        raise CohortError(
-            "no images of a known contrast",
-            where=path.name,
-            expected="preprocessed/sub_X/ses_1/flair.nii.gz and the like",
-            remedy="Unpack the task here",
-        )
+        expected = "preprocessed/sub_X/ses_1/flair.nii.gz and the like"
+        remedy = "Unpack the task here"
+        raise CohortError("no images of a known contrast", where=path.name, expected=expected, remedy=remedy)
     table = pd.DataFrame(rows)
     if "label" in table and not table["label"].isna().any():
         are_integers = all(float(value).is_integer() for value in table["label"])
         table["label"] = table["label"].astype(int if are_integers else float)
-    source = f"{NAME} {_task_number(tasks[0])}".strip() if len(tasks) == 1 else f"{NAME}s"
+    source = f"{LAYOUT.name} {_task_number(tasks[0])}".strip() if len(tasks) == 1 else f"{LAYOUT.name}s"
     notes = [f"{num_unlabelled} sessions have no label"] if num_unlabelled else []
-    return SourceTable(table, path, source=source, notes=notes, unused=unused)
+    return SourceTable(table, path, source, notes=notes, unused=unused)
+
+
+LAYOUT = SourceLayout("FOMO task", "preprocessed/sub_*/ses_*/ with labels/ (FOMO25, FOMO26)", can_read, read)
 
 
 def _tasks(path: Path) -> list[Path]:
@@ -146,18 +137,18 @@ def _read_number(file: Path, task: Path, *, is_age: bool) -> float:
     """The only number of a label file; an age must be between 0 and 150."""
     where = file.relative_to(task)
     try:
-        words = file.read_text(encoding="utf-8-sig").split()
+        text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise CohortError(f"the label cannot be read ({error})", where=where, remedy="Get it again") from error
     try:
-        value = float(words[0]) if len(words) == 1 else math.nan
+        value = float(text)
     except ValueError:
         value = math.nan
     if not math.isfinite(value) or (is_age and not 0 <= value <= 150):
         raise CohortError(
             "the label is not one number",
             where=where,
-            got=repr(" ".join(words)[:40]),
+            got=repr(" ".join(text.split())[:40]),
             expected="an age in years" if is_age else "a number",
             remedy="Get the file again or correct it",
         )

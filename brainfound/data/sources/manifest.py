@@ -7,11 +7,8 @@ from pathlib import Path
 import pandas as pd
 
 from brainfound.contrasts import CONTRASTS, parse_contrast
-from brainfound.data.sources.tables import SourceTable, parse_ages, read_table
+from brainfound.data.sources.tables import SourceLayout, SourceTable, parse_ages, read_table
 from brainfound.errors import CohortError, UsageError
-
-NAME = "manifest"
-LAYOUT_HINT = "manifest.tsv, .csv or .parquet with subject, contrast, path"
 
 _FILES = ("manifest.tsv", "manifest.csv", "manifest.parquet")
 _REQUIRED = ("subject", "contrast", "path")
@@ -25,10 +22,7 @@ def can_read(path: Path) -> bool:
 def read(path: Path, work: Path | None = None) -> SourceTable:
     """The scans of a manifest. Relative paths start at its folder and may lead anywhere: the user wrote them.
 
-    The columns ``mask``, ``dseg`` and ``…_mask`` name label maps.
-
-    Raises:
-        CohortError: a column is missing, or a value cannot be used; the error names the line.
+    The columns ``mask``, ``dseg`` and ``…_mask`` name label maps. A CohortError names the line.
     """
     if path.is_dir():
         path = next(path / name for name in _FILES if (path / name).is_file())
@@ -52,26 +46,25 @@ def read(path: Path, work: Path | None = None) -> SourceTable:
     shared = table.groupby("path")["subject"].nunique()
     if (shared > 1).any():
         notes.append(f"{(shared > 1).sum()} files are listed for more than one subject")
-    return SourceTable(table, path.parent, mask_columns, source=NAME, notes=notes)
+    return SourceTable(table, path.parent, LAYOUT.name, mask_columns, notes)
+
+
+LAYOUT = SourceLayout("manifest", "manifest.tsv, .csv or .parquet with subject, contrast, path", can_read, read)
 
 
 def _require_columns(table: pd.DataFrame, path: Path) -> None:
     for column in _REQUIRED:
         if column not in table:
-            raise CohortError(
-                f"the manifest has no column {column!r}",
-                where=path.name,
-                got=", ".join(map(str, table.columns[:12])),
-                remedy="Add the column (needed: subject, contrast, path), or rename the file if it is not a manifest",
-            )
+            got = ", ".join(map(str, table.columns[:12]))
+            remedy = "Add the column (needed: subject, contrast, path), or rename the file if it is not a manifest"
+            raise CohortError(f"the manifest has no column {column!r}", where=path.name, got=got, remedy=remedy)
     if table.empty:
         raise CohortError("the manifest has no rows", where=path.name, remedy="List one scan per row")
     for column in _REQUIRED:
         empty = [row for row, value in enumerate(table[column]) if pd.isna(value) or not str(value).strip()]
         if empty:
-            raise CohortError(
-                f"column {column!r} is empty", where=f"{path.name}, line {empty[0] + 2}", remedy="Fill it in"
-            )
+            where = f"{path.name}, line {empty[0] + 2}"
+            raise CohortError(f"column {column!r} is empty", where=where, remedy="Fill it in")
 
 
 def _parse_contrasts(path: Path, names: pd.Series) -> list[str]:

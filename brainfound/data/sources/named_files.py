@@ -32,11 +32,8 @@ from brainfound.data.sources.file_names import (
     prefix_before_session,
     split_words,
 )
-from brainfound.data.sources.tables import SourceTable, join_label_maps, sort_by_session
+from brainfound.data.sources.tables import LabelMapRow, SourceLayout, SourceTable, join_label_maps, sort_by_session
 from brainfound.errors import CohortError
-
-NAME = "files by name"
-LAYOUT_HINT = "images whose names say the contrast (p1_T1.nii.gz, p1/flair.nii.gz)"
 
 _SKIPPED_FOLDERS = {
     *("anat", "brains", "data", "dataset", "derivatives", "dicom", "gz", "hgg", "images"),
@@ -76,11 +73,7 @@ def can_read(path: Path) -> bool:
 
 
 def read(path: Path, work: Path | None = None) -> SourceTable:
-    """Scans and label maps by name. Names of public data sets and words for a session (v2, baseline) are understood.
-
-    Raises:
-        CohortError: the names do not identify the subjects unambiguously.
-    """
+    """Scans and label maps by name. Names of public data sets and words for a session (v2, baseline) are understood."""
     unused: UnusedFiles = []
     files = []
     for image in iter_images(path, unused):
@@ -99,28 +92,25 @@ def read(path: Path, work: Path | None = None) -> SourceTable:
     identified = list(zip(files, _identify_subjects(path, files), strict=True))
     _require_unique_scans(identified)
     _require_unambiguous([subject for file, subject in identified if file.is_scan])
-    rows: list[dict[str, Any]] = [
-        {
-            "subject": subject.subject,
-            "session": subject.session or "1",
-            "contrast": file.name.contrast,
-            "path": str(file.path),
-            "site": subject.site,
-        }
-        for file, subject in identified
-        if file.is_scan
-    ]
+    rows: list[dict[str, Any]] = []
+    label_maps: list[LabelMapRow] = []
+    for file, subject in sorted(identified, key=lambda pair: (pair[0].name.order, natural_sort_key(pair[0].path))):
+        key = (subject.subject, subject.session or "1")
+        if file.name.label_column is None:
+            row = {"subject": key[0], "session": key[1], "contrast": file.name.contrast}
+            rows.append({**row, "path": str(file.path), "site": subject.site})
+        else:
+            label_maps.append((file.name.label_column, key, file.path))
     sort_by_session(rows, lambda file: parse_filename(file).order)
     table = pd.DataFrame(rows)
-    identified.sort(key=lambda pair: (pair[0].name.order, natural_sort_key(pair[0].path)))
-    label_maps = [
-        (file.name.label_column, (subject.subject, subject.session or "1"), file.path)
-        for file, subject in identified
-        if file.name.label_column is not None
-    ]
     columns = join_label_maps(table, label_maps, unused)
     notes = ["subjects and visits were read from names; write a manifest if that is wrong"]
-    return SourceTable(table, path, columns, source=NAME, notes=notes, unused=unused)
+    return SourceTable(table, path, LAYOUT.name, columns, notes, unused)
+
+
+LAYOUT = SourceLayout(
+    "files by name", "images whose names say the contrast (p1_T1.nii.gz, p1/flair.nii.gz)", can_read, read
+)
 
 
 def _describe(root: Path, image: Path) -> _File:
@@ -293,8 +283,5 @@ def _require_unique_scans(identified: list[tuple[_File, SubjectIdentity]]) -> No
 
 
 def _refuse(what: str, got: str) -> NoReturn:
-    raise CohortError(
-        f"the names do not identify the subjects: {what}",
-        got=got,
-        remedy="Write a manifest with the columns subject, session, contrast, path",
-    )
+    remedy = "Write a manifest with the columns subject, session, contrast, path"
+    raise CohortError(f"the names do not identify the subjects: {what}", got=got, remedy=remedy)

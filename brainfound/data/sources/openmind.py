@@ -25,11 +25,8 @@ from brainfound.data.sources.file_names import (
     safe_join,
     scan_contrast_from_filename,
 )
-from brainfound.data.sources.tables import SourceTable, cohort_names, parse_ages, sort_by_session
+from brainfound.data.sources.tables import SourceLayout, SourceTable, cohort_names, parse_ages, sort_by_session
 from brainfound.errors import CohortError, UsageError
-
-NAME = "OpenMind"
-LAYOUT_HINT = "pretrain_data.json (OpenMind)"
 
 _FILE = "pretrain_data.json"
 _MASKS = ("anatomy_mask", "anonymization_mask")
@@ -43,11 +40,7 @@ def can_read(path: Path) -> bool:
 
 
 def read(path: Path, work: Path | None = None) -> SourceTable:
-    """The images of the tree that exist. Subjects are named ``<dataset>_<subject>``; the site is the data set.
-
-    Raises:
-        CohortError: another kind of JSON, a path that leads out of its root, or no image exists.
-    """
+    """The images of the tree that exist. Subjects are named ``<dataset>_<subject>``; the site is the data set."""
     file = path / _FILE if path.is_dir() else path
     tree = _load(file)
     unused: UnusedFiles = []
@@ -71,12 +64,9 @@ def read(path: Path, work: Path | None = None) -> SourceTable:
             | {column: str(mask) for column, mask in masks.items() if mask.is_file()}
         )
     if not rows:
-        raise CohortError(
-            "none of the images exists" if unused else "the JSON names no images",
-            where=file.name,
-            got=f"{len(unused)} listed" if unused else None,
-            remedy="Set the variable nnssl_raw to the root of the paths (export nnssl_raw=/data)",
-        )
+        what = "none of the images exists" if unused else "the JSON names no images"
+        remedy = "Set the variable nnssl_raw to the root of the paths (export nnssl_raw=/data)"
+        raise CohortError(what, where=file.name, got=f"{len(unused)} listed" if unused else None, remedy=remedy)
     sort_by_session(rows, natural_sort_key)
     notes: list[str] = []
     table = parse_ages(pd.DataFrame(rows), file, notes)
@@ -85,7 +75,10 @@ def read(path: Path, work: Path | None = None) -> SourceTable:
     if num_unnamed_masks:
         notes.append(f"the masks of {num_unnamed_masks} images are not used: the index does not name their kind")
     columns = ("mask", *(column for column in _MASKS if column in table))
-    return SourceTable(table, file.parent, columns, source=NAME, notes=notes, unused=unused)
+    return SourceTable(table, file.parent, LAYOUT.name, columns, notes, unused)
+
+
+LAYOUT = SourceLayout("OpenMind", "pretrain_data.json (OpenMind)", can_read, read)
 
 
 def _load(file: Path) -> dict[str, Any]:
@@ -94,12 +87,9 @@ def _load(file: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise CohortError(f"cannot be read as JSON: {error}", where=file.name, remedy="Get the file again") from error
     if not isinstance(tree, dict) or "datasets" not in tree:
-        raise CohortError(
-            "not an index of images",
-            where=file.name,
-            expected="an object with datasets → subjects → sessions → images",
-            remedy="Give pretrain_data.json, a manifest or a folder",
-        )
+        expected = "an object with datasets → subjects → sessions → images"
+        remedy = "Give pretrain_data.json, a manifest or a folder"
+        raise CohortError("not an index of images", where=file.name, expected=expected, remedy=remedy)
     return tree
 
 
@@ -130,22 +120,17 @@ def _covariates(info: Any) -> dict[str, Any]:
     """Numbers, words and truth values, under the names of cohort columns."""
     if not isinstance(info, dict):
         return {}
-    known = {str(k): v for k, v in info.items() if isinstance(v, str | int | float) and not _is_missing(v)}
+    plain = {str(name): value for name, value in info.items() if isinstance(value, str | int | float)}
+    known = {name: value for name, value in plain.items() if str(value).strip().lower() not in _MISSING}
     names = cohort_names(known)
     facts = {names.get(column, column): value for column, value in known.items()}
     reserved = {"subject", "session", "contrast", "path", "site", "dataset", "mask", *_MASKS}
     return {column: value for column, value in facts.items() if column not in reserved}
 
 
-def _is_missing(value: str | float) -> bool:
-    return value.strip().lower() in _MISSING if isinstance(value, str) else value != value  # NaN is not itself
-
-
 def _scanner(info: Any) -> dict[str, Any]:
-    info = info if isinstance(info, dict) else {}
-    return {
-        column: info[key] for key, column in SCANNER_COLUMNS.items() if isinstance(info.get(key), str | int | float)
-    }
+    known = info if isinstance(info, dict) else {}
+    return {name: known[key] for key, name in SCANNER_COLUMNS.items() if isinstance(known.get(key), str | int | float)}
 
 
 def _contrast(image: dict[str, Any], scan: Path) -> str:

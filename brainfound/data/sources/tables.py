@@ -13,6 +13,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -37,38 +38,44 @@ _RENAMED = {
 }
 _KNOWN = (*COLUMNS, "dataset")
 _TEXT = ("subject", "session", "dataset", "filename")
-_BIDS_IDS = {"participant_id": "subject", "session_id": "session"}
 _SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons"}
 _MISSING = ("", "n/a", "N/A", "#N/A", "NA", "NaN", "nan", "null", "NULL")
 """Cells without a value. ``None`` is not among them: it is a label in some tables."""
+_READ_OPTIONS: dict[str, Any] = dict(low_memory=False, index_col=False, keep_default_na=False, na_values=list(_MISSING))
 _NO_AGE = {*(word.lower() for word in _MISSING), "none", "unknown"}
 _UNITS_PER_YEAR = {"year": 1.0, "month": 12.0, "week": 365.25 / 7, "day": 365.25}
 
 
+@dataclass
 class SourceTable:
     """The scans of a source, as the reader of its layout returns them; `Cohort` has the same attributes."""
 
-    def __init__(
-        self,
-        table: pd.DataFrame,
-        root: Path,
-        mask_columns: tuple[str, ...] = ("mask",),
-        *,
-        source: str,
-        notes: Iterable[str] = (),
-        unused: Iterable[tuple[Path, str]] = (),
-    ) -> None:
-        self.table, self.root, self.mask_columns, self.source = with_all_columns(table), root, mask_columns, source
-        self.notes, self.unused = tuple(notes), tuple((Path(file), reason) for file, reason in unused)
+    table: pd.DataFrame
+    root: Path
+    source: str
+    mask_columns: tuple[str, ...] = ("mask",)
+    notes: list[str] = field(default_factory=list)
+    unused: UnusedFiles = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.table = with_all_columns(self.table)
+
+
+@dataclass(frozen=True)
+class SourceLayout:
+    """One row of the registry."""
+
+    name: str
+    layout_hint: str
+    """One line for the error if no layout fits."""
+    can_read: Callable[[Path], bool]
+    read: Callable[[Path, Path | None], SourceTable]
 
 
 def with_all_columns(table: pd.DataFrame) -> pd.DataFrame:
     """A copy with all of `COLUMNS` first, empty where the source has none."""
-    table = table.copy()
-    for column in COLUMNS:
-        if column not in table:
-            table[column] = None
     rest = [column for column in table.columns if column not in COLUMNS]
+    table = table.assign(**{column: None for column in COLUMNS if column not in table})
     return table[[*COLUMNS, *rest]].reset_index(drop=True)
 
 
@@ -80,37 +87,31 @@ def read_table(path: Path, notes: list[str], *, bids_ids: bool = False) -> pd.Da
     ``session_id``, ``group`` are renamed. With ``bids_ids`` (tables of BIDS and FOMO) ``participant_id`` and
     ``session_id`` are the identifiers, and other columns called ``subject`` or ``session`` are kept as ``subject_2``
     and ``session_2``. Missing text is None.
-
-    Raises:
-        CohortError: the file cannot be read as a table.
     """
     try:
         if path.suffix.lower() == ".parquet":
             table = pd.read_parquet(path)
-            table.columns = [str(column).strip() for column in table.columns]
         elif path.suffix.lower() in _TABLE_SUFFIXES:
             table = _read_text(path, notes)
         else:
-            raise CohortError(
-                "not a source of scans",
-                where=path.name,
-                expected="a .csv, .tsv or .parquet manifest, OpenMind's .json, or a folder",
-                remedy="Give the folder or the manifest",
-            )
+            expected = "a .csv, .tsv or .parquet manifest, OpenMind's .json, or a folder"
+            remedy = "Give the folder or the manifest"
+            raise CohortError("not a source of scans", where=path.name, expected=expected, remedy=remedy)
     except UnicodeDecodeError as error:
         raise CohortError("the text is not UTF-8", where=path.name, remedy='Save it as "CSV UTF-8"') from error
     except (ValueError, OSError, csv.Error) as error:
         raise CohortError(f"cannot be read as a table: {error}", where=path.name, remedy="Check the file") from error
+    table.columns = [str(column).strip() for column in table.columns]
     if bids_ids:
         table = _rename_bids_ids(table, path, notes)
     table = table.rename(columns=cohort_names(table.columns))
     for column in _TEXT:
         if column in table:
-            table[column] = pd.Series([as_text(v) for v in table[column]], index=table.index, dtype=object)
+            table[column] = pd.Series([_as_text(v) for v in table[column]], index=table.index, dtype=object)
     notes += _mixed_columns_to_text(table)
     for column in table.columns:  # pandas would keep missing text as NaN, which is not None
         if pd.api.types.is_string_dtype(table[column].dtype) or table[column].dtype == object:
-            values = [None if _is_missing(value) else value for value in table[column]]
+            values = [None if is_missing(value) else value for value in table[column]]
             table[column] = pd.Series(values, index=table.index, dtype=object)
     return table
 
@@ -123,9 +124,7 @@ def _read_text(path: Path, notes: list[str]) -> pd.DataFrame:
     num_blank_lines, text = text.count("\n", 0, start), text[start:]
     first = text.partition("\n")[0]
     expected = "," if path.suffix.lower() == ".csv" else "\t"
-    separator = expected
-    if expected not in first:
-        separator = next((other for other in _SEPARATORS if other in first), expected)
+    separator = next((separator for separator in (expected, *_SEPARATORS) if separator in first), expected)
     if separator != expected:
         notes.append(f"{path.name}: the columns are separated by {_SEPARATORS[separator]}")
     _require_fields(text, separator, path, num_blank_lines)
@@ -133,17 +132,7 @@ def _read_text(path: Path, notes: list[str]) -> pd.DataFrame:
     dtypes = {index: str for index, name in enumerate(header) if _cohort_name(name) in _TEXT}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", pd.errors.ParserWarning)  # empty fields at the end of a row, checked above
-        table = pd.read_csv(
-            io.StringIO(text),
-            sep=separator,
-            dtype=dtypes,
-            na_values=list(_MISSING),
-            keep_default_na=False,
-            low_memory=False,
-            index_col=False,
-        )
-    table.columns = [str(column).strip() for column in table.columns]
-    return table
+        return pd.read_csv(io.StringIO(text), sep=separator, dtype=dtypes, **_READ_OPTIONS)
 
 
 def _require_fields(text: str, separator: str, path: Path, first_line: int) -> None:
@@ -169,21 +158,23 @@ def _cohort_name(column: str) -> str:
 def cohort_names(columns: Iterable[str]) -> dict[str, str]:
     """The columns to rename, with their cohort names; a name that is taken already is not given again."""
     columns = list(columns)
+    taken = set(columns)
     names: dict[str, str] = {}
     for column in columns:
         name = _cohort_name(column)
-        if name != column and name not in columns and name not in names.values():
+        if name not in taken:
             names[column] = name
+            taken.add(name)
     return names
 
 
 def _rename_bids_ids(table: pd.DataFrame, path: Path, notes: list[str]) -> pd.DataFrame:
     names: dict[str, str] = {}
-    for identifier, name in _BIDS_IDS.items():
+    for identifier, name in (("participant_id", "subject"), ("session_id", "session")):
         column = next((column for column in table.columns if column.lower() == identifier), None)
-        others = [other for other in table.columns if other != column and _cohort_name(other) == name]
         if column is None:
             continue
+        others = [other for other in table.columns if other != column and _cohort_name(other) == name]
         names[column] = name
         for number, other in enumerate(others, start=2):
             names[other] = f"{name}_{number}"
@@ -193,13 +184,13 @@ def _rename_bids_ids(table: pd.DataFrame, path: Path, notes: list[str]) -> pd.Da
 
 def strip_session_prefix(values: Iterable[Any]) -> list[str | None]:
     """Names of sessions without ``ses-``; missing ones stay None."""
-    names = [as_text(value) for value in values]
+    names = [_as_text(value) for value in values]
     return [None if name is None else name.removeprefix("ses-") for name in names]
 
 
-def as_text(value: Any) -> str | None:
+def _as_text(value: Any) -> str | None:
     """An identifier as text: 7 and 7.0 of a binary table become "7"; missing values and blanks become None."""
-    if value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value)):
+    if is_missing(value):
         return None
     if isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -207,31 +198,31 @@ def as_text(value: Any) -> str | None:
 
 
 def _mixed_columns_to_text(table: pd.DataFrame) -> list[str]:
-    """Turn columns of mixed types (a number here, a word there), of dates and of lists into text, in place."""
+    """Turn columns of mixed types, of dates and of lists into text, in place; returns notes."""
     mixed = []
     for column in table.columns:
         values = table[column]
         if pd.api.types.is_datetime64_any_dtype(values):
             table[column] = [None if pd.isna(value) else value.isoformat() for value in values]
         elif values.dtype == object:
-            types = {type(value) for value in values if not _is_missing(value)}
-            if len(types) > 1 or any(kind not in (str, int, float, bool) for kind in types):
-                table[column] = [None if _is_missing(value) else _format_cell(value) for value in values]
+            types = {type(value) for value in values if not is_missing(value)}
+            if len(types) > 1 or types - {str, int, float, bool}:
+                table[column] = [None if is_missing(value) else _format_cell(value) for value in values]
                 mixed.append(column)
     return [f"column {column!r} holds values of several kinds and is read as text" for column in mixed]
 
 
-def _is_missing(value: Any) -> bool:
+def is_missing(value: Any) -> bool:
     return value is None or value is pd.NA or value is pd.NaT or (isinstance(value, float) and math.isnan(value))
 
 
 def _format_cell(value: Any) -> str:
     if isinstance(value, date):
         return value.isoformat()
-    return str(as_text(value)) if isinstance(value, float) else str(value)
+    return str(_as_text(value)) if isinstance(value, float) else str(value)
 
 
-def read_json(file: Path, notes: list[str]) -> dict[str, Any]:
+def read_json(file: Path, notes: list[str] | None = None) -> dict[str, Any]:
     """A JSON object; {} if the file is missing or holds something else. A note reports invalid JSON, once."""
     if not file.is_file():
         return {}
@@ -239,23 +230,17 @@ def read_json(file: Path, notes: list[str]) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         note = f"{file.name} is not valid JSON and was not used ({type(error).__name__})"
-        if note not in notes:
+        if notes is not None and note not in notes:
             notes.append(note)
         return {}
     return content if isinstance(content, dict) else {}
 
 
 def parse_ages(table: pd.DataFrame, path: Path, notes: list[str] | None = None) -> pd.DataFrame:
-    """``age_years`` as float; "89+" (ages masked for privacy, BIDS) is 89.
+    """``age_years`` as float; "89+" (ages masked for privacy, BIDS) is 89. CohortError for other invalid ages.
 
-    Args:
-        table: may have no ages.
-        path: the file that the error names.
-        notes: given for a published index, which the user cannot correct: invalid ages become missing, and a note
-            counts them.
-
-    Raises:
-        CohortError: an age is not a number or not between 0 and 150, and no notes are given.
+    `notes` are given for a published index, which the user cannot correct: its invalid ages become missing, and a note
+    counts them.
     """
     if "age_years" not in table:
         return table
@@ -272,10 +257,8 @@ def parse_ages(table: pd.DataFrame, path: Path, notes: list[str] | None = None) 
         remedy = f"Write a point: {first.replace(',', '.')}" if comma else "Write years or n/a"
         raise CohortError("an age is not a number", where=path.name, got=repr(first), remedy=remedy)
     if not out_of_range.empty:
-        got = f"{out_of_range.iloc[0]:g}"
-        raise CohortError(
-            "an age is not between 0 and 150 years", where=path.name, got=got, remedy="Write years or n/a"
-        )
+        what, got = "an age is not between 0 and 150 years", f"{out_of_range.iloc[0]:g}"
+        raise CohortError(what, where=path.name, got=got, remedy="Write years or n/a")
     return table.assign(age_years=ages)
 
 
@@ -291,11 +274,7 @@ def _parse_numbers(values: pd.Series) -> tuple[pd.Series, pd.Series]:
 def convert_ages_to_years(
     table: pd.DataFrame, path: Path, notes: list[str], inherited: Sequence[Path] = (), name: str = ""
 ) -> pd.DataFrame:
-    """Convert ages from the unit that the table's JSON gives (BIDS: ``participants.json``).
-
-    The JSON beside the table has priority over the `inherited` ones (the data set's ``sessions.json``). Notes call the
-    table `name`.
-    """
+    """Convert ages from the unit of the JSON beside the table, or of the `inherited` ones. Notes call it `name`."""
     if "age_years" not in table:
         return table
     name = name or path.name
@@ -327,13 +306,8 @@ def _age_unit(file: Path, notes: list[str]) -> str | None:
 
 def sort_by_session(rows: list[dict[str, Any]], order: Callable[[Path], Any]) -> None:
     """Sort rows of scans in place by subject, session and the `order` of their files."""
-    rows.sort(
-        key=lambda row: (
-            natural_sort_key(row["subject"]),
-            natural_sort_key(row["session"]),
-            order(Path(row["path"])),
-        )
-    )
+    names = ("subject", "session")
+    rows.sort(key=lambda row: (*(natural_sort_key(row[name]) for name in names), order(Path(row["path"]))))
 
 
 def join(
@@ -342,19 +316,13 @@ def join(
     """Join covariates to scans. Known values of the new facts replace those of the table.
 
     With `notes`, facts without a scan are counted: ``1`` in the table does not match ``ses-01`` of a folder.
-
-    Raises:
-        CohortError: the facts have two different rows for one key.
     """
     facts = facts.drop_duplicates().dropna(subset=list(keys))
     repeated = facts[facts.duplicated(subset=list(keys))]
     if not repeated.empty:
-        raise CohortError(
-            f"{path.name} lists a {'subject' if len(keys) == 1 else 'session'} twice",
-            where=path.name,
-            got=" ".join(str(repeated.iloc[0][key]) for key in keys),
-            remedy="Keep one row each",
-        )
+        what = f"{path.name} lists a {'subject' if len(keys) == 1 else 'session'} twice"
+        got = " ".join(str(repeated.iloc[0][key]) for key in keys)
+        raise CohortError(what, where=path.name, got=got, remedy="Keep one row each")
     if notes is not None:
         scanned = set(table[list(keys)].itertuples(index=False, name=None))
         num_unmatched = sum(key not in scanned for key in facts[list(keys)].itertuples(index=False, name=None))
@@ -363,23 +331,17 @@ def join(
     reserved = ("contrast", "path", "mask", "subject", "session")
     facts = facts.drop(columns=[column for column in reserved if column in facts and column not in keys])
     joined = table.merge(facts, on=list(keys), how="left", suffixes=("", "__new"))
-    for column in [column for column in joined.columns if column.endswith("__new")]:
+    updated = [column for column in joined.columns if column.endswith("__new")]
+    for column in updated:
         old = column.removesuffix("__new")
         joined[old] = joined[column].where(joined[column].notna(), joined[old])
-        joined = joined.drop(columns=column)
-    return joined
+    return joined.drop(columns=updated)
 
 
 def join_label_maps(table: pd.DataFrame, label_maps: Iterable[LabelMapRow], unused: UnusedFiles) -> tuple[str, ...]:
     """Add one column per kind of label map, with the first map of each session; the others go into `unused`.
 
-    Args:
-        table: the scans; receives the columns.
-        label_maps: (column, session, file), in the order of preference.
-        unused: receives what is not joined, with the reason.
-
-    Returns:
-        The columns, always with ``mask``.
+    `label_maps` are in the order of preference. Returns the columns, always with ``mask``.
     """
     keys = list(zip(table["subject"], table["session"], strict=True))
     known = set(keys)

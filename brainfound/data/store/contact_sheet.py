@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Num
+from jaxtyping import Bool, Num
 from PIL import Image, ImageDraw, ImageFont
 
 from brainfound.data.preprocessing.stack import Stack
+from brainfound.data.store.folder import SessionKey
 from brainfound.data.store.reader import StoreReader
 
 HEIGHTS = (1 / 3, 1 / 2, 2 / 3)
@@ -41,25 +42,21 @@ _MAX_OUTLINED_LABELS = 8
 
 @dataclass(frozen=True)
 class SessionCard:
-    """The slices and notes of one session on the sheet.
-
-    Attributes:
-        label: a short name.
-        images: per contrast ``(n, H, W)``, or None for an absent contrast.
-        heights_mm: heights of the n slices, 0 in the middle of the stack.
-        pixel_mm: distance of rows and of columns.
-        outlines: ``(n, H, W)`` label codes of the mask, or None.
-        notes: remarks per contrast; "" for the session as a whole.
-        refused: contrasts whose scan could not be used.
-    """
+    """The slices and notes of one session on the sheet."""
 
     label: str
     images: tuple[Num[np.ndarray, "n H W"] | None, ...]
+    """The n slices of each contrast; None for an absent one."""
     heights_mm: tuple[float, ...]
+    """Of the n slices, 0 in the middle of the stack."""
     pixel_mm: tuple[float, float] = (1.0, 1.0)
-    outlines: np.ndarray | None = None
+    """Distance of rows and of columns."""
+    outlines: Num[np.ndarray, "n H W"] | None = None
+    """Label codes of the mask."""
     notes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Remarks per contrast; "" for the session as a whole."""
     refused: frozenset[str] = frozenset()
+    """Contrasts whose scan could not be used."""
 
     @property
     def is_flagged(self) -> bool:
@@ -71,31 +68,28 @@ def write_contact_sheet(
 ) -> Path:
     """Write a page with three slices of every scan of a store, with outlines of its mask.
 
-    Sessions with notes or refused scans come first; the others that fit are spread evenly.
-
-    Args:
-        path: the PNG to write.
-        keep_ids: write subject and session next to the row number.
-        max_sessions: most sessions on the page.
+    Sessions with notes or refused scans come first; the others that fit are spread evenly. With ``keep_ids`` subject
+    and session stand next to the row number.
     """
-    notes, refused = _collect_notes(store), _collect_refused(store)
+    rejected = store.rejected[store.rejected["contrast"].isin(store.contrasts)]
+    refused = {key: frozenset(group) for key, group in rejected.groupby(["subject", "session"])["contrast"]}
+    notes: dict[SessionKey, dict[str, tuple[str, ...]]] = {}
+    scans = store.quality[["subject", "session", "contrast", "notes"]]
+    for subject, session, contrast, text in scans[scans["notes"] != ""].itertuples(index=False):
+        notes.setdefault((subject, session), {})[contrast] = tuple(text.split("; "))
     keys = list(zip(store.sessions["subject"], store.sessions["session"], strict=True))
     flagged = [row for row, key in enumerate(keys) if notes.get(key) or refused.get(key)]
     shown = choose_sessions(len(store), flagged, max_sessions)
-    cards = [
-        _card_from_row(
-            store,
-            row,
-            f"{row} {keys[row][0]} {keys[row][1]}" if keep_ids else str(row),
-            notes.get(keys[row], {}),
-            frozenset(refused.get(keys[row], ())),
-        )
-        for row in shown
-    ]
+    cards = []
+    for row in shown:
+        label = " ".join((str(row), *keys[row])) if keep_ids else str(row)
+        refused_here = refused.get(keys[row], frozenset())
+        cards.append(_card_from_row(store, row, label, notes.get(keys[row], {}), refused_here))
+    spacing = " × ".join("own" if length is None else f"{length:g}" for length in store.preprocessing.spacing_mm)
     foot = f"{len(shown)} of {len(store)} sessions shown"
     if flagged:
         foot += f"; {len(set(shown) & set(flagged))} of {len(flagged)} with notes or refused scans (orange)"
-    foot += f". Numbers are rows of the store, from 0; spacing {_spacing_text(store)}."
+    foot += f". Numbers are rows of the store, from 0; spacing {spacing} mm."
     return draw_contact_sheet(cards, store.contrasts, path, foot)
 
 
@@ -127,16 +121,11 @@ def card_from_stack(
 ) -> SessionCard:
     """A card of a stack in memory."""
     chosen = choose_slices(len(stack.pixels), stack.mask)
-    return _card(
-        stack.pixels[chosen],
-        stack.present,
-        stack.positions_mm[chosen],
-        (float(stack.spacing_mm[1]), float(stack.spacing_mm[2])),
-        None if stack.mask is None else stack.mask[chosen],
-        label,
-        notes or {},
-        refused,
-    )
+    outlines = None if stack.mask is None else stack.mask[chosen]
+    pixel_mm = (float(stack.spacing_mm[1]), float(stack.spacing_mm[2]))
+    images = _eight_bit_images(stack.pixels[chosen], stack.present)
+    heights_mm = tuple(stack.positions_mm[chosen].tolist())
+    return SessionCard(label, images, heights_mm, pixel_mm, outlines, notes or {}, refused)
 
 
 def _card_from_row(
@@ -145,53 +134,21 @@ def _card_from_row(
     rows = store.session_rows(row)
     mask = store.read_masks(row)
     chosen = choose_slices(len(rows), mask)
-    positions = store.slice_positions_mm[rows[chosen]]
     column_mm, row_mm, _ = store.preprocessing.spacing_mm
     if column_mm is None or row_mm is None:
         _, row_mm, column_mm = (float(length) for length in store[row].spacing_mm)
     outlines = None if mask is None else mask[chosen]
-    pixels = store.read_slices(rows[chosen])
-    return _card(pixels, store.present[row], positions, (row_mm, column_mm), outlines, label, notes, refused)
+    images = _eight_bit_images(store.read_slices(rows[chosen]), store.present[row])
+    heights_mm = tuple(store.slice_positions_mm[rows[chosen]].tolist())
+    return SessionCard(label, images, heights_mm, (row_mm, column_mm), outlines, notes, refused)
 
 
-def _card(
-    pixels: np.ndarray,
-    present: np.ndarray,
-    positions_mm: np.ndarray,
-    pixel_mm: tuple[float, float],
-    outlines: np.ndarray | None,
-    label: str,
-    notes: Mapping[str, tuple[str, ...]],
-    refused: frozenset[str],
-) -> SessionCard:
-    # A page shows the upper eight of sixteen bits.
+def _eight_bit_images(
+    pixels: Num[np.ndarray, "n C H W"], present: Bool[np.ndarray, "C"]
+) -> tuple[Num[np.ndarray, "n H W"] | None, ...]:
+    """The images of each contrast; of sixteen bits the upper eight."""
     eight = (pixels >> 8).astype(np.uint8) if pixels.dtype == np.uint16 else pixels
-    images = tuple(eight[:, channel] if here else None for channel, here in enumerate(present))
-    return SessionCard(label, images, tuple(float(p) for p in positions_mm), pixel_mm, outlines, notes, refused)
-
-
-def _collect_notes(store: StoreReader) -> dict[tuple[str, str], dict[str, tuple[str, ...]]]:
-    found: dict[tuple[str, str], dict[str, tuple[str, ...]]] = {}
-    table = store.quality
-    columns = (table["subject"], table["session"], table["contrast"], table["notes"])
-    for subject, session, contrast, text in zip(*columns, strict=True):
-        if isinstance(text, str) and text:
-            found.setdefault((str(subject), str(session)), {})[str(contrast)] = tuple(text.split("; "))
-    return found
-
-
-def _collect_refused(store: StoreReader) -> dict[tuple[str, str], set[str]]:
-    found: dict[tuple[str, str], set[str]] = {}
-    table = store.rejected
-    for subject, session, contrast in zip(table["subject"], table["session"], table["contrast"], strict=True):
-        if contrast in store.contrasts:
-            found.setdefault((subject, session), set()).add(contrast)
-    return found
-
-
-def _spacing_text(store: StoreReader) -> str:
-    spacing: Sequence[Any] = store.preprocessing.spacing_mm
-    return " × ".join("own" if s is None else f"{s:g}" for s in spacing) + " mm"
+    return tuple(eight[:, channel] if here else None for channel, here in enumerate(present))
 
 
 def _spread(rows: Sequence[int], count: int) -> list[int]:
@@ -205,25 +162,19 @@ def _spread(rows: Sequence[int], count: int) -> list[int]:
 class _Layout:
     """Sizes of a page in pixels."""
 
-    tile: tuple[int, int]
-    """Width and height of one slice."""
+    tile: tuple[int, int]  # width and height of one slice
     slices: int
-    filled: tuple[bool, ...]
-    """Per contrast, whether any card has it; the group of a missing contrast is narrow."""
+    filled: tuple[bool, ...]  # per contrast, whether any card has it; the group of a missing contrast is narrow
     columns: int
     label_width: int
-    heights: tuple[int, ...]
-    """Height of each card."""
-
-    @property
-    def group_width(self) -> int:
-        return self.slices * self.tile[0] + (self.slices - 1) * _TILE_GAP
+    heights: tuple[int, ...]  # of each card
 
     def width(self, group: int) -> int:
-        return self.group_width if self.filled[group] else _EMPTY_GROUP_WIDTH
+        width = self.slices * self.tile[0] + (self.slices - 1) * _TILE_GAP
+        return width if self.filled[group] else _EMPTY_GROUP_WIDTH
 
     def left(self, group: int) -> int:
-        """Left border of a contrast's group within its card."""
+        """The left border of a group within its card."""
         return self.label_width + sum(self.width(g) + _GROUP_GAP for g in range(group))
 
     @property
@@ -234,9 +185,6 @@ class _Layout:
     def cards_per_column(self) -> int:
         return max(math.ceil(len(self.heights) / self.columns), 1)
 
-    def column(self, card: int) -> int:
-        return card // self.cards_per_column
-
     def page(self) -> tuple[int, int]:
         per = self.cards_per_column
         columns = [self.heights[first : first + per] for first in range(0, max(len(self.heights), 1), per)]
@@ -246,14 +194,7 @@ class _Layout:
 
 
 def draw_contact_sheet(cards: Sequence[SessionCard], contrasts: Sequence[str], path: str | Path, foot: str) -> Path:
-    """Draw cards as a PNG.
-
-    Args:
-        cards: in reading order: down a column, then the next column.
-        contrasts: (C,) names, one group of slices each.
-        path: the PNG to write; appears only when it is complete.
-        foot: a sentence for the bottom of the page.
-    """
+    """Draw cards, column by column and with a group of slices per contrast, as a PNG; written atomically."""
     window = _window(cards)
     row_mm, column_mm = cards[0].pixel_mm if cards else (1.0, 1.0)
     rows, columns = (part.stop - part.start for part in window)
@@ -262,8 +203,7 @@ def draw_contact_sheet(cards: Sequence[SessionCard], contrasts: Sequence[str], p
     draw = ImageDraw.Draw(page)
     top = _MARGIN + _HEAD_HEIGHT
     for number, card in enumerate(cards):
-        column = layout.column(number)
-        left = _MARGIN + column * (layout.card_width + _COLUMN_GAP)
+        left = _MARGIN + number // layout.cards_per_column * (layout.card_width + _COLUMN_GAP)
         if number % layout.cards_per_column == 0:
             top = _MARGIN + _HEAD_HEIGHT
             for group, contrast in enumerate(contrasts):
@@ -271,8 +211,7 @@ def draw_contact_sheet(cards: Sequence[SessionCard], contrasts: Sequence[str], p
                 draw.text((middle, _MARGIN + 8), contrast, fill=_TEXT, font=_font(15), anchor="mm")
         _draw_card(page, draw, card, contrasts, layout, (left, top), window)
         top += layout.heights[number] + _CARD_GAP
-    outlined = any(card.outlines is not None for card in cards)
-    _draw_foot(draw, page.size, foot, outlined)
+    _draw_foot(draw, page.size, foot, outlined=any(card.outlines is not None for card in cards))
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
@@ -291,10 +230,8 @@ def _layout(cards: Sequence[SessionCard], groups: int, tile_aspect: float) -> _L
     for width in _TILE_WIDTHS:
         tile = (width, max(round(width * tile_aspect), 8))
         heights = tuple(tile[1] + (_NOTE_HEIGHT if card.is_flagged else 0) for card in cards)
-        layouts = [
-            _Layout(tile, slices, filled, columns, label_width, heights)
-            for columns in range(1, max(min(len(cards), 12), 1) + 1)
-        ]
+        all_columns = range(1, max(min(len(cards), 12), 1) + 1)
+        layouts = [_Layout(tile, slices, filled, columns, label_width, heights) for columns in all_columns]
         best = min(layouts, key=lambda layout: abs(math.log(layout.page()[0] / layout.page()[1] / _PAGE_ASPECT)))
         if math.prod(best.page()) <= _MAX_PAGE_PIXELS:
             return best
@@ -311,8 +248,8 @@ def _window(cards: Sequence[SessionCard]) -> tuple[slice, slice]:
                 here = (image > 0).any(axis=0)
                 filled = here if filled is None else filled | here
     if filled is None or not filled.any():
-        size = (64, 64) if filled is None else filled.shape
-        return slice(0, size[0]), slice(0, size[1])
+        height, width = (64, 64) if filled is None else filled.shape
+        return slice(0, height), slice(0, width)
     windows = []
     for axis in (0, 1):
         at = np.flatnonzero(filled.any(axis=1 - axis))
@@ -353,20 +290,15 @@ def _draw_card(
             x = at + place * (width + _TILE_GAP)
             page.paste(_tile(pixels[window], outline, codes, layout.tile), (x, top))
             if group == 0 or all(other is None for other in card.images[:group]):
-                draw.text((x + 3, top + height - 2), _height_text(card.heights_mm[place]), **_small("ls"))
+                height_text = f"{round(card.heights_mm[place]):+d}".replace("+0", "0")
+                draw.text((x + 3, top + height - 2), height_text, **_small("ls"))
                 if place == 0:
                     draw.text((x + 3, top + height / 2), "L", **_small("lm"))
         if card.notes.get(contrast):
-            box = (at - 2, top - 2, at + group_width + 1, top + height + 1)
-            draw.rectangle(box, outline=_FLAG)
+            draw.rectangle((at - 2, top - 2, at + group_width + 1, top + height + 1), outline=_FLAG)
     if card.is_flagged:
-        room = layout.card_width - layout.label_width
-        text = _fitting(_notes_text(card, contrasts), room, 11)
+        text = _fitting(_notes_text(card, contrasts), layout.card_width - layout.label_width, 11)
         draw.text((left + layout.label_width, top + height + 2), text, fill=_FLAG, font=_font(11))
-
-
-def _height_text(height_mm: float) -> str:
-    return f"{round(height_mm):+d}" if round(height_mm) else "0"
 
 
 def _small(anchor: str) -> dict[str, Any]:
@@ -375,11 +307,7 @@ def _small(anchor: str) -> dict[str, Any]:
 
 def _notes_text(card: SessionCard, contrasts: Sequence[str]) -> str:
     parts = [f"{name} refused" for name in contrasts if name in card.refused]
-    parts += [
-        f"{contrast}: {', '.join(notes)}" if contrast else ", ".join(notes)
-        for contrast, notes in card.notes.items()
-        if notes
-    ]
+    parts += [f"{name}: {', '.join(notes)}".removeprefix(": ") for name, notes in card.notes.items() if notes]
     return "  ·  ".join(parts)
 
 

@@ -35,15 +35,7 @@ def run_jobs(
     """Write shards; yields each finished one, in any order.
 
     A shard may be written twice if a worker is lost. Both results are equal, and a shard gets its name when complete.
-
-    Args:
-        workers: processes of this machine.
-        executor: ``processes`` or ``dask``.
-        scheduler: address of a dask scheduler, such as ``tcp://host:8786``, whose workers see the same folders.
-
-    Raises:
-        UsageError: no such executor, dask is not installed, or no scheduler answers.
-        StoreError: a worker died and could not be replaced.
+    ``scheduler`` is the address of a dask scheduler, such as ``tcp://host:8786``, whose workers see the same folders.
     """
     if executor not in get_args(Executor):
         raise UsageError("no such executor", where="executor", got=executor, expected=" or ".join(get_args(Executor)))
@@ -93,22 +85,17 @@ def _on_dask(jobs: Sequence[ShardJob], write: WriteShard, scheduler: str | None)
         from dask.distributed import Client, as_completed
         from distributed.scheduler import KilledWorker
     except ImportError:
-        raise UsageError(
-            "dask is not installed", where="executor", remedy='Install it: pip install "brainfound[dask]"'
-        ) from None
+        remedy = 'Install it: pip install "brainfound[dask]"'
+        raise UsageError("dask is not installed", where="executor", remedy=remedy) from None
     if not scheduler:
-        raise UsageError(
-            "which dask scheduler?", where="scheduler", remedy="Give its address: --scheduler tcp://HOST:8786"
-        )
+        remedy = "Give its address: --scheduler tcp://HOST:8786"
+        raise UsageError("which dask scheduler?", where="scheduler", remedy=remedy)
     try:
         client = Client(scheduler, timeout=_CONNECT_TIMEOUT_S, set_as_default=False)
     except (OSError, TimeoutError, ValueError) as error:
-        raise UsageError(
-            f"no dask scheduler answers: {(str(error) or type(error).__name__).splitlines()[0]}",
-            where="scheduler",
-            got=scheduler,
-            remedy="Start one with: dask scheduler",
-        ) from None
+        what = f"no dask scheduler answers: {(str(error) or type(error).__name__).splitlines()[0]}"
+        remedy = "Start one with: dask scheduler"
+        raise UsageError(what, where="scheduler", got=scheduler, remedy=remedy) from None
     with client:
         by_key = {job.key: job for job in jobs}
         # The cluster forgets a result without a future, so all are kept.
@@ -118,9 +105,8 @@ def _on_dask(jobs: Sequence[ShardJob], write: WriteShard, scheduler: str | None)
                 future.result()
                 yield by_key[future.key]
         except CancelledError:
-            raise StoreError(
-                "the dask scheduler is gone", where="scheduler", remedy="Start it and repeat: what was done is kept"
-            ) from None
+            remedy = "Start it and repeat: what was done is kept"
+            raise StoreError("the dask scheduler is gone", where="scheduler", remedy=remedy) from None
         except KilledWorker:
             raise StoreError(
                 "several dask workers were ended while they wrote the same sessions, perhaps for want of memory",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -20,21 +20,21 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+from jaxtyping import Int
 
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.preprocessing.stack import Stack
+from brainfound.data.sources.tables import is_missing
 from brainfound.data.store.slice_files import SliceFiles
 from brainfound.errors import StoreError
 
 SCHEMA_VERSION = 2
+SessionKey = tuple[str, str]
+"""Subject and session."""
 
 
 class StoreFolder:
-    """A complete store on disk: its facts, preprocessing, table of sessions and slice files.
-
-    Raises:
-        StoreError: there is no complete store at the path, or it has another schema.
-    """
+    """A complete store on disk: its facts, preprocessing, table of sessions and slice files."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -56,22 +56,14 @@ class StoreFolder:
             )
         self.preprocessing = Preprocessing.load(path)
         self.table = SessionTable.read(path / "sessions.arrow")
-        shape = (len(self.preprocessing.contrasts), *self.preprocessing.size)
-        self.files = SliceFiles(path / "slices", shape, self.preprocessing.pixel_dtype)
+        self.files = SliceFiles(path / "slices")
 
     def verify_table(self) -> None:
-        """Compare the table of sessions and the preprocessing with the content hash.
-
-        Raises:
-            StoreError: one of them was changed.
-        """
+        """Compare the table of sessions and the preprocessing with the content hash; StoreError if they differ."""
         sound = self.preprocessing.model_dump(mode="json") == self.facts["preprocessing"]
         if not sound or content_hash(self.table, self.preprocessing) != self.facts["content_hash"]:
-            raise StoreError(
-                f"the {'table of sessions' if sound else 'preprocessing'} is not the one that was written",
-                where=self.path.name,
-                remedy="Copy the store again, or prepare it in a new folder",
-            )
+            what = f"the {'table of sessions' if sound else 'preprocessing'} is not the one that was written"
+            raise StoreError(what, where=self.path.name, remedy="Copy the store again, or prepare it in a new folder")
 
 
 def partial_path(path: Path) -> Path:
@@ -95,7 +87,6 @@ def _no_store(path: Path) -> StoreError:
 
 
 def damaged_session_error(path: Path, sessions: Sequence[int]) -> StoreError:
-    """The error for sessions whose bytes do not match their hashes."""
     more = f" and {len(sessions) - 1} more" if len(sessions) > 1 else ""
     return StoreError(
         "the bytes of a session are not those that were written",
@@ -112,39 +103,24 @@ _ARRAYS = ("present", "affine", "native_shape", "native_affine", "pixels_at", "m
 
 @dataclass(frozen=True)
 class SessionTable:
-    """One row per session, ordered by subject and session.
-
-    Attributes:
-        sessions: the columns of `BASE_COLUMNS` and the covariates; ``first_row`` counts the slices of this table.
-        origin: ``(n, 2)``, index of the session's folder, and its row in the table of that folder.
-        row_on_disk: ``(n,)``, the session's first row in the ``slices`` of its folder.
-        present: ``(n, C)`` bool.
-        affine, native_affine: ``(n, 4, 4)``.
-        native_shape: ``(n, 3)``.
-        pixels_at, mask_at: ``(n,)``, byte offsets in the session's file; −1 without a mask.
-        file: ``(n,)``, index in ``files``.
-        files: names in the folder ``slices``.
-    """
+    """One row per session, ordered by subject and session."""
 
     sessions: pd.DataFrame
-    origin: np.ndarray
-    row_on_disk: np.ndarray
-    present: np.ndarray
-    affine: np.ndarray
-    native_shape: np.ndarray
-    native_affine: np.ndarray
-    pixels_at: np.ndarray
-    mask_at: np.ndarray
-    file: np.ndarray
-    files: tuple[str, ...]
+    """The columns of `BASE_COLUMNS` and the covariates; ``first_row`` counts the slices of this table."""
+    origin: np.ndarray  # (n, 2), index of the session's folder, and its row in the table of that folder
+    row_on_disk: np.ndarray  # (n,), the session's first row in the ``slices`` of its folder
+    present: np.ndarray  # (n, C) bool
+    affine: np.ndarray  # (n, 4, 4)
+    native_shape: np.ndarray  # (n, 3)
+    native_affine: np.ndarray  # (n, 4, 4)
+    pixels_at: np.ndarray  # (n,), byte offset in the session's file
+    mask_at: np.ndarray  # (n,), byte offset; −1 without a mask
+    file: np.ndarray  # (n,), index in ``files``
+    files: tuple[str, ...]  # names in the folder ``slices``
 
     @classmethod
     def read(cls, path: Path) -> SessionTable:
-        """Read ``sessions.arrow``.
-
-        Raises:
-            StoreError: it is missing or damaged.
-        """
+        """Read ``sessions.arrow``; StoreError if it is missing or damaged."""
         try:
             with pa.memory_map(str(path)) as source:
                 table = pa.ipc.open_file(source).read_all()
@@ -173,13 +149,11 @@ class SessionTable:
         return len(self.sessions)
 
     @cached_property
-    def num_slices(self) -> np.ndarray:
-        """``(n,)``, slices of each session."""
+    def num_slices(self) -> Int[np.ndarray, "n"]:
         return self.sessions["num_slices"].to_numpy(np.int64)
 
     @cached_property
-    def first_row(self) -> np.ndarray:
-        """``(n,)``, first row of each session among the slices of this table."""
+    def first_row(self) -> Int[np.ndarray, "n"]:
         return self.sessions["first_row"].to_numpy(np.int64)
 
     @property
@@ -188,53 +162,43 @@ class SessionTable:
         return [name for name in self.sessions.columns if name not in BASE_COLUMNS]
 
     def file_name(self, session: int) -> str:
-        """The file in ``slices`` that holds a session."""
         return self.files[self.file[session]]
 
     def take(self, index: np.ndarray) -> SessionTable:
         """Some sessions, in the given order; ``first_row`` is counted again."""
         sessions = self.sessions.iloc[index].reset_index(drop=True)
-        ends = np.cumsum(sessions["num_slices"].to_numpy(np.int64))
-        sessions["first_row"] = np.concatenate([[0], ends[:-1]]).astype(np.int64)
+        counts = sessions["num_slices"].to_numpy(np.int64)
+        sessions["first_row"] = np.cumsum(counts) - counts
         arrays = {name: getattr(self, name)[index] for name in ("origin", "row_on_disk", *_ARRAYS)}
         return replace(self, sessions=sessions, **arrays)
 
     def _in_order(self) -> SessionTable:
+        keys = self.keys
         counted = np.cumsum(self.num_slices) - self.num_slices
-        if np.array_equal(self.first_row, counted) and all(a <= b for a, b in pairwise(self._keys())):
+        if np.array_equal(self.first_row, counted) and all(a <= b for a, b in pairwise(keys)):
             return self
-        keys = list(self._keys())
         return self.take(np.array(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.int64))
 
-    def _keys(self) -> Iterator[tuple[str, str]]:
-        return zip(self.sessions["subject"], self.sessions["session"], strict=True)
+    @property
+    def keys(self) -> list[SessionKey]:
+        """Subject and session of each row."""
+        return list(zip(self.sessions["subject"], self.sessions["session"], strict=True))
 
     @staticmethod
     def join(tables: Sequence[SessionTable], num_folders: Sequence[int]) -> SessionTable:
-        """Several tables as one, ordered by subject and session.
-
-        Args:
-            num_folders: how many folders each table refers to.
-        """
+        """Several tables, each of some folders, as one, ordered by subject and session."""
         first_file = [sum(len(table.files) for table in tables[:place]) for place in range(len(tables))]
         first_folder = [sum(num_folders[:place]) for place in range(len(tables))]
         sessions = pd.concat([table.sessions for table in tables], ignore_index=True)
         for name in set(sessions.columns) - set(BASE_COLUMNS):
             sessions[name] = _one_type(sessions[name])
         arrays = {
-            name: np.concatenate([getattr(table, name) for table in tables])
-            for name in ("row_on_disk", *_ARRAYS)
-            if name != "file"
+            name: np.concatenate([getattr(table, name) for table in tables]) for name in ("row_on_disk", *_ARRAYS)
         }
-        return SessionTable(
-            sessions=sessions,
-            origin=np.concatenate(
-                [table.origin + np.array([n, 0]) for table, n in zip(tables, first_folder, strict=True)]
-            ),
-            file=np.concatenate([table.file + n for table, n in zip(tables, first_file, strict=True)]),
-            files=tuple(file for table in tables for file in table.files),
-            **arrays,
-        )._in_order()
+        arrays["file"] = np.concatenate([table.file + n for table, n in zip(tables, first_file, strict=True)])
+        origins = [table.origin + np.array([n, 0]) for table, n in zip(tables, first_folder, strict=True)]
+        files = tuple(file for table in tables for file in table.files)
+        return SessionTable(sessions, np.concatenate(origins), **arrays, files=files)._in_order()
 
 
 def compute_hashes(stack: Stack) -> tuple[str, str]:
@@ -277,8 +241,7 @@ def content_hash(table: SessionTable, preprocessing: Preprocessing) -> str:
 
 def write_sessions(path: Path, rows: Sequence[dict[str, Any]], covariates: Sequence[dict[str, Any]]) -> None:
     """Write ``sessions.arrow`` from rows of `session_row` with their places, and the covariates of each."""
-    known = pd.DataFrame(list(rows))
-    extra = pd.DataFrame(list(covariates))
+    known, extra = pd.DataFrame(list(rows)), pd.DataFrame(list(covariates))
     # A covariate with the name of one of these columns is kept under another name.
     extra = extra.rename(columns={name: f"{name}_" for name in extra.columns if name in (*BASE_COLUMNS, *_ARRAYS)})
     for name in extra.columns:
@@ -298,23 +261,19 @@ def _one_type(values: pd.Series) -> pd.Series:
     kinds = {type(value) for value in values.dropna()}
     if kinds <= {int, float} or len(kinds) <= 1:
         return values
-    return values.map(lambda value: None if _is_missing(value) else str(value))
-
-
-def _is_missing(value: Any) -> bool:
-    return value is None or value is pd.NA or (isinstance(value, float) and np.isnan(value))
+    return values.map(lambda value: None if is_missing(value) else str(value))
 
 
 def plain_value(value: Any) -> Any:
     """A value of a table as a plain Python value; None if it is missing."""
-    if _is_missing(value):
+    if is_missing(value):
         return None
     return value.item() if hasattr(value, "item") else value
 
 
 def _canonical(value: Any) -> Any:
     """Equal for values that only differ by the type that a table gave them: 3 and 3.0, None and NaN."""
-    if _is_missing(value):
+    if is_missing(value):
         return None
     if isinstance(value, (bool, np.bool_)):
         return bool(value)
@@ -327,6 +286,5 @@ def _array(column: pa.ChunkedArray) -> np.ndarray:
     """A column of numbers, or of lists of one length, as an array."""
     (column,) = column.chunks or [pa.array([], column.type)]
     if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
-        flat = column.flatten().to_numpy(zero_copy_only=False)
-        return flat.reshape(len(column), -1)
+        return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
     return column.to_numpy(zero_copy_only=False)

@@ -22,10 +22,11 @@ from brainfound.data.hooks import Hook
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.reading.archives import size_and_mtime
 from brainfound.data.reading.scan import read_header
-from brainfound.data.store.folder import SCHEMA_VERSION, StoreFolder, replaced_path
+from brainfound.data.sources.tables import read_json
+from brainfound.data.store.folder import SCHEMA_VERSION, SessionKey, StoreFolder, replaced_path
 from brainfound.errors import BrainFoundError, ScanError, StoreError
 
-SOURCES_FILE = "sources.parquet"
+_SOURCES_FILE = "sources.parquet"
 MIN_SESSIONS_PER_SHARD = 8
 MAX_SHARDS = 400
 """Readers keep one open file per shard; many systems allow about a thousand per process."""
@@ -33,22 +34,15 @@ _SAMPLED_SESSIONS = 64
 
 log = logging.getLogger("brainfound")
 
-SessionKey = tuple[str, str]
-"""Subject and session."""
-
 
 @dataclass(frozen=True)
 class SourceFingerprints:
-    """Hashes of the inputs of a store.
-
-    Attributes:
-        settings: hash of the preprocessing, the mask column and the hooks.
-        files: session → hash of its files' names, sizes and times.
-        covariates: session → hash of its covariates.
-    """
+    """Hashes of the inputs of a store."""
 
     settings: str
+    """Of the preprocessing, the mask column and the hooks."""
     files: dict[SessionKey, str]
+    """Of the names, sizes and times of each session's files."""
     covariates: dict[SessionKey, str]
 
     @classmethod
@@ -57,37 +51,27 @@ class SourceFingerprints:
     ) -> SourceFingerprints:
         """The fingerprints of a cohort with these settings."""
         settings = [SCHEMA_VERSION, preprocessing.model_dump_json(), mask, [hook.model_dump_json() for hook in hooks]]
-        return cls(
-            settings=_hash(settings),
-            files={
-                session_key(session): _hash(_file_facts(session, root, preprocessing.contrasts, mask))
-                for session in sessions
-            },
-            covariates={
-                session_key(session): _hash(sorted((k, str(v)) for k, v in session.covariates.items()))
-                for session in sessions
-            },
-        )
+        files, covariates = {}, {}
+        for session in sessions:
+            key = session_key(session)
+            files[key] = _hash(_file_facts(session, root, preprocessing.contrasts, mask))
+            covariates[key] = _hash(sorted((name, str(value)) for name, value in session.covariates.items()))
+        return cls(_hash(settings), files, covariates)
 
     def write(self, folder: Path) -> None:
-        """Write ``sources.parquet``."""
         rows = [(*key, self.files[key], self.covariates[key]) for key in sorted(self.files)]
-        pd.DataFrame(rows, columns=["subject", "session", "files", "covariates"]).to_parquet(folder / SOURCES_FILE)
+        pd.DataFrame(rows, columns=["subject", "session", "files", "covariates"]).to_parquet(folder / _SOURCES_FILE)
 
     @classmethod
     def read(cls, folder: Path, settings: str) -> SourceFingerprints:
-        """Read ``sources.parquet`` of a store with these settings."""
-        table = pd.read_parquet(folder / SOURCES_FILE)
+        """The fingerprints of a store with these settings."""
+        table = pd.read_parquet(folder / _SOURCES_FILE)
         keys = list(zip(table["subject"], table["session"], strict=True))
-        return cls(
-            settings,
-            dict(zip(keys, table["files"], strict=True)),
-            dict(zip(keys, table["covariates"], strict=True)),
-        )
+        files, covariates = (dict(zip(keys, table[column], strict=True)) for column in ("files", "covariates"))
+        return cls(settings, files, covariates)
 
 
 def session_key(session: Session) -> SessionKey:
-    """Subject and session of a session."""
     return (session.subject, session.session)
 
 
@@ -109,11 +93,7 @@ def _hash(facts: Any) -> str:
 
 
 def find_existing_store(out: Path, sources: SourceFingerprints, overwrite: bool) -> StoreFolder | None:
-    """The store at a path that can be updated; None if there is none, or it is to be replaced.
-
-    Raises:
-        StoreError: the folder is not a store, has other settings, or would lose sessions.
-    """
+    """The store at a path that can be updated; None if there is none, or it is to be replaced."""
     _recover_interrupted_update(out)
     if not out.exists():
         return None
@@ -123,31 +103,22 @@ def find_existing_store(out: Path, sources: SourceFingerprints, overwrite: bool)
         return None
     try:
         folder = StoreFolder(out)
-        same = folder.facts["settings"] == sources.settings
-        known = SourceFingerprints.read(out, sources.settings)
+        known = SourceFingerprints.read(out, folder.facts["settings"])
+        if known.settings != sources.settings:
+            remedy = "Give another folder, or --overwrite to replace it"
+            raise StoreError("a store with other preprocessing is there", where=out, remedy=remedy)
     except (BrainFoundError, OSError, KeyError, ValueError) as error:
         if overwrite:
             return None
         if isinstance(error, StoreError):
             raise
         raise StoreError(f"damaged: {error}", where=out, remedy="Replace it with --overwrite") from error
-    if not same:
-        if overwrite:
-            return None
-        raise StoreError(
-            "a store with other preprocessing is there",
-            where=out,
-            remedy="Give another folder, or --overwrite to replace it",
-        )
     gone = len(known.files.keys() - sources.files.keys())
     changed = sum(known.files[key] != sources.files[key] for key in known.files.keys() & sources.files.keys())
     if (gone or changed) and not overwrite:
-        raise StoreError(
-            "the source is not the one that the store was made of",
-            where=out,
-            got=f"{gone} sessions gone, {changed} with other files",
-            remedy="Give another folder, or --overwrite to follow the source",
-        )
+        what = "the source is not the one that the store was made of"
+        got = f"{gone} sessions gone, {changed} with other files"
+        raise StoreError(what, where=out, got=got, remedy="Give another folder, or --overwrite to follow the source")
     return folder
 
 
@@ -173,11 +144,7 @@ def next_file_number(out: Path) -> int:
     """The number of the next file of slices. No number is used twice: a reader may have the old file open."""
     found = [re.match(r"data-(\d+)", file.name) for file in (out / "slices").glob("data-*.arrow")]
     used = max((int(match[1]) + 1 for match in found if match), default=0)
-    try:
-        recorded = json.loads((out / "store.json").read_text(encoding="utf-8")).get("next_file_number", 0)
-    except (OSError, ValueError, AttributeError):
-        recorded = 0
-    return max(used, int(recorded))
+    return max(used, int(read_json(out / "store.json").get("next_file_number", 0)))
 
 
 @dataclass(frozen=True)
@@ -189,11 +156,8 @@ class Shard:
 
     def is_complete(self, partial: Path) -> bool:
         """Whether it was written, and its file is complete."""
-        try:
-            size = json.loads(self.report(partial).read_text(encoding="utf-8"))["num_bytes"]
-            return size == 0 or (partial / "slices" / self.file).stat().st_size == size
-        except (OSError, ValueError, KeyError):
-            return False
+        size, file = read_json(self.report(partial)).get("num_bytes"), partial / "slices" / self.file
+        return size == 0 or (file.is_file() and file.stat().st_size == size)
 
     def report(self, partial: Path) -> Path:
         """The file with the outcome of its sessions."""
@@ -201,21 +165,14 @@ class Shard:
 
     @property
     def file(self) -> str:
-        """Its name in the folder ``slices``."""
         return f"data-{self.number:05d}.arrow"
 
 
 def plan_shards(
     partial: Path, sources: SourceFingerprints, todo: Sequence[SessionKey], first_number: int
 ) -> list[Shard]:
-    """Divide sessions into shards; valid shards of an unfinished run are kept.
-
-    Args:
-        todo: the sessions that are not in the store yet.
-        first_number: number of the first shard of a new plan.
-    """
-    plan = partial / "plan.json"
-    earlier = json.loads(plan.read_text(encoding="utf-8")) if plan.is_file() else {}
+    """Divide the sessions that are to be prepared into shards; valid shards of an unfinished run are kept."""
+    earlier = read_json(partial / "plan.json")
     shards: list[Shard] = []
     next_number = first_number
     if earlier.get("settings") == sources.settings and earlier.get("first_number") == first_number:
@@ -239,23 +196,13 @@ def plan_shards(
     size = max(MIN_SESSIONS_PER_SHARD, -(-len(rest) // MAX_SHARDS))
     for start in range(0, len(rest), size):
         shards.append(Shard(next_number + start // size, tuple(rest[start : start + size])))
-    write_json(
-        plan,
-        {
-            "settings": sources.settings,
-            "first_number": first_number,
-            "shards": [[s.number, s.keys, [sources.files[key] for key in s.keys]] for s in shards],
-        },
-    )
+    rows = [[shard.number, shard.keys, [sources.files[key] for key in shard.keys]] for shard in shards]
+    write_json(partial / "plan.json", {"settings": sources.settings, "first_number": first_number, "shards": rows})
     return shards
 
 
 def resolve_store_path(out: str | Path) -> Path:
-    """The real path of a store, without links.
-
-    Raises:
-        StoreError: it is a mount point, which cannot be renamed.
-    """
+    """The real path of a store, without links; StoreError for a mount point, which cannot be renamed."""
     place = Path(out).resolve()
     if os.path.ismount(place):
         raise StoreError("a disk is mounted there", where=out, remedy="Give a folder on it")
@@ -282,24 +229,14 @@ def writer_lock(out: Path) -> Iterator[None]:
 
 
 def require_disk_space(out: Path, sessions: Sequence[Session], preprocessing: Preprocessing) -> None:
-    """Compare the free disk space with an estimate from the headers of up to 64 sessions.
-
-    Raises:
-        StoreError: the disk will not hold the store.
-    """
+    """Compare the free disk space with an estimate from the headers of up to 64 sessions."""
     sample = sessions[:: max(len(sessions) // _SAMPLED_SESSIONS, 1)]
     sizes = [size for size in (_estimate_bytes(session, preprocessing) for session in sample) if size]
-    if not sizes:
-        return
-    require_free_space(out, sum(sizes) / len(sizes) * len(sessions), f"for {len(sessions)} sessions")
+    if sizes:
+        require_free_space(out, sum(sizes) / len(sizes) * len(sessions), f"for {len(sessions)} sessions")
 
 
 def require_free_space(out: Path, num_bytes: float, what_for: str) -> None:
-    """Compare the free disk space with the required bytes.
-
-    Raises:
-        StoreError: the disk will not hold the store; states both numbers.
-    """
     free = shutil.disk_usage(out.parent).free
     if num_bytes > free:
         raise StoreError(

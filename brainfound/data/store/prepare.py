@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,8 @@ from brainfound.data.cohort import Cohort, Session
 from brainfound.data.hooks import Hook, describe_hooks, load_hooks
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.store.executors import Executor, run_jobs
-from brainfound.data.store.folder import StoreFolder, partial_path
+from brainfound.data.store.folder import SessionKey, StoreFolder, partial_path
 from brainfound.data.store.plan import (
-    SessionKey,
-    Shard,
     SourceFingerprints,
     find_existing_store,
     next_file_number,
@@ -56,7 +54,6 @@ def prepare(
 
     Args:
         source: a cohort, or a source that `Cohort.read` recognises. DICOM is converted into ``OUT.nifti`` first.
-        out: the store's folder.
         preprocessing: how scans become stacks; the defaults if None.
         workers: processes of this machine.
         mask: the column of label maps that becomes the stack's mask (``"mask"``, ``"dseg"``, …).
@@ -65,14 +62,11 @@ def prepare(
         overwrite: replace a store of other preprocessing; follow a source with removed or changed sessions; prepare
             sessions with damaged bytes or rejected files again.
         keep_ids: write subjects on the contact sheet.
-        executor: ``"processes"``, or ``"dask"`` for the workers of a dask cluster.
-        scheduler: the address of dask's scheduler.
+        executor, scheduler: ``"processes"``, or ``"dask"`` with the address of its scheduler.
         progress: called with (finished sessions, all sessions).
 
     Raises:
-        CohortError: the source is not recognised or holds no scans.
-        UsageError: no such mask, hook or executor.
-        StoreError: another store is at ``out``, the disk will not hold it, or no session could be used.
+        CohortError, UsageError, StoreError: a faulty source, a faulty option, or no store can be written at ``out``.
     """
     out = resolve_store_path(out)
     cohort = source if isinstance(source, Cohort) else Cohort.read(source, work=out.with_name(out.name + ".nifti"))
@@ -89,30 +83,46 @@ def prepare(
             # The last run ended before it could rename the finished store.
             move_into_place(partial, out)
             return Store.open(out)
-        known = None if existing is None else SourceFingerprints.read(out, sources.settings)
-        kept = {key for key, files in sources.files.items() if known is not None and known.files.get(key) == files}
-        if existing is not None and overwrite:
-            kept -= _sessions_to_repair(existing)
+        kept: set[SessionKey] = set()
+        if existing is not None:
+            known = SourceFingerprints.read(out, sources.settings)
+            kept = {key for key, files in sources.files.items() if known.files.get(key) == files}
+            if overwrite:
+                kept -= _sessions_to_repair(existing)
+            if known == sources and len(kept) == len(sessions):
+                remove_folder(partial)
+                return Store.open(out)
         todo = [key for key in sessions if key not in kept]
-        if known == sources and not todo:
-            remove_folder(partial)
-            return Store.open(out)
         shards = plan_shards(partial, sources, todo, next_file_number(out))
-        jobs = _jobs(shards, sessions, partial, preprocessing, mask, cohort.root.absolute(), loaded, sources.settings)
+        run = uuid.uuid4().hex[:8]
+        jobs = [
+            ShardJob(
+                shard=shard,
+                sessions=tuple(sessions[key] for key in shard.keys),
+                partial=partial,
+                preprocessing=preprocessing,
+                mask=mask,
+                root=cohort.root.absolute(),
+                hooks=loaded,
+                settings=sources.settings,
+                key=f"brainfound-{run}-{shard.number}",
+            )
+            for shard in shards
+            if not shard.is_complete(partial)
+        ]
         try:
             require_disk_space(out, [session for job in jobs for session in job.sessions], preprocessing)
         except StoreError:
             if len(jobs) == len(shards):
                 remove_folder(partial)
             raise
-        total = len(sessions)
-        done = total - sum(len(job.sessions) for job in jobs)
+        done = len(sessions) - sum(len(job.sessions) for job in jobs)
         report = progress or (lambda done, total: None)
-        report(done, total)
+        report(done, len(sessions))
         try:
             for job in run_jobs(jobs, write_shard, workers=workers, executor=executor, scheduler=scheduler):
                 done += len(job.sessions)
-                report(done, total)
+                report(done, len(sessions))
             parts = StoreParts.from_shards(shards, partial) + StoreParts.from_source(cohort)
             if existing is not None:
                 number = max([next_file_number(out), *(shard.number + 1 for shard in shards)])
@@ -121,23 +131,18 @@ def prepare(
                 remove_folder(partial)
             require_sessions(parts, out, keep_ids)
             sources.write(partial)
-            facts: dict[str, Any] = {
-                "settings": sources.settings,
-                "source": cohort.source,
-                "source_notes": list(cohort.notes),
-                "mask": mask,
-                "hooks": describe_hooks(loaded)
-                or [{"name": name, "done_before": True} for name in preprocessing.hooks],
-            }
+            facts: dict[str, Any] = {"settings": sources.settings, "source": cohort.source}
+            facts |= {"source_notes": list(cohort.notes), "mask": mask}
+            done_before = [{"name": name, "done_before": True} for name in preprocessing.hooks]
+            facts["hooks"] = describe_hooks(loaded) or done_before
             covariates = {key: session.covariates for key, session in sessions.items()}
             assemble(parts, covariates, partial, preprocessing, facts, keep_ids=keep_ids)
             move_into_place(partial, out)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            raise StoreError(
-                "the disk is full", where=out, remedy="Free some space and repeat the command: what was done is kept"
-            ) from None
+            remedy = "Free some space and repeat the command: what was done is kept"
+            raise StoreError("the disk is full", where=out, remedy=remedy) from None
     return Store.open(out)
 
 
@@ -155,8 +160,8 @@ def _is_finished(partial: Path, sources: SourceFingerprints) -> bool:
     if not (partial / "store.json").is_file():
         return False
     try:
-        same = StoreFolder(partial).facts["settings"] == sources.settings
-        return bool(same and SourceFingerprints.read(partial, sources.settings) == sources)
+        settings = StoreFolder(partial).facts["settings"]
+        return SourceFingerprints.read(partial, settings) == sources
     except (StoreError, OSError, ValueError):
         return False
 
@@ -164,12 +169,8 @@ def _is_finished(partial: Path, sources: SourceFingerprints) -> bool:
 def _sessions_to_repair(folder: StoreFolder) -> set[SessionKey]:
     """Sessions with changed or lost bytes, and sessions with a refused file, which may be readable now."""
     store = Store([folder], folder.table)
-    rows = store.sessions.iloc[store.damaged_sessions()]
-    refused = store.rejected
-    return {
-        *zip(rows["subject"], rows["session"], strict=True),
-        *zip(refused["subject"], refused["session"], strict=True),
-    }
+    tables = store.sessions.iloc[store.damaged_sessions()], store.rejected
+    return {key for table in tables for key in zip(table["subject"], table["session"], strict=True)}
 
 
 def _with_hooks(preprocessing: Preprocessing, hooks: Sequence[Hook], hooks_done: bool) -> Preprocessing:
@@ -178,31 +179,3 @@ def _with_hooks(preprocessing: Preprocessing, hooks: Sequence[Hook], hooks_done:
     if preprocessing.hooks and not (hooks_done and not names):
         preprocessing.require_hooks(names)
     return preprocessing.model_copy(update={"hooks": names or preprocessing.hooks})
-
-
-def _jobs(
-    shards: Sequence[Shard],
-    sessions: Mapping[SessionKey, Session],
-    partial: Path,
-    preprocessing: Preprocessing,
-    mask: str,
-    root: Path,
-    hooks: tuple[Hook, ...],
-    settings: str,
-) -> list[ShardJob]:
-    run = uuid.uuid4().hex[:8]
-    return [
-        ShardJob(
-            shard=shard,
-            sessions=tuple(sessions[key] for key in shard.keys),
-            partial=partial,
-            preprocessing=preprocessing,
-            mask=mask,
-            root=root,
-            hooks=hooks,
-            settings=settings,
-            key=f"brainfound-{run}-{shard.number}",
-        )
-        for shard in shards
-        if not shard.is_complete(partial)
-    ]

@@ -1,13 +1,11 @@
-"""Reading a store: its sessions, slices, masks and tables, in place.
-
-`StoreReader` is all that copying, drawing and updating a store need; `brainfound.data.store.store.Store` adds what
-users do with one.
+"""Reading a store in place, as copying, drawing and updating need it; `brainfound.data.store.Store` adds the rest.
 
 Axis legend: S slices, C contrasts, H rows, W columns.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Self
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int, Num
+from numpy.typing import DTypeLike
 
 from brainfound.data.cohort import require_column
 from brainfound.data.preprocessing.session import FURTHER_SCAN_REASON, NOT_IN_COHORT_REASON
@@ -24,8 +23,9 @@ from brainfound.data.store.folder import SessionTable, StoreFolder, compute_hash
 from brainfound.data.store.slice_files import SliceFiles
 from brainfound.errors import StoreError
 
-_QUALITY_NUMBERS = {"foreground_ml", "intensity_low", "intensity_high", "minimum", "maximum", "overlap", "cropped"}
-_QUALITY_NUMBERS |= {"num_slices"}
+_QUALITY_NUMBERS = {
+    *("foreground_ml", "intensity_low", "intensity_high", "minimum", "maximum", "overlap", "cropped", "num_slices"),
+}
 
 
 class StoreReader:
@@ -34,10 +34,8 @@ class StoreReader:
     Attributes:
         sessions: one row per session, ordered by subject and session: ``subject``, ``session``, covariates,
             ``first_row``, ``num_slices``, ``mask_dtype`` (empty without a mask), ``image_hash`` and ``content_hash``.
-        preprocessing: how the stacks were made.
         contrasts: the contrast of each channel.
-        facts: the content of store.json; of several stores, of the first.
-        path: the folder; of several stores, the first one.
+        path, facts: the folder and the content of store.json; of several stores, those of the first.
     """
 
     def __init__(self, folders: Sequence[StoreFolder], table: SessionTable) -> None:
@@ -51,11 +49,7 @@ class StoreReader:
 
     @classmethod
     def open(cls, path: str | Path) -> Self:
-        """Open a store; nothing is read into memory but the table of sessions.
-
-        Raises:
-            StoreError: there is no complete store at the path, or it has another schema.
-        """
+        """Open a store; StoreError if it is missing, incomplete or of another schema. Only the table is read."""
         folder = StoreFolder(Path(path))
         return cls([folder], folder.table)
 
@@ -68,8 +62,6 @@ class StoreReader:
         if len(self.folders) == 1 and len(self) == len(self.folders[0].table):
             return str(self.facts["content_hash"])
         return content_hash(self.table, self.preprocessing)
-
-    # Stacks, slices and masks.
 
     def __getitem__(self, index: int) -> Stack:
         if not -len(self) <= index < len(self):
@@ -95,16 +87,12 @@ class StoreReader:
         """The pixels of the given slice rows, in the given order."""
         rows = np.asarray(rows, dtype=np.int64)
         if rows.size and (rows.min() < 0 or rows.max() >= self.num_slices):
-            raise StoreError(
-                "slice row out of range",
-                where=self.path.name,
-                got=f"{rows.min()}…{rows.max()}",
-                expected=f"0…{self.num_slices - 1}",
-            )
+            got, expected = f"{rows.min()}…{rows.max()}", f"0…{self.num_slices - 1}"
+            raise StoreError("slice row out of range", where=self.path.name, got=got, expected=expected)
         table = self.table
         out = np.empty((len(rows), len(self.contrasts), *self.preprocessing.size), self.preprocessing.pixel_dtype)
         sessions = np.searchsorted(table.first_row, rows, side="right") - 1
-        slice_bytes = self.folders[0].files.slice_bytes
+        slice_bytes = math.prod(out.shape[1:]) * out.itemsize
         offsets = table.pixels_at[sessions] + (rows - table.first_row[sessions]) * slice_bytes
         for place, (session, offset) in enumerate(zip(sessions.tolist(), offsets.tolist(), strict=True)):
             self._files(session).read_into(out[place], table.file_name(session), offset)
@@ -112,13 +100,10 @@ class StoreReader:
 
     def read_masks(self, session: int, slices: np.ndarray | None = None) -> Num[np.ndarray, "S H W"] | None:
         """The label map of a session, or some of its slices; None for a session without one."""
-        table = self.table
         dtype = str(self.sessions["mask_dtype"].iloc[session])
         if not dtype:
             return None
-        masks = self._files(session).masks(
-            table.file_name(session), int(table.mask_at[session]), int(table.num_slices[session]), dtype
-        )
+        masks = self._read(session, self.table.mask_at, self.preprocessing.size, dtype)
         return masks if slices is None else masks[np.asarray(slices)]
 
     def session_rows(self, session: int) -> Int[np.ndarray, "S"]:
@@ -142,10 +127,13 @@ class StoreReader:
         return np.concatenate([self._positions(i) for i in range(len(self))])
 
     def _pixels(self, session: int) -> Num[np.ndarray, "S C H W"]:
-        table = self.table
-        return self._files(session).pixels(
-            table.file_name(session), int(table.pixels_at[session]), int(table.num_slices[session])
-        )
+        shape = (len(self.contrasts), *self.preprocessing.size)
+        return self._read(session, self.table.pixels_at, shape, self.preprocessing.pixel_dtype)
+
+    def _read(self, session: int, offsets: np.ndarray, shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
+        out = np.empty((self.table.num_slices[session], *shape), dtype)
+        self._files(session).read_into(out, self.table.file_name(session), int(offsets[session]))
+        return out
 
     def _files(self, session: int) -> SliceFiles:
         return self.folders[self.table.origin[session, 0]].files
@@ -154,19 +142,13 @@ class StoreReader:
         spacing = float(np.linalg.norm(self.table.affine[session][:3, 0]))
         return positions_mm(int(self.table.num_slices[session]), spacing)
 
-    # Tables.
-
     @property
     def covariates(self) -> list[str]:
         """Names of the columns of `sessions` that came with the cohort."""
         return self.table.covariates
 
     def covariate(self, name: str) -> pd.Series:
-        """One covariate of every session.
-
-        Raises:
-            UsageError: there is no such column; suggests the nearest one.
-        """
+        """One covariate of every session; the UsageError for an unknown name suggests the nearest one."""
         require_column(self.covariates, name, where=f"store {self.path.name}")
         return self.sessions[name]
 
@@ -184,14 +166,16 @@ class StoreReader:
     @cached_property
     def further_scans(self) -> pd.DataFrame:
         """Files whose session has another scan of the contrast; columns as of `rejected`."""
-        files = self._files_not_used
-        return files[files["reason"].str.startswith(FURTHER_SCAN_REASON)].reset_index(drop=True)
+        return self._files_unused_as(FURTHER_SCAN_REASON)
 
     @cached_property
     def unused_files(self) -> pd.DataFrame:
         """Files of the source that are not scans of the cohort; as `rejected`, with an empty subject and session."""
+        return self._files_unused_as(NOT_IN_COHORT_REASON)
+
+    def _files_unused_as(self, reason: str) -> pd.DataFrame:
         files = self._files_not_used
-        return files[files["reason"].str.startswith(NOT_IN_COHORT_REASON)].reset_index(drop=True)
+        return files[files["reason"].str.startswith(reason)].reset_index(drop=True)
 
     @cached_property
     def _files_not_used(self) -> pd.DataFrame:
@@ -217,16 +201,14 @@ class StoreReader:
 
     def damaged_sessions(self) -> list[int]:
         """Rows of the sessions whose bytes were changed since they were written, or cannot be read."""
-        expected = list(zip(self.sessions["image_hash"], self.sessions["content_hash"], strict=True))
-        damaged = []
-        for index in range(len(self)):
-            try:
-                sound = compute_hashes(self[index]) == expected[index]
-            except StoreError:
-                sound = False
-            if not sound:
-                damaged.append(index)
-        return damaged
+        expected = zip(self.sessions["image_hash"], self.sessions["content_hash"], strict=True)
+        return [index for index, hashes in enumerate(expected) if not self._is_sound(index, hashes)]
+
+    def _is_sound(self, session: int, hashes: tuple[str, str]) -> bool:
+        try:
+            return compute_hashes(self[session]) == hashes
+        except StoreError:
+            return False
 
 
 def refused_files(files: pd.DataFrame) -> pd.DataFrame:

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from brainfound.data.store.folder import StoreFolder, partial_path
+from brainfound.data.store.folder import SessionKey, StoreFolder, partial_path
 from brainfound.data.store.plan import (
     MAX_SHARDS,
     MIN_SESSIONS_PER_SHARD,
-    SessionKey,
     SourceFingerprints,
     remove_folder,
     require_free_space,
@@ -43,14 +42,8 @@ SAFE_COVARIATES = ("age_years", "sex", "site", "diagnosis")
 def copy_store(store: StoreReader, out: Path, *, keep_ids: bool = True, columns: Sequence[str] | None = None) -> Path:
     """Write the sessions of a store (filtered, or of several stores) as a store of their own; returns its folder.
 
-    Args:
-        keep_ids: False numbers subjects and sessions in a random order, drops file names and rejected files, and
-            keeps only the covariates `SAFE_COVARIATES`.
-        columns: the covariates to keep, in place of these defaults.
-
-    Raises:
-        StoreError: the folder is not empty, or the disk has no room.
-        UsageError: no such column.
+    Without ``keep_ids`` subjects and sessions are numbered in a random order, and file names, rejected files and all
+    covariates but `SAFE_COVARIATES` are left out. ``columns`` are the covariates to keep, in place of these defaults.
     """
     out = resolve_store_path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -60,7 +53,7 @@ def copy_store(store: StoreReader, out: Path, *, keep_ids: bool = True, columns:
         columns = store.covariates if keep_ids else [name for name in SAFE_COVARIATES if name in store.covariates]
     for name in columns:
         store.covariate(name)
-    names = _session_keys(store) if keep_ids else _anonymous_keys(store)
+    names = store.table.keys if keep_ids else _anonymous_keys(store)
     partial = partial_path(out)
     remove_folder(partial)
     (partial / "slices").mkdir(parents=True)
@@ -70,10 +63,9 @@ def copy_store(store: StoreReader, out: Path, *, keep_ids: bool = True, columns:
     size = max(MIN_SESSIONS_PER_SHARD, -(-len(store) // MAX_SHARDS))
     for number, chosen in enumerate(order[start : start + size] for start in range(0, len(order), size)):
         rows += write_blocks(partial / "slices" / f"data-{number:05d}.arrow", store, chosen, names)
-    covariates = {
-        names[index]: {name: store.sessions[name].iloc[index] for name in columns} for index in range(len(store))
-    }
-    parts = StoreParts(rows, _files_of_sessions(store, keep_ids), _quality_of_sessions(store, names, keep_ids))
+    covariates = {key: {name: store.sessions[name].iloc[index] for name in columns} for index, key in enumerate(names)}
+    files = pd.concat([store.rejected, store.further_scans, store.unused_files], ignore_index=True)[REJECTED_COLUMNS]
+    parts = StoreParts(rows, files if keep_ids else files[:0], _quality_of_sessions(store, names, keep_ids))
     facts = {key: value for key, value in store.facts.items() if key in ("hooks", "mask")}
     # A copy has no source files: preparing into it is refused.
     facts |= {"settings": "copy", "copied_from": store.content_hash if keep_ids else None}
@@ -92,33 +84,19 @@ def _require_space_for_copy(store: StoreReader, out: Path) -> None:
     require_free_space(out, store.num_slices * height * width * pixel_bytes, "for the copy")
 
 
-def _session_keys(store: StoreReader) -> dict[int, SessionKey]:
-    keys = zip(store.sessions["subject"], store.sessions["session"], strict=True)
-    return {index: (str(subject), str(session)) for index, (subject, session) in enumerate(keys)}
-
-
-def _anonymous_keys(store: StoreReader) -> dict[int, SessionKey]:
+def _anonymous_keys(store: StoreReader) -> list[SessionKey]:
     """Numbers in place of identifiers: subjects in a random order, the visits of a subject in their own."""
-    subjects = store.sessions["subject"].astype(str)
+    subjects = store.sessions["subject"]
     unique = sorted(set(subjects))
     width = len(str(len(unique)))
-    shuffled = np.random.default_rng().permutation(len(unique))
-    number = {name: int(place) + 1 for name, place in zip(unique, shuffled, strict=True)}
+    number = dict(zip(unique, np.random.default_rng().permutation(len(unique)) + 1, strict=True))
     visits = subjects.groupby(subjects).cumcount() + 1
-    return {
-        index: (f"subject-{number[name]:0{width}d}", f"{visits.iloc[index]:02d}") for index, name in enumerate(subjects)
-    }
+    return [(f"subject-{number[name]:0{width}d}", f"{visit:02d}") for name, visit in zip(subjects, visits, strict=True)]
 
 
-def _files_of_sessions(store: StoreReader, keep_ids: bool) -> pd.DataFrame:
-    if not keep_ids:
-        return pd.DataFrame(columns=REJECTED_COLUMNS)
-    return pd.concat([store.rejected, store.further_scans, store.unused_files], ignore_index=True)[REJECTED_COLUMNS]
-
-
-def _quality_of_sessions(store: StoreReader, names: Mapping[int, SessionKey], keep_ids: bool) -> pd.DataFrame:
+def _quality_of_sessions(store: StoreReader, names: Sequence[SessionKey], keep_ids: bool) -> pd.DataFrame:
     quality = store.quality.copy()
-    new = {key: names[index] for index, key in _session_keys(store).items()}
+    new = dict(zip(store.table.keys, names, strict=True))
     renamed = [new[key] for key in zip(quality["subject"], quality["session"], strict=True)]
     quality["subject"] = [subject for subject, _ in renamed]
     quality["session"] = [session for _, session in renamed]
@@ -149,8 +127,6 @@ store = brainfound.Store.from_hub("{repo_id}")
 Who shares it is responsible for being allowed to: check the terms of the cohort.
 """
 
-_SMALL_FILES = ["store.json", "preprocessing.json", "sessions.arrow"]
-
 
 def push(
     store: StoreReader,
@@ -161,16 +137,9 @@ def push(
     columns: Sequence[str] | None = None,
     token: str | None = None,
 ) -> str:
-    """Upload a store to the Hub as a data set.
+    """Upload a store to the Hub as a data set (``"lab/ixi-224"``); returns the URL of the commit.
 
-    Args:
-        repo_id: such as ``"lab/ixi-224"``.
-        private: make the repository private.
-        keep_ids, columns: as in `copy_store`.
-        token: of the Hub; by default that of the user who is logged in.
-
-    Returns:
-        The URL of the commit.
+    ``keep_ids`` and ``columns`` are those of `copy_store`; the default token is that of the user who is logged in.
     """
     from huggingface_hub import HfApi
 
@@ -196,27 +165,24 @@ def push(
     return str(commit)
 
 
-def download(repo_id: str, *, revision: str | None = None, token: str | None = None) -> Path:
-    """Download a store into the Hub's cache; returns its folder.
+def download(
+    repo_id: str, *, revision: str | None = None, token: str | None = None, files: list[str] | None = None
+) -> Path:
+    """Download a store, or some of its files, into the Hub's cache; returns its folder."""
+    from huggingface_hub import snapshot_download
 
-    Raises:
-        StoreError: the repository holds no store.
-    """
-    return _snapshot(repo_id, revision, token, None)
+    folder = Path(snapshot_download(repo_id, repo_type="dataset", revision=revision, token=token, allow_patterns=files))
+    if not (folder / "store.json").is_file():
+        raise StoreError("the repository holds no store", where=repo_id, expected="a store.json", remedy="Check the id")
+    return folder
 
 
 def stream(source: str | Path, *, revision: str | None = None, token: str | None = None) -> Iterator[dict[str, Any]]:
-    """Yield the slices of a store in order, without downloading it first.
-
-    Args:
-        source: a repository of the Hub, or a store's folder.
+    """Yield the slices of a repository of the Hub, or of a store's folder, in order, without downloading it first.
 
     Yields:
         ``subject``, ``session``, ``slice_index``, ``position_mm``, ``pixels (C, H, W)``, ``present (C,)``, and ``mask
         (H, W)`` or None.
-
-    Raises:
-        StoreError: there is no store.
     """
     from datasets import load_dataset
 
@@ -227,13 +193,12 @@ def stream(source: str | Path, *, revision: str | None = None, token: str | None
         files = [str(folder / "slices" / entry["filename"]) for entry in state["_data_files"]]
         rows = load_dataset("arrow", data_files=files, split="train", streaming=True)
     else:
-        folder = _snapshot(str(source), revision, token, _SMALL_FILES)
+        small_files = ["store.json", "preprocessing.json", "sessions.arrow"]
+        folder = download(str(source), revision=revision, token=token, files=small_files)
         rows = load_dataset(str(source), split="train", streaming=True, revision=revision, token=token)
     store = StoreFolder(folder)
     table, preprocessing = store.table, store.preprocessing
-    index = {
-        key: place for place, key in enumerate(zip(table.sessions["subject"], table.sessions["session"], strict=True))
-    }
+    index = {key: place for place, key in enumerate(table.keys)}
     shape = (len(preprocessing.contrasts), *preprocessing.size)
     for row in rows:
         place = index[row["subject"], row["session"]]
@@ -241,12 +206,3 @@ def stream(source: str | Path, *, revision: str | None = None, token: str | None
         pixels = np.frombuffer(row["pixels"], dtype=preprocessing.pixel_dtype).reshape(shape)
         mask = np.frombuffer(row["mask"], dtype=mask_dtype).reshape(shape[1:]) if mask_dtype else None
         yield {**row, "pixels": pixels, "mask": mask, "present": present}
-
-
-def _snapshot(repo_id: str, revision: str | None, token: str | None, files: list[str] | None) -> Path:
-    from huggingface_hub import snapshot_download
-
-    folder = Path(snapshot_download(repo_id, repo_type="dataset", revision=revision, token=token, allow_patterns=files))
-    if not (folder / "store.json").is_file():
-        raise StoreError("the repository holds no store", where=repo_id, expected="a store.json", remedy="Check the id")
-    return folder

@@ -25,7 +25,7 @@ from brainfound.errors import ScanError, StoreError
 
 _one_reader = threading.Lock()
 """For systems without positional reads (Windows)."""
-MAX_BATCH_BYTES = 2**31 - 1
+_MAX_BATCH_BYTES = 2**31 - 1
 """Arrow's binary columns have 32-bit offsets."""
 
 
@@ -33,16 +33,9 @@ def features():
     """The columns of a store's slices, for `datasets`."""
     from datasets import Features, Value
 
-    return Features(
-        {
-            "subject": Value("string"),
-            "session": Value("string"),
-            "slice_index": Value("int32"),
-            "position_mm": Value("float32"),
-            "pixels": Value("binary"),
-            "mask": Value("binary"),
-        }
-    )
+    columns = {"subject": "string", "session": "string", "slice_index": "int32", "position_mm": "float32"}
+    columns |= {"pixels": "binary", "mask": "binary"}
+    return Features({name: Value(dtype) for name, dtype in columns.items()})
 
 
 class SliceFileWriter:
@@ -65,20 +58,13 @@ class SliceFileWriter:
             os.fsync(handle.fileno())
 
     def write(self, stack: Stack) -> None:
-        """Append the slices of a session.
-
-        Raises:
-            ScanError: it is too large for a record batch.
-        """
+        """Append the slices of a session; ScanError if it is too large for a record batch."""
         count = len(stack.pixels)
         num_bytes = max(stack.pixels.nbytes, 0 if stack.mask is None else stack.mask.nbytes)
-        if num_bytes > MAX_BATCH_BYTES:
-            raise ScanError(
-                "the session is too large for a store",
-                got=f"{num_bytes / 2**30:.1f} GiB",
-                expected="less than 2 GiB",
-                remedy="Lower size, or raise spacing_mm",
-            )
+        if num_bytes > _MAX_BATCH_BYTES:
+            got = f"{num_bytes / 2**30:.1f} GiB"
+            remedy = "Lower size, or raise spacing_mm"
+            raise ScanError("the session is too large for a store", got=got, expected="less than 2 GiB", remedy=remedy)
         arrays = [
             pa.array([stack.subject] * count, pa.string()),
             pa.array([stack.session] * count, pa.string()),
@@ -99,11 +85,7 @@ def _rows_of_bytes(values: np.ndarray) -> pa.Array:
 
 
 def read_session_offsets(path: Path) -> list[dict[str, int]]:
-    """Byte offsets of each session in a file: ``pixels_at`` and ``mask_at`` (−1 without a mask), in file order.
-
-    Raises:
-        StoreError: the file is not a complete Arrow stream.
-    """
+    """Byte offsets of each session in a file: ``pixels_at`` and ``mask_at`` (−1 without a mask), in file order."""
     places = []
     try:
         with pa.memory_map(str(path)) as source:
@@ -111,57 +93,30 @@ def read_session_offsets(path: Path) -> list[dict[str, int]]:
             source.seek(0)
             for batch in pa.ipc.open_stream(source):
                 pixels, mask = batch.column("pixels"), batch.column("mask")
-                has_mask = mask.null_count == 0
-                places.append(
-                    {
-                        "pixels_at": pixels.buffers()[2].address - base,
-                        "mask_at": mask.buffers()[2].address - base if has_mask else -1,
-                    }
-                )
+                mask_at = -1 if mask.null_count else mask.buffers()[2].address - base
+                places.append({"pixels_at": pixels.buffers()[2].address - base, "mask_at": mask_at})
     except (pa.ArrowInvalid, OSError) as error:
         raise StoreError(f"a file of slices is damaged: {error}", where=path.name, remedy="Prepare again") from None
     return places
 
 
 class SliceFiles:
-    """The slice files of one store; a file is opened on first use.
+    """The slice files of one store (``STORE/slices``); a file is opened on first use.
 
     Bytes are read directly into arrays. A memory map is not faster, and counts every page that was read as memory of
     the process.
-
-    Args:
-        folder: ``STORE/slices``.
-        slice_shape: ``(C, H, W)``.
-        dtype: of the pixels.
     """
 
-    def __init__(self, folder: Path, slice_shape: tuple[int, int, int], dtype: Any) -> None:
-        self.folder, self.slice_shape, self.dtype = folder, slice_shape, np.dtype(dtype)
-        self.slice_bytes = int(np.prod(slice_shape)) * self.dtype.itemsize
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self._open: dict[str, BinaryIO] = {}
 
     def __del__(self) -> None:
         for handle in self._open.values():
             handle.close()
 
-    def pixels(self, file: str, at: int, num_slices: int) -> np.ndarray:
-        """A session's pixels ``(S, C, H, W)``."""
-        out = np.empty((num_slices, *self.slice_shape), self.dtype)
-        self.read_into(out, file, at)
-        return out
-
-    def masks(self, file: str, at: int, num_slices: int, dtype: str) -> np.ndarray:
-        """A session's label map ``(S, H, W)``."""
-        out = np.empty((num_slices, *self.slice_shape[1:]), dtype)
-        self.read_into(out, file, at)
-        return out
-
     def read_into(self, out: np.ndarray, file: str, at: int) -> None:
-        """Fill an array with the bytes at an offset of a file; safe in threads and processes.
-
-        Raises:
-            StoreError: the file is missing or too short.
-        """
+        """Fill an array with the bytes at an offset of a file; safe in threads and processes."""
         handle = self._open.get(file) or self._opened(file)
         if _read_at(handle, out.data.cast("B"), at) != out.nbytes:
             raise StoreError(
@@ -174,24 +129,17 @@ class SliceFiles:
 
     def _opened(self, file: str) -> BinaryIO:
         try:
-            handle = self._open_one(file)
-        except OSError as error:
-            raise StoreError(
-                f"a file of slices cannot be read: {error.strerror}", where=file, remedy="Prepare the store again"
-            ) from None
-        self._open[file] = handle
-        return handle
-
-    def _open_one(self, file: str) -> BinaryIO:
-        try:
-            return (self.folder / file).open("rb", buffering=0)
+            handle = (self.folder / file).open("rb", buffering=0)
         except OSError as error:
             if error.errno != errno.EMFILE or not self._open:
-                raise
+                what = f"a file of slices cannot be read: {error.strerror}"
+                raise StoreError(what, where=file, remedy="Prepare the store again") from None
             # A process may open about a thousand files. A file that another thread reads closes after that read.
             self._open.clear()
             gc.collect()
-            return (self.folder / file).open("rb", buffering=0)
+            return self._opened(file)
+        self._open[file] = handle
+        return handle
 
 
 def _read_at(handle: BinaryIO, out: memoryview, at: int) -> int:
@@ -216,13 +164,7 @@ def write_datasets_index(folder: Path, files: Sequence[str], fingerprint: str) -
     from datasets import DatasetInfo
 
     DatasetInfo(features=features()).write_to_directory(str(folder))
-    state: dict[str, Any] = {
-        "_data_files": [{"filename": name} for name in files],
-        "_fingerprint": fingerprint[:16],
-        "_format_columns": None,
-        "_format_kwargs": {},
-        "_format_type": None,
-        "_output_all_columns": False,
-        "_split": None,
-    }
+    state: dict[str, Any] = {"_data_files": [{"filename": name} for name in files], "_fingerprint": fingerprint[:16]}
+    state |= {"_format_columns": None, "_format_kwargs": {}, "_format_type": None}
+    state |= {"_output_all_columns": False, "_split": None}
     (folder / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")

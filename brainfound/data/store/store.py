@@ -15,30 +15,27 @@ A store is a folder:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Num
 
+from brainfound.contrasts import parse_contrast
 from brainfound.data.store import sharing
 from brainfound.data.store.folder import SessionTable, StoreFolder, damaged_session_error
 from brainfound.data.store.reader import StoreReader
-from brainfound.errors import StoreError, UsageError
-
-_QUERY_ERRORS: tuple[type[Exception], ...] = (SyntaxError, ValueError, TypeError, LookupError, AttributeError)
-_QUERY_ERRORS += (NameError, NotImplementedError, ArithmeticError)
+from brainfound.errors import StoreError, UsageError, did_you_mean
 
 
 class Store(StoreReader):
-    """A prepared cohort, or some sessions of one, or of several. ``len`` counts sessions; ``store[i]`` is a `Stack`.
-
-    Attributes:
-        withheld: contrasts that cannot be read, see `brainfound.data.store.withheld.restrict_contrasts`; usually none.
-    """
+    """A prepared cohort, or some sessions of one, or of several. ``len`` counts sessions; ``store[i]`` is a `Stack`."""
 
     withheld: tuple[str, ...] = ()
+    """Contrasts that cannot be read, see `restrict_contrasts`; usually none."""
 
     def __reduce__(self):
         # A worker process opens the store by itself: the memory map is shared, nothing is copied.
@@ -70,14 +67,10 @@ class Store(StoreReader):
         return joined if np.array_equal(rows, np.arange(len(joined))) else joined.select(rows)
 
     def filter(self, keep: str | Sequence[bool] | Callable[[pd.Series], bool]) -> Store:
-        """The store of some sessions; nothing is copied.
+        """The store of some sessions; nothing is copied. UsageError for a faulty query, or if no session is left.
 
-        Args:
-            keep: one bool per session, a function of a row, or a pandas query on `sessions`, such as
-                ``"age_years > 60 and site == 'A'"``. Queries may use ``has_T1w`` (and so on) and ``has_mask``.
-
-        Raises:
-            UsageError: the query cannot be read, or no session is left.
+        ``keep`` is one bool per session, a function of a row, or a pandas query on `sessions`, such as
+        ``"age_years > 60 and site == 'A'"``. Queries may use ``has_T1w`` (and so on) and ``has_mask``.
         """
         has = {f"has_{name}": self.present[:, channel] for channel, name in enumerate(self.contrasts)}
         has["has_mask"] = self.sessions["mask_dtype"] != ""
@@ -85,13 +78,10 @@ class Store(StoreReader):
         if isinstance(keep, str):
             try:
                 chosen = table.eval(keep, engine="python", parser="pandas", local_dict={}, global_dict={})
-            except _QUERY_ERRORS as error:
-                raise UsageError(
-                    f"the query cannot be read: {(str(error) or type(error).__name__).splitlines()[0]}",
-                    where="filter",
-                    got=keep,
-                    expected="a pandas query on " + ", ".join(map(str, table.columns)),
-                ) from None
+            except Exception as error:  # a faulty query may raise errors of many kinds
+                what = f"the query cannot be read: {(str(error) or type(error).__name__).splitlines()[0]}"
+                expected = "a pandas query on " + ", ".join(map(str, table.columns))
+                raise UsageError(what, where="filter", got=keep, expected=expected) from None
         else:
             chosen = table.apply(keep, axis=1) if callable(keep) else keep
         chosen = np.asarray(chosen)
@@ -103,11 +93,7 @@ class Store(StoreReader):
 
     @staticmethod
     def concatenate(stores: Sequence[Store]) -> Store:
-        """Several stores as one; nothing is copied.
-
-        Raises:
-            UsageError: none is given, their preprocessing or masks differ, or a session is in two of them.
-        """
+        """Several stores as one; nothing is copied. They must have one preprocessing, and no session in common."""
         if not stores:
             raise UsageError("nothing to concatenate", where="concatenate")
         for other in stores[1:]:
@@ -119,56 +105,35 @@ class Store(StoreReader):
                     remedy="Prepare one like the other: brainfound prepare SOURCE STORE --like OTHER_STORE",
                 )
             if other.facts.get("mask") != stores[0].facts.get("mask"):
-                raise UsageError(
-                    "the masks of the stores were made of different label maps",
-                    where="concatenate",
-                    got=f"{stores[0].facts.get('mask')}, {other.facts.get('mask')}",
-                    remedy="Prepare both with the same --mask",
-                )
+                what = "the masks of the stores were made of different label maps"
+                got = f"{stores[0].facts.get('mask')}, {other.facts.get('mask')}"
+                raise UsageError(what, where="concatenate", got=got, remedy="Prepare both with the same --mask")
         folders = [folder for store in stores for folder in store.folders]
         table = SessionTable.join([store.table for store in stores], [len(store.folders) for store in stores])
         repeated = table.sessions.duplicated(["subject", "session"])
         if repeated.any():
-            raise UsageError(
-                "a session is in two of the stores",
-                where="concatenate",
-                got=f"{int(repeated.sum())} sessions with the same subject and session",
-                remedy="If they are different people, give the subjects of each cohort a prefix in its manifest",
-            )
+            got = f"{int(repeated.sum())} sessions with the same subject and session"
+            remedy = "If they are different people, give the subjects of each cohort a prefix in its manifest"
+            raise UsageError("a session is in two of the stores", where="concatenate", got=got, remedy=remedy)
         return Store(folders, table)
 
     def verify(self) -> str:
-        """Read every byte and compare it with the hashes that were computed when it was written.
-
-        Returns:
-            The content hash.
-
-        Raises:
-            StoreError: something was changed or lost; names the session by its row.
-        """
+        """Compare every byte with its hash, and return the content hash. StoreError names a damaged session's row."""
         for folder in self.folders:
             folder.verify_table()
-        damaged = self.damaged_sessions()
-        if damaged:
+        if damaged := self.damaged_sessions():
             raise damaged_session_error(self.path, damaged)
         names = self.slices.select_columns(["subject", "session", "slice_index"])
-        for index, first in enumerate(self.table.first_row):
-            row = self.sessions.iloc[index]
-            if names[int(first)] != {"subject": row["subject"], "session": row["session"], "slice_index": 0}:
-                raise StoreError(
-                    "the rows of slices do not follow the table of sessions",
-                    where=self.path.name,
-                    got=f"session {index}",
-                    remedy="Copy the store again, or prepare it in a new folder",
-                )
+        for index, (subject, session) in enumerate(self.table.keys):
+            first = names[int(self.table.first_row[index])]
+            if first != {"subject": subject, "session": session, "slice_index": 0}:
+                what = "the rows of slices do not follow the table of sessions"
+                remedy = "Copy the store again, or prepare it in a new folder"
+                raise StoreError(what, where=self.path.name, got=f"session {index}", remedy=remedy)
         return self.content_hash
 
     def save(self, folder: str | Path, *, keep_ids: bool = True) -> Store:
-        """Write the sessions of this store (filtered, or of several stores) as a store of their own.
-
-        Args:
-            keep_ids: False numbers subjects and sessions in a random order, and leaves out file names.
-        """
+        """Write the sessions as a store of their own, see `brainfound.data.store.sharing.copy_store`."""
         return Store.open(sharing.copy_store(self, Path(folder), keep_ids=keep_ids))
 
     def push_to_hub(self, repo_id: str, *, private: bool = True, keep_ids: bool = False, **options: Any) -> str:
@@ -194,3 +159,73 @@ def _reopen(known: tuple[tuple[Path, str], ...], origin: np.ndarray) -> Store:
     table = SessionTable.join([folder.table for folder in folders], [1] * len(folders))
     index = {(int(part), int(row)): at for at, (part, row) in enumerate(table.origin)}
     return Store(folders, table.take(np.array([index[int(part), int(row)] for part, row in origin])))
+
+
+def restrict_contrasts(store: Store, contrasts: Sequence[str] | None) -> Store:
+    """The store as if only some contrasts had been scanned; None shows all.
+
+    Experiments with and without a contrast must use the same sessions, labels and split. So sessions, hash and order of
+    channels stay, and a withheld contrast is absent and reads as zeros. A session without any of the shown contrasts
+    stays, with no contrast present; training and scoring leave it out.
+    """
+    whole = store.whole if isinstance(store, _RestrictedStore) else store
+    if contrasts is None:
+        return whole
+    shown = [parse_contrast(name) for name in contrasts]
+    expected = ", ".join(whole.contrasts)
+    for name in shown:
+        if name not in whole.contrasts:
+            what, remedy = f"{name} is not a contrast of the store", did_you_mean(name, whole.contrasts)
+            raise UsageError(what, where="contrasts", expected=expected, remedy=remedy)
+    if not shown:
+        raise UsageError("no contrast would be shown", where="contrasts", expected=expected)
+    withheld = tuple(name for name in whole.contrasts if name not in shown)
+    return _RestrictedStore(whole, withheld) if withheld else whole
+
+
+class _RestrictedStore(Store):
+    def __init__(self, whole: Store, withheld: tuple[str, ...]) -> None:
+        shows = ~np.isin(whole.contrasts, withheld)
+        super().__init__(whole.folders, replace(whole.table, present=whole.table.present & shows))
+        self.whole, self.withheld, self._hides = whole, withheld, ~shows
+
+    def __reduce__(self):
+        return (_RestrictedStore, (self.whole, self.withheld))
+
+    def __repr__(self) -> str:
+        return f"{self.whole!r} without {', '.join(self.withheld)}"
+
+    @cached_property
+    def content_hash(self) -> str:
+        """Hash of the whole store: the data is the same."""
+        return self.whole.content_hash
+
+    def filter(self, keep: str | Sequence[bool] | Callable[[pd.Series], bool]) -> Store:
+        return _RestrictedStore(self.whole.filter(keep), self.withheld)
+
+    def read_slices(self, rows: np.ndarray) -> Num[np.ndarray, "n C H W"]:
+        return self._hidden(super().read_slices(rows))
+
+    def damaged_sessions(self) -> list[int]:
+        return self.whole.damaged_sessions()
+
+    @cached_property
+    def slices(self) -> Any:
+        raise self._withheld_error("its rows hold all contrasts")
+
+    def save(self, folder: str | Path, *, keep_ids: bool = True) -> Store:
+        raise self._withheld_error("a copy would hold all contrasts")
+
+    def _pixels(self, session: int) -> np.ndarray:
+        return self._hidden(super()._pixels(session))
+
+    def _hidden(self, pixels: np.ndarray) -> np.ndarray:
+        return np.where(self._hides[:, None, None], pixels.dtype.type(0), pixels)
+
+    def _withheld_error(self, why: str) -> UsageError:
+        return UsageError(
+            f"contrasts are withheld, and {why}",
+            where=self.path.name,
+            got=f"without {', '.join(self.withheld)}",
+            remedy="Take the whole store, or prepare one with --contrasts",
+        )

@@ -22,9 +22,11 @@ from brainfound.data.hooks import Hook
 from brainfound.data.preprocessing.session import NOT_IN_COHORT_REASON, PreparedSession, UnusedFile, prepare_session
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.preprocessing.stack import ScanQuality, Stack
+from brainfound.data.sources.tables import read_json
 from brainfound.data.store.contact_sheet import write_contact_sheet
 from brainfound.data.store.folder import (
     SCHEMA_VERSION,
+    SessionKey,
     SessionTable,
     StoreFolder,
     compute_hashes,
@@ -34,7 +36,7 @@ from brainfound.data.store.folder import (
     session_row,
     write_sessions,
 )
-from brainfound.data.store.plan import SessionKey, Shard, next_file_number, remove_folder, write_json
+from brainfound.data.store.plan import Shard, next_file_number, remove_folder, write_json
 from brainfound.data.store.reader import StoreReader, refused_files, select_sessions
 from brainfound.data.store.slice_files import SliceFileWriter, read_session_offsets, write_datasets_index
 from brainfound.errors import ScanError, StoreError
@@ -61,48 +63,40 @@ class ShardJob:
 
 
 def write_shard(job: ShardJob) -> None:
-    """Prepare the sessions of a shard and write them; its report lists the files that cannot be used.
-
-    Raises:
-        StoreError: the store's folder is missing (a worker on another machine).
-    """
+    """Prepare the sessions of a shard and write them; its report lists the files that cannot be used."""
     if not (job.partial / "slices").is_dir():
-        raise StoreError(
-            "the worker does not see the store's folder",
-            where=job.partial,
-            remedy="Use a folder that all workers share under the same path",
-        )
-    report = _Report(job.root)
+        remedy = "Use a folder that all workers share under the same path"
+        raise StoreError("the worker does not see the store's folder", where=job.partial, remedy=remedy)
+    rows: list[dict[str, Any]] = []
+    not_used: list[dict[str, str]] = []
+    quality: list[dict[str, Any]] = []
     # Two workers may write the same shard, if the first seemed to be dead: each has its own file.
     unfinished = job.partial / "slices" / f"{job.shard.file}.{uuid.uuid4().hex[:8]}.unfinished"
     try:
         with SliceFileWriter(unfinished) as writer:
             for session in job.sessions:
+                identity = {"subject": session.subject, "session": session.session}
                 prepared = prepare_session(session, job.preprocessing, job.mask, job.hooks)
                 if prepared.stack is not None:
                     prepared = _write_stack(writer, session, prepared, prepared.stack)
-                report.add(session, prepared)
-        for row, place in zip(report.rows, read_session_offsets(unfinished), strict=True):
+                for entry in prepared.not_used:
+                    file = printable(os.path.relpath(entry.file, job.root))
+                    reason = {"contrast": entry.contrast, "reason": printable(entry.reason)}
+                    not_used.append({"file": file, **identity, **reason})
+                if prepared.stack is not None:
+                    rows.append(session_row(prepared.stack))
+                    quality += [{**identity, **scan.to_row()} for scan in prepared.quality]
+        for row, place in zip(rows, read_session_offsets(unfinished), strict=True):
             row |= {"file": job.shard.file, **place}
-        num_bytes = unfinished.stat().st_size if report.rows else 0
-        _require_same_run(job)
-        if report.rows:
+        num_bytes = unfinished.stat().st_size if rows else 0
+        if read_json(job.partial / "plan.json").get("settings") != job.settings:
+            raise StoreError("the run that this worker belongs to is over", where=job.partial.name)
+        if rows:
             unfinished.replace(job.partial / "slices" / job.shard.file)
     finally:
         unfinished.unlink(missing_ok=True)
-    write_json(
-        job.shard.report(job.partial),
-        {"num_bytes": num_bytes, "sessions": report.rows, "not_used": report.not_used, "quality": report.quality},
-    )
-
-
-def _require_same_run(job: ShardJob) -> None:
-    try:
-        settings = json.loads((job.partial / "plan.json").read_text(encoding="utf-8"))["settings"]
-    except (OSError, ValueError, KeyError):
-        settings = None
-    if settings != job.settings:
-        raise StoreError("the run that this worker belongs to is over", where=job.partial.name)
+    report = {"num_bytes": num_bytes, "sessions": rows, "not_used": not_used, "quality": quality}
+    write_json(job.shard.report(job.partial), report)
 
 
 def _write_stack(writer: SliceFileWriter, session: Session, prepared: PreparedSession, stack: Stack) -> PreparedSession:
@@ -112,27 +106,6 @@ def _write_stack(writer: SliceFileWriter, session: Session, prepared: PreparedSe
         refused = [UnusedFile(file, contrast, error.reason) for contrast, file in session.scans.items()]
         return PreparedSession(None, [*prepared.not_used, *refused])
     return prepared
-
-
-class _Report:
-    """The outcome of each session of a shard, as plain values."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.rows: list[dict[str, Any]] = []
-        self.not_used: list[dict[str, str]] = []
-        self.quality: list[dict[str, Any]] = []
-
-    def add(self, session: Session, prepared: PreparedSession) -> None:
-        identity = {"subject": session.subject, "session": session.session}
-        for entry in prepared.not_used:
-            file = printable(os.path.relpath(entry.file, self.root))
-            self.not_used.append(
-                {"file": file, **identity, "contrast": entry.contrast, "reason": printable(entry.reason)}
-            )
-        if prepared.stack is not None:
-            self.rows.append(session_row(prepared.stack))
-            self.quality += [{**identity, **quality.to_row()} for quality in prepared.quality]
 
 
 @dataclass
@@ -148,10 +121,11 @@ class StoreParts:
     def from_shards(cls, shards: Iterable[Shard], partial: Path) -> StoreParts:
         """Read the reports of shards."""
         reports = [json.loads(shard.report(partial).read_text(encoding="utf-8")) for shard in shards]
+        rows, not_used, quality = (
+            [row for report in reports for row in report[name]] for name in ("sessions", "not_used", "quality")
+        )
         return cls(
-            rows=[row for report in reports for row in report["sessions"]],
-            not_used=pd.DataFrame([r for report in reports for r in report["not_used"]], columns=REJECTED_COLUMNS),
-            quality=pd.DataFrame([r for report in reports for r in report["quality"]], columns=QUALITY_COLUMNS),
+            rows, pd.DataFrame(not_used, columns=REJECTED_COLUMNS), pd.DataFrame(quality, columns=QUALITY_COLUMNS)
         )
 
     @classmethod
@@ -165,15 +139,9 @@ class StoreParts:
 
     @classmethod
     def from_existing(cls, folder: StoreFolder, keep: set[SessionKey], slices: Path, next_number: int) -> StoreParts:
-        """The sessions of a store that are kept. Files are linked; a file with other sessions is written again.
-
-        Args:
-            slices: folder of the new store's files.
-            next_number: number of the next file that is written.
-        """
+        """The sessions of a store that are kept. Files are linked; one with other sessions is written again."""
         store = StoreReader([folder], folder.table)
-        keys = list(zip(store.sessions["subject"], store.sessions["session"], strict=True))
-        stays = np.array([key in keep for key in keys], dtype=bool)
+        stays = np.array([key in keep for key in folder.table.keys], dtype=bool)
         rows: list[dict[str, Any]] = []
         for number, file in enumerate(folder.table.files):
             inside = np.flatnonzero(folder.table.file == number)
@@ -191,11 +159,8 @@ class StoreParts:
         return cls(rows, select_sessions(not_used, keep), select_sessions(quality, keep))
 
     def __add__(self, other: StoreParts) -> StoreParts:
-        return StoreParts(
-            self.rows + other.rows,
-            _joined(self.not_used, other.not_used),
-            _joined(self.quality, other.quality),
-        )
+        not_used, quality = _joined(self.not_used, other.not_used), _joined(self.quality, other.quality)
+        return StoreParts(self.rows + other.rows, not_used, quality)
 
 
 def _joined(one: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
@@ -213,27 +178,20 @@ def _link_or_copy(source: Path, target: Path) -> None:
 def _stored_row(store: StoreReader, index: int) -> dict[str, Any]:
     """A session's row with its place, without reading its slices."""
     table, row = store.table, store.sessions.iloc[index]
+    columns = ("subject", "session", "num_slices", "mask_dtype", "image_hash", "content_hash")
+    arrays = ("present", "affine", "native_shape", "native_affine")
     return {
-        **{name: row[name] for name in ("subject", "session", "num_slices", "mask_dtype")},
-        **{name: row[name] for name in ("image_hash", "content_hash")},
-        "present": table.present[index].tolist(),
-        "affine": table.affine[index].ravel().tolist(),
-        "native_shape": table.native_shape[index].tolist(),
-        "native_affine": table.native_affine[index].ravel().tolist(),
-        "file": table.file_name(index),
-        "pixels_at": int(table.pixels_at[index]),
+        **{name: row[name] for name in columns},
+        **{name: getattr(table, name)[index].ravel().tolist() for name in arrays},
+        **{"file": table.file_name(index), "pixels_at": int(table.pixels_at[index])},
         "mask_at": int(table.mask_at[index]),
     }
 
 
 def write_blocks(
-    path: Path, store: StoreReader, sessions: Sequence[int], names: Mapping[int, SessionKey] | None = None
+    path: Path, store: StoreReader, sessions: Sequence[int], names: Sequence[SessionKey] | None = None
 ) -> list[dict[str, Any]]:
-    """Copy sessions of a store into one file, under other names if given; returns their rows, with places.
-
-    Raises:
-        StoreError: the bytes of a session were changed.
-    """
+    """Copy sessions of a store into one file, under other names if given; returns their rows, with places."""
     rows = []
     with SliceFileWriter(path) as writer:
         for index in sessions:
@@ -257,12 +215,7 @@ def assemble(
     *,
     keep_ids: bool = False,
 ) -> None:
-    """Turn a folder of slice files into a complete store.
-
-    Args:
-        facts: further keys of store.json.
-        keep_ids: write subjects on the contact sheet.
-    """
+    """Turn a folder of slice files into a complete store; ``facts`` are further keys of store.json."""
     rows = sorted(parts.rows, key=lambda row: (row["file"], row["pixels_at"]))
     counts = np.array([row["num_slices"] for row in rows], dtype=np.int64)
     for row, first in zip(rows, np.cumsum(counts) - counts, strict=True):
@@ -278,21 +231,18 @@ def assemble(
     table = SessionTable.read(partial / "sessions.arrow")
     digest = content_hash(table, preprocessing)
     write_datasets_index(partial / "slices", files, digest)
-    write_json(
-        partial / "store.json",
-        {
-            "schema_version": SCHEMA_VERSION,
-            "contrasts": list(preprocessing.contrasts),
-            "preprocessing": preprocessing.model_dump(mode="json"),
-            "num_sessions": len(table),
-            "num_subjects": int(table.sessions["subject"].nunique()),
-            "num_slices": int(table.num_slices.sum()),
-            "num_rejected_files": len(refused_files(parts.not_used)),
-            "content_hash": digest,
-            "next_file_number": next_file_number(partial),
-            **facts,
-        },
-    )
+    content = {
+        "schema_version": SCHEMA_VERSION,
+        "contrasts": list(preprocessing.contrasts),
+        "preprocessing": preprocessing.model_dump(mode="json"),
+        "num_sessions": len(table),
+        "num_subjects": int(table.sessions["subject"].nunique()),
+        "num_slices": int(table.num_slices.sum()),
+        "num_rejected_files": len(refused_files(parts.not_used)),
+        "content_hash": digest,
+        "next_file_number": next_file_number(partial),
+    }
+    write_json(partial / "store.json", content | dict(facts))
     write_contact_sheet(StoreReader.open(partial), partial / "contact_sheet.png", keep_ids=keep_ids)
 
 
@@ -313,19 +263,12 @@ def printable(text: str) -> str:
 
 
 def require_sessions(parts: StoreParts, out: Path, keep_ids: bool) -> None:
-    """Refuse a store without sessions.
-
-    Raises:
-        StoreError: quotes the first reason.
-    """
+    """Refuse a store without sessions; the error quotes the first reason."""
     if parts.rows:
         return
     refused = refused_files(parts.not_used)
     first = refused["reason"].iloc[0] if len(refused) else "no scans"
     if keep_ids and len(refused):
         first += f" [{refused['file'].iloc[0]}]"
-    raise StoreError(
-        f"not one session could be used; first reason: {first}",
-        where=out,
-        remedy="Check the files, or choose other contrasts with --set contrasts=[…]",
-    )
+    remedy = "Check the files, or choose other contrasts with --set contrasts=[…]"
+    raise StoreError(f"not one session could be used; first reason: {first}", where=out, remedy=remedy)

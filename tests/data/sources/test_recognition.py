@@ -7,7 +7,7 @@ import json
 import pytest
 
 from brainfound.data.cohort import Cohort
-from brainfound.data.sources import source_layouts
+from brainfound.data.sources import SOURCE_LAYOUTS
 from brainfound.errors import CohortError
 
 MANIFEST = "subject\tcontrast\tpath\n1\tT1w\ta.nii\n"
@@ -38,7 +38,7 @@ def test_layouts_exclude_each_other_but_for_the_general_ones(layout):
     """Only files by name, and folders of BIDS data sets, may lie over another layout, and come after it."""
     for name, content in LAYOUTS.items():
         root = layout(content={f"{name}/{file}": text for file, text in content.items()}) / name
-        claims = [layout.name for layout in source_layouts() if layout.can_read(root)]
+        claims = [layout.name for layout in SOURCE_LAYOUTS if layout.can_read(root)]
         general = {"files by name", "BIDS data sets"} - {name}
         assert [claim for claim in claims if claim not in general] == [name.removesuffix(" 1")]
         assert claims[0] == name.removesuffix(" 1")

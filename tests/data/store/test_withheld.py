@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from brainfound.data.batches import remove_contrasts
-from brainfound.data.store.withheld import restrict_contrasts
+from brainfound.data.store.store import restrict_contrasts
 from brainfound.errors import UsageError
 
 
