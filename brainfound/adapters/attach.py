@@ -54,11 +54,10 @@ class AdapterRecipe(Recipe):
 
     @model_validator(mode="after")
     def _principal_parts_exist(self) -> Self:
-        if self.method == "pissa":
-            if self.dropout:
-                raise ValueError("dropout would take out the greater part of the weights; set dropout to 0 with pissa")
-            if "patch" in self.roles:
-                raise ValueError("pissa splits matrices, and patch is a convolution; leave out patch, or use lora")
+        if self.method == "pissa" and self.dropout:
+            raise ValueError("dropout would take out the greater part of the weights; set dropout to 0 with pissa")
+        if self.method == "pissa" and "patch" in self.roles:
+            raise ValueError("pissa splits matrices, and patch is a convolution; leave out patch, or use lora")
         return self
 
 
@@ -73,14 +72,10 @@ class ParameterCount(NamedTuple):
 
 
 def attach_adapter(model: nn.Module, recipe: AdapterRecipe) -> Any:
-    """Freeze a model except for the part that a recipe trains.
+    """Freeze a BrainFound model or slice encoder except for the part that a recipe trains.
 
     The task's aggregator, head and decoder are always trained in full. With the low-rank methods the result is a
     `peft.PeftModel` around `model` with the same outputs; otherwise it is `model` itself.
-
-    Args:
-        model: a BrainFound model or a slice encoder, without an adapter.
-        recipe: which part to train.
 
     Raises:
         ModelError: if the model has an adapter, or no module for a role.
@@ -105,17 +100,15 @@ def attach_adapter(model: nn.Module, recipe: AdapterRecipe) -> Any:
         model.get_submodule(name).requires_grad_(True)
     _freeze_idle(model)
     if recipe.method == "last_blocks" and not any(p.requires_grad for p in _encoder(model).blocks.parameters()):
-        raise RecipeError(
-            "the decoder reads none of the last blocks: they would learn nothing",
-            where="blocks",
-            got=recipe.blocks,
-            remedy="Ask for more blocks, or read later ones (decoder_layers)",
-        )
+        text = "the decoder reads none of the last blocks: they would learn nothing"
+        remedy = "Ask for more blocks, or read later ones (decoder_layers)"
+        raise RecipeError(text, where="blocks", got=recipe.blocks, remedy=remedy)
     return model
 
 
 def _attach_updates(model: nn.Module, recipe: AdapterRecipe, task_modules: list[str]) -> PeftModel:
     targets = resolve_targets(model, recipe.roles, recipe.layers)
+    # No task type: a typed task wraps the forward pass for text models and breaks calls with pixel_values.
     config = LoraConfig(
         r=recipe.rank,
         lora_alpha=recipe.alpha,  # type: ignore[arg-type]
@@ -125,8 +118,6 @@ def _attach_updates(model: nn.Module, recipe: AdapterRecipe, task_modules: list[
         init_lora_weights="pissa" if recipe.method == "pissa" else True,
         target_modules=targets,
         modules_to_save=task_modules or None,
-        # Typed tasks wrap the forward pass for text models and break calls with pixel_values.
-        task_type=None,
     )
     if recipe.method == "pissa":
         return attach_principal(model, config, targets)
@@ -134,19 +125,11 @@ def _attach_updates(model: nn.Module, recipe: AdapterRecipe, task_modules: list[
 
 
 def unfreeze_last_blocks(encoder: SliceEncoder, num_blocks: int) -> None:
-    """Train the last blocks of an encoder and its last norm.
-
-    Raises:
-        RecipeError: if there are fewer blocks.
-    """
+    """Train the last blocks of an encoder and its last norm; a RecipeError if there are fewer blocks."""
     if num_blocks > encoder.num_layers:
-        raise RecipeError(
-            "the encoder has fewer blocks",
-            where="blocks",
-            got=num_blocks,
-            expected=f"at most {encoder.num_layers}",
-            remedy="Lower blocks, or use the method full",
-        )
+        expected, remedy = f"at most {encoder.num_layers}", "Lower blocks, or use the method full"
+        text = "the encoder has fewer blocks"
+        raise RecipeError(text, where="blocks", got=num_blocks, expected=expected, remedy=remedy)
     for block in encoder.blocks[encoder.num_layers - num_blocks :]:
         block.requires_grad_(True)
     encoder.norm.requires_grad_(True)
@@ -171,13 +154,11 @@ def _task_modules(model: nn.Module) -> list[str]:
 def _freeze_idle(model: nn.Module) -> None:
     """Freeze weights that no output depends on: distributed training would wait for their gradients in vain."""
     encoder = _encoder(model)
-    idle: list[nn.Module] = []
-    if isinstance(model, BrainFoundForSegmentation):
-        num_read = max(model.config.resolved_decoder_layers)
-        idle += [*encoder.blocks[num_read:], encoder.norm, model.brainfound.aggregator]
-    for module in idle:
-        module.requires_grad_(False)
     encoder.backbone.embeddings.mask_token.requires_grad_(False)
+    if isinstance(model, BrainFoundForSegmentation):
+        unread = encoder.blocks[max(model.config.resolved_decoder_layers) :]
+        for module in (*unread, encoder.norm, model.brainfound.aggregator):
+            module.requires_grad_(False)
 
 
 def _encoder(model: Any) -> SliceEncoder:

@@ -7,8 +7,7 @@ Hub id with a hash of its weights. After writing it is loaded again and must giv
     config.json            the model's configuration
     preprocessing.json     the preprocessing of the scans
     input_contract.json    statistics of the scans (not in every bundle)
-    adapter_config.json    \\ the low-rank updates and the modules trained with them
-    adapter_model.safetensors /
+    adapter_config.json, adapter_model.safetensors   the low-rank updates and the modules trained with them
     trained.safetensors    in place of an adapter: the trained weights, where the encoder is as it was
     model.safetensors      in place of both: all weights, where the encoder itself was trained
     frozen_baseline.safetensors   the linear model on the untouched encoder (not in every bundle)
@@ -78,12 +77,11 @@ def save_bundle(
     Args:
         folder: target; it appears only when everything is written and checked.
         model: a BrainFound model, with or without an adapter, in float32.
-        preprocessing: of the training scans.
         labels: the meaning of the outputs, as plain values.
-        contract: statistics of the training scans; None writes none.
+        contract: statistics of the training scans.
         metadata: further plain values (metrics, the data's hash).
         card: facts for a model card (see `brainfound.report.cards`); None writes no card.
-        baseline: the linear model on the untouched encoder; None writes none.
+        baseline: the linear model on the untouched encoder.
         example: inputs of the model for the comparison; None: small random ones.
         copy_base: put the base into the bundle even if it came from the Hub.
         overwrite: replace a bundle that is already there.
@@ -106,8 +104,9 @@ def save_bundle(
             contract.save(draft)
         if baseline:
             save_file({name: tensor.contiguous() for name, tensor in baseline.items()}, draft / BASELINE_FILE)
+        preprocessing.save(draft)
         with silence_transformers():
-            _write(draft, model, preprocessing, dict(labels), dict(metadata or {}), copy_base)
+            _write(draft, model, dict(labels), dict(metadata or {}), copy_base)
         if card is not None:
             write_model_card(draft, {"name": folder.resolve().parent.name, **card})
         _require_same_outputs(draft, model, example)
@@ -123,69 +122,44 @@ def save_bundle(
     return folder
 
 
-def _get_task(body: Any) -> str:
-    for task, kind in MODEL_CLASSES.items():
-        if type(body) is kind:
-            return task
-    raise ModelError(
-        f"a {type(body).__name__} cannot be bundled",
-        expected=", ".join(kind.__name__ for kind in MODEL_CLASSES.values()),
-    )
-
-
 def _require_bundlable(body: Any, preprocessing: Preprocessing) -> None:
-    _get_task(body)
-    contrasts = tuple(body.config.contrasts)
-    if tuple(preprocessing.contrasts) != contrasts:
-        raise ModelError(
-            "the preprocessing and the model have different contrasts",
-            got=", ".join(preprocessing.contrasts),
-            expected=", ".join(contrasts),
-            remedy="Save the preprocessing that the model was trained with",
-        )
+    if type(body) not in MODEL_CLASSES.values():
+        expected = ", ".join(kind.__name__ for kind in MODEL_CLASSES.values())
+        raise ModelError(f"a {type(body).__name__} cannot be bundled", expected=expected)
+    got, expected = ", ".join(preprocessing.contrasts), ", ".join(body.config.contrasts)
+    if got != expected:
+        text = "the preprocessing and the model have different contrasts"
+        remedy = "Save the preprocessing that the model was trained with"
+        raise ModelError(text, got=got, expected=expected, remedy=remedy)
     other = sorted({str(parameter.dtype) for parameter in body.parameters()} - {"torch.float32"})
     if other:
         raise ModelError("a bundle holds float32 weights", got=", ".join(other), remedy="Convert with model.float()")
 
 
-def _weights_kind(model: Any, body: Any) -> str:
-    if isinstance(model, PeftModel):
-        return "adapter"
-    return "full" if any(parameter.requires_grad for parameter in body.encoder.parameters()) else "trained"
-
-
-def _write(
-    draft: Path,
-    model: Any,
-    preprocessing: Preprocessing,
-    labels: dict[str, Any],
-    metadata: dict[str, Any],
-    copy_base: bool,
-) -> None:
+def _write(draft: Path, model: Any, labels: dict[str, Any], metadata: dict[str, Any], copy_base: bool) -> None:
     body = unwrap_peft(model)
-    weights = _weights_kind(model, body)
-    preprocessing.save(draft)
-    if weights == "full":
+    body.config.architectures = [type(body).__name__]
+    body.config.save_pretrained(draft)
+    if isinstance(model, PeftModel):
+        weights = "adapter"
+        _write_adapter(draft, model)
+    elif any(parameter.requires_grad for parameter in body.encoder.parameters()):
+        weights = "full"
         body.save_pretrained(draft)
     else:
-        body.config.architectures = [type(body).__name__]
-        body.config.save_pretrained(draft)
-    if weights == "adapter":
-        _write_adapter(draft, model)
-    elif weights == "trained":
+        weights = "trained"
         own = {name: value for name, value in body.state_dict().items() if not is_encoder_key(name)}
         save_file({name: value.detach().cpu().contiguous() for name, value in own.items()}, draft / TRAINED_FILE)
+    files = sorted(path for path in draft.rglob("*") if path.is_file())
     content = {
         "schema_version": SCHEMA_VERSION,
-        "task": _get_task(body),
+        "task": next(task for task, kind in MODEL_CLASSES.items() if type(body) is kind),
         "weights": weights,
         "labels": labels,
         "base": None if weights == "full" else _write_base(draft, body, copy_base),
         "versions": {name: version(name) for name in ("brainfound", "torch", "transformers", "peft")},
         "metadata": metadata,
-        "files": {
-            path.relative_to(draft).as_posix(): file_hash(path) for path in sorted(draft.rglob("*")) if path.is_file()
-        },
+        "files": {path.relative_to(draft).as_posix(): file_hash(path) for path in files},
     }
     try:
         text = json.dumps(content, indent=2, allow_nan=False)
@@ -228,7 +202,10 @@ def _require_same_outputs(draft: Path, model: Any, example: Mapping[str, Tensor]
     body = unwrap_peft(model)
     device = next(body.parameters()).device
     was_training = model.training
-    inputs = _random_example(body) if example is None else {k: v.cpu() for k, v in example.items() if k != "labels"}
+    if example is None:
+        shape = (1, 3, len(body.encoder.contrasts), *2 * [4 * body.encoder.patch_size])
+        example = {"pixel_values": torch.rand(shape, generator=torch.Generator().manual_seed(0))}
+    inputs = {name: value.cpu() for name, value in example.items() if name != "labels"}
     # Loading draws random weights first; the caller's random state must not change.
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         reloaded = load_bundle(draft).model
@@ -241,18 +218,11 @@ def _require_same_outputs(draft: Path, model: Any, example: Mapping[str, Tensor]
     tolerance = _TOLERANCE_AFTER_PISSA if resummed else _TOLERANCE
     for name, value in expected.items():
         if not torch.allclose(got[name], value, atol=tolerance, rtol=tolerance, equal_nan=True):
-            difference = (got[name] - value).abs().max().item()
             raise ModelError(
                 f"the reloaded bundle answers differently in {name}",
                 where=draft.name,
-                got=f"a difference of {difference:.2g}",
+                got=f"a difference of {(got[name] - value).abs().max().item():.2g}",
                 expected=f"at most {tolerance:g}",
                 remedy="The base changed since it was loaded, or weights outside the adapter were trained; "
                 "save with copy_base=True or train with the method 'full'",
             )
-
-
-def _random_example(body: Any) -> dict[str, Tensor]:
-    side = 4 * body.encoder.patch_size
-    generator = torch.Generator().manual_seed(0)
-    return {"pixel_values": torch.rand(1, 3, len(body.encoder.contrasts), side, side, generator=generator)}

@@ -1,6 +1,6 @@
-"""Reading of bundles: every file and every weight is checked. `brainfound.adapters.bundle` lists the files.
+"""Reading of bundles: one alone (`load_bundle`), or several that share one backbone in memory (`load_adapters`).
 
-Files and weights are compared by their SHA-256.
+Every file and every weight is checked by its SHA-256. `brainfound.adapters.bundle` lists the files.
 """
 
 from __future__ import annotations
@@ -8,20 +8,20 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from brainfound.adapters.low_rank import get_base_weight
+from brainfound.adapters.low_rank import get_base_weight, is_merged
 from brainfound.data.preprocessing.settings import Preprocessing
-from brainfound.errors import ModelError
+from brainfound.errors import ModelError, UsageError, did_you_mean
 from brainfound.models import (
     BrainFoundConfig,
     BrainFoundForClassification,
@@ -31,6 +31,7 @@ from brainfound.models import (
 )
 from brainfound.models.backbones import load_backbone
 from brainfound.models.hub import LOAD_FAILURES, first_line, list_keys
+from brainfound.models.infer import unwrap_peft
 
 
 def file_hash(path: Path) -> str:
@@ -85,16 +86,12 @@ class Bundle:
         """The model with its encoder before training, and a random aggregator and head.
 
         None if all weights were trained: then the bundle lacks the pretrained encoder.
-
-        Raises:
-            ModelError: as `load_bundle`.
         """
         if self.content["weights"] == "full":
             return None
         config = _read_config(self.folder / "config.json")
-        return (
-            _load_base(MODEL_CLASSES[self.task], config, self.content["base"], self.folder).eval().requires_grad_(False)
-        )
+        model = _load_base(MODEL_CLASSES[self.task], config, self.content["base"], self.folder)
+        return model.eval().requires_grad_(False)
 
 
 def load_bundle(folder: str | Path) -> Bundle:
@@ -105,17 +102,16 @@ def load_bundle(folder: str | Path) -> Bundle:
             trained on, or if weights are missing or left over.
     """
     folder = Path(folder)
-    baseline = folder / BASELINE_FILE
     content = _read_description(folder)
     _verify_files(folder, content)
     config = _read_config(folder / "config.json")
     kind = MODEL_CLASSES[content["task"]]
-    weights = content["weights"]
-    if weights == "full":
+    if content["weights"] == "full":
         model = kind.from_pretrained(folder)
     else:
         model = _load_base(kind, config, content["base"], folder)
-        model = _load_adapter(model, folder) if weights == "adapter" else _load_trained(model, folder)
+        model = _load_adapter(model, folder) if content["weights"] == "adapter" else _load_trained(model, folder)
+    baseline = folder / BASELINE_FILE
     return Bundle(
         model=model.eval().requires_grad_(False),
         preprocessing=Preprocessing.load(folder),
@@ -131,14 +127,10 @@ def load_bundle(folder: str | Path) -> Bundle:
 def base_encoder_state(body: Any) -> dict[str, Tensor]:
     """The encoder's weights before an adapter was attached or merged, under their own names.
 
-    Raises:
-        ModelError: if the adapter was merged in a way that does not keep them.
+    A ModelError if the adapter was merged in a way that does not keep them.
     """
-    state = {}
-    for name, value in body.encoder.state_dict().items():
-        plain = strip_adapter_name(name)
-        if plain is not None:
-            state[plain] = value.detach().cpu()
+    named = body.encoder.state_dict().items()
+    state = {plain: value.detach().cpu() for name, value in named if (plain := strip_adapter_name(name)) is not None}
     for name, module in body.encoder.named_modules():
         if isinstance(module, LoraLayer):
             state[f"{name}.weight"] = get_base_weight(module).detach().cpu()
@@ -163,28 +155,14 @@ def _read_description(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ModelError(
-            "bundle.json is missing", where=folder, remedy="Give a folder that fine-tuning exported"
-        ) from None
+        remedy = "Give a folder that fine-tuning exported"
+        raise ModelError("bundle.json is missing", where=folder, remedy=remedy) from None
     except ValueError as error:
         raise ModelError(f"not valid JSON: {error}", where=path, remedy="Export the model again") from None
     schema = content.get("schema_version") if isinstance(content, dict) else None
     if schema != SCHEMA_VERSION:
-        raise ModelError(
-            "the bundle has another schema", where=path, got=schema, expected=SCHEMA_VERSION, remedy="Export it again"
-        )
-    unusable = _unusable_fields(content)
-    if unusable:
-        raise ModelError(
-            f"the description lacks {', '.join(unusable)}, or has unusable values there",
-            where=path,
-            remedy="Copy the bundle again, or export it again",
-        )
-    return content
-
-
-def _unusable_fields(content: dict[str, Any]) -> list[str]:
-    """The required fields of a description that are missing or of another type."""
+        text = "the bundle has another schema"
+        raise ModelError(text, where=path, got=schema, expected=SCHEMA_VERSION, remedy="Export it again")
     base = content.get("base")
     if isinstance(base, dict):
         of_hub = isinstance(base.get("id"), str) and isinstance(base.get("is_brainfound"), bool)
@@ -197,59 +175,50 @@ def _unusable_fields(content: dict[str, Any]) -> list[str]:
         "base": has_base,
         **{name: isinstance(content.get(name), dict) for name in ("labels", "metadata", "files")},
     }
-    return [name for name, is_usable in usable.items() if not is_usable]
+    if unusable := [name for name, is_usable in usable.items() if not is_usable]:
+        text = f"the description lacks {', '.join(unusable)}, or has unusable values there"
+        raise ModelError(text, where=path, remedy="Copy the bundle again, or export it again")
+    return content
 
 
 def _verify_files(folder: Path, content: dict[str, Any]) -> None:
     for path in folder.rglob("*"):
         if path.suffix in _PICKLE_SUFFIXES:
-            raise ModelError(
-                "pickled files are refused because they can run code", where=path, remedy="Remove the file"
-            )
+            text = "pickled files are refused because they can run code"
+            raise ModelError(text, where=path, remedy="Remove the file")
     needed = {"config.json", "preprocessing.json", WEIGHTS_FILES[content["weights"]]}
     for name in sorted(needed | set(content["files"])):
         path = folder / name
         if not path.is_file():
             raise ModelError(f"{name} is missing from the bundle", where=folder, remedy="Copy the whole folder again")
         if file_hash(path) != content["files"].get(name):
-            raise ModelError(
-                f"{name} is damaged or was changed after the bundle was saved",
-                where=folder,
-                remedy="Copy the folder again, or export the model again",
-            )
+            text = f"{name} is damaged or was changed after the bundle was saved"
+            raise ModelError(text, where=folder, remedy="Copy the folder again, or export the model again")
 
 
 def _read_config(path: Path) -> BrainFoundConfig:
     try:
         return BrainFoundConfig.from_json_file(path)
     except LOAD_FAILURES as error:
-        raise ModelError(
-            f"the configuration cannot be read: {first_line(error)}", where=path, remedy="Copy the bundle again"
-        ) from error
+        raise _unreadable("configuration", path, error) from error
 
 
 def _load_base(kind: type[Any], config: BrainFoundConfig, base: dict[str, Any], folder: Path) -> Any:
+    where = str(folder / "base") if base["source"] == "folder" else base["id"]
     if base["source"] == "folder":
-        where = str(folder / "base")
         model = kind.from_pretrained(where, config=config)
     elif base["is_brainfound"]:
-        where = base["id"]
         with warnings.catch_warnings():
             # The bundle's head replaces that of the base.
             warnings.filterwarnings("ignore", message=".*the head begins anew")
             model = kind.from_pretrained(where, config=config, ignore_mismatched_sizes=True)
     else:
-        where = base["id"]
         model = kind(config, backbone=load_backbone(where))
     found = tensors_hash(base_encoder_state(model))
     if base["sha256"] != found:
-        raise ModelError(
-            "these are not the base weights that the adapter was trained on",
-            where=where,
-            got=f"hash {found[:12]}",
-            expected=base["sha256"][:12],
-            remedy="Use the original base, or save the bundle with copy_base=True",
-        )
+        text = "these are not the base weights that the adapter was trained on"
+        remedy = "Use the original base, or save the bundle with copy_base=True"
+        raise ModelError(text, where=where, got=f"hash {found[:12]}", expected=base["sha256"][:12], remedy=remedy)
     return model
 
 
@@ -257,7 +226,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except LOAD_FAILURES as error:
-        raise _unreadable_weights(path, error) from error
+        raise _unreadable("weights", path, error) from error
 
 
 def _load_adapter(model: Any, folder: Path) -> PeftModel:
@@ -270,7 +239,7 @@ def _load_adapter(model: Any, folder: Path) -> PeftModel:
         _require_same_keys(path, set(saved), set(get_peft_model_state_dict(adapted, save_embedding_layers=False)))
         set_peft_model_state_dict(adapted, saved)
     except LOAD_FAILURES as error:
-        raise _unreadable_weights(path, error) from error
+        raise _unreadable("weights", path, error) from error
     return adapted
 
 
@@ -281,22 +250,119 @@ def _load_trained(model: Any, folder: Path) -> Any:
     _require_same_keys(path, set(saved), set(own))
     with torch.no_grad():
         for name, value in own.items():
-            if saved[name].shape != value.shape:
-                raise ModelError(
-                    f"{name} has another shape", where=path, got=tuple(saved[name].shape), expected=tuple(value.shape)
-                )
+            got, expected = tuple(saved[name].shape), tuple(value.shape)
+            if got != expected:
+                raise ModelError(f"{name} has another shape", where=path, got=got, expected=expected)
             value.copy_(saved[name])
     return model
 
 
-def _unreadable_weights(path: Path, error: Exception) -> ModelError:
-    return ModelError(f"the weights cannot be read: {first_line(error)}", where=path, remedy="Copy the bundle again")
+def _unreadable(part: str, path: Path, error: Exception) -> ModelError:
+    return ModelError(f"the {part} cannot be read: {first_line(error)}", where=path, remedy="Copy the bundle again")
 
 
 def _require_same_keys(path: Path, saved: set[str], expected: set[str]) -> None:
-    for words, keys in (("lacks", expected - saved), ("has no place for", saved - expected)):
+    for problem, keys in (("the file lacks", expected - saved), ("the model has no place for", saved - expected)):
         if keys:
-            subject = "the file" if words == "lacks" else "the model"
-            raise ModelError(
-                f"{subject} {words} {len(keys)} weights: {list_keys(keys)}", where=path, remedy="Export the model again"
-            )
+            text = f"{problem} {len(keys)} weights: {list_keys(keys)}"
+            raise ModelError(text, where=path, remedy="Export the model again")
+
+
+class AdapterSet:
+    """Bundles whose models share the weights of one backbone.
+
+    `load_adapters` reads and checks them. Each name is a whole bundle with its own model, preprocessing and labels, so
+    choosing one changes no state: requests for several names may run in any order or at the same time, with the outputs
+    of the bundle loaded alone.
+    """
+
+    def __init__(self, bundles: Mapping[str, Bundle]) -> None:
+        self._bundles = dict(bundles)
+
+    def __getitem__(self, name: str) -> Bundle:
+        if name not in self._bundles:
+            raise UsageError(f"no adapter named {name!r}", remedy=did_you_mean(name, self._bundles))
+        return self._bundles[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._bundles
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._bundles)
+
+    def __len__(self) -> int:
+        return len(self._bundles)
+
+    def __repr__(self) -> str:
+        parts = ", ".join(f"{name}: {bundle.task}" for name, bundle in self._bundles.items())
+        return f"AdapterSet({parts}; {self.num_parameters:,} parameters)"
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of all models; shared ones count once."""
+        return sum({id(p): p.numel() for b in self._bundles.values() for p in b.model.parameters()}.values())
+
+    def to(self, device: str | torch.device) -> Self:
+        """Move all models, which keep sharing their backbone; a ModelError if one is merged."""
+        for name, bundle in self._bundles.items():
+            _require_unmerged(name, bundle)
+        bundles = list(self._bundles.values())
+        for bundle in bundles:
+            bundle.model.to(device)
+            # Share again: moving a model may replace its parameters.
+            _share_backbone(bundles[0], bundle)
+        return self
+
+
+def load_adapters(bundles: Mapping[str, str | Path | Bundle]) -> AdapterSet:
+    """Read bundles that were trained on the same backbone, and keep that backbone in memory once.
+
+    `bundles` holds folders or loaded bundles by name; all are moved to the device of the first.
+
+    Raises:
+        UsageError: if there is none.
+        ModelError: if one cannot be read, has a backbone of its own, or is merged.
+    """
+    if not bundles:
+        raise UsageError("no bundle was given", where="load_adapters")
+    loaded: dict[str, Bundle] = {}
+    fingerprint = ""
+    for name, source in bundles.items():
+        bundle = source if isinstance(source, Bundle) else load_bundle(source)
+        where, remedy = f"{name} ({bundle.folder})", "Load it by itself with load_bundle"
+        if bundle.content["weights"] == "full":
+            text = "its encoder itself was trained, so it has a backbone of its own"
+            raise ModelError(text, where=where, expected="an adapter, or a head on a frozen backbone", remedy=remedy)
+        _require_unmerged(name, bundle)
+        own = tensors_hash(base_encoder_state(unwrap_peft(bundle.model)))
+        fingerprint = fingerprint or own
+        if own != fingerprint:
+            text = f"it was trained on another backbone than {next(iter(loaded))}"
+            raise ModelError(text, where=where, got=f"hash {own[:12]}", expected=fingerprint[:12], remedy=remedy)
+        loaded[name] = bundle
+        first = next(iter(loaded.values()))
+        # Before the next one is read, so that this one's copy of the backbone is freed.
+        _share_backbone(first, bundle)
+        bundle.model.to(next(first.model.parameters()).device)
+    return AdapterSet(loaded)
+
+
+def _require_unmerged(name: str, bundle: Bundle) -> None:
+    if is_merged(bundle.model):
+        raise ModelError("the adapter is merged", where=f"{name} ({bundle.folder})", remedy="Call unmerge first")
+
+
+def _share_backbone(first: Bundle, other: Bundle) -> None:
+    """Replace the other model's encoder weights by the equal ones of the first."""
+    shared = {name: getattr(module, key) for name, module, key in _base_parameters(unwrap_peft(first.model))}
+    for name, module, key in _base_parameters(unwrap_peft(other.model)):
+        setattr(module, key, shared[name])
+
+
+def _base_parameters(body: Any) -> Iterator[tuple[str, nn.Module, str]]:
+    """The base weights of an encoder: name without an adapter, module, and attribute of the module."""
+    for path, module in body.encoder.named_modules():
+        for key in list(module._parameters):
+            name = strip_adapter_name(f"{path}.{key}")
+            if name is not None and module._parameters[key] is not None:
+                yield name, module, key

@@ -1,7 +1,6 @@
 """Low-rank updates of weight matrices: merging them into their weights, and PiSSA.
 
-A merged model has the outputs of the adapted one and the cost of its backbone. It is for inference: merged updates
-get no gradients.
+A merged model has the outputs of the adapted one and the cost of its backbone; merged updates get no gradients.
 
 PiSSA (Meng et al. 2024, arXiv 2404.02948, section 3): the R largest singular values of W = U S Vᵀ are the initial
 update B₀ A₀, and W − s B₀ A₀ stays frozen (scale s = alpha / rank). Training starts from the same outputs, but the
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
@@ -42,13 +42,10 @@ class _BeforeMerge(NamedTuple):
 
 @torch.no_grad()
 def merge(model: Any) -> None:
-    """Add an adapter's updates to the weights of its model, in place.
+    """Add an adapter's updates to the weights of its model, in place; a ModelError if there are none, or merged ones.
 
     The merged weights are copies: a shared backbone is not changed, and `unmerge` restores the frozen weights to the
     last bit. Until then both are in memory, for the matrices with updates.
-
-    Raises:
-        ModelError: if the model has no updates, or they are merged.
     """
     layers = _updated_layers(model)
     if is_merged(model):
@@ -63,11 +60,7 @@ def merge(model: Any) -> None:
 
 @torch.no_grad()
 def unmerge(model: Any) -> None:
-    """Undo `merge` in place, to the last bit.
-
-    Raises:
-        ModelError: if the model has no updates, or they were not merged by `merge`.
-    """
+    """Undo `merge` in place, to the last bit; a ModelError if the updates were not merged by `merge`."""
     layers = _updated_layers(model)
     if not all(hasattr(layer, _ATTRIBUTE) for layer in layers):
         raise ModelError("the adapter is not merged", where="unmerge", remedy="Call merge first")
@@ -88,21 +81,13 @@ def is_merged(model: nn.Module) -> bool:
 
 
 def get_base_weight(layer: Any) -> Tensor:
-    """The weight of an updated layer as it was before an adapter was attached or merged.
-
-    Raises:
-        ModelError: if it was merged in a way that does not keep it.
-    """
-    start = principal_start(layer)
-    if start is not None:
-        return start.weight
-    kept = getattr(layer, _ATTRIBUTE, None)
+    """The weight of an updated layer before an adapter was attached or merged; a ModelError if it was not kept."""
+    kept = principal_start(layer) or getattr(layer, _ATTRIBUTE, None)
     if kept is not None:
         return kept.weight
     if layer.merged:
-        raise ModelError(
-            "the adapter was merged without keeping the base", remedy="Call unmerge_adapter() on the model first"
-        )
+        remedy = "Call unmerge_adapter() on the model first"
+        raise ModelError("the adapter was merged without keeping the base", remedy=remedy)
     return layer.get_base_layer().weight
 
 
@@ -113,63 +98,42 @@ def _updated_layers(model: Any) -> list[Any]:
     return layers
 
 
-_ADAPTER = "default"
-_PRINCIPAL_START = "principal_start"
-
-
 class PrincipalStart(NamedTuple):
-    """The initial state of an updated layer; on the CPU, and no part of the model's state."""
+    """The initial state of an updated layer: loaded matrix, A₀ and B₀; on the CPU, and no part of the model's state."""
 
     weight: Tensor
-    """The loaded matrix, to the last bit."""
-    down: Tensor
-    """A₀ (R, I)."""
-    up: Tensor
-    """B₀ (O, R)."""
+    down: Float[Tensor, "R I"]
+    up: Float[Tensor, "O R"]
 
 
 def attach_principal(model: nn.Module, config: LoraConfig, targets: Iterable[str]) -> PeftModel:
-    """Attach updates that start as the principal part of their matrices, and keep their initial state.
+    """Attach updates that start as the principal part of their matrices (`targets`), and keep their initial state.
 
-    Args:
-        model: without an adapter.
-        config: with `init_lora_weights="pissa"`.
-        targets: full names of the matrices.
-
-    Raises:
-        RecipeError: if a matrix has fewer singular values than the rank.
+    The config has `init_lora_weights="pissa"`. A RecipeError if a matrix has fewer singular values than the rank.
     """
     originals = {name: model.get_parameter(f"{name}.weight").detach().cpu().clone() for name in targets}
     smallest = min(min(weight.shape) for weight in originals.values())
     if config.r > smallest:
-        raise RecipeError(
-            "a matrix has fewer singular values than the rank",
-            where="rank",
-            got=config.r,
-            expected=f"at most {smallest}",
-            remedy="Lower rank, or use the method lora",
-        )
+        text = "a matrix has fewer singular values than the rank"
+        expected, remedy = f"at most {smallest}", "Lower rank, or use the method lora"
+        raise RecipeError(text, where="rank", got=config.r, expected=expected, remedy=remedy)
     adapted = get_peft_model(model, config)  # type: ignore[arg-type]
     for name, weight in originals.items():
         layer: Any = model.get_submodule(name)
-        down, up = (part[_ADAPTER].weight.detach().cpu().clone() for part in (layer.lora_A, layer.lora_B))
-        setattr(layer, _PRINCIPAL_START, PrincipalStart(weight, down, up))
+        down, up = (part["default"].weight.detach().cpu().clone() for part in (layer.lora_A, layer.lora_B))
+        layer.principal_start = PrincipalStart(weight, down, up)
     return adapted
 
 
 def principal_start(layer: nn.Module) -> PrincipalStart | None:
     """The initial state of a layer; None if its update did not start from the principal part."""
-    return getattr(layer, _PRINCIPAL_START, None)
+    return getattr(layer, "principal_start", None)
 
 
 def convert_pissa_to_lora(folder: Path, body: nn.Module) -> None:
-    """Rewrite the files of a saved PiSSA adapter as an ordinary adapter for the untouched backbone.
+    """Rewrite the files of a saved PiSSA adapter of `body` as an ordinary adapter for the untouched backbone.
 
     Files of other methods are not changed.
-
-    Args:
-        folder: holds adapter_model.safetensors and adapter_config.json.
-        body: the model that the adapter was trained on.
     """
     starts = {name: start for name, module in body.named_modules() if (start := principal_start(module)) is not None}
     if not starts:

@@ -27,23 +27,15 @@ _BLOCK = re.compile(r"(?:^|\.)layers?\.(\d+)\.")
 
 
 def require_known_roles(roles: Iterable[str]) -> None:
-    """Refuse unknown roles.
-
-    Raises:
-        RecipeError: with the nearest known role.
-    """
     for role in roles:
         if role not in ROLES:
             raise RecipeError(f"unknown role {role!r}", where="roles", remedy=did_you_mean(role, ROLES))
 
 
 def resolve_targets(model: nn.Module, roles: Iterable[str], layers: Iterable[int] | None = None) -> list[str]:
-    """The full names of the backbone's modules that have the given roles.
+    """The full names of the modules with the given roles in a BrainFound model, a slice encoder, or a plain ViT.
 
-    Args:
-        model: a BrainFound model, a slice encoder, or a plain ViT.
-        roles: keys of `ROLES`.
-        layers: 1-based blocks to keep; None keeps all. The patch embedding belongs to no block and is always kept.
+    `layers` are 1-based blocks, None for all. The patch embedding belongs to no block and is always kept.
 
     Raises:
         RecipeError: if a role is unknown.
@@ -51,25 +43,24 @@ def resolve_targets(model: nn.Module, roles: Iterable[str], layers: Iterable[int
     """
     roles = list(roles)
     require_known_roles(roles)
-    candidates = _matrices(model)
-    wanted = None if layers is None else set(layers)
+    prefix = _backbone_prefix(model)
+    candidates = [
+        name
+        for name, module in model.named_modules()
+        if name.startswith(prefix) and isinstance(module, (nn.Linear, nn.Conv2d))
+    ]
     blocks = {number for name in candidates if (number := block_number(name)) is not None}
-    if wanted is not None and wanted - blocks:
-        raise ModelError(
-            f"the backbone has no block {sorted(wanted - blocks)}",
-            where="layers",
-            expected=f"1 to {max(blocks, default=0)}",
-        )
+    wanted = blocks if layers is None else set(layers)
+    if wanted - blocks:
+        expected = f"1 to {max(blocks, default=0)}"
+        raise ModelError(f"the backbone has no block {sorted(wanted - blocks)}", where="layers", expected=expected)
     found: list[str] = []
     for role in roles:
-        matches = [name for name in candidates if _has_role(name, role)]
-        kept = [name for name in matches if wanted is None or block_number(name) in {None, *wanted}]
+        endings = tuple(f".{ending}" for ending in ROLES[role])
+        kept = [n for n in candidates if f".{n}".endswith(endings) and block_number(n) in {None, *wanted}]
         if not kept:
-            raise ModelError(
-                f"no module of {type(model).__name__} has the role {role!r}",
-                where="roles",
-                remedy="Choose another role, or check that the model is a supported ViT without an adapter",
-            )
+            remedy = "Choose another role, or check that the model is a supported ViT without an adapter"
+            raise ModelError(f"no module of {type(model).__name__} has the role {role!r}", where="roles", remedy=remedy)
         found += kept
     return sorted(set(found), key=candidates.index)
 
@@ -82,19 +73,6 @@ def block_number(name: str) -> int | None:
     """
     found = _BLOCK.search(name)
     return None if found is None else int(found.group(1)) + 1
-
-
-def _matrices(model: nn.Module) -> list[str]:
-    prefix = _backbone_prefix(model)
-    return [
-        name
-        for name, module in model.named_modules()
-        if name.startswith(prefix) and isinstance(module, (nn.Linear, nn.Conv2d))
-    ]
-
-
-def _has_role(name: str, role: str) -> bool:
-    return any(f".{name}".endswith(f".{ending}") for ending in ROLES[role])
 
 
 def _backbone_prefix(model: nn.Module) -> str:

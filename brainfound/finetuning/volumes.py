@@ -22,8 +22,14 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from brainfound.data.augmentation import IntensityRecipe, ViewsRecipe, drop_contrasts, random_affine, vary_intensity
-from brainfound.data.augmentation.geometry import MAX_DISPLACEMENT, displacement_field, random_control_points
-from brainfound.data.augmentation.sampling import EffectSelection, random_selection, uniform
+from brainfound.data.augmentation.transforms import (
+    MAX_DISPLACEMENT,
+    EffectSelection,
+    displacement_field,
+    random_control_points,
+    random_selection,
+    uniform,
+)
 from brainfound.data.batches import VolumeBatch, collate, evenly_spaced_slices, to_unit_range
 from brainfound.data.preprocessing.stack import Stack
 from brainfound.data.store import Store

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from brainfound.data.augmentation.sampling import to_device
+from brainfound.data.augmentation.transforms import to_device
 from brainfound.errors import RecipeError
 from brainfound.pretraining.objectives.heads import PixelDecoder, PixelDecoderRecipe, sincos_position_embedding
 from brainfound.pretraining.objectives.masked_autoencoder import (

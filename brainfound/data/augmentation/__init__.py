@@ -4,17 +4,13 @@ A view is a random crop, slightly rotated and sheared, with random intensities a
 properties of the scan vary (receiver gain, contrast between tissues, bias field, noise, resolution), not the anatomy:
 there is no vertical flip, and by default no left-right flip. Air stays exactly 0, as the models' input requires.
 
-`recipe` holds the settings, `views` combines the parts: `geometry` (crops, elastic deformation), `intensity` (gamma,
-gain, bias field, noise) and `resolution` (blur, thick pixels, Gibbs ringing). `sampling` draws the random numbers.
-
 Sources: multi-crop of SwAV (arXiv 2006.09882, section 3.2) with the scales of DINOv2; gamma, noise and blur as in
 nnU-Net (Isensee et al. 2021, supplementary note 4). The modules name the sources of the other effects.
 """
 
-from brainfound.data.augmentation.geometry import random_affine, sample_crops
 from brainfound.data.augmentation.intensity import IntensityPlan, vary_intensity
 from brainfound.data.augmentation.recipe import IntensityRecipe, ViewsRecipe
-from brainfound.data.augmentation.resolution import gaussian_blur
+from brainfound.data.augmentation.transforms import gaussian_blur, random_affine, sample_crops
 from brainfound.data.augmentation.views import CropViews, MultiCrop, Views, contrast_masks, drop_contrasts
 
 __all__ = [

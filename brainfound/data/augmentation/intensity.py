@@ -1,11 +1,11 @@
 """Random intensities of the foreground, in the order of the acquisition; the background stays exactly 0.
 
 The effects are tissue contrast (gamma, gain), coils (bias field), sampling (blur, thick pixels, Gibbs ringing; see
-`resolution`) and receiver (noise). All small random numbers are drawn first; an effect then touches only the images
-that it was drawn for. Grey values stay in 0–1.
+`transforms`) and receiver (noise). Small random numbers are drawn first; an effect touches only the images that it was
+drawn for. Grey values stay in 0–1.
 
-Bias field: coil sensitivity and transmit inhomogeneity multiply the signal and vary over centimetres. The field is the
-exponential of a polynomial of low order, the inverse of the correction of Van Leemput et al. 1999 (IEEE TMI 18:885).
+Bias field: the exponential of a polynomial of low order, the inverse of the correction of Van Leemput et al. 1999 (IEEE
+TMI 18:885); coil sensitivity and transmit inhomogeneity multiply the signal and vary over centimetres.
 Noise: Gaussian in the real and the imaginary part makes the magnitude Rician (Gudbjartsson and Patz 1995, MRM 34:910),
 which is nearly Gaussian above three times the noise and brightens darker pixels.
 
@@ -25,19 +25,21 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from brainfound.data.augmentation.recipe import IntensityRecipe
-from brainfound.data.augmentation.resolution import (
+from brainfound.data.augmentation.transforms import (
+    EffectSelection,
     filter_columns,
     filter_rows,
     gaussian_blur,
     kspace_hann_weights,
     kspace_truncation_weights,
+    log_uniform,
+    random_selection,
+    to_device,
+    uniform,
 )
-from brainfound.data.augmentation.sampling import EffectSelection, log_uniform, random_selection, to_device, uniform
 
-CACHED_PIXELS = 1 << 20
-"""Pixels per chunk on a CPU: their float32 values and one copy fit into its cache."""
-ORDER = 3
-"""Total order of a bias field's polynomial."""
+CACHED_PIXELS = 1 << 20  # per chunk on a CPU: their float32 values and one copy fit into its cache
+ORDER = 3  # total order of a bias field's polynomial
 
 
 def chunk_size(num_images: int, pixels_per_image: int, device: torch.device) -> int:
@@ -57,9 +59,8 @@ class IntensityPlan:
     bias_field: EffectSelection
     blur: EffectSelection
     rows: EffectSelection
-    """Weights of the frequencies from row to row (Gibbs ringing, thick pixels)."""
+    """Weights of the frequencies from row to row (Gibbs ringing, thick pixels); `columns`: from column to column."""
     columns: EffectSelection
-    """The same from column to column."""
     noise: EffectSelection
 
     @classmethod
@@ -71,44 +72,34 @@ class IntensityPlan:
         generator: torch.Generator,
         visible: Bool[Tensor, "P"] | None = None,
     ) -> IntensityPlan:
-        """Draw for `num_images` images of `size` pixels.
+        """Draw for `num_images` images of `size` pixels, with a generator on the CPU.
 
-        Args:
-            generator: on the CPU.
-            visible: the effects of other images are drawn but not applied; None for all.
+        The effects of images that are not `visible` are drawn but not applied.
         """
-        count = (num_images,)
+        count, one, where = (num_images,), torch.ones(()), EffectSelection.where
 
         def select(probability: float) -> Bool[Tensor, "P"]:
             selected = random_selection(num_images, probability, generator)
             return selected if visible is None else selected & visible
 
+        def between(low: float, high: float) -> Float[Tensor, "P"]:
+            return uniform(count, low, high, generator)
+
         # The order of the draws fixes the result of a seed.
-        gamma = EffectSelection.where(select(recipe.gamma_probability), log_uniform(count, recipe.gamma, generator))
+        gamma = where(select(recipe.gamma_probability), log_uniform(count, recipe.gamma, generator))
         varied = random_selection(num_images, recipe.contrast_probability, generator)
-        gain = uniform(count, 1 - recipe.brightness, 1 + recipe.brightness, generator).where(varied, torch.ones(()))
-        spread = uniform(count, 1 - recipe.contrast, 1 + recipe.contrast, generator).where(varied, torch.ones(()))
-        bias_field = EffectSelection.where(
-            select(recipe.bias_field_probability),
-            random_coefficients(num_images, generator),
-            uniform(count, 0, recipe.bias_field, generator),
-        )
-        blur = EffectSelection.where(
-            select(recipe.blur_probability), uniform(count, *recipe.blur_sigma_pixels, generator)
-        )
-        rows, columns = _draw_filters(
-            size, select(recipe.low_resolution_probability), select(recipe.gibbs_probability), recipe, generator
-        )
-        noise = EffectSelection.where(select(recipe.noise_probability), uniform(count, 0, recipe.noise_std, generator))
+        gain = between(1 - recipe.brightness, 1 + recipe.brightness).where(varied, one)
+        spread = between(1 - recipe.contrast, 1 + recipe.contrast).where(varied, one)
+        is_biased, coefficients = select(recipe.bias_field_probability), random_coefficients(num_images, generator)
+        bias_field = where(is_biased, coefficients, between(0, recipe.bias_field))
+        blur = where(select(recipe.blur_probability), between(*recipe.blur_sigma_pixels))
+        is_thick, rings = select(recipe.low_resolution_probability), select(recipe.gibbs_probability)
+        rows, columns = _draw_filters(size, is_thick, rings, recipe, generator)
+        noise = where(select(recipe.noise_probability), between(0, recipe.noise_std))
         return cls(recipe, gamma, gain, spread, bias_field, blur, rows, columns, noise)
 
     def apply(self, images: Float[Tensor, "P S H W"], noise_generator: torch.Generator, first: int = 0) -> None:
-        """Vary `images` in place.
-
-        Args:
-            images: those of this plan from `first` on; grey values 0–1, background 0.
-            noise_generator: on the images' device, or on the CPU.
-        """
+        """Vary `images`, those of this plan from `first` on, in place; grey values 0–1, background 0."""
         count, device = len(images), images.device
 
         def change(selection: EffectSelection, effect: Callable[..., Tensor]) -> None:
@@ -177,10 +168,8 @@ def vary_intensity(
 ) -> Float[Tensor, "n C *S H W"]:
     """Vary each contrast of each image independently, all slices of a volume alike. `images` is overwritten.
 
-    Args:
-        images: contiguous, grey values 0–1, background 0.
-        generator: on the CPU; draws all small random numbers.
-        noise_generator: on the device of the images, or on the CPU.
+    Images are contiguous, with grey values 0–1 and background 0. `generator` (on the CPU) draws all small random
+    numbers, `noise_generator` (on the CPU or the device of the images) the noise.
     """
     height, width = images.shape[-2:]
     flat = images.view(images.shape[0] * images.shape[1], -1, height, width).clamp_(0, 1)
@@ -192,7 +181,7 @@ def vary_intensity(
 
 
 def random_coefficients(count: int, generator: torch.Generator) -> Float[Tensor, "count T T"]:
-    """Coefficients of the powers of row and column, up to a total of `ORDER`; the constant is 0."""
+    """Coefficients of the powers of row and column, up to a total of `ORDER`; that of the constant is 0."""
     power = torch.arange(ORDER + 1)
     total = power[:, None] + power
     return torch.randn((count, ORDER + 1, ORDER + 1), generator=generator) * ((total > 0) & (total <= ORDER))
@@ -229,12 +218,10 @@ def add_noise(
     generator: torch.Generator,
 ) -> Float[Tensor, "K S H W"]:
     """Add noise everywhere, also in the background; `images` is overwritten."""
-    noisy = images.add_(_noise(images, std, generator))
-    if kind == "rician":
-        noisy.square_().add_(_noise(images, std, generator).square_()).sqrt_()
-    return noisy
 
+    def draw() -> Tensor:
+        noise = torch.randn(images.shape, generator=generator, device=generator.device)
+        return noise.to(images.device).mul_(std[:, None, None, None])
 
-def _noise(like: Tensor, std: Float[Tensor, "K"], generator: torch.Generator) -> Tensor:
-    noise = torch.randn(like.shape, generator=generator, device=generator.device)
-    return noise.to(like.device).mul_(std[:, None, None, None])
+    noisy = images.add_(draw())
+    return noisy.square_().add_(draw().square_()).sqrt_() if kind == "rician" else noisy

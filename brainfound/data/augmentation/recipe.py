@@ -20,8 +20,8 @@ def _require_increasing(recipe: Recipe, *names: str) -> None:
 class IntensityRecipe(Recipe):
     """Random intensities, varied independently for each contrast of a view.
 
-    A probability is the share of a batch's images that an effect is drawn for, which keeps the cost of a step constant.
-    The artefacts of a scanner (bias field, Gibbs ringing, thick pixels) are off by default.
+    A probability is the share of a batch's images that an effect is drawn for. The artefacts of a scanner (bias field,
+    Gibbs ringing, thick pixels) are off by default.
     """
 
     gamma_probability: float = Field(default=0.5, ge=0, le=1)
@@ -93,8 +93,7 @@ class ViewsRecipe(Recipe):
     contrast_dropout: float = Field(default=0.1, ge=0, lt=1)
     """Probability that a view drops a present contrast; one contrast always stays."""
     split_contrasts: float = Field(default=0.0, ge=0, le=1)
-    """Probability that the two global crops divide two or more present contrasts between them. The local crops of such
-    a slice have random subsets."""
+    """Probability that the global crops divide the present contrasts between them; local crops have random subsets."""
     slice_margin: float = Field(default=0.1, ge=0, lt=0.5)
     """Share of a session's slices left out at each end, where there is little brain."""
     intensity: IntensityRecipe = IntensityRecipe()
@@ -107,10 +106,7 @@ class ViewsRecipe(Recipe):
     def require_smaller_local_crops(self) -> None:
         """Raise a RecipeError if there are local crops and they are larger than the global ones."""
         if self.num_local and self.local_size > self.global_size:
-            raise RecipeError(
-                "local crops are larger than global ones",
-                where="views.local_size",
-                got=self.local_size,
-                expected=f"at most views.global_size={self.global_size}",
-                remedy="Set views.local_size to about half of views.global_size",
-            )
+            text, where, got = "local crops are larger than global ones", "views.local_size", self.local_size
+            remedy = "Set views.local_size to about half of views.global_size"
+            expected = f"at most views.global_size={self.global_size}"
+            raise RecipeError(text, where=where, got=got, expected=expected, remedy=remedy)

@@ -18,22 +18,22 @@ from einops import rearrange
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
-from brainfound.data.augmentation.geometry import random_affine, sample_crops
 from brainfound.data.augmentation.intensity import IntensityPlan, chunk_size
 from brainfound.data.augmentation.recipe import ViewsRecipe
-from brainfound.data.augmentation.sampling import random_selection, to_device
+from brainfound.data.augmentation.transforms import random_affine, random_selection, sample_crops, to_device
 from brainfound.data.batches import to_unit_range
 from brainfound.errors import RecipeError
 
 
 @dataclass(frozen=True)
 class Views:
-    """A batch of views; rows are view-major: all images in crop 0, then all images in crop 1, …"""
+    """A batch of views; rows are view-major: all images in crop 0, then all images in crop 1, …
+
+    Grey values are in 0–1; the mask is True where the view contains the contrast, and the pixels of others are 0.
+    """
 
     pixels: Float[Tensor, "V·n C H W"]
-    """Grey values, 0–1; an absent or dropped contrast is 0."""
     contrast_mask: Bool[Tensor, "V·n C"]
-    """True where the view contains the contrast."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,7 @@ class CropViews:
 
 
 class MultiCrop:
-    """Two global and `num_local` local random views of each slice.
-
-    Args:
-        recipe: the settings.
-        patch_size: of the backbone; crop sides must be multiples of it.
-        num_global: 1 computes only the first of the two global views.
+    """Two global and `num_local` local random views of each slice; `num_global` 1 computes only the first global one.
 
     Raises:
         RecipeError: if a crop side is not a multiple of the patch size, or local crops are larger than global ones.
@@ -61,16 +56,10 @@ class MultiCrop:
         for key in ("global_size", "local_size"):
             side = getattr(recipe, key)
             if side % patch_size and (key == "global_size" or recipe.num_local):
-                nearest = max(1, round(side / patch_size)) * patch_size
-                raise RecipeError(
-                    "a crop's side must be a multiple of the backbone's patch size",
-                    where=f"views.{key}",
-                    got=side,
-                    expected=f"a multiple of {patch_size}",
-                    remedy=f"Set views.{key}={nearest}",
-                )
+                text, where = "a crop's side must be a multiple of the backbone's patch size", f"views.{key}"
+                remedy = f"Set {where}={max(1, round(side / patch_size)) * patch_size}"
+                raise RecipeError(text, where=where, got=side, expected=f"a multiple of {patch_size}", remedy=remedy)
         self.recipe = recipe
-        self.patch_size = patch_size
         self.num_global = num_global
 
     @torch.no_grad()
@@ -82,13 +71,13 @@ class MultiCrop:
         noise_generator: torch.Generator | None = None,
         neighbours: UInt8[Tensor, "n C H W"] | None = None,
     ) -> CropViews:
-        """Views of a batch.
+        """Views of a batch, on the device of `pixels`.
 
         Args:
-            pixels: slices, uint8 or float in 0–1, on the device of the views.
+            pixels: slices, uint8 or float in 0–1.
             present: True where a slice has the contrast; best on the CPU, since copying it there synchronises.
             generator: on the CPU; draws all small random numbers (the same on every device).
-            noise_generator: on the device of `pixels`; draws the pixels' noise. By default `generator`.
+            noise_generator: on the device of `pixels`; None for `generator`.
             neighbours: other slices of the same sessions, for the second global crops; None for the same slices.
         """
         recipe = self.recipe
@@ -97,34 +86,28 @@ class MultiCrop:
             present.cpu(), recipe.num_local, recipe.contrast_dropout, recipe.split_contrasts, generator
         )
         global_mask = global_mask[:, : self.num_global]
-        if neighbours is None or self.num_global == 1:
-            global_sources: list[tuple[Tensor, int]] = [(pixels, self.num_global)]
-        else:
-            global_sources = [(pixels, 1), (neighbours, 1)]
+        sources = [pixels] if neighbours is None or self.num_global == 1 else [pixels, neighbours]
         generators = (generator, noise_generator)
         # Matrix products in a bf16 training step would lose precision.
         with torch.autocast(pixels.device.type, enabled=False):
-            global_views = self._views(
-                global_sources, global_mask, recipe.global_size, recipe.global_scale, *generators
-            )
+            global_views = self._views(sources, global_mask, recipe.global_size, recipe.global_scale, *generators)
             if recipe.num_local == 0:
                 return CropViews(global_views, None)
-            local_sources = [(pixels, recipe.num_local)]
-            local_views = self._views(local_sources, local_mask, recipe.local_size, recipe.local_scale, *generators)
+            local_views = self._views([pixels], local_mask, recipe.local_size, recipe.local_scale, *generators)
         return CropViews(global_views, local_views)
 
     def _views(
         self,
-        sources: Sequence[tuple[Tensor, int]],
+        sources: Sequence[Tensor],
         visible: Bool[Tensor, "n V C"],
         side: int,
         scale: tuple[float, float],
         generator: torch.Generator,
         noise_generator: torch.Generator,
     ) -> Views:
-        """Views of `sources`, which are (pixels, number of views); a few slices at a time on a CPU."""
+        """As many views of each of `sources`, all of one shape; a few slices at a time on a CPU."""
         num_slices, num_views, num_contrasts = visible.shape
-        device, (height, width) = sources[0][0].device, sources[0][0].shape[2:]
+        device, (height, width) = sources[0].device, sources[0].shape[2:]
         count = num_slices * num_views
         matrices = random_affine(count, (height, width), scale, self.recipe, generator)
         matrices = to_device(matrices.unflatten(0, (num_slices, num_views)), device)
@@ -136,10 +119,8 @@ class MultiCrop:
         step = chunk_size(num_slices, num_views * num_contrasts * side**2, device)
         for first in range(0, num_slices, step):
             rows = slice(first, first + step)
-            parts, view = [], 0
-            for pixels, views in sources:
-                parts.append(sample_crops(to_unit_range(pixels[rows]), matrices[rows, view : view + views], side))
-                view += views
+            sampled = zip(sources, matrices[rows].chunk(len(sources), dim=1), strict=True)
+            parts = [sample_crops(to_unit_range(pixels[rows]), part, side) for pixels, part in sampled]
             crops = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
             # `crops.view` is no copy: the plan changes the crops in place.
             plan.apply(crops.view(-1, 1, side, side), noise_generator, first * num_contrasts * num_views)
@@ -161,10 +142,9 @@ def drop_contrasts(present: Bool[Tensor, "n C"], probability: float, generator: 
 
 
 def random_subsets(present: Bool[Tensor, "n C"], num_dropped: int, generator: torch.Generator) -> Bool[Tensor, "n C"]:
-    """A random non-empty subset of the present contrasts of each row, without at least `num_dropped` of them.
+    """A random non-empty subset of each row's present contrasts that leaves out at least `num_dropped` of them.
 
-    The size is drawn first, so that small and large subsets are equally frequent. Every row must have more than
-    `num_dropped` contrasts.
+    The size is drawn first, so that small and large subsets are equally frequent.
     """
     order = torch.rand(present.shape, generator=generator).masked_fill(~present, 2.0)
     rank = order.argsort(dim=1).argsort(dim=1)  # present contrasts have the ranks from 0 on, in random order
@@ -174,25 +154,15 @@ def random_subsets(present: Bool[Tensor, "n C"], num_dropped: int, generator: to
 
 
 def contrast_masks(
-    present: Bool[Tensor, "n C"],
-    num_local: int,
-    dropout: float,
-    split: float,
-    generator: torch.Generator,
+    present: Bool[Tensor, "n C"], num_local: int, dropout: float, split: float, generator: torch.Generator
 ) -> tuple[Bool[Tensor, "n 2 C"], Bool[Tensor, "n V C"]]:
-    """The contrasts of the two global and the V local crops of each image; at least one each.
+    """The contrasts of the two global and the `num_local` local crops of each image, on the CPU; at least one each.
 
-    Args:
-        present: on the CPU.
-        num_local: local crops per image, V.
-        dropout: probability that a view drops a contrast.
-        split: share of the images with two or more contrasts that are divided between the global crops: before
-            dropout, every contrast is in exactly one of the two, and both have some. The local crops of such an image
-            have random subsets.
+    A share `split` of the images with two or more contrasts is divided between the global crops: before dropout, every
+    contrast is in exactly one of the two, and both have some. The local crops of such an image have random subsets.
     """
-    num_images = len(present)
     can_split = present.sum(dim=1) >= 2
-    is_split = torch.zeros(num_images, dtype=torch.bool)
+    is_split = torch.zeros(len(present), dtype=torch.bool)
     is_split[can_split] = random_selection(int(can_split.sum()), split, generator)
     global_mask = present[:, None].repeat(1, 2, 1)
     local_mask = present[:, None].repeat(1, num_local, 1)
@@ -201,6 +171,5 @@ def contrast_masks(
         global_mask[is_split] = torch.stack([first, present[is_split] & ~first], dim=1)
         split_local = local_mask[is_split].flatten(0, 1)
         local_mask[is_split] = random_subsets(split_local, 0, generator).unflatten(0, (-1, num_local))
-    global_mask = drop_contrasts(global_mask.flatten(0, 1), dropout, generator).unflatten(0, (num_images, 2))
-    local_mask = drop_contrasts(local_mask.flatten(0, 1), dropout, generator).unflatten(0, (num_images, num_local))
-    return global_mask, local_mask
+    global_mask = drop_contrasts(global_mask.flatten(0, 1), dropout, generator).view_as(global_mask)
+    return global_mask, drop_contrasts(local_mask.flatten(0, 1), dropout, generator).view_as(local_mask)

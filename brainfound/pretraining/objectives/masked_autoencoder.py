@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from brainfound.data.augmentation import MultiCrop, Views, ViewsRecipe
-from brainfound.data.augmentation.sampling import to_device
+from brainfound.data.augmentation.transforms import to_device
 from brainfound.errors import RecipeError
 from brainfound.models.encoder import SliceEncoder
 from brainfound.pretraining.objectives.base import (

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from brainfound.data.augmentation.sampling import to_device
+from brainfound.data.augmentation.transforms import to_device
 
 MIN_BLOCK_PATCHES = 4  # patches; BEiT uses 16 on a grid of 14 × 14, DINOv2 uses 4
 MIN_ASPECT = 0.3

@@ -24,7 +24,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from brainfound.data.augmentation import MultiCrop, Views, ViewsRecipe
-from brainfound.data.augmentation.sampling import to_device
+from brainfound.data.augmentation.transforms import to_device
 from brainfound.errors import RecipeError
 from brainfound.models.encoder import SliceEncoder
 from brainfound.pretraining.monitoring.collapse_metrics import feature_health_metrics

@@ -10,7 +10,7 @@ import torch
 
 from brainfound.data.augmentation import IntensityPlan, IntensityRecipe, vary_intensity
 from brainfound.data.augmentation.intensity import add_noise, bias_fields, random_coefficients
-from brainfound.data.augmentation.sampling import random_selection
+from brainfound.data.augmentation.transforms import random_selection
 
 OFF = {f"{effect}_probability": 0.0 for effect in ("gamma", "contrast", "blur", "noise")}
 
