@@ -151,7 +151,7 @@ def _is_label_map(scan: Scan, different: np.ndarray, counts: np.ndarray) -> bool
     here, next_ = middle[:-1], middle[1:]
     inside = (here != most) & (next_ != most)
     same = np.count_nonzero(inside & (here == next_))
-    return bool(same > MIN_LABEL_NEIGHBOUR_SHARE * max(np.count_nonzero(inside), 1))
+    return bool(same > MIN_LABEL_NEIGHBOUR_SHARE * max(int(np.count_nonzero(inside)), 1))
 
 
 def skull_finding(quality: ScanQuality, contract: InputContract) -> Finding | None:
