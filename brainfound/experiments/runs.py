@@ -208,7 +208,7 @@ class _Experiment:
         is_main = process_state().is_main_process
         run_on_main_rank(self._prepare_folder, is_main)
         task = self._preflight()
-        tested = {frozenset(self.split.parts(fold)["test"]) for fold in self.split.folds}
+        groups = _group_folds(self.split)
         num_planned = len(self.split.folds) * len(self.seeds) * len(self.systems)
         spec = ExperimentSpec(
             self.kind, self.first_recipe, self.target, task, self.store, self.split, self.systems, self.seeds,
@@ -217,9 +217,8 @@ class _Experiment:
         rows: list[dict[str, Any]] = []
         for fold, seed, system in product(self.split.folds, self.seeds, self.systems):
             run = self._run(system, fold, seed, is_main)
-            # Folds with the same test part differ in what is trained on, so each is a group of its own.
-            group = fold if len(tested) == 1 else "all folds"
-            rows.append(make_score_row(run, self.folder, system, self.recipes[system.name], group, fold, seed))
+            recipe = self.recipes[system.name]
+            rows.append(make_score_row(run, self.folder, system, recipe, groups[fold], fold, seed))
             # After each run, so that the results of finished runs survive the failure of a later one.
             run_on_main_rank(partial(write_results, self.folder, pd.DataFrame(rows), spec), is_main)
         table = pd.DataFrame(rows)
@@ -299,3 +298,9 @@ def _require_folder_names(names: Iterable[str], what: str, where: str) -> None:
         if re.search(r"[^\w .+=@-]", name) or name.startswith(".") or name == EMBEDDINGS_FOLDER:
             remedy = "Rename it: letters, digits, spaces and _.+=@-"
             raise UsageError(f"the name of a {what} cannot be a folder name", where=where, got=name, remedy=remedy)
+
+
+def _group_folds(split: Split) -> dict[str, str]:
+    """Fold → the group whose spread it belongs to, see `brainfound.experiments.folder`."""
+    tested = {frozenset(split.parts(fold)["test"]) for fold in split.folds}
+    return {fold: fold if len(tested) == 1 else "all folds" for fold in split.folds}
