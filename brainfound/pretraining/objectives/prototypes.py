@@ -214,12 +214,8 @@ class _CrossEntropySum(torch.autograd.Function):
                 # The scores are gradients now.
                 if unit_gradient is not None:
                     unit_gradient[rows] = (scores @ columns).to(wide) / temperature
-                if prototype_gradient is None:
-                    continue
-                if prototype_gradient.dtype == dtype:
-                    prototype_gradient.addmm_(scores.T, scaled[rows])  # without a copy of the product
-                else:
-                    prototype_gradient += scores.T @ scaled[rows]
+                if prototype_gradient is not None:
+                    _add_product(prototype_gradient, scores.T, scaled[rows])
         found = ((unit_gradient, unit), (prototype_gradient, prototypes))
         ctx.save_for_backward(*(None if part is None else part.to(like.dtype) for part, like in found))
         return total
@@ -275,3 +271,11 @@ class _Workspace(NamedTuple):
 
 def _empty_scores(rows: int, prototypes: Tensor, dtype: torch.dtype) -> Tensor:
     return prototypes.new_empty((rows, len(prototypes)), dtype=dtype)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, without a copy of the product where types allow."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
