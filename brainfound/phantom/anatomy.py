@@ -1,14 +1,12 @@
 """A head built from shapes, and what age does to it: cortex, white matter, ventricles, nuclei, skull, scalp.
 
-Every structure is a depth field (`shapes`) in head coordinates (mm, RAS, origin near the anterior commissure). Fields
-are evaluated on a coarse grid after a smooth individual warp, interpolated to the requested grid by cubic splines, and
-composed front to back into tissue fractions. A cortical ribbon of even thickness follows every surface that touches
-cerebrospinal fluid.
+Structures are depth fields (`shapes`) in head coordinates (mm, RAS, origin near the anterior commissure), evaluated on
+a coarse grid after a smooth individual warp, interpolated by cubic splines, and composed front to back into tissue
+fractions. A cortical ribbon of even thickness follows every surface that touches cerebrospinal fluid.
 
 Ageing: ventricles enlarge at an accelerating rate (Scahill et al. 2003, Arch Neurol 60:989); the cortex thins from
 middle age on (Salat et al. 2004, Cereb Cortex 14:721); iron in pallidum and putamen shortens T2 (Hallgren and Sourander
-1958, J Neurochem 3:41). The rates are round numbers in the range of such studies; subjects vary around the mean, so an
-image only allows an estimate of age.
+1958, J Neurochem 3:41). The rates are round numbers in the range of such studies, with variation between subjects.
 
 Axes: X Y Z voxels, T tissues (`physics.TISSUES`).
 """
@@ -16,11 +14,12 @@ Axes: X Y Z voxels, T tissues (`physics.TISSUES`).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 from typing import Protocol
 
 import numpy as np
 
-from brainfound.phantom.grid import Grid, apply_matrices, bounding_box, resampling_matrices, smooth_noise
+from brainfound.phantom.grid import Grid, apply_to_planes, bounding_box, resampling_matrices, smooth_noise
 from brainfound.phantom.physics import TISSUE_INDEX, TISSUES
 from brainfound.phantom.shapes import (
     cerebrum_fields,
@@ -55,19 +54,17 @@ class Ageing:
     """Thickness of the periventricular white-matter hyperintensity."""
     num_deep_hyperintensities: int
     iron: float
-    """Iron in the basal ganglia relative to a 20-year-old (1 = as then)."""
+    """Iron in the basal ganglia relative to a 20-year-old."""
 
     @property
     def has_hyperintensities(self) -> bool:
-        """Whether the hyperintensities of age are large enough to see."""
         return self.hyperintensity_mm >= 0.3
 
 
 def draw_ageing(rng: np.random.Generator, age_years: float) -> Ageing:
     """Draws the ageing of one subject.
 
-    Ventricles grow by about 1 % a year to 60 and 3.5 % a year after; the cortex thins by 0.35 % a year from 2.75 mm at
-    20; sulci open and hyperintensities appear, mostly after 50.
+    Ventricles grow by about 1 % a year to 60 and 3.5 % after; the cortex thins by 0.35 % a year from 2.75 mm at 20.
     """
     adult = age_years - 20.0
     late = max(age_years - 60.0, 0.0)
@@ -141,12 +138,7 @@ def rotation_matrix(angles_rad: np.ndarray) -> np.ndarray:
 class ParametricHead:
     """One person's head from shapes, on `grid`.
 
-    Args:
-        seed: defines the person, who is the same on every grid.
-        grid: of the tissue fractions.
-        ageing: the age-dependent quantities.
-        size: linear size relative to the template.
-        mass_effect: displacement by a lesion, if any.
+    `seed` defines the person, who is the same on every grid; `size` is linear, relative to the template.
     """
 
     def __init__(
@@ -159,12 +151,12 @@ class ParametricHead:
         points = subject_coordinates(rng, coarse, size, mass_effect)
         ventricle_scale = (ageing.ventricle_volume_ml / (_REFERENCE_VENTRICLES_ML * size**3)) ** (1 / 1.6)
         folded = points + 1.3 * smooth_noise(rng, coarse, 20.0, 3)  # no fissure is straight
-        noise = _Noise.draw(rng, coarse)
+        noise = _draw_noise(rng, coarse)
         # A few planes at a time keep the intermediate results in the processor's cache.
         self._names: list[str] = []
         for start in range(0, coarse.shape[0], _COARSE_ROWS):
             rows = slice(start, start + _COARSE_ROWS)
-            fields = _depth_fields(points[:, rows], folded[:, rows], noise.planes(rows), ventricle_scale)
+            fields = _depth_fields(points[:, rows], folded[:, rows], noise[:, rows], ventricle_scale)
             if not self._names:
                 self._names = [*fields, "sulcus"]
                 self._stack = np.empty((len(self._names), *coarse.shape), np.float32)
@@ -175,34 +167,22 @@ class ParametricHead:
         brain -= ageing.brain_shrinkage_mm
         self._matrices = resampling_matrices(coarse, grid)
 
-    def _fields(self, rows: slice) -> dict[str, np.ndarray]:
-        first, *others = self._matrices
-        stack = self._stack[:, rows] if first is None else self._stack
-        matrices = [None if first is None else first[rows], *others]
-        return dict(zip(self._names, apply_matrices(stack, matrices), strict=True))
-
     def fractions(self, rows: slice) -> np.ndarray:
-        """(T, rows, Y, Z) float32 tissue fractions of some planes along the first axis."""
-        depth = self._fields(rows)
+        depth = dict(zip(self._names, apply_to_planes(self._stack, self._matrices, rows), strict=True))
         layers = _Layers(depth["brain"].shape, float(np.mean(self.grid.spacing_mm)))
-        ageing = self.ageing
         layers.add("vessel", depth["sinus"])
         layers.add("choroid_plexus", smooth_intersection(depth["choroid"], depth["ventricle"]))
-        layers.add("ventricle", depth["ventricle"])
-        layers.add("pallidum", depth["pallidum"])
-        layers.add("deep_grey", depth["deep_grey"])
-        layers.add("brain_stem", depth["brain_stem"])
-        fluid = _distance_to_fluid(depth, ageing)
+        for tissue in ("ventricle", "pallidum", "deep_grey", "brain_stem"):
+            layers.add(tissue, depth[tissue])
+        fluid = _distance_to_fluid(depth, self.ageing)
         # The commissure spans the fissure's floor without a cortical ribbon.
-        layers.add("white_matter", smooth_union(fluid - ageing.cortical_thickness_mm, depth["callosum"]))
+        layers.add("white_matter", smooth_union(fluid - self.ageing.cortical_thickness_mm, depth["callosum"]))
         layers.add("cortex", fluid)
-        folia = depth["folia"]
-        cerebellum = depth["cerebellum"]
+        folia, cerebellum = depth["folia"], depth["cerebellum"]
         layers.add("cerebellar_white", cerebellum - 5.5 + 4.2 * folia, ceiling=inside_fraction(cerebellum, 1.0))
         crevice = smoothstep(-folia, 0.75, 1.0) * smoothstep(-cerebellum, -9.0, -2.0)
         layers.add("cerebellar_cortex", cerebellum, ceiling=1 - 0.55 * crevice)
-        skull = depth["intracranial"]
-        thickness = depth["skull_thickness"]
+        skull, thickness = depth["intracranial"], depth["skull_thickness"]
         layers.add("csf", skull)
         marrow = smooth_intersection(-skull - 1.8, skull + thickness - 1.8)
         layers.add("marrow", marrow, ceiling=0.85)
@@ -213,7 +193,8 @@ class ParametricHead:
         layers.add("soft_tissue", smooth_intersection(scalp, 1.6 - scalp))
         layers.add("fat", smooth_intersection(scalp, smooth_union(depth["face_fat"], 5.2 - scalp)))
         layers.add("soft_tissue", scalp)
-        return layers.finish()
+        layers.fractions[TISSUE_INDEX["air"]] += layers.left
+        return layers.fractions
 
 
 class _Layers:
@@ -229,14 +210,9 @@ class _Layers:
             return
         taken = inside_fraction(depth_mm, self.voxel_mm)
         taken *= self.left
-        if not isinstance(ceiling, float) or ceiling != 1.0:
-            taken *= ceiling
+        taken *= ceiling
         self.fractions[TISSUE_INDEX[tissue]] += taken
         self.left -= taken
-
-    def finish(self) -> np.ndarray:
-        self.fractions[TISSUE_INDEX["air"]] += self.left
-        return self.fractions
 
 
 def _distance_to_fluid(depth: dict[str, np.ndarray], ageing: Ageing) -> np.ndarray:
@@ -250,39 +226,27 @@ def _distance_to_fluid(depth: dict[str, np.ndarray], ageing: Ageing) -> np.ndarr
     return smooth_intersection(smooth_intersection(surface, wall, 1.0), sylvian, 1.0)
 
 
-@dataclass(frozen=True)
-class _Noise:
-    """The smooth random fields of one head."""
-
-    skull: np.ndarray
-    scalp: np.ndarray
-    face: np.ndarray
-    sulcal_depth: np.ndarray
-
-    @classmethod
-    def draw(cls, rng: np.random.Generator, grid: Grid) -> _Noise:
-        skull, scalp, face = smooth_noise(rng, grid, 40.0, 3)
-        face = face + 0.8 * smooth_noise(rng, grid, 9.0)[0]
-        return cls(skull, scalp, face, smooth_noise(rng, grid, 22.0)[0])
-
-    def planes(self, rows: slice) -> _Noise:
-        return _Noise(self.skull[rows], self.scalp[rows], self.face[rows], self.sulcal_depth[rows])
+def _draw_noise(rng: np.random.Generator, grid: Grid) -> np.ndarray:
+    """(4, X, Y, Z) smooth random fields of one head: skull, scalp, face, depth of the sulci."""
+    skull, scalp, face = smooth_noise(rng, grid, 40.0, 3)
+    face = face + 0.8 * smooth_noise(rng, grid, 9.0)[0]
+    return np.stack([skull, scalp, face, smooth_noise(rng, grid, 22.0)[0]])
 
 
 def _depth_fields(
-    points: np.ndarray, folded: np.ndarray, noise: _Noise, ventricle_scale: float
+    points: np.ndarray, folded: np.ndarray, noise: np.ndarray, ventricle_scale: float
 ) -> dict[str, np.ndarray]:
     """Every depth field but the sulcal sheets, at the given template coordinates."""
     mirrored = np.stack([np.abs(points[0]), points[1], points[2]])  # left and right differ by their warp
-    fields = cerebrum_fields(folded, noise.sulcal_depth)
+    skull_noise, scalp_noise, face_noise, sulcal_noise = noise
+    fields = cerebrum_fields(folded, sulcal_noise)
     fields |= _deep_fields(mirrored, ventricle_scale)
     # Hindbrain and face end below this plane.
     low = (slice(None), slice(None), slice(0, int(np.sum(points[2].min(axis=(0, 1)) < _TOP_OF_FACE_MM))))
-    below = _hindbrain_fields(mirrored[(slice(None), *low)]) | _face_fields(
-        mirrored[(slice(None), *low)], noise.face[low]
-    )
-    fields |= {name: _embed(depth, low, points.shape[1:]) for name, depth in below.items()}
-    return fields | _head_fields(mirrored, fields, noise)
+    below = mirrored[(slice(None), *low)]
+    for name, depth in (_hindbrain_fields(below) | _face_fields(below, face_noise[low])).items():
+        fields[name] = _embed(depth, low, points.shape[1:])
+    return fields | _head_fields(mirrored, fields, skull_noise, scalp_noise, face_noise)
 
 
 def _deep_fields(points: np.ndarray, ventricle_scale: float) -> dict[str, np.ndarray]:
@@ -295,90 +259,77 @@ def _deep_fields(points: np.ndarray, ventricle_scale: float) -> dict[str, np.nda
     p = points[(slice(None), *box)]
     s = ventricle_scale
     # Frontal horn, body, atrium; occipital and temporal horns leave the atrium.
-    main = tube(
-        p,
-        [(9.5, 30, 4), (9.0, 18, 12 + s), (9.5, 0, 17.5 + 1.5 * s), (13, -20, 18.5 + 2 * s), (22, -38, 13)],
-        [3.4 * s, 4.4 * s, 3.6 * s, 4.2 * s, 6.4 * s],
-    )
+    main_path = [(9.5, 30, 4), (9.0, 18, 12 + s), (9.5, 0, 17.5 + 1.5 * s), (13, -20, 18.5 + 2 * s), (22, -38, 13)]
+    main = tube(p, main_path, [3.4 * s, 4.4 * s, 3.6 * s, 4.2 * s, 6.4 * s])
     occipital = tube(p, [(22, -38, 13), (24, -56, 8), (22, -72, 6)], [5.8 * s, 3.4 * s, 1.0 * s])
-    temporal = tube(
-        p, [(23, -37, 10), (32, -30, -3), (34, -16, -14), (29, -5, -19)], [4.6 * s, 2.0 * s, 2.1 * s, 1.4 * s]
-    )
+    temporal_path = [(23, -37, 10), (32, -30, -3), (34, -16, -14), (29, -5, -19)]
+    temporal = tube(p, temporal_path, [4.6 * s, 2.0 * s, 2.1 * s, 1.4 * s])
     lateral = smooth_union(main, smooth_union(occipital, temporal, 2.0), 2.0)
     # The septum keeps the two bodies apart.
     lateral = smooth_intersection(lateral, p[0] - 1.0)
     third = ellipsoid(p, (0, -13, 1), (1.9 * s, 14, 11))
-    choroid = tube(p, [(12, -16, 17), (20, -34, 13), (25, -36, 4)], [1.4, 2.6, 1.4])
-    caudate = smooth_union(
-        ellipsoid(p, (12.5 + 3.5 * (s - 1), 13, 6), (5.2, 10.5, 9)),
-        tube(p, [(15 + 3 * (s - 1), 6, 14), (18 + 3 * (s - 1), -12, 21), (24, -28, 18)], [4.0, 2.8, 1.6]),
-        3.0,
-    )
+    aqueduct = tube(p, [(0, -28, 2), (0, -32, -12), (0, -42, -30)], [1.2, 1.0, 2.0])
+    fourth = ellipsoid(p, (0, -43, -33), (6.5, 5.5, 9))
+    caudate_head = ellipsoid(p, (12.5 + 3.5 * (s - 1), 13, 6), (5.2, 10.5, 9))
+    tail_path = [(15 + 3 * (s - 1), 6, 14), (18 + 3 * (s - 1), -12, 21), (24, -28, 18)]
+    caudate = smooth_union(caudate_head, tube(p, tail_path, [4.0, 2.8, 1.6]), 3.0)
     turned = p.copy()  # putamen and pallidum diverge backward
     turned[0] = p[0] + 0.18 * p[1]
     putamen = ellipsoid(turned, (26.5, 1, 1), (5.2, 16.5, 10.5), boxy=True)
     accumbens = ellipsoid(p, (10, 11, -5), (5, 5, 4))
-    pallidum = ellipsoid(turned, (18.8, -3, -1), (4.4, 9.5, 6.5))
     thalamus_points = p.copy()
     thalamus_points[0] = p[0] + 0.28 * (p[1] + 18)
     thalamus = smooth_intersection(ellipsoid(thalamus_points, (10.5, -18, 7), (9.0, 14, 9)), p[0] - 1.2)
     hippocampus = tube(p, [(22, -8, -19), (27, -16, -17), (30, -28, -10), (26, -37, -2)], [6.0, 5.0, 4.0, 2.6])
-    deep_grey = caudate
-    for nucleus in (putamen, accumbens, thalamus, hippocampus):
-        deep_grey = np.maximum(deep_grey, nucleus)
-    # The inferior horn runs beside the hippocampus, not through it.
-    ventricle = smooth_union(lateral, third, 1.0)
-    ventricle = smooth_union(ventricle, tube(p, [(0, -28, 2), (0, -32, -12), (0, -42, -30)], [1.2, 1.0, 2.0]))
-    ventricle = smooth_union(ventricle, ellipsoid(p, (0, -43, -33), (6.5, 5.5, 9)), 2.0)
-    named = {"ventricle": ventricle, "choroid": choroid, "deep_grey": deep_grey, "pallidum": pallidum}
+    named = {
+        "ventricle": smooth_union(smooth_union(smooth_union(lateral, third, 1.0), aqueduct), fourth, 2.0),
+        "choroid": tube(p, [(12, -16, 17), (20, -34, 13), (25, -36, 4)], [1.4, 2.6, 1.4]),
+        "deep_grey": reduce(np.maximum, (caudate, putamen, accumbens, thalamus, hippocampus)),
+        "pallidum": ellipsoid(turned, (18.8, -3, -1), (4.4, 9.5, 6.5)),
+    }
     return {name: _embed(depth, box, points.shape[1:]) for name, depth in named.items()}
 
 
-def _hindbrain_fields(points: np.ndarray) -> dict[str, np.ndarray]:
+def _hindbrain_fields(p: np.ndarray) -> dict[str, np.ndarray]:
     """Brain stem and cerebellum; folia are waves around the fourth ventricle."""
-    p = points
-    stem = tube(
-        p, [(0, -20, -6), (0, -25, -18), (0, -24, -31), (0, -36, -52), (0, -44, -76), (0, -48, -120)],
-        [13.0, 13.0, 14.5, 8.5, 6.5, 6.0],
-    )  # fmt: skip
+    stem_path = [(0, -20, -6), (0, -25, -18), (0, -24, -31), (0, -36, -52), (0, -44, -76), (0, -48, -120)]
+    stem = tube(p, stem_path, [13.0, 13.0, 14.5, 8.5, 6.5, 6.0])
     peduncle = tube(p, [(0, -26, -30), (18, -44, -34)], [9.0, 7.0])
-    stem = smooth_union(stem, peduncle, 4.0)
     hemisphere = ellipsoid(p, (23, -65, -32), (29, 28, 25), boxy=True)
     vermis = ellipsoid(p, (0, -66, -25), (14, 24, 24))
-    cerebellum = smooth_union(hemisphere, vermis, 6.0)
     angle = np.arctan2(p[2] + 33, -(p[1] + 44))
     radius = np.hypot(p[2] + 33, p[1] + 44)
-    folia = np.cos(angle * 19 + 0.06 * radius + 0.05 * p[0]).astype(np.float32)
-    return {"brain_stem": stem, "cerebellum": cerebellum, "folia": folia}
+    return {
+        "brain_stem": smooth_union(stem, peduncle, 4.0),
+        "cerebellum": smooth_union(hemisphere, vermis, 6.0),
+        "folia": np.cos(angle * 19 + 0.06 * radius + 0.05 * p[0]).astype(np.float32),
+    }
 
 
-def _head_fields(points: np.ndarray, fields: dict[str, np.ndarray], noise: _Noise) -> dict[str, np.ndarray]:
-    """Intracranial space, skull, venous sinus, scalp, face and neck; trims the brain to fit."""
-    p = points
+def _head_fields(
+    p: np.ndarray, fields: dict[str, np.ndarray], skull: np.ndarray, scalp: np.ndarray, face: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Intracranial space, skull, venous sinus, scalp, face and neck from their noise; trims the brain to fit."""
     cerebrum = fields["brain"]
     # The tentorium is a film of fluid between cerebrum and cerebellum.
     fields["cerebellum"] = smooth_intersection(fields["cerebellum"], -cerebrum - 1.6)
     intracranial = smooth_union(smooth_union(cerebrum, fields["cerebellum"], 12.0), fields["brain_stem"], 6.0) + 2.3
     # The cranial cavity is convex: its base spans what lies between the lobes.
     cavity = ellipsoid(p, (0, -17, 6), (62, 80, 56), boxy=True)
-    intracranial = smooth_union(
-        intracranial, smooth_intersection(cavity, points[2] + 24 - 9 * smoothstep(points[1], 5, 30), 6.0), 4.0
-    )
-    skull_thickness = 6.3 + 0.9 * noise.skull
-    outer = intracranial + skull_thickness
-    scalp = outer + 6.0 + 0.8 * noise.scalp
+    base = p[2] + 24 - 9 * smoothstep(p[1], 5, 30)
+    intracranial = smooth_union(intracranial, smooth_intersection(cavity, base, 6.0), 4.0)
+    skull_thickness = 6.3 + 0.9 * skull
     sinus_floor = np.where(p[1] < -60, 16.0, -14.0)
-    sinus = smooth_intersection(4.2 - np.hypot(p[0] * 0.9, intracranial - 1.0), points[2] + sinus_floor, 2.0)
-    sinus = smooth_intersection(sinus, 25.0 - points[1] + 0.9 * points[2])
-    fields["brain_stem"] = smooth_intersection(fields["brain_stem"], intracranial + 40 * smoothstep(-points[2], 40, 60))
+    sinus = smooth_intersection(4.2 - np.hypot(p[0] * 0.9, intracranial - 1.0), p[2] + sinus_floor, 2.0)
+    fields["brain_stem"] = smooth_intersection(fields["brain_stem"], intracranial + 40 * smoothstep(-p[2], 40, 60))
     return {
         "intracranial": intracranial,
         "skull_thickness": skull_thickness,
-        "head": smooth_union(scalp, fields.pop("face"), 16.0),
+        "head": smooth_union(intracranial + skull_thickness + 6.0 + 0.8 * scalp, fields.pop("face"), 16.0),
         "airway": smooth_intersection(fields["airway"], -intracranial - 3.0),
         "eye": smooth_intersection(fields["eye"], -intracranial - 1.0),
-        "face_fat": smooth_union(fields.pop("orbit"), 3.0 * noise.face - 1.5),
-        "sinus": sinus,
+        "face_fat": smooth_union(fields.pop("orbit"), 3.0 * face - 1.5),
+        "sinus": smooth_intersection(sinus, 25.0 - p[1] + 0.9 * p[2]),
     }
 
 
@@ -387,14 +338,12 @@ def _face_fields(points: np.ndarray, noise: np.ndarray) -> dict[str, np.ndarray]
     face = ellipsoid(points, (0, 28, -64), (60, 62, 66), boxy=True)
     nose = ellipsoid(points, (0, 88, -56), (11, 16, 17))
     neck = ellipsoid(points, (0, -34, -110), (58, 62, 90), boxy=True)
-    airway = smooth_union(
-        smooth_intersection(ellipsoid(points, (0, 55, -55), (15, 30, 22)), 3.0 * noise + 1.5),
-        smooth_union(tube(points, [(0, 18, -62), (0, 2, -80), (0, -4, -110)], [7.0, 7.0, 8.0]),
-               ellipsoid(points, (30, 48, -64), (12, 15, 15)), 1.0),
-    )  # fmt: skip
+    cavity = smooth_intersection(ellipsoid(points, (0, 55, -55), (15, 30, 22)), 3.0 * noise + 1.5)
+    throat = tube(points, [(0, 18, -62), (0, 2, -80), (0, -4, -110)], [7.0, 7.0, 8.0])
+    sinus = ellipsoid(points, (30, 48, -64), (12, 15, 15))
     return {
         "face": smooth_union(smooth_union(face, neck, 16.0), nose, 10.0),
-        "airway": airway,
+        "airway": smooth_union(cavity, smooth_union(throat, sinus, 1.0)),
         "eye": ellipsoid(points, (32, 62, -33), (12, 12, 12)),
         "orbit": ellipsoid(points, (29, 48, -33), (18, 28, 17)),
     }

@@ -24,13 +24,12 @@ from brainfound.phantom.subject import (
     SEGMENTATION,
     CohortSettings,
     Participant,
-    get_label_map_path,
+    draw_head,
     write_json,
     write_subject,
 )
 
 DEFAULT_DIAGNOSES: dict[str, float] = {"healthy": 0.4, "tumour": 0.2, "infarct": 0.2, "ms": 0.2}
-_BIDS_VERSION = "1.10.0"
 
 
 def write_phantom_cohort(
@@ -55,8 +54,7 @@ def write_phantom_cohort(
 
     Args:
         out: the new folder; may exist if it is empty.
-        num_subjects: number of subjects, one session each.
-        seed: of all random numbers.
+        num_subjects: each has one session.
         spacing_mm: the grid of the simulation, and the unit of the sites' voxels: in-plane widths are 0.9–2 times it,
             by site and contrast, and the 2-D protocols have slices of 2–5 mm (at least the in-plane width). None
             simulates at 1 mm and stores every scan on that grid; sites then have the same voxels.
@@ -64,13 +62,10 @@ def write_phantom_cohort(
         diagnoses: probabilities of healthy, tumour, infarct and ms; scaled to sum to 1.
         missing_probability: for each scan; every session keeps at least one.
         age_range_years: ages are uniform in this range.
-        num_sites: number of scanners; the first three are fixed, later ones vary them.
+        num_sites: the first three scanners are fixed, later ones vary them.
         label_maps: a folder of FreeSurfer-numbered label volumes to use instead of parametric heads.
         workers: number of processes.
         progress: called with (done, total) after each subject.
-
-    Returns:
-        `out`.
 
     Raises:
         UsageError: an argument is invalid, or `out` exists and is not empty.
@@ -85,9 +80,8 @@ def write_phantom_cohort(
         if count < 1:
             raise UsageError("must be at least 1", where=name, got=count, remedy=f"Set {name} to 1 or more")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(
-            "exists and is not an empty folder", where=out, remedy="Choose another folder or remove this one"
-        )
+        remedy = "Choose another folder or remove this one"
+        raise UsageError("exists and is not an empty folder", where=out, remedy=remedy)
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = out.parent / f".{out.name}.unfinished-{uuid4().hex[:8]}"
     unfinished.mkdir()
@@ -113,36 +107,33 @@ def _checked_settings(
     num_sites: int,
     label_maps: Path | None,
 ) -> CohortSettings:
-    def refuse(where: str, what: str, got: object, expected: str) -> None:
-        raise UsageError(what, where=where, got=got, expected=expected, remedy=f"Change {where}")
+    def require(is_valid: bool, where: str, what: str, got: object, expected: str) -> None:
+        if not is_valid:
+            raise UsageError(what, where=where, got=got, expected=expected, remedy=f"Change {where}")
 
-    if seed < 0:
-        refuse("seed", "must not be negative", seed, "0 or more")
-    if spacing_mm is not None and not 0.5 <= spacing_mm <= 8.0:
-        refuse("spacing_mm", "out of range", spacing_mm, "0.5 to 8 mm")
-    if not 0.0 <= missing_probability <= 1.0:
-        refuse("missing_probability", "not a probability", missing_probability, "0 to 1")
+    require(seed >= 0, "seed", "must not be negative", seed, "0 or more")
+    is_resolvable = spacing_mm is None or 0.5 <= spacing_mm <= 8.0
+    require(is_resolvable, "spacing_mm", "out of range", spacing_mm, "0.5 to 8 mm")
+    is_probability = 0.0 <= missing_probability <= 1.0
+    require(is_probability, "missing_probability", "not a probability", missing_probability, "0 to 1")
     youngest, oldest = age_range_years
-    if not 18.0 <= youngest <= oldest <= 110.0:
-        refuse("age_range_years", "not a range of adult ages", f"{youngest}–{oldest}", "18 ≤ youngest ≤ oldest ≤ 110")
-    if num_sites < 1:
-        refuse("num_sites", "must be at least 1", num_sites, "1 or more")
+    ages, are_adult = f"{youngest}–{oldest}", 18.0 <= youngest <= oldest <= 110.0
+    require(are_adult, "age_range_years", "not a range of adult ages", ages, "18 ≤ youngest ≤ oldest ≤ 110")
+    require(num_sites >= 1, "num_sites", "must be at least 1", num_sites, "1 or more")
     wanted = tuple(dict.fromkeys(parse_contrast(contrast) for contrast in contrasts))
+    simulated = ", ".join(SIMULATED_CONTRASTS)
     for contrast in wanted:
         if contrast not in SIMULATED_CONTRASTS:
-            raise UsageError(
-                f"the phantom has no {contrast}", where="contrasts", expected=", ".join(SIMULATED_CONTRASTS),
-                remedy=f"Leave {contrast} out",
-            )  # fmt: skip
-    if not wanted:
-        refuse("contrasts", "empty", "nothing", ", ".join(SIMULATED_CONTRASTS))
+            remedy = f"Leave {contrast} out"
+            raise UsageError(f"the phantom has no {contrast}", where="contrasts", expected=simulated, remedy=remedy)
+    require(bool(wanted), "contrasts", "empty", "nothing", simulated)
     shares = dict(DEFAULT_DIAGNOSES if diagnoses is None else diagnoses)
     for name in shares:
         if name not in DIAGNOSES:
             raise UsageError(f"unknown diagnosis {name!r}", where="diagnoses", remedy=did_you_mean(name, DIAGNOSES))
     total = sum(shares.values())
-    if total <= 0 or min(shares.values()) < 0:
-        refuse("diagnoses", "probabilities must be positive", shares, "at least one above 0, none below")
+    are_shares = total > 0 and min(shares.values()) >= 0
+    require(are_shares, "diagnoses", "probabilities must be positive", shares, "at least one above 0, none below")
     return CohortSettings(
         seed=int(seed),
         spacing_mm=None if spacing_mm is None else float(spacing_mm),
@@ -156,36 +147,33 @@ def _checked_settings(
 
 
 def _write_subjects(
-    folder: Path,
-    settings: CohortSettings,
-    num_subjects: int,
-    workers: int,
-    progress: Callable[[int, int], None] | None,
+    folder: Path, settings: CohortSettings, num_subjects: int, workers: int, progress: Callable[[int, int], None] | None
 ) -> list[Participant]:
     if settings.label_maps:
         read_label_map(settings.label_maps[0])  # a folder of unusable volumes fails at once
     persons: dict[int, Participant] = {}
     # A process caches a few label maps, so subjects of one map follow each other.
-    order = sorted(range(num_subjects), key=lambda index: (str(get_label_map_path(settings, index)), index))
+    order = sorted(range(num_subjects), key=lambda index: (str(draw_head(settings, index)[1]), index))
+
+    def add(index: int, person: Participant) -> None:
+        persons[index] = person
+        if progress is not None:
+            progress(len(persons), num_subjects)
+
     if workers == 1:
         for index in order:
-            persons[index] = _write_one(folder, settings, index)
-            if progress is not None:
-                progress(len(persons), num_subjects)
+            add(index, _write_one(folder, settings, index))
     else:
         # "spawn" behaves the same on every platform and does not copy locks of threads.
         with ProcessPoolExecutor(min(workers, num_subjects), mp_context=get_context("spawn")) as pool:
             futures = {pool.submit(_write_one, folder, settings, index): index for index in order}
             try:
                 for future in as_completed(futures):
-                    persons[futures[future]] = future.result()
-                    if progress is not None:
-                        progress(len(persons), num_subjects)
+                    add(futures[future], future.result())
             except BrokenProcessPool as error:
-                raise BrainFoundError(
-                    "a worker process died", where=folder.parent, got=f"{workers} workers",
-                    remedy="Use fewer workers or a larger spacing; each worker needs about 0.7 GB at 1 mm",
-                ) from error  # fmt: skip
+                got, place = f"{workers} workers", folder.parent
+                remedy = "Use fewer workers or a larger spacing; each worker needs about 0.7 GB at 1 mm"
+                raise BrainFoundError("a worker process died", where=place, got=got, remedy=remedy) from error
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
@@ -201,27 +189,22 @@ def _write_one(folder: Path, settings: CohortSettings, index: int) -> Participan
 def _write_tables(folder: Path, settings: CohortSettings, persons: list[Participant]) -> None:
     """participants.tsv and the descriptions that BIDS asks for."""
     pd.DataFrame([asdict(person) for person in persons]).to_csv(folder / "participants.tsv", sep="\t", index=False)
-    write_json(
-        folder / "participants.json",
-        {
-            "age": {"Description": "age at the scan", "Units": "years"},
-            "sex": {"Description": "sex", "Levels": {"F": "female", "M": "male"}},
-            "site": {"Description": "simulated site; each has its own scanner and protocols"},
-            "diagnosis": {"Description": "simulated diagnosis", "Levels": {name: name for name in DIAGNOSES}},
-        },
-    )
+    columns = {
+        "age": {"Description": "age at the scan", "Units": "years"},
+        "sex": {"Description": "sex", "Levels": {"F": "female", "M": "male"}},
+        "site": {"Description": "simulated site; each has its own scanner and protocols"},
+        "diagnosis": {"Description": "simulated diagnosis", "Levels": {name: name for name in DIAGNOSES}},
+    }
+    write_json(folder / "participants.json", columns)
     generated = [{"Name": "brainfound phantom", "Description": f"seed {settings.seed}"}]
-    write_json(
-        folder / "dataset_description.json",
-        {"Name": "BrainFound phantom cohort", "BIDSVersion": _BIDS_VERSION, "DatasetType": "raw",
-         "License": "CC0", "GeneratedBy": generated},
-    )  # fmt: skip
-    for name, title in (("masks", "Lesion masks"), ("tissue", "Tissue segmentation")):
-        write_json(
-            folder / "derivatives" / name / "dataset_description.json",
-            {"Name": f"{title} of a BrainFound phantom cohort", "BIDSVersion": _BIDS_VERSION,
-             "DatasetType": "derivative", "GeneratedBy": generated},
-        )  # fmt: skip
+
+    def describe(part: str, name: str, **kind: str) -> None:
+        content = {"Name": name, "BIDSVersion": "1.10.0", **kind, "GeneratedBy": generated}
+        write_json(folder / part / "dataset_description.json", content)
+
+    describe(".", "BrainFound phantom cohort", DatasetType="raw", License="CC0")
+    for part, title in (("masks", "Lesion masks"), ("tissue", "Tissue segmentation")):
+        describe(f"derivatives/{part}", f"{title} of a BrainFound phantom cohort", DatasetType="derivative")
     rows = [{"index": value, "name": name} for value, (name, _) in enumerate(SEGMENTATION)]
     pd.DataFrame(rows).to_csv(folder / "derivatives/tissue/dseg.tsv", sep="\t", index=False)
     (folder / ".bidsignore").write_text("*_ADC.nii.gz\n*_ADC.json\n")

@@ -1,7 +1,6 @@
 """Regular grids in millimetres, separable interpolation between them, and smooth random fields.
 
-Interpolation and averaging use one small matrix per axis. That is exact for axis-aligned grids and an order of
-magnitude faster than interpolation at scattered points.
+Interpolation and averaging use one small matrix per axis, which is exact for axis-aligned grids and fast.
 
 Axes: X Y Z voxels along right, anterior, superior.
 """
@@ -14,8 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.interpolate import BSpline, CubicSpline
 
-# The field of view in head coordinates (mm, RAS, origin near the anterior commissure): a whole head
-# down to the foramen magnum.
+# The field of view in head coordinates (mm, RAS, origin near the anterior commissure), down to the foramen magnum.
 HEAD_CENTER_MM = (0.0, -17.0, 8.0)
 HEAD_EXTENT_MM = (180.0, 216.0, 180.0)
 
@@ -91,13 +89,9 @@ def apply_matrices(volume: np.ndarray, matrices: Sequence[np.ndarray | None]) ->
     """Applies one matrix per spatial axis to (…, X, Y, Z); None leaves an axis unchanged."""
     lead = volume.shape[:-3]
     volume = volume.reshape(-1, *volume.shape[-3:])
+    used = [(axis, matrix) for axis, matrix in enumerate(matrices) if matrix is not None]
     # The axis that shrinks most goes first, so that the later products are small.
-    growth = [1.0 if matrix is None else matrix.shape[0] / matrix.shape[1] for matrix in matrices]
-    order = sorted(range(3), key=growth.__getitem__)
-    for axis in order:
-        matrix = matrices[axis]
-        if matrix is None:
-            continue
+    for axis, matrix in sorted(used, key=lambda item: item[1].shape[0] / item[1].shape[1]):
         fields, x, y, z = volume.shape
         if axis == 0:
             volume = np.matmul(matrix, volume.reshape(fields, x, y * z)).reshape(fields, len(matrix), y, z)
@@ -108,6 +102,14 @@ def apply_matrices(volume: np.ndarray, matrices: Sequence[np.ndarray | None]) ->
     return volume.reshape(*lead, *volume.shape[-3:])
 
 
+def apply_to_planes(volume: np.ndarray, matrices: Sequence[np.ndarray | None], rows: slice) -> np.ndarray:
+    """As `apply_matrices`, for some planes of the result along the first axis."""
+    first, *others = matrices
+    if first is None:
+        return apply_matrices(volume[:, rows], [None, *others])
+    return apply_matrices(volume, [first[rows], *others])
+
+
 def resampling_matrices(source: Grid, target: Grid, kind: str = "cubic") -> list[np.ndarray | None]:
     """One matrix per axis from `source` to `target`; None for equal axes. `kind` is "cubic" or "acquisition"."""
     matrices: list[np.ndarray | None] = []
@@ -115,10 +117,9 @@ def resampling_matrices(source: Grid, target: Grid, kind: str = "cubic") -> list
         from_mm, to_mm = source.axis_mm(axis), target.axis_mm(axis)
         if len(from_mm) == len(to_mm) and np.allclose(from_mm, to_mm, atol=1e-6):
             matrices.append(None)
-        elif kind == "cubic":
-            matrices.append(cubic_matrix(from_mm, to_mm))
         else:
-            matrices.append(acquisition_matrix(source, target, axis))
+            cubic = kind == "cubic"
+            matrices.append(cubic_matrix(from_mm, to_mm) if cubic else acquisition_matrix(source, target, axis))
     return matrices
 
 
@@ -132,11 +133,9 @@ def smooth_noise(rng: np.random.Generator, grid: Grid, scale_mm: float, count: i
     for axis in range(3):
         num_control = int(np.ceil(HEAD_EXTENT_MM[axis] * 1.3 / scale_mm)) + 3
         lattice_shape.append(num_control)
-        knots = np.arange(num_control + 4, dtype=np.float64)
-        middle = (num_control + 3) / 2
-        position = (grid.axis_mm(axis) - HEAD_CENTER_MM[axis]) / scale_mm + middle
+        position = (grid.axis_mm(axis) - HEAD_CENTER_MM[axis]) / scale_mm + (num_control + 3) / 2
         position = np.clip(position, 3, num_control - 1e-6)
-        basis = BSpline.design_matrix(position, knots, 3).toarray()
+        basis = BSpline.design_matrix(position, np.arange(num_control + 4.0), 3).toarray()
         basis /= np.linalg.norm(basis, axis=1, keepdims=True)
         matrices.append(basis.astype(np.float32))
     control = rng.standard_normal((count, *lattice_shape), dtype=np.float32)

@@ -1,8 +1,7 @@
 """Heads from real anatomy: label volumes with FreeSurfer's numbering.
 
 Each simulated head has its own smooth warp, and a displacement that opens or closes ventricles and sulci to the drawn
-age, independently of the age of the person in the map. Labels are sampled at eight points per voxel, so tissue borders
-have partial volume.
+age. Labels are sampled at eight points per voxel, so tissue borders have partial volume.
 
 Codes: FreeSurfer's colour table, and for the head outside the brain those of SimNIBS charm (502 artery, 506 eyes, 507
 other tissue, 508 muscle, 509 mucosa, 511 skin, 512 spinal cord, 514 vein, 515 compact bone, 516 spongy bone, 530 optic
@@ -24,7 +23,7 @@ from scipy import ndimage
 
 from brainfound.errors import CohortError
 from brainfound.phantom.anatomy import Ageing, MassEffect, subject_coordinates
-from brainfound.phantom.grid import Grid, apply_matrices, bounding_box, resampling_matrices
+from brainfound.phantom.grid import Grid, apply_to_planes, bounding_box, resampling_matrices
 from brainfound.phantom.physics import PARENCHYMA, TISSUE_INDEX, TISSUES
 
 TISSUE_LABELS: dict[str, tuple[int, ...]] = {
@@ -68,33 +67,22 @@ class LabelMap:
 
 
 def find_label_maps(folder: Path) -> list[Path]:
-    """The label volumes of a folder, sorted.
-
-    Raises:
-        CohortError: if the folder is missing or holds no volume.
-    """
+    """The label volumes of a folder, sorted; a CohortError if the folder is missing or holds none."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise CohortError(
-            "the label-map folder does not exist", where=folder,
-            remedy="Give a folder of FreeSurfer-numbered label volumes with --label-maps, or leave the option out",
-        )  # fmt: skip
+        remedy = "Give a folder of FreeSurfer-numbered label volumes with --label-maps, or leave the option out"
+        raise CohortError("the label-map folder does not exist", where=folder, remedy=remedy)
     paths = sorted(path for path in folder.iterdir() if path.name.endswith(_SUFFIXES))
     if not paths:
-        raise CohortError(
-            "no label volume found", where=folder, expected=f"files ending in {', '.join(_SUFFIXES)}",
-            remedy="Point --label-maps to the folder that holds the volumes themselves",
-        )  # fmt: skip
+        expected = f"files ending in {', '.join(_SUFFIXES)}"
+        remedy = "Point --label-maps to the folder that holds the volumes themselves"
+        raise CohortError("no label volume found", where=folder, expected=expected, remedy=remedy)
     return paths
 
 
 @lru_cache(maxsize=4)
 def read_label_map(path: Path) -> LabelMap:
-    """Reads one label volume.
-
-    Raises:
-        CohortError: the file is not a 3-D volume, has unknown codes, or lacks cortex or white matter.
-    """
+    """Reads a volume; a CohortError if it is not 3-D, has unknown codes, or lacks cortex or white matter."""
     try:
         image = nib.as_closest_canonical(nib.load(path))
         labels = np.asarray(image.dataobj)
@@ -102,8 +90,7 @@ def read_label_map(path: Path) -> LabelMap:
         raise CohortError(f"cannot be read ({error})", where=path, remedy="Replace or remove the file") from error
     if labels.ndim != 3:
         raise CohortError("not a 3-D label volume", where=path, got=f"shape {labels.shape}", remedy="Remove the file")
-    tissue = _labels_to_tissue(labels, path)
-    tissue = _fill_sulci_with_csf(tissue)
+    tissue = _fill_sulci_with_csf(_labels_to_tissue(labels, path))
     box = bounding_box(np.isin(tissue, [TISSUE_INDEX[name] for name in PARENCHYMA]))
     assert box is not None
     tissue = np.pad(tissue, 1)
@@ -135,20 +122,16 @@ def _labels_to_tissue(labels: np.ndarray, path: Path) -> np.ndarray:
     known = {code: TISSUE_INDEX[name] for name, codes in TISSUE_LABELS.items() for code in codes}
     rounded = np.rint(labels).astype(np.int32)
     codes = np.unique(rounded)
-    unknown = [int(code) for code in codes if int(code) not in known]
-    if unknown:
-        raise CohortError(
-            "unknown label codes", where=path, got=", ".join(map(str, unknown[:8])), expected="FreeSurfer numbering",
-            remedy="Renumber these labels, or set them to 0",
-        )  # fmt: skip
-    if not {2, 41, *range(3000, 3036), *range(4000, 4036)} & set(codes.tolist()) or not (
-        {3, 42, *range(1000, 1036), *range(2000, 2036)} & set(codes.tolist())
-    ):
-        raise CohortError(
-            "no usable labels: cerebral cortex or white matter is missing", where=path,
-            got=f"codes {', '.join(map(str, codes[:8].tolist()))}", expected="2, 3, 41, 42 and others",
-            remedy="Give anatomical segmentations with FreeSurfer's numbering",
-        )  # fmt: skip
+    if unknown := [str(code) for code in codes if int(code) not in known]:
+        got, remedy = ", ".join(unknown[:8]), "Renumber these labels, or set them to 0"
+        raise CohortError("unknown label codes", where=path, got=got, expected="FreeSurfer numbering", remedy=remedy)
+    white = {2, 41, *range(3000, 3036), *range(4000, 4036)}
+    cortex = {3, 42, *range(1000, 1036), *range(2000, 2036)}
+    if white.isdisjoint(codes.tolist()) or cortex.isdisjoint(codes.tolist()):
+        text = "no usable labels: cerebral cortex or white matter is missing"
+        got, expected = f"codes {', '.join(map(str, codes[:8].tolist()))}", "2, 3, 41, 42 and others"
+        remedy = "Give anatomical segmentations with FreeSurfer's numbering"
+        raise CohortError(text, where=path, got=got, expected=expected, remedy=remedy)
     table = np.zeros(int(codes.max()) + 1, np.uint8)
     for code in codes:
         table[code] = known[int(code)]
@@ -160,9 +143,8 @@ def _fill_sulci_with_csf(tissue: np.ndarray) -> np.ndarray:
     csf, air = TISSUE_INDEX["csf"], TISSUE_INDEX["air"]
     if (tissue == csf).any():
         return tissue
-    brain = tissue != air
-    near = ndimage.binary_closing(np.pad(brain, 6), iterations=5)[6:-6, 6:-6, 6:-6]
-    return np.where(near & ~brain, np.uint8(csf), tissue)
+    near = ndimage.binary_closing(np.pad(tissue != air, 6), iterations=5)[6:-6, 6:-6, 6:-6]
+    return np.where(near & (tissue == air), np.uint8(csf), tissue)
 
 
 def _voxel_mm(to_voxel: np.ndarray) -> float:
@@ -173,18 +155,15 @@ def _tissue_share(tissue: np.ndarray, points: np.ndarray, width: float) -> np.nd
     """(T, …) shares of each tissue in cubes of `width` voxels (at least one) around `points` (3, …) in voxels."""
     share = np.zeros((len(TISSUES), points[0].size), np.float32)
     order = np.arange(points[0].size)
-    last = np.array(tissue.shape) - 1
-    stride = (tissue.shape[1] * tissue.shape[2], tissue.shape[2], 1)
+    strides = (tissue.shape[1] * tissue.shape[2], tissue.shape[2], 1)
     step = 0.25 * max(width, 1.0)
-    lines = []
-    for axis in range(3):
-        flat = points[axis].ravel()
-        lines.append([np.clip(np.rint(flat + s * step), 0, last[axis]).astype(np.int32) * stride[axis]
-                      for s in (-1, 1)])  # fmt: skip
+    lines = [
+        [np.clip(np.rint(axis.ravel() + s * step), 0, size - 1).astype(np.int32) * stride for s in (-1, 1)]
+        for axis, size, stride in zip(points, tissue.shape, strides, strict=True)
+    ]
     flat_tissue = tissue.ravel()
-    for i, j, k in product(range(2), repeat=3):
-        found = flat_tissue[lines[0][i] + lines[1][j] + lines[2][k]]
-        share[found, order] += np.float32(0.125)
+    for x, y, z in product(*lines):
+        share[flat_tissue[x + y + z], order] += np.float32(0.125)
     return share.reshape(len(TISSUES), *points.shape[1:])
 
 
@@ -201,7 +180,7 @@ class LabelledHead:
         mass_effect: MassEffect | None = None,
     ) -> None:
         self.grid = grid
-        self._map = label_map
+        self._tissue = label_map.tissue
         coarse = Grid.covering_head(_COARSE_MM)
         points = subject_coordinates(np.random.default_rng(seed), coarse, size, mass_effect)
         index = np.stack([(points[a] - coarse.axis_mm(a)[0]) / coarse.spacing_mm[a] for a in range(3)])
@@ -212,16 +191,11 @@ class LabelledHead:
         # Half of the change in width at each wall; 0.65 mm is the half width in middle age.
         opening += label_map.sulcus_displacement * float(np.clip(0.8 * (ageing.sulcal_half_width_mm - 0.65), -0.5, 0.8))
         moved = np.stack([ndimage.map_coordinates(component, index, order=1, mode="nearest") for component in opening])
-        points = points + moved
         to_voxel = label_map.to_voxel
-        voxels = np.tensordot(to_voxel[:3, :3], points, 1) + to_voxel[:3, 3, None, None, None]
+        voxels = np.tensordot(to_voxel[:3, :3], points + moved, 1) + to_voxel[:3, 3, None, None, None]
         self._voxels = voxels.astype(np.float32)
         self._matrices = resampling_matrices(coarse, grid)
         self._width = float(np.mean(grid.spacing_mm)) / _voxel_mm(to_voxel)
 
     def fractions(self, rows: slice) -> np.ndarray:
-        """(T, rows, Y, Z) float32 tissue fractions of some planes along the first axis."""
-        first, *others = self._matrices
-        voxels = self._voxels[:, rows] if first is None else self._voxels
-        matrices = [None if first is None else first[rows], *others]
-        return _tissue_share(self._map.tissue, apply_matrices(voxels, matrices), self._width)
+        return _tissue_share(self._tissue, apply_to_planes(self._voxels, self._matrices, rows), self._width)

@@ -16,33 +16,24 @@ import numpy as np
 from scipy import ndimage
 
 from brainfound.phantom.anatomy import Ageing, Anatomy, MassEffect
-from brainfound.phantom.grid import (
-    Grid,
-    apply_matrices,
-    bounding_box,
-    cubic_matrix,
-    resampling_matrices,
-    smooth_noise,
-)
+from brainfound.phantom.grid import Grid, apply_matrices, bounding_box, cubic_matrix, resampling_matrices, smooth_noise
 from brainfound.phantom.physics import PARENCHYMA, TISSUE_INDEX
 from brainfound.phantom.shapes import inside_fraction
 
 DIAGNOSES = ("healthy", "tumour", "infarct", "ms")
 
 _LESION_GRID_MM = 2.0
-_WHITE = dict.fromkeys(("white_matter", "cerebellar_white"), 1.0)
 _ALL = dict.fromkeys(PARENCHYMA, 1.0)
 
 
 @dataclass(frozen=True)
 class LesionLayer:
-    """One lesion tissue: depth field on the lesion grid, and the share of each old tissue that it replaces."""
+    """One lesion tissue: depth on the lesion grid, share of each old tissue that it replaces, width of the border."""
 
     tissue: str
     depth_mm: np.ndarray
     replaces: Mapping[str, float]
     softness_mm: float = 1.0
-    """Width of the transition at the border."""
     in_mask: bool = True
 
 
@@ -95,11 +86,10 @@ class Pathology:
         """Applies the lesions to (T, rows, Y, Z) fractions in place; returns the lesion's share (rows, Y, Z)."""
         share = np.zeros(fractions.shape[1:], np.float32)
         for layer in self.layers:
-            depth = self._depth(layer, target, rows)
-            if depth is None:
+            if (found := self._depth(layer, target, rows)) is None:
                 continue
-            box, values = depth
-            alpha = inside_fraction(values, max(layer.softness_mm, float(np.mean(target.spacing_mm))))
+            box, depth = found
+            alpha = inside_fraction(depth, max(layer.softness_mm, float(np.mean(target.spacing_mm))))
             put = np.zeros(alpha.shape, np.float32)
             for tissue, strength in layer.replaces.items():
                 old = fractions[TISSUE_INDEX[tissue]][box]
@@ -136,17 +126,12 @@ def draw_pathology(rng: np.random.Generator, diagnosis: str, survey: Survey, age
     """Draws the lesions of one person: those of the diagnosis, and the hyperintensities of age.
 
     Sizes: tumour radius 10–25 mm with a necrotic core, an enhancing rim of 2–4 mm and oedema; infarct radius 8–20 mm;
-    6–16 plaques of 2–8 mm, most of them periventricular and perpendicular to the ventricle's wall, about one in six
-    enhancing.
+    6–16 plaques of 2–8 mm, most of them at and perpendicular to the ventricle's wall, about one in six enhancing.
     """
-    spacing = max(_LESION_GRID_MM, min(survey.grid.spacing_mm) if min(survey.grid.spacing_mm) > 3.0 else 0.0)
-    pathology = Pathology(Grid.covering_head(spacing))
-    if diagnosis == "tumour":
-        _add_tumour(rng, survey, pathology)
-    elif diagnosis == "infarct":
-        _add_infarct(rng, survey, pathology)
-    elif diagnosis == "ms":
-        _add_plaques(rng, survey, pathology)
+    spacing = min(survey.grid.spacing_mm)
+    pathology = Pathology(Grid.covering_head(spacing if spacing > 3.0 else _LESION_GRID_MM))
+    if diagnosis != "healthy":
+        {"tumour": _add_tumour, "infarct": _add_infarct, "ms": _add_plaques}[diagnosis](rng, survey, pathology)
     _add_hyperintensities(rng, survey, ageing, pathology)
     return pathology
 
@@ -156,23 +141,22 @@ def _add_tumour(rng: np.random.Generator, survey: Survey, pathology: Pathology) 
     fits = (survey.white > 0.7) & (survey.depth_mm > min(0.75 * radius, 14.0))
     center = survey.pick(rng, fits.astype(np.float32) + 1e-9 * survey.white)
     noise = smooth_noise(rng, pathology.grid, 13.0)[0]
-    distance = _distance_from(pathology.grid, center) * (1 + 0.09 * smooth_noise(rng, pathology.grid, 30.0)[0])
+    x, y, z = pathology.grid.offsets_mm(center)
+    distance = np.sqrt(x * x + y * y + z * z) * (1 + 0.09 * smooth_noise(rng, pathology.grid, 30.0)[0])
     outer = radius * (1 + 0.10 * noise) - distance
     rim = float(rng.uniform(2.0, 4.0))
     inner = outer - rim * (1 + 0.25 * smooth_noise(rng, pathology.grid, 9.0)[0])
     oedema = outer + float(rng.uniform(6.0, 14.0)) * (1 + 0.45 * smooth_noise(rng, pathology.grid, 18.0)[0])
     replaces = {**_ALL, "ventricle": 1.0, "csf": 0.85, "choroid_plexus": 1.0}
+    # Vasogenic oedema spreads through white matter and spares the cortex.
+    spread = {"white_matter": 0.92, "cerebellar_white": 0.92, "brain_stem": 0.5, "cortex": 0.15}
     pathology.layers += [
         LesionLayer("necrosis", inner, replaces, 1.5),
         LesionLayer("enhancing_tumour", outer, replaces),
-        # Vasogenic oedema spreads through white matter and spares the cortex.
-        LesionLayer(
-            "oedema", oedema, {"white_matter": 0.92, "cerebellar_white": 0.92, "brain_stem": 0.5, "cortex": 0.15}, 5.0
-        ),
+        LesionLayer("oedema", oedema, spread, 5.0),
     ]
-    pathology.mass_effect = MassEffect(
-        (float(center[0]), float(center[1]), float(center[2])), 0.22 * radius, 1.25 * radius
-    )
+    x_mm, y_mm, z_mm = center.tolist()
+    pathology.mass_effect = MassEffect((x_mm, y_mm, z_mm), 0.22 * radius, 1.25 * radius)
 
 
 def _add_infarct(rng: np.random.Generator, survey: Survey, pathology: Pathology) -> None:
@@ -218,10 +202,8 @@ def _add_plaques(rng: np.random.Generator, survey: Survey, pathology: Pathology)
         into = active if number > 0 and rng.random() < 1 / 6 else plaques
         into[box] = np.maximum(into[box], depth)
     replaces = {"white_matter": 1.0, "cortex": 0.4, "deep_grey": 0.6}
-    pathology.layers += [
-        LesionLayer("active_plaque", active, replaces, 1.5),
-        LesionLayer("plaque", plaques, replaces, 1.5),
-    ]
+    for tissue, depth in (("active_plaque", active), ("plaque", plaques)):
+        pathology.layers.append(LesionLayer(tissue, depth, replaces, 1.5))
 
 
 def _add_hyperintensities(rng: np.random.Generator, survey: Survey, ageing: Ageing, pathology: Pathology) -> None:
@@ -234,14 +216,13 @@ def _add_hyperintensities(rng: np.random.Generator, survey: Survey, ageing: Agei
         return
     distance = apply_matrices(survey.ventricle_mm, resampling_matrices(survey.grid, pathology.grid))
     y_mm = pathology.grid.axis_mm(1)[None, :, None]
-    horns = (0.55 + 1.0 * np.exp(-0.5 * ((y_mm - 30) / 12) ** 2) + 0.9 * np.exp(-0.5 * ((y_mm + 45) / 14) ** 2)).astype(
-        np.float32
-    )
-    depth = ageing.hyperintensity_mm * horns * (1 + 0.6 * noise) - distance
+    horns = 0.55 + 1.0 * np.exp(-0.5 * ((y_mm - 30) / 12) ** 2) + 0.9 * np.exp(-0.5 * ((y_mm + 45) / 14) ** 2)
+    depth = ageing.hyperintensity_mm * horns.astype(np.float32) * (1 + 0.6 * noise) - distance
     for center, radius in zip(centers, radii, strict=True):
         box, offset = _neighbourhood(pathology.grid, center, 8.0)
         depth[box] = np.maximum(depth[box], radius - np.sqrt(np.sum(offset**2, axis=0)))
-    pathology.layers.append(LesionLayer("hyperintensity", depth, _WHITE, 3.0, in_mask=False))
+    replaces = {"white_matter": 1.0, "cerebellar_white": 1.0}
+    pathology.layers.append(LesionLayer("hyperintensity", depth, replaces, 3.0, in_mask=False))
 
 
 def _neighbourhood(grid: Grid, center: np.ndarray, reach_mm: float) -> tuple[tuple[slice, ...], np.ndarray]:
@@ -253,11 +234,6 @@ def _neighbourhood(grid: Grid, center: np.ndarray, reach_mm: float) -> tuple[tup
         box.append(slice(int(near[0]), int(near[-1]) + 1))
         axes.append((position[box[-1]] - center[axis]).astype(np.float32))
     return tuple(box), np.stack(np.meshgrid(*axes, indexing="ij"))
-
-
-def _distance_from(grid: Grid, center: np.ndarray) -> np.ndarray:
-    x, y, z = grid.offsets_mm(center)
-    return np.sqrt(x * x + y * y + z * z)
 
 
 def _distance(mask: np.ndarray, spacing_mm: tuple[float, ...]) -> np.ndarray:

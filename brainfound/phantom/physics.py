@@ -66,7 +66,6 @@ TISSUES: tuple[Tissue, ...] = (
 TISSUE_INDEX = {tissue.name: index for index, tissue in enumerate(TISSUES)}
 PARENCHYMA = ("cortex", "white_matter", "deep_grey", "pallidum", "cerebellar_cortex", "cerebellar_white", "brain_stem")
 _IRON_RICH = ("pallidum", "deep_grey")
-_RESIDUAL_FAT_SIGNAL = 0.08
 
 
 @dataclass(frozen=True)
@@ -88,16 +87,10 @@ def inversion_recovery(
 ):
     """Inversion-recovery spin echo, PD (1 − 2e^(−TI/T1) + e^(−TR/T1)) e^(−TE/T2).
 
-    Signed: the magnitude is taken after the tissues of a voxel are added, since spins cancel before
-    the receiver sees them.
+    Signed: spins of a voxel cancel before the receiver sees them, so the magnitude is taken after tissues are added.
     """
     recovered = 1 - 2 * np.exp(-inversion_time_s / t1_s) + np.exp(-repetition_time_s / t1_s)
     return proton_density * recovered * np.exp(-echo_time_s / t2_s)
-
-
-def diffusion_attenuation(diffusivity_mm2_per_s, b_value_s_per_mm2: float = B_VALUE_S_PER_MM2):
-    """e^(−bD) (Stejskal and Tanner 1965, J Chem Phys 42:288)."""
-    return np.exp(-b_value_s_per_mm2 * diffusivity_mm2_per_s)
 
 
 def nulling_inversion_time_s(t1_s: float, repetition_time_s: float) -> float:
@@ -136,8 +129,7 @@ def subject_tissues(rng: np.random.Generator, iron: float = 1.0) -> tuple[Tissue
 def tissue_signal(contrast: str, tissue: Tissue, sequence: Sequence, field_tesla: float) -> float:
     """The (signed) signal of one tissue in one contrast, relative to fully relaxed cerebrospinal fluid.
 
-    `contrast` is one of T1w, T1ce, T2w, FLAIR, DWI, or "b0" (DWI without diffusion weighting). An
-    echo-planar scan suppresses fat.
+    `contrast` may also be "b0", DWI without diffusion weighting. An echo-planar scan suppresses fat.
     """
     if contrast == "T1ce":
         tissue = with_gadolinium(tissue, field_tesla)
@@ -149,7 +141,8 @@ def tissue_signal(contrast: str, tissue: Tissue, sequence: Sequence, field_tesla
     else:
         signal = inversion_recovery(tissue.proton_density, t1, t2, *timing, sequence.inversion_time_s)
     if contrast in ("DWI", "b0") and tissue.name in ("fat", "marrow"):
-        signal *= _RESIDUAL_FAT_SIGNAL
+        signal *= 0.08  # suppressed, but not entirely
     if contrast == "DWI":
-        signal *= diffusion_attenuation(tissue.diffusivity_mm2_per_s)
+        # e^(−bD) (Stejskal and Tanner 1965, J Chem Phys 42:288).
+        signal *= np.exp(-B_VALUE_S_PER_MM2 * tissue.diffusivity_mm2_per_s)
     return float(signal)

@@ -53,6 +53,10 @@ class Site:
     tilt_degrees: float
     """Spread of the head's tilt in the scanner, which makes affines oblique."""
 
+    def get_protocol(self, contrast: str) -> ScanProtocol:
+        """The protocol of a contrast; ADC and b0 share that of DWI."""
+        return self.protocols["DWI" if contrast in ("ADC", "b0") else contrast]
+
 
 def _flair(field_tesla: float, repetition_time_s: float, echo_time_s: float, factor: float) -> Sequence:
     """A FLAIR whose inversion time is `factor` times the one that nulls fluid."""
@@ -61,47 +65,46 @@ def _flair(field_tesla: float, repetition_time_s: float, echo_time_s: float, fac
     return Sequence(repetition_time_s, echo_time_s, round(inversion, 3))
 
 
-def _three_sites() -> tuple[Site, ...]:
-    return (
-        Site(
-            "site-1", 3.0,
-            {
-                "T1w": ScanProtocol(Sequence(2.3, 0.003, 1.0)),
-                "T1ce": ScanProtocol(Sequence(2.3, 0.003, 1.0)),
-                "T2w": ScanProtocol(Sequence(4.0, 0.095)),
-                "FLAIR": ScanProtocol(_flair(3.0, 9.0, 0.110, 1.0)),
-                "DWI": ScanProtocol(Sequence(6.0, 0.080), 1.6),
-            },
-            bias_strength=0.10, noise=0.035, gain=420.0, orientation="RAS", tilt_degrees=0.0,
-        ),
-        Site(
-            "site-2", 1.5,
-            {
-                "T1w": ScanProtocol(Sequence(0.55, 0.012), 1.0),
-                "T1ce": ScanProtocol(Sequence(0.55, 0.012), 1.0),
-                "T2w": ScanProtocol(Sequence(4.8, 0.100), 0.9, 3.0),
-                "FLAIR": ScanProtocol(_flair(1.5, 8.5, 0.120, 0.97), 0.9, 4.0),
-                "DWI": ScanProtocol(Sequence(5.0, 0.095), 1.8, 5.0),
-            },
-            bias_strength=0.06, noise=0.055, gain=260.0, orientation="LPS", tilt_degrees=4.0,
-        ),
-        Site(
-            "site-3", 3.0,
-            {
-                "T1w": ScanProtocol(Sequence(1.9, 0.0025, 0.95), 1.1),
-                "T1ce": ScanProtocol(Sequence(1.9, 0.0025, 0.95), 1.1),
-                "T2w": ScanProtocol(Sequence(3.2, 0.085), 1.0, 2.0),
-                "FLAIR": ScanProtocol(_flair(3.0, 7.5, 0.125, 1.03), 1.2),
-                "DWI": ScanProtocol(Sequence(8.0, 0.070), 2.0),
-            },
-            bias_strength=0.16, noise=0.045, gain=900.0, orientation="PSR", tilt_degrees=2.0,
-        ),
-    )  # fmt: skip
+_SITES = (
+    Site(
+        "site-1", 3.0,
+        {
+            "T1w": ScanProtocol(Sequence(2.3, 0.003, 1.0)),
+            "T1ce": ScanProtocol(Sequence(2.3, 0.003, 1.0)),
+            "T2w": ScanProtocol(Sequence(4.0, 0.095)),
+            "FLAIR": ScanProtocol(_flair(3.0, 9.0, 0.110, 1.0)),
+            "DWI": ScanProtocol(Sequence(6.0, 0.080), 1.6),
+        },
+        bias_strength=0.10, noise=0.035, gain=420.0, orientation="RAS", tilt_degrees=0.0,
+    ),
+    Site(
+        "site-2", 1.5,
+        {
+            "T1w": ScanProtocol(Sequence(0.55, 0.012), 1.0),
+            "T1ce": ScanProtocol(Sequence(0.55, 0.012), 1.0),
+            "T2w": ScanProtocol(Sequence(4.8, 0.100), 0.9, 3.0),
+            "FLAIR": ScanProtocol(_flair(1.5, 8.5, 0.120, 0.97), 0.9, 4.0),
+            "DWI": ScanProtocol(Sequence(5.0, 0.095), 1.8, 5.0),
+        },
+        bias_strength=0.06, noise=0.055, gain=260.0, orientation="LPS", tilt_degrees=4.0,
+    ),
+    Site(
+        "site-3", 3.0,
+        {
+            "T1w": ScanProtocol(Sequence(1.9, 0.0025, 0.95), 1.1),
+            "T1ce": ScanProtocol(Sequence(1.9, 0.0025, 0.95), 1.1),
+            "T2w": ScanProtocol(Sequence(3.2, 0.085), 1.0, 2.0),
+            "FLAIR": ScanProtocol(_flair(3.0, 7.5, 0.125, 1.03), 1.2),
+            "DWI": ScanProtocol(Sequence(8.0, 0.070), 2.0),
+        },
+        bias_strength=0.16, noise=0.045, gain=900.0, orientation="PSR", tilt_degrees=2.0,
+    ),
+)  # fmt: skip
 
 
 def make_site(index: int, seed: int) -> Site:
     """Site number `index` (from 0). The first three are fixed; later ones vary one of them, by seed."""
-    base = _three_sites()[index % 3]
+    base = _SITES[index % 3]
     if index < 3:
         return base
     rng = np.random.default_rng([seed, 7_001, index])
@@ -128,65 +131,51 @@ def make_site(index: int, seed: int) -> Site:
     )
 
 
-def acquisition_grid(protocol: ScanProtocol, simulation: Grid, spacing_mm: float | None) -> Grid:
-    """The voxels of one scan; the simulation's own grid where `spacing_mm` is None."""
-    if spacing_mm is None:
-        return simulation
-    in_plane = protocol.in_plane * spacing_mm
-    thickness = in_plane if protocol.slice_thickness_mm is None else max(protocol.slice_thickness_mm, in_plane)
-    if np.allclose((in_plane, thickness), simulation.spacing_mm[0], rtol=1e-6):
-        return simulation
-    # The last voxel must end inside the simulated volume.
-    extent = [axis_extent - step for axis_extent, step in
-              zip(HEAD_EXTENT_MM, (in_plane, in_plane, thickness), strict=True)]  # fmt: skip
-    return Grid.covering_head((in_plane, in_plane, thickness), extent)
-
-
+@dataclass(frozen=True)
 class Acquisition:
-    """One session on one scanner: turns simulated signals into stored scans.
+    """One session on one scanner: turns signals on the `simulation` grid into stored scans."""
 
-    Args:
-        site: the scanner.
-        seed: of this session's noise and shading; every contrast has its own stream.
-        simulation: grid of the signals.
-        spacing_mm: the cohort's spacing, or None to keep the simulation grid.
-        pose: (4, 4) head coordinates → scanner coordinates.
-    """
-
-    def __init__(
-        self, site: Site, seed: list[int], simulation: Grid, spacing_mm: float | None, pose: np.ndarray
-    ) -> None:
-        self.site = site
-        self.simulation = simulation
-        self.spacing_mm = spacing_mm
-        self.pose = pose
-        self._seed = seed
+    site: Site
+    seed: list[int]
+    """Of this session's noise and shading; every contrast has its own stream."""
+    simulation: Grid
+    spacing_mm: float | None
+    """The cohort's spacing; None keeps the simulation grid."""
+    pose: np.ndarray
+    """(4, 4) head coordinates → scanner coordinates."""
 
     def grid(self, contrast: str) -> Grid:
-        """The voxels of one contrast (ADC shares those of DWI)."""
-        protocol = self.site.protocols["DWI" if contrast == "ADC" else contrast]
-        return acquisition_grid(protocol, self.simulation, self.spacing_mm)
+        """The voxels of one contrast."""
+        if self.spacing_mm is None:
+            return self.simulation
+        protocol = self.site.get_protocol(contrast)
+        in_plane = protocol.in_plane * self.spacing_mm
+        thickness = in_plane if protocol.slice_thickness_mm is None else max(protocol.slice_thickness_mm, in_plane)
+        if np.allclose((in_plane, thickness), self.simulation.spacing_mm[0], rtol=1e-6):
+            return self.simulation
+        # The last voxel must end inside the simulated volume.
+        extent = np.subtract(HEAD_EXTENT_MM, (in_plane, in_plane, thickness)).tolist()
+        return Grid.covering_head((in_plane, in_plane, thickness), extent)
 
     def magnitude(self, contrast: str, signal: np.ndarray, white_matter: float) -> np.ndarray:
         """(X, Y, Z) float32 magnitude image on the contrast's own grid, white matter near the site's gain.
 
         `signal` is signed and on the simulation grid; `white_matter` is that tissue's magnitude in it.
         """
-        grid = self.grid("DWI" if contrast == "b0" else contrast)
+        grid = self.grid(contrast)
         order = ("T1w", "T1ce", "T2w", "FLAIR", "DWI", "b0").index(contrast)
-        rng = np.random.default_rng([*self._seed, order])
+        rng = np.random.default_rng([*self.seed, order])
         image = apply_matrices(signal, resampling_matrices(self.simulation, grid, "acquisition"))
         scale = np.float32(self.site.gain / white_matter)
         image = image * (scale * self._sensitivity(grid, order))
         sigma = np.float32(self.site.noise * self.site.gain)
         image += sigma * rng.standard_normal(image.shape, dtype=np.float32)
-        quadrature = sigma * rng.standard_normal(image.shape, dtype=np.float32)
-        return np.hypot(image, quadrature)
+        return np.hypot(image, sigma * rng.standard_normal(image.shape, dtype=np.float32))
 
     def _sensitivity(self, grid: Grid, order: int) -> np.ndarray:
         """The coil's sensitivity: mostly of the session, partly of the scan."""
-        shared = smooth_noise(np.random.default_rng([*self._seed, 100]), grid, 90.0)[0]
-        own = smooth_noise(np.random.default_rng([*self._seed, 200 + order]), grid, 70.0)[0]
+        shared = smooth_noise(np.random.default_rng([*self.seed, 100]), grid, 90.0)[0]
+        own = smooth_noise(np.random.default_rng([*self.seed, 200 + order]), grid, 70.0)[0]
         return np.exp(np.float32(self.site.bias_strength) * (shared + 0.3 * own))
 
     def adc(self, unweighted: np.ndarray, weighted: np.ndarray) -> np.ndarray:
@@ -202,14 +191,10 @@ class Acquisition:
         change = nib.orientations.ornt_transform(canonical, codes)
         stored = nib.orientations.apply_orientation(np.rint(volume).astype(dtype), change)
         affine = self.pose @ grid.affine @ nib.orientations.inv_ornt_aff(change, volume.shape)
-        write_nifti(path, stored, affine)
-
-
-def write_nifti(path: Path, data: np.ndarray, affine: np.ndarray) -> None:
-    """Writes .nii.gz quickly and with the same bytes every time (no time stamp)."""
-    image = nib.Nifti1Image(data, affine)
-    image.header.set_xyzt_units("mm", "sec")
-    image.set_sform(affine, code=1)
-    image.set_qform(affine, code=1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))
+        image = nib.Nifti1Image(stored, affine)
+        image.header.set_xyzt_units("mm", "sec")
+        image.set_sform(affine, code=1)
+        image.set_qform(affine, code=1)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Compressed quickly, and with the same bytes every time (no time stamp).
+        path.write_bytes(gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))

@@ -82,14 +82,13 @@ def inside_fraction(depth_mm: np.ndarray, voxel_mm: float) -> np.ndarray:
 def cerebrum_fields(points: np.ndarray, depth_noise: np.ndarray) -> dict[str, np.ndarray]:
     """Depth below the cerebrum's hull, distances to the fissures, depth of sulci and callosum, all in mm."""
     mirrored = np.stack([np.abs(points[0]), points[1], points[2]])
-    brain = _outline(mirrored)
     fissure, callosum = _midline(points)
     center = ellipsoid(mirrored, (16, -8, 4), (24, 44, 24))
     # Sulci reach 10–24 mm and stay out of the core that holds the nuclei and ventricles.
     sulcal_depth = np.clip(16.0 + 5.5 * depth_noise, 4.0, 26.0) * smoothstep(-center, -8.0, 2.0)
     sulcal_depth = sulcal_depth * (0.6 + 0.4 * smoothstep(mirrored[0], 8.0, 30.0))  # the medial wall's are shallow
     return {
-        "brain": brain,
+        "brain": _outline(mirrored),
         "fissure": fissure,
         "callosum": callosum,
         "sulcal_depth": sulcal_depth,

@@ -16,14 +16,7 @@ from brainfound.phantom.anatomy import Ageing, Anatomy, MassEffect, ParametricHe
 from brainfound.phantom.grid import Grid, apply_matrices, resampling_matrices
 from brainfound.phantom.label_maps import LabelledHead, read_label_map
 from brainfound.phantom.pathology import Pathology, Survey, draw_pathology
-from brainfound.phantom.physics import (
-    B_VALUE_S_PER_MM2,
-    TISSUE_INDEX,
-    TISSUES,
-    Tissue,
-    subject_tissues,
-    tissue_signal,
-)
+from brainfound.phantom.physics import B_VALUE_S_PER_MM2, TISSUE_INDEX, subject_tissues, tissue_signal
 from brainfound.phantom.scanner import Acquisition, Site, make_site
 
 # Classes of the stored segmentation, in the order of their values: name and tissues.
@@ -43,8 +36,7 @@ SEGMENTATION: tuple[tuple[str, tuple[str, ...]], ...] = (
 _SURVEY_MM = 4.0
 _ROWS = 8
 # Each aspect of a subject has its own random stream, so that a change in one does not affect the others.
-_STREAMS = {name: number for number, name in enumerate(
-    ("person", "ageing", "anatomy", "pathology", "tissues", "pose", "scans", "missing", "label_map"))}  # fmt: skip
+_STREAMS = ("person", "ageing", "anatomy", "pathology", "tissues", "pose", "scans", "missing", "label_map")
 
 
 @dataclass(frozen=True)
@@ -94,25 +86,26 @@ def write_subject(folder: Path, settings: CohortSettings, index: int) -> Partici
     simulated = [c for c in written if c != "ADC"] + (["b0"] if "ADC" in written else [])
     if "ADC" in written and "DWI" not in simulated:
         simulated.append("DWI")
-    table = np.array([[_signal(c, t, site) for t in tissues] for c in simulated], np.float32)
+    sequences = {c: site.get_protocol(c).sequence for c in simulated}
+    table = np.array([[tissue_signal(c, t, sequences[c], site.field_tesla) for t in tissues] for c in simulated])
+    table = table.astype(np.float32)
     signals, segmentation, lesion = _simulate_signals(anatomy, pathology, grid, table)
 
-    acquisition = Acquisition(
-        site, _seed(settings, index, "scans"), grid, settings.spacing_mm, _pose(settings, index, site)
-    )
+    pose = _pose(settings, index, site)
+    acquisition = Acquisition(site, _seed(settings, index, "scans"), grid, settings.spacing_mm, pose)
     white = {c: abs(float(row[TISSUE_INDEX["white_matter"]])) for c, row in zip(simulated, table, strict=True)}
     white["b0"] = white.get("DWI", 1.0)  # the ADC needs one receiver gain for both
     magnitude = {c: acquisition.magnitude(c, s, white[c]) for c, s in zip(simulated, signals, strict=True)}
     for contrast in written:
         volume = acquisition.adc(magnitude["b0"], magnitude["DWI"]) if contrast == "ADC" else magnitude[contrast]
-        _write_scan(folder, person, site, acquisition, contrast, volume)
+        _write_scan(folder, person, acquisition, contrast, volume)
     reference = acquisition.grid("T1w" if "T1w" in written else written[0])
-    _write_derivatives(folder, person, acquisition, reference, segmentation, lesion)
+    _write_derivatives(folder, person.participant_id, acquisition, reference, segmentation, lesion)
     return person
 
 
 def _seed(settings: CohortSettings, index: int, stream: str) -> list[int]:
-    return [settings.seed, index, _STREAMS[stream]]
+    return [settings.seed, index, _STREAMS.index(stream)]
 
 
 def _stream(settings: CohortSettings, index: int, stream: str) -> np.random.Generator:
@@ -123,7 +116,7 @@ def _build(
     settings: CohortSettings, index: int, person: Participant, ageing: Ageing, grid: Grid
 ) -> tuple[Anatomy, Pathology]:
     """The head on the simulation grid with its lesions, placed by a survey on a coarse grid."""
-    spread, path = _draw_head(settings, index)
+    spread, path = draw_head(settings, index)
     # Men's heads are about 10 % larger in volume.
     size = float((0.985 if person.sex == "M" else 0.953) * np.exp(0.018 * spread))
     seed = _seed(settings, index, "anatomy")
@@ -141,22 +134,12 @@ def _build(
     return build(grid, pathology.mass_effect), pathology
 
 
-def get_label_map_path(settings: CohortSettings, index: int) -> Path | None:
-    """The label volume of subject number `index`; None for parametric heads."""
-    return _draw_head(settings, index)[1]
-
-
-def _draw_head(settings: CohortSettings, index: int) -> tuple[float, Path | None]:
-    """The deviation of the head's size from the mean, in standard deviations, and its label volume."""
+def draw_head(settings: CohortSettings, index: int) -> tuple[float, Path | None]:
+    """The deviation of a head's size from the mean, in standard deviations, and its label volume, if any."""
     rng = _stream(settings, index, "label_map")
     spread = float(rng.standard_normal())
     maps = settings.label_maps
     return spread, maps[int(rng.integers(len(maps)))] if maps else None
-
-
-def _signal(contrast: str, tissue: Tissue, site: Site) -> float:
-    protocol = site.protocols["DWI" if contrast == "b0" else contrast]
-    return tissue_signal(contrast, tissue, protocol.sequence, site.field_tesla)
 
 
 def _simulate_signals(
@@ -167,25 +150,19 @@ def _simulate_signals(
     `table` is (C, T). Signals add in proportion to the tissues' fractions, signed.
     """
     signals = np.empty((len(table), *grid.shape), np.float32)
-    segmentation = np.empty(grid.shape, np.uint8)
+    segmentation = np.zeros(grid.shape, np.uint8)
     lesion = np.zeros(grid.shape, np.float32)
     groups = [[TISSUE_INDEX[name] for name in names] for _, names in SEGMENTATION]
     for start in range(0, grid.shape[0], _ROWS):
         rows = slice(start, min(start + _ROWS, grid.shape[0]))
         fractions = anatomy.fractions(rows)
         lesion[rows] = pathology.apply(fractions, grid, rows)
-        shape = fractions.shape[1:]
-        signals[:, rows] = (table @ fractions.reshape(len(TISSUES), -1)).reshape(len(table), *shape)
+        signals[:, rows] = np.tensordot(table, fractions, 1)
         best = fractions[groups[0]].sum(axis=0)
-        chosen = np.zeros(shape, np.uint8)
         for value, group in enumerate(groups[1:], start=1):
-            share = fractions[group[0]].copy()
-            for tissue in group[1:]:
-                share += fractions[tissue]
-            better = share > best
-            chosen[better] = value
+            share = fractions[group].sum(axis=0)
+            segmentation[rows][share > best] = value
             np.maximum(best, share, out=best)
-        segmentation[rows] = chosen
     return signals, segmentation, lesion
 
 
@@ -212,12 +189,11 @@ def scan_path(participant_id: str, contrast: str) -> str:
     return f"{participant_id}/{folder}/{participant_id}_{name}.nii.gz"
 
 
-def _write_scan(
-    folder: Path, person: Participant, site: Site, acquisition: Acquisition, contrast: str, volume: np.ndarray
-) -> None:
+def _write_scan(folder: Path, person: Participant, acquisition: Acquisition, contrast: str, volume: np.ndarray) -> None:
     path = folder / scan_path(person.participant_id, contrast)
     acquisition.store(path, np.clip(volume, 0, np.iinfo(np.int16).max), acquisition.grid(contrast), np.int16)
-    sequence = site.protocols["DWI" if contrast == "ADC" else contrast].sequence
+    site = acquisition.site
+    sequence = site.get_protocol(contrast).sequence
     sidecar: dict[str, Any] = {
         "Manufacturer": "Phantom",
         "MagneticFieldStrength": site.field_tesla,
@@ -240,12 +216,7 @@ def _write_scan(
 
 
 def _write_derivatives(
-    folder: Path,
-    person: Participant,
-    acquisition: Acquisition,
-    reference: Grid,
-    segmentation: np.ndarray,
-    lesion: np.ndarray,
+    folder: Path, name: str, acquisition: Acquisition, reference: Grid, segmentation: np.ndarray, lesion: np.ndarray
 ) -> None:
     """The lesion mask and the segmentation on the grid of the session's reference scan."""
     simulation = acquisition.simulation
@@ -257,14 +228,11 @@ def _write_derivatives(
     for axis in range(3):
         index = (reference.axis_mm(axis) - simulation.axis_mm(axis)[0]) / simulation.spacing_mm[axis]
         nearest.append(np.clip(np.rint(index), 0, simulation.shape[axis] - 1).astype(int))
-    name = person.participant_id
-    mask_path = folder / f"derivatives/masks/{name}/anat/{name}_label-lesion_mask.nii.gz"
-    acquisition.store(mask_path, mask, reference, np.uint8)
-    segmentation_path = folder / f"derivatives/tissue/{name}/anat/{name}_dseg.nii.gz"
-    acquisition.store(segmentation_path, segmentation[np.ix_(*nearest)], reference, np.uint8)
+    masks, tissue = (folder / f"derivatives/{kind}/{name}/anat" for kind in ("masks", "tissue"))
+    acquisition.store(masks / f"{name}_label-lesion_mask.nii.gz", mask, reference, np.uint8)
+    acquisition.store(tissue / f"{name}_dseg.nii.gz", segmentation[np.ix_(*nearest)], reference, np.uint8)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes indented JSON with a final newline."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
