@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -72,13 +73,18 @@ def _predict_inputs(
     from brainfound.inference.scans import parse_inputs
 
     paths, contrast_paths = parse_inputs(inputs)
-    if not contrast_paths and len(paths) == 1 and not paths[0].name.endswith(IMAGES):
-        _predict_cohort(predictor, paths[0], out, probabilities, overwrite, quiet)
+    if is_cohort(paths, contrast_paths):
+        from brainfound.inference.cohort import predict as predict_cohort
+
+        with progress_bar("predicting sessions", quiet) as progress:
+            outcomes = predict_cohort(
+                predictor, paths[0], out, probabilities=probabilities, overwrite=overwrite, progress=progress
+            )
+        _report_cohort("answer", [(o, o.prediction, _summary(o)) for o in outcomes])
         return
-    if probabilities and predictor.per_voxel:
+    if probabilities and predictor.task == "segmentation":
         predictor = predictor.with_options(replace(predictor.options, class_probabilities=True))
-    first = paths[0] if paths else next(iter(contrast_paths.values()))
-    name = first.name.split(".")[0]
+    name = _file_name(paths, contrast_paths)
     if (out / f"{name}.json").exists() and not overwrite:
         raise UsageError(
             "an answer of this name is there already",
@@ -86,25 +92,32 @@ def _predict_inputs(
             remedy="Give another --out, or --overwrite",
         )
     prediction = predictor.predict(*paths, **contrast_paths)
-    for path in prediction.save(out, name, probabilities=probabilities):
-        print(path)
-    for line in prediction.notes:
+    _print_files(prediction.save(out, name, probabilities=probabilities), prediction.notes)
+
+
+def is_cohort(paths: list[Path], contrast_paths: dict[str, Path]) -> bool:
+    """Whether the inputs are one folder or manifest rather than scans."""
+    return not contrast_paths and len(paths) == 1 and not paths[0].name.endswith(IMAGES)
+
+
+def _file_name(paths: list[Path], contrast_paths: dict[str, Path]) -> str:
+    return [*paths, *contrast_paths.values()][0].name.split(".")[0]
+
+
+def _print_files(files: list[Path], notes: Iterable[str]) -> None:
+    for file in files:
+        print(file)
+    for line in notes:
         print_note(line)
 
 
-def _predict_cohort(
-    predictor: Predictor, source: Path, out: Path, probabilities: bool, overwrite: bool, quiet: bool
-) -> None:
+def _report_cohort(title: str, outcomes: list[tuple[Any, Any, str]]) -> None:
+    """Print the table of (outcome, its result or None, its summary), report what failed, and exit accordingly."""
     from brainfound.cli.terminal import print_table
-    from brainfound.inference.cohort import predict as predict_cohort
 
-    with progress_bar("predicting sessions", quiet) as progress:
-        outcomes = predict_cohort(
-            predictor, source, out, probabilities=probabilities, overwrite=overwrite, progress=progress
-        )
-    print_table(("subject", "session", "answer"), [(o.subject, o.session, _summary(o)) for o in outcomes])
-    failed = [o.reason for o in outcomes if o.prediction is None and o.reason != "already done"]
-    rejected = [(o.subject, line) for o in outcomes if o.prediction is not None for line in o.prediction.rejected]
+    print_table(("subject", "session", title), [(o.subject, o.session, text) for o, _, text in outcomes])
+    failed = [o.reason for o, result, _ in outcomes if result is None and o.reason != "already done"]
+    rejected = [(o.subject, line) for o, result, _ in outcomes if result is not None for line in result.rejected]
     exit_for_cohort(len(outcomes), failed, rejected)
 
 
@@ -172,35 +185,14 @@ def explain(
         predictor.model, predictor.target, None if method is None else parse_list(method), class_name
     )
     paths, contrast_paths = parse_inputs(inputs)
-    if not contrast_paths and len(paths) == 1 and not paths[0].name.endswith(IMAGES):
-        _explain_cohort(predictor, paths[0], out, methods, class_name, overwrite, quiet)
+    if is_cohort(paths, contrast_paths):
+        from brainfound.inference.cohort import explain_cohort
+
+        with progress_bar("explaining sessions", quiet) as progress:
+            outcomes = explain_cohort(
+                predictor, paths[0], out, method=methods, class_name=class_name, overwrite=overwrite, progress=progress
+            )
+        _report_cohort("maps", [(o, o.explanation, o.reason or ", ".join(methods)) for o in outcomes])
         return
     explanation = predictor.explain(*paths, method=methods, class_name=class_name, **contrast_paths)
-    first = paths[0] if paths else next(iter(contrast_paths.values()))
-    for path in explanation.save(out, first.name.split(".")[0]):
-        print(path)
-    for line in explanation.notes:
-        print_note(line)
-
-
-def _explain_cohort(
-    predictor: Predictor,
-    source: Path,
-    out: Path,
-    methods: tuple[str, ...],
-    class_name: str | None,
-    overwrite: bool,
-    quiet: bool,
-) -> None:
-    from brainfound.cli.terminal import print_table
-    from brainfound.inference.cohort import explain_cohort
-
-    with progress_bar("explaining sessions", quiet) as progress:
-        outcomes = explain_cohort(
-            predictor, source, out, method=methods, class_name=class_name, overwrite=overwrite, progress=progress
-        )
-    rows = [(o.subject, o.session, o.reason or ", ".join(methods)) for o in outcomes]
-    print_table(("subject", "session", "maps"), rows)
-    failed = [o.reason for o in outcomes if o.explanation is None and o.reason != "already done"]
-    rejected = [(o.subject, line) for o in outcomes if o.explanation is not None for line in o.explanation.rejected]
-    exit_for_cohort(len(outcomes), failed, rejected)
+    _print_files(explanation.save(out, _file_name(paths, contrast_paths)), explanation.notes)
