@@ -64,7 +64,7 @@ DEMO_TASKS: dict[str, dict[str, Any]] = {
 class Row:
     """One row of the demo's table; all rows have the same held-out subjects.
 
-    ``adapted`` (with continued pretraining) and ``from_start`` (fine-tuned from the starting checkpoint) are scores with
+    ``adapted`` (continued pretraining) and ``from_start`` (fine-tuned from the starting checkpoint) are the scores with
     all contrasts and with one withheld.
     """
 
