@@ -135,10 +135,7 @@ def monai_preparation(preprocessing: Preprocessing, find_head: FindHead = find_h
     both = ("image", "head")
     match_spacing = Spacingd(both, preprocessing.spacing_mm, mode=("bilinear", "nearest"), dtype=np.float32)
     crop = Compose(
-        [
-            CropForegroundd(both, source_key="head", allow_smaller=True),
-            ResizeWithPadOrCropd(both, (width, height, -1)),
-        ]
+        [CropForegroundd(both, source_key="head", allow_smaller=True), ResizeWithPadOrCropd(both, (width, height, -1))]
     )
 
     def scaled(file: Path) -> tuple[MetaTensor, torch.Tensor]:

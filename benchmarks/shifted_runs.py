@@ -330,10 +330,7 @@ def metric_of(task: str) -> Callable[[np.ndarray, np.ndarray], float]:
 def table(result: Mapping[str, Any]) -> str:
     """Scores and gains, as Markdown."""
     ways = list(next(iter(result["tasks"].values()))["scores"])
-    lines = [
-        f"| scored at another site | {' | '.join(ways)} | without an image |",
-        "|---" * (len(ways) + 2) + "|",
-    ]
+    lines = [f"| scored at another site | {' | '.join(ways)} | without an image |", "|---" * (len(ways) + 2) + "|"]
     for of_task in result["tasks"].values():
         cells = [f"{of['mean']:.3g} ({of['interval'][0]:.3g}–{of['interval'][1]:.3g})"
                  for of in of_task["scores"].values()]  # fmt: skip

@@ -77,12 +77,7 @@ class Row:
 
 
 def run_demo(
-    out: Path,
-    *,
-    overwrite: bool = False,
-    workers: int = 2,
-    log: Callable[[str], None] = print,
-    quiet: bool = True,
+    out: Path, *, overwrite: bool = False, workers: int = 2, log: Callable[[str], None] = print, quiet: bool = True
 ) -> list[Row]:
     """Run the demo in a folder and return its table.
 

@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 IMAGES = (".nii", ".nii.gz", ".mgz", ".mgh", ".img", ".hdr")
 
 Inputs = Annotated[
-    list[str],
-    typer.Argument(help="The scans of one session (FILE or CONTRAST=FILE), or one BIDS folder or manifest."),
+    list[str], typer.Argument(help="The scans of one session (FILE or CONTRAST=FILE), or one BIDS folder or manifest.")
 ]
 
 

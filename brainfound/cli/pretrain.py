@@ -36,16 +36,7 @@ def pretrain(
     from brainfound.pretraining.pretrain import pretrain as run
 
     folder = run(
-        recipe,
-        data,
-        init,
-        out,
-        resume=resume,
-        overrides=set_ or (),
-        quiet=quiet,
-        dry_run=dry_run,
-        gpus=gpus,
-        gpu=gpu,
+        recipe, data, init, out, resume=resume, overrides=set_ or (), quiet=quiet, dry_run=dry_run, gpus=gpus, gpu=gpu
     )
     if not dry_run and PartialState().is_main_process:
         print(folder / "export")

@@ -195,7 +195,7 @@ def _data(summary: Mapping[str, Any]) -> str:
     counts = ", ".join(f"{name} {count}" for name, count in data["contrasts"].items())
     lines = [
         f"- {data['num_sessions']} sessions of {data['num_subjects']} subjects in the store "
-        f"(hash {data['data_hash'][:12]}); sessions with each contrast: {counts}.",
+        f"(hash {data['data_hash'][:12]}); sessions with each contrast: {counts}."
     ]
     if "split" in summary:
         split = summary["split"]

@@ -77,13 +77,7 @@ def require_writable(folder: Path) -> None:
 
 
 def write_evaluation(
-    folder: Path,
-    results: Sequence[SessionScores],
-    store: Store,
-    target: str,
-    model: str,
-    on: str,
-    command: str = "",
+    folder: Path, results: Sequence[SessionScores], store: Store, target: str, model: str, on: str, command: str = ""
 ) -> Path:
     """Write the folder of an evaluation and return its page.
 

@@ -256,11 +256,7 @@ class Predictor:
         }
         if target is None:
             assert answer.embedding is not None
-            return Prediction(
-                answer={"dimensions": len(answer.embedding)},
-                embedding=answer.embedding,
-                **common,
-            )
+            return Prediction(answer={"dimensions": len(answer.embedding)}, embedding=answer.embedding, **common)
         if isinstance(target, VolumeTask):
             return Prediction(
                 answer=target.format_answer(answer) | target.calibrate(self.calibration, answer), **common

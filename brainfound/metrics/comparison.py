@@ -17,14 +17,7 @@ import pandas as pd
 from scipy import stats
 
 from brainfound.errors import UsageError, did_you_mean
-from brainfound.metrics.cases import (
-    Cases,
-    CaseTables,
-    Score,
-    mask_mismatch_error,
-    read_matched_systems,
-    read_system,
-)
+from brainfound.metrics.cases import Cases, CaseTables, Score, mask_mismatch_error, read_matched_systems, read_system
 from brainfound.metrics.registry import METRICS, metric_name
 from brainfound.metrics.statistics import bootstrap_interval, delong_test, holm, paired_permutation_test
 

@@ -338,9 +338,7 @@ def _xformers_interface(
     fault = _xformers_fault(query.device, query.dtype, query.shape[-1])
     if fault:
         raise ModelError(
-            f"xFormers' attention does not work here: {fault}",
-            where=f"{query.device}, {query.dtype}",
-            remedy=_USE_SDPA,
+            f"xFormers' attention does not work here: {fault}", where=f"{query.device}, {query.dtype}", remedy=_USE_SDPA
         )
     from xformers.ops import memory_efficient_attention
 

@@ -30,8 +30,7 @@ NUM_NEIGHBOUR_SLICES = 3
 
 
 def pack_planes(
-    pixels: Float[Tensor, "slices contrasts height width"],
-    contrast_mask: Bool[Tensor, "slices contrasts"] | None,
+    pixels: Float[Tensor, "slices contrasts height width"], contrast_mask: Bool[Tensor, "slices contrasts"] | None
 ) -> Float[Tensor, "slices planes height width"]:
     """Normalised pixels and the presence of each contrast as one image of 2·C planes; None: all are present."""
     if contrast_mask is None:

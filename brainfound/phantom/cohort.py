@@ -20,14 +20,7 @@ from brainfound.errors import BrainFoundError, UsageError, did_you_mean
 from brainfound.phantom.label_maps import find_label_maps, read_label_map
 from brainfound.phantom.pathology import DIAGNOSES
 from brainfound.phantom.physics import SIMULATED_CONTRASTS
-from brainfound.phantom.subject import (
-    SEGMENTATION,
-    CohortSettings,
-    Participant,
-    draw_head,
-    write_json,
-    write_subject,
-)
+from brainfound.phantom.subject import SEGMENTATION, CohortSettings, Participant, draw_head, write_json, write_subject
 
 DEFAULT_DIAGNOSES: dict[str, float] = {"healthy": 0.4, "tumour": 0.2, "infarct": 0.2, "ms": 0.2}
 

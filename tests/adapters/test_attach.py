@@ -94,10 +94,7 @@ def test_the_contrast_embedding_may_stay_frozen(export_folder):
 
 @pytest.mark.parametrize(
     ("kind", "parts"),
-    [
-        (BrainFoundForClassification, {"brainfound.aggregator", "head"}),
-        (BrainFoundForSegmentation, {"decoder"}),
-    ],
+    [(BrainFoundForClassification, {"brainfound.aggregator", "head"}), (BrainFoundForSegmentation, {"decoder"})],
 )
 def test_none_trains_the_task_alone(export_folder, kind, parts):
     model = attach_adapter(make(kind, export_folder), AdapterRecipe(method="none"))

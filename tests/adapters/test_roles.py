@@ -30,10 +30,7 @@ TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "pa
     ],
 )
 def test_each_role_has_its_module_in_each_block(role, name):
-    for model in (
-        Dinov2Model(Dinov2Config(**TINY)),
-        Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**TINY)),
-    ):
+    for model in (Dinov2Model(Dinov2Config(**TINY)), Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**TINY))):
         assert resolve_targets(model, [role]) == [f"encoder.layer.{index}.{name}" for index in range(2)]
 
 

@@ -14,15 +14,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from brainfound.data.hooks import (
-    BUILTIN_HOOKS,
-    Hook,
-    anonymised_copy,
-    describe_hooks,
-    load_hooks,
-    run_hook,
-    run_hooks,
-)
+from brainfound.data.hooks import BUILTIN_HOOKS, Hook, anonymised_copy, describe_hooks, load_hooks, run_hook, run_hooks
 from brainfound.data.reading.scan import load_scan
 from brainfound.errors import RecipeError, ScanError, UsageError
 from brainfound.recipes import validate

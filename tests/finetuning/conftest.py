@@ -1,11 +1,3 @@
 """Tiny runs; see `tests/tiny_runs.py`."""
 
-from tests.tiny_runs import (  # noqa: F401
-    _few_resamples,
-    _no_pictures,
-    _one_thread,
-    finished,
-    model,
-    recipe,
-    store,
-)
+from tests.tiny_runs import _few_resamples, _no_pictures, _one_thread, finished, model, recipe, store  # noqa: F401

@@ -50,8 +50,7 @@ def test_a_recipe_that_names_a_preset_holds_its_fields():
 
 
 @pytest.mark.parametrize(
-    ("recipe", "preset"),
-    [("classification", "mild"), ("regression", "mild"), ("segmentation", "strong")],
+    ("recipe", "preset"), [("classification", "mild"), ("regression", "mild"), ("segmentation", "strong")]
 )
 def test_each_task_has_its_preset(recipe, preset):
     assert load(FinetuneRecipe, f"finetune-{recipe}", "train").augmentation == PRESETS[preset]

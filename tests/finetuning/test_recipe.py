@@ -44,10 +44,7 @@ def test_a_kind_is_a_short_form_of_its_section(kind):
         ("regression", ["task.loss=huber", "task.huber_delta=0.5"]),
         ("regression", ["task.head=bins", "task.bins=20", "task.label_width=2"]),
         ("regression", ["task.head=gaussian", "task.interval_confidence=0.8"]),
-        (
-            "segmentation",
-            ["task.decoder=unetr", "task.decoder_width=16", "task.decoder_slice_mixing=true"],
-        ),
+        ("segmentation", ["task.decoder=unetr", "task.decoder_width=16", "task.decoder_slice_mixing=true"]),
         ("segmentation", ["task.loss=tversky", "task.tversky_alpha=0.5", "task.tversky_beta=0.5"]),
         ("segmentation", ["task.loss=focal_tversky", "task.tversky_beta=0.8", "task.tversky_gamma=2"]),
         ("segmentation", ["task.loss=dice_focal", "task.focal_gamma=3", "aggregator=mean"]),
@@ -105,11 +102,7 @@ def test_settings_with_an_effect_pass(kind, overrides):
         ("segmentation", ["task.decoder_with=8"], "--set task.decoder_with: unknown key. Did you mean decoder_width?"),
         ("classification", ["task.head=bins"], "--set task.head: unknown key"),
         ("regression", ["regression.head=bins"], "--set regression: unknown key"),
-        (
-            "auto",
-            ["task.head=bins"],
-            "--set task: the setting 'head' needs the kind of the task: set task.kind=reg",
-        ),
+        ("auto", ["task.head=bins"], "--set task: the setting 'head' needs the kind of the task: set task.kind=reg"),
         ("regresion", [], "--set task.kind: unknown kind 'regresion'. Did you mean regression?"),
     ],
 )

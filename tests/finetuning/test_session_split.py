@@ -252,12 +252,5 @@ def test_a_run_says_which_file_it_followed_and_how_many_it_left_out(table_store,
     assert split.seed is None
     assert split.num_left_out == {"single": 24}
     written = (tmp_path / "run" / "splits.json").read_bytes()
-    write_split(
-        tmp_path / "run",
-        table_store,
-        parts,
-        diagnosis,
-        RECIPE,
-        tmp_path / "run" / "splits.json",
-    )
+    write_split(tmp_path / "run", table_store, parts, diagnosis, RECIPE, tmp_path / "run" / "splits.json")
     assert (tmp_path / "run" / "splits.json").read_bytes() == written

@@ -37,15 +37,9 @@ FAMILIES = {
     "dinov2_with_registers": (Dinov2WithRegistersConfig, Dinov2WithRegistersModel),
 }
 KINDS = {
-    "classification": (
-        BrainFoundForClassification,
-        Classification("diagnosis", names=("healthy", "patient")),
-    ),
+    "classification": (BrainFoundForClassification, Classification("diagnosis", names=("healthy", "patient"))),
     "regression": (BrainFoundForRegression, Regression("age_years", mean=50.0, std=20.0)),
-    "segmentation": (
-        BrainFoundForSegmentation,
-        Segmentation("mask", names=("background", "lesion"), codes=(0, 1)),
-    ),
+    "segmentation": (BrainFoundForSegmentation, Segmentation("mask", names=("background", "lesion"), codes=(0, 1))),
     "embedding": (BrainFoundModel, None),
 }
 

@@ -6,14 +6,7 @@ import numpy as np
 import pytest
 
 from brainfound import metrics
-from brainfound.metrics.registry import (
-    METRICS,
-    PRIMARY_METRIC,
-    TABLE_METRICS,
-    format_score,
-    metric_name,
-    task_metrics,
-)
+from brainfound.metrics.registry import METRICS, PRIMARY_METRIC, TABLE_METRICS, format_score, metric_name, task_metrics
 
 
 def test_names_and_their_order_are_those_of_the_files():

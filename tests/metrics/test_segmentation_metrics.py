@@ -14,14 +14,7 @@ from hypothesis.extra import numpy as hnp
 from sklearn import metrics as sk
 
 from brainfound.errors import UsageError
-from brainfound.metrics.segmentation import (
-    dice,
-    hd95,
-    lesion_f1,
-    relative_volume_error,
-    surface_dice,
-    volume_error_mm3,
-)
+from brainfound.metrics.segmentation import dice, hd95, lesion_f1, relative_volume_error, surface_dice, volume_error_mm3
 
 _MASK_SHAPES = hnp.array_shapes(min_dims=1, max_dims=3, min_side=1, max_side=6)
 _MASK_PAIRS = _MASK_SHAPES.flatmap(lambda shape: st.tuples(hnp.arrays(bool, shape), hnp.arrays(bool, shape)))
@@ -168,9 +161,7 @@ def test_surface_dice_refuses_a_tolerance_that_cannot_be_used(tolerance_mm):
 
 @settings(max_examples=80, deadline=None)
 @given(
-    _MASK_PAIRS,
-    st.sampled_from([95.0, 100.0, 50.0, 0.0]),
-    st.sampled_from([(1, 1, 1), (0.7, 0.7, 3.0), (2, 0.5, 1)]),
+    _MASK_PAIRS, st.sampled_from([95.0, 100.0, 50.0, 0.0]), st.sampled_from([(1, 1, 1), (0.7, 0.7, 3.0), (2, 0.5, 1)])
 )
 def test_hd95_against_brute_force(masks, percentile, spacing_mm):
     prediction, reference = masks

@@ -146,11 +146,7 @@ def test_a_mask_token_is_made_where_the_checkpoint_has_none(tmp_path, write_back
 
 @pytest.mark.parametrize(
     ("shape", "told"),
-    [
-        ((3, 16, 16), "shape (3, 16, 16)"),
-        ((2, 2, 16, 16), "2 contrasts"),
-        ((2, 3, 16, 20), "16 × 20"),
-    ],
+    [((3, 16, 16), "shape (3, 16, 16)"), ((2, 2, 16, 16), "2 contrasts"), ((2, 3, 16, 20), "16 × 20")],
 )
 def test_wrong_shapes_are_named(backbone_folder, shape, told):
     encoder = BrainFoundModel.from_backbone(backbone_folder).encoder

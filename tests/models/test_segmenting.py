@@ -52,12 +52,7 @@ def test_readings_are_off_unless_asked_for(model, pixels):
     assert InferenceAugmentation().variants(8) == [FlipAndShift()]
     assert [
         len(InferenceAugmentation(flips, overlap).variants(8)) for flips in (False, True) for overlap in (False, True)
-    ] == [
-        1,
-        4,
-        2,
-        8,
-    ]
+    ] == [1, 4, 2, 8]
     with torch.inference_mode():
         plain = model(torch.from_numpy(pixels)[None]).logits[0].softmax(dim=1).numpy()
     np.testing.assert_array_equal(probabilities(model, pixels), plain)

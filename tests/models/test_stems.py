@@ -16,12 +16,7 @@ from brainfound.adapters.roles import resolve_targets
 from brainfound.data.preprocessing.stack import Stack
 from brainfound.errors import ModelError, RecipeError
 from brainfound.finetuning.recipe import FinetuneRecipe
-from brainfound.models import (
-    BrainFoundConfig,
-    BrainFoundForClassification,
-    BrainFoundForSegmentation,
-    BrainFoundModel,
-)
+from brainfound.models import BrainFoundConfig, BrainFoundForClassification, BrainFoundForSegmentation, BrainFoundModel
 from brainfound.models import infer as inference
 from brainfound.models.encoder import ValidSlices
 from brainfound.models.stem import STEMS

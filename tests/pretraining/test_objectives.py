@@ -61,9 +61,7 @@ def batch_of(store) -> PretrainBatch:
     rows = torch.arange(0, 96, 12).numpy()
     sessions = store.slice_sessions[rows]
     return PretrainBatch(
-        torch.from_numpy(store.read_slices(rows)),
-        torch.from_numpy(store.present[sessions]),
-        torch.from_numpy(sessions),
+        torch.from_numpy(store.read_slices(rows)), torch.from_numpy(store.present[sessions]), torch.from_numpy(sessions)
     )
 
 

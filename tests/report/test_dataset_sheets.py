@@ -138,11 +138,7 @@ _EXPECTED = {
     "ixi": {("IXI002", "1"): ["T1w", "T2w"], ("IXI012", "1"): ["PDw"], ("IXI219", "1"): ["T1w"]},
     "open-ms": {("patient01", "1"): _GLIOMA, ("patient02", "1"): ["FLAIR"]},
     "openmind": {("ds001_sub-01", "1"): ["T1w"], ("ds002_sub-01", "b"): ["T2w"]},
-    "oasis": {
-        ("OAS30001", "d0757"): ["T1w", "T2w"],
-        ("OAS30001", "d3000"): ["T1w"],
-        ("OAS30002", "d0100"): ["FLAIR"],
-    },
+    "oasis": {("OAS30001", "d0757"): ["T1w", "T2w"], ("OAS30001", "d3000"): ["T1w"], ("OAS30002", "d0100"): ["FLAIR"]},
     "nacc": {("NACC000011", "1"): ["FLAIR", "T1w"], ("NACC000022", "2"): ["T1w"]},
     "adni": {
         ("sub-ADNI027S0074", "ses-M000"): ["T1w"],
@@ -182,10 +178,7 @@ _LABELS = {  # of a session: what the sheet's Python must have joined to it; Non
         ("sub-ADNI027S0074", "ses-M012"): {"age_years": 72.0, "diagnosis": "MCI"},
         ("sub-ADNI041S1260", "ses-M006"): {"age_years": None, "diagnosis": None},
     },
-    "habs": {
-        ("P_2TZD1P", "HAB_1.0"): {"age_years": 71.25, "sex": "F"},
-        ("P_2TZD1P", "HAB_4.0"): {"age_years": 74.25},
-    },
+    "habs": {("P_2TZD1P", "HAB_1.0"): {"age_years": 71.25, "sex": "F"}, ("P_2TZD1P", "HAB_4.0"): {"age_years": 74.25}},
     "upenn-gbm": {("UPENN-GBM-00002", "21"): {"age_years": 64.5, "sex": "M", "IDH1": "Wildtype"}},
     "ucsf-pdgm": {
         ("UCSF-PDGM-0004", "1"): {"age_years": 66, "sex": "M", "brats21": "BraTS2021_00097"},
@@ -223,10 +216,7 @@ _AS_DOWNLOADED = {  # files, and what is read of them without a manifest, as the
             for subject, last in ((1, "swi"), (2, "t2s"))
             for name in ("flair", "dwi_b1000", "adc", last)
         ],
-        {
-            ("sub_1", "ses_1"): ["ADC", "DWI", "FLAIR", "SWI"],
-            ("sub_2", "ses_1"): ["ADC", "DWI", "FLAIR", "T2starw"],
-        },
+        {("sub_1", "ses_1"): ["ADC", "DWI", "FLAIR", "SWI"], ("sub_2", "ses_1"): ["ADC", "DWI", "FLAIR", "T2starw"]},
         "FOMO task",
     ),
 }

@@ -29,7 +29,7 @@ _SEPARATORS = r"[_\-. ]+"
 _LABEL_WORDS = {"seg", "segm", "segmentation", "mask", "masks", "label", "labels", "gt", "roi", "dseg", "brainmask"}
 _LESION_WORDS = {"lesion", "lesions"}
 _LABEL_QUALIFIERS = {
-    *("consensus", "manual", "automatic", "auto", "expert", "ground", "truth", "final", "tumor", "tumour"),
+    *("consensus", "manual", "automatic", "auto", "expert", "ground", "truth", "final", "tumor", "tumour")
 }
 _PROCESSING_WORDS = {
     *("brain", "stripped", "skullstripped", "ss", "bet", "defaced", "defacing", "reg", "registered"),

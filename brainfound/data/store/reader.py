@@ -24,7 +24,7 @@ from brainfound.data.store.slice_files import SliceFiles
 from brainfound.errors import StoreError
 
 _QUALITY_NUMBERS = {
-    *("foreground_ml", "intensity_low", "intensity_high", "minimum", "maximum", "overlap", "cropped", "num_slices"),
+    *("foreground_ml", "intensity_low", "intensity_high", "minimum", "maximum", "overlap", "cropped", "num_slices")
 }
 
 

@@ -17,12 +17,7 @@ from brainfound.data.augmentation import (
 )
 from brainfound.errors import RecipeError
 
-PLAIN = {
-    "gamma_probability": 0.0,
-    "contrast_probability": 0.0,
-    "noise_probability": 0.0,
-    "blur_probability": 0.0,
-}
+PLAIN = {"gamma_probability": 0.0, "contrast_probability": 0.0, "noise_probability": 0.0, "blur_probability": 0.0}
 
 
 def slices(num: int = 4, num_contrasts: int = 3, side: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
@@ -233,10 +228,7 @@ def test_a_gpu_makes_the_views_of_a_cpu_and_is_never_waited_for():
         result = crop(on_gpu, present, seeded(0), noise, neighbours)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    for one, other in (
-        (result.global_views, expected.global_views),
-        (result.local_views, expected.local_views),
-    ):
+    for one, other in ((result.global_views, expected.global_views), (result.local_views, expected.local_views)):
         assert torch.equal(one.contrast_mask.cpu(), other.contrast_mask)
         torch.testing.assert_close(one.pixels.cpu(), other.pixels, atol=1e-3, rtol=0)
 

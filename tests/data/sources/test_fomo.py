@@ -62,8 +62,7 @@ def test_later_release_of_fomo60k_keeps_data_sets_apart(layout, contents):
 
 
 @pytest.mark.parametrize(
-    "row",
-    ["..\t..\tetc\tpasswd.nii", "PT001_A\tsub_1\tses_1\t../../../../x.nii.gz", "/etc\tsub_1\tses_1\tx.nii.gz"],
+    "row", ["..\t..\tetc\tpasswd.nii", "PT001_A\tsub_1\tses_1\t../../../../x.nii.gz", "/etc\tsub_1\tses_1\tx.nii.gz"]
 )
 def test_an_index_that_leads_out_of_its_folder_is_refused(layout, row):
     root = layout("PT001_A/sub_1/ses_1/t1.nii.gz", content={"mapping.tsv": f"{MAPPING}{row}\n"})
@@ -166,10 +165,7 @@ def test_infarct_task_from_wherever_it_is_pointed_at(layout, contents, susceptib
         *(f"fomo-task1/preprocessed/sub_1/ses_1/{name}.nii.gz" for name in ("dwi_b1000", "flair", "adc")),
         f"fomo-task1/preprocessed/sub_1/ses_1/{susceptibility}.nii.gz",
         "fomo-task1/preprocessed/sub_2/ses_1/flair.nii.gz",
-        content={
-            "fomo-task1/labels/sub_1/ses_1/label.txt": "1\n",
-            "fomo-task1/labels/sub_2/label.txt": "0",
-        },
+        content={"fomo-task1/labels/sub_1/ses_1/label.txt": "1\n", "fomo-task1/labels/sub_2/label.txt": "0"},
     )
     cohort = Cohort.read(root / pointed_at)
     expected = {"DWI", "FLAIR", "ADC", "SWI" if susceptibility == "swi" else "T2starw"}

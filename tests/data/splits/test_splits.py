@@ -136,10 +136,7 @@ def test_parts_have_about_the_mix_of_labels_and_of_sites(cohort):
     site_of = {name: sites[subjects.index(name)] for name in names}
     columns = {"label": [label_of[s] for s in names], "site": [site_of[s] for s in names]}
     combined = list(zip(*columns.values(), strict=True))
-    for split in (
-        split_by_subject(names, SHARES, seed, columns),
-        *k_folds(names, 5, seed, columns, validation=0.1),
-    ):
+    for split in (split_by_subject(names, SHARES, seed, columns), *k_folds(names, 5, seed, columns, validation=0.1)):
         for values in (*columns.values(), combined):
             for value in set(values):
                 total = values.count(value)
