@@ -93,10 +93,24 @@ def run_demo(
     """
     _prepare_folder(out, overwrite)
     started = time.perf_counter()
+    from brainfound.data.preprocessing.settings import Preprocessing
+    from brainfound.data.store.prepare import prepare
+    from brainfound.phantom import write_phantom_cohort
+
     with _step(log, f"simulating {NUM_SUBJECTS} subjects"):
-        cohort = _simulate(out / "cohort", workers)
+        cohort = write_phantom_cohort(
+            out / "cohort",
+            NUM_SUBJECTS,
+            SEED,
+            spacing_mm=2.5,
+            contrasts=DEMO_CONTRASTS,
+            diagnoses={"healthy": 0.5, "tumour": 0.5},
+            num_sites=1,
+            workers=workers,
+        )
     with _step(log, "preparing the store"):
-        store = _prepare(cohort, out / "store", workers)
+        settings = Preprocessing(contrasts=DEMO_CONTRASTS, spacing_mm=(2.5, 2.5, 5.0), size=(80, 80))
+        store = prepare(cohort, out / "store", settings, workers)
     checkpoint = make_checkpoint(out / "checkpoint", image_size=store.preprocessing.size[0])
     with _step(log, "continued pretraining of the checkpoint"):
         from brainfound.pretraining.pretrain import pretrain
@@ -127,29 +141,6 @@ def make_checkpoint(folder: Path, image_size: int) -> Path:
         with silence_transformers():
             Dinov2Model(config).save_pretrained(folder)
     return folder
-
-
-def _simulate(folder: Path, workers: int) -> Path:
-    from brainfound.phantom import write_phantom_cohort
-
-    return write_phantom_cohort(
-        folder,
-        NUM_SUBJECTS,
-        SEED,
-        spacing_mm=2.5,
-        contrasts=DEMO_CONTRASTS,
-        diagnoses={"healthy": 0.5, "tumour": 0.5},
-        num_sites=1,
-        workers=workers,
-    )
-
-
-def _prepare(cohort: Path, folder: Path, workers: int) -> Store:
-    from brainfound.data.preprocessing.settings import Preprocessing
-    from brainfound.data.store.prepare import prepare
-
-    settings = Preprocessing(contrasts=DEMO_CONTRASTS, spacing_mm=(2.5, 2.5, 5.0), size=(80, 80))
-    return prepare(cohort, folder, settings, workers)
 
 
 def _run_task(

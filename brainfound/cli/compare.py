@@ -88,19 +88,11 @@ def _print(
     rows = sorted(rows, key=lambda row: order[row["metric"]])
     if pairs:
         print_table(["score", "system", "value", "subjects"], [_score(row) for row in rows], title)
-        columns = ["score", "system", "against", "difference", *_test_columns(pairs)]
-        print_table(
-            columns, [[row["metric"], row["system"], row["against"], *_test_cells(row, pairs)] for row in pairs]
-        )
+        cells = [[row["metric"], row["system"], row["against"], *_test_cells(row, pairs)] for row in pairs]
+        print_table(["score", "system", "against", "difference", *_test_columns(pairs)], cells)
     else:
-        columns = [
-            "score",
-            "system",
-            "value",
-            "subjects",
-            f"difference from {content['against']}",
-            *_test_columns(rows),
-        ]
+        difference = f"difference from {content['against']}"
+        columns = ["score", "system", "value", "subjects", difference, *_test_columns(rows)]
         print_table(columns, [[*_score(row), *_test_cells(row, rows)] for row in rows], title)
     print(describe_intervals(min(subjects, default=0), max(subjects, default=0), CONFIDENCE, NUM_RESAMPLES))
     num_tests = len(pairs or rows) // max(len(metrics), 1) - (0 if pairs else 1)

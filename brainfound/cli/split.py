@@ -102,20 +102,11 @@ def _rows(made: Split) -> list[dict[str, Any]]:
 def _print(rows: list[dict[str, Any]], out: Path) -> None:
     from brainfound.cli.terminal import print_table
 
-    print_table(
-        ["fold", "part", "subjects", "sessions", "labels"],
-        [
-            [
-                row["fold"],
-                row["part"],
-                str(row["subjects"]),
-                str(row.get("sessions", "–")),
-                "; ".join(f"{column}: {_label(value)}" for column, value in row.get("labels", {}).items()),
-            ]
-            for row in rows
-        ],
-        title=str(out),
-    )
+    cells = []
+    for row in rows:
+        labels = "; ".join(f"{column}: {_label(value)}" for column, value in row.get("labels", {}).items())
+        cells.append([row["fold"], row["part"], str(row["subjects"]), str(row.get("sessions", "–")), labels])
+    print_table(["fold", "part", "subjects", "sessions", "labels"], cells, title=str(out))
 
 
 def _label(value: dict[str, Any]) -> str:

@@ -25,6 +25,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
+from brainfound.data.store import Store
 from brainfound.errors import BrainFoundError, UsageError
 from brainfound.metrics.comparison import compare
 from brainfound.metrics.registry import PRIMARY_METRIC, TABLE_METRICS
@@ -38,6 +39,16 @@ TRIVIAL = "trivial"
 """The baseline that never reads an image; every score file has it."""
 GROUP_COLUMNS = ("system", "group")
 """The runs that agree in these columns are summarised together; a table may lack the columns."""
+
+
+def describe_data(store: Store) -> dict[str, Any]:
+    """The data block of a summary: hash and counts."""
+    return {
+        "data_hash": store.content_hash,
+        "num_sessions": len(store),
+        "num_subjects": int(store.sessions["subject"].nunique()),
+        "contrasts": dict(zip(store.contrasts, store.present.sum(axis=0).tolist(), strict=True)),
+    }
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from brainfound.experiments.folder import (
     SCHEMA,
     SUMMARY_FILE,
     Kind,
+    describe_data,
     get_score_columns,
     make_score_columns,
     summarise_runs,
@@ -87,12 +88,7 @@ class ExperimentSpec:
                 for system in self.systems
             ],
             "seeds": list(self.seeds),
-            "data": {
-                "data_hash": store.content_hash,
-                "num_sessions": len(store),
-                "num_subjects": int(store.sessions["subject"].nunique()),
-                "contrasts": dict(zip(store.contrasts, store.present.sum(axis=0).tolist(), strict=True)),
-            },
+            "data": describe_data(store),
             "split": {
                 "kind": self.split.made.get("kind"),
                 "sha256": self.split.to_dict()["sha256"],

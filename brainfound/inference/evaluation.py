@@ -29,6 +29,7 @@ from brainfound.experiments.folder import (
     SCHEMA,
     SUMMARY_FILE,
     compute_spread,
+    describe_data,
     get_baselines,
     get_score_columns,
     make_baseline_columns,
@@ -97,14 +98,7 @@ def write_evaluation(
         "model": model,
         "on": on,
         "command": command,
-        "data": {
-            "data_hash": store.content_hash,
-            "num_sessions": len(store),
-            "num_subjects": int(store.sessions["subject"].nunique()),
-            "contrasts": {
-                name: int(count) for name, count in zip(store.contrasts, store.present.sum(axis=0), strict=True)
-            },
-        },
+        "data": describe_data(store),
         "baselines": get_score_columns(table)[1],
         "scores": to_json_records(summarise_runs(table[:1])),
     }
