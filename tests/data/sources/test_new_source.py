@@ -17,12 +17,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from brainfound.data.sources.tables import SourceTable
+from brainfound.data.sources.tables import SourceLayout, SourceTable
 from brainfound.errors import CohortError
-
-NAME = "index"
-LAYOUT_HINT = "a folder with an index.txt"
-
 
 def can_read(path: Path) -> bool:
     return (path / "index.txt").is_file()
@@ -36,7 +32,10 @@ def read(path: Path, work: Path | None = None) -> SourceTable:
         {"subject": subject, "session": "1", "contrast": contrast, "path": path / file}
         for subject, contrast, file in rows
     )
-    return SourceTable(table, path, source=NAME)
+    return SourceTable(table, path, source=LAYOUT.name)
+
+
+LAYOUT = SourceLayout("index", "a folder with an index.txt", can_read, read)
 '''
 RUN = """
 import sys
@@ -52,8 +51,10 @@ def test_one_module_and_one_line_make_a_source(tmp_path):
     sources = package / "data" / "sources"
     (sources / "index_file.py").write_text(SOURCE)
     registry = (sources / "__init__.py").read_text()
-    assert '"manifest", ' in registry
-    (sources / "__init__.py").write_text(registry.replace('"manifest", ', '"manifest", "index_file", ', 1))
+    line = "    manifest.LAYOUT,\n"
+    assert line in registry
+    registry = registry.replace(line, f"{line}    index_file.LAYOUT,\n").replace(" manifest,", " index_file, manifest,")
+    (sources / "__init__.py").write_text(registry)
     cohort = tmp_path / "cohort"
     cohort.mkdir()
     (cohort / "index.txt").write_text("a T1w a.nii.gz\nb FLAIR b.nii.gz\n")
