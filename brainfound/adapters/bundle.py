@@ -150,13 +150,14 @@ def _write(draft: Path, model: Any, labels: dict[str, Any], metadata: dict[str, 
         weights = "trained"
         own = {name: value for name, value in body.state_dict().items() if not is_encoder_key(name)}
         save_file({name: value.detach().cpu().contiguous() for name, value in own.items()}, draft / TRAINED_FILE)
-    files = sorted(path for path in draft.rglob("*") if path.is_file())
+    base = None if weights == "full" else _write_base(draft, body, copy_base)
+    files = sorted(path for path in draft.rglob("*") if path.is_file())  # all are written by now
     content = {
         "schema_version": SCHEMA_VERSION,
         "task": next(task for task, kind in MODEL_CLASSES.items() if type(body) is kind),
         "weights": weights,
         "labels": labels,
-        "base": None if weights == "full" else _write_base(draft, body, copy_base),
+        "base": base,
         "versions": {name: version(name) for name in ("brainfound", "torch", "transformers", "peft")},
         "metadata": metadata,
         "files": {path.relative_to(draft).as_posix(): file_hash(path) for path in files},

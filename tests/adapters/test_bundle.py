@@ -250,6 +250,13 @@ def test_a_damaged_bundle_is_one_line(bundle_folder, name, damage):
     assert "\n" not in str(error.value)
 
 
+def test_every_file_has_its_hash_in_the_description(bundle_folder):
+    files = {path.relative_to(bundle_folder).as_posix() for path in bundle_folder.rglob("*") if path.is_file()}
+    hashes = json.loads((bundle_folder / "bundle.json").read_text())["files"]
+    assert hashes == {name: file_hash(bundle_folder / name) for name in files - {"bundle.json"}}
+    assert "base/model.safetensors" in hashes
+
+
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "base/model.safetensors"])
 def test_truncated_weights_are_one_line_even_with_a_fitting_hash(bundle_folder, name):
     truncate(bundle_folder / name)
