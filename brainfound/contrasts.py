@@ -1,6 +1,6 @@
 """Names and aliases of MRI contrasts.
 
-Canonical names are the suffixes of BIDS (1.10, "Magnetic Resonance Imaging"), or the names of the field: T1ce, ADC.
+Canonical names are BIDS suffixes (1.10, "Magnetic Resonance Imaging"), or names usual in the field: T1ce, ADC.
 """
 
 from __future__ import annotations
@@ -57,17 +57,17 @@ def parse_contrast(text: str) -> str:
     >>> parse_contrast("t1gd"), parse_contrast("DWI_b1000"), parse_contrast("t2*")
     ('T1ce', 'DWI', 'T2starw')
     """
-    found = _BY_ALIAS.get(_squeeze(text))
-    if found is None:
+    name = _BY_ALIAS.get(_squeeze(text))
+    if name is None:
         remedy = did_you_mean(text, [*_BY_ALIAS, *CONTRASTS])
-        if not remedy.startswith("Did"):  # a list without aliases is shorter
+        if not remedy.startswith("Did"):  # nothing is close: list the names without aliases
             remedy = did_you_mean(text, set(CONTRASTS) - {UNKNOWN})
         raise UsageError(f"unknown contrast {text!r}", remedy=remedy)
-    return found
+    return name
 
 
 def parse_contrasts(names: str | Iterable[str]) -> tuple[str, ...]:
-    """The canonical names of a list, or of text with commas; a validator of recipe fields, so it raises ValueError."""
+    """Canonical names from a list or comma-separated text; validates recipe fields, and therefore raises ValueError."""
     if not isinstance(names, Iterable):
         raise ValueError("contrasts must be a list of names")
     try:
@@ -77,7 +77,7 @@ def parse_contrasts(names: str | Iterable[str]) -> tuple[str, ...]:
 
 
 def contrast_from_filename(path: str | PurePath) -> str:
-    """The contrast in the name of a file, or ``"unknown"``.
+    """The contrast that a file name states, or ``"unknown"``.
 
     A BIDS name is read by its suffix (``…_FLAIR.nii.gz``) and its ``ce-`` entity; any other name by its last part that
     is a known alias (``patient_t1c_2.nii.gz``, ``dwi_b1000.nii.gz``, ``t2-flair.nii``).

@@ -1,7 +1,7 @@
 """The exceptions that users see.
 
-Every message is one line: what is wrong, where, what came, what was expected, and one remedy. The command line prints
-it and ends with the exit code of the exception (3: some inputs were rejected, the others are done).
+Every message is one line: the fault, its place, the value received, the value expected, and one remedy. The command
+line prints it and exits with the exception's code (3: some inputs were rejected, the others were processed).
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ class BrainFoundError(Exception):
 
     @property
     def fault(self) -> str:
-        """What is wrong, what came and what was expected."""
+        """The fault, with the value received and the value expected."""
         facts = {"got": self.got, "expected": self.expected}
-        known = ", ".join(f"{word} {value}" for word, value in facts.items() if value is not None)
-        return f"{self.what} ({known})" if known else self.what
+        details = ", ".join(f"{word} {value}" for word, value in facts.items() if value is not None)
+        return f"{self.what} ({details})" if details else self.what
 
     @property
     def reason(self) -> str:
-        """The line without ``where``, for tables with a column for that."""
+        """The message without ``where``, for tables that have a column for it."""
         return self._one_line(self.fault)
 
     def _one_line(self, text: str) -> str:
@@ -50,7 +50,7 @@ class BrainFoundError(Exception):
 
 
 class UsageError(BrainFoundError):
-    """Arguments of a command or call cannot work (exit code 2)."""
+    """The arguments of a command or call cannot work (exit code 2)."""
 
     exit_code = EXIT_USAGE
 

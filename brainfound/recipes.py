@@ -2,7 +2,7 @@
 
 A recipe class derives from `Recipe` and lives next to the code that it configures. `load` finds a recipe file by name
 (in a clone, an editable install or a wheel), applies ``a.b=c`` overrides, validates the result, and turns every failure
-into one line: the place, what came, what was expected, and the nearest known name.
+into one line: the place, the value received, the value expected, and the nearest known name.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Recipe(BaseModel):
 
     @classmethod
     def presets(cls) -> Mapping[str, Mapping[str, Any]]:
-        """Name → the fields that it stands for. A resolved recipe holds the fields: later presets do not change it."""
+        """Preset → its fields. A resolved recipe holds the fields, so a later change of a preset does not affect it."""
         return {}
 
     @model_validator(mode="before")
@@ -102,10 +102,10 @@ def find(name_or_path: str | Path, room: Room) -> Path:
 
 
 def load(recipe: type[AnyRecipe], name_or_path: str | Path, room: Room, overrides: Iterable[str] = ()) -> AnyRecipe:
-    """Find a recipe by its name in a room or its path, apply ``"a.b=c"`` overrides (``c`` is YAML), and validate it.
+    """Find a recipe by path, or by name in a room, apply ``"a.b=c"`` overrides (``c`` is YAML), and validate it.
 
     Raises:
-        RecipeError: names the file and the key, what came and what was expected.
+        RecipeError: with the file and the key, the value received and the value expected.
     """
     path = find(name_or_path, room)
     try:
@@ -126,7 +126,7 @@ def load(recipe: type[AnyRecipe], name_or_path: str | Path, room: Room, override
 def validate(
     recipe: type[AnyRecipe], content: Mapping[str, Any], overrides: Iterable[str] = (), where: str = "recipe"
 ) -> AnyRecipe:
-    """Apply overrides to plain content and validate it, as `load`; ``where`` is the name of the file in errors."""
+    """Apply overrides to plain content and validate it, like `load`; errors call the file ``where``."""
     overrides = list(overrides)
     changed = deepcopy(dict(content))
     for text in overrides:
@@ -141,7 +141,7 @@ def validate(
 
 
 def load_json(recipe: type[AnyRecipe], path: Path) -> AnyRecipe | None:
-    """Read and validate a file of `Recipe.save_json`; None if it is missing.
+    """Read and validate a file written by `Recipe.save_json`; None if it is missing.
 
     Raises:
         ModelError: not valid JSON; RecipeError: a key or value is refused.
@@ -184,7 +184,7 @@ def _override(recipe: type[Recipe], content: dict[str, Any], text: str) -> None:
         fields = [kind.model_fields[parent] for kind in kinds if parent in kind.model_fields]
         kinds = [kind for field in fields for kind in _recipes_in(field.annotation)]
         child = node.get(parent)
-        if isinstance(child, str):  # a preset, of which one field is overridden
+        if isinstance(child, str):  # a preset with one field overridden
             child = _preset_fields(kinds, child, where)
         node[parent] = child = {} if child is None else child
         if not isinstance(child, dict):
@@ -220,29 +220,29 @@ class _Source:
     file: str
     override_keys: Sequence[str]
     file_errors: frozenset[tuple[Any, ...]]
-    """Locations of the errors of the file without the overrides."""
+    """Locations of the errors that the file has without the overrides."""
 
     def locate(self, keys: Sequence[str], location: Sequence[Any], known_key: bool) -> str:
         """The override that caused an error, or the key in the file.
 
-        ``keys`` lead to the error as users write them, ``location`` as pydantic reports it; ``known_key`` is False if
-        the last key is not a field.
+        ``keys`` is the path to the error as users write it, ``location`` as pydantic reports it; ``known_key`` is False
+        if the last key is not a field.
         """
         overrides = [key for key in self.override_keys if _overlap(key.split("."), keys)]
         if not overrides or tuple(location) in self.file_errors:
             return ": ".join(part for part in (self.file, ".".join(keys)) if part)
         if known_key and len(keys) < min(key.count(".") + 1 for key in overrides):
-            return " ".join(f"--set {key}" for key in overrides)  # values of a group that do not go together
+            return " ".join(f"--set {key}" for key in overrides)  # values of one group that are invalid together
         return f"--set {'.'.join(keys)}"
 
 
 def _overlap(first: Sequence[str], second: Sequence[str]) -> bool:
-    """Whether one path of keys leads to the other."""
+    """Whether one path of keys is the beginning of the other."""
     return all(one == other for one, other in zip(first, second, strict=False))
 
 
 def _recipe_error(recipe: type[Recipe], error: ValidationError, source: _Source) -> RecipeError:
-    """The first of the validation errors, as a user reads it."""
+    """The first of the validation errors as a one-line RecipeError."""
     errors = [(item, _follow(recipe, item["loc"])) for item in error.errors()]
     first, path = errors[0]
     where = source.locate(path.keys, first["loc"], known_key=first["type"] != "extra_forbidden")
@@ -257,7 +257,7 @@ def _recipe_error(recipe: type[Recipe], error: ValidationError, source: _Source)
     if first["type"] == _NO_PRESET:
         presets = [name for kind in _recipes_in(path.annotation) for name in kind.presets()]
         return _preset_error(first["input"], presets, where)
-    # A group is too long for the line; the message says what is wrong with it.
+    # A whole group would be too long for the line, and the message describes the fault anyway.
     has_value = first["type"] != "missing" and not isinstance(first.get("input"), Mapping)
     got = repr(first.get("input"))[:80] if has_value else None
     choices = _choices(path.annotation)
@@ -293,8 +293,8 @@ class _ErrorPath(NamedTuple):
 def _follow(recipe: type[BaseModel], location: Sequence[Any]) -> _ErrorPath:
     """Follow the location of a validation error through the fields of a recipe.
 
-    Besides keys, a location holds the tag of a discriminated union, which selects one member, and the name of a member
-    of any other union. All members of such a union are searched.
+    Besides keys, a location holds the tag of a discriminated union, which selects one member, and the member name of
+    any other union, of which all members are searched.
     """
     keys: list[str] = []
     models: list[type[BaseModel]] = [recipe]

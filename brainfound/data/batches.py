@@ -1,4 +1,4 @@
-"""From stacks to the tensors of a model.
+"""From stacks to the tensors that a model takes.
 
 Axis legend: B volumes, S slices, C contrasts, H W pixels.
 """
@@ -18,7 +18,7 @@ from brainfound.data.preprocessing.stack import Stack
 
 @dataclass(frozen=True)
 class VolumeBatch:
-    """A batch of volumes, padded to the longest; the fields are arguments of the models."""
+    """A batch of volumes, padded to the longest; all fields but ``masks`` are arguments of the models."""
 
     pixel_values: UInt8[Tensor, "B S C H W"] | Float[Tensor, "B S C H W"]
     contrast_mask: Bool[Tensor, "B C"]
@@ -37,14 +37,14 @@ class VolumeBatch:
 
 
 def as_tensor(pixels: Num[np.ndarray, "..."]) -> Tensor:
-    """Pixels of a stack or store as the input of models: uint8 unchanged, uint16 as float32 in 0–1."""
+    """Pixels of a stack or store as model input: uint8 unchanged, uint16 as float32 in 0–1."""
     if pixels.dtype == np.uint16:
         return torch.from_numpy(pixels.astype(np.float32) / np.float32(65535))
     return torch.from_numpy(pixels)
 
 
 def to_unit_range(pixels: Tensor) -> Float[Tensor, "..."]:
-    """Input of models, uint8 or float in 0–1, as floats in 0–1."""
+    """Model input, uint8 or float in 0–1, as floats in 0–1."""
     return pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
 
 

@@ -27,21 +27,21 @@ class Session:
     (``…/ses-01.zip/anat/x.nii.gz``), see `brainfound.data.reading.archives`."""
     covariates: dict[str, Any]
     masks: dict[str, Path]
-    """Column of label maps → file."""
+    """Label-map column → file."""
     extra_scans: tuple[tuple[str, Path], ...] = ()
-    """Further scans of contrasts in `scans`, in the order of the table."""
+    """Further scans of contrasts in `scans`, in table order."""
 
 
 class Cohort:
     """Sessions of one source.
 
     Attributes:
-        table: one row per scan, with `brainfound.data.sources.tables.COLUMNS` and further columns. The first of several
-            scans of one contrast in a session is used.
-        root: the folder of the source's relative paths.
+        table: one row per scan, with `brainfound.data.sources.tables.COLUMNS` and further columns. If a session
+            has several scans of one contrast, the first is used.
+        root: the folder to which the source's relative paths refer.
         mask_columns: the columns of label maps.
         source: the recognised layout ("BIDS", "manifest", "FOMO60K", …).
-        notes: remarks on the reading, without identifiers.
+        notes: remarks from reading the source, without identifiers.
         unused: files that are not scans of the table, each with the reason.
     """
 
@@ -66,7 +66,7 @@ class Cohort:
     def read(cls, path: str | Path, *, work: str | Path | None = None) -> Cohort:
         """Read a folder, a manifest, or another file of any layout of `brainfound.data.sources`.
 
-        Files converted from DICOM are kept in the folder ``work`` and used again.
+        Files converted from DICOM are kept in the folder ``work`` and reused.
 
         Raises:
             CohortError: the path is missing, not recognised, damaged, or without scans.
@@ -83,7 +83,7 @@ class Cohort:
         groups: dict[tuple[Any, Any], list[int]] = {}
         for row, key in enumerate(zip(columns["subject"], columns["session"], strict=True)):
             groups.setdefault(key, []).append(row)
-        facts = [column for column in columns if column not in _PER_SCAN and column not in self.mask_columns]
+        covariates = [column for column in columns if column not in _PER_SCAN and column not in self.mask_columns]
         for (subject, session), rows in sorted(groups.items(), key=lambda item: item[0]):
             scans: dict[str, Path] = {}
             extra: list[tuple[str, Path]] = []
@@ -96,7 +96,7 @@ class Cohort:
                 subject=str(subject),
                 session=str(session),
                 scans=scans,
-                covariates={column: _first_known(columns[column], rows) for column in facts},
+                covariates={column: _first_known(columns[column], rows) for column in covariates},
                 masks={column: Path(file) for column, file in masks.items() if file is not None},
                 extra_scans=tuple(extra),
             )
@@ -111,7 +111,7 @@ class Cohort:
 def _first_known(values: list[Any], rows: list[int]) -> Any:
     for row in rows:
         value = values[row]
-        if value is not None and value is not pd.NA and value is not pd.NaT and value == value:  # NaN is not itself
+        if value is not None and value is not pd.NA and value is not pd.NaT and value == value:  # not NaN
             return value.item() if hasattr(value, "item") else value
     return None
 

@@ -2,8 +2,8 @@
 
 A hook is a command with placeholders, split into words once and never read by a shell. Hooks come from the user only,
 never from a store, model or bundle; the store records them. A tool runs in a temporary folder, with files under neutral
-names. A guard process starts it, and kills its process group when a pipe to which nobody writes closes: then the
-process that runs the hook has died.
+names. A guard process starts it, and kills the process group when its standard input closes, which happens when the
+process that runs the hook dies.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Hook(Recipe):
     """A tool, and the command that runs it on one scan."""
 
     name: str = Field(min_length=1, max_length=60)
-    """Its name in messages and in store.json."""
+    """Name of the hook in messages and in store.json."""
 
     step: Literal["skull_strip", "register", "other"] = "other"
     """Kind of processing. A registration moves each scan onto the session's reference scan, and skips that one."""
@@ -70,7 +70,7 @@ class Hook(Recipe):
     folder in which it runs. No shell reads it: pipes and variables do not work."""
 
     contrasts: Annotated[tuple[str, ...], BeforeValidator(parse_contrasts)] = ()
-    """The contrasts on which it runs; empty: all."""
+    """The contrasts on which the hook runs; empty: all."""
 
     timeout_s: float = Field(default=1800, gt=0)
     """A tool that takes longer is killed, and its scan is refused."""
@@ -101,24 +101,24 @@ class Hook(Recipe):
             raise ValueError(f"the command cannot be split into words: {error}") from None
         if not words:
             raise ValueError("the command is empty")
-        through_shell = sorted(_SHELL_WORDS.intersection(words))
-        if through_shell:
-            raise ValueError(f"no shell reads the command, so {through_shell[0]!r} does nothing; write a script for it")
+        shell_words = sorted(_SHELL_WORDS.intersection(words))
+        if shell_words:
+            raise ValueError(f"no shell reads the command, so {shell_words[0]!r} does nothing; write a script for it")
         if os.sep in words[0] and not os.path.isabs(words[0]):
             raise ValueError("the command runs in a temporary folder: give the tool's absolute path, or its name alone")
         return value
 
     @model_validator(mode="after")
     def _check_placeholders(self) -> Hook:
-        found = re.findall(r"\{[A-Za-z_]*\}", self.command)
-        unknown = [name for name in found if name not in PLACEHOLDERS]
+        placeholders = re.findall(r"\{[A-Za-z_]*\}", self.command)
+        unknown = [name for name in placeholders if name not in PLACEHOLDERS]
         if unknown:
             raise ValueError(f"unknown placeholder {unknown[0]}; known are {', '.join(PLACEHOLDERS)}")
         needed = PLACEHOLDERS if self.step == "register" else PLACEHOLDERS[:2]
         for name in needed:
-            if name not in found:
+            if name not in placeholders:
                 raise ValueError(f"the command of step {self.step} must hold {name}")
-        if self.step != "register" and "{reference}" in found:
+        if self.step != "register" and "{reference}" in placeholders:
             raise ValueError("{reference} is for registrations: set step: register")
         return self
 
@@ -134,7 +134,7 @@ class Hook(Recipe):
         return words
 
     def applies_to(self, contrast: str, is_reference: bool) -> bool:
-        """Whether it runs on a scan of this contrast."""
+        """Whether the hook runs on a scan of this contrast."""
         return (not self.contrasts or contrast in self.contrasts) and not (self.step == "register" and is_reference)
 
 
@@ -173,7 +173,7 @@ BUILTIN_HOOKS: dict[str, Hook] = {
 def load_hooks(names_or_files: Iterable[str | Path | Hook]) -> tuple[Hook, ...]:
     """Hooks by name (see `BUILTIN_HOOKS`), from YAML files, or given as a command with ``{input}`` and ``{output}``.
 
-    UsageError: there is no such hook, its tool is not installed, or a registration is not the last.
+    UsageError: there is no such hook, its tool is not installed, or a registration does not come last.
     """
     hooks = tuple(item if isinstance(item, Hook) else _load_hook(str(item)) for item in names_or_files)
     names = [hook.name for hook in hooks]
@@ -264,10 +264,10 @@ def run_hooks(
         ScanError: a tool failed, see `run_hook`.
     """
     path = Path(scan_path)
-    own = Path(tempfile.mkdtemp(dir=folder))
+    scan_folder = Path(tempfile.mkdtemp(dir=folder))
     for number, hook in enumerate(hooks):
         if hook.applies_to(contrast, reference is None):
-            path = run_hook(path, hook, own / str(number), reference)
+            path = run_hook(path, hook, scan_folder / str(number), reference)
     return path
 
 
@@ -324,7 +324,7 @@ def _stem(path: Path) -> str:
 
 def _execute(hook: Hook, words: list[str], folder: Path, name: str) -> None:
     log, errors = folder / "stdout.txt", folder / "stderr.txt"
-    # Isolated and without site packages: the guard starts fast, and ignores the environment of the tool.
+    # Isolated and without site packages: the guard starts fast, and ignores the tool's environment.
     command = [sys.executable, "-I", "-S", "-c", _GUARD, *words]
     environment = {**os.environ, **hook.environment}
     with log.open("wb") as out, errors.open("wb") as err:
@@ -342,14 +342,14 @@ def _execute(hook: Hook, words: list[str], folder: Path, name: str) -> None:
             remedy = "Set a longer timeout_s in the hook's file, or leave the scan out"
             raise ScanError(what, where=name, got=got, remedy=remedy) from None
         finally:
-            _end(process)
+            _kill_group(process)
     if code != 0:
         last = _last_line(errors, folder) or _last_line(log, folder) or "it said nothing"
         what = f"the hook {hook.name} failed: {last}"
         raise ScanError(what, where=name, got=f"exit code {code}", remedy=_TRY_ALONE)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
     """Kill the process group of a guard: the tool, its children, and the guard."""
     with suppress(ProcessLookupError, PermissionError):  # all have ended
         os.killpg(process.pid, signal.SIGKILL)
@@ -359,7 +359,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _last_line(file: Path, folder: Path) -> str:
-    """The last line that is not empty, without the temporary folder and control characters."""
+    """The last non-empty line of a log, without the temporary folder and control characters."""
     with file.open("rb") as stream:
         stream.seek(0, os.SEEK_END)
         stream.seek(max(stream.tell() - 8192, 0))

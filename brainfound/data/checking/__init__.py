@@ -1,1 +1,1 @@
-"""Whether scans are what a model expects: its input `contract`, the `rules`, and the `check` of whole sessions."""
+"""Checks that scans are as a model expects: its input `contract`, the `rules`, and the `check` of whole sessions."""

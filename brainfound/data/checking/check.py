@@ -58,8 +58,8 @@ class CheckedScan:
 
     def check_level(self, check: str) -> Level | None:
         """The gravest level of one check; None if it was not applied."""
-        found = [finding for finding in self.findings if finding.check == check]
-        return worst_level(found) if found else None
+        matching = [finding for finding in self.findings if finding.check == check]
+        return worst_level(matching) if matching else None
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class _SessionCheck:
     def run(self) -> CheckedSession:
         session = self.session
         wanted = [contrast for contrast in self.preprocessing.contrasts if contrast in session.scans]
-        for contrast in wanted:  # each check reads the scans before it
+        for contrast in wanted:  # each check uses the results of those before it
             self.scans.append(self._check(contrast, session.scans[contrast]))
         for contrast, file in session.scans.items():
             if contrast not in wanted:
@@ -120,9 +120,9 @@ class _SessionCheck:
 
     def _check(self, contrast: str, file: Path) -> CheckedScan:
         findings: list[Finding] = [contrast_finding(contrast, self.contract)]
-        same = [scan.contrast for scan in self.scans if scan.file == file]
-        if same:
-            message = f"the same file is listed as {same[0]}"
+        listed_as = [scan.contrast for scan in self.scans if scan.file == file]
+        if listed_as:
+            message = f"the same file is listed as {listed_as[0]}"
             findings.append(Finding("contrast", "fail", message, "Name each file once"))
             return CheckedScan(contrast, file, tuple(findings))
         try:
@@ -152,7 +152,7 @@ class _SessionCheck:
 
     def _check_unread(self, contrast: str, file: Path, has_others: bool) -> CheckedScan:
         if contrast not in CONTRASTS:
-            finding = Finding("contrast", "fail", f"unknown contrast {contrast!r}", _remedy_of_name(contrast))
+            finding = Finding("contrast", "fail", f"unknown contrast {contrast!r}", _name_remedy(contrast))
         elif has_others:
             finding = Finding("contrast", "note", f"the model does not read {contrast}")
         else:
@@ -169,7 +169,7 @@ def _failed(check: str, error: ScanError) -> Finding:
     return Finding(check, "fail", error.fault, error.remedy or "")
 
 
-def _remedy_of_name(contrast: str) -> str:
+def _name_remedy(contrast: str) -> str:
     try:
         parse_contrast(contrast)
     except UsageError as error:
@@ -180,8 +180,8 @@ def _remedy_of_name(contrast: str) -> str:
 def session_from_files(inputs: Iterable[str], contrasts: tuple[str, ...]) -> Session:
     """One session from ``FILE`` and ``CONTRAST=FILE`` arguments, as in `predict`.
 
-    A single file with an unknown contrast in its name gets the contrast of a model that has only one. UsageError: the
-    contrast of a file is unknown, or is given twice.
+    A single file whose name states no contrast gets that of the model, if it has only one. UsageError: the contrast
+    of a file is unknown, or is given twice.
     """
     texts = list(inputs)
     scans: dict[str, Path] = {}
@@ -205,7 +205,7 @@ def session_from_files(inputs: Iterable[str], contrasts: tuple[str, ...]) -> Ses
 
 
 def load_model_contract(folder: str | Path) -> tuple[Preprocessing, InputContract]:
-    """The preprocessing and the contract of a run, an export, a bundle, or a store (which is measured)."""
+    """The preprocessing and the contract of a run, an export, a bundle, or a store (measured now)."""
     folder = Path(folder)
     if not folder.is_dir():
         raise ModelError("no such model", where=folder, remedy="Give a run folder, its export, a bundle or a store")
@@ -225,7 +225,7 @@ def finding_to_dict(finding: Finding) -> dict[str, str]:
 
 
 def scan_to_dict(scan: CheckedScan, keep_ids: bool) -> dict[str, Any]:
-    """A scan as plain values for JSON; with its file name only if identifiers are kept."""
+    """A scan as plain values for JSON; the file name is included only if identifiers are kept."""
     row: dict[str, Any] = {"contrast": scan.contrast, "level": scan.level, "is_used": scan.is_used}
     if keep_ids:
         row["file"] = scan.file.name

@@ -1,4 +1,4 @@
-"""The input contract of a model: ranges of its training scans, never values of one subject, for `brainfound check`."""
+"""The input contract of a model: ranges over its training scans, never one subject's values, for `brainfound check`."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class InputContract(Recipe):
     """Per contrast, whether its scans were skull-stripped brains or whole heads."""
 
     age_years: tuple[float, float] | None = None
-    """Youngest and oldest."""
+    """Youngest and oldest age."""
 
     num_slices: tuple[int, int] | None = None
     """Fewest and most slices of a stack."""
@@ -61,7 +61,7 @@ class InputContract(Recipe):
     """Whether any scan held negative values."""
 
     hooks: tuple[str, ...] = ()
-    """Hooks that ran on each scan before, such as a skull-stripper."""
+    """Hooks that ran on each scan beforehand, such as a skull-stripper."""
 
     never_absent: tuple[str, ...] = ()
     """Contrasts that every session had and contrast dropout never withheld. Empty if that is not known."""
@@ -75,9 +75,9 @@ class InputContract(Recipe):
     def of(
         cls, store: Store, sessions: Sequence[int] | np.ndarray | None = None, *, withheld_in_training: bool = True
     ) -> InputContract:
-        """Measure a store, or some of its sessions (those of the training part).
+        """Measure a store, or some of its sessions (the training part).
 
-        ``withheld_in_training``: training withholds contrasts at random, so that each is absent at times.
+        ``withheld_in_training``: training withholds contrasts at random, so the model learns to do without each.
         """
         rows = np.arange(len(store)) if sessions is None else np.asarray(sessions, dtype=np.int64)
         table = store.sessions.iloc[rows]
@@ -128,7 +128,7 @@ def missing_contrast_note(contrast: str, where: str = "") -> str:
 
 
 def _always_present(store: Store, rows: np.ndarray) -> tuple[str, ...]:
-    """The readable contrasts of all these sessions."""
+    """The readable contrasts that all these sessions have."""
     present = store.present[rows].all(axis=0)
     return tuple(name for name, always in zip(store.contrasts, present, strict=True) if always and name in store.shown)
 

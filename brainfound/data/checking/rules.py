@@ -1,7 +1,7 @@
 """The rules of `brainfound check` for scans and sessions: one function per question.
 
-A rule returns a finding: ``ok``; ``note`` (nothing is wrong); ``warn`` (a person should look); ``fail`` (outside of the
-model's use). It returns None if the model's contract does not cover its question.
+A rule returns a finding: ``ok``; ``note`` (nothing is wrong); ``warn`` (a person should look); ``fail`` (not what
+the model is for). It returns None if the model's contract does not cover its question.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ MIN_LABEL_NEIGHBOUR_SHARE = 0.8
 MAX_CLIPPED_SHARE = 0.02
 """Share of the foreground at the highest value; robust scaling in other tools clips at most 0.5 to 1 %."""
 MAX_NEGATIVE_SHARE = 0.2
-"""Share of the foreground's upper end; a lower negative minimum is not the ringing of an interpolation."""
+"""Share of the foreground's upper end; a minimum further below 0 is not the ringing of an interpolation."""
 MAX_OUT_OF_RANGE_SHARE = 0.05
 """Share of the foreground outside of a contrast's fixed range."""
 MIN_OVERLAP_SHARE, MAX_CROPPED_SHARE = 0.9, 0.02
 """Shares of the foreground: inside the field of view; outside of the stack."""
 FOREGROUND_ML = (300.0, 7000.0)
-"""Plausible volumes of a brain or head, also a newborn's, for a model without a contract."""
+"""Plausible volumes of a brain or head, including a newborn's, for a model without a contract."""
 FOREGROUND_SLACK, SLICES_SLACK = 1.6, 1.33
 """Accepted factors beyond the extremes of training, for volumes and numbers of slices."""
 
@@ -73,10 +73,10 @@ def spacing_finding(quality: ScanQuality, contract: InputContract) -> Finding | 
     """Are the voxels about as fine as in training?"""
     longest = max(quality.spacing_mm)
     if contract.is_measured:
-        seen = contract.coarsest_mm.get(quality.contrast)
-        if seen is None:
+        most = contract.coarsest_mm.get(quality.contrast)
+        if most is None:
             return None
-        limit, what = MAX_SPACING_RATIO * seen, f"the coarsest training scan of {quality.contrast} had {seen:.3g} mm"
+        limit, what = MAX_SPACING_RATIO * most, f"the coarsest training scan of {quality.contrast} had {most:.3g} mm"
     else:
         fixed = [spacing for spacing in contract.spacing_mm if spacing is not None]
         if not fixed:
@@ -112,10 +112,10 @@ def intensity_findings(
     if _is_label_map(scan, different, counts):
         message = f"only {len(different)} different values, as in a mask or label map"
         return [Finding("intensity", "fail", message, "Give the image from which the mask was drawn")]
-    found: list[Finding] = []
+    findings: list[Finding] = []
 
     def add(level: Level, message: str, remedy: str = "") -> None:
-        found.append(Finding("intensity", level, message, remedy))
+        findings.append(Finding("intensity", level, message, remedy))
 
     if len(different) < FEW_VALUES:
         message = f"only {len(different)} different values: too coarsely quantised"
@@ -133,12 +133,12 @@ def intensity_findings(
         add("note", f"small negative values down to {low:g}, which no training scan had")
     if quality.contrast in preprocessing.ranges:
         low, high = preprocessing.ranges[quality.contrast]
-        shown = values[values != 0]
-        share = float(((shown < low) | (shown > high)).mean()) if shown.size else 0.0
+        nonzero = values[values != 0]
+        share = float(((nonzero < low) | (nonzero > high)).mean()) if nonzero.size else 0.0
         if share > MAX_OUT_OF_RANGE_SHARE:
             message = f"{share:.0%} of the voxels lie outside of {low:g} to {high:g}, the model's fixed range"
             add("fail" if share > 0.5 else "warn", message, "Check the unit of the map")
-    return found or [Finding("intensity", "ok")]
+    return findings or [Finding("intensity", "ok")]
 
 
 def _is_label_map(scan: Scan, different: np.ndarray, counts: np.ndarray) -> bool:
@@ -177,17 +177,17 @@ def field_of_view_findings(quality: ScanQuality, contract: InputContract) -> lis
     low, high = FOREGROUND_ML
     if contract.foreground_ml is not None:
         low, high = contract.foreground_ml[0] / FOREGROUND_SLACK, contract.foreground_ml[1] * FOREGROUND_SLACK
-    found = []
+    findings = []
     if not low <= quality.foreground_ml <= high:
         message = f"the head or brain has {quality.foreground_ml:.0f} ml; {low:.0f} to {high:.0f} were expected"
         remedy = "Check the voxel size, and that the whole head is in the field of view"
-        found.append(Finding("field", "warn", message, remedy))
+        findings.append(Finding("field", "warn", message, remedy))
     if quality.cropped > MAX_CROPPED_SHARE:
         rows, columns = contract.size
         message = f"{quality.cropped:.0%} of the head or brain falls outside of the model's {rows} × {columns} pixels"
         remedy = "Check the position of the head; for a new model choose a larger size"
-        found.append(Finding("field", "warn", message, remedy))
-    return found or [Finding("field", "ok")]
+        findings.append(Finding("field", "warn", message, remedy))
+    return findings or [Finding("field", "ok")]
 
 
 def overlap_finding(quality: ScanQuality) -> Finding:
@@ -199,7 +199,7 @@ def overlap_finding(quality: ScanQuality) -> Finding:
 
 
 def slices_finding(num_slices: int, contract: InputContract) -> Finding | None:
-    """Has the stack about as many slices as in training?"""
+    """Does the stack have about as many slices as in training?"""
     if contract.num_slices is None:
         return None
     fewest, most = contract.num_slices

@@ -1,8 +1,8 @@
 """The foreground of a scan: its head or brain.
 
 A skull-stripped scan has one exact background value, often 0, on the faces of its volume; all other voxels are
-foreground. Air around a head is noise: Otsu's threshold, the largest component, holes filled. So is a padded scan's
-former field of view: voxels other than an exact value that are a box, and larger than a head.
+foreground. Around a whole head the air is noisy: the foreground is the largest component above Otsu's threshold, with
+holes filled. A padded scan is treated alike: its voxels off the background value fill a box larger than a head.
 
 Axis legend: X left → right, Y posterior → anterior, Z inferior → superior.
 """
@@ -35,7 +35,7 @@ def foreground(scan: Scan) -> Bool[np.ndarray, "X Y Z"]:
 
 
 def _is_padded_air(inside: Bool[np.ndarray, "X Y Z"], scan: Scan) -> bool:
-    """Whether the mask is the field of view of a padded scan: too large for a head, and it fills its box."""
+    """Whether the mask is the field of view of a padded scan: too large for a head, and filling its box."""
     count = np.count_nonzero(inside)
     if count * abs(np.linalg.det(scan.affine[:3, :3])) <= MAX_HEAD_ML * 1000:
         return False
@@ -55,16 +55,16 @@ def bounding_box(mask: Bool[np.ndarray, "X Y Z"]) -> list[tuple[int, int]]:
 def _constant_background(data: Float[np.ndarray, "X Y Z"]) -> float | None:
     """The value that covers nearly all of most faces of the volume, if there is one."""
     faces = [data[(slice(None),) * axis + (index,)] for axis in range(3) for index in (0, -1)]
-    # A value that fills most of a face is its median; a value that fills most faces is the median of these.
-    middles = [np.partition(face, face.size // 2, axis=None)[face.size // 2] for face in faces]
-    value = sorted(middles)[len(middles) // 2]
+    # A value that fills most of a face is its median; a value that fills most faces is the median of those medians.
+    medians = [np.partition(face, face.size // 2, axis=None)[face.size // 2] for face in faces]
+    value = sorted(medians)[len(medians) // 2]
     counts = [int(np.count_nonzero(face == value)) for face in faces]
     # A neck or a tight crop may fill one or two faces; noise in air never leaves a face constant.
     if np.median([count / face.size for count, face in zip(counts, faces, strict=True)]) < 0.98:
         return None
     if 2 * sum(counts) > sum(face.size for face in faces):
         return float(value)
-    # Two large faces may outweigh the four others: then the commonest value of all faces decides.
+    # Two large faces may outweigh the four others: then the most common value of all faces decides.
     values, totals = np.unique(np.concatenate([face.ravel() for face in faces]), return_counts=True)
     return float(value) if values[totals.argmax()] == value else None
 
@@ -79,7 +79,7 @@ def _segment_head(data: np.ndarray, spacing_mm: np.ndarray) -> np.ndarray:
         sizes[0] = 0
         head = components == sizes.argmax()
     head = ndimage.binary_dilation(ndimage.binary_closing(np.pad(head, 3), iterations=2))[3:-3, 3:-3, 3:-3]
-    # Holes are filled in the volume, and in each axial slice: a head that is cut at the neck is open below.
+    # Holes are filled in the volume, and in each axial slice: a head cut at the neck is open below.
     head = ndimage.binary_fill_holes(head)
     head = np.stack([ndimage.binary_fill_holes(head[:, :, z]) for z in range(head.shape[2])], axis=2)
     for axis in range(3):

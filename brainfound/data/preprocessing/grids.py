@@ -15,7 +15,7 @@ from scipy import ndimage
 _CACHE_VOXELS = 2**17
 """For smaller volumes, such as the box of one label, a loop over planes costs more than it saves."""
 _TIE_BREAKING_SHIFT = np.array([1.0e-3, 1.3e-3, 1.7e-3])
-"""In voxels of the input, far below the accuracy of a border."""
+"""In voxels of the input; far smaller than the accuracy of a border."""
 
 
 def resample(
@@ -111,7 +111,7 @@ def _image_of_box(box: tuple[slice, ...], inverse: np.ndarray, shape: tuple[int,
 
 
 def _permutation(linear: np.ndarray) -> tuple[int, int, int] | None:
-    """The input axis of each output axis, if the matrix has one entry per row and column."""
+    """The input axis of each output axis; None unless the matrix has one entry per row and column."""
     largest = np.abs(linear).max()
     significant = np.abs(linear) > 1e-6 * largest
     if not ((significant.sum(0) == 1).all() and (significant.sum(1) == 1).all()):
@@ -162,11 +162,11 @@ def _sample_axis(
     lower = np.clip(lower, 0, size - 1)
     if not weight.any():
         return _pick(volume, _as_slice(lower), axis), inside
-    return _between(volume, lower, upper, weight, axis), inside
+    return _interpolate(volume, lower, upper, weight, axis), inside
 
 
 def _as_slice(index: np.ndarray) -> slice | np.ndarray:
-    """Indices that are consecutive in either direction as a slice, which gives a view."""
+    """Indices as a slice, which gives a view, if they are consecutive in either direction."""
     steps = np.diff(index)
     if len(steps) == 0 or steps[0] not in (1, -1) or (steps != steps[0]).any():
         return index
@@ -180,7 +180,7 @@ def _pick(volume: np.ndarray, chosen: slice | np.ndarray, axis: int) -> np.ndarr
     return volume.take(chosen, axis=axis)
 
 
-def _between(volume: np.ndarray, lower: np.ndarray, upper: np.ndarray, weight: np.ndarray, axis: int) -> np.ndarray:
+def _interpolate(volume: np.ndarray, lower: np.ndarray, upper: np.ndarray, weight: np.ndarray, axis: int) -> np.ndarray:
     """Interpolate along an axis; large volumes plane by plane, within the processor's cache."""
     dtype = np.result_type(volume.dtype, np.float32)
     shape = [*volume.shape]

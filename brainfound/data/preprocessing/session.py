@@ -25,7 +25,7 @@ NOT_IN_COHORT_REASON = "no part of the cohort"
 
 @dataclass(frozen=True)
 class UnusedFile:
-    """A file outside of the stack, its listed contrast (or ``mask``), and the reason."""
+    """A file that is not in the stack, its listed contrast (or ``mask``), and the reason."""
 
     file: Path
     contrast: str
@@ -39,7 +39,7 @@ class UnusedFile:
 
 @dataclass(frozen=True)
 class PreparedSession:
-    """A session's stack (None if no scan can be used), the files outside of it, and the quality of each scan in it."""
+    """A session's stack (None if no scan can be used), the files left out of it, and the quality of each scan in it."""
 
     stack: Stack | None
     not_used: list[UnusedFile] = field(default_factory=list)
@@ -57,7 +57,7 @@ class PreparedSession:
 def prepare_session(
     session: Session, preprocessing: Preprocessing, mask: str = "mask", hooks: Sequence[Hook] = ()
 ) -> PreparedSession:
-    """Read and prepare one session; one scan at a time is in memory. ``mask`` names the label map of the stack."""
+    """Read and prepare one session; one scan at a time is in memory. ``mask`` is the column of the stack's mask."""
     with tempfile.TemporaryDirectory() if hooks else nullcontext("") as folder:
         return _Preparation(session, preprocessing, mask, hooks, Path(folder)).run()
 
@@ -99,7 +99,7 @@ class _Preparation:
         return PreparedSession(stack, self.not_used, builder.quality)
 
     def _select_contrasts(self) -> list[str]:
-        """The session's contrasts of the stack, in its order; other files are listed with a reason."""
+        """The session's contrasts that go into the stack, in its order; other files are refused with a reason."""
         scans = self.session.scans
         for contrast, file in [*scans.items(), *self.session.extra_scans]:
             if contrast not in CONTRASTS:
@@ -111,9 +111,9 @@ class _Preparation:
         for contrast in self.preprocessing.contrasts:
             if contrast not in scans:
                 continue
-            same = [other for other in wanted if scans[other] == scans[contrast]]
-            if same:
-                self._refuse(scans[contrast], contrast, f"the same file is listed as {same[0]}")
+            listed_as = [other for other in wanted if scans[other] == scans[contrast]]
+            if listed_as:
+                self._refuse(scans[contrast], contrast, f"the same file is listed as {listed_as[0]}")
             else:
                 wanted.append(contrast)
         if not wanted:
@@ -133,11 +133,11 @@ class _Preparation:
             self._refuse(file, "mask", error.reason)
 
     def _list_further_scans(self) -> None:
-        bad = {entry.file for entry in self.not_used}
+        refused = {entry.file for entry in self.not_used}
         for contrast, file in self.session.extra_scans:
             if contrast in self.preprocessing.contrasts:
                 first = self.session.scans[contrast]
-                fate = "was first, and refused" if first in bad else "is used"
+                fate = "was first, and refused" if first in refused else "is used"
                 self._refuse(file, contrast, f"{FURTHER_SCAN_REASON} {fate}: {first.name}")
 
     def _refuse(self, file: Path, contrast: str, reason: str) -> None:

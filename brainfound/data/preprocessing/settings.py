@@ -32,7 +32,7 @@ class Preprocessing(Recipe):
     """Foreground percentiles of each scan that become the lowest and the highest pixel value."""
 
     ranges: dict[str, tuple[float, float]] = Field(default_factory=dict)
-    """Contrast → the values that become the lowest and highest pixel value, not percentiles; for quantitative maps."""
+    """Contrast → values that become the lowest and highest pixel, in place of percentiles; for quantitative maps."""
 
     bits: Literal[8, 16] = 8
     """Bits per pixel. 16 bits keep the resolution of quantitative maps, and double the size of the store."""
@@ -44,7 +44,7 @@ class Preprocessing(Recipe):
     """A session with fewer slices inside the foreground is refused."""
 
     hooks: tuple[str, ...] = ()
-    """Names of the hooks that ran on each scan before (skull-stripping, registration). A record; runs nothing."""
+    """Hooks that ran on each scan beforehand (skull-stripping, registration). Only a record: nothing is run."""
 
     @field_validator("contrasts")
     @classmethod
@@ -56,7 +56,7 @@ class Preprocessing(Recipe):
     @field_validator("ranges")
     @classmethod
     def _rising_ranges(cls, value: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
-        # Sorted: the order in which a user lists them must not make another preprocessing.
+        # Sorted: the order in which a user lists them must not change the preprocessing.
         named = dict(sorted(zip(parse_contrasts(value), value.values(), strict=True)))
         if any(not (np.isfinite(limits).all() and limits[0] < limits[1]) for limits in named.values()):
             raise ValueError("ranges must be two finite, rising values per contrast")
@@ -92,7 +92,7 @@ class Preprocessing(Recipe):
         return 2**self.bits - 1
 
     def restore_values(self, contrast: str, pixels: np.ndarray) -> np.ndarray:
-        """Pixels of a contrast with a fixed range, in the unit of its scans (float32); 0 is also background.
+        """Convert pixels of a contrast with a fixed range back to its unit (float32); pixel 0 may also be background.
 
         Raises:
             UsageError: the contrast was scaled by percentiles, which differ between scans.
@@ -104,7 +104,7 @@ class Preprocessing(Recipe):
         return np.float32(low) + pixels.astype(np.float32) * np.float32((high - low) / self.max_pixel_value)
 
     def require_hooks(self, names: Sequence[str]) -> None:
-        """Raise a UsageError for hooks other than those of this preprocessing: no such scans were in training."""
+        """Raise a UsageError for hooks other than those of this preprocessing: training had no such scans."""
         if self.hooks != tuple(names):
             got, expected = (", ".join(hooks) or "none" for hooks in (names, self.hooks))
             remedy = f"Give --hook {' --hook '.join(self.hooks)}" if self.hooks else "Leave the hooks out"
@@ -118,8 +118,8 @@ class Preprocessing(Recipe):
     @classmethod
     def load(cls, folder: str | Path) -> Preprocessing:
         """Read ``preprocessing.json`` from a folder; ModelError if it is missing, otherwise as `load_json`."""
-        found = load_json(cls, Path(folder) / FILE_NAME)
-        if found is None:
+        preprocessing = load_json(cls, Path(folder) / FILE_NAME)
+        if preprocessing is None:
             remedy = "Without the preprocessing a model cannot be used safely; export it again"
             raise ModelError(f"{FILE_NAME} is missing", where=folder, remedy=remedy)
-        return found
+        return preprocessing

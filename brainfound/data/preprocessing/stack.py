@@ -1,4 +1,4 @@
-"""The stack, a session as slices on one grid with the way back to the reference scan's own, and its scans' quality.
+"""The stack (a session as slices on one grid, with the way back to the reference scan) and the quality of its scans.
 
 Axis legend: S slices (inferior → superior), C contrasts, H rows (anterior → posterior), W columns (left → right);
 X left → right, Y posterior → anterior, Z inferior → superior (a scan in RAS).
@@ -20,7 +20,7 @@ from brainfound.errors import UsageError
 SkullState = Literal["stripped", "head", "unclear"]
 
 MAX_BRAIN_ML = 2200.0
-"""Adult brains have 1,000 to 1,800 ml; a larger foreground is not a brain alone."""
+"""Adult brains have 1,000 to 1,800 ml; a larger foreground is more than a brain."""
 MIN_HEAD_ML = 2400.0
 """Whole adult heads have 3,000 ml and more; volumes between the two limits are unclear."""
 MIN_CUT_FACE_SHARE = 0.15
@@ -99,10 +99,10 @@ class Stack:
     def __repr__(self) -> str:
         slices, height, width = self.grid
         names = zip(self.contrasts, self.present, strict=True)
-        shown = ", ".join(name if here else f"({name} absent)" for name, here in names)
+        contrasts = ", ".join(name if here else f"({name} absent)" for name, here in names)
         spacing = " × ".join(f"{s:.2f}" for s in self.spacing_mm)
         size = f"{self.pixels.nbytes / 2**20:.1f} MiB"
-        return f"Stack({slices} slices of {height} × {width}, {shown}, spacing_mm={spacing}, {size})"
+        return f"Stack({slices} slices of {height} × {width}, {contrasts}, spacing_mm={spacing}, {size})"
 
 
 @dataclass(frozen=True)

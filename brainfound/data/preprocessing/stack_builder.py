@@ -24,13 +24,13 @@ from brainfound.errors import ScanError
 
 _POINTS_PER_AXIS = 32
 _MIN_LABELS_IN_HEAD = 0.8
-"""Least share of the labels of a cropped map inside the head; at a random place about half would be."""
+"""Smallest share of a cropped map's labels inside the head; of a randomly placed map it is about half."""
 _NOTE_CROPPED_SHARE = 0.01
 _NOTE_SPACING_RATIO = 3.0
 
 
 class StackBuilder:
-    """Builds a stack: the reference scan defines the grid; further scans and a mask are added one by one.
+    """Build a stack: the reference scan defines the grid; further scans and a mask are added one by one.
 
     A ``file`` is the name of a scan in the quality table and notes. ScanError: the reference scan cannot be used.
     """
@@ -64,14 +64,14 @@ class StackBuilder:
         """Bring a label map in the same world space onto the grid.
 
         A map that is cropped around its labels is accepted if they lie in the foreground. Everything outside of its
-        field of view is background; if that cuts off part of the head, the notes of the reference scan say so.
+        field of view is background; if that cuts off part of the head, the reference scan gets a note.
         ScanError: it does not overlap the reference scan.
         """
         covered, least = self._covered_share(mask), self.preprocessing.min_overlap
         if covered < least:
-            found = self._share_in_foreground(mask)
-            if not found >= _MIN_LABELS_IN_HEAD:
-                inside = "no label" if np.isnan(found) else f"{found:.0%} of the labels in it"
+            inside_share = self._share_in_foreground(mask)
+            if not inside_share >= _MIN_LABELS_IN_HEAD:
+                inside = "no label" if np.isnan(inside_share) else f"{inside_share:.0%} of the labels in it"
                 got = f"{covered:.0%} of its foreground covered, and {inside}"
                 expected = f"at least {least:.0%}, or {_MIN_LABELS_IN_HEAD:.0%} of the labels in it"
                 raise _no_overlap("the mask", got, expected)
@@ -81,7 +81,7 @@ class StackBuilder:
             name = f"the mask {file}" if file else "the mask"
             note = f"{name} covers {covered:.0%} of the foreground; what lies outside of it counts as background"
             self.quality[0] = replace(self.quality[0], notes=(*self.quality[0].notes, note))
-            # Labels at the faces of the map then end as in a larger map.
+            # With a margin, labels at the faces of the map end as in a larger map.
             labels, affine = np.pad(labels, 1), affine @ shift(-1)
         self._mask = resample_labels(labels, np.linalg.inv(affine) @ self.affine, self.grid)
 
@@ -215,7 +215,7 @@ def two_percentiles(values: Num[np.ndarray, "n"], percentiles: tuple[float, floa
     The second partition works on the values above the first; `numpy.percentile` partitions around four places. The
     values, which must not be empty, are reordered in place.
     """
-    found = []
+    results = []
     above, passed = values, 0
     for percentile in percentiles:
         place = percentile / 100 * (len(values) - 1)
@@ -225,9 +225,9 @@ def two_percentiles(values: Num[np.ndarray, "n"], percentiles: tuple[float, floa
         if place > int(place):
             following = float(above[rank + 1 :].min())
             value += (following - value) * (place - int(place))
-        found.append(value)
+        results.append(value)
         above, passed = above[rank:], passed + rank
-    return found[0], found[1]
+    return results[0], results[1]
 
 
 def _first_index(centre: float, count: int, step: float) -> float:
@@ -237,7 +237,7 @@ def _first_index(centre: float, count: int, step: float) -> float:
 
 
 def _needed_box(to_scan: np.ndarray, grid: tuple[int, int, int], shape: tuple[int, ...]) -> tuple[slice, ...]:
-    """The part of a scan that a grid, with the blur before sampling, can reach; at least one voxel."""
+    """The part of a scan that affects a grid, with the blur before sampling; at least one voxel."""
     mapped = _apply(to_scan, np.array(list(product(*((0, n - 1) for n in grid)))))
     # Twice the sampling step covers the blur (three standard deviations, 0.42 steps each) and the interpolation.
     margin = np.ceil(2 * np.abs(to_scan[:3, :3]).max(axis=1)) + 2
@@ -247,7 +247,7 @@ def _needed_box(to_scan: np.ndarray, grid: tuple[int, int, int], shape: tuple[in
 
 
 def _apply(affine: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """The images of points, ``(n, 3)``."""
+    """Points, ``(n, 3)``, transformed by an affine."""
     return points @ affine[:3, :3].T + affine[:3, 3]
 
 

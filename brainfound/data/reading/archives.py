@@ -21,11 +21,11 @@ from isal import isal_zlib
 from brainfound.errors import ScanError
 
 MAX_DIRECTORY_BYTES = 32 * 2**20
-"""Size of an archive's directory, which is read at once: room for some 200,000 members."""
+"""Largest directory of an archive, which is read at once: room for some 200,000 members."""
 MAX_MEMBER_BYTES = 16 * 2**30
-"""Declared size of one member: the largest scan that is read (1024³ voxels) with 16 bytes per voxel."""
+"""Largest declared size of a member: that of the largest scan (1024³ voxels) with 16 bytes per voxel."""
 MAX_DEFLATE_RATIO = 1032
-"""No deflate stream expands more (zlib's technical notes); a header that declares more is false."""
+"""No deflate stream expands more (zlib's technical notes); a header that declares more is wrong."""
 FREE_BYTES = 256 * 2**20
 """Below this size any ratio is allowed: a nearly empty label map stored as .nii reaches 1000 : 1."""
 MAX_RATIO = 250
@@ -34,7 +34,7 @@ MAX_RATIO_COMPRESSED = 20
 """The same for members that are compressed already (.gz, .mgz): only a bomb can be packed much further."""
 CHUNK_BYTES = 2**18
 _LOCAL_HEADER = struct.Struct("<4s2B4HL2L2H")
-_InflateError = cast("type[Exception]", isal_zlib.error)  # its stubs call the class an instance
+_InflateError = cast("type[Exception]", isal_zlib.error)  # the type stubs declare an instance
 _ENCRYPTED = 0x1 | 0x40 | 0x2000
 _REMEDY = "Unpack the archive yourself and give the folder, or pack it again"
 _ZIP_ERRORS = (zipfile.BadZipFile, struct.error, OSError, EOFError, ValueError, OverflowError, RuntimeError)
@@ -54,7 +54,7 @@ def split_archive_path(path: str | Path) -> tuple[Path, str] | None:
 def list_members(archive: str | Path) -> list[str]:
     """The files in a zip archive, sorted, without folders and ``__MACOSX`` shadow files.
 
-    ScanError: not a zip, or an unsafe one, such as with names outside of it, links, encryption, overlaps, or a bomb.
+    ScanError: not a zip archive, or unsafe: names that leave it, links, encryption, overlapping members, or a bomb.
     """
     return sorted(_directory(Path(archive)))
 
@@ -62,8 +62,8 @@ def list_members(archive: str | Path) -> list[str]:
 def open_binary(path: str | Path) -> BinaryIO:
     """Open a file, or a member of a zip archive, for sequential reading.
 
-    A member cannot seek; its length and checksum are verified at its end.
-    ScanError: there is no such file or member, or the archive is refused; and from a read, for a corrupt member.
+    A member is not seekable; its length and checksum are verified at its end.
+    ScanError: there is no such file or member, or the archive is refused; a read raises it for a corrupt member.
     """
     path = Path(path)
     parts = split_archive_path(path)
@@ -88,7 +88,7 @@ def is_file(path: str | Path) -> bool:
 
 
 def size_and_mtime(path: str | Path) -> tuple[int, int] | None:
-    """Size in bytes and modification time in ns (of a member: as declared, and the archive's); None if missing.
+    """Size in bytes and modification time in ns (of a member: its declared size, the archive's time); None if missing.
 
     A refused archive counts as missing; `open_binary` gives the reason.
     """
@@ -135,7 +135,7 @@ def _checked_directory(archive: Path, num_bytes: int, _mtime_ns: int) -> dict[st
         raise ScanError(what, where=archive.name, remedy=remedy) from error
     names: set[str] = set()
     for info in entries:
-        problem = _problem_of_name(info) or _problem_of_entry(info)
+        problem = _name_problem(info) or _entry_problem(info)
         name = info.orig_filename.rstrip("/")
         if problem is None and name in names:
             problem = "two members have the same name"
@@ -147,7 +147,7 @@ def _checked_directory(archive: Path, num_bytes: int, _mtime_ns: int) -> dict[st
     return {i.orig_filename: i for i in entries if not i.is_dir() and not i.orig_filename.startswith("__MACOSX/")}
 
 
-def _problem_of_name(info: zipfile.ZipInfo) -> str | None:
+def _name_problem(info: zipfile.ZipInfo) -> str | None:
     # `filename` is cut at a zero byte; the original name is complete.
     name = info.orig_filename
     parts = name.removesuffix("/").split("/")
@@ -164,7 +164,7 @@ def _problem_of_name(info: zipfile.ZipInfo) -> str | None:
     return None
 
 
-def _problem_of_entry(info: zipfile.ZipInfo) -> str | None:
+def _entry_problem(info: zipfile.ZipInfo) -> str | None:
     kind = stat.S_IFMT(info.external_attr >> 16)
     if stat.S_ISLNK(kind):
         return "a symbolic link"
@@ -210,13 +210,13 @@ class _LimitedReads:
 
     def __init__(self, raw: BinaryIO, archive: Path, num_bytes: int) -> None:
         self._raw = raw
-        # Python allocates the requested size before it knows how much there is to read.
-        self._most = min(MAX_DIRECTORY_BYTES, num_bytes) + 1
+        # Python allocates the requested size before it knows how much the file holds.
+        self._max_read = min(MAX_DIRECTORY_BYTES, num_bytes) + 1
         self._name = archive.name
         self.seek, self.tell, self.seekable = raw.seek, raw.tell, raw.seekable
 
     def read(self, size: int = -1) -> bytes:
-        data = self._raw.read(min(size, self._most) if size >= 0 else self._most)
+        data = self._raw.read(min(size, self._max_read) if size >= 0 else self._max_read)
         if len(data) > MAX_DIRECTORY_BYTES:
             what = "unsafe archive: its table of contents is too large"
             expected = f"at most {MAX_DIRECTORY_BYTES // 2**20} MiB"
@@ -232,7 +232,7 @@ class _Member(io.RawIOBase):
         self._name = PurePosixPath(info.orig_filename).name
         self._raw = archive.open("rb")
         self._packed_left = info.compress_size
-        self._given = self._crc = 0
+        self._num_unpacked = self._crc = 0
         self._ended = False
         is_packed = info.compress_type == zipfile.ZIP_DEFLATED
         self._inflate: Any = isal_zlib.decompressobj(wbits=-zlib.MAX_WBITS) if is_packed else None
@@ -276,13 +276,13 @@ class _Member(io.RawIOBase):
             done = self._packed_left == 0
         else:
             data, done = self._inflated(limit)
-        self._given += len(data)
+        self._num_unpacked += len(data)
         self._crc = isal_zlib.crc32(data, self._crc)
-        if self._given > self._info.file_size:
+        if self._num_unpacked > self._info.file_size:
             raise self._corrupt("it holds more than the archive declares")
         if done:
             self._ended = True
-            if self._given != self._info.file_size:
+            if self._num_unpacked != self._info.file_size:
                 raise self._corrupt("it holds less than the archive declares")
             if self._packed_left:
                 raise self._corrupt("data follows its end")

@@ -1,8 +1,8 @@
 """Image files: NIfTI-1 and -2 (``.nii``, ``.nii.gz``, ``.hdr`` + ``.img``) and MGH (``.mgz``, ``.mgh``).
 
-nibabel interprets the header. The bytes are read here, because headers can be false: the declared size is compared with
+nibabel interprets the header. The bytes are read here, because headers can be wrong: the declared size is compared with
 the file's before memory is allocated; voxels become float32 chunk by chunk, without a second copy of the volume; and
-the file is read to its end, which verifies the checksum and detects further data.
+the file is read to its end, which verifies the checksum and detects trailing data.
 
 Axis legend: I J K stored voxels.
 """
@@ -36,15 +36,15 @@ from brainfound.errors import ScanError
 MAX_VOXELS = 1024**3
 """Four times the voxels of an ex-vivo brain at 0.25 mm; 4 GiB as float32."""
 MAX_AXIS_VOXELS = 4096
-"""Voxels along one axis, more than any scanner makes; a long thin volume would become as many slices."""
+"""Voxels along one axis, more than any scanner makes; a stack gets a slice for each."""
 MAX_OFFSET_BYTES = 64 * 2**20
-"""Size of header extensions before the voxels. They are skipped, never read into memory."""
+"""Largest header extensions before the voxels. They are skipped, never read into memory."""
 MAX_TAIL_BYTES = 4096
-"""Bytes after the last voxel: some writers fill up a disk block."""
+"""Bytes allowed after the last voxel: some writers fill up a disk block."""
 MAX_MGH_TAIL_BYTES = 2**20
 """MGH files end with tags: scan parameters, the commands that made the file, a colour table."""
 CHUNK_VOXELS = 2**17
-"""Voxels that are read, scaled and checked at once; they fit into the processor's cache."""
+"""Voxels read, scaled and checked at a time; they fit into the processor's cache."""
 
 SUFFIXES = (".nii", ".nii.gz", ".mgz", ".mgh", ".mgh.gz", ".hdr", ".img", ".hdr.gz", ".img.gz")
 
@@ -61,7 +61,7 @@ class ImageHeader:
         offset: byte offset of the first voxel in the decompressed file.
         slope, inter: scaling of the voxels, or None.
         affine: ``(4, 4)``, index in the stored array → millimetres in RAS+.
-        max_tail: most bytes after the last voxel.
+        max_tail: most bytes allowed after the last voxel.
     """
 
     path: Path
@@ -119,7 +119,7 @@ def read_image_header(path: Path) -> ImageHeader:
     texts = messages.texts
     if source == "sform":
         texts = [text for text in texts if "qfac" not in text]
-    elif any("non-zero" in text for text in texts):  # nibabel would go on with 1 mm
+    elif any("non-zero" in text for text in texts):  # nibabel would assume 1 mm
         raise unreadable_error(path, "its header says a voxel size of 0 mm")
     return ImageHeader(
         path=path,
@@ -138,7 +138,7 @@ def read_image_header(path: Path) -> ImageHeader:
 
 
 def read_voxels(header: ImageHeader) -> tuple[Float[np.ndarray, "I J K"], float, float]:
-    """The voxels in float32, scaled as by nibabel, and their smallest and largest value (NaN if any voxel is).
+    """The voxels in float32, scaled as by nibabel, and their smallest and largest value (NaN if any is NaN).
 
     ScanError: the file is truncated or corrupt, or holds more data than its header says.
     """
@@ -184,12 +184,12 @@ def _scaled(values: np.ndarray, header: ImageHeader) -> np.ndarray:
         slope: Any = np.asanyarray(1.0 if header.slope is None else header.slope)
         inter: Any = np.asanyarray(0.0 if header.inter is None else header.inter)
         values = apply_read_scaling(values, slope, inter)
-    # 64-bit integers go to float32 by way of float64, as in nibabel.
+    # 64-bit integers become float32 via float64, as in nibabel.
     return values.astype(np.promote_types(values.dtype, np.float32), copy=False)
 
 
 def _pair(path: Path) -> tuple[Path, Path]:
-    """The header's and the voxels' file of an ``.hdr`` + ``.img`` pair, from either of them."""
+    """The header file and the voxel file of an ``.hdr`` + ``.img`` pair, given either of them."""
     packed = path.suffix if path.suffix.lower() == ".gz" else ""
     base = path.name[: len(path.name) - len(packed)]
     stem, suffix = base[:-4], base[-4:]
@@ -207,7 +207,7 @@ def _pair(path: Path) -> tuple[Path, Path]:
 
 
 def _parse(path: Path, block: bytes, is_pair: bool, messages: _Messages) -> Any:
-    """nibabel's header object for the first bytes of a file; extensions are not touched."""
+    """nibabel's header object for the first bytes of a file; extensions are not read."""
     if path.name.lower().endswith((".mgz", ".mgh", ".mgh.gz")):
         if len(block) < MGH_HEADER.itemsize:
             raise ValueError("the file ends within the header")
@@ -269,7 +269,7 @@ def _check_declared_size(path: Path, offset: int, shape: tuple[int, int, int], d
 
 
 class _Messages(logging.Logger):
-    """Collects nibabel's messages about repaired headers, which would reach the terminal."""
+    """Collects nibabel's messages about repaired headers, which would otherwise reach the terminal."""
 
     def __init__(self) -> None:
         super().__init__("brainfound.header", level=logging.DEBUG)
@@ -318,7 +318,7 @@ def _fill(stream: Any, view: memoryview, path: Path) -> None:
 
 
 def _check_end(stream: BinaryIO, header: ImageHeader) -> None:
-    """Read to the end of the file, which verifies the checksum; not much may follow the voxels."""
+    """Read to the end of the file, which verifies the checksum; ScanError if too much follows the voxels."""
     tail = 0
     while step := len(stream.read(CHUNK_VOXELS)):
         tail += step

@@ -20,13 +20,13 @@ from brainfound.errors import ScanError
 SFORM_QFORM_MM = 0.5
 """Distance at a corner of the volume: more than rounding, less than matters at 1 mm."""
 SHEAR_DEGREES = 0.5
-"""Deviation from a right angle that is worth a note: half a voxel at the edge of a head."""
+"""Deviation from a right angle that deserves a note: half a voxel at the edge of a head."""
 SPACING_MM = (0.05, 50.0)
 """From microscopy to the thickest localiser; metres or micrometres fall outside."""
 MAX_ORIGIN_MM = 1e5
 """Distance of the first voxel from the origin: no scanner is 100 m long, and float32 headers lose millimetres there."""
 MAX_EXTENT_MM = 2000.0
-"""Length of a volume along one axis: a person."""
+"""Length of a volume along one axis: that of a person."""
 MIN_VOLUME_SHARE = 0.5
 """Volume of a voxel over the product of its edges: 1 for right angles, 0.87 for a gantry tilted by 30 degrees."""
 HEADER_ERRORS = (HeaderDataError, WrapStructError, MGHError, ArithmeticError, LookupError, ValueError, TypeError)
@@ -41,7 +41,7 @@ _UNITS = {0: "", 1: "metres", 2: "", 3: "micrometres"}
 def header_affine(header: Any, shape: tuple[int, int, int]) -> tuple[np.ndarray, AffineSource, list[str]]:
     """The affine ``(4, 4)`` of a NIfTI, Analyze or MGH header, as nibabel chooses it, its source, and notes on doubts.
 
-    ``shape`` is that of the volume, for distances at its corners.
+    ``shape`` is that of the volume, at whose corners affines are compared.
     """
     notes: list[str] = []
     affine = np.asarray(header.get_best_affine(), dtype=np.float64)
@@ -71,10 +71,10 @@ def _compare_with_qform(header: Any, affine: np.ndarray, shape: tuple[int, int, 
     except HEADER_ERRORS:
         return ["the header's qform is not valid; the sform was used"]
     corners = np.array(list(product(*((0, n - 1) for n in shape), [1])))
-    apart = float(np.linalg.norm((corners @ (affine - other).T)[:, :3], axis=1).max())
-    if apart <= SFORM_QFORM_MM:
+    distance = float(np.linalg.norm((corners @ (affine - other).T)[:, :3], axis=1).max())
+    if distance <= SFORM_QFORM_MM:
         return []
-    return [f"sform and qform disagree by up to {apart:.1f} mm at a corner of the volume; the sform was used"]
+    return [f"sform and qform disagree by up to {distance:.1f} mm at a corner of the volume; the sform was used"]
 
 
 def _compare_with_pixdim(header: Any, affine: np.ndarray) -> list[str]:
@@ -91,7 +91,7 @@ def _sizes(values: np.ndarray) -> str:
 
 
 def check_affine(affine: Float[np.ndarray, "4 4"], shape: tuple[int, int, int], path: Path) -> None:
-    """Raise a ScanError for an affine that cannot be a scan's."""
+    """Raise a ScanError for an affine that no scan can have."""
 
     def refuse(why: str, got: str | None = None, expected: str | None = None, remedy: str = _REPAIR) -> NoReturn:
         raise ScanError(f"unusable affine: {why}", where=path.name, got=got, expected=expected, remedy=remedy)

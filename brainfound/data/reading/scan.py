@@ -17,16 +17,16 @@ from brainfound.data.reading.orientation import AffineSource, axis_codes, check_
 from brainfound.errors import ScanError
 
 MAX_VALUE = 1e30
-"""Largest absolute value of a voxel. No scanner writes it, and sums of larger values leave the range of float32."""
+"""Largest absolute value of a voxel. No scanner writes it, and sums of larger values overflow float32."""
 MIN_RANGE = 1e-30
-"""Least range of an image's values that can be scaled in float32. Diffusivities in m²/s vary by 1e-9."""
+"""Smallest range of an image's values that can be scaled in float32. Diffusivities in m²/s vary by 1e-9."""
 
 
 @dataclass(frozen=True)
 class ScanHeader:
-    """The header of an image file; shape, orientation (such as ``"LPS"``) and spacing are of the stored axes.
+    """The header of an image file; shape, orientation (such as ``"LPS"``) and spacing refer to the stored axes.
 
-    ``affine`` is ``(4, 4)``, index in the stored array → millimetres in RAS+. ``notes`` are for a person.
+    ``affine`` is ``(4, 4)``, index in the stored array → millimetres in RAS+. ``notes`` are for a person to check.
     """
 
     shape: tuple[int, int, int]
@@ -46,7 +46,7 @@ class Scan:
         data: voxels ``(X, Y, Z)`` in float32; the stored axes are only reordered and flipped, nothing is interpolated.
         affine: ``(4, 4)``, index in ``data`` → millimetres in RAS+.
         native_shape, native_affine: of the stored array.
-        header: None for a scan that was made in memory.
+        header: None for a scan created in memory.
     """
 
     data: Float[np.ndarray, "X Y Z"]

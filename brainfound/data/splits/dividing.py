@@ -90,7 +90,7 @@ def few_shot(
 
     Args:
         shots: numbers of training subjects, per class with ``labels``; None for all subjects.
-        labels: the class of each session, of which a subject without any is not used for training.
+        labels: the class of each session; a subject without any is not used for training.
         fractions: shares of the parts, by default `DEFAULT_FRACTIONS`; ``train`` draws its shots from its share.
         stratify: as in `split_by_subject`; by default the labels.
 
@@ -132,10 +132,10 @@ def leave_one_site_out(
     A subject with sessions at the tested site and at another one is in no part of that fold. A subject with a session
     of unknown site is in no part of any fold. A site without a subject of its own has no fold.
     """
-    seen: dict[str, set[str | None]] = {}
+    subject_sites: dict[str, set[str | None]] = {}
     for subject, site in zip(subjects, sites, strict=True):
-        seen.setdefault(subject, set()).add(None if _missing(site) else label_text(site))
-    placed = {name: places for name, places in seen.items() if None not in places}
+        subject_sites.setdefault(subject, set()).add(None if _missing(site) else label_text(site))
+    placed = {name: places for name, places in subject_sites.items() if None not in places}
     known = sorted({str(site) for places in placed.values() for site in places})
     if len(known) < 2:
         raise UsageError("leaving one site out needs at least two sites", where="site", got=len(known))
@@ -146,7 +146,7 @@ def leave_one_site_out(
         rest = sorted(name for name, places in placed.items() if site not in places)
         if test:
             rng = np.random.default_rng([seed, number])
-            folds[site] = _as_indices(_build_fold(rest, test, strata, validation, rng, len(seen)), subjects)
+            folds[site] = _as_indices(_build_fold(rest, test, strata, validation, rng, len(subject_sites)), subjects)
     return folds
 
 
@@ -204,7 +204,7 @@ def _build_fold(
     rng: np.random.Generator,
     num_subjects: int | None = None,
 ) -> dict[str, list[str]]:
-    """The parts of a fold with a given test part; a share of all subjects goes from the rest to validation."""
+    """The parts of a fold with this test part; a share of all subjects moves from the rest to validation."""
     count = max(1, round(validation * (num_subjects or len(rest) + len(test)))) if validation else 0
     if count >= len(rest) or not 0 <= validation < 1:
         what, remedy = "no subject is left to train on", "Ask for a smaller share"
@@ -217,8 +217,8 @@ def _build_fold(
 def _strata(subjects: Sequence[str], stratify: Labels | None) -> dict[str, tuple[str, ...]]:
     """Subject → its stratum, one label per column."""
     columns = stratify if isinstance(stratify, Mapping) else {"": stratify}
-    words = [_words(_label_per_subject(subjects, labels)) for labels in columns.values() if labels is not None]
-    return {name: tuple(word[name] for word in words) for name in sorted(set(subjects))}
+    texts = [_stratum_labels(_label_per_subject(subjects, labels)) for labels in columns.values() if labels is not None]
+    return {name: tuple(text[name] for text in texts) for name in sorted(set(subjects))}
 
 
 def _label_per_subject(subjects: Sequence[str], labels: Sequence[Any]) -> dict[str, Any]:
@@ -228,15 +228,15 @@ def _label_per_subject(subjects: Sequence[str], labels: Sequence[Any]) -> dict[s
         if not _missing(label):
             counts[subject][label] += 1
     chosen: dict[str, Any] = {}
-    for subject, found in counts.items():
-        most = max(found.values(), default=0)
-        often = [label for label, count in found.items() if count == most]
-        numbers = all(isinstance(label, (int, float, np.number)) for label in often)
-        chosen[subject] = min(often, key=None if numbers else str) if often else None
+    for subject, label_counts in counts.items():
+        most = max(label_counts.values(), default=0)
+        frequent = [label for label, count in label_counts.items() if count == most]
+        numbers = all(isinstance(label, (int, float, np.number)) for label in frequent)
+        chosen[subject] = min(frequent, key=None if numbers else str) if frequent else None
     return chosen
 
 
-def _words(labels: Mapping[str, Any]) -> dict[str, str]:
+def _stratum_labels(labels: Mapping[str, Any]) -> dict[str, str]:
     numbers = to_numeric_or_none(list(labels.values()))
     if numbers is None:
         return {name: "" if _missing(label) else str(label) for name, label in labels.items()}
@@ -252,8 +252,8 @@ def to_numeric_or_none(labels: Sequence[Any]) -> np.ndarray | None:
     series = pd.Series(list(labels), dtype=object)
     numbers = pd.to_numeric(series, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
     numbers = np.where(np.isfinite(numbers), numbers, np.nan)
-    odd = np.isnan(numbers) & ~np.array([_missing(label) for label in labels], dtype=bool)
-    return None if odd.any() or len(set(numbers[~np.isnan(numbers)])) <= MAX_LABELS else numbers
+    not_numeric = np.isnan(numbers) & ~np.array([_missing(label) for label in labels], dtype=bool)
+    return None if not_numeric.any() or len(set(numbers[~np.isnan(numbers)])) <= MAX_LABELS else numbers
 
 
 def _missing(label: Any) -> bool:

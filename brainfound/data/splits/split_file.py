@@ -1,4 +1,4 @@
-"""A split as a file: the subjects of each part, with a proof that no subject is in two.
+"""A split as a file: the subjects of each part, with a proof that no subject is in two of them.
 
 A split file is JSON:
 
@@ -92,7 +92,7 @@ class Split:
     ) -> Split:
         """The split of a store's sessions, from fold → part → indices; ``columns`` are covariates to count.
 
-        UsageError: as the class, or two parts share an image.
+        UsageError: as for the class, or two parts share an image.
         """
         names = [str(name) for name in store.sessions["subject"]]
         members, counts, left_out = {}, {}, {}
@@ -115,7 +115,7 @@ class Split:
         return self.folds[fold]
 
     def sessions(self, store: Store, fold: str | None = None) -> dict[str, np.ndarray]:
-        """Part → indices of the sessions of its subjects in a store. Subjects may be missing on either side.
+        """Part → indices of its subjects' sessions in a store. Subjects may be missing on either side.
 
         UsageError: as `parts`, or two parts share an image.
         """
@@ -185,8 +185,8 @@ class Split:
             "subjects": {part: list(names) for part, names in members.items()},
             "shared_subjects": {f"{one} and {other}": n for (one, other), n in shared_counts(sets).items()},
             "num_subjects": {part: len(names) for part, names in members.items()},
-            "num_sessions": {part: found.pop("num_sessions", None) for part, found in counts.items()},
-            "counts": counts,  # of columns: the number of sessions is taken out
+            "num_sessions": {part: part_counts.pop("num_sessions", None) for part, part_counts in counts.items()},
+            "counts": counts,  # of columns only: num_sessions was popped
             "num_left_out": self.num_left_out.get(name, 0),
         }
 
@@ -197,7 +197,7 @@ def read_folds(path: str | Path) -> dict[str, SubjectsByPart]:
 
 
 def require_no_shared_images(store: Store, parts: Mapping[str, Sequence[int] | np.ndarray]) -> None:
-    """Raise a UsageError for parts, of session indices, with the same image; it names rows of ``store.sessions``."""
+    """Raise a UsageError if parts (session indices) share an image; it names rows of ``store.sessions``."""
     hashes = store.sessions["image_hash"].tolist()
     first: dict[str, tuple[str, int]] = {}
     for part, index in parts.items():
@@ -211,7 +211,7 @@ def require_no_shared_images(store: Store, parts: Mapping[str, Sequence[int] | n
 
 
 def get_split_groups(store: Store) -> tuple[np.ndarray, int]:
-    """The names by which sessions are divided, see `merge_linked_subjects`, and how many subjects have another's."""
+    """The names by which sessions are divided, see `merge_linked_subjects`, and the number of subjects merged away."""
     subjects = [str(name) for name in store.sessions["subject"]]
     names = merge_linked_subjects(subjects, store.sessions["image_hash"].tolist())
     return np.array(names, dtype=object), len(set(subjects)) - len(set(names))
@@ -246,9 +246,9 @@ def _read_members(content: Mapping[str, Any], path: Path) -> dict[str, SubjectsB
     """Fold → part → subjects, checked; a file without schema holds the parts of a single fold."""
     folds: dict[str, Any] = {SINGLE_FOLD: content}
     if "schema" in content:
-        found = content.get("folds")
-        found = found if isinstance(found, dict) else {}
-        folds = {name: entry.get("subjects") if isinstance(entry, dict) else None for name, entry in found.items()}
+        entries = content.get("folds")
+        entries = entries if isinstance(entries, dict) else {}
+        folds = {name: entry.get("subjects") if isinstance(entry, dict) else None for name, entry in entries.items()}
     if not folds:
         remedy = "Make it again: brainfound split STORE NEW.json"
         raise UsageError("a split file without folds", where=path, remedy=remedy)

@@ -1,4 +1,4 @@
-"""Contact sheets: a few slices of every scan on one page, as cards of sessions below and beside each other.
+"""Contact sheets: a few slices of every scan on one page, as a grid of session cards.
 
 `write_contact_sheet` draws a store; `card_from_stack` and `draw_contact_sheet` draw stacks in memory. Identifiers and
 file names appear only on request: a session is labelled with its row in the store.
@@ -26,7 +26,7 @@ from brainfound.data.store.reader import StoreReader
 HEIGHTS = (1 / 3, 1 / 2, 2 / 3)
 """Heights of the slices on a card, as shares of the stack."""
 SHARE_FOR_QUIET = 0.25
-"""Share of a page that is kept for sessions without notes when not all sessions fit."""
+"""Share of a page reserved for sessions without notes when not all sessions fit."""
 
 _PAPER, _FRAME, _TEXT, _FAINT = "#0B0C0E", "#26292E", "#E8E8E8", "#8A8F98"
 _FLAG, _REFUSED, _OUTLINE = "#FF9D2E", "#FF5A4F", (255, 208, 0)
@@ -48,7 +48,7 @@ class SessionCard:
     images: tuple[Num[np.ndarray, "n H W"] | None, ...]
     """The n slices of each contrast; None for an absent one."""
     heights_mm: tuple[float, ...]
-    """Of the n slices, 0 in the middle of the stack."""
+    """Heights of the n slices; 0 is the middle of the stack."""
     pixel_mm: tuple[float, float] = (1.0, 1.0)
     """Distance of rows and of columns."""
     outlines: Num[np.ndarray, "n H W"] | None = None
@@ -79,16 +79,16 @@ def write_contact_sheet(
         notes.setdefault((subject, session), {})[contrast] = tuple(text.split("; "))
     keys = list(zip(store.sessions["subject"], store.sessions["session"], strict=True))
     flagged = [row for row, key in enumerate(keys) if notes.get(key) or refused.get(key)]
-    shown = choose_sessions(len(store), flagged, max_sessions)
+    chosen = choose_sessions(len(store), flagged, max_sessions)
     cards = []
-    for row in shown:
+    for row in chosen:
         label = " ".join((str(row), *keys[row])) if keep_ids else str(row)
         refused_here = refused.get(keys[row], frozenset())
         cards.append(_card_from_row(store, row, label, notes.get(keys[row], {}), refused_here))
     spacing = " × ".join("own" if length is None else f"{length:g}" for length in store.preprocessing.spacing_mm)
-    foot = f"{len(shown)} of {len(store)} sessions shown"
+    foot = f"{len(chosen)} of {len(store)} sessions shown"
     if flagged:
-        foot += f"; {len(set(shown) & set(flagged))} of {len(flagged)} with notes or refused scans (orange)"
+        foot += f"; {len(set(chosen) & set(flagged))} of {len(flagged)} with notes or refused scans (orange)"
     foot += f". Numbers are rows of the store, from 0; spacing {spacing} mm."
     return draw_contact_sheet(cards, store.contrasts, path, foot)
 
@@ -107,7 +107,7 @@ def choose_sessions(num_sessions: int, flagged: Sequence[int], max_sessions: int
 
 
 def choose_slices(num_slices: int, mask: Num[np.ndarray, "S H W"] | None = None) -> list[int]:
-    """Slices at `HEIGHTS`; the one closest to the slice with most of the mask is replaced by it."""
+    """Slices at `HEIGHTS`; the slice with the largest area of mask replaces the one closest to it."""
     chosen = sorted({int(height * (num_slices - 1) + 0.5) for height in HEIGHTS})
     if mask is not None and mask.any():
         largest = int(np.count_nonzero(mask, axis=(1, 2)).argmax())
@@ -146,7 +146,7 @@ def _card_from_row(
 def _eight_bit_images(
     pixels: Num[np.ndarray, "n C H W"], present: Bool[np.ndarray, "C"]
 ) -> tuple[Num[np.ndarray, "n H W"] | None, ...]:
-    """The images of each contrast; of sixteen bits the upper eight."""
+    """The images of each contrast; sixteen bits are reduced to the upper eight."""
     eight = (pixels >> 8).astype(np.uint8) if pixels.dtype == np.uint16 else pixels
     return tuple(eight[:, channel] if here else None for channel, here in enumerate(present))
 
@@ -240,7 +240,7 @@ def _layout(cards: Sequence[SessionCard], groups: int, tile_aspect: float) -> _L
 
 
 def _window(cards: Sequence[SessionCard]) -> tuple[slice, slice]:
-    """Rows and columns that are not empty in any slice, with a margin: one scale for the whole page."""
+    """Rows and columns that any slice fills, with a margin: one scale for the whole page."""
     filled: Any = None
     for card in cards:
         for image in card.images:
@@ -349,6 +349,6 @@ def _fitting(text: str, width: float, size: int) -> str:
 @cache
 def _font(size: int) -> Any:
     # Matplotlib's font has most of the world's letters; Pillow's own lacks even ×.
-    import matplotlib  # late: only drawing needs it
+    import matplotlib  # imported late: only drawing needs it
 
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)

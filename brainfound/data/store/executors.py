@@ -1,4 +1,4 @@
-"""Writing shards in this process, in processes of this machine, or on a dask cluster."""
+"""Writing shards in this process, in several on this machine, or on a dask cluster."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def run_jobs(
 ) -> Iterator[ShardJob]:
     """Write shards; yields each finished one, in any order.
 
-    A shard may be written twice if a worker is lost. Both results are equal, and a shard gets its name when complete.
+    A shard may be written twice if a worker is lost. Both results are equal, and a shard is renamed when complete.
     ``scheduler`` is the address of a dask scheduler, such as ``tcp://host:8786``, whose workers see the same folders.
     """
     if executor not in get_args(Executor):
@@ -70,14 +70,14 @@ def _in_processes(jobs: Sequence[ShardJob], write: WriteShard, workers: int) -> 
 
 
 def _exit_with_parent(parent: int) -> None:
-    """End this worker when its parent process is gone, also if that was killed."""
+    """End this worker when its parent process is gone, even if that was killed."""
 
-    def watch() -> None:
+    def poll_parent() -> None:
         while os.getppid() == parent:
             time.sleep(_PARENT_POLL_S)
         os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=poll_parent, daemon=True).start()
 
 
 def _on_dask(jobs: Sequence[ShardJob], write: WriteShard, scheduler: str | None) -> Iterator[ShardJob]:
@@ -98,7 +98,7 @@ def _on_dask(jobs: Sequence[ShardJob], write: WriteShard, scheduler: str | None)
         raise UsageError(what, where="scheduler", got=scheduler, remedy=remedy) from None
     with client:
         by_key = {job.key: job for job in jobs}
-        # The cluster forgets a result without a future, so all are kept.
+        # The cluster forgets a result whose future is gone, so all futures are kept.
         futures = [client.submit(write, job, pure=False, retries=_DASK_RETRIES, key=key) for key, job in by_key.items()]
         try:
             for future in as_completed(futures, loop=client.loop):

@@ -67,12 +67,12 @@ class StoreFolder:
 
 
 def partial_path(path: Path) -> Path:
-    """Where a store is written. The dot keeps it apart from a user's own STORE.partial."""
+    """The folder in which a store is written. The dot distinguishes it from a user's own STORE.partial."""
     return path.with_name(f".{path.name}.partial")
 
 
 def replaced_path(path: Path) -> Path:
-    """Where the old store stays until the new one has its name."""
+    """The folder of the old store until the new one has its name."""
     return path.with_name(f".{path.name}.replaced")
 
 
@@ -165,7 +165,7 @@ class SessionTable:
         return self.files[self.file[session]]
 
     def take(self, index: np.ndarray) -> SessionTable:
-        """Some sessions, in the given order; ``first_row`` is counted again."""
+        """Some sessions, in the given order; ``first_row`` is recomputed."""
         sessions = self.sessions.iloc[index].reset_index(drop=True)
         counts = sessions["num_slices"].to_numpy(np.int64)
         sessions["first_row"] = np.cumsum(counts) - counts
@@ -186,7 +186,7 @@ class SessionTable:
 
     @staticmethod
     def join(tables: Sequence[SessionTable], num_folders: Sequence[int]) -> SessionTable:
-        """Several tables, each of some folders, as one, ordered by subject and session."""
+        """Join tables, each of one or more folders, into one, ordered by subject and session."""
         first_file = [sum(len(table.files) for table in tables[:place]) for place in range(len(tables))]
         first_folder = [sum(num_folders[:place]) for place in range(len(tables))]
         sessions = pd.concat([table.sessions for table in tables], ignore_index=True)
@@ -231,7 +231,7 @@ def session_row(stack: Stack) -> dict[str, Any]:
 
 
 def content_hash(table: SessionTable, preprocessing: Preprocessing) -> str:
-    """SHA-256 of everything that training sees of some sessions, whichever files hold them."""
+    """SHA-256 of everything that training sees of some sessions, no matter which files hold them."""
     digest = hashlib.sha256(preprocessing.model_dump_json().encode())
     columns = ["subject", "session", "content_hash", *sorted(table.covariates)]
     for row in table.sessions[columns].itertuples(index=False, name=None):
@@ -242,7 +242,7 @@ def content_hash(table: SessionTable, preprocessing: Preprocessing) -> str:
 def write_sessions(path: Path, rows: Sequence[dict[str, Any]], covariates: Sequence[dict[str, Any]]) -> None:
     """Write ``sessions.arrow`` from rows of `session_row` with their places, and the covariates of each."""
     known, extra = pd.DataFrame(list(rows)), pd.DataFrame(list(covariates))
-    # A covariate with the name of one of these columns is kept under another name.
+    # A covariate that is named like one of these columns gets another name.
     extra = extra.rename(columns={name: f"{name}_" for name in extra.columns if name in (*BASE_COLUMNS, *_ARRAYS)})
     for name in extra.columns:
         extra[name] = _one_type(extra[name])
@@ -272,7 +272,7 @@ def plain_value(value: Any) -> Any:
 
 
 def _canonical(value: Any) -> Any:
-    """Equal for values that only differ by the type that a table gave them: 3 and 3.0, None and NaN."""
+    """A form that is equal for values that differ only in the type a table gave them: 3 and 3.0, None and NaN."""
     if is_missing(value):
         return None
     if isinstance(value, (bool, np.bool_)):

@@ -1,4 +1,4 @@
-"""Planning a store, so that preparing again does only new work: fingerprints, shards, lock, disk space."""
+"""Planning a store, so that a repeated run does only new work: fingerprints, shards, lock, disk space."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ class SourceFingerprints:
     """Hashes of the inputs of a store."""
 
     settings: str
-    """Of the preprocessing, the mask column and the hooks."""
+    """Hash of the preprocessing, the mask column and the hooks."""
     files: dict[SessionKey, str]
-    """Of the names, sizes and times of each session's files."""
+    """Hash of the names, sizes and times of each session's files."""
     covariates: dict[SessionKey, str]
 
     @classmethod
@@ -76,7 +76,7 @@ def session_key(session: Session) -> SessionKey:
 
 
 def _file_facts(session: Session, root: Path, contrasts: Sequence[str], mask: str) -> list[Any]:
-    """The files on which a session's slices depend: the wanted scans and the mask, or the names of all other scans."""
+    """The files on which a session's slices depend: the wanted scans and the mask, or else the names of all scans."""
     files = [(name, file) for name, file in (*sorted(session.scans.items()), *session.extra_scans)]
     used = [(name, file) for name, file in files if name in contrasts]
     used += [(mask, session.masks[mask])] if mask in session.masks else []
@@ -155,7 +155,7 @@ class Shard:
     keys: tuple[SessionKey, ...]
 
     def is_complete(self, partial: Path) -> bool:
-        """Whether it was written, and its file is complete."""
+        """Whether the shard was written, and its file is complete."""
         size, file = read_json(self.report(partial)).get("num_bytes"), partial / "slices" / self.file
         return size == 0 or (file.is_file() and file.stat().st_size == size)
 
@@ -171,7 +171,7 @@ class Shard:
 def plan_shards(
     partial: Path, sources: SourceFingerprints, todo: Sequence[SessionKey], first_number: int
 ) -> list[Shard]:
-    """Divide the sessions that are to be prepared into shards; valid shards of an unfinished run are kept."""
+    """Divide the sessions to prepare into shards; valid shards of an unfinished run are kept."""
     earlier = read_json(partial / "plan.json")
     shards: list[Shard] = []
     next_number = first_number

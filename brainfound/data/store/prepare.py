@@ -55,18 +55,18 @@ def prepare(
     Args:
         source: a cohort, or a source that `Cohort.read` recognises. DICOM is converted into ``OUT.nifti`` first.
         preprocessing: how scans become stacks; the defaults if None.
-        workers: processes of this machine.
+        workers: number of processes on this machine.
         mask: the column of label maps that becomes the stack's mask (``"mask"``, ``"dseg"``, …).
         hooks: tools that run on each scan first, such as ``"synthstrip"``, see `brainfound.data.hooks`.
-        hooks_done: the hooks of ``preprocessing`` ran on the files before; none is run.
-        overwrite: replace a store of other preprocessing; follow a source with removed or changed sessions; prepare
+        hooks_done: the hooks of ``preprocessing`` have already run on the files; none is run.
+        overwrite: replace a store with other preprocessing; follow a source with removed or changed sessions; prepare
             sessions with damaged bytes or rejected files again.
-        keep_ids: write subjects on the contact sheet.
+        keep_ids: write subjects and sessions on the contact sheet.
         executor, scheduler: ``"processes"``, or ``"dask"`` with the address of its scheduler.
         progress: called with (finished sessions, all sessions).
 
     Raises:
-        CohortError, UsageError, StoreError: a faulty source, a faulty option, or no store can be written at ``out``.
+        CohortError, UsageError, StoreError: the source or an option is faulty, or no store can be written at ``out``.
     """
     out = resolve_store_path(out)
     cohort = source if isinstance(source, Cohort) else Cohort.read(source, work=out.with_name(out.name + ".nifti"))
@@ -147,7 +147,7 @@ def prepare(
 
 
 def _absolute(session: Session) -> Session:
-    """With absolute paths, which do not depend on a worker's folder."""
+    """The session with absolute paths, which do not depend on a worker's current folder."""
     return replace(
         session,
         scans={name: file.absolute() for name, file in session.scans.items()},
@@ -174,7 +174,7 @@ def _sessions_to_repair(folder: StoreFolder) -> set[SessionKey]:
 
 
 def _with_hooks(preprocessing: Preprocessing, hooks: Sequence[Hook], hooks_done: bool) -> Preprocessing:
-    """The preprocessing with the names of the hooks; that of a model, which has such names, must not get others."""
+    """The preprocessing with the hooks' names; if it has names already, as a model's does, they must be the same."""
     names = tuple(hook.name for hook in hooks)
     if preprocessing.hooks and not (hooks_done and not names):
         preprocessing.require_hooks(names)

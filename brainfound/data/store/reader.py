@@ -1,4 +1,4 @@
-"""Reading a store in place, as copying, drawing and updating need it; `brainfound.data.store.Store` adds the rest.
+"""Reading a store in place: as much as copying, drawing and updating need; `brainfound.data.store.Store` has the rest.
 
 Axis legend: S slices, C contrasts, H rows, W columns.
 """
@@ -35,7 +35,7 @@ class StoreReader:
         sessions: one row per session, ordered by subject and session: ``subject``, ``session``, covariates,
             ``first_row``, ``num_slices``, ``mask_dtype`` (empty without a mask), ``image_hash`` and ``content_hash``.
         contrasts: the contrast of each channel.
-        path, facts: the folder and the content of store.json; of several stores, those of the first.
+        path, facts: the folder and the content of store.json; for several stores, those of the first.
     """
 
     def __init__(self, folders: Sequence[StoreFolder], table: SessionTable) -> None:
@@ -165,12 +165,12 @@ class StoreReader:
 
     @cached_property
     def further_scans(self) -> pd.DataFrame:
-        """Files whose session has another scan of the contrast; columns as of `rejected`."""
+        """Files whose session has another scan of the contrast; columns as in `rejected`."""
         return self._files_unused_as(FURTHER_SCAN_REASON)
 
     @cached_property
     def unused_files(self) -> pd.DataFrame:
-        """Files of the source that are not scans of the cohort; as `rejected`, with an empty subject and session."""
+        """Files of the source that are not scans of the cohort; as in `rejected`, with an empty subject and session."""
         return self._files_unused_as(NOT_IN_COHORT_REASON)
 
     def _files_unused_as(self, reason: str) -> pd.DataFrame:
@@ -182,7 +182,7 @@ class StoreReader:
         return self._rows_of_sessions("rejected.tsv")
 
     def _rows_of_sessions(self, name: str) -> pd.DataFrame:
-        """The rows of a table of each folder that belong to these sessions; all rows of a whole folder. As text."""
+        """The rows of each folder's table for these sessions, as text; if a folder is complete, all its rows."""
         parts = []
         for folder in {folder.path: folder for folder in self.folders}.values():
             table = pd.read_csv(folder.path / name, sep="\t", dtype=str, keep_default_na=False)
@@ -200,7 +200,7 @@ class StoreReader:
         return sorted(sorted(int(i) for i in group) for group in groups if len(group) > 1)
 
     def damaged_sessions(self) -> list[int]:
-        """Rows of the sessions whose bytes were changed since they were written, or cannot be read."""
+        """Rows of the sessions whose bytes have changed since they were written, or cannot be read."""
         expected = zip(self.sessions["image_hash"], self.sessions["content_hash"], strict=True)
         return [index for index, hashes in enumerate(expected) if not self._is_sound(index, hashes)]
 
@@ -218,6 +218,6 @@ def refused_files(files: pd.DataFrame) -> pd.DataFrame:
 
 
 def select_sessions(table: pd.DataFrame, keep: set[tuple[str, str]]) -> pd.DataFrame:
-    """The rows of a table whose subject and session are to be kept."""
+    """The rows of a table whose subject and session are in ``keep``."""
     rows = [key in keep for key in zip(table["subject"], table["session"], strict=True)]
     return table[np.array(rows, dtype=bool)]

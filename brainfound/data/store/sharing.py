@@ -1,4 +1,4 @@
-"""Sharing a store: a copy (also of some sessions, or without identifiers), the Hugging Face Hub, and streaming.
+"""Sharing a store: a copy (of all or some sessions, with or without identifiers), the Hugging Face Hub, and streaming.
 
 On the Hub a store keeps its files, so a download opens without conversion, and `datasets` streams its Arrow files.
 Identifiers are only uploaded on request.
@@ -40,7 +40,7 @@ SAFE_COVARIATES = ("age_years", "sex", "site", "diagnosis")
 
 
 def copy_store(store: StoreReader, out: Path, *, keep_ids: bool = True, columns: Sequence[str] | None = None) -> Path:
-    """Write the sessions of a store (filtered, or of several stores) as a store of their own; returns its folder.
+    """Write the sessions of a store (filtered, or of several stores) as a new store; returns its folder.
 
     Without ``keep_ids`` subjects and sessions are numbered in a random order, and file names, rejected files and all
     covariates but `SAFE_COVARIATES` are left out. ``columns`` are the covariates to keep, in place of these defaults.
@@ -85,7 +85,7 @@ def _require_space_for_copy(store: StoreReader, out: Path) -> None:
 
 
 def _anonymous_keys(store: StoreReader) -> list[SessionKey]:
-    """Numbers in place of identifiers: subjects in a random order, the visits of a subject in their own."""
+    """Numbers in place of identifiers: subjects in random order, the visits of each in their order."""
     subjects = store.sessions["subject"]
     unique = sorted(set(subjects))
     width = len(str(len(unique)))
@@ -139,7 +139,7 @@ def push(
 ) -> str:
     """Upload a store to the Hub as a data set (``"lab/ixi-224"``); returns the URL of the commit.
 
-    ``keep_ids`` and ``columns`` are those of `copy_store`; the default token is that of the user who is logged in.
+    ``keep_ids`` and ``columns`` are those of `copy_store`; the default token is that of the logged-in user.
     """
     from huggingface_hub import HfApi
 
@@ -178,7 +178,7 @@ def download(
 
 
 def stream(source: str | Path, *, revision: str | None = None, token: str | None = None) -> Iterator[dict[str, Any]]:
-    """Yield the slices of a repository of the Hub, or of a store's folder, in order, without downloading it first.
+    """Yield the slices of a Hub repository or of a store's folder, in order, without downloading everything first.
 
     Yields:
         ``subject``, ``session``, ``slice_index``, ``position_mm``, ``pixels (C, H, W)``, ``present (C,)``, and ``mask

@@ -24,7 +24,7 @@ from brainfound.data.preprocessing.stack import Stack
 from brainfound.errors import ScanError, StoreError
 
 _one_reader = threading.Lock()
-"""For systems without positional reads (Windows)."""
+"""Lock for systems without positional reads (Windows)."""
 _MAX_BATCH_BYTES = 2**31 - 1
 """Arrow's binary columns have 32-bit offsets."""
 
@@ -53,7 +53,7 @@ class SliceFileWriter:
     def __exit__(self, *_exception: object) -> None:
         self._writer.close()
         self._sink.close()
-        # On disk before the file gets its final name, so that a power cut leaves no half file under that name.
+        # Flushed to disk before the file gets its final name, so that a power cut leaves no half file under that name.
         with self.path.open("r+b") as handle:
             os.fsync(handle.fileno())
 
@@ -103,8 +103,8 @@ def read_session_offsets(path: Path) -> list[dict[str, int]]:
 class SliceFiles:
     """The slice files of one store (``STORE/slices``); a file is opened on first use.
 
-    Bytes are read directly into arrays. A memory map is not faster, and counts every page that was read as memory of
-    the process.
+    Bytes are read directly into arrays. A memory map is no faster, and every page read through it counts as memory
+    of the process.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -134,7 +134,7 @@ class SliceFiles:
             if error.errno != errno.EMFILE or not self._open:
                 what = f"a file of slices cannot be read: {error.strerror}"
                 raise StoreError(what, where=file, remedy="Prepare the store again") from None
-            # A process may open about a thousand files. A file that another thread reads closes after that read.
+            # A process may open about a thousand files. One that another thread is reading closes after that read.
             self._open.clear()
             gc.collect()
             return self._opened(file)

@@ -8,7 +8,7 @@ A store is a folder:
     preprocessing.json the same preprocessing by itself
     quality.tsv        one row per scan: how it was stored, and its measurements
     rejected.tsv       files that were refused or not used, with the reason
-    sources.parquet    fingerprints of each session's files, so that preparing again does only new work
+    sources.parquet    fingerprints of each session's files, so that a repeated run does only new work
     contact_sheet.png  the sessions at a glance
 """
 
@@ -32,13 +32,13 @@ from brainfound.errors import StoreError, UsageError, did_you_mean
 
 
 class Store(StoreReader):
-    """A prepared cohort, or some sessions of one, or of several. ``len`` counts sessions; ``store[i]`` is a `Stack`."""
+    """A prepared cohort, a part of one, or several. ``len`` counts sessions; ``store[i]`` is a `Stack`."""
 
     withheld: tuple[str, ...] = ()
     """Contrasts that cannot be read, see `restrict_contrasts`; usually none."""
 
     def __reduce__(self):
-        # A worker process opens the store by itself: the memory map is shared, nothing is copied.
+        # A worker process opens the store itself: the memory map is shared, and nothing is copied.
         folders = tuple((folder.path, folder.facts["content_hash"]) for folder in self.folders)
         return (_reopen, (folders, self.table.origin))
 
@@ -67,7 +67,7 @@ class Store(StoreReader):
         return joined if np.array_equal(rows, np.arange(len(joined))) else joined.select(rows)
 
     def filter(self, keep: str | Sequence[bool] | Callable[[pd.Series], bool]) -> Store:
-        """The store of some sessions; nothing is copied. UsageError for a faulty query, or if no session is left.
+        """A store of some of the sessions; nothing is copied. UsageError for a faulty query, or if no session is left.
 
         ``keep`` is one bool per session, a function of a row, or a pandas query on `sessions`, such as
         ``"age_years > 60 and site == 'A'"``. Queries may use ``has_T1w`` (and so on) and ``has_mask``.
@@ -93,7 +93,7 @@ class Store(StoreReader):
 
     @staticmethod
     def concatenate(stores: Sequence[Store]) -> Store:
-        """Several stores as one; nothing is copied. They must have one preprocessing, and no session in common."""
+        """Several stores as one; nothing is copied. They must have the same preprocessing, and no session in common."""
         if not stores:
             raise UsageError("nothing to concatenate", where="concatenate")
         for other in stores[1:]:
@@ -133,7 +133,7 @@ class Store(StoreReader):
         return self.content_hash
 
     def save(self, folder: str | Path, *, keep_ids: bool = True) -> Store:
-        """Write the sessions as a store of their own, see `brainfound.data.store.sharing.copy_store`."""
+        """Write the sessions as a new store, see `brainfound.data.store.sharing.copy_store`."""
         return Store.open(sharing.copy_store(self, Path(folder), keep_ids=keep_ids))
 
     def push_to_hub(self, repo_id: str, *, private: bool = True, keep_ids: bool = False, **options: Any) -> str:
@@ -185,9 +185,9 @@ def restrict_contrasts(store: Store, contrasts: Sequence[str] | None) -> Store:
 
 class _RestrictedStore(Store):
     def __init__(self, whole: Store, withheld: tuple[str, ...]) -> None:
-        shows = ~np.isin(whole.contrasts, withheld)
-        super().__init__(whole.folders, replace(whole.table, present=whole.table.present & shows))
-        self.whole, self.withheld, self._hides = whole, withheld, ~shows
+        is_shown = ~np.isin(whole.contrasts, withheld)
+        super().__init__(whole.folders, replace(whole.table, present=whole.table.present & is_shown))
+        self.whole, self.withheld, self._is_hidden = whole, withheld, ~is_shown
 
     def __reduce__(self):
         return (_RestrictedStore, (self.whole, self.withheld))
@@ -204,7 +204,7 @@ class _RestrictedStore(Store):
         return _RestrictedStore(self.whole.filter(keep), self.withheld)
 
     def read_slices(self, rows: np.ndarray) -> Num[np.ndarray, "n C H W"]:
-        return self._hidden(super().read_slices(rows))
+        return self._blank_withheld(super().read_slices(rows))
 
     def damaged_sessions(self) -> list[int]:
         return self.whole.damaged_sessions()
@@ -217,10 +217,10 @@ class _RestrictedStore(Store):
         raise self._withheld_error("a copy would hold all contrasts")
 
     def _pixels(self, session: int) -> np.ndarray:
-        return self._hidden(super()._pixels(session))
+        return self._blank_withheld(super()._pixels(session))
 
-    def _hidden(self, pixels: np.ndarray) -> np.ndarray:
-        return np.where(self._hides[:, None, None], pixels.dtype.type(0), pixels)
+    def _blank_withheld(self, pixels: np.ndarray) -> np.ndarray:
+        return np.where(self._is_hidden[:, None, None], pixels.dtype.type(0), pixels)
 
     def _withheld_error(self, why: str) -> UsageError:
         return UsageError(

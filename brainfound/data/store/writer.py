@@ -47,7 +47,7 @@ QUALITY_COLUMNS = ["subject", "session", *(field.name for field in fields(ScanQu
 
 @dataclass(frozen=True)
 class ShardJob:
-    """The inputs of a worker that writes a shard."""
+    """The inputs of the worker that writes a shard."""
 
     shard: Shard
     sessions: tuple[Session, ...]
@@ -70,7 +70,7 @@ def write_shard(job: ShardJob) -> None:
     rows: list[dict[str, Any]] = []
     not_used: list[dict[str, str]] = []
     quality: list[dict[str, Any]] = []
-    # Two workers may write the same shard, if the first seemed to be dead: each has its own file.
+    # Two workers may write the same shard, if the first seemed dead: each has its own file.
     unfinished = job.partial / "slices" / f"{job.shard.file}.{uuid.uuid4().hex[:8]}.unfinished"
     try:
         with SliceFileWriter(unfinished) as writer:
@@ -139,13 +139,13 @@ class StoreParts:
 
     @classmethod
     def from_existing(cls, folder: StoreFolder, keep: set[SessionKey], slices: Path, next_number: int) -> StoreParts:
-        """The sessions of a store that are kept. Files are linked; one with other sessions is written again."""
+        """The sessions of a store that are kept. Files are linked; one that holds others too is rewritten."""
         store = StoreReader([folder], folder.table)
-        stays = np.array([key in keep for key in folder.table.keys], dtype=bool)
+        is_kept = np.array([key in keep for key in folder.table.keys], dtype=bool)
         rows: list[dict[str, Any]] = []
         for number, file in enumerate(folder.table.files):
             inside = np.flatnonzero(folder.table.file == number)
-            chosen = inside[stays[inside]]
+            chosen = inside[is_kept[inside]]
             if len(chosen) == len(inside):
                 _link_or_copy(folder.path / "slices" / file, slices / file)
                 rows += [_stored_row(store, int(index)) for index in chosen]
@@ -176,7 +176,7 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 
 def _stored_row(store: StoreReader, index: int) -> dict[str, Any]:
-    """A session's row with its place, without reading its slices."""
+    """A session's row with its place on disk, without reading its slices."""
     table, row = store.table, store.sessions.iloc[index]
     columns = ("subject", "session", "num_slices", "mask_dtype", "image_hash", "content_hash")
     arrays = ("present", "affine", "native_shape", "native_affine")
@@ -191,7 +191,7 @@ def _stored_row(store: StoreReader, index: int) -> dict[str, Any]:
 def write_blocks(
     path: Path, store: StoreReader, sessions: Sequence[int], names: Sequence[SessionKey] | None = None
 ) -> list[dict[str, Any]]:
-    """Copy sessions of a store into one file, under other names if given; returns their rows, with places."""
+    """Copy sessions of a store into one file, under new ``names`` if given; returns their rows, with places."""
     rows = []
     with SliceFileWriter(path) as writer:
         for index in sessions:
