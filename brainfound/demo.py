@@ -1,8 +1,8 @@
 """The demo: simulate, prepare, pretrain, fine-tune, evaluate and predict a phantom cohort.
 
-Each step is the one that a user runs, at small sizes, so the demo takes minutes on a CPU. The starting checkpoint is a
-tiny Dinov2 with random weights in the Hub's format, because a released one may be out of reach. The demo shows that
-continued pretraining runs and what it changes here, not its value on real brains.
+Each step is what a user would run, at small sizes, so the demo takes minutes on a CPU. The starting checkpoint is a
+tiny Dinov2 with random weights in the Hub's format, because a released one may not be downloadable. The demo shows that
+continued pretraining runs and its effect here, not its value on real brains.
 """
 
 from __future__ import annotations
@@ -85,11 +85,11 @@ def run_demo(
         out: the folder for cohort/, store/, checkpoint/, pretrain/, one run per task, predictions/ and demo.json.
         overwrite: replace an earlier demo.
         workers: processes for simulation and preparation.
-        say: called with one line per step.
+        log: called with one line per step.
         quiet: no progress bars.
 
     Raises:
-        UsageError: the folder holds something else, or a demo without ``overwrite``.
+        UsageError: the folder holds something other than a demo, or a demo and ``overwrite`` is not set.
     """
     _prepare_folder(out, overwrite)
     started = time.perf_counter()
@@ -153,7 +153,7 @@ def _run_task(
     choice = DEMO_TASKS[name]
     # The table has no column for the frozen baseline.
     overrides = (*SPLIT, "evaluate_every=0", "frozen_baseline=false", *choice["overrides"])
-    # Fixed, as in pretraining: the table must not depend on the precision that a processor prefers.
+    # Fixed, as in pretraining: the table must not depend on the precision that suits a processor best.
     overrides = (*overrides, "engine.precision=no")
     scores: dict[str, tuple[float, float]] = {}
     trivial, num_test, metric = float("nan"), 0, ""

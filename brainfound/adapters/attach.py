@@ -39,7 +39,7 @@ class AdapterRecipe(Recipe):
     """The number of last blocks that the method last_blocks trains; other methods ignore it."""
     train_contrast_embedding: bool = True
     """Also train the stem's embedding of each contrast, with low-rank updates and last_blocks; "full" always does.
-    Gradients must then pass all blocks."""
+    Gradients must then flow through all blocks."""
 
     @field_validator("roles")
     @classmethod
@@ -62,7 +62,7 @@ class AdapterRecipe(Recipe):
 
 
 class ParameterCount(NamedTuple):
-    """The trained and all parameters of a model."""
+    """The numbers of trained and of all parameters of a model."""
 
     trainable: int
     total: int
@@ -78,7 +78,7 @@ def attach_adapter(model: nn.Module, recipe: AdapterRecipe) -> Any:
     `peft.PeftModel` around `model` with the same outputs; otherwise it is `model` itself.
 
     Raises:
-        ModelError: if the model has an adapter, or no module for a role.
+        ModelError: if the model already has an adapter, or has no module for a role.
         RecipeError: if the model has fewer blocks or smaller matrices than the recipe needs, or the decoder reads none
             of the trained blocks.
     """
@@ -108,7 +108,7 @@ def attach_adapter(model: nn.Module, recipe: AdapterRecipe) -> Any:
 
 def _attach_updates(model: nn.Module, recipe: AdapterRecipe, task_modules: list[str]) -> PeftModel:
     targets = resolve_targets(model, recipe.roles, recipe.layers)
-    # No task type: a typed task wraps the forward pass for text models and breaks calls with pixel_values.
+    # No task type: it would wrap the forward pass for text models and break calls with pixel_values.
     config = LoraConfig(
         r=recipe.rank,
         lora_alpha=recipe.alpha,  # type: ignore[arg-type]
@@ -142,7 +142,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
 
 
 def _task_modules(model: nn.Module) -> list[str]:
-    """The full names of the modules with weights outside the encoder that the outputs depend on."""
+    """The full names of the modules outside the encoder that have weights which the outputs depend on."""
     used = {"decoder"} if isinstance(model, BrainFoundForSegmentation) else {"aggregator", "head", "decoder"}
     return [
         name

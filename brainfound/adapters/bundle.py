@@ -1,18 +1,18 @@
 """Bundles: an adapted model as one folder, saved and loaded as one unit.
 
 A bundle holds the trained weights, the configuration, the preprocessing, the labels, and either its base or the base's
-Hub id with a hash of its weights. After writing it is loaded again and must give the model's outputs. No pickles.
+Hub id with a hash of its weights, but no pickles. A new bundle is loaded again and must reproduce the model's outputs.
 
     bundle.json            schema, task, labels, base, versions, metadata, a hash of every other file but README.md
     config.json            the model's configuration
     preprocessing.json     the preprocessing of the scans
-    input_contract.json    statistics of the scans (not in every bundle)
+    input_contract.json    statistics of the scans (optional)
     adapter_config.json, adapter_model.safetensors   the low-rank updates and the modules trained with them
-    trained.safetensors    in place of an adapter: the trained weights, where the encoder is as it was
-    model.safetensors      in place of both: all weights, where the encoder itself was trained
-    frozen_baseline.safetensors   the linear model on the untouched encoder (not in every bundle)
+    trained.safetensors    instead of an adapter: the trained weights, if the encoder stayed frozen
+    model.safetensors      instead of both: all weights, if the encoder itself was trained
+    frozen_baseline.safetensors   the linear model on the untouched encoder (optional)
     base/                  the encoder that the adapter was trained on, unless it is on the Hub
-    README.md              the model card (not in every bundle); the only file that may be edited later
+    README.md              the model card (optional); the only file that may be edited later
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from brainfound.report.cards import write_model_card
 __all__ = ["Bundle", "load_bundle", "save_bundle"]
 
 _TOLERANCE = 1e-5
-# After loading, a pissa weight is the same sum in another order, in all blocks.
+# A reloaded pissa weight sums the same terms in another order, in every block.
 _TOLERANCE_AFTER_PISSA = 1e-3
 
 
@@ -75,19 +75,19 @@ def save_bundle(
     """Write a bundle, load it again and compare the outputs.
 
     Args:
-        folder: target; it appears only when everything is written and checked.
+        folder: where to write; it appears only when everything is written and checked.
         model: a BrainFound model, with or without an adapter, in float32.
         labels: the meaning of the outputs, as plain values.
         contract: statistics of the training scans.
         metadata: further plain values (metrics, the data's hash).
         card: facts for a model card (see `brainfound.report.cards`); None writes no card.
         baseline: the linear model on the untouched encoder.
-        example: inputs of the model for the comparison; None: small random ones.
+        example: inputs of the model for the comparison; None uses small random ones.
         copy_base: put the base into the bundle even if it came from the Hub.
-        overwrite: replace a bundle that is already there.
+        overwrite: replace an existing bundle.
 
     Raises:
-        ModelError: if the model cannot be bundled, the folder is taken, or the reloaded bundle answers differently.
+        ModelError: if the model cannot be bundled, the folder is taken, or the reloaded outputs differ.
     """
     folder = Path(folder)
     is_taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
@@ -175,9 +175,9 @@ def _write_adapter(draft: Path, model: PeftModel) -> None:
     convert_pissa_to_lora(draft, unwrap_peft(model))
     path = draft / "adapter_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
-    # bundle.json describes the base; here it would be a path of the training machine.
+    # bundle.json describes the base; here it would be a path on the training machine.
     settings["base_model_name_or_path"] = None
-    # The library keeps a set, whose order differs from process to process.
+    # PEFT keeps a set, whose order differs from process to process.
     settings["target_modules"] = sorted(settings["target_modules"])
     path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 

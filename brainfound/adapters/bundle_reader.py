@@ -1,4 +1,4 @@
-"""Reading of bundles: one alone (`load_bundle`), or several that share one backbone in memory (`load_adapters`).
+"""Reading bundles: a single one (`load_bundle`), or several that share one backbone in memory (`load_adapters`).
 
 Every file and every weight is checked by its SHA-256. `brainfound.adapters.bundle` lists the files.
 """
@@ -83,9 +83,9 @@ class Bundle:
     """The linear model on the untouched backbone; empty if none was saved."""
 
     def load_pretrained(self) -> Any | None:
-        """The model with its encoder before training, and a random aggregator and head.
+        """The model with its encoder as it was before training, and a random aggregator and head.
 
-        None if all weights were trained: then the bundle lacks the pretrained encoder.
+        None if all weights were trained, since the bundle then lacks the pretrained encoder.
         """
         if self.content["weights"] == "full":
             return None
@@ -138,7 +138,7 @@ def base_encoder_state(body: Any) -> dict[str, Tensor]:
 
 
 def strip_adapter_name(name: str) -> str | None:
-    """The name of an adapted encoder's weight without the adapter; None if it belongs to the adapter."""
+    """A weight's name in the encoder before the adapter was attached; None if the weight belongs to the adapter."""
     if "lora_" in name or ".modules_to_save." in name:
         return None
     return name.replace(".base_layer.", ".").replace(".original_module.", ".")
@@ -165,8 +165,8 @@ def _read_description(folder: Path) -> dict[str, Any]:
         raise ModelError(text, where=path, got=schema, expected=SCHEMA_VERSION, remedy="Export it again")
     base = content.get("base")
     if isinstance(base, dict):
-        of_hub = isinstance(base.get("id"), str) and isinstance(base.get("is_brainfound"), bool)
-        has_base = isinstance(base.get("sha256"), str) and (base.get("source") == "folder" or of_hub)
+        has_hub_id = isinstance(base.get("id"), str) and isinstance(base.get("is_brainfound"), bool)
+        has_base = isinstance(base.get("sha256"), str) and (base.get("source") == "folder" or has_hub_id)
     else:
         has_base = base is None and content.get("weights") == "full"
     usable = {
@@ -209,16 +209,16 @@ def _load_base(kind: type[Any], config: BrainFoundConfig, base: dict[str, Any], 
         model = kind.from_pretrained(where, config=config)
     elif base["is_brainfound"]:
         with warnings.catch_warnings():
-            # The bundle's head replaces that of the base.
+            # The bundle's head replaces the base's.
             warnings.filterwarnings("ignore", message=".*the head begins anew")
             model = kind.from_pretrained(where, config=config, ignore_mismatched_sizes=True)
     else:
         model = kind(config, backbone=load_backbone(where))
-    found = tensors_hash(base_encoder_state(model))
-    if base["sha256"] != found:
+    fingerprint = tensors_hash(base_encoder_state(model))
+    if base["sha256"] != fingerprint:
         text = "these are not the base weights that the adapter was trained on"
         remedy = "Use the original base, or save the bundle with copy_base=True"
-        raise ModelError(text, where=where, got=f"hash {found[:12]}", expected=base["sha256"][:12], remedy=remedy)
+        raise ModelError(text, where=where, got=f"hash {fingerprint[:12]}", expected=base["sha256"][:12], remedy=remedy)
     return model
 
 
@@ -271,9 +271,9 @@ def _require_same_keys(path: Path, saved: set[str], expected: set[str]) -> None:
 class AdapterSet:
     """Bundles whose models share the weights of one backbone.
 
-    `load_adapters` reads and checks them. Each name is a whole bundle with its own model, preprocessing and labels, so
-    choosing one changes no state: requests for several names may run in any order or at the same time, with the outputs
-    of the bundle loaded alone.
+    `load_adapters` reads and checks them. Each name stands for a whole bundle with its own model, preprocessing and
+    labels, so choosing one changes no state: requests for several names may run in any order or concurrently, and give
+    the same outputs as a bundle loaded by itself.
     """
 
     def __init__(self, bundles: Mapping[str, Bundle]) -> None:
@@ -320,7 +320,7 @@ def load_adapters(bundles: Mapping[str, str | Path | Bundle]) -> AdapterSet:
     `bundles` holds folders or loaded bundles by name; all are moved to the device of the first.
 
     Raises:
-        UsageError: if there is none.
+        UsageError: if no bundle is given.
         ModelError: if one cannot be read, has a backbone of its own, or is merged.
     """
     if not bundles:
@@ -341,7 +341,7 @@ def load_adapters(bundles: Mapping[str, str | Path | Bundle]) -> AdapterSet:
             raise ModelError(text, where=where, got=f"hash {own[:12]}", expected=fingerprint[:12], remedy=remedy)
         loaded[name] = bundle
         first = next(iter(loaded.values()))
-        # Before the next one is read, so that this one's copy of the backbone is freed.
+        # Share before the next one is read, so that this one's copy of the backbone is freed.
         _share_backbone(first, bundle)
         bundle.model.to(next(first.model.parameters()).device)
     return AdapterSet(loaded)
@@ -353,14 +353,14 @@ def _require_unmerged(name: str, bundle: Bundle) -> None:
 
 
 def _share_backbone(first: Bundle, other: Bundle) -> None:
-    """Replace the other model's encoder weights by the equal ones of the first."""
+    """Replace the other model's encoder weights with the equal ones of the first."""
     shared = {name: getattr(module, key) for name, module, key in _base_parameters(unwrap_peft(first.model))}
     for name, module, key in _base_parameters(unwrap_peft(other.model)):
         setattr(module, key, shared[name])
 
 
 def _base_parameters(body: Any) -> Iterator[tuple[str, nn.Module, str]]:
-    """The base weights of an encoder: name without an adapter, module, and attribute of the module."""
+    """The base weights of an encoder: name before adaptation, module, and attribute of the module."""
     for path, module in body.encoder.named_modules():
         for key in list(module._parameters):
             name = strip_adapter_name(f"{path}.{key}")

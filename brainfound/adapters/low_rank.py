@@ -1,8 +1,8 @@
-"""Low-rank updates of weight matrices: merging them into their weights, and PiSSA.
+"""Low-rank updates of weight matrices: merging them into the weights, and PiSSA.
 
-A merged model has the outputs of the adapted one and the cost of its backbone; merged updates get no gradients.
+A merged model has the outputs of the adapted one at the cost of its backbone alone; merged updates get no gradients.
 
-PiSSA (Meng et al. 2024, arXiv 2404.02948, section 3): the R largest singular values of W = U S Vᵀ are the initial
+PiSSA (Meng et al. 2024, arXiv 2404.02948, section 3): the R largest singular values of W = U S Vᵀ form the initial
 update B₀ A₀, and W − s B₀ A₀ stays frozen (scale s = alpha / rank). Training starts from the same outputs, but the
 frozen base is no longer the loaded backbone. The initial state is therefore kept, and an adapter is saved as its
 difference from W,
@@ -42,10 +42,10 @@ class _BeforeMerge(NamedTuple):
 
 @torch.no_grad()
 def merge(model: Any) -> None:
-    """Add an adapter's updates to the weights of its model, in place; a ModelError if there are none, or merged ones.
+    """Add an adapter's updates to its model's weights, in place; a ModelError if it has none, or they are merged.
 
     The merged weights are copies: a shared backbone is not changed, and `unmerge` restores the frozen weights to the
-    last bit. Until then both are in memory, for the matrices with updates.
+    last bit. Until then, both copies of the matrices with updates are in memory.
     """
     layers = _updated_layers(model)
     if is_merged(model):
@@ -67,7 +67,7 @@ def unmerge(model: Any) -> None:
     for layer in layers:
         base = layer.get_base_layer()
         frozen = getattr(layer, _ATTRIBUTE).weight
-        # The library's own `unmerge` subtracts, which rounds; it is called for its bookkeeping.
+        # PEFT's own `unmerge` subtracts, which rounds; it is called only for its bookkeeping.
         layer.unmerge()
         if frozen.device != base.weight.device or frozen.dtype != base.weight.dtype:
             frozen = nn.Parameter(frozen.to(base.weight), requires_grad=False)
@@ -76,7 +76,7 @@ def unmerge(model: Any) -> None:
 
 
 def is_merged(model: nn.Module) -> bool:
-    """Whether updates are merged into the weights of a model, by `merge` or by the library."""
+    """Whether updates are merged into the weights of a model, by `merge` or by PEFT."""
     return any(isinstance(module, LoraLayer) and module.merged for module in model.modules())
 
 
@@ -99,7 +99,7 @@ def _updated_layers(model: Any) -> list[Any]:
 
 
 class PrincipalStart(NamedTuple):
-    """The initial state of an updated layer: loaded matrix, A₀ and B₀; on the CPU, and no part of the model's state."""
+    """The initial state of an updated layer: loaded matrix, A₀ and B₀; on the CPU, not part of the model's state."""
 
     weight: Tensor
     down: Float[Tensor, "R I"]
@@ -109,7 +109,7 @@ class PrincipalStart(NamedTuple):
 def attach_principal(model: nn.Module, config: LoraConfig, targets: Iterable[str]) -> PeftModel:
     """Attach updates that start as the principal part of their matrices (`targets`), and keep their initial state.
 
-    The config has `init_lora_weights="pissa"`. A RecipeError if a matrix has fewer singular values than the rank.
+    The config must have `init_lora_weights="pissa"`. A RecipeError if a matrix has fewer singular values than the rank.
     """
     originals = {name: model.get_parameter(f"{name}.weight").detach().cpu().clone() for name in targets}
     smallest = min(min(weight.shape) for weight in originals.values())

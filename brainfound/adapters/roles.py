@@ -1,6 +1,6 @@
 """Roles of a ViT's weight matrices, and the modules that have them.
 
-Adapter recipes name roles ("query", "mlp_in") and not modules, because module names differ between families.
+Adapter recipes name roles ("query", "mlp_in") rather than modules, because module names differ between families.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ROLES: dict[str, tuple[str, ...]] = {
     "mlp_out": ("fc2", "down_proj"),
     "patch": ("patch_embeddings.projection",),
 }
-"""Role → how the names of its modules end, in all families."""
+"""Role → possible endings of the names of its modules, across all families."""
 _BLOCK = re.compile(r"(?:^|\.)layers?\.(\d+)\.")
 
 
@@ -54,15 +54,15 @@ def resolve_targets(model: nn.Module, roles: Iterable[str], layers: Iterable[int
     if wanted - blocks:
         expected = f"1 to {max(blocks, default=0)}"
         raise ModelError(f"the backbone has no block {sorted(wanted - blocks)}", where="layers", expected=expected)
-    found: list[str] = []
+    targets: list[str] = []
     for role in roles:
         endings = tuple(f".{ending}" for ending in ROLES[role])
         kept = [n for n in candidates if f".{n}".endswith(endings) and block_number(n) in {None, *wanted}]
         if not kept:
             remedy = "Choose another role, or check that the model is a supported ViT without an adapter"
             raise ModelError(f"no module of {type(model).__name__} has the role {role!r}", where="roles", remedy=remedy)
-        found += kept
-    return sorted(set(found), key=candidates.index)
+        targets += kept
+    return sorted(set(targets), key=candidates.index)
 
 
 def block_number(name: str) -> int | None:
@@ -71,12 +71,12 @@ def block_number(name: str) -> int | None:
     >>> block_number("encoder.layer.0.attention.q_proj"), block_number("embeddings.cls")
     (1, None)
     """
-    found = _BLOCK.search(name)
-    return None if found is None else int(found.group(1)) + 1
+    match = _BLOCK.search(name)
+    return None if match is None else int(match.group(1)) + 1
 
 
 def _backbone_prefix(model: nn.Module) -> str:
-    """The path of the ViT: aggregators and decoders have projections of their own, which are trained in full."""
+    """The name prefix of the ViT: aggregators and decoders have projections of their own, which are trained in full."""
     for name, module in model.named_modules():
         if name.rsplit(".", 1)[-1] == "backbone" and isinstance(module, PreTrainedModel):
             return f"{name}."

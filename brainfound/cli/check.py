@@ -27,7 +27,7 @@ LEVEL_SYMBOLS = {"ok": "✓", "note": "·", "warn": "!", "fail": "✗", None: ""
 COLUMN_LABELS = {"contrast": "name", "file": "read", "orientation": "orient", "intensity": "values"}
 """Short column titles of checks."""
 MAX_CARDS = 60
-"""Maximal number of sessions on the picture."""
+"""Maximum number of sessions in the picture."""
 
 
 def check(
@@ -91,7 +91,7 @@ def _load_contract(model: str | None, contrasts: str | None) -> tuple[Preprocess
 
 
 def _sessions(source: list[str], preprocessing: Preprocessing) -> tuple[list[Session], bool]:
-    """The sessions, and whether they were given as single files."""
+    """The sessions, and whether they were given as individual files."""
     from brainfound.data.checking.check import session_from_files
     from brainfound.data.cohort import Cohort
 
@@ -125,13 +125,13 @@ class _Report:
         from brainfound.data.checking.check import check_session
         from brainfound.data.store.contact_sheet import choose_sessions
 
-        evenly = set(choose_sessions(len(sessions), (), MAX_CARDS))
+        evenly_spaced = set(choose_sessions(len(sessions), (), MAX_CARDS))
         num_flagged = 0
         for row, session in enumerate(sessions):
             checked = check_session(session, preprocessing, contract, hooks)
-            # Keep only as many flagged sessions as the picture holds: there may be thousands.
+            # Keep only as many flagged sessions as fit in the picture: there may be thousands.
             flagged = checked.level in ("warn", "fail") and num_flagged < MAX_CARDS
-            if self.with_cards and checked.stack is not None and (row in evenly or flagged):
+            if self.with_cards and checked.stack is not None and (row in evenly_spaced or flagged):
                 self.cards[row] = self._card(row, checked)
                 num_flagged += flagged
             self.sessions.append(replace(checked, stack=None))
@@ -194,8 +194,8 @@ class _Report:
         ordered = sorted(groups.items(), key=lambda item: (-LEVELS.index(item[0][0]), item[0][1]))  # type: ignore[arg-type]
         for (level, name, remedy), messages in ordered:
             times = f" ({len(messages)} times, the first)" if len(messages) > 1 else ""
-            what = "" if remedy == messages[0] else f". {remedy}"
-            lines.append(f"{LEVEL_SYMBOLS[level]} {COLUMN_LABELS.get(name, name)}{times}: {messages[0]}{what}")  # type: ignore[index]
+            advice = "" if remedy == messages[0] else f". {remedy}"
+            lines.append(f"{LEVEL_SYMBOLS[level]} {COLUMN_LABELS.get(name, name)}{times}: {messages[0]}{advice}")  # type: ignore[index]
         return lines
 
     def _summary(self) -> str:
@@ -234,9 +234,9 @@ class _Report:
 
         rows = list(self.cards)
         flagged = [place for place, row in enumerate(rows) if self.cards[row].is_flagged]
-        shown = [self.cards[rows[place]] for place in choose_sessions(len(rows), flagged, MAX_CARDS)]
-        foot = f"{len(shown)} of {_plural(len(self.sessions), 'session')} as the model sees them."
-        draw_contact_sheet(shown, preprocessing.contrasts, path, foot)
+        cards = [self.cards[rows[place]] for place in choose_sessions(len(rows), flagged, MAX_CARDS)]
+        foot = f"{len(cards)} of {_plural(len(self.sessions), 'session')} as the model sees them."
+        draw_contact_sheet(cards, preprocessing.contrasts, path, foot)
 
 
 def _warning_messages(findings: Iterable[Finding]) -> tuple[str, ...]:
@@ -246,8 +246,8 @@ def _warning_messages(findings: Iterable[Finding]) -> tuple[str, ...]:
 def _sign(findings: tuple[Finding, ...], name: str) -> str:
     from brainfound.data.checking.rules import worst_level
 
-    found = [finding for finding in findings if finding.check == name]
-    return LEVEL_SYMBOLS[worst_level(found)] if found else ""
+    matching = [finding for finding in findings if finding.check == name]
+    return LEVEL_SYMBOLS[worst_level(matching)] if matching else ""
 
 
 def _plural(count: int, name: str) -> str:

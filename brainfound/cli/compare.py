@@ -40,22 +40,22 @@ def compare(
     from brainfound.metrics.comparison import compare_pairs, score_intervals
 
     store = None if data is None else Store.open(data)
-    read = read_compared_runs(runs, frozen=frozen, store=store)
-    chosen = parse_list(metrics) if metrics else read.metrics
-    drawing: dict[str, Any] = {"num_resamples": NUM_RESAMPLES, "confidence": CONFIDENCE}
-    first = next(iter(read.systems))
+    compared = read_compared_runs(runs, frozen=frozen, store=store)
+    systems, chosen = compared.systems, parse_list(metrics) if metrics else compared.metrics
+    bootstrap: dict[str, Any] = {"num_resamples": NUM_RESAMPLES, "confidence": CONFIDENCE}
+    first = next(iter(systems))
     if all_pairs:
-        tested = compare_pairs(read.systems, chosen, num_permutations=NUM_PERMUTATIONS, **drawing)
-        found = [score_intervals(seeds, chosen, **drawing).assign(system=name) for name, seeds in read.systems.items()]
-        rows = [row for table in found for row in _records(table)]
+        tested = compare_pairs(systems, chosen, num_permutations=NUM_PERMUTATIONS, **bootstrap)
+        tables = [score_intervals(seeds, chosen, **bootstrap).assign(system=name) for name, seeds in systems.items()]
+        rows = [row for table in tables for row in _records(table)]
     else:
-        tested = compare_with_first(read.systems, first, chosen, num_permutations=NUM_PERMUTATIONS, **drawing)
+        tested = compare_with_first(systems, first, chosen, num_permutations=NUM_PERMUTATIONS, **bootstrap)
         rows = _records(tested)
     pairs = _records(tested) if all_pairs else []
     content = {
-        "task": read.task,
-        "target": read.target,
-        "num_seeds": {name: len(seeds) for name, seeds in read.systems.items()},
+        "task": compared.task,
+        "target": compared.target,
+        "num_seeds": {name: len(seeds) for name, seeds in systems.items()},
         "against": None if all_pairs else first,
         "confidence": CONFIDENCE,
         "num_resamples": NUM_RESAMPLES,
@@ -87,13 +87,13 @@ def _print(
     order = {name: k for k, name in enumerate(metrics)}
     rows = sorted(rows, key=lambda row: order[row["metric"]])
     if pairs:
-        print_table(["score", "system", "value", "subjects"], [_score(row) for row in rows], title)
+        print_table(["score", "system", "value", "subjects"], [_score_cells(row) for row in rows], title)
         cells = [[row["metric"], row["system"], row["against"], *_test_cells(row, pairs)] for row in pairs]
         print_table(["score", "system", "against", "difference", *_test_columns(pairs)], cells)
     else:
         difference = f"difference from {content['against']}"
         columns = ["score", "system", "value", "subjects", difference, *_test_columns(rows)]
-        print_table(columns, [[*_score(row), *_test_cells(row, rows)] for row in rows], title)
+        print_table(columns, [[*_score_cells(row), *_test_cells(row, rows)] for row in rows], title)
     print(describe_intervals(min(subjects, default=0), max(subjects, default=0), CONFIDENCE, NUM_RESAMPLES))
     num_tests = len(pairs or rows) // max(len(metrics), 1) - (0 if pairs else 1)
     print(
@@ -105,7 +105,7 @@ def _print(
         print(f"scores are means over {max(seeds)} seeds")
 
 
-def _score(row: dict[str, Any]) -> list[str]:
+def _score_cells(row: dict[str, Any]) -> list[str]:
     from brainfound.cli.terminal import with_interval
     from brainfound.metrics.registry import METRICS, metric_name
 
@@ -115,7 +115,7 @@ def _score(row: dict[str, Any]) -> list[str]:
 
 
 def _test_columns(rows: list[dict[str, Any]]) -> list[str]:
-    """Columns of tests, with DeLong's for AUROC."""
+    """The columns of p values, with DeLong's for AUROC."""
     delong = any(row["p_delong"] is not None for row in rows)
     return ["p", "p (Holm)", *(["DeLong", "DeLong (Holm)"] if delong else [])]
 
@@ -125,10 +125,10 @@ def _test_cells(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
 
     names = ["p", "p_holm", *(["p_delong", "p_delong_holm"] if len(_test_columns(rows)) > 2 else [])]
     difference = with_interval(row["metric"], row["difference"], row["difference_low"], row["difference_high"])
-    return [difference, *(_p(row[name]) for name in names)]
+    return [difference, *(_format_p(row[name]) for name in names)]
 
 
-def _p(value: float | None) -> str:
+def _format_p(value: float | None) -> str:
     if value is None:
         return "–"
     return f"{value:.3f}" if value >= 0.001 else f"{value:.1e}"

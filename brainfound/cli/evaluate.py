@@ -66,15 +66,15 @@ def evaluate(
         results = run(model, data, **options, command=get_command_line(), progress=progress)
     for note in dict.fromkeys(note for result in results for note in result.notes):
         print_note(note)
-    shown = [result.with_intervals().to_dict() for result in results]
+    contents = [result.with_intervals().to_dict() for result in results]
     if as_json:
-        print(json.dumps(shown, indent=1))
+        print(json.dumps(contents, indent=1))
         return
     if partial_input:
-        _print_partial(shown, compute_drops(results), str(model))
+        _print_partial(contents, compute_drops(results), str(model))
     else:
-        _print(shown, str(model))
-    if line := intervals_line(shown):
+        _print(contents, str(model))
+    if line := intervals_line(contents):
         print(line)
     if out is not None:
         print(out / PAGE_FILE)
@@ -97,7 +97,7 @@ def _print(results: list[dict[str, Any]], title: str) -> None:
     print_table(["input", "sessions", *columns], rows, title=title)
 
 
-def _print_partial(results: list[dict[str, Any]], lost: list[float], title: str) -> None:
+def _print_partial(results: list[dict[str, Any]], drops: list[float], title: str) -> None:
     """One row per subset: scores, drop of the primary metric against full input, and the baselines."""
     from brainfound.cli.terminal import print_table, score_with_interval
     from brainfound.experiments.folder import get_baselines
@@ -106,7 +106,7 @@ def _print_partial(results: list[dict[str, Any]], lost: list[float], title: str)
     names, baselines = _select_metrics(results[0]), list(get_baselines(results[0]))
     headline = PRIMARY_METRIC[results[0]["task"]]
     rows = []
-    for result, drop in zip(results, lost, strict=True):
+    for result, drop in zip(results, drops, strict=True):
         scores = [score_with_interval(result, name) for name in names]
         baseline_scores = [format_score(headline, result[baseline].get(headline)) for baseline in baselines]
         rows.append(
@@ -146,21 +146,21 @@ def probe(
     from brainfound.inference.probing import probe as run
 
     with progress_bar("embedding sessions", quiet) as progress:
-        found = run(model, data, label, site=site, num_slices=slices, seed=seed, cache=cache, progress=progress)
+        result = run(model, data, label, site=site, num_slices=slices, seed=seed, cache=cache, progress=progress)
     if as_json:
-        print(json.dumps(found.to_dict(), indent=1))
+        print(json.dumps(result.to_dict(), indent=1))
         return
     rows = []
-    if found.probed is not None:
-        scores = found.probed
-        label_words = {"balanced_accuracy": "balanced accuracy", "r2": "R²"}[scores.label_metric]
+    if result.probed is not None:
+        scores = result.probed
+        metric = {"balanced_accuracy": "balanced accuracy", "r2": "R²"}[scores.label_metric]
         rows.append(
             [
                 str(label),
-                label_words,
+                metric,
                 _with_interval(scores.label),
                 format_number(scores.label_chance),
-                str(found.num_probed),
+                str(result.num_probed),
             ]
         )
         rows.append(
@@ -169,15 +169,15 @@ def probe(
                 "balanced accuracy",
                 _with_interval(scores.site),
                 format_number(scores.site_chance),
-                str(found.num_probed),
+                str(result.num_probed),
             ]
         )
-    if found.retest is not None:
-        sessions = str(2 * found.retest.num_subjects)
-        rows.append(["the subject", "nearest session", format_number(found.retest.identification),
-                     format_number(found.retest.chance), sessions])  # fmt: skip
+    if result.retest is not None:
+        sessions = str(2 * result.retest.num_subjects)
+        rows.append(["the subject", "nearest session", format_number(result.retest.identification),
+                     format_number(result.retest.chance), sessions])  # fmt: skip
         rows.append(
-            ["test and retest", "median ICC", format_number(found.retest.median_icc), format_number(0.0), sessions]
+            ["test and retest", "median ICC", format_number(result.retest.median_icc), format_number(0.0), sessions]
         )
     print_table(
         ["what they tell", "score", "value (95% interval)", "knowing nothing", "sessions"], rows, title=str(model)

@@ -66,9 +66,9 @@ def _contrasts() -> list[dict[str, str]]:
 
 
 def _list_cohort(path: Path | None, *, sessions: bool, as_json: bool) -> None:
-    """Print the summary of a source, with ``sessions`` also a line per session; as JSON both.
+    """Print the summary of a source, and with ``sessions`` a line per session; JSON always has both.
 
-    The summary holds no names of subjects or files; lines per session and JSON do.
+    The summary holds no names of subjects or files; the lines per session and the JSON do.
     """
     from brainfound.data.cohort import Cohort
 
@@ -169,9 +169,9 @@ def _lines(summary: dict[str, Any]) -> list[str]:
 
 
 def _counts(counts: dict[str, int]) -> str:
-    shown = [f"{name} {count}" for name, count in list(counts.items())[:_MAX_VALUES]]
-    more = len(counts) - len(shown)
-    return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
+    listed = [f"{name} {count}" for name, count in list(counts.items())[:_MAX_VALUES]]
+    more = len(counts) - len(listed)
+    return ", ".join(listed) + (f" and {more} more" if more > 0 else "")
 
 
 def _cell(value: Any) -> str:

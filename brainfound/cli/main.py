@@ -37,13 +37,13 @@ VERBS = {
 """Verb → module of this package."""
 EXIT_INTERRUPTED = 130
 DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-"""Faults of a disk that come from writing into an open file, and so without its name."""
+"""Disk errors from writing to an open file, which carry no file name."""
 
 _PACKAGE = Path(__file__).parents[1]
 _format_warning = warnings.formatwarning
 
-# typer brings its own copy of click from 0.26 or so on and uses the installed one before; its public `BadParameter`
-# leads to the base of whichever it raises.
+# From about 0.26 on typer bundles its own copy of click; older versions use the installed one. The bases of the public
+# `BadParameter` include the base class of all command-line errors, whichever copy raises them.
 BadCommandLine: type[Any] = next(
     kind for kind in reversed(typer.BadParameter.__mro__) if hasattr(kind, "format_message")
 )
@@ -76,16 +76,16 @@ for _verb, _name in VERBS.items():
 
 
 def main() -> None:
-    """Run the command line; errors that are the user's to fix end in one line and their exit code."""
+    """Run the command line; errors that the user can fix end in one line and an exit code."""
     if not sys.warnoptions:
-        # Libraries tell programmers what will change; who types a command can do nothing about it.
+        # These warnings are for programmers; whoever types a command can do nothing about them.
         warnings.simplefilter("ignore", FutureWarning)
     warnings.formatwarning = _format_user_warning
     try:
         # Without click's standalone mode `typer.Exit(code)` comes back as the return value.
         code = app(prog_name="brainfound", standalone_mode=False)
         sys.stdout.flush()
-        if code == EXIT_INTERRUPTED:  # so newer typer tells of Ctrl-C, an older one raises `Abort`
+        if code == EXIT_INTERRUPTED:  # newer typer returns this on Ctrl-C, older ones raise `Abort`
             _exit_with("interrupted", EXIT_INTERRUPTED)
     except BrainFoundError as error:
         _exit_with(str(error), error.exit_code)
@@ -96,7 +96,7 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         _exit_with("interrupted", EXIT_INTERRUPTED)
     except BrokenPipeError:
-        # The reader has gone (`… | head`). What is still buffered must not be written when Python ends.
+        # The reader has closed the pipe (`… | head`). Buffered output must not be flushed when Python exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_FAILED)
     except OSError as error:
@@ -114,7 +114,7 @@ def main() -> None:
 def _format_user_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
-    """A warning of our own as a note, without the source line that a programmer would want; others as ever."""
+    """Format our own warnings as notes, without the source line; others as usual."""
     if category is UserWarning and Path(filename).is_relative_to(_PACKAGE):
         return f"brainfound: {' '.join(str(message).split())}\n"
     return _format_warning(message, category, filename, lineno, line)

@@ -38,7 +38,7 @@ def predict(
 ) -> None:
     """Predict one session or a whole cohort: a JSON each, and for segmentations a NIfTI on the input's own grid.
 
-    Exit code 3 if some sessions could not be done, or some of their scans not be used; the others are.
+    Exit code 3 if some sessions failed or some of their scans could not be used; the other sessions are written.
     """
     from brainfound.inference.loading import load
     from brainfound.inference.segmentation import SegmentationOptions
@@ -111,7 +111,7 @@ def _print_files(files: list[Path], notes: Iterable[str]) -> None:
 
 
 def _report_cohort(title: str, outcomes: list[tuple[Any, Any, str]]) -> None:
-    """Print the table of (outcome, its result or None, its summary), report what failed, and exit accordingly."""
+    """Print the table of (outcome, its result or None, its summary), report failures, and exit accordingly."""
     from brainfound.cli.terminal import print_table
 
     print_table(("subject", "session", title), [(o.subject, o.session, text) for o, _, text in outcomes])
@@ -121,7 +121,7 @@ def _report_cohort(title: str, outcomes: list[tuple[Any, Any, str]]) -> None:
 
 
 def exit_for_cohort(num_sessions: int, failed: list[str], rejected: list[tuple[str, str]]) -> None:
-    """Report failed sessions and rejected scans, and exit with the matching code; return where there are none.
+    """Report failed sessions and rejected scans, and exit with the matching code; return if there are none.
 
     Args:
         failed: the reason of each failed session.
@@ -173,7 +173,7 @@ def explain(
 ) -> None:
     """Explain one session or a whole cohort: maps as NIfTI on the input's own grid, and a JSON each.
 
-    Explanations are not evidence: they do not show that an answer is right. Exit codes as of predict.
+    Explanations are not evidence: they do not show that an answer is right. Exit codes are those of predict.
     """
     from brainfound.inference.explanation import choose_methods
     from brainfound.inference.loading import load

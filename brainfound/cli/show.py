@@ -1,4 +1,4 @@
-"""``brainfound show``, ``report`` and ``doctor``: recipes, stores, runs, pages, and this installation."""
+"""``brainfound show``, ``report`` and ``doctor``: recipes, stores, runs, report pages, and this installation."""
 
 from __future__ import annotations
 

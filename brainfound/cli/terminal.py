@@ -62,7 +62,7 @@ def parse_counts(option: str, text: str | None) -> list[int | None]:
 
 
 def get_command_line() -> str:
-    """The command line, for a page that others read: paths without their folders."""
+    """The command line for a page that others will read: paths without their folders."""
     return shlex.join(["brainfound", *(_without_folders(word) for word in sys.argv[1:])])
 
 
@@ -110,7 +110,7 @@ def format_number(value: float | None, digits: int = 3) -> str:
 
 
 def with_interval(score: str, value: float | None, low: float | None, high: float | None) -> str:
-    """A score with its interval, where it has one: ``0.812 [0.741, 0.880]``."""
+    """A score with its interval, if it has one: ``0.812 [0.741, 0.880]``."""
     from brainfound.metrics.registry import format_score
 
     if low is None or high is None:
@@ -139,11 +139,11 @@ def scores_line(result: Mapping[str, Any]) -> str:
 
 def intervals_line(results: Iterable[Mapping[str, Any]]) -> str | None:
     """One line on the intervals of some results, with a warning for few subjects."""
-    found = [result["intervals"] for result in results if result.get("intervals", {}).get("scores")]
-    if not found:
+    drawn = [result["intervals"] for result in results if result.get("intervals", {}).get("scores")]
+    if not drawn:
         return None
-    counts = [ends["num_subjects"] for intervals in found for ends in intervals["scores"].values()]
-    return describe_intervals(min(counts), max(counts), found[0]["confidence"], found[0]["num_resamples"])
+    counts = [ends["num_subjects"] for intervals in drawn for ends in intervals["scores"].values()]
+    return describe_intervals(min(counts), max(counts), drawn[0]["confidence"], drawn[0]["num_resamples"])
 
 
 def describe_intervals(fewest: int, most: int, confidence: float, num_resamples: int) -> str:

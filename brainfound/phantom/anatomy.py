@@ -1,4 +1,4 @@
-"""A head built from shapes, and what age does to it: cortex, white matter, ventricles, nuclei, skull, scalp.
+"""A head built from shapes (cortex, white matter, ventricles, nuclei, skull, scalp), and its ageing.
 
 Structures are depth fields (`shapes`) in head coordinates (mm, RAS, origin near the anterior commissure), evaluated on
 a coarse grid after a smooth individual warp, interpolated by cubic splines, and composed front to back into tissue
@@ -34,7 +34,7 @@ from brainfound.phantom.shapes import (
 
 _COARSE_MM = 2.0
 _COARSE_ROWS = 6
-_REFERENCE_VENTRICLES_ML = 18.0  # of the ventricles as drawn, at ventricle scale 1
+_REFERENCE_VENTRICLES_ML = 18.0  # volume of the ventricles at ventricle scale 1
 _FAR_MM = -30.0
 _TOP_OF_FACE_MM = 24.0
 _WARP_MM = 2.1
@@ -62,7 +62,7 @@ class Ageing:
 
 
 def draw_ageing(rng: np.random.Generator, age_years: float) -> Ageing:
-    """Draws the ageing of one subject.
+    """Draw the ageing of one subject.
 
     Ventricles grow by about 1 % a year to 60 and 3.5 % after; the cortex thins by 0.35 % a year from 2.75 mm at 20.
     """
@@ -136,7 +136,7 @@ def rotation_matrix(angles_rad: np.ndarray) -> np.ndarray:
 
 
 class ParametricHead:
-    """One person's head from shapes, on `grid`.
+    """One person's head built from shapes, on `grid`.
 
     `seed` defines the person, who is the same on every grid; `size` is linear, relative to the template.
     """
@@ -236,12 +236,12 @@ def _draw_noise(rng: np.random.Generator, grid: Grid) -> np.ndarray:
 def _depth_fields(
     points: np.ndarray, folded: np.ndarray, noise: np.ndarray, ventricle_scale: float
 ) -> dict[str, np.ndarray]:
-    """Every depth field but the sulcal sheets, at the given template coordinates."""
+    """All depth fields except the sulcal sheets, at the given template coordinates."""
     mirrored = np.stack([np.abs(points[0]), points[1], points[2]])  # left and right differ by their warp
     skull_noise, scalp_noise, face_noise, sulcal_noise = noise
     fields = cerebrum_fields(folded, sulcal_noise)
     fields |= _deep_fields(mirrored, ventricle_scale)
-    # Hindbrain and face end below this plane.
+    # Hindbrain and face lie below this plane.
     low = (slice(None), slice(None), slice(0, int(np.sum(points[2].min(axis=(0, 1)) < _TOP_OF_FACE_MM))))
     below = mirrored[(slice(None), *low)]
     for name, depth in (_hindbrain_fields(below) | _face_fields(below, face_noise[low])).items():
@@ -314,7 +314,7 @@ def _head_fields(
     # The tentorium is a film of fluid between cerebrum and cerebellum.
     fields["cerebellum"] = smooth_intersection(fields["cerebellum"], -cerebrum - 1.6)
     intracranial = smooth_union(smooth_union(cerebrum, fields["cerebellum"], 12.0), fields["brain_stem"], 6.0) + 2.3
-    # The cranial cavity is convex: its base spans what lies between the lobes.
+    # The cranial cavity is convex: its base bridges the gaps between the lobes.
     cavity = ellipsoid(p, (0, -17, 6), (62, 80, 56), boxy=True)
     base = p[2] + 24 - 9 * smoothstep(p[1], 5, 30)
     intracranial = smooth_union(intracranial, smooth_intersection(cavity, base, 6.0), 4.0)

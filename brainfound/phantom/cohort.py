@@ -40,22 +40,22 @@ def write_phantom_cohort(
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Writes a BIDS cohort of simulated multi-contrast brains; the same seed gives the same bytes.
+    """Write a BIDS cohort of simulated multi-contrast brains; the same seed gives the same bytes.
 
     Subject number i depends on (seed, i) and on the settings, not on `num_subjects` or `workers`. The cohort is written
-    beside `out` under a temporary name and renamed when it is complete.
+    next to `out` under a temporary name and renamed when it is complete.
 
     Args:
         out: the new folder; may exist if it is empty.
-        num_subjects: each has one session.
-        spacing_mm: the grid of the simulation, and the unit of the sites' voxels: in-plane widths are 0.9–2 times it,
+        num_subjects: number of subjects, with one session each.
+        spacing_mm: spacing of the simulation, and the unit of the sites' voxels: in-plane widths are 0.9–2 times it,
             by site and contrast, and the 2-D protocols have slices of 2–5 mm (at least the in-plane width). None
-            simulates at 1 mm and stores every scan on that grid; sites then have the same voxels.
+            simulates at 1 mm and stores every scan on that grid; all sites then have the same voxels.
         contrasts: any of T1w, T1ce, T2w, FLAIR, DWI, ADC. ADC is in 10⁻⁶ mm²/s.
         diagnoses: probabilities of healthy, tumour, infarct and ms; scaled to sum to 1.
-        missing_probability: for each scan; every session keeps at least one.
+        missing_probability: probability that a scan is missing; every session keeps at least one.
         age_range_years: ages are uniform in this range.
-        num_sites: the first three scanners are fixed, later ones vary them.
+        num_sites: number of sites; the first three scanners are fixed, later ones vary them.
         label_maps: a folder of FreeSurfer-numbered label volumes to use instead of parametric heads.
         workers: number of processes.
         progress: called with (done, total) after each subject.
@@ -145,7 +145,7 @@ def _write_subjects(
     if settings.label_maps:
         read_label_map(settings.label_maps[0])  # a folder of unusable volumes fails at once
     persons: dict[int, Participant] = {}
-    # A process caches a few label maps, so subjects of one map follow each other.
+    # A process caches only a few label maps, so subjects of one map follow each other.
     order = sorted(range(num_subjects), key=lambda index: (str(draw_head(settings, index)[1]), index))
 
     def add(index: int, person: Participant) -> None:
@@ -157,7 +157,7 @@ def _write_subjects(
         for index in order:
             add(index, _write_one(folder, settings, index))
     else:
-        # "spawn" behaves the same on every platform and does not copy locks of threads.
+        # "spawn" behaves the same on every platform and does not copy thread locks.
         with ProcessPoolExecutor(min(workers, num_subjects), mp_context=get_context("spawn")) as pool:
             futures = {pool.submit(_write_one, folder, settings, index): index for index in order}
             try:
@@ -174,7 +174,7 @@ def _write_subjects(
 
 
 def _write_one(folder: Path, settings: CohortSettings, index: int) -> Participant:
-    # With one thread per process workers do not compete, and sums do not depend on the number of threads.
+    # With one thread per process, workers do not compete and sums do not depend on the number of threads.
     with threadpool_limits(1):
         return write_subject(folder, settings, index)
 

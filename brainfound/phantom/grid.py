@@ -20,7 +20,7 @@ HEAD_EXTENT_MM = (180.0, 216.0, 180.0)
 
 @dataclass(frozen=True)
 class Grid:
-    """An axis-aligned grid: `shape` voxels of `spacing_mm`, its middle at `center_mm` (RAS)."""
+    """An axis-aligned grid: `shape` voxels of `spacing_mm`, centred at `center_mm` (RAS)."""
 
     shape: tuple[int, int, int]
     spacing_mm: tuple[float, float, float]
@@ -69,8 +69,8 @@ def acquisition_matrix(source: Grid, target: Grid, axis: int) -> np.ndarray:
     """(target, source) float32 matrix that averages the object over the target's voxels along one axis.
 
     The weights are the integral of linear interpolation over a rectangular voxel (slice) profile. Source voxels are
-    averages over their own width already, so the profile is as wide as the difference of the two widths; on equal grids
-    the matrix is the identity.
+    already averages over their own width, so the profile's width is the difference of the two; on equal grids the
+    matrix is the identity.
     """
     step = source.spacing_mm[axis]
     width = max(target.spacing_mm[axis] - step, 1e-3 * step) / step
@@ -86,7 +86,7 @@ def acquisition_matrix(source: Grid, target: Grid, axis: int) -> np.ndarray:
 
 
 def apply_matrices(volume: np.ndarray, matrices: Sequence[np.ndarray | None]) -> np.ndarray:
-    """Applies one matrix per spatial axis to (…, X, Y, Z); None leaves an axis unchanged."""
+    """Apply one matrix per spatial axis to (…, X, Y, Z); None leaves an axis unchanged."""
     lead = volume.shape[:-3]
     volume = volume.reshape(-1, *volume.shape[-3:])
     used = [(axis, matrix) for axis, matrix in enumerate(matrices) if matrix is not None]

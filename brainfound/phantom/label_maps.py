@@ -1,11 +1,11 @@
 """Heads from real anatomy: label volumes with FreeSurfer's numbering.
 
-Each simulated head has its own smooth warp, and a displacement that opens or closes ventricles and sulci to the drawn
-age. Labels are sampled at eight points per voxel, so tissue borders have partial volume.
+Each simulated head has its own smooth warp, and a displacement that opens or closes ventricles and sulci to match the
+drawn age. Labels are sampled at eight points per voxel, so tissue borders have partial volume.
 
 Codes: FreeSurfer's colour table, and for the head outside the brain those of SimNIBS charm (502 artery, 506 eyes, 507
 other tissue, 508 muscle, 509 mucosa, 511 skin, 512 spinal cord, 514 vein, 515 compact bone, 516 spongy bone, 530 optic
-nerve). Lesion codes (25, 57, 77–79) count as white matter: the drawn age and diagnosis decide about lesions.
+nerve). Lesion codes (25, 57, 77–79) count as white matter: lesions follow from the drawn age and diagnosis.
 
 Axes: X Y Z voxels, T tissues.
 """
@@ -45,7 +45,7 @@ TISSUE_LABELS: dict[str, tuple[int, ...]] = {
     "fat": (511,),
     "soft_tissue": (258, 507, 508, 509),
 }  # fmt: skip
-_BRAIN_CENTER_MM = (0.0, -21.0, 6.0)  # of the brain in head coordinates; the brain of a map moves there
+_BRAIN_CENTER_MM = (0.0, -21.0, 6.0)  # in head coordinates; the brain of a label map is moved there
 _COARSE_MM = 3.0
 _LARGEST_DILATION_MM = 5.0
 _SUFFIXES = (".nii.gz", ".nii", ".mgz")
@@ -82,7 +82,7 @@ def find_label_maps(folder: Path) -> list[Path]:
 
 @lru_cache(maxsize=4)
 def read_label_map(path: Path) -> LabelMap:
-    """Reads a volume; a CohortError if it is not 3-D, has unknown codes, or lacks cortex or white matter."""
+    """Read a volume; a CohortError if it is not 3-D, has unknown codes, or lacks cortex or white matter."""
     try:
         image = nib.as_closest_canonical(nib.load(path))
         labels = np.asarray(image.dataobj)
@@ -139,7 +139,7 @@ def _labels_to_tissue(labels: np.ndarray, path: Path) -> np.ndarray:
 
 
 def _fill_sulci_with_csf(tissue: np.ndarray) -> np.ndarray:
-    """In a map without cerebrospinal fluid (a skull-stripped one), turns air near the brain into fluid."""
+    """In a map without cerebrospinal fluid (a skull-stripped one), turn air near the brain into fluid."""
     csf, air = TISSUE_INDEX["csf"], TISSUE_INDEX["air"]
     if (tissue == csf).any():
         return tissue
@@ -188,7 +188,7 @@ class LabelledHead:
         opening = label_map.ventricle_displacement * wanted_ml
         length = np.sqrt(np.sum(opening**2, axis=0)) + 1e-6
         opening = opening * (_LARGEST_DILATION_MM * np.tanh(length / _LARGEST_DILATION_MM) / length)
-        # Half of the change in width at each wall; 0.65 mm is the half width in middle age.
+        # Each wall moves by half of the change in width; 0.65 mm is the half width in middle age.
         opening += label_map.sulcus_displacement * float(np.clip(0.8 * (ageing.sulcal_half_width_mm - 0.65), -0.5, 0.8))
         moved = np.stack([ndimage.map_coordinates(component, index, order=1, mode="nearest") for component in opening])
         to_voxel = label_map.to_voxel

@@ -51,7 +51,7 @@ class Survey:
 
     @classmethod
     def measure(cls, anatomy: Anatomy) -> Survey:
-        """Surveys a head on its own (coarse) grid."""
+        """Survey a head on its own (coarse) grid."""
         fractions = anatomy.fractions(slice(0, anatomy.grid.shape[0]))
         parenchyma = fractions[[TISSUE_INDEX[name] for name in PARENCHYMA]].sum(axis=0)
         ventricle = fractions[TISSUE_INDEX["ventricle"]] + fractions[TISSUE_INDEX["choroid_plexus"]]
@@ -65,7 +65,7 @@ class Survey:
         )
 
     def pick(self, rng: np.random.Generator, weight: np.ndarray) -> np.ndarray:
-        """(3,) mm: a random point in a voxel drawn by weight."""
+        """(3,) mm: a random point in a voxel drawn with probability proportional to `weight`."""
         total = np.cumsum(weight.ravel(), dtype=np.float64)
         chosen = int(np.searchsorted(total, rng.uniform(0, total[-1])))
         index = np.unravel_index(min(chosen, weight.size - 1), weight.shape)
@@ -83,22 +83,22 @@ class Pathology:
     mass_effect: MassEffect | None = None
 
     def apply(self, fractions: np.ndarray, target: Grid, rows: slice) -> np.ndarray:
-        """Applies the lesions to (T, rows, Y, Z) fractions in place; returns the lesion's share (rows, Y, Z)."""
+        """Apply the lesions to (T, rows, Y, Z) fractions in place; return the lesion's share (rows, Y, Z)."""
         share = np.zeros(fractions.shape[1:], np.float32)
         for layer in self.layers:
-            if (found := self._depth(layer, target, rows)) is None:
+            if (part := self._depth(layer, target, rows)) is None:
                 continue
-            box, depth = found
+            box, depth = part
             alpha = inside_fraction(depth, max(layer.softness_mm, float(np.mean(target.spacing_mm))))
-            put = np.zeros(alpha.shape, np.float32)
+            added = np.zeros(alpha.shape, np.float32)
             for tissue, strength in layer.replaces.items():
                 old = fractions[TISSUE_INDEX[tissue]][box]
                 moved = old * (alpha * np.float32(strength))
                 old -= moved
-                put += moved
-            fractions[TISSUE_INDEX[layer.tissue]][box] += put
+                added += moved
+            fractions[TISSUE_INDEX[layer.tissue]][box] += added
             if layer.in_mask:
-                share[box] += put
+                share[box] += added
         return share
 
     def _depth(self, layer: LesionLayer, target: Grid, rows: slice) -> tuple[tuple[slice, ...], np.ndarray] | None:
@@ -123,7 +123,7 @@ class Pathology:
 
 
 def draw_pathology(rng: np.random.Generator, diagnosis: str, survey: Survey, ageing: Ageing) -> Pathology:
-    """Draws the lesions of one person: those of the diagnosis, and the hyperintensities of age.
+    """Draw the lesions of one person: those of the diagnosis, and the hyperintensities of age.
 
     Sizes: tumour radius 10–25 mm with a necrotic core, an enhancing rim of 2–4 mm and oedema; infarct radius 8–20 mm;
     6–16 plaques of 2–8 mm, most of them at and perpendicular to the ventricle's wall, about one in six enhancing.
@@ -179,14 +179,14 @@ def _add_infarct(rng: np.random.Generator, survey: Survey, pathology: Pathology)
 
 def _add_plaques(rng: np.random.Generator, survey: Survey, pathology: Pathology) -> None:
     white = (survey.white > 0.8).astype(np.float32)
-    beside_ventricle = white * ((survey.ventricle_mm > 1.0) & (survey.ventricle_mm < 11.0))
+    near_ventricle = white * ((survey.ventricle_mm > 1.0) & (survey.ventricle_mm < 11.0))
     below_cortex = white * ((survey.depth_mm > 4.0) & (survey.depth_mm < 8.0) & (survey.ventricle_mm < 45))
     away = np.gradient(ndimage.gaussian_filter(survey.ventricle_mm, 1.0))
     plaques = np.full(pathology.grid.shape, -30.0, np.float32)
     active = plaques.copy()
     for number in range(int(rng.integers(6, 17))):
         periventricular = number == 0 or rng.random() < 0.75
-        center = survey.pick(rng, (beside_ventricle if periventricular else below_cortex) + 1e-9 * survey.white)
+        center = survey.pick(rng, (near_ventricle if periventricular else below_cortex) + 1e-9 * survey.white)
         index = tuple(
             int(np.clip(np.rint((c - survey.grid.axis_mm(a)[0]) / survey.grid.spacing_mm[a]), 0, n - 1))
             for a, (c, n) in enumerate(zip(center, survey.grid.shape, strict=True))
@@ -207,7 +207,7 @@ def _add_plaques(rng: np.random.Generator, survey: Survey, pathology: Pathology)
 
 
 def _add_hyperintensities(rng: np.random.Generator, survey: Survey, ageing: Ageing, pathology: Pathology) -> None:
-    """Caps and bands around the ventricles, thicker at the horns, and scattered deep spots; grow with age."""
+    """Add caps and bands around the ventricles, thicker at the horns, and scattered deep spots; all grow with age."""
     noise = smooth_noise(rng, pathology.grid, 14.0)[0]
     centers = [survey.pick(rng, (survey.white > 0.9) * (survey.ventricle_mm > 8.0) + 1e-9 * survey.white)
                for _ in range(ageing.num_deep_hyperintensities)]  # fmt: skip

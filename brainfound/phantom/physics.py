@@ -87,14 +87,14 @@ def inversion_recovery(
 ):
     """Inversion-recovery spin echo, PD (1 − 2e^(−TI/T1) + e^(−TR/T1)) e^(−TE/T2).
 
-    Signed: spins of a voxel cancel before the receiver sees them, so the magnitude is taken after tissues are added.
+    Signed: spins of a voxel cancel before the receiver sees them, so the magnitude is taken after summing the tissues.
     """
     recovered = 1 - 2 * np.exp(-inversion_time_s / t1_s) + np.exp(-repetition_time_s / t1_s)
     return proton_density * recovered * np.exp(-echo_time_s / t2_s)
 
 
 def nulling_inversion_time_s(t1_s: float, repetition_time_s: float) -> float:
-    """The inversion time that removes a tissue: TI = T1 ln(2 / (1 + e^(−TR/T1)))."""
+    """The inversion time that nulls a tissue: TI = T1 ln(2 / (1 + e^(−TR/T1)))."""
     return float(t1_s * np.log(2 / (1 + np.exp(-repetition_time_s / t1_s))))
 
 

@@ -103,7 +103,7 @@ _SITES = (
 
 
 def make_site(index: int, seed: int) -> Site:
-    """Site number `index` (from 0). The first three are fixed; later ones vary one of them, by seed."""
+    """Site number `index` (from 0). The first three are fixed; later ones are random variations of them, by seed."""
     base = _SITES[index % 3]
     if index < 3:
         return base
@@ -137,7 +137,7 @@ class Acquisition:
 
     site: Site
     seed: list[int]
-    """Of this session's noise and shading; every contrast has its own stream."""
+    """Seed of this session's noise and shading; every contrast has its own stream."""
     simulation: Grid
     spacing_mm: float | None
     """The cohort's spacing; None keeps the simulation grid."""
@@ -173,7 +173,7 @@ class Acquisition:
         return np.hypot(image, sigma * rng.standard_normal(image.shape, dtype=np.float32))
 
     def _sensitivity(self, grid: Grid, order: int) -> np.ndarray:
-        """The coil's sensitivity: mostly of the session, partly of the scan."""
+        """The coil's sensitivity: mostly shared by the session, partly the scan's own."""
         shared = smooth_noise(np.random.default_rng([*self.seed, 100]), grid, 90.0)[0]
         own = smooth_noise(np.random.default_rng([*self.seed, 200 + order]), grid, 70.0)[0]
         return np.exp(np.float32(self.site.bias_strength) * (shared + 0.3 * own))
@@ -185,7 +185,7 @@ class Acquisition:
         return np.where(unweighted > floor, np.clip(ratio, 0, _LARGEST_ADC), 0).astype(np.float32)
 
     def store(self, path: Path, volume: np.ndarray, grid: Grid, dtype: type) -> None:
-        """Writes a volume in the site's orientation, with the affine that belongs to it."""
+        """Write a volume in the site's orientation, with the matching affine."""
         codes = nib.orientations.axcodes2ornt(tuple(self.site.orientation))
         canonical = nib.orientations.axcodes2ornt(("R", "A", "S"))
         change = nib.orientations.ornt_transform(canonical, codes)

@@ -26,7 +26,7 @@ _MEDIAL_RADIUS_MM = 28.0
 
 
 def ellipsoid(points: np.ndarray, center: Sequence[float], radii: Sequence[float], boxy: bool = False) -> np.ndarray:
-    """Depth of an ellipsoid, or of a superellipsoid of exponent 2.5, to first order: (1 − F)/|∇F|."""
+    """Depth of an ellipsoid, or if `boxy` a superellipsoid of exponent 2.5, to first order: (1 − F)/|∇F|."""
     scaled = [np.abs((points[axis] - np.float32(center[axis])) * np.float32(1 / radii[axis])) for axis in range(3)]
     powers = [s * np.sqrt(s) for s in scaled] if boxy else scaled  # s^(k−1)
     total = scaled[0] * powers[0] + scaled[1] * powers[1] + scaled[2] * powers[2] + np.float32(1e-6)
@@ -86,7 +86,7 @@ def cerebrum_fields(points: np.ndarray, depth_noise: np.ndarray) -> dict[str, np
     center = ellipsoid(mirrored, (16, -8, 4), (24, 44, 24))
     # Sulci reach 10–24 mm and stay out of the core that holds the nuclei and ventricles.
     sulcal_depth = np.clip(16.0 + 5.5 * depth_noise, 4.0, 26.0) * smoothstep(-center, -8.0, 2.0)
-    sulcal_depth = sulcal_depth * (0.6 + 0.4 * smoothstep(mirrored[0], 8.0, 30.0))  # the medial wall's are shallow
+    sulcal_depth = sulcal_depth * (0.6 + 0.4 * smoothstep(mirrored[0], 8.0, 30.0))  # medial sulci are shallow
     return {
         "brain": _outline(mirrored),
         "fissure": fissure,

@@ -65,7 +65,7 @@ class Participant:
 
 
 def draw_participant(settings: CohortSettings, index: int) -> tuple[Participant, Site]:
-    """Draws the covariates of subject number `index` (from 0); they do not depend on the number of subjects."""
+    """Draw the covariates of subject number `index` (from 0); they do not depend on the number of subjects."""
     rng = _stream(settings, index, "person")
     names = [name for name, _ in settings.diagnoses]
     age = round(float(rng.uniform(*settings.age_range_years)), 1)
@@ -76,7 +76,7 @@ def draw_participant(settings: CohortSettings, index: int) -> tuple[Participant,
 
 
 def write_subject(folder: Path, settings: CohortSettings, index: int) -> Participant:
-    """Simulates one subject and writes its scans, sidecars, lesion mask and segmentation below `folder`."""
+    """Simulate one subject and write its scans, sidecars, lesion mask and segmentation below `folder`."""
     person, site = draw_participant(settings, index)
     ageing = draw_ageing(_stream(settings, index, "ageing"), person.age)
     grid = Grid.covering_head(1.0 if settings.spacing_mm is None else settings.spacing_mm)
@@ -135,7 +135,7 @@ def _build(
 
 
 def draw_head(settings: CohortSettings, index: int) -> tuple[float, Path | None]:
-    """The deviation of a head's size from the mean, in standard deviations, and its label volume, if any."""
+    """Draw the deviation of a head's size from the mean, in standard deviations, and its label volume, if any."""
     rng = _stream(settings, index, "label_map")
     spread = float(rng.standard_normal())
     maps = settings.label_maps
@@ -147,7 +147,7 @@ def _simulate_signals(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Signals (C, X, Y, Z), segmentation (X, Y, Z) and the lesion's share (X, Y, Z), a few planes at a time.
 
-    `table` is (C, T). Signals add in proportion to the tissues' fractions, signed.
+    `table` is (C, T). Signed signals add in proportion to the tissues' fractions.
     """
     signals = np.empty((len(table), *grid.shape), np.float32)
     segmentation = np.zeros(grid.shape, np.uint8)
@@ -167,7 +167,7 @@ def _simulate_signals(
 
 
 def draw_contrasts(settings: CohortSettings, index: int) -> list[str]:
-    """The contrasts of subject number `index`, at least one."""
+    """Draw the contrasts of subject number `index`, at least one."""
     rng = _stream(settings, index, "missing")
     kept = [c for c in settings.contrasts if rng.random() >= settings.missing_probability]
     return kept or [settings.contrasts[int(rng.integers(len(settings.contrasts)))]]

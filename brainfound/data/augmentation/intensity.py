@@ -1,7 +1,7 @@
 """Random intensities of the foreground, in the order of the acquisition; the background stays exactly 0.
 
 The effects are tissue contrast (gamma, gain), coils (bias field), sampling (blur, thick pixels, Gibbs ringing; see
-`transforms`) and receiver (noise). Small random numbers are drawn first; an effect touches only the images that it was
+`transforms`) and receiver (noise). Their parameters are drawn first; an effect touches only the images that it was
 drawn for. Grey values stay in 0–1.
 
 Bias field: the exponential of a polynomial of low order, the inverse of the correction of Van Leemput et al. 1999 (IEEE
@@ -49,13 +49,13 @@ def chunk_size(num_images: int, pixels_per_image: int, device: torch.device) -> 
 
 @dataclass(frozen=True)
 class IntensityPlan:
-    """The random numbers for the intensities of P images, except the noise itself."""
+    """The drawn parameters of the effects on P images; the noise itself is drawn when the plan is applied."""
 
     recipe: IntensityRecipe
     gamma: EffectSelection
     gain: Float[Tensor, "P"]
     spread: Float[Tensor, "P"]
-    """Factor of the distance from the foreground's mean."""
+    """Factor on the distance from the foreground's mean."""
     bias_field: EffectSelection
     blur: EffectSelection
     rows: EffectSelection
@@ -99,7 +99,7 @@ class IntensityPlan:
         return cls(recipe, gamma, gain, spread, bias_field, blur, rows, columns, noise)
 
     def apply(self, images: Float[Tensor, "P S H W"], noise_generator: torch.Generator, first: int = 0) -> None:
-        """Vary `images`, those of this plan from `first` on, in place; grey values 0–1, background 0."""
+        """Vary `images` in place: those of this plan from number `first` on, with grey values 0–1 and background 0."""
         count, device = len(images), images.device
 
         def change(selection: EffectSelection, effect: Callable[..., Tensor]) -> None:
@@ -131,7 +131,7 @@ class IntensityPlan:
 
 
 def raise_to_power(images: Float[Tensor, "K S H W"], gamma: Float[Tensor, "K"]) -> Float[Tensor, "K S H W"]:
-    """images ** gamma, with 0 at 0; `images` is overwritten. The logarithm is much faster than a power."""
+    """images ** gamma, with 0 at 0; `images` is overwritten. exp(gamma · log) is much faster than a power."""
     return images.log_().mul_(gamma[:, None, None, None]).exp_()
 
 
@@ -168,8 +168,8 @@ def vary_intensity(
 ) -> Float[Tensor, "n C *S H W"]:
     """Vary each contrast of each image independently, all slices of a volume alike. `images` is overwritten.
 
-    Images are contiguous, with grey values 0–1 and background 0. `generator` (on the CPU) draws all small random
-    numbers, `noise_generator` (on the CPU or the device of the images) the noise.
+    Images are contiguous, with grey values 0–1 and background 0. `generator` (on the CPU) draws the parameters of the
+    effects, `noise_generator` (on the CPU or the device of the images) the noise.
     """
     height, width = images.shape[-2:]
     flat = images.view(images.shape[0] * images.shape[1], -1, height, width).clamp_(0, 1)
@@ -181,7 +181,7 @@ def vary_intensity(
 
 
 def random_coefficients(count: int, generator: torch.Generator) -> Float[Tensor, "count T T"]:
-    """Coefficients of the powers of row and column, up to a total of `ORDER`; that of the constant is 0."""
+    """Coefficients of the products of powers of row and column, up to total order `ORDER`; the constant's is 0."""
     power = torch.arange(ORDER + 1)
     total = power[:, None] + power
     return torch.randn((count, ORDER + 1, ORDER + 1), generator=generator) * ((total > 0) & (total <= ORDER))

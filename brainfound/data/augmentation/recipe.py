@@ -77,9 +77,9 @@ class ViewsRecipe(Recipe):
     local_size: int = Field(default=98, ge=1)
     """Side of a local crop in pixels; a multiple of the patch size."""
     global_scale: tuple[float, float] = (0.32, 1.0)
-    """Range of the area of a global crop, as a part of the slice."""
+    """Range of the area of a global crop, as a fraction of the slice."""
     local_scale: tuple[float, float] = (0.05, 0.32)
-    """Range of the area of a local crop, as a part of the slice."""
+    """Range of the area of a local crop, as a fraction of the slice."""
     aspect: tuple[float, float] = (3 / 4, 4 / 3)
     """Range of a crop's height over its width before it is resized to a square."""
     rotation_degrees: float = Field(default=10.0, ge=0, le=45)

@@ -1,6 +1,6 @@
-"""Random numbers, geometry and resolution of views, each a section with its own method.
+"""Random numbers, geometry and resolution of views, one section each.
 
-Sampling: random numbers are drawn on the CPU, so they are equal on all devices and need no synchronisation.
+Sampling: random numbers are drawn on the CPU, so they are the same for all devices and need no synchronisation.
 
 Geometry: an elastic deformation displaces a coarse grid of control points, interpolated by cubic B-splines (Rueckert et
 al. 1999, IEEE TMI 18:712). It does not fold while every control point moves by less than `MAX_DISPLACEMENT` of a cell
@@ -9,7 +9,7 @@ along each axis (Choi and Lee 2000, Graphical Models 62:411).
 Resolution: a scanner samples the object's spectrum up to a highest frequency along each axis. A sharp cutoff makes
 edges ring (Gibbs ringing; Czervionke et al. 1988, AJNR 9:1033; Kellner et al. 2016, MRM 76:1574). Sampling 1 / f of the
 spectrum, with a window that fades out as in scanners, makes pixels f times as thick. Each filter is one matrix per axis
-of cosines, the spectrum of the image and its mirror: the two ends of a crop must not ring into each other.
+of cosines, the spectrum of the image joined to its mirror image, so the two ends of a crop do not ring into each other.
 
 Axis legend: ``n`` images (slices), ``V`` views per image, ``C`` contrasts, ``H W`` pixels; ``K`` images with an effect,
 ``S`` slices treated alike (1 for a view), ``G`` control points of an axis (three more than cells), ``L`` its pixels.
@@ -46,7 +46,7 @@ def log_uniform(shape: tuple[int, ...], span: tuple[float, float], generator: to
 
 
 def random_selection(count: int, probability: float, generator: torch.Generator) -> Bool[Tensor, "count"]:
-    """Select count · probability items, rounded up or down at random: a nearly constant cost per step."""
+    """Select count · probability items, rounded up or down at random, so the cost per step is nearly constant."""
     rounding = float(torch.rand((), generator=generator))
     order = torch.randperm(count, generator=generator)
     selected = torch.zeros(count, dtype=torch.bool)
@@ -70,7 +70,7 @@ class EffectSelection:
 
     @classmethod
     def where(cls, selected: Bool[Tensor, "count"], *values: Tensor) -> EffectSelection:
-        """From a mask over all images, and values with one row per image."""
+        """Build from a mask over all images, and values with one row per image."""
         return cls(np.flatnonzero(selected.numpy()), tuple(value[selected] for value in values))
 
     def part(self, first: int, count: int, device: torch.device) -> tuple[Tensor, ...] | None:
@@ -140,7 +140,7 @@ def displacement_field(
 ) -> Float[Tensor, "K H W 2"]:
     """The offset from each pixel to where it is sampled, in normalised coordinates (x, y) of `grid_sample`.
 
-    `strength` is the displacement by a control value of 1, as a share of the image's side.
+    `strength` is the displacement for a control value of 1, as a share of the image's side.
     """
     rows, columns = (_spline_weights(side, control.shape[-1] - 3, control.device) for side in size)
     smooth = rows @ control @ columns.T
@@ -149,7 +149,7 @@ def displacement_field(
 
 @cache
 def _spline_weights(length: int, cells: int, device: torch.device) -> Float[Tensor, "L G"]:
-    """The weight of each control point at each pixel centre: non-zero for four neighbours, with the sum 1."""
+    """The weight of each control point at each pixel centre: non-zero for four neighbours, summing to 1."""
     position = (torch.arange(length, dtype=torch.float64) + 0.5) / length * cells
     cell = position.floor().long().clamp(max=cells - 1)
     t = position - cell
@@ -186,7 +186,7 @@ def gaussian_blur(images: Float[Tensor, "K S H W"], sigma_pixels: Float[Tensor, 
 
 
 def kspace_truncation_weights(kept: Float[Tensor, "K"], length: int) -> Float[Tensor, "K L"]:
-    """Frequency weights of an axis that keep the lowest share `kept`: Gibbs ringing."""
+    """Frequency weights of an axis that keep the lowest share `kept`, which causes Gibbs ringing."""
     return (torch.arange(length) < kept[:, None] * length).float()
 
 

@@ -1,7 +1,7 @@
 """The views of a batch: two global and several local random crops of each slice, and the contrasts of each view.
 
-Clinical sessions lack contrasts. Views with fewer contrasts teach a model in pretraining to work without them; two
-views without a common contrast teach it what the contrasts of one anatomy have in common.
+Clinical sessions often lack contrasts. In pretraining, views with fewer contrasts teach a model to work without them;
+two views that share no contrast teach it what the contrasts of one anatomy have in common.
 
 Axis legend: ``n`` images (slices), ``V`` views per image, ``C`` contrasts, ``H W`` pixels.
 """
@@ -29,7 +29,7 @@ from brainfound.errors import RecipeError
 class Views:
     """A batch of views; rows are view-major: all images in crop 0, then all images in crop 1, …
 
-    Grey values are in 0–1; the mask is True where the view contains the contrast, and the pixels of others are 0.
+    Grey values are in 0–1; the mask is True where the view contains the contrast; the pixels of other contrasts are 0.
     """
 
     pixels: Float[Tensor, "V·n C H W"]
@@ -45,7 +45,7 @@ class CropViews:
 
 
 class MultiCrop:
-    """Two global and `num_local` local random views of each slice; `num_global` 1 computes only the first global one.
+    """Two global and `num_local` local random views of each slice; `num_global=1` computes only the first global view.
 
     Raises:
         RecipeError: if a crop side is not a multiple of the patch size, or local crops are larger than global ones.
@@ -76,8 +76,8 @@ class MultiCrop:
         Args:
             pixels: slices, uint8 or float in 0–1.
             present: True where a slice has the contrast; best on the CPU, since copying it there synchronises.
-            generator: on the CPU; draws all small random numbers (the same on every device).
-            noise_generator: on the device of `pixels`; None for `generator`.
+            generator: on the CPU; draws all random numbers but the noise (the same on every device).
+            noise_generator: on the device of `pixels`; None uses `generator`.
             neighbours: other slices of the same sessions, for the second global crops; None for the same slices.
         """
         recipe = self.recipe
@@ -105,7 +105,7 @@ class MultiCrop:
         generator: torch.Generator,
         noise_generator: torch.Generator,
     ) -> Views:
-        """As many views of each of `sources`, all of one shape; a few slices at a time on a CPU."""
+        """Views shared equally between `sources`, which have one shape; on a CPU, a few slices at a time."""
         num_slices, num_views, num_contrasts = visible.shape
         device, (height, width) = sources[0].device, sources[0].shape[2:]
         count = num_slices * num_views
@@ -147,7 +147,7 @@ def random_subsets(present: Bool[Tensor, "n C"], num_dropped: int, generator: to
     The size is drawn first, so that small and large subsets are equally frequent.
     """
     order = torch.rand(present.shape, generator=generator).masked_fill(~present, 2.0)
-    rank = order.argsort(dim=1).argsort(dim=1)  # present contrasts have the ranks from 0 on, in random order
+    rank = order.argsort(dim=1).argsort(dim=1)  # present contrasts have the lowest ranks, in random order
     max_size = present.sum(dim=1) - num_dropped
     size = 1 + (torch.rand(len(present), generator=generator) * max_size).floor().clamp(max=max_size - 1)
     return present & (rank < size[:, None])

@@ -1,6 +1,6 @@
 """The registry of source layouts, in the order in which they are tried.
 
-The first layout that can read a path reads it. Manifests come first because the user wrote them. Layouts with a
+A path is read by the first layout that recognises it. Manifests come first because the user wrote them. Layouts with a
 characteristic file or folder come before those recognised by folder names, and DICOM comes last.
 """
 

@@ -1,4 +1,4 @@
-"""BIDS folders, raw and derivative (BIDS 1.10), alone or several in a folder as downloads of OpenNeuro are.
+"""BIDS data sets, raw or derivative (BIDS 1.10): a single one, or a folder of several as downloaded from OpenNeuro.
 
 The first half reads one data set: scans, label maps, participants, sessions and scanners. The second half reads a
 folder of data sets (``ds000001/sub-01/…``). A subject present in two of them would count as two subjects, so folders
@@ -47,12 +47,12 @@ from brainfound.errors import CohortError
 
 _SESSION_TABLES = "sub-*_sessions.tsv"
 _NATIVE_SPACES = {"", "orig", "native", "individual", "t1w", "t2w", "flair"}
-"""The acquired grid, or that of another scan of the same subject."""
+"""Values of ``space-`` for the acquired grid, or for that of another scan of the same subject."""
 _MISPLACED = "its name is that of another subject or session than its folder's"
 
 
 def can_read(path: Path) -> bool:
-    """A folder with ``sub-*`` folders that hold an image, or with a description as BIDS. DICOM alone does not count."""
+    """Whether a folder has ``sub-*`` folders, with images or a ``dataset_description.json``. DICOM does not count."""
     if not path.is_dir():
         return False
     subjects = subfolders(path, "sub-*")
@@ -60,7 +60,7 @@ def can_read(path: Path) -> bool:
 
 
 def read(root: Path, work: Path | None = None) -> SourceTable:
-    """The scans of ``sub-*/[ses-*/]*/*``, label maps there and below ``derivatives/``, and the tables beside them."""
+    """Read the scans of ``sub-*/[ses-*/]*/*``, label maps there and below ``derivatives/``, and their tables."""
     unused: UnusedFiles = []
     notes: list[str] = []
     if _is_derivative(root, notes):
@@ -110,7 +110,7 @@ def _is_derivative(root: Path, notes: list[str]) -> bool:
 
 
 def _parse_subject_session(root: Path, file: Path) -> SessionKey:
-    """``("sub-01", "a")`` of a path; the session without ``ses-``, and ``"1"`` if there is none."""
+    """Subject and session of a path, such as ``("sub-01", "a")``; the session is ``"1"`` if the path names none."""
     parts = file.relative_to(root).parts
     session = next((part.removeprefix("ses-") for part in parts[:-1] if part.startswith("ses-")), None)
     if session is None:
@@ -127,10 +127,10 @@ def _name_mismatches_folder(file: Path, key: SessionKey) -> bool:
 
 
 def _spaces_of_sessions(table: pd.DataFrame, space: Callable[[Path], str]) -> dict[SessionKey, set[str]]:
-    """The spaces of each session's scans; of several scans of one contrast, the first is used."""
+    """The spaces of each session's scans, counting only the first scan of each contrast."""
     used = table.drop_duplicates(["subject", "session", "contrast"])
     spaces = used["path"].map(lambda path: space(Path(path)))
-    return {key: set(found) for key, found in spaces.groupby([used["subject"], used["session"]])}
+    return {key: set(names) for key, names in spaces.groupby([used["subject"], used["session"]])}
 
 
 def _notes_on_choices(table: pd.DataFrame) -> list[str]:
@@ -143,7 +143,7 @@ def _notes_on_choices(table: pd.DataFrame) -> list[str]:
             "and with the fewest entities is used, then by echo, run and name"
         )
     spaces = _spaces_of_sessions(table, lambda file: BidsName.parse(file).entities.get("space", "none"))
-    num_mixed = sum(len(found) > 1 for found in spaces.values())
+    num_mixed = sum(len(names) > 1 for names in spaces.values())
     if num_mixed:
         notes.append(f"in {num_mixed} sessions the scans that are used lie in different spaces (space-…)")
     counts = Counter(re.sub(r"(?<!\d)0+(?=\d)", "", subject) for subject in set(table["subject"]))
@@ -170,9 +170,9 @@ def _find_derivatives(root: Path, unused: UnusedFiles) -> list[LabelMapRow]:
 
 
 def _join_label_maps(table: pd.DataFrame, label_maps: list[LabelMapRow], unused: UnusedFiles) -> tuple[str, ...]:
-    """One label map per session and column: raw folders before derivatives, then the order of scans.
+    """Join one label map per session and column: raw folders come before derivatives, then the order is that of scans.
 
-    A label map must lie in the space of the session's scans, native or of the same template.
+    A label map must lie in the space of the session's scans: native, or the same template.
     """
     spaces = _spaces_of_sessions(table, _template_space)
     usable = []
@@ -194,9 +194,9 @@ def _template_space(file: Path) -> str:
 
 def _join_tables(table: pd.DataFrame, root: Path, notes: list[str]) -> pd.DataFrame:
     """Join participants.tsv, then each ``sub-*_sessions.tsv``, whose values have priority."""
-    participants, of_raw_data = root / "participants.tsv", root.parent.parent / "participants.tsv"
-    if not participants.is_file() and root.parent.name == "derivatives" and of_raw_data.is_file():
-        participants = of_raw_data
+    participants, raw_participants = root / "participants.tsv", root.parent.parent / "participants.tsv"
+    if not participants.is_file() and root.parent.name == "derivatives" and raw_participants.is_file():
+        participants = raw_participants
         notes.append("participants.tsv of the raw data set is used")
     if participants.is_file():
         table = _join_participants(table, participants, notes)
@@ -241,7 +241,7 @@ def _join_participants(table: pd.DataFrame, file: Path, notes: list[str]) -> pd.
 
 _MAX_NOTES = 20
 _COPIES = {"sourcedata", "derivatives", "code"}
-"""Folders of the BIDS standard that repeat the subjects of the data set beside them."""
+"""Folders of the BIDS standard that repeat the subjects of the data set next to them."""
 _PROCESSING_WORDS = {
     *("bids", "raw", "rawdata", "source", "orig", "original", "nifti", "nii", "processed", "preproc", "preprocessed"),
     *("stripped", "skullstripped", "brain", "defaced", "registered", "coregistered", "normalised", "normalized"),
@@ -251,10 +251,10 @@ _SESSION = re.compile(r"(?:wave|round|phase|followup)[_\-]?\w{1,3}", re.IGNORECA
 
 
 def read_collection(path: Path, work: Path | None = None) -> SourceTable:
-    """All data sets; a subject is ``<dataset>_<subject>``, and the site is the data set if no table gives one.
+    """Read all data sets. Subjects are named ``<dataset>_<subject>``; the site is the data set if no table gives one.
 
-    Subject names that occur in unrelated data sets count as different people, and a note says so. CohortError if the
-    folders may hold the same people.
+    The same subject name in unrelated data sets counts as different people, and a note reports it. Raises a CohortError
+    if the folders may hold the same people.
     """
     namer = SubjectNamer()
     tables: list[pd.DataFrame] = []
@@ -305,7 +305,7 @@ COLLECTION_LAYOUT = SourceLayout(
 
 
 def _check_people(path: Path, datasets: list[Path]) -> list[str]:
-    """A note on subject names that occur in several data sets; CohortError if these seem to be the same people."""
+    """A note on subject names that occur in several data sets; CohortError if they seem to be the same people."""
     sessions = [folder.name for folder in datasets if is_session_name(folder.name) or _SESSION.fullmatch(folder.name)]
     if len(datasets) > 1 and sessions:
         _refuse(path, "the folders look like visits of the same people", sessions[0])
@@ -323,7 +323,7 @@ def _check_people(path: Path, datasets: list[Path]) -> list[str]:
 
 
 def _may_be_versions(one: tuple[str, ...], other: tuple[str, ...]) -> bool:
-    """Whether one name begins with the other, or both are the same without words of processing."""
+    """Whether one name begins with the other, or both are equal apart from words for processing."""
     shorter = min(len(one), len(other))
     rests = [[word for word in words if word not in _PROCESSING_WORDS] for words in (one, other)]
     return one[:shorter] == other[:shorter] or rests[0] == rests[1] or not all(rests)

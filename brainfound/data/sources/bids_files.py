@@ -18,8 +18,8 @@ SCANNER_COLUMNS = {
     "Manufacturer": "manufacturer",
     "ManufacturersModelName": "scanner",
 }
-"""Sidecar keys that are kept, and their cohort columns. Institution, station, serial number and dates can identify a
-person and are not kept."""
+"""Sidecar keys to keep, and their cohort columns. Institution, station, serial number and dates are not kept, since
+they can identify a person."""
 
 _SUFFIXES = {suffix: contrast.name for contrast in CONTRASTS.values() for suffix in contrast.bids_suffixes}
 _ENTITIES_WITHOUT_RANK = {"sub", "ses", "part", "ce"}
@@ -32,7 +32,7 @@ _MAX_FIELD_STRENGTH_T = 20.0
 
 @dataclass(frozen=True)
 class BidsName:
-    """``sub-01_ses-a_run-2_T1w`` in parts."""
+    """A BIDS file name such as ``sub-01_ses-a_run-2_T1w``, split into entities and suffix."""
 
     entities: dict[str, str]
     suffix: str
@@ -61,7 +61,7 @@ class BidsName:
 
 
 def contrast_from_bids_name(name: BidsName) -> tuple[str, str]:
-    """The contrast, and the reason if it is unknown.
+    """The contrast of a file name, and the reason if it is unknown.
 
     Only the suffix counts: ``sub-01_T1w_defacemask`` is not a T1w. Lower-case suffixes (``t1``) are accepted.
     """
@@ -92,7 +92,7 @@ def mask_column(path: PurePath) -> str | None:
         return "dseg"
     if re.search(r"[_-](brainmask|skull-?stripped_mask)$", name):
         return "brain_mask"
-    if "sub" not in BidsName.parse(path).entities:  # deface_mask.nii.gz in a folder beside its scan
+    if "sub" not in BidsName.parse(path).entities:  # such as deface_mask.nii.gz next to its scan
         return None
     if name.endswith(("_mask", "_roi")) and "_task-" not in name and not _TISSUE.search(name):
         return "brain_mask" if _BRAIN.search(name) else "mask"
@@ -110,7 +110,7 @@ class Sidecars:
         """Files with invalid JSON or impossible values."""
 
     def get_scanner_columns(self, scan: Path) -> dict[str, Any]:
-        """The columns of `SCANNER_COLUMNS` that are known."""
+        """The columns of `SCANNER_COLUMNS` whose values are known for a scan."""
         facts = self._inherited(scan)
         row: dict[str, Any] = {}
         for key, column in SCANNER_COLUMNS.items():

@@ -1,10 +1,10 @@
 """DICOM folders, converted series by series with dcm2niix (Li et al. 2016, J Neurosci Methods 264:47).
 
-Converted scans stay in a work folder as ``<subject>/<session>/<series>/scan.nii.gz``, with a sidecar without personal
+Converted scans stay in a work folder as ``<subject>/<session>/<series>/scan.nii.gz``, with a sidecar free of personal
 data. A series is written under a temporary name and renamed when complete, so an interrupted conversion resumes.
 ``conversion.json`` is written last; a complete conversion is not repeated.
 
-The contrast of a series comes from its sidecar by these rules, in this order. A series that no rule decides stays
+The contrast of a series is derived from its sidecar by these rules, in this order. If none applies it stays
 ``unknown``, since a wrong contrast is worse than none.
 
 1. ``ImageType``: ADC is an ADC map and a trace is a DWI; phase, projections and other derived maps are unknown.
@@ -54,7 +54,7 @@ _KEPT_KEYS = {
     *("EchoTime", "RepetitionTime", "InversionTime", "FlipAngle", "SliceThickness", "SpacingBetweenSlices"),
     *("ConversionSoftware", "ConversionSoftwareVersion"),
 }
-"""Sidecar keys that are kept: those that the contrast rules and the cohort's columns read."""
+"""Sidecar keys to keep: those needed by the contrast rules and the cohort's columns."""
 
 _DERIVED_TYPES = {
     *("FA", "EADC", "EXP", "TENSOR", "COLFA", "PHASE", "P", "IMAGINARY", "REAL", "MIP", "MNIP", "MINIP", "MPR"),
@@ -83,16 +83,16 @@ _NOT_ENHANCED = re.compile(r"\b(?:pre|without|non|no|w ?o|ohne|nativ)\b")
 
 
 def can_read(path: Path) -> bool:
-    """A folder with a DICOM file among its first 500 files."""
+    """Whether a folder has a DICOM file among its first 500 files."""
     return path.is_dir() and any(is_dicom(file) for file in islice(iter_files(path, []), _MAX_FILES_SEARCHED))
 
 
 def read(path: Path, work: Path | None = None) -> SourceTable:
-    """The MR series of a folder, converted into ``work`` unless they are there already.
+    """Read the MR series of a folder, after converting into ``work`` those that are not there yet.
 
-    Subjects are named by the first folders if each holds one patient and does not contain the patient's name, else by
-    short hashes of PatientID, or of StudyInstanceUID if that is missing. Names, birth dates, study dates and
-    institutions are not kept. UsageError if the packages of the extra ``dicom`` are not installed.
+    Subjects are named after the top-level folders if each holds one patient and its name does not contain the
+    patient's; otherwise by a short hash of PatientID, or of StudyInstanceUID if that is missing. Names, birth dates,
+    study dates and institutions are not kept. UsageError if the packages of the extra ``dicom`` are not installed.
     """
     if work is None:
         remedy = 'Prepare it (brainfound prepare), or give a folder for it: Cohort.read(path, work="converted")'
@@ -119,7 +119,7 @@ LAYOUT = SourceLayout("DICOM", "DICOM files", can_read, read)
 def _find_dcm2niix() -> str:
     try:
         import dcm2niix
-        import pydicom  # noqa: F401  (the headers are read with it)
+        import pydicom  # noqa: F401  (reads the headers)
     except ImportError as error:
         remedy = 'Install it: pip install "brainfound[dicom]"'
         raise UsageError(f"DICOM needs the package {error.name!r}", remedy=remedy) from error
@@ -129,10 +129,10 @@ def _find_dcm2niix() -> str:
 def _convert(path: Path, work: Path, program: str) -> dict[str, Any]:
     unused: UnusedFiles = []
     resolved_work = work.resolve()
-    found = [file for file in iter_files(path, unused) if resolved_work not in file.resolve().parents]
-    files = [file for file in found if file.is_file()]
+    candidates = [file for file in iter_files(path, unused) if resolved_work not in file.resolve().parents]
+    files = [file for file in candidates if file.is_file()]
     existing = set(files)
-    unused += [(file, BROKEN_LINK) for file in found if file not in existing]
+    unused += [(file, BROKEN_LINK) for file in candidates if file not in existing]
     fingerprint = _fingerprint(path, files)
     marker = work / _MARKER
     previous = read_json(marker)
@@ -181,7 +181,7 @@ def _fingerprint(path: Path, files: list[Path]) -> str:
 
 
 def _convert_series(series: Series, folder: Path, work: Path, program: str) -> None:
-    """Convert one series alone, so that its faults affect no other; the complete folder is renamed at the end."""
+    """Convert one series by itself, so that its faults affect no other; the folder is renamed when complete."""
     work.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".converting-", dir=work))
     try:
@@ -189,7 +189,7 @@ def _convert_series(series: Series, folder: Path, work: Path, program: str) -> N
             for number, file in enumerate(series.files):
                 (Path(links) / f"{number:06d}.dcm").symlink_to(file.resolve())
             messages = _run_dcm2niix(program, Path(links), temporary)
-        # Without the keys that no rule reads: dcm2niix leaves the institution and the time of day in sidecars.
+        # Drop the keys that are not needed: dcm2niix leaves the institution and the time of day in sidecars.
         for file in temporary.glob("*.json"):
             file.write_text(json.dumps({k: v for k, v in read_json(file).items() if k in _KEPT_KEYS}, indent=1))
         images = sorted((file.name for file in temporary.glob("*.nii.gz")), key=natural_sort_key)
@@ -212,27 +212,27 @@ def _convert_series(series: Series, folder: Path, work: Path, program: str) -> N
 
 
 def _run_dcm2niix(program: str, source: Path, out: Path) -> list[str]:
-    """The program's error lines, or its last line; without paths."""
-    # Anonymised sidecars (-ba), no comment in the header (-c), gzip within the program (-z i), no defaults of the user.
+    """Run dcm2niix; return its messages on faults, or else its last line, without paths."""
+    # Anonymised sidecars (-ba), no comment in the header (-c), internal gzip (-z i), no user defaults (-g i).
     command = [program, "-b", "y", "-ba", "y", "-c", "", "-z", "i", "-g", "i", "-f", "scan", "-d", "0", "-w", "2"]
     try:
         command += ["-o", str(out), str(source)]
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT_S)
+        completed = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT_S)
     except subprocess.TimeoutExpired:
         return [f"error: not done after {_TIMEOUT_S} s"]
     except OSError as error:
         raise CohortError(f"dcm2niix cannot be started ({error.strerror})", remedy="Install it again") from error
-    lines = [line.strip() for line in (done.stdout + "\n" + done.stderr).splitlines() if line.strip()]
+    lines = [line.strip() for line in (completed.stdout + "\n" + completed.stderr).splitlines() if line.strip()]
     faults = [line for line in lines if re.match(r"(?:error|unable|unsupported|warning)", line, re.IGNORECASE)]
-    if done.returncode and not any(line.lower().startswith("error") for line in faults):
-        faults = [f"error: exit code {done.returncode}", *(faults or lines[-1:])]
+    if completed.returncode and not any(line.lower().startswith("error") for line in faults):
+        faults = [f"error: exit code {completed.returncode}", *(faults or lines[-1:])]
     return [re.sub(r"\S*/\S*", "(file)", line)[:200] for line in faults or lines[-1:]]
 
 
 def _is_phase(image: Path) -> bool:
     types = _image_types(_read_sidecar(image))
-    in_name = re.search(r"_(?:ph|real|imaginary)(?:\d|_|\.)", image.name)
-    return in_name is not None or bool(types & {"PHASE", "IMAGINARY", "REAL"})
+    suffix = re.search(r"_(?:ph|real|imaginary)(?:\d|_|\.)", image.name)
+    return suffix is not None or bool(types & {"PHASE", "IMAGINARY", "REAL"})
 
 
 def _read_sidecar(image: Path) -> dict[str, Any]:
@@ -247,7 +247,7 @@ def _row(series: Series, work: Path, image: Path) -> dict[str, Any]:
 
 
 def contrast_from_sidecar(sidecar: dict[str, Any]) -> str:
-    """The contrast by the rules of this module, from a sidecar of dcm2niix; ``"unknown"`` if no rule decides."""
+    """The contrast of a dcm2niix sidecar by this module's rules; ``"unknown"`` if none applies."""
     types = _image_types(sidecar)
     if types & {"ADC", "ADC_UNSPECIFIED"}:
         return "ADC"
@@ -267,20 +267,20 @@ def contrast_from_sidecar(sidecar: dict[str, Any]) -> str:
 
 
 def _contrast_from_words(text: str) -> str | None:
-    """``unknown`` for words of two contrasts, None for no such word."""
-    found = [contrast for contrast, words in _CONTRAST_WORDS if re.search(rf"\b(?:{words})\b", text)]
-    if "T1w" not in found and re.search(r"\b(?:t1c|t1ce|t1gd)\b", text):
-        found.append("T1w")
-    if not found:
+    """The contrast that the words name; ``unknown`` if they name two, None if they name none."""
+    named = [contrast for contrast, words in _CONTRAST_WORDS if re.search(rf"\b(?:{words})\b", text)]
+    if "T1w" not in named and re.search(r"\b(?:t1c|t1ce|t1gd)\b", text):
+        named.append("T1w")
+    if not named:
         return None
-    if "FLAIR" in found and "T1w" in found:  # a T1-weighted FLAIR (General Electric) is T1-weighted
-        return "T1w" if set(found) == {"FLAIR", "T1w"} and not re.search(r"\bt2\b", text) else UNKNOWN
+    if "FLAIR" in named and "T1w" in named:  # a T1-weighted FLAIR (General Electric) is T1-weighted
+        return "T1w" if set(named) == {"FLAIR", "T1w"} and not re.search(r"\bt2\b", text) else UNKNOWN
     for stronger in ("FLAIR", "SWI", "T2starw"):
-        if stronger in found and set(found) <= {stronger, "T2w", "T2starw"}:
+        if stronger in named and set(named) <= {stronger, "T2w", "T2starw"}:
             return stronger
-    if set(found) == {"ADC", "DWI"}:
+    if set(named) == {"ADC", "DWI"}:
         return "ADC"
-    return found[0] if len(found) == 1 else UNKNOWN
+    return named[0] if len(named) == 1 else UNKNOWN
 
 
 def _contrast_from_times(sidecar: dict[str, Any]) -> str:

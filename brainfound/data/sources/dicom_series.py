@@ -1,4 +1,4 @@
-"""Groups DICOM files into series, subjects and sessions; nothing that identifies a person is kept."""
+"""Grouping of DICOM files into series, subjects and sessions; nothing that identifies a person is kept."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _NO_PATIENT = {
     *("deidentified", "de-identified", "patient", "subject", "test", "default", "null"),
 }
 _REPEATED_CHARACTER = re.compile(r"0+|(\D)\1{2,}")
-"""000000, XXXX, ----, as some anonymisers write."""
+"""Placeholders that some anonymisers write: 000000, XXXX, ----."""
 MAX_FOLDERS_PER_PATIENT, MAX_FOLDER_SHARE_PER_PATIENT = 2, 0.1
-"""A PatientID in more folders than both limits (a number, a share of all) does not belong to one person."""
+"""A PatientID that exceeds both limits (a number and a share of the folders) does not belong to one person."""
 _YEARS_PER_UNIT = {"Y": 1.0, "M": 1 / 12, "W": 7 / 365.25, "D": 1 / 365.25}
 
 
 @dataclass
 class Series:
-    """The files of one series, its subject and session, and the few facts that are kept of the person."""
+    """The files of one series, its subject and session, and the few facts kept about the person."""
 
     uid: str
     study: str
@@ -56,7 +56,7 @@ class Series:
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a file has a DICOM suffix, or the DICOM mark at byte 128."""
+    """Whether a file has a DICOM suffix, or the marker ``DICM`` at byte 128."""
     if path.suffix.lower() in DICOM_SUFFIXES:
         return True
     try:
@@ -67,8 +67,8 @@ def is_dicom(path: Path) -> bool:
 
 
 def find_series(root: Path, files: Iterable[Path], unused: UnusedFiles) -> list[Series]:
-    """The MR series of a folder, with ``subject`` and ``session`` set; other DICOM files go into ``unused``."""
-    found: dict[str, Series] = {}
+    """Group files into MR series, with ``subject`` and ``session`` set; other DICOM files go into ``unused``."""
+    series_by_uid: dict[str, Series] = {}
     for file in files:
         if file.name.upper() == "DICOMDIR" or not is_dicom(file):
             continue
@@ -82,8 +82,8 @@ def find_series(root: Path, files: Iterable[Path], unused: UnusedFiles) -> list[
         else:
             parts = file.relative_to(root).parts
             series = _make_series(header, decode_filename(parts[0]) if len(parts) > 1 else "")
-            found.setdefault(series.uid, series).files.append(file)
-    all_series = list(found.values())
+            series_by_uid.setdefault(series.uid, series).files.append(file)
+    all_series = list(series_by_uid.values())
     _require_distinct_patient_ids(all_series)
     _assign_subjects(all_series)
     _assign_sessions(all_series)
@@ -96,7 +96,7 @@ def max_folders_per_patient(series: Iterable[Series]) -> int:
 
 
 def _read_header(file: Path) -> dict[str, str] | None:
-    """The tags as text, "" for missing ones; None if the file is not DICOM."""
+    """The tags as text, "" where missing; None if the file is not DICOM."""
     import pydicom.config
     from pydicom.errors import InvalidDicomError
 
@@ -114,7 +114,7 @@ def _read_header(file: Path) -> dict[str, str] | None:
 
 
 def decode_filename(name: str) -> str:
-    """A file name that is not UTF-8 as Latin-1, so that it can be written into a table."""
+    """Decode a file name that is not UTF-8 as Latin-1, so that it can be written into a table."""
     try:
         return os.fsencode(name).decode("utf-8")
     except UnicodeDecodeError:
@@ -139,10 +139,10 @@ def _make_series(header: dict[str, str], folder: str) -> Series:
 
 
 def _assign_subjects(series: list[Series]) -> None:
-    """Name subjects by folder if folders and persons match one to one, otherwise by the hash of PatientID.
+    """Name subjects after folders if folders and people match one to one, otherwise by a hash of PatientID.
 
-    Without a PatientID each study counts as a person. A folder with a word of the person's name is not used, and its
-    name is not hashed either: a list of names would reveal it.
+    Without a PatientID each study counts as a person. A folder name that contains a word of the person's name is not
+    used, not even hashed: a list of names would reveal it.
     """
     by_folder: dict[str, list[Series]] = defaultdict(list)
     for one in series:
@@ -170,7 +170,7 @@ def _contains_patient_name(folder: str, names: frozenset[str]) -> bool:
 
 
 def _folders_by_patient(series: Iterable[Series]) -> dict[str, set[str]]:
-    """The folders of each PatientID, one for each group of folders that share a study."""
+    """The folders of each PatientID; folders that share a study count as one."""
     folders: dict[str, set[str]] = defaultdict(set)
     first_folders: dict[str, str] = {}
     for one in series:
@@ -181,7 +181,7 @@ def _folders_by_patient(series: Iterable[Series]) -> dict[str, set[str]]:
 
 
 def _require_distinct_patient_ids(series: list[Series]) -> None:
-    """Refuse one PatientID for everybody; a person's visits may lie in two folders, or in a small share of many."""
+    """Refuse a PatientID that everybody shares; one person may have two folders, or a small share of many."""
     most, folders = max_folders_per_patient(series), len({one.folder for one in series})
     if most > MAX_FOLDERS_PER_PATIENT and most > MAX_FOLDER_SHARE_PER_PATIENT * folders:
         raise CohortError(

@@ -1,4 +1,4 @@
-"""Files of a source, and the meaning of names that follow no standard: contrast, label map, subject, session.
+"""The files of a source, and parsing of free-form names into contrast, label map, subject and session.
 
 ``BraTS-GLI-00000-001-t1c.nii.gz`` is a T1ce of the subject ``BraTS-GLI-00000`` in the session ``001``.
 """
@@ -22,7 +22,7 @@ IMAGE_SUFFIXES = (".nii.gz", ".nii", ".mgz")
 DICOM_SUFFIXES = (".dcm", ".ima", ".dicom")
 BROKEN_LINK = "a link whose target is not there (download the file first)"
 MAX_B0_S_PER_MM2 = 5
-"""An image of b ≤ 5 s/mm² is a b0, not a diffusion-weighted image (the rule of FOMO300K)."""
+"""An image with b ≤ 5 s/mm² is a b0, not a diffusion-weighted image (the rule of FOMO300K)."""
 
 _MAX_FILES_SEARCHED = 20_000
 _SEPARATORS = r"[_\-. ]+"
@@ -48,7 +48,7 @@ _SESSION = (
 )
 _SHORT_SESSION = re.compile(r"(?:v|m|w|y|d|mr|scan)[_\-]?\d+[a-z]?", re.IGNORECASE)
 _AMBIGUOUS_CONTRASTS = {"pd", "md", "fl"}
-"""Contrasts only after a subject's number: ``PD_001`` belongs to a study of Parkinson's disease."""
+"""Words that mean a contrast only after a subject's number: ``PD_001`` is from a study of Parkinson's disease."""
 _NO_CONTRAST = "xx"
 _IDENTIFIER_FORMS = tuple(
     re.compile(pattern, re.IGNORECASE)
@@ -65,7 +65,7 @@ _IDENTIFIER_FORMS = tuple(
         rf"(?P<subject>.+?)[_\-. ](?P<session>{_SESSION})",
     )
 )
-"""Forms of public data sets, and last the words for a session. A form must match the whole identifier."""
+"""Identifiers of public data sets and, last, any name that ends with a session. Each must match in full."""
 
 
 # Files and paths
@@ -98,8 +98,8 @@ def natural_sort_key(text: object) -> tuple[tuple[int, int, str], ...]:
 def iter_files(folder: Path, unused: UnusedFiles, *, without: Iterable[Path] = ()) -> Iterator[Path]:
     """All files below a folder in a fixed order; links are followed, hidden names are skipped.
 
-    ``unused`` receives the folders that cannot be listed, so that their files are not lost silently. ``without`` are
-    folders directly below that are skipped.
+    ``unused`` receives the folders that cannot be listed, so that their files are not lost silently. ``without`` lists
+    subfolders to skip.
     """
 
     def report(error: OSError) -> None:
@@ -134,13 +134,13 @@ def contains_image(folders: Iterable[Path]) -> bool:
 
 
 def subfolders(folder: Path, pattern: str) -> list[Path]:
-    """The folders directly below that match a pattern, in a fixed order."""
-    found = (child for child in folder.glob(pattern) if child.is_dir())
-    return sorted(found, key=lambda child: natural_sort_key(child.name))
+    """The direct subfolders that match a pattern, in a fixed order."""
+    matches = (child for child in folder.glob(pattern) if child.is_dir())
+    return sorted(matches, key=lambda child: natural_sort_key(child.name))
 
 
 def safe_join(root: Path, relative: str, index: Path, place: object) -> Path:
-    """A path that a downloaded index gives relative to `root`; CohortError, at `place`, if it leads out of the root."""
+    """Join `root` and a path from a downloaded index; CohortError, naming `place`, if it leads out of the root."""
     base = os.path.abspath(root)
     full = os.path.normpath(os.path.join(base, relative))
     if full != base and not full.startswith(base.rstrip(os.sep) + os.sep):
@@ -184,7 +184,7 @@ class FileName:
     label_column: str | None
     """The cohort column of a label map (``mask``, ``brain_mask``, ``deface_mask``, ``dseg``); None for a scan."""
     identifier: str
-    """The rest without contrast, words of processing and numbers of repeats."""
+    """The name without contrast, processing words and repeat numbers."""
     order: tuple
     """Sort key: of several scans of one contrast, the one with the fewest additional words comes first."""
 
@@ -225,8 +225,8 @@ def parse_filename(path: PurePath) -> FileName:
     lower = [word.lower() for word, _, _ in words]
     ambiguous = {i for i in range(len(lower)) if _is_ambiguous(lower, i)}
     first, last = _find_contrast_words([_NO_CONTRAST if i in ambiguous else word for i, word in enumerate(lower)])
-    read = PurePath("_".join(word for i, (word, _, _) in enumerate(words) if i not in ambiguous)) if ambiguous else path
-    contrast = scan_contrast_from_filename(read) if first < last else UNKNOWN
+    rest = PurePath("_".join(word for i, (word, _, _) in enumerate(words) if i not in ambiguous)) if ambiguous else path
+    contrast = scan_contrast_from_filename(rest) if first < last else UNKNOWN
     column = _label_column(lower, last if first < last else None)
     dropped = set(range(first, last)) | {i for i in range(last, len(lower)) if _B_VALUE_WORD.fullmatch(lower[i])}
     if column:
@@ -242,7 +242,7 @@ def parse_filename(path: PurePath) -> FileName:
 
 
 def _find_contrast_words(lower: list[str]) -> tuple[int, int]:
-    """First and past-the-last word of the contrast: two neighbouring words before one, the last match first."""
+    """Index range of the words that name the contrast: pairs before single words, later ones before earlier ones."""
     for width in (2, 1):
         for end in range(len(lower), width - 1, -1):
             if _is_contrast("".join(lower[end - width : end])):
@@ -264,12 +264,12 @@ def _is_contrast(word: str) -> bool:
 
 
 def _label_column(lower: list[str], after_contrast: int | None) -> str | None:
-    found = [i for i, word in enumerate(lower) if word in _LABEL_WORDS]
+    labels = [i for i, word in enumerate(lower) if word in _LABEL_WORDS]
     lesions = [i for i, word in enumerate(lower) if word in _LESION_WORDS]
-    # "lesion_001_T1" is a scan of a study on lesions; "001_T1_lesion" and "lesions" are label maps.
-    if not found and not any(after_contrast is None or i >= after_contrast for i in lesions):
+    # "lesion_001_T1" is a scan of a lesion study; "001_T1_lesion" and "lesions" are label maps.
+    if not labels and not any(after_contrast is None or i >= after_contrast for i in lesions):
         return None
-    if "brainmask" in lower or ("brain" in lower and found):
+    if "brainmask" in lower or ("brain" in lower and labels):
         return "brain_mask"
     if {"deface", "defaced", "defacing", "face", "anon", "anonymization"} & set(lower):
         return "deface_mask"
@@ -286,7 +286,7 @@ def _join_words(name: str, words: list[tuple[str, int, int]], kept: list[int]) -
 
 
 def parse_identifier(identifier: str) -> SubjectIdentity:
-    """Subject, session and site of an identifier; without a known form all of it is the subject.
+    """Subject, session and site of an identifier; if it has no known form, all of it is the subject.
 
     >>> parse_identifier("IXI002-Guys-0828")
     SubjectIdentity(subject='IXI002', session=None, site='Guys', certain=True)
@@ -307,7 +307,7 @@ def is_session_name(text: str) -> bool:
 
 
 def could_be_subject(session: str, before: str) -> bool:
-    """Whether a short word for a session may name a subject: ``HC_m01`` may be a man, ``p1_m01`` is a month.
+    """Whether a short session word may also name a subject: ``HC_m01`` may be a man, ``p1_m01`` is a month.
 
     >>> could_be_subject("m01", "HC"), could_be_subject("m01", "p1"), could_be_subject("visit1", "HC")
     (True, False, False)
@@ -316,7 +316,7 @@ def could_be_subject(session: str, before: str) -> bool:
 
 
 def prefix_before_session(identifier: str) -> str | None:
-    """``HC`` of ``HC_m01``, where the rest may name a session or a subject."""
+    """``HC`` of ``HC_m01``, whose ending may name a session or a subject; None for other identifiers."""
     match = re.fullmatch(rf"(.+?)[_\-. ]{_SHORT_SESSION.pattern}", identifier, re.IGNORECASE)
     return match.group(1) if match and not re.search(r"\d", match.group(1)) else None
 

@@ -35,15 +35,15 @@ _PARTS = "PT[0-9]*"
 
 
 def can_read(path: Path) -> bool:
-    """The root with ``PT001_*`` folders, or one such folder with sessions as zips."""
+    """Whether the path is the root with ``PT001_*`` folders, or one such folder, and holds sessions."""
     return path.is_dir() and any(any(_sessions(part)) for part, _ in _parts(path))
 
 
 def read(path: Path, work: Path | None = None) -> SourceTable:
-    """The scans inside the zips, with paths such as ``…/ses-01.zip/anat/x.nii.gz``; nothing is unpacked.
+    """Read the scans inside the zips, with paths such as ``…/ses-01.zip/anat/x.nii.gz``; nothing is unpacked.
 
     A zip that cannot be used is listed in ``unused`` with the reason; the others are read. Images without a contrast
-    in their names are kept as ``unknown``, and so are diffusion scans with b ≤ 5 s/mm² only.
+    in their names are kept as ``unknown``, and so are diffusion scans whose b-values are all ≤ 5 s/mm².
     """
     unused: UnusedFiles = []
     notes: list[str] = []
@@ -102,12 +102,12 @@ def _table_folder(path: Path) -> Path:
 
 
 def _sessions(part: Path) -> Iterator[Path]:
-    """Zips and unpacked folders; of a zip with its unpacked folder beside it, only the zip."""
+    """The zips and unpacked folders of sessions; only the zip of a session that has both."""
     for subject in subfolders(part, "sub-*"):
-        found = sorted(subject.glob("ses-*"), key=lambda child: natural_sort_key(child.name))
-        for child in found:
+        children = sorted(subject.glob("ses-*"), key=lambda child: natural_sort_key(child.name))
+        for child in children:
             is_zip = child.suffix.lower() == ".zip" and child.is_file()
-            if is_zip or (child.is_dir() and child.with_name(child.name + ".zip") not in found):
+            if is_zip or (child.is_dir() and child.with_name(child.name + ".zip") not in children):
                 yield child
 
 

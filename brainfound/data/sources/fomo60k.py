@@ -43,12 +43,12 @@ _INDEX_COLUMNS = ("dataset", "subject", "session", "filename")
 
 
 def can_read(path: Path) -> bool:
-    """The root of either release, or the folder above ``fomo-60k`` of the first. DICOM alone does not count."""
+    """Whether the path is the root of either release, or holds ``fomo-60k`` of the first. DICOM does not count."""
     return path.is_dir() and (_is_second_release(path) or _first_release(path) is not None)
 
 
 def read(path: Path, work: Path | None = None) -> SourceTable:
-    """The scans of either release. Images without a contrast in their names (``scan_3``) are kept as ``unknown``."""
+    """Read the scans of either release. Images without a contrast in their names (``scan_3``) become ``unknown``."""
     unused: UnusedFiles = []
     notes: list[str] = []
     label_maps: list[LabelMapRow] = []
@@ -122,7 +122,7 @@ def _add_images(
 def _read_second_release(
     root: Path, label_maps: list[LabelMapRow], unused: UnusedFiles, notes: list[str]
 ) -> pd.DataFrame:
-    """The images that ``mapping.tsv`` lists and that exist; other images are not used."""
+    """Read the images that are listed in ``mapping.tsv`` and exist; others are not used."""
     index = root / "mapping.tsv"
     mapping = read_table(index, notes, bids_ids=True)
     missing = [column for column in _INDEX_COLUMNS if column not in mapping]
@@ -181,9 +181,9 @@ def join_participants(table: pd.DataFrame, root: Path, notes: list[str]) -> pd.D
 def join_by_names(
     table: pd.DataFrame, facts: pd.DataFrame, other_keys: tuple[str, ...], file: Path, notes: list[str]
 ) -> pd.DataFrame:
-    """Join facts by data set, participant and `other_keys`, with the names of a release's tables.
+    """Join facts by data set, participant and `other_keys`, as named in a release's tables.
 
-    Contradictory rows of one key are not used, since nobody knows which one is right.
+    Contradictory rows for one key are not used, since there is no telling which is right.
     """
     facts = facts.rename(columns={"dataset": "_dataset", "subject": "_participant", "session": "_session"})
     keys = ["_dataset", "_participant", *("_session" if column == "session" else column for column in other_keys)]
@@ -202,6 +202,6 @@ def join_by_names(
 
 
 def _match_dataset(known: set[str], dataset: str) -> str:
-    """The table's name of a data set: ``PT030_OpenNeuro/ds000001`` in full, or its last or first part."""
+    """The name of a data set in the table: ``PT030_OpenNeuro/ds000001`` in full, or its last or first part."""
     first, _, rest = dataset.partition("/")
     return next((name for name in (dataset, rest, first) if name in known), dataset)

@@ -31,16 +31,16 @@ _SEGMENTATIONS = ("seg.nii.gz", "seg.nii", "label.nii.gz", "labels.nii.gz")
 
 
 def can_read(path: Path) -> bool:
-    """A task folder, its ``preprocessed``, or a folder that holds task folders."""
+    """Whether the path is a task folder, its ``preprocessed``, or a folder of task folders."""
     return path.is_dir() and bool(_tasks(path))
 
 
 def read(path: Path, work: Path | None = None) -> SourceTable:
-    """The sessions with their labels.
+    """Read the sessions with their labels.
 
-    A segmentation becomes ``mask``, the number of a text file ``label``, or ``age_years`` in task 3. Ages are decimal
-    numbers and never rounded. Different tasks have different people, so with several tasks the names of subjects begin
-    with the task.
+    A segmentation becomes ``mask``; the number in a text file becomes ``label``, or ``age_years`` in task 3. Ages are
+    decimal numbers and never rounded. Different tasks have different people, so with several tasks the subjects' names
+    begin with the task.
     """
     unused: UnusedFiles = []
     rows: list[dict[str, Any]] = []
@@ -80,13 +80,13 @@ def _tasks(path: Path) -> list[Path]:
         return [path.parent]
     if _is_task(path):
         return [path]
-    found: list[Path] = []
+    tasks: list[Path] = []
     for child in subfolders(path, "*"):
         if _is_task(child):
-            found.append(child)
+            tasks.append(child)
         elif _TASK.search(child.name):
-            found += [inner for inner in subfolders(child, "*") if _is_task(inner)]
-    return found
+            tasks += [inner for inner in subfolders(child, "*") if _is_task(inner)]
+    return tasks
 
 
 def _is_task(path: Path) -> bool:
@@ -119,7 +119,7 @@ def _scans(session: Path, unused: UnusedFiles) -> list[dict[str, Any]]:
 
 
 def _labels(task: Path, subject: str, session: str, images: Path, *, is_age: bool) -> dict[str, Any]:
-    """Labels of a session: those of its folder, else those of the subject, else those beside the images."""
+    """Labels of a session: those in its folder, else those of the subject, else those next to the images."""
     for folder in (task / "labels" / subject / session, task / "labels" / subject, images):
         labels: dict[str, Any] = {}
         for name in _SEGMENTATIONS:

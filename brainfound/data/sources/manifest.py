@@ -15,14 +15,14 @@ _REQUIRED = ("subject", "contrast", "path")
 
 
 def can_read(path: Path) -> bool:
-    """Any file except JSON (`read` refuses those that are not tables), or a folder with a manifest."""
+    """Whether the path is a file but not JSON (`read` refuses files other than tables), or a folder with a manifest."""
     return (path.is_file() and path.suffix.lower() != ".json") or any((path / name).is_file() for name in _FILES)
 
 
 def read(path: Path, work: Path | None = None) -> SourceTable:
-    """The scans of a manifest. Relative paths start at its folder and may lead anywhere: the user wrote them.
+    """Read the scans of a manifest. Paths are relative to its folder and may lead anywhere, since the user wrote them.
 
-    The columns ``mask``, ``dseg`` and ``…_mask`` name label maps. A CohortError names the line.
+    The columns ``mask``, ``dseg`` and ``…_mask`` hold label maps. A CohortError names the faulty line.
     """
     if path.is_dir():
         path = next(path / name for name in _FILES if (path / name).is_file())
@@ -68,7 +68,7 @@ def _require_columns(table: pd.DataFrame, path: Path) -> None:
 
 
 def _parse_contrasts(path: Path, names: pd.Series) -> list[str]:
-    """Canonical names. Unknown names stay, so that only their scans are refused, unless no name at all is known."""
+    """Canonical names. Unknown names stay, so that only their scans are refused; CohortError if all are unknown."""
     contrasts: list[str] = []
     first_error: CohortError | None = None
     for line, name in enumerate(names.astype(str), start=2):

@@ -41,7 +41,7 @@ _SKIPPED_FOLDERS = {
     *("masks", "mr", "mri", "nifti", "niftis", "nii", "raw", "scans", "seg"),
     *("segmentations", "test", "testing", "train", "training", "val", "validation"),
 }
-"""Folders that never name a subject. Folders named by a contrast do not either."""
+"""Folders that never name a subject; folders named after a contrast do not either."""
 _LABEL_FOLDERS = {"label", "labels", "labelstr", "labelsts", "mask", "masks", "seg", "segmentations"}
 _SPLITS = {
     **dict.fromkeys(("train", "training", "imagestr", "labelstr"), "train"),
@@ -68,12 +68,12 @@ class _File:
 
 
 def can_read(path: Path) -> bool:
-    """A folder with an image that has a contrast in its name."""
+    """Whether a folder has an image with a contrast in its name."""
     return path.is_dir() and any(parse_filename(file).contrast != UNKNOWN for file in iter_images(path, []))
 
 
 def read(path: Path, work: Path | None = None) -> SourceTable:
-    """Scans and label maps by name. Names of public data sets and words for a session (v2, baseline) are understood."""
+    """Read scans and label maps by name; names of public data sets and session words (v2, baseline) are recognised."""
     unused: UnusedFiles = []
     files = []
     for image in iter_images(path, unused):
@@ -82,7 +82,7 @@ def read(path: Path, work: Path | None = None) -> SourceTable:
             unused.append((image, "no known contrast in the name"))
         else:
             files.append(file)
-    # DICOM files often have no suffix, or the end of a number (1.2.840.113); other files need not be opened.
+    # DICOM files often have no suffix or a numeric one (1.2.840.113); other files need not be opened.
     maybe_dicom = (
         file
         for file in iter_files(path, [])
@@ -120,7 +120,7 @@ def _describe(root: Path, image: Path) -> _File:
         name = replace(name, contrast=UNKNOWN, label_column="mask")
     folders = tuple(part for part in parts if not _is_skipped_folder(part))
     outer = parts[: parts.index(folders[0])] if folders else parts
-    if folders and re.fullmatch(r"\d{1,2}", name.identifier):  # counts repeats: p1/T1_2.nii.gz
+    if folders and re.fullmatch(r"\d{1,2}", name.identifier):  # a repeat number: p1/T1_2.nii.gz
         name = replace(name, identifier="")
     return _File(image, outer, folders, name)
 
@@ -176,18 +176,18 @@ def _subject_from_root(root: Path) -> SubjectIdentity:
 
 
 def _subjects_from_folders(files: list[_File]) -> list[SubjectIdentity]:
-    """One folder per subject, whether or not the files repeat its name; or groups of files that name their subjects."""
-    foreign: dict[str, set[str]] = defaultdict(set)  # identifiers that are not those of their folder
+    """Either each folder is a subject, whether or not its files repeat the name, or the files name their subjects."""
+    foreign: dict[str, set[str]] = defaultdict(set)  # identifiers that do not match their folder
     for file in files:
         if file.is_scan and not _matches_folder(file.name.identifier, file.folders[0]):
             foreign[file.folders[0]].add(file.name.identifier)
     by_name = any(len(identifiers) > 1 for identifiers in foreign.values())
-    homes: dict[str, set[str]] = defaultdict(set)
+    subject_folders: dict[str, set[str]] = defaultdict(set)
     for folder, identifiers in foreign.items():
         for identifier in identifiers:
             if by_name or re.search(r"\d", identifier):  # a word in every folder (brain_T1) is not a subject
-                homes[parse_identifier(identifier).subject].add(folder)
-    for name, folders in homes.items():
+                subject_folders[parse_identifier(identifier).subject].add(folder)
+    for name, folders in subject_folders.items():
         if len(folders) > 1:
             _refuse("files of one name lie in several folders", f"{name!r} in {', '.join(sorted(folders))}")
     subjects = []
@@ -208,7 +208,7 @@ def _subjects_from_folders(files: list[_File]) -> list[SubjectIdentity]:
 
 
 def _subject_from_two_folders(file: _File) -> SubjectIdentity:
-    """``<subject>/<session>/``, or ``site1/<subject>/`` if the upper folder has a word for a group."""
+    """``<subject>/<session>/``, or ``site1/<subject>/`` if the upper folder names a group."""
     upper, lower = file.folders
     above, below = parse_identifier(upper), parse_identifier(lower)
     identifier = file.name.identifier
@@ -267,7 +267,7 @@ def _require_unambiguous(identities: list[SubjectIdentity]) -> None:
 
 
 def _require_unique_scans(identified: list[tuple[_File, SubjectIdentity]]) -> None:
-    """``train/001_T1`` and ``test/001_T1`` may be two subjects, ``raw/p1_T1`` and ``derivatives/p1_T1`` one scan."""
+    """Refuse a name in two folders: ``train/p1`` and ``test/p1`` may be two subjects, ``raw/p1`` and ``reg/p1`` one."""
     outer_folders: dict[tuple[str, str, str], tuple[str, ...]] = {}
     splits: dict[str, str] = {}
     for file, subject in identified:

@@ -35,12 +35,12 @@ _NO_CONTRAST = {"", "mri", "mr", "image", "none", "unknown"}
 
 
 def can_read(path: Path) -> bool:
-    """A ``.json`` file, or a folder with ``pretrain_data.json``."""
+    """Whether the path is a ``.json`` file, or a folder with ``pretrain_data.json``."""
     return (path.is_file() and path.suffix.lower() == ".json") or (path / _FILE).is_file()
 
 
 def read(path: Path, work: Path | None = None) -> SourceTable:
-    """The images of the tree that exist. Subjects are named ``<dataset>_<subject>``; the site is the data set."""
+    """Read the images of the tree that exist. Subjects are named ``<dataset>_<subject>``; the site is the data set."""
     file = path / _FILE if path.is_dir() else path
     tree = _load(file)
     unused: UnusedFiles = []
@@ -94,7 +94,7 @@ def _load(file: Path) -> dict[str, Any]:
 
 
 def _children(node: dict[str, Any], key: str, identifier: str, file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The children of a node with their names: an object by name, or a list with `identifier` inside."""
+    """The children of a node with their names: an object keyed by name, or a list whose items hold `identifier`."""
     children = node.get(key) or {}
     if isinstance(children, list):
         children = dict(enumerate(children))
@@ -117,7 +117,7 @@ def _images(tree: dict[str, Any], file: Path) -> Iterator[tuple[str, str, str, d
 
 
 def _covariates(info: Any) -> dict[str, Any]:
-    """Numbers, words and truth values, under the names of cohort columns."""
+    """Numbers, strings and booleans, under the names of cohort columns."""
     if not isinstance(info, dict):
         return {}
     plain = {str(name): value for name, value in info.items() if isinstance(value, str | int | float)}
@@ -134,7 +134,7 @@ def _scanner(info: Any) -> dict[str, Any]:
 
 
 def _contrast(image: dict[str, Any], scan: Path) -> str:
-    """The contrast of the index, or that of the file name if the index gives none."""
+    """The contrast given in the index, or that in the file name if the index gives none."""
     modality = str(image.get("modality") or "").strip()
     if modality.lower() in _NO_CONTRAST:
         return scan_contrast_from_filename(scan)
@@ -145,7 +145,7 @@ def _contrast(image: dict[str, Any], scan: Path) -> str:
 
 
 def _resolve(text: Any, what: str, file: Path) -> Path:
-    """A path of the index, relative to its variable if that is set, else to the folder of the JSON."""
+    """Resolve a path of the index, relative to its variable if that is set, otherwise to the folder of the JSON."""
     if not isinstance(text, str) or not text.strip():
         raise CohortError(f"{what} has no path", where=file.name, remedy="Get the file again")
     root = file.parent

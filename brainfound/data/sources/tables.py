@@ -1,7 +1,7 @@
-"""Tables of sources: CSV, TSV and Parquet as people and Excel write them, and how they join the table of scans.
+"""Reading tables (CSV, TSV and Parquet, as people and Excel write them), and joining them to the table of scans.
 
-Rows of a covariate table join by subject, or by subject and session. Ages become years. Label maps become one column
-per kind. Whatever is ignored or ambiguous becomes a note without identifiers.
+Covariates are joined by subject, or by subject and session. Ages are converted to years. Each kind of label map gets a
+column. Whatever is ignored or ambiguous is reported in a note without identifiers.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _KNOWN = (*COLUMNS, "dataset")
 _TEXT = ("subject", "session", "dataset", "filename")
 _SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons"}
 _MISSING = ("", "n/a", "N/A", "#N/A", "NA", "NaN", "nan", "null", "NULL")
-"""Cells without a value. ``None`` is not among them: it is a label in some tables."""
+"""Spellings of a missing value. The word ``None`` is not one: it is a label in some tables."""
 _READ_OPTIONS: dict[str, Any] = dict(low_memory=False, index_col=False, keep_default_na=False, na_values=list(_MISSING))
 _NO_AGE = {*(word.lower() for word in _MISSING), "none", "unknown"}
 _UNITS_PER_YEAR = {"year": 1.0, "month": 12.0, "week": 365.25 / 7, "day": 365.25}
@@ -67,7 +67,7 @@ class SourceLayout:
 
     name: str
     layout_hint: str
-    """One line for the error if no layout fits."""
+    """One line for the error when no layout fits."""
     can_read: Callable[[Path], bool]
     read: Callable[[Path, Path | None], SourceTable]
 
@@ -80,11 +80,11 @@ def with_all_columns(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def read_table(path: Path, notes: list[str], *, bids_ids: bool = False) -> pd.DataFrame:
-    """A table with the cohort's column names; `notes` receives how it had to be read.
+    """Read a table, with the cohort's column names; `notes` receives anything unusual about the file.
 
-    Byte-order marks, UTF-16 (Excel's "Unicode text") and an unexpected separator are understood. Names of subjects and
-    sessions stay text (007 is not 7). Known columns are found in any case, and ``age``, ``participant_id``,
-    ``session_id``, ``group`` are renamed. With ``bids_ids`` (tables of BIDS and FOMO) ``participant_id`` and
+    Byte-order marks, UTF-16 (Excel's "Unicode text") and an unexpected separator are handled. Names of subjects and
+    sessions stay text (007 is not 7). Known columns are matched in any case, and ``age``, ``participant_id``,
+    ``session_id`` and ``group`` are renamed. With ``bids_ids`` (tables of BIDS and FOMO) ``participant_id`` and
     ``session_id`` are the identifiers, and other columns called ``subject`` or ``session`` are kept as ``subject_2``
     and ``session_2``. Missing text is None.
     """
@@ -136,7 +136,7 @@ def _read_text(path: Path, notes: list[str]) -> pd.DataFrame:
 
 
 def _require_fields(text: str, separator: str, path: Path, first_line: int) -> None:
-    """A row with more fields than the header (``45,5`` in a table with commas) would lose or shift its values."""
+    """Refuse rows with more fields than the header (``45,5`` in a comma-separated table), which would shift values."""
     rows = csv.reader(io.StringIO(text), delimiter=separator)
     header = next(rows, [])
     for row in rows:
@@ -156,7 +156,7 @@ def _cohort_name(column: str) -> str:
 
 
 def cohort_names(columns: Iterable[str]) -> dict[str, str]:
-    """The columns to rename, with their cohort names; a name that is taken already is not given again."""
+    """The columns to rename, with their cohort names; a name that is already in use is not assigned again."""
     columns = list(columns)
     taken = set(columns)
     names: dict[str, str] = {}
@@ -183,7 +183,7 @@ def _rename_bids_ids(table: pd.DataFrame, path: Path, notes: list[str]) -> pd.Da
 
 
 def strip_session_prefix(values: Iterable[Any]) -> list[str | None]:
-    """Names of sessions without ``ses-``; missing ones stay None."""
+    """Session names without ``ses-``; missing ones stay None."""
     names = [_as_text(value) for value in values]
     return [None if name is None else name.removeprefix("ses-") for name in names]
 
@@ -198,7 +198,7 @@ def _as_text(value: Any) -> str | None:
 
 
 def _mixed_columns_to_text(table: pd.DataFrame) -> list[str]:
-    """Turn columns of mixed types, of dates and of lists into text, in place; returns notes."""
+    """Convert columns of mixed types, dates or lists to text, in place; return notes."""
     mixed = []
     for column in table.columns:
         values = table[column]
@@ -239,7 +239,7 @@ def read_json(file: Path, notes: list[str] | None = None) -> dict[str, Any]:
 def parse_ages(table: pd.DataFrame, path: Path, notes: list[str] | None = None) -> pd.DataFrame:
     """``age_years`` as float; "89+" (ages masked for privacy, BIDS) is 89. CohortError for other invalid ages.
 
-    `notes` are given for a published index, which the user cannot correct: its invalid ages become missing, and a note
+    Pass `notes` for a published index, which the user cannot correct: its invalid ages then become missing, and a note
     counts them.
     """
     if "age_years" not in table:
@@ -263,7 +263,7 @@ def parse_ages(table: pd.DataFrame, path: Path, notes: list[str] | None = None) 
 
 
 def _parse_numbers(values: pd.Series) -> tuple[pd.Series, pd.Series]:
-    """Ages as float, and as text those that are not numbers; "89+" is 89."""
+    """Ages as floats, and the values that are not numbers as text; "89+" is 89."""
     ages = pd.to_numeric(values, errors="coerce").astype(float)
     not_numbers = values[ages.isna() & values.notna()].astype(str).str.strip()
     masked = not_numbers[not_numbers.str.fullmatch(r"\d+\s*\+")]
@@ -274,7 +274,7 @@ def _parse_numbers(values: pd.Series) -> tuple[pd.Series, pd.Series]:
 def convert_ages_to_years(
     table: pd.DataFrame, path: Path, notes: list[str], inherited: Sequence[Path] = (), name: str = ""
 ) -> pd.DataFrame:
-    """Convert ages from the unit of the JSON beside the table, or of the `inherited` ones. Notes call it `name`."""
+    """Convert ages from the unit in the table's JSON sidecar, or in an `inherited` one. Notes call the table `name`."""
     if "age_years" not in table:
         return table
     name = name or path.name
@@ -313,9 +313,9 @@ def sort_by_session(rows: list[dict[str, Any]], order: Callable[[Path], Any]) ->
 def join(
     table: pd.DataFrame, facts: pd.DataFrame, keys: Sequence[str], path: Path, notes: list[str] | None = None
 ) -> pd.DataFrame:
-    """Join covariates to scans. Known values of the new facts replace those of the table.
+    """Join covariates to scans. Values of `facts` replace those of the table unless they are missing.
 
-    With `notes`, facts without a scan are counted: ``1`` in the table does not match ``ses-01`` of a folder.
+    With `notes`, rows without a scan are counted: session ``1`` in a table does not match the folder ``ses-01``.
     """
     facts = facts.drop_duplicates().dropna(subset=list(keys))
     repeated = facts[facts.duplicated(subset=list(keys))]
@@ -341,19 +341,19 @@ def join(
 def join_label_maps(table: pd.DataFrame, label_maps: Iterable[LabelMapRow], unused: UnusedFiles) -> tuple[str, ...]:
     """Add one column per kind of label map, with the first map of each session; the others go into `unused`.
 
-    `label_maps` are in the order of preference. Returns the columns, always with ``mask``.
+    `label_maps` are in order of preference. Returns the columns, which always include ``mask``.
     """
     keys = list(zip(table["subject"], table["session"], strict=True))
     known = set(keys)
-    found: dict[str, dict[SessionKey, Path]] = {"mask": {}}
+    kept: dict[str, dict[SessionKey, Path]] = {"mask": {}}
     for column, key, file in label_maps:
         if key not in known:
             unused.append((file, "a label map of a session without scans"))
-        elif key in found.setdefault(column, {}):
+        elif key in kept.setdefault(column, {}):
             unused.append((file, f"a further label map ({column}) of its session"))
         else:
-            found[column][key] = file
-    columns = tuple(column for column, files in found.items() if files or column == "mask")
+            kept[column][key] = file
+    columns = tuple(column for column, files in kept.items() if files or column == "mask")
     for column in columns:
-        table[column] = [str(found[column][key]) if key in found[column] else None for key in keys]
+        table[column] = [str(kept[column][key]) if key in kept[column] else None for key in keys]
     return columns
