@@ -1,4 +1,4 @@
-"""Finished fine-tuning runs read as systems to compare: one table of cases per seed.
+"""Reading of finished fine-tuning runs as systems to compare: one table of cases per seed.
 
 A folder holds one run; or an experiment (folds, seeds, several systems, with ``scores.tsv``); or one fold of it
 (``seed-0/``, ``seed-1/``). The test parts of the folds are concatenated. Seeds stay apart, since the score of a system
@@ -38,14 +38,14 @@ def read_compared_runs(folders: Sequence[Path], *, frozen: bool = False, store: 
     """Read the runs of several folders.
 
     Runs on one store are matched by the rows of their sessions; runs on several stores by names, which they must have
-    kept (``--keep-ids``).
+    recorded (``--keep-ids``).
 
     Args:
-        frozen: add the frozen baseline of the first system, in front.
+        frozen: also put the frozen baseline of the first system in front.
         store: the store of the runs, for older runs whose table of cases does not name the subjects.
 
     Raises:
-        UsageError: a folder has no finished run, is given twice or is the only system; or the runs do not fit together.
+        UsageError: a folder has no finished run, is given twice or is the only system; or the runs do not match.
     """
     places = [folder.resolve() for folder in folders]
     twice = [folder for k, folder in enumerate(folders) if places[k] in places[:k]]
@@ -160,12 +160,12 @@ def _read_cases(file: Path) -> pd.DataFrame:
             what, remedy = "the run has no frozen baseline", "Fine-tune with frozen_baseline=true"
         raise UsageError(what, where=file.parent, expected=file.name, remedy=remedy)
     # A class may be called NA, and 01 is not 1.
-    text = {"truth": str, "subject": str, "session": str}
-    return pd.read_csv(file, sep="\t", dtype=text, keep_default_na=False, na_values=[""])
+    dtypes = {"truth": str, "subject": str, "session": str}
+    return pd.read_csv(file, sep="\t", dtype=dtypes, keep_default_na=False, na_values=[""])
 
 
 def _shared_metrics(task: str, tables: Sequence[pd.DataFrame]) -> list[str]:
-    """The metrics that tables show; for a segmentation, those that every system has a case for."""
+    """The metrics that tables show; for a segmentation, those with at least one case in every system."""
     if task != "segmentation":
         return list(TABLE_METRICS[task])
     return [name for name in TABLE_METRICS[task] if all(name in t and t[name].notna().any() for t in tables)]

@@ -1,16 +1,16 @@
-"""The folder of an experiment, read, and the tables of its runs: scores, baselines, and their spread.
+"""Reading of an experiment folder, and the tables of its runs: scores, baselines, and their spread.
 
 `brainfound finetune` with several runs and `brainfound evaluate --out` write:
 
     summary.json         settings, and the scores with their spread
-    scores.tsv           one row per run with its scores and those of its baselines (none of an evaluation)
+    scores.tsv           one row per run with its scores and those of its baselines (not written by evaluate)
     cases.tsv            the predictions on the test sessions; subjects are numbered
-    partial_input.tsv    one row per run and subset, of an experiment with partial input
+    partial_input.tsv    one row per run and subset, for experiments with partial input
     comparison.tsv       every system against the first, on the same cases
     report.md, report.png
 
-Where the runs are scored on other subjects in every fold (k folds, sites), all folds are one group. Where the folds
-differ only in what is trained on (shots), each fold is a group.
+Where every fold scores different subjects (k folds, sites), all folds are one group. Where the folds differ only in
+their training subjects (shots), each fold is a group.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Kind = Literal["repeated", "comparison", "partial input", "evaluation"]
 TRIVIAL = "trivial"
 """The baseline that never reads an image; every score file has it."""
 GROUP_COLUMNS = ("system", "group")
-"""The runs that agree in these columns are summarised together; a table may lack the columns."""
+"""Runs that agree in these columns are summarised together; a table may lack the columns."""
 
 
 def describe_data(store: Store) -> dict[str, Any]:
@@ -101,9 +101,9 @@ class ExperimentFolder:
 
     @property
     def table_rows(self) -> list[dict[str, Any]]:
-        """The scores that a table has room for, with the headline of single labels and structures."""
-        shown, of_part = TABLE_METRICS[self.summary["task"]], f"{self.headline}("
-        return [row for row in self.summary["scores"] if row["score"] in shown or row["score"].startswith(of_part)]
+        """The scores that tables show, including the headline metric of single labels and structures."""
+        names, prefix = TABLE_METRICS[self.summary["task"]], f"{self.headline}("
+        return [row for row in self.summary["scores"] if row["score"] in names or row["score"].startswith(prefix)]
 
     def comparison(self) -> pd.DataFrame:
         """Compare every system with the first one, by the headline score, on the runs that all of them have.
@@ -134,10 +134,10 @@ class ExperimentFolder:
 def _read_table(file: Path) -> pd.DataFrame:
     if not file.is_file():
         return pd.DataFrame()
-    text = {name: str for name in ("truth", "system", "fold", "group")}
+    dtypes = {name: str for name in ("truth", "system", "fold", "group")}
     try:
         # A class may be called NA; an undefined number is an empty cell.
-        return pd.read_csv(file, sep="\t", dtype=text, keep_default_na=False, na_values=[""])
+        return pd.read_csv(file, sep="\t", dtype=dtypes, keep_default_na=False, na_values=[""])
     except (ValueError, OSError) as error:
         raise BrainFoundError(f"cannot be read: {error}", where=file) from error
 

@@ -1,4 +1,4 @@
-"""The page of an experiment, report.md with report.png, made from the files of its folder alone.
+"""The page of an experiment, report.md with report.png, built only from the files of its folder.
 
 The page holds the question, the scores with their baselines, the paired comparison, the data, the settings, cautions
 and the command. The picture shows a few-shot curve where the numbers of training subjects differ, bars where contrasts
@@ -25,7 +25,7 @@ from brainfound.report.cards import format_table
 from brainfound.report.figures import PALETTE, save_figure
 
 _FEW_SESSIONS = 30
-"""A smaller test part gets a caution."""
+"""Smaller test parts get a caution."""
 _ABSENCE = {"none": "nothing", "test": "in the test only", "training": "in training too"}
 _ABSENCE_LABELS = {"none": "nothing absent", "test": "absent in the test only", "training": "absent in training too"}
 _COLOURS = (*PALETTE, "#000000")
@@ -259,7 +259,7 @@ def _cautions(experiment: ExperimentFolder, compared: pd.DataFrame) -> list[str]
 
 
 def _list_not_better_than_trivial(experiment: ExperimentFolder, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A caution that names the systems that are not better than the trivial baseline."""
+    """A caution that names the systems that do not beat the trivial baseline."""
     worse = []
     for row in rows:
         if row["score"] != experiment.headline or row["mean"] is None or row.get(TRIVIAL) is None:

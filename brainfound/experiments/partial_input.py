@@ -2,7 +2,7 @@
 
 The model of all contrasts is scored with some of them withheld (absent in the test); another model never read those
 (absent in training). Both are scored on the test sessions that have every contrast: a session that lacks one would
-count for some subsets only, and scores on different sessions do not compare.
+count for some subsets only, and scores on different sessions are not comparable.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from brainfound.training.run_folder import EXPORT_FOLDER
 MISSING_CONTRASTS_FILE = "partial_input.json"
 """In the folder of a run: its scores on the sessions that have every contrast."""
 NONE, TEST, TRAINING = "none", "test", "training"
-"""Values of the column ``absence``: where the contrasts that are not listed are absent."""
+"""Values of the column ``absence``: where the unlisted contrasts are absent."""
 
 
 def complete_sessions(store: Store, sessions: np.ndarray, contrasts: Sequence[str], fold: str) -> np.ndarray:
@@ -56,10 +56,10 @@ def complete_sessions(store: Store, sessions: np.ndarray, contrasts: Sequence[st
 def score_missing_contrasts(
     run: Path, store: Store, split: Split, fold: str, contrasts: Sequence[str], subset: Sequence[str] | None
 ) -> None:
-    """Score the model of a finished run on the test sessions that have every contrast, if that is not done yet.
+    """Score the model of a finished run on the test sessions that have every contrast, unless already done.
 
-    Writes ``partial_input.json`` into the run. The model reads the `subset` of the contrasts; None is the model of all,
-    which is scored with every subset.
+    Writes ``partial_input.json`` into the run. `subset` names the contrasts that the model reads; None is the model of
+    all contrasts, which is scored with every subset.
     """
     if (run / MISSING_CONTRASTS_FILE).is_file():
         return
@@ -72,11 +72,11 @@ def score_missing_contrasts(
     num_slices, scoring = bundle.metadata["num_slices"], scoring_from_bundle(bundle)
     frozen = None if subset is not None else _load_frozen_baseline(bundle, target)
     results = []
-    for shown in non_empty_subsets(contrasts) if subset is None else [tuple(subset)]:
-        without = [name for name in store.contrasts if name not in shown]
+    for read in non_empty_subsets(contrasts) if subset is None else [tuple(subset)]:
+        without = [name for name in store.contrasts if name not in read]
         scored = score_sessions(model, store, sessions, target, num_slices, without, scoring=scoring)
-        absence = TRAINING if subset is not None else NONE if len(shown) == len(contrasts) else TEST
-        result = {"contrasts": list(shown), "absence": absence, "num_left_out": len(test) - len(sessions)}
+        absence = TRAINING if subset is not None else NONE if len(read) == len(contrasts) else TEST
+        result = {"contrasts": list(read), "absence": absence, "num_left_out": len(test) - len(sessions)}
         if absence != TEST and (run / FROZEN_CASES_FILE).is_file():
             result |= scored.to_dict() | {"frozen": _read_frozen_score(run, target.kind, sessions)}
         elif frozen is not None:
@@ -142,6 +142,6 @@ def summarise_missing_contrasts(rows: pd.DataFrame) -> pd.DataFrame:
             | {"drop": part["drop"].mean(), "std_drop": part["drop"].std(ddof=1), "num_runs": len(part)}
             | {**compute_mean_sizes(part), "num_left_out": float(part["num_left_out"].mean())}
         )
-    # Both kinds of absence of a subset in neighbouring rows.
+    # Both kinds of absence of a subset go in adjacent rows.
     order = {name: place for place, name in enumerate(dict.fromkeys(rows["contrasts"]))}
     return pd.DataFrame(sorted(found, key=lambda row: order[row["contrasts"]]))

@@ -128,9 +128,9 @@ def write_results(folder: Path, table: pd.DataFrame, spec: ExperimentSpec) -> No
     content = spec.to_dict() | {"num_runs": len(table), "baselines": get_score_columns(table)[1]}
     content["scores"] = to_json_records(summarise_runs(table))
     if spec.kind == "partial input":
-        absence = missing_contrast_rows(folder, table)
-        write_atomically(folder / PARTIAL_FILE, absence.to_csv(sep="\t", index=False))
-        content["partial_input"] = to_json_records(summarise_missing_contrasts(absence))
+        partial_rows = missing_contrast_rows(folder, table)
+        write_atomically(folder / PARTIAL_FILE, partial_rows.to_csv(sep="\t", index=False))
+        content["partial_input"] = to_json_records(summarise_missing_contrasts(partial_rows))
     write_atomically(folder / SUMMARY_FILE, json.dumps(content, indent=1) + "\n")
 
 
@@ -150,7 +150,7 @@ def write_cases_and_page(folder: Path, table: pd.DataFrame, store: Store, keep_i
 
 
 def require_same_kind(folder: Path, kind: Kind) -> None:
-    """Refuse to resume an experiment of another kind, whose runs are in other subfolders."""
+    """Refuse to resume an experiment of another kind, whose runs lie in other subfolders."""
     file = folder / SUMMARY_FILE
     if not file.is_file():
         return

@@ -1,9 +1,9 @@
 """Experiments of many fine-tuning runs: over the folds of a split, over seeds, and for each of several systems.
 
-The score of one division depends on who is in it: another division of the same subjects gives another. The folder:
+A score depends on how the subjects are divided: another division of the same subjects gives another. The folder:
 
     split.json      the subjects of each part, fold by fold
-    fold-1/seed-0/  a fine-tuning run; then fold-1/seed-1/, fold-2/seed-0/, …; of several systems, each run is in the
+    fold-1/seed-0/  a fine-tuning run; then fold-1/seed-1/, fold-2/seed-0/, …; with several systems, each run is in the
                     folder of its system: lora-r8/fold-1/seed-0/, full/fold-1/seed-0/, …
     scores.tsv, summary.json, cases.tsv, report.md   see `brainfound.experiments.folder`
 
@@ -47,10 +47,10 @@ from brainfound.training.run_folder import EMBEDDINGS_FOLDER, is_run_folder
 
 
 class RunOptions(TypedDict, total=False):
-    """How the runs of an experiment are made; `resume`, `keep_ids`, `overrides` and `quiet` are those of `finetune`."""
+    """Options for the runs of an experiment; `resume`, `keep_ids`, `overrides` and `quiet` are those of `finetune`."""
 
     seeds: Sequence[int] | None
-    """Of new weights, order and augmentation; the split stays the same. None: the seed of the recipe."""
+    """Seeds of new weights, data order and augmentation; all share the split. None: the seed of the recipe."""
     resume: bool
     keep_ids: bool
     overrides: Iterable[str]
@@ -72,8 +72,8 @@ def make_folds(
 ) -> Split:
     """Make the folds of an experiment: all folds of a split file, or new ones with the shares and seed of a recipe.
 
-    The arguments after `file` are those of `brainfound.finetuning.splits.make_split`. Raises `UsageError` for a file
-    and folds to make, or as `make_split`.
+    The arguments after `file` are those of `brainfound.finetuning.splits.make_split`. Raises `UsageError` if
+    both a file and new folds are given, or as `make_split`.
     """
     if file is not None:
         if folds or shots or num_subjects or leave_site_out:
@@ -112,7 +112,7 @@ def finetune_folds(
     """Fine-tune on every fold of a split with every seed.
 
     Args:
-        split: the folds, as `make_folds` or `brainfound.finetuning.splits.make_split` gives them.
+        split: the folds, from `make_folds` or `brainfound.finetuning.splits.make_split`.
         recipe, data, model, target, adapter: as for `brainfound.finetuning.finetune.finetune`.
         out: the folder of all runs.
         options: see `RunOptions`.
@@ -122,7 +122,7 @@ def finetune_folds(
         baseline.
 
     Raises:
-        UsageError: before the first run, for seeds, labels or a folder that do not work. Otherwise as `finetune`.
+        UsageError: before the first run, if seeds, labels or the folder are unusable. Otherwise as `finetune`.
     """
     systems = parse_systems([str(model)], [] if adapter is None else [str(adapter)])
     return _Experiment("repeated", split, recipe, data, systems, target, Path(out), **options).run()
@@ -139,8 +139,8 @@ def finetune_systems(
 ) -> pd.DataFrame:
     """Compare starting points and adaptations: fine-tune each on the same folds, with the same seeds and budget.
 
-    All systems, of `brainfound.experiments.systems.parse_systems`, are compared with the first; a single one is run as
-    by `finetune_folds`. The table has the columns of `finetune_folds`, and ``system``, ``model`` and ``adapter``.
+    All systems, from `brainfound.experiments.systems.parse_systems`, are compared with the first; a single one runs as
+    in `finetune_folds`. The table has the columns of `finetune_folds`, and ``system``, ``model`` and ``adapter``.
     """
     kind: Kind = "comparison" if len(systems) > 1 else "repeated"
     return _Experiment(kind, split, recipe, data, systems, target, Path(out), **options).run()
@@ -170,7 +170,7 @@ def finetune_subsets(
 
 
 class _Experiment:
-    """Runs one after the other; systems are the inner loop, so that an unfinished experiment compares them."""
+    """Does one run after another, systems in the inner loop, so that an unfinished experiment compares them too."""
 
     def __init__(
         self,
@@ -293,7 +293,7 @@ def _write_or_check_split(folder: Path, split: Split, kind: Kind, resume: bool) 
 
 
 def _require_folder_names(names: Iterable[str], what: str, where: str) -> None:
-    """Refuse names of folds and systems that would leave the folder, or that are taken."""
+    """Refuse names of folds and systems that would escape the folder, or that are reserved."""
     for name in names:
         if re.search(r"[^\w .+=@-]", name) or name.startswith(".") or name == EMBEDDINGS_FOLDER:
             remedy = "Rename it: letters, digits, spaces and _.+=@-"

@@ -19,22 +19,22 @@ class SystemSpec:
     """One way to train a model."""
 
     name: str
-    """Of its folder and its rows; empty for a single system."""
+    """Names its folder and rows; empty for a single system."""
     model: str
     adapter: str | None = None
     """An adapter recipe; None: the recipe's own."""
     overrides: tuple[str, ...] = ()
-    """Of the recipe, for this system alone."""
+    """Recipe overrides for this system only."""
     contrasts: tuple[str, ...] | None = None
-    """Those that it reads; None: all."""
+    """The contrasts that it reads; None: all."""
     start: str = ""
     """The name of the starting point."""
 
     @property
     def all_overrides(self) -> tuple[str, ...]:
-        """The overrides, with that of the contrasts."""
-        shown = () if self.contrasts is None else (f"contrasts=[{', '.join(self.contrasts)}]",)
-        return (*self.overrides, *shown)
+        """The overrides, including that of the contrasts."""
+        own = () if self.contrasts is None else (f"contrasts=[{', '.join(self.contrasts)}]",)
+        return (*self.overrides, *own)
 
 
 def parse_systems(models: Sequence[str], adapters: Sequence[str] = ()) -> list[SystemSpec]:
@@ -44,9 +44,9 @@ def parse_systems(models: Sequence[str], adapters: Sequence[str] = ()) -> list[S
     after the starting point; otherwise after both, as ``dinov2-small+lora-r8``.
 
     Args:
-        models: Hub ids or folders, optionally after a name: ``ours=runs/vits14/export``.
-        adapters: adapter recipes by name or file, optionally after a name and before recipe keys: ``full``,
-            ``full,optim.lr=1e-5``, ``slow=full,optim.lr=1e-5``. None: the recipe's own.
+        models: Hub ids or folders, optionally with a name in front: ``ours=runs/vits14/export``.
+        adapters: adapter recipes by name or file, optionally with a name in front and recipe keys behind: ``full``,
+            ``full,optim.lr=1e-5``, ``slow=full,optim.lr=1e-5``. Empty: the recipe's own.
 
     Raises:
         UsageError: there is no model, a name is given twice, or a key has no value.
@@ -81,7 +81,7 @@ def make_subset_systems(system: SystemSpec, contrasts: Sequence[str]) -> list[Sy
 
 
 def short_name(model: str | Path) -> str:
-    """The last part of the id or path of a model, or of its run, for pages that should not show folders."""
+    """The last part of the id or path of a model, or the name of its run, for pages that should not show folders."""
     path = Path(model)
     return path.parent.name if path.name == "export" and path.parent.name else path.name
 

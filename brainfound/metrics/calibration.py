@@ -1,8 +1,8 @@
 """Calibration: how well confidence matches accuracy, and corrections that are fitted on held-out data.
 
-Fit a temperature, a bias correction or the width of an interval on a validation part and report scores on another one;
-the functions cannot check that. Labels are class indices (n,), probabilities (n, K) have rows of sum 1, targets and
-predictions are (n,); anything else, or no cases, raises `UsageError`.
+Fit a temperature, a bias correction or the width of an interval on a validation part and report scores on another
+part; the functions cannot check this. Labels are class indices (n,), probabilities (n, K) have rows that sum to
+1, targets and predictions are (n,); anything else, or no cases, raises `UsageError`.
 
 Axes: n cases, K classes, M bins.
 """
@@ -24,7 +24,7 @@ TEMPERATURE_RANGE = (0.01, 100.0)
 MIN_SLOPE = 0.1
 """A bias correction multiplies errors by 1 / slope; smaller slopes are refused."""
 MIN_CASES = 10
-"""For the line of a bias correction; with fewer cases its slope is mostly chance."""
+"""Needed to fit a bias correction; with fewer cases its slope is mostly chance."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class ConformalInterval:
     normalised: bool
 
     def apply(self, prediction: Any, std: Any = None) -> tuple[np.ndarray, np.ndarray]:
-        """Lower and upper ends, in the unit of the prediction; `std` for a normalised interval alone."""
+        """Lower and upper ends, in the unit of the prediction; `std` only for a normalised interval."""
         values = _finite(prediction, "prediction")
         if (std is not None) != self.normalised:
             wanted = "one per prediction" if self.normalised else "none: the interval was fitted without"
@@ -71,12 +71,12 @@ class ConformalInterval:
 
 
 def fit_temperature(logits: Any, labels: Any) -> float:
-    """The temperature of the most likely ``softmax(logits / T)``; above 1 for an overconfident model.
+    """The temperature T that maximises the likelihood of ``softmax(logits / T)``; above 1 for an overconfident model.
 
-    A single number changes neither accuracy nor the AUROC of two classes. Logits (n, K) may be log probabilities.
+    It changes neither accuracy nor the AUROC of two classes. Logits (n, K) may be log probabilities.
 
     Raises:
-        UsageError: there is one class only, scores are constant over classes, or there is no optimum: all
+        UsageError: there is only one class, scores are constant over classes, or there is no optimum: all
             predictions are correct (T → 0), or no better than chance (T → ∞).
 
     Source: C. Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, section 4.2.
@@ -93,11 +93,11 @@ def fit_temperature(logits: Any, labels: Any) -> float:
 
     # Convex in 1/T, hence with a single minimum in log T.
     low, high = map(math.log, TEMPERATURE_RANGE)
-    found = optimize.minimize_scalar(mean_loss, bounds=(low, high), method="bounded", options={"xatol": 1e-8})
-    best = min((low, float(found.x), high), key=mean_loss)
+    optimum = optimize.minimize_scalar(mean_loss, bounds=(low, high), method="bounded", options={"xatol": 1e-8})
+    best = min((low, float(optimum.x), high), key=mean_loss)
     if not low + 0.01 < best < high - 0.01:
-        every_right = bool((scores.argmax(axis=1) == truth).all())
-        reason = "every answer is right" if every_right else "the scores do not determine one"
+        all_correct = bool((scores.argmax(axis=1) == truth).all())
+        reason = "every answer is right" if all_correct else "the scores do not determine one"
         got, remedy = f"{len(truth)} cases", "Give more cases, or leave the scores as they are"
         raise UsageError(f"there is no best temperature: {reason}", where="labels", got=got, remedy=remedy)
     return math.exp(best)
@@ -121,19 +121,19 @@ def reliability_bins(probabilities: Any, labels: Any, num_bins: int = 15) -> Rel
     if num_bins < 1:
         raise UsageError("must be 1 or more", where="num_bins", got=num_bins)
     shares, truth = _shares_and_labels(probabilities, labels)
-    confidence, right = shares.max(axis=1), shares.argmax(axis=1) == truth
+    confidence, correct = shares.max(axis=1), shares.argmax(axis=1) == truth
     edges = np.linspace(0.0, 1.0, num_bins + 1)
     bins = np.searchsorted(edges[1:-1], confidence, side="left")
     count = np.bincount(bins, minlength=num_bins)
     filled = np.where(count > 0, count, np.nan)
-    mean_confidence, accuracy = (np.bincount(bins, values, num_bins) / filled for values in (confidence, right))
+    mean_confidence, accuracy = (np.bincount(bins, values, num_bins) / filled for values in (confidence, correct))
     return ReliabilityBins(edges, mean_confidence, accuracy, count)
 
 
 def expected_calibration_error(probabilities: Any, labels: Any, num_bins: int = 15) -> float:
-    """Mean distance of confidence and accuracy over `reliability_bins`, weighted by cases; 0 is best.
+    """Mean distance between confidence and accuracy over `reliability_bins`, weighted by cases; 0 is best.
 
-    Biased upwards with few cases: with 15 bins, a perfectly calibrated model of two classes has about 0.19 on 20 cases,
+    Biased upwards with few cases: with 15 bins, a perfectly calibrated two-class model scores about 0.19 on 20 cases,
     0.09 on 100 and 0.03 on 1,000. Compare models on the same cases.
 
     Source: M. P. Naeini et al., "Obtaining Well Calibrated Probabilities Using Bayesian Binning", AAAI 2015; Guo et al.
@@ -145,9 +145,9 @@ def expected_calibration_error(probabilities: Any, labels: Any, num_bins: int = 
 
 
 def brier_score(probabilities: Any, labels: Any) -> float:
-    """Mean squared distance of probabilities and truth, summed over classes; 0 is best.
+    """Mean squared distance between probabilities and truth, summed over classes; 0 is best.
 
-    For two classes half of the sum, (p − y)², as usual and as in scikit-learn.
+    For two classes half the sum, (p − y)², as is usual and as in scikit-learn.
 
     Source: G. W. Brier, "Verification of forecasts expressed in terms of probability", Mon Weather Rev 1950.
     """
@@ -185,9 +185,9 @@ def fit_bias_correction(target: Any, prediction: Any) -> BiasCorrection:
 def conformal_interval(target: Any, prediction: Any, std: Any = None, *, confidence: float = 0.9) -> ConformalInterval:
     """Split conformal prediction: an interval that covers a new case with at least the given probability.
 
-    The coverage holds for any model and any distribution, on average over exchangeable cases; neither at another site
-    nor for each age. Give one session per subject. With predicted standard deviations `std` ``(n,)`` the intervals
-    scale by them.
+    Coverage holds for any model and distribution on average over exchangeable cases, but not at another site or at
+    every age. Give one session per subject. With predicted standard deviations `std` ``(n,)`` the intervals scale with
+    them.
 
     Raises:
         UsageError: the confidence is outside of 0–1, a standard deviation is not positive, or there are too few cases.

@@ -1,4 +1,4 @@
-"""Tables of cases: one row per session, as an evaluation returns them (``result.cases``) and ``cases.tsv`` holds them.
+"""Tables of cases: one row per session, as returned by an evaluation (``result.cases``) and stored in ``cases.tsv``.
 
     subject, and session or row     the case
     truth, p(A), p(B), …            classification: the class, and the probability of each class
@@ -42,21 +42,21 @@ class Cases:
     keys: pd.MultiIndex
     subjects: np.ndarray
     truth: np.ndarray
-    """(n,) class indices or target values, (n, L) of several labels; of a segmentation, the reference size if known."""
+    """(n,) class indices or target values, (n, L) for several labels; for a segmentation the reference size, or 0."""
     answers: Mapping[str, np.ndarray]
     """Metric → (n,), (n, K) probabilities or (n, L); (n, R, …) of several runs."""
     num_runs: int = 1
 
     def metric(self, name: str) -> Score:
         """The score as a function of the truth and the answers of some of the cases."""
-        of_run: Score
+        score_run: Score
         if self.task == "segmentation":
-            of_run = _mean_over_structures
+            score_run = _mean_over_structures
         else:
-            of_run = _mean_over_labels(METRICS[name].score) if self.truth.ndim == 2 else METRICS[name].score
+            score_run = _mean_over_labels(METRICS[name].score) if self.truth.ndim == 2 else METRICS[name].score
         if self.num_runs == 1:
-            return of_run
-        return lambda truth, answers: float(np.mean([of_run(truth, answers[:, r]) for r in range(answers.shape[1])]))
+            return score_run
+        return lambda truth, answers: float(np.mean([score_run(truth, answers[:, r]) for r in range(answers.shape[1])]))
 
     def repeat_runs(self, num_runs: int) -> Cases:
         """The same answers for each of several runs."""
@@ -81,7 +81,7 @@ def _require_same_cases(base: Cases, other: Cases, base_name: str, name: str) ->
 
 
 def compute_headline_score(task: str, cases: pd.DataFrame) -> float:
-    """The primary metric of a table of cases, which needs no subjects; ``nan`` where it is not defined."""
+    """The primary metric over a table of cases, which needs no subject column; ``nan`` if undefined."""
     primary = METRICS[PRIMARY_METRIC[task]]
     if task == "segmentation":
         structures = [name for name in cases if str(name).startswith(f"{primary.name}(")] or [primary.name]
@@ -98,7 +98,7 @@ def compute_headline_score(task: str, cases: pd.DataFrame) -> float:
 
 
 def read_matched_systems(systems: Mapping[str, CaseTables]) -> dict[str, Cases]:
-    """Read systems, which must have the cases and the truth of the first; single runs are repeated for every seed."""
+    """Read systems that must share the cases and truth of the first; a single run is repeated for every seed."""
     read = {name: read_system(tables, name) for name, tables in systems.items()}
     first = next(iter(read))
     for name, other in read.items():
@@ -215,7 +215,7 @@ def _mean_over_structures(truth: np.ndarray, scores: np.ndarray) -> float:
 
 
 def _mean_over_labels(score: Score) -> Score:
-    """The mean of a score of two classes over several binary labels; undefined ones are left out."""
+    """A two-class score averaged over several binary labels, without those where it is undefined."""
 
     def mean(truth: np.ndarray, shares: np.ndarray) -> float:
         columns = zip(truth.T, shares.T, strict=True)

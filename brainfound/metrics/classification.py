@@ -1,4 +1,4 @@
-"""Metrics of predicted classes and of their scores.
+"""Metrics of predicted classes and of class scores.
 
 Each raises `UsageError` if the lengths differ, a value is invalid, or there is nothing to score; an undefined score,
 such as AUROC of a single class, is ``nan``. The counting is done here instead of in scikit-learn, whose input checks
@@ -25,8 +25,8 @@ def auroc(labels: Any, scores: Any) -> float:
 
     Args:
         labels: (N,) 0 or 1; with K > 2 classes, 0 … K−1.
-        scores: (N,) scores of class 1, larger is more positive; or (N, K), of which K = 2 uses the second column, and
-            more give the mean over the classes that occur of one against the rest.
+        scores: (N,) scores of class 1, larger is more positive; or (N, K). K = 2 uses the second column, K > 2 takes
+            the one-vs-rest mean over the classes that occur.
 
     Source: J. A. Hanley and B. J. McNeil, Radiology 1982.
     """
@@ -46,7 +46,7 @@ def auprc(labels: Any, scores: Any) -> float:
 
 
 def sensitivity_at_specificity(labels: Any, scores: Any, specificity: float = 0.9) -> float:
-    """The largest sensitivity of a threshold with at least this specificity, without interpolation.
+    """The highest sensitivity of any threshold with at least this specificity, without interpolation.
 
     The threshold is chosen on the cases that it is scored on, so the value is optimistic on few cases. Two classes
     only: scores are (N,) or (N, 2).
@@ -121,7 +121,7 @@ def _confusion(labels: Any, predictions: Any) -> tuple[np.ndarray, int]:
 
 
 def one_vs_rest(labels: Any, scores: Any) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Positive cases and scores, of class 1 alone with two classes, else of each class; arguments as `auroc`."""
+    """Positive cases and scores: of class 1 only if there are two classes, else of each; arguments as in `auroc`."""
     scores = finite_array(scores, "scores")
     if scores.ndim not in (1, 2):
         raise UsageError("scores have too many axes", where="scores", got=scores.shape, expected="(N,) or (N, K)")
@@ -139,7 +139,7 @@ def one_vs_rest(labels: Any, scores: Any) -> list[tuple[np.ndarray, np.ndarray]]
 
 
 def _mean_over_classes(metric: Callable[[np.ndarray, np.ndarray], float], labels: Any, scores: Any) -> float:
-    defined = [metric(*of_class) for of_class in one_vs_rest(labels, scores) if not is_constant(of_class[0])]
+    defined = [metric(positive, own) for positive, own in one_vs_rest(labels, scores) if not is_constant(positive)]
     return float(np.mean(defined)) if defined else float("nan")
 
 

@@ -47,7 +47,7 @@ def score_intervals(
         Columns metric, value, low, high, and num_cases and num_subjects with a score. An undefined score is ``nan``.
 
     Raises:
-        UsageError: a column is missing, a value is invalid, a case is given twice, or the task lacks a metric.
+        UsageError: a column is missing, a value is invalid, a case is given twice, or the task has no such metric.
     """
     system, resampling = read_system(cases, "cases"), _Resampling(num_resamples, confidence, seed)
     rows = [_score_row(name, "", system, resampling) for name in _resolve_metrics(system, metrics)]
@@ -66,9 +66,9 @@ def compare(
 ) -> pd.DataFrame:
     """Compare systems with one of them, on the same cases.
 
-    p is of a permutation test that exchanges the answers of two systems within subjects. Where only their order matters
-    (AUROC, AUPRC) ranks are exchanged, since systems need not share a scale. AUROC of two classes also has DeLong's p,
-    if every subject has one case. Holm's correction is over the compared systems, for each metric alone.
+    p comes from a permutation test that exchanges the predictions of two systems within subjects. Where only their
+    order matters (AUROC, AUPRC), ranks are exchanged, since systems need not share a scale. Two-class AUROC also gets
+    DeLong's p if every subject has one case. Holm's correction runs over the systems, separately for each metric.
 
     Args:
         systems: name → a table of cases, or one per seed. All must have the same cases, truth and number of seeds; a
@@ -147,11 +147,11 @@ class _Resampling:
         value = float(metric(*values)) if len(subjects) else float("nan")
         if not np.isfinite(value):
             return value, float("nan"), float("nan")
-        found = bootstrap_interval(
+        interval = bootstrap_interval(
             metric, *values, subjects=subjects, num_resamples=self.num_resamples, confidence=self.confidence,
             seed=self.seed,
         )  # fmt: skip
-        return found.estimate, found.low, found.high
+        return interval.estimate, interval.low, interval.high
 
     def p(self, metric: Score, subjects: np.ndarray, truth: np.ndarray, a: np.ndarray, b: np.ndarray) -> float:
         return paired_permutation_test(a, b, lambda x: metric(truth, x), self.num_permutations, self.seed, subjects)
@@ -174,16 +174,16 @@ def _compute_difference(metric: str, system: Cases, base: Cases, resampling: _Re
     truth, (a, b), subjects = _select_scored_cases(metric, system, base)
     score = base.metric(metric)
     difference = resampling.interval(lambda t, x, y: score(t, x) - score(t, y), subjects, truth, a, b)
-    found = dict(zip(("difference", "difference_low", "difference_high"), difference, strict=True))
-    found |= {"p": float("nan"), "p_delong": float("nan")}
+    row = dict(zip(("difference", "difference_low", "difference_high"), difference, strict=True))
+    row |= {"p": float("nan"), "p_delong": float("nan")}
     if not np.isfinite(difference[0]):
-        return found
+        return row
     two_classes = truth.ndim == 1 and a.ndim == 2 and a.shape[1] == 2 and base.num_runs == 1
     if metric == "auroc" and two_classes and len(set(subjects)) == len(subjects):
-        found["p_delong"] = delong_test(truth, a, b).p
+        row["p_delong"] = delong_test(truth, a, b).p
     if METRICS[metric_name(metric)].order_only:
         a, b = stats.rankdata(a, axis=0), stats.rankdata(b, axis=0)
-    return found | {"p": resampling.p(score, subjects, truth, a, b)}
+    return row | {"p": resampling.p(score, subjects, truth, a, b)}
 
 
 def _apply_holm(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -203,7 +203,7 @@ def _select_scored_cases(name: str, *systems: Cases) -> tuple[np.ndarray, list[n
     if any((np.isnan(other) == known).any() for other in answers[1:]):
         raise mask_mismatch_error(name)
     scored = known.any(axis=tuple(range(1, known.ndim)))
-    return systems[0].truth[scored], [of_system[scored] for of_system in answers], systems[0].subjects[scored]
+    return systems[0].truth[scored], [values[scored] for values in answers], systems[0].subjects[scored]
 
 
 def _resolve_metrics(

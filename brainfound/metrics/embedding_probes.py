@@ -1,4 +1,4 @@
-"""Probes of frozen embeddings: the site that they encode, and how well they repeat over two sessions of a subject.
+"""Probes of frozen embeddings: whether they encode the site, and how well they repeat over two sessions of a subject.
 
 Axes: N sessions, D width, U subjects.
 """
@@ -29,14 +29,14 @@ from brainfound.metrics.values import finite_array
 class SiteProbe:
     """Cross-validated scores of linear models that predict site and label from the same embeddings.
 
-    A chance is the score of embeddings without information.
+    The chance levels are the scores of uninformative embeddings.
     """
 
     site: Interval
     """Balanced accuracy, with its bootstrap interval over subjects."""
     site_chance: float
     label: Interval
-    """Balanced accuracy, or R² of a number, whose chance is 0."""
+    """Balanced accuracy, or R² for a numeric label, whose chance level is 0."""
     label_metric: str
     """``"balanced_accuracy"`` or ``"r2"``."""
     label_chance: float
@@ -52,11 +52,11 @@ class TestRetest:
     median_icc: float
     """Over the dimensions that vary."""
     identification: float
-    """Share of sessions whose nearest neighbour among the other visits is of the same subject."""
+    """Share of sessions whose nearest neighbour among the other visits belongs to the same subject."""
     chance: float
-    """1 / U, the identification by embeddings without information."""
+    """1 / U, the identification rate of uninformative embeddings."""
     num_subjects: int
-    """U, those with two sessions."""
+    """U, the number of subjects with two sessions."""
 
 
 def site_probe(
@@ -70,19 +70,19 @@ def site_probe(
 ) -> SiteProbe:
     """Predict site and label from the same embeddings, over the same folds by subject.
 
-    A high score of the site means that the embeddings encode the scanner, not that predictions depend on it. Where site
+    A high site score means that the embeddings encode the scanner, not that predictions depend on it. Where site
     and label are confounded (patients at one site, controls at the other), each predicts the other.
 
     Args:
         embeddings: one row per session.
         site: the site or scanner of each session.
-        label: of each session; numbers with more than ten different values are regressed, all else are classes.
+        label: the label of each session; numbers with more than ten distinct values are regressed, others are classes.
         subjects: the subject of each session; training and test parts share no subject.
-        seed: of the folds and of the bootstrap.
-        num_folds: fewer if there are fewer subjects.
+        seed: for the folds and the bootstrap.
+        num_folds: reduced if there are fewer subjects.
 
     Raises:
-        UsageError: the lengths differ, a value is missing, or a site or class is the only one or has a single subject.
+        UsageError: the lengths differ, a value is missing, a site or class is the only one or has a single subject.
 
     Source: the site test of B. Glocker et al., "Machine learning with multi-site imaging data", arXiv:1910.04597.
     """
@@ -93,11 +93,11 @@ def site_probe(
     predicted_sites = cross_val_predict(features, sites, folds, linear_classifier)
     predicted_labels = cross_val_predict(features, labels, folds, linear_regressor if numeric else linear_classifier)
     metric = r2 if numeric else balanced_accuracy
-    drawing: dict[str, Any] = {"subjects": owners, "seed": seed, "num_resamples": num_resamples}
+    options: dict[str, Any] = {"subjects": owners, "seed": seed, "num_resamples": num_resamples}
     return SiteProbe(
-        site=bootstrap_interval(balanced_accuracy, sites, predicted_sites, **drawing),
+        site=bootstrap_interval(balanced_accuracy, sites, predicted_sites, **options),
         site_chance=1 / len(set(sites)),
-        label=bootstrap_interval(metric, labels, predicted_labels, **drawing),
+        label=bootstrap_interval(metric, labels, predicted_labels, **options),
         label_metric=metric.__name__,
         label_chance=0.0 if numeric else 1 / len(set(labels)),
         num_folds=num_folds,
@@ -109,7 +109,7 @@ def validate_probe_columns(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
     """Subjects, sites and labels (N,) of a site probe, and whether the labels are numbers.
 
-    Raises as `site_probe`, so that a fault is found before anything is embedded.
+    Raises as `site_probe`; call it to find faults before anything is embedded.
     """
     owners = np.array([label_text(subject) for subject in subjects])
     sites = _classes(site, owners, "site")
@@ -135,10 +135,10 @@ def test_retest(embeddings: Float[np.ndarray, "N D"], subjects: Sequence[Any], s
     features = _embeddings(embeddings, {"subjects": subjects, "sessions": sessions})
     visits: dict[str, dict[Any, int]] = {}
     for row, (subject, session) in enumerate(zip(subjects, sessions, strict=True)):
-        of_subject = visits.setdefault(label_text(subject), {})
-        if session in of_subject:
+        rows_by_session = visits.setdefault(label_text(subject), {})
+        if session in rows_by_session:
             raise UsageError("a session is given twice", where="sessions", got=f"{subject}, {session}")
-        of_subject[session] = row
+        rows_by_session[session] = row
     several = [rows for _, rows in sorted(visits.items()) if len(rows) > 1]
     pairs = [[rows[name] for name in sorted(rows, key=label_text)[:2]] for rows in several]
     if len(pairs) < 2:
@@ -149,23 +149,23 @@ def test_retest(embeddings: Float[np.ndarray, "N D"], subjects: Sequence[Any], s
     varies = icc[~np.isnan(icc)]
     lengths = np.linalg.norm(twice, axis=2, keepdims=True)
     directions = twice / np.where(lengths > 0, lengths, 1)
-    alike = directions[:, 0] @ directions[:, 1].T  # (U, U), first sessions by second ones
+    similarity = directions[:, 0] @ directions[:, 1].T  # (U, U), first by second sessions
     return TestRetest(
         icc=icc,
         median_icc=float(np.median(varies)) if varies.size else float("nan"),
-        identification=(_share_found(alike) + _share_found(alike.T)) / 2,
+        identification=(_identification_rate(similarity) + _identification_rate(similarity.T)) / 2,
         chance=1 / len(pairs),
         num_subjects=len(pairs),
     )
 
 
 def linear_classifier(num_samples: int) -> LogisticRegression:
-    """The linear model of a probe of classes, for any number of samples; rare and frequent classes weigh the same."""
+    """The linear model of a probe of classes, which all weigh the same; `num_samples` is not used."""
     return LogisticRegression(C=1.0, class_weight="balanced", max_iter=500)
 
 
 def linear_regressor(num_samples: int) -> RidgeCV:
-    """The linear model of a probe of numbers, for any number of samples; the training part chooses its penalty."""
+    """The linear model of a probe of numbers, with a penalty fitted in training; `num_samples` is not used."""
     return RidgeCV(alphas=np.logspace(-1, 5, 7))
 
 
@@ -179,8 +179,8 @@ def cross_val_predict(
 
     Args:
         labels: (N,) classes; or float64, for which predictions are clipped to the range of the training part.
-        folds: each with the samples of ``train`` and ``test``.
-        make_model: makes an untrained scikit-learn model, given the number of training samples.
+        folds: each with the indices of its ``train`` and ``test`` samples.
+        make_model: returns an untrained scikit-learn model, given the number of training samples.
     """
     predicted = np.empty_like(labels)
     for fold in folds:
@@ -190,7 +190,7 @@ def cross_val_predict(
             continue
         model = make_pipeline(StandardScaler(), make_model(len(train)))
         with warnings.catch_warnings():
-            # A solver that stops at 500 iterations compares features well enough.
+            # Stopping the solver at 500 iterations is accurate enough to compare features.
             warnings.simplefilter("ignore", ConvergenceWarning)
             predicted[test] = model.fit(features[train], labels[train]).predict(features[test])
         if np.issubdtype(labels.dtype, np.floating):
@@ -237,7 +237,7 @@ def _icc_3_1(twice: Float[np.ndarray, "U 2 D"]) -> Float[np.ndarray, "D"]:
     return np.where(varies, (between - error) / total, np.nan)
 
 
-def _share_found(alike: Float[np.ndarray, "U U"]) -> float:
+def _identification_rate(similarity: Float[np.ndarray, "U U"]) -> float:
     """Share of rows that are nearest to the column of their own subject; ties share the hit."""
-    nearest = alike >= alike.max(axis=1, keepdims=True) - 1e-12
+    nearest = similarity >= similarity.max(axis=1, keepdims=True) - 1e-12
     return float((nearest.diagonal() / nearest.sum(axis=1)).mean())

@@ -1,4 +1,4 @@
-"""Ranking of systems over tasks, by the rule of the FOMO25 challenge.
+"""Ranking of systems over tasks by the rule of the FOMO25 challenge.
 
 Each metric ranks the systems, best first; ties share the mean of their ranks. The rank of a task is the mean over its
 metrics, and the overall rank is the mean over the tasks. A system without a score for a task gets the rank after all
@@ -22,14 +22,14 @@ def rank(scores: pd.DataFrame, rule: str = "fomo25") -> pd.DataFrame:
 
     Args:
         scores: one row per system, task and metric, with columns system, task, metric, value,
-            higher_is_better. A value of ``nan`` is a missing score, as is a row that is not there.
+            higher_is_better. A value of ``nan`` is a missing score, as is a missing row.
         rule: the challenge whose rule applies, ``"fomo25"``.
 
     Returns:
         Columns system and overall_rank (1 is best, smaller is better), sorted by rank, then by name.
 
     Raises:
-        UsageError: the rule is unknown, or a column is missing, a score given twice, or a metric of two directions.
+        UsageError: the rule is unknown, a column is missing, a score is given twice, or a metric has two directions.
     """
     if rule not in RULES:
         raise UsageError(f"no ranking rule {rule!r}", where="rule", expected=", ".join(RULES))

@@ -36,7 +36,7 @@ class Metric:
     """One row of the registry."""
 
     name: str
-    """In ``scores.json``, tables and columns; the score of one label or structure is ``name(label)``."""
+    """Used in ``scores.json``, tables and columns; the score of one label or structure is ``name(label)``."""
     function: Callable[..., float]
     """Exported by `brainfound.metrics` under its own name."""
     task: Task
@@ -51,17 +51,17 @@ class Metric:
     format: str = ".3f"
     """How tables and pages print a value."""
     in_tables: bool = False
-    """Whether tables on a terminal and on pages have room for it; files hold all metrics."""
+    """Whether tables on the terminal and on pages include it; files hold all metrics."""
     primary: bool = False
-    """Whether the task is judged by it: one metric per task."""
+    """Whether it is the headline metric of its task; one per task."""
     order_only: bool = False
     """Whether only the order of the probabilities matters. Permutation tests then exchange ranks."""
     slow: bool = False
-    """Of masks: computed only where surfaces are scored, as the metrics that need ``spacing_mm``."""
+    """Masks only: computed only where surfaces are scored, like the metrics that need ``spacing_mm``."""
     only_clean: bool = False
-    """Of masks: a score of the cases without any structure alone."""
+    """Masks only: scores just the cases without any structure."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Further keyword arguments of the function."""
+    """Extra keyword arguments of the function."""
 
     def score(self, truth: np.ndarray, answers: np.ndarray) -> float:
         """The metric over cases: of labels and probabilities, or of target and predicted values."""
@@ -106,12 +106,12 @@ _ROWS = (
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _ROWS}
 
 PRIMARY_METRIC: dict[str, str] = {metric.task: metric.name for metric in _ROWS if metric.primary}
-"""Task → the metric by which it is judged."""
+"""Task → its headline metric."""
 
 TABLE_METRICS: dict[str, tuple[str, ...]] = {
     task: tuple(metric.name for metric in _ROWS if metric.task == task and metric.in_tables) for task in PRIMARY_METRIC
 }
-"""Task → the metrics that a table has room for."""
+"""Task → the metrics that tables show."""
 
 
 def metric_name(score: str) -> str:
@@ -128,7 +128,7 @@ def task_metrics(task: str) -> list[Metric]:
 
 
 def format_score(score: str, value: float | None, sign: bool = False) -> str:
-    """A value of a score as tables print it; an undefined one as a dash.
+    """A score as tables print it; an undefined one becomes a dash.
 
     >>> format_score("mae", 3.14159), format_score("dice(ventricles)", None)
     ('3.142', '–')

@@ -1,7 +1,7 @@
 """The scores of a task, and those of a trivial baseline to compare them with.
 
-A trivial baseline knows the training labels and never reads an image: it answers the share of each class, or the mean
-of the target. Which scores a task has is in `brainfound.metrics.registry`.
+A trivial baseline knows the training labels and never reads an image: it predicts the share of each class, or the mean
+of the target. `brainfound.metrics.registry` lists the scores of each task.
 
 Axes: n cases, K classes, L labels of a case.
 """
@@ -24,8 +24,7 @@ EmptyCase = Literal["left_out", "nan", "one", "zero"]
 def classification_scores(labels: Sequence[int], probabilities: np.ndarray) -> dict[str, float]:
     """Score the probabilities of classes ``(n, K)`` against class indices ``(n,)``.
 
-    AUROC and AUPRC of more than two classes are the mean of one against the rest. The other metrics are of the most
-    probable class.
+    AUROC and AUPRC of more than two classes are one-vs-rest means. The other metrics score the most probable class.
     """
     truth = np.asarray(labels)
     return {metric.name: metric.score(truth, probabilities) for metric in task_metrics("classification")}
@@ -48,7 +47,7 @@ def segmentation_case_scores(
 ) -> dict[str, float]:
     """Score one segmented case: the mean over the classes that its reference has.
 
-    A case without any structure has ``clean_negatives``, 1 when nothing was marked and 0 otherwise, and the overlap
+    A case without any structure gets ``clean_negatives``, 1 if nothing was marked and 0 otherwise, and the overlap
     metrics by the convention `empty`.
 
     Args:
@@ -84,7 +83,7 @@ def segmentation_case_scores(
 
 
 def mean_case_scores(cases: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Average each score over the cases of a segmentation that have it; the primary one is ``nan`` if none has."""
+    """Average each score over the segmented cases that have it; the primary score is ``nan`` if none does."""
     primary = PRIMARY_METRIC["segmentation"]
     names = [primary, *dict.fromkeys(name for case in cases for name in case if name != primary)]
     found = {name: [case[name] for case in cases if name in case] for name in names}
@@ -92,7 +91,7 @@ def mean_case_scores(cases: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def trivial_scores(task: str, answer: float | Sequence[float], test: Sequence[Any]) -> dict[str, float]:
-    """The scores of a baseline of classification or regression that answers alike about every case.
+    """The scores of a classification or regression baseline that predicts the same for every case.
 
     Args:
         answer: each class's share in the training part, or the mean of its values.
@@ -104,13 +103,13 @@ def trivial_scores(task: str, answer: float | Sequence[float], test: Sequence[An
 
 
 def multi_label_scores(labels: Any, probabilities: Any, names: Sequence[str]) -> dict[str, float]:
-    """The scores of a classification, as the mean over labels and of each label: ``auroc``, ``auroc(edema)``, ….
+    """Classification scores as the mean over labels and for each label: ``auroc``, ``auroc(edema)``, ….
 
     A label whose score is undefined (only one class among the cases) has ``nan`` and is left out of the mean.
 
     Args:
         labels: ``(n, L)`` 0 or 1.
-        probabilities: ``(n, L)`` of each label being 1; an answer is yes above 0.5.
+        probabilities: ``(n, L)`` of each label being 1; above 0.5 the prediction is 1.
     """
     truth, shares = finite_array(labels, "labels"), finite_array(probabilities, "probabilities")
     if truth.ndim != 2 or truth.shape != shares.shape or truth.shape[1] != len(names) or not truth.size:

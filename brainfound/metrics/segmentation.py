@@ -78,7 +78,7 @@ def hd95(
     empty: NoError = "zero",
     one_empty: Literal["inf", "diagonal", "nan"] = "inf",
 ) -> float:
-    """Robust Hausdorff distance in mm: the distance of the surfaces without the worst 5%.
+    """Robust Hausdorff distance in mm: the distance between the surfaces without the worst 5%.
 
     The 95th percentile, interpolated between ranks, of the distances from the boundary voxels (as in `surface_dice`) of
     one mask to the nearest of the other; the larger of the two directions. Pooling both directions before the
@@ -87,8 +87,8 @@ def hd95(
     Args:
         percentile: 100 is the Hausdorff distance itself.
         empty: the score of two empty masks, ``"zero"`` or ``"nan"``.
-        one_empty: the score of a single empty mask: ``"inf"``, since there is no nearest voxel; ``"diagonal"``, that of
-            the array in mm, the penalty of BraTS; or ``"nan"``, which a mean leaves out and so rewards missing.
+        one_empty: the score if only one mask is empty: ``"inf"``, since there is no nearest voxel; ``"diagonal"`` of
+            the array in mm, the penalty of BraTS; or ``"nan"``, which a mean leaves out, so missing is rewarded.
 
     Source: D. P. Huttenlocher et al., "Comparing images using the Hausdorff distance", IEEE TPAMI 1993 (the
     percentile, section III); A. A. Taha and A. Hanbury, BMC Med Imaging 2015.
@@ -133,7 +133,7 @@ def lesion_f1(
 def volume_error_mm3(
     prediction: Any, reference: Any, spacing_mm: Sequence[float], signed: bool = False, empty: NoError = "zero"
 ) -> float:
-    """Absolute difference of the two volumes, in mm³; `signed` (prediction − reference) has the bias as its mean."""
+    """Absolute difference of the two volumes, in mm³; with `signed`, prediction − reference, whose mean is the bias."""
     predicted, expected = mask_pair(prediction, reference)
     voxel_mm3 = float(np.prod(validate_spacing(spacing_mm, predicted.ndim)))
     empty_score = get_convention_score(empty, _NO_ERROR, "empty")
@@ -153,8 +153,8 @@ def relative_volume_error(
 ) -> float:
     """Difference of the two volumes as a share of the reference; 1 for a missed structure.
 
-    `signed` (prediction − reference) has the bias as its mean. `reference_empty` is the error where only the reference
-    is empty.
+    With `signed`, (prediction − reference) / reference, whose mean is the bias. `reference_empty` is the error where
+    only the reference is empty.
     """
     predicted, expected = mask_pair(prediction, reference)
     empty_score = get_convention_score(empty, _NO_ERROR, "empty")
@@ -180,7 +180,7 @@ def _surface_distances_mm(
     predicted: np.ndarray, expected: np.ndarray, spacing: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Distances from the boundary voxels of each mask to the nearest of the other; neither mask is empty."""
-    # Both surfaces are in the bounding box, so that no distance changes.
+    # Both surfaces lie in the bounding box, so cropping to it changes no distance.
     window = ndimage.find_objects((predicted | expected).astype(np.uint8))[0]
     surface_p, surface_r = _boundary(predicted[window]), _boundary(expected[window])
     # The distance transform measures from each voxel to the nearest zero, hence the inversion.
@@ -198,5 +198,5 @@ def _count_detected(lesions: np.ndarray, other: np.ndarray, structure: np.ndarra
 
 
 def _boundary(mask: np.ndarray) -> np.ndarray:
-    # Erosion takes the outside of the array as background, so that an object at its edge has a boundary there.
+    # Erosion treats the outside of the array as background, so an object at its edge has a boundary there.
     return mask & ~ndimage.binary_erosion(mask)

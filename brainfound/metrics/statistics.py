@@ -61,7 +61,7 @@ def bootstrap_interval(
 
     Args:
         values: (N, …) arrays.
-        subjects: (N,) the subject of each case; those of a subject are drawn together. Default: one case per subject.
+        subjects: (N,) the subject of each case; its cases are drawn together. Default: one case per subject.
 
     Raises:
         UsageError: there are no cases, the lengths differ, or no resample has a score.
@@ -78,7 +78,7 @@ def bootstrap_interval(
     resampled = np.empty(num_resamples)
     for i in range(num_resamples):
         drawn = generator.integers(len(groups), size=len(groups))
-        # One case per subject, the usual form, needs no joining, which would take most of the time.
+        # With one case per subject, as is usual, skip the concatenation, which would take most of the time.
         single = len(groups) == len(owner)
         cases = by_subject[drawn] if single else np.concatenate([groups[g] for g in drawn])
         resampled[i] = metric(*(array[cases] for array in arrays))
@@ -97,8 +97,8 @@ def paired_permutation_test(
     """Two-sided p value of ``metric(a) − metric(b)`` for two systems scored on the same subjects, in (0, 1].
 
     Under the null hypothesis the systems are exchangeable within each subject. If there are at most `num_permutations`
-    exchanges, all are counted and p is exact; otherwise they are drawn, and p is (hits + 1) / (drawn + 1), never 0. It
-    is ``nan`` where the metric of a system is undefined.
+    exchanges, all are enumerated and p is exact; otherwise they are drawn, and p is (hits + 1) / (drawn + 1), never 0.
+    p is ``nan`` where the metric of a system is undefined.
 
     Args:
         a, b: (N, …) the values of the systems, one row per case: scores such as Dice, or predictions with a metric that
@@ -138,7 +138,7 @@ def holm(p_values: Any) -> np.ndarray:
     """Holm's correction of p values (M,) for their number; controls the family-wise error rate without independence.
 
     The smallest is multiplied by M, the next by M − 1, and so on; none is smaller than the one before it, and none
-    above 1. A ``nan``, an undefined test, stays and does not count in M. Raises `UsageError` for a value outside of
+    above 1. A ``nan``, an undefined test, stays and is not counted in M. Raises `UsageError` for a value outside of
     0–1.
 
     Source: S. Holm, "A simple sequentially rejective multiple test procedure", Scand J Stat 1979.
@@ -242,7 +242,7 @@ def _areas_and_covariance(labels: Any, systems: list[Any]) -> tuple[np.ndarray, 
 
 @dataclass(frozen=True)
 class FoldTest:
-    """The mean over folds of a − b with its interval, and the t-test of it."""
+    """The mean over folds of a − b, with its interval and t-test."""
 
     difference: float
     low: float

@@ -39,10 +39,10 @@ def finite_array(values: Any, where: str) -> np.ndarray:
 
 
 def value_pair(target: Any, prediction: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Target and prediction of a regression, ``(N,)`` each, finite and of one shape."""
+    """Target and prediction of a regression, ``(N,)`` each, finite and of equal shape."""
     expected, predicted = finite_array(target, "target"), finite_array(prediction, "prediction")
     if expected.shape != predicted.shape:
-        # Before flattening: (N,) and (N, 1) differ most often by a forgotten squeeze.
+        # Checked before flattening: (N,) against (N, 1) usually means a forgotten squeeze.
         raise UsageError("target and prediction differ in shape", got=f"{expected.shape} and {predicted.shape}")
     if expected.size == 0:
         raise UsageError("there is nothing to score", got="no values", expected="one value per case")
@@ -64,7 +64,7 @@ def label_pair(labels: Any, predictions: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def mask_pair(prediction: Any, reference: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Two binary masks of one shape, as bool."""
+    """Two binary masks of equal shape, as bool."""
     predicted, expected = _mask(prediction, "prediction"), _mask(reference, "reference")
     if predicted.shape != expected.shape:
         raise UsageError("prediction and reference differ in shape", got=f"{predicted.shape} and {expected.shape}")

@@ -1,7 +1,7 @@
 """Aggregators: the slice embeddings of a volume → one volume embedding.
 
-`AGGREGATORS` is the registry: a new aggregator is a class and one line. Padding is not masked but left out: volumes
-with the same number of valid slices are gathered and pooled together, so no padding can change a bit of the result.
+`AGGREGATORS` is the registry: a new aggregator is a class and one line. Padding is dropped rather than masked:
+volumes with the same number of valid slices are pooled together, so padding cannot change the result by a single bit.
 
 Axis legend: B volumes, S slices, D width.
 """
@@ -28,7 +28,7 @@ class Aggregation(NamedTuple):
 
 
 class Aggregator(nn.Module, ABC):
-    """Base: leaves padding out; a subclass pools volumes in which every slice is valid."""
+    """Base class that drops padding; subclasses pool volumes in which every slice is valid."""
 
     has_weights = True
 
@@ -36,7 +36,7 @@ class Aggregator(nn.Module, ABC):
     def pool(
         self, slices: Float[Tensor, "volumes slices width"], positions_mm: Float[Tensor, "volumes slices"]
     ) -> tuple[Tensor, Tensor | None]:
-        """Volume embeddings (B, D) and slice weights (B, S) or None, of volumes without padding."""
+        """Pool volumes without padding into embeddings (B, D) and slice weights (B, S), or None."""
 
     def forward(
         self,
@@ -50,7 +50,7 @@ class Aggregator(nn.Module, ABC):
             slice_mask: True where a slice is valid; None: all are.
             positions_mm: None: valid slices 1 mm apart, centred on 0.
         """
-        # Subjects may differ by less than bfloat16 resolves; a product per slice costs nothing.
+        # Differences between subjects may be below bfloat16 resolution; full precision is cheap here.
         with torch.autocast(slice_embeddings.device.type, enabled=False):
             if (weight := next(self.parameters(), None)) is not None:
                 slice_embeddings = slice_embeddings.to(weight.dtype)
@@ -87,12 +87,12 @@ class MeanAggregator(Aggregator):
 
 
 class MaxAggregator(Aggregator):
-    """The maximum over slices of each feature; keeps a finding in a single slice, which a mean would dilute."""
+    """The maximum of each feature over slices; keeps a finding in a single slice that a mean would dilute."""
 
     has_weights = False
 
     def pool(self, slices: Tensor, positions_mm: Tensor) -> tuple[Tensor, None]:
-        # amax shares the gradient among equal slices, so a repeated slice keeps it invariant to order.
+        # amax splits the gradient among ties, so it stays invariant to order when slices repeat.
         return slices.amax(dim=1), None
 
 
@@ -168,7 +168,7 @@ class SliceBlock(nn.Module):
 
 
 def num_heads_for(width: int, head_width: int = 64) -> int:
-    """The number of heads nearest to width/64 from below that divides `width`.
+    """The largest number of heads up to `width` / `head_width` that divides `width`.
 
     >>> num_heads_for(384), num_heads_for(1024), num_heads_for(32)
     (6, 16, 1)
@@ -194,7 +194,7 @@ AGGREGATORS: dict[str, Callable[[PreTrainedConfig], Aggregator]] = {
     "attention": lambda config: AttentionAggregator(config.embedding_size, config.aggregator_width),
     "transformer": lambda config: TransformerAggregator(config.embedding_size, config.aggregator_layers),
 }
-"""Name → constructor from a `BrainFoundConfig`, which takes its known names from here."""
+"""Name → constructor from a `BrainFoundConfig`, which validates names against it."""
 
 
 def _centred_positions(slices: Tensor) -> Tensor:

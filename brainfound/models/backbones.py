@@ -1,7 +1,7 @@
-"""Backbones: plain 2-D ViTs from the Hugging Face Hub or a folder, read whole or refused.
+"""Backbones: plain 2-D ViTs from the Hugging Face Hub or a folder, loaded completely or refused.
 
 `FAMILIES` is the registry: a new family is one line there and, where it differs from DINOv2, a subclass of `Family`.
-The supported model types, the checks of `BrainFoundConfig` and the loading derive from it.
+The supported model types, the checks of `BrainFoundConfig` and loading derive from it.
 
 Sources: DINOv2 (arXiv 2304.07193), ViT (2010.11929), DeiT (2012.12877).
 """
@@ -38,19 +38,19 @@ from brainfound.models.hub import (
     unreadable_model_error,
 )
 
-# A pretrained ViT may lack these: masking starts from zeros, and no pooler is used.
+# Weights that a pretrained ViT may lack: the mask token starts at zero, and poolers are unused.
 _MAY_BE_MISSING = ("mask_token", "pooler.")
 
 
 class Family:
-    """A family of 2-D ViTs of the library, given its class of the plain encoder. The defaults are those of DINOv2."""
+    """A family of 2-D ViTs in transformers, given by its plain encoder class. The defaults are those of DINOv2."""
 
     becomes: ClassVar[str | None] = None
-    """The model type that its checkpoints are converted to; None: no conversion."""
+    """Model type to which checkpoints are converted; None: no conversion."""
     load_options: ClassVar[dict[str, Any]] = {}
-    """Further arguments of the library's `from_pretrained`."""
+    """Extra arguments for the transformers `from_pretrained`."""
     on_top: ClassVar[tuple[str, ...] | None] = None
-    """Prefixes of the weights above the encoder that a file may hold; others are refused. None: no check."""
+    """Allowed prefixes of extra checkpoint weights on top of the encoder; others are refused. None: no check."""
     blocks: ClassVar[str] = "encoder.layer"
     """Path of the transformer blocks in the model."""
     norm: ClassVar[str] = "layernorm"
@@ -64,7 +64,7 @@ class Family:
         return self.model_class.config_class  # type: ignore[return-value]
 
     def resolve_config(self, source: str, config: PreTrainedConfig) -> PreTrainedConfig:
-        """The configuration of the backbone that `load` returns; a ModelError if it cannot be used."""
+        """The configuration of the backbone that `load` returns; raises ModelError if it is unsupported."""
         return config
 
     def load(
@@ -75,11 +75,11 @@ class Family:
         attn_implementation: str | None,
         hub_options: Mapping[str, Any],
     ) -> PreTrainedModel:
-        """The backbone of a checkpoint; arguments and errors as `load_backbone`."""
+        """Load the backbone of a checkpoint; arguments and errors as in `load_backbone`."""
         if drop_path_rate is not None:
             config.drop_path_rate = float(drop_path_rate)
         model = self.read(source, config, attn_implementation, hub_options)
-        # Kept in `backbone_source`; here it would travel inside every saved configuration as a path of this machine.
+        # The source is kept in `backbone_source`; here a local path would end up in every saved configuration.
         model.config.name_or_path = ""
         if model.embeddings.mask_token is None:
             model.embeddings.mask_token = nn.Parameter(torch.zeros(1, config.hidden_size))
@@ -88,8 +88,8 @@ class Family:
     def read(
         self, source: str, config: PreTrainedConfig, attn_implementation: str | None, hub_options: Mapping[str, Any]
     ) -> Any:
-        """The library's model in float32 with every weight from its file; a mask token that it lacks is zero."""
-        # With the loading info the library returns two values, which its types omit.
+        """The transformers model in float32 with all weights from the checkpoint; a missing mask token is zero."""
+        # Any: with output_loading_info it returns a pair, which its annotations omit.
         from_pretrained: Any = self.model_class.from_pretrained
         try:
             with silence_transformers():
@@ -121,21 +121,21 @@ class Family:
         return model
 
     def image_statistics(self, source: str, hub_options: Mapping[str, Any]) -> dict[str, float]:
-        """`image_mean` and `image_std` of a checkpoint, where they are not the default of `BrainFoundConfig`."""
+        """`image_mean` and `image_std` of a checkpoint, where they differ from the defaults of `BrainFoundConfig`."""
         return {}
 
 
 _PREPROCESSOR_FILE = "preprocessor_config.json"
-# The defaults of the library's ViTImageProcessor.
+# The defaults of the transformers ViTImageProcessor.
 _VIT_MEAN, _VIT_STD = 0.5, 0.5
 
 
 class SupervisedViT(Family):
-    """Google's ViT and DeiT without distillation (model type "vit"); each becomes a Dinov2.
+    """Google's ViT and DeiT without distillation (model type "vit"), converted to Dinov2.
 
     Both are pre-norm transformers. Dinov2 scales each residual branch by a learned vector and a supervised ViT does
-    not: with that scale at one the two compute the same function. The library resamples both position grids by one
-    rule (bicubic, by size; for the supervised ViT with `interpolate_pos_encoding=True`).
+    not: with that scale set to one, both compute the same function. Both position grids are resampled alike (bicubic,
+    by size; for the supervised ViT with `interpolate_pos_encoding=True`).
     """
 
     becomes: ClassVar[str | None] = "dinov2"
@@ -166,7 +166,7 @@ class SupervisedViT(Family):
         return _to_dinov2(self.read(source, config, attn_implementation, hub_options), drop_path_rate)
 
     def image_statistics(self, source: str, hub_options: Mapping[str, Any]) -> dict[str, float]:
-        """As of the preprocessor, averaged over red, green and blue, because contrasts are no colours."""
+        """The statistics of the preprocessor, averaged over RGB, because contrasts are not colours."""
         path = _find_preprocessor(source, hub_options)
         if path is None:
             return {"image_mean": _VIT_MEAN, "image_std": _VIT_STD}
@@ -218,7 +218,7 @@ def _to_dinov2_config(config: PreTrainedConfig, drop_path_rate: float | None = N
     return Dinov2Config(
         **{name: getattr(config, name) for name in f"{same} patch_size num_channels qkv_bias".split()},
         mlp_ratio=config.intermediate_size // config.hidden_size,
-        attention_probs_dropout_prob=0.0,  # packed crops have no dropout of attention; `load` warns of it
+        attention_probs_dropout_prob=0.0,  # packed attention has no dropout; `load` warns about it
         layerscale_value=1.0,
         drop_path_rate=float(drop_path_rate or 0.0),
     )
@@ -233,7 +233,7 @@ def _to_dinov2(vit: PreTrainedModel, drop_path_rate: float | None = None) -> Pre
         for scale in ("layer_scale1", "layer_scale2"):
             weights[f"encoder.layer.{layer}.{scale}.lambda1"] = torch.ones(config.hidden_size)
     converted = _to_dinov2_config(config, drop_path_rate)
-    # On the meta device: every weight is assigned, so none needs to be drawn.
+    # On the meta device: every weight is assigned below, so none needs initialising.
     with torch.device("meta"):
         model = AutoModel.from_config(converted, attn_implementation=config._attn_implementation)
     model.load_state_dict(weights, assign=True)
@@ -264,7 +264,7 @@ def _find_preprocessor(source: str, hub_options: Mapping[str, Any]) -> Path | No
 
 
 def _channel_mean(value: float | list[float]) -> float:
-    """The mean over channels, rounded to hide the last digits of binary fractions."""
+    """The mean over channels, rounded to hide floating-point noise."""
     return round(fmean(float(number) for number in (value if isinstance(value, list) else [value])), 6)
 
 
@@ -281,7 +281,7 @@ FAMILIES: dict[str, Family] = {
     "dinov2_with_registers": Family(Dinov2WithRegistersModel),
     "vit": SupervisedViT(ViTModel),
 }
-"""Model type → family, of every ViT that a model can start from."""
+"""Model type → family of every ViT that a model can start from."""
 SUPPORTED_BACKBONES = tuple(name for name, family in FAMILIES.items() if family.becomes is None)
 """The model types that a BrainFound model can have as `backbone_config`; the first one is the default."""
 
@@ -293,12 +293,12 @@ def load_backbone(
     attn_implementation: str | None = None,
     **hub_options: Any,
 ) -> PreTrainedModel:
-    """A Hub ViT with float32 weights, every one of them read from its file; arguments as for `from_backbone`.
+    """Load a ViT from the Hub or a folder, with float32 weights; arguments as in `from_backbone`.
 
     A supervised ViT (model type "vit") is returned as a Dinov2 model that computes the same function.
 
     Raises:
-        ModelError: if it cannot be read, is of another family, or lacks weights (the keys are named).
+        ModelError: if it cannot be read, belongs to an unsupported family, or lacks weights (the error names them).
     """
     source, config, family = _find_family(id_or_folder, hub_options)
     return family.load(source, config, drop_path_rate, attn_implementation, hub_options)
@@ -311,7 +311,7 @@ def load_backbone_config(id_or_folder: str | Path, **hub_options: Any) -> PreTra
 
 
 def load_image_statistics(id_or_folder: str | Path, **hub_options: Any) -> dict[str, float]:
-    """`image_mean` and `image_std` of a checkpoint, where they are not the default of `BrainFoundConfig`."""
+    """`image_mean` and `image_std` of a checkpoint, where they differ from the defaults of `BrainFoundConfig`."""
     source, _, family = _find_family(id_or_folder, hub_options)
     return family.image_statistics(source, hub_options)
 
@@ -335,7 +335,7 @@ def _find_family(id_or_folder: str | Path, hub_options: dict[str, Any]) -> tuple
 
 
 def mark_as_loaded(module: nn.Module) -> None:
-    """Set the flag by which the library's `post_init` leaves loaded weights alone."""
+    """Set the flag that makes the transformers `post_init` leave loaded weights alone."""
     for part in module.modules():
         part._is_hf_initialized = True  # type: ignore[assignment]
 

@@ -1,12 +1,12 @@
-"""The loop of pretraining over the transformer blocks of a Hub ViT, with selective recomputation.
+"""The pretraining loop over the transformer blocks of a Hub ViT, with selective recomputation.
 
-The sub-modules of the library's blocks are called, so adapters, sharding and hooks on them keep working.
+It calls the sub-modules of the transformers blocks, so adapters, sharding and hooks on them keep working.
 
-- Stochastic depth (1603.09382) by subsets of the batch as in DINOv2 (arXiv 2304.07193, section 5): of each group a
-  fixed number of sequences goes through a residual branch and is scaled by n / kept.
+- Stochastic depth (1603.09382) by subsets of the batch as in DINOv2 (arXiv 2304.07193, section 5): a fixed number of
+  sequences of each group passes through a residual branch and is scaled by n / kept.
 - Selective recomputation (Korthikanti et al. 2022, arXiv 2205.05198, section 5): results of matrix products and
-  attention are kept; norms, activations, softmaxes and casts are recomputed. PyTorch's selective checkpointing demands
-  the same operations in both passes; sharded training gathers weights more often in one, so only products count here.
+  attention are kept; norms, activations, softmaxes and casts are recomputed. PyTorch's selective checkpointing requires
+  identical operations in both passes, but sharded training gathers weights more often in one: match products only.
 
 Axis legend: ``n`` sequences of a group, ``L`` tokens of each, ``T`` tokens of all groups, ``D`` width.
 """
@@ -35,7 +35,7 @@ SavedActivations = Literal["all", "products", "inputs"]
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype in which products of this tensor are computed: that of autocast, if it is on."""
+    """The dtype of matrix products with this tensor: that of autocast if enabled, else its own."""
     kind = tensor.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
 
@@ -62,11 +62,11 @@ class BlockRunner:
     attention: Branch = attention_branch
     mlp: Branch = mlp_branch
     kept: SavedActivations = "all"
-    """In a branch, for the backward pass: "all"; "products", of matrices and attention; "inputs", none."""
+    """What a branch keeps for its backward pass: "all", "products" (of matrices and attention) or "inputs" alone."""
 
     def compiled(self) -> BlockRunner:
-        """The same with both branches compiled: one graph per shape, shared by all blocks."""
-        # Student, teacher and anchor share these functions, each with its shapes, with and without adapters.
+        """A copy with both branches compiled: one graph per shape, shared by all blocks."""
+        # Student, teacher and anchor share these functions, each with its own shapes, with and without adapters.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         attention, mlp = (torch.compile(branch, dynamic=False) for branch in (attention_branch, mlp_branch))
         # In a compiled branch the compiler chooses the kept activations, by the same rule as "products".
@@ -78,7 +78,7 @@ class BlockRunner:
     ) -> list[Float[Tensor, "n L D"]]:
         """Run groups of sequences through the blocks; sequences do not attend to each other.
 
-        `drop_path` is the share of each group's sequences that a residual branch leaves out, drawn anew every time.
+        `drop_path` is the share of each group's sequences that a residual branch skips, drawn anew for each branch.
         """
         packing = Packing(tuple((group.shape[0], group.shape[1]) for group in groups))
         tokens = torch.cat([group.flatten(0, 1) for group in groups])
@@ -115,14 +115,14 @@ class BlockRunner:
 
 
 def _autocast_without_cache(kind: str) -> AbstractContextManager[Any]:
-    """The present autocast without its cache of cast weights, which would hold those of all blocks at once."""
+    """The current autocast without its weight cache, which would hold the cast weights of all blocks at once."""
     if not torch.is_autocast_enabled(kind):
         return nullcontext()
     return torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), cache_enabled=False)
 
 
 def kept_packing(packing: Packing, drop_path: float) -> Packing:
-    """The sequences of each run that go through a branch: at least one, so that every weight gets a gradient."""
+    """The sequences of each run that pass through a branch: at least one, so that every weight gets a gradient."""
     return Packing(tuple((max(1, round(count * (1 - drop_path))), length) for count, length in packing.runs))
 
 
@@ -138,9 +138,9 @@ def sample_kept_tokens(packing: Packing, kept: Packing, device: torch.device) ->
 
 
 def checkpoint_except_matmuls(function: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    """``function(*arguments)``, whose backward pass recomputes everything but products. It may run once.
+    """Call ``function(*arguments)`` so that its backward pass, which may run once, recomputes all but products.
 
-    The backward pass raises a RuntimeError if it has other products, or the result of one was changed in place.
+    The backward pass raises RuntimeError if it meets other products, or a kept result was changed in place.
     """
 
     def contexts() -> tuple[TorchDispatchMode, TorchDispatchMode]:
@@ -193,7 +193,7 @@ class _RecordMode(TorchDispatchMode):
 
 
 class _ReplayMode(_RecordMode):
-    """Returns them in this order instead of computing them."""
+    """Returns the recorded results in order instead of recomputing the products."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not _is_product(func):

@@ -1,4 +1,4 @@
-"""The configuration of every BrainFound model; the names of its parts are those of their registries."""
+"""The configuration of all BrainFound models; the registries define the names of its parts."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class BrainFoundConfig(PreTrainedConfig):
 
     model_type = "brainfound"
     sub_configs = {"backbone_config": AutoConfig}  # noqa: RUF012  (the base class declares it so)
-    # The library's Trainer adds this to a list of its own.
+    # A list, because the transformers Trainer concatenates it with one.
     keys_to_ignore_at_inference = [  # noqa: RUF012
         "volume_embedding",
         "slice_embeddings",
@@ -50,7 +50,7 @@ class BrainFoundConfig(PreTrainedConfig):
     backbone_config: Any = None
     """Configuration of the 2-D ViT, of a type in `SUPPORTED_BACKBONES`, or its content as a dict; None: a Dinov2."""
     backbone_source: str | None = None
-    """Hub id or folder that the backbone's first weights came from."""
+    """Hub id of the backbone's initial weights; None for a local folder."""
     contrasts: Sequence[str] = ("T1w", "T2w", "FLAIR")
     """The contrasts of axis C, in order."""
     stem: str = "channels"
@@ -81,7 +81,7 @@ class BrainFoundConfig(PreTrainedConfig):
     decoder_slice_mixing: bool = False
     """Mix neighbouring slices in the decoder with a depthwise convolution along the slice axis."""
     overlapping_labels: bool = False
-    """Segmentation: each label is a sigmoid of its own, without a background class; a pixel may have any number."""
+    """Segmentation: each label has its own sigmoid, without a background class; a pixel may have several."""
     segmentation_loss: str = "dice_cross_entropy"
     """"dice_cross_entropy", or for small structures "dice_focal", "tversky" or "focal_tversky"."""
     tversky_alpha: float = 0.3
@@ -89,7 +89,7 @@ class BrainFoundConfig(PreTrainedConfig):
     tversky_beta: float = 0.7
     """Weight of false negatives in the Tversky losses."""
     tversky_gamma: float = 4 / 3
-    """"focal_tversky" is the Tversky loss to the power 1/this."""
+    """"focal_tversky" is the Tversky loss to the power 1 / `tversky_gamma`."""
     focal_gamma: float = 2.0
     """"dice_focal": a pixel's cross-entropy is multiplied by (1 − probability of the truth) to this power."""
     head_dropout: float = 0.1
@@ -112,7 +112,7 @@ class BrainFoundConfig(PreTrainedConfig):
     regression_label_width: float = 1.0
     """Standard deviation of the Gaussian soft label that trains the bins, in widths of a bin."""
     class_weights: list[float] | None = None
-    """Classification: weight of a volume of each class in the loss, multi-label of a positive of each label."""
+    """Classification: loss weight of each class; with multi-label targets, of the positives of each label."""
     classification_focal_gamma: float = 0.0
     """Classification: the exponent of the focal loss; 0: cross-entropy."""
     initializer_range: float = 0.02
@@ -126,7 +126,7 @@ class BrainFoundConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in the library; another number of classes drops the names and weights of the saved ones."""
+        """As in transformers; a different number of classes drops the saved class names and weights."""
         content = dict(config_dict)
         saved, requested = _count_labels(content), _count_labels(kwargs)
         if requested is not None and requested != (saved or 2):
@@ -135,7 +135,7 @@ class BrainFoundConfig(PreTrainedConfig):
         return super().from_dict(content, **kwargs)
 
     def require_valid(self) -> None:
-        """Check the fields (ModelError), and adapt the backbone's configuration to them."""
+        """Validate the fields (raises ModelError) and adapt the backbone's configuration to them."""
         for field, known in _KNOWN_NAMES.items():
             _require_known(field, getattr(self, field), known)
         _require_known("backbone_config.model_type", self.backbone_config.model_type, SUPPORTED_BACKBONES)
@@ -208,7 +208,7 @@ class BrainFoundConfig(PreTrainedConfig):
 
     @property
     def num_classes(self) -> int:
-        """Outputs K of a head: `num_labels`, 2 by default."""
+        """Number K of head outputs: `num_labels`, 2 by default."""
         return int(self.num_labels or 2)
 
     @property
@@ -223,7 +223,7 @@ class BrainFoundConfig(PreTrainedConfig):
 
     @property
     def resolved_decoder_layers(self) -> list[int]:
-        """The decoded blocks: `decoder_layers`, or up to four evenly spaced ones that end with the last."""
+        """The blocks to decode: `decoder_layers`, or up to four evenly spaced ones ending with the last."""
         if self.decoder_layers is not None:
             return sorted(set(self.decoder_layers))
         depth = int(self.backbone_config.num_hidden_layers)

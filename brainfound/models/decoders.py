@@ -40,7 +40,7 @@ class Decoder(nn.Module, ABC):
         channels = config.decoder_width * len(self.layers)
         self.slice_mixing = SliceMixing(channels) if config.decoder_slice_mixing else None
         width = config.hidden_size
-        # By block: tokens (…, D) → features (…, F). A norm each: blocks differ in scale by an order of magnitude.
+        # Per block: tokens (…, D) → features (…, F). One norm each: scales differ by an order of magnitude.
         self.projections = nn.ModuleDict(
             {str(n): nn.Sequential(nn.LayerNorm(width), nn.Linear(width, config.decoder_width)) for n in self.layers}
         )
@@ -61,7 +61,7 @@ class Decoder(nn.Module, ABC):
         pixels: Float[Tensor, "slices contrasts height width"] | None = None,
         presence: Bool[Tensor, "slices contrasts"] | None = None,
     ) -> Float[Tensor, "slices classes finer_rows finer_columns"]:
-        """The fused map → class scores, at the decoder's own resolution; `pixels` where it `reads_image`."""
+        """Fused map → class scores at the decoder's own resolution; `pixels` are required if it `reads_image`."""
 
     def forward(
         self,
@@ -74,7 +74,7 @@ class Decoder(nn.Module, ABC):
         """Fused maps of the valid slices, volume by volume → class scores at `size` (height, width) pixels.
 
         Args:
-            pixels: for a decoder that `reads_image`: the slices (N, C, H, W), 0–1 or uint8.
+            pixels: the slices (N, C, H, W), 0–1 or uint8, for a decoder that `reads_image`.
             presence: True where a slice has a contrast; None: all.
         """
         if self.slice_mixing is not None:
@@ -123,7 +123,7 @@ class FpnDecoder(Decoder):
     """A feature pyramid from several blocks (Lin et al. 2017, §3; the levels of a ViT as in Li et al. 2022, §3).
 
     Early blocks are upsampled to strides of a quarter and a half patch with transposed convolutions, the later ones
-    stay at one patch; they are fused from deep to shallow. Class scores have a quarter of a patch as resolution.
+    stay at one patch; they are fused from deep to shallow. The resolution of the class scores is a quarter patch.
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:
@@ -156,7 +156,7 @@ class UnetrDecoder(Decoder):
 
     The deepest block's map is doubled step by step and merged with the maps of shallower blocks, upsampled by
     transposed convolutions of their own, and at the end with the slice's pixels after two convolutions. Widths halve
-    with each doubling. Where doubling does not end at one pixel (a patch of 14), the next finer map is interpolated.
+    with each doubling. Where doubling overshoots the pixel grid (a patch of 14), the result is resampled to it.
     As in the stem, absent contrasts are zero after the normalisation and the others are rescaled.
     """
 
@@ -170,13 +170,13 @@ class UnetrDecoder(Decoder):
         last = doublings_to_pixels(patch_size)
         narrowest = min(config.decoder_width, 16)
         widths = [max(config.decoder_width // 2**step, narrowest) for step in range(last + 1)]
-        met = [self.doublings.count(step) for step in range(last + 1)]
+        num_maps = [self.doublings.count(step) for step in range(last + 1)]
         self.tokens = nn.ModuleList(_upsampling_path(widths[: step + 1]) for step in self.doublings)
-        self.entry = _fusion_block(met[0] * widths[0], widths[0])
+        self.entry = _fusion_block(num_maps[0] * widths[0], widths[0])
         self.doubling = nn.ModuleList(_doubling(coarse, fine) for coarse, fine in pairwise(widths))
         self.merging = nn.ModuleList(
-            _fusion_block((1 + num_met) * width, width)
-            for num_met, width in zip(met[1:last], widths[1:last], strict=True)
+            _fusion_block((1 + num_skips) * width, width)
+            for num_skips, width in zip(num_maps[1:last], widths[1:last], strict=True)
         )
         self.image = _fusion_block(config.num_contrasts, widths[last])
         self.exit = _fusion_block(2 * widths[last], widths[last])
@@ -230,7 +230,7 @@ def doublings_of_tokens(num_layers: int, patch_size: int) -> list[int]:
 
 
 DECODERS: dict[str, type[Decoder]] = {"linear": LinearDecoder, "fpn": FpnDecoder, "unetr": UnetrDecoder}
-"""Name → class, of every decoder; `BrainFoundConfig` takes its known names from here."""
+"""Name → class of every decoder; `BrainFoundConfig` validates names against it."""
 
 
 def _doubling(coarse: int, fine: int) -> nn.ConvTranspose2d:
@@ -243,7 +243,7 @@ def _upsampling(width: int, factor: int) -> nn.Sequential:
 
 
 def _upsampling_path(widths: Sequence[int]) -> nn.Sequential:
-    """Transposed convolutions, each with a convolution behind it."""
+    """Transposed convolutions, each followed by a convolution."""
     return nn.Sequential(
         *(part for coarse, fine in pairwise(widths) for part in (_doubling(coarse, fine), *_convolution(fine)))
     )
@@ -254,7 +254,7 @@ def _fusion_block(channels: int, width: int) -> nn.Sequential:
 
 
 def _convolution(width: int, channels: int | None = None) -> nn.Sequential:
-    """A convolution to `width` channels from as many, or from `channels`."""
+    """A convolution from `channels` (by default `width`) to `width` channels, with norm and GELU."""
     return nn.Sequential(nn.Conv2d(channels or width, width, kernel_size=3, padding=1), _norm(width), nn.GELU())
 
 

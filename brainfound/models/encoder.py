@@ -1,6 +1,6 @@
-"""The slice encoder, a 2-D ViT that reads the contrasts of one slice, and the valid slices of a batch of volumes.
+"""The slice encoder, a 2-D ViT that reads the contrasts of one slice, and the batching of valid slices.
 
-Axis legend: B volumes, S slices of each, N valid slices in a row, C contrasts, M images given to the ViT, H W pixels,
+Axis legend: B volumes, S slices of each, N valid slices of all, C contrasts, M input images of the ViT, H W pixels,
 P patches, D width.
 """
 
@@ -26,7 +26,7 @@ Slices = Float[Tensor, "slices contrasts height width"] | UInt8[Tensor, "slices 
 
 
 class SliceEncoding(NamedTuple):
-    """Output of the encoder for N slices; `cls` and `patches` are after the backbone's last layer norm."""
+    """Output of the encoder for N slices; `cls` and `patches` are taken after the backbone's last layer norm."""
 
     cls: Float[Tensor, "slices width"]
     patches: Float[Tensor, "slices patches width"]
@@ -34,7 +34,7 @@ class SliceEncoding(NamedTuple):
     """1-based block → its patch tokens (N, P, D), before the last layer norm."""
 
     def embedding(self, features: str) -> Float[Tensor, "slices embedding"]:
-        """One vector per slice, by `config.slice_features`."""
+        """One vector per slice; `features` is a `config.slice_features`."""
         if features == "cls":
             return self.cls
         # In float32: a mean over hundreds of bfloat16 tokens would lose the differences between slices.
@@ -51,7 +51,7 @@ class SliceEncoder(nn.Module):
     """
 
     backbone: Any
-    """The library's ViT, with the stem in place of its patch embedding."""
+    """The transformers ViT, with the stem in place of its patch embedding."""
 
     def __init__(self, config: BrainFoundConfig, backbone: PreTrainedModel | None = None) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class SliceEncoder(nn.Module):
         self.backbone.embeddings.patch_embeddings = stem
 
     def change_stem(self, config: BrainFoundConfig) -> None:
-        """Replace the stem by the configuration's, which starts from the weights of the old one."""
+        """Switch to the stem of `config`, initialised from the current one."""
         old = self.backbone.embeddings.patch_embeddings
         stem = STEMS[config.stem](config).to(old.projection.weight)
         stem.init_from(old)
@@ -97,7 +97,7 @@ class SliceEncoder(nn.Module):
         bool_masked_pos: Bool[Tensor, "slices patches"] | None = None,
         layers: Sequence[int] = (),
     ) -> SliceEncoding:
-        """Encode slices of 0–1 or uint8.
+        """Encode slices with pixels in 0–1 or uint8.
 
         Args:
             contrast_mask: True where a contrast is present; None: all are.
@@ -130,9 +130,9 @@ class SliceEncoder(nn.Module):
         return SliceEncoding(images.mean(encoding.cls), images.mean(encoding.patches), hidden)
 
     def _run(self, tokens: Tensor, layers: Sequence[int]) -> SliceEncoding:
-        """Embedded tokens through the library's blocks, one after the other."""
+        """Run embedded tokens through the transformers blocks, one after the other."""
         hidden = {}
-        # The library's own loop keeps the tokens of all blocks or of none.
+        # The transformers loop keeps the tokens of all blocks or of none.
         for number, block in enumerate(self.blocks, start=1):
             tokens = block(tokens)
             if number in layers:
@@ -145,9 +145,9 @@ class SliceEncoder(nn.Module):
         contrast_mask: Bool[Tensor, "slices contrasts"] | None = None,
         bool_masked_pos: Bool[Tensor, "slices patches"] | None = None,
     ) -> Float[Tensor, "slices tokens width"]:
-        """Slices → tokens in front of the first block: CLS, registers, then patches row by row, with their positions.
+        """Slices → input tokens of the first block: CLS, registers, then patches row by row, with their positions.
 
-        The stem "per_contrast" is refused: there a slice has one row of tokens per present contrast, which are
+        The stem "per_contrast" is refused: it gives a slice one token sequence per present contrast, and these are
         averaged only after the last layer norm.
         """
         if self.stem == "slices":
@@ -162,17 +162,17 @@ class SliceEncoder(nn.Module):
     def transform(
         self, groups: Sequence[Float[Tensor, "slices tokens width"]], drop_path: float = 0.0
     ) -> list[Float[Tensor, "slices tokens width"]]:
-        """Tokens of groups of several lengths through all blocks and the last layer norm, packed into one sequence.
+        """Run groups of different lengths through all blocks and the last layer norm, packed into one sequence.
 
         `drop_path` is stochastic depth by subset (see `brainfound.models.blocks`), off in evaluation mode.
         """
-        # Looked up by the library's modules at every call; it stays, because checkpointing calls them again later.
+        # Transformers looks this up at every call. Not restored: checkpointing calls the modules again later.
         self.backbone.config._attn_implementation = PACKED
         groups = self._runner.run(self.blocks, groups, drop_path if self.training else 0.0)
         return [self.norm(group) for group in groups]
 
     def encoding(self, tokens: Float[Tensor, "slices tokens width"]) -> SliceEncoding:
-        """The tokens of one group after `transform`, as CLS token and patches."""
+        """Split the tokens of one group after `transform` into CLS token and patches."""
         return SliceEncoding(tokens[:, 0], tokens[:, self.num_prefix_tokens :], {})
 
     def configure_blocks(self, kernel: Kernel = "sdpa", compiled: bool = False, kept: SavedActivations = "all") -> None:
@@ -185,7 +185,7 @@ class SliceEncoder(nn.Module):
         return height // self.patch_size, width // self.patch_size
 
     def require_single_slices(self) -> None:
-        """Refuse a stem that cannot embed a slice by itself, as pretraining needs."""
+        """Refuse a stem that cannot embed a single slice, which pretraining requires."""
         if self.stem != "channels":
             why = "its neighbours" if self.stem == "slices" else "one row of tokens per contrast"
             raise ModelError(
@@ -231,7 +231,7 @@ class SliceEncoder(nn.Module):
             )
 
     def _normalise(self, pixel_values: Tensor, contrasts: Tensor | None = None) -> Slices:
-        """(Pixels − mean) / standard deviation; `contrasts` holds the contrast of each image if it has a single one."""
+        """(Pixels − mean) / std; `contrasts` holds the contrast index of each image if images have a single one."""
         pixel_values = to_unit_range(pixel_values)
         mean, std = (_per_contrast(value, pixel_values, contrasts) for value in (self.image_mean, self.image_std))
         return (pixel_values - mean) / std
@@ -289,9 +289,8 @@ class ValidSlices:
     def encode(self, layers: Sequence[int] = ()) -> Iterator[SliceEncoding]:
         """Encode the valid slices in their order, at most `chunk` images at once (see `BrainFoundConfig.slice_chunk`).
 
-        With the stem "slices" each slice comes with its neighbours below and above: the next valid slices of its
-        volume in the given order, at any distance in mm. The first and the last slice stand in for the neighbour that
-        they lack.
+        With the stem "slices" each slice comes with its neighbours below and above: the adjacent valid slices of its
+        volume in the given order, at any distance in mm. End slices replace their own missing neighbour.
         """
         num_slices_each = self.volumes_slices[1]
         for rows, pixels in self._chunks():
@@ -326,18 +325,19 @@ class ValidSlices:
             if neighbours is not None:
                 yield rows[part], self.pixels[neighbours[part]].flatten(1, 2)
             else:
-                # All slices valid and in one chunk is the common case, and needs no copy of the pixels.
+                # In the common case all slices are valid and fit one chunk: no copy of the pixels is needed.
                 whole = self.index is None and count == len(self.pixels)
                 yield rows[part], self.pixels if whole else self.pixels[rows[part]]
 
     def _chunk_sizes(self, rows: Tensor) -> list[int]:
-        """Slices of each chunk; a slice with more contrasts than fit is a chunk by itself."""
+        """Number of slices per chunk; a slice with more contrasts than fit forms its own chunk."""
         if self.encoder.stem != "per_contrast":
             return [len(part) for part in rows.split(self.chunk)]
         num_volumes, num_contrasts = self.volumes_slices[0], self.pixels.shape[1]
-        each = [num_contrasts] * num_volumes if self.contrast_mask is None else self.contrast_mask.sum(dim=1).tolist()
+        mask = self.contrast_mask
+        num_present = [num_contrasts] * num_volumes if mask is None else mask.sum(dim=1).tolist()
         sizes, num_images = [0], 0
-        for images, num_slices in zip(each, self.slices_per_volume(), strict=True):
+        for images, num_slices in zip(num_present, self.slices_per_volume(), strict=True):
             for _ in range(num_slices):
                 if sizes[-1] and num_images + images > self.chunk:
                     sizes.append(0)
@@ -383,6 +383,6 @@ def _as_mask(name: str, mask: Tensor | None, shape: tuple[int, ...], like: str =
 
 
 def require_same_shape(name: str, value: Tensor | None, shape: tuple[int, ...], like: str = "pixel_values") -> None:
-    """Refuse a tensor whose shape does not fit another one, named `like`."""
+    """Refuse a tensor whose shape is not `shape`, that of the tensor named `like`."""
     if value is not None and tuple(value.shape) != shape:
         raise ModelError(f"{name} does not fit {like}", got=f"shape {tuple(value.shape)}", expected=f"shape {shape}")

@@ -2,7 +2,7 @@
 
 Segmentation: a region term (Dice, Tversky) is computed over all slices together, because most slices lack most
 structures and a term per slice would reward empty predictions; it is averaged over the foreground classes or labels.
-A pixel term (cross-entropy, focal) is averaged over the labelled pixels. The label −100 counts in no loss.
+A pixel term (cross-entropy, focal) is averaged over the labelled pixels. All losses ignore the label −100.
 
 Axis legend: B volumes, D width, K classes or overlapping labels, N slices, H W pixels.
 """
@@ -28,7 +28,7 @@ _LOG_VARIANCE_LIMIT = 10.0
 
 
 class _LinearHead(nn.Module):
-    """Layer norm, dropout, and one linear layer, in the dtype of its weights also under autocast.
+    """Layer norm, dropout, and one linear layer, in the dtype of its weights even under autocast.
 
     A head fitted to frozen embeddings has large weights whose products cancel: in bfloat16 the rounding error is as
     large as the differences between subjects.
@@ -70,9 +70,9 @@ class RegressionHeadOutput(NamedTuple):
 class RegressionHead(_LinearHead):
     """(B, D) → a number per volume (B,), with or without uncertainty.
 
-    By `config.regression_head` the layer gives the number itself, mean and log variance of a Gaussian (Nix and Weigend
-    1994), or logits of bins over the target's range, whose expectation is the prediction (Peng et al., "Accurate brain
-    age prediction with lightweight deep neural networks", Med Image Anal 2021).
+    Depending on `config.regression_head` it outputs the number itself, mean and log variance of a Gaussian (Nix and
+    Weigend 1994), or logits of bins over the target's range, whose expectation is the prediction (Peng et al.,
+    "Accurate brain age prediction with lightweight deep neural networks", Med Image Anal 2021).
     """
 
     def __init__(self, config: BrainFoundConfig) -> None:
@@ -80,20 +80,20 @@ class RegressionHead(_LinearHead):
         self.config = config
 
     def forward(self, embedding: Float[Tensor, "volumes width"]) -> RegressionHeadOutput:
-        answer = self.compute_scores(embedding).float()
+        outputs = self.compute_scores(embedding).float()
         if self.config.regression_head == "point":
-            return RegressionHeadOutput(answer[:, 0])
+            return RegressionHeadOutput(outputs[:, 0])
         if self.config.regression_head == "gaussian":
-            log_variance = answer[:, 1].clamp(-_LOG_VARIANCE_LIMIT, _LOG_VARIANCE_LIMIT)
-            return RegressionHeadOutput(answer[:, 0], log_variance, std=torch.exp(0.5 * log_variance))
-        edges = bin_edges(self.config).to(answer.device)
+            log_variance = outputs[:, 1].clamp(-_LOG_VARIANCE_LIMIT, _LOG_VARIANCE_LIMIT)
+            return RegressionHeadOutput(outputs[:, 0], log_variance, std=torch.exp(0.5 * log_variance))
+        edges = bin_edges(self.config).to(outputs.device)
         centres, bin_width = (edges[1:] + edges[:-1]) / 2, edges[1] - edges[0]
-        shares = answer.softmax(dim=1)
-        # No product of matrices: autocast would round an age of 70.2 years to 70.
-        mean = (shares * centres).sum(dim=1)
+        probabilities = outputs.softmax(dim=1)
+        # Not a matrix product: autocast would round an age of 70.2 years to 70.
+        mean = (probabilities * centres).sum(dim=1)
         # The last term is the variance within a bin, over which the density is flat.
-        variance = (shares * (centres - mean[:, None]) ** 2).sum(dim=1) + bin_width**2 / 12
-        return RegressionHeadOutput(mean, bin_logits=answer, std=variance.sqrt())
+        variance = (probabilities * (centres - mean[:, None]) ** 2).sum(dim=1) + bin_width**2 / 12
+        return RegressionHeadOutput(mean, bin_logits=outputs, std=variance.sqrt())
 
 
 def bin_edges(config: BrainFoundConfig) -> Float[Tensor, "edges"]:
@@ -106,7 +106,7 @@ def bin_edges(config: BrainFoundConfig) -> Float[Tensor, "edges"]:
 def soft_labels(
     target: Float[Tensor, "volumes"], edges: Float[Tensor, "edges"], label_width: float
 ) -> Float[Tensor, "volumes bins"]:
-    """The mass in each bin of a Gaussian around each target, of `label_width` bins (Peng et al. 2021).
+    """The mass per bin of a Gaussian around each target, with a sigma of `label_width` bins (Peng et al. 2021).
 
     The mass beyond the range belongs to the outermost bins, so that each row sums to 1.
     """
@@ -125,8 +125,8 @@ def classification_loss(
     """Cross-entropy for labels (B,), or binary cross-entropy for multi-label targets (B, K); a mean over volumes.
 
     Args:
-        class_weights: (K,) for a volume of each class, or a positive of each label. The sum is divided by the number
-            of volumes, not by their weights, which would cancel in a batch of one class.
+        class_weights: (K,) weight of each class, or of the positives of each label. The sum is divided by the number
+            of volumes, not by their weights, which would cancel out in a batch of one class.
         focal_gamma: each term is multiplied by (1 − p)^γ, where p is the probability of the truth (Lin et al., "Focal
             Loss for Dense Object Detection", ICCV 2017, eq. 4).
     """
@@ -178,7 +178,7 @@ def regression_loss(
 ) -> Tensor:
     """Loss of standardised points, or with a log variance the Gaussian negative log-likelihood (Nix and Weigend 1994).
 
-    `kind` of a point: ``"smooth_l1"`` (Huber's with delta 1), ``"l1"`` or ``"huber"`` (Huber 1964).
+    `kind` of point loss: ``"smooth_l1"`` (Huber's with delta 1), ``"l1"`` or ``"huber"`` (Huber 1964).
     """
     _require_labels(target, mean.shape)
     if log_variance is not None:
@@ -196,8 +196,8 @@ def bins_loss(
 ) -> Tensor:
     """Kullback-Leibler divergence of the soft labels from the predicted distribution (Peng et al. 2021)."""
     _require_labels(target, bin_logits.shape[:1])
-    wanted = soft_labels(target, edges, label_width)
-    return F.kl_div(bin_logits.float().log_softmax(dim=1), wanted, reduction="batchmean")
+    soft_target = soft_labels(target, edges, label_width)
+    return F.kl_div(bin_logits.float().log_softmax(dim=1), soft_target, reduction="batchmean")
 
 
 def segmentation_loss(
@@ -207,7 +207,7 @@ def segmentation_loss(
 ) -> Tensor:
     """Cross-entropy plus soft Dice of the foreground classes (Milletari et al. 2016, eq. 3), over labelled pixels.
 
-    With `overlapping`, each label is a 0 or 1 of its own (sigmoid), and there is no background class.
+    With `overlapping`, each label is 0 or 1 independently (sigmoid), and there is no background class.
     """
     return _cross_entropy(logits, labels, overlapping) + dice_loss(logits, labels, overlapping)
 
@@ -233,24 +233,24 @@ def tversky_loss(
     the Dice loss. A gamma above 1 gives more weight to classes with a high Tversky index.
     """
     probabilities, reference = _probabilities_and_targets(logits, labels, overlapping)
-    found = (probabilities * reference).sum(dim=(0, 2, 3))
-    too_much = probabilities.sum(dim=(0, 2, 3)) - found
-    missed = reference.sum(dim=(0, 2, 3)) - found
-    # Half a pixel of smoothing: the same as the one pixel of Dice, whose overlap counts twice.
-    index = (found + 0.5) / (found + alpha * too_much + beta * missed + 0.5)
-    lacking = 1 - (index if overlapping else index[1:])
-    return lacking.mean() if gamma == 1 else (lacking.clamp(min=_SMALLEST_BASE) ** (1 / gamma)).mean()
+    hits = (probabilities * reference).sum(dim=(0, 2, 3))
+    false_alarms = probabilities.sum(dim=(0, 2, 3)) - hits
+    misses = reference.sum(dim=(0, 2, 3)) - hits
+    # Half a pixel of smoothing equals the one pixel of Dice, where the overlap counts twice.
+    index = (hits + 0.5) / (hits + alpha * false_alarms + beta * misses + 0.5)
+    losses = 1 - (index if overlapping else index[1:])
+    return losses.mean() if gamma == 1 else (losses.clamp(min=_SMALLEST_BASE) ** (1 / gamma)).mean()
 
 
 def focal_loss(logits: Tensor, labels: Tensor, gamma: float = 2.0, overlapping: bool = False) -> Tensor:
     """Cross-entropy of each pixel times (1 − probability of the truth)^gamma (Lin et al. 2017, eq. 4)."""
     costs, known = _pixel_costs(logits, labels, overlapping)
-    doubts = (-torch.expm1(-costs)).clamp(min=_SMALLEST_BASE)
-    return (doubts**gamma * costs).sum() / known.sum().clamp(min=1)
+    missed = (-torch.expm1(-costs)).clamp(min=_SMALLEST_BASE)
+    return (missed**gamma * costs).sum() / known.sum().clamp(min=1)
 
 
 def compute_segmentation_loss(config: BrainFoundConfig, logits: Tensor, labels: Tensor) -> Tensor:
-    """The loss that `config.segmentation_loss` names."""
+    """The loss selected by `config.segmentation_loss`."""
     overlapping = config.overlapping_labels
     if config.segmentation_loss == "dice_cross_entropy":
         return segmentation_loss(logits, labels, overlapping)
@@ -280,7 +280,7 @@ def _cross_entropy(logits: Tensor, labels: Tensor, overlapping: bool) -> Tensor:
 
 
 def _pixel_costs(logits: Tensor, labels: Tensor, overlapping: bool) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of each pixel or label, zero where the label is unknown; and the known mask."""
+    """Cross-entropy of each pixel or label, zero where the label is unknown, and the mask of known labels."""
     labels, logits = labels.long(), logits.float()
     known = labels != IGNORED_LABEL
     if overlapping:

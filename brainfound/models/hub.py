@@ -1,4 +1,4 @@
-"""Model folders (config.json and safetensors) and Hub ids (owner/name), why one cannot be read, and quiet loading."""
+"""Model folders (config.json and safetensors) and Hub ids (owner/name): checks, load errors and quiet loading."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from transformers.utils import logging
 from brainfound.errors import ModelError
 
 LOAD_FAILURES = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError)
-"""The errors of the library and the file system for a source that cannot be read."""
+"""Errors that transformers or the file system raises for an unreadable source."""
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether a source reads owner/name and is no local path."""
+    """Whether a source looks like owner/name and is not a local path."""
     path = Path(source)
     is_path = path.is_absolute() or source.startswith((".", "~")) or path.exists()
     return source.count("/") == 1 and not is_path
@@ -82,7 +82,7 @@ def list_keys(keys: Iterable[str]) -> str:
 
 @contextmanager
 def silence_transformers() -> Iterator[None]:
-    """Switch off progress bars and load reports of the library, which would alarm where a new head is intended."""
+    """Silence progress bars and load reports of transformers, which would alarm users who want a new head."""
     verbosity, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

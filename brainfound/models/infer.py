@@ -42,7 +42,7 @@ class InferenceAugmentation:
 
 
 class FlipAndShift(NamedTuple):
-    """One variant of slices (…, H, W), and the way back for the model's output."""
+    """One variant of slices (…, H, W), and its inverse for the model's output."""
 
     flipped: bool = False
     rows: int = 0
@@ -57,7 +57,7 @@ class FlipAndShift(NamedTuple):
         return moved
 
     def undo(self, images: Float[Tensor, "... height width"]) -> Float[Tensor, "... height width"]:
-        """The output for a variant on the original grid; 0 where the shift had pushed the slice out."""
+        """Map the output for a variant back to the original grid; 0 where the shift pushed the slice out."""
         height, width = images.shape[-2:]
         back = torch.zeros_like(images)
         back[..., : height - self.rows, : width - self.columns] = images[..., self.rows :, self.columns :]
@@ -79,9 +79,9 @@ class StackPrediction:
     classes: Int[np.ndarray, "S H W"] | None = None
     """Segmentation: the class index of every pixel; None where labels overlap."""
     labels: Bool[np.ndarray, "S K H W"] | None = None
-    """Segmentation with overlapping labels: those of every pixel."""
+    """Segmentation with overlapping labels: the labels of every pixel."""
     foreground_probability: Float[np.ndarray, "S H W"] | None = None
-    """Segmentation: the probability that a pixel is not background; of overlapping labels the largest."""
+    """Segmentation: the probability that a pixel is not background; with overlapping labels, the largest of them."""
     class_probabilities: Float[np.ndarray, "S K H W"] | None = None
     """Segmentation, on request: the probability of every class or label."""
     embedding: Float[np.ndarray, "D"] | None = None
@@ -103,17 +103,17 @@ def segment(
 ) -> StackPrediction:
     """Segment a stack with a `BrainFoundForSegmentation`, or a PEFT model around one; arguments as for `infer`.
 
-    A model that mixes neighbouring slices also reads those beside a chunk, so that the output equals that of the whole
-    stack.
+    A model that mixes neighbouring slices also reads those adjacent to a chunk, so that the output equals that of the
+    whole stack.
     """
     num_slices, height, width = stack.grid
     num_classes, overlapping = config.num_classes, config.overlapping_labels
-    # One slice to either side each: a slice that is mixed in was itself read with its neighbours.
+    # One slice on either side for each: a slice that is mixed in was itself encoded with its neighbours.
     reach = int(config.stem == "slices") + int(config.decoder_slice_mixing)
     classes = np.empty((num_slices, height, width), dtype=np.uint8)
     labels = np.empty((num_slices, num_classes, height, width), dtype=bool) if overlapping else None
     foreground = np.empty((num_slices, height, width), dtype=np.float32)
-    every = np.empty((num_slices, num_classes, height, width), dtype=np.float32) if class_probabilities else None
+    saved = np.empty((num_slices, num_classes, height, width), dtype=np.float32) if class_probabilities else None
     for first in range(0, num_slices, chunk):
         index = np.arange(first, min(first + chunk, num_slices))
         read = np.arange(max(first - reach, 0), min(first + chunk + reach, num_slices))
@@ -125,20 +125,20 @@ def segment(
         else:
             classes[index] = probabilities.argmax(dim=1).to(torch.uint8).cpu().numpy()
             foreground[index] = (1 - probabilities[:, 0]).cpu().numpy()
-        if every is not None:
-            every[index] = probabilities.cpu().numpy()
+        if saved is not None:
+            saved[index] = probabilities.cpu().numpy()
     return StackPrediction(
         classes=None if overlapping else classes,
         labels=labels,
         foreground_probability=foreground,
-        class_probabilities=every,
+        class_probabilities=saved,
     )
 
 
 def _probabilities(
     model: nn.Module, stack: Stack, index: np.ndarray, variants: list[FlipAndShift], overlapping: bool
 ) -> Float[Tensor, "S K H W"]:
-    """Probabilities of some slices, averaged over the variants that contain a pixel."""
+    """Probabilities of some slices, averaged over the variants that contain each pixel."""
     batch = collate([stack], [index]).to(next(model.parameters()).device)
 
     def predict(pixel_values: Tensor) -> Tensor:
@@ -168,10 +168,10 @@ def infer(
         model: one of the four BrainFound models, or a PEFT model around one; left in eval mode.
         stack: prepared with the model's own preprocessing.
         num_slices: evenly spaced slices to read; None for all. A segmentation always reads all.
-        class_probabilities: a segmentation also returns those of all classes, with K times the memory.
+        class_probabilities: also return those of all classes for a segmentation, at K times the memory.
 
     Raises:
-        ModelError: if this is no BrainFound model, or the stack's contrasts are not the model's.
+        ModelError: if `model` is not a BrainFound model, or its contrasts are not the stack's.
     """
     inner = unwrap_peft(model)
     model.eval()
@@ -187,7 +187,7 @@ def infer(
 
 @torch.inference_mode()
 def infer_embedded(model: nn.Module, inputs: Mapping[str, Tensor]) -> StackPrediction:
-    """Run a model, not for segmentation, on one volume whose slices its backbone embedded before.
+    """Run a classification, regression or embedding model on one volume of slices that its backbone embedded.
 
     `inputs` are ``slice_embeddings (1, S, D)``, ``slice_mask`` and ``positions_mm``.
     """
@@ -223,7 +223,7 @@ def unwrap_peft(model: Any) -> Any:
 
 
 def require_same_contrasts(model: Any, stack: Stack) -> None:
-    """Refuse a stack of other contrasts than the model's, or in another order."""
+    """Refuse a stack whose contrasts, or their order, differ from the model's."""
     contrasts = tuple(model.config.contrasts)
     if contrasts != tuple(stack.contrasts):
         raise ModelError(

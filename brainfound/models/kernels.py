@@ -3,7 +3,7 @@
 - ``sdpa``: PyTorch's scaled-dot-product attention, one call per run of equal lengths. The reference; runs everywhere.
 - ``matmul``: matrix products and softmaxes, a few sequences at a time, so that their scores stay in the cache of a
   CPU. Probabilities are recomputed in the backward pass, as in FlashAttention (Dao et al. 2022, arXiv 2205.14135,
-  section 3.1). It is an operator of its own: recomputation, compilers and FLOP counters see one operation.
+  section 3.1). It is a custom operator: recomputation, compilers and FLOP counters see one operation.
 - ``varlen``: PyTorch's variable-length flash attention; CUDA, half precision.
 - ``xformers``: xFormers' memory-efficient attention with a block-diagonal mask (Lefaudeux et al. 2022); CUDA.
 
@@ -29,7 +29,7 @@ from transformers import AttentionInterface
 from brainfound.errors import ModelError
 from brainfound.models.hub import first_line
 
-# Scores of one piece: about the cache of one core.
+# Size of the scores of one piece: about the cache of one core.
 _PIECE_BYTES = {"cpu": 2 * 2**20}
 _PIECE_BYTES_ELSEWHERE = 512 * 2**20
 
@@ -37,7 +37,7 @@ _PIECE_BYTES_ELSEWHERE = 512 * 2**20
 def attention_in_pieces(
     query: Float[Tensor, "n H L d"], key: Float[Tensor, "n H L d"], value: Float[Tensor, "n H L d"], scaling: float
 ) -> Float[Tensor, "n H L d"]:
-    """softmax(q kᵀ · scaling) v; scores have the dtype of the inputs, their softmax is summed in float32 or wider."""
+    """softmax(q kᵀ · scaling) v; scores have the dtype of the inputs, but the softmax sums in float32 or wider."""
     return _forward(query, key, value, scaling).transpose(1, 2)
 
 
@@ -56,18 +56,18 @@ def _backward(
     gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient (n L H d) → gradients of query, key and value (n L H d)."""
-    found = (_empty(query), _empty(key), _empty(value))
-    of_query, of_key, of_value = found
+    gradients = (_empty(query), _empty(key), _empty(value))
+    grad_query, grad_key, grad_value = gradients
     for piece in _pieces(query):
         rows, columns, values = (_batched(tensor[piece]) for tensor in (query, key, value))
-        of_output = _batched(gradient[piece].transpose(1, 2))
-        shares = _probabilities(rows, columns, scaling)
-        of_value[piece] = _unbatched(torch.bmm(shares.transpose(1, 2), of_output), query)
-        of_shares = torch.bmm(of_output, values.transpose(1, 2))
-        of_scores = torch._softmax_backward_data(of_shares, shares, -1, shares.dtype)
-        of_query[piece] = _unbatched(torch.bmm(of_scores, columns).mul_(scaling), query)
-        of_key[piece] = _unbatched(torch.bmm(of_scores.transpose(1, 2), rows).mul_(scaling), query)
-    return found
+        grad_output = _batched(gradient[piece].transpose(1, 2))
+        weights = _probabilities(rows, columns, scaling)
+        grad_value[piece] = _unbatched(torch.bmm(weights.transpose(1, 2), grad_output), query)
+        grad_weights = torch.bmm(grad_output, values.transpose(1, 2))
+        grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+        grad_query[piece] = _unbatched(torch.bmm(grad_scores, columns).mul_(scaling), query)
+        grad_key[piece] = _unbatched(torch.bmm(grad_scores.transpose(1, 2), rows).mul_(scaling), query)
+    return gradients
 
 
 @_forward.register_fake
@@ -80,17 +80,17 @@ def _(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, scaling: floa
     return _empty(query), _empty(key), _empty(value)
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, float], output: Tensor) -> None:
     *tensors, ctx.scaling = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _differentiate(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-    of_query, of_key, of_value = _backward(gradient, *ctx.saved_tensors, ctx.scaling)
-    return of_query.transpose(1, 2), of_key.transpose(1, 2), of_value.transpose(1, 2), None
+def _autograd_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    grad_query, grad_key, grad_value = _backward(gradient, *ctx.saved_tensors, ctx.scaling)
+    return grad_query.transpose(1, 2), grad_key.transpose(1, 2), grad_value.transpose(1, 2), None
 
 
-_forward.register_autograd(_differentiate, setup_context=_keep)
+_forward.register_autograd(_autograd_backward, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.brainfound.attention_in_pieces)
@@ -110,7 +110,7 @@ def _probabilities(rows: Tensor, columns: Tensor, scaling: float) -> Tensor:
 
 
 def _pieces(query: Tensor) -> Iterator[slice]:
-    """Slices of sequences that are processed together."""
+    """Slices over the sequences, of those that are processed together."""
     count, heads, length, _ = query.shape
     most = _PIECE_BYTES.get(query.device.type, _PIECE_BYTES_ELSEWHERE)
     size = max(1, most // max(1, heads * length * length * query.element_size()))
@@ -135,7 +135,7 @@ def _unbatched(tensor: Tensor, query: Tensor) -> Tensor:
 Kernel = Literal["sdpa", "matmul", "varlen", "xformers"]
 PACKED = "brainfound_packed"
 """The name under which packed attention is registered with the transformers library."""
-# Errors of a kernel that cannot work here: no operator for the device, no such build, a wrong dtype.
+# Errors of a kernel that cannot run here: no operator for the device, no such build, a wrong dtype.
 _KERNEL_FAILURES = (ImportError, NotImplementedError, RuntimeError, ValueError, AttributeError, TypeError)
 _CLEARLY_FASTER = 1.15
 _USE_SDPA = 'Load the model with attn_implementation="sdpa"'
@@ -256,10 +256,10 @@ def _find_kernel_failure(kernel: str, device: torch.device, dtype: torch.dtype, 
     try:
         # The reference in float32 or wider: two kernels that round differently are both right.
         wide = inputs.to(torch.promote_types(dtype, torch.float32))
-        expected, given = _with_gradients("sdpa", wide, packing), _with_gradients(kernel, inputs, packing)
+        expected, actual = _with_gradients("sdpa", wide, packing), _with_gradients(kernel, inputs, packing)
     except _KERNEL_FAILURES as error:
         return first_line(error)
-    difference = max(((a - b).abs().max() / a.abs().max()).item() for a, b in zip(expected, given, strict=True))
+    difference = max(((a - b).abs().max() / a.abs().max()).item() for a, b in zip(expected, actual, strict=True))
     # Not `>`: a NaN is a fault too.
     return "" if difference <= _TOLERANCE.get(dtype, 1e-5) else f"differs from the reference by {difference:.2g}"
 
@@ -279,13 +279,13 @@ def choose_kernel(
 ) -> tuple[Kernel, dict[str, float | str]]:
     """The fastest kernel that works here, and for each kernel its seconds or the reason why it cannot be used.
 
-    Measured forward and backward at a packing's lengths. The reference is chosen unless another kernel is clearly
+    Timed forward and backward at the lengths of `packing`. The reference is chosen unless another kernel is clearly
     faster, so that the choice does not depend on noise.
     """
     small = Packing(tuple((min(count, 4), length) for count, length in packing.runs))
-    found: dict[str, float | str] = dict(available_kernels(device, dtype, head_width))
+    results: dict[str, float | str] = dict(available_kernels(device, dtype, head_width))
     inputs = torch.randn(3, num_heads, small.num_tokens, head_width, device=device, dtype=dtype)
-    for kernel in [name for name, fault in found.items() if not fault]:
+    for kernel in [name for name, fault in results.items() if not fault]:
         seconds = []
         try:
             for _ in range(repeats + 1):
@@ -295,12 +295,12 @@ def choose_kernel(
         except _KERNEL_FAILURES as error:
             if kernel == "sdpa":  # the reference; without it there is nothing to fall back to
                 raise
-            found[kernel] = first_line(error)
+            results[kernel] = first_line(error)
             continue
-        found[kernel] = min(seconds[1:])
-    working: dict[str, float] = {name: value for name, value in found.items() if isinstance(value, float)}
+        results[kernel] = min(seconds[1:])
+    working: dict[str, float] = {name: value for name, value in results.items() if isinstance(value, float)}
     fastest = min(working, key=lambda name: working[name])
-    return (fastest if working[fastest] * _CLEARLY_FASTER < working["sdpa"] else "sdpa"), found  # type: ignore[return-value]
+    return (fastest if working[fastest] * _CLEARLY_FASTER < working["sdpa"] else "sdpa"), results  # type: ignore[return-value]
 
 
 def _packed_interface(
@@ -315,7 +315,7 @@ def _packed_interface(
     kernel: Kernel = "sdpa",
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attention with the library's interface: q, k, v ``(1, H, T, d)``, or without a packing ``(B, H, L, d)``."""
+    """Attention with the transformers interface: q, k, v ``(1, H, T, d)``, or without a packing ``(B, H, L, d)``."""
     _require_plain(attention_mask, dropout)
     if packing is None:
         output = F.scaled_dot_product_attention(query, key, value, scale=scaling)

@@ -1,7 +1,7 @@
-"""Loading of saved BrainFound models, and of the model that a training starts from.
+"""Loading of saved BrainFound models, and of the initial model of a training run.
 
-The library warns about weights that a file lacks and leaves them random. Here they are refused, except in parts that
-the caller wants new. A saved head with other outputs than the requested ones is refused even where its shape fits.
+Transformers warns about weights that a file lacks and leaves them random. Here this is an error, except in parts that
+the caller wants new. A saved head with different outputs than requested is refused even if its shape fits.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _OUTPUT_LAYERS = {
     "BrainFoundForRegression": "head.score",
     "BrainFoundForSegmentation": "decoder.score",
 }
-# Fields of the configuration → the parts that begin anew where one of them differs.
+# Configuration fields → the parts that are initialised anew if one of them differs.
 _CHANGED_PARTS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("aggregator", "aggregator_layers", "aggregator_width"): ("aggregator",),
     ("embedding_size",): ("aggregator", "head"),
@@ -43,18 +43,18 @@ _CHANGED_PARTS: dict[tuple[str, ...], tuple[str, ...]] = {
 
 
 def load_initial_model(kind: type[AnyModel], source: str | Path, contrasts: Sequence[str], **fields: Any) -> AnyModel:
-    """A model that starts from a plain ViT or a BrainFound model, with new parts around its weights.
+    """Build a model from a plain ViT or a BrainFound model, with new parts around its weights.
 
     `fields` are those of `BrainFoundConfig`.
 
     Raises:
         ModelError: if the source cannot be used.
-        UsageError: if a BrainFound model has other contrasts than the data, or another order.
+        UsageError: if the contrasts of a BrainFound model, or their order, differ from the data's.
     """
     cls: Any = kind
     if not is_brainfound(source):
         return cls.from_backbone(source, contrasts=contrasts, **fields)
-    # A head with other outputs is initialised again, with a warning.
+    # A head with different outputs is reinitialised with a warning.
     model = cls.from_pretrained(source, ignore_mismatched_sizes=True, **fields)
     _require_contrasts(source, model.config.contrasts, contrasts)
     return model
@@ -70,9 +70,9 @@ def is_brainfound(source: str | Path) -> bool:
 
 
 def read_patch_size(source: str | Path, contrasts: Sequence[str]) -> int | None:
-    """The patch size of a model to start from, from its configuration; None if it is of no supported family.
+    """The patch size of an initial model, read from its configuration; None if its family is unsupported.
 
-    Errors as `load_initial_model`, which also refuses other families.
+    Raises as `load_initial_model`, which also refuses unsupported families.
     """
     is_ours = is_brainfound(source)
     folder = Path(source)
@@ -102,9 +102,9 @@ def _require_contrasts(source: str | Path, own: Sequence[str], given: Sequence[s
 def load_checked(
     kind: type[PreTrainedModel], load: Callable[..., Any], source: str, args: tuple[Any, ...], options: dict[str, Any]
 ) -> Any:
-    """Load with `load`, the library's `from_pretrained` of `kind`, then check the result.
+    """Load with `load`, the transformers `from_pretrained` of `kind`, then check the result.
 
-    Returns and raises as `BrainFoundPreTrainedModel.from_pretrained`; with `output_loading_info` also the library's
+    Returns and raises as `BrainFoundPreTrainedModel.from_pretrained`; with `output_loading_info` it also returns the
     loading info.
     """
     wants_info = options.pop("output_loading_info", False)
@@ -117,32 +117,33 @@ def load_checked(
     given = options.get("config")
     if isinstance(given, BrainFoundConfig) and given.stem != saved.stem:
         stem = stem or given.stem
-        # The weights are read under the saved stem; it is changed afterwards.
+        # Weights are loaded with the saved stem, which is changed afterwards.
         options["config"] = copy.deepcopy(given)
         options["config"].stem = saved.stem
-    before = wanted = ""
+    saved_head = requested_head = ""
     if kind.__name__ in (saved.architectures or ()) and kind.__name__ in _OUTPUT_LAYERS:
-        before, wanted = (_describe_head(kind, config) for config in (saved, _requested_config(saved, options)))
-    if before != wanted and not allows_new_head:
+        saved_head = _describe_head(kind, saved)
+        requested_head = _describe_head(kind, _requested_config(saved, options))
+    if saved_head != requested_head and not allows_new_head:
         raise ModelError(
             "the saved head gives other answers than requested",
             where=source,
-            got=wanted,
-            expected=before,
+            got=requested_head,
+            expected=saved_head,
             remedy="Load it as it was saved, or give ignore_mismatched_sizes=True: then its last layer begins anew",
         )
     try:
         with silence_transformers():
-            # Weights of another shape are refused below, where they can be named.
+            # Mismatched shapes are refused below, with the names of the weights.
             model, info = load(source, *args, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     except LOAD_FAILURES as error:
         raise unreadable_model_error(source, error) from error
     new_parts = _new_parts(kind, model.config, saved)
-    if before != wanted:
+    if saved_head != requested_head:
         new_parts += (_OUTPUT_LAYERS[kind.__name__],)
         _reinitialise(model, _OUTPUT_LAYERS[kind.__name__])
-        what = f"{source}: the head begins anew, because the saved one has {before} and {wanted} are wanted"
-        warnings.warn(what, stacklevel=3)
+        reason = f"the saved one has {saved_head} and {requested_head} are wanted"
+        warnings.warn(f"{source}: the head begins anew, because {reason}", stacklevel=3)
 
     def is_kept(key: str) -> bool:
         name = key.removeprefix("brainfound.")
@@ -175,7 +176,7 @@ def _requested_config(saved: BrainFoundConfig, options: dict[str, Any]) -> Brain
 
 
 def _describe_head(kind: type, config: BrainFoundConfig) -> str:
-    """The outputs and the input of a head in words; a saved head can be used where the words are the same."""
+    """Describe the outputs and input of a head; a saved head can be used if the descriptions are the same."""
     if kind.__name__ == "BrainFoundForSegmentation":
         return f"{config.num_classes} {'overlapping labels' if config.overlapping_labels else 'classes'}"
     if kind.__name__ == "BrainFoundForClassification":
@@ -192,10 +193,10 @@ def _describe_head(kind: type, config: BrainFoundConfig) -> str:
 
 @torch.no_grad()
 def _reinitialise(model: PreTrainedModel, layer: str) -> None:
-    """Draw the weights of a layer as if no file had held them."""
+    """Initialise the weights of a layer as if they had not been loaded."""
     module = model.get_submodule(layer)
     for parameter in module.parameters():
-        # The flag by which the library leaves alone the weights that it has read.
+        # Transformers skips the weights that carry this flag.
         parameter._is_hf_initialized = False  # type: ignore[attr-defined]
     model._init_weights(module)
 
@@ -215,9 +216,9 @@ def _require_same_shapes(source: str, mismatched: list[tuple[Any, ...]]) -> None
 
 @torch.no_grad()
 def _copy_out_of_mmap(model: PreTrainedModel) -> None:
-    """Give memory of its own to each weight that is a view into the mapped file, which may be overwritten.
+    """Copy the weights on the CPU out of the memory-mapped file, which may be overwritten.
 
-    In the file weights lie at any multiple of four bytes, and matrix products round differently there.
+    Weights in the file are aligned to four bytes only, and matrix products on such memory round differently.
     """
     for parameter in model.parameters():
         if parameter.device.type == "cpu":
@@ -232,7 +233,7 @@ def _read_saved_config(source: str, options: dict[str, Any]) -> BrainFoundConfig
         content, _ = BrainFoundConfig.get_config_dict(source, **hub_options)
     except LOAD_FAILURES as error:
         raise unreadable_model_error(source, error) from error
-    if not content:  # the library's answer for a folder without config.json
+    if not content:  # what transformers returns for a folder without config.json
         raise unreadable_model_error(source, FileNotFoundError(source))
     if content.get("model_type") != BrainFoundConfig.model_type:
         raise ModelError(

@@ -1,6 +1,6 @@
 """BrainFound models: slices → slice encoder → volume, with the conventions of the transformers library.
 
-Axis legend: B volumes, S slices, C contrasts, H W pixels, N slices of a batch in a row, P patches, D width, K classes.
+Axis legend: B volumes, S slices, C contrasts, H W pixels, N valid slices of a batch, P patches, D width, K classes.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class BrainFoundPreTrainedModel(PreTrainedModel):
         """Start from a plain 2-D ViT of one of `brainfound.models.backbones.FAMILIES`.
 
         With three contrasts, each slice's embedding equals the Hub model's CLS token to the last bit. A supervised
-        ViT is converted to the architecture of DINOv2, and its images are normalised as its preprocessor says.
+        ViT is converted to the architecture of DINOv2, and its images are normalised as its preprocessor specifies.
 
         Args:
             id_or_folder: a Hub id (`facebook/dinov2-small`, `google/vit-base-patch16-224`), or a folder with
@@ -103,12 +103,12 @@ class BrainFoundPreTrainedModel(PreTrainedModel):
         backbone = load_backbone(
             id_or_folder, drop_path_rate=drop_path_rate, attn_implementation=attn_implementation, **hub_options
         )
-        # Read first: a new configuration resets the kernel of the ones inside it, and kernels differ in the last bit.
+        # Read first: creating a configuration resets the kernel of nested ones, and kernels differ in the last bit.
         attention = backbone.config._attn_implementation
         fields = {**load_image_statistics(id_or_folder, **hub_options), **config}
         own = BrainFoundConfig(
             backbone_config=backbone.config,
-            # A folder of this machine means nothing elsewhere, and may name people.
+            # A local path means nothing elsewhere, and may contain names of people.
             backbone_source=None if Path(id_or_folder).exists() else str(id_or_folder),
             contrasts=contrasts,
             **fields,
@@ -118,13 +118,13 @@ class BrainFoundPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, id_or_folder: str | Path, *args: Any, **options: Any) -> Self:  # type: ignore[override]
-        """Load a saved BrainFound model, whole or not at all.
+        """Load a saved BrainFound model, completely or not at all.
 
-        As in the library, keyword arguments set fields of the configuration. The head of a class that starts from a
-        saved `BrainFoundModel` is new. Another `stem` starts from the kernels of the saved one. Weights are float32
-        unless `dtype` is given. A saved head with other outputs than the requested ones (another number of classes,
-        another `regression_head`, other bins) is refused, even where its shape fits; with
-        `ignore_mismatched_sizes=True` its last layer begins anew, with a warning.
+        As in transformers, keyword arguments set fields of the configuration. The head of a class that starts from a
+        saved `BrainFoundModel` is new. A different `stem` starts from the kernels of the saved one. Weights are
+        float32 unless `dtype` is given. A saved head with different outputs than requested (another number of
+        classes, another `regression_head`, other bins) is refused, even if its shape fits; with
+        `ignore_mismatched_sizes=True` its last layer is reinitialised with a warning.
 
         Raises:
             ModelError: if the model cannot be read, weights are missing, left over or of another shape (the keys are
@@ -189,8 +189,8 @@ class BrainFoundModel(BrainFoundPreTrainedModel):
                 )
             slice_mask = validate_embeddings(slice_embeddings, self.config.embedding_size, slice_mask, positions_mm)
             aggregation = self.aggregator(slice_embeddings, slice_mask, positions_mm)
-            given = BrainFoundModelOutput(aggregation.embedding, slice_embeddings, aggregation.weights)
-            return given.to_tuple() if return_dict is False else given
+            output = BrainFoundModelOutput(aggregation.embedding, slice_embeddings, aggregation.weights)
+            return output.to_tuple() if return_dict is False else output
         if pixel_values is None:
             raise ModelError("there is nothing to embed", expected="pixel_values, or slice_embeddings")
         batch = ValidSlices(
@@ -270,7 +270,7 @@ class _VolumeModel(_ModelWithHead):
 
     @abstractmethod
     def answer(self, scores: Any, labels: Tensor | None) -> dict[str, Tensor | None]:
-        """The loss if there are labels, and the predictions, from the output of the head."""
+        """Turn the output of the head into predictions and, if there are labels, their loss."""
 
     def forward(
         self,

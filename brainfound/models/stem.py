@@ -3,14 +3,14 @@
 - ``channels`` (BrainFound, arXiv 2510.23415): one contrast is one input channel of the patch convolution, with the
   RGB kernels, or for other numbers than three with their mean times 3/C. An absent contrast contributes nothing, and
   the others are rescaled by C/(number present).
-- ``per_contrast``: each present contrast of a slice is a grey image of its own, with the sum of the RGB kernels; the
+- ``per_contrast``: each present contrast of a slice is a separate grey image, with the sum of the RGB kernels; the
   ViT's outputs for the images of a slice are averaged.
 - ``slices``: a slice with its neighbours below and above is one image of three channels, with the RGB kernels.
 
-The library's ViT passes `pixel_values` alone to its patch embedding. Presence, or the number of the contrast,
+The transformers ViT passes only `pixel_values` to its patch embedding. Presence, or the index of the contrast,
 therefore travels as constant planes of the same image.
 
-Axis legend: N slices, C contrasts, M images given to the ViT, H W pixels, P patches, D width.
+Axis legend: N slices, C contrasts, M input images of the ViT, H W pixels, P patches, D width.
 """
 
 from __future__ import annotations
@@ -59,13 +59,13 @@ class PresentImages:
         self._images_per_contrast = present.sum(dim=0).tolist()
 
     def mean(self, values: Float[Tensor, "images *rest"]) -> Float[Tensor, "slices *rest"]:
-        """Values of the images → the mean over the images of each slice."""
+        """Average the values of the images over the images of each slice."""
         total = values.new_zeros(len(self.counts), *values.shape[1:])
-        # Within one contrast no slice comes twice, so the order of the additions is fixed on every device.
-        for of_contrast, slices in zip(
+        # Within one contrast no slice occurs twice, so the order of the additions is fixed on every device.
+        for contrast_values, slices in zip(
             values.split(self._images_per_contrast), self.slices.split(self._images_per_contrast), strict=True
         ):
-            total = total.index_add(0, slices, of_contrast)
+            total = total.index_add(0, slices, contrast_values)
         return total / self.counts.view(-1, *[1] * (values.dim() - 1))
 
 
@@ -96,14 +96,14 @@ class ContrastEmbedding(nn.Module):
 
 
 class PatchStem(nn.Module):
-    """Base: a patch convolution in place of that of the backbone, from a `BrainFoundConfig`."""
+    """Base: a patch convolution that replaces the backbone's, built from a `BrainFoundConfig`."""
 
     fixed_channels: ClassVar[int | None] = None
     """Input channels of the convolution; None: one per contrast."""
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
-        # The names that the library's embedding module reads.
+        # Attribute names that the transformers embedding module reads.
         self.image_size = get_image_size(config.backbone_config)
         size = get_patch_size(config.backbone_config)
         self.patch_size = (size, size)
@@ -143,7 +143,7 @@ class ContrastPatchEmbeddings(EmbeddingStem):
     """The stem "channels": patch embedding over C contrasts."""
 
     def forward(self, planes: Float[Tensor, "slices planes height width"]) -> Float[Tensor, "slices patches width"]:
-        """Planes as `pack_planes` makes them → patch embeddings, row by row."""
+        """Planes from `pack_planes` → patch embeddings, row by row."""
         num_contrasts = self.num_channels
         presence = planes[:, num_contrasts:, 0, 0]
         # Filled, not multiplied: 0 × NaN is NaN, and an absent contrast may hold anything.
@@ -159,7 +159,7 @@ class GreyPatchEmbeddings(EmbeddingStem):
     fixed_channels = 1
 
     def forward(self, planes: Float[Tensor, "images 2 height width"]) -> Float[Tensor, "images patches width"]:
-        """Planes as `pack_contrast_number` makes them → patch embeddings, row by row."""
+        """Planes from `pack_contrast_number` → patch embeddings, row by row."""
         patches = self.embed(planes[:, :1])
         contrast = F.one_hot(planes[:, 1, 0, 0].long(), self.num_contrasts)
         return patches + self.contrast_embedding(contrast)[:, None].to(patches.dtype)
@@ -180,4 +180,4 @@ STEMS: dict[str, type[PatchStem]] = {
     "per_contrast": GreyPatchEmbeddings,
     "slices": SlicePatchEmbeddings,
 }
-"""Name → class, of every stem; `BrainFoundConfig` takes its known names from here."""
+"""Name → class of every stem; `BrainFoundConfig` validates names against it."""

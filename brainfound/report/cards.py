@@ -38,15 +38,15 @@ def write_model_card(folder: str | Path, facts: Mapping[str, Any]) -> Path:
     """Write README.md into the folder of a model (`export/`, a bundle), in place of an existing one.
 
     Args:
-        folder: made if needed.
+        folder: created if needed.
         facts: any of: name, summary, kind, base_model (Hub id or folder), base_model_relation,
             backbone, stem, aggregator, adapter, objective, labels, contrasts (list), preprocessing (mapping),
             recipe, steps, training_data, data_hash, num_sessions, num_subjects, num_slices, seed, device,
             versions (mapping), license (Hub identifier), tags, datasets (Hub ids), pipeline_tag, model_class,
             model_code (how the model alone is loaded), repo_id, metrics. `metrics` is a mapping name → value,
             or a list of mappings with at least metric and value (more keys, such as data, contrasts, low and
-            high, are more columns). A fact that is missing or None reads "not recorded"; a fact of another name
-            is listed as it is.
+            high, are more columns). A fact that is missing or None reads "not recorded"; any other fact is
+            listed unchanged.
 
     Raises:
         UsageError: `metrics` has neither form, or a tag is not text.

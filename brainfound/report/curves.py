@@ -58,8 +58,8 @@ _PANELS = (
     _Panel("Gram distance to the anchor", ("gram_distance",)),
     _Panel("Gradient norm", ("grad_norm", "grad_norm/*"), log_scale=True),
     _Panel("Probe of the teacher", ("probe", "probe/*"), best="highest", smooth=False),
-    _Panel("Watched beside the probe", ("watch/*",), smooth=False),
-    _Panel("Errors of what is watched", ("watch_error/*",), smooth=False),
+    _Panel("Retention probes", ("watch/*",), smooth=False),
+    _Panel("Standard errors of retention probes", ("watch_error/*",), smooth=False),
     _Panel("Skipped steps", ("skipped_steps",), smooth=False),
 )
 
@@ -73,7 +73,7 @@ def plot_curves(run_folder: str | Path) -> Path:
     must not fail a run that has ended. Raises as `RunFolder.read`.
     """
     run = RunFolder.read(run_folder)
-    panels = _panels_of(run)
+    panels = _select_panels(run)
     panels, left_out = panels[:_MOST_PANELS], panels[_MOST_PANELS:]
     num_columns = max(1, min(_NUM_COLUMNS, len(panels)))
     num_rows = max(1, math.ceil(len(panels) / num_columns))
@@ -101,7 +101,7 @@ def _title(run: RunFolder, left_out: Sequence[tuple[_Panel, list[str]]]) -> str:
     return title
 
 
-def _panels_of(run: RunFolder) -> list[tuple[_Panel, list[str]]]:
+def _select_panels(run: RunFolder) -> list[tuple[_Panel, list[str]]]:
     """The panels that have something to show, with the keys of each."""
     remaining = [key for key in run.numeric_keys() if key not in _LN_K_KEYS]
     found = []
@@ -142,8 +142,8 @@ def _draw(axes: Axes, run: RunFolder, panel: _Panel, keys: Sequence[str]) -> Non
     if panel.log_scale and positive.size and (positive > 0).all() and positive.max() > 20 * positive.min():
         axes.set_yscale("log")
     # The first line is the main one: it is drawn last, over its parts.
-    for i, (key, fold, steps, of_line) in reversed(list(enumerate(lines))):
-        _draw_line(axes, steps, of_line, _COLOURS[i % len(_COLOURS)], _label(key, fold, len(keys)), panel.smooth)
+    for i, (key, fold, steps, line_values) in reversed(list(enumerate(lines))):
+        _draw_line(axes, steps, line_values, _COLOURS[i % len(_COLOURS)], _label(key, fold, len(keys)), panel.smooth)
     # ln K is not the level of a sum of cross-entropies, whose parts have their own panel.
     is_sum = panel is _PANELS[0] and any(_matches(key, part) for key in run.numeric_keys() for part in _PANELS[1].keys)
     for rollback in run.rollbacks:

@@ -18,7 +18,7 @@ from brainfound.errors import UsageError
 from brainfound.metrics.calibration import ReliabilityBins
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""Okabe and Ito's, which colour-blind readers can tell apart."""
+"""The palette of Okabe and Ito, which colour-blind readers can tell apart."""
 _REFERENCE, _PREDICTION = "#FFD000", "#00E5FF"
 _TILE_INCHES, _ABSENT_INCHES, _SIDE_INCHES = 1.7, 0.3, 0.6
 _DPI = 140
@@ -26,7 +26,7 @@ _MARGIN_PIXELS = 4
 
 
 def save_figure(figure: Figure, path: str | Path, **options: Any) -> Path:
-    """Write a figure as PNG in one step, so that a reader never sees half a picture; makes the folder if needed."""
+    """Write a figure as PNG atomically, so that no reader sees half a picture; creates the folder if needed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
@@ -57,7 +57,7 @@ def plot_overlay(
         contrasts, present: (C,) names, and whether the session has the contrast.
         mask: (S, H, W) reference labels, outlined in yellow; 0 is background.
         prediction: (S, H, W) predicted labels, outlined in cyan, dashed.
-        num_slices: the most columns.
+        num_slices: the maximum number of columns.
 
     Raises:
         UsageError: shapes do not fit, or pixels are not uint8.
@@ -70,7 +70,7 @@ def plot_overlay(
 
     head, foot = (0.45 if title else 0.25), 0.3
     full_height = _TILE_INCHES * (rows.stop - rows.start) / (columns.stop - columns.start)
-    heights = [full_height if there else _ABSENT_INCHES for there in present]
+    heights = [full_height if is_present else _ABSENT_INCHES for is_present in present]
     width, height = _TILE_INCHES * len(slices) + _SIDE_INCHES, sum(heights) + head + foot
     figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="black")
     FigureCanvasAgg(figure)
@@ -103,15 +103,15 @@ def choose_slices(
     """At most `num_slices` slices, in rising order: spread over the labelled slices if any, else over the brain."""
     labelled = [labels for labels in (mask, prediction) if labels is not None and labels.any()]
     if labelled:
-        shown = np.flatnonzero(labelled[0].any(axis=(1, 2)))
+        candidates = np.flatnonzero(labelled[0].any(axis=(1, 2)))
     else:
         area = np.any(pixels > 0, axis=1).sum(axis=(1, 2))
         # The vertex and the neck show little of the brain.
-        shown = np.flatnonzero(area > 0.25 * area.max()) if area.any() else np.arange(len(pixels))
-    num_shown = min(num_slices, len(shown))
+        candidates = np.flatnonzero(area > 0.25 * area.max()) if area.any() else np.arange(len(pixels))
+    num_chosen = min(num_slices, len(candidates))
     # The middles of equal parts, which leave out the first and the last slice.
-    places = (np.arange(num_shown) + 0.5) * len(shown) / num_shown
-    return [int(index) for index in shown[places.astype(int)]]
+    places = (np.arange(num_chosen) + 0.5) * len(candidates) / num_chosen
+    return [int(index) for index in candidates[places.astype(int)]]
 
 
 def _check(pixels: np.ndarray, contrasts: Sequence[str], present: Sequence[bool], num_slices: int) -> None:
@@ -154,7 +154,7 @@ def _window(pixels: np.ndarray) -> tuple[slice, slice]:
 def _outline(axes: Axes, labels: np.ndarray, colour: str, line_width: float, style: str) -> None:
     height, width = labels.shape
     for label in np.unique(labels[labels != 0]):
-        # A pixel of background around closes the outline of an object at the edge.
+        # A border of background pixels closes the outline of an object at the edge.
         framed = np.pad(labels == label, 1).astype(float)
         x, y = np.arange(-1, width + 1), np.arange(-1, height + 1)
         axes.contour(x, y, framed, levels=[0.5], colors=[colour], linewidths=line_width, linestyles=style)
@@ -176,10 +176,10 @@ _CURVE_COLOURS = (PALETTE[1], PALETTE[0], *PALETTE[2:4])
 
 
 def plot_reliability(curves: Mapping[str, ReliabilityBins], *, path: str | Path, title: str | None = None) -> Path:
-    """Draw accuracy over confidence, one line per name, and below it the number of cases in each bin.
+    """Draw accuracy against confidence, one line per name, and below it the number of cases in each bin.
 
     A calibrated model lies on the diagonal, an overconfident one below it. The area of a point grows with its cases.
-    The bins are of `brainfound.metrics.calibration.reliability_bins`, for up to four names.
+    `curves` maps up to four names to bins from `brainfound.metrics.calibration.reliability_bins`.
     """
     if not 1 <= len(curves) <= len(_CURVE_COLOURS):
         expected = f"1 to {len(_CURVE_COLOURS)}"

@@ -1,7 +1,7 @@
-"""The folder of a run, read: recipe.yaml, run.json and log.jsonl.
+"""Reading of a run folder: recipe.yaml, run.json and log.jsonl.
 
-`log.jsonl` holds one JSON object per line with a `step` and any numbers. A last line that was cut off while it was
-written is left out; any other invalid line is an error.
+`log.jsonl` holds one JSON object per line with a `step` and any numbers. A truncated last line is ignored; any other
+invalid line is an error.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ class RunFolder:
     """The lines of the log in order, without steps that a resumed run repeated."""
     has_truncated_last_line: bool = False
     rollbacks: tuple[dict[str, Any], ...] = ()
-    """The lines on returns to an earlier step."""
+    """The log lines of rollbacks to an earlier step."""
 
     @classmethod
     def read(cls, path: str | Path) -> RunFolder:
-        """Read a run folder; a missing recipe.yaml or run.json is empty.
+        """Read a run folder; a missing recipe.yaml or run.json reads as empty.
 
         Raises:
             UsageError: `path` is not a run folder.
-            BrainFoundError: a file cannot be read; names the file and the line.
+            BrainFoundError: a file cannot be read; the error names the file and the line.
         """
         path = Path(path)
         if not path.is_dir():
@@ -118,12 +118,12 @@ def _read_line(line: bytes, where: str) -> dict[str, Any]:
         raise BrainFoundError(f"not a line of JSON: {error}", where=where, remedy="Remove the line") from error
     if not isinstance(record, dict) or not _is_number(record.get("step")):
         raise BrainFoundError("not a log line", where=where, got=line[:60], expected='{"step": …}')
-    # null is a number that was not finite. Older logs say NaN, which Python reads too.
+    # null is a number that was not finite. Older logs contain NaN, which Python reads too.
     return {key: math.nan if value is None and key != "fold" else value for key, value in record.items()}
 
 
 def _without_repeated_steps(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Drop the first of repeated steps, fold by fold.
+    """Drop the earlier lines of repeated steps, fold by fold.
 
     A run that stopped at step 15 and resumed from its checkpoint of step 10 logs 11 … 15 twice; the earlier lines
     belong to weights that no longer exist.
