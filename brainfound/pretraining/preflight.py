@@ -1,6 +1,6 @@
 """Preflight checks of a recipe and a store, before the model is loaded and before anything is written.
 
-A recipe that cannot work is refused; one that may not work as its author thinks gets a note.
+A recipe that cannot work is refused; one that may not work as its author expects gets a note.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from brainfound.pretraining.recipe import PretrainRecipe
 from brainfound.pretraining.slices import SliceNeighbours, usable_rows
 from brainfound.pretraining.starting_model import FROM_SCRATCH
 
-MIN_AFFECTED_FRACTION = 0.5  # of the slices, by an ablation; below this there is a note
+MIN_AFFECTED_FRACTION = 0.5  # of the slices that an ablation changes; below it, a note
 
 
 def run_preflight_checks(recipe: PretrainRecipe, store: Store, num_processes: int = 1) -> list[str]:
     """Refuse a recipe that cannot work with a store, and return the notes for its author.
 
     Raises:
-        RecipeError, UsageError: a setting cannot work with this store, or the starting model cannot.
+        RecipeError, UsageError: a setting or the starting model cannot work with this store.
         ModelError: the starting model's configuration cannot be read.
     """
     if recipe.probe.every and recipe.probe.target != "auto":
@@ -116,7 +116,7 @@ def _check_views(recipe: PretrainRecipe, store: Store) -> Iterator[str]:
 
 
 def _smallest_distance_mm(store: Store, rows: np.ndarray) -> float | None:
-    """Between two slices of a session; None where sessions have one slice each."""
+    """The smallest between two slices of a session; None if sessions have one slice each."""
     together = np.diff(store.slice_sessions[rows]) == 0
     distances = np.diff(store.slice_positions_mm[rows].astype(np.float64))[together]
     return float(distances.min()) if len(distances) else None
@@ -132,10 +132,10 @@ def _check_batches(recipe: PretrainRecipe, store: Store) -> Iterator[str]:
 
 
 def _check_ignored_settings(recipe: PretrainRecipe, num_processes: int) -> Iterator[str]:
-    """Settings that were changed and have no effect, or another one than elsewhere."""
+    """Notes on changed settings that have no effect here, or a different one."""
     trained, views, kind = recipe.trained, recipe.views, recipe.objective.kind
-    unread = {f"trained.{key}": getattr(trained, key) for key in trained.ignored_keys()}
-    yield from _note_ignored(f"trained.part is {trained.part}", unread)
+    ignored = {f"trained.{key}": getattr(trained, key) for key in trained.ignored_keys()}
+    yield from _note_ignored(f"trained.part is {trained.part}", ignored)
     if not _objective(recipe).uses_multi_crop:
         default = type(views)()
         changed = {

@@ -3,9 +3,9 @@
 The run folder:
 
     recipe.yaml   the resolved recipe
-    run.json      versions, device and why, data hash, seed, world size, effective learning rate
+    run.json      versions, device and reason, data hash, seed, world size, effective learning rate
     log.jsonl     one JSON object per line
-    curves.png    the log as pictures
+    curves.png    plots of the log
     checkpoints/  for --resume
     export/       the trained encoder (the teacher, if there is one) as a model folder, with preprocessing and card
 """
@@ -63,10 +63,10 @@ def pretrain(
 
     Args:
         recipe: a recipe, its name or its file.
-        data: a store or its folder; None takes ``data`` of the recipe.
+        data: a store or its folder; None takes the recipe's ``data``.
         init: overrides ``init.source``: a Hub id, a folder, or "none".
         out: the run folder; None: ``runs/<name of the recipe>``.
-        resume: continue from the newest whole checkpoint in `out`.
+        resume: continue from the newest intact checkpoint in `out`.
         overrides: ``"a.b=c"`` strings.
         dry_run: two real steps in a temporary folder, then a report on speed and memory; `out` is not touched.
         gpus, gpu: in a dry run, also estimate the run on this number of GPUs (None: 1) of this kind.
@@ -116,10 +116,10 @@ def _train(
         console.print(f"this run is finished; its export is {folder / EXPORT_FOLDER}")
         return folder
     model = build_model(recipe.init, store, recipe.views.global_size, recipe.seed)
-    engine_recipe, found = resolve_auto_settings(recipe.engine, model.encoder, recipe.views, accelerator.device)
+    engine_recipe, auto_facts = resolve_auto_settings(recipe.engine, model.encoder, recipe.views, accelerator.device)
     recipe = recipe.model_copy(update={"engine": engine_recipe})
     task = make_task(recipe, store, model, folder, accelerator)
-    facts = run_folder.common_run_info(store, accelerator, recipe.seed) | found
+    facts = run_folder.common_run_info(store, accelerator, recipe.seed) | auto_facts
     facts |= {
         "num_slices": len(task.dataset),
         "effective_lr": task.effective_lr,
@@ -137,13 +137,13 @@ def _train(
         engine.resume(checkpoint)
         console.print(f"going on from {checkpoint.name}")
     else:
-        engine.log.truncate_after(-1)  # of a run that was killed before its first checkpoint
+        engine.log.truncate_after(-1)  # lines of a run that was killed before its first checkpoint
     accelerator.wait_for_everyone()
     stopped: TrainingError | None = None
     try:
         engine.run()
     except TrainingError as error:
-        # Raised on all ranks. The best weights before the stop are still worth an export.
+        # Raised on all ranks. The best weights before the stop are still worth exporting.
         stopped = error
     try:
         _export_and_finish(folder, model, engine, task, stopped)
@@ -171,9 +171,9 @@ def _describe_training(recipe: PretrainRecipe, task: PretrainTask, num_trained_p
 def _export_and_finish(
     folder: Path, model: BrainFoundModel, engine: Engine, task: PretrainTask, stopped: TrainingError | None
 ) -> None:
-    """Write the export and the end of the run; all ranks wait for it, and all raise if it fails."""
+    """Write the export and the run's final status; all ranks wait for it, and all raise if it fails."""
     is_main = engine.accelerator.is_main_process
-    # A run that stopped before the first step, as on a full disk, has learnt nothing that is worth an export.
+    # A run that stopped before the first step, as on a full disk, has learnt nothing worth exporting.
     untrained = stopped is not None and engine.step == 0
     exported_step: int | None = None
     weights: Mapping[str, Tensor] = {}
@@ -193,7 +193,7 @@ def _export_and_finish(
 def export(folder: Path, model: BrainFoundModel, task: PretrainTask, weights: Mapping[str, Tensor], step: int) -> Path:
     """Write export/: `weights` of the encoder, reached at `step`, with preprocessing, input contract and card.
 
-    It is written under another name and then renamed, so that export/ is always whole.
+    It is written under another name and then renamed, so that export/ is always complete.
 
     Raises:
         TrainingError: if it cannot be written.

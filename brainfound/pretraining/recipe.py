@@ -2,7 +2,7 @@
 
 The engine settings that "auto" chooses (attention kernel, compilation, use of memory) do not change the result, beyond
 rounding and the draws of stochastic depth: it drops whole sequences of a pass, and separate passes with few slices drop
-another number. The choice is written into the run's recipe, so that a resumed run computes as before.
+a different number. The choice is written into the run's recipe, so that a resumed run computes as before.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from brainfound.training.optim import OptimRecipe
 from brainfound.training.schedules import ScheduleRecipe
 
 AUTO_KEYS = ("attention", "compile", "crops")
-"""The keys of the engine whose "auto" is resolved here."""
+"""The engine settings whose "auto" is resolved here."""
 # These may change between a run and its continuation, as they have no effect on what is learnt.
 CHANGEABLE_ON_RESUME = (
     "name",
@@ -50,7 +50,7 @@ CHANGEABLE_ON_RESUME = (
 
 
 class PretrainEngineRecipe(EngineRecipe):
-    """The engine of pretraining, with the way in which models are run."""
+    """Engine settings for pretraining, including how the models are run."""
 
     steps: int = Field(default=10_000, ge=0)
     """Optimiser steps of the whole run; 0 probes and exports the starting checkpoint untouched."""
@@ -59,16 +59,16 @@ class PretrainEngineRecipe(EngineRecipe):
     compile: Literal["auto"] | bool = "auto"
     """Compile the blocks with torch.compile; "auto" does so on a GPU where that works."""
     gradient_checkpointing: bool | Literal["pointwise"] = "pointwise"
-    """What the backward pass computes again to save memory: false, nothing; "pointwise", norms and activations, which
+    """What the backward pass recomputes to save memory: false, nothing; "pointwise", norms and activations, which
     costs next to no time (compiled code always does so); true, all of a residual branch, a third more work for much
     less memory."""
     crops: Literal["auto", "packed", "separate"] = "auto"
-    """"packed" encodes all crops together; "separate" local and each of the two global ones one after the other, with
+    """"packed" encodes all crops together; "separate" encodes the local crops, then each of the two global ones, with
     about a third of the memory for activations. "auto": packed on a GPU."""
 
 
 class PretrainRecipe(Recipe):
-    """Everything that a pretraining run is made of."""
+    """Everything that defines a pretraining run."""
 
     lookalikes: ClassVar[Mapping[str, str]] = {
         "brainfound.finetuning.recipe:FinetuneRecipe": "this is a fine-tuning recipe; use `brainfound finetune`"
@@ -77,13 +77,13 @@ class PretrainRecipe(Recipe):
     name: str = "pretrain"
     """Name of the run; also of its default folder."""
     seed: int = Field(default=0, ge=0)
-    """Of initialisation, order, views, masks and dropout."""
+    """Seed of initialisation, order, views, masks and dropout."""
     data: str | None = None
-    """The store; `--data` on the command line goes before it."""
+    """The store; `--data` on the command line takes precedence."""
     init: InitRecipe = InitRecipe()
     views: ViewsRecipe = ViewsRecipe()
     objective: ObjectiveRecipe = OBJECTIVES[0].recipe_class()
-    """What is learnt: `kind` names the objective (self_distillation, …); the other keys depend on it."""
+    """The loss: `kind` names the objective (self_distillation, …); the other keys depend on it."""
     trained: TrainedPartRecipe = TrainedPartRecipe()
     optim: OptimRecipe = OptimRecipe()
     schedule: ScheduleRecipe = ScheduleRecipe()
@@ -137,7 +137,7 @@ def _with_overrides(recipe: PretrainRecipe | str | Path, overrides: list[str]) -
 
 
 def _adapt_to_scratch(recipe: PretrainRecipe) -> tuple[PretrainRecipe, list[str]]:
-    """New weights switch some of the objective's settings off, and need no waiting for their heads."""
+    """For new weights, switch off the head warm-up and the objective's settings that need a checkpoint."""
     content = recipe.model_dump(mode="json")
     switched_off = OBJECTIVES_BY_KIND[recipe.objective.kind].defaults_for_scratch(recipe.objective)
     notes = []
@@ -154,23 +154,23 @@ def _adapt_to_scratch(recipe: PretrainRecipe) -> tuple[PretrainRecipe, list[str]
 def resolve_auto_settings(
     engine: PretrainEngineRecipe, encoder: SliceEncoder, views: ViewsRecipe, device: torch.device
 ) -> tuple[PretrainEngineRecipe, dict[str, Any]]:
-    """Replace each "auto" but that of the precision by a choice for this machine, the same on all ranks.
+    """Replace each "auto" except that of the precision by a choice for this machine, the same on all ranks.
 
     Also returns facts for run.json.
 
     Raises:
-        RecipeError: if the kernel of the recipe does not work here, with its own reason.
+        RecipeError: if the kernel of the recipe does not work here, with the reason.
     """
     dtype = torch.bfloat16 if engine.precision == "bf16" else torch.float32
     config = encoder.backbone.config
     head_width = config.hidden_size // config.num_attention_heads
-    found: dict[str, float | str] = {}
+    kernel_probe: dict[str, float | str] = {}
     kernel: str = engine.attention
     if kernel == "auto":
         sides = [views.global_size] + ([views.local_size] if views.num_local else [])
         lengths = [encoder.num_prefix_tokens + (side // encoder.patch_size) ** 2 for side in sides]
         packing = Packing(tuple((4, length) for length in lengths))  # four crops of each size are timed
-        kernel, found = choose_kernel(packing, config.num_attention_heads, head_width, device, dtype)
+        kernel, kernel_probe = choose_kernel(packing, config.num_attention_heads, head_width, device, dtype)
     elif fault := available_kernels(device, dtype, head_width)[kernel]:
         raise RecipeError(
             f"this attention kernel does not work here: {fault}",
@@ -185,10 +185,10 @@ def resolve_auto_settings(
         "crops": ("packed" if on_gpu else "separate") if engine.crops == "auto" else engine.crops,
     }
     if engine.parallel == "fsdp" and distributed.is_distributed():
-        # A sharded module hands its gradients over at the end of the one backward pass.
+        # A sharded module reduces its gradients at the end of its only backward pass.
         choice["crops"] = "packed"
     (choice,) = broadcast_object_list([choice], from_process=0)
-    return engine.model_copy(update=choice), {"attention_probe": found} if found else {}
+    return engine.model_copy(update=choice), {"attention_probe": kernel_probe} if kernel_probe else {}
 
 
 @lru_cache
@@ -201,5 +201,5 @@ def _can_compile(device: torch.device) -> bool:
     values = torch.ones(8, device=device)
     try:
         return torch.allclose(torch.compile(twice, dynamic=False)(values), twice(values))
-    except RuntimeError:  # what every failure of the compiler derives from
+    except RuntimeError:  # the base class of every compiler failure
         return False

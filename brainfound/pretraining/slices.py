@@ -47,7 +47,7 @@ class PretrainBatch:
 
 
 def usable_rows(store: Store, margin: float) -> np.ndarray:
-    """The slice rows of a store without the first and last `margin` of each session; a StoreError if none is left."""
+    """The slice rows of a store without the first and last `margin` of each session; StoreError if none is left."""
     sessions = store.slice_sessions
     first = np.searchsorted(sessions, sessions, side="left")
     counts = np.bincount(sessions, minlength=len(store))[sessions]
@@ -60,7 +60,7 @@ def usable_rows(store: Store, margin: float) -> np.ndarray:
 
 
 class SliceNeighbours:
-    """The neighbours of each slice among `rows`: other slices of its session within a distance of their middles."""
+    """The neighbours of each slice among `rows`: other slices of its session within `distance_mm`."""
 
     ROUNDING_MM = 1e-3  # positions are float32; two slices at exactly the distance are neighbours
 
@@ -68,14 +68,14 @@ class SliceNeighbours:
         sessions = store.slice_sessions[rows].astype(np.float64)
         positions = store.slice_positions_mm[rows].astype(np.float64)
         reach = distance_mm + self.ROUNDING_MM
-        # All sessions on one rising line, further apart from each other than any two neighbours.
+        # All sessions on one increasing axis, further apart from each other than any two neighbours.
         line = positions - positions.min() + sessions * (np.ptp(positions) + 2 * reach)
         assert (np.diff(line) >= 0).all()
         self.first = np.searchsorted(line, line - reach, side="left")
         self.num_others = np.searchsorted(line, line + reach, side="right") - self.first - 1
 
     def draw(self, indices: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-        """One neighbour of each slice, by a number in 0–1; a slice without neighbours is its own."""
+        """One neighbour of each slice, chosen by a number in [0, 1); a slice without neighbours gets itself."""
         others = self.num_others[indices]
         drawn = self.first[indices] + np.floor(numbers * others).astype(np.int64)
         return np.where(others == 0, indices, drawn + (drawn >= indices))

@@ -1,7 +1,7 @@
 """The model that pretraining starts from (a Hub ViT, a BrainFound model, or new weights), and its trained part.
 
-Parameters that the checkpoint does not bring (mask token and contrast embeddings here, heads in the objectives) are
-always trained: frozen noise is of no use.
+Parameters that the checkpoint lacks (mask token and contrast embeddings here, heads in the objectives) are
+always trained: frozen noise is useless.
 
 Axis legend: ``R`` rank, ``I`` width into a matrix, ``O`` width out of it.
 
@@ -44,11 +44,11 @@ class ScratchRecipe(Recipe):
     """The new ViT of ``init.source: none``."""
 
     hidden_size: int = Field(default=384, ge=1)
-    """Width."""
+    """Embedding width."""
     num_layers: int = Field(default=12, ge=1)
     """Transformer blocks."""
     num_heads: int = Field(default=6, ge=1)
-    """Attention heads; the width is a multiple of them."""
+    """Attention heads; the width must be a multiple of this."""
     patch_size: int = Field(default=14, ge=1)
     """Side of a patch in pixels."""
     layer_scale: float = Field(default=1.0, gt=0)
@@ -57,7 +57,7 @@ class ScratchRecipe(Recipe):
 
 class InitRecipe(Recipe):
     source: str = "facebook/dinov2-small"
-    """A Hub id or a folder of a DINOv2 or a supervised ViT, a BrainFound export folder, or "none" for new weights."""
+    """A Hub id or a folder of a DINOv2 or supervised ViT, a BrainFound export folder, or "none" for new weights."""
     scratch: ScratchRecipe = ScratchRecipe()
     """The size of the new ViT when the source is "none"."""
 
@@ -67,7 +67,7 @@ def build_model(recipe: InitRecipe, store: Store, image_size: int, seed: int) ->
 
     Raises:
         ModelError, UsageError: if the source cannot be used, or its stem or contrasts do not fit.
-        RecipeError: if new weights cannot have the size of the recipe.
+        RecipeError: if the size of the new ViT is invalid.
     """
     # New weights (a whole ViT, or an aggregator) are drawn from the global generator by the library.
     torch.manual_seed(derive_seed(INITIALISATION, seed, _MODEL_STREAM))
@@ -79,7 +79,7 @@ def build_model(recipe: InitRecipe, store: Store, image_size: int, seed: int) ->
 
 
 def build_meta_model(recipe: InitRecipe, store: Store, image_size: int) -> BrainFoundModel:
-    """`build_model` on the meta device: weights without memory and values."""
+    """`build_model` on the meta device: weights without memory or values."""
     if recipe.source == FROM_SCRATCH:
         config = _scratch_config(recipe.scratch, store, image_size)
     elif is_brainfound(recipe.source):
@@ -142,10 +142,10 @@ class TrainedPartRecipe(Recipe):
         return value
 
     def ignored_keys(self) -> list[str]:
-        """The changed keys without effect on this part."""
-        unread = {"full": ("blocks", "rank", "alpha", "roles"), "last_blocks": ("rank", "alpha", "roles"), "lora": ()}
+        """The changed keys that have no effect with this part."""
+        ignored = {"full": ("blocks", "rank", "alpha", "roles"), "last_blocks": ("rank", "alpha", "roles"), "lora": ()}
         fields = type(self).model_fields
-        return [key for key in unread[self.part] if getattr(self, key) != fields[key].default]
+        return [key for key in ignored[self.part] if getattr(self, key) != fields[key].default]
 
     def describe(self, num_layers: int) -> str:
         """The trained part of an encoder of `num_layers` blocks, for a model card."""
@@ -159,9 +159,9 @@ class TrainedPartRecipe(Recipe):
 
 
 def select_trainable_part(encoder: SliceEncoder, recipe: TrainedPartRecipe, seed: int) -> SliceEncoder:
-    """An encoder in which only the trained part requires gradients: for "full" itself, otherwise a copy.
+    """An encoder in which only the trained part requires gradients: the encoder itself for "full", else a copy.
 
-    "lora" adds updates B·A, with B = 0 at first. A RecipeError if the encoder has too few blocks.
+    "lora" adds updates B·A, with B = 0 at first. RecipeError if the encoder has too few blocks.
     """
     if recipe.part == "full":
         return encoder.requires_grad_(True)
@@ -188,7 +188,7 @@ def select_trainable_part(encoder: SliceEncoder, recipe: TrainedPartRecipe, seed
 
 
 def merge_adapters(encoder: SliceEncoder) -> SliceEncoder:
-    """A copy of an encoder with its updates, if it has any, added into plain matrices."""
+    """A copy of an encoder with its updates, if it has any, merged into plain matrices."""
     plain = copy.deepcopy(encoder)
     for name, layer in _lora_layers(plain).items():
         parent, _, child = name.rpartition(".")
@@ -218,7 +218,7 @@ def _lora_layers(encoder: nn.Module) -> dict[str, Any]:
 
 
 def _inject_lora(encoder: SliceEncoder, recipe: TrainedPartRecipe, num_frozen: int, seed: int) -> None:
-    """Give the first `num_frozen` blocks updates, in place."""
+    """Add updates to the first `num_frozen` blocks, in place."""
     config = LoraConfig(
         r=recipe.rank,
         lora_alpha=recipe.alpha,  # type: ignore[arg-type]

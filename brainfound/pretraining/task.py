@@ -50,7 +50,7 @@ def make_task(
 
 
 def apply_engine_settings(objective: Objective, engine: PretrainEngineRecipe) -> None:
-    """Run the encoders of an objective as `engine`, without any "auto", says."""
+    """Set up the encoders of an objective as `engine` says, in which no "auto" is left."""
     objective.separate_passes = engine.crops == "separate"
     kept = _SAVED_ACTIVATIONS[engine.gradient_checkpointing]
     for module in (objective.student, *objective.frozen_modules()):
@@ -62,7 +62,7 @@ def apply_engine_settings(objective: Objective, engine: PretrainEngineRecipe) ->
 class PretrainTask(TrainTask):
     """Self-supervised pretraining on the slices of a store; best encoders are kept in ``checkpoints/best/``.
 
-    The objective is on the accelerator's device already, except for its student.
+    The objective must already be on the accelerator's device, except for its student.
     """
 
     def __init__(
@@ -148,11 +148,11 @@ class PretrainTask(TrainTask):
             return
         if step == 0 and self.probe is not None:
             distributed.run_on_main_rank(self.probe.save_start, self.rank == 0)
-        # The best encoder is kept before the guard may stop the run because of a later one.
-        watched = read_retention_scores(line)
-        if self.guard.is_best(step, line["probe"], watched):
+        # Saved first, because `record_probe` may stop the run.
+        retention = read_retention_scores(line)
+        if self.guard.is_best(step, line["probe"], retention):
             self._save_best_encoder(step)
-        self.guard.record_probe(step, line["probe"], line["probe_standard_error"], watched)
+        self.guard.record_probe(step, line["probe"], line["probe_standard_error"], retention)
 
     def best_encoder_path(self, step: int) -> Path:
         return self.best_folder / f"step-{step:06d}.safetensors"
@@ -173,16 +173,16 @@ class PretrainTask(TrainTask):
             finally:
                 temporary.unlink(missing_ok=True)
             # A killed run resumes from a checkpoint, and may stop again before it reaches this step: the best encoder
-            # of a checkpoint stays as long as that checkpoint.
+            # that a checkpoint names stays as long as that checkpoint.
             guards = [state.get("guard", {}) for state in checkpoint.read_task_states(self.checkpoint_folder)]
             steps = {guard["best_step"] for guard in guards if guard.get("best_step") is not None}
-            known = {self.best_encoder_path(best) for best in steps}
-            for old in set(self.best_folder.glob("step-*.safetensors")) - known - {kept}:
+            referenced = {self.best_encoder_path(best) for best in steps}
+            for old in set(self.best_folder.glob("step-*.safetensors")) - referenced - {kept}:
                 old.unlink()
 
     def export_weights(self) -> tuple[int | None, dict[str, Tensor]]:
-        """(step of an earlier, better encoder or None, weights); all ranks call it together if the model is sharded."""
-        # Before the file is opened, which may fail on one rank only.
+        """(step of a better, earlier encoder or None; weights). All ranks call it together if the model is sharded."""
+        # Gathered before the file is opened, which may fail on one rank only.
         weights = {name: tensor.detach().cpu() for name, tensor in self.objective.exported_state().items()}
         best = self.guard.state.best_step
         if self.guard.should_export_best() and best is not None:

@@ -10,7 +10,7 @@ A checkpoint is written into a temporary folder and renamed, so a killed process
 file is corrupted later, `latest_valid_checkpoint` falls back to an earlier one.
 
 One checkpoint may be kept beyond the newest ones, for a rollback. A rollback starts with one atomic change of its
-``state.json``, which then counts one rollback more than the checkpoints of later steps; `latest_valid_checkpoint`
+``state.json``, which then records one more rollback than the checkpoints of later steps; `latest_valid_checkpoint`
 prefers the highest count. A process killed at any moment therefore resumes either before the rollback or after it.
 """
 
@@ -54,9 +54,9 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write a checkpoint into `folder`, then remove all but the newest `keep` and the newest that is marked as kept.
+    """Write a checkpoint into `folder`, then remove all but the newest `keep` and the newest one marked as kept.
 
-    Checkpoints of later steps are corrupt ones that the run has fallen back from; they stay and do not count.
+    Checkpoints of later steps are corrupt ones that the run has fallen back from; they are left alone and not counted.
     """
     tensors = {
         name: {key: tensor.detach().cpu().contiguous() for key, tensor in part.items()}
@@ -75,7 +75,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
 
 @contextmanager
 def wrap_write_errors(what: str, where: Path) -> Iterator[None]:
-    """Turn the many exceptions of a full disk, a quota or a lost server into one TrainingError."""
+    """Turn the many exceptions that a full disk, a quota or a lost server raises into one TrainingError."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -128,10 +128,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first, whole or not."""
-    # The full match leaves out a folder that a user has renamed (step-000002.bak).
-    found = (path for path in folder.glob(f"{_PREFIX}*") if re.fullmatch(rf"{_PREFIX}[0-9]+", path.name))
-    return sorted(found, key=checkpoint_step)
+    """The checkpoints in a folder, oldest first, intact or not."""
+    # The full match skips folders that a user has renamed (step-000002.bak).
+    folders = (path for path in folder.glob(f"{_PREFIX}*") if re.fullmatch(rf"{_PREFIX}[0-9]+", path.name))
+    return sorted(folders, key=checkpoint_step)
 
 
 def checkpoint_step(path: Path) -> int:
@@ -145,7 +145,7 @@ def read_task_states(folder: Path) -> list[dict[str, Any]]:
 
 def latest_valid_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint with intact files; warns about each corrupt one that it skips."""
-    # After more rollbacks means newer; the sort is stable, so steps stay in order otherwise.
+    # More rollbacks means newer; the sort is stable, so otherwise steps stay in order.
     for path in reversed(sorted(list_checkpoints(folder), key=lambda path: num_rollbacks(read_state(path)))):
         fault = find_corruption(path)
         if fault is None:
@@ -155,7 +155,7 @@ def latest_valid_checkpoint(folder: Path) -> Path | None:
 
 
 def find_corruption(path: Path) -> str | None:
-    """The first fault of a checkpoint's files, or None."""
+    """The first fault found in a checkpoint's files; None if they are intact."""
     files = read_state(path).get("files")
     if files is None:
         return f"{STATE_FILE} cannot be read"
@@ -177,7 +177,7 @@ def remove_partial_checkpoints(folder: Path) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old content or the new, never a part of it."""
+    """Write a text file so that a reader sees either the old content or the new, never a mixture."""
     temporary = path.with_name(f".{path.name}.partial")
     temporary.write_text(text, encoding="utf-8")
     fsync(temporary)
@@ -218,7 +218,7 @@ def _require_space(folder: Path, checkpoint: Checkpoint) -> None:
 def require_space_for_run(folder: Path, num_checkpoints: int, checkpoint_bytes: int, other_bytes: int) -> None:
     """Refuse to start or resume a run whose files do not fit on the disk.
 
-    Existing checkpoints in `folder` are replaced by later ones; `num_checkpoints` is the largest number at one time.
+    Checkpoints already in `folder` make room for later ones; `num_checkpoints` is the most on disk at one time.
     """
     existing = sum(file.stat().st_size for path in list_checkpoints(folder) for file in path.iterdir())
     needed = int(num_checkpoints * checkpoint_bytes * _FREE_SPACE_FACTOR + other_bytes) - existing
@@ -235,7 +235,7 @@ def _require_free_space(folder: Path, needed: int, what_for: str, remedy: str) -
 
 
 def update_checkpoint_state(path: Path, changes: Mapping[str, Any]) -> None:
-    """Change plain values of a checkpoint atomically; a TrainingError if it is not whole or writing fails."""
+    """Change plain values of a checkpoint atomically; TrainingError if it is corrupt or cannot be written."""
     if fault := find_corruption(path):
         raise TrainingError("the checkpoint to go back to is not whole", where=path, got=fault)
     with wrap_write_errors("the return to a checkpoint", path):

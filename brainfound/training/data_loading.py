@@ -1,10 +1,10 @@
-"""Which slices a step reads, and how its batches reach the device.
+"""The order in which slices are read, and the transfer of batches to the device.
 
 The order is a pure function of (seed, step, world size, rank): the rows of a store are an endless sequence of seeded
 permutations, one per epoch; a micro-batch is a window of it, and each rank takes its part of the window. Ranks need not
-communicate, and a resumed run does not read what came before.
+communicate, and a resumed run does not re-read earlier batches.
 
-On CUDA a thread copies each batch through pinned memory to the device while the step before is computed.
+On CUDA a thread copies each batch through pinned memory to the device while the previous step is computed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Result = TypeVar("Result")
 
 
 class EpochOrder:
-    """The endless sequence of indices 0 … `num_items` − 1, reshuffled in each epoch."""
+    """The endless sequence of indices 0 … `num_items` − 1, reshuffled every epoch."""
 
     def __init__(self, num_items: int, seed: int) -> None:
         self.num_items, self.seed = num_items, seed
@@ -51,7 +51,7 @@ class EpochOrder:
 class RankBatchSampler:
     """The micro-batches of one rank in steps `first_step` … `num_steps` − 1; all ranks share `order`.
 
-    A step has `accumulation` micro-batches; over these and all ranks it reads `batch_size` slices.
+    A step has `accumulation` micro-batches; together, over all ranks, they read `batch_size` slices.
 
     Raises:
         RecipeError: ranks and micro-batches do not divide the batch equally.
@@ -83,7 +83,7 @@ class RankBatchSampler:
             yield self.order.window(start, self.per_rank).tolist()
 
     def window_starts(self) -> Iterator[int]:
-        """The position of each micro-batch in the sequence, from which it takes `per_rank` items."""
+        """The position in the sequence at which each micro-batch's `per_rank` items begin."""
         for step in range(self.first_step, self.num_steps):
             for micro_batch in range(self.accumulation):
                 yield step * self.batch_size + micro_batch * self.per_micro_batch + self.rank * self.per_rank
@@ -93,21 +93,21 @@ class RankBatchSampler:
 
 
 def prefetch_to_device(batches: Iterable[Batch], device: torch.device, ahead: int = 2) -> Generator[Batch, None, None]:
-    """Yield batches (dataclasses of tensors) in order, on the device; `ahead` of them wait in its memory."""
+    """Yield batches (dataclasses of tensors) in order, on the device; up to `ahead` are copied in advance."""
     if device.type != "cuda":
         for batch in batches:
             yield map_tensors(batch, lambda tensor: tensor.to(device))
         return
-    side = torch.cuda.Stream(device)
+    copy_stream = torch.cuda.Stream(device)
 
     def copy(batch: Batch) -> tuple[Batch, torch.cuda.Event]:
-        with torch.cuda.stream(side):
+        with torch.cuda.stream(copy_stream):
             moved = map_tensors(batch, lambda tensor: tensor.pin_memory().to(device, non_blocking=True))
-            return moved, side.record_event()
+            return moved, copy_stream.record_event()
 
-    for batch, copied in map_in_background(batches, copy, ahead):
+    for batch, copy_done in map_in_background(batches, copy, ahead):
         stream = torch.cuda.current_stream(device)
-        stream.wait_event(copied)
+        stream.wait_event(copy_done)
         # The allocator must not give this memory to the next copy while the step still reads it.
         for tensor in tensor_fields(batch).values():
             tensor.record_stream(stream)
@@ -117,7 +117,7 @@ def prefetch_to_device(batches: Iterable[Batch], device: torch.device, ahead: in
 def map_in_background(
     items: Iterable[Batch], make: Callable[[Batch], Result], ahead: int
 ) -> Generator[Result, None, None]:
-    """Apply `make` to each item, in order, in a thread that works at most `ahead` items in advance.
+    """Apply `make` to each item, in order, in a thread that runs at most `ahead` items ahead.
 
     An error in the thread is raised in place of its item. Closing the generator ends the thread.
     """
@@ -128,24 +128,24 @@ def map_in_background(
         return end if item is end else make(item)
 
     with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:
-        waiting: deque[Future[Any]] = deque(pool.submit(step) for _ in range(ahead))
+        pending: deque[Future[Any]] = deque(pool.submit(step) for _ in range(ahead))
         try:
-            while (made := waiting.popleft().result()) is not end:
-                waiting.append(pool.submit(step))
-                yield made
+            while (result := pending.popleft().result()) is not end:
+                pending.append(pool.submit(step))
+                yield result
         finally:
-            for future in waiting:
+            for future in pending:
                 future.cancel()
 
 
 def tensor_fields(batch: Any) -> dict[str, Tensor]:
-    """The tensors of a dataclass by name."""
+    """The tensor fields of a dataclass, by name."""
     values = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
     return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
 def map_tensors(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
-    """A copy of a dataclass with each of its tensors changed."""
+    """A copy of a dataclass with `change` applied to each of its tensors."""
     changed = {name: change(tensor) for name, tensor in tensor_fields(batch).items()}
     return dataclasses.replace(batch, **changed)  # type: ignore[type-var]
 

@@ -3,7 +3,7 @@
 Reductions are the identity when no process group runs, so the same code serves a laptop and a cluster.
 
 Trained and frozen weights (teacher, anchor) are sharded alike, along the first axis over one mesh of all ranks: a
-teacher's shard belongs to the same rows as the student's, and the EMA needs no communication.
+teacher's shard covers the same rows as the student's, so the EMA needs no communication.
 
     unit                                gathered in      released
     attention, MLP of each block        bf16 | float32   after its forward pass
@@ -11,9 +11,9 @@ teacher's shard belongs to the same rows as the student's, and the EMA needs no 
     each head, and the trained module   float32          trained: after the backward pass; frozen: after the forward
 
 The rest of an encoder (stem, tokens, norms, layer scales) is small; float32 keeps the residual stream precise.
-Gradients are summed in float32. Checkpoints hold full tensors (`gather`), so a run may resume on other ranks.
+Gradients are summed in float32. Checkpoints hold full tensors (`gather`), so a run may resume on more or fewer ranks.
 
-Source: PyTorch FSDP (arXiv 2304.11277), in its second form, `torch.distributed.fsdp.fully_shard`.
+Source: PyTorch FSDP (arXiv 2304.11277), in its second version, `torch.distributed.fsdp.fully_shard`.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def max_over_ranks(tensor: Tensor) -> Tensor:
 
 
 def any_over_ranks(*flags: bool, device: torch.device) -> tuple[bool, ...]:
-    """For each flag, whether any rank raised it; the answer is the same on all ranks."""
+    """For each flag, whether any rank raised it; the result is the same on all ranks."""
     if not is_distributed():
         return flags
     raised = max_over_ranks(torch.tensor([float(flag) for flag in flags], device=device))
@@ -71,7 +71,7 @@ def any_over_ranks(*flags: bool, device: torch.device) -> tuple[bool, ...]:
 def run_on_main_rank(work: Callable[[], Any], is_main: bool) -> None:
     """Call `work` on the main rank; all ranks wait for it, and if it fails all raise the same error.
 
-    Errors of files, and every `BrainFoundError` but `UsageError`, become `TrainingError`.
+    File errors, and every `BrainFoundError` except `UsageError`, become `TrainingError`.
     """
     failure: BrainFoundError | None = None
     cause: Exception | None = None
@@ -125,7 +125,7 @@ class _GatherRows(torch.autograd.Function):
 def gather_rows(rows: Tensor) -> Tensor:
     """The rows (B, …) of all ranks in rank order, (R·B, …); B must be equal on all ranks.
 
-    The gradient is right if every rank computes the same loss from the gathered rows, as KoLeo does.
+    The gradient is correct if every rank computes the same loss from the gathered rows, as KoLeo does.
     """
     return _GatherRows.apply(rows) if is_distributed() else rows
 
@@ -135,16 +135,16 @@ BRANCHES = ("attention", "mlp")
 
 
 def shard(trained: nn.Module, frozen: Sequence[nn.Module], device: torch.device, precision: str) -> None:
-    """Shard modules over all ranks, in place; each rank must hold the same weights before, on any device.
+    """Shard modules over all ranks, in place; all ranks must start with the same weights, on any device.
 
     A module with ``is_shard_unit`` is gathered as one unit.
 
     Args:
-        trained: its forward pass starts with a call of it.
-        frozen: their encoders and heads may be called separately, by all ranks together.
+        trained: the trained module; a forward pass must begin by calling the module itself.
+        frozen: frozen modules, whose encoders and heads may be called separately, by all ranks together.
         precision: "bf16" gathers the blocks' matrices in bfloat16; anything else in float32.
     """
-    # The library warns at each pass of in-place changes of outputs that are views; none are made here.
+    # PyTorch warns in each pass about in-place changes to outputs that are views; none are made here.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
     mesh = init_device_mesh(device.type, (world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -167,15 +167,15 @@ def shard(trained: nn.Module, frozen: Sequence[nn.Module], device: torch.device,
 
 
 def _register_forward_method(encoder: SliceEncoder, name: str) -> None:
-    """Make a method gather the encoder's weights as a call does, unless a call around it has gathered them."""
+    """Make a method gather the encoder's weights as `forward` does, unless an enclosing call has gathered them."""
     plain, norm = getattr(encoder, name), encoder.norm
     register_fsdp_forward_method(encoder, name)
     gathering = getattr(encoder, name)
 
-    def enter(*args: Any, **kwargs: Any) -> Any:
+    def call_method(*args: Any, **kwargs: Any) -> Any:
         return (gathering if isinstance(norm.weight, DTensor) else plain)(*args, **kwargs)
 
-    setattr(encoder, name, enter)
+    setattr(encoder, name, call_method)
 
 
 def _mark_fsdp_root(root: nn.Module) -> None:
@@ -194,7 +194,7 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 def to_full_tensor(tensor: Tensor) -> Tensor:
-    """The full tensor of one that may be sharded; all ranks call it together."""
+    """The full tensor, gathered if it is sharded; all ranks call this together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -204,9 +204,9 @@ def to_local_tensors(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def gather(tree: Any, keep: bool = True) -> Any:
-    """Nested dicts, lists and tuples with each sharded tensor replaced by its full one, on the CPU.
+    """Nested dicts, lists and tuples with each sharded tensor replaced by the full one, on the CPU.
 
-    All ranks call it together; ranks that write nothing do not `keep` the tensors. One is on the device at a time.
+    All ranks call it together; ranks that write nothing do not `keep` the tensors. Only one at a time is on the device.
     """
     if isinstance(tree, DTensor):
         full = tree.full_tensor()
@@ -219,12 +219,12 @@ def gather(tree: Any, keep: bool = True) -> Any:
 
 
 def shard_like(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Full tensors, sharded like those of the same name in `like`; without communication."""
+    """Shard full tensors like those of the same name in `like`, without communication."""
     return {name: _shard_tensor(tensor, like[name]) if name in like else tensor for name, tensor in tensors.items()}
 
 
 def shard_optimizer_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The full state of an optimiser (`gather` of its ``state_dict()``), sharded like its parameters."""
+    """Shard the full state of an optimiser (`gather` of its ``state_dict()``) like its parameters."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     moments = {
         index: {name: _shard_tensor(value, parameters[index]) for name, value in values.items()}
@@ -234,7 +234,7 @@ def shard_optimizer_state(state: dict[str, Any], optimizer: torch.optim.Optimize
 
 
 def _shard_tensor(tensor: Any, like: Tensor) -> Any:
-    """`tensor` sharded like `like`; a step counter, or what is sharded already, as it is."""
+    """`tensor` sharded like `like`; step counters and already sharded tensors are returned unchanged."""
     if not isinstance(like, DTensor) or isinstance(tensor, DTensor) or getattr(tensor, "shape", None) != like.shape:
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

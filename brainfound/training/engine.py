@@ -35,12 +35,12 @@ from brainfound.training.task import RollbackRequested, TrainTask
 
 
 class EngineRecipe(Recipe):
-    """Length, batch, precision, and intervals of logging and saving."""
+    """Length, batch size, precision, and the intervals of logging and saving."""
 
     steps: int = Field(default=10_000, ge=1)
-    """Optimiser steps of the whole run."""
+    """Optimiser steps in the whole run."""
     batch_size: int = Field(default=128, ge=1)
-    """Images of one optimiser step, over all ranks and micro-batches."""
+    """Images in one optimiser step, over all ranks and micro-batches."""
     accumulation: int = Field(default=1, ge=1)
     """Micro-batches per step, to save memory. Losses that compare images with each other (Sinkhorn-Knopp's balance,
     KoLeo) see one micro-batch of all ranks, so this is not quite one large batch."""
@@ -54,14 +54,14 @@ class EngineRecipe(Recipe):
     checkpoint_every: int = Field(default=500, ge=1)
     """Steps between two checkpoints."""
     keep_checkpoints: int = Field(default=2, ge=1)
-    """Number of newest checkpoints that stay on disk."""
+    """Number of most recent checkpoints to keep on disk."""
     max_skipped_in_a_row: int = Field(default=20, ge=1)
-    """Steps in a row with a non-finite loss or gradient after which the run stops."""
+    """Number of consecutive steps with a non-finite loss or gradient after which the run stops."""
     num_workers: int = Field(default=2, ge=0)
     """Processes per rank that read slices; 0 reads in the training process."""
 
     def max_checkpoints_on_disk(self, may_roll_back: bool) -> int:
-        """The largest number on disk: a new one is complete before an old one goes, and one is kept for a rollback."""
+        """The most on disk at once: a new one is complete before an old one goes, and one is kept for rollbacks."""
         return self.keep_checkpoints + 1 + may_roll_back
 
     @field_validator("precision", mode="before")
@@ -73,7 +73,7 @@ class EngineRecipe(Recipe):
 class Engine:
     """Runs a task in a run folder, which gets ``log.jsonl`` and ``checkpoints/``.
 
-    The task's tensors outside the model are on the accelerator's device already; `seed` is that of dropout and
+    The task's tensors outside the model must already be on the accelerator's device; `seed` seeds dropout and
     stochastic depth.
     """
 
@@ -107,7 +107,7 @@ class Engine:
         self._saved_step = -1
 
     def run(self, save: bool = True) -> None:
-        """Train to the last step; without `save`, a trial that leaves no checkpoint.
+        """Train to the last step; without `save` (in a trial), no checkpoint is written.
 
         Raises:
             TrainingError: too many steps in a row were not finite, the task stopped the run, the disk is full, or the
@@ -149,7 +149,7 @@ class Engine:
     def _train_step(self, batches: Iterator[Any]) -> dict[str, Any]:
         """One optimiser step, or none if the loss or a gradient is not finite on any rank.
 
-        Returns values for the log, on a GPU as tensors, because nothing here waits for it.
+        Returns values for the log; on a GPU they are tensors, because nothing here waits for it.
         """
         task, accelerator, step = self.task, self.accelerator, self.step
         rates = self._set_learning_rates(step)
@@ -185,10 +185,10 @@ class Engine:
         return rates | {"lr": max(rates.values())}
 
     def _log(self, metrics: Mapping[str, Any]) -> None:
-        """Log one line: tensors as means over ranks, and the same line on all ranks."""
+        """Log one line, the same on all ranks; tensors are averaged over ranks."""
         measured = {name: value for name, value in metrics.items() if isinstance(value, Tensor)}
         line: dict[str, Any] = {"step": self.step, **distributed.mean_over_ranks(measured, self.device)}
-        # The means are numbers now, so the device has caught up; the rest does not count as time of a step.
+        # The means are numbers now, so the device has caught up; the rest does not count as step time.
         throughput = self.throughput.read(self.recipe.batch_size)
         with self.throughput.paused():
             line |= {name: value for name, value in metrics.items() if not isinstance(value, Tensor)}
@@ -225,7 +225,7 @@ class Engine:
             raise
 
     def save(self, kept: bool = False) -> None:
-        """Write a checkpoint of the current step, unless the newest one is of it; a `kept` one waits for a rollback."""
+        """Write a checkpoint of the current step, unless already saved; a `kept` one is reserved for rollbacks."""
         if self._saved_step == self.step:
             return
         with self.throughput.paused():
@@ -234,7 +234,7 @@ class Engine:
         self._saved_step = self.step
 
     def _snapshot(self, kept: bool) -> checkpoint.Checkpoint:
-        """The current state in full tensors; other ranks than the main one only help to gather a sharded model."""
+        """The current state in full tensors; ranks other than the main one only help to gather a sharded model."""
         counts = self._read_step_counts()
         return checkpoint.Checkpoint(
             step=self.step,
@@ -262,7 +262,7 @@ class Engine:
         self.nonfinite_steps.load(saved.state["engine"])
         self.step = self._saved_step = saved.step
         self.num_rollbacks = checkpoint.num_rollbacks(saved.state)
-        self.accelerator.wait_for_everyone()  # other ranks may still read files that are removed here
+        self.accelerator.wait_for_everyone()  # other ranks may still be reading files that are removed here
         if self.is_main:
             checkpoint.remove_rolled_back_checkpoints(self.checkpoint_folder, saved)
             if "rollback" in saved.state:
@@ -279,7 +279,7 @@ class Engine:
     def _begin_rollback(self, request: RollbackRequested) -> Path:
         """Commit a rollback; returns the checkpoint to resume from.
 
-        If that cannot be restored, the task is as before.
+        If that checkpoint cannot be used, the task's state is put back.
         """
         task, policy = self.task, self.task.rollback_policy
         path = checkpoint.checkpoint_path(self.checkpoint_folder, request.step)

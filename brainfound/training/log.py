@@ -17,8 +17,7 @@ from brainfound.training.checkpoint import write_atomically
 class TrainingLog:
     """Appends lines to ``log.jsonl`` and updates the progress bar, on the main rank only; a context manager.
 
-    Numbers are unrounded, so that two runs can be compared exactly; one that is not finite is null. Each line is
-    flushed.
+    Numbers are not rounded, so that two runs can be compared exactly; non-finite ones are null. Each line is flushed.
     """
 
     def __init__(self, path: Path, num_steps: int, quiet: bool, is_main: bool) -> None:
@@ -36,7 +35,7 @@ class TrainingLog:
     def roll_back(self, event: dict[str, Any], number: int) -> None:
         """Move the lines after the step of `event` to ``log-before-rollback-{number}.jsonl``, and append `event`.
 
-        Does nothing if a process that was killed afterwards has done it already.
+        Does nothing if it was already done by a process that was killed afterwards.
         """
         if not self.is_main or not self.path.is_file():
             return
@@ -72,7 +71,7 @@ class TrainingLog:
             self._bar.update(self._bar_task, loss=f"loss {line['loss']:.4f}")
 
     def notify(self, text: str) -> None:
-        """Print a note on standard error, above the bar; not if quiet."""
+        """Print a note on standard error, above the bar, unless quiet."""
         if self._bar is not None:
             self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
         elif self.shows_bar:
@@ -88,7 +87,7 @@ class TrainingLog:
 
     def _close(self) -> None:
         if self._file is not None:
-            # Each line was flushed, so an error of a full disk has been raised already.
+            # Each line was flushed, so a full disk has already raised its error.
             with suppress(OSError):
                 self._file.close()
         self._file = None
@@ -125,7 +124,7 @@ def _nonfinite_to_none(line: dict[str, Any]) -> dict[str, Any]:
 class ThroughputMeter:
     """Wall time of steps, without evaluations and checkpoints.
 
-    The host runs ahead of a GPU, so only times between two log lines, where it waits for the device, have a meaning.
+    The host runs ahead of a GPU, so only times between two log lines, where it waits for the device, are meaningful.
     """
 
     def __init__(self) -> None:
@@ -138,14 +137,14 @@ class ThroughputMeter:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Context of the wait for the next batch."""
+        """Count the time in this context as waiting for data."""
         began = time.perf_counter()
         yield
         self._waited += time.perf_counter() - began
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Context of anything that is not training."""
+        """Leave the time in this context out of the training time."""
         began = time.perf_counter()
         yield
         self._paused += time.perf_counter() - began

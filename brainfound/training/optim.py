@@ -71,7 +71,7 @@ def parameter_settings(name: str, parameter: nn.Parameter, num_layers: int, reci
         return ParameterSettings("new", 1.0, decays)
     if ".lora_" in name:
         # Low-rank updates wait for the heads as the backbone does. They need no layer decay: the frozen matrix keeps
-        # what an early layer has learnt, and weight decay leads back to it.
+        # what an early layer has learnt, and weight decay pulls back towards it.
         return ParameterSettings("backbone", 1.0, decays)
     block = _BLOCK.search(name)
     if block:
@@ -91,7 +91,7 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Each trainable parameter in exactly one group of equal ``role``, ``lr_scale`` and ``decays``.
 
-    Groups are ordered by their first parameter, so that a saved optimiser state fits again.
+    Groups are ordered by their first parameter, so that a saved optimiser state still matches.
     """
     groups: dict[ParameterSettings, dict[str, Any]] = {}
     for name, parameter in named_parameters:
@@ -127,12 +127,12 @@ def allocate_moments(optimizer: Any) -> None:
 
 
 def clip_gradients(groups: Mapping[str, list[nn.Parameter]], max_norm: float) -> dict[str, Tensor]:
-    """Scale each group's gradients down to `max_norm` without waiting for the device; returns their norms before."""
+    """Scale each group's gradients down to `max_norm` without waiting for the device; returns the norms before."""
     return {name: to_full_tensor(nn.utils.clip_grad_norm_(parameters, max_norm)) for name, parameters in groups.items()}
 
 
 def step_unless_nonfinite(optimizer: torch.optim.Optimizer, nonfinite: Float[Tensor, ""]) -> None:
-    """One step of a fused optimiser; if `nonfinite` is 1, weights, moments and step counters stay bit for bit."""
+    """One step of a fused optimiser; if `nonfinite` is 1, weights, moments and step counters do not change."""
     inner = _unwrap(optimizer)
     if not all(group.get("fused") for group in inner.param_groups):
         raise ValueError("only a fused optimiser can skip a step on the device: make it with fused=True")
@@ -149,23 +149,23 @@ class NonfiniteStepMonitor:
 
     def __init__(self, device: torch.device, max_consecutive_skips: int) -> None:
         self.max_consecutive_skips = max_consecutive_skips
-        # Skipped so far; skipped in a row now; the longest row since the last reading.
+        # Skipped so far; skipped in a row at present; the longest such row since the last reading.
         self._counts = torch.zeros(3, dtype=torch.int64, device=device)
 
     @torch.no_grad()
     def check_finite(self, values: Iterable[Tensor]) -> Float[Tensor, ""]:
         """1 if any value (the loss, gradient norms) is not finite on any rank, else 0; counts it."""
         finite = torch.isfinite(torch.stack([value.detach().float() for value in values])).all()
-        # One answer for all ranks: a rank that skipped alone would have other weights from then on.
+        # All ranks must agree: a rank that skipped alone would have different weights from then on.
         nonfinite = max_over_ranks((~finite).float())
         skipped, in_a_row, longest = self._counts.unbind()
-        now = nonfinite.long()
-        in_a_row = (in_a_row + now) * now
-        self._counts = torch.stack([skipped + now, in_a_row, torch.maximum(longest, in_a_row)])
+        skip = nonfinite.long()
+        in_a_row = (in_a_row + skip) * skip
+        self._counts = torch.stack([skipped + skip, in_a_row, torch.maximum(longest, in_a_row)])
         return nonfinite
 
     def read(self, step: int) -> dict[str, int]:
-        """The counters, as a checkpoint keeps them; waits for the device.
+        """The counters for a checkpoint; waits for the device.
 
         Raises:
             TrainingError: too many steps in a row were skipped since the last reading.

@@ -65,7 +65,7 @@ def describe_device(device: torch.device) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class PrecisionProbe:
-    """The choice of "auto" on a device, and the speed of a matrix product in 10⁹ operations per second."""
+    """The choice that "auto" makes on a device, and the speed of a matrix product in 10⁹ operations per second."""
 
     precision: Precision
     bf16_gflops: float | None
@@ -78,7 +78,7 @@ class PrecisionProbe:
 
 @lru_cache
 def probe_precision(device: torch.device) -> PrecisionProbe:
-    """Measure bfloat16 and float32 on a device, in some ten milliseconds; the result is cached."""
+    """Measure bfloat16 and float32 on a device, in about ten milliseconds; the result is cached."""
     if not _bf16_works(device):
         return PrecisionProbe("no", None, _gflops(device, torch.float32, _SMALL_SHAPE))
     for shape in (_SMALL_SHAPE, _CPU_SHAPE if device.type == "cpu" else _GPU_SHAPE):
@@ -102,7 +102,7 @@ def _operands(device: torch.device, dtype: torch.dtype, shape: tuple[int, int, i
 
 
 def _bf16_works(device: torch.device) -> bool:
-    """Whether a product and its gradient under autocast are right, within bfloat16's precision."""
+    """Whether a product and its gradient under autocast are correct to within bfloat16's precision."""
     left, right = _operands(device, torch.float32, _SMALL_SHAPE)
     right.requires_grad_()
     try:
@@ -115,7 +115,7 @@ def _bf16_works(device: torch.device) -> bool:
         expected = left @ right
         pairs = ((product, expected), (right.grad, 2 * left.T @ expected))
         return product.dtype == torch.bfloat16 and all(
-            found is not None and bool((found - wanted).norm() < _TOLERANCE * wanted.norm()) for found, wanted in pairs
+            actual is not None and bool((actual - exact).norm() < _TOLERANCE * exact.norm()) for actual, exact in pairs
         )
 
 
@@ -147,7 +147,7 @@ class StopSignals:
     def __init__(self, device: torch.device, log_every: int) -> None:
         self.device = device
         self.stop_requested = False
-        # Agreement over ranks makes a GPU wait, so there it is sought only every few steps.
+        # Ranks can only agree by making a GPU wait, so on a GPU they do it only every few steps.
         self._sync_every = 1 if device.type == "cpu" else min(log_every, _MAX_STEPS_BETWEEN_SYNCS)
         self._previous_handlers: dict[signal.Signals, Any] = {}
 

@@ -34,10 +34,10 @@ def seed_dropout(seed: int, step: int, *keys: int) -> None:
 
 
 def uniform_at_positions(start: int, count: int, purpose: int, seed: int) -> np.ndarray:
-    """Uniform numbers in 0–1 at positions `start` … `start + count − 1` of an endless sequence.
+    """Uniform numbers in [0, 1) at positions `start` … `start + count − 1` of an endless sequence.
 
     Each depends on its own position only: it is the first of the four numbers that a counter-based generator (Philox;
-    Salmon et al. 2011) gives at that count.
+    Salmon et al. 2011) yields at that count.
     """
     bits = np.random.Philox(key=derive_seed(purpose, seed), counter=start)
     return np.random.Generator(bits).random(4 * count)[::4]

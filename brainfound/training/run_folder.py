@@ -1,6 +1,6 @@
 """The run folder: its recipe, facts and curves, its lock, and the choice of a checkpoint to resume from.
 
-A folder belongs to one training at a time and holds nothing but a run.
+A folder belongs to one training run and holds nothing else.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ _FILES_BEFORE_RECIPE = {LOCK_FILE, FACTS_FILE, "splits.json", EMBEDDINGS_FOLDER}
 
 def versions() -> dict[str, str]:
     """Versions of the software that a result depends on."""
-    found = {name: version(name) for name in ("torch", "transformers", "accelerate", "datasets", "numpy")}
-    return {"brainfound": brainfound.__version__, "python": platform.python_version(), **found}
+    libraries = {name: version(name) for name in ("torch", "transformers", "accelerate", "datasets", "numpy")}
+    return {"brainfound": brainfound.__version__, "python": platform.python_version(), **libraries}
 
 
 def is_run_folder(folder: Path) -> bool:
@@ -72,7 +72,7 @@ def write_start(folder: Path, recipe: Recipe, facts: Mapping[str, Any]) -> None:
 
 
 def write_end(folder: Path, status: str, exported_step: int | None, step: int) -> None:
-    """Write status and last step of the run into run.json, and draw its curves."""
+    """Write the run's status and last step into run.json, and draw its curves."""
     facts = _read_facts(folder)
     facts |= {"status": status, "ended": _now(), "step": step, "exported_step": exported_step}
     if rollbacks := RunFolder.read(folder).rollbacks:
@@ -97,12 +97,12 @@ def read_saved_recipe(folder: Path) -> dict[str, Any]:
 
 
 def require_same_recipe_and_data(folder: Path, recipe: Recipe, store: Store, changeable_keys: Sequence[str]) -> None:
-    """Refuse to resume with other data, or a recipe that differs in more than `changeable_keys` (keys or groups).
+    """Refuse to resume with other data, or with a recipe that differs outside `changeable_keys` (keys or groups).
 
     Raises:
-        RecipeError, TrainingError: the first key that differs, or the store.
+        RecipeError, TrainingError: naming the first key that differs, or the store.
     """
-    # Validated, so that keys added since the run began have their default.
+    # Validated, so that keys added since the run began get their default.
     saved = validate(type(recipe), read_saved_recipe(folder))
     before, now = (_flatten(content.model_dump(mode="json")) for content in (saved, recipe))
     for key in [*before, *(key for key in now if key not in before)]:
@@ -135,10 +135,10 @@ def _now() -> str:
 
 @contextmanager
 def lock_run_folder(folder: Path, resume: bool, accelerator: accelerate.Accelerator) -> Iterator[None]:
-    """Lock a run folder, which holds a run already if `resume`; a lock ends with its process. All ranks raise alike.
+    """Lock a run folder, which must hold a run if `resume`; a lock ends with its process. All ranks raise together.
 
     Raises:
-        UsageError: the folder is a file, holds other files than a run, or no run to resume.
+        UsageError: the folder is a file, holds files of something else, or holds no run to resume.
         TrainingError: another process is training in the folder.
     """
     lock, created, refusal = None, False, None
@@ -220,14 +220,14 @@ def find_resume_checkpoint(
     Call it within `lock_run_folder`.
 
     Raises:
-        RecipeError, TrainingError: as `require_same_recipe_and_data`, or no checkpoint is whole.
+        RecipeError, TrainingError: as in `require_same_recipe_and_data`, or no checkpoint is intact.
     """
     accelerator.wait_for_everyone()
     if not resume:
         return None
     require_same_recipe_and_data(folder, recipe, store, changeable_keys)
     checkpoints = folder / "checkpoints"
-    # One rank chooses: a network disk may show an older folder to others, and hashing takes long.
+    # Only one rank chooses: a network disk may show the others an older state, and hashing is slow.
     has_checkpoint, name = False, None
     if accelerator.is_main_process:
         has_checkpoint, newest = bool(list_checkpoints(checkpoints)), latest_valid_checkpoint(checkpoints)

@@ -24,11 +24,11 @@ class ScheduleRecipe(Recipe):
     shape: Shape = "cosine"
     """The curve after the warm-up."""
     warmup_steps: int = Field(default=500, ge=0)
-    """Steps of the linear warm-up; the backbone's begins when `head_warmup_steps` end."""
+    """Steps of the linear warm-up; the backbone's begins after `head_warmup_steps`."""
     head_warmup_steps: int = Field(default=1000, ge=0)
-    """First steps, in which only heads, mask token and contrast embeddings learn. 0 when training from scratch."""
+    """Initial steps, in which only heads, mask token and contrast embeddings learn. 0 when training from scratch."""
     freeze_last_layer_steps: int = Field(default=0, ge=0)
-    """First steps, in which the prototypes of the heads are frozen."""
+    """Initial steps, in which the prototypes of the heads are frozen."""
     final_lr_ratio: float = Field(default=0.01, ge=0, le=1)
     """Learning rate of the last step, as a fraction of the peak."""
 
@@ -85,15 +85,15 @@ def learning_rate(
 ) -> float:
     """The learning rate of a parameter by its role, before layer-wise decay.
 
-    New parameters learn from step 0. The backbone has learning rate 0 for `head_warmup_steps` and warms up then: random
-    heads would damage it. It keeps gradients, as data-parallel training requires. The last layer of the heads may wait
-    too, as in DINO.
+    New parameters learn from step 0. The backbone has learning rate 0 for `head_warmup_steps` and then warms up: random
+    heads would damage it. It still gets gradients, as data-parallel training requires. The last layer of the heads may
+    wait too, as in DINO.
     """
     waiting_steps = {"backbone": head_warmup_steps, "last_layer": freeze_last_layer_steps}.get(role, 0)
     if step < waiting_steps:
         return 0.0
-    late = head_warmup_steps if role == "backbone" else 0  # only the backbone's warm-up begins later
-    return warmup_schedule(step - late, peak, final, warmup_steps, num_steps - late, shape)
+    delay = head_warmup_steps if role == "backbone" else 0  # only the backbone's warm-up begins later
+    return warmup_schedule(step - delay, peak, final, warmup_steps, num_steps - delay, shape)
 
 
 def momentum(step: int, start: float, end: float, num_steps: int) -> float:

@@ -24,7 +24,7 @@ class RollbackPolicy:
     """When a run returns to an earlier checkpoint; this default never does.
 
     A policy raises `RollbackRequested` from `TrainTask.on_log_line` or `on_nonfinite_steps`; see
-    `brainfound.training.checkpoint` for the mechanics. All ranks call each method alike and must get the same answer.
+    `brainfound.training.checkpoint` for the mechanics. All ranks call each method alike and must get the same result.
     """
 
     @property
@@ -40,7 +40,7 @@ class RollbackPolicy:
         """Called before too many skipped steps in a row end the run with `error`; may raise another error instead."""
 
     def on_rollback(self) -> Mapping[str, Any]:
-        """Called between `RollbackRequested` and the restoring of its checkpoint.
+        """Called after `RollbackRequested` was raised and before its checkpoint is restored.
 
         `TrainTask.state_dict` survives the rollback as this method leaves it, so a task can count rollbacks and lower
         its learning rate here; tensors are restored. Returns entries for the log line of the rollback.
@@ -55,14 +55,14 @@ class RollbackPolicy:
 
 
 class TrainTask(ABC):
-    """What the engine trains. All ranks call each method together, in the same order, unless it says otherwise."""
+    """A model, its data and its loss. All ranks call each method together, in the same order, except where noted."""
 
     model: nn.Module
     """All trained weights in one module; each parameter takes part in each loss."""
     clip_norm: float = 3.0
     """Largest gradient norm of each group of `clip_groups`."""
     evaluate_every: int = 0
-    """Steps between two evaluations, also before the first step and after the last; 0: never."""
+    """Steps between two evaluations, with one before the first step and one after the last; 0: never."""
     rollback_policy: RollbackPolicy = RollbackPolicy()
 
     @abstractmethod
@@ -82,7 +82,7 @@ class TrainTask(ABC):
         """The learning rate of a role at a step, before each group's ``lr_scale``."""
 
     def weight_decay(self, step: int) -> float:
-        """The weight decay at a step, of the groups that decay."""
+        """The weight decay at a step, for the groups that decay."""
         return 0.0
 
     def clip_groups(self) -> dict[str, list[nn.Parameter]]:
@@ -107,8 +107,8 @@ class TrainTask(ABC):
     def evaluate(self, step: int) -> dict[str, Any]:
         """Scores for the log, after `step` steps.
 
-        Called on rank 0 only and must not wait for other ranks; a sharded model calls it on all ranks, on the same
-        data, and rank 0's scores count.
+        Called on rank 0 only and must not wait for other ranks; with a sharded model all ranks call it, on the
+        same data, and rank 0's scores count.
         """
         return {}
 

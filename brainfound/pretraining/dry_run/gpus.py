@@ -1,6 +1,6 @@
-"""Kinds of GPU and machines of them, for estimates on paper.
+"""Kinds of GPU, and machines built from them, for estimates on paper.
 
-Rates are peaks of dense matrix products with float32 sums. Memory is the part that a program can use.
+Rates are peaks of dense matrix products with float32 accumulation. Memory is the part that a program can use.
 
 Sources: NVIDIA data sheets of V100 (2020), A10 (2021), A100 (2021), H100 (2023), H200 (2024) and HGX B200
 (2024), of RTX A6000 and A40 (2021), L40 (2022), L40S, L4 and RTX 6000 Ada (2023); NVIDIA white papers of the GA102
@@ -17,7 +17,7 @@ from brainfound.training.engine import EngineRecipe
 
 @dataclass(frozen=True)
 class GPUSpec:
-    """One kind of GPU; the peak of bfloat16 is None where there is none, that of float32 is without TF32."""
+    """One kind of GPU; `bf16_tflops` is None if it has no bfloat16, `float32_tflops` is without TF32."""
 
     name: str
     memory_gib: float
@@ -25,7 +25,7 @@ class GPUSpec:
     float32_tflops: float
 
     def tflops(self, precision: str) -> tuple[float, str]:
-        """The peak at a precision ("bf16" or "no"), and the precision that is used: float32 without bf16."""
+        """The peak at a precision ("bf16" or "no"), and the precision used: float32 if there is no bfloat16."""
         if precision == "bf16" and self.bf16_tflops is not None:
             return self.bf16_tflops, "bfloat16"
         return self.float32_tflops, "float32"
@@ -55,7 +55,7 @@ GPU_SPECS = {
 
 
 def find_gpu(name: str) -> GPUSpec:
-    """The kind with a name such as "rtx 4090", in any case; a UsageError names the nearest for an unknown one."""
+    """The GPU with a name such as "rtx 4090", ignoring case; for an unknown one, a UsageError suggests the nearest."""
     wanted = name.strip().lower().replace(" ", "-").replace("_", "-")
     for known, kind in GPU_SPECS.items():
         if known.lower() == wanted:
@@ -72,7 +72,7 @@ class TargetHardware:
     kind: GPUSpec
     num_gpus: int = 1
     utilisation: float = 0.33
-    """Assumed part of the peak that the model's own operations reach (MFU)."""
+    """Assumed fraction of the peak that the model's own operations reach (MFU)."""
 
     @classmethod
     def of(cls, gpus: int | None, gpu: str | None) -> TargetHardware | None:
@@ -90,11 +90,11 @@ class TargetHardware:
         return ("ddp", "fsdp") if self.num_gpus > 1 else ("ddp",)
 
     def micro_batch_size(self, engine: EngineRecipe) -> int:
-        """Images of one GPU at a time."""
+        """Images that one GPU processes at a time."""
         return engine.batch_size // (self.num_gpus * engine.accumulation)
 
     def require_divisible_batch(self, engine: EngineRecipe) -> None:
-        """Raise a UsageError for a batch that the GPUs cannot share, with the nearest ones that they can."""
+        """Raise a UsageError for a batch that the GPUs cannot share, naming the nearest ones that they can."""
         parts = self.num_gpus * engine.accumulation
         if engine.batch_size % parts:
             above = (engine.batch_size // parts + 1) * parts

@@ -1,6 +1,6 @@
 """Costs of pretraining: sizes of the models, memory of a forward pass, and the measurement of two real steps.
 
-On a GPU the allocator knows what a forward pass takes; on a CPU every new tensor is counted while it lives.
+On a GPU the allocator reports what a forward pass takes; on a CPU every new tensor is counted while it lives.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FLOAT32_BYTES, BFLOAT16_BYTES = 4, 2
 class ForwardMemory:
     """Measures the memory of the first forward pass of a task, in place of its `loss`.
 
-    `part` makes a smaller batch of a batch, which is measured first.
+    `part` cuts a smaller batch out of a batch; the smaller one is measured first.
     """
 
     def __init__(
@@ -47,19 +47,19 @@ class ForwardMemory:
             self.loss(model, self.part(batch), *others)
             _, self.part_peak_bytes = self._measure_peak(model, self.part(batch), *others)
             model.zero_grad()
-        answer, self.peak_bytes = self._measure_peak(*arguments)
-        return answer
+        result, self.peak_bytes = self._measure_peak(*arguments)
+        return result
 
     def _measure_peak(self, *arguments: Any) -> tuple[Any, int]:
-        """The loss, and its peak of memory in bytes."""
+        """The loss, and the peak memory of its computation in bytes."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             before = torch.cuda.memory_allocated(self.device)
-            answer = self.loss(*arguments)
-            return answer, torch.cuda.max_memory_allocated(self.device) - before
+            result = self.loss(*arguments)
+            return result, torch.cuda.max_memory_allocated(self.device) - before
         with LiveTensors() as live:
-            answer = self.loss(*arguments)
-        return answer, live.peak_bytes
+            result = self.loss(*arguments)
+        return result, live.peak_bytes
 
 
 class LiveTensors(TorchDispatchMode):
@@ -103,8 +103,8 @@ def available_memory_bytes(device: torch.device) -> int:
     """The free memory of the GPU, or of the machine."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    known = Path("/proc/meminfo")
-    lines = known.read_text(encoding="utf-8").splitlines() if known.is_file() else []
+    meminfo = Path("/proc/meminfo")
+    lines = meminfo.read_text(encoding="utf-8").splitlines() if meminfo.is_file() else []
     for line in lines:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
@@ -122,7 +122,7 @@ class ParameterCounts:
     anchor: int
     encoder: int
     layer: int
-    """The largest attention or MLP of a block, which sharded training gathers at a time."""
+    """The largest attention or MLP of a block; sharded training gathers one of them at a time."""
 
     @classmethod
     def of(cls, objective: Objective) -> ParameterCounts:
@@ -146,7 +146,7 @@ class ParameterCounts:
 
     @property
     def dry_run_bytes(self) -> int:
-        """Memory before the first step: as a checkpoint, with gradients and the starting model."""
+        """Memory before the first step: that of a checkpoint, plus gradients and the starting model."""
         return self.checkpoint_bytes + FLOAT32_BYTES * (self.trained + self.encoder)
 
 
@@ -156,13 +156,13 @@ class AnalyticCosts:
 
     weights: ParameterCounts
     flops: Callable[[int], StepFlops]
-    """Number of images in a micro-batch → its FLOPs; not quite in proportion, as whole crops are left out."""
+    """Number of images in a micro-batch → its FLOPs; not quite proportional, as whole crops are masked or dropped."""
     may_roll_back: bool = False
 
 
 @dataclass(frozen=True)
 class DryRunMeasurement:
-    """Two steps on this machine; `num_images` in a micro-batch of one process, images/s of all processes."""
+    """Two steps on this machine; `num_images` per micro-batch and process, images/s over all processes."""
 
     device: torch.device
     precision: str
@@ -170,13 +170,13 @@ class DryRunMeasurement:
     num_images: int
     images_per_second: float
     forward_bytes: float
-    """Peak memory of the forward pass of a micro-batch besides the weights; with that of teacher and targets."""
+    """Peak memory of a micro-batch's forward pass, including teacher and targets, without the weights."""
     half_batch_forward_bytes: float | None
     """The same for half as many images, rounded down, if it was measured."""
     sizes: AnalyticCosts
     loss: float
     ln_k: float | None
-    """The loss of a uniform prediction; only of objectives with prototypes."""
+    """The loss of a uniform prediction; None for objectives without prototypes."""
 
     def activation_bytes(self, num_images: int) -> float:
         """The memory that the forward pass of another micro-batch would take.

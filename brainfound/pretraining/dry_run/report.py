@@ -1,4 +1,4 @@
-"""The lines of a dry run: the measurements here, and the estimate for another machine."""
+"""The report of a dry run: the measurements here, and the estimate for another machine."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def report(
 def report_without_measurement(
     sizes: AnalyticCosts, available_memory_bytes: int, engine: PretrainEngineRecipe, lr: float, machine: TargetHardware
 ) -> Iterator[str]:
-    """Lines where this machine is too small for a trial."""
+    """The lines if this machine is too small for a trial."""
     free, needed = format_bytes(available_memory_bytes), format_bytes(sizes.weights.dry_run_bytes)
     yield "this machine: too little memory for a trial, so nothing was measured"
     yield f"  memory                   {free} are free; weights, gradients and moments take {needed}"
@@ -85,17 +85,17 @@ def _estimate_lines(
     sizes: AnalyticCosts, trial: DryRunMeasurement | None, engine: PretrainEngineRecipe, machine: TargetHardware
 ) -> Iterator[str]:
     kind, num_gpus = machine.kind, machine.num_gpus
-    tflops, words = kind.tflops("no" if engine.precision == "no" else "bf16")
+    tflops, float_name = kind.tflops("no" if engine.precision == "no" else "bf16")
     num_images = machine.micro_batch_size(engine)
     per_image = sizes.flops(num_images).total / num_images
     images_per_second = num_gpus * tflops * 1e12 * machine.utilisation / per_image
     seconds = engine.batch_size / images_per_second
     yield f"{num_gpus} × {kind.name}, an estimate on paper and no measurement:"
     yield (
-        f"  assumed                  {machine.utilisation:.0%} of {tflops:g} TFLOP/s ({words}) per GPU; published"
+        f"  assumed                  {machine.utilisation:.0%} of {tflops:g} TFLOP/s ({float_name}) per GPU; published"
         " runs reach 19 to 58%"
     )
-    if words == "float32" and engine.precision != "no":
+    if float_name == "float32" and engine.precision != "no":
         yield f"                           a {kind.name.split('-')[0]} has no bfloat16, and float16 is not offered"
     if trial is None:
         yield f"  arithmetic               {format_flops(per_image)} per image"
@@ -103,7 +103,7 @@ def _estimate_lines(
     yield f"  whole run                {_length(engine, seconds)}"
     yield "  effective learning rate  as above: engine.batch_size is the batch of all GPUs together"
     yield f"  memory per GPU           {kind.memory_gib:g} GiB, of which {USABLE_MEMORY_FRACTION:.0%} are counted on"
-    yield from _memory_lines(sizes, trial, engine, machine, words == "bfloat16")
+    yield from _memory_lines(sizes, trial, engine, machine, float_name == "bfloat16")
     yield f"  disk                     {format_bytes(disk_bytes(sizes, engine))}, written by one process"
 
 
@@ -156,9 +156,9 @@ def memory_per_gpu(
     bf16: bool,
     includes_bf16_copies: bool = False,
 ) -> dict[str, float]:
-    """Bytes of each kind on one of `num_gpus` that train together, with "ddp" or "fsdp".
+    """Bytes by purpose on each of `num_gpus` GPUs that train together, with "ddp" or "fsdp".
 
-    Weights, gradients and both moments are float32. With DDP, gradients are copied into buckets that are sent; bfloat16
+    Weights, gradients and both moments are float32. With DDP, gradients are copied into communication buckets; bfloat16
     keeps copies of the matrices during a step, which `forward_bytes` may include. With FSDP each GPU has its share, two
     gathered layers and whole heads.
     """
@@ -184,18 +184,18 @@ def memory_per_gpu(
 def suggest_fitting_settings(
     engine: PretrainEngineRecipe, machine: TargetHardware, memory_bytes: Callable[[str, int], float]
 ) -> str:
-    """The smallest changes that let a recipe fit, given the memory by engine.parallel and engine.accumulation."""
+    """The smallest changes that let a recipe fit; `memory_bytes` takes engine.parallel and engine.accumulation."""
     per_step = engine.batch_size // machine.num_gpus
     finer = [number for number in range(engine.accumulation, per_step + 1) if per_step % number == 0]
-    found = []
+    suggestions = []
     for parallel in machine.parallel_modes:
         fitting = [number for number in finer if _fits(memory_bytes(parallel, number), machine.kind)]
         if fitting:
             settings = {"parallel": parallel, "accumulation": fitting[0]}
             changed = {key: value for key, value in settings.items() if value != getattr(engine, key)}
-            found.append(" and ".join(f"engine.{key}={value}" for key, value in changed.items()))
-    if found:
-        return f"It would fit with {', or '.join(found)}."
+            suggestions.append(" and ".join(f"engine.{key}={value}" for key, value in changed.items()))
+    if suggestions:
+        return f"It would fit with {', or '.join(suggestions)}."
     least = min(memory_bytes(parallel, finer[-1]) for parallel in machine.parallel_modes)
     others = [] if engine.gradient_checkpointing is True else ["engine.gradient_checkpointing=true (not measured here)"]
     others += ["engine.crops=separate (not measured here)"] if engine.parallel == "ddp" else []

@@ -1,8 +1,8 @@
 """The dry run: two real steps that leave no files behind, and a report on them.
 
 Everything about this machine is measured. On others, speed follows from the FLOPs of a step, the peak rate of the GPU
-and an assumed utilisation; memory follows from the number of weights and from the forward pass here, of a few images
-if the estimate has to work on a laptop. It is good for choosing a machine and for excluding one; it is no promise.
+and an assumed utilisation; memory follows from the number of weights and from the forward pass here, with only a few
+images so that it works on a laptop. The estimate is good enough to choose or rule out a machine; it is no promise.
 
 Published utilisations of self-supervised ViTs, derived from reported images/s: DINOv2 ViT-L/14 on A100 31%, DINOv3
 ViT-L on H100 19%, CAPI 58%.
@@ -41,7 +41,7 @@ from brainfound.training.engine import Engine
 from brainfound.training.process import make_accelerator
 
 NUM_STEPS = 2
-NUM_ESTIMATE_IMAGES = 4  # of the micro-batch that is tried out for another machine
+NUM_ESTIMATE_IMAGES = 4  # in the micro-batch that is tried out for another machine
 
 
 def report_dry_run(recipe: PretrainRecipe, store: Store, machine: TargetHardware | None, quiet: bool) -> None:
@@ -58,7 +58,7 @@ def report_dry_run(recipe: PretrainRecipe, store: Store, machine: TargetHardware
     console = Console(stderr=True, quiet=quiet or not accelerator.is_main_process, highlight=False, soft_wrap=True)
     for note in run_preflight_checks(recipe, store, machine.num_gpus if machine else accelerator.num_processes):
         console.print(note)
-    # Schedules that end with the trial, and no probe.
+    # Schedules end with the trial, and there is no probe.
     engine = recipe.engine.model_copy(update={"steps": NUM_STEPS, "precision": accelerator.mixed_precision})
     if machine is not None:
         engine = shrink_engine_for_estimate(engine, machine, accelerator.num_processes)
@@ -79,7 +79,7 @@ def report_dry_run(recipe: PretrainRecipe, store: Store, machine: TargetHardware
 def _exceeds_available_memory(
     short: PretrainRecipe, store: Store, recipe: PretrainRecipe, machine: TargetHardware, accelerator: Accelerator
 ) -> bool:
-    """Whether the weights of a trial do not fit into this machine; if so, print what follows from the sizes alone."""
+    """Whether a trial's weights exceed the free memory here; if so, print what follows from the sizes alone."""
     encoder = build_meta_model(short.init, store, short.views.global_size).encoder
     with torch.device("meta"):
         objective = make_objective(short.objective, short.trained, encoder, short.views, short.engine.steps, short.seed)
@@ -102,7 +102,7 @@ def shrink_engine_for_estimate(
 
 
 def resolve_auto_for_gpu(engine: PretrainEngineRecipe) -> PretrainEngineRecipe:
-    """Replace "auto" by the choice of a GPU, so that a CPU measures a GPU's memory."""
+    """Replace "auto" by what a GPU would choose, so that a CPU measures the memory of a GPU run."""
     choice = {"attention": "sdpa", "crops": "packed"}
     return engine.model_copy(update={key: value for key, value in choice.items() if getattr(engine, key) == "auto"})
 

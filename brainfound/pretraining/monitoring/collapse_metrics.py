@@ -19,7 +19,7 @@ MAX_HEALTH_IMAGES = 256
 def effective_rank(features: Float[Tensor, "N D"]) -> float:
     """exp(entropy of normalised singular values) of centred features (Roy and Vetterli 2007), at most min(N − 1, D).
 
-    0 for constant features, NaN where any is not finite.
+    0 for constant features, NaN if any is not finite.
     """
     if not torch.isfinite(features).all():
         return math.nan
@@ -33,7 +33,7 @@ def effective_rank(features: Float[Tensor, "N D"]) -> float:
 
 
 def mean_cosine(features: Float[Tensor, "N D"]) -> float:
-    """Mean cosine between different rows; 1 for fewer than two rows, NaN where any feature is not finite."""
+    """Mean cosine between different rows; 1 for fewer than two rows, NaN if any feature is not finite."""
     if len(features) < 2:
         return 1.0
     unit = F.normalize(features.double(), dim=-1)
@@ -44,8 +44,8 @@ def mean_cosine(features: Float[Tensor, "N D"]) -> float:
 def view_margin(features: Float[Tensor, "N D"], images: Int[Tensor, "N"]) -> float:
     """Mean cosine between centred rows of one image, minus that between rows of different images.
 
-    About 0 if features do not depend on the image (or are constant), 1 at most. NaN if there are not two images, one of
-    them with two rows, or if a feature is not finite.
+    About 0 if features do not depend on the image (or are constant), at most 1. NaN for fewer than two images, if
+    none has two rows, or if a feature is not finite.
     """
     ids, image_index = torch.unique(images, return_inverse=True)
     counts = torch.bincount(image_index).double()
@@ -64,7 +64,7 @@ def view_margin(features: Float[Tensor, "N D"], images: Int[Tensor, "N"]) -> flo
 def feature_health_metrics(features: Float[Tensor, "N D"], images: Int[Tensor, "N"] | None = None) -> dict[str, float]:
     """All metrics of a batch of CLS features, from at most `MAX_HEALTH_IMAGES` images; NaN if one is not finite.
 
-    Without `images` (the image number of each row) each row is another image, and there is no view margin.
+    Without `images` (the image number of each row) each row is a different image, and there is no view margin.
     """
     features = features.detach().cpu()
     rows = torch.arange(len(features)) if images is None else images.cpu()

@@ -25,7 +25,7 @@ from brainfound.training.task import RollbackPolicy, RollbackRequested
 MARGIN_PER_IMAGE = 1 / 160
 """The threshold of the view margin is at most this per image: few images make it noisy (by 0.15 at 8 of them)."""
 UNINFORMATIVE_LOSS_RATIO = 0.99
-"""From this fraction of ln K on, the CLS loss is no better than that of an output that ignores the image."""
+"""At this fraction of ln K or above, the CLS loss is no better than that of an output that ignores the image."""
 
 RetentionScores = Mapping[str, tuple[float, float]]
 """Name of a retention probe → score and standard error."""
@@ -37,7 +37,7 @@ class GuardRecipe(Recipe):
     enabled: bool = True
     """Whether the guard may stop the run or roll it back; collapse metrics are logged in any case."""
     grace_steps: int = Field(default=1000, ge=0)
-    """First steps, in which collapse metrics do not count: new heads, and features of new weights, look collapsed."""
+    """Initial steps in which collapse metrics do not count: new heads, and features of new weights, look collapsed."""
     confirm_looks: int = Field(default=5, ge=1)
     """Log lines in a row that must show collapse."""
     min_teacher_entropy: float = Field(default=0.1, ge=0, le=1)
@@ -45,20 +45,20 @@ class GuardRecipe(Recipe):
     min_effective_rank: float = Field(default=2.0, ge=0)
     """Effective rank of the CLS features; below this is collapse."""
     warn_effective_rank: float = Field(default=10.0, ge=0)
-    """Below this there is a warning; 50 and more is healthy in large batches."""
+    """An effective rank below this gives a warning; 50 or more is healthy in large batches."""
     rank_share: float = Field(default=0.25, ge=0, le=1)
     """Both thresholds of rank are at most this fraction of the largest rank that the batch can show (images − 1)."""
     max_mean_cosine: float = Field(default=0.995, gt=0, le=1)
-    """Mean cosine between CLS features of different crops; from this on it is collapse."""
+    """Mean cosine between CLS features of different crops; at this or above it is collapse."""
     min_view_margin: float = Field(default=0.1, ge=-1, le=1)
     """How much more alike (centred cosine) two crops of one image are than crops of different images; below this, with
     a CLS loss no better than ln K, it is collapse. 0.3–0.6 is healthy, 0 is a data set of one image."""
     ln_k_tolerance: float = Field(default=1e-4, ge=0)
     """A CLS loss within this fraction of ln K, in each of the log lines, shows a uniform output: collapse."""
     warn_gram_distance: float = Field(default=0.02, ge=0)
-    """Mean squared change of the cosines between patches of an image since the start; above this there is a warning."""
+    """Mean squared change of the cosines between patches of an image since the start; above this, a warning."""
     probe_drop: float = Field(default=0.05, ge=0)
-    """A probe this far below the best one, and by two standard errors, is a drop."""
+    """A score this far below the best one, and by at least two standard errors, is a drop."""
     probe_patience: int = Field(default=3, ge=1)
     """Probes in a row that must show the drop, of the target or of one and the same retention probe."""
     watch_drop: float = Field(default=0.05, ge=0)
@@ -66,13 +66,13 @@ class GuardRecipe(Recipe):
     its difference to the start, is a drop."""
     kept_drop: float = Field(default=0.2, ge=0)
     """The same for the start's features (`kept_slices`, `kept_patches`): learning changes features, so only the loss of
-    a fifth of their linear information is a drop. From 1 on it is only logged."""
+    a fifth of their linear information is a drop. At 1 or above it is only logged."""
     watch_errors: float = Field(default=3.0, ge=0)
-    """More than the two of the target, because there are many retention probes: three leave each one chance in 700."""
+    """More than the target's two because there are many retention probes: at three, 1 in 700 drops by chance."""
     on_failure: Literal["stop", "roll_back"] = "stop"
-    """After a confirmed failure: end, or return to the checkpoint of the best probe with a lower learning rate."""
+    """After a confirmed failure: stop, or return to the checkpoint of the best probe with a lower learning rate."""
     max_rollbacks: int = Field(default=2, ge=1)
-    """Rollbacks of a run; the next failure stops it."""
+    """Rollbacks per run; the next failure stops it."""
     rollback_lr_factor: float = Field(default=0.3, gt=0, lt=1)
     """Factor on all learning rates at each rollback."""
     export: Literal["best", "last"] = "best"
@@ -125,7 +125,7 @@ class Guard(RollbackPolicy):
     """Judges log lines and probe scores. All ranks see the same numbers, so all stop together.
 
     Scores of random features are no baseline, and early training often lowers them. So if a run begins `from_scratch`,
-    each probe within `grace_steps` counts as the best, and retention is logged only.
+    each probe within `grace_steps` counts as the best, and retention is only logged.
     """
 
     recipe: GuardRecipe
@@ -139,19 +139,19 @@ class Guard(RollbackPolicy):
 
     def collapse_symptoms(self, line: Mapping[str, Any]) -> list[str]:
         """Descriptions of the signs of collapse in a log line."""
-        recipe, found = self.recipe, []
+        recipe, symptoms = self.recipe, []
         if math.isnan(line.get("effective_rank", 0.0)):
             return ["they are not finite"]
         entropy, rank, cosine = (line.get(name) for name in ("teacher_entropy", "effective_rank", "mean_cosine"))
         if entropy is not None and not entropy >= recipe.min_teacher_entropy:
-            found.append(f"teacher entropy {entropy:.3g} of ln K, below {recipe.min_teacher_entropy:g}")
+            symptoms.append(f"teacher entropy {entropy:.3g} of ln K, below {recipe.min_teacher_entropy:g}")
         min_rank = self._rank_threshold(recipe.min_effective_rank, line)
         if rank is not None and not rank >= min_rank:
-            found.append(f"effective rank {rank:.3g}, below {min_rank:.3g}")
+            symptoms.append(f"effective rank {rank:.3g}, below {min_rank:.3g}")
         several_images = line.get("highest_rank", math.inf) > 0  # crops of a single image should be alike
         if cosine is not None and several_images and not cosine < recipe.max_mean_cosine:
-            found.append(f"mean cosine {cosine:.4f}, from {recipe.max_mean_cosine:g} on")
-        return found + self._uninformative_outputs(line)
+            symptoms.append(f"mean cosine {cosine:.4f}, from {recipe.max_mean_cosine:g} on")
+        return symptoms + self._uninformative_outputs(line)
 
     def _rank_threshold(self, threshold: float, line: Mapping[str, Any]) -> float:
         return min(threshold, self.recipe.rank_share * line.get("highest_rank", math.inf))
@@ -161,36 +161,36 @@ class Guard(RollbackPolicy):
         recipe, loss, ln_k, margin = self.recipe, *(line.get(k) for k in ("loss_dino", "ln_k", "view_margin"))
         if loss is None or ln_k is None:
             return []
-        found = []
+        symptoms = []
         if abs(loss - ln_k) <= recipe.ln_k_tolerance * ln_k:
-            found.append(f"CLS loss {loss:.4f} equals ln K ({ln_k:.4f})")
+            symptoms.append(f"CLS loss {loss:.4f} equals ln K ({ln_k:.4f})")
         # The margin alone proves nothing: crops of different contrasts may be unlike and still be learnt.
         min_margin = min(recipe.min_view_margin, MARGIN_PER_IMAGE * (line.get("highest_rank", math.inf) + 1))
         if margin is not None and margin < min_margin and not loss < UNINFORMATIVE_LOSS_RATIO * ln_k:
-            found.append(
+            symptoms.append(
                 f"crops of one image are no more alike than those of others (view margin {margin:.2f}, below"
                 f" {min_margin:.2g}), and the CLS loss {loss:.4f} is no better than ln K ({ln_k:.4f})"
             )
-        return found
+        return symptoms
 
     def new_warnings(self, line: Mapping[str, Any]) -> list[str]:
         """Signs that do not yet justify a stop; each kind once per run."""
-        found = {}
+        texts = {}
         step = line.get("step", 0)
         rank, distance = line.get("effective_rank"), line.get("gram_distance")
         min_rank = self._rank_threshold(self.recipe.warn_effective_rank, line)
         if rank is not None and rank < min_rank and step > self.recipe.grace_steps:
-            found["rank"] = f"effective rank {rank:.3g}, below {min_rank:.3g}"
+            texts["rank"] = f"effective rank {rank:.3g}, below {min_rank:.3g}"
         if distance is not None and distance > self.recipe.warn_gram_distance:
-            found["gram"] = f"Gram distance {distance:.3g} to the start, above {self.recipe.warn_gram_distance:g}"
+            texts["gram"] = f"Gram distance {distance:.3g} to the start, above {self.recipe.warn_gram_distance:g}"
         chance = line.get("probe_chance") if self.state.first_score is None else None
         if chance is not None and not line["probe"] - chance > self._drop_margin(line["probe_standard_error"]):
-            found["blind"] = (
+            texts["blind"] = (
                 f"the probe of {line['probe_target']} is not clearly above chance"
                 f" ({line['probe']:.3f}, chance {chance:.3f}): it cannot see a drop; another probe.target may"
             )
-        new = [f"step {step}: {text}" for kind, text in found.items() if kind not in self._warned]
-        self._warned |= found.keys()
+        new = [f"step {step}: {text}" for kind, text in texts.items() if kind not in self._warned]
+        self._warned |= texts.keys()
         return new
 
     def on_log_line(self, step: int, line: Mapping[str, Any]) -> None:
@@ -232,14 +232,14 @@ class Guard(RollbackPolicy):
                 state.kept_step = step
         state.dropped_probes = state.dropped_probes + 1 if self._target_dropped() else 0
         probes: dict[str, Any] = {"the probe": state, **state.watched}
-        found = [
+        drops = [
             f"{name} fell from {probe.best_score:.3f} (step {probe.best_step}) to {probe.last_score:.3f}"
             for name, probe in probes.items()
             if probe.dropped_probes >= self.recipe.probe_patience
         ]
-        if found:
+        if drops:
             longest = max(probe.dropped_probes for probe in probes.values())
-            self.handle_failure(step, f"{', '.join(found)} and stayed down for {longest} probes", "Lower optim.lr")
+            self.handle_failure(step, f"{', '.join(drops)} and stayed down for {longest} probes", "Lower optim.lr")
 
     def _updated_retention(self, step: int, retention: RetentionScores) -> dict[str, RetentionState]:
         """The memory of the retention probes after these scores; `state` is not changed."""
@@ -304,7 +304,7 @@ class Guard(RollbackPolicy):
         self._stop(step, f"{request.what}, and {error.what} ({error.got})", request.remedy or "Lower optim.lr")
 
     def should_export_best(self) -> bool:
-        """Whether to export the best teacher: the last probe was a drop, or the run failed, perhaps after it."""
+        """Whether to export the best teacher: the last probe had dropped, or the run failed."""
         state = self.state
         dropped = self._target_dropped() or any(probe.is_dropped() for probe in state.watched.values())
         return self.recipe.export == "best" and (dropped or (state.failed and state.best_step is not None))

@@ -3,8 +3,8 @@
 The first four of `TARGET_PRIORITY` are columns of the cohort. The last two need no label: the contrast of a
 single-contrast embedding, and the position of a slice in the head.
 
-A high score of site is no goal: a model for other sites gains nothing from it. But it measures whether fine detail of
-the image is still in the features, so its fall shows damage.
+A high score for site is no goal: a model for other sites gains nothing from it. But it measures whether fine detail of
+the image is still in the features, so a fall shows damage.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TARGET_PRIORITY: tuple[ProbeTarget, ...] = ("diagnosis", "age_years", "sex", "si
 CLASS_TARGETS: tuple[ProbeTarget, ...] = ("diagnosis", "sex", "site", "contrast")
 """Targets that are classes; the others are numbers."""
 SLICE_TARGETS: tuple[ProbeTarget, ...] = ("slice_position",)
-"""Targets of each slice; the others are of a session."""
+"""Targets with a value per slice; the others have one per session."""
 MIN_CLASS_SESSIONS = 5
 MIN_AGES = 10
 
@@ -52,7 +52,7 @@ def _is_supported(store: Store, target: ProbeTarget) -> bool:
 
 
 def sessions_with_target(store: Store, target: ProbeTarget) -> np.ndarray:
-    """Indices of the sessions with a known label (a frequent one, of classes); empty without such a column."""
+    """Indices of the sessions with a known label (of a frequent class); empty without such a column."""
     sessions = np.arange(len(store.sessions))
     if target == "contrast":
         return sessions[store.present[:, frequent_contrasts(store)].any(axis=1)]
@@ -93,7 +93,7 @@ def require_probe_target(store: Store, target: ProbeTarget) -> None:
 
 def _require_classes(target: ProbeTarget, counts: dict[str, int], remedy: str) -> None:
     if sum(count >= MIN_CLASS_SESSIONS for count in counts.values()) < 2:
-        # Counts without names: a column may hold what identifies people.
+        # Counts without class names, which may identify people.
         sizes = ", ".join(map(str, sorted(counts.values(), reverse=True)[:5])) or "none"
         got = f"{len(counts)} {'class' if len(counts) == 1 else 'classes'}, with so many sessions: {sizes}"
         expected = f"two with {MIN_CLASS_SESSIONS} sessions or more"

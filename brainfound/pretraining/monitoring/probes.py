@@ -1,8 +1,8 @@
-"""Probes: what frozen features predict, measured during training.
+"""Probes: how well frozen features predict labels, measured during training.
 
 A view is a session with all its contrasts, or with one; its embedding is the mean CLS token over a few evenly spaced
-slices. The retention probes run on the same embeddings (`retention`). No subject, and no image under two names, is ever
-on both sides of a split.
+slices. The retention probes run on the same embeddings (`retention`). No subject, and no image, is ever on both
+sides of a split, even if the image is stored twice.
 
 Axis legend: ``V`` views, ``S`` slices of a view, ``H W`` pixels, ``P`` patches of a slice, ``N`` samples, ``D`` width.
 """
@@ -65,8 +65,8 @@ class ProbeRecipe(Recipe):
     every: int = Field(default=500, ge=0)
     """Steps between two probes of the teacher; 0 turns them off."""
     target: Literal["auto"] | ProbeTarget = "auto"
-    """What is predicted; "auto" takes the first one of diagnosis, age, sex, site, contrast and slice position that the
-    store supports. A high score of site is no merit, but its fall is damage."""
+    """The label to predict; "auto" takes the first of diagnosis, age, sex, site, contrast and slice position that the
+    store supports. A high score for site is no merit, but a fall shows damage."""
     method: Literal["linear", "knn"] = "linear"
     """The model whose score guards the run; both are logged."""
     max_sessions: int = Field(default=200, ge=2)
@@ -115,12 +115,12 @@ class ProbeScores:
 
 
 class Probe:
-    """A fixed test of an encoder on a fixed subset of the pretraining store; no test of generalisation.
+    """A fixed test of an encoder on a fixed subset of the pretraining store; it does not test generalisation.
 
     `seed` picks the subset and the folds; a resumed run needs the `start_file` of `save_start`.
 
     Raises:
-        RecipeError, TrainingError: too few labels of the target in the store, or too few subjects or classes drawn.
+        RecipeError, TrainingError: too few labels of the target in the store, or subjects or classes in the subset.
     """
 
     def __init__(self, store: Store, recipe: ProbeRecipe, seed: int, start_file: Path | None = None) -> None:
@@ -148,7 +148,7 @@ class Probe:
             what = "a probe needs sessions of at least two subjects"
             remedy = "Set probe.every=0 to train without a probe"
             raise TrainingError(what, where="probe", got=num_subjects, remedy=remedy)
-        # Each subject has slices everywhere, and views of several contrasts, so folds need no balance.
+        # Each subject has slices everywhere, and views of several contrasts, so folds need no stratification.
         strata = None if self.target in ("slice_position", "contrast") else self.labels.tolist()
         self.folds = k_folds(self.subjects.tolist(), min(recipe.folds, num_subjects), seed, strata)
         for fold in self.folds:
@@ -158,7 +158,7 @@ class Probe:
         self._patch_targets: PatchTargets | None = None
 
     def _make_views(self, sessions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """For each view its session, the contrasts that it shows (bool), and its label."""
+        """For each view: its session, the contrasts that it shows (bool), and its label."""
         present = self.store.present[sessions]
         if self.target != "contrast":
             table = self.store.sessions
@@ -199,14 +199,14 @@ class Probe:
 
     def _labels(self, folds: np.ndarray) -> dict[str, SessionLabel]:
         """Labels other than the target that views of several folds have."""
-        found: dict[str, SessionLabel] = {}
+        labels: dict[str, SessionLabel] = {}
         for name in supported_targets(self.store):
             known = np.isin(self.views, sessions_with_target(self.store, name))
             values = self.store.sessions[name].to_numpy()[self.views]
             values = values.astype(str) if name in CLASS_TARGETS else np.where(known, values, np.nan).astype(float)
             if name != self.target and len(set(folds[known])) > 1 and len(set(values[known])) > 1:
-                found[name] = SessionLabel(values, known, name in CLASS_TARGETS)
-        return found
+                labels[name] = SessionLabel(values, known, name in CLASS_TARGETS)
+        return labels
 
     def _slice_rows(self, session: int) -> np.ndarray:
         rows = self.store.session_rows(session)
@@ -220,8 +220,8 @@ class Probe:
         predictions = self._predict(cls)
         scores = self._scores(predictions)
         if self.retention is not None and predictions is not None:
-            found = self._retention_scores(cls, patches, predictions, is_starting_checkpoint)
-            scores = replace(scores, retention=found)
+            retention = self._retention_scores(cls, patches, predictions, is_starting_checkpoint)
+            scores = replace(scores, retention=retention)
         return scores if self.patches is None else replace(scores, patch=self.patches.run(encoder, device))
 
     @torch.no_grad()
@@ -268,7 +268,7 @@ class Probe:
 
     def _scores(self, predicted: dict[str, np.ndarray] | None) -> ProbeScores:
         if predicted is None:
-            # A score, not an error: only rank 0 is here, and the guard stops all ranks together.
+            # A score, not an error: only rank 0 gets here, and the guard stops all ranks together.
             return ProbeScores(np.nan, np.nan, 0.0, self.metric, self.target, self.chance)
         linear, knn = (self._score_predictions(self.labels, predicted[name]) for name in ("linear", "knn"))
         error = self._standard_error(predicted[self.recipe.method])
@@ -328,7 +328,7 @@ class Probe:
 
 
 def majority_labels(masks: Int[np.ndarray, "S H W"], patch_size: int) -> Int[np.ndarray, "S P"]:
-    """The most frequent label of each patch, patches row by row; the lowest of equally frequent ones."""
+    """The most frequent label of each patch, patches row by row; the lowest label in a tie."""
     tiles = rearrange(masks, "s (row i) (col j) -> s (row col) (i j)", i=patch_size, j=patch_size)
     labels = np.unique(masks)
     counts = np.stack([(tiles == label).sum(axis=-1) for label in labels], axis=-1)
@@ -347,8 +347,8 @@ def choose_patches(labels: Int[np.ndarray, "P"], num: int, rng: np.random.Genera
 class PatchProbe:
     """A linear probe of the tissue label of patch tokens, on fixed slices with masks.
 
-    A patch has the label of most of its pixels. Some patches of each slice count, as many of each label, so that
-    background does not fill the sample. `rows` are the slices of each of `sessions`; `subjects` are those of the store.
+    A patch has the most frequent label of its pixels. The sample of each slice is balanced over labels, so that
+    background does not dominate. `rows` are the slices of each of `sessions`; `subjects` are those of the store.
     """
 
     store: Store

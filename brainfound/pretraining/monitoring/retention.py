@@ -28,7 +28,7 @@ from brainfound.training.randomness import PROBE, numpy_generator
 
 RetentionProbeName = Literal[
     "other_method",  # the probe's target with its other model
-    "labels",  # diagnosis, age, sex and site of a session, as far as the store knows them
+    "labels",  # diagnosis, age, sex and site of a session, as far as the store has them
     "slice_position",
     "slice_intensity",  # mean and standard deviation of each contrast in a slice
     "identity",  # the mean CLS token of half of a session's slices is nearest to that of its other half
@@ -69,7 +69,7 @@ class PatchTargets:
 
     @classmethod
     def from_slices(cls, slices: Sequence[UInt8[np.ndarray, "S C H W"]], patch_size: int, seed: int) -> PatchTargets:
-        """Choose patches, those without background first; the same for the same seed."""
+        """Choose patches, background only if there are too few others; reproducible by seed."""
         views = enumerate(slices)
         columns = [_view_targets(pixels, patch_size, numpy_generator(PROBE, seed, 3, view)) for view, pixels in views]
         return cls(*(np.stack(column) for column in zip(*columns, strict=True)))
@@ -83,7 +83,7 @@ def _view_targets(
     tiles = pixels[:, :, : rows * patch_size, : columns * patch_size].astype(np.float32) / 255
     tiles = rearrange(tiles, "s c (row i) (col j) -> s (row col) c (i j)", i=patch_size, j=patch_size)
     mean, texture = tiles.mean(axis=-1), tiles.std(axis=-1)
-    # Patches without background first, in random order; then others.
+    # Patches that are mostly background come last; the order is random otherwise.
     background = (tiles == 0).all(axis=2).mean(axis=-1) > 0.5
     order = np.lexsort((rng.random(background.shape), background))
     chosen = np.sort(order[:, : min(RETENTION_PATCHES_PER_SLICE, rows * columns)], axis=1)
@@ -146,7 +146,7 @@ class RetentionProbes:
     def start_retention(
         self, cls: Float[np.ndarray, "V S D"], patches: Float[np.ndarray, "V S P D"] | None
     ) -> dict[str, SubjectErrors]:
-        """The same for ``kept``: the reconstruction of the start's features; empty if they are unknown."""
+        """`subject_errors` for ``kept``, the reconstruction of the start's features; empty if they are unknown."""
         errors = {}
         for name, features in (("slices", cls), ("patches", patches)):
             if features is not None and f"directions/{name}" in self.start:
@@ -157,7 +157,7 @@ class RetentionProbes:
         return errors
 
     def set_reference(self, cls: np.ndarray, patches: np.ndarray | None) -> None:
-        """Take these features as those of the starting checkpoint."""
+        """Store these features as those of the starting checkpoint."""
         self.start = {}
         for name, features in (("slices", cls), ("patches", patches)):
             if "kept" in self.probe_names and features is not None:
@@ -173,7 +173,7 @@ class RetentionProbes:
         return scores
 
     def save_start(self, file: Path) -> None:
-        """Write the start's results for a resumed run."""
+        """Write the start's results, for resumed runs."""
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_name(f".{file.name}.writing")
         try:

@@ -2,16 +2,16 @@
 
 A minimal objective has a recipe with its `kind`, an `__init__` that sets `student`, and `compute_loss` and `describe`.
 Everything else has a default here: crops, dry run, checkpoints, gradient clipping, export. `AnchoredObjective` adds a
-frozen copy of the starting checkpoint, from which the student must not move far.
+frozen copy of the starting checkpoint, from which the student must not stray far.
 
 FLOPs are those of the matrix products of a step: (a, b) · (b, c) counts 2·a·b·c. Backward, a matrix costs as much again
-for the gradient of its input, and once more for its own where it is trained. Recomputation does not count (model FLOPs,
-as in PaLM, arXiv 2204.02311, appendix B), nor do norms, softmaxes, optimiser and EMA, which memory limits.
+for the gradient of its input, and once more for its own if it is trained. Recomputation does not count (model FLOPs,
+as in PaLM, arXiv 2204.02311, appendix B), nor do memory-bound operations (norms, softmaxes, optimiser, EMA).
 
 Axis legend: ``n`` slices or crops of this rank's micro-batch, ``C`` contrasts, ``H W`` pixels, ``P`` patch tokens,
 ``D`` width.
 
-Source of the anchor: the Gram loss of DINOv3 (arXiv 2508.10104, section 4.2), here to the frozen start of the run.
+Source of the anchor: the Gram loss of DINOv3 (arXiv 2508.10104, section 4.2), here to the frozen starting checkpoint.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class TrainedModel(nn.Module):
 
 
 class EncoderWithHeads(TrainedModel):
-    """An encoder (used as it is, not copied) with named heads."""
+    """An encoder (not copied) with named heads."""
 
     def __init__(self, encoder: SliceEncoder, heads: dict[str, nn.Module]) -> None:
         super().__init__()
@@ -110,21 +110,21 @@ class Objective(ABC):
     """A self-supervised loss with its state.
 
     Args:
-        encoder: the starting checkpoint, with its trained part chosen; objectives copy it.
+        encoder: the starting checkpoint, with its trained part selected; objectives copy it.
         recipe: the settings, of class `recipe_class`.
-        seed: of new weights.
+        seed: the seed of new weights.
     """
 
     recipe_class: ClassVar[type[Recipe]]
     """The settings; its field `kind` has the objective's name as its only value."""
     exported_name: ClassVar[str] = "encoder"
-    """The exported part in the model card."""
+    """Name of the exported part, for the model card."""
     uses_multi_crop: ClassVar[bool] = True
     """Whether each step reads two global crops of a slice and the local ones; otherwise it reads one global crop."""
     student: nn.Module
     """Everything that is trained: a `TrainedModel`."""
     separate_passes: bool = False
-    """Whether to spend time to save memory, where an objective can encode its crops one after the other."""
+    """Whether to encode crops one after the other, if the objective can: slower, with less memory."""
     last_cls: Float[Tensor, "n D"] | None = None
     """The CLS tokens of the last batch, for `health_metrics`; `compute_loss` may set it."""
 
@@ -166,7 +166,7 @@ class Objective(ABC):
         return student(partial(self.compute_loss, batch=batch, key=key))
 
     def after_step(self, step: int, taken: Float[Tensor, ""]) -> None:
-        """Called after every step; `taken` is 1 if the optimiser moved, on the device: do not wait for its value."""
+        """Called after every step; `taken` is 1 if the optimiser stepped (on the device: do not wait for it)."""
         return
 
     @property
@@ -175,14 +175,14 @@ class Objective(ABC):
         return self.student.encoder  # type: ignore[return-value]
 
     def exported_state(self) -> dict[str, Tensor]:
-        """The weights to export: those of `exported_encoder`, whole, under the names of a plain encoder.
+        """The weights to export: those of `exported_encoder`, unsharded, under the names of a plain encoder.
 
-        All ranks call it together where the encoder is sharded.
+        All ranks call it together if the encoder is sharded.
         """
         return merged_state_dict(self.exported_encoder, distributed.gather(self.exported_encoder.state_dict()))
 
     def named_frozen_modules(self) -> dict[str, nn.Module]:
-        """The models without training ("teacher", "anchor"): sharded as the student is, saved under these names."""
+        """The untrained models ("teacher", "anchor"): sharded like the student and saved under these names."""
         return {}
 
     def frozen_modules(self) -> list[nn.Module]:
@@ -202,7 +202,7 @@ class Objective(ABC):
         return {}
 
     def clip_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Named sets of parameters whose gradients are clipped apart from each other."""
+        """Named sets of parameters whose gradients are clipped separately."""
         groups = {name: list(head.parameters()) for name, head in getattr(self.student, "heads", {}).items()}
         return {"backbone": list(self.student.encoder.parameters()), **groups}  # type: ignore[union-attr]
 
@@ -219,12 +219,12 @@ class Objective(ABC):
         return StepFlops(trained, teacher=len(self.frozen_modules()) * encoder_flops(encoder, *sizes[0]))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The tensors beside the student that a checkpoint must hold."""
+        """The tensors besides the student's that a checkpoint must hold."""
         modules = self.named_frozen_modules().items()
         return {f"{part}.{name}": tensor for part, module in modules for name, tensor in module.state_dict().items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over the tensors of `state_dict`; a missing or unknown name raises."""
+        """Load the tensors of `state_dict`; a missing or unknown name raises."""
         modules = self.named_frozen_modules()
         if unknown := sorted(name for name in state if name.partition(".")[0] not in modules):
             raise KeyError(f"unknown: {', '.join(unknown)}")
@@ -256,7 +256,7 @@ class AnchoredObjective(Objective):
 
     @classmethod
     def defaults_for_scratch(cls, recipe: Any) -> dict[str, float]:
-        """New weights are nothing to be anchored to."""
+        """There is no point in anchoring to new weights."""
         return {"anchor_gram_weight": 0, "anchor_cls_weight": 0}
 
     def describe_anchor(self) -> str:
@@ -273,7 +273,7 @@ class AnchoredObjective(Objective):
         anchor_patches: Float[Tensor, "n P D"],
         anchor_cls: Float[Tensor, "n D"],
     ) -> dict[str, Float[Tensor, ""]]:
-        """The distances that have a weight, before weighting, by the names of their weights."""
+        """The unweighted distances whose weight is not 0, by name (``anchor_gram``, ``anchor_cls``)."""
         parts = {}
         if self.recipe.anchor_gram_weight:
             parts["anchor_gram"] = losses.gram_loss(patches, anchor_patches)

@@ -69,15 +69,15 @@ class DistillationModel(EncoderWithHeads):
 def ema_update(averages: Iterable[Tensor], values: Iterable[Tensor], weight: Float[Tensor, ""]) -> None:
     """average ← average + weight · (value − average), in place, without waiting for the weight's value.
 
-    An average that equals its value stays as it is to the last bit, and so do all where the weight is 0. Of sharded
-    tensors each rank moves its own slice.
+    An average that equals its value stays bit-identical, and so do all if the weight is 0. Of sharded tensors, each
+    rank updates its own shard.
     """
     old, new = to_local_tensors(averages), to_local_tensors(values)
     if not old or old[0].device.type == "cpu":
         for average, value in zip(old, new, strict=True):
             average.lerp_(value, weight.to(average.dtype))
         return
-    # A GPU would spend its time on launching one small operation per tensor.
+    # A GPU would spend its time launching one small operation per tensor.
     for first in range(0, len(old), _FOREACH_CHUNK):
         some = old[first : first + _FOREACH_CHUNK]
         differences = torch._foreach_sub(new[first : first + _FOREACH_CHUNK], some)
@@ -89,33 +89,33 @@ def backward_per_pass(passes: Sequence[Callable[[], Tensor]], parameters: Iterab
     """The sum of the losses of `passes`, whose gradients for `parameters` are computed now, pass by pass.
 
     The activations of a pass are freed before the next one begins: the memory of a step is that of its largest pass.
-    The backward pass of the sum hands the gradients on, once. Anything else that a loss depends on gets none. Without
-    gradients (in evaluation) it is the plain sum.
+    The backward pass of the sum hands the gradients on, once. Anything else that a loss depends on gets none. If
+    gradients are disabled (evaluation), it is the plain sum.
     """
     if not torch.is_grad_enabled():
         return torch.stack([compute() for compute in passes]).sum()
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     collected: dict[int, Tensor] = {}
     total = torch.stack([_collect(collected, compute(), trained) for compute in passes]).sum()
-    return _PrecomputedGradients.apply(total, list(collected.values()), *(trained[place] for place in collected))
+    return _PrecomputedGradients.apply(total, list(collected.values()), *(trained[index] for index in collected))
 
 
 def _collect(
     collected: dict[int, Tensor], loss: Float[Tensor, ""], parameters: Sequence[nn.Parameter]
 ) -> Float[Tensor, ""]:
-    """Add the gradients of a loss to those collected, by the place of the parameter; returns the loss without graph.
+    """Add the gradients of a loss to those collected, by the index of the parameter; returns the loss without graph.
 
     New gradients share one piece of memory: scattered, they would keep the allocator from reusing that of the pass.
     """
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-    reached = {place: gradient for place, gradient in enumerate(gradients) if gradient is not None}
-    known = [place for place in reached if place in collected]
-    new = [place for place in reached if place not in collected]
+    reached = {index: gradient for index, gradient in enumerate(gradients) if gradient is not None}
+    known = [index for index in reached if index in collected]
+    new = [index for index in reached if index not in collected]
     if known:
-        torch._foreach_add_([collected[place] for place in known], [reached[place] for place in known])
+        torch._foreach_add_([collected[index] for index in known], [reached[index] for index in known])
     if new:
-        pieces = torch.cat([reached[place].flatten() for place in new]).split([reached[p].numel() for p in new])
-        collected.update({place: piece.view_as(reached[place]) for place, piece in zip(new, pieces, strict=True)})
+        pieces = torch.cat([reached[index].flatten() for index in new]).split([reached[p].numel() for p in new])
+        collected.update({index: piece.view_as(reached[index]) for index, piece in zip(new, pieces, strict=True)})
     return loss.detach()
 
 
@@ -131,5 +131,5 @@ class _PrecomputedGradients(torch.autograd.Function):
             raise RuntimeError("gradients that were computed early can be handed on once")
         # In place: a copy would double their memory while the last pass still holds its activations.
         torch._foreach_mul_(ctx.gradients, gradient)
-        found, ctx.gradients = ctx.gradients, None
-        return None, None, *found
+        gradients, ctx.gradients = ctx.gradients, None
+        return None, None, *gradients

@@ -49,7 +49,7 @@ class ProjectionHead(nn.Module):
         self.last_layer = nn.Linear(recipe.bottleneck, recipe.prototypes, bias=False)
 
     def initialise(self, generator: torch.Generator) -> None:
-        """Draw all weights: truncated normal of 1 / sqrt(fan-in) in the MLP, 0.02 for the prototypes; biases 0.
+        """Draw all weights: truncated normal, std 1 / sqrt(fan-in) in the MLP, 0.02 for the prototypes; biases 0.
 
         The first is DINO's 0.02 at its width of 2,048. In narrower heads it keeps the bottleneck away from 0, where the
         gradient of the normalisation explodes.
@@ -71,7 +71,7 @@ class PixelDecoderRecipe(Recipe):
     """The size of the decoder, which is not exported."""
 
     width: int = Field(default=512, ge=4, multiple_of=4)
-    """W; a multiple of 4, for the sines and cosines of two axes, and of the heads."""
+    """W; a multiple of 4 (for the sines and cosines of two axes) and of `heads`."""
     layers: int = Field(default=8, ge=1)
     """Transformer blocks."""
     heads: int = Field(default=16, ge=1)
@@ -119,18 +119,18 @@ class PixelDecoder(nn.Module):
         kept: Int[Tensor, "n V"],
         hidden: Int[Tensor, "n M"],
     ) -> Float[Tensor, "n M outputs"]:
-        """The values of the hidden patches, in the order of `hidden`."""
-        seen = self.embed(torch.cat([cls[:, None], visible], dim=1))
-        width = seen.shape[-1]
-        patches = self.mask_token.to(seen.dtype).expand(len(seen), self.num_patches, width)
-        patches = patches.scatter(1, kept[..., None].expand(-1, -1, width), seen[:, 1:])
+        """The predicted values of the hidden patches, in the order of `hidden`."""
+        embedded = self.embed(torch.cat([cls[:, None], visible], dim=1))
+        width = embedded.shape[-1]
+        patches = self.mask_token.to(embedded.dtype).expand(len(embedded), self.num_patches, width)
+        patches = patches.scatter(1, kept[..., None].expand(-1, -1, width), embedded[:, 1:])
         # The CLS token has no place in the grid.
-        tokens = torch.cat([seen[:, :1], patches + self.positions.to(seen.dtype)], dim=1)
+        tokens = torch.cat([embedded[:, :1], patches + self.positions.to(embedded.dtype)], dim=1)
         for block in self.blocks:
             tokens = block(tokens)
         # Only hidden patches are normalised and predicted.
-        asked = tokens[:, 1:].gather(1, hidden[..., None].expand(-1, -1, width))
-        return self.predict(self.norm(asked))
+        masked = tokens[:, 1:].gather(1, hidden[..., None].expand(-1, -1, width))
+        return self.predict(self.norm(masked))
 
 
 def sincos_position_embedding(grid: tuple[int, int], width: int) -> Float[Tensor, "P W"]:

@@ -4,8 +4,8 @@ Axis legend: ``n`` crops (one per slice), ``C`` contrasts, ``H W`` pixels, ``P``
 and ``M`` masked ones, ``D`` width, ``p`` side of a patch in pixels.
 
 Source: MAE (arXiv 2111.06377). Ours: target pixels are normalised per patch and contrast, missing contrasts are no
-target, every crop weighs alike however many contrasts it shows, and the frozen starting checkpoint, which sees the same
-visible patches, is the anchor.
+targets, every crop has equal weight however many contrasts it shows, and the frozen starting checkpoint, which sees the
+same visible patches, is the anchor.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ from brainfound.training.randomness import INITIALISATION, MASKS, VIEWS, StepKey
 
 _DECODER_STREAM = 100  # apart from the streams of projection heads, which count from 0
 _STEP_STREAM = 2  # apart from the views and masks of self-distillation, with which this may run
-MIN_VARIANCE = 1e-6  # MAE's; patches of air have none
+MIN_VARIANCE = 1e-6  # as in MAE; patches of air have no variance
 
 
 class ReconstructionRecipe(Recipe):
     """How many patches are hidden, and the decoder that predicts them."""
 
     mask_ratio: float = Field(default=0.75, gt=0, lt=1)
-    """Part of a crop's patches that the encoder does not see."""
+    """Fraction of a crop's patches that the encoder does not see."""
     normalise_targets: bool = True
     """Whether the target pixels of each patch and contrast are normalised to mean 0 and variance 1."""
     decoder: PixelDecoderRecipe = PixelDecoderRecipe()
-    """The decoder."""
+    """Size of the decoder."""
 
 
 class MaskedAutoencoderRecipe(ReconstructionRecipe, AnchorRecipe):
@@ -98,8 +98,8 @@ def reconstruction_loss(
             variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
             target = (target - mean) / (variance + MIN_VARIANCE).sqrt()
         error = (at_least_float32(predicted).view_as(target) - target).square().mean(dim=(1, 3))
-        shown = contrast_mask.to(error.dtype)
-        return ((error * shown).sum(dim=1) / shown.sum(dim=1).clamp(min=1)).mean()
+        present = contrast_mask.to(error.dtype)
+        return ((error * present).sum(dim=1) / present.sum(dim=1).clamp(min=1)).mean()
 
 
 def encode_visible(
@@ -129,7 +129,7 @@ def reconstruct(
 
 
 class PatchMasking:
-    """Crops with hidden patches, one of each slice as the first global one, their decoder, and the loss.
+    """Crops with hidden patches (one per slice, like the first global one), their decoder, and the loss.
 
     Raises:
         RecipeError: if crops do not fit the encoder's patch size, or have one patch only.
@@ -202,7 +202,7 @@ class MaskedAutoencoder(AnchoredObjective):
         self, encoder: SliceEncoder, recipe: MaskedAutoencoderRecipe, views: ViewsRecipe, num_steps: int, seed: int
     ) -> None:
         student = copy.deepcopy(encoder)
-        # Hidden patches do not enter the encoder, so its own mask token would wait for a gradient in vain.
+        # Hidden patches do not enter the encoder, so its own mask token would never get a gradient.
         student.backbone.embeddings.mask_token.requires_grad_(False)
         self.patch_masking = PatchMasking(encoder, recipe, views)
         self.student = EncoderWithHeads(student, {"decoder": self.patch_masking.make_decoder(encoder, seed)})

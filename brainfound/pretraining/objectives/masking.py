@@ -39,7 +39,7 @@ class BlockMasks:
         return BlockMasks(*(to_device(part, device) for part in vars(self).values()))
 
     def select_crops(self, crops: slice) -> tuple[BlockMasks, slice]:
-        """The masks of some successive crops, and the place of their masked tokens among those of all crops."""
+        """The masks of some consecutive crops, and the range of their masked tokens among those of all crops."""
         first, last = crops.start, crops.stop
         before, inside = int(self.mask[:first].sum()), int(self.mask[crops].sum())
         masked = slice(before, before + inside)

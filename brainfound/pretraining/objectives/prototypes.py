@@ -1,4 +1,4 @@
-"""The kernels of the losses over prototypes, which `losses` calls: exact, without writing down all scores.
+"""The kernels of the losses over prototypes, which `losses` calls: exact, without materialising all scores.
 
 Axis legend: ``N`` rows (crops or masked tokens), ``D`` width in front of the prototypes, ``K`` prototypes.
 
@@ -26,7 +26,7 @@ from brainfound.training import distributed
 # Size of the scores of one product: enough rows to be worth reading all prototypes.
 _PIECE_BYTES = {"cpu": 64 * 2**20}
 _PIECE_BYTES_ELSEWHERE = 512 * 2**20
-# Size of the rows of it that all other operations take at a time: one pass over memory in place of a dozen.
+# Size of the blocks of its rows that all other operations work on: one pass over memory instead of a dozen.
 _BLOCK_BYTES = {"cpu": 2**20}
 # exp(−80) is still a normal float32; cosines over a temperature span 2 / temperature.
 _SAFE_SPAN = 80.0
@@ -51,13 +51,13 @@ class _NormaliseRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
         weight, length = ctx.saved_tensors
-        found = torch.empty_like(gradient)
+        result = torch.empty_like(gradient)
         size = _ROWS_IN_CACHE if gradient.device.type == "cpu" else max(1, len(gradient))
-        parts = zip(*(part.split(size) for part in (gradient, weight, length, found)), strict=True)
-        for of_gradient, of_weight, of_length, of_found in parts:
-            along = (of_gradient * of_weight).sum(dim=-1, keepdim=True) / of_length.square()
-            torch.addcmul(of_gradient, of_weight, along, value=-1, out=of_found).div_(of_length)
-        return found
+        parts = zip(*(part.split(size) for part in (gradient, weight, length, result)), strict=True)
+        for gradient_rows, weight_rows, length_rows, result_rows in parts:
+            along = (gradient_rows * weight_rows).sum(dim=-1, keepdim=True) / length_rows.square()
+            torch.addcmul(gradient_rows, weight_rows, along, value=-1, out=result_rows).div_(length_rows)
+        return result
 
 
 class Projection(NamedTuple):
@@ -82,10 +82,10 @@ class Assignments:
     def take(self, rows: slice | Int[Tensor, "n"], out: Float[Tensor, "n K"] | None = None) -> Float[Tensor, "n K"]:
         """The targets of some rows, written into `out` if it is given."""
         if isinstance(rows, slice):
-            found = torch.mul(self.mass[rows], self.prototype_scale, out=out)
+            chosen = torch.mul(self.mass[rows], self.prototype_scale, out=out)
         else:
-            found = torch.index_select(self.mass, 0, rows, out=out).mul_(self.prototype_scale)
-        return found.mul_(self.row_scale[rows, None])
+            chosen = torch.index_select(self.mass, 0, rows, out=out).mul_(self.prototype_scale)
+        return chosen.mul_(self.row_scale[rows, None])
 
     def part(self, rows: slice) -> Assignments:
         """The assignments of some rows, without a copy."""
@@ -93,12 +93,12 @@ class Assignments:
 
 
 def _product_chunks(num_rows: int, num_prototypes: int, device: torch.device) -> list[slice]:
-    """Rows whose scores are one product."""
+    """Ranges of rows whose scores are computed as one product."""
     return _slices(num_rows, _PIECE_BYTES.get(device.type, _PIECE_BYTES_ELSEWHERE) // (4 * num_prototypes))
 
 
 def _blocks(rows: slice, num_prototypes: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
-    """Rows of a piece that fit a cache: their place among all rows, and within the piece."""
+    """Blocks of a piece that fit into cache: their range among all rows, and within the piece."""
     for within in _slices(rows.stop - rows.start, _block_rows(num_prototypes, device)):
         yield slice(rows.start + within.start, rows.start + within.stop), within
 
@@ -141,7 +141,7 @@ def sinkhorn_assign(projection: Projection, temperature: float, num_iterations: 
 
 
 def exponentials_in_place(scores: Float[Tensor, "N K"]) -> Float[Tensor, "N"]:
-    """Replace scores by their exponentials, up to factors of rows and prototypes; returns those of the rows.
+    """Replace scores by their exponentials, up to factors of rows and prototypes; returns the row factors.
 
     Each prototype's maximum (cancels in the first scaling) and then each row's (in the result) is subtracted, so no sum
     is zero or overflows.
@@ -155,7 +155,7 @@ def exponentials_in_place(scores: Float[Tensor, "N K"]) -> Float[Tensor, "N"]:
 
 
 def equal_mass(mass: Float[Tensor, "N K"], row_scale: Float[Tensor, "N"], num_iterations: int) -> Assignments:
-    """Scale the prototypes to equal mass, over the rows of all ranks, and then the rows, again and again."""
+    """Alternately scale the prototypes, over the rows of all ranks, and the rows to equal mass."""
     for _ in range(num_iterations):
         prototype_mass = distributed.sum_over_ranks(row_scale @ mass)
         # The mean cancels in the row scaling; it keeps the scales near 1 over many iterations.
@@ -206,9 +206,9 @@ class _CrossEntropySum(torch.autograd.Function):
                 scores = buffer[: rows.stop - rows.start]
                 torch.mm(scaled[rows], columns.T, out=scores)
                 for block, within in _blocks(rows, len(prototypes), unit.device):
-                    answered = block if target_rows is None else target_rows[block]
+                    chosen = block if target_rows is None else target_rows[block]
                     losses = _cross_entropy(
-                        scores[within], targets, answered, weights[block], workspace, wants_unit or wants_prototypes
+                        scores[within], targets, chosen, weights[block], workspace, wants_unit or wants_prototypes
                     )
                     total += (weights[block] * losses).sum()
                 # The scores are gradients now.
@@ -216,14 +216,14 @@ class _CrossEntropySum(torch.autograd.Function):
                     unit_gradient[rows] = (scores @ columns).to(wide) / temperature
                 if prototype_gradient is not None:
                     _add_product(prototype_gradient, scores.T, scaled[rows])
-        found = ((unit_gradient, unit), (prototype_gradient, prototypes))
-        ctx.save_for_backward(*(None if part is None else part.to(like.dtype) for part, like in found))
+        pairs = ((unit_gradient, unit), (prototype_gradient, prototypes))
+        ctx.save_for_backward(*(None if part is None else part.to(like.dtype) for part, like in pairs))
         return total
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        found = [None if part is None else part * gradient for part in ctx.saved_tensors]
-        return *found, None, None, None, None
+        gradients = [None if part is None else part * gradient for part in ctx.saved_tensors]
+        return *gradients, None, None, None, None
 
 
 def _cross_entropy(
@@ -253,10 +253,10 @@ def _cross_entropy(
 
 
 class _Workspace(NamedTuple):
-    """Memory for one block of rows, used again and again: fresh pages cost as much as writing to them."""
+    """Memory for one block of rows, reused: fresh pages cost as much as writing to them."""
 
     scores: Tensor | None
-    """None where the scores are wide enough."""
+    """None if the scores are wide enough already."""
     target: Tensor
     extra_target: Tensor
 

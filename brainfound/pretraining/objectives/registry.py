@@ -56,7 +56,7 @@ def make_objective(
 
 
 def convert_settings(kind: str, before: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Settings carried over to another kind: those with the same meaning in both, and the names of the others."""
+    """Settings carried over to another kind (those with the same meaning in both), and the names of the others."""
     old, new = (OBJECTIVES_BY_KIND[name].recipe_class.model_fields for name in (before["kind"], kind))
     names = [name for name in before if name != "kind"]
     kept = [name for name in names if name in new and new[name].annotation == old[name].annotation]

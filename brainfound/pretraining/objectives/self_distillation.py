@@ -50,7 +50,7 @@ from brainfound.pretraining.slices import PretrainBatch
 from brainfound.training import distributed, schedules
 from brainfound.training.randomness import MASKS, VIEWS, StepKey, numpy_generator, torch_generator
 
-MAX_INITIAL_WEIGHT_FRACTION = 0.05  # of its first weights in the final teacher; above this there is a note
+MAX_INITIAL_WEIGHT_FRACTION = 0.05  # of the initial weights left in the final teacher; above it, a note
 
 
 class SelfDistillationRecipe(AnchorRecipe):
@@ -65,9 +65,9 @@ class SelfDistillationRecipe(AnchorRecipe):
     koleo_weight: float = Field(default=0.1, ge=0)
     """Weight of KoLeo, summed over the two global crops."""
     koleo_in_float32: bool = True
-    """Whether KoLeo looks for neighbours in float32 under autocast too, where bfloat16 cannot tell near ones apart."""
+    """Whether KoLeo looks for neighbours in float32 even under autocast: bfloat16 cannot tell near ones apart."""
     koleo_over_ranks: bool = True
-    """Whether KoLeo looks for neighbours in the slices of all ranks, or of each rank alone."""
+    """Whether KoLeo looks for neighbours among the slices of all ranks, or of each rank alone."""
     koleo_within_sessions: bool = False
     """Whether KoLeo may push slices of one session apart, which are near-duplicates."""
     copied_heads: bool = True
@@ -81,17 +81,17 @@ class SelfDistillationRecipe(AnchorRecipe):
     teacher_temperature: tuple[float, float] = (0.04, 0.07)
     """Temperature of the teacher's targets at the start, and after the warm-up."""
     teacher_temperature_warmup_steps: int = Field(default=3000, ge=0)
-    """Steps over which it rises."""
+    """Steps of the warm-up of the teacher's temperature."""
     sinkhorn_iterations: int = Field(default=3, ge=1)
     """Iterations of Sinkhorn-Knopp."""
     momentum: tuple[float, float] = (0.994, 1.0)
     """Momentum of the EMA teacher at the start and at the end, along a cosine."""
     mask_probability: float = Field(default=0.5, ge=0, le=1)
-    """Part of the global crops that are masked for the student; at least one crop always is."""
+    """Fraction of the global crops that are masked for the student; at least one crop always is."""
     mask_ratio: tuple[float, float] = (0.1, 0.5)
-    """Range of the part of a masked crop's patches that are hidden; at least one patch always is."""
+    """Range of the fraction of a masked crop's patches that is hidden; at least one patch always is."""
     drop_path: float = Field(default=0.1, ge=0, lt=1)
-    """How often the student skips a residual branch of an image (stochastic depth)."""
+    """Probability that the student skips a residual branch for an image (stochastic depth)."""
 
     @model_validator(mode="after")
     def _ranges_make_sense(self) -> SelfDistillationRecipe:
@@ -109,7 +109,7 @@ class SelfDistillationRecipe(AnchorRecipe):
 
 
 class TeacherTargets(NamedTuple):
-    """The teacher's CLS tokens and their targets, from which its health is read."""
+    """The teacher's CLS tokens and their targets, for its collapse metrics."""
 
     cls: Float[Tensor, "2·n D"]
     cls_projection: Projection
@@ -125,7 +125,7 @@ class GlobalCrops(NamedTuple):
     masked: slice
     """Their masked tokens among those of all global crops."""
     unmasked_fraction: float
-    """Their part of the crops without masks."""
+    """Their share of the crops without masks."""
 
 
 class SelfDistillation(AnchoredObjective):
@@ -247,7 +247,7 @@ class SelfDistillation(AnchoredObjective):
         return [*((local, None) for local in self._split_local(large, small)), *((None, crops) for crops in passes)]
 
     def _split_local(self, large: Views, small: Views | None) -> list[Views]:
-        """The local crops, as many at a time as are no more tokens than one global crop of every slice."""
+        """The local crops, in groups of no more tokens than one global crop of every slice has."""
         if small is None:
             return []
         encoder = self.distilled.encoder
@@ -262,7 +262,7 @@ class SelfDistillation(AnchoredObjective):
     def _teacher_targets(
         self, large: Views, masked: Int[Tensor, "M"], temperature: float
     ) -> tuple[TeacherTargets, Assignments]:
-        """The targets of CLS tokens and of masked patches, which are too large to be kept for `health_metrics`."""
+        """The targets of CLS tokens and of masked patches; the latter are too large to keep for `health_metrics`."""
         output = self.teacher.project(_encode(self.teacher.encoder, large), masked)
         iterations = self.recipe.sinkhorn_iterations
         cls_targets = losses.sinkhorn_knopp(output.cls_projection, temperature, iterations)
@@ -300,16 +300,16 @@ class SelfDistillation(AnchoredObjective):
     def preflight(
         cls, recipe: SelfDistillationRecipe, schedule: schedules.ScheduleRecipe, num_steps: int
     ) -> Iterator[str]:
-        """Note a teacher that follows too slowly for the length of the run."""
+        """Note if the teacher follows too slowly for the length of the run."""
         start, end = recipe.momentum
 
-        def first_weights(momentum: float) -> float:
+        def initial_fraction(momentum: float) -> float:
             return schedules.initial_weight_fraction(momentum, end, num_steps, schedule.head_warmup_steps)
 
-        fraction = first_weights(start) if num_steps else 0.0
+        fraction = initial_fraction(start) if num_steps else 0.0
         if fraction > MAX_INITIAL_WEIGHT_FRACTION:
             hundredths = (value / 100 for value in range(99, 89, -1))
-            enough = (value for value in hundredths if first_weights(value) <= MAX_INITIAL_WEIGHT_FRACTION)
+            enough = (value for value in hundredths if initial_fraction(value) <= MAX_INITIAL_WEIGHT_FRACTION)
             remedy = next((f", or set 'objective.momentum=[{value:g},{end:g}]'" for value in enough), "")
             yield (
                 f"objective.momentum=[{start},{end}] over {num_steps} steps: {fraction:.0%} of the exported"
