@@ -1,9 +1,9 @@
-"""Adaptation: LoRA beside full fine-tuning, a head on kept embeddings, and what a prediction adds to its backbone.
+"""Adaptation: LoRA against full fine-tuning, a head on cached embeddings, and the overhead of a prediction.
 
     python benchmarks/adapt.py [--only lora,cache,predict] [--rounds 3] [--out FILE]
 
-The two ways of `lora` have processes of their own and take their steps in turns; those of `cache` are whole runs of
-fine-tuning in turns. Ratios are taken within rounds. Weights are new: times and memory do not ask what was learnt.
+The two methods of `lora` run in processes of their own and alternate step by step; those of `cache` alternate whole
+fine-tuning runs. Ratios are taken within rounds. Weights are random: time and memory do not depend on them.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Does each task want its own augmentation? Fine-tuning with none, mild and strong, tested at another site.
+"""Does each task need its own augmentation? Fine-tuning with none, mild and strong, tested at another site.
 
     python benchmarks/augmentation.py --work FOLDER --out results.json
 
-The presets are those of `brainfound.finetuning.volumes.PRESETS`; nothing is chosen here. `shifted_runs.py` says how
-the runs are made and judged.
+The presets are those of `brainfound.finetuning.volumes.PRESETS`; nothing is chosen here. `shifted_runs.py` explains
+how runs are made and judged.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Where the time of a run goes: seconds by kind of work, from one extra pass that is watched.
+"""Where the time of a run goes: seconds by kind of work, from one extra profiled pass.
 
-Each call is counted to the innermost kind of work that it is part of, by the file or the function that it is in, so
-the kinds add up to the whole. Watching costs a little per call and next to nothing per voxel.
+Each call counts towards the innermost kind of work that it belongs to, by file or function, so the kinds add up to
+the total. Profiling costs a little per call and next to nothing per voxel.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _GUNZIP = ("zlib", "isal")
 
 
 def seconds_by_kind(run: Callable[[], Any]) -> dict[str, float]:
-    """Run once, watched; seconds of each kind of work, largest first, and the part of the unzipping by itself."""
+    """Run once under the profiler; seconds of each kind of work, largest first."""
     seconds: dict[str, float] = {}
     stack = ["else"]
     last = time.perf_counter()

@@ -2,9 +2,9 @@
 
     python benchmarks/continued.py --label-maps FOLDER --work FOLDER --out results.json
 
-A starting checkpoint that knows images and no brains is continued on simulated scans of two sites by the safe ladder,
-with several seeds, and probed frozen at a third site. Everything made is kept below --work, and used again. The road
-and its limits are described in docs/reference/benchmarks.md.
+Pretraining of a checkpoint that has seen images but no brains is continued on simulated scans of two sites with the
+safe ladder and several seeds, and the encoder is probed frozen at a third site. Results are kept in --work and reused.
+The procedure and its limits are described in docs/reference/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -266,12 +266,12 @@ def table(result: dict[str, Any]) -> str:
         for kind, runs in found["runs"].items():
             for run in runs:
                 lines.append(f"- {kind}: {run['status']}; exported step {run['exported_step']}")
-                lines += [f"  - {name}: {told}" for name, told in _furthest(run)]
+                lines += [f"  - {name}: {fall}" for name, fall in _furthest(run)]
     return "\n".join(lines)
 
 
 def _furthest(run: dict[str, Any], num: int = 3) -> list[tuple[str, str]]:
-    """What of the watched ended furthest below the first look."""
+    """The watched probes that fell furthest from the first look to the last."""
     ends = {name: (of["scores"][0], of["scores"][-1]) for name, of in run["watched"].items()}
     falls = {name: last - first for name, (first, last) in ends.items() if last is not None}  # None: not finite
     return [

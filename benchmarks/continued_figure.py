@@ -1,4 +1,4 @@
-"""The picture of the benchmark: what the guard's probes saw under the safe ladder and under bad settings."""
+"""The figure of the benchmark: the guard's probes under the safe ladder and under bad settings."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ _NUM_COLUMNS = 5
 
 
 def draw_probes(runs: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]], file: Path) -> Path:
-    """A block of panels per cohort, a panel per thing that is told, a line per run; a cross where the guard stopped it.
+    """A block of panels per cohort, a panel per probe, a line per run; a cross where the guard stopped it.
 
     Args:
         runs: cohort → "ladder" and "unsafe" → runs as `continued_runs.read_run` gives them.
     """
-    blocks = {cohort: _told(kinds) for cohort, kinds in runs.items()}
+    blocks = {cohort: _probe_names(kinds) for cohort, kinds in runs.items()}
     num_rows = sum(-(-len(names) // _NUM_COLUMNS) for names in blocks.values())
     figure = Figure(figsize=(2.5 * _NUM_COLUMNS, 2.2 * num_rows), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(num_rows, _NUM_COLUMNS, squeeze=False)
     first_row = 0
     for cohort, names in blocks.items():
-        of_block = panels[first_row : first_row + -(-len(names) // _NUM_COLUMNS)]
-        first_row += len(of_block)
-        for axes, name in zip(of_block.flat, names, strict=False):
+        block_panels = panels[first_row : first_row + -(-len(names) // _NUM_COLUMNS)]
+        first_row += len(block_panels)
+        for axes, name in zip(block_panels.flat, names, strict=False):
             _draw(axes, runs[cohort], name)
-        of_block[0][0].set_ylabel(cohort, fontsize=9)
-        for axes in of_block.flat[len(names) :]:
+        block_panels[0][0].set_ylabel(cohort, fontsize=9)
+        for axes in block_panels.flat[len(names) :]:
             axes.set_axis_off()
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
@@ -41,7 +41,7 @@ def draw_probes(runs: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]], f
     return file
 
 
-def _told(kinds: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+def _probe_names(kinds: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
     """The probe's target, and what every run watched."""
     runs = [run for of_kind in kinds.values() for run in of_kind]
     return ["", *(name for name in runs[0]["watched"] if all(name in run["watched"] for run in runs))]

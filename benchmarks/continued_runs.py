@@ -1,7 +1,7 @@
-"""The pretraining runs of the benchmark: a start that knows no brains, the safe ladder, and deliberately bad settings.
+"""The pretraining runs of the benchmark: a start that has seen no brains, the safe ladder, deliberately bad settings.
 
-Every run is `brainfound.pretrain` with a recipe; a finished run is not run again, and one that was cut off is gone on
-with.
+Every run is `brainfound.pretrain` with a recipe; finished runs are reused, and interrupted ones are
+resumed.
 """
 
 from __future__ import annotations
@@ -99,23 +99,23 @@ def ladder(sizes: Sizes, seed: int, changes: tuple[str, ...] = ()) -> PretrainRe
 
     schedule, objective = recipe.schedule, recipe.objective
     if sizes.objective == "masked_autoencoder":
-        of_objective = ["objective={kind: masked_autoencoder}", *sizes.decoder("objective.decoder")]
+        objective_settings = ["objective={kind: masked_autoencoder}", *sizes.decoder("objective.decoder")]
     else:
         # A teacher that follows at the same pace per step would end a shorter run nearer to where it started.
         momentum = max(0.0, 1 - (1 - objective.momentum[0]) / share)  # type: ignore[union-attr]
         warmup = objective.teacher_temperature_warmup_steps  # type: ignore[union-attr]
-        of_objective = [
+        objective_settings = [
             *sizes.projection,
             f"objective.teacher_temperature_warmup_steps={scaled(warmup)}",
             f"objective.momentum=[{momentum:.4g},1.0]",
         ]
         if sizes.objective == "hybrid":
-            of_objective += ["objective.kind=hybrid", *sizes.decoder("objective.reconstruction.decoder")]
+            objective_settings += ["objective.kind=hybrid", *sizes.decoder("objective.reconstruction.decoder")]
     return _recipe(
         LADDER_RECIPE, sizes, seed, sizes.steps,
         f"schedule.warmup_steps={scaled(schedule.warmup_steps)}",
         f"schedule.head_warmup_steps={scaled(schedule.head_warmup_steps)}",
-        *of_objective, f"guard.grace_steps={scaled(recipe.guard.grace_steps)}",
+        *objective_settings, f"guard.grace_steps={scaled(recipe.guard.grace_steps)}",
         f"probe.every={max(1, sizes.steps // sizes.looks)}", f"probe.target={sizes.probe_target}",
         f"probe.watch=[{','.join(question for question in RETENTION_PROBES if question != 'labels')}]",
         f"engine.checkpoint_every={max(1, sizes.steps // 3)}",
@@ -139,7 +139,7 @@ def _recipe(name: str, sizes: Sizes, seed: int, steps: int, *changes: str) -> Pr
 
 
 def run_once(recipe: PretrainRecipe, store: Path, init: str, folder: Path, threads: int = 1) -> Path:
-    """A finished run's folder; runs it, or goes on with it, if need be. A stop by the guard is a finish too."""
+    """Start or resume a run unless it is finished; returns its folder. A stop by the guard counts as finished."""
     import torch
 
     torch.set_num_threads(threads)
@@ -161,7 +161,7 @@ def _finished(folder: Path) -> bool:
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """How a run went: its end, the probe of its teacher and what is watched beside it, its lr, and the last gauges."""
+    """How a run went: its end, the probe of its teacher, the watched probes, its lr, and the last gauges."""
     facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     probes = [line for line in lines if "probe" in line]

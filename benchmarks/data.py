@@ -1,8 +1,8 @@
-"""The data room: reading slices, preparing sessions, memory; side by side with the alternatives, in one run.
+"""Data: reading slices, preparing sessions and memory, compared with the alternatives in one run.
 
     python benchmarks/data.py [--only reading,prepare,memory] [--subjects 6] [--rounds 5] [--out results.json]
 
-Prints a table of the targets and writes everything as JSON. Absolute times mean little; the ratios are what to compare.
+Prints a table of the targets and writes everything as JSON. Absolute times mean little; compare the ratios.
 """
 
 from __future__ import annotations

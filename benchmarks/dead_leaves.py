@@ -1,7 +1,7 @@
 """Images without brains: textured shapes that hide each other ("dead leaves"), three channels as three contrasts.
 
-A starting checkpoint should know images, not brains. Released ones were trained on photographs; where none can be
-had, these images stand in for them. Shapes of many sizes lie on top of each other, each with a texture of its own.
+A starting checkpoint should know images, not brains. Released ones were trained on photographs; where none are
+available, these images stand in for them. Shapes of many sizes lie on top of each other, each with its own texture.
 
 Source: Baradad et al. 2021 (arXiv 2106.05963), "Dead leaves – textures", who show that features learnt from such
 images carry over to photographs: sizes r fall as r^−3, shapes are mixed, textures are coloured noise.

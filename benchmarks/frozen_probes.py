@@ -1,7 +1,7 @@
 """Frozen probes of an encoder on one store: age, diagnosis and the tissue of patches, subject by subject.
 
-Nothing of the encoder is trained. Linear models are fitted to its features within the store, cross-validated by
-subject; the folds and the patches that are looked at do not depend on the encoder, so that encoders can be compared
+The encoder is not trained. Linear models are fitted to its features within the store, cross-validated by
+subject; the folds and the sampled patches do not depend on the encoder, so that encoders can be compared
 subject by subject.
 
 Axes: N sessions (one per subject), S slices, D width, P patches.

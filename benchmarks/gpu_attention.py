@@ -1,4 +1,4 @@
-"""Whether the kernels of packed attention agree on a GPU, and how fast each is, at the lengths of pretraining."""
+"""Agreement and speed of the packed-attention kernels on a GPU, at the sequence lengths of pretraining."""
 
 from __future__ import annotations
 

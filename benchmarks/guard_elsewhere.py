@@ -1,9 +1,9 @@
-"""The guard on a cohort that none of its limits was set on: two kinds of bad settings, and the safe ladder.
+"""The guard on a cohort that was not used to set its limits: two kinds of bad settings, and the safe ladder.
 
     python benchmarks/guard_elsewhere.py --work FOLDER --out results.json
 
-Options are those of `continued.py`, whose start it takes from the same --work. The cohort is simulated at two further
-sites; nothing is probed at a third one: what is asked is which runs the guard stops, when, and by what.
+Options are those of `continued.py`, whose starting checkpoint is read from the same --work. The cohort is simulated
+at two further sites, and none is probed. The result: which runs the guard stops, when, and by which limit.
 """
 
 from __future__ import annotations

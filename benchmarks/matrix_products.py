@@ -1,8 +1,8 @@
-"""The matrix products of one training step: recorded, counted, and run again alone. Needs only torch.
+"""The matrix products of one training step: recorded, counted, and replayed alone. Needs only torch.
 
-What is counted: products of matrices and convolutions, forward and backward, as the dispatcher sees them. Fused
-attention counts as the products that it stands for (two forward, four backward; what it computes a second time to
-save memory is not counted), so that steps with different attention kernels can be compared.
+Counted are matrix products and convolutions, forward and backward, as the dispatcher sees them. Fused
+attention counts as the products that it replaces (two forward, four backward; recomputation to save memory
+is not counted), so that steps with different attention kernels can be compared.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python benchmarks/partial_input.py --work FOLDER --out results.json
 
-Simulated subjects of two sites are learnt from, with and without contrast dropout, with several seeds; subjects of a
-third site are scored with every non-empty subset of the contrasts. How the runs are made is said in `shifted_runs.py`.
+Models are trained on simulated subjects of two sites, with and without contrast dropout, with several seeds; subjects
+of a third site are scored with every non-empty subset of the contrasts. `shifted_runs.py` explains how runs are made.
 
 Axes: N subjects, R runs (seeds), U subsets of the contrasts that lack one or more.
 """
@@ -63,13 +63,13 @@ def train_and_score_subsets(
         finetune(recipe, learnt, model, target, folder, resume=(folder / "recipe.yaml").is_file(), quiet=True)
         store, predictor = Store.open(scored), brainfound.load(folder)
         answers = {}
-        for shown in non_empty_subsets(store.contrasts):
-            absent = [contrast for contrast in store.contrasts if contrast not in shown]
+        for subset in non_empty_subsets(store.contrasts):
+            absent = [contrast for contrast in store.contrasts if contrast not in subset]
             found = score_sessions(
                 predictor.model, store, range(len(store)), predictor.target, predictor.num_slices, absent
             )
             cases = found.cases.drop(columns=["subject", "session"]).to_dict("list")
-            answers["+".join(shown)] = {"trivial": found.headline[2], "cases": cases}
+            answers["+".join(subset)] = {"trivial": found.headline[2], "cases": cases}
         keep(kept, answers)
     return json.loads(kept.read_text(encoding="utf-8"))
 

@@ -2,8 +2,8 @@
 
     python benchmarks/precision.py --work FOLDER --out results.json
 
-Masters of the weights, the optimiser and what is scored are float32 in both; what differs is the precision of the
-products during training. How the runs are made and judged is said in `shifted_runs.py`.
+Master weights, optimiser and scoring are float32 in both; only the precision of the products in training differs.
+`shifted_runs.py` explains how runs are made and judged.
 """
 
 from __future__ import annotations

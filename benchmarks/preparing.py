@@ -1,4 +1,4 @@
-"""Preparing sessions: BrainFound, TorchIO and MONAI on the same files, and the time that no tool can avoid."""
+"""Preparing sessions: BrainFound, TorchIO and MONAI on the same files, and a lower bound on the time."""
 
 from __future__ import annotations
 

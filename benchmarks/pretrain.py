@@ -1,9 +1,9 @@
-"""Pretraining: whole training steps beside LightlyTrain's DINOv2 method, what the hardware could do, data wait, memory.
+"""Pretraining: whole training steps against LightlyTrain's DINOv2 method and the hardware's peak, data wait, memory.
 
     python benchmarks/pretrain.py --peer-python PEER/bin/python [--only steps,depth,anchor,wait,breakdown,gpu]
 
-Prints a table of the targets and writes everything as JSON with --out. Absolute times mean little; the ratios, taken
-within rounds of one run, are what to compare.
+Prints a table of the targets and writes everything as JSON with --out. Absolute times mean little; compare the
+ratios, which are taken within rounds of one run.
 """
 
 from __future__ import annotations

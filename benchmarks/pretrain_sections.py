@@ -1,4 +1,4 @@
-"""The sections of the pretraining benchmark: what is compared with what."""
+"""The sections of the pretraining benchmark, one comparison each."""
 
 from __future__ import annotations
 

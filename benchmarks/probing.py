@@ -1,4 +1,4 @@
-"""Frozen probes of many models on one store, some at a time, each kept beside the store."""
+"""Frozen probes of many models on one store, several at a time, each result kept next to the store."""
 
 from __future__ import annotations
 

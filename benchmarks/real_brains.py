@@ -1,11 +1,10 @@
-"""Age and tissue of real brains by cross-validation: fine-tuned models beside a mean, regional volumes and a U-Net.
+"""Age and tissue of real brains by cross-validation: fine-tuned models against a mean, regional volumes and a U-Net.
 
     python benchmarks/real_brains.py --cohort FOLDER --model FOLDER --work FOLDER --out results.json
 
 The cohort is a folder with a manifest.tsv of T1w scans, ages, and anatomical masks with the codes of MUSE. Every
 subject is tested once, by a model that has not seen them; each way is trained with several seeds on the same folds.
-Nothing is chosen here: settings are the recipes', with fewer steps. Everything made is kept below --work, and used
-again.
+Nothing is tuned here: settings are the recipes', with fewer steps. Results are kept in --work and reused.
 
 Axes: N subjects, R runs (seeds), S slices, H W pixels.
 """
@@ -335,11 +334,11 @@ def table(result: Mapping[str, Any]) -> str:
                 ends = f" ({of['interval'][0]:.3g}–{of['interval'][1]:.3g})" if of and wide else ""
                 cells.append(f"{of['mean']:.3g}{ends}" if of else "")
             gain = scores.get("gain of the first")
-            told = (
+            gain_text = (
                 f"{gain['mean']:+.3g} ({gain['interval'][0]:+.3g} to {gain['interval'][1]:+.3g}), "
                 f"p = {gain['p_holm']:.2g}" if gain else ""
             )  # fmt: skip
-            lines.append(f"| {way} | {' | '.join(cells)} | {told} |")
+            lines.append(f"| {way} | {' | '.join(cells)} | {gain_text} |")
         lines.append(f"\nprocessor seconds per run: {found['processor_seconds']}; U-Net steps {found['unet_steps']}")
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""Age by ridge regression on volumes of brain regions, and by no image at all: what a model has to beat.
+"""Age by ridge regression on volumes of brain regions, and without any image: baselines for a model.
 
 Axes: N sessions.
 """

@@ -1,4 +1,4 @@
-"""What every comparison here shares: one core for everyone, interleaved rounds, medians of ratios, machine facts."""
+"""Shared by every comparison here: one core for all tools, interleaved rounds, medians of ratios, machine facts."""
 
 from __future__ import annotations
 

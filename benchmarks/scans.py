@@ -1,8 +1,8 @@
-"""The scans that are prepared: simulated heads on the grids that sessions really have.
+"""The scans to prepare: simulated heads on the grids of real sessions.
 
-A session is one of three kinds, because the work that its grids ask for differs:
+A session is one of three kinds, because their grids need different work:
 
-    same      all contrasts on one grid, stored sagittally: reordered and cropped, nothing need be interpolated
+    same      all contrasts on one grid, stored sagittally: reordered and cropped, no interpolation needed
     shifted   each further contrast on a parallel grid of its own, off by parts of a voxel
     oblique   each further contrast turned by some degrees, as for slices that were angled on the scanner
 

@@ -1,8 +1,8 @@
-"""Fine-tuning in several ways on simulated sites, scored at another site: what `augmentation.py`, `precision.py` and
-`partial_input.py` share.
+"""Fine-tuning in several ways on simulated sites, scored at another site; shared by `augmentation.py`, `precision.py`
+and `partial_input.py`.
 
-Simulated subjects of two sites are learnt from, with several seeds; subjects of a third site are what is scored, each
-run alone, and every two ways are compared subject by subject. Everything made is kept below --work, and used again.
+Models are trained on simulated subjects of two sites, with several seeds, and scored on subjects of a third site, each
+run alone; every two ways are compared subject by subject. Results are kept in --work and reused.
 
 Axes: N subjects, R runs (seeds), K classes.
 """

@@ -1,6 +1,6 @@
-"""The rival of the real-brains benchmark: a small 3-D U-Net of MONAI, or its encoder with a linear layer, from scratch.
+"""The baseline of the real-brains benchmark: a small MONAI 3-D U-Net, or its encoder and a linear layer, from scratch.
 
-It reads the same prepared stacks as BrainFound, with the same augmentation, and trains for as many seconds of one core.
+It reads the same prepared stacks as BrainFound, with the same augmentation, and trains for as many seconds on one core.
 
 Axes: B volumes, S slices, C contrasts, H W pixels, K classes.
 """
@@ -96,7 +96,7 @@ def score(net: nn.Module, store: Store, sessions: Sequence[int], target: Task, c
     channel = store.contrasts.index(contrast)
 
     @torch.inference_mode()
-    def ask(session: int, stack: Any) -> StackPrediction:
+    def predict(session: int, stack: Any) -> StackPrediction:
         images = _standardised(_whole(store, [session]).pixel_values[:, :, channel].float() / 255)
         size = images.shape[1:]
         padding = [pad for side in reversed(size) for pad in (0, -side % 2**HALVINGS)]
@@ -105,7 +105,7 @@ def score(net: nn.Module, store: Store, sessions: Sequence[int], target: Task, c
             return StackPrediction(classes=found[0].argmax(dim=0)[: size[0], : size[1], : size[2]].numpy())
         return StackPrediction(value=float(found[0, 0]) * target.std + target.mean)
 
-    return score_predictions(ask, store, sessions, target)
+    return score_predictions(predict, store, sessions, target)
 
 
 def _whole(store: Store, sessions: Sequence[int]) -> Any:

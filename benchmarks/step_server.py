@@ -1,7 +1,7 @@
 """Lets another process drive a training loop step by step. Needs only torch; used by the worker of each tool.
 
-The tool's own loop calls `boundary` between two steps. There the loop waits for a command (a line of JSON on stdin)
-and the answer to the last one is given (a line of JSON on what was stdout; what else is printed goes to stderr).
+The tool's own loop calls `boundary` between two steps. It answers the last command (a line of JSON on the original
+stdout; all other output goes to stderr) and waits for the next one (a line of JSON on stdin).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class StepServer:
         settings: as the parent process gave them.
 
     Attributes:
-        facts: said with the first answer.
+        facts: sent with the first answer.
         extra: commands of the worker itself.
     """
 

@@ -1,4 +1,4 @@
-"""One way of fine-tuning a ViT on volumes, step by step: what `adapt.py` compares.
+"""One way of fine-tuning a ViT on volumes, step by step, for `adapt.py`.
 
 Usage: python worker_finetune.py SETTINGS.json
 """

@@ -1,7 +1,7 @@
 """LightlyTrain's DINOv2 method, driven step by step by `pretrain.py`; runs in an environment of its own.
 
 Everything is made by LightlyTrain's own functions, in the order of its `pretrain`: model, method, optimiser,
-schedules, loggers, callbacks and Lightning's trainer, with its defaults. What differs is the data: a loader that
+schedules, loggers, callbacks and Lightning's trainer, with its defaults. Only the data differ: a loader
 gives the same views at every step, so that neither tool waits for data.
 
 Usage: python worker_lightlytrain.py SETTINGS.json

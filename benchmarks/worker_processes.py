@@ -1,4 +1,4 @@
-"""Work shared out over fresh processes of one thread each."""
+"""Jobs distributed over fresh processes of one thread each."""
 
 from __future__ import annotations
 

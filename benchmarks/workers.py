@@ -1,4 +1,4 @@
-"""The parent's side of the workers: start them, ask them for steps, end them."""
+"""The parent's side of the workers: start them, request steps, stop them."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Slice embeddings of a store by a frozen encoder: computed once, kept on disk, read by memory map. The folder:
+"""Slice embeddings of a store from a frozen encoder: computed once, kept on disk, memory-mapped. The folder:
 
     slices-32-9f86d081884c7d65/     named by the number of slices and a hash of cache.json
         cache.json                  the encoder's weights and settings, and the data
         embeddings.npy              (rows, D) float32, a session's slices in consecutive rows
         done.npy                    (sessions,) bool, the sessions whose rows are written
 
-A session is written when it is first needed, and marked afterwards: an interrupted cache continues. Nothing is
+Sessions are embedded on first use and marked as done afterwards, so an interrupted cache can be resumed. Nothing is
 augmented, and all contrasts of a session are read.
 
 Axis legend: B volumes, S slices, D width.
@@ -36,14 +36,14 @@ from brainfound.models import BrainFoundModel
 
 _SCHEMA = "brainfound-embeddings/1"
 _FACTS, _EMBEDDINGS, _DONE = "cache.json", "embeddings.npy", "done.npy"
-# Origin and computation of a backbone: they change no embedding.
+# Where a backbone came from and how it runs; none of these affects the embeddings.
 _IRRELEVANT_CONFIG_KEYS = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"}
 _IRRELEVANT_CONFIG_KEYS |= {"_attn_implementation"}
 
 
 @dataclass(frozen=True)
 class EmbeddedBatch:
-    """A batch of embedded volumes; the names are those of the models' arguments."""
+    """A batch of embedded volumes; fields are named after the models' arguments."""
 
     slice_embeddings: Float[Tensor, "B S D"]
     slice_mask: Bool[Tensor, "B S"]
@@ -58,13 +58,13 @@ class EmbeddedBatch:
 
 
 class EmbeddingCache:
-    """The embeddings of evenly spaced slices (None: of all) of a store's sessions, in a subfolder of ``folder``.
+    """Embeddings of ``num_slices`` evenly spaced slices (None: all) per session, in a subfolder of ``folder``.
 
     The model's encoder must not change while the cache is used.
 
     Raises:
-        ModelError: the store's contrasts are not the model's.
-        TrainingError: the subfolder is no cache, or cannot be written.
+        ModelError: the contrasts of store and model differ.
+        TrainingError: the subfolder is not a cache, or is not writable.
     """
 
     def __init__(self, model: BrainFoundModel, store: Store, folder: str | Path, num_slices: int | None = None) -> None:
@@ -84,11 +84,11 @@ class EmbeddingCache:
             raise TrainingError(what, where=self.path, got=str(error), remedy=remedy) from error
 
     def ensure_embedded(self, sessions: Sequence[int], progress: Callable[[int, int], None] | None = None) -> int:
-        """Embed the sessions that are missing, and return their number; progress gets (sessions done, to do)."""
+        """Embed the sessions that are not in the cache yet and return their number; ``progress`` gets (done, to do)."""
         missing = [int(session) for session in sessions if not self._done[int(session)]]
         for done, session in enumerate(missing, start=1):
             self._embeddings[self._rows(session)] = self._embed(session)
-            # The mark is written after the rows.
+            # Rows before the mark: an interruption never marks rows that were not written.
             self._embeddings.flush()
             self._done[session] = True
             self._done.flush()
@@ -103,7 +103,7 @@ class EmbeddingCache:
         return np.asarray(self._embeddings[self._rows(session)])
 
     def mean_embeddings(self, sessions: Sequence[int]) -> Float[np.ndarray, "n D"]:
-        """The mean over the slices of each session, as a frozen backbone with mean pooling gives it."""
+        """The mean slice embedding of each session, as from a frozen backbone with mean pooling."""
         return np.stack([self.slices(int(session)).mean(axis=0) for session in sessions])
 
     def batch(self, sessions: Sequence[int]) -> EmbeddedBatch:
@@ -135,7 +135,7 @@ class EmbeddingCache:
             "contrasts": list(config.contrasts),
             "data_hash": self.store.content_hash,
             "num_slices": self.num_slices,
-            # Only values other than the default, so that the names of other caches stay the same.
+            # Only if not the default, so that existing caches keep their names.
             **({"slice_features": config.slice_features} if config.slice_features != "cls" else {}),
             **({"withheld": list(self.store.withheld)} if self.store.withheld else {}),
         }
@@ -147,7 +147,7 @@ class EmbeddingCache:
             self.path.mkdir(parents=True, exist_ok=True)
             np.lib.format.open_memmap(self.path / _EMBEDDINGS, "w+", np.float32, shape).flush()
             np.lib.format.open_memmap(self.path / _DONE, "w+", bool, (sessions,)).flush()
-            # Last: a cache that was interrupted before this is made anew.
+            # Written last: a cache that was interrupted before this point is created again.
             written = self.path / f".{_FACTS}.{os.getpid()}"
             written.write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n", encoding="utf-8")
             written.replace(self.path / _FACTS)
@@ -159,13 +159,13 @@ class EmbeddingCache:
 
 @torch.inference_mode()
 def slice_embeddings(model: BrainFoundModel, stack: Stack, slices: Int[np.ndarray, "S"]) -> Float[np.ndarray, "S D"]:
-    """Embeddings of some slices of a stack by a model's encoder. The model is left in eval mode."""
+    """Embed the given slices of a stack with a model's encoder; leaves the model in eval mode."""
     model.eval()
     batch = collate([stack], [slices]).to(next(model.parameters()).device)
     return model(**batch.inputs()).slice_embeddings[0].float().cpu().numpy()
 
 
 def _writable(file: Path) -> np.memmap:
-    # Read first: opened for writing, a truncated file would be filled up with zeros.
+    # Open read-only first: opening a truncated file for writing would pad it with zeros.
     np.lib.format.open_memmap(file, "r")
     return np.lib.format.open_memmap(file, "r+")

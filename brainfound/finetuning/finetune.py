@@ -4,10 +4,10 @@ The run folder:
 
     recipe.yaml, run.json, log.jsonl, curves.png, checkpoints/   as in pretraining
     splits.json   the subjects of each part, as a split file
-    scores.json   the scores on the test part with intervals, those of the trivial baseline and of a linear model on
-                  the frozen backbone, and the calibration on the validation part
-    cases.tsv     one row per test session; frozen-cases.tsv the same of the linear model
-    reliability.png   of a classification: accuracy over confidence
+    scores.json   test scores with intervals, scores of the trivial baseline and of a linear model on the frozen
+                  backbone, and the calibration fitted on the validation part
+    cases.tsv     one row per test session; frozen-cases.tsv the same for the linear model
+    reliability.png   for a classification: accuracy against confidence
     export/       the bundle: adapter, head, preprocessing and labels as one unit
 """
 
@@ -69,16 +69,16 @@ def finetune(
     Args:
         recipe: a recipe, its name or its file.
         model: a Hub id or folder of a plain ViT, or a BrainFound folder (the export of a pretraining run).
-        target: a covariate column of the store, ``"mask"``, or several columns of 0 and 1 that a session may have any
-            of: ``"edema,lesion"``.
+        target: a covariate column of the store, ``"mask"``, or several 0/1 columns for a multi-label classification,
+            such as ``"edema,lesion"``.
         out: the run folder; None: ``runs/<name of the recipe>``.
         adapter: overrides the recipe's adapter.
-        split: a split file (of `brainfound split`, or the splits.json of another run) with the subjects of each part;
-            any overlap of its parts, by subject or image, is refused.
-        fold: the fold of a split file that holds several.
-        resume: go on from the newest whole checkpoint.
-        keep_ids: name subjects and sessions in cases.tsv.
-        cache: folder of the embeddings, for several runs together; None: in the run folder.
+        split: a split file (from `brainfound split`, or the splits.json of another run) with the subjects of each part;
+            parts that share a subject or an image are refused.
+        fold: the fold to use, if the split file has several.
+        resume: continue from the newest complete checkpoint.
+        keep_ids: write the names of subjects and sessions to cases.tsv.
+        cache: folder of cached embeddings, to share between runs; None: in the run folder.
         overrides: ``"a.b=c"`` strings.
 
     Returns:
@@ -123,7 +123,7 @@ def finetune(
         engine.require_space()
 
         def begin() -> None:
-            # Before the recipe: a run that can be resumed has its split.
+            # Before the recipe, so that every run that can be resumed has its split.
             write_split(folder, store, parts, column, content.split, split_file)
             run_folder.write_start(folder, content, facts)
 
@@ -132,10 +132,10 @@ def finetune(
             engine.resume(checkpoint)
             console.print(f"going on from {checkpoint.name}")
         else:
-            engine.log.truncate_after(-1)  # of a run that was killed before its first checkpoint
+            engine.log.truncate_after(-1)  # left by a run that was killed before its first checkpoint
         accelerator.wait_for_everyone()
         engine.run()
-        # In place: a model prepared for bf16 would also score in it, unlike the one that is loaded from the bundle.
+        # In place: a model prepared for bf16 would also be scored in bf16, unlike the model loaded from the bundle.
         accelerator.unwrap_model(engine.model, keep_fp32_wrapper=False)
         distributed.run_on_main_rank(
             lambda: _score_and_export(folder, training, str(model), engine.step, keep_ids), accelerator.is_main_process
@@ -153,10 +153,10 @@ def resolve_parts_and_task(
 ) -> tuple[dict[str, np.ndarray], Task]:
     """The sessions of each part, and the task as the training part defines it.
 
-    ``notify`` receives a line on the sessions left out, and one per part on the labels that it lacks.
+    ``notify`` receives a line about the sessions left out, and one per part about labels missing from it.
 
     Raises:
-        UsageError: no such target or split, too few labels, or a label in any part that the training part lacks.
+        UsageError: no such target or split, too few labels, or a label that is missing from the training part.
         RecipeError: settings that have no effect.
     """
     column = TargetColumn.find(store, target) if isinstance(target, str) else target
@@ -212,7 +212,7 @@ def _score_and_export(folder: Path, training: FinetuneTask, source: str, step: i
         },
         card=finetuned_card(training, source, scores, step),
         baseline=None if frozen is None else frozen.tensors,
-        overwrite=True,  # a run that is resumed after its end writes it again
+        overwrite=True,  # a run that is resumed after its last step writes it again
     )
     run_folder.write_end(folder, run_folder.DONE, step, step)
 

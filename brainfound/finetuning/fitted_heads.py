@@ -1,11 +1,11 @@
 """Heads and decoders whose last layer starts from a fit on the frozen backbone: linear probing, then fine-tuning.
 
 The gradients of a random head distort good features of the backbone (Kumar et al., "Fine-Tuning can Distort Pretrained
-Features and Underperform Out-of-Distribution", ICLR 2022). The last layer of a decoder is linear and followed by
-nothing but an interpolation: it is fitted as a logistic regression of some pixels of each class, with weights that
-restore the class frequencies.
+Features and Underperform Out-of-Distribution", ICLR 2022). The last layer of a decoder is linear and followed only
+by an interpolation, so it is fitted as a logistic regression on sampled pixels of each class, weighted to restore the
+class frequencies.
 
-Axis legend: N slices, F feature channels of the last layer, H W pixels, n chosen pixels, K classes or labels.
+Axis legend: N slices, F feature channels of the last layer, H W pixels, n sampled pixels, K classes or labels.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from brainfound.finetuning.volumes import EmbeddedReader, VolumeAugmentation, Vo
 from brainfound.training.randomness import VIEWS, StepKey, numpy_generator
 
 HEAD_FIT_STEP = 2_000_000_000
-"""The step of the fit's random numbers: none of training's own."""
+"""The step that seeds the random numbers of the fit; training never reaches it."""
 MAX_VOLUMES, MAX_PIXELS, MAX_PIXELS_PER_CLASS = 500, 60_000, 60
-"""Most volumes (sessions × passes) and pixels of a decoder's fit, and pixels of a class in one volume, where neighbours
-are alike. More would take long and add little."""
+"""Limits of a decoder's fit: volumes (sessions × passes), pixels, and pixels per class and volume, where neighbours are
+alike. More would take long and add little."""
 
 
 @dataclass(frozen=True)
 class AugmentedPasses:
-    """Passes over the training part, each with other slices and augmentation."""
+    """Passes over the training part, each with different slices and augmentation."""
 
     reader: VolumeReader | EmbeddedReader
     augmentation: VolumeAugmentation
@@ -44,7 +44,7 @@ class AugmentedPasses:
     seed: int
 
     def batches(self, device: torch.device) -> Iterator[tuple[Any, np.ndarray]]:
-        """Augmented volumes, and the session index of each."""
+        """Yield augmented volumes and the session index of each."""
         count = len(self.reader.sessions)
         for number in range(self.num_passes):
             for first in range(0, count, self.batch_size):
@@ -55,10 +55,10 @@ class AugmentedPasses:
 
 @torch.no_grad()
 def fit_head(model: Any, task: VolumeTask, passes: AugmentedPasses) -> None:
-    """Set the last layer of a classification or regression head to the best linear answer on frozen embeddings.
+    """Fit the last layer of a classification or regression head to frozen embeddings, as a linear model.
 
-    The model has no adapter yet and is changed in place. The embeddings are of augmented volumes, as in training:
-    weights fitted to clean ones would rely on differences that augmentation and withheld contrasts remove.
+    The model must not have an adapter yet; it is changed in place. Volumes are augmented as in training: weights fitted
+    to clean volumes would rely on differences that augmentation and contrast dropout remove.
 
     Raises:
         TrainingError: the embeddings are not finite.
@@ -78,7 +78,7 @@ def fit_head(model: Any, task: VolumeTask, passes: AugmentedPasses) -> None:
 
 
 def _set_layer(layer: Any, weight: np.ndarray, bias: np.ndarray, mean: np.ndarray, std: np.ndarray) -> None:
-    """Write a linear model of standardised features into the first rows of a layer that reads them as they are."""
+    """Write a linear model of standardised features into the first rows of a layer that reads the raw features."""
     weight = weight / std
     rows = torch.from_numpy(weight).reshape(len(weight), *layer.weight.shape[1:])
     layer.weight[: len(rows)] = rows.to(layer.weight)
@@ -87,10 +87,10 @@ def _set_layer(layer: Any, weight: np.ndarray, bias: np.ndarray, mean: np.ndarra
 
 @torch.no_grad()
 def fit_decoder(model: Any, task: Segmentation, passes: AugmentedPasses) -> None:
-    """Set the last layer of a segmentation's decoder to the best linear answer on the features that it reads.
+    """Fit the last layer of a segmentation decoder to the features that it reads, as a linear model.
 
-    The model has no adapter yet and is changed in place. Of a large cohort at most `MAX_VOLUMES` are read. A class
-    that no chosen pixel shows gets no weight and a small share.
+    The model must not have an adapter yet; it is changed in place. At most `MAX_VOLUMES` volumes are read. A class
+    without any sampled pixel gets zero weights and a small probability.
 
     Raises:
         TrainingError: the features are not finite.
@@ -101,8 +101,8 @@ def fit_decoder(model: Any, task: Segmentation, passes: AugmentedPasses) -> None
     passes = replace(passes, num_passes=min(passes.num_passes, max(1, MAX_VOLUMES // len(reader.sessions))))
     if len(reader.sessions) > MAX_VOLUMES:
         assert isinstance(reader, VolumeReader)  # no embeddings are cached for a segmentation
-        some = reader.sessions[evenly_spaced_slices(len(reader.sessions), MAX_VOLUMES)]
-        passes = replace(passes, reader=replace(reader, sessions=some))
+        subset = reader.sessions[evenly_spaced_slices(len(reader.sessions), MAX_VOLUMES)]
+        passes = replace(passes, reader=replace(reader, sessions=subset))
     num_volumes = passes.num_passes * len(passes.reader.sessions)
     wanted = min(MAX_PIXELS_PER_CLASS, max(1, MAX_PIXELS // (num_volumes * len(task.names))))
     sampled, truth, weights = [], [], []
@@ -118,8 +118,8 @@ def fit_decoder(model: Any, task: Segmentation, passes: AugmentedPasses) -> None
             weights.append(weight)
             first += count
     features, mean, std = standardise(sampled, "the model that the run starts from gives features")
-    of_pixel = np.concatenate(weights)
-    fitted = task.fit_pixels(features, np.concatenate(truth), of_pixel / of_pixel.mean())
+    pixel_weights = np.concatenate(weights)
+    fitted = task.fit_pixels(features, np.concatenate(truth), pixel_weights / pixel_weights.mean())
     _set_layer(layer, *fitted, mean, std)
 
 
@@ -136,9 +136,9 @@ def _capture_layer_input(layer: nn.Module, model: nn.Module, inputs: dict[str, A
 def _choose_pixels(
     labels: Int[np.ndarray, "N H W K"], wanted: int, rng: np.random.Generator
 ) -> tuple[Int[np.ndarray, "3 n"], Float[np.ndarray, "n"]]:
-    """Pixels of a volume (slice, row, column), up to ``wanted`` of each class; and how many each stands for.
+    """Sample pixels (slice, row, column) of a volume, up to ``wanted`` per class, and how many pixels each stands for.
 
-    Where labels overlap, pixels with the same labels are of one class.
+    Where labels overlap, each combination of labels is a class.
     """
     flat = labels.reshape(-1, labels.shape[-1])
     # One number per combination of labels: the class, or the sum of 2ᵏ over the labels.
@@ -155,10 +155,10 @@ def _choose_pixels(
 def _sample_at_pixels(
     maps: Float[Tensor, "N F h w"], pixels: Int[np.ndarray, "3 n"], size: tuple[int, int]
 ) -> Float[np.ndarray, "n F"]:
-    """Maps interpolated to pixels, as the decoder does with its scores: the two orders give the same."""
-    found = np.empty((pixels.shape[1], maps.shape[1]), dtype=np.float32)
+    """Maps interpolated at pixels. The decoder interpolates its scores instead; both orders give the same."""
+    values = np.empty((pixels.shape[1], maps.shape[1]), dtype=np.float32)
     for number in np.unique(pixels[0]):
-        here = pixels[0] == number
+        in_slice = pixels[0] == number
         fine = F.interpolate(maps[number : number + 1].float(), size=size, mode="bilinear", align_corners=False)[0]
-        found[here] = fine[:, pixels[1][here], pixels[2][here]].T.cpu().numpy()
-    return found
+        values[in_slice] = fine[:, pixels[1][in_slice], pixels[2][in_slice]].T.cpu().numpy()
+    return values

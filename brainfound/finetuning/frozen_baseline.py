@@ -1,12 +1,12 @@
-"""What the untouched backbone reaches with a linear model: the baseline that adaptation has to beat.
+"""Linear models on the untouched backbone: the baseline that adaptation has to beat.
 
-For a classification or regression a ridge or logistic regression learns from the mean slice embedding of each volume.
-For a segmentation there is one logistic regression of patches per class or overlapping label, whose target is the
-share of a patch's pixels that have it; it learns from some patches, more of them of the structure than there are, with
-weights that restore the frequencies. The bundle keeps the linear model, and the backbone unless all of it was trained.
+For classification and regression: a logistic or ridge regression on the mean slice embedding of each volume. For
+segmentation: one logistic regression on patch tokens per class or overlapping label, whose target is the fraction of a
+patch's pixels with that label; patches of the structure are oversampled, and weights restore the frequencies. The
+bundle keeps the linear model, and the backbone unless all of it was trained.
 
-Axis legend: n sessions or chosen patches, S slices, H W pixels, P patches of a slice, D width, K classes but the
-background (or labels).
+Axis legend: n sessions or sampled patches, S slices, H W pixels, P patches of a slice, D width, K foreground classes
+(or labels).
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from brainfound.models.loading import load_initial_model
 from brainfound.training.randomness import PROBE, numpy_generator
 
 MAX_PATCHES, MAX_SESSIONS = 6000, 500
-"""Limits of what a segmentation learns from."""
-_STREAM = 3  # apart from the probes' own streams
+"""Largest training set of a segmentation baseline."""
+_STREAM = 3  # not used by the probes
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class _LinearModel:
     tensor_names: ClassVar[tuple[str, ...]] = ("mean", "std", "weight", "bias")
 
     model: Any
-    """A BrainFound model with the task's head; its backbone is used, its head is not."""
+    """A BrainFound model with the task's head; only its backbone is used."""
     task: Any
     mean: np.ndarray
     std: np.ndarray
@@ -58,7 +58,7 @@ class _LinearModel:
     bias: np.ndarray
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a bundle keeps."""
+        """The tensors that a bundle stores."""
         return {name: torch.from_numpy(np.asarray(getattr(self, name))) for name in self.tensor_names}
 
 
@@ -70,10 +70,10 @@ class VolumeLinearProbe(_LinearModel):
     num_slices: int | None = None
     """Slices read per session; None for all."""
     cache: EmbeddingCache | None = None
-    """Of embeddings; without it they are computed."""
+    """Embeddings to read; None: compute them."""
 
     def answer(self, session: int, stack: Stack, without: Sequence[str] = ()) -> StackPrediction:
-        """The answer about a stack, ``session`` of the cache's store, with the contrasts ``without`` withheld."""
+        """Predict a stack (``session`` is its index in the cache's store) with the contrasts ``without`` withheld."""
         if self.cache is not None and not without:
             self.cache.ensure_embedded([session])
             embedding = self.cache.mean_embeddings([session])[0]
@@ -96,13 +96,13 @@ class PatchClassifier(_LinearModel):
 
     task: Segmentation
     thresholds: np.ndarray
-    """(K,) the probability above which a class is marked, of the best Dice on the patches that were learnt from."""
+    """(K,) the probability above which a class is marked, chosen for the best Dice on the training patches."""
 
     @classmethod
     def fit(
         cls, model: Any, store: Store, sessions: Sequence[int], task: Segmentation, num_slices: int, seed: int
     ) -> PatchClassifier:
-        """Learn from ``num_slices`` of each session, half of them through the structure if it has so many."""
+        """Fit to ``num_slices`` slices per session, half of them through the structure if there are enough."""
         rng = numpy_generator(PROBE, seed, _STREAM)
         sessions = [sessions[i] for i in evenly_spaced_slices(len(sessions), MAX_SESSIONS)]
         per_session = max(8, MAX_PATCHES // len(sessions))
@@ -111,23 +111,23 @@ class PatchClassifier(_LinearModel):
             stack = store[int(session)]
             labels = task.binary_labels(np.asarray(stack.mask))
             slices, slice_weight = _choose_slices(np.asarray(labels.any(axis=(1, 2, 3))), num_slices)
-            in_patches = patch_label_fractions(labels[slices], model.encoder.patch_size)  # (S, P, K)
-            chosen, weight = _choose_patches(in_patches, slice_weight, per_session, rng)
+            slice_fractions = patch_label_fractions(labels[slices], model.encoder.patch_size)  # (S, P, K)
+            chosen, weight = _choose_patches(slice_fractions, slice_weight, per_session, rng)
             flat = _tokens(model, stack, slices).reshape(-1, model.encoder.embed_dim)
             tokens.append(flat[chosen])
-            label_fractions.append(in_patches.reshape(-1, in_patches.shape[-1])[chosen])
+            label_fractions.append(slice_fractions.reshape(-1, slice_fractions.shape[-1])[chosen])
             weights.append(weight)
             owners += [int(session)] * len(chosen)
         features, mean, std = standardise(tokens, "the backbone that the run starts from gives patch tokens")
         subject_groups = subject_group_indices(store.sessions["subject"].tolist(), np.array(owners))
-        of_patch, every_share = np.concatenate(weights), np.concatenate(label_fractions)
-        of_patch = of_patch / of_patch.mean()
-        fits = [fit_patch_label(features, share, of_patch, subject_groups) for share in every_share.T]
+        patch_weights, fractions = np.concatenate(weights), np.concatenate(label_fractions)
+        patch_weights = patch_weights / patch_weights.mean()
+        fits = [fit_patch_label(features, fraction, patch_weights, subject_groups) for fraction in fractions.T]
         rows, biases, thresholds = zip(*fits, strict=True)
         return cls(model, task, mean, std, np.stack(rows), np.array(biases), np.array(thresholds))
 
     def answer(self, session: int, stack: Stack, without: Sequence[str] = ()) -> StackPrediction:
-        """The answer about every pixel of a stack, with the contrasts ``without`` withheld."""
+        """Predict every pixel of a stack with the contrasts ``without`` withheld."""
         stack = remove_contrasts(stack, without) if without else stack
         num_slices, height, width = stack.grid
         (rows, columns), side = self.model.encoder.grid(height, width), self.model.encoder.patch_size
@@ -144,7 +144,7 @@ class PatchClassifier(_LinearModel):
 
 
 def patch_label_fractions(labels: UInt8[np.ndarray, "S K H W"], patch_size: int) -> Float[np.ndarray, "S P K"]:
-    """The share of each patch's pixels that have each label, patches row by row."""
+    """The fraction of each patch's pixels with each label; patches run row by row."""
     num_slices, num_labels, height, width = labels.shape
     rows, columns = height // patch_size, width // patch_size
     tiles = labels.reshape(num_slices, num_labels, rows, patch_size, columns, patch_size)
@@ -153,7 +153,7 @@ def patch_label_fractions(labels: UInt8[np.ndarray, "S K H W"], patch_size: int)
 
 @torch.inference_mode()
 def _tokens(model: Any, stack: Stack, slices: Int[np.ndarray, "S"]) -> Float[np.ndarray, "S P D"]:
-    """The backbone's patch tokens of some slices."""
+    """The backbone's patch tokens of the given slices."""
     model.eval()
     device = next(model.parameters()).device
     # The stem "slices" reads the neighbours too.
@@ -163,9 +163,9 @@ def _tokens(model: Any, stack: Stack, slices: Int[np.ndarray, "S"]) -> Float[np.
     return (patches[slices] if whole else patches).float().cpu().numpy()
 
 
-def _choose_slices(shows: np.ndarray, wanted: int) -> tuple[Int[np.ndarray, "S"], Float[np.ndarray, "S"]]:
-    """Evenly spaced slices, up to half of them of those that show the structure; and how many each stands for."""
-    marked, others = np.flatnonzero(shows), np.flatnonzero(~shows)
+def _choose_slices(has_structure: np.ndarray, wanted: int) -> tuple[Int[np.ndarray, "S"], Float[np.ndarray, "S"]]:
+    """Evenly spaced slices, half of them through the structure if possible, and how many slices each stands for."""
+    marked, others = np.flatnonzero(has_structure), np.flatnonzero(~has_structure)
     num_marked = min(len(marked), max(wanted - len(others), -(-wanted // 2)))
     chosen, weights = [], []
     for group, number in ((marked, num_marked), (others, min(len(others), wanted - num_marked))):
@@ -182,7 +182,7 @@ def _choose_patches(
     wanted: int,
     rng: np.random.Generator,
 ) -> tuple[Int[np.ndarray, "n"], Float[np.ndarray, "n"]]:
-    """Patches of a session, as many of each class as there are; and how many each stands for."""
+    """Patches of a session, equally many per class if possible, and how many patches each stands for."""
     flat = label_fractions.reshape(-1, label_fractions.shape[-1])
     strata = np.where(flat.any(axis=1), flat.argmax(axis=1) + 1, 0)
     present = np.unique(strata)
@@ -210,10 +210,10 @@ def fit_frozen_baseline(
     folder: Path | None = None,
     seed: int = 0,
 ) -> FrozenBaseline:
-    """Fit a linear model to an untouched backbone, on sessions for training; ``seed`` is of the choice of patches.
+    """Fit a linear model on an untouched backbone to training sessions; ``seed`` governs the choice of patches.
 
-    The model has no adapter and stays as it is. A run without a cache may name a folder, where embeddings are cached
-    for other runs on the same backbone.
+    The model must not have an adapter; it is left unchanged. Without a cache, embeddings are cached in ``folder``, if
+    given, for other runs on the same backbone.
 
     Raises:
         TrainingError: the embeddings are not finite, or cannot be written.
@@ -243,7 +243,7 @@ def score_frozen_baseline(
     progress: Callable[[int, int], None] | None = None,
     scoring: ScoringRecipe = ScoringRecipe(),
 ) -> SessionScores:
-    """Score a baseline as a model is scored (`score_sessions`)."""
+    """Score a baseline in the same way as a model (`score_sessions`)."""
     answer = partial(baseline.answer, without=without)
     return score_predictions(answer, store, sessions, baseline.task, without, progress, scoring)
 
@@ -251,29 +251,29 @@ def score_frozen_baseline(
 def load_frozen_baseline(
     bundle: Bundle, task: Task, device: torch.device, base: str | Path | None = None
 ) -> FrozenBaseline:
-    """The baseline that a bundle holds, on the backbone that its run started from.
+    """Load the baseline of a bundle, on the backbone that its run started from.
 
-    ``base`` is the model that the run started from; only a bundle after full fine-tuning needs it.
+    ``base`` is the model that the run started from, needed only for a bundle from full fine-tuning.
 
     Raises:
-        ModelError: the bundle holds no baseline, or not the backbone, or ``base`` is another one.
+        ModelError: the bundle has no baseline or no backbone, or ``base`` is another model.
     """
     if not bundle.baseline:
         remedy = "Fine-tune with frozen_baseline=true"
         raise ModelError("the bundle has no frozen baseline", where=bundle.folder, remedy=remedy)
     model = bundle.load_pretrained() or _load_starting_model(bundle, task, base)
-    found = {name: tensor.numpy() for name, tensor in bundle.baseline.items()}
+    tensors = {name: tensor.numpy() for name, tensor in bundle.baseline.items()}
     kind: Any = PatchClassifier if task.per_voxel else VolumeLinearProbe
-    if found.keys() != set(kind.tensor_names):
+    if tensors.keys() != set(kind.tensor_names):
         raise ModelError(
             "the frozen baseline of the bundle is of another kind",
             where=bundle.folder,
-            got=", ".join(sorted(found)),
+            got=", ".join(sorted(tensors)),
             expected=", ".join(sorted(kind.tensor_names)),
             remedy="Copy the bundle again, or export it again",
         )
     own = {} if task.per_voxel else {"num_slices": bundle.metadata.get("num_slices")}
-    return kind(model.to(device), task, **found, **own)
+    return kind(model.to(device), task, **tensors, **own)
 
 
 def _load_starting_model(bundle: Bundle, task: Task, base: str | Path | None) -> Any:
@@ -282,11 +282,11 @@ def _load_starting_model(bundle: Bundle, task: Task, base: str | Path | None) ->
         what = "the bundle has no frozen baseline: all weights were trained, and those before are not in it"
         raise ModelError(what, where=bundle.folder, remedy=remedy)
     own = bundle.model.config
-    # A head that the start has is not loaded.
+    # Without the head that the starting model may have.
     model = load_initial_model(BrainFoundModel, base, own.contrasts, stem=own.stem, slice_features=own.slice_features)
-    found, expected = tensors_hash(model.encoder.state_dict()), bundle.metadata.get("frozen_encoder")
-    if found != expected:
-        what, got = "this is not the model that the run started from", f"hash {found[:12]}"
+    digest, expected = tensors_hash(model.encoder.state_dict()), bundle.metadata.get("frozen_encoder")
+    if digest != expected:
+        what, got = "this is not the model that the run started from", f"hash {digest[:12]}"
         raise ModelError(what, where=base, got=got, expected=str(expected)[:12], remedy=remedy)
     head = task.model_class(copy.deepcopy(own))
     head.brainfound.encoder = model.encoder
@@ -294,5 +294,5 @@ def _load_starting_model(bundle: Bundle, task: Task, base: str | Path | None) ->
 
 
 def scoring_from_bundle(bundle: Bundle) -> ScoringRecipe:
-    """How a bundle's run scored; older bundles hold nothing and scored by the defaults."""
+    """The scoring settings of a bundle's run; older bundles lack them and used the defaults."""
     return ScoringRecipe.model_validate(bundle.metadata.get("scoring", {}))

@@ -1,6 +1,6 @@
-"""Linear models on frozen features: ridge and logistic regressions, with their strength chosen by cross-validation.
+"""Linear models on frozen features: ridge and logistic regressions, with the penalty chosen by cross-validation.
 
-The folds lie within the training part, and all volumes of a subject are in one of them.
+Folds lie within the training part and keep all volumes of a subject together.
 
 Axis legend: n embedded volumes, pixels or patches, D features, K classes.
 """
@@ -22,7 +22,7 @@ from brainfound.errors import TrainingError
 
 _PENALTIES = np.logspace(-1, 5, 13)
 _PATCH_PENALTIES = np.logspace(-1, 5, 7)
-_PIXEL_PENALTY = 1.0  # against as many terms as pixels: it bounds the weights of features that no pixel needs
+_PIXEL_PENALTY = 1.0  # small against the sum over pixels: it only bounds weights that no pixel determines
 _THRESHOLDS = np.linspace(0.05, 0.95, 19)
 
 
@@ -42,10 +42,10 @@ class LabelledFeatures(NamedTuple):
 def standardise(
     features: Sequence[np.ndarray], source: str
 ) -> tuple[Float[np.ndarray, "n D"], Float[np.ndarray, "D"], Float[np.ndarray, "D"]]:
-    """Join arrays (…, D): features of mean 0 and variance 1 in double precision; mean and standard deviation before.
+    """Join arrays (…, D) → float64 features of mean 0 and variance 1, and their former mean and standard deviation.
 
     Raises:
-        TrainingError: ``source`` gave values that are not finite.
+        TrainingError: a value is not finite; the message begins with ``source``.
     """
     joined = np.concatenate(features).astype(np.float64)
     if not np.isfinite(joined).all():
@@ -56,7 +56,7 @@ def standardise(
 
 
 def subject_group_indices(subjects: Sequence[str], sessions: np.ndarray) -> np.ndarray:
-    """A number per embedded volume that all sessions of a subject share: the index of the first one."""
+    """A number per embedded volume, shared by all sessions of a subject: the index of the subject's first session."""
     first: dict[str, int] = {}
     for session in sorted(set(sessions.tolist())):
         first.setdefault(subjects[session], session)
@@ -64,7 +64,7 @@ def subject_group_indices(subjects: Sequence[str], sessions: np.ndarray) -> np.n
 
 
 def subject_folds(subject_groups: np.ndarray, classes: np.ndarray | None) -> list[tuple[np.ndarray, np.ndarray]] | None:
-    """Folds that keep all volumes of a subject together; None where a class has one subject only."""
+    """Folds that keep all volumes of a subject together; None if there are too few subjects."""
     if classes is None:
         num_folds = min(5, len(np.unique(subject_groups)))
         return list(GroupKFold(num_folds).split(subject_groups, groups=subject_groups)) if num_folds > 1 else None
@@ -77,7 +77,7 @@ def subject_folds(subject_groups: np.ndarray, classes: np.ndarray | None) -> lis
 def fit_ridge(
     features: Float[np.ndarray, "n D"], values: np.ndarray, subject_groups: np.ndarray
 ) -> tuple[np.ndarray, float, float]:
-    """Weights ``(D,)``, bias and mean squared error for a number; the error is of left-out subjects if possible."""
+    """Weights ``(D,)``, bias and mean squared error of a ridge regression; the error is on left-out subjects if any."""
     folds = subject_folds(subject_groups, None)
     if folds:
         ridge = RidgeCV(alphas=_PENALTIES, cv=folds, scoring="neg_mean_squared_error").fit(features, values)
@@ -89,7 +89,7 @@ def fit_ridge(
 def fit_logistic(
     features: np.ndarray, classes: np.ndarray, subject_groups: np.ndarray, weights: dict[int, float] | None
 ) -> Any:
-    """A fitted scikit-learn classifier of class indices; ``weights`` are of the classes."""
+    """Fit a scikit-learn classifier to class indices; ``weights`` maps a class to its weight."""
     folds = subject_folds(subject_groups, classes)
     common: dict[str, Any] = {"max_iter": 2000, "class_weight": weights}
     if folds:
@@ -99,7 +99,7 @@ def fit_logistic(
 
 
 def softmax_rows(weight: np.ndarray, bias: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A row per class: of two classes scikit-learn gives the log odds of the second, and each class takes half."""
+    """One row per class. For two classes scikit-learn gives only the log odds of the second; each class takes half."""
     if len(weight) == 1:
         return np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
     return weight, bias
@@ -108,16 +108,16 @@ def softmax_rows(weight: np.ndarray, bias: np.ndarray) -> tuple[np.ndarray, np.n
 def fit_pixel_logistic(
     features: Float[np.ndarray, "n D"], classes: Int[np.ndarray, "n"], weights: np.ndarray, num_classes: int
 ) -> tuple[Float[np.ndarray, "K D"], Float[np.ndarray, "K"]]:
-    """Weights and biases of a softmax over pixels; a class that no pixel has gets the share of one pixel in n."""
+    """Weights and biases of a softmax fitted to pixels; a class without pixels gets a mean probability of 1/n."""
     present = np.unique(classes)
     weight, bias = np.zeros((num_classes, features.shape[1])), np.zeros(num_classes)
     if len(present) > 1:
         fitted = _fit_weighted(features, classes, weights, _PIXEL_PENALTY)
         weight[present], bias[present] = softmax_rows(fitted.coef_, fitted.intercept_)
     absent = np.setdiff1d(np.arange(num_classes), present)
-    # Its probability at a pixel is exp(bias) / Σ exp(scores), which shall be 1/n on average.
-    in_all = logsumexp(features @ weight[present].T + bias[present], axis=1)
-    bias[absent] = -logsumexp(-in_all)
+    # Its probability at a pixel is exp(bias) / Σ exp(scores), which should be 1/n on average.
+    log_total = logsumexp(features @ weight[present].T + bias[present], axis=1)
+    bias[absent] = -logsumexp(-log_total)
     return weight, bias
 
 
@@ -127,20 +127,20 @@ def fit_patch_label(
     weights: np.ndarray,
     subject_groups: np.ndarray,
 ) -> tuple[np.ndarray, float, float]:
-    """Weights ``(D,)`` and bias for the share of a patch's pixels that have a label, and the threshold of best Dice."""
+    """Weights ``(D,)`` and bias for the fraction of a patch's pixels with a label, and the threshold of best Dice."""
     penalty = _choose_penalty(features, label_fractions, weights, subject_groups)
     weight, bias = fit_fractions(features, label_fractions, weights, penalty)
     probabilities = expit(features @ weight + bias)
     marked = probabilities[:, None] > _THRESHOLDS
-    in_all = (weights * label_fractions).sum() + weights @ marked  # 0 for a label that no chosen patch shows
-    found = ((weights * label_fractions) @ marked) * 2 / np.maximum(in_all, 1e-12)
-    return weight, bias, float(_THRESHOLDS[found.argmax()])
+    total = (weights * label_fractions).sum() + weights @ marked  # 0 for a label without sampled patches
+    dice = ((weights * label_fractions) @ marked) * 2 / np.maximum(total, 1e-12)
+    return weight, bias, float(_THRESHOLDS[dice.argmax()])
 
 
 def _choose_penalty(
     features: np.ndarray, label_fractions: np.ndarray, weights: np.ndarray, subject_groups: np.ndarray
 ) -> float:
-    """The strength with the smallest cross-entropy on left-out subjects; a middle one if there is one subject."""
+    """The penalty with the smallest cross-entropy on left-out subjects; the middle one if there is a single subject."""
     num_folds = min(3, len(np.unique(subject_groups)))
     if num_folds < 2:
         return float(_PATCH_PENALTIES[len(_PATCH_PENALTIES) // 2])
@@ -157,19 +157,19 @@ def _choose_penalty(
 def fit_fractions(
     features: np.ndarray, label_fractions: np.ndarray, weights: np.ndarray, penalty: float
 ) -> tuple[np.ndarray, float]:
-    """A logistic regression of a share: each patch counts as yes with its share, and as no with the rest."""
-    yes, no = label_fractions > 0, label_fractions < 1
-    if not yes.any() or not no.any():
-        return np.zeros(features.shape[1]), 20.0 if yes.any() else -20.0
-    rows = np.concatenate([features[yes], features[no]])
-    labels = np.repeat([1, 0], [yes.sum(), no.sum()])
-    counts = np.concatenate([(weights * label_fractions)[yes], (weights * (1 - label_fractions))[no]])
+    """Logistic regression of a fraction: each patch counts as positive by its fraction, as negative by the rest."""
+    positive, negative = label_fractions > 0, label_fractions < 1
+    if not positive.any() or not negative.any():
+        return np.zeros(features.shape[1]), 20.0 if positive.any() else -20.0
+    rows = np.concatenate([features[positive], features[negative]])
+    labels = np.repeat([1, 0], [positive.sum(), negative.sum()])
+    counts = np.concatenate([(weights * label_fractions)[positive], (weights * (1 - label_fractions))[negative]])
     fitted = _fit_weighted(rows, labels, counts, penalty)
     return fitted.coef_[0], float(fitted.intercept_[0])
 
 
 def _fit_weighted(features: np.ndarray, classes: np.ndarray, weights: np.ndarray, penalty: float) -> LogisticRegression:
     with warnings.catch_warnings():
-        # A solver that stops at its last iteration is as good a baseline, or start of training.
+        # Unconverged weights are good enough as a baseline or as a start of training.
         warnings.simplefilter("ignore", ConvergenceWarning)
         return LogisticRegression(C=1 / penalty, max_iter=300).fit(features, classes, sample_weight=weights)

@@ -18,14 +18,14 @@ from brainfound.training.engine import EngineRecipe
 
 
 class FinetuneOptimRecipe(Recipe):
-    """AdamW with a warm-up and a cosine."""
+    """AdamW with warm-up and cosine decay."""
 
     lr: float = Field(5e-4, gt=0)
     """Peak learning rate of adapters (or of the backbone in full fine-tuning)."""
     head_lr: float = Field(1e-3, gt=0)
     """Peak learning rate of the new parts: aggregator, decoder, head."""
     weight_decay: float = Field(0.01, ge=0)
-    """Of matrices; none on biases, norms and tokens."""
+    """On matrices; none on biases, norms and tokens."""
     warmup: float = Field(0.05, ge=0, lt=1)
     """Share of the steps over which the rate rises."""
     clip_norm: float = Field(1.0, gt=0)
@@ -42,40 +42,40 @@ class FinetuneRecipe(Recipe):
     name: str = "finetune"
     """Name of the run; also of its default folder."""
     seed: int = Field(0, ge=0)
-    """Of new weights, order, slices, augmentation and dropout."""
+    """Seeds new weights, order, slices, augmentation and dropout."""
     task: AnyTaskRecipe = AutoTaskRecipe()
     """The kind (classification, regression, segmentation) and its settings: {kind: regression, head: bins}; or the kind
     alone. auto: segmentation for the mask, regression for numbers with many values, else classification."""
     adapter: str = "lora-r8"
-    """A recipe of the adapters room, by name or file."""
+    """A recipe of the `adapters` folder, by name or file."""
     contrasts: tuple[str, ...] | None = None
     """The contrasts that the model reads, in training, scoring and prediction: [T1w, FLAIR]. Sessions with none of them
     are left out. null: all of the store."""
     stem: Literal["channels", "per_contrast", "slices"] | None = None
-    """How contrasts enter the backbone: channels, per_contrast, or slices (neighbouring slices of a store's only
-    contrast, of those that are read). null: as the model has it; channels for a plain ViT."""
+    """How contrasts enter the backbone: channels, per_contrast, or slices (neighbouring slices, where only one
+    contrast is read). null: as in the model; channels for a plain ViT."""
     slice_features: Literal["cls", "patches", "cls_and_patches"] | None = None
     """Embedding of a slice for a classification or a regression: cls, patches (the mean of the patch tokens) or
-    cls_and_patches. null: as the model has it; cls for a plain ViT."""
+    cls_and_patches. null: as in the model; cls for a plain ViT."""
     aggregator: Literal["mean", "max", "attention", "transformer"] = "attention"
     """Slice embeddings → volume embedding (not used by a segmentation)."""
     head_dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout before the head's last layer."""
     num_slices: int = Field(32, ge=1)
-    """Slices read per volume in training, and in prediction too except for a segmentation, which reads all."""
+    """Slices read per volume in training and prediction; a segmentation predicts all slices."""
     head_fit_passes: int = Field(4, ge=0)
-    """Before training the last layer of the head or decoder is fitted to frozen features of so many passes over the
-    training part (of 500 volumes at most for a segmentation); 0 starts from a random one."""
+    """Passes over the training part for fitting the last layer of the head or decoder to frozen features, before
+    training (at most 500 volumes for a segmentation); 0 starts from random weights."""
     cached_embeddings: bool = False
-    """Embed each session once and train on that: seconds for an epoch. For classification and regression with an
-    adapter that leaves the backbone as it is (head-only); nothing is augmented, and no contrast withheld."""
+    """Embed each session once and train on the embeddings: an epoch takes seconds. For classification and regression on
+    a frozen backbone (adapter head-only); nothing is augmented, and no contrast is withheld."""
     gradient_checkpointing: bool = False
     """Recompute the activations of the backbone's blocks in the backward pass: less memory, more time."""
     evaluate_every: int = Field(100, ge=0)
-    """Steps between two evaluations of the validation part; 0: never."""
+    """Steps between evaluations on the validation part; 0: never."""
     frozen_baseline: bool = True
-    """Before training also fit a linear model to the untouched backbone (mean over slices; patch by patch for a
-    segmentation), and score it on the test part. It embeds the training and the test part once."""
+    """Before training, also fit a linear model on the untouched backbone (mean over slices; per patch for a
+    segmentation) and score it on the test part. This embeds the training and test parts once."""
     split: SplitRecipe = SplitRecipe()
     optim: FinetuneOptimRecipe = FinetuneOptimRecipe()
     augmentation: VolumeAugmentation = VolumeAugmentation()
@@ -83,7 +83,7 @@ class FinetuneRecipe(Recipe):
     engine: EngineRecipe = EngineRecipe(steps=500, batch_size=4, num_workers=0)
 
 
-# None of these changes a weight.
+# None of these affects the weights.
 CHANGEABLE_ON_RESUME = (
     "name", "frozen_baseline", "task.scoring", "engine.log_every", "engine.checkpoint_every",
     "engine.keep_checkpoints", "engine.max_skipped_in_a_row", "engine.num_workers",
@@ -103,13 +103,13 @@ def resolve_recipe(
             content = content.model_copy(update={"name": Path(recipe).stem})
     if adapter is not None:
         content = content.model_copy(update={"adapter": str(adapter)})
-    load(AdapterRecipe, content.adapter, "adapters")  # refuse a wrong name now, not after the model was built
+    load(AdapterRecipe, content.adapter, "adapters")  # fail on a wrong name now, not after the model is built
     return content
 
 
 def require_effective_settings(recipe: FinetuneRecipe, task: Task) -> None:
     """Refuse shared settings that have no effect on a task, with a RecipeError that names the keys."""
-    # Of a segmentation; a mean has no weights, and stands in the place of an aggregator.
+    # For a segmentation. A mean has no weights and stands in for the unused aggregator.
     allowed = {"aggregator": ("attention", "mean"), "slice_features": (None,)} if task.per_voxel else {}
     if unread := [name for name, values in allowed.items() if getattr(recipe, name) not in values]:
         what, them = ("this setting is", "it") if len(unread) == 1 else ("these settings are", "them")

@@ -1,6 +1,6 @@
 """A model's scores on sessions of a store: one row per case, intervals over subjects, and the baselines.
 
-The task scores its answers (`brainfound.finetuning.tasks`); here are the walk over the sessions and the files.
+Tasks score their own answers (`brainfound.finetuning.tasks`); this module goes over the sessions and writes files.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from brainfound.training.checkpoint import write_atomically
 
 SCORES_FILE, CASES_FILE = "scores.json", "cases.tsv"
 FROZEN_CASES_FILE = "frozen-cases.tsv"
-"""The cases with the answers of a linear model on the untouched backbone."""
+"""The cases as predicted by a linear model on the untouched backbone."""
 CONFIDENCE, NUM_RESAMPLES = 0.95, 2000
-"""Of the bootstrap intervals."""
+"""Settings of the bootstrap intervals."""
 SUBJECT_ROW = "subject_row"
-"""The column of the cases that identifies a subject without a name: the store's row of the subject's first session."""
+"""The column of the cases that identifies a subject without a name: the store row of the subject's first session."""
 
 
 class ScoreInterval(NamedTuple):
@@ -50,15 +50,15 @@ class SessionScores:
     task: str
     scores: dict[str, float]
     trivial: dict[str, float]
-    """Of the baseline that never looks at an image."""
+    """Scores of the baseline that never looks at an image."""
     cases: pd.DataFrame
     """One row per session: row in the store, `SUBJECT_ROW`, subject, session, and the task's columns (`Scorer.add`)."""
     without: tuple[str, ...] = ()
     """Contrasts that were withheld."""
     frozen: dict[str, float] | None = None
-    """Of a linear model on the untouched backbone, if it was scored."""
+    """Scores of a linear model on the untouched backbone, if it was scored."""
     intervals: dict[str, ScoreInterval] | None = None
-    """Of the scores that tables show; None before `with_intervals`."""
+    """Intervals of the scores that tables show; None before `with_intervals`."""
     notes: tuple[str, ...] = ()
 
     @property
@@ -68,11 +68,11 @@ class SessionScores:
         return metric, self.scores[metric], self.trivial[metric]
 
     def with_intervals(self) -> Self:
-        """The same with bootstrap intervals over subjects, of the scores that tables show."""
+        """A copy with bootstrap intervals over subjects for the scores that tables show."""
         defined = [name for name in TABLE_METRICS[self.task] if np.isfinite(self.scores.get(name, np.nan))]
-        found = score_intervals(self.cases, defined, num_resamples=NUM_RESAMPLES, confidence=CONFIDENCE)
+        table = score_intervals(self.cases, defined, num_resamples=NUM_RESAMPLES, confidence=CONFIDENCE)
         intervals = {}
-        for row in found.to_dict(orient="records"):
+        for row in table.to_dict(orient="records"):
             # With overlapping labels that some cases lack, a score may differ from the mean over the cases.
             same = np.isclose(row["value"], self.scores[row["metric"]], rtol=1e-6, atol=1e-9)
             low, high = (row["low"], row["high"]) if same else (float("nan"), float("nan"))
@@ -94,8 +94,8 @@ class SessionScores:
             content["frozen"] = _nan_as_none(self.frozen)
         if self.intervals is not None:
             scores = {
-                name: {**_nan_as_none({"low": found.low, "high": found.high}), "num_subjects": found.num_subjects}
-                for name, found in self.intervals.items()
+                name: {**_nan_as_none({"low": own.low, "high": own.high}), "num_subjects": own.num_subjects}
+                for name, own in self.intervals.items()
             }
             content["intervals"] = {"confidence": CONFIDENCE, "num_resamples": NUM_RESAMPLES, "scores": scores}
         return content
@@ -106,7 +106,7 @@ def _nan_as_none(scores: dict[str, float]) -> dict[str, float | None]:
 
 
 def write_scores(folder: Path, scored: SessionScores, *, keep_ids: bool = False, **facts: Any) -> dict[str, Any]:
-    """Write ``scores.json`` and ``cases.tsv`` (`write_cases`) into a run folder; returns the content of the first."""
+    """Write ``scores.json`` and ``cases.tsv`` (`write_cases`) into a run folder; returns the content of the former."""
     content = scored.to_dict() | facts
     write_cases(folder / CASES_FILE, scored.cases, keep_ids)
     write_atomically(folder / SCORES_FILE, json.dumps(content, indent=1) + "\n")
@@ -114,9 +114,9 @@ def write_scores(folder: Path, scored: SessionScores, *, keep_ids: bool = False,
 
 
 def write_cases(file: Path, cases: pd.DataFrame, keep_ids: bool) -> None:
-    """Write a table of cases; without ids only their row in ``store.sessions`` identifies subjects and sessions."""
-    shown = cases if keep_ids else cases.drop(columns=["subject", "session"])
-    write_atomically(file, shown.to_csv(sep="\t", index=False))
+    """Write a table of cases; without ids, only their row in ``store.sessions`` identifies subjects and sessions."""
+    table = cases if keep_ids else cases.drop(columns=["subject", "session"])
+    write_atomically(file, table.to_csv(sep="\t", index=False))
 
 
 def read_scores(folder: Path) -> dict[str, Any]:
@@ -134,19 +134,19 @@ def score_sessions(
     cache: EmbeddingCache | None = None,
     scoring: ScoringRecipe = ScoringRecipe(),
 ) -> SessionScores:
-    """Score the model's answers about sessions.
+    """Score a model's answers on sessions.
 
     Args:
         model: with the task's head.
-        task: reads the labels; the trivial baseline answers with the mean or the classes of its training part.
+        task: reads the labels, and holds the mean or class shares of its training part for the trivial baseline.
         num_slices: slices to read per session; None for all.
-        without: contrasts to withhold. A session that has no other is left out.
-        progress: called with (sessions done, sessions in all).
-        cache: holds the embeddings of the same slices; nothing is withheld then.
-        scoring: of a segmentation.
+        without: contrasts to withhold. A session without any other contrast is left out.
+        progress: called with (sessions done, number of sessions).
+        cache: embeddings of the same slices; with a cache nothing is withheld.
+        scoring: settings for a segmentation.
 
     Raises:
-        UsageError: no session is left, or a withheld contrast is not one of the store's.
+        UsageError: no session is left, or a withheld contrast is not in the store.
     """
 
     def predict_fn(session: int, stack: Stack) -> StackPrediction:
@@ -166,7 +166,7 @@ def score_predictions(
     progress: Callable[[int, int], None] | None = None,
     scoring: ScoringRecipe = ScoringRecipe(),
 ) -> SessionScores:
-    """Score any function that answers about a session by its index and its stack; see `score_sessions`."""
+    """Score any function that predicts a session from its index and its stack; see `score_sessions`."""
     if unknown := [contrast for contrast in without if contrast not in store.contrasts]:
         raise UsageError(f"{unknown[0]} is not a contrast of the store", expected=", ".join(store.contrasts))
     withheld = np.isin(store.contrasts, list(without))
@@ -184,6 +184,6 @@ def score_predictions(
         rows.append({**who, "session": stack.session, **scorer.add(stack, predict_fn(session, stack))})
         if progress:
             progress(done, len(usable))
-    found = scorer.result()
+    total = scorer.result()
     absent = tuple(dict.fromkeys((*store.withheld, *without)))
-    return SessionScores(task.kind, found.scores, found.trivial, pd.DataFrame(rows), absent, notes=found.notes)
+    return SessionScores(task.kind, total.scores, total.trivial, pd.DataFrame(rows), absent, notes=total.notes)

@@ -1,9 +1,9 @@
-"""The sessions that a run learns from, validates on and tests on.
+"""The sessions that a run is trained, validated and tested on.
 
-`make_split` divides a store: once, in folds, with few training subjects, or with one site left out. `split_sessions`
-gives a run its parts, of its recipe or of a split file; the run folder names the subjects of each (``splits.json``).
-A bundle may be given away: it keeps salted, slow hashes of identifiers, and hashes of images, which identify a subject
-under another name. Nobody can read names out of it, but a list of names can be tested against it, as `evaluate` does.
+`make_split` divides a store: once, into folds, with few training subjects, or with one site left out. `split_sessions`
+gives a run its parts, from its recipe or a split file; ``splits.json`` in the run folder names the subjects of each.
+A bundle may be shared, so it keeps salted, slow hashes of identifiers, and hashes of images, which identify a subject
+under another name. Names cannot be read from it, but a list of names can be tested against it, as `evaluate` does.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ from brainfound.training import run_folder
 
 SITE = "site"
 FOLDS, SHOTS, FEW_SUBJECTS, SITES = "k-fold", "few shots per class", "few subjects", "leave one site out"
-"""Kinds of division besides a single one, as a split file names them."""
+"""Kinds of split other than a single one, as named in a split file."""
 RUN_SPLIT_FILE = "splits.json"
 HASH_ROUNDS = 1000
-"""Of PBKDF2: about half a millisecond per subject, so ten thousand are checked in seconds."""
+"""Rounds of PBKDF2: about half a millisecond per subject, so ten thousand are checked in seconds."""
 
 
 class SplitRecipe(Recipe):
     """How subjects are divided. Nothing is ever chosen on the test part."""
 
     train: float = Field(0.7, gt=0, lt=1)
-    """Share of the subjects to learn from."""
+    """Share of the subjects to train on."""
     validation: float = Field(0.1, gt=0, lt=1)
-    """Share to evaluate during training."""
+    """Share to evaluate on during training."""
     test: float = Field(0.2, gt=0, lt=1)
     """Share that is scored once, at the end."""
     seed: int = Field(0, ge=0)
-    """Of the division; the same seed divides the same subjects alike in every run."""
+    """The same seed divides the same subjects in the same way in every run."""
     stratify: bool = True
     """Give each part about the same mix of labels."""
     stratify_columns: tuple[str, ...] | None = None
-    """More columns whose mix each part should have, after the label: [site], for one."""
+    """Further columns to stratify by, after the label, for example [site]."""
 
 
 def make_split(
@@ -70,14 +70,14 @@ def make_split(
     Subjects who share an image are divided as one; see `brainfound.data.splits.dividing`.
 
     Args:
-        test: share of the subjects that is tested; not used by folds and sites, which test everybody once.
-        validation: share of the subjects to evaluate during training; 0 for none.
+        test: share of the subjects to test on; ignored for folds and sites, which test every subject once.
+        validation: share of the subjects to evaluate on during training; 0 for none.
         folds: make folds ``fold-1``, ``fold-2``, ….
-        shots: make ``shots-1``, ``shots-5``, … with so many training subjects of each class of the target; None
+        shots: make ``shots-1``, ``shots-5``, … with that many training subjects per class of the target; None
             makes ``shots-all``, with all of them.
-        num_subjects: make ``subjects-10``, ``subjects-20``, … with so many training subjects; None as for shots.
+        num_subjects: make ``subjects-10``, ``subjects-20``, … with that many training subjects; None as for shots.
         leave_site_out: make ``site-A``, ``site-B``, …, each tested on that site.
-        target: only sessions that have this label (or a mask) are divided; others are in no part.
+        target: only sessions that have this label (or a mask) are divided; others belong to no part.
         stratify: columns (or ``"mask"``: empty or not) of which each part gets about the same mix, the most important
             first; None: the target.
 
@@ -165,31 +165,31 @@ def _classes(store: Store, target: str | None, used: np.ndarray) -> list[Any]:
 
 
 def stratification_labels(store: Store, sessions: np.ndarray, columns: Sequence[str]) -> list[Any]:
-    """The labels by which sessions are stratified; without columns whether their masks mark anything."""
+    """The labels by which sessions are stratified; without columns, whether their masks are empty."""
     if not columns:
         masks = [store.read_masks(int(session)) for session in sessions]
         return ["empty" if mask is None or not mask.any() else "marked" for mask in masks]
     values = [store.covariate(name).iloc[sessions].tolist() for name in columns]
-    # Of several labels the combination that a session has.
+    # For several labels, the combination that a session has.
     return values[0] if len(values) == 1 else [" ".join(map(str, labels)) for labels in zip(*values, strict=True)]
 
 
 def split_from_file(store: Store, file: str | Path, columns: Sequence[str] = ()) -> Split:
-    """The parts of a file that a person wrote or changed, checked against a store.
+    """A hand-written or edited split file, checked against a store.
 
     Raises:
-        UsageError: it holds no parts, two parts share a subject or an image, or a part has no session in the store.
+        UsageError: the file has no parts, two parts share a subject or an image, or a part has no session in the store.
     """
     folds = split_file.read_folds(file)
-    found = {name: Split({SINGLE_FOLD: members}).sessions(store) for name, members in folds.items()}
-    for name, sessions in found.items():
+    indices = {name: Split({SINGLE_FOLD: members}).sessions(store) for name, members in folds.items()}
+    for name, sessions in indices.items():
         for part, index in sessions.items():
             if not len(index):
                 what, where = f"no session of the store is in the part {part!r}", f"{file}, fold {name}"
                 remedy = "Write subjects as the store's table does: store.sessions['subject']"
                 raise UsageError(what, where=where, remedy=remedy)
     made = {"kind": "taken from a file", "stratify": list(columns)}
-    return Split.from_folds(store, found, seed=None, made=made, columns=columns)
+    return Split.from_folds(store, indices, seed=None, made=made, columns=columns)
 
 
 def split_sessions(
@@ -200,10 +200,10 @@ def split_sessions(
     fold: str | None = None,
     notify: Notify | None = None,
 ) -> dict[str, np.ndarray]:
-    """Store indices of the labelled sessions of each part: of a split file (and its fold), or divided anew.
+    """Store indices of the labelled sessions of each part: from a split file (and fold), or newly divided.
 
     Raises:
-        UsageError: too few subjects, a file that is no split of this store, or parts that share a subject or an image.
+        UsageError: too few subjects, a file that is not a split of this store, or parts that share a subject or image.
     """
     notify = notify or (lambda line: None)
     if file is not None:
@@ -227,7 +227,7 @@ def _divide_anew(recipe: SplitRecipe, store: Store, target: TargetColumn, notify
         notify(f"{num_linked} subjects have an image of another subject: kept in one part with it")
     columns = {target.name: target.columns} if recipe.stratify else {}
     columns |= {name: target_columns(store, name) for name in recipe.stratify_columns or ()}
-    strata = {name: stratification_labels(store, labelled, of) for name, of in columns.items()} or None
+    strata = {name: stratification_labels(store, labelled, group) for name, group in columns.items()} or None
     shares = {part: getattr(recipe, part) for part in PARTS}
     split = dividing.split_by_subject(groups[labelled].tolist(), shares, recipe.seed, strata)
     return {part: labelled[index] for part, index in split.items()}
@@ -239,11 +239,11 @@ def _parts_from_file(
     split = Split.load(file)
     parts = _labelled_parts(split, fold, store, labelled, file)
     listed = {name for names in split.parts(fold).values() for name in names}
-    there = {str(name) for name in store.sessions["subject"]}
-    if absent := len(listed - there):
+    in_store = {str(name) for name in store.sessions["subject"]}
+    if absent := len(listed - in_store):
         notify(f"{absent} of {len(listed)} subjects of the split are not in the store")
-    if left_out := len(there - listed):
-        notify(f"{left_out} of {len(there)} subjects of the store are in no part of the split: left out")
+    if left_out := len(in_store - listed):
+        notify(f"{left_out} of {len(in_store)} subjects of the store are in no part of the split: left out")
     placed = sum(map(len, split.sessions(store, fold).values()))
     if unlabelled := placed - sum(map(len, parts.values())):
         notify(f"{unlabelled} of {placed} sessions of the split have no label: left out")
@@ -266,7 +266,7 @@ def _labelled_parts(
 
 
 def _drop_unreadable_sessions(parts: Parts, store: Store, notify: Notify) -> dict[str, np.ndarray]:
-    """The sessions with a contrast that the store shows; the parts stay the same whichever contrasts are withheld."""
+    """Drop sessions without a readable contrast; the division itself does not depend on withheld contrasts."""
     if not store.withheld:
         return dict(parts)
     kept = {part: index[store.present[index].any(axis=1)] for part, index in parts.items()}
@@ -275,7 +275,7 @@ def _drop_unreadable_sessions(parts: Parts, store: Store, notify: Notify) -> dic
             what, got = f"no session of the part {part!r} has one of the contrasts", ", ".join(store.shown)
             remedy = "Show another contrast, or divide the subjects otherwise"
             raise UsageError(what, where="contrasts", got=got, remedy=remedy)
-    placed, num_kept = (sum(map(len, found.values())) for found in (parts, kept))
+    placed, num_kept = (sum(map(len, some.values())) for some in (parts, kept))
     if placed > num_kept:
         notify(f"{placed - num_kept} of {placed} sessions have none of {', '.join(store.shown)}: left out")
     return kept
@@ -284,7 +284,7 @@ def _drop_unreadable_sessions(parts: Parts, store: Store, notify: Notify) -> dic
 def resolve_split_file(
     folder: Path, store: Store, target: TargetColumn, given: str | Path | None, fold: str | None, resume: bool
 ) -> tuple[Path | None, str | None]:
-    """The split file of a run and its fold: its own if it is resumed, else the given one, else none.
+    """The split file of a run and its fold: its own when resuming, else the given one, if any.
 
     UsageError where the resumed run has another target, or other subjects than the given split.
     """
@@ -322,7 +322,7 @@ def write_split(
 
 def hash_split(store: Store, parts: Parts) -> dict[str, Any]:
     """A split for a bundle: the data's hash, and hashes of each part's subjects and images."""
-    # New in each bundle: two bundles cannot be compared, and no table helps to guess.
+    # A new salt per bundle: bundles cannot be compared, and no precomputed table helps to guess names.
     salt = os.urandom(16).hex()
     subjects, images = (store.sessions[column].astype(str).to_numpy() for column in ("subject", "image_hash"))
     return {

@@ -1,6 +1,6 @@
-"""The engine's task in a fine-tuning run: a model with its head and its adapter, on batches of volumes.
+"""The engine's task in fine-tuning: a model with head and adapter, trained on batches of volumes.
 
-`build_task` makes the model: new head, frozen baseline, fitted last layer, then the adapter.
+`build_task` builds the model: new head, frozen baseline, fitted last layer, then the adapter.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class FrozenBaselineResult(NamedTuple):
     """A linear model on the untouched backbone."""
 
     tensors: dict[str, Tensor]
-    """Of the linear model, for the bundle."""
+    """Tensors of the linear model, for the bundle."""
     encoder: str
     """The hash of the backbone's weights."""
     scores: SessionScores
-    """On the test part."""
+    """Scores on the test part."""
 
 
 class FinetuneTask(TrainTask):
@@ -74,7 +74,7 @@ class FinetuneTask(TrainTask):
 
     @property
     def withholds_contrasts(self) -> bool:
-        """Whether contrasts are withheld in training; cached embeddings are of all contrasts of a session."""
+        """Whether contrasts are withheld in training; cached embeddings use all contrasts of a session."""
         return self.cache is None and self.recipe.augmentation.contrast_dropout > 0
 
     def make_optimizer(self) -> torch.optim.Optimizer:
@@ -117,7 +117,7 @@ class FinetuneTask(TrainTask):
         return {f"validation/{name}": value for name, value in scored.scores.items() if np.isfinite(value)}
 
     def score(self, part: str) -> SessionScores:
-        """Score one part of the split; surfaces only of the test part, because they take long."""
+        """Score one part of the split; surface metrics only on the test part, because they are slow."""
         scoring = self.task.scoring if part == "test" else ScoringRecipe(empty=self.task.scoring.empty)
         sessions = self.parts[part].tolist()
         return score_sessions(
@@ -137,7 +137,7 @@ def build_task(
 ) -> FinetuneTask:
     """Build the model of a run from ``source``, fit the frozen baseline and the last layer, and attach the adapter.
 
-    Embeddings are cached in ``caches``; where other runs share them, those of the frozen baseline too.
+    Embeddings are cached in ``caches``; with ``shared_cache``, those of the frozen baseline too.
     """
     torch.manual_seed(derive_seed(INITIALISATION, recipe.seed))
     train, test = parts["train"].tolist(), parts["test"].tolist()
@@ -156,15 +156,15 @@ def build_task(
         cache = open_cache()
     frozen: list[FrozenBaselineResult] = []
     if recipe.frozen_baseline:
-        # Now, while the backbone is untouched: at the end a second one might not fit into memory.
+        # Now, while the backbone is untouched: at the end a second copy might not fit into memory.
         folder = caches if shared_cache else None
 
         def fit() -> None:
-            found = fit_frozen_baseline(
+            baseline = fit_frozen_baseline(
                 model, store, train, task, recipe.num_slices, cache=cache, folder=folder, seed=recipe.split.seed
             )
-            scores = score_frozen_baseline(found, store, test, scoring=task.scoring)
-            frozen.append(FrozenBaselineResult(found.tensors(), tensors_hash(model.encoder.state_dict()), scores))
+            scores = score_frozen_baseline(baseline, store, test, scoring=task.scoring)
+            frozen.append(FrozenBaselineResult(baseline.tensors(), tensors_hash(model.encoder.state_dict()), scores))
 
         distributed.run_on_main_rank(fit, accelerator.is_main_process)
     if recipe.head_fit_passes:
@@ -174,7 +174,7 @@ def build_task(
         batch_size = max(recipe.engine.batch_size // recipe.engine.accumulation, 1)
         passes = AugmentedPasses(reader, recipe.augmentation, num_passes, batch_size, recipe.seed)
         fit_last_layer: Any = fit_decoder if task.per_voxel else fit_head
-        with accelerator.autocast():  # as in training: what bfloat16 rounds away is no feature
+        with accelerator.autocast():  # as in training, so that the fit ignores what bfloat16 rounds away
             fit_last_layer(model, task, passes)
     adapted = attach_adapter(model, load(AdapterRecipe, recipe.adapter, "adapters"))
     return FinetuneTask(adapted, store, parts, task, recipe, accelerator, cache, frozen[0] if frozen else None)
@@ -183,14 +183,14 @@ def build_task(
 def make_volume_reader(
     recipe: FinetuneRecipe, store: Store, train: Sequence[int], config: Any, task: Task, cache: EmbeddingCache | None
 ) -> VolumeReader | EmbeddedReader:
-    """The reader of the training part for a model with a configuration."""
+    """The reader of the training part; ``config`` is the model's."""
     if cache is not None:
         return EmbeddedReader(cache, train)
     return VolumeReader(store, train, recipe.num_slices, **task.reader_options(config))
 
 
 def _enable_gradient_checkpointing(model: Any) -> None:
-    # The older name warns in later releases of the library, and the newer one is not in the earliest that is allowed.
+    # The old name is deprecated in recent releases of transformers; the oldest supported one lacks the new name.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    # Without a gradient at its input, as with a frozen stem, the reentrant kind would give the adapters none.
+    # With a frozen stem the input has no gradient, and reentrant checkpointing would give the adapters none.
     enable({"use_reentrant": False})

@@ -40,11 +40,11 @@ from brainfound.recipes import Recipe
 from brainfound.training.randomness import VIEWS, StepKey, numpy_generator, torch_generator
 
 AUGMENTATION, NOISE, ELASTIC = 1_000_000, 1_000_001, 1_000_002
-"""Keys of random streams; those of the single volumes are numbered from 0."""
+"""Keys of random streams; single volumes use the keys from 0."""
 
 
 class VolumeAugmentation(Recipe):
-    """Random changes of a training volume; all its slices change alike.
+    """Random changes of a training volume, the same for all its slices.
 
     One of the `PRESETS`, by name (``augmentation: strong``), or these fields.
     """
@@ -56,15 +56,15 @@ class VolumeAugmentation(Recipe):
     shear: float = Field(0.05, ge=0, lt=1)
     """Largest in-plane shear, to either side."""
     elastic_probability: float = Field(0.0, ge=0, le=1)
-    """Probability of an elastic deformation in the plane, by the same resampling."""
+    """Probability of an in-plane elastic deformation, in the same resampling."""
     elastic: float = Field(0.08, ge=0)
     """Largest displacement of its control points along each axis, as a share of the image's side."""
     elastic_cells: int = Field(5, ge=1, le=32)
     """Cells of the control points' grid along each side; few cells bend smoothly."""
     flip_left_right: float = Field(0.0, ge=0, le=1)
-    """Probability of exchanging left and right. 0 by default: the side of a lesion is information."""
+    """Probability of a left-right flip. 0 by default: the side of a lesion is information."""
     contrast_dropout: float = Field(0.2, ge=0, lt=1)
-    """Probability of withholding a present contrast; one always stays."""
+    """Probability of withholding a present contrast; at least one stays."""
     intensity: IntensityRecipe = IntensityRecipe(gamma_probability=0.3, contrast_probability=0.3, blur_probability=0.1)
 
     @classmethod
@@ -105,11 +105,11 @@ PRESETS: Mapping[str, VolumeAugmentation] = {
     ),
 }
 """Augmentation by name. In the FOMO25 challenge strong spatial augmentation helped segmentation, and hurt
-classification and regression. No preset exchanges left and right."""
+classification and regression. No preset flips left and right."""
 
 
 def sample_jittered_slices(num_slices: int, wanted: int, rng: np.random.Generator) -> np.ndarray:
-    """One random slice from each of ``wanted`` equal parts of the stack; all slices if there are not more."""
+    """One random slice from each of ``wanted`` equal parts of the stack; all slices if there are no more."""
     if wanted >= num_slices:
         return np.arange(num_slices)
     edges = np.arange(wanted) * num_slices / wanted
@@ -117,7 +117,7 @@ def sample_jittered_slices(num_slices: int, wanted: int, rng: np.random.Generato
 
 
 def sample_foreground_slices(mask: np.ndarray, wanted: int, share: float, rng: np.random.Generator) -> np.ndarray:
-    """Random slices for a segmentation in rising order, about ``share`` of them through the structure.
+    """Random slices for a segmentation in ascending order, about ``share`` of them through the structure.
 
     Slices may repeat where few show the structure.
     """
@@ -130,7 +130,7 @@ def sample_foreground_slices(mask: np.ndarray, wanted: int, share: float, rng: n
 def sample_contiguous_slices(mask: np.ndarray, wanted: int, share: float, rng: np.random.Generator) -> np.ndarray:
     """A run of neighbouring slices for a segmentation; ``share`` of the runs cover a slice with the structure.
 
-    Prediction reads every slice, so a model that mixes neighbours must learn from slices at the same distance.
+    Prediction reads every slice, so a model that mixes neighbours must be trained on slices at the same distance.
     """
     wanted = min(wanted, len(mask))
     marked = np.flatnonzero(mask.any(axis=(1, 2)))
@@ -151,7 +151,7 @@ def choose_slices(
 
 @dataclass
 class VolumeReader:
-    """Reads the training volumes of a micro-batch: some slices of some of the ``sessions`` of a store."""
+    """Reads the training volumes of a micro-batch: random slices of some of the ``sessions`` of a store."""
 
     store: Store
     sessions: Any
@@ -159,32 +159,32 @@ class VolumeReader:
     foreground_share: float | None = None
     """For a segmentation, share of the slices that show the structure; None for other tasks."""
     neighbours: bool = False
-    """For a segmentation, read slices that lie side by side (`sample_contiguous_slices`)."""
+    """For a segmentation, read adjacent slices (`sample_contiguous_slices`)."""
 
     def __post_init__(self) -> None:
         self.sessions = np.asarray(self.sessions)
 
     def read(self, positions: Sequence[int], key: StepKey) -> tuple[VolumeBatch, np.ndarray]:
-        """The volumes at some positions of the training part, and the store's session index of each."""
-        mine = self.sessions[list(positions)]
-        stacks = [self.store[int(session)] for session in mine]
-        rngs = [numpy_generator(VIEWS, key.seed, *key.keys, place) for place in range(len(mine))]
+        """The volumes at the given positions of the training part, and the store's session index of each."""
+        indices = self.sessions[list(positions)]
+        stacks = [self.store[int(session)] for session in indices]
+        rngs = [numpy_generator(VIEWS, key.seed, *key.keys, place) for place in range(len(indices))]
         slices = [
             choose_slices(stack, rng, self.num_slices, self.foreground_share, self.neighbours)
             for stack, rng in zip(stacks, rngs, strict=True)
         ]
-        return collate(stacks, slices), mine
+        return collate(stacks, slices), indices
 
 
 class EmbeddedReader:
-    """Reads the training volumes of a micro-batch as slice embeddings, where the backbone is frozen."""
+    """Reads the training volumes of a micro-batch as slice embeddings, for a frozen backbone."""
 
     def __init__(self, cache: EmbeddingCache, sessions: Sequence[int]) -> None:
         self.cache, self.store, self.sessions = cache, cache.store, np.asarray(sessions)
 
     def read(self, positions: Sequence[int], key: StepKey) -> tuple[EmbeddedBatch, np.ndarray]:
-        mine = self.sessions[list(positions)]
-        return self.cache.batch(mine.tolist()), mine
+        indices = self.sessions[list(positions)]
+        return self.cache.batch(indices.tolist()), indices
 
 
 @overload
@@ -196,12 +196,12 @@ def augment_volumes(
 ) -> VolumeBatch | EmbeddedBatch:
     """A random variant of each volume, on the batch's device; masks move with the pixels.
 
-    One affine and, by chance, one elastic deformation per volume, resampled together and once (bilinear for pixels,
-    nearest for masks); intensities vary per volume and contrast. Embedded volumes stay as they are.
+    One affine and, at random, one elastic deformation per volume, in a single resampling (bilinear for pixels,
+    nearest for masks); intensities vary per volume and contrast. Embedded volumes are returned unchanged.
     """
     if isinstance(batch, EmbeddedBatch):
         return batch
-    # Filters are products of matrices, which would lose bits where a training step runs in bf16.
+    # Filters are matrix products, which would lose precision under the bf16 autocast of a training step.
     with torch.autocast(batch.pixel_values.device.type, enabled=False):
         return _augment(batch, recipe, key)
 
@@ -249,7 +249,7 @@ def _apply_elastic(grid: Tensor, matrices: Tensor, recipe: VolumeAugmentation, k
     if not recipe.elastic_probability:
         return
     num_volumes, height, width = grid.shape[:3]
-    # Of its own: without elastic deformations all other random numbers are the same.
+    # A separate generator: elastic deformation leaves all other random numbers unchanged.
     generator = torch_generator(VIEWS, key.seed, *key.keys, ELASTIC)
     bent = EffectSelection.where(
         random_selection(num_volumes, recipe.elastic_probability, generator),
@@ -264,29 +264,29 @@ def _apply_elastic(grid: Tensor, matrices: Tensor, recipe: VolumeAugmentation, k
 
 
 IGNORE_INDEX = -100
-"""The label of padding; losses leave it out."""
+"""The label of padding; losses ignore it."""
 
 
 class VolumeDataset(Dataset[dict[str, Tensor]]):
     """Labelled sessions of a store, each as the named tensors that a model takes.
 
     An example has `pixel_values (S, C, H, W)`, `contrast_mask (C,)`, `slice_mask (S,)`, `positions_mm (S,)` and
-    `labels`: a class index, a number in the unit of the target, 0 or 1 of each of several labels `(K,)`, or for a
-    segmentation classes `(S, H, W)`, where labels overlap 0 or 1 `(S, K, H, W)`. `collate_volumes` makes batches.
+    `labels`: a class index, a number in the unit of the target, 0 or 1 for each of several labels `(K,)`; for a
+    segmentation classes `(S, H, W)`, or 0 or 1 `(S, K, H, W)` if labels overlap. `collate_volumes` makes batches.
 
     Args:
-        task: of `brainfound.finetuning.tasks.resolve` on the training part.
+        task: from `brainfound.finetuning.tasks.resolve` on the training part.
         sessions: which sessions of the store (None: all); those without a label are left out and counted in
             `num_left_out`.
         num_slices: slices per volume; None: all.
-        augmentation: for training: random changes, of randomly chosen slices. None, for evaluation: evenly spaced
-            slices without changes. The random numbers are torch's and follow a Trainer's seed.
-        foreground_share: in training of a segmentation, the share of the slices that show the structure.
-        neighbours: in training of a segmentation with the stem "slices" or `decoder_slice_mixing`, take neighbouring
+        augmentation: for training: random slices, randomly changed. None, for evaluation: evenly spaced slices,
+            unchanged. Random numbers come from torch and follow a Trainer's seed.
+        foreground_share: for training a segmentation, the share of the slices that show the structure.
+        neighbours: for training a segmentation with the stem "slices" or `decoder_slice_mixing`, take neighbouring
             slices.
 
     Raises:
-        UsageError: no session has a label, or one has a class that the target does not know.
+        UsageError: no session has a label, or one has an unknown class.
     """
 
     def __init__(
@@ -301,11 +301,11 @@ class VolumeDataset(Dataset[dict[str, Tensor]]):
         neighbours: bool = False,
     ) -> None:
         labelled = TargetColumn.find(store, task.column).labelled
-        asked = np.arange(len(store)) if sessions is None else np.asarray(sessions, dtype=int)
-        self.sessions = asked[np.isin(asked, labelled)]
-        self.num_left_out = len(asked) - len(self.sessions)
+        requested = np.arange(len(store)) if sessions is None else np.asarray(sessions, dtype=int)
+        self.sessions = requested[np.isin(requested, labelled)]
+        self.num_left_out = len(requested) - len(self.sessions)
         if not len(self.sessions):
-            what, where = f"none of {len(asked)} sessions has a label", f"store {store.path.name}"
+            what, where = f"none of {len(requested)} sessions has a label", f"store {store.path.name}"
             remedy = "Give other sessions, or add their labels and prepare the store again"
             raise UsageError(what, where=where, expected=task.column, remedy=remedy)
         self.store, self.task, self.num_slices = store, task, num_slices

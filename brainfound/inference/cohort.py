@@ -37,7 +37,7 @@ def predict(
 ) -> list[PredictionOutcome]:
     """Predict each session of a cohort.
 
-    A thread reads and prepares one session ahead of the model. Not with hooks: their process groups receive an
+    A background thread prepares one session ahead of the model, except with hooks: their process groups receive an
     interrupt through the main thread only.
 
     Args:
@@ -46,7 +46,7 @@ def predict(
         out: the folder for the files of each session; None writes nothing. With a folder, outcomes hold no images.
         probabilities: also write the probability maps of a segmentation.
         overwrite: predict again; otherwise sessions with a JSON in ``out`` are skipped.
-        progress: called with (sessions done, sessions in all).
+        progress: called with (sessions done, number of sessions).
     """
     predictor = model if isinstance(model, Predictor) else load(model)
     if probabilities and predictor.per_voxel:
@@ -68,7 +68,7 @@ def predict(
     ahead = (
         (prepare(session) for session in sessions) if predictor.hooks else map_in_background(sessions, prepare, ahead=1)
     )
-    # Closed also by an interrupt: the thread then ends with its present session.
+    # Also closed on an interrupt: the thread then stops after its current session.
     with closing(ahead) as prepared:
         for done, session in enumerate(sessions, start=1):
             ready = next(prepared)
@@ -76,7 +76,7 @@ def predict(
                 outcome = _predict_session(predictor, session, ready, folder, probabilities)
             else:
                 outcome = ready
-            # Free the session before the thread begins with another one.
+            # Free the session before the thread starts on the next one.
             del ready
             outcomes.append(outcome)
             if progress:
@@ -119,14 +119,14 @@ def explain_cohort(
 ) -> list[ExplanationOutcome]:
     """Explain each session of a cohort and write its files at once.
 
-    Maps are large: the outcomes hold their numbers and not the images.
+    Maps are large, so outcomes hold only their numbers, not the images.
 
     Args:
         model: a predictor, or a model that `load` reads.
         source: a cohort, or a path that `Cohort.read` recognises.
         method, class_name: see `brainfound.inference.explanation.choose_methods`.
         overwrite: explain again; otherwise sessions with an explanation in ``out`` are skipped.
-        progress: called with (sessions done, sessions in all).
+        progress: called with (sessions done, number of sessions).
     """
     predictor = model if isinstance(model, Predictor) else load(model)
     methods = choose_methods(predictor.model, predictor.target, method, class_name)

@@ -54,18 +54,18 @@ _KIND = "evaluation"
 
 
 def compute_drops(results: Sequence[SessionScores]) -> list[float]:
-    """For each result, the drop of its primary metric against full input on the same sessions.
+    """For each result, the drop of its primary metric relative to full input on the same sessions.
 
     Args:
-        results: of `evaluate` with partial input, full input first. A session without any contrast of a subset is not
-            scored with it, so the sessions may differ from row to row.
+        results: from `evaluate` with partial input, full input first. A session with none of a subset's contrasts is
+            not scored for it, so sessions may differ between rows.
     """
     full, primary = results[0].cases.set_index("row", drop=False), METRICS[PRIMARY_METRIC[results[0].task]]
-    found = []
+    drops = []
     for result in results:
         same = compute_headline_score(result.task, full.loc[result.cases["row"]])
-        found.append(primary.drop(same, compute_headline_score(result.task, result.cases)))
-    return found
+        drops.append(primary.drop(same, compute_headline_score(result.task, result.cases)))
+    return drops
 
 
 def require_writable(folder: Path) -> None:
@@ -118,10 +118,10 @@ def write_evaluation(
 def _row(result: SessionScores, store: Store) -> dict[str, Any]:
     content = result.to_dict()
     scores = parse_scores(content["scores"])
-    shown = [name for name in store.shown if name not in result.without]
+    contrasts = [name for name in store.shown if name not in result.without]
     return {
-        "contrasts": ", ".join(shown),
-        "group": "all contrasts" if len(shown) == len(store.contrasts) else ", ".join(shown),
+        "contrasts": ", ".join(contrasts),
+        "group": "all contrasts" if len(contrasts) == len(store.contrasts) else ", ".join(contrasts),
         "fold": "",
         "seed": 0,
         "num_test": content["num_sessions"],
@@ -130,14 +130,14 @@ def _row(result: SessionScores, store: Store) -> dict[str, Any]:
     }
 
 
-def _partial_rows(table: pd.DataFrame, headline: str, worse: Sequence[float]) -> pd.DataFrame:
+def _partial_rows(table: pd.DataFrame, headline: str, drops: Sequence[float]) -> pd.DataFrame:
     _, baselines = get_score_columns(table)
     rows = []
-    for k, lost in enumerate(worse):
+    for k, drop in enumerate(drops):
         part = table[k : k + 1]
         first = {"contrasts": part["contrasts"].iloc[0], "absence": "test" if k else "none", "score": headline}
         rows.append(
-            first | compute_spread(part, headline, baselines) | {"drop": lost, "num_test": part["num_test"].iloc[0]}
+            first | compute_spread(part, headline, baselines) | {"drop": drop, "num_test": part["num_test"].iloc[0]}
         )
     return pd.DataFrame(rows)
 
@@ -196,7 +196,7 @@ def evaluate(
     if part not in PARTS:
         raise UsageError(f"a split has no part {part!r}", expected=", ".join(PARTS))
     store = restrict_contrasts(store, predictor.input_contrasts)
-    # A bundle that no run made has no split.
+    # A bundle that was not made by a run has no split.
     split, labelled = bundle.metadata.get("split"), TargetColumn.find(store, target.column).labelled
     labelled = labelled[store.present[labelled].any(axis=1)]  # all, unless the model reads only some contrasts
     sessions = _select_sessions(split, store, labelled, part)
@@ -250,7 +250,7 @@ def _scoring(bundle: Bundle, task: Task, surface_mm: float | None, empty: EmptyC
 
 
 def require_same_preprocessing(predictor: Predictor, store: Store) -> None:
-    """Require that store and training data of the model were prepared in the same way."""
+    """Require that the store was prepared in the same way as the model's training data."""
     if store.preprocessing != predictor.preprocessing:
         raise UsageError(
             "the store was prepared in another way than the model's training data",
@@ -269,7 +269,7 @@ def _select_sessions(split: dict[str, Any] | None, store: Store, labelled: np.nd
 
 
 def _absence_notes(contract: InputContract | None, store: Store, scored: SessionScores) -> tuple[str, ...]:
-    """A note on each contrast that was never absent in training and that a scored session lacks."""
+    """A note on each contrast that was never absent in training but is missing from a scored session."""
     rows, notes = scored.cases["row"].to_numpy(), []
     for contrast in () if contract is None else contract.never_absent:
         here = store.present[rows, store.contrasts.index(contrast)] & (contrast not in scored.without)

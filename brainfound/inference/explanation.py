@@ -47,14 +47,14 @@ class Explanation:
     """Maps of one session, and their numbers.
 
     Attributes:
-        maps: method → image on the reference scan's grid and affine, float32. ``gradient`` has a fourth axis of the
-            model's contrasts, ``pca`` one of three components.
+        maps: method → image on the reference scan's grid and affine, float32. ``gradient`` has a fourth axis over
+            the model's contrasts, ``pca`` one over three components.
         numbers: method → plain values.
         answer: the model's answer; empty for an encoder and for a segmentation.
-        slices: the slices of the prepared stack that were read, from inferior to superior; others show their nearest.
-        positions_mm: positions of those slices along the stack, 0 in its middle.
+        slices: the slices of the prepared stack that were read, inferior to superior; the others show the nearest one.
+        positions_mm: positions of those slices along the stack, 0 at its middle.
         contrasts, missing: contrasts that were read, and contrasts of the model that were absent.
-        notes, rejected: as of a `Prediction`.
+        notes, rejected: as in `Prediction`.
     """
 
     maps: dict[str, nib.Nifti1Image]
@@ -169,15 +169,15 @@ def explain_stack(
     """Explain a stack.
 
     Args:
-        model: a BrainFound model, or a PEFT model around one; it stays unchanged, in evaluation mode.
-        stack: made with the model's own preprocessing.
-        target: the meaning of its outputs; None for an encoder.
+        model: a BrainFound model, or a PEFT model around one; left unchanged, in evaluation mode.
+        stack: prepared with the model's own preprocessing.
+        target: the model's task; None for an encoder.
         num_slices: evenly spaced slices to read; None for all. A segmentation always reads all.
         method, class_name: see `choose_methods`.
-        notes, rejected: passed on.
+        notes, rejected: copied into the result.
 
     Raises:
-        UsageError: as `choose_methods`. ModelError: the stack does not fit the model, or a map is not finite.
+        UsageError: as for `choose_methods`. ModelError: the stack does not fit the model, or a map is not finite.
     """
     methods = choose_methods(model, target, method, class_name)
     model.eval()

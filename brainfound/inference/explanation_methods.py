@@ -8,7 +8,7 @@ Sources:
 - Attention rollout: Abnar and Zuidema, "Quantifying attention flow in transformers", ACL 2020, section 3. With the mean
   over heads A of a block, (A + I) / 2 is the share of each token that a block passes on; the product over blocks is the
   share of each input token in each output token. Attention kernels return no attention, so queries and keys are
-  computed again from the tokens that enter a block; model, kernel and adapters stay unchanged.
+  recomputed from the tokens that enter a block; model, kernel and adapters stay unchanged.
 - Gradient × input: Shrikumar et al., "Not just a black box", arXiv 1605.01713. Pixels are in 0–1 with background 0, so
   background and absent contrasts give 0. The products are summed over the pixels of a patch, because the model reads a
   patch through one linear kernel and the signs within a patch would show that kernel.
@@ -104,13 +104,13 @@ def slice_weights(
 
 
 CHUNK = 8
-"""Images whose graph is in memory at a time."""
+"""Images whose autograd graph is in memory at a time."""
 
 
 def gradient_times_input(
     inputs: ExplanationInputs, embeddings: Float[Tensor, "slices width"], score: Callable[[Any], Tensor]
 ) -> tuple[Float[np.ndarray, "S C h w"], float]:
-    """The first-order share of each patch and contrast in a score, and the score.
+    """The first-order contribution of each patch and contrast to a score, and the score.
 
     The gradient passes head and aggregator once, then the encoder a few slices at a time, so memory does not grow with
     the number of slices. The model's weights get no gradients.
@@ -195,7 +195,7 @@ def component_maps(
 
 
 FOREGROUND_SHARE = 0.5
-"""Minimal share of foreground pixels in a foreground patch."""
+"""Minimum share of foreground pixels in a foreground patch."""
 
 
 class EncodedStack(NamedTuple):
@@ -217,7 +217,7 @@ class ExplanationInputs:
         index: the slices to read, in increasing order.
 
     Raises:
-        ModelError: the stack's contrasts are not the model's, or its slices are no multiple of the patch size.
+        ModelError: the contrasts of stack and model differ, or the slices are not a multiple of the patch size.
     """
 
     def __init__(self, model: nn.Module, stack: Stack, index: Int[np.ndarray, "S"]) -> None:
@@ -233,7 +233,7 @@ class ExplanationInputs:
     def encode(
         self, pixels: Tensor | None = None, chunk: int | None = None, layers: tuple[int, ...] = ()
     ) -> Iterator[SliceEncoding]:
-        """The slices through the encoder, at most `chunk` images at once; `pixels` take the place of the stack's."""
+        """Encode the slices, at most `chunk` images at once; `pixels` replace the stack's."""
         slices = ValidSlices(
             self.encoder,
             chunk or self.inner.config.slice_chunk,
@@ -247,7 +247,7 @@ class ExplanationInputs:
     def encode_all(self, rollout: bool = False, features: bool = False) -> EncodedStack:
         """One pass over the slices.
 
-        Features are the normalised patch tokens; of a segmentation, the tokens of the deepest block that its decoder
+        Features are the normalised patch tokens; for a segmentation, the tokens of the deepest block that its decoder
         reads.
         """
         layer = max(self.inner.config.resolved_decoder_layers) if self.is_segmentation else None
@@ -301,7 +301,7 @@ class ExplanationInputs:
     def to_native(self, values: Float[np.ndarray, "S H W"], order: int = 1) -> Float[np.ndarray, "X Y Z"]:
         """Pixel values of the slices that were read → voxels of the reference scan.
 
-        A slice that was not read takes the values of the nearest one (of two, the lower).
+        A slice that was not read takes the values of the nearest one (in a tie, the lower).
 
         Raises:
             ModelError: a value is not finite.

@@ -95,13 +95,13 @@ def load(
 
     Args:
         path_or_id: a run folder, its export folder, or a Hub id. Several bundles that were trained on one backbone,
-            by name, make a `PredictorSet`: ``load({"age": "runs/age", "tumour": "runs/tumour"})``.
+            by name, give a `PredictorSet`: ``load({"age": "runs/age", "tumour": "runs/tumour"})``.
         device: None: the first GPU, else the CPU.
         hooks: tools to run on each scan first (``"synthstrip"``, …), see `brainfound.data.hooks.load_hooks`.
-        options: segmentation options: averaging over flips and patch grids, minimal volume of a component.
+        options: segmentation options: averaging over flips and patch grids, minimum volume of a component.
 
     Raises:
-        UsageError: a hook is missing or differs from the training's; segmentation options for another task.
+        UsageError: a hook is missing or differs from those in training; segmentation options for another task.
         ModelError: nothing to load, a damaged model, or several bundles with different backbones.
     """
     device = resolve_device(device)
@@ -189,12 +189,12 @@ def make_predictor(
 
 
 def _read_target(bundle: Bundle) -> Task | None:
-    """The meaning of a bundle's outputs; None for an encoder."""
+    """The task of a bundle; None for an encoder."""
     if bundle.task == "embedding":
         return None
     try:
         target = from_dict(bundle.labels)
-    except (TypeError, KeyError):  # other fields than a target has
+    except (TypeError, KeyError):  # not the fields of a task
         target = None
     num_names = unwrap_peft(bundle.model).config.num_classes if TASKS[bundle.task].has_names else None
     if target is None or target.kind != bundle.task or num_names not in (None, len(target.names)):

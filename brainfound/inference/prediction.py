@@ -36,9 +36,9 @@ def voxel_mm3(image: nib.Nifti1Image) -> float:
 def volumes_mm3(image: nib.Nifti1Image, names: dict[int, str]) -> dict[str, float]:
     """The volume of each label of a native label map in cubic millimetres."""
     codes, counts = np.unique(np.asarray(image.dataobj), return_counts=True)
-    found = dict(zip(codes.tolist(), counts.tolist(), strict=True))
+    num_voxels = dict(zip(codes.tolist(), counts.tolist(), strict=True))
     volume = voxel_mm3(image)
-    return {name: found.get(code, 0) * volume for code, name in names.items() if code != 0}
+    return {name: num_voxels.get(code, 0) * volume for code, name in names.items() if code != 0}
 
 
 def write_image(image: nib.Nifti1Image, path: Path) -> None:
@@ -69,7 +69,7 @@ class Prediction:
         image: for a segmentation, the label codes on the reference scan's own grid and affine; None where labels
             overlap.
         masks: for a segmentation with overlapping labels, a mask of 0 and 1 of each region, on the same grid.
-        probability: for a segmentation, the foreground probability (where labels overlap, the largest of theirs), on
+        probability: for a segmentation, the foreground probability (where labels overlap, the largest of them), on
             the same grid.
         probabilities: for a segmentation, on request, the probability of each label by its code (where there are
             several) or of each region by its name.
@@ -141,8 +141,8 @@ class Prediction:
 def file_stem(subject: str, session: str) -> str:
     """The name of a session's files, ``SUBJECT_ses-SESSION``.
 
-    A subject that is no file name, such as ``../x``, becomes a plain name with a hash, so that two subjects with the
-    same plain name do not overwrite each other.
+    A subject that is not a valid file name, such as ``../x``, becomes a plain name with a hash, so that two subjects
+    with the same plain name do not overwrite each other.
 
     >>> file_stem("sub-01", "1"), file_stem("../x", "1")
     ('sub-01_ses-1', '-x_ses-1-3c2f0059')

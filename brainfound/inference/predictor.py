@@ -43,7 +43,7 @@ class Predictor:
 
     Args:
         model: a BrainFound model, or a PEFT model around one.
-        target: the task, which gives the outputs their meaning; None for an encoder.
+        target: the model's task; None for an encoder.
         num_slices: slices to read per session; None for all.
         device: None: the first GPU, else the CPU.
         hooks: external tools to run on each scan first, as on the training scans.
@@ -75,9 +75,9 @@ class Predictor:
         self.preprocessing, self.target, self.num_slices = preprocessing, target, num_slices
         self.hooks, self.contract, self.withheld = tuple(hooks), contract, tuple(withheld)
         self.calibration = calibration or AnswerCalibration()
-        self.options = self._checked(options)
+        self.options = self._validated(options)
 
-    def _checked(self, options: SegmentationOptions) -> SegmentationOptions:
+    def _validated(self, options: SegmentationOptions) -> SegmentationOptions:
         if options != SegmentationOptions() and self.task != "segmentation":
             raise UsageError(
                 "flips, overlap and a smallest volume are for segmentations",
@@ -88,7 +88,7 @@ class Predictor:
         return options
 
     def as_encoder(self) -> Predictor:
-        """The same model without its head: it answers with the volume embedding, which a segmentation has not."""
+        """The same model without its head: its answer is the volume embedding. Not for a segmentation."""
         if self.per_voxel:
             raise UsageError(
                 "a segmentation model makes no volume embedding",
@@ -102,7 +102,7 @@ class Predictor:
     def with_options(self, options: SegmentationOptions) -> Predictor:
         """The same segmentation model with other options."""
         other = copy.copy(self)
-        other.options = self._checked(options)
+        other.options = self._validated(options)
         return other
 
     @property
@@ -118,7 +118,7 @@ class Predictor:
 
     @property
     def per_voxel(self) -> bool:
-        """Whether it answers with a map on the scan's grid: a segmentation."""
+        """Whether its answer is a map on the scan's grid (a segmentation)."""
         return self.target is not None and self.target.per_voxel
 
     def predict(self, *paths: str | Path, **contrast_paths: str | Path) -> Prediction:
@@ -171,7 +171,7 @@ class Predictor:
     def explain_stack(
         self, stack: Stack, *, method: str | Sequence[str] | None = None, class_name: str | None = None
     ) -> Explanation:
-        """Explanation maps of a stack that was made with this predictor's preprocessing; see `explain`."""
+        """Explanation maps of a stack that was prepared with this predictor's preprocessing; see `explain`."""
         return self.explain_prepared(PredictorInput(stack), method, class_name)
 
     def predict_session(self, session: Session) -> Prediction:
@@ -179,7 +179,7 @@ class Predictor:
         return self.predict_prepared(self.prepare(session))
 
     def predict_stack(self, stack: Stack) -> Prediction:
-        """Predict a stack that was made with this predictor's preprocessing."""
+        """Predict a stack that was prepared with this predictor's preprocessing."""
         return self.predict_prepared(PredictorInput(stack))
 
     def prepare(self, session: Session) -> PredictorInput:
@@ -271,7 +271,7 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError):
-        # A torch without CUDA says so with an AssertionError.
+        # A torch built without CUDA raises an AssertionError.
         raise UsageError(
             "no such device here", where="device", got=device, remedy="Give cpu, or cuda where there is a GPU"
         ) from None

@@ -1,4 +1,4 @@
-"""From command-line arguments or Python arguments to a session: which contrast each file shows."""
+"""Scans given on the command line or in Python → a session, with the contrast of each file."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def session_from_scans(
     """Group files into one session; returns it with notes on file names that do not state the contrast.
 
     Args:
-        paths: scans whose file names state their contrast. A single file without one is taken for the model's only
+        paths: scans whose file names state their contrast. A single file that does not is taken for the model's only
             remaining contrast.
         contrast_paths: scans by contrast, in any spelling.
         contrasts: contrasts that the model reads.

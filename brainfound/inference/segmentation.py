@@ -29,7 +29,6 @@ def without_small_components(
     """Remove small connected components; returns the labels and the number of removed components per label code.
 
     Voxels of one code that share a face, an edge or a corner are connected (26 neighbours). Removed voxels become 0.
-
     """
     kept = labels.copy()
     removed: dict[int, int] = {}
@@ -55,7 +54,6 @@ class SegmentationOptions:
         min_volume_mm3: connected components below this volume are removed from label maps and masks, on the grid of
             the scan; probabilities stay unchanged.
         class_probabilities: keep the probability of each class or label, not only that of the foreground.
-
     """
 
     flips: bool = False

@@ -1,7 +1,7 @@
 """The tasks that a model can be fine-tuned for: one line each in `TASKS`.
 
 A task is one object with its labels, head, loss, answer, scores and section of the recipe; `base.Task` is the contract.
-`resolve` makes it once, from the training part, and the run hands it on to scores, bundle and predictor.
+`resolve` creates it once, from the training part, and the run passes it on to scores, bundle and predictor.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class AutoTaskRecipe(TaskRecipe):
 
 
 def _spell_out(given: Any) -> Any:
-    """``task: regression`` for ``task: {kind: regression}``; without a kind it is auto."""
+    """Accept ``task: regression`` for ``task: {kind: regression}``; the default kind is auto."""
     if isinstance(given, str):
         return {"kind": given}
     return {"kind": "auto", **given} if isinstance(given, Mapping) else given
@@ -69,31 +69,31 @@ AnyTaskRecipe = Annotated[
 
 
 def resolve(store: Store, train: Sequence[int], target: TargetColumn | str, recipe: TaskRecipe | str = "auto") -> Task:
-    """Learn the labels of a target from the training part.
+    """Create the task of a target, with labels as in the training part.
 
     Args:
         train: indices of the sessions of the training part.
-        target: a column, several columns of 0 and 1 as ``"edema,lesion"``, or ``"mask"``.
+        target: a column, several 0/1 columns such as ``"edema,lesion"``, or ``"mask"``.
         recipe: the task's section of a recipe, or a kind with default settings.
 
     Raises:
-        UsageError: no such column, or labels that cannot be learnt, such as one class only.
+        UsageError: no such column, or labels that cannot be learnt, such as a single class.
     """
-    found = TargetColumn.find(store, target) if isinstance(target, str) else target
+    column = TargetColumn.find(store, target) if isinstance(target, str) else target
     kind = recipe if isinstance(recipe, str) else recipe.kind
     if kind == "auto":
-        kind = next(name for name, task in TASKS.items() if task.suits(store, found))
+        kind = next(name for name, task in TASKS.items() if task.suits(store, column))
     if kind not in TASKS:
         raise UsageError(f"no task {kind!r}", where="task", remedy=did_you_mean(kind, TASKS))
     task = TASKS[kind]
-    if task.per_voxel != found.is_mask:
+    if task.per_voxel != column.is_mask:
         raise UsageError(
             "only the mask can be segmented" if task.per_voxel else "the mask can only be segmented",
             where="target",
-            got=f"{found.name!r} for a {kind}",
+            got=f"{column.name!r} for a {kind}",
             remedy=f"Give the target {MASK!r} to a segmentation, and a column to any other task",
         )
-    return task.resolve(store, train, found, recipe if isinstance(recipe, task.recipe) else task.recipe(kind=kind))
+    return task.resolve(store, train, column, recipe if isinstance(recipe, task.recipe) else task.recipe(kind=kind))
 
 
 def from_dict(content: Mapping[str, Any]) -> Task:

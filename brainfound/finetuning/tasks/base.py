@@ -1,7 +1,7 @@
 """The contract of a task: its labels, its head and loss, its answers and scores, and its section of the recipe.
 
-A task is resolved once, on the training part alone, and then reads the labels of every part. `VolumeTask` is what a
-classification and a regression share: one label per session, and calibrated answers.
+A task is resolved once, on the training part alone, and then reads the labels of every part. `VolumeTask` holds what
+classification and regression share: one label per session, and calibrated answers.
 
 Axis legend: n sessions, D width, K classes or labels.
 """
@@ -38,10 +38,10 @@ Notify = Callable[[str], None]
 
 @dataclass(frozen=True, eq=False)
 class TargetColumn:
-    """The target that a user names, found once in a store and handed on."""
+    """The target named by a user, looked up once in a store."""
 
     name: str
-    """A covariate, ``"mask"``, or several covariates of 0 and 1 as ``"edema,lesion"``."""
+    """A covariate, ``"mask"``, or several 0/1 covariates such as ``"edema,lesion"``."""
     columns: tuple[str, ...]
     """The covariates; none for the mask."""
     labelled: np.ndarray
@@ -82,7 +82,7 @@ class TaskRecipe(Recipe):
     """The section of a fine-tuning recipe that belongs to one kind of task."""
 
     needs: ClassVar[Mapping[str, tuple[str, tuple[str, ...]]]] = {}
-    """Setting → the choice that it depends on, and the values of that choice with which it has an effect."""
+    """Setting → the field that it depends on, and the values of that field for which it has an effect."""
 
     kind: str
 
@@ -107,16 +107,16 @@ class ScoringRecipe(Recipe):
     """How a segmentation is scored."""
 
     surface_mm: float | None = Field(None, ge=0)
-    """Tolerance in mm of the normalised surface distance (surface Dice), which also adds HD95, lesion-wise F1 and
-    volume error; they take many times as long. null: only Dice and the relative volume error."""
+    """Tolerance in mm of surface Dice (normalised surface distance). If set, HD95, lesion-wise F1 and volume error are
+    added too; they take many times as long. null: only Dice and the relative volume error."""
     empty: EmptyCase = "left_out"
     """Dice (surface Dice, lesion-wise F1) of a session without the structure: left_out (only clean_negatives counts
-    it); otherwise 0 if something was marked, and if nothing was, nan (left out), one or zero."""
+    it); with the others, 0 if anything was marked, else nan (left out), one or zero."""
 
 
 @dataclass(frozen=True)
 class SavedTask:
-    """A task as bundle.json and run.json hold it; what another kind has is left at its default."""
+    """A task as saved in bundle.json and run.json; fields of other kinds keep their defaults."""
 
     task: str
     column: str
@@ -135,16 +135,16 @@ class AnswerCalibration:
     """Calibration fitted to the answers on the validation part, never on the test part.
 
     A classification gets a temperature; a regression a bias correction and a conformal interval. Calibrated answers
-    stand beside the raw ones: in scores.json with their effect on the test part, and in predictions of the bundle.
+    appear next to the raw ones: in scores.json with their effect on the test part, and in the bundle's predictions.
     """
 
     num_sessions: int = 0
-    """Of the validation part."""
+    """Sessions of the validation part."""
     temperature: float | None = None
     bias_correction: BiasCorrection | None = None
     interval: ConformalInterval | None = None
     left_out: tuple[str, ...] = ()
-    """Fits that failed, such as for too small a validation part, with the reasons."""
+    """Fits that failed, for example on too small a validation part, with the reasons."""
 
     def report(self, effect: Mapping[str, Any]) -> dict[str, Any]:
         """For scores.json: what was fitted, and its effect on the test part (`VolumeTask.calibration_effect`)."""
@@ -174,7 +174,7 @@ class ScoredAnswers(NamedTuple):
 
 
 class Scorer(Protocol):
-    """Collects the answers of the sessions that it was made for, in their order."""
+    """Collects the answers of its sessions, in order."""
 
     def add(self, stack: Stack, answer: StackPrediction) -> dict[str, Any]:
         """Score the answer of the next session; returns the task's columns of ``cases.tsv``."""
@@ -185,26 +185,26 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class Task(ABC):
-    """What a model learns to answer."""
+    """What a model is fine-tuned to predict."""
 
     kind: ClassVar[str]
     recipe: ClassVar[type[TaskRecipe]]
     model_class: ClassVar[type[Any]]
     per_voxel: ClassVar[bool] = False
-    """The answer is a map on the scan's grid, made of patch embeddings; there is no volume embedding."""
+    """The answer is a map on the scan's grid, computed from patch embeddings; there is no volume embedding."""
     has_names: ClassVar[bool] = True
 
     column: str
     """The target's name."""
     names: tuple[str, ...] = ()
-    """Of the classes, in the order of their indices; none of a regression."""
+    """Class names in the order of their indices; none for a regression."""
     settings: Any = field(default=None, kw_only=True, compare=False, repr=False)
-    """The task's section of the recipe; the defaults for a task that a bundle holds."""
+    """The task's section of the recipe; the defaults for a task from a bundle."""
 
     @classmethod
     @abstractmethod
     def suits(cls, store: Store, target: TargetColumn) -> bool:
-        """Whether the recipe's ``task: auto`` may become this kind for a target."""
+        """Whether ``task: auto`` may resolve to this kind for a target."""
 
     @classmethod
     @abstractmethod
@@ -217,7 +217,7 @@ class Task(ABC):
 
     @abstractmethod
     def values(self, store: Store, sessions: Sequence[int]) -> np.ndarray | None:
-        """One label per session, ``(n,)`` or ``(n, K)``; None where a stack holds its labels.
+        """One label per session, ``(n,)`` or ``(n, K)``; None where the labels are in the stack.
 
         Raises:
             UsageError: an unknown label.
@@ -225,7 +225,7 @@ class Task(ABC):
 
     @abstractmethod
     def loss_labels(self, values: Any, masks: Any) -> Tensor:
-        """The labels of a batch (or of one volume) as a model's loss reads them, from its values or its masks."""
+        """The labels of a batch (or of one volume) as a model's loss expects them, from its values or its masks."""
 
     @abstractmethod
     def config_fields(self, values: np.ndarray | None) -> dict[str, Any]:
@@ -238,7 +238,7 @@ class Task(ABC):
     @staticmethod
     @abstractmethod
     def describe_loss(config: Any) -> str:
-        """The loss of a model with a configuration, in words, for its card."""
+        """The loss of a model with this configuration, in words, for its card."""
 
     def reader_options(self, config: Any) -> dict[str, Any]:
         """How a `VolumeReader` chooses training slices."""
@@ -286,37 +286,37 @@ class VolumeTask(Task):
 
     @abstractmethod
     def trivial_scores(self, truths: Sequence[Any]) -> dict[str, float]:
-        """Scores of a constant answer from the training part; empty where a bundle does not hold what it needs."""
+        """Scores of a constant answer from the training part; empty if a bundle lacks the needed values."""
 
     @abstractmethod
     def format_answer(self, answer: StackPrediction) -> dict[str, Any]:
-        """The answer about one session, as plain values for JSON."""
+        """The answer for one session, as plain values for JSON."""
 
     @abstractmethod
     def explained_score(self, answer: Mapping[str, Any], class_name: str | None) -> tuple[str, Callable[[Any], Tensor]]:
         """The score that a gradient map follows: its name, and how to read it from a model's output.
 
-        ``answer`` is of `format_answer`; without a class the score is that of the most probable one.
+        ``answer`` comes from `format_answer`; without a class the score is that of the most probable one.
         """
 
     @abstractmethod
     def fit_linear(self, data: LabelledFeatures, class_weights: Sequence[float] | None) -> Linear:
-        """A linear model of standardised embeddings; one row for a number or two classes."""
+        """A linear model of standardised embeddings; one row for a regression or two classes."""
 
     @abstractmethod
     def fit_head(self, data: LabelledFeatures, config: Any) -> Linear:
-        """The first rows of the last layer of a head with a configuration, fitted to standardised embeddings."""
+        """The first rows of a head's last layer, fitted to standardised embeddings."""
 
     @abstractmethod
     def linear_answer(self, scores: Float[np.ndarray, "rows"]) -> StackPrediction:
-        """The scores of a `fit_linear` model of one volume, in the form of a model's answer."""
+        """The scores of a `fit_linear` model for one volume, in the form of a model's answer."""
 
     @abstractmethod
     def calibration_fits(self, cases: pd.DataFrame) -> dict[str, Callable[[], Any]]:
         """Field of `AnswerCalibration` → its fit to cases."""
 
     def fit_calibration(self, cases: pd.DataFrame) -> AnswerCalibration:
-        """The calibration of a model by its answers on the validation part."""
+        """Fit the calibration to a model's answers on the validation part."""
         fitted: dict[str, Any] = {}
         left_out = []
         for name, fit in self.calibration_fits(cases).items():
@@ -331,7 +331,7 @@ class VolumeTask(Task):
         """The effect of a calibration on the cases of another part, as plain values for JSON."""
 
     def reliability(self, fitted: AnswerCalibration, cases: pd.DataFrame) -> dict[str, ReliabilityBins]:
-        """Curves of accuracy over confidence, raw and calibrated, by name."""
+        """Curves of accuracy against confidence, raw and calibrated, by name."""
         return {}
 
     @abstractmethod

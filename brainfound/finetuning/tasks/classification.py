@@ -1,4 +1,4 @@
-"""Classification: one of several classes per volume, or several labels of which a volume may have any.
+"""Classification: one of several classes per volume, or any subset of several labels.
 
 Axis legend: n sessions, D width, K classes or labels.
 """
@@ -44,10 +44,10 @@ class ClassificationRecipe(TaskRecipe):
 
     kind: Literal["classification"] = "classification"
     class_weights: Literal["none", "balanced"] = "none"
-    """balanced: a session weighs by the inverse frequency of its class in the training part. For rare classes; the
-    probabilities are then those of a cohort in which all classes are equally frequent."""
+    """balanced: sessions are weighted by the inverse frequency of their class in the training part. For rare classes;
+    the probabilities are then those of a cohort in which all classes are equally frequent."""
     focal_gamma: float = Field(0.0, ge=0)
-    """Focal loss: above 0, sessions that are answered well count less (2 is usual); 0: cross-entropy."""
+    """Focal loss: above 0, easy sessions count less (2 is usual); 0: cross-entropy."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,12 @@ class Classification(VolumeTask):
     problem_type: ClassVar[str | None] = None
 
     shares: tuple[float, ...] = ()
-    """Of the training part's sessions in each class (or with each label); empty where an older bundle lacks them."""
+    """Share of the training sessions in each class (or with each label); empty if an older bundle lacks them."""
     settings: ClassificationRecipe = field(default=ClassificationRecipe(), kw_only=True, compare=False, repr=False)
 
     @classmethod
     def suits(cls, store: Store, target: TargetColumn) -> bool:
-        """Any column; a regression comes first."""
+        """Any column; regression is tried first."""
         return not target.is_mask
 
     @classmethod
@@ -145,7 +145,7 @@ class Classification(VolumeTask):
         }
 
     def _balanced_weights(self, values: np.ndarray) -> list[float]:
-        """Inverse frequencies n / (K · n_k) of the classes, which each occur; their mean over sessions is 1."""
+        """Inverse frequencies n / (K · n_k) of the classes, all of which occur; their mean over sessions is 1."""
         counts = np.bincount(values, minlength=len(self.names))
         return (len(values) / (len(self.names) * counts)).tolist()
 
@@ -206,9 +206,9 @@ class Classification(VolumeTask):
         return np.concatenate(probabilities), np.concatenate(truth)
 
     def _questions(self, cases: pd.DataFrame) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Probabilities ``(n, K)`` and class indices ``(n,)`` of each question that a case answers: here one."""
+        """Probabilities ``(n, K)`` and class indices ``(n,)`` of each yes-or-no or multi-class question: here one."""
         probabilities = self._probabilities(cases)
-        # Float32 rows have sum 1 to seven digits.
+        # Float32 rows sum to 1 only to seven digits.
         rows = probabilities / probabilities.sum(axis=1, keepdims=True)
         return [(rows, cases["truth"].map(self.names.index).to_numpy())]
 
@@ -229,7 +229,7 @@ class Classification(VolumeTask):
         return {"temperature": temperature, "ece": effect(ece), "brier": effect(calibration.brier_score)}
 
     def reliability(self, fitted: AnswerCalibration, cases: pd.DataFrame) -> dict[str, calibration.ReliabilityBins]:
-        """The questions of several labels are taken together."""
+        """Several labels are pooled."""
         probabilities, truth = self._joined_questions(cases)
         curves = {"raw": probabilities}
         if fitted.temperature is not None:
@@ -248,7 +248,7 @@ class Classification(VolumeTask):
 
 @dataclass(frozen=True)
 class MultiLabelClassification(Classification):
-    """Several labels, of which a volume may have any; each name is a column of 0 and 1."""
+    """Any subset of several labels per volume; each name is a 0/1 column."""
 
     label_dtype: ClassVar[torch.dtype] = torch.float32
     problem_type: ClassVar[str | None] = "multi_label_classification"
@@ -268,7 +268,7 @@ class MultiLabelClassification(Classification):
         return cls(",".join(target.columns), target.columns, shares, settings=settings)
 
     def _require_classes_in_training(self, store: Store, parts: Parts) -> None:
-        """Any label is 0 or 1."""
+        """Nothing to require: every label is 0 or 1."""
 
     def _absent_names(self, values: np.ndarray) -> list[str]:
         return [name for name, column in zip(self.names, values.T, strict=True) if not column.any()]
@@ -320,7 +320,7 @@ class MultiLabelClassification(Classification):
 
 
 def _no_and_yes(probabilities: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n 2"]:
-    # A float32 sigmoid is 1 from about 17 on: beyond that the confidence of the model is not known.
+    # A float32 sigmoid saturates at 1 above about 17, where the model's confidence is unknown.
     step = float(np.finfo(np.float32).eps) / 2
     yes = np.clip(probabilities, step, 1 - step)
     return np.stack([1 - yes, yes], axis=1)

@@ -26,7 +26,7 @@ from brainfound.models.heads import bin_edges
 from brainfound.models.infer import StackPrediction
 
 PREDICTION_STD = "prediction_std"
-"""The column of the cases with the standard deviation of a prediction, where the head gives one."""
+"""The column of the cases with the standard deviation of a prediction, if the head gives one."""
 
 
 class RegressionRecipe(TaskRecipe):
@@ -41,18 +41,18 @@ class RegressionRecipe(TaskRecipe):
 
     kind: Literal["regression"] = "regression"
     head: Literal["point", "gaussian", "bins"] = "point"
-    """point: one number. gaussian: also its standard deviation, trained by the likelihood. bins: a distribution over
-    bins of the training part's range, whose expectation is the answer. The last two have a loss of their own."""
+    """point: one number. gaussian: also its standard deviation, trained by maximum likelihood. bins: a distribution
+    over bins that span the training range, whose expectation is the answer. The last two have a loss of their own."""
     loss: Literal["smooth_l1", "l1", "huber"] = "smooth_l1"
     """Loss of the point head, on the target in standard deviations of the training part."""
     huber_delta: float = Field(1.0, gt=0)
-    """Where the Huber loss turns from squares to absolute errors, in the same unit."""
+    """Where the Huber loss turns from squared to absolute errors, in the same unit."""
     bins: int = Field(40, ge=2)
-    """Bins of the head `bins`. They exceed the range of the training part by a tenth on each side."""
+    """Number of bins. They extend the training range by a tenth on each side."""
     label_width: float = Field(1.0, gt=0)
-    """Standard deviation of the soft label around a target, in widths of a bin."""
+    """Standard deviation of the soft label around a target, in bin widths."""
     interval_confidence: float = Field(0.9, gt=0, lt=1)
-    """Share of new sessions that the prediction interval, fitted on the validation part, should hold."""
+    """Intended coverage of the prediction interval, which is fitted on the validation part."""
 
 
 @dataclass(frozen=True)
@@ -154,10 +154,10 @@ class Regression(VolumeTask):
         return weight[None], np.array([bias])
 
     def fit_head(self, data: LabelledFeatures, config: Any) -> Linear:
-        """One row for a number (the second row of a Gaussian head is a log variance), or a row per bin.
+        """One row for the number (a Gaussian head's second row is a log variance), or one row per bin.
 
-        Bins get a Gaussian around the linear answer m with the variance σ² of its error: of −(c − m)² / 2σ², the score
-        of a bin at c, all bins share the term in m², and the rest is linear in m, hence in the features.
+        Bins get a Gaussian around the linear answer m with the variance σ² of its error. In −(c − m)² / 2σ², the score
+        of a bin at c, all bins share the term m²; the rest is linear in m, hence in the features.
         """
         weight, bias, variance = self._fit_ridge(data)
         if config.regression_head != "bins":
@@ -174,7 +174,7 @@ class Regression(VolumeTask):
         return StackPrediction(value=float(scores[0]) * self.std + self.mean)
 
     def calibration_fits(self, cases: pd.DataFrame) -> dict[str, Callable[[], Any]]:
-        # Sessions of a subject are not new cases.
+        # Sessions of one subject are not independent.
         first, confidence = cases.drop_duplicates("subject"), self.settings.interval_confidence
         answers = first["truth"], first["prediction"], first.get(PREDICTION_STD)
         return {

@@ -1,4 +1,4 @@
-"""Segmentation of the mask: one class per pixel, or overlapping regions of which a pixel may have any.
+"""Segmentation of the mask: one class per pixel, or overlapping regions.
 
 Axis legend: N slices of a batch, S slices of a stack, H W pixels, K classes or regions, F feature channels, n pixels.
 """
@@ -62,10 +62,10 @@ class SegmentationRecipe(TaskRecipe):
 
     kind: Literal["segmentation"] = "segmentation"
     merge_codes: bool = False
-    """Any label code but 0 is one class."""
+    """Merge all nonzero label codes into one class."""
     regions: dict[str, list[int]] = Field(default_factory=dict)
-    """Overlapping labels made of codes, such as {whole: [1, 2, 4], core: [1, 4]}; each has a yes or no of its own.
-    Empty: every code is a class, and a pixel has one."""
+    """Overlapping labels made of codes, such as {whole: [1, 2, 4], core: [1, 4]}; each is predicted independently.
+    Empty: every code is a class, and each pixel has one class."""
     decoder: Literal["linear", "fpn", "unetr"] = "fpn"
     """Patch embeddings → pixels: linear, fpn, or unetr (with skips from the image)."""
     decoder_width: int = Field(128, ge=8)
@@ -79,11 +79,11 @@ class SegmentationRecipe(TaskRecipe):
     tversky_beta: float = Field(0.7, ge=0)
     """Tversky losses: weight of false negatives."""
     tversky_gamma: float = Field(4 / 3, ge=1)
-    """focal_tversky: the Tversky loss to the power 1/this."""
+    """focal_tversky: the Tversky loss to the power 1/gamma."""
     focal_gamma: float = Field(2.0, ge=0)
-    """dice_focal: how little pixels count that are right already; 0 is the cross-entropy."""
+    """dice_focal: how much to down-weight pixels that are already right; 0: cross-entropy."""
     foreground_share: float = Field(0.5, ge=0, le=1)
-    """Share of the training slices (or of their runs) that show the structure."""
+    """Share of the training slices (or runs of slices) that show the structure."""
     scoring: ScoringRecipe = ScoringRecipe()
     """Further scores, and the score of an empty mask."""
 
@@ -101,7 +101,7 @@ class Segmentation(Task):
     codes: tuple[int, ...] = ()
     """The mask's code of each class; code 0 is background."""
     merge: bool = False
-    """Any code but 0 is class 1."""
+    """All nonzero codes are class 1."""
     settings: SegmentationRecipe = field(default=SegmentationRecipe(), kw_only=True, compare=False, repr=False)
 
     @classmethod
@@ -113,21 +113,21 @@ class Segmentation(Task):
         cls, store: Store, train: Sequence[int], target: TargetColumn, settings: SegmentationRecipe
     ) -> Segmentation:
         masks = (store.read_masks(int(session)) for session in train)
-        found = {code for mask in masks if mask is not None for code in np.unique(mask).tolist() if code}
-        if not found:
+        nonzero = {code for mask in masks if mask is not None for code in np.unique(mask).tolist() if code}
+        if not nonzero:
             where = f"store {store.path.name}"
             raise UsageError("every mask of the training part is empty", where=where, remedy="Check the masks")
         if settings.regions:
-            _require_regions(settings, found)
+            _require_regions(settings, nonzero)
             regions = tuple(tuple(sorted(set(codes))) for codes in settings.regions.values())
             return OverlappingSegmentation(MASK, tuple(settings.regions), regions=regions, settings=settings)
         if settings.merge_codes:
             return cls(MASK, ("background", "foreground"), (0, 1), merge=True, settings=settings)
-        if len(found) >= MAX_CODES:
+        if len(nonzero) >= MAX_CODES:
             remedy = "Merge them with --set task.merge_codes=true, or give coarser masks"
             expected = f"fewer than {MAX_CODES}"
-            raise UsageError("too many label codes", where="mask", got=len(found), expected=expected, remedy=remedy)
-        codes = (0, *sorted(found))
+            raise UsageError("too many label codes", where="mask", got=len(nonzero), expected=expected, remedy=remedy)
+        codes = (0, *sorted(nonzero))
         return cls(MASK, ("background", *(f"label {code}" for code in codes[1:])), codes, settings=settings)
 
     @classmethod
@@ -151,7 +151,7 @@ class Segmentation(Task):
         return torch.from_numpy(self.encode_mask(np.asarray(masks)).astype(np.int64))
 
     def encode_mask(self, mask: np.ndarray) -> np.ndarray:
-        """Label codes → class indices; codes that the training part did not have become background."""
+        """Label codes → class indices; codes absent from the training part become background."""
         if self.merge:
             return (mask != 0).astype(np.uint8)
         table = np.zeros(max(int(mask.max()), max(self.codes)) + 1, dtype=np.uint8)
@@ -163,7 +163,7 @@ class Segmentation(Task):
         return np.array(self.codes, dtype=np.uint8 if max(self.codes) <= 255 else np.uint16)[classes]
 
     def unknown_codes(self, mask: np.ndarray) -> list[int]:
-        """The codes of a mask that the training part did not have; none where any code has a meaning."""
+        """The codes of a mask that are absent from the training part; none if all codes are merged."""
         return [] if self.merge else np.setdiff1d(np.unique(mask), self.codes).tolist()
 
     def config_fields(self, values: np.ndarray | None) -> dict[str, Any]:
@@ -171,12 +171,12 @@ class Segmentation(Task):
         return {
             "id2label": dict(enumerate(self.names)),
             "label2id": {name: k for k, name in enumerate(self.names)},
-            # A segmentation reads no volume embedding: an aggregator with weights would be dead weight.
+            # There is no volume embedding: an aggregator with weights would be unused.
             "aggregator": "mean",
             "overlapping_labels": self.overlapping,
             "segmentation_loss": own.loss,
             **own.model_dump(include=_CONFIG_FIELDS),
-            "class_weights": None,  # of a classification that the model may have learnt before
+            "class_weights": None,  # left over if the model was trained on a classification
         }
 
     @staticmethod
@@ -195,17 +195,17 @@ class Segmentation(Task):
         return SegmentationScorer(self, scoring)
 
     def get_answer(self, answer: StackPrediction) -> np.ndarray:
-        """Classes (S, H, W) of an answer; 0 or 1 of each overlapping label (S, K, H, W)."""
+        """Classes (S, H, W) of an answer; 0 or 1 for each overlapping label (S, K, H, W)."""
         assert answer.classes is not None
         return answer.classes
 
     @property
     def has_named_structures(self) -> bool:
-        """Several classes, or overlapping labels."""
+        """Whether there are several foreground classes, or overlapping labels."""
         return self.overlapping or len(self.names) > 2
 
     def structures(self, encoded: np.ndarray) -> dict[str, np.ndarray]:
-        """The masks (S, H, W) that are scored one by one: of each class; the only one has no name."""
+        """The masks (S, H, W) to score, by class; a single class has an empty name."""
         if self.has_named_structures:
             return {name: encoded == k for k, name in enumerate(self.names) if k}
         return {"": encoded}
@@ -215,11 +215,11 @@ class Segmentation(Task):
         return encoded
 
     def pixel_labels(self, masks: np.ndarray) -> Int[np.ndarray, "N H W K"]:
-        """The class of each pixel (K = 1), or 0 and 1 of each overlapping label."""
+        """The class of each pixel (K = 1), or 0 or 1 for each overlapping label."""
         return self.encode_mask(masks)[..., None]
 
     def binary_labels(self, mask: np.ndarray) -> UInt8[np.ndarray, "S K H W"]:
-        """0 or 1 of each class but the background, or of each overlapping label."""
+        """0 or 1 for each class except the background, or for each overlapping label."""
         encoded = self.encode_mask(mask)
         return np.stack([encoded == k for k in range(1, len(self.names))], axis=1).astype(np.uint8)
 
@@ -230,7 +230,7 @@ class Segmentation(Task):
         return fit_pixel_logistic(features, labels[:, 0], weights, len(self.names))
 
     def patch_answer(self, pixels: Float[np.ndarray, "S K H W"]) -> np.ndarray:
-        """Probabilities, 0 where a label is not marked, → the answer as `get_answer` gives it."""
+        """Probabilities (0 where a label is not marked) → the answer in the form of `get_answer`."""
         return np.where(pixels.any(axis=1), pixels.argmax(axis=1) + 1, 0).astype(np.uint8)
 
     def as_prediction(self, answer: np.ndarray) -> StackPrediction:
@@ -240,7 +240,7 @@ class Segmentation(Task):
 
 @dataclass(frozen=True)
 class OverlappingSegmentation(Segmentation):
-    """Labels of which a pixel may have any; there is no background among the names."""
+    """Overlapping labels; the names do not include the background."""
 
     overlapping: ClassVar[bool] = True
 
@@ -248,7 +248,7 @@ class OverlappingSegmentation(Segmentation):
     """The mask's codes of each label."""
 
     def encode_mask(self, mask: np.ndarray) -> np.ndarray:
-        """Label codes (…, H, W) → 0 or 1 of each label, (…, K, H, W)."""
+        """Label codes (…, H, W) → 0 or 1 for each label, (…, K, H, W)."""
         return np.stack([np.isin(mask, codes) for codes in self.regions], axis=-3).astype(np.uint8)
 
     def unknown_codes(self, mask: np.ndarray) -> list[int]:
@@ -274,7 +274,7 @@ class OverlappingSegmentation(Segmentation):
         self, features: Float[np.ndarray, "n F"], labels: Int[np.ndarray, "n K"], weights: Float[np.ndarray, "n"]
     ) -> Linear:
         rows = [fit_pixel_logistic(features, column, weights, 2) for column in labels.T]
-        # Two scores of a softmax that differ by z are one of a sigmoid.
+        # A softmax of two scores that differ by z is a sigmoid of z.
         return np.stack([weight[1] - weight[0] for weight, _ in rows]), np.array([b[1] - b[0] for _, b in rows])
 
     def patch_answer(self, pixels: Float[np.ndarray, "S K H W"]) -> np.ndarray:
@@ -285,7 +285,7 @@ class OverlappingSegmentation(Segmentation):
 
 
 class SegmentationScorer:
-    """Scores one label map per session; masks of a whole cohort are not kept."""
+    """Scores one label map per session, without keeping the masks."""
 
     def __init__(self, task: Segmentation, scoring: ScoringRecipe) -> None:
         self.task, self.scoring = task, scoring
@@ -297,15 +297,15 @@ class SegmentationScorer:
         task, mask = self.task, np.asarray(stack.mask)
         reference = task.encode_mask(mask)
         self.unknown_codes.update(task.unknown_codes(mask))
-        expected, found = task.structures(reference), task.structures(task.get_answer(answer))
+        expected, predicted = task.structures(reference), task.structures(task.get_answer(answer))
         score = partial(segmentation_case_scores, empty=self.scoring.empty)
-        # The trivial baseline marks the whole head; its surface, the head's, is not scored.
+        # The trivial baseline marks the whole head; its surface is not scored.
         head = np.asarray(stack.pixels.any(axis=1))
         self.trivial_cases.append({name: score(mask, head) for name, mask in expected.items()})
         if self.scoring.surface_mm is not None:
             spacing = [float(step) for step in stack.spacing_mm]
             score = partial(score, spacing_mm=spacing, tolerance_mm=self.scoring.surface_mm)
-        case = {name: score(mask, found[name]) for name, mask in expected.items()}
+        case = {name: score(mask, predicted[name]) for name, mask in expected.items()}
         self.cases.append(case)
         row = {"reference_pixels": int(np.count_nonzero(task.marked(reference))), "dice": float("nan")}
         return row | _over_structures(case)
@@ -324,7 +324,7 @@ def _over_sessions(cases: Sequence[_StructureScores]) -> dict[str, float]:
 
 
 def _over_structures(scores: _StructureScores) -> dict[str, float]:
-    """The mean of each metric over the structures that have it, and Dice of each."""
+    """The mean of each metric over the structures that have it, and the Dice of each."""
     means = {}
     for metric in dict.fromkeys(metric for one in scores.values() for metric in one):
         values = np.array([one.get(metric, np.nan) for one in scores.values()])
