@@ -96,19 +96,6 @@ def learning_rate(
     return warmup_schedule(step - delay, peak, final, warmup_steps, num_steps - delay, shape)
 
 
-def momentum(step: int, start: float, end: float, num_steps: int) -> float:
-    """The momentum of the EMA teacher: a cosine from `start` to `end` over the run."""
-    return cosine(step, start, end, num_steps)
-
-
-def initial_weight_fraction(start: float, end: float, num_steps: int, head_warmup_steps: int = 0) -> float:
-    """The fraction of its initial weights that the EMA teacher still holds after the run.
-
-    The student's backbone does not change in the first `head_warmup_steps`.
-    """
-    return math.prod(momentum(step, start, end, num_steps) for step in range(head_warmup_steps, num_steps))
-
-
 def teacher_temperature(step: int, start: float, end: float, warmup_steps: int) -> float:
     """The temperature of the teacher's targets: a line from `start` to `end` over the warm-up."""
     return linear(step, start, end, warmup_steps)

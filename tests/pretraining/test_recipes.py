@@ -29,12 +29,12 @@ from brainfound.data.store import Store
 from brainfound.data.store.prepare import prepare
 from brainfound.finetuning.finetune import finetune
 from brainfound.models import BrainFoundModel
+from brainfound.pretraining.objectives.ema import initial_weight_fraction
 from brainfound.pretraining.objectives.masked_autoencoder import MaskedAutoencoderRecipe
 from brainfound.pretraining.objectives.self_distillation import MAX_INITIAL_WEIGHT_FRACTION
 from brainfound.pretraining.pretrain import pretrain
 from brainfound.pretraining.recipe import PretrainRecipe
 from brainfound.report.curves import plot_curves
-from brainfound.training.schedules import initial_weight_fraction
 
 FAMILIES = ("pretrain-", "start-", "ablation-")
 RECIPES = sorted(name for name in recipes.available("train") if name.startswith(FAMILIES))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from brainfound.pretraining.objectives import ema
 from brainfound.training import schedules
 
 
@@ -45,8 +46,8 @@ def test_learning_rate_scales_with_the_square_root_of_the_batch():
 
 
 def test_momentum_and_temperature():
-    assert schedules.momentum(0, 0.994, 1.0, 50) == 0.994
-    assert schedules.momentum(50, 0.994, 1.0, 50) == 1.0
+    assert ema.momentum(0, 0.994, 1.0, 50) == 0.994
+    assert ema.momentum(50, 0.994, 1.0, 50) == 1.0
     assert schedules.teacher_temperature(15, 0.04, 0.07, 30) == pytest.approx(0.055)
     assert schedules.teacher_temperature(31, 0.04, 0.07, 30) == 0.07
 
@@ -54,6 +55,6 @@ def test_momentum_and_temperature():
 def test_share_of_start_is_that_of_a_real_teacher():
     weight, student = 1.0, 0.0
     for step in range(40):
-        kept = schedules.momentum(step, 0.9, 1.0, 40)
+        kept = ema.momentum(step, 0.9, 1.0, 40)
         weight = kept * weight + (1 - kept) * (1.0 if step < 10 else student)
-    assert schedules.initial_weight_fraction(0.9, 1.0, 40, 10) == pytest.approx(weight, rel=1e-12)
+    assert ema.initial_weight_fraction(0.9, 1.0, 40, 10) == pytest.approx(weight, rel=1e-12)

@@ -18,10 +18,7 @@ from brainfound.models.encoder import SliceEncoder
 from brainfound.pretraining.objectives.base import EncoderWithHeads
 from brainfound.pretraining.objectives.heads import HeadRecipe, ProjectionHead
 from brainfound.pretraining.objectives.prototypes import Projection
-from brainfound.training.distributed import to_local_tensors
 from brainfound.training.randomness import INITIALISATION, torch_generator
-
-_FOREACH_CHUNK = 64  # tensors; bounds the memory of the differences
 
 
 class DistillationOutput(NamedTuple):
@@ -63,26 +60,6 @@ class DistillationModel(EncoderWithHeads):
         cls, patches, _ = self.encoder.encoding(tokens)
         hidden = patches.flatten(0, 1).index_select(0, masked)
         return DistillationOutput(cls, patches, self.heads["dino"](cls), self.ibot_head(hidden))
-
-
-@torch.no_grad()
-def ema_update(averages: Iterable[Tensor], values: Iterable[Tensor], weight: Float[Tensor, ""]) -> None:
-    """average ← average + weight · (value − average), in place, without waiting for the weight's value.
-
-    An average that equals its value stays bit-identical, and so do all if the weight is 0. Of sharded tensors, each
-    rank updates its own shard.
-    """
-    old, new = to_local_tensors(averages), to_local_tensors(values)
-    if not old or old[0].device.type == "cpu":
-        for average, value in zip(old, new, strict=True):
-            average.lerp_(value, weight.to(average.dtype))
-        return
-    # A GPU would spend its time launching one small operation per tensor.
-    for first in range(0, len(old), _FOREACH_CHUNK):
-        some = old[first : first + _FOREACH_CHUNK]
-        differences = torch._foreach_sub(new[first : first + _FOREACH_CHUNK], some)
-        torch._foreach_mul_(differences, weight)
-        torch._foreach_add_(some, differences)
 
 
 def backward_per_pass(passes: Sequence[Callable[[], Tensor]], parameters: Iterable[nn.Parameter]) -> Float[Tensor, ""]:

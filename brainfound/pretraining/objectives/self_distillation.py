@@ -28,7 +28,7 @@ from brainfound.data.augmentation.transforms import to_device
 from brainfound.errors import RecipeError
 from brainfound.models.encoder import SliceEncoder
 from brainfound.pretraining.monitoring.collapse_metrics import feature_health_metrics
-from brainfound.pretraining.objectives import losses
+from brainfound.pretraining.objectives import ema, losses
 from brainfound.pretraining.objectives.base import (
     AnchoredObjective,
     AnchorRecipe,
@@ -41,7 +41,6 @@ from brainfound.pretraining.objectives.distillation_model import (
     DistillationModel,
     DistillationOutput,
     backward_per_pass,
-    ema_update,
 )
 from brainfound.pretraining.objectives.heads import HeadRecipe
 from brainfound.pretraining.objectives.masking import BlockMasks, num_masked_per_crop, sample_block_masks
@@ -304,7 +303,7 @@ class SelfDistillation(AnchoredObjective):
         start, end = recipe.momentum
 
         def initial_fraction(momentum: float) -> float:
-            return schedules.initial_weight_fraction(momentum, end, num_steps, schedule.head_warmup_steps)
+            return ema.initial_weight_fraction(momentum, end, num_steps, schedule.head_warmup_steps)
 
         fraction = initial_fraction(start) if num_steps else 0.0
         if fraction > MAX_INITIAL_WEIGHT_FRACTION:
@@ -339,7 +338,7 @@ class SelfDistillation(AnchoredObjective):
             "teacher_temperature": schedules.teacher_temperature(
                 step, *recipe.teacher_temperature, recipe.teacher_temperature_warmup_steps
             ),
-            "momentum": schedules.momentum(step, *recipe.momentum, self.num_steps),
+            "momentum": ema.momentum(step, *recipe.momentum, self.num_steps),
         }
 
     @torch.no_grad()
@@ -348,7 +347,7 @@ class SelfDistillation(AnchoredObjective):
         weight = (1 - self.schedule(step)["momentum"]) * taken
         pairs = zip(self.teacher.parameters(), self.distilled.parameters(), strict=True)
         trained = [pair for pair in pairs if pair[1].requires_grad]
-        ema_update([old for old, _ in trained], [new for _, new in trained], weight)
+        ema.ema_update([old for old, _ in trained], [new for _, new in trained], weight)
 
     @torch.no_grad()
     def health_metrics(self) -> dict[str, float]:

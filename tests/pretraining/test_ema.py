@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from brainfound.pretraining.objectives import distillation_model as averaging
-from brainfound.pretraining.objectives.distillation_model import ema_update
+from brainfound.pretraining.objectives import ema as averaging
+from brainfound.pretraining.objectives.ema import ema_update
 
 
 def tensors(seed, count=70):
