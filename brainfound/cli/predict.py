@@ -81,7 +81,7 @@ def _predict_inputs(
             )
         _report_cohort("answer", [(o, o.prediction, _summary(o)) for o in outcomes])
         return
-    if probabilities and predictor.task == "segmentation":
+    if probabilities and predictor.per_voxel:
         predictor = predictor.with_options(replace(predictor.options, class_probabilities=True))
     name = _file_name(paths, contrast_paths)
     if (out / f"{name}.json").exists() and not overwrite:

@@ -19,7 +19,7 @@ from brainfound.data.store import Store
 from brainfound.errors import UsageError
 from brainfound.experiments.folder import RUNS_FILE
 from brainfound.finetuning.scoring import CASES_FILE, FROZEN_CASES_FILE, SUBJECT_ROW
-from brainfound.metrics.registry import TABLE_METRICS
+from brainfound.metrics.cases import list_table_metrics
 from brainfound.training.run_folder import FACTS_FILE
 
 
@@ -73,7 +73,7 @@ def read_compared_runs(folders: Sequence[Path], *, frozen: bool = False, store: 
     }
     target = facts[first][0]["target"]
     tables = [table for seeds in systems.values() for table in seeds]
-    return ComparedRuns(systems, target["task"], target["column"], _shared_metrics(target["task"], tables))
+    return ComparedRuns(systems, target["task"], target["column"], list_table_metrics(target["task"], tables))
 
 
 def _find_systems(folder: Path) -> dict[str, list[list[Path]]]:
@@ -162,10 +162,3 @@ def _read_cases(file: Path) -> pd.DataFrame:
     # A class may be called NA, and 01 is not 1.
     dtypes = {"truth": str, "subject": str, "session": str}
     return pd.read_csv(file, sep="\t", dtype=dtypes, keep_default_na=False, na_values=[""])
-
-
-def _shared_metrics(task: str, tables: Sequence[pd.DataFrame]) -> list[str]:
-    """The metrics that tables show; for a segmentation, those with at least one case in every system."""
-    if task != "segmentation":
-        return list(TABLE_METRICS[task])
-    return [name for name in TABLE_METRICS[task] if all(name in t and t[name].notna().any() for t in tables)]

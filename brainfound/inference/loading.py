@@ -151,19 +151,15 @@ def _load_set(
     bundles: Mapping[str, str | Path], device: torch.device, tools: Sequence[Hook], options: SegmentationOptions
 ) -> PredictorSet:
     adapters = load_adapters({name: bundle_folder(source) for name, source in bundles.items()}).to(device)
-    segmenting = [name for name in adapters if adapters[name].task in TASKS and TASKS[adapters[name].task].per_voxel]
-    if options != SegmentationOptions() and not segmenting:
-        raise UsageError(
-            "flips, overlap and a smallest volume are for segmentations", where="options", remedy="Leave them out"
-        )
-    return PredictorSet(
-        {
-            name: make_predictor(
-                adapters[name], device, tools, options if name in segmenting else SegmentationOptions()
+    predictors = {name: make_predictor(adapters[name], device, tools) for name in adapters}
+    if options != SegmentationOptions():
+        segmenting = {name: p.with_options(options) for name, p in predictors.items() if p.per_voxel}
+        if not segmenting:
+            raise UsageError(
+                "flips, overlap and a smallest volume are for segmentations", where="options", remedy="Leave them out"
             )
-            for name in adapters
-        }
-    )
+        predictors |= segmenting
+    return PredictorSet(predictors)
 
 
 def make_predictor(

@@ -78,7 +78,7 @@ class Predictor:
         self.options = self._validated(options)
 
     def _validated(self, options: SegmentationOptions) -> SegmentationOptions:
-        if options != SegmentationOptions() and self.task != "segmentation":
+        if options != SegmentationOptions() and not self.per_voxel:
             raise UsageError(
                 "flips, overlap and a smallest volume are for segmentations",
                 where="options",

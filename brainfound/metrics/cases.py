@@ -16,17 +16,18 @@ Axes: n cases, K classes, L labels or structures, R runs of one system.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from functools import partial
+from typing import ClassVar, Self, TypeAlias
 
 import numpy as np
 import pandas as pd
 
 from brainfound.data.splits.dividing import label_text
 from brainfound.errors import UsageError
-from brainfound.metrics.registry import METRICS, PRIMARY_METRIC, metric_name, task_metrics
-from brainfound.metrics.scores import multi_label_scores
+from brainfound.metrics.registry import METRICS, PRIMARY_METRIC, TABLE_METRICS, metric_name, task_metrics
 
 CaseTables: TypeAlias = pd.DataFrame | Sequence[pd.DataFrame]
 """A table of cases, or one per seed."""
@@ -35,10 +36,10 @@ Score = Callable[[np.ndarray, np.ndarray], float]
 
 
 @dataclass(frozen=True)
-class Cases:
-    """The answers of one system, sorted by case."""
+class Cases(ABC):
+    """The answers of one system, sorted by case; one subclass per task."""
 
-    task: str
+    task: ClassVar[str]
     keys: pd.MultiIndex
     subjects: np.ndarray
     truth: np.ndarray
@@ -47,23 +48,118 @@ class Cases:
     """Metric → (n,), (n, K) probabilities or (n, L); (n, R, …) of several runs."""
     num_runs: int = 1
 
+    @staticmethod
+    @abstractmethod
+    def matches(cases: pd.DataFrame) -> bool:
+        """Whether a table has the columns of this task."""
+
+    @classmethod
+    @abstractmethod
+    def read_columns(cls, cases: pd.DataFrame, where: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """The truth and the answers of a table."""
+
+    @staticmethod
+    def score(name: str, truth: np.ndarray, answers: np.ndarray) -> float:
+        """A metric of one run."""
+        return METRICS[name].score(truth, answers)
+
     def metric(self, name: str) -> Score:
         """The score as a function of the truth and the answers of some of the cases."""
-        score_run: Score
-        if self.task == "segmentation":
-            score_run = _mean_over_structures
-        else:
-            score_run = _mean_over_labels(METRICS[name].score) if self.truth.ndim == 2 else METRICS[name].score
+        score = partial(self.score, name)
         if self.num_runs == 1:
-            return score_run
-        return lambda truth, answers: float(np.mean([score_run(truth, answers[:, r]) for r in range(answers.shape[1])]))
+            return score
+        return lambda truth, answers: float(np.mean([score(truth, answers[:, r]) for r in range(answers.shape[1])]))
 
-    def repeat_runs(self, num_runs: int) -> Cases:
+    def repeat_runs(self, num_runs: int) -> Self:
         """The same answers for each of several runs."""
         if self.num_runs == num_runs:
             return self
         answers = {name: np.stack([values] * num_runs, axis=1) for name, values in self.answers.items()}
         return replace(self, answers=answers, num_runs=num_runs)
+
+    def require_same_scored(self, name: str, others: Sequence[Cases], where: str) -> None:
+        """Refuse systems of which only some have a score for a case."""
+        missing = [np.isnan(system.answers[name]) for system in (self, *others)]
+        if any(map(np.any, missing)) and not all(np.array_equal(missing[0], other) for other in missing[1:]):
+            what, got = "the systems were not scored against the same masks", "a case that only some have a score for"
+            raise UsageError(what, where=where, got=got, remedy="Score them on the same store")
+
+    def select_scored(self, name: str, *others: Cases) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
+        """Truth, answers of each system, and subjects of the cases that have the score."""
+        self.require_same_scored(name, others, name)
+        known = ~np.isnan(self.answers[name])
+        scored = known.any(axis=tuple(range(1, known.ndim)))
+        answers = [system.answers[name][scored] for system in (self, *others)]
+        return self.truth[scored], answers, self.subjects[scored]
+
+
+class ClassificationCases(Cases):
+    task = "classification"
+
+    @staticmethod
+    def matches(cases: pd.DataFrame) -> bool:
+        return bool(_probability_names(cases))
+
+    @classmethod
+    def read_columns(cls, cases: pd.DataFrame, where: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        names = _probability_names(cases)
+        several = any(str(name).startswith("truth(") for name in cases.columns)
+        truth = _binary_labels(cases, names, where) if several else _class_indices(cases, names, where)
+        probabilities = np.stack([_numbers(cases, f"p({name})", where) for name in names], axis=1)
+        return truth, {metric.name: probabilities for metric in task_metrics(cls.task)}
+
+    @staticmethod
+    def score(name: str, truth: np.ndarray, answers: np.ndarray) -> float:
+        """Of several binary labels the mean over those where it is defined."""
+        score = METRICS[name].score
+        if truth.ndim == 1:
+            return score(truth, answers)
+        columns = zip(truth.T, answers.T, strict=True)
+        scores = [score(labels, np.stack([1 - share, share], axis=1)) for labels, share in columns]
+        defined = [value for value in scores if not np.isnan(value)]
+        return float(np.mean(defined)) if defined else float("nan")
+
+
+class RegressionCases(Cases):
+    task = "regression"
+
+    @staticmethod
+    def matches(cases: pd.DataFrame) -> bool:
+        return "prediction" in cases
+
+    @classmethod
+    def read_columns(cls, cases: pd.DataFrame, where: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        truth, prediction = _numbers(cases, "truth", where), _numbers(cases, "prediction", where)
+        return truth, {metric.name: prediction for metric in task_metrics(cls.task)}
+
+
+class SegmentationCases(Cases):
+    task = "segmentation"
+
+    @staticmethod
+    def matches(cases: pd.DataFrame) -> bool:
+        return any(metric_name(str(name)) in METRICS and cases[name].notna().any() for name in cases)
+
+    @classmethod
+    def read_columns(cls, cases: pd.DataFrame, where: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        found = [name for name in map(str, cases) if metric_name(name) in METRICS and cases[name].notna().any()]
+        scores = {name: _numbers(cases, name, where, allow_missing=True) for name in found}
+        if structures := [scores[name] for name in found if name.startswith("dice(")]:
+            scores = {"dice": np.stack(structures, axis=1)} | {k: v for k, v in scores.items() if k != "dice"}
+        sizes = _numbers(cases, "reference_pixels", where) if "reference_pixels" in cases else np.zeros(len(cases))
+        return sizes, scores
+
+    @staticmethod
+    def score(name: str, truth: np.ndarray, answers: np.ndarray) -> float:
+        """The mean over structures ``(n, L)`` of the mean over cases, without structures that no case has."""
+        known = ~np.isnan(answers)
+        counts, sums = known.sum(axis=0), np.where(known, answers, 0.0).sum(axis=0)
+        means = np.atleast_1d(sums)[np.atleast_1d(counts) > 0] / counts[counts > 0]
+        return float(means.mean()) if means.size else float("nan")
+
+
+CASES: dict[str, type[Cases]] = {kind.task: kind for kind in (ClassificationCases, RegressionCases, SegmentationCases)}
+"""Task → the reader of its tables."""
 
 
 def _require_same_cases(base: Cases, other: Cases, base_name: str, name: str) -> None:
@@ -82,19 +178,15 @@ def _require_same_cases(base: Cases, other: Cases, base_name: str, name: str) ->
 
 def compute_headline_score(task: str, cases: pd.DataFrame) -> float:
     """The primary metric over a table of cases, which needs no subject column; ``nan`` if undefined."""
-    primary = METRICS[PRIMARY_METRIC[task]]
-    if task == "segmentation":
-        structures = [name for name in cases if str(name).startswith(f"{primary.name}(")] or [primary.name]
-        means = np.array([cases[name].mean() for name in structures], dtype=float)
-        return float(means[~np.isnan(means)].mean()) if not np.isnan(means).all() else float("nan")
-    if task == "regression":
-        return primary.score(cases["truth"].to_numpy(float), cases["prediction"].to_numpy(float))
-    names = [str(name)[2:-1] for name in cases if str(name).startswith("p(")]
-    probabilities = cases[[f"p({name})" for name in names]].to_numpy(float)
-    if "truth" not in cases:
-        truth = cases[[f"truth({name})" for name in names]].to_numpy(float)
-        return multi_label_scores(truth, probabilities, names)[primary.name]
-    return primary.score(_class_indices(cases, names, "cases"), probabilities)
+    primary, kind = PRIMARY_METRIC[task], CASES[task]
+    truth, answers = kind.read_columns(cases, "cases")
+    return kind.score(primary, truth, answers[primary]) if primary in answers else float("nan")
+
+
+def list_table_metrics(task: str, tables: Sequence[pd.DataFrame]) -> list[str]:
+    """The metrics that tables show and that each of some tables of cases has."""
+    found = [CASES[task].read_columns(table, "cases")[1] for table in tables]
+    return [name for name in TABLE_METRICS[task] if all(name in answers for answers in found)]
 
 
 def read_matched_systems(systems: Mapping[str, CaseTables]) -> dict[str, Cases]:
@@ -121,11 +213,8 @@ def read_system(tables: CaseTables, where: str) -> Cases:
     for number, run in enumerate(runs[1:], start=2):
         _require_same_cases(runs[0], run, "its first run", f"{where}, run {number}")
     common = [name for name in runs[0].answers if all(name in run.answers for run in runs)]
-    if runs[0].task == "segmentation":
-        for name in common:
-            first, *others = (np.isnan(run.answers[name]) for run in runs)
-            if not all(np.array_equal(first, other) for other in others):
-                raise mask_mismatch_error(f"{where}, {name}")
+    for name in common:
+        runs[0].require_same_scored(name, runs[1:], f"{where}, {name}")
     answers = {name: np.stack([run.answers[name] for run in runs], axis=1) for name in common}
     return replace(runs[0], answers=answers, num_runs=len(runs))
 
@@ -146,28 +235,16 @@ def _read(cases: pd.DataFrame, where: str) -> Cases:
         first = ", ".join(keys[keys.duplicated()][0])
         raise UsageError("a case is given twice", where=where, got=first, remedy="Keep one row per session")
     subjects = cases["subject"].to_numpy()
-    if columns := [name for name in map(str, cases.columns) if name.startswith("p(") and name.endswith(")")]:
-        names = [name[2:-1] for name in columns]
-        several = any(str(name).startswith("truth(") for name in cases.columns)
-        truth = _binary_labels(cases, names, where) if several else _class_indices(cases, names, where)
-        probabilities = np.stack([_numbers(cases, name, where) for name in columns], axis=1)
-        return Cases("classification", keys, subjects, truth, _answers_by_metric("classification", probabilities))
-    if "prediction" in cases:
-        truth, prediction = _numbers(cases, "truth", where), _numbers(cases, "prediction", where)
-        return Cases("regression", keys, subjects, truth, _answers_by_metric("regression", prediction))
-    found = [name for name in map(str, cases.columns) if metric_name(name) in METRICS and cases[name].notna().any()]
-    if not found:
+    kind = next((kind for kind in CASES.values() if kind.matches(cases)), None)
+    if kind is None:
         got, expected = ", ".join(map(str, cases.columns)), "truth and p(class), truth and prediction, or dice"
         raise UsageError("the cases have no scores", where=where, got=got, expected=expected)
-    scores = {name: _numbers(cases, name, where, allow_missing=True) for name in found}
-    if structures := [scores[name] for name in found if name.startswith("dice(")]:
-        scores = {"dice": np.stack(structures, axis=1)} | {k: v for k, v in scores.items() if k != "dice"}
-    sizes = _numbers(cases, "reference_pixels", where) if "reference_pixels" in cases else np.zeros(len(cases))
-    return Cases("segmentation", keys, subjects, sizes, scores)
+    truth, answers = kind.read_columns(cases, where)
+    return kind(keys, subjects, truth, answers)
 
 
-def _answers_by_metric(task: str, answers: np.ndarray) -> dict[str, np.ndarray]:
-    return {metric.name: answers for metric in task_metrics(task)}
+def _probability_names(cases: pd.DataFrame) -> list[str]:
+    return [name[2:-1] for name in map(str, cases.columns) if name.startswith("p(") and name.endswith(")")]
 
 
 def _class_indices(cases: pd.DataFrame, names: Sequence[str], where: str) -> np.ndarray:
@@ -198,29 +275,3 @@ def _numbers(cases: pd.DataFrame, column: str, where: str, allow_missing: bool =
     if bad.any():
         raise UsageError("not finite numbers", where=f"{where}: {column}", got=cases[column][bad][:4].tolist())
     return numbers
-
-
-def mask_mismatch_error(where: str) -> UsageError:
-    what, got = "the systems were not scored against the same masks", "a case that only some of them have a score for"
-    return UsageError(what, where=where, got=got, remedy="Score them on the same store")
-
-
-def _mean_over_structures(truth: np.ndarray, scores: np.ndarray) -> float:
-    """The mean over structures ``(n, L)`` of the mean over cases; structures that no case has are left out."""
-    if scores.ndim == 1:
-        return float(scores.mean())
-    known = ~np.isnan(scores)
-    counts, sums = known.sum(axis=0), np.where(known, scores, 0.0).sum(axis=0)
-    return float((sums[counts > 0] / counts[counts > 0]).mean()) if counts.any() else float("nan")
-
-
-def _mean_over_labels(score: Score) -> Score:
-    """A two-class score averaged over several binary labels, without those where it is undefined."""
-
-    def mean(truth: np.ndarray, shares: np.ndarray) -> float:
-        columns = zip(truth.T, shares.T, strict=True)
-        scores = [score(labels, np.stack([1 - share, share], axis=1)) for labels, share in columns]
-        defined = [value for value in scores if not np.isnan(value)]
-        return float(np.mean(defined)) if defined else float("nan")
-
-    return mean

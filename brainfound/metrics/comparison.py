@@ -17,7 +17,7 @@ import pandas as pd
 from scipy import stats
 
 from brainfound.errors import UsageError, did_you_mean
-from brainfound.metrics.cases import Cases, CaseTables, Score, mask_mismatch_error, read_matched_systems, read_system
+from brainfound.metrics.cases import Cases, CaseTables, Score, read_matched_systems, read_system
 from brainfound.metrics.registry import METRICS, metric_name
 from brainfound.metrics.statistics import bootstrap_interval, delong_test, holm, paired_permutation_test
 
@@ -158,20 +158,20 @@ class _Resampling:
 
 
 def _score_row(metric: str, name: str, system: Cases, resampling: _Resampling) -> dict[str, Any]:
-    truth, (answers,), subjects = _select_scored_cases(metric, system)
+    truth, (answers,), subjects = system.select_scored(metric)
     value, low, high = resampling.interval(system.metric(metric), subjects, truth, answers)
     return {"metric": metric, "system": name, "value": value, "low": low, "high": high} | _counts(metric, system)
 
 
 def _counts(metric: str, system: Cases) -> dict[str, Any]:
-    _, _, subjects = _select_scored_cases(metric, system)
+    _, _, subjects = system.select_scored(metric)
     higher_is_better = METRICS[metric_name(metric)].higher_is_better
     return {"higher_is_better": higher_is_better, "num_cases": len(subjects), "num_subjects": len(set(subjects))}
 
 
 def _compute_difference(metric: str, system: Cases, base: Cases, resampling: _Resampling) -> dict[str, float]:
     """System − base with its interval and its uncorrected p values."""
-    truth, (a, b), subjects = _select_scored_cases(metric, system, base)
+    truth, (a, b), subjects = system.select_scored(metric, base)
     score = base.metric(metric)
     difference = resampling.interval(lambda t, x, y: score(t, x) - score(t, y), subjects, truth, a, b)
     row = dict(zip(("difference", "difference_low", "difference_high"), difference, strict=True))
@@ -192,18 +192,6 @@ def _apply_holm(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for row, adjusted in zip(rows, holm([row[column] for row in rows]), strict=True):
             row[f"{column}_holm"] = float(adjusted)
     return rows
-
-
-def _select_scored_cases(name: str, *systems: Cases) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
-    """Truth, answers of each system, and subjects of the cases that have the score."""
-    answers = [system.answers[name] for system in systems]
-    if systems[0].task != "segmentation":
-        return systems[0].truth, answers, systems[0].subjects
-    known = ~np.isnan(answers[0])
-    if any((np.isnan(other) == known).any() for other in answers[1:]):
-        raise mask_mismatch_error(name)
-    scored = known.any(axis=tuple(range(1, known.ndim)))
-    return systems[0].truth[scored], [values[scored] for values in answers], systems[0].subjects[scored]
 
 
 def _resolve_metrics(

@@ -1,7 +1,4 @@
-"""The scores of a task, and those of a trivial baseline to compare them with.
-
-A trivial baseline knows the training labels and never reads an image: it predicts the share of each class, or the mean
-of the target. `brainfound.metrics.registry` lists the scores of each task.
+"""The scores of a task; `brainfound.metrics.registry` lists them.
 
 Axes: n cases, K classes, L labels of a case.
 """
@@ -90,18 +87,6 @@ def mean_case_scores(cases: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: float(np.mean(values)) if values else float("nan") for name, values in found.items()}
 
 
-def trivial_scores(task: str, answer: float | Sequence[float], test: Sequence[Any]) -> dict[str, float]:
-    """The scores of a classification or regression baseline that predicts the same for every case.
-
-    Args:
-        answer: each class's share in the training part, or the mean of its values.
-        test: class indices or values of the cases.
-    """
-    if task == "classification":
-        return classification_scores(test, np.tile(np.asarray(answer, dtype=float), (len(test), 1)))
-    return regression_scores(test, np.full(len(test), answer, dtype=float))
-
-
 def multi_label_scores(labels: Any, probabilities: Any, names: Sequence[str]) -> dict[str, float]:
     """Classification scores as the mean over labels and for each label: ``auroc``, ``auroc(edema)``, ….
 
@@ -126,8 +111,3 @@ def multi_label_scores(labels: Any, probabilities: Any, names: Sequence[str]) ->
         values = np.array([own[metric] for own in of_label.values()])
         scores[metric] = float(np.nanmean(values)) if not np.isnan(values).all() else float("nan")
     return scores | {f"{metric}({name})": value for name, own in of_label.items() for metric, value in own.items()}
-
-
-def trivial_multi_label_scores(shares: Any, test: Any, names: Sequence[str]) -> dict[str, float]:
-    """The scores of a baseline that gives every case ``(n, L)`` each label's share in the training part ``(L,)``."""
-    return multi_label_scores(test, np.tile(np.asarray(shares, dtype=float), (len(test), 1)), names)

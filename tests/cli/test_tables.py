@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from brainfound.cli.terminal import format_number, intervals_line, scores_line
-from brainfound.metrics.scores import classification_scores, regression_scores, trivial_scores
+from brainfound.metrics.scores import classification_scores, regression_scores
 
 
 def test_a_number_that_is_not_defined_is_a_dash():
@@ -14,7 +14,7 @@ def test_a_number_that_is_not_defined_is_a_dash():
 
 
 def test_the_line_of_scores_has_the_headline_and_what_there_is_room_for():
-    scores, trivial = regression_scores([1, 2, 3], [1, 2, 4]), trivial_scores("regression", 1.5, [1, 2, 3])
+    scores, trivial = regression_scores([1, 2, 3], [1, 2, 4]), regression_scores([1, 2, 3], [1.5, 1.5, 1.5])
     line = scores_line(
         {"task": "regression", "num_sessions": 3, "scores": scores, "trivial": trivial | {"pearson": None}}
     )

@@ -9,10 +9,19 @@ import pytest
 
 from brainfound.errors import UsageError
 from brainfound.finetuning.splits import make_split
-from brainfound.finetuning.tasks import Segmentation, SegmentationRecipe, TargetColumn, from_dict, resolve
-from brainfound.finetuning.tasks.base import target_columns
+from brainfound.finetuning.tasks import (
+    Classification,
+    Regression,
+    Segmentation,
+    SegmentationRecipe,
+    TargetColumn,
+    from_dict,
+    resolve,
+)
+from brainfound.finetuning.tasks.base import VolumeScorer, target_columns
 from brainfound.finetuning.tasks.classification import MultiLabelClassification
 from brainfound.finetuning.tasks.segmentation import OverlappingSegmentation
+from brainfound.models.infer import StackPrediction
 
 
 @pytest.fixture
@@ -186,3 +195,36 @@ def test_plain_values_round_trip(small_store):
     for task, column in (("classification", "diagnosis"), ("regression", "age_years"), ("segmentation", "mask")):
         target = resolve(small_store, range(12), column, task)
         assert from_dict(target.to_dict()) == target
+
+
+def trivial_scores(task, truths, answer):
+    scorer = VolumeScorer(task, truths)
+    for _ in truths:
+        scorer.add(None, answer)
+    return scorer.result().trivial
+
+
+def test_the_trivial_answer_comes_from_the_training_part_alone():
+    classes = Classification("diagnosis", ("no", "yes"), (2 / 3, 1 / 3))
+    guess = trivial_scores(classes, [0, 1, 1], StackPrediction(probabilities=np.array([0.0, 1.0])))
+    assert (guess["auroc"], guess["balanced_accuracy"], guess["mcc"]) == (0.5, 0.5, 0.0)
+    assert guess["auprc"] == pytest.approx(2 / 3), "the share of positives"
+    assert guess["macro_f1"] == pytest.approx((2 / 4 + 0) / 2)
+    mean = trivial_scores(Regression("age_years", mean=15.0), [14.0, 18.0], StackPrediction(value=14.0))
+    assert mean["mae"] == pytest.approx((1 + 3) / 2)
+    assert mean["r2"] == pytest.approx(1 - (1 + 9) / 8)
+    assert np.isnan(mean["pearson"])
+
+
+def test_the_trivial_answer_of_several_labels():
+    truths, names = [[1, 0, 0], [1, 1, 0], [0, 1, 0]], ("edema", "lesion", "bleed")
+    task = MultiLabelClassification(",".join(names), names, (2 / 3, 2 / 3, 0.0))
+    scores = trivial_scores(task, truths, StackPrediction(probabilities=np.array([0.5, 0.5, 0.5])))
+    assert scores["auroc"] == scores["balanced_accuracy(edema)"] == 0.5
+    assert np.isnan(scores["auroc(bleed)"]), "nobody has it"
+
+
+def test_a_bundle_without_shares_has_no_trivial_scores():
+    task = Classification("diagnosis", ("no", "yes"))
+    scores = trivial_scores(task, [0, 1], StackPrediction(probabilities=np.array([0.5, 0.5])))
+    assert all(np.isnan(value) for value in scores.values())

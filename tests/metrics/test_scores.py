@@ -13,8 +13,6 @@ from brainfound.metrics.scores import (
     multi_label_scores,
     regression_scores,
     segmentation_case_scores,
-    trivial_multi_label_scores,
-    trivial_scores,
 )
 
 LABELS = np.array([[1, 0, 0], [0, 1, 0], [1, 1, 0], [0, 0, 0], [1, 0, 0]])
@@ -120,21 +118,6 @@ def test_the_tolerance_of_surfaces_is_the_one_that_is_asked_for():
     assert strict < lenient == 1.0
 
 
-def test_trivial_baselines_know_the_training_part_only():
-    guess = trivial_scores("classification", [2 / 3, 1 / 3], [0, 1, 1])
-    assert {name: guess[name] for name in ("auroc", "balanced_accuracy", "mcc")} == {
-        "auroc": 0.5,
-        "balanced_accuracy": 0.5,
-        "mcc": 0.0,
-    }
-    assert guess["auprc"] == pytest.approx(2 / 3)  # the share of positives
-    assert guess["macro_f1"] == pytest.approx((2 / 4 + 0) / 2)
-    mean = trivial_scores("regression", 15.0, [14.0, 18.0])
-    assert mean["mae"] == pytest.approx((1 + 3) / 2)
-    assert mean["r2"] == pytest.approx(1 - (1 + 9) / 8)
-    assert np.isnan(mean["pearson"])
-
-
 def test_several_labels_and_their_mean():
     scores = multi_label_scores(LABELS, SHARES, ("edema", "lesion", "bleed"))
     areas = [roc_auc_score(LABELS[:, k], SHARES[:, k]) for k in (0, 1)]
@@ -143,13 +126,6 @@ def test_several_labels_and_their_mean():
     assert scores["auroc"] == pytest.approx(np.mean(areas))
     assert scores["balanced_accuracy(edema)"] == pytest.approx((2 / 3 + 1 / 2) / 2)
     assert next(iter(scores)) == "auroc"
-
-
-def test_the_baseline_of_several_labels_knows_no_image():
-    scores = trivial_multi_label_scores(LABELS.mean(axis=0), LABELS, ("edema", "lesion", "bleed"))
-    assert scores["auroc"] == 0.5
-    assert scores["balanced_accuracy(edema)"] == 0.5
-    assert np.isnan(scores["auroc(bleed)"])
 
 
 def test_labels_that_do_not_fit():

@@ -285,8 +285,8 @@ class VolumeTask(Task):
         """Metric → value over all sessions; the answers are of type `StackPrediction`."""
 
     @abstractmethod
-    def trivial_scores(self, truths: Sequence[Any]) -> dict[str, float]:
-        """Scores of a constant answer from the training part; empty if a bundle lacks the needed values."""
+    def trivial_answer(self) -> StackPrediction | None:
+        """The answer for every case without its image, from the training labels; None if a bundle lacks them."""
 
     @abstractmethod
     def format_answer(self, answer: StackPrediction) -> dict[str, Any]:
@@ -351,5 +351,7 @@ class VolumeScorer:
         return self.task.case(self.truths[len(self.answers) - 1], answer)
 
     def result(self) -> ScoredAnswers:
-        scores = self.task.compute_scores(self.truths, self.answers)
-        return ScoredAnswers(scores, self.task.trivial_scores(self.truths) or dict.fromkeys(scores, float("nan")))
+        scores, trivial = self.task.compute_scores(self.truths, self.answers), self.task.trivial_answer()
+        if trivial is None:
+            return ScoredAnswers(scores, dict.fromkeys(scores, float("nan")))
+        return ScoredAnswers(scores, self.task.compute_scores(self.truths, [trivial] * len(self.truths)))

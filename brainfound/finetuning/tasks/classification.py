@@ -169,8 +169,8 @@ class Classification(VolumeTask):
     def compute_scores(self, truths: Sequence[Any], answers: Sequence[Any]) -> dict[str, float]:
         return scores.classification_scores(truths, np.stack([answer.probabilities for answer in answers]))
 
-    def trivial_scores(self, truths: Sequence[Any]) -> dict[str, float]:
-        return scores.trivial_scores("classification", self.shares, truths) if self.shares else {}
+    def trivial_answer(self) -> StackPrediction | None:
+        return StackPrediction(probabilities=np.array(self.shares)) if self.shares else None
 
     def format_answer(self, answer: StackPrediction) -> dict[str, Any]:
         probabilities = self._by_name(answer.probabilities)
@@ -286,9 +286,6 @@ class MultiLabelClassification(Classification):
 
     def compute_scores(self, truths: Sequence[Any], answers: Sequence[Any]) -> dict[str, float]:
         return scores.multi_label_scores(truths, np.stack([answer.probabilities for answer in answers]), self.names)
-
-    def trivial_scores(self, truths: Sequence[Any]) -> dict[str, float]:
-        return scores.trivial_multi_label_scores(self.shares, truths, self.names) if self.shares else {}
 
     def _decide(self, probabilities: Mapping[str, float]) -> dict[str, Any]:
         return {"present": [name for name, p in probabilities.items() if p > 0.5]}

@@ -20,7 +20,7 @@ from brainfound.errors import UsageError
 from brainfound.finetuning.linear_models import LabelledFeatures, Linear, fit_ridge
 from brainfound.finetuning.tasks.base import AnswerCalibration, Notify, Parts, TargetColumn, TaskRecipe, VolumeTask
 from brainfound.metrics.calibration import conformal_interval, coverage, fit_bias_correction
-from brainfound.metrics.scores import regression_scores, trivial_scores
+from brainfound.metrics.scores import regression_scores
 from brainfound.models import BrainFoundForRegression
 from brainfound.models.heads import bin_edges
 from brainfound.models.infer import StackPrediction
@@ -139,8 +139,8 @@ class Regression(VolumeTask):
     def compute_scores(self, truths: Sequence[float], answers: Sequence[Any]) -> dict[str, float]:
         return regression_scores(truths, [answer.value for answer in answers])
 
-    def trivial_scores(self, truths: Sequence[float]) -> dict[str, float]:
-        return trivial_scores("regression", self.mean, truths)
+    def trivial_answer(self) -> StackPrediction:
+        return StackPrediction(value=self.mean)
 
     def format_answer(self, answer: StackPrediction) -> dict[str, Any]:
         std = {} if answer.value_std is None else {"standard_deviation": answer.value_std}
