@@ -192,8 +192,8 @@ def test_a_contrast_may_be_withheld(predictor, store):
     folder.mkdir()
     table.to_csv(folder / "manifest.tsv", sep="\t", index=False)
     (outcome,) = predict(predictor, folder, folder / "answers")
-    assert outcome.prediction is not None
-    assert outcome.prediction.missing == ("FLAIR",)
+    assert outcome.result is not None
+    assert outcome.result.missing == ("FLAIR",)
     scan = nib.load(table["path"].iloc[0])
     answer = nib.load(folder / "answers" / "BraTS-GLI-00001_ses-000_dseg.nii.gz")
     assert nib.aff2axcodes(scan.affine) == ("L", "P", "S")

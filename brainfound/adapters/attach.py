@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from peft import LoraConfig, PeftModel, get_peft_model
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from torch import nn
 
 from brainfound.adapters.low_rank import attach_principal
-from brainfound.adapters.roles import require_known_roles, resolve_targets
+from brainfound.adapters.roles import Roles, resolve_targets
 from brainfound.errors import ModelError, RecipeError
 from brainfound.models import BrainFoundForSegmentation
 from brainfound.models.encoder import SliceEncoder
@@ -25,7 +25,7 @@ class AdapterRecipe(Recipe):
     """"none" trains the head alone, "full" everything, "last_blocks" the last blocks and the last norm; "lora" (Hu et
     al. 2021), "dora" (Liu et al. 2024), "rslora" (Kalajdzievski 2023) and "pissa" (Meng et al. 2024, updates that start
     as the principal part of the weights) train low-rank updates of the backbone and the head."""
-    roles: tuple[str, ...] = ("query", "value")
+    roles: Roles = ("query", "value")
     """The weight matrices that get an update: query, key, value, output, mlp_in, mlp_out, patch."""
     rank: Annotated[int, Field(ge=1, le=1024)] = 8
     """Rank of each update."""
@@ -40,17 +40,6 @@ class AdapterRecipe(Recipe):
     train_contrast_embedding: bool = True
     """Also train the stem's embedding of each contrast, with low-rank updates and last_blocks; "full" always does.
     Gradients must then flow through all blocks."""
-
-    @field_validator("roles")
-    @classmethod
-    def _known_roles(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if not value:
-            raise ValueError("at least one role is needed")
-        try:
-            require_known_roles(value)
-        except RecipeError as error:
-            raise ValueError(str(error)) from None
-        return value
 
     @model_validator(mode="after")
     def _principal_parts_exist(self) -> Self:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import Annotated
 
+from pydantic import AfterValidator
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -30,6 +32,20 @@ def require_known_roles(roles: Iterable[str]) -> None:
     for role in roles:
         if role not in ROLES:
             raise RecipeError(f"unknown role {role!r}", where="roles", remedy=did_you_mean(role, ROLES))
+
+
+def _validate_roles(roles: tuple[str, ...]) -> tuple[str, ...]:
+    if not roles:
+        raise ValueError("at least one role is needed")
+    try:
+        require_known_roles(roles)
+    except RecipeError as error:
+        raise ValueError(error.reason) from None
+    return roles
+
+
+Roles = Annotated[tuple[str, ...], AfterValidator(_validate_roles)]
+"""Roles in a recipe: at least one, all known."""
 
 
 def resolve_targets(model: nn.Module, roles: Iterable[str], layers: Iterable[int] | None = None) -> list[str]:

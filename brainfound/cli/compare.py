@@ -26,7 +26,6 @@ def compare(
         str | None, typer.Option(help="Comma-separated metrics; default: those of the score tables.")
     ] = None,
     frozen: Annotated[bool, typer.Option("--frozen", help="Add the frozen baseline of the first run.")] = False,
-    data: Annotated[Path | None, typer.Option(help="The store, for runs without subject rows in cases.tsv.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare runs on the same test sessions: scores with intervals, differences with intervals and p values.
@@ -34,13 +33,11 @@ def compare(
     Tests: paired permutation over subjects, DeLong for AUROC, Holm's correction over the compared systems. Folds are
     pooled; scores of several seeds are averaged.
     """
-    from brainfound.data.store import Store
     from brainfound.experiments.compared_runs import read_compared_runs
     from brainfound.metrics.comparison import compare as compare_with_first
     from brainfound.metrics.comparison import compare_pairs, score_intervals
 
-    store = None if data is None else Store.open(data)
-    compared = read_compared_runs(runs, frozen=frozen, store=store)
+    compared = read_compared_runs(runs, frozen=frozen)
     systems, chosen = compared.systems, parse_list(metrics) if metrics else compared.metrics
     bootstrap: dict[str, Any] = {"num_resamples": NUM_RESAMPLES, "confidence": CONFIDENCE}
     first = next(iter(systems))

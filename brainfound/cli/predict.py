@@ -13,7 +13,8 @@ from brainfound.cli.terminal import Hooks, Quiet, parse_list, print_note, progre
 from brainfound.errors import EXIT_FAILED, EXIT_SOME_REJECTED, UsageError
 
 if TYPE_CHECKING:
-    from brainfound.inference.cohort import PredictionOutcome
+    from brainfound.inference.cohort import Outcome
+    from brainfound.inference.prediction import Prediction
     from brainfound.inference.predictor import Predictor
 
 IMAGES = (".nii", ".nii.gz", ".mgz", ".mgh", ".img", ".hdr")
@@ -79,7 +80,7 @@ def _predict_inputs(
             outcomes = predict_cohort(
                 predictor, paths[0], out, probabilities=probabilities, overwrite=overwrite, progress=progress
             )
-        _report_cohort("answer", [(o, o.prediction, _summary(o)) for o in outcomes])
+        _report_cohort("answer", [(o, _summary(o)) for o in outcomes])
         return
     if probabilities and predictor.per_voxel:
         predictor = predictor.with_options(replace(predictor.options, class_probabilities=True))
@@ -110,13 +111,13 @@ def _print_files(files: list[Path], notes: Iterable[str]) -> None:
         print_note(line)
 
 
-def _report_cohort(title: str, outcomes: list[tuple[Any, Any, str]]) -> None:
-    """Print the table of (outcome, its result or None, its summary), report failures, and exit accordingly."""
+def _report_cohort(title: str, outcomes: list[tuple[Outcome[Any], str]]) -> None:
+    """Print the table of outcomes and their summaries, report failures, and exit accordingly."""
     from brainfound.cli.terminal import print_table
 
-    print_table(("subject", "session", title), [(o.subject, o.session, text) for o, _, text in outcomes])
-    failed = [o.reason for o, result, _ in outcomes if result is None and o.reason != "already done"]
-    rejected = [(o.subject, line) for o, result, _ in outcomes if result is not None for line in result.rejected]
+    print_table(("subject", "session", title), [(o.subject, o.session, text) for o, text in outcomes])
+    failed = [o.reason for o, _ in outcomes if o.result is None and o.reason != "already done"]
+    rejected = [(o.subject, line) for o, _ in outcomes if o.result is not None for line in o.result.rejected]
     exit_for_cohort(len(outcomes), failed, rejected)
 
 
@@ -135,11 +136,11 @@ def exit_for_cohort(num_sessions: int, failed: list[str], rejected: list[tuple[s
         raise typer.Exit(EXIT_SOME_REJECTED)
 
 
-def _summary(outcome: PredictionOutcome) -> str:
-    if outcome.prediction is None:
+def _summary(outcome: Outcome[Prediction]) -> str:
+    if outcome.result is None:
         return outcome.reason
-    answer = outcome.prediction.answer
-    missing = f" (without {', '.join(outcome.prediction.missing)})" if outcome.prediction.missing else ""
+    answer = outcome.result.answer
+    missing = f" (without {', '.join(outcome.result.missing)})" if outcome.result.missing else ""
     if "class" in answer:
         return f"{answer['class']} {answer['probabilities'][answer['class']]:.2f}{missing}"
     if "present" in answer:
@@ -191,7 +192,7 @@ def explain(
             outcomes = explain_cohort(
                 predictor, paths[0], out, method=methods, class_name=class_name, overwrite=overwrite, progress=progress
             )
-        _report_cohort("maps", [(o, o.explanation, o.reason or ", ".join(methods)) for o in outcomes])
+        _report_cohort("maps", [(o, o.reason or ", ".join(methods)) for o in outcomes])
         return
     explanation = predictor.explain(*paths, method=methods, class_name=class_name, **contrast_paths)
     _print_files(explanation.save(out, _file_name(paths, contrast_paths)), explanation.notes)

@@ -15,7 +15,6 @@ from typing import Any
 
 import pandas as pd
 
-from brainfound.data.store import Store
 from brainfound.errors import UsageError
 from brainfound.experiments.folder import RUNS_FILE
 from brainfound.finetuning.scoring import CASES_FILE, FROZEN_CASES_FILE, SUBJECT_ROW
@@ -34,7 +33,7 @@ class ComparedRuns:
     metrics: list[str]
 
 
-def read_compared_runs(folders: Sequence[Path], *, frozen: bool = False, store: Store | None = None) -> ComparedRuns:
+def read_compared_runs(folders: Sequence[Path], *, frozen: bool = False) -> ComparedRuns:
     """Read the runs of several folders.
 
     Runs on one store are matched by the rows of their sessions; runs on several stores by names, which they must have
@@ -42,7 +41,6 @@ def read_compared_runs(folders: Sequence[Path], *, frozen: bool = False, store: 
 
     Args:
         frozen: also put the frozen baseline of the first system in front.
-        store: the store of the runs, for older runs whose table of cases does not name the subjects.
 
     Raises:
         UsageError: a folder has no finished run, is given twice or is the only system; or the runs do not match.
@@ -59,16 +57,11 @@ def read_compared_runs(folders: Sequence[Path], *, frozen: bool = False, store: 
     facts = {name: [_read_facts(run) for run in of_system] for name, of_system in runs.items()}
     _require_same_task_and_target(facts)
     match_by_name = len({fact["data_hash"] for of_system in facts.values() for fact in of_system}) > 1
-    if match_by_name and store is not None:
-        raise UsageError("the runs are of several stores", where="--data", remedy="Leave it out")
     first = next(iter(found))
-    if store is not None and store.content_hash != facts[first][0]["data_hash"]:
-        remedy = "Give the store that they were trained on"
-        raise UsageError("not the store of the runs", where=store.path, remedy=remedy)
     requested = [(f"{first}, frozen", found[first], FROZEN_CASES_FILE)] if frozen else []
     requested += [(name, seeds, CASES_FILE) for name, seeds in found.items()]
     systems = {
-        name: [_read_seed([run / file for run in seed], match_by_name, store) for seed in seeds]
+        name: [_read_seed([run / file for run in seed], match_by_name) for seed in seeds]
         for name, seeds, file in requested
     }
     target = facts[first][0]["target"]
@@ -131,7 +124,7 @@ def _require_same_task_and_target(facts: dict[str, list[dict[str, Any]]]) -> Non
                 raise UsageError(f"{what} than {first}", where=name, got=other[0], expected=expected[key])
 
 
-def _read_seed(files: Sequence[Path], match_by_name: bool, store: Store | None) -> pd.DataFrame:
+def _read_seed(files: Sequence[Path], match_by_name: bool) -> pd.DataFrame:
     """The cases of one seed over all folds, identified by subject and session."""
     cases = pd.concat([_read_cases(file) for file in files], ignore_index=True)
     where = files[0]
@@ -141,15 +134,8 @@ def _read_seed(files: Sequence[Path], match_by_name: bool, store: Store | None) 
             expected, remedy = "the names of subjects and sessions", "Fine-tune with --keep-ids"
             raise UsageError(what, where=where, expected=expected, remedy=remedy)
         return cases.drop(columns=["row", SUBJECT_ROW], errors="ignore")
-    if store is not None:
-        names = store.sessions["subject"].iloc[cases["row"]]
-    elif SUBJECT_ROW in cases or "subject" in cases:
-        names = cases[SUBJECT_ROW if SUBJECT_ROW in cases else "subject"]
-    else:
-        what, remedy = "the table of cases does not name the subjects", "Give the store of the runs with --data"
-        raise UsageError(what, where=where, got="a run of an older version", remedy=remedy)
-    # Number the subjects by their first row, so that tables of the same cases agree however they name subjects.
-    subjects = cases.groupby(names.to_numpy())["row"].transform("min")
+    # Number the subjects by their first row, so that tables of the same cases agree whether or not they name subjects.
+    subjects = cases.groupby(cases[SUBJECT_ROW].to_numpy())["row"].transform("min")
     return cases.drop(columns=["session", SUBJECT_ROW], errors="ignore").assign(subject=subjects)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from brainfound.data.cohort import Cohort, Session
 from brainfound.errors import BrainFoundError
@@ -15,14 +16,16 @@ from brainfound.inference.prediction import Prediction, file_stem
 from brainfound.inference.predictor import Predictor, PredictorInput
 from brainfound.training.data_loading import map_in_background
 
+_Result = TypeVar("_Result", Prediction, Explanation)
+
 
 @dataclass(frozen=True)
-class PredictionOutcome:
-    """The prediction of one session, or the reason why there is none."""
+class Outcome(Generic[_Result]):
+    """The prediction or explanation of one session, or the reason why there is none."""
 
     subject: str
     session: str
-    prediction: Prediction | None
+    result: _Result | None
     reason: str = ""
 
 
@@ -34,7 +37,7 @@ def predict(
     probabilities: bool = False,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
-) -> list[PredictionOutcome]:
+) -> list[Outcome[Prediction]]:
     """Predict each session of a cohort.
 
     A background thread prepares one session ahead of the model, except with hooks: their process groups receive an
@@ -51,60 +54,16 @@ def predict(
     predictor = model if isinstance(model, Predictor) else load(model)
     if probabilities and predictor.per_voxel:
         predictor = predictor.with_options(replace(predictor.options, class_probabilities=True))
-    cohort = source if isinstance(source, Cohort) else Cohort.read(source)
-    sessions = list(cohort.sessions())
-    folder = None if out is None else Path(out)
 
-    def prepare(session: Session) -> PredictorInput | PredictionOutcome:
-        name = file_stem(session.subject, session.session)
-        if folder is not None and (folder / f"{name}.json").is_file() and not overwrite:
-            return PredictionOutcome(session.subject, session.session, None, "already done")
-        try:
-            return predictor.prepare(session)
-        except BrainFoundError as error:
-            return PredictionOutcome(session.subject, session.session, None, str(error))
-
-    outcomes = []
-    ahead = (
-        (prepare(session) for session in sessions) if predictor.hooks else map_in_background(sessions, prepare, ahead=1)
-    )
-    # Also closed on an interrupt: the thread then stops after its current session.
-    with closing(ahead) as prepared:
-        for done, session in enumerate(sessions, start=1):
-            ready = next(prepared)
-            if isinstance(ready, PredictorInput):
-                outcome = _predict_session(predictor, session, ready, folder, probabilities)
-            else:
-                outcome = ready
-            # Free the session before the thread starts on the next one.
-            del ready
-            outcomes.append(outcome)
-            if progress:
-                progress(done, len(sessions))
-    return outcomes
-
-
-def _predict_session(
-    predictor: Predictor, session: Session, ready: PredictorInput, folder: Path | None, probabilities: bool
-) -> PredictionOutcome:
-    try:
+    def answer(ready: PredictorInput, name: str) -> Prediction:
         prediction = predictor.predict_prepared(ready)
-    except BrainFoundError as error:
-        return PredictionOutcome(session.subject, session.session, None, str(error))
-    if folder is not None:
-        prediction.save(folder, file_stem(session.subject, session.session), probabilities=probabilities)
-        prediction = prediction.without_images()
-    return PredictionOutcome(session.subject, session.session, prediction)
+        if out is None:
+            return prediction
+        prediction.save(out, name, probabilities=probabilities)
+        return prediction.without_images()
 
-
-@dataclass(frozen=True)
-class ExplanationOutcome:
-    """The explanation of one session, or the reason why there is none."""
-
-    subject: str
-    session: str
-    explanation: Explanation | None
-    reason: str = ""
+    done = None if out is None or overwrite else (Path(out), ".json")
+    return _answer_sessions(predictor, source, done, answer, progress)
 
 
 def explain_cohort(
@@ -116,37 +75,66 @@ def explain_cohort(
     class_name: str | None = None,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
-) -> list[ExplanationOutcome]:
+) -> list[Outcome[Explanation]]:
     """Explain each session of a cohort and write its files at once.
 
     Maps are large, so outcomes hold only their numbers, not the images.
 
     Args:
-        model: a predictor, or a model that `load` reads.
-        source: a cohort, or a path that `Cohort.read` recognises.
+        model, source, progress: as for `predict`.
         method, class_name: see `brainfound.inference.explanation.choose_methods`.
         overwrite: explain again; otherwise sessions with an explanation in ``out`` are skipped.
-        progress: called with (sessions done, number of sessions).
     """
     predictor = model if isinstance(model, Predictor) else load(model)
     methods = choose_methods(predictor.model, predictor.target, method, class_name)
+
+    def answer(ready: PredictorInput, name: str) -> Explanation:
+        explanation = predictor.explain_prepared(ready, methods, class_name)
+        explanation.save(out, name)
+        return replace(explanation, maps={})
+
+    done = None if overwrite else (Path(out), "_explanation.json")
+    return _answer_sessions(predictor, source, done, answer, progress)
+
+
+def _answer_sessions(
+    predictor: Predictor,
+    source: str | Path | Cohort,
+    done: tuple[Path, str] | None,
+    answer: Callable[[PredictorInput, str], _Result],
+    progress: Callable[[int, int], None] | None,
+) -> list[Outcome[_Result]]:
+    """Answer each session from its input and name, unless `done`, a folder and the ending of a file, has its file."""
     cohort = source if isinstance(source, Cohort) else Cohort.read(source)
     sessions = list(cohort.sessions())
-    outcomes = []
-    for done, session in enumerate(sessions, start=1):
-        name = file_stem(session.subject, session.session)
-        explanation, reason = None, ""
-        if (Path(out) / f"{name}_explanation.json").is_file() and not overwrite:
-            reason = "already done"
-        else:
-            try:
-                explanation = predictor.explain_prepared(predictor.prepare(session), methods, class_name)
-            except BrainFoundError as error:
-                reason = str(error)
-        if explanation is not None:
-            explanation.save(out, name)
-            explanation = replace(explanation, maps={})
-        outcomes.append(ExplanationOutcome(session.subject, session.session, explanation, reason))
-        if progress:
-            progress(done, len(sessions))
+
+    def prepare(session: Session) -> PredictorInput | str:
+        if done is not None:
+            folder, ending = done
+            if (folder / f"{file_stem(session.subject, session.session)}{ending}").is_file():
+                return "already done"
+        try:
+            return predictor.prepare(session)
+        except BrainFoundError as error:
+            return str(error)
+
+    ahead = (prepare(s) for s in sessions) if predictor.hooks else map_in_background(sessions, prepare, ahead=1)
+    outcomes: list[Outcome[_Result]] = []
+    # Also closed on an interrupt: the thread then stops after its current session.
+    with closing(ahead) as prepared:
+        for count, session in enumerate(sessions, start=1):
+            ready = next(prepared)
+            result, reason = None, ""
+            if isinstance(ready, str):
+                reason = ready
+            else:
+                try:
+                    result = answer(ready, file_stem(session.subject, session.session))
+                except BrainFoundError as error:
+                    reason = str(error)
+            # Free the session before the thread starts on the next one.
+            del ready
+            outcomes.append(Outcome(session.subject, session.session, result, reason))
+            if progress:
+                progress(count, len(sessions))
     return outcomes

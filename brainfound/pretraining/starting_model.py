@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from brainfound.adapters.attach import unfreeze_last_blocks
-from brainfound.adapters.roles import require_known_roles, resolve_targets
+from brainfound.adapters.roles import Roles, resolve_targets
 from brainfound.data.store import Store
 from brainfound.errors import RecipeError
 from brainfound.models import BrainFoundConfig, BrainFoundModel
@@ -125,18 +125,12 @@ class TrainedPartRecipe(Recipe):
     """Rank of each update."""
     alpha: float = Field(default=64.0, gt=0)
     """Scale of the updates: alpha / rank."""
-    roles: tuple[str, ...] = ("query", "value")
+    roles: Roles = ("query", "value")
     """The matrices of the frozen blocks that get an update: query, key, value, output, mlp_in, mlp_out."""
 
     @field_validator("roles")
     @classmethod
-    def _known_roles(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if not value:
-            raise ValueError("at least one role is needed")
-        try:
-            require_known_roles(value)
-        except RecipeError as error:
-            raise ValueError(error.reason) from None
+    def _roles_of_blocks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if "patch" in value:
             raise ValueError("the patch embedding belongs to no block; leave out patch")
         return value

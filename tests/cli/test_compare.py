@@ -183,23 +183,12 @@ def test_what_cannot_be_compared_is_one_line(cli, three, tmp_path, small_store):
         "not a run of fine-tuning": (a, make_run(tmp_path / "pretraining", aged(3, 1), kind="pretrain")),
         "no metric 'auroc' of a regression": (a, b, "--metrics", "auroc"),
         "no frozen baseline": (a, "--frozen"),
-        "not the store of the runs": (a, b, "--data", small_store.path),
     }
     for line, arguments in lines.items():
         answer = cli("compare", *arguments, quiet=False)
         assert answer.code == 2, line
         assert line in answer.line
         assert answer.out == ""
-
-
-def test_runs_from_before_subjects_were_written_down_need_the_store(cli, tmp_path, small_store):
-    cases = aged(3, 1, range(12)).drop(columns="subject_row")
-    other = aged(5, 2, range(12))
-    data = small_store.content_hash
-    runs = [make_run(tmp_path / "old", cases, data=data), make_run(tmp_path / "new", other, data=data)]
-    assert "--data" in cli("compare", *runs, quiet=False).line
-    found = as_json(cli("compare", *runs, "--data", small_store.path, "--json", quiet=False))
-    assert found["scores"][0]["num_subjects"] == 12
 
 
 def test_a_real_run_against_its_frozen_baseline_and_the_intervals_of_an_evaluation(cli, classifier, small_store):

@@ -55,14 +55,14 @@ def test_the_answers_are_those_of_one_session_after_the_other(segmenter, predict
             if session.subject == "s01":
                 with pytest.raises(ScanError) as refused:
                     asked.predict_session(session)
-                assert (outcome.prediction, outcome.reason) == (None, str(refused.value))
+                assert (outcome.result, outcome.reason) == (None, str(refused.value))
             else:
                 asked.predict_session(session).save(tmp_path / f"{name} alone", stem)
                 assert outcome.reason == ""
         assert bytes_of(tmp_path / name) == bytes_of(tmp_path / f"{name} alone")
-        assert [outcome.subject for outcome in outcomes if outcome.prediction is None] == ["s01"]
-        assert [bool(o.prediction and o.prediction.rejected) for o in outcomes] == [False, False, False, True, False]
-        assert all(o.prediction.image is o.prediction.probability is None for o in outcomes if o.prediction)
+        assert [outcome.subject for outcome in outcomes if outcome.result is None] == ["s01"]
+        assert [bool(o.result and o.result.rejected) for o in outcomes] == [False, False, False, True, False]
+        assert all(o.result.image is o.result.probability is None for o in outcomes if o.result)
     assert prefetching() == []
 
 
@@ -93,7 +93,7 @@ def test_the_next_session_is_prepared_while_the_model_works(predictor, cohort, m
     monkeypatch.setattr(Predictor, "prepare", watched_prepare)
     monkeypatch.setattr(predictor_module, "infer", watched_infer)
     outcomes = predict(predictor, cohort)
-    assert [outcome.prediction is not None for outcome in outcomes] == [True, False, True, True, True]
+    assert [outcome.result is not None for outcome in outcomes] == [True, False, True, True, True]
     assert order == [0, 2, 3, 4]
     assert max(ahead) <= 1
 

@@ -489,7 +489,7 @@ def test_a_cohort_is_explained_session_by_session(make, small_store, make_cohort
     names = {f"s{n:02d}_ses-1_{ending}" for n in range(2) for ending in endings}
     assert {file.name for file in out.iterdir()} == names
     content = json.loads((out / "s01_ses-1_explanation.json").read_text())
-    assert content["pca"] == outcomes[1].explanation.numbers["pca"]
+    assert content["pca"] == outcomes[1].result.numbers["pca"]
     assert len(content["slices"]) == len(content["positions_mm"]) == 3
     assert "no evidence" in content["caution"]
     again = explain_cohort(predictor, source, out)

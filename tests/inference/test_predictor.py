@@ -167,9 +167,9 @@ def test_a_cohort_goes_past_failures_and_skips_what_is_done(predictor, source, t
     seen = []
     outcomes = predict(predictor, tmp_path, tmp_path / "out", progress=lambda *at: seen.append(at))
     assert seen == [(1, 3), (2, 3), (3, 3)]
-    assert [outcome.prediction is None for outcome in outcomes] == [False, True, False]
+    assert [outcome.result is None for outcome in outcomes] == [False, True, False]
     assert "no scan can be used" in outcomes[1].reason
-    assert outcomes[2].prediction.missing == ("T2w",)
+    assert outcomes[2].result.missing == ("T2w",)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"s00_ses-1.json", "s02_ses-1.json"}
     assert json.loads((tmp_path / "out" / "s02_ses-1.json").read_text())["subject"] == "s02"
 
@@ -196,7 +196,7 @@ def test_names_of_files_stay_inside_and_apart(predictor, source, tmp_path):
     before = set(tmp_path.iterdir())
     outcomes = predict(predictor, tmp_path, tmp_path / "out" / "here")
     assert sorted(outcome.subject for outcome in outcomes) == sorted(names)
-    assert all(outcome.prediction for outcome in outcomes)
+    assert all(outcome.result for outcome in outcomes)
     written = {file.name: json.loads(file.read_text())["subject"] for file in (tmp_path / "out" / "here").iterdir()}
     assert sorted(written.values()) == sorted(names)
     assert written["a b_ses-1.json"] == "a b"

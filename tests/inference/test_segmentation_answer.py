@@ -118,9 +118,9 @@ def test_a_cohort_gets_one_file_for_each_region(small_store, tiny_backbone, tmp_
         assert content["volumes_mm3"][region] == pytest.approx(int(np.asarray(mask.dataobj).sum()) * 27.0, rel=1e-5)
     assert not any((tmp_path / f"{name}_dseg.nii.gz").exists() for name in ("s00_ses-1", "s01_ses-1"))
     # What lies in files is not kept: the volumes of a whole cohort would fill the memory.
-    assert all(outcome.prediction.masks == outcome.prediction.probabilities == {} for outcome in outcomes)
-    assert outcomes[0].prediction.probability is None
-    assert outcomes[0].prediction.answer["volumes_mm3"] == content["volumes_mm3"]
+    assert all(outcome.result.masks == outcome.result.probabilities == {} for outcome in outcomes)
+    assert outcomes[0].result.probability is None
+    assert outcomes[0].result.answer["volumes_mm3"] == content["volumes_mm3"]
 
 
 def test_one_class_has_one_probability(segmenter, source, tmp_path):
