@@ -1,6 +1,6 @@
 """Metrics, their uncertainty, and the comparison and ranking of systems.
 
-Only numpy, scipy, scikit-learn and pandas are used here, so a score can be recomputed without torch.
+They need numpy, scipy, scikit-learn, pandas and jaxtyping, so a score can be recomputed without torch.
 
 Invalid input is refused in one line (`UsageError`): non-finite values, shapes that differ, masks that are not binary.
 An undefined score is ``nan``: AUROC of one class, R² of a constant target, Pearson's r of a constant. A mean over cases

@@ -18,7 +18,7 @@ from brainfound.data.preprocessing.foreground import bounding_box, foreground
 from brainfound.data.preprocessing.grids import resample, resample_labels, shift, smooth_before_downsampling
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.preprocessing.stack import ScanQuality, Stack, positions_mm, skull_state
-from brainfound.data.reading.orientation import axis_codes
+from brainfound.data.reading.header_geometry import axis_codes
 from brainfound.data.reading.scan import Scan
 from brainfound.errors import ScanError
 

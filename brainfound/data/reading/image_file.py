@@ -30,7 +30,7 @@ from nibabel.spm2analyze import Spm2AnalyzeHeader
 from nibabel.volumeutils import apply_read_scaling
 
 from brainfound.data.reading.archives import MAX_DEFLATE_RATIO, open_binary, size_and_mtime
-from brainfound.data.reading.orientation import HEADER_ERRORS, AffineSource, header_affine
+from brainfound.data.reading.header_geometry import HEADER_ERRORS, AffineSource, header_affine
 from brainfound.errors import ScanError
 
 MAX_VOXELS = 1024**3

@@ -12,8 +12,14 @@ import numpy as np
 from jaxtyping import Float
 from nibabel.orientations import apply_orientation, inv_ornt_aff
 
+from brainfound.data.reading.header_geometry import (
+    AffineSource,
+    axis_codes,
+    check_affine,
+    closest_canonical,
+    shear_notes,
+)
 from brainfound.data.reading.image_file import ImageHeader, read_image_header, read_voxels
-from brainfound.data.reading.orientation import AffineSource, axis_codes, check_affine, closest_canonical, shear_notes
 from brainfound.errors import ScanError
 
 MAX_VALUE = 1e30

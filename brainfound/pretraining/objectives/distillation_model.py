@@ -1,4 +1,4 @@
-"""The models of self-distillation: an encoder with projection heads, the EMA of a teacher, and early gradients.
+"""The models of self-distillation: an encoder with projection heads, and gradients that are computed early.
 
 Axis legend: ``m`` crops of a pass, ``M`` masked tokens, ``T`` tokens of a crop, ``P`` patch tokens of a global crop,
 ``D`` width.

@@ -1,4 +1,4 @@
-"""From voxels to the world: the affine of a header, its plausibility, and the closest RAS orientation."""
+"""The geometry in an image header: its affine, whether it is plausible, and the closest RAS orientation."""
 
 from __future__ import annotations
 
