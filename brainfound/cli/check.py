@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -208,7 +208,7 @@ class _Report:
         )
 
     def facts(self, contract: InputContract) -> dict[str, Any]:
-        from brainfound.data.checking.check import finding_to_dict, scan_to_dict
+        from brainfound.data.checking.check import scan_to_dict
 
         listed = []
         for row, session in enumerate(self.sessions):
@@ -218,7 +218,7 @@ class _Report:
                     "row": row,
                     **(names if self.with_names and not self.are_files else {}),
                     "level": session.level,
-                    "findings": [finding_to_dict(finding) for finding in session.findings if finding.message],
+                    "findings": [asdict(finding) for finding in session.findings if finding.message],
                     "scans": [scan_to_dict(scan, self.with_names) for scan in session.scans],
                 }
             )

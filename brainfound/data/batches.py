@@ -48,16 +48,11 @@ def to_unit_range(pixels: Tensor) -> Float[Tensor, "..."]:
     return pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
 
 
-def evenly_spaced_slices(num_slices: int, wanted: int | None, margin: float = 0.0) -> Int[np.ndarray, "S"]:
-    """Indices of at most ``wanted`` slices (None: all), each in the middle of its share of the stack.
-
-    ``margin`` is the share of the stack to leave out at each end.
-    """
+def evenly_spaced_slices(num_slices: int, wanted: int | None) -> Int[np.ndarray, "S"]:
+    """Indices of at most ``wanted`` slices (None: all), each in the middle of its share of the stack."""
     if wanted is None or wanted >= num_slices:
         return np.arange(num_slices)
-    first, span = num_slices * margin, num_slices * (1 - 2 * margin)
-    centres = first + (np.arange(wanted) + 0.5) * span / wanted
-    return np.clip(np.floor(centres).astype(int), 0, num_slices - 1)
+    return np.floor((np.arange(wanted) + 0.5) * num_slices / wanted).astype(int)
 
 
 def collate(stacks: Sequence[Stack], slices: Sequence[np.ndarray] | None = None) -> VolumeBatch:

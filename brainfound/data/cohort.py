@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ class Session:
     """Further scans of contrasts in `scans`, in table order."""
 
 
+@dataclass(eq=False, repr=False)
 class Cohort:
     """Sessions of one source.
 
@@ -45,22 +46,15 @@ class Cohort:
         unused: files that are not scans of the table, each with the reason.
     """
 
-    def __init__(
-        self,
-        table: pd.DataFrame,
-        root: Path,
-        mask_columns: tuple[str, ...] = ("mask",),
-        *,
-        source: str = "table",
-        notes: Iterable[str] = (),
-        unused: Iterable[tuple[Path, str]] = (),
-    ) -> None:
-        self.table = with_all_columns(table)
-        self.root = root
-        self.mask_columns = mask_columns
-        self.source = source
-        self.notes = tuple(notes)
-        self.unused = tuple((Path(file), reason) for file, reason in unused)
+    table: pd.DataFrame
+    root: Path
+    mask_columns: tuple[str, ...] = ("mask",)
+    source: str = "table"
+    notes: Sequence[str] = ()
+    unused: Sequence[tuple[Path, str]] = ()
+
+    def __post_init__(self) -> None:
+        self.table = with_all_columns(self.table)
 
     @classmethod
     def read(cls, path: str | Path, *, work: str | Path | None = None) -> Cohort:
@@ -109,11 +103,8 @@ class Cohort:
 
 
 def _first_known(values: list[Any], rows: list[int]) -> Any:
-    for row in rows:
-        value = values[row]
-        if value is not None and value is not pd.NA and value is not pd.NaT and value == value:  # not NaN
-            return value.item() if hasattr(value, "item") else value
-    return None
+    value: Any = next((values[row] for row in rows if not pd.isna(values[row])), None)
+    return value.item() if hasattr(value, "item") else value
 
 
 def require_column(columns: list[str], wanted: str, where: str) -> None:

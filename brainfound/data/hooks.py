@@ -264,19 +264,18 @@ def run_hooks(
         ScanError: a tool failed, see `run_hook`.
     """
     path = Path(scan_path)
-    scan_folder = Path(tempfile.mkdtemp(dir=folder))
-    for number, hook in enumerate(hooks):
+    for hook in hooks:
         if hook.applies_to(contrast, reference is None):
-            path = run_hook(path, hook, scan_folder / str(number), reference)
+            path = run_hook(path, hook, Path(tempfile.mkdtemp(dir=folder)), reference)
     return path
 
 
 def run_hook(scan_path: Path, hook: Hook, folder: Path, reference: Path | None = None) -> Path:
-    """Run one hook on one scan, in a new folder; returns the tool's output, under the name of the scan.
+    """Run one hook on one scan, in an empty or new folder; returns the tool's output, under the name of the scan.
 
     ScanError: the tool failed, took too long, wrote nothing, or wrote something that is not a scan.
     """
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     files = {"input": anonymised_copy(scan_path, folder / "input.nii.gz"), "output": folder / "output.nii.gz"}
     if hook.step == "register":
         assert reference is not None, "a registration needs a reference scan"

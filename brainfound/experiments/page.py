@@ -23,6 +23,7 @@ from brainfound.experiments.folder import COMPARISON_FILE, FIGURE_FILE, PAGE_FIL
 from brainfound.metrics.registry import METRICS, format_score, metric_name
 from brainfound.report.cards import format_table
 from brainfound.report.figures import PALETTE, save_figure
+from brainfound.training.checkpoint import write_atomically
 
 _FEW_SESSIONS = 30
 """Smaller test parts get a caution."""
@@ -52,9 +53,7 @@ def write_experiment_page(folder: str | Path) -> Path:
         _command_section(summary),
     ]
     path = experiment.path / PAGE_FILE
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text("\n\n".join(filter(None, parts)) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, "\n\n".join(filter(None, parts)) + "\n")
     return path
 
 

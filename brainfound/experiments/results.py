@@ -12,7 +12,6 @@ import pandas as pd
 
 from brainfound.data.splits.split_file import Split
 from brainfound.data.store import Store
-from brainfound.errors import UsageError
 from brainfound.experiments.folder import (
     CASES_FILE,
     GROUP_COLUMNS,
@@ -147,14 +146,3 @@ def write_cases_and_page(folder: Path, table: pd.DataFrame, store: Store, keep_i
         parts.append(pd.concat([pd.DataFrame([keys] * len(cases)), cases], axis=1))
     write_atomically(folder / CASES_FILE, pd.concat(parts, ignore_index=True).to_csv(sep="\t", index=False))
     write_experiment_page(folder)
-
-
-def require_same_kind(folder: Path, kind: Kind) -> None:
-    """Refuse to resume an experiment of another kind, whose runs lie in other subfolders."""
-    file = folder / SUMMARY_FILE
-    if not file.is_file():
-        return
-    before = json.loads(file.read_text(encoding="utf-8"))["kind"]
-    if before != kind:
-        remedy = "Give another --out"
-        raise UsageError("the folder holds another experiment", where=folder, got=kind, expected=before, remedy=remedy)

@@ -12,8 +12,10 @@ With `resume` a finished run is kept, and one that was cut off continues from it
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import InitVar, dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -25,13 +27,12 @@ from brainfound.data.splits.split_file import Split
 from brainfound.data.store import Store
 from brainfound.data.store.store import restrict_contrasts
 from brainfound.errors import BrainFoundError, UsageError
-from brainfound.experiments.folder import Kind
+from brainfound.experiments.folder import SUMMARY_FILE, Kind
 from brainfound.experiments.partial_input import complete_sessions, score_missing_contrasts
 from brainfound.experiments.results import (
     EXPERIMENT_SPLIT_FILE,
     ExperimentSpec,
     make_score_row,
-    require_same_kind,
     write_cases_and_page,
     write_results,
 )
@@ -169,38 +170,35 @@ def finetune_subsets(
     return _Experiment("partial input", split, recipe, store, systems, target, Path(out), **options).run()
 
 
+@dataclass
 class _Experiment:
     """Does one run after another, systems in the inner loop, so that an unfinished experiment compares them too."""
 
-    def __init__(
-        self,
-        kind: Kind,
-        split: Split,
-        recipe: FinetuneRecipe | str | Path,
-        data: str | Path | Store,
-        systems: Sequence[SystemSpec],
-        target: str,
-        folder: Path,
-        *,
-        seeds: Sequence[int] | None = None,
-        resume: bool = False,
-        keep_ids: bool = False,
-        overrides: Iterable[str] = (),
-        command: str = "",
-        quiet: bool = False,
-    ) -> None:
-        self.kind, self.split, self.recipe, self.systems = kind, split, recipe, list(systems)
-        self.target, self.folder, self.overrides = target, folder, tuple(overrides)
-        self.resume, self.keep_ids, self.command, self.quiet = resume, keep_ids, command, quiet
+    kind: Kind
+    split: Split
+    recipe: FinetuneRecipe | str | Path
+    data: InitVar[str | Path | Store]
+    systems: Sequence[SystemSpec]
+    target: str
+    folder: Path
+    seeds: Sequence[int] | None = None
+    resume: bool = False
+    keep_ids: bool = False
+    overrides: Iterable[str] = ()
+    command: str = ""
+    quiet: bool = False
+
+    def __post_init__(self, data: str | Path | Store) -> None:
+        self.overrides = tuple(self.overrides)
         self.recipes = {
-            system.name: resolve_recipe(recipe, system.adapter, (*self.overrides, *system.all_overrides))
+            system.name: resolve_recipe(self.recipe, system.adapter, (*self.overrides, *system.all_overrides))
             for system in self.systems
         }
         self.first_recipe = self.recipes[self.systems[0].name]
-        self.seeds = [self.first_recipe.seed] if seeds is None else list(seeds)
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
-            raise UsageError("seeds must be given once each", where="seeds", got=self.seeds)
-        _require_folder_names(split.folds, "fold", "split")
+        self.all_seeds = [self.first_recipe.seed] if self.seeds is None else list(self.seeds)
+        if not self.all_seeds or len(set(self.all_seeds)) != len(self.all_seeds):
+            raise UsageError("seeds must be given once each", where="seeds", got=self.all_seeds)
+        _require_folder_names(self.split.folds, "fold", "split")
         _require_folder_names([s.name for s in self.systems if s.name], "system", "--model and --adapter")
         self.store = data if isinstance(data, Store) else Store.open(data)
 
@@ -209,13 +207,13 @@ class _Experiment:
         run_on_main_rank(self._prepare_folder, is_main)
         task = self._preflight()
         groups = _group_folds(self.split)
-        num_planned = len(self.split.folds) * len(self.seeds) * len(self.systems)
+        num_planned = len(self.split.folds) * len(self.all_seeds) * len(self.systems)
         spec = ExperimentSpec(
-            self.kind, self.first_recipe, self.target, task, self.store, self.split, self.systems, self.seeds,
+            self.kind, self.first_recipe, self.target, task, self.store, self.split, self.systems, self.all_seeds,
             num_planned, self.command,
         )  # fmt: skip
         rows: list[dict[str, Any]] = []
-        for fold, seed, system in product(self.split.folds, self.seeds, self.systems):
+        for fold, seed, system in product(self.split.folds, self.all_seeds, self.systems):
             run = self._run(system, fold, seed, is_main)
             recipe = self.recipes[system.name]
             rows.append(make_score_row(run, self.folder, system, recipe, groups[fold], fold, seed))
@@ -286,7 +284,12 @@ def _write_or_check_split(folder: Path, split: Split, kind: Kind, resume: bool) 
             raise UsageError("the folder holds runs already", where=folder, remedy=remedy)
         if Split.load(file).folds != split.folds:
             raise UsageError("the runs in the folder have another split", where=file, remedy="Give another --out")
-        require_same_kind(folder, kind)
+        # The runs of an experiment of another kind lie in other subfolders.
+        summary = folder / SUMMARY_FILE
+        before = json.loads(summary.read_text(encoding="utf-8"))["kind"] if summary.is_file() else kind
+        if before != kind:
+            what, remedy = "the folder holds another experiment", "Give another --out"
+            raise UsageError(what, where=folder, got=kind, expected=before, remedy=remedy)
         return False
     split.save(file)
     return True

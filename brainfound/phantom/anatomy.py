@@ -19,7 +19,8 @@ from typing import Protocol
 
 import numpy as np
 
-from brainfound.phantom.grid import Grid, apply_to_planes, bounding_box, resampling_matrices, smooth_noise
+from brainfound.data.preprocessing.grids import bounding_box
+from brainfound.phantom.grid import Grid, apply_to_planes, resampling_matrices, smooth_noise
 from brainfound.phantom.physics import TISSUE_INDEX, TISSUES
 from brainfound.phantom.shapes import (
     cerebrum_fields,
@@ -252,10 +253,11 @@ def _depth_fields(
 def _deep_fields(points: np.ndarray, ventricle_scale: float) -> dict[str, np.ndarray]:
     """Ventricles, choroid plexus and the deep grey nuclei, evaluated in a box around them."""
     center, half = np.array([(0, -18, 2), (60, 85, 55)], np.float32)[:, :, None, None, None]
-    box = bounding_box((np.abs(points - center) < half).all(axis=0))
-    if box is None:
+    is_near = (np.abs(points - center) < half).all(axis=0)
+    if not is_near.any():
         far = np.full(points.shape[1:], _FAR_MM, np.float32)
         return dict.fromkeys(("ventricle", "choroid", "deep_grey", "pallidum"), far)
+    box = bounding_box(is_near)
     p = points[(slice(None), *box)]
     s = ventricle_scale
     # Frontal horn, body, atrium; occipital and temporal horns leave the atrium.

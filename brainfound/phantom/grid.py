@@ -57,14 +57,6 @@ def cubic_matrix(source_mm: np.ndarray, target_mm: np.ndarray) -> np.ndarray:
     return spline(np.clip(target_mm, source_mm[0], source_mm[-1])).astype(np.float32)
 
 
-def bounding_box(mask: np.ndarray) -> tuple[slice, ...] | None:
-    """The smallest box around the True voxels of an (X, Y, Z) mask; None if there are none."""
-    if not mask.any():
-        return None
-    indices = (np.flatnonzero(mask.any(axis=tuple(a for a in range(3) if a != axis))) for axis in range(3))
-    return tuple(slice(int(index[0]), int(index[-1]) + 1) for index in indices)
-
-
 def acquisition_matrix(source: Grid, target: Grid, axis: int) -> np.ndarray:
     """(target, source) float32 matrix that averages the object over the target's voxels along one axis.
 

@@ -21,9 +21,10 @@ import nibabel as nib
 import numpy as np
 from scipy import ndimage
 
+from brainfound.data.preprocessing.grids import bounding_box
 from brainfound.errors import CohortError
 from brainfound.phantom.anatomy import Ageing, MassEffect, subject_coordinates
-from brainfound.phantom.grid import Grid, apply_to_planes, bounding_box, resampling_matrices
+from brainfound.phantom.grid import Grid, apply_to_planes, resampling_matrices
 from brainfound.phantom.physics import PARENCHYMA, TISSUE_INDEX, TISSUES
 
 TISSUE_LABELS: dict[str, tuple[int, ...]] = {
@@ -92,7 +93,6 @@ def read_label_map(path: Path) -> LabelMap:
         raise CohortError("not a 3-D label volume", where=path, got=f"shape {labels.shape}", remedy="Remove the file")
     tissue = _fill_sulci_with_csf(_labels_to_tissue(labels, path))
     box = bounding_box(np.isin(tissue, [TISSUE_INDEX[name] for name in PARENCHYMA]))
-    assert box is not None
     tissue = np.pad(tissue, 1)
     center = image.affine @ [*((extent.start + extent.stop - 1) / 2 for extent in box), 1.0]
     from_head = np.eye(4)

@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy import ndimage
 
+from brainfound.data.preprocessing.grids import bounding_box
 from brainfound.phantom.anatomy import Ageing, Anatomy, MassEffect
-from brainfound.phantom.grid import Grid, apply_matrices, bounding_box, cubic_matrix, resampling_matrices, smooth_noise
+from brainfound.phantom.grid import Grid, apply_matrices, cubic_matrix, resampling_matrices, smooth_noise
 from brainfound.phantom.physics import PARENCHYMA, TISSUE_INDEX
 from brainfound.phantom.shapes import inside_fraction
 
@@ -103,11 +104,11 @@ class Pathology:
 
     def _depth(self, layer: LesionLayer, target: Grid, rows: slice) -> tuple[tuple[slice, ...], np.ndarray] | None:
         """The layer's depth on the part of `target` that it reaches, with that part's position in the slab."""
-        box = bounding_box(layer.depth_mm > -max(4.0, 2.0 * layer.softness_mm))
-        if box is None:
+        is_reached = layer.depth_mm > -max(4.0, 2.0 * layer.softness_mm)
+        if not is_reached.any():
             return None
         source, matrices, place = [], [], []
-        for axis, reached in enumerate(box):
+        for axis, reached in enumerate(bounding_box(is_reached)):
             low, high = max(reached.start - 2, 0), min(reached.stop + 2, layer.depth_mm.shape[axis])
             from_mm, to_mm = self.grid.axis_mm(axis)[low:high], target.axis_mm(axis)
             wanted = np.flatnonzero((to_mm >= from_mm[0]) & (to_mm <= from_mm[-1]))

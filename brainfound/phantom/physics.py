@@ -12,7 +12,6 @@ al. 2019 (Invest Radiol 54:559), r2 from Rohrer et al. 2005 (Invest Radiol 40:71
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -77,41 +76,9 @@ class Sequence:
     inversion_time_s: float | None = None
 
 
-def spin_echo(proton_density, t1_s, t2_s, repetition_time_s: float, echo_time_s: float):
-    """Spin-echo signal, PD (1 − e^(−TR/T1)) e^(−TE/T2), for TE ≪ TR (Bernstein, Handbook of MRI Pulse Sequences)."""
-    return proton_density * (1 - np.exp(-repetition_time_s / t1_s)) * np.exp(-echo_time_s / t2_s)
-
-
-def inversion_recovery(
-    proton_density, t1_s, t2_s, repetition_time_s: float, echo_time_s: float, inversion_time_s: float
-):
-    """Inversion-recovery spin echo, PD (1 − 2e^(−TI/T1) + e^(−TR/T1)) e^(−TE/T2).
-
-    Signed: spins of a voxel cancel before the receiver sees them, so the magnitude is taken after summing the tissues.
-    """
-    recovered = 1 - 2 * np.exp(-inversion_time_s / t1_s) + np.exp(-repetition_time_s / t1_s)
-    return proton_density * recovered * np.exp(-echo_time_s / t2_s)
-
-
 def nulling_inversion_time_s(t1_s: float, repetition_time_s: float) -> float:
     """The inversion time that nulls a tissue: TI = T1 ln(2 / (1 + e^(−TR/T1)))."""
     return float(t1_s * np.log(2 / (1 + np.exp(-repetition_time_s / t1_s))))
-
-
-def _each(values: Iterable[float], change: Callable[[float], float]) -> tuple[float, float]:
-    at_1_5_tesla, at_3_tesla = values
-    return change(at_1_5_tesla), change(at_3_tesla)
-
-
-def with_gadolinium(tissue: Tissue, field_tesla: float) -> Tissue:
-    """The tissue after contrast agent: 1/T → 1/T + r·C for T1 and T2."""
-    concentration = tissue.gadolinium_mmol_per_l
-    r1, r2 = RELAXIVITY_R1[field_tesla], RELAXIVITY_R2[field_tesla]
-    return replace(
-        tissue,
-        t1_s=_each(tissue.t1_s, lambda t1: 1 / (1 / t1 + r1 * concentration)),
-        t2_s=_each(tissue.t2_s, lambda t2: 1 / (1 / t2 + r2 * concentration)),
-    )
 
 
 def subject_tissues(rng: np.random.Generator, iron: float = 1.0) -> tuple[Tissue, ...]:
@@ -121,25 +88,29 @@ def subject_tissues(rng: np.random.Generator, iron: float = 1.0) -> tuple[Tissue
         t1_factor, t2_factor = np.exp(0.02 * rng.standard_normal(2))
         if tissue.name in _IRON_RICH:
             t2_factor /= 1 + (0.35 if tissue.name == "pallidum" else 0.15) * (iron - 1)
-        t1_s, t2_s = np.multiply(tissue.t1_s, t1_factor), np.multiply(tissue.t2_s, t2_factor)
-        drawn.append(replace(tissue, t1_s=_each(t1_s, float), t2_s=_each(t2_s, float)))
+        (t1_low, t1_high), (t2_low, t2_high) = tissue.t1_s, tissue.t2_s
+        t1_s, t2_s = (t1_low * t1_factor, t1_high * t1_factor), (t2_low * t2_factor, t2_high * t2_factor)
+        drawn.append(replace(tissue, t1_s=t1_s, t2_s=t2_s))
     return tuple(drawn)
 
 
 def tissue_signal(contrast: str, tissue: Tissue, sequence: Sequence, field_tesla: float) -> float:
     """The (signed) signal of one tissue in one contrast, relative to fully relaxed cerebrospinal fluid.
 
+    A spin echo has PD (1 − e^(−TR/T1)) e^(−TE/T2), for TE ≪ TR (Bernstein, Handbook of MRI Pulse Sequences), and with
+    inversion recovery PD (1 − 2e^(−TI/T1) + e^(−TR/T1)) e^(−TE/T2). Signed: spins of a voxel cancel before the receiver
+    sees them, so the magnitude is taken after summing the tissues.
+
     `contrast` may also be "b0", DWI without diffusion weighting. An echo-planar scan suppresses fat.
     """
-    if contrast == "T1ce":
-        tissue = with_gadolinium(tissue, field_tesla)
     column = 0 if field_tesla < 2.0 else 1
     t1, t2 = tissue.t1_s[column], tissue.t2_s[column]
-    timing = (sequence.repetition_time_s, sequence.echo_time_s)
-    if sequence.inversion_time_s is None:
-        signal = spin_echo(tissue.proton_density, t1, t2, *timing)
-    else:
-        signal = inversion_recovery(tissue.proton_density, t1, t2, *timing, sequence.inversion_time_s)
+    if contrast == "T1ce":  # contrast agent: 1/T → 1/T + r·C
+        t1 = 1 / (1 / t1 + RELAXIVITY_R1[field_tesla] * tissue.gadolinium_mmol_per_l)
+        t2 = 1 / (1 / t2 + RELAXIVITY_R2[field_tesla] * tissue.gadolinium_mmol_per_l)
+    saturation, inversion_time_s = np.exp(-sequence.repetition_time_s / t1), sequence.inversion_time_s
+    recovered = 1 - saturation if inversion_time_s is None else 1 - 2 * np.exp(-inversion_time_s / t1) + saturation
+    signal = tissue.proton_density * recovered * np.exp(-sequence.echo_time_s / t2)
     if contrast in ("DWI", "b0") and tissue.name in ("fat", "marrow"):
         signal *= 0.08  # suppressed, but not entirely
     if contrast == "DWI":

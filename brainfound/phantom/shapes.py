@@ -15,7 +15,8 @@ from functools import reduce
 
 import numpy as np
 
-from brainfound.phantom.grid import Grid, bounding_box
+from brainfound.data.preprocessing.grids import bounding_box
+from brainfound.phantom.grid import Grid
 
 _GYRAL_WAVELENGTH_MM = 20.0
 _NUM_WAVES = 40
@@ -136,7 +137,6 @@ def _sylvian_fissure(p: np.ndarray) -> np.ndarray:
 def sulcal_sheets(rng: np.random.Generator, grid: Grid, points: np.ndarray, brain: np.ndarray) -> np.ndarray:
     """Signed distance (mm, first order) to the nearest sulcal sheet."""
     box = bounding_box(brain > -6.0)
-    assert box is not None
     p = points[(slice(None), *box)]
     center = np.asarray(_HEMISPHERE_CENTER_MM, np.float32)[:, None, None, None]
     radii = np.asarray(_SHELL_RADII_MM, np.float32)[:, None, None, None]

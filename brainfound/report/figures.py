@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from brainfound.data.preprocessing.grids import bounding_box
 from brainfound.errors import UsageError
 from brainfound.metrics.calibration import ReliabilityBins
 
@@ -66,7 +67,7 @@ def plot_overlay(
     _check(pixels, contrasts, present, num_slices)
     labels = [_labels(mask, pixels, "mask"), _labels(prediction, pixels, "prediction")]
     slices = choose_slices(pixels, labels[0], labels[1], num_slices)
-    rows, columns = _window(pixels)
+    rows, columns = bounding_box(np.any(pixels > 0, axis=(0, 1)), _MARGIN_PIXELS)
 
     head, foot = (0.45 if title else 0.25), 0.3
     full_height = _TILE_INCHES * (rows.stop - rows.start) / (columns.stop - columns.start)
@@ -137,18 +138,6 @@ def _labels(labels: Any, pixels: np.ndarray, where: str) -> np.ndarray | None:
         remedy = "Apply a threshold or an argmax first"
         raise UsageError("labels must be whole numbers", where=where, got=array.dtype, remedy=remedy)
     return whole
-
-
-def _window(pixels: np.ndarray) -> tuple[slice, slice]:
-    """Rows and columns that are not black in every slice, with a margin; the whole image if all are."""
-    filled = np.any(pixels > 0, axis=(0, 1))
-    if not filled.any():
-        return slice(0, filled.shape[0]), slice(0, filled.shape[1])
-    windows = []
-    for axis in (0, 1):
-        at = np.flatnonzero(np.any(filled, axis=1 - axis))
-        windows.append(slice(max(0, at[0] - _MARGIN_PIXELS), min(filled.shape[axis], at[-1] + 1 + _MARGIN_PIXELS)))
-    return windows[0], windows[1]
 
 
 def _outline(axes: Axes, labels: np.ndarray, colour: str, line_width: float, style: str) -> None:

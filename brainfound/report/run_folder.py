@@ -33,7 +33,6 @@ class RunFolder:
     facts: dict[str, Any]
     records: tuple[dict[str, Any], ...]
     """The lines of the log in order, without steps that a resumed run repeated."""
-    has_truncated_last_line: bool = False
     rollbacks: tuple[dict[str, Any], ...] = ()
     """The log lines of rollbacks to an earlier step."""
 
@@ -50,14 +49,13 @@ class RunFolder:
             raise UsageError("no such run folder", where=path, remedy="Give the folder that --out named")
         if not (path / LOG_FILE).is_file():
             raise UsageError(f"not a run folder: it has no {LOG_FILE}", where=path)
-        records, has_truncated_last_line = _read_log(path / LOG_FILE)
+        records = _read_log(path / LOG_FILE)
         return cls(
             path=path,
             recipe=_read_mapping(path / RECIPE_FILE),
             facts=_read_mapping(path / FACTS_FILE),
-            records=tuple(_without_repeated_steps([record for record in records if not _is_rollback(record)])),
-            rollbacks=tuple(record for record in records if _is_rollback(record)),
-            has_truncated_last_line=has_truncated_last_line,
+            records=tuple(_without_repeated_steps([line for line in records if "rolled_back_from" not in line])),
+            rollbacks=tuple(line for line in records if "rolled_back_from" in line),
         )
 
     def numeric_keys(self) -> list[str]:
@@ -80,10 +78,6 @@ class RunFolder:
         return np.array(steps, dtype=float), np.array(values, dtype=float)
 
 
-def _is_rollback(record: dict[str, Any]) -> bool:
-    return "rolled_back_from" in record
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
@@ -101,14 +95,14 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_log(path: Path) -> tuple[list[dict[str, Any]], bool]:
+def _read_log(path: Path) -> list[dict[str, Any]]:
     # Bytes, because the line may end in the middle of a character.
     *complete, rest = path.read_bytes().split(b"\n")
     records = [_read_line(line, f"{path}:{number}") for number, line in enumerate(complete, start=1) if line.strip()]
     try:
-        return records + ([_read_line(rest, str(path))] if rest.strip() else []), False
-    except BrainFoundError:
-        return records, True
+        return records + ([_read_line(rest, str(path))] if rest.strip() else [])
+    except BrainFoundError:  # the line is truncated
+        return records
 
 
 def _read_line(line: bytes, where: str) -> dict[str, Any]:

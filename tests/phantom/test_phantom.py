@@ -20,7 +20,7 @@ from brainfound.phantom import SEGMENTATION, TISSUES, ParametricHead, tissue_sig
 from brainfound.phantom.anatomy import draw_ageing
 from brainfound.phantom.grid import Grid, acquisition_matrix
 from brainfound.phantom.label_maps import LabelledHead, find_label_maps, read_label_map
-from brainfound.phantom.physics import TISSUE_INDEX, Sequence, inversion_recovery, nulling_inversion_time_s
+from brainfound.phantom.physics import TISSUE_INDEX, Sequence, nulling_inversion_time_s
 from brainfound.phantom.scanner import make_site
 from brainfound.phantom.subject import CohortSettings, draw_contrasts, scan_path
 
@@ -82,9 +82,10 @@ def sessions(cohorts: dict[str, Path], diagnosis: str) -> list[Session]:
 
 
 def test_inversion_recovery_nulls_the_tissue_it_is_timed_for():
-    inversion = nulling_inversion_time_s(4.2, 9.0)
-    assert inversion_recovery(1.0, 4.2, 1.6, 9.0, 0.1, inversion) == pytest.approx(0.0, abs=1e-9)
-    assert inversion_recovery(0.7, 0.84, 0.07, 9.0, 0.1, inversion) > 0.1
+    fluid, white = (TISSUES[TISSUE_INDEX[name]] for name in ("csf", "white_matter"))
+    sequence = Sequence(9.0, 0.1, nulling_inversion_time_s(fluid.t1_s[1], 9.0))
+    assert tissue_signal("FLAIR", fluid, sequence, 3.0) == pytest.approx(0.0, abs=1e-9)
+    assert tissue_signal("FLAIR", white, sequence, 3.0) > 0.1
 
 
 @pytest.mark.parametrize("index", range(6))

@@ -37,13 +37,11 @@ def test_a_torn_last_line_is_left_out(tmp_path, torn):
     with (tmp_path / "log.jsonl").open("ab") as log:
         log.write(torn if isinstance(torn, bytes) else torn.encode())
     run = RunFolder.read(tmp_path)
-    assert run.has_truncated_last_line
     assert [record["step"] for record in run.records] == [1, 2]
 
 
 def test_a_last_line_without_its_newline_is_kept(tmp_path):
     run = RunFolder.read(_write(tmp_path, [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}], end=""))
-    assert not run.has_truncated_last_line
     assert len(run.records) == 2
 
 

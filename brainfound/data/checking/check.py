@@ -127,9 +127,7 @@ class _SessionCheck:
             return CheckedScan(contrast, file, tuple(findings))
         try:
             read_header(file)
-            processed = file
-            if self.hooks:
-                processed = run_hooks(file, self.hooks, contrast=contrast, reference=self.reference, folder=self.folder)
+            processed = run_hooks(file, self.hooks, contrast=contrast, reference=self.reference, folder=self.folder)
             scan = load_scan(processed)
         except ScanError as error:
             return CheckedScan(contrast, file, (*findings, _failed("file", error)))
@@ -219,18 +217,13 @@ def load_model_contract(folder: str | Path) -> tuple[Preprocessing, InputContrac
     return preprocessing, contract or InputContract.from_preprocessing(preprocessing)
 
 
-def finding_to_dict(finding: Finding) -> dict[str, str]:
-    """A finding as plain values for JSON."""
-    return asdict(finding)
-
-
 def scan_to_dict(scan: CheckedScan, keep_ids: bool) -> dict[str, Any]:
     """A scan as plain values for JSON; the file name is included only if identifiers are kept."""
     row: dict[str, Any] = {"contrast": scan.contrast, "level": scan.level, "is_used": scan.is_used}
     if keep_ids:
         row["file"] = scan.file.name
     row["checks"] = {check: scan.check_level(check) for check in dict.fromkeys(f.check for f in scan.findings)}
-    row["findings"] = [finding_to_dict(finding) for finding in scan.findings if finding.message]
+    row["findings"] = [asdict(finding) for finding in scan.findings if finding.message]
     if scan.quality is not None:
         row |= {name: value for name, value in scan.quality.to_row().items() if name not in ("file", "notes")}
     return row

@@ -83,7 +83,11 @@ class InputContract(Recipe):
         table = store.sessions.iloc[rows]
         quality = select_sessions(store.quality, set(zip(table["subject"], table["session"], strict=True)))
         slices = table["num_slices"].to_numpy()
-        longest = quality["spacing_mm"].astype(str).map(_max_spacing_mm)
+        # The longest edge of a spacing such as ``0.7x0.7x4``.
+        longest = quality["spacing_mm"].astype(str).map(lambda text: max(map(float, text.split("x"))))
+        always: list[str] = []
+        if not withheld_in_training:
+            always = [name for c, name in enumerate(store.contrasts) if store.present[rows, c].all()]
         scans = {name: quality["contrast"] == name for name in store.shown if (quality["contrast"] == name).any()}
         return cls(
             **(_contract_fields(store.preprocessing) | {"contrasts": store.shown}),
@@ -94,7 +98,7 @@ class InputContract(Recipe):
             num_slices=(int(slices.min()), int(slices.max())) if len(slices) else None,
             foreground_ml=_range(quality["foreground_ml"]),
             negative_values=bool((quality["minimum"] < 0).any()) if len(quality) else None,
-            never_absent=() if withheld_in_training else _always_present(store, rows),
+            never_absent=tuple(name for name in always if name in store.shown),
         )
 
     @classmethod
@@ -127,19 +131,8 @@ def missing_contrast_note(contrast: str, where: str = "") -> str:
     return f"{missing}: the model never learnt to do without it, and its answer may mean nothing"
 
 
-def _always_present(store: Store, rows: np.ndarray) -> tuple[str, ...]:
-    """The readable contrasts that all these sessions have."""
-    present = store.present[rows].all(axis=0)
-    return tuple(name for name, always in zip(store.contrasts, present, strict=True) if always and name in store.shown)
-
-
 def _contract_fields(preprocessing: Preprocessing) -> dict[str, Any]:
     return preprocessing.model_dump(include={"contrasts", "spacing_mm", "size", "hooks"})
-
-
-def _max_spacing_mm(text: str) -> float:
-    """The longest edge of a spacing in the quality table, such as ``0.7x0.7x4``."""
-    return max(float(part) for part in text.split("x"))
 
 
 def _summarise_skull_states(states: list[str]) -> ContractSkullState:

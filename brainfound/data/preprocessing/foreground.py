@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from scipy import ndimage
 
+from brainfound.data.preprocessing.grids import bounding_box
 from brainfound.data.reading.scan import Scan
 
 MAX_HEAD_ML = 5500.0
@@ -39,17 +40,7 @@ def _is_padded_air(inside: Bool[np.ndarray, "X Y Z"], scan: Scan) -> bool:
     count = np.count_nonzero(inside)
     if count * abs(np.linalg.det(scan.affine[:3, :3])) <= MAX_HEAD_ML * 1000:
         return False
-    box = np.prod([last - first + 1 for first, last in bounding_box(inside)])
-    return bool(count > MAX_BOX_SHARE * box)
-
-
-def bounding_box(mask: Bool[np.ndarray, "X Y Z"]) -> list[tuple[int, int]]:
-    """First and last index (inclusive) of the mask along each axis; the whole axis if the mask is empty."""
-    box = []
-    for axis in range(3):
-        line = np.flatnonzero(mask.any(axis=tuple(a for a in range(3) if a != axis)))
-        box.append((int(line[0]), int(line[-1])) if line.size else (0, mask.shape[axis] - 1))
-    return box
+    return bool(count > MAX_BOX_SHARE * np.prod([part.stop - part.start for part in bounding_box(inside)]))
 
 
 def _constant_background(data: Float[np.ndarray, "X Y Z"]) -> float | None:

@@ -90,6 +90,16 @@ def resample_labels(labels: np.ndarray, matrix: np.ndarray, shape: tuple[int, in
     return out
 
 
+def bounding_box(mask: np.ndarray, margin: int = 0) -> tuple[slice, ...]:
+    """The smallest box around the True voxels of a mask, with a margin within its shape; all of it without any."""
+    box = []
+    for axis, size in enumerate(mask.shape):
+        line = np.flatnonzero(mask.any(axis=tuple(other for other in range(mask.ndim) if other != axis)))
+        first, last = (int(line[0]), int(line[-1])) if line.size else (0, size - 1)
+        box.append(slice(max(first - margin, 0), min(last + 1 + margin, size)))
+    return tuple(box)
+
+
 def shift(voxels: float | Sequence[float]) -> np.ndarray:
     """A translation as a ``(4, 4)`` matrix."""
     matrix = np.eye(4)
@@ -123,10 +133,9 @@ def _permutation(linear: np.ndarray) -> tuple[int, int, int] | None:
 def _sample_obliquely(volume: np.ndarray, matrix: np.ndarray, shape: tuple[int, int, int], order: int) -> np.ndarray:
     """Sample all axes at once, only where the output can differ from 0."""
     out = np.zeros(shape, dtype=volume.dtype)
-    lines = [np.flatnonzero(np.any(volume, axis=others)) for others in ((1, 2), (0, 2), (0, 1))]
-    if not len(lines[0]):
+    if not volume.any():
         return out
-    box = tuple(slice(int(line[0]), int(line[-1]) + 1) for line in lines)
+    box = bounding_box(volume != 0)
     region = _image_of_box(box, np.linalg.inv(matrix), shape)
     size = tuple(part.stop - part.start for part in region)
     if min(size) <= 0:

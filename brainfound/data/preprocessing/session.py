@@ -77,10 +77,8 @@ class _Preparation:
         for contrast in self._select_contrasts():
             source = self.session.scans[contrast]
             try:
-                file = source
-                if self.hooks:
-                    # Other scans are registered to the reference scan after its hooks.
-                    file = run_hooks(source, self.hooks, contrast=contrast, reference=reference, folder=self.folder)
+                # Other scans are registered to the reference scan after its hooks.
+                file = run_hooks(source, self.hooks, contrast=contrast, reference=reference, folder=self.folder)
                 if builder is None:
                     # If this fails, the next contrast is the reference.
                     builder = StackBuilder(self.preprocessing, contrast, load_scan(file), source.name)

@@ -14,8 +14,14 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Num
 
-from brainfound.data.preprocessing.foreground import bounding_box, foreground
-from brainfound.data.preprocessing.grids import resample, resample_labels, shift, smooth_before_downsampling
+from brainfound.data.preprocessing.foreground import foreground
+from brainfound.data.preprocessing.grids import (
+    bounding_box,
+    resample,
+    resample_labels,
+    shift,
+    smooth_before_downsampling,
+)
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.preprocessing.stack import ScanQuality, Stack, positions_mm, skull_state
 from brainfound.data.reading.header_geometry import axis_codes
@@ -55,7 +61,8 @@ class StackBuilder:
 
     def add(self, contrast: str, scan: Scan, file: str = "") -> None:
         """Bring a further scan onto the grid; ScanError if it does not overlap the reference, or has no foreground."""
-        overlap, least = self._covered_share(scan), self.preprocessing.min_overlap
+        overlap = _share_within(self._points_mm, scan.affine, scan.data.shape)
+        least = self.preprocessing.min_overlap
         if overlap < least:
             raise _no_overlap("the scan", f"{overlap:.0%} of its foreground covered", f"at least {least:.0%}")
         self._add(contrast, scan, foreground(scan), overlap, file)
@@ -67,7 +74,8 @@ class StackBuilder:
         field of view is background; if that cuts off part of the head, the reference scan gets a note.
         ScanError: it does not overlap the reference scan.
         """
-        covered, least = self._covered_share(mask), self.preprocessing.min_overlap
+        covered = _share_within(self._points_mm, mask.affine, mask.data.shape)
+        least = self.preprocessing.min_overlap
         if covered < least:
             inside_share = self._share_in_foreground(mask)
             if not inside_share >= _MIN_LABELS_IN_HEAD:
@@ -141,10 +149,6 @@ class StackBuilder:
             raise ScanError("the foreground has one value only", got=got, remedy=remedy)
         return low, high
 
-    def _covered_share(self, scan: Scan) -> float:
-        """The share of the reference scan's foreground inside of a scan's field of view."""
-        return _share_within(self._points_mm, scan.affine, scan.data.shape)
-
     def _share_in_foreground(self, mask: Scan) -> float:
         """The share of a map's labelled voxels inside the reference scan's foreground; nan without labels."""
         points = np.argwhere(mask.data)
@@ -193,7 +197,7 @@ def compute_stack_grid(
 
     The grid is an affine ``(4, 4)``, (slice, row, column) → index in the scan.
     """
-    (x0, x1), (y0, y1), (z0, z1) = bounding_box(inside)
+    (x0, x1), (y0, y1), (z0, z1) = ((part.start, part.stop - 1) for part in bounding_box(inside))
     wanted = zip(preprocessing.spacing_mm, scan.spacing_mm, strict=True)
     step = np.array([1.0 if spacing is None else spacing / own for spacing, own in wanted])
     # 2.0000002 mm in a header is 2 mm: such a scan keeps its own voxels as well.

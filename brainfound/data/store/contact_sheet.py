@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Bool, Num
 from PIL import Image, ImageDraw, ImageFont
 
+from brainfound.data.preprocessing.grids import bounding_box
 from brainfound.data.preprocessing.stack import Stack
 from brainfound.data.store.folder import SessionKey
 from brainfound.data.store.reader import StoreReader
@@ -239,7 +240,7 @@ def _layout(cards: Sequence[SessionCard], groups: int, tile_aspect: float) -> _L
     return best
 
 
-def _window(cards: Sequence[SessionCard]) -> tuple[slice, slice]:
+def _window(cards: Sequence[SessionCard]) -> tuple[slice, ...]:
     """Rows and columns that any slice fills, with a margin: one scale for the whole page."""
     filled: Any = None
     for card in cards:
@@ -247,15 +248,7 @@ def _window(cards: Sequence[SessionCard]) -> tuple[slice, slice]:
             if image is not None:
                 here = (image > 0).any(axis=0)
                 filled = here if filled is None else filled | here
-    if filled is None or not filled.any():
-        height, width = (64, 64) if filled is None else filled.shape
-        return slice(0, height), slice(0, width)
-    windows = []
-    for axis in (0, 1):
-        at = np.flatnonzero(filled.any(axis=1 - axis))
-        first, last = max(0, at[0] - _WINDOW_MARGIN), min(filled.shape[axis], at[-1] + 1 + _WINDOW_MARGIN)
-        windows.append(slice(int(first), int(last)))
-    return windows[0], windows[1]
+    return bounding_box(np.zeros((64, 64), dtype=bool) if filled is None else filled, _WINDOW_MARGIN)
 
 
 def _draw_card(
@@ -265,7 +258,7 @@ def _draw_card(
     contrasts: Sequence[str],
     layout: _Layout,
     corner: tuple[int, int],
-    window: tuple[slice, slice],
+    window: tuple[slice, ...],
 ) -> None:
     left, top = corner
     width, height = layout.tile

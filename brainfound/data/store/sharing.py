@@ -48,7 +48,10 @@ def copy_store(store: StoreReader, out: Path, *, keep_ids: bool = True, columns:
     out = resolve_store_path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise StoreError("something is there", where=out, remedy="Give another folder")
-    _require_space_for_copy(store, out)
+    height, width = store.preprocessing.size
+    pixel_bytes = len(store.contrasts) * store.preprocessing.bits // 8 + 1
+    out.parent.mkdir(parents=True, exist_ok=True)
+    require_free_space(out, store.num_slices * height * width * pixel_bytes, "for the copy")
     if columns is None:
         columns = store.covariates if keep_ids else [name for name in SAFE_COVARIATES if name in store.covariates]
     for name in columns:
@@ -75,13 +78,6 @@ def copy_store(store: StoreReader, out: Path, *, keep_ids: bool = True, columns:
         out.rmdir()
     move_into_place(partial, out)
     return out
-
-
-def _require_space_for_copy(store: StoreReader, out: Path) -> None:
-    height, width = store.preprocessing.size
-    pixel_bytes = len(store.contrasts) * store.preprocessing.bits // 8 + 1
-    out.parent.mkdir(parents=True, exist_ok=True)
-    require_free_space(out, store.num_slices * height * width * pixel_bytes, "for the copy")
 
 
 def _anonymous_keys(store: StoreReader) -> list[SessionKey]:

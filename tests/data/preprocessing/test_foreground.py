@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from brainfound.data.preprocessing.foreground import _block_means_3d, _constant_background, bounding_box, foreground
+from brainfound.data.preprocessing.foreground import _block_means_3d, _constant_background, foreground
+from brainfound.data.preprocessing.grids import bounding_box
 from brainfound.data.reading.scan import Scan
 
 
@@ -58,7 +59,8 @@ def test_the_head_is_found_in_air_and_in_an_exact_background(head, centred, nois
         assert found.sum() < 1.5 * truth.sum()
     else:
         np.testing.assert_array_equal(found, truth)
-    for (low, high), axis in zip(bounding_box(found), range(3), strict=True):
+    for axis, part in enumerate(bounding_box(found)):
+        low, high = part.start, part.stop - 1
         line = np.flatnonzero(truth.any(axis=tuple(a for a in range(3) if a != axis)))
         assert line[0] - 8 <= low <= line[0]
         assert line[-1] <= high <= line[-1] + 8
