@@ -12,23 +12,27 @@ from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
 from brainfound.errors import UsageError
 
+RULES = ("fomo25",)
 _KEY = ["system", "task", "metric"]
 _COLUMNS = (*_KEY, "value", "higher_is_better")
 
 
-def rank(scores: pd.DataFrame) -> pd.DataFrame:
-    """Rank systems over tasks by the rule of FOMO25, best first.
+def rank(scores: pd.DataFrame, rule: str = "fomo25") -> pd.DataFrame:
+    """Rank systems over tasks, best first.
 
     Args:
         scores: one row per system, task and metric, with columns system, task, metric, value,
             higher_is_better. A value of ``nan`` is a missing score, as is a missing row.
+        rule: the challenge whose rule applies, ``"fomo25"``.
 
     Returns:
         Columns system and overall_rank (1 is best, smaller is better), sorted by rank, then by name.
 
     Raises:
-        UsageError: a column is missing, a score is given twice, or a metric has two directions.
+        UsageError: the rule is unknown, a column is missing, a score is given twice, or a metric has two directions.
     """
+    if rule not in RULES:
+        raise UsageError(f"no ranking rule {rule!r}", where="rule", expected=", ".join(RULES))
     overall = task_ranks(scores).mean(axis=1).rename("overall_rank").reset_index()
     return overall.sort_values(["overall_rank", "system"], kind="stable", ignore_index=True)
 

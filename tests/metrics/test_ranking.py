@@ -96,3 +96,9 @@ def test_what_cannot_be_ranked_is_refused(example):
         rank(example.iloc[:0])
     with pytest.raises(UsageError, match="empty"):
         rank(example.assign(system=["A", None] + ["x"] * 11))
+
+
+def test_the_rule_is_named_and_an_unknown_one_is_refused(example):
+    pd.testing.assert_frame_equal(rank(example, rule="fomo25"), rank(example))
+    with pytest.raises(UsageError, match="no ranking rule 'fomo26'.*fomo25"):
+        rank(example, rule="fomo26")
