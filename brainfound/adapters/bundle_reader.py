@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
@@ -268,7 +268,35 @@ def _require_same_keys(path: Path, saved: set[str], expected: set[str]) -> None:
             raise ModelError(text, where=path, remedy="Export the model again")
 
 
-class AdapterSet:
+Member = TypeVar("Member")
+
+
+class NamedSet(Generic[Member]):
+    """What is loaded for each adapter, by its name; an unknown name is a UsageError."""
+
+    def __init__(self, members: Mapping[str, Member]) -> None:
+        self._members = dict(members)
+
+    def __getitem__(self, name: str) -> Member:
+        if name not in self._members:
+            raise UsageError(f"no adapter named {name!r}", remedy=did_you_mean(name, self._members))
+        return self._members[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._members
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._members)
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def __repr__(self) -> str:
+        parts = ", ".join(f"{name}: {member.task}" for name, member in self._members.items())  # type: ignore[attr-defined]
+        return f"{type(self).__name__}({parts})"
+
+
+class AdapterSet(NamedSet[Bundle]):
     """Bundles whose models share the weights of one backbone.
 
     `load_adapters` reads and checks them. Each name stands for a whole bundle with its own model, preprocessing and
@@ -276,37 +304,19 @@ class AdapterSet:
     the same outputs as a bundle loaded by itself.
     """
 
-    def __init__(self, bundles: Mapping[str, Bundle]) -> None:
-        self._bundles = dict(bundles)
-
-    def __getitem__(self, name: str) -> Bundle:
-        if name not in self._bundles:
-            raise UsageError(f"no adapter named {name!r}", remedy=did_you_mean(name, self._bundles))
-        return self._bundles[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._bundles
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._bundles)
-
-    def __len__(self) -> int:
-        return len(self._bundles)
-
     def __repr__(self) -> str:
-        parts = ", ".join(f"{name}: {bundle.task}" for name, bundle in self._bundles.items())
-        return f"AdapterSet({parts}; {self.num_parameters:,} parameters)"
+        return f"{super().__repr__().removesuffix(')')}; {self.num_parameters:,} parameters)"
 
     @property
     def num_parameters(self) -> int:
         """Parameters of all models; shared ones count once."""
-        return sum({id(p): p.numel() for b in self._bundles.values() for p in b.model.parameters()}.values())
+        return sum({id(p): p.numel() for b in self._members.values() for p in b.model.parameters()}.values())
 
     def to(self, device: str | torch.device) -> Self:
         """Move all models, which keep sharing their backbone; a ModelError if one is merged."""
-        for name, bundle in self._bundles.items():
+        for name, bundle in self._members.items():
             _require_unmerged(name, bundle)
-        bundles = list(self._bundles.values())
+        bundles = list(self._members.values())
         for bundle in bundles:
             bundle.model.to(device)
             # Share again: moving a model may replace its parameters.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from brainfound.cli.predict import IMAGES
-from brainfound.cli.terminal import AsJson, Hooks, KeepIds, Quiet, print_note, progress_bar
+from brainfound.cli.terminal import AsJson, Hooks, KeepIds, Quiet, print_note, print_table, progress_bar
 from brainfound.errors import EXIT_SOME_REJECTED, UsageError
 
 if TYPE_CHECKING:
@@ -142,24 +142,19 @@ class _Report:
     def has_failed(self) -> bool:
         return any(session.level == "fail" for session in self.sessions)
 
-    def _label(self, row: int) -> str:
-        session = self.sessions[row] if row < len(self.sessions) else None
-        if self.are_files or session is None or not self.with_names:
-            return str(row)
-        return f"{row} {session.subject} {session.session}"
+    def _label(self, row: int, session: CheckedSession) -> str:
+        return f"{row} {session.subject} {session.session}" if self.with_names and not self.are_files else str(row)
 
     def _card(self, row: int, checked: CheckedSession) -> SessionCard:
         from brainfound.data.store.contact_sheet import card_from_stack
 
         assert checked.stack is not None
-        label = f"{row} {checked.subject} {checked.session}" if self.with_names and not self.are_files else str(row)
         notes = {scan.contrast: _warning_messages(scan.findings) for scan in checked.scans if scan.is_used}
         notes[""] = _warning_messages(checked.findings)
         refused = frozenset(scan.contrast for scan in checked.scans if scan.is_used and scan.quality is None)
-        return card_from_stack(checked.stack, label, notes, refused)
+        return card_from_stack(checked.stack, self._label(row, checked), notes, refused)
 
     def show(self) -> None:
-        from brainfound.cli.terminal import print_table
         from brainfound.data.checking.rules import SCAN_CHECKS, SESSION_CHECKS
 
         names = ("file",) if self.with_names else ()
@@ -169,7 +164,7 @@ class _Report:
                 signs = [LEVEL_SYMBOLS[scan.check_level(check)] for check in SCAN_CHECKS]
                 common = [_sign(session.findings, check) if place == 0 else "" for check in SESSION_CHECKS]
                 file = (scan.file.name,) if self.with_names else ()
-                label = "" if place else self._label(number)
+                label = "" if place else self._label(number, session)
                 rows.append(
                     (label, scan.contrast, *file, LEVEL_SYMBOLS[scan.level] if scan.is_used else "·", *signs, *common)
                 )

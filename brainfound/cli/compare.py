@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from brainfound.cli.terminal import AsJson, parse_list
+from brainfound.cli.terminal import AsJson, describe_intervals, parse_list, print_table, with_interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -76,8 +76,6 @@ def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
 def _print(
     content: dict[str, Any], rows: list[dict[str, Any]], pairs: list[dict[str, Any]], metrics: list[str]
 ) -> None:
-    from brainfound.cli.terminal import describe_intervals, print_table
-
     sessions = max((row["num_cases"] for row in rows), default=0)
     subjects = [row["num_subjects"] for row in rows if row["num_subjects"]]
     title = f"{content['task']} of {content['target']}: {sessions} sessions of {max(subjects, default=0)} subjects"
@@ -103,7 +101,6 @@ def _print(
 
 
 def _score_cells(row: dict[str, Any]) -> list[str]:
-    from brainfound.cli.terminal import with_interval
     from brainfound.metrics.registry import METRICS, metric_name
 
     better = METRICS[metric_name(row["metric"])].better
@@ -118,8 +115,6 @@ def _test_columns(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _test_cells(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
-    from brainfound.cli.terminal import with_interval
-
     names = ["p", "p_holm", *(["p_delong", "p_delong_holm"] if len(_test_columns(rows)) > 2 else [])]
     difference = with_interval(row["metric"], row["difference"], row["difference_low"], row["difference_high"])
     return [difference, *(_format_p(row[name]) for name in names)]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from brainfound.cli.terminal import Quiet, progress_bar
+from brainfound.cli.terminal import Quiet, parse_list, print_table, progress_bar
 
 
 def demo(
@@ -17,7 +17,6 @@ def demo(
     quiet: Quiet = False,
 ) -> None:
     """Run the whole pipeline on a phantom cohort, on a CPU, in minutes, and print a table of scores."""
-    from brainfound.cli.terminal import print_table
     from brainfound.demo import WITHHELD_CONTRAST, run_demo
 
     def log(line: str) -> None:
@@ -81,7 +80,7 @@ def phantom(
             subjects,
             seed,
             spacing_mm=spacing_mm,
-            contrasts=[name.strip() for name in contrasts.split(",") if name.strip()],
+            contrasts=parse_list(contrasts),
             missing_probability=missing,
             age_range_years=(min_age, max_age),
             num_sites=sites,

@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from brainfound.cli.terminal import AsJson, Quiet, get_command_line, print_note, progress_bar
+from brainfound.cli.terminal import (
+    AsJson,
+    Quiet,
+    format_number,
+    get_command_line,
+    intervals_line,
+    parse_list,
+    print_note,
+    print_table,
+    progress_bar,
+    score_with_interval,
+)
 
 if TYPE_CHECKING:
     from brainfound.metrics.statistics import Interval
@@ -42,7 +53,6 @@ def evaluate(
     On the store of its own run, the test part is scored; on another store, all labelled sessions except those of
     training subjects.
     """
-    from brainfound.cli.terminal import intervals_line
     from brainfound.contrasts import parse_contrast
     from brainfound.errors import UsageError
     from brainfound.experiments.folder import PAGE_FILE
@@ -51,9 +61,8 @@ def evaluate(
 
     if part not in ("test", "validation", "train"):
         raise UsageError("unknown part", where="--part", got=part, expected="test, validation or train")
-    absent = [parse_contrast(name) for name in without.split(",") if name.strip()]
     options: dict[str, Any] = {
-        "without": absent,
+        "without": [parse_contrast(name) for name in parse_list(without)],
         "partial_input": partial_input,
         "part": part,
         "out": out,
@@ -81,7 +90,6 @@ def evaluate(
 
 
 def _print(results: list[dict[str, Any]], title: str) -> None:
-    from brainfound.cli.terminal import print_table, score_with_interval
     from brainfound.experiments.folder import get_baselines
     from brainfound.metrics.registry import format_score
 
@@ -99,7 +107,6 @@ def _print(results: list[dict[str, Any]], title: str) -> None:
 
 def _print_partial(results: list[dict[str, Any]], drops: list[float], title: str) -> None:
     """One row per subset: scores, drop of the primary metric against full input, and the baselines."""
-    from brainfound.cli.terminal import print_table, score_with_interval
     from brainfound.experiments.folder import get_baselines
     from brainfound.metrics.registry import PRIMARY_METRIC, format_score
 
@@ -142,7 +149,6 @@ def probe(
     Where subjects have two sessions, also test-retest reliability (ICC), and how often the nearest other session
     belongs to the same subject.
     """
-    from brainfound.cli.terminal import format_number, print_table
     from brainfound.inference.probing import probe as run
 
     with progress_bar("embedding sessions", quiet) as progress:
@@ -152,39 +158,23 @@ def probe(
         return
     rows = []
     if result.probed is not None:
-        scores = result.probed
+        scores, sessions = result.probed, str(result.num_probed)
         metric = {"balanced_accuracy": "balanced accuracy", "r2": "R²"}[scores.label_metric]
-        rows.append(
-            [
-                str(label),
-                metric,
-                _with_interval(scores.label),
-                format_number(scores.label_chance),
-                str(result.num_probed),
-            ]
-        )
-        rows.append(
-            [
-                site,
-                "balanced accuracy",
-                _with_interval(scores.site),
-                format_number(scores.site_chance),
-                str(result.num_probed),
-            ]
-        )
+        rows += [
+            [str(label), metric, _with_interval(scores.label), format_number(scores.label_chance), sessions],
+            [site, "balanced accuracy", _with_interval(scores.site), format_number(scores.site_chance), sessions],
+        ]
     if result.retest is not None:
         sessions = str(2 * result.retest.num_subjects)
-        rows.append(["the subject", "nearest session", format_number(result.retest.identification),
-                     format_number(result.retest.chance), sessions])  # fmt: skip
-        rows.append(
-            ["test and retest", "median ICC", format_number(result.retest.median_icc), format_number(0.0), sessions]
-        )
+        found, chance = format_number(result.retest.identification), format_number(result.retest.chance)
+        rows += [
+            ["the subject", "nearest session", found, chance, sessions],
+            ["test and retest", "median ICC", format_number(result.retest.median_icc), format_number(0.0), sessions],
+        ]
     print_table(
         ["what they tell", "score", "value (95% interval)", "knowing nothing", "sessions"], rows, title=str(model)
     )
 
 
 def _with_interval(interval: Interval) -> str:
-    from brainfound.cli.terminal import format_number
-
     return f"{format_number(interval.estimate)} ({format_number(interval.low)} to {format_number(interval.high)})"

@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from brainfound.cli.terminal import KeepIds, Overrides, Quiet, get_command_line, parse_counts, parse_list
+from brainfound.cli.terminal import (
+    KeepIds,
+    Overrides,
+    Quiet,
+    get_command_line,
+    intervals_line,
+    parse_counts,
+    parse_list,
+    print_table,
+    scores_line,
+)
 from brainfound.errors import UsageError
 
 if TYPE_CHECKING:
@@ -85,7 +95,6 @@ def finetune(
     (system,) = systems
     from accelerate import PartialState
 
-    from brainfound.cli.terminal import intervals_line, scores_line
     from brainfound.finetuning.finetune import finetune as run
     from brainfound.finetuning.scoring import read_scores
 
@@ -147,7 +156,6 @@ def _run_experiment(
 
 def _print(experiment: ExperimentFolder) -> None:
     """Print the scores of an experiment as a table."""
-    from brainfound.cli.terminal import print_table
     from brainfound.metrics.registry import format_score
 
     partial = experiment.summary.get("partial_input")
@@ -190,6 +198,7 @@ def _num_folds(text: str | None, split: Path | None) -> int | None:
 def _seeds(text: str | None) -> list[int] | None:
     if text is None:
         return None
-    if not parse_list(text) or not all(word.isdecimal() for word in parse_list(text)):
+    words = parse_list(text)
+    if not words or not all(word.isdecimal() for word in words):
         raise UsageError("not a list of seeds", where="--seeds", got=text, expected="0,1,2")
-    return [int(word) for word in parse_list(text)]
+    return [int(word) for word in words]

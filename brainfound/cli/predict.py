@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from brainfound.cli.terminal import Hooks, Quiet, parse_list, print_note, progress_bar
+from brainfound.cli.terminal import Hooks, Quiet, parse_list, print_note, print_table, progress_bar
 from brainfound.errors import EXIT_FAILED, EXIT_SOME_REJECTED, UsageError
 
 if TYPE_CHECKING:
@@ -112,25 +112,13 @@ def _print_files(files: list[Path], notes: Iterable[str]) -> None:
 
 
 def _report_cohort(title: str, outcomes: list[tuple[Outcome[Any], str]]) -> None:
-    """Print the table of outcomes and their summaries, report failures, and exit accordingly."""
-    from brainfound.cli.terminal import print_table
-
+    """Print the table of outcomes and their summaries, report failures, and exit with the matching code if any."""
     print_table(("subject", "session", title), [(o.subject, o.session, text) for o, text in outcomes])
     failed = [o.reason for o, _ in outcomes if o.result is None and o.reason != "already done"]
     rejected = [(o.subject, line) for o, _ in outcomes if o.result is not None for line in o.result.rejected]
-    exit_for_cohort(len(outcomes), failed, rejected)
-
-
-def exit_for_cohort(num_sessions: int, failed: list[str], rejected: list[tuple[str, str]]) -> None:
-    """Report failed sessions and rejected scans, and exit with the matching code; return if there are none.
-
-    Args:
-        failed: the reason of each failed session.
-        rejected: (subject, reason) of each rejected scan.
-    """
     if failed:
-        print_note(f"{len(failed)} of {num_sessions} sessions could not be done; the first: {failed[0]}")
-        raise typer.Exit(EXIT_FAILED if len(failed) == num_sessions else EXIT_SOME_REJECTED)
+        print_note(f"{len(failed)} of {len(outcomes)} sessions could not be done; the first: {failed[0]}")
+        raise typer.Exit(EXIT_FAILED if len(failed) == len(outcomes) else EXIT_SOME_REJECTED)
     if rejected:
         print_note(f"all sessions done, but {len(rejected)} scans rejected; the first: {': '.join(rejected[0])}")
         raise typer.Exit(EXIT_SOME_REJECTED)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from brainfound.cli.terminal import AsJson, parse_counts, parse_list, print_note
+from brainfound.cli.terminal import AsJson, parse_counts, parse_list, print_note, print_table
 from brainfound.errors import UsageError
 
 if TYPE_CHECKING:
@@ -100,8 +100,6 @@ def _rows(made: Split) -> list[dict[str, Any]]:
 
 
 def _print(rows: list[dict[str, Any]], out: Path) -> None:
-    from brainfound.cli.terminal import print_table
-
     cells = []
     for row in rows:
         labels = "; ".join(f"{column}: {_label(value)}" for column, value in row.get("labels", {}).items())

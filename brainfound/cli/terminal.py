@@ -104,9 +104,9 @@ FEW_SUBJECTS = 20
 """A bootstrap interval of fewer subjects is often too narrow."""
 
 
-def format_number(value: float | None, digits: int = 3) -> str:
+def format_number(value: float | None) -> str:
     """A score as text; an undefined one as a dash."""
-    return "–" if value is None else f"{value:.{digits}f}"
+    return "–" if value is None else f"{value:.3f}"
 
 
 def with_interval(score: str, value: float | None, low: float | None, high: float | None) -> str:

@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
-from brainfound.adapters.attach import AdapterRecipe
+from brainfound.adapters.attach import AdapterRecipe, count_parameters
 from brainfound.adapters.bundle import save_bundle
 from brainfound.data.checking.contract import InputContract
 from brainfound.data.store import Store
@@ -43,7 +42,6 @@ from brainfound.recipes import load
 from brainfound.report.figures import plot_reliability
 from brainfound.training import distributed, run_folder
 from brainfound.training.engine import Engine
-from brainfound.training.process import make_accelerator
 
 RELIABILITY_FILE = "reliability.png"
 
@@ -90,11 +88,7 @@ def finetune(
     content = resolve_recipe(recipe, adapter, overrides)
     store = restrict_contrasts(data if isinstance(data, Store) else Store.open(data), content.contrasts)
     folder = Path(out) if out is not None else Path("runs") / content.name
-    content = run_folder.restore_auto_settings(folder, content, ("precision",), resume)
-    accelerator = make_accelerator(content.engine.precision)
-    console = Console(stderr=True, quiet=quiet or not accelerator.is_main_process, highlight=False, soft_wrap=True)
-    engine_recipe = content.engine.model_copy(update={"precision": accelerator.mixed_precision})
-    content = content.model_copy(update={"engine": engine_recipe})
+    content, accelerator, console = run_folder.start_process(folder, content, (), resume, quiet)
     with run_folder.lock_run_folder(folder, resume, accelerator):
         checkpoint = run_folder.find_resume_checkpoint(
             folder, content, store, resume, CHANGEABLE_ON_RESUME, accelerator
@@ -113,27 +107,19 @@ def finetune(
             note = "each session of the training and the test part is read once before training"
             console.print(f"frozen baseline: {note}")
         training = build_task(content, store, parts, str(model), task, accelerator, caches, cache is not None)
-        trained = sum(p.numel() for p in training.model.parameters() if p.requires_grad)
-        everything = sum(p.numel() for p in training.model.parameters())
+        trained, everything = count_parameters(training.model)
         counts = ", ".join(f"{part} {len(index)}" for part, index in parts.items())
         console.print(f"{task.kind} of {target}: {counts}; training {trained:,} of {everything:,} parameters")
         engine = Engine(training, content.engine, folder, accelerator, content.seed, console.quiet)
         own = {"kind": "finetune", "model": name, "target": task.to_dict(), "num_trained_parameters": trained}
         facts = run_folder.common_run_info(store, accelerator, content.seed) | own
-        engine.require_space()
 
         def begin() -> None:
             # Before the recipe, so that every run that can be resumed has its split.
             write_split(folder, store, parts, column, content.split, split_file)
             run_folder.write_start(folder, content, facts)
 
-        distributed.run_on_main_rank(begin, accelerator.is_main_process)
-        if checkpoint is not None:
-            engine.resume(checkpoint)
-            console.print(f"going on from {checkpoint.name}")
-        else:
-            engine.log.truncate_after(-1)  # left by a run that was killed before its first checkpoint
-        accelerator.wait_for_everyone()
+        engine.begin(begin, checkpoint)
         engine.run()
         # In place: a model prepared for bf16 would also be scored in bf16, unlike the model loaded from the bundle.
         accelerator.unwrap_model(engine.model, keep_fp32_wrapper=False)

@@ -83,11 +83,8 @@ class FinetuneRecipe(Recipe):
     engine: EngineRecipe = EngineRecipe(steps=500, batch_size=4, num_workers=0)
 
 
-# None of these affects the weights.
-CHANGEABLE_ON_RESUME = (
-    "name", "frozen_baseline", "task.scoring", "engine.log_every", "engine.checkpoint_every",
-    "engine.keep_checkpoints", "engine.max_skipped_in_a_row", "engine.num_workers",
-)  # fmt: skip
+# Neither of these affects the weights.
+CHANGEABLE_ON_RESUME = ("frozen_baseline", "task.scoring")
 
 
 def resolve_recipe(

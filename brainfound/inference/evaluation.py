@@ -252,10 +252,11 @@ def _scoring(bundle: Bundle, task: Task, surface_mm: float | None, empty: EmptyC
 def require_same_preprocessing(predictor: Predictor, store: Store) -> None:
     """Require that the store was prepared in the same way as the model's training data."""
     if store.preprocessing != predictor.preprocessing:
+        own, models = store.preprocessing.model_dump(), predictor.preprocessing.model_dump()
         raise UsageError(
             "the store was prepared in another way than the model's training data",
             where=store.path,
-            got=_describe_difference(store.preprocessing.model_dump(), predictor.preprocessing.model_dump()),
+            got="; ".join(f"{key} {own[key]} instead of {models[key]}" for key in own if own[key] != models[key]),
             remedy="Prepare it with the model's preprocessing: brainfound prepare SOURCE STORE --like MODEL",
         )
 
@@ -276,7 +277,3 @@ def _absence_notes(contract: InputContract | None, store: Store, scored: Session
         if lacking := int((~here).sum()):
             notes.append(missing_contrast_note(contrast, f"in {lacking} of {len(rows)} sessions"))
     return tuple(notes)
-
-
-def _describe_difference(first: dict, second: dict) -> str:
-    return "; ".join(f"{key} {first[key]} instead of {second[key]}" for key in first if first[key] != second[key])

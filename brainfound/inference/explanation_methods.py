@@ -19,7 +19,6 @@ Sources:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -42,31 +41,24 @@ WEIGHING_AGGREGATORS = ("attention", "transformer")
 
 def block_attention(block: Any, tokens: Float[Tensor, "images tokens width"]) -> Float[Tensor, "images tokens tokens"]:
     """Attention of a backbone's block on the tokens that enter it, as a mean over heads."""
-    attention = block.attention
-    normed = block.norm1(tokens)
-    query, key = attention.q_proj(normed), attention.k_proj(normed)
-    return _mean_over_heads(query, key, attention.num_attention_heads, attention.scaling)
-
-
-def _mean_over_heads(query: Tensor, key: Tensor, num_heads: int, scaling: float) -> Tensor:
-    query, key = (part.float().unflatten(-1, (num_heads, -1)).transpose(1, 2) for part in (query, key))
+    attention, normed = block.attention, block.norm1(tokens)
+    num_heads, projected = attention.num_attention_heads, (attention.q_proj(normed), attention.k_proj(normed))
+    query, key = (part.float().unflatten(-1, (num_heads, -1)).transpose(1, 2) for part in projected)
     total = query.new_zeros(len(query), query.shape[2], key.shape[2])
     # One head at a time: all heads of a ViT-g together take a gigabyte.
     for head in range(num_heads):
-        total += (query[:, head] @ key[:, head].transpose(-1, -2) * scaling).softmax(dim=-1)
+        total += (query[:, head] @ key[:, head].transpose(-1, -2) * attention.scaling).softmax(dim=-1)
     return total / num_heads
 
 
 class AttentionRollout:
     """Accumulates the rollout while a transformer runs; a context manager.
 
-    Args:
-        blocks: blocks in the order in which they run; a block that does not run does not count.
-        attention: a block and the tokens that enter it → its attention ``(B, T, T)``.
+    `blocks` are in the order in which they run; a block that does not run does not count.
     """
 
-    def __init__(self, blocks: Iterable[nn.Module], attention: Callable[[Any, Tensor], Tensor]) -> None:
-        self._blocks, self._attention = list(blocks), attention
+    def __init__(self, blocks: Iterable[nn.Module]) -> None:
+        self._blocks = list(blocks)
         self._handles: list[Any] = []
         self._product: Tensor | None = None
 
@@ -74,14 +66,12 @@ class AttentionRollout:
         self._handles = [block.register_forward_pre_hook(self._accumulate) for block in self._blocks]
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for handle in self._handles:
             handle.remove()
 
     def _accumulate(self, block: nn.Module, arguments: tuple[Any, ...]) -> None:
-        attention = self._attention(block, arguments[0])
+        attention = block_attention(block, arguments[0])
         step = (attention + torch.eye(attention.shape[-1], device=attention.device)) / 2
         self._product = step if self._product is None else step @ self._product
 
@@ -142,9 +132,7 @@ _PERCENTILES = (1.0, 99.0)
 _ROWS = 4096
 
 
-def principal_components(
-    features: Float[np.ndarray, "N D"], num: int = NUM_COMPONENTS
-) -> tuple[Float[np.ndarray, "N K"], Float[np.ndarray, "K"]]:
+def principal_components(features: Float[np.ndarray, "N D"]) -> tuple[Float[np.ndarray, "N K"], Float[np.ndarray, "K"]]:
     """Scores on the first components, and the share of variance that each explains.
 
     The sign of a component is chosen so that its largest loading in absolute value is positive.
@@ -152,6 +140,7 @@ def principal_components(
     Raises:
         ModelError: too few patches, or features that are too narrow.
     """
+    num = NUM_COMPONENTS
     if min(features.shape) <= num:
         raise ModelError(
             "too little to find principal components in",
@@ -250,10 +239,11 @@ class ExplanationInputs:
         Features are the normalised patch tokens; for a segmentation, the tokens of the deepest block that its decoder
         reads.
         """
-        layer = max(self.inner.config.resolved_decoder_layers) if self.is_segmentation else None
+        is_segmentation = isinstance(self.inner, BrainFoundForSegmentation)
+        layer = max(self.inner.config.resolved_decoder_layers) if is_segmentation else None
         foreground = torch.from_numpy(self.foreground()).to(self.device).flatten(1)
         embeddings, rollouts, patch_features, first = [], [], [], 0
-        with AttentionRollout(self.encoder.blocks if rollout else (), block_attention) as attention:
+        with AttentionRollout(self.encoder.blocks if rollout else ()) as attention:
             for encoding in self.encode(layers=() if layer is None else (layer,)):
                 part = slice(first, first + len(encoding.cls))
                 first = part.stop
@@ -281,10 +271,6 @@ class ExplanationInputs:
         if self.encoder.stem == "per_contrast":
             patches = PresentImages(self.batch.contrast_mask.expand(num_images, -1)).mean(patches)
         return patches
-
-    @property
-    def is_segmentation(self) -> bool:
-        return isinstance(self.inner, BrainFoundForSegmentation)
 
     def foreground(self) -> Bool[np.ndarray, "S h w"]:
         """Which patches are foreground in some contrast."""

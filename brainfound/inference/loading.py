@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import overload
 
 import torch
 
 from brainfound.adapters import load_adapters, load_bundle
-from brainfound.adapters.bundle_reader import Bundle
+from brainfound.adapters.bundle_reader import Bundle, NamedSet
 from brainfound.data.checking.contract import InputContract
 from brainfound.data.cohort import Session
 from brainfound.data.hooks import Hook, load_hooks
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.preprocessing.stack import Stack
-from brainfound.errors import ModelError, UsageError, did_you_mean
+from brainfound.errors import ModelError, UsageError
 from brainfound.finetuning.tasks import TASKS, Task, from_dict
 from brainfound.finetuning.tasks.base import AnswerCalibration
 from brainfound.inference.prediction import Prediction
@@ -27,32 +27,11 @@ from brainfound.models.infer import unwrap_peft
 from brainfound.training.run_folder import is_run_folder
 
 
-class PredictorSet:
+class PredictorSet(NamedSet[Predictor]):
     """Predictors that share the weights of one backbone; each request names its adapter.
 
     Requests may come in any order. ``predictors["age"]`` is a full `Predictor`, for a cohort for example.
     """
-
-    def __init__(self, predictors: Mapping[str, Predictor]) -> None:
-        self._predictors = dict(predictors)
-
-    def __getitem__(self, name: str) -> Predictor:
-        if name not in self._predictors:
-            raise UsageError(f"no adapter named {name!r}", remedy=did_you_mean(name, self._predictors))
-        return self._predictors[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._predictors
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._predictors)
-
-    def __len__(self) -> int:
-        return len(self._predictors)
-
-    def __repr__(self) -> str:
-        parts = ", ".join(f"{name}: {predictor.task}" for name, predictor in self._predictors.items())
-        return f"PredictorSet({parts})"
 
     def predict(self, *paths: str | Path, adapter: str, **contrast_paths: str | Path) -> Prediction:
         """Predict one session with one adapter; see `Predictor.predict`."""

@@ -1,6 +1,6 @@
 """The prediction for one session, and its files on the grid of the reference scan.
 
-Axis legend: S slices, H W pixels, D width.
+Axis legend: D width.
 """
 
 from __future__ import annotations
@@ -14,18 +14,6 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-
-from brainfound.data.preprocessing.stack import Stack
-
-
-def segmentation_image(stack: Stack, labels: np.ndarray) -> nib.Nifti1Image:
-    """Label codes ``(S, H, W)`` on the stack's grid → an image on the reference scan's grid."""
-    return stack.to_native(labels, order=0)
-
-
-def probability_image(stack: Stack, probability: np.ndarray) -> nib.Nifti1Image:
-    """A probability ``(S, H, W)`` on the stack's grid → an image on the reference scan's grid."""
-    return stack.to_native(probability, order=1)
 
 
 def voxel_mm3(image: nib.Nifti1Image) -> float:

@@ -16,7 +16,7 @@ from scipy import ndimage
 from brainfound.data.preprocessing.stack import Stack
 from brainfound.errors import UsageError
 from brainfound.finetuning.tasks.segmentation import OverlappingSegmentation, Segmentation
-from brainfound.inference.prediction import probability_image, segmentation_image, volumes_mm3, voxel_mm3
+from brainfound.inference.prediction import volumes_mm3, voxel_mm3
 from brainfound.models.infer import InferenceAugmentation, StackPrediction
 
 # The volume of a voxel comes from an affine in float32, so that 27 mm³ may read as 27.000001.
@@ -77,7 +77,7 @@ def build_segmentation_fields(
 ) -> dict[str, Any]:
     """The segmentation fields of a `Prediction`: answer, image or masks, probability, probabilities."""
     assert answer.foreground_probability is not None
-    fields: dict[str, Any] = {"probability": probability_image(stack, answer.foreground_probability)}
+    fields: dict[str, Any] = {"probability": stack.to_native(answer.foreground_probability, order=1)}
     if isinstance(target, OverlappingSegmentation):
         fields |= _masks(stack, answer, target, options)
     else:
@@ -92,7 +92,7 @@ def _label_map(
 ) -> dict[str, Any]:
     assert answer.classes is not None
     names = dict(zip(target.codes, target.names, strict=True))
-    image, removed = _apply_min_volume(segmentation_image(stack, target.decode_mask(answer.classes)), options)
+    image, removed = _apply_min_volume(stack.to_native(target.decode_mask(answer.classes), order=0), options)
     content: dict[str, Any] = {
         "labels": {str(code): name for code, name in names.items()},
         "volumes_mm3": volumes_mm3(image, names),
@@ -102,7 +102,7 @@ def _label_map(
     probabilities = {}
     if answer.class_probabilities is not None:
         for k, code in enumerate(target.codes[1:], start=1):
-            probabilities[str(code)] = probability_image(stack, answer.class_probabilities[:, k])
+            probabilities[str(code)] = stack.to_native(answer.class_probabilities[:, k], order=1)
     return {"answer": content, "image": image, "probabilities": probabilities}
 
 
@@ -112,7 +112,7 @@ def _masks(
     assert answer.labels is not None
     masks, volumes, removed = {}, {}, {}
     for k, name in enumerate(target.names):
-        mask, counts = _apply_min_volume(segmentation_image(stack, answer.labels[:, k].astype(np.uint8)), options)
+        mask, counts = _apply_min_volume(stack.to_native(answer.labels[:, k].astype(np.uint8), order=0), options)
         masks[name], removed[name] = mask, counts.get(1, 0)
         volumes[name] = volumes_mm3(mask, {1: name})[name]
     content: dict[str, Any] = {
@@ -124,7 +124,7 @@ def _masks(
     probabilities = {}
     if answer.class_probabilities is not None:
         for k, name in enumerate(target.names):
-            probabilities[name] = probability_image(stack, answer.class_probabilities[:, k])
+            probabilities[name] = stack.to_native(answer.class_probabilities[:, k], order=1)
     return {"answer": content, "masks": masks, "probabilities": probabilities}
 
 

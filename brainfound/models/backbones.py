@@ -67,27 +67,18 @@ class Family:
         """The configuration of the backbone that `load` returns; raises ModelError if it is unsupported."""
         return config
 
-    def load(
-        self,
-        source: str,
-        config: PreTrainedConfig,
-        drop_path_rate: float | None,
-        attn_implementation: str | None,
-        hub_options: Mapping[str, Any],
-    ) -> PreTrainedModel:
+    def load(self, source: str, config: PreTrainedConfig, drop_path_rate: float | None, **options: Any) -> Any:
         """Load the backbone of a checkpoint; arguments and errors as in `load_backbone`."""
         if drop_path_rate is not None:
             config.drop_path_rate = float(drop_path_rate)
-        model = self.read(source, config, attn_implementation, hub_options)
+        model = self.read(source, config, options)
         # The source is kept in `backbone_source`; here a local path would end up in every saved configuration.
         model.config.name_or_path = ""
         if model.embeddings.mask_token is None:
             model.embeddings.mask_token = nn.Parameter(torch.zeros(1, config.hidden_size))
         return model
 
-    def read(
-        self, source: str, config: PreTrainedConfig, attn_implementation: str | None, hub_options: Mapping[str, Any]
-    ) -> Any:
+    def read(self, source: str, config: PreTrainedConfig, options: Mapping[str, Any]) -> Any:
         """The transformers model in float32 with all weights from the checkpoint; a missing mask token is zero."""
         # Any: with output_loading_info it returns a pair, which its annotations omit.
         from_pretrained: Any = self.model_class.from_pretrained
@@ -98,10 +89,9 @@ class Family:
                     config=config,
                     dtype=torch.float32,
                     use_safetensors=True,
-                    attn_implementation=attn_implementation,
                     output_loading_info=True,
                     **self.load_options,
-                    **hub_options,
+                    **options,
                 )
         except LOAD_FAILURES as error:
             raise unreadable_model_error(source, error) from error
@@ -147,14 +137,7 @@ class SupervisedViT(Family):
         _require_convertible(source, config)
         return _to_dinov2_config(config)
 
-    def load(
-        self,
-        source: str,
-        config: PreTrainedConfig,
-        drop_path_rate: float | None,
-        attn_implementation: str | None,
-        hub_options: Mapping[str, Any],
-    ) -> PreTrainedModel:
+    def load(self, source: str, config: PreTrainedConfig, drop_path_rate: float | None, **options: Any) -> Any:
         get_patch_size(config)
         _require_convertible(source, config)
         if config.attention_probs_dropout_prob:
@@ -163,7 +146,7 @@ class SupervisedViT(Family):
                 " it is no part of what the weights compute, and training here has no dropout of attention",
                 stacklevel=3,
             )
-        return _to_dinov2(self.read(source, config, attn_implementation, hub_options), drop_path_rate)
+        return _to_dinov2(self.read(source, config, options), drop_path_rate)
 
     def image_statistics(self, source: str, hub_options: Mapping[str, Any]) -> dict[str, float]:
         """The statistics of the preprocessor, averaged over RGB, because contrasts are not colours."""
@@ -224,7 +207,7 @@ def _to_dinov2_config(config: PreTrainedConfig, drop_path_rate: float | None = N
     )
 
 
-def _to_dinov2(vit: PreTrainedModel, drop_path_rate: float | None = None) -> PreTrainedModel:
+def _to_dinov2(vit: PreTrainedModel, drop_path_rate: float | None) -> PreTrainedModel:
     """The weights of a ViT (with a mask token, without a pooler) in a Dinov2 model, with layer scales of one."""
     config = vit.config
     weights = {_to_dinov2_name(name): tensor.detach().clone() for name, tensor in vit.state_dict().items()}
@@ -248,9 +231,6 @@ def _to_dinov2_name(name: str) -> str:
 
 
 def _find_preprocessor(source: str, hub_options: Mapping[str, Any]) -> Path | None:
-    if Path(source).is_dir():
-        path = Path(source) / _PREPROCESSOR_FILE
-        return path if path.is_file() else None
     try:
         found = cached_file(source, _PREPROCESSOR_FILE, _raise_exceptions_for_missing_entries=False, **hub_options)
     except OSError:
@@ -301,7 +281,7 @@ def load_backbone(
         ModelError: if it cannot be read, belongs to an unsupported family, or lacks weights (the error names them).
     """
     source, config, family = _find_family(id_or_folder, hub_options)
-    return family.load(source, config, drop_path_rate, attn_implementation, hub_options)
+    return family.load(source, config, drop_path_rate, attn_implementation=attn_implementation, **hub_options)
 
 
 def load_backbone_config(id_or_folder: str | Path, **hub_options: Any) -> PreTrainedConfig:

@@ -292,9 +292,20 @@ class ValidSlices:
         With the stem "slices" each slice comes with its neighbours below and above: the adjacent valid slices of its
         volume in the given order, at any distance in mm. End slices replace their own missing neighbour.
         """
-        num_slices_each = self.volumes_slices[1]
-        for rows, pixels in self._chunks():
-            contrast_mask = None if self.contrast_mask is None else self.contrast_mask[rows // num_slices_each]
+        rows = torch.arange(len(self.pixels), device=self.pixels.device) if self.index is None else self.index
+        neighbours = self._neighbours(rows) if self.encoder.stem == "slices" else None
+        start = 0
+        for count in self._chunk_sizes(rows):
+            part = slice(start, start + count)
+            start += count
+            if neighbours is not None:
+                pixels = self.pixels[neighbours[part]].flatten(1, 2)
+            else:
+                # In the common case all slices are valid and fit one chunk: no copy of the pixels is needed.
+                whole = self.index is None and count == len(self.pixels)
+                pixels = self.pixels if whole else self.pixels[rows[part]]
+            mask = self.contrast_mask
+            contrast_mask = None if mask is None else mask[rows[part] // self.volumes_slices[1]]
             yield self.encoder(pixels, contrast_mask, layers=layers)
 
     def scatter(self, values: Tensor) -> Tensor:
@@ -313,21 +324,6 @@ class ValidSlices:
         """The number of valid slices of each volume."""
         num_volumes, num_slices = self.volumes_slices
         return [num_slices] * num_volumes if self.slice_mask is None else self.slice_mask.sum(dim=1).tolist()
-
-    def _chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The rows of the valid slices and the encoder's input for them, chunk by chunk."""
-        rows = torch.arange(len(self.pixels), device=self.pixels.device) if self.index is None else self.index
-        neighbours = self._neighbours(rows) if self.encoder.stem == "slices" else None
-        start = 0
-        for count in self._chunk_sizes(rows):
-            part = slice(start, start + count)
-            start += count
-            if neighbours is not None:
-                yield rows[part], self.pixels[neighbours[part]].flatten(1, 2)
-            else:
-                # In the common case all slices are valid and fit one chunk: no copy of the pixels is needed.
-                whole = self.index is None and count == len(self.pixels)
-                yield rows[part], self.pixels if whole else self.pixels[rows[part]]
 
     def _chunk_sizes(self, rows: Tensor) -> list[int]:
         """Number of slices per chunk; a slice with more contrasts than fit forms its own chunk."""

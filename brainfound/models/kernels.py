@@ -16,7 +16,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 import torch
@@ -208,7 +208,7 @@ def _per_run(
     return packed
 
 
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value, scale=scaling)
 
 
@@ -235,9 +235,7 @@ def _xformers(query: Tensor, key: Tensor, value: Tensor, packing: Packing, scali
 
 
 _KERNELS: dict[str, Callable[[Tensor, Tensor, Tensor, Packing, float], Tensor]] = {
-    "sdpa": _per_run(
-        lambda query, key, value, scaling: F.scaled_dot_product_attention(query, key, value, scale=scaling)
-    ),
+    "sdpa": _per_run(_sdpa),
     "matmul": _per_run(attention_in_pieces),
     "varlen": _varlen,
     "xformers": _xformers,
@@ -303,7 +301,7 @@ def choose_kernel(
     return (fastest if working[fastest] * _CLEARLY_FASTER < working["sdpa"] else "sdpa"), results  # type: ignore[return-value]
 
 
-def _packed_interface(
+def _interface(
     module: Any,
     query: Tensor,
     key: Tensor,
@@ -313,28 +311,19 @@ def _packed_interface(
     dropout: float = 0.0,
     packing: Packing | None = None,
     kernel: Kernel = "sdpa",
+    attend: Callable[[Tensor, Tensor, Tensor, float | None], Tensor] = _sdpa,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Attention with the transformers interface: q, k, v ``(1, H, T, d)``, or without a packing ``(B, H, L, d)``."""
-    _require_plain(attention_mask, dropout)
+    if attention_mask is not None or dropout:
+        raise ModelError("this attention has neither masks nor dropout", remedy=_USE_SDPA)
     if packing is None:
-        output = F.scaled_dot_product_attention(query, key, value, scale=scaling)
-        return output.transpose(1, 2).contiguous(), None
+        return attend(query, key, value, scaling).transpose(1, 2).contiguous(), None
     return packed_attention(query[0], key[0], value[0], packing, kernel, scaling)[None], None
 
 
-def _xformers_interface(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """``attn_implementation="xformers"`` for a batch: q, k, v ``(B, H, L, d)`` → ``(B, L, H, d)``."""
-    _require_plain(attention_mask, dropout)
+def _xformers_batch(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+    """``attn_implementation="xformers"`` for a batch ``(B, H, L, d)``."""
     fault = _xformers_fault(query.device, query.dtype, query.shape[-1])
     if fault:
         raise ModelError(
@@ -343,7 +332,7 @@ def _xformers_interface(
     from xformers.ops import memory_efficient_attention
 
     tokens = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    return memory_efficient_attention(*tokens, scale=scaling), None
+    return memory_efficient_attention(*tokens, scale=scaling).transpose(1, 2)
 
 
 @lru_cache(maxsize=16)
@@ -351,10 +340,5 @@ def _xformers_fault(device: torch.device, dtype: torch.dtype, head_width: int) -
     return _find_kernel_failure("xformers", device, dtype, head_width)
 
 
-def _require_plain(attention_mask: Tensor | None, dropout: float) -> None:
-    if attention_mask is not None or dropout:
-        raise ModelError("this attention has neither masks nor dropout", remedy=_USE_SDPA)
-
-
-AttentionInterface.register("xformers", _xformers_interface)
-AttentionInterface.register(PACKED, _packed_interface)
+AttentionInterface.register("xformers", partial(_interface, attend=_xformers_batch))
+AttentionInterface.register(PACKED, _interface)

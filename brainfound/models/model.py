@@ -180,6 +180,7 @@ class BrainFoundModel(BrainFoundPreTrainedModel):
             ModelError: if shapes do not fit, a volume has no valid slice or no contrast, or both or neither of
                 `pixel_values` and `slice_embeddings` are given.
         """
+        patch_embeddings = None
         if slice_embeddings is not None:
             if pixel_values is not None or contrast_mask is not None or output_patch_embeddings:
                 raise ModelError(
@@ -188,22 +189,20 @@ class BrainFoundModel(BrainFoundPreTrainedModel):
                     remedy="Give slice_embeddings with slice_mask and positions_mm only",
                 )
             slice_mask = validate_embeddings(slice_embeddings, self.config.embedding_size, slice_mask, positions_mm)
-            aggregation = self.aggregator(slice_embeddings, slice_mask, positions_mm)
-            output = BrainFoundModelOutput(aggregation.embedding, slice_embeddings, aggregation.weights)
-            return output.to_tuple() if return_dict is False else output
-        if pixel_values is None:
+        elif pixel_values is None:
             raise ModelError("there is nothing to embed", expected="pixel_values, or slice_embeddings")
-        batch = ValidSlices(
-            self.encoder, self.config.slice_chunk, pixel_values, contrast_mask, slice_mask, positions_mm
-        )
-        embeddings, patches = [], []
-        for encoding in batch.encode():
-            embeddings.append(encoding.embedding(self.config.slice_features))
-            if output_patch_embeddings:
-                patches.append(encoding.patches)
-        slice_embeddings = batch.scatter(torch.cat(embeddings))
-        aggregation = self.aggregator(slice_embeddings, batch.slice_mask, positions_mm)
-        patch_embeddings = batch.scatter(torch.cat(patches)) if output_patch_embeddings else None
+        else:
+            batch = ValidSlices(
+                self.encoder, self.config.slice_chunk, pixel_values, contrast_mask, slice_mask, positions_mm
+            )
+            slice_mask, embeddings, patches = batch.slice_mask, [], []
+            for encoding in batch.encode():
+                embeddings.append(encoding.embedding(self.config.slice_features))
+                if output_patch_embeddings:
+                    patches.append(encoding.patches)
+            slice_embeddings = batch.scatter(torch.cat(embeddings))
+            patch_embeddings = batch.scatter(torch.cat(patches)) if output_patch_embeddings else None
+        aggregation = self.aggregator(slice_embeddings, slice_mask, positions_mm)
         output = BrainFoundModelOutput(aggregation.embedding, slice_embeddings, aggregation.weights, patch_embeddings)
         return output.to_tuple() if return_dict is False else output
 

@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from torch import Tensor
 
+from brainfound.adapters.attach import count_parameters
 from brainfound.data.checking.contract import InputContract
 from brainfound.data.store import Store
 from brainfound.errors import TrainingError, UsageError
@@ -42,7 +43,6 @@ from brainfound.report.cards import write_model_card
 from brainfound.training import distributed, run_folder
 from brainfound.training.checkpoint import wrap_write_errors
 from brainfound.training.engine import Engine
-from brainfound.training.process import make_accelerator
 from brainfound.training.run_folder import EXPORT_FOLDER, versions
 
 
@@ -95,15 +95,11 @@ def pretrain(
 
 
 def _run(recipe: PretrainRecipe, store: Store, folder: Path, resume: bool, quiet: bool, notes: list[str]) -> Path:
-    recipe = run_folder.restore_auto_settings(folder, recipe, ("precision", *AUTO_KEYS), resume)
-    accelerator = make_accelerator(recipe.engine.precision)
-    console = Console(stderr=True, quiet=quiet or not accelerator.is_main_process, highlight=False, soft_wrap=True)
+    recipe, accelerator, console = run_folder.start_process(folder, recipe, AUTO_KEYS, resume, quiet)
     if recipe.engine.parallel == "fsdp" and accelerator.num_processes == 1:
         notes = [*notes, "engine.parallel is fsdp, but one process has nobody to share with: nothing is sharded"]
     for note in [*notes, *run_preflight_checks(recipe, store, accelerator.num_processes)]:
         console.print(note)
-    engine = recipe.engine.model_copy(update={"precision": accelerator.mixed_precision})
-    recipe = recipe.model_copy(update={"engine": engine})
     with run_folder.lock_run_folder(folder, resume, accelerator):
         return _train(recipe, store, folder, resume, accelerator, console)
 
@@ -124,21 +120,14 @@ def _train(
         "num_slices": len(task.dataset),
         "effective_lr": task.effective_lr,
         "steps": recipe.engine.steps,
-        "num_trained_parameters": sum(p.numel() for p in task.model.parameters() if p.requires_grad),
+        "num_trained_parameters": count_parameters(task.model).trainable,
     }
     console.print(
         f"{facts['device']} ({facts['device_reason']}); {len(task.dataset)} slices of {len(store)} sessions;"
         f" {_describe_training(recipe, task, facts['num_trained_parameters'])}"
     )
     engine = Engine(task, recipe.engine, folder, accelerator, recipe.seed, console.quiet)
-    engine.require_space()
-    distributed.run_on_main_rank(lambda: run_folder.write_start(folder, recipe, facts), accelerator.is_main_process)
-    if checkpoint is not None:
-        engine.resume(checkpoint)
-        console.print(f"going on from {checkpoint.name}")
-    else:
-        engine.log.truncate_after(-1)  # lines of a run that was killed before its first checkpoint
-    accelerator.wait_for_everyone()
+    engine.begin(lambda: run_folder.write_start(folder, recipe, facts), checkpoint)
     stopped: TrainingError | None = None
     try:
         engine.run()

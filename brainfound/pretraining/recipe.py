@@ -33,19 +33,11 @@ from brainfound.training.schedules import ScheduleRecipe
 
 AUTO_KEYS = ("attention", "compile", "crops")
 """The engine settings whose "auto" is resolved here."""
-# These may change between a run and its continuation, as they have no effect on what is learnt.
+# These may change between a run and its continuation too, as they have no effect on what is learnt.
 CHANGEABLE_ON_RESUME = (
-    "name",
     "data",
     "guard",
-    "engine.parallel",
-    *(f"engine.{key}" for key in AUTO_KEYS),
-    "engine.gradient_checkpointing",
-    "engine.log_every",
-    "engine.checkpoint_every",
-    "engine.keep_checkpoints",
-    "engine.max_skipped_in_a_row",
-    "engine.num_workers",
+    *(f"engine.{key}" for key in ("parallel", "gradient_checkpointing", *AUTO_KEYS)),
 )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -296,6 +296,17 @@ class Engine:
         scale = f", learning rates × {entries['lr_scale']:g}" if "lr_scale" in entries else ""
         self.log.notify(f"step {self.step}: {request.what}; back to step {request.step}{scale}")
         return path
+
+    def begin(self, write_start: Callable[[], None], path: Path | None) -> None:
+        """Require space on the disk, write the start of the run, and restore the checkpoint at `path`, if any."""
+        self.require_space()
+        distributed.run_on_main_rank(write_start, self.is_main)
+        if path is None:
+            self.log.truncate_after(-1)  # lines of a run that was killed before its first checkpoint
+        else:
+            self.resume(path)
+            self.log.notify(f"going on from {path.name}")
+        self.accelerator.wait_for_everyone()
 
     def require_space(self) -> None:
         """Refuse, on all ranks, a run whose files do not fit on the disk; called before anything is written."""

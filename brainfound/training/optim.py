@@ -20,12 +20,12 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
+from brainfound.adapters.roles import block_number
 from brainfound.errors import TrainingError
 from brainfound.recipes import Recipe
 from brainfound.training.distributed import max_over_ranks, to_full_tensor
 from brainfound.training.schedules import Role
 
-_BLOCK = re.compile(r"(?:^|\.)layers?\.(\d+)\.")
 _TOKENS = ("cls_token", "register_tokens", "position_embeddings")
 _NEW_TOKENS = ("mask_token", "contrast_embedding")
 _HEAD = re.compile(r"(?:^|\.)heads?\.")
@@ -73,13 +73,9 @@ def parameter_settings(name: str, parameter: nn.Parameter, num_layers: int, reci
         # Low-rank updates wait for the heads as the backbone does. They need no layer decay: the frozen matrix keeps
         # what an early layer has learnt, and weight decay pulls back towards it.
         return ParameterSettings("backbone", 1.0, decays)
-    block = _BLOCK.search(name)
-    if block:
-        layer = int(block.group(1)) + 1
-    elif "embeddings" in name:
-        layer = 0
-    else:
-        layer = num_layers + 1
+    layer = block_number(name)
+    if layer is None:
+        layer = 0 if "embeddings" in name else num_layers + 1
     scale = recipe.layer_decay ** (num_layers + 1 - layer)
     if "patch_embeddings" in name:
         scale *= recipe.patch_embed_scale

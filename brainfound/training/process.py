@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import accelerate
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from brainfound.training import distributed
@@ -51,6 +52,11 @@ def make_accelerator(precision: Literal["auto", "no", "bf16"]) -> accelerate.Acc
         # Accelerate keeps one state per process; a second run in the same process may use another precision.
         accelerate.state.AcceleratorState._reset_state(reset_partial_state=False)
     return accelerate.Accelerator(mixed_precision=precision, cpu=not torch.accelerator.is_available())
+
+
+def make_console(accelerator: accelerate.Accelerator, quiet: bool) -> Console:
+    """Standard error of the main rank, unless quiet."""
+    return Console(stderr=True, quiet=quiet or not accelerator.is_main_process, highlight=False, soft_wrap=True)
 
 
 def describe_device(device: torch.device) -> tuple[str, str]:

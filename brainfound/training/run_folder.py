@@ -20,6 +20,7 @@ import accelerate
 import yaml
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
+from rich.console import Console
 
 import brainfound
 from brainfound.data.store import Store
@@ -35,7 +36,7 @@ from brainfound.training.checkpoint import (
     nearest_existing,
     write_atomically,
 )
-from brainfound.training.process import describe_device, probe_precision
+from brainfound.training.process import describe_device, make_accelerator, make_console, probe_precision
 
 RECIPE_FILE = "recipe.yaml"
 FACTS_FILE = "run.json"
@@ -46,6 +47,9 @@ DONE = "done"
 LOCK_FILE = ".lock"
 _FILES_BEFORE_RECIPE = {LOCK_FILE, FACTS_FILE, "splits.json", EMBEDDINGS_FOLDER}
 """Files of a run that was killed before it wrote recipe.yaml."""
+_ENGINE_KEYS = ("log_every", "checkpoint_every", "keep_checkpoints", "max_skipped_in_a_row", "num_workers")
+CHANGEABLE_KEYS = ("name", *(f"engine.{key}" for key in _ENGINE_KEYS))
+"""What may change between any run and its continuation, because it has no effect on the weights."""
 
 
 def versions() -> dict[str, str]:
@@ -97,7 +101,9 @@ def read_saved_recipe(folder: Path) -> dict[str, Any]:
 
 
 def require_same_recipe_and_data(folder: Path, recipe: Recipe, store: Store, changeable_keys: Sequence[str]) -> None:
-    """Refuse to resume with other data, or with a recipe that differs outside `changeable_keys` (keys or groups).
+    """Refuse to resume with other data, or with a recipe that differs in other keys.
+
+    `CHANGEABLE_KEYS` and `changeable_keys` (keys or groups) may differ.
 
     Raises:
         RecipeError, TrainingError: naming the first key that differs, or the store.
@@ -106,7 +112,7 @@ def require_same_recipe_and_data(folder: Path, recipe: Recipe, store: Store, cha
     saved = validate(type(recipe), read_saved_recipe(folder))
     before, now = (_flatten(content.model_dump(mode="json")) for content in (saved, recipe))
     for key in [*before, *(key for key in now if key not in before)]:
-        may_differ = any(key == name or key.startswith(f"{name}.") for name in changeable_keys)
+        may_differ = any(key == name or key.startswith(f"{name}.") for name in (*CHANGEABLE_KEYS, *changeable_keys))
         if not may_differ and before.get(key) != now.get(key):
             what = "differs from the run that is to be resumed"
             remedy = f"Set it back, give {folder / RECIPE_FILE} as the recipe, or give another --out"
@@ -261,6 +267,20 @@ def restore_auto_settings(folder: Path, recipe: AnyRecipe, keys: Sequence[str], 
     before = read_saved_recipe(folder).get("engine")
     resolved = {key: before[key] for key in auto_keys if key in before} if isinstance(before, dict) else {}
     return recipe.model_copy(update={"engine": engine.model_copy(update=resolved)})
+
+
+def start_process(
+    folder: Path, recipe: AnyRecipe, auto_keys: Sequence[str], resume: bool, quiet: bool
+) -> tuple[AnyRecipe, accelerate.Accelerator, Console]:
+    """The recipe with the precision in use, the accelerator, and the console, which only the main rank prints on.
+
+    A run to be resumed keeps its precision and its choice of `auto_keys`.
+    """
+    recipe = restore_auto_settings(folder, recipe, ("precision", *auto_keys), resume)
+    engine: Any = recipe.engine  # type: ignore[attr-defined]
+    accelerator = make_accelerator(engine.precision)
+    engine = engine.model_copy(update={"precision": accelerator.mixed_precision})
+    return recipe.model_copy(update={"engine": engine}), accelerator, make_console(accelerator, quiet)
 
 
 def common_run_info(store: Store, accelerator: accelerate.Accelerator, seed: int) -> dict[str, Any]:

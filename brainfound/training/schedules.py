@@ -94,8 +94,3 @@ def learning_rate(
         return 0.0
     delay = head_warmup_steps if role == "backbone" else 0  # only the backbone's warm-up begins later
     return warmup_schedule(step - delay, peak, final, warmup_steps, num_steps - delay, shape)
-
-
-def teacher_temperature(step: int, start: float, end: float, warmup_steps: int) -> float:
-    """The temperature of the teacher's targets: a line from `start` to `end` over the warm-up."""
-    return linear(step, start, end, warmup_steps)

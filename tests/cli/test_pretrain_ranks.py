@@ -21,7 +21,7 @@ def test_one_rank_prints_the_export(monkeypatch, capsys, is_main):
     monkeypatch.setattr("brainfound.pretraining.pretrain.pretrain", lambda *_, **__: Path("runs/a"))
     monkeypatch.setattr("brainfound.finetuning.finetune.finetune", lambda *_, **__: Path("runs/b"))
     monkeypatch.setattr("brainfound.finetuning.scoring.read_scores", lambda folder: {})
-    monkeypatch.setattr("brainfound.cli.terminal.scores_line", lambda scores: "scores")
+    monkeypatch.setattr("brainfound.cli.finetune.scores_line", lambda scores: "scores")
     pretrain("recipe")
     finetune("recipe", Path("store"), ["model"], "target")
     expected = f"{Path('runs/a/export')}\nscores\n{Path('runs/b/export')}\n"

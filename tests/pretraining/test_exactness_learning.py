@@ -17,7 +17,6 @@ from torch import nn
 from transformers import Dinov2Config, Dinov2WithRegistersConfig
 
 from brainfound.models import BrainFoundConfig, BrainFoundModel
-from brainfound.pretraining.objectives import ema
 from brainfound.pretraining.objectives.distillation_model import DistillationModel
 from brainfound.pretraining.objectives.self_distillation import SelfDistillation
 from brainfound.training import schedules
@@ -84,9 +83,9 @@ def test_the_differences_from_the_published_curve_are_those_that_are_said():
 
 
 def test_momentum_and_temperature_at_every_step():
-    momentum = [ema.momentum(step, 0.992, 1.0, STEPS) for step in range(STEPS)]
+    momentum = [schedules.cosine(step, 0.992, 1.0, STEPS) for step in range(STEPS)]
     np.testing.assert_allclose(momentum, half_cosine(0.992, 1.0, STEPS), rtol=1e-14)
-    temperature = [schedules.teacher_temperature(step, 0.04, 0.07, 10) for step in range(STEPS)]
+    temperature = [schedules.linear(step, 0.04, 0.07, 10) for step in range(STEPS)]
     np.testing.assert_allclose(temperature, np.append(np.linspace(0.04, 0.07, 11), [0.07] * (STEPS - 11)), rtol=1e-12)
 
 

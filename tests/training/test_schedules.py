@@ -46,15 +46,15 @@ def test_learning_rate_scales_with_the_square_root_of_the_batch():
 
 
 def test_momentum_and_temperature():
-    assert ema.momentum(0, 0.994, 1.0, 50) == 0.994
-    assert ema.momentum(50, 0.994, 1.0, 50) == 1.0
-    assert schedules.teacher_temperature(15, 0.04, 0.07, 30) == pytest.approx(0.055)
-    assert schedules.teacher_temperature(31, 0.04, 0.07, 30) == 0.07
+    assert schedules.cosine(0, 0.994, 1.0, 50) == 0.994
+    assert schedules.cosine(50, 0.994, 1.0, 50) == 1.0
+    assert schedules.linear(15, 0.04, 0.07, 30) == pytest.approx(0.055)
+    assert schedules.linear(31, 0.04, 0.07, 30) == 0.07
 
 
 def test_share_of_start_is_that_of_a_real_teacher():
     weight, student = 1.0, 0.0
     for step in range(40):
-        kept = ema.momentum(step, 0.9, 1.0, 40)
+        kept = schedules.cosine(step, 0.9, 1.0, 40)
         weight = kept * weight + (1 - kept) * (1.0 if step < 10 else student)
     assert ema.initial_weight_fraction(0.9, 1.0, 40, 10) == pytest.approx(weight, rel=1e-12)

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from rich.console import Console
 
 from brainfound.data.store import Store
 from brainfound.pretraining.dry_run import report
@@ -38,7 +37,7 @@ from brainfound.pretraining.starting_model import build_meta_model, build_model
 from brainfound.pretraining.task import PretrainTask, make_task
 from brainfound.training import distributed
 from brainfound.training.engine import Engine
-from brainfound.training.process import make_accelerator
+from brainfound.training.process import make_accelerator, make_console
 
 NUM_STEPS = 2
 NUM_ESTIMATE_IMAGES = 4  # in the micro-batch that is tried out for another machine
@@ -55,7 +54,7 @@ def report_dry_run(recipe: PretrainRecipe, store: Store, machine: TargetHardware
         # bfloat16 may be hundreds of times slower here than there.
         precision = "auto" if precision == "bf16" else precision
     accelerator = make_accelerator(precision)
-    console = Console(stderr=True, quiet=quiet or not accelerator.is_main_process, highlight=False, soft_wrap=True)
+    console = make_console(accelerator, quiet)
     for note in run_preflight_checks(recipe, store, machine.num_gpus if machine else accelerator.num_processes):
         console.print(note)
     # Schedules end with the trial, and there is no probe.

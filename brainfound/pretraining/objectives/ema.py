@@ -1,4 +1,4 @@
-"""The EMA teacher: its update and the schedule of its momentum."""
+"""The EMA teacher: its update, and what is left of its initial weights."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from brainfound.training import schedules
 from brainfound.training.distributed import to_local_tensors
+from brainfound.training.schedules import cosine
 
 _FOREACH_CHUNK = 64  # tensors; bounds the memory of the differences
 
@@ -35,14 +35,9 @@ def ema_update(averages: Iterable[Tensor], values: Iterable[Tensor], weight: Flo
         torch._foreach_add_(some, differences)
 
 
-def momentum(step: int, start: float, end: float, num_steps: int) -> float:
-    """The momentum of the EMA teacher: a cosine from `start` to `end` over the run."""
-    return schedules.cosine(step, start, end, num_steps)
-
-
 def initial_weight_fraction(start: float, end: float, num_steps: int, head_warmup_steps: int = 0) -> float:
     """The fraction of its initial weights that the EMA teacher still holds after the run.
 
     The student's backbone does not change in the first `head_warmup_steps`.
     """
-    return math.prod(momentum(step, start, end, num_steps) for step in range(head_warmup_steps, num_steps))
+    return math.prod(cosine(step, start, end, num_steps) for step in range(head_warmup_steps, num_steps))

@@ -335,10 +335,10 @@ class SelfDistillation(AnchoredObjective):
     def schedule(self, step: int) -> dict[str, float]:
         recipe = self.recipe
         return {
-            "teacher_temperature": schedules.teacher_temperature(
+            "teacher_temperature": schedules.linear(
                 step, *recipe.teacher_temperature, recipe.teacher_temperature_warmup_steps
             ),
-            "momentum": ema.momentum(step, *recipe.momentum, self.num_steps),
+            "momentum": schedules.cosine(step, *recipe.momentum, self.num_steps),
         }
 
     @torch.no_grad()
