@@ -142,6 +142,9 @@ def _notes_on_choices(table: pd.DataFrame) -> list[str]:
             f"{num_further} further scans of a contrast that its session has already: the one without space- "
             "and with the fewest entities is used, then by echo, run and name"
         )
+    num_chunks = sum("chunk" in BidsName.parse(Path(path)).entities for path in table["path"])
+    if num_chunks:
+        notes.append(f"{num_chunks} scans are chunks of a volume (chunk-…); the first is read as if it were the whole")
     spaces = _spaces_of_sessions(table, lambda file: BidsName.parse(file).entities.get("space", "none"))
     num_mixed = sum(len(names) > 1 for names in spaces.values())
     if num_mixed:

@@ -56,6 +56,15 @@ def test_only_the_suffix_says_the_contrast(name, contrast):
     assert bool(reason) == (contrast == "unknown")
 
 
+def test_inversions_come_behind_and_chunks_are_noted(layout):
+    names = ("acq-inv1_T1w", "acq-inv2_T1w", "acq-uniden_T1w", "chunk-2_FLAIR", "chunk-1_FLAIR", "UNIT1")
+    cohort = Cohort.read(layout(*(f"sub-1/anat/sub-1_{name}.nii.gz" for name in names)))
+    (session,) = cohort.sessions()
+    assert session.scans["T1w"].name == "sub-1_UNIT1.nii.gz"
+    assert "acq-inv" not in next(file.name for contrast, file in session.extra_scans if contrast == "T1w")
+    assert any("2 scans are chunks" in note for note in cohort.notes)
+
+
 def test_what_is_not_used_is_listed_with_its_reason(layout):
     root = layout(
         "sub-1/anat/sub-1_T1w.nii.gz",
