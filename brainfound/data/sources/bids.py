@@ -159,7 +159,11 @@ def _notes_on_choices(table: pd.DataFrame) -> list[str]:
 
 def _find_derivatives(root: Path, unused: UnusedFiles) -> list[LabelMapRow]:
     label_maps = []
-    for pipeline in subfolders(root / "derivatives", "*"):
+    derivatives = root / "derivatives"
+    pipelines = subfolders(derivatives, "*")
+    if subfolders(derivatives, "sub-*"):  # ISLES'22 has no folder of a pipeline
+        pipelines = [derivatives, *(folder for folder in pipelines if not folder.name.startswith("sub-"))]
+    for pipeline in pipelines:
         for subject in subfolders(pipeline, "sub-*"):
             for file in iter_images(subject, unused):
                 key, column = _parse_subject_session(pipeline, file), mask_column(file)

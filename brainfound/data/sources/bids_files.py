@@ -78,7 +78,7 @@ def mask_column(path: PurePath) -> str | None:
         return "brain_mask"
     if "sub" not in BidsName.parse(path).entities:  # such as deface_mask.nii.gz next to its scan
         return None
-    if name.endswith(("_mask", "_roi")) and "_task-" not in name and not _TISSUE.search(name):
+    if name.endswith(("_mask", "_msk", "_roi")) and "_task-" not in name and not _TISSUE.search(name):
         return "brain_mask" if _BRAIN.search(name) else "mask"
     return "deface_mask" if name.endswith("_defacemask") else None
 

@@ -26,7 +26,8 @@ from brainfound.errors import CohortError
 UnusedFiles = list[tuple[Path, str]]
 """Files that are not scans of the cohort, each with the reason."""
 
-IMAGE_SUFFIXES = (".nii.gz", ".nii", ".mgz")
+IMAGE_SUFFIXES = (".nii.gz", ".nii", ".mgz", ".mgh", ".img", ".img.gz")
+"""The voxels of a pair (``.img``) stand for it; its ``.hdr`` lies beside them."""
 DICOM_SUFFIXES = (".dcm", ".ima", ".dicom")
 BROKEN_LINK = "a link whose target is not there (download the file first)"
 MAX_B0_S_PER_MM2 = 5
@@ -50,7 +51,7 @@ _LABEL_WORDS = {
         "dseg",
         "pveseg",
     ),
-    *("brainmask", "parcellation", "annotation"),
+    *("brainmask", "parcellation", "annotation", "gtv"),
 }
 _LESION_WORDS = {
     *(
@@ -68,7 +69,7 @@ _LESION_WORDS = {
     )
 }
 _BRAIN_WORDS = {"brain", "bet", "hdbet", "synthstrip", "skullstrip", "stripped", "skullstripped", "head"}
-_PARCELLATIONS = {"aseg", "aparc", "wmparc", "synthseg", "pveseg"}
+_PARCELLATIONS = {"aseg", "aparc", "wmparc", "synthseg", "pveseg", "firstseg", "fastseg"}
 _TISSUES = {
     **dict.fromkeys(("gm", "grey", "gray", "greymatter", "graymatter"), "gm"),
     **dict.fromkeys(("wm", "white", "whitematter"), "wm"),
@@ -102,7 +103,7 @@ _SHORT_SESSION = re.compile(r"(?:v|m|w|y|d|mr|scan)[_\-]?\d+[a-z]?", re.IGNORECA
 _IDENTIFIER_FORMS = tuple(
     re.compile(pattern, re.IGNORECASE)
     for pattern in (
-        r"(?P<subject>BraTS-[A-Z]+-\d+)-(?P<session>\d{3})",
+        r"(?P<subject>BraTS-(?:[A-Z]+-)+\d+)-(?P<session>\d{1,3})",
         r"(?P<subject>BraTS(?:20)?\d\d_.+)",
         r"(?P<subject>IXI\d{3})-(?P<site>Guys|HH|IOP)-\d{4}",
         r"(?P<subject>UPENN-GBM-\d{5})_(?P<session>\d{2})",
@@ -171,9 +172,17 @@ def iter_images(folder: Path, unused: UnusedFiles, *, without: Iterable[Path] = 
     """The images among `iter_files`. A broken link (a file that was not downloaded) goes into ``unused``."""
     for file in iter_files(folder, unused, without=without):
         if is_image(file) and file.is_file():
-            yield file
+            if file.name.lower().endswith((".img", ".img.gz")) and not _has_header(file):
+                unused.append((file, "an .img without its .hdr"))
+            else:
+                yield file
         elif is_image(file):
             unused.append((file, BROKEN_LINK))
+
+
+def _has_header(file: Path) -> bool:
+    """Whether the header of a pair lies beside its voxels."""
+    return any((file.parent / f"{stem(file)}{ending}").is_file() for ending in (".hdr", ".HDR", ".hdr.gz"))
 
 
 def contains_image(folders: Iterable[Path]) -> bool:
@@ -319,6 +328,8 @@ def _label_column(lower: list[str], after_contrast: int | None, path: PurePath) 
         return "dseg", 0
     if lesions:
         return "mask", 0
+    if {"brain", "seg"} <= words:  # FSL's FAST: classes of tissue within the brain
+        return "dseg", 0
     if "brainmask" in words or words & _BRAIN_WORDS:
         return "brain_mask", 0
     if {"deface", "defaced", "defacing", "face", "anon", "anonymization"} & words:
@@ -334,7 +345,7 @@ def describe_label_map(path: PurePath) -> str:
     'lesion mask'
     """
     known = _LABEL_WORDS | _LESION_WORDS | _LABEL_QUALIFIERS | _BRAIN_WORDS | _PARCELLATIONS | _TISSUES.keys()
-    return " ".join(word for word in split_words(stem(path)) if word in known)
+    return " ".join(word for word in re.split(r"[_\-. +]+", stem(path).lower()) if word in known)
 
 
 def _join_words(name: str, words: list[tuple[str, int, int]], kept: list[int]) -> str:

@@ -48,7 +48,21 @@ _SKIPPED_FOLDERS = {
     *("anat", "brains", "data", "dataset", "derivatives", "dicom", "gz", "hgg", "images"),
     *("imagestr", "imagests", "img", "lgg", "label", "labels", "labelstr", "labelsts", "mask"),
     *("masks", "mr", "mri", "nifti", "niftis", "nii", "raw", "scans", "seg"),
-    *("segmentations", "test", "testing", "train", "training", "val", "validation"),
+    *(
+        "segmentations",
+        "fast",
+        "first",
+        "sienax",
+        "vbm",
+        "transforms",
+        "lesions",
+        "test",
+        "testing",
+        "train",
+        "training",
+        "val",
+        "validation",
+    ),
 }
 """Folders that never name a subject; folders named after a contrast do not either."""
 _LABEL_FOLDERS = {"label", "labels", "labelstr", "labelsts", "mask", "masks", "seg", "segmentations"}
@@ -161,7 +175,9 @@ def _describe(root: Path, image: Path) -> _File:
 
 
 def _is_skipped_folder(folder: str) -> bool:
-    return folder.lower() in _SKIPPED_FOLDERS or is_contrast_name(folder)
+    return is_contrast_name(folder) or all(
+        word in _SKIPPED_FOLDERS or is_contrast_name(word) for word in split_words(folder)
+    )
 
 
 def _identify_subjects(root: Path, files: list[_File]) -> list[SubjectIdentity]:

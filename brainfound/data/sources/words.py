@@ -52,6 +52,7 @@ _WORDS = {
     "a phase image": "phase phas pha ph imag imaginary real unwrapped",
     "a map of probabilities or tissues": "pve prob probs probability probabilities probmap probseg posterior"
     " posteriors",
+    "a deformation field": "warp warpfield coef jac jacobian deformation displacement",
     "a projection": "mip minip mnip projection projections",
     "a subtraction": "subtraction subtracted substraction",
     "one inversion of an MP2RAGE": "inv inv1 inv2",

@@ -417,3 +417,13 @@ def test_a_folder_of_dicom_is_not_bids_for_its_names(layout):
     assert not fomo60k.can_read(root / "x")
     (root / "dataset_description.json").write_text("{}")
     assert bids.can_read(root)
+
+
+def test_masks_of_strokes_lie_in_derivatives_without_a_pipeline(layout):
+    root = layout(
+        "sub-strokecase0007/ses-0001/dwi/sub-strokecase0007_ses-0001_dwi.nii.gz",
+        "derivatives/sub-strokecase0007/ses-0001/sub-strokecase0007_ses-0001_msk.nii.gz",
+        "derivatives/other/sub-strokecase0007/sub-strokecase0007_desc-brain_mask.nii.gz",
+    )
+    (session,) = Cohort.read(root).sessions()
+    assert {column: file.name.rsplit("_", 1)[1] for column, file in session.masks.items()} == {"mask": "msk.nii.gz"}
