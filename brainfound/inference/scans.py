@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from brainfound.contrasts import UNKNOWN, contrast_from_filename, parse_contrast
+from brainfound.contrasts import UNKNOWN, parse_contrast
 from brainfound.data.cohort import Session
+from brainfound.data.sources.file_names import FileName, parse_filename
 from brainfound.errors import ScanError, UsageError
 
 
@@ -46,14 +47,16 @@ def session_from_scans(
     scans: dict[str, Path] = {}
     notes = []
     for name, path in contrast_paths.items():
-        contrast, named = parse_contrast(name), contrast_from_filename(path)
+        contrast, named = parse_contrast(name), parse_filename(Path(path))
         _add(scans, contrast, Path(path), contrasts)
-        if named not in (UNKNOWN, contrast):
-            notes.append(f"{Path(path).name} was read as {contrast}, as asked, but its name says {named}")
+        if named.contrast != contrast and not named.is_silent:
+            says = named.reason if named.contrast == UNKNOWN else named.contrast
+            notes.append(f"{Path(path).name} was given as {contrast}, but its name says {says}")
     for path in map(Path, paths):
-        contrast = contrast_from_filename(path)
+        named = parse_filename(path)
+        contrast = named.contrast
         if contrast == UNKNOWN:
-            contrast = _only_remaining_contrast(path, scans, contrasts, alone=len(paths) == 1)
+            contrast = _only_remaining_contrast(path, named, scans, contrasts, alone=len(paths) == 1)
             if len(contrasts) > 1:
                 notes.append(
                     f"{path.name} was read as {contrast}: its name does not say, and no other contrast was left"
@@ -64,15 +67,18 @@ def session_from_scans(
     return Session("", "", scans, {}, {}), notes
 
 
-def _only_remaining_contrast(path: Path, scans: Mapping[str, Path], contrasts: Sequence[str], alone: bool) -> str:
+def _only_remaining_contrast(
+    path: Path, named: FileName, scans: Mapping[str, Path], contrasts: Sequence[str], alone: bool
+) -> str:
     if not path.is_file():
         raise ScanError("no such file", where=path, remedy="Check the path; scans are given as FILE or CONTRAST=FILE")
     left = [name for name in contrasts if name not in scans]
-    if alone and len(left) == 1:
+    if alone and len(left) == 1 and named.is_silent:
         return left[0]
     raise UsageError(
-        "the contrast cannot be told from the file name",
+        "the file name does not state the contrast",
         where=path.name,
+        got=None if named.is_silent else named.reason,
         expected=", ".join(left or contrasts),
         remedy=f"Say it: {(left or contrasts)[-1]}={path.name}",
     )

@@ -91,7 +91,7 @@ def test_what_cannot_be_asked(predictor, source, tmp_path):
         predictor.predict(swi=odd)
     with pytest.raises(UsageError, match="two scans of T1w"):
         predictor.predict(files["T1w"], t1=odd)
-    with pytest.raises(UsageError, match="cannot be told from the file name"):
+    with pytest.raises(UsageError, match="file name does not state the contrast"):
         predictor.predict(odd)
     with pytest.raises(UsageError, match="no scan was given"):
         predictor.predict()

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from brainfound.contrasts import CONTRASTS, UNKNOWN, contrast_from_filename, parse_contrast
+from brainfound.contrasts import CONTRASTS, UNKNOWN, parse_contrast
 from brainfound.data.checking.contract import InputContract
 from brainfound.data.checking.rules import (
     Finding,
@@ -35,6 +35,7 @@ from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.preprocessing.stack import ScanQuality, Stack
 from brainfound.data.preprocessing.stack_builder import StackBuilder
 from brainfound.data.reading.scan import load_scan, read_header
+from brainfound.data.sources.file_names import parse_filename
 from brainfound.data.store import Store
 from brainfound.errors import ModelError, ScanError, UsageError
 
@@ -189,12 +190,19 @@ def session_from_files(inputs: Iterable[str], contrasts: tuple[str, ...]) -> Ses
             contrast, file = parse_contrast(name), Path(rest)
         else:
             file = Path(text)
-            contrast = contrast_from_filename(file)
-        if contrast == UNKNOWN and len(texts) == len(contrasts) == 1:
-            contrast = contrasts[0]
-        if contrast == UNKNOWN:
-            what, remedy = "the contrast cannot be told from the file name", f"Say it: {contrasts[-1]}={file.name}"
-            raise UsageError(what, where=file.name, expected=", ".join(contrasts), remedy=remedy)
+            named = parse_filename(file)
+            contrast = named.contrast
+            if named.is_silent and len(texts) == len(contrasts) == 1:
+                contrast = contrasts[0]
+            if contrast == UNKNOWN:
+                remedy = f"Say it: {contrasts[-1]}={file.name}"
+                raise UsageError(
+                    "the file name does not state the contrast",
+                    where=file.name,
+                    got=None if named.is_silent else named.reason,
+                    expected=", ".join(contrasts),
+                    remedy=remedy,
+                )
         if contrast in scans:
             got = f"{scans[contrast].name} and {file.name}"
             raise UsageError(f"two scans of {contrast}", got=got, remedy="Give one")

@@ -1,5 +1,6 @@
-"""Files inside zip archives, read in place: a member is a virtual path, and nothing is extracted.
+"""Virtual paths, read in place: files inside zip archives, and volumes of 4-D files. Nothing is extracted.
 
+``Path("…/x.nii.gz/volume-2")`` is the third volume of ``x.nii.gz``.
 ``Path("…/ses-01.zip/anat/x.nii.gz")`` is the member ``anat/x.nii.gz`` of ``ses-01.zip``. Archives are not trusted: the
 directory is checked before any member is used, and a member's bytes are counted and checksummed as they are read.
 """
@@ -38,6 +39,18 @@ _InflateError = cast("type[Exception]", isal_zlib.error)  # the type stubs decla
 _ENCRYPTED = 0x1 | 0x40 | 0x2000
 _REMEDY = "Unpack the archive yourself and give the folder, or pack it again"
 _ZIP_ERRORS = (zipfile.BadZipFile, struct.error, OSError, EOFError, ValueError, OverflowError, RuntimeError)
+
+
+def volume_path(path: Path, number: int) -> Path:
+    """The virtual path of one volume of a 4-D file, counted from 0."""
+    return path / f"volume-{number}"
+
+
+def split_volume_path(path: Path) -> tuple[Path, int | None]:
+    """The file and the volume of a path; None if it is no `volume_path`."""
+    match = re.fullmatch(r"volume-(\d{1,4})", path.name)
+    is_image = path.parent.name.lower().endswith((".nii", ".nii.gz"))
+    return (path.parent, int(match.group(1))) if match and is_image else (path, None)
 
 
 def split_archive_path(path: str | Path) -> tuple[Path, str] | None:
@@ -92,6 +105,7 @@ def size_and_mtime(path: str | Path) -> tuple[int, int] | None:
 
     A refused archive counts as missing; `open_binary` gives the reason.
     """
+    path, _ = split_volume_path(Path(path))
     parts = split_archive_path(path)
     try:
         status = Path(path if parts is None else parts[0]).stat()

@@ -11,7 +11,7 @@ from collections import Counter
 from itertools import islice
 from pathlib import Path
 
-from brainfound.data.sources import bids, dicom, fomo60k, fomo300k, fomo_tasks, manifest, named_files, openmind
+from brainfound.data.sources import bids, dicom, fomo60k, fomo300k, fomo_tasks, manifest, named_files, nnunet, openmind
 from brainfound.data.sources.file_names import iter_files
 from brainfound.data.sources.tables import SourceLayout, SourceTable
 from brainfound.errors import CohortError
@@ -22,6 +22,7 @@ SOURCE_LAYOUTS: tuple[SourceLayout, ...] = (
     fomo_tasks.LAYOUT,
     fomo300k.LAYOUT,
     fomo60k.LAYOUT,
+    nnunet.LAYOUT,
     bids.LAYOUT,
     bids.COLLECTION_LAYOUT,
     named_files.LAYOUT,

@@ -142,6 +142,9 @@ def _notes_on_choices(table: pd.DataFrame) -> list[str]:
             f"{num_further} further scans of a contrast that its session has already: the one without space- "
             "and with the fewest entities is used, then by echo, run and name"
         )
+    num_chunks = sum("chunk" in BidsName.parse(Path(path)).entities for path in table["path"])
+    if num_chunks:
+        notes.append(f"{num_chunks} scans are chunks of a volume (chunk-…); the first is read as if it were the whole")
     spaces = _spaces_of_sessions(table, lambda file: BidsName.parse(file).entities.get("space", "none"))
     num_mixed = sum(len(names) > 1 for names in spaces.values())
     if num_mixed:
@@ -156,7 +159,11 @@ def _notes_on_choices(table: pd.DataFrame) -> list[str]:
 
 def _find_derivatives(root: Path, unused: UnusedFiles) -> list[LabelMapRow]:
     label_maps = []
-    for pipeline in subfolders(root / "derivatives", "*"):
+    derivatives = root / "derivatives"
+    pipelines = subfolders(derivatives, "*")
+    if subfolders(derivatives, "sub-*"):  # ISLES'22 has no folder of a pipeline
+        pipelines = [derivatives, *(folder for folder in pipelines if not folder.name.startswith("sub-"))]
+    for pipeline in pipelines:
         for subject in subfolders(pipeline, "sub-*"):
             for file in iter_images(subject, unused):
                 key, column = _parse_subject_session(pipeline, file), mask_column(file)

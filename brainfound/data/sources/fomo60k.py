@@ -22,8 +22,8 @@ from brainfound.data.sources.file_names import (
     iter_images,
     natural_sort_key,
     parse_filename,
+    read_scan_name,
     safe_join,
-    scan_contrast_from_filename,
     subfolders,
 )
 from brainfound.data.sources.tables import (
@@ -115,7 +115,7 @@ def _add_images(
         if column:
             label_maps.append((column, (subject, session), file))
         else:
-            contrast = scan_contrast_from_filename(file)
+            contrast = read_scan_name(file).contrast
             rows.append({"subject": subject, "session": session, "contrast": contrast, "path": str(file), **facts})
 
 

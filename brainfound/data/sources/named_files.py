@@ -7,7 +7,7 @@ test, so every ambiguity is an error that asks for a manifest.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,6 +22,7 @@ from brainfound.data.sources.file_names import (
     SubjectIdentity,
     UnusedFiles,
     could_be_subject,
+    describe_label_map,
     is_contrast_name,
     is_session_name,
     iter_files,
@@ -32,14 +33,36 @@ from brainfound.data.sources.file_names import (
     prefix_before_session,
     split_words,
 )
-from brainfound.data.sources.tables import LabelMapRow, SourceLayout, SourceTable, join_label_maps, sort_by_session
+from brainfound.data.sources.tables import (
+    LabelMapRow,
+    SessionKey,
+    SourceLayout,
+    SourceTable,
+    join_label_maps,
+    sort_by_session,
+)
+from brainfound.data.sources.words import IN_DOUBT
 from brainfound.errors import CohortError
 
 _SKIPPED_FOLDERS = {
     *("anat", "brains", "data", "dataset", "derivatives", "dicom", "gz", "hgg", "images"),
     *("imagestr", "imagests", "img", "lgg", "label", "labels", "labelstr", "labelsts", "mask"),
     *("masks", "mr", "mri", "nifti", "niftis", "nii", "raw", "scans", "seg"),
-    *("segmentations", "test", "testing", "train", "training", "val", "validation"),
+    *(
+        "segmentations",
+        "fast",
+        "first",
+        "sienax",
+        "vbm",
+        "transforms",
+        "lesions",
+        "test",
+        "testing",
+        "train",
+        "training",
+        "val",
+        "validation",
+    ),
 }
 """Folders that never name a subject; folders named after a contrast do not either."""
 _LABEL_FOLDERS = {"label", "labels", "labelstr", "labelsts", "mask", "masks", "seg", "segmentations"}
@@ -68,8 +91,8 @@ class _File:
 
 
 def can_read(path: Path) -> bool:
-    """Whether a folder has an image with a contrast in its name."""
-    return path.is_dir() and any(parse_filename(file).contrast != UNKNOWN for file in iter_images(path, []))
+    """Whether a folder has an image whose name states a contrast, or leaves doubt about it."""
+    return path.is_dir() and any(_says_contrast(parse_filename(file)) for file in iter_images(path, []))
 
 
 def read(path: Path, work: Path | None = None) -> SourceTable:
@@ -79,9 +102,13 @@ def read(path: Path, work: Path | None = None) -> SourceTable:
     for image in iter_images(path, unused):
         file = _describe(path, image)
         if file.is_scan and file.name.contrast == UNKNOWN:
-            unused.append((image, "no known contrast in the name"))
+            unused.append((image, file.name.reason))
         else:
             files.append(file)
+    if not any(file.is_scan for file in files):
+        reason = next(reason for file, reason in unused if _says_contrast(parse_filename(file)))
+        remedy = "Write a manifest with the columns subject, session, contrast, path"
+        raise CohortError("no name states the contrast of its image", where=path.name, got=reason, remedy=remedy)
     # DICOM files often have no suffix or a numeric one (1.2.840.113); other files need not be opened.
     maybe_dicom = (
         file
@@ -104,13 +131,35 @@ def read(path: Path, work: Path | None = None) -> SourceTable:
     sort_by_session(rows, lambda file: parse_filename(file).order)
     table = pd.DataFrame(rows)
     columns = join_label_maps(table, label_maps, unused)
-    notes = ["subjects and visits were read from names; write a manifest if that is wrong"]
+    doubts = Counter(reason for _, reason in unused if reason.startswith(IN_DOUBT))
+    notes = [f"{count} images are not used, {reason}; a manifest can say it" for reason, count in doubts.items()]
+    notes += _notes_on_label_maps(label_maps)
+    notes += ["subjects and visits were read from names; write a manifest if that is wrong"]
     return SourceTable(table, path, LAYOUT.name, columns, notes, unused)
 
 
 LAYOUT = SourceLayout(
     "files by name", "images whose names say the contrast (p1_T1.nii.gz, p1/flair.nii.gz)", can_read, read
 )
+
+
+def _says_contrast(name: FileName) -> bool:
+    return name.label_column is None and not name.is_silent
+
+
+def _notes_on_label_maps(label_maps: list[LabelMapRow]) -> list[str]:
+    """A note for each choice between label maps of a session that show different things."""
+    first: dict[tuple[str, SessionKey], str] = {}
+    choices: Counter[tuple[str, str, str]] = Counter()
+    for column, key, file in label_maps:
+        shown = describe_label_map(file)
+        taken = first.setdefault((column, key), shown)
+        choices[column, taken, shown] += taken != shown
+    return [
+        f"{column}: {taken!r} is used and not {other!r} of the same session ({count} times)"
+        for (column, taken, other), count in choices.items()
+        if count
+    ]
 
 
 def _describe(root: Path, image: Path) -> _File:
@@ -126,7 +175,9 @@ def _describe(root: Path, image: Path) -> _File:
 
 
 def _is_skipped_folder(folder: str) -> bool:
-    return folder.lower() in _SKIPPED_FOLDERS or is_contrast_name(folder)
+    return is_contrast_name(folder) or all(
+        word in _SKIPPED_FOLDERS or is_contrast_name(word) for word in split_words(folder)
+    )
 
 
 def _identify_subjects(root: Path, files: list[_File]) -> list[SubjectIdentity]:

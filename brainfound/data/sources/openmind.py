@@ -18,13 +18,7 @@ import pandas as pd
 
 from brainfound.contrasts import UNKNOWN, parse_contrast
 from brainfound.data.sources.bids_files import SCANNER_COLUMNS
-from brainfound.data.sources.file_names import (
-    SubjectNamer,
-    UnusedFiles,
-    natural_sort_key,
-    safe_join,
-    scan_contrast_from_filename,
-)
+from brainfound.data.sources.file_names import SubjectNamer, UnusedFiles, natural_sort_key, read_scan_name, safe_join
 from brainfound.data.sources.tables import SourceLayout, SourceTable, cohort_names, parse_ages, sort_by_session
 from brainfound.errors import CohortError, UsageError
 
@@ -137,7 +131,7 @@ def _contrast(image: dict[str, Any], scan: Path) -> str:
     """The contrast given in the index, or that in the file name if the index gives none."""
     modality = str(image.get("modality") or "").strip()
     if modality.lower() in _NO_CONTRAST:
-        return scan_contrast_from_filename(scan)
+        return read_scan_name(scan).contrast
     try:
         return parse_contrast(modality)
     except UsageError:

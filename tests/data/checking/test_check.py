@@ -375,7 +375,7 @@ def test_files_become_a_session_as_in_predict(tmp_path):
     session = session_from_files([str(t1), f"flair={odd}"], ("T1w", "FLAIR"))
     assert session.scans == {"T1w": t1, "FLAIR": odd}
     assert session_from_files([str(odd)], ("FLAIR",)).scans == {"FLAIR": odd}
-    with pytest.raises(UsageError, match="cannot be told from the file name"):
+    with pytest.raises(UsageError, match="file name does not state the contrast"):
         session_from_files([str(odd)], ("T1w", "FLAIR"))
     with pytest.raises(UsageError, match="two scans of T1w"):
         session_from_files([str(t1), f"T1w={odd}"], ("T1w", "FLAIR"))

@@ -56,6 +56,15 @@ def test_only_the_suffix_says_the_contrast(name, contrast):
     assert bool(reason) == (contrast == "unknown")
 
 
+def test_inversions_come_behind_and_chunks_are_noted(layout):
+    names = ("acq-inv1_T1w", "acq-inv2_T1w", "acq-uniden_T1w", "chunk-2_FLAIR", "chunk-1_FLAIR", "UNIT1")
+    cohort = Cohort.read(layout(*(f"sub-1/anat/sub-1_{name}.nii.gz" for name in names)))
+    (session,) = cohort.sessions()
+    assert session.scans["T1w"].name == "sub-1_UNIT1.nii.gz"
+    assert "acq-inv" not in next(file.name for contrast, file in session.extra_scans if contrast == "T1w")
+    assert any("2 scans are chunks" in note for note in cohort.notes)
+
+
 def test_what_is_not_used_is_listed_with_its_reason(layout):
     root = layout(
         "sub-1/anat/sub-1_T1w.nii.gz",
@@ -408,3 +417,13 @@ def test_a_folder_of_dicom_is_not_bids_for_its_names(layout):
     assert not fomo60k.can_read(root / "x")
     (root / "dataset_description.json").write_text("{}")
     assert bids.can_read(root)
+
+
+def test_masks_of_strokes_lie_in_derivatives_without_a_pipeline(layout):
+    root = layout(
+        "sub-strokecase0007/ses-0001/dwi/sub-strokecase0007_ses-0001_dwi.nii.gz",
+        "derivatives/sub-strokecase0007/ses-0001/sub-strokecase0007_ses-0001_msk.nii.gz",
+        "derivatives/other/sub-strokecase0007/sub-strokecase0007_desc-brain_mask.nii.gz",
+    )
+    (session,) = Cohort.read(root).sessions()
+    assert {column: file.name.rsplit("_", 1)[1] for column, file in session.masks.items()} == {"mask": "msk.nii.gz"}

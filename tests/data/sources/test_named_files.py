@@ -313,3 +313,52 @@ def test_dicom_without_an_ending_is_not_lost_silently(layout):
 def test_letters_that_may_name_a_disease_need_a_person_before_them(name, contrast, identifier):
     found = parse_filename(Path(f"{name}.nii.gz"))
     assert (found.contrast, found.identifier) == (contrast, identifier)
+
+
+def test_subjects_of_freesurfer(layout):
+    names = ("T1", "orig", "brainmask", "aseg", "aparc+aseg", "wm")
+    root = layout(*(f"{person}/mri/{name}.mgz" for person in ("ann1", "bob2") for name in names))
+    cohort = Cohort.read(root)
+    first = next(iter(cohort.sessions()))
+    assert (first.subject, list(first.scans)) == ("ann1", ["T1w"])
+    assert first.masks.keys() == {"dseg"}
+    assert any("dseg: 'aparc aseg' is used and not 'aseg'" in note for note in cohort.notes)
+
+
+def test_files_of_fsl_beside_a_scan_are_not_scans(layout):
+    names = (
+        "T1",
+        "T1_brain_mask",
+        "T1_fast/T1_brain_pve_1",
+        "T1_fast/T1_brain_seg",
+        "T1_first/T1_first_all_fast_firstseg",
+    )
+    names += ("transforms/T1_to_MNI_warp", "transforms/T1_to_MNI_warp_jac")
+    cohort = Cohort.read(layout(*(f"case7/{name}.nii.gz" for name in names)))
+    assert list(cohort.table["contrast"]) == ["T1w"]
+
+
+def test_pairs_of_analyze(layout):
+    root = layout("p1/T1.img", "p1/T1.hdr", "p2/T1.img", "p2/T1.hdr", "p2/FLAIR.img")
+    cohort = Cohort.read(root)
+    assert [Path(path).name for path in cohort.table["path"]] == ["T1.img", "T1.img"]
+    assert [reason for _, reason in cohort.unused] == ["an .img without its .hdr"]
+
+
+@pytest.mark.parametrize(
+    ("folder", "stem", "ending", "subject", "session"),
+    [
+        ("HGG/Brats17_TCIA_605_1", "Brats17_TCIA_605_1", "_t1ce", "Brats17_TCIA_605_1", "1"),
+        ("LGG/Brats18_2013_28_1", "Brats18_2013_28_1", "_t1ce", "Brats18_2013_28_1", "1"),
+        ("BraTS20_Training_044", "BraTS20_Training_044", "_t1ce", "BraTS20_Training_044", "1"),
+        ("BraTS2021_00402", "BraTS2021_00402", "_t1ce", "BraTS2021_00402", "1"),
+        ("BraTS-MET-00077-002", "BraTS-MET-00077-002", "-t1c", "BraTS-MET-00077", "002"),
+        ("BraTS-MEN-RT-0103-1", "BraTS-MEN-RT-0103-1", "_t1c", "BraTS-MEN-RT-0103", "1"),
+    ],
+)
+def test_tumours_of_every_year(layout, folder, stem, ending, subject, session):
+    mask = "_gtv" if "RT" in stem else f"{ending[0]}seg"
+    root = layout(f"{folder}/{stem}{ending}.nii.gz", f"{folder}/{stem}{mask}.nii.gz")
+    (found,) = Cohort.read(root).sessions()
+    assert (found.subject, found.session, list(found.scans)) == (subject, session, ["T1ce"])
+    assert found.masks["mask"].name == f"{stem}{mask}.nii.gz"
