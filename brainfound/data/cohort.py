@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from brainfound.data.sources import read_source
-from brainfound.data.sources.tables import with_all_columns
+from brainfound.data.sources.tables import count_noun, with_all_columns
 from brainfound.errors import UsageError, did_you_mean
 
 _PER_SCAN = {"subject", "session", "contrast", "path"}
@@ -43,6 +43,7 @@ class Cohort:
         source: the recognised layout ("BIDS", "manifest", "FOMO60K", …).
         notes: remarks from reading the source, without identifiers.
         unused: files that are not scans of the table, each with the reason.
+        rejected: data sets of a collection that cannot be read, each with the reason.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Cohort:
         source: str = "table",
         notes: Iterable[str] = (),
         unused: Iterable[tuple[Path, str]] = (),
+        rejected: Iterable[tuple[Path, str]] = (),
     ) -> None:
         self.table = with_all_columns(table)
         self.root = root
@@ -61,6 +63,7 @@ class Cohort:
         self.source = source
         self.notes = tuple(notes)
         self.unused = tuple((Path(file), reason) for file, reason in unused)
+        self.rejected = tuple((Path(folder), reason) for folder, reason in rejected)
 
     @classmethod
     def read(cls, path: str | Path, *, work: str | Path | None = None) -> Cohort:
@@ -104,8 +107,8 @@ class Cohort:
     def __repr__(self) -> str:
         counts = ", ".join(f"{name} {count}" for name, count in self.table["contrast"].value_counts().items())
         unused = f"; {len(self.unused)} files unused" if self.unused else ""
-        subjects = self.table["subject"].nunique()
-        return f"Cohort({self.source}, {len(self)} sessions of {subjects} subjects: {counts}{unused})"
+        sessions, subjects = count_noun(len(self), "session"), count_noun(self.table["subject"].nunique(), "subject")
+        return f"Cohort({self.source}, {sessions} of {subjects}: {counts}{unused})"
 
 
 def _first_known(values: list[Any], rows: list[int]) -> Any:

@@ -47,7 +47,7 @@ def test_the_summary_counts_and_names_nobody(source):
         "T1w 2, FLAIR+T1w 1",
         "1 of a contrast that is there already",
         "40.5–40.5 years",
-        "1 sessions without",
+        "1 session without",
         "mask 1",
         "F 2, M 1",
         "1 × no known contrast (bold)",

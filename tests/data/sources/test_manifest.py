@@ -34,16 +34,37 @@ def test_tables_of_excel_are_understood(tmp_path, name, separator, encoding):
     assert bool(cohort.notes) == (separator != usual)
 
 
-def test_text_that_is_not_utf8_is_one_clear_line(tmp_path):
-    (tmp_path / "manifest.csv").write_bytes("subject,contrast,path\nMüller,T1w,a.nii\n".encode("cp1252"))
-    with pytest.raises(CohortError, match="not UTF-8.*CSV UTF-8"):
+@pytest.mark.parametrize(
+    ("encoding", "inferred"),
+    [
+        *[("utf-8", ""), ("utf-8-sig", ""), ("utf-16", ""), ("utf-32", "")],
+        *[("utf-16-le", "UTF-16"), ("utf-16-be", "UTF-16"), ("latin-1", "Latin-1"), ("cp1252", "Latin-1")],
+    ],
+)
+def test_an_encoding_is_recognised_and_an_inferred_one_is_noted(tmp_path, encoding, inferred):
+    text = "subject,contrast,path,age,ward\nZoë,T1w,a.nii,31.5,Jülich\n"
+    (tmp_path / "manifest.csv").write_bytes(text.encode(encoding))
+    cohort = Cohort.read(tmp_path)
+    (session,) = cohort.sessions()
+    assert (session.subject, session.covariates["age_years"], session.covariates["ward"]) == ("Zoë", 31.5, "Jülich")
+    assert bool(cohort.notes) == bool(inferred)
+    assert all(inferred in note for note in cohort.notes)
+
+
+@pytest.mark.parametrize(
+    "content", [b"subject,contrast,path\n\x81\x8d,T1w,a.nii\n", b"subject,contrast,path\n\0,T1w,a\n"]
+)
+def test_an_encoding_that_cannot_be_recognised_is_one_clear_line(tmp_path, content):
+    (tmp_path / "manifest.csv").write_bytes(content)
+    with pytest.raises(CohortError, match="encoding .* not recognised.*CSV UTF-8"):
         Cohort.read(tmp_path)
 
 
 def test_a_comma_in_an_age_says_what_to_write(tmp_path):
     (tmp_path / "manifest.csv").write_text("subject;contrast;path;age\n1;T1w;a.nii;45,5\n")
-    with pytest.raises(CohortError, match=r"not a number \(got '45,5'\). Write a point: 45.5"):
-        Cohort.read(tmp_path)
+    cohort = Cohort.read(tmp_path)
+    assert cohort.table["age_years"].isna().all()
+    assert any("line 2 '45,5'. Write years with a point (45.5) or n/a" in note for note in cohort.notes)
 
 
 def test_a_row_with_too_many_fields_is_refused_and_not_cut(tmp_path):
