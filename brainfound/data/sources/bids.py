@@ -205,24 +205,24 @@ def _join_tables(table: pd.DataFrame, root: Path, notes: list[str]) -> pd.DataFr
     if participants.is_file():
         table = _join_participants(table, participants, notes)
     sessions: dict[bytes, list[tuple[Path, pd.DataFrame]]] = {}
+    found: list[str] = []
     for file in sorted(root.glob("sub-*/sub-*_sessions.tsv"), key=lambda file: natural_sort_key(file.name)):
-        file_notes: list[str] = []
-        facts = read_table(file, file_notes, bids_ids=True)
-        file_notes = [note.replace(file.name, _SESSION_TABLES) for note in file_notes]  # notes hold no identifiers
-        notes += [note for note in file_notes if note not in notes]
+        facts = read_table(file, found, bids_ids=True)
         if "session" not in facts:
             raise CohortError("a table of sessions has no column 'session_id'", where=file.name, remedy="Add it")
         facts["subject"] = file.parent.name
         facts["session"] = strip_session_prefix(facts["session"])
         sidecar = file.with_suffix(".json")
-        sessions.setdefault(sidecar.read_bytes() if sidecar.is_file() else b"", []).append((file, facts))
+        sessions.setdefault(sidecar.read_bytes() if sidecar.is_file() else b"", []).append((sidecar, facts))
     if sessions:
         inherited = (root / "sessions.json", root / "participants.json")
-        cleaned = [  # files with the same sidecar are read together, so that a note counts them together
-            clean_covariates(pd.concat([facts for _, facts in files]), files[0][0], notes, inherited, _SESSION_TABLES)
-            for files in sessions.values()
-        ]
-        table = join(table, pd.concat(cleaned), ("subject", "session"), root / _SESSION_TABLES, notes)
+        cleaned = []
+        for files in sessions.values():  # those with the same sidecar together, so that a note counts them together
+            facts = pd.concat([facts for _, facts in files])
+            cleaned.append(clean_covariates(facts, _SESSION_TABLES, found, [files[0][0], *inherited]))
+        table = join(table, pd.concat(cleaned), _SESSION, root / _SESSION_TABLES, notes)
+    found = [re.sub(r"^sub-\w+?_sessions", "sub-*_sessions", note) for note in found]  # notes hold no identifiers
+    notes += dict.fromkeys(found)
     return table
 
 
@@ -233,7 +233,7 @@ def _join_participants(table: pd.DataFrame, file: Path, notes: list[str]) -> pd.
         raise CohortError("participants.tsv has no column 'participant_id'", where=file.name, remedy="Add it")
     facts = facts[facts["subject"].notna()].copy()
     facts["subject"] = [name if name.startswith("sub-") else f"sub-{name}" for name in facts["subject"]]
-    facts = clean_covariates(facts, file, notes)
+    facts = clean_covariates(facts, file.name, notes, [file.with_suffix(".json")])
     with_scans, listed = set(table["subject"]), set(facts["subject"])
     if listed - with_scans:
         notes.append(f"{len(listed - with_scans)} subjects of participants.tsv have no scans")

@@ -39,18 +39,14 @@ _MAX_PLACES = 5
 _MAX_VALUE_LENGTH = 24
 
 
-def clean_covariates(
-    table: pd.DataFrame, path: Path, notes: list[str], inherited: Sequence[Path] = (), name: str = ""
-) -> pd.DataFrame:
+def clean_covariates(table: pd.DataFrame, name: str, notes: list[str], sidecars: Sequence[Path] = ()) -> pd.DataFrame:
     """A table of `read_table` with ages in years as float and with ``F`` and ``M`` for the sexes.
 
-    Units of ages and levels of the sexes come from the JSON sidecar of the table, or from an `inherited` one. Ages may
-    be written ``89+`` or ``>89`` (masked for privacy), ``025Y`` (DICOM) or ``25 years``. Other text, negative ages,
-    ages above 150 years and codes (999) become missing. Ages of 110 years and more are kept. Other numeric columns keep
-    their codes. A note reports each of these, and calls the table `name`.
+    Units of ages and levels of the sexes come from the first of the JSON `sidecars` that has them. Ages may be written
+    ``89+`` or ``>89`` (masked for privacy), ``025Y`` (DICOM) or ``25 years``. Other text, negative ages, ages above 150
+    years and codes (999) become missing. Ages from 110 years on are kept, and so are codes in other numeric columns.
+    A note reports each of these, and calls the table `name`.
     """
-    name = name or path.name
-    sidecars = (path.with_suffix(".json"), *inherited)
     table = table.copy()
     if "age_years" in table:
         unit = _age_unit(sidecars, notes)
@@ -102,7 +98,11 @@ def _parse_ages(values: pd.Series, units_per_year: float, name: str, notes: list
     example = f"{comma.group(1)}.{comma.group(2)}" if comma else "35.5"
     for chosen, fault, remedy in (
         (is_text, "an age that is not a number, now missing", f"Write years with a point ({example}) or n/a"),
-        (is_outside, "an age that is negative, above 150 years or a code, now missing", "Write years or n/a"),
+        (
+            is_outside,
+            "an age that is negative, above 150 years or a code, now missing",
+            "Write years or n/a, not months",
+        ),
         (is_doubtful, "an age of 110 years or more, kept", "If these are months or days, turn them into years"),
     ):
         if chosen.any():
@@ -168,11 +168,11 @@ def _level(text: Any) -> str:
 
 
 def _note_on_codes(values: pd.Series, name: str) -> str:
-    """A note on codes of a numeric column: those that lie below or above all its other numbers."""
+    """A note on codes of a numeric column: those that lie outside the range of its other numbers."""
     numbers = pd.to_numeric(values, errors="coerce").astype(float)
     others = numbers[numbers.notna() & ~numbers.isin(_CODES)]
     low, high = (others.min(), others.max()) if len(others) else (0.0, 0.0)
-    codes = numbers[numbers.isin(_CODES) & ((numbers < min(low, 0)) | (numbers > high))]
+    codes = numbers[numbers.isin(_CODES) & ~numbers.between(low, high)]
     if codes.empty:
         return ""
     fault = f"column {values.name!r} holds {len(codes)} × a number that may be a code for a missing value, kept"

@@ -185,7 +185,7 @@ def join_by_names(
 
     Contradictory rows for one key are not used, since there is no telling which is right.
     """
-    facts = clean_covariates(facts, file, notes)
+    facts = clean_covariates(facts, file.name, notes)
     facts = facts.rename(columns={"dataset": "_dataset", "subject": "_participant", "session": "_session"})
     keys = ["_dataset", "_participant", *("_session" if column == "session" else column for column in other_keys)]
     if "_session" in keys:

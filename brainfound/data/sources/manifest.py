@@ -62,7 +62,7 @@ def read(path: Path, work: Path | None = None) -> SourceTable:
     for column in ("path", *mask_columns):
         if column in table:
             table[column] = [None if pd.isna(file) else str(path.parent / str(file).strip()) for file in table[column]]
-    table = clean_covariates(table, path, notes)
+    table = clean_covariates(table, path.name, notes, [path.with_suffix(".json")])
     covariates = [name for name in table.columns if name not in ("session", *_REQUIRED, *mask_columns)]
     table = merge_rows(table, _SESSION, path, [name for name in covariates if not _is_per_scan(name)])
     notes += _notes_on_columns_of_scans(table, [name for name in covariates if _is_per_scan(name)], path)

@@ -70,7 +70,7 @@ def read(path: Path, work: Path | None = None) -> SourceTable:
         raise CohortError(what, where=file.name, got=f"{len(unused)} listed" if unused else None, remedy=remedy)
     sort_by_session(rows, natural_sort_key)
     notes: list[str] = []
-    table = clean_covariates(pd.DataFrame(rows), file, notes)
+    table = clean_covariates(pd.DataFrame(rows), file.name, notes)
     if unused:
         notes.append(f"{len(unused)} listed files are not there; if that is wrong, set the variable nnssl_raw")
     if num_unnamed_masks:
