@@ -230,7 +230,7 @@ def _join_participants(table: pd.DataFrame, file: Path, notes: list[str]) -> pd.
     """Join by subject; a row with a session belongs to that session alone, and outranks those without one."""
     facts = read_table(file, notes, bids_ids=True)
     if "subject" not in facts:
-        raise CohortError("participants.tsv has no column 'participant_id'", where=file.name, remedy="Add it")
+        raise CohortError("no column 'participant_id'", where=file.name, remedy="Add it")
     facts = facts[facts["subject"].notna()].copy()
     facts["subject"] = [name if name.startswith("sub-") else f"sub-{name}" for name in facts["subject"]]
     facts = clean_covariates(facts, file.name, notes, [file.with_suffix(".json")])
@@ -301,7 +301,7 @@ def read_collection(path: Path, work: Path | None = None) -> SourceTable:
         (rejected if is_lost else unused).append((folder, f"{folder.name}: {reason}" if is_lost else reason))
     notes = _check_people(path, datasets)
     for folder in datasets:
-        has_manifest = manifest.can_read(folder)
+        has_manifest = _has_manifest(folder)
         if not has_manifest and (path.name == "derivatives" or _is_derivative(folder, [])):
             what = "several derivatives may hold the same people"
             raise CohortError(what, where=path.name, remedy="Give one of the folders")
@@ -328,15 +328,19 @@ def read_collection(path: Path, work: Path | None = None) -> SourceTable:
     table = pd.concat(tables, ignore_index=True)
     _refuse_shared_files(path, table)
     lost = [reason for _, reason in rejected]
-    name = "data sets" if any(manifest.can_read(folder) for folder in datasets) else COLLECTION_LAYOUT.name
+    name = "data sets" if any(_has_manifest(folder) for folder in datasets) else COLLECTION_LAYOUT.name
     return SourceTable(table, path, name, tuple(columns), [*lost, *notes], unused, rejected)
+
+
+def _has_manifest(folder: Path) -> bool:
+    """Whether a data set is read by its manifest. One of another program beside ``sub-*`` folders does not count."""
+    return not can_read(folder) or manifest.find_subjects(folder) is not None
 
 
 def _subjects(folder: Path) -> set[str]:
     """The names of a data set's subjects; empty for a manifest that cannot be read."""
-    if manifest.can_read(folder):
-        return manifest.subjects(folder) or set()
-    return {child.name for child in subfolders(folder, "sub-*")}
+    listed = manifest.find_subjects(folder)
+    return {child.name for child in subfolders(folder, "sub-*")} if listed is None else listed
 
 
 def _reason_of_loss(folder: Path, error: CohortError) -> str:
@@ -362,7 +366,9 @@ def _datasets(path: Path) -> list[Path]:
 COLLECTION_LAYOUT = SourceLayout(
     name="BIDS data sets",
     layout_hint="folders with sub-*/ or a manifest in them (several data sets)",
-    can_read=lambda path: any(can_read(folder) or manifest.subjects(folder) is not None for folder in _datasets(path)),
+    can_read=lambda path: any(
+        can_read(folder) or manifest.find_subjects(folder) is not None for folder in _datasets(path)
+    ),
     read=read_collection,
 )
 

@@ -28,13 +28,14 @@ def can_read(path: Path) -> bool:
     return (path.is_file() and path.suffix.lower() != ".json") or any((path / name).is_file() for name in _FILES)
 
 
-def subjects(folder: Path) -> set[str] | None:
-    """The subjects of a folder's manifest; None without one, or if the file is one of another program."""
+def find_subjects(folder: Path) -> set[str] | None:
+    """The subjects of a folder's manifest; None without one, or if it is a file of another program."""
     try:
         table = read_table(_find(folder), []) if can_read(folder) else pd.DataFrame()
     except CohortError:
         return None
-    return set(table["subject"].dropna()) if set(_REQUIRED) <= set(table.columns) else None
+    is_manifest = "subject" in table and not {"contrast", "path"}.isdisjoint(table.columns)
+    return set(table["subject"].dropna()) if is_manifest else None
 
 
 def _find(folder: Path) -> Path:

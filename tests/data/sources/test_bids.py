@@ -137,6 +137,81 @@ def test_ages_in_another_unit_become_years(layout):
     assert any("weeks" in note for note in cohort.notes)
 
 
+def test_a_row_with_a_session_is_of_that_session_alone(layout):
+    rows = "sub-1\tses-m00\t71\tMCI\nsub-1\tn/a\tn/a\t\nsub-2\t\t66\thealthy\nsub-3\tses-9\t50\thealthy\n"
+    root = layout(
+        *(f"sub-{n}/ses-{visit}/anat/sub-{n}_ses-{visit}_T1w.nii.gz" for n in "12" for visit in ("m00", "m24")),
+        "sub-3/anat/sub-3_T1w.nii.gz",
+        content={"participants.tsv": f"participant_id\tsession_id\tage\tgroup\n{rows}"},
+    )
+    cohort = Cohort.read(root)
+    found = {(s.subject, s.session): (s.covariates["age_years"], s.covariates["diagnosis"]) for s in cohort.sessions()}
+    assert found == {
+        ("sub-1", "m00"): (71, "MCI"),
+        ("sub-1", "m24"): (None, None),
+        ("sub-2", "m00"): (66, "healthy"),
+        ("sub-2", "m24"): (66, "healthy"),
+        ("sub-3", "1"): (50, "healthy"),  # its only row, and no session in the names of its files
+    }
+
+
+def test_rows_of_participants_fill_each_other(layout):
+    rows = "sub-1\t44\t\nsub-1\t\tFemale\nsub-1\t44\tf\n"
+    root = layout("sub-1/anat/sub-1_T1w.nii.gz", content={"participants.tsv": f"participant_id\tage\tgender\n{rows}"})
+    (session,) = Cohort.read(root).sessions()
+    assert (session.covariates["age_years"], session.covariates["sex"]) == (44, "F")
+
+
+def test_faults_in_tables_of_visits_are_counted_together_and_name_nobody(layout):
+    table = "session_id\tage\nses-a\t{0}\n"
+    root = layout(
+        *(f"sub-{n}/ses-a/anat/sub-{n}_ses-a_T1w.nii.gz" for n in (1, 2, 3)),
+        content={f"sub-{n}/sub-{n}_sessions.tsv": table.format(age) for n, age in ((1, "x"), (2, "y"), (3, "70"))}
+        | {"sub-1/sub-1_sessions.json": "{", "sub-2/sub-2_sessions.json": "{"},
+    )
+    cohort = Cohort.read(root)
+    assert any("sub-*_sessions.tsv: 2 × an age that is not a number" in note for note in cohort.notes)
+    assert not any("sub-1" in note or "sub-2" in note for note in cohort.notes)
+
+
+@pytest.mark.parametrize(
+    ("faulty", "people", "why"),
+    [("participants.tsv", 2, "no column 'participant_id'"), ("manifest.csv", 1, "the manifest has no column 'path'")],
+)
+def test_a_data_set_that_is_lost_from_a_collection_is_rejected_by_name(layout, faulty, people, why):
+    root = layout(
+        *(f"{name}/sub-0{n}/anat/sub-0{n}_T1w.nii.gz" for name in ("east", "west") for n in (1, 2)),
+        content={f"west/{faulty}": "subject,contrast\ns,T1w\n" if faulty == "manifest.csv" else "name\nsub-01\n"},
+    )
+    cohort = Cohort.read(root)
+    assert set(cohort.table["dataset"]) == {"east"}
+    ((folder, reason),) = cohort.rejected
+    assert folder == root / "west"
+    assert f"west is left out with its {people} subject" in reason
+    assert why in reason
+    assert cohort.notes[0] == reason
+
+
+def test_folders_with_manifests_are_data_sets_too(layout, contents):
+    header = "subject\tcontrast\tpath\n"
+    root = layout(
+        "bids/sub-01/anat/sub-01_T1w.nii.gz",
+        content={
+            "north/manifest.tsv": f"{header}n1\tT1w\tscans/1.nii\n",
+            "south/manifest.tsv": f"{header}n1\tFLAIR\tscans/1.nii\n",
+            "south/sub-9/anat/sub-9_T1w.nii.gz": "",
+            "bids/manifest.csv": "file,md5\n",
+        },
+    )
+    cohort = Cohort.read(root)
+    assert cohort.source == "data sets"
+    assert contents(cohort) == {("bids_sub-01", "1"): ["T1w"], ("north_n1", "1"): ["T1w"], ("south_n1", "1"): ["FLAIR"]}
+    assert any("1 names of subjects are in several data sets" in note for note in cohort.notes)
+    (root / "south" / "manifest.tsv").write_text(f"{header}s1\tT1w\t../north/scans/1.nii\n")
+    with pytest.raises(CohortError, match="list the same scans.*north and south"):
+        Cohort.read(root)
+
+
 def test_sidecars_are_inherited_and_the_nearest_wins(layout):
     root = layout(
         "sub-1/ses-a/anat/sub-1_ses-a_T1w.nii.gz",

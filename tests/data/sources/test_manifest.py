@@ -104,6 +104,33 @@ def test_columns_of_several_kinds_become_text(tmp_path):
     assert any("'lists'" in note for note in cohort.notes)
 
 
+def test_an_empty_cell_is_filled_from_another_row_of_its_session(tmp_path):
+    rows = "1\tT1w\ta.nii\tx\t\tmale\n1\tFLAIR\tb.nii\tx\t61\tM\n1\tT1w\tc.nii\ty\t\t\n"
+    (tmp_path / "manifest.tsv").write_text(f"subject\tcontrast\tpath\tsession\tage\tsex\n{rows}")
+    table = Cohort.read(tmp_path).table
+    assert list(table["age_years"][:2]) == [61, 61]
+    assert list(table["sex"][:2]) == ["M", "M"]
+    assert table["age_years"].isna()[2]  # another visit
+
+
+@pytest.mark.parametrize(
+    ("column", "values"), [("age", ("61", "62")), ("gender", ("w", "male")), ("relapse", ("0", "1")), ("site", "ab")]
+)
+def test_rows_of_a_session_that_contradict_each_other_are_refused(tmp_path, column, values):
+    rows = f"1\tT1w\ta.nii\t\n\n1\tFLAIR\tb.nii\t{values[0]}\n1\tT2w\tc.nii\t{values[1]}\n"
+    (tmp_path / "manifest.tsv").write_text(f"subject\tcontrast\tpath\t{column}\n{rows}")
+    with pytest.raises(CohortError, match=r"manifest.tsv, line 5, column '\w+': rows of one session .* in line 4\)"):
+        Cohort.read(tmp_path)
+
+
+def test_columns_on_scans_may_differ_and_a_further_mask_is_not_lost_in_silence(tmp_path):
+    rows = "1\tT1w\ta.nii\t2.9\tm.nii\n1\tFLAIR\tb.nii\t87\tn.nii\n"
+    (tmp_path / "manifest.tsv").write_text(f"subject\tcontrast\tpath\techo_ms\tmask\n{rows}")
+    cohort = Cohort.read(tmp_path)
+    assert any("'echo_ms'" in note for note in cohort.notes)
+    assert cohort.unused == ((tmp_path / "n.nii", "a further label map (mask) of its session"),)
+
+
 def test_repeated_rows_are_dropped_and_shared_files_are_noted(tmp_path):
     row = "1\tT1w\ta.nii\n"
     (tmp_path / "manifest.tsv").write_text(f"subject\tcontrast\tpath\n{row}{row}1\tT1w\tb.nii\n2\tT1w\ta.nii\n")
