@@ -269,13 +269,14 @@ def read_json(file: Path, notes: list[str] | None = None) -> dict[str, Any]:
     """A JSON object; {} if the file is missing or holds something else. A note reports invalid JSON, once."""
     if not file.is_file():
         return {}
+    found: list[str] = []
+    content: Any = None
     try:
-        content = json.loads(decode_text(file.read_bytes(), file.name, [] if notes is None else notes))
+        content = json.loads(decode_text(file.read_bytes(), file.name, found))
     except (OSError, ValueError) as error:
-        note = f"{file.name} is not valid JSON and was not used ({type(error).__name__})"
-        if notes is not None and note not in notes:
-            notes.append(note)
-        return {}
+        found = [f"{file.name} is not valid JSON and was not used ({type(error).__name__})"]
+    if notes is not None:
+        notes += [note for note in found if note not in notes]
     return content if isinstance(content, dict) else {}
 
 
