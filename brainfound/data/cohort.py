@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from brainfound.data.sources import read_source
-from brainfound.data.sources.tables import with_all_columns
+from brainfound.data.sources.tables import count_noun, with_all_columns
 from brainfound.errors import UsageError, did_you_mean
 
 _PER_SCAN = {"subject", "session", "contrast", "path"}
@@ -44,6 +44,7 @@ class Cohort:
         source: the recognised layout ("BIDS", "manifest", "FOMO60K", …).
         notes: remarks from reading the source, without identifiers.
         unused: files that are not scans of the table, each with the reason.
+        rejected: data sets of a collection that cannot be read, each with the reason.
     """
 
     table: pd.DataFrame
@@ -52,6 +53,7 @@ class Cohort:
     source: str = "table"
     notes: Sequence[str] = ()
     unused: Sequence[tuple[Path, str]] = ()
+    rejected: Sequence[tuple[Path, str]] = ()
 
     def __post_init__(self) -> None:
         self.table = with_all_columns(self.table)
@@ -98,8 +100,8 @@ class Cohort:
     def __repr__(self) -> str:
         counts = ", ".join(f"{name} {count}" for name, count in self.table["contrast"].value_counts().items())
         unused = f"; {len(self.unused)} files unused" if self.unused else ""
-        subjects = self.table["subject"].nunique()
-        return f"Cohort({self.source}, {len(self)} sessions of {subjects} subjects: {counts}{unused})"
+        sessions, subjects = count_noun(len(self), "session"), count_noun(self.table["subject"].nunique(), "subject")
+        return f"Cohort({self.source}, {sessions} of {subjects}: {counts}{unused})"
 
 
 def _first_known(values: list[Any], rows: list[int]) -> Any:

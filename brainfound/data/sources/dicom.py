@@ -33,6 +33,7 @@ import pandas as pd
 
 from brainfound.contrasts import UNKNOWN
 from brainfound.data.sources.bids_files import SCANNER_COLUMNS
+from brainfound.data.sources.covariates import clean_covariates
 from brainfound.data.sources.dicom_series import (
     MAX_FOLDERS_PER_PATIENT,
     Series,
@@ -94,6 +95,7 @@ def read(path: Path, work: Path | None = None) -> SourceTable:
     num_unknown = int((table["contrast"] == UNKNOWN).sum())
     if num_unknown:
         notes.append(f"{num_unknown} scans are of unknown contrast; name them in a manifest if you need them")
+    table = clean_covariates(table, "DICOM", notes)
     return SourceTable(table, work, LAYOUT.name, notes=notes, unused=unused)
 
 

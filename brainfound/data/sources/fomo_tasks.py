@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 
 from brainfound.contrasts import UNKNOWN
+from brainfound.data.sources.covariates import clean_covariates
 from brainfound.data.sources.file_names import UnusedFiles, iter_images, parse_filename, read_scan_name, subfolders
 from brainfound.data.sources.tables import SourceLayout, SourceTable
 from brainfound.errors import CohortError
@@ -63,6 +64,7 @@ def read(path: Path, work: Path | None = None) -> SourceTable:
         table["label"] = table["label"].astype(int if are_integers else float)
     source = f"{LAYOUT.name} {_task_number(tasks[0])}".strip() if len(tasks) == 1 else f"{LAYOUT.name}s"
     notes = [f"{num_unlabelled} sessions have no label"] if num_unlabelled else []
+    table = clean_covariates(table, "labels", notes)
     return SourceTable(table, path, source, notes=notes, unused=unused)
 
 

@@ -99,6 +99,6 @@ def test_folders_beside_bids_data_sets_are_not_lost_in_silence(tmp_path, write_s
     write_scan("two/patient_T1w.nii.gz")
     cohort = Cohort.read(tmp_path)
     assert len(cohort) == 1
-    assert [(path.name, reason.split(" (")[0]) for path, reason in cohort.unused] == [
-        ("two", "a folder that is not a BIDS data set")
+    assert [(path.name, reason.split(" (")[0]) for path, reason in cohort.rejected] == [
+        ("two", "two: a folder that is not a BIDS data set")
     ]
