@@ -15,13 +15,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
-from brainfound.data.sources.file_names import (
-    DICOM_SUFFIXES,
-    UnusedFiles,
-    is_session_name,
-    natural_sort_key,
-    sanitise_name,
-)
+from brainfound.data.sources.file_names import DICOM_SUFFIXES, UnusedFiles, natural_sort_key, sanitise_name
+from brainfound.data.sources.identifiers import is_session_name
 from brainfound.errors import CohortError
 
 _TAGS = [

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from brainfound.contrasts import CONTRASTS
 from brainfound.data.cohort import Cohort
-from brainfound.data.sources.file_names import parse_filename, parse_identifier
+from brainfound.data.sources.file_names import parse_filename
+from brainfound.data.sources.identifiers import parse_identifier
 from brainfound.errors import CohortError
 
 
@@ -188,7 +189,7 @@ def test_folders_of_subjects_visits_and_groups(layout, contents, names, expected
         (("p1_pre_T1", "p1_post_T1"), "visits or a contrast agent"),
         (("study2021_001_T1", "study2021_002_T1"), "two subjects or two visits"),
         (("participant1_1_T1", "participant1_2_T1"), "two subjects or two visits"),
-        (("p1/left_T1", "p1/right_T1", "p2/left_T1"), "in several folders"),
+        (("p1/left_T1", "p1/right_T1", "p2/left_T1"), "a protocol or a person"),
         (("p1/ses-1/p2_T1",), "names another subject than its folders"),
     ],
 )
