@@ -27,7 +27,7 @@ _OPERATION = r"(?:op|operative|surgery|surgical|treatment|tx|rt|chemo|therapy)"
 _SESSION = (
     rf"(?:ses-[a-z0-9]+|{_DATE}(?:T?{_CLOCK})?|(?<={_SEPARATOR}){_DATE}_{_CLOCK}"
     rf"|(?:ses|sess|session|visit|vis|wave|tp|time[-_ ]?point|time|study|exam|{_UNIT}|fu|fup|follow[-_ ]?up|baseline|bl"
-    rf"|scan|mr|v|m|w|y|d){_NUMBER}|\d{{1,4}}[-_]?{_UNIT}|\d{{1,3}}[mwy]"
+    rf"|scan|mr|v|m|w|y|d){_NUMBER}|\d{{1,4}}{_UNIT}|\d{{1,3}}[mwy]"
     rf"|baseline|base|bl|bsl|screening|screen|scr|sc|initial|init|follow[-_ ]?up|fup?|rescan|retest"
     rf"|(?:pre|post)[-_]?{_OPERATION}"
     r"|(?:first|second|third|1st|2nd|3rd|\dth)[-_ ]?(?:visit|scan|exam|session))"
@@ -40,10 +40,17 @@ _FIRST_SESSION = re.compile(
     re.IGNORECASE,
 )
 """Sessions that are believed before the subject as well; ``SC_01`` and ``study2_01`` may be subjects of a group."""
-_GLUED_SESSION = re.compile(rf"(?<=\d)(?!\d)(?:{_SESSION}|t\d{{1,2}}|[a-z])(?={_SEPARATOR}|$)", re.IGNORECASE)
-_MAYBE_DATE = re.compile(
-    rf"(?:(?<={_SEPARATOR})|^)(?:{_YEAR}(?:[-._]?{_MONTH})?|{_DAY}{_DAY}{_YEAR}|\d\d{_MONTH}{_DAY}|{_DAY}{_MONTH}\d\d)"
-    rf"(?={_SEPARATOR}|$)"
+_MAYBE_SESSION = re.compile(
+    rf"(?:(?<=\d)(?!\d)|(?<={_SEPARATOR})|^)(?:{_SESSION}|t\d{{1,2}}|first|second|third|last)(?={_SEPARATOR}|$)"
+    rf"|(?<=\d)[a-z](?={_SEPARATOR}|$)|(?<={_SEPARATOR})[a-z]$"
+    rf"|(?<=[a-z])(?:ses|session|visit|tp|wk|week|month|year|baseline|follow-?up|(?:pre|post)[-_]?op)\d*(?={_SEPARATOR}|$)",
+    re.IGNORECASE,
+)
+"""All that may be a visit, also without a separator: ``p07v2``, ``p07b``, ``annatp1``."""
+_SHORT_MAYBE_DATE = rf"(?:{_YEAR}(?:{_MONTH})?|\d\d{_MONTH}{_DAY}|{_DAY}{_MONTH}\d\d)"
+_MAYBE_DATE, _LONG_MAYBE_DATE = (
+    re.compile(rf"(?:(?<={_SEPARATOR})|^)(?:{pattern})(?={_SEPARATOR}|$)")
+    for pattern in (_SHORT_MAYBE_DATE, rf"{_YEAR}[-._]{_MONTH}|{_DAY}{_DAY}{_YEAR}")
 )
 """Spellings of dates that may as well be numbers of subjects."""
 
@@ -67,7 +74,7 @@ _PUBLIC_FORMS = tuple(
     re.compile(pattern, re.IGNORECASE)
     for pattern in (
         r"(?P<subject>BraTS-[A-Z]+-\d+)-(?P<session>\d{3})",
-        r"(?P<subject>BraTS(?:20)?\d\d_(?:.*_)?\d+)",
+        r"(?P<subject>BraTS(?:20)?\d\d(?:_[A-Z]+\d*|_2013)*_\d{1,5}(?:_1)?)",
         r"(?P<subject>IXI\d{3})-(?P<site>Guys|HH|IOP)-\d{4}",
         r"(?P<subject>UPENN-GBM-\d{5})_(?P<session>\d{2})",
         r"(?P<subject>UCSF-PDGM-\d{3,5})(?:_(?P<session>FU[A-Z0-9]+))?(?:_nifti)?",
@@ -140,7 +147,7 @@ def could_be_subject(session: str, before: str) -> bool:
     >>> could_be_subject("m01", "HC"), could_be_subject("m01", "p1"), could_be_subject("visit1", "HC")
     (True, False, False)
     """
-    return _SHORT_SESSION.fullmatch(session) is not None and not has_number(_SESSION_IN_NAME.sub("", before))
+    return _SHORT_SESSION.fullmatch(session) is not None and not has_number(_MAYBE_SESSION.sub("", before))
 
 
 def subject_number_words(subject: str) -> tuple[str, ...]:
@@ -169,7 +176,8 @@ def person_words(subject: str) -> tuple[str | int, ...]:
     >>> person_words("v1_p07") == person_words("p07v2") == person_words("mpr_p07b") == ("p", 7)
     True
     """
-    text = _GLUED_SESSION.sub("", _SESSION_IN_NAME.sub("", subject))
+    text = _MAYBE_SESSION.sub("", subject)
+    text = _LONG_MAYBE_DATE.sub("", text).strip("_-. ") or text
     rest = _MAYBE_DATE.sub("", text)
     return spelling(
         "_".join(word for word in split_words(rest if has_number(rest) else text) if not _is_protocol(word))

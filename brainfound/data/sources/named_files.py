@@ -129,7 +129,8 @@ def _describe(root: Path, image: Path) -> _File:
         name = replace(name, contrast=UNKNOWN, label_column="mask")
     folders = tuple(part for part in parts if not _is_skipped_folder(part))
     outer = parts[: parts.index(folders[0])] if folders else parts
-    if folders and re.fullmatch(r"\d{1,2}", name.identifier):  # a repeat number: p1/T1_2.nii.gz
+    in_subject = bool(folders) and parse_identifier(folders[-1]).subject != ""
+    if in_subject and re.fullmatch(r"\d{1,2}", name.identifier):  # a repeat number: p1/T1_2.nii.gz
         name = replace(name, identifier="")
     identity = parse_identifier(name.identifier)
     if not identity.certain:
@@ -358,21 +359,25 @@ def _require_unambiguous(identified: list[tuple[_File, SubjectIdentity]]) -> Non
     by_words = {split_words(subject): subject for subject in subjects}
     by_number: dict[tuple[str, ...], str] = {}
     by_person: dict[tuple[str | int, ...], str] = {}
-    for subject in subjects:
-        other = by_person.setdefault(person_words(subject), subject)
-        if other != subject:
-            _refuse("they may be two subjects or two visits of one", f"{other} and {subject}")
     for subject in uncertain:
-        words, person = split_words(subject), person_words(subject)
+        words = split_words(subject)
         if words and words[-1] in ("pre", "post"):
             _refuse("pre and post may mean visits or a contrast agent", subject)
         for length in range(1, len(words)):
             if words[:length] in by_words:
                 _refuse("one name begins with another", f"{by_words[words[:length]]} and {subject}")
+    for subject in subjects:
+        other = by_person.setdefault(person_words(subject), subject)
+        if other != subject:
+            _refuse("they may be two subjects or two visits of one", f"{other} and {subject}")
+    for subject in uncertain:
+        person, first = person_words(subject), split_words(subject)[:2]
         for length in range(2, len(person)):
             if person[:length] in by_person:
                 _refuse("one name begins with another", f"{by_person[person[:length]]} and {subject}")
-        number = subject_number_words(subject)
+        # Two words and a third, none with a number: hc_anna_abc, hc_anna_xyz.
+        is_phrase = len(first) == 2 and not has_number(subject) and len(split_words(subject)) > 2
+        number = first if is_phrase else subject_number_words(subject)
         other = by_number.setdefault(number, subject) if number else subject
         if other != subject:
             _refuse("they may be two subjects or two visits of one", f"{other} and {subject}")
@@ -410,13 +415,13 @@ def _require_shared_contrasts(identified: list[tuple[_File, SubjectIdentity]]) -
 
 
 def _number_after_contrast(file: _File, identity: SubjectIdentity) -> tuple[str, ...]:
-    """The subject's words after the contrast, from the first with a number: ``01`` of ``T1_abc_01``."""
+    """The subject's words after the contrast, from the last with a number: ``01`` of ``T1_abc_01``."""
     words = split_words(stem(file.path))
     contrasts = [i for i, word in enumerate(words) if is_contrast_name(word)]
     after = words[contrasts[0] + 1 :] if contrasts else ()
     kept = [word for word in split_words(identity.subject) if word in after]
     numbered = [i for i, word in enumerate(kept) if re.search(r"\d", word)]
-    return tuple(kept[numbered[0] :]) if numbered else ()
+    return tuple(kept[numbered[-1] :]) if numbered else ()
 
 
 def _require_unique_scans(identified: list[tuple[_File, SubjectIdentity]]) -> None:
