@@ -25,7 +25,7 @@ _NUMBER = rf"{_SEPARATOR}?\d{{1,4}}(?:[-.]\d{{1,2}})?[a-z]?"
 _UNIT = r"(?:months?|mths?|mo|weeks?|wks?|years?|yrs?|yr|days?|hours?|hrs?)"
 _OPERATION = r"(?:op|operative|surgery|surgical|treatment|tx|rt|chemo|therapy)"
 _SESSION = (
-    rf"(?:ses-[a-z0-9]+|{_DATE}(?:T?{_CLOCK})?|(?<={_SEPARATOR}){_DATE}_{_CLOCK}"
+    rf"(?:ses-[a-z0-9]+|(?<={_SEPARATOR}){_DATE}_{_CLOCK}|{_DATE}(?:T?{_CLOCK})?"
     rf"|(?:ses|sess|session|visit|vis|wave|tp|time[-_ ]?point|time|study|exam|{_UNIT}|fu|fup|follow[-_ ]?up|baseline|bl"
     rf"|scan|mr|v|m|w|y|d){_NUMBER}|\d{{1,4}}{_UNIT}|\d{{1,3}}[mwy]"
     rf"|baseline|base|bl|bsl|screening|screen|scr|sc|initial|init|follow[-_ ]?up|fup?|rescan|retest"
