@@ -132,7 +132,7 @@ def subjects_by_name(paths: list[Path]) -> dict[Path, str]:
     return {file.path: identity.subject for file, identity in _identify_subjects(Path("root"), files) if file.is_scan}
 
 
-@settings(max_examples=400, derandomize=True, deadline=None)
+@settings(max_examples=200, derandomize=True, deadline=None)
 @given(names())
 def test_one_person_is_one_subject_or_refused(names):
     try:
