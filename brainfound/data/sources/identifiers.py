@@ -41,7 +41,7 @@ _FIRST_SESSION = re.compile(
 )
 """Sessions that are believed before the subject as well; ``SC_01`` and ``study2_01`` may be subjects of a group."""
 _MAYBE_SESSION = re.compile(
-    rf"(?:(?<=\d)(?!\d)|(?<={_SEPARATOR})|^)(?:{_SESSION}|t\d{{1,2}}|first|second|third|last)(?={_SEPARATOR}|$)"
+    rf"(?:(?<=\d)(?!\d)|(?<=\d[a-z])|(?<={_SEPARATOR})|^)(?:{_SESSION}|t\d{{1,2}}|first|second|third|last)(?={_SEPARATOR}|$)"
     rf"|(?<=\d)[a-z](?={_SEPARATOR}|$)|(?<={_SEPARATOR})[a-z]$"
     rf"|(?<=[a-z])(?:ses|session|visit|tp|wk|week|month|year|baseline|follow-?up|(?:pre|post)[-_]?op)\d*(?={_SEPARATOR}|$)",
     re.IGNORECASE,
@@ -198,7 +198,7 @@ def _split_sessions(identifier: str) -> tuple[str, list[str]]:
     """The identifier without its visits, and the visits without a time of day."""
     found = list(_SESSION_IN_NAME.finditer(identifier))
     rest = _without_protocol(_without(identifier, [match.span() for match in found]))
-    taken = []
+    taken: list[re.Match[str]] = []
     for match in found:
         before = _without(identifier[: match.start()], [other.span() for other in taken])
         if before:

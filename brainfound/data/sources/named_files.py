@@ -227,8 +227,8 @@ def _subjects_from_folders(root: Path, files: list[_File]) -> list[SubjectIdenti
             foreign[file.folders[0]].add(file.identity.subject)
     by_name = any(len(subjects) > 1 for subjects in foreign.values())
     subject_folders: dict[str, set[str]] = defaultdict(set)
-    for folder, subjects in foreign.items():
-        for subject in subjects:
+    for folder, named in foreign.items():
+        for subject in named:
             if by_name or re.search(r"\d", subject):  # a word in every folder (brain_T1) is not a subject
                 subject_folders[subject].add(folder)
     for name, folders in subject_folders.items():
@@ -383,15 +383,15 @@ def _require_unambiguous(identified: list[tuple[_File, SubjectIdentity]]) -> Non
             _refuse("they may be two subjects or two visits of one", f"{other} and {subject}")
         if leading_protocol(subject) != leading_protocol(uncertain[0]):
             _refuse("a protocol before a number may be one subject's", f"{uncertain[0]} and {subject}")
-    _require_shared_contrasts([(file, one) for file, one in identified if file.is_scan and not one.certain])
+    _require_shared_contrasts([(file, identity) for file, identity in identified if file.is_scan])
     by_scan: dict[tuple[str, str | None, str], tuple[str, ...]] = {}  # the words beside the subject's number
     for file, identity in identified:
         if file.is_scan:
             key = (identity.subject, identity.session, file.name.contrast)
             other_words = by_scan.setdefault(key, identity.words)
             if other_words != identity.words:
-                words = " and ".join(repr("_".join(words)) for words in (other_words, identity.words))
-                _refuse("words beside a number may name a protocol or a person", f"{words} of {identity.subject}")
+                got = " and ".join(repr("_".join(found)) for found in (other_words, identity.words))
+                _refuse("words beside a number may name a protocol or a person", f"{got} of {identity.subject}")
 
 
 def _require_shared_contrasts(identified: list[tuple[_File, SubjectIdentity]]) -> None:
@@ -400,15 +400,15 @@ def _require_shared_contrasts(identified: list[tuple[_File, SubjectIdentity]]) -
     Subjects of a group have contrasts in common; the scans of one person, named by protocol, have not.
     """
     by_word: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
-    by_tail: dict[tuple[str, ...], str] = {}
+    by_tail: dict[tuple[str, ...], SubjectIdentity] = {}
     for file, identity in identified:
         first = next(iter(split_words(identity.subject)), "")
-        if not re.search(r"\d", first):
+        if not identity.certain and not re.search(r"\d", first):
             by_word[first][identity.subject].add(file.name.contrast)
         tail = _number_after_contrast(file, identity)
-        other = by_tail.setdefault(tail, identity.subject) if tail else identity.subject
-        if other != identity.subject:
-            _refuse("the number after the contrast is the same", f"{other} and {identity.subject}")
+        other = by_tail.setdefault(tail, identity) if tail else identity
+        if other.subject != identity.subject and not (other.certain and identity.certain):
+            _refuse("the number after the contrast is the same", f"{other.subject} and {identity.subject}")
     for subjects in by_word.values():
         if len(subjects) > 1 and sum(map(len, subjects.values())) == len(set().union(*subjects.values())):
             _refuse("the names may be subjects, or series of one", " and ".join(subjects))
