@@ -25,13 +25,13 @@ from brainfound.data.sources.file_names import (
     SubjectNamer,
     UnusedFiles,
     contains_image,
-    is_session_name,
     iter_images,
     natural_sort_key,
     split_words,
     stem,
     subfolders,
 )
+from brainfound.data.sources.identifiers import is_session_name
 from brainfound.data.sources.tables import (
     LabelMapRow,
     SessionKey,

@@ -1,4 +1,4 @@
-"""The files of a source, and parsing of free-form names into contrast, label map, subject and session.
+"""The files of a source, and parsing of free-form names into contrast, label map and identifier.
 
 ``BraTS-GLI-00000-001-t1c.nii.gz`` is a T1ce of the subject ``BraTS-GLI-00000`` in the session ``001``.
 """
@@ -94,28 +94,6 @@ _REPEAT = re.compile(r"(?:run|r|rep|echo|acq)?\d{1,2}|run|rep|echo")
 _B_VALUE_WORD = re.compile(r"b\d+")
 _B_VALUE_IN_NAME = re.compile(r"(?:^|[_\-. ])b[-_]?(\d+)(?=$|[_\-. ])", re.IGNORECASE)
 _BIDS_NAME = re.compile(r"sub-[A-Za-z0-9+]+(?:_[a-z]+-[A-Za-z0-9.+]+)*_[A-Za-z0-9]+")
-_SESSION = (
-    r"(?:(?:ses|session|visit|vis|wave|v|tp|timepoint|time|study|exam|month|mo|m|week|wk|w|year|yr|y|day|d|fu|fup|followup"
-    r"|follow-?up|scan|mr)[_\-]?\d+[a-z]?|baseline|bl|followup|follow-up|fu|preop|postop"
-    r"|(?:19|20)\d{2}[-.]?[01]\d[-.]?[0-3]\d|\d{2}[-.]\d{2}[-.](?:19|20)\d{2})"
-)
-_SHORT_SESSION = re.compile(r"(?:v|m|w|y|d|mr|scan)[_\-]?\d+[a-z]?", re.IGNORECASE)
-_IDENTIFIER_FORMS = tuple(
-    re.compile(pattern, re.IGNORECASE)
-    for pattern in (
-        r"(?P<subject>BraTS-(?:[A-Z]+-)+\d+)-(?P<session>\d{1,3})",
-        r"(?P<subject>BraTS(?:20)?\d\d_.+)",
-        r"(?P<subject>IXI\d{3})-(?P<site>Guys|HH|IOP)-\d{4}",
-        r"(?P<subject>UPENN-GBM-\d{5})_(?P<session>\d{2})",
-        r"(?P<subject>UCSF-PDGM-\d{3,5})(?:_(?P<session>FU[A-Z0-9]+))?(?:_nifti)?",
-        r"(?P<subject>OAS[12]_\d{4})_(?P<session>MR\d+)",
-        r"(?P<subject>OAS[34]\d{4})_(?:[A-Z]+_)?(?P<session>d\d{4})",
-        r"(?:ADNI_)?(?P<subject>\d{3}_S_\d{4})(?:_(?P<session>.+))?",
-        r"(?P<subject>sub-[A-Z0-9]+)(?:_ses-(?P<session>[A-Z0-9]+))?(?:_.*)?",
-        rf"(?P<subject>.+?)[_\-. ](?P<session>{_SESSION})",
-    )
-)
-"""Identifiers of public data sets and, last, any name that ends with a session. Each must match in full."""
 
 
 # Files and paths
@@ -251,17 +229,6 @@ class FileName:
     """Sort key: of several scans of one contrast, the one with the fewest additional words comes first."""
 
 
-@dataclass(frozen=True)
-class SubjectIdentity:
-    """The subject and the session that an identifier names."""
-
-    subject: str
-    session: str | None
-    site: str | None
-    certain: bool
-    """Whether the identifier has a known form."""
-
-
 def read_scan_name(path: PurePath) -> Reading:
     """The contrast that a file name states: a BIDS name by its suffix and entities, any other name by its words.
 
@@ -355,42 +322,6 @@ def _join_words(name: str, words: list[tuple[str, int, int]], kept: list[int]) -
         word, start, _ = words[i]
         text += (name[words[i - 1][2] : start] if text and i else "") + word
     return text
-
-
-def parse_identifier(identifier: str) -> SubjectIdentity:
-    """Subject, session and site of an identifier; if it has no known form, all of it is the subject.
-
-    >>> parse_identifier("IXI002-Guys-0828")
-    SubjectIdentity(subject='IXI002', session=None, site='Guys', certain=True)
-    >>> parse_identifier("patient1_v2").session
-    'v2'
-    """
-    for form in _IDENTIFIER_FORMS:
-        match = form.fullmatch(identifier)
-        if match and not (form is _IDENTIFIER_FORMS[-1] and could_be_subject(match["session"], match["subject"])):
-            parts = match.groupdict()
-            return SubjectIdentity(parts["subject"], parts.get("session"), parts.get("site"), certain=True)
-    return SubjectIdentity(identifier, None, None, certain=False)
-
-
-def is_session_name(text: str) -> bool:
-    """Whether the whole text names a session: ``ses-1``, ``baseline``, ``2019-03-01``."""
-    return re.fullmatch(_SESSION, text, re.IGNORECASE) is not None
-
-
-def could_be_subject(session: str, before: str) -> bool:
-    """Whether a short session word may also name a subject: ``HC_m01`` may be a man, ``p1_m01`` is a month.
-
-    >>> could_be_subject("m01", "HC"), could_be_subject("m01", "p1"), could_be_subject("visit1", "HC")
-    (True, False, False)
-    """
-    return _SHORT_SESSION.fullmatch(session) is not None and not re.search(r"\d", before)
-
-
-def prefix_before_session(identifier: str) -> str | None:
-    """``HC`` of ``HC_m01``, whose ending may name a session or a subject; None for other identifiers."""
-    match = re.fullmatch(rf"(.+?)[_\-. ]{_SHORT_SESSION.pattern}", identifier, re.IGNORECASE)
-    return match.group(1) if match and not re.search(r"\d", match.group(1)) else None
 
 
 def is_contrast_name(text: str) -> bool:

@@ -14,7 +14,8 @@ import pandas as pd
 
 from brainfound.contrasts import UNKNOWN
 from brainfound.data.reading.archives import volume_path
-from brainfound.data.sources.file_names import UnusedFiles, iter_images, parse_identifier, stem
+from brainfound.data.sources.file_names import UnusedFiles, iter_images, stem
+from brainfound.data.sources.identifiers import parse_identifier
 from brainfound.data.sources.tables import SourceLayout, SourceTable, read_json
 from brainfound.data.sources.words import find_words, read_file_name
 from brainfound.errors import CohortError

@@ -128,7 +128,7 @@ def test_columns_on_scans_may_differ_and_a_further_mask_is_not_lost_in_silence(t
     (tmp_path / "manifest.tsv").write_text(f"subject\tcontrast\tpath\techo_ms\tmask\n{rows}")
     cohort = Cohort.read(tmp_path)
     assert any("'echo_ms'" in note for note in cohort.notes)
-    assert cohort.unused == ((tmp_path / "n.nii", "a further label map (mask) of its session"),)
+    assert list(cohort.unused) == [(tmp_path / "n.nii", "a further label map (mask) of its session")]
 
 
 def test_repeated_rows_are_dropped_and_shared_files_are_noted(tmp_path):
