@@ -60,6 +60,11 @@ class StackBuilder:
             raise _no_overlap("the scan", f"{overlap:.0%} of its foreground covered", f"at least {least:.0%}")
         self._add(contrast, scan, foreground(scan), overlap, file)
 
+    def note(self, text: str, place: int = -1) -> None:
+        """Add a note to the quality of a scan: by default of the last one."""
+        quality = self.quality[place]
+        self.quality[place] = replace(quality, notes=(*quality.notes, text))
+
     def add_mask(self, mask: Scan, file: str = "") -> None:
         """Bring a label map in the same world space onto the grid.
 
