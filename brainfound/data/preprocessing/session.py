@@ -139,7 +139,7 @@ class _Preparation:
         if file is None:
             return
         try:
-            builder.add_mask(load_scan(file, labels=True), file.name)
+            builder.add_mask(load_scan(file, labels=True))
         except ScanError as error:
             self._refuse(file, "mask", error.reason)
 

@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path, PurePath
 
 from brainfound.contrasts import CONTRASTS, UNKNOWN, contrast_from_filename, parse_contrast
+from brainfound.data.reading.archives import fetch_remedy
 from brainfound.errors import CohortError, UsageError
 
 UnusedFiles = list[tuple[Path, str]]
@@ -124,7 +125,8 @@ def iter_images(folder: Path, unused: UnusedFiles, *, without: Iterable[Path] = 
         if is_image(file) and file.is_file():
             yield file
         elif is_image(file):
-            unused.append((file, BROKEN_LINK))
+            remedy = fetch_remedy(file)
+            unused.append((file, f"{BROKEN_LINK}. {remedy}" if remedy else BROKEN_LINK))
 
 
 def contains_image(folders: Iterable[Path]) -> bool:
