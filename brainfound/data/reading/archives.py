@@ -66,7 +66,8 @@ def open_binary(path: str | Path) -> BinaryIO:
     """Open a file, or a member of a zip archive, for sequential reading.
 
     A member is not seekable; its length and checksum are verified at its end.
-    ScanError: there is no such file or member, or the archive is refused; a read raises it for a corrupt member.
+    ScanError: there is no such file or member, or the archive is refused, or it is a pointer of Git LFS or git-annex;
+    a read may raise it too, for a corrupt member.
     """
     path = Path(path)
     parts = split_archive_path(path)
@@ -85,12 +86,14 @@ def open_binary(path: str | Path) -> BinaryIO:
             raise _missing(path)
         stream = io.BufferedReader(_Member(archive, info), CHUNK_BYTES)
     try:
-        remedy = fetch_remedy(path, stream.peek(_POINTER_BYTES))
-    except (OSError, ScanError):
-        remedy = None  # the reader of the stream meets the error again
-    if remedy:
+        if remedy := fetch_remedy(path, stream.peek(_POINTER_BYTES)):
+            raise ScanError(_POINTER, where=path.name, remedy=remedy)
+    except OSError as error:
         stream.close()
-        raise ScanError(_POINTER, where=path.name, remedy=remedy)
+        raise ScanError(f"cannot be read: {_reason(error)}", where=path.name) from error
+    except ScanError:
+        stream.close()
+        raise
     return cast(BinaryIO, stream)
 
 
