@@ -66,7 +66,9 @@ def mirrored_channels(names: Sequence[str]) -> tuple[int, ...]:
         places |= {match.span() for match in re.finditer("left|right", name, re.IGNORECASE)}
         others = {_with_other_side(name, place) for place in places} & (set(names) - {name})
         if len(others) > 1 or (sides and not others):
-            what = f"the label {name} names a side, and {'two labels are' if others else 'no label is'} its mirror image"
+            what = (
+                f"the label {name} names a side, and {'two labels are' if others else 'no label is'} its mirror image"
+            )
             remedy = "Leave --flip out, or give both sides names such as ventricleL and ventricleR"
             raise UsageError(what, where="flips", got=", ".join(names), remedy=remedy)
         channels.append(names.index(others.pop()) if others else index)

@@ -34,7 +34,7 @@ class InferenceAugmentation:
     overlap: bool = False
     """Also shift each slice by half a patch down, right, and both: the edge of a patch becomes the middle of one."""
     mirrored_channels: tuple[int, ...] = ()
-    """For each label, that of the other side, with which it is exchanged in a mirrored slice; empty: none has a side."""
+    """For each label, that of the other side, which takes its place in a mirrored slice; empty: none has a side."""
 
     def variants(self, patch_size: int) -> list[FlipAndShift]:
         """The 1, 2, 4 or 8 variants, the plain one first."""

@@ -175,7 +175,9 @@ def test_labels_that_name_a_side_are_exchanged_in_mirrored_slices(small_store, t
     augmentation = SegmentationOptions(flips=True).augmentation(target)
     stack = small_store[1]
     mirrored = replace(stack, pixels=np.ascontiguousarray(stack.pixels[..., ::-1]))
-    here, there = (infer(predictor.model, one, None, augmentation, True).class_probabilities for one in (stack, mirrored))
+    here, there = (
+        infer(predictor.model, one, None, augmentation, True).class_probabilities for one in (stack, mirrored)
+    )
     np.testing.assert_allclose(there, here[:, ::-1, :, ::-1], atol=1e-5)
     assert not np.allclose(here[:, 0], here[:, 1], atol=1e-3)
 

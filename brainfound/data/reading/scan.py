@@ -14,6 +14,7 @@ from nibabel.nifti1 import Nifti1Header
 from nibabel.orientations import apply_orientation, inv_ornt_aff
 from scipy import ndimage
 
+from brainfound.data.preprocessing.foreground import foreground
 from brainfound.data.reading.image_file import ImageHeader, read_image_header, read_voxels
 from brainfound.data.reading.orientation import AffineSource, axis_codes, check_affine, closest_canonical, shear_notes
 from brainfound.errors import ScanError
@@ -45,7 +46,7 @@ class ScanHeader:
     affine_source: AffineSource
     notes: tuple[str, ...] = ()
     spatial: Nifti1Header | None = field(default=None, repr=False, compare=False)
-    """qform, sform and their codes, see `brainfound.data.reading.orientation.spatial_header`; None for other formats."""
+    """qform, sform and their codes, see `brainfound.data.reading.orientation.spatial_header`; None if not NIfTI."""
 
 
 @dataclass(frozen=True)
@@ -152,8 +153,6 @@ def _fill_nonfinite(scan: Scan, path: Path) -> str:
 
     ScanError: they are too many, or one of them lies in the head or beside it.
     """
-    from brainfound.data.preprocessing.foreground import foreground  # which needs this module
-
     data = scan.data
     faulty = ~np.isfinite(data)
     count = int(np.count_nonzero(faulty))
@@ -190,7 +189,7 @@ def _round_labels(data: np.ndarray, low: float, high: float, image: ImageHeader)
             values.update(np.unique(part).tolist())
             if len(values) > MAX_LABEL:
                 break
-        step = abs(float(image.slope)) if image.dtype.kind in "iu" and np.isscalar(image.slope) else 0.0
+        step = abs(float(np.max(image.slope or 0.0))) if image.dtype.kind in "iu" else 0.0
         # Of a step of 1 or more, some codes cannot be stored; float32 values carry a rounding of their own.
         if step < 1 and len({round(value) for value in values}) == len(values):
             limit = max(LABEL_ROUNDING, step / 2 + 1e-6 * abs(high))

@@ -7,9 +7,9 @@ import re
 import nibabel as nib
 import numpy as np
 import pytest
-from scipy import ndimage
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from brainfound.data.preprocessing.grids import shift
@@ -164,7 +164,9 @@ def test_a_whole_mask_whose_labels_lie_outside_of_the_head_is_refused(head, cent
     affine = centred(shape, np.eye(3) * 2)
     scan, lesion = (as_scan(one(shape, affine), affine) for one in (head.image, head.lesion))
     builder = StackBuilder(Preprocessing(contrasts=("T1w",)), "T1w", scan)
-    with pytest.raises(ScanError, match="the labels of the mask lie outside of the head .*0% of the labels in it; a grid"):
+    with pytest.raises(
+        ScanError, match="the labels of the mask lie outside of the head .*0% of the labels in it; a grid"
+    ):
         builder.add_mask(moved(lesion, 28, 28, 28))
     head_shape = as_scan((scan.data > 0).astype(np.float32), affine)
     with pytest.raises(ScanError, match="outside of the head"):

@@ -126,7 +126,8 @@ def check(path: Path) -> bool:
     try:
         data, affine = _by_nibabel(path)
     except HeaderDataError as error:
-        assert "w2 should be positive" in str(error)  # a quaternion that is a little too long
+        if "w2 should be positive" not in str(error):  # a quaternion that is a little too long
+            raise
         return True
     np.testing.assert_array_equal(scan.native_affine, affine)
     canonical = nib.as_closest_canonical(nib.Nifti1Image(data, affine))

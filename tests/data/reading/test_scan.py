@@ -157,7 +157,9 @@ def _with_quaternion(path, quaternion, sform_code=0):
     path.write_bytes(bytes(raw))
 
 
-@pytest.mark.parametrize("quaternion", [(0, 0, 1.0000004), (0.70711, 0.70712, 0), (0.57736, 0.57736, 0.57736), (0, 1.0004, 0)])
+@pytest.mark.parametrize(
+    "quaternion", [(0, 0, 1.0000004), (0.70711, 0.70712, 0), (0.57736, 0.57736, 0.57736), (0, 1.0004, 0)]
+)
 def test_a_quaternion_that_rounding_made_too_long_is_a_turn(tmp_path, quaternion):
     _with_quaternion(tmp_path / "a.nii", quaternion)
     scan = load_scan(tmp_path / "a.nii")
@@ -179,8 +181,7 @@ ANNEX = "/annex/objects/MD5E-s12345--0cc175b9.nii.gz\n"
 
 
 @pytest.mark.parametrize(
-    ("content", "command"),
-    [(LFS, "git lfs pull"), (ANNEX, "datalad get"), (f"../../.git{ANNEX}", "git annex get")],
+    ("content", "command"), [(LFS, "git lfs pull"), (ANNEX, "datalad get"), (f"../../.git{ANNEX}", "git annex get")]
 )
 @pytest.mark.parametrize("name", ["a.nii.gz", "a.nii", "a.mgz", "a.hdr"])
 def test_a_pointer_of_git_is_fetched_first(tmp_path, content, command, name):
