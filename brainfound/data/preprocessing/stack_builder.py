@@ -76,19 +76,22 @@ class StackBuilder:
 
         Its labels must lie in the head, however much of the head its field of view covers. Everything outside of that
         is background; if it cuts off part of the head, the reference scan gets a note.
-        ScanError: its labels lie elsewhere, or it neither covers the head nor has labels.
+        ScanError: its labels lie elsewhere, or it covers too little of the head and is not cropped around labels.
         """
         covered, least = self._covered_share(mask), self.preprocessing.min_overlap
         inside_share = self._share_in_head(mask, project=covered >= least)
         distance_mm = self._distance_to_same_grid(mask)
         has_labels = not np.isnan(inside_share)
-        if inside_share < _MIN_LABELS_IN_HEAD or (covered < least and not has_labels):
+        # A map that is cropped around its labels has fewer voxels than the scan on which it was drawn.
+        is_cropped = covered < least and has_labels and not distance_mm
+        if inside_share < _MIN_LABELS_IN_HEAD or (covered < least and not is_cropped):
             inside = f"{inside_share:.0%} of the labels in it" if has_labels else "no label"
             got = f"{covered:.0%} of its foreground covered, and {inside}"
             if distance_mm:
                 got += f"; a grid like that of a scan, {distance_mm:.0f} mm away"
             expected = f"at least {_MIN_LABELS_IN_HEAD:.0%} of the labels in it"
             if covered < least:
+                expected = f"at least {least:.0%}, or a cropped map with {expected}"
                 raise _no_overlap("the mask", got, expected)
             remedy = "Check that the mask was drawn on a scan of this session, and its affine"
             what = "the labels of the mask lie outside of the head"

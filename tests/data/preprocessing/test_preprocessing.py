@@ -171,6 +171,9 @@ def test_a_whole_mask_whose_labels_lie_outside_of_the_head_is_refused(head, cent
     head_shape = as_scan((scan.data > 0).astype(np.float32), affine)
     with pytest.raises(ScanError, match="outside of the head"):
         builder.add_mask(moved(head_shape, 30, 0, 0))
+    lost = np.diag([0.4, 0.4, 0.4, 1.0])  # without its voxel size and origin, in the middle of the head
+    with pytest.raises(ScanError, match="does not overlap .*100% of the labels in it; a grid like that of a scan"):
+        builder.add_mask(as_scan(lesion.data, lost))
     assert builder.quality[0].notes == ()
     builder.add_mask(moved(lesion, 0, -9, 0))
     assert builder.quality[0].notes[0] == (
