@@ -209,7 +209,7 @@ def explain_stack(
         maps["pca"], numbers["pca"] = _components(inputs, encoded.features)
     present = tuple(c for c, is_present in zip(stack.contrasts, stack.present, strict=True) if is_present)
     return Explanation(
-        maps={name: _image(values, stack) for name, values in maps.items()},
+        maps={name: stack.native_image(values.astype(np.float32, copy=False)) for name, values in maps.items()},
         numbers=numbers,
         answer=answer,
         slices=tuple(inputs.index.tolist()),
@@ -253,9 +253,3 @@ def _components(inputs: ExplanationInputs, features: np.ndarray) -> tuple[np.nda
     scores, ratio = principal_components(features)
     image = component_maps(inputs, scale_to_unit_range(scores), inputs.foreground())
     return image, {"explained_variance_ratio": ratio.tolist(), "num_patches": len(features)}
-
-
-def _image(values: np.ndarray, stack: Stack) -> nib.Nifti1Image:
-    image = nib.Nifti1Image(values.astype(np.float32, copy=False), stack.native_affine)
-    image.header.set_xyzt_units("mm")
-    return image

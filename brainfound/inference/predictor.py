@@ -85,6 +85,7 @@ class Predictor:
                 got="an encoder" if self.target is None else f"a {self.task} model",
                 remedy="Leave them out",
             )
+        options.augmentation(self.target)  # labels whose sides cannot be exchanged are refused here
         return options
 
     def as_encoder(self) -> Predictor:
@@ -242,7 +243,7 @@ class Predictor:
         stack = ready.stack
         several = isinstance(target, Segmentation) and target.has_named_structures
         answer = infer(
-            self.model, stack, self.num_slices, options.augmentation, options.class_probabilities and several
+            self.model, stack, self.num_slices, options.augmentation(target), options.class_probabilities and several
         )
         present = tuple(c for c, is_present in zip(stack.contrasts, stack.present, strict=True) if is_present)
         common: dict[str, Any] = {
@@ -262,6 +263,9 @@ class Predictor:
                 answer=target.format_answer(answer) | target.calibrate(self.calibration, answer), **common
             )
         assert isinstance(target, Segmentation)
+        if options.flips and sum(name.startswith("label ") for name in target.names) > 1:
+            note = "averaged with mirrored slices: wrong for codes without a name that stand for one side"
+            common["notes"] = (*ready.notes, note)
         return Prediction(**build_segmentation_fields(stack, answer, target, options), **common)
 
 

@@ -162,14 +162,37 @@ def test_a_second_scan_of_a_contrast_is_listed_and_is_no_failure(cli, source, tm
     assert json.loads((tmp_path / "store" / "store.json").read_text())["num_rejected_files"] == 0
 
 
-def test_a_second_scan_of_a_refused_one_is_not_said_to_be_replaced(cli, source, tmp_path):
-    shutil.copy(source / "s00_T1w.nii.gz", source / "again_T1w.nii.gz")
-    truncate(source / "s00_T1w.nii.gz")
-    rows = rows_of(source)
-    rewrite(source, [*rows, [*rows[1][:3], "again_T1w.nii.gz", *rows[1][4:]]])
+@pytest.mark.parametrize("fault", ["truncated", "4-D", "gone", "elsewhere"])
+def test_the_next_scan_of_a_contrast_is_tried(cli, classifier, source, tmp_path, fault):
+    rows, first = rows_of(source), source / "s00_T2w.nii.gz"
+    for name in ("again_T2w.nii.gz", "third_T2w.nii.gz"):
+        shutil.copy(first, source / name)
+    rewrite(source, [*rows, *([*rows[2][:3], f"{name}_T2w.nii.gz", *rows[2][4:]] for name in ("again", "third"))])
+    image = nib.load(first)
+    if fault == "truncated":
+        truncate(first)
+    elif fault == "4-D":
+        nib.save(nib.Nifti1Image(np.stack([image.get_fdata()] * 2, axis=-1), image.affine), first)
+    elif fault == "gone":
+        first.unlink()
+    else:
+        nib.save(nib.Nifti1Image(image.get_fdata(), np.diag([3.0, 3, 3, 1]) + 900 * np.eye(4, k=3)), first)
     assert cli("prepare", source, tmp_path / "store", *COARSE).code == 3
     listed = pd.read_csv(tmp_path / "store" / "rejected.tsv", sep="\t").set_index("file")["reason"]
-    assert listed["again_T1w.nii.gz"] == "another scan of this contrast was first, and refused: s00_T1w.nii.gz"
+    assert set(listed.index) == {"s00_T2w.nii.gz", "third_T2w.nii.gz"}
+    assert listed["third_T2w.nii.gz"] == "another scan of this contrast is used: again_T2w.nii.gz"
+    quality = pd.read_csv(tmp_path / "store" / "quality.tsv", sep="\t").set_index(["subject", "contrast"])
+    used = quality.loc[("s00", "T2w")]
+    assert used["file"] == "again_T2w.nii.gz"
+    assert "scan 2 of 3 of this contrast is used, since the first cannot be (" in used["notes"]
+    checked = cli("check", source, "--contrasts", "T1w,T2w")
+    assert checked.code == 3
+    assert "scan 2 of 3 of this contrast is used, since the first cannot be (" in checked.out
+    assert cli("predict", classifier, source, "--out", tmp_path / "answers").code == 3
+    answer = json.loads((tmp_path / "answers" / "s00_ses-1.json").read_text())
+    assert "T2w" in answer["contrasts"]
+    assert any("scan 2 of 3" in note for note in answer["notes"])
+    assert any("s00_T2w.nii.gz" in reason for reason in answer["rejected"])
 
 
 @pytest.mark.parametrize(

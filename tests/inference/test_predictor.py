@@ -143,6 +143,27 @@ def test_segmentation_lies_on_the_input(segmenter, write_scan, head, centred, mo
     assert found.probability.shape == shape
 
 
+@pytest.mark.parametrize(("qform", "sform"), [(1, 1), (1, 0), (0, 4), (1, 4), (0, 0)])
+def test_masks_carry_the_codes_of_the_scan(segmenter, write_scan, tmp_path, qform, sform):
+    path = write_scan("sub-1_T1w.nii.gz", affine=None if qform or sform else np.diag([-3.0, 3, 3, 1]))
+    image = nib.load(path)
+    turned = np.array(image.affine)
+    turned[:3, :3] = OBLIQUE @ turned[:3, :3]
+    image.set_qform(turned if qform else None, qform)
+    image.set_sform(image.affine if sform else None, sform)
+    image.header["descrip"] = b"Jane Doe"
+    nib.save(image, path)
+    segmenter.predict(path).save(tmp_path, "case", probabilities=True)
+    scan = nib.load(path)
+    for ending in ("dseg", "probability"):
+        mask = nib.load(tmp_path / f"case_{ending}.nii.gz")
+        np.testing.assert_array_equal(mask.affine, scan.affine)
+        assert (int(mask.header["qform_code"]), int(mask.header["sform_code"])) == (qform, sform)
+        np.testing.assert_array_equal(mask.header.get_qform(), scan.header.get_qform())
+        assert mask.header["descrip"] == b""
+        assert mask.get_data_dtype() == (np.uint8 if ending == "dseg" else np.float32)
+
+
 def test_saved_files_can_be_read(segmenter, predictor, source, tmp_path):
     written = segmenter.predict(*scans(source).values()).save(tmp_path / "out", "case")
     assert [path.name for path in written] == ["case_dseg.nii.gz", "case.json"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from brainfound.data.checking.rules import (
 )
 from brainfound.data.cohort import Session
 from brainfound.data.hooks import Hook, run_hooks
+from brainfound.data.preprocessing.session import next_scan_note
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.preprocessing.stack import ScanQuality, Stack
 from brainfound.data.preprocessing.stack_builder import StackBuilder
@@ -44,7 +45,8 @@ from brainfound.errors import ModelError, ScanError, UsageError
 class CheckedScan:
     """One file with its findings; ``quality`` is None if it cannot be used.
 
-    ``is_used`` is False for a contrast that the model does not read, and for a second scan of a contrast.
+    ``is_used`` is False for a contrast that the model does not read, and for a scan in whose place another one of its
+    contrast is used.
     """
 
     contrast: str
@@ -100,15 +102,15 @@ class _SessionCheck:
 
     def run(self) -> CheckedSession:
         session = self.session
-        wanted = [contrast for contrast in self.preprocessing.contrasts if contrast in session.scans]
-        for contrast in wanted:  # each check uses the results of those before it
-            self.scans.append(self._check(contrast, session.scans[contrast]))
-        for contrast, file in session.scans.items():
-            if contrast not in wanted:
+        wanted, repeated = session.candidates(self.preprocessing.contrasts)
+        for contrast, files in wanted.items():  # each check uses the results of those before it
+            self._check_candidates(contrast, files)
+        for contrast, file, other in repeated:
+            finding = Finding("contrast", "fail", f"the same file is listed as {other}", "Name each file once")
+            self.scans.append(CheckedScan(contrast, file, (finding,), is_used=contrast not in wanted))
+        for contrast, file in [*session.scans.items(), *session.extra_scans]:
+            if contrast not in self.preprocessing.contrasts:
                 self.scans.append(self._check_unread(contrast, file, bool(wanted)))
-        for contrast, file in session.extra_scans:
-            message = "another scan of this contrast; the first one is used"
-            self.scans.append(CheckedScan(contrast, file, (Finding("contrast", "note", message),), is_used=False))
         findings: list[Finding | None] = [
             *missing_contrast_findings(session.scans, self.contract),
             age_finding(session.covariates.get("age_years"), self.contract),
@@ -119,13 +121,27 @@ class _SessionCheck:
             findings.insert(0, slices_finding(len(stack.pixels), self.contract))
         return CheckedSession(session.subject, session.session, tuple(self.scans), _present(findings), stack)
 
+    def _check_candidates(self, contrast: str, files: list[Path]) -> None:
+        """Check the scans of one contrast until one can be used."""
+        refused: list[CheckedScan] = []
+        for place, file in enumerate(files, start=1):
+            scan = self._check(contrast, file)
+            if scan.quality is None:
+                refused.append(scan)
+                continue
+            if refused:
+                note = next_scan_note(place, len(files), refused[0].findings[-1].message)
+                scan = replace(scan, findings=(*scan.findings, Finding("contrast", "warn", note)))
+                refused = [replace(other, is_used=False) for other in refused]
+            message = "another scan of this contrast is used"
+            note_only = (Finding("contrast", "note", message),)
+            further = [CheckedScan(contrast, other, note_only, is_used=False) for other in files[place:]]
+            self.scans += [*refused, scan, *further]
+            return
+        self.scans += refused
+
     def _check(self, contrast: str, file: Path) -> CheckedScan:
         findings: list[Finding] = [contrast_finding(contrast, self.contract)]
-        listed_as = [scan.contrast for scan in self.scans if scan.file == file]
-        if listed_as:
-            message = f"the same file is listed as {listed_as[0]}"
-            findings.append(Finding("contrast", "fail", message, "Name each file once"))
-            return CheckedScan(contrast, file, tuple(findings))
         try:
             read_header(file)
             processed = run_hooks(file, self.hooks, contrast=contrast, reference=self.reference, folder=self.folder)

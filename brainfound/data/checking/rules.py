@@ -63,10 +63,11 @@ def worst_level(findings: tuple[Finding, ...] | list[Finding]) -> Level:
 
 def orientation_findings(scan: Scan) -> list[Finding]:
     """Is the orientation in the header complete and consistent?"""
-    if not scan.notes:
+    notes = scan.notes if scan.header is None else scan.header.notes
+    if not notes:
         return [Finding("orientation", "ok")]
     remedy = "Compare left and right with a viewer and the scanner's images; convert again from DICOM if in doubt"
-    return [Finding("orientation", "warn", note, remedy) for note in scan.notes]
+    return [Finding("orientation", "warn", note, remedy) for note in notes]
 
 
 def spacing_finding(quality: ScanQuality, contract: InputContract) -> Finding | None:
@@ -117,6 +118,8 @@ def intensity_findings(
     def add(level: Level, message: str, remedy: str = "") -> None:
         findings.append(Finding("intensity", level, message, remedy))
 
+    for note in scan.notes[len(scan.header.notes) :] if scan.header else ():
+        add("warn", note, "Look at the scan, or export it again")
     if len(different) < FEW_VALUES:
         message = f"only {len(different)} different values: too coarsely quantised"
         add("warn", message, "Export the scan again with 12 or 16 bits")

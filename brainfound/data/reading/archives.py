@@ -8,6 +8,7 @@ directory is checked before any member is used, and a member's bytes are counted
 from __future__ import annotations
 
 import io
+import os
 import re
 import stat
 import struct
@@ -34,6 +35,8 @@ MAX_RATIO = 250
 MAX_RATIO_COMPRESSED = 20
 """The same for members that are compressed already (.gz, .mgz): only a bomb can be packed much further."""
 CHUNK_BYTES = 2**18
+_POINTER_BYTES = 512
+_POINTER = "a pointer to a file that was not fetched"
 _LOCAL_HEADER = struct.Struct("<4s2B4HL2L2H")
 _InflateError = cast("type[Exception]", isal_zlib.error)  # the type stubs declare an instance
 _ENCRYPTED = 0x1 | 0x40 | 0x2000
@@ -76,7 +79,8 @@ def open_binary(path: str | Path) -> BinaryIO:
     """Open a file, or a member of a zip archive, for sequential reading.
 
     A member is not seekable; its length and checksum are verified at its end.
-    ScanError: there is no such file or member, or the archive is refused; a read raises it for a corrupt member.
+    ScanError: there is no such file or member, or the archive is refused, or it is a pointer of Git LFS or git-annex;
+    a read may raise it too, for a corrupt member.
     """
     path = Path(path)
     parts = split_archive_path(path)
@@ -85,14 +89,25 @@ def open_binary(path: str | Path) -> BinaryIO:
             # Opening a pipe would wait for someone to write into it.
             if not path.is_file():
                 raise _missing(path)
-            return path.open("rb")
+            stream: io.BufferedReader = path.open("rb")
         except (OSError, ValueError) as error:
             raise ScanError(f"cannot be opened: {_reason(error)}", where=path.name) from error
-    archive, name = parts
-    info = _directory(archive).get(name)
-    if info is None:
-        raise _missing(path)
-    return cast(BinaryIO, io.BufferedReader(_Member(archive, info), CHUNK_BYTES))
+    else:
+        archive, name = parts
+        info = _directory(archive).get(name)
+        if info is None:
+            raise _missing(path)
+        stream = io.BufferedReader(_Member(archive, info), CHUNK_BYTES)
+    try:
+        if remedy := fetch_remedy(path, stream.peek(_POINTER_BYTES)):
+            raise ScanError(_POINTER, where=path.name, remedy=remedy)
+    except OSError as error:
+        stream.close()
+        raise ScanError(f"cannot be read: {_reason(error)}", where=path.name) from error
+    except ScanError:
+        stream.close()
+        raise
+    return cast(BinaryIO, stream)
 
 
 def is_file(path: str | Path) -> bool:
@@ -120,7 +135,28 @@ def size_and_mtime(path: str | Path) -> tuple[int, int] | None:
     return None if info is None else (info.file_size, status.st_mtime_ns)
 
 
+def fetch_remedy(path: Path, start: bytes = b"") -> str | None:
+    """How to fetch the content of a file that git-annex or Git LFS keeps elsewhere; None for any other file.
+
+    Args:
+        path: the file, or a link whose target is not there.
+        start: its first bytes.
+    """
+    text = start[:_POINTER_BYTES].decode("ascii", errors="replace").replace("\\", "/").lstrip()
+    if text.startswith("version https://git-lfs.github.com/spec/"):
+        return "It is kept in Git LFS; fetch it: git lfs pull"
+    target = "" if path.exists() else os.path.realpath(path).replace(os.sep, "/")
+    is_pointer = re.match(r"(?:[./]*\.git)?/annex/objects/\S", text) is not None
+    if is_pointer or "annex/objects/" in target:
+        return "It is kept in git-annex; fetch it: datalad get FILE, or git annex get FILE"
+    return None
+
+
 def _missing(path: Path) -> ScanError:
+    if remedy := fetch_remedy(path):
+        return ScanError(_POINTER, where=path.name, remedy=remedy)
+    if path.is_symlink():
+        return ScanError("a link whose target is not there", where=path.name, remedy="Copy or download the file itself")
     return ScanError("no such file", where=path.name, remedy="Check the path in the manifest or folder")
 
 

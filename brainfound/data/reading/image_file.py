@@ -30,7 +30,7 @@ from nibabel.spm2analyze import Spm2AnalyzeHeader
 from nibabel.volumeutils import apply_read_scaling
 
 from brainfound.data.reading.archives import MAX_DEFLATE_RATIO, open_binary, size_and_mtime, split_volume_path
-from brainfound.data.reading.header_geometry import HEADER_ERRORS, AffineSource, header_affine
+from brainfound.data.reading.header_geometry import HEADER_ERRORS, AffineSource, header_affine, spatial_header
 from brainfound.errors import ScanError
 
 MAX_VOXELS = 1024**3
@@ -62,6 +62,7 @@ class ImageHeader:
         slope, inter: scaling of the voxels, or None.
         affine: ``(4, 4)``, index in the stored array → millimetres in RAS+.
         max_tail: most bytes allowed after the last voxel.
+        spatial: see `brainfound.data.reading.header_geometry.spatial_header`.
     """
 
     path: Path
@@ -76,6 +77,7 @@ class ImageHeader:
     affine_source: AffineSource
     max_tail: int
     notes: tuple[str, ...]
+    spatial: Nifti1Header | None
 
 
 def unreadable_error(path: Path, why: object) -> ScanError:
@@ -113,6 +115,7 @@ def read_image_header(path: Path) -> ImageHeader:
             skipped = 0 if volume is None else math.prod(shape_3d) * dtype.itemsize
             slope, inter = (None, None) if is_mgh else header.get_slope_inter()
             affine, source, notes = header_affine(header, shape_3d)
+            spatial = spatial_header(header)
     except HEADER_ERRORS as error:
         raise unreadable_error(path, error) from error
     if not is_mgh and data_path == path and offset < header.single_vox_offset:
@@ -139,6 +142,7 @@ def read_image_header(path: Path) -> ImageHeader:
         affine_source=source,
         max_tail=max_tail,
         notes=tuple(f"header: {text}" for text in texts) + tuple(notes),
+        spatial=spatial,
     )
 
 
@@ -202,6 +206,8 @@ def _pair(path: Path) -> tuple[Path, Path]:
     other_suffix = ".img" if given_header else ".hdr"
     other = path.with_name(stem + (other_suffix.upper() if suffix.isupper() else other_suffix) + packed)
     if size_and_mtime(other) is None:
+        if other.is_symlink():
+            open_binary(other)  # its error says how to fetch the file
         expected = f"the {other_suffix} file of the same name beside it"
         remedy = "Copy both files, or convert them to one .nii.gz"
         raise ScanError("half of a pair is missing", where=path.name, expected=expected, remedy=remedy)

@@ -13,6 +13,7 @@ from itertools import islice
 from pathlib import Path, PurePath
 
 from brainfound.contrasts import UNKNOWN
+from brainfound.data.reading.archives import fetch_remedy
 from brainfound.data.sources.words import (
     NO_CONTRAST,
     Reading,
@@ -155,7 +156,8 @@ def iter_images(folder: Path, unused: UnusedFiles, *, without: Iterable[Path] = 
             else:
                 yield file
         elif is_image(file):
-            unused.append((file, BROKEN_LINK))
+            remedy = fetch_remedy(file)
+            unused.append((file, f"{BROKEN_LINK}. {remedy}" if remedy else BROKEN_LINK))
 
 
 def _has_header(file: Path) -> bool:
