@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import shlex
 import sys
@@ -40,6 +41,35 @@ Hooks = Annotated[
 ]
 KeepIds = Annotated[bool, typer.Option("--keep-ids", help="Show identifiers and file names in messages and pictures.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+_SIGNS = {
+    **{"×": "x", "✓": "ok", "✗": "X", "·": ".", "–": "-", "—": "-", "−": "-", "→": "->", "←": "<-", "…": "..."},
+    **{"²": "2", "³": "3", "±": "+-", "≤": "<=", "≥": ">=", "°": " deg", "µ": "u", "σ": "sigma", "∞": "inf"},
+    **{"━": "-", "╸": "-", "╺": "-", "─": "-", "•": "*"},
+}
+"""Sign → what stands for it where the terminal's encoding lacks it."""
+
+
+def _replace_signs(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError), "registered for output only"
+    signs = error.object[error.start : error.end]
+    return "".join(_SIGNS.get(sign) or ascii(sign)[1:-1] for sign in signs), error.end
+
+
+def make_output_encodable() -> None:
+    """Let standard output and error write every text, whatever the encoding of the terminal, pipe or file.
+
+    A sign that the encoding lacks is replaced by a plain one (× by x), another character by its escape (``\\xfc``).
+    A closed stream becomes the null device.
+    """
+    codecs.register_error("brainfound-signs", _replace_signs)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="brainfound-signs")
 
 
 def parse_list(text: str | None) -> list[str]:
