@@ -41,7 +41,10 @@ def reading_model(source: str) -> Iterator[None]:
             yield
     except BrainFoundError:
         raise
-    except LOAD_FAILURES if is_local else Exception as error:  # the Hub's HTTP library has errors of its own
+    except Exception as error:
+        # The Hub's HTTP library has errors of its own.
+        if is_local and not isinstance(error, LOAD_FAILURES):
+            raise
         raise unreadable_model_error(source, error) from error
 
 

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 import time
 
 import huggingface_hub
@@ -198,6 +200,34 @@ def test_a_brainfound_folder_is_not_a_backbone(backbone_folder, tmp_path):
     BrainFoundModel.from_backbone(backbone_folder).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="from_pretrained"):
         BrainFoundModel.from_backbone(tmp_path)
+
+
+AFTER = "print(type({auto}.from_pretrained(sys.argv[1])).__name__)"
+IMPORTS = {
+    "brainfound first": "import sys, brainfound; from transformers import AutoModel; " + AFTER.format(auto="AutoModel"),
+    "transformers first": "import sys; from transformers import AutoModel; AutoModel; import brainfound; "
+    + AFTER.format(auto="AutoModel"),
+    "configuration": "import sys, brainfound; from transformers import AutoConfig; assert 'torch' not in sys.modules; "
+    + AFTER.format(auto="AutoConfig"),
+}
+
+
+@pytest.mark.parametrize(
+    "order", ["brainfound first", *(pytest.param(name, marks=pytest.mark.slow) for name in list(IMPORTS)[1:])]
+)
+def test_auto_classes_know_the_models_once_the_package_is_imported(backbone_folder, tmp_path, order):
+    BrainFoundModel.from_backbone(backbone_folder).save_pretrained(tmp_path)
+    done = subprocess.run([sys.executable, "-c", IMPORTS[order], tmp_path], capture_output=True, text=True, timeout=300)
+    expected = "BrainFoundConfig" if order == "configuration" else "BrainFoundModel"
+    assert done.stdout.strip() == expected, done.stderr
+
+
+def test_a_brainfound_folder_for_another_class_gets_a_hint_that_fits(backbone_folder, tmp_path):
+    BrainFoundModel.from_backbone(backbone_folder).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="from_pretrained of the same class"):
+        BrainFoundForClassification.from_backbone(tmp_path)
+    model = BrainFoundForClassification.from_pretrained(tmp_path, aggregator="attention", id2label={0: "a", 1: "b"})
+    assert (model.config.aggregator, model.config.num_classes) == ("attention", 2)
 
 
 def spoil(folder, name, value):
