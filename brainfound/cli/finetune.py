@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from brainfound.cli.terminal import KeepIds, Overrides, Quiet, get_command_line, parse_counts, parse_list
+from brainfound.cli.terminal import (
+    KeepIds,
+    Overrides,
+    Quiet,
+    get_command_line,
+    parse_counts,
+    parse_list,
+    require_new_run,
+)
 from brainfound.errors import UsageError
 
 if TYPE_CHECKING:
@@ -54,6 +62,7 @@ def finetune(
     --partial-input, or several --model or --adapter, start many runs and write a page, report.md, with scores, spread
     and comparison.
     """
+    require_new_run(out, recipe, resume)
     from brainfound.experiments.systems import parse_systems
 
     systems = parse_systems(model, adapter or ())

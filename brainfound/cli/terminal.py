@@ -72,6 +72,19 @@ def make_output_encodable() -> None:
             stream.reconfigure(errors="brainfound-signs")
 
 
+def require_new_run(out: Path | None, recipe: str, resume: bool) -> None:
+    """Refuse a folder that holds a run at once, before torch is imported and data are read.
+
+    UsageError as from `brainfound.training.run_folder.lock_run_folder`, which checks the rest.
+    """
+    folder = out if out is not None else Path("runs") / Path(recipe).stem
+    if not resume and (folder / "recipe.yaml").is_file():
+        remedy = "Give --resume to go on, or another --out"
+        raise UsageError("this folder already holds a run", where=folder, remedy=remedy)
+    if out is not None and out.exists() and not out.is_dir():
+        raise UsageError("a file is in the way of the run folder", where=out, remedy="Give another --out")
+
+
 def parse_list(text: str | None) -> list[str]:
     """The parts of a comma-separated list."""
     return [word.strip() for word in (text or "").split(",") if word.strip()]

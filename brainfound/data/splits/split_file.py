@@ -63,7 +63,8 @@ class Split:
         num_left_out: fold → number of subjects of the store in no part.
 
     Raises:
-        UsageError: there is no train part, or neither a validation nor a test part; a part is unknown or empty, or a subject is in two.
+        UsageError: there is no train part, or neither a validation nor a test part;
+            a part is unknown or empty, or a subject is in two.
     """
 
     folds: Mapping[str, SubjectsByPart]
