@@ -41,6 +41,7 @@ def predict(
 
     Exit code 3 if some sessions failed or some of their scans could not be used; the other sessions are written.
     """
+    _require_no_answer(inputs, out, overwrite)
     from brainfound.inference.loading import load
     from brainfound.inference.segmentation import SegmentationOptions
 
@@ -61,6 +62,7 @@ def embed(
 
     A classification or regression model gives the volume embedding that its head reads.
     """
+    _require_no_answer(inputs, out, overwrite)
     from brainfound.inference.loading import load
 
     _predict_inputs(load(model, device, hook or ()).as_encoder(), inputs, out, False, overwrite, quiet)
@@ -84,15 +86,21 @@ def _predict_inputs(
         return
     if probabilities and predictor.per_voxel:
         predictor = predictor.with_options(replace(predictor.options, class_probabilities=True))
-    name = _file_name(paths, contrast_paths)
-    if (out / f"{name}.json").exists() and not overwrite:
-        raise UsageError(
-            "an answer of this name is there already",
-            where=out / f"{name}.json",
-            remedy="Give another --out, or --overwrite",
-        )
     prediction = predictor.predict(*paths, **contrast_paths)
-    _print_files(prediction.save(out, name, probabilities=probabilities), prediction.notes)
+    _print_files(prediction.save(out, _file_name(paths, contrast_paths), probabilities=probabilities), prediction.notes)
+
+
+def _require_no_answer(inputs: list[str], out: Path, overwrite: bool) -> None:
+    """Refuse to replace the answer of one session, before the model is loaded; a cohort's answers are skipped."""
+    from brainfound.inference.scans import parse_inputs
+
+    paths, contrast_paths = parse_inputs(inputs)
+    if is_cohort(paths, contrast_paths) or overwrite:
+        return
+    file = out / f"{_file_name(paths, contrast_paths)}.json"
+    if file.exists():
+        remedy = "Give another --out, or --overwrite"
+        raise UsageError("an answer of this name is there already", where=file, remedy=remedy)
 
 
 def is_cohort(paths: list[Path], contrast_paths: dict[str, Path]) -> bool:

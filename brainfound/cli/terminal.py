@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import shlex
 import sys
@@ -40,6 +41,48 @@ Hooks = Annotated[
 ]
 KeepIds = Annotated[bool, typer.Option("--keep-ids", help="Show identifiers and file names in messages and pictures.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+_SIGNS = {
+    **{"×": "x", "✓": "ok", "✗": "X", "·": ".", "–": "-", "—": "-", "−": "-", "→": "->", "←": "<-", "…": "..."},
+    **{"²": "2", "³": "3", "±": "+-", "≤": "<=", "≥": ">=", "°": " deg", "µ": "u", "σ": "sigma", "∞": "inf"},
+    **{"━": "-", "╸": "-", "╺": "-", "─": "-", "•": "*"},
+}
+"""Sign → what stands for it where the terminal's encoding lacks it."""
+
+
+def _replace_signs(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError), "registered for output only"
+    signs = error.object[error.start : error.end]
+    return "".join(_SIGNS.get(sign) or ascii(sign)[1:-1] for sign in signs), error.end
+
+
+def make_output_encodable() -> None:
+    """Let standard output and error write every text, whatever the encoding of the terminal, pipe or file.
+
+    A sign that the encoding lacks is replaced by a plain one (× by x), another character by its escape (``\\xfc``).
+    A closed stream becomes the null device.
+    """
+    codecs.register_error("brainfound-signs", _replace_signs)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="brainfound-signs")
+
+
+def require_new_run(out: Path | None, recipe: str, resume: bool) -> None:
+    """Refuse a folder that holds a run at once, before torch is imported and data are read.
+
+    UsageError as from `brainfound.training.run_folder.lock_run_folder`, which checks the rest.
+    """
+    folder = out if out is not None else Path("runs") / Path(recipe).stem
+    if not resume and (folder / "recipe.yaml").is_file():
+        remedy = "Give --resume to go on, or another --out"
+        raise UsageError("this folder already holds a run", where=folder, remedy=remedy)
+    if out is not None and out.exists() and not out.is_dir():
+        raise UsageError("a file is in the way of the run folder", where=out, remedy="Give another --out")
 
 
 def parse_list(text: str | None) -> list[str]:

@@ -70,7 +70,8 @@ def make_split(
     Subjects who share an image are divided as one; see `brainfound.data.splits.dividing`.
 
     Args:
-        test: share of the subjects to test on; ignored for folds and sites, which test every subject once.
+        test: share of the subjects to test on, 0 where another cohort is tested; ignored for folds and sites, which
+            test every subject once.
         validation: share of the subjects to evaluate on during training; 0 for none.
         folds: make folds ``fold-1``, ``fold-2``, ….
         shots: make ``shots-1``, ``shots-5``, … with that many training subjects per class of the target; None
@@ -92,9 +93,11 @@ def make_split(
             remedy="Ask for one of them, and make a file of each",
         )
     kind = kinds[0] if kinds else SINGLE_FOLD
-    if not 0 < test < 1 or not 0 <= validation < 1 or test + validation >= 1:
+    is_whole = test + validation == 0 and kind not in (FOLDS, SITES)
+    if test < 0 or validation < 0 or test + validation >= 1 or is_whole:
         what = "the shares of test and validation must leave some to train on"
-        raise UsageError(what, got=f"test {test:g}, validation {validation:g}", expected="a sum below 1")
+        got = f"test {test:g}, validation {validation:g}"
+        raise UsageError(what, got=got, expected="a sum above 0 and below 1")
     parts = {"train": 1 - test - validation, "validation": validation, "test": test}
     shares = {part: share for part, share in parts.items() if share > 0}
     used = np.arange(len(store)) if target is None else TargetColumn.find(store, target).labelled
@@ -257,7 +260,8 @@ def _labelled_parts(
     parts = split.sessions(store, fold)
     for part in PARTS:
         if part not in parts:
-            remedy = "Make it with a validation part: brainfound split STORE NEW.json --validation 0.1"
+            option = "--validation 0.1" if part == "validation" else "--test 0.2"
+            remedy = f"Make it with a {part} part: brainfound split STORE NEW.json {option}"
             raise UsageError(f"training needs the part {part!r}, and the split has none", where=where, remedy=remedy)
         parts[part] = np.intersect1d(parts[part], labelled)
         if not len(parts[part]):
