@@ -18,7 +18,7 @@ from brainfound.data.reading.scan import Scan
 NOISE_LAG_MM = 3.0
 """Distance of the voxels that are compared; an interpolation reaches less far, structures of a head further."""
 MIN_NEIGHBOUR_CORRELATION = (0.1, 0.2)
-"""Below: noise, perhaps noise. Pure noise has 0.00; the flattest of 114 real scans, a stripped FLAIR, has 0.31."""
+"""Below: noise, perhaps noise. Pure noise has 0.00; the flattest of 114 real scans has 0.31."""
 MAX_DARKER_THAN_AIR = (0.9, 0.7)
 """Shares of the middle that are darker than the faces of the volume; above: inverted, perhaps. Real scans have 0.01,
 values around 0 in a brain on 0 have about 0.5."""
@@ -44,8 +44,8 @@ INVERTED_MARGIN = (0.2, 0.05)
 """How much more alike with inverted values; above: inverted or another contrast. Real scans are 0.24 more alike as they
 are, across cohorts and with or without the skull."""
 MIN_LIKENESS = 0.35
-"""Least correlation with the mean stack of the same contrast and skull state. 220 real comparisons, also across cohorts,
-give 0.56 and more; thick slices of 117 mm, which miss part of the head, give 0.24."""
+"""Least correlation with the mean stack of the same contrast and skull state. In 220 real comparisons,
+also across cohorts, 0.56 and more; thick slices of 117 mm, which miss part of the head, give 0.24."""
 
 
 def picture_findings(scan: Scan, quality: ScanQuality) -> list[Finding]:
