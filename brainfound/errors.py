@@ -63,6 +63,12 @@ class ScanError(BrainFoundError):
     """One scan cannot be used; the others can."""
 
 
+class RefusedInputError(ScanError):
+    """A session is unfit for the model, and an answer was not wanted then (exit code 3)."""
+
+    exit_code = EXIT_SOME_REJECTED
+
+
 class CohortError(BrainFoundError):
     """A source folder or manifest cannot be read as a cohort."""
 

@@ -206,5 +206,5 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: st
     table = Table(*columns, title=title or None, box=SIMPLE, title_justify="left")
     for row in rows:
         table.add_row(*row)
-    width = None if sys.stdout.isatty() else 140
+    width = None if sys.stdout.isatty() else 150
     Console(width=width, highlight=False).print(table)

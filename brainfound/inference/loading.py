@@ -108,8 +108,9 @@ def load(
             expected="a bundle",
             remedy="Save it with save_bundle, which keeps labels and preprocessing with the weights",
         )
-    preprocessing = Preprocessing.load(local_folder(source))
-    return Predictor(model, preprocessing, None, None, device, tools, options=options)
+    folder = local_folder(source)
+    contract = InputContract.load_or_none(folder)
+    return Predictor(model, Preprocessing.load(folder), None, None, device, tools, options=options, contract=contract)
 
 
 def bundle_folder(path_or_id: str | Path) -> Path:

@@ -173,7 +173,7 @@ def test_saved_files_can_be_read(segmenter, predictor, source, tmp_path):
     assert content["volumes_mm3"]["lesion"] == pytest.approx(count * 27.0, rel=1e-5)
     assert content["labels"] == {"0": "background", "7": "lesion"}
     assert content["not_a_medical_device"] is True
-    assert [path.name for path in predictor.predict(*scans(source).values()).save(tmp_path)] == ["prediction.json"]
+    assert [path.name for path in predictor.predict(*scans(source).values()).save(tmp_path)] == ["s01_T1w.json"]
     assert not list(tmp_path.rglob(".*"))
 
 
@@ -268,3 +268,14 @@ def test_arguments_of_the_command_line(tmp_path, monkeypatch):
     paths, named = parse_inputs(["x_T1w.nii.gz", "flair=y.nii.gz", "a=b.nii.gz"])
     assert [str(path) for path in paths] == ["x_T1w.nii.gz", "a=b.nii.gz"]
     assert {contrast: str(path) for contrast, path in named.items()} == {"FLAIR": "y.nii.gz"}
+
+
+def test_two_answers_do_not_share_a_name(segmenter, source, tmp_path):
+    first, second = (segmenter.predict(source / f"{name}_T1w.nii.gz") for name in ("s02", "s03"))
+    files = {file.name for answer in (first, second) for file in answer.save(tmp_path)}
+    assert files == {f"{name}_T1w{ending}" for name in ("s02", "s03") for ending in ("_dseg.nii.gz", ".json")}
+    with pytest.raises(UsageError, match="there already"):
+        first.save(tmp_path)
+    with pytest.raises(UsageError, match="there already"):
+        first.save(tmp_path, "s03_T1w")
+    assert first.save(tmp_path, overwrite=True)

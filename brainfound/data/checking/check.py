@@ -12,8 +12,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from brainfound.contrasts import CONTRASTS, UNKNOWN, parse_contrast
 from brainfound.data.checking.contract import InputContract
+from brainfound.data.checking.image_rules import cut_finding, picture_findings, position_findings
 from brainfound.data.checking.rules import (
     Finding,
     Level,
@@ -35,7 +38,7 @@ from brainfound.data.preprocessing.session import next_scan_note
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.preprocessing.stack import ScanQuality, Stack
 from brainfound.data.preprocessing.stack_builder import StackBuilder
-from brainfound.data.reading.scan import load_scan, read_header
+from brainfound.data.reading.scan import Scan, load_scan, read_header
 from brainfound.data.sources.file_names import parse_filename
 from brainfound.data.store import Store
 from brainfound.errors import ModelError, ScanError, UsageError
@@ -157,13 +160,8 @@ class _SessionCheck:
         except ScanError as error:
             return CheckedScan(contrast, file, (*findings, _failed("field", error)))
         self.reference = self.reference or processed
-        quality, contract = self.builder.quality[-1], self.contract
-        findings += _present([spacing_finding(quality, contract)])
-        findings += intensity_findings(scan, quality, contract, self.preprocessing)
-        findings += _present([skull_finding(quality, contract)]) + tuple(field_of_view_findings(quality, contract))
-        if len(self.builder.quality) > 1:  # others are compared with the first
-            findings.append(overlap_finding(quality))
-        return CheckedScan(contrast, file, tuple(findings), quality)
+        findings += image_findings(scan, self.builder, self.contract)
+        return CheckedScan(contrast, file, tuple(findings), self.builder.quality[-1])
 
     def _check_unread(self, contrast: str, file: Path, has_others: bool) -> CheckedScan:
         if contrast not in CONTRASTS:
@@ -174,6 +172,25 @@ class _SessionCheck:
             message = f"the session has none of the model's contrasts ({', '.join(self.preprocessing.contrasts)})"
             finding = Finding("contrast", "fail", message, "Give one of them, or use a model that reads what there is")
         return CheckedScan(contrast, file, (finding,), is_used=False)
+
+
+def image_findings(scan: Scan, builder: StackBuilder, contract: InputContract) -> list[Finding]:
+    """The findings on the image of a scan that a stack was just built from or extended by."""
+    quality = builder.quality[-1]
+    is_reference = len(builder.quality) == 1
+    pixels, spacing_mm = builder.channel(quality.contrast), np.linalg.norm(builder.affine[:3, :3], axis=0)
+    values = [*intensity_findings(scan, quality, contract, builder.preprocessing), *picture_findings(scan, quality)]
+    cut = [cut_finding(pixels, spacing_mm, quality, contract)] if is_reference else []
+    findings: list[Finding | None] = [
+        spacing_finding(quality, contract),
+        *values,
+        skull_finding(quality, contract),
+        *field_of_view_findings(quality, contract),
+        *cut,
+        *position_findings(pixels, spacing_mm, quality, contract),
+        None if is_reference else overlap_finding(quality),  # others are compared with the first
+    ]
+    return list(_present(findings))
 
 
 def _present(findings: Iterable[Finding | None]) -> tuple[Finding, ...]:

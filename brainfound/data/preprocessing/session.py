@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ from brainfound.data.hooks import Hook, run_hooks
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.preprocessing.stack import ScanQuality, Stack
 from brainfound.data.preprocessing.stack_builder import StackBuilder
-from brainfound.data.reading.scan import load_scan
+from brainfound.data.reading.scan import Scan, load_scan
 from brainfound.errors import ScanError, UsageError
 
 FURTHER_SCAN_REASON = "another scan of this contrast"
@@ -65,11 +65,18 @@ def next_scan_note(place: int, num_scans: int, reason: str) -> str:
 
 
 def prepare_session(
-    session: Session, preprocessing: Preprocessing, mask: str = "mask", hooks: Sequence[Hook] = ()
+    session: Session,
+    preprocessing: Preprocessing,
+    mask: str = "mask",
+    hooks: Sequence[Hook] = (),
+    inspect: Callable[[Scan, StackBuilder], None] | None = None,
 ) -> PreparedSession:
-    """Read and prepare one session; one scan at a time is in memory. ``mask`` is the column of the stack's mask."""
+    """Read and prepare one session; one scan at a time is in memory. ``mask`` is the column of the stack's mask.
+
+    ``inspect`` is called with each scan that was accepted, after the builder has added it.
+    """
     with tempfile.TemporaryDirectory() if hooks else nullcontext("") as folder:
-        return _Preparation(session, preprocessing, mask, hooks, Path(folder)).run()
+        return _Preparation(session, preprocessing, mask, hooks, Path(folder), inspect).run()
 
 
 @dataclass
@@ -79,6 +86,7 @@ class _Preparation:
     mask: str
     hooks: Sequence[Hook]
     folder: Path
+    inspect: Callable[[Scan, StackBuilder], None] | None = None
     not_used: list[UnusedFile] = field(default_factory=list)
 
     def run(self) -> PreparedSession:
@@ -92,12 +100,16 @@ class _Preparation:
                     if self.hooks:
                         # Other scans are registered to the reference scan after its hooks.
                         file = run_hooks(source, self.hooks, contrast=contrast, reference=reference, folder=self.folder)
+                    scan = load_scan(file)
                     if builder is None:
                         # If this fails, the contrast's next scan is the reference, or that of the next contrast.
-                        builder = StackBuilder(self.preprocessing, contrast, load_scan(file), source.name)
+                        builder = StackBuilder(self.preprocessing, contrast, scan, source.name)
                         reference = file
                     else:
-                        builder.add(contrast, load_scan(file), source.name)
+                        builder.add(contrast, scan, source.name)
+                    if self.inspect is not None:
+                        self.inspect(scan, builder)
+                    del scan
                 except ScanError as error:
                     self._refuse(source, contrast, error.reason)
                     first_reason = first_reason or error.what

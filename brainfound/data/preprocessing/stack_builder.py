@@ -117,6 +117,10 @@ class StackBuilder:
             labels, affine = np.pad(labels, 1), affine @ shift(-1)
         self._mask = resample_labels(labels, np.linalg.inv(affine) @ self.affine, self.grid)
 
+    def channel(self, contrast: str) -> Num[np.ndarray, "S H W"]:
+        """The pixels of one contrast, as far as it was added."""
+        return self._pixels[:, self.preprocessing.contrasts.index(contrast)]
+
     def build(self, covariates: Mapping[str, Any] | None = None, subject: str = "", session: str = "") -> Stack:
         """The stack of all scans that were added."""
         return Stack(
