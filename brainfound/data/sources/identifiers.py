@@ -11,6 +11,7 @@ import unicodedata
 from dataclasses import dataclass, field
 
 from brainfound.data.sources.file_names import is_contrast_name, split_words
+from brainfound.data.sources.words import AMBIGUOUS_WORDS, PROTOCOL_WORDS
 
 _SEPARATOR, _WORD = r"[_\-. ]", re.compile(r"[^_\-. ]+")
 _YEAR, _MONTH, _DAY = r"(?:19|20)\d{2}", r"(?:0[1-9]|1[0-2])", r"(?:0[1-9]|[12]\d|3[01])"
@@ -59,17 +60,8 @@ _GROUP = (
     r"|controls?|patients|cases|healthy)"
 )
 _GROUP_IN_NAME = re.compile(rf"{_GROUP}(?={_SEPARATOR}|$)", re.IGNORECASE)
-_PROTOCOL_WORDS = {
-    *("mpr", "tse", "fse", "tir", "tirm", "stir", "spair", "spc", "space", "cube", "vista", "brainview", "vibe"),
-    *("flash", "tfl", "tfe", "ffe", "bravo", "haste", "blade", "propeller", "dixon", "ssfp", "fiesta", "ciss", "epi"),
-    *("grase", "dark", "fluid", "darkfluid", "fs", "fatsat", "nofs", "nd", "dis2d", "dis3d", "norm", "ir", "se"),
-    *("tra", "sag", "cor", "ax", "axial", "coronal", "sagittal", "transversal", "transverse", "oblique", "obl"),
-    *("iso", "isotropic", "hires", "highres", "lowres", "thin", "thick", "grappa", "sense", "caipi", "wip", "mag"),
-    *("magnitude", "weighted", "2d", "3d", "fl2d", "fl3d", "3t", "7t", "seq", "sequence", "series", "acq", "head"),
-}
 _GROUP_LIKE_WORDS = {"cor", "sag", "tra", "ax", "obl", "se", "ir", "nd", "fs", "norm", "head", "mag", "3t", "7t"}
 _PROTOCOL_NUMBER = re.compile(r"\d+mm|\d+x\d+(?:x\d+)?|(?:tr|te|ti|fa|fov|mb|etl)\d+")
-_AMBIGUOUS_CONTRASTS = {"pd", "md", "fl"}
 _PUBLIC_FORMS = tuple(
     re.compile(pattern, re.IGNORECASE)
     for pattern in (
@@ -186,7 +178,7 @@ def person_words(subject: str) -> tuple[str | int, ...]:
 
 def leading_protocol(subject: str) -> frozenset[str]:
     """The protocol words in a subject's name that are never names of groups: those before its number."""
-    return frozenset(split_words(subject)) & (_PROTOCOL_WORDS - _GROUP_LIKE_WORDS)
+    return frozenset(split_words(subject)) & (PROTOCOL_WORDS - _GROUP_LIKE_WORDS)
 
 
 def keep_words(subject: str, number: int) -> str:
@@ -236,5 +228,5 @@ def _without_protocol(identifier: str) -> str:
 
 
 def _is_protocol(word: str) -> bool:
-    known = word in _PROTOCOL_WORDS or _PROTOCOL_NUMBER.fullmatch(word) is not None
-    return known or (is_contrast_name(word) and word not in _AMBIGUOUS_CONTRASTS)
+    known = word in PROTOCOL_WORDS or _PROTOCOL_NUMBER.fullmatch(word) is not None
+    return known or (is_contrast_name(word) and word not in AMBIGUOUS_WORDS)

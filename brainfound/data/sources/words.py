@@ -31,10 +31,13 @@ _CONTRAST_WORDS = {
 }
 """Words of a contrast, besides its aliases (`brainfound.contrasts`). A hyphen stands where a name may be divided."""
 NO_CONTRAST, IN_DOUBT = "no known contrast in the name", "in doubt"
-_AMBIGUOUS_WORDS = {"pd", "md", "fl"}
+AMBIGUOUS_WORDS = {"pd", "md", "fl"}
 """In a file name, a contrast only after a subject's number: ``PD_001`` is from a study of Parkinson's disease."""
 _PLANES = "ax axial tra trans transverse transversal sag sagittal cor coronal obl oblique"
-_SEQUENCES = "se tse fse spc cube vista blade propeller tfe vibe mpr caipi sense grappa fs fatsat fat-sat iso isotropic"
+_SEQUENCES = (
+    "se tse fse tir spc cube vista brainview blade propeller tfe vibe mpr haste ssfp fiesta ciss epi grase spair"
+    " caipi sense grappa fs nofs fatsat fat-sat iso isotropic hires highres lowres thin thick"
+)
 _WORDS = {
     "agent": "post gd gad gado gadolinium gadovist gadavist dotarem ce km kontrast contrast enhanced enh"
     " post-contrast post-gad post-gado post-gd post-ce post-km post-gadolinium with-contrast with-gd wc plusc plusgd"
@@ -45,7 +48,8 @@ _WORDS = {
     "target": "to onto in on reg coreg registered coregistered rigid aligned space",
     "inversion": "ir irprep ir-prep tirm",
     "gradient echo": "gre ffe fl2d fl3d flash hemo haem",
-    "protocol": f"{_PLANES} {_SEQUENCES} p2 p3 p4 3d 2d w weighted norm nd dis2d dis3d filt uni den uni-den"
+    "protocol": f"{_PLANES} {_SEQUENCES} p2 p3 p4 3d 2d 3t 7t seq sequence series acq wip w weighted norm nd dis2d"
+    " dis3d filt uni den uni-den"
     " magnitude mag",
     "a map": "map maps mapping mapit t1map t2map t1-images r1 r2 r2s r2star qt1 qt2 qsm mtr mtsat mwf relaxometry"
     " fieldmap b0map b1map fa eadc cbf cbv mtt ttp tmax rcbv rcbf",
@@ -82,7 +86,7 @@ def _build() -> tuple[dict[tuple[str, ...], tuple[str, str]], tuple[str, ...]]:
     for word, kind, contrast_name in entries:
         table[(word.replace("-", ""),)] = table[tuple(word.split("-"))] = (kind, contrast_name)
     strong = (key[0] for key, (kind, _) in table.items() if kind == "contrast" and len(key) == 1)
-    return table, tuple(sorted(set(strong) - _AMBIGUOUS_WORDS - {"trace", "resolve"}, key=len, reverse=True))
+    return table, tuple(sorted(set(strong) - AMBIGUOUS_WORDS - {"trace", "resolve"}, key=len, reverse=True))
 
 
 _TABLE, _STRONG = _build()
@@ -90,6 +94,13 @@ _STAR = ("gre", "hemo", "haem")
 """Words of a gradient echo that alone mean T2*."""
 _WIDEST = max(map(len, _TABLE))
 _GLUED = sorted((key[0] for key in _TABLE if len(key) == 1 and len(key[0]) > 1), key=len, reverse=True)
+
+
+_PROTOCOL_KINDS = ("protocol", "inversion", "gradient echo")
+PROTOCOL_WORDS = {key[0] for key, (kind, _) in _TABLE.items() if len(key) == 1 and kind in _PROTOCOL_KINDS}
+PROTOCOL_WORDS |= {"space", "tfl", "bravo", "dixon", "stir", "dark", "fluid", "darkfluid", "head"}
+PROTOCOL_WORDS -= {"w", "p2", "p3", "p4"}
+"""Words of a protocol, which never name a subject behind its number."""
 
 
 @dataclass(frozen=True)
@@ -343,5 +354,5 @@ def _ambiguous_words(lower: Sequence[str]) -> frozenset[int]:
     return frozenset(
         i
         for i, word in enumerate(lower)
-        if word in _AMBIGUOUS_WORDS and not numbered(lower[:i]) and (numbered(lower[i + 1 :]))
+        if word in AMBIGUOUS_WORDS and not numbered(lower[:i]) and (numbered(lower[i + 1 :]))
     )
