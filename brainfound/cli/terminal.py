@@ -37,7 +37,9 @@ Quiet = Annotated[
 ]
 Hooks = Annotated[
     list[str] | None,
-    typer.Option("--hook", help="A tool to run on each scan first: synthstrip, hd-bet, or a YAML file; repeatable."),
+    typer.Option(
+        "--hook", help="A tool to run on each scan first: deepbet, synthstrip, hd-bet, or a YAML file; repeatable."
+    ),
 ]
 KeepIds = Annotated[bool, typer.Option("--keep-ids", help="Show identifiers and file names in messages and pictures.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
