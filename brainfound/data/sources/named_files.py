@@ -55,24 +55,10 @@ from brainfound.data.sources.words import IN_DOUBT
 from brainfound.errors import CohortError
 
 _SKIPPED_FOLDERS = {
-    *("anat", "brains", "data", "dataset", "derivatives", "dicom", "gz", "hgg", "images"),
-    *("imagestr", "imagests", "img", "lgg", "label", "labels", "labelstr", "labelsts", "mask"),
-    *("masks", "mr", "mri", "nifti", "niftis", "nii", "raw", "scans", "seg"),
-    *(
-        "segmentations",
-        "fast",
-        "first",
-        "sienax",
-        "vbm",
-        "transforms",
-        "lesions",
-        "test",
-        "testing",
-        "train",
-        "training",
-        "val",
-        "validation",
-    ),
+    *("anat", "brains", "data", "dataset", "derivatives", "dicom", "gz", "hgg", "images", "imagestr"),
+    *("imagests", "img", "lgg", "label", "labels", "labelstr", "labelsts", "mask", "masks", "mr", "mri"),
+    *("nifti", "niftis", "nii", "raw", "scans", "seg", "segmentations", "fast", "first", "sienax", "vbm"),
+    *("transforms", "lesions", "test", "testing", "train", "training", "val", "validation"),
 }
 """Folders that never name a subject; folders named after a contrast do not either."""
 _LABEL_FOLDERS = {"label", "labels", "labelstr", "labelsts", "mask", "masks", "seg", "segmentations"}

@@ -67,7 +67,7 @@ PROTOCOLS = (
 )
 NUMBERED_PROTOCOLS = ("mpr_p2_iso", "301", "501", "xq7")
 PLANES = ("", "tra", "sag", "cor", "ax")
-CONTRASTS = ("t1", "T1w", "t2", "flair", "T2_FLAIR", "pd", "swi", "t1ce")
+CONTRASTS = ("t1", "T1w", "t2", "flair", "T2_FLAIR", "pd", "swi", "t1ce", "t1_gd", "t2_in_t1", "flair_to_T1", "t2_hemo")
 TEMPLATES = (
     *(
         "{i}/{v}/{c}",
