@@ -99,7 +99,7 @@ def read(root: Path, work: Path | None = None) -> SourceTable:
     table = pd.DataFrame(rows)
     notes += _notes_on_choices(table)
     label_maps += _find_derivatives(root, unused)
-    mask_columns = _join_label_maps(table, label_maps, unused)
+    mask_columns = _join_label_maps(table, label_maps, unused, notes)
     table = _join_tables(table, root, notes)
     if sidecars.faulty:
         notes.append(f"{len(sidecars.faulty)} sidecars cannot be used; their values are missing")
@@ -180,7 +180,9 @@ def _find_derivatives(root: Path, unused: UnusedFiles) -> list[LabelMapRow]:
     return label_maps
 
 
-def _join_label_maps(table: pd.DataFrame, label_maps: list[LabelMapRow], unused: UnusedFiles) -> tuple[str, ...]:
+def _join_label_maps(
+    table: pd.DataFrame, label_maps: list[LabelMapRow], unused: UnusedFiles, notes: list[str]
+) -> tuple[str, ...]:
     """Join one label map per session and column: raw folders come before derivatives, then the order is that of scans.
 
     A label map must lie in the space of the session's scans: native, or the same template.
@@ -194,7 +196,7 @@ def _join_label_maps(table: pd.DataFrame, label_maps: list[LabelMapRow], unused:
             unused.append((file, f"a label map in another space ({space or 'native'}) than the scans"))
         else:
             usable.append((column, key, file))
-    return join_label_maps(table, usable, unused)
+    return join_label_maps(table, usable, unused, notes)
 
 
 def _template_space(file: Path) -> str:

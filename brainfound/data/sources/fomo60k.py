@@ -62,7 +62,7 @@ def read(path: Path, work: Path | None = None) -> SourceTable:
     if table.empty:
         expected = "sub_<N>/ses_<M>/*.nii.gz"
         raise CohortError("no images found", where=path.name, expected=expected, remedy="Unpack the release here")
-    columns = join_label_maps(table, label_maps, unused)
+    columns = join_label_maps(table, label_maps, unused, notes)
     return SourceTable(table, root, LAYOUT.name, columns, notes, unused)
 
 

@@ -21,7 +21,6 @@ from brainfound.data.sources.file_names import (
     DICOM_SUFFIXES,
     FileName,
     UnusedFiles,
-    describe_label_map,
     is_contrast_name,
     iter_files,
     iter_images,
@@ -43,14 +42,7 @@ from brainfound.data.sources.identifiers import (
     spelling,
     subject_number_words,
 )
-from brainfound.data.sources.tables import (
-    LabelMapRow,
-    SessionKey,
-    SourceLayout,
-    SourceTable,
-    join_label_maps,
-    sort_by_session,
-)
+from brainfound.data.sources.tables import LabelMapRow, SourceLayout, SourceTable, join_label_maps, sort_by_session
 from brainfound.data.sources.words import IN_DOUBT
 from brainfound.errors import CohortError
 
@@ -125,10 +117,9 @@ def read(path: Path, work: Path | None = None) -> SourceTable:
             label_maps.append((file.name.label_column, key, file.path))
     sort_by_session(rows, lambda file: parse_filename(file).order)
     table = pd.DataFrame(rows)
-    columns = join_label_maps(table, label_maps, unused)
     doubts = Counter(reason for _, reason in unused if reason.startswith(IN_DOUBT))
     notes = [f"{count} images are not used, {reason}; a manifest can say it" for reason, count in doubts.items()]
-    notes += _notes_on_label_maps(label_maps)
+    columns = join_label_maps(table, label_maps, unused, notes)
     notes += ["subjects and visits were read from names; write a manifest if that is wrong"]
     return SourceTable(table, path, LAYOUT.name, columns, notes, unused)
 
@@ -140,21 +131,6 @@ LAYOUT = SourceLayout(
 
 def _says_contrast(name: FileName) -> bool:
     return name.label_column is None and not name.is_silent
-
-
-def _notes_on_label_maps(label_maps: list[LabelMapRow]) -> list[str]:
-    """A note for each choice between label maps of a session that show different things."""
-    first: dict[tuple[str, SessionKey], str] = {}
-    choices: Counter[tuple[str, str, str]] = Counter()
-    for column, key, file in label_maps:
-        shown = describe_label_map(file)
-        taken = first.setdefault((column, key), shown)
-        choices[column, taken, shown] += taken != shown
-    return [
-        f"{column}: {taken!r} is used and not {other!r} of the same session ({count} times)"
-        for (column, taken, other), count in choices.items()
-        if count
-    ]
 
 
 def _describe(root: Path, image: Path) -> _File:

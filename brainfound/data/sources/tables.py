@@ -13,6 +13,7 @@ import json
 import math
 import re
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import date
@@ -21,7 +22,7 @@ from typing import Any
 
 import pandas as pd
 
-from brainfound.data.sources.file_names import UnusedFiles, natural_sort_key
+from brainfound.data.sources.file_names import UnusedFiles, describe_label_map, natural_sort_key
 from brainfound.errors import CohortError
 
 SessionKey = tuple[str, str]
@@ -357,11 +358,15 @@ def count_noun(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def join_label_maps(table: pd.DataFrame, label_maps: Iterable[LabelMapRow], unused: UnusedFiles) -> tuple[str, ...]:
+def join_label_maps(
+    table: pd.DataFrame, label_maps: Iterable[LabelMapRow], unused: UnusedFiles, notes: list[str]
+) -> tuple[str, ...]:
     """Add one column per kind of label map, with the first map of each session; the others go into `unused`.
 
-    `label_maps` are in order of preference. Returns the columns, which always include ``mask``.
+    `label_maps` are in order of preference. Returns the columns, which always include ``mask``. A note counts each
+    choice between maps whose names say that they show different things.
     """
+    choices: Counter[tuple[str, str, str]] = Counter()
     keys = list(zip(table["subject"], table["session"], strict=True))
     known = set(keys)
     kept: dict[str, dict[SessionKey, Path]] = {"mask": {}}
@@ -370,8 +375,15 @@ def join_label_maps(table: pd.DataFrame, label_maps: Iterable[LabelMapRow], unus
             unused.append((file, "a label map of a session without scans"))
         elif key in kept.setdefault(column, {}):
             unused.append((file, f"a further label map ({column}) of its session"))
+            taken, other = describe_label_map(kept[column][key]), describe_label_map(file)
+            choices[column, taken, other] += taken != other
         else:
             kept[column][key] = file
+    notes += [
+        f"{column}: {taken!r} is used and not {other!r} of the same session ({count} times)"
+        for (column, taken, other), count in choices.items()
+        if count
+    ]
     columns = tuple(column for column, files in kept.items() if files or column == "mask")
     for column in columns:
         table[column] = [str(kept[column][key]) if key in kept[column] else None for key in keys]
