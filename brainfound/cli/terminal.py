@@ -126,6 +126,13 @@ def print_note(line: str) -> None:
     print("brainfound: " + " ".join(line.split()), file=sys.stderr)
 
 
+def note_absent_contrasts(wanted: Iterable[str], num_sessions: Mapping[str, int]) -> None:
+    """Print a note on wanted contrasts that no session has, given the number of sessions of each contrast."""
+    if absent := [name for name in wanted if not num_sessions.get(name)]:
+        there = ", ".join(f"{name} {count}" for name, count in num_sessions.items() if count)
+        print_note(f"no session has {' or '.join(absent)} (there are {there or 'none'})")
+
+
 @contextmanager
 def progress_bar(what: str, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
     """A progress bar as a callback ``(done, total)``; None when quiet."""
