@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,7 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from brainfound.cli.predict import IMAGES
-from brainfound.cli.terminal import AsJson, Hooks, KeepIds, Quiet, print_note, print_table, progress_bar
+from brainfound.cli.terminal import (
+    AsJson,
+    Hooks,
+    KeepIds,
+    Quiet,
+    note_absent_contrasts,
+    print_note,
+    print_table,
+    progress_bar,
+)
 from brainfound.errors import EXIT_SOME_REJECTED, UsageError
 
 if TYPE_CHECKING:
@@ -59,6 +69,9 @@ def check(
     hooks = load_hooks(hook or ())
     preprocessing, contract = _load_contract(model, contrasts)
     sessions, are_files = _sessions(source, preprocessing)
+    if contrasts is not None:
+        there = Counter(contrast for session in sessions for contrast in session.scans)
+        note_absent_contrasts(preprocessing.contrasts, there)
     report = _Report(keep_ids or are_files, are_files, with_cards=png is not None)
     with progress_bar("checking sessions", quiet or as_json) as progress:
         report.add_all(sessions, preprocessing, contract, hooks, progress)

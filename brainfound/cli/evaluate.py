@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -150,6 +151,7 @@ def probe(
     belongs to the same subject.
     """
     from brainfound.inference.probing import probe as run
+    from brainfound.metrics.statistics import explain_missing_interval
 
     with progress_bar("embedding sessions", quiet) as progress:
         result = run(model, data, label, site=site, num_slices=slices, seed=seed, cache=cache, progress=progress)
@@ -174,7 +176,11 @@ def probe(
     print_table(
         ["what they tell", "score", "value (95% interval)", "knowing nothing", "sessions"], rows, title=str(model)
     )
+    intervals = [] if result.probed is None else [result.probed.label, result.probed.site]
+    if missing := [own.num_subjects for own in intervals if math.isnan(own.low)]:
+        print(explain_missing_interval(min(missing)))
 
 
 def _with_interval(interval: Interval) -> str:
-    return f"{format_number(interval.estimate)} ({format_number(interval.low)} to {format_number(interval.high)})"
+    ends = "" if math.isnan(interval.low) else f" ({format_number(interval.low)} to {format_number(interval.high)})"
+    return f"{format_number(interval.estimate)}{ends}"

@@ -81,6 +81,7 @@ def _predict_inputs(
     predictor: Predictor, inputs: list[str], out: Path, probabilities: bool, overwrite: bool, quiet: bool
 ) -> None:
     """Predict one session or a cohort; write and print the answers."""
+    from brainfound.inference.cohort import Outcome
     from brainfound.inference.scans import parse_inputs
 
     _note_missing_contract(predictor)
@@ -98,15 +99,22 @@ def _predict_inputs(
         predictor = predictor.with_options(replace(predictor.options, class_probabilities=True))
     prediction = predictor.predict(*paths, **contrast_paths)
     name = _file_name(paths, contrast_paths)
-    _print_files(prediction.save(out, name, probabilities=probabilities, overwrite=overwrite), prediction)
+    files = prediction.save(out, name, probabilities=probabilities, overwrite=overwrite)
+    print(_summary(Outcome(prediction.subject, prediction.session, prediction)))
+    _print_files(files, prediction)
 
 
 def _require_new(inputs: list[str], out: Path, ending: str, overwrite: bool) -> None:
-    """Refuse to replace the files of one session, before the model is loaded; those of a cohort are skipped."""
+    """Refuse files that do not exist, and to replace those of one session, before the model is loaded."""
+    from brainfound.data.reading.archives import require_given
     from brainfound.inference.scans import parse_inputs
 
     paths, contrast_paths = parse_inputs(inputs)
-    if is_cohort(paths, contrast_paths) or overwrite:
+    if is_cohort(paths, contrast_paths):
+        return
+    for path in (*paths, *contrast_paths.values()):
+        require_given(path)
+    if overwrite:
         return
     file = out / f"{_file_name(paths, contrast_paths)}{ending}"
     if file.exists():

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from brainfound.cli.terminal import Hooks, KeepIds, Overrides, Quiet, print_note, progress_bar
+from brainfound.cli.terminal import Hooks, KeepIds, Overrides, Quiet, note_absent_contrasts, print_note, progress_bar
 from brainfound.errors import EXIT_SOME_REJECTED, UsageError
 
 if TYPE_CHECKING:
@@ -72,6 +72,8 @@ def prepare(
             progress=progress,
         )
     print(made)
+    if contrasts or like is not None or any(text.partition("=")[0].strip() == "contrasts" for text in overrides):
+        note_absent_contrasts(made.contrasts, dict(zip(made.contrasts, made.present.sum(axis=0).tolist(), strict=True)))
     _report(made, store, keep_ids)
 
 

@@ -126,6 +126,13 @@ def print_note(line: str) -> None:
     print("brainfound: " + " ".join(line.split()), file=sys.stderr)
 
 
+def note_absent_contrasts(wanted: Iterable[str], num_sessions: Mapping[str, int]) -> None:
+    """Print a note on wanted contrasts that no session has, given the number of sessions of each contrast."""
+    if absent := [name for name in wanted if not num_sessions.get(name)]:
+        there = ", ".join(f"{name} {count}" for name, count in num_sessions.items() if count)
+        print_note(f"no session has {' or '.join(absent)} (there are {there or 'none'})")
+
+
 @contextmanager
 def progress_bar(what: str, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
     """A progress bar as a callback ``(done, total)``; None when quiet."""
@@ -187,16 +194,26 @@ def intervals_line(results: Iterable[Mapping[str, Any]]) -> str | None:
     drawn = [result["intervals"] for result in results if result.get("intervals", {}).get("scores")]
     if not drawn:
         return None
-    counts = [ends["num_subjects"] for intervals in drawn for ends in intervals["scores"].values()]
-    return describe_intervals(min(counts), max(counts), drawn[0]["confidence"], drawn[0]["num_resamples"])
+    ends = [ends for intervals in drawn for ends in intervals["scores"].values()]
+    return describe_intervals(ends, drawn[0]["confidence"], drawn[0]["num_resamples"])
 
 
-def describe_intervals(fewest: int, most: int, confidence: float, num_resamples: int) -> str:
-    """How intervals were computed, with a warning for few subjects."""
-    subjects = str(most) if fewest == most else f"{fewest} to {most}"
-    line = f"[…]: {confidence:.0%} interval, bootstrap over {subjects} subjects, {num_resamples} resamples"
-    few = f"; fewer than {FEW_SUBJECTS} are too few to trust it" if fewest < FEW_SUBJECTS else ""
-    return line + few
+def describe_intervals(intervals: Iterable[Mapping[str, Any]], confidence: float, num_resamples: int) -> str:
+    """How intervals were computed, with a warning for few subjects, and why some are missing.
+
+    Each interval has ``low``, None where it is missing, and ``num_subjects``.
+    """
+    from brainfound.metrics.statistics import explain_missing_interval
+
+    intervals, parts = list(intervals), []
+    if counts := [own["num_subjects"] for own in intervals if own["low"] is not None]:
+        subjects = " to ".join(map(str, sorted({min(counts), max(counts)})))
+        parts.append(f"[…]: {confidence:.0%} interval, bootstrap over {subjects} subjects, {num_resamples} resamples")
+        if min(counts) < FEW_SUBJECTS:
+            parts.append(f"fewer than {FEW_SUBJECTS} are too few to trust it")
+    if missing := [own["num_subjects"] for own in intervals if own["low"] is None]:
+        parts.append(explain_missing_interval(min(missing), confidence))
+    return "; ".join(parts)
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> None:

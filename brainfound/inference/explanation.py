@@ -96,7 +96,7 @@ class Explanation:
         NAME and errors are as for `Prediction.save`.
         """
         folder = Path(folder)
-        name = name or file_stem(self.subject, self.session) or self.name or "session"
+        name = name or self.name or file_stem(self.subject, self.session) or "session"
         require_new(folder / f"{name}_explanation.json", overwrite)
         folder.mkdir(parents=True, exist_ok=True)
         written = []

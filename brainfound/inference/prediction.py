@@ -70,7 +70,7 @@ class Prediction:
         notes: remarks on the scans; ✗ what is unfit for the model, ! what needs a look.
         rejected: scans of the session that cannot be used, with the reason.
         input_level: the gravest finding of the model's input contract; None if the scans were not compared with one.
-        name: for its files, where there is no subject.
+        name: for its files, of scans that were given as files.
     """
 
     task: str
@@ -115,11 +115,11 @@ class Prediction:
 
         ``NAME_dseg.nii.gz`` holds label codes; where labels overlap, ``NAME_label-REGION_mask.nii.gz`` each region.
         With ``probabilities`` also ``NAME_probability.nii.gz``, and ``NAME_label-LABEL_probability.nii.gz`` of each
-        code or region in `probabilities`. An embedding is ``NAME_embedding.npy``. The default NAME is the subject and
-        session, or that of the first file. UsageError: it is there already, and ``overwrite`` is False.
+        code or region in `probabilities`. An embedding is ``NAME_embedding.npy``. The default NAME is that of the
+        first file, or the subject and session. UsageError: it is there already, and ``overwrite`` is False.
         """
         folder = Path(folder)
-        name = name or file_stem(self.subject, self.session) or self.name or "prediction"
+        name = name or self.name or file_stem(self.subject, self.session) or "prediction"
         require_new(folder / f"{name}.json", overwrite)
         folder.mkdir(parents=True, exist_ok=True)
         images = {} if self.image is None else {"dseg": self.image}

@@ -46,7 +46,7 @@ class PredictorInput:
     """A prepared session: the model's input, remarks on the scans, and scans that cannot be used with the reason.
 
     ``level`` is the gravest finding of the input contract, None if the scans were not compared with one; ``name`` is
-    for files, of a session without a subject.
+    for files, of scans that were given as files.
     """
 
     stack: Stack

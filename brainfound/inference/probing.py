@@ -5,6 +5,7 @@ Axis legend: N sessions, D width.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -48,10 +49,15 @@ class ProbedEmbeddings:
         """Plain values for JSON, with the median ICC in place of one per dimension."""
         content: dict[str, Any] = {"label": self.label, "site": self.site, "num_sessions": self.num_sessions}
         if self.probed is not None:
-            content |= {"num_probed": self.num_probed, "probed": asdict(self.probed)}
+            content |= {"num_probed": self.num_probed, "probed": _nan_as_none(asdict(self.probed))}
         if self.retest is not None:
-            content["retest"] = {name: value for name, value in asdict(self.retest).items() if name != "icc"}
+            content["retest"] = _nan_as_none({k: value for k, value in asdict(self.retest).items() if k != "icc"})
         return content
+
+
+def _nan_as_none(content: dict[str, Any]) -> dict[str, Any]:
+    plain = {name: _nan_as_none(value) if isinstance(value, dict) else value for name, value in content.items()}
+    return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in plain.items()}
 
 
 def probe(

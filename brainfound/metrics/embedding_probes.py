@@ -21,7 +21,7 @@ from brainfound.data.splits.dividing import k_folds, label_text, to_numeric_or_n
 from brainfound.errors import UsageError
 from brainfound.metrics.classification import balanced_accuracy
 from brainfound.metrics.regression import r2
-from brainfound.metrics.statistics import Interval, bootstrap_interval
+from brainfound.metrics.statistics import NUM_RESAMPLES, Interval, bootstrap_interval
 from brainfound.metrics.values import finite_array
 
 
@@ -66,7 +66,7 @@ def site_probe(
     subjects: Sequence[Any],
     seed: int,
     num_folds: int = 5,
-    num_resamples: int = 2000,
+    num_resamples: int = NUM_RESAMPLES,
 ) -> SiteProbe:
     """Predict site and label from the same embeddings, over the same folds by subject.
 

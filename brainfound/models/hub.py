@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from transformers.utils import logging
 
-from brainfound.errors import BrainFoundError, ModelError
+from brainfound.errors import BrainFoundError, ModelError, closest_folder
 from brainfound.hub import cache_if_hub_is_away, describe_hub_error
 
 LOAD_FAILURES = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError)
@@ -29,7 +29,18 @@ def require_findable(source: str) -> None:
     path = Path(source)
     if not is_hub_id(source) and not path.is_dir():
         what = "this is a file, not a model folder" if path.is_file() else "no such model folder"
-        raise ModelError(what, where=source, remedy="Give a folder with config.json and safetensors, or a Hub id")
+        remedy = _suggest_folder(source) or "Give a folder with config.json and safetensors, or a Hub id"
+        raise ModelError(what, where=source, remedy=remedy)
+
+
+def _suggest_folder(source: str) -> str | None:
+    """A sentence with the model folder of a similar path, if there is one."""
+
+    def holds_model(folder: Path) -> bool:
+        return any((folder / name).exists() for name in ("config.json", "bundle.json", "export"))
+
+    close = closest_folder(source, holds_model)
+    return f"Did you mean {close}?" if close else None
 
 
 @contextmanager
@@ -56,7 +67,7 @@ def unreadable_model_error(source: str, error: Exception) -> ModelError:
             "neither a folder nor a model that can be fetched from the Hugging Face Hub",
             where=source,
             got=describe_hub_error(error),
-            remedy="Check the name and the connection, or give a local folder",
+            remedy=_suggest_folder(source) or "Check the name and the connection, or give a local folder",
         )
     has_config, export = (folder / "config.json").is_file(), folder / "export"
     if not has_config and (folder / "adapter_config.json").is_file():

@@ -248,10 +248,10 @@ PRETRAIN = ["pretrain", "pretrain-demo", "--data", "{store}", "--out", "{tmp}/ru
         ([*DIAGNOSIS, "--model", "{run}"], 1, ["no config.json", "Give its export"]),
         ([*DIAGNOSIS, "--model", "{run}/export"], 1, ["what a fine-tuning exported"]),
         (["finetune", "finetune-clasification", *DIAGNOSIS[2:]], 2, ["Did you mean finetune-classification?"]),
-        ([*PRETRAIN, "--set", "views.globl_size=64"], 2, ["views.globl_size", "Did you mean global_size?"]),
+        ([*PRETRAIN, "--set", "views.globl_size=64"], 2, ["views.globl_size", "Did you mean views.global_size?"]),
         ([*PRETRAIN, "--resume"], 2, ["no run to resume"]),
         ([*PRETRAIN, "--init", "{tmp}"], 1, ["no config.json"]),
-        ([*PRETRAIN, "--data", "{tmp}/nothing"], 1, ["nothing", "not a store"]),
+        ([*PRETRAIN, "--data", "{tmp}/nothing"], 1, ["nothing", "no such folder"]),
         (["pretrain", "pretrain-dem", *PRETRAIN[2:]], 2, ["Did you mean pretrain-demo?"]),
         (["pretrain", "pretrain-demo"], 2, ["no store was given", "--data STORE"]),
     ],
@@ -303,6 +303,45 @@ def test_predicting_says_what_is_wrong(
     assert answer.code == code
     assert [word for word in words if word not in answer.line] == []
     assert not (tmp_path / "answers").exists()
+
+
+def test_a_mistyped_path_is_named_as_typed_before_the_model_is_loaded(cli, source, monkeypatch):
+    monkeypatch.chdir(source.parent)
+    for name in ("sub-x8_T1w.nii.gz", "sub-x8_T1ce.nii.gz", "sub-x8_mask.nii.gz"):
+        for verb in ("predict", "embed", "explain"):
+            answer = cli(verb, "no-model", f"source/{name}", "--out", "answers")
+            assert answer.code == 1
+            assert f"source/{name}: no such file. Check the path; scans are given as FILE" in answer.line
+        answer = cli("check", f"T1w=source/{name}")
+        assert f"source/{name}: no such file. Check the path" in answer.line
+
+
+def test_one_session_has_the_line_of_the_cohort(cli, classifier, source, tmp_path):
+    rewrite(source, rows_of(source)[:4])
+    table = cli("predict", classifier, source, "--out", tmp_path / "all").out
+    scans = []
+    for contrast in ("T1w", "T2w", "FLAIR"):
+        scans.append(tmp_path / f"sub-m0_ses-one_{contrast}.nii.gz")
+        shutil.copy(source / f"s00_{contrast}.nii.gz", scans[-1])
+    answer = cli("predict", classifier, *scans, "--out", tmp_path / "one")
+    line, file = answer.out.splitlines()
+    assert line.split()[0] in ("healthy", "patient")
+    assert f" {line} " in table
+    content = json.loads(Path(file).read_text())
+    assert (content["subject"], content["session"]) == ("sub-m0", "one")
+    embedded = cli("embed", classifier, scans[0], "--out", tmp_path / "vector")
+    assert embedded.out.splitlines()[0] == "32 dimensions (without T2w, FLAIR)"
+
+
+@pytest.mark.parametrize("how", [["--contrasts", "T1w,DWI,SWI"], ["--set", "contrasts=[T1w, DWI, SWI]"]])
+def test_contrasts_that_no_session_has_are_noted(cli, source, tmp_path, how):
+    line = "no session has DWI or SWI (there are T1w 3"
+    answer = cli("prepare", source, tmp_path / "store", *COARSE, *how)
+    assert answer.code == 0
+    assert f"{line})" in answer.line
+    if how[0] == "--contrasts":
+        assert f"{line}, T2w 3, FLAIR 3)" in cli("check", source, *how).err
+    assert cli("prepare", source, tmp_path / "other", *COARSE).err == ""
 
 
 def test_a_scan_whose_name_says_another_contrast_is_noted(cli, classifier, source, tmp_path):

@@ -50,6 +50,19 @@ def test_sessions_of_the_same_subject_are_found(classifier, small_store, monkeyp
     assert found.to_dict()["retest"]["chance"] == pytest.approx(1 / 6)
 
 
+def test_what_few_subjects_leave_undefined_is_no_number(cli, classifier, small_store, monkeypatch):
+    monkeypatch.setattr("brainfound.inference.probing.Store.open", lambda path: small_store)
+    monkeypatch.setitem(small_store.sessions, "subject", [f"s{n % 4}" for n in range(12)])
+    monkeypatch.setitem(small_store.sessions, "session", [str(n // 4) for n in range(12)])
+    monkeypatch.setitem(small_store.sessions, "site", ["a", "b"] * 6)
+    arguments = ("probe", classifier, "--data", small_store.path, "--label", "age_years", "--slices", 3)
+    answer = cli(*arguments)
+    assert "no 95% interval of 4 subjects: it needs 6 or more" in answer.out
+    assert "nan" not in answer.out
+    found = json.loads(cli(*arguments, "--json").out, parse_constant=pytest.fail)
+    assert (found["probed"]["site"]["low"], found["probed"]["site"]["num_subjects"]) == (None, 4)
+
+
 def test_sessions_without_a_label_are_not_probed(classifier, small_store, monkeypatch):
     ages = small_store.sessions["age_years"].where(np.arange(12) != 5)
     monkeypatch.setitem(small_store.sessions, "age_years", ages)

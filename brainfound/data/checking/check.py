@@ -38,6 +38,7 @@ from brainfound.data.preprocessing.session import next_scan_note
 from brainfound.data.preprocessing.settings import Preprocessing
 from brainfound.data.preprocessing.stack import ScanQuality, Stack
 from brainfound.data.preprocessing.stack_builder import StackBuilder
+from brainfound.data.reading.archives import require_given
 from brainfound.data.reading.scan import Scan, load_scan, read_header
 from brainfound.data.sources.file_names import parse_filename
 from brainfound.data.store import Store
@@ -213,16 +214,18 @@ def session_from_files(inputs: Iterable[str], contrasts: tuple[str, ...]) -> Ses
     """One session from ``FILE`` and ``CONTRAST=FILE`` arguments, as in `predict`.
 
     A single file whose name states no contrast gets that of the model, if it has only one. UsageError: the contrast
-    of a file is unknown, or is given twice.
+    of a file is unknown, or is given twice. ScanError: a file does not exist.
     """
     texts = list(inputs)
     scans: dict[str, Path] = {}
     for text in texts:
         name, equals, rest = text.partition("=")
-        if equals and not Path(text).exists():
+        if equals and Path(name).name == name and not Path(text).exists():
             contrast, file = parse_contrast(name), Path(rest)
+            require_given(file)
         else:
             file = Path(text)
+            require_given(file)
             named = parse_filename(file)
             contrast = named.contrast
             if named.is_silent and len(texts) == len(contrasts) == 1:

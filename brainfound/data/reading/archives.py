@@ -152,12 +152,19 @@ def fetch_remedy(path: Path, start: bytes = b"") -> str | None:
     return None
 
 
-def _missing(path: Path) -> ScanError:
-    if remedy := fetch_remedy(path):
-        return ScanError(_POINTER, where=path.name, remedy=remedy)
+def require_given(path: Path) -> None:
+    """Raise a ScanError, with the path as a user wrote it, if there is no such file, member or folder."""
+    if not path.exists() and not is_file(path):
+        raise _missing(path, path, "Check the path; scans are given as FILE or CONTRAST=FILE")
+
+
+def _missing(path: Path, where: object = None, remedy: str = "Check the path in the manifest or folder") -> ScanError:
+    where = where or path.name
+    if fetch := fetch_remedy(path):
+        return ScanError(_POINTER, where=where, remedy=fetch)
     if path.is_symlink():
-        return ScanError("a link whose target is not there", where=path.name, remedy="Copy or download the file itself")
-    return ScanError("no such file", where=path.name, remedy="Check the path in the manifest or folder")
+        return ScanError("a link whose target is not there", where=where, remedy="Copy or download the file itself")
+    return ScanError("no such file", where=where, remedy=remedy)
 
 
 def _reason(error: BaseException) -> str:
