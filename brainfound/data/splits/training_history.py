@@ -36,7 +36,7 @@ class TrainingHistory(Recipe):
 
     @property
     def names_subjects(self) -> bool:
-        """Whether there are trainings, each with its subjects; only then is a subject that is not `seen` new to them."""
+        """Whether there are trainings, each with its subjects; only then is one that is not `seen` new to them."""
         return bool(self.trainings) and all("subjects" in training for training in self.trainings)
 
     def extended(self, store: Store, parts: Mapping[str, np.ndarray]) -> TrainingHistory:
