@@ -224,7 +224,8 @@ def finetuned_card(
     where = f"test part ({sizes['test']})"
     method = load(AdapterRecipe, recipe.adapter, "adapters").method
     per_session = min(recipe.num_slices, int(store.sessions["num_slices"].iloc[parts["train"]].max()))
-    baselines = [name for name in ("trivial", "frozen") if name in scores]
+    columns = {"value": scores["scores"]}
+    columns |= {f"{name} baseline": scores[name] for name in ("trivial", "frozen") if name in scores}
     return {
         "name": recipe.name,
         "summary": f"Fine-tuned for {task.kind} of {task.column}. {_describe_test_subjects(history, store, parts)}",
@@ -250,14 +251,23 @@ def finetuned_card(
         "device": describe_devices(training.device, training.world_size),
         "versions": run_folder.versions(),
         "metrics": [
-            {"metric": name, "value": value, **{f"{b} baseline": scores[b].get(name) for b in baselines}, "data": where}
-            for name, value in scores["scores"].items()
+            {
+                "metric": name,
+                **{column: _defined(values.get(name)) for column, values in columns.items()},
+                "data": where,
+            }
+            for name in scores["scores"]
         ],
         "target": task.column,
         "split": sizes,
         "split seed": recipe.split.seed,
         "model_code": 'from brainfound.adapters import load_bundle\n\nmodel = load_bundle("path/to/this/folder").model',
     }
+
+
+def _defined(score: float | None) -> float | str:
+    """A score for a card; one without a value, as the correlation with a constant, was computed all the same."""
+    return "undefined" if score is None else score
 
 
 def _describe_test_subjects(history: TrainingHistory, store: Store, parts: Mapping[str, np.ndarray]) -> str:

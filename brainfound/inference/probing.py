@@ -181,4 +181,5 @@ def _plan(store: Store, label: str | None, site: str) -> _Plan:
     kept = next((alone[name] for name in (label, site) if name not in reasons), plan)
     if isinstance(kept, _Plan) and (kept.rows.size or kept.has_retest):
         return replace(kept, notes=notes)
-    raise UsageError("nothing can be probed: " + "; ".join(notes), where=f"store {store.path.name}")
+    what, where = "nothing can be probed: " + "; ".join(notes), f"store {store.path.name}"
+    raise UsageError(what, where=where, remedy="Give --label a column of numbers, or of classes with two subjects each")

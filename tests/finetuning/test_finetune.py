@@ -348,10 +348,14 @@ def test_card_says_whether_the_starting_model_saw_the_tested_subjects(finished, 
 
 
 def test_card_names_device_and_slices(six_steps, small_store):
+    """What is known does not read "not recorded"; a correlation with a constant is undefined."""
     card = (six_steps / "export" / "README.md").read_text()
     assert "| Device | " + json.loads((six_steps / "run.json").read_text())["device"].split(":")[0] in card
     assert "the subjects in the training of its starting model are not recorded" in " ".join(card.split())
     assert f"| Slices | {small_store.num_slices} (4 of a session at a time) |" in card
+    assert [line for line in card.splitlines() if "| not recorded |" in line] == ["| Data | not recorded |"]
+    pearson = next(line for line in card.splitlines() if line.startswith("| pearson |"))
+    assert pearson.split(" | ")[2] == "undefined"
 
 
 def scores_hash(run: Path) -> str:
