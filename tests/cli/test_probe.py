@@ -50,6 +50,22 @@ def test_sessions_of_the_same_subject_are_found(classifier, small_store, monkeyp
     assert found.to_dict()["retest"]["chance"] == pytest.approx(1 / 6)
 
 
+def test_where_no_column_can_be_probed_the_sessions_still_can(cli, classifier, small_store, monkeypatch):
+    monkeypatch.setattr("brainfound.data.store.Store.open", lambda path: small_store)
+    for name, column in {
+        "subject": [f"s{n // 2}" for n in range(12)],
+        "session": ["1", "2"] * 6,
+        "diagnosis": ["well"] * 12,
+        "site": ["Oslo"] * 12,
+    }.items():
+        monkeypatch.setitem(small_store.sessions, name, column)
+    said = cli("probe", classifier, "--data", small_store.path, "--label", "diagnosis", "--slices", 2)
+    assert said.code == 0, said.err
+    assert [line.split()[1] for line in said.err.splitlines()] == ["diagnosis", "site"]
+    assert "test and retest" in said.out
+    assert "accuracy" not in said.out
+
+
 def test_sessions_without_a_label_are_not_probed(classifier, small_store, monkeypatch):
     ages = small_store.sessions["age_years"].where(np.arange(12) != 5)
     monkeypatch.setitem(small_store.sessions, "age_years", ages)
