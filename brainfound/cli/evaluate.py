@@ -147,6 +147,8 @@ def probe(
 ) -> None:
     """Probe frozen embeddings for a label and the site, with linear models cross-validated by subject.
 
+    A column that cannot be probed, such as a single site, is left out with a note.
+
     Where subjects have two sessions, also test-retest reliability (ICC), and how often the nearest other session
     belongs to the same subject.
     """
@@ -154,17 +156,31 @@ def probe(
     from brainfound.metrics.statistics import explain_missing_interval
 
     with progress_bar("embedding sessions", quiet) as progress:
-        result = run(model, data, label, site=site, num_slices=slices, seed=seed, cache=cache, progress=progress)
+        result = run(
+            model,
+            data,
+            label,
+            site=site,
+            num_slices=slices,
+            seed=seed,
+            cache=cache,
+            progress=progress,
+            notify=print_note,
+        )
     if as_json:
         print(json.dumps(result.to_dict(), indent=1))
         return
     rows = []
     if result.probed is not None:
         scores, sessions = result.probed, str(result.num_probed)
-        metric = {"balanced_accuracy": "balanced accuracy", "r2": "R²"}[scores.label_metric]
+        metric = {"balanced_accuracy": "balanced accuracy", "r2": "R²", None: ""}[scores.label_metric]
         rows += [
-            [str(label), metric, _with_interval(scores.label), format_number(scores.label_chance), sessions],
-            [site, "balanced accuracy", _with_interval(scores.site), format_number(scores.site_chance), sessions],
+            [name, metric_name, _with_interval(interval), format_number(chance), sessions]
+            for name, metric_name, interval, chance in (
+                (str(label), metric, scores.label, scores.label_chance),
+                (site, "balanced accuracy", scores.site, scores.site_chance),
+            )
+            if interval is not None
         ]
     if result.retest is not None:
         sessions = str(2 * result.retest.num_subjects)

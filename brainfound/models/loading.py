@@ -15,10 +15,13 @@ from typing import Any, TypeVar
 import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from brainfound.data.splits.training_history import HISTORY_FILE, TrainingHistory
 from brainfound.errors import ModelError, UsageError
+from brainfound.hub import cache_if_hub_is_away
 from brainfound.models.backbones import FAMILIES, get_patch_size
 from brainfound.models.configuration import BrainFoundConfig, config_fields
 from brainfound.models.hub import (
+    is_hub_id,
     list_keys,
     reading_model,
     require_coverage,
@@ -67,6 +70,20 @@ def is_brainfound(source: str | Path) -> bool:
     with reading_model(str(source)):
         content, _ = PreTrainedConfig.get_config_dict(str(source))
     return content.get("model_type") == BrainFoundConfig.model_type
+
+
+def read_history(source: str | Path) -> TrainingHistory:
+    """The recorded training of an initial model, a folder or a Hub id; empty if nothing is recorded."""
+    folder = Path(source)
+    if is_hub_id(str(source)):
+        from huggingface_hub import hf_hub_download
+
+        try:
+            with cache_if_hub_is_away():
+                folder = Path(hf_hub_download(str(source), HISTORY_FILE)).parent
+        except Exception:  # no such file, or one of the many errors of the Hub's HTTP library
+            return TrainingHistory()
+    return TrainingHistory.load(folder)
 
 
 def read_patch_size(source: str | Path, contrasts: Sequence[str]) -> int | None:

@@ -72,11 +72,22 @@ def test_what_cannot_be_probed_is_refused():
         ({"label": [np.nan, *ages[1:]]}, "missing"),
         ({"site": [None, *site[1:]]}, "missing"),
         ({"subjects": [None, *subjects[1:]]}, "missing"),
+        ({"site": None, "label": ages, "subjects": ["one"] * 60}, "a single subject"),
     ):
         arguments = {"embeddings": noise, "site": site, "label": ill, "subjects": subjects} | changed
         with pytest.raises(UsageError, match=message) as error:
             site_probe(**arguments, seed=0)
         assert "\n" not in str(error.value)
+
+
+def test_site_and_label_may_be_probed_alone():
+    subjects, site, ill, noise = cohort()
+    for arguments in ({"site": site, "label": None}, {"site": None, "label": ill}):
+        found = site_probe(noise, **arguments, subjects=subjects, seed=0, num_resamples=50)
+        for name, column in arguments.items():
+            assert (getattr(found, name) is None) == (column is None)
+            assert (getattr(found, f"{name}_chance") is None) == (column is None)
+    assert found.label_metric == "balanced_accuracy"
 
 
 def _sessions(stable, noise, num=20, width=6):

@@ -19,6 +19,7 @@ from transformers import (
     BeitModel,
 )
 
+from brainfound.data.splits.training_history import TrainingHistory
 from brainfound.errors import ModelError
 from brainfound.models import (
     BrainFoundConfig,
@@ -30,7 +31,7 @@ from brainfound.models import (
 from brainfound.models.aggregators import AGGREGATORS
 from brainfound.models.decoders import DECODERS
 from brainfound.models.hub import require_finite
-from brainfound.models.loading import is_brainfound, load_initial_model
+from brainfound.models.loading import is_brainfound, load_initial_model, read_history
 
 HEADS = (BrainFoundForClassification, BrainFoundForRegression, BrainFoundForSegmentation)
 
@@ -466,3 +467,16 @@ def test_an_adapter_by_itself_is_said_to_be_one(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(ModelError, match="an adapter without the model"):
         BrainFoundForClassification.from_pretrained(tmp_path)
+
+
+def test_the_history_of_a_hub_model_is_read_or_unknown(tmp_path, monkeypatch):
+    TrainingHistory(complete=True).save(tmp_path)
+
+    def download(source: str, file: str) -> str:
+        if source == "someone/plain":
+            raise huggingface_hub.errors.LocalEntryNotFoundError("no such file")
+        return str(tmp_path / file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert read_history("someone/ours") == read_history(tmp_path) == TrainingHistory(complete=True)
+    assert read_history("someone/plain") == TrainingHistory()
