@@ -193,7 +193,7 @@ def probe(
         ["what they tell", "score", "value (95% interval)", "knowing nothing", "sessions"], rows, title=str(model)
     )
     intervals = [] if result.probed is None else [result.probed.label, result.probed.site]
-    if missing := [own.num_subjects for own in intervals if math.isnan(own.low)]:
+    if missing := [own.num_subjects for own in intervals if own is not None and math.isnan(own.low)]:
         print(explain_missing_interval(min(missing)))
 
 
