@@ -284,7 +284,8 @@ def _suggest_key(recipe: type[BaseModel], path: _ErrorPath) -> str:
     """The key that was meant, as it is written: of that name in another group, or of a near name in this one."""
     *groups, last = path.keys
     known = [name for model in path.models for name in model.model_fields]
-    elsewhere = [key for key in _list_keys(recipe) if key.rpartition(".")[2] == last]
+    written = ".".join(path.keys)  # a key of another kind of the same group
+    elsewhere = [key for key in _list_keys(recipe) if key.rpartition(".")[2] == last and key != written]
     close = closest_name(last, known)
     if len(elsewhere) == 1 or (elsewhere and close is None):
         return f"Did you mean {' or '.join(elsewhere)}?"

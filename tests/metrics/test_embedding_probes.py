@@ -28,6 +28,7 @@ def test_the_site_is_told_from_embeddings_that_hold_it_and_the_label_is_not():
     assert found.site_chance == pytest.approx(1 / 3)
     assert found.label.low < 0.5 < found.label.high
     assert (found.label_metric, found.label_chance, found.num_folds) == ("balanced_accuracy", 0.5, 5)
+    subjects, site, ill, noise = cohort(num=180)
     disease = noise + 8 * (ill == "ill")[:, None] * np.eye(1, 8)
     found = site_probe(disease, site, ill, subjects, seed=0, num_resamples=200)
     assert found.label.estimate > 0.95
